@@ -1,0 +1,39 @@
+"""qtool: post-training quantization of language models to 1-8 bits, and a runtime for the result.
+
+Importing it registers the checkpoint format with transformers, so that
+`AutoModelForCausalLM.from_pretrained(OUT_DIR)` works; torch is imported only when it is needed.
+"""
+
+import importlib
+from typing import Any
+
+from qtool.runtime.registration import register as _register
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "CheckpointReader": "qtool.checkpoint.reader",
+    "QtoolError": "qtool.errors",
+    "Recipe": "qtool.recipe.schema",
+    "WeightScheme": "qtool.scheme",
+    "bench": "qtool.pipeline",
+    "evaluate": "qtool.pipeline",
+    "load_model": "qtool.modeling.load",
+    "load_recipe": "qtool.recipe.load",
+    "quantize": "qtool.pipeline",
+    "use_backend": "qtool.runtime.select",
+}
+
+__all__ = [  # noqa: PLE0604
+    "__version__",
+    *sorted(_LAZY),
+]
+
+_register()
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    """Import a public name when it is first used."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'qtool' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,154 @@
+"""The nouns of qtool: frozen data and protocols, no logic.
+
+Whoever reads this page knows the architecture. A quantized weight is data (`QuantizedTensor`), a
+method is a function from a `LayerProblem` to a `LayerSolution`, a codec says what stored parts
+mean, a backend executes them. Nothing here needs torch at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from qtool.scheme import Shape2D, WeightScheme
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Statistic = Literal["hessian", "input_absmax", "inputs"]
+DType = Literal["int32", "float16", "bfloat16", "float32"]
+Emit = Callable[[str, Mapping[str, Any]], None]
+"""Receives progress and metrics as (event name, values); the CLI renders, tests collect."""
+
+
+def ignore_events(_event: str, _values: Mapping[str, Any]) -> None:
+    """Drop an event: the default `Emit` of a library call."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartSpec:
+    """Shape and dtype of one stored part, known without its data."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """A quantized weight: exactly what a checkpoint stores, and nothing else."""
+
+    format: str
+    """Name of the codec: `affine`, `binary_coding` or `dense`."""
+    scheme: WeightScheme
+    shape: Shape2D
+    parts: Mapping[str, Tensor]
+    """Tensors by part name, with the shapes and dtypes that the codec's `layout` gives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """What the parts of one format are, and what they mean."""
+
+    version: int
+    layout: Callable[[WeightScheme, Shape2D], Mapping[str, PartSpec]]
+    """Parts of a weight, from scheme and shape alone: for plans, headers and checks."""
+    dequantize: Callable[[QuantizedTensor, torch.dtype], Tensor]
+    """The definition of the format: (out_features, in_features) in a float dtype."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerProblem:
+    """All that a method may look at: no model, no files, no globals."""
+
+    name: str
+    """Dotted name of the layer, for messages."""
+    weight: Tensor
+    """(out_features, in_features) float32, finite."""
+    scheme: WeightScheme
+    statistics: Mapping[Statistic, Tensor] = field(default_factory=dict)
+    """Only what the method asked for in `needs`, or `uses` where it was calibrated."""
+    generator: torch.Generator | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSolution:
+    """What a method returns for one layer."""
+
+    tensor: QuantizedTensor
+    metrics: Mapping[str, float]
+    """`nmse` and others: logged and compared, never steering."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """The extension point: one file in `qtool/methods` with the constant METHOD."""
+
+    summary: str
+    """One sentence for `qtool methods`."""
+    options: type
+    """Frozen dataclass; its fields are the recipe's keys and the documentation's table."""
+    solve: Callable[[LayerProblem, Any], LayerSolution]
+    layout: Callable[[WeightScheme, Shape2D], Mapping[str, PartSpec]]
+    """Parts that `solve` will return, for `--dry-run`."""
+    num_bits: range = range(1, 9)
+    """Bit widths that it supports."""
+    needs: frozenset[Statistic] = frozenset()
+    """Statistics that it can't do without."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelAdapter:
+    """Where the parts of a model family are: dotted names only.
+
+    One file in `qtool/modeling/adapters`, named as the `model_type` of config.json, with the
+    constant ADAPTER.
+    """
+
+    blocks: str
+    """Dotted name of the list of decoder blocks, such as `model.layers`."""
+    linears: tuple[tuple[str, ...], ...]
+    """Linears of one block in the order of execution; a tuple holds those sharing an input."""
+    embedding: str
+    head: str = "lm_head"
+    base_prefix: str = "model"
+    """Prefix that checkpoints saved from the base model leave out."""
+    conv1d: bool = False
+    """True where the weights are stored as (in_features, out_features), as in GPT-2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Env:
+    """The only side channel of a stage."""
+
+    device: str
+    seed: int = 0
+    emit: Emit = ignore_events
+    work_dir: Path | None = None
+
+
+class KernelBackend(Protocol):
+    """Executes quantized weights; one file in `qtool/runtime/backends`, constant BACKEND."""
+
+    name: str
+    """Its file name."""
+    priority: int
+    """Of the backends that support a tensor, the one with the highest priority runs it."""
+
+    def why_not(self, tensor: QuantizedTensor, device: torch.device) -> str | None:
+        """Return None if it can execute `tensor` on `device`, else a sentence that says why not."""
+        ...
+
+    def prepare(self, tensor: QuantizedTensor, dtype: torch.dtype) -> Any:  # noqa: ANN401
+        """Re-lay the parts once, at load; the result is passed back to the two calls below."""
+        ...
+
+    def matmul(self, x: Tensor, prepared: Any) -> Tensor:  # noqa: ANN401
+        """Return x @ W.T, shaped (..., out_features), in the dtype of `x`."""
+        ...
+
+    def rows(self, index: Tensor, prepared: Any) -> Tensor:  # noqa: ANN401
+        """Return the rows of W that `index` names, shaped (*index.shape, in_features)."""
+        ...

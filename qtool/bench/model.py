@@ -1,0 +1,68 @@
+"""Time prefill and decoding of a loaded model through transformers."""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from qtool.modeling.load import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedResult:
+    """Tokens per second at batch 1; medians over the repeats."""
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    prompt_tokens: int
+    decode_tokens: int
+    repeats: int
+    backends: tuple[str, ...]
+    """Backends that ran the quantized layers; empty for an unquantized model."""
+    threads: int
+
+
+@torch.inference_mode()
+def time_model(
+    model: LoadedModel, *, prompt_tokens: int = 128, decode_tokens: int = 32, repeats: int = 5
+) -> SpeedResult:
+    """Time one prompt and greedy decoding after it, token by token with a key-value cache.
+
+    The first repeat warms up and isn't counted.
+    """
+    vocabulary = model.model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(model.device)
+    prefill, decode = [], []
+    for _ in range(repeats + 1):
+        started = _now(model.device)
+        output = model.model(prompt, use_cache=True)
+        prefilled = _now(model.device)
+        token = output.logits[:, -1:].argmax(-1)
+        for _ in range(decode_tokens):
+            output = model.model(token, past_key_values=output.past_key_values, use_cache=True)
+            token = output.logits[:, -1:].argmax(-1)
+        done = _now(model.device)
+        prefill.append(prefilled - started)
+        decode.append(done - prefilled)
+    backends = {
+        module.backend.name
+        for module in model.model.modules()
+        if getattr(module, "entry", None) is not None and module.backend is not None
+    }
+    return SpeedResult(
+        prefill_tokens_per_second=prompt_tokens / statistics.median(prefill[1:]),
+        decode_tokens_per_second=decode_tokens / statistics.median(decode[1:]),
+        prompt_tokens=prompt_tokens,
+        decode_tokens=decode_tokens,
+        repeats=repeats,
+        backends=tuple(sorted(backends)),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: sharded safetensors, lazily read, atomically written."""

@@ -1,0 +1,110 @@
+"""Rendering: results to stdout, progress and errors to stderr."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qtool.base import Emit
+from qtool.errors import OutputError
+
+NOT_A_TERMINAL_WIDTH = 120
+out = Console(width=None if sys.stdout.isatty() else NOT_A_TERMINAL_WIDTH, highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_error(message: str) -> None:
+    """Print one line to stderr; no markup, no wrapping."""
+    print(f"Error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def print_table(title: str, columns: Mapping[str, str], rows: list[tuple[str, ...]]) -> None:
+    """Print a table to stdout; `columns` maps each header to its alignment."""
+    table = Table(header_style="bold")
+    for name, justify in columns.items():
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    if title:
+        out.print(f"[bold]{escape(title)}[/bold]")
+    out.print(table)
+
+
+def write_json(value: Any, target: Path | None) -> None:  # noqa: ANN401
+    """Write a result for machines; '-' is stdout, None is nowhere."""
+    if target is None:
+        return
+    text = json.dumps(value, indent=2, default=str)
+    if str(target) == "-":
+        print(text)
+        return
+    try:
+        target.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"Can't write {target}: {error.strerror}.") from error
+
+
+def wants_table(json_target: Path | None) -> bool:
+    """Return whether stdout is free for the table."""
+    return str(json_target) != "-"
+
+
+def gigabytes(num_bytes: float) -> str:
+    """Return a size as people write it."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"  # noqa: PLR2004
+
+
+def compact(average_bits: float) -> str:
+    """Return bits per weight."""
+    return f"{average_bits:.2f}"
+
+
+@contextmanager
+def progress() -> Iterator[Emit]:
+    """Render events as progress bars with the time left; yields what to emit to."""
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=err,
+        transient=True,
+    )
+    tasks: dict[str, Any] = {}
+
+    def emit(event: str, values: Mapping[str, Any]) -> None:
+        describe = DESCRIPTIONS.get(event)
+        if describe is None:
+            return
+        label, detail = describe(values)
+        if label not in tasks:
+            tasks[label] = bars.add_task(label, total=values.get("total"), detail="")
+        done = values.get("index", -1) + 1
+        bars.update(tasks[label], completed=done, detail=detail)
+
+    with bars:
+        yield emit
+
+
+def _layer(values: Mapping[str, Any]) -> tuple[str, str]:
+    memory = gigabytes(values["memory"])
+    return "quantize", f"{values['name']}  error {values['nmse']:.2e}  memory {memory}"
+
+
+def _window(values: Mapping[str, Any]) -> tuple[str, str]:
+    return f"perplexity of {values['name']}", f"{values['perplexity']:.3f}"
+
+
+def _timing(values: Mapping[str, Any]) -> tuple[str, str]:
+    return f"time {values['name']}", ""
+
+
+DESCRIPTIONS = {"layer": _layer, "window": _window, "timing": _timing}

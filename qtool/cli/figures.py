@@ -1,0 +1,62 @@
+"""The table of measured figures, the baseline first."""
+
+from typing import TYPE_CHECKING
+
+from qtool.cli import console
+
+if TYPE_CHECKING:
+    from qtool.pipeline import Comparison, ModelFigures
+
+
+def print_comparison(result: "Comparison") -> None:
+    """Print one row per model, with only the columns that were measured."""
+    figures = result.figures
+    columns = {"model": "left", "bits per weight": "right", "size": "right"}
+    cells = [[f.name, console.compact(f.average_bits), console.gigabytes(f.weight_bytes)] for f in figures]
+    if any(f.quantize_seconds is not None for f in figures):
+        columns["quantized in"] = "right"
+        for row, f in zip(cells, figures, strict=True):
+            row.append("" if f.quantize_seconds is None else f"{f.quantize_seconds:.1f} s")
+    if any(f.perplexity for f in figures):
+        columns["perplexity"] = "right"
+        for row, f in zip(cells, figures, strict=True):
+            row.append(f"{f.perplexity.perplexity:.3f}" if f.perplexity else "")
+    if any(f.speed for f in figures):
+        columns |= {"prefill tokens/s": "right", "decode tokens/s": "right", "backend": "left"}
+        for row, f in zip(cells, figures, strict=True):
+            row += _speed_cells(f)
+    console.print_table("", columns, [tuple(row) for row in cells])
+    for line in _conditions(figures):
+        console.out.print(line)
+
+
+def _speed_cells(figures: "ModelFigures") -> list[str]:
+    speed = figures.speed
+    if speed is None:
+        return ["", "", ""]
+    return [
+        f"{speed.prefill_tokens_per_second:.1f}",
+        f"{speed.decode_tokens_per_second:.1f}",
+        ", ".join(speed.backends) or "torch",
+    ]
+
+
+def _conditions(figures: tuple["ModelFigures", ...]) -> list[str]:
+    """Return what the numbers hold for."""
+    lines = []
+    quality = next((f.perplexity for f in figures if f.perplexity), None)
+    if quality is not None:
+        count = f"all {quality.windows} windows"
+        if quality.windows < quality.windows_in_dataset:
+            count = f"first {quality.windows} of {quality.windows_in_dataset} windows"
+        lines.append(
+            f"Perplexity: {quality.dataset}, {count} of {quality.context_length} tokens, "
+            f"{quality.dtype} on {quality.device}."
+        )
+    speed = next((f.speed for f in figures if f.speed), None)
+    if speed is not None:
+        lines.append(
+            f"Speed: batch 1, prompt {speed.prompt_tokens}, {speed.decode_tokens} tokens decoded, "
+            f"median of {speed.repeats}, {speed.threads} threads."
+        )
+    return lines

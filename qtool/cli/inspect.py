@@ -1,0 +1,86 @@
+"""`qtool inspect`, `qtool methods`, `qtool recipes`: what is there."""
+
+from collections import Counter
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtool.cli import console
+
+
+def inspect(
+    out_dir: Annotated[Path, typer.Argument(help="Checkpoint.")],
+    layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the manifest as JSON; - is stdout.")
+    ] = None,
+) -> None:
+    """Check a checkpoint and print what it holds."""
+    from qtool.checkpoint.reader import CheckpointReader  # torch: slow
+
+    reader = CheckpointReader(out_dir)
+    manifest = reader.manifest
+    console.write_json({**manifest.to_config(), "average_bits": manifest.average_bits()}, json_file)
+    if not console.wants_table(json_file):
+        return
+    kinds = Counter(
+        f"{e.format} {e.scheme.num_bits} bit, group {e.scheme.group_size or 'row'}"
+        f" along {e.scheme.group_dim}, by {e.method}"
+        for e in manifest.layers.values()
+    )
+    rows = [(kind, str(count)) for kind, count in kinds.most_common()]
+    rows.append(("bits per weight, with scales", console.compact(manifest.average_bits())))
+    rows.append(("size of the weights", console.gigabytes(reader.weight_bytes())))
+    rows.append(("written by", f"qtool {manifest.tool_version}, format {manifest.format_version}"))
+    rows.append(("source", manifest.source or "a local model"))
+    console.print_table(str(out_dir), {"": "left", "value": "left"}, rows)
+    if layers:
+        columns = {"layer": "left", "shape": "right", "format": "left", "bits": "right"}
+        columns |= {"size": "right"}
+        console.print_table(
+            "Layers",
+            columns,
+            [
+                (
+                    name,
+                    "x".join(map(str, entry.shape)),
+                    entry.format,
+                    str(entry.scheme.num_bits),
+                    f"as {entry.shared_with}"
+                    if entry.shared_with
+                    else console.gigabytes(entry.num_bytes()),
+                )
+                for name, entry in manifest.layers.items()
+            ],
+        )
+
+
+def methods() -> None:
+    """List the methods and their options."""
+    import qtool.methods
+    from qtool import plugins
+    from qtool.stages.plan import load_method  # torch: slow
+
+    for name in plugins.names(qtool.methods):
+        method = load_method(name)
+        bits = f"{method.num_bits.start} to {method.num_bits.stop - 1} bits"
+        needs = ", ".join(sorted(method.needs)) or "no data"
+        console.print_table(
+            f"{name}: {method.summary} {bits}; needs {needs}.",
+            {"option": "left", "default": "left"},
+            [
+                (option.name, "required" if option.default is MISSING else repr(option.default))
+                for option in fields(method.options)
+            ],
+        )
+
+
+def recipes() -> None:
+    """List the built-in recipes."""
+    from qtool.recipe.load import load_recipe
+    from qtool.recipe.names import built_in
+
+    rows = [(name, load_recipe(name).description) for name in built_in()]
+    console.print_table("Built-in recipes", {"recipe": "left", "what it does": "left"}, rows)

@@ -1,0 +1,206 @@
+"""`qtool quantize`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qtool.cli import console
+from qtool.errors import NotYetError, RecipeError
+
+if TYPE_CHECKING:
+    from qtool.pipeline import QuantizeResult
+    from qtool.recipe.schema import Recipe
+    from qtool.stages.plan import Plan
+
+DEFAULT_RECIPE = "bcq-w4g128"
+WHAT, HOW, WHERE, DEBUG = "What", "How", "Where", "Debug"
+
+
+def quantize(
+    model: Annotated[
+        str, typer.Argument(help="Directory, hub id, .gguf file, or demo:smollm2.")
+    ],
+    out_dir: Annotated[Path, typer.Argument(help="Directory for the checkpoint.")],
+    method: Annotated[
+        str | None, typer.Option(help="rtn or bcq; see `qtool methods`.", rich_help_panel=WHAT)
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Bits per weight, 1 to 8.", rich_help_panel=WHAT)
+    ] = None,
+    group_size: Annotated[
+        str | None,
+        typer.Option(help="Weights that share scales, or 'row'.", rich_help_panel=WHAT),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Built-in recipe or path; default {DEFAULT_RECIPE}.", rich_help_panel=HOW
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a key of the recipe: a.b=value.", rich_help_panel=HOW),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Calibration directory.", rich_help_panel=HOW)
+    ] = None,
+    no_calibration: Annotated[
+        bool, typer.Option("--no-calibration", help="Use no data.", rich_help_panel=HOW)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT_DIR.", rich_help_panel=WHERE)
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a stopped run.", rich_help_panel=WHERE)
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print bits and bytes, do nothing.", rich_help_panel=DEBUG),
+    ] = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the result as JSON; - is stdout.", rich_help_panel=DEBUG),
+    ] = None,
+) -> None:
+    """Quantize a model and write a checkpoint.
+
+    [bold]Examples[/bold]
+
+      qtool quantize --method bcq --bits 4 demo:smollm2 smollm2-w4
+
+      qtool quantize --recipe rtn-w4g128 --set weights.scheme.symmetric=true MODEL OUT_DIR
+
+      qtool quantize --recipe mine.yaml --dry-run MODEL OUT_DIR
+    """
+    del no_calibration  # this version's solvers use none
+    if calibration is not None:
+        raise NotYetError(
+            "Calibrated quantization comes with the next version; leave out --calibration and "
+            "qtool uses its data-free solvers."
+        )
+    chosen = choose_recipe(recipe, method, bits, group_size, settings or [])
+    from qtool import pipeline  # torch: slow
+
+    if dry_run:
+        _print_plan(pipeline.plan(model, chosen), json_file)
+        return
+    with console.progress() as emit:
+        result = pipeline.quantize(
+            model, out_dir, chosen, overwrite=overwrite, resume=resume, emit=emit
+        )
+    console.write_json(asdict(result), json_file)
+    if console.wants_table(json_file):
+        _print_result(result)
+
+
+def choose_recipe(
+    recipe: str | None,
+    method: str | None,
+    bits: int | None,
+    group_size: str | None,
+    settings: list[str],
+) -> "Recipe":
+    """Return the recipe with the options laid over it, torch-free.
+
+    Raises:
+        RecipeError: an option or setting is impossible.
+    """
+    from qtool.recipe.load import load_recipe, recipe_from_mapping  # pydantic: a quarter second
+
+    overrides = list(settings)
+    if bits is not None:
+        overrides.append(f"weights.scheme.num_bits={bits}")
+    if group_size is not None:
+        overrides.append(f"weights.scheme.group_size={_group_size(group_size)}")
+    if recipe is None and method is not None:
+        return recipe_from_mapping({"weights": {"method": method}}, overrides)
+    if method is not None:
+        overrides.append(f"weights.method={method}")
+    return load_recipe(recipe or DEFAULT_RECIPE, overrides)
+
+
+def _group_size(text: str) -> str:
+    if text == "row":
+        return "null"
+    if not text.isdecimal() or int(text) < 1:
+        raise RecipeError(
+            f"--group-size is {text!r}; allowed are 1 and more, or 'row' for one group per row."
+        )
+    return text
+
+
+def _print_plan(plan: "Plan", json_file: Path | None) -> None:
+    rows = [
+        {
+            "name": layer.name,
+            "method": layer.method,
+            **asdict(layer.scheme),
+            "shape": list(layer.shape),
+            "average_bits": layer.average_bits,
+            "bytes": layer.num_bytes,
+        }
+        for layer in plan.layers
+    ]
+    total = {
+        "average_bits": plan.average_bits,
+        "quantized_bytes": plan.total_bytes - plan.kept_bytes,
+        "kept_bytes": plan.kept_bytes,
+        "total_bytes": plan.total_bytes,
+        "source_bytes": plan.source_bytes,
+    }
+    console.write_json({"layers": rows, **total}, json_file)
+    if not console.wants_table(json_file):
+        return
+    columns = {"layer": "left", "shape": "right", "method": "left", "bits": "right"}
+    columns |= {"group": "right", "average bits": "right", "size": "right"}
+    console.print_table(
+        "Plan (nothing was written)",
+        columns,
+        [
+            (
+                layer.name,
+                "x".join(map(str, layer.shape)),
+                layer.method,
+                str(layer.scheme.num_bits),
+                f"{layer.scheme.group_size or 'row'}{_along(layer.scheme)}",
+                console.compact(layer.average_bits),
+                console.gigabytes(layer.num_bytes),
+            )
+            for layer in plan.layers
+        ],
+    )
+    console.out.print(
+        f"{len(plan.layers)} layers at {plan.average_bits:.3f} bits: "
+        f"{console.gigabytes(plan.total_bytes - plan.kept_bytes)}, "
+        f"{console.gigabytes(plan.kept_bytes)} kept as they are; "
+        f"{console.gigabytes(plan.total_bytes)} in all, "
+        f"{plan.total_bytes / plan.source_bytes:.0%} of the original."
+    )
+
+
+def _along(scheme: Any) -> str:  # noqa: ANN401
+    return " (out)" if scheme.group_dim == "out_features" else ""
+
+
+def _print_result(result: "QuantizeResult") -> None:
+    worst = max(result.layers, key=lambda layer: layer.metrics["nmse"])
+    mean = sum(layer.metrics["nmse"] for layer in result.layers) / len(result.layers)
+    console.print_table(
+        str(result.out_dir),
+        {"": "left", "value": "left"},
+        [
+            ("layers", str(len(result.layers))),
+            ("bits per weight, with scales", console.compact(result.average_bits)),
+            (
+                "size",
+                f"{console.gigabytes(result.weight_bytes)} "
+                f"({result.weight_bytes / result.source_bytes:.0%} of the original)",
+            ),
+            ("error of the weights (NMSE)", f"{mean:.2e} on average"),
+            ("worst layer", f"{worst.name}, {worst.metrics['nmse']:.2e}"),
+            ("time", f"{result.seconds:.1f} s on {result.device}"),
+            ("peak memory", console.gigabytes(result.peak_memory_bytes)),
+        ],
+    )

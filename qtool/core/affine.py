@@ -1,0 +1,52 @@
+"""Affine quantization: w = scale * (code - zero_point), per group.
+
+All functions work on rows of groups (see `grouping`): weights (rows, num_groups, group_size),
+scales and zero points (rows, num_groups).
+"""
+
+import torch
+from torch import Tensor
+
+FLOAT16_MAX = 65504.0
+SMALLEST_SCALE = 2.0**-24  # smallest positive float16: a scale must not round to zero
+
+
+def fit_min_max(
+    groups: Tensor, *, num_bits: int, symmetric: bool, clip_ratio: float
+) -> tuple[Tensor, Tensor]:
+    """Fit the grid of each group to its range, which is widened to contain zero.
+
+    Zero must be inside: an integer zero point can't shift a grid that lies wholly on one side
+    (padding of a short group is zero as well, so it never changes the range).
+
+    Args:
+        groups: (rows, num_groups, group_size) float32.
+        num_bits: 1 to 8.
+        symmetric: Fix the zero point to 2^(num_bits - 1).
+        clip_ratio: Fraction of the range that the grid covers, in (0, 1].
+
+    Returns:
+        Scales (rows, num_groups) float16, > 0, and zero points (rows, num_groups) uint8.
+    """
+    steps = 2**num_bits - 1
+    low = groups.amin(-1).clamp(max=0) * clip_ratio
+    high = groups.amax(-1).clamp(min=0) * clip_ratio
+    if symmetric:
+        reach = torch.maximum(-low, high)
+        low, high = -reach, reach
+    scales = ((high - low) / steps).clamp(min=SMALLEST_SCALE).to(torch.float16)
+    if symmetric:
+        return scales, torch.full_like(scales, 2 ** (num_bits - 1), dtype=torch.uint8)
+    zero_points = (-low / scales.float()).round().clamp(0, steps)
+    return scales, zero_points.to(torch.uint8)
+
+
+def quantize(groups: Tensor, scales: Tensor, zero_points: Tensor, *, num_bits: int) -> Tensor:
+    """Return the nearest codes, (rows, num_groups, group_size) uint8."""
+    codes = groups / scales.float().unsqueeze(-1) + zero_points.unsqueeze(-1)
+    return codes.round_().clamp_(0, 2**num_bits - 1).to(torch.uint8)
+
+
+def dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return scale * (code - zero_point) in `dtype`; parameters broadcast against the codes."""
+    return (codes.to(dtype) - zero_points.to(dtype)) * scales.to(dtype)

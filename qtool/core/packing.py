@@ -1,0 +1,68 @@
+"""Bits <-> 32-bit words. Bit 0 of word 0 is the element of the lowest index."""
+
+import sys
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 32
+if sys.byteorder != "little":  # the byte view below would swap the bits of a word
+    raise ImportError("qtool packs words through their bytes and needs a little-endian machine")
+
+
+def num_words(length: int) -> int:
+    """Return how many 32-bit words hold `length` bits."""
+    return -(-length // WORD_BITS)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Pack zeros and ones along the last dimension; the tail of the last word is zero.
+
+    Args:
+        bits: (..., n) uint8 or bool, only 0 and 1.
+
+    Returns:
+        (..., ceil(n / 32)) int32.
+    """
+    padding = num_words(bits.shape[-1]) * WORD_BITS - bits.shape[-1]
+    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, padding))
+    octets = padded.unflatten(-1, (-1, 8))  # (..., bytes, 8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (octets << shifts).sum(-1, dtype=torch.uint8).contiguous().view(torch.int32)
+
+
+def unpack_bits(words: Tensor, length: int) -> Tensor:
+    """Invert `pack_bits`.
+
+    Args:
+        words: (..., ceil(length / 32)) int32.
+        length: Number of bits wanted.
+
+    Returns:
+        (..., length) uint8, only 0 and 1.
+    """
+    octets = words.contiguous().view(torch.uint8).unsqueeze(-1)
+    shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
+    return ((octets >> shifts) & 1).flatten(-2)[..., :length]
+
+
+def codes_to_planes(codes: Tensor, num_bits: int) -> Tensor:
+    """Split integers into packed bit planes, the most significant bit first.
+
+    Args:
+        codes: (rows, n) uint8, 0 .. 2^num_bits - 1.
+        num_bits: Number of planes, 1 to 8.
+
+    Returns:
+        (num_bits, rows, ceil(n / 32)) int32.
+    """
+    return torch.stack([pack_bits((codes >> bit) & 1) for bit in reversed(range(num_bits))])
+
+
+def planes_to_codes(planes: Tensor, length: int) -> Tensor:
+    """Invert `codes_to_planes`: (num_bits, rows, words) int32 -> (rows, length) uint8."""
+    num_bits, rows, _ = planes.shape
+    codes = torch.zeros(rows, length, dtype=torch.uint8, device=planes.device)
+    for plane in range(num_bits):
+        codes |= unpack_bits(planes[plane], length) << (num_bits - 1 - plane)
+    return codes

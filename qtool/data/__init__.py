@@ -1,0 +1,1 @@
+"""Text and what becomes of it: bundled corpora, token streams."""

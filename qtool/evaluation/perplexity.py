@@ -1,0 +1,100 @@
+"""Perplexity: exp(mean next-token negative log-likelihood) over non-overlapping windows.
+
+The protocol is the one most quantization papers use (GPTQ, arXiv 2210.17323): the text is one
+token stream, cut in windows of `context_length` tokens, the tail dropped; within each window
+every token but the first is predicted. Cross entropy in float32.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from qtool.base import Emit, ignore_events
+from qtool.data.corpora import Corpus
+from qtool.errors import DataError
+from qtool.modeling.load import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class PerplexityResult:
+    """A perplexity and all that it depends on."""
+
+    perplexity: float
+    dataset: str
+    context_length: int
+    windows: int
+    windows_in_dataset: int
+    dtype: str
+    device: str
+
+
+def token_stream(model: LoadedModel, corpus: Corpus) -> torch.Tensor:
+    """Return the text as one stream of tokens, (tokens,) int64 on the CPU."""
+    # The text is longer than the model's context on purpose: no truncation, no warning about it.
+    ids = model.tokenizer(corpus.text, truncation=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def perplexity(
+    model: LoadedModel,
+    corpus: Corpus,
+    *,
+    context_length: int = 2048,
+    max_windows: int | None = None,
+    emit: Emit = ignore_events,
+) -> PerplexityResult:
+    """Measure the perplexity of a model on a text.
+
+    Args:
+        model: The model to evaluate.
+        corpus: The text.
+        context_length: Tokens per window; at most what the model's positions allow.
+        max_windows: Use the first windows only; None: all.
+        emit: Receives `window` events with the running perplexity.
+
+    Raises:
+        DataError: the text is shorter than one window, or the model's context is.
+    """
+    limit = getattr(model.model.config, "max_position_embeddings", None)
+    if limit is not None and context_length > limit:
+        raise DataError(
+            f"The context length is {context_length}, but {model.name} has {limit} positions. "
+            f"Use --context-length {limit} or less."
+        )
+    stream = token_stream(model, corpus)
+    available = len(stream) // context_length
+    if available == 0:
+        raise DataError(
+            f"{corpus.name} has {len(stream)} tokens, fewer than one window of {context_length}. "
+            "Use a longer text or a shorter --context-length."
+        )
+    windows = stream[: available * context_length].view(available, context_length)
+    windows = windows[:max_windows]
+    total = 0.0
+    for index, window in enumerate(windows):
+        total += window_loss(model, window)
+        running = math.exp(total / ((index + 1) * (context_length - 1)))
+        values = {"index": index, "total": len(windows), "perplexity": running, "name": model.name}
+        emit("window", values)
+    return PerplexityResult(
+        perplexity=math.exp(total / (len(windows) * (context_length - 1))),
+        dataset=corpus.name,
+        context_length=context_length,
+        windows=len(windows),
+        windows_in_dataset=available,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device.type,
+    )
+
+
+@torch.inference_mode()
+def window_loss(model: LoadedModel, window: torch.Tensor) -> float:
+    """Return the summed negative log-likelihood of the tokens 1.. of one window."""
+    tokens = window.to(model.device).unsqueeze(0)
+    logits = model.model(tokens, use_cache=False).logits[0, :-1]
+    total = 0.0
+    for part, targets in zip(logits.split(256), tokens[0, 1:].split(256), strict=True):
+        # in pieces: float32 logits of a long window and a large vocabulary are gigabytes
+        total += float(torch.nn.functional.cross_entropy(part.float(), targets, reduction="sum"))
+    return total

@@ -1,0 +1,1 @@
+"""What the stored parts of a weight mean: one codec per file, constant CODEC."""

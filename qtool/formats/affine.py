@@ -1,0 +1,82 @@
+"""Format `affine`: w = scale * (code - zero_point). Specified in docs/format.md, section 4.
+
+Codes are stored as bit planes, most significant first, so that every bit width packs without
+waste and the conversion to binary coding keeps them as they are.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qtool.base import Codec, PartSpec, QuantizedTensor
+from qtool.core import affine, grouping
+from qtool.core.packing import codes_to_planes, num_words, planes_to_codes
+from qtool.errors import SchemeError
+from qtool.scheme import Shape2D, WeightScheme
+
+FORMAT = "affine"
+
+
+def layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
+    """Return the parts of a weight: codes, scales and, unless symmetric, zero points."""
+    if scheme.symmetric and scheme.num_bits == 1:
+        raise SchemeError(
+            "A symmetric affine weight needs 2 bits: one bit would hold only 0 and -scale. "
+            "Use 'bcq' for 1 bit."
+        )
+    bits, groups = scheme.num_bits, scheme.num_groups(shape)
+    rows = scheme.num_rows(shape)
+    by_row = scheme.group_dim == "in_features"
+    parts = {
+        "codes": PartSpec("int32", (bits, shape.out_features, num_words(shape.in_features))),
+        "scales": PartSpec("float16", (rows, groups) if by_row else (groups, rows)),
+    }
+    if not scheme.symmetric:
+        parts["zero_points"] = PartSpec("int32", (bits, groups, num_words(rows)))
+    return parts
+
+
+def encode(
+    codes: Tensor, scales: Tensor, zero_points: Tensor, scheme: WeightScheme, shape: Shape2D
+) -> QuantizedTensor:
+    """Pack solver results.
+
+    Args:
+        codes: (rows, num_groups, group_size) uint8, in rows of groups.
+        scales: (rows, num_groups) float16, > 0.
+        zero_points: (rows, num_groups) uint8; ignored if the scheme is symmetric.
+        scheme: Bits and grouping.
+        shape: Shape of the weight.
+    """
+    matrix = grouping.to_rows(grouping.join(codes, scheme.grouped_length(shape)), scheme)
+    parts = {
+        "codes": codes_to_planes(matrix, scheme.num_bits),
+        "scales": grouping.to_stored(scales, scheme),
+    }
+    if not scheme.symmetric:
+        parts["zero_points"] = codes_to_planes(zero_points.T, scheme.num_bits)
+    return QuantizedTensor(FORMAT, scheme, shape, parts)
+
+
+def zero_points(tensor: QuantizedTensor) -> Tensor:
+    """Return the zero points in the shape of the scales, uint8."""
+    scheme, scales = tensor.scheme, tensor.parts["scales"]
+    if scheme.symmetric:
+        return torch.full_like(scales, 2 ** (scheme.num_bits - 1), dtype=torch.uint8)
+    by_group = planes_to_codes(tensor.parts["zero_points"], scheme.num_rows(tensor.shape))
+    return by_group.T.contiguous() if scheme.group_dim == "in_features" else by_group
+
+
+def dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight, (out_features, in_features) in `dtype`."""
+    scheme, shape = tensor.scheme, tensor.shape
+    codes = planes_to_codes(tensor.parts["codes"], shape.in_features)
+    scales, zeros = (
+        grouping.spread(part, scheme, shape) for part in (tensor.parts["scales"], zero_points(tensor))
+    )
+    return affine.dequantize(codes, scales, zeros, dtype)
+
+
+CODEC = Codec(version=1, layout=layout, dequantize=dequantize)
+

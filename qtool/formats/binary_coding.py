@@ -1,0 +1,94 @@
+"""Format `binary_coding`: w = offset + sum_i plane_scale_i * b_i. docs/format.md, section 3."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qtool.base import Codec, PartSpec, QuantizedTensor
+from qtool.core import binary_coding, grouping
+from qtool.core.packing import codes_to_planes, num_words, unpack_bits
+from qtool.errors import SchemeError
+from qtool.formats import affine as affine_format
+from qtool.scheme import Shape2D, WeightScheme
+
+FORMAT = "binary_coding"
+
+
+def layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
+    """Return the parts of a weight: bit planes, plane scales and, unless symmetric, offsets."""
+    bits, groups, rows = scheme.num_bits, scheme.num_groups(shape), scheme.num_rows(shape)
+    parameters = (rows, groups) if scheme.group_dim == "in_features" else (groups, rows)
+    parts = {
+        "bit_planes": PartSpec("int32", (bits, shape.out_features, num_words(shape.in_features))),
+        "plane_scales": PartSpec("float16", (bits, *parameters)),
+    }
+    if not scheme.symmetric:
+        parts["plane_offsets"] = PartSpec("float16", parameters)
+    return parts
+
+
+def encode(
+    codes: Tensor, scales: Tensor, offsets: Tensor, scheme: WeightScheme, shape: Shape2D
+) -> QuantizedTensor:
+    """Pack solver results.
+
+    Args:
+        codes: (rows, num_groups, group_size) uint8; bit num_bits-1-i is the sign of plane i.
+        scales: (rows, num_groups, num_bits) float16, >= 0, descending.
+        offsets: (rows, num_groups) float16; ignored if the scheme is symmetric.
+        scheme: Bits and grouping.
+        shape: Shape of the weight.
+    """
+    matrix = grouping.to_rows(grouping.join(codes, scheme.grouped_length(shape)), scheme)
+    parts = {
+        "bit_planes": codes_to_planes(matrix, scheme.num_bits),
+        "plane_scales": grouping.to_stored(scales.permute(2, 0, 1), scheme),
+    }
+    if not scheme.symmetric:
+        parts["plane_offsets"] = grouping.to_stored(offsets, scheme)
+    return QuantizedTensor(FORMAT, scheme, shape, parts)
+
+
+def dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight, (out_features, in_features) in `dtype`."""
+    scheme, shape, parts = tensor.scheme, tensor.shape, tensor.parts
+    if scheme.symmetric:
+        weight = torch.zeros(shape, dtype=dtype, device=parts["bit_planes"].device)
+    else:
+        weight = grouping.spread(parts["plane_offsets"].to(dtype), scheme, shape).clone()
+    for planes, scales in zip(parts["bit_planes"], parts["plane_scales"], strict=True):
+        signs = unpack_bits(planes, shape.in_features).to(dtype).mul_(2).sub_(1)
+        weight += signs * grouping.spread(scales.to(dtype), scheme, shape)
+    return weight
+
+
+def from_affine(tensor: QuantizedTensor, parameter_dtype: torch.dtype) -> QuantizedTensor:
+    """Rewrite an affine weight as a binary-coded one; the codes become the planes unchanged.
+
+    Args:
+        tensor: A weight of format `affine`.
+        parameter_dtype: float64 makes the identity exact; in float16, scales stay exact unless
+            they underflow, and offsets round once.
+
+    Raises:
+        SchemeError: the weight isn't affine.
+    """
+    if tensor.format != affine_format.FORMAT:
+        raise SchemeError(f"from_affine takes an affine weight; this one is {tensor.format}.")
+    scheme = tensor.scheme
+    scales, offsets = binary_coding.from_affine(
+        tensor.parts["scales"].double(), affine_format.zero_points(tensor), num_bits=scheme.num_bits
+    )
+    parts = {
+        "bit_planes": tensor.parts["codes"],
+        "plane_scales": scales.permute(2, 0, 1).contiguous().to(parameter_dtype),
+        "plane_offsets": offsets.to(parameter_dtype),
+    }
+    with_offset = WeightScheme(
+        num_bits=scheme.num_bits, group_size=scheme.group_size, group_dim=scheme.group_dim
+    )
+    return QuantizedTensor(FORMAT, with_offset, tensor.shape, parts)
+
+
+CODEC = Codec(version=1, layout=layout, dequantize=dequantize)

@@ -1,0 +1,51 @@
+"""Round to nearest (RTN): the calibration-free baseline that all else is measured against.
+
+Each weight goes to the nearest point of the uniform grid over its group's range.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from qtool.base import LayerProblem, LayerSolution, Method
+from qtool.core import affine, grouping, metrics
+from qtool.errors import RecipeError
+from qtool.formats import affine as affine_format
+from qtool.scheme import Shape2D
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RtnOptions:
+    """Options of `rtn`."""
+
+    clip_ratio: float = 1.0
+    """Fraction of the group's range that the grid covers, above 0; below 1 clips outliers."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip_ratio <= 1:
+            raise RecipeError(f"clip_ratio is {self.clip_ratio}; allowed are 0 < clip_ratio <= 1.")
+
+
+def quantize_rtn(problem: LayerProblem, options: RtnOptions) -> LayerSolution:
+    """Quantize one weight; ignores all statistics."""
+    scheme = problem.scheme
+    shape = Shape2D(*problem.weight.shape)
+    groups = grouping.split(grouping.to_rows(problem.weight, scheme), scheme.group_size)
+    scales, zero_points = affine.fit_min_max(
+        groups,
+        num_bits=scheme.num_bits,
+        symmetric=scheme.symmetric,
+        clip_ratio=options.clip_ratio,
+    )
+    codes = affine.quantize(groups, scales, zero_points, num_bits=scheme.num_bits)
+    tensor = affine_format.encode(codes, scales, zero_points, scheme, shape)
+    error = metrics.nmse(problem.weight, affine_format.dequantize(tensor, torch.float32))
+    return LayerSolution(tensor, {"nmse": error})
+
+
+METHOD = Method(
+    summary="Round to nearest on a uniform grid (affine); needs no data.",
+    options=RtnOptions,
+    solve=quantize_rtn,
+    layout=affine_format.layout,
+)

@@ -1,0 +1,1 @@
+"""Models seen as data: where their tensors are, what their layers are called."""

@@ -1,0 +1,16 @@
+"""GPT-NeoX and Pythia (q, k, v interleaved in one linear)."""
+
+from qtool.base import ModelAdapter
+
+ADAPTER = ModelAdapter(
+    blocks="gpt_neox.layers",
+    linears=(
+        ("attention.query_key_value",),
+        ("attention.dense",),
+        ("mlp.dense_h_to_4h",),
+        ("mlp.dense_4h_to_h",),
+    ),
+    embedding="gpt_neox.embed_in",
+    head="embed_out",
+    base_prefix="gpt_neox",
+)

@@ -1,0 +1,93 @@
+"""Load a model object with its tokenizer, quantized or not, through transformers."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qtool.checkpoint.shards import open_shards, read_json
+from qtool.errors import ModelError, QtoolError
+from qtool.modeling.locate import locate
+
+DTypeName = Literal["float16", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run."""
+
+    name: str
+    """What to call it in results: public name, else the directory's own name."""
+    directory: Path
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+
+
+def default_device() -> torch.device:
+    """Return the first CUDA card if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Return float16 on a card; float32 on a CPU, where float16 arithmetic is slow."""
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def load_model(
+    model: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> LoadedModel:
+    """Load a model for evaluation; weights of another dtype are cast.
+
+    Args:
+        model: Directory (quantized or not), hub id, `.gguf` file, or `demo:smollm2`.
+        device: None: the first CUDA card, else the CPU.
+        dtype: Of activations and unquantized weights; None: by device.
+
+    Raises:
+        ModelError: transformers can't load it.
+        CheckpointError: files are missing or damaged.
+    """
+    location = locate(model)
+    if not (location.directory / "config.json").is_file():
+        raise ModelError(f"{location.directory} has no config.json: it isn't a finished model.")
+    read_json(location.directory / "config.json")
+    open_shards(location.directory)  # says what is wrong better than transformers does
+    device = torch.device(device) if device is not None else default_device()
+    dtype = dtype or default_dtype(device)
+    loaded, tokenizer = _from_pretrained(location.directory, dtype)
+    name = location.public_name or location.directory.resolve().name
+    return LoadedModel(name, location.directory, loaded.to(device).eval(), tokenizer, device, dtype)
+
+
+def load_tokenizer(model: str) -> Any:  # noqa: ANN401
+    """Return the tokenizer of a model."""
+    import transformers
+
+    directory = locate(model).directory
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # transformers raises many unrelated types
+        raise ModelError(f"{directory} has no usable tokenizer: {error}") from error
+
+
+def _from_pretrained(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, trust_remote_code=False, local_files_only=True
+        )
+    except QtoolError:
+        raise
+    except Exception as error:  # transformers raises many unrelated types
+        raise ModelError(f"transformers can't load {directory}: {error}") from error
+    return model, load_tokenizer(str(directory))

@@ -1,0 +1,292 @@
+"""The product in one page: straight-line functions that the command line calls."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import qtool
+from qtool.base import Emit, Env, ignore_events
+from qtool.bench.model import SpeedResult, time_model
+from qtool.checkpoint.manifest import LayerEntry, Manifest
+from qtool.checkpoint.reader import CheckpointReader
+from qtool.checkpoint.shards import open_shards, read_json
+from qtool.checkpoint.writer import CheckpointWriter, check_free_space, check_replaceable
+from qtool.data.corpora import load_corpus
+from qtool.errors import CheckpointError
+from qtool.evaluation.perplexity import PerplexityResult, perplexity
+from qtool.modeling.card import model_card
+from qtool.modeling.load import LoadedModel, default_device, load_model
+from qtool.modeling.source import ModelSource, open_source
+from qtool.recipe.schema import Recipe
+from qtool.runtime.select import use_backend
+from qtool.stages.memory import peak_memory
+from qtool.stages.plan import Plan, make_plan
+from qtool.stages.solve import LayerResult, solve_data_free
+
+REPORT_NAME = "quantization_report.json"
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeResult:
+    """What a finished run reports; written as quantization_report.json but for `out_dir`."""
+
+    out_dir: Path
+    average_bits: float
+    weight_bytes: int
+    source_bytes: int
+    seconds: float
+    peak_memory_bytes: int
+    device: str
+    layers: tuple[LayerResult, ...]
+
+
+def plan(model: str, recipe: Recipe) -> Plan:
+    """Return what `quantize` would do, with bits and bytes per layer; reads no weights."""
+    return make_plan(open_source(model), recipe)
+
+
+def quantize(
+    model: str,
+    out_dir: Path,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    emit: Emit = ignore_events,
+) -> QuantizeResult:
+    """Quantize a model and write a checkpoint.
+
+    Args:
+        model: Local directory, hub id, `.gguf` file, or `demo:smollm2`.
+        out_dir: Where the checkpoint goes; appears only when it is complete.
+        recipe: All that decides the result.
+        overwrite: Replace a checkpoint that is there, and drop an unfinished run.
+        resume: Continue an unfinished run of the same recipe.
+        emit: Receives `layer` events.
+
+    Raises:
+        QtoolError: see `qtool.errors`; nothing is left half-written.
+    """
+    started = time.perf_counter()
+    check_replaceable(out_dir, overwrite=overwrite)
+    source = open_source(model)
+    layer_plan = make_plan(source, recipe)
+    check_free_space(out_dir, layer_plan.total_bytes)
+    env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
+    writer = CheckpointWriter(
+        out_dir, fingerprint=_fingerprint(source, recipe), overwrite=overwrite, resume=resume
+    )
+    with writer:
+        results = solve_data_free(source, layer_plan, writer, env)
+        result = QuantizeResult(
+            out_dir=out_dir,
+            average_bits=layer_plan.average_bits,
+            weight_bytes=layer_plan.total_bytes,
+            source_bytes=layer_plan.source_bytes,
+            seconds=time.perf_counter() - started,
+            peak_memory_bytes=peak_memory(env.device),
+            device=env.device,
+            layers=results,
+        )
+        manifest = _manifest(source, recipe, layer_plan, results)
+        files = source.companions()
+        files["README.md"] = model_card(manifest, source.public_name).encode()
+        files[REPORT_NAME] = _report(result)
+        writer.finish(files, _config(source, manifest))
+    return result
+
+
+def _fingerprint(source: ModelSource, recipe: Recipe) -> dict[str, Any]:
+    """Return all that decides the output: a resumed run must agree on it."""
+    sizes = {spec.file.name: spec.file.stat().st_size for spec in source.shards.specs.values()}
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "model": {"config": dict(source.config), "files": dict(sorted(sizes.items()))},
+        "version of qtool": qtool.__version__,
+    }
+
+
+def _manifest(
+    source: ModelSource, recipe: Recipe, layer_plan: Plan, results: tuple[LayerResult, ...]
+) -> Manifest:
+    layers = {result.name: result.entry for result in results}
+    if layer_plan.tied_head is not None:
+        table = layers[source.adapter.embedding]
+        layers[layer_plan.tied_head] = LayerEntry(
+            format=table.format,
+            scheme=table.scheme,
+            shape=table.shape,
+            method=table.method,
+            shared_with=source.adapter.embedding,
+        )
+    return Manifest(
+        tool_version=qtool.__version__,
+        recipe=recipe.model_dump(mode="json", exclude_defaults=True),
+        layers=layers,
+        source=source.public_name,
+    )
+
+
+def _config(source: ModelSource, manifest: Manifest) -> dict[str, Any]:
+    config = {key: value for key, value in source.config.items() if key != "_name_or_path"}
+    return {**config, "quantization_config": manifest.to_config()}
+
+
+def _report(result: QuantizeResult) -> bytes:
+    values = {key: value for key, value in asdict(result).items() if key not in ("out_dir", "layers")}
+    values["layers"] = [
+        {"name": layer.name, **layer.metrics, "seconds": layer.seconds} for layer in result.layers
+    ]
+    return (json.dumps({"version of qtool": qtool.__version__, **values}, indent=2) + "\n").encode()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFigures:
+    """All that was measured of one model."""
+
+    name: str
+    weight_bytes: int
+    average_bits: float
+    """Stored bits per weight of the quantized layers; 16 or 32 for an unquantized model."""
+    quantize_seconds: float | None = None
+    perplexity: PerplexityResult | None = None
+    speed: SpeedResult | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Figures of a checkpoint and, measured in the same run, of its original."""
+
+    figures: tuple[ModelFigures, ...]
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalOptions:
+    """What `evaluate` measures."""
+
+    dataset: str = "wikitext2-test"
+    context_length: int = 2048
+    max_windows: int | None = None
+
+
+def evaluate(
+    model: str,
+    options: EvalOptions,
+    *,
+    baseline: str | None = None,
+    backend: str | None = None,
+    emit: Emit = ignore_events,
+) -> Comparison:
+    """Measure the perplexity of a model and, if given, of a baseline beside it."""
+    corpus = load_corpus(options.dataset)
+    figures = []
+    for name in (baseline, model):
+        if name is None:
+            continue
+        with _loaded(name, backend) as loaded:
+            measured = perplexity(
+                loaded,
+                corpus,
+                context_length=options.context_length,
+                max_windows=options.max_windows,
+                emit=emit,
+            )
+            figures.append(_figures(loaded, perplexity=measured))
+    return Comparison(tuple(figures), versions())
+
+
+def bench(
+    model: str,
+    *,
+    baseline: str | None = None,
+    backend: str | None = None,
+    quality: EvalOptions | None = None,
+    emit: Emit = ignore_events,
+) -> Comparison:
+    """Time a checkpoint and, in the same run, its original.
+
+    Args:
+        model: The checkpoint.
+        baseline: The original; None: what the checkpoint names as its source, if anything.
+        backend: Run the quantized layers with this backend; None: choose.
+        quality: Measure the perplexity too.
+        emit: Receives `window` and `timing` events.
+    """
+    reader = CheckpointReader(Path(model))
+    baseline = baseline or reader.manifest.source
+    corpus = load_corpus(quality.dataset) if quality else None
+    figures = []
+    for name in (baseline, model):
+        if name is None:
+            continue
+        with _loaded(name, backend) as loaded:
+            measured = None
+            if quality is not None and corpus is not None:
+                measured = perplexity(
+                    loaded,
+                    corpus,
+                    context_length=quality.context_length,
+                    max_windows=quality.max_windows,
+                    emit=emit,
+                )
+            emit("timing", {"name": loaded.name})
+            figures.append(_figures(loaded, perplexity=measured, speed=time_model(loaded)))
+    return Comparison(tuple(figures), versions())
+
+
+@contextmanager
+def _loaded(name: str, backend: str | None) -> Iterator[LoadedModel]:
+    with use_backend(backend):
+        yield load_model(name)
+
+
+def _figures(
+    loaded: LoadedModel,
+    *,
+    perplexity: PerplexityResult | None = None,
+    speed: SpeedResult | None = None,
+) -> ModelFigures:
+    directory = loaded.directory
+    shards = open_shards(directory)
+    size = sum(file.stat().st_size for file in {spec.file for spec in shards.specs.values()})
+    config = read_json(directory / "config.json").get("quantization_config")
+    if config is None:
+        bits = 32.0 if any(spec.dtype == "F32" for spec in shards.specs.values()) else 16.0
+        return ModelFigures(loaded.name, size, bits, None, perplexity, speed)
+    reader = CheckpointReader(directory)
+    return ModelFigures(
+        loaded.name,
+        size,
+        reader.manifest.average_bits(),
+        quantize_seconds(directory),
+        perplexity,
+        speed,
+    )
+
+
+def quantize_seconds(directory: Path) -> float | None:
+    """Return how long the quantization of a checkpoint took, if its report is there."""
+    try:
+        return float(read_json(directory / REPORT_NAME)["seconds"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    import platform
+
+    import torch
+    import transformers
+
+    return {
+        "qtool": qtool.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

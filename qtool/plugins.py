@@ -1,0 +1,50 @@
+"""Plug-ins are modules found by file name: `qtool/methods/rtn.py` is the method `rtn`.
+
+No registry and no decorator: listing names imports nothing, loading one imports one module.
+A module whose name starts with an underscore is no plug-in.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import TypeVar
+
+from qtool.errors import UnknownNameError
+
+T = TypeVar("T")
+
+
+def names(package: ModuleType) -> tuple[str, ...]:
+    """Return the sorted names of the plug-ins in `package`, without importing them."""
+    found = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return tuple(sorted(name for name in found if not name.startswith("_")))
+
+
+def load(package: ModuleType, name: str, constant: str, kind: type[T]) -> T:
+    """Return the constant of the plug-in `name`.
+
+    Args:
+        package: The package that holds the plug-ins, such as `qtool.methods`.
+        name: The plug-in's file name without `.py`.
+        constant: The module-level name that it must define, such as `METHOD`.
+        kind: The type that the constant must have.
+
+    Raises:
+        UnknownNameError: there is no such plug-in; the message suggests the nearest.
+        TypeError: the module doesn't define the constant (a mistake of the plug-in's author).
+    """
+    known = names(package)
+    if name not in known:
+        raise UnknownNameError(describe_miss(name, known, package.__name__.rsplit(".", 1)[-1]))
+    value = getattr(importlib.import_module(f"{package.__name__}.{name}"), constant, None)
+    if not isinstance(value, kind):
+        raise TypeError(f"{package.__name__}.{name} must define {constant}: {kind.__name__}")
+    return value
+
+
+def describe_miss(name: str, known: tuple[str, ...], where: str) -> str:
+    """Return the sentence for an unknown name: the nearest known one, then all of them."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"No '{name}' in {where}.{hint} Known: {', '.join(known)}."

@@ -1,0 +1,1 @@
+"""Recipes: YAML that decides everything of a run but model, device and paths. Torch-free."""

@@ -1,0 +1,35 @@
+"""The built-in recipes and where a recipe given by name or path is."""
+
+from pathlib import Path
+
+from qtool import resources
+from qtool.errors import RecipeError
+from qtool.plugins import describe_miss
+
+
+def built_in() -> tuple[str, ...]:
+    """Return the sorted names of the built-in recipes."""
+    return tuple(sorted(path.stem for path in resources.recipes_dir().glob("*.yaml")))
+
+
+def find(name: str, *, relative_to: Path | None = None) -> Path:
+    """Return the file of a recipe.
+
+    Args:
+        name: A built-in name, or a path ending in .yaml or .yml.
+        relative_to: Folder that relative paths start from; None: the working directory.
+
+    Raises:
+        RecipeError: there is no such recipe.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = (relative_to or Path()) / name
+        if not path.is_file():
+            raise RecipeError(f"No recipe file {path}.")
+        return path
+    if name not in built_in():
+        raise RecipeError(
+            describe_miss(name, built_in(), "built-in recipes")
+            + " A recipe of your own is given by its path, ending in .yaml."
+        )
+    return resources.recipes_dir() / f"{name}.yaml"

@@ -1,0 +1,106 @@
+"""The shape of a recipe: fixed optional sections, frozen, strict. An absent section doesn't run."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from qtool.scheme import MAX_BITS, GroupDim, WeightScheme
+
+RECIPE_VERSION = 1
+
+
+def _keep_bool_out(value: object) -> object:
+    """Refuse YAML booleans where a number is meant (pydantic would read true as 1)."""
+    if isinstance(value, bool):
+        raise ValueError("is a boolean; a whole number is meant")
+    return value
+
+
+WholeNumber = Annotated[int, BeforeValidator(_keep_bool_out)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values don't change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class SchemeSection(Section):
+    """Bits and grouping of a weight."""
+
+    num_bits: Annotated[WholeNumber, Field(ge=1, le=MAX_BITS)] = 4
+    """Bits per code, or number of bit planes."""
+    group_size: Annotated[WholeNumber, Field(ge=1)] | None = 128
+    """Neighbours that share scales; null: one group spans the whole dimension."""
+    group_dim: GroupDim = "in_features"
+    """Dimension along which a group runs."""
+    symmetric: bool = False
+    """No zero point (affine) or no offset (binary coding)."""
+
+    def to_scheme(self) -> WeightScheme:
+        """Return the scheme as the rest of qtool knows it."""
+        return WeightScheme(**self.model_dump())
+
+
+class Override(Section):
+    """What differs for the layers whose dotted name matches."""
+
+    match: str
+    """Glob on the layer's dotted name, such as '*.down_proj'; the first match wins."""
+    skip: bool = False
+    """Leave these layers in 16 bit."""
+    method: str | None = None
+    scheme: Mapping[str, Any] = {}
+    """Keys of `weights.scheme` that differ."""
+    options: Mapping[str, Any] = {}
+    """Keys of `weights.options` that differ; replaces them all if the method differs."""
+
+
+class WeightsSection(Section):
+    """How the linear layers of the decoder blocks are quantized."""
+
+    method: str
+    scheme: SchemeSection = SchemeSection()
+    options: Mapping[str, Any] = {}
+    """Options of the method; `qtool methods` lists them."""
+    overrides: tuple[Override, ...] = ()
+
+
+class TableSection(Section):
+    """How the embedding or the head is quantized."""
+
+    method: str = "rtn"
+    scheme: SchemeSection = SchemeSection(num_bits=8, group_size=64)
+    options: Mapping[str, Any] = {}
+
+
+class Recipe(Section):
+    """All that decides a run but model, device and paths."""
+
+    version: Literal[1] = 1
+    description: str = ""
+    weights: WeightsSection
+    embedding: TableSection | None = None
+    """Absent: the embedding stays in 16 bit. With tied weights it covers the head."""
+    head: TableSection | None = None
+    """Absent: the head stays in 16 bit."""
+    seed: WholeNumber = 0
+
+
+def resolve(weights: WeightsSection, layer: str) -> WeightsSection | None:
+    """Return the section that holds for one layer, None if it is skipped; overrides applied."""
+    for override in weights.overrides:
+        if not fnmatchcase(layer, override.match):
+            continue
+        if override.skip:
+            return None
+        other_method = override.method not in (None, weights.method)
+        options = {} if other_method else dict(weights.options)
+        return WeightsSection(
+            method=override.method or weights.method,
+            scheme=SchemeSection(**{**weights.scheme.model_dump(), **override.scheme}),
+            options={**options, **override.options},
+        )
+    return weights

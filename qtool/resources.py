@@ -1,0 +1,26 @@
+"""Where the shipped recipes and kernels are: at the repository's root, or inside the wheel."""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+
+
+def _find(name: str) -> Path:
+    """Return the folder `name` of a source checkout, else its copy inside the wheel."""
+    in_wheel = _PACKAGE / f"_{name}"
+    return in_wheel if in_wheel.is_dir() else _PACKAGE.parent / name
+
+
+def recipes_dir() -> Path:
+    """Return the folder of the built-in recipes."""
+    return _find("recipes")
+
+
+def kernels_dir() -> Path:
+    """Return the folder of the CUDA sources."""
+    return _find("kernels")
+
+
+def texts_dir() -> Path:
+    """Return the folder of the bundled evaluation texts."""
+    return _PACKAGE / "data" / "texts"

@@ -1,0 +1,1 @@
+"""Execution of checkpoints: backends, modules, registration with transformers."""

@@ -1,0 +1,1 @@
+"""What executes quantized weights: one backend per file, constant BACKEND."""

@@ -1,0 +1,60 @@
+"""Which backend executes a weight: the best that can, unless one is asked for by name."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+
+import qtool.runtime.backends
+from qtool import plugins
+from qtool.base import KernelBackend, QuantizedTensor
+from qtool.errors import BackendError
+
+_WANTED: ContextVar[str | None] = ContextVar("qtool_backend", default=None)
+
+
+def load_backend(name: str) -> KernelBackend:
+    """Return a backend by name; importing it must not need what it runs on."""
+    return plugins.load(qtool.runtime.backends, name, "BACKEND", object)  # type: ignore[return-value]
+
+
+def wanted_backend() -> str | None:
+    """Return the name asked for by `use_backend` or $QTOOL_BACKEND; None: choose."""
+    return _WANTED.get() or os.environ.get("QTOOL_BACKEND") or None
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Make models loaded inside the block use one backend; None: choose.
+
+    Raises:
+        UnknownNameError: there is no such backend.
+    """
+    if name is not None:
+        load_backend(name)
+    token = _WANTED.set(name)
+    try:
+        yield
+    finally:
+        _WANTED.reset(token)
+
+
+def choose_backend(
+    tensor: QuantizedTensor, device: torch.device, wanted: str | None
+) -> KernelBackend:
+    """Return the backend that will execute `tensor` on `device`.
+
+    Raises:
+        BackendError: the wanted one can't; the message has its reason.
+    """
+    if wanted is not None:
+        backend = load_backend(wanted)
+        reason = backend.why_not(tensor, device)
+        if reason is not None:
+            raise BackendError(f"Backend '{wanted}' can't run this weight: {reason}")
+        return backend
+    names = plugins.names(qtool.runtime.backends)
+    able = [b for b in map(load_backend, names) if b.why_not(tensor, device) is None]
+    return max(able, key=lambda backend: backend.priority)  # `reference` always can

@@ -1,0 +1,1 @@
+"""Steps of the pipeline: frozen data in, frozen data out."""

@@ -1,0 +1,172 @@
+"""Plan a run without reading a weight: which layers, which scheme, how many bytes."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+import qtool.methods
+from qtool import plugins
+from qtool.base import Method
+from qtool.checkpoint.manifest import num_bytes
+from qtool.errors import RecipeError, SchemeError
+from qtool.modeling.source import ModelSource
+from qtool.recipe.schema import Recipe, TableSection, WeightsSection, resolve
+from qtool.scheme import Shape2D, WeightScheme
+
+Role = Literal["block", "embedding", "head"]
+STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What will happen to one layer."""
+
+    name: str
+    role: Role
+    shape: Shape2D
+    scheme: WeightScheme
+    method: str
+    options: Any
+    """Instance of the method's options dataclass."""
+    num_bytes: int
+
+    @property
+    def average_bits(self) -> float:
+        """Stored bits per weight, with scales and offsets."""
+        return 8 * self.num_bytes / prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All layers to be quantized and all tensors to be copied, in order."""
+
+    layers: tuple[LayerPlan, ...]
+    tied_head: str | None
+    """Name of the head if it shares the quantized embedding."""
+    kept: tuple[str, ...]
+    """Full names of the tensors that are copied unchanged."""
+    kept_bytes: int
+    source_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the weights of the checkpoint."""
+        return self.kept_bytes + sum(layer.num_bytes for layer in self.layers)
+
+    @property
+    def average_bits(self) -> float:
+        """Stored bits per quantized weight, with scales and offsets."""
+        weights = sum(prod(layer.shape) for layer in self.layers)
+        return 8 * sum(layer.num_bytes for layer in self.layers) / max(weights, 1)
+
+
+def load_method(name: str) -> Method:
+    """Return a method by name."""
+    return plugins.load(qtool.methods, name, "METHOD", Method)
+
+
+def parse_options(method_name: str, method: Method, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Return the method's options.
+
+    Raises:
+        RecipeError: unknown key, wrong type or impossible value.
+    """
+    known = tuple(field.name for field in fields(method.options))
+    for key in values:
+        if key not in known:
+            where = f"weights.options of '{method_name}'"
+            raise RecipeError(plugins.describe_miss(str(key), known, where))
+    try:
+        return TypeAdapter(method.options).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].replace("Input should", "it should")
+        raise RecipeError(f"weights.options.{path} is {first['input']!r}; {message}.") from None
+
+
+def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
+    """Apply a recipe to a model; every option is checked here, before any weight is read.
+
+    Raises:
+        RecipeError: an option is wrong, or an override matches nothing.
+        SchemeError: a method can't do the scheme.
+        UnknownNameError: there is no such method.
+    """
+    _check_overrides(source, recipe)
+    layers = tuple(_layers(source, recipe))
+    if not layers:
+        raise RecipeError("The recipe skips every layer: nothing is left to quantize.")
+    quantized = {f"{layer.name}.weight" for layer in layers}
+    tied = source.head_is_tied and recipe.embedding is not None
+    head = source.adapter.head
+    kept = tuple(
+        name
+        for name in source.names()
+        if name not in quantized and not (tied and name == f"{head}.weight")
+    )
+    return Plan(
+        layers=layers,
+        tied_head=head if tied else None,
+        kept=kept,
+        kept_bytes=sum(_stored_bytes(source, name) for name in kept),
+        source_bytes=sum(_stored_bytes(source, name) for name in source.names()),
+    )
+
+
+def _stored_bytes(source: ModelSource, name: str) -> int:
+    spec = source.spec(name)
+    return prod(spec.shape) * STORED_BYTES.get(spec.dtype, 1)
+
+
+def _check_overrides(source: ModelSource, recipe: Recipe) -> None:
+    names = tuple(source.block_linears())
+    for number, override in enumerate(recipe.weights.overrides):
+        if not any(fnmatchcase(name, override.match) for name in names):
+            raise RecipeError(
+                f"weights.overrides.{number}.match is {override.match!r}, which matches none of "
+                f"the {len(names)} layers; the first is {names[0]}."
+            )
+
+
+def _layers(source: ModelSource, recipe: Recipe) -> Iterator[LayerPlan]:
+    for name in source.block_linears():
+        section = resolve(recipe.weights, name)
+        if section is not None:
+            yield _plan_layer(source, name, "block", section)
+    if recipe.embedding is not None:
+        yield _plan_layer(source, source.adapter.embedding, "embedding", recipe.embedding)
+    if recipe.head is not None:
+        if source.head_is_tied:
+            raise RecipeError(
+                "This model's head is tied to its embedding; quantize both with the section "
+                "'embedding' and leave out 'head'."
+            )
+        yield _plan_layer(source, source.adapter.head, "head", recipe.head)
+
+
+def _plan_layer(
+    source: ModelSource, name: str, role: Role, section: WeightsSection | TableSection
+) -> LayerPlan:
+    method = load_method(section.method)
+    scheme = section.scheme.to_scheme()
+    if scheme.num_bits not in method.num_bits:
+        raise SchemeError(
+            f"{name}: num_bits is {scheme.num_bits}; '{section.method}' takes "
+            f"{method.num_bits.start} to {method.num_bits.stop - 1}."
+        )
+    shape = source.weight_shape(name)
+    parts = method.layout(scheme, shape)
+    return LayerPlan(
+        name=name,
+        role=role,
+        shape=shape,
+        scheme=scheme,
+        method=section.method,
+        options=parse_options(section.method, method, section.options),
+        num_bytes=sum(num_bytes(part) for part in parts.values()),
+    )
