@@ -24,7 +24,7 @@ _LAZY = {
     "use_backend": "qtool.runtime.select",
 }
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "__version__",
     *sorted(_LAZY),
 ]

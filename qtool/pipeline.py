@@ -137,7 +137,9 @@ def _config(source: ModelSource, manifest: Manifest) -> dict[str, Any]:
 
 
 def _report(result: QuantizeResult) -> bytes:
-    values = {key: value for key, value in asdict(result).items() if key not in ("out_dir", "layers")}
+    values = {
+        key: value for key, value in asdict(result).items() if key not in ("out_dir", "layers")
+    }
     values["layers"] = [
         {"name": layer.name, **layer.metrics, "seconds": layer.seconds} for layer in result.layers
     ]

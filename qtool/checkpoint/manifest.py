@@ -133,5 +133,7 @@ def _entry_from_json(value: Mapping[str, Any]) -> LayerEntry:
     )
     known = codec(entry.format).version
     if value["codec_version"] > known:
-        raise CheckpointError(f"codec {entry.format} is version {value['codec_version']}, known {known}")
+        raise CheckpointError(
+            f"codec {entry.format} is version {value['codec_version']}, known {known}"
+        )
     return entry

@@ -39,7 +39,9 @@ class CheckpointReader:
 
     def _check(self, name: str, entry: LayerEntry) -> None:
         if entry.shared_with is not None and entry.shared_with not in self.manifest.layers:
-            raise CheckpointError(f"{name} shares the parts of {entry.shared_with}, which isn't there.")
+            raise CheckpointError(
+                f"{name} shares the parts of {entry.shared_with}, which isn't there."
+            )
         for part, spec in entry.layout().items():
             stored = self._shards.specs.get(f"{name}.{part}")
             if stored is None:

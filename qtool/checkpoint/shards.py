@@ -66,7 +66,8 @@ def open_shards(directory: Path) -> Shards:
         return Shards(_read_header(files[0]))
     if files:
         raise CheckpointError(
-            f"{directory} has {len(files)} safetensors files but no {INDEX_NAME}. Copy the index too."
+            f"{directory} has {len(files)} safetensors files but no {INDEX_NAME}. "
+            "Copy the index too."
         )
     if any(directory.glob("*.bin")):
         raise CheckpointError(
@@ -84,7 +85,9 @@ def _from_index(directory: Path, index: Path) -> dict[str, TensorSpec]:
     specs = {}
     for name, file_name in weight_map.items():
         if Path(str(file_name)).name != file_name:
-            raise CheckpointError(f"{index}: {name} is said to be in {file_name!r}, no plain file name.")
+            raise CheckpointError(
+                f"{index}: {name} is said to be in {file_name!r}, no plain file name."
+            )
         if file_name not in headers:
             headers[file_name] = _read_header(directory / file_name)
         if name not in headers[file_name]:

@@ -54,7 +54,9 @@ class CheckpointWriter:
         self._names: list[str] = []
         check_replaceable(out_dir, overwrite=overwrite)
         with _one_line(out_dir):
-            self._claim(json.loads(json.dumps(dict(fingerprint))), overwrite=overwrite, resume=resume)
+            self._claim(
+                json.loads(json.dumps(dict(fingerprint))), overwrite=overwrite, resume=resume
+            )
 
     def _claim(self, fingerprint: dict[str, Any], *, overwrite: bool, resume: bool) -> None:
         job = self.work_dir / JOB_NAME

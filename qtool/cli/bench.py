@@ -13,7 +13,9 @@ from qtool.errors import NotYetError
 
 def bench(
     out_dir: Annotated[str, typer.Argument(help="Checkpoint.")],
-    gpu: Annotated[bool, typer.Option("--gpu", help="Time the GPU kernels (later version).")] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Time the GPU kernels (later version).")
+    ] = False,
     baseline: Annotated[
         str | None,
         typer.Option(help="Original to time beside it; default: the checkpoint's source."),

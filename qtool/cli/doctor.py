@@ -39,9 +39,7 @@ def doctor() -> None:
     ]
     console.print_table("Extras", {"extra": "left", "installed": "left"}, rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [
-        (name, _backend_state(name, device)) for name in plugins.names(qtool.runtime.backends)
-    ]
+    rows = [(name, _backend_state(name, device)) for name in plugins.names(qtool.runtime.backends)]
     console.print_table(f"Backends on {device}", {"backend": "left", "state": "left"}, rows)
 
 

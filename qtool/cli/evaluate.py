@@ -26,9 +26,7 @@ def evaluate(
     windows: Annotated[
         int | None, typer.Option(min=1, help="Use the first windows only; default all.")
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Local task data (next version).")
-    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Local task data (next version).")] = None,
     limit: Annotated[int | None, typer.Option(help="Items per task (next version).")] = None,
     backend: Annotated[
         str | None, typer.Option(help="Run quantized layers with this backend.")

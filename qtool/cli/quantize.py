@@ -19,9 +19,7 @@ WHAT, HOW, WHERE, DEBUG = "What", "How", "Where", "Debug"
 
 
 def quantize(
-    model: Annotated[
-        str, typer.Argument(help="Directory, hub id, .gguf file, or demo:smollm2.")
-    ],
+    model: Annotated[str, typer.Argument(help="Directory, hub id, .gguf file, or demo:smollm2.")],
     out_dir: Annotated[Path, typer.Argument(help="Directory for the checkpoint.")],
     method: Annotated[
         str | None, typer.Option(help="rtn or bcq; see `qtool methods`.", rich_help_panel=WHAT)
@@ -61,7 +59,9 @@ def quantize(
     ] = False,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", help="Write the result as JSON; - is stdout.", rich_help_panel=DEBUG),
+        typer.Option(
+            "--json", help="Write the result as JSON; - is stdout.", rich_help_panel=DEBUG
+        ),
     ] = None,
 ) -> None:
     """Quantize a model and write a checkpoint.

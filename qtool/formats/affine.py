@@ -73,10 +73,10 @@ def dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     scheme, shape = tensor.scheme, tensor.shape
     codes = planes_to_codes(tensor.parts["codes"], shape.in_features)
     scales, zeros = (
-        grouping.spread(part, scheme, shape) for part in (tensor.parts["scales"], zero_points(tensor))
+        grouping.spread(part, scheme, shape)
+        for part in (tensor.parts["scales"], zero_points(tensor))
     )
     return affine.dequantize(codes, scales, zeros, dtype)
 
 
 CODEC = Codec(version=1, layout=layout, dequantize=dequantize)
-

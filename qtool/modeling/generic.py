@@ -46,7 +46,9 @@ def adapter_of(model: "torch.nn.Module", family: str) -> ModelAdapter:  # type: 
         and not any(isinstance(part, nn.ModuleList) for part in list(module.modules())[1:])
     }
     if not lists:
-        raise ModelError(f"No list of decoder blocks made of linears in a {family!r} model. {advice}")
+        raise ModelError(
+            f"No list of decoder blocks made of linears in a {family!r} model. {advice}"
+        )
     blocks, module = max(lists.items(), key=lambda item: _size(item[1]))
     first = module[0]
     stacked = [name for name, weight in first.named_parameters() if weight.dim() > 2]  # noqa: PLR2004

@@ -181,7 +181,7 @@ def _count_blocks(adapter: ModelAdapter, shards: Shards, prefix: str, directory:
 def _check_linears(source: ModelSource) -> None:
     for layer in source.block_linears():
         name = f"{layer}.weight"
-        if not source._has(name):  # noqa: SLF001
+        if not source._has(name):
             raise ModelError(
                 f"{source.directory}: {name} is missing; the adapter of "
                 f"{source.config.get('model_type')!r} expects it in each block."

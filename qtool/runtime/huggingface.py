@@ -69,22 +69,33 @@ def install(model: nn.Module, manifest: Manifest) -> None:
     Raises:
         CheckpointError: the model has no such layer, or one of another shape.
     """
+    tied: list[tuple[str, str]] = []
     modules = dict(model.named_modules())
+    head = next((n for n, part in modules.items() if part is model.get_output_embeddings()), None)
     for name, entry in manifest.layers.items():
         if entry.shared_with is None:
-            old = modules.get(name)
-            if old is None:
-                raise CheckpointError(f"The model has no layer {name}, which the checkpoint holds.")
-            _replace(model, name, _replacement(name, old, entry))
-    for name, entry in manifest.layers.items():
-        if entry.shared_with is not None:
-            embedding = model.get_submodule(entry.shared_with)
-            if not isinstance(embedding, QuantizedEmbedding):
-                raise CheckpointError(f"{name} shares {entry.shared_with}, which is no embedding.")
-            _replace(model, name, TiedHead(embedding))
-            # What is shared has no `weight` to tie.
-            model.tie_weights = lambda *_args, **_kwargs: None
-            model.all_tied_weights_keys = {}
+            # Some versions of transformers rename the head, and its tensors while loading.
+            target = name if name in modules else head
+            if target is None:
+                raise CheckpointError(f"The model has no layer {name}; the checkpoint holds it.")
+            _replace(model, target, _replacement(name, modules[target], entry))
+        elif head is not None:
+            tied.append((head, entry.shared_with))
+    for target, embedding in tied:
+        _tie(model, target, embedding)
+    for module in model.modules():  # transformers would initialize what is no longer there (GPT-2)
+        if any(isinstance(child, QuantizedLinear) for child in module.children()):
+            module._is_hf_initialized = True
+
+
+def _tie(model: nn.Module, head: str, shared_with: str) -> None:
+    """Let the head use the parts of the embedding."""
+    embedding = model.get_submodule(shared_with)
+    if not isinstance(embedding, QuantizedEmbedding):
+        raise CheckpointError(f"{head} shares {shared_with}, which is no quantized embedding.")
+    _replace(model, head, TiedHead(embedding))
+    model.tie_weights = lambda *_args, **_kwargs: None  # there is no `weight` to tie
+    model.all_tied_weights_keys = {}
 
 
 def _replacement(name: str, old: nn.Module, entry: LayerEntry) -> nn.Module:

@@ -1,4 +1,4 @@
-"""QuantizedLinear, QuantizedEmbedding and TiedHead: stored parts plus the backend that runs them."""
+"""QuantizedLinear, QuantizedEmbedding, TiedHead: stored parts and the backend that runs them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -79,7 +79,9 @@ class QuantizedLinear(QuantizedWeight):
 
     def extra_repr(self) -> str:
         """Describe the layer in print(model)."""
-        return f"{self.in_features} -> {self.out_features}, {self.entry.format}, {self.entry.scheme}"
+        return (
+            f"{self.in_features} -> {self.out_features}, {self.entry.format}, {self.entry.scheme}"
+        )
 
 
 class QuantizedEmbedding(QuantizedWeight):

