@@ -80,6 +80,8 @@ class LayerSolution:
     tensor: QuantizedTensor
     metrics: Mapping[str, float]
     """`nmse` and others: logged and compared, never steering."""
+    fallback: str | None = None
+    """One sentence if the solver couldn't do what was asked and did something simpler."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +99,8 @@ class Method:
     """Bit widths that it supports."""
     needs: frozenset[Statistic] = frozenset()
     """Statistics that it can't do without."""
+    uses: frozenset[Statistic] = frozenset()
+    """Statistics that it does better with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

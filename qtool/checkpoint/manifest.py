@@ -124,10 +124,13 @@ def manifest_from_config(config: Mapping[str, Any], where: str) -> Manifest:
 
 
 def _entry_from_json(value: Mapping[str, Any]) -> LayerEntry:
+    shape = Shape2D(*value["shape"])
+    if not all(isinstance(size, int) and size > 0 for size in shape):
+        raise CheckpointError(f"shape is {value['shape']}; two positive whole numbers are meant")
     entry = LayerEntry(
         format=value["format"],
         scheme=WeightScheme(**value["scheme"]),
-        shape=Shape2D(*value["shape"]),
+        shape=shape,
         method=value["method"],
         shared_with=value.get("shared_with"),
     )

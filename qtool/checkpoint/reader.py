@@ -1,6 +1,7 @@
 """CheckpointReader: lazy, checked reading of a quantized checkpoint."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,13 @@ class CheckpointReader:
             self._check(name, entry)
 
     def _check(self, name: str, entry: LayerEntry) -> None:
-        if entry.shared_with is not None and entry.shared_with not in self.manifest.layers:
-            raise CheckpointError(
-                f"{name} shares the parts of {entry.shared_with}, which isn't there."
-            )
+        if entry.shared_with is not None:
+            owner = self.manifest.layers.get(entry.shared_with)
+            if owner != replace(entry, shared_with=None, method=owner.method if owner else ""):
+                raise CheckpointError(
+                    f"{self.directory}: {name} shares the parts of {entry.shared_with}, which "
+                    "isn't there or is stored in another way."
+                )
         for part, spec in entry.layout().items():
             stored = self._shards.specs.get(f"{name}.{part}")
             if stored is None:

@@ -13,8 +13,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -127,7 +128,8 @@ class CheckpointWriter:
         self._names.append(name)
 
     def _spool(self, name: str) -> Path:
-        return self._layers / f"{name}.safetensors"
+        # Quoted: a name is the model's, not ours, and '/' in it must not lead anywhere.
+        return self._layers / f"{quote(name, safe='')}.safetensors"
 
     def finish(self, files: Mapping[str, bytes], config: Mapping[str, Any]) -> None:
         """Assemble the shards, write config.json last, move the directory to its place.
@@ -219,11 +221,11 @@ def _one_line(out_dir: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"The disk of {out_dir} is full. Free some space.") from error
         raise OutputError(f"Can't write {out_dir}: {error.strerror or error}.") from error
-    except Exception as error:
+    except SafetensorError as error:
         # safetensors wraps the system's error in its own type, with the text of the system.
-        if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
+        if "No space left" in str(error):
             raise OutputError(f"The disk of {out_dir} is full. Free some space.") from error
-        raise
+        raise OutputError(f"Can't write {out_dir}: {error}.") from error
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -248,6 +250,7 @@ def _replace_directory(source: Path, target: Path) -> None:
     """Move `source` to `target`, replacing a checkpoint that is there."""
     old = target.with_name(target.name + ".replaced")
     if target.exists():
+        shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed while replacing
         target.replace(old)
     source.replace(target)
     _sync_directory(target.parent)

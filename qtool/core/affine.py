@@ -4,10 +4,11 @@ All functions work on rows of groups (see `grouping`): weights (rows, num_groups
 scales and zero points (rows, num_groups).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-FLOAT16_MAX = 65504.0
 SMALLEST_SCALE = 2.0**-24  # smallest positive float16: a scale must not round to zero
 
 
@@ -39,6 +40,45 @@ def fit_min_max(
         return scales, torch.full_like(scales, 2 ** (num_bits - 1), dtype=torch.uint8)
     zero_points = (-low / scales.float()).round().clamp(0, steps)
     return scales, zero_points.to(torch.uint8)
+
+
+def fit_search(
+    groups: Tensor,
+    importance: Tensor,
+    *,
+    num_bits: int,
+    symmetric: bool,
+    clip_ratios: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """Fit the grid of each group with the clip ratio of the smallest weighted squared error.
+
+    Args:
+        groups: (rows, num_groups, group_size) float32.
+        importance: Broadcasts to `groups`; weights of the squared error.
+        num_bits: 1 to 8.
+        symmetric: Fix the zero point to 2^(num_bits - 1).
+        clip_ratios: Candidates.
+
+    Returns:
+        As `fit_min_max`.
+    """
+    best_error = torch.full(groups.shape[:-1], torch.inf, device=groups.device)
+    best_scales = torch.ones_like(best_error, dtype=torch.float16)
+    best_zeros = torch.zeros_like(best_error, dtype=torch.uint8)
+    for ratio in clip_ratios:
+        scales, zeros = fit_min_max(
+            groups, num_bits=num_bits, symmetric=symmetric, clip_ratio=ratio
+        )
+        codes = quantize(groups, scales, zeros, num_bits=num_bits)
+        approximation = dequantize(
+            codes, scales.unsqueeze(-1), zeros.unsqueeze(-1), torch.float32
+        )
+        error = (importance * (approximation - groups).square_()).sum(-1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scales = torch.where(better, scales, best_scales)
+        best_zeros = torch.where(better, zeros, best_zeros)
+    return best_scales, best_zeros
 
 
 def quantize(groups: Tensor, scales: Tensor, zero_points: Tensor, *, num_bits: int) -> Tensor:

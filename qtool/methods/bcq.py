@@ -1,18 +1,27 @@
 """Binary-coding quantization (BCQ): each group is an offset plus a sum of scaled sign planes.
 
-Without calibration data: several starts, alternating refinement, the best start of each group.
-Sources in `qtool.core.alternating`.
+Without calibration data: several starts, alternating refinement, the best start of each group
+(sources in `qtool.core.alternating`). With it (BCQ-H): the same starts, weighted by what the
+Hessian says of each column, then codes and levels under error feedback, then a polish of both
+under the Hessian (sources in `qtool.core.binary_feedback` and `qtool.core.polish`).
 """
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from qtool.base import LayerProblem, LayerSolution, Method
-from qtool.core import alternating, binary_coding, grouping, metrics
+from qtool.core import alternating, binary_coding, grouping, hessian, layout, metrics
+from qtool.core.binary_feedback import solve_columns, solve_groups
+from qtool.core.grids import BinaryGrid
+from qtool.core.hessian import Factor
+from qtool.core.polish import polish
 from qtool.errors import RecipeError
 from qtool.formats import binary_coding as binary_format
 from qtool.scheme import Shape2D
+
+COLUMN_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,27 +34,55 @@ class BcqOptions:
     """Uniform starts: fractions of the group's range that they cover."""
     greedy: bool = True
     """Also start from the greedy solution."""
+    damping: float = 0.01
+    """Calibrated: fraction of the mean diagonal added to the Hessian; raised until it factors."""
+    start_powers: tuple[float, ...] = (0.0, 0.5, 1.0)
+    """Calibrated: starts fitted with the columns' importance to each of these powers."""
+    iterations: int = 5
+    """Calibrated: alternations of codes and levels within a group, under error feedback."""
+    polish_rounds: int = 3
+    """Calibrated: rounds of coordinate descent on codes and least squares on scales."""
 
     def __post_init__(self) -> None:
-        if self.rounds < 0:
-            raise RecipeError(f"rounds is {self.rounds}; allowed are 0 and more.")
+        if self.rounds < 0 or self.polish_rounds < 0:
+            raise RecipeError("rounds and polish_rounds must be 0 and more.")
         if not self.clip_ratios and not self.greedy:
             raise RecipeError("No start is left: give clip_ratios, or set greedy to true.")
         if any(not 0 < ratio <= 1 for ratio in self.clip_ratios):
             raise RecipeError(f"clip_ratios is {self.clip_ratios}; each must be in (0, 1].")
+        if self.damping <= 0 or self.iterations < 1 or not self.start_powers:
+            raise RecipeError(
+                "damping must be above 0, iterations 1 and more, start_powers not empty."
+            )
 
 
 def quantize_bcq(problem: LayerProblem, options: BcqOptions) -> LayerSolution:
-    """Quantize one weight; ignores all statistics."""
+    """Quantize one weight, under the Hessian of its inputs if there is one."""
+    statistics = problem.statistics.get("hessian")
+    if statistics is None:
+        return _data_free(problem, options)
+    size = layout.edges_of(problem.scheme, Shape2D(*problem.weight.shape))[1]
+    order = hessian.group_order(statistics, size)
+    factor = hessian.factorize(statistics, damping=options.damping, order=order)
+    if factor is None:
+        reason = "the Hessian can't be factored even with a damping of 1; solved without it"
+        return _data_free(problem, options, fallback=reason)
+    return _calibrated(problem, factor, order, options)
+
+
+def _fit(problem: LayerProblem, importance: Tensor, options: BcqOptions) -> Tensor:
+    """Fit every group on its own: (rows, num_groups, num_bits + 1) float32, offset last.
+
+    Args:
+        problem: The layer.
+        importance: (num_groups, group_size), zero for padding.
+        options: How hard to search.
+    """
     scheme = problem.scheme
-    shape = Shape2D(*problem.weight.shape)
     rows = grouping.split(grouping.to_rows(problem.weight, scheme), scheme.group_size)
-    groups = rows.flatten(0, 1)  # (rows * num_groups, group_size)
-    length = scheme.grouped_length(shape)
-    real = grouping.valid(length, scheme.group_size, groups.device).float()
     scales, offsets, _ = alternating.fit(
-        groups,
-        real.repeat(len(rows), 1),
+        rows.flatten(0, 1),
+        importance.repeat(len(rows), 1),
         alternating.FitOptions(
             num_bits=scheme.num_bits,
             offset=not scheme.symmetric,
@@ -54,24 +91,113 @@ def quantize_bcq(problem: LayerProblem, options: BcqOptions) -> LayerSolution:
             greedy=options.greedy,
         ),
     )
+    theta = torch.cat([scales, offsets.unsqueeze(-1)], dim=-1)
+    return theta.unflatten(0, rows.shape[:2]).float()
+
+
+def _real(problem: LayerProblem) -> Tensor:
+    """Return which elements of the groups aren't padding, as importance."""
+    scheme = problem.scheme
+    length = scheme.grouped_length(Shape2D(*problem.weight.shape))
+    return grouping.valid(length, scheme.group_size, problem.weight.device).float()
+
+
+def _data_free(
+    problem: LayerProblem, options: BcqOptions, *, fallback: str | None = None
+) -> LayerSolution:
+    scheme = problem.scheme
+    theta = _fit(problem, _real(problem), options)
     # Round the parameters first: codes must be nearest for the levels that are stored.
-    scales, offsets = scales.to(torch.float16), offsets.to(torch.float16)
-    codes = binary_coding.assign(groups, scales, offsets)
-    scales, codes = binary_coding.canonical(scales, codes)
+    theta = theta.to(torch.float16)
+    groups = grouping.split(grouping.to_rows(problem.weight, scheme), scheme.group_size)
+    flat = theta.flatten(0, 1)
+    codes = binary_coding.assign(groups.flatten(0, 1), flat[:, :-1], flat[:, -1])
+    return _solution(problem, theta, codes.view(groups.shape), {}, fallback)
+
+
+def _calibrated(
+    problem: LayerProblem, factor: Factor, order: Tensor, options: BcqOptions
+) -> LayerSolution:
+    scheme, shape = problem.scheme, Shape2D(*problem.weight.shape)
+    edges, span = layout.edges_of(scheme, shape), layout.span_of(scheme, shape)
+    columns = problem.weight.T.contiguous()
+    if scheme.group_dim == "in_features":
+        codes, parameters = _by_group(problem, factor, order, edges, options)
+        grid = BinaryGrid(parameters, offset=not scheme.symmetric)
+    else:
+        start = _fit(problem, _real(problem), options).transpose(1, 2).contiguous()
+        grid = BinaryGrid(start, offset=not scheme.symmetric, span=span)
+        codes = _by_column(problem, factor, order, grid)
+    polish(grid, edges, columns, codes, factor.hessian, rounds=options.polish_rounds)
+    theta = layout.to_columns(grid.parameters.transpose(1, 2), scheme)
+    notes = {"damping": factor.damping}
+    return _solution(problem, theta, layout.split_codes(codes, scheme), notes, None)
+
+
+def _by_group(
+    problem: LayerProblem, factor: Factor, order: Tensor, edges: list[int], options: BcqOptions
+) -> tuple[Tensor, Tensor]:
+    """Solve group by group; return codes and parameters in natural order."""
+    scheme = problem.scheme
+    size = edges[1]
+    importance = (factor.upper.diagonal() ** -2)[layout.inverse(order)]
+    starts = []
+    for power in options.start_powers:
+        weights = grouping.split(importance**power, scheme.group_size) * _real(problem)
+        theta = _fit(problem, weights / weights.max(), options)
+        starts.append(layout.to_columns(theta, scheme).transpose(1, 2).contiguous())
+    groups = order[torch.tensor(edges[:-1], device=order.device)] // size  # group at each place
+    codes, parameters = solve_groups(
+        problem.weight.T[order].contiguous(),
+        factor.upper,
+        edges,
+        [start[groups] for start in starts],
+        offset=not scheme.symmetric,
+        iterations=options.iterations,
+    )
+    natural = torch.empty_like(parameters)
+    natural[groups] = parameters
+    return codes[layout.inverse(order)].contiguous(), natural
+
+
+def _by_column(problem: LayerProblem, factor: Factor, order: Tensor, grid: BinaryGrid) -> Tensor:
+    """Solve column by column; return codes in natural order."""
+    work = problem.weight.T[order].contiguous()
+    codes = solve_columns(work, factor.upper, grid, order, column_block=COLUMN_BLOCK)
+    return codes[layout.inverse(order)].contiguous()
+
+
+def _solution(
+    problem: LayerProblem,
+    theta: Tensor,
+    codes: Tensor,
+    notes: dict[str, float],
+    fallback: str | None,
+) -> LayerSolution:
+    """Bring the planes to their stored order and pack; theta is (rows, num_groups, unknowns)."""
+    scheme, shape = problem.scheme, Shape2D(*problem.weight.shape)
+    flat = theta.to(torch.float16).flatten(0, 1)
+    scales, ordered = binary_coding.canonical(flat[:, :-1], codes.flatten(0, 1))
     tensor = binary_format.encode(
-        codes.unflatten(0, rows.shape[:2]),
-        scales.unflatten(0, rows.shape[:2]),
-        offsets.unflatten(0, rows.shape[:2]),
+        ordered.view(codes.shape),
+        scales.unflatten(0, codes.shape[:2]),
+        flat[:, -1].view(codes.shape[:2]),
         scheme,
         shape,
     )
-    error = metrics.nmse(problem.weight, binary_format.dequantize(tensor, torch.float32))
-    return LayerSolution(tensor, {"nmse": error})
+    quantized = binary_format.dequantize(tensor, torch.float32)
+    measured = {"nmse": metrics.nmse(problem.weight, quantized), **notes}
+    statistics = problem.statistics.get("hessian")
+    if statistics is not None:
+        error = quantized - problem.weight
+        measured["loss"] = hessian.relative_loss(error, problem.weight, statistics)
+    return LayerSolution(tensor, measured, fallback)
 
 
 METHOD = Method(
-    summary="Binary coding: an offset plus scaled sign planes, refined from several starts.",
+    summary="Binary coding: an offset plus scaled sign planes, with or without calibration data.",
     options=BcqOptions,
     solve=quantize_bcq,
     layout=binary_format.layout,
+    uses=frozenset({"hessian"}),
 )

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 
+from qtool.checkpoint.manifest import QUANT_METHOD
+from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards, read_json
 from qtool.errors import ModelError, QtoolError
 from qtool.modeling.locate import locate
@@ -57,13 +59,21 @@ def load_model(
     location = locate(model)
     if not (location.directory / "config.json").is_file():
         raise ModelError(f"{location.directory} has no config.json: it isn't a finished model.")
-    read_json(location.directory / "config.json")
-    open_shards(location.directory)  # says what is wrong better than transformers does
+    # Says what is wrong better than transformers does, which fills missing parts with noise.
+    if _is_ours(read_json(location.directory / "config.json")):
+        CheckpointReader(location.directory)
+    else:
+        open_shards(location.directory)
     device = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(device)
     loaded, tokenizer = _from_pretrained(location.directory, dtype)
     name = location.public_name or location.directory.resolve().name
     return LoadedModel(name, location.directory, loaded.to(device).eval(), tokenizer, device, dtype)
+
+
+def _is_ours(config: dict[str, Any]) -> bool:
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
 def load_tokenizer(model: str) -> Any:  # noqa: ANN401

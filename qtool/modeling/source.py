@@ -19,6 +19,7 @@ from qtool.scheme import Shape2D
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
+BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 COMPANION_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 NOT_COPIED = ("config.json", "model.safetensors.index.json", "quantization_report.json")
 
@@ -123,6 +124,8 @@ def open_source(model: str) -> ModelSource:
         prefix=prefix,
         num_blocks=_count_blocks(adapter, shards, prefix, directory),
     )
+    _check_all_blocks(source)
+    _check_tables(source)
     _check_linears(source)
     return source
 
@@ -176,6 +179,27 @@ def _count_blocks(adapter: ModelAdapter, shards: Shards, prefix: str, directory:
     if missing:
         raise CheckpointError(f"{directory}: blocks {missing} are missing. Download it again.")
     return len(found)
+
+
+def _check_all_blocks(source: ModelSource) -> None:
+    wanted = next((source.config[key] for key in BLOCK_COUNTS if key in source.config), None)
+    if isinstance(wanted, int) and source.num_blocks < wanted:
+        raise CheckpointError(
+            f"{source.directory}: config.json names {wanted} blocks, {source.num_blocks} are "
+            "stored. Download it again."
+        )
+
+
+def _check_tables(source: ModelSource) -> None:
+    tables = [source.adapter.embedding]
+    if source.config.get("tie_word_embeddings") is False:
+        tables.append(source.adapter.head)
+    for table in tables:
+        if not source._has(f"{table}.weight"):
+            raise ModelError(
+                f"{source.directory}: {table}.weight is missing, which a causal language model "
+                "needs. Download it again."
+            )
 
 
 def _check_linears(source: ModelSource) -> None:

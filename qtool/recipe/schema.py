@@ -4,8 +4,16 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
+from qtool.plugins import describe_miss
 from qtool.scheme import MAX_BITS, GroupDim, WeightScheme
 
 RECIPE_VERSION = 1
@@ -56,6 +64,21 @@ class Override(Section):
     """Keys of `weights.scheme` that differ."""
     options: Mapping[str, Any] = {}
     """Keys of `weights.options` that differ; replaces them all if the method differs."""
+
+    @field_validator("scheme")
+    @classmethod
+    def _check_scheme(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Refuse what SchemeSection would: here the line is known, at planning it isn't."""
+        known = tuple(SchemeSection.model_fields)
+        for key in value:
+            if key not in known:
+                raise ValueError(describe_miss(str(key), known, "scheme").removesuffix("."))
+        try:
+            SchemeSection(**value)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise ValueError(f"{first['loc'][0]}: {first['msg']}") from None
+        return value
 
 
 class WeightsSection(Section):

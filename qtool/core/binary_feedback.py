@@ -1,0 +1,167 @@
+"""Hessian-aware binary coding (BCQ-H): levels and codes of each group found under feedback.
+
+Source: the inner loop of BPDQ (arXiv 2602.04163), started from several grids and selected per row;
+docs/log.md has what each part is worth. Weights are columns first, (n, rows), see `grids`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qtool.core.error_feedback import encode_columns, feed_forward, scaled_errors
+from qtool.core.grids import BinaryGrid
+from qtool.core.linalg import solve_spd
+
+RIDGE = 1e-6
+"""Relative ridge of the whitened least squares."""
+
+
+def solve_groups(
+    weight: Tensor,
+    upper: Tensor,
+    edges: list[int],
+    starts: Sequence[Tensor],
+    *,
+    offset: bool,
+    iterations: int,
+) -> tuple[Tensor, Tensor]:
+    """Find the levels and codes of all groups, in order, with error feedback.
+
+    Args:
+        weight: (n, rows) float32 in the order in which columns are solved; overwritten.
+        upper: (n, n), H^-1 = upper^T upper in the same order.
+        edges: Boundaries of the groups in that order.
+        starts: Parameters to start from, each (num_groups, num_bits + 1, rows).
+        offset: False: the offset stays zero.
+        iterations: How often codes and levels alternate within a group.
+
+    Returns:
+        Codes (n, rows) uint8 and parameters (num_groups, num_bits + 1, rows) float32.
+    """
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    parameters = torch.empty_like(starts[0])
+    numbers = {start: number for number, start in enumerate(edges[:-1])}
+
+    def solve(start: int, stop: int, block: Tensor, factor: Tensor) -> Tensor:
+        group = numbers[start]
+        first = torch.cat([parts[group] for parts in starts], dim=1)  # (unknowns, starts * rows)
+        found = _solve_group(
+            block.repeat(1, len(starts)), factor, first, offset=offset, iterations=iterations
+        )
+        best, errors = _best_start(found, len(starts))
+        codes[start:stop], parameters[group] = best
+        return errors
+
+    feed_forward(weight, upper, edges, solve)
+    return codes, parameters
+
+
+def solve_columns(
+    weight: Tensor, upper: Tensor, grid: BinaryGrid, order: Tensor, *, column_block: int
+) -> Tensor:
+    """Find the codes of a layer whose groups run along out_features.
+
+    A group never crosses columns, so its levels can follow the compensated values: at each column
+    one round of nearest codes, least squares, nearest codes.
+
+    Args:
+        weight: (n, rows) float32 in the order in which columns are solved; overwritten.
+        upper: (n, n) in the same order.
+        grid: Levels of each column in the original order; adapted.
+        order: (n,) original column at each position.
+        column_block: Columns between two updates of all later ones.
+
+    Returns:
+        Codes (n, rows) uint8, in the order of `weight`.
+    """
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    edges = [*range(0, len(weight), column_block), len(weight)]
+    columns = order.tolist()
+
+    def solve(start: int, stop: int, block: Tensor, factor: Tensor) -> Tensor:
+        def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+            group = columns[start + column]
+            first, _ = grid.nearest(group, values)
+            grid.set(group, _column_fit(grid, group, first, values))
+            return grid.nearest(group, values)
+
+        codes[start:stop], levels = encode_columns(block, factor, nearest)
+        return scaled_errors(block, levels, factor)
+
+    feed_forward(weight, upper, edges, solve)
+    return codes
+
+
+def _column_fit(grid: BinaryGrid, group: int, codes: Tensor, values: Tensor) -> Tensor:
+    """Return the parameters of one column's groups that fit its values best, codes fixed."""
+    basis = grid.basis(group, codes.unsqueeze(0)).squeeze(1)  # (unknowns, rows)
+    normal = grid.span.pool(torch.einsum("ur,vr->ruv", basis, basis).double())
+    right = grid.span.pool((basis * values).T.double())
+    solved = solve_spd(normal, right, ridge=RIDGE).T.float()
+    return torch.nn.functional.pad(solved, (0, 0, 0, grid.parameters.shape[1] - len(solved)))
+
+
+def _solve_group(
+    weight: Tensor, upper: Tensor, parameters: Tensor, *, offset: bool, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Alternate codes under feedback and whitened least squares; keep the best of each row.
+
+    Args:
+        weight: (columns, rows).
+        upper: (columns, columns).
+        parameters: (num_bits + 1, rows) to start from.
+        offset: False: the offset stays zero.
+        iterations: At least one.
+
+    Returns:
+        Codes (columns, rows), parameters (num_bits + 1, rows) and scaled errors (columns, rows).
+    """
+    whitened = scaled_errors(weight, torch.zeros_like(weight), upper)
+    grid = BinaryGrid(parameters.unsqueeze(0), offset=offset)
+    best_codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
+    best_parameters = parameters.clone()
+    best_errors = torch.zeros_like(weight)
+    best_loss = torch.full_like(parameters[0], torch.inf)
+    for _ in range(iterations):
+        codes, levels = encode_columns(weight, upper, lambda _, values: grid.nearest(0, values))
+        errors = scaled_errors(weight, levels, upper)
+        fitted = _whitened_fit(grid, codes, upper, whitened)
+        improved = BinaryGrid(fitted.unsqueeze(0), offset=offset)
+        refined = scaled_errors(weight, improved.values(0, codes), upper)
+        for candidate, candidate_errors in ((grid, errors), (improved, refined)):
+            loss = candidate_errors.square().sum(0)
+            better = loss < best_loss
+            best_loss = torch.where(better, loss, best_loss)
+            best_codes = torch.where(better, codes, best_codes)
+            best_parameters = torch.where(better, candidate.get(0), best_parameters)
+            best_errors = torch.where(better, candidate_errors, best_errors)
+        grid = improved
+    return best_codes, best_parameters, best_errors
+
+
+def _whitened_fit(grid: BinaryGrid, codes: Tensor, upper: Tensor, whitened: Tensor) -> Tensor:
+    """Return the parameters that minimize the scaled errors with the codes fixed."""
+    basis = grid.basis(0, codes)  # (unknowns, columns, rows)
+    unknowns, columns, rows = basis.shape
+    flat = basis.transpose(0, 1).reshape(columns, -1)
+    white = torch.linalg.solve_triangular(upper.T, flat, upper=False)
+    white = white.view(columns, unknowns, rows)
+    normal = torch.einsum("cur,cvr->ruv", white, white).double()
+    right = torch.einsum("cur,cr->ru", white, whitened).double()
+    solved = solve_spd(normal, right, ridge=RIDGE).T.float()
+    return torch.nn.functional.pad(solved, (0, 0, 0, grid.parameters.shape[1] - unknowns))
+
+
+def _best_start(
+    found: tuple[Tensor, Tensor, Tensor], num_starts: int
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Choose the start of each row by the norm of its scaled errors."""
+    codes, parameters, errors = (part.unflatten(1, (num_starts, -1)) for part in found)
+    winner = errors.square().sum(0).argmin(0)  # (rows,)
+
+    def pick(part: Tensor) -> Tensor:
+        index = winner.expand(part.shape[0], 1, -1)
+        return part.gather(1, index).squeeze(1)
+
+    return (pick(codes), pick(parameters)), pick(errors)

@@ -1,0 +1,187 @@
+"""Grids: the levels that each group may use, as the Hessian-aware solvers see them.
+
+Solvers walk over input columns, so everything is stored columns first: weights are (n, rows), and
+the parameters of group k of all rows are contiguous. A grid answers three questions for one group
+of columns: which level is nearest, which basis its values are linear in, and what happens when
+the parameters move along that basis.
+
+Where groups run along in_features, a group is a run of columns and each row has its own
+parameters. Where they run along out_features, a group is one column, and `Span` says how many
+rows share parameters.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qtool.core.binary_coding import signs
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """How the rows of a layer share parameters: `size` neighbours each, the last group short."""
+
+    size: int
+    rows: int
+
+    def expand(self, parameters: Tensor) -> Tensor:
+        """Return parameters (..., row_groups) for each row: (..., rows)."""
+        if self.size == 1:
+            return parameters
+        return parameters.repeat_interleave(self.size, dim=-1)[..., : self.rows]
+
+    def pool(self, per_row: Tensor) -> Tensor:
+        """Sum values (rows, ...) over the rows that share parameters: (row_groups, ...)."""
+        if self.size == 1:
+            return per_row
+        padding = -self.rows % self.size
+        if padding:
+            per_row = torch.cat([per_row, per_row.new_zeros(padding, *per_row.shape[1:])])
+        return per_row.unflatten(0, (-1, self.size)).sum(1)
+
+
+class Grid(Protocol):
+    """Levels of all groups of one layer."""
+
+    span: Span
+
+    def nearest(self, group: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return codes (rows,) uint8 and levels (rows,) nearest to values (rows,) float32."""
+        ...
+
+    def values(self, group: int, codes: Tensor) -> Tensor:
+        """Return the levels of codes (columns, rows) of one group, float32."""
+        ...
+
+    def basis(self, group: int, codes: Tensor) -> Tensor:
+        """Return what the values are linear in: (unknowns, columns, rows) float32."""
+        ...
+
+    def moved(self, group: int, step: Tensor) -> Tensor:
+        """Return parameters (unknowns, row_groups) after a step of that shape."""
+        ...
+
+    def set(self, group: int, parameters: Tensor) -> None:
+        """Replace the parameters of a group: (unknowns, row_groups)."""
+        ...
+
+    def get(self, group: int) -> Tensor:
+        """Return the parameters of a group: (unknowns, row_groups)."""
+        ...
+
+    def round(self) -> None:
+        """Round all parameters to the dtype in which they are stored."""
+        ...
+
+
+@dataclass(slots=True)
+class AffineGrid:
+    """scale * (code - zero_point)."""
+
+    scales: Tensor  # (num_groups, row_groups) float32, > 0
+    zero_points: Tensor  # (num_groups, row_groups) float32, whole numbers
+    num_bits: int
+    span: Span
+
+    def nearest(self, group: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return codes and levels."""
+        scale, zero = self._group(group)
+        codes = torch.div(values, scale).add_(zero).round_().clamp_(0, 2**self.num_bits - 1)
+        return codes.to(torch.uint8), (codes - zero) * scale
+
+    def _group(self, group: int) -> tuple[Tensor, Tensor]:
+        return self.span.expand(self.scales[group]), self.span.expand(self.zero_points[group])
+
+    def values(self, group: int, codes: Tensor) -> Tensor:
+        """Return the levels of codes."""
+        scale, zero = self._group(group)
+        return (codes.float() - zero) * scale
+
+    def basis(self, group: int, codes: Tensor) -> Tensor:
+        """Return code - zero_point: only the scale moves, the zero point is a whole number."""
+        return (codes.float() - self._group(group)[1]).unsqueeze(0)
+
+    def moved(self, group: int, step: Tensor) -> Tensor:
+        """Return scales that stay within a factor of two of what they were, and positive."""
+        old = self.scales[group].unsqueeze(0)
+        return torch.minimum(torch.maximum(old + step, old / 2), old * 2)
+
+    def set(self, group: int, parameters: Tensor) -> None:
+        """Replace the scales of a group."""
+        self.scales[group] = parameters[0]
+
+    def get(self, group: int) -> Tensor:
+        """Return the scales of a group."""
+        return self.scales[group].unsqueeze(0).clone()
+
+    def round(self) -> None:
+        """Round the scales to float16."""
+        self.scales = self.scales.to(torch.float16).float()
+
+
+class BinaryGrid:
+    """offset + sum of scales * signs; the levels of each group are kept sorted."""
+
+    def __init__(self, parameters: Tensor, *, offset: bool, span: Span | None = None) -> None:
+        """Sort the levels.
+
+        Args:
+            parameters: (num_groups, num_bits + 1, row_groups) float32: scales, then the offset.
+            offset: False: the offset stays zero.
+            span: How rows share parameters; None: each has its own.
+        """
+        self.parameters = parameters
+        self.offset = offset
+        self.span = span or Span(1, parameters.shape[-1])
+        planes = signs(parameters.shape[1] - 1, device=parameters.device, dtype=torch.float32)
+        self._table = torch.nn.functional.pad(planes, (0, 1), value=1.0)  # (num_levels, unknowns)
+        self._sort_all()
+
+    def _sort_all(self) -> None:
+        self._levels, self._codes, self._middles = self._sorted(self.parameters)
+
+    def _sorted(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return levels ascending, their codes, and the middles: (num_groups, ., row_groups)."""
+        levels, order = torch.einsum("lu,kur->klr", self._table, parameters).sort(dim=1)
+        return levels, order.to(torch.uint8), (levels[:, 1:] + levels[:, :-1]) / 2
+
+    def nearest(self, group: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return codes and levels; ties go up."""
+        expand = self.span.expand
+        position = (values >= expand(self._middles[group])).sum(0, keepdim=True)
+        codes = expand(self._codes[group]).gather(0, position).squeeze(0)
+        return codes, expand(self._levels[group]).gather(0, position).squeeze(0)
+
+    def values(self, group: int, codes: Tensor) -> Tensor:
+        """Return the levels of codes."""
+        table = self.span.expand(self._table @ self.parameters[group])  # (num_levels, rows)
+        return table.gather(0, codes.long())
+
+    def basis(self, group: int, codes: Tensor) -> Tensor:
+        """Return the signs of the planes and, if there is an offset, ones."""
+        del group
+        unknowns = self._table.shape[1] - int(not self.offset)
+        return self._table.T[:unknowns][:, codes.long()]
+
+    def moved(self, group: int, step: Tensor) -> Tensor:
+        """Return the parameters after a step."""
+        parameters = self.parameters[group].clone()
+        parameters[: len(step)] += step
+        return parameters
+
+    def set(self, group: int, parameters: Tensor) -> None:
+        """Replace the parameters of a group."""
+        self.parameters[group] = parameters
+        levels, codes, middles = self._sorted(parameters.unsqueeze(0))
+        self._levels[group], self._codes[group], self._middles[group] = levels, codes, middles
+
+    def get(self, group: int) -> Tensor:
+        """Return the parameters of a group."""
+        return self.parameters[group].clone()
+
+    def round(self) -> None:
+        """Round scales and offsets to float16."""
+        self.parameters = self.parameters.to(torch.float16).float()
+        self._sort_all()

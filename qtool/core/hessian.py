@@ -1,0 +1,139 @@
+"""The Hessian of a linear layer's output error, H = mean of x x^T, and its inverse factor.
+
+Source: Frantar et al. 2022 (GPTQ, arXiv 2210.17323). All solvers are invariant to its scale.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOAT64_LIMIT = 8192
+"""Up to this width the factorization runs in float64, which is affordable; above, in float32."""
+MAX_DAMPING = 1.0
+
+
+def accumulate(hessian: Tensor, x: Tensor) -> None:
+    """Add the inputs of one batch to a sum of x x^T, in place.
+
+    Products of float16 or bfloat16 numbers are exact in float32, so tensor cores that accumulate
+    in float32 lose nothing; float32 inputs are multiplied without TF32.
+
+    Args:
+        hessian: (in_features, in_features) float32.
+        x: (tokens, in_features) in the dtype of the model.
+    """
+    accumulate_cross(hessian, x, x)
+
+
+def accumulate_cross(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T right of two (tokens, n) matrices to a float32 sum, in place."""
+    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
+        total += torch.mm(left.T, right, out_dtype=torch.float32)
+    else:
+        total.addmm_(left.T.float(), right.float())
+
+
+def cap_tokens(x: Tensor, ratio: float) -> Tensor:
+    """Shrink tokens whose norm exceeds `ratio` times the median norm to that norm.
+
+    The first tokens of a sequence carry massive activations in some layers; without a cap they
+    alone decide the Hessian (Sun et al. 2024, arXiv 2402.17762).
+
+    Args:
+        x: (tokens, in_features).
+        ratio: At least 1; infinity changes nothing.
+    """
+    norms = x.float().norm(dim=-1, keepdim=True)
+    limit = ratio * norms.median()
+    return (x * (limit / norms.clamp(min=1e-30)).clamp(max=1.0)).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A damped Hessian and the factor of its inverse."""
+
+    hessian: Tensor  # (n, n) float32, damped, in natural order
+    upper: Tensor  # (n, n) float32, upper^T upper is the inverse of H in the order asked for
+    damping: float
+    """The damping that it took: more than asked for if the first tries weren't positive."""
+
+
+def dead_inputs(hessian: Tensor) -> Tensor:
+    """Return which inputs were always zero: (n,) bool."""
+    return hessian.diagonal() <= 0
+
+
+def damp(hessian: Tensor, damping: float) -> Tensor:
+    """Return H with dead inputs set to one and `damping` * mean diagonal added, float32."""
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    dead = diagonal <= 0
+    mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones_like(diagonal[0])
+    diagonal += damping * mean
+    diagonal[dead] = mean
+    return damped
+
+
+def factor_inverse(damped: Tensor) -> Tensor | None:
+    """Return U with H^-1 = U^T U, (n, n) float32 upper triangular; None if H isn't positive.
+
+    With the exchange matrix J, chol(J H J) = L gives U = J L^-1 J: one Cholesky and one
+    triangular solve.
+    """
+    n = damped.shape[0]
+    dtype = torch.float64 if n <= FLOAT64_LIMIT else torch.float32
+    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1).to(dtype))
+    if int(info) != 0 or not bool(torch.isfinite(lower).all()):
+        return None
+    identity = torch.eye(n, dtype=dtype, device=damped.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.flip(0, 1).float().contiguous()
+
+
+def factorize(hessian: Tensor, *, damping: float, order: Tensor | None = None) -> Factor | None:
+    """Damp H and factor its inverse; multiply the damping by ten until that works.
+
+    Args:
+        hessian: (n, n) float32.
+        damping: First try, as a fraction of the mean diagonal.
+        order: (n,) order in which columns will be solved; None: as they are.
+
+    Returns:
+        The factor, or None if even a damping of one isn't enough (NaN, or wildly scaled inputs).
+    """
+    while damping <= MAX_DAMPING:
+        damped = damp(hessian, damping)
+        ordered = damped if order is None else damped[order][:, order]
+        upper = factor_inverse(ordered)
+        if upper is not None:
+            return Factor(damped, upper, damping)
+        damping *= 10
+    return None
+
+
+def act_order(hessian: Tensor) -> Tensor:
+    """Return the columns by descending diagonal, so that many are left to absorb their error."""
+    return hessian.diagonal().argsort(descending=True, stable=True)
+
+
+def group_order(hessian: Tensor, group_size: int) -> Tensor:
+    """Return an order that keeps groups together: inside each by diagonal, groups by maximum.
+
+    Source: group-aware reordering (arXiv 2505.14638). A short last group stays last.
+    """
+    diagonal = hessian.diagonal()
+    full = len(diagonal) // group_size
+    groups = diagonal[: full * group_size].view(full, group_size)
+    inside = groups.argsort(dim=1, descending=True, stable=True)
+    inside = inside + group_size * torch.arange(full, device=diagonal.device).unsqueeze(1)
+    outer = groups.amax(1).argsort(descending=True, stable=True)
+    tail = diagonal[full * group_size :].argsort(descending=True, stable=True)
+    return torch.cat([inside[outer].flatten(), tail + full * group_size])
+
+
+def relative_loss(error: Tensor, weight: Tensor, hessian: Tensor) -> float:
+    """Return tr(E H E^T) / tr(W H W^T) for (rows, n) matrices."""
+    loss = ((error @ hessian) * error).sum().double()
+    power = ((weight @ hessian) * weight).sum().double()
+    return float(loss / power.clamp(min=1e-30))
