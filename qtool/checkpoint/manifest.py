@@ -124,13 +124,13 @@ def manifest_from_config(config: Mapping[str, Any], where: str) -> Manifest:
 
 
 def _entry_from_json(value: Mapping[str, Any]) -> LayerEntry:
-    shape = Shape2D(*value["shape"])
-    if not all(isinstance(size, int) and size > 0 for size in shape):
+    sizes: list[Any] = value["shape"]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise CheckpointError(f"shape is {value['shape']}; two positive whole numbers are meant")
     entry = LayerEntry(
         format=value["format"],
         scheme=WeightScheme(**value["scheme"]),
-        shape=shape,
+        shape=Shape2D(*sizes),
         method=value["method"],
         shared_with=value.get("shared_with"),
     )

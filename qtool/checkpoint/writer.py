@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qtool.base import QuantizedTensor
+from qtool.checkpoint.manifest import LayerEntry
 from qtool.checkpoint.shards import INDEX_NAME, SINGLE_NAME, read_json
 from qtool.checkpoint.stream import Piece, pieces_of, write_shard
 from qtool.errors import OutputError
@@ -94,6 +95,12 @@ class CheckpointWriter:
         with safe_open(path, framework="pt") as file:
             notes: dict[str, Any] = json.loads(file.metadata()["notes"])
         return notes
+
+    def load(self, name: str, entry: LayerEntry) -> QuantizedTensor:
+        """Return a finished layer."""
+        with safe_open(self._spool(name), framework="pt") as file:
+            parts = {part: file.get_tensor(f"{name}.{part}") for part in entry.layout()}
+        return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
 
     def keep(self, name: str) -> None:
         """Take a layer that `finished` knows into the checkpoint as it is."""

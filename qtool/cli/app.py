@@ -13,6 +13,7 @@ from qtool.cli.inspect import inspect, methods, recipes
 from qtool.cli.quantize import quantize
 from qtool.errors import QtoolError
 
+INTERRUPTED = 130
 FIRST_STEPS = """[bold]First steps[/bold]
 
   qtool quantize --method bcq --bits 4 demo:smollm2 smollm2-w4
@@ -64,6 +65,7 @@ def main() -> None:
     except QtoolError as error:
         print_error(str(error))
         sys.exit(1)
-    except KeyboardInterrupt:
-        print_error("Interrupted. `qtool quantize ... --resume` continues with the next layer.")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
+            print_error("Interrupted. `qtool quantize ... --resume` continues with the next layer.")
+        raise

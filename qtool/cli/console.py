@@ -77,10 +77,14 @@ def progress() -> Iterator[Emit]:
         TextColumn("{task.fields[detail]}"),
         console=err,
         transient=True,
+        disable=not err.is_terminal,  # else a log gets an empty line before each error
     )
     tasks: dict[str, Any] = {}
 
     def emit(event: str, values: Mapping[str, Any]) -> None:
+        if event == "warning":
+            err.print(f"Warning: {escape(values['message'])}")
+            return
         describe = DESCRIPTIONS.get(event)
         if describe is None:
             return
@@ -96,7 +100,7 @@ def progress() -> Iterator[Emit]:
 
 def _layer(values: Mapping[str, Any]) -> tuple[str, str]:
     memory = gigabytes(values["memory"])
-    return "quantize", f"{values['name']}  error {values['nmse']:.2e}  memory {memory}"
+    return "quantize", f"{values['name']}  error {values['error']:.2e}  memory {memory}"
 
 
 def _window(values: Mapping[str, Any]) -> tuple[str, str]:

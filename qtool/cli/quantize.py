@@ -74,13 +74,15 @@ def quantize(
 
       qtool quantize --recipe mine.yaml --dry-run MODEL OUT_DIR
     """
-    del no_calibration  # this version's solvers use none
     if calibration is not None:
         raise NotYetError(
-            "Calibrated quantization comes with the next version; leave out --calibration and "
-            "qtool uses its data-free solvers."
+            "Calibration directories come with the next version; leave out --calibration and "
+            "qtool calibrates on its bundled text, or on what the recipe names."
         )
-    chosen = choose_recipe(recipe, method, bits, group_size, settings or [])
+    overrides = settings or []
+    if no_calibration:
+        overrides = ["calibration=null", *overrides]
+    chosen = choose_recipe(recipe, method, bits, group_size, overrides)
     from qtool import pipeline  # torch: slow
 
     if dry_run:

@@ -70,9 +70,7 @@ def fit_search(
             groups, num_bits=num_bits, symmetric=symmetric, clip_ratio=ratio
         )
         codes = quantize(groups, scales, zeros, num_bits=num_bits)
-        approximation = dequantize(
-            codes, scales.unsqueeze(-1), zeros.unsqueeze(-1), torch.float32
-        )
+        approximation = dequantize(codes, scales.unsqueeze(-1), zeros.unsqueeze(-1), torch.float32)
         error = (importance * (approximation - groups).square_()).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)

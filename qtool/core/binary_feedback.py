@@ -5,6 +5,7 @@ docs/log.md has what each part is worth. Weights are columns first, (n, rows), s
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ def _solve_group(
     best_errors = torch.zeros_like(weight)
     best_loss = torch.full_like(parameters[0], torch.inf)
     for _ in range(iterations):
-        codes, levels = encode_columns(weight, upper, lambda _, values: grid.nearest(0, values))
+        codes, levels = encode_columns(weight, upper, partial(_nearest, grid))
         errors = scaled_errors(weight, levels, upper)
         fitted = _whitened_fit(grid, codes, upper, whitened)
         improved = BinaryGrid(fitted.unsqueeze(0), offset=offset)
@@ -138,6 +139,10 @@ def _solve_group(
             best_errors = torch.where(better, candidate_errors, best_errors)
         grid = improved
     return best_codes, best_parameters, best_errors
+
+
+def _nearest(grid: BinaryGrid, _column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+    return grid.nearest(0, values)
 
 
 def _whitened_fit(grid: BinaryGrid, codes: Tensor, upper: Tensor, whitened: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Identity (a test holds it): with E the scaled errors, Y - Q = U^T E for the weig
 so the loss tr((W - Q) H (W - Q)^T) is the squared norm of E.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -55,7 +56,7 @@ def feed_forward(weight: Tensor, upper: Tensor, edges: list[int], solve: SolveBl
         edges: Block boundaries, 0 .. n.
         solve: Quantizes one block and returns its scaled errors E.
     """
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         block = upper[start:stop, start:stop]
         errors = solve(start, stop, weight[start:stop], block)
         if stop < len(weight):

@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,9 @@ def pack_bits(bits: Tensor) -> Tensor:
     """
     padding = num_words(bits.shape[-1]) * WORD_BITS - bits.shape[-1]
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, padding))
+    if not padded.is_cuda:  # numpy has it vectorized; torch would take a hundred times longer
+        packed = np.packbits(padded.contiguous().numpy(), axis=-1, bitorder="little")
+        return torch.from_numpy(packed).view(torch.int32)
     octets = padded.unflatten(-1, (-1, 8))  # (..., bytes, 8)
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (octets << shifts).sum(-1, dtype=torch.uint8).contiguous().view(torch.int32)
@@ -41,7 +45,11 @@ def unpack_bits(words: Tensor, length: int) -> Tensor:
     Returns:
         (..., length) uint8, only 0 and 1.
     """
-    octets = words.contiguous().view(torch.uint8).unsqueeze(-1)
+    octets = words.contiguous().view(torch.uint8)
+    if not octets.is_cuda:
+        bits = np.unpackbits(octets.numpy(), axis=-1, count=length, bitorder="little")
+        return torch.from_numpy(bits)
+    octets = octets.unsqueeze(-1)
     shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
     return ((octets >> shifts) & 1).flatten(-2)[..., :length]
 

@@ -5,6 +5,8 @@ parameters; both are exact minimizers of their block, so the loss never rises (a
 Weights are columns first, (n, rows), see `grids`.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def descend_codes(
         hessian: (n, n) float32.
     """
     diagonal = hessian.diagonal()
-    for group, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+    for group, (start, stop) in enumerate(itertools.pairwise(edges)):
         before = levels[start:stop].clone()
         local = gradient[start:stop].clone()
         for column in range(start, stop):
@@ -60,7 +62,7 @@ def refit(
 
     Arguments as for `descend_codes`.
     """
-    for group, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+    for group, (start, stop) in enumerate(itertools.pairwise(edges)):
         basis = grid.basis(group, codes[start:stop])  # (unknowns, columns, rows)
         block = hessian[start:stop, start:stop]
         weighted = torch.einsum("cd,udr->ucr", block, basis)
@@ -73,7 +75,7 @@ def refit(
         gradient.addmm_(hessian[:, start:stop], change)
 
 
-def polish(
+def polish(  # noqa: PLR0913 - the problem, and three counts
     grid: Grid,
     edges: list[int],
     weight: Tensor,
@@ -115,6 +117,6 @@ def polish(
 
 def all_values(grid: Grid, edges: list[int], codes: Tensor) -> Tensor:
     """Return the levels of all codes, (n, rows) float32."""
-    spans = zip(edges, edges[1:], strict=False)
+    spans = itertools.pairwise(edges)
     parts = [grid.values(k, codes[start:stop]) for k, (start, stop) in enumerate(spans)]
     return torch.cat(parts)

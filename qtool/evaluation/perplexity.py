@@ -54,8 +54,14 @@ def perplexity(
         emit: Receives `window` events with the running perplexity.
 
     Raises:
-        DataError: the text is shorter than one window, or the model's context is.
+        DataError: the text is shorter than one window, or the model's context is, or a window
+            predicts nothing.
     """
+    if context_length < 2 or (max_windows is not None and max_windows < 1):  # noqa: PLR2004
+        raise DataError(
+            f"The context length is {context_length} and the number of windows {max_windows}; "
+            "a window needs at least 2 tokens, and a measurement at least 1 window."
+        )
     limit = getattr(model.model.config, "max_position_embeddings", None)
     if limit is not None and context_length > limit:
         raise DataError(

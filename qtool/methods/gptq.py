@@ -6,6 +6,7 @@ searched with the importance that the Hessian gives its columns; codes and scale
 under the Hessian afterwards.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -136,7 +137,7 @@ def _without_feedback(problem: LayerProblem, options: GptqOptions) -> LayerSolut
     edges = layout.edges_of(problem.scheme, shape)
     columns = problem.weight.T
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
-    for group, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+    for group, (start, stop) in enumerate(itertools.pairwise(edges)):
         for column in range(start, stop):
             codes[column], _ = grid.nearest(group, columns[column])
     reason = "the Hessian can't be factored even with a damping of 1; rounded to nearest instead"

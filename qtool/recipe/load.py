@@ -35,7 +35,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: unknown name, broken YAML, unknown key or impossible value.
     """
-    document = _read(find(source), seen=())
+    document = _read(find(source).resolve(), seen=())
     return _validate(_apply_overrides(document, overrides), label=source)
 
 
@@ -50,13 +50,17 @@ def _read(path: Path, seen: tuple[Path, ...]) -> _Source:
     if path in seen:
         chain = " -> ".join(str(p) for p in (*seen, path))
         raise RecipeError(f"Recipes extend each other in a circle: {chain}.")
-    document = _parse(path.read_text(encoding="utf-8"), path.name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path} can't be read as UTF-8 text: {error}.") from error
+    document = _parse(text, path.name)
     parent = document.values.pop("extends", None)
     if parent is None:
         return document
     if not isinstance(parent, str):
         raise RecipeError(f"{path}: extends is {parent!r}; it takes one recipe name or path.")
-    base = _read(find(parent, relative_to=path.parent), (*seen, path))
+    base = _read(find(parent, relative_to=path.parent).resolve(), (*seen, path))
     values = merge(base.values, document.values)
     return _Source(values, {**base.places, **document.places})
 
@@ -69,7 +73,7 @@ def _parse(text: str, name: str) -> _Source:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 place = f"{name} line {key.start_mark.line + 1}"
-                here = (*path, key.value)
+                here = (*path, str(key.value))  # a key may be a list: safe_load refuses it below
                 if here in places:
                     raise RecipeError(f"{dotted(here)} is given twice ({place}).")
                 places[here] = place

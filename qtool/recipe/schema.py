@@ -81,6 +81,33 @@ class Override(Section):
         return value
 
 
+class ChooseSection(Section):
+    """What qtool chooses per layer, by the error of its output on held-out samples."""
+
+    group_dim: tuple[GroupDim, ...] = ()
+    """Group dimensions to try; the first is kept unless another is better by one percent."""
+
+
+class CalibrationSection(Section):
+    """Which samples the solvers see."""
+
+    dataset: str = "wikitext2-valid"
+    """Bundled text, or the path of a .txt or .jsonl file."""
+    num_samples: Annotated[WholeNumber, Field(ge=2)] = 64
+    sequence_length: Literal["match"] | Annotated[WholeNumber, Field(ge=2)] = 2048
+    """Tokens per sample; 'match' draws lengths as the prompts of `tasks` have them (SLAC)."""
+    tasks: tuple[str, ...] = ()
+    """Tasks whose prompt lengths are matched."""
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Fraction of the samples that every choice is made on."""
+    token_cap: Annotated[float, Field(ge=1)] = 10.0
+    """Tokens are shrunk to this multiple of the median norm before they enter a Hessian."""
+    input_error: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
+    """Share of the upstream error that a layer compensates; auto: chosen per layer."""
+    strict: bool = False
+    """Fail where a solver would fall back to something simpler."""
+
+
 class WeightsSection(Section):
     """How the linear layers of the decoder blocks are quantized."""
 
@@ -88,6 +115,7 @@ class WeightsSection(Section):
     scheme: SchemeSection = SchemeSection()
     options: Mapping[str, Any] = {}
     """Options of the method; `qtool methods` lists them."""
+    choose: ChooseSection = ChooseSection()
     overrides: tuple[Override, ...] = ()
 
 
@@ -104,6 +132,8 @@ class Recipe(Section):
 
     version: Literal[1] = 1
     description: str = ""
+    calibration: CalibrationSection | None = None
+    """Absent: solvers work without data."""
     weights: WeightsSection
     embedding: TableSection | None = None
     """Absent: the embedding stays in 16 bit. With tied weights it covers the head."""
@@ -125,5 +155,6 @@ def resolve(weights: WeightsSection, layer: str) -> WeightsSection | None:
             method=override.method or weights.method,
             scheme=SchemeSection(**{**weights.scheme.model_dump(), **override.scheme}),
             options={**options, **override.options},
+            choose=weights.choose,
         )
     return weights

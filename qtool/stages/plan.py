@@ -1,7 +1,7 @@
 """Plan a run without reading a weight: which layers, which scheme, how many bytes."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from qtool.checkpoint.manifest import num_bytes
 from qtool.errors import RecipeError, SchemeError
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import Recipe, TableSection, WeightsSection, resolve
-from qtool.scheme import Shape2D, WeightScheme
+from qtool.scheme import GroupDim, Shape2D, WeightScheme
 
 Role = Literal["block", "embedding", "head"]
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
@@ -33,6 +33,13 @@ class LayerPlan:
     options: Any
     """Instance of the method's options dataclass."""
     num_bytes: int
+    choose_group_dim: tuple[GroupDim, ...] = ()
+    """Group dimensions to choose from by held-out error; empty: the scheme's."""
+
+    def alternatives(self) -> list["LayerPlan"]:
+        """Return this plan with each scheme to choose from; the preferred one first."""
+        dims = self.choose_group_dim or (self.scheme.group_dim,)
+        return [replace(self, scheme=replace(self.scheme, group_dim=dim)) for dim in dims]
 
     @property
     def average_bits(self) -> float:
@@ -98,6 +105,7 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
         UnknownNameError: there is no such method.
     """
     _check_overrides(source, recipe)
+    _check_calibration(recipe)
     layers = tuple(_layers(source, recipe))
     if not layers:
         raise RecipeError("The recipe skips every layer: nothing is left to quantize.")
@@ -131,6 +139,17 @@ def _check_overrides(source: ModelSource, recipe: Recipe) -> None:
                 f"weights.overrides.{number}.match is {override.match!r}, which matches none of "
                 f"the {len(names)} layers; the first is {names[0]}."
             )
+
+
+def _check_calibration(recipe: Recipe) -> None:
+    method = load_method(recipe.weights.method)
+    if recipe.calibration is None and method.needs:
+        raise RecipeError(
+            f"'{recipe.weights.method}' needs calibration data. Leave out --no-calibration, or add "
+            "a section 'calibration' to the recipe."
+        )
+    if recipe.calibration is None and recipe.weights.choose.group_dim:
+        raise RecipeError("weights.choose needs calibration data to choose by.")
 
 
 def _layers(source: ModelSource, recipe: Recipe) -> Iterator[LayerPlan]:
@@ -169,4 +188,5 @@ def _plan_layer(
         method=section.method,
         options=parse_options(section.method, method, section.options),
         num_bytes=sum(num_bytes(part) for part in parts.values()),
+        choose_group_dim=section.choose.group_dim if isinstance(section, WeightsSection) else (),
     )

@@ -2,15 +2,17 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
-from qtool.base import Env, LayerProblem, LayerSolution
+from qtool.base import Env, LayerProblem, LayerSolution, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import MethodError
 from qtool.modeling.source import ModelSource
+from qtool.scheme import WeightScheme
 from qtool.stages.memory import peak_memory
 from qtool.stages.plan import LayerPlan, Plan, load_method
 
@@ -23,6 +25,7 @@ class LayerResult:
     entry: LayerEntry
     metrics: Mapping[str, float]
     seconds: float
+    fallback: str | None = None
 
 
 def solve_data_free(
@@ -36,70 +39,89 @@ def solve_data_free(
         MethodError: a weight isn't finite, or a method refused it.
     """
     results = []
-    for index, layer in enumerate(plan.layers):
-        result = _restored(layer, writer) or _solved(source, layer, writer, env)
-        results.append(result)
-        env.emit(
-            "layer",
-            {
-                "index": index,
-                "total": len(plan.layers),
-                "name": layer.name,
-                "nmse": result.metrics.get("nmse", 0.0),
-                "memory": peak_memory(env.device),
-            },
+    for layer in plan.layers:
+        results.append(solve_one(source, layer, writer, env))
+        announce(env, results[-1], len(results), len(plan.layers))
+    copy_kept(source, plan, writer)
+    return tuple(results)
+
+
+def solve_one(
+    source: ModelSource, layer: LayerPlan, writer: CheckpointWriter, env: Env
+) -> LayerResult:
+    """Quantize and write one layer without data, unless an earlier run has finished it."""
+    notes = writer.finished(layer.name)
+    if notes is not None:
+        writer.keep(layer.name)
+        entry = LayerEntry(
+            format=notes["format"],
+            scheme=WeightScheme(**notes["scheme"]),
+            shape=layer.shape,
+            method=layer.method,
         )
+        return LayerResult(layer.name, entry, notes["metrics"], notes["seconds"], notes["fallback"])
+    started = time.perf_counter()
+    weight = source.read_weight(layer.name).to(env.device)
+    check_finite(layer.name, weight)
+    generator = torch.Generator(env.device).manual_seed(env.seed)
+    problem = LayerProblem(name=layer.name, weight=weight, scheme=layer.scheme, generator=generator)
+    solution = load_method(layer.method).solve(problem, layer.options)
+    check_stored(layer.name, solution.tensor, weight)
+    return write_solution(layer, solution, writer, seconds=time.perf_counter() - started)
+
+
+def write_solution(
+    layer: LayerPlan, solution: LayerSolution, writer: CheckpointWriter, *, seconds: float
+) -> LayerResult:
+    """Write a solved layer, with the notes that a resumed run needs."""
+    tensor = solution.tensor
+    notes = {
+        "format": tensor.format,
+        "scheme": asdict(tensor.scheme),
+        "metrics": dict(solution.metrics),
+        "fallback": solution.fallback,
+        "seconds": seconds,
+    }
+    writer.add(layer.name, tensor, notes)
+    entry = LayerEntry(
+        format=tensor.format, scheme=tensor.scheme, shape=tensor.shape, method=layer.method
+    )
+    return LayerResult(layer.name, entry, solution.metrics, seconds, solution.fallback)
+
+
+def copy_kept(source: ModelSource, plan: Plan, writer: CheckpointWriter) -> None:
+    """Copy the tensors that aren't quantized."""
     for name in plan.kept:
         if writer.finished(name) is None:
             writer.add(name, source.read(name))
         else:
             writer.keep(name)
-    return tuple(results)
 
 
-def _restored(layer: LayerPlan, writer: CheckpointWriter) -> LayerResult | None:
-    """Return the result of a layer that an earlier run of the same recipe finished."""
-    notes = writer.finished(layer.name)
-    if notes is None:
-        return None
-    writer.keep(layer.name)
-    entry = LayerEntry(
-        format=notes["format"], scheme=layer.scheme, shape=layer.shape, method=layer.method
-    )
-    return LayerResult(layer.name, entry, notes["metrics"], notes["seconds"])
+def announce(env: Env, result: LayerResult, done: int, total: int) -> None:
+    """Emit `layer`, and `warning` if the solver fell back."""
+    error = result.metrics.get("output_error", result.metrics.get("nmse", 0.0))
+    values = {"index": done - 1, "total": total, "name": result.name, "error": error}
+    env.emit("layer", {**values, "memory": peak_memory(env.device)})
+    if result.fallback is not None:
+        env.emit("warning", {"message": f"{result.name}: {result.fallback}"})
 
 
-def _solved(
-    source: ModelSource, layer: LayerPlan, writer: CheckpointWriter, env: Env
-) -> LayerResult:
-    started = time.perf_counter()
-    solution = solve_layer(source, layer, env)
-    seconds = time.perf_counter() - started
-    tensor = solution.tensor
-    notes = {"format": tensor.format, "metrics": dict(solution.metrics), "seconds": seconds}
-    writer.add(layer.name, tensor, notes)
-    entry = LayerEntry(
-        format=tensor.format, scheme=tensor.scheme, shape=tensor.shape, method=layer.method
-    )
-    return LayerResult(layer.name, entry, solution.metrics, seconds)
-
-
-def solve_layer(source: ModelSource, layer: LayerPlan, env: Env) -> LayerSolution:
-    """Read one weight and quantize it."""
-    weight = source.read_weight(layer.name).to(env.device)
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raise MethodError if a weight holds NaN or infinity."""
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
         raise MethodError(
-            f"{layer.name}: {bad} of {weight.numel()} weights are NaN or infinite. The file is "
-            "damaged, or the model overflowed when it was saved; check the original."
+            f"{name}: {int((~finite).sum())} of {weight.numel()} weights are NaN or infinite. The "
+            "file is damaged, or the model overflowed when it was saved; check the original."
         )
-    generator = torch.Generator(env.device).manual_seed(env.seed)
-    problem = LayerProblem(name=layer.name, weight=weight, scheme=layer.scheme, generator=generator)
-    solution = load_method(layer.method).solve(problem, layer.options)
-    for part, values in solution.tensor.parts.items():
+
+
+def check_stored(name: str, tensor: QuantizedTensor, weight: Tensor) -> None:
+    """Raise MethodError if a stored parameter overflowed its dtype."""
+    for part, values in tensor.parts.items():
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             raise MethodError(
-                f"{layer.name}: {part} doesn't fit float16; the largest weight is "
+                f"{name}: {part} doesn't fit float16; the largest weight is "
                 f"{float(weight.abs().max()):.3g}. Skip this layer with an override."
             )
-    return solution

@@ -1,0 +1,108 @@
+"""CalibrationSet: token samples and where they came from."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool.data.corpora import Corpus
+from qtool.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSet:
+    """Samples of tokens, each (length,) int64, and their provenance."""
+
+    samples: tuple[Tensor, ...]
+    provenance: Mapping[str, Any]
+    """Dataset, tokenizer digest, seed, requested and used lengths: JSON-able."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens there are in all."""
+        return sum(len(sample) for sample in self.samples)
+
+    def digest(self) -> str:
+        """Return the sha256 of all tokens and their lengths, shortened."""
+        state = hashlib.sha256()
+        for sample in self.samples:
+            state.update(len(sample).to_bytes(8, "little"))
+            state.update(sample.numpy().astype("<i8").tobytes())
+        return state.hexdigest()[:16]
+
+    def split(self, holdout: float) -> tuple["CalibrationSet", "CalibrationSet"]:
+        """Return the samples to solve with and the last ones, held out for choices.
+
+        Args:
+            holdout: Fraction of the samples; at least one is held out, and one is left.
+        """
+        count = min(max(1, round(holdout * len(self.samples))), len(self.samples) - 1)
+        cut = len(self.samples) - count
+        return (
+            CalibrationSet(self.samples[:cut], self.provenance),
+            CalibrationSet(self.samples[cut:], self.provenance),
+        )
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:  # noqa: ANN401
+    """Return a text as one stream of tokens, (tokens,) int64, whatever its length."""
+    ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:  # noqa: ANN401
+    """Return a digest of the vocabulary, to tell whether two sets can be compared."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+
+def draw_samples(
+    tokenizer: Any,  # noqa: ANN401
+    corpus: Corpus,
+    lengths: Sequence[int],
+) -> CalibrationSet:
+    """Cut consecutive samples of the given lengths from the start of a text.
+
+    Raises:
+        DataError: the text holds not even one sample.
+    """
+    stream = tokenize(tokenizer, corpus.text)
+    samples = tuple(_cut(stream, lengths))
+    if len(samples) < 2:  # noqa: PLR2004
+        raise DataError(
+            f"{corpus.name} has {len(stream)} tokens; calibration takes at least two samples, the "
+            f"first of them {lengths[0]} long. Use a longer text or a shorter sequence_length."
+        )
+    provenance = {
+        "dataset": corpus.name,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "samples": len(samples),
+        "samples wanted": len(lengths),
+        "tokens": sum(len(sample) for sample in samples),
+    }
+    return CalibrationSet(samples, provenance)
+
+
+def _cut(stream: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
+    start = 0
+    for length in lengths:
+        if start + length > len(stream):
+            return
+        yield stream[start : start + length]
+        start += length
+
+
+def batches(samples: Sequence[Tensor], max_tokens: int) -> list[Tensor]:
+    """Stack neighbours of equal length: (samples, length) int64, at most `max_tokens` each."""
+    stacked: list[list[Tensor]] = []
+    for sample in samples:
+        last = stacked[-1] if stacked else None
+        if last and len(last[0]) == len(sample) and (len(last) + 1) * len(sample) <= max_tokens:
+            last.append(sample)
+        else:
+            stacked.append([sample])
+    return [torch.stack(group) for group in stacked]
