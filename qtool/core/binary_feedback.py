@@ -5,12 +5,16 @@ docs/log.md has what each part is worth. Weights are columns first, (n, rows), s
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from qtool.core.error_feedback import encode_columns, feed_forward, scaled_errors
+from qtool.core.error_feedback import (
+    encode_adapting,
+    encode_columns,
+    feed_forward,
+    scaled_errors,
+)
 from qtool.core.grids import BinaryGrid
 from qtool.core.linalg import solve_spd
 
@@ -81,13 +85,15 @@ def solve_columns(
     columns = order.tolist()
 
     def solve(start: int, stop: int, block: Tensor, factor: Tensor) -> Tensor:
-        def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        def adapt(
+            _tables: tuple[Tensor, ...], column: int, values: Tensor
+        ) -> tuple[Tensor, Tensor]:
             group = columns[start + column]
-            first, _ = grid.nearest(group, values)
+            first, _ = grid.pick(grid.tables([group]), 0, values)
             grid.set(group, _column_fit(grid, group, first, values))
-            return grid.nearest(group, values)
+            return grid.pick(grid.tables([group]), 0, values)
 
-        codes[start:stop], levels = encode_columns(block, factor, nearest)
+        codes[start:stop], levels = encode_adapting(block, factor, adapt)
         return scaled_errors(block, levels, factor)
 
     feed_forward(weight, upper, edges, solve)
@@ -125,7 +131,7 @@ def _solve_group(
     best_errors = torch.zeros_like(weight)
     best_loss = torch.full_like(parameters[0], torch.inf)
     for _ in range(iterations):
-        codes, levels = encode_columns(weight, upper, partial(_nearest, grid))
+        codes, levels = encode_columns(weight, upper, grid.tables([0]), grid.pick)
         errors = scaled_errors(weight, levels, upper)
         fitted = _whitened_fit(grid, codes, upper, whitened)
         improved = BinaryGrid(fitted.unsqueeze(0), offset=offset)
@@ -139,10 +145,6 @@ def _solve_group(
             best_errors = torch.where(better, candidate_errors, best_errors)
         grid = improved
     return best_codes, best_parameters, best_errors
-
-
-def _nearest(grid: BinaryGrid, _column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-    return grid.nearest(0, values)
 
 
 def _whitened_fit(grid: BinaryGrid, codes: Tensor, upper: Tensor, whitened: Tensor) -> Tensor:

@@ -10,33 +10,55 @@ so the loss tr((W - Q) H (W - Q)^T) is the squared norm of E.
 
 import itertools
 from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-Nearest = Callable[[int, Tensor], tuple[Tensor, Tensor]]
-"""(column of the block, values (rows,)) -> codes (rows,) uint8 and levels (rows,) float32."""
+from qtool.core.graphs import TensorFunction, replay
+from qtool.core.grids import Pick
+
 SolveBlock = Callable[[int, int, Tensor, Tensor], Tensor]
 """(start, stop, weights of the block (columns, rows), its part of U) -> scaled errors E."""
 
 
-def encode_columns(weight: Tensor, upper: Tensor, nearest: Nearest) -> tuple[Tensor, Tensor]:
+def encode_columns(
+    weight: Tensor, upper: Tensor, tables: tuple[Tensor, ...], pick: Pick
+) -> tuple[Tensor, Tensor]:
     """Quantize the columns of one block in order, with feedback inside it.
 
     Args:
         weight: (columns, rows) float32; not changed.
         upper: (columns, columns), the block's part of the factor U.
-        nearest: Quantizes one column.
+        tables: The levels of the block's columns, for `pick`.
+        pick: Quantizes one column.
 
     Returns:
         Codes (columns, rows) uint8 and levels (columns, rows) float32.
     """
+    shares = upper / upper.diagonal().unsqueeze(1)  # error of column c, shared along row c
+    codes, levels = replay(_encoder(pick), weight, shares, *tables)
+    return codes, levels
+
+
+def encode_adapting(weight: Tensor, upper: Tensor, pick: Pick) -> tuple[Tensor, Tensor]:
+    """Do the same with a `pick` that remembers: it may fit the levels to the values it sees."""
+    shares = upper / upper.diagonal().unsqueeze(1)
+    return _encode(pick, weight, shares)
+
+
+@cache
+def _encoder(pick: Pick) -> TensorFunction:
+    """Return the column loop for one kind of grid: one object per kind, which names its graph."""
+    return partial(_encode, pick)
+
+
+def _encode(pick: Pick, weight: Tensor, shares: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor]:
     work = weight.clone()
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     levels = torch.empty_like(weight)
-    shares = upper / upper.diagonal().unsqueeze(1)  # error of column c, shared along row c
     for column in range(len(work)):
-        codes[column], levels[column] = nearest(column, work[column])
+        codes[column], levels[column] = pick(tables, column, work[column])
         error = work[column] - levels[column]
         work[column + 1 :].addr_(shares[column, column + 1 :], error, alpha=-1)
     return codes, levels

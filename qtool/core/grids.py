@@ -10,8 +10,9 @@ parameters. Where they run along out_features, a group is one column, and `Span`
 rows share parameters.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -42,13 +43,40 @@ class Span:
         return per_row.unflatten(0, (-1, self.size)).sum(1)
 
 
+Pick = Callable[[tuple[Tensor, ...], int, Tensor], tuple[Tensor, Tensor]]
+"""(tables, column of the block, values (rows,)) -> codes (rows,) uint8 and levels (rows,)."""
+
+
+def pick_affine(tables: tuple[Tensor, ...], column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest codes and levels; tables are scales, zero points and highest code."""
+    scales, zeros, top = tables
+    scale, zero = scales[column], zeros[column]
+    codes = torch.minimum(torch.div(values, scale).add_(zero).round_().clamp_(min=0), top)
+    return codes.to(torch.uint8), (codes - zero) * scale
+
+
+def pick_binary(tables: tuple[Tensor, ...], column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest codes and levels, ties up; tables are levels, their codes, middles."""
+    del column  # all columns of a block are of one group
+    levels, codes, middles = tables
+    position = (values >= middles).sum(0, keepdim=True)
+    return codes.gather(0, position).squeeze(0), levels.gather(0, position).squeeze(0)
+
+
 class Grid(Protocol):
     """Levels of all groups of one layer."""
 
     span: Span
 
-    def nearest(self, group: int, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return codes (rows,) uint8 and levels (rows,) nearest to values (rows,) float32."""
+    pick: Pick
+    """Quantizes one column with the tables of its block."""
+
+    def tables(self, groups: list[int]) -> tuple[Tensor, ...]:
+        """Return what `pick` needs for a block of columns.
+
+        Args:
+            groups: Group of each column of the block.
+        """
         ...
 
     def values(self, group: int, codes: Tensor) -> Tensor:
@@ -84,12 +112,14 @@ class AffineGrid:
     zero_points: Tensor  # (num_groups, row_groups) float32, whole numbers
     num_bits: int
     span: Span
+    pick: ClassVar[Pick] = staticmethod(pick_affine)
 
-    def nearest(self, group: int, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return codes and levels."""
-        scale, zero = self._group(group)
-        codes = torch.div(values, scale).add_(zero).round_().clamp_(0, 2**self.num_bits - 1)
-        return codes.to(torch.uint8), (codes - zero) * scale
+    def tables(self, groups: list[int]) -> tuple[Tensor, ...]:
+        """Return scales and zero points (columns, rows), and the highest code."""
+        index = torch.tensor(groups, device=self.scales.device)
+        expand = self.span.expand
+        top = torch.full((1,), 2.0**self.num_bits - 1, device=self.scales.device)
+        return expand(self.scales[index]), expand(self.zero_points[index]), top
 
     def _group(self, group: int) -> tuple[Tensor, Tensor]:
         return self.span.expand(self.scales[group]), self.span.expand(self.zero_points[group])
@@ -124,6 +154,8 @@ class AffineGrid:
 class BinaryGrid:
     """offset + sum of scales * signs; the levels of each group are kept sorted."""
 
+    pick: ClassVar[Pick] = staticmethod(pick_binary)
+
     def __init__(self, parameters: Tensor, *, offset: bool, span: Span | None = None) -> None:
         """Sort the levels.
 
@@ -147,12 +179,12 @@ class BinaryGrid:
         levels, order = torch.einsum("lu,kur->klr", self._table, parameters).sort(dim=1)
         return levels, order.to(torch.uint8), (levels[:, 1:] + levels[:, :-1]) / 2
 
-    def nearest(self, group: int, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return codes and levels; ties go up."""
+    def tables(self, groups: list[int]) -> tuple[Tensor, ...]:
+        """Return levels ascending, their codes and the middles; `groups` are all the same."""
+        group = groups[0]
         expand = self.span.expand
-        position = (values >= expand(self._middles[group])).sum(0, keepdim=True)
-        codes = expand(self._codes[group]).gather(0, position).squeeze(0)
-        return codes, expand(self._levels[group]).gather(0, position).squeeze(0)
+        parts = (self._levels[group], self._codes[group], self._middles[group])
+        return tuple(expand(part) for part in parts)
 
     def values(self, group: int, codes: Tensor) -> Tensor:
         """Return the levels of codes."""

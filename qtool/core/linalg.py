@@ -3,15 +3,19 @@
 import torch
 from torch import Tensor
 
+TINY = 1e-30
+"""Keeps an all-zero system solvable: its solution is zero."""
+
 
 def solve_spd(matrices: Tensor, right: Tensor, *, ridge: float) -> Tensor:
-    """Solve many small symmetric positive semidefinite systems by Cholesky.
+    """Solve many small symmetric positive semidefinite systems by Gauss-Jordan elimination.
 
-    Unrolled over the (at most nine) unknowns and vectorised over the batch: LAPACK called once per
-    matrix is about ten times slower on a hundred thousand 5x5 systems.
+    Vectorized over the batch, a few operations per unknown: LAPACK called once per matrix is about
+    ten times slower on a hundred thousand 5x5 systems. Without pivoting, which a positive definite
+    matrix doesn't need.
 
     Args:
-        matrices: (batch, n, n); overwritten by nothing.
+        matrices: (batch, n, n).
         right: (batch, n).
         ridge: Added to the diagonal, as a fraction of its mean; keeps singular systems solvable.
 
@@ -19,25 +23,15 @@ def solve_spd(matrices: Tensor, right: Tensor, *, ridge: float) -> Tensor:
         (batch, n).
     """
     n = right.shape[-1]
-    a = matrices.permute(1, 2, 0).contiguous()  # the batch last: each step is one vector operation
-    extra = ridge * matrices.diagonal(dim1=-2, dim2=-1).mean(-1) + torch.finfo(a.dtype).tiny
-    columns: list[list[Tensor]] = []  # columns[j][i - j] is element (i, j) of the factor
-    for j in range(n):
-        below = [a[i, j] for i in range(j, n)]
-        below[0] = below[0] + extra
-        for k in range(j):
-            factor = columns[k][j - k]
-            below = [entry - factor * columns[k][j + i - k] for i, entry in enumerate(below)]
-        pivot = torch.sqrt(torch.maximum(below[0], extra))  # rounding may push it below zero
-        columns.append([pivot, *(entry / pivot for entry in below[1:])])
-    y: list[Tensor] = []
-    for i in range(n):
-        value = right[:, i]
-        for k in range(i):
-            value = value - columns[k][i - k] * y[k]
-        y.append(value / columns[i][0])
-    for i in reversed(range(n)):
-        for k in range(i + 1, n):
-            y[i] = y[i] - columns[i][k - i] * y[k]
-        y[i] = y[i] / columns[i][0]
-    return torch.stack(y, -1)
+    # The batch comes last, so that each step reads contiguous memory.
+    a = torch.cat([matrices.permute(1, 2, 0), right.T.unsqueeze(1)], dim=1)  # (n, n + 1, batch)
+    diagonal = torch.diagonal(a[:, :n])  # (batch, n), a view
+    extra = ridge * diagonal.mean(-1, keepdim=True) + TINY
+    diagonal += extra
+    floor = extra.squeeze(-1)
+    for k in range(n):
+        pivot = torch.maximum(a[k, k], floor)  # rounding may push it below zero
+        row = a[k] / pivot
+        a -= a[:, k : k + 1] * row
+        a[k] = row
+    return a[:, n].T

@@ -6,11 +6,13 @@ Weights are columns first, (n, rows), see `grids`.
 """
 
 import itertools
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from qtool.core.grids import Grid
+from qtool.core.graphs import TensorFunction, replay
+from qtool.core.grids import Grid, Pick
 from qtool.core.linalg import solve_spd
 
 RIDGE = 1e-6
@@ -41,18 +43,37 @@ def descend_codes(
         gradient: (n, rows) float32, `residual` of the levels; kept up to date.
         hessian: (n, n) float32.
     """
-    diagonal = hessian.diagonal()
     for group, (start, stop) in enumerate(itertools.pairwise(edges)):
-        before = levels[start:stop].clone()
-        local = gradient[start:stop].clone()
-        for column in range(start, stop):
-            here = column - start
-            target = levels[column] - local[here] / diagonal[column]
-            codes[column], chosen = grid.nearest(group, target)
-            step = chosen - levels[column]
-            levels[column] = chosen
-            local[here + 1 :].addr_(hessian[column, column + 1 : stop], step)
-        gradient.addmm_(hessian[:, start:stop], levels[start:stop] - before)
+        codes[start:stop], chosen = replay(
+            _descender(grid.pick),
+            levels[start:stop],
+            gradient[start:stop],
+            hessian[start:stop, start:stop],
+            *grid.tables([group] * (stop - start)),
+        )
+        step = chosen - levels[start:stop]
+        levels[start:stop] = chosen
+        gradient.addmm_(hessian[:, start:stop], step)
+
+
+@cache
+def _descender(pick: Pick) -> TensorFunction:
+    """Return the column loop for one kind of grid: one object per kind, which names its graph."""
+    return partial(_descend, pick)
+
+
+def _descend(
+    pick: Pick, levels: Tensor, gradient: Tensor, block: Tensor, *tables: Tensor
+) -> tuple[Tensor, Tensor]:
+    local = gradient.clone()
+    chosen = torch.empty_like(levels)
+    codes = torch.empty(levels.shape, dtype=torch.uint8, device=levels.device)
+    for column in range(len(levels)):
+        target = levels[column] - local[column] / block[column, column]
+        codes[column], chosen[column] = pick(tables, column, target)
+        step = chosen[column] - levels[column]
+        local[column + 1 :].addr_(block[column, column + 1 :], step)
+    return codes, chosen
 
 
 def refit(

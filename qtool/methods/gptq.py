@@ -120,9 +120,8 @@ def _feed(
     edges = [*range(0, len(work), options.column_block), len(work)]
 
     def solve(start: int, stop: int, block: Tensor, factor: Tensor) -> Tensor:
-        codes[start:stop], levels = encode_columns(
-            block, factor, lambda column, values: grid.nearest(groups[start + column], values)
-        )
+        tables = grid.tables(groups[start:stop])
+        codes[start:stop], levels = encode_columns(block, factor, tables, grid.pick)
         return scaled_errors(block, levels, factor)
 
     feed_forward(work, upper, edges, solve)
@@ -138,8 +137,9 @@ def _without_feedback(problem: LayerProblem, options: GptqOptions) -> LayerSolut
     columns = problem.weight.T
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
     for group, (start, stop) in enumerate(itertools.pairwise(edges)):
+        tables = grid.tables([group] * (stop - start))
         for column in range(start, stop):
-            codes[column], _ = grid.nearest(group, columns[column])
+            codes[column], _ = grid.pick(tables, column - start, columns[column])
     reason = "the Hessian can't be factored even with a damping of 1; rounded to nearest instead"
     return _solution(problem, grid, codes, float("nan"), reason)
 

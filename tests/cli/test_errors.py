@@ -1,0 +1,123 @@
+"""What a user can do wrong: exit code 1 and one line that says what, where and what next."""
+
+import json
+
+import pytest
+
+from qtool import pipeline
+from tests.cli.conftest import Cli, Done
+
+
+def one_line(done: Done, *words: str) -> None:
+    assert done.code == 1
+    assert done.out == ""
+    lines = done.err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("Error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--bits", "9"], ["num_bits", "8"]),
+        (["--bits", "0"], ["num_bits", "1"]),
+        (["--group-size", "0"], ["--group-size is '0'", "'row'"]),
+        (["--group-size", "-1"], ["--group-size"]),
+        (["--group-size", "many"], ["--group-size is 'many'", "'row'"]),
+        (["--method", "rtm"], ["No 'rtm' in methods", "Did you mean 'rtn'"]),
+        (["--recipe", "rtn-w4g12"], ["Did you mean 'rtn-w4g128'"]),
+        (["--recipe", "no/such.yaml"], ["No recipe file no/such.yaml"]),
+        (["--set", "weights.scheme.num_bitz=3"], ["Did you mean 'num_bits'", "--set"]),
+        (["--set", "seed"], ["isn't an assignment", "--set a.b=value"]),
+        (
+            ["--method", "rtn", "--set", "weights.options.clip_rato=1"],
+            ["Did you mean 'clip_ratio'"],
+        ),
+        (["--method", "rtn", "--set", "weights.options.clip_ratio=7"], ["clip_ratio is 7"]),
+        (
+            ["--method", "rtn", "--bits", "1", "--set", "weights.scheme.symmetric=true"],
+            ["Use 'bcq' for 1 bit"],
+        ),
+        (
+            ["--set", "weights.overrides=[{match: nothing, skip: true}]"],
+            ["weights.overrides.0.match is 'nothing'", "14 layers"],
+        ),
+    ],
+)
+def test_impossible_option_is_one_line(cli: Cli, llama, tmp_path, options, words):
+    one_line(cli("quantize", *options, llama, tmp_path / "out"), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval", "bench", "inspect"])
+def test_missing_model_is_one_line(cli: Cli, tmp_path, command):
+    arguments = [tmp_path / "nothing"]
+    if command == "quantize":
+        arguments.append(tmp_path / "out")
+    one_line(cli(command, *arguments), "nothing")
+
+
+@pytest.mark.parametrize("command", ["bench", "inspect"])
+def test_unquantized_model_in_place_of_a_checkpoint_is_one_line(cli: Cli, llama, command):
+    one_line(cli(command, llama), "isn't quantized")
+
+
+def test_existing_output_is_one_line(cli: Cli, llama, checkpoint):
+    one_line(cli("quantize", llama, checkpoint), "--overwrite")
+
+
+def test_unfinished_run_is_one_line(cli: Cli, llama, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    one_line(cli("quantize", llama, tmp_path / "out"), "--resume", "--overwrite")
+
+
+def test_unknown_text_is_one_line(cli: Cli, llama):
+    one_line(cli("eval", llama, "--dataset", "wikitext"), "Known: wikitext2-test")
+
+
+def test_context_longer_than_the_model_is_one_line(cli: Cli, llama, text_file):
+    one_line(cli("eval", llama, "--dataset", text_file), "512 positions", "--context-length 512")
+
+
+def test_unknown_backend_is_one_line(cli: Cli, checkpoint, text_file):
+    options = ["--dataset", text_file, "--context-length", 64, "--backend", "fast"]
+    one_line(cli("eval", checkpoint, *options), "No 'fast' in backends")
+
+
+def test_unwritable_json_target_is_one_line(cli: Cli, checkpoint, tmp_path):
+    done = cli("inspect", checkpoint, "--json", tmp_path / "no" / "such" / "file.json")
+    one_line(done, "Can't write", "No such file or directory")
+
+
+def test_message_with_markup_and_line_breaks_stays_one_plain_line(cli: Cli, monkeypatch, tmp_path):
+    from qtool.errors import ModelError
+
+    def fail(*_args, **_kwargs):
+        raise ModelError("first [bold]line[/bold]\n   second\n")
+
+    monkeypatch.setattr(pipeline, "plan", fail)
+    one_line(cli("quantize", "--dry-run", "m", tmp_path), "first [bold]line[/bold] second")
+
+
+def test_interrupt_says_how_to_go_on(cli: Cli, monkeypatch, tmp_path):
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "quantize", stop)
+    done = cli("quantize", "m", tmp_path / "out")
+    assert done.code == 130
+    assert done.err.strip().startswith("Error: Interrupted.")  # after the line break of ^C
+    assert "--resume" in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not json", json.dumps({"quantization_config": {}}).encode()],
+)
+def test_damaged_checkpoint_is_one_line(cli: Cli, tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    for command in ("inspect", "bench", "eval"):
+        one_line(cli(command, tmp_path))

@@ -1,0 +1,87 @@
+"""Help, versions and usage errors: no torch, no traceback."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+import qtool
+from qtool.cli.app import app
+from tests.cli.conftest import Cli
+from tests.helpers import run_python
+
+COMMANDS = [command.name for command in app.registered_commands if command.name]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help_is_printed_and_exits_with_0(cli: Cli, command):
+    done = cli(*command, "--help")
+    assert done.code == 0
+    assert "Usage" in done.out
+    assert done.err == ""
+
+
+@pytest.mark.parametrize("command", ["calibrate", "quantize", "eval", "bench", "inspect"])
+def test_every_command_summarises_itself_in_a_sentence(cli: Cli, command):
+    text = " ".join(cli(command, "--help").out.split())
+    assert re.search(r"Usage: \S+ \S+.*? [A-Z][^.]+\.", text)
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval", "bench"])
+def test_help_shows_examples(cli: Cli, command):
+    assert f"qtool {command}" in cli(command, "--help").out.split("Examples")[1]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["--version"]])
+def test_help_does_not_import_torch(arguments):
+    code = (
+        "import sys\n"
+        "from qtool.cli.app import app\n"
+        "try:\n    app(sys.argv[1:])\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "print('HEAVY', sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))\n"
+    )
+    assert "HEAVY []" in run_python(code, *arguments)
+
+
+def test_version_is_printed_alone(cli: Cli):
+    done = cli("--version")
+    assert (done.code, done.out.strip()) == (0, qtool.__version__)
+
+
+def test_no_command_prints_help_as_a_usage_error(cli: Cli):
+    done = cli()
+    assert done.code == 2
+    assert "Usage" in done.out + done.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no-such-command"],
+        ["quantize"],
+        ["quantize", "model"],
+        ["quantize", "model", "out", "extra"],
+        ["quantize", "--bits", "three", "model", "out"],
+        ["quantize", "--no-such-option", "model", "out"],
+        ["eval"],
+        ["eval", "model", "--windows", "0"],
+        ["eval", "model", "--context-length", "1"],
+        ["bench", "model", "--perplexity-windows", "-1"],
+        ["inspect"],
+    ],
+)
+def test_usage_errors_exit_with_2_and_show_the_usage(cli: Cli, arguments):
+    done = cli(*arguments)
+    assert done.code == 2
+    assert done.out == ""
+    assert "Usage" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_running_the_module_is_running_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "qtool", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == qtool.__version__

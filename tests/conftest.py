@@ -1,0 +1,75 @@
+"""Settings of hypothesis, isolation from the user's machine, tiny models built once."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test reaches a hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads slow tiny tensors down threefold
+os.environ.pop("QTOOL_BACKEND", None)
+
+# The same examples in every run; HYPOTHESIS_PROFILE=search looks for new ones.
+settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
+settings.register_profile("search", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+ModelMaker = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep converted models out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QTOOL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
+    """Return a function (family, tied=False) -> directory of a tiny model with a tokenizer.
+
+    Directories are shared by all tests: read only.
+    """
+    from tests import families
+
+    made: dict[tuple[str, bool], Path] = {}
+
+    def make(family: str = "llama", *, tied: bool = False) -> Path:
+        if (family, tied) not in made:
+            directory = tmp_path_factory.mktemp(f"{family}-{'tied' if tied else 'untied'}")
+            families.build(family, tied=tied).save_pretrained(directory)
+            families.save_tokenizer(directory)
+            made[family, tied] = directory
+        return made[family, tied]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(tiny: ModelMaker) -> Path:
+    """Return a tiny llama with a head of its own; read only."""
+    return tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the tiny llama quantized with rtn to 4 bits, group 32; read only."""
+    from qtool import pipeline
+    from tests.helpers import recipe
+
+    out_dir = tmp_path_factory.mktemp("quantized") / "checkpoint"
+    pipeline.quantize(str(llama), out_dir, recipe())
+    return out_dir
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a text of 600 words that the tiny tokenizer knows; read only."""
+    from tests.families import text
+
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(text(600), encoding="utf-8")
+    return path

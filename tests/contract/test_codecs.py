@@ -1,0 +1,104 @@
+"""What every codec must do; an independent decoder stands in tests/golden/oracles.py."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qtool.formats
+from qtool import plugins
+from qtool.base import QuantizedTensor
+from qtool.checkpoint.manifest import DTYPE_BYTES, codec
+from qtool.errors import SchemeError
+from qtool.runtime.modules import TORCH_DTYPES
+from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
+from tests.golden.oracles import ORACLES
+
+FORMATS = plugins.names(qtool.formats)
+EVERY_FORMAT = pytest.mark.parametrize("name", FORMATS)
+
+schemes = st.builds(
+    WeightScheme,
+    num_bits=st.integers(1, 8),
+    group_size=st.one_of(st.none(), st.integers(1, 40)),
+    group_dim=st.sampled_from(GROUP_DIMS),
+    symmetric=st.booleans(),
+)
+shapes = st.builds(Shape2D, st.integers(1, 36), st.integers(1, 36))
+
+
+def random_tensor(name: str, scheme: WeightScheme, shape: Shape2D, seed: int) -> QuantizedTensor:
+    """Return a weight with arbitrary bits and parameters in the layout of its format."""
+    if name == "affine" and scheme.symmetric and scheme.num_bits == 1:
+        scheme = WeightScheme(num_bits=2, symmetric=True, group_dim=scheme.group_dim)
+    generator = torch.Generator().manual_seed(seed)
+    parts = {}
+    for part, spec in codec(name).layout(scheme, shape).items():
+        if spec.dtype == "int32":
+            drawn = torch.randint(-(2**31), 2**31, spec.shape, generator=generator)
+        else:  # few bits: sums of them are exact in float64 and float32
+            drawn = torch.randint(-64, 65, spec.shape, generator=generator) / 32
+        parts[part] = drawn.to(TORCH_DTYPES[spec.dtype])
+    return QuantizedTensor(name, scheme, shape, parts)
+
+
+def test_every_format_has_an_independent_decoder():
+    assert set(ORACLES) == set(FORMATS)
+
+
+@EVERY_FORMAT
+@settings(max_examples=25)
+@given(scheme=schemes, shape=shapes, seed=st.integers(0, 10_000))
+def test_dequantize_equals_the_independent_decoder(name, scheme, shape, seed):
+    tensor = random_tensor(name, scheme, shape, seed)
+    scheme = tensor.scheme
+    parts = {part: values.numpy() for part, values in tensor.parts.items()}
+    size = shape.out_features, shape.in_features
+    decode = ORACLES[name]
+    expected = decode(parts, scheme.num_bits, *size, scheme.group_size, scheme.group_dim)
+    for dtype in (torch.float64, torch.float32):
+        weight = codec(name).dequantize(tensor, dtype)
+        assert weight.dtype == dtype
+        assert np.array_equal(weight.double().numpy(), expected)
+
+
+@EVERY_FORMAT
+@given(scheme=schemes, shape=shapes)
+def test_layout_has_whole_positive_sizes_and_known_dtypes(name, scheme, shape):
+    if (name, scheme.symmetric, scheme.num_bits) == ("affine", True, 1):
+        with pytest.raises(SchemeError):
+            codec(name).layout(scheme, shape)
+        return
+    layout = codec(name).layout(scheme, shape)
+    assert layout
+    for spec in layout.values():
+        assert spec.dtype in DTYPE_BYTES
+        assert all(type(size) is int and size > 0 for size in spec.shape)
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize("group_dim", GROUP_DIMS)
+def test_dequantize_leaves_the_parts_alone(name, group_dim):
+    scheme = WeightScheme(num_bits=3, group_size=8, group_dim=group_dim)
+    tensor = random_tensor(name, scheme, Shape2D(20, 36), 0)
+    before = {part: values.clone() for part, values in tensor.parts.items()}
+    codec(name).dequantize(tensor, torch.float32).add_(1)
+    for part, values in before.items():
+        assert torch.equal(tensor.parts[part], values)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "dense"])
+@pytest.mark.parametrize("num_bits", range(2, 8))
+def test_size_is_the_bits_and_what_the_scales_take(name, num_bits):
+    shape = Shape2D(128, 256)
+    scheme = WeightScheme(num_bits=num_bits, group_size=128)
+    layout = codec(name).layout(scheme, shape)
+    size = sum(np.prod(spec.shape) * DTYPE_BYTES[spec.dtype] for spec in layout.values())
+    per_group = {"affine": 16 + num_bits, "binary_coding": 16 * (num_bits + 1)}[name]
+    assert 8 * size / (128 * 256) == pytest.approx(num_bits + per_group / 128)
+
+
+@EVERY_FORMAT
+def test_version_is_a_positive_number(name):
+    assert codec(name).version >= 1

@@ -1,0 +1,118 @@
+"""The golden files: one tiny checkpoint per format, from arithmetic alone (no solver, no random).
+
+`python -m tests.golden.build` writes them again. They change only with a new format version.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qtool.base import QuantizedTensor
+from qtool.checkpoint.manifest import LayerEntry, Manifest
+from qtool.checkpoint.reader import CheckpointReader
+from qtool.checkpoint.writer import CheckpointWriter
+from qtool.formats import affine, binary_coding, dense
+from qtool.scheme import Shape2D, WeightScheme
+from tests.golden.oracles import ORACLES
+
+HERE = Path(__file__).parent
+HASHES = HERE / "hashes.json"
+SHAPE = Shape2D(6, 70)
+SCHEMES: Mapping[str, WeightScheme] = {
+    "columns": WeightScheme(num_bits=3, group_size=32),
+    "rows": WeightScheme(num_bits=5, group_size=4, group_dim="out_features"),
+    "whole": WeightScheme(num_bits=2, group_size=None),
+    "symmetric": WeightScheme(num_bits=4, group_size=64, symmetric=True),
+}
+
+
+def numbers(high: int, *shape: int) -> Tensor:
+    """Return integers 0 .. high - 1 without a visible pattern, the same everywhere."""
+    count = int(np.prod(shape))
+    return torch.from_numpy((np.arange(1, count + 1) ** 2 * 2654435761 // 1024) % high).view(shape)
+
+
+def affine_weight(scheme: WeightScheme) -> QuantizedTensor:
+    rows, groups = scheme.num_rows(SHAPE), scheme.num_groups(SHAPE)
+    size = scheme.group_size or scheme.grouped_length(SHAPE)
+    codes = numbers(2**scheme.num_bits, rows, groups, size).to(torch.uint8)
+    zeros = numbers(2**scheme.num_bits, groups, rows).T.to(torch.uint8)
+    scales = ((numbers(500, rows, groups) + 1) / 512).half()
+    return affine.encode(codes, scales, zeros, scheme, SHAPE)
+
+
+def binary_weight(scheme: WeightScheme) -> QuantizedTensor:
+    rows, groups = scheme.num_rows(SHAPE), scheme.num_groups(SHAPE)
+    size = scheme.group_size or scheme.grouped_length(SHAPE)
+    codes = numbers(2**scheme.num_bits, rows, groups, size).to(torch.uint8)
+    scales = (numbers(500, rows, groups, scheme.num_bits) + 1).sort(-1, descending=True).values
+    offsets = (numbers(500, rows, groups) - 250) / 512
+    return binary_coding.encode(codes, (scales / 512).half(), offsets.half(), scheme, SHAPE)
+
+
+def dense_weight(scheme: WeightScheme) -> QuantizedTensor:
+    return dense.encode((numbers(1000, *SHAPE) - 500) / 256, scheme)
+
+
+WEIGHTS: Mapping[str, Callable[[WeightScheme], QuantizedTensor]] = {
+    "affine": affine_weight,
+    "binary_coding": binary_weight,
+    "dense": dense_weight,
+}
+
+
+def write(format_name: str, out_dir: Path) -> None:
+    """Write the golden checkpoint of one format."""
+    layers = {}
+    with CheckpointWriter(out_dir, fingerprint={}, overwrite=False, resume=False) as writer:
+        for name, scheme in SCHEMES.items():
+            tensor = WEIGHTS[format_name](scheme)
+            writer.add(name, tensor)
+            layers[name] = LayerEntry(
+                format=tensor.format, scheme=tensor.scheme, shape=tensor.shape, method="golden"
+            )
+        writer.add("norm.weight", (numbers(9, 5) / 4).half())
+        manifest = Manifest(tool_version="golden", recipe={}, layers=layers)
+        config = {"model_type": "golden", "quantization_config": manifest.to_config()}
+        writer.finish({}, config)
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """Return the sha256 of the files, and of each weight in float64 by the plain decoder."""
+    found = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.iterdir())
+    }
+    reader = CheckpointReader(directory)
+    for name, entry in reader.manifest.layers.items():
+        tensor = reader.load(name)
+        assert isinstance(tensor, QuantizedTensor)
+        scheme = entry.scheme
+        parts = {part: values.numpy() for part, values in tensor.parts.items()}
+        decode = ORACLES[entry.format]
+        weight = decode(parts, scheme.num_bits, *SHAPE, scheme.group_size, scheme.group_dim)
+        found[f"weight {name}"] = hashlib.sha256(weight.astype("<f8").tobytes()).hexdigest()
+    return found
+
+
+def main() -> None:
+    """Write all golden files anew."""
+    result = {}
+    for format_name in WEIGHTS:
+        out_dir = HERE / format_name
+        shutil.rmtree(out_dir, ignore_errors=True)
+        write(format_name, out_dir)
+        result[format_name] = hashes(out_dir)
+    HASHES.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    sys.stdout.write(f"wrote {', '.join(result)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The formats a second time, weight by weight in plain Python: slow, and independent of qtool."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+Parts = Mapping[str, NDArray[np.generic]]
+Oracle = Callable[[Parts, int, int, int, int | None, str], NDArray[np.float64]]
+
+
+def bit(words: NDArray[np.generic], index: int) -> int:
+    """Return bit `index` of a row of int32 words; bit 0 of word 0 has index 0."""
+    return (int(words[index // 32]) >> (index % 32)) & 1
+
+
+def place(o: int, i: int, group_size: int | None, group_dim: str) -> tuple[int, int]:
+    """Return where the parameter of weight (o, i) is stored."""
+    if group_dim == "in_features":
+        return o, i // group_size if group_size else 0
+    return o // group_size if group_size else 0, i
+
+
+def affine(
+    parts: Parts, num_bits: int, out: int, in_: int, group_size: int | None, group_dim: str
+) -> NDArray[np.float64]:
+    weight = np.zeros((out, in_))
+    for o in range(out):
+        for i in range(in_):
+            where = place(o, i, group_size, group_dim)
+            row, group = where if group_dim == "in_features" else (where[1], where[0])
+            code = zero = 0
+            for plane in range(num_bits):
+                code = 2 * code + bit(parts["codes"][plane, o], i)
+                if "zero_points" in parts:
+                    zero = 2 * zero + bit(parts["zero_points"][plane, group], row)
+            if "zero_points" not in parts:
+                zero = 2 ** (num_bits - 1)
+            weight[o, i] = float(parts["scales"][where]) * (code - zero)
+    return weight
+
+
+def binary_coding(
+    parts: Parts, num_bits: int, out: int, in_: int, group_size: int | None, group_dim: str
+) -> NDArray[np.float64]:
+    weight = np.zeros((out, in_))
+    for o in range(out):
+        for i in range(in_):
+            where = place(o, i, group_size, group_dim)
+            if "plane_offsets" in parts:
+                weight[o, i] = float(parts["plane_offsets"][where])
+            for plane in range(num_bits):
+                sign = 1 if bit(parts["bit_planes"][plane, o], i) else -1
+                weight[o, i] += sign * float(parts["plane_scales"][plane][where])
+    return weight
+
+
+def dense(
+    parts: Parts, _num_bits: int, _out: int, _in: int, _group_size: int | None, _group_dim: str
+) -> NDArray[np.float64]:
+    return parts["weight"].astype(np.float64)
+
+
+ORACLES: Mapping[str, Oracle] = {"affine": affine, "binary_coding": binary_coding, "dense": dense}

@@ -1,0 +1,24 @@
+import torch
+
+from qtool.bench.model import time_model
+from qtool.modeling.load import load_model
+
+
+def test_timing_leaves_the_model_as_it_was(checkpoint):
+    loaded = load_model(str(checkpoint))
+    tokens = torch.arange(3, 20).unsqueeze(0)
+    with torch.inference_mode():
+        before = loaded.model(tokens).logits
+        result = time_model(loaded, prompt_tokens=5, decode_tokens=2, repeats=1)
+        assert torch.equal(before, loaded.model(tokens).logits)
+    assert (result.prompt_tokens, result.decode_tokens, result.repeats) == (5, 2, 1)
+
+
+def test_backends_that_ran_are_named_and_none_for_an_unquantized_model(llama, checkpoint):
+    from qtool.runtime.select import use_backend
+
+    short = {"prompt_tokens": 4, "decode_tokens": 1, "repeats": 1}
+    assert time_model(load_model(str(llama)), **short).backends == ()
+    for name in ("dense", "reference"):
+        with use_backend(name):
+            assert time_model(load_model(str(checkpoint)), **short).backends == (name,)

@@ -1,0 +1,129 @@
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtool.errors import MissingExtraError, ModelError
+from qtool.modeling import locate as module
+from qtool.modeling.locate import cache_dir, convert_gguf, locate
+
+
+def test_local_directory_stays_where_it_is_and_has_no_public_name(llama):
+    location = locate(str(llama))
+    assert (location.directory, location.public_name) == (llama, None)
+
+
+def test_home_directory_is_expanded(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate("~/model").directory == tmp_path / "model"
+
+
+@pytest.mark.parametrize("model", ["./nothing", "../nothing", "a/b/c", "/nowhere/at/all", "a b"])
+def test_missing_path_never_becomes_a_download(model, monkeypatch):
+    monkeypatch.setattr(module, "_download", lambda _model: pytest.fail("asked the hub"))
+    with pytest.raises(
+        ModelError, match=r"No model directory .*Give a directory, a \.gguf file or"
+    ):
+        locate(model)
+
+
+def test_hub_id_is_downloaded_and_is_the_public_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_download", lambda _model: tmp_path)
+    location = locate("someone/model-1.5")
+    assert (location.directory, location.public_name) == (tmp_path, "someone/model-1.5")
+
+
+def test_failed_download_is_one_line(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("404\nand a long story\nof many lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelError, match=r"No local directory 'someone/model', .*: 404$"):
+        locate("someone/model")
+
+
+def test_only_harmless_files_are_downloaded(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked: dict[str, Any] = {}
+
+    def download(model, allow_patterns):
+        asked.update(model=model, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    locate("someone/model")
+    assert asked["model"] == "someone/model"
+    assert not any("bin" in p or "py" in p or p == "*" for p in asked["patterns"])
+
+
+def test_missing_gguf_file_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"No GGUF file .*m\.gguf"):
+        locate(str(tmp_path / "m.gguf"))
+
+
+def test_file_that_only_calls_itself_gguf_is_refused_and_leaves_no_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"no gguf at all")
+    with pytest.raises(ModelError, match="transformers can't read this GGUF file"):
+        locate(str(path))
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+
+
+def test_gguf_without_its_reader_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    (tmp_path / "m.gguf").write_bytes(b"x")
+    with pytest.raises(MissingExtraError, match=r"pip install 'qtool\[demo\]'"):
+        convert_gguf(tmp_path / "m.gguf")
+
+
+def test_converted_gguf_is_not_converted_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "cache"))
+    calls = []
+
+    def save(_path: Path, target: Path) -> None:
+        calls.append(target)
+        target.mkdir(parents=True)
+        (target / "config.json").write_text("{}")
+
+    monkeypatch.setattr(module, "_save_dequantized", save)
+    (tmp_path / "m.gguf").write_bytes(b"x")
+    first, second = convert_gguf(tmp_path / "m.gguf"), convert_gguf(tmp_path / "m.gguf")
+    assert first == second
+    assert len(calls) == 1
+    assert [p.name for p in first.parent.iterdir()] == [first.name]
+
+
+def test_unknown_demo_model_is_refused_with_the_known_one():
+    with pytest.raises(ModelError, match=r"No demo model 'demo:gpt5'\. Known: demo:smollm2"):
+        locate("demo:gpt5")
+
+
+def test_demo_model_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(MissingExtraError, match=r"demo:smollm2 needs the 'demo' extra"):
+        locate("demo:smollm2")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"QTOOL_CACHE": "/a/b"}, "/a/b"),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/qtool"),
+        ({"HOME": "/home/somebody"}, "/home/somebody/.cache/qtool"),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no HOME")
+def test_cache_is_where_the_environment_says(monkeypatch, variables, expected):
+    for name in ("QTOOL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache_dir() == Path(expected)

@@ -1,0 +1,64 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qtool import pipeline
+from qtool.errors import MethodError
+from tests.helpers import recipe
+
+LINEAR = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def copy(llama, tmp_path):
+    return Path(shutil.copytree(llama, tmp_path / "copy"))
+
+
+def spoil(directory: Path, value: float, dtype: torch.dtype = torch.float16) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors[LINEAR] = tensors[LINEAR].to(dtype)
+    tensors[LINEAR][3, 5] = value
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("method", ["rtn", "bcq"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weight_that_is_not_finite_is_refused_and_named(copy, tmp_path, method, value):
+    spoil(copy, value)
+    with pytest.raises(MethodError, match="up_proj: 1 of 6144 weights are NaN or infinite"):
+        pipeline.quantize(str(copy), tmp_path / "out", recipe(method))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("method", ["rtn", "bcq"])
+def test_weight_too_large_for_float16_scales_is_refused_with_the_way_out(copy, tmp_path, method):
+    spoil(copy, 1e9, torch.float32)
+    with pytest.raises(MethodError, match=r"doesn't fit float16; .* 1e\+09\. Skip this layer"):
+        pipeline.quantize(str(copy), tmp_path / "out", recipe(method, 2))
+    skip = [{"match": LINEAR.removesuffix(".weight"), "skip": True}]
+    weights = {"method": method, "scheme": {"num_bits": 2, "group_size": 32}, "overrides": skip}
+    from qtool.recipe.load import recipe_from_mapping
+
+    result = pipeline.quantize(
+        str(copy), tmp_path / "out", recipe_from_mapping({"weights": weights})
+    )
+    assert len(result.layers) == 13
+
+
+def test_events_count_every_layer_once(llama, tmp_path):
+    events = []
+    pipeline.quantize(
+        str(llama),
+        tmp_path / "out",
+        recipe(),
+        emit=lambda name, values: events.append((name, values)),
+    )
+    layers = [values for name, values in events if name == "layer"]
+    assert [values["index"] for values in layers] == list(range(14))
+    assert {values["total"] for values in layers} == {14}
+    assert all(0 < values["error"] < 0.1 and values["memory"] > 0 for values in layers)
