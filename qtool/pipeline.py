@@ -165,7 +165,7 @@ def _manifest(
         )
     return Manifest(
         tool_version=qtool.__version__,
-        recipe=recipe.model_dump(mode="json", exclude_defaults=True),
+        recipe=recipe.model_dump(mode="json"),
         layers=layers,
         source=source.public_name,
         calibration=calibration.digest() if calibration else None,

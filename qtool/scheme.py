@@ -49,7 +49,7 @@ class WeightScheme:
 
     def grouped_length(self, shape: Shape2D) -> int:
         """Return the length of the dimension along which groups run."""
-        return getattr(shape, self.group_dim)  # type: ignore[no-any-return]
+        return getattr(shape, self.group_dim)
 
     def num_rows(self, shape: Shape2D) -> int:
         """Return the length of the other dimension: how many rows of groups there are."""

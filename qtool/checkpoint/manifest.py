@@ -104,7 +104,7 @@ def manifest_from_config(config: Mapping[str, Any], where: str) -> Manifest:
             f"{where}: quant_method is {config.get('quant_method')!r}, not 'qtool'."
         )
     version = config.get("format_version")
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
             f"{where}: format_version is {version!r}; this qtool reads 1 to {FORMAT_VERSION}. "
             "Upgrade qtool."
@@ -134,9 +134,7 @@ def _entry_from_json(value: Mapping[str, Any]) -> LayerEntry:
         method=value["method"],
         shared_with=value.get("shared_with"),
     )
-    known = codec(entry.format).version
-    if value["codec_version"] > known:
-        raise CheckpointError(
-            f"codec {entry.format} is version {value['codec_version']}, known {known}"
-        )
+    known, stored = codec(entry.format).version, value["codec_version"]
+    if type(stored) is not int or not 1 <= stored <= known:
+        raise CheckpointError(f"codec {entry.format} is version {stored!r}, known 1 to {known}")
     return entry

@@ -255,9 +255,8 @@ def _sync_directory(path: Path) -> None:
 
 def _replace_directory(source: Path, target: Path) -> None:
     """Move `source` to `target`, replacing a checkpoint that is there."""
-    old = target.with_name(target.name + ".replaced")
+    old = target.with_name(f"{target.name}.replaced-{os.getpid()}")
     if target.exists():
-        shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed while replacing
         target.replace(old)
     source.replace(target)
     _sync_directory(target.parent)

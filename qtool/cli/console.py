@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def print_error(message: str) -> None:
     print(f"Error: {' '.join(message.split())}", file=sys.stderr)
 
 
-def print_table(title: str, columns: Mapping[str, str], rows: list[tuple[str, ...]]) -> None:
+def print_table(title: str, columns: Mapping[str, str], rows: Sequence[tuple[str, ...]]) -> None:
     """Print a table to stdout; `columns` maps each header to its alignment."""
     table = Table(header_style="bold")
     for name, justify in columns.items():
@@ -58,7 +58,10 @@ def wants_table(json_target: Path | None) -> bool:
 
 def gigabytes(num_bytes: float) -> str:
     """Return a size as people write it."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"  # noqa: PLR2004
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes / 1e3:.3g} kB"
 
 
 def compact(average_bits: float) -> str:

@@ -116,11 +116,14 @@ def choose_recipe(
         overrides.append(f"weights.scheme.num_bits={bits}")
     if group_size is not None:
         overrides.append(f"weights.scheme.group_size={_group_size(group_size)}")
-    if recipe is None and method is not None:
-        return recipe_from_mapping({"weights": {"method": method}}, overrides)
-    if method is not None:
-        overrides.append(f"weights.method={method}")
-    return load_recipe(recipe or DEFAULT_RECIPE, overrides)
+    if method is None:
+        return load_recipe(recipe or DEFAULT_RECIPE, overrides)
+    values: dict[str, Any] = {"weights": {}}
+    if recipe is not None:
+        values = load_recipe(recipe).model_dump(mode="json")
+    if values["weights"].get("method") != method:  # options of one method mean nothing to another
+        values["weights"] = {**values["weights"], "method": method, "options": {}}
+    return recipe_from_mapping(values, overrides)
 
 
 def _group_size(text: str) -> str:

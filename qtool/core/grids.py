@@ -12,7 +12,7 @@ rows share parameters.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -68,8 +68,10 @@ class Grid(Protocol):
 
     span: Span
 
-    pick: Pick
-    """Quantizes one column with the tables of its block."""
+    @property
+    def pick(self) -> Pick:
+        """Quantizes one column with the tables of its block."""
+        ...
 
     def tables(self, groups: list[int]) -> tuple[Tensor, ...]:
         """Return what `pick` needs for a block of columns.
@@ -112,7 +114,11 @@ class AffineGrid:
     zero_points: Tensor  # (num_groups, row_groups) float32, whole numbers
     num_bits: int
     span: Span
-    pick: ClassVar[Pick] = staticmethod(pick_affine)
+
+    @property
+    def pick(self) -> Pick:
+        """Quantizes one column with the tables of its block."""
+        return pick_affine
 
     def tables(self, groups: list[int]) -> tuple[Tensor, ...]:
         """Return scales and zero points (columns, rows), and the highest code."""
@@ -154,8 +160,6 @@ class AffineGrid:
 class BinaryGrid:
     """offset + sum of scales * signs; the levels of each group are kept sorted."""
 
-    pick: ClassVar[Pick] = staticmethod(pick_binary)
-
     def __init__(self, parameters: Tensor, *, offset: bool, span: Span | None = None) -> None:
         """Sort the levels.
 
@@ -170,6 +174,11 @@ class BinaryGrid:
         planes = signs(parameters.shape[1] - 1, device=parameters.device, dtype=torch.float32)
         self._table = torch.nn.functional.pad(planes, (0, 1), value=1.0)  # (num_levels, unknowns)
         self._sort_all()
+
+    @property
+    def pick(self) -> Pick:
+        """Quantizes one column with the tables of its block."""
+        return pick_binary
 
     def _sort_all(self) -> None:
         self._levels, self._codes, self._middles = self._sorted(self.parameters)

@@ -164,7 +164,7 @@ class Block:
         """Return the block's output: (samples, length, width), on the block's device."""
         call = self._calls[tuple(hidden.shape[:2])]
         output = self._module(hidden.to(self._device), *call.arguments, **call.keywords)
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+        return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
     def inputs_of(self, linear: str, hidden: Tensor) -> Tensor:
@@ -192,5 +192,5 @@ class Block:
 
     def set_weight(self, linear: str, weight: Tensor, *, transposed: bool) -> None:
         """Replace the weight (out_features, in_features) of a linear."""
-        parameter = self._module.get_submodule(linear).weight
+        parameter = self._module.get_submodule(linear).get_parameter("weight")
         parameter.copy_(weight.T if transposed else weight)

@@ -37,6 +37,7 @@ def adapter_of(model: "torch.nn.Module", family: str) -> ModelAdapter:  # type: 
     from torch import nn
 
     advice = ADVICE.format(family=family)
+    all_lists = [n for n, part in model.named_modules() if isinstance(part, nn.ModuleList)]
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -45,6 +46,12 @@ def adapter_of(model: "torch.nn.Module", family: str) -> ModelAdapter:  # type: 
         and any(isinstance(part, nn.Linear) for part in module.modules())
         and not any(isinstance(part, nn.ModuleList) for part in list(module.modules())[1:])
     }
+    nested = [name for name in lists if any(name.startswith(other + ".") for other in all_lists)]
+    if nested:
+        raise ModelError(
+            f"The blocks of a {family!r} model hold lists of linears ({nested[0]}), such as "
+            f"experts, which qtool doesn't quantize yet. {advice}"
+        )
     if not lists:
         raise ModelError(
             f"No list of decoder blocks made of linears in a {family!r} model. {advice}"

@@ -116,7 +116,7 @@ def _apply_overrides(document: _Source, overrides: Iterable[str]) -> _Source:
         if not equals or not all(path):
             raise RecipeError(f"--set {text!r} isn't an assignment. Write --set a.b=value.")
         try:
-            value = yaml.safe_load(raw) if raw.strip() else None
+            value: Any = yaml.safe_load(raw) if raw.strip() else None
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {text!r}: the value isn't valid YAML.") from error
         for part in reversed(path):

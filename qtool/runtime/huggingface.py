@@ -63,7 +63,7 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def install(model: nn.Module, manifest: Manifest) -> None:
+def install(model: Any, manifest: Manifest) -> None:  # noqa: ANN401
     """Replace the quantized layers of an empty model by modules that await their parts.
 
     Raises:
@@ -75,8 +75,8 @@ def install(model: nn.Module, manifest: Manifest) -> None:
     for name, entry in manifest.layers.items():
         if entry.shared_with is None:
             # Some versions of transformers rename the head, and its tensors while loading.
-            target = name if name in modules else head
-            if target is None:
+            target = name if name in modules or "." in name else head
+            if target is None or target not in modules:
                 raise CheckpointError(f"The model has no layer {name}; the checkpoint holds it.")
             _replace(model, target, _replacement(name, modules[target], entry))
         elif head is not None:
@@ -88,7 +88,7 @@ def install(model: nn.Module, manifest: Manifest) -> None:
             module._is_hf_initialized = True
 
 
-def _tie(model: nn.Module, head: str, shared_with: str) -> None:
+def _tie(model: Any, head: str, shared_with: str) -> None:  # noqa: ANN401
     """Let the head use the parts of the embedding."""
     embedding = model.get_submodule(shared_with)
     if not isinstance(embedding, QuantizedEmbedding):

@@ -54,7 +54,7 @@ class QuantizedWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":  # noqa: FBT001, FBT002
         """Follow a move to another device, but keep the dtypes that the format prescribes."""
         kept = {name: self.get_buffer(name) for name in self.entry.layout()}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in kept.items():
             moved = self.get_buffer(name)
             if moved.dtype != old.dtype:

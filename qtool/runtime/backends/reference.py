@@ -16,6 +16,7 @@ class ReferenceBackend:
     def why_not(self, tensor: QuantizedTensor, device: torch.device) -> str | None:
         """Return None: it runs everything everywhere."""
         del tensor, device
+        return None
 
     def prepare(self, tensor: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
         """Return the tensor unchanged."""
