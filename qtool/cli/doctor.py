@@ -4,6 +4,10 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from qtool.cli import console
 
@@ -18,7 +22,11 @@ EXTRAS = {
 }
 
 
-def doctor() -> None:
+def doctor(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result as JSON; - is stdout.")
+    ] = None,
+) -> None:
     """Print what is installed, and which backends run here and why not."""
     import torch  # slow
 
@@ -27,20 +35,24 @@ def doctor() -> None:
     from qtool import plugins
     from qtool.modeling.locate import cache_dir
 
-    rows = [("qtool", qtool.__version__), ("python", platform.python_version())]
-    rows += [(name, importlib.metadata.version(name)) for name in PACKAGES]
-    rows.append(("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"))
-    rows.append(("gpu", _gpu()))
-    rows.append(("cache", str(cache_dir())))
-    console.print_table("Installed", {"what": "left", "": "left"}, rows)
-    rows = [
-        (extra, "yes" if importlib.util.find_spec(module) else f"pip install 'qtool[{extra}]'")
+    installed = {"qtool": qtool.__version__, "python": platform.python_version()}
+    installed |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    installed["cpu"] = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    installed["gpu"] = _gpu()
+    installed["cache"] = str(cache_dir())
+    extras = {
+        extra: "yes" if importlib.util.find_spec(module) else f"pip install 'qtool[{extra}]'"
         for extra, module in EXTRAS.items()
-    ]
-    console.print_table("Extras", {"extra": "left", "installed": "left"}, rows)
+    }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [(name, _backend_state(name, device)) for name in plugins.names(qtool.runtime.backends)]
-    console.print_table(f"Backends on {device}", {"backend": "left", "state": "left"}, rows)
+    names = plugins.names(qtool.runtime.backends)
+    backends = {name: _backend_state(name, device) for name in names}
+    console.write_json({"installed": installed, "extras": extras, "backends": backends}, json_file)
+    if console.wants_table(json_file):
+        left = {"what": "left", "": "left"}
+        console.print_table("Installed", left, list(installed.items()))
+        console.print_table("Extras", left, list(extras.items()))
+        console.print_table(f"Backends on {device}", left, list(backends.items()))
 
 
 def _gpu() -> str:

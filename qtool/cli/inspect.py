@@ -10,12 +10,15 @@ import typer
 from qtool.cli import console
 
 
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Write the result as JSON; - is stdout.")
+]
+
+
 def inspect(
     out_dir: Annotated[Path, typer.Argument(help="Checkpoint.")],
     layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the manifest as JSON; - is stdout.")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Check a checkpoint and print what it holds."""
     from qtool.checkpoint.reader import CheckpointReader  # torch: slow
@@ -57,14 +60,27 @@ def inspect(
         )
 
 
-def methods() -> None:
+def methods(json_file: JsonOption = None) -> None:
     """List the methods and their options."""
     import qtool.methods
     from qtool import plugins
     from qtool.stages.plan import load_method  # torch: slow
 
-    for name in plugins.names(qtool.methods):
-        method = load_method(name)
+    known = {name: load_method(name) for name in plugins.names(qtool.methods)}
+    console.write_json(
+        {
+            name: {
+                "summary": method.summary,
+                "num_bits": [method.num_bits.start, method.num_bits.stop - 1],
+                "needs": sorted(method.needs),
+                "uses": sorted(method.uses),
+                "options": {option.name: option.default for option in fields(method.options)},
+            }
+            for name, method in known.items()
+        },
+        json_file,
+    )
+    for name, method in known.items() if console.wants_table(json_file) else ():
         bits = f"{method.num_bits.start} to {method.num_bits.stop - 1} bits"
         needs = ", ".join(sorted(method.needs)) or "no data"
         console.print_table(
@@ -77,10 +93,14 @@ def methods() -> None:
         )
 
 
-def recipes() -> None:
+def recipes(json_file: JsonOption = None) -> None:
     """List the built-in recipes."""
     from qtool.recipe.load import load_recipe
     from qtool.recipe.names import built_in
 
-    rows = [(name, load_recipe(name).description) for name in built_in()]
-    console.print_table("Built-in recipes", {"recipe": "left", "what it does": "left"}, rows)
+    loaded = {name: load_recipe(name) for name in built_in()}
+    dumped = {name: recipe.model_dump(mode="json") for name, recipe in loaded.items()}
+    console.write_json(dumped, json_file)
+    if console.wants_table(json_file):
+        rows = [(name, recipe.description) for name, recipe in loaded.items()]
+        console.print_table("Built-in recipes", {"recipe": "left", "what it does": "left"}, rows)

@@ -193,12 +193,12 @@ def test_existing_checkpoint_is_replaced_only_when_asked(llama, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_leavings_of_a_killed_replacement_are_not_in_the_way(llama, tmp_path):
+def test_directory_named_like_a_replaced_checkpoint_survives_overwriting(llama, tmp_path):
     out_dir = tmp_path / "out"
     pipeline.quantize(str(llama), out_dir, recipe())
-    shutil.copytree(out_dir, tmp_path / "out.replaced")  # killed before it was deleted
+    shutil.copytree(out_dir, tmp_path / "out.replaced")
     pipeline.quantize(str(llama), out_dir, recipe(num_bits=2), overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.replaced"]
 
 
 def test_directory_that_is_no_checkpoint_is_never_deleted(tmp_path):
