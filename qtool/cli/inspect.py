@@ -9,7 +9,6 @@ import typer
 
 from qtool.cli import console
 
-
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write the result as JSON; - is stdout.")
 ]
