@@ -16,15 +16,17 @@ from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards, read_json
 from qtool.checkpoint.writer import CheckpointWriter, check_free_space, check_replaceable
-from qtool.data.calibration import CalibrationSet, draw_samples
+from qtool.data.calibration import CalibrationSet, load_calibration, save_calibration
 from qtool.data.corpora import load_corpus
-from qtool.errors import CheckpointError, NotYetError
+from qtool.errors import CheckpointError
 from qtool.evaluation.perplexity import PerplexityResult, perplexity
 from qtool.modeling.card import model_card
 from qtool.modeling.load import LoadedModel, default_device, load_model, load_tokenizer
 from qtool.modeling.source import ModelSource, open_source
-from qtool.recipe.schema import Recipe
+from qtool.recipe.schema import CalibrationSection, Recipe
 from qtool.runtime.select import use_backend
+from qtool.stages.calibrate import calibrate as draw_calibration
+from qtool.stages.calibrate import measure_absmax, save_absmax, wanted_lengths
 from qtool.stages.calibrated import Walk, solve_calibrated
 from qtool.stages.memory import peak_memory
 from qtool.stages.plan import Plan, make_plan
@@ -52,11 +54,12 @@ def plan(model: str, recipe: Recipe) -> Plan:
     return make_plan(open_source(model), recipe)
 
 
-def quantize(
+def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
     model: str,
     out_dir: Path,
     recipe: Recipe,
     *,
+    calib_dir: Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
     emit: Emit = ignore_events,
@@ -67,6 +70,7 @@ def quantize(
         model: Local directory, hub id, `.gguf` file, or `demo:smollm2`.
         out_dir: Where the checkpoint goes; appears only when it is complete.
         recipe: All that decides the result.
+        calib_dir: Samples that `calibrate` drew; None: draw them as the recipe says.
         overwrite: Replace a checkpoint that is there, and drop an unfinished run.
         resume: Continue an unfinished run of the same recipe.
         emit: Receives `layer` events.
@@ -80,7 +84,7 @@ def quantize(
     layer_plan = make_plan(source, recipe)
     check_free_space(out_dir, layer_plan.total_bytes)
     env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
-    calibration = _calibration(source, recipe)
+    calibration = _calibration(source, recipe, calib_dir)
     writer = CheckpointWriter(
         out_dir, fingerprint=_fingerprint(source, recipe), overwrite=overwrite, resume=resume
     )
@@ -104,16 +108,67 @@ def quantize(
     return result
 
 
-def _calibration(source: ModelSource, recipe: Recipe) -> CalibrationSet | None:
-    """Draw the samples that the recipe asks for; None: no data."""
+def _calibration(
+    source: ModelSource, recipe: Recipe, directory: Path | None
+) -> CalibrationSet | None:
+    """Read the samples, or draw those that the recipe asks for; None: no data."""
     section = recipe.calibration
     if section is None:
         return None
-    if section.sequence_length == "match":
-        raise NotYetError("sequence_length: match comes with a later version; give a number.")
-    lengths = [section.sequence_length] * section.num_samples
     tokenizer = load_tokenizer(str(source.directory))
-    return draw_samples(tokenizer, load_corpus(section.dataset), lengths)
+    if directory is not None:
+        return load_calibration(directory, tokenizer)
+    lengths = wanted_lengths(section, tokenizer, None)
+    return draw_calibration(section, source, tokenizer, lengths=lengths, seed=recipe.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateResult:
+    """What `calibrate` drew."""
+
+    calib_dir: Path
+    samples: int
+    tokens: int
+    digest: str
+    wanted_lengths: tuple[int, ...]
+    """Lengths that were to be matched; empty if the length is fixed."""
+    lengths: tuple[int, ...]
+
+
+def calibrate(
+    model: str,
+    calib_dir: Path,
+    section: CalibrationSection,
+    *,
+    lengths: tuple[int, ...] | None = None,
+    seed: int = 0,
+    emit: Emit = ignore_events,
+) -> CalibrateResult:
+    """Draw calibration samples, measure the inputs of all linears, write both.
+
+    Args:
+        model: As for `quantize`.
+        calib_dir: Where samples.safetensors, calibration.json and input_absmax.safetensors go.
+        section: What to draw.
+        lengths: Lengths to match, instead of the tasks' own.
+        seed: Of the order of matched lengths.
+        emit: Receives `block` events.
+    """
+    source = open_source(model)
+    tokenizer = load_tokenizer(str(source.directory))
+    wanted = wanted_lengths(section, tokenizer, lengths)
+    calibration = draw_calibration(section, source, tokenizer, lengths=wanted, seed=seed)
+    absmax = measure_absmax(source, calibration, Env(str(default_device()), seed, emit))
+    save_calibration(calibration, calib_dir)
+    save_absmax(absmax, calib_dir)
+    return CalibrateResult(
+        calib_dir=calib_dir,
+        samples=len(calibration.samples),
+        tokens=calibration.num_tokens,
+        digest=calibration.digest(),
+        wanted_lengths=tuple(wanted or ()),
+        lengths=tuple(len(sample) for sample in calibration.samples),
+    )
 
 
 def _solve(

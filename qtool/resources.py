@@ -21,6 +21,11 @@ def kernels_dir() -> Path:
     return _find("kernels")
 
 
+def prompts_dir() -> Path:
+    """Return the folder of the bundled task prompts, whose lengths calibration can match."""
+    return _PACKAGE / "data" / "prompts"
+
+
 def texts_dir() -> Path:
     """Return the folder of the bundled evaluation texts."""
     return _PACKAGE / "data" / "texts"

@@ -114,4 +114,8 @@ def _timing(values: Mapping[str, Any]) -> tuple[str, str]:
     return f"time {values['name']}", ""
 
 
-DESCRIPTIONS = {"layer": _layer, "window": _window, "timing": _timing}
+def _block(values: Mapping[str, Any]) -> tuple[str, str]:
+    return "measure inputs", str(values["name"])
+
+
+DESCRIPTIONS = {"block": _block, "layer": _layer, "window": _window, "timing": _timing}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtool.cli import console
-from qtool.errors import NotYetError, RecipeError
+from qtool.errors import RecipeError
 
 if TYPE_CHECKING:
     from qtool.pipeline import QuantizeResult
@@ -74,14 +74,11 @@ def quantize(
 
       qtool quantize --recipe mine.yaml --dry-run MODEL OUT_DIR
     """
-    if calibration is not None:
-        raise NotYetError(
-            "Calibration directories come with the next version; leave out --calibration and "
-            "qtool calibrates on its bundled text, or on what the recipe names."
-        )
     overrides = settings or []
     if no_calibration:
         overrides = ["calibration=null", *overrides]
+    elif calibration is not None:
+        overrides = ["calibration={}", *overrides]
     chosen = choose_recipe(recipe, method, bits, group_size, overrides)
     from qtool import pipeline  # torch: slow
 
@@ -90,7 +87,13 @@ def quantize(
         return
     with console.progress() as emit:
         result = pipeline.quantize(
-            model, out_dir, chosen, overwrite=overwrite, resume=resume, emit=emit
+            model,
+            out_dir,
+            chosen,
+            calib_dir=calibration,
+            overwrite=overwrite,
+            resume=resume,
+            emit=emit,
         )
     console.write_json(asdict(result), json_file)
     if console.wants_table(json_file):

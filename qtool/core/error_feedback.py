@@ -15,7 +15,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from qtool.core.graphs import TensorFunction, replay
+from qtool.core.graphs import TensorFunction, column_kernels, replay
 from qtool.core.grids import Pick
 
 SolveBlock = Callable[[int, int, Tensor, Tensor], Tensor]
@@ -37,6 +37,9 @@ def encode_columns(
         Codes (columns, rows) uint8 and levels (columns, rows) float32.
     """
     shares = upper / upper.diagonal().unsqueeze(1)  # error of column c, shared along row c
+    kernels = column_kernels(weight.device)
+    if kernels and kernels.supports(pick, weight, tables):
+        return kernels.walk(pick, weight, shares, tables)
     codes, levels = replay(_encoder(pick), weight, shares, *tables)
     return codes, levels
 

@@ -1,12 +1,16 @@
-"""Replay a loop of small kernels as one CUDA graph.
+"""Ways around the cost of launching the small kernels of a column loop on a CUDA card.
 
 The column loops of the solvers launch about ten tiny kernels per column, and launching them takes
-far longer than running them. A graph is captured once per function and shapes, then replayed with
-new data. On other devices the function is simply called.
+far longer than running them. Best is one kernel for the whole loop: `column_kernels`, where there
+is Triton. What that doesn't cover is replayed as a CUDA graph, captured once per function and
+shapes, with new data. On other devices the function is simply called.
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,6 +24,27 @@ TensorFunction = Callable[..., tuple[Tensor, ...]]
 _graphs: "OrderedDict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]]]" = (
     OrderedDict()
 )
+
+
+@cache
+def column_kernels(device: torch.device) -> ModuleType | None:
+    """Return `qtool.core.column_kernels`, or None where it can't run.
+
+    Args:
+        device: Where the tensors are.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        from qtool.core import column_kernels as kernels
+    except ImportError:
+        return None
+    try:
+        kernels.probe(device)
+    except Exception as error:  # noqa: BLE001 - Triton needs a C compiler, and more may be amiss
+        warnings.warn(f"Triton kernels can't be built; this takes longer: {error}", stacklevel=2)
+        return None
+    return kernels
 
 
 def replay(function: TensorFunction, *inputs: Tensor) -> tuple[Tensor, ...]:

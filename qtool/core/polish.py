@@ -11,7 +11,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from qtool.core.graphs import TensorFunction, replay
+from qtool.core.graphs import TensorFunction, column_kernels, replay
 from qtool.core.grids import Grid, Pick
 from qtool.core.linalg import solve_spd
 
@@ -44,16 +44,26 @@ def descend_codes(
         hessian: (n, n) float32.
     """
     for group, (start, stop) in enumerate(itertools.pairwise(edges)):
-        codes[start:stop], chosen = replay(
-            _descender(grid.pick),
+        codes[start:stop], chosen = _descend_block(
+            grid.pick,
             levels[start:stop],
             gradient[start:stop],
             hessian[start:stop, start:stop],
-            *grid.tables([group] * (stop - start)),
+            grid.tables([group] * (stop - start)),
         )
         step = chosen - levels[start:stop]
         levels[start:stop] = chosen
         gradient.addmm_(hessian[:, start:stop], step)
+
+
+def _descend_block(
+    pick: Pick, levels: Tensor, gradient: Tensor, block: Tensor, tables: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    kernels = column_kernels(levels.device)
+    if kernels and kernels.supports(pick, levels, tables):
+        return kernels.walk(pick, gradient, block, tables, levels)
+    codes, chosen = replay(_descender(pick), levels, gradient, block, *tables)
+    return codes, chosen
 
 
 @cache

@@ -97,7 +97,9 @@ class CalibrationSection(Section):
     sequence_length: Literal["match"] | Annotated[WholeNumber, Field(ge=2)] = 2048
     """Tokens per sample; 'match' draws lengths as the prompts of `tasks` have them (SLAC)."""
     tasks: tuple[str, ...] = ()
-    """Tasks whose prompt lengths are matched."""
+    """Tasks whose prompt lengths are matched: gsm8k, humaneval, mmlu."""
+    num_tokens: Annotated[WholeNumber, Field(ge=16)] = 131072
+    """With 'match': about how many tokens all samples hold, whatever their lengths."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction of the samples that every choice is made on."""
     token_cap: Annotated[float, Field(ge=1)] = 10.0

@@ -1,0 +1,94 @@
+"""Sequence-length matching (SLAC): calibration samples as long as the prompts of the target tasks.
+
+Source: Lee et al. 2023 (AQAS and SLAC, arXiv 2311.05161): activation ranges depend on the length
+of the sequence, so calibrating at another length than the task's fits the wrong ranges.
+"""
+
+import itertools
+import json
+import lzma
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qtool import resources
+from qtool.errors import DataError
+from qtool.plugins import describe_miss
+
+SHORTEST = 8
+"""Shorter samples hold too little context to be worth a forward pass."""
+
+
+def known_tasks() -> tuple[str, ...]:
+    """Return the tasks whose prompts are bundled."""
+    names = (path.name.removesuffix(".jsonl.xz") for path in resources.prompts_dir().iterdir())
+    return tuple(sorted(names))
+
+
+def task_lengths(tokenizer: Any, tasks: Sequence[str]) -> list[int]:  # noqa: ANN401
+    """Return the lengths in tokens of the bundled prompts of some tasks.
+
+    Raises:
+        DataError: a task's prompts aren't bundled.
+    """
+    lengths: list[int] = []
+    for task in tasks:
+        if task not in known_tasks():
+            raise DataError(
+                describe_miss(task, known_tasks(), "tasks with bundled prompts")
+                + " Give the lengths of other tasks with --lengths FILE."
+            )
+        packed = (resources.prompts_dir() / f"{task}.jsonl.xz").read_bytes()
+        prompts = [json.loads(line)["prompt"] for line in lzma.decompress(packed).splitlines()]
+        lengths += [len(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts]
+    return lengths
+
+
+def read_lengths(path: Path) -> list[int]:
+    """Return lengths from a file with one whole number per line.
+
+    Raises:
+        DataError: the file is missing, empty, or holds anything else.
+    """
+    try:
+        words = path.read_text(encoding="utf-8").split()
+        lengths = [int(word) for word in words]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} must hold one whole number per line: {error}.") from error
+    if not lengths or min(lengths) < 1:
+        raise DataError(f"{path} must hold at least one length, and none below 1.")
+    return lengths
+
+
+def match_lengths(wanted: Sequence[int], *, num_tokens: int, longest: int, seed: int) -> list[int]:
+    """Draw sample lengths that are distributed like `wanted` and use a budget of tokens.
+
+    Evenly spaced quantiles, so that even a few samples have the right distribution; the order is
+    shuffled, so that the held-out samples have it too.
+
+    Args:
+        wanted: Lengths to match.
+        num_tokens: About how many tokens all samples hold: the budget doesn't depend on the
+            lengths, so that a Hessian always sees as many tokens.
+        longest: Longer ones are cut to this.
+        seed: Of the order.
+    """
+    ordered = sorted(min(max(length, SHORTEST), longest) for length in wanted)
+    count = max(2, round(num_tokens * len(ordered) / sum(ordered)))
+    lengths = [ordered[int((i + 0.5) / count * len(ordered))] for i in range(count)]
+    random.Random(seed).shuffle(lengths)
+    return lengths
+
+
+def histogram(lengths: Sequence[int], edges: Sequence[int]) -> list[float]:
+    """Return the share of lengths in each interval [edges[i], edges[i + 1])."""
+    pairs = itertools.pairwise(edges)
+    return [sum(low <= x < high for x in lengths) / len(lengths) for low, high in pairs]
+
+
+def bin_edges(lengths: Sequence[int], count: int = 10) -> list[int]:
+    """Return boundaries of about `count` equal intervals that hold all lengths."""
+    low, high = min(lengths), max(lengths) + 1
+    step = max(1, -(-(high - low) // count))
+    return [*range(low, high, step), low + step * (-(-(high - low) // step))]
