@@ -25,7 +25,7 @@ TILE_ROWS = 32
 NUM_WARPS = 4
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
     work_pointer: tl.tensor,  # (columns, rows): values to quantize; descending: gradient
     old_pointer: tl.tensor,  # (columns, rows): descending: levels so far
