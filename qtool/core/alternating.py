@@ -19,6 +19,8 @@ from qtool.core.linalg import solve_spd
 
 CHUNK_ELEMENTS = 2**21
 """Groups are solved in chunks of about this many weights or levels: bounded memory."""
+CUDA_CHUNK_ELEMENTS = 2**24
+"""The same on a card, which needs more work at a time."""
 RIDGE = 1e-9
 """Relative ridge of the normal equations: duplicate planes make them singular."""
 PROGRESS = 1e-9
@@ -53,6 +55,13 @@ class SortedGroups:
         parts = (self.values, self.mass, self.moment, self.power)
         return SortedGroups(*(part[index] for part in parts))
 
+    def repeat(self, times: int) -> "SortedGroups":
+        """Return all groups several times over."""
+        if times == 1:
+            return self
+        parts = (self.values, self.mass, self.moment, self.power)
+        return SortedGroups(*(torch.cat([part] * times) for part in parts))
+
 
 def sort_groups(groups: Tensor, importance: Tensor) -> SortedGroups:
     """Sort groups (groups, group_size) float32 with their importance >= 0 (0: padding)."""
@@ -80,7 +89,8 @@ def fit(groups: Tensor, importance: Tensor, options: FitOptions) -> tuple[Tensor
         Scales (groups, num_bits) of any sign and order, offsets (groups,) and weighted squared
         errors (groups,), all float64.
     """
-    step = max(1, CHUNK_ELEMENTS // max(groups.shape[-1], 2**options.num_bits))
+    limit = CUDA_CHUNK_ELEMENTS if groups.is_cuda else CHUNK_ELEMENTS
+    step = max(1, limit // max(groups.shape[-1], 2**options.num_bits))
     importance = importance.expand_as(groups)
     solved = [
         _fit_chunk(groups[i : i + step], importance[i : i + step], options)
@@ -95,14 +105,30 @@ def _fit_chunk(groups: Tensor, importance: Tensor, options: FitOptions) -> tuple
     reach = groups.abs().amax(-1, keepdim=True)
     unit = torch.where(reach > 0, reach, 1.0)  # an all-zero group stays zero
     data = sort_groups(groups / unit, importance)
-    best = torch.zeros(len(groups), options.num_bits + 1, dtype=torch.float64, device=groups.device)
-    best_error = torch.full_like(data.power, torch.inf)
-    for start in _starts(groups / unit, importance, options):
-        theta, error = alternate(data, start, offset=options.offset, rounds=options.rounds)
-        better = error < best_error
-        best[better], best_error[better] = theta[better], error[better]
+    starts = list(_starts(groups / unit, importance, options))
+    # On a card all starts at once take as long as one: the steps are small. On a CPU they would
+    # fall out of the cache.
+    together = len(starts) if groups.is_cuda else 1
+    theta, error = solve_starts(data, starts, options, together=together)
     scale = unit.double()
-    return best * scale, best_error.clamp(min=0) * scale.squeeze(-1) ** 2
+    return theta * scale, error.clamp(min=0) * scale.squeeze(-1) ** 2
+
+
+def solve_starts(
+    data: SortedGroups, starts: list[Tensor], options: FitOptions, *, together: int
+) -> tuple[Tensor, Tensor]:
+    """Alternate from every start, `together` of them at once; keep the best of each group."""
+    solved = []
+    for i in range(0, len(starts), together):
+        some = starts[i : i + together]
+        theta, error = alternate(
+            data.repeat(len(some)), torch.cat(some), offset=options.offset, rounds=options.rounds
+        )
+        solved += zip(theta.chunk(len(some)), error.chunk(len(some)), strict=True)
+    errors = torch.stack([error for _, error in solved])  # (starts, groups)
+    best = errors.argmin(0)  # the first of equals
+    every = torch.arange(len(best), device=best.device)
+    return torch.stack([theta for theta, _ in solved])[best, every], errors[best, every]
 
 
 def _starts(groups: Tensor, importance: Tensor, options: FitOptions) -> Iterator[Tensor]:

@@ -225,3 +225,17 @@ def test_greedy_start_sends_zero_residuals_up():
     # +1 and -1 leave residuals of exactly zero after the first plane.
     start = alternating.greedy_start(torch.tensor([[1.0, -1.0]]), torch.ones(1, 2), 2, offset=False)
     assert start.tolist() == [[1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("together", [2, 4])
+def test_starts_solved_together_equal_starts_solved_one_by_one(together):
+    generator = torch.Generator().manual_seed(7)
+    groups = torch.randn(50, 64, generator=generator)
+    options = alternating.FitOptions(num_bits=3)
+    data = alternating.sort_groups(groups, torch.ones(1))
+    low, high = groups.amin(-1).double(), groups.amax(-1).double()
+    starts = [alternating.uniform_start(low, high, 3, ratio) for ratio in (1.0, 0.85, 0.7)]
+    starts.append(alternating.greedy_start(groups, torch.ones(1).expand_as(groups), 3, offset=True))
+    one_by_one = alternating.solve_starts(data, starts, options, together=1)
+    at_once = alternating.solve_starts(data, starts, options, together=together)
+    torch.testing.assert_close(at_once, one_by_one)
