@@ -55,7 +55,7 @@ types: $(VENV)/.dev ## Check the types
 layers: $(VENV)/.dev ## Check that imports only point down
 	$(BIN)/lint-imports
 
-docs: $(VENV)/.dev ## Write the generated pages: docs/cli.md, docs/methods.md, docs/recipes.md
+docs: $(VENV)/.dev ## Write the generated pages: docs/cli.md, docs/methods.md, docs/recipes-list.md
 	$(BIN)/python docs/generate.py
 
 docs-check: $(VENV)/.dev ## Check that the generated pages are fresh

@@ -33,6 +33,8 @@ from qtool.stages.plan import Plan, make_plan
 from qtool.stages.solve import LayerResult, solve_data_free
 
 REPORT_NAME = "quantization_report.json"
+FEW_BITS = 3
+"""Up to this width, quantization without data is warned of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
     source = open_source(model)
     layer_plan = make_plan(source, recipe)
     check_free_space(out_dir, layer_plan.total_bytes)
+    _warn_of_few_bits(layer_plan, recipe, emit)
     env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
     calibration = _calibration(source, recipe, calib_dir)
     writer = CheckpointWriter(
@@ -106,6 +109,19 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
         files[REPORT_NAME] = _report(result)
         writer.finish(files, _config(source, manifest))
     return result
+
+
+def _warn_of_few_bits(layer_plan: Plan, recipe: Recipe, emit: Emit) -> None:
+    """Say that few bits without data ruin a model: docs/log.md has how much."""
+    fewest = min(layer.scheme.num_bits for layer in layer_plan.layers)
+    if recipe.calibration is None and fewest <= FEW_BITS:
+        emit(
+            "warning",
+            {
+                "message": f"{fewest} bits without calibration data usually ruin a model. Pass "
+                "--calibration DIR, or --set calibration.num_samples=64 to use the bundled text."
+            },
+        )
 
 
 def _calibration(

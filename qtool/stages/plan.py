@@ -145,8 +145,8 @@ def _check_calibration(recipe: Recipe) -> None:
     method = load_method(recipe.weights.method)
     if recipe.calibration is None and method.needs:
         raise RecipeError(
-            f"'{recipe.weights.method}' needs calibration data. Leave out --no-calibration, or add "
-            "a section 'calibration' to the recipe."
+            f"'{recipe.weights.method}' needs calibration data. Pass --calibration DIR, or draw it "
+            "from the bundled text with --set calibration.num_samples=64."
         )
     if recipe.calibration is None and recipe.weights.choose.group_dim:
         raise RecipeError("weights.choose needs calibration data to choose by.")

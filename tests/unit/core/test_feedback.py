@@ -1,0 +1,131 @@
+"""Error feedback, coordinate descent and refits: the identities they must satisfy."""
+
+import itertools
+
+import pytest
+import torch
+
+from qtool.core import hessian, polish
+from qtool.core.error_feedback import encode_columns, feed_forward, scaled_errors
+from qtool.core.grids import AffineGrid, BinaryGrid, Span
+
+COLUMNS, ROWS, SIZE = 24, 7, 8
+EDGES = [0, 8, 16, 24]
+
+
+@pytest.fixture
+def layer():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(COLUMNS, ROWS, generator=generator)
+    inputs = torch.randn(200, COLUMNS, generator=generator) * torch.linspace(0.2, 3, COLUMNS)
+    mixed = inputs + 0.5 * inputs.roll(1, dims=1)
+    return weight, mixed.T @ mixed / 200
+
+
+def grids(weight):
+    groups = weight.unflatten(0, (-1, SIZE))
+    low, high = groups.amin(1), groups.amax(1)
+    scales = (high - low) / 3
+    affine = AffineGrid(scales, (-low / scales).round().clamp(0, 3), 2, Span(1, ROWS))
+    parameters = torch.stack([scales, scales / 2, (low + high) / 2], dim=1)
+    return [affine, BinaryGrid(parameters, offset=True)]
+
+
+def run_feedback(weight, factor, grid, edges=EDGES):
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    levels = torch.empty_like(weight)
+    squared = []
+
+    def solve(start, stop, block, upper):
+        tables = grid.tables([start // SIZE] * (stop - start))
+        codes[start:stop], levels[start:stop] = encode_columns(block, upper, tables, grid.pick)
+        errors = scaled_errors(block, levels[start:stop], upper)
+        squared.append(errors.square().sum())
+        return errors
+
+    feed_forward(weight.clone(), factor.upper, edges, solve)
+    return codes, levels, sum(squared)
+
+
+def test_factor_is_upper_triangular_and_inverts_the_damped_hessian(layer):
+    factor = hessian.factorize(layer[1], damping=0.01)
+    upper = factor.upper.double()
+    assert torch.equal(upper, upper.triu())
+    product = upper.T @ upper @ factor.hessian.double()
+    torch.testing.assert_close(product, torch.eye(COLUMNS).double(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_sum_of_squared_errors_is_the_loss(layer, kind):
+    weight, matrix = layer
+    factor = hessian.factorize(matrix, damping=0.01)
+    _, levels, squared = run_feedback(weight, factor, grids(weight)[kind])
+    loss = polish.loss_per_row(weight, levels, factor.hessian).sum()
+    assert float(squared) == pytest.approx(float(loss), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_diagonal_hessian_gives_round_to_nearest(layer, kind):
+    weight, matrix = layer
+    factor = hessian.factorize(torch.diag(matrix.diagonal()), damping=0.01)
+    grid = grids(weight)[kind]
+    codes, _, _ = run_feedback(weight, factor, grid)
+    nearest = [
+        grid.pick(grid.tables([column // SIZE] * SIZE), column % SIZE, weight[column])[0]
+        for column in range(COLUMNS)
+    ]
+    assert torch.equal(codes, torch.stack(nearest))
+
+
+def test_result_does_not_depend_on_the_blocks(layer):
+    weight, matrix = layer
+    factor = hessian.factorize(matrix, damping=0.01)
+    coarse = run_feedback(weight, factor, grids(weight)[0])[0]
+    fine = run_feedback(weight, factor, grids(weight)[0], [0, 4, 8, 12, 16, 20, 24])[0]
+    assert torch.equal(coarse, fine)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_no_step_of_the_polish_raises_the_loss_of_any_row(layer, kind):
+    weight, matrix = layer
+    factor = hessian.factorize(matrix, damping=0.01)
+    grid = grids(weight)[kind]
+    codes, levels, _ = run_feedback(weight, factor, grid)
+    gradient = polish.residual(weight, levels, factor.hessian)
+    losses = [polish.loss_per_row(weight, levels, factor.hessian)]
+    for step in (polish.descend_codes, polish.refit, polish.descend_codes, polish.refit):
+        step(grid, EDGES, codes, levels, gradient, factor.hessian)
+        losses.append(polish.loss_per_row(weight, levels, factor.hessian))
+        drift = gradient - polish.residual(weight, levels, factor.hessian)
+        assert float(drift.abs().max()) < 1e-3
+    for before, after in itertools.pairwise(losses):
+        assert bool((after <= before * (1 + 1e-4) + 1e-6).all())
+    assert float(losses[-1].sum()) < 0.98 * float(losses[0].sum())
+
+
+@pytest.mark.parametrize("scale", [0.25, 4.0])
+def test_scale_of_the_hessian_does_not_matter(layer, scale):
+    weight, matrix = layer
+    one, other = (hessian.factorize(m, damping=0.01) for m in (matrix, matrix * scale))
+    codes = [run_feedback(weight, factor, grids(weight)[0])[0] for factor in (one, other)]
+    assert torch.equal(*codes)
+
+
+def test_orders_are_permutations_and_group_order_keeps_groups_together(layer):
+    order = hessian.group_order(layer[1], SIZE)
+    assert sorted(order.tolist()) == list(range(COLUMNS))
+    for start in range(0, COLUMNS, SIZE):
+        assert len({int(column) // SIZE for column in order[start : start + SIZE]}) == 1
+    assert sorted(hessian.act_order(layer[1]).tolist()) == list(range(COLUMNS))
+
+
+def test_short_last_group_stays_last(layer):
+    assert hessian.group_order(layer[1], 10)[20:].sort().values.tolist() == [20, 21, 22, 23]
+
+
+def test_loud_token_is_capped_and_quiet_ones_are_not():
+    x = torch.ones(9, 4)
+    x[3] *= 1000
+    capped = hessian.cap_tokens(x, 10.0)
+    assert float(capped[3].norm()) == pytest.approx(20.0)
+    assert torch.equal(capped[:3], x[:3])
