@@ -118,7 +118,7 @@ def solve_starts(
     data: SortedGroups, starts: list[Tensor], options: FitOptions, *, together: int
 ) -> tuple[Tensor, Tensor]:
     """Alternate from every start, `together` of them at once; keep the best of each group."""
-    solved = []
+    solved: list[tuple[Tensor, Tensor]] = []
     for i in range(0, len(starts), together):
         some = starts[i : i + together]
         theta, error = alternate(

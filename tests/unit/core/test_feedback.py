@@ -22,6 +22,12 @@ def layer():
     return weight, mixed.T @ mixed / 200
 
 
+def factorized(matrix, damping):
+    factor = hessian.factorize(matrix, damping=damping)
+    assert factor is not None
+    return factor
+
+
 def grids(weight):
     groups = weight.unflatten(0, (-1, SIZE))
     low, high = groups.amin(1), groups.amax(1)
@@ -48,7 +54,7 @@ def run_feedback(weight, factor, grid, edges=EDGES):
 
 
 def test_factor_is_upper_triangular_and_inverts_the_damped_hessian(layer):
-    factor = hessian.factorize(layer[1], damping=0.01)
+    factor = factorized(layer[1], 0.01)
     upper = factor.upper.double()
     assert torch.equal(upper, upper.triu())
     product = upper.T @ upper @ factor.hessian.double()
@@ -58,7 +64,7 @@ def test_factor_is_upper_triangular_and_inverts_the_damped_hessian(layer):
 @pytest.mark.parametrize("kind", [0, 1])
 def test_sum_of_squared_errors_is_the_loss(layer, kind):
     weight, matrix = layer
-    factor = hessian.factorize(matrix, damping=0.01)
+    factor = factorized(matrix, 0.01)
     _, levels, squared = run_feedback(weight, factor, grids(weight)[kind])
     loss = polish.loss_per_row(weight, levels, factor.hessian).sum()
     assert float(squared) == pytest.approx(float(loss), rel=1e-3)
@@ -67,7 +73,7 @@ def test_sum_of_squared_errors_is_the_loss(layer, kind):
 @pytest.mark.parametrize("kind", [0, 1])
 def test_diagonal_hessian_gives_round_to_nearest(layer, kind):
     weight, matrix = layer
-    factor = hessian.factorize(torch.diag(matrix.diagonal()), damping=0.01)
+    factor = factorized(torch.diag(matrix.diagonal()), 0.01)
     grid = grids(weight)[kind]
     codes, _, _ = run_feedback(weight, factor, grid)
     nearest = [
@@ -79,7 +85,7 @@ def test_diagonal_hessian_gives_round_to_nearest(layer, kind):
 
 def test_result_does_not_depend_on_the_blocks(layer):
     weight, matrix = layer
-    factor = hessian.factorize(matrix, damping=0.01)
+    factor = factorized(matrix, 0.01)
     coarse = run_feedback(weight, factor, grids(weight)[0])[0]
     fine = run_feedback(weight, factor, grids(weight)[0], [0, 4, 8, 12, 16, 20, 24])[0]
     assert torch.equal(coarse, fine)
@@ -88,7 +94,7 @@ def test_result_does_not_depend_on_the_blocks(layer):
 @pytest.mark.parametrize("kind", [0, 1])
 def test_no_step_of_the_polish_raises_the_loss_of_any_row(layer, kind):
     weight, matrix = layer
-    factor = hessian.factorize(matrix, damping=0.01)
+    factor = factorized(matrix, 0.01)
     grid = grids(weight)[kind]
     codes, levels, _ = run_feedback(weight, factor, grid)
     gradient = polish.residual(weight, levels, factor.hessian)
@@ -106,7 +112,7 @@ def test_no_step_of_the_polish_raises_the_loss_of_any_row(layer, kind):
 @pytest.mark.parametrize("scale", [0.25, 4.0])
 def test_scale_of_the_hessian_does_not_matter(layer, scale):
     weight, matrix = layer
-    one, other = (hessian.factorize(m, damping=0.01) for m in (matrix, matrix * scale))
+    one, other = (factorized(m, 0.01) for m in (matrix, matrix * scale))
     codes = [run_feedback(weight, factor, grids(weight)[0])[0] for factor in (one, other)]
     assert torch.equal(*codes)
 
