@@ -17,7 +17,7 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards, read_json
 from qtool.checkpoint.writer import CheckpointWriter, check_free_space, check_replaceable
 from qtool.data.calibration import CalibrationSet, load_calibration, save_calibration
-from qtool.data.corpora import load_corpus
+from qtool.data.corpora import Corpus, load_corpus
 from qtool.errors import CheckpointError
 from qtool.evaluation.perplexity import PerplexityResult, perplexity
 from qtool.modeling.card import model_card
@@ -299,6 +299,16 @@ class EvalOptions:
     context_length: int = 2048
     max_windows: int | None = None
 
+    def measure(self, model: LoadedModel, corpus: Corpus, emit: Emit) -> PerplexityResult:
+        """Return the perplexity of a loaded model on the corpus of these options."""
+        return perplexity(
+            model,
+            corpus,
+            context_length=self.context_length,
+            max_windows=self.max_windows,
+            emit=emit,
+        )
+
 
 def evaluate(
     model: str,
@@ -315,13 +325,7 @@ def evaluate(
         if name is None:
             continue
         with _loaded(name, backend) as loaded:
-            measured = perplexity(
-                loaded,
-                corpus,
-                context_length=options.context_length,
-                max_windows=options.max_windows,
-                emit=emit,
-            )
+            measured = options.measure(loaded, corpus, emit)
             figures.append(_figures(loaded, perplexity=measured))
     return Comparison(tuple(figures), versions())
 
@@ -353,13 +357,7 @@ def bench(
         with _loaded(name, backend) as loaded:
             measured = None
             if quality is not None and corpus is not None:
-                measured = perplexity(
-                    loaded,
-                    corpus,
-                    context_length=quality.context_length,
-                    max_windows=quality.max_windows,
-                    emit=emit,
-                )
+                measured = quality.measure(loaded, corpus, emit)
             emit("timing", {"name": loaded.name})
             figures.append(_figures(loaded, perplexity=measured, speed=time_model(loaded)))
     return Comparison(tuple(figures), versions())

@@ -1,13 +1,13 @@
 """`qtool bench`."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qtool.cli import console
 from qtool.cli.figures import print_comparison
+from qtool.cli.options import BackendOption, JsonOption
 from qtool.errors import NotYetError
 
 
@@ -23,12 +23,8 @@ def bench(
     perplexity_windows: Annotated[
         int, typer.Option(min=0, help="Also measure perplexity on this many windows.")
     ] = 0,
-    backend: Annotated[
-        str | None, typer.Option(help="Run quantized layers with this backend.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the result as JSON; - is stdout.")
-    ] = None,
+    backend: BackendOption = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Time a checkpoint against its original, in one run, and print sizes and bits.
 

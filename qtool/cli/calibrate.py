@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qtool.cli import console
+from qtool.cli.options import JsonOption, ModelArgument
 from qtool.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ BAR = 24
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Directory, hub id, .gguf file, or demo:smollm2.")],
+    model: ModelArgument,
     calib_dir: Annotated[Path, typer.Argument(help="Directory for the calibration data.")],
     tasks: Annotated[
         str | None,
@@ -31,9 +32,7 @@ def calibrate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Change a key: calibration.num_samples=32.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the result as JSON; - is stdout.")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Draw calibration samples, with the prompt lengths of the target tasks if asked.
 

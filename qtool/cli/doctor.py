@@ -4,12 +4,9 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from qtool.cli import console
+from qtool.cli.options import JsonOption
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pydantic", "typer", "rich")
 EXTRAS = {
@@ -23,9 +20,7 @@ EXTRAS = {
 
 
 def doctor(
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the result as JSON; - is stdout.")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Print what is installed, and which backends run here and why not."""
     import torch  # slow

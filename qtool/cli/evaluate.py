@@ -8,6 +8,7 @@ import typer
 
 from qtool.cli import console
 from qtool.cli.figures import print_comparison
+from qtool.cli.options import BackendOption, JsonOption
 from qtool.errors import NotYetError
 
 
@@ -28,12 +29,8 @@ def evaluate(
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local task data (next version).")] = None,
     limit: Annotated[int | None, typer.Option(help="Items per task (next version).")] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Run quantized layers with this backend.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the result as JSON; - is stdout.")
-    ] = None,
+    backend: BackendOption = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Measure the perplexity of a model, beside its original if asked.
 

@@ -8,10 +8,7 @@ from typing import Annotated
 import typer
 
 from qtool.cli import console
-
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", help="Write the result as JSON; - is stdout.")
-]
+from qtool.cli.options import JsonOption
 
 
 def inspect(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtool.cli import console
+from qtool.cli.options import ModelArgument
 from qtool.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ WHAT, HOW, WHERE, DEBUG = "What", "How", "Where", "Debug"
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Directory, hub id, .gguf file, or demo:smollm2.")],
+    model: ModelArgument,
     out_dir: Annotated[Path, typer.Argument(help="Directory for the checkpoint.")],
     method: Annotated[
         str | None, typer.Option(help="rtn or bcq; see `qtool methods`.", rich_help_panel=WHAT)
