@@ -69,18 +69,30 @@ class _Recorder(nn.Module):
             return getattr(self.__dict__["_block"][0], name)
 
 
+def _walk_dtype(source: ModelSource, device: str) -> torch.dtype:
+    if not device.startswith("cuda"):
+        return torch.float32
+    first = next(source.block_linears())
+    stored = source.spec(f"{first}.weight").dtype
+    return torch.bfloat16 if stored == "BF16" else torch.float16
+
+
 class BlockModel:
     """The empty model and what its blocks are called with."""
 
-    def __init__(self, source: ModelSource, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, source: ModelSource, device: str) -> None:
         """Build the model without weights.
+
+        Blocks run in float32 on a CPU; on a card in bfloat16 if the weights are stored so, because
+        such a model's activations may leave the range of float16, else in float16.
 
         Raises:
             ModelError: transformers can't build it.
         """
         import transformers  # slow
 
-        self.source, self.device, self.dtype = source, device, dtype
+        self.source, self.device = source, device
+        dtype = _walk_dtype(source, device)
         try:
             config = transformers.AutoConfig.from_pretrained(source.directory)
             with _weightless():

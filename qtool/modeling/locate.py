@@ -111,6 +111,7 @@ def _save_dequantized(path: Path, target: Path) -> None:
     import torch  # slow imports
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     quantization = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions would keep the weights packed
         quantization["quantization_config"] = transformers.GgufConfig(dequantize=True)

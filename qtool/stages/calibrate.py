@@ -87,8 +87,7 @@ def measure_absmax(source: ModelSource, calibration: CalibrationSet, env: Env) -
 
     Linears that share an input share the tensor's values; each has its own entry.
     """
-    dtype = torch.float16 if env.device.startswith("cuda") else torch.float32
-    model = BlockModel(source, env.device, dtype)
+    model = BlockModel(source, env.device)
     hidden = model.capture(batches(calibration.samples, BATCH_TOKENS))
     found: dict[str, Tensor] = {}
     for index in range(source.num_blocks):

@@ -69,8 +69,7 @@ def solve_calibrated(
     Raises:
         MethodError: inputs aren't finite, or with `strict` a solver fell back.
     """
-    dtype = torch.float16 if env.device.startswith("cuda") else torch.float32
-    model = BlockModel(source, env.device, dtype)
+    model = BlockModel(source, env.device)
     streams = _capture(model, calibration, env, walk)
     layers = {layer.name: layer for layer in plan.layers}
     results = []

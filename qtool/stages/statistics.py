@@ -79,8 +79,8 @@ def measure_inputs(
     assert total is not None and drift is not None
     if not bool(torch.isfinite(total).all()):
         raise MethodError(
-            f"The inputs of {linear} overflow: NaN or infinity among them. Run the model in "
-            "bfloat16 or float32, or skip the layer."
+            f"The inputs of {linear} overflow: NaN or infinity among them. Use more bits "
+            "or smaller groups, or a source stored in bfloat16."
         )
     return InputStatistics(
         hessian=total / num_tokens,
