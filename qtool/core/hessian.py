@@ -59,11 +59,6 @@ class Factor:
     """The damping that it took: more than asked for if the first tries weren't positive."""
 
 
-def dead_inputs(hessian: Tensor) -> Tensor:
-    """Return which inputs were always zero: (n,) bool."""
-    return hessian.diagonal() <= 0
-
-
 def damp(hessian: Tensor, damping: float) -> Tensor:
     """Return H with dead inputs set to one and `damping` * mean diagonal added, float32."""
     damped = hessian.clone()

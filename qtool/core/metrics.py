@@ -3,6 +3,16 @@
 import torch
 from torch import Tensor
 
+from qtool.core.hessian import relative_loss
+
+
+def of_layer(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> dict[str, float]:
+    """Return what a method reports: `nmse` and, with a Hessian of the inputs, `loss`."""
+    measured = {"nmse": nmse(weight, quantized)}
+    if hessian is not None:
+        measured["loss"] = relative_loss(quantized - weight, weight, hessian)
+    return measured
+
 
 def nmse(reference: Tensor, approximation: Tensor) -> float:
     """Return ||reference - approximation||^2 / ||reference||^2; 0 where both are zero."""

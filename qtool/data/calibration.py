@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qtool.data.corpora import Corpus
+from qtool.data.corpora import Corpus, tokenize
 from qtool.errors import DataError, OutputError
 
 SAMPLES_NAME = "samples.safetensors"
@@ -52,12 +52,6 @@ class CalibrationSet:
             CalibrationSet(self.samples[:cut], self.provenance),
             CalibrationSet(self.samples[cut:], self.provenance),
         )
-
-
-def tokenize(tokenizer: Any, text: str) -> Tensor:  # noqa: ANN401
-    """Return a text as one stream of tokens, (tokens,) int64, whatever its length."""
-    ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:  # noqa: ANN401

@@ -3,6 +3,10 @@
 import lzma
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from qtool import resources
 from qtool.errors import DataError
@@ -47,3 +51,12 @@ def load_corpus(name: str) -> Corpus:
         raise DataError(f"No text file {path}.") from None
     except (UnicodeDecodeError, OSError) as error:
         raise DataError(f"{path} can't be read as UTF-8 text: {error}.") from error
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:  # noqa: ANN401
+    """Return a text as one stream of tokens, (tokens,) int64, whatever its length.
+
+    A corpus is longer than the model's context on purpose: no truncation, no warning about it.
+    """
+    ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)

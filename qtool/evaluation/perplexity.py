@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from qtool.base import Emit, ignore_events
-from qtool.data.corpora import Corpus
+from qtool.data.corpora import Corpus, tokenize
 from qtool.errors import DataError
 from qtool.modeling.load import LoadedModel
 
@@ -27,13 +27,6 @@ class PerplexityResult:
     windows_in_dataset: int
     dtype: str
     device: str
-
-
-def token_stream(model: LoadedModel, corpus: Corpus) -> torch.Tensor:
-    """Return the text as one stream of tokens, (tokens,) int64 on the CPU."""
-    # The text is longer than the model's context on purpose: no truncation, no warning about it.
-    ids = model.tokenizer(corpus.text, truncation=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
 
 
 def perplexity(
@@ -68,7 +61,7 @@ def perplexity(
             f"The context length is {context_length}, but {model.name} has {limit} positions. "
             f"Use --context-length {limit} or less."
         )
-    stream = token_stream(model, corpus)
+    stream = tokenize(model.tokenizer, corpus.text)
     available = len(stream) // context_length
     if available == 0:
         raise DataError(

@@ -186,12 +186,9 @@ def _solution(
         shape,
     )
     quantized = binary_format.dequantize(tensor, torch.float32)
-    measured = {"nmse": metrics.nmse(problem.weight, quantized), **notes}
     statistics = problem.statistics.get("hessian")
-    if statistics is not None:
-        error = quantized - problem.weight
-        measured["loss"] = hessian.relative_loss(error, problem.weight, statistics)
-    return LayerSolution(tensor, measured, fallback)
+    measured = metrics.of_layer(problem.weight, quantized, statistics)
+    return LayerSolution(tensor, {**measured, **notes}, fallback)
 
 
 METHOD = Method(

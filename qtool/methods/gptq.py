@@ -54,7 +54,7 @@ def quantize_gptq(problem: LayerProblem, options: GptqOptions) -> LayerSolution:
     """Quantize one weight with the Hessian of its inputs."""
     scheme, shape = problem.scheme, Shape2D(*problem.weight.shape)
     statistics = problem.statistics["hessian"]
-    order = _order(statistics, scheme, options)
+    order = _order(statistics, scheme, shape, options)
     factor = hessian.factorize(statistics, damping=options.damping, order=order)
     if factor is None:
         return _without_feedback(problem, options)
@@ -72,15 +72,15 @@ def quantize_gptq(problem: LayerProblem, options: GptqOptions) -> LayerSolution:
     return _solution(problem, grid, codes, factor.damping, None)
 
 
-def _order(statistics: Tensor, scheme: WeightScheme, options: GptqOptions) -> Tensor:
+def _order(
+    statistics: Tensor, scheme: WeightScheme, shape: Shape2D, options: GptqOptions
+) -> Tensor:
     """Return the order in which columns are solved."""
-    n = len(statistics)
     if options.order == "activation":
         return hessian.act_order(statistics)
     if options.order == "group":
-        size = scheme.group_size if scheme.group_dim == "in_features" else 1
-        return hessian.group_order(statistics, min(size or n, n))
-    return torch.arange(n, device=statistics.device)
+        return hessian.group_order(statistics, layout.edges_of(scheme, shape)[1])
+    return torch.arange(len(statistics), device=statistics.device)
 
 
 def _fit(problem: LayerProblem, importance: Tensor, options: GptqOptions) -> AffineGrid:
@@ -156,14 +156,8 @@ def _solution(
         shape,
     )
     quantized = affine_format.dequantize(tensor, torch.float32)
-    measured = {
-        "nmse": metrics.nmse(problem.weight, quantized),
-        "damping": damping,
-        "loss": hessian.relative_loss(
-            quantized - problem.weight, problem.weight, problem.statistics["hessian"]
-        ),
-    }
-    return LayerSolution(tensor, measured, fallback)
+    measured = metrics.of_layer(problem.weight, quantized, problem.statistics["hessian"])
+    return LayerSolution(tensor, {**measured, "damping": damping}, fallback)
 
 
 METHOD = Method(

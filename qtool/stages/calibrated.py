@@ -156,7 +156,7 @@ class _Step:
         solution, quantized = candidates[best]
         check_stored(layer.name, solution.tensor, weight)
         if self.walk.strict and solution.fallback is not None:
-            raise MethodError(f"{layer.name}: {solution.fallback} (--strict).")
+            raise MethodError(f"{layer.name}: {solution.fallback} (calibration.strict).")
         notes = {
             **solution.metrics,
             "output_error": errors[best],

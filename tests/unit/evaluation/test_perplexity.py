@@ -4,9 +4,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qtool.data.corpora import Corpus
+from qtool.data.corpora import Corpus, tokenize
 from qtool.errors import DataError
-from qtool.evaluation.perplexity import perplexity, token_stream, window_loss
+from qtool.evaluation.perplexity import perplexity, window_loss
 from qtool.modeling.load import LoadedModel, load_model
 from tests.families import VOCABULARY, text
 
@@ -36,7 +36,7 @@ def plain_perplexity(model, tokens: list[int], length: int) -> float:
 
 @pytest.mark.parametrize("length", [2, 7, 50, 100, 203])
 def test_equals_the_textbook(loaded, corpus, length):
-    tokens = token_stream(loaded, corpus).tolist()
+    tokens = tokenize(loaded.tokenizer, corpus.text).tolist()
     result = perplexity(loaded, corpus, context_length=length)
     assert result.perplexity == pytest.approx(plain_perplexity(loaded.model, tokens, length), 1e-5)
     assert result.windows == result.windows_in_dataset == 203 // length
@@ -51,7 +51,7 @@ def test_window_longer_than_a_piece_of_the_loss_is_summed_whole(loaded):
 
 
 def test_first_windows_are_those_of_the_whole(loaded, corpus):
-    tokens = token_stream(loaded, corpus).tolist()
+    tokens = tokenize(loaded.tokenizer, corpus.text).tolist()
     result = perplexity(loaded, corpus, context_length=50, max_windows=2)
     assert (result.windows, result.windows_in_dataset) == (2, 4)
     expected = plain_perplexity(loaded.model, tokens[:100], 50)
@@ -116,5 +116,5 @@ def test_empty_text_is_refused(loaded):
 
 
 def test_stream_is_the_whole_text_without_truncation(loaded):
-    stream = token_stream(loaded, Corpus("long", text(5000)))
+    stream = tokenize(loaded.tokenizer, text(5000))
     assert len(stream) == 5000
