@@ -119,6 +119,9 @@ class ModelAdapter:
     head: str = "lm_head"
     base_prefix: str = "model"
     """Prefix that checkpoints saved from the base model leave out."""
+    residual: tuple[str, str] | None = None
+    """Linears whose outputs a block adds to its input as they are, of attention, then of the MLP;
+    None: there are others, or something else comes between, such as a norm."""
     conv1d: bool = False
     """True where the weights are stored as (in_features, out_features), as in GPT-2."""
 

@@ -27,7 +27,7 @@ from qtool.recipe.schema import CalibrationSection, Recipe
 from qtool.runtime.select import use_backend
 from qtool.stages.calibrate import calibrate as draw_calibration
 from qtool.stages.calibrate import measure_absmax, save_absmax, wanted_lengths
-from qtool.stages.calibrated import Walk, solve_calibrated
+from qtool.stages.calibrated import solve_calibrated
 from qtool.stages.memory import peak_memory
 from qtool.stages.plan import Plan, make_plan
 from qtool.stages.solve import LayerResult, solve_data_free
@@ -87,7 +87,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
     check_free_space(out_dir, layer_plan.total_bytes)
     _warn_of_few_bits(layer_plan, recipe, emit)
     env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
-    calibration = _calibration(source, recipe, calib_dir)
+    calibration = _calibration(source, recipe, calib_dir, emit)
     writer = CheckpointWriter(
         out_dir, fingerprint=_fingerprint(source, recipe), overwrite=overwrite, resume=resume
     )
@@ -125,7 +125,7 @@ def _warn_of_few_bits(layer_plan: Plan, recipe: Recipe, emit: Emit) -> None:
 
 
 def _calibration(
-    source: ModelSource, recipe: Recipe, directory: Path | None
+    source: ModelSource, recipe: Recipe, directory: Path | None, emit: Emit
 ) -> CalibrationSet | None:
     """Read the samples, or draw those that the recipe asks for; None: no data."""
     section = recipe.calibration
@@ -135,7 +135,9 @@ def _calibration(
     if directory is not None:
         return load_calibration(directory, tokenizer)
     lengths = wanted_lengths(section, tokenizer, None)
-    return draw_calibration(section, source, tokenizer, lengths=lengths, seed=recipe.seed)
+    return draw_calibration(
+        section, source, tokenizer, lengths=lengths, seed=recipe.seed, emit=emit
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,8 @@ class CalibrateResult:
 
     calib_dir: Path
     samples: int
+    samples_wanted: int
+    """More than `samples` if the text is too short."""
     tokens: int
     digest: str
     wanted_lengths: tuple[int, ...]
@@ -168,18 +172,21 @@ def calibrate(
         section: What to draw.
         lengths: Lengths to match, instead of the tasks' own.
         seed: Of the order of matched lengths.
-        emit: Receives `block` events.
+        emit: Receives `block` events, and a `warning` if the text is too short.
     """
     source = open_source(model)
     tokenizer = load_tokenizer(str(source.directory))
     wanted = wanted_lengths(section, tokenizer, lengths)
-    calibration = draw_calibration(section, source, tokenizer, lengths=wanted, seed=seed)
+    if lengths is not None:
+        section = section.model_copy(update={"tasks": ()})  # provenance: they decided nothing
+    calibration = draw_calibration(section, source, tokenizer, lengths=wanted, seed=seed, emit=emit)
     absmax = measure_absmax(source, calibration, Env(str(default_device()), seed, emit))
     save_calibration(calibration, calib_dir)
     save_absmax(absmax, calib_dir)
     return CalibrateResult(
         calib_dir=calib_dir,
         samples=len(calibration.samples),
+        samples_wanted=calibration.provenance["samples wanted"],
         tokens=calibration.num_tokens,
         digest=calibration.digest(),
         wanted_lengths=tuple(wanted or ()),
@@ -198,13 +205,7 @@ def _solve(
     section = recipe.calibration
     if section is None or calibration is None:
         return solve_data_free(source, layer_plan, writer, env)
-    walk = Walk(
-        holdout=section.holdout,
-        token_cap=section.token_cap,
-        input_error=None if section.input_error == "auto" else section.input_error,
-        strict=section.strict,
-    )
-    return solve_calibrated(source, layer_plan, calibration, writer, env, walk)
+    return solve_calibrated(source, layer_plan, calibration, writer, env, section)
 
 
 def _fingerprint(source: ModelSource, recipe: Recipe) -> dict[str, Any]:

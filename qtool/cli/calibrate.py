@@ -1,5 +1,7 @@
 """`qtool calibrate`."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +10,7 @@ import typer
 
 from qtool.cli import console
 from qtool.cli.options import JsonOption, ModelArgument
-from qtool.errors import RecipeError
+from qtool.errors import MissingExtraError, RecipeError
 
 if TYPE_CHECKING:
     from qtool.pipeline import CalibrateResult
@@ -26,6 +28,10 @@ def calibrate(
     lengths: Annotated[
         Path | None, typer.Option(help="Match these lengths: a file with one number per line.")
     ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Bundled text, .txt or .jsonl[.gz] file, or hub:NAME:CONFIG:SPLIT."),
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="Take the section 'calibration' of this recipe.")
     ] = None,
@@ -40,12 +46,18 @@ def calibrate(
 
       qtool calibrate --tasks mmlu,humaneval MODEL CALIB_DIR
 
-      qtool calibrate --set calibration.dataset=mine.txt MODEL CALIB_DIR
+      qtool calibrate --dataset mine.jsonl MODEL CALIB_DIR
+
+      qtool calibrate --dataset hub:allenai/c4:en:train MODEL CALIB_DIR
     """
     from qtool.data.lengths import read_lengths  # torch-free, but not at --help
     from qtool.recipe.load import load_recipe, recipe_from_mapping
 
+    if tasks is not None and lengths is not None:
+        raise RecipeError("--tasks and --lengths both say what to match. Give one of them.")
     overrides = list(settings or [])
+    if dataset is not None:
+        overrides.append(f"calibration.dataset={json.dumps(dataset)}")
     if tasks is not None or lengths is not None:
         overrides.append("calibration.sequence_length=match")
     if tasks is not None:
@@ -64,9 +76,22 @@ def calibrate(
         result = pipeline.calibrate(
             model, calib_dir, chosen.calibration, lengths=given, seed=chosen.seed, emit=emit
         )
+    _plot(result)
     console.write_json(asdict(result), json_file)
     if console.wants_table(json_file):
         _print_result(result)
+
+
+def _plot(result: "CalibrateResult") -> None:
+    """Draw both histograms, or say in one line what that needs."""
+    from qtool.data.plots import LENGTHS_NAME, draw_lengths
+
+    path = result.calib_dir / LENGTHS_NAME
+    try:
+        draw_lengths(path, result.lengths, result.wanted_lengths)
+    except MissingExtraError as error:
+        path.unlink(missing_ok=True)  # of an earlier run: it would show other samples
+        console.err.print(f"No plot: {error}", markup=False, soft_wrap=True)
 
 
 def _print_result(result: "CalibrateResult") -> None:
@@ -79,14 +104,24 @@ def _print_result(result: "CalibrateResult") -> None:
         (f"{low}-{high - 1}", _bar(share)) for low, high, share in _bins(edges, drawn)
     ]
     if result.wanted_lengths:
-        columns["tasks"] = "left"
+        columns["requested"] = "left"
         wanted = histogram(result.wanted_lengths, edges)
         rows = [(*row, _bar(share)) for row, share in zip(rows, wanted, strict=True)]
     console.print_table(str(result.calib_dir), columns, rows)
+    console.out.print(f"Lengths of samples: {_quantiles(result.lengths)}.")
+    if result.wanted_lengths:
+        console.out.print(f"Lengths requested: {_quantiles(result.wanted_lengths)}.")
     console.out.print(
-        f"{result.samples} samples, {result.tokens} tokens, digest {result.digest}. "
-        f"Use them with: qtool quantize --calibration {result.calib_dir} ..."
+        f"{result.samples} of {result.samples_wanted} samples, {result.tokens} tokens, digest "
+        f"{result.digest}. Use them with: qtool quantize --calibration {result.calib_dir} ..."
     )
+
+
+def _quantiles(lengths: Sequence[int]) -> str:
+    from qtool.data.lengths import quantiles
+
+    p10, median, p90 = quantiles(lengths)
+    return f"median {median}, p10 {p10}, p90 {p90}"
 
 
 def _bins(edges: list[int], shares: list[float]) -> list[tuple[int, int, float]]:

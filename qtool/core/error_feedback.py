@@ -18,6 +18,10 @@ from torch import Tensor
 from qtool.core.graphs import TensorFunction, column_kernels, replay
 from qtool.core.grids import Pick
 
+STRIP = 16
+"""Columns whose errors are passed on together to the columns behind them: a matrix product moves
+them through memory once, where one outer product per column would sixteen times."""
+
 SolveBlock = Callable[[int, int, Tensor, Tensor], Tensor]
 """(start, stop, weights of the block (columns, rows), its part of U) -> scaled errors E."""
 
@@ -60,10 +64,15 @@ def _encode(pick: Pick, weight: Tensor, shares: Tensor, *tables: Tensor) -> tupl
     work = weight.clone()
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     levels = torch.empty_like(weight)
-    for column in range(len(work)):
-        codes[column], levels[column] = pick(tables, column, work[column])
-        error = work[column] - levels[column]
-        work[column + 1 :].addr_(shares[column, column + 1 :], error, alpha=-1)
+    for start in range(0, len(work), STRIP):
+        stop = min(start + STRIP, len(work))
+        errors = torch.empty_like(work[start:stop])
+        for column in range(start, stop):
+            codes[column], levels[column] = pick(tables, column, work[column])
+            error = errors[column - start]
+            torch.sub(work[column], levels[column], out=error)
+            work[column + 1 : stop].addr_(shares[column, column + 1 : stop], error, alpha=-1)
+        work[stop:].addmm_(shares[start:stop, stop:].T, errors, alpha=-1)
     return codes, levels
 
 

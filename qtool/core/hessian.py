@@ -44,9 +44,14 @@ def cap_tokens(x: Tensor, ratio: float) -> Tensor:
         x: (tokens, in_features).
         ratio: At least 1; infinity changes nothing.
     """
-    norms = x.float().norm(dim=-1, keepdim=True)
+    return (x * token_weights(x, ratio)).to(x.dtype)
+
+
+def token_weights(x: Tensor, ratio: float) -> Tensor:
+    """Return what `cap_tokens` multiplies each token with, (tokens, 1) float32, at most one."""
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     limit = ratio * norms.median()
-    return (x * (limit / norms.clamp(min=1e-30)).clamp(max=1.0)).to(x.dtype)
+    return (limit / norms.clamp(min=1e-30)).clamp(max=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +75,37 @@ def damp(hessian: Tensor, damping: float) -> Tensor:
     return damped
 
 
+def cholesky(damped: Tensor) -> Tensor | None:
+    """Return L with H = L L^T, lower triangular, in float64 where that is affordable.
+
+    Args:
+        damped: (n, n) float32.
+
+    Returns:
+        (n, n), or None if H isn't positive or not finite.
+    """
+    dtype = torch.float64 if len(damped) <= FLOAT64_LIMIT else torch.float32
+    lower, info = torch.linalg.cholesky_ex(damped.to(dtype))
+    if int(info) != 0 or not bool(torch.isfinite(lower).all()):
+        return None
+    return lower
+
+
+def solve_right(lower: Tensor, right: Tensor) -> Tensor:
+    """Return right H^-1, (rows, n) float32, with H = L L^T."""
+    return torch.cholesky_solve(right.T.to(lower.dtype), lower).T.float()
+
+
 def factor_inverse(damped: Tensor) -> Tensor | None:
     """Return U with H^-1 = U^T U, (n, n) float32 upper triangular; None if H isn't positive.
 
     With the exchange matrix J, chol(J H J) = L gives U = J L^-1 J: one Cholesky and one
     triangular solve.
     """
-    n = damped.shape[0]
-    dtype = torch.float64 if n <= FLOAT64_LIMIT else torch.float32
-    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1).to(dtype))
-    if int(info) != 0 or not bool(torch.isfinite(lower).all()):
+    lower = cholesky(damped.flip(0, 1))
+    if lower is None:
         return None
-    identity = torch.eye(n, dtype=dtype, device=damped.device)
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     return inverse.flip(0, 1).float().contiguous()
 

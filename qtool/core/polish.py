@@ -11,6 +11,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from qtool.core.error_feedback import STRIP
 from qtool.core.graphs import TensorFunction, column_kernels, replay
 from qtool.core.grids import Grid, Pick
 from qtool.core.linalg import solve_spd
@@ -78,11 +79,16 @@ def _descend(
     local = gradient.clone()
     chosen = torch.empty_like(levels)
     codes = torch.empty(levels.shape, dtype=torch.uint8, device=levels.device)
-    for column in range(len(levels)):
-        target = levels[column] - local[column] / block[column, column]
-        codes[column], chosen[column] = pick(tables, column, target)
-        step = chosen[column] - levels[column]
-        local[column + 1 :].addr_(block[column, column + 1 :], step)
+    for start in range(0, len(levels), STRIP):
+        stop = min(start + STRIP, len(levels))
+        steps = torch.empty_like(levels[start:stop])
+        for column in range(start, stop):
+            target = levels[column] - local[column] / block[column, column]
+            codes[column], chosen[column] = pick(tables, column, target)
+            step = steps[column - start]
+            torch.sub(chosen[column], levels[column], out=step)
+            local[column + 1 : stop].addr_(block[column, column + 1 : stop], step)
+        local[stop:].addmm_(block[start:stop, stop:].T, steps)
     return codes, chosen
 
 

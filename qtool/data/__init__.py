@@ -1,1 +1,1 @@
-"""Text and what becomes of it: bundled corpora, token streams."""
+"""Texts and what becomes of them: sources, token streams, samples of matched lengths."""

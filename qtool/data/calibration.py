@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qtool.data.corpora import Corpus, tokenize
+from qtool.data.corpora import Corpus
+from qtool.data.documents import Collection
+from qtool.data.samples import cut, streams
 from qtool.errors import DataError, OutputError
 
 SAMPLES_NAME = "samples.safetensors"
@@ -62,38 +65,45 @@ def tokenizer_digest(tokenizer: Any) -> str:  # noqa: ANN401
 
 def draw_samples(
     tokenizer: Any,  # noqa: ANN401
-    corpus: Corpus,
+    texts: Corpus | Collection,
     lengths: Sequence[int],
+    *,
+    at_starts: bool = False,
 ) -> CalibrationSet:
-    """Cut consecutive samples of the given lengths from the start of a text.
+    """Cut consecutive samples of the given lengths from the start of a text or of documents.
+
+    Args:
+        tokenizer: Of the model.
+        texts: A running text, or documents; these are read as far as needed.
+        lengths: Of the samples.
+        at_starts: Start each sample at the start of a document. A running text has no other start
+            than its own, and is cut in one go all the same.
 
     Raises:
-        DataError: the text holds not even one sample.
+        DataError: the texts hold less than two samples, or a document can't be used.
     """
-    stream = tokenize(tokenizer, corpus.text)
-    samples = tuple(_cut(stream, lengths))
+    read: Counter[str] = Counter()
+    pieces = streams(tokenizer, texts, read)
+    at_starts = at_starts and isinstance(texts, Collection)
+    samples = tuple(cut(pieces, lengths, at_starts=at_starts))
     if len(samples) < 2:  # noqa: PLR2004
         raise DataError(
-            f"{corpus.name} has {len(stream)} tokens; calibration takes at least two samples, the "
-            f"first of them {lengths[0]} long. Use a longer text or a shorter sequence_length."
+            f"{texts.name} has {read['tokens']} tokens; calibration takes at least two samples, "
+            f"the first of them {lengths[0]} long. Use a longer text or a shorter sequence_length."
         )
     provenance = {
-        "dataset": corpus.name,
+        "dataset": texts.name,
+        **texts.origin,
         "tokenizer": tokenizer_digest(tokenizer),
+        "chat template": read["chats"] > 0,
+        "documents": read["documents"],
+        "starts at documents": at_starts,
         "samples": len(samples),
         "samples wanted": len(lengths),
         "tokens": sum(len(sample) for sample in samples),
+        "tokens wanted": sum(lengths),
     }
     return CalibrationSet(samples, provenance)
-
-
-def _cut(stream: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
-    start = 0
-    for length in lengths:
-        if start + length > len(stream):
-            return
-        yield stream[start : start + length]
-        start += length
 
 
 def save_calibration(calibration: CalibrationSet, directory: Path) -> None:

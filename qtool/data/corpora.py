@@ -1,6 +1,8 @@
-"""Texts by name: bundled ones that work offline, or a file of the user's."""
+"""Texts by name: bundled ones that work offline, a file of the user's, a data set of the hub."""
 
+import hashlib
 import lzma
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,28 @@ import torch
 from torch import Tensor
 
 from qtool import resources
+from qtool.data.documents import (
+    HUB_PREFIX,
+    JSONL_SUFFIXES,
+    Collection,
+    hub_collection,
+    jsonl_collection,
+)
 from qtool.errors import DataError
 from qtool.plugins import describe_miss
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """One text and what to call it in results."""
+    """One running text and what to call it in results."""
 
     name: str
     text: str
+
+    @property
+    def origin(self) -> Mapping[str, str | None]:
+        """What pins the content."""
+        return {"sha256": hashlib.sha256(self.text.encode()).hexdigest()}
 
 
 def bundled() -> tuple[str, ...]:
@@ -27,23 +41,48 @@ def bundled() -> tuple[str, ...]:
     return tuple(sorted(path.name.removesuffix(".txt.xz") for path in paths))
 
 
-def load_corpus(name: str) -> Corpus:
-    """Return a text.
+def open_dataset(name: str) -> Corpus | Collection:
+    """Return a running text or a collection of documents, whichever the name means.
 
     Args:
-        name: A bundled name such as `wikitext2-test`, or the path of a UTF-8 `.txt` file.
+        name: As for `load_corpus`, or `hub:NAME:CONFIG:SPLIT`.
 
     Raises:
-        DataError: there is no such text, or it isn't UTF-8.
+        DataError: there is no such text, or it can't be read.
+        MissingExtraError: the library that reads it isn't installed.
+    """
+    if name.startswith(HUB_PREFIX):
+        return hub_collection(name)
+    if name.endswith(JSONL_SUFFIXES):
+        return jsonl_collection(Path(name))
+    return load_corpus(name)
+
+
+def load_corpus(name: str) -> Corpus:
+    """Return a running text.
+
+    Args:
+        name: A bundled name such as `wikitext2-test`, the path of a UTF-8 `.txt` file, or that of a
+            `.jsonl` or `.jsonl.gz` file whose texts are joined by empty lines.
+
+    Raises:
+        DataError: there is no such text, or it isn't UTF-8, or it isn't a running text.
     """
     if name in bundled():
         packed = (resources.texts_dir() / f"{name}.txt.xz").read_bytes()
         return Corpus(name, lzma.decompress(packed).decode("utf-8"))
+    if name.startswith(HUB_PREFIX):
+        raise DataError(
+            f"{name} is a data set of the hub, and a running text is needed here. Save the rows "
+            "that you want as a .jsonl file."
+        )
     path = Path(name)
+    if name.endswith(JSONL_SUFFIXES):
+        return _joined(jsonl_collection(path))
     if path.suffix != ".txt":
         raise DataError(
             describe_miss(name, bundled(), "bundled texts")
-            + " A text of your own is given by its path, ending in .txt."
+            + " A text of your own is given by its path, ending in .txt, .jsonl or .jsonl.gz."
         )
     try:
         return Corpus(path.name, path.read_text(encoding="utf-8"))
@@ -51,6 +90,18 @@ def load_corpus(name: str) -> Corpus:
         raise DataError(f"No text file {path}.") from None
     except (UnicodeDecodeError, OSError) as error:
         raise DataError(f"{path} can't be read as UTF-8 text: {error}.") from error
+
+
+def _joined(collection: Collection) -> Corpus:
+    texts = []
+    for document in collection.documents:
+        if not isinstance(document.content, str):
+            raise DataError(
+                f"{document.place} is a chat, and a running text is needed here. Give lines with "
+                "'text'."
+            )
+        texts.append(document.content)
+    return Corpus(collection.name, "\n\n".join(texts))
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:  # noqa: ANN401

@@ -92,3 +92,17 @@ def bin_edges(lengths: Sequence[int], count: int = 10) -> list[int]:
     low, high = min(lengths), max(lengths) + 1
     step = max(1, -(-(high - low) // count))
     return [*range(low, high, step), low + step * (-(-(high - low) // step))]
+
+
+def quantiles(lengths: Sequence[int]) -> tuple[int, int, int]:
+    """Return the 10th, 50th and 90th percentile; each is one of the lengths."""
+    ordered = sorted(lengths)
+    low, middle, high = (ordered[int(part * len(ordered))] for part in (0.1, 0.5, 0.9))
+    return low, middle, high
+
+
+def summary(lengths: Sequence[int], edges: Sequence[int]) -> dict[str, Any]:
+    """Return a histogram and its quantiles, JSON-able; `edges` bound the intervals."""
+    p10, median, p90 = quantiles(lengths)
+    shares = histogram(lengths, edges)
+    return {"median": median, "p10": p10, "p90": p90, "edges": list(edges), "shares": shares}

@@ -69,7 +69,9 @@ class _Recorder(nn.Module):
             return getattr(self.__dict__["_block"][0], name)
 
 
-def _walk_dtype(source: ModelSource, device: str) -> torch.dtype:
+def _walk_dtype(source: ModelSource, device: str, dtype: str) -> torch.dtype:
+    if dtype != "auto":
+        return getattr(torch, dtype)
     if not device.startswith("cuda"):
         return torch.float32
     first = next(source.block_linears())
@@ -80,11 +82,15 @@ def _walk_dtype(source: ModelSource, device: str) -> torch.dtype:
 class BlockModel:
     """The empty model and what its blocks are called with."""
 
-    def __init__(self, source: ModelSource, device: str) -> None:
+    def __init__(self, source: ModelSource, device: str, *, dtype: str = "auto") -> None:
         """Build the model without weights.
 
-        Blocks run in float32 on a CPU; on a card in bfloat16 if the weights are stored so, because
-        such a model's activations may leave the range of float16, else in float16.
+        Args:
+            source: Where the weights are.
+            device: Where blocks run.
+            dtype: In which they run. `auto`: in float32 on a CPU; on a card in bfloat16 if the
+                weights are stored so, because such a model's activations may leave the range of
+                float16, else in float16.
 
         Raises:
             ModelError: transformers can't build it.
@@ -92,11 +98,11 @@ class BlockModel:
         import transformers  # slow
 
         self.source, self.device = source, device
-        dtype = _walk_dtype(source, device)
+        run_dtype = _walk_dtype(source, device, dtype)
         try:
             config = transformers.AutoConfig.from_pretrained(source.directory)
             with _weightless():
-                model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=run_dtype)
         except Exception as error:  # transformers raises many unrelated types
             raise ModelError(f"transformers can't build {source.directory}: {error}") from error
         self._model = model.eval()
@@ -175,7 +181,8 @@ class Block:
     def run(self, hidden: Tensor) -> Tensor:
         """Return the block's output: (samples, length, width), on the block's device."""
         call = self._calls[tuple(hidden.shape[:2])]
-        output = self._module(hidden.to(self._device), *call.arguments, **call.keywords)
+        hidden = hidden.to(self._device, non_blocking=True)
+        output = self._module(hidden, *call.arguments, **call.keywords)
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
@@ -201,6 +208,34 @@ class Block:
         if not seen:
             raise ModelError(f"{linear} was never called: its inputs can't be measured.")
         return seen[0].flatten(0, -2)
+
+    @torch.no_grad()
+    def around(self, linear: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the whole block; return what goes into `linear` and what its output is added to.
+
+        That sum must be the block's output: `linear` is the last one of the MLP.
+
+        Returns:
+            (tokens, in_features), and (tokens, width) float32.
+
+        Raises:
+            ModelError: the linear was never called.
+        """
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def note(_module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            seen.append((arguments[0], output))
+
+        handle = self._module.get_submodule(linear).register_forward_hook(note)
+        try:
+            output = self.run(hidden)
+        finally:
+            handle.remove()
+        if not seen:
+            raise ModelError(f"{linear} was never called: its inputs can't be measured.")
+        inputs, added = seen[0]
+        residual = output.flatten(0, -2).float() - added.flatten(0, -2).float()
+        return inputs.flatten(0, -2), residual
 
     def set_weight(self, linear: str, weight: Tensor, *, transposed: bool) -> None:
         """Replace the weight (out_features, in_features) of a linear."""

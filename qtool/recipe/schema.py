@@ -92,10 +92,10 @@ class CalibrationSection(Section):
     """Which samples the solvers see."""
 
     dataset: str = "wikitext2-valid"
-    """Bundled text, or the path of a .txt or .jsonl file."""
+    """Bundled text, path of a .txt, .jsonl or .jsonl.gz file, or hub:NAME:CONFIG:SPLIT."""
     num_samples: Annotated[WholeNumber, Field(ge=2)] = 64
-    sequence_length: Literal["match"] | Annotated[WholeNumber, Field(ge=2)] = 2048
-    """Tokens per sample; 'match' draws lengths as the prompts of `tasks` have them (SLAC)."""
+    sequence_length: Literal["match", "fixed"] | Annotated[WholeNumber, Field(ge=2)] = 2048
+    """Tokens per sample; 'match': as the prompts of `tasks` have them (SLAC); 'fixed': 2048."""
     tasks: tuple[str, ...] = ()
     """Tasks whose prompt lengths are matched: gsm8k, humaneval, mmlu."""
     num_tokens: Annotated[WholeNumber, Field(ge=16)] = 131072
@@ -106,6 +106,12 @@ class CalibrationSection(Section):
     """Tokens are shrunk to this multiple of the median norm before they enter a Hessian."""
     input_error: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
     """Share of the upstream error that a layer compensates; auto: chosen per layer."""
+    residual_error: bool = True
+    """Linears that add to the residual stream also compensate the error that it carries."""
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    """In which the blocks run; auto: on a card as stored, on a CPU in float32."""
+    cache: Literal["memory", "disk"] = "memory"
+    """Where the inputs of the next block wait."""
     strict: bool = False
     """Fail where a solver would fall back to something simpler."""
 

@@ -1,6 +1,7 @@
 """Draw calibration samples as a recipe asks for them, and measure what the layers see of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qtool.base import Env
+from qtool.base import Emit, Env, ignore_events
 from qtool.data.calibration import CalibrationSet, batches, draw_samples
-from qtool.data.corpora import load_corpus
-from qtool.data.lengths import match_lengths, task_lengths
+from qtool.data.corpora import open_dataset
+from qtool.data.lengths import bin_edges, match_lengths, summary, task_lengths
 from qtool.errors import DataError, RecipeError
 from qtool.modeling.blocks import BlockModel
 from qtool.modeling.source import ModelSource
@@ -19,6 +20,8 @@ from qtool.recipe.schema import CalibrationSection
 
 ABSMAX_NAME = "input_absmax.safetensors"
 BATCH_TOKENS = 2048
+FIXED_LENGTH = 2048
+"""What `sequence_length: fixed` means, whatever the model."""
 
 
 def wanted_lengths(
@@ -43,7 +46,7 @@ def wanted_lengths(
     if not section.tasks:
         raise RecipeError(
             "calibration.sequence_length is 'match', but calibration.tasks is empty. Name the "
-            "tasks, or give a number."
+            "tasks, or give a number or 'fixed'."
         )
     return task_lengths(tokenizer, section.tasks)
 
@@ -55,8 +58,9 @@ def calibrate(
     *,
     lengths: Sequence[int] | None,
     seed: int,
+    emit: Emit = ignore_events,
 ) -> CalibrationSet:
-    """Draw the samples.
+    """Draw the samples, and note all that decided them.
 
     Args:
         section: What the recipe says.
@@ -64,21 +68,50 @@ def calibrate(
         tokenizer: Of the model.
         lengths: Lengths to match, from `wanted_lengths`; None: fixed.
         seed: Of the order of matched lengths.
+        emit: Receives a `warning` if the text is too short for all samples.
 
     Raises:
-        DataError: the text is too short, or a sample would be longer than the model's context.
+        DataError: the text is missing or too short for two samples, or a sample would be longer
+            than the model's context.
+        MissingExtraError: the library that reads the data set isn't installed.
     """
     limit = int(source.config.get("max_position_embeddings") or 2**31)
     if lengths is not None:
         drawn = match_lengths(lengths, num_tokens=section.num_tokens, longest=limit, seed=seed)
     else:
-        length = int(section.sequence_length)
+        fixed = section.sequence_length == "fixed"
+        length = FIXED_LENGTH if fixed else int(section.sequence_length)
         if length > limit:
             raise DataError(
-                f"calibration.sequence_length is {length}, but the model has {limit} positions."
+                f"calibration.sequence_length is {length}, but the model has {limit} positions. "
+                f"Give a number of at most {limit}."
             )
         drawn = [length] * section.num_samples
-    return draw_samples(tokenizer, load_corpus(section.dataset), drawn)
+    texts = open_dataset(section.dataset)
+    calibration = draw_samples(tokenizer, texts, drawn, at_starts=lengths is not None)
+    if len(calibration.samples) < len(drawn):
+        emit("warning", {"message": _too_short(section, calibration)})
+    requested = drawn if lengths is None else lengths
+    used = [len(sample) for sample in calibration.samples]
+    edges = bin_edges([*requested, *used])
+    decided = {
+        "seed": seed,
+        "sequence_length": section.sequence_length,
+        "tasks": [] if lengths is None else list(section.tasks),
+        "requested lengths": summary(requested, edges),
+        "used lengths": summary(used, edges),
+    }
+    return replace(calibration, provenance={**calibration.provenance, **decided})
+
+
+def _too_short(section: CalibrationSection, calibration: CalibrationSet) -> str:
+    about = calibration.provenance
+    key = "num_tokens" if section.sequence_length == "match" else "num_samples"
+    return (
+        f"{about['dataset']} is too short: {about['samples']} of {about['samples wanted']} samples "
+        f"were drawn, {about['tokens']} tokens in place of {about['tokens wanted']}. Use a longer "
+        f"text, or lower calibration.{key}."
+    )
 
 
 @torch.no_grad()

@@ -2,7 +2,10 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -10,10 +13,13 @@ from torch import Tensor
 from qtool.base import Env, LayerProblem, LayerSolution
 from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.writer import CheckpointWriter
+from qtool.core.hessian import MAX_DAMPING
+from qtool.core.moments import OutputError, Shifter, output_error
 from qtool.data.calibration import CalibrationSet, batches
 from qtool.errors import MethodError
 from qtool.modeling.blocks import Block, BlockModel
 from qtool.modeling.source import ModelSource
+from qtool.recipe.schema import CalibrationSection
 from qtool.stages.plan import LayerPlan, Plan, load_method
 from qtool.stages.solve import (
     LayerResult,
@@ -24,13 +30,8 @@ from qtool.stages.solve import (
     solve_one,
     write_solution,
 )
-from qtool.stages.statistics import (
-    InputStatistics,
-    Streams,
-    measure_inputs,
-    output_error,
-    shift_target,
-)
+from qtool.stages.statistics import InputStatistics, measure_inputs, writer_of
+from qtool.stages.streams import Streams, make_streams
 
 FEW_TOKENS = 4
 """Below this many tokens per input the Hessian is noise in many directions: warn, damp more."""
@@ -40,27 +41,13 @@ DEFAULT_DAMPING = 0.01
 BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Walk:
-    """How the blocks are walked."""
-
-    holdout: float = 0.1
-    """Fraction of the samples that every choice is made on."""
-    token_cap: float = 10.0
-    """Tokens are shrunk to this multiple of the median norm before they enter a Hessian."""
-    input_error: float | None = None
-    """Share of the upstream error that each layer compensates; None: chosen per layer."""
-    strict: bool = False
-    """Fail where a solver would fall back to something simpler."""
-
-
 def solve_calibrated(
     source: ModelSource,
     plan: Plan,
     calibration: CalibrationSet,
     writer: CheckpointWriter,
     env: Env,
-    walk: Walk,
+    section: CalibrationSection,
 ) -> tuple[LayerResult, ...]:
     """Walk the blocks; quantize each group of linears that share an input, then the next.
 
@@ -69,22 +56,22 @@ def solve_calibrated(
     Raises:
         MethodError: inputs aren't finite, or with `strict` a solver fell back.
     """
-    model = BlockModel(source, env.device)
-    streams = _capture(model, calibration, env, walk)
+    model = BlockModel(source, env.device, dtype=section.dtype)
     layers = {layer.name: layer for layer in plan.layers}
     results = []
-    for index in range(source.num_blocks):
-        prefix = f"{source.adapter.blocks}.{index}"
-        original = model.load(index)
-        quantized = original.copy()
-        for names in source.adapter.linears:
-            group = [layers[f"{prefix}.{n}"] for n in names if f"{prefix}.{n}" in layers]
-            if group:
-                step = _Step(source, writer, env, walk, prefix, original, quantized)
+    train, held_out = calibration.split(section.holdout)
+    _warn_of_few_tokens(plan, train.num_tokens, env)
+    with _streams(model, train, held_out, writer.work_dir, section) as streams:
+        for index in range(source.num_blocks):
+            prefix = f"{source.adapter.blocks}.{index}"
+            original = model.load(index)
+            step = _Step(source, writer, env, section, prefix, original, original.copy())
+            for names in source.adapter.linears:
+                group = [layers[f"{prefix}.{n}"] for n in names if f"{prefix}.{n}" in layers]
                 for result in step.solve(group, streams):
                     results.append(result)
                     announce(env, result, len(results), len(plan.layers))
-        streams.advance(original, quantized)
+            streams.advance(original, step.quantized)
     for layer in plan.layers:
         if layer.role != "block":
             results.append(solve_one(source, layer, writer, env))
@@ -93,45 +80,57 @@ def solve_calibrated(
     return tuple(results)
 
 
-def _capture(model: BlockModel, calibration: CalibrationSet, env: Env, walk: Walk) -> Streams:
-    train, held_out = calibration.split(walk.holdout)
-    limit = BATCH_TOKENS[torch.device(env.device).type]
+@contextmanager
+def _streams(
+    model: BlockModel,
+    train: CalibrationSet,
+    held_out: CalibrationSet,
+    work_dir: Path,
+    section: CalibrationSection,
+) -> Iterator[Streams]:
+    limit = BATCH_TOKENS[torch.device(model.device).type]
     first = batches(train.samples, limit)
     hidden = model.capture([*first, *batches(held_out.samples, limit)])
-    return Streams(hidden, list(hidden), len(first))
+    if section.cache == "memory":
+        yield make_streams(hidden, len(first), device=model.device, directory=None)
+        return
+    with TemporaryDirectory(dir=work_dir, prefix="streams-") as directory:
+        yield make_streams(hidden, len(first), device=model.device, directory=Path(directory))
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One group of linears of one block."""
+    """One block: the original, and the copy that is quantized group by group."""
 
     source: ModelSource
     writer: CheckpointWriter
     env: Env
-    walk: Walk
+    section: CalibrationSection
     prefix: str
     original: Block
     quantized: Block
 
     def solve(self, group: Sequence[LayerPlan], streams: Streams) -> Iterator[LayerResult]:
-        """Quantize the linears of the group, put them into the quantized block, write them."""
-        statistics: InputStatistics | None = None
-        for layer in group:
-            inner = layer.name.removeprefix(self.prefix + ".")
-            if self.writer.finished(layer.name) is not None:
-                result, weight = self._restore(layer)
-            else:
-                if statistics is None:
-                    statistics = measure_inputs(
-                        inner,
-                        self.original,
-                        self.quantized,
-                        streams,
-                        token_cap=self.walk.token_cap,
-                    )
-                result, weight = self._solve(layer, statistics)
-            self.quantized.set_weight(inner, weight, transposed=self.source.adapter.conv1d)
+        """Quantize linears that share an input, put them into the quantized block, write them."""
+        inner = [layer.name.removeprefix(self.prefix + ".") for layer in group]
+        if all(self.writer.finished(layer.name) is not None for layer in group):
+            solved = (self._restore(layer) for layer in group)
+        else:
+            solved = self._solve_group(group, self._measure(inner[0], streams))
+        for name, (result, weight) in zip(inner, solved, strict=True):
+            self.quantized.set_weight(name, weight, transposed=self.source.adapter.conv1d)
             yield result
+
+    def _measure(self, linear: str, streams: Streams) -> InputStatistics:
+        writer = writer_of(self.source.adapter, linear) if self.section.residual_error else None
+        return measure_inputs(
+            linear,
+            self.original,
+            self.quantized,
+            streams,
+            writer=writer,
+            token_cap=self.section.token_cap,
+        )
 
     def _restore(self, layer: LayerPlan) -> tuple[LayerResult, Tensor]:
         """Take a layer that an earlier run finished."""
@@ -139,71 +138,112 @@ class _Step:
         tensor = self.writer.load(layer.name, result.entry)
         return result, codec(tensor.format).dequantize(tensor, torch.float32)
 
-    def _solve(self, layer: LayerPlan, statistics: InputStatistics) -> tuple[LayerResult, Tensor]:
+    def _solve_group(
+        self, group: Sequence[LayerPlan], statistics: InputStatistics
+    ) -> Iterator[tuple[LayerResult, Tensor]]:
+        shifter = statistics.shifter(raised(DEFAULT_DAMPING, statistics.tokens_per_input))
+        for layer in group:
+            if self.writer.finished(layer.name) is not None:
+                yield self._restore(layer)
+            else:
+                yield self._solve(layer, statistics, shifter)
+
+    def _solve(
+        self, layer: LayerPlan, statistics: InputStatistics, shifter: Shifter
+    ) -> tuple[LayerResult, Tensor]:
         started = time.perf_counter()
         weight = self.source.read_weight(layer.name).to(self.env.device)
         check_finite(layer.name, weight)
-        damping = self._damping(layer, statistics)
-        target, strength = shift_target(
-            statistics, weight, damping=damping, strength=self.walk.input_error
-        )
+        asked = self.section.input_error
+        target, strength = shifter.shift(weight, None if asked == "auto" else asked)
+        alternatives = layer.alternatives()
         candidates = [
-            self._candidate(alternative, target, statistics, damping)
-            for alternative in layer.alternatives()
+            _candidate(alternative, target, statistics, self.env) for alternative in alternatives
         ]
-        errors = [output_error(statistics, weight, quantized) for _, quantized in candidates]
-        best = choose(errors)
+        held_out = statistics.held_out
+        errors = [output_error(held_out, weight, quantized) for _, quantized in candidates]
+        floor = output_error(held_out, weight, target).error if len(errors) > 1 else 0.0
+        best = choose([error.error - floor for error in errors])
         solution, quantized = candidates[best]
         check_stored(layer.name, solution.tensor, weight)
-        if self.walk.strict and solution.fallback is not None:
-            raise MethodError(f"{layer.name}: {solution.fallback} (calibration.strict).")
+        self._check_fallback(layer, solution)
+        rounded = output_error(held_out, weight, round_to_nearest(alternatives[best], weight))
+        self._check_gain(layer, rounded, errors[best])
         notes = {
             **solution.metrics,
-            "output_error": errors[best],
+            "output_error": errors[best].relative,
+            "output_error_rounded": rounded.relative,
             "input_error_strength": strength,
-            "tokens_per_input": statistics.num_tokens / weight.shape[1],
+            "tokens_per_input": statistics.tokens_per_input,
         }
         if len(errors) > 1:
-            schemes = [alternative.scheme.group_dim for alternative in layer.alternatives()]
-            notes |= {f"output_error_{s}": e for s, e in zip(schemes, errors, strict=True)}
+            dims = [alternative.scheme.group_dim for alternative in alternatives]
+            pairs = zip(dims, errors, strict=True)
+            notes |= {f"output_error_{dim}": error.relative for dim, error in pairs}
         seconds = time.perf_counter() - started
         solution = replace(solution, metrics=notes)
         return write_solution(layer, solution, self.writer, seconds=seconds), quantized
 
-    def _damping(self, layer: LayerPlan, statistics: InputStatistics) -> float:
-        """Return the damping asked for, raised where there are few tokens per input."""
-        damping = float(getattr(layer.options, "damping", DEFAULT_DAMPING))
-        ratio = statistics.num_tokens / len(statistics.hessian)
-        if ratio >= FEW_TOKENS:
-            return damping
-        raised = damping * FEW_TOKENS / max(ratio, 0.1)
-        self.env.emit(
-            "warning",
-            {
-                "message": f"{layer.name}: {ratio:.1f} calibration tokens per input, fewer than "
-                f"{FEW_TOKENS}; damping raised from {damping:g} to {raised:g}. Use more samples."
-            },
-        )
-        return raised
+    def _check_fallback(self, layer: LayerPlan, solution: LayerSolution) -> None:
+        if self.section.strict and solution.fallback is not None:
+            raise MethodError(f"{layer.name}: {solution.fallback} (calibration.strict).")
 
-    def _candidate(
-        self, layer: LayerPlan, target: Tensor, statistics: InputStatistics, damping: float
-    ) -> tuple[LayerSolution, Tensor]:
-        """Solve with one of the schemes that the recipe lets qtool choose from."""
-        method = load_method(layer.method)
-        options = layer.options
-        if hasattr(options, "damping"):
-            options = replace(options, damping=damping)
-        wanted = method.needs | method.uses
-        problem = LayerProblem(
-            name=layer.name,
-            weight=target,
-            scheme=layer.scheme,
-            statistics={"hessian": statistics.hessian} if "hessian" in wanted else {},
-            generator=torch.Generator(self.env.device).manual_seed(self.env.seed),
+    def _check_gain(self, layer: LayerPlan, before: OutputError, after: OutputError) -> None:
+        if after.error > before.error:
+            message = (
+                f"{layer.name}: on held-out samples the solution is worse than rounding to nearest "
+                f"({after.relative:.2e}, not {before.relative:.2e}). Use more samples, or text "
+                "that is more like the model's."
+            )
+            self.env.emit("warning", {"message": message})
+
+
+def _warn_of_few_tokens(plan: Plan, num_tokens: int, env: Env) -> None:
+    """Say once, before anything is solved, that there is too little data for some layers."""
+    widths = sorted({layer.shape.in_features for layer in plan.layers if layer.role == "block"})
+    starved = [width for width in widths if num_tokens < FEW_TOKENS * width]
+    if starved:
+        message = (
+            f"{num_tokens} calibration tokens are fewer than {FEW_TOKENS} per input for layers of "
+            f"{' and '.join(map(str, starved))} inputs: their damping is raised. Use more or "
+            "longer samples."
         )
-        solution = method.solve(problem, options)
-        return solution, codec(solution.tensor.format).dequantize(solution.tensor, torch.float32)
+        env.emit("warning", {"message": message})
+
+
+def raised(damping: float, tokens_per_input: float) -> float:
+    """Return the damping asked for, raised where there are few tokens per input."""
+    if tokens_per_input >= FEW_TOKENS:
+        return damping
+    return min(damping * FEW_TOKENS / max(tokens_per_input, 0.1), MAX_DAMPING)
+
+
+def _candidate(
+    layer: LayerPlan, target: Tensor, statistics: InputStatistics, env: Env
+) -> tuple[LayerSolution, Tensor]:
+    """Solve with one of the schemes that the recipe lets qtool choose from."""
+    method = load_method(layer.method)
+    options = layer.options
+    if hasattr(options, "damping"):
+        options = replace(options, damping=raised(options.damping, statistics.tokens_per_input))
+    wanted = method.needs | method.uses
+    problem = LayerProblem(
+        name=layer.name,
+        weight=target,
+        scheme=layer.scheme,
+        statistics={"hessian": statistics.train.inputs} if "hessian" in wanted else {},
+        generator=torch.Generator(env.device).manual_seed(env.seed),
+    )
+    solution = method.solve(problem, options)
+    return solution, codec(solution.tensor.format).dequantize(solution.tensor, torch.float32)
+
+
+def round_to_nearest(layer: LayerPlan, weight: Tensor) -> Tensor:
+    """Return the weight as `rtn` would leave it with this scheme: what a solver has to beat."""
+    rtn = load_method("rtn")
+    problem = LayerProblem(name=layer.name, weight=weight, scheme=layer.scheme)
+    tensor = rtn.solve(problem, rtn.options()).tensor
+    return codec(tensor.format).dequantize(tensor, torch.float32)
 
 
 def choose(errors: Sequence[float]) -> int:

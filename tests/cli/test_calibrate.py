@@ -1,6 +1,8 @@
 """`qtool calibrate` and what `qtool quantize --calibration` makes of its directory."""
 
+import hashlib
 import json
+import sys
 
 import pytest
 
@@ -9,6 +11,7 @@ from qtool.data.calibration import load_calibration
 from qtool.errors import DataError, RecipeError
 from qtool.modeling.load import load_tokenizer
 from qtool.recipe.load import recipe_from_mapping
+from tests.families import text
 
 CALIBRATION = {"num_samples": 6, "sequence_length": 32}
 
@@ -76,3 +79,116 @@ def test_damaged_directory_is_refused(llama, tmp_path):
     (directory / "samples.safetensors").unlink()
     with pytest.raises(DataError, match="no calibration directory"):
         load_calibration(directory, tokenizer)
+
+
+def rows_file(tmp_path, count=12, words=20, name="rows.jsonl"):
+    path = tmp_path / name
+    rows = [json.dumps({"text": text(words, seed)}) for seed in range(count)]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    return path
+
+
+def about(calib_dir):
+    return json.loads((calib_dir / "calibration.json").read_text())
+
+
+def test_provenance_says_all_that_decided_the_samples(llama, tmp_path):
+    rows = rows_file(tmp_path)
+    section = recipe(dataset=str(rows), sequence_length="match", num_tokens=60).calibration
+    pipeline.calibrate(str(llama), tmp_path / "cal", section, lengths=(10, 10, 10, 30), seed=5)
+    found = about(tmp_path / "cal")
+    assert found["dataset"] == "rows.jsonl"
+    assert found["sha256"] == hashlib.sha256(rows.read_bytes()).hexdigest()
+    assert found["seed"] == 5
+    assert found["sequence_length"] == "match"
+    assert found["tasks"] == []
+    assert found["chat template"] is False
+    assert found["starts at documents"] is True
+    assert found["samples"] == found["samples wanted"] == 4
+    assert found["tokens"] == 60
+    requested, used = found["requested lengths"], found["used lengths"]
+    assert requested["edges"] == used["edges"]
+    assert requested["shares"] == used["shares"] == [0.75, *[0] * (len(used["shares"]) - 2), 0.25]
+    assert (used["p10"], used["median"], used["p90"]) == (10, 10, 30)
+
+
+def test_matched_tasks_are_in_the_provenance(llama, tmp_path):
+    section = recipe(sequence_length="match", tasks=["humaneval"], num_tokens=1000).calibration
+    pipeline.calibrate(str(llama), tmp_path / "cal", section)
+    assert about(tmp_path / "cal")["tasks"] == ["humaneval"]
+
+
+def test_documents_calibrate_and_quantize_the_same_inline(llama, tmp_path):
+    wanted = recipe(dataset=str(rows_file(tmp_path)))
+    result = pipeline.calibrate(str(llama), tmp_path / "cal", wanted.calibration)
+    pipeline.quantize(str(llama), tmp_path / "inline", wanted)
+    config = json.loads((tmp_path / "inline" / "config.json").read_text())
+    assert config["quantization_config"]["calibration"] == result.digest
+
+
+@pytest.mark.parametrize("run", ["calibrate", "quantize"])
+def test_text_that_is_too_short_is_warned_of(llama, tmp_path, run):
+    wanted = recipe(dataset=str(rows_file(tmp_path, count=4)))
+    warnings = []
+
+    def emit(event, values):
+        if event == "warning":
+            warnings.append(values["message"])
+
+    if run == "calibrate":
+        pipeline.calibrate(str(llama), tmp_path / "out", wanted.calibration, emit=emit)
+    else:
+        pipeline.quantize(str(llama), tmp_path / "out", wanted, emit=emit)
+    assert (
+        "rows.jsonl is too short: 2 of 6 samples were drawn, 64 tokens in place of 192. Use a "
+        "longer text, or lower calibration.num_samples."
+    ) in warnings
+
+
+def test_fixed_is_2048_whatever_the_model(llama, tmp_path):
+    section = recipe(sequence_length="fixed").calibration
+    with pytest.raises(DataError, match=r"is 2048, but the model has 512 .* number of at most 512"):
+        pipeline.calibrate(str(llama), tmp_path / "cal", section)
+
+
+def test_command_prints_lengths_and_warns_on_stderr(cli, llama, tmp_path):
+    (tmp_path / "lengths.txt").write_text("10 10 30 30")
+    options = ["--lengths", tmp_path / "lengths.txt", "--dataset", rows_file(tmp_path, count=3)]
+    done = cli("calibrate", *options, llama, tmp_path / "cal")
+    assert done.code == 0
+    assert "requested" in done.out
+    assert "Lengths requested: median 30, p10 10, p90 30." in done.out
+    assert f"of {about(tmp_path / 'cal')['samples wanted']} samples" in done.out
+    assert "rows.jsonl is too short" in " ".join(done.err.split())
+
+
+def test_command_without_matplotlib_says_how_to_get_the_plot(cli, llama, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it fails
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    (tmp_path / "cal").mkdir()
+    (tmp_path / "cal" / "lengths.png").write_bytes(b"of an earlier run")
+    options = ["--set", "calibration.num_samples=4", "--set", "calibration.sequence_length=16"]
+    done = cli("calibrate", *options, "--json", "-", llama, tmp_path / "cal")
+    assert json.loads(done.out)["samples_wanted"] == 4
+    (line,) = done.err.splitlines()
+    assert line == (
+        "No plot: lengths.png needs the 'report' extra. Run: pip install 'qtool[report]'"
+    )
+    assert not (tmp_path / "cal" / "lengths.png").exists()
+
+
+def test_command_draws_the_lengths_and_the_digest_leaves_them_out(cli, llama, tmp_path):
+    pytest.importorskip("matplotlib")
+    options = ["--set", "calibration.num_samples=4", "--set", "calibration.sequence_length=16"]
+    assert cli("calibrate", *options, llama, tmp_path / "cal").err == ""
+    assert (tmp_path / "cal" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "cal" / "lengths.png").write_bytes(b"")
+    load_calibration(tmp_path / "cal", load_tokenizer(str(llama)))
+
+
+def test_tasks_and_lengths_together_are_refused(cli, llama, tmp_path):
+    (tmp_path / "lengths.txt").write_text("10")
+    options = ["--lengths", tmp_path / "lengths.txt", "--tasks", "mmlu"]
+    done = cli("calibrate", *options, llama, tmp_path / "cal")
+    assert done.code == 1
+    assert "Give one of them" in done.err

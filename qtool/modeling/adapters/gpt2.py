@@ -10,6 +10,7 @@ ADAPTER = ModelAdapter(
         ("mlp.c_fc",),
         ("mlp.c_proj",),
     ),
+    residual=("attn.c_proj", "mlp.c_proj"),
     embedding="transformer.wte",
     base_prefix="transformer",
     conv1d=True,

@@ -10,6 +10,7 @@ ADAPTER = ModelAdapter(
         ("mlp.dense_h_to_4h",),
         ("mlp.dense_4h_to_h",),
     ),
+    residual=("attention.dense", "mlp.dense_4h_to_h"),
     embedding="gpt_neox.embed_in",
     head="embed_out",
     base_prefix="gpt_neox",

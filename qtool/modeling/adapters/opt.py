@@ -10,5 +10,6 @@ ADAPTER = ModelAdapter(
         ("fc1",),
         ("fc2",),
     ),
+    residual=("self_attn.out_proj", "fc2"),
     embedding="model.decoder.embed_tokens",
 )

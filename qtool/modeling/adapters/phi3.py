@@ -10,5 +10,6 @@ ADAPTER = ModelAdapter(
         ("mlp.gate_up_proj",),
         ("mlp.down_proj",),
     ),
+    residual=("self_attn.o_proj", "mlp.down_proj"),
     embedding="model.embed_tokens",
 )

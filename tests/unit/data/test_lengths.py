@@ -52,3 +52,16 @@ def test_file_that_holds_no_lengths_is_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(DataError, match=r"lengths\.txt must hold"):
         lengths.read_lengths(path)
+
+
+def test_quantiles_are_lengths_that_occur():
+    assert lengths.quantiles(SKEWED) == (20, 20, 900)
+    assert lengths.quantiles([5]) == (5, 5, 5)
+    assert lengths.quantiles(list(range(1, 101))) == (11, 51, 91)
+
+
+def test_summary_holds_all_shares():
+    about = lengths.summary(SKEWED, lengths.bin_edges(SKEWED))
+    assert sum(about["shares"]) == pytest.approx(1)
+    assert len(about["edges"]) == len(about["shares"]) + 1
+    assert (about["p10"], about["median"], about["p90"]) == (20, 20, 900)
