@@ -28,7 +28,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 setup: $(VENV)/.dev ## Create .venv with everything that development needs
 
 demo: $(VENV)/.demo ## Quantize a real model, measure and time it beside its original: one table
-	$(BIN)/qtool quantize --recipe bcq-w4g128 --overwrite demo:smollm2 $(DEMO_DIR)
+	$(BIN)/qtool quantize --recipe bcq-w3g128-demo --overwrite demo:smollm2 $(DEMO_DIR)
 	$(BIN)/qtool bench $(DEMO_DIR) --baseline demo:smollm2 --perplexity-windows 8
 
 test: $(VENV)/.dev ## Run the tests that need neither card, network nor real model

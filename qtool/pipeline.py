@@ -118,8 +118,8 @@ def _warn_of_few_bits(layer_plan: Plan, recipe: Recipe, emit: Emit) -> None:
         emit(
             "warning",
             {
-                "message": f"{fewest} bits without calibration data usually ruin a model. Pass "
-                "--calibration DIR, or --set calibration.num_samples=64 to use the bundled text."
+                "message": f"{fewest} bits without calibration data usually ruin a model. Leave "
+                "out --no-calibration, or give the recipe a section 'calibration'."
             },
         )
 

@@ -23,7 +23,8 @@ def quantize(
     model: ModelArgument,
     out_dir: Annotated[Path, typer.Argument(help="Directory for the checkpoint.")],
     method: Annotated[
-        str | None, typer.Option(help="rtn or bcq; see `qtool methods`.", rich_help_panel=WHAT)
+        str | None,
+        typer.Option(help="rtn, gptq or bcq; see `qtool methods`.", rich_help_panel=WHAT),
     ] = None,
     bits: Annotated[
         int | None, typer.Option(help="Bits per weight, 1 to 8.", rich_help_panel=WHAT)
@@ -48,6 +49,12 @@ def quantize(
     no_calibration: Annotated[
         bool, typer.Option("--no-calibration", help="Use no data.", rich_help_panel=HOW)
     ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Fail where a solver would do something simpler.", rich_help_panel=HOW
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT_DIR.", rich_help_panel=WHERE)
     ] = False,
@@ -69,7 +76,7 @@ def quantize(
 
     [bold]Examples[/bold]
 
-      qtool quantize --method bcq --bits 4 demo:smollm2 smollm2-w4
+      qtool quantize --method bcq --bits 3 demo:smollm2 smollm2-w3
 
       qtool quantize --recipe rtn-w4g128 --set weights.scheme.symmetric=true MODEL OUT_DIR
 
@@ -82,7 +89,13 @@ def quantize(
         overrides = ["calibration={}", *overrides]
     chosen = choose_recipe(recipe, method, bits, group_size, overrides)
     from qtool import pipeline  # torch: slow
+    from qtool.stages.plan import with_samples
 
+    if recipe is None and not any(text.startswith("calibration=") for text in overrides):
+        chosen = with_samples(chosen)  # a recipe file says itself whether it takes data
+    if strict and chosen.calibration is not None:
+        section = chosen.calibration.model_copy(update={"strict": True})
+        chosen = chosen.model_copy(update={"calibration": section})
     if dry_run:
         _print_plan(pipeline.plan(model, chosen), json_file)
         return

@@ -34,21 +34,20 @@ def accumulate_cross(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.T.float(), right.float())
 
 
-def cap_tokens(x: Tensor, ratio: float) -> Tensor:
-    """Shrink tokens whose norm exceeds `ratio` times the median norm to that norm.
+def token_weights(x: Tensor, ratio: float) -> Tensor:
+    """Return what shrinks tokens whose norm exceeds `ratio` times the median norm to that norm.
 
-    The first tokens of a sequence carry massive activations in some layers; without a cap they
-    alone decide the Hessian (Sun et al. 2024, arXiv 2402.17762).
+    The first tokens of a sequence carry massive activations in some layers, and dominate a Hessian
+    (Sun et al. 2024, arXiv 2402.17762). Shrinking them isn't for free: later layers rely on them,
+    and docs/log.md has a model that it made worse.
 
     Args:
         x: (tokens, in_features).
-        ratio: At least 1; infinity changes nothing.
+        ratio: At least 1.
+
+    Returns:
+        (tokens, 1) float32, at most one.
     """
-    return (x * token_weights(x, ratio)).to(x.dtype)
-
-
-def token_weights(x: Tensor, ratio: float) -> Tensor:
-    """Return what `cap_tokens` multiplies each token with, (tokens, 1) float32, at most one."""
     norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     limit = ratio * norms.median()
     return (limit / norms.clamp(min=1e-30)).clamp(max=1.0)

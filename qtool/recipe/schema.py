@@ -94,16 +94,18 @@ class CalibrationSection(Section):
     dataset: str = "wikitext2-valid"
     """Bundled text, path of a .txt, .jsonl or .jsonl.gz file, or hub:NAME:CONFIG:SPLIT."""
     num_samples: Annotated[WholeNumber, Field(ge=2)] = 64
-    sequence_length: Literal["match", "fixed"] | Annotated[WholeNumber, Field(ge=2)] = 2048
-    """Tokens per sample; 'match': as the prompts of `tasks` have them (SLAC); 'fixed': 2048."""
+    sequence_length: Literal["match", "fixed"] | Annotated[WholeNumber, Field(ge=2)] = "fixed"
+    """Tokens per sample; 'match': as the prompts of `tasks` have them (SLAC); 'fixed': 2048, or as
+    many as the model has positions for."""
     tasks: tuple[str, ...] = ()
     """Tasks whose prompt lengths are matched: gsm8k, humaneval, mmlu."""
     num_tokens: Annotated[WholeNumber, Field(ge=16)] = 131072
     """With 'match': about how many tokens all samples hold, whatever their lengths."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction of the samples that every choice is made on."""
-    token_cap: Annotated[float, Field(ge=1)] = 10.0
-    """Tokens are shrunk to this multiple of the median norm before they enter a Hessian."""
+    token_cap: Annotated[float, Field(ge=1)] | None = None
+    """Tokens are shrunk to this multiple of the median norm before they enter a Hessian; null: they
+    aren't."""
     input_error: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
     """Share of the upstream error that a layer compensates; auto: chosen per layer."""
     residual_error: bool = True

@@ -21,7 +21,7 @@ from qtool.recipe.schema import CalibrationSection
 ABSMAX_NAME = "input_absmax.safetensors"
 BATCH_TOKENS = 2048
 FIXED_LENGTH = 2048
-"""What `sequence_length: fixed` means, whatever the model."""
+"""What `sequence_length: fixed` means, for models with that many positions."""
 
 
 def wanted_lengths(
@@ -80,7 +80,7 @@ def calibrate(
         drawn = match_lengths(lengths, num_tokens=section.num_tokens, longest=limit, seed=seed)
     else:
         fixed = section.sequence_length == "fixed"
-        length = FIXED_LENGTH if fixed else int(section.sequence_length)
+        length = min(FIXED_LENGTH, limit) if fixed else int(section.sequence_length)
         if length > limit:
             raise DataError(
                 f"calibration.sequence_length is {length}, but the model has {limit} positions. "

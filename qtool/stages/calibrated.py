@@ -113,11 +113,7 @@ class _Step:
     def solve(self, group: Sequence[LayerPlan], streams: Streams) -> Iterator[LayerResult]:
         """Quantize linears that share an input, put them into the quantized block, write them."""
         inner = [layer.name.removeprefix(self.prefix + ".") for layer in group]
-        if all(self.writer.finished(layer.name) is not None for layer in group):
-            solved = (self._restore(layer) for layer in group)
-        else:
-            solved = self._solve_group(group, self._measure(inner[0], streams))
-        for name, (result, weight) in zip(inner, solved, strict=True):
+        for name, (result, weight) in zip(inner, self._solved(group, streams), strict=True):
             self.quantized.set_weight(name, weight, transposed=self.source.adapter.conv1d)
             yield result
 
@@ -138,9 +134,14 @@ class _Step:
         tensor = self.writer.load(layer.name, result.entry)
         return result, codec(tensor.format).dequantize(tensor, torch.float32)
 
-    def _solve_group(
-        self, group: Sequence[LayerPlan], statistics: InputStatistics
+    def _solved(
+        self, group: Sequence[LayerPlan], streams: Streams
     ) -> Iterator[tuple[LayerResult, Tensor]]:
+        """Yield results and dequantized weights; nothing is measured for what is finished."""
+        if all(self.writer.finished(layer.name) is not None for layer in group):
+            yield from map(self._restore, group)
+            return
+        statistics = self._measure(group[0].name.removeprefix(self.prefix + "."), streams)
         shifter = statistics.shifter(raised(DEFAULT_DAMPING, statistics.tokens_per_input))
         for layer in group:
             if self.writer.finished(layer.name) is not None:

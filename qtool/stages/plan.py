@@ -14,7 +14,7 @@ from qtool.base import Method
 from qtool.checkpoint.manifest import num_bytes
 from qtool.errors import RecipeError, SchemeError
 from qtool.modeling.source import ModelSource
-from qtool.recipe.schema import Recipe, TableSection, WeightsSection, resolve
+from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
 from qtool.scheme import GroupDim, Shape2D, WeightScheme
 
 Role = Literal["block", "embedding", "head"]
@@ -96,6 +96,14 @@ def parse_options(method_name: str, method: Method, values: Mapping[str, Any]) -
         raise RecipeError(f"weights.options.{path} is {first['input']!r}; {message}.") from None
 
 
+def with_samples(recipe: Recipe) -> Recipe:
+    """Return the recipe with default calibration samples, if its method does better with data."""
+    method = load_method(recipe.weights.method)
+    if recipe.calibration is not None or not method.needs | method.uses:
+        return recipe
+    return recipe.model_copy(update={"calibration": CalibrationSection()})
+
+
 def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
     """Apply a recipe to a model; every option is checked here, before any weight is read.
 
@@ -145,8 +153,8 @@ def _check_calibration(recipe: Recipe) -> None:
     method = load_method(recipe.weights.method)
     if recipe.calibration is None and method.needs:
         raise RecipeError(
-            f"'{recipe.weights.method}' needs calibration data. Pass --calibration DIR, or draw it "
-            "from the bundled text with --set calibration.num_samples=64."
+            f"'{recipe.weights.method}' needs calibration data. Give the recipe a section "
+            "'calibration' (an empty one draws from the bundled text), or pass --calibration DIR."
         )
     if recipe.calibration is None and recipe.weights.choose.group_dim:
         raise RecipeError("weights.choose needs calibration data to choose by.")

@@ -48,7 +48,7 @@ def measure_inputs(
     streams: Streams,
     *,
     writer: Writer | None,
-    token_cap: float,
+    token_cap: float | None,
 ) -> InputStatistics:
     """Run both blocks up to `linear` on every batch.
 
@@ -58,7 +58,7 @@ def measure_inputs(
         quantized: The block as far as it is quantized.
         streams: Cached inputs of the block.
         writer: What the linear's output is the output of, if it is added to the residual stream.
-        token_cap: Tokens above this multiple of the median norm are shrunk to it.
+        token_cap: Tokens above this multiple of the median norm are shrunk to it; None: none are.
 
     Raises:
         MethodError: the inputs aren't finite.
@@ -67,16 +67,18 @@ def measure_inputs(
     for index, (first, second) in enumerate(zip(streams.original, streams.quantized, strict=True)):
         reference, reference_residual = _see(original, linear, first, writer)
         x, residual = _see(quantized, linear, second, writer)
-        weights = hessian.token_weights(x, token_cap)
-        drift = (weights * (reference - x)).to(x.dtype)
-        lost = None
+        drift, lost = reference - x, None
         if reference_residual is not None and residual is not None:
-            lost = (weights * (reference_residual.float() - residual.float())).to(x.dtype)
+            lost = (reference_residual.float() - residual.float()).to(x.dtype)
+        if token_cap is not None:
+            weights = hessian.token_weights(x, token_cap)
+            x, drift = (weights * x).to(x.dtype), (weights * drift).to(x.dtype)
+            lost = None if lost is None else (weights * lost).to(x.dtype)
         held_out = index >= streams.num_train
         if held_out not in sums:
             width = None if lost is None else lost.shape[-1]
             sums[held_out] = moments.zeros(x.shape[-1], width, device=x.device, for_errors=held_out)
-        sums[held_out].add((weights * x).to(x.dtype), drift, lost)
+        sums[held_out].add(x, drift, lost)
     for total in sums.values():
         _check_finite(linear, total)
     return InputStatistics(sums[False].means(), sums[True].means())

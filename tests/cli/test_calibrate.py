@@ -145,8 +145,14 @@ def test_text_that_is_too_short_is_warned_of(llama, tmp_path, run):
     ) in warnings
 
 
-def test_fixed_is_2048_whatever_the_model(llama, tmp_path):
+def test_fixed_is_what_a_model_has_positions_for_and_2048_at_most(llama, tmp_path):
     section = recipe(sequence_length="fixed").calibration
+    result = pipeline.calibrate(str(llama), tmp_path / "cal", section)
+    assert set(result.lengths) == {512}
+
+
+def test_number_above_the_positions_is_refused(llama, tmp_path):
+    section = recipe(sequence_length=2048).calibration
     with pytest.raises(DataError, match=r"is 2048, but the model has 512 .* number of at most 512"):
         pipeline.calibrate(str(llama), tmp_path / "cal", section)
 

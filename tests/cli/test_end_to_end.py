@@ -24,6 +24,30 @@ def test_first_command_of_the_readme_form_works(cli: Cli, llama, tmp_path):
     assert {(e.method, e.scheme.num_bits, e.scheme.group_size) for e in entries} == {("bcq", 3, 32)}
 
 
+@pytest.mark.parametrize(
+    ("options", "with_data"),
+    [
+        (["--method", "bcq"], True),
+        (["--method", "gptq"], True),
+        (["--method", "bcq", "--no-calibration"], False),
+        (["--method", "rtn"], False),
+        (["--recipe", "bcq-w4g128-data-free"], False),
+    ],
+)
+def test_data_is_drawn_where_a_method_does_better_with_it(
+    cli: Cli, llama, tmp_path, options, with_data
+):
+    few = ["--set", "calibration.num_samples=4"] if with_data else []
+    quantized(cli, llama, tmp_path / "out", "--group-size", "32", *options, *few)
+    assert bool(CheckpointReader(tmp_path / "out").manifest.calibration) == with_data
+
+
+def test_strict_is_a_key_of_the_recipe(cli: Cli, llama, tmp_path):
+    options = ["--method", "gptq", "--strict", "--set", "calibration.num_samples=4"]
+    quantized(cli, llama, tmp_path / "out", *options)
+    assert CheckpointReader(tmp_path / "out").manifest.recipe["calibration"]["strict"] is True
+
+
 def test_options_lie_over_the_recipe_and_set_lies_over_it_too(cli: Cli, llama, tmp_path):
     options = ["--recipe", "rtn-w4g128", "--bits", "6", "--group-size", "row"]
     setting = ["--set", "weights.scheme.symmetric=true"]

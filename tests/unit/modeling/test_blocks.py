@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import qtool.modeling.adapters
 from qtool import plugins
+from qtool.base import ModelAdapter
 from qtool.errors import ModelError
 from qtool.modeling.blocks import BlockModel
 from qtool.modeling.source import open_source
@@ -76,3 +77,38 @@ def test_linear_that_is_never_called_is_an_error(tiny, monkeypatch):
     monkeypatch.setattr(block, "run", lambda x: x)
     with pytest.raises(ModelError, match="never called"):
         block.inputs_of("mlp.down_proj", hidden[0])
+
+
+def with_residual():
+    """Return the families whose adapter says what is added to the residual stream."""
+    return [f for f in plugins.names(qtool.modeling.adapters) if adapter(f).residual is not None]
+
+
+def adapter(family):
+    return plugins.load(qtool.modeling.adapters, family, "ADAPTER", ModelAdapter)
+
+
+@pytest.mark.parametrize("family", with_residual())
+def test_residual_linears_are_all_that_a_block_adds_to_its_input(tiny, family):
+    source = open_source(str(tiny(family)))
+    walked = BlockModel(source, "cpu")
+    hidden = walked.capture(tokens()[:1])[0]
+    block = walked.load(0)
+    assert not torch.equal(block.run(hidden), hidden)
+    for linear in adapter(family).residual:
+        for parameter in block._module.get_submodule(linear).parameters():
+            parameter.zero_()
+    torch.testing.assert_close(block.run(hidden), hidden)
+
+
+@pytest.mark.parametrize("family", with_residual())
+def test_output_of_the_last_linear_is_added_to_what_around_returns(tiny, family):
+    source = open_source(str(tiny(family)))
+    walked = BlockModel(source, "cpu")
+    hidden = walked.capture(tokens()[:1])[0]
+    block = walked.load(0)
+    linear = adapter(family).residual[1]
+    inputs, residual = block.around(linear, hidden)
+    torch.testing.assert_close(inputs, block.inputs_of(linear, hidden))
+    module = block._module.get_submodule(linear)
+    torch.testing.assert_close(residual + module(inputs), block.run(hidden).flatten(0, -2))

@@ -8,6 +8,7 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import QtoolError
 from qtool.modeling.load import load_model
 from qtool.recipe.load import recipe_from_mapping
+from qtool.stages.calibrated import FEW_TOKENS, raised
 from tests.helpers import file_hashes
 
 SCHEME = {"num_bits": 3, "group_size": 32}
@@ -90,4 +91,92 @@ def test_method_that_needs_data_says_so_without_it(llama, tmp_path):
         pipeline.quantize(
             str(llama), tmp_path / "out", recipe_from_mapping({"weights": {"method": "gptq"}})
         )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["rtn", *METHODS])
+def test_group_dim_is_chosen_per_layer_by_the_held_out_error(llama, text_file, tmp_path, method):
+    dims = ("in_features", "out_features")
+    weights = {"method": method, "scheme": SCHEME, "choose": {"group_dim": list(dims)}}
+    weights["options"] = QUICK.get(method, {})
+    section = {"dataset": str(text_file), "num_samples": 6, "sequence_length": 64}
+    result = pipeline.quantize(
+        str(llama),
+        tmp_path / "out",
+        recipe_from_mapping({"calibration": section, "weights": weights}),
+    )
+    for layer in result.layers:
+        errors = {dim: layer.metrics[f"output_error_{dim}"] for dim in dims}
+        chosen = errors[layer.entry.scheme.group_dim]
+        assert layer.metrics["output_error"] == chosen
+        if layer.entry.scheme.group_dim == "out_features":  # the second must be clearly better
+            assert chosen < errors["in_features"]
+    stored = CheckpointReader(tmp_path / "out").manifest.layers
+    assert {n: e.scheme.group_dim for n, e in stored.items()} == {
+        layer.name: layer.entry.scheme.group_dim for layer in result.layers
+    }
+
+
+def test_block_inputs_on_disk_give_the_same_bytes_and_leave_nothing(llama, text_file, tmp_path):
+    for cache in ("memory", "disk"):
+        chosen = recipe("gptq", text_file, cache=cache)
+        pipeline.quantize(str(llama), tmp_path / cache, chosen)
+    first, second = (file_hashes(tmp_path / cache) for cache in ("memory", "disk"))
+    assert first["model.safetensors"] == second["model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "memory"]
+
+
+def test_report_compares_each_layer_with_rounding_to_nearest(llama, text_file, tmp_path):
+    result = pipeline.quantize(str(llama), tmp_path / "out", recipe("gptq", text_file))
+    better = [m["output_error"] < m["output_error_rounded"] for m in metrics(result)]
+    assert sum(better) >= 0.8 * len(better)
+    for layer in result.layers:
+        assert {"loss", "damping", "input_error_strength"} <= set(layer.metrics)
+        assert layer.seconds > 0
+
+
+def metrics(result):
+    return [layer.metrics for layer in result.layers]
+
+
+def test_few_tokens_are_warned_of_once_and_raise_the_damping(llama, text_file, tmp_path):
+    warnings = []
+
+    def emit(event, values):
+        if event == "warning":
+            warnings.append(values["message"])
+
+    chosen = recipe("gptq", text_file, num_samples=2, sequence_length=20)
+    result = pipeline.quantize(str(llama), tmp_path / "out", chosen, emit=emit)
+    (message,) = [text for text in warnings if "tokens" in text]
+    assert "64 and 96 inputs" in message
+    for layer in result.layers:
+        ratio = layer.metrics["tokens_per_input"]
+        assert layer.metrics["damping"] == pytest.approx(0.01 * FEW_TOKENS / ratio)
+
+
+def test_damping_is_raised_only_where_tokens_are_few_and_never_above_one():
+    assert raised(0.01, FEW_TOKENS) == 0.01
+    assert raised(0.01, FEW_TOKENS / 2) == pytest.approx(0.02)
+    assert raised(0.5, 0.2) == 1.0
+
+
+def test_strict_run_fails_where_a_solver_falls_back(llama, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("qtool.core.hessian.factor_inverse", lambda _damped: None)
+    loose = pipeline.quantize(str(llama), tmp_path / "loose", recipe("gptq", text_file))
+    assert all(layer.fallback for layer in loose.layers)
+    with pytest.raises(QtoolError, match="can't be factored"):
+        pipeline.quantize(str(llama), tmp_path / "out", recipe("gptq", text_file, strict=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["loose"]
+
+
+def test_inputs_that_are_not_finite_end_the_run_with_the_layer_and_a_way_out(
+    llama, text_file, tmp_path, monkeypatch
+):
+    def overflow(*_):
+        return torch.full((64, 64), torch.inf)
+
+    monkeypatch.setattr("qtool.modeling.blocks.Block.inputs_of", overflow)
+    with pytest.raises(QtoolError, match=r"q_proj overflow.*calibration\.dtype"):
+        pipeline.quantize(str(llama), tmp_path / "out", recipe("gptq", text_file))
     assert list(tmp_path.iterdir()) == []
