@@ -33,14 +33,21 @@ class Span:
             return parameters
         return parameters.repeat_interleave(self.size, dim=-1)[..., : self.rows]
 
+    def split(self, per_row: Tensor) -> Tensor:
+        """Return values (..., rows) as (..., row_groups, size); zeros fill the last group up."""
+        padded = torch.nn.functional.pad(per_row, (0, -self.rows % self.size))
+        return padded.unflatten(-1, (-1, self.size))
+
     def pool(self, per_row: Tensor) -> Tensor:
         """Sum values (rows, ...) over the rows that share parameters: (row_groups, ...)."""
         if self.size == 1:
             return per_row
-        padding = -self.rows % self.size
-        if padding:
-            per_row = torch.cat([per_row, per_row.new_zeros(padding, *per_row.shape[1:])])
-        return per_row.unflatten(0, (-1, self.size)).sum(1)
+        return self.split(per_row.movedim(0, -1)).sum(-1).movedim(-1, 0)
+
+
+def within_factor_two(old: Tensor, new: Tensor) -> Tensor:
+    """Return new scales, kept within a factor of two of the old ones: they stay positive."""
+    return torch.minimum(torch.maximum(new, old / 2), old * 2)
 
 
 Pick = Callable[[tuple[Tensor, ...], int, Tensor], tuple[Tensor, Tensor]]
@@ -142,7 +149,7 @@ class AffineGrid:
     def moved(self, group: int, step: Tensor) -> Tensor:
         """Return scales that stay within a factor of two of what they were, and positive."""
         old = self.scales[group].unsqueeze(0)
-        return torch.minimum(torch.maximum(old + step, old / 2), old * 2)
+        return within_factor_two(old, old + step)
 
     def set(self, group: int, parameters: Tensor) -> None:
         """Replace the scales of a group."""

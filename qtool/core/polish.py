@@ -6,6 +6,7 @@ Weights are columns first, (n, rows), see `grids`.
 """
 
 import itertools
+from collections.abc import Iterator
 from functools import cache, partial
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from qtool.core.error_feedback import STRIP
 from qtool.core.graphs import TensorFunction, column_kernels, replay
-from qtool.core.grids import Grid, Pick
-from qtool.core.linalg import solve_spd
+from qtool.core.grids import AffineGrid, Grid, Pick, within_factor_two
+from qtool.core.linalg import TINY, solve_spd
 
+COLUMN_BLOCK = 64
+"""Single-column groups that are walked and refitted together."""
 RIDGE = 1e-6
 """Relative ridge of the least squares: planes of a small group may coincide."""
 
@@ -44,17 +47,32 @@ def descend_codes(
         gradient: (n, rows) float32, `residual` of the levels; kept up to date.
         hessian: (n, n) float32.
     """
-    for group, (start, stop) in enumerate(itertools.pairwise(edges)):
+    for start, stop, groups in column_blocks(grid, edges):
         codes[start:stop], chosen = _descend_block(
             grid.pick,
             levels[start:stop],
             gradient[start:stop],
             hessian[start:stop, start:stop],
-            grid.tables([group] * (stop - start)),
+            grid.tables(groups),
         )
         step = chosen - levels[start:stop]
         levels[start:stop] = chosen
         gradient.addmm_(hessian[:, start:stop], step)
+
+
+def column_blocks(grid: Grid, edges: list[int]) -> Iterator[tuple[int, int, list[int]]]:
+    """Yield runs of columns that are walked together: first, end, group of each column.
+
+    A run is a group; groups of a single column (those along out_features) are taken together where
+    the grid has tables for that, because a column alone is too little work.
+    """
+    spans = list(itertools.pairwise(edges))
+    if grid.span.size == 1 or not isinstance(grid, AffineGrid):
+        yield from ((start, stop, [k] * (stop - start)) for k, (start, stop) in enumerate(spans))
+        return
+    for start in range(0, len(spans), COLUMN_BLOCK):
+        stop = min(start + COLUMN_BLOCK, len(spans))
+        yield start, stop, list(range(start, stop))
 
 
 def _descend_block(
@@ -99,6 +117,10 @@ def refit(
 
     Arguments as for `descend_codes`.
     """
+    if isinstance(grid, AffineGrid) and grid.span.size > 1:
+        for start, stop, _ in column_blocks(grid, edges):
+            _refit_columns(grid, start, stop, codes, levels, gradient, hessian)
+        return
     for group, (start, stop) in enumerate(itertools.pairwise(edges)):
         basis = grid.basis(group, codes[start:stop])  # (unknowns, columns, rows)
         block = hessian[start:stop, start:stop]
@@ -110,6 +132,37 @@ def refit(
         change = grid.values(group, codes[start:stop]) - levels[start:stop]
         levels[start:stop] += change
         gradient.addmm_(hessian[:, start:stop], change)
+
+
+def _refit_columns(  # noqa: PLR0913, PLR0917 - a block of columns, and what `refit` gets
+    grid: AffineGrid,
+    start: int,
+    stop: int,
+    codes: Tensor,
+    levels: Tensor,
+    gradient: Tensor,
+    hessian: Tensor,
+) -> None:
+    """Move the scales of single-column groups, those of a block together, to their optimum."""
+    zeros = grid.span.expand(grid.zero_points[start:stop])
+    basis = codes[start:stop].float() - zeros  # (columns, rows)
+    split = grid.span.split(basis)  # (columns, row_groups, size)
+    products = torch.einsum("cgs,dgs->gcd", split, split).double()
+    normal = products * hessian[start:stop, start:stop].double()  # (row_groups, columns, columns)
+    right = grid.span.pool(-(basis * gradient[start:stop]).T).double()  # (row_groups, columns)
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal += RIDGE * diagonal.mean(-1, keepdim=True) + TINY
+    solved = torch.linalg.solve(normal, right.unsqueeze(-1)).squeeze(-1)
+    old = grid.scales[start:stop]
+    step = within_factor_two(old, old + solved.T.float()) - old
+    # Inside the bounds the step is the minimum; cut to them it may lead uphill.
+    moved = step.T.double()
+    change = torch.einsum("gc,gcd,gd->g", moved, normal, moved) - 2 * (moved * right).sum(-1)
+    step *= (change < 0).float()
+    grid.scales[start:stop] = old + step
+    difference = grid.span.expand(grid.scales[start:stop]) * basis - levels[start:stop]
+    levels[start:stop] += difference
+    gradient.addmm_(hessian[:, start:stop], difference)
 
 
 def polish(  # noqa: PLR0913 - the problem, and three counts

@@ -109,6 +109,40 @@ def test_no_step_of_the_polish_raises_the_loss_of_any_row(layer, kind):
     assert float(losses[-1].sum()) < 0.98 * float(losses[0].sum())
 
 
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_polish_of_single_column_groups_never_raises_the_loss(layer, size):
+    weight, matrix = layer
+    factor = factorized(matrix, 0.01)
+    span = Span(size, ROWS)
+    padded = span.split(weight)
+    low, high = padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
+    scales = (high - low).clamp(min=1e-3) / 3
+    grid = AffineGrid(scales, (-low / scales).round().clamp(0, 3), 2, span)
+    edges = list(range(COLUMNS + 1))
+    tables = grid.tables(list(range(COLUMNS)))
+    codes = torch.stack([grid.pick(tables, c, weight[c])[0] for c in range(COLUMNS)])
+    levels = polish.all_values(grid, edges, codes)
+    gradient = polish.residual(weight, levels, factor.hessian)
+    losses = [float(polish.loss_per_row(weight, levels, factor.hessian).sum())]
+    for step in (polish.refit, polish.descend_codes, polish.refit, polish.descend_codes):
+        step(grid, edges, codes, levels, gradient, factor.hessian)
+        losses.append(float(polish.loss_per_row(weight, levels, factor.hessian).sum()))
+        torch.testing.assert_close(levels, polish.all_values(grid, edges, codes))
+        drift = gradient - polish.residual(weight, levels, factor.hessian)
+        assert float(drift.abs().max()) < 1e-3
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(losses))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 10])
+def test_pool_sums_what_expand_repeats(size):
+    span, values = Span(size, ROWS), torch.arange(float(ROWS * 2)).view(ROWS, 2)
+    pooled = span.pool(values)
+    expected = [values[i : i + size].sum(0) for i in range(0, ROWS, size)]
+    assert torch.equal(pooled, torch.stack(expected))
+    assert torch.equal(span.expand(torch.arange(len(pooled))), torch.arange(ROWS) // size)
+
+
 @pytest.mark.parametrize("scale", [0.25, 4.0])
 def test_scale_of_the_hessian_does_not_matter(layer, scale):
     weight, matrix = layer
