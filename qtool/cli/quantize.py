@@ -11,9 +11,12 @@ from qtool.cli.options import ModelArgument
 from qtool.errors import RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qtool.pipeline import QuantizeResult
     from qtool.recipe.schema import Recipe
     from qtool.stages.plan import Plan
+    from qtool.stages.solve import LayerResult
 
 DEFAULT_RECIPE = "bcq-w4g128"
 WHAT, HOW, WHERE, DEBUG = "What", "How", "Where", "Debug"
@@ -207,22 +210,36 @@ def _along(scheme: Any) -> str:  # noqa: ANN401
 
 
 def _print_result(result: "QuantizeResult") -> None:
-    worst = max(result.layers, key=lambda layer: layer.metrics["nmse"])
-    mean = sum(layer.metrics["nmse"] for layer in result.layers) / len(result.layers)
-    console.print_table(
-        str(result.out_dir),
-        {"": "left", "value": "left"},
-        [
-            ("layers", str(len(result.layers))),
-            ("bits per weight, with scales", console.compact(result.average_bits)),
-            (
-                "size",
-                f"{console.gigabytes(result.weight_bytes)} "
-                f"({result.weight_bytes / result.source_bytes:.0%} of the original)",
-            ),
-            ("error of the weights (NMSE)", f"{mean:.2e} on average"),
-            ("worst layer", f"{worst.name}, {worst.metrics['nmse']:.2e}"),
-            ("time", f"{result.seconds:.1f} s on {result.device}"),
-            ("peak memory", console.gigabytes(result.peak_memory_bytes)),
-        ],
-    )
+    rows = [
+        ("layers", str(len(result.layers))),
+        ("bits per weight, with scales", console.compact(result.average_bits)),
+        (
+            "size",
+            f"{console.gigabytes(result.weight_bytes)} "
+            f"({result.weight_bytes / result.source_bytes:.0%} of the original)",
+        ),
+        *_error_rows(result),
+        ("time", f"{result.seconds:.1f} s on {result.device}"),
+        ("peak memory", console.gigabytes(result.peak_memory_bytes)),
+    ]
+    fallbacks = sum(layer.fallback is not None for layer in result.layers)
+    if fallbacks:
+        rows.append(("solved more simply than asked", f"{fallbacks} layers, see the report"))
+    console.print_table(str(result.out_dir), {"": "left", "value": "left"}, rows)
+
+
+def _error_rows(result: "QuantizeResult") -> list[tuple[str, str]]:
+    """Return the errors of the outputs where they were measured, else those of the weights."""
+    measured = [layer for layer in result.layers if "output_error" in layer.metrics]
+    key, what = "output_error", "error of the outputs, held out"
+    if not measured:
+        measured, key, what = list(result.layers), "nmse", "error of the weights (NMSE)"
+    worst = max(measured, key=lambda layer: layer.metrics[key])
+    value = f"{_mean(measured, key):.2e} on average"
+    if key == "output_error":
+        value += f"; rounded to nearest {_mean(measured, 'output_error_rounded'):.2e}"
+    return [(what, value), ("worst layer", f"{worst.name}, {worst.metrics[key]:.2e}")]
+
+
+def _mean(layers: "Sequence[LayerResult]", key: str) -> float:
+    return sum(layer.metrics[key] for layer in layers) / len(layers)
