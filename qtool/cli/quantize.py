@@ -230,14 +230,14 @@ def _print_result(result: "QuantizeResult") -> None:
 
 def _error_rows(result: "QuantizeResult") -> list[tuple[str, str]]:
     """Return the errors of the outputs where they were measured, else those of the weights."""
-    measured = [layer for layer in result.layers if "output_error" in layer.metrics]
-    key, what = "output_error", "error of the outputs, held out"
+    measured = [layer for layer in result.layers if "added_error" in layer.metrics]
+    key, what = "added_error", "error added to the outputs"
     if not measured:
         measured, key, what = list(result.layers), "nmse", "error of the weights (NMSE)"
     worst = max(measured, key=lambda layer: layer.metrics[key])
     value = f"{_mean(measured, key):.2e} on average"
-    if key == "output_error":
-        value += f"; rounded to nearest {_mean(measured, 'output_error_rounded'):.2e}"
+    if key == "added_error":
+        value += f"; rounding to nearest adds {_mean(measured, 'added_error_rounded'):.2e}"
     return [(what, value), ("worst layer", f"{worst.name}, {worst.metrics[key]:.2e}")]
 
 

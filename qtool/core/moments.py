@@ -133,6 +133,18 @@ def output_error(moments: Moments, weight: Tensor, quantized: Tensor) -> OutputE
     return OutputError(max(float(error), 0.0), max(float(power), 0.0))
 
 
+def added_error(moments: Moments, target: Tensor, quantized: Tensor) -> float:
+    """Return the mean of ||(T - Q) x||^2: what rounding alone adds, drifts aside.
+
+    Args:
+        moments: Means.
+        target: T, (out_features, in_features) float32, what Q was meant to be.
+        quantized: Q, likewise.
+    """
+    change = target - quantized
+    return max(float(_dot(change @ moments.inputs, change)), 0.0)
+
+
 def _dot(first: Tensor, second: Tensor) -> Tensor:
     """Return the sum of products, () float64."""
     return (first * second).sum(1).double().sum()

@@ -100,7 +100,7 @@ def copy_kept(source: ModelSource, plan: Plan, writer: CheckpointWriter) -> None
 
 def announce(env: Env, result: LayerResult, done: int, total: int) -> None:
     """Emit `layer`, and `warning` if the solver fell back."""
-    error = result.metrics.get("output_error", result.metrics.get("nmse", 0.0))
+    error = result.metrics.get("added_error", result.metrics.get("nmse", 0.0))
     values = {"index": done - 1, "total": total, "name": result.name, "error": error}
     env.emit("layer", {**values, "memory": peak_memory(env.device)})
     if result.fallback is not None:

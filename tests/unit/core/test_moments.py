@@ -52,6 +52,16 @@ def test_output_error_is_that_of_the_tokens(with_residual, seed, scale):
     assert got.relative == pytest.approx(error / power, rel=2e-3)
 
 
+def test_added_error_is_that_of_rounding_alone():
+    x, drift, residual = tokens()
+    weight = normal(OUTPUTS, INPUTS, seed=3)
+    quantized = weight + 0.1 * normal(OUTPUTS, INPUTS, seed=4)
+    expected = (x @ (weight - quantized).T).square().sum(1).mean()
+    means = summed(x, drift, residual)
+    assert moments.added_error(means, weight, quantized) == pytest.approx(float(expected), rel=1e-4)
+    assert moments.added_error(means, weight, weight) == 0
+
+
 def shifter(train, held_out, damping=1e-7):
     lower = hessian.cholesky(hessian.damp(train.inputs, damping))
     return moments.Shifter(train, held_out, lower)

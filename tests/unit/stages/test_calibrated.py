@@ -128,8 +128,9 @@ def test_block_inputs_on_disk_give_the_same_bytes_and_leave_nothing(llama, text_
 
 def test_report_compares_each_layer_with_rounding_to_nearest(llama, text_file, tmp_path):
     result = pipeline.quantize(str(llama), tmp_path / "out", recipe("gptq", text_file))
-    better = [m["output_error"] < m["output_error_rounded"] for m in metrics(result)]
-    assert sum(better) >= 0.8 * len(better)
+    for key in ("output_error", "added_error"):
+        better = [m[key] < m[f"{key}_rounded"] for m in metrics(result)]
+        assert sum(better) >= 0.8 * len(better)
     for layer in result.layers:
         assert {"loss", "damping", "input_error_strength"} <= set(layer.metrics)
         assert layer.seconds > 0
