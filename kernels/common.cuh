@@ -1,0 +1,80 @@
+// What all kernels share. Prepended to each of them as text: there is no #include, so that NVRTC
+// needs no header of any toolkit. Primitives of the machine are one-line functions; the tests
+// define QTOOL_HOST and bring their own, to run the very same kernels on a CPU.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+#define WARP 32
+#define TILE_ROWS 16      // rows of the A operand of mma.m16n8k16
+#define UNIT 256          // inputs whose bits one 16-byte load per lane holds
+#define BLOCKS_PER_UNIT 8 // of 32 inputs, the finest group
+
+#ifndef QTOOL_HOST
+
+struct __align__(16) quad { u32 x, y, z, w; };
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define DEVICE __device__ __forceinline__
+
+// Weights are read once: past L1.
+DEVICE quad load_stream(const quad *address) {
+    quad v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+    return v;
+}
+
+DEVICE float half_to_float(u16 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+DEVICE u16 float_to_half(float value) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+// D = A B + C for one 16x8x16 tile, A and B float16, C and D float32.
+DEVICE void mma(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+DEVICE float shuffle_xor(float value, int lanes) {
+    return __shfl_xor_sync(0xffffffffu, value, lanes);
+}
+
+DEVICE float float_of_bits(u32 bits) { return __int_as_float((int)bits); }
+DEVICE u32 bits_of_float(float value) { return (u32)__float_as_int(value); }
+
+#endif
+
+// 2^exponent for -126 <= exponent <= 127.
+DEVICE float power_of_two(int exponent) { return float_of_bits((u32)(exponent + 127) << 23); }
+
+DEVICE float bfloat_to_float(u16 bits) { return float_of_bits((u32)bits << 16); }
+
+// Round to nearest, ties to even; NaN stays NaN.
+DEVICE u16 float_to_bfloat(float value) {
+    u32 bits = bits_of_float(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (u16)((bits >> 16) | 0x40u);
+    return (u16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+#ifdef ACTIVATION_BF16
+#define load_activation bfloat_to_float
+#define store_activation float_to_bfloat
+#else
+#define load_activation half_to_float
+#define store_activation float_to_half
+#endif
+
+// How the bits of a word are laid out (qtool/runtime/tiles.py packs them): a word holds 16 rows x 64
+// inputs / 32 lanes. Lane 4 g + t has rows g and g + 8 and, in each half of 32 inputs, inputs
+// 8 t .. 8 t + 7. Bit 16 h + 2 i + r belongs to row g + 8 r and to input
+// 32 (i >> 2) + 8 t + 2 (i & 3) + h.

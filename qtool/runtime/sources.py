@@ -1,0 +1,32 @@
+"""The text of a kernel, ready to compile: constants, what all kernels share, the kernel itself."""
+
+from collections.abc import Mapping
+
+from qtool import resources
+from qtool.errors import BackendError
+
+COMMON = "common.cuh"
+
+
+def kernel_names() -> tuple[str, ...]:
+    """Return the sorted names of the files kernels/NAME.cu."""
+    return tuple(sorted(path.stem for path in resources.kernels_dir().glob("*.cu")))
+
+
+def kernel_source(name: str, constants: Mapping[str, int]) -> str:
+    """Return CUDA C++ that needs no header.
+
+    Args:
+        name: Of the file kernels/NAME.cu.
+        constants: The macros that its head asks for; `ACTIVATION_BF16` counts if it is there at
+            all.
+
+    Raises:
+        BackendError: there is no such kernel.
+    """
+    if name not in kernel_names():
+        raise BackendError(f"No kernel {name!r}. Known: {', '.join(kernel_names())}.")
+    directory = resources.kernels_dir()
+    lines = [f"#define {key} {value}" for key, value in sorted(constants.items())]
+    parts = [(directory / file).read_text(encoding="utf-8") for file in (COMMON, f"{name}.cu")]
+    return "\n".join([*lines, *parts])

@@ -1,0 +1,118 @@
+"""The layout in which the GPU kernels read bit planes: tiles of 16 rows, units of 256 inputs.
+
+One 16-byte load per lane of a warp brings 16 rows x 256 inputs of one plane; the 32-bit words hold
+the bits where the tensor cores want them, so that nothing is moved at run time. Planes of a unit
+are neighbours. Which bit is which weight stands in kernels/common.cuh.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtool.base import QuantizedTensor
+from qtool.core.packing import unpack_bits
+from qtool.scheme import Shape2D, WeightScheme
+
+TILE_ROWS = 16
+UNIT = 256
+LANES = 32
+WORDS = UNIT // 64
+"""Words of a lane in a unit; each holds 64 inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """A binary-coded weight with groups along in_features, re-laid for the kernels."""
+
+    planes: Tensor  # (row_tiles, units, num_bits, 32, 4) int32
+    scales: Tensor
+    """(row_tiles, num_groups, 8, num_bits + offset, 2) float16: of rows g and g + 8, the offset
+    last."""
+    scheme: WeightScheme
+    shape: Shape2D
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether the last of the parameters is an offset."""
+        return not self.scheme.symmetric
+
+
+def pack(tensor: QuantizedTensor) -> Tiles:
+    """Re-lay a weight of format `binary_coding` with groups along in_features.
+
+    Rows are padded to 16 and inputs to 256; the kernels give padding an input of zero.
+    """
+    scheme, shape = tensor.scheme, tensor.shape
+    bits = unpack_bits(tensor.parts["bit_planes"], shape.in_features)
+    padded = torch.nn.functional.pad(
+        bits, (0, -shape.in_features % UNIT, 0, -shape.out_features % TILE_ROWS)
+    )
+    parameters = list(tensor.parts["plane_scales"])
+    if not scheme.symmetric:
+        parameters.append(tensor.parts["plane_offsets"])
+    return Tiles(pack_planes(padded), _pack_parameters(torch.stack(parameters)), scheme, shape)
+
+
+def pack_planes(bits: Tensor) -> Tensor:
+    """Pack planes (num_bits, rows, inputs) uint8 of whole tiles and units.
+
+    Returns:
+        (row_tiles, units, num_bits, 32, 4) int32.
+    """
+    num_bits, rows, inputs = bits.shape
+    # row = 8 r + g; input = 256 unit + 64 word + 32 upper + 8 t + 2 (pair & 3) + half
+    split = bits.view(
+        num_bits, rows // TILE_ROWS, 2, 8, inputs // UNIT, WORDS, 2, 4, 4, 2
+    )  # plane, tile, r, g, unit, word, upper, t, pair & 3, half
+    # bit = 16 half + 8 upper + 2 (pair & 3) + r; lane = 4 g + t
+    ordered = split.permute(1, 4, 0, 3, 7, 5, 9, 6, 8, 2)
+    flat = ordered.reshape(rows // TILE_ROWS, inputs // UNIT, num_bits, LANES, WORDS, 32)
+    weights = 2 ** torch.arange(32, device=bits.device, dtype=torch.int64)
+    words = (flat.to(torch.int64) * weights).sum(-1)
+    return (words - ((words >> 31) << 32)).to(torch.int32)  # two's complement
+
+
+def unpack_planes(planes: Tensor) -> Tensor:
+    """Invert `pack_planes`."""
+    row_tiles, units, num_bits = planes.shape[:3]
+    shifts = torch.arange(32, device=planes.device, dtype=torch.int32)
+    flat = ((planes.unsqueeze(-1) >> shifts) & 1).to(torch.uint8)
+    ordered = flat.view(row_tiles, units, num_bits, 8, 4, WORDS, 2, 2, 4, 2)
+    split = ordered.permute(2, 0, 9, 3, 1, 5, 7, 4, 8, 6)
+    return split.reshape(num_bits, row_tiles * TILE_ROWS, units * UNIT)
+
+
+def _pack_parameters(parameters: Tensor) -> Tensor:
+    """Re-lay (parameters, out_features, num_groups) float16 by tiles."""
+    padding = -parameters.shape[1] % TILE_ROWS
+    padded = torch.nn.functional.pad(parameters, (0, 0, 0, padding))
+    split = padded.unflatten(1, (-1, 2, 8))  # parameter, tile, r, g, group
+    return split.permute(1, 4, 3, 0, 2).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The same weight as the LUT kernel reads it: eight signs of a row are one byte."""
+
+    keys: Tensor  # (words, num_bits, padded rows) int32
+    scales: Tensor  # (num_groups, num_bits + offset, padded rows) float16
+    scheme: WeightScheme
+    shape: Shape2D
+
+
+def pack_keys(tensor: QuantizedTensor, rows: int) -> Keys:
+    """Re-lay a weight with groups along in_features; rows are padded to a multiple of `rows`."""
+    planes, scales = tensor.parts["bit_planes"], tensor.parts["plane_scales"]
+    parameters = list(scales)
+    if not tensor.scheme.symmetric:
+        parameters.append(tensor.parts["plane_offsets"])
+    padding = -tensor.shape.out_features % rows
+    padded = torch.nn.functional.pad(planes.permute(2, 0, 1), (0, padding))
+    stacked = torch.stack(parameters).permute(2, 0, 1)
+    return Keys(
+        padded.contiguous(),
+        torch.nn.functional.pad(stacked, (0, padding)).contiguous(),
+        tensor.scheme,
+        tensor.shape,
+    )

@@ -1,0 +1,150 @@
+// Runs CUDA kernels on a CPU, for tests: every thread of a block is a fiber, and what a warp or a
+// block does together is a meeting of fibers. Include this, then kernels/common.cuh, then a kernel.
+#pragma once
+#define QTOOL_HOST
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <vector>
+
+#define __global__ static
+#define __launch_bounds__(...)
+#define DEVICE static inline
+#define DYNAMIC_SHARED(name) unsigned char *name = host::shared.data()
+
+struct dim3 { unsigned x = 1, y = 1, z = 1; };
+struct alignas(16) quad { unsigned x, y, z, w; };
+static dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+namespace host {
+
+struct Meeting { int arrived = 0, round = 0; };
+struct Fiber { ucontext_t context; std::vector<char> stack; bool done; };
+
+static std::vector<Fiber> fibers;
+static std::vector<unsigned char> shared;
+static ucontext_t scheduler;
+static int current;
+static Meeting block_meeting;
+static std::vector<Meeting> warp_meetings;
+static std::vector<uint32_t> mailbox; // (threads, 8): what lanes of a warp give one another
+static std::function<void()> body;
+
+static void wait() {
+    int self = current;
+    swapcontext(&fibers[self].context, &scheduler);
+    current = self;
+    threadIdx.x = (unsigned)self;
+}
+
+static void meet(Meeting &meeting, int size) {
+    int round = meeting.round;
+    if (++meeting.arrived == size) { meeting.arrived = 0; ++meeting.round; }
+    while (meeting.round == round) wait();
+}
+
+static void meet_warp() { meet(warp_meetings[current / 32], 32); }
+static uint32_t *box(int lane) { return &mailbox[(size_t)(current / 32 * 32 + lane) * 8]; }
+
+static void enter() {
+    body();
+    fibers[current].done = true;
+    swapcontext(&fibers[current].context, &scheduler);
+}
+
+// Runs one block; throws if its threads wait for one another for ever.
+static void run_block(int threads, size_t bytes) {
+    shared.assign(bytes, 0xff); // poison: NaN wherever nothing was staged
+    block_meeting = {};
+    warp_meetings.assign(threads / 32, {});
+    mailbox.assign((size_t)threads * 8, 0);
+    fibers.resize(threads);
+    for (auto &fiber : fibers) {
+        fiber.stack.resize(1 << 16);
+        fiber.done = false;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack = {fiber.stack.data(), 0, fiber.stack.size()};
+        fiber.context.uc_link = &scheduler;
+        makecontext(&fiber.context, enter, 0);
+    }
+    for (int alive = threads, turns = 0; alive > 0; ++turns) {
+        if (turns > 1 << 20) throw std::runtime_error("deadlock");
+        alive = 0;
+        for (current = 0; current < threads; ++current)
+            if (!fibers[current].done) {
+                int self = current;
+                threadIdx.x = (unsigned)self;
+                swapcontext(&scheduler, &fibers[self].context);
+                current = self;
+                alive += !fibers[self].done;
+            }
+    }
+}
+
+template <class Kernel, class... Arguments>
+static int launch(dim3 grid, int threads, size_t bytes, Kernel kernel, Arguments... arguments) {
+    gridDim = grid;
+    blockDim = {(unsigned)threads, 1, 1};
+    body = [=] { kernel(arguments...); };
+    try {
+        for (unsigned z = 0; z < grid.z; ++z)
+            for (unsigned y = 0; y < grid.y; ++y)
+                for (unsigned x = 0; x < grid.x; ++x) {
+                    blockIdx = {x, y, z};
+                    run_block(threads, bytes);
+                }
+    } catch (const std::exception &) { return 1; }
+    return 0;
+}
+
+}  // namespace host
+
+static void __syncthreads() { host::meet(host::block_meeting, (int)blockDim.x); }
+
+DEVICE float half_to_float(unsigned short bits) {
+    _Float16 value;
+    memcpy(&value, &bits, 2);
+    return (float)value;
+}
+DEVICE unsigned short float_to_half(float value) {
+    _Float16 rounded = (_Float16)value;
+    unsigned short bits;
+    memcpy(&bits, &rounded, 2);
+    return bits;
+}
+DEVICE float float_of_bits(unsigned bits) { float v; memcpy(&v, &bits, 4); return v; }
+DEVICE unsigned bits_of_float(float value) { unsigned b; memcpy(&b, &value, 4); return b; }
+DEVICE quad load_stream(const quad *address) { return *address; }
+
+DEVICE float shuffle_xor(float value, int lanes) {
+    int lane = (int)threadIdx.x % 32;
+    host::box(lane)[0] = bits_of_float(value);
+    host::meet_warp();
+    float got = float_of_bits(host::box(lane ^ lanes)[0]);
+    host::meet_warp();
+    return got;
+}
+
+// The fragments of the PTX manual: A row-major 16x16, B column-major 16x8, C and D 16x8.
+DEVICE void mma(float *c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
+    memcpy(host::box(lane), mine, sizeof mine);
+    host::meet_warp();
+    for (int i = 0; i < 4; ++i) {
+        int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+        double sum = c[i];
+        for (int k = 0; k < 16; ++k) {
+            unsigned a = host::box(row % 8 * 4 + k % 8 / 2)[(row / 8) + 2 * (k / 8)];
+            unsigned b = host::box(column * 4 + k % 8 / 2)[4 + k / 8];
+            sum += (double)half_to_float((unsigned short)(a >> 16 * (k & 1))) *
+                   (double)half_to_float((unsigned short)(b >> 16 * (k & 1)));
+        }
+        c[i] = (float)sum;
+    }
+    host::meet_warp();
+}

@@ -1,0 +1,89 @@
+"""Compile a kernel's own text for the CPU with tests/kernels/host.h, and call it with tensors."""
+
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from qtool.runtime.sources import kernel_source
+
+HERE = Path(__file__).parent
+KERNEL = re.compile(
+    r'extern "C" __global__\s+void\s*(?:__launch_bounds__\(\w+\)\s*)?(\w+)\((.*?)\)\s*\{', re.S
+)
+COMMENT = re.compile(r"//[^\n]*")
+
+
+def compiler() -> str:
+    """Return the C++ compiler, or skip: the kernels are then checked by NVRTC alone."""
+    found = shutil.which("g++")
+    if found is None:
+        pytest.skip("no g++ to compile kernels for the CPU with")
+    return found
+
+
+class HostKernel:
+    """One kernel of a library."""
+
+    def __init__(self, function, parameters: list[str]) -> None:
+        self._function, self._parameters = function, parameters
+
+    def __call__(self, grid, threads: int, shared: int, *arguments: Tensor | int | None) -> None:
+        """Run it to the end; raises where its threads wait for one another for ever."""
+        assert len(arguments) == len(self._parameters), self._parameters
+        values: list[Any] = [ctypes.c_int(value) for value in (*grid, threads)]
+        values.append(ctypes.c_size_t(shared))
+        for argument, parameter in zip(arguments, self._parameters, strict=True):
+            values.append(_value(argument, parameter))
+        if self._function(*values) != 0:
+            raise AssertionError("threads wait for one another for ever")
+
+
+def _value(argument: Tensor | int | None, parameter: str):
+    if isinstance(argument, Tensor):
+        assert "*" in parameter, parameter
+        assert argument.is_contiguous()
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_void_p(None) if argument is None else ctypes.c_int(argument)
+
+
+@functools.cache
+def host_kernels(name: str, constants: tuple[tuple[str, int], ...]) -> dict[str, HostKernel]:
+    """Return all kernels of kernels/NAME.cu, compiled with these constants."""
+    source = kernel_source(name, dict(constants))
+    found = {
+        kernel: [part.strip() for part in COMMENT.sub("", parameters).split(",")]
+        for kernel, parameters in KERNEL.findall(source)
+    }
+    glue = "".join(_glue(kernel, parameters) for kernel, parameters in found.items())
+    text = f'#include "{HERE / "host.h"}"\n' + source.replace('extern "C" __global__', "__global__")
+    with tempfile.TemporaryDirectory() as directory:
+        file, library = Path(directory) / "kernel.cpp", Path(directory) / "kernel.so"
+        file.write_text(text + glue)
+        flags = ["-O1", "-w", "-shared", "-fPIC", "-std=c++17", "-ffp-contract=off"]
+        done = subprocess.run(
+            [compiler(), *flags, str(file), "-o", str(library)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        loaded = ctypes.CDLL(str(library))
+    return {k: HostKernel(getattr(loaded, f"launch_{k}"), p) for k, p in found.items()}
+
+
+def _glue(kernel: str, parameters: list[str]) -> str:
+    names = ", ".join(re.split(r"[\s*]+", parameter)[-1] for parameter in parameters)
+    return (
+        f'extern "C" int launch_{kernel}(int grid_x, int grid_y, int grid_z, int n, size_t bytes, '
+        f"{', '.join(parameters)}) {{\n"
+        "    dim3 grid{(unsigned)grid_x, (unsigned)grid_y, (unsigned)grid_z};\n"
+        f"    return host::launch(grid, n, bytes, {kernel}, {names});\n}}\n"
+    )

@@ -1,0 +1,52 @@
+"""Compile CUDA C++ to machine code with NVRTC, which needs no card; skips where it isn't there."""
+
+import ctypes
+import functools
+import importlib.metadata
+import re
+from dataclasses import dataclass
+
+import pytest
+
+PACKAGE = "nvidia-cuda-nvrtc"
+USED = re.compile(r"Used (\d+) registers")
+SPILLED = re.compile(r"(\d+) bytes spill stores")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    cubin_bytes: int
+    registers: int
+    """Of the hungriest kernel in the file."""
+    spilled: int
+    """Bytes, of all kernels in the file."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{PACKAGE} isn't installed: kernels can't be compiled for a card")
+    (path,) = [f for f in files if re.fullmatch(r"libnvrtc\.so\.\d+", f.name)]
+    return ctypes.CDLL(str(path.locate()))
+
+
+def compile_for(architecture: str, source: str) -> Compiled:
+    """Return what the compiler made of a source; fails with its log if it made nothing."""
+    nvrtc, program = library(), ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"]
+    array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    status = nvrtc.nvrtcCompileProgram(program, len(options), array)
+    size = ctypes.c_size_t()
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    text = log.value.decode()
+    assert status == 0, text
+    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    registers = [int(number) for number in USED.findall(text)]
+    assert registers, text
+    return Compiled(size.value, max(registers), sum(map(int, SPILLED.findall(text))))

@@ -1,0 +1,223 @@
+"""Every kernel's own text, run on the CPU, against the definition of the format in float64."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from qtool.base import QuantizedTensor
+from qtool.core import grouping
+from qtool.core.packing import unpack_bits
+from qtool.formats import binary_coding
+from qtool.runtime import tiles
+from qtool.scheme import Shape2D, WeightScheme
+from tests.helpers import dequantized
+from tests.kernels.host import host_kernels
+
+THREADS = 256
+BEFORE_CAST = 1e-6
+AFTER_CAST = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    num_bits: int
+    shape: tuple[int, int]
+    group_size: int | None
+    batch: int = 1
+    splits: int = 1
+    symmetric: bool = False
+    dtype: torch.dtype = torch.float16
+    outliers: float = 1.0
+    group_dim: str = "in_features"
+
+    def weight(self) -> QuantizedTensor:
+        generator = torch.Generator().manual_seed(self.num_bits)
+        shape = Shape2D(*self.shape)
+        scheme = WeightScheme(
+            num_bits=self.num_bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            group_dim=self.group_dim,  # type: ignore[arg-type]
+        )
+        rows = grouping.to_rows(torch.zeros(shape), scheme)
+        codes = torch.randint(0, 2**self.num_bits, rows.shape, generator=generator)
+        groups = scheme.num_groups(shape)
+        scales = torch.rand(len(rows), groups, self.num_bits, generator=generator) + 0.1
+        offsets = torch.randn(len(rows), groups, generator=generator)
+        return binary_coding.encode(
+            grouping.split(codes.to(torch.uint8), self.group_size),
+            scales.sort(-1, descending=True).values.half(),
+            offsets.half(),
+            scheme,
+            shape,
+        )
+
+    def inputs(self) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.batch)
+        x = torch.randn(self.batch, self.shape[1], generator=generator)
+        x[:, ::37] *= self.outliers
+        return x.to(self.dtype).contiguous()
+
+    def constants(self, **more: int) -> tuple[tuple[str, int], ...]:
+        inputs = self.shape[1]
+        whole = -(-inputs // tiles.UNIT) * tiles.UNIT
+        values = {"PLANES": self.num_bits, "GROUP": self.group_size or whole, **more}
+        values["OFFSET"] = int(not self.symmetric)
+        if self.dtype == torch.bfloat16:
+            values["ACTIVATION_BF16"] = 1
+        return tuple(sorted(values.items()))
+
+    def output(self) -> torch.Tensor:
+        """Return where a kernel writes: poisoned, so that what it leaves out shows."""
+        return torch.full((self.batch, self.shape[0]), torch.nan).to(self.dtype)
+
+
+def error(got, case: Case, tensor: QuantizedTensor) -> float:
+    expected = case.inputs().double() @ dequantized(tensor, torch.float64).T
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+CASES = [
+    Case(3, (40, 256), 64),
+    Case(2, (33, 576), 192, batch=3, splits=2),
+    Case(4, (16, 1536), 128, batch=8, splits=3, outliers=300),
+    Case(1, (16, 300), 32, batch=9),
+    Case(3, (20, 700), None, batch=2, splits=2, dtype=torch.bfloat16, outliers=300),
+    Case(8, (16, 256), 96, symmetric=True),
+    Case(5, (7, 520), 256, symmetric=True, dtype=torch.bfloat16),
+    Case(2, (16, 1024), 512, batch=5, splits=4),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_packing_loses_nothing(case):
+    tensor = case.weight()
+    rows, inputs = case.shape
+    bits = tiles.unpack_planes(tiles.pack(tensor).planes)
+    assert bits.shape == (case.num_bits, -(-rows // 16) * 16, -(-inputs // 256) * 256)
+    stored = unpack_bits(tensor.parts["bit_planes"], inputs)
+    assert torch.equal(bits[:, :rows, :inputs], stored)
+    assert not bool(bits[:, rows:].any()) and not bool(bits[:, :, inputs:].any())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bit_plane_mma_agrees_before_and_after_the_cast(case):
+    tensor = case.weight()
+    packed, x, y = tiles.pack(tensor), case.inputs(), case.output()
+    columns = 1 if case.batch == 1 else 8
+    kernels = host_kernels("bit_plane_mma", case.constants(COLUMNS=columns))
+    row_tiles, units = packed.planes.shape[:2]
+    per_split = -(-units // case.splits)
+    rows = row_tiles * tiles.TILE_ROWS
+    partial = torch.full((case.splits, case.batch, rows), torch.nan)
+    shared = per_split * 8 * columns * (64 + 4) + (8 * 16 + 1) * columns * 4
+    sizes = (case.shape[0], case.shape[1], case.batch, row_tiles, units, packed.scales.shape[1])
+    grid = (min(2, row_tiles), case.splits, -(-case.batch // columns))
+    for target in (partial, None) if case.splits == 1 else (partial,):
+        kernels["bit_plane_mma"](
+            grid, THREADS, shared, packed.planes, packed.scales, x, y, target, *sizes, per_split
+        )
+    sums = partial.sum(0)[:, : case.shape[0]]
+    assert error(sums, case, tensor) < BEFORE_CAST
+    if case.splits > 1:
+        add_splits(case, partial, y)
+    assert error(y, case, tensor) < AFTER_CAST[case.dtype]
+
+
+def add_splits(case, partial, y):
+    kernel = host_kernels("add_splits", case.constants())["add_splits"]
+    rows, padded = case.shape[0], partial.shape[2]
+    kernel(
+        (-(-rows // 32), case.batch, 1), 32, 0, partial, y, rows, padded, case.batch, case.splits
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_dequantize_and_gather_give_the_rounded_definition(case):
+    tensor = case.weight()
+    packed = tiles.pack(tensor)
+    kernels = host_kernels("dequantize", case.constants())
+    rows, inputs = case.shape
+    row_tiles, units = packed.planes.shape[:2]
+    groups = packed.scales.shape[1]
+    weight = torch.full((rows, inputs), torch.nan).to(case.dtype)
+    kernels["dequantize"](
+        (-(-row_tiles * units // 4), 1, 1),
+        128,
+        0,
+        *(packed.planes, packed.scales, weight),
+        *(rows, inputs, row_tiles, units, groups),
+    )
+    expected = dequantized(tensor).to(case.dtype)
+    assert torch.equal(weight, expected)
+    index = torch.tensor([rows - 1, 0, rows // 2])
+    found = torch.full((3, inputs), torch.nan).to(case.dtype)
+    kernels["gather_rows"](
+        (3, 1, 1), 128, 0, packed.planes, packed.scales, index, found, inputs, units, groups
+    )
+    assert torch.equal(found, expected[index])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *CASES,
+        Case(3, (40, 70), 16, group_dim="out_features"),
+        Case(2, (33, 96), None, batch=2, group_dim="out_features", symmetric=True),
+    ],
+    ids=str,
+)
+def test_sign_flip_agrees(case):
+    tensor = case.weight()
+    parts, y = tensor.parts, case.output()
+    bf16 = (("ACTIVATION_BF16", 1),) if case.dtype == torch.bfloat16 else ()
+    kernel = host_kernels("sign_flip", bf16)["sign_flip"]
+    rows, inputs = case.shape
+    along = case.group_dim == "in_features"
+    length = inputs if along else rows
+    kernel(
+        (-(-rows // 8), case.batch, 1),
+        THREADS,
+        0,
+        *(parts["bit_planes"], parts["plane_scales"], parts.get("plane_offsets"), case.inputs(), y),
+        *(rows, inputs, parts["bit_planes"].shape[2], case.num_bits),
+        *(case.group_size or length, tensor.scheme.num_groups(Shape2D(*case.shape)), int(along)),
+    )
+    assert error(y, case, tensor) < AFTER_CAST[case.dtype]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.num_bits <= 4], ids=str)
+def test_lut_gemm_agrees_before_the_cast(case):
+    tensor = case.weight()
+    rows_per_block, inputs = 1024, case.shape[1]
+    packed = tiles.pack_keys(tensor, rows_per_block)
+    tile = next(t for t in (128, 96, 64, 32) if (case.group_size or 128) % t == 0)
+    kernels = host_kernels("lut_gemm", case.constants(TILE=tile))
+    count = -(-inputs // tile)
+    words = count * tile // 32
+    keys = torch.nn.functional.pad(packed.keys, (0, 0, 0, 0, 0, words - len(packed.keys)))
+    per_split = -(-count // case.splits)
+    padded = keys.shape[2]
+    partial = torch.full((case.splits, case.batch, padded), torch.nan)
+    kernels["lut_gemm"](
+        (padded // rows_per_block, case.splits, case.batch),
+        THREADS,
+        tile // 8 * 1024 + 4,
+        *(keys.contiguous(), packed.scales, case.inputs(), partial),
+        *(inputs, padded, case.batch, count, per_split),
+    )
+    assert error(partial.sum(0)[:, : case.shape[0]], case, tensor) < BEFORE_CAST
+
+
+def test_infinite_and_missing_numbers_reach_the_output():
+    case = Case(2, (16, 256), 128, batch=3)
+    packed, y = tiles.pack(case.weight()), case.output()
+    x = case.inputs()
+    x[0, 5], x[1, 9], x[2] = torch.inf, torch.nan, 0
+    kernel = host_kernels("bit_plane_mma", case.constants(COLUMNS=8))["bit_plane_mma"]
+    shared = 8 * 8 * (64 + 4) + (8 * 16 + 1) * 8 * 4
+    grid, sizes = (1, 1, 1), (16, 256, 3, 1, 1, 2, 1)
+    kernel(grid, THREADS, shared, packed.planes, packed.scales, x, y, None, *sizes)
+    assert not bool(torch.isfinite(y[:2]).any())
+    assert torch.equal(y[2], torch.zeros(16, dtype=torch.float16))
