@@ -130,8 +130,27 @@ def _validate(document: _Source, label: str) -> Recipe:
     try:
         return Recipe.model_validate(document.values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise RecipeError(_sentence(first, document, label)) from None
+        raise RecipeError(_sentence(_alternatives(error), document, label)) from None
+
+
+def _alternatives(error: ValidationError) -> dict[str, Any]:
+    """Return the first error, with all messages on the same key: a key may take several types."""
+    errors = error.errors(include_url=False)
+    path = _keys(errors[0]["loc"])
+    same = [other for other in errors if _keys(other["loc"]) == path]
+    messages = list(dict.fromkeys(other["msg"].removeprefix("Value error, ") for other in same))
+    first, *others = messages
+    rest = [message.removeprefix("Input should be ") for message in others]
+    return {**errors[0], "loc": path, "msg": " or ".join([first, *rest])}
+
+
+def _keys(path: Path_) -> Path_:
+    """Return a path without the types that pydantic tried: they aren't keys."""
+    return tuple(
+        part
+        for part in path
+        if isinstance(part, int) or (part.isidentifier() and part not in ("int", "float"))
+    )
 
 
 def _sentence(error: Mapping[str, Any], document: _Source, label: str) -> str:

@@ -237,3 +237,19 @@ def test_recipes_load_without_torch():
     code = "import sys; from qtool.recipe.load import load_recipe; load_recipe('rtn-w4g128')"
     heavy = run_python(code + "; print({'torch', 'transformers'} & set(sys.modules))")
     assert heavy.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("calibration.sequence_length=x", "'match' or 'fixed' or a valid integer"),
+        ("calibration.sequence_length=1", "greater than or equal to 2"),
+        ("calibration.input_error=7", "'auto' or less than or equal to 1"),
+    ],
+)
+def test_key_of_several_types_names_all_of_them(setting, message):
+    with pytest.raises(RecipeError) as caught:
+        recipe_from_mapping({"weights": {"method": "rtn"}}, [setting])
+    text = str(caught.value)
+    assert text.startswith(setting.split("=")[0] + " is ")
+    assert message in text
