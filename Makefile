@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 DEMO_DIR ?= build/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
+.PHONY: help setup demo test test-slow test-gpu check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
 
 help: ## Print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ test: $(VENV)/.dev ## Run the tests that need neither card, network nor real mod
 
 test-slow: $(VENV)/.dev ## Run the tests on the real demo model
 	$(BIN)/python -m pytest -q -m slow
+
+test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA card
+	$(BIN)/python -m pytest -q -m gpu
 
 check: fmt-check lint types layers docs-check test recipes wheel-test ## Everything that CI checks
 
