@@ -89,14 +89,17 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
     env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
     calibration = _calibration(source, recipe, calib_dir, emit)
     writer = CheckpointWriter(
-        out_dir, fingerprint=_fingerprint(source, recipe), overwrite=overwrite, resume=resume
+        out_dir,
+        fingerprint=_fingerprint(source, recipe, calibration, env),
+        overwrite=overwrite,
+        resume=resume,
     )
     with writer:
         results = _solve(source, recipe, layer_plan, calibration, writer, env)
         result = QuantizeResult(
             out_dir=out_dir,
             average_bits=_average_bits(results),
-            weight_bytes=layer_plan.total_bytes,
+            weight_bytes=layer_plan.kept_bytes + sum(r.entry.num_bytes() for r in results),
             source_bytes=layer_plan.source_bytes,
             seconds=time.perf_counter() - started,
             peak_memory_bytes=peak_memory(env.device),
@@ -208,12 +211,16 @@ def _solve(
     return solve_calibrated(source, layer_plan, calibration, writer, env, section)
 
 
-def _fingerprint(source: ModelSource, recipe: Recipe) -> dict[str, Any]:
+def _fingerprint(
+    source: ModelSource, recipe: Recipe, calibration: CalibrationSet | None, env: Env
+) -> dict[str, Any]:
     """Return all that decides the output: a resumed run must agree on it."""
     sizes = {spec.file.name: spec.file.stat().st_size for spec in source.shards.specs.values()}
     return {
         "recipe": recipe.model_dump(mode="json"),
         "model": {"config": dict(source.config), "files": dict(sorted(sizes.items()))},
+        "calibration": calibration.digest() if calibration else None,
+        "device": env.device.partition(":")[0],
         "version of qtool": qtool.__version__,
     }
 

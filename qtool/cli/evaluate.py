@@ -21,7 +21,7 @@ def evaluate(
         str | None, typer.Option(help="Model to measure beside it, such as the original.")
     ] = None,
     dataset: Annotated[
-        str, typer.Option(help="Bundled text, or the path of a .txt file.")
+        str, typer.Option(help="Bundled text, or the path of a .txt or .jsonl file.")
     ] = "wikitext2-test",
     context_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
     windows: Annotated[

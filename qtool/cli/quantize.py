@@ -87,6 +87,7 @@ def quantize(
     """
     overrides = settings or []
     if no_calibration:
+        _check_no_calibration(overrides, calibration)
         overrides = ["calibration=null", *overrides]
     elif calibration is not None:
         overrides = ["calibration={}", *overrides]
@@ -115,6 +116,14 @@ def quantize(
     console.write_json(asdict(result), json_file)
     if console.wants_table(json_file):
         _print_result(result)
+
+
+def _check_no_calibration(settings: list[str], directory: Path | None) -> None:
+    """Refuse what asks for data and for none at once."""
+    if directory is not None:
+        raise RecipeError("--no-calibration and --calibration exclude each other. Give one.")
+    if any(text.startswith("calibration.") for text in settings):
+        raise RecipeError("--no-calibration leaves nothing for --set calibration.KEY to change.")
 
 
 def choose_recipe(

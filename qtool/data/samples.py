@@ -54,7 +54,7 @@ def document_tokens(tokenizer: Any, document: Document) -> Tensor:  # noqa: ANN4
         return _chat_tokens(tokenizer, text, document.place)
     tokens = tokenize(tokenizer, text)
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    if not text.strip():
+    if not text.strip() or not len(tokens):
         return tokens[:0]  # special tokens alone are no document
     if eos is not None and tokens[-1] != eos:
         return torch.cat([tokens, torch.tensor([eos])])

@@ -66,6 +66,18 @@ class ModelSource:
                 yield from (f"{self.adapter.blocks}.{block}.{name}" for name in group)
 
     @property
+    def num_positions(self) -> int | None:
+        """How long a sequence may be; None if the configuration doesn't say."""
+        found = (self.config.get(key) for key in ("max_position_embeddings", "n_positions"))
+        return next((int(positions) for positions in found if positions), None)
+
+    @property
+    def residual(self) -> tuple[str, str] | None:
+        """The adapter's `residual`, but for variants that normalize after the sum (OPT-350m)."""
+        normalizes_after = self.config.get("do_layer_norm_before") is False
+        return None if normalizes_after else self.adapter.residual
+
+    @property
     def head_is_tied(self) -> bool:
         """Whether the head uses the embedding's weight."""
         tied = self.config.get("tie_word_embeddings", True)  # transformers' default

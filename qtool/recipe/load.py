@@ -136,6 +136,8 @@ def _validate(document: _Source, label: str) -> Recipe:
 def _alternatives(error: ValidationError) -> dict[str, Any]:
     """Return the first error, with all messages on the same key: a key may take several types."""
     errors = error.errors(include_url=False)
+    if errors[0]["type"] in ("extra_forbidden", "missing"):  # the path ends in the user's own key
+        return dict(errors[0])
     path = _keys(errors[0]["loc"])
     same = [other for other in errors if _keys(other["loc"]) == path]
     messages = list(dict.fromkeys(other["msg"].removeprefix("Value error, ") for other in same))

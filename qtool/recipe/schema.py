@@ -165,6 +165,6 @@ def resolve(weights: WeightsSection, layer: str) -> WeightsSection | None:
             method=override.method or weights.method,
             scheme=SchemeSection(**{**weights.scheme.model_dump(), **override.scheme}),
             options={**options, **override.options},
-            choose=weights.choose,
+            choose=ChooseSection() if "group_dim" in override.scheme else weights.choose,
         )
     return weights

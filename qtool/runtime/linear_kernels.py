@@ -101,10 +101,10 @@ def matmul(x: Tensor, weight: KernelWeight, launch: Launch, card: Card) -> Tenso
     """
     if len(x) == 0:
         return x.new_empty(0, weight.tensor.shape.out_features)
-    if weight.tiles is None:
-        return _by_definition(x, weight, launch)
     if len(x) > MAX_TOKENS:
         return torch.nn.functional.linear(x, dequantize(weight, launch))
+    if weight.tiles is None:
+        return _by_definition(x, weight, launch)
     return _by_planes(x, weight, weight.tiles, launch, card)
 
 

@@ -48,10 +48,15 @@ def pack(tensor: QuantizedTensor) -> Tiles:
     padded = torch.nn.functional.pad(
         bits, (0, -shape.in_features % UNIT, 0, -shape.out_features % TILE_ROWS)
     )
+    return Tiles(pack_planes(padded), _pack_parameters(_parameters(tensor)), scheme, shape)
+
+
+def _parameters(tensor: QuantizedTensor) -> Tensor:
+    """Return scales and, if there are any, offsets: (parameters, out_features, num_groups)."""
     parameters = list(tensor.parts["plane_scales"])
-    if not scheme.symmetric:
+    if not tensor.scheme.symmetric:
         parameters.append(tensor.parts["plane_offsets"])
-    return Tiles(pack_planes(padded), _pack_parameters(torch.stack(parameters)), scheme, shape)
+    return torch.stack(parameters)
 
 
 def pack_planes(bits: Tensor) -> Tensor:
@@ -103,13 +108,10 @@ class Keys:
 
 def pack_keys(tensor: QuantizedTensor, rows: int) -> Keys:
     """Re-lay a weight with groups along in_features; rows are padded to a multiple of `rows`."""
-    planes, scales = tensor.parts["bit_planes"], tensor.parts["plane_scales"]
-    parameters = list(scales)
-    if not tensor.scheme.symmetric:
-        parameters.append(tensor.parts["plane_offsets"])
     padding = -tensor.shape.out_features % rows
-    padded = torch.nn.functional.pad(planes.permute(2, 0, 1), (0, padding))
-    stacked = torch.stack(parameters).permute(2, 0, 1)
+    planes = tensor.parts["bit_planes"].permute(2, 0, 1)
+    padded = torch.nn.functional.pad(planes, (0, padding))
+    stacked = _parameters(tensor).permute(2, 0, 1)
     return Keys(
         padded.contiguous(),
         torch.nn.functional.pad(stacked, (0, padding)).contiguous(),

@@ -75,7 +75,7 @@ def calibrate(
             than the model's context.
         MissingExtraError: the library that reads the data set isn't installed.
     """
-    limit = int(source.config.get("max_position_embeddings") or 2**31)
+    limit = source.num_positions or 2**31
     if lengths is not None:
         drawn = match_lengths(lengths, num_tokens=section.num_tokens, longest=limit, seed=seed)
     else:

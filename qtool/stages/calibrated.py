@@ -1,11 +1,11 @@
 """Quantize block by block with calibration data: later layers see the errors of earlier ones."""
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ from qtool.stages.streams import Streams, make_streams
 
 FEW_TOKENS = 4
 """Below this many tokens per input the Hessian is noise in many directions: warn, damp more."""
-CLEARLY = 0.99
-"""A grouping other than the first must lower the held-out error by one percent: kernels like it."""
+CLEARLY = 0.01
+"""A grouping other than the first must save one percent of what rounding adds: kernels like it."""
 DEFAULT_DAMPING = 0.01
 BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
 
@@ -71,7 +71,8 @@ def solve_calibrated(
                 for result in step.solve(group, streams):
                     results.append(result)
                     announce(env, result, len(results), len(plan.layers))
-            streams.advance(original, step.quantized)
+            if index + 1 < source.num_blocks:
+                streams.advance(original, step.quantized)
     for layer in plan.layers:
         if layer.role != "block":
             results.append(solve_one(source, layer, writer, env))
@@ -89,13 +90,18 @@ def _streams(
     section: CalibrationSection,
 ) -> Iterator[Streams]:
     limit = BATCH_TOKENS[torch.device(model.device).type]
-    first = batches(train.samples, limit)
-    hidden = model.capture([*first, *batches(held_out.samples, limit)])
-    if section.cache == "memory":
-        yield make_streams(hidden, len(first), device=model.device, directory=None)
-        return
-    with TemporaryDirectory(dir=work_dir, prefix="streams-") as directory:
-        yield make_streams(hidden, len(first), device=model.device, directory=Path(directory))
+    first, rest = batches(train.samples, limit), batches(held_out.samples, limit)
+    directory = work_dir / "streams" if section.cache == "disk" else None
+    shutil.rmtree(work_dir / "streams", ignore_errors=True)  # of a run that was killed
+    if directory is not None:
+        directory.mkdir()
+    try:
+        # Nothing here keeps what was captured: it would stay in memory for the whole walk.
+        yield make_streams(
+            model.capture([*first, *rest]), len(first), device=model.device, directory=directory
+        )
+    finally:
+        shutil.rmtree(work_dir / "streams", ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +124,22 @@ class _Step:
             yield result
 
     def _measure(self, linear: str, streams: Streams) -> InputStatistics:
-        writer = writer_of(self.source.adapter, linear) if self.section.residual_error else None
-        return measure_inputs(
+        residual = self.source.residual if self.section.residual_error else None
+        statistics = measure_inputs(
             linear,
             self.original,
             self.quantized,
             streams,
-            writer=writer,
+            writer=writer_of(residual, linear),
             token_cap=self.section.token_cap,
         )
+        if not statistics.is_finite():
+            raise MethodError(
+                f"The inputs of {self.prefix}.{linear} overflow: NaN or infinity among them. The "
+                "model leaves the range of the dtype it is walked in; set calibration.dtype to "
+                "float32, or use more bits or smaller groups."
+            )
+        return statistics
 
     def _restore(self, layer: LayerPlan) -> tuple[LayerResult, Tensor]:
         """Take a layer that an earlier run finished."""
@@ -163,8 +176,8 @@ class _Step:
         ]
         held_out = statistics.held_out
         errors = [output_error(held_out, weight, quantized) for _, quantized in candidates]
-        floor = output_error(held_out, weight, target).error if len(errors) > 1 else 0.0
-        best = choose([error.error - floor for error in errors])
+        rounding = added_error(held_out, target, candidates[0][1])
+        best = choose([error.error for error in errors], clearly=CLEARLY * rounding)
         solution, quantized = candidates[best]
         check_stored(layer.name, solution.tensor, weight)
         self._check_fallback(layer, solution)
@@ -251,7 +264,7 @@ def round_to_nearest(layer: LayerPlan, weight: Tensor) -> Tensor:
     return codec(tensor.format).dequantize(tensor, torch.float32)
 
 
-def choose(errors: Sequence[float]) -> int:
-    """Return the candidate with the smallest error; the first unless another is clearly better."""
+def choose(errors: Sequence[float], *, clearly: float) -> int:
+    """Return the candidate with the smallest error; the first unless another saves `clearly`."""
     best = min(range(len(errors)), key=errors.__getitem__)
-    return best if errors[best] < CLEARLY * errors[0] else 0
+    return best if errors[0] - errors[best] > clearly else 0

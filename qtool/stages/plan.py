@@ -98,8 +98,10 @@ def parse_options(method_name: str, method: Method, values: Mapping[str, Any]) -
 
 def with_samples(recipe: Recipe) -> Recipe:
     """Return the recipe with default calibration samples, if its method does better with data."""
-    method = load_method(recipe.weights.method)
-    if recipe.calibration is not None or not method.needs | method.uses:
+    overridden = (override.method for override in recipe.weights.overrides)
+    names = {recipe.weights.method, *(name for name in overridden if name is not None)}
+    methods = [load_method(name) for name in sorted(names)]
+    if recipe.calibration is not None or not any(m.needs | m.uses for m in methods):
         return recipe
     return recipe.model_copy(update={"calibration": CalibrationSection()})
 
@@ -115,6 +117,7 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
     _check_overrides(source, recipe)
     _check_calibration(recipe)
     layers = tuple(_layers(source, recipe))
+    _check_needs(layers, recipe)
     if not layers:
         raise RecipeError("The recipe skips every layer: nothing is left to quantize.")
     quantized = {f"{layer.name}.weight" for layer in layers}
@@ -150,14 +153,25 @@ def _check_overrides(source: ModelSource, recipe: Recipe) -> None:
 
 
 def _check_calibration(recipe: Recipe) -> None:
-    method = load_method(recipe.weights.method)
-    if recipe.calibration is None and method.needs:
-        raise RecipeError(
-            f"'{recipe.weights.method}' needs calibration data. Give the recipe a section "
-            "'calibration' (an empty one draws from the bundled text), or pass --calibration DIR."
-        )
     if recipe.calibration is None and recipe.weights.choose.group_dim:
         raise RecipeError("weights.choose needs calibration data to choose by.")
+
+
+def _check_needs(layers: tuple[LayerPlan, ...], recipe: Recipe) -> None:
+    for layer in layers:
+        if not load_method(layer.method).needs:
+            continue
+        if layer.role != "block":
+            raise RecipeError(
+                f"{layer.name}: '{layer.method}' needs calibration data, and an {layer.role} is "
+                "quantized without. Use 'rtn' or 'bcq' for it."
+            )
+        if recipe.calibration is None:
+            raise RecipeError(
+                f"{layer.name}: '{layer.method}' needs calibration data. Give the recipe a section "
+                "'calibration' (an empty one draws from the bundled text), or pass "
+                "--calibration DIR."
+            )
 
 
 def _layers(source: ModelSource, recipe: Recipe) -> Iterator[LayerPlan]:

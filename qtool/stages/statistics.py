@@ -6,10 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qtool.base import ModelAdapter
 from qtool.core import hessian, moments
 from qtool.core.moments import Moments, Shifter
-from qtool.errors import MethodError
 from qtool.modeling.blocks import Block
 from qtool.stages.streams import Streams
 
@@ -28,17 +26,27 @@ class InputStatistics:
         """How many training tokens there are for each input."""
         return self.train.num_tokens / len(self.train.inputs)
 
+    def is_finite(self) -> bool:
+        """Return whether no input and no residual stream left the range of its dtype."""
+        sums = [
+            total
+            for part in (self.train, self.held_out)
+            for total in (part.inputs, part.drift, part.residual)
+            if total is not None
+        ]
+        return all(bool(torch.isfinite(total).all()) for total in sums)
+
     def shifter(self, damping: float) -> Shifter:
         """Return what shifts the weights of all linears with this input."""
         lower = hessian.cholesky(hessian.damp(self.train.inputs, damping))
         return Shifter(self.train, self.held_out, lower)
 
 
-def writer_of(adapter: ModelAdapter, linear: str) -> Writer | None:
+def writer_of(residual: tuple[str, str] | None, linear: str) -> Writer | None:
     """Return which part of the block adds this linear's output to the residual stream."""
-    if adapter.residual is None or linear not in adapter.residual:
+    if residual is None or linear not in residual:
         return None
-    return "attention" if linear == adapter.residual[0] else "mlp"
+    return "attention" if linear == residual[0] else "mlp"
 
 
 def measure_inputs(
@@ -59,9 +67,6 @@ def measure_inputs(
         streams: Cached inputs of the block.
         writer: What the linear's output is the output of, if it is added to the residual stream.
         token_cap: Tokens above this multiple of the median norm are shrunk to it; None: none are.
-
-    Raises:
-        MethodError: the inputs aren't finite.
     """
     sums: dict[bool, Moments] = {}
     for index, (first, second) in enumerate(zip(streams.original, streams.quantized, strict=True)):
@@ -79,8 +84,6 @@ def measure_inputs(
             width = None if lost is None else lost.shape[-1]
             sums[held_out] = moments.zeros(x.shape[-1], width, device=x.device, for_errors=held_out)
         sums[held_out].add(x, drift, lost)
-    for total in sums.values():
-        _check_finite(linear, total)
     return InputStatistics(sums[False].means(), sums[True].means())
 
 
@@ -94,12 +97,3 @@ def _see(
     if writer == "attention":
         return inputs, hidden.flatten(0, -2).to(inputs.device, non_blocking=True)
     return inputs, None
-
-
-def _check_finite(linear: str, total: Moments) -> None:
-    if not bool(torch.isfinite(total.inputs).all() and torch.isfinite(total.drift).all()):
-        raise MethodError(
-            f"The inputs of {linear} overflow: NaN or infinity among them. The model leaves the "
-            "range of the dtype it is walked in; set calibration.dtype to float32, or use more "
-            "bits or smaller groups."
-        )

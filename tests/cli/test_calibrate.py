@@ -151,6 +151,12 @@ def test_fixed_is_what_a_model_has_positions_for_and_2048_at_most(llama, tmp_pat
     assert set(result.lengths) == {512}
 
 
+def test_fixed_knows_the_positions_of_families_that_name_them_otherwise(tiny, tmp_path):
+    section = recipe(sequence_length="fixed").calibration
+    result = pipeline.calibrate(str(tiny("gpt2")), tmp_path / "cal", section)
+    assert set(result.lengths) == {512}
+
+
 def test_number_above_the_positions_is_refused(llama, tmp_path):
     section = recipe(sequence_length=2048).calibration
     with pytest.raises(DataError, match=r"is 2048, but the model has 512 .* number of at most 512"):

@@ -121,3 +121,11 @@ def test_damaged_checkpoint_is_one_line(cli: Cli, tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     for command in ("inspect", "bench", "eval"):
         one_line(cli(command, tmp_path))
+
+
+def test_no_data_and_data_at_once_is_one_line(cli: Cli, llama, tmp_path):
+    for options in (["--calibration", tmp_path], ["--set", "calibration.num_samples=4"]):
+        done = cli(
+            "quantize", "--method", "bcq", "--no-calibration", *options, llama, tmp_path / "o"
+        )
+        one_line(done, "--no-calibration")

@@ -1,5 +1,9 @@
 """The block walk must see what the whole model sees, in every family."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -112,3 +116,11 @@ def test_output_of_the_last_linear_is_added_to_what_around_returns(tiny, family)
     torch.testing.assert_close(inputs, block.inputs_of(linear, hidden))
     module = block._module.get_submodule(linear)
     torch.testing.assert_close(residual + module(inputs), block.run(hidden).flatten(0, -2))
+
+
+def test_family_that_normalizes_after_the_sum_has_no_residual_stream(tiny, tmp_path):
+    directory = Path(shutil.copytree(tiny("opt"), tmp_path / "opt"))
+    assert open_source(str(directory)).residual == ("self_attn.out_proj", "fc2")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "do_layer_norm_before": False}))
+    assert open_source(str(directory)).residual is None

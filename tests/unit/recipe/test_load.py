@@ -242,6 +242,33 @@ def test_recipes_load_without_torch():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ("my-key=3", "No 'my-key' in the recipe"),
+        ("weights.scheme.num-bits=3", "No 'num-bits' in weights.scheme. Did you mean 'num_bits'?"),
+        ("calibration.int=3", "No 'int' in calibration"),
+    ],
+)
+def test_key_that_is_no_name_is_named_as_it_was_given(setting, message):
+    with pytest.raises(RecipeError) as caught:
+        recipe_from_mapping({"weights": {"method": "rtn"}}, [setting])
+    assert str(caught.value).startswith(message)
+
+
+def test_override_of_the_group_dim_leaves_nothing_to_choose():
+    values = {
+        "method": "gptq",
+        "choose": {"group_dim": ["in_features", "out_features"]},
+        "overrides": [{"match": "*down*", "scheme": {"group_dim": "out_features"}}],
+    }
+    weights = recipe_from_mapping({"calibration": {}, "weights": values}).weights
+    down, other = resolve(weights, "mlp.down_proj"), resolve(weights, "mlp.up_proj")
+    assert down is not None and other is not None
+    assert (down.scheme.group_dim, down.choose.group_dim) == ("out_features", ())
+    assert other.choose.group_dim == ("in_features", "out_features")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
         ("calibration.sequence_length=x", "'match' or 'fixed' or a valid integer"),
         ("calibration.sequence_length=1", "greater than or equal to 2"),
         ("calibration.input_error=7", "'auto' or less than or equal to 1"),

@@ -44,19 +44,47 @@ def test_same_samples_give_the_same_bytes_and_are_recorded(llama, text_file, tmp
 def test_interrupted_run_resumes_to_the_same_bytes(llama, text_file, tmp_path, method):
     chosen = recipe(method, text_file)
     pipeline.quantize(str(llama), tmp_path / "whole", chosen)
+    interrupted(llama, tmp_path / "out", chosen)
+    pipeline.quantize(str(llama), tmp_path / "out", chosen, resume=True)
+    for name in ("model.safetensors", "config.json"):
+        assert file_hashes(tmp_path / "out")[name] == file_hashes(tmp_path / "whole")[name]
+
+
+def interrupted(llama, out_dir, chosen, **options):
+    """Start a run and stop it in the second block."""
     done = 0
 
     def stop(event, _values):
         nonlocal done
         done += event == "layer"
-        if done == 9:  # in the second block
+        if done == 9:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize(str(llama), tmp_path / "out", chosen, emit=stop)
+        pipeline.quantize(str(llama), out_dir, chosen, emit=stop, **options)
+
+
+def test_resume_with_other_samples_is_refused(llama, text_file, tmp_path):
+    chosen = recipe("gptq", text_file)
+    for name, count in (("a", 6), ("b", 7)):
+        section = recipe("gptq", text_file, num_samples=count).calibration
+        assert section is not None
+        pipeline.calibrate(str(llama), tmp_path / name, section)
+    interrupted(llama, tmp_path / "out", chosen, calib_dir=tmp_path / "a")
+    with pytest.raises(QtoolError, match="another calibration"):
+        pipeline.quantize(
+            str(llama), tmp_path / "out", chosen, resume=True, calib_dir=tmp_path / "b"
+        )
+
+
+def test_block_inputs_of_a_killed_run_are_not_in_the_checkpoint(llama, text_file, tmp_path):
+    chosen = recipe("gptq", text_file, cache="disk")
+    interrupted(llama, tmp_path / "out", chosen)
+    left = tmp_path / "out.partial" / "streams"
+    left.mkdir()
+    (left / "original.stream").write_bytes(b"0" * 100)
     pipeline.quantize(str(llama), tmp_path / "out", chosen, resume=True)
-    for name in ("model.safetensors", "config.json"):
-        assert file_hashes(tmp_path / "out")[name] == file_hashes(tmp_path / "whole")[name]
+    assert not (tmp_path / "out" / "streams").exists()
 
 
 def test_data_lowers_the_error_of_the_outputs(llama, text_file, tmp_path):

@@ -4,7 +4,7 @@ from qtool import pipeline
 from qtool.errors import QtoolError, RecipeError, SchemeError, UnknownNameError
 from qtool.modeling.source import open_source
 from qtool.recipe.load import recipe_from_mapping
-from qtool.stages.plan import make_plan
+from qtool.stages.plan import make_plan, with_samples
 from tests.helpers import recipe
 
 RTN4 = {"method": "rtn", "scheme": {"num_bits": 4, "group_size": 32}}
@@ -144,3 +144,20 @@ def test_planning_reads_no_weights(llama, monkeypatch):
 
     monkeypatch.setattr(Shards, "read", lambda *_args: pytest.fail("read a weight"))
     assert len(pipeline.plan(str(llama), recipe()).layers) == 14
+
+
+def test_method_that_needs_data_is_refused_wherever_there_is_none(source):
+    with pytest.raises(RecipeError, match=r"q_proj: 'gptq' needs calibration data"):
+        plan_of(source, {"match": "*q_proj", "method": "gptq"})
+    table = {"method": "gptq", "scheme": {"num_bits": 4}}
+    for data in (None, {}):
+        with pytest.raises(RecipeError, match=r"embed_tokens: .* Use 'rtn' or 'bcq'"):
+            plan_of(source, embedding=table, calibration=data)
+
+
+def test_samples_are_drawn_if_any_layer_does_better_with_them():
+    plain = {"method": "rtn"}
+    mixed = {**plain, "overrides": [{"match": "*", "method": "gptq"}]}
+    for weights, wanted in ((plain, False), (mixed, True), ({"method": "bcq"}, True)):
+        chosen = with_samples(recipe_from_mapping({"weights": weights}))
+        assert (chosen.calibration is not None) == wanted
