@@ -150,7 +150,7 @@ def test_method_that_needs_data_is_refused_wherever_there_is_none(source):
     with pytest.raises(RecipeError, match=r"q_proj: 'gptq' needs calibration data"):
         plan_of(source, {"match": "*q_proj", "method": "gptq"})
     table = {"method": "gptq", "scheme": {"num_bits": 4}}
-    for data in (None, {}):
+    for data in (None, {"num_samples": 4}):
         with pytest.raises(RecipeError, match=r"embed_tokens: .* Use 'rtn' or 'bcq'"):
             plan_of(source, embedding=table, calibration=data)
 
