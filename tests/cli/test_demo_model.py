@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 DEMO = "demo:smollm2"
 # First 4 windows of 1024 tokens of wikitext2-test, float32 on a CPU.
 OPTIONS = pipeline.EvalOptions(context_length=1024, max_windows=4)
-PERPLEXITY = {"original": 23.239, "rtn-w4g64": 31.337}
+PERPLEXITY = {"original": 23.239, "rtn-w4g64": 31.337, "bcq-w3g128-demo": 32.906}
 BCQ_SECONDS = 180
 
 
@@ -61,6 +61,19 @@ def test_binary_coding_without_data_takes_minutes_not_hours(tmp_path):
     from qtool.recipe.load import load_recipe
 
     started = time.perf_counter()
-    result = pipeline.quantize(DEMO, tmp_path / "bcq", load_recipe("bcq-w4g128"))
+    result = pipeline.quantize(DEMO, tmp_path / "bcq", load_recipe("bcq-w4g128-data-free"))
     assert time.perf_counter() - started < BCQ_SECONDS
     assert max(layer.metrics["nmse"] for layer in result.layers) < 0.05
+
+
+def test_perplexity_of_three_calibrated_bits_is_the_known_one(tmp_path):
+    from qtool.recipe.load import load_recipe
+
+    chosen = load_recipe("bcq-w3g128-demo")
+    result = pipeline.quantize(DEMO, tmp_path / "bcq", chosen)
+    assert result.average_bits < 3.6
+    assert not [layer.name for layer in result.layers if layer.fallback]
+    (measured,) = pipeline.evaluate(str(tmp_path / "bcq"), OPTIONS).figures
+    assert measured.perplexity is not None
+    known = PERPLEXITY["bcq-w3g128-demo"]
+    assert measured.perplexity.perplexity == pytest.approx(known, rel=0.02)
