@@ -1,7 +1,7 @@
 """Error feedback: quantize column by column and let the columns that are left absorb the error.
 
 Source: GPTQ (arXiv 2210.17323). With H^-1 = U^T U, the error of column c divided by U[c, c] is
-spread over the later columns along U[c, c:]. One loop serves every grid; weights are columns
+spread over the later columns along U[c, c:]. The loop is that of `column_loop`; weights are columns
 first, (n, rows), see `grids`.
 
 Identity (a test holds it): with E the scaled errors, Y - Q = U^T E for the weights Y that went in,
@@ -10,17 +10,12 @@ so the loss tr((W - Q) H (W - Q)^T) is the squared norm of E.
 
 import itertools
 from collections.abc import Callable
-from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from qtool.core.graphs import TensorFunction, column_kernels, replay
+from qtool.core.column_loop import loop, walk_columns
 from qtool.core.grids import Pick
-
-STRIP = 16
-"""Columns whose errors are passed on together to the columns behind them: a matrix product moves
-them through memory once, where one outer product per column would sixteen times."""
 
 SolveBlock = Callable[[int, int, Tensor, Tensor], Tensor]
 """(start, stop, weights of the block (columns, rows), its part of U) -> scaled errors E."""
@@ -40,40 +35,17 @@ def encode_columns(
     Returns:
         Codes (columns, rows) uint8 and levels (columns, rows) float32.
     """
-    shares = upper / upper.diagonal().unsqueeze(1)  # error of column c, shared along row c
-    kernels = column_kernels(weight.device)
-    if kernels and kernels.supports(pick, weight, tables):
-        return kernels.walk(pick, weight, shares, tables)
-    codes, levels = replay(_encoder(pick), weight, shares, *tables)
-    return codes, levels
+    return walk_columns(pick, weight, _shares(upper), tables)
 
 
 def encode_adapting(weight: Tensor, upper: Tensor, pick: Pick) -> tuple[Tensor, Tensor]:
     """Do the same with a `pick` that remembers: it may fit the levels to the values it sees."""
-    shares = upper / upper.diagonal().unsqueeze(1)
-    return _encode(pick, weight, shares)
+    return loop(pick, weight, _shares(upper), ())
 
 
-@cache
-def _encoder(pick: Pick) -> TensorFunction:
-    """Return the column loop for one kind of grid: one object per kind, which names its graph."""
-    return partial(_encode, pick)
-
-
-def _encode(pick: Pick, weight: Tensor, shares: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor]:
-    work = weight.clone()
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    levels = torch.empty_like(weight)
-    for start in range(0, len(work), STRIP):
-        stop = min(start + STRIP, len(work))
-        errors = torch.empty_like(work[start:stop])
-        for column in range(start, stop):
-            codes[column], levels[column] = pick(tables, column, work[column])
-            error = errors[column - start]
-            torch.sub(work[column], levels[column], out=error)
-            work[column + 1 : stop].addr_(shares[column, column + 1 : stop], error, alpha=-1)
-        work[stop:].addmm_(shares[start:stop, stop:].T, errors, alpha=-1)
-    return codes, levels
+def _shares(upper: Tensor) -> Tensor:
+    """Return how the error of column c is shared by the later ones, along row c."""
+    return upper / upper.diagonal().unsqueeze(1)
 
 
 def scaled_errors(weight: Tensor, levels: Tensor, upper: Tensor) -> Tensor:

@@ -109,28 +109,47 @@ class OutputError:
         return self.error / max(self.power, 1e-30)
 
 
-def output_error(moments: Moments, weight: Tensor, quantized: Tensor) -> OutputError:
-    """Return the mean of ||e + W d + (W - Q) x||^2 and of ||W x_o||^2.
+@dataclass(frozen=True, slots=True)
+class OutputErrors:
+    """Measures what becomes of one weight's output; what doesn't depend on Q is computed once."""
+
+    moments: Moments
+    weight: Tensor  # W, (out_features, in_features) float32
+    upstream: Tensor  # mean of W d x^T, likewise
+    carried: Tensor  # mean of ||e + W d||^2, () float64
+    power: Tensor  # mean of ||W x_o||^2, () float64
+
+    def of(self, quantized: Tensor) -> OutputError:
+        """Return the mean of ||e + W d + (W - Q) x||^2, beside that of ||W x_o||^2.
+
+        Args:
+            quantized: Q, (out_features, in_features) float32.
+        """
+        change = self.weight - quantized
+        error = self.carried + _dot(change @ self.moments.inputs, change)
+        error = error + 2 * _dot(self.upstream, change)
+        if self.moments.residual is not None:
+            error = error + 2 * _dot(self.moments.residual, change)
+        return OutputError(max(float(error), 0.0), max(float(self.power), 0.0))
+
+
+def output_errors(moments: Moments, weight: Tensor) -> OutputErrors:
+    """Return what measures the errors of one weight.
 
     Args:
         moments: Means, with what errors need.
         weight: W, (out_features, in_features) float32.
-        quantized: Q, likewise.
     """
     assert moments.drift_power is not None
-    change = weight - quantized
-    upstream = weight @ moments.drift  # W d x^T
-    drifted = weight @ moments.drift_power
-    error = _dot(drifted, weight) + _dot(change @ moments.inputs, change)
-    error = error + 2 * _dot(upstream, change)
+    upstream = weight @ moments.drift
+    drifted = _dot(weight @ moments.drift_power, weight)
+    carried = drifted
     if moments.residual is not None:
         assert moments.residual_drift is not None and moments.residual_power is not None
-        error = error + moments.residual_power.double()
-        error = error + 2 * _dot(moments.residual, change)
-        error = error + 2 * _dot(moments.residual_drift, weight)
-    power = _dot(weight @ moments.inputs, weight) + _dot(drifted, weight)
-    power = power + 2 * _dot(upstream, weight)
-    return OutputError(max(float(error), 0.0), max(float(power), 0.0))
+        carried = carried + moments.residual_power.double()
+        carried = carried + 2 * _dot(moments.residual_drift, weight)
+    power = _dot(weight @ moments.inputs, weight) + drifted + 2 * _dot(upstream, weight)
+    return OutputErrors(moments, weight, upstream, carried, power)
 
 
 def added_error(moments: Moments, target: Tensor, quantized: Tensor) -> float:

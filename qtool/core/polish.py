@@ -7,14 +7,12 @@ Weights are columns first, (n, rows), see `grids`.
 
 import itertools
 from collections.abc import Iterator
-from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from qtool.core.error_feedback import STRIP
-from qtool.core.graphs import TensorFunction, column_kernels, replay
-from qtool.core.grids import AffineGrid, Grid, Pick, within_factor_two
+from qtool.core.column_loop import walk_columns
+from qtool.core.grids import AffineGrid, Grid, within_factor_two
 from qtool.core.linalg import TINY, solve_spd
 
 COLUMN_BLOCK = 64
@@ -48,12 +46,12 @@ def descend_codes(
         hessian: (n, n) float32.
     """
     for start, stop, groups in column_blocks(grid, edges):
-        codes[start:stop], chosen = _descend_block(
+        codes[start:stop], chosen = walk_columns(
             grid.pick,
-            levels[start:stop],
             gradient[start:stop],
             hessian[start:stop, start:stop],
             grid.tables(groups),
+            levels[start:stop],
         )
         step = chosen - levels[start:stop]
         levels[start:stop] = chosen
@@ -73,41 +71,6 @@ def column_blocks(grid: Grid, edges: list[int]) -> Iterator[tuple[int, int, list
     for start in range(0, len(spans), COLUMN_BLOCK):
         stop = min(start + COLUMN_BLOCK, len(spans))
         yield start, stop, list(range(start, stop))
-
-
-def _descend_block(
-    pick: Pick, levels: Tensor, gradient: Tensor, block: Tensor, tables: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
-    kernels = column_kernels(levels.device)
-    if kernels and kernels.supports(pick, levels, tables):
-        return kernels.walk(pick, gradient, block, tables, levels)
-    codes, chosen = replay(_descender(pick), levels, gradient, block, *tables)
-    return codes, chosen
-
-
-@cache
-def _descender(pick: Pick) -> TensorFunction:
-    """Return the column loop for one kind of grid: one object per kind, which names its graph."""
-    return partial(_descend, pick)
-
-
-def _descend(
-    pick: Pick, levels: Tensor, gradient: Tensor, block: Tensor, *tables: Tensor
-) -> tuple[Tensor, Tensor]:
-    local = gradient.clone()
-    chosen = torch.empty_like(levels)
-    codes = torch.empty(levels.shape, dtype=torch.uint8, device=levels.device)
-    for start in range(0, len(levels), STRIP):
-        stop = min(start + STRIP, len(levels))
-        steps = torch.empty_like(levels[start:stop])
-        for column in range(start, stop):
-            target = levels[column] - local[column] / block[column, column]
-            codes[column], chosen[column] = pick(tables, column, target)
-            step = steps[column - start]
-            torch.sub(chosen[column], levels[column], out=step)
-            local[column + 1 : stop].addr_(block[column, column + 1 : stop], step)
-        local[stop:].addmm_(block[start:stop, stop:].T, steps)
-    return codes, chosen
 
 
 def refit(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from qtool.base import QuantizedTensor
 from qtool.core.packing import unpack_bits
-from qtool.scheme import Shape2D, WeightScheme
 
 TILE_ROWS = 16
 UNIT = 256
@@ -29,13 +28,6 @@ class Tiles:
     scales: Tensor
     """(row_tiles, num_groups, 8, num_bits + offset, 2) float16: of rows g and g + 8, the offset
     last."""
-    scheme: WeightScheme
-    shape: Shape2D
-
-    @property
-    def has_offset(self) -> bool:
-        """Whether the last of the parameters is an offset."""
-        return not self.scheme.symmetric
 
 
 def pack(tensor: QuantizedTensor) -> Tiles:
@@ -43,12 +35,12 @@ def pack(tensor: QuantizedTensor) -> Tiles:
 
     Rows are padded to 16 and inputs to 256; the kernels give padding an input of zero.
     """
-    scheme, shape = tensor.scheme, tensor.shape
+    shape = tensor.shape
     bits = unpack_bits(tensor.parts["bit_planes"], shape.in_features)
     padded = torch.nn.functional.pad(
         bits, (0, -shape.in_features % UNIT, 0, -shape.out_features % TILE_ROWS)
     )
-    return Tiles(pack_planes(padded), _pack_parameters(_parameters(tensor)), scheme, shape)
+    return Tiles(pack_planes(padded), _pack_parameters(_parameters(tensor)))
 
 
 def _parameters(tensor: QuantizedTensor) -> Tensor:
@@ -102,8 +94,6 @@ class Keys:
 
     keys: Tensor  # (words, num_bits, padded rows) int32
     scales: Tensor  # (num_groups, num_bits + offset, padded rows) float16
-    scheme: WeightScheme
-    shape: Shape2D
 
 
 def pack_keys(tensor: QuantizedTensor, rows: int) -> Keys:
@@ -115,6 +105,4 @@ def pack_keys(tensor: QuantizedTensor, rows: int) -> Keys:
     return Keys(
         padded.contiguous(),
         torch.nn.functional.pad(stacked, (0, padding)).contiguous(),
-        tensor.scheme,
-        tensor.shape,
     )

@@ -14,7 +14,7 @@ from qtool.base import Env, LayerProblem, LayerSolution
 from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.core.hessian import MAX_DAMPING
-from qtool.core.moments import OutputError, Shifter, added_error, output_error
+from qtool.core.moments import OutputError, Shifter, added_error, output_errors
 from qtool.data.calibration import CalibrationSet, batches
 from qtool.errors import MethodError
 from qtool.modeling.blocks import Block, BlockModel
@@ -175,21 +175,22 @@ class _Step:
             _candidate(alternative, target, statistics, self.env) for alternative in alternatives
         ]
         held_out = statistics.held_out
-        errors = [output_error(held_out, weight, quantized) for _, quantized in candidates]
-        rounding = added_error(held_out, target, candidates[0][1])
-        best = choose([error.error for error in errors], clearly=CLEARLY * rounding)
+        measure = output_errors(held_out, weight)
+        errors = [measure.of(quantized) for _, quantized in candidates]
+        added = [added_error(held_out, target, quantized) for _, quantized in candidates]
+        best = choose([error.error for error in errors], clearly=CLEARLY * added[0])
         solution, quantized = candidates[best]
         check_stored(layer.name, solution.tensor, weight)
         self._check_fallback(layer, solution)
         nearest = round_to_nearest(alternatives[best], weight)
-        rounded = output_error(held_out, weight, nearest)
+        rounded = measure.of(nearest)
         self._check_gain(layer, rounded, errors[best])
         power = max(rounded.power, 1e-30)
         notes = {
             **solution.metrics,
             "output_error": errors[best].relative,
             "output_error_rounded": rounded.relative,
-            "added_error": added_error(held_out, target, quantized) / power,
+            "added_error": added[best] / power,
             "added_error_rounded": added_error(held_out, weight, nearest) / power,
             "input_error_strength": strength,
             "tokens_per_input": statistics.tokens_per_input,

@@ -45,7 +45,7 @@ def test_output_error_is_that_of_the_tokens(with_residual, seed, scale):
     residual = residual if with_residual else None
     weight = normal(OUTPUTS, INPUTS, seed=seed + 3)
     quantized = weight + scale * normal(OUTPUTS, INPUTS, seed=seed + 4)
-    got = moments.output_error(summed(x, drift, residual), weight, quantized)
+    got = moments.output_errors(summed(x, drift, residual), weight).of(quantized)
     error, power = exact(x, drift, residual, weight, quantized)
     assert got.error == pytest.approx(error, rel=1e-3)
     assert got.power == pytest.approx(power, rel=1e-3)
@@ -97,10 +97,10 @@ def test_chosen_strength_is_the_best_on_held_out_tokens(with_residual):
     weight = normal(OUTPUTS, INPUTS, seed=3)
     target, strength = shifter(train, held_out).shift(weight, None)
     assert 0 < strength <= 1
-    chosen = moments.output_error(held_out, weight, target).error
+    chosen = moments.output_errors(held_out, weight).of(target).error
     for fixed in (0.0, 0.5 * strength, min(1.0, 1.5 * strength), 1.0):
         other_target, _ = shifter(train, held_out).shift(weight, fixed)
-        assert chosen <= moments.output_error(held_out, weight, other_target).error * (1 + 1e-5)
+        assert chosen <= moments.output_errors(held_out, weight).of(other_target).error * (1 + 1e-5)
 
 
 def test_shift_that_hurts_on_held_out_tokens_is_left_out():

@@ -88,16 +88,20 @@ def with_residual():
     return [f for f in plugins.names(qtool.modeling.adapters) if adapter(f).residual is not None]
 
 
+def first_block(directory):
+    """Return the first block of a model and what it is called with."""
+    walked = BlockModel(open_source(str(directory)), "cpu")
+    hidden = walked.capture(tokens()[:1])[0]
+    return walked.load(0), hidden
+
+
 def adapter(family):
     return plugins.load(qtool.modeling.adapters, family, "ADAPTER", ModelAdapter)
 
 
 @pytest.mark.parametrize("family", with_residual())
 def test_residual_linears_are_all_that_a_block_adds_to_its_input(tiny, family):
-    source = open_source(str(tiny(family)))
-    walked = BlockModel(source, "cpu")
-    hidden = walked.capture(tokens()[:1])[0]
-    block = walked.load(0)
+    block, hidden = first_block(tiny(family))
     assert not torch.equal(block.run(hidden), hidden)
     for linear in adapter(family).residual:
         for parameter in block._module.get_submodule(linear).parameters():
@@ -107,10 +111,7 @@ def test_residual_linears_are_all_that_a_block_adds_to_its_input(tiny, family):
 
 @pytest.mark.parametrize("family", with_residual())
 def test_output_of_the_last_linear_is_added_to_what_around_returns(tiny, family):
-    source = open_source(str(tiny(family)))
-    walked = BlockModel(source, "cpu")
-    hidden = walked.capture(tokens()[:1])[0]
-    block = walked.load(0)
+    block, hidden = first_block(tiny(family))
     linear = adapter(family).residual[1]
     inputs, residual = block.around(linear, hidden)
     torch.testing.assert_close(inputs, block.inputs_of(linear, hidden))

@@ -1,0 +1,98 @@
+"""The column loop: quantize the columns of one block in order, each moving those that are left.
+
+Error feedback and coordinate descent are the same walk. They differ in what they work on (values to
+quantize, or a gradient) and in the matrix that says how a column's step moves the later ones.
+Weights are columns first, (columns, rows), see `grids`.
+"""
+
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from qtool.core.graphs import TensorFunction, column_kernels, replay
+from qtool.core.grids import Pick
+
+STRIP = 16
+"""Columns whose steps are passed on together to the columns behind them: a matrix product moves
+them through memory once, where one outer product per column would sixteen times."""
+
+
+def walk_columns(
+    pick: Pick,
+    work: Tensor,
+    matrix: Tensor,
+    tables: tuple[Tensor, ...],
+    levels: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Quantize the columns of one block in order, the fastest way that the device has.
+
+    Args:
+        pick: Quantizes one column.
+        work: (columns, rows) float32, not changed. Error feedback: the values to quantize.
+            Coordinate descent: the gradient.
+        matrix: (columns, columns) float32. Error feedback: row c says how the error of column c is
+            shared. Coordinate descent: the block of the Hessian.
+        tables: The levels of the block's columns, for `pick`.
+        levels: (columns, rows) float32, the levels so far: descend. None: feed errors back.
+
+    Returns:
+        Codes (columns, rows) uint8 and levels (columns, rows) float32.
+    """
+    kernels = column_kernels(work.device)
+    if kernels and kernels.supports(pick, work, tables):
+        return kernels.walk(pick, work, matrix, tables, levels)
+    if levels is None:
+        codes, chosen = replay(_feeding(pick), work, matrix, *tables)
+    else:
+        codes, chosen = replay(_descending(pick), work, matrix, levels, *tables)
+    return codes, chosen
+
+
+@cache
+def _feeding(pick: Pick) -> TensorFunction:
+    """Return the loop for one kind of grid: one object per kind, which names its graph."""
+    return partial(_feed, pick)
+
+
+@cache
+def _descending(pick: Pick) -> TensorFunction:
+    """Return the loop that descends, likewise."""
+    return partial(_descend, pick)
+
+
+def _feed(pick: Pick, work: Tensor, matrix: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor]:
+    return loop(pick, work, matrix, tables)
+
+
+def _descend(
+    pick: Pick, work: Tensor, matrix: Tensor, levels: Tensor, *tables: Tensor
+) -> tuple[Tensor, Tensor]:
+    return loop(pick, work, matrix, tables, levels)
+
+
+def loop(
+    pick: Pick,
+    work: Tensor,
+    matrix: Tensor,
+    tables: tuple[Tensor, ...],
+    levels: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Do what `walk_columns` does in plain torch; `pick` may remember what it has seen."""
+    work = work.clone()
+    chosen = torch.empty_like(work)
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    for start in range(0, len(work), STRIP):
+        stop = min(start + STRIP, len(work))
+        steps = torch.empty_like(work[start:stop])
+        for column in range(start, stop):
+            old = value = work[column]
+            if levels is not None:
+                old = levels[column]
+                value = old - work[column] / matrix[column, column]
+            codes[column], chosen[column] = pick(tables, column, value)
+            step = steps[column - start]
+            torch.sub(chosen[column], old, out=step)
+            work[column + 1 : stop].addr_(matrix[column, column + 1 : stop], step)
+        work[stop:].addmm_(matrix[start:stop, stop:].T, steps)
+    return codes, chosen
