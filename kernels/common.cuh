@@ -25,6 +25,43 @@ DEVICE quad load_stream(const quad *address) {
     return v;
 }
 
+// The same into shared memory, 16 bytes, without waiting: `fetched` says when.
+DEVICE void fetch(void *shared, const void *address) {
+    u32 target = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(address) : "memory");
+}
+DEVICE void end_of_fetches() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Wait until all but the last PENDING groups of this thread's fetches are there.
+template <int PENDING> DEVICE void fetched() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Programmatic dependent launch: let the next kernel of the stream start; wait until all before
+// this one have ended and their writes are visible. Weights may be read before that, nothing else.
+DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// A float and a mark, written and read as one: who sees the mark sees the float.
+DEVICE void store_marked(u64 *place, float value, u32 mark) {
+    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1,%2};"
+                 ::"l"(place), "r"(__float_as_int(value)), "r"(mark) : "memory");
+}
+DEVICE u32 load_marked(const u64 *place, float *value) {
+    u32 bits, mark;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];"
+                 : "=r"(bits), "=r"(mark) : "l"(place) : "memory");
+    *value = __int_as_float((int)bits);
+    return mark;
+}
+
 DEVICE float half_to_float(u16 bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
@@ -44,6 +81,34 @@ DEVICE void mma(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+
+// The same with C apart from D.
+DEVICE void mma_from(float *d, const float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1),
+          "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// 2^x and 1/x, to a few units in the last place.
+DEVICE float exp2_fast(float x) {
+    float value;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
+DEVICE float reciprocal(float x) {
+    float value;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
+DEVICE float inverse_root(float x) {
+    float value;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
+
+DEVICE void sync_warp() { __syncwarp(); }
 
 DEVICE float shuffle_xor(float value, int lanes) {
     return __shfl_xor_sync(0xffffffffu, value, lanes);

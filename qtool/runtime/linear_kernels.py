@@ -4,7 +4,6 @@ What launches is passed in, so all but the launch itself is tested without a car
 tests/kernels/host.py launches the same text on a CPU.
 """
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +12,8 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.formats import affine, binary_coding
 from qtool.runtime import tiles
+from qtool.runtime.launch import Call, Card, Launch
 from qtool.runtime.tiles import TILE_ROWS, UNIT, Tiles
-
-Argument = Tensor | int | None
-"""A pointer, a 32-bit number, or a null pointer."""
 
 MAX_TOKENS = 16
 """With more tokens a dequantized weight and torch's matrix product are faster."""
@@ -24,31 +21,6 @@ THREADS, WARPS = 256, 8
 DEQUANTIZE_THREADS, DEQUANTIZE_WARPS = 128, 4
 BLOCK = 32
 """Inputs of the finest group that the tiled kernels take."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One launch."""
-
-    file: str
-    kernel: str
-    constants: Mapping[str, int]
-    grid: tuple[int, int, int]
-    threads: int
-    shared_bytes: int
-    arguments: Sequence[Argument]
-
-
-Launch = Callable[[Call], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """What decides a grid."""
-
-    multiprocessors: int
-    shared_bytes: int
-    """Of shared memory that a block may take, at most."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,22 @@ DEVICE unsigned short float_to_half(float value) {
 DEVICE float float_of_bits(unsigned bits) { float v; memcpy(&v, &bits, 4); return v; }
 DEVICE unsigned bits_of_float(float value) { unsigned b; memcpy(&b, &value, 4); return b; }
 DEVICE quad load_stream(const quad *address) { return *address; }
+DEVICE void fetch(void *shared, const void *address) { memcpy(shared, address, 16); }
+DEVICE void end_of_fetches() {}
+template <int PENDING> DEVICE void fetched() {}
+DEVICE void let_next_start() {}
+DEVICE void wait_for_previous() {}
+DEVICE void store_marked(uint64_t *place, float value, unsigned mark) {
+    *place = (uint64_t)mark << 32 | bits_of_float(value);
+}
+DEVICE unsigned load_marked(const uint64_t *place, float *value) {
+    *value = float_of_bits((unsigned)*place);
+    return (unsigned)(*place >> 32);
+}
+DEVICE float exp2_fast(float x) { return exp2f(x); }
+DEVICE float reciprocal(float x) { return 1.0f / x; }
+DEVICE float inverse_root(float x) { return 1.0f / sqrtf(x); }
+DEVICE void sync_warp() { host::meet_warp(); }
 
 DEVICE float shuffle_xor(float value, int lanes) {
     int lane = (int)threadIdx.x % 32;
@@ -147,4 +163,10 @@ DEVICE void mma(float *c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, un
         c[i] = (float)sum;
     }
     host::meet_warp();
+}
+DEVICE void mma_from(float *d, const float *start, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                     unsigned b0, unsigned b1) {
+    float c[4] = {start[0], start[1], start[2], start[3]};
+    mma(c, a0, a1, a2, a3, b0, b1);
+    memcpy(d, c, sizeof c);
 }

@@ -35,7 +35,7 @@ class HostKernel:
     def __init__(self, function, parameters: list[str]) -> None:
         self._function, self._parameters = function, parameters
 
-    def __call__(self, grid, threads: int, shared: int, *arguments: Tensor | int | None) -> None:
+    def __call__(self, grid, threads: int, shared: int, *arguments: Tensor | float | None) -> None:
         """Run it to the end; raises where its threads wait for one another for ever."""
         assert len(arguments) == len(self._parameters), self._parameters
         values: list[Any] = [ctypes.c_int(value) for value in (*grid, threads)]
@@ -46,12 +46,14 @@ class HostKernel:
             raise AssertionError("threads wait for one another for ever")
 
 
-def _value(argument: Tensor | int | None, parameter: str):
+def _value(argument: Any, parameter: str):
     if isinstance(argument, Tensor):
         assert "*" in parameter, parameter
         assert argument.is_contiguous()
         return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.c_void_p(None) if argument is None else ctypes.c_int(argument)
+    if argument is None:
+        return ctypes.c_void_p(None)
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int(argument)
 
 
 @functools.cache

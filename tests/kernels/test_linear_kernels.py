@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qtool.runtime import linear_kernels
-from qtool.runtime.linear_kernels import Call, Card
+from qtool.runtime.launch import Call, Card
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal

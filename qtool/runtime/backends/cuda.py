@@ -12,7 +12,8 @@ from qtool.base import KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.formats import affine, binary_coding
 from qtool.runtime import linear_kernels
-from qtool.runtime.linear_kernels import Argument, Call, Card, KernelWeight
+from qtool.runtime.launch import Argument, Call, Card
+from qtool.runtime.linear_kernels import KernelWeight
 from qtool.runtime.sources import kernel_source
 
 FORMATS = (affine.FORMAT, binary_coding.FORMAT)

@@ -1,0 +1,1 @@
+"""Decoding token by token: static cache, few launches, one CUDA graph per step."""

@@ -1,0 +1,37 @@
+"""A kernel launch as data, so that all that decides one is tested without a card."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Argument = Tensor | int | float | None
+"""A pointer, a 32-bit number, a float32, or a null pointer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One launch."""
+
+    file: str
+    """Of kernels/FILE.cu."""
+    kernel: str
+    constants: Mapping[str, int]
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    arguments: Sequence[Argument]
+
+
+Launch = Callable[[Call], None]
+"""Runs a kernel; returns at once. It may start before the one before it has ended: every kernel
+waits, by `wait_for_previous` of kernels/common.cuh, before it touches what isn't a weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What decides a grid."""
+
+    multiprocessors: int
+    shared_bytes: int
+    """Of shared memory that a block may take, at most."""
