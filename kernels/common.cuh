@@ -28,7 +28,11 @@ DEVICE quad load_stream(const quad *address) {
 // The same into shared memory, 16 bytes, without waiting: `fetched` says when.
 DEVICE void fetch(void *shared, const void *address) {
     u32 target = (u32)__cvta_generic_to_shared(shared);
+#ifdef L2_HINT
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(target), "l"(address) : "memory");
+#else
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(address) : "memory");
+#endif
 }
 DEVICE void end_of_fetches() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Wait until all but the last PENDING groups of this thread's fetches are there.
@@ -74,21 +78,33 @@ DEVICE u16 float_to_half(float value) {
     return bits;
 }
 
-// D = A B + C for one 16x8x16 tile, A and B float16, C and D float32.
-DEVICE void mma(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// The same with C apart from D.
-DEVICE void mma_from(float *d, const float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+// D = A B + C for one 16x8x16 tile, A and B float16, C and D float32. D may be C.
+DEVICE void mma(float *d, const float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%10,%11,%12,%13};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1),
           "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// The same on bytes, 16x8x32: A unsigned, B signed, C and D 32-bit integers.
+DEVICE void mma_bytes(int *d, const int *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%12,%13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1),
+          "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+// Four of the eight bytes of a (0..3) and b (4..7), which nibbles of `pick` name, lowest first.
+DEVICE u32 permute_bytes(u32 a, u32 b, u32 pick) { return __byte_perm(a, b, pick); }
+
+DEVICE int round_to_int(float value) { return __float2int_rn(value); }
+
+DEVICE u32 multiply_half2(u32 a, u32 b) {
+    u32 product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
 }
 
 // 2^x and 1/x, to a few units in the last place.
@@ -114,15 +130,28 @@ DEVICE float shuffle_xor(float value, int lanes) {
     return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
 
+DEVICE float shuffle_down(float value, int lanes) {
+    return __shfl_down_sync(0xffffffffu, value, lanes);
+}
+
 DEVICE float float_of_bits(u32 bits) { return __int_as_float((int)bits); }
 DEVICE u32 bits_of_float(float value) { return (u32)__float_as_int(value); }
 
 #endif
 
+DEVICE u32 shuffle_xor_bits(u32 value, int lanes) {
+    return bits_of_float(shuffle_xor(float_of_bits(value), lanes));
+}
+
 // 2^exponent for -126 <= exponent <= 127.
 DEVICE float power_of_two(int exponent) { return float_of_bits((u32)(exponent + 127) << 23); }
 
 DEVICE float bfloat_to_float(u16 bits) { return float_of_bits((u32)bits << 16); }
+
+// Both float16 of a word, added in float32.
+DEVICE float sum_half2(u32 pair) {
+    return half_to_float((u16)(pair & 0xffffu)) + half_to_float((u16)(pair >> 16));
+}
 
 // Round to nearest, ties to even; NaN stays NaN.
 DEVICE u16 float_to_bfloat(float value) {
@@ -138,6 +167,8 @@ DEVICE u16 float_to_bfloat(float value) {
 #define load_activation half_to_float
 #define store_activation float_to_half
 #endif
+
+DEVICE float silu(float x) { return x * reciprocal(1.0f + exp2_fast(-1.44269504f * x)); }
 
 // How the bits of a word are laid out (qtool/runtime/tiles.py packs them): a word holds 16 rows x 64
 // inputs / 32 lanes. Lane 4 g + t has rows g and g + 8 and, in each half of 32 inputs, inputs

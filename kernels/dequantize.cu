@@ -18,6 +18,8 @@ dequantize(const quad *planes, // [row_tiles][units][PLANES][32]
            const u32 *scales,  // [row_tiles][groups][8][PARAMETERS], rows g and g + 8
            u16 *weight,        // [out_features][in_features]
            int out_features, int in_features, int row_tiles, int units, int groups) {
+    let_next_start();
+    wait_for_previous();
     int lane = (int)threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     int index = (int)blockIdx.x * WARPS + (int)threadIdx.x / WARP;
     if (index >= row_tiles * units) return;
@@ -73,6 +75,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 gather_rows(const u32 *planes, // the same words, one by one
             const u32 *scales, const long long *index, u16 *rows, int in_features, int units,
             int groups) {
+    let_next_start();
+    wait_for_previous();
     int row = (int)index[blockIdx.x];
     int tile = row / TILE_ROWS, g = row % 8, r = row % TILE_ROWS / 8;
     for (int k = (int)threadIdx.x; k < in_features; k += THREADS) {

@@ -15,6 +15,8 @@ sign_flip(const u32 *planes,     // [num_bits][out_features][words], bit 0 = low
           int out_features, int in_features, int words, int num_bits, int group_size, int num_groups,
           int along_inputs) {    // 1: groups along in_features, parameters [out_features][num_groups];
                                  // 0: along out_features, parameters [num_groups][in_features]
+    let_next_start();
+    wait_for_previous();
     int row = (int)blockIdx.x * WARPS + (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
     int token = (int)blockIdx.y;
     u64 per_plane = along_inputs ? (u64)out_features * num_groups : (u64)num_groups * in_features;

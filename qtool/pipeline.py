@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import qtool
 from qtool.base import Emit, Env, ignore_events
@@ -25,12 +25,16 @@ from qtool.modeling.load import LoadedModel, default_device, load_model, load_to
 from qtool.modeling.source import ModelSource, open_source
 from qtool.recipe.schema import CalibrationSection, Recipe
 from qtool.runtime.select import use_backend
+from qtool.scheme import WeightScheme
 from qtool.stages.calibrate import calibrate as draw_calibration
 from qtool.stages.calibrate import measure_absmax, save_absmax, wanted_lengths
 from qtool.stages.calibrated import solve_calibrated
 from qtool.stages.memory import peak_memory
 from qtool.stages.plan import Plan, make_plan
 from qtool.stages.solve import LayerResult, solve_data_free
+
+if TYPE_CHECKING:
+    from qtool.bench.gpu import GpuResult
 
 REPORT_NAME = "quantization_report.json"
 FEW_BITS = 3
@@ -369,6 +373,61 @@ def bench(
             emit("timing", {"name": loaded.name})
             figures.append(_figures(loaded, perplexity=measured, speed=time_model(loaded)))
     return Comparison(tuple(figures), versions())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuOptions:
+    """What `bench_gpu` times, and how."""
+
+    synthetic: str | None = None
+    """Shapes of `qtool.bench.shapes`, in place of a checkpoint."""
+    scheme: WeightScheme = field(default_factory=lambda: WeightScheme(num_bits=4))
+    """Of the synthetic weights."""
+    kernel: str | None = None
+    """The kernel to run; None: the one chosen for each layer and batch size."""
+    peers: bool = False
+    """Also time kernels of other libraries, where they are installed."""
+    plot: Path | None = None
+    """Where the roofline goes, .png or .svg."""
+
+
+def bench_gpu(
+    model: str,
+    options: GpuOptions,
+    *,
+    baseline: str | None = None,
+    emit: Emit = ignore_events,
+) -> "GpuResult":
+    """Time the GPU kernels layer by layer, then the whole model and its original.
+
+    Args:
+        model: The checkpoint; not looked at if shapes are asked for.
+        options: What and how.
+        baseline: The original; None: what the checkpoint names as its source, if anything.
+        emit: Receives `timing` events.
+
+    Raises:
+        BackendError: there is no card.
+        MissingExtraError: CuPy or, for a plot, matplotlib isn't installed.
+    """
+    from qtool.bench import gpu, machine, plots, shapes, workload
+
+    kernel, device = options.kernel, machine.require_card()
+    gpu.check_kernel(kernel)
+    if options.plot is not None:
+        plots.check_plot(options.plot)
+    if options.synthetic is not None:
+        name, scheme = options.synthetic, options.scheme
+        work = workload.synthetic_workload(name, shapes.find(name), scheme, kernel, device)
+    else:
+        baseline = baseline or CheckpointReader(Path(model)).manifest.source
+        work = workload.checkpoint_workload(Path(model), baseline, kernel, device)
+    result = gpu.run(
+        *(work, gpu.on_card(device), versions()), kernel=kernel, with_peers=options.peers, emit=emit
+    )
+    if options.plot is not None:
+        plots.draw_roofline(options.plot, result)
+    return result
 
 
 @contextmanager

@@ -1,20 +1,41 @@
 """`qtool bench`."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qtool.cli import console
 from qtool.cli.figures import print_comparison
+from qtool.cli.kernel_figures import print_gpu_result
 from qtool.cli.options import BackendOption, JsonOption
-from qtool.errors import NotYetError
+
+DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 128
+PLOT_SUFFIXES = (".png", ".svg")
+NEEDS = {
+    "kernel": "--gpu",
+    "peers": "--gpu",
+    "plot": "--gpu",
+    "bits": "--synthetic",
+    "group_size": "--synthetic",
+}
+CLASHES = {
+    "backend": "--gpu",
+    "perplexity_windows": "--gpu",
+    "baseline": "--synthetic",
+    "out_dir": "--synthetic",
+}
+GPU = "With --gpu"
+SHAPES = "llama3-8b, llama2-7b, llama2-70b-layer or opt-175b-layer"
 
 
 def bench(
-    out_dir: Annotated[str, typer.Argument(help="Checkpoint.")],
+    context: typer.Context,
+    out_dir: Annotated[str | None, typer.Argument(help="Checkpoint; not with --synthetic.")] = None,
     gpu: Annotated[
-        bool, typer.Option("--gpu", help="Time the GPU kernels (later version).")
+        bool,
+        typer.Option("--gpu", help="Time the GPU kernels, layer by layer, and decoding on them."),
     ] = False,
     baseline: Annotated[
         str | None,
@@ -25,6 +46,45 @@ def bench(
     ] = 0,
     backend: BackendOption = None,
     json_file: JsonOption = None,
+    synthetic: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Random weights of known shapes: {SHAPES}. Implies --gpu.", rich_help_panel=GPU
+        ),
+    ] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=8,
+            help=f"Of --synthetic; default {DEFAULT_BITS}.",
+            rich_help_panel=GPU,
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help=f"Of --synthetic; default {DEFAULT_GROUP_SIZE}.", rich_help_panel=GPU
+        ),
+    ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            help="Run planes, lut, dequantize or sign_flip; default: the one chosen for a layer.",
+            rich_help_panel=GPU,
+        ),
+    ] = None,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers",
+            help="Also time torchao, GemLite and bitsandbytes, where installed.",
+            rich_help_panel=GPU,
+        ),
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the roofline: .png or .svg.", rich_help_panel=GPU)
+    ] = None,
 ) -> None:
     """Time a checkpoint against its original, in one run, and print sizes and bits.
 
@@ -33,21 +93,65 @@ def bench(
       qtool bench OUT_DIR --baseline MODEL
 
       qtool bench OUT_DIR --backend reference --json result.json
+
+      qtool bench OUT_DIR --gpu --peers --plot roofline.svg
+
+      qtool bench --synthetic llama3-8b --bits 2
     """
-    if gpu:
-        raise NotYetError(
-            "The GPU kernels come with a later version; without --gpu, `qtool bench` times the "
-            "model through torch."
-        )
+    _check_usage(context)
     from qtool import pipeline  # torch: slow
 
+    if gpu or synthetic is not None:
+        from qtool.scheme import WeightScheme
+
+        options = pipeline.GpuOptions(
+            synthetic=synthetic,
+            scheme=WeightScheme(
+                num_bits=bits or DEFAULT_BITS, group_size=group_size or DEFAULT_GROUP_SIZE
+            ),
+            kernel=kernel,
+            peers=peers,
+            plot=plot,
+        )
+        with console.progress() as emit:
+            measured = pipeline.bench_gpu(out_dir or "", options, baseline=baseline, emit=emit)
+        console.write_json(asdict(measured), json_file)
+        if console.wants_table(json_file):
+            print_gpu_result(measured)
+        return
     quality = None
     if perplexity_windows:
         quality = pipeline.EvalOptions(max_windows=perplexity_windows)
     with console.progress() as emit:
         result = pipeline.bench(
-            out_dir, baseline=baseline, backend=backend, quality=quality, emit=emit
+            str(out_dir), baseline=baseline, backend=backend, quality=quality, emit=emit
         )
     console.write_json(asdict(result), json_file)
     if console.wants_table(json_file):
         print_comparison(result)
+
+
+def _check_usage(context: typer.Context) -> None:
+    """Refuse options that would do nothing together.
+
+    Raises:
+        typer.BadParameter: exit code 2.
+    """
+    given = {name for name, value in context.params.items() if value not in (None, False, 0)}
+    modes = (
+        {"--synthetic", "--gpu"} if "synthetic" in given else {f"--{n}" for n in given & {"gpu"}}
+    )
+    messages = []
+    if not given & {"out_dir", "synthetic"}:
+        messages.append("Give OUT_DIR or, for shapes without weights, --synthetic NAME.")
+    for name in sorted(given):
+        option = "OUT_DIR" if name == "out_dir" else f"--{name.replace('_', '-')}"
+        if name in NEEDS and NEEDS[name] not in modes:
+            messages.append(f"{option} needs {NEEDS[name]}.")
+        if CLASHES.get(name) in modes:
+            messages.append(f"{option} doesn't go with {CLASHES[name]}.")
+    plot = context.params["plot"]
+    if plot is not None and plot.suffix not in PLOT_SUFFIXES:
+        messages.append(f"--plot takes a {' or '.join(PLOT_SUFFIXES)} file, not {plot}.")
+    if messages:
+        raise typer.BadParameter(" ".join(messages), ctx=context)

@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtool.checkpoint.manifest import QUANT_METHOD, LayerEntry, Manifest, manifest_from_config
 from qtool.errors import BackendError, CheckpointError
+from qtool.runtime.decoding.generate import accelerate
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, TiedHead
 
 
@@ -51,7 +52,7 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:  # noqa: ANN401
-        return model
+        return accelerate(model)
 
     def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:  # noqa: ANN401
         """Return True: the parts are buffers and are saved as they were loaded."""

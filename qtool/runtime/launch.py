@@ -5,8 +5,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-Argument = Tensor | int | float | None
-"""A pointer, a 32-bit number, a float32, or a null pointer."""
+
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """Memory that is zero when a kernel starts, and that it leaves as zeros: one per stream."""
+
+    words: int
+    """Of 64 bits."""
+
+
+Argument = Tensor | Zeros | int | float | None
+"""A pointer, a pointer to zeros, a 32-bit number, a float32, or a null pointer."""
 
 
 @dataclass(frozen=True, slots=True)

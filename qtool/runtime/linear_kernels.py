@@ -4,21 +4,30 @@ What launches is passed in, so all but the launch itself is tested without a car
 tests/kernels/host.py launches the same text on a CPU.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qtool.base import QuantizedTensor
+from qtool.errors import BackendError
 from qtool.formats import affine, binary_coding
-from qtool.runtime import tiles
+from qtool.runtime import planes, tiles
 from qtool.runtime.launch import Call, Card, Launch
-from qtool.runtime.tiles import TILE_ROWS, UNIT, Tiles
+from qtool.runtime.tiles import UNIT, Tiles
+from qtool.scheme import Shape2D, WeightScheme
 
+KERNELS = ("planes", "lut", "dequantize", "sign_flip")
+"""Names for `kernel=`: bit_plane_mma.cu, lut_gemm.cu, dequantize.cu and torch, sign_flip.cu."""
 MAX_TOKENS = 16
-"""With more tokens a dequantized weight and torch's matrix product are faster."""
-THREADS, WARPS = 256, 8
+"""With more tokens a dequantized weight and torch's matrix product are faster: measured."""
+RUN = 8
+"""Rows of gate, then of up, in a tile."""
+SIGN_FLIP_THREADS, SIGN_FLIP_ROWS = 256, 8
 DEQUANTIZE_THREADS, DEQUANTIZE_WARPS = 128, 4
+ROW_DIM = -2
+"""Of every stored part, where groups run along in_features."""
 BLOCK = 32
 """Inputs of the finest group that the tiled kernels take."""
 
@@ -27,39 +36,120 @@ BLOCK = 32
 class KernelWeight:
     """A binary-coded weight, ready for the kernels."""
 
-    tensor: QuantizedTensor
-    tiles: Tiles | None
-    """None: the tiled kernels can't group its inputs."""
+    scheme: WeightScheme
+    shape: Shape2D
     dtype: torch.dtype
     """Of the activations."""
+    tiles: Tiles | None
+    """None: the tiled kernels can't group its inputs."""
+    stored: QuantizedTensor | None
+    """The parts as stored, if they were to be kept or there are no tiles."""
 
     @property
-    def constants(self) -> dict[str, int]:
-        """Return the macros of the tiled kernels."""
-        scheme, inputs = self.tensor.scheme, self.tensor.shape.in_features
-        whole = -(-inputs // UNIT) * UNIT
-        size = scheme.group_size or inputs
-        values = {"PLANES": scheme.num_bits, "GROUP": size if size < inputs else whole}
-        values["OFFSET"] = int(not scheme.symmetric)
-        return values | self.activation
+    def layout(self) -> planes.Layout:
+        """Return what the tiled kernels are compiled for."""
+        inputs = self.shape.in_features
+        size = self.scheme.group_size or inputs
+        group = size if size < inputs else -(-inputs // UNIT) * UNIT
+        return planes.Layout(self.scheme.num_bits, group, int(not self.scheme.symmetric))
 
     @property
-    def activation(self) -> dict[str, int]:
+    def activation(self) -> Mapping[str, int]:
         """Return the macro that names the dtype of the activations."""
         return {"ACTIVATION_BF16": 1} if self.dtype == torch.bfloat16 else {}
 
+    def num_bytes(self) -> int:
+        """Return what a product reads: planes, scales and offsets."""
+        if self.tiles is not None:
+            parts = [self.tiles.planes, self.tiles.scales]
+        else:
+            parts = list(self.stored.parts.values()) if self.stored else []
+        return sum(part.numel() * part.element_size() for part in parts)
 
-def prepare(tensor: QuantizedTensor, dtype: torch.dtype) -> KernelWeight:
-    """Re-lay a weight of format `binary_coding`, or of `affine`: its offsets round to float16."""
-    if tensor.format == affine.FORMAT:
-        tensor = binary_coding.from_affine(tensor, torch.float16)
+
+def prepare(
+    tensor: QuantizedTensor, dtype: torch.dtype, *, keep_stored: bool = False
+) -> KernelWeight:
+    """Re-lay a weight of format `binary_coding`, or of `affine`: its offsets round to float16.
+
+    Args:
+        tensor: The weight, on the device that runs it.
+        dtype: Of the activations.
+        keep_stored: Hold on to the stored parts, which the kernel `lut` reads.
+    """
+    tensor = _binary(tensor)
     scheme, inputs = tensor.scheme, tensor.shape.in_features
     size = scheme.group_size or inputs
     tileable = scheme.group_dim == "in_features" and (size % BLOCK == 0 or size >= inputs)
-    return KernelWeight(tensor, tiles.pack(tensor) if tileable else None, dtype)
+    return KernelWeight(
+        scheme=scheme,
+        shape=tensor.shape,
+        dtype=dtype,
+        tiles=tiles.pack(tensor) if tileable else None,
+        stored=tensor if keep_stored or not tileable else None,
+    )
 
 
-def matmul(x: Tensor, weight: KernelWeight, launch: Launch, card: Card) -> Tensor:
+def _binary(tensor: QuantizedTensor) -> QuantizedTensor:
+    if tensor.format == affine.FORMAT:
+        return binary_coding.from_affine(tensor, torch.float16)
+    return tensor
+
+
+def fuse(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor | None:
+    """Put weights that share an input one below the other; None if their schemes differ."""
+    tensors = [_binary(tensor) for tensor in tensors]
+    first = tensors[0]
+    for other in tensors[1:]:
+        alike = other.format == first.format and other.scheme == first.scheme
+        if not alike or other.shape.in_features != first.shape.in_features:
+            return None
+    if first.scheme.group_dim != "in_features":
+        return None
+    rows = sum(tensor.shape.out_features for tensor in tensors)
+    parts = {
+        name: torch.cat([tensor.parts[name] for tensor in tensors], dim=ROW_DIM)
+        for name in first.parts
+    }
+    shape = Shape2D(rows, first.shape.in_features)
+    return QuantizedTensor(first.format, first.scheme, shape, parts)
+
+
+def interleave(gate: QuantizedTensor, up: QuantizedTensor) -> QuantizedTensor | None:
+    """Let eight rows of gate and eight of up alternate; None where that can't be."""
+    fused = fuse([gate, up])
+    if fused is None or gate.shape != up.shape or gate.shape.out_features % RUN != 0:
+        return None
+    order = interleaved_order(gate.shape.out_features)
+    parts = {
+        name: part.index_select(ROW_DIM, order.to(part.device))
+        for name, part in fused.parts.items()
+    }
+    return QuantizedTensor(fused.format, fused.scheme, fused.shape, parts)
+
+
+def interleaved_order(rows: int) -> Tensor:
+    """Return where the rows of [gate; up] go: (2 rows,) int64."""
+    return torch.arange(2 * rows).view(2, rows // RUN, RUN).transpose(0, 1).flatten()
+
+
+def choose(weight: KernelWeight, tokens: int) -> str:
+    """Return the name of the kernel that multiplies so many tokens."""
+    if tokens > MAX_TOKENS:
+        return "dequantize"
+    return "planes" if weight.tiles is not None else "sign_flip"
+
+
+def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
+    x: Tensor,
+    weight: KernelWeight,
+    launch: Launch,
+    card: Card,
+    *,
+    kernel: str | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
     """Return x @ W.T.
 
     Args:
@@ -67,69 +157,72 @@ def matmul(x: Tensor, weight: KernelWeight, launch: Launch, card: Card) -> Tenso
         weight: W.
         launch: Runs a kernel.
         card: Where.
+        kernel: One of KERNELS; None: `choose`.
+        residual: (tokens, out_features), added to the product.
+        gated: Rows of W are those of `interleave`: return silu(gate) * up.
 
     Returns:
-        (tokens, out_features) in the dtype of `x`.
+        (tokens, out_features) in the dtype of `x`; half as wide if gated.
+
+    Raises:
+        BackendError: the kernel asked for can't run this weight.
     """
-    if len(x) == 0:
-        return x.new_empty(0, weight.tensor.shape.out_features)
-    if len(x) > MAX_TOKENS:
-        return torch.nn.functional.linear(x, dequantize(weight, launch))
-    if weight.tiles is None:
-        return _by_definition(x, weight, launch)
-    return _by_planes(x, weight, weight.tiles, launch, card)
-
-
-def _by_planes(
-    x: Tensor, weight: KernelWeight, packed: Tiles, launch: Launch, card: Card
-) -> Tensor:
-    shape, batch = weight.tensor.shape, len(x)
-    row_tiles, units = packed.planes.shape[:2]
-    columns = 1 if batch == 1 else 8
-    fixed = (WARPS * TILE_ROWS + 1) * columns * 4
-    per_unit = UNIT // BLOCK * columns * (2 * BLOCK + 4)
-    most = (card.shared_bytes - fixed) // per_unit
-    wanted = -(-card.multiprocessors // row_tiles)  # a split more costs little, an idle one a lot
-    per_split = min(most, max(WARPS, -(-units // wanted)), units)
-    splits = -(-units // per_split)
-    padded = row_tiles * TILE_ROWS
-    y = x.new_empty(batch, shape.out_features)
-    partial = x.new_empty(splits, batch, padded, dtype=torch.float32) if splits > 1 else None
-    blocks = min(row_tiles, max(1, 2 * card.multiprocessors // splits))
-    launch(
-        Call(
-            "bit_plane_mma",
-            "bit_plane_mma",
-            {**weight.constants, "COLUMNS": columns},
-            (blocks, splits, -(-batch // columns)),
-            THREADS,
-            per_split * per_unit + fixed,
-            (
-                *(packed.planes, packed.scales, x, y, partial),
-                *(shape.out_features, shape.in_features, batch),
-                *(row_tiles, units, packed.scales.shape[1], per_split),
-            ),
+    kernel = kernel or choose(weight, len(x))
+    if kernel == "planes" and weight.tiles is not None and len(x) > 0:
+        epilogue = "gated" if gated else "none" if residual is None else "residual"
+        return planes.matmul(
+            x,
+            weight.tiles,
+            weight.shape.out_features,
+            weight.layout,
+            launch,
+            card,
+            epilogue=epilogue,
+            residual=residual,
         )
+    y = _plain(x, weight, launch, card, kernel)
+    if gated:
+        pairs = y.unflatten(-1, (-1, 2, RUN))
+        gate, up = pairs[..., 0, :].flatten(-2), pairs[..., 1, :].flatten(-2)
+        return torch.nn.functional.silu(gate) * up
+    return y if residual is None else y + residual
+
+
+def _plain(
+    x: Tensor, weight: KernelWeight, launch: Launch, card: Card, kernel: str
+) -> Tensor:
+    if len(x) == 0:
+        return x.new_empty(0, weight.shape.out_features)
+    if kernel == "dequantize":
+        return torch.nn.functional.linear(x, dequantize(weight, launch))
+    if weight.stored is None:
+        raise BackendError(
+            f"Kernel {kernel!r} reads a weight as it is stored, and that wasn't kept "
+            f"(keep_stored) or there is no such kernel. Kernels: {', '.join(KERNELS)}."
+        )
+    if kernel == "lut":
+        from qtool.runtime import lut
+
+        return lut.matmul(x, weight.stored, launch, card)
+    if kernel == "sign_flip":
+        return _by_definition(x, weight.stored, weight.activation, launch)
+    raise BackendError(
+        f"Kernel {kernel!r} can't run this weight ({weight.scheme}). Known: {', '.join(KERNELS)}."
     )
-    if partial is not None:
-        grid = (-(-shape.out_features // THREADS), batch, 1)
-        sizes = (shape.out_features, padded, batch, splits)
-        arguments = (partial, y, *sizes)
-        launch(Call("add_splits", "add_splits", weight.activation, grid, THREADS, 0, arguments))
-    return y
 
 
-def _by_definition(x: Tensor, weight: KernelWeight, launch: Launch) -> Tensor:
-    tensor, (rows, inputs) = weight.tensor, weight.tensor.shape
-    scheme, parts = tensor.scheme, tensor.parts
+def _by_definition(
+    x: Tensor, tensor: QuantizedTensor, activation: Mapping[str, int], launch: Launch
+) -> Tensor:
+    (rows, inputs), scheme, parts = tensor.shape, tensor.scheme, tensor.parts
     y = x.new_empty(len(x), rows)
     launch(
         Call(
             "sign_flip",
             "sign_flip",
-            weight.activation,
-            (-(-rows // WARPS), len(x), 1),
-            THREADS,
+            activation,
+            (-(-rows // SIGN_FLIP_ROWS), len(x), 1),
+            SIGN_FLIP_THREADS,
             0,
             (
                 *(parts["bit_planes"], parts["plane_scales"], parts.get("plane_offsets"), x, y),
@@ -143,18 +236,25 @@ def _by_definition(x: Tensor, weight: KernelWeight, launch: Launch) -> Tensor:
     return y
 
 
+def _macros(weight: KernelWeight) -> dict[str, int]:
+    layout = weight.layout
+    values = {"PLANES": layout.planes, "GROUP": layout.group, "OFFSET": layout.offset}
+    return {**values, **weight.activation}
+
+
 def dequantize(weight: KernelWeight, launch: Launch) -> Tensor:
     """Return W, (out_features, in_features) in the dtype of the activations."""
     if weight.tiles is None:
-        return binary_coding.dequantize(weight.tensor, torch.float32).to(weight.dtype)
-    packed, (rows, inputs) = weight.tiles, weight.tensor.shape
+        assert weight.stored is not None
+        return binary_coding.dequantize(weight.stored, torch.float32).to(weight.dtype)
+    packed, (rows, inputs) = weight.tiles, weight.shape
     row_tiles, units = packed.planes.shape[:2]
     dense = torch.empty(rows, inputs, dtype=weight.dtype, device=packed.planes.device)
     grid = (-(-row_tiles * units // DEQUANTIZE_WARPS), 1, 1)
     sizes = (rows, inputs, row_tiles, units, packed.scales.shape[1])
     arguments = (packed.planes, packed.scales, dense, *sizes)
-    constants = weight.constants
-    launch(Call("dequantize", "dequantize", constants, grid, DEQUANTIZE_THREADS, 0, arguments))
+    threads = DEQUANTIZE_THREADS
+    launch(Call("dequantize", "dequantize", _macros(weight), grid, threads, 0, arguments))
     return dense
 
 
@@ -162,11 +262,11 @@ def rows(index: Tensor, weight: KernelWeight, launch: Launch) -> Tensor:
     """Return the rows that `index` names: (*index.shape, in_features)."""
     if weight.tiles is None or index.numel() == 0:
         return dequantize(weight, launch)[index]
-    packed, inputs = weight.tiles, weight.tensor.shape.in_features
+    packed, inputs = weight.tiles, weight.shape.in_features
     flat = index.flatten().to(torch.int64).contiguous()
     found = torch.empty(len(flat), inputs, dtype=weight.dtype, device=packed.planes.device)
     sizes = (inputs, packed.planes.shape[1], packed.scales.shape[1])
     arguments = (packed.planes, packed.scales, flat, found, *sizes)
-    grid, constants = (len(flat), 1, 1), weight.constants
-    launch(Call("dequantize", "gather_rows", constants, grid, DEQUANTIZE_THREADS, 0, arguments))
+    grid, threads = (len(flat), 1, 1), DEQUANTIZE_THREADS
+    launch(Call("dequantize", "gather_rows", _macros(weight), grid, threads, 0, arguments))
     return found.view(*index.shape, inputs)

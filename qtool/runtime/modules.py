@@ -1,6 +1,7 @@
 """QuantizedLinear, QuantizedEmbedding, TiedHead: stored parts and the backend that runs them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,13 @@ TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """A prepared weight that is part of another one."""
+
+    view: Callable[[], Any]
 
 
 class QuantizedWeight(nn.Module):
@@ -49,7 +57,15 @@ class QuantizedWeight(nn.Module):
             self.backend = choose_backend(tensor, device, self.wanted)
             self._prepared = self.backend.prepare(tensor, dtype)
             self._prepared_dtype = dtype
-        return self.backend, self._prepared
+        prepared = self._prepared
+        return self.backend, prepared.view() if isinstance(prepared, Lent) else prepared
+
+    def lend(self, backend: KernelBackend, view: Callable[[], Any], dtype: torch.dtype) -> None:
+        """Give up the own layout: for `dtype`, `view` makes it from that of a fused weight.
+
+        So a weight that a decoder has fused with others isn't on the card once more.
+        """
+        self.backend, self._prepared, self._prepared_dtype = backend, Lent(view), dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":  # noqa: FBT001, FBT002
         """Follow a move to another device, but keep the dtypes that the format prescribes."""

@@ -1,11 +1,14 @@
 """The text of a kernel, ready to compile: constants, what all kernels share, the kernel itself."""
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from qtool import resources
 from qtool.errors import BackendError
 
 COMMON = "common.cuh"
+INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 
 
 def kernel_names() -> tuple[str, ...]:
@@ -28,5 +31,11 @@ def kernel_source(name: str, constants: Mapping[str, int]) -> str:
         raise BackendError(f"No kernel {name!r}. Known: {', '.join(kernel_names())}.")
     directory = resources.kernels_dir()
     lines = [f"#define {key} {value}" for key, value in sorted(constants.items())]
-    parts = [(directory / file).read_text(encoding="utf-8") for file in (COMMON, f"{name}.cu")]
+    parts = [_with_includes(directory / file) for file in (COMMON, f"{name}.cu")]
     return "\n".join([*lines, *parts])
+
+
+def _with_includes(path: Path) -> str:
+    """Return a file's text with the files of the same folder that it includes."""
+    text = path.read_text(encoding="utf-8")
+    return INCLUDE.sub(lambda found: _with_includes(path.parent / found[1]), text)

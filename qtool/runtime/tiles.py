@@ -16,6 +16,8 @@ from qtool.core.packing import unpack_bits
 TILE_ROWS = 16
 UNIT = 256
 LANES = 32
+ROWS_AT_ONCE = 2048
+"""Of whole tiles; while they are packed, a bit takes nine bytes."""
 WORDS = UNIT // 64
 """Words of a lane in a unit; each holds 64 inputs."""
 
@@ -26,8 +28,8 @@ class Tiles:
 
     planes: Tensor  # (row_tiles, units, num_bits, 32, 4) int32
     scales: Tensor
-    """(row_tiles, num_groups, 8, num_bits + offset, 2) float16: of rows g and g + 8, the offset
-    last."""
+    """(row_tiles, groups, 8, num_bits + offset, 2) float16: of rows g and g + 8, the offset last;
+    of all groups that the units have, zeros where a row has no more."""
 
 
 def pack(tensor: QuantizedTensor) -> Tiles:
@@ -35,12 +37,23 @@ def pack(tensor: QuantizedTensor) -> Tiles:
 
     Rows are padded to 16 and inputs to 256; the kernels give padding an input of zero.
     """
-    shape = tensor.shape
-    bits = unpack_bits(tensor.parts["bit_planes"], shape.in_features)
-    padded = torch.nn.functional.pad(
-        bits, (0, -shape.in_features % UNIT, 0, -shape.out_features % TILE_ROWS)
+    inputs = tensor.shape.in_features
+    planes = tensor.parts["bit_planes"].split(ROWS_AT_ONCE, dim=1)
+    packed = [pack_planes(_padded(unpack_bits(rows, inputs))) for rows in planes]
+    size = tensor.scheme.group_size or inputs
+    units = -(-inputs // UNIT)
+    groups = -(-units * UNIT // size) if size < inputs else 1
+    parameters = _parameters(tensor)
+    more = (0, groups - parameters.shape[2], 0, -parameters.shape[1] % TILE_ROWS)
+    return Tiles(
+        packed[0] if len(packed) == 1 else torch.cat(packed),
+        _pack_parameters(torch.nn.functional.pad(parameters, more)),
     )
-    return Tiles(pack_planes(padded), _pack_parameters(_parameters(tensor)))
+
+
+def _padded(bits: Tensor) -> Tensor:
+    """Pad planes to whole tiles and units."""
+    return torch.nn.functional.pad(bits, (0, -bits.shape[2] % UNIT, 0, -bits.shape[1] % TILE_ROWS))
 
 
 def _parameters(tensor: QuantizedTensor) -> Tensor:
@@ -81,28 +94,6 @@ def unpack_planes(planes: Tensor) -> Tensor:
 
 
 def _pack_parameters(parameters: Tensor) -> Tensor:
-    """Re-lay (parameters, out_features, num_groups) float16 by tiles."""
-    padding = -parameters.shape[1] % TILE_ROWS
-    padded = torch.nn.functional.pad(parameters, (0, 0, 0, padding))
-    split = padded.unflatten(1, (-1, 2, 8))  # parameter, tile, r, g, group
+    """Re-lay (parameters, rows of whole tiles, groups) float16 by tiles."""
+    split = parameters.unflatten(1, (-1, 2, 8))  # parameter, tile, r, g, group
     return split.permute(1, 4, 3, 0, 2).contiguous()
-
-
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """The same weight as the LUT kernel reads it: eight signs of a row are one byte."""
-
-    keys: Tensor  # (words, num_bits, padded rows) int32
-    scales: Tensor  # (num_groups, num_bits + offset, padded rows) float16
-
-
-def pack_keys(tensor: QuantizedTensor, rows: int) -> Keys:
-    """Re-lay a weight with groups along in_features; rows are padded to a multiple of `rows`."""
-    padding = -tensor.shape.out_features % rows
-    planes = tensor.parts["bit_planes"].permute(2, 0, 1)
-    padded = torch.nn.functional.pad(planes, (0, padding))
-    stacked = _parameters(tensor).permute(2, 0, 1)
-    return Keys(
-        padded.contiguous(),
-        torch.nn.functional.pad(stacked, (0, padding)).contiguous(),
-    )

@@ -124,10 +124,10 @@ DEVICE void end_of_fetches() {}
 template <int PENDING> DEVICE void fetched() {}
 DEVICE void let_next_start() {}
 DEVICE void wait_for_previous() {}
-DEVICE void store_marked(uint64_t *place, float value, unsigned mark) {
-    *place = (uint64_t)mark << 32 | bits_of_float(value);
+DEVICE void store_marked(unsigned long long *place, float value, unsigned mark) {
+    *place = (unsigned long long)mark << 32 | bits_of_float(value);
 }
-DEVICE unsigned load_marked(const uint64_t *place, float *value) {
+DEVICE unsigned load_marked(const unsigned long long *place, float *value) {
     *value = float_of_bits((unsigned)*place);
     return (unsigned)(*place >> 32);
 }
@@ -145,8 +145,54 @@ DEVICE float shuffle_xor(float value, int lanes) {
     return got;
 }
 
+DEVICE float shuffle_down(float value, int lanes) {
+    int lane = (int)threadIdx.x % 32;
+    host::box(lane)[0] = bits_of_float(value);
+    host::meet_warp();
+    float got = float_of_bits(host::box(lane + lanes < 32 ? lane + lanes : lane)[0]);
+    host::meet_warp();
+    return got;
+}
+
+DEVICE unsigned multiply_half2(unsigned a, unsigned b) {
+    unsigned low = float_to_half(half_to_float((unsigned short)a) * half_to_float((unsigned short)b));
+    return low | (unsigned)float_to_half(half_to_float((unsigned short)(a >> 16)) *
+                                         half_to_float((unsigned short)(b >> 16))) << 16;
+}
+
+DEVICE unsigned permute_bytes(unsigned a, unsigned b, unsigned pick) {
+    unsigned long long both = (unsigned long long)b << 32 | a;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i)
+        result |= (unsigned)(both >> (8 * (pick >> (4 * i) & 7)) & 255) << (8 * i);
+    return result;
+}
+DEVICE int round_to_int(float value) { return (int)nearbyintf(value); }
+
+// The fragments of the PTX manual: A row-major 16x32 unsigned, B column-major 32x8 signed bytes.
+DEVICE void mma_bytes(int *d, const int *c, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                      unsigned b0, unsigned b1) {
+    int results[4], lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
+    memcpy(host::box(lane), mine, sizeof mine);
+    host::meet_warp();
+    for (int i = 0; i < 4; ++i) {
+        int row = g + 8 * (i / 2), column = 2 * t + i % 2, sum = c[i];
+        for (int k = 0; k < 32; ++k) {
+            unsigned a = host::box(row % 8 * 4 + k % 16 / 4)[(row / 8) + 2 * (k / 16)];
+            unsigned b = host::box(column * 4 + k % 16 / 4)[4 + k / 16];
+            sum += (int)(unsigned char)(a >> 8 * (k & 3)) * (int)(signed char)(b >> 8 * (k & 3));
+        }
+        results[i] = sum;
+    }
+    memcpy(d, results, sizeof results);
+    host::meet_warp();
+}
+
 // The fragments of the PTX manual: A row-major 16x16, B column-major 16x8, C and D 16x8.
-DEVICE void mma(float *c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+DEVICE void mma(float *d, const float *c, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                unsigned b0, unsigned b1) {
+    float results[4];
     int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
     unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
     memcpy(host::box(lane), mine, sizeof mine);
@@ -160,13 +206,8 @@ DEVICE void mma(float *c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, un
             sum += (double)half_to_float((unsigned short)(a >> 16 * (k & 1))) *
                    (double)half_to_float((unsigned short)(b >> 16 * (k & 1)));
         }
-        c[i] = (float)sum;
+        results[i] = (float)sum;
     }
+    memcpy(d, results, sizeof results);
     host::meet_warp();
-}
-DEVICE void mma_from(float *d, const float *start, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                     unsigned b0, unsigned b1) {
-    float c[4] = {start[0], start[1], start[2], start[3]};
-    mma(c, a0, a1, a2, a3, b0, b1);
-    memcpy(d, c, sizeof c);
 }

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from qtool.runtime.launch import Call, Zeros
 from qtool.runtime.sources import kernel_source
 
 HERE = Path(__file__).parent
 KERNEL = re.compile(
-    r'extern "C" __global__\s+void\s*(?:__launch_bounds__\(\w+\)\s*)?(\w+)\((.*?)\)\s*\{', re.S
+    r'extern "C" __global__\s+void\s*(?:__launch_bounds__\([\w, ]+\)\s*)?(\w+)\((.*?)\)\s*\{', re.S
 )
+ALIAS = re.compile(r"#define KERNEL (\w+)")
 COMMENT = re.compile(r"//[^\n]*")
 
 
@@ -60,6 +63,8 @@ def _value(argument: Any, parameter: str):
 def host_kernels(name: str, constants: tuple[tuple[str, int], ...]) -> dict[str, HostKernel]:
     """Return all kernels of kernels/NAME.cu, compiled with these constants."""
     source = kernel_source(name, dict(constants))
+    for alias in ALIAS.findall(source):
+        source = source.replace("KERNEL(", f"{alias}(")
     found = {
         kernel: [part.strip() for part in COMMENT.sub("", parameters).split(",")]
         for kernel, parameters in KERNEL.findall(source)
@@ -89,3 +94,29 @@ def _glue(kernel: str, parameters: list[str]) -> str:
         "    dim3 grid{(unsigned)grid_x, (unsigned)grid_y, (unsigned)grid_z};\n"
         f"    return host::launch(grid, n, bytes, {kernel}, {names});\n}}\n"
     )
+
+
+class Recorder:
+    """Launches on the CPU and notes what."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def __call__(self, call: Call) -> None:
+        """Run a kernel; what it must leave as zeros has to be zeros."""
+        self.calls.append(call)
+        kernels = host_kernels(call.file, tuple(sorted(call.constants.items())))
+        zeros = [
+            torch.zeros(a.words, dtype=torch.int64) if isinstance(a, Zeros) else None
+            for a in call.arguments
+        ]
+        passed = [
+            a if zero is None else zero for a, zero in zip(call.arguments, zeros, strict=True)
+        ]
+        kernels[call.kernel](call.grid, call.threads, call.shared_bytes, *passed)
+        assert not any(bool(zero.any()) for zero in zeros if zero is not None)
+
+    @property
+    def names(self) -> list[str]:
+        """Return the kernels, in the order of their launches."""
+        return [call.kernel for call in self.calls]

@@ -9,10 +9,10 @@ from qtool.base import QuantizedTensor
 from qtool.core import grouping
 from qtool.core.packing import unpack_bits
 from qtool.formats import binary_coding
-from qtool.runtime import tiles
+from qtool.runtime import planes, tiles
 from qtool.scheme import Shape2D, WeightScheme
 from tests.helpers import dequantized
-from tests.kernels.host import host_kernels
+from tests.kernels.host import Recorder, host_kernels
 
 THREADS = 256
 BEFORE_CAST = 1e-6
@@ -68,6 +68,10 @@ class Case:
             values["ACTIVATION_BF16"] = 1
         return tuple(sorted(values.items()))
 
+    def layout(self) -> planes.Layout:
+        values = dict(self.constants())
+        return planes.Layout(values["PLANES"], values["GROUP"], values["OFFSET"])
+
     def output(self) -> torch.Tensor:
         """Return where a kernel writes: poisoned, so that what it leaves out shows."""
         return torch.full((self.batch, self.shape[0]), torch.nan).to(self.dtype)
@@ -101,36 +105,55 @@ def test_packing_loses_nothing(case):
     assert not bool(bits[:, rows:].any()) and not bool(bits[:, :, inputs:].any())
 
 
+def multiply(case, packed, x, y, partial, product, *, ctas, slabs, warps, stages):
+    """Launch one grid, whatever would be chosen."""
+    columns, layout = product.columns, case.layout()
+    row_tiles, units = packed.planes.shape[:2]
+    per_slab, blocks = -(-units // slabs), -(-case.batch // columns)
+    grid = {"WARPS": warps, "STAGES": stages, "BLOCKS": 1, "COLUMNS": columns}
+    aligned = int(case.shape[1] % 8 == 0)
+    constants = case.constants(**grid, EPILOGUE=0, ALIGNED=aligned)
+    x_bytes = per_slab * columns * (8 * (product.x_bytes + 4) + 4)
+    parts = (row_tiles + 2 * warps) * 16 * columns * 4 + row_tiles * 4
+    exchange = torch.zeros(blocks * slabs * ctas * warps * 16 * columns, dtype=torch.int64)
+    host_kernels(product.name, constants)[product.name](
+        (ctas, slabs, blocks),
+        warps * 32,
+        warps * stages * layout.stage_bytes + x_bytes + parts,
+        *(packed.planes, packed.scales, x, None, y, partial, exchange),
+        *(case.shape[0], case.shape[1], case.batch),
+        *(row_tiles, units, packed.scales.shape[1], per_slab),
+    )
+    assert not bool(exchange.any())
+
+
+GRIDS = [(1, 2, 2), (3, 4, 3), (5, 8, 2)]  # CTAs, warps, stages
+FLOATS = planes.Product("bit_plane_mma", 8, 64)
+BYTES = planes.Product("bit_plane_imma", 2, 128)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_bit_plane_mma_agrees_before_and_after_the_cast(case):
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("product", ["chosen", "floats", "bytes"])
+def test_bit_planes_agree_before_and_after_the_cast(case, grid, product):
+    chosen = planes.product_for(case.batch, case.layout())
+    if product != "chosen":
+        chosen = FLOATS if product == "floats" else BYTES
+    if chosen.name == BYTES.name and case.layout().group % 64 != 0:
+        pytest.skip("words of 64 inputs hold more than one group")
     tensor = case.weight()
     packed, x, y = tiles.pack(tensor), case.inputs(), case.output()
-    columns = 1 if case.batch == 1 else 8
-    kernels = host_kernels("bit_plane_mma", case.constants(COLUMNS=columns))
     row_tiles, units = packed.planes.shape[:2]
-    per_split = -(-units // case.splits)
-    rows = row_tiles * tiles.TILE_ROWS
-    partial = torch.full((case.splits, case.batch, rows), torch.nan)
-    shared = per_split * 8 * columns * (64 + 4) + (8 * 16 + 1) * columns * 4
-    sizes = (case.shape[0], case.shape[1], case.batch, row_tiles, units, packed.scales.shape[1])
-    grid = (min(2, row_tiles), case.splits, -(-case.batch // columns))
+    padded = row_tiles * tiles.TILE_ROWS
+    partial = torch.full((case.splits, case.batch, padded), torch.nan)
+    sizes = {"ctas": min(grid[0], row_tiles * (units // case.splits)), "slabs": case.splits}
+    sizes |= {"warps": grid[1], "stages": grid[2]}
     for target in (partial, None) if case.splits == 1 else (partial,):
-        kernels["bit_plane_mma"](
-            grid, THREADS, shared, packed.planes, packed.scales, x, y, target, *sizes, per_split
-        )
-    sums = partial.sum(0)[:, : case.shape[0]]
-    assert error(sums, case, tensor) < BEFORE_CAST
+        multiply(case, packed, x, y, target, chosen, **sizes)
+    assert error(partial.sum(0)[:, : case.shape[0]], case, tensor) < BEFORE_CAST
     if case.splits > 1:
-        add_splits(case, partial, y)
+        planes.add_splits(partial, y, Recorder())
     assert error(y, case, tensor) < AFTER_CAST[case.dtype]
-
-
-def add_splits(case, partial, y):
-    kernel = host_kernels("add_splits", case.constants())["add_splits"]
-    rows, padded = case.shape[0], partial.shape[2]
-    kernel(
-        (-(-rows // 32), case.batch, 1), 32, 0, partial, y, rows, padded, case.batch, case.splits
-    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -187,37 +210,11 @@ def test_sign_flip_agrees(case):
     assert error(y, case, tensor) < AFTER_CAST[case.dtype]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.num_bits <= 4], ids=str)
-def test_lut_gemm_agrees_before_the_cast(case):
-    tensor = case.weight()
-    rows_per_block, inputs = 1024, case.shape[1]
-    packed = tiles.pack_keys(tensor, rows_per_block)
-    tile = next(t for t in (128, 96, 64, 32) if (case.group_size or 128) % t == 0)
-    kernels = host_kernels("lut_gemm", case.constants(TILE=tile))
-    count = -(-inputs // tile)
-    words = count * tile // 32
-    keys = torch.nn.functional.pad(packed.keys, (0, 0, 0, 0, 0, words - len(packed.keys)))
-    per_split = -(-count // case.splits)
-    padded = keys.shape[2]
-    partial = torch.full((case.splits, case.batch, padded), torch.nan)
-    kernels["lut_gemm"](
-        (padded // rows_per_block, case.splits, case.batch),
-        THREADS,
-        tile // 8 * 1024 + 4,
-        *(keys.contiguous(), packed.scales, case.inputs(), partial),
-        *(inputs, padded, case.batch, count, per_split),
-    )
-    assert error(partial.sum(0)[:, : case.shape[0]], case, tensor) < BEFORE_CAST
-
-
-def test_infinite_and_missing_numbers_reach_the_output():
+@pytest.mark.parametrize("product", [FLOATS, BYTES], ids=["floats", "bytes"])
+def test_infinite_and_missing_numbers_reach_the_output(product):
     case = Case(2, (16, 256), 128, batch=3)
-    packed, y = tiles.pack(case.weight()), case.output()
-    x = case.inputs()
+    packed, y, x = tiles.pack(case.weight()), case.output(), case.inputs()
     x[0, 5], x[1, 9], x[2] = torch.inf, torch.nan, 0
-    kernel = host_kernels("bit_plane_mma", case.constants(COLUMNS=8))["bit_plane_mma"]
-    shared = 8 * 8 * (64 + 4) + (8 * 16 + 1) * 8 * 4
-    grid, sizes = (1, 1, 1), (16, 256, 3, 1, 1, 2, 1)
-    kernel(grid, THREADS, shared, packed.planes, packed.scales, x, y, None, *sizes)
+    multiply(case, packed, x, y, None, product, ctas=1, slabs=1, warps=2, stages=2)
     assert not bool(torch.isfinite(y[:2]).any())
     assert torch.equal(y[2], torch.zeros(16, dtype=torch.float16))

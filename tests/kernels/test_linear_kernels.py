@@ -3,31 +3,17 @@
 import pytest
 import torch
 
+from qtool.errors import BackendError
+from qtool.formats import binary_coding
 from qtool.runtime import linear_kernels
-from qtool.runtime.launch import Call, Card
+from qtool.runtime.launch import Card
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal
-from tests.kernels.host import host_kernels
+from tests.kernels.host import Recorder
 
-SMALL = Card(multiprocessors=2, shared_bytes=48 * 1024)
+SMALL = Card(multiprocessors=2, shared_bytes=144 * 1024)
 WIDE = Card(multiprocessors=132, shared_bytes=227 * 1024)
-
-
-class Recorder:
-    """Launches on the CPU and notes what."""
-
-    def __init__(self):
-        self.calls: list[Call] = []
-
-    def __call__(self, call: Call) -> None:
-        self.calls.append(call)
-        kernels = host_kernels(call.file, tuple(sorted(call.constants.items())))
-        kernels[call.kernel](call.grid, call.threads, call.shared_bytes, *call.arguments)
-
-    @property
-    def names(self) -> list[str]:
-        return [call.kernel for call in self.calls]
 
 
 def multiply(tensor, x, card=SMALL):
@@ -56,21 +42,22 @@ def test_every_shape_and_grouping_is_multiplied(format_name, group_dim, size):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8, 9, 16])
-def test_few_tokens_go_through_the_planes_and_splits_fill_the_card(batch):
+@pytest.mark.parametrize("card", [SMALL, WIDE], ids=["small", "wide"])
+def test_few_tokens_go_through_the_planes_in_one_launch(batch, card):
     tensor = random_tensor(
-        "binary_coding", WeightScheme(num_bits=2, group_size=128), Shape2D(32, 4608), 1
+        "binary_coding", WeightScheme(num_bits=2, group_size=128), Shape2D(80, 1280), 1
     )
-    launch = check(tensor, normal(batch, 4608).half(), WIDE)
+    launch = check(tensor, normal(batch, 1280).half(), card)
+    assert launch.names == ["bit_plane_mma"]
+    assert launch.calls[0].shared_bytes <= card.shared_bytes
+
+
+def test_inputs_that_do_not_fit_into_shared_memory_are_cut_into_slabs():
+    tensor = random_tensor(
+        "binary_coding", WeightScheme(num_bits=1, group_size=256), Shape2D(64, 9216), 1
+    )
+    launch = check(tensor, normal(8, 9216).bfloat16(), SMALL)
     assert launch.names == ["bit_plane_mma", "add_splits"]
-    assert launch.calls[0].grid[1] == 3  # 18 units: at least one for each of the eight warps
-    assert launch.calls[0].shared_bytes <= WIDE.shared_bytes
-
-
-def test_wide_inputs_are_split_by_what_shared_memory_holds():
-    tensor = random_tensor(
-        "binary_coding", WeightScheme(num_bits=1, group_size=256), Shape2D(64, 6144), 1
-    )
-    launch = check(tensor, normal(8, 6144).bfloat16(), SMALL)
     assert launch.calls[0].grid[1] > 1
     assert launch.calls[0].shared_bytes <= SMALL.shared_bytes
 
@@ -97,3 +84,65 @@ def test_no_tokens_launch_nothing():
     got, launch = multiply(tensor, torch.empty(0, 128, dtype=torch.float16))
     assert got.shape == (0, 16)
     assert launch.names == []
+
+
+@pytest.mark.parametrize("kernel", ["planes", "dequantize", "sign_flip"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_kernel_can_be_asked_for(kernel, batch):
+    scheme = WeightScheme(num_bits=3, group_size=64)
+    tensor = random_tensor("binary_coding", scheme, Shape2D(40, 192), 3)
+    launch, x = Recorder(), normal(batch, 192).half()
+    weight = linear_kernels.prepare(tensor, x.dtype, keep_stored=True)
+    got = linear_kernels.matmul(x, weight, launch, SMALL, kernel=kernel)
+    assert torch.allclose(got.double(), x.double() @ dequantized(tensor, torch.float64).T, 1e-2, 0.1)
+    assert launch.names == ["bit_plane_mma" if kernel == "planes" else kernel]
+
+
+def test_a_kernel_that_needs_what_was_not_kept_says_so():
+    tensor = random_tensor("binary_coding", WeightScheme(num_bits=3), Shape2D(40, 128), 3)
+    x = normal(1, 128).half()
+    weight = linear_kernels.prepare(tensor, x.dtype)
+    with pytest.raises(BackendError, match="keep_stored"):
+        linear_kernels.matmul(x, weight, Recorder(), SMALL, kernel="sign_flip")
+
+
+@pytest.mark.parametrize("batch", [1, 5, 20])
+@pytest.mark.parametrize("slabs", [False, True])
+def test_a_residual_is_added(batch, slabs):
+    inputs = 9216 if slabs else 320
+    scheme = WeightScheme(num_bits=2, group_size=64)
+    tensor = random_tensor("binary_coding", scheme, Shape2D(24, inputs), 3)
+    x, residual = normal(batch, inputs).half(), normal(batch, 24).half()
+    weight = linear_kernels.prepare(tensor, x.dtype)
+    got = linear_kernels.matmul(x, weight, Recorder(), SMALL, residual=residual)
+    expected = x.double() @ dequantized(tensor, torch.float64).T + residual.double()
+    assert torch.allclose(got.double(), expected, 2e-3, 0.05)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 20])
+@pytest.mark.parametrize("slabs", [False, True])
+def test_gate_and_up_are_multiplied_where_their_rows_alternate(batch, slabs):
+    inputs = 9216 if slabs else 320
+    scheme = WeightScheme(num_bits=2, group_size=64)
+    gate, up = (
+        random_tensor("binary_coding", scheme, Shape2D(24, inputs), seed) for seed in (1, 2)
+    )
+    x = (normal(batch, inputs) / inputs**0.5).half()
+    fused = linear_kernels.interleave(gate, up)
+    weight = linear_kernels.prepare(fused, x.dtype)
+    got = linear_kernels.matmul(x, weight, Recorder(), SMALL, gated=True)
+    sides = [x.double() @ dequantized(tensor, torch.float64).T for tensor in (gate, up)]
+    expected = torch.nn.functional.silu(sides[0]) * sides[1]
+    assert torch.allclose(got.double(), expected, 4e-3, 4e-3)
+
+
+def test_weights_of_one_input_are_fused_if_their_schemes_agree():
+    scheme = WeightScheme(num_bits=2, group_size=64)
+    tensors = [random_tensor(f, scheme, Shape2D(r, 96), 1) for f, r in [("affine", 8), ("affine", 3)]]
+    fused = linear_kernels.fuse(tensors)
+    assert fused.shape == (11, 96)
+    parts = [binary_coding.from_affine(tensor, torch.float16) for tensor in tensors]
+    assert torch.equal(dequantized(fused), torch.cat([dequantized(part) for part in parts]))
+    other = random_tensor("affine", WeightScheme(num_bits=3, group_size=64), Shape2D(8, 96), 1)
+    assert linear_kernels.fuse([tensors[0], other]) is None
+    assert linear_kernels.interleave(tensors[0], tensors[1]) is None

@@ -7,20 +7,46 @@ from tests.kernels.nvrtc import compile_for
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90"]
 WEIGHT = {"GROUP": 128, "OFFSET": 1}
+GRID = {"WARPS": 8, "STAGES": 4, "EPILOGUE": 0}
+TABLES = {"INPUTS": 14336, "KEYS": 4, "THREADS": 1024}
+SMALL_TABLES = {"INPUTS": 1000, "KEYS": 2, "THREADS": 512, "OFFSET": 0}
+HEADS = {"BLOCKS": 1, "QK_NORM": 0, "SHORTEST": 64}
 # Constants of each kernel, and how many registers leave two blocks on a multiprocessor.
 VARIANTS: list[tuple[str, dict[str, int], int]] = [
     *(
-        ("bit_plane_mma", {**WEIGHT, "PLANES": planes, "COLUMNS": columns}, 128)
+        ("bit_plane_mma", {**WEIGHT, **GRID, "PLANES": planes, "COLUMNS": columns}, 128)
         for planes in (1, 2, 3, 4)
         for columns in (1, 8)
     ),
-    ("bit_plane_mma", {"GROUP": 192, "OFFSET": 0, "PLANES": 3, "COLUMNS": 1}, 128),
-    ("bit_plane_mma", {**WEIGHT, "PLANES": 8, "COLUMNS": 8, "ACTIVATION_BF16": 1}, 255),
+    ("bit_plane_mma", {**WEIGHT, **GRID, "PLANES": 4, "COLUMNS": 16, "EPILOGUE": 2}, 168),
+    ("bit_plane_mma", {**GRID, "GROUP": 192, "OFFSET": 0, "PLANES": 3, "COLUMNS": 1}, 128),
+    ("bit_plane_mma", {**WEIGHT, **GRID, "PLANES": 8, "COLUMNS": 8, "ACTIVATION_BF16": 1}, 255),
     *(("dequantize", {**WEIGHT, "PLANES": planes}, 128) for planes in (2, 4)),
     ("dequantize", {**WEIGHT, "PLANES": 8, "ACTIVATION_BF16": 1}, 255),
-    *(("lut_gemm", {**WEIGHT, "PLANES": planes, "TILE": 128}, 128) for planes in (2, 3, 4)),
+    *(
+        ("lut_gemm", {**WEIGHT, **TABLES, "PLANES": planes, "ROWS": rows}, 64)
+        for planes, rows in ((1, 8), (2, 4), (3, 4), (4, 2), (5, 2), (8, 2))
+    ),
+    (
+        "lut_gemm",
+        {**SMALL_TABLES, "GROUP": 1000, "PLANES": 4, "ROWS": 4, "ACTIVATION_BF16": 1},
+        128,
+    ),
     ("sign_flip", {}, 128),
-    ("add_splits", {"ACTIVATION_BF16": 1}, 128),
+    ("add_splits", {"ACTIVATION_BF16": 1, "EPILOGUE": 2}, 128),
+    ("greedy", {}, 64),
+    ("rms_norm", {"HIDDEN": 4096, "THREADS": 512}, 64),
+    ("rms_norm", {"HIDDEN": 16384, "THREADS": 1024, "ACTIVATION_BF16": 1}, 64),
+    ("rms_norm", {"HIDDEN": 100, "THREADS": 32}, 64),
+    *(
+        ("decode_attention", {**HEADS, "HEAD_DIM": dim, "HEADS": heads}, 255)
+        for dim, heads in ((64, 1), (64, 8), (96, 4), (128, 4), (128, 7), (128, 8), (256, 4))
+    ),
+    (
+        "decode_attention",
+        {**HEADS, "HEAD_DIM": 128, "HEADS": 8, "BLOCKS": 2, "QK_NORM": 1, "ACTIVATION_BF16": 1},
+        255,
+    ),
 ]
 
 

@@ -1,0 +1,202 @@
+// What the bit-plane kernels share: how a card's blocks and warps divide a weight among them, and how
+// it travels to them. The kernel itself is in bit_planes_kernel.cuh, the product in the files that
+// include both.
+//
+// Compile-time: PLANES 1..8, GROUP (inputs per group, a multiple of 32), OFFSET 0/1, WARPS, BLOCKS
+// (that share a multiprocessor), STAGES (units of a warp in shared memory, 2 or more), COLUMNS (tokens
+// of a block), EPILOGUE (0: y; 1: y + residual; 2: silu(gate) * up, rows of a tile are 8 of gate, 8 of
+// up), ALIGNED (1: in_features is a multiple of 8), ACTIVATION_BF16.
+//
+// The units of a slab of inputs, row tile by row tile, are one stream that is cut into equal shares,
+// one per block, and these into equal shares, one per warp: no rounding to tiles, no idle warp. What
+// a warp has of a tile when the tile or its share ends is a *part*. Parts of a block's own tiles meet
+// in shared memory. The tile that a block begins and doesn't end belongs to a later block: it is
+// taken *first*, so that its sum has reached global memory (a float and a mark in one word: no fence,
+// no counter) long before the owner asks for it. A block waits for lower ones only: no deadlock in
+// whatever order they run. All sums have a fixed order.
+
+#define THREADS (WARPS * WARP)
+#define PARAMETERS (PLANES + OFFSET)
+#define PART (TILE_ROWS * COLUMNS)
+// Groups and units divide one another: where a group begins is known to the compiler.
+#define REGULAR (GROUP % UNIT == 0 || UNIT % GROUP == 0)
+// Groups that a unit may touch.
+#define SPAN (GROUP % UNIT == 0 ? 1 : UNIT % GROUP == 0 ? UNIT / GROUP : (GROUP - 32 + UNIT - 1) / GROUP + 1)
+#define PLANE_BYTES (WARP * 16)
+#define LOADS 4 // of inputs, that a lane has under way
+#define STAGE_BYTES (PLANES * PLANE_BYTES + SPAN * 32 * PARAMETERS)
+
+// A block's share [begin, begin + size) of the stream. Its first `given` units, in the order of work,
+// are the end of the share: the tile that a later block ends.
+struct Share { int begin, size, given; };
+
+// a / b for 0 <= a < 2^24: an integer division takes five times as long, and a block has four.
+DEVICE int divide(int a, int b) {
+    int quotient = (int)((float)a * reciprocal((float)b)), rest = a - quotient * b;
+    return quotient + (rest >= b) - (rest < 0);
+}
+
+// `each` units for every block, one more for the first `more`. `given` is less if the share begins
+// after unit `tile`, at which its last tile does.
+DEVICE Share share_of(int block, int each, int more) {
+    Share share;
+    share.begin = block * each + (block < more ? block : more);
+    share.size = each + (block < more);
+    share.given = 0;
+    return share;
+}
+DEVICE int given_of(const Share &share, int tile) {
+    return share.begin + share.size - (share.begin > tile ? share.begin : tile);
+}
+
+DEVICE int first_of_warp(int warp, int size) { return size * warp / WARPS; }
+
+// The warp that does work `work`.
+DEVICE int warp_of(int work, int size) {
+    int warp = divide(work * WARPS + WARPS - 1, size);
+    while (first_of_warp(warp, size) > work) --warp;
+    while (first_of_warp(warp + 1, size) <= work) ++warp;
+    return warp;
+}
+
+// A unit of the stream, and where it is in memory.
+struct Place {
+    int tile, unit;
+    const quad *planes;
+    const u32 *scales; // of the tile
+};
+
+struct Weight {
+    const quad *planes; // [row_tiles][units][PLANES][32]
+    const u32 *scales;  // [row_tiles][groups][8][PARAMETERS], rows g and g + 8
+    int units, groups;  // of a row; whole units of groups
+    int first, count;   // units of this slab
+};
+
+DEVICE Place place_at(const Weight &weight, int index, int lane) {
+    Place place;
+    place.tile = divide(index, weight.count);
+    place.unit = index - place.tile * weight.count;
+    place.planes = weight.planes +
+        ((u64)place.tile * weight.units + weight.first + place.unit) * PLANES * WARP + lane;
+    place.scales = weight.scales + (u64)place.tile * weight.groups * 8 * PARAMETERS;
+    return place;
+}
+
+// The place of work `next`, which follows that of `place`.
+DEVICE void advance(Place &place, int next, const Share &share, const Weight &weight, int lane) {
+    if (next == share.given && next != 0) {
+        place = place_at(weight, share.begin, lane);
+        return;
+    }
+    place.planes += PLANES * WARP;
+    if (++place.unit < weight.count) return;
+    place.unit = 0;
+    ++place.tile;
+    place.planes += (u64)(weight.units - weight.count) * PLANES * WARP;
+    place.scales += (u64)weight.groups * 8 * PARAMETERS;
+}
+
+// Ask for a unit's planes and scales. Lanes read back the words that they asked for themselves.
+DEVICE void request(unsigned char *stage, const Place &place, const Weight &weight, int lane) {
+#pragma unroll
+    for (int plane = 0; plane < PLANES; ++plane)
+        fetch(stage + plane * PLANE_BYTES + lane * 16, place.planes + plane * WARP);
+    int group = (weight.first + place.unit) * UNIT / GROUP;
+    const quad *source = (const quad *)(place.scales + group * 8 * PARAMETERS);
+    int pieces = SPAN * 2 * PARAMETERS;
+    if (!REGULAR && weight.groups - group < SPAN) pieces = (weight.groups - group) * 2 * PARAMETERS;
+#pragma unroll
+    for (int piece = 0; piece < SPAN * 2 * PARAMETERS; piece += WARP)
+        if (piece + lane < pieces)
+            fetch(stage + PLANES * PLANE_BYTES + (piece + lane) * 16, source + piece + lane);
+}
+
+// Eight inputs as they stand in memory; beyond the end: zero.
+DEVICE quad load_inputs(const u16 *row, int k, int in_features) {
+#if ALIGNED
+    return k < in_features ? *(const quad *)(row + k) : quad{0, 0, 0, 0};
+#else
+    u32 pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        u32 low = k + 2 * i < in_features ? row[k + 2 * i] : 0;
+        u32 high = k + 2 * i + 1 < in_features ? row[k + 2 * i + 1] : 0;
+        pairs[i] = low | high << 16;
+    }
+    return quad{pairs[0], pairs[1], pairs[2], pairs[3]};
+#endif
+}
+
+// The bits of the larger magnitude: as numbers, NaN is larger than infinity, and that than the rest.
+DEVICE u32 larger(u32 a, u32 b) { return a > b ? a : b; }
+DEVICE u32 largest_of(quad v) {
+    u32 low = larger(larger(v.x & 0x7fffu, v.y & 0x7fffu), larger(v.z & 0x7fffu, v.w & 0x7fffu));
+    u32 high = larger(larger(v.x & 0x7fff0000u, v.y & 0x7fff0000u),
+                      larger(v.z & 0x7fff0000u, v.w & 0x7fff0000u));
+    return larger(low, high >> 16);
+}
+
+// The exponent of the largest magnitude among a warp's inputs of a unit; of zeros: 0; of what isn't
+// finite: 1000.
+DEVICE int exponent_of(quad v) {
+    u32 largest = largest_of(v);
+    for (int lanes = 16; lanes > 0; lanes >>= 1)
+        largest = larger(largest, shuffle_xor_bits(largest, lanes));
+    u32 bits = bits_of_float(load_activation((u16)largest));
+    if (bits == 0) return 0;
+    if (bits >= 0x7f800000u) return 1000;
+    int exponent = (int)(bits >> 23) - 127;
+    return exponent < -100 ? -100 : exponent;
+}
+
+// Stage one unit of one column, of which each lane has eight inputs: operands, the sums over segments
+// and the factor that undoes the scaling.
+DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &weight, int lane,
+                       unsigned char *operands, float *starts, float *factors);
+
+// Stage all inputs of the slab. Every unit has its own scale, so that no warp waits for another until
+// all are done.
+DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, int columns, int units,
+                         unsigned char *operands, float *starts, float *factors) {
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    for (int work = warp; work < weight.count * COLUMNS; work += LOADS * WARPS) {
+        quad v[LOADS]; // all on their way before the first is looked at
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i) {
+            int unit = (work + i * WARPS) / COLUMNS, column = (work + i * WARPS) % COLUMNS;
+            v[i] = quad{0, 0, 0, 0};
+            if (unit < weight.count && column < columns)
+                v[i] = load_inputs(x + (u64)column * in_features,
+                                   (weight.first + unit) * UNIT + lane * 8, in_features);
+        }
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i) {
+            int unit = (work + i * WARPS) / COLUMNS, column = (work + i * WARPS) % COLUMNS;
+            if (unit >= weight.count) break;
+            stage_unit(v[i], unit, column, units, weight, lane, operands, starts, factors);
+        }
+    }
+    __syncthreads();
+}
+
+// The sum over a segment, the part of a group inside a unit, of what its blocks of 32 inputs have in
+// `sum`; for the first block of each segment.
+DEVICE float segment_sum(float sum, int unit, int lane) {
+    float total = sum;
+    if (REGULAR) {
+#pragma unroll
+        for (int lanes = 4; lanes < (GROUP < UNIT ? GROUP : UNIT) / 8; lanes *= 2)
+            total += shuffle_xor(total, lanes);
+        return total;
+    }
+    int group = (unit * BLOCKS_PER_UNIT + lane / 4) * 32 / GROUP;
+#pragma unroll
+    for (int ahead = 1; ahead < BLOCKS_PER_UNIT; ++ahead) {
+        float other = shuffle_down(sum, 4 * ahead);
+        int block = lane / 4 + ahead;
+        if (block < BLOCKS_PER_UNIT && (unit * BLOCKS_PER_UNIT + block) * 32 / GROUP == group)
+            total += other;
+    }
+    return total;
+}

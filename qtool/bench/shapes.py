@@ -1,0 +1,109 @@
+"""Shapes of known models, to time kernels and decoding without their weights. Torch-free."""
+
+from dataclasses import dataclass
+
+from qtool.errors import UnknownNameError
+from qtool.plugins import describe_miss
+from qtool.scheme import Shape2D
+
+HEAD_BITS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """Linears of one shape, those that share an input fused as the decode runner has them."""
+
+    name: str
+    shape: Shape2D
+    count: int
+    num_bits: int | None = None
+    """None: what is asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """What a whole model takes beside its linears."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rope_theta: float
+    norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A model, or one block of it."""
+
+    linears: tuple[LinearShape, ...]
+    decoder: Decoder | None = None
+    """None: only kernels are timed."""
+
+
+def _linears(count: int, **shapes: tuple[int, int]) -> tuple[LinearShape, ...]:
+    return tuple(LinearShape(name, Shape2D(*shape), count) for name, shape in shapes.items())
+
+
+def _head(vocab_size: int, hidden_size: int) -> LinearShape:
+    return LinearShape("lm_head", Shape2D(vocab_size, hidden_size), 1, HEAD_BITS)
+
+
+MODELS: dict[str, ModelShape] = {
+    "llama3-8b": ModelShape(
+        (
+            *_linears(
+                32, qkv=(6144, 4096), o=(4096, 4096), gate_up=(28672, 4096), down=(4096, 14336)
+            ),
+            _head(128256, 4096),
+        ),
+        Decoder(
+            num_layers=32,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=128256,
+            rope_theta=500_000.0,
+        ),
+    ),
+    "llama2-7b": ModelShape(
+        (
+            *_linears(
+                32, qkv=(12288, 4096), o=(4096, 4096), gate_up=(22016, 4096), down=(4096, 11008)
+            ),
+            _head(32000, 4096),
+        ),
+        Decoder(
+            num_layers=32,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_heads=32,
+            num_key_value_heads=32,
+            head_dim=128,
+            vocab_size=32000,
+            rope_theta=10_000.0,
+        ),
+    ),
+    "llama2-70b-layer": ModelShape(
+        _linears(1, qkv=(10240, 8192), o=(8192, 8192), gate_up=(57344, 8192), down=(8192, 28672))
+    ),
+    "opt-175b-layer": ModelShape(
+        _linears(1, qkv=(36864, 12288), o=(12288, 12288), fc1=(49152, 12288), fc2=(12288, 49152))
+    ),
+}
+
+
+def find(name: str) -> ModelShape:
+    """Return the shapes of a model.
+
+    Raises:
+        UnknownNameError: there are none of that name.
+    """
+    if name not in MODELS:
+        raise UnknownNameError(describe_miss(name, tuple(MODELS), "shapes"))
+    return MODELS[name]

@@ -1,0 +1,116 @@
+"""The measuring protocol: replays of a CUDA graph over weights that the L2 cache doesn't hold.
+
+Everything but `CudaTimer` is arithmetic and runs without a card.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], object]
+T = TypeVar("T")
+WARM_UPS, REPLAYS = 5, 15
+COLD_FACTOR = 3
+"""Distinct weight bytes per replay, in sizes of the L2 cache."""
+LEAST_COPIES = 2
+LEAST_CALLS = 20
+"""Per replay: the launch of the graph itself, a few microseconds, is divided by it."""
+COPY_BYTES = 2**30
+COPIES_PER_REPLAY = 4
+
+
+class Timer(Protocol):
+    """Runs all calls, one after another and many times; returns the seconds of each time."""
+
+    def __call__(self, calls: Sequence[Call]) -> Sequence[float]:
+        """Return one duration per replay of all calls."""
+        ...
+
+
+class CudaTimer:
+    """Replays of one CUDA graph, timed by events on the card's own clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)  # one: kernels keep zeroed memory per stream
+
+    def __call__(self, calls: Sequence[Call]) -> Sequence[float]:
+        """Return the seconds of each replay after the warm-ups."""
+        with torch.cuda.device(self.device):
+            graph = self._capture(calls)
+            for _ in range(WARM_UPS):
+                graph.replay()
+            events = [_event_pair() for _ in range(REPLAYS)]
+            for start, end in events:
+                start.record()
+                graph.replay()
+                end.record()
+            torch.cuda.synchronize()
+            return tuple(start.elapsed_time(end) / 1e3 for start, end in events)
+
+    def _capture(self, calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+        """Run all calls once, which compiles and tunes kernels, then record them."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for call in calls:
+                call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            for call in calls:
+                call()
+        return graph
+
+
+def _event_pair() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
+def time_calls(calls: Sequence[Call], timer: Timer) -> float:
+    """Return the seconds of one call: the median over the replays, divided by their number."""
+    return statistics.median(timer(calls)) / len(calls)
+
+
+def copies_needed(weight_bytes: int, l2_bytes: int) -> int:
+    """Return how many distinct copies of a weight keep the L2 cache cold."""
+    return max(LEAST_COPIES, -(-COLD_FACTOR * l2_bytes // weight_bytes))
+
+
+def rotation(copies: Sequence[T]) -> list[T]:
+    """Return the copies in turn, each equally often, for one replay."""
+    return list(copies) * -(-LEAST_CALLS // len(copies))
+
+
+def clone(value: Any) -> Any:  # noqa: ANN401
+    """Return a weight in memory of its own: the tensors of nested frozen data are cloned."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: clone(item) for key, item in value.items()}
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(clone(item) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: clone(getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
+def clones(value: T, weight_bytes: int, l2_bytes: int) -> list[T]:
+    """Return a weight and as many clones of it as a cold cache takes."""
+    return [value, *(clone(value) for _ in range(copies_needed(weight_bytes, l2_bytes) - 1))]
+
+
+def copies(device: torch.device, num_bytes: int = COPY_BYTES) -> Call:
+    """Return a call that copies random bytes within the device's memory."""
+    source = torch.empty(num_bytes // 4, dtype=torch.int32, device=device).random_()
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def copy_bandwidth(device: torch.device, timer: Timer, num_bytes: int = COPY_BYTES) -> float:
+    """Return the bytes per second, read and written, of a copy within the device's memory."""
+    calls = [copies(device, num_bytes)] * COPIES_PER_REPLAY
+    return 2 * num_bytes / time_calls(calls, timer)

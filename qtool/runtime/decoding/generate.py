@@ -1,0 +1,210 @@
+"""`model.generate` of a loaded checkpoint, through the decode runner where it can.
+
+A model's class is replaced by a subclass of the same name that overrides `_sample`: the loop that
+transformers runs for greedy search and for sampling, and whose arguments are the same from 4.57 to
+5.x. Whatever the runner doesn't do goes to transformers' own loop.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qtool.runtime.decoding import llama, torch_ops
+from qtool.runtime.decoding.kernel_ops import cuda_ops
+from qtool.runtime.decoding.ops import DecodeOps
+from qtool.runtime.decoding.sampling import Decoder, sample
+from qtool.runtime.decoding.weights import DecoderWeights
+from qtool.runtime.linear_kernels import KernelWeight
+
+Mode = Literal["auto", "always", "never"]
+_MODE: ContextVar[Mode] = ContextVar("qtool_runner", default="auto")
+_LOG = logging.getLogger(__name__)
+
+KNOWN_ARGUMENTS = frozenset(
+    {
+        "attention_mask",
+        "cache_position",
+        "logits_to_keep",
+        "past_key_values",
+        "position_ids",
+        "use_cache",
+    }
+)
+"""Of the model's forward: with others its output would depend on what the runner doesn't see."""
+
+
+@contextlib.contextmanager
+def use_runner(mode: Mode) -> Iterator[None]:
+    """Say inside the block whether `generate` uses the runner.
+
+    Args:
+        mode: "auto": on a card, unless $QTOOL_RUNNER is 0; "always": on a CPU as well, by torch;
+            "never".
+    """
+    token = _MODE.set(mode)
+    try:
+        yield
+    finally:
+        _MODE.reset(token)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What was made for one model: it holds while the weights stay what and where they are."""
+
+    fingerprint: tuple[Any, ...]
+    decoder: Decoder | str
+    """Or why there is none."""
+
+
+_MADE: "weakref.WeakKeyDictionary[nn.Module, _Made]" = weakref.WeakKeyDictionary()
+
+
+def accelerate(model: Any) -> Any:  # noqa: ANN401
+    """Let `model.generate` use the runner; returns the model, of a class of the same name."""
+    kind: Any = type(model)
+    if not getattr(kind, "_qtool_runner", False) and hasattr(kind, "_sample"):
+        model.__class__ = _accelerated(kind)
+    return model
+
+
+@functools.cache
+def _accelerated(base: Any) -> Any:  # noqa: ANN401
+    """Return the subclass."""
+
+    @functools.wraps(base.generate)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if kwargs.get("past_key_values") is None:
+            return base.generate(self, *args, **kwargs)
+        with use_runner("never"):  # the caller's cache is to be filled
+            return base.generate(self, *args, **kwargs)
+
+    @functools.wraps(base._sample)
+    def _sample(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:  # noqa: ANN401
+        decoder = _why_not_call(self, input_ids, kwargs) or _decoder(self)
+        if isinstance(decoder, Decoder):
+            reason = _why_not_decoder(decoder, kwargs["generation_config"].max_length)
+            if reason is None:
+                try:
+                    return sample(decoder, input_ids, kwargs)
+                finally:
+                    decoder.lock.release()
+            decoder = reason
+        _LOG.info("generate runs without the decode runner: %s", decoder)
+        return base._sample(self, input_ids, **kwargs)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: ANN401, N807
+        _, _, *state = base.__reduce_ex__(self, protocol)
+        return _empty, (base,), *state
+
+    members = {
+        "generate": generate,
+        "_sample": _sample,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_qtool_runner": True,
+    }
+    return type(base.__name__, (base,), members)
+
+
+def _empty(base: Any) -> Any:  # noqa: ANN401
+    """Return an object for a pickle to fill, which names the class that transformers has."""
+    return object.__new__(_accelerated(base))
+
+
+def _why_not_call(model: Any, input_ids: Tensor, kwargs: Mapping[str, Any]) -> str | None:  # noqa: ANN401
+    """Return None where the runner can take this call, else a sentence."""
+    config = kwargs["generation_config"]
+    arguments = {
+        key: value
+        for key, value in kwargs.items()
+        if key not in ("logits_processor", "stopping_criteria", "generation_config")
+        and key not in ("synced_gpus", "streamer")
+        and value is not None
+    }
+    mode, on_card = _MODE.get(), input_ids.device.type == "cuda"
+    off = mode == "never" or (mode == "auto" and os.environ.get("QTOOL_RUNNER") == "0")
+    unknown = sorted(arguments.keys() - KNOWN_ARGUMENTS)
+    reasons = {
+        "it is switched off.": off,
+        "the model isn't on a CUDA card.": mode == "auto" and not on_card,
+        "there is no prompt.": input_ids.numel() == 0,
+        "processes are synchronized.": kwargs.get("synced_gpus", False),
+        "more than the tokens is to be returned.": config.return_dict_in_generate,
+        "there is to be no cache.": not arguments.get("use_cache", config.use_cache),
+        "another cache is asked for.": config.cache_implementation not in (None, "dynamic"),
+        "the prompt is to be read in chunks.": config.prefill_chunk_size is not None,
+        "the model drafts for another one.": getattr(config, "is_assistant", False),
+        "there is no limit to the length.": config.max_length is None,
+        f"it doesn't know {', '.join(unknown)}.": bool(unknown),
+        "the model is on another device.": model.device != input_ids.device,
+    }
+    found = next((reason for reason, applies in reasons.items() if applies), None)
+    return found or _why_not_tensors(input_ids, arguments)
+
+
+def _why_not_tensors(input_ids: Tensor, arguments: Mapping[str, Any]) -> str | None:
+    """The same for arguments that have to be looked at."""
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+    if mask is not None and not (mask.shape == input_ids.shape and bool(mask.all())):
+        return "the attention mask hides something."
+    expected = torch.arange(input_ids.shape[1], device=input_ids.device)
+    if positions is not None and not (
+        positions.shape[-1] == len(expected) and bool((positions == expected).all())
+    ):
+        return "the positions aren't 0, 1, 2 and so on."
+    cache = arguments.get("past_key_values")
+    return "the cache isn't empty." if cache is not None and cache.get_seq_length() > 0 else None
+
+
+def _why_not_decoder(decoder: Decoder, max_length: int) -> str | None:
+    """Return a sentence, or None and hold the decoder's lock."""
+    longest = decoder.weights.longest
+    if longest is not None and max_length > longest:
+        return f"the model's sliding window of {longest} positions would count."
+    return None if decoder.lock.acquire(blocking=False) else "another thread is using it."
+
+
+def _decoder(model: Any) -> Decoder | str:  # noqa: ANN401
+    """Return the decoder of this model, or why there is none; made once."""
+    fingerprint, made = _fingerprint(model), _MADE.get(model)
+    if made is None or made.fingerprint != fingerprint:
+        made = None
+        _MADE.pop(model, None)  # frees the old weights before there are new ones
+        decoder: Decoder | str | None = llama.why_not(model)
+        if decoder is None:
+            weights = llama.weights_of(model)
+            ops = ops_for(weights)
+            decoder = Decoder(weights, ops) if ops else "the kernels can't run its heads."
+        made = _MADE[model] = _Made(fingerprint, decoder)
+    return made.decoder
+
+
+def ops_for(weights: DecoderWeights) -> DecodeOps | None:
+    """Return the operations for these weights: kernels if they are packed for kernels.
+
+    None: they are, but the kernels don't take the shape of the model.
+    """
+    packed = any(isinstance(layer.output, KernelWeight) for layer in weights.layers)
+    return cuda_ops(weights) if packed else torch_ops.OPS
+
+
+def _fingerprint(model: Any) -> tuple[Any, ...]:  # noqa: ANN401
+    """Return what changes if a weight is changed, moved or replaced, a hook set, training begun."""
+    tensors = [*model.parameters(), *model.buffers()]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return (
+        *((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors),
+        *(hooks, model.training),
+    )

@@ -1,0 +1,232 @@
+"""The grid, the shared memory and the arguments of the bit-plane kernels."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtool.errors import BackendError
+from qtool.runtime.launch import Call, Card, Launch, Zeros
+from qtool.runtime.tiles import TILE_ROWS, UNIT, Tiles
+
+BLOCKS_PER_UNIT = 8
+WARP = 32
+NUMBER = 4
+"""Bytes of a float32 in shared memory."""
+RESERVED_BYTES = 1024
+"""Of shared memory, that the system takes for each CTA."""
+MAX_UNITS = 2**21
+"""Of a slab: the kernel divides their numbers in float32."""
+EPILOGUES = {"none": 0, "residual": 1, "gated": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What is measured, not known. The defaults are those of the H100: kernels/README.md."""
+
+    warps: int = 8
+    stages: int = 4
+    """Units of a warp in shared memory, one of them in use."""
+    per_multiprocessor: int = 2
+    """CTAs that share one."""
+    launches: int = 1
+    """Launches that share one: with 2, the next one's CTAs read ahead while these still work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the constants of the kernel say about a weight."""
+
+    planes: int
+    group: int
+    """Inputs per group; whole units where one group is the row."""
+    offset: int
+
+    @property
+    def parameters(self) -> int:
+        """Return how many numbers a row and group has."""
+        return self.planes + self.offset
+
+    @property
+    def stage_bytes(self) -> int:
+        """Return what one unit takes: planes, and the scales of all groups that it touches."""
+        if self.group % UNIT == 0:
+            span = 1
+        elif UNIT % self.group == 0:
+            span = UNIT // self.group
+        else:
+            span = (self.group - 32 + UNIT - 1) // self.group + 1
+        return self.planes * WARP * 16 + span * 32 * self.parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One of the kernels that differ in how a unit is multiplied."""
+
+    name: str
+    columns: int
+    """Tokens that one CTA multiplies with each weight that it reads."""
+    x_bytes: int
+    """Of shared memory for 32 inputs of one token."""
+
+
+def product_for(batch: int, layout: Layout) -> Product:
+    """Return the kernel with the least arithmetic: bytes for few tokens, else float16."""
+    if batch <= 2 and layout.group % 64 == 0:  # noqa: PLR2004 - columns of four limbs; words of 64
+        return Product("bit_plane_imma", batch, 128)
+    columns = 1 if batch == 1 else 8 if batch <= 8 else 16  # noqa: PLR2004 - tiles of eight columns
+    return Product("bit_plane_mma", columns, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One launch on one card."""
+
+    column_blocks: int
+    ctas: int
+    """Per slab and block of columns."""
+    slabs: int
+    units_per_slab: int
+    stages: int
+    residents: int
+    """CTAs of this and the next launch that are to fit on a multiprocessor."""
+    shared_bytes: int
+    exchange_words: int
+
+
+def plan(  # noqa: PLR0913 - the size of the product, the kernel and the card
+    row_tiles: int,
+    units: int,
+    batch: int,
+    layout: Layout,
+    product: Product,
+    card: Card,
+    tuning: Tuning,
+) -> Plan:
+    """Choose a grid that fills a card once.
+
+    in_features are cut into slabs only where the inputs of all of them don't fit into shared
+    memory.
+    """
+    columns, warps = product.columns, tuning.warps
+    blocks = -(-batch // columns)
+    for slabs in range(1, units + 1):
+        count = -(-units // slabs)
+        if (slabs - 1) * count >= units or row_tiles * count > MAX_UNITS:
+            continue  # the last slab would be empty
+        shortest = units - (slabs - 1) * count
+        for stages, ctas_per, residents in _rings(tuning):
+            most = card.multiprocessors * ctas_per // slabs
+            ctas = max(1, min(most, row_tiles * shortest))
+            share = -(-row_tiles * count // ctas)
+            own = (share + count - 1) // count + 1
+            shared = (
+                warps * stages * layout.stage_bytes
+                + count * columns * (BLOCKS_PER_UNIT * (product.x_bytes + NUMBER) + NUMBER)
+                + (own + 2 * warps) * TILE_ROWS * columns * NUMBER
+                + own * NUMBER
+            )
+            if shared <= (card.shared_bytes + RESERVED_BYTES) // residents - RESERVED_BYTES:
+                words = blocks * slabs * ctas * warps * TILE_ROWS * columns
+                return Plan(blocks, ctas, slabs, count, stages, residents, shared, words)
+    raise BackendError(
+        f"A block of this card has {card.shared_bytes} bytes of shared memory: too few for a weight "
+        f"of {layout.planes} planes and groups of {layout.group}. QTOOL_BACKEND=dense runs it."
+    )
+
+
+def _rings(tuning: Tuning) -> Iterator[tuple[int, int, int]]:
+    """Yield stages, CTAs per multiprocessor and residents, the best first."""
+    for launches in range(tuning.launches, 0, -1):
+        for ctas in range(tuning.per_multiprocessor, 0, -1):
+            for stages in range(tuning.stages, 2 if ctas * launches > 1 else 1, -1):
+                yield stages, ctas, ctas * launches
+
+
+def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
+    x: Tensor,
+    packed: Tiles,
+    out_features: int,
+    layout: Layout,
+    launch: Launch,
+    card: Card,
+    *,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
+    product: Product | None = None,
+    tuning: Tuning | None = None,
+) -> Tensor:
+    """Return x @ W.T, or what the epilogue makes of it.
+
+    Args:
+        x: (tokens, in_features) float16 or bfloat16, contiguous.
+        packed: W.
+        out_features: Rows of W.
+        layout: Of W.
+        launch: Runs a kernel.
+        card: Where.
+        epilogue: `none`; `residual`: adds it; `gated`: silu(gate) * up of alternating rows, so the
+            result is half as wide.
+        residual: (tokens, out_features), for the epilogue of that name.
+        product: The kernel; None: `product_for`.
+        tuning: None: the card's.
+    """
+    tuning = tuning or Tuning()
+    (batch, in_features), (row_tiles, units) = x.shape, packed.planes.shape[:2]
+    product = product or product_for(batch, layout)
+    chosen = plan(row_tiles, units, batch, layout, product, card, tuning)
+    y = x.new_empty(batch, out_features // 2 if epilogue == "gated" else out_features)
+    activation = {"ACTIVATION_BF16": 1} if x.dtype == torch.bfloat16 else {}
+    padded = row_tiles * TILE_ROWS
+    partial = None
+    if chosen.slabs > 1:
+        partial = x.new_empty(chosen.slabs, batch, padded, dtype=torch.float32)
+    launch(
+        Call(
+            product.name,
+            product.name,
+            {
+                **{"PLANES": layout.planes, "GROUP": layout.group, "OFFSET": layout.offset},
+                **{"COLUMNS": product.columns, "WARPS": tuning.warps, "STAGES": chosen.stages},
+                **{"BLOCKS": chosen.residents, "ALIGNED": int(in_features % 8 == 0)},
+                **{"EPILOGUE": 0 if partial is not None else EPILOGUES[epilogue], **activation},
+            },
+            (chosen.ctas, chosen.slabs, chosen.column_blocks),
+            tuning.warps * WARP,
+            chosen.shared_bytes,
+            (
+                *(packed.planes, packed.scales, x, residual, y, partial),
+                *(Zeros(chosen.exchange_words), out_features, in_features, batch),
+                *(row_tiles, units, packed.scales.shape[1], chosen.units_per_slab),
+            ),
+        )
+    )
+    if partial is not None:
+        add_splits(partial, y, launch, epilogue=epilogue, residual=residual)
+    return y
+
+
+def add_splits(
+    partial: Tensor,
+    y: Tensor,
+    launch: Launch,
+    *,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
+) -> None:
+    """Write the sum of (splits, tokens, padded rows) float32 to `y`, through the epilogue."""
+    splits, batch, padded = partial.shape
+    threads = 128
+    activation = {"ACTIVATION_BF16": 1} if y.dtype == torch.bfloat16 else {}
+    launch(
+        Call(
+            "add_splits",
+            "add_splits",
+            {"EPILOGUE": EPILOGUES[epilogue], **activation},
+            (-(-y.shape[1] // threads), batch, 1),
+            threads,
+            0,
+            (partial, residual, y, y.shape[1], padded, batch, splits),
+        )
+    )

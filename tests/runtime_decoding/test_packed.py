@@ -1,0 +1,197 @@
+"""Quantized weights: fused for the decoder, shared with the modules, run by kernels."""
+
+import pytest
+import torch
+
+from qtool.base import QuantizedTensor
+from qtool.runtime import linear_kernels
+from qtool.runtime.decoding import sharing, torch_ops
+from qtool.runtime.decoding.generate import accelerate, use_runner
+from qtool.runtime.decoding.kernel_ops import KernelOps
+from qtool.runtime.decoding.llama import weights_of
+from qtool.runtime.decoding.runner import DecodeRunner
+from qtool.runtime.decoding.torch_ops import OPS
+from qtool.runtime.decoding.weights import DecoderWeights
+from qtool.runtime.launch import Card
+from qtool.runtime.linear_kernels import KernelWeight
+from qtool.runtime.modules import Lent
+from qtool.runtime.select import use_backend
+from qtool.scheme import Shape2D, WeightScheme
+from tests.contract.test_codecs import random_tensor
+from tests.helpers import dequantized, normal
+from tests.kernels.host import Recorder
+from tests.runtime_decoding.models import prompt
+
+CARD = Card(multiprocessors=2, shared_bytes=144 * 1024)
+SCHEME = WeightScheme(num_bits=3, group_size=32)
+
+
+def tensor(rows: int, inputs: int = 96, seed: int = 0, **changes) -> QuantizedTensor:
+    scheme = WeightScheme(**{"num_bits": 3, "group_size": 32, **changes})
+    return random_tensor("binary_coding", scheme, Shape2D(rows, inputs), seed)
+
+
+@pytest.mark.parametrize("changes", [{}, {"symmetric": True}, {"group_size": None}], ids=str)
+def test_dense_weight_from_tiles_is_the_definition(changes):
+    stored = tensor(40, 300, **changes)
+    weight = linear_kernels.prepare(stored, torch.float16)
+    assert weight.stored is None
+    expected = dequantized(stored).half()
+    torch.testing.assert_close(torch_ops.dense(weight), expected, rtol=1e-3, atol=1e-3)
+
+
+def same(one: KernelWeight, other: KernelWeight) -> bool:
+    assert one.tiles is not None and other.tiles is not None
+    return (
+        one.shape == other.shape
+        and torch.equal(one.tiles.planes, other.tiles.planes)
+        and torch.equal(one.tiles.scales, other.tiles.scales)
+    )
+
+
+def test_rows_of_a_fused_weight_are_views():
+    members = [tensor(rows, seed=rows) for rows in (48, 16, 24)]
+    fused_tensor = linear_kernels.fuse(members)
+    assert fused_tensor is not None
+    fused = linear_kernels.prepare(fused_tensor, torch.float16)
+    assert fused.tiles is not None
+    begin = 0
+    for member in members:
+        part = sharing.packed_rows(fused, begin, member.shape.out_features)
+        assert part is not None and part.tiles is not None
+        assert same(part, linear_kernels.prepare(member, torch.float16))
+        storage = fused.tiles.planes.untyped_storage().data_ptr()
+        assert part.tiles.planes.untyped_storage().data_ptr() == storage
+        begin += member.shape.out_features
+    assert sharing.packed_rows(fused, 8, 16) is None
+    assert sharing.packed_rows(fused, 0, 24) is None
+
+
+@pytest.mark.parametrize("rows", [8, 16, 40, 64])
+def test_halves_of_an_interleaved_weight_are_gate_and_up(rows):
+    members = [tensor(rows, seed=seed) for seed in (1, 2)]
+    fused_tensor = linear_kernels.interleave(*members)
+    assert fused_tensor is not None
+    fused = linear_kernels.prepare(fused_tensor, torch.float16)
+    for half, member in enumerate(members):
+        assert same(sharing.packed_half(fused, half), linear_kernels.prepare(member, torch.float16))
+
+
+def test_dense_halves_and_the_order_of_interleaved_rows():
+    gate, up = normal(24, 5), normal(24, 5, seed=1)
+    both = torch_ops.interleaved(gate, up)
+    assert torch.equal(both, torch.cat([gate, up])[linear_kernels.interleaved_order(24)])
+    assert torch.equal(sharing.dense_half(both, 0), gate)
+    assert torch.equal(sharing.dense_half(both, 1), up)
+    x = normal(3, 5)
+    expected = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+    got = torch_ops.silu_times(x @ both.T, alternating=True)
+    torch.testing.assert_close(got, expected)
+    side_by_side = torch.cat([x @ gate.T, x @ up.T], -1)
+    torch.testing.assert_close(torch_ops.silu_times(side_by_side, alternating=False), expected)
+
+
+def load(directory, dtype=torch.float16):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def bcq(tiny, tmp_path_factory):
+    """Return a function (family, **changes of the recipe) -> quantized checkpoint."""
+    from qtool import pipeline
+    from qtool.recipe.load import recipe_from_mapping
+
+    def make(family: str = "llama", *, tied: bool = False, overrides=()):
+        out_dir = tmp_path_factory.mktemp("quantized") / "checkpoint"
+        scheme = {"num_bits": 3, "group_size": 32}
+        weights = {"method": "rtn", "scheme": scheme, "overrides": list(overrides)}
+        table = {"scheme": {"num_bits": 4, "group_size": 32}}
+        ends = {"embedding": table} if tied else {"embedding": table, "head": table}
+        recipe = recipe_from_mapping({"weights": weights, **ends})
+        pipeline.quantize(str(tiny(family, tied=tied)), out_dir, recipe)
+        return out_dir
+
+    return make
+
+
+def packed(weights: DecoderWeights) -> list[bool]:
+    layer = weights.layers[0]
+    parts = [layer.qkv, layer.output, layer.gate_up, layer.down]
+    return [isinstance(part, KernelWeight) for part in parts]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_whole_steps_by_kernels(bcq, family):
+    directory = bcq(family)
+    model, ids = load(directory), prompt(1, 22)
+    weights = weights_of(model, packed=True)
+    assert all(packed(weights))
+    launch = Recorder()
+    runners = [DecodeRunner(weights, ops, max_length=40) for ops in (OPS, KernelOps(launch, CARD))]
+    logits = [[runner.prefill(ids[:, :18]).clone()] for runner in runners]
+    begin = len(launch.calls)
+    for index in range(18, 22):
+        for each, runner in zip(logits, runners, strict=True):
+            each.append(runner.step(ids[:, index]).clone())
+    torch.testing.assert_close(*map(torch.stack, logits), rtol=0, atol=0.02)
+    with use_backend("reference"):
+        expected = load(directory)(ids).logits[:, 17:]
+    torch.testing.assert_close(torch.stack(logits[1], 1), expected, rtol=0, atol=0.03)
+    layer = ["rms_norm", "bit_plane_mma", "decode_attention", "bit_plane_mma"]
+    layer += ["rms_norm", "bit_plane_mma", "bit_plane_mma"]
+    names = launch.names[begin:]
+    assert len(names) == 4 * len(names[: len(names) // 4])
+    step = names[: len(names) // 4]
+    without_ends = step[step.index("rms_norm") :][:14]
+    assert without_ends == [*layer, *layer]
+
+
+def test_layers_of_different_bits_run_apart(bcq):
+    rules = [{"match": "*.k_proj", "scheme": {"num_bits": 4}}]
+    rules += [{"match": "*.up_proj", "scheme": {"num_bits": 2}}]
+    model, ids = load(bcq(overrides=rules)), prompt(1, 12)
+    weights = weights_of(model, packed=True)
+    assert isinstance(weights.layers[0].qkv, tuple)
+    assert isinstance(weights.layers[0].gate_up, tuple)
+    logits = []
+    for ops in (OPS, KernelOps(Recorder(), CARD)):
+        runner = DecodeRunner(weights, ops, max_length=40)
+        runner.prefill(ids[:, :11])
+        logits.append(runner.step(ids[:, 11]).clone())
+    torch.testing.assert_close(*logits, rtol=0, atol=0.02)
+
+
+@torch.no_grad()
+def test_modules_read_the_fused_weights_and_keep_none_of_their_own(bcq):
+    with use_backend("dense"):
+        model = load(bcq(), torch.float32)
+    ids = prompt(1, 12)
+    before = model(ids).logits
+    weights = weights_of(model)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    fused = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
+    for member in fused:
+        assert isinstance(member._prepared, Lent)
+    _, key = attention.k_proj.prepare(torch.float32)
+    qkv = weights.layers[0].qkv
+    assert isinstance(qkv, torch.Tensor)
+    assert key.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+    assert model.model.layers[0].mlp.down_proj.prepare(torch.float32)[1] is weights.layers[0].down
+    torch.testing.assert_close(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("backend", ["dense", "reference"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_checkpoints_generate_the_same(bcq, tied, backend):
+    with use_backend(backend):
+        model, ids = load(bcq("llama", tied=tied), torch.float32), prompt(2, 9)
+    arguments = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
+    results = []
+    for mode in ("never", "always", "never"):
+        with use_runner(mode):
+            results.append(accelerate(model).generate(ids, **arguments))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
