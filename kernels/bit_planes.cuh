@@ -15,7 +15,7 @@
 // no counter) long before the owner asks for it. A block waits for lower ones only: no deadlock in
 // whatever order they run. All sums have a fixed order.
 
-#define THREADS (WARPS * WARP)
+#define THREADS ((WARPS + 1) * WARP) // the last warp: see bit_planes_kernel.cuh
 #define PARAMETERS (PLANES + OFFSET)
 #define PART (TILE_ROWS * COLUMNS)
 // Groups and units divide one another: where a group begins is known to the compiler.
@@ -128,25 +128,18 @@ DEVICE quad load_inputs(const u16 *row, int k, int in_features) {
 #endif
 }
 
-// The bits of the larger magnitude: as numbers, NaN is larger than infinity, and that than the rest.
-DEVICE u32 larger(u32 a, u32 b) { return a > b ? a : b; }
+// The largest magnitude among a warp's inputs of a unit, as the bits of a float: as numbers, NaN is
+// larger than infinity, and that than the rest.
 DEVICE u32 largest_of(quad v) {
-    u32 low = larger(larger(v.x & 0x7fffu, v.y & 0x7fffu), larger(v.z & 0x7fffu, v.w & 0x7fffu));
-    u32 high = larger(larger(v.x & 0x7fff0000u, v.y & 0x7fff0000u),
-                      larger(v.z & 0x7fff0000u, v.w & 0x7fff0000u));
-    return larger(low, high >> 16);
+    u32 pair = larger_magnitudes(larger_magnitudes(v.x, v.y), larger_magnitudes(v.z, v.w));
+    u32 shifted = pair << 16; // what is below the larger half decides nothing
+    u32 largest = warp_largest(pair > shifted ? pair : shifted);
+    return bits_of_float(load_activation((u16)(largest >> 16)));
 }
 
-// The exponent of the largest magnitude among a warp's inputs of a unit; of zeros: 0; of what isn't
-// finite: 1000.
+// Its exponent, or -100 where that is less; of what isn't finite: 128.
 DEVICE int exponent_of(quad v) {
-    u32 largest = largest_of(v);
-    for (int lanes = 16; lanes > 0; lanes >>= 1)
-        largest = larger(largest, shuffle_xor_bits(largest, lanes));
-    u32 bits = bits_of_float(load_activation((u16)largest));
-    if (bits == 0) return 0;
-    if (bits >= 0x7f800000u) return 1000;
-    int exponent = (int)(bits >> 23) - 127;
+    int exponent = (int)(largest_of(v) >> 23) - 127;
     return exponent < -100 ? -100 : exponent;
 }
 
@@ -160,11 +153,12 @@ DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &we
 DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, int columns, int units,
                          unsigned char *operands, float *starts, float *factors) {
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    for (int work = warp; work < weight.count * COLUMNS; work += LOADS * WARPS) {
+    const int stride = WARPS + 1;
+    for (int work = warp; work < weight.count * COLUMNS; work += LOADS * stride) {
         quad v[LOADS]; // all on their way before the first is looked at
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
-            int unit = (work + i * WARPS) / COLUMNS, column = (work + i * WARPS) % COLUMNS;
+            int unit = (work + i * stride) / COLUMNS, column = (work + i * stride) % COLUMNS;
             v[i] = quad{0, 0, 0, 0};
             if (unit < weight.count && column < columns)
                 v[i] = load_inputs(x + (u64)column * in_features,
@@ -172,7 +166,7 @@ DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, in
         }
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
-            int unit = (work + i * WARPS) / COLUMNS, column = (work + i * WARPS) % COLUMNS;
+            int unit = (work + i * stride) / COLUMNS, column = (work + i * stride) % COLUMNS;
             if (unit >= weight.count) break;
             stage_unit(v[i], unit, column, units, weight, lane, operands, starts, factors);
         }
@@ -182,8 +176,8 @@ DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, in
 
 // The sum over a segment, the part of a group inside a unit, of what its blocks of 32 inputs have in
 // `sum`; for the first block of each segment.
-DEVICE float segment_sum(float sum, int unit, int lane) {
-    float total = sum;
+template <class Number> DEVICE Number segment_sum(Number sum, int unit, int lane) {
+    Number total = sum;
     if (REGULAR) {
 #pragma unroll
         for (int lanes = 4; lanes < (GROUP < UNIT ? GROUP : UNIT) / 8; lanes *= 2)
@@ -193,10 +187,23 @@ DEVICE float segment_sum(float sum, int unit, int lane) {
     int group = (unit * BLOCKS_PER_UNIT + lane / 4) * 32 / GROUP;
 #pragma unroll
     for (int ahead = 1; ahead < BLOCKS_PER_UNIT; ++ahead) {
-        float other = shuffle_down(sum, 4 * ahead);
+        Number other = shuffle_down(sum, 4 * ahead);
         int block = lane / 4 + ahead;
         if (block < BLOCKS_PER_UNIT && (unit * BLOCKS_PER_UNIT + block) * 32 / GROUP == group)
             total += other;
     }
     return total;
+}
+
+// The same of what every lane has, as integers. A warp's sum takes one instruction.
+DEVICE u32 segment_total(u32 sum, int unit, int lane) {
+    if (GROUP % UNIT == 0) return warp_sum(sum);
+    if (GROUP * 2 == UNIT) {
+        bool lower = lane < WARP / 2;
+        u32 of_lower = warp_sum(lower ? sum : 0), of_all = warp_sum(sum);
+        return lower ? of_lower : of_all - of_lower;
+    }
+    sum += shuffle_xor(sum, 1);
+    sum += shuffle_xor(sum, 2);
+    return segment_sum(sum, unit, lane);
 }

@@ -10,31 +10,51 @@
 //
 // Grid (blocks, slabs of in_features, blocks of columns).
 
-// What lower blocks have given of this block's first tile, which begins at unit `from` of the stream:
-// each warp takes what its namesakes gave.
-DEVICE void take_given(u64 *exchange, int each, int more, int from, float *given) {
-    int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
-    int block = (int)blockIdx.x - 1;
-    while (share_of(block, each, more).begin > from) --block;
-    float sums[(PART + WARP - 1) / WARP] = {};
-    for (; block < (int)blockIdx.x; ++block) {
-        Share share = share_of(block, each, more);
-        int work = first_of_warp(warp, share.size);
-        if (work >= given_of(share, from) || work == first_of_warp(warp + 1, share.size)) continue;
-        u64 *place = exchange + ((u64)block * WARPS + warp) * PART;
-#pragma unroll
-        for (int i = 0; i < (PART + WARP - 1) / WARP; ++i) {
-            int index = i * WARP + lane;
-            if (index >= PART) break;
-            float value;
-            while (load_marked(place + index, &value) == 0) {}
-            store_marked(place + index, 0.0f, 0); // as the next launch wants to find it
-            sums[i] += value;
-        }
+// A block has a warp more than those that multiply. Code that runs once is slow, as its instructions
+// come from far away; this warp runs it ahead, off the critical path: it finds out who will have had
+// parts of which tile, takes what lower blocks have given, and goes through the final sums once for
+// nothing, so that their instructions are there when everyone needs them.
+
+// For each own tile, the first and the last warp that have a part of it.
+DEVICE void find_spans(u32 *spans, int tiles, int start, int count, const Share &share) {
+    for (int tile = (int)threadIdx.x % WARP; tile < tiles; tile += WARP) {
+        int from = start + tile * count - share.begin, to = from + count;
+        int low = warp_of(share.given + (from < 0 ? 0 : from), share.size);
+        spans[tile] = (u32)(low | warp_of(share.given + to - 1, share.size) << 16);
     }
+}
+
+// The sum of what lower blocks have given of this block's first tile, which begins at unit `from`. All
+// are asked before the first is waited for.
+DEVICE void take_given(u64 *exchange, int each, int more, int from, float *given) {
+    int lane = (int)threadIdx.x % WARP, lowest = (int)blockIdx.x - 1;
+    while (share_of(lowest, each, more).begin > from) --lowest;
+    for (int index = lane; index < PART; index += WARP) {
+        float sum = 0.0f;
+        for (int block = lowest; block < (int)blockIdx.x; ++block) {
+            Share share = share_of(block, each, more);
+            share.given = given_of(share, from);
+            u64 *place = exchange + (u64)block * WARPS * PART + index;
+            float value[WARPS];
+            u32 mark[WARPS];
 #pragma unroll
-    for (int i = 0; i < (PART + WARP - 1) / WARP; ++i)
-        if (i * WARP + lane < PART) given[warp * PART + i * WARP + lane] = sums[i];
+            for (int warp = 0; warp < WARPS; ++warp) {
+                int work = first_of_warp(warp, share.size);
+                bool gave = work < share.given && work < first_of_warp(warp + 1, share.size);
+                mark[warp] = 1, value[warp] = 0.0f;
+                if (gave) mark[warp] = load_marked(place + warp * PART, &value[warp]);
+            }
+#pragma unroll
+            for (int warp = 0; warp < WARPS; ++warp) {
+                while (mark[warp] == 0) mark[warp] = load_marked(place + warp * PART, &value[warp]);
+                sum += value[warp];
+                int work = first_of_warp(warp, share.size); // as the next launch wants to find it
+                if (work < share.given && work < first_of_warp(warp + 1, share.size))
+                    store_marked(place + warp * PART, 0.0f, 0);
+            }
+        }
+        given[index] = sum;
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -56,20 +76,19 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
     int total = row_tiles * weight.count, each = divide(total, (int)gridDim.x);
     int more = total - each * (int)gridDim.x;
     Share share = share_of((int)blockIdx.x, each, more);
-    int own = divide(share.begin, weight.count); // the first of this block's own tiles
     int last = divide(share.begin + share.size, weight.count) * weight.count;
     if (last < share.begin + share.size) share.given = given_of(share, last);
     int begin = first_of_warp(warp, share.size), end = first_of_warp(warp + 1, share.size);
+    if (warp == WARPS) end = begin;
 
     unsigned char *ring = shared + warp * STAGES * STAGE_BYTES;
     unsigned char *operands = shared + WARPS * STAGES * STAGE_BYTES;
     float *starts = (float *)(operands + units_per_slab * BLOCKS_PER_UNIT * COLUMNS * X_BYTES);
     float *factors = starts + units_per_slab * BLOCKS_PER_UNIT * COLUMNS; // [unit][COLUMNS]
-    float *given = factors + units_per_slab * COLUMNS; // [WARPS][16][COLUMNS]
-    float *parts = given + WARPS * PART;               // [own tiles + WARPS][16][COLUMNS]
+    float *given = factors + units_per_slab * COLUMNS;                    // [16][COLUMNS]
+    float *parts = given + PART; // [own tiles + WARPS][16][COLUMNS], then a number per own tile
 
     // Weights are on their way before the inputs exist.
-    let_next_start();
     Place ahead = place_at(weight, begin < share.given ? share.begin + share.size - share.given + begin
                                                        : share.begin + begin - share.given, lane);
     int unit = ahead.unit, tile = ahead.tile;
@@ -80,20 +99,19 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
         }
         end_of_fetches();
     }
-    // So is, before there is anything to sum, who will have had a part of which tile.
-    int kept = share.size - share.given, start = own * weight.count;
-    int tiles = kept == 0 ? 0 : divide(share.begin + kept - 1, weight.count) + 1 - own;
-    u32 *spans = (u32 *)(parts + (tiles + WARPS) * PART); // [own tiles], first and last warp
-    for (int i = (int)threadIdx.x; i < tiles; i += THREADS) {
-        int from = start + i * weight.count - share.begin, to = from + weight.count;
-        int low = warp_of(share.given + (from < 0 ? 0 : from), share.size);
-        spans[i] = (u32)(low | warp_of(share.given + to - 1, share.size) << 16);
-    }
     wait_for_previous();
     stage_inputs(x + (u64)column0 * in_features, in_features, weight, columns, units_per_slab,
                  operands, starts, factors);
 
     exchange += ((u64)blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x * WARPS * PART;
+    // Own tiles: from the one that the share begins in to the last one that ends in it.
+    int own = divide(share.begin, weight.count), start = own * weight.count;
+    int kept = share.size - share.given;
+    int tiles = kept == 0 ? 0 : divide(share.begin + kept - 1, weight.count) + 1 - own;
+    u32 *spans = (u32 *)(parts + (tiles + WARPS) * PART);
+    // The next kernel is to ask for its weights when all of these have been asked for.
+    int all_asked = end - STAGES + 1;
+    if (begin >= all_asked && warp < WARPS) let_next_start();
     float acc[ACCUMULATORS] = {};
     int stage = 0, free = STAGES - 1;
     for (int work = begin; work < end; ++work) {
@@ -104,6 +122,7 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
             advance(ahead, work + STAGES, share, weight, lane);
         }
         end_of_fetches();
+        if (work == all_asked) let_next_start();
         multiply_unit(acc, ring + stage * STAGE_BYTES, operands, starts, factors, units_per_slab, unit,
                       weight, lane);
         free = stage;
@@ -126,38 +145,46 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
         }
     }
     if (kept == 0) return;
-    if (start < share.begin) take_given(exchange, each, more, start, given);
-    __syncthreads();
+    bool shared_tile = start < share.begin; // the first: others have had parts of it
+    int rehearsals = 0;
+    if (warp == WARPS) {
+        find_spans(spans, tiles, start, weight.count, share);
+        sync_warp();
+        if (shared_tile) take_given(exchange, each, more, start, given);
+        rehearsals = 1;
+    }
     const int rows = EPILOGUE == 2 ? TILE_ROWS / 2 : TILE_ROWS;
-    for (int index = (int)threadIdx.x; index < tiles * rows * COLUMNS; index += THREADS) {
-        int tile = index / (rows * COLUMNS), row = index / COLUMNS % rows, column = index % COLUMNS;
-        int at = row * COLUMNS + column;
-        float value = 0.0f, other = 0.0f;
-        if (tile == 0 && start < share.begin)
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) {
-                value += given[w * PART + at];
-                if (EPILOGUE == 2) other += given[w * PART + at + 8 * COLUMNS];
+    int outputs = EPILOGUE == 2 ? out_features / 2 : out_features;
+#pragma unroll 1
+    for (; rehearsals >= 0; --rehearsals) {
+        if (rehearsals == 0) __syncthreads();
+        int first = rehearsals > 0 ? lane : (int)threadIdx.x;
+        for (int index = first; index < tiles * rows * COLUMNS; index += THREADS) {
+            int tile = index / (rows * COLUMNS), row = index / COLUMNS % rows;
+            int column = index % COLUMNS, at = row * COLUMNS + column;
+            float value = 0.0f, other = 0.0f;
+            if (tile == 0 && shared_tile) {
+                value = given[at];
+                if (EPILOGUE == 2) other = given[at + 8 * COLUMNS];
             }
-        u32 span = spans[tile];
-        for (int w = (int)(span & 0xffffu); w <= (int)(span >> 16); ++w) {
-            if (first_of_warp(w, share.size) == first_of_warp(w + 1, share.size)) continue;
-            value += parts[(tile + w) * PART + at];
-            if (EPILOGUE == 2) other += parts[(tile + w) * PART + at + 8 * COLUMNS];
+            u32 span = spans[tile];
+            for (int w = (int)(span & 0xffffu); w <= (int)(span >> 16); ++w) {
+                if (first_of_warp(w, share.size) == first_of_warp(w + 1, share.size)) continue;
+                value += parts[(tile + w) * PART + at];
+                if (EPILOGUE == 2) other += parts[(tile + w) * PART + at + 8 * COLUMNS];
+            }
+            value *= power_of_two(row < 8 ? ROW_POWER : ROW_POWER - 1);
+            int out = (own + tile) * rows + row;
+            u64 token = (u64)(column0 + column);
+            if (EPILOGUE == 2 && !partial) value = silu(value) * (other * power_of_two(ROW_POWER - 1));
+            if (rehearsals > 0 || column >= columns) continue;
+            if (partial) {
+                partial[((u64)blockIdx.y * batch + token) * row_tiles * TILE_ROWS + out] = value;
+            } else if (out < outputs) {
+                u64 to_write = token * outputs + out;
+                if (EPILOGUE == 1) value += load_activation(residual[to_write]);
+                y[to_write] = store_activation(value);
+            }
         }
-        value *= power_of_two(row < 8 ? ROW_POWER : ROW_POWER - 1);
-        int out = (own + tile) * rows + row;
-        u64 token = (u64)(column0 + column);
-        if (column >= columns) continue;
-        if (partial) {
-            partial[((u64)blockIdx.y * batch + token) * row_tiles * TILE_ROWS + out] = value;
-            continue;
-        }
-        if (EPILOGUE == 2) value = silu(value) * (other * power_of_two(ROW_POWER - 1));
-        int outputs = EPILOGUE == 2 ? out_features / 2 : out_features;
-        if (out >= outputs) continue;
-        u64 to_write = token * outputs + out;
-        if (EPILOGUE == 1) value += load_activation(residual[to_write]);
-        y[to_write] = store_activation(value);
     }
 }

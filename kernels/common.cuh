@@ -137,11 +137,46 @@ DEVICE float shuffle_down(float value, int lanes) {
 DEVICE float float_of_bits(u32 bits) { return __int_as_float((int)bits); }
 DEVICE u32 bits_of_float(float value) { return (u32)__float_as_int(value); }
 
+// The same number; what depends on it isn't computed ahead of a loop, to wait there in a register.
+DEVICE int just_now(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// Of a whole warp.
+DEVICE u32 warp_largest(u32 value) {
+    u32 largest;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(largest) : "r"(value));
+    return largest;
+}
+DEVICE u32 warp_sum(u32 value) {
+    u32 sum;
+    asm volatile("redux.sync.add.u32 %0, %1, 0xffffffff;" : "=r"(sum) : "r"(value));
+    return sum;
+}
+
+// The larger magnitudes of two pairs of activations; NaN is larger than all.
+DEVICE u32 larger_magnitudes(u32 a, u32 b) {
+    u32 larger;
+#ifdef ACTIVATION_BF16
+    asm("{.reg .b32 x, y; abs.bf16x2 x, %1; abs.bf16x2 y, %2; max.NaN.bf16x2 %0, x, y;}"
+        : "=r"(larger) : "r"(a), "r"(b));
+#else
+    asm("{.reg .b32 x, y; abs.f16x2 x, %1; abs.f16x2 y, %2; max.NaN.f16x2 %0, x, y;}"
+        : "=r"(larger) : "r"(a), "r"(b));
+#endif
+    return larger;
+}
+
 #endif
 
-DEVICE u32 shuffle_xor_bits(u32 value, int lanes) {
+DEVICE u32 shuffle_xor(u32 value, int lanes) {
     return bits_of_float(shuffle_xor(float_of_bits(value), lanes));
 }
+DEVICE u32 shuffle_down(u32 value, int lanes) {
+    return bits_of_float(shuffle_down(float_of_bits(value), lanes));
+}
+DEVICE u32 shuffle_xor_bits(u32 value, int lanes) { return shuffle_xor(value, lanes); }
 
 // 2^exponent for -126 <= exponent <= 127.
 DEVICE float power_of_two(int exponent) { return float_of_bits((u32)(exponent + 127) << 23); }

@@ -143,6 +143,8 @@ class KernelBackend(Protocol):
     """Its file name."""
     priority: int
     """Of the backends that support a tensor, the one with the highest priority runs it."""
+    owns_layout: bool
+    """What `prepare` returns shares no memory with the stored parts, and is all that it needs."""
 
     def why_not(self, tensor: QuantizedTensor, device: torch.device) -> str | None:
         """Return None if it can execute `tensor` on `device`, else a sentence that says why not."""

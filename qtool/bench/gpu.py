@@ -19,7 +19,7 @@ from qtool.plugins import describe_miss
 from qtool.runtime.backends import cuda
 from qtool.runtime.decoding.kernel_ops import KernelOps
 from qtool.runtime.decoding.ops import DecodeOps
-from qtool.runtime.linear_kernels import KERNELS
+from qtool.runtime.selection import KERNELS
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,7 +187,7 @@ def _sweep(
         x = inputs(tokens, weight.shape.in_features, weight.dtype, rig.device)
         seconds = time_calls([_ours(x, copy, rig, kernel) for copy in ours], rig.timer)
         fp16 = time_calls([_linear(x.to(DTYPE), copy) for copy in theirs], rig.timer)
-        name = kernel or linear_kernels.choose(weight, tokens)
+        name = kernel or linear_kernels.choose(weight, tokens, rig.card)
         points.append(SweepPoint(tokens, name, seconds * 1e6, fp16 * 1e6, fp16 / seconds))
     return tuple(points)
 

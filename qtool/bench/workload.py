@@ -18,10 +18,8 @@ from qtool.runtime.decoding.llama import weights_of, why_not
 from qtool.runtime.decoding.weights import DecoderWeights, Projection
 from qtool.runtime.linear_kernels import KernelWeight
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, TiedHead
+from qtool.runtime.selection import STORED_KERNELS
 from qtool.scheme import WeightScheme
-
-STORED_KERNELS = ("lut", "sign_flip")
-"""They read a weight as it is stored."""
 
 
 @dataclass(frozen=True, slots=True)

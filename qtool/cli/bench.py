@@ -151,7 +151,7 @@ def _check_usage(context: typer.Context) -> None:
         if CLASHES.get(name) in modes:
             messages.append(f"{option} doesn't go with {CLASHES[name]}.")
     plot = context.params["plot"]
-    if plot is not None and plot.suffix not in PLOT_SUFFIXES:
+    if plot is not None and Path(plot).suffix not in PLOT_SUFFIXES:
         messages.append(f"--plot takes a {' or '.join(PLOT_SUFFIXES)} file, not {plot}.")
     if messages:
         raise typer.BadParameter(" ".join(messages), ctx=context)

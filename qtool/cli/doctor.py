@@ -35,6 +35,7 @@ def doctor(
     installed |= {name: importlib.metadata.version(name) for name in PACKAGES}
     installed["cpu"] = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     installed["gpu"] = _gpu()
+    installed["kernels"] = _kernels()
     installed["cache"] = str(cache_dir())
     extras = {
         extra: "yes" if importlib.util.find_spec(module) else f"pip install 'qtool[{extra}]'"
@@ -58,6 +59,19 @@ def _gpu() -> str:
         return "none that torch can use"
     properties = torch.cuda.get_device_properties(0)
     return f"{properties.name}, {console.gigabytes(properties.total_memory)}"
+
+
+def _kernels() -> str:
+    """Say which kernel runs how many tokens here."""
+    import torch
+
+    from qtool.runtime.launch import Card
+    from qtool.runtime.selection import selection_for, wanted_kernel
+
+    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
+    wanted = wanted_kernel()
+    chosen = str(selection_for(Card(0, 0, name)))
+    return chosen if wanted is None else f"{wanted}, as $QTOOL_KERNEL says"
 
 
 def _backend_state(name: str, device: "torch.device") -> str:  # type: ignore[name-defined]  # noqa: F821

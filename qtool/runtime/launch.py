@@ -44,3 +44,5 @@ class Card:
     multiprocessors: int
     shared_bytes: int
     """Of shared memory that a block may take, at most."""
+    name: str = ""
+    """What `selection` knows it by."""

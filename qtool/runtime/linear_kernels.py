@@ -13,15 +13,12 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.errors import BackendError
 from qtool.formats import affine, binary_coding
-from qtool.runtime import planes, tiles
+from qtool.runtime import lut, planes, tiles
 from qtool.runtime.launch import Call, Card, Launch
+from qtool.runtime.selection import KERNELS, selection_for, wanted_kernel
 from qtool.runtime.tiles import UNIT, Tiles
 from qtool.scheme import Shape2D, WeightScheme
 
-KERNELS = ("planes", "lut", "dequantize", "sign_flip")
-"""Names for `kernel=`: bit_plane_mma.cu, lut_gemm.cu, dequantize.cu and torch, sign_flip.cu."""
-MAX_TOKENS = 16
-"""With more tokens a dequantized weight and torch's matrix product are faster: measured."""
 RUN = 8
 """Rows of gate, then of up, in a tile."""
 SIGN_FLIP_THREADS, SIGN_FLIP_ROWS = 256, 8
@@ -133,9 +130,12 @@ def interleaved_order(rows: int) -> Tensor:
     return torch.arange(2 * rows).view(2, rows // RUN, RUN).transpose(0, 1).flatten()
 
 
-def choose(weight: KernelWeight, tokens: int) -> str:
+def choose(weight: KernelWeight, tokens: int, card: Card) -> str:
     """Return the name of the kernel that multiplies so many tokens."""
-    if tokens > MAX_TOKENS:
+    wanted = wanted_kernel()
+    if wanted is not None:
+        return wanted
+    if tokens > selection_for(card).most_tokens:
         return "dequantize"
     return "planes" if weight.tiles is not None else "sign_flip"
 
@@ -167,7 +167,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     Raises:
         BackendError: the kernel asked for can't run this weight.
     """
-    kernel = kernel or choose(weight, len(x))
+    kernel = kernel or choose(weight, len(x), card)
     if kernel == "planes" and weight.tiles is not None and len(x) > 0:
         epilogue = "gated" if gated else "none" if residual is None else "residual"
         return planes.matmul(
@@ -188,9 +188,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     return y if residual is None else y + residual
 
 
-def _plain(
-    x: Tensor, weight: KernelWeight, launch: Launch, card: Card, kernel: str
-) -> Tensor:
+def _plain(x: Tensor, weight: KernelWeight, launch: Launch, card: Card, kernel: str) -> Tensor:
     if len(x) == 0:
         return x.new_empty(0, weight.shape.out_features)
     if kernel == "dequantize":
@@ -201,8 +199,6 @@ def _plain(
             f"(keep_stored) or there is no such kernel. Kernels: {', '.join(KERNELS)}."
         )
     if kernel == "lut":
-        from qtool.runtime import lut
-
         return lut.matmul(x, weight.stored, launch, card)
     if kernel == "sign_flip":
         return _by_definition(x, weight.stored, weight.activation, launch)

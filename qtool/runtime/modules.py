@@ -30,7 +30,9 @@ class QuantizedWeight(nn.Module):
     """The parts of one weight as buffers, named as in the checkpoint.
 
     The backend is chosen and its layout prepared at the first call, when the device and the dtype
-    of the activations are known; again after the module has moved.
+    of the activations are known; again after the module has moved. If the backend needs no more
+    than its own layout, the buffers then wait in the host's memory, for saving and for moves: a
+    card holds a weight once.
     """
 
     def __init__(self, entry: LayerEntry) -> None:
@@ -39,24 +41,35 @@ class QuantizedWeight(nn.Module):
         self.wanted = wanted_backend()
         self.backend: KernelBackend | None = None
         self._prepared: Any = None
+        self._home: torch.device | None = None
         self._prepared_dtype: torch.dtype | None = None
         for name, spec in entry.layout().items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype]))
 
+    @property
+    def device(self) -> torch.device:
+        """Return where the weight is executed, wherever its parts wait."""
+        return self._home or self.get_buffer(next(iter(self.entry.layout()))).device
+
     def tensor(self) -> QuantizedTensor:
-        """Return the weight as data."""
+        """Return the weight as data, on its device."""
+        entry = self.entry
+        parts = {name: self.get_buffer(name).to(self.device) for name in entry.layout()}
+        return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
+
+    def choose_backend(self) -> KernelBackend:
+        """Return the backend that runs the weight, or would."""
         entry = self.entry
         parts = {name: self.get_buffer(name) for name in entry.layout()}
-        return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
+        tensor = QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
+        return self.backend or choose_backend(tensor, self.device, self.wanted)
 
     def prepare(self, dtype: torch.dtype) -> tuple[KernelBackend, Any]:
         """Return the backend and its prepared weight for activations of `dtype`."""
         if self.backend is None or self._prepared_dtype != dtype:
-            tensor = self.tensor()
-            device = next(iter(tensor.parts.values())).device
-            self.backend = choose_backend(tensor, device, self.wanted)
-            self._prepared = self.backend.prepare(tensor, dtype)
-            self._prepared_dtype = dtype
+            backend = self.choose_backend()
+            self._hold(backend, backend.prepare(self.tensor(), dtype), dtype)
+        assert self.backend is not None
         prepared = self._prepared
         return self.backend, prepared.view() if isinstance(prepared, Lent) else prepared
 
@@ -65,17 +78,25 @@ class QuantizedWeight(nn.Module):
 
         So a weight that a decoder has fused with others isn't on the card once more.
         """
-        self.backend, self._prepared, self._prepared_dtype = backend, Lent(view), dtype
+        self._hold(backend, Lent(view), dtype)
+
+    def _hold(self, backend: KernelBackend, prepared: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
+        self.backend, self._prepared, self._prepared_dtype = backend, prepared, dtype
+        if backend.owns_layout:
+            self._home = self.device
+            for name in self.entry.layout():
+                setattr(self, name, self.get_buffer(name).cpu())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":  # noqa: FBT001, FBT002
         """Follow a move to another device, but keep the dtypes that the format prescribes."""
         kept = {name: self.get_buffer(name) for name in self.entry.layout()}
+        home = fn(torch.empty(0, device=self.device)).device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in kept.items():
             moved = self.get_buffer(name)
-            if moved.dtype != old.dtype:
-                setattr(self, name, old.to(moved.device))
-        self.backend = self._prepared = None
+            if moved.dtype != old.dtype or moved.device != home:
+                setattr(self, name, old.to(home))
+        self.backend = self._prepared = self._home = None
         return self
 
 

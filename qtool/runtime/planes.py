@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qtool.errors import BackendError
 from qtool.runtime.launch import Call, Card, Launch, Zeros
+from qtool.runtime.selection import Tuning, selection_for
 from qtool.runtime.tiles import TILE_ROWS, UNIT, Tiles
 
 BLOCKS_PER_UNIT = 8
@@ -19,19 +20,6 @@ RESERVED_BYTES = 1024
 MAX_UNITS = 2**21
 """Of a slab: the kernel divides their numbers in float32."""
 EPILOGUES = {"none": 0, "residual": 1, "gated": 2}
-
-
-@dataclass(frozen=True, slots=True)
-class Tuning:
-    """What is measured, not known. The defaults are those of the H100: kernels/README.md."""
-
-    warps: int = 8
-    stages: int = 4
-    """Units of a warp in shared memory, one of them in use."""
-    per_multiprocessor: int = 2
-    """CTAs that share one."""
-    launches: int = 1
-    """Launches that share one: with 2, the next one's CTAs read ahead while these still work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +88,7 @@ def plan(  # noqa: PLR0913 - the size of the product, the kernel and the card
     units: int,
     batch: int,
     layout: Layout,
+    *,
     product: Product,
     card: Card,
     tuning: Tuning,
@@ -117,22 +106,23 @@ def plan(  # noqa: PLR0913 - the size of the product, the kernel and the card
             continue  # the last slab would be empty
         shortest = units - (slabs - 1) * count
         for stages, ctas_per, residents in _rings(tuning):
-            most = card.multiprocessors * ctas_per // slabs
+            most = card.multiprocessors * ctas_per * tuning.waves // slabs
             ctas = max(1, min(most, row_tiles * shortest))
             share = -(-row_tiles * count // ctas)
             own = (share + count - 1) // count + 1
             shared = (
                 warps * stages * layout.stage_bytes
                 + count * columns * (BLOCKS_PER_UNIT * (product.x_bytes + NUMBER) + NUMBER)
-                + (own + 2 * warps) * TILE_ROWS * columns * NUMBER
+                + (own + 1 + warps) * TILE_ROWS * columns * NUMBER
                 + own * NUMBER
             )
             if shared <= (card.shared_bytes + RESERVED_BYTES) // residents - RESERVED_BYTES:
                 words = blocks * slabs * ctas * warps * TILE_ROWS * columns
                 return Plan(blocks, ctas, slabs, count, stages, residents, shared, words)
     raise BackendError(
-        f"A block of this card has {card.shared_bytes} bytes of shared memory: too few for a weight "
-        f"of {layout.planes} planes and groups of {layout.group}. QTOOL_BACKEND=dense runs it."
+        f"A block of this card has {card.shared_bytes} bytes of shared memory: too few for a "
+        f"weight of {layout.planes} planes and groups of {layout.group}. "
+        "QTOOL_BACKEND=dense runs it."
     )
 
 
@@ -172,10 +162,12 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         product: The kernel; None: `product_for`.
         tuning: None: the card's.
     """
-    tuning = tuning or Tuning()
     (batch, in_features), (row_tiles, units) = x.shape, packed.planes.shape[:2]
-    product = product or product_for(batch, layout)
-    chosen = plan(row_tiles, units, batch, layout, product, card, tuning)
+    product, tuning = (
+        product or product_for(batch, layout),
+        tuning or selection_for(card).tuning(in_features),
+    )
+    chosen = plan(row_tiles, units, batch, layout, product=product, card=card, tuning=tuning)
     y = x.new_empty(batch, out_features // 2 if epilogue == "gated" else out_features)
     activation = {"ACTIVATION_BF16": 1} if x.dtype == torch.bfloat16 else {}
     padded = row_tiles * TILE_ROWS
@@ -187,13 +179,19 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
             product.name,
             product.name,
             {
-                **{"PLANES": layout.planes, "GROUP": layout.group, "OFFSET": layout.offset},
-                **{"COLUMNS": product.columns, "WARPS": tuning.warps, "STAGES": chosen.stages},
-                **{"BLOCKS": chosen.residents, "ALIGNED": int(in_features % 8 == 0)},
-                **{"EPILOGUE": 0 if partial is not None else EPILOGUES[epilogue], **activation},
+                "PLANES": layout.planes,
+                "GROUP": layout.group,
+                "OFFSET": layout.offset,
+                "COLUMNS": product.columns,
+                "WARPS": tuning.warps,
+                "STAGES": chosen.stages,
+                "BLOCKS": chosen.residents,
+                "ALIGNED": int(in_features % 8 == 0),
+                "EPILOGUE": 0 if partial is not None else EPILOGUES[epilogue],
+                **activation,
             },
             (chosen.ctas, chosen.slabs, chosen.column_blocks),
-            tuning.warps * WARP,
+            (tuning.warps + 1) * WARP,
             chosen.shared_bytes,
             (
                 *(packed.planes, packed.scales, x, residual, y, partial),

@@ -4,6 +4,7 @@
 #define QTOOL_HOST
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -152,6 +153,27 @@ DEVICE float shuffle_down(float value, int lanes) {
     float got = float_of_bits(host::box(lane + lanes < 32 ? lane + lanes : lane)[0]);
     host::meet_warp();
     return got;
+}
+
+DEVICE int just_now(int value) { return value; }
+DEVICE unsigned warp_largest(unsigned value) {
+    host::box((int)threadIdx.x % 32)[0] = value;
+    host::meet_warp();
+    for (int lane = 0; lane < 32; ++lane) value = std::max(value, host::box(lane)[0]);
+    host::meet_warp();
+    return value;
+}
+DEVICE unsigned warp_sum(unsigned value) {
+    host::box((int)threadIdx.x % 32)[0] = value;
+    host::meet_warp();
+    value = 0;
+    for (int lane = 0; lane < 32; ++lane) value += host::box(lane)[0];
+    host::meet_warp();
+    return value;
+}
+// As bits: of either format, NaN is above infinity, and that above the rest.
+DEVICE unsigned larger_magnitudes(unsigned a, unsigned b) {
+    return std::max(a & 0x7fffu, b & 0x7fffu) | std::max(a & 0x7fff0000u, b & 0x7fff0000u);
 }
 
 DEVICE unsigned multiply_half2(unsigned a, unsigned b) {

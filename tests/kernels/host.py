@@ -110,7 +110,7 @@ class Recorder:
             torch.zeros(a.words, dtype=torch.int64) if isinstance(a, Zeros) else None
             for a in call.arguments
         ]
-        passed = [
+        passed: list[Any] = [
             a if zero is None else zero for a, zero in zip(call.arguments, zeros, strict=True)
         ]
         kernels[call.kernel](call.grid, call.threads, call.shared_bytes, *passed)

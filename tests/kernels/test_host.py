@@ -118,7 +118,7 @@ def multiply(case, packed, x, y, partial, product, *, ctas, slabs, warps, stages
     exchange = torch.zeros(blocks * slabs * ctas * warps * 16 * columns, dtype=torch.int64)
     host_kernels(product.name, constants)[product.name](
         (ctas, slabs, blocks),
-        warps * 32,
+        (warps + 1) * 32,
         warps * stages * layout.stage_bytes + x_bytes + parts,
         *(packed.planes, packed.scales, x, None, y, partial, exchange),
         *(case.shape[0], case.shape[1], case.batch),
@@ -127,19 +127,19 @@ def multiply(case, packed, x, y, partial, product, *, ctas, slabs, warps, stages
     assert not bool(exchange.any())
 
 
-GRIDS = [(1, 2, 2), (3, 4, 3), (5, 8, 2)]  # CTAs, warps, stages
+GRIDS = [(1, 2, 2), (3, 3, 3), (5, 7, 2)]  # CTAs, warps, stages
 FLOATS = planes.Product("bit_plane_mma", 8, 64)
 BYTES = planes.Product("bit_plane_imma", 2, 128)
+EIGHT = planes.Product("bit_plane_imma8", 8, 96)
+PRODUCTS = {"floats": FLOATS, "bytes": BYTES, "eight": EIGHT}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("product", ["chosen", "floats", "bytes"])
+@pytest.mark.parametrize("product", ["chosen", *PRODUCTS])
 def test_bit_planes_agree_before_and_after_the_cast(case, grid, product):
-    chosen = planes.product_for(case.batch, case.layout())
-    if product != "chosen":
-        chosen = FLOATS if product == "floats" else BYTES
-    if chosen.name == BYTES.name and case.layout().group % 64 != 0:
+    chosen = PRODUCTS.get(product) or planes.product_for(case.batch, case.layout())
+    if chosen.name != FLOATS.name and case.layout().group % 64 != 0:
         pytest.skip("words of 64 inputs hold more than one group")
     tensor = case.weight()
     packed, x, y = tiles.pack(tensor), case.inputs(), case.output()
@@ -210,7 +210,7 @@ def test_sign_flip_agrees(case):
     assert error(y, case, tensor) < AFTER_CAST[case.dtype]
 
 
-@pytest.mark.parametrize("product", [FLOATS, BYTES], ids=["floats", "bytes"])
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
 def test_infinite_and_missing_numbers_reach_the_output(product):
     case = Case(2, (16, 256), 128, batch=3)
     packed, y, x = tiles.pack(case.weight()), case.output(), case.inputs()

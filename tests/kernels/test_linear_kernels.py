@@ -94,7 +94,9 @@ def test_every_kernel_can_be_asked_for(kernel, batch):
     launch, x = Recorder(), normal(batch, 192).half()
     weight = linear_kernels.prepare(tensor, x.dtype, keep_stored=True)
     got = linear_kernels.matmul(x, weight, launch, SMALL, kernel=kernel)
-    assert torch.allclose(got.double(), x.double() @ dequantized(tensor, torch.float64).T, 1e-2, 0.1)
+    assert torch.allclose(
+        got.double(), x.double() @ dequantized(tensor, torch.float64).T, 1e-2, 0.1
+    )
     assert launch.names == ["bit_plane_mma" if kernel == "planes" else kernel]
 
 
@@ -129,6 +131,7 @@ def test_gate_and_up_are_multiplied_where_their_rows_alternate(batch, slabs):
     )
     x = (normal(batch, inputs) / inputs**0.5).half()
     fused = linear_kernels.interleave(gate, up)
+    assert fused is not None
     weight = linear_kernels.prepare(fused, x.dtype)
     got = linear_kernels.matmul(x, weight, Recorder(), SMALL, gated=True)
     sides = [x.double() @ dequantized(tensor, torch.float64).T for tensor in (gate, up)]
@@ -138,8 +141,11 @@ def test_gate_and_up_are_multiplied_where_their_rows_alternate(batch, slabs):
 
 def test_weights_of_one_input_are_fused_if_their_schemes_agree():
     scheme = WeightScheme(num_bits=2, group_size=64)
-    tensors = [random_tensor(f, scheme, Shape2D(r, 96), 1) for f, r in [("affine", 8), ("affine", 3)]]
+    tensors = [
+        random_tensor(f, scheme, Shape2D(r, 96), 1) for f, r in [("affine", 8), ("affine", 3)]
+    ]
     fused = linear_kernels.fuse(tensors)
+    assert fused is not None
     assert fused.shape == (11, 96)
     parts = [binary_coding.from_affine(tensor, torch.float16) for tensor in tensors]
     assert torch.equal(dequantized(fused), torch.cat([dequantized(part) for part in parts]))

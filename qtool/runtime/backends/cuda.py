@@ -1,7 +1,7 @@
 """Backend `cuda`: the kernels of kernels/*.cu, compiled by CuPy. Alone imports it.
 
-CuPy compiles and keeps the results; a launch goes straight to the driver, for CuPy can't mark one as
-dependent: the next kernel then starts while the last one ends, and reads its weights ahead.
+CuPy compiles and keeps the results; a launch goes straight to the driver, for CuPy can't mark one
+as dependent: the next kernel then starts while the last one ends, and reads its weights ahead.
 """
 
 import ctypes
@@ -17,9 +17,10 @@ from qtool.base import KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.errors import BackendError
 from qtool.formats import affine, binary_coding
-from qtool.runtime import linear_kernels
+from qtool.runtime import linear_kernels, operators
 from qtool.runtime.launch import Argument, Call, Card, Zeros
 from qtool.runtime.linear_kernels import KernelWeight
+from qtool.runtime.selection import STORED_KERNELS, wanted_kernel
 from qtool.runtime.sources import kernel_source
 
 FORMATS = (affine.FORMAT, binary_coding.FORMAT)
@@ -35,6 +36,7 @@ class CudaBackend:
 
     name = "cuda"
     priority = 20
+    owns_layout = True
 
     def why_not(self, tensor: QuantizedTensor, device: torch.device) -> str | None:
         """Return None for a weight of planes on a card with CuPy, else what is missing."""
@@ -52,12 +54,15 @@ class CudaBackend:
         """Return the re-laid weight; in float32, which the kernels don't take, a dense one."""
         if dtype == torch.float32:
             return codec(tensor.format).dequantize(tensor, torch.float32)
-        return linear_kernels.prepare(tensor, dtype)
+        keep = wanted_kernel() in STORED_KERNELS
+        return linear_kernels.prepare(tensor, dtype, keep_stored=keep)
 
     def matmul(self, x: Tensor, prepared: KernelWeight | Tensor) -> Tensor:
         """Return x @ W.T."""
         if isinstance(prepared, Tensor):
             return torch.nn.functional.linear(x, prepared)
+        if prepared.stored is None:
+            return operators.matmul(x, prepared)
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         y = linear_kernels.matmul(flat, prepared, launch, card_of(x.device.index or 0))
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -66,6 +71,8 @@ class CudaBackend:
         """Return the rows that `index` names."""
         if isinstance(prepared, Tensor):
             return torch.nn.functional.embedding(index, prepared)
+        if prepared.tiles is not None:
+            return operators.rows(index, prepared)
         return linear_kernels.rows(index, prepared, launch)
 
 
@@ -74,17 +81,17 @@ def card_of(index: int) -> Card:
     """Return what decides a grid on one card."""
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
-    return Card(properties.multi_processor_count, shared)
+    return Card(properties.multi_processor_count, shared, properties.name)
 
 
 class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute"""
+    """CUlaunchAttribute of the driver."""
 
     _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
 
 
 class _Config(ctypes.Structure):
-    """CUlaunchConfig"""
+    """CUlaunchConfig of the driver."""
 
     _fields_ = (
         ("grid", ctypes.c_uint * 3),
@@ -204,4 +211,5 @@ def _function(file: str, kernel: str, constants: tuple[tuple[str, int], ...], de
 _MODULES: list[Any] = []
 
 
+operators.implement(launch, card_of)
 BACKEND: KernelBackend = CudaBackend()

@@ -12,6 +12,7 @@ class DenseBackend:
 
     name = "dense"
     priority = 10
+    owns_layout = True
 
     def why_not(self, tensor: QuantizedTensor, device: torch.device) -> str | None:
         """Return None: it runs everything everywhere."""

@@ -12,6 +12,7 @@ class ReferenceBackend:
 
     name = "reference"
     priority = 0
+    owns_layout = False
 
     def why_not(self, tensor: QuantizedTensor, device: torch.device) -> str | None:
         """Return None: it runs everything everywhere."""

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.base import KernelBackend
 from qtool.checkpoint.manifest import codec
 from qtool.errors import BackendError
 from qtool.runtime import linear_kernels
@@ -21,7 +20,6 @@ from qtool.runtime.decoding.weights import (
 )
 from qtool.runtime.linear_kernels import KernelWeight
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead
-from qtool.runtime.select import choose_backend
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "llama3", "yarn")
@@ -123,7 +121,7 @@ class _Reader:
         """Return a weight that isn't fused: the module's own layout where that will do."""
         if not self._is_packed(module):
             return self._dense(module)
-        if _backend(module).name == PACKED_BACKEND:
+        if module.choose_backend().name == PACKED_BACKEND:
             return module.prepare(self.dtype)[1]
         return linear_kernels.prepare(module.tensor(), self.dtype)
 
@@ -172,7 +170,7 @@ class _Reader:
     def _dense(self, module: Any) -> Tensor:  # noqa: ANN401
         if not isinstance(module, QuantizedWeight):
             return module.weight.detach()
-        if _backend(module).name == DENSE_BACKEND:
+        if module.choose_backend().name == DENSE_BACKEND:
             return module.prepare(self.dtype)[1]
         tensor = module.tensor()
         return codec(tensor.format).dequantize(tensor, torch.float32).to(self.dtype)
@@ -180,20 +178,16 @@ class _Reader:
     def _is_packed(self, module: Any) -> bool:  # noqa: ANN401
         if not isinstance(module, QuantizedWeight):
             return False
-        return _backend(module).name == PACKED_BACKEND if self._packed is None else self._packed
+        return (
+            module.choose_backend().name == PACKED_BACKEND if self._packed is None else self._packed
+        )
 
     def _lend(self, module: Any, view: Callable[[], Any]) -> None:  # noqa: ANN401
         """Let a quantized module read its part of a fused weight, if its backend can run that."""
         if isinstance(module, QuantizedLinear):
-            backend = _backend(module)
+            backend = module.choose_backend()
             if backend.name == (PACKED_BACKEND if self._is_packed(module) else DENSE_BACKEND):
                 module.lend(backend, view, self.dtype)
-
-
-def _backend(module: QuantizedWeight) -> KernelBackend:
-    """Return the backend that would run a module."""
-    tensor = module.tensor()
-    return choose_backend(tensor, next(iter(tensor.parts.values())).device, module.wanted)
 
 
 def _same(prepared: KernelWeight | Tensor) -> KernelWeight | Tensor:
@@ -212,8 +206,11 @@ def _window(config: Any) -> int | None:  # noqa: ANN401
 def _why_not_state(model: Any) -> str | None:  # noqa: ANN401
     if model.training:
         return "it is in training mode; call model.eval()."
-    tensors = [*model.parameters(), *model.buffers()]
-    if len({tensor.device for tensor in tensors}) != 1:
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+    waiting = {id(buffer) for module in quantized for buffer in module.buffers(recurse=False)}
+    tensors = [*model.parameters(), *(b for b in model.buffers() if id(b) not in waiting)]
+    devices = {tensor.device for tensor in tensors} | {module.device for module in quantized}
+    if len(devices) != 1:
         return "it is spread over several devices."
     hooked = (
         module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")

@@ -1,0 +1,74 @@
+"""The kernels as operators of torch, with what `torch.compile` must know of them.
+
+Which kernel runs is decided inside an operator, from the number of tokens: a compiled model isn't
+compiled again between prefill and decoding.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qtool.runtime import linear_kernels
+from qtool.runtime.launch import Card, Launch
+from qtool.runtime.linear_kernels import KernelWeight
+from qtool.runtime.tiles import Tiles
+from qtool.scheme import Shape2D, WeightScheme
+
+WEIGHT = "Tensor planes, Tensor scales, int rows, int inputs, int bits, int? group, bool symmetric"
+LIBRARY = torch.library.Library("qtool", "DEF")
+LIBRARY.define(f"matmul(Tensor x, {WEIGHT}) -> Tensor")
+LIBRARY.define(f"rows(Tensor index, ScalarType dtype, {WEIGHT}) -> Tensor")
+
+
+def matmul(x: Tensor, weight: KernelWeight) -> Tensor:
+    """Return x @ W.T for a weight of tiles, shaped (..., out_features), in the dtype of `x`."""
+    return torch.ops.qtool.matmul(x, *_flat(weight))
+
+
+def rows(index: Tensor, weight: KernelWeight) -> Tensor:
+    """Return the rows of a weight of tiles that `index` names."""
+    return torch.ops.qtool.rows(index, weight.dtype, *_flat(weight))
+
+
+Flat = tuple[Tensor, Tensor, int, int, int, int | None, bool]
+
+
+def _flat(weight: KernelWeight) -> Flat:
+    scheme, shape, packed = weight.scheme, weight.shape, weight.tiles
+    assert packed is not None
+    numbers = (shape.out_features, shape.in_features, scheme.num_bits)
+    return (packed.planes, packed.scales, *numbers, scheme.group_size, scheme.symmetric)
+
+
+def _weight(dtype: torch.dtype, flat: Flat) -> KernelWeight:
+    planes, scales, out_features, in_features, bits, group, symmetric = flat
+    scheme = WeightScheme(num_bits=bits, group_size=group, symmetric=symmetric)
+    shape = Shape2D(out_features, in_features)
+    return KernelWeight(scheme, shape, dtype, Tiles(planes, scales), None)
+
+
+def implement(launch: Launch, card_of: Callable[[int], Card]) -> None:
+    """Let the operators launch; once."""
+
+    def matmul_there(x: Tensor, *flat: *Flat) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1]).contiguous()
+        card = card_of(x.device.index or 0)
+        y = linear_kernels.matmul(tokens, _weight(x.dtype, flat), launch, card)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def rows_there(index: Tensor, dtype: torch.dtype, *flat: *Flat) -> Tensor:
+        return linear_kernels.rows(index, _weight(dtype, flat), launch)
+
+    LIBRARY.impl("matmul", matmul_there, "CUDA")
+    LIBRARY.impl("rows", rows_there, "CUDA")
+
+
+@torch.library.register_fake("qtool::matmul", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _(x: Tensor, *flat: *Flat) -> Tensor:
+    return x.new_empty(*x.shape[:-1], flat[2])
+
+
+@torch.library.register_fake("qtool::rows", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _(index: Tensor, dtype: torch.dtype, *flat: *Flat) -> Tensor:
+    return index.new_empty(*index.shape, flat[3], dtype=dtype)

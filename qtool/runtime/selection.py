@@ -1,0 +1,85 @@
+"""Which kernel runs how many tokens, and how it is tuned: measured, per card.
+
+A card that isn't here is run as the one most like it that is. Which selection is in use stands in
+`qtool doctor` and in what `qtool bench --gpu` prints; $QTOOL_KERNEL and `--kernel` override it.
+"""
+
+import os
+from dataclasses import dataclass
+
+from qtool.errors import UnknownNameError
+from qtool.plugins import describe_miss
+from qtool.runtime.launch import Card
+
+KERNELS = ("planes", "lut", "dequantize", "sign_flip")
+"""bit_plane_*.cu; lut_gemm.cu; dequantize.cu and torch's product; sign_flip.cu."""
+
+STORED_KERNELS = ("lut", "sign_flip")
+"""Those that read a weight as a checkpoint stores it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What changes the time of the bit-plane kernels and nothing else."""
+
+    warps: int = 15
+    """That multiply; a CTA has one more."""
+    stages: int = 3
+    """Units of a warp in shared memory, one of them in use."""
+    per_multiprocessor: int = 1
+    """CTAs that share one."""
+    waves: int = 1
+    """CTAs that follow one another on one: the faster multiprocessors take more of them."""
+    launches: int = 1
+    """Launches that share one: with 2, the next one's CTAs read ahead while these still work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What was fastest on one card; how it was measured: kernels/README.md."""
+
+    measured_on: str
+    most_tokens: int
+    """For more, a dequantized weight and torch's product are faster than the bit planes."""
+    few_inputs: Tuning
+    """Up to 4096 inputs: two CTAs cover for one another where the inputs are staged soon."""
+    many_inputs: Tuning
+    """Beyond: staging them twice costs more."""
+
+    def tuning(self, in_features: int) -> Tuning:
+        """Return how the bit-plane kernels are launched for so many inputs."""
+        return self.few_inputs if in_features <= 4096 else self.many_inputs  # noqa: PLR2004
+
+    def __str__(self) -> str:
+        """Say what is chosen, for people."""
+        return (
+            f"planes up to {self.most_tokens} tokens, dequantize beyond "
+            f"(measured on {self.measured_on})"
+        )
+
+
+H100 = Selection(
+    measured_on="NVIDIA H100 80GB HBM3",
+    most_tokens=16,
+    few_inputs=Tuning(warps=7, stages=4, per_multiprocessor=2),
+    many_inputs=Tuning(),
+)
+SELECTIONS = (H100,)
+
+
+def selection_for(card: Card) -> Selection:
+    """Return the selection of a card; of one that wasn't measured, the first."""
+    known = (s for s in SELECTIONS if s.measured_on == card.name)
+    return next(known, SELECTIONS[0])
+
+
+def wanted_kernel() -> str | None:
+    """Return the kernel that $QTOOL_KERNEL asks for; None: choose.
+
+    Raises:
+        UnknownNameError: there is no such kernel.
+    """
+    name = os.environ.get("QTOOL_KERNEL") or None
+    if name is not None and name not in KERNELS:
+        raise UnknownNameError(describe_miss(name, KERNELS, "kernels"))
+    return name
