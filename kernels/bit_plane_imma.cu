@@ -24,19 +24,15 @@ DEVICE u32 signed_bytes(u32 value) { return (value + 0x80808080u) ^ 0x80808080u;
 DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &weight, int lane,
                        unsigned char *operands, float *starts, float *factors) {
     int exponent = exponent_of(v);
-    bool finite = exponent < 1000;
-    float factor = finite ? power_of_two(21 - exponent) : 0.0f; // magnitudes below 2^22
+    float factor = power_of_two(21 - exponent); // magnitudes below 2^22
     bool upper = lane / 4 & 1; // half of a word's inputs
-    u32 pairs[4] = {v.x, v.y, v.z, v.w}, kept[4], received[4];
-    float sum = 0.0f;
+    u32 pairs[4] = {v.x, v.y, v.z, v.w}, kept[4], received[4], sum = 0;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-        float first = load_activation((u16)(pairs[r] & 0xffffu));
-        float second = load_activation((u16)(pairs[r] >> 16));
-        sum += first + second;
-        u32 a = bits_of_float(first * factor + 12582912.0f) - MAGIC;
-        u32 b = bits_of_float(second * factor + 12582912.0f) - MAGIC;
-        a = signed_bytes(a << (6 - 2 * r)), b = signed_bytes(b << (6 - 2 * r));
+        u32 a = bits_of_float(load_activation((u16)(pairs[r] & 0xffffu)) * factor + 12582912.0f);
+        u32 b = bits_of_float(load_activation((u16)(pairs[r] >> 16)) * factor + 12582912.0f);
+        sum += a + b;
+        a = signed_bytes((a - MAGIC) << (6 - 2 * r)), b = signed_bytes((b - MAGIC) << (6 - 2 * r));
         // Lanes of the lower half take limbs 0 and 1 of both halves, those of the upper 2 and 3.
         kept[r] = permute_bytes(a, b, upper ? 0x7362u : 0x5140u);
         received[r] = shuffle_xor_bits(permute_bytes(a, b, upper ? 0x5140u : 0x7362u), 4);
@@ -44,19 +40,19 @@ DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &we
     unsigned char *place = operands + (column * units + unit) * UNIT_BYTES + lane / 8 * WORD_BYTES +
                            (upper ? 128 : 0) + lane % 4 * 16;
 #pragma unroll
-    for (int limb = 0; limb < 2; ++limb) {
-        // Of the lower half's pair, the upper's, then the second of each.
-        u32 pick = upper ? (limb ? 0x3726u : 0x1504u) : (limb ? 0x7362u : 0x5140u);
-        *(quad *)(place + limb * 64) =
+    for (int i = 0; i < 2; ++i) {
+        // Lanes of the upper half store their second limb first: to other banks. Of the lower half's
+        // pair, the upper's, then the second of each.
+        u32 pick = upper ? (i ? 0x1504u : 0x3726u) : (i ? 0x7362u : 0x5140u);
+        *(quad *)(place + (upper ? 1 - i : i) * 64) =
             quad{permute_bytes(kept[0], received[0], pick), permute_bytes(kept[1], received[1], pick),
                  permute_bytes(kept[2], received[2], pick), permute_bytes(kept[3], received[3], pick)};
     }
-    sum += shuffle_xor(sum, 1);
-    sum += shuffle_xor(sum, 2);
-    float total = segment_sum(sum, weight.first + unit, lane) * factor;
+    float total = (float)(int)segment_total(sum - 8u * MAGIC, weight.first + unit, lane);
     if (lane % 4 == 0) starts[(unit * BLOCKS_PER_UNIT + lane / 4) * COLUMNS + column] = total * 32.0f;
     if (lane == 0)
-        factors[unit * COLUMNS + column] = finite ? power_of_two(exponent - 21) : float_of_bits(0x7fc00000u);
+        factors[unit * COLUMNS + column] =
+            exponent < 128 ? power_of_two(exponent - 21) : float_of_bits(0x7fc00000u);
 }
 
 // sums += scale * C for each plane of a group, two limbs of C at once; (offset - sum of the scales) *

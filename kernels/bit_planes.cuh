@@ -5,17 +5,18 @@
 // Compile-time: PLANES 1..8, GROUP (inputs per group, a multiple of 32), OFFSET 0/1, WARPS, BLOCKS
 // (that share a multiprocessor), STAGES (units of a warp in shared memory, 2 or more), COLUMNS (tokens
 // of a block), EPILOGUE (0: y; 1: y + residual; 2: silu(gate) * up, rows of a tile are 8 of gate, 8 of
-// up), ALIGNED (1: in_features is a multiple of 8), ACTIVATION_BF16.
+// up), AHEAD 0/1 (a warp more: see bit_planes_kernel.cuh), ALIGNED (1: in_features is a multiple of 8),
+// ACTIVATION_BF16.
 //
 // The units of a slab of inputs, row tile by row tile, are one stream that is cut into equal shares,
 // one per block, and these into equal shares, one per warp: no rounding to tiles, no idle warp. What
 // a warp has of a tile when the tile or its share ends is a *part*. Parts of a block's own tiles meet
 // in shared memory. The tile that a block begins and doesn't end belongs to a later block: it is
 // taken *first*, so that its sum has reached global memory (a float and a mark in one word: no fence,
-// no counter) long before the owner asks for it. A block waits for lower ones only: no deadlock in
-// whatever order they run. All sums have a fixed order.
+// no counter) long before the owner asks for it. A block waits for lower ones only, and those are
+// begun no later: no deadlock. All sums have a fixed order.
 
-#define THREADS ((WARPS + 1) * WARP) // the last warp: see bit_planes_kernel.cuh
+#define THREADS ((WARPS + AHEAD) * WARP)
 #define PARAMETERS (PLANES + OFFSET)
 #define PART (TILE_ROWS * COLUMNS)
 // Groups and units divide one another: where a group begins is known to the compiler.
@@ -153,7 +154,7 @@ DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &we
 DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, int columns, int units,
                          unsigned char *operands, float *starts, float *factors) {
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    const int stride = WARPS + 1;
+    const int stride = WARPS + AHEAD;
     for (int work = warp; work < weight.count * COLUMNS; work += LOADS * stride) {
         quad v[LOADS]; // all on their way before the first is looked at
 #pragma unroll
@@ -167,7 +168,7 @@ DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, in
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
             int unit = (work + i * stride) / COLUMNS, column = (work + i * stride) % COLUMNS;
-            if (unit >= weight.count) break;
+            if (unit >= weight.count || column >= columns) continue; // nobody reads other columns' sums
             stage_unit(v[i], unit, column, units, weight, lane, operands, starts, factors);
         }
     }
@@ -195,14 +196,17 @@ template <class Number> DEVICE Number segment_sum(Number sum, int unit, int lane
     return total;
 }
 
-// The same of what every lane has, as integers. A warp's sum takes one instruction.
+// Sums of integers over either half of a warp's lanes. A whole warp's takes one instruction.
+DEVICE u32 half_warp_sum(u32 sum, int lane) {
+    bool lower = lane < WARP / 2;
+    u32 of_lower = warp_sum(lower ? sum : 0), of_all = warp_sum(sum);
+    return lower ? of_lower : of_all - of_lower;
+}
+
+// As `segment_sum`, of integers that every lane has.
 DEVICE u32 segment_total(u32 sum, int unit, int lane) {
     if (GROUP % UNIT == 0) return warp_sum(sum);
-    if (GROUP * 2 == UNIT) {
-        bool lower = lane < WARP / 2;
-        u32 of_lower = warp_sum(lower ? sum : 0), of_all = warp_sum(sum);
-        return lower ? of_lower : of_all - of_lower;
-    }
+    if (GROUP * 2 == UNIT) return half_warp_sum(sum, lane);
     sum += shuffle_xor(sum, 1);
     sum += shuffle_xor(sum, 2);
     return segment_sum(sum, unit, lane);

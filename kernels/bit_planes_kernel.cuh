@@ -10,14 +10,16 @@
 //
 // Grid (blocks, slabs of in_features, blocks of columns).
 
-// A block has a warp more than those that multiply. Code that runs once is slow, as its instructions
-// come from far away; this warp runs it ahead, off the critical path: it finds out who will have had
+// Code that runs once is slow, as its instructions come from far away. With AHEAD, a block has a warp
+// more than those that multiply, which runs it off the critical path: it finds out who will have had
 // parts of which tile, takes what lower blocks have given, and goes through the final sums once for
-// nothing, so that their instructions are there when everyone needs them.
+// nothing, so that their instructions are there when everyone needs them. That pays where the others
+// are busy for long.
 
 // For each own tile, the first and the last warp that have a part of it.
-DEVICE void find_spans(u32 *spans, int tiles, int start, int count, const Share &share) {
-    for (int tile = (int)threadIdx.x % WARP; tile < tiles; tile += WARP) {
+DEVICE void find_spans(u32 *spans, int tiles, int start, int count, const Share &share, int first,
+                       int step) {
+    for (int tile = first; tile < tiles; tile += step) {
         int from = start + tile * count - share.begin, to = from + count;
         int low = warp_of(share.given + (from < 0 ? 0 : from), share.size);
         spans[tile] = (u32)(low | warp_of(share.given + to - 1, share.size) << 16);
@@ -26,10 +28,10 @@ DEVICE void find_spans(u32 *spans, int tiles, int start, int count, const Share 
 
 // The sum of what lower blocks have given of this block's first tile, which begins at unit `from`. All
 // are asked before the first is waited for.
-DEVICE void take_given(u64 *exchange, int each, int more, int from, float *given) {
-    int lane = (int)threadIdx.x % WARP, lowest = (int)blockIdx.x - 1;
+DEVICE void take_given(u64 *exchange, int each, int more, int from, float *given, int first, int step) {
+    int lowest = (int)blockIdx.x - 1;
     while (share_of(lowest, each, more).begin > from) --lowest;
-    for (int index = lane; index < PART; index += WARP) {
+    for (int index = first; index < PART; index += step) {
         float sum = 0.0f;
         for (int block = lowest; block < (int)blockIdx.x; ++block) {
             Share share = share_of(block, each, more);
@@ -79,7 +81,7 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
     int last = divide(share.begin + share.size, weight.count) * weight.count;
     if (last < share.begin + share.size) share.given = given_of(share, last);
     int begin = first_of_warp(warp, share.size), end = first_of_warp(warp + 1, share.size);
-    if (warp == WARPS) end = begin;
+    if (warp == WARPS) end = begin; // with AHEAD
 
     unsigned char *ring = shared + warp * STAGES * STAGE_BYTES;
     unsigned char *operands = shared + WARPS * STAGES * STAGE_BYTES;
@@ -99,16 +101,17 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
         }
         end_of_fetches();
     }
-    wait_for_previous();
-    stage_inputs(x + (u64)column0 * in_features, in_features, weight, columns, units_per_slab,
-                 operands, starts, factors);
-
-    exchange += ((u64)blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x * WARPS * PART;
     // Own tiles: from the one that the share begins in to the last one that ends in it.
     int own = divide(share.begin, weight.count), start = own * weight.count;
     int kept = share.size - share.given;
     int tiles = kept == 0 ? 0 : divide(share.begin + kept - 1, weight.count) + 1 - own;
     u32 *spans = (u32 *)(parts + (tiles + WARPS) * PART);
+    if (!AHEAD) find_spans(spans, tiles, start, weight.count, share, (int)threadIdx.x, THREADS);
+    wait_for_previous();
+    stage_inputs(x + (u64)column0 * in_features, in_features, weight, columns, units_per_slab,
+                 operands, starts, factors);
+
+    exchange += ((u64)blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x * WARPS * PART;
     // The next kernel is to ask for its weights when all of these have been asked for.
     int all_asked = end - STAGES + 1;
     if (begin >= all_asked && warp < WARPS) let_next_start();
@@ -146,20 +149,21 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
     }
     if (kept == 0) return;
     bool shared_tile = start < share.begin; // the first: others have had parts of it
-    int rehearsals = 0;
-    if (warp == WARPS) {
-        find_spans(spans, tiles, start, weight.count, share);
+    int rehearsals = 0, first = AHEAD ? lane : (int)threadIdx.x, step = AHEAD ? WARP : THREADS;
+    if (AHEAD && warp == WARPS) {
+        find_spans(spans, tiles, start, weight.count, share, first, step);
         sync_warp();
-        if (shared_tile) take_given(exchange, each, more, start, given);
         rehearsals = 1;
     }
+    if (shared_tile && (!AHEAD || warp == WARPS))
+        take_given(exchange, each, more, start, given, first, step);
     const int rows = EPILOGUE == 2 ? TILE_ROWS / 2 : TILE_ROWS;
     int outputs = EPILOGUE == 2 ? out_features / 2 : out_features;
 #pragma unroll 1
     for (; rehearsals >= 0; --rehearsals) {
         if (rehearsals == 0) __syncthreads();
-        int first = rehearsals > 0 ? lane : (int)threadIdx.x;
-        for (int index = first; index < tiles * rows * COLUMNS; index += THREADS) {
+        int from = rehearsals > 0 ? lane : (int)threadIdx.x;
+        for (int index = from; index < tiles * rows * COLUMNS; index += THREADS) {
             int tile = index / (rows * COLUMNS), row = index / COLUMNS % rows;
             int column = index % COLUMNS, at = row * COLUMNS + column;
             float value = 0.0f, other = 0.0f;

@@ -28,11 +28,7 @@ DEVICE quad load_stream(const quad *address) {
 // The same into shared memory, 16 bytes, without waiting: `fetched` says when.
 DEVICE void fetch(void *shared, const void *address) {
     u32 target = (u32)__cvta_generic_to_shared(shared);
-#ifdef L2_HINT
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(target), "l"(address) : "memory");
-#else
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(address) : "memory");
-#endif
 }
 DEVICE void end_of_fetches() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Wait until all but the last PENDING groups of this thread's fetches are there.
@@ -53,17 +49,16 @@ DEVICE void wait_for_previous() {
 #endif
 }
 
-// A float and a mark, written and read as one: who sees the mark sees the float.
+// A float and a mark, one 64-bit word: who sees the mark sees the float.
 DEVICE void store_marked(u64 *place, float value, u32 mark) {
-    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1,%2};"
-                 ::"l"(place), "r"(__float_as_int(value)), "r"(mark) : "memory");
+    u64 word = (u64)mark << 32 | (u32)__float_as_int(value);
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(place), "l"(word) : "memory");
 }
 DEVICE u32 load_marked(const u64 *place, float *value) {
-    u32 bits, mark;
-    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];"
-                 : "=r"(bits), "=r"(mark) : "l"(place) : "memory");
-    *value = __int_as_float((int)bits);
-    return mark;
+    u64 word;
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(word) : "l"(place) : "memory");
+    *value = __int_as_float((int)(u32)word);
+    return (u32)(word >> 32);
 }
 
 DEVICE float half_to_float(u16 bits) {

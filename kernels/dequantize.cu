@@ -73,11 +73,16 @@ dequantize(const quad *planes, // [row_tiles][units][PLANES][32]
 // The rows that `index` names, for an embedding: [tokens][in_features]. One block per token.
 extern "C" __global__ void __launch_bounds__(THREADS)
 gather_rows(const u32 *planes, // the same words, one by one
-            const u32 *scales, const long long *index, u16 *rows, int in_features, int units,
-            int groups) {
+            const u32 *scales, const long long *index, u16 *rows, int out_features,
+            int in_features, int units, int groups) {
     let_next_start();
     wait_for_previous();
     int row = (int)index[blockIdx.x];
+    if (index[blockIdx.x] < 0 || index[blockIdx.x] >= out_features) { // there is no such row: NaN
+        for (int k = (int)threadIdx.x; k < in_features; k += THREADS)
+            rows[(u64)blockIdx.x * in_features + k] = 0x7fffu;
+        return;
+    }
     int tile = row / TILE_ROWS, g = row % 8, r = row % TILE_ROWS / 8;
     for (int k = (int)threadIdx.x; k < in_features; k += THREADS) {
         int lane = 4 * g + ((k >> 3) & 3), word = (k & 255) >> 6;

@@ -144,7 +144,8 @@ class KernelBackend(Protocol):
     priority: int
     """Of the backends that support a tensor, the one with the highest priority runs it."""
     owns_layout: bool
-    """What `prepare` returns shares no memory with the stored parts, and is all that it needs."""
+    """What `prepare` returns is all that it needs, so that the module's parts may leave the device:
+    it holds itself those that are read as they are stored, as some kernels of `cuda` do."""
 
     def why_not(self, tensor: QuantizedTensor, device: torch.device) -> str | None:
         """Return None if it can execute `tensor` on `device`, else a sentence that says why not."""

@@ -30,6 +30,8 @@ class Call:
     threads: int
     shared_bytes: int
     arguments: Sequence[Argument]
+    dependent: bool = True
+    """It may start before the launch before it has ended; not if that makes the weight."""
 
 
 Launch = Callable[[Call], None]

@@ -15,7 +15,7 @@ from qtool.errors import BackendError
 from qtool.formats import affine, binary_coding
 from qtool.runtime import lut, planes, tiles
 from qtool.runtime.launch import Call, Card, Launch
-from qtool.runtime.selection import KERNELS, selection_for, wanted_kernel
+from qtool.runtime.selection import STORED_KERNELS, selection_for, wanted_kernel
 from qtool.runtime.tiles import UNIT, Tiles
 from qtool.scheme import Shape2D, WeightScheme
 
@@ -25,6 +25,8 @@ SIGN_FLIP_THREADS, SIGN_FLIP_ROWS = 256, 8
 DEQUANTIZE_THREADS, DEQUANTIZE_WARPS = 128, 4
 ROW_DIM = -2
 """Of every stored part, where groups run along in_features."""
+ALIGNMENT = 16
+"""Bytes: what the kernels load at once."""
 BLOCK = 32
 """Inputs of the finest group that the tiled kernels take."""
 
@@ -41,6 +43,8 @@ class KernelWeight:
     """None: the tiled kernels can't group its inputs."""
     stored: QuantizedTensor | None
     """The parts as stored, if they were to be kept or there are no tiles."""
+    fresh: bool = False
+    """Made just now on the device: kernels may not read it ahead."""
 
     @property
     def layout(self) -> planes.Layout:
@@ -54,14 +58,6 @@ class KernelWeight:
     def activation(self) -> Mapping[str, int]:
         """Return the macro that names the dtype of the activations."""
         return {"ACTIVATION_BF16": 1} if self.dtype == torch.bfloat16 else {}
-
-    def num_bytes(self) -> int:
-        """Return what a product reads: planes, scales and offsets."""
-        if self.tiles is not None:
-            parts = [self.tiles.planes, self.tiles.scales]
-        else:
-            parts = list(self.stored.parts.values()) if self.stored else []
-        return sum(part.numel() * part.element_size() for part in parts)
 
 
 def prepare(
@@ -137,7 +133,14 @@ def choose(weight: KernelWeight, tokens: int, card: Card) -> str:
         return wanted
     if tokens > selection_for(card).most_tokens:
         return "dequantize"
-    return "planes" if weight.tiles is not None else "sign_flip"
+    if weight.tiles is None:
+        return "sign_flip"
+    row_tiles, units = weight.tiles.planes.shape[:2]
+    product = planes.product_for(max(tokens, 1), weight.layout)
+    room = planes.choose(
+        row_tiles, units, max(tokens, 1), weight.layout, product=product, card=card
+    )
+    return "dequantize" if room is None else "planes"
 
 
 def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
@@ -168,6 +171,8 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         BackendError: the kernel asked for can't run this weight.
     """
     kernel = kernel or choose(weight, len(x), card)
+    if x.data_ptr() % ALIGNMENT != 0:  # a slice of something
+        x = x.clone()
     if kernel == "planes" and weight.tiles is not None and len(x) > 0:
         epilogue = "gated" if gated else "none" if residual is None else "residual"
         return planes.matmul(
@@ -179,6 +184,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
             card,
             epilogue=epilogue,
             residual=residual,
+            dependent=not weight.fresh,
         )
     y = _plain(x, weight, launch, card, kernel)
     if gated:
@@ -193,18 +199,22 @@ def _plain(x: Tensor, weight: KernelWeight, launch: Launch, card: Card, kernel: 
         return x.new_empty(0, weight.shape.out_features)
     if kernel == "dequantize":
         return torch.nn.functional.linear(x, dequantize(weight, launch))
+    if kernel not in STORED_KERNELS:
+        raise BackendError(
+            f"Kernel {kernel!r} can't run this weight ({weight.scheme}); dequantize and sign_flip "
+            "can."
+        )
     if weight.stored is None:
         raise BackendError(
-            f"Kernel {kernel!r} reads a weight as it is stored, and that wasn't kept "
-            f"(keep_stored) or there is no such kernel. Kernels: {', '.join(KERNELS)}."
+            f"Kernel {kernel!r} reads a weight as it is stored, and prepare wasn't told to keep "
+            "that (keep_stored)."
         )
-    if kernel == "lut":
-        return lut.matmul(x, weight.stored, launch, card)
     if kernel == "sign_flip":
         return _by_definition(x, weight.stored, weight.activation, launch)
-    raise BackendError(
-        f"Kernel {kernel!r} can't run this weight ({weight.scheme}). Known: {', '.join(KERNELS)}."
-    )
+    reason = lut.why_not(weight.stored)
+    if reason is not None:
+        raise BackendError(reason)
+    return lut.matmul(x, weight.stored, launch, card)
 
 
 def _by_definition(
@@ -250,18 +260,23 @@ def dequantize(weight: KernelWeight, launch: Launch) -> Tensor:
     sizes = (rows, inputs, row_tiles, units, packed.scales.shape[1])
     arguments = (packed.planes, packed.scales, dense, *sizes)
     threads = DEQUANTIZE_THREADS
-    launch(Call("dequantize", "dequantize", _macros(weight), grid, threads, 0, arguments))
+    macros, dependent = _macros(weight), not weight.fresh
+    launch(Call("dequantize", "dequantize", macros, grid, threads, 0, arguments, dependent))
     return dense
 
 
 def rows(index: Tensor, weight: KernelWeight, launch: Launch) -> Tensor:
     """Return the rows that `index` names: (*index.shape, in_features)."""
-    if weight.tiles is None or index.numel() == 0:
+    if weight.tiles is None:
         return dequantize(weight, launch)[index]
+    if index.numel() == 0:
+        return torch.empty(
+            *index.shape, weight.shape.in_features, dtype=weight.dtype, device=index.device
+        )
     packed, inputs = weight.tiles, weight.shape.in_features
     flat = index.flatten().to(torch.int64).contiguous()
     found = torch.empty(len(flat), inputs, dtype=weight.dtype, device=packed.planes.device)
-    sizes = (inputs, packed.planes.shape[1], packed.scales.shape[1])
+    sizes = (weight.shape.out_features, inputs, packed.planes.shape[1], packed.scales.shape[1])
     arguments = (packed.planes, packed.scales, flat, found, *sizes)
     grid, threads = (len(flat), 1, 1), DEQUANTIZE_THREADS
     launch(Call("dequantize", "gather_rows", _macros(weight), grid, threads, 0, arguments))

@@ -26,36 +26,59 @@ class Lent:
     view: Callable[[], Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What runs a weight; one object, so that other threads see all of it or nothing."""
+
+    backend: KernelBackend
+    prepared: Any
+    """What the backend made, or a `Lent`."""
+    dtype: torch.dtype
+    """Of the activations."""
+    home: torch.device | None
+    """Where the weight is executed while its parts wait in the host's memory; None: they don't."""
+
+
 class QuantizedWeight(nn.Module):
     """The parts of one weight as buffers, named as in the checkpoint.
 
     The backend is chosen and its layout prepared at the first call, when the device and the dtype
-    of the activations are known; again after the module has moved. If the backend needs no more
-    than its own layout, the buffers then wait in the host's memory, for saving and for moves: a
-    card holds a weight once.
+    of the activations are known; again when the module has moved, other parts were loaded, or
+    activations of another dtype come. If the backend needs no more than its own layout, the buffers
+    then wait in the host's memory, for saving and for moves: a card holds a weight once. Copies and
+    pickles have the parts where the weight is executed, and no layout.
+
+    Buffers that are written to in place after the first call aren't read again; use
+    `load_state_dict`.
     """
 
     def __init__(self, entry: LayerEntry) -> None:
         super().__init__()
         self.entry = entry
         self.wanted = wanted_backend()
-        self.backend: KernelBackend | None = None
-        self._prepared: Any = None
-        self._home: torch.device | None = None
-        self._prepared_dtype: torch.dtype | None = None
+        self.contents = object()
+        """Another object whenever the parts were loaded or moved."""
+        self._held: Held | None = None
         for name, spec in entry.layout().items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype]))
 
     @property
     def device(self) -> torch.device:
         """Return where the weight is executed, wherever its parts wait."""
-        return self._home or self.get_buffer(next(iter(self.entry.layout()))).device
+        held = self._held
+        if held is not None and held.home is not None:
+            return held.home
+        return self.get_buffer(next(iter(self.entry.layout()))).device
+
+    @property
+    def backend(self) -> KernelBackend | None:
+        """Return what runs the weight, once it has run."""
+        return None if self._held is None else self._held.backend
 
     def tensor(self) -> QuantizedTensor:
         """Return the weight as data, on its device."""
         entry = self.entry
-        parts = {name: self.get_buffer(name).to(self.device) for name in entry.layout()}
-        return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
+        return QuantizedTensor(entry.format, entry.scheme, entry.shape, self._parts(self.device))
 
     def choose_backend(self) -> KernelBackend:
         """Return the backend that runs the weight, or would."""
@@ -66,12 +89,12 @@ class QuantizedWeight(nn.Module):
 
     def prepare(self, dtype: torch.dtype) -> tuple[KernelBackend, Any]:
         """Return the backend and its prepared weight for activations of `dtype`."""
-        if self.backend is None or self._prepared_dtype != dtype:
+        held = self._held
+        if held is None or held.dtype != dtype:
             backend = self.choose_backend()
-            self._hold(backend, backend.prepare(self.tensor(), dtype), dtype)
-        assert self.backend is not None
-        prepared = self._prepared
-        return self.backend, prepared.view() if isinstance(prepared, Lent) else prepared
+            held = self._hold(backend, backend.prepare(self.tensor(), dtype), dtype)
+        prepared = held.prepared
+        return held.backend, prepared.view() if isinstance(prepared, Lent) else prepared
 
     def lend(self, backend: KernelBackend, view: Callable[[], Any], dtype: torch.dtype) -> None:
         """Give up the own layout: for `dtype`, `view` makes it from that of a fused weight.
@@ -80,24 +103,67 @@ class QuantizedWeight(nn.Module):
         """
         self._hold(backend, Lent(view), dtype)
 
-    def _hold(self, backend: KernelBackend, prepared: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
-        self.backend, self._prepared, self._prepared_dtype = backend, prepared, dtype
-        if backend.owns_layout:
-            self._home = self.device
-            for name in self.entry.layout():
-                setattr(self, name, self.get_buffer(name).cpu())
+    def _hold(self, backend: KernelBackend, prepared: Any, dtype: torch.dtype) -> Held:  # noqa: ANN401
+        home = self.device if backend.owns_layout else None
+        if home is not None:
+            finish_packing(home)
+        held = self._held = Held(backend, prepared, dtype, home)
+        if home is not None:  # after the line above: `device` stays what it is
+            for name, part in self._parts(torch.device("cpu")).items():
+                setattr(self, name, part)
+        return held
+
+    def _parts(self, device: torch.device) -> dict[str, Tensor]:
+        return {name: self.get_buffer(name).to(device) for name in self.entry.layout()}
+
+    def _reset(self) -> None:
+        """Bring the parts to where the weight is executed, and forget its layout."""
+        for name, part in self._parts(self.device).items():
+            setattr(self, name, part)
+        self._held, self.contents = None, object()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Expect other parts."""
+        self._reset()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled."""
+        buffers = {**self._buffers, **self._parts(self.device)}
+        return {**self.__dict__, "_held": None, "_buffers": buffers}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":  # noqa: FBT001, FBT002
         """Follow a move to another device, but keep the dtypes that the format prescribes."""
-        kept = {name: self.get_buffer(name) for name in self.entry.layout()}
-        home = fn(torch.empty(0, device=self.device)).device
+        device, kept = self.device, {name: self.get_buffer(name) for name in self.entry.layout()}
+        home = fn(torch.empty(0, device=device)).device
+        if self._held is not None and home == device:  # the layout stays, and so do the parts
+            for name in kept:
+                del self._buffers[name]
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self._buffers.update(kept)
+            return self
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in kept.items():
             moved = self.get_buffer(name)
             if moved.dtype != old.dtype or moved.device != home:
                 setattr(self, name, old.to(home))
-        self.backend = self._prepared = self._home = None
+        if home != device:
+            self._held, self.contents = None, object()
         return self
+
+
+def finish_packing(device: torch.device) -> None:
+    """Wait until a weight is there: kernels read weights before they wait for what came before."""
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).synchronize()
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """Return the input of a linear in the dtype that autocast wants, if it is on."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class QuantizedLinear(QuantizedWeight):
@@ -109,7 +175,12 @@ class QuantizedLinear(QuantizedWeight):
         self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x @ W.T + bias: (..., in_features) -> (..., out_features)."""
+        """Return x @ W.T + bias: (..., in_features) -> (..., out_features).
+
+        Like nn.Linear under autocast in autocast's dtype. Otherwise in that of `x`, which nn.Linear
+        wouldn't take: the weight is then prepared anew whenever the dtype changes.
+        """
+        x = as_autocast(x)
         backend, prepared = self.prepare(x.dtype)
         y = backend.matmul(x, prepared)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -150,6 +221,11 @@ class TiedHead(nn.Module):
         self._embedding = (embedding,)  # a tuple: not a submodule, so its buffers aren't ours too
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x @ W.T: (..., embedding_dim) -> (..., num_embeddings)."""
-        backend, prepared = self._embedding[0].prepare(x.dtype)
-        return backend.matmul(x, prepared)
+        """Return x @ W.T: (..., embedding_dim) -> (..., num_embeddings).
+
+        In the dtype of the table, so that both share one layout; the result has autocast's dtype,
+        or that of `x`.
+        """
+        x, table = as_autocast(x), self._embedding[0]
+        backend, prepared = table.prepare(table.dtype)
+        return backend.matmul(x.to(table.dtype), prepared).to(x.dtype)

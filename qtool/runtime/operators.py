@@ -15,7 +15,10 @@ from qtool.runtime.linear_kernels import KernelWeight
 from qtool.runtime.tiles import Tiles
 from qtool.scheme import Shape2D, WeightScheme
 
-WEIGHT = "Tensor planes, Tensor scales, int rows, int inputs, int bits, int? group, bool symmetric"
+WEIGHT = (
+    "Tensor planes, Tensor scales, int rows, int inputs, int bits, int? group, bool symmetric, "
+    "bool fresh"
+)
 LIBRARY = torch.library.Library("qtool", "DEF")
 LIBRARY.define(f"matmul(Tensor x, {WEIGHT}) -> Tensor")
 LIBRARY.define(f"rows(Tensor index, ScalarType dtype, {WEIGHT}) -> Tensor")
@@ -31,21 +34,22 @@ def rows(index: Tensor, weight: KernelWeight) -> Tensor:
     return torch.ops.qtool.rows(index, weight.dtype, *_flat(weight))
 
 
-Flat = tuple[Tensor, Tensor, int, int, int, int | None, bool]
+Flat = tuple[Tensor, Tensor, int, int, int, int | None, bool, bool]
 
 
 def _flat(weight: KernelWeight) -> Flat:
     scheme, shape, packed = weight.scheme, weight.shape, weight.tiles
     assert packed is not None
     numbers = (shape.out_features, shape.in_features, scheme.num_bits)
-    return (packed.planes, packed.scales, *numbers, scheme.group_size, scheme.symmetric)
+    grouping = (scheme.group_size, scheme.symmetric, weight.fresh)
+    return (packed.planes, packed.scales, *numbers, *grouping)
 
 
 def _weight(dtype: torch.dtype, flat: Flat) -> KernelWeight:
-    planes, scales, out_features, in_features, bits, group, symmetric = flat
+    planes, scales, out_features, in_features, bits, group, symmetric, fresh = flat
     scheme = WeightScheme(num_bits=bits, group_size=group, symmetric=symmetric)
     shape = Shape2D(out_features, in_features)
-    return KernelWeight(scheme, shape, dtype, Tiles(planes, scales), None)
+    return KernelWeight(scheme, shape, dtype, Tiles(planes, scales), None, fresh)
 
 
 def implement(launch: Launch, card_of: Callable[[int], Card]) -> None:

@@ -1,7 +1,8 @@
 """The grid, the shared memory and the arguments of the bit-plane kernels."""
 
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ RESERVED_BYTES = 1024
 """Of shared memory, that the system takes for each CTA."""
 MAX_UNITS = 2**21
 """Of a slab: the kernel divides their numbers in float32."""
+FEWER_WARPS, MORE_WAVES = (7, 3), (1, 2, 4, 8)
+"""For cards, or weights, that the measured ones leave no room for."""
 EPILOGUES = {"none": 0, "residual": 1, "gated": 2}
 
 
@@ -83,6 +86,7 @@ class Plan:
     exchange_words: int
 
 
+@functools.cache
 def plan(  # noqa: PLR0913 - the size of the product, the kernel and the card
     row_tiles: int,
     units: int,
@@ -92,8 +96,8 @@ def plan(  # noqa: PLR0913 - the size of the product, the kernel and the card
     product: Product,
     card: Card,
     tuning: Tuning,
-) -> Plan:
-    """Choose a grid that fills a card once.
+) -> Plan | None:
+    """Choose a grid that fills a card once; None: a CTA has too little shared memory.
 
     in_features are cut into slabs only where the inputs of all of them don't fit into shared
     memory.
@@ -119,11 +123,7 @@ def plan(  # noqa: PLR0913 - the size of the product, the kernel and the card
             if shared <= (card.shared_bytes + RESERVED_BYTES) // residents - RESERVED_BYTES:
                 words = blocks * slabs * ctas * warps * TILE_ROWS * columns
                 return Plan(blocks, ctas, slabs, count, stages, residents, shared, words)
-    raise BackendError(
-        f"A block of this card has {card.shared_bytes} bytes of shared memory: too few for a "
-        f"weight of {layout.planes} planes and groups of {layout.group}. "
-        "QTOOL_BACKEND=dense runs it."
-    )
+    return None
 
 
 def _rings(tuning: Tuning) -> Iterator[tuple[int, int, int]]:
@@ -132,6 +132,32 @@ def _rings(tuning: Tuning) -> Iterator[tuple[int, int, int]]:
         for ctas in range(tuning.per_multiprocessor, 0, -1):
             for stages in range(tuning.stages, 2 if ctas * launches > 1 else 1, -1):
                 yield stages, ctas, ctas * launches
+
+
+@functools.cache
+def choose(
+    row_tiles: int, units: int, batch: int, layout: Layout, *, product: Product, card: Card
+) -> tuple[Tuning, Plan] | None:
+    """Return how to launch: as the card's selection says, or as near to it as there is room.
+
+    Nearest is what needs no slabs, then what leaves as many CTAs beside one another as it should,
+    then what has more warps. None: a CTA of this card can't hold one unit and its inputs.
+    """
+    selection = selection_for(card)
+    asked = selection.tuning(units * UNIT, row_tiles * units // card.multiprocessors)
+    fewer = [replace(selection.many_inputs, warps=warps) for warps in FEWER_WARPS]
+    tunings = tuple(dict.fromkeys((asked, selection.many_inputs, *fewer)))
+    for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
+        found = []
+        for order, tuning in enumerate(replace(tuning, waves=waves) for tuning in tunings):
+            sizes = (row_tiles, units, batch, layout)
+            planned = plan(*sizes, product=product, card=card, tuning=tuning)
+            if planned is not None:
+                crowded = planned.residents < tuning.per_multiprocessor * tuning.launches
+                found.append(((planned.slabs, crowded, order), (tuning, planned)))
+        if found:
+            return min(found, key=lambda pair: pair[0])[1]
+    return None
 
 
 def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
@@ -144,7 +170,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     *,
     epilogue: str = "none",
     residual: Tensor | None = None,
-    product: Product | None = None,
+    dependent: bool = True,
     tuning: Tuning | None = None,
 ) -> Tensor:
     """Return x @ W.T, or what the epilogue makes of it.
@@ -159,15 +185,27 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         epilogue: `none`; `residual`: adds it; `gated`: silu(gate) * up of alternating rows, so the
             result is half as wide.
         residual: (tokens, out_features), for the epilogue of that name.
-        product: The kernel; None: `product_for`.
-        tuning: None: the card's.
+        dependent: The weight may be read before the launch before this one has ended.
+        tuning: None: `choose`.
+
+    Raises:
+        BackendError: a CTA has too little shared memory; `choose` says so beforehand.
     """
     (batch, in_features), (row_tiles, units) = x.shape, packed.planes.shape[:2]
-    product, tuning = (
-        product or product_for(batch, layout),
-        tuning or selection_for(card).tuning(in_features),
-    )
-    chosen = plan(row_tiles, units, batch, layout, product=product, card=card, tuning=tuning)
+    product = product_for(batch, layout)
+    sizes = (row_tiles, units, batch, layout)
+    if tuning is None:
+        picked = choose(*sizes, product=product, card=card)
+    else:
+        planned = plan(*sizes, product=product, card=card, tuning=tuning)
+        picked = None if planned is None else (tuning, planned)
+    if picked is None:
+        raise BackendError(
+            f"A block of this card has {card.shared_bytes} bytes of shared memory: too few for a "
+            f"weight of {layout.planes} planes and groups of {layout.group}. "
+            "QTOOL_KERNEL=dequantize runs it."
+        )
+    tuning, chosen = picked
     y = x.new_empty(batch, out_features // 2 if epilogue == "gated" else out_features)
     activation = {"ACTIVATION_BF16": 1} if x.dtype == torch.bfloat16 else {}
     padded = row_tiles * TILE_ROWS
@@ -186,18 +224,20 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
                 "WARPS": tuning.warps,
                 "STAGES": chosen.stages,
                 "BLOCKS": chosen.residents,
+                "AHEAD": int(tuning.ahead),
                 "ALIGNED": int(in_features % 8 == 0),
                 "EPILOGUE": 0 if partial is not None else EPILOGUES[epilogue],
                 **activation,
             },
             (chosen.ctas, chosen.slabs, chosen.column_blocks),
-            (tuning.warps + 1) * WARP,
+            (tuning.warps + tuning.ahead) * WARP,
             chosen.shared_bytes,
             (
                 *(packed.planes, packed.scales, x, residual, y, partial),
                 *(Zeros(chosen.exchange_words), out_features, in_features, batch),
                 *(row_tiles, units, packed.scales.shape[1], chosen.units_per_slab),
             ),
+            dependent,
         )
     )
     if partial is not None:

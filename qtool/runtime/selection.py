@@ -1,6 +1,6 @@
 """Which kernel runs how many tokens, and how it is tuned: measured, per card.
 
-A card that isn't here is run as the one most like it that is. Which selection is in use stands in
+A card that isn't here is run as the first that is. Which selection is in use stands in
 `qtool doctor` and in what `qtool bench --gpu` prints; $QTOOL_KERNEL and `--kernel` override it.
 """
 
@@ -22,9 +22,9 @@ STORED_KERNELS = ("lut", "sign_flip")
 class Tuning:
     """What changes the time of the bit-plane kernels and nothing else."""
 
-    warps: int = 15
-    """That multiply; a CTA has one more."""
-    stages: int = 3
+    warps: int
+    """That multiply."""
+    stages: int
     """Units of a warp in shared memory, one of them in use."""
     per_multiprocessor: int = 1
     """CTAs that share one."""
@@ -32,6 +32,8 @@ class Tuning:
     """CTAs that follow one another on one: the faster multiprocessors take more of them."""
     launches: int = 1
     """Launches that share one: with 2, the next one's CTAs read ahead while these still work."""
+    ahead: bool = False
+    """One more warp, which runs ahead what comes after the multiplication."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +44,21 @@ class Selection:
     most_tokens: int
     """For more, a dequantized weight and torch's product are faster than the bit planes."""
     few_inputs: Tuning
-    """Up to 4096 inputs: two CTAs cover for one another where the inputs are staged soon."""
+    """Up to 4096: two CTAs cover for one another where the inputs are staged soon."""
     many_inputs: Tuning
     """Beyond: staging them twice costs more."""
+    much_work: Tuning
+    """From 400 units per multiprocessor on: the others are busy long enough for a warp ahead."""
 
-    def tuning(self, in_features: int) -> Tuning:
-        """Return how the bit-plane kernels are launched for so many inputs."""
+    def tuning(self, in_features: int, units: int) -> Tuning:
+        """Return how the bit-plane kernels are launched.
+
+        Args:
+            in_features: Of the weight.
+            units: Of 16 rows and 256 inputs, that one multiprocessor has to do.
+        """
+        if units >= 400:  # noqa: PLR2004 - measured
+            return self.much_work
         return self.few_inputs if in_features <= 4096 else self.many_inputs  # noqa: PLR2004
 
     def __str__(self) -> str:
@@ -61,8 +72,9 @@ class Selection:
 H100 = Selection(
     measured_on="NVIDIA H100 80GB HBM3",
     most_tokens=16,
-    few_inputs=Tuning(warps=7, stages=4, per_multiprocessor=2),
-    many_inputs=Tuning(),
+    few_inputs=Tuning(warps=8, stages=4, per_multiprocessor=2),
+    many_inputs=Tuning(warps=16, stages=3),
+    much_work=Tuning(warps=15, stages=3, ahead=True),
 )
 SELECTIONS = (H100,)
 

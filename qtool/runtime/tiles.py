@@ -16,8 +16,8 @@ from qtool.core.packing import unpack_bits
 TILE_ROWS = 16
 UNIT = 256
 LANES = 32
-ROWS_AT_ONCE = 2048
-"""Of whole tiles; while they are packed, a bit takes nine bytes."""
+BITS_AT_ONCE = 2**26
+"""While they are packed, a bit takes up to 18 bytes."""
 WORDS = UNIT // 64
 """Words of a lane in a unit; each holds 64 inputs."""
 
@@ -38,7 +38,8 @@ def pack(tensor: QuantizedTensor) -> Tiles:
     Rows are padded to 16 and inputs to 256; the kernels give padding an input of zero.
     """
     inputs = tensor.shape.in_features
-    planes = tensor.parts["bit_planes"].split(ROWS_AT_ONCE, dim=1)
+    tiles_at_once = max(1, BITS_AT_ONCE // (tensor.scheme.num_bits * inputs * TILE_ROWS))
+    planes = tensor.parts["bit_planes"].split(tiles_at_once * TILE_ROWS, dim=1)
     packed = [pack_planes(_padded(unpack_bits(rows, inputs))) for rows in planes]
     size = tensor.scheme.group_size or inputs
     units = -(-inputs // UNIT)

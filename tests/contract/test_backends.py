@@ -13,6 +13,7 @@ from tests.helpers import dequantized, normal
 
 BACKENDS = plugins.names(qtool.runtime.backends)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+TOKENS = [1, 2, 3, 8, 9, 17]  # at which the kernels change
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # out_features, in_features, group size: odd widths, less than a word, groups that don't divide.
 SIZES = [(1, 1, None), (3, 31, 8), (33, 65, 64), (64, 96, 128), (17, 128, 32), (130, 40, 1)]
@@ -41,7 +42,7 @@ def check_matmul(name, device, tensor, x):
     """Compare with x @ W.T in float64, within the rounding of weights and result."""
     backend, weight = prepared(name, tensor, device, x.dtype)
     got = backend.matmul(x.to(device), weight)
-    exact = dequantized(tensor, torch.float64)
+    exact, x = dequantized(tensor, torch.float64), x.cpu()
     assert got.dtype == x.dtype
     assert got.shape == (*x.shape[:-1], tensor.shape.out_features)
     terms = x.double().abs() @ exact.abs().T
@@ -65,10 +66,20 @@ def test_matmul_equals_the_definition_at_odd_shapes(
 
 @pytest.mark.parametrize("num_bits", range(1, 9))
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_matmul_equals_the_definition_for_every_width(name, device, num_bits, symmetric):
-    scheme = WeightScheme(num_bits=num_bits, group_size=32, symmetric=symmetric)
-    tensor = random_tensor("binary_coding", scheme, Shape2D(24, 80), num_bits)
-    check_matmul(name, device, tensor, normal(3, 80))
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_matmul_equals_the_definition_for_every_width(name, device, num_bits, symmetric, tokens):
+    scheme = WeightScheme(num_bits=num_bits, group_size=64, symmetric=symmetric)
+    tensor = random_tensor("binary_coding", scheme, Shape2D(24, 320), num_bits)
+    check_matmul(name, device, tensor, normal(tokens, 320).half())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("group_size", [32, 64, 128, 192, None])
+def test_matmul_equals_the_definition_for_wide_inputs(name, device, dtype, tokens, group_size):
+    scheme = WeightScheme(num_bits=3, group_size=group_size)
+    tensor = random_tensor("binary_coding", scheme, Shape2D(40, 3072), 6)
+    check_matmul(name, device, tensor, normal(tokens, 3072).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,14 +93,18 @@ def test_outliers_in_the_input_do_not_drown_the_rest(name, device, dtype):
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3), (1, 1, 17), (0,)])
-def test_leading_dimensions_of_the_input_are_kept(name, device, leading):
-    tensor = random_tensor("affine", WeightScheme(num_bits=4, group_size=16), Shape2D(12, 40), 2)
-    check_matmul(name, device, tensor, normal(*leading, 40))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_leading_dimensions_of_the_input_are_kept(name, device, leading, dtype):
+    tensor = random_tensor("affine", WeightScheme(num_bits=4, group_size=32), Shape2D(12, 40), 2)
+    check_matmul(name, device, tensor, normal(*leading, 40).to(dtype))
 
 
-def test_strided_input_is_read_like_a_contiguous_one(name, device):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_and_shifted_input_is_read_like_a_contiguous_one(name, device, dtype):
     tensor = random_tensor("binary_coding", WeightScheme(num_bits=2), Shape2D(12, 40), 3)
-    check_matmul(name, device, tensor, normal(40, 9).T)
+    check_matmul(name, device, tensor, normal(40, 9).to(dtype).T)
+    moved = normal(41).to(dtype).to(device)[1:].view(1, 40)  # contiguous, and not aligned
+    check_matmul(name, device, tensor, moved)
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
@@ -107,13 +122,40 @@ def test_rows_equal_the_definition(name, device, format_name, dtype, group_dim):
     assert bool((error <= torch.finfo(dtype).eps * expected.abs()).all())
 
 
-def test_it_repeats_itself_and_leaves_the_input_alone(name, device):
-    tensor = random_tensor("binary_coding", WeightScheme(num_bits=3), Shape2D(12, 40), 5)
-    x = normal(4, 40).to(device)
-    backend, weight = prepared(name, tensor, device, x.dtype)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_it_repeats_itself_and_leaves_the_input_alone(name, device, dtype, tokens):
+    tensor = random_tensor("binary_coding", WeightScheme(num_bits=3), Shape2D(200, 1000), 5)
+    kept = normal(tokens, 1000).to(dtype)
+    x = kept.clone().to(device)
+    backend, weight = prepared(name, tensor, device, dtype)
     first = backend.matmul(x, weight)
-    assert torch.equal(x.cpu(), normal(4, 40))
-    assert torch.equal(first, backend.matmul(x, weight))
+    assert torch.equal(x.cpu(), kept)
+    assert all(torch.equal(first, backend.matmul(x, weight)) for _ in range(5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_two_streams_and_a_replayed_graph_give_the_same(name, device, tokens):
+    if device == "cpu":
+        pytest.skip("streams are a card's")
+    tensor = random_tensor("binary_coding", WeightScheme(num_bits=3), Shape2D(1000, 2000), 5)
+    x = normal(tokens, 2000).half().to(device)
+    backend, weight = prepared(name, tensor, device, x.dtype)
+    expected = backend.matmul(x, weight)
+    graph, streams = torch.cuda.CUDAGraph(), [torch.cuda.Stream() for _ in range(2)]
+    with torch.cuda.graph(graph):
+        captured = backend.matmul(x, weight)
+    results = []
+    for _ in range(20):
+        graph.replay()
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results.append(backend.matmul(x, weight))
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected)
+    assert all(torch.equal(result, expected) for result in results)
 
 
 def test_name_is_that_of_its_file(name, device):

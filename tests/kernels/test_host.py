@@ -105,12 +105,12 @@ def test_packing_loses_nothing(case):
     assert not bool(bits[:, rows:].any()) and not bool(bits[:, :, inputs:].any())
 
 
-def multiply(case, packed, x, y, partial, product, *, ctas, slabs, warps, stages):
+def multiply(case, packed, x, y, partial, product, *, ctas, slabs, warps, stages, ahead):
     """Launch one grid, whatever would be chosen."""
     columns, layout = product.columns, case.layout()
     row_tiles, units = packed.planes.shape[:2]
     per_slab, blocks = -(-units // slabs), -(-case.batch // columns)
-    grid = {"WARPS": warps, "STAGES": stages, "BLOCKS": 1, "COLUMNS": columns}
+    grid = {"WARPS": warps, "STAGES": stages, "AHEAD": ahead, "BLOCKS": 1, "COLUMNS": columns}
     aligned = int(case.shape[1] % 8 == 0)
     constants = case.constants(**grid, EPILOGUE=0, ALIGNED=aligned)
     x_bytes = per_slab * columns * (8 * (product.x_bytes + 4) + 4)
@@ -118,7 +118,7 @@ def multiply(case, packed, x, y, partial, product, *, ctas, slabs, warps, stages
     exchange = torch.zeros(blocks * slabs * ctas * warps * 16 * columns, dtype=torch.int64)
     host_kernels(product.name, constants)[product.name](
         (ctas, slabs, blocks),
-        (warps + 1) * 32,
+        (warps + ahead) * 32,
         warps * stages * layout.stage_bytes + x_bytes + parts,
         *(packed.planes, packed.scales, x, None, y, partial, exchange),
         *(case.shape[0], case.shape[1], case.batch),
@@ -127,11 +127,10 @@ def multiply(case, packed, x, y, partial, product, *, ctas, slabs, warps, stages
     assert not bool(exchange.any())
 
 
-GRIDS = [(1, 2, 2), (3, 3, 3), (5, 7, 2)]  # CTAs, warps, stages
+GRIDS = [(1, 2, 2, 1), (3, 4, 3, 0), (5, 7, 2, 1)]  # CTAs, warps, stages, a warp ahead
 FLOATS = planes.Product("bit_plane_mma", 8, 64)
 BYTES = planes.Product("bit_plane_imma", 2, 128)
-EIGHT = planes.Product("bit_plane_imma8", 8, 96)
-PRODUCTS = {"floats": FLOATS, "bytes": BYTES, "eight": EIGHT}
+PRODUCTS = {"floats": FLOATS, "bytes": BYTES}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -147,7 +146,7 @@ def test_bit_planes_agree_before_and_after_the_cast(case, grid, product):
     padded = row_tiles * tiles.TILE_ROWS
     partial = torch.full((case.splits, case.batch, padded), torch.nan)
     sizes = {"ctas": min(grid[0], row_tiles * (units // case.splits)), "slabs": case.splits}
-    sizes |= {"warps": grid[1], "stages": grid[2]}
+    sizes |= {"warps": grid[1], "stages": grid[2], "ahead": grid[3]}
     for target in (partial, None) if case.splits == 1 else (partial,):
         multiply(case, packed, x, y, target, chosen, **sizes)
     assert error(partial.sum(0)[:, : case.shape[0]], case, tensor) < BEFORE_CAST
@@ -174,12 +173,12 @@ def test_dequantize_and_gather_give_the_rounded_definition(case):
     )
     expected = dequantized(tensor).to(case.dtype)
     assert torch.equal(weight, expected)
-    index = torch.tensor([rows - 1, 0, rows // 2])
-    found = torch.full((3, inputs), torch.nan).to(case.dtype)
-    kernels["gather_rows"](
-        (3, 1, 1), 128, 0, packed.planes, packed.scales, index, found, inputs, units, groups
-    )
-    assert torch.equal(found, expected[index])
+    index = torch.tensor([rows - 1, 0, rows // 2, rows, -1])
+    found = torch.zeros(5, inputs).to(case.dtype)
+    sizes = (rows, inputs, units, groups)
+    kernels["gather_rows"]((5, 1, 1), 128, 0, packed.planes, packed.scales, index, found, *sizes)
+    assert torch.equal(found[:3], expected[index[:3]])
+    assert bool(found[3:].isnan().all()), "a row that isn't there is no number"
 
 
 @pytest.mark.parametrize(
@@ -215,6 +214,22 @@ def test_infinite_and_missing_numbers_reach_the_output(product):
     case = Case(2, (16, 256), 128, batch=3)
     packed, y, x = tiles.pack(case.weight()), case.output(), case.inputs()
     x[0, 5], x[1, 9], x[2] = torch.inf, torch.nan, 0
-    multiply(case, packed, x, y, None, product, ctas=1, slabs=1, warps=2, stages=2)
+    multiply(case, packed, x, y, None, product, ctas=1, slabs=1, warps=2, stages=2, ahead=0)
     assert not bool(torch.isfinite(y[:2]).any())
     assert torch.equal(y[2], torch.zeros(16, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+@pytest.mark.parametrize("group", [64, 128, 192, 256, 512])
+@pytest.mark.parametrize("dtype", AFTER_CAST)
+def test_inputs_that_are_all_as_large_as_can_be_do_not_overflow(product, group, dtype):
+    case = Case(2, (16, 1024), group, batch=2, dtype=dtype)
+    tensor, x, y = case.weight(), case.inputs(), case.output()
+    # The largest below a power of two: nothing is closer to the end of what an integer can hold.
+    x[0], x[1] = 2 - torch.finfo(dtype).eps, torch.finfo(dtype).eps / 2 - 1
+    partial = torch.full((1, 2, 16), torch.nan)
+    sizes = {"ctas": 1, "slabs": 1, "warps": 2, "stages": 2, "ahead": 1}
+    multiply(case, tiles.pack(tensor), x, y, partial, product, **sizes)
+    expected = x.double() @ dequantized(tensor, torch.float64).T
+    terms = x.double().abs() @ dequantized(tensor, torch.float64).abs().T
+    assert bool(((partial[0].double() - expected).abs() < BEFORE_CAST * terms).all())

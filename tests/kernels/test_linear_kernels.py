@@ -5,7 +5,7 @@ import torch
 
 from qtool.errors import BackendError
 from qtool.formats import binary_coding
-from qtool.runtime import linear_kernels
+from qtool.runtime import linear_kernels, planes, selection
 from qtool.runtime.launch import Card
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
@@ -48,7 +48,7 @@ def test_few_tokens_go_through_the_planes_in_one_launch(batch, card):
         "binary_coding", WeightScheme(num_bits=2, group_size=128), Shape2D(80, 1280), 1
     )
     launch = check(tensor, normal(batch, 1280).half(), card)
-    assert launch.names == ["bit_plane_mma"]
+    assert launch.names == [planes.product_for(batch, planes.Layout(2, 128, 1)).name]
     assert launch.calls[0].shared_bytes <= card.shared_bytes
 
 
@@ -57,9 +57,41 @@ def test_inputs_that_do_not_fit_into_shared_memory_are_cut_into_slabs():
         "binary_coding", WeightScheme(num_bits=1, group_size=256), Shape2D(64, 9216), 1
     )
     launch = check(tensor, normal(8, 9216).bfloat16(), SMALL)
-    assert launch.names == ["bit_plane_mma", "add_splits"]
+    assert launch.names == [planes.product_for(8, planes.Layout(1, 256, 1)).name, "add_splits"]
     assert launch.calls[0].grid[1] > 1
     assert launch.calls[0].shared_bytes <= SMALL.shared_bytes
+
+
+@pytest.mark.parametrize("kilobytes", [99, 163, 227])
+@pytest.mark.parametrize("num_bits", range(1, 9))
+@pytest.mark.parametrize("group_size", [32, 64, 128, 192, 14336])
+@pytest.mark.parametrize("batch", [1, 2, 8, 16])
+def test_every_card_has_room_for_every_weight(kilobytes, num_bits, group_size, batch):
+    card, layout = Card(132, kilobytes * 1024), planes.Layout(num_bits, group_size, 1)
+    product = planes.product_for(batch, layout)
+    for row_tiles, units in ((8016, 16), (256, 56), (3584, 32)):
+        chosen = planes.choose(row_tiles, units, batch, layout, product=product, card=card)
+        if chosen is None:
+            assert (num_bits >= 7, kilobytes) == (True, 99)  # the dequantized weight's
+            continue
+        tuning, planned = chosen
+        assert planned.shared_bytes * planned.residents <= kilobytes * 1024 + 1024
+        assert planned.slabs * planned.units_per_slab >= units
+        assert planned.ctas * planned.slabs <= 132 * tuning.per_multiprocessor * tuning.waves
+
+
+def test_the_selection_asks_for_what_was_measured():
+    layout, card = planes.Layout(4, 128, 1), Card(132, 227 * 1024, selection.H100.measured_on)
+    product = planes.product_for(1, layout)
+
+    def tuning(row_tiles, units):
+        found = planes.choose(row_tiles, units, 1, layout, product=product, card=card)
+        assert found is not None
+        return found[0]
+
+    assert tuning(1792, 16) == selection.H100.few_inputs
+    assert tuning(256, 56) == selection.H100.many_inputs
+    assert tuning(3584, 32) == selection.H100.much_work
 
 
 def test_many_tokens_go_through_a_dequantized_weight():
@@ -97,7 +129,8 @@ def test_every_kernel_can_be_asked_for(kernel, batch):
     assert torch.allclose(
         got.double(), x.double() @ dequantized(tensor, torch.float64).T, 1e-2, 0.1
     )
-    assert launch.names == ["bit_plane_mma" if kernel == "planes" else kernel]
+    name = planes.product_for(batch, planes.Layout(3, 64, 1)).name
+    assert launch.names == [name if kernel == "planes" else kernel]
 
 
 def test_a_kernel_that_needs_what_was_not_kept_says_so():

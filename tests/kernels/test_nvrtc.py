@@ -7,7 +7,10 @@ from tests.kernels.nvrtc import compile_for
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90"]
 WEIGHT = {"GROUP": 128, "OFFSET": 1}
-GRID = {"WARPS": 8, "STAGES": 4, "EPILOGUE": 0}
+GRID = {"WARPS": 16, "STAGES": 3, "BLOCKS": 1, "EPILOGUE": 0, "AHEAD": 0, "ALIGNED": 1}
+PAIR = {**GRID, "WARPS": 8, "STAGES": 4, "BLOCKS": 2}
+AHEAD = {**GRID, "WARPS": 15, "AHEAD": 1}
+ALONE = {**PAIR, "BLOCKS": 1}
 TABLES = {"INPUTS": 14336, "KEYS": 4, "THREADS": 1024}
 SMALL_TABLES = {"INPUTS": 1000, "KEYS": 2, "THREADS": 512, "OFFSET": 0}
 HEADS = {"BLOCKS": 1, "QK_NORM": 0, "SHORTEST": 64}
@@ -18,9 +21,16 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
         for planes in (1, 2, 3, 4)
         for columns in (1, 8)
     ),
-    ("bit_plane_mma", {**WEIGHT, **GRID, "PLANES": 4, "COLUMNS": 16, "EPILOGUE": 2}, 168),
+    ("bit_plane_mma", {**WEIGHT, **ALONE, "PLANES": 4, "COLUMNS": 16, "EPILOGUE": 2}, 255),
     ("bit_plane_mma", {**GRID, "GROUP": 192, "OFFSET": 0, "PLANES": 3, "COLUMNS": 1}, 128),
-    ("bit_plane_mma", {**WEIGHT, **GRID, "PLANES": 8, "COLUMNS": 8, "ACTIVATION_BF16": 1}, 255),
+    ("bit_plane_mma", {**WEIGHT, **ALONE, "PLANES": 8, "COLUMNS": 8, "ACTIVATION_BF16": 1}, 255),
+    *(
+        ("bit_plane_imma", {**WEIGHT, **grid, "PLANES": planes, "COLUMNS": columns}, 128)
+        for planes, columns in ((1, 1), (2, 2), (3, 1), (4, 1))
+        for grid in (PAIR, GRID, AHEAD)
+    ),
+    ("bit_plane_imma", {**WEIGHT, **GRID, "PLANES": 4, "COLUMNS": 2, "EPILOGUE": 2}, 128),
+    ("bit_plane_imma", {**GRID, "GROUP": 192, "OFFSET": 0, "PLANES": 3, "COLUMNS": 2}, 128),
     *(("dequantize", {**WEIGHT, "PLANES": planes}, 128) for planes in (2, 4)),
     ("dequantize", {**WEIGHT, "PLANES": 8, "ACTIVATION_BF16": 1}, 255),
     *(

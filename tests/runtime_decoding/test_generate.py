@@ -2,13 +2,19 @@
 
 import copy
 import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from qtool.runtime.decoding import generate, sampling
+from qtool.runtime.decoding import generate, llama, sampling
 from qtool.runtime.decoding.generate import accelerate, use_runner
+from qtool.runtime.decoding.sampling import Decoder
+from qtool.runtime.decoding.torch_ops import OPS
 from tests import families
 from tests.runtime_decoding.models import build, prompt
 
@@ -174,6 +180,49 @@ def test_a_runner_in_use_is_left_alone():
         again = model.generate(ids, pad_token_id=0, logits_processor=[generate_inside], **GREEDY)
     assert torch.equal(again, expected)
     assert torch.equal(inner[0], expected)
+
+
+def test_two_threads_make_one_decoder(monkeypatch):
+    model, ids = accelerate(build("llama")), prompt(1, 5)
+    with use_runner("never"):
+        expected = model.generate(ids, pad_token_id=0, **GREEDY)
+    made, weights_of, start = [], llama.weights_of, threading.Barrier(2)
+
+    def slowly(model):
+        made.append(1)
+        time.sleep(0.2)
+        return weights_of(model)
+
+    def run(_index):
+        start.wait()
+        with use_runner("always"):
+            return model.generate(ids, pad_token_id=0, **GREEDY)
+
+    monkeypatch.setattr(llama, "weights_of", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(torch.equal(got, expected) for got in pool.map(run, range(2)))
+    assert len(made) == 1
+
+
+def test_runs_on_different_streams_follow_one_another(monkeypatch):
+    events: list[str] = []
+
+    class Stream:
+        def wait_event(self, event):
+            events.append(f"wait for {event}")
+
+        def record_event(self):
+            events.append("record")
+            return f"event {len(events)}"
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: Stream())
+    weights: Any = SimpleNamespace(final_norm=SimpleNamespace(device=torch.device("cuda", 0)))
+    decoder = Decoder(weights, OPS)
+    for _ in range(2):
+        assert decoder.take()
+        assert not decoder.take()
+        decoder.leave()
+    assert events == ["record", "wait for event 1", "record"]
 
 
 def test_switches(monkeypatch, count):

@@ -1,5 +1,6 @@
 """On a card: kernels, CUDA graphs, and `generate` of a model there."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,8 @@ from qtool.runtime.decoding.ops import DecodeState
 from qtool.runtime.decoding.runner import DecodeRunner
 from qtool.runtime.decoding.sampling import Decoder
 from qtool.runtime.decoding.torch_ops import OPS
+from qtool.runtime.linear_kernels import KernelWeight
+from qtool.runtime.select import use_backend
 from tests.runtime_decoding.models import KINDS, build, prompt
 from tests.runtime_decoding.test_generate import CALLS, GREEDY, Streamer
 from tests.runtime_decoding.test_kernels import CASES, Case, poisoned
@@ -118,18 +121,30 @@ def test_rms_norm(hidden):
     torch.testing.assert_close(got, OPS.rms_norm(x, weight, 1e-5), rtol=2e-3, atol=1e-6)
 
 
-@torch.no_grad()
-def test_packed_weights_generate_and_are_held_once(checkpoint):
+def load(checkpoint):
+    """Return a model on the card that the kernels run."""
     from transformers import AutoModelForCausalLM
 
-    from qtool.runtime.linear_kernels import KernelWeight
+    pytest.importorskip("cupy")
+    with use_backend("cuda"):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float16)
+    return model.cuda().eval()
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float16).cuda().eval()
-    ids = prompt(1, 30).cuda()
+
+def allocated() -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
+
+
+@torch.no_grad()
+def test_packed_weights_generate_and_are_held_once(checkpoint):
+    model, ids = load(checkpoint), prompt(1, 30).cuda()
     before = model(ids).logits
+    apart = allocated()
     weights = weights_of(model)
-    if not isinstance(weights.layers[0].qkv, KernelWeight):
-        pytest.skip("the backend cuda isn't chosen here")
+    assert isinstance(weights.layers[0].qkv, KernelWeight)
+    assert allocated() <= apart, "fused weights take the place of the modules' own"
     runner = DecodeRunner(weights, kernels(), max_length=64)
     logits = [runner.prefill(ids[:, :20]).clone()]
     logits += [runner.step(ids[:, index]).clone() for index in range(20, 30)]
@@ -137,21 +152,47 @@ def test_packed_weights_generate_and_are_held_once(checkpoint):
     torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0.01)
 
 
+@torch.no_grad()
 def test_checkpoint_generates_through_kernels(checkpoint):
-    from transformers import AutoModelForCausalLM
-
-    pytest.importorskip("cupy")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float16).cuda().eval()
-    ids = prompt(2, 9).cuda()
-    for call in ("greedy", "sampled"):
+    model, ids, decoders = load(checkpoint), prompt(2, 9).cuda(), []
+    for call, among in (("greedy", 1), ("sampled", 20), ("greedy", 1)):
         out = model.generate(ids, pad_token_id=0, **CALLS[call])
-        assert out.shape == (2, 29)
-    decoder = generate._MADE[model].decoder
+        decoders.append(generate._MADE[model].decoder)
+        logits = model(out).logits[:, 8:-1].float()  # of modules called one by one
+        chosen = logits.gather(-1, out[:, 9:, None])
+        assert chosen.shape == (2, 20, 1)
+        assert bool((chosen >= logits.topk(among).values[..., -1:] - 0.06).all())
+    decoder = decoders[0]
+    assert all(each is decoder for each in decoders)
     assert isinstance(decoder, Decoder)
     assert isinstance(decoder.ops, KernelOps)
     assert decoder.runner is not None and decoder.runner._graph is not None
-    with use_runner("never"):
-        assert model.generate(ids, pad_token_id=0, **CALLS["greedy"]).shape == (2, 29)
+
+
+def test_a_model_that_leaves_the_card_leaves_nothing_there(checkpoint):
+    def used_and_left():
+        begin, model = allocated(), load(checkpoint)
+        model.generate(prompt(1, 9).cuda(), pad_token_id=0, **GREEDY)
+        used = allocated() - begin
+        model.cpu()
+        return used, allocated() - begin
+
+    used_and_left()  # what kernels and libraries keep is there from now on
+    used, left = used_and_left()
+    assert left < used / 4
+
+
+def test_streams_share_a_decoder_in_turn():
+    model, ids = accelerate(build("llama").cuda()), [prompt(1, 9, seed).cuda() for seed in (0, 1)]
+    expected = [model.generate(each, pad_token_id=0, **GREEDY) for each in ids]
+    streams = [torch.cuda.Stream() for _ in ids]
+    for _ in range(20):
+        got = []
+        for stream, each in zip(streams, ids, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(model.generate(each, pad_token_id=0, **GREEDY))
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -1,11 +1,16 @@
 """Quantized weights: fused for the decoder, shared with the modules, run by kernels."""
 
+import gc
+import pickle
+import weakref
+from typing import Any
+
 import pytest
 import torch
 
 from qtool.base import QuantizedTensor
 from qtool.runtime import linear_kernels
-from qtool.runtime.decoding import sharing, torch_ops
+from qtool.runtime.decoding import generate, sharing, torch_ops
 from qtool.runtime.decoding.generate import accelerate, use_runner
 from qtool.runtime.decoding.kernel_ops import KernelOps
 from qtool.runtime.decoding.llama import weights_of
@@ -14,7 +19,7 @@ from qtool.runtime.decoding.torch_ops import OPS
 from qtool.runtime.decoding.weights import DecoderWeights
 from qtool.runtime.launch import Card
 from qtool.runtime.linear_kernels import KernelWeight
-from qtool.runtime.modules import Lent
+from qtool.runtime.modules import Lent, QuantizedWeight
 from qtool.runtime.select import use_backend
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
@@ -74,7 +79,9 @@ def test_halves_of_an_interleaved_weight_are_gate_and_up(rows):
     assert fused_tensor is not None
     fused = linear_kernels.prepare(fused_tensor, torch.float16)
     for half, member in enumerate(members):
-        assert same(sharing.packed_half(fused, half), linear_kernels.prepare(member, torch.float16))
+        made = sharing.packed_half(fused, half)
+        assert same(made, linear_kernels.prepare(member, torch.float16))
+        assert made.fresh and not fused.fresh, "kernels may not read a copy ahead"
 
 
 def test_dense_halves_and_the_order_of_interleaved_rows():
@@ -164,6 +171,21 @@ def test_layers_of_different_bits_run_apart(bcq):
     torch.testing.assert_close(*logits, rtol=0, atol=0.02)
 
 
+def test_a_kernel_that_reads_stored_parts_gets_each_weight_as_stored(bcq, monkeypatch):
+    directory, ids = bcq(), prompt(1, 12)
+    expected = load(directory, torch.float32)(ids).logits[:, -1]
+    monkeypatch.setenv("QTOOL_KERNEL", "lut")
+    weights, launch = weights_of(load(directory), packed=True), Recorder()
+    layer = weights.layers[0]
+    assert isinstance(layer.qkv, tuple) and isinstance(layer.gate_up, tuple)
+    parts = [*layer.qkv, *layer.gate_up, layer.output, layer.down, weights.head]
+    assert all(isinstance(part, KernelWeight) and part.stored is not None for part in parts)
+    runner = DecodeRunner(weights, KernelOps(launch, CARD), max_length=40)
+    runner.prefill(ids[:, :11])
+    torch.testing.assert_close(runner.step(ids[:, 11]).float(), expected, rtol=0, atol=0.03)
+    assert not any("bit_plane" in name for name in launch.names)
+
+
 @torch.no_grad()
 def test_modules_read_the_fused_weights_and_keep_none_of_their_own(bcq):
     with use_backend("dense"):
@@ -174,7 +196,7 @@ def test_modules_read_the_fused_weights_and_keep_none_of_their_own(bcq):
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
     fused = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
     for member in fused:
-        assert isinstance(member._prepared, Lent)
+        assert member._held is not None and isinstance(member._held.prepared, Lent)
     _, key = attention.k_proj.prepare(torch.float32)
     qkv = weights.layers[0].qkv
     assert isinstance(qkv, torch.Tensor)
@@ -183,15 +205,76 @@ def test_modules_read_the_fused_weights_and_keep_none_of_their_own(bcq):
     torch.testing.assert_close(model(ids).logits, before)
 
 
+ARGUMENTS = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
+
+
+def test_a_model_is_pickled_without_layouts_and_decoder(bcq):
+    model, ids = load(bcq(), torch.float32), prompt(2, 9)
+    before = len(pickle.dumps(model))
+    with use_runner("always"):
+        expected = model.generate(ids, **ARGUMENTS)
+    data = pickle.dumps(model)
+    assert len(data) < 1.01 * before
+    again = pickle.loads(data)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    with use_runner("always"):
+        assert torch.equal(again.generate(ids, **ARGUMENTS), expected)
+
+
+@pytest.fixture
+def parts_move(monkeypatch):
+    """Let parts that wait be others than those that were loaded, as they are for a card."""
+    parts = QuantizedWeight._parts
+
+    def moved(self, device):
+        return {name: part.clone() for name, part in parts(self, device).items()}
+
+    monkeypatch.setattr(QuantizedWeight, "_parts", moved)
+
+
+@pytest.mark.usefixtures("parts_move")
+@pytest.mark.parametrize("backend", ["dense", "reference"])
+def test_a_decoder_is_made_once_and_goes_when_the_model_moves(bcq, backend):
+    with use_backend(backend):
+        model, ids = load(bcq(), torch.float32), prompt(2, 9)
+    decoders: list[Any] = []
+    with use_runner("always"):
+        for _ in range(3):
+            model.generate(ids, **ARGUMENTS)
+            decoders.append(generate._MADE[model].decoder)
+            model(ids)
+            model.to("cpu")
+    assert decoders[0] is decoders[1] is decoders[2]
+    runner = weakref.ref(decoders[0].runner)
+    decoders.clear()
+    model.to("meta")
+    gc.collect()
+    assert runner() is None
+
+
+def test_other_parts_that_are_loaded_are_decoded(bcq):
+    directory, ids = bcq(), prompt(2, 9)
+    model, other = (load(directory, torch.float32) for _ in range(2))
+    parts = {
+        name: 3 * part if name.endswith("up_proj.scales") else part.clone()
+        for name, part in other.state_dict().items()
+    }
+    other.load_state_dict(parts)
+    with use_runner("always"):
+        before, expected = (each.generate(ids, **ARGUMENTS) for each in (model, other))
+        assert not torch.equal(before, expected)
+        model.load_state_dict(parts)
+        assert torch.equal(model.generate(ids, **ARGUMENTS), expected)
+
+
 @pytest.mark.parametrize("backend", ["dense", "reference"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_checkpoints_generate_the_same(bcq, tied, backend):
     with use_backend(backend):
         model, ids = load(bcq("llama", tied=tied), torch.float32), prompt(2, 9)
-    arguments = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
     results = []
     for mode in ("never", "always", "never"):
         with use_runner(mode):
-            results.append(accelerate(model).generate(ids, **arguments))
+            results.append(accelerate(model).generate(ids, **ARGUMENTS))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

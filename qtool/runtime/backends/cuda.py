@@ -6,8 +6,8 @@ as dependent: the next kernel then starts while the last one ends, and reads its
 
 import ctypes
 import functools
-import importlib.util
 import os
+import threading
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ STREAM_SERIALIZATION = 6
 
 
 class CudaBackend:
-    """Executes packed weights; float32 activations go through a dequantized weight."""
+    """Executes packed weights; activations of 32 bit and more go through a dequantized one."""
 
     name = "cuda"
     priority = 20
@@ -44,16 +44,17 @@ class CudaBackend:
             return f"it runs {' and '.join(FORMATS)} weights; this one is {tensor.format}."
         if device.type != "cuda":
             return f"it needs a CUDA card; the model is on {device.type}."
-        if importlib.util.find_spec("cupy") is None:
-            return "it needs CuPy: pip install 'qtool[gpu]'."
+        missing = _why_no_cupy()
+        if missing is not None:
+            return missing
         if torch.cuda.get_device_capability(device) < OLDEST:
             return "it needs a card of compute capability 8.0 or newer."
         return None
 
     def prepare(self, tensor: QuantizedTensor, dtype: torch.dtype) -> KernelWeight | Tensor:
-        """Return the re-laid weight; in float32, which the kernels don't take, a dense one."""
-        if dtype == torch.float32:
-            return codec(tensor.format).dequantize(tensor, torch.float32)
+        """Return the re-laid weight; in dtypes that the kernels don't take, a dense one."""
+        if dtype not in (torch.float16, torch.bfloat16):
+            return codec(tensor.format).dequantize(tensor, dtype)
         keep = wanted_kernel() in STORED_KERNELS
         return linear_kernels.prepare(tensor, dtype, keep_stored=keep)
 
@@ -74,6 +75,22 @@ class CudaBackend:
         if prepared.tiles is not None:
             return operators.rows(index, prepared)
         return linear_kernels.rows(index, prepared, launch)
+
+
+@functools.cache
+def _why_no_cupy() -> str | None:
+    """Return None if CuPy is there and fits torch's CUDA, else what to install."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    extra = "gpu12" if major == "12" else "gpu"
+    try:
+        import cupy
+
+        theirs = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    except Exception as error:  # noqa: BLE001 - whatever stops it, another backend can run
+        return f"it needs CuPy ({type(error).__name__}: {error}): pip install 'qtool[{extra}]'."
+    if major and theirs != int(major):
+        return f"CuPy is made for CUDA {theirs}, torch for {major}: pip install 'qtool[{extra}]'."
+    return None
 
 
 @functools.cache
@@ -107,16 +124,28 @@ _DEPENDENT = _Attribute(STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
 
 
 def launch(call: Call) -> None:
-    """Launch a kernel on torch's current stream; waits for nothing, so it can be captured."""
-    device = next(a.device.index for a in call.arguments if isinstance(a, Tensor))
-    function = _function(call.file, call.kernel, tuple(sorted(call.constants.items())), device)
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    kept = [_passed(argument, device, stream) for argument in call.arguments]
-    pointers = (ctypes.c_void_p * len(kept))(*(ctypes.addressof(value) for value in kept))
-    config = _Config(call.grid, (call.threads, 1, 1), call.shared_bytes, stream)
-    if _has_dependent_launches(device):
-        config.attributes, config.num_attributes = ctypes.pointer(_DEPENDENT), 1
+    """Launch a kernel on torch's current stream; waits for nothing, so it can be captured.
+
+    Raises:
+        BackendError: the tensors aren't on one card, or the driver refuses the launch.
+    """
+    devices = {a.device for a in call.arguments if isinstance(a, Tensor)}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        names = ", ".join(sorted(map(str, devices)))
+        raise BackendError(
+            f"Kernel {call.kernel} takes tensors of one CUDA device, not of {names}: move inputs "
+            "and model to the same one."
+        )
+    device = next(iter(devices)).index
+    _bind_thread(device)
     with torch.cuda.device(device):
+        function = _function(call.file, call.kernel, tuple(sorted(call.constants.items())), device)
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        kept = [_passed(argument, device, stream) for argument in call.arguments]
+        pointers = (ctypes.c_void_p * len(kept))(*(ctypes.addressof(value) for value in kept))
+        config = _Config(call.grid, (call.threads, 1, 1), call.shared_bytes, stream)
+        if call.dependent and _has_dependent_launches(device):
+            config.attributes, config.num_attributes = ctypes.pointer(_DEPENDENT), 1
         _allow_shared_bytes(function, call.shared_bytes)
         status = _driver().cuLaunchKernelEx(
             ctypes.byref(config), ctypes.c_void_p(function), pointers, None
@@ -127,6 +156,17 @@ def launch(call: Call) -> None:
             f"{call.threads} threads, {call.shared_bytes} bytes of shared memory. "
             "QTOOL_BACKEND=dense runs the model through torch."
         )
+
+
+_BOUND = threading.local()
+
+
+def _bind_thread(device: int) -> None:
+    """Give a new thread the card's context; torch does so at its own first launch there only."""
+    if getattr(_BOUND, "device", None) != device:
+        torch.cuda.set_device(torch.cuda.current_device())
+        torch.cuda.current_stream(device).query()
+        _BOUND.device = device
 
 
 def _passed(argument: Argument, device: int, stream: int) -> Any:  # noqa: ANN401
@@ -141,34 +181,40 @@ def _passed(argument: Argument, device: int, stream: int) -> Any:  # noqa: ANN40
 
 
 _ZEROS: dict[tuple[int, int, int], Tensor] = {}
+_SPARE: dict[int, Tensor] = {}
+_KEPT: list[Tensor] = []
 
 
 def _zeros(words: int, device: int, stream: int) -> Tensor:
-    """Return zeros that no other stream uses.
+    """Return zeros that nothing else uses at the same time.
 
-    A captured graph may run beside the stream it was captured on, so each capture has its own; what
-    fills them is captured too, so a replay that was broken off leaves nothing behind.
+    One tensor per stream; one per capture, for a graph may be replayed beside the stream it was
+    captured on. That one was made before the capture began: memory of the graph's own pool would
+    have to be zeroed at every replay. As nobody says when a graph has gone, it is never freed.
     """
-    capture = _capture_id(stream)
-    key = (device, stream, capture)
-    found = _ZEROS.get(key)
+    capture = _capture_of(stream)
+    found = _ZEROS.get((device, stream, capture))
     if found is None or found.numel() < words:
-        for old in [k for k in _ZEROS if k[2] not in (0, capture)]:
-            del _ZEROS[old]  # of captures that have ended: the memory stays with their graphs
-        found = torch.zeros(words, dtype=torch.int64, device=f"cuda:{device}")
-        _ZEROS[key] = found
+        if found is not None:
+            _KEPT.append(found)  # launches that were captured still use it
+        found = _SPARE.pop(device, None) if capture else None
+        if found is None or found.numel() < words:
+            found = torch.zeros(words, dtype=torch.int64, device=f"cuda:{device}")
+        _ZEROS[device, stream, capture] = found
+    if not capture and (device not in _SPARE or _SPARE[device].numel() < words):
+        _SPARE[device] = torch.zeros(words, dtype=torch.int64, device=f"cuda:{device}")
     return found
 
 
-def _capture_id(stream: int) -> int:
-    """Return the number of the capture that the stream takes part in, 0 if none."""
-    if not torch.cuda.is_current_stream_capturing():
-        return 0
+def _capture_of(stream: int) -> int:
+    """Return the number of the capture that a stream takes part in, 0 if none."""
     status, number = ctypes.c_int(), ctypes.c_ulonglong()
-    _driver().cuStreamGetCaptureInfo_v2(
+    error = _driver().cuStreamGetCaptureInfo_v2(
         ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
     )
-    return number.value
+    if error != 0:
+        raise BackendError(f"The driver doesn't say whether a stream is captured: error {error}.")
+    return number.value if status.value != 0 else 0
 
 
 @functools.cache
@@ -189,9 +235,15 @@ def _allow_shared_bytes(function: int, shared_bytes: int) -> None:
     """Raise what a kernel may take."""
     if shared_bytes > _ALLOWED.get(function, 0):
         limit, carveout = 8, 9  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, PREFERRED_...
-        _driver().cuFuncSetAttribute(ctypes.c_void_p(function), limit, shared_bytes)
+        set_to = _driver().cuFuncSetAttribute
+        error = set_to(ctypes.c_void_p(function), limit, shared_bytes)
+        if error != 0:
+            raise BackendError(
+                f"The driver doesn't give a kernel {shared_bytes} bytes of shared memory: error "
+                f"{error}. QTOOL_BACKEND=dense runs the model through torch."
+            )
         # All of it, so that the next launch's blocks find room beside these.
-        _driver().cuFuncSetAttribute(ctypes.c_void_p(function), carveout, 100)
+        set_to(ctypes.c_void_p(function), carveout, 100)
         _ALLOWED[function] = shared_bytes
 
 

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -24,6 +25,7 @@ from qtool.runtime.decoding.ops import DecodeOps
 from qtool.runtime.decoding.sampling import Decoder, sample
 from qtool.runtime.decoding.weights import DecoderWeights
 from qtool.runtime.linear_kernels import KernelWeight
+from qtool.runtime.modules import QuantizedWeight
 
 Mode = Literal["auto", "always", "never"]
 _MODE: ContextVar[Mode] = ContextVar("qtool_runner", default="auto")
@@ -67,6 +69,7 @@ class _Made:
 
 
 _MADE: "weakref.WeakKeyDictionary[nn.Module, _Made]" = weakref.WeakKeyDictionary()
+_MAKING = threading.Lock()
 
 
 def accelerate(model: Any) -> Any:  # noqa: ANN401
@@ -97,10 +100,18 @@ def _accelerated(base: Any) -> Any:  # noqa: ANN401
                 try:
                     return sample(decoder, input_ids, kwargs)
                 finally:
-                    decoder.lock.release()
+                    decoder.leave()
             decoder = reason
         _LOG.info("generate runs without the decode runner: %s", decoder)
         return base._sample(self, input_ids, **kwargs)
+
+    @functools.wraps(base._apply)
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        moved = base._apply(self, *args, **kwargs)
+        made = _MADE.get(self)
+        if made is not None and made.fingerprint != _fingerprint(self):
+            _MADE.pop(self, None)  # frees cache, graphs and fused weights where the model was
+        return moved
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: ANN401, N807
         _, _, *state = base.__reduce_ex__(self, protocol)
@@ -109,6 +120,7 @@ def _accelerated(base: Any) -> Any:  # noqa: ANN401
     members = {
         "generate": generate,
         "_sample": _sample,
+        "_apply": _apply,
         "__reduce_ex__": __reduce_ex__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -169,26 +181,27 @@ def _why_not_tensors(input_ids: Tensor, arguments: Mapping[str, Any]) -> str | N
 
 
 def _why_not_decoder(decoder: Decoder, max_length: int) -> str | None:
-    """Return a sentence, or None and hold the decoder's lock."""
+    """Return a sentence, or None and take the decoder."""
     longest = decoder.weights.longest
     if longest is not None and max_length > longest:
         return f"the model's sliding window of {longest} positions would count."
-    return None if decoder.lock.acquire(blocking=False) else "another thread is using it."
+    return None if decoder.take() else "another thread is using it."
 
 
 def _decoder(model: Any) -> Decoder | str:  # noqa: ANN401
-    """Return the decoder of this model, or why there is none; made once."""
-    fingerprint, made = _fingerprint(model), _MADE.get(model)
-    if made is None or made.fingerprint != fingerprint:
-        made = None
-        _MADE.pop(model, None)  # frees the old weights before there are new ones
-        decoder: Decoder | str | None = llama.why_not(model)
-        if decoder is None:
-            weights = llama.weights_of(model)
-            ops = ops_for(weights)
-            decoder = Decoder(weights, ops) if ops else "the kernels can't run its heads."
-        made = _MADE[model] = _Made(fingerprint, decoder)
-    return made.decoder
+    """Return the decoder of this model, or why there is none; made once, by one thread."""
+    with _MAKING:
+        fingerprint, made = _fingerprint(model), _MADE.get(model)
+        if made is None or made.fingerprint != fingerprint:
+            made = None
+            _MADE.pop(model, None)  # frees the old weights before there are new ones
+            decoder: Decoder | str | None = llama.why_not(model)
+            if decoder is None:
+                weights = llama.weights_of(model)
+                ops = ops_for(weights)
+                decoder = Decoder(weights, ops) if ops else "the kernels can't run its heads."
+            made = _MADE[model] = _Made(fingerprint, decoder)
+        return made.decoder
 
 
 def ops_for(weights: DecoderWeights) -> DecodeOps | None:
@@ -201,10 +214,18 @@ def ops_for(weights: DecoderWeights) -> DecodeOps | None:
 
 
 def _fingerprint(model: Any) -> tuple[Any, ...]:  # noqa: ANN401
-    """Return what changes if a weight is changed, moved or replaced, a hook set, training begun."""
-    tensors = [*model.parameters(), *model.buffers()]
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    """Return what changes if a weight is changed, moved or replaced, a hook set, training begun.
+
+    Where the parts of a quantized weight wait doesn't matter: making the decoder changes that.
+    """
+    modules = list(model.modules())
+    packed = [module for module in modules if isinstance(module, QuantizedWeight)]
+    others = (module for module in modules if not isinstance(module, QuantizedWeight))
+    buffers = (buffer for module in others for buffer in module.buffers(recurse=False))
+    tensors = [*model.parameters(), *buffers]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
     return (
         *((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors),
+        *((module.contents, module.device) for module in packed),
         *(hooks, model.training),
     )

@@ -11,15 +11,16 @@ from qtool.checkpoint.manifest import codec
 from qtool.errors import BackendError
 from qtool.runtime import linear_kernels
 from qtool.runtime.decoding import sharing, torch_ops
-from qtool.runtime.decoding.weights import (
-    RUN,
-    DecoderLayer,
-    DecoderShape,
-    DecoderWeights,
-    Projection,
+from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, DecoderWeights, Projection
+from qtool.runtime.linear_kernels import RUN, KernelWeight
+from qtool.runtime.modules import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedWeight,
+    TiedHead,
+    finish_packing,
 )
-from qtool.runtime.linear_kernels import KernelWeight
-from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead
+from qtool.runtime.selection import STORED_KERNELS, wanted_kernel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "llama3", "yarn")
@@ -58,7 +59,9 @@ def weights_of(model: Any, *, packed: bool | None = None) -> DecoderWeights:  # 
     if reason is not None:
         raise BackendError(f"The decode runner can't run this model: {reason}")
     with torch.no_grad():
-        return _weights(model, _Reader(model.model.norm.weight.dtype, packed))
+        weights = _weights(model, _Reader(model.model.norm.weight.dtype, packed))
+    finish_packing(weights.final_norm.device)
+    return weights
 
 
 def _weights(model: Any, read: "_Reader") -> DecoderWeights:  # noqa: ANN401
@@ -116,6 +119,7 @@ class _Reader:
     def __init__(self, dtype: torch.dtype, packed: bool | None) -> None:  # noqa: FBT001
         self.dtype = dtype
         self._packed = packed if dtype != torch.float32 else False
+        self._keep_stored = wanted_kernel() in STORED_KERNELS
 
     def single(self, module: Any) -> Projection:  # noqa: ANN401
         """Return a weight that isn't fused: the module's own layout where that will do."""
@@ -123,10 +127,14 @@ class _Reader:
             return self._dense(module)
         if module.choose_backend().name == PACKED_BACKEND:
             return module.prepare(self.dtype)[1]
-        return linear_kernels.prepare(module.tensor(), self.dtype)
+        return linear_kernels.prepare(module.tensor(), self.dtype, keep_stored=self._keep_stored)
 
     def stacked(self, *members: Any) -> Projection | tuple[Projection, ...]:  # noqa: ANN401
-        """Return linears that share an input, one below the other if they fuse."""
+        """Return linears that share an input, one below the other if they fuse.
+
+        Apart too where a kernel is asked for that reads weights as stored: the parts of a fused
+        weight would be on the card a second time.
+        """
         counts = [int(member.out_features) for member in members]
         begins = [sum(counts[:index]) for index in range(len(counts))]
         parts: list[Projection | None]
@@ -135,7 +143,7 @@ class _Reader:
         if packed == {False}:
             fused = torch.cat([self._dense(member) for member in members])
             parts = list(fused.split(counts))
-        elif packed == {True}:
+        elif packed == {True} and not self._keep_stored:
             tensor = linear_kernels.fuse([member.tensor() for member in members])
             if tensor is not None:
                 weight = fused = linear_kernels.prepare(tensor, self.dtype)
@@ -158,7 +166,8 @@ class _Reader:
             for half, member in enumerate((gate, up)):
                 self._lend(member, partial(sharing.dense_half, both, half))
             return both
-        tensor = linear_kernels.interleave(gate.tensor(), up.tensor()) if packed == {True} else None
+        fuses = packed == {True} and not self._keep_stored
+        tensor = linear_kernels.interleave(gate.tensor(), up.tensor()) if fuses else None
         if tensor is None:
             return self.single(gate), self.single(up)
         fused = linear_kernels.prepare(tensor, self.dtype)

@@ -28,12 +28,28 @@ class Decoder:
     runner: DecodeRunner | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held by the one loop that uses the runner."""
+    done: torch.cuda.Event | None = None
+    """When the device has finished the last loop."""
+
+    def take(self) -> bool:
+        """Let this thread, and its CUDA stream, use the runner until `leave`; False: it is used."""
+        taken = self.lock.acquire(blocking=False)
+        if taken and self.done is not None:
+            torch.cuda.current_stream(self._device).wait_event(self.done)
+        return taken
+
+    def leave(self) -> None:
+        """Let others use the runner, as soon as the device has done what it was given."""
+        if self._device.type == "cuda":
+            self.done = torch.cuda.current_stream(self._device).record_event()
+        self.lock.release()
 
     def begin(self, batch: int, length: int, limit: int) -> DecodeRunner:
         """Return a runner with room for prompts and some more: the last one if it will do."""
         room = self._rounded(min(limit, length + FIRST_ROOM))
         runner = self.runner
         if runner is None or runner.batch != batch or runner.max_length < room:
+            self._finish()
             self.runner = runner = None  # frees its cache before the new one is made
             runner = DecodeRunner(self.weights, self.ops, max_length=room, batch=batch)
             self.runner = runner
@@ -43,8 +59,19 @@ class Decoder:
         """Return a runner that can take a step: a larger one where the last is full."""
         assert self.runner is not None
         if self.runner.length == self.runner.max_length:
-            self.runner = self.runner.grown(self._rounded(min(limit, 2 * self.runner.max_length)))
+            larger = self.runner.grown(self._rounded(min(limit, 2 * self.runner.max_length)))
+            self._finish()
+            self.runner = larger
         return self.runner
+
+    @property
+    def _device(self) -> torch.device:
+        return self.weights.final_norm.device
+
+    def _finish(self) -> None:
+        """Wait until the device doesn't use the runner, which another stream may have allocated."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _rounded(self, room: int) -> int:
         """Round up, so that prompts of nearly the same length share a runner."""

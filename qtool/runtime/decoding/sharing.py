@@ -4,11 +4,12 @@ The decoder runs queries, keys and values as one weight, and gate and up as anot
 are called one by one, when transformers runs the model, see their part of it through these.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from qtool.runtime.decoding.weights import RUN
-from qtool.runtime.linear_kernels import KernelWeight
+from qtool.runtime.linear_kernels import RUN, KernelWeight
 from qtool.runtime.tiles import TILE_ROWS, Tiles
 from qtool.scheme import Shape2D
 
@@ -27,7 +28,10 @@ def packed_rows(fused: KernelWeight, first: int, count: int) -> KernelWeight | N
 
 
 def packed_half(fused: KernelWeight, half: int) -> KernelWeight:
-    """Return gate (0) or up (1) of an interleaved weight: a copy, made of words as they are."""
+    """Return gate (0) or up (1) of an interleaved weight: a copy, made of words as they are.
+
+    Of this copy the kernels may read nothing before they have waited: it is fresh.
+    """
     assert fused.tiles is not None
     low, high = _pairs(fused.tiles.planes)
     if half == 0:
@@ -36,7 +40,9 @@ def packed_half(fused: KernelWeight, half: int) -> KernelWeight:
         planes = ((low >> 1) & GATE_BITS) | (high & ~GATE_BITS)
     first, second = _pairs(fused.tiles.scales)
     scales = torch.stack([first[..., half], second[..., half]], dim=-1)
-    return _with_tiles(fused, fused.shape.out_features // 2, Tiles(planes, scales))
+    return replace(
+        _with_tiles(fused, fused.shape.out_features // 2, Tiles(planes, scales)), fresh=True
+    )
 
 
 def dense_half(fused: Tensor, half: int) -> Tensor:

@@ -7,8 +7,8 @@ from torch.nn import functional
 from qtool.checkpoint.manifest import codec
 from qtool.runtime import tiles
 from qtool.runtime.decoding.ops import DecodeOps, DecodeState
-from qtool.runtime.decoding.weights import RUN, DecoderLayer, DecoderShape, Projection
-from qtool.runtime.linear_kernels import KernelWeight
+from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, Projection
+from qtool.runtime.linear_kernels import RUN, KernelWeight
 
 
 class TorchOps:

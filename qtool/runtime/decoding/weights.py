@@ -9,8 +9,6 @@ from qtool.runtime.linear_kernels import KernelWeight
 
 Projection = KernelWeight | Tensor
 """A packed weight for the kernels, or a dense one, (out_features, in_features) 16 bit."""
-RUN = 8
-"""Rows of gate, then of up, that alternate in a fused gate and up."""
 
 
 @dataclass(frozen=True, slots=True)

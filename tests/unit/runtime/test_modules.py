@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +8,7 @@ from torch import nn
 from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.errors import BackendError, CheckpointError, UnknownNameError
 from qtool.runtime.huggingface import install
-from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, TiedHead
+from qtool.runtime.modules import Held, QuantizedEmbedding, QuantizedLinear, TiedHead
 from qtool.runtime.select import choose_backend, load_backend, use_backend, wanted_backend
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
@@ -73,13 +76,107 @@ def test_activations_of_another_dtype_are_prepared_anew():
     torch.testing.assert_close(linear(x), x @ weight.T)
 
 
-def test_loading_other_parts_after_a_call_and_a_move_is_noticed():
+def test_other_parts_that_are_loaded_after_a_call_are_used():
     linear, _ = filled(QuantizedLinear(entry(), None), seed=0)
-    linear(normal(1, 40))
-    linear, weight = filled(linear, seed=1)
-    linear.to(CPU)
     x = normal(3, 40)
+    linear(x)
+    other, weight = filled(QuantizedLinear(entry(), None), seed=1)
+    linear.load_state_dict(other.state_dict())
     torch.testing.assert_close(linear(x), x @ weight.T)
+
+
+def test_a_move_that_changes_nothing_keeps_the_layout_and_others_forget_it():
+    linear, _ = filled(QuantizedLinear(entry(), normal(12)))
+    linear(normal(1, 40))
+    held, contents = linear._held, linear.contents
+    names = list(linear.state_dict())
+    for _ in range(2):
+        linear.to(CPU).half().float()
+        assert linear._held is held and linear.contents is contents
+        assert list(linear.state_dict()) == names
+    linear.to("meta")
+    assert linear._held is None and linear.contents is not contents
+    assert {part.device.type for part in linear.state_dict().values()} == {"meta"}
+
+
+def waiting(seed=0):
+    """Return a linear whose parts wait on the CPU; what executes it is called meta."""
+    linear, _ = filled(QuantizedLinear(entry(), None), seed)
+    meta = torch.device("meta")
+    linear._held = Held(load_backend("dense"), None, torch.float32, meta)
+    return linear, meta
+
+
+def test_parts_that_wait_go_home_when_others_are_loaded():
+    linear, meta = waiting()
+    assert linear.device == meta
+    assert {part.device for part in linear.tensor().parts.values()} == {meta}
+    linear.to(meta)
+    assert {part.device for part in linear.buffers()} == {CPU}, "no reason to move"
+    linear.load_state_dict({name: part.to(meta) for name, part in linear.state_dict().items()})
+    assert linear._held is None
+    assert {part.device for part in linear.buffers()} == {meta}
+
+
+def test_copies_have_the_parts_at_home_and_no_layout():
+    linear, meta = waiting()
+    again = copy.deepcopy(linear)
+    assert again._held is None and again.device == meta
+    assert linear._held is not None
+    assert {part.device for part in linear.buffers()} == {CPU}
+
+
+def test_pickles_hold_the_parts_alone_and_predict_the_same(tmp_path):
+    linear, _ = filled(QuantizedLinear(entry(), normal(12)))
+    x, before = normal(3, 40), len(pickle.dumps(linear))
+    expected = linear(x)
+    assert len(pickle.dumps(linear)) < before + 100
+    torch.save(linear, tmp_path / "linear.pt")
+    loaded = torch.load(tmp_path / "linear.pt", map_location="cpu", weights_only=False)
+    for again in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear)), loaded):
+        assert again.backend is None
+        assert torch.equal(again(x), expected)
+
+
+@pytest.mark.parametrize("backend", ["dense", "reference"])
+def test_autocast_casts_the_input_as_it_does_for_plain_linears(backend):
+    with use_backend(backend):
+        linear, weight = filled(QuantizedLinear(entry(), None))
+    plain = nn.Linear(40, 12, bias=False)
+    plain.weight.data = weight
+    x = normal(3, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = linear(x), plain(x)
+    assert got.dtype == expected.dtype == torch.bfloat16
+    assert linear._held is not None and linear._held.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected)
+
+
+class Counting(type(load_backend("dense"))):  # type: ignore[misc]
+    """Counts how often a weight is prepared."""
+
+    prepared = 0
+
+    def prepare(self, tensor, dtype):
+        type(self).prepared += 1
+        return super().prepare(tensor, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_tied_head_shares_the_layout_of_the_table_whatever_its_input(dtype, monkeypatch):
+    table, weight = filled(QuantizedEmbedding(entry(), dtype))
+    head, index, x = TiedHead(table), torch.tensor([3]), normal(3, 40)
+    backend = Counting()
+    monkeypatch.setattr("qtool.runtime.modules.choose_backend", lambda *_args: backend)
+    monkeypatch.setattr(Counting, "prepared", 0)
+    for given in (torch.bfloat16, torch.float32):
+        assert table(index).dtype == dtype
+        got = head(x.to(given))
+        assert got.dtype == given
+        torch.testing.assert_close(got.float(), x @ weight.T, rtol=0.02, atol=0.02)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert head(x.to(given)).dtype == torch.bfloat16
+    assert Counting.prepared == 1
 
 
 def test_representation_tells_shape_and_scheme():
@@ -90,7 +187,13 @@ def test_representation_tells_shape_and_scheme():
 
 def test_best_backend_is_chosen_unless_one_is_asked_for(monkeypatch):
     tensor = random_tensor("binary_coding", SCHEME, Shape2D(4, 32), 0)
-    assert choose_backend(tensor, CPU, None).priority >= load_backend("reference").priority
+    dense, reference = load_backend("dense"), load_backend("reference")
+    assert choose_backend(tensor, CPU, None) is dense
+    with monkeypatch.context() as patch:
+        patch.setattr(type(reference), "priority", dense.priority + 1)
+        assert choose_backend(tensor, CPU, None) is reference
+        patch.setattr(type(reference), "why_not", lambda *_args: "It is Sunday.")
+        assert choose_backend(tensor, CPU, None) is dense
     assert choose_backend(tensor, CPU, "reference").name == "reference"
     assert wanted_backend() is None
     monkeypatch.setenv("QTOOL_BACKEND", "dense")
