@@ -5,8 +5,7 @@
 // Compile-time: PLANES 1..8, GROUP (inputs per group, a multiple of 32), OFFSET 0/1, WARPS, BLOCKS
 // (that share a multiprocessor), STAGES (units of a warp in shared memory, 2 or more), COLUMNS (tokens
 // of a block), EPILOGUE (0: y; 1: y + residual; 2: silu(gate) * up, rows of a tile are 8 of gate, 8 of
-// up), AHEAD 0/1 (a warp more: see bit_planes_kernel.cuh), ALIGNED (1: in_features is a multiple of 8),
-// ACTIVATION_BF16.
+// up), ALIGNED (1: in_features is a multiple of 8), ACTIVATION_BF16.
 //
 // The units of a slab of inputs, row tile by row tile, are one stream that is cut into equal shares,
 // one per block, and these into equal shares, one per warp: no rounding to tiles, no idle warp. What
@@ -16,7 +15,7 @@
 // no counter) long before the owner asks for it. A block waits for lower ones only, and those are
 // begun no later: no deadlock. All sums have a fixed order.
 
-#define THREADS ((WARPS + AHEAD) * WARP)
+#define THREADS (WARPS * WARP)
 #define PARAMETERS (PLANES + OFFSET)
 #define PART (TILE_ROWS * COLUMNS)
 // Groups and units divide one another: where a group begins is known to the compiler.
@@ -154,12 +153,11 @@ DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &we
 DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, int columns, int units,
                          unsigned char *operands, float *starts, float *factors) {
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    const int stride = WARPS + AHEAD;
-    for (int work = warp; work < weight.count * COLUMNS; work += LOADS * stride) {
+    for (int work = warp; work < weight.count * COLUMNS; work += LOADS * WARPS) {
         quad v[LOADS]; // all on their way before the first is looked at
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
-            int unit = (work + i * stride) / COLUMNS, column = (work + i * stride) % COLUMNS;
+            int unit = (work + i * WARPS) / COLUMNS, column = (work + i * WARPS) % COLUMNS;
             v[i] = quad{0, 0, 0, 0};
             if (unit < weight.count && column < columns)
                 v[i] = load_inputs(x + (u64)column * in_features,
@@ -167,7 +165,7 @@ DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, in
         }
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
-            int unit = (work + i * stride) / COLUMNS, column = (work + i * stride) % COLUMNS;
+            int unit = (work + i * WARPS) / COLUMNS, column = (work + i * WARPS) % COLUMNS;
             if (unit >= weight.count || column >= columns) continue; // nobody reads other columns' sums
             stage_unit(v[i], unit, column, units, weight, lane, operands, starts, factors);
         }

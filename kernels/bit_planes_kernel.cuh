@@ -10,16 +10,9 @@
 //
 // Grid (blocks, slabs of in_features, blocks of columns).
 
-// Code that runs once is slow, as its instructions come from far away. With AHEAD, a block has a warp
-// more than those that multiply, which runs it off the critical path: it finds out who will have had
-// parts of which tile, takes what lower blocks have given, and goes through the final sums once for
-// nothing, so that their instructions are there when everyone needs them. That pays where the others
-// are busy for long.
-
 // For each own tile, the first and the last warp that have a part of it.
-DEVICE void find_spans(u32 *spans, int tiles, int start, int count, const Share &share, int first,
-                       int step) {
-    for (int tile = first; tile < tiles; tile += step) {
+DEVICE void find_spans(u32 *spans, int tiles, int start, int count, const Share &share) {
+    for (int tile = (int)threadIdx.x; tile < tiles; tile += THREADS) {
         int from = start + tile * count - share.begin, to = from + count;
         int low = warp_of(share.given + (from < 0 ? 0 : from), share.size);
         spans[tile] = (u32)(low | warp_of(share.given + to - 1, share.size) << 16);
@@ -28,10 +21,10 @@ DEVICE void find_spans(u32 *spans, int tiles, int start, int count, const Share 
 
 // The sum of what lower blocks have given of this block's first tile, which begins at unit `from`. All
 // are asked before the first is waited for.
-DEVICE void take_given(u64 *exchange, int each, int more, int from, float *given, int first, int step) {
+DEVICE void take_given(u64 *exchange, int each, int more, int from, float *given) {
     int lowest = (int)blockIdx.x - 1;
     while (share_of(lowest, each, more).begin > from) --lowest;
-    for (int index = first; index < PART; index += step) {
+    for (int index = (int)threadIdx.x; index < PART; index += THREADS) {
         float sum = 0.0f;
         for (int block = lowest; block < (int)blockIdx.x; ++block) {
             Share share = share_of(block, each, more);
@@ -81,7 +74,6 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
     int last = divide(share.begin + share.size, weight.count) * weight.count;
     if (last < share.begin + share.size) share.given = given_of(share, last);
     int begin = first_of_warp(warp, share.size), end = first_of_warp(warp + 1, share.size);
-    if (warp == WARPS) end = begin; // with AHEAD
 
     unsigned char *ring = shared + warp * STAGES * STAGE_BYTES;
     unsigned char *operands = shared + WARPS * STAGES * STAGE_BYTES;
@@ -106,7 +98,7 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
     int kept = share.size - share.given;
     int tiles = kept == 0 ? 0 : divide(share.begin + kept - 1, weight.count) + 1 - own;
     u32 *spans = (u32 *)(parts + (tiles + WARPS) * PART);
-    if (!AHEAD) find_spans(spans, tiles, start, weight.count, share, (int)threadIdx.x, THREADS);
+    find_spans(spans, tiles, start, weight.count, share);
     wait_for_previous();
     stage_inputs(x + (u64)column0 * in_features, in_features, weight, columns, units_per_slab,
                  operands, starts, factors);
@@ -114,7 +106,7 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
     exchange += ((u64)blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x * WARPS * PART;
     // The next kernel is to ask for its weights when all of these have been asked for.
     int all_asked = end - STAGES + 1;
-    if (begin >= all_asked && warp < WARPS) let_next_start();
+    if (begin >= all_asked) let_next_start();
     float acc[ACCUMULATORS] = {};
     int stage = 0, free = STAGES - 1;
     for (int work = begin; work < end; ++work) {
@@ -149,46 +141,35 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
     }
     if (kept == 0) return;
     bool shared_tile = start < share.begin; // the first: others have had parts of it
-    int rehearsals = 0, first = AHEAD ? lane : (int)threadIdx.x, step = AHEAD ? WARP : THREADS;
-    if (AHEAD && warp == WARPS) {
-        find_spans(spans, tiles, start, weight.count, share, first, step);
-        sync_warp();
-        rehearsals = 1;
-    }
-    if (shared_tile && (!AHEAD || warp == WARPS))
-        take_given(exchange, each, more, start, given, first, step);
+    if (shared_tile) take_given(exchange, each, more, start, given);
+    __syncthreads();
     const int rows = EPILOGUE == 2 ? TILE_ROWS / 2 : TILE_ROWS;
     int outputs = EPILOGUE == 2 ? out_features / 2 : out_features;
-#pragma unroll 1
-    for (; rehearsals >= 0; --rehearsals) {
-        if (rehearsals == 0) __syncthreads();
-        int from = rehearsals > 0 ? lane : (int)threadIdx.x;
-        for (int index = from; index < tiles * rows * COLUMNS; index += THREADS) {
-            int tile = index / (rows * COLUMNS), row = index / COLUMNS % rows;
-            int column = index % COLUMNS, at = row * COLUMNS + column;
-            float value = 0.0f, other = 0.0f;
-            if (tile == 0 && shared_tile) {
-                value = given[at];
-                if (EPILOGUE == 2) other = given[at + 8 * COLUMNS];
-            }
-            u32 span = spans[tile];
-            for (int w = (int)(span & 0xffffu); w <= (int)(span >> 16); ++w) {
-                if (first_of_warp(w, share.size) == first_of_warp(w + 1, share.size)) continue;
-                value += parts[(tile + w) * PART + at];
-                if (EPILOGUE == 2) other += parts[(tile + w) * PART + at + 8 * COLUMNS];
-            }
-            value *= power_of_two(row < 8 ? ROW_POWER : ROW_POWER - 1);
-            int out = (own + tile) * rows + row;
-            u64 token = (u64)(column0 + column);
-            if (EPILOGUE == 2 && !partial) value = silu(value) * (other * power_of_two(ROW_POWER - 1));
-            if (rehearsals > 0 || column >= columns) continue;
-            if (partial) {
-                partial[((u64)blockIdx.y * batch + token) * row_tiles * TILE_ROWS + out] = value;
-            } else if (out < outputs) {
-                u64 to_write = token * outputs + out;
-                if (EPILOGUE == 1) value += load_activation(residual[to_write]);
-                y[to_write] = store_activation(value);
-            }
+    for (int index = (int)threadIdx.x; index < tiles * rows * COLUMNS; index += THREADS) {
+        int tile = index / (rows * COLUMNS), row = index / COLUMNS % rows;
+        int column = index % COLUMNS, at = row * COLUMNS + column;
+        float value = 0.0f, other = 0.0f;
+        if (tile == 0 && shared_tile) {
+            value = given[at];
+            if (EPILOGUE == 2) other = given[at + 8 * COLUMNS];
+        }
+        u32 span = spans[tile];
+        for (int w = (int)(span & 0xffffu); w <= (int)(span >> 16); ++w) {
+            if (first_of_warp(w, share.size) == first_of_warp(w + 1, share.size)) continue;
+            value += parts[(tile + w) * PART + at];
+            if (EPILOGUE == 2) other += parts[(tile + w) * PART + at + 8 * COLUMNS];
+        }
+        value *= power_of_two(row < 8 ? ROW_POWER : ROW_POWER - 1);
+        int out = (own + tile) * rows + row;
+        u64 token = (u64)(column0 + column);
+        if (column >= columns) continue;
+        if (partial) {
+            partial[((u64)blockIdx.y * batch + token) * row_tiles * TILE_ROWS + out] = value;
+        } else if (out < outputs) {
+            if (EPILOGUE == 2) value = silu(value) * (other * power_of_two(ROW_POWER - 1));
+            u64 to_write = token * outputs + out;
+            if (EPILOGUE == 1) value += load_activation(residual[to_write]);
+            y[to_write] = store_activation(value);
         }
     }
 }

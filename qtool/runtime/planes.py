@@ -80,8 +80,7 @@ class Plan:
     slabs: int
     units_per_slab: int
     stages: int
-    residents: int
-    """CTAs of this and the next launch that are to fit on a multiprocessor."""
+    per_multiprocessor: int
     shared_bytes: int
     exchange_words: int
 
@@ -109,7 +108,7 @@ def plan(  # noqa: PLR0913 - the size of the product, the kernel and the card
         if (slabs - 1) * count >= units or row_tiles * count > MAX_UNITS:
             continue  # the last slab would be empty
         shortest = units - (slabs - 1) * count
-        for stages, ctas_per, residents in _rings(tuning):
+        for stages, ctas_per in _rings(tuning):
             most = card.multiprocessors * ctas_per * tuning.waves // slabs
             ctas = max(1, min(most, row_tiles * shortest))
             share = -(-row_tiles * count // ctas)
@@ -120,18 +119,17 @@ def plan(  # noqa: PLR0913 - the size of the product, the kernel and the card
                 + (own + 1 + warps) * TILE_ROWS * columns * NUMBER
                 + own * NUMBER
             )
-            if shared <= (card.shared_bytes + RESERVED_BYTES) // residents - RESERVED_BYTES:
+            if shared <= (card.shared_bytes + RESERVED_BYTES) // ctas_per - RESERVED_BYTES:
                 words = blocks * slabs * ctas * warps * TILE_ROWS * columns
-                return Plan(blocks, ctas, slabs, count, stages, residents, shared, words)
+                return Plan(blocks, ctas, slabs, count, stages, ctas_per, shared, words)
     return None
 
 
-def _rings(tuning: Tuning) -> Iterator[tuple[int, int, int]]:
-    """Yield stages, CTAs per multiprocessor and residents, the best first."""
-    for launches in range(tuning.launches, 0, -1):
-        for ctas in range(tuning.per_multiprocessor, 0, -1):
-            for stages in range(tuning.stages, 2 if ctas * launches > 1 else 1, -1):
-                yield stages, ctas, ctas * launches
+def _rings(tuning: Tuning) -> Iterator[tuple[int, int]]:
+    """Yield stages and CTAs per multiprocessor, the best first."""
+    for ctas in range(tuning.per_multiprocessor, 0, -1):
+        for stages in range(tuning.stages, 2 if ctas > 1 else 1, -1):
+            yield stages, ctas
 
 
 @functools.cache
@@ -145,15 +143,15 @@ def choose(
     """
     selection = selection_for(card)
     asked = selection.tuning(units * UNIT, row_tiles * units // card.multiprocessors)
-    fewer = [replace(selection.many_inputs, warps=warps) for warps in FEWER_WARPS]
-    tunings = tuple(dict.fromkeys((asked, selection.many_inputs, *fewer)))
+    fewer = [replace(selection.alone, warps=warps) for warps in FEWER_WARPS]
+    tunings = tuple(dict.fromkeys((asked, selection.alone, *fewer)))
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
         found = []
         for order, tuning in enumerate(replace(tuning, waves=waves) for tuning in tunings):
             sizes = (row_tiles, units, batch, layout)
             planned = plan(*sizes, product=product, card=card, tuning=tuning)
             if planned is not None:
-                crowded = planned.residents < tuning.per_multiprocessor * tuning.launches
+                crowded = planned.per_multiprocessor < tuning.per_multiprocessor
                 found.append(((planned.slabs, crowded, order), (tuning, planned)))
         if found:
             return min(found, key=lambda pair: pair[0])[1]
@@ -223,14 +221,13 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
                 "COLUMNS": product.columns,
                 "WARPS": tuning.warps,
                 "STAGES": chosen.stages,
-                "BLOCKS": chosen.residents,
-                "AHEAD": int(tuning.ahead),
+                "BLOCKS": chosen.per_multiprocessor,
                 "ALIGNED": int(in_features % 8 == 0),
                 "EPILOGUE": 0 if partial is not None else EPILOGUES[epilogue],
                 **activation,
             },
             (chosen.ctas, chosen.slabs, chosen.column_blocks),
-            (tuning.warps + tuning.ahead) * WARP,
+            tuning.warps * WARP,
             chosen.shared_bytes,
             (
                 *(packed.planes, packed.scales, x, residual, y, partial),

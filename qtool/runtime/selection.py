@@ -23,17 +23,12 @@ class Tuning:
     """What changes the time of the bit-plane kernels and nothing else."""
 
     warps: int
-    """That multiply."""
     stages: int
     """Units of a warp in shared memory, one of them in use."""
     per_multiprocessor: int = 1
     """CTAs that share one."""
     waves: int = 1
-    """CTAs that follow one another on one: the faster multiprocessors take more of them."""
-    launches: int = 1
-    """Launches that share one: with 2, the next one's CTAs read ahead while these still work."""
-    ahead: bool = False
-    """One more warp, which runs ahead what comes after the multiplication."""
+    """CTAs that follow one another on one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +38,9 @@ class Selection:
     measured_on: str
     most_tokens: int
     """For more, a dequantized weight and torch's product are faster than the bit planes."""
-    few_inputs: Tuning
-    """Up to 4096: two CTAs cover for one another where the inputs are staged soon."""
-    many_inputs: Tuning
-    """Beyond: staging them twice costs more."""
-    much_work: Tuning
-    """From 400 units per multiprocessor on: the others are busy long enough for a warp ahead."""
+    alone: Tuning
+    pairs: Tuning
+    """Two CTAs cover for one another where inputs are few, so staged soon, and weights are many."""
 
     def tuning(self, in_features: int, units: int) -> Tuning:
         """Return how the bit-plane kernels are launched.
@@ -57,9 +49,8 @@ class Selection:
             in_features: Of the weight.
             units: Of 16 rows and 256 inputs, that one multiprocessor has to do.
         """
-        if units >= 400:  # noqa: PLR2004 - measured
-            return self.much_work
-        return self.few_inputs if in_features <= 4096 else self.many_inputs  # noqa: PLR2004
+        few_inputs, many_weights = in_features <= 4096, units >= 100  # noqa: PLR2004 - measured
+        return self.pairs if few_inputs and many_weights else self.alone
 
     def __str__(self) -> str:
         """Say what is chosen, for people."""
@@ -72,9 +63,8 @@ class Selection:
 H100 = Selection(
     measured_on="NVIDIA H100 80GB HBM3",
     most_tokens=16,
-    few_inputs=Tuning(warps=8, stages=4, per_multiprocessor=2),
-    many_inputs=Tuning(warps=16, stages=3),
-    much_work=Tuning(warps=15, stages=3, ahead=True),
+    alone=Tuning(warps=16, stages=3),
+    pairs=Tuning(warps=8, stages=4, per_multiprocessor=2),
 )
 SELECTIONS = (H100,)
 

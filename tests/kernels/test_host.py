@@ -105,12 +105,12 @@ def test_packing_loses_nothing(case):
     assert not bool(bits[:, rows:].any()) and not bool(bits[:, :, inputs:].any())
 
 
-def multiply(case, packed, x, y, partial, product, *, ctas, slabs, warps, stages, ahead):
+def multiply(case, packed, x, y, partial, product, *, ctas, slabs, warps, stages):
     """Launch one grid, whatever would be chosen."""
     columns, layout = product.columns, case.layout()
     row_tiles, units = packed.planes.shape[:2]
     per_slab, blocks = -(-units // slabs), -(-case.batch // columns)
-    grid = {"WARPS": warps, "STAGES": stages, "AHEAD": ahead, "BLOCKS": 1, "COLUMNS": columns}
+    grid = {"WARPS": warps, "STAGES": stages, "BLOCKS": 1, "COLUMNS": columns}
     aligned = int(case.shape[1] % 8 == 0)
     constants = case.constants(**grid, EPILOGUE=0, ALIGNED=aligned)
     x_bytes = per_slab * columns * (8 * (product.x_bytes + 4) + 4)
@@ -118,7 +118,7 @@ def multiply(case, packed, x, y, partial, product, *, ctas, slabs, warps, stages
     exchange = torch.zeros(blocks * slabs * ctas * warps * 16 * columns, dtype=torch.int64)
     host_kernels(product.name, constants)[product.name](
         (ctas, slabs, blocks),
-        (warps + ahead) * 32,
+        warps * 32,
         warps * stages * layout.stage_bytes + x_bytes + parts,
         *(packed.planes, packed.scales, x, None, y, partial, exchange),
         *(case.shape[0], case.shape[1], case.batch),
@@ -127,7 +127,7 @@ def multiply(case, packed, x, y, partial, product, *, ctas, slabs, warps, stages
     assert not bool(exchange.any())
 
 
-GRIDS = [(1, 2, 2, 1), (3, 4, 3, 0), (5, 7, 2, 1)]  # CTAs, warps, stages, a warp ahead
+GRIDS = [(1, 2, 2), (3, 4, 3), (5, 7, 2)]  # CTAs, warps, stages
 FLOATS = planes.Product("bit_plane_mma", 8, 64)
 BYTES = planes.Product("bit_plane_imma", 2, 128)
 PRODUCTS = {"floats": FLOATS, "bytes": BYTES}
@@ -146,7 +146,7 @@ def test_bit_planes_agree_before_and_after_the_cast(case, grid, product):
     padded = row_tiles * tiles.TILE_ROWS
     partial = torch.full((case.splits, case.batch, padded), torch.nan)
     sizes = {"ctas": min(grid[0], row_tiles * (units // case.splits)), "slabs": case.splits}
-    sizes |= {"warps": grid[1], "stages": grid[2], "ahead": grid[3]}
+    sizes |= {"warps": grid[1], "stages": grid[2]}
     for target in (partial, None) if case.splits == 1 else (partial,):
         multiply(case, packed, x, y, target, chosen, **sizes)
     assert error(partial.sum(0)[:, : case.shape[0]], case, tensor) < BEFORE_CAST
@@ -214,7 +214,7 @@ def test_infinite_and_missing_numbers_reach_the_output(product):
     case = Case(2, (16, 256), 128, batch=3)
     packed, y, x = tiles.pack(case.weight()), case.output(), case.inputs()
     x[0, 5], x[1, 9], x[2] = torch.inf, torch.nan, 0
-    multiply(case, packed, x, y, None, product, ctas=1, slabs=1, warps=2, stages=2, ahead=0)
+    multiply(case, packed, x, y, None, product, ctas=1, slabs=1, warps=2, stages=2)
     assert not bool(torch.isfinite(y[:2]).any())
     assert torch.equal(y[2], torch.zeros(16, dtype=torch.float16))
 
@@ -228,7 +228,7 @@ def test_inputs_that_are_all_as_large_as_can_be_do_not_overflow(product, group, 
     # The largest below a power of two: nothing is closer to the end of what an integer can hold.
     x[0], x[1] = 2 - torch.finfo(dtype).eps, torch.finfo(dtype).eps / 2 - 1
     partial = torch.full((1, 2, 16), torch.nan)
-    sizes = {"ctas": 1, "slabs": 1, "warps": 2, "stages": 2, "ahead": 1}
+    sizes = {"ctas": 1, "slabs": 1, "warps": 2, "stages": 2}
     multiply(case, tiles.pack(tensor), x, y, partial, product, **sizes)
     expected = x.double() @ dequantized(tensor, torch.float64).T
     terms = x.double().abs() @ dequantized(tensor, torch.float64).abs().T

@@ -75,7 +75,7 @@ def test_every_card_has_room_for_every_weight(kilobytes, num_bits, group_size, b
             assert (num_bits >= 7, kilobytes) == (True, 99)  # the dequantized weight's
             continue
         tuning, planned = chosen
-        assert planned.shared_bytes * planned.residents <= kilobytes * 1024 + 1024
+        assert planned.shared_bytes * planned.per_multiprocessor <= kilobytes * 1024 + 1024
         assert planned.slabs * planned.units_per_slab >= units
         assert planned.ctas * planned.slabs <= 132 * tuning.per_multiprocessor * tuning.waves
 
@@ -89,9 +89,8 @@ def test_the_selection_asks_for_what_was_measured():
         assert found is not None
         return found[0]
 
-    assert tuning(1792, 16) == selection.H100.few_inputs
-    assert tuning(256, 56) == selection.H100.many_inputs
-    assert tuning(3584, 32) == selection.H100.much_work
+    assert tuning(1792, 16) == selection.H100.pairs
+    assert tuning(256, 16) == tuning(256, 56) == tuning(3584, 32) == selection.H100.alone
 
 
 def test_many_tokens_go_through_a_dequantized_weight():

@@ -7,9 +7,8 @@ from tests.kernels.nvrtc import compile_for
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90"]
 WEIGHT = {"GROUP": 128, "OFFSET": 1}
-GRID = {"WARPS": 16, "STAGES": 3, "BLOCKS": 1, "EPILOGUE": 0, "AHEAD": 0, "ALIGNED": 1}
+GRID = {"WARPS": 16, "STAGES": 3, "BLOCKS": 1, "EPILOGUE": 0, "ALIGNED": 1}
 PAIR = {**GRID, "WARPS": 8, "STAGES": 4, "BLOCKS": 2}
-AHEAD = {**GRID, "WARPS": 15, "AHEAD": 1}
 ALONE = {**PAIR, "BLOCKS": 1}
 TABLES = {"INPUTS": 14336, "KEYS": 4, "THREADS": 1024}
 SMALL_TABLES = {"INPUTS": 1000, "KEYS": 2, "THREADS": 512, "OFFSET": 0}
@@ -27,7 +26,7 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
     *(
         ("bit_plane_imma", {**WEIGHT, **grid, "PLANES": planes, "COLUMNS": columns}, 128)
         for planes, columns in ((1, 1), (2, 2), (3, 1), (4, 1))
-        for grid in (PAIR, GRID, AHEAD)
+        for grid in (PAIR, GRID)
     ),
     ("bit_plane_imma", {**WEIGHT, **GRID, "PLANES": 4, "COLUMNS": 2, "EPILOGUE": 2}, 128),
     ("bit_plane_imma", {**GRID, "GROUP": 192, "OFFSET": 0, "PLANES": 3, "COLUMNS": 2}, 128),
