@@ -84,10 +84,14 @@ def run(
     others, not_run = able(
         (*peers.IN_TORCH, *(peers.OTHERS if with_peers else ())), bench.rig.device
     )
+    machine = bench.machine()
     layers = []
     for layer in workload.layers:
         emit("timing", {"name": layer.name})
-        layers.append(_time_layer(layer, bench.rig, kernel, others))
+        try:
+            layers.append(_time_layer(layer, bench.rig, kernel, others))
+        except (QtoolError, torch.OutOfMemoryError) as error:
+            not_run[layer.name] = _one_line(error)
     if workload.no_models:
         not_run["end to end"] = workload.no_models
     end_to_end = []
@@ -96,17 +100,21 @@ def run(
         try:
             end_to_end.append(time_decoder(model, bench.ops, bench.clock))
         except (QtoolError, torch.OutOfMemoryError) as error:
-            not_run[model.name] = " ".join(str(error).split())
+            not_run[model.name] = _one_line(error)
         gc.collect()
     return GpuResult(
         name=workload.name,
-        machine=bench.machine(),
+        machine=machine,
         copy_gb_per_second=bench.rig.copy_bandwidth / 1e9,
         layers=tuple(layers),
         end_to_end=tuple(end_to_end),
         not_run=not_run,
         versions=versions,
     )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def check_kernel(kernel: str | None) -> None:

@@ -35,6 +35,12 @@ static std::vector<Meeting> warp_meetings;
 static std::vector<uint32_t> mailbox; // (threads, 8): what lanes of a warp give one another
 static std::function<void()> body;
 
+// What a kernel may not touch before it has waited for the launch before it: inputs, which hold other
+// bytes until then, and outputs, which must not have changed by then.
+struct Region { char *place; std::vector<char> bytes; };
+static std::vector<Region> inputs, outputs;
+static bool waited, too_early;
+
 static void wait() {
     int self = current;
     swapcontext(&fibers[self].context, &scheduler);
@@ -57,8 +63,22 @@ static void enter() {
     swapcontext(&fibers[current].context, &scheduler);
 }
 
+static void hide() {
+    waited = false;
+    for (auto &region : inputs) memset(region.place, 0xff, region.bytes.size());
+    for (auto &region : outputs) memcpy(region.bytes.data(), region.place, region.bytes.size());
+}
+
+static void show() {
+    waited = true;
+    for (auto &region : inputs) memcpy(region.place, region.bytes.data(), region.bytes.size());
+    for (auto &region : outputs)
+        too_early |= memcmp(region.bytes.data(), region.place, region.bytes.size()) != 0;
+}
+
 // Runs one block; throws if its threads wait for one another for ever.
 static void run_block(int threads, size_t bytes) {
+    hide();
     shared.assign(bytes, 0xff); // poison: NaN wherever nothing was staged
     block_meeting = {};
     warp_meetings.assign(threads / 32, {});
@@ -97,12 +117,25 @@ static int launch(dim3 grid, int threads, size_t bytes, Kernel kernel, Arguments
                 for (unsigned x = 0; x < grid.x; ++x) {
                     blockIdx = {x, y, z};
                     run_block(threads, bytes);
+                    if (!waited) { show(); return 2; }
                 }
-    } catch (const std::exception &) { return 1; }
-    return 0;
+    } catch (const std::exception &) { show(); return 1; }
+    return too_early ? 3 : 0;
 }
 
 }  // namespace host
+
+extern "C" void host_forget() { host::inputs.clear(), host::outputs.clear(), host::too_early = false; }
+extern "C" void host_region(void *place, size_t bytes, int is_output) {
+    auto *first = (char *)place;
+    (is_output ? host::outputs : host::inputs).push_back({first, {first, first + bytes}});
+}
+
+// Every thread has to wait, so it is a meeting; who comes back first shows what was hidden.
+static void wait_for_previous() {
+    host::meet(host::block_meeting, (int)blockDim.x);
+    if (!host::waited) host::show();
+}
 
 static void __syncthreads() { host::meet(host::block_meeting, (int)blockDim.x); }
 
@@ -124,7 +157,6 @@ DEVICE void fetch(void *shared, const void *address) { memcpy(shared, address, 1
 DEVICE void end_of_fetches() {}
 template <int PENDING> DEVICE void fetched() {}
 DEVICE void let_next_start() {}
-DEVICE void wait_for_previous() {}
 DEVICE void store_marked(unsigned long long *place, float value, unsigned mark) {
     *place = (unsigned long long)mark << 32 | bits_of_float(value);
 }

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ HERE = Path(__file__).parent
 KERNEL = re.compile(
     r'extern "C" __global__\s+void\s*(?:__launch_bounds__\([\w, ]+\)\s*)?(\w+)\((.*?)\)\s*\{', re.S
 )
+NAME = re.compile(r"\w+")
 ALIAS = re.compile(r"#define KERNEL (\w+)")
 COMMENT = re.compile(r"//[^\n]*")
 
@@ -32,21 +34,46 @@ def compiler() -> str:
     return found
 
 
+CONSTANTS = frozenset(
+    ("planes", "scales", "offsets", "weight", "bias", "query_norm", "key_norm", "rotary")
+)
+"""Names of what a kernel may read before the launch before it has ended."""
+FAILURES = {
+    1: "threads wait for one another for ever",
+    2: "a block never waits for the launch before it",
+    3: "it writes before it has waited for the launch before it",
+}
+
+
 class HostKernel:
     """One kernel of a library."""
 
-    def __init__(self, function, parameters: list[str]) -> None:
-        self._function, self._parameters = function, parameters
+    def __init__(self, library: ctypes.CDLL, name: str, parameters: list[str]) -> None:
+        self._library, self._parameters = library, parameters
+        self._function = getattr(library, f"launch_{name}")
 
     def __call__(self, grid, threads: int, shared: int, *arguments: Tensor | float | None) -> None:
-        """Run it to the end; raises where its threads wait for one another for ever."""
+        """Run it to the end; raises where threads hang, or touch what they have to wait for.
+
+        Inputs hold other bytes until a block has waited, so results are wrong if it doesn't.
+        """
         assert len(arguments) == len(self._parameters), self._parameters
         values: list[Any] = [ctypes.c_int(value) for value in (*grid, threads)]
         values.append(ctypes.c_size_t(shared))
         for argument, parameter in zip(arguments, self._parameters, strict=True):
             values.append(_value(argument, parameter))
-        if self._function(*values) != 0:
-            raise AssertionError("threads wait for one another for ever")
+        self._hide(arguments)
+        status = self._function(*values)
+        self._library.host_forget()
+        assert status == 0, FAILURES[status]
+
+    def _hide(self, arguments: Sequence[Any]) -> None:
+        for argument, parameter in zip(arguments, self._parameters, strict=True):
+            is_constant = parameter.startswith("const") and NAME.findall(parameter)[-1] in CONSTANTS
+            if isinstance(argument, Tensor) and not is_constant:
+                size = ctypes.c_size_t(argument.numel() * argument.element_size())
+                place, is_output = ctypes.c_void_p(argument.data_ptr()), "const" not in parameter
+                self._library.host_region(place, size, int(is_output))
 
 
 def _value(argument: Any, parameter: str):
@@ -83,7 +110,7 @@ def host_kernels(name: str, constants: tuple[tuple[str, int], ...]) -> dict[str,
         )
         assert done.returncode == 0, done.stderr
         loaded = ctypes.CDLL(str(library))
-    return {k: HostKernel(getattr(loaded, f"launch_{k}"), p) for k, p in found.items()}
+    return {name: HostKernel(loaded, name, parts) for name, parts in found.items()}
 
 
 def _glue(kernel: str, parameters: list[str]) -> str:

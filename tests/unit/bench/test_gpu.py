@@ -46,6 +46,18 @@ def test_a_model_that_does_not_run_is_named_and_ends_nothing():
     assert gpu.run(work, bench(), {}).not_run["big"] == "it is spread"
 
 
+def test_a_layer_that_does_not_run_is_named_and_ends_nothing(tmp_path):
+    def refuse():
+        raise BackendError("too\nlarge")
+
+    work = workload.synthetic_workload("tiny", replace(TINY, decoder=None), SCHEME, None, CPU)
+    broken = replace(work.layers[0], load=refuse)
+    result = gpu.run(replace(work, layers=(broken, work.layers[1])), bench(), {})
+    assert [layer.name for layer in result.layers] == ["o"]
+    assert result.not_run["qkv"] == "too large"
+    draw_roofline(gpu.run(replace(work, layers=(broken,)), bench(), {}), tmp_path / "empty.svg")
+
+
 def test_json_has_all_that_was_measured(result):
     value = json.loads(json.dumps(asdict(result)))
     assert value["machine"] == asdict(MACHINE)
