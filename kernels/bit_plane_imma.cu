@@ -35,7 +35,7 @@ DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &we
         a = signed_bytes((a - MAGIC) << (6 - 2 * r)), b = signed_bytes((b - MAGIC) << (6 - 2 * r));
         // Lanes of the lower half take limbs 0 and 1 of both halves, those of the upper 2 and 3.
         kept[r] = permute_bytes(a, b, upper ? 0x7362u : 0x5140u);
-        received[r] = shuffle_xor_bits(permute_bytes(a, b, upper ? 0x5140u : 0x7362u), 4);
+        received[r] = shuffle_xor(permute_bytes(a, b, upper ? 0x5140u : 0x7362u), 4);
     }
     unsigned char *place = operands + (column * units + unit) * UNIT_BYTES + lane / 8 * WORD_BYTES +
                            (upper ? 128 : 0) + lane % 4 * 16;
@@ -81,11 +81,7 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
                           const Weight &weight, int lane) {
     int g = lane / 4, t = lane % 4, token = COLUMNS == 1 ? 0 : g / LIMBS;
     u32 words[PLANES][4];
-#pragma unroll
-    for (int plane = 0; plane < PLANES; ++plane) {
-        quad v = *(const quad *)(stage + plane * PLANE_BYTES + lane * 16);
-        words[plane][0] = v.x, words[plane][1] = v.y, words[plane][2] = v.z, words[plane][3] = v.w;
-    }
+    load_words(words, stage, lane);
     const u32 *scales = (const u32 *)(stage + PLANES * PLANE_BYTES) + g * PARAMETERS, *current = scales;
     const unsigned char *row = operands + (token * units + unit) * UNIT_BYTES + g % LIMBS * 64 + t * 16;
     const int zeros[4] = {0, 0, 0, 0};

@@ -24,7 +24,6 @@ DEVICE void stage_unit(quad v, int unit, int column, int, const Weight &weight, 
     // Below 2^7: times 2^8, the most that a position needs, still below float16's end. What isn't
     // finite stays what it is.
     int exponent = exponent_of(v) - 6;
-    if (exponent > 200) exponent = 0;
     float factor = power_of_two(-exponent);
     v.x = scaled(v.x, factor), v.y = scaled(v.y, factor);
     v.z = scaled(v.z, factor), v.w = scaled(v.w, factor);
@@ -77,11 +76,7 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
                           const Weight &weight, int lane) {
     int g = lane / 4, t = lane % 4;
     u32 words[PLANES][4];
-#pragma unroll
-    for (int plane = 0; plane < PLANES; ++plane) {
-        quad v = *(const quad *)(stage + plane * PLANE_BYTES + lane * 16);
-        words[plane][0] = v.x, words[plane][1] = v.y, words[plane][2] = v.z, words[plane][3] = v.w;
-    }
+    load_words(words, stage, lane);
     const u32 *scales = (const u32 *)(stage + PLANES * PLANE_BYTES) + g * PARAMETERS, *current = scales;
     float c[PLANES][TILES_OF_COLUMNS][4], start[TILES_OF_COLUMNS][4], sums[ACCUMULATORS] = {};
 #pragma unroll

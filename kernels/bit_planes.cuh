@@ -112,6 +112,15 @@ DEVICE void request(unsigned char *stage, const Place &place, const Weight &weig
             fetch(stage + PLANES * PLANE_BYTES + (piece + lane) * 16, source + piece + lane);
 }
 
+// A lane's words of all planes of a unit, each of 64 inputs.
+DEVICE void load_words(u32 (*words)[4], const unsigned char *stage, int lane) {
+#pragma unroll
+    for (int plane = 0; plane < PLANES; ++plane) {
+        quad v = *(const quad *)(stage + plane * PLANE_BYTES + lane * 16);
+        words[plane][0] = v.x, words[plane][1] = v.y, words[plane][2] = v.z, words[plane][3] = v.w;
+    }
+}
+
 // Eight inputs as they stand in memory; beyond the end: zero.
 DEVICE quad load_inputs(const u16 *row, int k, int in_features) {
 #if ALIGNED

@@ -171,7 +171,6 @@ DEVICE u32 shuffle_xor(u32 value, int lanes) {
 DEVICE u32 shuffle_down(u32 value, int lanes) {
     return bits_of_float(shuffle_down(float_of_bits(value), lanes));
 }
-DEVICE u32 shuffle_xor_bits(u32 value, int lanes) { return shuffle_xor(value, lanes); }
 
 // 2^exponent for -126 <= exponent <= 127.
 DEVICE float power_of_two(int exponent) { return float_of_bits((u32)(exponent + 127) << 23); }

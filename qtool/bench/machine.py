@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from qtool.errors import BackendError, MissingExtraError
+from qtool.runtime.launch import OLDEST
 
-OLDEST = (8, 0)
 USUAL_L2_BYTES = 50 * 2**20
 QUERY = ("driver_version", "clocks.sm", "clocks.max.sm", "power.limit")
 PATIENCE_SECONDS = 20

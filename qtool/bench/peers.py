@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtool.runtime.launch import OLDEST
+
 GROUP_SIZE = 128
-OLDEST = (8, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -37,6 +38,15 @@ class Call:
 Launch = Callable[[Call], None]
 """Runs a kernel; returns at once. It may start before the one before it has ended: every kernel
 waits, by `wait_for_previous` of kernels/common.cuh, before it touches what isn't a weight."""
+
+
+def activation_macro(dtype: torch.dtype) -> dict[str, int]:
+    """Return the macro that tells a kernel the dtype of its activations: none for float16."""
+    return {"ACTIVATION_BF16": 1} if dtype == torch.bfloat16 else {}
+
+
+OLDEST = (8, 0)
+"""Compute capability: `mma.m16n8k16` came with it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from qtool.base import QuantizedTensor
 from qtool.errors import BackendError
 from qtool.formats import affine, binary_coding
 from qtool.runtime import lut, planes, tiles
-from qtool.runtime.launch import Call, Card, Launch
+from qtool.runtime.launch import Call, Card, Launch, activation_macro
 from qtool.runtime.selection import STORED_KERNELS, selection_for, wanted_kernel
 from qtool.runtime.tiles import UNIT, Tiles
 from qtool.scheme import Shape2D, WeightScheme
@@ -57,7 +57,7 @@ class KernelWeight:
     @property
     def activation(self) -> Mapping[str, int]:
         """Return the macro that names the dtype of the activations."""
-        return {"ACTIVATION_BF16": 1} if self.dtype == torch.bfloat16 else {}
+        return activation_macro(self.dtype)
 
 
 def prepare(

@@ -8,7 +8,7 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.formats import binary_coding
 from qtool.runtime import planes
-from qtool.runtime.launch import Call, Card, Launch
+from qtool.runtime.launch import Call, Card, Launch, activation_macro
 
 LANES = 32
 WORD = 32
@@ -116,4 +116,4 @@ def _constants(tensor: QuantizedTensor, dtype: torch.dtype, tuned: Tuning) -> di
         "ROWS": tuned.rows,
         "THREADS": tuned.threads,
     }
-    return values | ({"ACTIVATION_BF16": 1} if dtype == torch.bfloat16 else {})
+    return values | activation_macro(dtype)

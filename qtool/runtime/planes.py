@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qtool.errors import BackendError
-from qtool.runtime.launch import Call, Card, Launch, Zeros
+from qtool.runtime.launch import Call, Card, Launch, Zeros, activation_macro
 from qtool.runtime.selection import Tuning, selection_for
 from qtool.runtime.tiles import TILE_ROWS, UNIT, Tiles
 
@@ -205,7 +205,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         )
     tuning, chosen = picked
     y = x.new_empty(batch, out_features // 2 if epilogue == "gated" else out_features)
-    activation = {"ACTIVATION_BF16": 1} if x.dtype == torch.bfloat16 else {}
+    activation = activation_macro(x.dtype)
     padded = row_tiles * TILE_ROWS
     partial = None
     if chosen.slabs > 1:
@@ -253,7 +253,7 @@ def add_splits(
     """Write the sum of (splits, tokens, padded rows) float32 to `y`, through the epilogue."""
     splits, batch, padded = partial.shape
     threads = 128
-    activation = {"ACTIVATION_BF16": 1} if y.dtype == torch.bfloat16 else {}
+    activation = activation_macro(y.dtype)
     launch(
         Call(
             "add_splits",

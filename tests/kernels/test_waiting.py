@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qtool.runtime import planes
+from qtool.runtime import planes, sources
 from tests.kernels import host
 from tests.kernels.host import FAILURES, Recorder
 
@@ -13,7 +13,7 @@ WRITE = "    y[place] = store_activation(value);\n"
 
 def add_splits(monkeypatch, text):
     """Add two splits with a changed kernel, compiled anew."""
-    source = host.kernel_source
+    source = sources.kernel_source
     monkeypatch.setattr(host, "kernel_source", lambda *given: text(source(*given)))
     host.host_kernels.cache_clear()
     try:

@@ -18,14 +18,12 @@ from qtool.checkpoint.manifest import codec
 from qtool.errors import BackendError
 from qtool.formats import affine, binary_coding
 from qtool.runtime import linear_kernels, operators
-from qtool.runtime.launch import Argument, Call, Card, Zeros
+from qtool.runtime.launch import OLDEST, Argument, Call, Card, Zeros
 from qtool.runtime.linear_kernels import KernelWeight
 from qtool.runtime.selection import STORED_KERNELS, wanted_kernel
 from qtool.runtime.sources import kernel_source
 
 FORMATS = (affine.FORMAT, binary_coding.FORMAT)
-OLDEST = (8, 0)
-"""Compute capability: `mma.m16n8k16` came with it."""
 DEPENDENT_LAUNCHES = (9, 0)
 STREAM_SERIALIZATION = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"""
@@ -42,14 +40,7 @@ class CudaBackend:
         """Return None for a weight of planes on a card with CuPy, else what is missing."""
         if tensor.format not in FORMATS:
             return f"it runs {' and '.join(FORMATS)} weights; this one is {tensor.format}."
-        if device.type != "cuda":
-            return f"it needs a CUDA card; the model is on {device.type}."
-        missing = _why_no_cupy()
-        if missing is not None:
-            return missing
-        if torch.cuda.get_device_capability(device) < OLDEST:
-            return "it needs a card of compute capability 8.0 or newer."
-        return None
+        return why_not_on(device)
 
     def prepare(self, tensor: QuantizedTensor, dtype: torch.dtype) -> KernelWeight | Tensor:
         """Return the re-laid weight; in dtypes that the kernels don't take, a dense one."""
@@ -75,6 +66,16 @@ class CudaBackend:
         if prepared.tiles is not None:
             return operators.rows(index, prepared)
         return linear_kernels.rows(index, prepared, launch)
+
+
+def why_not_on(device: torch.device) -> str | None:
+    """Return None for a card that the kernels run on, else what is missing."""
+    if device.type != "cuda":
+        return f"it needs a CUDA card; the model is on {device.type}."
+    missing = _why_no_cupy()
+    if missing is None and torch.cuda.get_device_capability(device) < OLDEST:
+        return "it needs a card of compute capability 8.0 or newer."
+    return missing
 
 
 @functools.cache

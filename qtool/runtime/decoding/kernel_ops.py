@@ -1,7 +1,5 @@
 """The operations of a decoding step by the kernels; what launches is passed in."""
 
-import importlib.util
-from collections.abc import Mapping
 from math import e, log2
 
 import torch
@@ -13,7 +11,7 @@ from qtool.runtime.backends import cuda
 from qtool.runtime.decoding import torch_ops
 from qtool.runtime.decoding.ops import DecodeOps, DecodeState
 from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, DecoderWeights, Projection
-from qtool.runtime.launch import Call, Card, Launch
+from qtool.runtime.launch import Call, Card, Launch, activation_macro
 from qtool.runtime.linear_kernels import KernelWeight
 
 WARP = 32
@@ -52,7 +50,7 @@ class KernelOps:
                 Call(
                     "rms_norm",
                     "rms_norm",
-                    {"HIDDEN": hidden, "THREADS": threads, **_activation(x)},
+                    {"HIDDEN": hidden, "THREADS": threads, **activation_macro(x.dtype)},
                     (rows, 1, 1),
                     threads,
                     threads // WARP * 4,
@@ -103,7 +101,7 @@ class KernelOps:
                     "BLOCKS": blocks,
                     "QK_NORM": int(layer.query_norm is not None),
                     "SHORTEST": SHORTEST,
-                    **_activation(qkv),
+                    **activation_macro(qkv.dtype),
                 },
                 (splits, shape.num_key_value_heads * blocks, batch),
                 ATTENTION_THREADS,
@@ -126,7 +124,7 @@ class KernelOps:
             Call(
                 "greedy",
                 "greedy",
-                _activation(logits),
+                activation_macro(logits.dtype),
                 (len(logits), 1, 1),
                 GREEDY_THREADS,
                 GREEDY_THREADS // WARP * 8,
@@ -161,17 +159,11 @@ def cuda_ops(weights: DecoderWeights) -> DecodeOps | None:
     """Return the operations for weights on a card; None where the kernels can't run them."""
     device, shape = weights.final_norm.device, weights.shape
     dtypes = (torch.float16, torch.bfloat16)
-    if device.type != "cuda" or shape.dtype not in dtypes or shape.head_dim not in HEAD_DIMS:
+    if shape.dtype not in dtypes or shape.head_dim not in HEAD_DIMS:
         return None
-    if importlib.util.find_spec("cupy") is None:
-        return None
-    if torch.cuda.get_device_capability(device) < cuda.OLDEST:
+    if cuda.why_not_on(device) is not None:
         return None
     return KernelOps(cuda.launch, cuda.card_of(device.index or 0))
-
-
-def _activation(x: Tensor) -> Mapping[str, int]:
-    return {"ACTIVATION_BF16": 1} if x.dtype == torch.bfloat16 else {}
 
 
 def _rounded_up(value: int, to: int) -> int:
