@@ -20,7 +20,7 @@ DEVICE u32 signed_bytes(u32 value) { return (value + 0x80808080u) ^ 0x80808080u;
 
 // The B operands of all words, and the sum of x over each segment. Of a word's 64 inputs, lane t has
 // 8 t .. 8 t + 7 in each half; pair r of them, of both halves, is register r. x becomes an integer of
-// 23 bits: 2^22 added to a float leaves it in the bits of the sum.
+// 23 bits, read off the bits of a float: see MAGIC.
 DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &weight, int lane,
                        unsigned char *operands, float *starts, float *factors) {
     int exponent = exponent_of(v);

@@ -36,8 +36,7 @@ DEVICE int divide(int a, int b) {
     return quotient + (rest >= b) - (rest < 0);
 }
 
-// `each` units for every block, one more for the first `more`. `given` is less if the share begins
-// after unit `tile`, at which its last tile does.
+// `each` units for every block, one more for the first `more`; what is given has to be filled in.
 DEVICE Share share_of(int block, int each, int more) {
     Share share;
     share.begin = block * each + (block < more ? block : more);
@@ -45,11 +44,17 @@ DEVICE Share share_of(int block, int each, int more) {
     share.given = 0;
     return share;
 }
+// How many units are given if the share's last tile, which begins at unit `tile`, is a later block's.
 DEVICE int given_of(const Share &share, int tile) {
     return share.begin + share.size - (share.begin > tile ? share.begin : tile);
 }
 
 DEVICE int first_of_warp(int warp, int size) { return size * warp / WARPS; }
+
+// In a share of few units, some warps have none.
+DEVICE bool is_idle(int warp, int size) {
+    return first_of_warp(warp, size) == first_of_warp(warp + 1, size);
+}
 
 // The warp that does work `work`.
 DEVICE int warp_of(int work, int size) {

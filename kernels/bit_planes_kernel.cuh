@@ -6,7 +6,7 @@
 //   X_BYTES           shared memory for 32 inputs of a token,
 //   stage_unit        x into shared memory,
 //   multiply_unit     one unit's product, added to the accumulators,
-//   put_part          the accumulators to `put`, once per row and column.
+//   put_part          the accumulators into shared memory or, marked, into global.
 //
 // Grid (blocks, slabs of in_features, blocks of columns).
 
@@ -17,6 +17,10 @@ DEVICE void find_spans(u32 *spans, int tiles, int start, int count, const Share 
         int low = warp_of(share.given + (from < 0 ? 0 : from), share.size);
         spans[tile] = (u32)(low | warp_of(share.given + to - 1, share.size) << 16);
     }
+}
+
+DEVICE bool has_given(int warp, const Share &share) {
+    return first_of_warp(warp, share.size) < share.given && !is_idle(warp, share.size);
 }
 
 // The sum of what lower blocks have given of this block's first tile, which begins at unit `from`. All
@@ -34,17 +38,14 @@ DEVICE void take_given(u64 *exchange, int each, int more, int from, float *given
             u32 mark[WARPS];
 #pragma unroll
             for (int warp = 0; warp < WARPS; ++warp) {
-                int work = first_of_warp(warp, share.size);
-                bool gave = work < share.given && work < first_of_warp(warp + 1, share.size);
                 mark[warp] = 1, value[warp] = 0.0f;
-                if (gave) mark[warp] = load_marked(place + warp * PART, &value[warp]);
+                if (has_given(warp, share)) mark[warp] = load_marked(place + warp * PART, &value[warp]);
             }
 #pragma unroll
             for (int warp = 0; warp < WARPS; ++warp) {
                 while (mark[warp] == 0) mark[warp] = load_marked(place + warp * PART, &value[warp]);
                 sum += value[warp];
-                int work = first_of_warp(warp, share.size); // as the next launch wants to find it
-                if (work < share.given && work < first_of_warp(warp + 1, share.size))
+                if (has_given(warp, share)) // as the next launch wants to find it
                     store_marked(place + warp * PART, 0.0f, 0);
             }
         }
@@ -155,7 +156,7 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
         }
         u32 span = spans[tile];
         for (int w = (int)(span & 0xffffu); w <= (int)(span >> 16); ++w) {
-            if (first_of_warp(w, share.size) == first_of_warp(w + 1, share.size)) continue;
+            if (is_idle(w, share.size)) continue;
             value += parts[(tile + w) * PART + at];
             if (EPILOGUE == 2) other += parts[(tile + w) * PART + at + 8 * COLUMNS];
         }

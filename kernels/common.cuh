@@ -94,8 +94,6 @@ DEVICE void mma_bytes(int *d, const int *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 
 // Four of the eight bytes of a (0..3) and b (4..7), which nibbles of `pick` name, lowest first.
 DEVICE u32 permute_bytes(u32 a, u32 b, u32 pick) { return __byte_perm(a, b, pick); }
 
-DEVICE int round_to_int(float value) { return __float2int_rn(value); }
-
 DEVICE u32 multiply_half2(u32 a, u32 b) {
     u32 product;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
@@ -131,12 +129,6 @@ DEVICE float shuffle_down(float value, int lanes) {
 
 DEVICE float float_of_bits(u32 bits) { return __int_as_float((int)bits); }
 DEVICE u32 bits_of_float(float value) { return (u32)__float_as_int(value); }
-
-// The same number; what depends on it isn't computed ahead of a loop, to wait there in a register.
-DEVICE int just_now(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
 
 // Of a whole warp.
 DEVICE u32 warp_largest(u32 value) {

@@ -34,6 +34,17 @@ class Decoder:
     rope_theta: float
     norm_eps: float = 1e-5
 
+    def linears(self) -> dict[str, Shape2D]:
+        """Return the shapes of a layer's projections, those that share an input fused."""
+        hidden, inner = self.hidden_size, self.num_heads * self.head_dim
+        qkv = inner + 2 * self.num_key_value_heads * self.head_dim
+        return {
+            "qkv": Shape2D(qkv, hidden),
+            "o": Shape2D(hidden, inner),
+            "gate_up": Shape2D(2 * self.intermediate_size, hidden),
+            "down": Shape2D(hidden, self.intermediate_size),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -44,22 +55,18 @@ class ModelShape:
     """None: only kernels are timed."""
 
 
-def _linears(count: int, **shapes: tuple[int, int]) -> tuple[LinearShape, ...]:
-    return tuple(LinearShape(name, Shape2D(*shape), count) for name, shape in shapes.items())
+def _whole(decoder: Decoder) -> ModelShape:
+    layers = (LinearShape(n, s, decoder.num_layers) for n, s in decoder.linears().items())
+    head = LinearShape("lm_head", Shape2D(decoder.vocab_size, decoder.hidden_size), 1, HEAD_BITS)
+    return ModelShape((*layers, head), decoder)
 
 
-def _head(vocab_size: int, hidden_size: int) -> LinearShape:
-    return LinearShape("lm_head", Shape2D(vocab_size, hidden_size), 1, HEAD_BITS)
+def _one_layer(**shapes: tuple[int, int]) -> ModelShape:
+    return ModelShape(tuple(LinearShape(n, Shape2D(*shape), 1) for n, shape in shapes.items()))
 
 
 MODELS: dict[str, ModelShape] = {
-    "llama3-8b": ModelShape(
-        (
-            *_linears(
-                32, qkv=(6144, 4096), o=(4096, 4096), gate_up=(28672, 4096), down=(4096, 14336)
-            ),
-            _head(128256, 4096),
-        ),
+    "llama3-8b": _whole(
         Decoder(
             num_layers=32,
             hidden_size=4096,
@@ -69,15 +76,9 @@ MODELS: dict[str, ModelShape] = {
             head_dim=128,
             vocab_size=128256,
             rope_theta=500_000.0,
-        ),
+        )
     ),
-    "llama2-7b": ModelShape(
-        (
-            *_linears(
-                32, qkv=(12288, 4096), o=(4096, 4096), gate_up=(22016, 4096), down=(4096, 11008)
-            ),
-            _head(32000, 4096),
-        ),
+    "llama2-7b": _whole(
         Decoder(
             num_layers=32,
             hidden_size=4096,
@@ -87,13 +88,13 @@ MODELS: dict[str, ModelShape] = {
             head_dim=128,
             vocab_size=32000,
             rope_theta=10_000.0,
-        ),
+        )
     ),
-    "llama2-70b-layer": ModelShape(
-        _linears(1, qkv=(10240, 8192), o=(8192, 8192), gate_up=(57344, 8192), down=(8192, 28672))
+    "llama2-70b-layer": _one_layer(
+        qkv=(10240, 8192), o=(8192, 8192), gate_up=(57344, 8192), down=(8192, 28672)
     ),
-    "opt-175b-layer": ModelShape(
-        _linears(1, qkv=(36864, 12288), o=(12288, 12288), fc1=(49152, 12288), fc2=(12288, 49152))
+    "opt-175b-layer": _one_layer(
+        qkv=(36864, 12288), o=(12288, 12288), fc1=(49152, 12288), fc2=(12288, 49152)
     ),
 }
 

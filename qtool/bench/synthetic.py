@@ -67,34 +67,33 @@ def random_decoder(
         dtype: Of activations, and of what is dense.
     """
 
-    def projection(rows: int, inputs: int, scheme: WeightScheme | None) -> Projection:
+    def projection(shape: Shape2D, scheme: WeightScheme | None) -> Projection:
         if scheme is None:
-            return random_dense((rows, inputs), dtype, generator)
-        tensor = random_tensor(Shape2D(rows, inputs), scheme, generator)
+            return random_dense(shape, dtype, generator)
+        tensor = random_tensor(shape, scheme, generator)
         return linear_kernels.prepare(tensor, dtype)
 
     def norm() -> Tensor:
         return torch.rand(hidden, dtype=dtype, device=generator.device, generator=generator) + 0.5
 
-    hidden, wide = decoder.hidden_size, decoder.intermediate_size
-    inner = decoder.num_heads * decoder.head_dim
-    qkv = inner + 2 * decoder.num_key_value_heads * decoder.head_dim
+    hidden, shapes = decoder.hidden_size, decoder.linears()
+    table = Shape2D(decoder.vocab_size, hidden)
     head_scheme = None
     if scheme is not None:
         head_scheme = WeightScheme(num_bits=HEAD_BITS, group_size=scheme.group_size)
-    head = projection(decoder.vocab_size, hidden, head_scheme)  # first: packing it takes most room
-    embedding = random_dense((decoder.vocab_size, hidden), dtype, generator)
+    head = projection(table, head_scheme)  # first: packing it takes most room
+    embedding = random_dense(table, dtype, generator)
     layers = tuple(
         DecoderLayer(
             input_norm=norm(),
-            qkv=projection(qkv, hidden, scheme),
+            qkv=projection(shapes["qkv"], scheme),
             qkv_bias=None,
             query_norm=None,
             key_norm=None,
-            output=projection(hidden, inner, scheme),
+            output=projection(shapes["o"], scheme),
             mlp_norm=norm(),
-            gate_up=projection(2 * wide, hidden, scheme),
-            down=projection(hidden, wide, scheme),
+            gate_up=projection(shapes["gate_up"], scheme),
+            down=projection(shapes["down"], scheme),
         )
         for _ in range(decoder.num_layers)
     )

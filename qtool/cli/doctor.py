@@ -65,12 +65,11 @@ def _kernels() -> str:
     """Say which kernel runs how many tokens here."""
     import torch
 
-    from qtool.runtime.launch import Card
     from qtool.runtime.selection import selection_for, wanted_kernel
 
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
     wanted = wanted_kernel()
-    chosen = str(selection_for(Card(0, 0, name)))
+    chosen = str(selection_for(name))
     return chosen if wanted is None else f"{wanted}, as $QTOOL_KERNEL says"
 
 

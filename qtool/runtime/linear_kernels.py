@@ -4,7 +4,7 @@ What launches is passed in, so all but the launch itself is tested without a car
 tests/kernels/host.py launches the same text on a CPU.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,11 +53,6 @@ class KernelWeight:
         size = self.scheme.group_size or inputs
         group = size if size < inputs else -(-inputs // UNIT) * UNIT
         return planes.Layout(self.scheme.num_bits, group, int(not self.scheme.symmetric))
-
-    @property
-    def activation(self) -> Mapping[str, int]:
-        """Return the macro that names the dtype of the activations."""
-        return activation_macro(self.dtype)
 
 
 def prepare(
@@ -131,15 +126,12 @@ def choose(weight: KernelWeight, tokens: int, card: Card) -> str:
     wanted = wanted_kernel()
     if wanted is not None:
         return wanted
-    if tokens > selection_for(card).most_tokens:
+    if tokens > selection_for(card.name).most_tokens:
         return "dequantize"
     if weight.tiles is None:
         return "sign_flip"
     row_tiles, units = weight.tiles.planes.shape[:2]
-    product = planes.product_for(max(tokens, 1), weight.layout)
-    room = planes.choose(
-        row_tiles, units, max(tokens, 1), weight.layout, product=product, card=card
-    )
+    room = planes.choose(row_tiles, units, max(tokens, 1), weight.layout, card=card)
     return "dequantize" if room is None else "planes"
 
 
@@ -210,23 +202,21 @@ def _plain(x: Tensor, weight: KernelWeight, launch: Launch, card: Card, kernel: 
             "that (keep_stored)."
         )
     if kernel == "sign_flip":
-        return _by_definition(x, weight.stored, weight.activation, launch)
+        return _by_definition(x, weight.stored, launch)
     reason = lut.why_not(weight.stored)
     if reason is not None:
         raise BackendError(reason)
     return lut.matmul(x, weight.stored, launch, card)
 
 
-def _by_definition(
-    x: Tensor, tensor: QuantizedTensor, activation: Mapping[str, int], launch: Launch
-) -> Tensor:
+def _by_definition(x: Tensor, tensor: QuantizedTensor, launch: Launch) -> Tensor:
     (rows, inputs), scheme, parts = tensor.shape, tensor.scheme, tensor.parts
     y = x.new_empty(len(x), rows)
     launch(
         Call(
             "sign_flip",
             "sign_flip",
-            activation,
+            activation_macro(x.dtype),
             (-(-rows // SIGN_FLIP_ROWS), len(x), 1),
             SIGN_FLIP_THREADS,
             0,
@@ -245,7 +235,7 @@ def _by_definition(
 def _macros(weight: KernelWeight) -> dict[str, int]:
     layout = weight.layout
     values = {"PLANES": layout.planes, "GROUP": layout.group, "OFFSET": layout.offset}
-    return {**values, **weight.activation}
+    return {**values, **activation_macro(weight.dtype)}
 
 
 def dequantize(weight: KernelWeight, launch: Launch) -> Tensor:

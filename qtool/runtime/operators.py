@@ -9,8 +9,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qtool.runtime import linear_kernels
-from qtool.runtime.launch import Card, Launch
 from qtool.runtime.linear_kernels import KernelWeight
 from qtool.runtime.tiles import Tiles
 from qtool.scheme import Shape2D, WeightScheme
@@ -52,17 +50,17 @@ def _weight(dtype: torch.dtype, flat: Flat) -> KernelWeight:
     return KernelWeight(scheme, shape, dtype, Tiles(planes, scales), None, fresh)
 
 
-def implement(launch: Launch, card_of: Callable[[int], Card]) -> None:
-    """Let the operators launch; once."""
+Run = Callable[[Tensor, KernelWeight], Tensor]
+
+
+def implement(run_matmul: Run, run_rows: Run) -> None:
+    """Say what the operators do on a card; once."""
 
     def matmul_there(x: Tensor, *flat: *Flat) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1]).contiguous()
-        card = card_of(x.device.index or 0)
-        y = linear_kernels.matmul(tokens, _weight(x.dtype, flat), launch, card)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return run_matmul(x, _weight(x.dtype, flat))
 
     def rows_there(index: Tensor, dtype: torch.dtype, *flat: *Flat) -> Tensor:
-        return linear_kernels.rows(index, _weight(dtype, flat), launch)
+        return run_rows(index, _weight(dtype, flat))
 
     LIBRARY.impl("matmul", matmul_there, "CUDA")
     LIBRARY.impl("rows", rows_there, "CUDA")

@@ -86,13 +86,12 @@ class Plan:
 
 
 @functools.cache
-def plan(  # noqa: PLR0913 - the size of the product, the kernel and the card
+def plan(
     row_tiles: int,
     units: int,
     batch: int,
     layout: Layout,
     *,
-    product: Product,
     card: Card,
     tuning: Tuning,
 ) -> Plan | None:
@@ -101,6 +100,7 @@ def plan(  # noqa: PLR0913 - the size of the product, the kernel and the card
     in_features are cut into slabs only where the inputs of all of them don't fit into shared
     memory.
     """
+    product = product_for(batch, layout)
     columns, warps = product.columns, tuning.warps
     blocks = -(-batch // columns)
     for slabs in range(1, units + 1):
@@ -134,14 +134,14 @@ def _rings(tuning: Tuning) -> Iterator[tuple[int, int]]:
 
 @functools.cache
 def choose(
-    row_tiles: int, units: int, batch: int, layout: Layout, *, product: Product, card: Card
+    row_tiles: int, units: int, batch: int, layout: Layout, *, card: Card
 ) -> tuple[Tuning, Plan] | None:
     """Return how to launch: as the card's selection says, or as near to it as there is room.
 
     Nearest is what needs no slabs, then what leaves as many CTAs beside one another as it should,
     then what has more warps. None: a CTA of this card can't hold one unit and its inputs.
     """
-    selection = selection_for(card)
+    selection = selection_for(card.name)
     asked = selection.tuning(units * UNIT, row_tiles * units // card.multiprocessors)
     fewer = [replace(selection.alone, warps=warps) for warps in FEWER_WARPS]
     tunings = tuple(dict.fromkeys((asked, selection.alone, *fewer)))
@@ -149,7 +149,7 @@ def choose(
         found = []
         for order, tuning in enumerate(replace(tuning, waves=waves) for tuning in tunings):
             sizes = (row_tiles, units, batch, layout)
-            planned = plan(*sizes, product=product, card=card, tuning=tuning)
+            planned = plan(*sizes, card=card, tuning=tuning)
             if planned is not None:
                 crowded = planned.per_multiprocessor < tuning.per_multiprocessor
                 found.append(((planned.slabs, crowded, order), (tuning, planned)))
@@ -193,9 +193,9 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     product = product_for(batch, layout)
     sizes = (row_tiles, units, batch, layout)
     if tuning is None:
-        picked = choose(*sizes, product=product, card=card)
+        picked = choose(*sizes, card=card)
     else:
-        planned = plan(*sizes, product=product, card=card, tuning=tuning)
+        planned = plan(*sizes, card=card, tuning=tuning)
         picked = None if planned is None else (tuning, planned)
     if picked is None:
         raise BackendError(
@@ -205,7 +205,6 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         )
     tuning, chosen = picked
     y = x.new_empty(batch, out_features // 2 if epilogue == "gated" else out_features)
-    activation = activation_macro(x.dtype)
     padded = row_tiles * TILE_ROWS
     partial = None
     if chosen.slabs > 1:
@@ -224,7 +223,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
                 "BLOCKS": chosen.per_multiprocessor,
                 "ALIGNED": int(in_features % 8 == 0),
                 "EPILOGUE": 0 if partial is not None else EPILOGUES[epilogue],
-                **activation,
+                **activation_macro(x.dtype),
             },
             (chosen.ctas, chosen.slabs, chosen.column_blocks),
             tuning.warps * WARP,
@@ -253,12 +252,11 @@ def add_splits(
     """Write the sum of (splits, tokens, padded rows) float32 to `y`, through the epilogue."""
     splits, batch, padded = partial.shape
     threads = 128
-    activation = activation_macro(y.dtype)
     launch(
         Call(
             "add_splits",
             "add_splits",
-            {"EPILOGUE": EPILOGUES[epilogue], **activation},
+            {"EPILOGUE": EPILOGUES[epilogue], **activation_macro(y.dtype)},
             (-(-y.shape[1] // threads), batch, 1),
             threads,
             0,

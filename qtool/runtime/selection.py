@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from qtool.errors import UnknownNameError
 from qtool.plugins import describe_miss
-from qtool.runtime.launch import Card
 
 KERNELS = ("planes", "lut", "dequantize", "sign_flip")
 """bit_plane_*.cu; lut_gemm.cu; dequantize.cu and torch's product; sign_flip.cu."""
@@ -69,9 +68,9 @@ H100 = Selection(
 SELECTIONS = (H100,)
 
 
-def selection_for(card: Card) -> Selection:
+def selection_for(card_name: str) -> Selection:
     """Return the selection of a card; of one that wasn't measured, the first."""
-    known = (s for s in SELECTIONS if s.measured_on == card.name)
+    known = (s for s in SELECTIONS if s.measured_on == card_name)
     return next(known, SELECTIONS[0])
 
 

@@ -187,7 +187,6 @@ DEVICE float shuffle_down(float value, int lanes) {
     return got;
 }
 
-DEVICE int just_now(int value) { return value; }
 DEVICE unsigned warp_largest(unsigned value) {
     host::box((int)threadIdx.x % 32)[0] = value;
     host::meet_warp();
@@ -221,7 +220,6 @@ DEVICE unsigned permute_bytes(unsigned a, unsigned b, unsigned pick) {
         result |= (unsigned)(both >> (8 * (pick >> (4 * i) & 7)) & 255) << (8 * i);
     return result;
 }
-DEVICE int round_to_int(float value) { return (int)nearbyintf(value); }
 
 // The fragments of the PTX manual: A row-major 16x32 unsigned, B column-major 32x8 signed bytes.
 DEVICE void mma_bytes(int *d, const int *c, unsigned a0, unsigned a1, unsigned a2, unsigned a3,

@@ -68,9 +68,8 @@ def test_inputs_that_do_not_fit_into_shared_memory_are_cut_into_slabs():
 @pytest.mark.parametrize("batch", [1, 2, 8, 16])
 def test_every_card_has_room_for_every_weight(kilobytes, num_bits, group_size, batch):
     card, layout = Card(132, kilobytes * 1024), planes.Layout(num_bits, group_size, 1)
-    product = planes.product_for(batch, layout)
     for row_tiles, units in ((8016, 16), (256, 56), (3584, 32)):
-        chosen = planes.choose(row_tiles, units, batch, layout, product=product, card=card)
+        chosen = planes.choose(row_tiles, units, batch, layout, card=card)
         if chosen is None:
             assert (num_bits >= 7, kilobytes) == (True, 99)  # the dequantized weight's
             continue
@@ -82,10 +81,9 @@ def test_every_card_has_room_for_every_weight(kilobytes, num_bits, group_size, b
 
 def test_the_selection_asks_for_what_was_measured():
     layout, card = planes.Layout(4, 128, 1), Card(132, 227 * 1024, selection.H100.measured_on)
-    product = planes.product_for(1, layout)
 
     def tuning(row_tiles, units):
-        found = planes.choose(row_tiles, units, 1, layout, product=product, card=card)
+        found = planes.choose(row_tiles, units, 1, layout, card=card)
         assert found is not None
         return found[0]
 

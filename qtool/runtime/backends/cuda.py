@@ -55,9 +55,7 @@ class CudaBackend:
             return torch.nn.functional.linear(x, prepared)
         if prepared.stored is None:
             return operators.matmul(x, prepared)
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        y = linear_kernels.matmul(flat, prepared, launch, card_of(x.device.index or 0))
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return _matmul(x, prepared)
 
     def rows(self, index: Tensor, prepared: KernelWeight | Tensor) -> Tensor:
         """Return the rows that `index` names."""
@@ -65,7 +63,17 @@ class CudaBackend:
             return torch.nn.functional.embedding(index, prepared)
         if prepared.tiles is not None:
             return operators.rows(index, prepared)
-        return linear_kernels.rows(index, prepared, launch)
+        return _rows(index, prepared)
+
+
+def _matmul(x: Tensor, weight: KernelWeight) -> Tensor:
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    y = linear_kernels.matmul(tokens, weight, launch, card_of(x.device.index or 0))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _rows(index: Tensor, weight: KernelWeight) -> Tensor:
+    return linear_kernels.rows(index, weight, launch)
 
 
 def why_not_on(device: torch.device) -> str | None:
@@ -270,5 +278,5 @@ def _function(file: str, kernel: str, constants: tuple[tuple[str, int], ...], de
 _MODULES: list[Any] = []
 
 
-operators.implement(launch, card_of)
+operators.implement(_matmul, _rows)
 BACKEND: KernelBackend = CudaBackend()
