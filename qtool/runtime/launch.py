@@ -1,56 +1,52 @@
 """A kernel launch as data, so that all that decides one is tested without a card."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Zeros:
-    """Memory that is zero when a kernel starts, and that it leaves as zeros: one per stream."""
+class Call(NamedTuple):
+    """One launch but for its tensors: a value, so that what it takes is made once.
 
-    words: int
-    """Of 64 bits."""
-
-
-Argument = Tensor | Zeros | int | float | None
-"""A pointer, a pointer to zeros, a 32-bit number, a float32, or a null pointer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One launch."""
+    The arguments of a kernel are pointers to tensors, to `zeros` if there are any, and `numbers`.
+    """
 
     file: str
     """Of kernels/FILE.cu."""
     kernel: str
-    constants: Mapping[str, int]
+    constants: tuple[tuple[str, int], ...]
+    """Macros, of `constants`."""
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int
-    arguments: Sequence[Argument]
+    numbers: tuple[int | float, ...]
+    """32-bit integers and float32."""
+    zeros: int = 0
+    """Words of 64 bits that are zero when the kernel starts, and that it leaves so: a stream's."""
     dependent: bool = True
     """It may start before the launch before it has ended; not if that makes the weight."""
 
 
-Launch = Callable[[Call], None]
-"""Runs a kernel; returns at once. It may start before the one before it has ended: every kernel
-waits, by `wait_for_previous` of kernels/common.cuh, before it touches what isn't a weight."""
+Launch = Callable[[Call, Sequence[Tensor | None]], None]
+"""Runs a kernel on tensors, None for a null pointer; returns at once. It may start before the one
+before it has ended: every kernel waits, by `wait_for_previous` of kernels/common.cuh, before it
+touches what isn't a weight."""
 
 
-def activation_macro(dtype: torch.dtype) -> dict[str, int]:
-    """Return the macro that tells a kernel the dtype of its activations: none for float16."""
-    return {"ACTIVATION_BF16": 1} if dtype == torch.bfloat16 else {}
+def constants(dtype: torch.dtype, **values: int) -> tuple[tuple[str, int], ...]:
+    """Return the macros of a kernel for activations of `dtype`, sorted."""
+    if dtype == torch.bfloat16:
+        values["ACTIVATION_BF16"] = 1
+    return tuple(sorted(values.items()))
 
 
 OLDEST = (8, 0)
 """Compute capability: `mma.m16n8k16` came with it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
+class Card(NamedTuple):
     """What decides a grid."""
 
     multiprocessors: int

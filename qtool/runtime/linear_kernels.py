@@ -4,6 +4,7 @@ What launches is passed in, so all but the launch itself is tested without a car
 tests/kernels/host.py launches the same text on a CPU.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from qtool.base import QuantizedTensor
 from qtool.errors import BackendError
 from qtool.formats import affine, binary_coding
 from qtool.runtime import lut, planes, tiles
-from qtool.runtime.launch import Call, Card, Launch, activation_macro
+from qtool.runtime.launch import Call, Card, Launch, constants
 from qtool.runtime.selection import STORED_KERNELS, selection_for, wanted_kernel
 from qtool.runtime.tiles import UNIT, Tiles
 from qtool.scheme import Shape2D, WeightScheme
@@ -130,8 +131,8 @@ def choose(weight: KernelWeight, tokens: int, card: Card) -> str:
         return "dequantize"
     if weight.tiles is None:
         return "sign_flip"
-    row_tiles, units = weight.tiles.planes.shape[:2]
-    room = planes.choose(row_tiles, units, max(tokens, 1), weight.layout, card=card)
+    row_tiles, units, *_ = weight.tiles.planes.shape
+    room = planes.choose(row_tiles, units, tokens or 1, weight.layout, card=card)
     return "dequantize" if room is None else "planes"
 
 
@@ -162,10 +163,11 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     Raises:
         BackendError: the kernel asked for can't run this weight.
     """
-    kernel = kernel or choose(weight, len(x), card)
+    tokens = x.shape[0]
+    kernel = kernel or choose(weight, tokens, card)
     if x.data_ptr() % ALIGNMENT != 0:  # a slice of something
         x = x.clone()
-    if kernel == "planes" and weight.tiles is not None and len(x) > 0:
+    if kernel == "planes" and weight.tiles is not None and tokens > 0:
         epilogue = "gated" if gated else "none" if residual is None else "residual"
         return planes.matmul(
             x,
@@ -216,26 +218,30 @@ def _by_definition(x: Tensor, tensor: QuantizedTensor, launch: Launch) -> Tensor
         Call(
             "sign_flip",
             "sign_flip",
-            activation_macro(x.dtype),
+            constants(x.dtype),
             (-(-rows // SIGN_FLIP_ROWS), len(x), 1),
             SIGN_FLIP_THREADS,
             0,
             (
-                *(parts["bit_planes"], parts["plane_scales"], parts.get("plane_offsets"), x, y),
                 *(rows, inputs, parts["bit_planes"].shape[2], scheme.num_bits),
                 scheme.group_size or scheme.grouped_length(tensor.shape),
                 scheme.num_groups(tensor.shape),
                 int(scheme.group_dim == "in_features"),
             ),
-        )
+        ),
+        (parts["bit_planes"], parts["plane_scales"], parts.get("plane_offsets"), x, y),
     )
     return y
 
 
-def _macros(weight: KernelWeight) -> dict[str, int]:
-    layout = weight.layout
+@functools.lru_cache(1024)  # not all lengths of prompts for ever
+def _dequantize(
+    kernel: str, sizes: tuple[int, ...], blocks: int, layout: planes.Layout, dtype: torch.dtype
+) -> Call:
+    """Return a launch of kernels/dequantize.cu, made once for all weights of one shape."""
     values = {"PLANES": layout.planes, "GROUP": layout.group, "OFFSET": layout.offset}
-    return {**values, **activation_macro(weight.dtype)}
+    macros, grid = constants(dtype, **values), (blocks, 1, 1)
+    return Call("dequantize", kernel, macros, grid, DEQUANTIZE_THREADS, 0, sizes)
 
 
 def dequantize(weight: KernelWeight, launch: Launch) -> Tensor:
@@ -244,14 +250,13 @@ def dequantize(weight: KernelWeight, launch: Launch) -> Tensor:
         assert weight.stored is not None
         return binary_coding.dequantize(weight.stored, torch.float32).to(weight.dtype)
     packed, (rows, inputs) = weight.tiles, weight.shape
-    row_tiles, units = packed.planes.shape[:2]
+    row_tiles, units, *_ = packed.planes.shape
     dense = torch.empty(rows, inputs, dtype=weight.dtype, device=packed.planes.device)
-    grid = (-(-row_tiles * units // DEQUANTIZE_WARPS), 1, 1)
     sizes = (rows, inputs, row_tiles, units, packed.scales.shape[1])
-    arguments = (packed.planes, packed.scales, dense, *sizes)
-    threads = DEQUANTIZE_THREADS
-    macros, dependent = _macros(weight), not weight.fresh
-    launch(Call("dequantize", "dequantize", macros, grid, threads, 0, arguments, dependent))
+    blocks = -(-row_tiles * units // DEQUANTIZE_WARPS)
+    call = _dequantize("dequantize", sizes, blocks, weight.layout, weight.dtype)
+    tensors = (packed.planes, packed.scales, dense)
+    launch(call._replace(dependent=False) if weight.fresh else call, tensors)
     return dense
 
 
@@ -267,7 +272,6 @@ def rows(index: Tensor, weight: KernelWeight, launch: Launch) -> Tensor:
     flat = index.flatten().to(torch.int64).contiguous()
     found = torch.empty(len(flat), inputs, dtype=weight.dtype, device=packed.planes.device)
     sizes = (weight.shape.out_features, inputs, packed.planes.shape[1], packed.scales.shape[1])
-    arguments = (packed.planes, packed.scales, flat, found, *sizes)
-    grid, threads = (len(flat), 1, 1), DEQUANTIZE_THREADS
-    launch(Call("dequantize", "gather_rows", _macros(weight), grid, threads, 0, arguments))
+    call = _dequantize("gather_rows", sizes, len(flat), weight.layout, weight.dtype)
+    launch(call, (packed.planes, packed.scales, flat, found))
     return found.view(*index.shape, inputs)

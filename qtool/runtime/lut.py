@@ -8,7 +8,7 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.formats import binary_coding
 from qtool.runtime import planes
-from qtool.runtime.launch import Call, Card, Launch, activation_macro
+from qtool.runtime.launch import Call, Card, Launch, constants
 
 LANES = 32
 WORD = 32
@@ -83,6 +83,7 @@ def matmul(
     tuned = tuned or tuning(tensor.scheme.num_bits, rows, card)
     slabs = -(-inputs // tuned.slab)
     partial = x.new_empty(slabs, batch, rows, dtype=torch.float32) if slabs > 1 else None
+    offsets = parts.get("plane_offsets")
     # One wave of blocks, one on a multiprocessor, and no warp without rows.
     most = -(-rows // (tuned.rows * tuned.threads // LANES))
     blocks = max(1, min(card.multiprocessors // slabs, most))
@@ -94,26 +95,26 @@ def matmul(
             (blocks, slabs, batch),
             tuned.threads,
             tuned.shared_bytes,
-            (
-                *(parts["bit_planes"], parts["plane_scales"], parts.get("plane_offsets")),
-                *(x, y if partial is None else partial, rows),
-            ),
-        )
+            (rows,),
+        ),
+        (parts["bit_planes"], parts["plane_scales"], offsets, x, y if partial is None else partial),
     )
     if partial is not None:
         planes.add_splits(partial, y, launch)
     return y
 
 
-def _constants(tensor: QuantizedTensor, dtype: torch.dtype, tuned: Tuning) -> dict[str, int]:
+def _constants(
+    tensor: QuantizedTensor, dtype: torch.dtype, tuned: Tuning
+) -> tuple[tuple[str, int], ...]:
     scheme, inputs = tensor.scheme, tensor.shape.in_features
-    values = {
-        "PLANES": scheme.num_bits,
-        "GROUP": min(scheme.group_size or inputs, inputs),
-        "OFFSET": int(not scheme.symmetric),
-        "INPUTS": inputs,
-        "KEYS": tuned.keys,
-        "ROWS": tuned.rows,
-        "THREADS": tuned.threads,
-    }
-    return values | activation_macro(dtype)
+    return constants(
+        dtype,
+        PLANES=scheme.num_bits,
+        GROUP=min(scheme.group_size or inputs, inputs),
+        OFFSET=int(not scheme.symmetric),
+        INPUTS=inputs,
+        KEYS=tuned.keys,
+        ROWS=tuned.rows,
+        THREADS=tuned.threads,
+    )

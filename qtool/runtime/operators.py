@@ -4,6 +4,7 @@ Which kernel runs is decided inside an operator, from the number of tokens: a co
 compiled again between prefill and decoding.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -44,10 +45,14 @@ def _flat(weight: KernelWeight) -> Flat:
 
 
 def _weight(dtype: torch.dtype, flat: Flat) -> KernelWeight:
-    planes, scales, out_features, in_features, bits, group, symmetric, fresh = flat
-    scheme = WeightScheme(num_bits=bits, group_size=group, symmetric=symmetric)
+    planes, scales, out_features, in_features, *grouping, fresh = flat
     shape = Shape2D(out_features, in_features)
-    return KernelWeight(scheme, shape, dtype, Tiles(planes, scales), None, fresh)
+    return KernelWeight(_scheme(*grouping), shape, dtype, Tiles(planes, scales), None, fresh)
+
+
+@functools.cache
+def _scheme(bits: int, group: int | None, symmetric: bool) -> WeightScheme:  # noqa: FBT001
+    return WeightScheme(num_bits=bits, group_size=group, symmetric=symmetric)
 
 
 Run = Callable[[Tensor, KernelWeight], Tensor]

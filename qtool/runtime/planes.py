@@ -3,12 +3,13 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qtool.errors import BackendError
-from qtool.runtime.launch import Call, Card, Launch, Zeros, activation_macro
+from qtool.runtime.launch import Call, Card, Launch, constants
 from qtool.runtime.selection import Tuning, selection_for
 from qtool.runtime.tiles import TILE_ROWS, UNIT, Tiles
 
@@ -25,8 +26,7 @@ FEWER_WARPS, MORE_WAVES = (7, 3), (1, 2, 4, 8)
 EPILOGUES = {"none": 0, "residual": 1, "gated": 2}
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """What the constants of the kernel say about a weight."""
 
     planes: int
@@ -158,6 +158,64 @@ def choose(
     return None
 
 
+Sizes = tuple[int, int, int, int, int, int]
+"""out_features, in_features, tokens, row tiles, units and groups, as the kernels take them."""
+
+
+@functools.cache
+def call_for(  # noqa: PLR0913, PLR0917 - of what, where, and what comes after
+    sizes: Sizes,
+    layout: Layout,
+    dtype: torch.dtype,
+    card: Card,
+    epilogue: str = "none",
+    dependent: bool = True,  # noqa: FBT001, FBT002 - a key of the cache
+    tuning: Tuning | None = None,
+) -> Call:
+    """Return the launch of a product, decided once for all weights of one shape.
+
+    Raises:
+        BackendError: a CTA has too little shared memory.
+    """
+    _, in_features, batch, row_tiles, units, _ = sizes
+    of = (row_tiles, units, batch, layout)
+    if tuning is None:
+        picked = choose(*of, card=card)
+    else:
+        planned = plan(*of, card=card, tuning=tuning)
+        picked = None if planned is None else (tuning, planned)
+    if picked is None:
+        raise BackendError(
+            f"A block of this card has {card.shared_bytes} bytes of shared memory: too few for a "
+            f"weight of {layout.planes} planes and groups of {layout.group}. "
+            "QTOOL_KERNEL=dequantize runs it."
+        )
+    product, (tuning, chosen) = product_for(batch, layout), picked
+    macros = constants(
+        dtype,
+        PLANES=layout.planes,
+        GROUP=layout.group,
+        OFFSET=layout.offset,
+        COLUMNS=product.columns,
+        WARPS=tuning.warps,
+        STAGES=chosen.stages,
+        BLOCKS=chosen.per_multiprocessor,
+        ALIGNED=int(in_features % 8 == 0),
+        EPILOGUE=EPILOGUES[epilogue] if chosen.slabs == 1 else 0,
+    )
+    return Call(
+        product.name,
+        product.name,
+        macros,
+        (chosen.ctas, chosen.slabs, chosen.column_blocks),
+        tuning.warps * WARP,
+        chosen.shared_bytes,
+        (*sizes, chosen.units_per_slab),
+        chosen.exchange_words,
+        dependent,
+    )
+
+
 def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     x: Tensor,
     packed: Tiles,
@@ -189,53 +247,15 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     Raises:
         BackendError: a CTA has too little shared memory; `choose` says so beforehand.
     """
-    (batch, in_features), (row_tiles, units) = x.shape, packed.planes.shape[:2]
-    product = product_for(batch, layout)
-    sizes = (row_tiles, units, batch, layout)
-    if tuning is None:
-        picked = choose(*sizes, card=card)
-    else:
-        planned = plan(*sizes, card=card, tuning=tuning)
-        picked = None if planned is None else (tuning, planned)
-    if picked is None:
-        raise BackendError(
-            f"A block of this card has {card.shared_bytes} bytes of shared memory: too few for a "
-            f"weight of {layout.planes} planes and groups of {layout.group}. "
-            "QTOOL_KERNEL=dequantize runs it."
-        )
-    tuning, chosen = picked
+    batch, in_features = x.shape
+    row_tiles, units, *_ = packed.planes.shape
+    sizes = (out_features, in_features, batch, row_tiles, units, packed.scales.shape[1])
+    call = call_for(sizes, layout, x.dtype, card, epilogue, dependent, tuning)
     y = x.new_empty(batch, out_features // 2 if epilogue == "gated" else out_features)
-    padded = row_tiles * TILE_ROWS
-    partial = None
-    if chosen.slabs > 1:
-        partial = x.new_empty(chosen.slabs, batch, padded, dtype=torch.float32)
-    launch(
-        Call(
-            product.name,
-            product.name,
-            {
-                "PLANES": layout.planes,
-                "GROUP": layout.group,
-                "OFFSET": layout.offset,
-                "COLUMNS": product.columns,
-                "WARPS": tuning.warps,
-                "STAGES": chosen.stages,
-                "BLOCKS": chosen.per_multiprocessor,
-                "ALIGNED": int(in_features % 8 == 0),
-                "EPILOGUE": 0 if partial is not None else EPILOGUES[epilogue],
-                **activation_macro(x.dtype),
-            },
-            (chosen.ctas, chosen.slabs, chosen.column_blocks),
-            tuning.warps * WARP,
-            chosen.shared_bytes,
-            (
-                *(packed.planes, packed.scales, x, residual, y, partial),
-                *(Zeros(chosen.exchange_words), out_features, in_features, batch),
-                *(row_tiles, units, packed.scales.shape[1], chosen.units_per_slab),
-            ),
-            dependent,
-        )
-    )
+    slabs, partial = call.grid[1], None
+    if slabs > 1:
+        partial = x.new_empty(slabs, batch, row_tiles * TILE_ROWS, dtype=torch.float32)
+    launch(call, (packed.planes, packed.scales, x, residual, y, partial))
     if partial is not None:
         add_splits(partial, y, launch, epilogue=epilogue, residual=residual)
     return y
@@ -256,10 +276,11 @@ def add_splits(
         Call(
             "add_splits",
             "add_splits",
-            {"EPILOGUE": EPILOGUES[epilogue], **activation_macro(y.dtype)},
+            constants(y.dtype, EPILOGUE=EPILOGUES[epilogue]),
             (-(-y.shape[1] // threads), batch, 1),
             threads,
             0,
-            (partial, residual, y, y.shape[1], padded, batch, splits),
-        )
+            (y.shape[1], padded, batch, splits),
+        ),
+        (partial, residual, y),
     )

@@ -4,6 +4,7 @@ A card that isn't here is run as the first that is. Which selection is in use st
 `qtool doctor` and in what `qtool bench --gpu` prints; $QTOOL_KERNEL and `--kernel` override it.
 """
 
+import functools
 import os
 from dataclasses import dataclass
 
@@ -68,6 +69,7 @@ H100 = Selection(
 SELECTIONS = (H100,)
 
 
+@functools.cache
 def selection_for(card_name: str) -> Selection:
     """Return the selection of a card; of one that wasn't measured, the first."""
     known = (s for s in SELECTIONS if s.measured_on == card_name)

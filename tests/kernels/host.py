@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtool.runtime.launch import Call, Zeros
+from qtool.runtime.launch import Call
 from qtool.runtime.sources import kernel_source
 
 HERE = Path(__file__).parent
@@ -128,20 +128,16 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.tensors: list[Sequence[Tensor | None]] = []
 
-    def __call__(self, call: Call) -> None:
+    def __call__(self, call: Call, tensors: Sequence[Tensor | None]) -> None:
         """Run a kernel; what it must leave as zeros has to be zeros."""
         self.calls.append(call)
-        kernels = host_kernels(call.file, tuple(sorted(call.constants.items())))
-        zeros = [
-            torch.zeros(a.words, dtype=torch.int64) if isinstance(a, Zeros) else None
-            for a in call.arguments
-        ]
-        passed: list[Any] = [
-            a if zero is None else zero for a, zero in zip(call.arguments, zeros, strict=True)
-        ]
-        kernels[call.kernel](call.grid, call.threads, call.shared_bytes, *passed)
-        assert not any(bool(zero.any()) for zero in zeros if zero is not None)
+        self.tensors.append(tensors)
+        kernel = host_kernels(call.file, call.constants)[call.kernel]
+        zeros = [torch.zeros(call.zeros, dtype=torch.int64)] if call.zeros else []
+        kernel(call.grid, call.threads, call.shared_bytes, *tensors, *zeros, *call.numbers)
+        assert not any(bool(zero.any()) for zero in zeros)
 
     @property
     def names(self) -> list[str]:

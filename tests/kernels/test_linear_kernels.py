@@ -108,6 +108,17 @@ def test_rows_are_those_of_the_rounded_weight(group_dim):
     assert torch.equal(got, dequantized(tensor).half()[index])
 
 
+@pytest.mark.parametrize("batch", [1, 16, 20])
+def test_what_is_launched_is_decided_once_for_weights_of_one_shape(batch):
+    scheme, calls = WeightScheme(num_bits=3, group_size=64), []
+    for seed in (1, 2):
+        tensor = random_tensor("binary_coding", scheme, Shape2D(40, 192), seed)
+        weight = linear_kernels.prepare(tensor, torch.float16)
+        x = normal(batch, 192).half()
+        linear_kernels.matmul(x, weight, lambda call, _: calls.append(call), SMALL)
+    assert calls[0] is calls[1]
+
+
 def test_no_tokens_launch_nothing():
     tensor = random_tensor("binary_coding", WeightScheme(num_bits=3), Shape2D(16, 128), 4)
     got, launch = multiply(tensor, torch.empty(0, 128, dtype=torch.float16))

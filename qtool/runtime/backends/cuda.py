@@ -8,6 +8,7 @@ import ctypes
 import functools
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from qtool.checkpoint.manifest import codec
 from qtool.errors import BackendError
 from qtool.formats import affine, binary_coding
 from qtool.runtime import linear_kernels, operators
-from qtool.runtime.launch import OLDEST, Argument, Call, Card, Zeros
+from qtool.runtime.launch import OLDEST, Call, Card
 from qtool.runtime.linear_kernels import KernelWeight
 from qtool.runtime.selection import STORED_KERNELS, wanted_kernel
 from qtool.runtime.sources import kernel_source
@@ -132,39 +133,71 @@ class _Config(ctypes.Structure):
 _DEPENDENT = _Attribute(STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
 
 
-def launch(call: Call) -> None:
+class _Prepared:
+    """A call on one card with all that the driver takes: a launch fills in pointers and stream."""
+
+    def __init__(self, call: Call, device: int, num_tensors: int) -> None:
+        function = _function(call.file, call.kernel, call.constants, device)
+        _allow_shared_bytes(function, call.shared_bytes)
+        self._call = call
+        self._config = config = _Config(call.grid, (call.threads, 1, 1), call.shared_bytes)
+        if call.dependent and _has_dependent_launches(device):
+            config.attributes, config.num_attributes = ctypes.pointer(_DEPENDENT), 1
+        self._pointers = (ctypes.c_void_p * (num_tensors + bool(call.zeros)))()
+        self._numbers = [
+            ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value)
+            for value in call.numbers
+        ]
+        begin, size = ctypes.addressof(self._pointers), ctypes.sizeof(ctypes.c_void_p)
+        places = [begin + size * index for index in range(len(self._pointers))]
+        places += map(ctypes.addressof, self._numbers)
+        arguments = (ctypes.c_void_p * len(places))(*places)
+        self._passed = (ctypes.byref(config), ctypes.c_void_p(function), arguments, None)
+        self._lock = threading.Lock()
+
+    def launch(self, pointers: list[Any], stream: int) -> None:
+        """Launch it, from one thread at a time: then the driver has copied the arguments."""
+        with self._lock:
+            self._pointers[:] = pointers
+            self._config.stream = stream
+            status = _driver().cuLaunchKernelEx(*self._passed)
+        if status != 0:
+            call = self._call
+            raise BackendError(
+                f"Kernel {call.kernel} wasn't launched: CUDA error {status}, grid {call.grid}, "
+                f"{call.threads} threads, {call.shared_bytes} bytes of shared memory. "
+                "QTOOL_BACKEND=dense runs the model through torch."
+            )
+
+
+_prepared = functools.lru_cache(4096)(_Prepared)  # a model has dozens per number of tokens
+
+
+def launch(call: Call, tensors: Sequence[Tensor | None]) -> None:
     """Launch a kernel on torch's current stream; waits for nothing, so it can be captured.
 
     Raises:
         BackendError: the tensors aren't on one card, or the driver refuses the launch.
     """
-    devices = {a.device for a in call.arguments if isinstance(a, Tensor)}
-    if len(devices) != 1 or next(iter(devices)).type != "cuda":
-        names = ", ".join(sorted(map(str, devices)))
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    first = devices.pop()
+    if devices or first.type != "cuda":
+        names = ", ".join(sorted(map(str, {first, *devices})))
         raise BackendError(
             f"Kernel {call.kernel} takes tensors of one CUDA device, not of {names}: move inputs "
             "and model to the same one."
         )
-    device = next(iter(devices)).index
+    device = first.index
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(call, tensors)
+        return
     _bind_thread(device)
-    with torch.cuda.device(device):
-        function = _function(call.file, call.kernel, tuple(sorted(call.constants.items())), device)
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        kept = [_passed(argument, device, stream) for argument in call.arguments]
-        pointers = (ctypes.c_void_p * len(kept))(*(ctypes.addressof(value) for value in kept))
-        config = _Config(call.grid, (call.threads, 1, 1), call.shared_bytes, stream)
-        if call.dependent and _has_dependent_launches(device):
-            config.attributes, config.num_attributes = ctypes.pointer(_DEPENDENT), 1
-        _allow_shared_bytes(function, call.shared_bytes)
-        status = _driver().cuLaunchKernelEx(
-            ctypes.byref(config), ctypes.c_void_p(function), pointers, None
-        )
-    if status != 0:
-        raise BackendError(
-            f"Kernel {call.kernel} wasn't launched: CUDA error {status}, grid {call.grid}, "
-            f"{call.threads} threads, {call.shared_bytes} bytes of shared memory. "
-            "QTOOL_BACKEND=dense runs the model through torch."
-        )
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    if call.zeros:
+        pointers.append(_zeros(call.zeros, device, stream).data_ptr())
+    _prepared(call, device, len(tensors)).launch(pointers, stream)
 
 
 _BOUND = threading.local()
@@ -176,17 +209,6 @@ def _bind_thread(device: int) -> None:
         torch.cuda.set_device(torch.cuda.current_device())
         torch.cuda.current_stream(device).query()
         _BOUND.device = device
-
-
-def _passed(argument: Argument, device: int, stream: int) -> Any:  # noqa: ANN401
-    """Return what the driver copies into the kernel's arguments."""
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, Zeros):
-        return ctypes.c_void_p(_zeros(argument.words, device, stream).data_ptr())
-    if argument is None:
-        return ctypes.c_void_p(None)
-    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int(argument)
 
 
 _ZEROS: dict[tuple[int, int, int], Tensor] = {}
@@ -201,7 +223,7 @@ def _zeros(words: int, device: int, stream: int) -> Tensor:
     captured on. That one was made before the capture began: memory of the graph's own pool would
     have to be zeroed at every replay. As nobody says when a graph has gone, it is never freed.
     """
-    capture = _capture_of(stream)
+    capture = _capture_of(stream) if torch.cuda.is_current_stream_capturing() else 0
     found = _ZEROS.get((device, stream, capture))
     if found is None or found.numel() < words:
         if found is not None:

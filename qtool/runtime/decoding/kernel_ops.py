@@ -11,7 +11,7 @@ from qtool.runtime.backends import cuda
 from qtool.runtime.decoding import torch_ops
 from qtool.runtime.decoding.ops import DecodeOps, DecodeState
 from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, DecoderWeights, Projection
-from qtool.runtime.launch import Call, Card, Launch, activation_macro
+from qtool.runtime.launch import Call, Card, Launch, constants
 from qtool.runtime.linear_kernels import KernelWeight
 
 WARP = 32
@@ -50,12 +50,13 @@ class KernelOps:
                 Call(
                     "rms_norm",
                     "rms_norm",
-                    {"HIDDEN": hidden, "THREADS": threads, **activation_macro(x.dtype)},
+                    constants(x.dtype, HIDDEN=hidden, THREADS=threads),
                     (rows, 1, 1),
                     threads,
                     threads // WARP * 4,
-                    (x, weight, y, float(eps)),
-                )
+                    (float(eps),),
+                ),
+                (x, weight, y),
             )
         return y
 
@@ -95,25 +96,27 @@ class KernelOps:
             Call(
                 "decode_attention",
                 "decode_attention",
-                {
-                    "HEAD_DIM": dim,
-                    "HEADS": heads,
-                    "BLOCKS": blocks,
-                    "QK_NORM": int(layer.query_norm is not None),
-                    "SHORTEST": SHORTEST,
-                    **activation_macro(qkv.dtype),
-                },
+                constants(
+                    qkv.dtype,
+                    HEAD_DIM=dim,
+                    HEADS=heads,
+                    BLOCKS=blocks,
+                    QK_NORM=int(layer.query_norm is not None),
+                    SHORTEST=SHORTEST,
+                ),
                 (splits, shape.num_key_value_heads * blocks, batch),
                 ATTENTION_THREADS,
                 shared,
                 (
-                    *(qkv, layer.qkv_bias, layer.query_norm, layer.key_norm),
-                    *(state.rotary, state.positions, state.steps),
-                    *(state.keys[index], state.values[index], state.scratch, output),
                     *(shape.attention_scale * log2(e), float(shape.norm_eps)),
                     *(shape.num_key_value_heads, max_length, index, len(state.keys)),
                 ),
-            )
+            ),
+            (
+                *(qkv, layer.qkv_bias, layer.query_norm, layer.key_norm),
+                *(state.rotary, state.positions, state.steps),
+                *(state.keys[index], state.values[index], state.scratch, output),
+            ),
         )
         return output
 
@@ -124,12 +127,13 @@ class KernelOps:
             Call(
                 "greedy",
                 "greedy",
-                activation_macro(logits.dtype),
+                constants(logits.dtype),
                 (len(logits), 1, 1),
                 GREEDY_THREADS,
                 GREEDY_THREADS // WARP * 8,
-                (logits, *buffers, logits.shape[1], state.history.shape[1]),
-            )
+                (logits.shape[1], state.history.shape[1]),
+            ),
+            (logits, *buffers),
         )
 
     def scratch(

@@ -42,6 +42,7 @@ def test_operators_keep_what_they_promise():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
 def test_a_compiled_function_is_one_graph_for_prefill_and_decoding():
     _, prepared = weight("cuda")
 
