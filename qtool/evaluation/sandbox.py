@@ -1,0 +1,270 @@
+"""Untrusted programs, run one by one in a sandbox: what a model wrote for HumanEval or MBPP.
+
+Each program gets a fresh interpreter, an empty directory, an empty environment, no input and no
+output. Two ways to confine it, of which the machine decides:
+
+- With Linux namespaces the program is alone: it sees no process, file, network or device but its
+  own, and everything it started ends with it.
+- Without (some containers, macOS) the program runs under a user of its own if qtool is root, and
+  under Landlock, a filter of system calls and an audit hook. It can see that others run.
+
+What isn't stopped: a bug of the kernel; up to `processes` times `memory_bytes` of memory and as
+many busy cores for the time limit; reading the interpreter's and the system's own files. A program
+that looks for the token in its own interpreter can claim to have passed: this keeps programs from
+harm, not a cheater from a benchmark.
+
+Without namespaces the files are counted every 50 ms: more can be written in between, or to an open
+file without a name. Process pools don't work there, for want of /dev/shm. Without namespaces,
+Landlock and seccomp (macOS, other processors), native code that gets past the audit hook has the
+rights of its user, and the network: it can harm files and processes. Use a virtual machine there.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qtool.errors import QtoolError
+
+GRACE_SECONDS = 20.0  # for the keeper to start and to clean up; it keeps the time limit itself
+# Stand-ins for the packages: the real `qtool` would be imported with all that it needs.
+LAUNCHER = """
+import sys, types
+for name, folder in {packages!r}:
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
+from qtool.evaluation.sandbox_child import main
+main()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one program may use."""
+
+    seconds: float = 10.0  # of wall-clock time
+    cpu_seconds: int = 10  # of each process
+    memory_bytes: int = 1 << 30  # address space of each process
+    file_bytes: int = 16 << 20  # of each file, and of all files together
+    processes: int = 16  # and threads
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a program ended.
+
+    `passed`: it ran to its last line. `failed`: an exception, or it left before its last line.
+    `timeout`: the limit on time. `killed`: a signal, or the limit on files.
+    """
+
+    status: Literal["passed", "failed", "timeout", "killed"]
+    detail: str  # the exception, the signal or the limit; one short line
+
+
+class _Processes:
+    """The keepers that run now, to end them when the caller is interrupted."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+
+    def start(self, command: list[str], environment: dict[str, str], folder: Path) -> Any:  # noqa: ANN401
+        """Start a process, unless all were stopped."""
+        with self._lock:
+            if self._stopped:
+                raise QtoolError("The sandbox was stopped, so no program can start.")
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=folder,
+                env=environment,
+                start_new_session=True,
+            )
+            self._running.add(process)
+            return process
+
+    def end(self, process: subprocess.Popen[bytes]) -> None:
+        """End one process, and first all that it guards."""
+        process.terminate()
+        try:
+            process.communicate(timeout=GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        with self._lock:
+            self._running.discard(process)
+
+    def stop(self) -> None:
+        """End all, and start no more."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+
+
+def run_program(source: str, limits: Limits = Limits(), *, isolate: bool | None = None) -> Outcome:
+    """Run one program in the sandbox, whatever it does.
+
+    Args:
+        source: Python text, run as `__main__`.
+        limits: What it may use.
+        isolate: With namespaces or without; None: with, where the machine allows it.
+
+    Raises:
+        QtoolError: the sandbox can't be set up; never because of what the program does.
+    """
+    return _run(source, limits, _isolate(isolate), _Processes())[0]
+
+
+def run_programs(
+    sources: Sequence[str],
+    limits: Limits = Limits(),
+    workers: int | None = None,
+    *,
+    isolate: bool | None = None,
+) -> list[Outcome]:
+    """Run programs side by side; outcomes in the order of the sources.
+
+    Args:
+        sources: Python texts.
+        limits: What each may use.
+        workers: How many run at a time; None: as many as there are cores.
+        isolate: As for `run_program`.
+
+    Raises:
+        QtoolError: the sandbox can't be set up.
+    """
+    confined, processes = _isolate(isolate), _Processes()
+    with ThreadPoolExecutor(workers or _cores()) as pool:
+        futures = [pool.submit(_run, source, limits, confined, processes) for source in sources]
+        try:
+            return [future.result()[0] for future in futures]
+        except BaseException:  # Ctrl-C too: nothing may go on behind the caller's back
+            processes.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def protections(*, isolate: bool | None = None) -> tuple[str, ...]:
+    """What holds on this machine, in words, found by running a program.
+
+    Raises:
+        QtoolError: the sandbox can't be set up.
+    """
+    return _probe(_isolate(isolate))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _isolate(wanted: bool | None) -> bool:  # noqa: FBT001
+    return _namespaces_work() if wanted is None else wanted
+
+
+@functools.cache
+def _namespaces_work() -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        _probe(True)  # noqa: FBT003
+    except QtoolError:
+        return False
+    return True
+
+
+@functools.cache
+def _probe(isolate: bool) -> tuple[str, ...]:  # noqa: FBT001
+    outcome, holds = _run("import math, re, random, hashlib", Limits(), isolate, _Processes())
+    if outcome.status != "passed":
+        raise QtoolError(f"The sandbox can't run a trivial program here: {outcome.detail}.")
+    return holds
+
+
+def _run(
+    source: str,
+    limits: Limits,
+    isolate: bool,  # noqa: FBT001
+    processes: _Processes,
+) -> tuple[Outcome, tuple[str, ...]]:
+    """One program; its outcome and the protections that held."""
+    base = Path(tempfile.mkdtemp(prefix="qtool-sandbox-"))
+    try:
+        base.chmod(0o711)  # the program, maybe another user, has to get to its directory
+        work = base / "work"
+        work.mkdir(mode=0o700)
+        request = {**dataclasses.asdict(limits), "source": source, "isolate": isolate}
+        answer = _ask({**request, "work": str(work)}, limits, processes)
+    finally:
+        _remove(base)
+    if "error" in answer:
+        raise QtoolError(
+            f"The sandbox can't be set up: {answer['error']}. This machine may refuse it, or "
+            "the limits are too low; `protections()` says what works here."
+        )
+    return Outcome(answer["status"], answer["detail"]), tuple(answer["protections"])
+
+
+def _ask(request: dict[str, Any], limits: Limits, processes: _Processes) -> dict[str, Any]:
+    """Start a keeper, give it the request and wait for its answer."""
+    evaluation = Path(__file__).parent
+    packages = [("qtool", str(evaluation.parent)), ("qtool.evaluation", str(evaluation))]
+    environment = {
+        "HOME": request["work"],
+        "TMPDIR": request["work"],
+        "LANG": "C.UTF-8",
+        "PATH": "/usr/bin:/bin",
+        "PYTHONHASHSEED": "0",  # a set of words has the same order in every run
+        "PYTHONUTF8": "1",
+    }
+    # -P, -s, -S: nothing but the standard library; -I would ignore the seed.
+    command = [sys.executable, "-P", "-s", "-S", "-B", "-c", LAUNCHER.format(packages=packages)]
+    process = processes.start(command, environment, Path(request["work"]))
+    try:
+        text = json.dumps(request).encode()
+        answer, _ = process.communicate(text, timeout=limits.seconds + GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        answer = b""
+    finally:
+        processes.end(process)
+    if answer:
+        return dict(json.loads(answer))
+    if process.returncode >= 0:
+        return {"error": f"{sys.executable} ended with exit code {process.returncode}"}
+    detail = "the sandbox's own process was killed or stopped"
+    return {"status": "killed", "detail": detail, "protections": ()}
+
+
+def _remove(base: Path) -> None:
+    """Remove a directory that a hostile program filled: without recursion, whatever the modes."""
+    numbers, folders = itertools.count(), [base]
+    emptied = []
+    while folders:
+        folder = folders.pop()
+        emptied.append(folder)
+        with contextlib.suppress(OSError):
+            folder.chmod(0o700)
+            for entry in list(os.scandir(folder)):
+                if not entry.is_dir(follow_symlinks=False):
+                    Path(entry.path).unlink()
+                    continue
+                Path(entry.path).chmod(0o700)  # a directory without write permission can't move
+                moved = base / f"removed-{next(numbers)}"
+                folders.append(Path(entry.path).rename(moved))
+    for folder in reversed(emptied):
+        with contextlib.suppress(OSError):
+            folder.rmdir()

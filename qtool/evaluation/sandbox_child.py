@@ -1,0 +1,244 @@
+"""The sandbox's child process: what stands between qtool and a program that a model wrote.
+
+Standard library only; `qtool.evaluation.sandbox` starts it in a fresh interpreter.
+
+    keeper      reads the request, enters the namespaces, keeps the time, writes the outcome
+    └─ guard    process 1 of the namespace; nothing in it outlives the guard
+       └─ the program, without privileges
+
+The program's process writes two lines to the keeper: which protections hold, before it starts,
+and at its very end a token that was drawn for this run, with the exception if there was one. A
+program that leaves early, with whatever exit code, never gets to the second line.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from qtool.evaluation import sandbox_linux, sandbox_program
+
+NOBODY = 65534
+SPARE_UIDS = 0x7000_0000  # far above all users that anybody configures
+POLL_SECONDS = 0.05
+SIGNALED = 256  # the guard passes on death by signal s as exit code 256 - s
+
+
+def main() -> None:
+    """Run one request from standard input; write its outcome to standard output."""
+    try:
+        request = json.loads(_read_all(0))
+        answer = keep(request)
+    except Exception as error:  # noqa: BLE001 - the parent raises it
+        answer = {"error": f"{type(error).__name__}: {error}"[: sandbox_program.DETAIL]}
+    os.write(1, json.dumps(answer).encode())
+    os._exit(0)  # there is nothing to clean up, and the parent waits
+
+
+def _read_all(file: int) -> bytes:
+    chunks = []
+    while chunk := os.read(file, 1 << 20):
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def keep(request: dict[str, Any]) -> dict[str, Any]:
+    """Be the keeper of one program."""
+    uid = _program_uid()
+    isolated = bool(request["isolate"])
+    os.chown(request["work"], uid, -1)
+    with contextlib.suppress(OSError):
+        os.nice(10)
+        Path("/proc/self/oom_score_adj").write_text("1000")  # first to go when memory is short
+    if isolated:
+        sandbox_linux.enter_namespaces(uid)
+    elif sandbox_linux.LINUX:
+        sandbox_linux.prctl(sandbox_linux.PR_SET_CHILD_SUBREAPER, 1)
+    stop, stop_writer = os.pipe()
+    signal.signal(signal.SIGTERM, lambda *_: os.write(stop_writer, b"!"))
+    if sandbox_linux.LINUX:
+        sandbox_linux.die_with_parent(signal.SIGTERM)
+    token = secrets.token_hex(16)
+    alive, alive_writer = os.pipe()
+    message, message_writer = os.pipe()
+    deadline = time.monotonic() + request["seconds"]
+    guard = os.fork()
+    if guard == 0:
+        os.close(alive)
+        os.close(message)
+        _guard(request, uid, token, message_writer)
+    os.close(alive_writer)
+    os.close(message_writer)
+    stopped = _watch(alive, stop, deadline, request)
+    code = _end(guard, uid, isolated=isolated)
+    os.set_blocking(message, False)
+    lines = b""
+    with contextlib.suppress(BlockingIOError):
+        lines = os.read(message, 1 << 16)
+    return _judge(lines.decode(errors="replace"), token, code, stopped)
+
+
+def _program_uid() -> int:
+    """As root a user that nobody else is, so that nothing but the program's own is in its reach."""
+    if os.geteuid() != 0:
+        return os.geteuid()
+    spare = SPARE_UIDS + os.getpid()
+    with contextlib.suppress(OSError):  # in a container with few users, nobody has to do
+        for line in Path("/proc/self/uid_map").read_text().splitlines():
+            first, _, count = map(int, line.split())
+            if first <= spare < first + count:
+                return spare
+    return NOBODY
+
+
+def _watch(
+    alive: int, stop: int, deadline: float, request: dict[str, Any]
+) -> tuple[str, str] | None:
+    """Wait for the guard's end; None, or the limit that was reached before."""
+    poller = select.poll()
+    poller.register(alive, select.POLLIN)
+    poller.register(stop, select.POLLIN)
+    poller.register(1, 0)  # an error once nobody can read the answer
+    while (left := deadline - time.monotonic()) > 0:
+        # Namespaces come with a bounded file system; elsewhere somebody has to look.
+        pause = left if request["isolate"] else min(left, POLL_SECONDS)
+        ready = [file for file, _ in poller.poll(1000 * pause)]
+        if alive in ready:
+            return None
+        if ready:
+            return "killed", "the caller went away"
+        if not request["isolate"] and _disk_use(request["work"]) > request["file_bytes"]:
+            return "killed", f"more than {request['file_bytes']} bytes of files"
+    return "timeout", f"wall-clock limit of {request['seconds']:g} s"
+
+
+def _disk_use(work: str) -> float:
+    """Bytes in files below a directory; infinite if they can't be counted."""
+    total, files, folders = 0, 0, [work]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    files += 1
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_blocks * 512
+                    if files > sandbox_linux.MAX_FILES:
+                        return float("inf")
+        except FileNotFoundError:
+            continue  # removed in the meantime
+        except OSError:
+            return float("inf")  # closed, or too deep for a path: a hiding place
+    return total
+
+
+def _end(guard: int, uid: int, *, isolated: bool) -> int:
+    """End the guard and all that the program left; return the exit code of the program."""
+    if isolated:  # the kernel ends the namespace with its process 1 before this returns
+        os.kill(guard, signal.SIGKILL)
+        return _exit_code(os.waitpid(guard, 0)[1])
+    ended, status = os.waitpid(guard, os.WNOHANG)
+    if not ended:
+        os.kill(guard, signal.SIGKILL)
+        _, status = os.waitpid(guard, 0)
+    for _ in range(1000):
+        _kill_all(uid)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+            time.sleep(0.002)
+            continue
+        break
+    return _exit_code(status)
+
+
+def _exit_code(status: int) -> int:
+    code = os.waitstatus_to_exitcode(status)
+    return code - SIGNALED if code > 128 + 64 else code
+
+
+def _kill_all(uid: int) -> None:
+    """Kill all processes of the program's own user, or else the descendants of this one."""
+    if uid >= SPARE_UIDS:
+        killer = os.fork()
+        if killer == 0:
+            with contextlib.suppress(OSError):
+                os.setresuid(uid, uid, uid)
+                os.kill(-1, signal.SIGKILL)
+            os._exit(0)
+        os.waitpid(killer, 0)
+        return
+    for pid in _descendants():
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _descendants() -> list[int]:
+    """The processes below this one, from /proc; none without it."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            parents[int(folder.name)] = int(fields[1])
+    found: list[int] = []
+    layer = {os.getpid()}
+    while layer:
+        layer = {pid for pid, parent in parents.items() if parent in layer}
+        found += layer
+    return found
+
+
+def _judge(text: str, token: str, code: int, stopped: tuple[str, str] | None) -> dict[str, Any]:
+    """The outcome, from the two lines and the exit code."""
+    first, _, last = text.partition("\n")
+    if stopped and not first:  # a slow machine, and a limit too short to start in
+        return {"status": stopped[0], "detail": stopped[1], "protections": []}
+    if not first.startswith("["):
+        reason = first or f"it ended with {code}"
+        return {"error": f"the program couldn't be started: {reason}"}
+    status, detail = "failed", f"ended with exit code {code} before its end"
+    if stopped:
+        status, detail = stopped
+    elif code == -signal.SIGXCPU:
+        status, detail = "timeout", "limit of processor time"
+    elif code < 0:
+        status, detail = "killed", f"signal {signal.Signals(-code).name}"
+    elif last.startswith(token):
+        detail = last.removeprefix(token)
+        status = "failed" if detail or code else "passed"
+    return {"status": status, "detail": detail, "protections": json.loads(first)}
+
+
+def _guard(request: dict[str, Any], uid: int, token: str, message: int) -> None:
+    """Be the guard: start the program, wait for it, pass on how it ended."""
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if sandbox_linux.LINUX:
+            sandbox_linux.die_with_parent()
+            poller = select.poll()
+            poller.register(message, 0)
+            if poller.poll(0):  # the keeper died before the line above
+                os._exit(1)
+        null = os.open("/dev/null", os.O_RDWR)
+        for file in (0, 1, 2):
+            os.dup2(null, file)
+        if request["isolate"]:
+            sandbox_linux.build_root(Path(request["work"]), request["file_bytes"])
+        program = os.fork()
+        if program == 0:
+            sandbox_program.start(request, uid, token, message)
+        os.close(message)
+        while (ended := os.wait())[0] != program:
+            pass  # an orphan
+        os._exit(os.waitstatus_to_exitcode(ended[1]) % SIGNALED)
+    except BaseException as error:  # noqa: BLE001 - nothing may return to the keeper's code
+        with contextlib.suppress(OSError):
+            os.write(message, f"{type(error).__name__}: {error}"[: sandbox_program.DETAIL].encode())
+    finally:
+        os._exit(1)

@@ -1,0 +1,141 @@
+"""The last steps before an untrusted program runs, the run, and the proof that it ended well.
+
+Standard library only; it runs in the sandbox's innermost process, which turns into the program.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+from qtool.evaluation import sandbox_hook, sandbox_linux
+
+DETAIL = 300  # characters
+
+
+def start(request: dict[str, Any], uid: int, token: str, message: int) -> None:
+    """Turn into the program; never returns.
+
+    What is needed after the program is bound to local names before it: it may change any module.
+    """
+    os.setsid()
+    os.dup2(message, 3)
+    os.closerange(4, 1 << 16)
+    protections = _confine(request, uid)
+    write, leave, own_pid, this_pid = os.write, os._exit, os.getpid(), os.getpid
+    write(3, json.dumps(protections).encode() + b"\n")
+    detail = _execute(request["source"])
+    if this_pid() == own_pid:  # not a fork of the program
+        write(3, (token + detail).encode("ascii", "backslashreplace"))
+    leave(0)
+
+
+def _confine(request: dict[str, Any], uid: int) -> list[str]:
+    """Give up every power that the program doesn't need; return what holds, in words."""
+    isolated = bool(request["isolate"])
+    work = Path("/tmp" if isolated else request["work"])
+    os.chdir(work)
+    os.environ.update(HOME=str(work), TMPDIR=str(work))
+    holds = [_limit(request, isolated=isolated)]
+    if isolated:
+        holds += ["no network (own network namespace)", "own process and IPC namespaces"]
+        holds += ["own file system: nothing to write but a small, volatile /tmp"]
+    if sandbox_linux.LINUX:
+        root = os.geteuid() == 0
+        # In a namespace the interpreter was bound to where everybody can read it.
+        read_all = root and not isolated and not _open_to_all(Path(os.__file__))
+        sandbox_linux.drop_privileges(
+            sandbox_linux.INSIDE_ID if isolated else uid, read_all=read_all
+        )
+        sandbox_linux.die_with_parent()
+        own = "a user of its own" if root else "the same user"
+        holds += [f"{own}, without privileges" + (" but to read" if read_all else "")]
+        holds += _kernel_filters(work, isolated=isolated)
+    if not isolated:
+        sandbox_hook.install(str(work))
+        holds += ["audit hook: no sockets, foreign files and processes from Python code"]
+    return holds
+
+
+def _kernel_filters(work: Path, *, isolated: bool) -> list[str]:
+    holds = []
+    if not isolated:
+        with contextlib.suppress(OSError):
+            sandbox_linux.restrict_files(work)
+            holds += ["files by Landlock: reads the interpreter, writes its directory"]
+    with contextlib.suppress(OSError):
+        sandbox_linux.filter_calls(self_only=not isolated)
+        holds += ["system calls by seccomp: no sockets, mounts and other processes"]
+    return holds
+
+
+def _open_to_all(path: Path) -> bool:
+    return all(parent.stat().st_mode & 0o001 for parent in path.parents)
+
+
+def _limit(request: dict[str, Any], *, isolated: bool) -> str:
+    """Set the resource limits."""
+    processes = request["processes"]
+    if not isolated and os.geteuid() != 0:
+        processes += _tasks_of_user()  # the kernel counts all that this user runs
+    cpu = request["cpu_seconds"]
+    limits = {
+        "RLIMIT_CPU": (cpu, cpu + 1),  # first SIGXCPU, which tells the reason
+        "RLIMIT_AS": (request["memory_bytes"],) * 2,
+        "RLIMIT_FSIZE": (request["file_bytes"],) * 2,
+        "RLIMIT_NPROC": (processes,) * 2,
+        "RLIMIT_NOFILE": (64, 64),
+        "RLIMIT_CORE": (0, 0),
+    }
+    done = []
+    for name, (soft, hard) in limits.items():
+        number = getattr(resource, name)
+        most = resource.getrlimit(number)[1]
+        if most != resource.RLIM_INFINITY:
+            soft, hard = min(soft, most), min(hard, most)
+        with contextlib.suppress(OSError, ValueError):  # macOS refuses RLIMIT_AS
+            resource.setrlimit(number, (soft, hard))
+            done.append(name.removeprefix("RLIMIT_"))
+    return f"resource limits ({', '.join(done)})"
+
+
+def _tasks_of_user() -> int:
+    tasks = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid == os.geteuid():
+                tasks += len(list((folder / "task").iterdir()))
+    return tasks
+
+
+def _execute(source: str) -> str:
+    """Run a program's text as `__main__`; return how it failed, or nothing."""
+    describe, failures = _describe, BaseException
+    main_module = types.ModuleType("__main__")
+    for name in [name for name in sys.modules if name.startswith(("qtool", "ctypes"))]:
+        del sys.modules[name]
+    sys.modules["__main__"] = main_module
+    sys.argv = ["program.py"]
+    try:
+        exec(compile(source, "<program>", "exec"), vars(main_module))
+    except failures as error:  # SystemExit too: a program that leaves hasn't reached its asserts
+        return describe(error) or "failed"
+    return ""
+
+
+def _describe(error: BaseException) -> str:
+    """One line on an exception, even if its class is hostile."""
+    name, where, trace = type(error).__name__, "", error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<program>":
+            where = f" (line {trace.tb_lineno})"
+        trace = trace.tb_next
+    try:
+        text = " ".join(str(error)[:DETAIL].split())
+    except BaseException:  # noqa: BLE001
+        text = "(its text can't be read)"
+    return f"{name[:80]}: {text}{where}" if text else f"{name[:80]}{where}"
