@@ -50,6 +50,38 @@ def perplexity(
         DataError: the text is shorter than one window, or the model's context is, or a window
             predicts nothing.
     """
+    windows, available = windows_of(model, corpus, context_length, max_windows)
+    total = 0.0
+    for index, window in enumerate(windows):
+        total += window_loss(model, window)
+        running = math.exp(total / ((index + 1) * (context_length - 1)))
+        values = {"index": index, "total": len(windows), "perplexity": running, "name": model.name}
+        emit("window", values)
+    return PerplexityResult(
+        perplexity=math.exp(total / (len(windows) * (context_length - 1))),
+        dataset=corpus.name,
+        context_length=context_length,
+        windows=len(windows),
+        windows_in_dataset=available,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device.type,
+    )
+
+
+def windows_of(
+    model: LoadedModel, corpus: Corpus, context_length: int, max_windows: int | None
+) -> tuple[torch.Tensor, int]:
+    """Return the windows to evaluate, (windows, context_length) int64, and how many there are.
+
+    Args:
+        model: Its tokenizer makes the tokens, and its positions limit a window.
+        corpus: The text.
+        context_length: Tokens per window.
+        max_windows: Return the first windows only; None: all.
+
+    Raises:
+        DataError: as `perplexity`.
+    """
     if context_length < 2 or (max_windows is not None and max_windows < 1):  # noqa: PLR2004
         raise DataError(
             f"The context length is {context_length} and the number of windows {max_windows}; "
@@ -69,22 +101,7 @@ def perplexity(
             "Use a longer text or a shorter --context-length."
         )
     windows = stream[: available * context_length].view(available, context_length)
-    windows = windows[:max_windows]
-    total = 0.0
-    for index, window in enumerate(windows):
-        total += window_loss(model, window)
-        running = math.exp(total / ((index + 1) * (context_length - 1)))
-        values = {"index": index, "total": len(windows), "perplexity": running, "name": model.name}
-        emit("window", values)
-    return PerplexityResult(
-        perplexity=math.exp(total / (len(windows) * (context_length - 1))),
-        dataset=corpus.name,
-        context_length=context_length,
-        windows=len(windows),
-        windows_in_dataset=available,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=model.device.type,
-    )
+    return windows[:max_windows], available
 
 
 @torch.inference_mode()

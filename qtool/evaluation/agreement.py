@@ -1,0 +1,300 @@
+"""How closely a quantized model follows its original, on a text.
+
+The divergence KL(original || quantized) per token says more than the two perplexities do: errors of
+both signs add up in it, and it needs fewer tokens for the same certainty. The two models are never
+in memory at once, since an original may fill it alone: `record_reference` writes down what the
+original says at some positions of the text, `compare_to_reference` asks the quantized model there.
+"""
+
+import contextlib
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtool.base import Emit, ignore_events
+from qtool.data.corpora import Corpus
+from qtool.errors import DataError, ModelError
+from qtool.evaluation.perplexity import windows_of
+from qtool.modeling.load import LoadedModel
+
+PROMPT_TOKENS = 32
+CHUNK_VALUES = 2**22
+"""Probabilities handled at a time, on the model's device: six float64 copies of 32 MiB or so."""
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What an original says about a text; needs 4 bytes * positions * vocabulary.
+
+    That is 0.4 GiB for 2048 positions and a vocabulary of 49k, 1 GiB for 128k, 2 GiB for 256k.
+    """
+
+    name: str
+    dataset: str
+    windows: Tensor
+    """(windows, context_length) int64: the tokens that both models read."""
+    positions: Tensor
+    """(positions,) int64, ascending: window * (context_length - 1) + place in the window."""
+    log_probabilities: Tensor
+    """(positions, vocabulary) float32 on the CPU: of the token after each position."""
+    prompts: tuple[Tokens, ...]
+    continuations: tuple[Tokens, ...]
+    """One per prompt: the tokens of greedy search."""
+    new_tokens: int
+    """The most tokens that a continuation may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class GreedyDiff:
+    """What two models make of one prompt by greedy search."""
+
+    prompt: str
+    original: str
+    quantized: str
+    equal_tokens: int
+    """Before the first difference; what comes after it has another context."""
+    tokens: int
+    """Of the longer continuation: to stop early is a difference too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How closely a quantized model follows its original, and all that this depends on.
+
+    The standard errors take positions as independent, which holds while they are spread thin.
+    """
+
+    kl_divergence: float
+    """Mean of KL(original || quantized), in nats per token."""
+    kl_standard_error: float
+    kl_p99: float
+    """The divergence that one position in a hundred exceeds."""
+    top1_agreement: float
+    """Share of positions where both models find the same token most probable."""
+    top1_standard_error: float
+    positions: int
+    dataset: str
+    context_length: int
+    greedy: tuple[GreedyDiff, ...]
+    greedy_equal_share: float | None
+    """Mean share of the continuations before the first difference; None: there are no prompts."""
+
+
+def record_reference(  # noqa: PLR0913 - a text and how much of it to look at
+    model: LoadedModel,
+    corpus: Corpus,
+    *,
+    context_length: int = 2048,
+    max_windows: int | None = None,
+    positions: int = 2048,
+    prompts: int = 4,
+    new_tokens: int = 64,
+    emit: Emit = ignore_events,
+) -> Reference:
+    """Write down what the original model says about a text.
+
+    Args:
+        model: The original.
+        corpus: The text, cut in windows as for `perplexity`.
+        context_length: Tokens per window; at most what the model's positions allow.
+        max_windows: Use the first windows only; None: all.
+        positions: Evenly spaced positions to record, over all windows; all, if there are fewer.
+        prompts: Evenly spaced beginnings of greedy search, of 32 tokens each.
+        new_tokens: The most tokens to continue a prompt by.
+        emit: Receives `reference` events, one per window with a position.
+
+    Raises:
+        DataError: as `perplexity`; or there are fewer than two positions; or a prompt and its
+            continuation exceed the model's positions.
+        ModelError: the model's output isn't a number.
+    """
+    windows, _ = windows_of(model, corpus, context_length, max_windows)
+    predicted = windows.shape[0] * (context_length - 1)
+    chosen = _evenly_spaced(max(0, min(positions, predicted)), predicted)
+    if len(chosen) < 2:  # noqa: PLR2004
+        raise DataError(
+            f"{len(chosen)} of {predicted} predicted positions of {corpus.name} are to be compared;"
+            " a standard error needs at least 2. Use more positions, or more or longer windows."
+        )
+    starts = _prompts(windows.flatten(), prompts)
+    _check_lengths(model, max(map(len, starts), default=0), new_tokens)
+    table = torch.empty(0)
+    done = 0
+    for rows in _log_probabilities(model, windows, chosen, "reference", emit):
+        if done == 0:
+            # filled in place: parts to be joined at the end would need twice the memory
+            table = torch.empty(len(chosen), rows.shape[1])
+        table[done : done + len(rows)] = rows
+        done += len(rows)
+    return Reference(
+        name=model.name,
+        dataset=corpus.name,
+        windows=windows,
+        positions=chosen,
+        log_probabilities=table,
+        prompts=starts,
+        continuations=tuple(_continue(model, prompt, new_tokens) for prompt in starts),
+        new_tokens=new_tokens,
+    )
+
+
+def compare_to_reference(
+    model: LoadedModel, reference: Reference, emit: Emit = ignore_events
+) -> Agreement:
+    """Compare a quantized model with what its original said.
+
+    Args:
+        model: The quantized model; it reads the tokens of the reference, not its tokenizer's.
+        reference: What `record_reference` returned for the original.
+        emit: Receives `agreement` events, one per window with a position.
+
+    Raises:
+        DataError: the vocabularies have different sizes.
+        ModelError: the model's output isn't a number.
+    """
+    _check_vocabulary(model, reference)
+    divergences, same = [], []
+    done = 0
+    chosen = reference.positions
+    for rows in _log_probabilities(model, reference.windows, chosen, "agreement", emit):
+        original = reference.log_probabilities[done : done + len(rows)].to(rows.device)
+        divergences.append(kl_divergences(original, rows).cpu())
+        same.append((original.argmax(1) == rows.argmax(1)).double().cpu())
+        done += len(rows)
+    kl, agrees = torch.cat(divergences), torch.cat(same)
+    greedy = tuple(
+        _greedy_diff(model, prompt, original, _continue(model, prompt, reference.new_tokens))
+        for prompt, original in zip(reference.prompts, reference.continuations, strict=True)
+    )
+    shares = [diff.equal_tokens / diff.tokens for diff in greedy]
+    return Agreement(
+        kl_divergence=float(kl.mean()),
+        kl_standard_error=_standard_error(kl),
+        kl_p99=float(kl.quantile(0.99)),
+        top1_agreement=float(agrees.mean()),
+        top1_standard_error=_standard_error(agrees),
+        positions=len(kl),
+        dataset=reference.dataset,
+        context_length=reference.windows.shape[1],
+        greedy=greedy,
+        greedy_equal_share=math.fsum(shares) / len(shares) if shares else None,
+    )
+
+
+def kl_divergences(original: Tensor, quantized: Tensor) -> Tensor:
+    """Return KL(original || quantized) per row, (rows,) float64, of (rows, vocabulary) log p.
+
+    Rounded log-probabilities don't quite sum to one, and a plain KL could turn negative. The sum of
+    p (log p - log q) - p + q is the same where both do, and has no negative term.
+    """
+    log_p, log_q = original.double(), quantized.double()
+    p = log_p.exp()
+    terms = torch.where(p > 0, p * (log_p - log_q), 0)  # 0 log 0 is 0, not NaN
+    return (terms - p + log_q.exp()).sum(1)
+
+
+def _evenly_spaced(count: int, available: int) -> Tensor:
+    """Return the middles of `count` equal stretches of 0 .. available - 1; all if as many."""
+    return (2 * torch.arange(count) + 1) * available // (2 * max(1, count))
+
+
+def _prompts(stream: Tensor, count: int) -> tuple[Tokens, ...]:
+    starts = [index * len(stream) // count for index in range(count)]
+    return tuple(tuple(stream[start : start + PROMPT_TOKENS].tolist()) for start in starts)
+
+
+def _check_vocabulary(model: LoadedModel, reference: Reference) -> None:
+    # before the first window: a token that a model on a card doesn't know ends the process
+    size = model.model.config.get_text_config().vocab_size
+    expected = reference.log_probabilities.shape[1]
+    if size != expected:
+        raise DataError(
+            f"{model.name} has a vocabulary of {size} tokens and {reference.name} one of "
+            f"{expected}; only vocabularies of one size, padding included, can be compared. "
+            "Compare a quantized model with the model that it was made from."
+        )
+
+
+def _check_lengths(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> None:
+    limit = getattr(model.model.config, "max_position_embeddings", None)
+    if prompt_tokens and (new_tokens < 1 or prompt_tokens + new_tokens > (limit or math.inf)):
+        raise DataError(
+            f"A prompt of {prompt_tokens} tokens is to be continued by {new_tokens}, and "
+            f"{model.name} has {limit or 'unlimited'} positions. Continue by at least 1 token "
+            "within the positions, or use no prompts."
+        )
+
+
+@torch.inference_mode()
+def _log_probabilities(
+    model: LoadedModel, windows: Tensor, positions: Tensor, event: str, emit: Emit
+) -> Iterator[Tensor]:
+    """Yield log-probabilities at the positions in their order, (rows, vocabulary) float32."""
+    places = windows.shape[1] - 1
+    window_of = positions // places
+    used, counts = window_of.unique_consecutive(return_counts=True)
+    offsets = (positions % places).split(counts.tolist())
+    for index, (window, chosen) in enumerate(zip(used.tolist(), offsets, strict=True)):
+        tokens = windows[window].to(model.device).unsqueeze(0)
+        logits = model.model(tokens, use_cache=False).logits[0, chosen.to(model.device)]
+        size = max(1, CHUNK_VALUES // logits.shape[1])
+        for part in logits.split(size):
+            rows = part.float().log_softmax(1)
+            if bool(rows.isnan().any()):
+                raise ModelError(
+                    f"{model.name} gives outputs that are not numbers, in window {window}. Try "
+                    "another dtype; if it stays, the weights are damaged."
+                )
+            yield rows
+        emit(event, {"index": index, "total": len(used), "name": model.name})
+
+
+def _continue(model: LoadedModel, prompt: Tokens, new_tokens: int) -> Tokens:
+    """Return what greedy search appends to a prompt."""
+    ids = torch.tensor([prompt], device=model.device)
+    pad = model.tokenizer.pad_token_id
+    with _quiet():
+        out = model.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            pad_token_id=0 if pad is None else pad,  # a lone prompt is never padded
+        )
+    return tuple(out[0, len(prompt) :].tolist())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers, which warns about sampling options that greedy search leaves alone."""
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _greedy_diff(
+    model: LoadedModel, prompt: Tokens, original: Tokens, quantized: Tokens
+) -> GreedyDiff:
+    pairs = list(zip(original, quantized, strict=False))
+    equal = next((i for i, (first, second) in enumerate(pairs) if first != second), len(pairs))
+    decode = model.tokenizer.decode
+    length = max(len(original), len(quantized))
+    return GreedyDiff(decode(prompt), decode(original), decode(quantized), equal, length)
+
+
+def _standard_error(values: Tensor) -> float:
+    """Return the standard error of the mean."""
+    return float(values.std()) / math.sqrt(len(values))
