@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,25 @@ from qtool.checkpoint.writer import CheckpointWriter, check_free_space, check_re
 from qtool.data.calibration import CalibrationSet, load_calibration, save_calibration
 from qtool.data.corpora import Corpus, load_corpus
 from qtool.errors import CheckpointError
+from qtool.evaluation.agreement import (
+    Agreement,
+    Reference,
+    compare_to_reference,
+    record_reference,
+)
 from qtool.evaluation.perplexity import PerplexityResult, perplexity
 from qtool.modeling.card import model_card
-from qtool.modeling.load import LoadedModel, default_device, load_model, load_tokenizer
+from qtool.modeling.load import (
+    LoadedModel,
+    default_device,
+    default_dtype,
+    load_model,
+    load_tokenizer,
+)
+from qtool.modeling.locate import locate
 from qtool.modeling.source import ModelSource, open_source
 from qtool.recipe.schema import CalibrationSection, Recipe
-from qtool.runtime.select import use_backend
+from qtool.runtime.select import use_backend, wanted_backend
 from qtool.scheme import WeightScheme
 from qtool.stages.calibrate import calibrate as draw_calibration
 from qtool.stages.calibrate import measure_absmax, save_absmax, wanted_lengths
@@ -34,7 +47,11 @@ from qtool.stages.plan import Plan, make_plan
 from qtool.stages.solve import LayerResult, solve_data_free
 
 if TYPE_CHECKING:
+    import torch
+
     from qtool.bench.gpu import GpuResult
+    from qtool.evaluation.task_comparison import TaskComparison
+    from qtool.evaluation.tasks import TaskOptions
 
 REPORT_NAME = "quantization_report.json"
 FEW_BITS = 3
@@ -300,6 +317,8 @@ class Comparison:
     """Figures of a checkpoint and, measured in the same run, of its original."""
 
     figures: tuple[ModelFigures, ...]
+    agreement: Agreement | None = None
+    """How closely the checkpoint follows its original, if both were evaluated."""
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -310,6 +329,8 @@ class EvalOptions:
     dataset: str = "wikitext2-test"
     context_length: int = 2048
     max_windows: int | None = None
+    agreement_windows: int = 16
+    """Windows over which a model is compared with its baseline; 0: it isn't."""
 
     def measure(self, model: LoadedModel, corpus: Corpus, emit: Emit) -> PerplexityResult:
         """Return the perplexity of a loaded model on the corpus of these options."""
@@ -321,6 +342,16 @@ class EvalOptions:
             emit=emit,
         )
 
+    def record(self, model: LoadedModel, corpus: Corpus, emit: Emit) -> Reference | None:
+        """Return what another model is to be compared with; None: it isn't."""
+        if self.agreement_windows == 0:
+            return None
+        windows = min(self.max_windows or self.agreement_windows, self.agreement_windows)
+        length = self.context_length
+        return record_reference(
+            model, corpus, context_length=length, max_windows=windows, emit=emit
+        )
+
 
 def evaluate(
     model: str,
@@ -328,18 +359,73 @@ def evaluate(
     *,
     baseline: str | None = None,
     backend: str | None = None,
+    dtype: "torch.dtype | None" = None,
     emit: Emit = ignore_events,
 ) -> Comparison:
-    """Measure the perplexity of a model and, if given, of a baseline beside it."""
+    """Measure the perplexity of a model and, if given, of a baseline beside it.
+
+    With a baseline also how closely the model follows it; the two are never in memory at once.
+    """
     corpus = load_corpus(options.dataset)
-    figures = []
-    for name in (baseline, model):
-        if name is None:
-            continue
-        with _loaded(name, backend) as loaded:
-            measured = options.measure(loaded, corpus, emit)
-            figures.append(_figures(loaded, perplexity=measured))
-    return Comparison(tuple(figures), versions())
+    figures, reference = [], None
+    if baseline is not None:
+        with _loaded(baseline, backend, dtype) as loaded:
+            figures.append(_figures(loaded, perplexity=options.measure(loaded, corpus, emit)))
+            reference = options.record(loaded, corpus, emit)
+        del loaded
+    with _loaded(model, backend, dtype) as loaded:
+        figures.append(_figures(loaded, perplexity=options.measure(loaded, corpus, emit)))
+        agreement = compare_to_reference(loaded, reference, emit) if reference else None
+    return Comparison(tuple(figures), agreement, versions())
+
+
+def evaluate_tasks(
+    model: str,
+    options: "TaskOptions",
+    *,
+    baseline: str | None = None,
+    backend: str | None = None,
+    dtype: "torch.dtype | None" = None,
+    emit: Emit = ignore_events,
+) -> "TaskComparison":
+    """Run tasks of lm-eval on a model and, if given, on a baseline: the same items, one by one.
+
+    Raises:
+        MissingExtraError: lm-eval isn't installed.
+        DataError: before a model is loaded: a task is unknown, its data is missing, or it runs
+            programs that the model writes and nobody has agreed.
+    """
+    from qtool.evaluation import kept_scores, sandbox, task_comparison
+    from qtool.evaluation.tasks import check_tasks, run_tasks
+
+    tasks = check_tasks(options)
+    device = default_device()
+    dtype = dtype or default_dtype(device)
+
+    def measure(name: str) -> task_comparison.ModelTasks:
+        location = locate(name)
+        public = location.public_name or location.directory.resolve().name
+        figures = figures_of(public, location.directory)
+        subject = {
+            "digest": kept_scores.model_digest(location.directory),
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": kept_scores.device_name(device),
+            "backend": backend or wanted_backend(),
+        }
+        with use_backend(backend):
+            scores = run_tasks(lambda: load_model(name, dtype=dtype), subject, tasks, options, emit)
+        size, bits = figures.weight_bytes, figures.average_bits
+        return task_comparison.ModelTasks(figures.name, size, bits, scores)
+
+    original = measure(baseline) if baseline is not None else None
+    measured = measure(model)
+    return task_comparison.TaskComparison(
+        model=measured,
+        original=original,
+        rows=task_comparison.score_rows(measured, original),
+        protections=sandbox.protections() if tasks.unsafe(options.tasks) else (),
+        versions={**versions(), **kept_scores.versions()},
+    )
 
 
 def bench(
@@ -372,7 +458,7 @@ def bench(
                 measured = quality.measure(loaded, corpus, emit)
             emit("timing", {"name": loaded.name})
             figures.append(_figures(loaded, perplexity=measured, speed=time_model(loaded)))
-    return Comparison(tuple(figures), versions())
+    return Comparison(tuple(figures), versions=versions())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -431,9 +517,11 @@ def bench_gpu(
 
 
 @contextmanager
-def _loaded(name: str, backend: str | None) -> Iterator[LoadedModel]:
+def _loaded(
+    name: str, backend: str | None, dtype: "torch.dtype | None" = None
+) -> Iterator[LoadedModel]:
     with use_backend(backend):
-        yield load_model(name)
+        yield load_model(name, dtype=dtype)
 
 
 def _figures(
@@ -442,22 +530,21 @@ def _figures(
     perplexity: PerplexityResult | None = None,
     speed: SpeedResult | None = None,
 ) -> ModelFigures:
-    directory = loaded.directory
+    """Return what is measured of a model beside what its directory says."""
+    figures = figures_of(loaded.name, loaded.directory)
+    return replace(figures, perplexity=perplexity, speed=speed)
+
+
+def figures_of(name: str, directory: Path) -> ModelFigures:
+    """Return size and bits of a model, which its directory says without loading it."""
     shards = open_shards(directory)
     size = sum(file.stat().st_size for file in {spec.file for spec in shards.specs.values()})
     config = read_json(directory / "config.json").get("quantization_config")
     if config is None:
         bits = 32.0 if any(spec.dtype == "F32" for spec in shards.specs.values()) else 16.0
-        return ModelFigures(loaded.name, size, bits, None, perplexity, speed)
-    reader = CheckpointReader(directory)
-    return ModelFigures(
-        loaded.name,
-        size,
-        reader.manifest.average_bits(),
-        quantize_seconds(directory),
-        perplexity,
-        speed,
-    )
+        return ModelFigures(name, size, bits)
+    bits = CheckpointReader(directory).manifest.average_bits()
+    return ModelFigures(name, size, bits, quantize_seconds(directory))
 
 
 def quantize_seconds(directory: Path) -> float | None:

@@ -118,4 +118,20 @@ def _block(values: Mapping[str, Any]) -> tuple[str, str]:
     return "measure inputs", str(values["name"])
 
 
-DESCRIPTIONS = {"block": _block, "layer": _layer, "window": _window, "timing": _timing}
+def _request(values: Mapping[str, Any]) -> tuple[str, str]:
+    return f"{values['task']} of {values['name']}", ""
+
+
+def _reference(values: Mapping[str, Any]) -> tuple[str, str]:
+    return f"predictions of {values['name']}", ""
+
+
+DESCRIPTIONS = {
+    "agreement": _reference,
+    "block": _block,
+    "layer": _layer,
+    "reference": _reference,
+    "request": _request,
+    "timing": _timing,
+    "window": _window,
+}

@@ -2,56 +2,170 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from qtool.cli import console
 from qtool.cli.figures import print_comparison
-from qtool.cli.options import BackendOption, JsonOption
-from qtool.errors import NotYetError
+from qtool.cli.options import BackendOption, DTypeOption, JsonOption, torch_dtype
+from qtool.cli.task_figures import print_tasks, task_report, write_markdown
+from qtool.errors import DataError
+
+PERPLEXITY = "Without --tasks"
+TASKS = "With --tasks"
+ONLY_TASKS = {"data_dir", "limit", "num_fewshot", "batch_size", "max_length", "seed"}
+ONLY_TASKS |= {"apply_chat_template", "confirm_run_unsafe_code", "use_cache"}
+ONLY_PERPLEXITY = {"dataset", "context_length", "windows"}
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint, or any model that quantize takes.")],
     tasks: Annotated[
-        str | None, typer.Option(help="lm-eval tasks, comma-separated (next version).")
+        str | None, typer.Option(help="Tasks or groups of lm-eval, comma-separated.")
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Model to measure beside it, such as the original.")
     ] = None,
-    dataset: Annotated[
-        str, typer.Option(help="Bundled text, or the path of a .txt or .jsonl file.")
-    ] = "wikitext2-test",
-    context_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
-    windows: Annotated[
-        int | None, typer.Option(min=1, help="Use the first windows only; default all.")
-    ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Local task data (next version).")] = None,
-    limit: Annotated[int | None, typer.Option(help="Items per task (next version).")] = None,
+    dtype: DTypeOption = None,
     backend: BackendOption = None,
     json_file: JsonOption = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the table as Markdown; - is stdout.")
+    ] = None,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="Bundled text, or the path of a .txt or .jsonl file.", rich_help_panel=PERPLEXITY
+        ),
+    ] = "wikitext2-test",
+    context_length: Annotated[
+        int, typer.Option(min=2, help="Tokens per window.", rich_help_panel=PERPLEXITY)
+    ] = 2048,
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Use the first windows only; default all.", rich_help_panel=PERPLEXITY
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of local task data: nothing is downloaded.", rich_help_panel=TASKS
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="The first items of each task only.", rich_help_panel=TASKS),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Examples in the prompt; default: 5 for mmlu, else lm-eval's.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Requests per batch, or auto: what fits on the card. Default: 8; whole texts "
+            "one window at a time.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Tokens of prompt and answer; default: the model's.", rich_help_panel=TASKS
+        ),
+    ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--apply-chat-template", help="Ask as the model was trained.", rich_help_panel=TASKS
+        ),
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Default: lm-eval's seeds.", rich_help_panel=TASKS)
+    ] = None,
+    confirm_run_unsafe_code: Annotated[
+        bool,
+        typer.Option(
+            "--confirm-run-unsafe-code",
+            help="Run programs that the model writes, in a sandbox.",
+            rich_help_panel=TASKS,
+        ),
+    ] = False,
+    use_cache: Annotated[
+        bool,
+        typer.Option(
+            "--cache/--no-cache",
+            help="Keep answers and scores; go on where a run stopped.",
+            rich_help_panel=TASKS,
+        ),
+    ] = True,
 ) -> None:
-    """Measure the perplexity of a model, beside its original if asked.
+    """Measure quality: tasks of lm-eval, or perplexity and closeness to the original.
 
     [bold]Examples[/bold]
 
-      qtool eval OUT_DIR --baseline MODEL
+      qtool eval OUT_DIR --tasks mmlu,arc_easy --baseline MODEL
 
-      qtool eval OUT_DIR --windows 8 --json result.json
+      qtool eval OUT_DIR --tasks humaneval --confirm-run-unsafe-code --data-dir DIR
+
+      qtool eval OUT_DIR --baseline MODEL --windows 8 --json result.json
     """
-    if tasks is not None or data_dir is not None or limit is not None:
-        raise NotYetError(
-            "lm-eval tasks come with a later version; without --tasks, --data-dir and --limit "
-            "`qtool eval` measures perplexity."
-        )
+    _check_usage(context, with_tasks=tasks is not None)
     from qtool import pipeline  # torch: slow
 
+    common: dict[str, Any] = {"baseline": baseline, "backend": backend, "dtype": torch_dtype(dtype)}
+    if tasks is not None:
+        from qtool.evaluation.tasks import TaskOptions
+
+        asked = TaskOptions(
+            tasks=tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip())),
+            data_dir=data_dir,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=_batch_size(batch_size),
+            max_length=max_length,
+            chat_template=apply_chat_template,
+            seed=seed,
+            confirm_unsafe=confirm_run_unsafe_code,
+            cache=use_cache,
+        )
+        with console.progress() as emit:
+            scored = pipeline.evaluate_tasks(model, asked, **common, emit=emit)
+        console.write_json(task_report(scored), json_file)
+        write_markdown(scored, markdown)
+        if console.wants_table(json_file) and console.wants_table(markdown):
+            print_tasks(scored)
+        return
     options = pipeline.EvalOptions(
         dataset=dataset, context_length=context_length, max_windows=windows
     )
     with console.progress() as emit:
-        result = pipeline.evaluate(model, options, baseline=baseline, backend=backend, emit=emit)
+        result = pipeline.evaluate(model, options, **common, emit=emit)
     console.write_json(asdict(result), json_file)
     if console.wants_table(json_file):
         print_comparison(result)
+
+
+def _check_usage(context: typer.Context, *, with_tasks: bool) -> None:
+    """Raise a usage error for options that would be ignored."""
+    ignored, needed = (ONLY_PERPLEXITY, "goes without") if with_tasks else (ONLY_TASKS, "needs")
+    for name in sorted(ignored):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = name.replace("_", "-").replace("use-cache", "no-cache")
+            raise typer.BadParameter(f"--{option} {needed} --tasks.")
+
+
+def _batch_size(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise DataError(f"--batch-size is {text!r}; give a number from 1, or auto.")
+    return int(text)

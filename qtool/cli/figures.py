@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING
 from qtool.cli import console
 
 if TYPE_CHECKING:
+    from qtool.evaluation.agreement import Agreement
     from qtool.pipeline import Comparison, ModelFigures
+
+TEXT_WIDTH = 100
 
 
 def print_comparison(result: "Comparison") -> None:
@@ -31,6 +34,28 @@ def print_comparison(result: "Comparison") -> None:
     console.print_table("", columns, [tuple(row) for row in cells])
     for line in _conditions(figures):
         console.out.print(line)
+    if result.agreement is not None:
+        _print_agreement(result.agreement)
+
+
+def _print_agreement(agreement: "Agreement") -> None:
+    """Print how closely the model follows its original, and the first text that differs."""
+    top1 = f"{100 * agreement.top1_agreement:.1f} ± {100 * agreement.top1_standard_error:.1f} %"
+    kl = f"{agreement.kl_divergence:.4f} ± {agreement.kl_standard_error:.4f}"
+    console.out.print(
+        f"Against the original, {agreement.positions} predictions: KL divergence {kl} nats per "
+        f"token (99th percentile {agreement.kl_p99:.3f}), same likeliest token {top1}."
+    )
+    if agreement.greedy_equal_share is not None:
+        console.out.print(
+            f"Greedy continuations of {len(agreement.greedy)} prompts: the first "
+            f"{100 * agreement.greedy_equal_share:.0f} % are equal."
+        )
+    differing = next((one for one in agreement.greedy if one.equal_tokens < one.tokens), None)
+    if differing is not None:
+        for name in ("prompt", "original", "quantized"):
+            text = " ".join(getattr(differing, name).split())
+            console.out.print(f"  {name:>9}: {text[:TEXT_WIDTH]}", markup=False)
 
 
 def _speed_cells(figures: "ModelFigures") -> list[str]:

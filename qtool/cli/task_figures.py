@@ -1,0 +1,126 @@
+"""Task scores as a table, as Markdown and for machines."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtool.cli import console
+from qtool.errors import OutputError
+
+if TYPE_CHECKING:
+    from qtool.evaluation.task_comparison import ModelTasks, ScoreRow, TaskComparison
+
+LEFT = ("task", "metric", "verdict")
+
+
+def print_tasks(result: "TaskComparison") -> None:
+    """Print one row per metric; of a group of tasks, only the group."""
+    rows = [row for row in result.rows if row.headline]
+    names = _columns(result)
+    columns = {name: "left" if name in LEFT else "right" for name in names}
+    console.print_table("", columns, [_cells(result, row) for row in rows])
+    for line in _conditions(result):
+        console.out.print(line, markup=False)
+
+
+def write_markdown(result: "TaskComparison", target: Path | None) -> None:
+    """Write all rows and their conditions as Markdown; '-' is stdout, None is nowhere."""
+    if target is None:
+        return
+    names = _columns(result)
+    lines = [_line(names), _line([":---" if name in LEFT else "---:" for name in names])]
+    lines += [_line(_cells(result, row)) for row in result.rows]
+    lines += ["", *(f"- {line}" for line in _conditions(result))]
+    text = "\n".join(lines) + "\n"
+    if str(target) == "-":
+        console.out.print(text, markup=False, soft_wrap=True, end="")
+        return
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"Can't write {target}: {error.strerror}.") from error
+
+
+def task_report(result: "TaskComparison") -> dict[str, Any]:
+    """Return the result for machines; values of single items stay in the cache."""
+    report = asdict(result)
+    for model in (report["model"], report["original"]):
+        for task in (model or {}).get("tasks", ()):
+            for score in task["scores"]:
+                del score["items"]
+    return report
+
+
+def _columns(result: "TaskComparison") -> list[str]:
+    names = ["task", "metric", "shots", "items"]
+    if result.original is not None:
+        return [*names, result.original.name, result.model.name, "difference", "p", "verdict"]
+    return [*names, result.model.name]
+
+
+def _cells(result: "TaskComparison", row: "ScoreRow") -> tuple[str, ...]:
+    metric = row.metric if row.filter == "none" else f"{row.metric}, {row.filter}"
+    shots = "" if row.shots is None else str(row.shots)
+    cells = (row.task, metric, shots, str(row.num_items))
+    value = _number(row.value, row.standard_error)
+    if result.original is None:
+        return (*cells, value)
+    if row.original is None:
+        return (*cells, "", value, "", "", "")
+    paired = row.paired
+    if paired is None:
+        return (*cells, _number(row.original), value, _signed(row.value - row.original), "", "")
+    p_value = "" if paired.p_value is None else f"{paired.p_value:.2g}"
+    difference = _signed(paired.difference, paired.standard_error)
+    return (*cells, _number(row.original), value, difference, p_value, row.verdict)
+
+
+def _number(value: float, error: float | None = None) -> str:
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _signed(value: float, error: float | None = None) -> str:
+    return f"{value:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _line(cells: Any) -> str:  # noqa: ANN401
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _conditions(result: "TaskComparison") -> list[str]:
+    """Return what the scores hold for."""
+    models = [model for model in (result.original, result.model) if model is not None]
+    lines = [
+        f"{model.name}: {console.compact(model.average_bits)} bits per weight, "
+        f"{console.gigabytes(model.weight_bytes)}{_time(model)}."
+        for model in models
+    ]
+    settings = result.model.tasks[0].settings
+    limit = settings["limit"]
+    subject = settings["model"]
+    lines.append(
+        f"{subject['dtype']} on {subject['device']}, batch size "
+        f"{settings['batch size'] or '8 (whole texts 1)'}, "
+        f"at most {settings['longest']} tokens, "
+        + ("all items" if limit is None else f"first {limit} items of each task")
+        + f"; lm-eval {result.versions['lm-eval']}."
+    )
+    truncated = sum(task.truncated for task in result.model.tasks)
+    if truncated:
+        lines.append(f"{truncated} requests were longer than that, and cut from the left.")
+    if result.protections:
+        lines.append(f"Programs ran with: {', '.join(result.protections)}.")
+    if result.original is not None:
+        lines.append(
+            "Differences are paired, item by item; ± is one standard error. A verdict needs "
+            "p < 0.05 and says nothing of rows beside it."
+        )
+    return lines
+
+
+def _time(model: "ModelTasks") -> str:
+    run = [task.seconds for task in model.tasks if not task.cached]
+    kept = [task.name for task in model.tasks if task.cached]
+    parts = [f"{sum(run):.0f} s"] if run else []
+    parts += [f"kept from an earlier run: {', '.join(kept)}"] if kept else []
+    return f", {'; '.join(parts)}" if parts else ""

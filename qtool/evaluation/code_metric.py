@@ -1,0 +1,66 @@
+"""pass@k of programs that a model wrote, each run in the sandbox.
+
+Stands in for `code_eval` of the library evaluate (Chen et al. 2021, arXiv 2107.03374), which
+lm-eval's code tasks use: the same arguments and the same results.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from qtool.evaluation.sandbox import Limits, run_programs
+
+SECONDS = 3.0
+"""Of one program, as in `code_eval`."""
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Return the chance that one of k of `samples` programs is right, without bias."""
+    if samples - correct < k:
+        return 1.0
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+class CodeEval:
+    """What `evaluate.load("code_eval")` returns."""
+
+    def compute(
+        self,
+        references: Sequence[str],
+        predictions: Sequence[Sequence[str]],
+        k: Sequence[int] = (1, 10, 100),
+        timeout: float = SECONDS,
+        **_settings: Any,  # noqa: ANN401
+    ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
+        """Run every candidate with its test.
+
+        Args:
+            references: One test program per task.
+            predictions: Candidate programs per task.
+            k: Which pass@k to return; those with k above the number of candidates are left out.
+            timeout: Seconds of one program.
+
+        Returns:
+            pass@k by name, and per task the outcome of each candidate.
+        """
+        programs = [
+            f"{candidate}\n{test}"
+            for test, candidates in zip(references, predictions, strict=True)
+            for candidate in candidates
+        ]
+        outcomes = iter(run_programs(programs, Limits(seconds=timeout)))
+        results: dict[int, list[tuple[int, dict[str, Any]]]] = {}
+        for task, candidates in enumerate(predictions):
+            results[task] = []
+            for number, _ in enumerate(candidates):
+                outcome = next(outcomes)
+                passed = outcome.status == "passed"
+                result = {"task_id": task, "passed": passed, "result": outcome.detail}
+                results[task].append((number, {**result, "completion_id": number}))
+        counts = [(len(r), sum(one["passed"] for _, one in r)) for r in results.values()]
+        scores = {
+            f"pass@{n}": sum(pass_at_k(total, right, n) for total, right in counts) / len(counts)
+            for n in k
+            if all(total >= n for total, _ in counts)
+        }
+        return scores, results

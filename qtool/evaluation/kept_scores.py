@@ -1,0 +1,76 @@
+"""Scores that were measured before, under a digest of all that decides them."""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qtool
+from qtool.evaluation.scores import Score, TaskScores
+from qtool.modeling.locate import cache_dir
+
+LIBRARIES = ("torch", "transformers", "lm-eval", "datasets")
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+"""What of a model's directory decides its scores."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that scores depend on."""
+    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"qtool": qtool.__version__, **found}
+
+
+def model_digest(directory: Path) -> str:
+    """Return one digest of a model's weights, configuration and tokenizer."""
+    whole = hashlib.sha256()
+    files = {file for pattern in MODEL_FILES for file in directory.glob(pattern)}
+    for file in sorted(files - {directory / "quantization_report.json"}):
+        with file.open("rb") as opened:
+            whole.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    return whole.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the card, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+class KeptScores:
+    """The place of one task's scores, and of the answers of a run that didn't end."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = {**settings, "versions": versions()}
+        text = json.dumps(self.settings, sort_keys=True, default=str)
+        name = hashlib.sha256(text.encode()).hexdigest()[:32]
+        self.directory = cache_dir() / "scores" / name
+
+    @property
+    def responses(self) -> Path:
+        """Return the file of answers."""
+        return self.directory / "responses.jsonl"
+
+    def read(self) -> TaskScores | None:
+        """Return the scores, if they are there and whole."""
+        try:
+            values = json.loads((self.directory / "scores.json").read_text(encoding="utf-8"))
+            scores = tuple(_score(one) for one in values.pop("scores"))
+            return replace(TaskScores(scores=scores, **values), cached=True)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def write(self, scores: TaskScores) -> None:
+        """Keep scores; a reader sees all of them or none."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial = self.directory / "scores.json.partial"
+        partial.write_text(json.dumps(asdict(scores), default=str), encoding="utf-8")
+        partial.replace(self.directory / "scores.json")
+
+
+def _score(values: dict[str, Any]) -> Score:
+    items = tuple(tuple(one) if isinstance(one, list) else one for one in values.pop("items"))
+    return Score(items=items, **values)

@@ -1,0 +1,190 @@
+"""Scores of one model on one task: what lm-eval computed, and the value of every item."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import exp, fsum, isclose, log, sqrt
+from typing import Any, Literal
+
+from qtool.evaluation.paired import Paired, Unit, paired_means, paired_ratios
+
+Item = float | tuple[float, float]
+Kind = Literal["mean", "perplexity", "bits", "other"]
+"""How a score comes from its items: their mean; exp(-sum of log-likelihoods / sum of weights); that
+in bits; or in a way that has no paired test here."""
+
+RATIOS: Mapping[str, Kind] = {
+    "word_perplexity": "perplexity",
+    "byte_perplexity": "perplexity",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One metric of one task or group."""
+
+    task: str
+    metric: str
+    filter: str
+    """Of lm-eval, how an answer is taken from a text; "none" for most tasks."""
+    value: float
+    standard_error: float | None
+    higher_is_better: bool
+    num_items: int
+    shots: int | None
+    """Examples in the prompt; None: a group whose tasks differ."""
+    version: str
+    """Of lm-eval's task."""
+    kind: Kind
+    group: bool = False
+    """The score of several tasks together."""
+    items: tuple[Item, ...] = ()
+    """One value per item, in the order of the data; (log-likelihood, weight) for perplexities."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScores:
+    """All scores of one requested task, and what they hold for."""
+
+    name: str
+    scores: tuple[Score, ...]
+    seconds: float
+    truncated: int
+    """Requests that were cut because they were longer than the model's context."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    cached: bool = False
+    """Nothing was run: an earlier run left these scores."""
+
+
+def collect_scores(results: Mapping[str, Any]) -> tuple[Score, ...]:
+    """Return the scores in what lm-eval's `evaluate` returns, groups first where there are any.
+
+    Args:
+        results: With samples.
+    """
+    items = _items(results["samples"])
+    groups = results.get("groups") or {}
+    subtasks = results.get("group_subtasks") or {}
+    scores = []
+    for task, metrics in results["results"].items():
+        leaves = _leaves(task, subtasks) if task in groups else [task]
+        for metric, name, value in _metrics(metrics):
+            found = [items.get((leaf, metric, name)) for leaf in leaves]
+            values = [value for part in found for value in part or ()]
+            scores.append(_score(results, task, (metric, name), value, values))
+    return tuple(scores)
+
+
+def _metrics(metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Return (metric, filter, value) of one task."""
+    found = []
+    for key, value in metrics.items():
+        metric, comma, name = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            found.append((metric, name, float(value)))
+    return found
+
+
+def _items(
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[tuple[str, str, str], list[Item]]:
+    """Return the values of items by (task, metric, filter), in the order of the data."""
+    values: dict[tuple[str, str, str], list[tuple[int, Item]]] = {}
+    for task, rows in samples.items():
+        for row in rows:
+            for metric in row["metrics"]:
+                key = (task, metric, row["filter"])
+                values.setdefault(key, []).append((row["doc_id"], row[metric]))
+    ordered = {}
+    for key, pairs in values.items():
+        pairs.sort(key=lambda pair: pair[0])
+        ordered[key] = [_item(value) for _, value in pairs]
+    return ordered
+
+
+def _item(value: Any) -> Any:  # noqa: ANN401
+    return tuple(map(float, value)) if isinstance(value, (tuple, list)) else value
+
+
+def _leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
+    members = subtasks.get(name)
+    return [leaf for m in members for leaf in _leaves(m, subtasks)] if members else [name]
+
+
+def _score(
+    results: Mapping[str, Any],
+    task: str,
+    metric: tuple[str, str],
+    value: float,
+    items: list[Any],
+) -> Score:
+    kind = _kind(metric[0], value, items)
+    better = (results.get("higher_is_better") or {}).get(task) or {}
+    shots = (results.get("n-shot") or {}).get(task)
+    return Score(
+        task=task,
+        metric=metric[0],
+        filter=metric[1],
+        value=value,
+        standard_error=standard_error(kind, items),
+        higher_is_better=bool(better.get(metric[0], RATIOS.get(metric[0]) is None)),
+        num_items=len(items),
+        shots=shots if isinstance(shots, int) else None,
+        version=str((results.get("versions") or {}).get(task, "")),
+        kind=kind,
+        group=task in (results.get("groups") or {}),
+        items=tuple(items) if kind != "other" else (),
+    )
+
+
+def _kind(metric: str, value: float, items: list[Any]) -> Kind:
+    """Return how the score comes from its items, checked where that is a mean."""
+    if metric in RATIOS and items:
+        return RATIOS[metric]
+    numbers = bool(items) and all(isinstance(item, (int, float)) for item in items)
+    mean = sum(items) / len(items) if numbers else float("nan")
+    return "mean" if isclose(mean, value, rel_tol=1e-9, abs_tol=1e-12) else "other"
+
+
+def standard_error(kind: Kind, items: Sequence[Any]) -> float | None:
+    """Return the standard error of a score over its items; None if it has none here.
+
+    Of a perplexity to first order: its logarithm is a ratio of two sums over items.
+    """
+    count = len(items)
+    if kind == "other" or count < 2:  # noqa: PLR2004
+        return None
+    pairs = [(float(item), 1.0) for item in items] if kind == "mean" else _pairs(items)
+    total, weight = fsum(value for value, _ in pairs), fsum(weight for _, weight in pairs)
+    ratio = total / weight
+    squares = fsum((value - ratio * weight) ** 2 for value, weight in pairs)
+    error = sqrt(count / (count - 1) * squares) / weight
+    if kind == "mean":
+        return error
+    return error / log(2) if kind == "bits" else exp(-ratio) * error
+
+
+def compare_scores(original: Score, quantized: Score) -> Paired | None:
+    """Return the paired comparison of two models on the same items; None if there is none."""
+    if quantized.kind == "other" or len(original.items) != len(quantized.items):
+        return None
+    if quantized.kind == "mean":
+        return paired_means(
+            *(_numbers(original.items), _numbers(quantized.items)),
+            higher_is_better=quantized.higher_is_better,
+        )
+    unit: Unit = "bits" if quantized.kind == "bits" else "perplexity"
+    return paired_ratios(_pairs(original.items), _pairs(quantized.items), unit=unit)
+
+
+def _numbers(items: Sequence[Any]) -> list[float]:
+    return [float(item) for item in items]
+
+
+def _pairs(items: Sequence[Any]) -> list[tuple[float, float]]:
+    """Return (log-likelihood, weight); an item that is a number alone weighs 1."""
+    return [
+        (float(i[0]), float(i[1])) if isinstance(i, (tuple, list)) else (float(i), 1.0)
+        for i in items
+    ]

@@ -1,0 +1,107 @@
+# ruff: noqa: ARG002, FBT001, FBT002 - the signatures are those of lm-eval
+"""A loaded model as lm-eval asks it: lm-eval's own Hugging Face class, plus a store of answers.
+
+Imported only where lm-eval is installed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lm_eval.api.model import CacheHook
+from lm_eval.models.huggingface import HFLM
+
+from qtool.base import Emit, ignore_events
+from qtool.evaluation.responses import ResponseStore, request_key
+from qtool.modeling.load import LoadedModel
+
+DEFAULT_BATCH = 8
+
+
+class _StoreHook(CacheHook):  # type: ignore[misc] # lm-eval isn't typed
+    """Passes answers on as they come; lm-eval calls it after every batch."""
+
+    def __init__(self, add: Callable[[str, Any, Any], None]) -> None:
+        super().__init__(None)
+        self._add = add
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:  # noqa: ANN401
+        self._add(attr, req, res)
+
+
+class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
+    """Answers lm-eval's requests with a model that is loaded already, and with what it answered."""
+
+    batch_size_per_gpu: int | str
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        batch_size: int | str | None = None,
+        max_length: int | None = None,
+        emit: Emit = ignore_events,
+    ) -> None:
+        super().__init__(
+            pretrained=model.model,
+            tokenizer=model.tokenizer,
+            batch_size=DEFAULT_BATCH if batch_size is None else batch_size,
+            max_length=max_length,
+        )
+        self.name, self.emit, self.one_by_one = model.name, emit, batch_size is None
+        self.store = ResponseStore()
+        self.task, self.done, self.total = "", 0, 0
+        self.cache_hook = _StoreHook(self._add)
+
+    def begin(self, task: str, store: ResponseStore) -> None:
+        """Answer for another task, with what `store` holds."""
+        self.task, self.store, self.done, self.total = task, store, 0, 0
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        """Return (log-likelihood, is it the greedy continuation) per request."""
+        return self._answer("loglikelihood", super().loglikelihood, requests)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        """Return the log-likelihood of each whole text."""
+        batch = self.batch_size_per_gpu
+        self.batch_size_per_gpu = 1 if self.one_by_one else batch
+        try:
+            return self._answer("loglikelihood_rolling", super().loglikelihood_rolling, requests)
+        finally:
+            self.batch_size_per_gpu = batch
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        """Return a continuation per request."""
+        return self._answer("generate_until", super().generate_until, requests)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Any,  # noqa: ANN401
+        disable_tqdm: bool = True,
+        override_bs: int | None = None,
+    ) -> list[Any]:
+        """Without lm-eval's own progress bar, which rolling windows would show each."""
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def _answer(
+        self, kind: str, ask: Callable[..., list[Any]], requests: Sequence[Any]
+    ) -> list[Any]:
+        """Ask for what isn't known yet, in lm-eval's batches, and return all answers in order."""
+        keys = [request_key(kind, request.args) for request in requests]
+        sampled = kind == "generate_until" and any(r.args[1].get("do_sample") for r in requests)
+        if sampled:  # answers to the same request differ, and are meant to
+            return ask(list(requests), disable_tqdm=True)
+        missing = [r for key, r in zip(keys, requests, strict=True) if key not in self.store]
+        self.total += len(requests)
+        self.done += len(requests) - len(missing)
+        answers = ask(missing, disable_tqdm=True) if missing else []
+        for request, answer in zip(missing, answers, strict=True):
+            key = request_key(kind, request.args)
+            if key not in self.store:
+                self.store.add(key, answer)
+        return [self.store[key] for key in keys]
+
+    def _add(self, kind: str, arguments: Any, answer: Any) -> None:  # noqa: ANN401
+        self.store.add(request_key(kind, arguments), answer)
+        self.done += 1
+        values = {"index": self.done - 1, "total": self.total, "task": self.task, "name": self.name}
+        self.emit("request", values)
