@@ -12,10 +12,16 @@
 #define ROW_POWER 17
 #define X_BYTES 64 // of a 32-input block as B operands: [column][t][pair 0..3] half2
 
-// Two activations times `factor`, rounded to float16: what the tensor cores will see.
-DEVICE u32 scaled(u32 pair, float factor) {
+// Two activations times 2^power, rounded to float16: what the tensor cores will see.
+DEVICE u32 scaled(u32 pair, int power) {
+#ifdef ACTIVATION_BF16
+    float factor = power_of_two(power);
     u32 low = float_to_half(load_activation((u16)(pair & 0xffffu)) * factor);
     return low | (u32)float_to_half(load_activation((u16)(pair >> 16)) * factor) << 16;
+#else // a power may be beyond float16's range, its halves aren't
+    u32 half = (u32)(power / 2 + 15) << 10, other = (u32)(power - power / 2 + 15) << 10;
+    return multiply_half2(multiply_half2(pair, half | half << 16), other | other << 16);
+#endif
 }
 
 // The B operands of all blocks, and the start value of the accumulators at each segment.
@@ -24,9 +30,11 @@ DEVICE void stage_unit(quad v, int unit, int column, int, const Weight &weight, 
     // Below 2^7: times 2^8, the most that a position needs, still below float16's end. What isn't
     // finite stays what it is.
     int exponent = exponent_of(v) - 6;
-    float factor = power_of_two(-exponent);
-    v.x = scaled(v.x, factor), v.y = scaled(v.y, factor);
-    v.z = scaled(v.z, factor), v.w = scaled(v.w, factor);
+#ifndef ACTIVATION_BF16
+    exponent = exponent < -30 ? -30 : exponent > 9 ? 9 : exponent; // of zeros, of what isn't finite
+#endif
+    v.x = scaled(v.x, -exponent), v.y = scaled(v.y, -exponent);
+    v.z = scaled(v.z, -exponent), v.w = scaled(v.w, -exponent);
     float sum = sum_half2(v.x) + sum_half2(v.y) + (sum_half2(v.z) + sum_half2(v.w));
     // Positions of the four pairs: 2^(8, 6, 4, 2) in the lower half of a word's 64 inputs,
     // 2^(0, 8, 6, 4) in the upper.

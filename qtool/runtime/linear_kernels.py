@@ -127,7 +127,9 @@ def choose(weight: KernelWeight, tokens: int, card: Card) -> str:
     wanted = wanted_kernel()
     if wanted is not None:
         return wanted
-    if tokens > selection_for(card.name).most_tokens:
+    shape, num_bits = weight.shape, weight.scheme.num_bits
+    weights = shape.out_features * shape.in_features
+    if tokens > selection_for(card.name).most_tokens(num_bits, weights):
         return "dequantize"
     if weight.tiles is None:
         return "sign_flip"

@@ -21,6 +21,8 @@ RESERVED_BYTES = 1024
 """Of shared memory, that the system takes for each CTA."""
 MAX_UNITS = 2**21
 """Of a slab: the kernel divides their numbers in float32."""
+MOST_IN_PAIRS = 2
+"""Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
 FEWER_WARPS, MORE_WAVES = (7, 3), (1, 2, 4, 8)
 """For cards, or weights, that the measured ones leave no room for."""
 EPILOGUES = {"none": 0, "residual": 1, "gated": 2}
@@ -138,11 +140,13 @@ def choose(
 ) -> tuple[Tuning, Plan] | None:
     """Return how to launch: as the card's selection says, or as near to it as there is room.
 
-    Nearest is what needs no slabs, then what leaves as many CTAs beside one another as it should,
-    then what has more warps. None: a CTA of this card can't hold one unit and its inputs.
+    Nearest is, for few tokens, what needs no slabs, then what leaves as many CTAs beside one
+    another as it should, then what has more warps; for many tokens, what has more warps. None: a
+    CTA of this card can't hold one unit and its inputs.
     """
-    selection = selection_for(card.name)
+    selection, few = selection_for(card.name), product_for(batch, layout).columns <= MOST_IN_PAIRS
     asked = selection.tuning(units * UNIT, row_tiles * units // card.multiprocessors)
+    asked = asked if few else selection.alone
     fewer = [replace(selection.alone, warps=warps) for warps in FEWER_WARPS]
     tunings = tuple(dict.fromkeys((asked, selection.alone, *fewer)))
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
@@ -152,7 +156,9 @@ def choose(
             planned = plan(*sizes, card=card, tuning=tuning)
             if planned is not None:
                 crowded = planned.per_multiprocessor < tuning.per_multiprocessor
-                found.append(((planned.slabs, crowded, order), (tuning, planned)))
+                # with many tokens a CTA multiplies for longer: all its warps are worth a slab
+                rank = (planned.slabs, crowded, order) if few else (crowded, order, planned.slabs)
+                found.append((rank, (tuning, planned)))
         if found:
             return min(found, key=lambda pair: pair[0])[1]
     return None

@@ -14,6 +14,9 @@ from qtool.plugins import describe_miss
 KERNELS = ("planes", "lut", "dequantize", "sign_flip")
 """bit_plane_*.cu; lut_gemm.cu; dequantize.cu and torch's product; sign_flip.cu."""
 
+BLOCK = 16
+"""Tokens that one CTA multiplies at most."""
+
 STORED_KERNELS = ("lut", "sign_flip")
 """Those that read a weight as a checkpoint stores it."""
 
@@ -36,8 +39,11 @@ class Selection:
     """What was fastest on one card; how it was measured: kernels/README.md."""
 
     measured_on: str
-    most_tokens: int
-    """For more, a dequantized weight and torch's product are faster than the bit planes."""
+    most_products: int
+    """Tokens times planes up to which the bit planes, in blocks of 16 tokens, are faster than a
+    dequantized weight and torch's product."""
+    least_weights: int
+    """Of fewer, the dequantized one stays in the L2 cache: more than one block isn't worth it."""
     alone: Tuning
     pairs: Tuning
     """Two CTAs cover for one another where inputs are few, so staged soon, and weights are many."""
@@ -52,17 +58,23 @@ class Selection:
         few_inputs, many_weights = in_features <= 4096, units >= 100  # noqa: PLR2004 - measured
         return self.pairs if few_inputs and many_weights else self.alone
 
+    def most_tokens(self, planes: int, weights: int = 2**63) -> int:
+        """Return how many tokens the bit planes of so many weights multiply."""
+        blocks = self.most_products // planes // BLOCK if weights >= self.least_weights else 1
+        return max(BLOCK, blocks * BLOCK)
+
     def __str__(self) -> str:
         """Say what is chosen, for people."""
         return (
-            f"planes up to {self.most_tokens} tokens, dequantize beyond "
-            f"(measured on {self.measured_on})"
+            f"planes up to {self.most_tokens(2)} / {self.most_tokens(3)} / {self.most_tokens(4)} "
+            f"tokens at 2 / 3 / 4 bits, dequantize beyond (measured on {self.measured_on})"
         )
 
 
 H100 = Selection(
     measured_on="NVIDIA H100 80GB HBM3",
-    most_tokens=16,
+    most_products=160,
+    least_weights=2**25,
     alone=Tuning(warps=16, stages=3),
     pairs=Tuning(warps=8, stages=4, per_multiprocessor=2),
 )

@@ -82,13 +82,21 @@ def test_every_card_has_room_for_every_weight(kilobytes, num_bits, group_size, b
 def test_the_selection_asks_for_what_was_measured():
     layout, card = planes.Layout(4, 128, 1), Card(132, 227 * 1024, selection.H100.measured_on)
 
-    def tuning(row_tiles, units):
-        found = planes.choose(row_tiles, units, 1, layout, card=card)
+    def tuning(row_tiles, units, batch=1):
+        found = planes.choose(row_tiles, units, batch, layout, card=card)
         assert found is not None
         return found[0]
 
     assert tuning(1792, 16) == selection.H100.pairs
+    assert tuning(1792, 16, batch=8) == tuning(3584, 32, batch=8) == selection.H100.alone
     assert tuning(256, 16) == tuning(256, 56) == tuning(3584, 32) == selection.H100.alone
+
+
+def test_more_planes_leave_the_bit_planes_fewer_tokens():
+    most = [selection.H100.most_tokens(planes) for planes in range(1, 9)]
+    assert most == [160, 80, 48, 32, 32, 16, 16, 16]
+    assert selection.H100.most_tokens(2, 4096 * 4096) == 16
+    assert selection.H100.most_tokens(2, 4096 * 14336) == 80
 
 
 def test_many_tokens_go_through_a_dequantized_weight():
@@ -96,6 +104,14 @@ def test_many_tokens_go_through_a_dequantized_weight():
         "binary_coding", WeightScheme(num_bits=4, group_size=64), Shape2D(24, 320), 2
     )
     assert check(tensor, normal(17, 320).bfloat16()).names == ["dequantize"]
+
+
+def test_two_blocks_of_tokens_read_a_weight_twice(monkeypatch):
+    monkeypatch.setenv("QTOOL_KERNEL", "planes")
+    tensor = random_tensor(
+        "binary_coding", WeightScheme(num_bits=4, group_size=64), Shape2D(24, 320), 2
+    )
+    assert check(tensor, normal(32, 320).half()).names == ["bit_plane_mma"]
 
 
 @pytest.mark.parametrize("group_dim", GROUP_DIMS)
