@@ -67,5 +67,8 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
-            print_error("Interrupted. `qtool quantize ... --resume` continues with the next layer.")
+            print_error(
+                "Interrupted. What is done is kept: `qtool quantize ... --resume` goes on with the "
+                "next layer, `qtool eval --tasks` with the next requests."
+            )
         raise

@@ -15,7 +15,7 @@ from qtool.errors import DataError
 PERPLEXITY = "Without --tasks"
 TASKS = "With --tasks"
 ONLY_TASKS = {"data_dir", "limit", "num_fewshot", "batch_size", "max_length", "seed"}
-ONLY_TASKS |= {"apply_chat_template", "confirm_run_unsafe_code", "use_cache"}
+ONLY_TASKS |= {"apply_chat_template", "confirm_run_unsafe_code", "markdown", "use_cache"}
 ONLY_PERPLEXITY = {"dataset", "context_length", "windows"}
 
 

@@ -8,6 +8,7 @@ fork of this process: while tasks are loaded, that one name gives `code_metric.C
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import importlib.util
 import io
@@ -20,10 +21,11 @@ from unittest import mock
 from qtool.errors import DataError, MissingExtraError
 from qtool.evaluation.code_metric import CodeEval
 from qtool.evaluation.local_data import LocalSplits
-from qtool.plugins import describe_miss
 
 CUSTOMARY_SHOTS: Mapping[str, int] = {"mmlu": 5}
-"""Examples in the prompt where papers agree on a number that lm-eval doesn't set."""
+"""Examples in the prompt of a group's tasks, where papers agree and lm-eval sets no number."""
+SANDBOXED = ("humaneval", "humaneval_infilling", "mbpp")
+"""Folders of lm-eval whose tasks run programs through `code_eval` alone, hence in the sandbox."""
 
 
 def require_lm_eval() -> None:
@@ -32,50 +34,31 @@ def require_lm_eval() -> None:
         raise MissingExtraError("Running tasks", "eval")
 
 
-def customary_shots(task: str) -> int | None:
-    """Return the customary number of examples of a task; None: what lm-eval says."""
-    return next((n for name, n in CUSTOMARY_SHOTS.items() if task.startswith(name)), None)
-
-
 @contextlib.contextmanager
-def quiet() -> Iterator["Heard"]:
-    """Keep lm-eval off the terminal inside the block; yields what it warned of."""
+def quiet() -> Iterator[None]:
+    """Keep lm-eval off the terminal inside the block."""
+    import datasets
     import lm_eval.api.task
     from tqdm import tqdm
 
-    heard, logger = Heard(), logging.getLogger("lm_eval")
-    handler, before = _Listener(heard), (logger.level, logger.propagate)
+    logger = logging.getLogger("lm_eval")
+    handler, before = logging.NullHandler(), logger.propagate
     logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
     logger.propagate = False
     silent = functools.partial(tqdm, disable=True)
+    with_bars = datasets.are_progress_bars_disabled() is False
+    datasets.disable_progress_bars()
     try:
         with (
             mock.patch.object(lm_eval.api.task, "tqdm", silent),
             contextlib.redirect_stdout(io.StringIO()),
         ):
-            yield heard
+            yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
-
-
-@dataclasses.dataclass(slots=True)
-class Heard:
-    """What lm-eval warned of."""
-
-    truncated: int = 0
-    """Requests that were longer than the model's context and were cut from the left."""
-
-
-class _Listener(logging.Handler):
-    def __init__(self, heard: Heard) -> None:
-        super().__init__(logging.WARNING)
-        self.heard = heard
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.heard.truncated += "runcati" in record.getMessage()
+        logger.propagate = before
+        if with_bars:
+            datasets.enable_progress_bars()
 
 
 class Tasks:
@@ -99,14 +82,20 @@ class Tasks:
             confirm_unsafe: Programs that a model wrote may run.
 
         Raises:
-            DataError: a name is unknown, a file is missing, or a task runs programs unasked.
+            DataError: a name is unknown, a file is missing, or a task runs programs unasked, or
+                outside the sandbox.
         """
         for name in names:
             if name not in self._shipped:
-                raise DataError(
-                    describe_miss(name, tuple(sorted(self._shipped)), "tasks of lm-eval")
-                )
+                raise DataError(_describe_unknown(name, self._shipped))
         unsafe = self.unsafe(names)
+        outside = [n for n in unsafe if self._shipped[n].yaml_path.parent.name not in SANDBOXED]
+        if outside:
+            raise DataError(
+                f"{', '.join(dict.fromkeys(outside))}: lm-eval runs what the model writes in a way "
+                f"that the sandbox can't replace, so that it isn't run here. Code tasks that are: "
+                f"{', '.join(SANDBOXED)}."
+            )
         if unsafe and not confirm_unsafe:
             raise DataError(
                 f"{', '.join(dict.fromkeys(unsafe))}: runs programs that the model writes, in a "
@@ -121,16 +110,24 @@ class Tasks:
         return [n for name in names for n in self.leaves(name) if self._config(n, "unsafe_code")]
 
     def leaves(self, name: str) -> list[str]:
-        """Return the tasks that a task, a group or a tag stands for."""
+        """Return the tasks that a task, a group or a tag stands for.
+
+        Without those that a group writes out in full instead of naming them.
+        """
         entry = self._shipped[name]
-        config = entry.cfg or {}
-        if entry.tags and not config:
+        if entry.tags and not entry.cfg:
             return [leaf for tagged in sorted(entry.tags) for leaf in self.leaves(tagged)]
-        members = config.get("task")
-        if "group" not in config or not isinstance(members, list):
+        if not _is_group(entry.cfg):
             return [name]
-        names = [m if isinstance(m, str) else m.get("task", m.get("group")) for m in members]
-        return [leaf for n in names if n in self._shipped for leaf in self.leaves(n)]
+        return list(self._members(entry.cfg["task"]))
+
+    def _members(self, members: Sequence[Any]) -> Iterator[str]:
+        for member in members:
+            name = member if isinstance(member, str) else member.get("group", member.get("task"))
+            if name in self._shipped:
+                yield from self.leaves(name)
+            elif not isinstance(member, str) and _is_group(member):  # a group inside a group
+                yield from self._members(member["task"])
 
     def load(self, name: str) -> list[Any]:
         """Return lm-eval's objects for a name: one group, or tasks.
@@ -150,16 +147,14 @@ class Tasks:
                 )
                 index[leaf] = self._with_data(leaf, splits[leaf], self.shots(name))
         try:
-            with quiet(), sandboxed_code_eval():
+            with quiet(), sandboxed_code_eval(), self._only_local(name):
                 loaded = self._manager.load([name])
         except DataError:
             raise
         except Exception as error:  # lm-eval and datasets raise many unrelated types
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(
-                f"lm-eval can't load task {name}: {reason} With --data-dir DIR it reads local "
-                "files."
-            ) from error
+            advice = "" if self.data_dir else " With --data-dir DIR it reads local files."
+            raise DataError(f"lm-eval can't load task {name}: {reason}{advice}") from error
         finally:
             index.update({leaf: self._shipped[leaf] for leaf in splits})
         self.data_files[name] = [s.file_of(key) for s in splits.values() for key in s]
@@ -168,31 +163,66 @@ class Tasks:
 
     def shots(self, name: str) -> int | None:
         """Return the examples that a requested name gets in its prompts; None: lm-eval's number."""
-        return customary_shots(name) if self.num_fewshot is None else self.num_fewshot
+        if self.num_fewshot is not None:
+            return self.num_fewshot
+        leaves = set(self.leaves(name))
+        fitting = (n for group, n in CUSTOMARY_SHOTS.items() if leaves <= set(self.leaves(group)))
+        return next(fitting, None)
+
+    @contextlib.contextmanager
+    def _only_local(self, name: str) -> Iterator[None]:
+        """Refuse to download inside the block, if there is a data folder."""
+        import datasets
+
+        def refuse(path: str, *_args: Any, **_kwargs: Any) -> Any:  # noqa: ANN401
+            raise DataError(
+                f"Task {name} takes {path} from the hub in a way that --data-dir can't replace. "
+                "Leave out --data-dir to download."
+            )
+
+        if self.data_dir is None:
+            yield
+        else:
+            with mock.patch.object(datasets, "load_dataset", refuse):
+                yield
 
     def _with_data(self, leaf: str, splits: LocalSplits, shots: int | None) -> Any:  # noqa: ANN401
         """Return an entry of lm-eval's index that takes its data from `splits`.
 
-        lm-eval reads the training split even if no example is wanted; without its file it isn't
-        told of that split, unless examples come from there.
+        lm-eval reads the split of examples even if none is wanted; without its file it isn't told
+        of that split, unless examples come from there.
         """
         from lm_eval.tasks._yaml_loader import load_yaml
 
         entry = self._shipped[leaf]
         with sandboxed_code_eval():  # a task's functions are imported here
             config = load_yaml(entry.yaml_path, resolve_func=True)
-        training, fixed = config.get("training_split"), config.get("num_fewshot")
+        fixed, examples = config.get("num_fewshot"), config.get("fewshot_config") or {}
         wanted = fixed if shots is None or fixed == 0 else shots
-        own_source = config.get("fewshot_split") or config.get("fewshot_config")
-        if training is not None and not splits.has(training):
+        own_source = config.get("fewshot_split") or examples.keys() & {"split", "samples"}
+        sources = ["training_split", *(["validation_split"] if config.get("test_split") else [])]
+        for key in (key for key in sources if config.get(key) is not None):
+            if splits.has(config[key]):
+                break
             if wanted and not own_source:
-                splits.file_of(training)  # raises, and names the file
-            config["training_split"] = None
+                splits.file_of(config[key])  # raises, and names the file
+            config[key] = None
         config["custom_dataset"] = lambda **_settings: splits
         return dataclasses.replace(entry, yaml_path=None, cfg=config)
 
     def _config(self, leaf: str, key: str) -> Any:  # noqa: ANN401
         return (self._shipped[leaf].cfg or {}).get(key)
+
+
+def _is_group(config: Any) -> bool:  # noqa: ANN401
+    return isinstance(config, Mapping) and "group" in config and isinstance(config["task"], list)
+
+
+def _describe_unknown(name: str, known: Mapping[str, Any]) -> str:
+    """Return the sentence for an unknown task; lm-eval has too many to list."""
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f" Did you mean {', '.join(near)}?" if near else ""
+    return f"lm-eval has no task, group or tag '{name}'.{hint} `lm-eval ls tasks` lists all."
 
 
 @functools.cache

@@ -60,7 +60,7 @@ class KeptScores:
             values = json.loads((self.directory / "scores.json").read_text(encoding="utf-8"))
             scores = tuple(_score(one) for one in values.pop("scores"))
             return replace(TaskScores(scores=scores, **values), cached=True)
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not ours, or cut
             return None
 
     def write(self, scores: TaskScores) -> None:

@@ -4,9 +4,11 @@ A row keeps the field names of the data set on the hub, so lm-eval's templates w
 other task reads `TASK/SPLIT.jsonl` in the same folder; all files may be gzipped.
 """
 
+import functools
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,11 +121,11 @@ class LocalSplits(dict[str, Any]):
     def rows(self, split: str) -> list[Row]:
         """Return the rows of a split."""
         file = self.file_of(split)
-        rows = list(read_rows(file))
+        rows = _kept_rows(file, file.stat().st_mtime_ns)
         if self.known and self.known.config_field and self.name is not None:
             rows = [row for row in rows if row.get(self.known.config_field) == self.name]
         if self.known and split in self.known.id_ranges:
-            rows = [row for row in rows if row["task_id"] in self.known.id_ranges[split]]
+            rows = [row for row in rows if row.get("task_id") in self.known.id_ranges[split]]
         if not rows:
             raise DataError(f"{file} holds no row for task {self.task}, split {split}.")
         return rows
@@ -139,20 +141,34 @@ class LocalSplits(dict[str, Any]):
 
 
 def read_rows(file: Path) -> Iterator[Row]:
-    """Yield the objects of a .jsonl or .jsonl.gz file.
+    """Yield the objects of a .jsonl or .jsonl.gz file; empty lines are none.
 
     Raises:
-        DataError: a line isn't a JSON object, or the file isn't gzip.
+        DataError: a line isn't a JSON object, or the file isn't gzip or not UTF-8.
     """
     try:
         with _open_text(file) as lines:
             for number, line in enumerate(lines, 1):
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise DataError(f"{file}, line {number}: not a JSON object.")
-                yield row
-    except (OSError, EOFError, ValueError) as error:
+                if line.strip():
+                    yield _row(line, f"{file}, line {number}")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{file} isn't a file of JSON lines: {error}") from error
+
+
+@functools.lru_cache(maxsize=2)
+def _kept_rows(file: Path, _changed: int) -> list[Row]:
+    """Return all rows of a file: the 57 tasks of mmlu read the same two, one after the other."""
+    return list(read_rows(file))
+
+
+def _row(line: str, place: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place}: not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: not a JSON object.")
+    return row
 
 
 def _open_text(file: Path) -> IO[str]:

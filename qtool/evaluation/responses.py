@@ -63,7 +63,7 @@ def _read(file: Path) -> Mapping[str, Any]:
     for line in lines:
         try:
             key, answer = json.loads(line)
+            answers[key] = answer
         except (ValueError, TypeError):
             continue
-        answers[key] = answer
     return answers

@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, fsum, isclose, log, sqrt
+from numbers import Real
 from typing import Any, Literal
+
+import numpy as np
 
 from qtool.evaluation.paired import Paired, Unit, paired_means, paired_ratios
 
@@ -11,6 +14,8 @@ Item = float | tuple[float, float]
 Kind = Literal["mean", "perplexity", "bits", "other"]
 """How a score comes from its items: their mean; exp(-sum of log-likelihoods / sum of weights); that
 in bits; or in a way that has no paired test here."""
+
+NUMBERS = (Real, np.bool_)
 
 RATIOS: Mapping[str, Kind] = {
     "word_perplexity": "perplexity",
@@ -81,7 +86,7 @@ def _metrics(metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     found = []
     for key, value in metrics.items():
         metric, comma, name = key.partition(",")
-        if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+        if comma and not metric.endswith("_stderr") and isinstance(value, Real):
             found.append((metric, name, float(value)))
     return found
 
@@ -104,7 +109,10 @@ def _items(
 
 
 def _item(value: Any) -> Any:  # noqa: ANN401
-    return tuple(map(float, value)) if isinstance(value, (tuple, list)) else value
+    """Return a value of an item as plain numbers; what isn't one stays, and has no test here."""
+    if isinstance(value, (tuple, list)) and all(isinstance(one, NUMBERS) for one in value):
+        return tuple(map(float, value))
+    return float(value) if isinstance(value, NUMBERS) else value
 
 
 def _leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:

@@ -9,8 +9,10 @@ from typing import Any
 
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from qtool.base import Emit, ignore_events
+from qtool.errors import DataError
 from qtool.evaluation.responses import ResponseStore, request_key
 from qtool.modeling.load import LoadedModel
 
@@ -50,11 +52,13 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         self.name, self.emit, self.one_by_one = model.name, emit, batch_size is None
         self.store = ResponseStore()
         self.task, self.done, self.total = "", 0, 0
+        self.truncated = 0
+        """Requests of this task that are longer than the context, and are cut from the left."""
         self.cache_hook = _StoreHook(self._add)
 
     def begin(self, task: str, store: ResponseStore) -> None:
         """Answer for another task, with what `store` holds."""
-        self.task, self.store, self.done, self.total = task, store, 0, 0
+        self.task, self.store, self.done, self.total, self.truncated = task, store, 0, 0, 0
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Return (log-likelihood, is it the greedy continuation) per request."""
@@ -86,10 +90,12 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         self, kind: str, ask: Callable[..., list[Any]], requests: Sequence[Any]
     ) -> list[Any]:
         """Ask for what isn't known yet, in lm-eval's batches, and return all answers in order."""
+        self.truncated += sum(self._is_cut(kind, request.args) for request in requests)
+        if kind == "generate_until" and any(
+            self._generation(request.args)["do_sample"] for request in requests
+        ):
+            return self._draw(ask, requests)
         keys = [request_key(kind, request.args) for request in requests]
-        sampled = kind == "generate_until" and any(r.args[1].get("do_sample") for r in requests)
-        if sampled:  # answers to the same request differ, and are meant to
-            return ask(list(requests), disable_tqdm=True)
         missing = [r for key, r in zip(keys, requests, strict=True) if key not in self.store]
         self.total += len(requests)
         self.done += len(requests) - len(missing)
@@ -99,6 +105,42 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
             if key not in self.store:
                 self.store.add(key, answer)
         return [self.store[key] for key in keys]
+
+    def _draw(self, ask: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
+        """Ask for all and keep nothing: answers to one request differ, and are meant to."""
+        self.total += len(requests)
+        kept, self.store = self.store, ResponseStore()
+        try:
+            return ask(list(requests), disable_tqdm=True)
+        finally:
+            self.store = kept
+
+    def _generation(self, arguments: Any) -> Any:  # noqa: ANN401
+        """Return how a request is to be continued: lm-eval's names, and its defaults."""
+        return normalize_gen_kwargs(arguments[1], self.max_gen_toks)
+
+    def _is_cut(self, kind: str, arguments: Any) -> bool:  # noqa: ANN401
+        """Return whether lm-eval cuts a request; whole texts are split into windows instead.
+
+        Raises:
+            DataError: the answer alone may be longer than the context.
+        """
+        if kind == "loglikelihood_rolling":
+            return False
+        if kind == "loglikelihood":
+            text, room = "".join(arguments), self.max_length + 1
+        else:
+            text, longest = arguments[0], self._generation(arguments)["max_gen_toks"]
+            room = self.max_length - longest
+            if room < 1:
+                raise DataError(
+                    f"Task {self.task} lets a model write {longest} tokens, and {self.name} holds "
+                    f"{self.max_length} with the prompt. Choose a model with a longer context."
+                )
+        # A token has a byte at least, so that most texts needn't be counted.
+        return len(text.encode("utf-8", "surrogatepass")) >= room and (
+            len(self.tok_encode(text)) > room
+        )
 
     def _add(self, kind: str, arguments: Any, answer: Any) -> None:  # noqa: ANN401
         self.store.add(request_key(kind, arguments), answer)

@@ -21,7 +21,7 @@ from qtool.evaluation.kept_scores import KeptScores
 from qtool.evaluation.local_data import digest
 from qtool.evaluation.responses import ResponseStore
 from qtool.evaluation.scores import TaskScores, collect_scores
-from qtool.modeling.load import LoadedModel
+from qtool.modeling.load import LoadedModel, default_device
 
 if TYPE_CHECKING:
     from qtool.evaluation.task_model import TaskModel
@@ -66,6 +66,8 @@ def check_tasks(options: TaskOptions) -> Tasks:
     """
     if not options.tasks:
         raise DataError("No task is named. Give some, such as --tasks mmlu,arc_easy.")
+    if options.batch_size == "auto" and default_device().type != "cuda":
+        raise DataError("--batch-size auto asks how much memory a card has; give a number here.")
     tasks = Tasks(options.data_dir, options.num_fewshot)
     tasks.check(options.tasks, confirm_unsafe=options.confirm_unsafe)
     return tasks
@@ -130,8 +132,6 @@ def _run(
     import lm_eval
 
     started, objects = time.perf_counter(), tasks.load(name)
-    if model.device.type != "cuda" and options.batch_size == "auto":
-        raise DataError("--batch-size auto asks how much memory a card has; give a number here.")
     seeds = SEEDS if options.seed is None else (options.seed,) * len(SEEDS)
     _seed(seeds)
     leaves = _prepare(objects, tasks.shots(name), seeds[-1])
@@ -139,7 +139,7 @@ def _run(
     finished = False
     try:
         model.begin(name, store)
-        with quiet() as heard:
+        with quiet():
             results = lm_eval.evaluate(
                 model,
                 {"tasks": leaves, "groups": _groups(objects)},
@@ -153,7 +153,7 @@ def _run(
             name=name,
             scores=collect_scores(results),
             seconds=time.perf_counter() - started,
-            truncated=heard.truncated,
+            truncated=model.truncated,
             settings={**kept.settings, "longest": model.max_length},
         )
         if options.cache:

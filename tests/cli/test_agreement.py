@@ -1,0 +1,57 @@
+"""`qtool eval CHECKPOINT --baseline MODEL`: how closely the one follows the other."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Cli
+
+
+@pytest.fixture
+def options(text_file) -> list[Any]:
+    return ["--dataset", text_file, "--context-length", "64", "--windows", "3"]
+
+
+def test_json_has_the_agreement(cli: Cli, llama, checkpoint, options):
+    done = cli("eval", checkpoint, "--baseline", llama, *options, "--json", "-")
+    assert done.code == 0, done.err
+    agreement = json.loads(done.out)["agreement"]
+    assert agreement["positions"] == 3 * 63
+    assert 0 < agreement["kl_divergence"] < agreement["kl_p99"]
+    assert agreement["kl_standard_error"] > 0
+    assert 0 < agreement["top1_agreement"] <= 1
+    assert agreement["greedy"]
+    for text in agreement["greedy"]:
+        assert 0 <= text["equal_tokens"] <= text["tokens"]
+
+
+def test_table_is_followed_by_the_agreement(cli: Cli, llama, checkpoint, options):
+    done = cli("eval", checkpoint, "--baseline", llama, *options)
+    assert done.code == 0, done.err
+    text = " ".join(done.out.split())
+    assert "Against the original, 189 predictions: KL divergence 0.0" in text
+    assert re.search(r"same likeliest token \d+\.\d ± \d+\.\d %", text)
+    assert re.search(r"Greedy continuations of \d+ prompts: the first \d+ % are equal", text)
+
+
+def test_model_agrees_with_itself(cli: Cli, llama, options):
+    done = cli("eval", llama, "--baseline", llama, *options, "--json", "-")
+    agreement = json.loads(done.out)["agreement"]
+    assert agreement["kl_divergence"] == pytest.approx(0, abs=1e-6)
+    assert agreement["top1_agreement"] == 1
+    assert agreement["greedy_equal_share"] == 1
+    assert "original:" not in cli("eval", llama, "--baseline", llama, *options).out
+
+
+def test_no_more_windows_are_compared_than_there_are(cli: Cli, llama, checkpoint, options):
+    done = cli("eval", checkpoint, "--baseline", llama, *options[:4], "--json", "-")
+    assert json.loads(done.out)["agreement"]["positions"] == 9 * 63
+
+
+def test_one_model_alone_agrees_with_nothing(cli: Cli, llama, options):
+    value = json.loads(cli("eval", llama, *options, "--json", "-").out)
+    assert value["agreement"] is None
+    assert len(value["figures"]) == 1
+    assert "Against the original" not in cli("eval", llama, *options).out

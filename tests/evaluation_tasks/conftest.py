@@ -1,0 +1,86 @@
+"""Tiny models that lm-eval can ask, and data for it; the index of lm-eval is read once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtool import pipeline
+from qtool.evaluation.task_comparison import TaskComparison
+from qtool.evaluation.tasks import TaskOptions
+from tests import families
+from tests.task_rows import write_all
+
+POSITIONS = 2048
+Evaluate = Callable[..., TaskComparison]
+
+
+def save(model: Any, directory: Path) -> Path:
+    """Write a model with the tiny tokenizer."""
+    model.save_pretrained(directory)
+    families.save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def long_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny llama with room for real prompts; read only."""
+    model = families.build("llama", max_position_embeddings=POSITIONS)
+    return save(model, tmp_path_factory.mktemp("long-llama"))
+
+
+@pytest.fixture(scope="session")
+def brief_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return one that soon ends its answers; read only."""
+    model = families.build("llama", max_position_embeddings=POSITIONS)
+    head = model.lm_head.weight.data
+    head[model.config.eos_token_id] = 1.5 * head[17]
+    return save(model, tmp_path_factory.mktemp("brief-llama"))
+
+
+@pytest.fixture(scope="session")
+def long_checkpoint(long_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return it quantized to 3 bits; read only."""
+    from tests.helpers import recipe
+
+    out_dir = tmp_path_factory.mktemp("long") / "checkpoint"
+    pipeline.quantize(str(long_llama), out_dir, recipe(num_bits=3))
+    return out_dir
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a data folder with invented rows and the sample; read only."""
+    return write_all(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep scores of each test apart, and models off a card."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def evaluate(long_llama: Path, data: Path) -> Evaluate:
+    """Return a function that runs tasks on the tiny llama: (tasks, model, options of either)."""
+
+    def run(*tasks: str, model: Path = long_llama, **options: Any) -> TaskComparison:
+        names = ("baseline", "backend", "dtype", "emit")
+        others = {key: options.pop(key) for key in names if key in options}
+        asked = TaskOptions(tasks=tasks, **{"data_dir": data, **options})
+        return pipeline.evaluate_tasks(str(model), asked, **others)
+
+    return run
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the test if a model is loaded."""
+
+    def load_model(*_args: Any, **_kwargs: Any) -> Any:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(pipeline, "load_model", load_model)
