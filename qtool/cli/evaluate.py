@@ -70,8 +70,8 @@ def evaluate(
     batch_size: Annotated[
         str | None,
         typer.Option(
-            help="Requests per batch, or auto: what fits on the card. Default: 8; whole texts "
-            "one window at a time.",
+            help="Requests per batch, or auto: what fits on the card. Default: 8; whole texts, "
+            "and on a card answers to write, one at a time.",
             rich_help_panel=TASKS,
         ),
     ] = None,

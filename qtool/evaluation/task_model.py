@@ -4,12 +4,14 @@
 Imported only where lm-eval is installed.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 
 from qtool.base import Emit, ignore_events
 from qtool.errors import DataError
@@ -17,6 +19,7 @@ from qtool.evaluation.responses import ResponseStore, request_key
 from qtool.modeling.load import LoadedModel
 
 DEFAULT_BATCH = 8
+TEXTS_AT_ONCE = 4096
 
 
 class _StoreHook(CacheHook):  # type: ignore[misc] # lm-eval isn't typed
@@ -43,13 +46,14 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         max_length: int | None = None,
         emit: Emit = ignore_events,
     ) -> None:
+        self._encoded: dict[str, array[int]] = {}
         super().__init__(
             pretrained=model.model,
             tokenizer=model.tokenizer,
             batch_size=DEFAULT_BATCH if batch_size is None else batch_size,
             max_length=max_length,
         )
-        self.name, self.emit, self.one_by_one = model.name, emit, batch_size is None
+        self.name, self.emit, self.default_batch = model.name, emit, batch_size is None
         self.store = ResponseStore()
         self.task, self.done, self.total = "", 0, 0
         self.truncated = 0
@@ -62,20 +66,69 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Return (log-likelihood, is it the greedy continuation) per request."""
-        return self._answer("loglikelihood", super().loglikelihood, requests)
+        ask = super().loglikelihood
+
+        def ask_encoded(missing: list[Any], disable_tqdm: bool) -> list[Any]:
+            with self._encoded_ahead([request.args for request in missing]):
+                return ask(missing, disable_tqdm=disable_tqdm)
+
+        return self._answer("loglikelihood", ask_encoded, requests)
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> list[int]:
+        """Return the tokens of a text, looked up if it was encoded ahead."""
+        known = self._encoded.get(string) if add_special_tokens is None and not kwargs else None
+        if known is not None:
+            return known.tolist()
+        return super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
+
+    @contextlib.contextmanager
+    def _encoded_ahead(self, pairs: Sequence[tuple[str, str]]) -> Iterator[None]:
+        """Encode all texts that lm-eval will, on all cores and each once.
+
+        lm-eval encodes them one by one, and a question again with each of its answers: for mmlu on
+        a card that takes longer than the model does.
+        """
+        if not getattr(self.tokenizer, "is_fast", False):
+            yield
+            return
+        texts = {context.rstrip() for context, _ in pairs} | {a + b for a, b in pairs if a}
+        start = self.tokenizer.decode(self.prefix_token_id)
+        plain = [text for text in sorted(texts) if text and not has_bos_prefix(text, start)]
+        added = self.add_bos_token
+        special = {} if added is None else {"add_special_tokens": added}
+        for index in range(0, len(plain), TEXTS_AT_ONCE):
+            part = plain[index : index + TEXTS_AT_ONCE]
+            found = self.tokenizer(part, verbose=False, **special)["input_ids"]
+            self._encoded |= {text: array("i", ids) for text, ids in zip(part, found, strict=True)}
+        try:
+            yield
+        finally:
+            self._encoded.clear()
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Return the log-likelihood of each whole text."""
-        batch = self.batch_size_per_gpu
-        self.batch_size_per_gpu = 1 if self.one_by_one else batch
-        try:
+        with self._batch(1 if self.default_batch else self.batch_size_per_gpu):
             return self._answer("loglikelihood_rolling", super().loglikelihood_rolling, requests)
-        finally:
-            self.batch_size_per_gpu = batch
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
-        """Return a continuation per request."""
-        return self._answer("generate_until", super().generate_until, requests)
+        """Return a continuation per request: alone on a card, where the decode runner writes it."""
+        alone = self.default_batch and self.device.type == "cuda"
+        with self._batch(1 if alone else self.batch_size_per_gpu):
+            return self._answer("generate_until", super().generate_until, requests)
+
+    @contextlib.contextmanager
+    def _batch(self, size: int | str) -> Iterator[None]:
+        """Ask in batches of this size inside the block."""
+        kept, self.batch_size_per_gpu = self.batch_size_per_gpu, size
+        try:
+            yield
+        finally:
+            self.batch_size_per_gpu = kept
 
     def _loglikelihood_tokens(
         self,

@@ -43,8 +43,9 @@ class TaskOptions:
     limit: int | None = None
     """The first items of each task only."""
     batch_size: int | str | None = None
-    """Requests per batch, or "auto": the largest that fits, on a card; None: 8, but one window at a
-    time of whole texts, whose windows are as long as the model's context."""
+    """Requests per batch, or "auto": the largest that fits, on a card; None: 8, but one at a time
+    of windows of whole texts, which are as long as the model's context, and of texts that a model
+    writes on a card."""
     max_length: int | None = None
     """Tokens of prompt and answer; None: as many as the model has positions."""
     chat_template: bool = False
