@@ -16,7 +16,7 @@ import torch
 
 from qtool.base import Emit, ignore_events
 from qtool.errors import DataError
-from qtool.evaluation.harness import Tasks, quiet
+from qtool.evaluation.harness import Tasks, quiet, templates_compiled_once
 from qtool.evaluation.kept_scores import KeptScores
 from qtool.evaluation.local_data import digest
 from qtool.evaluation.responses import ResponseStore
@@ -140,7 +140,7 @@ def _run(
     finished = False
     try:
         model.begin(name, store)
-        with quiet():
+        with quiet(), templates_compiled_once():
             results = lm_eval.evaluate(
                 model,
                 {"tasks": leaves, "groups": _groups(objects)},
