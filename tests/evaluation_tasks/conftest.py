@@ -9,6 +9,7 @@ import pytest
 from qtool import pipeline
 from qtool.evaluation.task_comparison import TaskComparison
 from qtool.evaluation.tasks import TaskOptions
+from qtool.pipeline import measuring
 from tests import families
 from tests.task_rows import write_all
 
@@ -83,4 +84,4 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_model(*_args: Any, **_kwargs: Any) -> Any:
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr(pipeline, "load_model", load_model)
+    monkeypatch.setattr(measuring, "load_model", load_model)

@@ -1,0 +1,38 @@
+"""What the command line calls: straight-line functions from a request to a result.
+
+`quantizing` writes checkpoints, `measuring` looks at them.
+"""
+
+from qtool.pipeline.measuring import (
+    Comparison,
+    EvalOptions,
+    GpuOptions,
+    ModelFigures,
+    bench,
+    bench_gpu,
+    evaluate,
+    evaluate_tasks,
+)
+from qtool.pipeline.quantizing import (
+    CalibrateResult,
+    QuantizeResult,
+    calibrate,
+    plan,
+    quantize,
+)
+
+__all__ = [
+    "CalibrateResult",
+    "Comparison",
+    "EvalOptions",
+    "GpuOptions",
+    "ModelFigures",
+    "QuantizeResult",
+    "bench",
+    "bench_gpu",
+    "calibrate",
+    "evaluate",
+    "evaluate_tasks",
+    "plan",
+    "quantize",
+]

@@ -1,0 +1,269 @@
+"""Calibrating and quantizing, from a request to what is on disk."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import qtool
+from qtool.base import Emit, Env, ignore_events
+from qtool.checkpoint.manifest import LayerEntry, Manifest
+from qtool.checkpoint.writer import CheckpointWriter, check_free_space, check_replaceable
+from qtool.data.calibration import CalibrationSet, load_calibration, save_calibration
+from qtool.modeling.card import model_card
+from qtool.modeling.load import default_device, load_tokenizer
+from qtool.modeling.source import ModelSource, open_source
+from qtool.recipe.schema import CalibrationSection, Recipe
+from qtool.stages.calibrate import calibrate as draw_calibration
+from qtool.stages.calibrate import measure_absmax, save_absmax, wanted_lengths
+from qtool.stages.calibrated import solve_calibrated
+from qtool.stages.memory import peak_memory
+from qtool.stages.plan import Plan, make_plan
+from qtool.stages.solve import LayerResult, solve_data_free
+
+REPORT_NAME = "quantization_report.json"
+FEW_BITS = 3
+"""Up to this width, quantization without data is warned of."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeResult:
+    """What a finished run reports; written as quantization_report.json but for `out_dir`."""
+
+    out_dir: Path
+    average_bits: float
+    weight_bytes: int
+    source_bytes: int
+    seconds: float
+    peak_memory_bytes: int
+    device: str
+    layers: tuple[LayerResult, ...]
+
+
+def plan(model: str, recipe: Recipe) -> Plan:
+    """Return what `quantize` would do, with bits and bytes per layer; reads no weights."""
+    return make_plan(open_source(model), recipe)
+
+
+def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
+    model: str,
+    out_dir: Path,
+    recipe: Recipe,
+    *,
+    calib_dir: Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    emit: Emit = ignore_events,
+) -> QuantizeResult:
+    """Quantize a model and write a checkpoint.
+
+    Args:
+        model: Local directory, hub id, `.gguf` file, or `demo:smollm2`.
+        out_dir: Where the checkpoint goes; appears only when it is complete.
+        recipe: All that decides the result.
+        calib_dir: Samples that `calibrate` drew; None: draw them as the recipe says.
+        overwrite: Replace a checkpoint that is there, and drop an unfinished run.
+        resume: Continue an unfinished run of the same recipe.
+        emit: Receives `layer` events.
+
+    Raises:
+        QtoolError: see `qtool.errors`; nothing is left half-written.
+    """
+    started = time.perf_counter()
+    check_replaceable(out_dir, overwrite=overwrite)
+    source = open_source(model)
+    layer_plan = make_plan(source, recipe)
+    check_free_space(out_dir, layer_plan.total_bytes)
+    _warn_of_few_bits(layer_plan, recipe, emit)
+    env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
+    calibration = _calibration(source, recipe, calib_dir, emit)
+    writer = CheckpointWriter(
+        out_dir,
+        fingerprint=_fingerprint(source, recipe, calibration, env),
+        overwrite=overwrite,
+        resume=resume,
+    )
+    with writer:
+        results = _solve(source, recipe, layer_plan, calibration, writer, env)
+        result = QuantizeResult(
+            out_dir=out_dir,
+            average_bits=_average_bits(results),
+            weight_bytes=layer_plan.kept_bytes + sum(r.entry.num_bytes() for r in results),
+            source_bytes=layer_plan.source_bytes,
+            seconds=time.perf_counter() - started,
+            peak_memory_bytes=peak_memory(env.device),
+            device=env.device,
+            layers=results,
+        )
+        manifest = _manifest(source, recipe, layer_plan, results, calibration)
+        files = source.companions()
+        files["README.md"] = model_card(manifest, source.public_name).encode()
+        files[REPORT_NAME] = _report(result)
+        writer.finish(files, _config(source, manifest))
+    return result
+
+
+def _warn_of_few_bits(layer_plan: Plan, recipe: Recipe, emit: Emit) -> None:
+    """Say that few bits without data ruin a model: docs/log.md has how much."""
+    fewest = min(layer.scheme.num_bits for layer in layer_plan.layers)
+    if recipe.calibration is None and fewest <= FEW_BITS:
+        emit(
+            "warning",
+            {
+                "message": f"{fewest} bits without calibration data usually ruin a model. Leave "
+                "out --no-calibration, or give the recipe a section 'calibration'."
+            },
+        )
+
+
+def _calibration(
+    source: ModelSource, recipe: Recipe, directory: Path | None, emit: Emit
+) -> CalibrationSet | None:
+    """Read the samples, or draw those that the recipe asks for; None: no data."""
+    section = recipe.calibration
+    if section is None:
+        return None
+    tokenizer = load_tokenizer(str(source.directory))
+    if directory is not None:
+        return load_calibration(directory, tokenizer)
+    lengths = wanted_lengths(section, tokenizer, None)
+    return draw_calibration(
+        section, source, tokenizer, lengths=lengths, seed=recipe.seed, emit=emit
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateResult:
+    """What `calibrate` drew."""
+
+    calib_dir: Path
+    samples: int
+    samples_wanted: int
+    """More than `samples` if the text is too short."""
+    tokens: int
+    digest: str
+    wanted_lengths: tuple[int, ...]
+    """Lengths that were to be matched; empty if the length is fixed."""
+    lengths: tuple[int, ...]
+
+
+def calibrate(
+    model: str,
+    calib_dir: Path,
+    section: CalibrationSection,
+    *,
+    lengths: tuple[int, ...] | None = None,
+    seed: int = 0,
+    emit: Emit = ignore_events,
+) -> CalibrateResult:
+    """Draw calibration samples, measure the inputs of all linears, write both.
+
+    Args:
+        model: As for `quantize`.
+        calib_dir: Where samples.safetensors, calibration.json and input_absmax.safetensors go.
+        section: What to draw.
+        lengths: Lengths to match, instead of the tasks' own.
+        seed: Of the order of matched lengths.
+        emit: Receives `block` events, and a `warning` if the text is too short.
+    """
+    source = open_source(model)
+    tokenizer = load_tokenizer(str(source.directory))
+    wanted = wanted_lengths(section, tokenizer, lengths)
+    if lengths is not None:
+        section = section.model_copy(update={"tasks": ()})  # provenance: they decided nothing
+    calibration = draw_calibration(section, source, tokenizer, lengths=wanted, seed=seed, emit=emit)
+    absmax = measure_absmax(source, calibration, Env(str(default_device()), seed, emit))
+    save_calibration(calibration, calib_dir)
+    save_absmax(absmax, calib_dir)
+    return CalibrateResult(
+        calib_dir=calib_dir,
+        samples=len(calibration.samples),
+        samples_wanted=calibration.provenance["samples wanted"],
+        tokens=calibration.num_tokens,
+        digest=calibration.digest(),
+        wanted_lengths=tuple(wanted or ()),
+        lengths=tuple(len(sample) for sample in calibration.samples),
+    )
+
+
+def _solve(
+    source: ModelSource,
+    recipe: Recipe,
+    layer_plan: Plan,
+    calibration: CalibrationSet | None,
+    writer: CheckpointWriter,
+    env: Env,
+) -> tuple[LayerResult, ...]:
+    section = recipe.calibration
+    if section is None or calibration is None:
+        return solve_data_free(source, layer_plan, writer, env)
+    return solve_calibrated(source, layer_plan, calibration, writer, env, section)
+
+
+def _fingerprint(
+    source: ModelSource, recipe: Recipe, calibration: CalibrationSet | None, env: Env
+) -> dict[str, Any]:
+    """Return all that decides the output: a resumed run must agree on it."""
+    sizes = {spec.file.name: spec.file.stat().st_size for spec in source.shards.specs.values()}
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "model": {"config": dict(source.config), "files": dict(sorted(sizes.items()))},
+        "calibration": calibration.digest() if calibration else None,
+        "device": env.device.partition(":")[0],
+        "version of qtool": qtool.__version__,
+    }
+
+
+def _manifest(
+    source: ModelSource,
+    recipe: Recipe,
+    layer_plan: Plan,
+    results: tuple[LayerResult, ...],
+    calibration: CalibrationSet | None,
+) -> Manifest:
+    layers = {result.name: result.entry for result in results}
+    if layer_plan.tied_head is not None:
+        table = layers[source.adapter.embedding]
+        layers[layer_plan.tied_head] = LayerEntry(
+            format=table.format,
+            scheme=table.scheme,
+            shape=table.shape,
+            method=table.method,
+            shared_with=source.adapter.embedding,
+        )
+    return Manifest(
+        tool_version=qtool.__version__,
+        recipe=recipe.model_dump(mode="json"),
+        layers=layers,
+        source=source.public_name,
+        calibration=calibration.digest() if calibration else None,
+    )
+
+
+def _config(source: ModelSource, manifest: Manifest) -> dict[str, Any]:
+    config = {key: value for key, value in source.config.items() if key != "_name_or_path"}
+    return {**config, "quantization_config": manifest.to_config()}
+
+
+def _average_bits(results: tuple[LayerResult, ...]) -> float:
+    stored = sum(result.entry.num_bytes() for result in results)
+    return 8 * stored / sum(prod(result.entry.shape) for result in results)
+
+
+def _report(result: QuantizeResult) -> bytes:
+    values = {
+        key: value for key, value in asdict(result).items() if key not in ("out_dir", "layers")
+    }
+    values["layers"] = [
+        {
+            "name": layer.name,
+            **layer.metrics,
+            "group_dim": layer.entry.scheme.group_dim,
+            "fallback": layer.fallback,
+            "seconds": layer.seconds,
+        }
+        for layer in result.layers
+    ]
+    return (json.dumps({"version of qtool": qtool.__version__, **values}, indent=2) + "\n").encode()
