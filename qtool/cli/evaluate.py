@@ -10,7 +10,7 @@ from qtool.cli import console
 from qtool.cli.figures import print_comparison
 from qtool.cli.options import BackendOption, DTypeOption, JsonOption, torch_dtype
 from qtool.cli.task_figures import print_tasks, task_report, write_markdown
-from qtool.errors import DataError
+from qtool.errors import OutputError
 
 PERPLEXITY = "Without --tasks"
 TASKS = "With --tasks"
@@ -118,6 +118,7 @@ def evaluate(
       qtool eval OUT_DIR --baseline MODEL --windows 8 --json result.json
     """
     _check_usage(context, with_tasks=tasks is not None)
+    _check_targets(json_file, markdown)
     from qtool import pipeline  # torch: slow
 
     common: dict[str, Any] = {"baseline": baseline, "backend": backend, "dtype": torch_dtype(dtype)}
@@ -163,9 +164,26 @@ def _check_usage(context: typer.Context, *, with_tasks: bool) -> None:
             raise typer.BadParameter(f"--{option} {needed} --tasks.")
 
 
+def _check_targets(*targets: Path | None) -> None:
+    """Raise, before hours of work, for results that couldn't be written.
+
+    Raises:
+        OutputError: a folder isn't there.
+        typer.BadParameter: all would go to stdout.
+    """
+    files = [target for target in targets if target is not None]
+    if len(files) > 1 and all(str(file) == "-" for file in files):
+        raise typer.BadParameter("--json and --markdown can't both be -: stdout takes one.")
+    for file in files:
+        if not file.parent.is_dir():
+            raise OutputError(
+                f"Can't write {file}: there is no folder {file.parent}. Make it first."
+            )
+
+
 def _batch_size(text: str | None) -> int | str | None:
     if text is None or text == "auto":
         return text
     if not text.isdecimal() or int(text) < 1:
-        raise DataError(f"--batch-size is {text!r}; give a number from 1, or auto.")
+        raise typer.BadParameter(f"--batch-size is {text!r}; give a number from 1, or auto.")
     return int(text)

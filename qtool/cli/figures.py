@@ -33,7 +33,7 @@ def print_comparison(result: "Comparison") -> None:
             row += _speed_cells(f)
     console.print_table("", columns, [tuple(row) for row in cells])
     for line in _conditions(figures):
-        console.out.print(line)
+        console.out.print(line, markup=False)
     if result.agreement is not None:
         _print_agreement(result.agreement)
 

@@ -10,6 +10,7 @@ from qtool.errors import OutputError
 if TYPE_CHECKING:
     from qtool.evaluation.task_comparison import ModelTasks, ScoreRow, TaskComparison
 
+DEFAULT_BATCHES = "8 (whole texts, and on a card answers to write, 1)"
 LEFT = ("task", "metric", "verdict")
 
 
@@ -33,7 +34,7 @@ def write_markdown(result: "TaskComparison", target: Path | None) -> None:
     lines += ["", *(f"- {line}" for line in _conditions(result))]
     text = "\n".join(lines) + "\n"
     if str(target) == "-":
-        console.out.print(text, markup=False, soft_wrap=True, end="")
+        print(text, end="")
         return
     try:
         target.write_text(text, encoding="utf-8")
@@ -52,10 +53,16 @@ def task_report(result: "TaskComparison") -> dict[str, Any]:
 
 
 def _columns(result: "TaskComparison") -> list[str]:
-    names = ["task", "metric", "shots", "items"]
-    if result.original is not None:
-        return [*names, result.original.name, result.model.name, "difference", "p", "verdict"]
-    return [*names, result.model.name]
+    names = ["task", "metric", "shots", "items", *_labels(result)]
+    return names if result.original is None else [*names, "difference", "p", "verdict"]
+
+
+def _labels(result: "TaskComparison") -> list[str]:
+    """Return the names of the original, if it ran, and of the model; never the same twice."""
+    if result.original is None:
+        return [result.model.name]
+    name, other = result.model.name, result.original.name
+    return [other if other != name else f"{other} (baseline)", name]
 
 
 def _cells(result: "TaskComparison", row: "ScoreRow") -> tuple[str, ...]:
@@ -91,18 +98,19 @@ def _conditions(result: "TaskComparison") -> list[str]:
     """Return what the scores hold for."""
     models = [model for model in (result.original, result.model) if model is not None]
     lines = [
-        f"{model.name}: {console.compact(model.average_bits)} bits per weight, "
+        f"{label}: {console.compact(model.average_bits)} bits per weight, "
         f"{console.gigabytes(model.weight_bytes)}{_time(model)}."
-        for model in models
+        for label, model in zip(_labels(result), models, strict=True)
     ]
     settings = result.model.tasks[0].settings
-    limit = settings["limit"]
-    subject = settings["model"]
+    limit, seed, subject = settings["limit"], settings["seed"], settings["model"]
     lines.append(
         f"{subject['dtype']} on {subject['device']}, batch size "
-        f"{settings['batch size'] or '8 (whole texts 1)'}, "
+        f"{settings['batch size'] or DEFAULT_BATCHES}, "
         f"at most {settings['longest']} tokens, "
         + ("all items" if limit is None else f"first {limit} items of each task")
+        + (", chat template" if settings["chat template"] else "")
+        + ("" if seed is None else f", seed {seed}")
         + f"; lm-eval {result.versions['lm-eval']}."
     )
     truncated = sum(task.truncated for task in result.model.tasks)

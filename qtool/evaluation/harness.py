@@ -13,10 +13,14 @@ import functools
 import importlib.util
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import numpy as np
+import torch
 
 from qtool.errors import DataError, MissingExtraError
 from qtool.evaluation.code_metric import CodeEval
@@ -26,6 +30,8 @@ CUSTOMARY_SHOTS: Mapping[str, int] = {"mmlu": 5}
 """Examples in the prompt of a group's tasks, where papers agree and lm-eval sets no number."""
 SANDBOXED = ("humaneval", "humaneval_infilling", "mbpp")
 """Folders of lm-eval whose tasks run programs through `code_eval` alone, hence in the sandbox."""
+SEEDS = (0, 1234, 1234, 1234)
+"""Of python, numpy, torch and the choice of examples: lm-eval's own."""
 
 
 def require_lm_eval() -> None:
@@ -77,15 +83,22 @@ def quiet() -> Iterator[None]:
 class Tasks:
     """The tasks that lm-eval knows, with data from a folder if there is one."""
 
-    def __init__(self, data_dir: Path | None = None, num_fewshot: int | None = None) -> None:
+    def __init__(
+        self,
+        data_dir: Path | None = None,
+        num_fewshot: int | None = None,
+        seeds: tuple[int, ...] = SEEDS,
+    ) -> None:
         require_lm_eval()
         if data_dir is not None and not data_dir.is_dir():
             raise DataError(f"There is no data folder {data_dir}.")
-        self.data_dir, self.num_fewshot = data_dir, num_fewshot
+        self.data_dir, self.num_fewshot, self.seeds = data_dir, num_fewshot, seeds
         self._manager = _manager()
         self._shipped = dict(self._manager.task_index)
         self.data_files: dict[str, list[Path]] = {}
         """Files that were read, by requested task."""
+        self.hub_data: dict[str, list[str]] = {}
+        """Fingerprints of the splits that came from the hub, by requested task."""
 
     def check(self, names: Sequence[str], *, confirm_unsafe: bool) -> None:
         """Refuse what can't run, before a model is loaded.
@@ -145,9 +158,13 @@ class Tasks:
     def load(self, name: str) -> list[Any]:
         """Return lm-eval's objects for a name: one group, or tasks.
 
+        Seeds all generators first, as lm-eval does: some tasks shuffle their choices as they load,
+        and every model must be asked the same.
+
         Raises:
             DataError: a file is missing, or the data set can't be had.
         """
+        _seed(self.seeds)
         index = self._manager.task_index
         splits = {}
         if self.data_dir is not None:
@@ -165,12 +182,13 @@ class Tasks:
         except DataError:
             raise
         except Exception as error:  # lm-eval and datasets raise many unrelated types
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             advice = "" if self.data_dir else " With --data-dir DIR it reads local files."
-            raise DataError(f"lm-eval can't load task {name}: {reason}{advice}") from error
+            raise DataError(f"lm-eval can't load task {name}: {reason}.{advice}") from error
         finally:
             index.update({leaf: self._shipped[leaf] for leaf in splits})
         self.data_files[name] = [s.file_of(key) for s in splits.values() for key in s]
+        self.hub_data[name] = _fingerprints(loaded["tasks"].values())
         group = loaded.get("groups", {}).get(name)
         return [group] if group is not None else list(loaded["tasks"].values())
 
@@ -180,7 +198,7 @@ class Tasks:
             return self.num_fewshot
         leaves = set(self.leaves(name))
         fitting = (n for group, n in CUSTOMARY_SHOTS.items() if leaves <= set(self.leaves(group)))
-        return next(fitting, None)
+        return next(fitting, None) if leaves else None
 
     @contextlib.contextmanager
     def _only_local(self, name: str) -> Iterator[None]:
@@ -225,6 +243,26 @@ class Tasks:
 
     def _config(self, leaf: str, key: str) -> Any:  # noqa: ANN401
         return (self._shipped[leaf].cfg or {}).get(key)
+
+
+def _seed(seeds: tuple[int, ...]) -> None:
+    """Seed all that tasks and sampled answers draw from."""
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])  # lm-eval draws from it
+    torch.manual_seed(seeds[2])
+
+
+def _fingerprints(tasks: Iterable[Any]) -> list[str]:
+    """Return what tells the versions of data sets apart; empty if all are local files.
+
+    Of a data set of the hub, `datasets` derives the fingerprint from its name and its revision.
+    """
+    found = set()
+    for task in tasks:
+        if not isinstance(task.dataset, LocalSplits):
+            splits = (task.dataset or {}).values()
+            found |= {getattr(split, "_fingerprint", "unknown") for split in splits}
+    return sorted(found)
 
 
 def _is_group(config: Any) -> bool:  # noqa: ANN401

@@ -14,7 +14,7 @@ import qtool
 from qtool.evaluation.scores import Score, TaskScores
 from qtool.modeling.locate import cache_dir
 
-LIBRARIES = ("torch", "transformers", "lm-eval", "datasets")
+LIBRARIES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets")
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 """What of a model's directory decides its scores."""
 

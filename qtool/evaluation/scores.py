@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import exp, fsum, isclose, log, sqrt
+from math import exp, fsum, isclose, isfinite, log, nan, sqrt
 from numbers import Real
 from typing import Any, Literal
 
@@ -147,12 +147,28 @@ def _score(
 
 
 def _kind(metric: str, value: float, items: list[Any]) -> Kind:
-    """Return how the score comes from its items, checked where that is a mean."""
-    if metric in RATIOS and items:
-        return RATIOS[metric]
-    numbers = bool(items) and all(isinstance(item, (int, float)) for item in items)
-    mean = sum(items) / len(items) if numbers else float("nan")
-    return "mean" if isclose(mean, value, rel_tol=1e-9, abs_tol=1e-12) else "other"
+    """Return how the score comes from its items: "other" if it isn't what they give.
+
+    That is so for groups that average their tasks, and for what isn't finite.
+    """
+    kind = RATIOS.get(metric, "mean")
+    if not items or not all(
+        isinstance(i, float) or (kind != "mean" and _is_pair(i)) for i in items
+    ):
+        return "other"
+    pairs = _pairs(items)
+    weight = fsum(weight for _, weight in pairs)
+    mean = fsum(value for value, _ in pairs) / weight if weight > 0 else nan
+    if kind == "perplexity":
+        mean, value = -mean, log(value) if value > 0 else nan
+    elif kind == "bits":
+        mean = -mean / log(2)
+    same = isfinite(mean) and isclose(mean, value, rel_tol=1e-9, abs_tol=1e-12)
+    return kind if same else "other"
+
+
+def _is_pair(item: Any) -> bool:  # noqa: ANN401
+    return isinstance(item, tuple) and len(item) == 2 and all(isinstance(i, float) for i in item)  # noqa: PLR2004
 
 
 def standard_error(kind: Kind, items: Sequence[Any]) -> float | None:

@@ -5,6 +5,7 @@ Imported only where lm-eval is installed.
 """
 
 import contextlib
+import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 
 from qtool.base import Emit, ignore_events
-from qtool.errors import DataError
+from qtool.errors import DataError, ModelError
 from qtool.evaluation.responses import ResponseStore, request_key
 from qtool.modeling.load import LoadedModel
 
@@ -66,13 +67,8 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Return (log-likelihood, is it the greedy continuation) per request."""
-        ask = super().loglikelihood
-
-        def ask_encoded(missing: list[Any], disable_tqdm: bool) -> list[Any]:
-            with self._encoded_ahead([request.args for request in missing]):
-                return ask(missing, disable_tqdm=disable_tqdm)
-
-        return self._answer("loglikelihood", ask_encoded, requests)
+        with self._encoded_ahead([request.args for request in requests]):
+            return self._answer("loglikelihood", super().loglikelihood, requests)
 
     def tok_encode(
         self,
@@ -196,6 +192,17 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         )
 
     def _add(self, kind: str, arguments: Any, answer: Any) -> None:  # noqa: ANN401
+        """Keep an answer.
+
+        Raises:
+            ModelError: it isn't a number; of choices, lm-eval would take the first for the best.
+        """
+        likelihood = answer[0] if kind == "loglikelihood" else answer
+        if isinstance(likelihood, float) and math.isnan(likelihood):
+            raise ModelError(
+                f"{self.name} gives outputs that are not numbers, in task {self.task}. Try another "
+                "dtype; if it stays, the weights are damaged."
+            )
         self.store.add(request_key(kind, arguments), answer)
         self.done += 1
         values = {"index": self.done - 1, "total": self.total, "task": self.task, "name": self.name}

@@ -4,19 +4,20 @@ Each task runs on its own: the batches that its requests fall into, and so the l
 scores, don't depend on what else was asked for.
 """
 
-import random
+import contextlib
+import gc
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from qtool.base import Emit, ignore_events
-from qtool.errors import DataError
-from qtool.evaluation.harness import Tasks, quiet, templates_compiled_once
+from qtool.errors import DataError, ModelError, QtoolError
+from qtool.evaluation import sandbox
+from qtool.evaluation.harness import SEEDS, Tasks, quiet, templates_compiled_once
 from qtool.evaluation.kept_scores import KeptScores
 from qtool.evaluation.local_data import digest
 from qtool.evaluation.responses import ResponseStore
@@ -25,9 +26,6 @@ from qtool.modeling.load import LoadedModel, default_device
 
 if TYPE_CHECKING:
     from qtool.evaluation.task_model import TaskModel
-
-SEEDS = (0, 1234, 1234, 1234)
-"""Of python, numpy, torch and the choice of examples: lm-eval's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +55,11 @@ class TaskOptions:
     cache: bool = True
     """Keep answers and scores, and use those that are kept."""
 
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of python, numpy, torch and the choice of examples."""
+        return SEEDS if self.seed is None else (self.seed,) * len(SEEDS)
+
 
 def check_tasks(options: TaskOptions) -> Tasks:
     """Return the tasks that are asked for; nothing is wrong with them, and no model is loaded yet.
@@ -64,13 +67,16 @@ def check_tasks(options: TaskOptions) -> Tasks:
     Raises:
         MissingExtraError: lm-eval isn't installed.
         DataError: a task is unknown, its data is missing, or it runs programs unasked.
+        QtoolError: a task runs programs, and the sandbox can't be set up here.
     """
     if not options.tasks:
         raise DataError("No task is named. Give some, such as --tasks mmlu,arc_easy.")
     if options.batch_size == "auto" and default_device().type != "cuda":
         raise DataError("--batch-size auto asks how much memory a card has; give a number here.")
-    tasks = Tasks(options.data_dir, options.num_fewshot)
+    tasks = Tasks(options.data_dir, options.num_fewshot, options.seeds)
     tasks.check(options.tasks, confirm_unsafe=options.confirm_unsafe)
+    if tasks.unsafe(options.tasks):
+        sandbox.protections()  # raises where there are none: now, not when all is written
     return tasks
 
 
@@ -105,6 +111,8 @@ def run_tasks(
             model = TaskModel(load(), batch_size=batch, max_length=longest, emit=emit)
         for name in missing:
             found[name] = _run(name, model, tasks, options, kept[name])
+        del model
+        gc.collect()  # it is in a cycle, and would stay beside the model that is loaded next
     return tuple(found[name] for name in options.tasks)
 
 
@@ -115,7 +123,7 @@ def _kept(name: str, subject: dict[str, Any], tasks: Tasks, options: TaskOptions
         {
             "task": name,
             "model": subject,
-            "data": digest(files) if files else None,
+            "data": digest(files) if files else tasks.hub_data[name],
             "shots": tasks.shots(name),
             "limit": options.limit,
             "batch size": options.batch_size,
@@ -129,18 +137,21 @@ def _kept(name: str, subject: dict[str, Any], tasks: Tasks, options: TaskOptions
 def _run(
     name: str, model: "TaskModel", tasks: Tasks, options: TaskOptions, kept: KeptScores
 ) -> TaskScores:
-    """Run one task, keeping every answer as it comes."""
+    """Run one task, keeping every answer as it comes.
+
+    Raises:
+        ModelError: the card is full, or the model's output isn't a number.
+        DataError: lm-eval can't use the rows, or can't score the answers.
+    """
     import lm_eval
 
     started, objects = time.perf_counter(), tasks.load(name)
-    seeds = SEEDS if options.seed is None else (options.seed,) * len(SEEDS)
-    _seed(seeds)
-    leaves = _prepare(objects, tasks.shots(name), seeds[-1])
+    leaves = _prepare(objects, tasks.shots(name), options.seeds[-1])
     store = ResponseStore(kept.responses if options.cache else None)
     finished = False
     try:
         model.begin(name, store)
-        with quiet(), templates_compiled_once():
+        with _explained(name, model.name), quiet(), templates_compiled_once():
             results = lm_eval.evaluate(
                 model,
                 {"tasks": leaves, "groups": _groups(objects)},
@@ -165,11 +176,24 @@ def _run(
     return scores
 
 
-def _seed(seeds: tuple[int, ...]) -> None:
-    """Seed what a task draws from: sampled answers, the order of examples."""
-    random.seed(seeds[0])
-    np.random.seed(seeds[1])  # lm-eval draws from it
-    torch.manual_seed(seeds[2])
+@contextlib.contextmanager
+def _explained(task: str, model: str) -> Iterator[None]:
+    """Turn what is raised inside the block into errors that say where and what to do."""
+    try:
+        yield
+    except QtoolError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{model} ran out of memory in task {task}. Give a smaller --batch-size, or a smaller "
+            "--max-length."
+        ) from error
+    except Exception as error:  # of lm-eval, jinja, metrics: many unrelated types
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise DataError(
+            f"Task {task} stopped on {model}, {type(error).__name__}: {reason}. Check the rows of "
+            "its data and the packages that its metric needs; answers that are kept stay."
+        ) from error
 
 
 def _prepare(objects: Iterable[Any], shots: int | None, seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_json_to_a_file_leaves_the_table(cli: Cli, long_llama, data, tmp_path):
     for row in rows:
         assert f"{row['value']:.4f} ± {row['standard_error']:.4f}" in done.out
     assert re.search(
-        r"float32 on cpu, batch size 8 \(whole texts 1\), at most 2048 tokens", done.out
+        r"float32 on cpu, batch size 8 \(whole texts, .*, 1\), at most 2048 tokens", done.out
     )
 
 
@@ -142,6 +143,30 @@ def test_model_is_identical_to_itself(cli: Cli, long_llama, data, cache):
     assert cached == [cache == "--cache"] * 2
 
 
+def test_models_of_one_name_have_columns_of_their_own(cli: Cli, long_llama, data, tmp_path):
+    copy = tmp_path / "copy" / long_llama.name
+    shutil.copytree(long_llama, copy)
+    options = ["--tasks", "arc_easy", "--data-dir", data, "--limit", "2", "--markdown", "-"]
+    done = cli("eval", copy, "--baseline", long_llama, *options)
+    assert done.code == 0, done.err
+    name = long_llama.name
+    header, _, row, *_ = done.out.splitlines()
+    assert f" {name} (baseline) | {name} | difference | p | verdict |" in header
+    assert header.count("|") == row.count("|")
+    assert f"\n- {name} (baseline): " in done.out
+    table = cli("eval", copy, "--baseline", long_llama, *options[:-2]).out
+    assert "(baseline)" in table.partition("arc_easy")[0]
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("option", ["--json", "--markdown"])
+def test_missing_folder_of_a_result_is_found_first(cli: Cli, long_llama, data, tmp_path, option):
+    target = tmp_path / "nothing" / "x"
+    done = cli("eval", long_llama, "--tasks", "arc_easy", "--data-dir", data, option, target)
+    assert (done.code, done.out) == (1, "")
+    assert "there is no folder" in done.err
+
+
 def test_group_pools_its_subjects(cli: Cli, long_llama, long_checkpoint):
     options = ["--tasks", "mmlu", "--data-dir", SAMPLE, "--num-fewshot", "1"]
     value = report(cli, long_checkpoint, "--baseline", long_llama, *options)
@@ -164,7 +189,6 @@ def test_group_pools_its_subjects(cli: Cli, long_llama, long_checkpoint):
         (["--tasks", "arc_easy,xyzzy12345"], ["'xyzzy12345'", "`lm-eval ls tasks` lists all"]),
         (["--tasks", ","], ["No task is named"]),
         (["--tasks", "arc_easy", "--batch-size", "auto"], ["--batch-size auto", "give a number"]),
-        (["--tasks", "arc_easy", "--batch-size", "0"], ["--batch-size is '0'"]),
         (["--tasks", "arc_easy"], ["arc_easy_test.jsonl (or .jsonl.gz), which isn't there"]),
         (["--tasks", "humaneval"], ["humaneval: runs programs", "--confirm-run-unsafe-code"]),
     ],
@@ -197,6 +221,8 @@ def test_missing_data_folder_is_one_line(cli: Cli, long_llama, tmp_path):
         (["--tasks", "arc_easy", "--windows", "3"], "--windows goes without --tasks"),
         (["--tasks", "arc_easy", "--dataset", "x"], "--dataset goes without --tasks"),
         (["--tasks", "arc_easy", "--limit", "0"], "--limit"),
+        (["--tasks", "arc_easy", "--batch-size", "0"], "--batch-size is '0'"),
+        (["--tasks", "arc_easy", "--json", "-", "--markdown", "-"], "stdout takes one"),
     ],
 )
 def test_option_that_would_be_ignored_is_a_usage_error(cli: Cli, llama: Path, options, message):

@@ -10,7 +10,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from qtool.errors import DataError
+from qtool.errors import DataError, ModelError
 from qtool.evaluation.local_data import read_rows
 from qtool.evaluation.responses import ResponseStore
 from qtool.evaluation.task_comparison import TaskComparison
@@ -193,6 +193,23 @@ class TestKept:
 def test_no_cache_leaves_nothing(evaluate, own_cache):
     evaluate("lambada_openai", cache=False, limit=2)
     assert not own_cache.exists()
+
+
+@pytest.mark.parametrize("task", ["arc_easy", "wikitext"])
+def test_outputs_that_are_not_numbers_are_an_error_at_once(long_llama, data, own_cache, task):
+    from qtool.evaluation.tasks import TaskOptions, check_tasks, run_tasks
+    from qtool.modeling.load import load_model
+
+    def load() -> Any:
+        loaded = load_model(str(long_llama))
+        loaded.model.lm_head.weight.data.fill_(float("nan"))
+        return loaded
+
+    options = TaskOptions(tasks=(task,), data_dir=data)
+    with pytest.raises(ModelError, match=f"not numbers, in task {task}"):
+        run_tasks(load, {}, check_tasks(options), options)
+    (file,) = own_cache.glob("scores/*/responses.jsonl")
+    assert not file.read_text().strip()
 
 
 def words(text: str) -> int:

@@ -121,13 +121,30 @@ def test_score_of_something_else_has_no_items(values):
 )
 def test_perplexity_has_weighted_items(metric, kind):
     pairs = [(-30.5, 7), (-9.25, 3)]
-    report = results(pairs, metric, value=12.0)
+    value = 39.75 / 10 / math.log(2) if kind == "bits" else math.exp(39.75 / 10)
+    report = results(pairs, metric, value=value)
     report["higher_is_better"] = {}
     (found,) = collect_scores(report)
     assert (found.kind, found.items) == (kind, ((-30.5, 7.0), (-9.25, 3.0)))
     assert not found.higher_is_better
     unit: Unit = "bits" if kind == "bits" else "perplexity"
     assert compare_scores(found, found) == paired_ratios(pairs, pairs, unit=unit)
+
+
+@pytest.mark.parametrize(
+    ("items", "value"),
+    [
+        ([-1.0, -3.0], 12.0),  # a group that averages the perplexities of its tasks
+        ([-1.0, -math.inf], math.inf),
+        ([-1.0, math.nan], math.nan),
+        (["a", "b"], 12.0),
+        ([(-1.0, 0), (-2.0, 0)], 12.0),
+    ],
+)
+def test_perplexity_that_its_items_do_not_give_is_not_compared(items, value):
+    (found,) = collect_scores(results(items, "perplexity", value=value))
+    assert (found.kind, found.items, found.standard_error) == ("other", (), None)
+    assert compare_scores(found, found) is None
 
 
 def grouped():
