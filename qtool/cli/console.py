@@ -29,7 +29,7 @@ def print_table(title: str, columns: Mapping[str, str], rows: Sequence[tuple[str
     """Print a table to stdout; `columns` maps each header to its alignment."""
     table = Table(header_style="bold")
     for name, justify in columns.items():
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        table.add_column(escape(name), justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     if title:

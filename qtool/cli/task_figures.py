@@ -69,9 +69,9 @@ def _cells(result: "TaskComparison", row: "ScoreRow") -> tuple[str, ...]:
     metric = row.metric if row.filter == "none" else f"{row.metric}, {row.filter}"
     shots = "" if row.shots is None else str(row.shots)
     cells = (row.task, metric, shots, str(row.num_items))
-    value = _number(row.value, row.standard_error)
     if result.original is None:
-        return (*cells, value)
+        return (*cells, _number(row.value, row.standard_error))
+    value = _number(row.value)  # of two models only the error of the difference says something
     if row.original is None:
         return (*cells, "", value, "", "", "")
     paired = row.paired

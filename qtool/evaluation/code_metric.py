@@ -11,7 +11,10 @@ from typing import Any
 from qtool.evaluation.sandbox import Limits, run_programs
 
 SECONDS = 3.0
-"""Of one program, as in `code_eval`."""
+"""Of one program, as in `code_eval`; here of its processor time, so that a busy machine fails no
+program that is right."""
+PATIENCE = 4
+"""Wall-clock time in multiples of that."""
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -38,7 +41,7 @@ class CodeEval:
             references: One test program per task.
             predictions: Candidate programs per task.
             k: Which pass@k to return; those with k above the number of candidates are left out.
-            timeout: Seconds of one program.
+            timeout: Seconds of processor time of one program.
 
         Returns:
             pass@k by name, and per task the outcome of each candidate.
@@ -48,7 +51,11 @@ class CodeEval:
             for test, candidates in zip(references, predictions, strict=True)
             for candidate in candidates
         ]
-        outcomes = iter(run_programs(programs, Limits(seconds=timeout)))
+        outcomes = iter(
+            run_programs(
+                programs, Limits(seconds=PATIENCE * timeout, cpu_seconds=math.ceil(timeout))
+            )
+        )
         results: dict[int, list[tuple[int, dict[str, Any]]]] = {}
         for task, candidates in enumerate(predictions):
             results[task] = []

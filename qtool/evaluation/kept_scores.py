@@ -1,8 +1,10 @@
 """Scores that were measured before, under a digest of all that decides them."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,21 +17,44 @@ from qtool.evaluation.scores import Score, TaskScores
 from qtool.modeling.locate import cache_dir
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets")
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+OPTIONAL_LIBRARIES = ("cupy-cuda13x", "cupy-cuda12x", "triton", "numba")
+"""What is installed of them decides what executes a model."""
+MODEL_FILES = (
+    "*.safetensors",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "*token*.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.*",
+    "*.jinja",
+    "*.model",
+)
 """What of a model's directory decides its scores."""
+SWITCHES = ("QTOOL_BACKEND", "QTOOL_KERNEL", "QTOOL_RUNNER", "QTOOL_DEPENDENT_LAUNCHES")
 
 
 def versions() -> dict[str, str]:
     """Return the versions that scores depend on."""
     found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    for name in OPTIONAL_LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return {"qtool": qtool.__version__, **found}
+
+
+def switches() -> dict[str, str]:
+    """Return the environment variables that change how a model is executed."""
+    return {name: os.environ[name] for name in SWITCHES if os.environ.get(name)}
 
 
 def model_digest(directory: Path) -> str:
     """Return one digest of a model's weights, configuration and tokenizer."""
     whole = hashlib.sha256()
     files = {file for pattern in MODEL_FILES for file in directory.glob(pattern)}
-    for file in sorted(files - {directory / "quantization_report.json"}):
+    for file in sorted(files):
         with file.open("rb") as opened:
             whole.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
     return whole.hexdigest()

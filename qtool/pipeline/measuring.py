@@ -102,6 +102,7 @@ def evaluate(
     With a baseline also how closely the model follows it; the two are never in memory at once.
     """
     corpus = load_corpus(options.dataset)
+    locate(model)  # a typo is found before the baseline has run
     figures, reference = [], None
     if baseline is not None:
         with _loaded(baseline, backend, dtype) as loaded:
@@ -133,6 +134,7 @@ def evaluate_tasks(
     from qtool.evaluation import kept_scores, sandbox, task_comparison
     from qtool.evaluation.tasks import check_tasks, run_tasks
 
+    locate(model)  # a typo is found before the baseline has run
     tasks = check_tasks(options)
     device = default_device()
     dtype = dtype or default_dtype(device)
@@ -146,6 +148,7 @@ def evaluate_tasks(
             "dtype": str(dtype).removeprefix("torch."),
             "device": kept_scores.device_name(device),
             "backend": backend or wanted_backend(),
+            "switches": kept_scores.switches(),
         }
         with use_backend(backend):
             scores = run_tasks(lambda: load_model(name, dtype=dtype), subject, tasks, options, emit)

@@ -145,8 +145,9 @@ def choose(
     CTA of this card can't hold one unit and its inputs.
     """
     selection, few = selection_for(card.name), product_for(batch, layout).columns <= MOST_IN_PAIRS
-    asked = selection.tuning(units * UNIT, row_tiles * units // card.multiprocessors)
-    asked = asked if few else selection.alone
+    asked = selection.alone
+    if few:
+        asked = selection.tuning(units * UNIT, row_tiles * units // card.multiprocessors)
     fewer = [replace(selection.alone, warps=warps) for warps in FEWER_WARPS]
     tunings = tuple(dict.fromkeys((asked, selection.alone, *fewer)))
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
@@ -168,7 +169,7 @@ Sizes = tuple[int, int, int, int, int, int]
 """out_features, in_features, tokens, row tiles, units and groups, as the kernels take them."""
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def call_for(  # noqa: PLR0913, PLR0917 - of what, where, and what comes after
     sizes: Sizes,
     layout: Layout,

@@ -131,6 +131,7 @@ class TestKept:
             "dtype": "float32",
             "device": "cpu",
             "backend": None,
+            "switches": {},
         }
         (self.scores,) = run_tasks(
             lambda: load_model(str(long_llama)), subject, check_tasks(options), options
