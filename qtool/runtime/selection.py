@@ -66,8 +66,8 @@ class Selection:
     def __str__(self) -> str:
         """Say what is chosen, for people."""
         return (
-            f"planes up to {BLOCK} tokens, of {self.least_weights // 10**6} million weights and more "
-            f"up to {self.most_tokens(2)} / {self.most_tokens(3)} / {self.most_tokens(4)} at "
+            f"planes up to {BLOCK} tokens, and from {self.least_weights // 10**6} million weights "
+            f"on up to {self.most_tokens(2)} / {self.most_tokens(3)} / {self.most_tokens(4)} at "
             f"2 / 3 / 4 bits; dequantize beyond (measured on {self.measured_on})"
         )
 
