@@ -126,7 +126,7 @@ class TestKept:
         from qtool.modeling.load import load_model
 
         options = TaskOptions(tasks=("lambada_openai",), data_dir=data)
-        subject = {
+        subject: dict[str, Any] = {
             "digest": kept_scores.model_digest(long_llama),
             "dtype": "float32",
             "device": "cpu",
