@@ -507,7 +507,8 @@ def test_order_is_kept(isolate):
 
 
 CALLER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 import qtool.evaluation.sandbox as sandbox
 source = "import time; open('started', 'w'); time.sleep(60)"
 sandbox.protections(isolate={isolate})
