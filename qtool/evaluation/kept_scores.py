@@ -5,7 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,13 @@ def switches() -> dict[str, str]:
 
 def model_digest(directory: Path) -> str:
     """Return one digest of a model's weights, configuration and tokenizer."""
+    return files_digest(file for pattern in MODEL_FILES for file in directory.glob(pattern))
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """Return one digest of the names and contents of some files."""
     whole = hashlib.sha256()
-    files = {file for pattern in MODEL_FILES for file in directory.glob(pattern)}
-    for file in sorted(files):
+    for file in sorted(set(files)):
         with file.open("rb") as opened:
             whole.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
     return whole.hexdigest()

@@ -6,7 +6,6 @@ other task reads `TASK/SPLIT.jsonl` in the same folder; all files may be gzipped
 
 import functools
 import gzip
-import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping
@@ -175,12 +174,3 @@ def _open_text(file: Path) -> IO[str]:
     if file.suffix == ".gz":
         return gzip.open(file, "rt", encoding="utf-8")
     return file.open(encoding="utf-8")
-
-
-def digest(files: list[Path]) -> str:
-    """Return one digest of the contents of some files."""
-    whole = hashlib.sha256()
-    for file in sorted(set(files)):
-        with file.open("rb") as opened:
-            whole.update(hashlib.file_digest(opened, "sha256").digest())
-    return whole.hexdigest()

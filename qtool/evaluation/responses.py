@@ -22,10 +22,9 @@ class ResponseStore:
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
-        self.found = 0
-        """Answers that an earlier run had left."""
         self._answers: dict[str, Any] = dict(_read(file)) if file is not None else {}
         self.found = len(self._answers)
+        """Answers that an earlier run had left."""
         self._lines = None
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -179,7 +179,7 @@ def standard_error(kind: Kind, items: Sequence[Any]) -> float | None:
     count = len(items)
     if kind == "other" or count < 2:  # noqa: PLR2004
         return None
-    pairs = [(float(item), 1.0) for item in items] if kind == "mean" else _pairs(items)
+    pairs = _pairs(items)
     total, weight = fsum(value for value, _ in pairs), fsum(weight for _, weight in pairs)
     ratio = total / weight
     squares = fsum((value - ratio * weight) ** 2 for value, weight in pairs)

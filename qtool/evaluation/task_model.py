@@ -160,12 +160,11 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         ):
             return self._draw(ask, requests)
         keys = [request_key(kind, request.args) for request in requests]
-        missing = [r for key, r in zip(keys, requests, strict=True) if key not in self.store]
+        missing = [(k, r) for k, r in zip(keys, requests, strict=True) if k not in self.store]
         self.total += len(requests)
         self.done += len(requests) - len(missing)
-        answers = ask(missing, disable_tqdm=True) if missing else []
-        for request, answer in zip(missing, answers, strict=True):
-            key = request_key(kind, request.args)
+        answers = ask([request for _, request in missing], disable_tqdm=True) if missing else []
+        for (key, _), answer in zip(missing, answers, strict=True):
             if key not in self.store:
                 self.store.add(key, answer)
         return [self.store[key] for key in keys]

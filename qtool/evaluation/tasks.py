@@ -18,8 +18,7 @@ from qtool.base import Emit, ignore_events
 from qtool.errors import DataError, ModelError, QtoolError
 from qtool.evaluation import sandbox
 from qtool.evaluation.harness import SEEDS, Tasks, quiet, templates_compiled_once
-from qtool.evaluation.kept_scores import KeptScores
-from qtool.evaluation.local_data import digest
+from qtool.evaluation.kept_scores import KeptScores, files_digest
 from qtool.evaluation.responses import ResponseStore
 from qtool.evaluation.scores import TaskScores, collect_scores
 from qtool.modeling.load import LoadedModel, default_device
@@ -123,7 +122,7 @@ def _kept(name: str, subject: dict[str, Any], tasks: Tasks, options: TaskOptions
         {
             "task": name,
             "model": subject,
-            "data": digest(files) if files else tasks.hub_data[name],
+            "data": files_digest(files) if files else tasks.hub_data[name],
             "shots": tasks.shots(name),
             "limit": options.limit,
             "batch size": options.batch_size,

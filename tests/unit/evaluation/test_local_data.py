@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from qtool.errors import DataError
-from qtool.evaluation.local_data import DATASETS, LocalSplits, digest, find, read_rows
+from qtool.evaluation.kept_scores import files_digest
+from qtool.evaluation.local_data import DATASETS, LocalSplits, find, read_rows
 from tests.task_rows import ITEMS, SHARED, invented, write_all, write_rows
 
 TASKS = {
@@ -245,10 +246,10 @@ def test_digest_is_of_contents(tmp_path):
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     write_rows(first, [{"a": 1}])
     write_rows(second, [{"a": 2}])
-    before = digest([first, second])
-    assert digest([second, first, first]) == before
+    before = files_digest([first, second])
+    assert files_digest([second, first, first]) == before
     write_rows(second, [{"a": 3}])
-    assert digest([first, second]) != before
+    assert files_digest([first, second]) != before
 
 
 def test_what_cannot_be_local_is_refused_rather_than_downloaded(tmp_path):
