@@ -68,6 +68,29 @@ def test_tokens_are_those_of_transformers(kind, call, batch, count):
     assert len(count) == 2
 
 
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", ["llama", "qwen3-norms"])
+def test_prompts_of_different_lengths_are_padded_on_the_left(kind, call, count):
+    model, ids = accelerate(build(kind)), prompt(4, 12)
+    mask = (torch.arange(12) >= torch.tensor([[3], [0], [11], [7]])).long()
+    expected, got = both(model, ids * mask, attention_mask=mask, **CALLS[call])
+    assert torch.equal(got, expected)
+    assert len(count) == 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    _, again = both(model, ids * mask, attention_mask=mask, position_ids=positions, **CALLS[call])
+    assert torch.equal(again, got)
+    assert len(count) == 2
+
+
+def test_what_padding_holds_does_not_matter(count):
+    model, ids = accelerate(build("llama")), prompt(2, 12)
+    mask = (torch.arange(12) >= torch.tensor([[5], [0]])).long()
+    filled = [ids * mask + token * (1 - mask) for token in (0, 7)]
+    one, other = (both(model, each, attention_mask=mask, **GREEDY)[1] for each in filled)
+    assert torch.equal(one[:, 12:], other[:, 12:])
+    assert len(count) == 2
+
+
 def test_stops_do_end_early():
     model = accelerate(build("llama"))
     _, got = both(model, prompt(1, 9), **CALLS["stops"])
@@ -131,7 +154,10 @@ def test_own_criteria_and_processors_are_asked(count):
         {"return_dict_in_generate": True},
         {"use_cache": False},
         {"cache_implementation": "static"},
-        {"attention_mask": torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])},
+        {"attention_mask": torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 1, 1]])},
+        {"attention_mask": torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]])},
+        {"attention_mask": torch.tensor([[0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])},
+        {"position_ids": torch.tensor([[0, 1, 2, 3, 4], [2, 3, 4, 5, 6]])},
     ],
     ids=str,
 )

@@ -45,6 +45,36 @@ def test_greedy_tokens_are_the_likeliest_and_the_runner_begins_anew():
         assert torch.equal(chosen, logits[:, 1:-1].argmax(-1))
 
 
+LENGTHS = [7, 2, 12, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_of_a_batch_are_as_those_alone(kind):
+    model, ids, lengths = build(kind), prompt(4, 12), torch.tensor(LENGTHS)
+    runner, alone = runner_of(model, batch=4), runner_of(model)
+    later = prompt(4, 3, seed=1)
+    logits = [runner.prefill(ids, lengths).clone(), *(runner.step(t).clone() for t in later.T)]
+    for row, length in enumerate(LENGTHS):
+        each = torch.cat([ids[row, :length], later[row]])[None]
+        expected = stepwise(alone, each, length)
+        torch.testing.assert_close(torch.stack(logits, 1)[row : row + 1], expected)
+
+
+def test_greedy_and_growth_with_sequences_of_different_lengths():
+    model, ids, lengths = build("llama"), prompt(4, 12), torch.tensor(LENGTHS)
+    runner, alone = runner_of(model, batch=4, max_length=20), runner_of(model)
+    first = runner.prefill(ids, lengths).argmax(-1)
+    early = runner.greedy(first, 8)
+    with pytest.raises(BackendError, match="larger max_length"):
+        runner.greedy(early[:, -1], 1)
+    late = runner.grown(40).greedy(early[:, -1], 8)
+    for row, length in enumerate(LENGTHS):
+        start = alone.prefill(ids[row : row + 1, :length]).argmax(-1)
+        assert start == first[row]
+        expected = alone.greedy(start, 16)[0]
+        assert torch.equal(torch.cat([early[row], late[row]]), expected)
+
+
 def test_greedy_looks_for_stops_now_and_then():
     model, ids = build("llama"), prompt(2, 7)
     runner = runner_of(model, batch=2)

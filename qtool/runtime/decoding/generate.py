@@ -169,15 +169,26 @@ def _why_not_call(model: Any, input_ids: Tensor, kwargs: Mapping[str, Any]) -> s
 def _why_not_tensors(input_ids: Tensor, arguments: Mapping[str, Any]) -> str | None:
     """The same for arguments that have to be looked at."""
     mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-    if mask is not None and not (mask.shape == input_ids.shape and bool(mask.all())):
-        return "the attention mask hides something."
+    if mask is not None and not _is_padding(mask, input_ids):
+        return "the attention mask hides more than padding on the left."
     expected = torch.arange(input_ids.shape[1], device=input_ids.device)
+    if mask is not None:
+        expected = expected + (mask.long().sum(1, keepdim=True) - input_ids.shape[1])
     if positions is not None and not (
-        positions.shape[-1] == len(expected) and bool((positions == expected).all())
+        positions.shape[-1] == input_ids.shape[1]
+        and bool(((positions == expected) | (expected < 0)).all())
     ):
         return "the positions aren't 0, 1, 2 and so on."
     cache = arguments.get("past_key_values")
     return "the cache isn't empty." if cache is not None and cache.get_seq_length() > 0 else None
+
+
+def _is_padding(mask: Tensor, input_ids: Tensor) -> bool:
+    """Return whether a mask hides a part at the left of each prompt, or nothing."""
+    if mask.shape != input_ids.shape:
+        return False
+    seen = mask.bool()
+    return bool(seen[:, -1:].all() & (seen[:, 1:] >= seen[:, :-1]).all())
 
 
 def _why_not_decoder(decoder: Decoder, max_length: int) -> str | None:

@@ -15,9 +15,10 @@ CHECK_EVERY = 16
 
 
 class DecodeRunner:
-    """Runs sequences of equal length; the caller asks for logits or for greedy tokens.
+    """Runs a batch of sequences; the caller asks for logits or for greedy tokens.
 
-    `weights`, `ops` and the buffers `state` are fixed; `length` says how many tokens are cached.
+    `weights`, `ops` and the buffers `state` are fixed; `length` says how many tokens of the longest
+    sequence are cached, `state.positions` how many of each.
     """
 
     def __init__(
@@ -46,8 +47,13 @@ class DecodeRunner:
         return self.state.keys.device
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor) -> Tensor:
-        """Begin anew with prompts (batch, length); return the logits after them.
+    def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Begin anew with prompts; return the logits after them, (batch, vocab_size).
+
+        Args:
+            ids: (batch, length) int64, each prompt from the left on.
+            lengths: (batch,) of the prompts, 1 to length, on the same device; what follows a
+                shorter one doesn't matter. None: all are as long as `ids`.
 
         Raises:
             BackendError: the prompts don't fit.
@@ -56,8 +62,11 @@ class DecodeRunner:
         if batch != self.batch:
             raise BackendError(f"The runner decodes {self.batch} sequences, not {batch}.")
         self._check_room(0, length)
-        logits = step.prefill(self.weights, ids, self.state, self.ops)
-        self.state.positions.fill_(length)
+        logits = step.prefill(self.weights, ids, self.state, self.ops, lengths)
+        if lengths is None:
+            self.state.positions.fill_(length)
+        else:
+            self.state.positions.copy_(lengths)
         self.length = length
         return logits
 
@@ -97,17 +106,20 @@ class DecodeRunner:
             BackendError: they don't fit into the cache.
         """
         self._check_room(self.length, count)
-        begin, stops = self.length, torch.tensor([*stop_ids], dtype=torch.int64)
-        stops = stops.to(self.device)
+        stops = torch.tensor([*stop_ids], dtype=torch.int64).to(self.device)
+        begins = self.state.positions.long()[:, None]
+        places = begins + torch.arange(count + 1, device=self.device)
         self.state.tokens.copy_(first)
-        self.state.history[:, begin] = self.state.tokens
-        for done in range(count):
+        self.state.history.scatter_(1, begins, self.state.tokens[:, None])
+        done = 0
+        while done < count:
             if len(stops) and done % check_every == 0:
-                chosen = self.state.history[:, begin : self.length + 1]
+                chosen = self.state.history.gather(1, places[:, : done + 1])
                 if bool(torch.isin(chosen, stops).any(1).all()):
                     break
             self._advance()
-        return self.state.history[:, begin + 1 : self.length + 1].clone()
+            done += 1
+        return self.state.history.gather(1, places[:, 1 : done + 1])
 
     def grown(self, max_length: int) -> "DecodeRunner":
         """Return a runner with room for more that goes on where this one stands."""

@@ -84,7 +84,7 @@ def sample(decoder: Decoder, input_ids: Tensor, arguments: Mapping[str, Any]) ->
 
     Args:
         decoder: Runs the model.
-        input_ids: (batch, length), without padding.
+        input_ids: (batch, length), padded on the left where the attention mask says so.
         arguments: Of `_sample`: `generation_config`, `logits_processor` and others.
 
     Returns:
@@ -93,7 +93,8 @@ def sample(decoder: Decoder, input_ids: Tensor, arguments: Mapping[str, Any]) ->
     config, criteria = arguments["generation_config"], arguments["stopping_criteria"]
     processors, streamer = arguments["logits_processor"], arguments.get("streamer")
     batch, limit = len(input_ids), int(config.max_length)
-    logits = decoder.begin(batch, input_ids.shape[1], limit).prefill(input_ids)
+    runner = decoder.begin(batch, input_ids.shape[1], limit)
+    logits = runner.prefill(*_prompts(input_ids, arguments.get("attention_mask")))
     simple = all(type(one).__name__ in KNOWN_CRITERIA for one in criteria)
     if not config.do_sample and streamer is None and not len(processors) and simple:
         return _greedy(decoder, input_ids, logits, criteria, config)
@@ -119,6 +120,16 @@ def sample(decoder: Decoder, input_ids: Tensor, arguments: Mapping[str, Any]) ->
     if streamer is not None:
         streamer.end()
     return input_ids
+
+
+def _prompts(input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return prompts that begin at the left, and their lengths if they differ from all."""
+    if mask is None or bool(mask.all()):
+        return input_ids, None
+    lengths = mask.long().sum(1)
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    moved = (places - lengths[:, None]) % input_ids.shape[1]
+    return input_ids.gather(1, moved), lengths
 
 
 def _greedy(
