@@ -5,7 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 import qtool
+from qtool.evaluation.file_digests import files_digest
 from qtool.evaluation.scores import Score, TaskScores
+from qtool.evaluation.whole_files import written_whole
 from qtool.modeling.locate import cache_dir
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets")
@@ -50,18 +52,15 @@ def switches() -> dict[str, str]:
     return {name: os.environ[name] for name in SWITCHES if os.environ.get(name)}
 
 
-def model_digest(directory: Path) -> str:
-    """Return one digest of a model's weights, configuration and tokenizer."""
-    return files_digest(file for pattern in MODEL_FILES for file in directory.glob(pattern))
+def model_digest(directory: Path, *, remember: bool = True) -> str:
+    """Return one digest of a model's weights, configuration and tokenizer.
 
-
-def files_digest(files: Iterable[Path]) -> str:
-    """Return one digest of the names and contents of some files."""
-    whole = hashlib.sha256()
-    for file in sorted(set(files)):
-        with file.open("rb") as opened:
-            whole.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
-    return whole.hexdigest()
+    Args:
+        directory: Of the model.
+        remember: Don't read files again that are as they were when an earlier call read them.
+    """
+    files = [file for pattern in MODEL_FILES for file in directory.glob(pattern)]
+    return files_digest(files, remember=remember)
 
 
 def device_name(device: torch.device) -> str:
@@ -94,10 +93,8 @@ class KeptScores:
 
     def write(self, scores: TaskScores) -> None:
         """Keep scores; a reader sees all of them or none."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        partial = self.directory / "scores.json.partial"
-        partial.write_text(json.dumps(asdict(scores), default=str), encoding="utf-8")
-        partial.replace(self.directory / "scores.json")
+        with written_whole(self.directory / "scores.json") as opened:
+            opened.write(json.dumps(asdict(scores), default=str).encode())
 
 
 def _score(values: dict[str, Any]) -> Score:

@@ -17,8 +17,9 @@ import torch
 from qtool.base import Emit, ignore_events
 from qtool.errors import DataError, ModelError, QtoolError
 from qtool.evaluation import sandbox
+from qtool.evaluation.file_digests import files_digest
 from qtool.evaluation.harness import SEEDS, Tasks, quiet, templates_compiled_once
-from qtool.evaluation.kept_scores import KeptScores, files_digest
+from qtool.evaluation.kept_scores import KeptScores
 from qtool.evaluation.responses import ResponseStore
 from qtool.evaluation.scores import TaskScores, collect_scores
 from qtool.modeling.load import LoadedModel, default_device
@@ -118,11 +119,12 @@ def run_tasks(
 def _kept(name: str, subject: dict[str, Any], tasks: Tasks, options: TaskOptions) -> KeptScores:
     """Return the place of a task's scores: named by all that decides them."""
     files = tasks.data_files[name]
+    data = files_digest(files, remember=options.cache) if files else tasks.hub_data[name]
     return KeptScores(
         {
             "task": name,
             "model": subject,
-            "data": files_digest(files) if files else tasks.hub_data[name],
+            "data": data,
             "shots": tasks.shots(name),
             "limit": options.limit,
             "batch size": options.batch_size,

@@ -144,7 +144,7 @@ def evaluate_tasks(
         public = location.public_name or location.directory.resolve().name
         figures = figures_of(public, location.directory)
         subject = {
-            "digest": kept_scores.model_digest(location.directory),
+            "digest": kept_scores.model_digest(location.directory, remember=options.cache),
             "dtype": str(dtype).removeprefix("torch."),
             "device": kept_scores.device_name(device),
             "backend": backend or wanted_backend(),
