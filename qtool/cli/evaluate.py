@@ -16,6 +16,7 @@ PERPLEXITY = "Without --tasks"
 TASKS = "With --tasks"
 ONLY_TASKS = {"data_dir", "limit", "num_fewshot", "batch_size", "max_length", "seed"}
 ONLY_TASKS |= {"apply_chat_template", "confirm_run_unsafe_code", "markdown", "use_cache"}
+ONLY_TASKS |= {"gen_kwargs"}
 ONLY_PERPLEXITY = {"dataset", "context_length", "windows"}
 
 
@@ -90,6 +91,15 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(help="Default: lm-eval's seeds.", rich_help_panel=TASKS)
     ] = None,
+    gen_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY=VALUE,...",
+            help="How answers are written, as lm-eval's: do_sample, temperature, max_gen_toks, "
+            "until and so on; default: as each task says.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
     confirm_run_unsafe_code: Annotated[
         bool,
         typer.Option(
@@ -123,6 +133,7 @@ def evaluate(
 
     common: dict[str, Any] = {"baseline": baseline, "backend": backend, "dtype": torch_dtype(dtype)}
     if tasks is not None:
+        from qtool.evaluation.generation import parse_generation
         from qtool.evaluation.tasks import TaskOptions
 
         asked = TaskOptions(
@@ -134,6 +145,7 @@ def evaluate(
             max_length=max_length,
             chat_template=apply_chat_template,
             seed=seed,
+            generation=parse_generation(gen_kwargs) if gen_kwargs is not None else {},
             confirm_unsafe=confirm_run_unsafe_code,
             cache=use_cache,
         )

@@ -102,7 +102,8 @@ def _conditions(result: "TaskComparison") -> list[str]:
         f"{console.gigabytes(model.weight_bytes)}{_time(model)}."
         for label, model in zip(_labels(result), models, strict=True)
     ]
-    settings = result.model.tasks[0].settings
+    tasks = result.model.tasks
+    settings = tasks[0].settings
     limit, seed, subject = settings["limit"], settings["seed"], settings["model"]
     lines.append(
         f"{subject['dtype']} on {subject['device']}, batch size "
@@ -113,9 +114,13 @@ def _conditions(result: "TaskComparison") -> list[str]:
         + ("" if seed is None else f", seed {seed}")
         + f"; lm-eval {result.versions['lm-eval']}."
     )
-    truncated = sum(task.truncated for task in result.model.tasks)
+    truncated = sum(task.truncated for task in tasks)
     if truncated:
         lines.append(f"{truncated} requests were longer than that, and cut from the left.")
+    generation = [t.settings["generation"] for t in tasks if "generation" in t.settings]
+    if generation:  # the same in all
+        given = ", ".join(f"{key}={value!r}" for key, value in generation[0].items())
+        lines.append(f"Answers were written with {given}.")
     if result.protections:
         lines.append(f"Programs ran with: {', '.join(result.protections)}.")
     if result.original is not None:

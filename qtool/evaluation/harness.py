@@ -99,6 +99,8 @@ class Tasks:
         """Files that were read, by requested task."""
         self.hub_data: dict[str, list[str]] = {}
         """Fingerprints of the splits that came from the hub, by requested task."""
+        self.writing: set[str] = set()
+        """Requested tasks in which a model writes text."""
 
     def check(self, names: Sequence[str], *, confirm_unsafe: bool) -> None:
         """Refuse what can't run, before a model is loaded.
@@ -189,6 +191,8 @@ class Tasks:
             index.update({leaf: self._shipped[leaf] for leaf in splits})
         self.data_files[name] = [s.file_of(key) for s in splits.values() for key in s]
         self.hub_data[name] = _fingerprints(loaded["tasks"].values())
+        if any(map(writes_text, loaded["tasks"].values())):
+            self.writing.add(name)
         group = loaded.get("groups", {}).get(name)
         return [group] if group is not None else list(loaded["tasks"].values())
 
@@ -243,6 +247,11 @@ class Tasks:
 
     def _config(self, leaf: str, key: str) -> Any:  # noqa: ANN401
         return (self._shipped[leaf].cfg or {}).get(key)
+
+
+def writes_text(task: Any) -> bool:  # noqa: ANN401
+    """Return whether a model writes the answers of a task, so that `--gen-kwargs` applies."""
+    return bool(task.get_config("output_type") == "generate_until")
 
 
 def _seed(seeds: tuple[int, ...]) -> None:

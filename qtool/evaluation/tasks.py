@@ -4,28 +4,21 @@ Each task runs on its own: the batches that its requests fall into, and so the l
 scores, don't depend on what else was asked for.
 """
 
-import contextlib
 import gc
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from qtool.base import Emit, ignore_events
-from qtool.errors import DataError, ModelError, QtoolError
+from qtool.errors import DataError
 from qtool.evaluation import sandbox
 from qtool.evaluation.file_digests import files_digest
-from qtool.evaluation.harness import SEEDS, Tasks, quiet, templates_compiled_once
+from qtool.evaluation.harness import SEEDS, Tasks, quiet
 from qtool.evaluation.kept_scores import KeptScores
-from qtool.evaluation.responses import ResponseStore
-from qtool.evaluation.scores import TaskScores, collect_scores
+from qtool.evaluation.scores import TaskScores
+from qtool.evaluation.task_run import run_task
 from qtool.modeling.load import LoadedModel, default_device
-
-if TYPE_CHECKING:
-    from qtool.evaluation.task_model import TaskModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +43,8 @@ class TaskOptions:
     """Put the prompts in the model's chat template."""
     seed: int | None = None
     """Of everything; None: lm-eval's seeds."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """How a model continues prompts, from `parse_generation`; else as each task says."""
     confirm_unsafe: bool = False
     """Run programs that the model writes."""
     cache: bool = True
@@ -66,7 +61,8 @@ def check_tasks(options: TaskOptions) -> Tasks:
 
     Raises:
         MissingExtraError: lm-eval isn't installed.
-        DataError: a task is unknown, its data is missing, or it runs programs unasked.
+        DataError: a task is unknown, its data is missing, it runs programs unasked, or there is
+            nothing that the settings of generation apply to.
         QtoolError: a task runs programs, and the sandbox can't be set up here.
     """
     if not options.tasks:
@@ -75,6 +71,11 @@ def check_tasks(options: TaskOptions) -> Tasks:
         raise DataError("--batch-size auto asks how much memory a card has; give a number here.")
     tasks = Tasks(options.data_dir, options.num_fewshot, options.seeds)
     tasks.check(options.tasks, confirm_unsafe=options.confirm_unsafe)
+    if options.generation and not tasks.writing:
+        raise DataError(
+            f"--gen-kwargs says how a model writes, and in {', '.join(options.tasks)} it writes "
+            "nothing. Leave it out, or add a task such as gsm8k."
+        )
     if tasks.unsafe(options.tasks):
         sandbox.protections()  # raises where there are none: now, not when all is written
     return tasks
@@ -110,7 +111,7 @@ def run_tasks(
             batch, longest = options.batch_size, options.max_length
             model = TaskModel(load(), batch_size=batch, max_length=longest, emit=emit)
         for name in missing:
-            found[name] = _run(name, model, tasks, options, kept[name])
+            found[name] = run_task(name, model, tasks, options, kept[name])
         del model
         gc.collect()  # it is in a cycle, and would stay beside the model that is loaded next
     return tuple(found[name] for name in options.tasks)
@@ -120,6 +121,7 @@ def _kept(name: str, subject: dict[str, Any], tasks: Tasks, options: TaskOptions
     """Return the place of a task's scores: named by all that decides them."""
     files = tasks.data_files[name]
     data = files_digest(files, remember=options.cache) if files else tasks.hub_data[name]
+    applies = bool(options.generation) and name in tasks.writing
     return KeptScores(
         {
             "task": name,
@@ -131,91 +133,6 @@ def _kept(name: str, subject: dict[str, Any], tasks: Tasks, options: TaskOptions
             "longest": options.max_length,
             "chat template": options.chat_template,
             "seed": options.seed,
+            **({"generation": dict(options.generation)} if applies else {}),
         }
     )
-
-
-def _run(
-    name: str, model: "TaskModel", tasks: Tasks, options: TaskOptions, kept: KeptScores
-) -> TaskScores:
-    """Run one task, keeping every answer as it comes.
-
-    Raises:
-        ModelError: the card is full, or the model's output isn't a number.
-        DataError: lm-eval can't use the rows, or can't score the answers.
-    """
-    import lm_eval
-
-    started, objects = time.perf_counter(), tasks.load(name)
-    leaves = _prepare(objects, tasks.shots(name), options.seeds[-1])
-    store = ResponseStore(kept.responses if options.cache else None)
-    finished = False
-    try:
-        model.begin(name, store)
-        with _explained(name, model.name), quiet(), templates_compiled_once():
-            results = lm_eval.evaluate(
-                model,
-                {"tasks": leaves, "groups": _groups(objects)},
-                limit=options.limit,
-                bootstrap_iters=0,  # `scores` has standard errors from the items themselves
-                apply_chat_template=options.chat_template,
-                fewshot_as_multiturn=options.chat_template,
-                confirm_run_unsafe_code=options.confirm_unsafe,
-            )
-        scores = TaskScores(
-            name=name,
-            scores=collect_scores(results),
-            seconds=time.perf_counter() - started,
-            truncated=model.truncated,
-            settings={**kept.settings, "longest": model.max_length},
-        )
-        if options.cache:
-            kept.write(scores)
-        finished = True
-    finally:
-        store.close(finished=finished)
-    return scores
-
-
-@contextlib.contextmanager
-def _explained(task: str, model: str) -> Iterator[None]:
-    """Turn what is raised inside the block into errors that say where and what to do."""
-    try:
-        yield
-    except QtoolError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"{model} ran out of memory in task {task}. Give a smaller --batch-size, or a smaller "
-            "--max-length."
-        ) from error
-    except Exception as error:  # of lm-eval, jinja, metrics: many unrelated types
-        reason = " ".join(str(error).split()) or "no reason given"
-        raise DataError(
-            f"Task {task} stopped on {model}, {type(error).__name__}: {reason}. Check the rows of "
-            "its data and the packages that its metric needs; answers that are kept stay."
-        ) from error
-
-
-def _prepare(objects: Iterable[Any], shots: int | None, seed: int) -> dict[str, Any]:
-    """Set the number of examples as lm-eval's `simple_evaluate` does; returns tasks by name."""
-    leaves: dict[str, Any] = {}
-    for one in objects:
-        members = one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one]
-        leaves |= {task.task_name: task for task in members}
-    for task in leaves.values():
-        fixed = task.get_config("num_fewshot")
-        if shots is not None and fixed != 0:  # 0 means that the prompt has its examples already
-            task.set_config(key="num_fewshot", value=shots)
-        elif fixed is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=seed)
-    return leaves
-
-
-def _groups(objects: Iterable[Any]) -> dict[str, Any]:
-    groups: dict[str, Any] = {}
-    for one in objects:
-        if hasattr(one, "get_all_groups"):
-            groups |= {group.name: group for group in [one, *one.get_all_groups()]}
-    return groups

@@ -1,0 +1,107 @@
+"""One task of lm-eval on a loaded model: asked, answered, scored."""
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qtool.errors import DataError, ModelError, QtoolError
+from qtool.evaluation.harness import Tasks, quiet, templates_compiled_once, writes_text
+from qtool.evaluation.kept_scores import KeptScores
+from qtool.evaluation.responses import ResponseStore
+from qtool.evaluation.scores import TaskScores, collect_scores
+
+if TYPE_CHECKING:
+    from qtool.evaluation.task_model import TaskModel
+    from qtool.evaluation.tasks import TaskOptions
+
+
+def run_task(
+    name: str, model: "TaskModel", tasks: Tasks, options: "TaskOptions", kept: KeptScores
+) -> TaskScores:
+    """Run one task, keeping every answer as it comes.
+
+    Raises:
+        ModelError: the card is full, or the model's output isn't a number.
+        DataError: lm-eval can't use the rows, or can't score the answers.
+    """
+    import lm_eval
+
+    started, objects = time.perf_counter(), tasks.load(name)
+    leaves = _prepare(objects, tasks.shots(name), options)
+    store = ResponseStore(kept.responses if options.cache else None)
+    finished = False
+    try:
+        model.begin(name, store)
+        with _explained(name, model.name), quiet(), templates_compiled_once():
+            results = lm_eval.evaluate(
+                model,
+                {"tasks": leaves, "groups": _groups(objects)},
+                limit=options.limit,
+                bootstrap_iters=0,  # `scores` has standard errors from the items themselves
+                apply_chat_template=options.chat_template,
+                fewshot_as_multiturn=options.chat_template,
+                confirm_run_unsafe_code=options.confirm_unsafe,
+            )
+        scores = TaskScores(
+            name=name,
+            scores=collect_scores(results),
+            seconds=time.perf_counter() - started,
+            truncated=model.truncated,
+            settings={**kept.settings, "longest": model.max_length},
+        )
+        if options.cache:
+            kept.write(scores)
+        finished = True
+    finally:
+        store.close(finished=finished)
+    return scores
+
+
+@contextlib.contextmanager
+def _explained(task: str, model: str) -> Iterator[None]:
+    """Turn what is raised inside the block into errors that say where and what to do."""
+    try:
+        yield
+    except QtoolError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{model} ran out of memory in task {task}. Give a smaller --batch-size, or a smaller "
+            "--max-length."
+        ) from error
+    except Exception as error:  # of lm-eval, jinja, metrics: many unrelated types
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise DataError(
+            f"Task {task} stopped on {model}, {type(error).__name__}: {reason}. Check the rows of "
+            "its data and the packages that its metric needs; answers that are kept stay."
+        ) from error
+
+
+def _prepare(objects: Iterable[Any], shots: int | None, options: "TaskOptions") -> dict[str, Any]:
+    """Set examples and generation as lm-eval's `simple_evaluate` does; returns tasks by name."""
+    leaves: dict[str, Any] = {}
+    for one in objects:
+        members = one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one]
+        leaves |= {task.task_name: task for task in members}
+    for task in leaves.values():
+        fixed = task.get_config("num_fewshot")
+        if shots is not None and fixed != 0:  # 0 means that the prompt has its examples already
+            task.set_config(key="num_fewshot", value=shots)
+        elif fixed is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=options.seeds[-1])
+        if options.generation and writes_text(task):
+            shipped = task.get_config("generation_kwargs") or {}  # maybe lm-eval's own: not edited
+            task.set_config(key="generation_kwargs", value={**shipped, **options.generation})
+    return leaves
+
+
+def _groups(objects: Iterable[Any]) -> dict[str, Any]:
+    groups: dict[str, Any] = {}
+    for one in objects:
+        if hasattr(one, "get_all_groups"):
+            groups |= {group.name: group for group in [one, *one.get_all_groups()]}
+    return groups
