@@ -69,13 +69,9 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[
-        str | None,
-        typer.Option(
-            help="Requests per batch, or auto: what fits on the card. Default: 8; whole texts, "
-            "and on a card answers to write, one at a time.",
-            rich_help_panel=TASKS,
-        ),
-    ] = None,
+        str,
+        typer.Option(help="Requests per batch, or auto: by their length.", rich_help_panel=TASKS),
+    ] = "auto",
     max_length: Annotated[
         int | None,
         typer.Option(
@@ -193,8 +189,8 @@ def _check_targets(*targets: Path | None) -> None:
             )
 
 
-def _batch_size(text: str | None) -> int | str | None:
-    if text is None or text == "auto":
+def _batch_size(text: str) -> int | str:
+    if text == "auto":
         return text
     if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter(f"--batch-size is {text!r}; give a number from 1, or auto.")

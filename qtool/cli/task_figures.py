@@ -10,7 +10,6 @@ from qtool.errors import OutputError
 if TYPE_CHECKING:
     from qtool.evaluation.task_comparison import ModelTasks, ScoreRow, TaskComparison
 
-DEFAULT_BATCHES = "8 (whole texts, and on a card answers to write, 1)"
 LEFT = ("task", "metric", "verdict")
 
 
@@ -107,8 +106,7 @@ def _conditions(result: "TaskComparison") -> list[str]:
     limit, seed, subject = settings["limit"], settings["seed"], settings["model"]
     lines.append(
         f"{subject['dtype']} on {subject['device']}, batch size "
-        f"{settings['batch size'] or DEFAULT_BATCHES}, "
-        f"at most {settings['longest']} tokens, "
+        f"{settings['batch size']}, at most {settings['longest']} tokens, "
         + ("all items" if limit is None else f"first {limit} items of each task")
         + (", chat template" if settings["chat template"] else "")
         + ("" if seed is None else f", seed {seed}")

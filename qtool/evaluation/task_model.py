@@ -17,10 +17,10 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 
 from qtool.base import Emit, ignore_events
 from qtool.errors import DataError, ModelError
+from qtool.evaluation import batches
 from qtool.evaluation.responses import ResponseStore, request_key
 from qtool.modeling.load import LoadedModel
 
-DEFAULT_BATCH = 8
 TEXTS_AT_ONCE = 4096
 
 
@@ -58,7 +58,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         self,
         model: LoadedModel,
         *,
-        batch_size: int | str | None = None,
+        batch_size: int | str = batches.AUTO,
         max_length: int | None = None,
         emit: Emit = ignore_events,
     ) -> None:
@@ -66,10 +66,12 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         super().__init__(
             pretrained=model.model,
             tokenizer=model.tokenizer,
-            batch_size=DEFAULT_BATCH if batch_size is None else batch_size,
+            batch_size=batch_size,
             max_length=max_length,
         )
-        self.name, self.emit, self.default_batch = model.name, emit, batch_size is None
+        self.name, self.emit = model.name, emit
+        self._memory = batches.device_bytes(self.device)
+        self._size_of_batch = self._by_length()
         self.store = ResponseStore()
         self.task, self.done, self.total = "", 0, 0
         self.truncated = 0
@@ -123,14 +125,36 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Return the log-likelihood of each whole text."""
-        with self._batch(1 if self.default_batch else self.batch_size_per_gpu):
+        size = self.batch_size_per_gpu
+        with self._batch(1 if size == batches.AUTO else size):
             return self._answer("loglikelihood_rolling", super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
-        """Return a continuation per request: alone on a card, where the decode runner writes it."""
-        alone = self.default_batch and self.device.type == "cuda"
-        with self._batch(1 if alone else self.batch_size_per_gpu), without_cudnn_attention():
+        """Return a continuation per request, written by the decode runner where there is a card."""
+        size = self.batch_size_per_gpu
+        if size == batches.AUTO:
+            size = self._written_at_once([request.args for request in requests])
+        with self._batch(size), without_cudnn_attention():
             return self._answer("generate_until", super().generate_until, requests)
+
+    def _written_at_once(self, arguments: Sequence[Any]) -> int:
+        """Return how many texts are written at once."""
+        lengths = (
+            len(self.tok_encode(each[0])) + self._generation(each)["max_gen_toks"]
+            for each in arguments
+        )
+        longest = min(self.max_length, max(lengths, default=1))
+        size = batches.cache_bytes(self.config, self.model.dtype)
+        return batches.written_at_once(size, longest, self._memory)
+
+    def _by_length(self) -> batches.BatchByLength:
+        """Return what sizes batches of requests, each (texts, prompt tokens, answer tokens)."""
+        size = self.config.vocab_size * self.model.dtype.itemsize
+        return batches.BatchByLength(
+            batches.MOST_ON_CPU if self._memory is None else batches.MOST_READ,
+            batches.tokens_read_at_once(size, self._memory),
+            lambda request: min(self.max_length, len(request[1]) + len(request[2])),
+        )
 
     @contextlib.contextmanager
     def _batch(self, size: int | str) -> Iterator[None]:
@@ -140,6 +164,10 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
             yield
         finally:
             self.batch_size_per_gpu = kept
+
+    def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
+        """Size a batch by its longest request; lm-eval would try what still fits in memory."""
+        return self._size_of_batch(pos, n_reordered_requests)
 
     def _loglikelihood_tokens(
         self,

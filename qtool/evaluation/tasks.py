@@ -12,13 +12,13 @@ from typing import Any
 
 from qtool.base import Emit, ignore_events
 from qtool.errors import DataError
-from qtool.evaluation import sandbox
+from qtool.evaluation import batches, sandbox
 from qtool.evaluation.file_digests import files_digest
 from qtool.evaluation.harness import SEEDS, Tasks, quiet
 from qtool.evaluation.kept_scores import KeptScores
 from qtool.evaluation.scores import TaskScores
 from qtool.evaluation.task_run import run_task
-from qtool.modeling.load import LoadedModel, default_device
+from qtool.modeling.load import LoadedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +33,8 @@ class TaskOptions:
     """Examples in the prompt; None: the customary number, else lm-eval's."""
     limit: int | None = None
     """The first items of each task only."""
-    batch_size: int | str | None = None
-    """Requests per batch, or "auto": the largest that fits, on a card; None: 8, but one at a time
-    of windows of whole texts, which are as long as the model's context, and of texts that a model
-    writes on a card."""
+    batch_size: int | str = batches.AUTO
+    """Requests per batch, or "auto": as many as `batches` says, and one window of whole texts."""
     max_length: int | None = None
     """Tokens of prompt and answer; None: as many as the model has positions."""
     chat_template: bool = False
@@ -67,8 +65,6 @@ def check_tasks(options: TaskOptions) -> Tasks:
     """
     if not options.tasks:
         raise DataError("No task is named. Give some, such as --tasks mmlu,arc_easy.")
-    if options.batch_size == "auto" and default_device().type != "cuda":
-        raise DataError("--batch-size auto asks how much memory a card has; give a number here.")
     tasks = Tasks(options.data_dir, options.num_fewshot, options.seeds)
     tasks.check(options.tasks, confirm_unsafe=options.confirm_unsafe)
     if options.generation and not tasks.writing:

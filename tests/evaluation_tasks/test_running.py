@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from qtool.errors import DataError, ModelError
+from qtool.evaluation import batches
 from qtool.evaluation.local_data import read_rows
 from qtool.evaluation.responses import ResponseStore
 from qtool.evaluation.task_comparison import TaskComparison
@@ -103,6 +104,39 @@ def test_interrupted_run_of_other_settings_does_not_count(evaluate, asked):
     asked.clear()
     evaluate("lambada_openai", batch_size=2)
     assert len(asked) == INPUTS["lambada_openai"]
+
+
+@pytest.mark.parametrize("task", ["arc_easy", "lambada_openai", "gsm8k"])
+def test_batches_by_length_give_the_same_scores(evaluate, monkeypatch, task):
+    shapes: list[tuple[int, ...]] = []
+    call = HFLM._model_call
+
+    def counted(self: HFLM, inps: Any, *args: Any, **kwargs: Any) -> Any:
+        shapes.append(tuple(inps.shape))
+        return call(self, inps, *args, **kwargs)
+
+    monkeypatch.setattr(HFLM, "_model_call", counted)
+    monkeypatch.setattr(batches, "tokens_read_at_once", lambda *_: 100)
+    (by_length,) = scores_of(evaluate(task, batch_size="auto"))
+    assert all(rows * width <= 100 or rows == 1 for rows, width in shapes)
+    if task != "gsm8k":
+        assert any(rows > 1 for rows, _ in shapes)
+        assert len({rows for rows, _ in shapes}) > 1
+    (alone,) = scores_of(evaluate(task, batch_size=1))
+    for one, other in zip(by_length, alone, strict=True):
+        assert one.value == pytest.approx(other.value, rel=1e-5)
+
+
+def test_interrupted_run_in_batches_by_length_goes_on(evaluate, asked, monkeypatch):
+    monkeypatch.setattr(batches, "tokens_read_at_once", lambda *_: 100)
+    whole = evaluate("arc_easy", batch_size="auto", cache=False)
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("arc_easy", batch_size="auto", emit=stop_after(9))
+    asked.clear()
+    rest = evaluate("arc_easy", batch_size="auto")
+    assert 0 < len(asked) <= INPUTS["arc_easy"] - 9
+    assert scores_of(rest) == scores_of(whole)
 
 
 def test_finished_task_stays_when_the_next_one_stops(evaluate, asked):

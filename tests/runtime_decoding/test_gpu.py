@@ -195,19 +195,37 @@ def test_streams_share_a_decoder_in_turn():
         assert all(map(torch.equal, got, expected))
 
 
+@pytest.mark.parametrize("padding", [[0, 0], [0, 5], [8, 0]])
 @pytest.mark.parametrize("call", CALLS)
-def test_generate_is_that_of_transformers(call):
+def test_generate_is_that_of_transformers(call, padding):
     model, ids = accelerate(build("llama").cuda()), prompt(2, 9).cuda()
+    mask = (torch.arange(9) >= torch.tensor(padding)[:, None]).long().cuda()
     results = []
     for mode in ("never", "auto"):
         torch.manual_seed(0)
         with use_runner(mode):
             results.append(
-                model.generate(
-                    ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **CALLS[call]
-                )
+                model.generate(ids * mask, attention_mask=mask, pad_token_id=0, **CALLS[call])
             )
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3-norms"])
+@torch.no_grad()
+def test_sequences_of_a_batch_are_as_those_alone(kind):
+    lengths, ids = [300, 7, 64, 1], prompt(4, 340).cuda()
+    weights = weights_of(build(kind, torch.float16).cuda())
+    runner, alone = (
+        DecodeRunner(weights, kernels(), max_length=400, batch=batch) for batch in (4, 1)
+    )
+    later = ids[:, 300:]
+    logits = [runner.prefill(ids[:, :300], torch.tensor(lengths).cuda()).clone()]
+    logits += [runner.step(tokens).clone() for tokens in later.T]
+    for row, length in enumerate(lengths):
+        expected = [alone.prefill(ids[row : row + 1, :length]).clone()]
+        expected += [alone.step(token[None]).clone() for token in later[row]]
+        got = torch.stack([each[row] for each in logits])
+        torch.testing.assert_close(got, torch.cat(expected), rtol=0, atol=TOLERANCE[torch.float16])
 
 
 def test_streamer_hears_everything():

@@ -199,8 +199,9 @@ def test_splits_fill_the_card_and_follow_the_context():
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2-bias", "qwen3-norms"])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_whole_steps_by_kernels(kind, batch):
+@pytest.mark.parametrize("lengths", [[20], [20, 20], [3, 20, 1]], ids=str)
+def test_whole_steps_by_kernels(kind, lengths):
+    batch = len(lengths)
     model, ids = build(kind, torch.float16), prompt(batch, 24)
     weights = weights_of(model)
     launch = Recorder()
@@ -208,7 +209,8 @@ def test_whole_steps_by_kernels(kind, batch):
         DecodeRunner(weights, ops, max_length=40, batch=batch)
         for ops in (OPS, KernelOps(launch, card()))
     ]
-    logits = [[runner.prefill(ids[:, :20]).clone()] for runner in runners]
+    each_length = torch.tensor(lengths)
+    logits = [[runner.prefill(ids[:, :20], each_length).clone()] for runner in runners]
     for index in range(20, 24):
         for each, runner in zip(logits, runners, strict=True):
             each.append(runner.step(ids[:, index]).clone())

@@ -1,0 +1,87 @@
+"""How many requests of a task a model answers at once, where nobody says it.
+
+Decided by what is asked and the size of the card, never by what happens to be free: the last digits
+of scores depend on batches.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+AUTO = "auto"
+MOST_READ = 64
+"""Requests that a card reads at once: with more, a large model gains nothing."""
+MOST_WRITTEN = 16
+"""Texts that it writes at once: as many tokens as one pass of the bit-plane kernel takes."""
+MOST_ON_CPU = 8
+"""Of either: with more a CPU isn't faster."""
+LOGIT_BYTES = 2**31
+"""Of the logits of a batch, at most: lm-eval wants those of every token."""
+LOGIT_SHARE = 16
+"""Logits take one of this many parts of a card: they are in memory twice, beside a model that may
+fill half of it."""
+CACHE_SHARE = 8
+"""Keys and values, the same."""
+
+
+def device_bytes(device: torch.device) -> int | None:
+    """Return the memory of a card; None: it isn't one."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def tokens_read_at_once(logit_bytes: int, memory: int | None) -> int:
+    """Return how many tokens, padding included, a batch may have.
+
+    Args:
+        logit_bytes: Of the logits of one token.
+        memory: From `device_bytes`.
+    """
+    room = LOGIT_BYTES if memory is None else min(LOGIT_BYTES, memory // LOGIT_SHARE)
+    return room // logit_bytes
+
+
+def written_at_once(cache_bytes: int, longest: int, memory: int | None) -> int:
+    """Return how many texts are written at once.
+
+    Args:
+        cache_bytes: Of the keys and values of one token.
+        longest: Tokens of prompt and text, of the longest request.
+        memory: From `device_bytes`.
+    """
+    if memory is None:
+        return MOST_ON_CPU
+    room = memory // CACHE_SHARE // max(1, cache_bytes * longest)
+    return max(1, min(MOST_WRITTEN, room))
+
+
+def cache_bytes(config: Any, dtype: torch.dtype) -> int:  # noqa: ANN401
+    """Return the size of the keys and values of one token, by a transformers configuration."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
+
+
+class BatchByLength:
+    """Sizes the batches of requests that come longest first, as lm-eval orders them.
+
+    A batch is padded to its first request.
+    """
+
+    def __init__(self, most: int, tokens: int, length: Callable[[Any], int]) -> None:
+        """Let a batch have `most` requests and `tokens`; `length` gives those of a request."""
+        self._most, self._tokens, self._length = most, tokens, length
+        self._end = self._size = 0
+
+    def __call__(self, position: int, requests: Sequence[Any]) -> int:
+        """Return the size of the batch that holds the request at `position`.
+
+        Asked for every position in turn, from 0 on.
+        """
+        if position in (0, self._end):
+            fitting = self._tokens // max(1, self._length(requests[position]))
+            self._size = max(1, min(self._most, fitting))
+            self._end = position + self._size
+        return self._size
