@@ -1,7 +1,9 @@
 """Rendering: results to stdout, progress and errors to stderr."""
 
 import json
+import math
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from qtool.base import Emit
 from qtool.errors import OutputError
 
 NOT_A_TERMINAL_WIDTH = 120
+LOG_SECONDS = 30.0
+"""Between two lines of progress in a log."""
 out = Console(width=None if sys.stdout.isatty() else NOT_A_TERMINAL_WIDTH, highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -38,10 +42,13 @@ def print_table(title: str, columns: Mapping[str, str], rows: Sequence[tuple[str
 
 
 def write_json(value: Any, target: Path | None) -> None:  # noqa: ANN401
-    """Write a result for machines; '-' is stdout, None is nowhere."""
+    """Write a result for machines; '-' is stdout, None is nowhere.
+
+    What isn't a finite number is null: JSON knows no NaN, and few readers take it.
+    """
     if target is None:
         return
-    text = json.dumps(value, indent=2, default=str)
+    text = json.dumps(_finite(value), indent=2, default=str, allow_nan=False)
     if str(target) == "-":
         print(text)
         return
@@ -49,6 +56,15 @@ def write_json(value: Any, target: Path | None) -> None:  # noqa: ANN401
         target.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"Can't write {target}: {error.strerror}.") from error
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401
+    """Return the same with None for every number that isn't finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def wants_table(json_target: Path | None) -> bool:
@@ -71,7 +87,10 @@ def compact(average_bits: float) -> str:
 
 @contextmanager
 def progress() -> Iterator[Emit]:
-    """Render events as progress bars with the time left; yields what to emit to."""
+    """Render events as progress bars with the time left; yields what to emit to.
+
+    Where stderr isn't a terminal, it gets a line now and then instead.
+    """
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -83,8 +102,10 @@ def progress() -> Iterator[Emit]:
         disable=not err.is_terminal,  # else a log gets an empty line before each error
     )
     tasks: dict[str, Any] = {}
+    last_line = time.monotonic()
 
     def emit(event: str, values: Mapping[str, Any]) -> None:
+        nonlocal last_line
         if event == "warning":
             err.print(f"Warning: {escape(values['message'])}")
             return
@@ -96,6 +117,10 @@ def progress() -> Iterator[Emit]:
             tasks[label] = bars.add_task(label, total=values.get("total"), detail="")
         done = values.get("index", -1) + 1
         bars.update(tasks[label], completed=done, detail=detail)
+        if bars.disable and time.monotonic() - last_line >= LOG_SECONDS:
+            last_line = time.monotonic()
+            of = f" of {values['total']}" if values.get("total") else ""
+            print(f"{label}: {done}{of}  {detail}".rstrip(), file=sys.stderr, flush=True)
 
     with bars:
         yield emit
