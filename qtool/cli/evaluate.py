@@ -9,7 +9,7 @@ import typer
 from qtool.cli import console
 from qtool.cli.figures import print_comparison
 from qtool.cli.options import BackendOption, DTypeOption, JsonOption, torch_dtype
-from qtool.cli.task_figures import print_tasks, task_report, write_markdown
+from qtool.cli.task_figures import print_tasks, raise_failures, task_report, write_markdown
 from qtool.errors import OutputError
 
 PERPLEXITY = "Without --tasks"
@@ -151,6 +151,7 @@ def evaluate(
         write_markdown(scored, markdown)
         if console.wants_table(json_file) and console.wants_table(markdown):
             print_tasks(scored)
+        raise_failures(scored)
         return
     options = pipeline.EvalOptions(
         dataset=dataset, context_length=context_length, max_windows=windows

@@ -1,13 +1,15 @@
 """Task scores as a table, as Markdown and for machines."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.cli import console
-from qtool.errors import OutputError
+from qtool.errors import OutputError, QtoolError
 
 if TYPE_CHECKING:
+    from qtool.evaluation.scores import TaskFailure, TaskScores
     from qtool.evaluation.task_comparison import ModelTasks, ScoreRow, TaskComparison
 
 LEFT = ("task", "metric", "verdict")
@@ -18,7 +20,8 @@ def print_tasks(result: "TaskComparison") -> None:
     rows = [row for row in result.rows if row.headline]
     names = _columns(result)
     columns = {name: "left" if name in LEFT else "right" for name in names}
-    console.print_table("", columns, [_cells(result, row) for row in rows])
+    if rows:
+        console.print_table("", columns, [_cells(result, row) for row in rows])
     for line in _conditions(result):
         console.out.print(line, markup=False)
 
@@ -30,7 +33,8 @@ def write_markdown(result: "TaskComparison", target: Path | None) -> None:
     names = _columns(result)
     lines = [_line(names), _line([":---" if name in LEFT else "---:" for name in names])]
     lines += [_line(_cells(result, row)) for row in result.rows]
-    lines += ["", *(f"- {line}" for line in _conditions(result))]
+    lines = [*lines, ""] if result.rows else []
+    lines += [f"- {line}" for line in _conditions(result)]
     text = "\n".join(lines) + "\n"
     if str(target) == "-":
         print(text, end="")
@@ -48,7 +52,24 @@ def task_report(result: "TaskComparison") -> dict[str, Any]:
         for task in (model or {}).get("tasks", ()):
             for score in task["scores"]:
                 del score["items"]
-    return report
+        if model is not None:
+            del model["failures"]
+    failures = [{"model": model, **asdict(failure)} for model, failure in _failures(result)]
+    return {**report, "failures": failures}
+
+
+def raise_failures(result: "TaskComparison") -> None:
+    """Raise, once results are written, if there are some that are missing.
+
+    Raises:
+        QtoolError: tasks failed.
+    """
+    failures = [f"{failure.task} on {model}" for model, failure in _failures(result)]
+    if failures:
+        raise QtoolError(
+            f"Failed: {', '.join(failures)}. Why is said below the scores, and under `failures` of "
+            "--json. The same command again runs only what isn't kept."
+        )
 
 
 def _columns(result: "TaskComparison") -> list[str]:
@@ -64,6 +85,17 @@ def _labels(result: "TaskComparison") -> list[str]:
     return [other if other != name else f"{other} (baseline)", name]
 
 
+def _models(result: "TaskComparison") -> list[tuple[str, "ModelTasks"]]:
+    """Return (label, model) in the order of the columns."""
+    models = [model for model in (result.original, result.model) if model is not None]
+    return list(zip(_labels(result), models, strict=True))
+
+
+def _failures(result: "TaskComparison") -> list[tuple[str, "TaskFailure"]]:
+    """Return (label of the model, failure)."""
+    return [(label, one) for label, model in _models(result) for one in model.failures]
+
+
 def _cells(result: "TaskComparison", row: "ScoreRow") -> tuple[str, ...]:
     metric = row.metric if row.filter == "none" else f"{row.metric}, {row.filter}"
     shots = "" if row.shots is None else str(row.shots)
@@ -71,8 +103,8 @@ def _cells(result: "TaskComparison", row: "ScoreRow") -> tuple[str, ...]:
     if result.original is None:
         return (*cells, _number(row.value, row.standard_error))
     value = _number(row.value)  # of two models only the error of the difference says something
-    if row.original is None:
-        return (*cells, "", value, "", "", "")
+    if row.original is None or row.value is None:
+        return (*cells, _number(row.original), value, "", "", "")
     paired = row.paired
     if paired is None:
         return (*cells, _number(row.original), value, _signed(row.value - row.original), "", "")
@@ -81,7 +113,9 @@ def _cells(result: "TaskComparison", row: "ScoreRow") -> tuple[str, ...]:
     return (*cells, _number(row.original), value, difference, p_value, row.verdict)
 
 
-def _number(value: float, error: float | None = None) -> str:
+def _number(value: float | None, error: float | None = None) -> str:
+    if value is None:
+        return ""
     return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
@@ -94,31 +128,18 @@ def _line(cells: Any) -> str:  # noqa: ANN401
 
 
 def _conditions(result: "TaskComparison") -> list[str]:
-    """Return what the scores hold for."""
-    models = [model for model in (result.original, result.model) if model is not None]
+    """Return what the scores hold for, and what gave none."""
     lines = [
         f"{label}: {console.compact(model.average_bits)} bits per weight, "
         f"{console.gigabytes(model.weight_bytes)}{_time(model)}."
-        for label, model in zip(_labels(result), models, strict=True)
+        for label, model in _models(result)
     ]
-    tasks = result.model.tasks
-    settings = tasks[0].settings
-    limit, seed, subject = settings["limit"], settings["seed"], settings["model"]
-    lines.append(
-        f"{subject['dtype']} on {subject['device']}, batch size "
-        f"{settings['batch size']}, at most {settings['longest']} tokens, "
-        + ("all items" if limit is None else f"first {limit} items of each task")
-        + (", chat template" if settings["chat template"] else "")
-        + ("" if seed is None else f", seed {seed}")
-        + f"; lm-eval {result.versions['lm-eval']}."
-    )
-    truncated = sum(task.truncated for task in tasks)
+    tasks = [task for _, model in _models(result) for task in model.tasks]
+    if tasks:
+        lines += _settings(tasks, result.versions["lm-eval"])
+    truncated = sum(task.truncated for task in result.model.tasks)
     if truncated:
         lines.append(f"{truncated} requests were longer than that, and cut from the left.")
-    generation = [t.settings["generation"] for t in tasks if "generation" in t.settings]
-    if generation:  # the same in all
-        given = ", ".join(f"{key}={value!r}" for key, value in generation[0].items())
-        lines.append(f"Answers were written with {given}.")
     if result.protections:
         lines.append(f"Programs ran with: {', '.join(result.protections)}.")
     if result.original is not None:
@@ -126,6 +147,25 @@ def _conditions(result: "TaskComparison") -> list[str]:
             "Differences are paired, item by item; ± is one standard error. A verdict needs "
             "p < 0.05 and says nothing of rows beside it."
         )
+    lines += [f"FAILED: {one.task} on {label}: {one.message}" for label, one in _failures(result)]
+    return lines
+
+
+def _settings(tasks: Sequence["TaskScores"], version: str) -> list[str]:
+    settings = tasks[0].settings
+    limit, seed, subject = settings["limit"], settings["seed"], settings["model"]
+    lines = [
+        f"{subject['dtype']} on {subject['device']}, batch size "
+        f"{settings['batch size']}, at most {settings['longest']} tokens, "
+        + ("all items" if limit is None else f"first {limit} items of each task")
+        + (", chat template" if settings["chat template"] else "")
+        + ("" if seed is None else f", seed {seed}")
+        + f"; lm-eval {version}."
+    ]
+    generation = [t.settings["generation"] for t in tasks if "generation" in t.settings]
+    if generation:  # the same in all
+        given = ", ".join(f"{key}={value!r}" for key, value in generation[0].items())
+        lines.append(f"Answers were written with {given}.")
     return lines
 
 

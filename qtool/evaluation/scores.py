@@ -62,6 +62,17 @@ class TaskScores:
     """Nothing was run: an earlier run left these scores."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskFailure:
+    """A requested task that gave no scores."""
+
+    task: str
+    error: str
+    """The kind of error, by its name."""
+    message: str
+    """What is wrong, where, and what to do next."""
+
+
 def collect_scores(results: Mapping[str, Any]) -> tuple[Score, ...]:
     """Return the scores in what lm-eval's `evaluate` returns, groups first where there are any.
 

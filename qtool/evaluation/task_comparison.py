@@ -1,10 +1,10 @@
 """A model's task scores beside those of its original, item by item."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qtool.evaluation.paired import Paired, verdict
-from qtool.evaluation.scores import Score, TaskScores, compare_scores
+from qtool.evaluation.scores import Score, TaskFailure, TaskScores, compare_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,8 @@ class ModelTasks:
     average_bits: float
     """Stored bits per weight of the quantized layers; 16 or 32 for an unquantized model."""
     tasks: tuple[TaskScores, ...]
+    failures: tuple[TaskFailure, ...] = ()
+    """Requested tasks that gave no scores."""
 
     def scores(self) -> dict[tuple[str, str, str], Score]:
         """Return all scores by (task, metric, filter)."""
@@ -31,7 +33,8 @@ class ScoreRow:
     filter: str
     shots: int | None
     num_items: int
-    value: float
+    value: float | None
+    """None: the task failed on the model, and not on its original."""
     standard_error: float | None
     group: bool
     headline: bool
@@ -55,15 +58,22 @@ class TaskComparison:
 
 
 def score_rows(model: ModelTasks, original: ModelTasks | None) -> tuple[ScoreRow, ...]:
-    """Return one row per score of the model, compared with the original's where there is one."""
+    """Return one row per score of either model, compared where both have it."""
+    done = {task.name for task in model.tasks}
     others = original.scores() if original is not None else {}
     rows = []
     for task in model.tasks:
-        has_groups = any(score.group for score in task.scores)
         for score in task.scores:
             other = others.get((score.task, score.metric, score.filter))
-            rows.append(_row(score, other, headline=score.group or not has_groups))
+            rows.append(_row(score, other, headline=_is_headline(score, task)))
+    for task in original.tasks if original is not None else ():
+        if task.name not in done:
+            rows += [_row_of_original(s, headline=_is_headline(s, task)) for s in task.scores]
     return tuple(rows)
+
+
+def _is_headline(score: Score, task: TaskScores) -> bool:
+    return score.group or not any(one.group for one in task.scores)
 
 
 def _row(score: Score, original: Score | None, *, headline: bool) -> ScoreRow:
@@ -83,3 +93,8 @@ def _row(score: Score, original: Score | None, *, headline: bool) -> ScoreRow:
         paired=paired,
         verdict=verdict(paired, higher_is_better=better) if paired is not None else "",
     )
+
+
+def _row_of_original(score: Score, *, headline: bool) -> ScoreRow:
+    row = _row(score, None, headline=headline)
+    return replace(row, value=None, standard_error=None, original=score.value)

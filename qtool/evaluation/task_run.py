@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from qtool.evaluation.task_model import TaskModel
     from qtool.evaluation.tasks import TaskOptions
 
+FULL = "Give a smaller --batch-size, or a smaller --max-length."
+OTHER = (
+    "Check the rows of its data and the packages that its metric needs; answers that are kept stay."
+)
+
 
 def run_task(
     name: str, model: "TaskModel", tasks: Tasks, options: "TaskOptions", kept: KeptScores
@@ -29,55 +34,63 @@ def run_task(
     """
     import lm_eval
 
-    started, objects = time.perf_counter(), tasks.load(name)
-    leaves = _prepare(objects, tasks.shots(name), options)
-    store = ResponseStore(kept.responses if options.cache else None)
-    finished = False
-    try:
-        model.begin(name, store)
-        with _explained(name, model.name), quiet(), templates_compiled_once():
+    started = time.perf_counter()
+    what = f"Task {name} stopped on {model.name}"
+    with explained(what, full=FULL, other=OTHER), quiet(), templates_compiled_once():
+        objects = tasks.load(name)
+        store = ResponseStore(kept.responses if options.cache else None)
+        finished = False
+        try:
+            model.begin(name, store)
             results = lm_eval.evaluate(
                 model,
-                {"tasks": leaves, "groups": _groups(objects)},
+                {
+                    "tasks": _prepare(objects, tasks.shots(name), options),
+                    "groups": _groups(objects),
+                },
                 limit=options.limit,
                 bootstrap_iters=0,  # `scores` has standard errors from the items themselves
                 apply_chat_template=options.chat_template,
                 fewshot_as_multiturn=options.chat_template,
                 confirm_run_unsafe_code=options.confirm_unsafe,
             )
-        scores = TaskScores(
-            name=name,
-            scores=collect_scores(results),
-            seconds=time.perf_counter() - started,
-            truncated=model.truncated,
-            settings={**kept.settings, "longest": model.max_length},
-        )
-        if options.cache:
-            kept.write(scores)
-        finished = True
-    finally:
-        store.close(finished=finished)
+            scores = TaskScores(
+                name=name,
+                scores=collect_scores(results),
+                seconds=time.perf_counter() - started,
+                truncated=model.truncated,
+                settings={**kept.settings, "longest": model.max_length},
+            )
+            if options.cache:
+                kept.write(scores)
+            finished = True
+        finally:
+            store.close(finished=finished)
     return scores
 
 
 @contextlib.contextmanager
-def _explained(task: str, model: str) -> Iterator[None]:
-    """Turn what is raised inside the block into errors that say where and what to do."""
+def explained(what: str, *, full: str, other: str) -> Iterator[None]:
+    """Turn whatever is raised inside the block into errors that say where and what to do.
+
+    Args:
+        what: Begins the message.
+        full: What to do if the memory is full.
+        other: What to do about anything else.
+
+    Raises:
+        ModelError: the memory is full, of the card or of the host.
+        DataError: anything else that isn't a QtoolError already.
+    """
     try:
         yield
     except QtoolError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"{model} ran out of memory in task {task}. Give a smaller --batch-size, or a smaller "
-            "--max-length."
-        ) from error
-    except Exception as error:  # of lm-eval, jinja, metrics: many unrelated types
-        reason = " ".join(str(error).split()) or "no reason given"
-        raise DataError(
-            f"Task {task} stopped on {model}, {type(error).__name__}: {reason}. Check the rows of "
-            "its data and the packages that its metric needs; answers that are kept stay."
-        ) from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ModelError(f"{what}: out of memory. {full}") from error
+    except Exception as error:  # of lm-eval, jinja, metrics, torch: many unrelated types
+        reason = " ".join(str(error).split()).rstrip(".") or "no reason given"
+        raise DataError(f"{what}, {type(error).__name__}: {reason}. {other}") from error
 
 
 def _prepare(objects: Iterable[Any], shots: int | None, options: "TaskOptions") -> dict[str, Any]:

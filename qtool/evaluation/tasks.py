@@ -10,15 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qtool.base import Emit, ignore_events
-from qtool.errors import DataError
+from qtool.errors import DataError, QtoolError
 from qtool.evaluation import batches, sandbox
 from qtool.evaluation.file_digests import files_digest
 from qtool.evaluation.harness import SEEDS, Tasks, quiet
 from qtool.evaluation.kept_scores import KeptScores
-from qtool.evaluation.scores import TaskScores
-from qtool.evaluation.task_run import run_task
+from qtool.evaluation.scores import TaskFailure, TaskScores
+from qtool.evaluation.task_run import FULL, explained, run_task
 from qtool.modeling.load import LoadedModel
+
+TOO_LARGE = "It needs a larger card, or fewer bytes for each weight."
+DAMAGED = "Check that its files are whole."
+GONE = "Its files were there when this run began: put them back."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,41 +85,80 @@ def check_tasks(options: TaskOptions) -> Tasks:
 
 def run_tasks(
     load: Callable[[], LoadedModel],
-    subject: dict[str, Any],
+    subject: Mapping[str, Any],
     tasks: Tasks,
     options: TaskOptions,
     emit: Emit = ignore_events,
-) -> tuple[TaskScores, ...]:
-    """Run tasks on a model, unless their scores are kept.
+) -> tuple[TaskScores | TaskFailure, ...]:
+    """Run tasks on a model, unless their scores are kept; one that fails doesn't stop the others.
 
     Args:
         load: Loads the model; called if there is anything to run.
         subject: All of the model that decides scores: digest, dtype, device, backend.
         tasks: From `check_tasks`.
         options: The same as there.
-        emit: Receives `request` events.
+        emit: Receives `request` events, and a `warning` for each task that fails.
+
+    Returns:
+        What became of each task, in their order.
     """
-    found: dict[str, TaskScores] = {}
-    kept = {name: _kept(name, subject, tasks, options) for name in options.tasks}
-    for name, place in kept.items():
+    found: dict[str, TaskScores | TaskFailure] = {}
+    missing: dict[str, KeptScores] = {}
+    for name in options.tasks:
+        try:
+            with explained(f"The data of task {name} can't be read", full=FULL, other=GONE):
+                place = _kept(name, subject, tasks, options)
+        except QtoolError as error:
+            found[name] = _failure(name, error, emit)
+            continue
         scores = place.read() if options.cache else None
         if scores is not None:
             found[name] = scores
-    missing = [name for name in kept if name not in found]
+        else:
+            missing[name] = place
     if missing:
-        from qtool.evaluation.task_model import TaskModel  # lm-eval: slow
-
-        with quiet():
-            batch, longest = options.batch_size, options.max_length
-            model = TaskModel(load(), batch_size=batch, max_length=longest, emit=emit)
-        for name in missing:
-            found[name] = run_task(name, model, tasks, options, kept[name])
-        del model
-        gc.collect()  # it is in a cycle, and would stay beside the model that is loaded next
+        found |= _run(missing, load, tasks, options, emit)
+        _free_memory()  # the model is in a cycle, and would stay beside the one that is loaded next
     return tuple(found[name] for name in options.tasks)
 
 
-def _kept(name: str, subject: dict[str, Any], tasks: Tasks, options: TaskOptions) -> KeptScores:
+def _run(
+    missing: Mapping[str, KeptScores],
+    load: Callable[[], LoadedModel],
+    tasks: Tasks,
+    options: TaskOptions,
+    emit: Emit,
+) -> dict[str, TaskScores | TaskFailure]:
+    """Run tasks whose scores aren't kept."""
+    from qtool.evaluation.task_model import TaskModel  # lm-eval: slow
+
+    try:
+        with explained("The model can't be loaded", full=TOO_LARGE, other=DAMAGED), quiet():
+            batch, longest = options.batch_size, options.max_length
+            model = TaskModel(load(), batch_size=batch, max_length=longest, emit=emit)
+    except QtoolError as error:
+        return {name: _failure(name, error, emit) for name in missing}
+    found: dict[str, TaskScores | TaskFailure] = {}
+    for name, place in missing.items():
+        try:
+            found[name] = run_task(name, model, tasks, options, place)
+        except QtoolError as error:
+            found[name] = _failure(name, error, emit)
+        _free_memory()  # of what an error held
+    return found
+
+
+def _failure(task: str, error: QtoolError, emit: Emit) -> TaskFailure:
+    emit("warning", {"message": f"{task} failed: {error}"})  # now, not when the others are done
+    return TaskFailure(task=task, error=type(error).__name__, message=str(error))
+
+
+def _free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing, without a card
+
+
+def _kept(name: str, subject: Mapping[str, Any], tasks: Tasks, options: TaskOptions) -> KeptScores:
     """Return the place of a task's scores: named by all that decides them."""
     files = tasks.data_files[name]
     data = files_digest(files, remember=options.cache) if files else tasks.hub_data[name]

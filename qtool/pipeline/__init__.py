@@ -1,6 +1,6 @@
 """What the command line calls: straight-line functions from a request to a result.
 
-`quantizing` writes checkpoints, `measuring` looks at them.
+`quantizing` writes checkpoints, `measuring` looks at them, `scoring` asks them lm-eval's questions.
 """
 
 from qtool.pipeline.measuring import (
@@ -11,7 +11,6 @@ from qtool.pipeline.measuring import (
     bench,
     bench_gpu,
     evaluate,
-    evaluate_tasks,
 )
 from qtool.pipeline.quantizing import (
     CalibrateResult,
@@ -20,6 +19,7 @@ from qtool.pipeline.quantizing import (
     plan,
     quantize,
 )
+from qtool.pipeline.scoring import evaluate_tasks
 
 __all__ = [
     "CalibrateResult",

@@ -20,18 +20,16 @@ from qtool.evaluation.agreement import (
     record_reference,
 )
 from qtool.evaluation.perplexity import PerplexityResult, perplexity
-from qtool.modeling.load import LoadedModel, default_device, default_dtype, load_model
+from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import locate
 from qtool.pipeline.quantizing import REPORT_NAME
-from qtool.runtime.select import use_backend, wanted_backend
+from qtool.runtime.select import use_backend
 from qtool.scheme import WeightScheme
 
 if TYPE_CHECKING:
     import torch
 
     from qtool.bench.gpu import GpuResult
-    from qtool.evaluation.task_comparison import TaskComparison
-    from qtool.evaluation.tasks import TaskOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,57 +111,6 @@ def evaluate(
         figures.append(_figures(loaded, perplexity=options.measure(loaded, corpus, emit)))
         agreement = compare_to_reference(loaded, reference, emit) if reference else None
     return Comparison(tuple(figures), agreement, versions())
-
-
-def evaluate_tasks(
-    model: str,
-    options: "TaskOptions",
-    *,
-    baseline: str | None = None,
-    backend: str | None = None,
-    dtype: "torch.dtype | None" = None,
-    emit: Emit = ignore_events,
-) -> "TaskComparison":
-    """Run tasks of lm-eval on a model and, if given, on a baseline: the same items, one by one.
-
-    Raises:
-        MissingExtraError: lm-eval isn't installed.
-        DataError: before a model is loaded: a task is unknown, its data is missing, or it runs
-            programs that the model writes and nobody has agreed.
-    """
-    from qtool.evaluation import kept_scores, sandbox, task_comparison
-    from qtool.evaluation.tasks import check_tasks, run_tasks
-
-    locate(model)  # a typo is found before the baseline has run
-    tasks = check_tasks(options)
-    device = default_device()
-    dtype = dtype or default_dtype(device)
-
-    def measure(name: str) -> task_comparison.ModelTasks:
-        location = locate(name)
-        public = location.public_name or location.directory.resolve().name
-        figures = figures_of(public, location.directory)
-        subject = {
-            "digest": kept_scores.model_digest(location.directory, remember=options.cache),
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": kept_scores.device_name(device),
-            "backend": backend or wanted_backend(),
-            "switches": kept_scores.switches(),
-        }
-        with use_backend(backend):
-            scores = run_tasks(lambda: load_model(name, dtype=dtype), subject, tasks, options, emit)
-        size, bits = figures.weight_bytes, figures.average_bits
-        return task_comparison.ModelTasks(figures.name, size, bits, scores)
-
-    original = measure(baseline) if baseline is not None else None
-    measured = measure(model)
-    return task_comparison.TaskComparison(
-        model=measured,
-        original=original,
-        rows=task_comparison.score_rows(measured, original),
-        protections=sandbox.protections() if tasks.unsafe(options.tasks) else (),
-        versions={**versions(), **kept_scores.versions()},
-    )
 
 
 def bench(

@@ -88,9 +88,9 @@ def metrics_of(results: dict[str, Any], task: str) -> dict[str, float]:
     }
 
 
-def ours(evaluate: Evaluate, *tasks: str, **options: Any) -> dict[str, dict[str, float]]:
+def ours(evaluate: Evaluate, *tasks: str, **options: Any) -> dict[str, dict[str, float | None]]:
     """Return the same by task."""
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float | None]] = {}
     for row in evaluate(*tasks, **options).rows:
         found.setdefault(row.task, {})[f"{row.metric},{row.filter}"] = row.value
     return found

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qtool.errors import DataError, QtoolError
+from qtool.errors import QtoolError
 from qtool.evaluation import sandbox
 from qtool.evaluation.harness import Tasks
 from qtool.evaluation.tasks import TaskOptions, _kept, check_tasks, run_tasks
@@ -65,19 +65,6 @@ def test_sandbox_that_cannot_be_set_up_is_found_before_a_model_is_loaded(data, m
         check_tasks(TaskOptions(tasks=("arc_easy", "humaneval"), **asked))
 
 
-def test_failure_inside_a_task_is_one_error_that_names_it(evaluate, monkeypatch):
-    import lm_eval
-
-    def fail(*_args: Any, **_options: Any) -> Any:
-        raise ZeroDivisionError("no\n words")
-
-    monkeypatch.setattr(lm_eval, "evaluate", fail)
-    with pytest.raises(
-        DataError, match=r"Task arc_easy stopped on .*, ZeroDivisionError: no words"
-    ):
-        evaluate("arc_easy")
-
-
 def test_model_is_gone_before_the_next_is_loaded(data, long_llama):
     import gc
     import weakref
@@ -99,16 +86,3 @@ def test_model_is_gone_before_the_next_is_loaded(data, long_llama):
         assert loaded[0]() is None
     finally:
         gc.enable()
-
-
-def test_full_card_is_an_error_that_says_what_to_do(data, long_llama, monkeypatch):
-    from qtool.evaluation.task_model import TaskModel
-    from qtool.modeling.load import load_model
-
-    def fill(*_args: Any, **_options: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(TaskModel, "_loglikelihood_tokens", fill)
-    options = TaskOptions(tasks=("arc_easy",), data_dir=data)
-    with pytest.raises(QtoolError, match=r"out of memory in task arc_easy.*--batch-size"):
-        run_tasks(lambda: load_model(str(long_llama)), NEVER, check_tasks(options), options)

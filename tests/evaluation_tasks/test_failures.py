@@ -1,0 +1,275 @@
+"""A task that fails: the others are run, it is said what is missing and why, the exit code is 1."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import torch
+
+from qtool.errors import ModelError, QtoolError
+from qtool.evaluation.harness import Tasks
+from qtool.evaluation.task_model import TaskModel
+from qtool.pipeline import scoring
+from tests.cli.conftest import Cli, cli
+from tests.evaluation_tasks.conftest import LoadsModelError
+
+__all__ = ["cli"]  # the fixture
+
+THREE = ("lambada_openai", "arc_easy", "wikitext")
+
+
+@pytest.fixture
+def fail(monkeypatch) -> Callable[..., None]:
+    """Return a function that has a task fail on a model: (error, task, name of the model)."""
+
+    def prepare(error: BaseException, task: str = "arc_easy", model: str = "") -> None:
+        shipped = lm_eval.evaluate
+
+        def evaluate(lm: Any, tasks: Any, **options: Any) -> Any:
+            if lm.task == task and lm.name.startswith(model):
+                raise error
+            return shipped(lm, tasks, **options)
+
+        monkeypatch.setattr(lm_eval, "evaluate", evaluate)
+
+    return prepare
+
+
+def test_other_tasks_are_run(evaluate, fail):
+    fail(ZeroDivisionError("no\n words"))
+    events: list[Any] = []
+    result = evaluate(*THREE, emit=lambda event, values: events.append((event, values)))
+    assert [task.name for task in result.model.tasks] == ["lambada_openai", "wikitext"]
+    assert {row.task for row in result.rows} == {"lambada_openai", "wikitext"}
+    (failure,) = result.model.failures
+    assert (failure.task, failure.error) == ("arc_easy", "DataError")
+    assert failure.message.startswith("Task arc_easy stopped on ")
+    assert "ZeroDivisionError: no words. Check the rows" in failure.message
+    (warning,) = [values["message"] for event, values in events if event == "warning"]
+    assert warning == f"arc_easy failed: {failure.message}"  # at once, not after hours
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["card", "host"]
+)
+def test_full_memory_comes_with_advice(evaluate, fail, error):
+    fail(error)
+    result = evaluate("arc_easy", "wikitext", limit=1)
+    (failure,) = result.model.failures
+    assert failure.error == "ModelError"
+    assert "arc_easy stopped on" in failure.message
+    assert "out of memory. Give a smaller --batch-size" in failure.message
+    assert [task.name for task in result.model.tasks] == ["wikitext"]
+
+
+def test_full_card_in_the_middle_of_a_batch(evaluate, monkeypatch):
+    """The real way there, through lm-eval's loop; the next task finds the model as it was."""
+    shipped = TaskModel._loglikelihood_tokens
+
+    def fill(self: TaskModel, *args: Any, **options: Any) -> Any:
+        if self.task == "arc_easy":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return shipped(self, *args, **options)
+
+    alone = evaluate("lambada_openai", cache=False)
+    monkeypatch.setattr(TaskModel, "_loglikelihood_tokens", fill)
+    result = evaluate("arc_easy", "lambada_openai")
+    assert [one.task for one in result.model.failures] == ["arc_easy"]
+    assert result.model.tasks[0].scores == alone.model.tasks[0].scores
+
+
+def test_data_that_go_missing_while_another_task_runs(evaluate, data, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+
+    def remove(event: str, values: Any) -> None:
+        if event == "request" and values["task"] == "lambada_openai":
+            (copy / "mcqa/arc_easy_test.jsonl").unlink(missing_ok=True)
+
+    result = evaluate(*THREE, data_dir=copy, emit=remove)
+    (failure,) = result.model.failures
+    assert failure.task == "arc_easy"
+    assert "arc_easy_test.jsonl (or .jsonl.gz), which isn't there" in failure.message
+    assert len(result.model.tasks) == 2
+
+
+def test_data_that_go_missing_while_the_baseline_runs(evaluate, data, tmp_path, long_llama):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+
+    def remove(event: str, values: Any) -> None:
+        if event == "request" and values["task"] == "wikitext":
+            (copy / "mcqa/arc_easy_test.jsonl").unlink(missing_ok=True)
+
+    result = evaluate(*THREE, data_dir=copy, baseline=str(long_llama), emit=remove, dtype=None)
+    assert result.original is not None
+    assert result.original.failures == ()
+    (failure,) = result.model.failures
+    assert "data of task arc_easy can't be read, FileNotFoundError: " in failure.message
+
+
+def test_interrupt_stops_all(evaluate, fail):
+    fail(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*THREE)
+
+
+def test_memory_of_a_failure_is_free_before_the_next_task(evaluate, monkeypatch):
+    import gc
+    import weakref
+
+    class Large:
+        pass
+
+    held: list[weakref.ref[Large]] = []
+    shipped = lm_eval.evaluate
+
+    def run(lm: Any, tasks: Any, **options: Any) -> Any:
+        if lm.task == "arc_easy":
+            large = Large()
+            held.append(weakref.ref(large))
+            raise torch.OutOfMemoryError("full")
+        assert held[0]() is None
+        return shipped(lm, tasks, **options)
+
+    monkeypatch.setattr(lm_eval, "evaluate", run)
+    gc.disable()
+    try:
+        result = evaluate("arc_easy", "wikitext", limit=1)
+    finally:
+        gc.enable()
+    assert len(result.model.tasks) == len(result.model.failures) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ModelError("It's broken."), "It's broken."),
+        (torch.OutOfMemoryError("full"), "can't be loaded: out of memory. It needs a larger card"),
+        (RuntimeError("odd"), "can't be loaded, RuntimeError: odd. Check that its files are whole"),
+    ],
+    ids=["ours", "memory", "other"],
+)
+def test_model_that_cannot_be_loaded_fails_all_that_is_not_kept(
+    evaluate, monkeypatch, error, words
+):
+    evaluate("lambada_openai")
+
+    def load_model(*_args: Any, **_options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(scoring, "load_model", load_model)
+    result = evaluate(*THREE)
+    assert [task.name for task in result.model.tasks] == ["lambada_openai"]
+    assert [one.task for one in result.model.failures] == ["arc_easy", "wikitext"]
+    assert all(words in one.message for one in result.model.failures)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_files_of_both_models_are_looked_at_before_one_is_loaded(evaluate, long_llama, tmp_path):
+    with pytest.raises(LoadsModelError):
+        evaluate("arc_easy", baseline=str(long_llama))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    for model, baseline in ((broken, long_llama), (long_llama, broken)):
+        with pytest.raises(QtoolError, match="broken"):
+            evaluate("arc_easy", model=model, baseline=str(baseline))
+
+
+class TestBeside:
+    """One model fails on a task, the other doesn't."""
+
+    def table(self, cli: Cli, model: Path, baseline: Path, data: Path, *options: Any) -> Any:
+        tasks = ["--tasks", "lambada_openai,arc_easy", "--data-dir", data, "--limit", 2]
+        return cli("eval", model, "--baseline", baseline, *tasks, *options)
+
+    @pytest.fixture(params=["model", "original"])
+    def failing(self, request, fail, long_llama, long_checkpoint) -> str:
+        name = (long_checkpoint if request.param == "model" else long_llama).name
+        fail(ValueError("odd rows"), "arc_easy", name)
+        return str(request.param)
+
+    def test_score_of_the_other_is_there(self, cli, failing, long_llama, long_checkpoint, data):
+        done = self.table(cli, long_checkpoint, long_llama, data, "--json", "-")
+        assert done.code == 1
+        report = json.loads(done.out)
+        (failure,) = report["failures"]
+        name = (long_checkpoint if failing == "model" else long_llama).name
+        assert (failure["model"], failure["task"]) == (name, "arc_easy")
+        assert failure["error"] == "DataError"
+        assert "ValueError: odd rows" in failure["message"]
+        rows = {row["task"]: row for row in report["rows"] if row["metric"] == "acc"}
+        assert rows["lambada_openai"]["paired"] is not None
+        row = rows["arc_easy"]
+        assert row["paired"] is None
+        assert row["headline"]
+        assert (row["value"] is None, row["original"] is None) == (
+            failing == "model",
+            failing == "original",
+        )
+        *_, line = done.err.splitlines()
+        assert line.startswith(f"Error: Failed: arc_easy on {name}. ")
+
+    def test_table_and_markdown_say_it(
+        self, cli, failing, long_llama, long_checkpoint, data, tmp_path
+    ):
+        target = tmp_path / "table.md"
+        done = self.table(cli, long_checkpoint, long_llama, data, "--markdown", target)
+        assert done.code == 1
+        name = (long_checkpoint if failing == "model" else long_llama).name
+        words = f"FAILED: arc_easy on {name}: Task arc_easy stopped on {name}, ValueError: odd rows"
+        assert words in " ".join(done.out.split())
+        header, _, *rows = target.read_text().splitlines()
+        cells = next(row for row in rows if row.startswith("| arc_easy")).split(" | ")
+        columns = [cell.strip("| ") for cell in header.split(" | ")]
+        values = dict(zip(columns, cells, strict=True))
+        assert [values[model.name].strip() == "" for model in (long_checkpoint, long_llama)] == [
+            failing == "model",
+            failing == "original",
+        ]
+        assert any(row.startswith(f"- {words}") for row in rows)
+
+
+def test_run_in_which_all_fails_says_so(cli: Cli, long_llama, data, fail, tmp_path):
+    fail(ValueError("odd rows"))
+    markdown = tmp_path / "table.md"
+    options = ["--tasks", "arc_easy", "--data-dir", data, "--markdown", markdown]
+    done = cli("eval", long_llama, *options)
+    assert done.code == 1
+    assert "FAILED: arc_easy" in done.out
+    assert "FAILED: arc_easy" in markdown.read_text()
+    assert "| task |" not in markdown.read_text()
+    assert "Error: Failed: arc_easy on" in done.err
+
+
+def test_run_in_which_nothing_fails_has_no_failures(cli: Cli, long_llama, data):
+    options = ["--tasks", "arc_easy", "--data-dir", data, "--limit", 1, "--json", "-"]
+    done = cli("eval", long_llama, *options)
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out)["failures"] == []
+
+
+def test_next_command_runs_only_what_failed(evaluate):
+    """A file that is repaired in between, as a user would."""
+    shipped, broken = Tasks.load, True
+
+    def load(self: Tasks, name: str) -> Any:
+        objects = shipped(self, name)
+        if broken and name == "arc_easy":
+            for task in objects:
+                task.process_results = None
+        return objects
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tasks, "load", load)
+        first = evaluate(*THREE)
+        broken = False
+        second = evaluate(*THREE)
+    assert [one.task for one in first.model.failures] == ["arc_easy"]
+    assert second.model.failures == ()
+    assert [task.cached for task in second.model.tasks] == [True, False, True]
