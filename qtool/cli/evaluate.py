@@ -16,7 +16,7 @@ PERPLEXITY = "Without --tasks"
 TASKS = "With --tasks"
 ONLY_TASKS = {"data_dir", "limit", "num_fewshot", "batch_size", "max_length", "seed"}
 ONLY_TASKS |= {"apply_chat_template", "confirm_run_unsafe_code", "markdown", "use_cache"}
-ONLY_TASKS |= {"gen_kwargs"}
+ONLY_TASKS |= {"gen_kwargs", "samples"}
 ONLY_PERPLEXITY = {"dataset", "context_length", "windows"}
 
 
@@ -87,6 +87,14 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(help="Default: lm-eval's seeds.", rich_help_panel=TASKS)
     ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write prompts, answers and metrics of every item, as JSON lines; gzipped if the "
+            "name ends in .gz.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
     gen_kwargs: Annotated[
         str | None,
         typer.Option(
@@ -125,6 +133,9 @@ def evaluate(
     """
     _check_usage(context, with_tasks=tasks is not None)
     _check_targets(json_file, markdown)
+    _check_targets(samples)
+    if str(samples) == "-":
+        raise typer.BadParameter("--samples takes the name of a file.")
     from qtool import pipeline  # torch: slow
 
     common: dict[str, Any] = {"baseline": baseline, "backend": backend, "dtype": torch_dtype(dtype)}
@@ -144,6 +155,7 @@ def evaluate(
             generation=parse_generation(gen_kwargs) if gen_kwargs is not None else {},
             confirm_unsafe=confirm_run_unsafe_code,
             cache=use_cache,
+            samples=samples,
         )
         with console.progress() as emit:
             scored = pipeline.evaluate_tasks(model, asked, **common, emit=emit)
@@ -177,7 +189,7 @@ def _check_targets(*targets: Path | None) -> None:
     """Raise, before hours of work, for results that couldn't be written.
 
     Raises:
-        OutputError: a folder isn't there.
+        OutputError: a folder isn't there, or stands where the file would be.
         typer.BadParameter: all would go to stdout.
     """
     files = [target for target in targets if target is not None]
@@ -188,6 +200,8 @@ def _check_targets(*targets: Path | None) -> None:
             raise OutputError(
                 f"Can't write {file}: there is no folder {file.parent}. Make it first."
             )
+        if file.is_dir():
+            raise OutputError(f"Can't write {file}: it is a folder. Name a file in it.")
 
 
 def _batch_size(text: str) -> int | str:

@@ -4,17 +4,36 @@ Stands in for `code_eval` of the library evaluate (Chen et al. 2021, arXiv 2107.
 lm-eval's code tasks use: the same arguments and the same results.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
-from qtool.evaluation.sandbox import Limits, run_programs
+from qtool.evaluation.sandbox import Limits, Outcome, run_programs
 
 SECONDS = 3.0
 """Of one program, as in `code_eval`; here of its processor time, so that a busy machine fails no
 program that is right."""
 PATIENCE = 4
 """Wall-clock time in multiples of that."""
+
+Recorded = dict[tuple[str, str], Outcome]
+_recorded: ContextVar[Recorded | None] = ContextVar("recorded", default=None)
+
+
+@contextlib.contextmanager
+def recorded_outcomes() -> Iterator[Recorded]:
+    """Record what becomes of programs inside the block, by (program, test).
+
+    lm-eval's tasks throw away all of it but pass@k.
+    """
+    found: Recorded = {}
+    token = _recorded.set(found)
+    try:
+        yield found
+    finally:
+        _recorded.reset(token)
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -56,11 +75,14 @@ class CodeEval:
                 programs, Limits(seconds=PATIENCE * timeout, cpu_seconds=math.ceil(timeout))
             )
         )
+        recorded = _recorded.get()
         results: dict[int, list[tuple[int, dict[str, Any]]]] = {}
         for task, candidates in enumerate(predictions):
             results[task] = []
-            for number, _ in enumerate(candidates):
+            for number, candidate in enumerate(candidates):
                 outcome = next(outcomes)
+                if recorded is not None:
+                    recorded[candidate, references[task]] = outcome
                 passed = outcome.status == "passed"
                 result = {"task_id": task, "passed": passed, "result": outcome.detail}
                 results[task].append((number, {**result, "completion_id": number}))

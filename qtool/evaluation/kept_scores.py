@@ -5,7 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 
 import qtool
 from qtool.evaluation.file_digests import files_digest
+from qtool.evaluation.item_rows import keep_rows
+from qtool.evaluation.local_data import Row
 from qtool.evaluation.scores import Score, TaskScores
 from qtool.evaluation.whole_files import written_whole
 from qtool.modeling.locate import cache_dir
@@ -82,6 +84,11 @@ class KeptScores:
         """Return the file of answers."""
         return self.directory / "responses.jsonl"
 
+    @property
+    def items(self) -> Path:
+        """Return the file of what was asked and answered, one row per item."""
+        return self.directory / "items.jsonl.gz"
+
     def read(self) -> TaskScores | None:
         """Return the scores, if they are there and whole."""
         try:
@@ -91,8 +98,9 @@ class KeptScores:
         except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not ours, or cut
             return None
 
-    def write(self, scores: TaskScores) -> None:
-        """Keep scores; a reader sees all of them or none."""
+    def write(self, scores: TaskScores, rows: Iterable[Row]) -> None:
+        """Keep scores, after the rows of their items; a reader sees all of either or none."""
+        keep_rows(self.items, rows)
         with written_whole(self.directory / "scores.json") as opened:
             opened.write(json.dumps(asdict(scores), default=str).encode())
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qtool.errors import DataError, ModelError, QtoolError
+from qtool.evaluation.code_metric import recorded_outcomes
 from qtool.evaluation.harness import Tasks, quiet, templates_compiled_once, writes_text
+from qtool.evaluation.item_rows import AddRows, item_rows
 from qtool.evaluation.kept_scores import KeptScores
 from qtool.evaluation.responses import ResponseStore
 from qtool.evaluation.scores import TaskScores, collect_scores
@@ -24,9 +26,22 @@ OTHER = (
 
 
 def run_task(
-    name: str, model: "TaskModel", tasks: Tasks, options: "TaskOptions", kept: KeptScores
+    name: str,
+    model: "TaskModel",
+    tasks: Tasks,
+    options: "TaskOptions",
+    kept: KeptScores,
+    add_rows: AddRows | None = None,
 ) -> TaskScores:
     """Run one task, keeping every answer as it comes.
+
+    Args:
+        name: A requested task.
+        model: It is asked.
+        tasks: From `check_tasks`.
+        options: The same as there.
+        kept: The place of its scores.
+        add_rows: Receives what was asked and answered, when the task is done.
 
     Raises:
         ModelError: the card is full, or the model's output isn't a number.
@@ -36,7 +51,12 @@ def run_task(
 
     started = time.perf_counter()
     what = f"Task {name} stopped on {model.name}"
-    with explained(what, full=FULL, other=OTHER), quiet(), templates_compiled_once():
+    with (
+        explained(what, full=FULL, other=OTHER),
+        quiet(),
+        templates_compiled_once(),
+        recorded_outcomes() as outcomes,
+    ):
         objects = tasks.load(name)
         store = ResponseStore(kept.responses if options.cache else None)
         finished = False
@@ -61,8 +81,11 @@ def run_task(
                 truncated=model.truncated,
                 settings={**kept.settings, "longest": model.max_length},
             )
+            rows = list(item_rows(results["samples"], outcomes))
             if options.cache:
-                kept.write(scores)
+                kept.write(scores, rows)
+            if add_rows is not None:
+                add_rows(rows)
             finished = True
         finally:
             store.close(finished=finished)

@@ -17,7 +17,9 @@ from qtool.errors import DataError, QtoolError
 from qtool.evaluation import batches, sandbox
 from qtool.evaluation.file_digests import files_digest
 from qtool.evaluation.harness import SEEDS, Tasks, quiet
+from qtool.evaluation.item_rows import AddRows, are_kept
 from qtool.evaluation.kept_scores import KeptScores
+from qtool.evaluation.local_data import read_rows
 from qtool.evaluation.scores import TaskFailure, TaskScores
 from qtool.evaluation.task_run import FULL, explained, run_task
 from qtool.modeling.load import LoadedModel
@@ -53,6 +55,8 @@ class TaskOptions:
     """Run programs that the model writes."""
     cache: bool = True
     """Keep answers and scores, and use those that are kept."""
+    samples: Path | None = None
+    """Where what was asked and answered goes, one row per item and model."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -89,6 +93,7 @@ def run_tasks(
     tasks: Tasks,
     options: TaskOptions,
     emit: Emit = ignore_events,
+    add_rows: AddRows | None = None,
 ) -> tuple[TaskScores | TaskFailure, ...]:
     """Run tasks on a model, unless their scores are kept; one that fails doesn't stop the others.
 
@@ -98,6 +103,7 @@ def run_tasks(
         tasks: From `check_tasks`.
         options: The same as there.
         emit: Receives `request` events, and a `warning` for each task that fails.
+        add_rows: Receives what was asked and answered, task by task; None: nobody wants it.
 
     Returns:
         What became of each task, in their order.
@@ -112,12 +118,14 @@ def run_tasks(
             found[name] = _failure(name, error, emit)
             continue
         scores = place.read() if options.cache else None
-        if scores is not None:
-            found[name] = scores
-        else:
+        if scores is None or (add_rows is not None and not are_kept(place.items)):
             missing[name] = place
+            continue
+        found[name] = scores
+        if add_rows is not None:
+            add_rows(read_rows(place.items))
     if missing:
-        found |= _run(missing, load, tasks, options, emit)
+        found |= _run(missing, load, tasks, options, emit, add_rows)
         _free_memory()  # the model is in a cycle, and would stay beside the one that is loaded next
     return tuple(found[name] for name in options.tasks)
 
@@ -128,6 +136,7 @@ def _run(
     tasks: Tasks,
     options: TaskOptions,
     emit: Emit,
+    add_rows: AddRows | None,
 ) -> dict[str, TaskScores | TaskFailure]:
     """Run tasks whose scores aren't kept."""
     from qtool.evaluation.task_model import TaskModel  # lm-eval: slow
@@ -141,7 +150,7 @@ def _run(
     found: dict[str, TaskScores | TaskFailure] = {}
     for name, place in missing.items():
         try:
-            found[name] = run_task(name, model, tasks, options, place)
+            found[name] = run_task(name, model, tasks, options, place, add_rows)
         except QtoolError as error:
             found[name] = _failure(name, error, emit)
         _free_memory()  # of what an error held

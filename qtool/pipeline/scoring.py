@@ -35,9 +35,11 @@ def evaluate_tasks(
         MissingExtraError: lm-eval isn't installed.
         DataError: before a model is loaded: a task is unknown, its data is missing, or it runs
             programs that the model writes and nobody has agreed.
+        OutputError: `options.samples` can't be written.
         QtoolError: before a model is loaded: one isn't there, or its files can't be read.
     """
     from qtool.evaluation import sandbox, task_comparison
+    from qtool.evaluation.item_rows import row_file
     from qtool.evaluation.kept_scores import versions as versions_of_scores
     from qtool.evaluation.tasks import check_tasks, run_tasks
 
@@ -47,10 +49,13 @@ def evaluate_tasks(
     names = [name for name in (baseline, model) if name is not None]
     subjects = [_subject(name, dtype, backend, remember=options.cache) for name in names]
     measured = []
-    for name, (figures, subject) in zip(names, subjects, strict=True):
-        load = partial(load_model, name, dtype=dtype)
-        with use_backend(backend):
-            measured.append(_model_tasks(figures, run_tasks(load, subject, tasks, options, emit)))
+    with use_backend(backend), row_file(options.samples) as rows_of:
+        for number, (name, (figures, subject)) in enumerate(zip(names, subjects, strict=True)):
+            load = partial(load_model, name, dtype=dtype)
+            begin = {"model": figures.name, "baseline": number < len(names) - 1}
+            add_rows = rows_of(begin) if rows_of is not None else None
+            outcomes = run_tasks(load, subject, tasks, options, emit, add_rows)
+            measured.append(_model_tasks(figures, outcomes))
     original = measured[0] if baseline is not None else None
     return task_comparison.TaskComparison(
         model=measured[-1],

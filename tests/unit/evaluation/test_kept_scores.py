@@ -47,7 +47,7 @@ ITEMS = st.lists(NUMBERS) | st.lists(st.tuples(NUMBERS, NUMBERS))
 @given(value=NUMBERS, items=ITEMS)
 def test_scores_read_back_to_the_last_bit(value, items):
     kept, before = KeptScores(SETTINGS), of_task(score(value, items), score(group=True))
-    kept.write(before)
+    kept.write(before, [])
     after = kept.read()
     assert after is not None
     assert after.cached
@@ -77,14 +77,14 @@ def test_nothing_is_there_at_first():
 )
 def test_damaged_file_is_no_score(content):
     kept = KeptScores(SETTINGS)
-    kept.write(of_task(score()))
+    kept.write(of_task(score()), [])
     (kept.directory / "scores.json").write_bytes(content)
     assert kept.read() is None
 
 
 def test_cut_file_is_no_score():
     kept = KeptScores(SETTINGS)
-    kept.write(of_task(score()))
+    kept.write(of_task(score()), [])
     file = kept.directory / "scores.json"
     content = file.read_bytes()
     for length in range(len(content)):
@@ -94,7 +94,7 @@ def test_cut_file_is_no_score():
 
 def test_scores_of_another_version_of_the_file_are_none():
     kept = KeptScores(SETTINGS)
-    kept.write(of_task(score()))
+    kept.write(of_task(score()), [])
     file = kept.directory / "scores.json"
     values = json.loads(file.read_text())
     del values["scores"][0]["kind"]

@@ -1,0 +1,142 @@
+"""What was asked and answered, item by item: one JSON object per item of a task and model.
+
+The rows of two models join by (task, item): both were asked the same.
+"""
+
+import contextlib
+import gzip
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from qtool.errors import DataError, OutputError
+from qtool.evaluation.local_data import Row, read_rows
+from qtool.evaluation.sandbox import Outcome
+from qtool.evaluation.whole_files import written_whole
+
+LEVEL = 6
+"""Of gzip: prompts repeat their examples, and higher levels find little more."""
+
+Outcomes = Mapping[tuple[str, str], Outcome]
+"""What became of programs, by (program, test)."""
+AddRows = Callable[[Iterable[Row]], None]
+Opened = IO[bytes] | gzip.GzipFile
+
+
+def item_rows(
+    samples: Mapping[str, Sequence[Mapping[str, Any]]], outcomes: Outcomes
+) -> Iterator[Row]:
+    """Yield one row per item, in the order of the data.
+
+    Args:
+        samples: By task, as in what lm-eval's `evaluate` returns: one per item and filter.
+        outcomes: Of the programs that ran.
+    """
+    for task, found in samples.items():
+        by_item: dict[int, list[Mapping[str, Any]]] = {}
+        for sample in found:
+            by_item.setdefault(sample["doc_id"], []).append(sample)
+        for item in sorted(by_item):
+            yield {"task": task, "item": item, **_row(by_item[item], outcomes)}
+
+
+def _row(filtered: Sequence[Mapping[str, Any]], outcomes: Outcomes) -> Row:
+    """Return the row of an item, of its samples, one per filter."""
+    first = filtered[0]
+    requests = [tuple(one) for one in first["arguments"]]
+    continuations = [one[1] for one in requests if len(one) > 1 and isinstance(one[1], str)]
+    programs = [
+        {"filter": one["filter"], "status": outcome.status, "detail": outcome.detail}
+        for one in filtered
+        for program in _texts(one["filtered_resps"])
+        if (outcome := outcomes.get((program, str(first["target"])))) is not None
+    ]
+    row = {
+        "prompts": [str(one[0]) for one in requests],
+        **({"continuations": continuations} if continuations else {}),
+        "answers": first["resps"],
+        "filtered": {one["filter"]: one["filtered_resps"] for one in filtered},
+        "target": first["target"],
+        "metrics": {f"{m},{one['filter']}": one[m] for one in filtered for m in one["metrics"]},
+        **({"programs": programs} if programs else {}),
+    }
+    return {key: _plain(value) for key, value in row.items()}
+
+
+def _texts(answers: Any) -> Iterator[str]:  # noqa: ANN401
+    """Yield the texts in nested lists."""
+    if isinstance(answers, str):
+        yield answers
+    elif isinstance(answers, (list, tuple)):
+        for one in answers:
+            yield from _texts(one)
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """Return a value as JSON has it; None for a number that isn't finite."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(one) for one in value]
+    return str(value)
+
+
+@contextlib.contextmanager
+def row_file(target: Path | None) -> Iterator[Callable[[Mapping[str, Any]], AddRows] | None]:
+    """Open a file of rows, gzipped if its name says so; it is there when the block has ended.
+
+    Yields:
+        A function from what all rows of a model begin with to a function that adds rows; None if
+        there is no target.
+
+    Raises:
+        OutputError: the file can't be written.
+    """
+    if target is None:
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            opened: Opened = stack.enter_context(written_whole(target))
+        except OSError as error:
+            raise OutputError(f"Can't write {target}: {error.strerror}.") from error
+        if target.suffix == ".gz":
+            opened = stack.enter_context(_packed(opened))
+        yield lambda begin: lambda rows: _write(opened, ({**begin, **row} for row in rows))
+        try:
+            stack.close()
+        except OSError as error:
+            raise OutputError(f"Can't write {target}: {error.strerror}.") from error
+
+
+def keep_rows(target: Path, rows: Iterable[Row]) -> None:
+    """Write rows, gzipped; a reader sees all of them or none."""
+    with written_whole(target) as opened, _packed(opened) as packed:
+        _write(packed, rows)
+
+
+def are_kept(file: Path) -> bool:
+    """Return whether a file of rows is there and whole."""
+    try:
+        return all(True for _ in read_rows(file))
+    except DataError:
+        return False
+
+
+def _packed(opened: Opened) -> gzip.GzipFile:
+    return gzip.GzipFile(fileobj=opened, mode="wb", compresslevel=LEVEL, mtime=0)
+
+
+def _write(opened: Opened, rows: Iterable[Row]) -> None:
+    for row in rows:
+        opened.write(json.dumps(row, allow_nan=False).encode() + b"\n")
