@@ -123,7 +123,10 @@ def test_memory_of_a_failure_is_free_before_the_next_task(evaluate, monkeypatch)
     import weakref
 
     class Large:
-        pass
+        """In a cycle, as lm-eval's objects and the frames of an error are."""
+
+        def __init__(self) -> None:
+            self.own = self
 
     held: list[weakref.ref[Large]] = []
     shipped = lm_eval.evaluate
