@@ -47,7 +47,7 @@ def written_at_once(cache_bytes: int, longest: int, memory: int | None) -> int:
     """Return how many texts are written at once.
 
     Args:
-        cache_bytes: Of the keys and values of one token.
+        cache_bytes: Of the keys and values of one token, of all beams.
         longest: Tokens of prompt and text, of the longest request.
         memory: From `device_bytes`.
     """
@@ -58,9 +58,15 @@ def written_at_once(cache_bytes: int, longest: int, memory: int | None) -> int:
 
 
 def cache_bytes(config: Any, dtype: torch.dtype) -> int:  # noqa: ANN401
-    """Return the size of the keys and values of one token, by a transformers configuration."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Return the size of the keys and values of one token, by a transformers configuration.
+
+    0 if it has no heads: the state of a recurrent model doesn't grow.
+    """
+    queries = getattr(config, "num_attention_heads", None)
+    if not queries:
+        return 0
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
     return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
 
 

@@ -99,6 +99,16 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
             return known.tolist()
         return super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
 
+    def tok_batch_encode(self, strings: list[str], **kwargs: Any) -> tuple[Any, Any]:  # noqa: ANN401
+        """Return tokens and mask of prompts, padded with the first token of each.
+
+        A repetition penalty counts what is masked too: a padding token, often the one that ends
+        texts, would be penalized in those prompts that happen to stand beside longer ones.
+        """
+        ids, mask = super().tok_batch_encode(strings, **kwargs)
+        first = ids.gather(1, mask.argmax(1, keepdim=True))
+        return torch.where(mask.bool(), ids, first), mask
+
     @contextlib.contextmanager
     def _encoded_ahead(self, pairs: Sequence[tuple[str, str]]) -> Iterator[None]:
         """Encode all texts that lm-eval will, on all cores and each once.
@@ -139,17 +149,24 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
 
     def _written_at_once(self, arguments: Sequence[Any]) -> int:
         """Return how many texts are written at once."""
+        settings = [self._generation(each) for each in arguments]
         lengths = (
-            len(self.tok_encode(each[0])) + self._generation(each)["max_gen_toks"]
-            for each in arguments
+            len(self.tok_encode(each[0])) + one["max_gen_toks"]
+            for each, one in zip(arguments, settings, strict=True)
         )
         longest = min(self.max_length, max(lengths, default=1))
-        size = batches.cache_bytes(self.config, self.model.dtype)
+        beams = max((one.get("num_beams") or 1 for one in settings), default=1)
+        size = beams * batches.cache_bytes(self._text_config, self.model.dtype)
         return batches.written_at_once(size, longest, self._memory)
+
+    @property
+    def _text_config(self) -> Any:  # noqa: ANN401
+        """Of a model that sees images too, the part that reads and writes text."""
+        return self.config.get_text_config()
 
     def _by_length(self) -> batches.BatchByLength:
         """Return what sizes batches of requests, each (texts, prompt tokens, answer tokens)."""
-        size = self.config.vocab_size * self.model.dtype.itemsize
+        size = self._text_config.vocab_size * self.model.dtype.itemsize
         return batches.BatchByLength(
             batches.MOST_ON_CPU if self._memory is None else batches.MOST_READ,
             batches.tokens_read_at_once(size, self._memory),

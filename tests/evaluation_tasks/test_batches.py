@@ -6,11 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qtool.evaluation import batches
 from qtool.evaluation.batches import MOST_ON_CPU, MOST_WRITTEN, BatchByLength
-
-pytest.importorskip("lm_eval")
+from qtool.evaluation.task_model import TaskModel
+from qtool.modeling.load import load_model
+from tests import families
+from tests.evaluation_tasks.conftest import save
 
 
 def chunks(lengths, size_of):
@@ -62,3 +66,60 @@ def test_keys_and_values_take_a_part_of_the_card():
         num_hidden_layers=2, num_attention_heads=4, hidden_size=64, num_key_value_heads=None
     )
     assert batches.cache_bytes(with_all_heads, torch.float32) == 2 * 2 * 64 * 4
+    assert batches.cache_bytes(SimpleNamespace(num_hidden_layers=2), torch.float16) == 0
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+OTHERS = {
+    "recurrent": ("mamba", {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2}),
+    "with images": (
+        "gemma3",
+        {
+            "text_config": {**families.DEFAULTS, "head_dim": 16},
+            "vision_config": {**VISION, "num_attention_heads": 2, "image_size": 28},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_of_other_shapes_are_asked_too(evaluate, tmp_path, kind):
+    family, values = OTHERS[kind]
+    config = AutoConfig.for_model(family, **values, pad_token_id=0, eos_token_id=2)
+    model = save(AutoModelForCausalLM.from_config(config), tmp_path / "model")
+    options = {"limit": 2, "num_fewshot": 0, "max_length": 300}
+    result = evaluate("arc_easy", "gsm8k", model=model, **options)
+    assert result.model.failures == ()
+
+
+@pytest.fixture
+def model(long_llama):
+    """A model that would like to write its padding token, were it not penalized."""
+    loaded = load_model(str(long_llama), device="cpu")
+    head = loaded.model.lm_head.weight.data
+    head[loaded.tokenizer.pad_token_id] = head[17]
+    return loaded
+
+
+PROMPTS = ["w3 w4 w5 w6 w7 w8 w9 w10", "w17", "w20 w21 w22"]
+
+
+def requests(**settings):
+    given = {"until": ["w9999"], "max_gen_toks": 9, **settings}
+    return [Instance("generate_until", {}, (prompt, given), 0) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_texts_do_not_depend_on_what_they_are_written_beside(model, penalty):
+    asked = requests(repetition_penalty=penalty)
+    each, together = (TaskModel(model, batch_size=size) for size in (1, 3))
+    assert together.generate_until(asked) == each.generate_until(asked)
+
+
+def test_beams_take_memory_too(model, monkeypatch):
+    tasks = TaskModel(model)
+    sizes = []
+    monkeypatch.setattr(batches, "written_at_once", lambda size, *_rest: sizes.append(size) or 1)
+    for beams in (1, 3):
+        tasks.generate_until(requests(num_beams=beams, max_gen_toks=1))
+    assert sizes[1] == 3 * sizes[0] > 0
