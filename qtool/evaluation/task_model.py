@@ -99,16 +99,6 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
             return known.tolist()
         return super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
 
-    def tok_batch_encode(self, strings: list[str], **kwargs: Any) -> tuple[Any, Any]:  # noqa: ANN401
-        """Return tokens and mask of prompts, padded with the first token of each.
-
-        A repetition penalty counts what is masked too: a padding token, often the one that ends
-        texts, would be penalized in those prompts that happen to stand beside longer ones.
-        """
-        ids, mask = super().tok_batch_encode(strings, **kwargs)
-        first = ids.gather(1, mask.argmax(1, keepdim=True))
-        return torch.where(mask.bool(), ids, first), mask
-
     @contextlib.contextmanager
     def _encoded_ahead(self, pairs: Sequence[tuple[str, str]]) -> Iterator[None]:
         """Encode all texts that lm-eval will, on all cores and each once.
