@@ -24,6 +24,7 @@ import torch
 
 from qtool.errors import DataError, MissingExtraError
 from qtool.evaluation.code_metric import CodeEval
+from qtool.evaluation.file_digests import files_digest
 from qtool.evaluation.local_data import LocalSplits
 
 CUSTOMARY_SHOTS: Mapping[str, int] = {"mmlu": 5}
@@ -99,15 +100,18 @@ class Tasks:
         """Files that were read, by requested task."""
         self.hub_data: dict[str, list[str]] = {}
         """Fingerprints of the splits that came from the hub, by requested task."""
+        self.digests: dict[str, Any] = {}
+        """What tells the data of a requested task from others, as `check` has found them."""
         self.writing: set[str] = set()
         """Requested tasks in which a model writes text."""
 
-    def check(self, names: Sequence[str], *, confirm_unsafe: bool) -> None:
+    def check(self, names: Sequence[str], *, confirm_unsafe: bool, remember: bool = True) -> None:
         """Refuse what can't run, before a model is loaded.
 
         Args:
             names: Tasks, groups or tags of lm-eval.
             confirm_unsafe: Programs that a model wrote may run.
+            remember: As of `files_digest`.
 
         Raises:
             DataError: a name is unknown, a file is missing, or a task runs programs unasked, or
@@ -132,6 +136,25 @@ class Tasks:
             )
         for name in names:
             self.load(name)
+            self.digests[name] = self._digest(name, remember=remember)
+
+    def load_again(self, name: str, *, remember: bool = True) -> list[Any]:
+        """Return a task with the data that `check` has found: all models are asked the same.
+
+        Raises:
+            DataError: the data aren't there any more, or are others.
+        """
+        loaded = self.load(name)
+        if self._digest(name, remember=remember) != self.digests[name]:
+            raise DataError(
+                f"The data of task {name} have changed since this run began. The same command "
+                "again asks all models with the new data."
+            )
+        return loaded
+
+    def _digest(self, name: str, *, remember: bool) -> Any:  # noqa: ANN401
+        files = self.data_files[name]
+        return files_digest(files, remember=remember) if files else self.hub_data[name]
 
     def unsafe(self, names: Sequence[str]) -> list[str]:
         """Return those tasks of the names that run programs that the model writes."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import qtool
-from qtool.evaluation.file_digests import files_digest
+from qtool.evaluation.file_digests import State, files_digest, state_of
 from qtool.evaluation.item_rows import keep_rows
 from qtool.evaluation.local_data import Row
 from qtool.evaluation.scores import Score, TaskScores
@@ -61,8 +61,16 @@ def model_digest(directory: Path, *, remember: bool = True) -> str:
         directory: Of the model.
         remember: Don't read files again that are as they were when an earlier call read them.
     """
-    files = [file for pattern in MODEL_FILES for file in directory.glob(pattern)]
-    return files_digest(files, remember=remember)
+    return files_digest(_model_files(directory), remember=remember)
+
+
+def model_states(directory: Path) -> Mapping[str, State]:
+    """Return what changes with each write to the files that `model_digest` reads."""
+    return {file.name: state_of(file) for file in _model_files(directory)}
+
+
+def _model_files(directory: Path) -> list[Path]:
+    return [file for pattern in MODEL_FILES for file in directory.glob(pattern)]
 
 
 def device_name(device: torch.device) -> str:

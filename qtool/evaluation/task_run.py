@@ -57,7 +57,7 @@ def run_task(
         templates_compiled_once(),
         recorded_outcomes() as outcomes,
     ):
-        objects = tasks.load(name)
+        objects = tasks.load_again(name, remember=options.cache)
         store = ResponseStore(kept.responses if options.cache else None)
         finished = False
         try:

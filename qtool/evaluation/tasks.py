@@ -15,7 +15,6 @@ import torch
 from qtool.base import Emit, ignore_events
 from qtool.errors import DataError, QtoolError
 from qtool.evaluation import batches, sandbox
-from qtool.evaluation.file_digests import files_digest
 from qtool.evaluation.harness import SEEDS, Tasks, quiet
 from qtool.evaluation.item_rows import AddRows, are_kept
 from qtool.evaluation.kept_scores import KeptScores
@@ -24,9 +23,7 @@ from qtool.evaluation.scores import TaskFailure, TaskScores
 from qtool.evaluation.task_run import FULL, explained, run_task
 from qtool.modeling.load import LoadedModel
 
-TOO_LARGE = "It needs a larger card, or fewer bytes for each weight."
-DAMAGED = "Check that its files are whole."
-GONE = "Its files were there when this run began: put them back."
+UNFIT = "Check its configuration and its tokenizer."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +73,7 @@ def check_tasks(options: TaskOptions) -> Tasks:
     if not options.tasks:
         raise DataError("No task is named. Give some, such as --tasks mmlu,arc_easy.")
     tasks = Tasks(options.data_dir, options.num_fewshot, options.seeds)
-    tasks.check(options.tasks, confirm_unsafe=options.confirm_unsafe)
+    tasks.check(options.tasks, confirm_unsafe=options.confirm_unsafe, remember=options.cache)
     if options.generation and not tasks.writing:
         raise DataError(
             f"--gen-kwargs says how a model writes, and in {', '.join(options.tasks)} it writes "
@@ -98,7 +95,7 @@ def run_tasks(
     """Run tasks on a model, unless their scores are kept; one that fails doesn't stop the others.
 
     Args:
-        load: Loads the model; called if there is anything to run.
+        load: Loads the model, or raises a QtoolError; called if there is anything to run.
         subject: All of the model that decides scores: digest, dtype, device, backend.
         tasks: From `check_tasks`.
         options: The same as there.
@@ -111,12 +108,7 @@ def run_tasks(
     found: dict[str, TaskScores | TaskFailure] = {}
     missing: dict[str, KeptScores] = {}
     for name in options.tasks:
-        try:
-            with explained(f"The data of task {name} can't be read", full=FULL, other=GONE):
-                place = _kept(name, subject, tasks, options)
-        except QtoolError as error:
-            found[name] = _failure(name, error, emit)
-            continue
+        place = _kept(name, subject, tasks, options)
         scores = place.read() if options.cache else None
         if scores is None or (add_rows is not None and not are_kept(place.items)):
             missing[name] = place
@@ -142,9 +134,9 @@ def _run(
     from qtool.evaluation.task_model import TaskModel  # lm-eval: slow
 
     try:
-        with explained("The model can't be loaded", full=TOO_LARGE, other=DAMAGED), quiet():
-            batch, longest = options.batch_size, options.max_length
-            model = TaskModel(load(), batch_size=batch, max_length=longest, emit=emit)
+        loaded, (batch, longest) = load(), (options.batch_size, options.max_length)
+        with explained(f"lm-eval can't take {loaded.name}", full=FULL, other=UNFIT), quiet():
+            model = TaskModel(loaded, batch_size=batch, max_length=longest, emit=emit)
     except QtoolError as error:
         return {name: _failure(name, error, emit) for name in missing}
     found: dict[str, TaskScores | TaskFailure] = {}
@@ -169,14 +161,12 @@ def _free_memory() -> None:
 
 def _kept(name: str, subject: Mapping[str, Any], tasks: Tasks, options: TaskOptions) -> KeptScores:
     """Return the place of a task's scores: named by all that decides them."""
-    files = tasks.data_files[name]
-    data = files_digest(files, remember=options.cache) if files else tasks.hub_data[name]
     applies = bool(options.generation) and name in tasks.writing
     return KeptScores(
         {
             "task": name,
             "model": subject,
-            "data": data,
+            "data": tasks.digests[name],
             "shots": tasks.shots(name),
             "limit": options.limit,
             "batch size": options.batch_size,

@@ -1,11 +1,14 @@
 """Scoring what was quantized: tasks of lm-eval, on a model and on its original."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.base import Emit, ignore_events
-from qtool.modeling.load import default_device, default_dtype, load_model
+from qtool.errors import ModelError
+from qtool.modeling.load import LoadedModel, default_device, default_dtype, load_model
 from qtool.modeling.locate import locate
 from qtool.pipeline.measuring import ModelFigures, figures_of, versions
 from qtool.runtime.select import use_backend, wanted_backend
@@ -16,6 +19,23 @@ if TYPE_CHECKING:
     from qtool.evaluation.scores import TaskFailure, TaskScores
     from qtool.evaluation.task_comparison import ModelTasks, TaskComparison
     from qtool.evaluation.tasks import TaskOptions
+
+TOO_LARGE = "It needs a larger card, or fewer bytes for each weight."
+DAMAGED = "Check that its files are whole."
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A model that is evaluated."""
+
+    model: str
+    """As the user names it."""
+    directory: Path
+    figures: ModelFigures
+    settings: Mapping[str, Any]
+    """All of it that decides scores."""
+    states: Mapping[str, tuple[int, ...]]
+    """Of its files, as they were when their digest was taken."""
 
 
 def evaluate_tasks(
@@ -36,7 +56,8 @@ def evaluate_tasks(
         DataError: before a model is loaded: a task is unknown, its data is missing, or it runs
             programs that the model writes and nobody has agreed.
         OutputError: `options.samples` can't be written.
-        QtoolError: before a model is loaded: one isn't there, or its files can't be read.
+        ModelError: before a model is loaded: one isn't there, or its files can't be read.
+        CheckpointError: before a model is loaded: one is damaged.
     """
     from qtool.evaluation import sandbox, task_comparison
     from qtool.evaluation.item_rows import row_file
@@ -50,12 +71,12 @@ def evaluate_tasks(
     subjects = [_subject(name, dtype, backend, remember=options.cache) for name in names]
     measured = []
     with use_backend(backend), row_file(options.samples) as rows_of:
-        for number, (name, (figures, subject)) in enumerate(zip(names, subjects, strict=True)):
-            load = partial(load_model, name, dtype=dtype)
-            begin = {"model": figures.name, "baseline": number < len(names) - 1}
+        for number, subject in enumerate(subjects):
+            load = partial(_load, subject, dtype, remember=options.cache)
+            begin = {"model": subject.figures.name, "baseline": number < len(names) - 1}
             add_rows = rows_of(begin) if rows_of is not None else None
-            outcomes = run_tasks(load, subject, tasks, options, emit, add_rows)
-            measured.append(_model_tasks(figures, outcomes))
+            outcomes = run_tasks(load, subject.settings, tasks, options, emit, add_rows)
+            measured.append(_model_tasks(subject.figures, outcomes))
     original = measured[0] if baseline is not None else None
     return task_comparison.TaskComparison(
         model=measured[-1],
@@ -81,18 +102,50 @@ def _model_tasks(
     )
 
 
-def _subject(
-    model: str, dtype: "torch.dtype", backend: str | None, *, remember: bool
-) -> tuple[ModelFigures, dict[str, Any]]:
-    """Return size and bits of a model, and all of it that decides scores."""
+def _subject(model: str, dtype: "torch.dtype", backend: str | None, *, remember: bool) -> _Subject:
     from qtool.evaluation import kept_scores
 
     location = locate(model)
     name = location.public_name or location.directory.resolve().name
-    return figures_of(name, location.directory), {
-        "digest": kept_scores.model_digest(location.directory, remember=remember),
+    try:
+        states = kept_scores.model_states(location.directory)
+        figures = figures_of(name, location.directory)
+        digest = kept_scores.model_digest(location.directory, remember=remember)
+    except OSError as error:
+        raise ModelError(
+            f"Can't read {error.filename} of {name}: {error.strerror}. Check that the model's "
+            "files are all there, and yours to read."
+        ) from error
+    settings = {
+        "digest": digest,
         "dtype": str(dtype).removeprefix("torch."),
         "device": kept_scores.device_name(default_device()),
         "backend": backend or wanted_backend(),
         "switches": kept_scores.switches(),
     }
+    return _Subject(model, location.directory, figures, settings, states)
+
+
+def _load(subject: _Subject, dtype: "torch.dtype", *, remember: bool) -> LoadedModel:
+    """Load a model, which may be hours after its digest was taken.
+
+    Raises:
+        ModelError: it can't be loaded, or is another by now.
+        CheckpointError: its files are missing or damaged.
+    """
+    from qtool.evaluation import kept_scores
+    from qtool.evaluation.harness import quiet
+    from qtool.evaluation.task_run import explained
+
+    name, directory = subject.figures.name, subject.directory
+    with explained(f"{name} can't be loaded", full=TOO_LARGE, other=DAMAGED), quiet():
+        loaded = load_model(subject.model, dtype=dtype)
+        same = kept_scores.model_states(directory) == subject.states or (
+            kept_scores.model_digest(directory, remember=remember) == subject.settings["digest"]
+        )
+    if not same:
+        raise ModelError(
+            f"The files of {name} have changed since this run began. The same command again "
+            "evaluates it as it is now."
+        )
+    return loaded

@@ -39,6 +39,19 @@ def fail(monkeypatch) -> Callable[..., None]:
     return prepare
 
 
+@pytest.fixture
+def other(long_llama: Path, tmp_path: Path) -> Path:
+    """Return a model with other weights, which a test may change."""
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "other"
+    shutil.copytree(long_llama, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] *= 1.25
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
 def test_other_tasks_are_run(evaluate, fail):
     fail(ZeroDivisionError("no\n words"))
     events: list[Any] = []
@@ -97,7 +110,7 @@ def test_data_that_go_missing_while_another_task_runs(evaluate, data, tmp_path):
     assert len(result.model.tasks) == 2
 
 
-def test_data_that_go_missing_while_the_baseline_runs(evaluate, data, tmp_path, long_llama):
+def test_data_that_go_missing_while_the_baseline_runs(evaluate, data, tmp_path, long_llama, other):
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
 
@@ -105,11 +118,71 @@ def test_data_that_go_missing_while_the_baseline_runs(evaluate, data, tmp_path, 
         if event == "request" and values["task"] == "wikitext":
             (copy / "mcqa/arc_easy_test.jsonl").unlink(missing_ok=True)
 
-    result = evaluate(*THREE, data_dir=copy, baseline=str(long_llama), emit=remove, dtype=None)
+    options = {"data_dir": copy, "baseline": str(long_llama), "model": other}
+    result = evaluate(*THREE, **options, emit=remove)
     assert result.original is not None
     assert result.original.failures == ()
     (failure,) = result.model.failures
-    assert "data of task arc_easy can't be read, FileNotFoundError: " in failure.message
+    assert "arc_easy_test.jsonl (or .jsonl.gz), which isn't there" in failure.message
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_data_that_change_while_the_baseline_runs(
+    evaluate, data, tmp_path, long_llama, other, cache
+):
+    """Both models would answer other items, and the scores be kept under the old data."""
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    file = copy / "mcqa/arc_easy_test.jsonl"
+
+    def cut(event: str, values: Any) -> None:
+        if event == "request" and values["task"] == "wikitext":
+            file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
+
+    options = {"data_dir": copy, "baseline": str(long_llama), "model": other, "cache": cache}
+    result = evaluate(*THREE, **options, emit=cut)
+    assert result.original is not None
+    assert result.original.failures == ()
+    (failure,) = result.model.failures
+    assert "data of task arc_easy have changed since this run began" in failure.message
+    again = evaluate(*THREE, **options)
+    rows = {row.task: row for row in again.rows}
+    assert rows["arc_easy"].num_items == 3
+    assert rows["arc_easy"].paired is not None
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_model_that_changes_while_the_baseline_runs(evaluate, other, long_llama, cache, own_cache):
+    def change(event: str, _values: Any) -> None:
+        config = other / "config.json"
+        if event == "request" and not config.read_text().endswith(" "):
+            config.write_text(config.read_text() + " ")
+
+    options = {"baseline": str(long_llama), "cache": cache, "model": other, "limit": 1}
+    result = evaluate("arc_easy", **options, emit=change)
+    assert result.original is not None
+    assert result.original.failures == ()
+    (failure,) = result.model.failures
+    assert failure.message.startswith("The files of other have changed since this run began")
+    assert len(list(own_cache.glob("scores/*"))) == int(cache)
+    assert evaluate("arc_easy", **options).model.failures == ()
+
+
+def test_model_that_is_only_touched_is_evaluated(evaluate, other, long_llama):
+    def touch(_event: str, _values: Any) -> None:
+        (other / "config.json").touch()
+
+    options = {"baseline": str(long_llama), "model": other, "limit": 1}
+    assert evaluate("arc_easy", **options, emit=touch).model.failures == ()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_file_of_a_model_that_cannot_be_read(cli: Cli, other, data):
+    (other / "more.safetensors").symlink_to(other / "nothing")
+    done = cli("eval", other, "--tasks", "arc_easy", "--data-dir", data)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("Error: Can't read ")
+    assert "more.safetensors of other: No such file" in done.err
 
 
 def test_interrupt_stops_all(evaluate, fail):
