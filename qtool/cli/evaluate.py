@@ -132,10 +132,9 @@ def evaluate(
       qtool eval OUT_DIR --baseline MODEL --windows 8 --json result.json
     """
     _check_usage(context, with_tasks=tasks is not None)
-    _check_targets(json_file, markdown)
-    _check_targets(samples)
     if str(samples) == "-":
         raise typer.BadParameter("--samples takes the name of a file.")
+    _check_targets(json_file, markdown, samples)
     from qtool import pipeline  # torch: slow
 
     common: dict[str, Any] = {"baseline": baseline, "backend": backend, "dtype": torch_dtype(dtype)}
@@ -190,11 +189,16 @@ def _check_targets(*targets: Path | None) -> None:
 
     Raises:
         OutputError: a folder isn't there, or stands where the file would be.
-        typer.BadParameter: all would go to stdout.
+        typer.BadParameter: two are the same.
     """
     files = [target for target in targets if target is not None]
-    if len(files) > 1 and all(str(file) == "-" for file in files):
+    if sum(str(file) == "-" for file in files) > 1:
         raise typer.BadParameter("--json and --markdown can't both be -: stdout takes one.")
+    if len({file.resolve() for file in files}) < len(files):
+        raise typer.BadParameter(
+            f"Two results can't go to {files[-1]}: the second would replace the first. Give each "
+            "of --json, --markdown and --samples a file of its own."
+        )
     for file in files:
         if not file.parent.is_dir():
             raise OutputError(

@@ -1,9 +1,10 @@
 """What was asked and answered, item by item: one JSON object per item of a task and model.
 
-The rows of two models join by (task, item): both were asked the same.
+The rows of two models join by (requested, task, item): both were asked the same.
 """
 
 import contextlib
+import functools
 import gzip
 import json
 import math
@@ -23,7 +24,8 @@ LEVEL = 6
 
 Outcomes = Mapping[tuple[str, str], Outcome]
 """What became of programs, by (program, test)."""
-AddRows = Callable[[Iterable[Row]], None]
+AddRows = Callable[[str, Iterable[Row]], None]
+"""Takes the name of a requested task and its rows: two groups may have a task in common."""
 Opened = IO[bytes] | gzip.GzipFile
 
 
@@ -95,6 +97,8 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
 def row_file(target: Path | None) -> Iterator[Callable[[Mapping[str, Any]], AddRows] | None]:
     """Open a file of rows, gzipped if its name says so; it is there when the block has ended.
 
+    Links are followed; a device or a pipe can't be replaced by a whole file, and is refused.
+
     Yields:
         A function from what all rows of a model begin with to a function that adds rows; None if
         there is no target.
@@ -105,18 +109,33 @@ def row_file(target: Path | None) -> Iterator[Callable[[Mapping[str, Any]], AddR
     if target is None:
         yield None
         return
+    if target.exists() and not target.is_file():
+        raise OutputError(f"Can't write {target}: it isn't an ordinary file. Name one that is.")
+
+    def add(begin: Mapping[str, Any], requested: str, rows: Iterable[Row]) -> None:
+        with _written_to(target):
+            _write(opened, ({**begin, "requested": requested, **row} for row in rows))
+
     with contextlib.ExitStack() as stack:
-        try:
-            opened: Opened = stack.enter_context(written_whole(target))
-        except OSError as error:
-            raise OutputError(f"Can't write {target}: {error.strerror}.") from error
-        if target.suffix == ".gz":
-            opened = stack.enter_context(_packed(opened))
-        yield lambda begin: lambda rows: _write(opened, ({**begin, **row} for row in rows))
-        try:
+        with _written_to(target):
+            opened: Opened = stack.enter_context(written_whole(target.resolve()))
+            if target.suffix == ".gz":
+                opened = stack.enter_context(_packed(opened))
+        yield lambda begin: functools.partial(add, begin)
+        with _written_to(target):
             stack.close()
-        except OSError as error:
-            raise OutputError(f"Can't write {target}: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def _written_to(target: Path) -> Iterator[None]:
+    """Turn what goes wrong with a file of rows inside the block into an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"Can't write {target}: {error.strerror}. Scores that are kept have their rows beside "
+            "them: the same command with another file runs only what is missing."
+        ) from error
 
 
 def keep_rows(target: Path, rows: Iterable[Row]) -> None:

@@ -1,6 +1,7 @@
 """One task of lm-eval on a loaded model: asked, answered, scored."""
 
 import contextlib
+import errno
 import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from qtool.evaluation.tasks import TaskOptions
 
 FULL = "Give a smaller --batch-size, or a smaller --max-length."
+DISK = "Answers go to $QTOOL_CACHE; --no-cache keeps none."
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 OTHER = (
     "Check the rows of its data and the packages that its metric needs; answers that are kept stay."
 )
@@ -85,7 +88,7 @@ def run_task(
             if options.cache:
                 kept.write(scores, rows)
             if add_rows is not None:
-                add_rows(rows)
+                add_rows(name, rows)
             finished = True
         finally:
             store.close(finished=finished)
@@ -113,7 +116,9 @@ def explained(what: str, *, full: str, other: str) -> Iterator[None]:
         raise ModelError(f"{what}: out of memory. {full}") from error
     except Exception as error:  # of lm-eval, jinja, metrics, torch: many unrelated types
         reason = " ".join(str(error).split()).rstrip(".") or "no reason given"
-        raise DataError(f"{what}, {type(error).__name__}: {reason}. {other}") from error
+        of_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+        next_step = DISK if of_disk else other
+        raise DataError(f"{what}, {type(error).__name__}: {reason}. {next_step}") from error
 
 
 def _prepare(objects: Iterable[Any], shots: int | None, options: "TaskOptions") -> dict[str, Any]:

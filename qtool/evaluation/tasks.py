@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qtool.base import Emit, ignore_events
-from qtool.errors import DataError, QtoolError
+from qtool.errors import DataError, OutputError, QtoolError
 from qtool.evaluation import batches, sandbox
 from qtool.evaluation.harness import SEEDS, Tasks, quiet
 from qtool.evaluation.item_rows import AddRows, are_kept
@@ -104,6 +104,9 @@ def run_tasks(
 
     Returns:
         What became of each task, in their order.
+
+    Raises:
+        OutputError: rows can't be written.
     """
     found: dict[str, TaskScores | TaskFailure] = {}
     missing: dict[str, KeptScores] = {}
@@ -115,7 +118,7 @@ def run_tasks(
             continue
         found[name] = scores
         if add_rows is not None:
-            add_rows(read_rows(place.items))
+            add_rows(name, read_rows(place.items))
     if missing:
         found |= _run(missing, load, tasks, options, emit, add_rows)
         _free_memory()  # the model is in a cycle, and would stay beside the one that is loaded next
@@ -143,6 +146,8 @@ def _run(
     for name, place in missing.items():
         try:
             found[name] = run_task(name, model, tasks, options, place, add_rows)
+        except OutputError:  # of the rows: the other tasks' go to the same file
+            raise
         except QtoolError as error:
             found[name] = _failure(name, error, emit)
         _free_memory()  # of what an error held

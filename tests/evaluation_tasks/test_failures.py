@@ -79,6 +79,12 @@ def test_full_memory_comes_with_advice(evaluate, fail, error):
     assert [task.name for task in result.model.tasks] == ["wikitext"]
 
 
+def test_full_disk_comes_with_advice(evaluate, fail):
+    fail(OSError(28, "No space left on device", "/cache"))
+    (failure,) = evaluate("arc_easy", limit=1).model.failures
+    assert "No space left on device: '/cache'. Answers go to $QTOOL_CACHE;" in failure.message
+
+
 def test_full_card_in_the_middle_of_a_batch(evaluate, monkeypatch):
     """The real way there, through lm-eval's loop; the next task finds the model as it was."""
     shipped = TaskModel._loglikelihood_tokens

@@ -1,14 +1,19 @@
 """`--samples`: one row per item, task and model, of a run or of scores that are kept."""
 
+import contextlib
+import errno
 import gzip
+import io
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qtool.evaluation import item_rows
+from qtool.errors import OutputError
+from qtool.evaluation import item_rows, whole_files
 from qtool.evaluation.task_model import TaskModel
 from tests.cli.conftest import Cli, cli
 from tests.evaluation_tasks.conftest import LoadsModelError
@@ -39,8 +44,9 @@ def test_row_has_what_was_asked_and_answered(evaluate, target, long_llama):
     rows = read(target)
     assert [row["item"] for row in rows] == list(range(7))
     row = rows[2]
-    assert list(row)[:4] == ["model", "baseline", "task", "item"]
-    assert (row["model"], row["baseline"], row["task"]) == (long_llama.name, False, "arc_easy")
+    assert list(row)[:5] == ["model", "baseline", "requested", "task", "item"]
+    assert (row["model"], row["baseline"]) == (long_llama.name, False)
+    assert row["requested"] == row["task"] == "arc_easy"
     assert row["prompts"] == [row["prompts"][0]] * 4
     assert row["prompts"][0].startswith("Question: w")
     assert row["prompts"][0].endswith("\nAnswer:")
@@ -124,6 +130,14 @@ def test_group_has_rows_by_task(cli: Cli, long_llama, target):
     assert len({(row["task"], row["item"]) for row in rows}) == 61
     assert len({row["task"] for row in rows}) > 1
     assert all(row["task"].startswith("mmlu_") for row in rows)
+
+
+def test_rows_of_a_task_that_was_requested_twice_can_be_told_apart(evaluate, target):
+    for _ in range(2):  # run, then kept
+        evaluate("ai2_arc", "arc_easy", limit=2, samples=target)
+        keys = Counter((row["requested"], row["task"], row["item"]) for row in read(target))
+        assert len(keys) == 6
+        assert set(keys.values()) == {1}
 
 
 class TestPrograms:
@@ -260,6 +274,56 @@ def test_gzipped_rows_are_the_same(cli: Cli, long_llama, data, tmp_path):
         done = cli(*options, "--samples", target)
         assert (done.code, done.err) == (0, "")
     assert gzip.decompress(packed.read_bytes()) == plain.read_bytes()
+
+
+class FullDisk(io.BytesIO):
+    """What a file on it does."""
+
+    def write(self, _content: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_full_disk_is_said_and_loses_no_scores(evaluate, target, monkeypatch, request, kept):
+    if kept:
+        evaluate("arc_easy", limit=1)
+
+    @contextlib.contextmanager
+    def written_whole(file: Path) -> Any:
+        with whole_files.written_whole(file) as opened:
+            yield FullDisk() if file == target else opened
+
+    monkeypatch.setattr(item_rows, "written_whole", written_whole)
+    with pytest.raises(OutputError, match=r"samples\.jsonl: No space left .* another file runs"):
+        evaluate("arc_easy", "wikitext", limit=1, samples=target)
+    assert not target.exists()
+    request.getfixturevalue("no_model")
+    assert evaluate("arc_easy", limit=1).model.tasks[0].cached
+
+
+def test_link_to_a_file_stays_a_link(evaluate, target, tmp_path):
+    target.symlink_to(tmp_path / "elsewhere")
+    for _ in range(2):
+        evaluate("arc_easy", limit=1, samples=target)
+        assert target.is_symlink()
+        assert len(read(target)) == 1
+
+
+@pytest.mark.usefixtures("no_model")
+def test_device_is_not_replaced_by_a_file(evaluate, target):
+    os.mkfifo(target)
+    with pytest.raises(OutputError, match="isn't an ordinary file"):
+        evaluate("arc_easy", limit=1, samples=target)
+    assert target.is_fifo()
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("other", ["--json", "--markdown"])
+def test_two_results_do_not_go_to_one_file(cli: Cli, long_llama, data, tmp_path, other):
+    options = ["--tasks", "arc_easy", "--data-dir", data, "--samples", tmp_path / "x"]
+    done = cli("eval", long_llama, *options, other, tmp_path / "." / "x")
+    assert done.code == 2
+    assert "Two results can't go to" in done.err
 
 
 @pytest.mark.usefixtures("no_model")
