@@ -31,6 +31,8 @@ def parse_generation(text: str) -> dict[str, Any]:
 
     try:
         values = {key.strip(): value for key, value in key_val_to_dict(text).items()}
+        if not values:
+            raise ValueError("it says nothing")
     except ValueError as error:
         raise DataError(
             f"--gen-kwargs is {text!r}: {error}. Write it as in do_sample=True,temperature=0.8."
@@ -59,16 +61,18 @@ def _checked(key: str, value: Any) -> Any:  # noqa: ANN401
 
 def _check_drawing(settings: Mapping[str, Any]) -> None:
     drawing = [key for key in DRAWING if key in settings]
+    if settings.get("temperature") == 0:
+        drawing.remove("temperature")
     if settings.get("do_sample"):
         if not settings.get("temperature"):
             raise DataError(
                 "--gen-kwargs has do_sample=True without a temperature above 0. Add temperature=1, "
                 "or what you want."
             )
-    elif drawing and settings.get("temperature") != 0:
+    elif drawing:
         raise DataError(
-            f"--gen-kwargs has {', '.join(drawing)}, and the likeliest token is taken whatever "
-            f"{'they are' if len(drawing) > 1 else 'it is'}. Add do_sample=True to draw tokens."
+            f"--gen-kwargs has {', '.join(drawing)}, which count only where tokens are drawn. Add "
+            "do_sample=True and a temperature above 0 to draw them."
         )
 
 
@@ -93,9 +97,14 @@ def _whole(low: int) -> Check:
 
 
 def _texts(value: Any) -> list[str] | None:  # noqa: ANN401
-    """Return texts; what begins like a list or a quotation and didn't parse as one is none."""
+    """Return texts; what begins like a list or a quotation and didn't parse as one is none.
+
+    Nor is a backslash outside of one: it would stay a backslash, which no model writes.
+    """
     texts = value if isinstance(value, list) else [value]
-    broken = isinstance(value, str) and value.startswith(("[", "(", "{", '"', "'"))
+    broken = isinstance(value, str) and (
+        value.startswith(("[", "(", "{", '"', "'")) or "\\" in value
+    )
     fine = texts and all(isinstance(text, str) and text for text in texts)
     return texts if fine and not broken else None
 
@@ -110,5 +119,5 @@ SETTINGS: Mapping[str, tuple[str, Check]] = {
     "no_repeat_ngram_size": ("a whole number from 0", _whole(0)),
     "num_beams": ("a whole number from 1", _whole(1)),
     "max_gen_toks": ("a whole number from 1", _whole(1)),
-    "until": ('a text, or a list such as ["Q:","A:"]', _texts),
+    "until": (r'a text, or a list such as ["Q:","\n\n"]', _texts),
 }

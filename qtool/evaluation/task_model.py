@@ -233,7 +233,8 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
             if room < 1:
                 raise DataError(
                     f"Task {self.task} lets a model write {longest} tokens, and {self.name} holds "
-                    f"{self.max_length} with the prompt. Choose a model with a longer context."
+                    f"{self.max_length} with the prompt. Lower max_gen_toks in --gen-kwargs, raise "
+                    "--max-length, or choose a model with a longer context."
                 )
         # A token has a byte at least, so that most texts needn't be counted.
         return len(text.encode("utf-8", "surrogatepass")) >= room and (
