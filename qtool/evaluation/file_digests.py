@@ -70,6 +70,14 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def _is_there(path: str) -> bool:
+    try:
+        Path(path).stat()
+    except (OSError, ValueError):  # gone, or in a folder that is closed by now
+        return False
+    return True
+
+
 def _memory_file() -> Path:
     return cache_dir() / "digests.json"
 
@@ -89,6 +97,6 @@ def _read_memory() -> Memory:
 def _add_to_memory(fresh: Memory) -> None:
     """Remember digests; of two that write at once, one may be lost, and is found again."""
     with contextlib.suppress(OSError):  # a cache that can't be written costs time, no result
-        kept = {path: entry for path, entry in _read_memory().items() if Path(path).exists()}
+        kept = {path: entry for path, entry in _read_memory().items() if _is_there(path)}
         with written_whole(_memory_file()) as opened:
             opened.write(json.dumps({**kept, **fresh}, indent=0).encode())

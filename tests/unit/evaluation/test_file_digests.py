@@ -197,6 +197,15 @@ def test_files_that_are_gone_are_forgotten(files, cache):
 
 
 @pytest.mark.usefixtures("later")
+def test_path_that_cannot_be_looked_at_is_forgotten(files, cache):
+    cache.mkdir()
+    (cache / "digests.json").write_text(json.dumps({"/" + 300 * "x": [[1, 2, 3, 4], "ab"]}))
+    files_digest(files)
+    known = json.loads((cache / "digests.json").read_text())
+    assert list(known) == [str(file.resolve()) for file in files]
+
+
+@pytest.mark.usefixtures("later")
 def test_cache_that_cannot_be_written_changes_nothing(files, cache):
     expected = files_digest(files, remember=False)
     cache.write_text("a file where the folder would be")
