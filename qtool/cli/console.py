@@ -107,7 +107,7 @@ def progress() -> Iterator[Emit]:
     def emit(event: str, values: Mapping[str, Any]) -> None:
         nonlocal last_line
         if event == "warning":
-            err.print(f"Warning: {escape(values['message'])}")
+            err.print(f"Warning: {escape(values['message'])}", soft_wrap=True)  # one line in a log
             return
         describe = DESCRIPTIONS.get(event)
         if describe is None:

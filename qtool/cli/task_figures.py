@@ -67,8 +67,8 @@ def raise_failures(result: "TaskComparison") -> None:
     failures = [f"{failure.task} on {model}" for model, failure in _failures(result)]
     if failures:
         raise QtoolError(
-            f"Failed: {', '.join(failures)}. Why is said below the scores, and under `failures` of "
-            "--json. The same command again runs only what isn't kept."
+            f"Failed: {', '.join(failures)}. Why is said with the scores (in JSON: `failures`). "
+            "The same command again runs only what isn't kept."
         )
 
 
@@ -134,12 +134,17 @@ def _conditions(result: "TaskComparison") -> list[str]:
         f"{console.gigabytes(model.weight_bytes)}{_time(model)}."
         for label, model in _models(result)
     ]
-    tasks = [task for _, model in _models(result) for task in model.tasks]
+    tasks = [task for _, model in reversed(_models(result)) for task in model.tasks]
     if tasks:
         lines += _settings(tasks, result.versions["lm-eval"])
-    truncated = sum(task.truncated for task in result.model.tasks)
-    if truncated:
-        lines.append(f"{truncated} requests were longer than that, and cut from the left.")
+    for label, model in _models(result):
+        truncated = sum(task.truncated for task in model.tasks)
+        if truncated:
+            longest = model.tasks[0].settings["longest"]
+            lines.append(
+                f"{label}: {truncated} requests didn't fit into {longest} tokens, and were cut "
+                "from the left."
+            )
     if result.protections:
         lines.append(f"Programs ran with: {', '.join(result.protections)}.")
     if result.original is not None:

@@ -45,6 +45,13 @@ def test_a_log_gets_a_line_of_progress_now_and_then(monkeypatch, capsys):
     ]
 
 
+def test_a_warning_is_one_line_in_a_log(capsys):
+    message = " ".join(["[word]"] * 40)
+    with console.progress() as emit:
+        emit("warning", {"message": message})
+    assert capsys.readouterr().err == f"Warning: {message}\n"
+
+
 def test_a_log_gets_nothing_of_what_is_quick(monkeypatch, capsys):
     clock = iter(range(0, 10_000, 13))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))

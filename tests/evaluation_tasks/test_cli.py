@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests import families
 from tests.cli.conftest import Cli, cli
+from tests.evaluation_tasks.conftest import save
 from tests.task_rows import SAMPLE
 
 __all__ = ["cli"]  # the fixture
@@ -71,6 +73,16 @@ def test_json_is_the_only_thing_on_stdout_and_has_no_items(cli: Cli, long_llama,
     assert first["settings"]["model"]["dtype"] == "float32"
     assert value["versions"]["lm-eval"] == first["settings"]["versions"]["lm-eval"]
     assert value["rows"][0]["num_items"] == 7
+
+
+def test_longest_requests_are_those_of_the_model(cli: Cli, long_llama, data, tmp_path):
+    brief = save(families.build("llama", max_position_embeddings=13), tmp_path / "brief")
+    options = ["--tasks", "arc_easy", "--data-dir", data, "--baseline", brief]
+    done = cli("eval", long_llama, *options)
+    assert done.code == 0, done.err
+    assert "at most 2048 tokens" in done.out
+    assert re.search(r"brief: \d+ requests didn't fit into 13 tokens", done.out)
+    assert "2048 tokens, and were cut" not in done.out
 
 
 def test_json_to_a_file_leaves_the_table(cli: Cli, long_llama, data, tmp_path):
