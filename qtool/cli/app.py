@@ -1,5 +1,7 @@
 """The Typer app; a QtoolError becomes one line and exit code 1."""
 
+import logging
+import os
 import sys
 
 import typer
@@ -11,9 +13,11 @@ from qtool.cli.doctor import doctor
 from qtool.cli.evaluate import evaluate
 from qtool.cli.inspect import inspect, methods, recipes
 from qtool.cli.quantize import quantize
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, UnknownNameError
+from qtool.plugins import describe_miss
 
 INTERRUPTED = 130
+LOG_LEVELS = ("debug", "info", "warning")
 FIRST_STEPS = """[bold]First steps[/bold]
 
   qtool quantize --method bcq --bits 4 demo:smollm2 smollm2-w4
@@ -61,8 +65,10 @@ def options(
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a qtool error, 2 usage, 130 interrupted."""
     try:
+        _log()
         app()
     except QtoolError as error:
+        logging.getLogger(__name__).debug("Where it comes from:", exc_info=True)
         print_error(str(error))
         sys.exit(1)
     except SystemExit as stop:
@@ -72,3 +78,18 @@ def main() -> None:
                 "next layer, `qtool eval --tasks` with the next requests."
             )
         raise
+
+
+def _log() -> None:
+    """Log qtool to stderr, tracebacks of errors included, if $QTOOL_LOG says so.
+
+    Raises:
+        UnknownNameError: it isn't a level.
+    """
+    level = os.environ.get("QTOOL_LOG", "").lower()
+    if not level:
+        return
+    if level not in LOG_LEVELS:
+        raise UnknownNameError(describe_miss(level, LOG_LEVELS, "levels of $QTOOL_LOG"))
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("qtool").setLevel(level.upper())

@@ -9,7 +9,7 @@ from math import inf
 from typing import Any
 
 from qtool.errors import DataError
-from qtool.evaluation.harness import require_lm_eval
+from qtool.evaluation.lm_eval_hooks import require_lm_eval
 
 DRAWING = ("temperature", "top_p", "top_k", "min_p")
 """Without `do_sample=True` they change nothing."""

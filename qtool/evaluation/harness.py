@@ -1,18 +1,12 @@
 """lm-eval's tasks, found and loaded as this tool needs them: offline, quiet, code in a sandbox.
 
 Nothing of lm-eval is edited. Its index of tasks is a dictionary of configurations; those that are
-asked for get `custom_dataset`, lm-eval's own hook for data from elsewhere. Code tasks load the
-metric `code_eval` through `evaluate.load`, which would fetch it from the hub and run programs in a
-fork of this process: while tasks are loaded, that one name gives `code_metric.CodeEval`.
+asked for get `custom_dataset`, lm-eval's own hook for data from elsewhere.
 """
 
 import contextlib
 import dataclasses
 import difflib
-import functools
-import importlib.util
-import io
-import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,9 +16,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-from qtool.errors import DataError, MissingExtraError
-from qtool.evaluation.code_metric import CodeEval
+from qtool.errors import DataError
 from qtool.evaluation.file_digests import files_digest
+from qtool.evaluation.lm_eval_hooks import quiet, require_lm_eval, sandboxed_code_eval, task_manager
 from qtool.evaluation.local_data import LocalSplits
 
 CUSTOMARY_SHOTS: Mapping[str, int] = {"mmlu": 5}
@@ -33,52 +27,6 @@ SANDBOXED = ("humaneval", "humaneval_infilling", "mbpp")
 """Folders of lm-eval whose tasks run programs through `code_eval` alone, hence in the sandbox."""
 SEEDS = (0, 1234, 1234, 1234)
 """Of python, numpy, torch and the choice of examples: lm-eval's own."""
-
-
-def require_lm_eval() -> None:
-    """Raise unless lm-eval is installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtraError("Running tasks", "eval")
-
-
-@contextlib.contextmanager
-def templates_compiled_once() -> Iterator[None]:
-    """Let lm-eval compile a task's templates once inside the block, not for every prompt.
-
-    For mmlu with five examples that is 98,408 times, and longer than a card needs for the answers.
-    """
-    from lm_eval.utils import env
-
-    compiled = functools.lru_cache(maxsize=1024)(env.from_string)
-    with mock.patch.object(env, "from_string", compiled):
-        yield
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep lm-eval off the terminal inside the block."""
-    import datasets
-    import lm_eval.api.task
-    from tqdm import tqdm
-
-    logger = logging.getLogger("lm_eval")
-    handler, before = logging.NullHandler(), logger.propagate
-    logger.addHandler(handler)
-    logger.propagate = False
-    silent = functools.partial(tqdm, disable=True)
-    with_bars = datasets.are_progress_bars_disabled() is False
-    datasets.disable_progress_bars()
-    try:
-        with (
-            mock.patch.object(lm_eval.api.task, "tqdm", silent),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            yield
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = before
-        if with_bars:
-            datasets.enable_progress_bars()
 
 
 class Tasks:
@@ -94,7 +42,7 @@ class Tasks:
         if data_dir is not None and not data_dir.is_dir():
             raise DataError(f"There is no data folder {data_dir}.")
         self.data_dir, self.num_fewshot, self.seeds = data_dir, num_fewshot, seeds
-        self._manager = _manager()
+        self._manager = task_manager()
         self._shipped = dict(self._manager.task_index)
         self.data_files: dict[str, list[Path]] = {}
         """Files that were read, by requested task."""
@@ -190,19 +138,12 @@ class Tasks:
             DataError: a file is missing, or the data set can't be had.
         """
         _seed(self.seeds)
+        splits = self._local_splits(name)
         index = self._manager.task_index
-        splits = {}
-        if self.data_dir is not None:
-            for leaf in self.leaves(name):
-                splits[leaf] = LocalSplits(
-                    self.data_dir,
-                    leaf,
-                    self._config(leaf, "dataset_path"),
-                    self._config(leaf, "dataset_name"),
-                )
-                index[leaf] = self._with_data(leaf, splits[leaf], self.shots(name))
         try:
             with quiet(), sandboxed_code_eval(), self._only_local(name):
+                for leaf in splits:
+                    index[leaf] = self._with_data(leaf, splits[leaf], self.shots(name))
                 loaded = self._manager.load([name])
         except DataError:
             raise
@@ -218,6 +159,20 @@ class Tasks:
             self.writing.add(name)
         group = loaded.get("groups", {}).get(name)
         return [group] if group is not None else list(loaded["tasks"].values())
+
+    def _local_splits(self, name: str) -> dict[str, LocalSplits]:
+        """Return the local data of each task of a name; empty without a data folder."""
+        if self.data_dir is None:
+            return {}
+        return {
+            leaf: LocalSplits(
+                self.data_dir,
+                leaf,
+                self._config(leaf, "dataset_path"),
+                self._config(leaf, "dataset_name"),
+            )
+            for leaf in self.leaves(name)
+        }
 
     def shots(self, name: str) -> int | None:
         """Return the examples that a requested name gets in its prompts; None: lm-eval's number."""
@@ -253,8 +208,7 @@ class Tasks:
         from lm_eval.tasks._yaml_loader import load_yaml
 
         entry = self._shipped[leaf]
-        with sandboxed_code_eval():  # a task's functions are imported here
-            config = load_yaml(entry.yaml_path, resolve_func=True)
+        config = load_yaml(entry.yaml_path, resolve_func=True)  # imports a task's functions
         fixed, examples = config.get("num_fewshot"), config.get("fewshot_config") or {}
         wanted = fixed if shots is None or fixed == 0 else shots
         own_source = config.get("fewshot_split") or examples.keys() & {"split", "samples"}
@@ -306,26 +260,3 @@ def _describe_unknown(name: str, known: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(name, known, n=3)
     hint = f" Did you mean {', '.join(near)}?" if near else ""
     return f"lm-eval has no task, group or tag '{name}'.{hint} `lm-eval ls tasks` lists all."
-
-
-@functools.cache
-def _manager() -> Any:  # noqa: ANN401
-    """Return lm-eval's manager; indexing its thousands of tasks takes seconds."""
-    from lm_eval.tasks import TaskManager
-
-    with quiet():
-        return TaskManager()
-
-
-@contextlib.contextmanager
-def sandboxed_code_eval() -> Iterator[None]:
-    """Let `evaluate.load("code_eval")` give the sandboxed metric inside the block."""
-    import evaluate
-
-    shipped = evaluate.load
-
-    def load(path: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        return CodeEval() if path == "code_eval" else shipped(path, *args, **kwargs)
-
-    with mock.patch.object(evaluate, "load", load):
-        yield

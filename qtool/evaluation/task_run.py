@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -10,15 +11,18 @@ import torch
 
 from qtool.errors import DataError, ModelError, QtoolError
 from qtool.evaluation.code_metric import recorded_outcomes
-from qtool.evaluation.harness import Tasks, quiet, templates_compiled_once, writes_text
+from qtool.evaluation.harness import Tasks, writes_text
 from qtool.evaluation.item_rows import AddRows, item_rows
 from qtool.evaluation.kept_scores import KeptScores
+from qtool.evaluation.lm_eval_hooks import quiet, templates_compiled_once
 from qtool.evaluation.responses import ResponseStore
 from qtool.evaluation.scores import TaskScores, collect_scores
 
 if TYPE_CHECKING:
     from qtool.evaluation.task_model import TaskModel
     from qtool.evaluation.tasks import TaskOptions
+
+_LOG = logging.getLogger(__name__)
 
 FULL = "Give a smaller --batch-size, or a smaller --max-length."
 DISK = "Answers go to $QTOOL_CACHE; --no-cache keeps none."
@@ -115,6 +119,7 @@ def explained(what: str, *, full: str, other: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ModelError(f"{what}: out of memory. {full}") from error
     except Exception as error:  # of lm-eval, jinja, metrics, torch: many unrelated types
+        _LOG.debug("%s", what, exc_info=error)  # it may be a bug, and the message has one line
         reason = " ".join(str(error).split()).rstrip(".") or "no reason given"
         of_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
         next_step = DISK if of_disk else other

@@ -15,9 +15,10 @@ import torch
 from qtool.base import Emit, ignore_events
 from qtool.errors import DataError, OutputError, QtoolError
 from qtool.evaluation import batches, sandbox
-from qtool.evaluation.harness import SEEDS, Tasks, quiet
+from qtool.evaluation.harness import SEEDS, Tasks
 from qtool.evaluation.item_rows import AddRows, are_kept
 from qtool.evaluation.kept_scores import KeptScores
+from qtool.evaluation.lm_eval_hooks import quiet
 from qtool.evaluation.local_data import read_rows
 from qtool.evaluation.scores import TaskFailure, TaskScores
 from qtool.evaluation.task_run import FULL, explained, run_task

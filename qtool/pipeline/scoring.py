@@ -134,7 +134,7 @@ def _load(subject: _Subject, dtype: "torch.dtype", *, remember: bool) -> LoadedM
         CheckpointError: its files are missing or damaged.
     """
     from qtool.evaluation import kept_scores
-    from qtool.evaluation.harness import quiet
+    from qtool.evaluation.lm_eval_hooks import quiet
     from qtool.evaluation.task_run import explained
 
     name, directory = subject.figures.name, subject.directory

@@ -1,6 +1,8 @@
 """What a user can do wrong: exit code 1 and one line that says what, where and what next."""
 
 import json
+import logging
+from collections.abc import Iterator
 
 import pytest
 
@@ -129,3 +131,30 @@ def test_no_data_and_data_at_once_is_one_line(cli: Cli, llama, tmp_path):
             "quantize", "--method", "bcq", "--no-calibration", *options, llama, tmp_path / "o"
         )
         one_line(done, "--no-calibration")
+
+
+@pytest.fixture
+def own_level() -> Iterator[None]:
+    """Give qtool's logger back as it was."""
+    logger = logging.getLogger("qtool")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("own_level")
+@pytest.mark.parametrize("level", ["debug", "", None])
+def test_a_log_has_where_an_error_comes_from(cli: Cli, monkeypatch, caplog, tmp_path, level):
+    if level is None:
+        monkeypatch.delenv("QTOOL_LOG", raising=False)
+    else:
+        monkeypatch.setenv("QTOOL_LOG", level)
+    done = cli("inspect", tmp_path / "nothing")
+    assert done.code == 1
+    assert bool(caplog.records) == (level == "debug")
+    assert ("Traceback" in caplog.text) == (level == "debug")
+
+
+def test_an_unknown_level_is_one_line(cli: Cli, monkeypatch):
+    monkeypatch.setenv("QTOOL_LOG", "verbose")
+    one_line(cli("methods"), "No 'verbose' in levels of $QTOOL_LOG. Known: debug, info, warning.")

@@ -11,7 +11,8 @@ import pytest
 
 from qtool.errors import DataError
 from qtool.evaluation import code_metric
-from qtool.evaluation.harness import SANDBOXED, Tasks, _manager
+from qtool.evaluation.harness import SANDBOXED, Tasks
+from qtool.evaluation.lm_eval_hooks import task_manager
 from qtool.evaluation.sandbox import run_programs
 from qtool.evaluation.task_model import TaskModel
 from tests.task_rows import SAMPLE
@@ -22,7 +23,7 @@ TASKS = [json.loads(line) for line in (SAMPLE / "code/humaneval.jsonl").read_tex
 @pytest.fixture
 def tag(monkeypatch):
     """A tag of lm-eval's that has a code task; the library itself has none."""
-    index = _manager().task_index
+    index = task_manager().task_index
     shipped = index["ai2_arc"]
     assert shipped.kind.name == "TAG"
     monkeypatch.setitem(

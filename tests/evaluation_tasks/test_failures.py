@@ -66,6 +66,14 @@ def test_other_tasks_are_run(evaluate, fail):
     assert warning == f"arc_easy failed: {failure.message}"  # at once, not after hours
 
 
+def test_a_log_has_the_traceback(evaluate, fail, caplog):
+    fail(ZeroDivisionError("no words"))
+    with caplog.at_level("DEBUG", logger="qtool"):
+        evaluate("arc_easy", "wikitext", limit=1)
+    assert "Task arc_easy stopped on " in caplog.text
+    assert "Traceback" in caplog.text and "ZeroDivisionError: no words" in caplog.text
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["card", "host"]
 )

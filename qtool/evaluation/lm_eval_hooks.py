@@ -1,0 +1,87 @@
+"""What of lm-eval is replaced while it works: inside a block, and by nothing that it could notice.
+
+Code tasks load the metric `code_eval` through `evaluate.load`, which would fetch it from the hub
+and run programs in a fork of this process: while tasks are loaded, that one name gives
+`code_metric.CodeEval`.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import logging
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from qtool.errors import MissingExtraError
+from qtool.evaluation.code_metric import CodeEval
+
+
+def require_lm_eval() -> None:
+    """Raise unless lm-eval is installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingExtraError("Running tasks", "eval")
+
+
+@functools.cache
+def task_manager() -> Any:  # noqa: ANN401
+    """Return lm-eval's manager; indexing its thousands of tasks takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    with quiet():
+        return TaskManager()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep lm-eval off the terminal inside the block."""
+    import datasets
+    import lm_eval.api.task
+    from tqdm import tqdm
+
+    logger = logging.getLogger("lm_eval")
+    handler, before = logging.NullHandler(), logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    silent = functools.partial(tqdm, disable=True)
+    with_bars = datasets.are_progress_bars_disabled() is False
+    datasets.disable_progress_bars()
+    try:
+        with (
+            mock.patch.object(lm_eval.api.task, "tqdm", silent),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+        if with_bars:
+            datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def templates_compiled_once() -> Iterator[None]:
+    """Let lm-eval compile a task's templates once inside the block, not for every prompt.
+
+    For mmlu with five examples that is 98,408 times, and longer than a card needs for the answers.
+    """
+    from lm_eval.utils import env
+
+    compiled = functools.lru_cache(maxsize=1024)(env.from_string)
+    with mock.patch.object(env, "from_string", compiled):
+        yield
+
+
+@contextlib.contextmanager
+def sandboxed_code_eval() -> Iterator[None]:
+    """Let `evaluate.load("code_eval")` give the sandboxed metric inside the block."""
+    import evaluate
+
+    shipped = evaluate.load
+
+    def load(path: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        return CodeEval() if path == "code_eval" else shipped(path, *args, **kwargs)
+
+    with mock.patch.object(evaluate, "load", load):
+        yield
