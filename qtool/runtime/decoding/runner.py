@@ -62,13 +62,12 @@ class DecodeRunner:
         if batch != self.batch:
             raise BackendError(f"The runner decodes {self.batch} sequences, not {batch}.")
         self._check_room(0, length)
-        logits = step.prefill(self.weights, ids, self.state, self.ops, lengths)
         if lengths is None:
             self.state.positions.fill_(length)
         else:
             self.state.positions.copy_(lengths)
         self.length = length
-        return logits
+        return step.prefill(self.weights, ids, self.state, self.ops)
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -106,20 +105,19 @@ class DecodeRunner:
             BackendError: they don't fit into the cache.
         """
         self._check_room(self.length, count)
-        stops = torch.tensor([*stop_ids], dtype=torch.int64).to(self.device)
+        begin, stops = self.length, torch.tensor([*stop_ids], dtype=torch.int64)
+        stops = stops.to(self.device)
         begins = self.state.positions.long()[:, None]
         places = begins + torch.arange(count + 1, device=self.device)
         self.state.tokens.copy_(first)
         self.state.history.scatter_(1, begins, self.state.tokens[:, None])
-        done = 0
-        while done < count:
+        for done in range(count):
             if len(stops) and done % check_every == 0:
                 chosen = self.state.history.gather(1, places[:, : done + 1])
                 if bool(torch.isin(chosen, stops).any(1).all()):
                     break
             self._advance()
-            done += 1
-        return self.state.history.gather(1, places[:, 1 : done + 1])
+        return self.state.history.gather(1, places[:, 1 : self.length - begin + 1])
 
     def grown(self, max_length: int) -> "DecodeRunner":
         """Return a runner with room for more that goes on where this one stands."""

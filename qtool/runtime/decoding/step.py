@@ -25,22 +25,15 @@ def decode(weights: DecoderWeights, state: DecodeState, ops: DecodeOps) -> Tenso
     return _logits(x, weights, ops)
 
 
-def prefill(
-    weights: DecoderWeights,
-    ids: Tensor,
-    state: DecodeState,
-    ops: DecodeOps,
-    lengths: Tensor | None = None,
-) -> Tensor:
+def prefill(weights: DecoderWeights, ids: Tensor, state: DecodeState, ops: DecodeOps) -> Tensor:
     """Read whole prompts into an empty cache; return the logits after them.
 
     Args:
         weights: Of the model.
         ids: (batch, length) int64; what follows a shorter prompt is read too, and seen by nothing:
             attention is causal, and each step writes over it before it looks there.
-        state: Of the cache; its keys and values are written.
+        state: Its keys and values are written; its positions are the lengths of the prompts.
         ops: What runs.
-        lengths: (batch,) of the prompts; None: they all are as long as `ids`.
     """
     shape, (batch, length) = weights.shape, ids.shape
     x = ops.embed(ids.flatten(), weights.embedding)
@@ -60,11 +53,8 @@ def prefill(
             return attended.transpose(1, 2).reshape(batch * length, -1)
 
         x = _block(x, layer, shape, ops, attend)
-    each = x.view(batch, length, -1)
-    if lengths is None:
-        last = each[:, -1].contiguous()
-    else:
-        last = each[torch.arange(batch, device=x.device), lengths.long() - 1]
+    sequences = torch.arange(batch, device=x.device)
+    last = x.view(batch, length, -1)[sequences, state.positions.long() - 1]
     return _logits(last, weights, ops)
 
 
