@@ -1,7 +1,6 @@
 """Rendering: results to stdout, progress and errors to stderr."""
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from qtool.base import Emit
 from qtool.errors import OutputError
+from qtool.plain_json import plain_json
 
 NOT_A_TERMINAL_WIDTH = 120
 LOG_SECONDS = 30.0
@@ -42,13 +42,18 @@ def print_table(title: str, columns: Mapping[str, str], rows: Sequence[tuple[str
 
 
 def write_json(value: Any, target: Path | None) -> None:  # noqa: ANN401
-    """Write a result for machines; '-' is stdout, None is nowhere.
-
-    What isn't a finite number is null: JSON knows no NaN, and few readers take it.
-    """
+    """Write a result for machines; '-' is stdout, None is nowhere."""
     if target is None:
         return
-    text = json.dumps(_finite(value), indent=2, default=str, allow_nan=False)
+    write_text(json.dumps(plain_json(value), indent=2, allow_nan=False), target)
+
+
+def write_text(text: str, target: Path) -> None:
+    """Write a result and a line break; '-' is stdout.
+
+    Raises:
+        OutputError: it can't be written.
+    """
     if str(target) == "-":
         print(text)
         return
@@ -56,15 +61,6 @@ def write_json(value: Any, target: Path | None) -> None:  # noqa: ANN401
         target.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"Can't write {target}: {error.strerror}.") from error
-
-
-def _finite(value: Any) -> Any:  # noqa: ANN401
-    """Return the same with None for every number that isn't finite."""
-    if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def wants_table(json_target: Path | None) -> bool:

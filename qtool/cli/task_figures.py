@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.cli import console
-from qtool.errors import OutputError, QtoolError
+from qtool.errors import QtoolError
 
 if TYPE_CHECKING:
     from qtool.evaluation.scores import TaskFailure, TaskScores
@@ -35,14 +35,7 @@ def write_markdown(result: "TaskComparison", target: Path | None) -> None:
     lines += [_line(_cells(result, row)) for row in result.rows]
     lines = [*lines, ""] if result.rows else []
     lines += [f"- {line}" for line in _conditions(result)]
-    text = "\n".join(lines) + "\n"
-    if str(target) == "-":
-        print(text, end="")
-        return
-    try:
-        target.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"Can't write {target}: {error.strerror}.") from error
+    console.write_text("\n".join(lines), target)
 
 
 def task_report(result: "TaskComparison") -> dict[str, Any]:

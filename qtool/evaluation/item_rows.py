@@ -7,17 +7,15 @@ import contextlib
 import functools
 import gzip
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
-
-import numpy as np
 
 from qtool.errors import DataError, OutputError
 from qtool.evaluation.local_data import Row, read_rows
 from qtool.evaluation.sandbox import Outcome
 from qtool.evaluation.whole_files import written_whole
+from qtool.plain_json import plain_json
 
 LEVEL = 6
 """Of gzip: prompts repeat their examples, and higher levels find little more."""
@@ -66,7 +64,7 @@ def _row(filtered: Sequence[Mapping[str, Any]], outcomes: Outcomes) -> Row:
         "metrics": {f"{m},{one['filter']}": one[m] for one in filtered for m in one["metrics"]},
         **({"programs": programs} if programs else {}),
     }
-    return {key: _plain(value) for key, value in row.items()}
+    return {key: plain_json(value) for key, value in row.items()}
 
 
 def _texts(answers: Any) -> Iterator[str]:  # noqa: ANN401
@@ -76,21 +74,6 @@ def _texts(answers: Any) -> Iterator[str]:  # noqa: ANN401
     elif isinstance(answers, (list, tuple)):
         for one in answers:
             yield from _texts(one)
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401
-    """Return a value as JSON has it; None for a number that isn't finite."""
-    if isinstance(value, (np.generic, np.ndarray)):
-        value = value.tolist()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [_plain(one) for one in value]
-    return str(value)
 
 
 @contextlib.contextmanager
@@ -144,12 +127,12 @@ def keep_rows(target: Path, rows: Iterable[Row]) -> None:
         _write(packed, rows)
 
 
-def are_kept(file: Path) -> bool:
-    """Return whether a file of rows is there and whole."""
+def kept_rows(file: Path) -> list[Row] | None:
+    """Return the rows that were kept; None if the file isn't there and whole."""
     try:
-        return all(True for _ in read_rows(file))
+        return list(read_rows(file))
     except DataError:
-        return False
+        return None
 
 
 def _packed(opened: Opened) -> gzip.GzipFile:

@@ -16,10 +16,9 @@ from qtool.base import Emit, ignore_events
 from qtool.errors import DataError, OutputError, QtoolError
 from qtool.evaluation import batches, sandbox
 from qtool.evaluation.harness import SEEDS, Tasks
-from qtool.evaluation.item_rows import AddRows, are_kept
+from qtool.evaluation.item_rows import AddRows, kept_rows
 from qtool.evaluation.kept_scores import KeptScores
 from qtool.evaluation.lm_eval_hooks import quiet
-from qtool.evaluation.local_data import read_rows
 from qtool.evaluation.scores import TaskFailure, TaskScores
 from qtool.evaluation.task_run import FULL, explained, run_task
 from qtool.modeling.load import LoadedModel
@@ -114,12 +113,13 @@ def run_tasks(
     for name in options.tasks:
         place = _kept(name, subject, tasks, options)
         scores = place.read() if options.cache else None
-        if scores is None or (add_rows is not None and not are_kept(place.items)):
+        rows = kept_rows(place.items) if scores is not None and add_rows is not None else []
+        if scores is None or rows is None:
             missing[name] = place
             continue
         found[name] = scores
         if add_rows is not None:
-            add_rows(name, read_rows(place.items))
+            add_rows(name, rows)
     if missing:
         found |= _run(missing, load, tasks, options, emit, add_rows)
         _free_memory()  # the model is in a cycle, and would stay beside the one that is loaded next

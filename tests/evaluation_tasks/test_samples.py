@@ -15,6 +15,7 @@ import pytest
 from qtool.errors import OutputError
 from qtool.evaluation import item_rows, whole_files
 from qtool.evaluation.task_model import TaskModel
+from qtool.plain_json import plain_json
 from tests.cli.conftest import Cli, cli
 from tests.evaluation_tasks.conftest import LoadsModelError
 from tests.task_rows import SAMPLE
@@ -357,7 +358,7 @@ def test_numbers_that_json_does_not_have_are_null():
     values = [float("nan"), float("-inf"), np.float32("inf"), np.float32(0.5), np.int64(3)]
     values += [np.bool_(True), True, (1, "a"), {1: {"x"}}, np.arange(2), None]
     expected = [None, None, None, 0.5, 3, True, True, [1, "a"], {"1": ["x"]}, [0, 1], None]
-    found = item_rows._plain(values)
+    found = plain_json(values)
     assert found == expected
     assert [type(one) for one in found] == [type(one) for one in expected]
     json.dumps(found, allow_nan=False)
