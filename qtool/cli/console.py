@@ -15,7 +15,7 @@ from rich.table import Table
 
 from qtool.base import Emit
 from qtool.errors import OutputError
-from qtool.plain_json import plain_json
+from qtool.storage.plain_json import plain_json
 
 NOT_A_TERMINAL_WIDTH = 120
 LOG_SECONDS = 30.0

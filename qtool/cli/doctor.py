@@ -29,7 +29,7 @@ def doctor(
     import qtool
     import qtool.runtime.backends
     from qtool import plugins
-    from qtool.modeling.locate import cache_dir
+    from qtool.storage.cache import cache_dir
 
     installed = {"qtool": qtool.__version__, "python": platform.python_version()}
     installed |= {name: importlib.metadata.version(name) for name in PACKAGES}

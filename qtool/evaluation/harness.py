@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from qtool.errors import DataError
-from qtool.evaluation.file_digests import files_digest
 from qtool.evaluation.lm_eval_hooks import quiet, require_lm_eval, sandboxed_code_eval, task_manager
 from qtool.evaluation.local_data import LocalSplits
+from qtool.storage.digests import files_digest
 
 CUSTOMARY_SHOTS: Mapping[str, int] = {"mmlu": 5}
 """Examples in the prompt of a group's tasks, where papers agree and lm-eval sets no number."""

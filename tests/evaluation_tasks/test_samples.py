@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from qtool.errors import OutputError
-from qtool.evaluation import item_rows, whole_files
+from qtool.evaluation import item_rows
 from qtool.evaluation.task_model import TaskModel
-from qtool.plain_json import plain_json
+from qtool.storage import whole_files
+from qtool.storage.plain_json import plain_json
 from tests.cli.conftest import Cli, cli
 from tests.evaluation_tasks.conftest import LoadsModelError
 from tests.task_rows import SAMPLE

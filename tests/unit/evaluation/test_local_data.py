@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from qtool.errors import DataError
-from qtool.evaluation.file_digests import files_digest
 from qtool.evaluation.local_data import DATASETS, LocalSplits, find, read_rows
+from qtool.storage.digests import files_digest
 from tests.task_rows import ITEMS, SHARED, invented, write_all, write_rows
 
 TASKS = {

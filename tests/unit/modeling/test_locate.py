@@ -7,7 +7,8 @@ import pytest
 
 from qtool.errors import MissingExtraError, ModelError
 from qtool.modeling import locate as module
-from qtool.modeling.locate import cache_dir, convert_gguf, locate
+from qtool.modeling.locate import convert_gguf, locate
+from qtool.storage.cache import cache_dir
 
 
 def test_local_directory_stays_where_it_is_and_has_no_public_name(llama):

@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from qtool.evaluation.whole_files import written_whole
-from qtool.modeling.locate import cache_dir
+from qtool.storage.cache import cache_dir
+from qtool.storage.whole_files import written_whole
 
 SETTLED_NS = 2_000_000_000
 """How old a change must be: file systems count time in steps of up to two seconds."""

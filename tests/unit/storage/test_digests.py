@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from qtool.evaluation import file_digests
-from qtool.evaluation.file_digests import SETTLED_NS, files_digest
-from qtool.evaluation.whole_files import written_whole
+from qtool.storage import digests as file_digests
+from qtool.storage.digests import SETTLED_NS, files_digest
+from qtool.storage.whole_files import written_whole
 
 LONG_AGO = time.time_ns() - 100 * SETTLED_NS
 

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import contextlib
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import IO
 
 
 @contextlib.contextmanager
-def written_whole(target: Path) -> Iterator[IO[bytes]]:
+def written_whole(target: Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
     """Open a file that takes the place of `target` when the block ends without an error.
 
     A reader sees the old content or the new one, however many write at once.
 
     Args:
         target: Its folder is made.
+        durable: It survives a loss of power too: file and folder are synced, which takes
+            milliseconds.
 
     Raises:
         OSError: it can't be written.
@@ -24,6 +27,20 @@ def written_whole(target: Path) -> Iterator[IO[bytes]]:
     try:
         with partial.open("xb") as opened:
             yield opened
+            if durable:
+                opened.flush()
+                os.fsync(opened.fileno())
         partial.replace(target)
+        if durable:
+            sync_directory(target.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names of a folder's entries survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
