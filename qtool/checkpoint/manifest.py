@@ -1,7 +1,7 @@
 """Manifest: what `quantization_config` in config.json says. docs/format.md, section 2."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
@@ -58,6 +58,8 @@ class Manifest:
     calibration: str | None = None
     """Digest of the calibration data."""
     format_version: int = FORMAT_VERSION
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """sha256, in hex, of the bytes of each stored tensor by its name; empty: none were noted."""
 
     def average_bits(self) -> float:
         """Return stored bits per quantized weight, with scales and offsets."""
@@ -67,7 +69,7 @@ class Manifest:
 
     def to_config(self) -> dict[str, Any]:
         """Return the JSON form."""
-        return {
+        config = {
             "quant_method": QUANT_METHOD,
             "format_version": self.format_version,
             "tool_version": self.tool_version,
@@ -76,6 +78,7 @@ class Manifest:
             "recipe": dict(self.recipe),
             "layers": {name: _entry_to_json(entry) for name, entry in self.layers.items()},
         }
+        return {**config, "digests": dict(self.digests)} if self.digests else config
 
 
 def _entry_to_json(entry: LayerEntry) -> dict[str, Any]:
@@ -118,6 +121,7 @@ def manifest_from_config(config: Mapping[str, Any], where: str) -> Manifest:
             source=config.get("source"),
             calibration=config.get("calibration"),
             format_version=version,
+            digests=dict(config.get("digests", {})),
         )
     except (KeyError, TypeError, AttributeError, ValueError, QtoolError) as error:
         raise CheckpointError(f"{where}: quantization_config is damaged: {error!r}.") from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import qtool
 from qtool.base import Emit, ignore_events
 from qtool.bench.model import SpeedResult, time_model
+from qtool.checkpoint.marks import REPORT_NAME
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards, read_json
 from qtool.data.corpora import Corpus, load_corpus
@@ -22,7 +23,6 @@ from qtool.evaluation.agreement import (
 from qtool.evaluation.perplexity import PerplexityResult, perplexity
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import locate
-from qtool.pipeline.quantizing import REPORT_NAME
 from qtool.runtime.select import use_backend
 from qtool.scheme import WeightScheme
 

@@ -12,7 +12,7 @@ import qtool.methods
 from qtool import plugins
 from qtool.base import Method
 from qtool.checkpoint.manifest import num_bytes
-from qtool.errors import RecipeError, SchemeError
+from qtool.errors import ModelError, RecipeError, SchemeError
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
 from qtool.scheme import GroupDim, Shape2D, WeightScheme
@@ -112,6 +112,7 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
     Raises:
         RecipeError: an option is wrong, or an override matches nothing.
         SchemeError: a method can't do the scheme.
+        ModelError: a tensor has the name of what would be written.
         UnknownNameError: there is no such method.
     """
     _check_overrides(source, recipe)
@@ -128,6 +129,7 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
         for name in source.names()
         if name not in quantized and not (tied and name == f"{head}.weight")
     )
+    _check_names(source, layers, kept)
     return Plan(
         layers=layers,
         tied_head=head if tied else None,
@@ -140,6 +142,20 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
 def _stored_bytes(source: ModelSource, name: str) -> int:
     spec = source.spec(name)
     return prod(spec.shape) * STORED_BYTES.get(spec.dtype, 1)
+
+
+def _check_names(source: ModelSource, layers: tuple[LayerPlan, ...], kept: tuple[str, ...]) -> None:
+    """Raise ModelError if a tensor that is copied has the name of a quantized layer or its part."""
+    ours = {layer.name for layer in layers}
+    for layer in layers:
+        parts = load_method(layer.method).layout(layer.scheme, layer.shape)
+        ours |= {f"{layer.name}.{part}" for part in parts}
+    taken = [name for name in kept if name in ours]
+    if taken:
+        raise ModelError(
+            f"{source.directory}: a tensor is named {taken[0]}, as quantizing names what it writes "
+            "for that layer. Rename it, or skip the layer with an override."
+        )
 
 
 def _check_overrides(source: ModelSource, recipe: Recipe) -> None:
