@@ -121,7 +121,7 @@ class CheckpointWriter:
         self._release()
         if not finished or error is None:
             return
-        way_on = f"{finished} kept in {self.work_dir}: the same command with --resume goes on from there."
+        way_on = f"{finished} kept in {self.work_dir}: the same command with --resume goes on."
         if isinstance(error, QtoolError):
             error.args = (f"{error} {way_on}",)
         else:
@@ -129,9 +129,10 @@ class CheckpointWriter:
 
     def _count_finished(self) -> str:
         """Say what a resumed run would find; '' if nothing."""
-        if read_job(self.work_dir) is None or self.has_ended:
+        job = read_job(self.work_dir)
+        if job is None or job.is_stale:
             return ""
-        if self.is_sealed:
+        if job.files is not None:
             return "All files of the result are"
         count = len(self._spool)
         return f"{count} finished layers are" if count > 1 else "1 finished layer is" * count

@@ -76,7 +76,7 @@ def test_bug_keeps_its_type_and_the_work(llama, tmp_path):
 
 
 def test_error_before_a_layer_is_finished_leaves_nothing(tmp_path):
-    with pytest.raises(OutputError, match="^no$"), open_writer(tmp_path / "out"):
+    with pytest.raises(OutputError, match=r"^no$"), open_writer(tmp_path / "out"):
         raise OutputError("no")
     assert list(tmp_path.iterdir()) == []
 
