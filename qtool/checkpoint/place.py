@@ -283,9 +283,13 @@ def check_free_space(place: Place, num_bytes: int, *, besides: int) -> None:
     needed = num_bytes + besides
     if free < needed:
         raise OutputError(
-            f"{folder} has {free / 1e9:.2f} GB free; writing {place.out_dir.name} takes "
-            f"{needed / 1e9:.2f} GB for a while. Free some space or choose another disk."
+            f"{folder} has {_megabytes(free)} free; writing {place.out_dir.name} takes "
+            f"{_megabytes(needed)} for a while. Free some space or choose another disk."
         )
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.2f} MB"
 
 
 def _size(work_dir: Path) -> int:

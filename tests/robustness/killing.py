@@ -12,9 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import recipe
+from qtool.recipe.load import recipe_from_mapping
 
 SMALL_SHARD = 30_000
+QUICK: dict[str, dict[str, int]] = {
+    "rtn": {},
+    "gptq": {"clip_candidates": 2, "polish_rounds": 0},
+    "bcq": {"rounds": 1, "iterations": 1, "polish_rounds": 0},
+}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 EVENTS = (
     "os.rename",
@@ -102,17 +107,20 @@ def prepare(request: Request, events: Events) -> None:
 def quantize(request: Request) -> None:
     from qtool import pipeline
 
-    sections: dict[str, Any] = {}
-    options = {"rounds": 2, "iterations": 1} if request.method == "bcq" else {}
+    weights: dict[str, Any] = {
+        "method": request.method,
+        "scheme": {"num_bits": request.num_bits, "group_size": 32},
+        "options": QUICK[request.method],
+        "overrides": [{"match": "*.mlp.*", "skip": True}],
+    }
+    sections: dict[str, Any] = {"weights": weights}
     if request.method != "rtn":
         samples = {"num_samples": 4, "sequence_length": 32, "cache": request.cache}
         sections["calibration"] = {"dataset": request.text, **samples}
-    chosen = recipe(request.method, request.num_bits, **sections)
-    weights = chosen.weights.model_copy(update={"options": options})
     pipeline.quantize(
         request.model,
         Path(request.out_dir),
-        chosen.model_copy(update={"weights": weights}),
+        recipe_from_mapping(sections),
         overwrite=request.overwrite,
         resume=request.resume,
     )
@@ -129,7 +137,7 @@ def run(request: Request) -> tuple[int, int, str]:
         try:
             prepare(request, events)
             quantize(request)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - it is sent to the parent
             message = f"{type(error).__name__}: {error}"
         os.write(writing, json.dumps([events.count, message]).encode())
         os._exit(1 if message else 0)
@@ -142,11 +150,12 @@ def run(request: Request) -> tuple[int, int, str]:
 
 
 def main() -> None:
-    from qtool import pipeline  # noqa: F401 - the children have it then
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-
-    for line in sys.stdin:
-        print(json.dumps(run(Request(**json.loads(line)))), flush=True)
+    """Serve; the first run happens here, so that the children have what it imports."""
+    for number, line in enumerate(sys.stdin):
+        request = Request(**json.loads(line))
+        answer = run(request) if number else (0, 0, quantize(request))
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

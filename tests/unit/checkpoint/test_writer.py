@@ -349,11 +349,11 @@ def test_directory_that_vanishes_is_one_sentence(tmp_path):
 def test_too_little_space_is_found_before_any_work(llama, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(OutputError, match=r"0\.00 GB free; writing out takes"):
+    with pytest.raises(OutputError, match=r"0\.00 MB free; writing out takes"):
         pipeline.quantize(str(llama), tmp_path / "out", recipe())
     assert list(tmp_path.iterdir()) == []
     check_free_space(find_place(tmp_path / "no" / "such" / "parent"), 400, besides=400)
-    with pytest.raises(OutputError, match="GB free"):
+    with pytest.raises(OutputError, match="MB free"):
         check_free_space(find_place(tmp_path / "out"), 400, besides=800)
 
 
