@@ -14,9 +14,11 @@ from qtool.checkpoint.claim import look
 from qtool.checkpoint.marks import Job, read_job, write_job
 from qtool.checkpoint.place import find_place, is_mount_point
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import OutputError
 from tests.helpers import file_hashes, normal, recipe
+from tests.unit.checkpoint.runs import open_writer
+
+FLAGS = [(False, False), (True, False), (False, True)]
 
 
 def refused(out_dir: Path, message: str, *, overwrite: bool = True) -> None:
@@ -162,21 +164,22 @@ def test_what_only_has_the_name_of_our_work_is_left_alone(llama, tmp_path, left)
         (work / "mine.txt").write_text("mine")
         if left == "job":
             (work / "job.json").write_text('{"fingerprint": {}}')
-    for flags in ({}, {"overwrite": True}, {"resume": True}):
+    for overwrite, resume in FLAGS:
         with pytest.raises(OutputError, match=r"out\.partial, where the work would go"):
-            pipeline.quantize(str(llama), tmp_path / "out", recipe(), **flags)
+            pipeline.quantize(
+                str(llama), tmp_path / "out", recipe(), overwrite=overwrite, resume=resume
+            )
     assert work.is_symlink() or "mine" in "".join(
         p.read_text() for p in (work, work / "mine.txt") if p.is_file()
     )
 
 
 def test_second_run_is_refused_while_the_first_lives(tmp_path):
-    options = {"fingerprint": {}, "overwrite": False, "resume": False}
-    with CheckpointWriter(tmp_path / "out", **options) as first:
+    with open_writer(tmp_path / "out") as first:
         first.add("a", normal(2))
-        for flags in ({}, {"overwrite": True}, {"resume": True}):
+        for overwrite, resume in FLAGS:
             with pytest.raises(OutputError, match="Another run is writing") as caught:
-                CheckpointWriter(tmp_path / "out", **{**options, **flags})
+                open_writer(tmp_path / "out", overwrite=overwrite, resume=resume)
             assert "--overwrite" not in str(caught.value)
     assert read_job(tmp_path / "out.partial") is not None
 
