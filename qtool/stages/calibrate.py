@@ -126,11 +126,11 @@ def measure_absmax(source: ModelSource, calibration: CalibrationSet, env: Env) -
     for index in range(source.num_blocks):
         block = model.load(index)
         for group in source.adapter.linears:
-            inputs = (block.inputs_of(group[0], x).abs().amax(0).float() for x in hidden)
+            inputs = (block.inputs_of(group[0], x, i).abs().amax(0).float() for i, x in enumerate(hidden))
             largest = torch.stack(list(inputs)).amax(0).cpu()
             for name in group:
                 found[f"{source.adapter.blocks}.{index}.{name}"] = largest.clone()
-        hidden = [block.run(x).cpu() for x in hidden]
+        hidden = [block.run(x, i).cpu() for i, x in enumerate(hidden)]
         values = {"index": index, "total": source.num_blocks, "name": f"block {index}"}
         env.emit("block", values)
     return found

@@ -70,8 +70,8 @@ def measure_inputs(
     """
     sums: dict[bool, Moments] = {}
     for index, (first, second) in enumerate(zip(streams.original, streams.quantized, strict=True)):
-        reference, reference_residual = _see(original, linear, first, writer)
-        x, residual = _see(quantized, linear, second, writer)
+        reference, reference_residual = _see(original, linear, first, index, writer)
+        x, residual = _see(quantized, linear, second, index, writer)
         drift, lost = reference - x, None
         if reference_residual is not None and residual is not None:
             lost = (reference_residual.float() - residual.float()).to(x.dtype)
@@ -88,12 +88,12 @@ def measure_inputs(
 
 
 def _see(
-    block: Block, linear: str, hidden: Tensor, writer: Writer | None
+    block: Block, linear: str, hidden: Tensor, batch: int, writer: Writer | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the input of a linear and the residual stream that its output is added to."""
     if writer == "mlp":
-        return block.around(linear, hidden)
-    inputs = block.inputs_of(linear, hidden)
+        return block.around(linear, hidden, batch)
+    inputs = block.inputs_of(linear, hidden, batch)
     if writer == "attention":
         return inputs, hidden.flatten(0, -2).to(inputs.device, non_blocking=True)
     return inputs, None

@@ -36,7 +36,7 @@ def test_walking_the_blocks_equals_the_whole_forward_pass(tiny, family):
     hidden = walked.capture(tokens())
     for index in range(source.num_blocks):
         block = walked.load(index)
-        hidden = [block.run(x) for x in hidden]
+        hidden = [block.run(x, batch) for batch, x in enumerate(hidden)]
     with torch.no_grad():
         for batch in tokens():
             model(batch)
@@ -51,7 +51,7 @@ def test_every_linear_of_the_adapter_is_called_with_its_width(tiny, family):
     hidden = walked.capture(tokens()[:1])
     block = walked.load(0)
     for group in source.adapter.linears:
-        inputs = [block.inputs_of(name, hidden[0]) for name in group]
+        inputs = [block.inputs_of(name, hidden[0], 0) for name in group]
         width = source.weight_shape(f"{source.adapter.blocks}.0.{group[0]}").in_features
         assert inputs[0].shape == (40, width)
         for other in inputs[1:]:  # the adapter says that these share an input
@@ -64,13 +64,13 @@ def test_replaced_weight_is_used_and_the_copy_keeps_its_own(tiny):
     hidden = walked.capture(tokens()[:1])
     block = walked.load(0)
     kept = block.copy()
-    before = block.run(hidden[0])
+    before = block.run(hidden[0], 0)
     weight = source.read_weight("transformer.h.0.mlp.c_proj")
     block.set_weight("mlp.c_proj", torch.zeros_like(weight), transposed=True)
-    assert not torch.equal(block.run(hidden[0]), before)
-    assert torch.equal(kept.run(hidden[0]), before)
+    assert not torch.equal(block.run(hidden[0], 0), before)
+    assert torch.equal(kept.run(hidden[0], 0), before)
     block.set_weight("mlp.c_proj", weight, transposed=True)
-    assert torch.equal(block.run(hidden[0]), before)
+    assert torch.equal(block.run(hidden[0], 0), before)
 
 
 def test_linear_that_is_never_called_is_an_error(tiny, monkeypatch):
@@ -78,9 +78,9 @@ def test_linear_that_is_never_called_is_an_error(tiny, monkeypatch):
     walked = BlockModel(source, "cpu")
     hidden = walked.capture(tokens()[:1])
     block = walked.load(0)
-    monkeypatch.setattr(block, "run", lambda x: x)
+    monkeypatch.setattr(block, "run", lambda x, _batch: x)
     with pytest.raises(ModelError, match="never called"):
-        block.inputs_of("mlp.down_proj", hidden[0])
+        block.inputs_of("mlp.down_proj", hidden[0], 0)
 
 
 def with_residual():
@@ -102,21 +102,21 @@ def adapter(family):
 @pytest.mark.parametrize("family", with_residual())
 def test_residual_linears_are_all_that_a_block_adds_to_its_input(tiny, family):
     block, hidden = first_block(tiny(family))
-    assert not torch.equal(block.run(hidden), hidden)
+    assert not torch.equal(block.run(hidden, 0), hidden)
     for linear in adapter(family).residual:
         for parameter in block._module.get_submodule(linear).parameters():
             parameter.zero_()
-    torch.testing.assert_close(block.run(hidden), hidden)
+    torch.testing.assert_close(block.run(hidden, 0), hidden)
 
 
 @pytest.mark.parametrize("family", with_residual())
 def test_output_of_the_last_linear_is_added_to_what_around_returns(tiny, family):
     block, hidden = first_block(tiny(family))
     linear = adapter(family).residual[1]
-    inputs, residual = block.around(linear, hidden)
-    torch.testing.assert_close(inputs, block.inputs_of(linear, hidden))
+    inputs, residual = block.around(linear, hidden, 0)
+    torch.testing.assert_close(inputs, block.inputs_of(linear, hidden, 0))
     module = block._module.get_submodule(linear)
-    torch.testing.assert_close(residual + module(inputs), block.run(hidden).flatten(0, -2))
+    torch.testing.assert_close(residual + module(inputs), block.run(hidden, 0).flatten(0, -2))
 
 
 def test_family_that_normalizes_after_the_sum_has_no_residual_stream(tiny, tmp_path):
