@@ -42,8 +42,10 @@ class Shards:
         """Return one tensor, copied out of its file.
 
         Raises:
-            CheckpointError: the file has become unreadable.
+            CheckpointError: there is no such tensor, or the file has become unreadable.
         """
+        if name not in self.specs:
+            raise CheckpointError(f"{shown(name)} isn't stored.")
         spec = self.specs[name]
         try:
             with safe_open(spec.file, framework="pt") as file:

@@ -1,6 +1,7 @@
 """Load a model object with its tokenizer, quantized or not, through transformers."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +10,11 @@ import torch
 
 from qtool.checkpoint.manifest import QUANT_METHOD
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.checkpoint.shards import open_shards, read_json
-from qtool.errors import ModelError, QtoolError
+from qtool.checkpoint.shards import open_shards
+from qtool.errors import CheckpointError, ModelError, QtoolError
+from qtool.modeling.config import one_line, parse_config, read_config
 from qtool.modeling.locate import locate
+from qtool.modeling.skeleton import missing_message, shape_message
 
 DTypeName = Literal["float16", "bfloat16", "float32"]
 
@@ -54,24 +57,24 @@ def load_model(
 
     Raises:
         ModelError: transformers can't load it.
-        CheckpointError: files are missing or damaged.
+        CheckpointError: files are missing or damaged, or lack what the model needs.
     """
     location = locate(model)
-    if not (location.directory / "config.json").is_file():
-        raise ModelError(f"{location.directory} has no config.json: it isn't a finished model.")
-    # Says what is wrong better than transformers does, which fills missing parts with noise.
-    if _is_ours(read_json(location.directory / "config.json")):
+    config = read_config(location.directory)
+    # These say what is wrong better than transformers does.
+    if _is_ours(config):
         CheckpointReader(location.directory)
     else:
         open_shards(location.directory)
     device = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(device)
-    loaded, tokenizer = _from_pretrained(location.directory, dtype)
+    loaded = _from_pretrained(location.directory, config, dtype)
+    tokenizer = load_tokenizer(str(location.directory))
     name = location.public_name or location.directory.resolve().name
     return LoadedModel(name, location.directory, loaded.to(device).eval(), tokenizer, device, dtype)
 
 
-def _is_ours(config: dict[str, Any]) -> bool:
+def _is_ours(config: Mapping[str, Any]) -> bool:
     quantization = config.get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
@@ -84,20 +87,32 @@ def load_tokenizer(model: str) -> Any:  # noqa: ANN401
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types
-        raise ModelError(f"{directory} has no usable tokenizer: {error}") from error
+        raise ModelError(f"{directory} has no usable tokenizer: {one_line(error)}") from error
 
 
-def _from_pretrained(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def _from_pretrained(directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:  # noqa: ANN401
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    parsed = parse_config(config, directory)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, trust_remote_code=False, local_files_only=True
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=parsed,
+            dtype=dtype,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
         )
     except QtoolError:
         raise
     except Exception as error:  # transformers raises many unrelated types
-        raise ModelError(f"transformers can't load {directory}: {error}") from error
-    return model, load_tokenizer(str(directory))
+        raise ModelError(f"transformers can't load {directory}: {one_line(error)}") from error
+    # transformers fills both kinds with noise, and warns at most.
+    if loading["missing_keys"]:
+        raise CheckpointError(missing_message(sorted(loading["missing_keys"]), directory))
+    for name, stored, wanted in sorted(loading["mismatched_keys"]):
+        raise CheckpointError(shape_message(name, stored, wanted, directory))
+    return model

@@ -88,6 +88,14 @@ def missing_message(missing: Iterable[str], directory: Path) -> str:
     )
 
 
+def shape_message(name: str, stored: Iterable[int], wanted: Iterable[int], place: Path) -> str:
+    """Return the sentence about a tensor that is stored in another shape."""
+    return (
+        f"{place}: {name} has shape {(*stored,)}, and config.json makes it {(*wanted,)}. "
+        "config.json and weights don't belong together."
+    )
+
+
 def _missing(missing: list[str], unknown: tuple[str, ...], directory: Path) -> str:
     hint = f" Stored and unknown to the model: {list_names(unknown)}." if unknown else ""
     return missing_message(missing, directory) + hint
@@ -100,10 +108,7 @@ def _may_be_missing(model: Any, name: str) -> bool:  # noqa: ANN401
 
 def _check_shape(name: str, wanted: tuple[int, ...], spec: TensorSpec) -> None:
     if spec.shape != wanted:
-        raise CheckpointError(
-            f"{spec.file}: {name} has shape {spec.shape}, and config.json makes it {wanted}. "
-            "config.json and weights don't belong together."
-        )
+        raise CheckpointError(shape_message(name, spec.shape, wanted, spec.file))
 
 
 def _renamed(

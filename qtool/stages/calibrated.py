@@ -20,6 +20,7 @@ from qtool.errors import MethodError
 from qtool.modeling.blocks import Block, BlockModel
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection
+from qtool.stages.calibrate import check_samples
 from qtool.stages.plan import LayerPlan, Plan, load_method
 from qtool.stages.solve import (
     LayerResult,
@@ -30,7 +31,7 @@ from qtool.stages.solve import (
     solve_one,
     write_solution,
 )
-from qtool.stages.statistics import InputStatistics, measure_inputs, writer_of
+from qtool.stages.statistics import InputStatistics, measure_inputs, why_not_finite, writer_of
 from qtool.stages.streams import Streams, make_streams
 
 FEW_TOKENS = 4
@@ -56,6 +57,7 @@ def solve_calibrated(
     Raises:
         MethodError: inputs aren't finite, or with `strict` a solver fell back.
     """
+    check_samples(calibration, source)
     model = BlockModel(source, env.device, dtype=section.dtype)
     layers = {layer.name: layer for layer in plan.layers}
     results = []
@@ -134,11 +136,8 @@ class _Step:
             token_cap=self.section.token_cap,
         )
         if not statistics.is_finite():
-            raise MethodError(
-                f"The inputs of {self.prefix}.{linear} overflow: NaN or infinity among them. The "
-                "model leaves the range of the dtype it is walked in; set calibration.dtype to "
-                "float32, or use more bits or smaller groups."
-            )
+            walked_in = streams.original[0].dtype
+            raise MethodError(why_not_finite(self.source, f"{self.prefix}.{linear}", walked_in))
         return statistics
 
     def _restore(self, layer: LayerPlan) -> tuple[LayerResult, Tensor]:

@@ -12,12 +12,15 @@ import qtool.methods
 from qtool import plugins
 from qtool.base import Method
 from qtool.checkpoint.manifest import num_bytes
-from qtool.errors import RecipeError, SchemeError
+from qtool.errors import ModelError, RecipeError, SchemeError
+from qtool.modeling.skeleton import list_names
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
 from qtool.scheme import GroupDim, Shape2D, WeightScheme
 
 Role = Literal["block", "embedding", "head"]
+MOST_LEFT = 0.1
+"""More of the blocks' weights than this doesn't stay unquantized unless a recipe says so."""
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
 
 
@@ -113,21 +116,22 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
         RecipeError: an option is wrong, or an override matches nothing.
         SchemeError: a method can't do the scheme.
         UnknownNameError: there is no such method.
+        ModelError: much of the blocks can't be quantized, or a stored name is in the way.
     """
-    _check_overrides(source, recipe)
+    rest = _beside_linears(source)
+    _check_overrides(source, recipe, rest)
     _check_calibration(recipe)
+    _check_rest(source, recipe, rest)
     layers = tuple(_layers(source, recipe))
     _check_needs(layers, recipe)
     if not layers:
         raise RecipeError("The recipe skips every layer: nothing is left to quantize.")
-    quantized = {f"{layer.name}.weight" for layer in layers}
+    _check_names(source, layers)
     tied = source.head_is_tied and recipe.embedding is not None
     head = source.adapter.head
-    kept = tuple(
-        name
-        for name in source.names()
-        if name not in quantized and not (tied and name == f"{head}.weight")
-    )
+    replaced = [layer.name for layer in layers] + ([head] if tied else [])
+    stored = {source.stored_name(f"{name}.weight") for name in replaced}
+    kept = tuple(name for name in source.names() if source.stored_name(name) not in stored)
     return Plan(
         layers=layers,
         tied_head=head if tied else None,
@@ -142,10 +146,49 @@ def _stored_bytes(source: ModelSource, name: str) -> int:
     return prod(spec.shape) * STORED_BYTES.get(spec.dtype, 1)
 
 
-def _check_overrides(source: ModelSource, recipe: Recipe) -> None:
+def _beside_linears(source: ModelSource) -> Mapping[str, int]:
+    """Return what else the blocks are made of: number of values by name, without `.weight`."""
+    linears = {source.stored_name(f"{name}.weight") for name in source.block_linears()}
+    return {
+        name.removesuffix(".weight"): prod(source.spec(name).shape)
+        for name in source.block_tensors()
+        if source.stored_name(name) not in linears
+    }
+
+
+def _check_rest(source: ModelSource, recipe: Recipe, rest: Mapping[str, int]) -> None:
+    """Check that what stays as it is without being asked for is little: norms and biases."""
+    left = {name: size for name, size in rest.items() if resolve(recipe.weights, name) is not None}
+    linears = sum(prod(source.weight_shape(name)) for name in source.block_linears())
+    share = sum(left.values()) / (linears + sum(rest.values()))
+    if share <= MOST_LEFT:
+        return
+    names = sorted(left, key=lambda name: -left[name])
+    inner = names[0].removeprefix(source.adapter.blocks + ".").partition(".")[2]
+    raise ModelError(
+        f"{share:.0%} of the weights of the blocks would stay as they are: qtool doesn't quantize "
+        f"{list_names(names)}, such as experts or convolutions. If that is what you want, say so "
+        f"in weights.overrides: {{match: '*.{inner}', skip: true}} for each such tensor."
+    )
+
+
+def _check_names(source: ModelSource, layers: tuple[LayerPlan, ...]) -> None:
+    """Check that no stored tensor has the name of a part of a quantized layer."""
+    for layer in layers:
+        for part in load_method(layer.method).layout(layer.scheme, layer.shape):
+            name = f"{layer.name}.{part}"
+            if part != "weight" and source.has(name):
+                raise ModelError(
+                    f"{source.spec(name).file} holds {name}, which is what a part of a quantized "
+                    "layer is called. Remove that tensor, or start from the original model."
+                )
+
+
+def _check_overrides(source: ModelSource, recipe: Recipe, rest: Mapping[str, int]) -> None:
     names = tuple(source.block_linears())
     for number, override in enumerate(recipe.weights.overrides):
-        if not any(fnmatchcase(name, override.match) for name in names):
+        known = (*names, *rest) if override.skip else names
+        if not any(fnmatchcase(name, override.match) for name in known):
             raise RecipeError(
                 f"weights.overrides.{number}.match is {override.match!r}, which matches none of "
                 f"the {len(names)} layers; the first is {names[0]}."

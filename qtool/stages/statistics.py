@@ -9,6 +9,7 @@ from torch import Tensor
 from qtool.core import hessian, moments
 from qtool.core.moments import Moments, Shifter
 from qtool.modeling.blocks import Block
+from qtool.modeling.source import ModelSource
 from qtool.stages.streams import Streams
 
 Writer = Literal["attention", "mlp"]
@@ -40,6 +41,28 @@ class InputStatistics:
         """Return what shifts the weights of all linears with this input."""
         lower = hessian.cholesky(hessian.damp(self.train.inputs, damping))
         return Shifter(self.train, self.held_out, lower)
+
+
+def why_not_finite(source: ModelSource, linear: str, dtype: torch.dtype) -> str:
+    """Return the sentence about inputs that aren't finite: the model's own values come first."""
+    problem = f"The inputs of {linear} hold NaN or infinity"
+    for name in source.names():
+        values = source.read(name)
+        odd = int((~torch.isfinite(values)).sum()) if values.is_floating_point() else 0
+        if odd:
+            return (
+                f"{problem}, because {odd} of {values.numel()} values of {name} in the model's "
+                "file do. It is damaged, or the model overflowed when it was saved."
+            )
+    if dtype == torch.float32:
+        return (
+            f"{problem}, though all stored values are finite and float32 is the widest dtype: "
+            "config.json may be another model's. Otherwise use more bits or smaller groups."
+        )
+    return (
+        f"{problem}: the model leaves the range of {str(dtype).removeprefix('torch.')}, in which "
+        "it is walked. Set calibration.dtype to float32, or use more bits or smaller groups."
+    )
 
 
 def writer_of(residual: tuple[str, str] | None, linear: str) -> Writer | None:

@@ -96,7 +96,7 @@ def test_streams_are_advanced_in_place_and_don_t_share_memory():
         def __init__(self, factor):
             self.factor = factor
 
-        def run(self, batch):
+        def run(self, batch, _index):
             return self.factor * batch
 
     times: Any = Times
