@@ -104,26 +104,6 @@ def _joined(collection: Collection) -> Corpus:
     return Corpus(collection.name, "\n\n".join(texts))
 
 
-def check_tokens(tokens: Tensor, rows: int, where: str) -> None:
-    """Check that every token has a row in a model's embedding.
-
-    Args:
-        tokens: Of any shape, int64.
-        rows: Of the embedding.
-        where: What the tokens are of, for the message.
-
-    Raises:
-        DataError: one hasn't.
-    """
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < rows:
-        odd = int(tokens.max()) if int(tokens.max()) >= rows else int(tokens.min())
-        raise DataError(
-            f"{where} has the token {odd}, and the model's embedding has {rows} rows, 0 to "
-            f"{rows - 1}: the tokenizer isn't this model's. Put the right tokenizer beside the "
-            "weights."
-        )
-
-
 def tokenize(tokenizer: Any, text: str) -> Tensor:  # noqa: ANN401
     """Return a text as one stream of tokens, (tokens,) int64, whatever its length.
 

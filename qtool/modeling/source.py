@@ -95,11 +95,6 @@ class ModelSource:
             if ".".join(name.split(".")[:depth]) in blocks:
                 yield name
 
-    @property
-    def num_rows(self) -> int:
-        """How many tokens the embedding knows."""
-        return self.spec(f"{self.adapter.embedding}.weight").shape[0]
-
     def companions(self) -> dict[str, bytes]:
         """Return the small files that belong to the model, by their path in its directory."""
         return read_companions(self.directory)

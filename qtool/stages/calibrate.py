@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qtool.base import Emit, Env, ignore_events
 from qtool.data.calibration import CalibrationSet, batches, draw_samples
-from qtool.data.corpora import check_tokens, open_dataset
+from qtool.data.corpora import open_dataset
 from qtool.data.lengths import bin_edges, match_lengths, summary, task_lengths
 from qtool.errors import DataError, RecipeError
 from qtool.modeling.blocks import BlockModel
@@ -71,8 +71,8 @@ def calibrate(
         emit: Receives a `warning` if the text is too short for all samples.
 
     Raises:
-        DataError: the text is missing or too short for two samples, a sample would be longer
-            than the model's context, or has a token that the model doesn't know.
+        DataError: the text is missing or too short for two samples, or a sample would be longer
+            than the model's context.
         MissingExtraError: the library that reads the data set isn't installed.
     """
     limit = source.num_positions or 2**31
@@ -89,7 +89,6 @@ def calibrate(
         drawn = [length] * section.num_samples
     texts = open_dataset(section.dataset)
     calibration = draw_samples(tokenizer, texts, drawn, at_starts=lengths is not None)
-    check_samples(calibration, source)
     if len(calibration.samples) < len(drawn):
         emit("warning", {"message": _too_short(section, calibration)})
     requested = drawn if lengths is None else lengths
@@ -103,12 +102,6 @@ def calibrate(
         "used lengths": summary(used, edges),
     }
     return replace(calibration, provenance={**calibration.provenance, **decided})
-
-
-def check_samples(calibration: CalibrationSet, source: ModelSource) -> None:
-    """Raise DataError if a sample has a token without a row in the model's embedding."""
-    for sample in calibration.samples:
-        check_tokens(torch.as_tensor(sample), source.num_rows, "A calibration sample")
 
 
 def _too_short(section: CalibrationSection, calibration: CalibrationSet) -> str:

@@ -20,7 +20,6 @@ from qtool.errors import MethodError
 from qtool.modeling.blocks import Block, BlockModel
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection
-from qtool.stages.calibrate import check_samples
 from qtool.stages.plan import LayerPlan, Plan, load_method
 from qtool.stages.solve import (
     LayerResult,
@@ -57,7 +56,6 @@ def solve_calibrated(
     Raises:
         MethodError: inputs aren't finite, or with `strict` a solver fell back.
     """
-    check_samples(calibration, source)
     model = BlockModel(source, env.device, dtype=section.dtype)
     layers = {layer.name: layer for layer in plan.layers}
     results = []

@@ -126,12 +126,12 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
     _check_needs(layers, recipe)
     if not layers:
         raise RecipeError("The recipe skips every layer: nothing is left to quantize.")
-    _check_names(source, layers)
     tied = source.head_is_tied and recipe.embedding is not None
     head = source.adapter.head
     replaced = [layer.name for layer in layers] + ([head] if tied else [])
     stored = {source.stored_name(f"{name}.weight") for name in replaced}
     kept = tuple(name for name in source.names() if source.stored_name(name) not in stored)
+    _check_names(source, layers, kept)
     return Plan(
         layers=layers,
         tied_head=head if tied else None,
@@ -172,16 +172,18 @@ def _check_rest(source: ModelSource, recipe: Recipe, rest: Mapping[str, int]) ->
     )
 
 
-def _check_names(source: ModelSource, layers: tuple[LayerPlan, ...]) -> None:
-    """Check that no stored tensor has the name of a part of a quantized layer."""
+def _check_names(source: ModelSource, layers: tuple[LayerPlan, ...], kept: tuple[str, ...]) -> None:
+    """Raise ModelError if a tensor that is copied has the name of a quantized layer or its part."""
+    ours = {layer.name for layer in layers}
     for layer in layers:
-        for part in load_method(layer.method).layout(layer.scheme, layer.shape):
-            name = f"{layer.name}.{part}"
-            if part != "weight" and source.has(name):
-                raise ModelError(
-                    f"{source.spec(name).file} holds {name}, which is what a part of a quantized "
-                    "layer is called. Remove that tensor, or start from the original model."
-                )
+        parts = load_method(layer.method).layout(layer.scheme, layer.shape)
+        ours |= {f"{layer.name}.{part}" for part in parts}
+    taken = [name for name in kept if name in ours]
+    if taken:
+        raise ModelError(
+            f"{source.directory}: a tensor is named {taken[0]}, as quantizing names what it writes "
+            "for that layer. Rename it, or skip the layer with an override."
+        )
 
 
 def _check_overrides(source: ModelSource, recipe: Recipe, rest: Mapping[str, int]) -> None:

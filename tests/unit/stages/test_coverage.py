@@ -1,4 +1,4 @@
-"""What a plan refuses about a model: weights that would stay, names that are taken, odd tokens."""
+"""What a plan refuses about a model: weights that would stay, names that are taken; blame for NaN."""
 
 import shutil
 from pathlib import Path
@@ -8,10 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import pipeline
-from qtool.data.corpora import check_tokens
-from qtool.errors import DataError, ModelError, QtoolError, RecipeError
+from qtool.errors import ModelError, QtoolError, RecipeError
 from qtool.modeling.source import open_source
-from qtool.stages.calibrate import check_samples
 from qtool.stages.plan import make_plan
 from qtool.stages.statistics import why_not_finite
 from tests import families
@@ -80,42 +78,15 @@ def test_skipped_linears_are_asked_for(llama):
 
 def test_tensor_with_the_name_of_a_part_is_refused(copy):
     edit_tensors(copy, **{"model.layers.0.self_attn.q_proj.scales": torch.ones(3)})
-    with pytest.raises(ModelError, match=r"q_proj\.scales, which is what a part"):
+    with pytest.raises(ModelError, match=r"a tensor is named .*q_proj\.scales"):
         pipeline.plan(str(copy), recipe())
 
 
 def test_table_with_the_name_of_a_part_is_refused(copy):
     edit_tensors(copy, **{"model.embed_tokens.scales": torch.ones(3)})
     assert pipeline.plan(str(copy), recipe()).layers
-    with pytest.raises(ModelError, match=r"embed_tokens\.scales, which is what a part"):
+    with pytest.raises(ModelError, match=r"a tensor is named .*embed_tokens\.scales"):
         pipeline.plan(str(copy), recipe(embedding={}))
-
-
-@pytest.mark.parametrize("odd", [-1, 96, 2**40])
-def test_token_without_a_row_is_named_with_the_number_of_rows(odd):
-    check_tokens(torch.tensor([0, 95]), 96, "A text")
-    check_tokens(torch.tensor([], dtype=torch.int64), 96, "A text")
-    with pytest.raises(DataError, match=rf"A text has the token {odd}, .* 96 rows, 0 to 95"):
-        check_tokens(torch.tensor([[3, odd]]), 96, "A text")
-
-
-def test_calibration_samples_are_checked_before_anything_is_solved(tmp_path, text_file):
-    families.build("llama", vocab_size=40).save_pretrained(tmp_path / "small")
-    families.save_tokenizer(tmp_path / "small")
-    data = {"dataset": str(text_file), "num_samples": 4, "sequence_length": 16}
-    with pytest.raises(DataError, match=r"A calibration sample has the token \d+, .* 40 rows"):
-        pipeline.quantize(str(tmp_path / "small"), tmp_path / "out", recipe(calibration=data))
-    assert not (tmp_path / "out").exists()
-
-
-def test_samples_of_the_right_tokenizer_pass(llama, text_file):
-    from qtool.data.calibration import draw_samples
-    from qtool.data.corpora import open_dataset
-    from qtool.modeling.load import load_tokenizer
-
-    tokenizer = load_tokenizer(str(llama))
-    samples = draw_samples(tokenizer, open_dataset(str(text_file)), [8, 8])
-    check_samples(samples, open_source(str(llama)))
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
