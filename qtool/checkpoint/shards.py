@@ -20,6 +20,7 @@ from qtool.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+MAX_SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +88,16 @@ def _specs(directory: Path) -> dict[str, TensorSpec]:
 
 def _from_index(directory: Path, index: Path) -> dict[str, TensorSpec]:
     """Return all tensors of the files that the index names, as transformers reads them."""
-    weight_map = read_json(index).get("weight_map")
+    content = read_json(index)
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map.")
+    if not isinstance(content.get("metadata"), dict):
+        raise CheckpointError(f"{index} has no metadata, which transformers needs; {{}} will do.")
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str) or Path(file_name).name != file_name:
             raise CheckpointError(
-                f"{index}: {shown(name)} is said to be in {file_name!r}, no plain file name."
+                f"{index}: {shown(name)} is said to be in {shown(repr(file_name))}, no plain file name."
             )
     headers = {file: _read_header(directory / file) for file in sorted(set(weight_map.values()))}
     for name, file_name in weight_map.items():
@@ -108,7 +112,7 @@ def _from_index(directory: Path, index: Path) -> dict[str, TensorSpec]:
 def _read_header(path: Path) -> dict[str, TensorSpec]:
     """Return the tensors of one file; safetensors checks names, offsets and size."""
     if not _is_file(path):
-        raise CheckpointError(f"{shown(str(path))} is missing. Download it again.")
+        raise CheckpointError(f"{path.parent / shown(path.name)} is missing. Download it again.")
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -123,8 +127,9 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
 
 
 def shown(name: str) -> str:
-    """Return a name out of a file as it may stand in a message: on one line, printable."""
-    return name if name.isprintable() else ascii(name)
+    """Return a name out of a file as it may stand in a message: on one line, printable, short."""
+    text = name if name.isprintable() else ascii(name)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _is_file(path: Path) -> bool:

@@ -21,7 +21,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     Raises:
         ModelError: there is none, or it needs what qtool doesn't do.
-        CheckpointError: it holds no JSON object.
+        CheckpointError: it, or generation_config.json, holds no JSON object.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -41,6 +41,8 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{path} names a file of weights (transformers_weights). Rename that file to "
             "model.safetensors and remove the key."
         )
+    if (directory / "generation_config.json").is_file():
+        read_json(directory / "generation_config.json")
     if (directory / "adapter_config.json").is_file() and any(directory.glob("adapter_model.*")):
         raise ModelError(
             f"{directory} holds an adapter beside the weights (adapter_config.json). Merge it and "
