@@ -140,13 +140,19 @@ def _is_file(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object; a byte order mark before it is skipped.
+    """Return a JSON object.
 
     Raises:
         CheckpointError: the file is missing or holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):
+            raise CheckpointError(
+                f"{path} starts with a byte order mark, which transformers can't read. Save it as "
+                "UTF-8 without one."
+            )
+        value = json.loads(text)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
     except RecursionError:

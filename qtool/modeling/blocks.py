@@ -47,7 +47,9 @@ def fill(module: nn.Module, prefix: str, source: ModelSource, device: str) -> No
 
 def _fill_own(module: nn.Module, prefix: str, source: ModelSource, device: str) -> None:
     """Fill what a module holds itself, not what its children hold."""
-    names = {name: f"{prefix}.{name}".lstrip(".") for name in (*module._parameters, *module._buffers)}
+    names = {
+        name: f"{prefix}.{name}".lstrip(".") for name in (*module._parameters, *module._buffers)
+    }
     for name, old in module._parameters.items():
         if old is not None:
             value = source.read(names[name]).to(device, old.dtype)

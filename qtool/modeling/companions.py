@@ -54,7 +54,9 @@ def read_companions(directory: Path) -> dict[str, bytes]:
             if path.is_file() and _stays_inside(path, directory)
         }
     except OSError as error:
-        raise ModelError(f"{directory}: a file beside the weights can't be read: {error}") from error
+        raise ModelError(
+            f"{directory}: a file beside the weights can't be read: {error}"
+        ) from error
 
 
 def _companions(directory: Path) -> Iterator[Path]:

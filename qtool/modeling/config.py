@@ -29,7 +29,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory} has no config.json: it isn't a model directory, or not a finished one."
         )
     config = {key: value for key, value in read_json(path).items() if key != "auto_map"}
-    if not config.get("quantization_config"):
+    if config.get("quantization_config") in (None, {}):
         config.pop("quantization_config", None)
     elif not isinstance(config["quantization_config"], dict):
         raise ModelError(
@@ -111,7 +111,7 @@ def parse_config(config: Mapping[str, Any], directory: Path) -> Any:  # noqa: AN
 def one_line(error: BaseException) -> str:
     """Return the text of another library's error as one line of bounded length."""
     text = " ".join(str(error).split()) or type(error).__name__
-    text = text.encode("ascii", "backslashreplace").decode() if not text.isprintable() else text
+    text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= MAX_REASON else text[:MAX_REASON] + "..."
 
 

@@ -112,7 +112,8 @@ def _from_pretrained(directory: Path, config: Mapping[str, Any], dtype: torch.dt
         raise ModelError(f"transformers can't load {directory}: {one_line(error)}") from error
     # transformers fills both kinds with noise, and warns at most.
     if loading["missing_keys"]:
-        raise CheckpointError(missing_message(sorted(loading["missing_keys"]), directory))
+        missing, unknown = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+        raise CheckpointError(missing_message(missing, unknown, directory))
     for name, stored, wanted in sorted(loading["mismatched_keys"]):
         raise CheckpointError(shape_message(name, stored, wanted, directory))
     return model

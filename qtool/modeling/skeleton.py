@@ -54,8 +54,7 @@ def match_names(model: Any, shards: Shards, directory: Path) -> dict[str, str]: 
         if isinstance(value, torch.Tensor)
     }
     found, merged = _renamed(model, shards.specs, wanted)
-    used = {*found.values()}
-    unknown = tuple(sorted(name for name in shards.specs if name not in used | merged))
+    unknown = sorted({*shards.specs} - {*found.values()} - merged)
     groups = defaultdict(list)
     for name, value in wanted.items():
         groups[id(value)].append(name)
@@ -67,7 +66,7 @@ def match_names(model: Any, shards: Shards, directory: Path) -> dict[str, str]: 
         elif not merged.intersection(names) and not _may_be_missing(model, names[0]):
             missing.append(names[0])
     if missing:
-        raise CheckpointError(_missing(missing, unknown, directory))
+        raise CheckpointError(missing_message(missing, unknown, directory))
     for name, stored in found.items():
         _check_shape(name, tuple(wanted[name].shape), shards.specs[stored])
     return found
@@ -80,11 +79,13 @@ def list_names(names: Iterable[str]) -> str:
     return ", ".join(quoted[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def missing_message(missing: Iterable[str], directory: Path) -> str:
-    """Return the sentence about tensors that nobody stored."""
+def missing_message(missing: Iterable[str], unknown: Iterable[str], directory: Path) -> str:
+    """Return the sentence about tensors that nobody stored, and what is stored in their place."""
+    others = list_names(unknown)
     return (
         f"{directory}: the model needs tensors that aren't stored: {list_names(missing)}. Download "
-        "it again, or see whether config.json belongs to these weights."
+        "it again, or see whether config.json belongs to these weights"
+        + (f"; stored and unknown to the model: {others}." if others else ".")
     )
 
 
@@ -94,11 +95,6 @@ def shape_message(name: str, stored: Iterable[int], wanted: Iterable[int], place
         f"{place}: {name} has shape {(*stored,)}, and config.json makes it {(*wanted,)}. "
         "config.json and weights don't belong together."
     )
-
-
-def _missing(missing: list[str], unknown: tuple[str, ...], directory: Path) -> str:
-    hint = f" Stored and unknown to the model: {list_names(unknown)}." if unknown else ""
-    return missing_message(missing, directory) + hint
 
 
 def _may_be_missing(model: Any, name: str) -> bool:  # noqa: ANN401

@@ -157,9 +157,9 @@ def adapter_for(skeleton: Any, family: str) -> ModelAdapter:  # noqa: ANN401
 
 
 def _check_count(parsed: Any, shards: Shards, directory: Path) -> None:  # noqa: ANN401
-    """Check that no more blocks are asked for than there are tensors: building them takes long."""
+    """Check that there are blocks, and no more than tensors: building them would take long."""
     wanted = getattr(parsed, "num_hidden_layers", None)
-    if isinstance(wanted, int) and wanted > len(shards.specs):
+    if isinstance(wanted, int) and not 0 < wanted <= len(shards.specs):
         raise CheckpointError(
             f"{directory}: config.json names {wanted} blocks, and {len(shards.specs)} tensors are "
             "stored. config.json and weights don't belong together."
@@ -196,9 +196,7 @@ def _count_blocks(
         ) from None
     start = adapter.blocks.removeprefix(prefix) + "."
     numbers = {
-        name.removeprefix(start).split(".", 1)[0]
-        for name in shards.specs
-        if name.startswith(start)
+        name.removeprefix(start).split(".", 1)[0] for name in shards.specs if name.startswith(start)
     }
     missing = [str(block) for block in range(count) if str(block) not in numbers]
     if missing:

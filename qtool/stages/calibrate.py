@@ -126,7 +126,9 @@ def measure_absmax(source: ModelSource, calibration: CalibrationSet, env: Env) -
     for index in range(source.num_blocks):
         block = model.load(index)
         for group in source.adapter.linears:
-            inputs = (block.inputs_of(group[0], x, i).abs().amax(0).float() for i, x in enumerate(hidden))
+            inputs = (
+                block.inputs_of(group[0], x, i).abs().amax(0).float() for i, x in enumerate(hidden)
+            )
             largest = torch.stack(list(inputs)).amax(0).cpu()
             for name in group:
                 found[f"{source.adapter.blocks}.{index}.{name}"] = largest.clone()

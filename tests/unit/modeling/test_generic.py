@@ -48,7 +48,10 @@ def test_largest_list_of_blocks_is_the_decoder():
         (nn.Identity(), r"No list of decoder blocks in .*adapters/unknown\.py"),
         (nn.ModuleList([nn.LayerNorm(4)]), r"hold no linears \(LayerNorm\).*adapters/unknown\.py"),
         (nn.ModuleList([block(), nn.Linear(4, 4)]), r"aren't alike \(Linear, Sequential\)"),
-        (nn.ModuleList([block(), block()[:2]]), r"aren't alike \(2 is in only one of blocks 0 and 1"),
+        (
+            nn.ModuleList([block(), block()[:2]]),
+            r"aren't alike \(2 is in only one of blocks 0 and 1",
+        ),
     ],
     ids=["no list", "no linears", "unlike blocks", "unlike linears"],
 )
