@@ -86,6 +86,10 @@ def draw_samples(
     pieces = streams(tokenizer, texts, read)
     at_starts = at_starts and isinstance(texts, Collection)
     samples = tuple(cut(pieces, lengths, at_starts=at_starts))
+    if not read["tokens"]:
+        raise DataError(
+            f"{texts.name} holds no text: each of its {read['documents']} documents is empty."
+        )
     if len(samples) < 2:  # noqa: PLR2004
         raise DataError(
             f"{texts.name} has {read['tokens']} tokens; calibration takes at least two samples, "

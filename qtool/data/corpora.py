@@ -20,6 +20,7 @@ from qtool.data.documents import (
 )
 from qtool.errors import DataError
 from qtool.plugins import describe_miss
+from qtool.storage.jsonl import read_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +85,7 @@ def load_corpus(name: str) -> Corpus:
             describe_miss(name, bundled(), "bundled texts")
             + " A text of your own is given by its path, ending in .txt, .jsonl or .jsonl.gz."
         )
-    try:
-        return Corpus(path.name, path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"No text file {path}.") from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path} can't be read as UTF-8 text: {error}.") from error
+    return Corpus(path.name, read_text(path))
 
 
 def _joined(collection: Collection) -> Corpus:
@@ -100,7 +96,8 @@ def _joined(collection: Collection) -> Corpus:
                 f"{document.place} is a chat, and a running text is needed here. Give lines with "
                 "'text'."
             )
-        texts.append(document.content)
+        if document.content.strip():
+            texts.append(document.content)
     return Corpus(collection.name, "\n\n".join(texts))
 
 
@@ -111,3 +108,24 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:  # noqa: ANN401
     """
     ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def check_tokens(tokens: Tensor, rows: int, name: str) -> None:
+    """Refuse tokens without a row in the embedding: on a card they would end the process.
+
+    Args:
+        tokens: int64, of any shape.
+        rows: Of the embedding.
+        name: Of the text or the samples, for the message.
+
+    Raises:
+        DataError: a token is negative, or as large as `rows`.
+    """
+    if not tokens.numel():
+        return
+    low, high = (int(extreme) for extreme in tokens.aminmax())
+    if low < 0 or high >= rows:
+        raise DataError(
+            f"{name} has token {low if low < 0 else high}, and the model's embedding {rows} rows: "
+            "the tokenizer is another model's. Put the model's own tokenizer in its directory."
+        )

@@ -32,11 +32,11 @@ def test_unknown_text_suggests_the_nearest():
 
 
 def test_missing_or_unreadable_text_is_one_sentence(tmp_path):
-    with pytest.raises(DataError, match="No text file"):
+    with pytest.raises(DataError, match="No file"):
         load_corpus(str(tmp_path / "nothing.txt"))
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    with pytest.raises(DataError, match="can't be read as UTF-8"):
+    with pytest.raises(DataError, match="line 1 isn't UTF-8"):
         load_corpus(str(tmp_path / "latin.txt"))
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(DataError, match="can't be read as UTF-8"):
+    with pytest.raises(DataError, match="can't be read: it is a directory"):
         load_corpus(str(tmp_path / "folder.txt"))
