@@ -90,7 +90,7 @@ def json_value(text: str, place: str) -> Any:  # noqa: ANN401
     """
     try:
         value = json.loads(text)
-        return _mended(value) if SURROGATE_ESCAPE.search(text) else value
+        return mended(value) if SURROGATE_ESCAPE.search(text) else value
     except json.JSONDecodeError as error:
         raise DataError(f"{place} isn't valid JSON: {error.msg}.") from error
     except RecursionError:
@@ -106,13 +106,14 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
-def _mended(value: Any) -> Any:  # noqa: ANN401
+def mended(value: Any) -> Any:  # noqa: ANN401
+    """Return a value of JSON with U+FFFD for each half of a surrogate pair in its texts."""
     if isinstance(value, str):
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if isinstance(value, dict):
-        return {_mended(key): _mended(one) for key, one in value.items()}
+        return {mended(key): mended(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_mended(one) for one in value]
+        return [mended(one) for one in value]
     return value
 
 
