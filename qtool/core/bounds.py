@@ -21,10 +21,8 @@ def check_bounds(options: Any, **bounds: tuple[float, float]) -> None:  # noqa: 
     for name, (low, high) in bounds.items():
         given = getattr(options, name)
         values = given if isinstance(given, tuple) else (given,)
-        outside = [value for value in values if not low <= value <= high]
-        if outside or len(values) > MOST_VALUES:
-            found = f"{len(values)} values" if not outside else str(outside[0])[:40]
-            raise RecipeError(
-                f"{name} {'has' if isinstance(given, tuple) else 'is'} {found}; allowed are {low:g} to {high:g}"
-                + (f", at most {MOST_VALUES} values." if isinstance(given, tuple) else ".")
-            )
+        outside = next((value for value in values if not low <= value <= high), None)
+        if outside is not None:
+            raise RecipeError(f"{name} is {str(outside)[:40]}; allowed are {low:g} to {high:g}.")
+        if len(values) > MOST_VALUES:
+            raise RecipeError(f"{name} has {len(values)} values; allowed are {MOST_VALUES}.")
