@@ -2,7 +2,7 @@
 
 import hashlib
 import lzma
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from qtool.data.documents import (
 from qtool.errors import DataError
 from qtool.plugins import describe_miss
 from qtool.storage.jsonl import read_text
+
+NEEDS_BOS = "gemma"
+"""Part of the `model_type` of models whose predictions are useless without bos at the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +132,30 @@ def check_tokens(tokens: Tensor, rows: int, name: str) -> None:
             f"{name} has token {low if low < 0 else high}, and the model's embedding {rows} rows: "
             "the tokenizer is another model's. Put the model's own tokenizer in its directory."
         )
+
+
+def bos_warning(
+    model_type: str,
+    tokenizer: Any,  # noqa: ANN401
+    pieces: Sequence[Tensor] | Tensor,
+    name: str,
+) -> str | None:
+    """Return what to warn of where only the first piece of a running text starts with bos.
+
+    Args:
+        model_type: Of the model's configuration.
+        tokenizer: Of the model; puts bos at the start of a text.
+        pieces: Windows or samples, each (length,) int64.
+        name: Of the text.
+    """
+    bos = tokenizer.bos_token_id
+    if NEEDS_BOS not in model_type or len(pieces) < 2 or int(pieces[0][0]) != bos:  # noqa: PLR2004
+        return None
+    without = sum(int(piece[0]) != bos for piece in pieces)
+    if not without:
+        return None
+    return (
+        f"{without} of {len(pieces)} pieces of {name} don't start with bos, because a running text "
+        f"is cut in one go, and {model_type} models predict poorly without it. Compare such "
+        "figures with each other only; docs/evaluation.md says more."
+    )

@@ -10,7 +10,8 @@ from qtool.base import Emit, ignore_events
 from qtool.errors import ModelError
 from qtool.modeling.load import LoadedModel, default_device, default_dtype, load_model
 from qtool.modeling.locate import check_model, locate
-from qtool.pipeline.measuring import ModelFigures, figures_of, versions
+from qtool.pipeline.measuring import versions
+from qtool.pipeline.model_figures import ModelFigures, figures_of
 from qtool.runtime.select import use_backend, wanted_backend
 
 if TYPE_CHECKING:

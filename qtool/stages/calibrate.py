@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qtool.base import Emit, Env, ignore_events
 from qtool.data.calibration import CalibrationSet, batches, draw_samples
-from qtool.data.corpora import open_dataset
+from qtool.data.corpora import bos_warning, check_tokens, open_dataset
 from qtool.data.lengths import bin_edges, match_lengths, summary, task_lengths
 from qtool.errors import DataError, RecipeError
 from qtool.modeling.blocks import BlockModel
@@ -91,6 +91,7 @@ def calibrate(
     calibration = draw_samples(tokenizer, texts, drawn, at_starts=lengths is not None)
     if len(calibration.samples) < len(drawn):
         emit("warning", {"message": _too_short(section, calibration)})
+    _check_samples(source, tokenizer, calibration, emit)
     requested = drawn if lengths is None else lengths
     used = [len(sample) for sample in calibration.samples]
     edges = bin_edges([*requested, *used])
@@ -102,6 +103,24 @@ def calibrate(
         "used lengths": summary(used, edges),
     }
     return replace(calibration, provenance={**calibration.provenance, **decided})
+
+
+def _check_samples(
+    source: ModelSource,
+    tokenizer: Any,  # noqa: ANN401
+    calibration: CalibrationSet,
+    emit: Emit,
+) -> None:
+    name = str(calibration.provenance["dataset"])
+    check_tokens(torch.cat(calibration.samples), _rows(source), name)
+    kind = str(source.config.get("model_type", ""))
+    message = bos_warning(kind, tokenizer, calibration.samples, name)
+    if message is not None:
+        emit("warning", {"message": message})
+
+
+def _rows(source: ModelSource) -> int:
+    return source.weight_shape(source.adapter.embedding)[0]
 
 
 def _too_short(section: CalibrationSection, calibration: CalibrationSet) -> str:
