@@ -81,13 +81,15 @@ def _turn(turn: object, place: str) -> Mapping[str, Any]:
             f"{place}: 'content' is {_kind(content)}. It must be a string, a list of texts "
             "({'type': 'text', 'text': ...}), or null."
         )
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-    for number, text in enumerate(texts, 1):
+    texts = []
+    for number, part in enumerate(content, 1):
+        text = part.get("text") if isinstance(part, Mapping) else part
         if not isinstance(text, str):
             raise DataError(
                 f"{place}: part {number} of 'content' has no 'text', a string. Images and the like "
                 "can't be used; leave this chat out."
             )
+        texts.append(text)
     return {**turn, "content": "".join(texts)}
 
 

@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 import types
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def start(request: dict[str, Any], uid: int, token: str, message: int) -> int:
     gate = _thread.allocate_lock()
     gate.acquire()
     os.register_at_fork(after_in_child=gate.release)  # here the thread waits for ever
-    steps = [
+    steps: list[Callable[[], Any]] = [
         os.fork,
         gate.acquire,
         partial(_prepare, request, uid, message),

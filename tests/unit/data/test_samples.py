@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_template_that_refuses_a_chat_is_named_with_the_line(tokenizer, tmp_path
         draw_samples(tokenizer, collection(tmp_path, {"messages": CHAT}), [2, 2])
 
 
-CALL = [
+CALL: list[dict[str, Any]] = [
     {"role": "user", "content": "w3"},
     {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w4"}}]},
     {"role": "assistant", "tool_calls": [{"function": {"name": "w4"}}]},

@@ -114,15 +114,16 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(gguf, monkeypatch, tmp_pat
 
 @pytest.mark.usefixtures("calls")
 def test_files_are_synced_before_they_get_their_name(gguf, monkeypatch):
-    synced = []
+    synced: list[Path] = []
     fsync = os.fsync
-    monkeypatch.setattr(
-        os,
-        "fsync",
-        lambda number: (synced.append(Path(f"/proc/self/fd/{number}").readlink()), fsync(number)),
-    )
+
+    def noted(number: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{number}").readlink())
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", noted)
     convert_gguf(gguf)
-    names = [Path(path).name for path in synced]
+    names = [path.name for path in synced]
     assert {"config.json", "model.safetensors"} <= set(names[:2])
     assert any(name.startswith(WHOLE_NAME) for name in names[2:3])
 

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import pipeline
+from qtool.base import Emit
 from qtool.errors import DataError, ModelError
+from qtool.modeling import load as load_module
 from qtool.pipeline import measuring
 from qtool.pipeline.model_figures import figures_of
 from tests import families
@@ -21,6 +23,10 @@ EVENTS = list[tuple[str, dict[str, Any]]]
 
 def options(text_file, **changes):
     return pipeline.EvalOptions(dataset=str(text_file), context_length=40, max_windows=2, **changes)
+
+
+def noted(events: EVENTS) -> Emit:
+    return lambda name, values: events.append((name, dict(values)))
 
 
 def warnings_of(events: EVENTS) -> list[str]:
@@ -47,7 +53,7 @@ def with_weights(model, target, change):
 def only_one_at_a_time(monkeypatch):
     """Fail if a model is loaded while another one lives."""
     alive: list[weakref.ref[Any]] = []
-    load = measuring.load_model
+    load = load_module.load_model
 
     def checked(model, **settings):
         assert not [ref for ref in alive if ref() is not None]
@@ -69,7 +75,7 @@ def test_other_vocabulary_costs_the_comparison_and_no_perplexity(llama, tmp_path
         str(llama),
         options(text_file),
         baseline=str(larger),
-        emit=lambda name, values: events.append((name, dict(values))),
+        emit=noted(events),
     )
     assert result.agreement is None
     assert [f.perplexity is not None for f in result.figures] == [True, True]
@@ -147,10 +153,7 @@ def test_outputs_that_are_no_numbers_are_said_and_cost_nothing_else(llama, tmp_p
     for model, baseline in ((broken, llama), (llama, broken)):
         events: EVENTS = []
         result = pipeline.evaluate(
-            str(model),
-            options(text_file),
-            baseline=str(baseline),
-            emit=lambda name, values, events=events: events.append((name, dict(values))),
+            str(model), options(text_file), baseline=str(baseline), emit=noted(events)
         )
         values = [f.perplexity.perplexity for f in result.figures if f.perplexity is not None]
         assert [math.isnan(value) for value in values] == [baseline is broken, model is broken]
