@@ -11,13 +11,18 @@ import qtool
 from qtool.base import Emit, Env, ignore_events
 from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.checkpoint.writer import CheckpointWriter, check_free_space, check_replaceable
-from qtool.data.calibration import CalibrationSet, load_calibration, save_calibration
+from qtool.data.calibration import CalibrationSet
+from qtool.data.calibration_files import (
+    check_no_calibration,
+    load_calibration,
+    save_calibration,
+)
 from qtool.modeling.card import model_card
 from qtool.modeling.load import default_device, load_tokenizer
 from qtool.modeling.source import ModelSource, open_source
 from qtool.recipe.schema import CalibrationSection, Recipe
 from qtool.stages.calibrate import calibrate as draw_calibration
-from qtool.stages.calibrate import measure_absmax, save_absmax, wanted_lengths
+from qtool.stages.calibrate import check_samples, measure_absmax, wanted_lengths
 from qtool.stages.calibrated import solve_calibrated
 from qtool.stages.memory import peak_memory
 from qtool.stages.plan import Plan, make_plan
@@ -127,7 +132,9 @@ def _calibration(
         return None
     tokenizer = load_tokenizer(str(source.directory))
     if directory is not None:
-        return load_calibration(directory, tokenizer)
+        calibration = load_calibration(directory, tokenizer)
+        check_samples(source, tokenizer, calibration, emit)
+        return calibration
     lengths = wanted_lengths(section, tokenizer, None)
     return draw_calibration(
         section, source, tokenizer, lengths=lengths, seed=recipe.seed, emit=emit
@@ -149,13 +156,14 @@ class CalibrateResult:
     lengths: tuple[int, ...]
 
 
-def calibrate(
+def calibrate(  # noqa: PLR0913 - what to draw from, where to, how
     model: str,
     calib_dir: Path,
     section: CalibrationSection,
     *,
     lengths: tuple[int, ...] | None = None,
     seed: int = 0,
+    overwrite: bool = False,
     emit: Emit = ignore_events,
 ) -> CalibrateResult:
     """Draw calibration samples, measure the inputs of all linears, write both.
@@ -166,17 +174,22 @@ def calibrate(
         section: What to draw.
         lengths: Lengths to match, instead of the tasks' own.
         seed: Of the order of matched lengths.
+        overwrite: Replace calibration data that are there.
         emit: Receives `block` events, and a `warning` if the text is too short.
+
+    Raises:
+        OutputError: there are calibration data already, or they can't be written.
     """
+    check_no_calibration(calib_dir, overwrite=overwrite)
     source = open_source(model)
+    check_no_calibration(calib_dir, overwrite=overwrite, model_directory=source.directory)
     tokenizer = load_tokenizer(str(source.directory))
     wanted = wanted_lengths(section, tokenizer, lengths)
     if lengths is not None:
         section = section.model_copy(update={"tasks": ()})  # provenance: they decided nothing
     calibration = draw_calibration(section, source, tokenizer, lengths=wanted, seed=seed, emit=emit)
     absmax = measure_absmax(source, calibration, Env(str(default_device()), seed, emit))
-    save_calibration(calibration, calib_dir)
-    save_absmax(absmax, calib_dir)
+    save_calibration(calibration, calib_dir, absmax)
     return CalibrateResult(
         calib_dir=calib_dir,
         samples=len(calibration.samples),

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from qtool import pipeline
-from qtool.data.calibration import load_calibration
+from qtool.data.calibration_files import load_calibration
 from qtool.errors import DataError, RecipeError
 from qtool.modeling.load import load_tokenizer
 from qtool.recipe.load import recipe_from_mapping
