@@ -5,7 +5,7 @@ read when they are asked for, and the file is closed again so that its pages can
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,15 @@ def open_shards(directory: Path) -> Shards:
             "with transformers and save_pretrained() it."
         )
     raise CheckpointError(f"{directory} holds no safetensors file.")
+
+
+def open_files(paths: Iterable[Path]) -> Shards:
+    """Check and index files that somebody else has chosen.
+
+    Raises:
+        CheckpointError: one is missing or truncated.
+    """
+    return Shards({name: spec for path in paths for name, spec in _read_header(path).items()})
 
 
 def _from_index(directory: Path, index: Path) -> dict[str, TensorSpec]:
