@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 import transformers
-from packaging.version import Version
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtool.checkpoint.manifest import QUANT_METHOD, Manifest, manifest_from_config
+from qtool.errors import BackendError
 from qtool.runtime import loading
 from qtool.runtime.decoding.generate import accelerate
 from qtool.runtime.install import install, remove_stand_ins, renamed_layers
 
 KEYS = {"format_version", "tool_version", "source", "calibration", "recipe", "layers"}
-V4 = Version(transformers.__version__).major < 5  # noqa: PLR2004
+V4 = transformers.__version__.startswith("4.")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -31,8 +31,9 @@ class QtoolConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, **config: Any) -> None:  # noqa: ANN401
-        for key in KEYS & config.keys():
-            setattr(self, key, config[key])
+        for key, value in config.items():
+            if key in KEYS:
+                setattr(self, key, value)
         self.quant_method = QUANT_METHOD
 
     def manifest(self) -> Manifest:
@@ -51,9 +52,19 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
         if V4:
             loading.note_files()
 
-    def validate_environment(self, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401
-        """Check the configuration before the model is built."""
+    def validate_environment(self, *_args: Any, device_map: Any = None, **_kwargs: Any) -> None:  # noqa: ANN401
+        """Check the configuration before the model is built, and where its parts shall be.
+
+        Raises:
+            CheckpointError: `quantization_config` is damaged.
+            BackendError: transformers 4 would leave parts on the disk, and fill them with noise.
+        """
         self.quantization_config.manifest()
+        if V4 and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise BackendError(
+                "transformers 4 can't leave quantized weights on the disk. Give device_map room in "
+                "memory (max_memory), or install transformers 5."
+            )
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
         """Return the dtype of activations and of what isn't quantized."""
@@ -70,16 +81,16 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
         self._shards = loading.checked_files(files, manifest, str(model.config.name_or_path))
         self._installed = install(model, manifest)
         if not V4:
-            self._end_watch = loading.watch_missing(model)
+            loading.watch_missing(model)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:  # noqa: ANN401
-        if not V4:
-            self._end_watch()
         remove_stand_ins(model)
         loading.check_loaded(model, self._installed, self._shards)
         config = self.quantization_config
         config.layers = renamed_layers(config.layers, self._installed)
+        model.config.quantization_config = config
+        del self._shards, self._installed
         return accelerate(model)
 
     def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:  # noqa: ANN401

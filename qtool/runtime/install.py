@@ -1,6 +1,6 @@
 """Replace the layers of an empty transformers model by modules that await quantized parts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,15 +33,22 @@ def install(model: Any, manifest: Manifest) -> dict[str, str]:  # noqa: ANN401
             installed[target] = name
     for name, entry in manifest.layers.items():
         if entry.shared_with is not None and head is not None:
+            _check_shape(name, modules[head], entry)
             _tie(model, head, _target(model, entry.shared_with, modules, head))
             installed[head] = name
+    if is_another_class(model) and head is not None and head not in installed:
+        _tie_new_head(model, head)
+    if any(isinstance(model.get_submodule(name), QuantizedEmbedding) for name in installed):
+        model.tie_weights = _tie_nothing  # there is no `weight` to tie
+        model.all_tied_weights_keys = {}
     return installed
 
 
 def remove_stand_ins(model: nn.Module) -> None:
     """Take away what transformers may have initialized."""
-    for module in _quantized(model):
-        vars(module).pop("weight", None)
+    for module in model.modules():
+        if isinstance(module, (QuantizedWeight, TiedHead)):
+            vars(module).pop("weight", None)
 
 
 def renamed_layers(layers: Mapping[str, Any], installed: Mapping[str, str]) -> dict[str, Any]:
@@ -63,10 +70,6 @@ def _ends_alike(name: str, target: str) -> bool:
 def _renamed(entry: Mapping[str, Any], targets: Mapping[str, str]) -> dict[str, Any]:
     shared = entry.get("shared_with")
     return {**entry, "shared_with": targets.get(shared, shared)} if shared else dict(entry)
-
-
-def _quantized(model: nn.Module) -> Iterator[QuantizedWeight]:
-    return (module for module in model.modules() if isinstance(module, QuantizedWeight))
 
 
 def _target(
@@ -92,6 +95,14 @@ def _target(
     return head
 
 
+def _tie_new_head(model: Any, head: str) -> None:  # noqa: ANN401
+    """Tie a head that the quantized model hadn't, where its class ties it to the embedding."""
+    table = next((n for n, m in model.named_modules() if m is model.get_input_embeddings()), None)
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and isinstance(model.get_input_embeddings(), QuantizedEmbedding):
+        _tie(model, head, table)
+
+
 def _tie(model: Any, head: str, shared_with: str | None) -> None:  # noqa: ANN401
     """Let the head use the parts of the embedding; a bias stays its own."""
     embedding = None if shared_with is None else model.get_submodule(shared_with)
@@ -99,33 +110,39 @@ def _tie(model: Any, head: str, shared_with: str | None) -> None:  # noqa: ANN40
         raise CheckpointError(f"{head} shares {shared_with}, which is no quantized embedding.")
     bias = getattr(model.get_submodule(head), "bias", None)
     _replace(model, head, TiedHead(embedding, bias))
-    model.tie_weights = lambda *_args, **_kwargs: None  # there is no `weight` to tie
-    model.all_tied_weights_keys = {}
+
+
+def _tie_nothing(*_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401
+    """Stand in for a model's method; a function with a name, so that the model can be pickled."""
+
+
+def _check_shape(name: str, old: nn.Module, entry: LayerEntry) -> None:
+    shape = tuple(old.weight.shape)  # type: ignore[union-attr, operator, arg-type]
+    if sorted(shape) != sorted(entry.shape):  # GPT-2 stores the transpose
+        raise CheckpointError(
+            f"{name} has shape {shape} in the model, {tuple(entry.shape)} in the checkpoint."
+        )
 
 
 def _replacement(name: str, old: nn.Module, entry: LayerEntry) -> QuantizedWeight:
     weight = getattr(old, "weight", None)
     if not isinstance(weight, torch.Tensor) or isinstance(old, QuantizedWeight):
         raise BackendError(f"{name} has no plain weight to replace.")
-    stored = tuple(weight.shape)
-    if sorted(stored) != sorted(entry.shape):
-        raise CheckpointError(
-            f"{name} has shape {stored} in the model, {tuple(entry.shape)} in the checkpoint."
-        )
+    _check_shape(name, old, entry)
     new: QuantizedWeight
     if isinstance(old, nn.Embedding):
         factor = float(getattr(old, "scalar_embed_scale", getattr(old, "embed_scale", 1.0)))
         new = QuantizedEmbedding(entry, weight.dtype, factor)
     else:
         new = QuantizedLinear(entry, getattr(old, "bias", None))
-    # A family may initialize the weights of its linears where it makes buffers that no file holds:
-    # transformers must not skip that, so there is something to initialize, marked as done.
-    stand_in = torch.empty_like(weight, device="meta")
-    stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
-    object.__setattr__(new, "weight", stand_in)
     return new
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    # A family may initialize the weights of its linears where it makes buffers that no file holds:
+    # transformers must not skip that, so there is something to initialize, marked as done.
+    stand_in = torch.empty_like(model.get_submodule(name).weight, device="meta")
+    stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
+    object.__setattr__(new, "weight", stand_in)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)

@@ -6,7 +6,7 @@ survives neither.
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -86,18 +86,16 @@ def _is_outside(path: Path, root: Path) -> bool:
     return not path.is_relative_to(root) or ".." in path.relative_to(root).parts
 
 
-def watch_missing(model: Any) -> Callable[[], None]:  # noqa: ANN401
-    """Let transformers 5 raise where a tensor is missing; returns what ends that."""
+def watch_missing(model: Any) -> None:  # noqa: ANN401
+    """Let transformers 5 raise where a tensor is missing, the next time that it looks."""
     adjust = model._adjust_missing_and_unexpected_keys
 
-    def adjust_and_refuse(info: Any, *args: Any) -> Any:  # noqa: ANN401
-        adjusted = adjust(info, *args)
-        if hasattr(info, "missing_keys"):
-            refuse_missing(model, info.missing_keys)
-        return adjusted
+    def adjust_and_refuse(info: Any, *args: Any) -> None:  # noqa: ANN401
+        del model._adjust_missing_and_unexpected_keys
+        adjust(info, *args)
+        refuse_missing(model, info.missing_keys)
 
     model._adjust_missing_and_unexpected_keys = adjust_and_refuse
-    return functools.partial(delattr, model, "_adjust_missing_and_unexpected_keys")
 
 
 def refuse_missing(model: Any, names: Iterable[str]) -> None:  # noqa: ANN401
