@@ -12,6 +12,8 @@ from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, Quantized
 from tests import families, zoo
 from tests.helpers import dequantized, recipe
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
 TABLE = {"method": "rtn", "scheme": {"num_bits": 8, "group_size": 32}}
 PROMPT = torch.arange(3, 23).unsqueeze(0)
 
