@@ -34,6 +34,8 @@ class PartSpec:
 
     dtype: DType
     shape: tuple[int, ...]
+    lowest: float = float("-inf")
+    """No stored value is below; none is infinite or NaN."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ memory.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,15 @@ def _specs(directory: Path) -> dict[str, TensorSpec]:
             "with transformers and save_pretrained() it."
         )
     raise CheckpointError(f"{directory} holds no safetensors file.")
+
+
+def open_files(paths: Iterable[Path]) -> Shards:
+    """Check and index files that somebody else has chosen.
+
+    Raises:
+        CheckpointError: one is missing or truncated.
+    """
+    return Shards({name: spec for path in paths for name, spec in _read_header(path).items()})
 
 
 def _from_index(directory: Path, index: Path) -> dict[str, TensorSpec]:

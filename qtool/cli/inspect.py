@@ -14,6 +14,9 @@ from qtool.cli.options import JsonOption
 def inspect(
     out_dir: Annotated[Path, typer.Argument(help="Checkpoint.")],
     layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all tensors and compare their digests.")
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Check a checkpoint and print what it holds."""
@@ -21,7 +24,9 @@ def inspect(
 
     reader = CheckpointReader(out_dir)
     manifest = reader.manifest
-    console.write_json({**manifest.to_config(), "average_bits": manifest.average_bits()}, json_file)
+    verified = reader.verify() if verify else None
+    figures = {"average_bits": manifest.average_bits(), "verified_tensors": verified}
+    console.write_json({**manifest.to_config(), **figures}, json_file)
     if not console.wants_table(json_file):
         return
     kinds = Counter(
@@ -34,6 +39,8 @@ def inspect(
     rows.append(("size of the weights", console.gigabytes(reader.weight_bytes())))
     rows.append(("written by", f"qtool {manifest.tool_version}, format {manifest.format_version}"))
     rows.append(("source", manifest.source or "a local model"))
+    if verified is not None:
+        rows.append(("verified", f"{verified} tensors are as they were written"))
     console.print_table(str(out_dir), {"": "left", "value": "left"}, rows)
     if layers:
         columns = {"layer": "left", "shape": "right", "format": "left", "bits": "right"}
