@@ -4,16 +4,22 @@ The format is eight bytes of header length, a JSON header, then the data
 (https://github.com/huggingface/safetensors, "Format").
 """
 
+import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
+
+from qtool.storage.whole_files import written_whole
 
 ALIGNMENT = 8
 COPY_BYTES = 2**24
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged file may raise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +35,11 @@ class Piece:
 
 
 def pieces_of(path: Path) -> list[Piece]:
-    """Return the tensors of a file that qtool has just written, in the order of their names."""
+    """Return the tensors of a file that qtool has written, in the order of their names.
+
+    Raises:
+        ValueError: the header isn't what qtool writes; also KeyError, TypeError, AttributeError.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -47,10 +57,18 @@ def pieces_of(path: Path) -> list[Piece]:
     ]
 
 
-def write_shard(path: Path, pieces: Sequence[Piece]) -> None:
-    """Write the pieces into one file, and delete the files that they came from.
+def write_shard(path: Path, pieces: Sequence[Piece], digests: Mapping[str, str]) -> None:
+    """Write the pieces into one file, then cut the files that they came from to their headers.
 
     Wide dtypes come first, so that every tensor is aligned to its elements.
+
+    Args:
+        path: Of the shard.
+        pieces: What goes into it.
+        digests: Of the bytes of each tensor, by name.
+
+    Raises:
+        OSError: it can't be written, or a piece has changed on disk.
     """
     pieces = sorted(pieces, key=lambda piece: -ITEM_BYTES.get(piece.dtype, 1))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -64,20 +82,48 @@ def write_shard(path: Path, pieces: Sequence[Piece]) -> None:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as target:
+    with written_whole(path, durable=True) as target:
         target.write(len(text).to_bytes(8, "little") + text)
         for piece in pieces:
-            _copy(piece, target)
-        target.flush()
-        os.fsync(target.fileno())
-    temporary.replace(path)
+            if _copy(piece, target) != digests[piece.name]:
+                raise OSError(f"{piece.name} has changed on disk since it was written")
     for source in {piece.file for piece in pieces}:
-        source.unlink(missing_ok=True)
+        os.truncate(source, _header_end(source))
 
 
-def _copy(piece: Piece, target: BinaryIO) -> None:
-    """Append the bytes of a piece to an open file."""
+def put_back(shard: Path, spools: Iterable[Path]) -> None:
+    """Give the spool files that a shard was made of their bytes again, and remove the shard.
+
+    A file that can't be mended is left as it is; a damaged shard gives nothing.
+    """
+    with contextlib.suppress(*UNREADABLE):
+        stored = {piece.name: piece for piece in pieces_of(shard)}
+        for spool in spools:
+            with contextlib.suppress(*UNREADABLE):
+                _fill(spool, stored)
+    shard.unlink()
+
+
+def _fill(spool: Path, stored: Mapping[str, Piece]) -> None:
+    missing = sorted(pieces_of(spool), key=lambda piece: piece.start)
+    end = _header_end(spool)
+    if spool.stat().st_size != end or not all(piece.name in stored for piece in missing):
+        return
+    header = spool.read_bytes()
+    with written_whole(spool, durable=True) as target:
+        target.write(header)
+        for piece in missing:
+            _copy(stored[piece.name], target)
+
+
+def _header_end(path: Path) -> int:
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def _copy(piece: Piece, target: IO[bytes]) -> str:
+    """Append the bytes of a piece to an open file and return their digest."""
+    digest = hashlib.sha256()
     with piece.file.open("rb") as source:
         source.seek(piece.start)
         left = piece.num_bytes
@@ -86,4 +132,6 @@ def _copy(piece: Piece, target: BinaryIO) -> None:
             if not block:
                 raise OSError(f"{piece.file} ended early")
             target.write(block)
+            digest.update(block)
             left -= len(block)
+    return digest.hexdigest()

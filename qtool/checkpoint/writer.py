@@ -1,105 +1,158 @@
-"""CheckpointWriter: streaming, sharded, atomic, resumable.
+"""CheckpointWriter: streaming, sharded, resumable; nothing that is finished is ever lost.
 
-Finished layers are spooled one by one into `OUT_DIR.partial/layers`; `finish` copies their bytes
-into shards, writes config.json last and renames the directory. So memory is bounded by one layer,
-a stopped run continues where it was, and a directory that has config.json is complete.
+Finished layers are spooled one by one; `finish` copies their bytes into shards, writes config.json
+last, opens the result as a reader would, and gives it its name. So memory is bounded by one layer,
+a run that was stopped or failed continues where it was, and a directory that has config.json is
+complete.
 """
 
 import contextlib
-import errno
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from qtool.base import QuantizedTensor
+from qtool.checkpoint.claim import can_lock, claim
 from qtool.checkpoint.manifest import LayerEntry
-from qtool.checkpoint.shards import INDEX_NAME, SINGLE_NAME, read_json
-from qtool.checkpoint.stream import Piece, pieces_of, write_shard
-from qtool.errors import OutputError
+from qtool.checkpoint.marks import (
+    CONFIG_NAME,
+    JOB_NAME,
+    Job,
+    inode,
+    read_job,
+    read_report,
+    write_job,
+    write_json,
+)
+from qtool.checkpoint.place import check_target, describe, find_place, one_line
+from qtool.checkpoint.publish import empty_work, publish, remove_work
+from qtool.checkpoint.reader import CheckpointReader
+from qtool.checkpoint.shards import INDEX_NAME, SINGLE_NAME
+from qtool.checkpoint.spool import Spool
+from qtool.checkpoint.stream import Piece, write_shard
+from qtool.errors import CheckpointError, OutputError, QtoolError
+from qtool.storage.whole_files import written_whole
 
 MAX_SHARD_BYTES = 4 * 2**30
-JOB_NAME = "job.json"
+LAYERS = "layers"
 
 
 class CheckpointWriter:
-    """Writes one checkpoint; use as a context manager.
+    """Writes one checkpoint; use as a context manager, which holds the lock of OUT_DIR.
 
-    Leaving the block after an error removes everything; after KeyboardInterrupt or a kill the
-    finished layers stay for `resume`.
+    However the block is left, finished layers stay for `resume`; without any, nothing stays.
     """
 
     def __init__(
         self, out_dir: Path, *, fingerprint: Mapping[str, Any], overwrite: bool, resume: bool
     ) -> None:
-        """Prepare `OUT_DIR.partial`.
+        """Claim the place and prepare the work directory.
 
         Args:
             out_dir: Where the finished checkpoint goes.
             fingerprint: JSON-able; all that decides the output. A resumed run must have the same.
             overwrite: Replace an existing checkpoint, at the very end.
-            resume: Continue the unfinished run in `OUT_DIR.partial`.
+            resume: Continue an unfinished run.
 
         Raises:
-            OutputError: the directory exists, can't be written, or an unfinished run is in the way.
+            OutputError: something is in the way, another run lives, or it can't be written.
         """
-        self.out_dir = out_dir
-        self.work_dir = out_dir.with_name(out_dir.name + ".partial")
-        self._layers = self.work_dir / "layers"
+        self._overwrite = overwrite
         self._names: list[str] = []
-        check_replaceable(out_dir, overwrite=overwrite)
-        with _one_line(out_dir):
-            self._claim(
-                json.loads(json.dumps(dict(fingerprint))), overwrite=overwrite, resume=resume
-            )
+        self.has_ended = False
+        """Whether the very same run has ended before, and its result is at OUT_DIR."""
+        fingerprint = json.loads(json.dumps(dict(fingerprint)))
+        self.place = find_place(out_dir)
+        self.work_dir = self.place.work_dir
+        self._spool = Spool(self.work_dir / LAYERS)
+        with one_line(self.place.out_dir):
+            self._lock = claim(self.place, overwrite=overwrite, resume=resume)
+            try:
+                self._job = self._open(fingerprint, resume=resume)
+            except BaseException:
+                self._release()
+                raise
+        self.is_locked = can_lock(self._lock)
 
-    def _claim(self, fingerprint: dict[str, Any], *, overwrite: bool, resume: bool) -> None:
-        job = self.work_dir / JOB_NAME
-        if self.work_dir.exists() and not resume:
-            if not overwrite:
-                raise OutputError(
-                    f"{self.work_dir} holds an unfinished run. Continue it with --resume, "
-                    "or start over with --overwrite."
-                )
-            shutil.rmtree(self.work_dir)
-        if self.work_dir.exists():
-            old = read_json(job) if job.is_file() else {}
-            changed = sorted(k for k in {*old, *fingerprint} if old.get(k) != fingerprint.get(k))
-            if changed:
-                raise OutputError(
-                    f"{self.work_dir} was started with another {' and '.join(changed)}; "
-                    "resuming would mix two runs. Start over with --overwrite."
-                )
-        self._layers.mkdir(parents=True, exist_ok=True)
-        _write_json(job, fingerprint)
+    def _open(self, fingerprint: dict[str, Any], *, resume: bool) -> Job:
+        job = read_job(self.work_dir) if resume else None
+        if job is None:
+            self.has_ended = resume and self._is_result_of(fingerprint)
+            if not self.has_ended:
+                check_target(self.place, overwrite=self._overwrite)
+            job = Job(fingerprint=fingerprint, is_stale=True)
+            write_job(self.work_dir, job)
+        _check_same(job, fingerprint, self.work_dir)
+        if job.is_stale:
+            empty_work(self.work_dir)
+            job = Job(fingerprint=fingerprint)
+            write_job(self.work_dir, job)
+        if job.files is None:
+            self._spool.open()
+            empty_work(self.work_dir, keep=(LAYERS,))
+        return job
+
+    def _is_result_of(self, fingerprint: Mapping[str, Any]) -> bool:
+        if read_report(self.place.out_dir).get("run") != run_digest(fingerprint):
+            return False
+        try:
+            CheckpointReader(self.place.out_dir)
+        except CheckpointError:
+            return False
+        return True
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether an earlier run has written everything, and only `publish` is missing."""
+        return self._job.files is not None
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, Exception):
-            shutil.rmtree(self.work_dir, ignore_errors=True)
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        finished = self._count_finished()
+        self._release()
+        if not finished or error is None:
+            return
+        way_on = f"{finished} kept in {self.work_dir}: the same command with --resume goes on."
+        if isinstance(error, QtoolError):
+            error.args = (f"{error} {way_on}",)
+        else:
+            error.add_note(way_on)
+
+    def _count_finished(self) -> str:
+        """Say what a resumed run would find; '' if nothing."""
+        job = read_job(self.work_dir)
+        if job is None or job.is_stale:
+            return ""
+        if job.files is not None:
+            return "All files of the result are"
+        count = len(self._spool)
+        return f"{count} finished layers are" if count > 1 else "1 finished layer is" * count
+
+    def _release(self) -> None:
+        """Give the lock back; remove a work directory in which nothing is finished."""
+        with contextlib.suppress(OSError):
+            is_here = os.fstat(self._lock).st_ino == inode(self.work_dir)
+            if is_here and not self._count_finished():
+                remove_work(self.work_dir)
+        os.close(self._lock)
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        """Return the notes of a layer that an earlier run finished; None if it didn't."""
-        path = self._spool(name)
-        if not path.is_file():
-            return None
-        with safe_open(path, framework="pt") as file:
-            notes: dict[str, Any] = json.loads(file.metadata()["notes"])
-        return notes
+        """Return the notes of a layer that is finished and whole on disk, else None."""
+        return self._spool.notes(name)
 
     def load(self, name: str, entry: LayerEntry) -> QuantizedTensor:
         """Return a finished layer."""
-        with safe_open(self._spool(name), framework="pt") as file:
-            parts = {part: file.get_tensor(f"{name}.{part}") for part in entry.layout()}
+        tensors = self._spool.tensors(name)
+        parts = {part: tensors[f"{name}.{part}"] for part in entry.layout()}
         return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
 
     def keep(self, name: str) -> None:
@@ -126,49 +179,96 @@ class CheckpointWriter:
             tensors = {f"{name}.{part}": tensor for part, tensor in value.parts.items()}
         else:
             tensors = {name: value}
-        on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        path = self._spool(name)
-        temporary = path.with_suffix(".tmp")
-        with _one_line(self.out_dir):
-            save_file(on_cpu, temporary, {"notes": json.dumps(notes or {})})
-            temporary.replace(path)
+        with self._one_line():
+            self._spool.write(name, tensors, notes or {})
         self._names.append(name)
 
-    def _spool(self, name: str) -> Path:
-        # Quoted: a name is the model's, not ours, and '/' in it must not lead anywhere.
-        return self._layers / f"{quote(name, safe='')}.safetensors"
+    def digests(self) -> dict[str, str]:
+        """Return sha256 of the stored bytes of every tensor so far, by name."""
+        found: dict[str, str] = {}
+        for name in self._names:
+            found |= self._spool.digests(name)
+        return dict(sorted(found.items()))
 
     def finish(self, files: Mapping[str, bytes], config: Mapping[str, Any]) -> None:
-        """Assemble the shards, write config.json last, move the directory to its place.
+        """Assemble the shards, write config.json last, open the result, give it its name.
 
         Args:
-            files: Other files by name: tokenizer, model card, report.
+            files: Other files by relative path: tokenizer, model card, report.
             config: Content of config.json, with `quantization_config`.
-        """
-        with _one_line(self.out_dir):
-            self._assemble()
-            for name, content in files.items():
-                (self.work_dir / name).write_bytes(content)
-            shutil.rmtree(self._layers)
-            (self.work_dir / JOB_NAME).unlink()
-            _write_json(self.work_dir / "config.json", config)
-            _sync_directory(self.work_dir)
-            _replace_directory(self.work_dir, self.out_dir)
 
-    def _assemble(self) -> None:
-        """Copy the spooled tensors into shards of bounded size, dropping each when copied."""
-        shards = list(_fill_shards([pieces_of(self._spool(name)) for name in self._names]))
+        Raises:
+            OutputError: the disk is full, or OUT_DIR can't be replaced any more.
+            CheckpointError: what was written can't be read.
+        """
+        with self._one_line():
+            shards = self._assemble()
+            ours = {name: content for name, content in files.items() if name != JOB_NAME}
+            for name, content in ours.items():
+                with written_whole(self.work_dir / name, durable=True) as file:
+                    file.write(content)
+            write_json(self.work_dir / CONFIG_NAME, config)
+            CheckpointReader(self.work_dir)
+            self._job = replace(self._job, files=(*shards, *ours, CONFIG_NAME))
+            write_job(self.work_dir, self._job)
+        self.publish()
+
+    def publish(self) -> None:
+        """Give a result that is all on disk its name.
+
+        Raises:
+            OutputError: OUT_DIR can't be replaced.
+        """
+        with self._one_line():
+            kept = {path.split("/")[0] for path in self._job.files or ()}
+            empty_work(self.work_dir, keep=tuple(kept))
+            if self._job.old_files is None:
+                check_target(self.place, overwrite=self._overwrite)
+            publish(self.place, self._job)
+
+    def _assemble(self) -> list[str]:
+        """Copy the spooled tensors into shards of bounded size; return the names of the files."""
+        shards = list(_fill_shards([self._spool.pieces(name) for name in self._names]))
+        digests = self.digests()
         weight_map = {}
         for number, shard in enumerate(shards, start=1):
             file_name = SINGLE_NAME
             if len(shards) > 1:
                 file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_shard(self.work_dir / file_name, shard)
+            write_shard(self.work_dir / file_name, shard, digests)
             weight_map.update({piece.name: file_name for piece in shard})
-        if len(shards) > 1:
-            total = sum(piece.num_bytes for shard in shards for piece in shard)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(self.work_dir / INDEX_NAME, index)
+        if len(shards) == 1:
+            return [SINGLE_NAME]
+        total = sum(piece.num_bytes for shard in shards for piece in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(self.work_dir / INDEX_NAME, index)
+        return [*dict.fromkeys(weight_map.values()), INDEX_NAME]
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """Turn failures of the file system, also those that safetensors wraps, into one line."""
+        try:
+            with one_line(self.place.out_dir):
+                yield
+        except SafetensorError as error:
+            full = "No space left" in str(error) or "os error 28" in str(error)
+            why = OSError(28, "") if full else OSError(str(error))
+            raise describe(why, self.place.out_dir) from error
+
+
+def run_digest(fingerprint: Mapping[str, Any]) -> str:
+    """Return what tells the results of one run from those of all others."""
+    return sha256(json.dumps(dict(fingerprint), sort_keys=True).encode()).hexdigest()
+
+
+def _check_same(job: Job, fingerprint: Mapping[str, Any], work_dir: Path) -> None:
+    keys = {*job.fingerprint, *fingerprint}
+    changed = sorted(key for key in keys if job.fingerprint.get(key) != fingerprint.get(key))
+    if changed:
+        raise OutputError(
+            f"{work_dir} was started with another {' and '.join(changed)}; "
+            "resuming would mix two runs. Start over with --overwrite."
+        )
 
 
 def _fill_shards(layers: list[list[Piece]]) -> Iterator[list[Piece]]:
@@ -183,81 +283,3 @@ def _fill_shards(layers: list[list[Piece]]) -> Iterator[list[Piece]]:
         shard += layer
         size += layer_bytes
     yield shard
-
-
-def check_replaceable(out_dir: Path, *, overwrite: bool) -> None:
-    """Check that `out_dir` may be written, before any work is done.
-
-    Raises:
-        OutputError: it exists without `overwrite`, or holds something that is no checkpoint.
-    """
-    if out_dir.exists():
-        if not out_dir.is_dir():
-            raise OutputError(f"{out_dir} is a file. Name a directory that doesn't exist yet.")
-        entries = {path.name for path in out_dir.iterdir()}
-        if entries and not overwrite:
-            raise OutputError(f"{out_dir} exists. Pass --overwrite to replace it.")
-        if entries and "config.json" not in entries:
-            raise OutputError(
-                f"{out_dir} exists and holds no checkpoint; --overwrite doesn't delete that. "
-                "Remove it yourself, or name another directory."
-            )
-    parent = next(path for path in out_dir.absolute().parents if path.exists())
-    if not os.access(parent, os.W_OK) or not parent.is_dir():
-        raise OutputError(f"{parent} isn't a directory that can be written.")
-
-
-def check_free_space(out_dir: Path, num_bytes: int) -> None:
-    """Raise OutputError if the disk of `out_dir` can't hold `num_bytes` and one shard more."""
-    parent = next(path for path in out_dir.absolute().parents if path.exists())
-    needed = num_bytes + min(num_bytes, MAX_SHARD_BYTES)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OutputError(
-            f"{parent} has {free / 1e9:.2f} GB free; writing {out_dir.name} takes "
-            f"{needed / 1e9:.2f} GB for a while. Free some space or choose another disk."
-        )
-
-
-@contextlib.contextmanager
-def _one_line(out_dir: Path) -> Iterator[None]:
-    """Turn failures of the file system into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"The disk of {out_dir} is full. Free some space.") from error
-        raise OutputError(f"Can't write {out_dir}: {error.strerror or error}.") from error
-    except SafetensorError as error:
-        # safetensors wraps the system's error in its own type, with the text of the system.
-        if "No space left" in str(error):
-            raise OutputError(f"The disk of {out_dir} is full. Free some space.") from error
-        raise OutputError(f"Can't write {out_dir}: {error}.") from error
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace_directory(source: Path, target: Path) -> None:
-    """Move `source` to `target`, replacing a checkpoint that is there."""
-    old = target.with_name(f"{target.name}.replaced-{os.getpid()}")
-    if target.exists():
-        target.replace(old)
-    source.replace(target)
-    _sync_directory(target.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -12,13 +12,8 @@ from qtool.pipeline.measuring import (
     evaluate,
 )
 from qtool.pipeline.model_figures import ModelFigures
-from qtool.pipeline.quantizing import (
-    CalibrateResult,
-    QuantizeResult,
-    calibrate,
-    plan,
-    quantize,
-)
+from qtool.pipeline.quantizing import CalibrateResult, calibrate, plan, quantize
+from qtool.pipeline.reports import QuantizeResult
 from qtool.pipeline.scoring import evaluate_tasks
 
 __all__ = [

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from qtool.bench.model import SpeedResult
 from qtool.checkpoint.manifest import QUANT_METHOD
+from qtool.checkpoint.marks import REPORT_NAME
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards, read_json
 from qtool.errors import CheckpointError, ModelError
 from qtool.evaluation.perplexity import PerplexityResult
-from qtool.pipeline.quantizing import REPORT_NAME
 
 BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "I8": 8, "U8": 8}
 BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "BOOL": 8}

@@ -1,16 +1,19 @@
 """Calibrating and quantizing, from a request to what is on disk."""
 
-import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import qtool
 from qtool.base import Emit, Env, ignore_events
+from qtool.checkpoint.claim import check_not_running
 from qtool.checkpoint.manifest import LayerEntry, Manifest
-from qtool.checkpoint.writer import CheckpointWriter, check_free_space, check_replaceable
+from qtool.checkpoint.marks import CONFIG_NAME, REPORT_NAME
+from qtool.checkpoint.place import Place, check_apart, check_free_space, check_place, find_place
+from qtool.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter, run_digest
 from qtool.data.calibration import CalibrationSet
 from qtool.data.calibration_files import (
     check_no_calibration,
@@ -20,31 +23,21 @@ from qtool.data.calibration_files import (
 from qtool.modeling.card import model_card
 from qtool.modeling.load import default_device, load_tokenizer
 from qtool.modeling.source import ModelSource, open_source
+from qtool.pipeline.reports import QuantizeResult, report_bytes, result_of
 from qtool.recipe.schema import CalibrationSection, Recipe
 from qtool.stages.calibrate import calibrate as draw_calibration
 from qtool.stages.calibrate import check_samples, measure_absmax, wanted_lengths
 from qtool.stages.calibrated import solve_calibrated
-from qtool.stages.memory import peak_memory
+from qtool.stages.memory import failures_in_one_line, peak_memory
 from qtool.stages.plan import Plan, make_plan
 from qtool.stages.solve import LayerResult, solve_data_free
+from qtool.storage.digests import files_digest
 
-REPORT_NAME = "quantization_report.json"
 FEW_BITS = 3
 """Up to this width, quantization without data is warned of."""
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizeResult:
-    """What a finished run reports; written as quantization_report.json but for `out_dir`."""
-
-    out_dir: Path
-    average_bits: float
-    weight_bytes: int
-    source_bytes: int
-    seconds: float
-    peak_memory_bytes: int
-    device: str
-    layers: tuple[LayerResult, ...]
+NO_LOCKS = (
+    "The disk of OUT_DIR has no locks, so nothing keeps a second run from writing there as well."
+)
 
 
 def plan(model: str, recipe: Recipe) -> Plan:
@@ -74,24 +67,38 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
         emit: Receives `layer` events.
 
     Raises:
-        QtoolError: see `qtool.errors`; nothing is left half-written.
+        QtoolError: see `qtool.errors`; finished layers are kept for `resume`, and what is at
+            `out_dir` stays as it was.
     """
     started = time.perf_counter()
-    check_replaceable(out_dir, overwrite=overwrite)
+    place = find_place(out_dir)
+    check_not_running(place)
+    check_place(place, overwrite=overwrite, resume=resume)
+    _phase(emit, "opening the model")
     source = open_source(model)
+    check_apart(place.out_dir, source.directory, _inputs(recipe, calib_dir))
     layer_plan = make_plan(source, recipe)
-    check_free_space(out_dir, layer_plan.total_bytes)
+    _check_room(place, layer_plan)
     _warn_of_few_bits(layer_plan, recipe, emit)
     env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
     calibration = _calibration(source, recipe, calib_dir, emit)
-    writer = CheckpointWriter(
-        out_dir,
-        fingerprint=_fingerprint(source, recipe, calibration, env),
-        overwrite=overwrite,
-        resume=resume,
-    )
-    with writer:
+    _check_room(place, layer_plan, _stream_bytes(source, recipe, calibration))
+    _phase(emit, "reading the model's files")
+    fingerprint = _fingerprint(source, recipe, calibration, env)
+    with (
+        CheckpointWriter(
+            out_dir, fingerprint=fingerprint, overwrite=overwrite, resume=resume
+        ) as writer,
+        failures_in_one_line(env.device),
+    ):
+        if not writer.is_locked:
+            emit("warning", {"message": NO_LOCKS})
+        if writer.is_sealed:
+            writer.publish()
+        if writer.is_sealed or writer.has_ended:
+            return result_of(out_dir, place.out_dir)
         results = _solve(source, recipe, layer_plan, calibration, writer, env)
+        _phase(emit, "assembling the result")
         result = QuantizeResult(
             out_dir=out_dir,
             average_bits=_average_bits(results),
@@ -103,11 +110,37 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
             layers=results,
         )
         manifest = _manifest(source, recipe, layer_plan, results, calibration)
+        manifest = replace(manifest, digests=writer.digests())
         files = source.companions()
         files["README.md"] = model_card(manifest, source.public_name).encode()
-        files[REPORT_NAME] = _report(result)
+        names = sorted({*files, REPORT_NAME, CONFIG_NAME})
+        files[REPORT_NAME] = report_bytes(result, run=run_digest(fingerprint), files=names)
         writer.finish(files, _config(source, manifest))
     return result
+
+
+def _phase(emit: Emit, name: str) -> None:
+    emit("phase", {"name": name})
+
+
+def _inputs(recipe: Recipe, calib_dir: Path | None) -> list[Path]:
+    """Return what a run reads beside the model."""
+    dataset = Path(recipe.calibration.dataset) if recipe.calibration else None
+    return [path for path in (calib_dir, dataset) if path is not None and path.exists()]
+
+
+def _check_room(place: Place, layer_plan: Plan, streams: int = 0) -> None:
+    """Check the disk; the inputs of the blocks are gone before shards are assembled."""
+    shard = min(layer_plan.total_bytes, MAX_SHARD_BYTES)
+    check_free_space(place, layer_plan.total_bytes, besides=max(shard, streams))
+
+
+def _stream_bytes(source: ModelSource, recipe: Recipe, calibration: CalibrationSet | None) -> int:
+    """Return what the block inputs of both models take on disk, in float32."""
+    if calibration is None or recipe.calibration is None or recipe.calibration.cache != "disk":
+        return 0
+    width = source.weight_shape(source.adapter.embedding).in_features
+    return 2 * 4 * calibration.num_tokens * width
 
 
 def _warn_of_few_bits(layer_plan: Plan, recipe: Recipe, emit: Emit) -> None:
@@ -130,6 +163,7 @@ def _calibration(
     section = recipe.calibration
     if section is None:
         return None
+    _phase(emit, "drawing calibration data")
     tokenizer = load_tokenizer(str(source.directory))
     if directory is not None:
         calibration = load_calibration(directory, tokenizer)
@@ -219,10 +253,16 @@ def _fingerprint(
     source: ModelSource, recipe: Recipe, calibration: CalibrationSet | None, env: Env
 ) -> dict[str, Any]:
     """Return all that decides the output: a resumed run must agree on it."""
-    sizes = {spec.file.name: spec.file.stat().st_size for spec in source.shards.specs.values()}
+    chosen = recipe.model_dump(mode="json")
+    if recipe.calibration is not None:
+        del chosen["calibration"]["strict"]  # it ends a run, and decides nothing of its result
+    companions = {
+        name: sha256(content).hexdigest() for name, content in source.companions().items()
+    }
+    weights = files_digest(spec.file for spec in source.shards.specs.values())
     return {
-        "recipe": recipe.model_dump(mode="json"),
-        "model": {"config": dict(source.config), "files": dict(sorted(sizes.items()))},
+        "recipe": chosen,
+        "model": {"config": dict(source.config), "files": companions, "weights": weights},
         "calibration": calibration.digest() if calibration else None,
         "device": env.device.partition(":")[0],
         "version of qtool": qtool.__version__,
@@ -263,20 +303,3 @@ def _config(source: ModelSource, manifest: Manifest) -> dict[str, Any]:
 def _average_bits(results: tuple[LayerResult, ...]) -> float:
     stored = sum(result.entry.num_bytes() for result in results)
     return 8 * stored / sum(prod(result.entry.shape) for result in results)
-
-
-def _report(result: QuantizeResult) -> bytes:
-    values = {
-        key: value for key, value in asdict(result).items() if key not in ("out_dir", "layers")
-    }
-    values["layers"] = [
-        {
-            "name": layer.name,
-            **layer.metrics,
-            "group_dim": layer.entry.scheme.group_dim,
-            "fallback": layer.fallback,
-            "seconds": layer.seconds,
-        }
-        for layer in result.layers
-    ]
-    return (json.dumps({"version of qtool": qtool.__version__, **values}, indent=2) + "\n").encode()

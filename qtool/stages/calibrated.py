@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from qtool.stages.solve import (
     check_finite,
     check_stored,
     copy_kept,
+    solve_data_free,
     solve_one,
     write_solution,
 )
@@ -56,12 +56,20 @@ def solve_calibrated(
     Raises:
         MethodError: inputs aren't finite, or with `strict` a solver fell back.
     """
-    model = BlockModel(source, env.device, dtype=section.dtype)
     layers = {layer.name: layer for layer in plan.layers}
+    walked = [layer.name for layer in plan.layers if layer.role == "block"]
+    if all(writer.finished(name) is not None for name in walked):
+        restored = solve_data_free(source, plan, writer, env)  # it solves nothing in the blocks
+        for result in restored:
+            check_fallback(section, result.name, result.fallback)
+        return restored
+    model = BlockModel(source, env.device, dtype=section.dtype)
     results = []
     train, held_out = calibration.split(section.holdout)
     _warn_of_few_tokens(plan, train.num_tokens, env)
-    with _streams(model, train, held_out, writer.work_dir, section) as streams:
+    env.emit("phase", {"name": "capturing the inputs of the first block"})
+    with _streams(model, train, held_out, writer, section) as streams:
+        env.emit("phase", {"name": "solving"})
         for index in range(source.num_blocks):
             prefix = f"{source.adapter.blocks}.{index}"
             original = model.load(index)
@@ -86,22 +94,23 @@ def _streams(
     model: BlockModel,
     train: CalibrationSet,
     held_out: CalibrationSet,
-    work_dir: Path,
+    writer: CheckpointWriter,
     section: CalibrationSection,
 ) -> Iterator[Streams]:
     limit = BATCH_TOKENS[torch.device(model.device).type]
     first, rest = batches(train.samples, limit), batches(held_out.samples, limit)
-    directory = work_dir / "streams" if section.cache == "disk" else None
-    shutil.rmtree(work_dir / "streams", ignore_errors=True)  # of a run that was killed
-    if directory is not None:
-        directory.mkdir()
+    directory = writer.work_dir / "streams"
+    shutil.rmtree(directory, ignore_errors=True)  # of an attempt that failed
     try:
         # Nothing here keeps what was captured: it would stay in memory for the whole walk.
         yield make_streams(
-            model.capture([*first, *rest]), len(first), device=model.device, directory=directory
+            model.capture([*first, *rest]),
+            len(first),
+            device=model.device,
+            directory=directory if section.cache == "disk" else None,
         )
     finally:
-        shutil.rmtree(work_dir / "streams", ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +150,7 @@ class _Step:
     def _restore(self, layer: LayerPlan) -> tuple[LayerResult, Tensor]:
         """Take a layer that an earlier run finished."""
         result = solve_one(self.source, layer, self.writer, self.env)
+        check_fallback(self.section, layer.name, result.fallback)
         tensor = self.writer.load(layer.name, result.entry)
         return result, codec(tensor.format).dequantize(tensor, torch.float32)
 
@@ -178,7 +188,7 @@ class _Step:
         best = choose([error.error for error in errors], clearly=CLEARLY * added[0])
         solution, quantized = candidates[best]
         check_stored(layer.name, solution.tensor, weight)
-        self._check_fallback(layer, solution)
+        check_fallback(self.section, layer.name, solution.fallback)
         nearest = round_to_nearest(alternatives[best], weight)
         rounded = measure.of(nearest)
         self._check_gain(layer, rounded, errors[best])
@@ -200,10 +210,6 @@ class _Step:
         solution = replace(solution, metrics=notes)
         return write_solution(layer, solution, self.writer, seconds=seconds), quantized
 
-    def _check_fallback(self, layer: LayerPlan, solution: LayerSolution) -> None:
-        if self.section.strict and solution.fallback is not None:
-            raise MethodError(f"{layer.name}: {solution.fallback} (calibration.strict).")
-
     def _check_gain(self, layer: LayerPlan, before: OutputError, after: OutputError) -> None:
         if after.error > before.error:
             message = (
@@ -212,6 +218,15 @@ class _Step:
                 "that is more like the model's."
             )
             self.env.emit("warning", {"message": message})
+
+
+def check_fallback(section: CalibrationSection, name: str, fallback: str | None) -> None:
+    """Raise MethodError if a solver did something simpler than asked, and that is forbidden."""
+    if section.strict and fallback is not None:
+        raise MethodError(
+            f"{name}: {fallback} (calibration.strict). Without it, or --strict, the layer is taken "
+            "as it is."
+        )
 
 
 def _warn_of_few_tokens(plan: Plan, num_tokens: int, env: Env) -> None:

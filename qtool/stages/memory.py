@@ -1,9 +1,17 @@
-"""How much memory the process has used."""
+"""How much memory the process has used, and what it means that there is too little."""
 
+import errno
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from qtool.errors import BackendError, OutputError
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""What torch's messages say; only a card's has a type of its own."""
 
 
 def peak_memory(device: str) -> int:
@@ -12,3 +20,30 @@ def peak_memory(device: str) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def failures_in_one_line(device: str) -> Iterator[None]:
+    """Turn too little memory, and failures of the file system, into one line.
+
+    Raises:
+        BackendError: a card or the host has too little memory.
+        OutputError: a file can't be read or written.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(w in str(error) for w in NO_MEMORY):
+            raise
+        where = f"The memory of {device}" if "CUDA" in str(error) else "The memory of this machine"
+        raise BackendError(
+            f"{where} is full. End other programs that use it, or choose a larger one; shorter "
+            "samples (calibration.sequence_length) need less of it."
+        ) from error
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise BackendError("The memory of this machine is full. End other programs.") from error
+        where = error.filename or "A file of this run"
+        raise OutputError(
+            f"{where} can't be read or written: {error.strerror or error}."
+        ) from error

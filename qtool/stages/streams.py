@@ -1,5 +1,6 @@
 """The cached block inputs: what the original and the quantized model carry from block to block."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -8,7 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qtool.errors import OutputError
 from qtool.modeling.blocks import Block
+
+ZEROS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +44,18 @@ def make_streams(
         device: Where blocks run. For a card the buffers are page-locked: copies to and from them
             are several times faster, and don't make the CPU wait.
         directory: Keep the buffers in two files there, mapped into memory; None: in memory.
+
+    Raises:
+        OutputError: the disk has no room for them.
     """
     pinned = device.startswith("cuda") and directory is None
     both = []
     for name in ("original", "quantized"):
         total = sum(batch.numel() for batch in hidden)
         if directory is not None:
-            path = str(directory / f"{name}.stream")
-            buffer = torch.from_file(path, shared=True, size=total, dtype=hidden[0].dtype)
+            path = directory / f"{name}.stream"
+            _allocate(path, total * hidden[0].element_size())
+            buffer = torch.from_file(str(path), shared=True, size=total, dtype=hidden[0].dtype)
         else:
             buffer = torch.empty(total, dtype=hidden[0].dtype, pin_memory=pinned)
         parts = buffer.split([prod(batch.shape) for batch in hidden])
@@ -56,3 +64,20 @@ def make_streams(
             view.copy_(batch)
         both.append(views)
     return Streams(both[0], both[1], num_train)
+
+
+def _allocate(path: Path, num_bytes: int) -> None:
+    """Make a file whose blocks are really there: a write to one that isn't would be a SIGBUS."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+            else:  # macOS
+                for start in range(0, num_bytes, ZEROS):
+                    file.write(bytes(min(ZEROS, num_bytes - start)))
+    except OSError as error:
+        raise OutputError(
+            f"{path} can't get its {num_bytes / 1e9:.2f} GB: {error.strerror}. Free some space, or "
+            "use calibration.cache: memory."
+        ) from error

@@ -71,7 +71,10 @@ def test_existing_output_is_one_line(cli: Cli, llama, checkpoint):
 
 
 def test_unfinished_run_is_one_line(cli: Cli, llama, tmp_path):
+    from qtool.checkpoint.marks import Job, write_job
+
     (tmp_path / "out.partial").mkdir()
+    write_job(tmp_path / "out.partial", Job(fingerprint={}))
     one_line(cli("quantize", llama, tmp_path / "out"), "--resume", "--overwrite")
 
 

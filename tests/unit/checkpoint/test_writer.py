@@ -8,13 +8,17 @@ import torch
 from safetensors import safe_open
 
 from qtool import pipeline
-from qtool.checkpoint import stream, writer
+from qtool.checkpoint import spool, stream, writer
+from qtool.checkpoint.manifest import Manifest
+from qtool.checkpoint.place import check_free_space, check_place, find_place
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.checkpoint.writer import CheckpointWriter, check_free_space, check_replaceable
-from qtool.errors import OutputError
+from qtool.checkpoint.writer import CheckpointWriter
+from qtool.errors import BackendError, CheckpointError, OutputError
+from qtool.stages import solve
 from tests.helpers import file_hashes, normal, recipe
 
 WEIGHTS = "model.safetensors"
+CONFIG = {"quantization_config": Manifest(tool_version="0", recipe={}, layers={}).to_config()}
 
 
 class Stop:
@@ -37,10 +41,43 @@ def partial(out_dir: Path) -> Path:
     return out_dir.with_name(out_dir.name + ".partial")
 
 
-def test_error_in_the_middle_leaves_nothing(llama, tmp_path):
+WAY_ON = r"3 finished layers are kept in .*out\.partial: the same command with --resume goes on"
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (OutputError, OutputError),
+        (torch.OutOfMemoryError, BackendError),
+        (MemoryError, BackendError),
+        (OSError, OutputError),
+    ],
+)
+def test_work_is_kept_after_any_error_and_the_message_says_how_to_go_on(
+    llama, checkpoint, tmp_path, error, seen
+):
+    class Failure(error):  # torch's message for a card says so; its type does on its own
+        def __str__(self):
+            return "out of memory" if issubclass(error, RuntimeError) else super().__str__()
+
     out_dir = tmp_path / "out"
-    with pytest.raises(ZeroDivisionError):
-        pipeline.quantize(str(llama), out_dir, recipe(), emit=Stop(3, ZeroDivisionError))
+    with pytest.raises(seen, match=WAY_ON):
+        pipeline.quantize(str(llama), out_dir, recipe(), emit=Stop(3, Failure))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    pipeline.quantize(str(llama), out_dir, recipe(), resume=True)
+    assert file_hashes(out_dir)[WEIGHTS] == file_hashes(checkpoint)[WEIGHTS]
+
+
+def test_bug_keeps_its_type_and_the_work(llama, tmp_path):
+    with pytest.raises(ZeroDivisionError) as caught:
+        pipeline.quantize(str(llama), tmp_path / "out", recipe(), emit=Stop(3, ZeroDivisionError))
+    assert "--resume goes on" in caught.value.__notes__[0]
+    assert partial(tmp_path / "out").is_dir()
+
+
+def test_error_before_a_layer_is_finished_leaves_nothing(tmp_path):
+    with pytest.raises(OutputError, match=r"^no$"), open_writer(tmp_path / "out"):
+        raise OutputError("no")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -57,7 +94,7 @@ def test_error_in_the_middle_of_overwriting_keeps_the_old_checkpoint(llama, tmp_
             emit=Stop(3, ZeroDivisionError),
         )
     assert file_hashes(out_dir) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
 
 
 @pytest.mark.parametrize("after", [1, 7, 14])
@@ -84,15 +121,17 @@ def test_interrupt_while_shards_are_assembled_resumes_to_the_same_bytes(
     pipeline.quantize(str(llama), tmp_path / "whole", recipe())
     write_shard = stream.write_shard
 
-    def interrupted(path, pieces):
+    def interrupted(path, *rest):
         if "00002" in path.name:
             raise KeyboardInterrupt
-        write_shard(path, pieces)
+        write_shard(path, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(writer, "write_shard", interrupted)
         pipeline.quantize(str(llama), tmp_path / "out", recipe())
-    pipeline.quantize(str(llama), tmp_path / "out", recipe(), resume=True)
+    with monkeypatch.context() as patch:  # what the first shard holds isn't solved again
+        patch.setattr(solve, "load_method", None)
+        pipeline.quantize(str(llama), tmp_path / "out", recipe(), resume=True)
     whole, resumed = file_hashes(tmp_path / "whole"), file_hashes(tmp_path / "out")
     assert set(whole) == set(resumed)
     differing = {name for name in whole if whole[name] != resumed[name]}
@@ -100,7 +139,8 @@ def test_interrupt_while_shards_are_assembled_resumes_to_the_same_bytes(
 
 
 def test_unfinished_run_is_neither_continued_nor_dropped_without_being_asked(tmp_path):
-    with pytest.raises(KeyboardInterrupt), open_writer(tmp_path / "out", a=1):
+    with pytest.raises(KeyboardInterrupt), open_writer(tmp_path / "out", a=1) as opened:
+        opened.add("a", normal(2))
         raise KeyboardInterrupt
     with pytest.raises(OutputError, match="--resume, or start over with --overwrite"):
         open_writer(tmp_path / "out", a=1)
@@ -114,6 +154,28 @@ def test_resuming_another_recipe_is_refused_and_named(llama, tmp_path):
         pipeline.quantize(str(llama), tmp_path / "out", recipe(num_bits=3), resume=True)
     pipeline.quantize(str(llama), tmp_path / "out", recipe(num_bits=3), overwrite=True)
     assert {e.scheme.num_bits for e in CheckpointReader(tmp_path / "out").manifest.layers.values()}
+
+
+def test_strictness_decides_nothing_of_the_result(llama, text_file, tmp_path):
+    def asked(*, strict):
+        section = {"dataset": str(text_file), "num_samples": 4, "sequence_length": 64}
+        return recipe("gptq", calibration={**section, "strict": strict})
+
+    with pytest.raises(KeyboardInterrupt):
+        stop = Stop(2, KeyboardInterrupt)
+        pipeline.quantize(str(llama), tmp_path / "out", asked(strict=True), emit=stop)
+    pipeline.quantize(str(llama), tmp_path / "out", asked(strict=False), resume=True)
+
+
+def test_same_sizes_with_other_contents_are_another_model(llama, tmp_path):
+    model = shutil.copytree(llama, tmp_path / "model")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.quantize(str(model), tmp_path / "out", recipe(), emit=Stop(2, KeyboardInterrupt))
+    content = bytearray((model / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (model / WEIGHTS).write_bytes(content)
+    with pytest.raises(OutputError, match="another model"):
+        pipeline.quantize(str(model), tmp_path / "out", recipe(), resume=True)
 
 
 def test_resume_without_an_unfinished_run_starts_one(llama, tmp_path):
@@ -177,7 +239,7 @@ def test_every_tensor_starts_at_a_multiple_of_its_element_size(tmp_path):
         opened.add("half", normal(5).half())
         opened.add("wide", normal(3).double())
         opened.add("word", torch.arange(3, dtype=torch.int32))
-        opened.finish({}, {})
+        opened.finish({}, CONFIG)
     for piece in stream.pieces_of(tmp_path / "out" / WEIGHTS):
         assert piece.start % stream.ITEM_BYTES.get(piece.dtype, 1) == 0
 
@@ -185,11 +247,13 @@ def test_every_tensor_starts_at_a_multiple_of_its_element_size(tmp_path):
 def test_existing_checkpoint_is_replaced_only_when_asked(llama, tmp_path):
     out_dir = tmp_path / "out"
     pipeline.quantize(str(llama), out_dir, recipe())
-    (out_dir / "left-over.txt").write_text("old")
+    (out_dir / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match="Pass --overwrite to replace it"):
         pipeline.quantize(str(llama), out_dir, recipe(num_bits=2))
+    with pytest.raises(OutputError, match=r"qtool didn't write: thesis\.txt\. --overwrite"):
+        pipeline.quantize(str(llama), out_dir, recipe(num_bits=2), overwrite=True)
+    (out_dir / "thesis.txt").unlink()
     pipeline.quantize(str(llama), out_dir, recipe(num_bits=2), overwrite=True)
-    assert not (out_dir / "left-over.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -206,7 +270,7 @@ def test_directory_that_is_no_checkpoint_is_never_deleted(tmp_path):
     precious.mkdir()
     (precious / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputError, match="holds no checkpoint; --overwrite doesn't delete that"):
-        check_replaceable(precious, overwrite=True)
+        check_place(find_place(precious), overwrite=True, resume=False)
     with pytest.raises(OutputError, match="holds no checkpoint"):
         open_writer(precious, overwrite=True)
     assert (precious / "thesis.tex").is_file()
@@ -216,30 +280,52 @@ def test_empty_directory_is_taken_without_asking(tmp_path):
     (tmp_path / "out").mkdir()
     with open_writer(tmp_path / "out") as opened:
         opened.add("a", normal(2))
-        opened.finish({}, {"x": 1})
+        opened.finish({}, CONFIG)
     assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(OutputError, match="is a file"):
-        check_replaceable(tmp_path / "out", overwrite=True)
-    with pytest.raises(OutputError, match="isn't a directory that can be written"):
-        check_replaceable(tmp_path / "out" / "below", overwrite=True)
+    for name, message in (("out", "is a file"), ("out/below", "Not a directory|isn't a directory")):
+        with pytest.raises(OutputError, match=message):
+            check_place(find_place(tmp_path / name), overwrite=True, resume=False)
 
 
 def full_disk(*_args, **_kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["save_file", "write_shard", "_write_json", "_sync_directory"])
-def test_full_disk_is_one_sentence_and_leaves_nothing(llama, tmp_path, monkeypatch, where):
-    monkeypatch.setattr(writer, where, full_disk)
-    with pytest.raises(OutputError, match=r"disk of .*out is full"):
-        pipeline.quantize(str(llama), tmp_path / "out", recipe())
+@pytest.mark.parametrize(
+    ("module", "where", "kept"),
+    [
+        (spool, "save_file", 0),
+        (writer, "write_job", 0),
+        (writer, "write_shard", 21),
+        (writer, "write_json", 21),
+        (writer, "publish", 21),
+    ],
+)
+def test_full_disk_is_one_sentence_and_loses_nothing(
+    llama, checkpoint, tmp_path, monkeypatch, module, where, kept
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, where, full_disk)
+        message = rf"disk of .*out is full.*{'goes on' if kept else 'Free some space.$'}"
+        with pytest.raises(OutputError, match=message):
+            pipeline.quantize(str(llama), tmp_path / "out", recipe())
+    assert [path.name for path in tmp_path.iterdir()] == (["out.partial"] if kept else [])
+    pipeline.quantize(str(llama), tmp_path / "out", recipe(), resume=True)
+    assert file_hashes(tmp_path / "out")[WEIGHTS] == file_hashes(checkpoint)[WEIGHTS]
+
+
+def test_result_that_cannot_be_read_gets_no_name(tmp_path):
+    with (
+        pytest.raises(CheckpointError, match="1 finished layer is kept"),
+        open_writer(tmp_path / "out") as opened,
+    ):
+        opened.add("a", normal(2))
+        opened.finish({}, {})
     assert not (tmp_path / "out").exists()
-    if where != "_write_json":  # the very first file: nothing is there that could be lost
-        assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_reported_by_safetensors_is_the_same_sentence(tmp_path, monkeypatch):
@@ -248,7 +334,7 @@ def test_full_disk_reported_by_safetensors_is_the_same_sentence(tmp_path, monkey
     def fail(*_args):
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
-    monkeypatch.setattr(writer, "save_file", fail)
+    monkeypatch.setattr(spool, "save_file", fail)
     with open_writer(tmp_path / "out") as opened, pytest.raises(OutputError, match="is full"):
         opened.add("a", normal(2))
 
@@ -266,7 +352,9 @@ def test_too_little_space_is_found_before_any_work(llama, tmp_path, monkeypatch)
     with pytest.raises(OutputError, match=r"0\.00 GB free; writing out takes"):
         pipeline.quantize(str(llama), tmp_path / "out", recipe())
     assert list(tmp_path.iterdir()) == []
-    check_free_space(tmp_path / "out", 400)
+    check_free_space(find_place(tmp_path / "no" / "such" / "parent"), 400, besides=400)
+    with pytest.raises(OutputError, match="GB free"):
+        check_free_space(find_place(tmp_path / "out"), 400, besides=800)
 
 
 def test_tensor_name_cannot_leave_the_directory(tmp_path):
@@ -274,7 +362,7 @@ def test_tensor_name_cannot_leave_the_directory(tmp_path):
     (tmp_path / "escaped").mkdir()
     with open_writer(tmp_path / "deep" / "er" / "out") as opened:
         opened.add(name, normal(2))
-        opened.finish({}, {})
+        opened.finish({}, CONFIG)
     assert list((tmp_path / "escaped").iterdir()) == []
     with safe_open(tmp_path / "deep" / "er" / "out" / WEIGHTS, framework="pt") as file:
         assert list(file.keys()) == [name]

@@ -1,0 +1,86 @@
+"""One run per OUT_DIR: the work directory is locked for as long as its run lives. Torch-free.
+
+The lock is on the directory itself, so none stays behind, and it goes with the directory when that
+gets its final name.
+"""
+
+import contextlib
+import fcntl
+import os
+import time
+from pathlib import Path
+
+from qtool.checkpoint.marks import inode, read_job
+from qtool.checkpoint.place import Place, check_place
+from qtool.checkpoint.publish import repair
+from qtool.errors import OutputError
+
+PATIENCE = 20
+"""Tries, 50 ms apart: another process may only be looking whether a run lives."""
+
+
+def check_not_running(place: Place) -> None:
+    """Raise OutputError if another run lives that writes there."""
+    for directory in (place.work_dir, place.out_dir):
+        if read_job(directory) is not None:
+            os.close(_locked(directory, place, fcntl.LOCK_SH))
+
+
+def claim(place: Place, *, overwrite: bool, resume: bool) -> int:
+    """Make the work directory if there is none, lock it, repair what a killed run left.
+
+    Returns:
+        A descriptor; the lock is held until it is closed.
+
+    Raises:
+        OutputError: another run lives, or `check_place` refuses what is there.
+    """
+    while True:
+        check_place(place, overwrite=overwrite, resume=resume)
+        if read_job(place.out_dir) is not None:  # killed when its result had its name already
+            descriptor = _locked(place.out_dir, place, fcntl.LOCK_EX)
+            try:
+                repair(place)
+            finally:
+                os.close(descriptor)
+        place.work_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(place.work_dir, place, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_ino == inode(place.work_dir):
+            try:
+                repair(place)
+                check_place(place, overwrite=overwrite, resume=resume)
+            except BaseException:
+                with contextlib.suppress(OSError):  # it isn't empty: somebody's work
+                    place.work_dir.rmdir()
+                os.close(descriptor)
+                raise
+            if os.fstat(descriptor).st_ino == inode(place.work_dir):
+                return descriptor
+        os.close(descriptor)  # its run has just ended, and the directory has another name
+
+
+def can_lock(descriptor: int) -> bool:
+    """Return whether the file system has locks; some that lie on a network haven't."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _locked(directory: Path, place: Place, kind: int) -> int:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    for _ in range(PATIENCE):
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:  # the file system has no locks
+            return descriptor
+        else:
+            return descriptor
+    os.close(descriptor)
+    raise OutputError(
+        f"Another run is writing {place.out_dir}; it lives, or is stopped. Wait for its end, end "
+        "it, or name another directory."
+    )

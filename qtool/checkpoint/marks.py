@@ -1,0 +1,132 @@
+"""What in a directory is qtool's: the work of a run by its job, a checkpoint by its files.
+
+Nothing else is ever replaced or removed. Torch-free.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qtool.storage.whole_files import written_whole
+
+JOB_NAME = "job.json"
+CONFIG_NAME = "config.json"
+REPORT_NAME = "quantization_report.json"
+MARK = "the work of a run of qtool"
+WRITTEN_NAMES = (CONFIG_NAME, REPORT_NAME, "README.md", "model.safetensors.index.json")
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+OUR_METHOD = re.compile(rb'"quant_method"\s*:\s*"qtool"')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What job.json in a work directory says: whose work it is, and how far its end has come."""
+
+    fingerprint: Mapping[str, Any]
+    is_stale: bool = False
+    """Whether what lies beside belongs to a run that is being dropped."""
+    files: tuple[str, ...] | None = None
+    """Paths of the finished result, once all of them are on disk; None: layers are missing."""
+    old_files: tuple[str, ...] | None = None
+    """Paths of the checkpoint that gives way, once files are being moved one by one."""
+    old_inode: int | None = None
+    """Of the directory that gives way, once whole directories are being renamed."""
+    aside: str | None = None
+    """Name that it has for a while where names can't be exchanged."""
+
+
+def write_job(directory: Path, job: Job) -> None:
+    """Write job.json.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    given = {name: value for name, value in asdict(job).items() if value is not None}
+    write_json(directory / JOB_NAME, {"this is": MARK, **given})
+
+
+def read_job(directory: Path) -> Job | None:
+    """Return the job of a work directory; None if it bears no mark of ours, or a damaged one."""
+    try:
+        if directory.is_symlink() or (directory / JOB_NAME).is_symlink():
+            return None
+        values = json.loads((directory / JOB_NAME).read_text(encoding="utf-8"))
+        if values.pop("this is") != MARK or not isinstance(values["fingerprint"], dict):
+            return None
+        lists = {key: tuple(map(str, values.pop(key))) for key in _LISTS if key in values}
+        return Job(**values, **lists)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+_LISTS = ("files", "old_files")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object that survives a loss of power.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    with written_whole(path, durable=True) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def names_in(directory: Path) -> set[str]:
+    """Return the names of what lies in a directory."""
+    return {path.name for path in directory.iterdir()}
+
+
+def inode(path: Path) -> int | None:
+    """Return the number of a file or directory, links not followed; None if there is none."""
+    try:
+        return path.lstat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Return whether config.json names qtool, even if the checkpoint is damaged otherwise."""
+    try:
+        content = (directory / CONFIG_NAME).read_bytes()
+    except OSError:
+        return False
+    try:
+        section = json.loads(content).get("quantization_config")
+        return isinstance(section, dict) and section.get("quant_method") == "qtool"
+    except (ValueError, AttributeError, RecursionError):
+        return OUR_METHOD.search(content) is not None
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """Return quantization_report.json; nothing if it is missing or damaged."""
+    try:
+        values = json.loads((directory / REPORT_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def foreign_entries(directory: Path) -> list[str]:
+    """Return what lies in a checkpoint and wasn't written by qtool, sorted."""
+    recorded = read_report(directory).get("files")
+    ours = {*WRITTEN_NAMES, *(recorded if isinstance(recorded, list) else [])}
+    if read_job(directory) is not None:
+        ours.add(JOB_NAME)
+    found = {path for path in paths_below(directory) if path not in ours}
+    return sorted({path for path in found if not WEIGHTS.fullmatch(path)})
+
+
+def paths_below(directory: Path) -> Iterator[str]:
+    """Yield the paths of all files, links and empty folders, relative, with `/`."""
+    for folder, folders, files in os.walk(directory):
+        here = Path(folder)
+        links = [name for name in folders if (here / name).is_symlink()]
+        for name in [*files, *links]:
+            yield (here / name).relative_to(directory).as_posix()
+        if not folders and not files and here != directory:
+            yield here.relative_to(directory).as_posix()

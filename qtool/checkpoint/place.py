@@ -1,0 +1,294 @@
+"""Where a result goes: found and checked before any work is done. Torch-free.
+
+A result arrives by renaming `OUT_DIR.partial`, or, where OUT_DIR can't be renamed, by moving its
+files out of `OUT_DIR/.partial`.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtool.checkpoint.marks import (
+    JOB_NAME,
+    foreign_entries,
+    inode,
+    is_checkpoint,
+    names_in,
+    paths_below,
+    read_job,
+)
+from qtool.errors import OutputError
+
+INSIDE = ".partial"
+ASIDE_BYTES = len(".replaced-") + 8
+"""What the longest name that is made beside OUT_DIR adds to its name."""
+IGNORED = ("lost+found", INSIDE)
+"""Not the user's: what ext4 puts into a volume, and our own work, which is checked by itself."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the result goes and where it is made; both absolute, links resolved."""
+
+    out_dir: Path
+    work_dir: Path
+
+    @property
+    def inside(self) -> bool:
+        """Whether the work lies in OUT_DIR, because that can't be renamed."""
+        return self.work_dir.parent == self.out_dir
+
+
+@contextlib.contextmanager
+def one_line(out_dir: Path) -> Iterator[None]:
+    """Turn failures of the file system into an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise describe(error, out_dir) from error
+
+
+def describe(error: OSError, out_dir: Path) -> OutputError:
+    """Return what an error of the file system means for who writes `out_dir`."""
+    if error.errno in FULL:
+        return OutputError(f"The disk of {out_dir} is full. Free some space.")
+    return OutputError(f"Can't write {out_dir}: {error.strerror or error}.")
+
+
+def find_place(out_dir: Path) -> Place:
+    """Resolve OUT_DIR and decide where the work lies; nothing is written.
+
+    Raises:
+        OutputError: a directory of that name can't be made.
+    """
+    with one_line(out_dir):
+        resolved = _resolve(out_dir)
+        inside = Place(resolved, resolved / INSIDE)
+        if not resolved.name:
+            return inside
+        beside = Place(resolved, resolved.with_name(resolved.name + ".partial"))
+        if read_job(beside.work_dir) is not None:
+            return beside
+        if read_job(inside.work_dir) is not None or _stays(resolved):
+            return inside
+        return beside
+
+
+def _resolve(out_dir: Path) -> Path:
+    text = str(out_dir)
+    if not text.isascii() and text.encode(errors="ignore").decode() != text:
+        raise OutputError(f"OUT_DIR is {text!r}, which isn't UTF-8. Choose another name.")
+    if any(ord(letter) < ord(" ") for letter in text):
+        raise OutputError(f"OUT_DIR is {text!r}; a name has no control characters. Choose another.")
+    try:
+        expanded = out_dir.expanduser()
+        resolved = expanded.resolve()
+    except (RuntimeError, ValueError) as error:  # an unknown user, a loop of links
+        raise OutputError(f"{out_dir} isn't a place for a checkpoint: {error}.") from error
+    if expanded.is_symlink() and not resolved.exists():
+        raise OutputError(
+            f"{out_dir} is a link to {resolved}, which doesn't exist. Make that directory, or name "
+            "another."
+        )
+    return resolved
+
+
+def nearest(path: Path) -> Path:
+    """Return the path, or the first folder above it that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _stays(out_dir: Path) -> bool:
+    """Return whether a directory is there that can't give its name away, or shouldn't."""
+    if not out_dir.is_dir():
+        return False
+    if is_mount_point(out_dir) or not os.access(out_dir.parent, os.W_OK | os.X_OK):
+        return True
+    owners = {0, os.geteuid()}
+    parent, own = out_dir.parent.stat(), out_dir.stat()
+    if parent.st_mode & stat.S_ISVTX and not owners & {own.st_uid, parent.st_uid}:
+        return True  # somebody else's directory in a folder such as /tmp
+    entries = names_in(out_dir)
+    if entries == {INSIDE}:  # of a run that was killed before it had written anything
+        return True
+    return not entries and _is_here(out_dir)
+
+
+def _is_here(out_dir: Path) -> bool:
+    """Return whether the user stands in the directory: a shell would be left in a removed one."""
+    here = Path.cwd()
+    return out_dir in (here, *here.parents)
+
+
+def is_mount_point(path: Path) -> bool:
+    """Return whether something is mounted there, also from the same disk."""
+    if os.path.ismount(path):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:  # not Linux
+        return False
+    escaped = [line.split(b" ")[4] for line in lines]
+    return str(path) in {os.fsdecode(p.decode("unicode_escape").encode("latin-1")) for p in escaped}
+
+
+def check_place(place: Place, *, overwrite: bool, resume: bool) -> None:
+    """Check that a run may write there.
+
+    Raises:
+        OutputError: something is in the way that isn't ours, or that may not be replaced.
+    """
+    with one_line(place.out_dir):
+        _check_work(place, allowed=overwrite or resume)
+        # A run that has ended may be asked to resume: the writer looks whether it is the same one.
+        ended = resume and not overwrite and is_checkpoint(place.out_dir)
+        if not ended and not _is_half_moved(place):
+            check_target(place, overwrite=overwrite)
+        _check_writable(place)
+
+
+def _is_half_moved(place: Place) -> bool:
+    job = read_job(place.work_dir)
+    return job is not None and job.old_files is not None
+
+
+def _check_work(place: Place, *, allowed: bool) -> None:
+    work = place.work_dir
+    if inode(work) is None or _is_replaced_one(place):
+        return
+    if work.is_symlink() or not work.is_dir():
+        raise OutputError(f"{work}, where the work would go, is no directory. Move it away.")
+    if read_job(work) is None:
+        if all(name.startswith(JOB_NAME) for name in names_in(work)):  # killed at the very start
+            return
+        raise OutputError(
+            f"{work}, where the work would go, isn't the work of a run of qtool, and is left "
+            "alone. Move it away, or name another OUT_DIR."
+        )
+    if not allowed:
+        raise OutputError(
+            f"{work} holds an unfinished run. Continue it with --resume, "
+            "or start over with --overwrite."
+        )
+
+
+def _is_replaced_one(place: Place) -> bool:
+    """Return whether the new result has its name, and the old one waits to be removed."""
+    job = read_job(place.out_dir)
+    return (
+        job is not None
+        and job.old_inode == inode(place.work_dir)
+        and read_job(place.work_dir) is None
+    )
+
+
+def check_target(place: Place, *, overwrite: bool) -> None:
+    """Check that the result may get its name.
+
+    Raises:
+        OutputError: it exists without `overwrite`, or holds anything that we didn't write.
+    """
+    out_dir, ignored = place.out_dir, IGNORED if place.inside else ()
+    if inode(out_dir) is None:
+        return
+    if not out_dir.is_dir():
+        raise OutputError(f"{out_dir} is a file. Name a directory that doesn't exist yet.")
+    if names_in(out_dir) <= {*ignored}:
+        return
+    if not is_checkpoint(out_dir):
+        raise OutputError(
+            f"{out_dir} exists and holds no checkpoint; --overwrite doesn't delete that. "
+            "Remove it yourself, or name another directory."
+        )
+    if not overwrite:
+        raise OutputError(f"{out_dir} exists. Pass --overwrite to replace it.")
+    foreign = [path for path in foreign_entries(out_dir) if path.split("/")[0] not in ignored]
+    if foreign:
+        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if foreign[3:] else "")
+        raise OutputError(
+            f"{out_dir} holds what qtool didn't write: {shown}. --overwrite doesn't delete that; "
+            "move it away, or name another directory."
+        )
+
+
+def _check_writable(place: Place) -> None:
+    folder = nearest(place.work_dir.parent)
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder} isn't a directory that can be written.")
+    out_dir = place.out_dir
+    if out_dir.is_dir() and not os.access(out_dir, os.W_OK | os.X_OK):
+        raise OutputError(f"{out_dir} can't be written: it is closed to you, or its disk is.")
+    longest = os.pathconf(folder, "PC_NAME_MAX") - ASIDE_BYTES
+    if not place.inside and len(os.fsencode(out_dir.name)) > longest:
+        raise OutputError(f"The name of {out_dir} is too long; {longest} bytes are allowed.")
+
+
+def check_apart(out_dir: Path, source: Path, others: Iterable[Path] = ()) -> None:
+    """Check that the result neither lies in what it is made from nor would replace it.
+
+    Args:
+        out_dir: Of a `Place`.
+        source: Directory of the model.
+        others: Files and directories that are read besides.
+
+    Raises:
+        OutputError: it does; links are followed both ways.
+    """
+    with one_line(out_dir):
+        itself = _identity(out_dir)
+        if _identity(source) in _identities_above(out_dir):
+            raise OutputError(
+                f"{out_dir} is the model that is read, or lies in it. Name a directory elsewhere."
+            )
+        for path in (source, *source.iterdir(), *others):
+            if itself is not None and itself in _identities_above(path.resolve()):
+                raise OutputError(
+                    f"{path} is read by this run, and lies in {out_dir}, which it would write. "
+                    "Name another directory."
+                )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _identities_above(path: Path) -> set[tuple[int, int] | None]:
+    return {_identity(one) for one in (path, *path.parents)} - {None}
+
+
+def check_free_space(place: Place, num_bytes: int, *, besides: int) -> None:
+    """Check the disk before the first layer is solved.
+
+    Args:
+        place: Work that is there already counts as room: it is continued or removed.
+        num_bytes: Of the weights of the result.
+        besides: What is needed for a while beside them, in bytes.
+
+    Raises:
+        OutputError: the disk is too full.
+    """
+    with one_line(place.out_dir):
+        folder = nearest(place.work_dir.parent)
+        free = shutil.disk_usage(folder).free + _size(place.work_dir)
+    needed = num_bytes + besides
+    if free < needed:
+        raise OutputError(
+            f"{folder} has {free / 1e9:.2f} GB free; writing {place.out_dir.name} takes "
+            f"{needed / 1e9:.2f} GB for a while. Free some space or choose another disk."
+        )
+
+
+def _size(work_dir: Path) -> int:
+    if read_job(work_dir) is None:
+        return 0
+    return sum((work_dir / path).lstat().st_size for path in paths_below(work_dir))
