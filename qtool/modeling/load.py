@@ -11,6 +11,7 @@ from qtool.checkpoint.manifest import QUANT_METHOD
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards, read_json
 from qtool.errors import ModelError, QtoolError
+from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.locate import locate
 
 DTypeName = Literal["float16", "bfloat16", "float32"]
@@ -27,16 +28,6 @@ class LoadedModel:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
-
-
-def default_device() -> torch.device:
-    """Return the first CUDA card if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """Return float16 on a card; float32 on a CPU, where float16 arithmetic is slow."""
-    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def load_model(

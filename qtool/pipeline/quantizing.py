@@ -13,7 +13,8 @@ from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.checkpoint.writer import CheckpointWriter, check_free_space, check_replaceable
 from qtool.data.calibration import CalibrationSet, load_calibration, save_calibration
 from qtool.modeling.card import model_card
-from qtool.modeling.load import default_device, load_tokenizer
+from qtool.modeling.device import default_device
+from qtool.modeling.load import load_tokenizer
 from qtool.modeling.source import ModelSource, open_source
 from qtool.recipe.schema import CalibrationSection, Recipe
 from qtool.stages.calibrate import calibrate as draw_calibration
