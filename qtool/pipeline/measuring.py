@@ -64,6 +64,8 @@ class EvalOptions:
     max_windows: int | None = None
     agreement_windows: int = 16
     """Windows over which a model is compared with its baseline; 0: it isn't."""
+    texts: bool = True
+    """Also compare greedy continuations with those of the baseline."""
 
     def measure(self, model: LoadedModel, corpus: Corpus, emit: Emit) -> PerplexityResult:
         """Return the perplexity of a loaded model on the corpus of these options."""
@@ -81,8 +83,13 @@ class EvalOptions:
             return None
         windows = min(self.max_windows or self.agreement_windows, self.agreement_windows)
         length = self.context_length
+        fewer = {} if self.texts else {"prompts": 0}
         return record_reference(
-            model, corpus, context_length=length, max_windows=windows, emit=emit
+            *(model, corpus),
+            context_length=length,
+            max_windows=windows,
+            emit=emit,
+            **fewer,
         )
 
 

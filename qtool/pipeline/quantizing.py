@@ -11,7 +11,12 @@ import qtool
 from qtool.base import Emit, Env, ignore_events
 from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.checkpoint.writer import CheckpointWriter, check_free_space, check_replaceable
-from qtool.data.calibration import CalibrationSet, load_calibration, save_calibration
+from qtool.data.calibration import (
+    CalibrationSet,
+    check_no_calibration,
+    load_calibration,
+    save_calibration,
+)
 from qtool.modeling.card import model_card
 from qtool.modeling.device import default_device
 from qtool.modeling.load import load_tokenizer
@@ -150,13 +155,14 @@ class CalibrateResult:
     lengths: tuple[int, ...]
 
 
-def calibrate(
+def calibrate(  # noqa: PLR0913 - what to draw from, where to, how
     model: str,
     calib_dir: Path,
     section: CalibrationSection,
     *,
     lengths: tuple[int, ...] | None = None,
     seed: int = 0,
+    overwrite: bool = False,
     emit: Emit = ignore_events,
 ) -> CalibrateResult:
     """Draw calibration samples, measure the inputs of all linears, write both.
@@ -167,8 +173,13 @@ def calibrate(
         section: What to draw.
         lengths: Lengths to match, instead of the tasks' own.
         seed: Of the order of matched lengths.
+        overwrite: Replace calibration data that are there.
         emit: Receives `block` events, and a `warning` if the text is too short.
+
+    Raises:
+        OutputError: there are calibration data already.
     """
+    check_no_calibration(calib_dir, overwrite=overwrite)
     source = open_source(model)
     tokenizer = load_tokenizer(str(source.directory))
     wanted = wanted_lengths(section, tokenizer, lengths)
