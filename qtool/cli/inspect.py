@@ -9,6 +9,7 @@ import typer
 
 from qtool.cli import console
 from qtool.cli.options import JsonOption
+from qtool.cli.progress import progress
 
 
 def inspect(
@@ -20,9 +21,11 @@ def inspect(
     json_file: JsonOption = None,
 ) -> None:
     """Check a checkpoint and print what it holds."""
-    from qtool.checkpoint.reader import CheckpointReader  # torch: slow
+    with progress() as emit:
+        emit("phase", {"name": f"opening {out_dir}"})
+        from qtool.checkpoint.reader import CheckpointReader  # torch: slow
 
-    reader = CheckpointReader(out_dir)
+        reader = CheckpointReader(out_dir)
     manifest = reader.manifest
     verified = reader.verify() if verify else None
     figures = {"average_bits": manifest.average_bits(), "verified_tensors": verified}
@@ -67,9 +70,12 @@ def methods(json_file: JsonOption = None) -> None:
     """List the methods and their options."""
     import qtool.methods
     from qtool import plugins
-    from qtool.stages.plan import load_method  # torch: slow
 
-    known = {name: load_method(name) for name in plugins.names(qtool.methods)}
+    with progress() as emit:
+        emit("phase", {"name": "opening the methods"})
+        from qtool.stages.plan import load_method  # torch: slow
+
+        known = {name: load_method(name) for name in plugins.names(qtool.methods)}
     console.write_json(
         {
             name: {

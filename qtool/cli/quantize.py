@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtool.cli import console
-from qtool.cli.options import ModelArgument
+from qtool.cli import console, early
+from qtool.cli.options import DeviceOption, ModelArgument, check_targets
+from qtool.cli.progress import progress
 from qtool.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from qtool.stages.solve import LayerResult
 
 DEFAULT_RECIPE = "bcq-w4g128"
+KEPT = (
+    "Finished layers are kept: the same command with --resume goes on after them; without any it "
+    "begins anew."
+)
 WHAT, HOW, WHERE, DEBUG = "What", "How", "Where", "Debug"
 
 
@@ -64,6 +69,7 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a stopped run.", rich_help_panel=WHERE)
     ] = False,
+    device: DeviceOption = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print bits and bytes, do nothing.", rich_help_panel=DEBUG),
@@ -92,27 +98,32 @@ def quantize(
     elif calibration is not None:
         overrides = ["calibration={}", *overrides]
     chosen = choose_recipe(recipe, method, bits, group_size, overrides)
-    from qtool import pipeline  # torch: slow
-    from qtool.stages.plan import with_samples
+    check_targets([json_file])
+    with progress(KEPT) as emit, early.opened([model], device, emit):
+        from qtool import pipeline
+        from qtool.stages.plan import with_samples
 
-    if recipe is None and not any(text.startswith("calibration=") for text in overrides):
-        chosen = with_samples(chosen)  # a recipe file says itself whether it takes data
-    if strict and chosen.calibration is not None:
-        section = chosen.calibration.model_copy(update={"strict": True})
-        chosen = chosen.model_copy(update={"calibration": section})
+        if recipe is None and not any(text.startswith("calibration=") for text in overrides):
+            chosen = with_samples(chosen)  # a recipe file says itself whether it takes data
+        if strict and chosen.calibration is not None:
+            section = chosen.calibration.model_copy(update={"strict": True})
+            chosen = chosen.model_copy(update={"calibration": section})
+        early.check_texts(chosen.calibration, calibration)
+        if dry_run:
+            planned = pipeline.plan(model, chosen)
+        else:
+            result = pipeline.quantize(
+                model,
+                out_dir,
+                chosen,
+                calib_dir=calibration,
+                overwrite=overwrite,
+                resume=resume,
+                emit=emit,
+            )
     if dry_run:
-        _print_plan(pipeline.plan(model, chosen), json_file)
+        _print_plan(planned, json_file)
         return
-    with console.progress() as emit:
-        result = pipeline.quantize(
-            model,
-            out_dir,
-            chosen,
-            calib_dir=calibration,
-            overwrite=overwrite,
-            resume=resume,
-            emit=emit,
-        )
     console.write_json(asdict(result), json_file)
     if console.wants_table(json_file):
         _print_result(result)

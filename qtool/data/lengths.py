@@ -28,19 +28,29 @@ def known_tasks() -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def task_lengths(tokenizer: Any, tasks: Sequence[str]) -> list[int]:  # noqa: ANN401
-    """Return the lengths in tokens of the bundled prompts of some tasks.
+def check_known(tasks: Sequence[str]) -> None:
+    """Refuse tasks whose prompts aren't bundled.
 
     Raises:
-        DataError: a task's prompts aren't bundled.
+        DataError: there is one; the message has those that are.
     """
-    lengths: list[int] = []
     for task in tasks:
         if task not in known_tasks():
             raise DataError(
                 describe_miss(task, known_tasks(), "tasks with bundled prompts")
                 + " Give the lengths of other tasks with --lengths FILE."
             )
+
+
+def task_lengths(tokenizer: Any, tasks: Sequence[str]) -> list[int]:  # noqa: ANN401
+    """Return the lengths in tokens of the bundled prompts of some tasks.
+
+    Raises:
+        DataError: a task's prompts aren't bundled.
+    """
+    check_known(tasks)
+    lengths: list[int] = []
+    for task in tasks:
         packed = (resources.prompts_dir() / f"{task}.jsonl.xz").read_bytes()
         lines = lzma.decompress(packed).decode().splitlines()
         prompts = [json_value(line, task)["prompt"] for line in lines]

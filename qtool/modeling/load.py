@@ -13,6 +13,7 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards
 from qtool.errors import CheckpointError, ModelError, QtoolError
 from qtool.modeling.config import one_line, parse_config, read_config
+from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.locate import locate
 from qtool.modeling.skeleton import missing_message, shape_message
 
@@ -30,16 +31,6 @@ class LoadedModel:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
-
-
-def default_device() -> torch.device:
-    """Return the first CUDA card if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """Return float16 on a card; float32 on a CPU, where float16 arithmetic is slow."""
-    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def load_model(

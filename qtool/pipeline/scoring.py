@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.base import Emit, ignore_events
 from qtool.errors import ModelError
-from qtool.modeling.load import LoadedModel, default_device, default_dtype, load_model
+from qtool.modeling.device import default_device, default_dtype
+from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import check_model, locate
 from qtool.pipeline.measuring import versions
 from qtool.pipeline.model_figures import ModelFigures, figures_of

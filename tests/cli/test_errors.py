@@ -13,11 +13,10 @@ from tests.cli.conftest import Cli, Done
 def one_line(done: Done, *words: str) -> None:
     assert done.code == 1
     assert done.out == ""
-    lines = done.err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("Error: ")
+    (line,) = done.said
+    assert line.startswith("Error: ")
     for word in words:
-        assert word in lines[0]
+        assert word in line
 
 
 @pytest.mark.parametrize(
