@@ -5,6 +5,7 @@ what hangs, dies of a signal or eats memory is an outcome like any other, and no
 """
 
 import gc
+import logging
 import os
 import pickle
 import resource
@@ -105,6 +106,8 @@ def _limit(seconds: float) -> None:
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silence, stream)
+    sys.stdout = sys.stderr = os.fdopen(silence, "w")  # pytest's are no descriptors
+    logging.disable()  # handlers keep the streams that they were made with
     warnings.simplefilter("ignore")  # as for a user
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     memory = pages * resource.getpagesize() + MEMORY_BYTES
@@ -120,6 +123,12 @@ def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Outcom
         return Outcome("refused", str(error))
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is what this looks for
         return Outcome("traceback", f"{type(error).__name__} in {_place(error)}: {error}"[:300])
+
+
+def is_ours(error: BaseException) -> bool:
+    """Return whether an error went through qtool."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.filename.startswith(PACKAGE) for frame in frames)
 
 
 def _place(error: BaseException) -> str:
