@@ -1,7 +1,7 @@
 """Run a function in a forked child with little time and memory, and say how it ended.
 
-A fork of a warmed-up process starts in milliseconds, so each input gets a process of its own:
-what hangs, dies of a signal or eats memory is an outcome like any other, and nothing is left behind.
+A fork of a warmed-up process starts in milliseconds, so each input gets a process of its own: what
+hangs, dies of a signal or eats memory is an outcome like any other, and nothing is left behind.
 """
 
 import gc

@@ -28,7 +28,7 @@ class Change:
     """Whether a reader that takes it must find what was there before."""
 
     def __repr__(self) -> str:
-        return self.what if len(self.what) <= 200 else f"{self.what[:200]}..."  # noqa: PLR2004
+        return self.what if len(self.what) <= 200 else f"{self.what[:200]}..."
 
     def applied(self, good: Path, target: Path) -> Path:
         """Return `target`, made a copy of `good` with the changes; unchanged files are links."""

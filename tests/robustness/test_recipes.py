@@ -77,7 +77,16 @@ DOCUMENTS = (
 KEYS = (
     *("seed", "weights", "weights.method", "weights.scheme.num_bits", "weights.scheme.group_size"),
     *("weights.options.damping", "weights.overrides", "weights.overrides.0.match", "calibration"),
-    *("calibration.num_samples", "calibration.tasks", "embedding", "", ".", "a..b", "x", "weights."),
+    *(
+        "calibration.num_samples",
+        "calibration.tasks",
+        "embedding",
+        "",
+        ".",
+        "a..b",
+        "x",
+        "weights.",
+    ),
 )
 VALUES = ("3", "", "null", "[]", "{}", "rtn", "bcq", "-1", "1.5", "[{match: '*', skip: true}]")
 

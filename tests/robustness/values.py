@@ -67,7 +67,9 @@ def _change(draw: st.DrawFn, tree: Any, path: Path_) -> str:
         del parent[key]
         return f"no {where}"
     if action == "add" and isinstance(parent, dict):
-        name = draw(st.sampled_from(["x", "", "日本語", "\x00", "a.b", f"{key} ", str(key).upper()]))
+        name = draw(
+            st.sampled_from(["x", "", "日本語", "\x00", "a.b", f"{key} ", str(key).upper()])
+        )
         parent[name] = copy.deepcopy(parent[key])
         return f"{where} again as {name!r}"
     choices = related(parent[key]) if action == "relate" else list(HOSTILE)
