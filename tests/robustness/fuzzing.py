@@ -1,6 +1,5 @@
 """Try many inputs; list one small input per kind of failure."""
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -31,9 +30,9 @@ class Change:
         return self.what if len(self.what) <= 200 else f"{self.what[:200]}..."
 
     def applied(self, good: Path, target: Path) -> Path:
-        """Return `target`, made a copy of `good` with the changes; unchanged files are links."""
+        """Return `target`, made a copy of `good` with the changes."""
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(good, target, copy_function=os.link)
+        shutil.copytree(good, target, copy_function=shutil.copyfile)
         for name, content in self.files.items():
             file = target / name
             file.unlink(missing_ok=True)
