@@ -4,6 +4,7 @@ A fork of a warmed-up process starts in milliseconds, so each input gets a proce
 hangs, dies of a signal or eats memory is an outcome like any other, and nothing is left behind.
 """
 
+import faulthandler
 import gc
 import logging
 import os
@@ -22,7 +23,8 @@ from typing import Any, Literal, Never
 
 from qtool.errors import QtoolError
 
-SECONDS = 10.0
+SECONDS = 10
+"""Of computing; three times as long if it waits, for other processes or for nobody."""
 MEMORY_BYTES = 2 << 30
 LONGEST_MESSAGE = 2000
 """A longer one isn't a line that anyone reads."""
@@ -50,7 +52,7 @@ class Outcome:
         return self.text
 
 
-def run_apart(function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS) -> Outcome:
+def run_apart(function: Callable[..., Any], *arguments: Any, seconds: int = SECONDS) -> Outcome:
     """Call a function in a child; its result must be picklable."""
     reading, writing = os.pipe()
     sys.stdout.flush()
@@ -64,15 +66,17 @@ def run_apart(function: Callable[..., Any], *arguments: Any, seconds: float = SE
         _work(writing, function, arguments, seconds)
     gc.unfreeze()
     os.close(writing)
-    content = _read(reading, time.monotonic() + seconds)
+    content = _read(reading, time.monotonic() + 3 * seconds)
     os.close(reading)
     if content is None:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if content is None:
-        return Outcome("killed", f"no end within {seconds:.0f} s")
+        return Outcome("killed", f"waits for more than {3 * seconds} s")
     if os.WIFSIGNALED(status):
-        return Outcome("killed", signal.Signals(os.WTERMSIG(status)).name)
+        number = signal.Signals(os.WTERMSIG(status))
+        hang = f"computes for more than {seconds} s"
+        return Outcome("killed", hang if number == signal.SIGXCPU else number.name)
     outcome: Outcome = pickle.loads(content)
     return outcome
 
@@ -90,7 +94,7 @@ def _read(reading: int, deadline: float) -> bytes | None:
 
 
 def _work(
-    writing: int, function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float
+    writing: int, function: Callable[..., Any], arguments: tuple[Any, ...], seconds: int
 ) -> Never:
     """Be the child: call, report, and end without the parent's clean-up."""
     try:
@@ -102,17 +106,18 @@ def _work(
         os._exit(0)
 
 
-def _limit(seconds: float) -> None:
+def _limit(seconds: int) -> None:
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silence, stream)
     sys.stdout = sys.stderr = os.fdopen(silence, "w")  # pytest's are no descriptors
+    faulthandler.disable()  # pytest's would print the parent's stack
     logging.disable()  # handlers keep the streams that they were made with
     warnings.simplefilter("ignore")  # as for a user
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     memory = pages * resource.getpagesize() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 2))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 2))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

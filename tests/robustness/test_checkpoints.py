@@ -138,16 +138,16 @@ def _swapped(good: Path, shards: list[str], order: list[str]) -> Change:
     return Change(f"shards as {[name[6:11] for name in order]}", contents)
 
 
-@sizes(200)
+@sizes(150)
 def test_a_manifest_is_obeyed_or_refused(size, good, tmp_path):
     fuzz(manifests(good), check_with(good, tmp_path / "changed"), size)
 
 
-@sizes(200)
+@sizes(150)
 def test_weights_load_as_they_were_written_or_are_refused(size, good, tmp_path):
     fuzz(files(good), check_with(good, tmp_path / "changed"), size)
 
 
-@sizes(100)
+@sizes(70)
 def test_shards_load_as_they_were_written_or_are_refused(size, sharded, tmp_path):
     fuzz(indices(sharded), check_with(sharded, tmp_path / "changed"), size)

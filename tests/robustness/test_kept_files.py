@@ -83,7 +83,7 @@ def read_samples(change: Change, good: Path, target: Path, tokenizer: Any) -> An
     return [sample.tolist() for sample in samples]
 
 
-@sizes(150)
+@sizes(100)
 def test_calibration_data_is_read_as_it_was_drawn_or_refused(size, calibration, llama, tmp_path):
     tokenizer, target = load_tokenizer(str(llama)), tmp_path / "changed"
     expected = read_samples(Change("nothing"), calibration, target, tokenizer)
@@ -107,7 +107,7 @@ def digest_with(change: Change, good: Path, target: Path, file: Path) -> str:
     return files_digest([file])
 
 
-@sizes(60)
+@sizes(40)
 def test_damaged_digests_are_taken_anew(size, tmp_path, monkeypatch):
     good, file = tmp_path / "cache", tmp_path / "file"
     monkeypatch.setenv("QTOOL_CACHE", str(good))
@@ -146,7 +146,7 @@ def kept_scores(change: Change, good: Path, target: Path) -> str | None:
     return None
 
 
-@sizes(80)
+@sizes(50)
 def test_damaged_scores_and_answers_are_measured_anew(size, tmp_path, monkeypatch):
     good = tmp_path / "cache"
     monkeypatch.setenv("QTOOL_CACHE", str(good))
@@ -172,7 +172,7 @@ def converted(change: Change, good: Path, target: Path, gguf: Path) -> dict[str,
     return {name: source.read(name).tolist() for name in source.names()}
 
 
-@sizes(60)
+@sizes(40)
 def test_a_damaged_conversion_is_made_anew(size, tmp_path, monkeypatch):
     good, gguf = tmp_path / "cache", tmp_path / "tiny.gguf"
     monkeypatch.setenv("QTOOL_CACHE", str(good))
@@ -195,7 +195,7 @@ def read_gguf(content: bytes, gguf: Path, cache: Path) -> None:
     open_source(str(gguf))
 
 
-@sizes(60)
+@sizes(40)
 def test_a_damaged_gguf_file_is_read_or_refused(size, tmp_path):
     gguf = tmp_path / "good.gguf"
     write_gguf(gguf)
