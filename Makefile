@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 DEMO_DIR ?= build/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
+.PHONY: help setup demo test test-slow test-gpu test-versions test-floors fuzz check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
 
 help: ## Print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,6 +39,28 @@ test-slow: $(VENV)/.dev ## Run the tests on the real demo model
 
 test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA card
 	$(BIN)/python -m pytest -q -m gpu
+
+.venv-4.57/.done: tests/versions/transformers-4.57.txt $(VENV)/.dev
+	$(BIN)/python tests/versions/environment.py .venv-4.57 --no-deps -r $<
+	@touch $@
+
+.venv-floors/.done: tests/versions/floors.py pyproject.toml $(VENV)/.dev
+	@mkdir -p build
+	$(BIN)/python $< > build/floors.txt
+	$(BIN)/python tests/versions/environment.py .venv-floors -r build/floors.txt
+	@touch $@
+
+test-versions: .venv-4.57/.done ## Run the tests of loading and executing models with transformers 4.57
+	.venv-4.57/bin/python -m pytest -q tests/contract/test_adapters.py tests/unit/modeling \
+		tests/unit/runtime tests/runtime_decoding tests/cli/test_end_to_end.py
+
+test-floors: .venv-floors/.done ## Run the command line with the lowest versions that pyproject allows
+	.venv-floors/bin/python tests/versions/floors.py --check
+	.venv-floors/bin/python -m pytest -q -W default tests/recipes tests/cli/test_help.py \
+		tests/cli/test_end_to_end.py
+
+fuzz: $(VENV)/.dev ## Try 20,000 damaged, hostile and odd inputs
+	$(BIN)/python -m pytest -q -m fuzz tests/robustness
 
 check: fmt-check lint types layers docs-check test recipes wheel-test ## Everything that CI checks
 
@@ -76,4 +98,4 @@ cov: $(VENV)/.dev ## Measure the coverage of the tests
 	$(BIN)/python -m pytest -q --cov --cov-report=term-missing
 
 clean: ## Remove what was built
-	rm -rf build dist .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf build dist .venv .venv-4.57 .venv-floors .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
