@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from qtool.checkpoint.marks import inode, read_job
-from qtool.checkpoint.place import Place, check_place
+from qtool.checkpoint.place import Place, check_place, one_line
 from qtool.checkpoint.publish import repair
 from qtool.errors import OutputError
 
@@ -19,11 +19,24 @@ PATIENCE = 20
 """Tries, 50 ms apart: another process may only be looking whether a run lives."""
 
 
-def check_not_running(place: Place) -> None:
-    """Raise OutputError if another run lives that writes there."""
-    for directory in (place.work_dir, place.out_dir):
-        if read_job(directory) is not None:
-            os.close(_locked(directory, place, fcntl.LOCK_SH))
+def look(place: Place, *, overwrite: bool, resume: bool) -> None:
+    """Check that a run may write there, without writing anything.
+
+    Raises:
+        OutputError: another run lives, something is in the way, or it can't be written.
+    """
+    with one_line(place.out_dir):
+        for tries_left in reversed(range(PATIENCE)):
+            try:
+                for directory in (place.work_dir, place.out_dir):
+                    if read_job(directory) is not None:
+                        os.close(_locked(directory, place, fcntl.LOCK_SH))
+                check_place(place, overwrite=overwrite, resume=resume)
+            except FileNotFoundError:  # another run has just given its result its name
+                if not tries_left:
+                    raise
+            else:
+                return
 
 
 def claim(place: Place, *, overwrite: bool, resume: bool) -> int:
@@ -33,30 +46,40 @@ def claim(place: Place, *, overwrite: bool, resume: bool) -> int:
         A descriptor; the lock is held until it is closed.
 
     Raises:
-        OutputError: another run lives, or `check_place` refuses what is there.
+        OutputError: another run lives, or something is in the way.
+        OSError: it can't be written.
     """
     while True:
-        check_place(place, overwrite=overwrite, resume=resume)
-        if read_job(place.out_dir) is not None:  # killed when its result had its name already
-            descriptor = _locked(place.out_dir, place, fcntl.LOCK_EX)
-            try:
-                repair(place)
-            finally:
-                os.close(descriptor)
-        place.work_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(place.work_dir, place, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_ino == inode(place.work_dir):
-            try:
-                repair(place)
-                check_place(place, overwrite=overwrite, resume=resume)
-            except BaseException:
-                with contextlib.suppress(OSError):  # it isn't empty: somebody's work
-                    place.work_dir.rmdir()
-                os.close(descriptor)
-                raise
-            if os.fstat(descriptor).st_ino == inode(place.work_dir):
+        look(place, overwrite=overwrite, resume=resume)
+        with contextlib.suppress(FileNotFoundError):  # another run has just changed its name
+            if read_job(place.out_dir) is not None:  # killed when its result had its name already
+                descriptor = _locked(place.out_dir, place, fcntl.LOCK_EX)
+                try:
+                    repair(place)
+                finally:
+                    os.close(descriptor)
+            place.work_dir.mkdir(parents=True, exist_ok=True)
+            descriptor = _locked(place.work_dir, place, fcntl.LOCK_EX)
+            if _is_ours(descriptor, place, overwrite=overwrite, resume=resume):
                 return descriptor
-        os.close(descriptor)  # its run has just ended, and the directory has another name
+            os.close(descriptor)
+
+
+def _is_ours(descriptor: int, place: Place, *, overwrite: bool, resume: bool) -> bool:
+    """Check again under the lock; False if what is locked isn't the work directory any more."""
+    if os.fstat(descriptor).st_ino != inode(place.work_dir):
+        return False
+    try:
+        repair(place)
+        if os.fstat(descriptor).st_ino != inode(place.work_dir):
+            return False
+        check_place(place, overwrite=overwrite, resume=resume)
+    except BaseException:
+        with contextlib.suppress(OSError):  # it isn't empty: somebody's work
+            place.work_dir.rmdir()
+        os.close(descriptor)
+        raise
+    return True
 
 
 def can_lock(descriptor: int) -> bool:

@@ -143,14 +143,14 @@ def check_place(place: Place, *, overwrite: bool, resume: bool) -> None:
 
     Raises:
         OutputError: something is in the way that isn't ours, or that may not be replaced.
+        OSError: it can't be looked at.
     """
-    with one_line(place.out_dir):
-        _check_work(place, allowed=overwrite or resume)
-        # A run that has ended may be asked to resume: the writer looks whether it is the same one.
-        ended = resume and not overwrite and is_checkpoint(place.out_dir)
-        if not ended and not _is_half_moved(place):
-            check_target(place, overwrite=overwrite)
-        _check_writable(place)
+    _check_work(place, allowed=overwrite or resume)
+    # A run that has ended may be asked to resume: the writer looks whether it is the same one.
+    ended = resume and not overwrite and is_checkpoint(place.out_dir)
+    if not ended and not _is_half_moved(place):
+        check_target(place, overwrite=overwrite)
+    _check_writable(place)
 
 
 def _is_half_moved(place: Place) -> bool:
@@ -283,12 +283,19 @@ def check_free_space(place: Place, num_bytes: int, *, besides: int) -> None:
     needed = num_bytes + besides
     if free < needed:
         raise OutputError(
-            f"{folder} has {free / 1e9:.2f} GB free; writing {place.out_dir.name} takes "
-            f"{needed / 1e9:.2f} GB for a while. Free some space or choose another disk."
+            f"{folder} has {_megabytes(free)} free; writing {place.out_dir.name} takes "
+            f"{_megabytes(needed)} for a while. Free some space or choose another disk."
         )
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.2f} MB"
 
 
 def _size(work_dir: Path) -> int:
     if read_job(work_dir) is None:
         return 0
-    return sum((work_dir / path).lstat().st_size for path in paths_below(work_dir))
+    try:
+        return sum((work_dir / path).lstat().st_size for path in paths_below(work_dir))
+    except FileNotFoundError:  # its run has just ended
+        return 0

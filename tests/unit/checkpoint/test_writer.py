@@ -9,8 +9,9 @@ from safetensors import safe_open
 
 from qtool import pipeline
 from qtool.checkpoint import spool, stream, writer
+from qtool.checkpoint.claim import look
 from qtool.checkpoint.manifest import Manifest
-from qtool.checkpoint.place import check_free_space, check_place, find_place
+from qtool.checkpoint.place import check_free_space, find_place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import BackendError, CheckpointError, OutputError
@@ -270,7 +271,7 @@ def test_directory_that_is_no_checkpoint_is_never_deleted(tmp_path):
     precious.mkdir()
     (precious / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputError, match="holds no checkpoint; --overwrite doesn't delete that"):
-        check_place(find_place(precious), overwrite=True, resume=False)
+        look(find_place(precious), overwrite=True, resume=False)
     with pytest.raises(OutputError, match="holds no checkpoint"):
         open_writer(precious, overwrite=True)
     assert (precious / "thesis.tex").is_file()
@@ -288,7 +289,7 @@ def test_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("")
     for name, message in (("out", "is a file"), ("out/below", "Not a directory|isn't a directory")):
         with pytest.raises(OutputError, match=message):
-            check_place(find_place(tmp_path / name), overwrite=True, resume=False)
+            look(find_place(tmp_path / name), overwrite=True, resume=False)
 
 
 def full_disk(*_args, **_kwargs):
@@ -349,11 +350,11 @@ def test_directory_that_vanishes_is_one_sentence(tmp_path):
 def test_too_little_space_is_found_before_any_work(llama, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(OutputError, match=r"0\.00 GB free; writing out takes"):
+    with pytest.raises(OutputError, match=r"0\.00 MB free; writing out takes"):
         pipeline.quantize(str(llama), tmp_path / "out", recipe())
     assert list(tmp_path.iterdir()) == []
     check_free_space(find_place(tmp_path / "no" / "such" / "parent"), 400, besides=400)
-    with pytest.raises(OutputError, match="GB free"):
+    with pytest.raises(OutputError, match="MB free"):
         check_free_space(find_place(tmp_path / "out"), 400, besides=800)
 
 
