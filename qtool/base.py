@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Statistic = Literal["hessian", "input_absmax", "inputs"]
+Statistic = Literal["hessian"]
 DType = Literal["int32", "float16", "bfloat16", "float32"]
 Emit = Callable[[str, Mapping[str, Any]], None]
 """Receives progress and metrics as (event name, values); the CLI renders, tests collect."""

@@ -95,7 +95,7 @@ class QuantizedWeight(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             if self._number is not None:
                 _made_ready(self._number, dtype)
-        elif _is_exporting():  # what is exported has the parts as they are stored
+        elif torch.compiler.is_exporting():  # what is exported has the parts as they are stored
             reference = load_backend(REFERENCE)
             return reference, reference.prepare(self.tensor(), dtype)
         held = self._ready(dtype)
@@ -194,11 +194,6 @@ def _made_ready(number: int, dtype: torch.dtype) -> bool:
     weight._ready(dtype)
     weight._number = number  # the graph holds as long as what it has looked at is the same
     return True
-
-
-def _is_exporting() -> bool:
-    asked = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
-    return asked is not None and bool(asked())
 
 
 def finish_packing(device: torch.device) -> None:

@@ -75,7 +75,6 @@ def test_blocks_that_have_run_share_one_graph():
     assert counter.frame_count == 1
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch is older than 2.7")
 @pytest.mark.parametrize("backend", ["dense", "reference"])
 @torch.no_grad()
 def test_exported_program_has_the_parts_and_gives_the_same(backend, tmp_path):
