@@ -106,7 +106,8 @@ def _from_index(directory: Path, index: Path) -> dict[str, TensorSpec]:
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str) or Path(file_name).name != file_name:
             raise CheckpointError(
-                f"{index}: {shown(name)} is said to be in {shown(repr(file_name))}, no plain file name."
+                f"{index}: {shown(name)} is said to be in {shown(repr(file_name))}, no plain file "
+                "name."
             )
     headers = {file: _read_header(directory / file) for file in sorted(set(weight_map.values()))}
     for name, file_name in weight_map.items():

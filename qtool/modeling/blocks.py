@@ -15,56 +15,8 @@ from torch import Tensor, nn
 from qtool.errors import ModelError
 from qtool.modeling.calls import Call, Calls
 from qtool.modeling.config import one_line, parse_config
+from qtool.modeling.filling import empty_own, fill, fill_own, weightless
 from qtool.modeling.source import ModelSource
-
-
-@contextmanager
-def _weightless() -> Iterator[None]:
-    """Let modules built inside have parameters without memory, but real buffers."""
-    original = nn.Module.register_parameter
-
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        original(module, name, parameter)
-        if parameter is not None:
-            empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
-            module._parameters[name] = empty
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
-
-
-def fill(module: nn.Module, prefix: str, source: ModelSource, device: str) -> None:
-    """Read a module's parameters and stored buffers from the source, in the dtypes it has them in.
-
-    Buffers that no file holds stay what the class made.
-    """
-    for name, part in module.named_modules(prefix=prefix):
-        _fill_own(part, name, source, device)
-
-
-def _fill_own(module: nn.Module, prefix: str, source: ModelSource, device: str) -> None:
-    """Fill what a module holds itself, not what its children hold."""
-    names = {
-        name: f"{prefix}.{name}".lstrip(".") for name in (*module._parameters, *module._buffers)
-    }
-    for name, old in module._parameters.items():
-        if old is not None:
-            value = source.read(names[name]).to(device, old.dtype)
-            module._parameters[name] = nn.Parameter(value, requires_grad=False)
-    for name, made in module._buffers.items():
-        persistent = name not in module._non_persistent_buffers_set
-        if made is not None and persistent and source.has(names[name]):
-            module._buffers[name] = source.read(names[name]).to(device, made.dtype)
-
-
-def _empty_own(module: nn.Module) -> None:
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
 
 Note = Callable[[Tensor, Call], tuple[Any, ...] | None]
 
@@ -124,7 +76,7 @@ class BlockModel:
         run_dtype = _walk_dtype(source, device, dtype)
         config = parse_config(source.config, source.directory)
         try:
-            with _weightless():
+            with weightless():
                 model = transformers.AutoModelForCausalLM.from_config(config, dtype=run_dtype)
         except Exception as error:  # transformers raises many unrelated types
             raise ModelError(
@@ -187,11 +139,11 @@ class BlockModel:
             if module not in skipped and not f"{name}.".startswith(self.source.adapter.blocks + ".")
         }
         for name, module in outside.items():
-            _fill_own(module, name, self.source, self.device)
+            fill_own(module, name, self.source, self.device)
         self._buffers_to(self.device)
         yield
         for module in outside.values():
-            _empty_own(module)
+            empty_own(module)
 
     def _buffers_to(self, device: str) -> None:
         for module in self._model.modules():
@@ -212,12 +164,12 @@ class _Stop(Exception):  # noqa: N818
 
 @contextmanager
 def _one_line(what: str) -> Iterator[None]:
-    """Turn what a model's code raises into one sentence; running out of memory is another matter."""
+    """Turn what a model's code raises into one sentence, but for too little memory."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
+        if "memory" in str(error):  # the caller knows what to do about that
+            raise
         raise ModelError(
             f"{what} can't be run block by block ({type(error).__name__}: {one_line(error)}). "
             "Quantize it without calibration data."
@@ -230,23 +182,26 @@ class Block:
     def __init__(self, module: nn.Module, name: str, calls: tuple[Call, ...]) -> None:
         self._module, self._name, self._calls = module, name, calls
         self._device = next(module.parameters()).device
+        self._batch = -1
 
     def copy(self) -> "Block":
         """Return a block with weights of its own."""
         return Block(deepcopy(self._module), self._name, self._calls)
 
     @torch.no_grad()
-    def run(self, hidden: Tensor, batch: int) -> Tensor:
+    def run(self, hidden: Tensor, batch: int | None = None) -> Tensor:
         """Return the block's output for one batch, on the block's device.
 
         Args:
             hidden: Input of the block, (samples, length, width).
             batch: Which of the captured batches it is: it decides the block's other arguments.
+                None: the one after the last that ran, as when all are run in turn.
 
         Raises:
             ModelError: the block can't run by itself.
         """
-        output = self._call(hidden, self._calls[batch])
+        self._batch = (self._batch + 1 if batch is None else batch) % len(self._calls)
+        output = self._call(hidden, self._calls[self._batch])
         return output[0] if isinstance(output, tuple) else output
 
     def rest_of_output(self, hidden: Tensor, call: Call) -> tuple[Any, ...] | None:

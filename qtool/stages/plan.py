@@ -1,5 +1,6 @@
 """Plan a run without reading a weight: which layers, which scheme, how many bytes."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -21,6 +22,7 @@ from qtool.scheme import GroupDim, Shape2D, WeightScheme
 Role = Literal["block", "embedding", "head"]
 MOST_LEFT = 0.1
 """More of the blocks' weights than this doesn't stay unquantized unless a recipe says so."""
+TO_NAME = 0.01
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
 
 
@@ -159,17 +161,20 @@ def _beside_linears(source: ModelSource) -> Mapping[str, int]:
 
 def _check_rest(source: ModelSource, recipe: Recipe, rest: Mapping[str, int]) -> None:
     """Check that what stays as it is without being asked for is little: norms and biases."""
-    left = {name: size for name, size in rest.items() if resolve(recipe.weights, name) is not None}
     linears = sum(prod(source.weight_shape(name)) for name in source.block_linears())
-    share = sum(left.values()) / (linears + sum(rest.values()))
-    if share <= MOST_LEFT:
+    total = linears + sum(rest.values())
+    left: Counter[str] = Counter()
+    for name, size in rest.items():
+        if resolve(recipe.weights, name) is not None:
+            left[name.removeprefix(source.adapter.blocks + ".").partition(".")[2]] += size
+    if left.total() <= MOST_LEFT * total:
         return
-    names = sorted(left, key=lambda name: -left[name])
-    inner = names[0].removeprefix(source.adapter.blocks + ".").partition(".")[2]
+    sizes = left.most_common()
+    names = [name for name, size in sizes if size > TO_NAME * total or name == sizes[0][0]]
     raise ModelError(
-        f"{share:.0%} of the weights of the blocks would stay as they are: qtool doesn't quantize "
-        f"{list_names(names)}, such as experts or convolutions. If that is what you want, say so "
-        f"in weights.overrides: {{match: '*.{inner}', skip: true}} for each such tensor."
+        f"{left.total() / total:.0%} of the weights of the blocks would stay as they are: qtool "
+        f"doesn't quantize {list_names(names)}. If that is what you want, say so for each in "
+        f"weights.overrides: {{match: '*.{names[0]}', skip: true}}."
     )
 
 

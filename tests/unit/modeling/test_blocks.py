@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import qtool.modeling.adapters
 from qtool import plugins
@@ -16,15 +16,20 @@ from qtool.modeling.blocks import BlockModel
 from qtool.modeling.source import open_source
 
 FAMILIES = [*plugins.names(qtool.modeling.adapters), "bloom", "stablelm", "gemma3_text"]
+ODD_FAMILIES = ["codegen", "gemma4_text", "gpt_bigcode", "gpt_neo", "gptj", "mpt", "phi"]
+"""Blocks that return tuples, that hold buffers, or whose other arguments differ by batch."""
+SHAPES = ((2, 20), (1, 33), (2, 20))
 
 
 def tokens():
     generator = torch.Generator().manual_seed(5)
-    return [torch.randint(3, 96, shape, generator=generator) for shape in ((2, 20), (1, 33))]
+    return [torch.randint(3, 96, shape, generator=generator) for shape in SHAPES]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ODD_FAMILIES])
 def test_walking_the_blocks_equals_the_whole_forward_pass(tiny, family):
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {family}")
     directory = tiny(family)
     source = open_source(str(directory))
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -42,6 +47,16 @@ def test_walking_the_blocks_equals_the_whole_forward_pass(tiny, family):
             model(batch)
     for seen, expected in zip(hidden, wanted, strict=True):
         torch.testing.assert_close(seen, expected)
+
+
+def test_batches_are_taken_in_turn_where_none_is_named(tiny):
+    source = open_source(str(tiny("llama")))
+    walked = BlockModel(source, "cpu")
+    hidden = walked.capture(tokens())
+    block = walked.load(0)
+    for _ in range(2):
+        for batch, x in enumerate(hidden):
+            assert torch.equal(block.run(x), walked.load(0).run(x, batch))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -125,3 +140,32 @@ def test_family_that_normalizes_after_the_sum_has_no_residual_stream(tiny, tmp_p
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "do_layer_norm_before": False}))
     assert open_source(str(directory)).residual is None
+
+
+def test_block_that_needs_more_of_the_model_is_one_line(tiny, monkeypatch):
+    block, hidden = first_block(tiny("llama"))
+
+    def needs_more(*_arguments, **_keywords):
+        raise KeyError("states of\nan earlier layer")
+
+    monkeypatch.setattr(block._module, "forward", needs_more)
+    with pytest.raises(ModelError, match=r"model\.layers\.0 can't be run block by block.*KeyError"):
+        block.run(hidden, 0)
+
+
+def test_too_little_memory_is_not_taken_for_something_else(tiny, monkeypatch):
+    block, hidden = first_block(tiny("llama"))
+
+    def no_room(*_arguments, **_keywords):
+        raise RuntimeError("can't allocate memory: you tried to allocate 5 bytes")
+
+    monkeypatch.setattr(block._module, "forward", no_room)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        block.run(hidden, 0)
+
+
+def test_capturing_leaves_nothing_filled(tiny):
+    walked = BlockModel(open_source(str(tiny("llama"))), "cpu")
+    walked.capture(tokens()[:1])
+    assert all(parameter.is_meta for parameter in walked._model.parameters())
+    assert not any(buffer.is_meta for buffer in walked._model.buffers())

@@ -32,7 +32,7 @@ LEFT = (
 )
 
 
-def test_what_belongs_to_the_model_is_copied_and_nothing_else(copy, tmp_path):
+def test_what_belongs_to_the_model_is_copied_and_nothing_else(copy):
     for name in (*COPIED, *LEFT):
         path = copy / name
         if name not in ("config.json", "model.safetensors.index.json"):
