@@ -1,8 +1,9 @@
 """`qtool quantize`."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -147,12 +148,9 @@ def choose_recipe(
         overrides.append(f"weights.scheme.group_size={_group_size(group_size)}")
     if method is None:
         return load_recipe(recipe or DEFAULT_RECIPE, overrides)
-    values: dict[str, Any] = {"weights": {}}
     if recipe is not None:
-        values = load_recipe(recipe).model_dump(mode="json")
-    if values["weights"].get("method") != method:  # options of one method mean nothing to another
-        values["weights"] = {**values["weights"], "method": method, "options": {}}
-    return recipe_from_mapping(values, overrides)
+        return load_recipe(recipe, [f"weights.method={json.dumps(method)}", *overrides])
+    return recipe_from_mapping({"weights": {"method": method}}, overrides)
 
 
 def _group_size(text: str) -> str:
@@ -214,7 +212,7 @@ def _print_plan(plan: "Plan", json_file: Path | None) -> None:
     )
 
 
-def _along(scheme: Any) -> str:  # noqa: ANN401
+def _along(scheme: Any) -> str:
     return " (out)" if scheme.group_dim == "out_features" else ""
 
 
