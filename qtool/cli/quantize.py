@@ -212,7 +212,7 @@ def _print_plan(plan: "Plan", json_file: Path | None) -> None:
     )
 
 
-def _along(scheme: Any) -> str:
+def _along(scheme: Any) -> str:  # noqa: ANN401
     return " (out)" if scheme.group_dim == "out_features" else ""
 
 
