@@ -1,5 +1,6 @@
 """`qtool quantize`."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -158,12 +159,9 @@ def choose_recipe(
         overrides.append(f"weights.scheme.group_size={_group_size(group_size)}")
     if method is None:
         return load_recipe(recipe or DEFAULT_RECIPE, overrides)
-    values: dict[str, Any] = {"weights": {}}
     if recipe is not None:
-        values = load_recipe(recipe).model_dump(mode="json")
-    if values["weights"].get("method") != method:  # options of one method mean nothing to another
-        values["weights"] = {**values["weights"], "method": method, "options": {}}
-    return recipe_from_mapping(values, overrides)
+        return load_recipe(recipe, [f"weights.method={json.dumps(method)}", *overrides])
+    return recipe_from_mapping({"weights": {"method": method}}, overrides)
 
 
 def _group_size(text: str) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -38,6 +39,7 @@ MODEL_FILES = (
     "*.model",
 )
 """What of a model's directory decides its scores."""
+_LOG = logging.getLogger(__name__)
 SCORES = TypeAdapter(TaskScores)
 SWITCHES = ("QTOOL_BACKEND", "QTOOL_KERNEL", "QTOOL_RUNNER", "QTOOL_DEPENDENT_LAUNCHES")
 
@@ -104,7 +106,10 @@ class KeptScores:
         try:
             content = (self.directory / "scores.json").read_bytes()
             return replace(SCORES.validate_json(content, strict=True), cached=True)
-        except (OSError, ValueError):  # not there, not ours, cut, or of other types
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):  # not ours, cut, or of other types
+            _LOG.warning("%s is damaged and is ignored.", self.directory / "scores.json")
             return None
 
     def write(self, scores: TaskScores, rows: Iterable[Row]) -> None:

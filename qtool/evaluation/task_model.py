@@ -77,6 +77,12 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         self.truncated = 0
         """Requests of this task that are longer than the context, and are cut from the left."""
         self.cache_hook = _StoreHook(self._add)
+        rows, words = model.model.config.get_text_config().vocab_size, len(model.tokenizer)
+        if words > rows:
+            self.warn(
+                f"The tokenizer of {model.name} knows {words} tokens and its embedding has {rows} "
+                "rows: a text with one of the others ends the run. Check that it is its own."
+            )
 
     def warn(self, message: str) -> None:
         """Pass on a warning."""

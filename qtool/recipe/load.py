@@ -15,7 +15,7 @@ from qtool.recipe.schema import Recipe
 
 LONGEST_CHAIN = 16
 """Recipes that extend each other: more is a mistake."""
-LONGEST_SHOWN = 60
+LONGEST_VALUE = 60
 """Characters of a value in a message."""
 
 
@@ -214,4 +214,4 @@ def _shown(value: object) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # a whole number of more than 4,300 digits
         return f"a huge {type(value).__name__}"
-    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 4]}...{text[-1]}"
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 4]}...{text[-1]}"

@@ -92,13 +92,21 @@ def parse_options(method_name: str, method: Method, values: Mapping[str, Any]) -
         if key not in known:
             where = f"weights.options of '{method_name}'"
             raise RecipeError(plugins.describe_miss(str(key), known, where))
+    kinds = {field.name: field.type for field in fields(method.options)}
+    for key, value in values.items():
+        if isinstance(value, bool) and kinds[key] is not bool:  # pydantic would read 1
+            raise RecipeError(
+                f"weights.options.{key} is a boolean and takes something else: see `qtool methods`."
+            )
     try:
         return TypeAdapter(method.options).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(str(part) for part in first["loc"])
         message = first["msg"].replace("Input should", "it should")
-        raise RecipeError(f"weights.options.{path} is {first['input']!r}; {message}.") from None
+        raise RecipeError(
+            f"weights.options.{path} is {repr(first['input'])[:60]}; {message}."
+        ) from None
 
 
 def with_samples(recipe: Recipe) -> Recipe:

@@ -43,6 +43,9 @@ WEIGHT = normal(20, 48)
         ("gptq", {"clip_candidates": 10**9}),
         ("gptq", {"column_block": 10**9}),
         ("rtn", {"clip_ratio": float("nan")}),
+        ("rtn", {"clip_ratio": True}),
+        ("bcq", {"rounds": True}),
+        ("gptq", {"order": False}),
     ],
 )
 def test_option_outside_its_bounds_is_refused_by_name(method, values):
