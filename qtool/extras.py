@@ -25,7 +25,7 @@ def install_line(extra: str) -> str:
     """
     wanted = requirements(extra)
     if not wanted:
-        return f"in qtool's checkout: pip install -e '.[{extra}]'"
+        return f"pip install -e '.[{extra}]' in qtool's checkout"
     missing = [line for line in wanted if not _is_installed(line)]
     return f"pip install {' '.join(repr(line) for line in missing or wanted)}"
 

@@ -51,7 +51,7 @@ def bench(
         ),
     ] = None,
     perplexity_windows: Annotated[
-        int, typer.Option(min=0, help="Also measure perplexity on this many windows.")
+        int, typer.Option(metavar="N", min=0, help="Also measure perplexity on this many windows.")
     ] = 0,
     device: DeviceOption = None,
     backend: BackendOption = None,
@@ -65,6 +65,7 @@ def bench(
     bits: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             min=1,
             max=8,
             help=f"Of --synthetic; default {DEFAULT_BITS}.",
@@ -74,7 +75,10 @@ def bench(
     group_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help=f"Of --synthetic; default {DEFAULT_GROUP_SIZE}.", rich_help_panel=GPU
+            metavar="N",
+            min=1,
+            help=f"Of --synthetic; default {DEFAULT_GROUP_SIZE}.",
+            rich_help_panel=GPU,
         ),
     ] = None,
     kernel: Annotated[

@@ -57,12 +57,15 @@ def evaluate(
         ),
     ] = "wikitext2-test",
     context_length: Annotated[
-        int, typer.Option(min=2, help="Tokens per window.", rich_help_panel=PERPLEXITY)
+        int, typer.Option(metavar="N", min=2, help="Tokens per window.", rich_help_panel=PERPLEXITY)
     ] = 2048,
     windows: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Use the first windows only; default all.", rich_help_panel=PERPLEXITY
+            metavar="N",
+            min=1,
+            help="Use the first windows only; default all.",
+            rich_help_panel=PERPLEXITY,
         ),
     ] = None,
     no_texts: Annotated[
@@ -81,11 +84,14 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="The first items of each task only.", rich_help_panel=TASKS),
+        typer.Option(
+            metavar="N", min=1, help="The first items of each task only.", rich_help_panel=TASKS
+        ),
     ] = None,
     num_fewshot: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             min=0,
             help="Examples in the prompt; default: 5 for mmlu, else lm-eval's.",
             rich_help_panel=TASKS,
@@ -98,7 +104,10 @@ def evaluate(
     max_length: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Tokens of prompt and answer; default: the model's.", rich_help_panel=TASKS
+            metavar="N",
+            min=2,
+            help="Tokens of prompt and answer; default: the model's.",
+            rich_help_panel=TASKS,
         ),
     ] = None,
     apply_chat_template: Annotated[
@@ -108,7 +117,8 @@ def evaluate(
         ),
     ] = False,
     seed: Annotated[
-        int | None, typer.Option(help="Default: lm-eval's seeds.", rich_help_panel=TASKS)
+        int | None,
+        typer.Option(metavar="N", help="Default: lm-eval's seeds.", rich_help_panel=TASKS),
     ] = None,
     samples: Annotated[
         Path | None,
@@ -121,7 +131,7 @@ def evaluate(
     gen_kwargs: Annotated[
         str | None,
         typer.Option(
-            metavar="KEY=VALUE,...",
+            metavar="K=V,...",
             help="How answers are written, as lm-eval's: do_sample, temperature, max_gen_toks, "
             "until and so on; default: as each task says.",
             rich_help_panel=TASKS,
@@ -138,7 +148,7 @@ def evaluate(
     no_cache: Annotated[
         bool,
         typer.Option(
-            "--no-cache",
+            "--no-cache/--cache",
             help="Ask all anew and keep nothing; else a stopped run goes on where it was.",
             rich_help_panel=TASKS,
         ),

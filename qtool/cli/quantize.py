@@ -21,10 +21,7 @@ if TYPE_CHECKING:
     from qtool.stages.solve import LayerResult
 
 DEFAULT_RECIPE = "bcq-w4g128"
-KEPT = (
-    "Finished layers are kept: the same command with --resume goes on after them; without any it "
-    "begins anew."
-)
+KEPT = "Finished layers are kept: the same command with --resume goes on after them."
 WHAT, HOW, WHERE, DEBUG = "What", "How", "Where", "Debug"
 
 
@@ -36,7 +33,7 @@ def quantize(
         typer.Option(help="rtn, gptq or bcq; see `qtool methods`.", rich_help_panel=WHAT),
     ] = None,
     bits: Annotated[
-        int | None, typer.Option(help="Bits per weight, 1 to 8.", rich_help_panel=WHAT)
+        int | None, typer.Option(metavar="N", help="Bits per weight, 1 to 8.", rich_help_panel=WHAT)
     ] = None,
     group_size: Annotated[
         str | None,

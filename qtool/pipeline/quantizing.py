@@ -20,7 +20,7 @@ from qtool.data.calibration_files import (
     load_calibration,
     save_calibration,
 )
-from qtool.modeling.card import model_card
+from qtool.modeling.card import Provenance, model_card, read_licence
 from qtool.modeling.device import default_device
 from qtool.modeling.load import load_tokenizer
 from qtool.modeling.source import ModelSource, open_source
@@ -112,7 +112,8 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
         manifest = _manifest(source, recipe, layer_plan, results, calibration)
         manifest = replace(manifest, digests=writer.digests())
         files = source.companions()
-        files["README.md"] = model_card(manifest, source.public_name).encode()
+        about = _about(source, calibration, result)
+        files["README.md"] = model_card(manifest, source.public_name, about).encode()
         names = sorted({*files, REPORT_NAME, CONFIG_NAME})
         files[REPORT_NAME] = report_bytes(result, run=run_digest(fingerprint), files=names)
         writer.finish(files, _config(source, manifest))
@@ -292,6 +293,25 @@ def _manifest(
         layers=layers,
         source=source.public_name,
         calibration=calibration.digest() if calibration else None,
+    )
+
+
+def _about(
+    source: ModelSource, calibration: CalibrationSet | None, result: QuantizeResult
+) -> Provenance:
+    """Return what the model card says of a run."""
+    names = {"added_error": "error added to the outputs", "nmse": "error of the weights (NMSE)"}
+    values = {
+        name: [layer.metrics[key] for layer in result.layers if key in layer.metrics]
+        for key, name in names.items()
+    }
+    return Provenance(
+        licence=read_licence(source.directory),
+        calibration=calibration.provenance if calibration else {},
+        weight_bytes=result.weight_bytes,
+        source_bytes=result.source_bytes,
+        num_weights=sum(prod(spec.shape) for spec in source.shards.specs.values()),
+        errors={name: sum(found) / len(found) for name, found in values.items() if found},
     )
 
 

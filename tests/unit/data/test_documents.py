@@ -194,7 +194,7 @@ def test_malformed_hub_name_shows_the_right_form(fake_hub, name):
 
 def test_hub_without_its_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # importing it fails
-    with pytest.raises(MissingExtraError, match=r"hub:a/b needs .*pip install 'qtool\[data\]'"):
+    with pytest.raises(MissingExtraError, match=r"hub:a/b needs the 'data' extra.*pip install "):
         open_dataset("hub:a/b")
 
 

@@ -115,12 +115,6 @@ def test_unknown_demo_model_is_refused_with_the_known_one():
         locate("demo:gpt5")
 
 
-def test_demo_model_without_its_package_names_the_extra(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(MissingExtraError, match=r"demo:smollm2 needs the 'demo' extra"):
-        locate("demo:smollm2")
-
-
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
