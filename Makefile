@@ -4,12 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_DIR ?= build/demo
+# A file's tests share fixtures, so one process has them all.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu test-versions test-floors fuzz check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
 
 help: ## Print this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,7 +34,7 @@ demo: $(VENV)/.demo ## Quantize a real model, measure and time it beside its ori
 	$(BIN)/qtool bench $(DEMO_DIR) --baseline demo:smollm2 --perplexity-windows 8
 
 test: $(VENV)/.dev ## Run the tests that need neither card, network nor real model
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-slow: $(VENV)/.dev ## Run the tests on the real demo model
 	$(BIN)/python -m pytest -q -m slow
@@ -51,16 +53,16 @@ test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA card
 	@touch $@
 
 test-versions: .venv-4.57/.done ## Run the tests of loading and executing models with transformers 4.57
-	.venv-4.57/bin/python -m pytest -q tests/contract/test_adapters.py tests/unit/modeling \
-		tests/unit/runtime tests/runtime_decoding tests/cli/test_end_to_end.py
+	.venv-4.57/bin/python -m pytest -q $(PARALLEL) tests/contract/test_adapters.py \
+		tests/unit/modeling tests/unit/runtime tests/runtime_decoding tests/cli/test_end_to_end.py
 
 test-floors: .venv-floors/.done ## Run the command line with the lowest versions that pyproject allows
 	.venv-floors/bin/python tests/versions/floors.py --check
-	.venv-floors/bin/python -m pytest -q -W default tests/recipes tests/cli/test_help.py \
-		tests/cli/test_end_to_end.py
+	.venv-floors/bin/python -m pytest -q -W default $(PARALLEL) tests/recipes \
+		tests/cli/test_help.py tests/cli/test_end_to_end.py
 
 fuzz: $(VENV)/.dev ## Try 20,000 damaged, hostile and odd inputs
-	$(BIN)/python -m pytest -q -m fuzz tests/robustness
+	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -q $(PARALLEL) -m fuzz tests/robustness
 
 check: fmt-check lint types layers docs-check test recipes wheel-test ## Everything that CI checks
 

@@ -83,7 +83,7 @@ def run_apart(function: Callable[..., Any], *arguments: Any, seconds: int = SECO
 
 def _read(reading: int, deadline: float) -> bytes | None:
     """Return all that the child writes; None if it doesn't end in time."""
-    pieces = []
+    pieces: list[bytes] = []
     while (left := deadline - time.monotonic()) > 0:
         if select.select([reading], [], [], left)[0]:
             piece = os.read(reading, 1 << 16)

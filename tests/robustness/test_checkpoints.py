@@ -102,8 +102,8 @@ def manifests(good: Path) -> st.SearchStrategy[Change]:
         return Change(f"manifest: {what}", {CONFIG: content})
 
     small = {**config["quantization_config"], "layers": few}
-    whole = st.sampled_from([None, {}, [], "x", 5, {"quant_method": "gptq"}])
-    replaced = whole.map(lambda value: (f"all replaced by {value!r}", value))
+    others: list[Any] = [None, {}, [], "x", 5, {"quant_method": "gptq"}]
+    replaced = st.sampled_from(others).map(lambda value: (f"all replaced by {value!r}", value))
     return one_of_two(changed_trees(small), replaced).map(change)
 
 

@@ -136,7 +136,8 @@ def kept_scores(change: Change, good: Path, target: Path) -> str | None:
     scores = place.read()
     if scores is None:
         return None
-    for taken, written in zip((scores, *scores.scores), (SCORES, *SCORES.scores), strict=False):
+    pairs: list[tuple[Any, Any]] = [(scores, SCORES), *((one, SCORE) for one in scores.scores)]
+    for taken, written in pairs:
         for field in fields(written):
             if field.name in ("cached", "standard_error", "shots"):
                 continue

@@ -18,7 +18,7 @@ def main() -> None:
     # PYTHONPATH would show packages to pip that this environment won't see.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     python = Path(directory) / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([sys.executable, "-m", "venv", "--clear", directory], check=True)
     subprocess.run([*install, *options], check=True, env=environment)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
