@@ -1,11 +1,10 @@
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qtool.errors import MissingExtraError, ModelError
+from qtool.errors import ModelError
 from qtool.modeling import locate as module
 from qtool.modeling.locate import check_model, locate
 from qtool.storage.cache import cache_dir
