@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 from qtool import pipeline
-from qtool.data.calibration import load_calibration
+from qtool.data.calibration_files import load_calibration
 from qtool.evaluation.kept_scores import KeptScores
 from qtool.evaluation.responses import ResponseStore
 from qtool.evaluation.scores import Score, TaskScores
