@@ -49,7 +49,7 @@ def claim(place: Place, *, overwrite: bool, resume: bool) -> int:
         OutputError: another run lives, or something is in the way.
         OSError: it can't be written.
     """
-    while True:
+    for _ in range(PATIENCE):
         look(place, overwrite=overwrite, resume=resume)
         with contextlib.suppress(FileNotFoundError):  # another run has just changed its name
             if read_job(place.out_dir) is not None:  # killed when its result had its name already
@@ -63,6 +63,7 @@ def claim(place: Place, *, overwrite: bool, resume: bool) -> int:
             if _is_ours(descriptor, place, overwrite=overwrite, resume=resume):
                 return descriptor
             os.close(descriptor)
+    raise OutputError(f"Other runs keep changing {place.out_dir}. Wait for their end.")
 
 
 def _is_ours(descriptor: int, place: Place, *, overwrite: bool, resume: bool) -> bool:

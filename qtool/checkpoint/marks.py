@@ -57,13 +57,12 @@ def read_job(directory: Path) -> Job | None:
         values = json.loads((directory / JOB_NAME).read_text(encoding="utf-8"))
         if values.pop("this is") != MARK or not isinstance(values["fingerprint"], dict):
             return None
-        lists = {key: tuple(map(str, values.pop(key))) for key in _LISTS if key in values}
-        return Job(**values, **lists)
+        for key in ("files", "old_files"):
+            if key in values:
+                values[key] = tuple(map(str, values[key]))
+        return Job(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-
-
-_LISTS = ("files", "old_files")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,11 +91,12 @@ def _resolve(out_dir: Path) -> Path:
         resolved = expanded.resolve()
     except (RuntimeError, ValueError) as error:  # an unknown user, a loop of links
         raise OutputError(f"{out_dir} isn't a place for a checkpoint: {error}.") from error
-    if expanded.is_symlink() and not resolved.exists():
-        raise OutputError(
-            f"{out_dir} is a link to {resolved}, which doesn't exist. Make that directory, or name "
-            "another."
-        )
+    for path in (expanded, *expanded.parents):
+        if path.is_symlink() and not path.exists():  # a volume that isn't mounted, perhaps
+            raise OutputError(
+                f"{path} is a link to {path.resolve()}, which doesn't exist. Make that directory, "
+                "or name another."
+            )
     return resolved
 
 
@@ -227,43 +228,6 @@ def _check_writable(place: Place) -> None:
     longest = os.pathconf(folder, "PC_NAME_MAX") - ASIDE_BYTES
     if not place.inside and len(os.fsencode(out_dir.name)) > longest:
         raise OutputError(f"The name of {out_dir} is too long; {longest} bytes are allowed.")
-
-
-def check_apart(out_dir: Path, source: Path, others: Iterable[Path] = ()) -> None:
-    """Check that the result neither lies in what it is made from nor would replace it.
-
-    Args:
-        out_dir: Of a `Place`.
-        source: Directory of the model.
-        others: Files and directories that are read besides.
-
-    Raises:
-        OutputError: it does; links are followed both ways.
-    """
-    with one_line(out_dir):
-        itself = _identity(out_dir)
-        if _identity(source) in _identities_above(out_dir):
-            raise OutputError(
-                f"{out_dir} is the model that is read, or lies in it. Name a directory elsewhere."
-            )
-        for path in (source, *source.iterdir(), *others):
-            if itself is not None and itself in _identities_above(path.resolve()):
-                raise OutputError(
-                    f"{path} is read by this run, and lies in {out_dir}, which it would write. "
-                    "Name another directory."
-                )
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _identities_above(path: Path) -> set[tuple[int, int] | None]:
-    return {_identity(one) for one in (path, *path.parents)} - {None}
 
 
 def check_free_space(place: Place, num_bytes: int, *, besides: int) -> None:

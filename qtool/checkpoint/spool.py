@@ -62,7 +62,7 @@ class Spool:
         """
         on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         described = {key: _describe(tensor) for key, tensor in on_cpu.items()}
-        text = json.dumps({"notes": dict(notes), "tensors": described})
+        text = json.dumps({"name": name, "notes": dict(notes), "tensors": described})
         path = self._path(name)
         temporary = path.with_suffix(".tmp")
         save_file(on_cpu, temporary, {"notes": text, "digest": _digest(text.encode())})
@@ -92,7 +92,8 @@ class Spool:
             values: dict[str, Any] = json.loads(text)
         except (SafetensorError, *UNREADABLE):
             return None
-        return values if whole and values["tensors"] == described else None
+        whole = whole and values["name"] == name and values["tensors"] == described
+        return values if whole else None
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of a layer that has notes."""

@@ -81,7 +81,7 @@ class CheckpointWriter:
                 raise
         self.is_locked = can_lock(self._lock)
 
-    def _open(self, fingerprint: dict[str, Any], *, resume: bool) -> Job:
+    def _open(self, fingerprint: Mapping[str, Any], *, resume: bool) -> Job:
         job = read_job(self.work_dir) if resume else None
         if job is None:
             self.has_ended = resume and self._is_result_of(fingerprint)

@@ -9,10 +9,11 @@ from typing import Any
 
 import qtool
 from qtool.base import Emit, Env, ignore_events
+from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
 from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.checkpoint.marks import CONFIG_NAME, REPORT_NAME
-from qtool.checkpoint.place import Place, check_apart, check_free_space, find_place
+from qtool.checkpoint.place import Place, check_free_space, find_place
 from qtool.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter, run_digest
 from qtool.data.calibration import CalibrationSet
 from qtool.data.calibration_files import (
@@ -73,6 +74,8 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
     """
     started = time.perf_counter()
     place = find_place(out_dir)
+    if Path(model).is_dir():
+        check_apart(place.out_dir, Path(model))  # before anything is said of --overwrite
     look(place, overwrite=overwrite, resume=resume)
     _phase(emit, "opening the model")
     source = open_source(model)

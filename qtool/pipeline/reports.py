@@ -77,7 +77,8 @@ def result_of(out_dir: Path, place: Path) -> QuantizeResult:
     report, entries = read_report(place), CheckpointReader(place).manifest.layers
     try:
         layers = tuple(_layer(values, entries) for values in report["layers"])
-        return QuantizeResult(out_dir, *(report[key] for key in NUMBERS), layers)
+        numbers = {key: report[key] for key in NUMBERS}
+        return QuantizeResult(out_dir=out_dir, layers=layers, **numbers)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{place} is complete, but its quantization_report.json is damaged: {error!r}."

@@ -33,9 +33,11 @@ def failures_in_one_line(device: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(w in str(error) for w in NO_MEMORY):
+        on_card = isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error)
+        named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not named and not any(words in str(error) for words in NO_MEMORY):
             raise
-        where = f"The memory of {device}" if "CUDA" in str(error) else "The memory of this machine"
+        where = f"The memory of {device}" if on_card else "The memory of this machine"
         raise BackendError(
             f"{where} is full. End other programs that use it, or choose a larger one; shorter "
             "samples (calibration.sequence_length) need less of it."

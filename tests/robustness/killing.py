@@ -102,7 +102,7 @@ def prepare(request: Request, events: Events) -> None:
     if request.mode == "inside":
         place.is_mount_point = lambda path: str(path) == request.out_dir
     if request.mode == "renames":
-        publish.exchange = lambda _first, _second: False
+        publish.exchange = lambda first, second: False  # noqa: ARG005
     events.before(os, "fsync")
     events.before(publish, "exchange")
     events.before(stream, "_copy")

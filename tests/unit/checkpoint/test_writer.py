@@ -1,187 +1,18 @@
-import errno
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from qtool import pipeline
-from qtool.checkpoint import spool, stream, writer
+from qtool.checkpoint import stream, writer
 from qtool.checkpoint.claim import look
-from qtool.checkpoint.manifest import Manifest
 from qtool.checkpoint.place import check_free_space, find_place
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.checkpoint.writer import CheckpointWriter
-from qtool.errors import BackendError, CheckpointError, OutputError
-from qtool.stages import solve
+from qtool.errors import OutputError
 from tests.helpers import file_hashes, normal, recipe
-
-WEIGHTS = "model.safetensors"
-CONFIG = {"quantization_config": Manifest(tool_version="0", recipe={}, layers={}).to_config()}
-
-
-class Stop:
-    """An `emit` that raises an error after some layers."""
-
-    def __init__(self, after: int, error: type[BaseException]) -> None:
-        self.after, self.error, self.layers = after, error, 0
-
-    def __call__(self, event: str, _values: object) -> None:
-        self.layers += event == "layer"
-        if self.layers == self.after:
-            raise self.error("on purpose")
-
-
-def open_writer(out_dir: Path, *, overwrite=False, resume=False, **fingerprint):
-    return CheckpointWriter(out_dir, fingerprint=fingerprint, overwrite=overwrite, resume=resume)
-
-
-def partial(out_dir: Path) -> Path:
-    return out_dir.with_name(out_dir.name + ".partial")
-
-
-WAY_ON = r"3 finished layers are kept in .*out\.partial: the same command with --resume goes on"
-
-
-@pytest.mark.parametrize(
-    ("error", "seen"),
-    [
-        (OutputError, OutputError),
-        (torch.OutOfMemoryError, BackendError),
-        (MemoryError, BackendError),
-        (OSError, OutputError),
-    ],
-)
-def test_work_is_kept_after_any_error_and_the_message_says_how_to_go_on(
-    llama, checkpoint, tmp_path, error, seen
-):
-    class Failure(error):  # torch's message for a card says so; its type does on its own
-        def __str__(self):
-            return "out of memory" if issubclass(error, RuntimeError) else super().__str__()
-
-    out_dir = tmp_path / "out"
-    with pytest.raises(seen, match=WAY_ON):
-        pipeline.quantize(str(llama), out_dir, recipe(), emit=Stop(3, Failure))
-    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-    pipeline.quantize(str(llama), out_dir, recipe(), resume=True)
-    assert file_hashes(out_dir)[WEIGHTS] == file_hashes(checkpoint)[WEIGHTS]
-
-
-def test_bug_keeps_its_type_and_the_work(llama, tmp_path):
-    with pytest.raises(ZeroDivisionError) as caught:
-        pipeline.quantize(str(llama), tmp_path / "out", recipe(), emit=Stop(3, ZeroDivisionError))
-    assert "--resume goes on" in caught.value.__notes__[0]
-    assert partial(tmp_path / "out").is_dir()
-
-
-def test_error_before_a_layer_is_finished_leaves_nothing(tmp_path):
-    with pytest.raises(OutputError, match=r"^no$"), open_writer(tmp_path / "out"):
-        raise OutputError("no")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_error_in_the_middle_of_overwriting_keeps_the_old_checkpoint(llama, tmp_path):
-    out_dir = tmp_path / "out"
-    pipeline.quantize(str(llama), out_dir, recipe())
-    before = file_hashes(out_dir)
-    with pytest.raises(ZeroDivisionError):
-        pipeline.quantize(
-            str(llama),
-            out_dir,
-            recipe(num_bits=2),
-            overwrite=True,
-            emit=Stop(3, ZeroDivisionError),
-        )
-    assert file_hashes(out_dir) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
-
-
-@pytest.mark.parametrize("after", [1, 7, 14])
-def test_interrupted_run_resumes_to_the_same_bytes(llama, checkpoint, tmp_path, after):
-    out_dir = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize(str(llama), out_dir, recipe(), emit=Stop(after, KeyboardInterrupt))
-    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-    assert not (partial(out_dir) / "config.json").exists()
-    done = {p: p.stat().st_mtime_ns for p in (partial(out_dir) / "layers").iterdir()}
-    assert len(done) == after
-    stopped = Stop(-1, KeyboardInterrupt)
-    pipeline.quantize(str(llama), out_dir, recipe(), resume=True, emit=stopped)
-    assert stopped.layers == 14  # restored layers are reported as well
-    assert not partial(out_dir).exists()
-    for name in (WEIGHTS, "config.json"):
-        assert file_hashes(out_dir)[name] == file_hashes(checkpoint)[name]
-
-
-def test_interrupt_while_shards_are_assembled_resumes_to_the_same_bytes(
-    llama, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(writer, "MAX_SHARD_BYTES", 30_000)
-    pipeline.quantize(str(llama), tmp_path / "whole", recipe())
-    write_shard = stream.write_shard
-
-    def interrupted(path, *rest):
-        if "00002" in path.name:
-            raise KeyboardInterrupt
-        write_shard(path, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(writer, "write_shard", interrupted)
-        pipeline.quantize(str(llama), tmp_path / "out", recipe())
-    with monkeypatch.context() as patch:  # what the first shard holds isn't solved again
-        patch.setattr(solve, "load_method", None)
-        pipeline.quantize(str(llama), tmp_path / "out", recipe(), resume=True)
-    whole, resumed = file_hashes(tmp_path / "whole"), file_hashes(tmp_path / "out")
-    assert set(whole) == set(resumed)
-    differing = {name for name in whole if whole[name] != resumed[name]}
-    assert differing <= {"quantization_report.json"}  # holds times
-
-
-def test_unfinished_run_is_neither_continued_nor_dropped_without_being_asked(tmp_path):
-    with pytest.raises(KeyboardInterrupt), open_writer(tmp_path / "out", a=1) as opened:
-        opened.add("a", normal(2))
-        raise KeyboardInterrupt
-    with pytest.raises(OutputError, match="--resume, or start over with --overwrite"):
-        open_writer(tmp_path / "out", a=1)
-    assert partial(tmp_path / "out").is_dir()
-
-
-def test_resuming_another_recipe_is_refused_and_named(llama, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize(str(llama), tmp_path / "out", recipe(), emit=Stop(2, KeyboardInterrupt))
-    with pytest.raises(OutputError, match="another recipe; resuming would mix two runs"):
-        pipeline.quantize(str(llama), tmp_path / "out", recipe(num_bits=3), resume=True)
-    pipeline.quantize(str(llama), tmp_path / "out", recipe(num_bits=3), overwrite=True)
-    assert {e.scheme.num_bits for e in CheckpointReader(tmp_path / "out").manifest.layers.values()}
-
-
-def test_strictness_decides_nothing_of_the_result(llama, text_file, tmp_path):
-    def asked(*, strict):
-        section = {"dataset": str(text_file), "num_samples": 4, "sequence_length": 64}
-        return recipe("gptq", calibration={**section, "strict": strict})
-
-    with pytest.raises(KeyboardInterrupt):
-        stop = Stop(2, KeyboardInterrupt)
-        pipeline.quantize(str(llama), tmp_path / "out", asked(strict=True), emit=stop)
-    pipeline.quantize(str(llama), tmp_path / "out", asked(strict=False), resume=True)
-
-
-def test_same_sizes_with_other_contents_are_another_model(llama, tmp_path):
-    model = shutil.copytree(llama, tmp_path / "model")
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize(str(model), tmp_path / "out", recipe(), emit=Stop(2, KeyboardInterrupt))
-    content = bytearray((model / WEIGHTS).read_bytes())
-    content[-1] ^= 1
-    (model / WEIGHTS).write_bytes(content)
-    with pytest.raises(OutputError, match="another model"):
-        pipeline.quantize(str(model), tmp_path / "out", recipe(), resume=True)
-
-
-def test_resume_without_an_unfinished_run_starts_one(llama, tmp_path):
-    pipeline.quantize(str(llama), tmp_path / "out", recipe(), resume=True)
-    assert (tmp_path / "out" / WEIGHTS).is_file()
+from tests.unit.checkpoint.runs import CONFIG, WEIGHTS, open_writer
 
 
 def test_same_seed_gives_the_same_bytes(llama, checkpoint, tmp_path):
@@ -290,61 +121,6 @@ def test_output_that_is_a_file_is_refused(tmp_path):
     for name, message in (("out", "is a file"), ("out/below", "Not a directory|isn't a directory")):
         with pytest.raises(OutputError, match=message):
             look(find_place(tmp_path / name), overwrite=True, resume=False)
-
-
-def full_disk(*_args, **_kwargs):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize(
-    ("module", "where", "kept"),
-    [
-        (spool, "save_file", 0),
-        (writer, "write_job", 0),
-        (writer, "write_shard", 21),
-        (writer, "write_json", 21),
-        (writer, "publish", 21),
-    ],
-)
-def test_full_disk_is_one_sentence_and_loses_nothing(
-    llama, checkpoint, tmp_path, monkeypatch, module, where, kept
-):
-    with monkeypatch.context() as patch:
-        patch.setattr(module, where, full_disk)
-        message = rf"disk of .*out is full.*{'goes on' if kept else 'Free some space.$'}"
-        with pytest.raises(OutputError, match=message):
-            pipeline.quantize(str(llama), tmp_path / "out", recipe())
-    assert [path.name for path in tmp_path.iterdir()] == (["out.partial"] if kept else [])
-    pipeline.quantize(str(llama), tmp_path / "out", recipe(), resume=True)
-    assert file_hashes(tmp_path / "out")[WEIGHTS] == file_hashes(checkpoint)[WEIGHTS]
-
-
-def test_result_that_cannot_be_read_gets_no_name(tmp_path):
-    with (
-        pytest.raises(CheckpointError, match="1 finished layer is kept"),
-        open_writer(tmp_path / "out") as opened,
-    ):
-        opened.add("a", normal(2))
-        opened.finish({}, {})
-    assert not (tmp_path / "out").exists()
-
-
-def test_full_disk_reported_by_safetensors_is_the_same_sentence(tmp_path, monkeypatch):
-    from safetensors import SafetensorError
-
-    def fail(*_args):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device")
-
-    monkeypatch.setattr(spool, "save_file", fail)
-    with open_writer(tmp_path / "out") as opened, pytest.raises(OutputError, match="is full"):
-        opened.add("a", normal(2))
-
-
-def test_directory_that_vanishes_is_one_sentence(tmp_path):
-    with open_writer(tmp_path / "out") as opened:
-        shutil.rmtree(partial(tmp_path / "out"))
-        with pytest.raises(OutputError, match=r"Can't write .*out: "):
-            opened.add("a", normal(2))
 
 
 def test_too_little_space_is_found_before_any_work(llama, tmp_path, monkeypatch):

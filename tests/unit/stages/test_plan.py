@@ -1,7 +1,11 @@
+import shutil
+
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from qtool import pipeline
-from qtool.errors import QtoolError, RecipeError, SchemeError, UnknownNameError
+from qtool.errors import ModelError, QtoolError, RecipeError, SchemeError, UnknownNameError
 from qtool.modeling.source import open_source
 from qtool.recipe.load import recipe_from_mapping
 from qtool.stages.plan import make_plan, with_samples
@@ -22,6 +26,16 @@ def plan_of(source, *overrides, **sections):
 
 def widths(plan):
     return {layer.name: layer.scheme.num_bits for layer in plan.layers}
+
+
+@pytest.mark.parametrize("taken", ["q_proj.scales", "q_proj"])
+def test_tensor_named_like_what_is_written_is_refused(llama, tmp_path, taken):
+    model = shutil.copytree(llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"model.layers.0.self_attn.{taken}"] = torch.ones(3)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"a tensor is named .*{taken}, as quantizing names"):
+        plan_of(open_source(str(model)))
 
 
 def test_overrides_change_only_what_they_match(source):

@@ -1,0 +1,44 @@
+"""A result neither lies in what it is made from nor replaces it. Torch-free."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from qtool.checkpoint.place import one_line
+from qtool.errors import OutputError
+
+
+def check_apart(out_dir: Path, source: Path, others: Iterable[Path] = ()) -> None:
+    """Check that the result neither lies in what it is made from nor would replace it.
+
+    Args:
+        out_dir: Of a `Place`.
+        source: Directory of the model.
+        others: Files and directories that are read besides.
+
+    Raises:
+        OutputError: it does; links are followed both ways.
+    """
+    with one_line(out_dir):
+        itself = _identity(out_dir)
+        if _identity(source) in _identities_above(out_dir):
+            raise OutputError(
+                f"{out_dir} is the model that is read, or lies in it. Name a directory elsewhere."
+            )
+        for path in (source, *source.iterdir(), *others):
+            if itself is not None and itself in _identities_above(path.resolve()):
+                raise OutputError(
+                    f"{path} is read by this run, and lies in {out_dir}, which it would write. "
+                    "Name another directory."
+                )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _identities_above(path: Path) -> set[tuple[int, int] | None]:
+    return {_identity(one) for one in (path, *path.parents)} - {None}

@@ -1,0 +1,29 @@
+"""Runs that are stopped, and what they leave."""
+
+from pathlib import Path
+
+from qtool.checkpoint.manifest import Manifest
+from qtool.checkpoint.writer import CheckpointWriter
+
+WEIGHTS = "model.safetensors"
+CONFIG = {"quantization_config": Manifest(tool_version="0", recipe={}, layers={}).to_config()}
+
+
+class Stop:
+    """An `emit` that raises an error after some layers."""
+
+    def __init__(self, after: int, error: type[BaseException]) -> None:
+        self.after, self.error, self.layers = after, error, 0
+
+    def __call__(self, event: str, _values: object) -> None:
+        self.layers += event == "layer"
+        if self.layers == self.after:
+            raise self.error("on purpose")
+
+
+def open_writer(out_dir: Path, *, overwrite=False, resume=False, **fingerprint):
+    return CheckpointWriter(out_dir, fingerprint=fingerprint, overwrite=overwrite, resume=resume)
+
+
+def partial(out_dir: Path) -> Path:
+    return out_dir.with_name(out_dir.name + ".partial")
