@@ -111,7 +111,7 @@ class CheckpointReader:
 def tensor_digest(tensor: Tensor) -> str:
     """Return the sha256, in hex, of a tensor's bytes as safetensors stores them."""
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(flat.numpy()).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def check_stored(manifest: Manifest, specs: Mapping[str, TensorSpec], where: str) -> None:

@@ -75,7 +75,7 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
         loading.refuse_missing(model, missing_keys)
         return missing_keys
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ANN401
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         manifest = self.quantization_config.manifest()
         files = loading.noted_files() if V4 else kwargs["checkpoint_files"]
         self._shards = loading.checked_files(files, manifest, str(model.config.name_or_path))
@@ -84,7 +84,7 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
             loading.watch_missing(model)
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:  # noqa: ANN401
+    def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:  # noqa: ANN401
         remove_stand_ins(model)
         loading.check_loaded(model, self._installed, self._shards)
         config = self.quantization_config

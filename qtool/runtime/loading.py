@@ -15,13 +15,11 @@ from torch import nn
 
 from qtool.base import PartSpec
 from qtool.checkpoint.manifest import Manifest
-from qtool.checkpoint.reader import AGAIN, check_stored, check_values
+from qtool.checkpoint.reader import AGAIN, SHOWN, check_stored, check_values
 from qtool.checkpoint.shards import Shards, open_files
 from qtool.errors import CheckpointError
 from qtool.runtime.modules import TORCH_DTYPES, QuantizedWeight
 
-SHOWN = 3
-"""Names of missing tensors in a message."""
 _FILES: ContextVar[Sequence[str] | None] = ContextVar("qtool_files", default=None)
 
 

@@ -59,6 +59,8 @@ class QuantizedWeight(nn.Module):
         super().__init__()
         self.entry = entry
         self.wanted = wanted_backend()
+        self._held: Held | None = None
+        self._number: int | None = None
         self.contents = object()
         """Another object whenever the parts were loaded or moved."""
         self._join()
@@ -150,7 +152,7 @@ class QuantizedWeight(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill a copy."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._join()
 
     def _join(self) -> None:
@@ -158,9 +160,9 @@ class QuantizedWeight(nn.Module):
 
         One that has a layout has no number, so that a compiled block serves all blocks like it.
         """
-        self._held: Held | None = None
-        self._number: int | None = next(_NUMBERS)
-        _WEIGHTS[self._number] = self
+        self._held, number = None, next(_NUMBERS)
+        self._number = number
+        _WEIGHTS[number] = self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":  # noqa: FBT001, FBT002
         """Follow a move to another device, but keep the dtypes that the format prescribes."""

@@ -2,6 +2,7 @@
 
 import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def pair(request, tmp_path_factory):
     tied = zoo.ZOO[request.param][0] != "nanochat"  # the one family that doesn't tie
     zoo.build(request.param, tied=tied).save_pretrained(directory / "source")
     families.save_tokenizer(directory / "source")
-    tables = {"embedding": TABLE} if tied else {"embedding": TABLE, "head": TABLE}
+    tables: dict[str, Any] = {"embedding": TABLE} if tied else {"embedding": TABLE, "head": TABLE}
     pipeline.quantize(str(directory / "source"), directory / "out", recipe(num_bits=8, **tables))
     loaded = SimpleNamespace(original=load(directory / "source"), quantized=load(directory / "out"))
     yield loaded

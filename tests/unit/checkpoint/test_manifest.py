@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
-ENTRY = {
+ENTRY: dict[str, Any] = {
     "format": "affine",
     "codec_version": 1,
     "method": "rtn",
@@ -120,10 +121,15 @@ PLACES += [("layers", "x", "scheme", key) for key in ENTRY["scheme"]]
 
 @given(place=st.sampled_from(PLACES), value=JSON)
 def test_any_value_anywhere_is_read_as_it_is_or_refused_in_one_line(place, value):
-    config = {"quant_method": "qtool", "format_version": 1, "tool_version": "1", "recipe": {}}
+    config: dict[str, Any] = {
+        "quant_method": "qtool",
+        "format_version": 1,
+        "tool_version": "1",
+        "recipe": {},
+    }
     config["layers"] = {"x": json.loads(json.dumps(ENTRY))}
     *path, last = place
-    holder = config
+    holder: Any = config
     for key in path:
         holder = holder[key]
     holder[last] = value

@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -243,7 +244,7 @@ def test_model_without_parameters_says_what_it_is(tmp_path):
     """The norms of OLMo have no weights."""
     families.build("olmo").save_pretrained(tmp_path / "source")
     families.save_tokenizer(tmp_path / "source")
-    tables = {"embedding": TABLE, "head": TABLE}
+    tables: dict[str, Any] = {"embedding": TABLE, "head": TABLE}
     pipeline.quantize(str(tmp_path / "source"), tmp_path / "out", recipe(**tables))
     model = load(tmp_path / "out", dtype=torch.bfloat16)
     assert list(model.parameters()) == []
