@@ -35,13 +35,6 @@ DIFFERENT: Mapping[str, Mapping[str, Any]] = {
         "vocab_size_per_layer_input": VOCABULARY,
     },
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, "n_inner": 96},
-    "gpt_bigcode": {
-        "n_embd": 64,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": POSITIONS,
-        "n_inner": 96,
-    },
     "gpt_neo": {
         "attention_types": [[["global", "local"], 1]],
         "num_heads": 4,

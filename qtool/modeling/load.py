@@ -15,7 +15,7 @@ from qtool.errors import CheckpointError, ModelError, QtoolError
 from qtool.modeling.config import one_line, parse_config, read_config
 from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.locate import locate
-from qtool.modeling.skeleton import missing_message, shape_message
+from qtool.modeling.skeleton import list_names, missing_message
 
 DTypeName = Literal["float16", "bfloat16", "float32"]
 
@@ -105,6 +105,10 @@ def _from_pretrained(directory: Path, config: Mapping[str, Any], dtype: torch.dt
     if loading["missing_keys"]:
         missing, unknown = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
         raise CheckpointError(missing_message(missing, unknown, directory))
-    for name, stored, wanted in sorted(loading["mismatched_keys"]):
-        raise CheckpointError(shape_message(name, stored, wanted, directory))
+    odd = sorted(key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
+    if odd:
+        raise CheckpointError(
+            f"{directory}: the shapes of {list_names(odd)} aren't those that config.json makes. "
+            "config.json and weights don't belong together."
+        )
     return model

@@ -89,14 +89,6 @@ def missing_message(missing: Iterable[str], unknown: Iterable[str], directory: P
     )
 
 
-def shape_message(name: str, stored: Iterable[int], wanted: Iterable[int], place: Path) -> str:
-    """Return the sentence about a tensor that is stored in another shape."""
-    return (
-        f"{place}: {name} has shape {(*stored,)}, and config.json makes it {(*wanted,)}. "
-        "config.json and weights don't belong together."
-    )
-
-
 def _may_be_missing(model: Any, name: str) -> bool:  # noqa: ANN401
     patterns = model._keys_to_ignore_on_load_missing or ()
     return any(re.search(pattern, name) for pattern in patterns)
@@ -104,7 +96,10 @@ def _may_be_missing(model: Any, name: str) -> bool:  # noqa: ANN401
 
 def _check_shape(name: str, wanted: tuple[int, ...], spec: TensorSpec) -> None:
     if spec.shape != wanted:
-        raise CheckpointError(shape_message(name, spec.shape, wanted, spec.file))
+        raise CheckpointError(
+            f"{spec.file}: the shape of {name} is {spec.shape}, and config.json makes it {wanted}. "
+            "config.json and weights don't belong together."
+        )
 
 
 def _renamed(

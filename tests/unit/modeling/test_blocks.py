@@ -16,7 +16,7 @@ from qtool.modeling.blocks import BlockModel
 from qtool.modeling.source import open_source
 
 FAMILIES = [*plugins.names(qtool.modeling.adapters), "bloom", "stablelm", "gemma3_text"]
-ODD_FAMILIES = ["codegen", "gemma4_text", "gpt_bigcode", "gpt_neo", "gptj", "mpt", "phi"]
+ODD_FAMILIES = ["codegen", "gemma4_text", "gpt_neo", "gptj", "mpt", "phi"]
 """Blocks that return tuples, that hold buffers, or whose other arguments differ by batch."""
 SHAPES = ((2, 20), (1, 33), (2, 20))
 

@@ -68,7 +68,6 @@ def test_quantization_config_that_is_no_object_is_refused(copy, odd):
         ("hidden_act", "nonsense"),
         ("hidden_act", 5),
         ("rope_scaling", {"rope_type": "nonsense"}),
-        ("rms_norm_eps", "x"),
         ("is_encoder_decoder", True),
     ],
 )
