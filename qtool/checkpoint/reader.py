@@ -49,7 +49,7 @@ class CheckpointReader:
         where = str(directory / "config.json")
         self.manifest: Manifest = manifest_from_config(self.config["quantization_config"], where)
         self._shards: Shards = open_shards(directory)
-        check_stored(self.manifest, self._shards.specs, str(directory))
+        check_headers(self.manifest, self._shards.specs, str(directory))
 
     def names(self) -> Iterator[str]:
         """Yield the names of the quantized layers, then of all other tensors."""
@@ -114,7 +114,7 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
-def check_stored(manifest: Manifest, specs: Mapping[str, TensorSpec], where: str) -> None:
+def check_headers(manifest: Manifest, specs: Mapping[str, TensorSpec], where: str) -> None:
     """Compare a manifest with the headers of the files.
 
     Args:

@@ -15,7 +15,7 @@ from torch import nn
 
 from qtool.base import PartSpec
 from qtool.checkpoint.manifest import Manifest
-from qtool.checkpoint.reader import AGAIN, SHOWN, check_stored, check_values
+from qtool.checkpoint.reader import AGAIN, SHOWN, check_headers, check_values
 from qtool.checkpoint.shards import Shards, open_files
 from qtool.errors import CheckpointError
 from qtool.runtime.modules import TORCH_DTYPES, QuantizedWeight
@@ -73,7 +73,7 @@ def checked_files(files: Sequence[str] | None, manifest: Manifest, model_name: s
                 f"{path} isn't in the directory of {model_name}, though its index names it. {AGAIN}"
             )
     shards = open_files(paths)
-    check_stored(manifest, shards.specs, str(paths[0].parent))
+    check_headers(manifest, shards.specs, str(paths[0].parent))
     return shards
 
 
