@@ -230,8 +230,8 @@ def damaged(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("t.jsonl.gz", gzip.compress(b'{"a": 1}\n')[:-9]),
-        ("t.jsonl.gz", damaged(gzip.compress(json.dumps(list(range(999))).encode()))),
+        ("t.jsonl.gz", gzip.compress(b'{"a": 1}\n', mtime=0)[:-9]),
+        ("t.jsonl.gz", damaged(gzip.compress(json.dumps(list(range(999))).encode(), mtime=0))),
         ("t.jsonl", b'{"a": "\xff"}\n'),
     ],
 )
