@@ -92,7 +92,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
         CheckpointWriter(
             out_dir, fingerprint=fingerprint, overwrite=overwrite, resume=resume
         ) as writer,
-        failures_in_one_line(env.device),
+        failures_in_one_line(env.device, place.out_dir),
     ):
         if not writer.is_locked:
             emit("warning", {"message": NO_LOCKS})

@@ -5,9 +5,11 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
+from qtool.checkpoint.place import FULL, describe
 from qtool.errors import BackendError, OutputError
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -23,7 +25,7 @@ def peak_memory(device: str) -> int:
 
 
 @contextmanager
-def failures_in_one_line(device: str) -> Iterator[None]:
+def failures_in_one_line(device: str, out_dir: Path) -> Iterator[None]:
     """Turn too little memory, and failures of the file system, into one line.
 
     Raises:
@@ -43,6 +45,8 @@ def failures_in_one_line(device: str) -> Iterator[None]:
             "samples (calibration.sequence_length) need less of it."
         ) from error
     except OSError as error:
+        if error.errno in FULL:
+            raise describe(error, out_dir) from error
         if error.errno == errno.ENOMEM:
             raise BackendError("The memory of this machine is full. End other programs.") from error
         where = error.filename or "A file of this run"
