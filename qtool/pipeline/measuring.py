@@ -14,6 +14,7 @@ from qtool.checkpoint.shards import open_shards, read_json
 from qtool.data.corpora import Corpus, load_corpus
 from qtool.errors import CheckpointError
 from qtool.evaluation.agreement import (
+    PROMPTS,
     Agreement,
     Reference,
     compare_to_reference,
@@ -83,13 +84,12 @@ class EvalOptions:
             return None
         windows = min(self.max_windows or self.agreement_windows, self.agreement_windows)
         length = self.context_length
-        fewer = {} if self.texts else {"prompts": 0}
         return record_reference(
             *(model, corpus),
             context_length=length,
             max_windows=windows,
+            prompts=PROMPTS if self.texts else 0,
             emit=emit,
-            **fewer,
         )
 
 
