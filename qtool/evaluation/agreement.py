@@ -22,7 +22,6 @@ from qtool.errors import DataError, ModelError
 from qtool.evaluation.perplexity import windows_of
 from qtool.modeling.load import LoadedModel
 
-PROMPTS = 4
 PROMPT_TOKENS = 32
 CHUNK_VALUES = 2**22
 """Probabilities handled at a time, on the model's device: six float64 copies of 32 MiB or so."""
@@ -95,7 +94,7 @@ def record_reference(  # noqa: PLR0913 - a text and how much of it to look at
     context_length: int = 2048,
     max_windows: int | None = None,
     positions: int = 2048,
-    prompts: int = PROMPTS,
+    prompts: int = 4,
     new_tokens: int = 64,
     emit: Emit = ignore_events,
 ) -> Reference:

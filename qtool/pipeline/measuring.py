@@ -14,7 +14,6 @@ from qtool.checkpoint.shards import open_shards, read_json
 from qtool.data.corpora import Corpus, load_corpus
 from qtool.errors import CheckpointError
 from qtool.evaluation.agreement import (
-    PROMPTS,
     Agreement,
     Reference,
     compare_to_reference,
@@ -31,6 +30,9 @@ if TYPE_CHECKING:
     import torch
 
     from qtool.bench.gpu import GpuResult
+
+PROMPTS = 4
+"""Beginnings that a model and its baseline continue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,8 @@ class EvalOptions:
         windows = min(self.max_windows or self.agreement_windows, self.agreement_windows)
         length = self.context_length
         return record_reference(
-            *(model, corpus),
+            model,
+            corpus,
             context_length=length,
             max_windows=windows,
             prompts=PROMPTS if self.texts else 0,
