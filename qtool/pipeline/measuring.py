@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
     from qtool.bench.gpu import GpuResult
 
-PROMPTS = 4
-"""Beginnings that a model and its baseline continue."""
-
 
 @dataclass(frozen=True, slots=True)
 class ModelFigures:
@@ -86,13 +83,13 @@ class EvalOptions:
             return None
         windows = min(self.max_windows or self.agreement_windows, self.agreement_windows)
         length = self.context_length
+        fewer = {} if self.texts else {"prompts": 0}
         return record_reference(
-            model,
-            corpus,
+            *(model, corpus),
             context_length=length,
             max_windows=windows,
-            prompts=PROMPTS if self.texts else 0,
             emit=emit,
+            **fewer,
         )
 
 
