@@ -1,8 +1,9 @@
 """`qtool bench`."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +13,10 @@ from qtool.cli.kernel_figures import print_gpu_result
 from qtool.cli.options import BackendOption, DeviceOption, JsonOption, check_targets
 from qtool.cli.progress import progress
 from qtool.scheme import WeightScheme
+
+if TYPE_CHECKING:
+    from qtool.bench.gpu import GpuResult
+    from qtool.pipeline import Comparison
 
 DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 128
 NOT_KEPT = "Nothing was kept."
@@ -125,6 +130,7 @@ def bench(
                 synthetic=synthetic, scheme=scheme, kernel=kernel, peers=peers, plot=plot
             )
             measured = pipeline.bench_gpu(out_dir or "", options, baseline=baseline, emit=emit)
+            show = partial(_show_gpu, measured)
         else:
             quality = None
             if perplexity_windows:
@@ -132,11 +138,17 @@ def bench(
             result = pipeline.bench(
                 str(out_dir), baseline=baseline, backend=backend, quality=quality, emit=emit
             )
-    if gpu or synthetic is not None:
-        console.write_json(asdict(measured), json_file)
-        if console.wants_table(json_file):
-            print_gpu_result(measured)
-        return
+            show = partial(_show, result)
+    show(json_file)
+
+
+def _show_gpu(result: "GpuResult", json_file: Path | None) -> None:
+    console.write_json(asdict(result), json_file)
+    if console.wants_table(json_file):
+        print_gpu_result(result)
+
+
+def _show(result: "Comparison", json_file: Path | None) -> None:
     console.write_json(asdict(result), json_file)
     if console.wants_table(json_file):
         print_comparison(result)

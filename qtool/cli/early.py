@@ -38,11 +38,24 @@ def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iter
         yield
 
 
-def check_texts(section: "CalibrationSection | None", calib_dir: Path | None = None) -> None:
-    """Refuse calibration data that aren't there, before the model is opened.
+def check_directory(calib_dir: Path | None) -> None:
+    """Refuse a calibration directory that isn't there.
 
     Raises:
-        DataError: a directory, a text or the prompts of a task are missing.
+        DataError: it isn't one.
+    """
+    if calib_dir is not None and not (calib_dir / SAMPLES).is_file():
+        raise DataError(
+            f"{calib_dir} is no calibration directory: it has no {SAMPLES}. "
+            f"`qtool calibrate MODEL {calib_dir}` makes one."
+        )
+
+
+def check_texts(section: "CalibrationSection | None") -> None:
+    """Refuse texts that aren't there, before the model is opened.
+
+    Raises:
+        DataError: a text or the prompts of a task are missing.
     """
     if section is None:
         return
@@ -50,13 +63,6 @@ def check_texts(section: "CalibrationSection | None", calib_dir: Path | None = N
     from qtool.data.documents import HUB_PREFIX
     from qtool.data.lengths import check_known
 
-    if calib_dir is not None:
-        if not (calib_dir / SAMPLES).is_file():
-            raise DataError(
-                f"{calib_dir} is no calibration directory: it has no {SAMPLES}. "
-                f"`qtool calibrate MODEL {calib_dir}` makes one."
-            )
-        return
     if section.sequence_length == "match":
         check_known(section.tasks)
     name = section.dataset

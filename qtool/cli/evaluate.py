@@ -199,9 +199,11 @@ def evaluate(
         "samples": samples,
     }
     kept = "Nothing was kept." if no_cache else KEPT
-    with progress(kept) as emit, early.opened([model, baseline], device, emit):
+    with progress(kept) as emit:
+        emit("phase", {"name": f"looking up {tasks}"})
         check_spelling(names)
-        scored = _scored(model, settings, gen_kwargs, common, emit)
+        with early.opened([model, baseline], device, emit):
+            scored = _scored(model, settings, gen_kwargs, common, emit)
     console.write_json(task_report(scored), json_file)
     write_markdown(scored, markdown)
     if console.wants_table(json_file) and console.wants_table(markdown):

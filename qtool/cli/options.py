@@ -46,8 +46,9 @@ class Command(typer.core.TyperCommand):
         """
         given = self.make_parser(ctx).parse_args(args=list(args))[2]
         for number, option in enumerate(given):
-            once = isinstance(option, typer.core.TyperOption) and not option.multiple
-            if once and option in given[:number] and not option.is_flag:
+            if not isinstance(option, typer.core.TyperOption):
+                continue
+            if option in given[:number] and not option.multiple and not option.is_flag:
                 message = f"{option.opts[0]} is given twice. Give one value."
                 raise typer.BadParameter(message, ctx=ctx)
         return super().parse_args(ctx, args)

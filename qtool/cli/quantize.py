@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,7 +98,9 @@ def quantize(
         overrides = ["calibration={}", *overrides]
     chosen = choose_recipe(recipe, method, bits, group_size, overrides)
     check_targets([json_file])
-    with progress(KEPT) as emit, early.opened([model], device, emit):
+    early.check_directory(calibration)
+    kept = "Nothing was written." if dry_run else KEPT
+    with progress(kept) as emit, early.opened([model], device, emit):
         from qtool import pipeline
         from qtool.stages.plan import with_samples
 
@@ -106,9 +109,10 @@ def quantize(
         if strict and chosen.calibration is not None:
             section = chosen.calibration.model_copy(update={"strict": True})
             chosen = chosen.model_copy(update={"calibration": section})
-        early.check_texts(chosen.calibration, calibration)
+        if calibration is None:
+            early.check_texts(chosen.calibration)
         if dry_run:
-            planned = pipeline.plan(model, chosen)
+            show = partial(_print_plan, pipeline.plan(model, chosen))
         else:
             result = pipeline.quantize(
                 model,
@@ -119,9 +123,11 @@ def quantize(
                 resume=resume,
                 emit=emit,
             )
-    if dry_run:
-        _print_plan(planned, json_file)
-        return
+            show = partial(_show_result, result)
+    show(json_file)
+
+
+def _show_result(result: "QuantizeResult", json_file: Path | None) -> None:
     console.write_json(asdict(result), json_file)
     if console.wants_table(json_file):
         _print_result(result)

