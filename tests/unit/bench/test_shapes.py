@@ -18,6 +18,7 @@ ALL = {**MODELS, "tiny": TINY}
 def test_shapes_of_linears_follow_from_the_numbers_of_the_model(name):
     model = ALL[name]
     d = model.decoder
+    assert d is not None
     inner = d.num_heads * d.head_dim
     got = {linear.name: (*linear.shape, linear.count) for linear in model.linears}
     assert got == {
