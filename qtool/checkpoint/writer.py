@@ -69,6 +69,8 @@ class CheckpointWriter:
         self.has_ended = False
         """Whether the very same run has ended before, and its result is at OUT_DIR."""
         fingerprint = json.loads(json.dumps(dict(fingerprint)))
+        self.run_digest = sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+        """Tells the result of this run from those of all others."""
         self.place = find_place(out_dir)
         self.work_dir = self.place.work_dir
         self._spool = Spool(self.work_dir / LAYERS)
@@ -84,7 +86,7 @@ class CheckpointWriter:
     def _open(self, fingerprint: Mapping[str, Any], *, resume: bool) -> Job:
         job = read_job(self.work_dir) if resume else None
         if job is None:
-            self.has_ended = resume and self._is_result_of(fingerprint)
+            self.has_ended = resume and self._is_result()
             if not self.has_ended:
                 check_target(self.place, overwrite=self._overwrite)
             job = Job(fingerprint=fingerprint, is_stale=True)
@@ -99,8 +101,8 @@ class CheckpointWriter:
             empty_work(self.work_dir, keep=(LAYERS,))
         return job
 
-    def _is_result_of(self, fingerprint: Mapping[str, Any]) -> bool:
-        if read_report(self.place.out_dir).get("run") != run_digest(fingerprint):
+    def _is_result(self) -> bool:
+        if read_report(self.place.out_dir).get("run") != self.run_digest:
             return False
         try:
             CheckpointReader(self.place.out_dir)
@@ -254,11 +256,6 @@ class CheckpointWriter:
             full = "No space left" in str(error) or "os error 28" in str(error)
             why = OSError(28, "") if full else OSError(str(error))
             raise describe(why, self.place.out_dir) from error
-
-
-def run_digest(fingerprint: Mapping[str, Any]) -> str:
-    """Return what tells the results of one run from those of all others."""
-    return sha256(json.dumps(dict(fingerprint), sort_keys=True).encode()).hexdigest()
 
 
 def _check_same(job: Job, fingerprint: Mapping[str, Any], work_dir: Path) -> None:

@@ -1,39 +1,34 @@
 """Calibrating and quantizing, from a request to what is on disk."""
 
+import os
 import time
-from dataclasses import dataclass, replace
-from hashlib import sha256
-from math import prod
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import qtool
 from qtool.base import Emit, Env, ignore_events
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
-from qtool.checkpoint.manifest import LayerEntry, Manifest
-from qtool.checkpoint.marks import CONFIG_NAME, REPORT_NAME
 from qtool.checkpoint.place import Place, check_free_space, find_place
-from qtool.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter, run_digest
+from qtool.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
 from qtool.data.calibration import CalibrationSet
 from qtool.data.calibration_files import (
     check_no_calibration,
     load_calibration,
     save_calibration,
 )
-from qtool.modeling.card import Provenance, model_card, read_licence
 from qtool.modeling.device import default_device
 from qtool.modeling.load import load_tokenizer
 from qtool.modeling.source import ModelSource, open_source
-from qtool.pipeline.reports import QuantizeResult, report_bytes, result_of
+from qtool.pipeline.reports import QuantizeResult, result_of
+from qtool.pipeline.runs import Run, write_result
 from qtool.recipe.schema import CalibrationSection, Recipe
 from qtool.stages.calibrate import calibrate as draw_calibration
 from qtool.stages.calibrate import check_samples, measure_absmax, wanted_lengths
 from qtool.stages.calibrated import solve_calibrated
-from qtool.stages.memory import failures_in_one_line, peak_memory
+from qtool.stages.memory import failures_in_one_line
 from qtool.stages.plan import Plan, make_plan
 from qtool.stages.solve import LayerResult, solve_data_free
-from qtool.storage.digests import files_digest
 
 FEW_BITS = 3
 """Up to this width, quantization without data is warned of."""
@@ -66,7 +61,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
         calib_dir: Samples that `calibrate` drew; None: draw them as the recipe says.
         overwrite: Replace a checkpoint that is there, and drop an unfinished run.
         resume: Continue an unfinished run of the same recipe.
-        emit: Receives `layer` events.
+        emit: Receives `phase`, `layer` and `warning` events.
 
     Raises:
         QtoolError: see `qtool.errors`; finished layers are kept for `resume`, and what is at
@@ -74,7 +69,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
     """
     started = time.perf_counter()
     place = find_place(out_dir)
-    if Path(model).is_dir():
+    if os.path.isdir(model):  # noqa: PTH112 - says no to what can't be a path
         check_apart(place.out_dir, Path(model))  # before anything is said of --overwrite
     look(place, overwrite=overwrite, resume=resume)
     _phase(emit, "opening the model")
@@ -84,43 +79,35 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
     _check_room(place, layer_plan)
     _warn_of_few_bits(layer_plan, recipe, emit)
     env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
-    calibration = _calibration(source, recipe, calib_dir, emit)
-    _check_room(place, layer_plan, _stream_bytes(source, recipe, calibration))
-    _phase(emit, "reading the model's files")
-    fingerprint = _fingerprint(source, recipe, calibration, env)
-    with (
-        CheckpointWriter(
-            out_dir, fingerprint=fingerprint, overwrite=overwrite, resume=resume
-        ) as writer,
-        failures_in_one_line(env.device, place.out_dir),
-    ):
+    run = Run(source, recipe, layer_plan, _calibration(source, recipe, calib_dir, emit), env)
+    _check_room(place, layer_plan, run.stream_bytes())
+    with failures_in_one_line(env.device, place.out_dir):
+        _phase(emit, "reading the model's files")
+        flags = Flags(overwrite=overwrite, resume=resume)
+        return _run(run, out_dir, place, flags, started)
+
+
+class Flags(NamedTuple):
+    """What may happen to what is there."""
+
+    overwrite: bool
+    resume: bool
+
+
+def _run(run: Run, out_dir: Path, place: Place, flags: Flags, started: float) -> QuantizeResult:
+    """Solve and write, or take what an earlier run has left."""
+    emit = run.env.emit
+    writer = CheckpointWriter(out_dir, fingerprint=run.fingerprint(), **flags._asdict())
+    with writer, failures_in_one_line(run.env.device, place.out_dir):
         if not writer.is_locked:
             emit("warning", {"message": NO_LOCKS})
         if writer.is_sealed:
             writer.publish()
         if writer.is_sealed or writer.has_ended:
             return result_of(out_dir, place.out_dir)
-        results = _solve(source, recipe, layer_plan, calibration, writer, env)
+        results = _solve(run, writer)
         _phase(emit, "assembling the result")
-        result = QuantizeResult(
-            out_dir=out_dir,
-            average_bits=_average_bits(results),
-            weight_bytes=layer_plan.kept_bytes + sum(r.entry.num_bytes() for r in results),
-            source_bytes=layer_plan.source_bytes,
-            seconds=time.perf_counter() - started,
-            peak_memory_bytes=peak_memory(env.device),
-            device=env.device,
-            layers=results,
-        )
-        manifest = _manifest(source, recipe, layer_plan, results, calibration)
-        manifest = replace(manifest, digests=writer.digests())
-        files = source.companions()
-        about = _about(source, calibration, result)
-        files["README.md"] = model_card(manifest, source.public_name, about).encode()
-        names = sorted({*files, REPORT_NAME, CONFIG_NAME})
-        files[REPORT_NAME] = report_bytes(result, run=run_digest(fingerprint), files=names)
-        writer.finish(files, _config(source, manifest))
-    return result
+        return write_result(run, results, writer, out_dir=out_dir, started=started)
 
 
 def _phase(emit: Emit, name: str) -> None:
@@ -130,21 +117,13 @@ def _phase(emit: Emit, name: str) -> None:
 def _inputs(recipe: Recipe, calib_dir: Path | None) -> list[Path]:
     """Return what a run reads beside the model."""
     dataset = Path(recipe.calibration.dataset) if recipe.calibration else None
-    return [path for path in (calib_dir, dataset) if path is not None and path.exists()]
+    return [path for path in (calib_dir, dataset) if path is not None and os.path.exists(path)]  # noqa: PTH110
 
 
 def _check_room(place: Place, layer_plan: Plan, streams: int = 0) -> None:
     """Check the disk; the inputs of the blocks are gone before shards are assembled."""
     shard = min(layer_plan.total_bytes, MAX_SHARD_BYTES)
     check_free_space(place, layer_plan.total_bytes, besides=max(shard, streams))
-
-
-def _stream_bytes(source: ModelSource, recipe: Recipe, calibration: CalibrationSet | None) -> int:
-    """Return what the block inputs of both models take on disk, in float32."""
-    if calibration is None or recipe.calibration is None or recipe.calibration.cache != "disk":
-        return 0
-    width = source.weight_shape(source.adapter.embedding).in_features
-    return 2 * 4 * calibration.num_tokens * width
 
 
 def _warn_of_few_bits(layer_plan: Plan, recipe: Recipe, emit: Emit) -> None:
@@ -239,90 +218,8 @@ def calibrate(  # noqa: PLR0913 - what to draw from, where to, how
     )
 
 
-def _solve(
-    source: ModelSource,
-    recipe: Recipe,
-    layer_plan: Plan,
-    calibration: CalibrationSet | None,
-    writer: CheckpointWriter,
-    env: Env,
-) -> tuple[LayerResult, ...]:
-    section = recipe.calibration
-    if section is None or calibration is None:
-        return solve_data_free(source, layer_plan, writer, env)
-    return solve_calibrated(source, layer_plan, calibration, writer, env, section)
-
-
-def _fingerprint(
-    source: ModelSource, recipe: Recipe, calibration: CalibrationSet | None, env: Env
-) -> dict[str, Any]:
-    """Return all that decides the output: a resumed run must agree on it."""
-    chosen = recipe.model_dump(mode="json")
-    if recipe.calibration is not None:
-        del chosen["calibration"]["strict"]  # it ends a run, and decides nothing of its result
-    companions = {
-        name: sha256(content).hexdigest() for name, content in source.companions().items()
-    }
-    weights = files_digest(spec.file for spec in source.shards.specs.values())
-    return {
-        "recipe": chosen,
-        "model": {"config": dict(source.config), "files": companions, "weights": weights},
-        "calibration": calibration.digest() if calibration else None,
-        "device": env.device.partition(":")[0],
-        "version of qtool": qtool.__version__,
-    }
-
-
-def _manifest(
-    source: ModelSource,
-    recipe: Recipe,
-    layer_plan: Plan,
-    results: tuple[LayerResult, ...],
-    calibration: CalibrationSet | None,
-) -> Manifest:
-    layers = {result.name: result.entry for result in results}
-    if layer_plan.tied_head is not None:
-        table = layers[source.adapter.embedding]
-        layers[layer_plan.tied_head] = LayerEntry(
-            format=table.format,
-            scheme=table.scheme,
-            shape=table.shape,
-            method=table.method,
-            shared_with=source.adapter.embedding,
-        )
-    return Manifest(
-        tool_version=qtool.__version__,
-        recipe=recipe.model_dump(mode="json"),
-        layers=layers,
-        source=source.public_name,
-        calibration=calibration.digest() if calibration else None,
-    )
-
-
-def _about(
-    source: ModelSource, calibration: CalibrationSet | None, result: QuantizeResult
-) -> Provenance:
-    """Return what the model card says of a run."""
-    names = {"added_error": "error added to the outputs", "nmse": "error of the weights (NMSE)"}
-    values = {
-        name: [layer.metrics[key] for layer in result.layers if key in layer.metrics]
-        for key, name in names.items()
-    }
-    return Provenance(
-        licence=read_licence(source.directory),
-        calibration=calibration.provenance if calibration else {},
-        weight_bytes=result.weight_bytes,
-        source_bytes=result.source_bytes,
-        num_weights=sum(prod(spec.shape) for spec in source.shards.specs.values()),
-        errors={name: sum(found) / len(found) for name, found in values.items() if found},
-    )
-
-
-def _config(source: ModelSource, manifest: Manifest) -> dict[str, Any]:
-    config = {key: value for key, value in source.config.items() if key != "_name_or_path"}
-    return {**config, "quantization_config": manifest.to_config()}
-
-
-def _average_bits(results: tuple[LayerResult, ...]) -> float:
-    stored = sum(result.entry.num_bytes() for result in results)
-    return 8 * stored / sum(prod(result.entry.shape) for result in results)
+def _solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
+    section = run.recipe.calibration
+    if section is None or run.calibration is None:
+        return solve_data_free(run.source, run.plan, writer, run.env)
+    return solve_calibrated(run.source, run.plan, run.calibration, writer, run.env, section)

@@ -149,5 +149,7 @@ ALL = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ALL, ids=lambda s: "-".join(map(str, s)))
-def test_many_kills(run, llama, text_file, tmp_path, scenario):
-    assert kill_and_resume(run, scenario, 8, llama, text_file, tmp_path) >= 8
+def test_many_kills(run, llama, text_file, tmp_path, record_property, scenario):
+    kills = kill_and_resume(run, scenario, 8, llama, text_file, tmp_path)
+    record_property("kills", kills)  # --junitxml adds them up
+    assert kills >= 8

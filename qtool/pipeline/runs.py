@@ -1,0 +1,145 @@
+"""One run of `quantize`: all that decides its result, and how the result is written."""
+
+import time
+from dataclasses import dataclass
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import qtool
+from qtool.base import Env
+from qtool.checkpoint.manifest import LayerEntry, Manifest
+from qtool.checkpoint.marks import CONFIG_NAME, REPORT_NAME
+from qtool.checkpoint.writer import CheckpointWriter
+from qtool.data.calibration import CalibrationSet
+from qtool.modeling.card import Provenance, model_card, read_licence
+from qtool.modeling.source import ModelSource
+from qtool.pipeline.reports import QuantizeResult, report_bytes
+from qtool.recipe.schema import Recipe
+from qtool.stages.memory import peak_memory
+from qtool.stages.plan import Plan
+from qtool.stages.solve import LayerResult
+from qtool.storage.digests import files_digest
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is quantized, how, with which samples, and where it is computed."""
+
+    source: ModelSource
+    recipe: Recipe
+    plan: Plan
+    calibration: CalibrationSet | None
+    env: Env
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return all that decides the output: a resumed run must agree on it.
+
+        Raises:
+            OSError: a file of the model can't be read.
+        """
+        chosen = self.recipe.model_dump(mode="json")
+        if self.recipe.calibration is not None:
+            del chosen["calibration"]["strict"]  # it ends a run, and decides nothing of its result
+        companions = self.source.companions().items()
+        return {
+            "recipe": chosen,
+            "model": {
+                "config": dict(self.source.config),
+                "files": {name: sha256(content).hexdigest() for name, content in companions},
+                "weights": files_digest(s.file for s in self.source.shards.specs.values()),
+            },
+            "calibration": self.calibration.digest() if self.calibration else None,
+            "device": self.env.device.partition(":")[0],
+            "version of qtool": qtool.__version__,
+        }
+
+    def stream_bytes(self) -> int:
+        """Return what the block inputs of both models take on disk, in float32."""
+        section = self.recipe.calibration
+        if self.calibration is None or section is None or section.cache != "disk":
+            return 0
+        width = self.source.weight_shape(self.source.adapter.embedding).in_features
+        return 2 * 4 * self.calibration.num_tokens * width
+
+
+def write_result(
+    run: Run,
+    results: tuple[LayerResult, ...],
+    writer: CheckpointWriter,
+    *,
+    out_dir: Path,
+    started: float,
+) -> QuantizeResult:
+    """Write all files of the result and give it its name.
+
+    Args:
+        run: What was run.
+        results: Of its layers.
+        writer: Has the layers and the tensors that were copied.
+        out_dir: As the user names it.
+        started: When, by `time.perf_counter`.
+
+    Raises:
+        QtoolError: see `CheckpointWriter.finish`.
+    """
+    stored = sum(result.entry.num_bytes() for result in results)
+    result = QuantizeResult(
+        out_dir=out_dir,
+        average_bits=8 * stored / sum(prod(result.entry.shape) for result in results),
+        weight_bytes=run.plan.kept_bytes + stored,
+        source_bytes=run.plan.source_bytes,
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory(run.env.device),
+        device=run.env.device,
+        layers=results,
+    )
+    manifest = _manifest(run, results, writer.digests())
+    files = run.source.companions()
+    card = model_card(manifest, run.source.public_name, _about(run, result))
+    files["README.md"] = card.encode()
+    names = sorted({*files, REPORT_NAME, CONFIG_NAME})
+    files[REPORT_NAME] = report_bytes(result, run=writer.run_digest, files=names)
+    config = {key: value for key, value in run.source.config.items() if key != "_name_or_path"}
+    writer.finish(files, {**config, "quantization_config": manifest.to_config()})
+    return result
+
+
+def _manifest(run: Run, results: tuple[LayerResult, ...], digests: dict[str, str]) -> Manifest:
+    layers = {result.name: result.entry for result in results}
+    if run.plan.tied_head is not None:
+        embedding = run.source.adapter.embedding
+        table = layers[embedding]
+        layers[run.plan.tied_head] = LayerEntry(
+            format=table.format,
+            scheme=table.scheme,
+            shape=table.shape,
+            method=table.method,
+            shared_with=embedding,
+        )
+    return Manifest(
+        tool_version=qtool.__version__,
+        recipe=run.recipe.model_dump(mode="json"),
+        layers=layers,
+        source=run.source.public_name,
+        calibration=run.calibration.digest() if run.calibration else None,
+        digests=digests,
+    )
+
+
+def _about(run: Run, result: QuantizeResult) -> Provenance:
+    """Return what the model card says of a run."""
+    names = {"added_error": "error added to the outputs", "nmse": "error of the weights (NMSE)"}
+    values = {
+        name: [layer.metrics[key] for layer in result.layers if key in layer.metrics]
+        for key, name in names.items()
+    }
+    return Provenance(
+        licence=read_licence(run.source.directory),
+        calibration=run.calibration.provenance if run.calibration else {},
+        weight_bytes=result.weight_bytes,
+        source_bytes=result.source_bytes,
+        num_weights=sum(prod(spec.shape) for spec in run.source.shards.specs.values()),
+        errors={name: sum(found) / len(found) for name, found in values.items() if found},
+    )
