@@ -5,6 +5,7 @@ way, as transformers does, goes through them as well.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -38,7 +39,7 @@ class CheckpointReader:
         Raises:
             CheckpointError: it is missing, incomplete, damaged, or not qtool's.
         """
-        if not directory.is_dir():
+        if not os.path.isdir(directory):  # noqa: PTH112 - says no to what can't be a path
             raise CheckpointError(f"No checkpoint directory {directory}.")
         self.directory = directory
         self.config: dict[str, Any] = read_json(directory / "config.json")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qtool.base import Emit
 from qtool.errors import DataError
+from qtool.storage.jsonl import check_file
 
 if TYPE_CHECKING:
     from qtool.recipe.schema import CalibrationSection
@@ -23,15 +24,15 @@ def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iter
         BackendError: torch doesn't have the device.
     """
     from qtool.modeling.demo import demo_file
-    from qtool.modeling.locate import HUB_ID, locate
+    from qtool.modeling.locate import local_path
 
     named = [model for model in models if model]
     emit("phase", {"name": f"opening {' and '.join(named)}" if named else "loading torch"})
     for model in named:
         if model.startswith("demo:"):
             demo_file(model, emit)
-        elif not model.endswith(".gguf") and not HUB_ID.fullmatch(model):
-            locate(model)  # a hub id is asked for later, a GGUF file converted
+        else:
+            local_path(model)  # a hub id is asked for later, a GGUF file converted
     from qtool.modeling.device import use_device  # torch: slow
 
     with use_device(device):
@@ -44,11 +45,15 @@ def check_directory(calib_dir: Path | None) -> None:
     Raises:
         DataError: it isn't one.
     """
-    if calib_dir is not None and not (calib_dir / SAMPLES).is_file():
+    if calib_dir is None:
+        return
+    try:
+        check_file(calib_dir / SAMPLES)
+    except DataError as error:
         raise DataError(
-            f"{calib_dir} is no calibration directory: it has no {SAMPLES}. "
+            f"{calib_dir} is no calibration directory: {error} "
             f"`qtool calibrate MODEL {calib_dir}` makes one."
-        )
+        ) from error
 
 
 def check_texts(section: "CalibrationSection | None") -> None:
@@ -60,11 +65,15 @@ def check_texts(section: "CalibrationSection | None") -> None:
     if section is None:
         return
     from qtool.data.corpora import bundled, open_dataset
-    from qtool.data.documents import HUB_PREFIX
+    from qtool.data.documents import HUB_PREFIX, JSONL_SUFFIXES
     from qtool.data.lengths import check_known
 
     if section.sequence_length == "match":
         check_known(section.tasks)
     name = section.dataset
-    if not (name.startswith(HUB_PREFIX) or name in bundled() or Path(name).is_file()):
+    if name.startswith(HUB_PREFIX) or name in bundled():
+        return
+    if name.endswith((".txt", *JSONL_SUFFIXES)):
+        check_file(Path(name))
+    else:
         open_dataset(name)  # raises, and says why

@@ -1,5 +1,6 @@
 """Options that several commands share, and what is wrong with them before torch is imported."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ def check_targets(targets: Sequence[Path | None]) -> None:
     files = [target for target in targets if target is not None]
     if sum(str(file) == "-" for file in files) > 1:
         raise typer.BadParameter("--json and --markdown can't both be -: stdout takes one.")
-    if len({file.resolve() for file in files}) < len(files):
+    if len({os.path.realpath(file) for file in files}) < len(files):
         raise typer.BadParameter(
             f"Two results can't go to {files[-1]}: the second would replace the first. Give each "
             "a file of its own."

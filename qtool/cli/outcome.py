@@ -1,19 +1,18 @@
 """What a command ends with: its exit code, and one line where something is wrong."""
 
-import errno
 import logging
 import os
 import sys
 from collections.abc import Callable
 from typing import TextIO
 
+from qtool.checkpoint.place import FULL
 from qtool.cli.console import print_error
 from qtool.errors import QtoolError, UnknownNameError
 from qtool.plugins import describe_miss
 
 INTERRUPTED = 130
 LOG_LEVELS = ("debug", "info", "warning")
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 FULL_MEMORY = ("CUDA out of memory", "can't allocate memory", "CUDA error: out of memory")
 
 
@@ -50,9 +49,11 @@ def explain(error: Exception) -> str:
     """Return what to tell a user about an error that nothing below has explained."""
     if isinstance(error, QtoolError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in FULL_DISK:
+    if isinstance(error, OSError) and error.errno in FULL:
         where = f" where {error.filename} is" if error.filename else ""
         return f"The disk is full{where}. Free some space and give the same command again."
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename} can't be read or written: {error.strerror}."
     if isinstance(error, MemoryError) or _is_full_memory(error):
         return (
             "Out of memory. Use a machine or card with more of it, --device cpu in place of a "

@@ -40,9 +40,11 @@ def check_no_calibration(
         OutputError: there are some, or something else is in the way.
     """
     try:
-        if directory.exists() and not directory.is_dir():
+        if os.path.lexists(directory) and not directory.is_dir():
             raise OutputError(f"{directory} is a file. Name a directory for the calibration data.")
-        if model_directory is not None and directory.resolve() == model_directory.resolve():
+        if model_directory is not None and os.path.realpath(directory) == os.path.realpath(
+            model_directory
+        ):
             raise OutputError(f"{directory} is the model's own directory. Name another one.")
         found = [name for name in NAMES if os.path.lexists(directory / name)]
     except OSError as error:
@@ -61,12 +63,9 @@ def check_no_calibration(
 def _is_ours(directory: Path) -> bool:
     """Return whether a directory has what only `save_calibration` writes, maybe damaged since."""
     try:
-        about = json_value(
-            read_text(directory / ABOUT_NAME, most_bytes=MOST_ABOUT_BYTES), ABOUT_NAME
-        )
+        return {"digest", "tokenizer", "samples wanted"} <= _about(directory).keys()
     except DataError:
         return False
-    return {"digest", "tokenizer", "samples wanted"} <= about.keys()
 
 
 def save_calibration(

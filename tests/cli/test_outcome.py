@@ -10,7 +10,7 @@ import pytest
 
 from qtool import pipeline
 from qtool.cli.outcome import explain
-from tests.cli.conftest import Cli
+from tests.cli.conftest import Cli, Done
 from tests.cli.test_errors import one_line
 
 
@@ -111,7 +111,7 @@ def test_calibration_is_not_replaced_unasked(cli: Cli, llama, tmp_path):
     ("options", "words"),
     [
         (["--calibration", "nowhere"], "nowhere is no calibration directory"),
-        (["--set", "calibration.dataset=no.txt"], "No text file no.txt"),
+        (["--set", "calibration.dataset=no.txt"], "No file no.txt"),
         (["--set", "calibration.dataset=wikitext3"], "wikitext3"),
     ],
 )
@@ -160,3 +160,38 @@ def test_bench_says_that_no_original_is_beside_it(cli: Cli, checkpoint):
     assert done.code == 0, done.err
     assert "No original is beside it" in done.out
     assert "--baseline MODEL" in done.out
+
+
+def test_error_of_the_system_names_its_file():
+    error = PermissionError(errno.EACCES, "Permission denied", "/a/b")
+    assert explain(error) == "/a/b can't be read or written: Permission denied."
+
+
+def refused(done: Done, *words: str) -> None:
+    one_line(done, *words)
+    assert "Internal error" not in done.err
+
+
+@pytest.mark.parametrize("long", ["x" * 300, "x" * 300 + ".txt", "x" * 300 + ".gguf"])
+def test_name_too_long_for_a_file_is_one_line(cli: Cli, llama, tmp_path, long):
+    out_dir = tmp_path / "out"
+    quantize = ["quantize", "--method", "rtn"]
+    refused(cli(*quantize, "--calibration", tmp_path / long, llama, out_dir))
+    refused(cli(*quantize, "--set", f"calibration.dataset={long}", llama, out_dir))
+    refused(cli(*quantize, "--recipe", f"{long}.yaml", llama, out_dir), "long")
+    refused(cli(*quantize, "--json", tmp_path / long, llama, out_dir), "long")
+    refused(cli(*quantize, llama, tmp_path / long), "long")
+    refused(cli(*quantize, long, out_dir))
+    refused(cli("calibrate", llama, tmp_path / long))
+    refused(cli("inspect", tmp_path / long))
+    refused(cli("bench", tmp_path / long))
+    refused(cli("eval", llama, "--dataset", tmp_path / long))
+
+
+@pytest.mark.parametrize("name", ["loop", "loop/file"])
+def test_link_in_a_circle_is_one_line(cli: Cli, llama, tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    refused(cli("inspect", tmp_path / name))
+    refused(cli("inspect", tmp_path, "--json", tmp_path / name))
+    refused(cli("calibrate", llama, tmp_path / name))
+    refused(cli("quantize", "--method", "rtn", llama, tmp_path / name))

@@ -1,5 +1,6 @@
 """Calibration directories: whole, never replaced unasked, nothing in them trusted blindly."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -170,3 +171,16 @@ def test_any_numbers_are_samples_or_one_sentence(tmp_path_factory, tokenizer, to
     (directory / files.ABOUT_NAME).write_text(json.dumps({"digest": "x"}))
     with pytest.raises(QtoolError):
         files.load_calibration(directory, tokenizer)
+
+
+def test_json_of_others_is_left_alone(tmp_path):
+    (tmp_path / files.ABOUT_NAME).write_text("[]")
+    with pytest.raises(OutputError, match=r"has a file calibration\.json but no calibration data"):
+        files.check_no_calibration(tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["loop", "loop/inside"])
+def test_link_that_leads_nowhere_is_refused_or_not_yet_there(tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    with contextlib.suppress(OutputError):
+        files.check_no_calibration(tmp_path / name, model_directory=tmp_path)

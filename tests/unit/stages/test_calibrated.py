@@ -100,7 +100,7 @@ def test_data_lowers_the_error_of_the_outputs(llama, text_file, tmp_path):
     ("calibration", "message"),
     [
         ({"dataset": "no-such-text"}, "Known: wikitext2-test"),
-        ({"dataset": "missing.txt"}, "No text file"),
+        ({"dataset": "missing.txt"}, "No file missing.txt"),
         ({"sequence_length": 10_000}, "10000"),
     ],
 )
