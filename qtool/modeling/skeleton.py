@@ -117,6 +117,11 @@ def _renamed(
             renamed, targets = name, ()
         if targets:
             merged.update(targets, [name])
+        elif renamed in found:
+            raise CheckpointError(
+                f"Both {shown(found[renamed])} and {shown(name)} are stored, and the model reads "
+                f"both as {renamed}. Remove those that aren't meant from the files."
+            )
         elif renamed in wanted:
             found[renamed] = name
     return found, merged

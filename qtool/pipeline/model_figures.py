@@ -11,6 +11,7 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards, read_json
 from qtool.errors import CheckpointError, ModelError
 from qtool.evaluation.perplexity import PerplexityResult
+from qtool.modeling.config import read_config
 
 BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "I8": 8, "U8": 8}
 BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "BOOL": 8}
@@ -37,9 +38,9 @@ def figures_of(name: str, directory: Path) -> ModelFigures:
         CheckpointError: files are missing or damaged.
         ModelError: another tool has quantized it.
     """
-    config = read_json(directory / "config.json").get("quantization_config")
-    if config and not (isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD):
-        method = config.get("quant_method") if isinstance(config, dict) else None
+    config = read_config(directory).get("quantization_config")
+    if config and config.get("quant_method") != QUANT_METHOD:
+        method = config.get("quant_method")
         raise ModelError(
             f"{name} was quantized by another tool ({method or 'unknown'}), and qtool can't "
             "measure that. Give the original or a model that qtool has quantized."

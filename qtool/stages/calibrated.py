@@ -85,7 +85,7 @@ def solve_calibrated(
         if layer.role != "block":
             results.append(solve_one(source, layer, writer, env))
             announce(env, results[-1], len(results), len(plan.layers))
-    copy_kept(source, plan, writer)
+    copy_kept(source, plan, writer, env)
     return tuple(results)
 
 
