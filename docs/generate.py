@@ -55,8 +55,8 @@ def cli_page() -> str:
         "# Commands",
         "",
         NOTE,
-        "Exit codes: 0 done, 1 a qtool error (one line on stderr), 2 wrong usage, 130 interrupted.",
-        "Results go to stdout; progress and errors go to stderr.",
+        "Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted; 3 is",
+        "reserved. Results go to stdout; progress and errors go to stderr.",
     ]
     for command in ("", *(str(command.name) for command in app.registered_commands)):
         lines += ["", f"## {' '.join(('qtool', command)).strip()}", ""]

@@ -63,6 +63,11 @@ DEVICE void flush(float *sums, const int (*c)[4], float sum, const u32 *scales) 
         u32 pair = scales[PLANES];
         low_rest = half_to_float((u16)(pair & 0xffffu)), high_rest = half_to_float((u16)(pair >> 16));
     }
+    if (OFFSET == 2) {
+        u32 pair = scales[0];
+        low_rest *= half_to_float((u16)(pair & 0xffffu)) * per_center(PLANES);
+        high_rest *= half_to_float((u16)(pair >> 16)) * per_center(PLANES);
+    }
 #pragma unroll
     for (int plane = 0; plane < PLANES; ++plane) {
         u32 pair = scales[plane];

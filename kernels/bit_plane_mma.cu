@@ -64,6 +64,11 @@ DEVICE void flush(float *sums, const float (*c)[TILES_OF_COLUMNS][4], const floa
     for (int i = 0; i < PARAMETERS; ++i) {
         u32 pair = scales[i];
         float low = half_to_float((u16)(pair & 0xffffu)), high = half_to_float((u16)(pair >> 16));
+        if (OFFSET == 2 && i == PLANES) {
+            u32 first = scales[0];
+            low *= half_to_float((u16)(first & 0xffffu)) * per_center(PLANES);
+            high *= half_to_float((u16)(first >> 16)) * per_center(PLANES);
+        }
 #pragma unroll
         for (int tile = 0; tile < TILES_OF_COLUMNS; ++tile) {
             const float *value = i < PLANES ? c[i < PLANES ? i : 0][tile] : start[tile];

@@ -2,7 +2,8 @@
 // it travels to them. The kernel itself is in bit_planes_kernel.cuh, the product in the files that
 // include both.
 //
-// Compile-time: PLANES 1..8, GROUP (inputs per group, a multiple of 32), OFFSET 0/1, WARPS, BLOCKS
+// Compile-time: PLANES 1..8, GROUP (inputs per group, a multiple of 32), OFFSET (0: none; 1: an offset
+// beside the scales; 2: the center of an affine weight, see per_center), WARPS, BLOCKS
 // (that share a multiprocessor), STAGES (units of a warp in shared memory, 2 or more), COLUMNS (tokens
 // of a block), EPILOGUE (0: y; 1: y + residual; 2: silu(gate) * up, rows of a tile are 8 of gate, 8 of
 // up), ALIGNED (1: in_features is a multiple of 8), ACTIVATION_BF16.
@@ -16,7 +17,7 @@
 // begun no later: no deadlock. All sums have a fixed order.
 
 #define THREADS (WARPS * WARP)
-#define PARAMETERS (PLANES + OFFSET)
+#define PARAMETERS (PLANES + (OFFSET != 0))
 #define PART (TILE_ROWS * COLUMNS)
 // Groups and units divide one another: where a group begins is known to the compiler.
 #define REGULAR (GROUP % UNIT == 0 || UNIT % GROUP == 0)

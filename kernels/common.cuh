@@ -167,6 +167,11 @@ DEVICE u32 shuffle_down(u32 value, int lanes) {
 // 2^exponent for -126 <= exponent <= 127.
 DEVICE float power_of_two(int exponent) { return float_of_bits((u32)(exponent + 127) << 23); }
 
+// What turns scale * center into the offset of an affine weight, `scale` being that of its first plane,
+// `center` what the middle of its codes is above the zero point: a half-integer, which float16 holds
+// as it is where it would round the offset.
+DEVICE float per_center(int planes) { return power_of_two(2 - planes); }
+
 DEVICE float bfloat_to_float(u16 bits) { return float_of_bits((u32)bits << 16); }
 
 // Both float16 of a word, added in float32.

@@ -2,15 +2,21 @@
 // of bit_plane_mma.cu. A warp takes one unit (16 rows x 256 inputs); a lane owns eight neighbouring inputs
 // of two rows in each block of 32, so it writes 16 bytes at a time.
 //
-// Compile-time: PLANES, GROUP (multiple of 32), OFFSET, ACTIVATION_BF16.
+// Compile-time: PLANES, GROUP (multiple of 32), OFFSET (as in bit_planes.cuh), ACTIVATION_BF16.
 
-#define PARAMETERS (PLANES + OFFSET)
+#define PARAMETERS (PLANES + (OFFSET != 0))
 #define WARPS 4
 #define THREADS (WARPS * WARP)
 
 DEVICE float parameter(const u32 *pairs, int index, int upper_row) {
     u32 pair = pairs[index];
     return half_to_float((u16)(upper_row ? pair >> 16 : pair & 0xffffu));
+}
+
+DEVICE float offset_of(const u32 *pairs, int upper_row) {
+    if (OFFSET == 0) return 0.0f;
+    float value = parameter(pairs, PLANES, upper_row);
+    return OFFSET == 1 ? value : value * (parameter(pairs, 0, upper_row) * per_center(PLANES));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -46,7 +52,7 @@ dequantize(const quad *planes, // [row_tiles][units][PLANES][32]
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     int bit = 16 * half + 8 * (block & 1) + 2 * pair + r;
-                    float value = OFFSET ? parameter(pairs, PLANES, r) : 0.0f;
+                    float value = offset_of(pairs, r);
 #pragma unroll
                     for (int plane = 0; plane < PLANES; ++plane) {
                         float scale = parameter(pairs, plane, r);
@@ -88,7 +94,7 @@ gather_rows(const u32 *planes, // the same words, one by one
         int lane = 4 * g + ((k >> 3) & 3), word = (k & 255) >> 6;
         int bit = 16 * (k & 1) + 8 * ((k >> 5) & 1) + 2 * ((k >> 1) & 3) + r;
         const u32 *pairs = scales + (((u64)tile * groups + k / GROUP) * 8 + g) * PARAMETERS;
-        float value = OFFSET ? parameter(pairs, PLANES, r) : 0.0f;
+        float value = offset_of(pairs, r);
         for (int plane = 0; plane < PLANES; ++plane) {
             u64 place = (((u64)tile * units + k / UNIT) * PLANES + plane) * WARP + lane;
             float scale = parameter(pairs, plane, r);

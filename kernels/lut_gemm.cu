@@ -192,13 +192,17 @@ lut_gemm(const Piece *planes, // [PLANES][out_features][ROW_PIECES]
         row = step < steps - 1 ? step * ROWS : rows - ROWS;
         Place place = of_row(top, row);
         for (u32 plane = 0; plane < PLANES; ++plane, to_next_plane(place, rows)) {
-            for (u32 i = 0; i < ROWS; ++i)
-                sum[i] += half_to_float(now.scale[plane][i]) *
-                          look_up(shared, now.piece[plane][i], lane);
+            for (u32 i = 0; i < ROWS; ++i) {
+                float scale = half_to_float(now.scale[plane][i]);
+                sum[i] += scale * look_up(shared, now.piece[plane][i], lane);
+                if (OFFSET == 2 && plane == 0)
+                    sum[i] += half_to_float(now.offset[i]) * (scale * per_center(PLANES)) * total;
+            }
             if (step < steps) load_plane(now, plane, place);
         }
         if (OFFSET) {
-            for (u32 i = 0; i < ROWS; ++i) sum[i] += half_to_float(now.offset[i]) * total;
+            for (u32 i = 0; i < ROWS && OFFSET == 1; ++i)
+                sum[i] += half_to_float(now.offset[i]) * total;
             if (step < steps) load_offsets(now, place);
         }
         float whole = add_lanes(sum, lane);

@@ -10,10 +10,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 sign_flip(const u32 *planes,     // [num_bits][out_features][words], bit 0 = lowest input
           const u16 *scales,     // [num_bits][parameters of one plane]
           const u16 *offsets,    // [parameters of one plane]; null: symmetric
+                                 // centered: centers of an affine weight, see per_center
           const u16 *x,          // [batch][in_features]
           u16 *y,                // [batch][out_features]
           int out_features, int in_features, int words, int num_bits, int group_size, int num_groups,
-          int along_inputs) {    // 1: groups along in_features, parameters [out_features][num_groups];
+          int centered, int along_inputs) { // 1: groups along in_features, parameters [out_features][num_groups];
                                  // 0: along out_features, parameters [num_groups][in_features]
     let_next_start();
     wait_for_previous();
@@ -26,6 +27,7 @@ sign_flip(const u32 *planes,     // [num_bits][out_features][words], bit 0 = low
             u64 at = along_inputs ? (u64)row * num_groups + k / group_size
                                   : (u64)(row / group_size) * in_features + k;
             float weight = offsets ? half_to_float(offsets[at]) : 0.0f;
+            if (centered) weight *= half_to_float(scales[at]) * per_center(num_bits);
             for (int plane = 0; plane < num_bits; ++plane) {
                 u32 word = planes[((u64)plane * out_features + row) * words + k / 32];
                 float scale = half_to_float(scales[plane * per_plane + at]);

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Statistic = Literal["hessian", "input_absmax", "inputs"]
+Statistic = Literal["hessian"]
 DType = Literal["int32", "float16", "bfloat16", "float32"]
 Emit = Callable[[str, Mapping[str, Any]], None]
 """Receives progress and metrics as (event name, values); the CLI renders, tests collect."""
@@ -34,6 +34,8 @@ class PartSpec:
 
     dtype: DType
     shape: tuple[int, ...]
+    lowest: float = float("-inf")
+    """No stored value is below; none is infinite or NaN."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ QtoolError                 base; the CLI prints it as one line and exits with 1
 A message says what is wrong, where, what is allowed, and what to do next.
 """
 
+from qtool.extras import install_line
+
 
 class QtoolError(Exception):
     """Base of all errors that the command line turns into one line."""
@@ -57,7 +59,7 @@ class MissingExtraError(QtoolError):
     """An optional dependency isn't installed."""
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs the '{extra}' extra. Run: pip install 'qtool[{extra}]'")
+        super().__init__(f"{what} needs the '{extra}' extra. Run: {install_line(extra)}")
 
 
 class NotYetError(QtoolError):

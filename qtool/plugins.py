@@ -13,6 +13,8 @@ from typing import TypeVar
 from qtool.errors import UnknownNameError
 
 T = TypeVar("T")
+LONGEST_SHOWN = 100
+"""Characters of an unknown name in a message."""
 
 
 def names(package: ModuleType) -> tuple[str, ...]:
@@ -45,6 +47,7 @@ def load(package: ModuleType, name: str, constant: str, kind: type[T]) -> T:
 
 def describe_miss(name: str, known: tuple[str, ...], where: str) -> str:
     """Return the sentence for an unknown name: the nearest known one, then all of them."""
-    near = difflib.get_close_matches(name, known, n=1)
+    shown = " ".join(name.split())[:LONGEST_SHOWN]
+    near = difflib.get_close_matches(shown, known, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    return f"No '{name}' in {where}.{hint} Known: {', '.join(known)}."
+    return f"No '{shown}' in {where}.{hint} Known: {', '.join(known)}."

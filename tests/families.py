@@ -24,9 +24,24 @@ DEFAULTS: Mapping[str, Any] = {
 # What a family calls otherwise, or needs besides; a family that isn't here takes the defaults.
 DIFFERENT: Mapping[str, Mapping[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4},
+    "codegen": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, "rotary_dim": 8},
     "gemma": {"head_dim": 16},
     "gemma3_text": {"head_dim": 16},
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, "n_inner": 96},
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 1]],
+        "num_heads": 4,
+        "num_layers": 2,
+        "window_size": 16,
+    },
+    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, "rotary_dim": 8},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "qwen2_moe": {"moe_intermediate_size": 32, "num_experts": 4},
     "qwen3": {"head_dim": 16},

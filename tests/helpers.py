@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qtool.base import LayerProblem, QuantizedTensor
 from qtool.checkpoint.manifest import codec
+from qtool.core import moments
 from qtool.recipe.load import recipe_from_mapping
 from qtool.recipe.schema import Recipe
 from qtool.scheme import WeightScheme
@@ -26,14 +27,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def statistics(names: Iterable[str], in_features: int, seed: int = 7) -> dict[Any, Tensor]:
-    """Return the statistics of correlated inputs, those that `names` asks for."""
+    """Return the statistics of correlated inputs that `names` asks for, as a run makes them."""
     mixing = torch.eye(in_features) + 0.1 * normal(in_features, in_features, seed=seed)
     inputs = normal(4 * in_features, in_features, seed=seed + 1) @ mixing
-    known = {
-        "hessian": 2 * inputs.T @ inputs / len(inputs),
-        "input_absmax": inputs.abs().amax(0),
-        "inputs": inputs,
-    }
+    sums = moments.zeros(in_features, None, device=inputs.device, for_errors=False)
+    for batch in inputs.split(in_features):
+        sums.add(batch, torch.zeros_like(batch), None)
+    known = {"hessian": sums.means().inputs}
     return {name: known[name] for name in names}
 
 

@@ -1,8 +1,10 @@
 """Manifest: what `quantization_config` in config.json says. docs/format.md, section 2."""
 
+import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from math import prod
+from types import NoneType
 from typing import Any
 
 import qtool.formats
@@ -14,6 +16,15 @@ from qtool.scheme import Shape2D, WeightScheme
 FORMAT_VERSION = 1
 QUANT_METHOD = "qtool"
 DTYPE_BYTES = {"int32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
+MAX_SIZE = 2**31 - 1
+"""Of a dimension or a group: what 32 bits hold."""
+JSON_NAMES = {
+    str: "text",
+    int: "a whole number",
+    bool: "true or false",
+    dict: "an object",
+    NoneType: "null",
+}
 
 
 def codec(format_name: str) -> Codec:
@@ -92,53 +103,117 @@ def _entry_to_json(entry: LayerEntry) -> dict[str, Any]:
     return {**value, "shared_with": entry.shared_with} if entry.shared_with else value
 
 
-def manifest_from_config(config: Mapping[str, Any], where: str) -> Manifest:
-    """Parse `quantization_config`.
+def manifest_from_config(config: object, where: str) -> Manifest:
+    """Parse `quantization_config`. A value of another type than the format's is refused.
 
     Args:
-        config: The JSON object.
+        config: What JSON gave.
         where: The file, for messages.
 
     Raises:
         CheckpointError: it isn't qtool's, is newer than this version, or is damaged.
     """
-    if config.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(
-            f"{where}: quant_method is {config.get('quant_method')!r}, not 'qtool'."
-        )
+    if not isinstance(config, Mapping) or config.get("quant_method") != QUANT_METHOD:
+        found = config.get("quant_method") if isinstance(config, Mapping) else config
+        raise CheckpointError(f"{where}: quant_method is {_shown(found)}, not 'qtool'.")
     version = config.get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
-            f"{where}: format_version is {version!r}; this qtool reads 1 to {FORMAT_VERSION}. "
-            "Upgrade qtool."
+            f"{where}: format_version is {_shown(version)}; this qtool reads 1 to "
+            f"{FORMAT_VERSION}. Upgrade qtool."
         )
     try:
-        layers = {name: _entry_from_json(value) for name, value in config["layers"].items()}
         return Manifest(
-            tool_version=str(config["tool_version"]),
-            recipe=config["recipe"],
-            layers=layers,
-            source=config.get("source"),
-            calibration=config.get("calibration"),
+            tool_version=_value(config, "tool_version", str),
+            recipe=_value(config, "recipe", dict),
+            layers={
+                name: _entry_from_json(name, value)
+                for name, value in _value(config, "layers", dict).items()
+            },
+            source=_value(config, "source", str, NoneType),
+            calibration=_value(config, "calibration", str, NoneType),
             format_version=version,
-            digests=dict(config.get("digests", {})),
+            digests=_digests(config),
         )
-    except (KeyError, TypeError, AttributeError, ValueError, QtoolError) as error:
-        raise CheckpointError(f"{where}: quantization_config is damaged: {error!r}.") from error
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{where}: quantization_config is damaged: {error}. Copy the checkpoint again."
+        ) from error
 
 
-def _entry_from_json(value: Mapping[str, Any]) -> LayerEntry:
-    sizes: list[Any] = value["shape"]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise CheckpointError(f"shape is {value['shape']}; two positive whole numbers are meant")
-    entry = LayerEntry(
-        format=value["format"],
-        scheme=WeightScheme(**value["scheme"]),
-        shape=Shape2D(*sizes),
-        method=value["method"],
-        shared_with=value.get("shared_with"),
-    )
-    known, stored = codec(entry.format).version, value["codec_version"]
-    if type(stored) is not int or not 1 <= stored <= known:
-        raise CheckpointError(f"codec {entry.format} is version {stored!r}, known 1 to {known}")
+def _entry_from_json(name: str, value: object) -> LayerEntry:
+    """Parse one entry; the message begins with the layer and ends without a full stop."""
+    if not name or not name.isprintable():
+        raise CheckpointError(f"{_shown(name)} is no name of a layer")
+    try:
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"it is {_shown(value)}, no object")
+        entry = LayerEntry(
+            format=_value(value, "format", str),
+            scheme=_scheme_from_json(_value(value, "scheme", dict)),
+            shape=_shape_from_json(value.get("shape")),
+            method=_value(value, "method", str),
+            shared_with=_value(value, "shared_with", str, NoneType),
+        )
+        known, stored = codec(entry.format).version, _value(value, "codec_version", int)
+        if not 1 <= stored <= known:
+            raise CheckpointError(
+                f"codec {entry.format} is version {_shown(stored)}, known 1 to {known}"
+            )
+        entry.layout()
+    except QtoolError as error:
+        raise CheckpointError(f"layer {name}: {str(error).rstrip('.')}") from error
     return entry
+
+
+def _scheme_from_json(value: Mapping[str, Any]) -> WeightScheme:
+    keys = {field.name for field in fields(WeightScheme)}
+    if value.keys() != keys:
+        wrong = sorted(value.keys() ^ keys)[0]
+        state = "unknown" if wrong in value else "missing"
+        raise CheckpointError(f"the key {_shown(wrong)} of scheme is {state}")
+    scheme = WeightScheme(
+        num_bits=_value(value, "num_bits", int),
+        group_size=_value(value, "group_size", int, NoneType),
+        group_dim=_value(value, "group_dim", str),
+        symmetric=_value(value, "symmetric", bool),
+    )
+    if scheme.group_size is not None and scheme.group_size > MAX_SIZE:
+        raise CheckpointError(f"group_size is {_shown(scheme.group_size)}, beyond {MAX_SIZE}")
+    return scheme
+
+
+def _shape_from_json(value: object) -> Shape2D:
+    sizes = value if isinstance(value, list) else []
+    if len(sizes) != len(Shape2D._fields) or not all(
+        type(size) is int and 0 < size <= MAX_SIZE for size in sizes
+    ):
+        raise CheckpointError(f"shape is {_shown(value)}; two positive whole numbers are meant")
+    return Shape2D(*sizes)
+
+
+def _digests(config: Mapping[str, Any]) -> dict[str, str]:
+    digests = config.get("digests", {})
+    if not isinstance(digests, dict) or not all(type(hex_) is str for hex_ in digests.values()):
+        raise CheckpointError("digests must map names of tensors to text")
+    return digests
+
+
+def _value(values: Mapping[str, Any], key: str, *kinds: type) -> Any:  # noqa: ANN401
+    """Return a value of exactly one of some types: JSON's true isn't 1, and 4.0 isn't 4.
+
+    A key that may be null may be left out.
+    """
+    if key not in values and NoneType not in kinds:
+        raise CheckpointError(f"{key} is missing")
+    value = values.get(key)
+    if type(value) not in kinds:
+        allowed = " or ".join(JSON_NAMES[kind] for kind in kinds)
+        raise CheckpointError(f"{key} is {_shown(value)}; {allowed} is meant")
+    return value
+
+
+def _shown(value: object) -> str:
+    """Return a foreign value for a message: one line, of bounded length."""
+    text = reprlib.repr(value)
+    return text if text.isprintable() else ascii(text)

@@ -7,6 +7,7 @@ files out of `OUT_DIR/.partial`.
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ ASIDE_BYTES = len(".replaced-") + 8
 """What the longest name that is made beside OUT_DIR adds to its name."""
 IGNORED = ("lost+found", INSIDE)
 """Not the user's: what ext4 puts into a volume, and our own work, which is checked by itself."""
+HALF_JOB = re.compile(re.escape(JOB_NAME) + r"\.[0-9a-f]{12}\.partial")
+"""As `written_whole` calls what it hasn't finished."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -166,7 +169,7 @@ def _check_work(place: Place, *, allowed: bool) -> None:
     if work.is_symlink() or not work.is_dir():
         raise OutputError(f"{work}, where the work would go, is no directory. Move it away.")
     if read_job(work) is None:
-        if all(name.startswith(JOB_NAME) for name in names_in(work)):  # killed at the very start
+        if all(HALF_JOB.fullmatch(name) for name in names_in(work)):  # killed at the very start
             return
         raise OutputError(
             f"{work}, where the work would go, isn't the work of a run of qtool, and is left "

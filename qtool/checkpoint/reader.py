@@ -1,18 +1,33 @@
-"""CheckpointReader: lazy, checked reading of a quantized checkpoint."""
+"""CheckpointReader: lazy, checked reading of a quantized checkpoint.
 
-from collections.abc import Iterator
+The checks are functions of a manifest and of headers, so that whoever loads a checkpoint in another
+way, as transformers does, goes through them as well.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
+from math import isfinite, isinf
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from qtool.base import QuantizedTensor
-from qtool.checkpoint.manifest import LayerEntry, Manifest, manifest_from_config
-from qtool.checkpoint.shards import Shards, open_shards, read_json
+import qtool.formats
+from qtool import plugins
+from qtool.base import PartSpec, QuantizedTensor
+from qtool.checkpoint.manifest import LayerEntry, Manifest, codec, manifest_from_config
+from qtool.checkpoint.shards import Shards, TensorSpec, open_shards, read_json
 from qtool.errors import CheckpointError
+from qtool.scheme import Shape2D, WeightScheme
 
 SAFETENSORS_DTYPES = {"int32": "I32", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+AGAIN = "Copy the checkpoint again."
+SHOWN = 3
+"""Names of damaged tensors in a message."""
 
 
 class CheckpointReader:
@@ -24,38 +39,18 @@ class CheckpointReader:
         Raises:
             CheckpointError: it is missing, incomplete, damaged, or not qtool's.
         """
-        if not directory.is_dir():
+        if not os.path.isdir(directory):  # noqa: PTH112 - says no to what can't be a path
             raise CheckpointError(f"No checkpoint directory {directory}.")
         self.directory = directory
         self.config: dict[str, Any] = read_json(directory / "config.json")
-        if "quantization_config" not in self.config:
+        if self.config.get("quantization_config") is None:
             raise CheckpointError(
                 f"{directory} isn't quantized: config.json has no quantization_config."
             )
         where = str(directory / "config.json")
         self.manifest: Manifest = manifest_from_config(self.config["quantization_config"], where)
         self._shards: Shards = open_shards(directory)
-        for name, entry in self.manifest.layers.items():
-            self._check(name, entry)
-
-    def _check(self, name: str, entry: LayerEntry) -> None:
-        if entry.shared_with is not None:
-            owner = self.manifest.layers.get(entry.shared_with)
-            if owner != replace(entry, shared_with=None, method=owner.method if owner else ""):
-                raise CheckpointError(
-                    f"{self.directory}: {name} shares the parts of {entry.shared_with}, which "
-                    "isn't there or is stored in another way."
-                )
-        for part, spec in entry.layout().items():
-            stored = self._shards.specs.get(f"{name}.{part}")
-            if stored is None:
-                raise CheckpointError(f"{self.directory}: tensor {name}.{part} is missing.")
-            expected = (SAFETENSORS_DTYPES[spec.dtype], spec.shape)
-            if (stored.dtype, stored.shape) != expected:
-                raise CheckpointError(
-                    f"{stored.file}: {name}.{part} is {stored.dtype} {stored.shape}; "
-                    f"its scheme needs {expected[0]} {expected[1]}."
-                )
+        check_headers(self.manifest, self._shards.specs, str(directory))
 
     def names(self) -> Iterator[str]:
         """Yield the names of the quantized layers, then of all other tensors."""
@@ -68,18 +63,135 @@ class CheckpointReader:
         yield from (name for name in self._shards.specs if name not in owned)
 
     def load(self, name: str) -> QuantizedTensor | Tensor:
-        """Return a quantized layer by its dotted name, or another tensor by its full name."""
+        """Return a quantized layer by its dotted name, or another tensor by its full name.
+
+        Raises:
+            CheckpointError: a file has become unreadable, or scales aren't numbers that scale.
+        """
         entry = self.manifest.layers.get(name)
         if entry is None:
             return self._shards.read(name)
         owner = entry.shared_with or name
-        parts = {
-            part: self._shards.read(f"{owner}.{part}")
-            for part in self.manifest.layers[owner].layout()
-        }
+        parts = {}
+        for part, spec in self.manifest.layers[owner].layout().items():
+            parts[part] = self._shards.read(f"{owner}.{part}")
+            check_values(f"{owner}.{part}", spec, parts[part])
         return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
+
+    def verify(self) -> int:
+        """Read every tensor, compare its digest, and return how many there are.
+
+        Raises:
+            CheckpointError: no digests were noted, or tensors differ, are missing or too many.
+        """
+        digests, stored = self.manifest.digests, self._shards.specs.keys()
+        if not digests:
+            raise CheckpointError(
+                f"{self.directory} has no digests to compare: another program, or transformers, "
+                "wrote it. Quantize the original again to have some."
+            )
+        damaged = sorted(digests.keys() ^ stored)
+        damaged += [
+            name
+            for name in sorted(digests.keys() & stored)
+            if tensor_digest(self._shards.read(name)) != digests[name]
+        ]
+        if damaged:
+            names = ", ".join(damaged[:SHOWN])
+            names += f" and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
+            verb = "isn't" if len(damaged) == 1 else "aren't"
+            raise CheckpointError(f"{self.directory}: {names} {verb} what was written. {AGAIN}")
+        return len(stored)
 
     def weight_bytes(self) -> int:
         """Return the size of all weight files."""
         files = {spec.file for spec in self._shards.specs.values()}
         return sum(file.stat().st_size for file in files)
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the sha256, in hex, of a tensor's bytes as safetensors stores them."""
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()
+
+
+def check_headers(manifest: Manifest, specs: Mapping[str, TensorSpec], where: str) -> None:
+    """Compare a manifest with the headers of the files.
+
+    Args:
+        manifest: What should be there.
+        specs: What is there, by tensor name.
+        where: The directory, for messages.
+
+    Raises:
+        CheckpointError: a part is missing, has another dtype or shape, or belongs to no layer.
+    """
+    for name, entry in manifest.layers.items():
+        _check_shared(manifest, name, entry, where)
+        for part, spec in entry.layout().items():
+            _check_part(f"{name}.{part}", spec, specs, where)
+    packed, known = _part_names()
+    for full, stored in specs.items():
+        name, _, part = full.rpartition(".")
+        found = manifest.layers.get(name)
+        if found is None and part in packed and stored.dtype == SAFETENSORS_DTYPES["int32"]:
+            raise CheckpointError(
+                f"{where}: {full} belongs to a quantized layer that config.json doesn't name. "
+                f"{AGAIN}"
+            )
+        if found is not None and part in known and part not in found.layout():
+            raise CheckpointError(
+                f"{where}: {full} is no part of a layer that is stored as config.json says. {AGAIN}"
+            )
+
+
+def _check_shared(manifest: Manifest, name: str, entry: LayerEntry, where: str) -> None:
+    if entry.shared_with is not None:
+        owner = manifest.layers.get(entry.shared_with)
+        if owner != replace(entry, shared_with=None, method=owner.method if owner else ""):
+            raise CheckpointError(
+                f"{where}: {name} shares the parts of {entry.shared_with}, which isn't there or "
+                "is stored in another way."
+            )
+
+
+def _check_part(name: str, spec: PartSpec, specs: Mapping[str, TensorSpec], where: str) -> None:
+    stored = specs.get(name)
+    if stored is None:
+        raise CheckpointError(f"{where}: tensor {name} is missing. {AGAIN}")
+    expected = (SAFETENSORS_DTYPES[spec.dtype], spec.shape)
+    if (stored.dtype, stored.shape) != expected:
+        raise CheckpointError(
+            f"{stored.file}: {name} is {stored.dtype} {stored.shape}; "
+            f"its scheme needs {expected[0]} {expected[1]}."
+        )
+
+
+@cache
+def _part_names() -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of the packed parts of all formats, and those of all parts."""
+    scheme, shape = WeightScheme(num_bits=2), Shape2D(1, 1)
+    layouts = [codec(name).layout(scheme, shape) for name in plugins.names(qtool.formats)]
+    packed = {n for parts in layouts for n, spec in parts.items() if spec.dtype == "int32"}
+    return frozenset(packed), frozenset(name for parts in layouts for name in parts)
+
+
+def check_values(name: str, spec: PartSpec, values: Tensor) -> None:
+    """Refuse what no writer stores: scales and offsets that aren't finite, or scales below zero.
+
+    Args:
+        name: Full name of the tensor, for the message.
+        spec: What the layout says of it.
+        values: Its content.
+
+    Raises:
+        CheckpointError: a value is outside.
+    """
+    if not values.is_floating_point() or values.numel() == 0:
+        return
+    lowest, highest = (float(value) for value in values.aminmax())  # NaN if any is
+    if not (isfinite(lowest) and isfinite(highest) and lowest >= spec.lowest):
+        allowed = "finite ones" if isinf(spec.lowest) else f"finite ones from {spec.lowest:g} on"
+        raise CheckpointError(
+            f"{name} holds values from {lowest:g} to {highest:g}; {allowed} are meant. {AGAIN}"
+        )

@@ -1,11 +1,13 @@
 """A directory of safetensors files, read tensor by tensor.
 
-Every file is opened once to check its header against its size and the index; a tensor's bytes are
-read when they are asked for, and the file is closed again so that its pages can leave memory.
+Files are taken in the order in which transformers takes them, so that both always read the same
+weights. Every file is opened once to check its header against its size and the index; a tensor's
+bytes are read when they are asked for, and the file is closed again so that its pages can leave
+memory.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from qtool.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+MAX_SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +43,16 @@ class Shards:
         """Return one tensor, copied out of its file.
 
         Raises:
-            CheckpointError: the file has become unreadable.
+            CheckpointError: there is no such tensor, or the file has become unreadable.
         """
+        if name not in self.specs:
+            raise CheckpointError(f"{shown(name)} isn't stored.")
         spec = self.specs[name]
         try:
             with safe_open(spec.file, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name).clone(memory_format=torch.contiguous_format)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{spec.file}: can't read {name}: {error}") from error
+        except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{spec.file}: can't read {shown(name)}: {error}") from error
         return tensor
 
 
@@ -57,17 +62,21 @@ def open_shards(directory: Path) -> Shards:
     Raises:
         CheckpointError: files are missing, truncated, or disagree with the index.
     """
-    index = directory / INDEX_NAME
-    if index.is_file():
-        return Shards(_from_index(directory, index))
-    single = directory / SINGLE_NAME
-    files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
-    if len(files) == 1:
-        return Shards(_read_header(files[0]))
-    if files:
+    return Shards(_specs(directory))
+
+
+def _specs(directory: Path) -> dict[str, TensorSpec]:
+    """Choose files as transformers does: the single file comes before the index."""
+    if (directory / SINGLE_NAME).is_file():
+        return _read_header(directory / SINGLE_NAME)
+    if (directory / INDEX_NAME).is_file():
+        return _from_index(directory, directory / INDEX_NAME)
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    if others:
         raise CheckpointError(
-            f"{directory} has {len(files)} safetensors files but no {INDEX_NAME}. "
-            "Copy the index too."
+            f"{directory} has {len(others)} safetensors files but no {INDEX_NAME}, and none is "
+            f"called {SINGLE_NAME}; these two are what transformers opens. Copy the index too, or "
+            "rename the file."
         )
     if any(directory.glob("*.bin")):
         raise CheckpointError(
@@ -77,31 +86,43 @@ def open_shards(directory: Path) -> Shards:
     raise CheckpointError(f"{directory} holds no safetensors file.")
 
 
+def open_files(paths: Iterable[Path]) -> Shards:
+    """Check and index files that somebody else has chosen.
+
+    Raises:
+        CheckpointError: one is missing or truncated.
+    """
+    return Shards({name: spec for path in paths for name, spec in _read_header(path).items()})
+
+
 def _from_index(directory: Path, index: Path) -> dict[str, TensorSpec]:
-    weight_map = read_json(index).get("weight_map")
+    """Return all tensors of the files that the index names, as transformers reads them."""
+    content = read_json(index)
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map.")
-    headers: dict[str, dict[str, TensorSpec]] = {}
-    specs = {}
+    if not isinstance(content.get("metadata"), dict):
+        raise CheckpointError(f"{index} has no metadata, which transformers needs; {{}} will do.")
     for name, file_name in weight_map.items():
-        if Path(str(file_name)).name != file_name:
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
             raise CheckpointError(
-                f"{index}: {name} is said to be in {file_name!r}, no plain file name."
+                f"{index}: {shown(name)} is said to be in {shown(repr(file_name))}, no plain file "
+                "name."
             )
-        if file_name not in headers:
-            headers[file_name] = _read_header(directory / file_name)
+    headers = {file: _read_header(directory / file) for file in sorted(set(weight_map.values()))}
+    for name, file_name in weight_map.items():
         if name not in headers[file_name]:
             raise CheckpointError(
-                f"{index} says that {name} is in {file_name}, but it isn't. "
+                f"{index} says that {shown(name)} is in {shown(file_name)}, but it isn't. "
                 "Index and files don't belong together; download both again."
             )
-        specs[name] = headers[file_name][name]
-    return specs
+    return {name: spec for header in headers.values() for name, spec in header.items()}
 
 
 def _read_header(path: Path) -> dict[str, TensorSpec]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing. Download it again.")
+    """Return the tensors of one file; safetensors checks names, offsets and size."""
+    if not _is_file(path):
+        raise CheckpointError(f"{path.parent / shown(path.name)} is missing. Download it again.")
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -115,6 +136,19 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
         ) from error
 
 
+def shown(name: str) -> str:
+    """Return a name out of a file as it may stand in a message: on one line, printable, short."""
+    text = name if name.isprintable() else ascii(name)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file system takes
+        return False
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object.
 
@@ -122,9 +156,17 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):
+            raise CheckpointError(
+                f"{path} starts with a byte order mark, which transformers can't read. Save it as "
+                "UTF-8 without one."
+            )
+        value = json.loads(text)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
+    except RecursionError:
+        raise CheckpointError(f"{path} isn't usable JSON: it is nested too deeply.") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} isn't valid JSON: {error}.") from error
     if not isinstance(value, dict):

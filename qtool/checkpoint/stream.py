@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -40,8 +40,9 @@ def pieces_of(path: Path) -> list[Piece]:
     Raises:
         ValueError: the header isn't what qtool writes; also KeyError, TypeError, AttributeError.
     """
+    length = _header_end(path) - 8
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        file.seek(8)
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return [
@@ -95,13 +96,25 @@ def put_back(shard: Path, spools: Iterable[Path]) -> None:
     """Give the spool files that a shard was made of their bytes again, and remove the shard.
 
     A file that can't be mended is left as it is; a damaged shard gives nothing.
+
+    Raises:
+        OSError: the system refuses, as where the disk is full: the shard is kept.
     """
-    with contextlib.suppress(*UNREADABLE):
+    with _damage_ignored():
         stored = {piece.name: piece for piece in pieces_of(shard)}
         for spool in spools:
-            with contextlib.suppress(*UNREADABLE):
+            with _damage_ignored():
                 _fill(spool, stored)
     shard.unlink()
+
+
+@contextlib.contextmanager
+def _damage_ignored() -> Iterator[None]:
+    try:
+        yield
+    except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno is not None:  # not ours, but the system's
+            raise
 
 
 def _fill(spool: Path, stored: Mapping[str, Piece]) -> None:
@@ -117,8 +130,12 @@ def _fill(spool: Path, stored: Mapping[str, Piece]) -> None:
 
 
 def _header_end(path: Path) -> int:
+    """Return where the data begin; ValueError if that is beyond the end of the file."""
     with path.open("rb") as file:
-        return 8 + int.from_bytes(file.read(8), "little")
+        end = 8 + int.from_bytes(file.read(8), "little")
+    if end > path.stat().st_size:
+        raise ValueError(f"{path} ends in its header")
+    return end
 
 
 def _copy(piece: Piece, target: IO[bytes]) -> str:

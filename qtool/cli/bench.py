@@ -1,17 +1,29 @@
 """`qtool bench`."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qtool.cli import console
+from qtool.cli import console, early
 from qtool.cli.figures import print_comparison
 from qtool.cli.kernel_figures import print_gpu_result
-from qtool.cli.options import BackendOption, JsonOption
+from qtool.cli.options import BackendOption, DeviceOption, JsonOption, check_targets
+from qtool.cli.progress import progress
+from qtool.scheme import WeightScheme
+
+if TYPE_CHECKING:
+    from qtool.bench.gpu import GpuResult
+    from qtool.pipeline import Comparison
 
 DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 128
+NOT_KEPT = "Nothing was kept."
+NO_ORIGINAL = (
+    "No original is beside it: the checkpoint was made from a local model, whose path isn't kept. "
+    "Give it with --baseline MODEL."
+)
 PLOT_SUFFIXES = (".png", ".svg")
 NEEDS = {
     "kernel": "--gpu",
@@ -39,11 +51,14 @@ def bench(
     ] = False,
     baseline: Annotated[
         str | None,
-        typer.Option(help="Original to time beside it; default: the checkpoint's source."),
+        typer.Option(
+            help="Original to time beside it; default: the source, unless it was a local directory."
+        ),
     ] = None,
     perplexity_windows: Annotated[
-        int, typer.Option(min=0, help="Also measure perplexity on this many windows.")
+        int, typer.Option(metavar="N", min=0, help="Also measure perplexity on this many windows.")
     ] = 0,
+    device: DeviceOption = None,
     backend: BackendOption = None,
     json_file: JsonOption = None,
     synthetic: Annotated[
@@ -55,6 +70,7 @@ def bench(
     bits: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             min=1,
             max=8,
             help=f"Of --synthetic; default {DEFAULT_BITS}.",
@@ -64,7 +80,10 @@ def bench(
     group_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help=f"Of --synthetic; default {DEFAULT_GROUP_SIZE}.", rich_help_panel=GPU
+            metavar="N",
+            min=1,
+            help=f"Of --synthetic; default {DEFAULT_GROUP_SIZE}.",
+            rich_help_panel=GPU,
         ),
     ] = None,
     kernel: Annotated[
@@ -99,36 +118,42 @@ def bench(
       qtool bench --synthetic llama3-8b --bits 2
     """
     _check_usage(context)
-    from qtool import pipeline  # torch: slow
+    check_targets([json_file, plot])
+    with progress(NOT_KEPT) as emit, early.opened([out_dir, baseline], device, emit):
+        from qtool import pipeline
 
-    if gpu or synthetic is not None:
-        from qtool.scheme import WeightScheme
-
-        options = pipeline.GpuOptions(
-            synthetic=synthetic,
-            scheme=WeightScheme(
+        if gpu or synthetic is not None:
+            scheme = WeightScheme(
                 num_bits=bits or DEFAULT_BITS, group_size=group_size or DEFAULT_GROUP_SIZE
-            ),
-            kernel=kernel,
-            peers=peers,
-            plot=plot,
-        )
-        with console.progress() as emit:
+            )
+            options = pipeline.GpuOptions(
+                synthetic=synthetic, scheme=scheme, kernel=kernel, peers=peers, plot=plot
+            )
             measured = pipeline.bench_gpu(out_dir or "", options, baseline=baseline, emit=emit)
-        console.write_json(asdict(measured), json_file)
-        if console.wants_table(json_file):
-            print_gpu_result(measured)
-        return
-    quality = None
-    if perplexity_windows:
-        quality = pipeline.EvalOptions(max_windows=perplexity_windows)
-    with console.progress() as emit:
-        result = pipeline.bench(
-            str(out_dir), baseline=baseline, backend=backend, quality=quality, emit=emit
-        )
+            show = partial(_show_gpu, measured)
+        else:
+            quality = None
+            if perplexity_windows:
+                quality = pipeline.EvalOptions(max_windows=perplexity_windows)
+            result = pipeline.bench(
+                str(out_dir), baseline=baseline, backend=backend, quality=quality, emit=emit
+            )
+            show = partial(_show, result)
+    show(json_file)
+
+
+def _show_gpu(result: "GpuResult", json_file: Path | None) -> None:
+    console.write_json(asdict(result), json_file)
+    if console.wants_table(json_file):
+        print_gpu_result(result)
+
+
+def _show(result: "Comparison", json_file: Path | None) -> None:
     console.write_json(asdict(result), json_file)
     if console.wants_table(json_file):
         print_comparison(result)
+        if len(result.figures) == 1:
+            console.out.print(NO_ORIGINAL, markup=False, soft_wrap=True)
 
 
 def _check_usage(context: typer.Context) -> None:
@@ -142,6 +167,8 @@ def _check_usage(context: typer.Context) -> None:
         {"--synthetic", "--gpu"} if "synthetic" in given else {f"--{n}" for n in given & {"gpu"}}
     )
     messages = []
+    if modes and context.params["device"] == "cpu":
+        messages.append("--device cpu doesn't go with --gpu.")
     if not given & {"out_dir", "synthetic"}:
         messages.append("Give OUT_DIR or, for shapes without weights, --synthetic NAME.")
     for name in sorted(given):

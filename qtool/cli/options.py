@@ -1,9 +1,15 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what is wrong with them before torch is imported."""
 
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
+
+from qtool.errors import OutputError
 
 ModelArgument = Annotated[
     str, typer.Argument(help="Directory, hub id, .gguf file, or demo:smollm2.")
@@ -18,10 +24,84 @@ DTypeOption = Annotated[
 ]
 
 
+def _device(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(r"cpu|cuda(:\d{1,3})?", text):
+        raise typer.BadParameter(f"it is {text!r}; give cpu, cuda, or cuda:1 for the second card.")
+    return text
+
+
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(callback=_device, help="cpu, cuda or cuda:1; default: the first card, else cpu."),
+]
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose options are given once, but for those that make a list."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401
+        """Parse the arguments.
+
+        Raises:
+            typer.BadParameter: an option is given twice, so that the first would be forgotten.
+        """
+        given = self.make_parser(ctx).parse_args(args=list(args))[2]
+        for number, option in enumerate(given):
+            if not isinstance(option, typer.core.TyperOption):
+                continue
+            if option in given[:number] and not option.multiple and not option.is_flag:
+                message = f"{option.opts[0]} is given twice. Give one value."
+                raise typer.BadParameter(message, ctx=ctx)
+        return super().parse_args(ctx, args)
+
+
 def torch_dtype(name: str | None) -> Any:  # noqa: ANN401
     """Return torch's dtype of a name; None: the default."""
-    import torch  # slow
-
     if name not in (None, "float16", "bfloat16", "float32"):
         raise typer.BadParameter(f"--dtype is {name!r}; it is float16, bfloat16 or float32.")
-    return None if name is None else getattr(torch, name)
+    if name is None:
+        return None
+    import torch  # slow
+
+    return getattr(torch, name)
+
+
+def check_targets(targets: Sequence[Path | None]) -> None:
+    """Raise, before hours of work, for results that couldn't be written.
+
+    Raises:
+        OutputError: a folder isn't there or is closed, or stands where the file would be.
+        typer.BadParameter: two are the same.
+    """
+    files = [target for target in targets if target is not None]
+    if sum(str(file) == "-" for file in files) > 1:
+        raise typer.BadParameter("--json and --markdown can't both be -: stdout takes one.")
+    if len({os.path.realpath(file) for file in files}) < len(files):
+        raise typer.BadParameter(
+            f"Two results can't go to {files[-1]}: the second would replace the first. Give each "
+            "a file of its own."
+        )
+    for file in files:
+        if str(file) != "-":
+            _check_writable(file)
+
+
+def _check_writable(file: Path) -> None:
+    """Open a file as it will be opened, and leave it as it was."""
+    try:
+        there = file.exists()
+        if file.is_dir():
+            raise OutputError(f"Can't write {file}: it is a folder. Name a file in it.")
+        if there and not file.is_file():  # a pipe waits for its reader when it is opened
+            return
+        with file.open("ab"):
+            pass
+        if not there:
+            file.unlink()
+    except FileNotFoundError as error:
+        raise OutputError(
+            f"Can't write {file}: there is no folder {file.parent}. Make it first."
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(f"Can't write {file}: {reason}. Give another file.") from error

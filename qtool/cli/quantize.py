@@ -1,13 +1,16 @@
 """`qtool quantize`."""
 
+import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtool.cli import console
-from qtool.cli.options import ModelArgument
+from qtool.cli import console, early
+from qtool.cli.options import DeviceOption, ModelArgument, check_targets
+from qtool.cli.progress import progress
 from qtool.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from qtool.stages.solve import LayerResult
 
 DEFAULT_RECIPE = "bcq-w4g128"
+KEPT = "Finished layers are kept: the same command with --resume goes on after them."
 WHAT, HOW, WHERE, DEBUG = "What", "How", "Where", "Debug"
 
 
@@ -30,7 +34,7 @@ def quantize(
         typer.Option(help="rtn, gptq or bcq; see `qtool methods`.", rich_help_panel=WHAT),
     ] = None,
     bits: Annotated[
-        int | None, typer.Option(help="Bits per weight, 1 to 8.", rich_help_panel=WHAT)
+        int | None, typer.Option(metavar="N", help="Bits per weight, 1 to 8.", rich_help_panel=WHAT)
     ] = None,
     group_size: Annotated[
         str | None,
@@ -64,6 +68,7 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a stopped run.", rich_help_panel=WHERE)
     ] = False,
+    device: DeviceOption = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print bits and bytes, do nothing.", rich_help_panel=DEBUG),
@@ -92,27 +97,37 @@ def quantize(
     elif calibration is not None:
         overrides = ["calibration={}", *overrides]
     chosen = choose_recipe(recipe, method, bits, group_size, overrides)
-    from qtool import pipeline  # torch: slow
-    from qtool.stages.plan import with_samples
+    check_targets([json_file])
+    early.check_directory(calibration)
+    kept = "Nothing was written." if dry_run else KEPT
+    with progress(kept) as emit, early.opened([model], device, emit):
+        from qtool import pipeline
+        from qtool.stages.plan import with_samples
 
-    if recipe is None and not any(text.startswith("calibration=") for text in overrides):
-        chosen = with_samples(chosen)  # a recipe file says itself whether it takes data
-    if strict and chosen.calibration is not None:
-        section = chosen.calibration.model_copy(update={"strict": True})
-        chosen = chosen.model_copy(update={"calibration": section})
-    if dry_run:
-        _print_plan(pipeline.plan(model, chosen), json_file)
-        return
-    with console.progress() as emit:
-        result = pipeline.quantize(
-            model,
-            out_dir,
-            chosen,
-            calib_dir=calibration,
-            overwrite=overwrite,
-            resume=resume,
-            emit=emit,
-        )
+        if recipe is None and not any(text.startswith("calibration=") for text in overrides):
+            chosen = with_samples(chosen)  # a recipe file says itself whether it takes data
+        if strict and chosen.calibration is not None:
+            section = chosen.calibration.model_copy(update={"strict": True})
+            chosen = chosen.model_copy(update={"calibration": section})
+        if calibration is None:
+            early.check_texts(chosen.calibration)
+        if dry_run:
+            show = partial(_print_plan, pipeline.plan(model, chosen))
+        else:
+            result = pipeline.quantize(
+                model,
+                out_dir,
+                chosen,
+                calib_dir=calibration,
+                overwrite=overwrite,
+                resume=resume,
+                emit=emit,
+            )
+            show = partial(_show_result, result)
+    show(json_file)
+
+
+def _show_result(result: "QuantizeResult", json_file: Path | None) -> None:
     console.write_json(asdict(result), json_file)
     if console.wants_table(json_file):
         _print_result(result)
@@ -147,12 +162,9 @@ def choose_recipe(
         overrides.append(f"weights.scheme.group_size={_group_size(group_size)}")
     if method is None:
         return load_recipe(recipe or DEFAULT_RECIPE, overrides)
-    values: dict[str, Any] = {"weights": {}}
     if recipe is not None:
-        values = load_recipe(recipe).model_dump(mode="json")
-    if values["weights"].get("method") != method:  # options of one method mean nothing to another
-        values["weights"] = {**values["weights"], "method": method, "options": {}}
-    return recipe_from_mapping(values, overrides)
+        return load_recipe(recipe, [f"weights.method={json.dumps(method)}", *overrides])
+    return recipe_from_mapping({"weights": {"method": method}}, overrides)
 
 
 def _group_size(text: str) -> str:

@@ -73,13 +73,14 @@ def replay(function: TensorFunction, *inputs: Tensor) -> tuple[Tensor, ...]:
 def _capture(
     function: TensorFunction, inputs: tuple[Tensor, ...]
 ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]]:
-    buffers = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function(*buffers)  # what is created at first use must not be captured
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function(*buffers)
+    with torch.cuda.device(inputs[0].device):  # another may be current: streams and graphs are its
+        buffers = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function(*buffers)  # what is created at first use must not be captured
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = function(*buffers)
     return graph, buffers, outputs

@@ -10,7 +10,8 @@ from torch import Tensor
 
 FLOAT64_LIMIT = 8192
 """Up to this width the factorization runs in float64, which is affordable; above, in float32."""
-MAX_DAMPING = 1.0
+MIN_DAMPING, MAX_DAMPING = 1e-8, 1.0
+"""Less is lost in rounding; more says that nothing is known of the inputs."""
 
 
 def accumulate(hessian: Tensor, x: Tensor) -> None:
@@ -114,19 +115,20 @@ def factorize(hessian: Tensor, *, damping: float, order: Tensor | None = None) -
 
     Args:
         hessian: (n, n) float32.
-        damping: First try, as a fraction of the mean diagonal.
+        damping: First try, as a fraction of the mean diagonal; the last one is `MAX_DAMPING`.
         order: (n,) order in which columns will be solved; None: as they are.
 
     Returns:
         The factor, or None if even a damping of one isn't enough (NaN, or wildly scaled inputs).
     """
-    while damping <= MAX_DAMPING:
+    tried = 0.0
+    while damping > tried:
         damped = damp(hessian, damping)
         ordered = damped if order is None else damped[order][:, order]
         upper = factor_inverse(ordered)
         if upper is not None:
             return Factor(damped, upper, damping)
-        damping *= 10
+        tried, damping = damping, min(10 * damping, MAX_DAMPING)
     return None
 
 

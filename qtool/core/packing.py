@@ -46,7 +46,7 @@ def unpack_bits(words: Tensor, length: int) -> Tensor:
         (..., length) uint8, only 0 and 1.
     """
     octets = words.contiguous().view(torch.uint8)
-    if not octets.is_cuda:
+    if not octets.is_cuda and not torch.compiler.is_compiling():
         bits = np.unpackbits(octets.numpy(), axis=-1, count=length, bitorder="little")
         return torch.from_numpy(bits)
     octets = octets.unsqueeze(-1)

@@ -5,21 +5,15 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qtool.data.corpora import Corpus
 from qtool.data.documents import Collection
 from qtool.data.samples import cut, streams
-from qtool.errors import DataError, OutputError
-
-SAMPLES_NAME = "samples.safetensors"
-ABOUT_NAME = "calibration.json"
+from qtool.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +80,10 @@ def draw_samples(
     pieces = streams(tokenizer, texts, read)
     at_starts = at_starts and isinstance(texts, Collection)
     samples = tuple(cut(pieces, lengths, at_starts=at_starts))
+    if not read["tokens"]:
+        raise DataError(
+            f"{texts.name} holds no text: each of its {read['documents']} documents is empty."
+        )
     if len(samples) < 2:  # noqa: PLR2004
         raise DataError(
             f"{texts.name} has {read['tokens']} tokens; calibration takes at least two samples, "
@@ -104,48 +102,6 @@ def draw_samples(
         "tokens wanted": sum(lengths),
     }
     return CalibrationSet(samples, provenance)
-
-
-def save_calibration(calibration: CalibrationSet, directory: Path) -> None:
-    """Write samples.safetensors and calibration.json.
-
-    Raises:
-        OutputError: the directory can't be written.
-    """
-    tensors = {
-        "tokens": torch.cat(calibration.samples),
-        "lengths": torch.tensor([len(sample) for sample in calibration.samples]),
-    }
-    about = {**calibration.provenance, "digest": calibration.digest()}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, directory / SAMPLES_NAME)
-        text = json.dumps(about, indent=2) + "\n"
-        (directory / ABOUT_NAME).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"Can't write {directory}: {error.strerror}.") from error
-
-
-def load_calibration(directory: Path, tokenizer: Any) -> CalibrationSet:  # noqa: ANN401
-    """Read what `save_calibration` wrote.
-
-    Raises:
-        DataError: files are missing or damaged, or the samples are another tokenizer's.
-    """
-    try:
-        tensors = load_file(directory / SAMPLES_NAME)
-        about = json.loads((directory / ABOUT_NAME).read_text(encoding="utf-8"))
-        samples = tensors["tokens"].split(tensors["lengths"].tolist())
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{directory} is no calibration directory: {error}.") from error
-    calibration = CalibrationSet(tuple(samples), about)
-    if about.get("digest") != calibration.digest():
-        raise DataError(f"{directory}: samples and {ABOUT_NAME} don't belong together.")
-    if about.get("tokenizer") != tokenizer_digest(tokenizer):
-        raise DataError(
-            f"{directory} was made with another tokenizer. Run `qtool calibrate` on this model."
-        )
-    return calibration
 
 
 def batches(samples: Sequence[Tensor], max_tokens: int) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import lzma
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ from qtool.data.documents import (
 )
 from qtool.errors import DataError
 from qtool.plugins import describe_miss
+from qtool.storage.jsonl import read_text
+
+NEEDS_BOS = "gemma"
+"""Part of the `model_type` of models whose predictions are useless without bos at the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +88,7 @@ def load_corpus(name: str) -> Corpus:
             describe_miss(name, bundled(), "bundled texts")
             + " A text of your own is given by its path, ending in .txt, .jsonl or .jsonl.gz."
         )
-    try:
-        return Corpus(path.name, path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"No text file {path}.") from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path} can't be read as UTF-8 text: {error}.") from error
+    return Corpus(path.name, read_text(path))
 
 
 def _joined(collection: Collection) -> Corpus:
@@ -100,7 +99,8 @@ def _joined(collection: Collection) -> Corpus:
                 f"{document.place} is a chat, and a running text is needed here. Give lines with "
                 "'text'."
             )
-        texts.append(document.content)
+        if document.content.strip():
+            texts.append(document.content)
     return Corpus(collection.name, "\n\n".join(texts))
 
 
@@ -111,3 +111,51 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:  # noqa: ANN401
     """
     ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def check_tokens(tokens: Tensor, rows: int, name: str) -> None:
+    """Refuse tokens without a row in the embedding: on a card they would end the process.
+
+    Args:
+        tokens: int64, of any shape.
+        rows: Of the embedding.
+        name: Of the text or the samples, for the message.
+
+    Raises:
+        DataError: a token is negative, or as large as `rows`.
+    """
+    if not tokens.numel():
+        return
+    low, high = (int(extreme) for extreme in tokens.aminmax())
+    if low < 0 or high >= rows:
+        raise DataError(
+            f"{name} has token {low if low < 0 else high}, and the model's embedding {rows} rows: "
+            "the tokenizer is another model's. Put the model's own tokenizer in its directory."
+        )
+
+
+def bos_warning(
+    model_type: str,
+    tokenizer: Any,  # noqa: ANN401
+    pieces: Sequence[Tensor] | Tensor,
+    name: str,
+) -> str | None:
+    """Return what to warn of where only the first piece of a running text starts with bos.
+
+    Args:
+        model_type: Of the model's configuration.
+        tokenizer: Of the model; puts bos at the start of a text.
+        pieces: Windows or samples, each (length,) int64.
+        name: Of the text.
+    """
+    bos = tokenizer.bos_token_id
+    if NEEDS_BOS not in model_type or len(pieces) < 2 or int(pieces[0][0]) != bos:  # noqa: PLR2004
+        return None
+    without = sum(int(piece[0]) != bos for piece in pieces)
+    if not without:
+        return None
+    return (
+        f"{without} of {len(pieces)} pieces of {name} don't start with bos, because a running text "
+        f"is cut in one go, and {model_type} models predict poorly without it. Compare such "
+        "figures with each other only; docs/evaluation.md says more."
+    )

@@ -5,17 +5,15 @@ A kind of source is one function from a name to a `Collection`, and one line in
 data set may be much larger than what calibration takes of it.
 """
 
-import gzip
 import hashlib
-import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from qtool.errors import DataError, MissingExtraError, QtoolError
+from qtool.storage.jsonl import check_file, json_lines, reason
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 HUB_PREFIX = "hub:"
@@ -24,8 +22,8 @@ HUB_NAME = re.compile(
     r"(:(?P<config>[^:]*)(:(?P<split>[\w.-]+))?)?"
 )
 
-Messages = Sequence[Mapping[str, str]]
-"""The turns of a chat, each with `role` and `content`."""
+Messages = Sequence[Mapping[str, Any]]
+"""The turns of a chat: `role`, and `content`, a text, or None where something else is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,29 +50,54 @@ def document(row: object, place: str) -> Document:
     """Return what one line or row holds: its `text`, or else its `messages`.
 
     Raises:
-        DataError: it has neither.
+        DataError: it has neither, or a turn of the chat isn't one.
     """
     values = row if isinstance(row, Mapping) else {}
     if isinstance(values.get("text"), str):
         return Document(values["text"], place)
-    if _is_chat(values.get("messages")):
-        return Document(values["messages"], place)
-    found = ", ".join(map(repr, values)) or "no fields"
+    turns = values.get("messages")
+    if isinstance(turns, list) and turns:
+        return Document(
+            [_turn(turn, f"{place}, turn {n}") for n, turn in enumerate(turns, 1)], place
+        )
+    found = ", ".join(f"{key!r} ({_kind(value)})" for key, value in values.items()) or "no fields"
     raise DataError(
         f"{place} has {found}. It must be an object with 'text', a string, or with 'messages', a "
         "list of objects with 'role' and 'content'."
     )
 
 
-def _is_chat(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(turn, Mapping) and {type(turn.get(k)) for k in ("role", "content")} == {str}
-            for turn in value
+def _turn(turn: object, place: str) -> Mapping[str, Any]:
+    """Return one turn of a chat, its content as one text where it came in parts."""
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+        found = _kind(turn.get("role")) if isinstance(turn, Mapping) else _kind(turn)
+        raise DataError(f"{place} is no object with 'role', a string: found {found}.")
+    content = turn.get("content")
+    others = (value for key, value in turn.items() if key not in ("role", "content"))
+    if isinstance(content, str) or (content is None and any(others)):  # such as calls of tools
+        return turn
+    if not isinstance(content, list):
+        raise DataError(
+            f"{place}: 'content' is {_kind(content)}. It must be a string, a list of texts "
+            "({'type': 'text', 'text': ...}), or null."
         )
-    )
+    texts = []
+    for number, part in enumerate(content, 1):
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            raise DataError(
+                f"{place}: part {number} of 'content' has no 'text', a string. Images and the like "
+                "can't be used; leave this chat out."
+            )
+        texts.append(text)
+    return {**turn, "content": "".join(texts)}
+
+
+def _kind(value: object) -> str:
+    """Return what JSON calls a value."""
+    kinds = {bool: "a boolean", str: "a string", int: "a number", float: "a number"}
+    others = {type(None): "null", list: "a list" if value else "an empty list"}
+    return (kinds | others).get(type(value), "an object")
 
 
 def jsonl_collection(path: Path) -> Collection:
@@ -83,33 +106,14 @@ def jsonl_collection(path: Path) -> Collection:
     Raises:
         DataError: the file is missing or can't be read.
     """
+    check_file(path)
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise DataError(f"No file {path}.") from None
     except OSError as error:
-        raise DataError(f"{path} can't be read: {error}.") from error
-    return Collection(path.name, {"sha256": digest}, _lines(path))
-
-
-def _lines(path: Path) -> Iterator[Document]:
-    number = 0
-    try:
-        with _opened(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield document(json.loads(line), f"{path} line {number}")
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {number} isn't valid JSON: {error.msg}.") from error
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} can't be read after line {number}: {error}.") from error
-
-
-def _opened(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
+        raise DataError(f"{path} can't be read: {reason(error)}.") from error
+    documents = (document(row, place) for place, row in json_lines(path))
+    return Collection(path.name, {"sha256": digest}, documents)
 
 
 def hub_collection(name: str) -> Collection:
@@ -140,7 +144,7 @@ def hub_collection(name: str) -> Collection:
         )
         rows = builder.as_streaming_dataset(split=parts["split"] or "train")
     except Exception as error:  # the hub client raises many unrelated types
-        raise DataError(f"The hub didn't give {name}: {_reason(error)}") from error
+        raise DataError(f"The hub didn't give {name}: {reason(error)}") from error
     # datasets uses the commit as the hash of a builder without code of its own
     return Collection(name, {"revision": builder.hash}, _rows(rows, name))
 
@@ -152,9 +156,4 @@ def _rows(rows: Iterable[object], name: str) -> Iterator[Document]:
     except QtoolError:
         raise
     except Exception as error:  # the hub client raises many unrelated types
-        raise DataError(f"The hub stopped giving {name}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        raise DataError(f"The hub stopped giving {name}: {reason(error)}") from error

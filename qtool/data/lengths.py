@@ -5,7 +5,6 @@ of the sequence, so calibrating at another length than the task's fits the wrong
 """
 
 import itertools
-import json
 import lzma
 import random
 from collections.abc import Sequence
@@ -15,9 +14,12 @@ from typing import Any
 from qtool import resources
 from qtool.errors import DataError
 from qtool.plugins import describe_miss
+from qtool.storage.jsonl import json_value, read_text
 
 SHORTEST = 8
 """Shorter samples hold too little context to be worth a forward pass."""
+MOST_DIGITS = 9
+"""Of a length: no model has a billion positions."""
 
 
 def known_tasks() -> tuple[str, ...]:
@@ -26,21 +28,32 @@ def known_tasks() -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def task_lengths(tokenizer: Any, tasks: Sequence[str]) -> list[int]:  # noqa: ANN401
-    """Return the lengths in tokens of the bundled prompts of some tasks.
+def check_known(tasks: Sequence[str]) -> None:
+    """Refuse tasks whose prompts aren't bundled.
 
     Raises:
-        DataError: a task's prompts aren't bundled.
+        DataError: there is one; the message has those that are.
     """
-    lengths: list[int] = []
     for task in tasks:
         if task not in known_tasks():
             raise DataError(
                 describe_miss(task, known_tasks(), "tasks with bundled prompts")
                 + " Give the lengths of other tasks with --lengths FILE."
             )
+
+
+def task_lengths(tokenizer: Any, tasks: Sequence[str]) -> list[int]:  # noqa: ANN401
+    """Return the lengths in tokens of the bundled prompts of some tasks.
+
+    Raises:
+        DataError: a task's prompts aren't bundled.
+    """
+    check_known(tasks)
+    lengths: list[int] = []
+    for task in tasks:
         packed = (resources.prompts_dir() / f"{task}.jsonl.xz").read_bytes()
-        prompts = [json.loads(line)["prompt"] for line in lzma.decompress(packed).splitlines()]
+        lines = lzma.decompress(packed).decode().splitlines()
+        prompts = [json_value(line, task)["prompt"] for line in lines]
         lengths += [len(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts]
     return lengths
 
@@ -51,13 +64,17 @@ def read_lengths(path: Path) -> list[int]:
     Raises:
         DataError: the file is missing, empty, or holds anything else.
     """
-    try:
-        words = path.read_text(encoding="utf-8").split()
-        lengths = [int(word) for word in words]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} must hold one whole number per line: {error}.") from error
-    if not lengths or min(lengths) < 1:
-        raise DataError(f"{path} must hold at least one length, and none below 1.")
+    lengths = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        for word in line.split():
+            if not (word.isdecimal() and len(word) <= MOST_DIGITS and int(word)):
+                raise DataError(
+                    f"{path} line {number} has {word[:40]!r}. The file must hold one whole number "
+                    f"per line, from 1 to {10**MOST_DIGITS - 1}."
+                )
+            lengths.append(int(word))
+    if not lengths:
+        raise DataError(f"{path} is empty. It must hold one whole number per line.")
     return lengths
 
 

@@ -1,5 +1,6 @@
 """From texts to samples: streams of tokens, cut to the wanted lengths and never padded."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from qtool.data.corpora import Corpus, tokenize
 from qtool.data.documents import Collection, Document, Messages
 from qtool.errors import DataError
+from qtool.storage.jsonl import reason
 
 
 def streams(
@@ -69,12 +71,33 @@ def _chat_tokens(tokenizer: Any, messages: Messages, place: str) -> Tensor:  # n
             f"{place} is a chat, but the model's tokenizer has no chat template. Give lines with "
             "'text', or use a model that was tuned for chats."
         )
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False)
-    except Exception as error:  # a template is a program and raises what it likes
-        raise DataError(f"{place}: the model's chat template refuses it: {error}.") from error
+    text = _rendered(tokenizer, messages, place)
     ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def _rendered(tokenizer: Any, messages: Messages, place: str) -> str:  # noqa: ANN401
+    """Return a chat as the model's template writes it.
+
+    Templates differ on turns without content, such as calls of tools: some know them, some fail,
+    some write the word None, which nobody said. The last two get empty content.
+    """
+
+    def render(turns: Messages) -> str:
+        return str(tokenizer.apply_chat_template(list(turns), tokenize=False))
+
+    filled = [{**turn, "content": turn.get("content") or ""} for turn in messages]
+    try:
+        text = render(filled)
+        if filled != list(messages):
+            with contextlib.suppress(Exception):  # a template is a program and raises what it likes
+                as_given = render(messages)
+                text = as_given if as_given.count("None") <= text.count("None") else text
+    except Exception as error:  # as above
+        raise DataError(
+            f"{place}: the model's chat template refuses it: {reason(error)}."
+        ) from error
+    return text
 
 
 def cut(pieces: Iterable[Tensor], lengths: Sequence[int], *, at_starts: bool) -> Iterator[Tensor]:

@@ -6,7 +6,6 @@ asked for get `custom_dataset`, lm-eval's own hook for data from elsewhere.
 
 import contextlib
 import dataclasses
-import difflib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from qtool.errors import DataError
 from qtool.evaluation.lm_eval_hooks import quiet, require_lm_eval, sandboxed_code_eval, task_manager
 from qtool.evaluation.local_data import LocalSplits
+from qtool.evaluation.task_names import describe_unknown
 from qtool.storage.digests import files_digest
 
 CUSTOMARY_SHOTS: Mapping[str, int] = {"mmlu": 5}
@@ -67,7 +67,7 @@ class Tasks:
         """
         for name in names:
             if name not in self._shipped:
-                raise DataError(_describe_unknown(name, self._shipped))
+                raise DataError(describe_unknown(name, self._shipped))
         unsafe = self.unsafe(names)
         outside = [n for n in unsafe if self._shipped[n].yaml_path.parent.name not in SANDBOXED]
         if outside:
@@ -253,10 +253,3 @@ def _fingerprints(tasks: Iterable[Any]) -> list[str]:
 
 def _is_group(config: Any) -> bool:  # noqa: ANN401
     return isinstance(config, Mapping) and "group" in config and isinstance(config["task"], list)
-
-
-def _describe_unknown(name: str, known: Mapping[str, Any]) -> str:
-    """Return the sentence for an unknown task; lm-eval has too many to list."""
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f" Did you mean {', '.join(near)}?" if near else ""
-    return f"lm-eval has no task, group or tag '{name}'.{hint} `lm-eval ls tasks` lists all."

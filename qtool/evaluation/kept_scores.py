@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 import qtool
 from qtool.evaluation.item_rows import keep_rows
 from qtool.evaluation.local_data import Row
-from qtool.evaluation.scores import Score, TaskScores
+from qtool.evaluation.scores import TaskScores
 from qtool.storage.cache import cache_dir
 from qtool.storage.digests import State, files_digest, state_of
 from qtool.storage.whole_files import written_whole
@@ -37,6 +39,8 @@ MODEL_FILES = (
     "*.model",
 )
 """What of a model's directory decides its scores."""
+_LOG = logging.getLogger(__name__)
+SCORES = TypeAdapter(TaskScores)
 SWITCHES = ("QTOOL_BACKEND", "QTOOL_KERNEL", "QTOOL_RUNNER", "QTOOL_DEPENDENT_LAUNCHES")
 
 
@@ -100,10 +104,12 @@ class KeptScores:
     def read(self) -> TaskScores | None:
         """Return the scores, if they are there and whole."""
         try:
-            values = json.loads((self.directory / "scores.json").read_text(encoding="utf-8"))
-            scores = tuple(_score(one) for one in values.pop("scores"))
-            return replace(TaskScores(scores=scores, **values), cached=True)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not ours, or cut
+            content = (self.directory / "scores.json").read_bytes()
+            return replace(SCORES.validate_json(content, strict=True), cached=True)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):  # not ours, cut, or of other types
+            _LOG.warning("%s is damaged and is ignored.", self.directory / "scores.json")
             return None
 
     def write(self, scores: TaskScores, rows: Iterable[Row]) -> None:
@@ -111,8 +117,3 @@ class KeptScores:
         keep_rows(self.items, rows)
         with written_whole(self.directory / "scores.json") as opened:
             opened.write(json.dumps(asdict(scores), default=str).encode())
-
-
-def _score(values: dict[str, Any]) -> Score:
-    items = tuple(tuple(one) if isinstance(one, list) else one for one in values.pop("items"))
-    return Score(items=items, **values)

@@ -5,15 +5,13 @@ other task reads `TASK/SPLIT.jsonl` in the same folder; all files may be gzipped
 """
 
 import functools
-import gzip
-import json
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from qtool.errors import DataError
+from qtool.storage.jsonl import json_lines
 
 Row = dict[str, Any]
 
@@ -143,34 +141,15 @@ def read_rows(file: Path) -> Iterator[Row]:
     """Yield the objects of a .jsonl or .jsonl.gz file; empty lines are none.
 
     Raises:
-        DataError: a line isn't a JSON object, or the file isn't gzip or not UTF-8.
+        DataError: as `json_lines`, or a line isn't a JSON object.
     """
-    try:
-        with _open_text(file) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _row(line, f"{file}, line {number}")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{file} isn't a file of JSON lines: {error}") from error
+    for place, row in json_lines(file):
+        if not isinstance(row, dict):
+            raise DataError(f"{place} isn't a JSON object.")
+        yield row
 
 
 @functools.lru_cache(maxsize=2)
 def _kept_rows(file: Path, _changed: int) -> list[Row]:
     """Return all rows of a file: the 57 tasks of mmlu read the same two, one after the other."""
     return list(read_rows(file))
-
-
-def _row(line: str, place: str) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{place}: not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: not a JSON object.")
-    return row
-
-
-def _open_text(file: Path) -> IO[str]:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
-    return file.open(encoding="utf-8")

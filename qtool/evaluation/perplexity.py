@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from qtool.base import Emit, ignore_events
-from qtool.data.corpora import Corpus, tokenize
+from qtool.data.corpora import Corpus, bos_warning, check_tokens, tokenize
 from qtool.errors import DataError
 from qtool.modeling.load import LoadedModel
 
@@ -21,6 +21,7 @@ class PerplexityResult:
     """A perplexity and all that it depends on."""
 
     perplexity: float
+    """Infinite above 1e308, NaN where the model's output isn't a number."""
     dataset: str
     context_length: int
     windows: int
@@ -44,27 +45,48 @@ def perplexity(
         corpus: The text.
         context_length: Tokens per window; at most what the model's positions allow.
         max_windows: Use the first windows only; None: all.
-        emit: Receives `window` events with the running perplexity.
+        emit: Receives `window` events with the running perplexity, and a `warning` if it is none,
+            or if the model needs a token that most windows lack.
 
     Raises:
         DataError: the text is shorter than one window, or the model's context is, or a window
             predicts nothing.
     """
     windows, available = windows_of(model, corpus, context_length, max_windows)
+    kind = str(getattr(model.model.config, "model_type", ""))
+    message = bos_warning(kind, model.tokenizer, windows, corpus.name)
+    if message is not None:
+        emit("warning", {"message": message})
     total = 0.0
     for index, window in enumerate(windows):
         total += window_loss(model, window)
-        running = math.exp(total / ((index + 1) * (context_length - 1)))
+        running = _exp(total / ((index + 1) * (context_length - 1)))
         values = {"index": index, "total": len(windows), "perplexity": running, "name": model.name}
         emit("window", values)
+    if math.isnan(total):
+        emit("warning", {"message": _not_a_number(model, corpus)})
     return PerplexityResult(
-        perplexity=math.exp(total / (len(windows) * (context_length - 1))),
+        perplexity=_exp(total / (len(windows) * (context_length - 1))),
         dataset=corpus.name,
         context_length=context_length,
         windows=len(windows),
         windows_in_dataset=available,
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
+    )
+
+
+def _exp(mean_loss: float) -> float:
+    try:
+        return math.exp(mean_loss)
+    except OverflowError:  # above 709 nats
+        return math.inf
+
+
+def _not_a_number(model: LoadedModel, corpus: Corpus) -> str:
+    return (
+        f"{model.name} gives outputs that are not numbers on {corpus.name}, so that it has no "
+        "perplexity. Try another dtype; if it stays, the weights are damaged."
     )
 
 
@@ -80,7 +102,7 @@ def windows_of(
         max_windows: Return the first windows only; None: all.
 
     Raises:
-        DataError: as `perplexity`.
+        DataError: as `perplexity`; or the model has no embedding for a token.
     """
     if context_length < 2 or (max_windows is not None and max_windows < 1):  # noqa: PLR2004
         raise DataError(
@@ -100,8 +122,9 @@ def windows_of(
             f"{corpus.name} has {len(stream)} tokens, fewer than one window of {context_length}. "
             "Use a longer text or a shorter --context-length."
         )
-    windows = stream[: available * context_length].view(available, context_length)
-    return windows[:max_windows], available
+    windows = stream[: available * context_length].view(available, context_length)[:max_windows]
+    check_tokens(windows, model.model.config.get_text_config().vocab_size, corpus.name)
+    return windows, available
 
 
 @torch.inference_mode()

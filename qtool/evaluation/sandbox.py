@@ -10,8 +10,9 @@ output. Two ways to confine it, of which the machine decides:
 
 What isn't stopped: a bug of the kernel; up to `processes` times `memory_bytes` of memory and as
 many busy cores for the time limit; reading the interpreter's and the system's own files. A program
-that looks for the token in its own interpreter can claim to have passed: this keeps programs from
-harm, not a cheater from a benchmark.
+can't find what proves its end by climbing frames, tracing or asking the garbage collector, but
+native code and /proc/self/mem can, and a program can change what its own tests call: this keeps
+programs from harm, not every cheater from a benchmark.
 
 Without namespaces the files are counted every 50 ms: more can be written in between, or to an open
 file without a name. Process pools don't work there, for want of /dev/shm. Without namespaces,

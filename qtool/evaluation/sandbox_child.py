@@ -7,8 +7,8 @@ Standard library only; `qtool.evaluation.sandbox` starts it in a fresh interpret
        └─ the program, without privileges
 
 The program's process writes two lines to the keeper: which protections hold, before it starts,
-and at its very end a token that was drawn for this run, with the exception if there was one. A
-program that leaves early, with whatever exit code, never gets to the second line.
+and at its very end a token that was drawn for this run, or else the exception. A program that
+leaves early, with whatever exit code, never gets to the second line.
 """
 
 import contextlib
@@ -209,9 +209,10 @@ def _judge(text: str, token: str, code: int, stopped: tuple[str, str] | None) ->
         status, detail = "timeout", "limit of processor time"
     elif code < 0:
         status, detail = "killed", f"signal {signal.Signals(-code).name}"
-    elif last.startswith(token):
-        detail = last.removeprefix(token)
-        status = "failed" if detail or code else "passed"
+    elif last == token and code == 0:
+        status, detail = "passed", ""
+    elif last:
+        detail = " ".join(last.split())[: 2 * sandbox_program.DETAIL]
     return {"status": status, "detail": detail, "protections": json.loads(first)}
 
 
@@ -230,9 +231,7 @@ def _guard(request: dict[str, Any], uid: int, token: str, message: int) -> None:
             os.dup2(null, file)
         if request["isolate"]:
             sandbox_linux.build_root(Path(request["work"]), request["file_bytes"])
-        program = os.fork()
-        if program == 0:
-            sandbox_program.start(request, uid, token, message)
+        program = sandbox_program.start(request, uid, token, message)
         os.close(message)
         while (ended := os.wait())[0] != program:
             pass  # an orphan

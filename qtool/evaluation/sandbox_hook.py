@@ -48,12 +48,34 @@ REFUSED = (
     "subprocess.Popen",
     "urllib.Request",
 )
+INSPECTION = {
+    "gc.get_objects",
+    "gc.get_referents",
+    "gc.get_referrers",
+    "sys._current_exceptions",
+    "sys._current_frames",
+    "sys.setprofile",
+    "sys.settrace",
+}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def install(work: str) -> None:
     """Refuse writing outside of the directory `work`, other processes and the network."""
     sys.addaudithook(partial(_check, os.path.realpath(work) + os.sep, os.path.realpath))
+
+
+def hide_interpreter() -> None:
+    """Refuse what shows a program more of its interpreter than its own frames.
+
+    It could find what proves that it ended, or jump over its assertions.
+    """
+    sys.addaudithook(_refuse_inspection)
+
+
+def _refuse_inspection(event: str, _args: tuple[Any, ...]) -> None:
+    if event in INSPECTION:
+        raise PermissionError(f"the sandbox refuses {event}")
 
 
 def _check(work: str, real: Callable[[str], str], event: str, args: tuple[Any, ...]) -> None:

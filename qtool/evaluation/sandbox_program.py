@@ -3,35 +3,66 @@
 Standard library only; it runs in the sandbox's innermost process, which turns into the program.
 """
 
+import _thread
 import contextlib
 import json
+import operator
 import os
 import resource
 import sys
+import time
 import types
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qtool.evaluation import sandbox_hook, sandbox_linux
 
 DETAIL = 300  # characters
+FORK_SECONDS = 5.0
 
 
-def start(request: dict[str, Any], uid: int, token: str, message: int) -> None:
-    """Turn into the program; never returns.
+def start(request: dict[str, Any], uid: int, token: str, message: int) -> int:
+    """Fork the process that turns into the program; return its number.
 
-    What is needed after the program is bound to local names before it: it may change any module.
+    A program can climb up the frames below its own and read what they hold. So there are none but
+    that of `_run`, which holds nothing: a thread forks, calls and at last writes the token by
+    functions in C, and of the threads of this process only that one is in the new one.
     """
-    os.setsid()
-    os.dup2(message, 3)
-    os.closerange(4, 1 << 16)
-    protections = _confine(request, uid)
-    write, leave, own_pid, this_pid = os.write, os._exit, os.getpid(), os.getpid
-    write(3, json.dumps(protections).encode() + b"\n")
-    detail = _execute(request["source"])
-    if this_pid() == own_pid:  # not a fork of the program
-        write(3, (token + detail).encode("ascii", "backslashreplace"))
-    leave(0)
+    gate = _thread.allocate_lock()
+    gate.acquire()
+    os.register_at_fork(after_in_child=gate.release)  # here the thread waits for ever
+    steps: list[Callable[[], Any]] = [
+        os.fork,
+        gate.acquire,
+        partial(_prepare, request, uid, message),
+        partial(_run, request["source"]),
+        partial(os.write, 3, token.encode()),
+        partial(os._exit, 0),
+    ]
+    results: list[Any] = []
+    _thread.start_new_thread(results.extend, (map(operator.call, steps),))
+    deadline = time.monotonic() + FORK_SECONDS
+    while not results:
+        time.sleep(0.0005)
+        if time.monotonic() > deadline:
+            raise OSError("no process can be forked")
+    return int(results[0])
+
+
+def _prepare(request: dict[str, Any], uid: int, message: int) -> None:
+    """Give up all powers, and say which protections hold, or why they don't."""
+    try:
+        os.setsid()
+        os.dup2(message, 3)
+        os.closerange(4, 1 << 16)
+        protections = _confine(request, uid)
+        sandbox_hook.hide_interpreter()
+        os.write(3, json.dumps(protections).encode() + b"\n")
+    except BaseException as error:  # noqa: BLE001 - nobody else is there to say it
+        os.write(3, f"{type(error).__name__}: {error}"[:DETAIL].encode())
+        os._exit(1)
 
 
 def _confine(request: dict[str, Any], uid: int) -> list[str]:
@@ -112,19 +143,25 @@ def _tasks_of_user() -> int:
     return tasks
 
 
-def _execute(source: str) -> str:
-    """Run a program's text as `__main__`; return how it failed, or nothing."""
-    describe, failures = _describe, BaseException
-    main_module = types.ModuleType("__main__")
+def _run(source: str) -> None:
+    """Run a program's text as `exec(text, {})` does; leave if it fails, saying how.
+
+    What is needed after the program is bound to local names before it: it may change any module.
+    """
+    describe, failures, execute, write, leave = _describe, BaseException, exec, os.write, os._exit
+    own_pid, this_pid = os.getpid(), os.getpid
     for name in [name for name in sys.modules if name.startswith(("qtool", "ctypes"))]:
         del sys.modules[name]
-    sys.modules["__main__"] = main_module
+    sys.modules["__main__"] = types.ModuleType("__main__")
     sys.argv = ["program.py"]
     try:
-        exec(compile(source, "<program>", "exec"), vars(main_module))
+        execute(compile(source, "<program>", "exec"), {})
     except failures as error:  # SystemExit too: a program that leaves hasn't reached its asserts
-        return describe(error) or "failed"
-    return ""
+        if this_pid() == own_pid:
+            write(3, (describe(error) or "failed").encode("ascii", "backslashreplace"))
+        leave(1)
+    if this_pid() != own_pid:  # a fork of the program
+        leave(0)
 
 
 def _describe(error: BaseException) -> str:

@@ -77,6 +77,16 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         self.truncated = 0
         """Requests of this task that are longer than the context, and are cut from the left."""
         self.cache_hook = _StoreHook(self._add)
+        rows, words = model.model.config.get_text_config().vocab_size, len(model.tokenizer)
+        if words > rows:
+            self.warn(
+                f"The tokenizer of {model.name} knows {words} tokens and its embedding has {rows} "
+                "rows: a text with one of the others ends the run. Check that it is its own."
+            )
+
+    def warn(self, message: str) -> None:
+        """Pass on a warning."""
+        self.emit("warning", {"message": message})
 
     def begin(self, task: str, store: ResponseStore) -> None:
         """Answer for another task, with what `store` holds."""
@@ -195,12 +205,14 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         ):
             return self._draw(ask, requests)
         keys = [request_key(kind, request.args) for request in requests]
-        missing = [(k, r) for k, r in zip(keys, requests, strict=True) if k not in self.store]
+        missing = [
+            (k, r) for k, r in zip(keys, requests, strict=True) if not self.store.has(kind, k)
+        ]
         self.total += len(requests)
         self.done += len(requests) - len(missing)
         answers = ask([request for _, request in missing], disable_tqdm=True) if missing else []
         for (key, _), answer in zip(missing, answers, strict=True):
-            if key not in self.store:
+            if not self.store.has(kind, key):
                 self.store.add(key, answer)
         return [self.store[key] for key in keys]
 

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,8 @@ from qtool.evaluation.harness import Tasks, writes_text
 from qtool.evaluation.item_rows import AddRows, item_rows
 from qtool.evaluation.kept_scores import KeptScores
 from qtool.evaluation.lm_eval_hooks import quiet, templates_compiled_once
-from qtool.evaluation.responses import ResponseStore
+from qtool.evaluation.local_data import Row
+from qtool.evaluation.responses import ResponseStore, unkept
 from qtool.evaluation.scores import TaskScores, collect_scores
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def run_task(
         recorded_outcomes() as outcomes,
     ):
         objects = tasks.load_again(name, remember=options.cache)
-        store = ResponseStore(kept.responses if options.cache else None)
+        store = ResponseStore(kept.responses if options.cache else None, model.warn)
         finished = False
         try:
             model.begin(name, store)
@@ -90,13 +91,22 @@ def run_task(
             )
             rows = list(item_rows(results["samples"], outcomes))
             if options.cache:
-                kept.write(scores, rows)
+                _keep(kept, scores, rows, model.warn)
             if add_rows is not None:
                 add_rows(name, rows)
             finished = True
         finally:
             store.close(finished=finished)
     return scores
+
+
+def _keep(
+    kept: KeptScores, scores: TaskScores, rows: list[Row], warn: Callable[[str], None]
+) -> None:
+    try:
+        kept.write(scores, rows)
+    except OSError as error:
+        warn(unkept(kept.directory, error))
 
 
 @contextlib.contextmanager

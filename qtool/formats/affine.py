@@ -30,7 +30,7 @@ def layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     by_row = scheme.group_dim == "in_features"
     parts = {
         "codes": PartSpec("int32", (bits, shape.out_features, num_words(shape.in_features))),
-        "scales": PartSpec("float16", (rows, groups) if by_row else (groups, rows)),
+        "scales": PartSpec("float16", (rows, groups) if by_row else (groups, rows), lowest=0),
     }
     if not scheme.symmetric:
         parts["zero_points"] = PartSpec("int32", (bits, groups, num_words(rows)))

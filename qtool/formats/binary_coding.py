@@ -21,7 +21,7 @@ def layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     parameters = (rows, groups) if scheme.group_dim == "in_features" else (groups, rows)
     parts = {
         "bit_planes": PartSpec("int32", (bits, shape.out_features, num_words(shape.in_features))),
-        "plane_scales": PartSpec("float16", (bits, *parameters)),
+        "plane_scales": PartSpec("float16", (bits, *parameters), lowest=0),
     }
     if not scheme.symmetric:
         parts["plane_offsets"] = PartSpec("float16", parameters)

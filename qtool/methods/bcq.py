@@ -14,6 +14,7 @@ from torch import Tensor
 from qtool.base import LayerProblem, LayerSolution, Method
 from qtool.core import alternating, binary_coding, grouping, hessian, layout, metrics
 from qtool.core.binary_feedback import solve_columns, solve_groups
+from qtool.core.bounds import check_bounds
 from qtool.core.grids import BinaryGrid
 from qtool.core.hessian import Factor
 from qtool.core.polish import polish
@@ -44,16 +45,13 @@ class BcqOptions:
     """Calibrated: rounds of coordinate descent on codes and least squares on scales."""
 
     def __post_init__(self) -> None:
-        if self.rounds < 0 or self.polish_rounds < 0:
-            raise RecipeError("rounds and polish_rounds must be 0 and more.")
+        damping = (hessian.MIN_DAMPING, hessian.MAX_DAMPING)
+        check_bounds(self, rounds=(0, 1000), polish_rounds=(0, 1000), iterations=(1, 1000))
+        check_bounds(self, clip_ratios=(1e-3, 1), start_powers=(0, 4), damping=damping)
         if not self.clip_ratios and not self.greedy:
             raise RecipeError("No start is left: give clip_ratios, or set greedy to true.")
-        if any(not 0 < ratio <= 1 for ratio in self.clip_ratios):
-            raise RecipeError(f"clip_ratios is {self.clip_ratios}; each must be in (0, 1].")
-        if self.damping <= 0 or self.iterations < 1 or not self.start_powers:
-            raise RecipeError(
-                "damping must be above 0, iterations 1 and more, start_powers not empty."
-            )
+        if not self.start_powers:
+            raise RecipeError("start_powers is empty. Give at least one, such as 0.5.")
 
 
 def quantize_bcq(problem: LayerProblem, options: BcqOptions) -> LayerSolution:

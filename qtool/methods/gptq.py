@@ -15,10 +15,10 @@ from torch import Tensor
 
 from qtool.base import LayerProblem, LayerSolution, Method
 from qtool.core import affine, grouping, hessian, layout, metrics
+from qtool.core.bounds import check_bounds
 from qtool.core.error_feedback import encode_columns, feed_forward, scaled_errors
 from qtool.core.grids import AffineGrid
 from qtool.core.polish import polish
-from qtool.errors import RecipeError
 from qtool.formats import affine as affine_format
 from qtool.scheme import Shape2D, WeightScheme
 
@@ -42,12 +42,9 @@ class GptqOptions:
     """Columns between two updates of all later ones; changes speed, not the result."""
 
     def __post_init__(self) -> None:
-        if self.damping <= 0:
-            raise RecipeError(f"damping is {self.damping}; allowed is more than 0.")
-        if self.clip_candidates < 1 or self.polish_rounds < 0 or self.column_block < 1:
-            raise RecipeError(
-                "clip_candidates and column_block must be 1 and more, polish_rounds 0 and more."
-            )
+        damping = (hessian.MIN_DAMPING, hessian.MAX_DAMPING)
+        check_bounds(self, damping=damping, polish_rounds=(0, 1000))
+        check_bounds(self, clip_candidates=(1, 1000), column_block=(1, 1 << 20))
 
 
 def quantize_gptq(problem: LayerProblem, options: GptqOptions) -> LayerSolution:

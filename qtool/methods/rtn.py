@@ -9,7 +9,7 @@ import torch
 
 from qtool.base import LayerProblem, LayerSolution, Method
 from qtool.core import affine, grouping, metrics
-from qtool.errors import RecipeError
+from qtool.core.bounds import check_bounds
 from qtool.formats import affine as affine_format
 from qtool.scheme import Shape2D
 
@@ -22,8 +22,7 @@ class RtnOptions:
     """Fraction of the group's range that the grid covers, above 0; below 1 clips outliers."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.clip_ratio <= 1:
-            raise RecipeError(f"clip_ratio is {self.clip_ratio}; allowed are 0 < clip_ratio <= 1.")
+        check_bounds(self, clip_ratio=(1e-3, 1))
 
 
 def quantize_rtn(problem: LayerProblem, options: RtnOptions) -> LayerSolution:

@@ -7,59 +7,34 @@ filled in to capture its inputs; after that one block at a time is filled, run a
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qtool.errors import ModelError
+from qtool.modeling.calls import Call, Calls
+from qtool.modeling.config import one_line, parse_config
+from qtool.modeling.filling import empty_own, fill, fill_own, weightless
 from qtool.modeling.source import ModelSource
 
-
-class Call(NamedTuple):
-    """What a block is called with beside its input: masks, positions, rotary embeddings."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-
-@contextmanager
-def _weightless() -> Iterator[None]:
-    """Let modules built inside have parameters without memory, but real buffers."""
-    original = nn.Module.register_parameter
-
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        original(module, name, parameter)
-        if parameter is not None:
-            empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
-            module._parameters[name] = empty
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
-
-
-def fill(module: nn.Module, prefix: str, source: ModelSource, device: str) -> None:
-    """Read the parameters of a module from the source, in the dtype of the module."""
-    for name, parameter in list(module.named_parameters()):
-        parent, _, child = name.rpartition(".")
-        value = source.read(f"{prefix}.{name}").to(device, parameter.dtype)
-        module.get_submodule(parent)._parameters[child] = nn.Parameter(value, requires_grad=False)
+Note = Callable[[Tensor, Call], tuple[Any, ...] | None]
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block: notes what it is called with and returns its input."""
+    """Stands in for a block: notes what it is called with, and returns its input as a block would.
 
-    def __init__(self, block: nn.Module, note: Callable[[Tensor, Call], None]) -> None:
+    `note` says what follows the hidden states in a block's output; None: the output is no tuple.
+    """
+
+    def __init__(self, block: nn.Module, note: Note) -> None:
         super().__init__()
         self._block = (block,)
         self._note = note
 
-    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:  # noqa: ANN401
-        self._note(hidden, Call(arguments, keywords))
-        return hidden
+    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        rest = self._note(hidden, Call(arguments, keywords))
+        return hidden if rest is None else (hidden, *rest)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         """Answer for the block: models look at attributes such as its kind of attention."""
@@ -99,15 +74,17 @@ class BlockModel:
 
         self.source, self.device = source, device
         run_dtype = _walk_dtype(source, device, dtype)
+        config = parse_config(source.config, source.directory)
         try:
-            config = transformers.AutoConfig.from_pretrained(source.directory)
-            with _weightless():
+            with weightless():
                 model = transformers.AutoModelForCausalLM.from_config(config, dtype=run_dtype)
         except Exception as error:  # transformers raises many unrelated types
-            raise ModelError(f"transformers can't build {source.directory}: {error}") from error
+            raise ModelError(
+                f"transformers can't build {source.directory}: {one_line(error)}"
+            ) from error
         self._model = model.eval()
         self._blocks = model.get_submodule(source.adapter.blocks)
-        self._calls: dict[tuple[int, ...], list[Call]] = {}
+        self._calls = Calls()
 
     @torch.no_grad()
     def capture(self, batches: Sequence[Tensor]) -> list[Tensor]:
@@ -119,35 +96,54 @@ class BlockModel:
         Returns:
             Inputs of the first block, each (samples, length, width), on the CPU.
         """
-        blocks = list(self._blocks)
-        calls: list[tuple[Tensor, Call]] = []
-        for index, block in enumerate(blocks):
-            self._blocks[index] = _Recorder(block, lambda x, call: calls.append((x, call)))
-        skipped = {self._model.get_output_embeddings()}
-        filled = [
-            (name, module)
-            for name, module in self._model.named_modules()
-            if module not in skipped
-            and module._parameters
-            and not name.startswith(self.source.adapter.blocks + ".")
-        ]
-        for name, module in filled:
-            fill(module, name, self.source, self.device)
-        self._buffers_to(self.device)
-        base = self._model.base_model
-        hidden = []
-        for tokens in batches:
-            calls.clear()
-            base(tokens.to(self.device), use_cache=False)
-            hidden.append(calls[0][0].cpu())
-            shape = tuple(tokens.shape)
-            if shape not in self._calls:
-                self._calls[shape] = [call for _, call in calls]
-        for index, block in enumerate(blocks):
-            self._blocks[index] = block
-        for _, module in filled:
-            module.to("meta")
+        with self._filled():
+            first = self.load(0)
+            calls: list[tuple[Tensor, Call]] = []
+            rest: list[tuple[Any, ...] | None] = []
+
+            def note(hidden: Tensor, call: Call) -> tuple[Any, ...] | None:
+                if not rest:  # what a block returns is seen once, on a block that runs
+                    rest.append(first.rest_of_output(hidden, call))
+                calls.append((hidden, call))
+                return rest[0]
+
+            hidden = []
+            with self._recorded(note):
+                for tokens in batches:
+                    calls.clear()
+                    with _one_line(str(self.source.directory)):
+                        self._model.base_model(tokens.to(self.device), use_cache=False)
+                    hidden.append(calls[0][0].cpu())
+                    self._calls.add([call for _, call in calls])
         return hidden
+
+    @contextmanager
+    def _recorded(self, note: Note) -> Iterator[None]:
+        """Put a recorder in the place of each block."""
+        blocks = list(self._blocks)
+        for index, block in enumerate(blocks):
+            self._blocks[index] = _Recorder(block, note)
+        try:
+            yield
+        finally:
+            for index, block in enumerate(blocks):
+                self._blocks[index] = block
+
+    @contextmanager
+    def _filled(self) -> Iterator[None]:
+        """Fill all that runs beside the blocks, and empty it again."""
+        skipped = {self._model.get_output_embeddings()}
+        outside = {
+            name: module
+            for name, module in self._model.named_modules()
+            if module not in skipped and not f"{name}.".startswith(self.source.adapter.blocks + ".")
+        }
+        for name, module in outside.items():
+            fill_own(module, name, self.source, self.device)
+        self._buffers_to(self.device)
+        yield
+        for module in outside.values():
+            empty_own(module)
 
     def _buffers_to(self, device: str) -> None:
         for module in self._model.modules():
@@ -159,34 +155,68 @@ class BlockModel:
         block = deepcopy(self._blocks[index])
         prefix = f"{self.source.adapter.blocks}.{index}"
         fill(block, prefix, self.source, self.device)
-        return Block(block, {shape: calls[index] for shape, calls in self._calls.items()})
+        return Block(block, prefix, self._calls.of(index))
 
 
 class _Stop(Exception):  # noqa: N818
     """Ends a forward pass when what was wanted has been seen."""
 
 
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turn what a model's code raises into one sentence, but for too little memory."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
+        if "memory" in str(error):  # the caller knows what to do about that
+            raise
+        raise ModelError(
+            f"{what} can't be run block by block ({type(error).__name__}: {one_line(error)}). "
+            "Quantize it without calibration data."
+        ) from error
+
+
 class Block:
     """One filled decoder block."""
 
-    def __init__(self, module: nn.Module, calls: dict[tuple[int, ...], Call]) -> None:
-        self._module, self._calls = module, calls
+    def __init__(self, module: nn.Module, name: str, calls: tuple[Call, ...]) -> None:
+        self._module, self._name, self._calls = module, name, calls
         self._device = next(module.parameters()).device
+        self._batch = -1
 
     def copy(self) -> "Block":
         """Return a block with weights of its own."""
-        return Block(deepcopy(self._module), self._calls)
+        return Block(deepcopy(self._module), self._name, self._calls)
 
     @torch.no_grad()
-    def run(self, hidden: Tensor) -> Tensor:
-        """Return the block's output: (samples, length, width), on the block's device."""
-        call = self._calls[tuple(hidden.shape[:2])]
-        hidden = hidden.to(self._device, non_blocking=True)
-        output = self._module(hidden, *call.arguments, **call.keywords)
+    def run(self, hidden: Tensor, batch: int | None = None) -> Tensor:
+        """Return the block's output for one batch, on the block's device.
+
+        Args:
+            hidden: Input of the block, (samples, length, width).
+            batch: Which of the captured batches it is: it decides the block's other arguments.
+                None: the one after the last that ran, as when all are run in turn.
+
+        Raises:
+            ModelError: the block can't run by itself.
+        """
+        self._batch = (self._batch + 1 if batch is None else batch) % len(self._calls)
+        output = self._call(hidden, self._calls[self._batch])
         return output[0] if isinstance(output, tuple) else output
 
+    def rest_of_output(self, hidden: Tensor, call: Call) -> tuple[Any, ...] | None:
+        """Return what the block returns beside the hidden states; None if it returns no tuple."""
+        output = self._call(hidden, call)
+        return output[1:] if isinstance(output, tuple) else None
+
+    def _call(self, hidden: Tensor, call: Call) -> Any:  # noqa: ANN401
+        call = call.on(self._device)
+        hidden = hidden.to(self._device, non_blocking=True)
+        with _one_line(self._name):
+            return self._module(hidden, *call.arguments, **call.keywords)
+
     @torch.no_grad()
-    def inputs_of(self, linear: str, hidden: Tensor) -> Tensor:
+    def inputs_of(self, linear: str, hidden: Tensor, batch: int) -> Tensor:
         """Run the block until `linear` is called and return its input: (tokens, in_features).
 
         Raises:
@@ -200,7 +230,7 @@ class Block:
 
         handle = self._module.get_submodule(linear).register_forward_pre_hook(stop)
         try:
-            self.run(hidden)
+            self.run(hidden, batch)
         except _Stop:
             pass
         finally:
@@ -210,7 +240,7 @@ class Block:
         return seen[0].flatten(0, -2)
 
     @torch.no_grad()
-    def around(self, linear: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def around(self, linear: str, hidden: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """Run the whole block; return what goes into `linear` and what its output is added to.
 
         That sum must be the block's output: `linear` is the last one of the MLP.
@@ -228,7 +258,7 @@ class Block:
 
         handle = self._module.get_submodule(linear).register_forward_hook(note)
         try:
-            output = self.run(hidden)
+            output = self.run(hidden, batch)
         finally:
             handle.remove()
         if not seen:

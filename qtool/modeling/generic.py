@@ -1,6 +1,8 @@
 """An adapter for a family that has no file of its own: look at the modules of the empty model."""
 
-from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from qtool.base import ModelAdapter
 from qtool.errors import ModelError
@@ -9,71 +11,93 @@ ADVICE = (
     "Add qtool/modeling/adapters/{family}.py with the dotted names of its blocks and linears "
     "(docs/adding-a-model.md)."
 )
+LIMITS = "docs/limitations.md says what kinds of models qtool takes."
 
 
-def find_adapter(directory: Path) -> ModelAdapter:
-    """Build the model without weights, find its list of decoder blocks and their linears.
+def adapter_of(model: Any, family: str) -> ModelAdapter:  # noqa: ANN401
+    """Return the adapter of a model object; only names and types of its modules are looked at.
 
     Raises:
-        ModelError: transformers doesn't know the model, or it has no single list of like blocks
-            made of linears.
+        ModelError: it has no single list of like blocks made of linears.
     """
-    import torch  # slow imports
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # transformers raises many unrelated types
-        raise ModelError(
-            f"{directory}: transformers can't build this model without remote code: {error}"
-        ) from error
-    return adapter_of(model, str(config.model_type))
-
-
-def adapter_of(model: "torch.nn.Module", family: str) -> ModelAdapter:  # type: ignore[name-defined]  # noqa: F821
-    """Return the adapter of a model object; only names and types of its modules are looked at."""
-    from torch import nn
-
-    advice = ADVICE.format(family=family)
-    all_lists = [n for n, part in model.named_modules() if isinstance(part, nn.ModuleList)]
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len({type(block) for block in module}) == 1
-        and any(isinstance(part, nn.Linear) for part in module.modules())
-        and not any(isinstance(part, nn.ModuleList) for part in list(module.modules())[1:])
-    }
-    nested = [name for name in lists if any(name.startswith(other + ".") for other in all_lists)]
-    if nested:
-        raise ModelError(
-            f"The blocks of a {family!r} model hold lists of linears ({nested[0]}), such as "
-            f"experts, which qtool doesn't quantize yet. {advice}"
-        )
-    if not lists:
-        raise ModelError(
-            f"No list of decoder blocks made of linears in a {family!r} model. {advice}"
-        )
-    blocks, module = max(lists.items(), key=lambda item: _size(item[1]))
-    first = module[0]
-    stacked = [name for name, weight in first.named_parameters() if weight.dim() > 2]  # noqa: PLR2004
-    if stacked:
-        raise ModelError(
-            f"The blocks of a {family!r} model stack the weights of experts ({stacked[0]}), which "
-            f"qtool doesn't quantize yet. {advice}"
-        )
-    linears = tuple((name,) for name, part in first.named_modules() if isinstance(part, nn.Linear))
+    found = _largest_list(model)
+    if found is None:
+        raise ModelError(f"No list of decoder blocks in a {family!r} model. {_advice(family)}")
+    blocks, module = found
+    reason = _why_not(blocks, module, family)
+    if reason is not None:
+        raise ModelError(f"The blocks of a {family!r} model {reason}")
     names = {part: name for name, part in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding not in names or head not in names:
+        raise ModelError(
+            f"A {family!r} model has no plain token embedding and output head. {_advice(family)}"
+        )
     return ModelAdapter(
         blocks=blocks,
-        linears=linears,
-        embedding=names[model.get_input_embeddings()],
-        head=names[model.get_output_embeddings()],
+        linears=tuple((name,) for name in _linears(module[0])),
+        embedding=names[embedding],
+        head=names[head],
         base_prefix=model.base_model_prefix,
     )
 
 
-def _size(module: "torch.nn.Module") -> int:  # type: ignore[name-defined]  # noqa: F821
+def _advice(family: str) -> str:
+    return ADVICE.format(family=family)
+
+
+def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """Return the list with the most parameters; lists inside it are parts of the blocks."""
+    lists = [
+        (name, part)
+        for name, part in model.named_modules()
+        if isinstance(part, nn.ModuleList) and len(part)
+    ]
+    return max(lists, key=lambda item: _size(item[1]), default=None)
+
+
+def _linears(block: nn.Module) -> list[str]:
+    return [name for name, part in block.named_modules() if isinstance(part, nn.Linear)]
+
+
+def _why_not(blocks: str, module: nn.ModuleList, family: str) -> str | None:
+    """Return what qtool can't do with a list of blocks; None if nothing."""
+    for number, block in enumerate(module):
+        odd = _odd_parameter(block)
+        if odd is not None:
+            return f"hold {odd} in {blocks}.{number}, which qtool doesn't quantize. {LIMITS}"
+    kinds = {(type(block).__name__, *sorted(_linears(block))) for block in module}
+    if len(kinds) > 1:
+        types = sorted({type(block).__name__ for block in module})
+        what = ", ".join(types) if len(types) > 1 else _difference(module)
+        return f"aren't alike ({what}). {LIMITS}"
+    if not _linears(module[0]):
+        types = sorted({type(part).__name__ for part in module[0].modules() if part._parameters})
+        return f"hold no linears ({', '.join(types)}). {_advice(family)}"
+    return None
+
+
+def _difference(module: nn.ModuleList) -> str:
+    """Name a linear that one block has and another hasn't."""
+    first, *rest = (set(_linears(block)) for block in module)
+    number, other = next((n, o) for n, o in enumerate(rest, start=1) if o != first)
+    return f"{min(first ^ other)} is in only one of blocks 0 and {number}"
+
+
+def _odd_parameter(block: nn.Module) -> str | None:
+    """Return what else than linears, norms and vectors a block is made of."""
+    for name, part in block.named_modules():
+        if isinstance(part, nn.ModuleList) and _linears(part):
+            return f"lists of linears ({name}), such as experts"
+        if isinstance(part, nn.modules.conv._ConvNd):
+            return f"convolutions ({name})"
+    for name, weight in block.named_parameters():
+        if weight.dim() > 2 and "expert" in name:  # noqa: PLR2004
+            return f"the weights of experts stacked in one tensor ({name})"
+        if weight.dim() > 2:  # noqa: PLR2004
+            return f"parameters of {weight.dim()} dimensions ({name}), no linears,"
+    return None
+
+
+def _size(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())

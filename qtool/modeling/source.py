@@ -1,27 +1,28 @@
 """ModelSource: the tensors of an unquantized model, read one by one, no model object built."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import qtool.modeling.adapters
 from qtool import plugins
 from qtool.base import ModelAdapter
-from qtool.checkpoint.shards import Shards, TensorSpec, open_shards, read_json
+from qtool.checkpoint.shards import Shards, TensorSpec, open_shards
 from qtool.errors import CheckpointError, ModelError
-from qtool.modeling.generic import find_adapter
+from qtool.modeling.companions import read_companions
+from qtool.modeling.config import check_original, parse_config, read_config
+from qtool.modeling.generic import adapter_of
 from qtool.modeling.locate import locate
+from qtool.modeling.skeleton import empty_model, list_names, match_names
 from qtool.scheme import Shape2D
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
-CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
-BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
-COMPANION_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
-NOT_COPIED = ("config.json", "model.safetensors.index.json", "quantization_report.json")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +32,44 @@ class ModelSource:
     directory: Path
     public_name: str | None
     config: Mapping[str, Any]
+    """config.json as a checkpoint may have it: no code is named, and whether the head is tied is
+    said."""
     adapter: ModelAdapter
     shards: Shards
     prefix: str
     """What stored names lack: checkpoints saved from the base model leave its name out."""
+    aliases: Mapping[str, str]
+    """Stored name by the name that the model, as transformers builds it, has for a tensor."""
     num_blocks: int
+    num_positions: int | None
+    """How long a sequence may be; None if the configuration doesn't say."""
+    residual: tuple[str, str] | None
+    """The adapter's `residual`, but for variants that normalize after the sum (OPT-350m)."""
+    head_is_tied: bool
+    """Whether the head uses the embedding's weight."""
 
     def names(self) -> Iterator[str]:
         """Yield the full names of all tensors, sorted."""
         yield from sorted(self._full(name) for name in self.shards.specs)
 
+    def stored_name(self, full: str) -> str:
+        """Return how a tensor is called in its file, by its full name or the model's."""
+        stored = full.removeprefix(self.prefix)
+        if stored in self.shards.specs and self._full(stored) == full:
+            return stored
+        return self.aliases.get(full, stored)
+
+    def has(self, name: str) -> bool:
+        """Return whether a tensor of that name is stored."""
+        return self.stored_name(name) in self.shards.specs
+
     def spec(self, name: str) -> TensorSpec:
         """Return dtype, shape and file of a tensor by its full name."""
-        return self.shards.specs[self._stored(name)]
+        return self.shards.specs[self.stored_name(name)]
 
     def read(self, name: str) -> Tensor:
         """Return a tensor by its full name, as it is stored."""
-        return self.shards.read(self._stored(name))
+        return self.shards.read(self.stored_name(name))
 
     def read_weight(self, layer: str) -> Tensor:
         """Return the weight of a linear or embedding: (out_features, in_features) float32."""
@@ -65,47 +87,23 @@ class ModelSource:
             for group in self.adapter.linears:
                 yield from (f"{self.adapter.blocks}.{block}.{name}" for name in group)
 
-    @property
-    def num_positions(self) -> int | None:
-        """How long a sequence may be; None if the configuration doesn't say."""
-        found = (self.config.get(key) for key in ("max_position_embeddings", "n_positions"))
-        return next((int(positions) for positions in found if positions), None)
-
-    @property
-    def residual(self) -> tuple[str, str] | None:
-        """The adapter's `residual`, but for variants that normalize after the sum (OPT-350m)."""
-        normalizes_after = self.config.get("do_layer_norm_before") is False
-        return None if normalizes_after else self.adapter.residual
-
-    @property
-    def head_is_tied(self) -> bool:
-        """Whether the head uses the embedding's weight."""
-        tied = self.config.get("tie_word_embeddings", True)  # transformers' default
-        stored = self._has(f"{self.adapter.head}.weight")
-        return bool(tied) or not stored
+    def block_tensors(self) -> Iterator[str]:
+        """Yield the full names of all tensors of the decoder blocks, without blocks beyond them."""
+        blocks = {f"{self.adapter.blocks}.{block}" for block in range(self.num_blocks)}
+        depth = self.adapter.blocks.count(".") + 2
+        for name in self.names():
+            if ".".join(name.split(".")[:depth]) in blocks:
+                yield name
 
     def companions(self) -> dict[str, bytes]:
-        """Return the small files that belong to the model: tokenizer, templates, generation."""
-        return {
-            path.name: path.read_bytes()
-            for path in sorted(self.directory.iterdir())
-            if path.is_file()
-            and path.suffix in COMPANION_SUFFIXES
-            and path.name not in NOT_COPIED
-            and not path.name.endswith(".index.json")
-        }
+        """Return the small files that belong to the model, by their path in its directory."""
+        return read_companions(self.directory)
 
     def _is_transposed(self, layer: str) -> bool:
         return self.adapter.conv1d and layer.startswith(self.adapter.blocks + ".")
 
-    def _has(self, name: str) -> bool:
-        return self._stored(name) in self.shards.specs
-
     def _full(self, stored: str) -> str:
         return stored if stored.startswith(self.adapter.head + ".") else self.prefix + stored
-
-    def _stored(self, full: str) -> str:
-        return full.removeprefix(self.prefix)
 
 
 def open_source(model: str) -> ModelSource:
@@ -116,55 +114,56 @@ def open_source(model: str) -> ModelSource:
 
     Raises:
         ModelError: it isn't an unquantized causal language model that qtool can walk.
-        CheckpointError: its files are missing or damaged.
+        CheckpointError: its files are missing or damaged, or aren't those of its configuration.
     """
     location = locate(model)
     directory = location.directory
-    if not (directory / "config.json").is_file():
-        raise ModelError(f"{directory} has no config.json: it isn't a model directory.")
-    config = read_json(directory / "config.json")
-    _check_causal(config, directory)
+    config = read_config(directory)
+    known = plugins.names(qtool.modeling.adapters)
+    check_original(config, directory, known)
     shards = open_shards(directory)
-    adapter = adapter_for(config, directory)
+    parsed = parse_config(config, directory)
+    _check_count(parsed, shards, directory)
+    skeleton = empty_model(parsed, directory)
+    adapter = adapter_for(skeleton, str(config["model_type"]))
     prefix = _missing_prefix(adapter, shards)
+    num_blocks = _count_blocks(skeleton, adapter, shards, prefix, directory)
+    aliases = match_names(skeleton, shards, directory)
+    tied = _is_tied(skeleton, aliases, shards)
+    found = (getattr(parsed, key, None) for key in POSITIONS)
+    normalizes_after = getattr(parsed, "do_layer_norm_before", True) is False
     source = ModelSource(
         directory=directory,
         public_name=location.public_name,
-        config=config,
+        config={**config, "tie_word_embeddings": tied},
         adapter=adapter,
         shards=shards,
         prefix=prefix,
-        num_blocks=_count_blocks(adapter, shards, prefix, directory),
+        aliases=aliases,
+        num_blocks=num_blocks,
+        num_positions=next((n for n in found if isinstance(n, int) and n > 0), None),
+        residual=None if normalizes_after else adapter.residual,
+        head_is_tied=tied,
     )
-    _check_all_blocks(source)
-    _check_tables(source)
     _check_linears(source)
     return source
 
 
-def _check_causal(config: Mapping[str, Any], directory: Path) -> None:
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(
-            f"{directory} is already quantized ({method}). Start from the original model."
-        )
-    architectures = config.get("architectures") or []
-    known = config.get("model_type") in plugins.names(qtool.modeling.adapters)
-    causal = any(CAUSAL.search(name) for name in architectures) or (known and not architectures)
-    if not causal or config.get("is_encoder_decoder"):
-        what = ", ".join(architectures) or config.get("model_type") or "of unknown type"
-        raise ModelError(
-            f"{directory} is no causal language model ({what}). qtool quantizes decoder-only "
-            "models, whose architecture ends in ForCausalLM or LMHeadModel."
-        )
-
-
-def adapter_for(config: Mapping[str, Any], directory: Path) -> ModelAdapter:
+def adapter_for(skeleton: Any, family: str) -> ModelAdapter:  # noqa: ANN401
     """Return the adapter of a family, or one made by looking at the model's modules."""
-    family = str(config.get("model_type"))
     if family in plugins.names(qtool.modeling.adapters):
         return plugins.load(qtool.modeling.adapters, family, "ADAPTER", ModelAdapter)
-    return find_adapter(directory)
+    return adapter_of(skeleton, family)
+
+
+def _check_count(parsed: Any, shards: Shards, directory: Path) -> None:  # noqa: ANN401
+    """Check that there are blocks, and no more than tensors: building them would take long."""
+    wanted = getattr(parsed, "num_hidden_layers", None)
+    if isinstance(wanted, int) and not 0 < wanted <= len(shards.specs):
+        raise CheckpointError(
+            f"{directory}: config.json names {wanted} blocks, and {len(shards.specs)} tensors are "
+            "stored. config.json and weights don't belong together."
+        )
 
 
 def _missing_prefix(adapter: ModelAdapter, shards: Shards) -> str:
@@ -176,56 +175,75 @@ def _missing_prefix(adapter: ModelAdapter, shards: Shards) -> str:
     if any(name.startswith(short + ".") for name in shards.specs):
         return prefix
     raise ModelError(
-        f"No tensor starts with {adapter.blocks}: config.json and weights don't belong together."
+        f"No tensor starts with {adapter.blocks}, but {list_names(sorted(shards.specs))}: "
+        "config.json and weights don't belong together."
     )
 
 
-def _count_blocks(adapter: ModelAdapter, shards: Shards, prefix: str, directory: Path) -> int:
+def _count_blocks(
+    skeleton: Any,  # noqa: ANN401
+    adapter: ModelAdapter,
+    shards: Shards,
+    prefix: str,
+    directory: Path,
+) -> int:
+    """Return how many blocks the model has; blocks stored beyond them aren't the model's."""
+    try:
+        count = len(skeleton.get_submodule(adapter.blocks))
+    except AttributeError:
+        raise ModelError(
+            f"{directory}: transformers builds no {adapter.blocks}, which the adapter names."
+        ) from None
     start = adapter.blocks.removeprefix(prefix) + "."
-    found = {
-        int(name.removeprefix(start).split(".", 1)[0])
-        for name in shards.specs
-        if name.startswith(start)
+    numbers = {
+        name.removeprefix(start).split(".", 1)[0] for name in shards.specs if name.startswith(start)
     }
-    missing = sorted(set(range(max(found) + 1)) - found)
+    missing = [str(block) for block in range(count) if str(block) not in numbers]
     if missing:
-        raise CheckpointError(f"{directory}: blocks {missing} are missing. Download it again.")
-    return len(found)
-
-
-def _check_all_blocks(source: ModelSource) -> None:
-    wanted = next((source.config[key] for key in BLOCK_COUNTS if key in source.config), None)
-    if isinstance(wanted, int) and source.num_blocks < wanted:
         raise CheckpointError(
-            f"{source.directory}: config.json names {wanted} blocks, {source.num_blocks} are "
-            "stored. Download it again."
+            f"{directory}: config.json names {count} blocks, and no tensor of block "
+            f"{list_names(missing)} is stored. Download it again."
         )
+    return count
 
 
-def _check_tables(source: ModelSource) -> None:
-    tables = [source.adapter.embedding]
-    if source.config.get("tie_word_embeddings") is False:
-        tables.append(source.adapter.head)
-    for table in tables:
-        if not source._has(f"{table}.weight"):
-            raise ModelError(
-                f"{source.directory}: {table}.weight is missing, which a causal language model "
-                "needs. Download it again."
-            )
+def _is_tied(skeleton: Any, aliases: Mapping[str, str], shards: Shards) -> bool:  # noqa: ANN401
+    """Return whether the head is the embedding: by class and configuration, and by the values.
+
+    As transformers decides: 5.x ties nothing that is stored with different values, 4.57 ties
+    whatever the values are.
+    """
+    head, embedding = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return False
+    looks_at_values = hasattr(skeleton, "get_expanded_tied_weights_keys")
+    names = {
+        aliases[name]
+        for name, value in skeleton.named_parameters(remove_duplicate=False)
+        if value is head.weight
+    }
+    if len(names) < 2 or not looks_at_values:  # noqa: PLR2004 - one of the two is stored
+        return True
+    first, *others = (shards.read(name) for name in sorted(names))
+    return all(torch.equal(first, other) for other in others)
 
 
 def _check_linears(source: ModelSource) -> None:
-    for layer in source.block_linears():
+    """Check that what a recipe may quantize is there, as matrices of floats."""
+    tables = [source.adapter.embedding, *([] if source.head_is_tied else [source.adapter.head])]
+    for layer in (*tables, *source.block_linears()):
         name = f"{layer}.weight"
-        if not source._has(name):
+        if not source.has(name):
             raise ModelError(
                 f"{source.directory}: {name} is missing; the adapter of "
-                f"{source.config.get('model_type')!r} expects it in each block."
+                f"{source.config.get('model_type')!r} expects it."
             )
         spec = source.spec(name)
         if spec.dtype not in FLOAT_DTYPES:
             raise ModelError(
-                f"{spec.file}: {name} is {spec.dtype}; qtool reads {', '.join(FLOAT_DTYPES)}."
+                f"{spec.file}: {name} is {spec.dtype}; qtool reads {', '.join(FLOAT_DTYPES)}. "
+                "Load the model with transformers in one of these and save_pretrained() it; if it "
+                "is quantized already, start from the original."
             )
-        if len(spec.shape) != 2:  # noqa: PLR2004
+        if len(spec.shape) != 2 or not prod(spec.shape):  # noqa: PLR2004
             raise ModelError(f"{spec.file}: {name} has shape {spec.shape}, which is no matrix.")

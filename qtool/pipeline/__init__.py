@@ -7,11 +7,11 @@ from qtool.pipeline.measuring import (
     Comparison,
     EvalOptions,
     GpuOptions,
-    ModelFigures,
     bench,
     bench_gpu,
     evaluate,
 )
+from qtool.pipeline.model_figures import ModelFigures
 from qtool.pipeline.quantizing import CalibrateResult, calibrate, plan, quantize
 from qtool.pipeline.reports import QuantizeResult
 from qtool.pipeline.scoring import evaluate_tasks

@@ -1,19 +1,18 @@
 """Measuring what was quantized: quality and speed, beside the original."""
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import qtool
 from qtool.base import Emit, ignore_events
-from qtool.bench.model import SpeedResult, time_model
-from qtool.checkpoint.marks import REPORT_NAME
+from qtool.bench.model import time_model
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.checkpoint.shards import open_shards, read_json
 from qtool.data.corpora import Corpus, load_corpus
-from qtool.errors import CheckpointError
+from qtool.errors import QtoolError
 from qtool.evaluation.agreement import (
     Agreement,
     Reference,
@@ -22,7 +21,8 @@ from qtool.evaluation.agreement import (
 )
 from qtool.evaluation.perplexity import PerplexityResult, perplexity
 from qtool.modeling.load import LoadedModel, load_model
-from qtool.modeling.locate import locate
+from qtool.modeling.locate import check_model, locate
+from qtool.pipeline.model_figures import ModelFigures, figures_of
 from qtool.runtime.select import use_backend
 from qtool.scheme import WeightScheme
 
@@ -31,18 +31,9 @@ if TYPE_CHECKING:
 
     from qtool.bench.gpu import GpuResult
 
-
-@dataclass(frozen=True, slots=True)
-class ModelFigures:
-    """All that was measured of one model."""
-
-    name: str
-    weight_bytes: int
-    average_bits: float
-    """Stored bits per weight of the quantized layers; 16 or 32 for an unquantized model."""
-    quantize_seconds: float | None = None
-    perplexity: PerplexityResult | None = None
-    speed: SpeedResult | None = None
+T = TypeVar("T")
+PROMPTS = 4
+"""Beginnings that a model and its baseline continue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +55,8 @@ class EvalOptions:
     max_windows: int | None = None
     agreement_windows: int = 16
     """Windows over which a model is compared with its baseline; 0: it isn't."""
+    texts: bool = True
+    """Also compare greedy continuations with those of the baseline."""
 
     def measure(self, model: LoadedModel, corpus: Corpus, emit: Emit) -> PerplexityResult:
         """Return the perplexity of a loaded model on the corpus of these options."""
@@ -82,7 +75,12 @@ class EvalOptions:
         windows = min(self.max_windows or self.agreement_windows, self.agreement_windows)
         length = self.context_length
         return record_reference(
-            model, corpus, context_length=length, max_windows=windows, emit=emit
+            model,
+            corpus,
+            context_length=length,
+            max_windows=windows,
+            prompts=PROMPTS if self.texts else 0,
+            emit=emit,
         )
 
 
@@ -97,20 +95,40 @@ def evaluate(
 ) -> Comparison:
     """Measure the perplexity of a model and, if given, of a baseline beside it.
 
-    With a baseline also how closely the model follows it; the two are never in memory at once.
+    With a baseline also how closely the model follows it; where that can't be said, a `warning`
+    says why, and the perplexities stand. The two are never in memory at once.
+
+    Raises:
+        QtoolError: before a model is loaded: one isn't there, or can't be executed here.
     """
     corpus = load_corpus(options.dataset)
-    locate(model)  # a typo is found before the baseline has run
+    check_model(model)
+    subjects = {name: _subject(name) for name in (baseline, model) if name is not None}
     figures, reference = [], None
     if baseline is not None:
         with _loaded(baseline, backend, dtype) as loaded:
-            figures.append(_figures(loaded, perplexity=options.measure(loaded, corpus, emit)))
-            reference = options.record(loaded, corpus, emit)
+            measured = options.measure(loaded, corpus, emit)
+            reference = _if_possible(lambda: options.record(loaded, corpus, emit), emit)
+        figures.append(replace(subjects[baseline], perplexity=measured))
         del loaded
+        _free_memory()
     with _loaded(model, backend, dtype) as loaded:
-        figures.append(_figures(loaded, perplexity=options.measure(loaded, corpus, emit)))
-        agreement = compare_to_reference(loaded, reference, emit) if reference else None
+        measured = options.measure(loaded, corpus, emit)
+        agreement = None
+        if reference is not None:
+            found = reference
+            agreement = _if_possible(lambda: compare_to_reference(loaded, found, emit), emit)
+    figures.append(replace(subjects[model], perplexity=measured))
     return Comparison(tuple(figures), agreement, versions())
+
+
+def _if_possible(compare: Callable[[], T], emit: Emit) -> T | None:
+    """Return a comparison, or None after a warning: what was measured before isn't lost to it."""
+    try:
+        return compare()
+    except QtoolError as error:
+        emit("warning", {"message": f"The two models aren't compared token by token: {error}"})
+        return None
 
 
 def bench(
@@ -133,17 +151,29 @@ def bench(
     reader = CheckpointReader(Path(model))
     baseline = baseline or reader.manifest.source
     corpus = load_corpus(quality.dataset) if quality else None
+    names = [name for name in (baseline, model) if name is not None]
+    subjects = [_subject(name) for name in names]
     figures = []
-    for name in (baseline, model):
-        if name is None:
-            continue
-        with _loaded(name, backend) as loaded:
-            measured = None
-            if quality is not None and corpus is not None:
-                measured = quality.measure(loaded, corpus, emit)
-            emit("timing", {"name": loaded.name})
-            figures.append(_figures(loaded, perplexity=measured, speed=time_model(loaded)))
+    for name, subject in zip(names, subjects, strict=True):
+        figures.append(_timed(name, subject, backend, quality, corpus, emit))
+        _free_memory()  # else two models would be alive while the second is loaded
     return Comparison(tuple(figures), versions=versions())
+
+
+def _timed(
+    name: str,
+    subject: ModelFigures,
+    backend: str | None,
+    quality: EvalOptions | None,
+    corpus: Corpus | None,
+    emit: Emit,
+) -> ModelFigures:
+    with _loaded(name, backend) as loaded:
+        measured = None
+        if quality is not None and corpus is not None:
+            measured = quality.measure(loaded, corpus, emit)
+        emit("timing", {"name": loaded.name})
+        return replace(subject, perplexity=measured, speed=time_model(loaded))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,35 +239,18 @@ def _loaded(
         yield load_model(name, dtype=dtype)
 
 
-def _figures(
-    loaded: LoadedModel,
-    *,
-    perplexity: PerplexityResult | None = None,
-    speed: SpeedResult | None = None,
-) -> ModelFigures:
-    """Return what is measured of a model beside what its directory says."""
-    figures = figures_of(loaded.name, loaded.directory)
-    return replace(figures, perplexity=perplexity, speed=speed)
+def _free_memory() -> None:
+    """Let go of a model that nobody names any more: it is in a cycle."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing, without a card
 
 
-def figures_of(name: str, directory: Path) -> ModelFigures:
-    """Return size and bits of a model, which its directory says without loading it."""
-    shards = open_shards(directory)
-    size = sum(file.stat().st_size for file in {spec.file for spec in shards.specs.values()})
-    config = read_json(directory / "config.json").get("quantization_config")
-    if config is None:
-        bits = 32.0 if any(spec.dtype == "F32" for spec in shards.specs.values()) else 16.0
-        return ModelFigures(name, size, bits)
-    bits = CheckpointReader(directory).manifest.average_bits()
-    return ModelFigures(name, size, bits, quantize_seconds(directory))
-
-
-def quantize_seconds(directory: Path) -> float | None:
-    """Return how long the quantization of a checkpoint took, if its report is there."""
-    try:
-        return float(read_json(directory / REPORT_NAME)["seconds"])
-    except (CheckpointError, KeyError, TypeError, ValueError):
-        return None
+def _subject(model: str) -> ModelFigures:
+    """Return what a model's directory says of it, before it is loaded."""
+    location = locate(model)
+    return figures_of(location.public_name or location.directory.resolve().name, location.directory)
 
 
 def versions() -> dict[str, str]:

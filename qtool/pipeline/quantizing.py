@@ -11,14 +11,20 @@ from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
 from qtool.checkpoint.place import Place, check_free_space, find_place
 from qtool.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
-from qtool.data.calibration import CalibrationSet, load_calibration, save_calibration
-from qtool.modeling.load import default_device, load_tokenizer
+from qtool.data.calibration import CalibrationSet
+from qtool.data.calibration_files import (
+    check_no_calibration,
+    load_calibration,
+    save_calibration,
+)
+from qtool.modeling.device import default_device
+from qtool.modeling.load import load_tokenizer
 from qtool.modeling.source import ModelSource, open_source
 from qtool.pipeline.reports import QuantizeResult, result_of
 from qtool.pipeline.runs import Run, write_result
 from qtool.recipe.schema import CalibrationSection, Recipe
 from qtool.stages.calibrate import calibrate as draw_calibration
-from qtool.stages.calibrate import measure_absmax, save_absmax, wanted_lengths
+from qtool.stages.calibrate import check_samples, measure_absmax, wanted_lengths
 from qtool.stages.calibrated import solve_calibrated
 from qtool.stages.memory import failures_in_one_line
 from qtool.stages.plan import Plan, make_plan
@@ -143,7 +149,9 @@ def _calibration(
     _phase(emit, "drawing calibration data")
     tokenizer = load_tokenizer(str(source.directory))
     if directory is not None:
-        return load_calibration(directory, tokenizer)
+        calibration = load_calibration(directory, tokenizer)
+        check_samples(source, tokenizer, calibration, emit)
+        return calibration
     lengths = wanted_lengths(section, tokenizer, None)
     return draw_calibration(
         section, source, tokenizer, lengths=lengths, seed=recipe.seed, emit=emit
@@ -165,13 +173,14 @@ class CalibrateResult:
     lengths: tuple[int, ...]
 
 
-def calibrate(
+def calibrate(  # noqa: PLR0913 - what to draw from, where to, how
     model: str,
     calib_dir: Path,
     section: CalibrationSection,
     *,
     lengths: tuple[int, ...] | None = None,
     seed: int = 0,
+    overwrite: bool = False,
     emit: Emit = ignore_events,
 ) -> CalibrateResult:
     """Draw calibration samples, measure the inputs of all linears, write both.
@@ -182,17 +191,22 @@ def calibrate(
         section: What to draw.
         lengths: Lengths to match, instead of the tasks' own.
         seed: Of the order of matched lengths.
+        overwrite: Replace calibration data that are there.
         emit: Receives `block` events, and a `warning` if the text is too short.
+
+    Raises:
+        OutputError: there are calibration data already, or they can't be written.
     """
+    check_no_calibration(calib_dir, overwrite=overwrite)
     source = open_source(model)
+    check_no_calibration(calib_dir, overwrite=overwrite, model_directory=source.directory)
     tokenizer = load_tokenizer(str(source.directory))
     wanted = wanted_lengths(section, tokenizer, lengths)
     if lengths is not None:
         section = section.model_copy(update={"tasks": ()})  # provenance: they decided nothing
     calibration = draw_calibration(section, source, tokenizer, lengths=wanted, seed=seed, emit=emit)
     absmax = measure_absmax(source, calibration, Env(str(default_device()), seed, emit))
-    save_calibration(calibration, calib_dir)
-    save_absmax(absmax, calib_dir)
+    save_calibration(calibration, calib_dir, absmax)
     return CalibrateResult(
         calib_dir=calib_dir,
         samples=len(calibration.samples),

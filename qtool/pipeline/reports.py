@@ -79,7 +79,7 @@ def result_of(out_dir: Path, place: Path) -> QuantizeResult:
         layers = tuple(_layer(values, entries) for values in report["layers"])
         numbers = {key: report[key] for key in NUMBERS}
         return QuantizeResult(out_dir=out_dir, layers=layers, **numbers)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{place} is complete, but its quantization_report.json is damaged: {error!r}."
         ) from error

@@ -13,7 +13,7 @@ from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.checkpoint.marks import CONFIG_NAME, REPORT_NAME
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.data.calibration import CalibrationSet
-from qtool.modeling.card import model_card
+from qtool.modeling.card import Provenance, model_card, read_licence
 from qtool.modeling.source import ModelSource
 from qtool.pipeline.reports import QuantizeResult, report_bytes
 from qtool.recipe.schema import Recipe
@@ -97,7 +97,8 @@ def write_result(
     )
     manifest = _manifest(run, results, writer.digests())
     files = run.source.companions()
-    files["README.md"] = model_card(manifest, run.source.public_name).encode()
+    card = model_card(manifest, run.source.public_name, _about(run, result))
+    files["README.md"] = card.encode()
     names = sorted({*files, REPORT_NAME, CONFIG_NAME})
     files[REPORT_NAME] = report_bytes(result, run=writer.run_digest, files=names)
     config = {key: value for key, value in run.source.config.items() if key != "_name_or_path"}
@@ -124,4 +125,21 @@ def _manifest(run: Run, results: tuple[LayerResult, ...], digests: dict[str, str
         source=run.source.public_name,
         calibration=run.calibration.digest() if run.calibration else None,
         digests=digests,
+    )
+
+
+def _about(run: Run, result: QuantizeResult) -> Provenance:
+    """Return what the model card says of a run."""
+    names = {"added_error": "error added to the outputs", "nmse": "error of the weights (NMSE)"}
+    values = {
+        name: [layer.metrics[key] for layer in result.layers if key in layer.metrics]
+        for key, name in names.items()
+    }
+    return Provenance(
+        licence=read_licence(run.source.directory),
+        calibration=run.calibration.provenance if run.calibration else {},
+        weight_bytes=result.weight_bytes,
+        source_bytes=result.source_bytes,
+        num_weights=sum(prod(spec.shape) for spec in run.source.shards.specs.values()),
+        errors={name: sum(found) / len(found) for name, found in values.items() if found},
     )

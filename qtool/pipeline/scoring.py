@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.base import Emit, ignore_events
 from qtool.errors import ModelError
-from qtool.modeling.load import LoadedModel, default_device, default_dtype, load_model
-from qtool.modeling.locate import locate
-from qtool.pipeline.measuring import ModelFigures, figures_of, versions
+from qtool.modeling.device import default_device, default_dtype
+from qtool.modeling.load import LoadedModel, load_model
+from qtool.modeling.locate import check_model, locate
+from qtool.pipeline.measuring import versions
+from qtool.pipeline.model_figures import ModelFigures, figures_of
 from qtool.runtime.select import use_backend, wanted_backend
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ def evaluate_tasks(
     from qtool.evaluation.kept_scores import versions as versions_of_scores
     from qtool.evaluation.tasks import check_tasks, run_tasks
 
-    locate(model)
+    check_model(model)
     tasks = check_tasks(options)
     dtype = dtype or default_dtype(default_device())
     names = [name for name in (baseline, model) if name is not None]

@@ -1,28 +1,22 @@
 """YAML -> Recipe: strict parse with line numbers, `extends`, `--set`."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from qtool.errors import RecipeError
 from qtool.plugins import describe_miss
+from qtool.recipe.document import MOST_DEPTH, Document, Keys, dotted, parse_value, read_document
 from qtool.recipe.names import find
 from qtool.recipe.schema import Recipe
 
-Path_ = tuple[str | int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A parsed document and where each of its keys came from."""
-
-    values: dict[str, Any]
-    places: Mapping[Path_, str]
-    """'file.yaml line 7' by path of the key."""
+LONGEST_CHAIN = 16
+"""Recipes that extend each other: more is a mistake."""
+LONGEST_VALUE = 60
+"""Characters of a value in a message."""
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -41,66 +35,44 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def recipe_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Build a recipe from plain data, such as the one stored in a checkpoint."""
-    document = _Source(dict(values), {})
+    document = Document(dict(values), {})
     return _validate(_apply_overrides(document, overrides), label="the options")
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> _Source:
+def _read(path: Path, seen: tuple[Path, ...]) -> Document:
     """Read one file and, below it, the recipe that it extends."""
     if path in seen:
         chain = " -> ".join(str(p) for p in (*seen, path))
         raise RecipeError(f"Recipes extend each other in a circle: {chain}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"{path} can't be read as UTF-8 text: {error}.") from error
-    document = _parse(text, path.name)
+    document = read_document(path)
     parent = document.values.pop("extends", None)
     if parent is None:
         return document
+    place = document.places["extends",]
     if not isinstance(parent, str):
-        raise RecipeError(f"{path}: extends is {parent!r}; it takes one recipe name or path.")
-    base = _read(find(parent, relative_to=path.parent).resolve(), (*seen, path))
-    values = merge(base.values, document.values)
-    return _Source(values, {**base.places, **document.places})
-
-
-def _parse(text: str, name: str) -> _Source:
-    """Parse YAML and note the line of each key; repeated keys are errors."""
-    places: dict[Path_, str] = {}
-
-    def note(node: yaml.Node, path: Path_) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                place = f"{name} line {key.start_mark.line + 1}"
-                here = (*path, str(key.value))  # a key may be a list: safe_load refuses it below
-                if here in places:
-                    raise RecipeError(f"{dotted(here)} is given twice ({place}).")
-                places[here] = place
-                note(value, here)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, item in enumerate(node.value):
-                places[*path, index] = f"{name} line {item.start_mark.line + 1}"
-                note(item, (*path, index))
-
+        raise RecipeError(
+            f"extends is {_shown(parent)}; it takes one recipe name or path ({place})."
+        )
+    if len(seen) == LONGEST_CHAIN:
+        raise RecipeError(f"More than {LONGEST_CHAIN} recipes extend each other ({place}).")
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is not None:
-            note(root, ())
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(f"{name}{where} isn't valid YAML: {problem}.") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{name} must be a mapping with the key 'weights'.")
-    return _Source(values, places)
+        found = find(parent, relative_to=path.parent).resolve()
+    except RecipeError as error:
+        raise RecipeError(f"extends: {error} ({place})") from None
+    base = _read(found, (*seen, path))
+    values = merge(base.values, document.values)
+    kept = {keys: at for keys, at in base.places.items() if _is_same(keys, base.values, values)}
+    return Document(values, {**kept, **document.places})
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with `top` laid over it; mappings merge, all else replaces."""
-    merged = dict(base)
+    """Return `base` with `top` laid over it; mappings merge, all else replaces.
+
+    Where `top` names another method, the options of the old one go: they mean nothing to it.
+    """
+    both_name_one = "method" in base and "method" in top
+    other = both_name_one and top["method"] != base["method"]
+    merged = _without_options(base) if other else dict(base)
     for key, value in top.items():
         old = merged.get(key)
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
@@ -108,25 +80,74 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply_overrides(document: _Source, overrides: Iterable[str]) -> _Source:
-    values, places = document.values, dict(document.places)
-    for text in overrides:
-        key, equals, raw = text.partition("=")
-        path = tuple(key.strip().split("."))
-        if not equals or not all(path):
-            raise RecipeError(f"--set {text!r} isn't an assignment. Write --set a.b=value.")
+def _without_options(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section without options of its method, those of its overrides included."""
+    kept = {key: value for key, value in section.items() if key != "options"}
+    overrides = kept.get("overrides")
+    if isinstance(overrides, (list, tuple)):
+        kept["overrides"] = [
+            {key: value for key, value in one.items() if key != "options"}
+            if isinstance(one, Mapping) and one.get("method") is None
+            else one
+            for one in overrides
+        ]
+    return kept
+
+
+def _is_same(keys: Keys, before: Any, after: Any) -> bool:  # noqa: ANN401
+    """Return whether keys lead to a value that a merge left alone, at least in part."""
+    for key in keys:
         try:
-            value: Any = yaml.safe_load(raw) if raw.strip() else None
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {text!r}: the value isn't valid YAML.") from error
-        for part in reversed(path):
-            value = {part: value}
-        values = merge(values, value)
-        places[path] = f"--set {text}"
-    return _Source(values, places)
+            before, after = before[key], after[key]
+        except (KeyError, IndexError, TypeError):
+            return False
+        if isinstance(before, list) and before is not after:
+            return False
+    return True
 
 
-def _validate(document: _Source, label: str) -> Recipe:
+def _apply_overrides(document: Document, overrides: Iterable[str]) -> Document:
+    """Lay assignments over a document, those of a method first: it drops the old one's options."""
+    values, places = document.values, dict(document.places)
+    assignments = [_assignment(text) for text in overrides]
+    for path, value, place in sorted(assignments, key=lambda one: one[0][1:] != ("method",)):
+        values = _assigned(values, path, value, place)
+        places[tuple(int(part) if part.isdecimal() else part for part in path)] = place
+    return Document(values, places)
+
+
+def _assignment(text: str) -> tuple[tuple[str, ...], Any, str]:
+    """Return path, value and place of one --set."""
+    key, equals, raw = text.partition("=")
+    path, shown = tuple(key.strip().split(".")), _shown(text)
+    if not equals or not all(path):
+        raise RecipeError(f"--set {shown} isn't an assignment. Write --set a.b=value.")
+    if len(path) > MOST_DEPTH:
+        raise RecipeError(f"--set {shown}: the key has more than {MOST_DEPTH} parts.")
+    return path, parse_value(raw, f"--set {shown}: the value"), f"--set {shown[1:-1]}"
+
+
+def _assigned(values: Any, path: tuple[str, ...], value: Any, place: str) -> Any:  # noqa: ANN401
+    """Return `values` with another value at `path`; a number is an index of a list."""
+    if not path:
+        both = isinstance(values, Mapping) and isinstance(value, Mapping)
+        return merge(values, value) if both else value
+    key, *rest = path
+    if isinstance(values, (list, tuple)):
+        if not key.isdecimal() or len(key) > len(str(MOST_DEPTH)) or int(key) >= len(values):
+            raise RecipeError(f"{key!r} is no index of a list of {len(values)} ({place}).")
+        changed = list(values)
+        changed[int(key)] = _assigned(values[int(key)], tuple(rest), value, place)
+        return changed
+    if key.isdecimal():
+        raise RecipeError(f"{key!r} is no key, and there is no list to count in ({place}).")
+    base = values if isinstance(values, Mapping) else {}
+    if not rest:
+        return merge(base, {key: value})
+    return {**base, key: _assigned(base.get(key), tuple(rest), value, place)}
+
+
+def _validate(document: Document, label: str) -> Recipe:
     try:
         return Recipe.model_validate(document.values)
     except ValidationError as error:
@@ -136,6 +157,7 @@ def _validate(document: _Source, label: str) -> Recipe:
 def _alternatives(error: ValidationError) -> dict[str, Any]:
     """Return the first error, with all messages on the same key: a key may take several types."""
     errors = error.errors(include_url=False)
+    errors.sort(key=lambda one: one["type"] != "extra_forbidden")  # a typo explains what is missing
     if errors[0]["type"] in ("extra_forbidden", "missing"):  # the path ends in the user's own key
         return dict(errors[0])
     path = _keys(errors[0]["loc"])
@@ -146,7 +168,7 @@ def _alternatives(error: ValidationError) -> dict[str, Any]:
     return {**errors[0], "loc": path, "msg": " or ".join([first, *rest])}
 
 
-def _keys(path: Path_) -> Path_:
+def _keys(path: Keys) -> Keys:
     """Return a path without the types that pydantic tried: they aren't keys."""
     return tuple(
         part
@@ -155,24 +177,26 @@ def _keys(path: Path_) -> Path_:
     )
 
 
-def _sentence(error: Mapping[str, Any], document: _Source, label: str) -> str:
+def _sentence(error: Mapping[str, Any], document: Document, label: str) -> str:
     """Return one line: path, value, rule, line, nearest known key."""
-    path: Path_ = error["loc"]
+    path: Keys = error["loc"]
     place = next(
         (document.places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in document.places),
         label,
     )
     if error["type"] == "extra_forbidden":
         known = tuple(_fields_at(path[:-1]))
+        if len(path) == 1 and path != ("extends",):  # gone by now, but a key that a file may have
+            known = (*known, "extends")
         where = dotted(path[:-1]) or "the recipe"
         return f"{describe_miss(str(path[-1]), known, where)} ({place})"
     if error["type"] == "missing":
         return f"{dotted(path)} is missing ({place})."
-    message = error["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    return f"{dotted(path)} is {error['input']!r}; {message} ({place})."
+    message = re.sub(r"^\w+ should", "it should", error["msg"].removeprefix("Value error, "))
+    return f"{dotted(path)} is {_shown(error['input'])}; {message} ({place})."
 
 
-def _fields_at(path: Path_) -> Iterable[str]:
+def _fields_at(path: Keys) -> Iterable[str]:
     """Return the known keys of the section at `path`."""
     model: Any = Recipe
     for part in path:
@@ -184,6 +208,10 @@ def _fields_at(path: Path_) -> Iterable[str]:
     return tuple(model.model_fields)
 
 
-def dotted(path: Path_) -> str:
-    """Return a path as users write it: weights.overrides.0.match."""
-    return ".".join(str(part) for part in path)
+def _shown(value: object) -> str:
+    """Return a value as a message shows it: not in full, and never failing."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of more than 4,300 digits
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 4]}...{text[-1]}"

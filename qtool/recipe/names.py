@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from qtool import resources
-from qtool.errors import RecipeError
+from qtool.errors import DataError, RecipeError
 from qtool.plugins import describe_miss
+from qtool.storage.jsonl import check_file
 
 
 def built_in() -> tuple[str, ...]:
@@ -24,8 +25,10 @@ def find(name: str, *, relative_to: Path | None = None) -> Path:
     """
     if name.endswith((".yaml", ".yml")):
         path = (relative_to or Path()) / name
-        if not path.is_file():
-            raise RecipeError(f"No recipe file {path}.")
+        try:
+            check_file(path)
+        except DataError as error:
+            raise RecipeError(str(error).replace("No file", "No recipe file")) from None
         return path
     if name not in built_in():
         raise RecipeError(

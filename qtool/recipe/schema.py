@@ -17,16 +17,24 @@ from qtool.plugins import describe_miss
 from qtool.scheme import MAX_BITS, GroupDim, WeightScheme
 
 RECIPE_VERSION = 1
+MOST_TOKENS = 1 << 26
+MOST_LENGTH = 1 << 20
+"""Tokens of a sample, samples, or weights of a group: more is a slip of the keyboard."""
+MOST_SEED = 2**32 - 1
+"""What every generator takes, numpy's too."""
 
 
 def _keep_bool_out(value: object) -> object:
     """Refuse YAML booleans where a number is meant (pydantic would read true as 1)."""
     if isinstance(value, bool):
-        raise ValueError("is a boolean; a whole number is meant")
+        raise ValueError("is a boolean; a number is meant")
     return value
 
 
 WholeNumber = Annotated[int, BeforeValidator(_keep_bool_out)]
+Number = Annotated[float, BeforeValidator(_keep_bool_out), Field(allow_inf_nan=False)]
+Name = Annotated[str, Field(max_length=100)]
+Text = Annotated[str, Field(max_length=4096)]
 
 
 class Section(BaseModel):
@@ -40,7 +48,7 @@ class SchemeSection(Section):
 
     num_bits: Annotated[WholeNumber, Field(ge=1, le=MAX_BITS)] = 4
     """Bits per code, or number of bit planes."""
-    group_size: Annotated[WholeNumber, Field(ge=1)] | None = 128
+    group_size: Annotated[WholeNumber, Field(ge=1, le=MOST_LENGTH)] | None = 128
     """Neighbours that share scales; null: one group spans the whole dimension."""
     group_dim: GroupDim = "in_features"
     """Dimension along which a group runs."""
@@ -55,11 +63,11 @@ class SchemeSection(Section):
 class Override(Section):
     """What differs for the layers whose dotted name matches."""
 
-    match: str
+    match: Text
     """Glob on the layer's dotted name, such as '*.down_proj'; the first match wins."""
     skip: bool = False
     """Leave these layers in 16 bit."""
-    method: str | None = None
+    method: Name | None = None
     scheme: Mapping[str, Any] = {}
     """Keys of `weights.scheme` that differ."""
     options: Mapping[str, Any] = {}
@@ -84,29 +92,31 @@ class Override(Section):
 class ChooseSection(Section):
     """What qtool chooses per layer, by the error of its output on held-out samples."""
 
-    group_dim: tuple[GroupDim, ...] = ()
+    group_dim: Annotated[tuple[GroupDim, ...], Field(max_length=2)] = ()
     """Group dimensions to try; the first is kept unless another is better by one percent."""
 
 
 class CalibrationSection(Section):
     """Which samples the solvers see."""
 
-    dataset: str = "wikitext2-valid"
+    dataset: Text = "wikitext2-valid"
     """Bundled text, path of a .txt, .jsonl or .jsonl.gz file, or hub:NAME:CONFIG:SPLIT."""
-    num_samples: Annotated[WholeNumber, Field(ge=2)] = 64
-    sequence_length: Literal["match", "fixed"] | Annotated[WholeNumber, Field(ge=2)] = "fixed"
+    num_samples: Annotated[WholeNumber, Field(ge=2, le=MOST_LENGTH)] = 64
+    sequence_length: (
+        Literal["match", "fixed"] | Annotated[WholeNumber, Field(ge=2, le=MOST_LENGTH)]
+    ) = "fixed"
     """Tokens per sample; 'match': as the prompts of `tasks` have them (SLAC); 'fixed': 2048, or as
     many as the model has positions for."""
-    tasks: tuple[str, ...] = ()
+    tasks: Annotated[tuple[Name, ...], Field(max_length=100)] = ()
     """Tasks whose prompt lengths are matched: gsm8k, humaneval, mmlu."""
-    num_tokens: Annotated[WholeNumber, Field(ge=16)] = 131072
+    num_tokens: Annotated[WholeNumber, Field(ge=16, le=MOST_TOKENS)] = 131072
     """With 'match': about how many tokens all samples hold, whatever their lengths."""
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    holdout: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     """Fraction of the samples that every choice is made on."""
-    token_cap: Annotated[float, Field(ge=1)] | None = None
+    token_cap: Annotated[Number, Field(ge=1, le=1e6)] | None = None
     """Tokens are shrunk to this multiple of the median norm before they enter a Hessian; null: they
     aren't."""
-    input_error: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
+    input_error: Literal["auto"] | Annotated[Number, Field(ge=0, le=1)] = "auto"
     """Share of the upstream error that a layer compensates; auto: chosen per layer."""
     residual_error: bool = True
     """Linears that add to the residual stream also compensate the error that it carries."""
@@ -121,7 +131,7 @@ class CalibrationSection(Section):
 class WeightsSection(Section):
     """How the linear layers of the decoder blocks are quantized."""
 
-    method: str
+    method: Name
     scheme: SchemeSection = SchemeSection()
     options: Mapping[str, Any] = {}
     """Options of the method; `qtool methods` lists them."""
@@ -132,7 +142,7 @@ class WeightsSection(Section):
 class TableSection(Section):
     """How the embedding or the head is quantized."""
 
-    method: str = "rtn"
+    method: Name = "rtn"
     scheme: SchemeSection = SchemeSection(num_bits=8, group_size=64)
     options: Mapping[str, Any] = {}
 
@@ -141,7 +151,7 @@ class Recipe(Section):
     """All that decides a run but model, device and paths."""
 
     version: Literal[1] = 1
-    description: str = ""
+    description: Text = ""
     calibration: CalibrationSection | None = None
     """Absent: solvers work without data."""
     weights: WeightsSection
@@ -149,7 +159,7 @@ class Recipe(Section):
     """Absent: the embedding stays in 16 bit. With tied weights it covers the head."""
     head: TableSection | None = None
     """Absent: the head stays in 16 bit."""
-    seed: WholeNumber = 0
+    seed: Annotated[WholeNumber, Field(ge=0, le=MOST_SEED)] = 0
 
 
 def resolve(weights: WeightsSection, layer: str) -> WeightsSection | None:

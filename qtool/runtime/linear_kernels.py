@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qtool.base import QuantizedTensor
 from qtool.errors import BackendError
-from qtool.formats import affine, binary_coding
 from qtool.runtime import lut, planes, tiles
+from qtool.runtime.centers import CENTERS, planes_of, weight_of
 from qtool.runtime.launch import Call, Card, Launch, constants
 from qtool.runtime.selection import STORED_KERNELS, selection_for, wanted_kernel
 from qtool.runtime.tiles import UNIT, Tiles
@@ -44,6 +44,8 @@ class KernelWeight:
     """None: the tiled kernels can't group its inputs."""
     stored: QuantizedTensor | None
     """The parts as stored, if they were to be kept or there are no tiles."""
+    centered: bool = False
+    """It was affine: instead of offsets there are centers, see `centers`."""
     fresh: bool = False
     """Made just now on the device: kernels may not read it ahead."""
 
@@ -53,20 +55,21 @@ class KernelWeight:
         inputs = self.shape.in_features
         size = self.scheme.group_size or inputs
         group = size if size < inputs else -(-inputs // UNIT) * UNIT
-        return planes.Layout(self.scheme.num_bits, group, int(not self.scheme.symmetric))
+        offset = 2 if self.centered else int(not self.scheme.symmetric)
+        return planes.Layout(self.scheme.num_bits, group, offset)
 
 
 def prepare(
     tensor: QuantizedTensor, dtype: torch.dtype, *, keep_stored: bool = False
 ) -> KernelWeight:
-    """Re-lay a weight of format `binary_coding`, or of `affine`: its offsets round to float16.
+    """Re-lay a weight of format `binary_coding`, or of `affine`.
 
     Args:
         tensor: The weight, on the device that runs it.
         dtype: Of the activations.
         keep_stored: Hold on to the stored parts, which the kernel `lut` reads.
     """
-    tensor = _binary(tensor)
+    tensor = planes_of(tensor)
     scheme, inputs = tensor.scheme, tensor.shape.in_features
     size = scheme.group_size or inputs
     tileable = scheme.group_dim == "in_features" and (size % BLOCK == 0 or size >= inputs)
@@ -76,21 +79,16 @@ def prepare(
         dtype=dtype,
         tiles=tiles.pack(tensor) if tileable else None,
         stored=tensor if keep_stored or not tileable else None,
+        centered=CENTERS in tensor.parts,
     )
-
-
-def _binary(tensor: QuantizedTensor) -> QuantizedTensor:
-    if tensor.format == affine.FORMAT:
-        return binary_coding.from_affine(tensor, torch.float16)
-    return tensor
 
 
 def fuse(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor | None:
     """Put weights that share an input one below the other; None if their schemes differ."""
-    tensors = [_binary(tensor) for tensor in tensors]
+    tensors = [planes_of(tensor) for tensor in tensors]
     first = tensors[0]
     for other in tensors[1:]:
-        alike = other.format == first.format and other.scheme == first.scheme
+        alike = other.parts.keys() == first.parts.keys() and other.scheme == first.scheme
         if not alike or other.shape.in_features != first.shape.in_features:
             return None
     if first.scheme.group_dim != "in_features":
@@ -215,7 +213,7 @@ def _plain(x: Tensor, weight: KernelWeight, launch: Launch, card: Card, kernel: 
 
 def _by_definition(x: Tensor, tensor: QuantizedTensor, launch: Launch) -> Tensor:
     (rows, inputs), scheme, parts = tensor.shape, tensor.scheme, tensor.parts
-    y = x.new_empty(len(x), rows)
+    y, offsets = x.new_empty(len(x), rows), parts.get("plane_offsets", parts.get(CENTERS))
     launch(
         Call(
             "sign_flip",
@@ -228,10 +226,11 @@ def _by_definition(x: Tensor, tensor: QuantizedTensor, launch: Launch) -> Tensor
                 *(rows, inputs, parts["bit_planes"].shape[2], scheme.num_bits),
                 scheme.group_size or scheme.grouped_length(tensor.shape),
                 scheme.num_groups(tensor.shape),
+                int(CENTERS in parts),
                 int(scheme.group_dim == "in_features"),
             ),
         ),
-        (parts["bit_planes"], parts["plane_scales"], parts.get("plane_offsets"), x, y),
+        (parts["bit_planes"], parts["plane_scales"], offsets, x, y),
     )
     return y
 
@@ -250,7 +249,7 @@ def dequantize(weight: KernelWeight, launch: Launch) -> Tensor:
     """Return W, (out_features, in_features) in the dtype of the activations."""
     if weight.tiles is None:
         assert weight.stored is not None
-        return binary_coding.dequantize(weight.stored, torch.float32).to(weight.dtype)
+        return weight_of(weight.stored).to(weight.dtype)
     packed, (rows, inputs) = weight.tiles, weight.shape
     row_tiles, units, *_ = packed.planes.shape
     dense = torch.empty(rows, inputs, dtype=weight.dtype, device=packed.planes.device)

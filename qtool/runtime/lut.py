@@ -8,6 +8,7 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.formats import binary_coding
 from qtool.runtime import planes
+from qtool.runtime.centers import CENTERS
 from qtool.runtime.launch import Call, Card, Launch, constants
 
 LANES = 32
@@ -83,7 +84,7 @@ def matmul(
     tuned = tuned or tuning(tensor.scheme.num_bits, rows, card)
     slabs = -(-inputs // tuned.slab)
     partial = x.new_empty(slabs, batch, rows, dtype=torch.float32) if slabs > 1 else None
-    offsets = parts.get("plane_offsets")
+    offsets = parts.get("plane_offsets", parts.get(CENTERS))
     # One wave of blocks, one on a multiprocessor, and no warp without rows.
     most = -(-rows // (tuned.rows * tuned.threads // LANES))
     blocks = max(1, min(card.multiprocessors // slabs, most))
@@ -112,7 +113,7 @@ def _constants(
         dtype,
         PLANES=scheme.num_bits,
         GROUP=min(scheme.group_size or inputs, inputs),
-        OFFSET=int(not scheme.symmetric),
+        OFFSET=2 if CENTERS in tensor.parts else int(not scheme.symmetric),
         INPUTS=inputs,
         KEYS=tuned.keys,
         ROWS=tuned.rows,

@@ -1,5 +1,7 @@
 """QuantizedLinear, QuantizedEmbedding, TiedHead: stored parts and the backend that runs them."""
 
+import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from qtool.base import KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry
-from qtool.runtime.select import choose_backend, wanted_backend
+from qtool.runtime.select import choose_backend, load_backend, wanted_backend
 
 TORCH_DTYPES = {
     "int32": torch.int32,
@@ -17,6 +19,7 @@ TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
+REFERENCE = "reference"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +59,11 @@ class QuantizedWeight(nn.Module):
         super().__init__()
         self.entry = entry
         self.wanted = wanted_backend()
+        self._held: Held | None = None
+        self._number: int | None = None
         self.contents = object()
         """Another object whenever the parts were loaded or moved."""
-        self._held: Held | None = None
+        self._join()
         for name, spec in entry.layout().items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype]))
 
@@ -89,12 +94,23 @@ class QuantizedWeight(nn.Module):
 
     def prepare(self, dtype: torch.dtype) -> tuple[KernelBackend, Any]:
         """Return the backend and its prepared weight for activations of `dtype`."""
+        if torch.compiler.is_dynamo_compiling():
+            if self._number is not None:
+                _made_ready(self._number, dtype)
+        elif torch.compiler.is_exporting():  # what is exported has the parts as they are stored
+            reference = load_backend(REFERENCE)
+            return reference, reference.prepare(self.tensor(), dtype)
+        held = self._ready(dtype)
+        prepared = held.prepared
+        return held.backend, prepared.view() if isinstance(prepared, Lent) else prepared
+
+    def _ready(self, dtype: torch.dtype) -> Held:
+        """Return what runs the weight, made now if need be."""
         held = self._held
         if held is None or held.dtype != dtype:
             backend = self.choose_backend()
             held = self._hold(backend, backend.prepare(self.tensor(), dtype), dtype)
-        prepared = held.prepared
-        return held.backend, prepared.view() if isinstance(prepared, Lent) else prepared
+        return held
 
     def lend(self, backend: KernelBackend, view: Callable[[], Any], dtype: torch.dtype) -> None:
         """Give up the own layout: for `dtype`, `view` makes it from that of a fused weight.
@@ -108,6 +124,7 @@ class QuantizedWeight(nn.Module):
         if home is not None:
             finish_packing(home)
         held = self._held = Held(backend, prepared, dtype, home)
+        self._number = None
         if home is not None:  # after the line above: `device` stays what it is
             for name, part in self._parts(torch.device("cpu")).items():
                 setattr(self, name, part)
@@ -120,7 +137,8 @@ class QuantizedWeight(nn.Module):
         """Bring the parts to where the weight is executed, and forget its layout."""
         for name, part in self._parts(self.device).items():
             setattr(self, name, part)
-        self._held, self.contents = None, object()
+        self.contents = object()
+        self._join()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Expect other parts."""
@@ -131,6 +149,20 @@ class QuantizedWeight(nn.Module):
         """Return what is copied and pickled."""
         buffers = {**self._buffers, **self._parts(self.device)}
         return {**self.__dict__, "_held": None, "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fill a copy."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._join()
+
+    def _join(self) -> None:
+        """Forget the layout, and take a number by which a compiler finds this weight.
+
+        One that has a layout has no number, so that a compiled block serves all blocks like it.
+        """
+        self._held, number = None, next(_NUMBERS)
+        self._number = number
+        _WEIGHTS[number] = self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":  # noqa: FBT001, FBT002
         """Follow a move to another device, but keep the dtypes that the format prescribes."""
@@ -148,8 +180,22 @@ class QuantizedWeight(nn.Module):
             if moved.dtype != old.dtype or moved.device != home:
                 setattr(self, name, old.to(home))
         if home != device:
-            self._held, self.contents = None, object()
+            self.contents = object()
+            self._join()
         return self
+
+
+_NUMBERS = itertools.count()
+_WEIGHTS: "weakref.WeakValueDictionary[int, QuantizedWeight]" = weakref.WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _made_ready(number: int, dtype: torch.dtype) -> bool:
+    """Prepare a weight while a graph of its first call is traced, outside of that graph."""
+    weight = _WEIGHTS[number]
+    weight._ready(dtype)
+    weight._number = number  # the graph holds as long as what it has looked at is the same
+    return True
 
 
 def finish_packing(device: torch.device) -> None:
@@ -216,16 +262,18 @@ class QuantizedEmbedding(QuantizedWeight):
 class TiedHead(nn.Module):
     """The output head of a model whose quantized embedding is its head as well."""
 
-    def __init__(self, embedding: QuantizedEmbedding) -> None:
+    def __init__(self, embedding: QuantizedEmbedding, bias: Tensor | None = None) -> None:
         super().__init__()
         self._embedding = (embedding,)  # a tuple: not a submodule, so its buffers aren't ours too
+        self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x @ W.T: (..., embedding_dim) -> (..., num_embeddings).
+        """Return x @ W.T + bias: (..., embedding_dim) -> (..., num_embeddings).
 
         In the dtype of the table, so that both share one layout; the result has autocast's dtype,
         or that of `x`.
         """
         x, table = as_autocast(x), self._embedding[0]
         backend, prepared = table.prepare(table.dtype)
-        return backend.matmul(x.to(table.dtype), prepared).to(x.dtype)
+        y = backend.matmul(x.to(table.dtype), prepared).to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -16,7 +16,7 @@ from qtool.scheme import Shape2D, WeightScheme
 
 WEIGHT = (
     "Tensor planes, Tensor scales, int rows, int inputs, int bits, int? group, bool symmetric, "
-    "bool fresh"
+    "bool centered, bool fresh"
 )
 LIBRARY = torch.library.Library("qtool", "DEF")
 LIBRARY.define(f"matmul(Tensor x, {WEIGHT}) -> Tensor")
@@ -33,21 +33,22 @@ def rows(index: Tensor, weight: KernelWeight) -> Tensor:
     return torch.ops.qtool.rows(index, weight.dtype, *_flat(weight))
 
 
-Flat = tuple[Tensor, Tensor, int, int, int, int | None, bool, bool]
+Flat = tuple[Tensor, Tensor, int, int, int, int | None, bool, bool, bool]
 
 
 def _flat(weight: KernelWeight) -> Flat:
     scheme, shape, packed = weight.scheme, weight.shape, weight.tiles
     assert packed is not None
     numbers = (shape.out_features, shape.in_features, scheme.num_bits)
-    grouping = (scheme.group_size, scheme.symmetric, weight.fresh)
-    return (packed.planes, packed.scales, *numbers, *grouping)
+    grouping = (scheme.group_size, scheme.symmetric)
+    return (packed.planes, packed.scales, *numbers, *grouping, weight.centered, weight.fresh)
 
 
 def _weight(dtype: torch.dtype, flat: Flat) -> KernelWeight:
-    planes, scales, out_features, in_features, *grouping, fresh = flat
+    planes, scales, out_features, in_features, *grouping, centered, fresh = flat
     shape = Shape2D(out_features, in_features)
-    return KernelWeight(_scheme(*grouping), shape, dtype, Tiles(planes, scales), None, fresh)
+    scheme, packed = _scheme(*grouping), Tiles(planes, scales)
+    return KernelWeight(scheme, shape, dtype, packed, None, centered, fresh)
 
 
 @functools.cache

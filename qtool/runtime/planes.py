@@ -35,11 +35,12 @@ class Layout(NamedTuple):
     group: int
     """Inputs per group; whole units where one group is the row."""
     offset: int
+    """0: none; 1: beside the scales; 2: the center of an affine weight in its place."""
 
     @property
     def parameters(self) -> int:
         """Return how many numbers a row and group has."""
-        return self.planes + self.offset
+        return self.planes + (self.offset != 0)
 
     @property
     def stage_bytes(self) -> int:

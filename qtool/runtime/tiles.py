@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qtool.base import QuantizedTensor
 from qtool.core.packing import unpack_bits
+from qtool.runtime.centers import CENTERS
 
 TILE_ROWS = 16
 UNIT = 256
@@ -28,8 +29,9 @@ class Tiles:
 
     planes: Tensor  # (row_tiles, units, num_bits, 32, 4) int32
     scales: Tensor
-    """(row_tiles, groups, 8, num_bits + offset, 2) float16: of rows g and g + 8, the offset last;
-    of all groups that the units have, zeros where a row has no more."""
+    """(row_tiles, groups, 8, num_bits + offset, 2) float16: of rows g and g + 8, the offset, or the
+    center of an affine weight, last; of all groups that the units have, zeros where a row has no
+    more."""
 
 
 def pack(tensor: QuantizedTensor) -> Tiles:
@@ -58,10 +60,11 @@ def _padded(bits: Tensor) -> Tensor:
 
 
 def _parameters(tensor: QuantizedTensor) -> Tensor:
-    """Return scales and, if there are any, offsets: (parameters, out_features, num_groups)."""
+    """Return scales, then offsets or centers: (parameters, out_features, num_groups)."""
     parameters = list(tensor.parts["plane_scales"])
     if not tensor.scheme.symmetric:
-        parameters.append(tensor.parts["plane_offsets"])
+        offsets = tensor.parts.get("plane_offsets")
+        parameters.append(tensor.parts[CENTERS] if offsets is None else offsets)
     return torch.stack(parameters)
 
 

@@ -2,23 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qtool.base import Emit, Env, ignore_events
 from qtool.data.calibration import CalibrationSet, batches, draw_samples
-from qtool.data.corpora import open_dataset
+from qtool.data.corpora import bos_warning, check_tokens, open_dataset
 from qtool.data.lengths import bin_edges, match_lengths, summary, task_lengths
 from qtool.errors import DataError, RecipeError
 from qtool.modeling.blocks import BlockModel
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection
 
-ABSMAX_NAME = "input_absmax.safetensors"
 BATCH_TOKENS = 2048
 FIXED_LENGTH = 2048
 """What `sequence_length: fixed` means, for models with that many positions."""
@@ -91,6 +88,7 @@ def calibrate(
     calibration = draw_samples(tokenizer, texts, drawn, at_starts=lengths is not None)
     if len(calibration.samples) < len(drawn):
         emit("warning", {"message": _too_short(section, calibration)})
+    check_samples(source, tokenizer, calibration, emit)
     requested = drawn if lengths is None else lengths
     used = [len(sample) for sample in calibration.samples]
     edges = bin_edges([*requested, *used])
@@ -102,6 +100,32 @@ def calibrate(
         "used lengths": summary(used, edges),
     }
     return replace(calibration, provenance={**calibration.provenance, **decided})
+
+
+def check_samples(
+    source: ModelSource,
+    tokenizer: Any,  # noqa: ANN401
+    calibration: CalibrationSet,
+    emit: Emit,
+) -> None:
+    """Refuse samples that the model can't read, and warn of those that it reads poorly.
+
+    Raises:
+        DataError: a token has no embedding, or a sample is longer than the model's context.
+    """
+    name = str(calibration.provenance.get("dataset"))
+    rows = source.weight_shape(source.adapter.embedding)[0]
+    check_tokens(torch.cat(calibration.samples), rows, name)
+    longest, limit = max(map(len, calibration.samples)), source.num_positions
+    if limit is not None and longest > limit:
+        raise DataError(
+            f"A sample of {name} has {longest} tokens, but the model has {limit} positions. Run "
+            "`qtool calibrate` on this model."
+        )
+    kind = str(source.config.get("model_type", ""))
+    message = bos_warning(kind, tokenizer, calibration.samples, name)
+    if message is not None:
+        emit("warning", {"message": message})
 
 
 def _too_short(section: CalibrationSection, calibration: CalibrationSet) -> str:
@@ -126,16 +150,13 @@ def measure_absmax(source: ModelSource, calibration: CalibrationSet, env: Env) -
     for index in range(source.num_blocks):
         block = model.load(index)
         for group in source.adapter.linears:
-            inputs = (block.inputs_of(group[0], x).abs().amax(0).float() for x in hidden)
+            inputs = (
+                block.inputs_of(group[0], x, i).abs().amax(0).float() for i, x in enumerate(hidden)
+            )
             largest = torch.stack(list(inputs)).amax(0).cpu()
             for name in group:
                 found[f"{source.adapter.blocks}.{index}.{name}"] = largest.clone()
-        hidden = [block.run(x).cpu() for x in hidden]
+        hidden = [block.run(x, i).cpu() for i, x in enumerate(hidden)]
         values = {"index": index, "total": source.num_blocks, "name": f"block {index}"}
         env.emit("block", values)
     return found
-
-
-def save_absmax(absmax: dict[str, Tensor], directory: Path) -> None:
-    """Write the input maxima beside the samples."""
-    save_file(absmax, directory / ABSMAX_NAME)

@@ -30,7 +30,7 @@ from qtool.stages.solve import (
     solve_one,
     write_solution,
 )
-from qtool.stages.statistics import InputStatistics, measure_inputs, writer_of
+from qtool.stages.statistics import InputStatistics, measure_inputs, why_not_finite, writer_of
 from qtool.stages.streams import Streams, make_streams
 
 FEW_TOKENS = 4
@@ -85,7 +85,7 @@ def solve_calibrated(
         if layer.role != "block":
             results.append(solve_one(source, layer, writer, env))
             announce(env, results[-1], len(results), len(plan.layers))
-    copy_kept(source, plan, writer)
+    copy_kept(source, plan, writer, env)
     return tuple(results)
 
 
@@ -143,11 +143,8 @@ class _Step:
             token_cap=self.section.token_cap,
         )
         if not statistics.is_finite():
-            raise MethodError(
-                f"The inputs of {self.prefix}.{linear} overflow: NaN or infinity among them. The "
-                "model leaves the range of the dtype it is walked in; set calibration.dtype to "
-                "float32, or use more bits or smaller groups."
-            )
+            walked_in = streams.original[0].dtype
+            raise MethodError(why_not_finite(self.source, f"{self.prefix}.{linear}", walked_in))
         return statistics
 
     def _restore(self, layer: LayerPlan) -> tuple[LayerResult, Tensor]:

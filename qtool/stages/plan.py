@@ -1,5 +1,6 @@
 """Plan a run without reading a weight: which layers, which scheme, how many bytes."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -13,11 +14,15 @@ from qtool import plugins
 from qtool.base import Method
 from qtool.checkpoint.manifest import num_bytes
 from qtool.errors import ModelError, RecipeError, SchemeError
+from qtool.modeling.skeleton import list_names
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
 from qtool.scheme import GroupDim, Shape2D, WeightScheme
 
 Role = Literal["block", "embedding", "head"]
+MOST_LEFT = 0.1
+"""More of the blocks' weights than this doesn't stay unquantized unless a recipe says so."""
+TO_NAME = 0.01
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
 
 
@@ -87,13 +92,21 @@ def parse_options(method_name: str, method: Method, values: Mapping[str, Any]) -
         if key not in known:
             where = f"weights.options of '{method_name}'"
             raise RecipeError(plugins.describe_miss(str(key), known, where))
+    kinds = {field.name: field.type for field in fields(method.options)}
+    for key, value in values.items():
+        if isinstance(value, bool) and kinds[key] is not bool:  # pydantic would read 1
+            raise RecipeError(
+                f"weights.options.{key} is a boolean and takes something else: see `qtool methods`."
+            )
     try:
         return TypeAdapter(method.options).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(str(part) for part in first["loc"])
         message = first["msg"].replace("Input should", "it should")
-        raise RecipeError(f"weights.options.{path} is {first['input']!r}; {message}.") from None
+        raise RecipeError(
+            f"weights.options.{path} is {repr(first['input'])[:60]}; {message}."
+        ) from None
 
 
 def with_samples(recipe: Recipe) -> Recipe:
@@ -114,21 +127,21 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
         SchemeError: a method can't do the scheme.
         ModelError: a tensor has the name of what would be written.
         UnknownNameError: there is no such method.
+        ModelError: much of the blocks can't be quantized, or a stored name is in the way.
     """
-    _check_overrides(source, recipe)
+    rest = _beside_linears(source)
+    _check_overrides(source, recipe, rest)
     _check_calibration(recipe)
+    _check_rest(source, recipe, rest)
     layers = tuple(_layers(source, recipe))
     _check_needs(layers, recipe)
     if not layers:
         raise RecipeError("The recipe skips every layer: nothing is left to quantize.")
-    quantized = {f"{layer.name}.weight" for layer in layers}
     tied = source.head_is_tied and recipe.embedding is not None
     head = source.adapter.head
-    kept = tuple(
-        name
-        for name in source.names()
-        if name not in quantized and not (tied and name == f"{head}.weight")
-    )
+    replaced = [layer.name for layer in layers] + ([head] if tied else [])
+    stored = {source.stored_name(f"{name}.weight") for name in replaced}
+    kept = tuple(name for name in source.names() if source.stored_name(name) not in stored)
     _check_names(source, layers, kept)
     return Plan(
         layers=layers,
@@ -142,6 +155,35 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
 def _stored_bytes(source: ModelSource, name: str) -> int:
     spec = source.spec(name)
     return prod(spec.shape) * STORED_BYTES.get(spec.dtype, 1)
+
+
+def _beside_linears(source: ModelSource) -> Mapping[str, int]:
+    """Return what else the blocks are made of: number of values by name, without `.weight`."""
+    linears = {source.stored_name(f"{name}.weight") for name in source.block_linears()}
+    return {
+        name.removesuffix(".weight"): prod(source.spec(name).shape)
+        for name in source.block_tensors()
+        if source.stored_name(name) not in linears
+    }
+
+
+def _check_rest(source: ModelSource, recipe: Recipe, rest: Mapping[str, int]) -> None:
+    """Check that what stays as it is without being asked for is little: norms and biases."""
+    linears = sum(prod(source.weight_shape(name)) for name in source.block_linears())
+    total = linears + sum(rest.values())
+    left: Counter[str] = Counter()
+    for name, size in rest.items():
+        if resolve(recipe.weights, name) is not None:
+            left[name.removeprefix(source.adapter.blocks + ".").partition(".")[2]] += size
+    if left.total() <= MOST_LEFT * total:
+        return
+    sizes = left.most_common()
+    names = [name for name, size in sizes if size > TO_NAME * total or name == sizes[0][0]]
+    raise ModelError(
+        f"{left.total() / total:.0%} of the weights of the blocks would stay as they are: qtool "
+        f"doesn't quantize {list_names(names)}. If that is what you want, say so for each in "
+        f"weights.overrides: {{match: '*.{names[0]}', skip: true}}."
+    )
 
 
 def _check_names(source: ModelSource, layers: tuple[LayerPlan, ...], kept: tuple[str, ...]) -> None:
@@ -158,10 +200,11 @@ def _check_names(source: ModelSource, layers: tuple[LayerPlan, ...], kept: tuple
         )
 
 
-def _check_overrides(source: ModelSource, recipe: Recipe) -> None:
+def _check_overrides(source: ModelSource, recipe: Recipe, rest: Mapping[str, int]) -> None:
     names = tuple(source.block_linears())
     for number, override in enumerate(recipe.weights.overrides):
-        if not any(fnmatchcase(name, override.match) for name in names):
+        known = (*names, *rest) if override.skip else names
+        if not any(fnmatchcase(name, override.match) for name in known):
             raise RecipeError(
                 f"weights.overrides.{number}.match is {override.match!r}, which matches none of "
                 f"the {len(names)} layers; the first is {names[0]}."

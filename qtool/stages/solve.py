@@ -16,6 +16,8 @@ from qtool.scheme import WeightScheme
 from qtool.stages.memory import peak_memory
 from qtool.stages.plan import LayerPlan, Plan, load_method
 
+WIDE_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True, slots=True)
 class LayerResult:
@@ -42,7 +44,7 @@ def solve_data_free(
     for layer in plan.layers:
         results.append(solve_one(source, layer, writer, env))
         announce(env, results[-1], len(results), len(plan.layers))
-    copy_kept(source, plan, writer)
+    copy_kept(source, plan, writer, env)
     return tuple(results)
 
 
@@ -89,13 +91,25 @@ def write_solution(
     return LayerResult(layer.name, entry, solution.metrics, seconds, solution.fallback)
 
 
-def copy_kept(source: ModelSource, plan: Plan, writer: CheckpointWriter) -> None:
-    """Copy the tensors that aren't quantized."""
+def copy_kept(source: ModelSource, plan: Plan, writer: CheckpointWriter, env: Env) -> None:
+    """Copy the tensors that aren't quantized; emits `warning` for one that isn't finite."""
     for name in plan.kept:
         if writer.finished(name) is None:
-            writer.add(name, source.read(name))
+            values = source.read(name)
+            _warn_of_not_finite(name, values, env)
+            writer.add(name, values)
         else:
             writer.keep(name)
+
+
+def _warn_of_not_finite(name: str, values: Tensor, env: Env) -> None:
+    """Say that a tensor is copied as it is: only the model's owner knows whether it is used."""
+    if values.dtype not in WIDE_FLOATS:  # of narrower ones torch can't say it
+        return
+    count = values.numel() - int(torch.isfinite(values).sum())
+    if count:
+        message = f"{name}: {count} of {values.numel()} values are NaN or infinite; copied as it is"
+        env.emit("warning", {"message": f"{message}. Check the original if that isn't meant."})
 
 
 def announce(env: Env, result: LayerResult, done: int, total: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from qtool.core import hessian, moments
 from qtool.core.moments import Moments, Shifter
 from qtool.modeling.blocks import Block
+from qtool.modeling.source import ModelSource
 from qtool.stages.streams import Streams
 
 Writer = Literal["attention", "mlp"]
@@ -42,6 +43,28 @@ class InputStatistics:
         return Shifter(self.train, self.held_out, lower)
 
 
+def why_not_finite(source: ModelSource, linear: str, dtype: torch.dtype) -> str:
+    """Return the sentence about inputs that aren't finite: the model's own values come first."""
+    problem = f"The inputs of {linear} hold NaN or infinity"
+    for name in source.names():
+        values = source.read(name)
+        odd = int((~torch.isfinite(values)).sum()) if values.is_floating_point() else 0
+        if odd:
+            return (
+                f"{problem}, because {odd} of {values.numel()} values of {name} in the model's "
+                "file do. It is damaged, or the model overflowed when it was saved."
+            )
+    if dtype == torch.float32:
+        return (
+            f"{problem}, though all stored values are finite and float32 is the widest dtype: "
+            "config.json may be another model's. Otherwise use more bits or smaller groups."
+        )
+    return (
+        f"{problem}: the model leaves the range of {str(dtype).removeprefix('torch.')}, in which "
+        "it is walked. Set calibration.dtype to float32, or use more bits or smaller groups."
+    )
+
+
 def writer_of(residual: tuple[str, str] | None, linear: str) -> Writer | None:
     """Return which part of the block adds this linear's output to the residual stream."""
     if residual is None or linear not in residual:
@@ -70,8 +93,8 @@ def measure_inputs(
     """
     sums: dict[bool, Moments] = {}
     for index, (first, second) in enumerate(zip(streams.original, streams.quantized, strict=True)):
-        reference, reference_residual = _see(original, linear, first, writer)
-        x, residual = _see(quantized, linear, second, writer)
+        reference, reference_residual = _see(original, linear, first, index, writer)
+        x, residual = _see(quantized, linear, second, index, writer)
         drift, lost = reference - x, None
         if reference_residual is not None and residual is not None:
             lost = (reference_residual.float() - residual.float()).to(x.dtype)
@@ -88,12 +111,12 @@ def measure_inputs(
 
 
 def _see(
-    block: Block, linear: str, hidden: Tensor, writer: Writer | None
+    block: Block, linear: str, hidden: Tensor, batch: int, writer: Writer | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the input of a linear and the residual stream that its output is added to."""
     if writer == "mlp":
-        return block.around(linear, hidden)
-    inputs = block.inputs_of(linear, hidden)
+        return block.around(linear, hidden, batch)
+    inputs = block.inputs_of(linear, hidden, batch)
     if writer == "attention":
         return inputs, hidden.flatten(0, -2).to(inputs.device, non_blocking=True)
     return inputs, None

@@ -27,8 +27,8 @@ class Streams:
     def advance(self, original: Block, quantized: Block) -> None:
         """Replace all block inputs by the block's outputs."""
         for block, batches in ((original, self.original), (quantized, self.quantized)):
-            for batch in batches:
-                batch.copy_(block.run(batch), non_blocking=True)
+            for index, batch in enumerate(batches):
+                batch.copy_(block.run(batch, index), non_blocking=True)
         if batches[0].is_pinned():
             torch.cuda.synchronize()
 

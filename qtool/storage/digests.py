@@ -90,7 +90,7 @@ def _read_memory() -> Memory:
             str(path): (tuple(map(int, state)), bytes.fromhex(digest).hex())
             for path, (state, digest) in values.items()
         }
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
 
 

@@ -1,9 +1,12 @@
 """Run the command line in this process: as a user sees it, without the wait."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+
+PROGRESS = re.compile(r"\[\d\d:\d\d:\d\d\] ")
 
 
 @dataclass(frozen=True)
@@ -13,6 +16,11 @@ class Done:
     code: int
     out: str
     err: str
+
+    @property
+    def said(self) -> list[str]:
+        """Lines of stderr, without those on progress."""
+        return [line for line in self.err.splitlines() if not PROGRESS.match(line)]
 
 
 Cli = Callable[..., Done]

@@ -104,7 +104,7 @@ def test_a_family_without_runner_is_told_why(cli: Cli, tiny, tmp_path):
     [
         (["--synthetic", "llama3"], ["Did you mean 'llama3-8b'"]),
         (["--synthetic", "llama3-8b", "--kernel", "plane"], ["Did you mean 'planes'"]),
-        (["--synthetic", "llama3-8b", "--plot", "no/such/a.png"], ["no directory"]),
+        (["--synthetic", "llama3-8b", "--plot", "no/such/a.png"], ["no folder"]),
     ],
 )
 def test_unknown_names_are_one_line(cli: Cli, options, words):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from qtool import pipeline
-from qtool.data.calibration import load_calibration
+from qtool.data.calibration_files import load_calibration
 from qtool.errors import DataError, RecipeError
 from qtool.modeling.load import load_tokenizer
 from qtool.recipe.load import recipe_from_mapping
@@ -182,17 +182,15 @@ def test_command_without_matplotlib_says_how_to_get_the_plot(cli, llama, tmp_pat
     options = ["--set", "calibration.num_samples=4", "--set", "calibration.sequence_length=16"]
     done = cli("calibrate", *options, "--json", "-", llama, tmp_path / "cal")
     assert json.loads(done.out)["samples_wanted"] == 4
-    (line,) = done.err.splitlines()
-    assert line == (
-        "No plot: lengths.png needs the 'report' extra. Run: pip install 'qtool[report]'"
-    )
+    (line,) = done.said
+    assert line.startswith("No plot: lengths.png needs the 'report' extra. Run: pip install ")
     assert not (tmp_path / "cal" / "lengths.png").exists()
 
 
 def test_command_draws_the_lengths_and_the_digest_leaves_them_out(cli, llama, tmp_path):
     pytest.importorskip("matplotlib")
     options = ["--set", "calibration.num_samples=4", "--set", "calibration.sequence_length=16"]
-    assert cli("calibrate", *options, llama, tmp_path / "cal").err == ""
+    assert cli("calibrate", *options, llama, tmp_path / "cal").said == []
     assert (tmp_path / "cal" / "lengths.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "cal" / "lengths.png").write_bytes(b"")
     load_calibration(tmp_path / "cal", load_tokenizer(str(llama)))

@@ -2,10 +2,13 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from qtool.checkpoint.reader import CheckpointReader
+from qtool.checkpoint.reader import CheckpointReader, tensor_digest
 from tests.cli.conftest import Cli
 
 
@@ -102,6 +105,24 @@ def test_inspect_lists_every_layer_if_asked(cli: Cli, checkpoint):
     assert "q_proj" not in cli("inspect", checkpoint).out
     listed = cli("inspect", checkpoint, "--layers").out
     assert len(re.findall(r"model\.layers\.\d\.\S+_proj", listed)) == 14
+
+
+def test_inspect_verifies_what_it_has_digests_of(cli: Cli, checkpoint, tmp_path):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    tensors = load_file(copy / "model.safetensors")
+    config = json.loads((copy / "config.json").read_text())
+    digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    config["quantization_config"]["digests"] = digests
+    (copy / "config.json").write_text(json.dumps(config))
+    assert (
+        f"{len(digests)} tensors are as they were written" in cli("inspect", copy, "--verify").out
+    )
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    assert cli("inspect", copy).code == 0
+    done = cli("inspect", copy, "--verify")
+    assert done.code == 1
+    assert "model.norm.weight isn't what was written" in done.err
 
 
 def test_eval_puts_the_baseline_first(cli: Cli, llama, checkpoint, text_file):

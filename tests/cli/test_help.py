@@ -1,10 +1,12 @@
 """Help, versions and usage errors: no torch, no traceback."""
 
+import os
 import re
 import subprocess
 import sys
 
 import pytest
+import typer.main
 
 import qtool
 from qtool.cli.app import app
@@ -20,6 +22,22 @@ def test_help_is_printed_and_exits_with_0(cli: Cli, command):
     assert done.code == 0
     assert "Usage" in done.out
     assert done.err == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_stands_whole_in_the_help_of_a_narrow_terminal(command):
+    (found,) = [one for one in typer.main.get_group(app).commands.items() if one[0] == command]
+    names = {name for option in found[1].params for name in (*option.opts, *option.secondary_opts)}
+    shown = subprocess.run(
+        [sys.executable, "-m", "qtool", command, "--help"],
+        env={**os.environ, "COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "…" not in shown
+    words = set(re.split(r"[\s│,]+", shown))
+    assert {name for name in names if name.startswith("--")} <= words
 
 
 @pytest.mark.parametrize("command", ["calibrate", "quantize", "eval", "bench", "inspect"])

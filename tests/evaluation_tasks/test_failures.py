@@ -195,7 +195,7 @@ def test_file_of_a_model_that_cannot_be_read(cli: Cli, other, data):
     (other / "more.safetensors").symlink_to(other / "nothing")
     done = cli("eval", other, "--tasks", "arc_easy", "--data-dir", data)
     assert (done.code, done.out) == (1, "")
-    assert done.err.startswith("Error: Can't read ")
+    assert done.said[0].startswith("Error: Can't read ")
     assert "more.safetensors of other: No such file" in done.err
 
 
@@ -340,7 +340,7 @@ def test_run_in_which_all_fails_says_so(cli: Cli, long_llama, data, fail, tmp_pa
 def test_run_in_which_nothing_fails_has_no_failures(cli: Cli, long_llama, data):
     options = ["--tasks", "arc_easy", "--data-dir", data, "--limit", 1, "--json", "-"]
     done = cli("eval", long_llama, *options)
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.said) == (0, [])
     assert json.loads(done.out)["failures"] == []
 
 

@@ -77,7 +77,7 @@ def test_mistake_is_found_before_a_model_is_loaded(cli: Cli, long_llama, data, t
     options = ["--tasks", "gsm8k", "--data-dir", data, "--gen-kwargs", text]
     done = cli("eval", long_llama, *options)
     assert (done.code, done.out) == (1, "")
-    assert done.err.startswith("Error: --gen-kwargs")
+    assert done.said[0].startswith("Error: --gen-kwargs")
 
 
 @pytest.fixture

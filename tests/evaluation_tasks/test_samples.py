@@ -274,7 +274,7 @@ def test_gzipped_rows_are_the_same(cli: Cli, long_llama, data, tmp_path):
     options = ["eval", long_llama, "--tasks", "arc_easy", "--data-dir", data, "--limit", "2"]
     for target in (plain, packed):
         done = cli(*options, "--samples", target)
-        assert (done.code, done.err) == (0, "")
+        assert (done.code, done.said) == (0, [])
     assert gzip.decompress(packed.read_bytes()) == plain.read_bytes()
 
 

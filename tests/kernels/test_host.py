@@ -204,7 +204,7 @@ def test_sign_flip_agrees(case):
         0,
         *(parts["bit_planes"], parts["plane_scales"], parts.get("plane_offsets"), case.inputs(), y),
         *(rows, inputs, parts["bit_planes"].shape[2], case.num_bits),
-        *(case.group_size or length, tensor.scheme.num_groups(Shape2D(*case.shape)), int(along)),
+        *(case.group_size or length, tensor.scheme.num_groups(Shape2D(*case.shape)), 0, int(along)),
     )
     assert error(y, case, tensor) < AFTER_CAST[case.dtype]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qtool.errors import BackendError
-from qtool.formats import binary_coding
 from qtool.runtime import linear_kernels, planes, selection
+from qtool.runtime.centers import weight_of
 from qtool.runtime.launch import Card
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
@@ -204,8 +204,36 @@ def test_weights_of_one_input_are_fused_if_their_schemes_agree():
     fused = linear_kernels.fuse(tensors)
     assert fused is not None
     assert fused.shape == (11, 96)
-    parts = [binary_coding.from_affine(tensor, torch.float16) for tensor in tensors]
-    assert torch.equal(dequantized(fused), torch.cat([dequantized(part) for part in parts]))
+    exact = torch.cat([dequantized(tensor, torch.float64) for tensor in tensors])
+    torch.testing.assert_close(weight_of(fused).double(), exact, rtol=1e-6, atol=1e-6)
     other = random_tensor("affine", WeightScheme(num_bits=3, group_size=64), Shape2D(8, 96), 1)
     assert linear_kernels.fuse([tensors[0], other]) is None
     assert linear_kernels.interleave(tensors[0], tensors[1]) is None
+
+
+@pytest.mark.parametrize("kernel", [None, "sign_flip", "lut"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("num_bits", [2, 8])
+def test_offsets_of_affine_weights_are_not_rounded(kernel, batch, symmetric, num_bits):
+    """Equal inputs sum up what is wrong with an offset; what is wrong with others cancels."""
+    scheme = WeightScheme(num_bits=num_bits, group_size=128, symmetric=symmetric)
+    tensor = random_tensor("affine", scheme, Shape2D(24, 512), 0)
+    x = torch.ones(batch, 512).half()
+    expected = x.double() @ dequantized(tensor, torch.float64).T
+    steps = tensor.parts["scales"].double().abs().sum(1)  # of one level, over the groups
+    weight = linear_kernels.prepare(tensor, torch.float16, keep_stored=True)
+    got = linear_kernels.matmul(x, weight, Recorder(), SMALL, kernel=kernel).double()
+    allowed = expected.abs() * 2**-11 + 1e-3 * steps
+    assert bool(((got - expected).abs() <= allowed).all())
+
+
+def test_what_torch_and_the_kernels_make_of_an_affine_weight_is_the_same():
+    from qtool.runtime.decoding import torch_ops
+
+    tensor = random_tensor("affine", WeightScheme(num_bits=8, group_size=64), Shape2D(24, 300), 0)
+    weight = linear_kernels.prepare(tensor, torch.float16)
+    exact = dequantized(tensor, torch.float64).half()
+    for got in (torch_ops.dense(weight), linear_kernels.dequantize(weight, Recorder())):
+        torch.testing.assert_close(got, exact, rtol=2**-10, atol=0)
+        assert (got != exact).double().mean() < 0.01

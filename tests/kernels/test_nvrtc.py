@@ -7,6 +7,7 @@ from tests.kernels.nvrtc import compile_for
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90"]
 WEIGHT = {"GROUP": 128, "OFFSET": 1}
+AFFINE = {"GROUP": 128, "OFFSET": 2}
 GRID = {"WARPS": 16, "STAGES": 3, "BLOCKS": 1, "EPILOGUE": 0, "ALIGNED": 1}
 PAIR = {**GRID, "WARPS": 8, "STAGES": 4, "BLOCKS": 2}
 ALONE = {**PAIR, "BLOCKS": 1}
@@ -40,6 +41,14 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
         "lut_gemm",
         {**SMALL_TABLES, "GROUP": 1000, "PLANES": 4, "ROWS": 4, "ACTIVATION_BF16": 1},
         128,
+    ),
+    *(("bit_plane_mma", {**AFFINE, **GRID, "PLANES": 4, "COLUMNS": n}, 128) for n in (1, 8)),
+    *(("bit_plane_imma", {**AFFINE, **PAIR, "PLANES": 4, "COLUMNS": n}, 128) for n in (1, 2)),
+    ("bit_plane_imma", {**AFFINE, **ALONE, "PLANES": 8, "COLUMNS": 1}, 255),
+    ("dequantize", {**AFFINE, "PLANES": 8}, 255),
+    *(
+        ("lut_gemm", {**AFFINE, **TABLES, "PLANES": planes, "ROWS": rows}, 64)
+        for planes, rows in ((2, 4), (3, 4), (4, 2), (8, 2))
     ),
     ("sign_flip", {}, 128),
     ("add_splits", {"ACTIVATION_BF16": 1, "EPILOGUE": 2}, 128),

@@ -52,7 +52,7 @@ def test_wheel_holds_what_the_repository_has_outside_the_package(wheel):
 def test_wheel_holds_nothing_of_tests_caches_or_this_machine(wheel):
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            assert name.startswith(("qtool/", "qtool-"))
+            assert name.startswith(("qtool/", "qtool_llm-"))
             assert "__pycache__" not in name
             if not name.endswith(".xz"):
                 assert str(ROOT).encode() not in archive.read(name)

@@ -17,6 +17,7 @@ from torch import Tensor
 from qtool.base import KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.errors import BackendError
+from qtool.extras import install_line
 from qtool.formats import affine, binary_coding
 from qtool.runtime import linear_kernels, operators
 from qtool.runtime.launch import OLDEST, Call, Card
@@ -97,9 +98,9 @@ def _why_no_cupy() -> str | None:
 
         theirs = cupy.cuda.runtime.runtimeGetVersion() // 1000
     except Exception as error:  # noqa: BLE001 - whatever stops it, another backend can run
-        return f"it needs CuPy ({type(error).__name__}: {error}): pip install 'qtool[{extra}]'."
+        return f"it needs CuPy ({type(error).__name__}: {error}): {install_line(extra)}."
     if major and theirs != int(major):
-        return f"CuPy is made for CUDA {theirs}, torch for {major}: pip install 'qtool[{extra}]'."
+        return f"CuPy is made for CUDA {theirs}, torch for {major}: {install_line(extra)}."
     return None
 
 

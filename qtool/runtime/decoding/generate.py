@@ -25,7 +25,7 @@ from qtool.runtime.decoding.ops import DecodeOps
 from qtool.runtime.decoding.sampling import Decoder, sample
 from qtool.runtime.decoding.weights import DecoderWeights
 from qtool.runtime.linear_kernels import KernelWeight
-from qtool.runtime.modules import QuantizedWeight
+from qtool.runtime.modules import QuantizedEmbedding, QuantizedWeight
 
 Mode = Literal["auto", "always", "never"]
 _MODE: ContextVar[Mode] = ContextVar("qtool_runner", default="auto")
@@ -73,9 +73,13 @@ _MAKING = threading.Lock()
 
 
 def accelerate(model: Any) -> Any:  # noqa: ANN401
-    """Let `model.generate` use the runner; returns the model, of a class of the same name."""
+    """Let `model.generate` use the runner, and a model without parameters say what it is.
+
+    Returns:
+        The model, of a class of the same name.
+    """
     kind: Any = type(model)
-    if not getattr(kind, "_qtool_runner", False) and hasattr(kind, "_sample"):
+    if not getattr(kind, "_qtool_runner", False):
         model.__class__ = _accelerated(kind)
     return model
 
@@ -83,6 +87,36 @@ def accelerate(model: Any) -> Any:  # noqa: ANN401
 @functools.cache
 def _accelerated(base: Any) -> Any:  # noqa: ANN401
     """Return the subclass."""
+
+    @functools.wraps(base._apply)
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        moved = base._apply(self, *args, **kwargs)
+        made = _MADE.get(self)
+        if made is not None and made.fingerprint != _fingerprint(self):
+            _MADE.pop(self, None)  # frees cache, graphs and fused weights where the model was
+        return moved
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: ANN401, N807
+        _, _, *state = base.__reduce_ex__(self, protocol)
+        return _empty, (base,), *state
+
+    members = {
+        "_apply": _apply,
+        "__reduce_ex__": __reduce_ex__,
+        "device": property(_device_of),
+        "dtype": property(_dtype_of),
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_qtool_runner": True,
+    }
+    if hasattr(base, "_sample"):
+        members |= _generation(base)
+    return type(base.__name__, (base,), members)
+
+
+def _generation(base: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return the methods of a model that generates."""
 
     @functools.wraps(base.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -105,29 +139,24 @@ def _accelerated(base: Any) -> Any:  # noqa: ANN401
         _LOG.info("generate runs without the decode runner: %s", decoder)
         return base._sample(self, input_ids, **kwargs)
 
-    @functools.wraps(base._apply)
-    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        moved = base._apply(self, *args, **kwargs)
-        made = _MADE.get(self)
-        if made is not None and made.fingerprint != _fingerprint(self):
-            _MADE.pop(self, None)  # frees cache, graphs and fused weights where the model was
-        return moved
+    return {"generate": generate, "_sample": _sample}
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: ANN401, N807
-        _, _, *state = base.__reduce_ex__(self, protocol)
-        return _empty, (base,), *state
 
-    members = {
-        "generate": generate,
-        "_sample": _sample,
-        "_apply": _apply,
-        "__reduce_ex__": __reduce_ex__,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "_qtool_runner": True,
-    }
-    return type(base.__name__, (base,), members)
+def _device_of(model: nn.Module) -> torch.device:
+    """Return where a model is; it may have no parameter but its quantized weights."""
+    parameter = next(model.parameters(), None)
+    return _quantized(model)[0].device if parameter is None else parameter.device
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the dtype of a model's activations: where all is quantized, that of its embedding."""
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point())
+    tables = (part.dtype for part in _quantized(model) if isinstance(part, QuantizedEmbedding))
+    return next(floats, None) or next(tables)
+
+
+def _quantized(model: nn.Module) -> list[QuantizedWeight]:
+    return [module for module in model.modules() if isinstance(module, QuantizedWeight)]
 
 
 def _empty(base: Any) -> Any:  # noqa: ANN401

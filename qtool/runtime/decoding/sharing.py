@@ -59,4 +59,4 @@ def _pairs(tiles: Tensor) -> tuple[Tensor, Tensor]:
 
 def _with_tiles(fused: KernelWeight, rows: int, tiles: Tiles) -> KernelWeight:
     shape = Shape2D(rows, fused.shape.in_features)
-    return KernelWeight(fused.scheme, shape, fused.dtype, tiles, None)
+    return KernelWeight(fused.scheme, shape, fused.dtype, tiles, None, fused.centered)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qtool.checkpoint.manifest import codec
 from qtool.runtime import tiles
+from qtool.runtime.centers import weight_of
 from qtool.runtime.decoding.ops import DecodeOps, DecodeState
 from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, Projection
 from qtool.runtime.linear_kernels import RUN, KernelWeight
@@ -76,15 +76,17 @@ def dense(projection: Projection) -> Tensor:
     if not isinstance(projection, KernelWeight):
         return projection
     if projection.stored is not None:
-        stored = projection.stored
-        return codec(stored.format).dequantize(stored, torch.float32).to(projection.dtype)
+        return weight_of(projection.stored).to(projection.dtype)
     assert projection.tiles is not None
     (rows, inputs), size = projection.shape, projection.scheme.group_size
     scales = projection.tiles.scales.permute(3, 0, 4, 2, 1).flatten(1, 3)[:, :rows].float()
     group = torch.arange(inputs, device=scales.device) // (size or inputs)
     each = scales[:, :, group]  # (parameters, out_features, in_features)
     signs = 2 * tiles.unpack_planes(projection.tiles.planes)[:, :rows, :inputs].float() - 1
-    weight = (signs * each[: len(signs)]).sum(0) + each[len(signs) :].sum(0)
+    offset = each[len(signs) :].sum(0)
+    if projection.centered:
+        offset = offset * (each[0] * 2.0 ** (2 - len(signs)))
+    weight = (signs * each[: len(signs)]).sum(0) + offset
     return weight.to(projection.dtype)
 
 

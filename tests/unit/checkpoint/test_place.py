@@ -150,7 +150,7 @@ def test_damaged_checkpoint_of_ours_is_replaced(llama, checkpoint, tmp_path):
     assert CheckpointReader(out_dir).manifest.layers
 
 
-@pytest.mark.parametrize("left", ["folder", "file", "link", "job"])
+@pytest.mark.parametrize("left", ["folder", "file", "link", "job", "job alone"])
 def test_what_only_has_the_name_of_our_work_is_left_alone(llama, tmp_path, left):
     work = tmp_path / "out.partial"
     if left == "file":
@@ -159,6 +159,9 @@ def test_what_only_has_the_name_of_our_work_is_left_alone(llama, tmp_path, left)
         (tmp_path / "mine").mkdir()
         write_job(tmp_path / "mine", Job(fingerprint={}))
         work.symlink_to("mine")
+    elif left == "job alone":
+        work.mkdir()
+        (work / "job.json").write_text('{"fingerprint": "mine"}')
     else:
         work.mkdir()
         (work / "mine.txt").write_text("mine")
@@ -170,7 +173,7 @@ def test_what_only_has_the_name_of_our_work_is_left_alone(llama, tmp_path, left)
                 str(llama), tmp_path / "out", recipe(), overwrite=overwrite, resume=resume
             )
     assert work.is_symlink() or "mine" in "".join(
-        p.read_text() for p in (work, work / "mine.txt") if p.is_file()
+        p.read_text() for p in (work, *work.glob("*")) if p.is_file()
     )
 
 

@@ -36,6 +36,15 @@ def test_damping_is_a_fraction_of_the_mean_diagonal():
     torch.testing.assert_close(damped - matrix(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_largest_damping_is_tried_wherever_the_first_one_was():
+    needs_all = torch.eye(8)
+    needs_all[0, 1] = needs_all[1, 0] = 1.9  # positive only above a damping of 0.9
+    for damping in (0.01, 0.3, 0.95, 1.0):
+        factor = hessian.factorize(needs_all, damping=damping)
+        assert factor is not None, damping
+        assert factor.damping == pytest.approx(max(damping, 1.0 if damping < 0.95 else damping))
+
+
 def test_damping_rises_until_the_hessian_factors():
     indefinite = matrix()
     indefinite -= 1.05 * torch.linalg.eigvalsh(indefinite)[0] * torch.eye(WIDTH)

@@ -1,9 +1,11 @@
 import hashlib
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from qtool import resources
-from qtool.data.corpora import bundled, load_corpus
+from qtool.data.corpora import bos_warning, bundled, check_tokens, load_corpus
 from qtool.errors import DataError
 
 
@@ -32,11 +34,45 @@ def test_unknown_text_suggests_the_nearest():
 
 
 def test_missing_or_unreadable_text_is_one_sentence(tmp_path):
-    with pytest.raises(DataError, match="No text file"):
+    with pytest.raises(DataError, match="No file"):
         load_corpus(str(tmp_path / "nothing.txt"))
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    with pytest.raises(DataError, match="can't be read as UTF-8"):
+    with pytest.raises(DataError, match="line 1 isn't UTF-8"):
         load_corpus(str(tmp_path / "latin.txt"))
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(DataError, match="can't be read as UTF-8"):
+    with pytest.raises(DataError, match="can't be read: it is a directory"):
         load_corpus(str(tmp_path / "folder.txt"))
+
+
+def test_joined_documents_leave_out_what_is_empty(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "w3"}\n{"text": " "}\n{"text": ""}\n{"text": "w4"}\n')
+    assert load_corpus(str(path)).text == "w3\n\nw4"
+
+
+@pytest.mark.parametrize(("tokens", "bad"), [([0, 95, 96], 96), ([3, -1], -1), ([[5], [200]], 200)])
+def test_token_without_an_embedding_is_named(tokens, bad):
+    with pytest.raises(DataError, match=f"mine has token {bad}, .* embedding 96 rows"):
+        check_tokens(torch.tensor(tokens), 96, "mine")
+
+
+def test_tokens_with_embeddings_are_taken():
+    check_tokens(torch.tensor([[0, 95]]), 96, "mine")
+    check_tokens(torch.empty(0, dtype=torch.int64), 96, "mine")
+
+
+@pytest.mark.parametrize(
+    ("kind", "pieces", "warned"),
+    [
+        ("gemma2", [[1, 5], [6, 7], [8, 9]], "2 of 3 pieces of mine"),
+        ("recurrent_gemma", [[1, 5], [6, 7]], "1 of 2 pieces of mine"),
+        ("gemma3_text", [[1, 5], [1, 7]], None),  # each document begins with it
+        ("gemma", [[1, 5]], None),
+        ("gemma", [[4, 5], [6, 7]], None),  # the tokenizer adds none
+        ("llama", [[1, 5], [6, 7]], None),
+    ],
+)
+def test_pieces_without_bos_are_warned_of_where_it_matters(kind, pieces, warned):
+    message = bos_warning(kind, SimpleNamespace(bos_token_id=1), torch.tensor(pieces), "mine")
+    assert (message is None) == (warned is None)
+    assert (warned or "") in (message or "")

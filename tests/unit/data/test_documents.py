@@ -82,12 +82,10 @@ def test_texts_and_chats_come_in_order_and_know_their_place(source):
 @pytest.mark.parametrize(
     ("row", "found"),
     [
-        ({"content": "w3", "id": 1}, "'content', 'id'"),
-        ({"text": None}, "'text'"),
-        ({"messages": []}, "'messages'"),
-        ({"messages": [{"role": "user"}]}, "'messages'"),
-        ({"messages": [{"role": "user", "content": None}]}, "'messages'"),
-        ({"messages": "w3"}, "'messages'"),
+        ({"content": "w3", "id": 1}, r"'content' \(a string\), 'id' \(a number\)"),
+        ({"text": None}, r"'text' \(null\)"),
+        ({"messages": []}, r"'messages' \(an empty list\)"),
+        ({"messages": "w3"}, r"'messages' \(a string\)"),
         ({}, "no fields"),
         (["w3"], "no fields"),
     ],
@@ -99,6 +97,32 @@ def test_row_without_text_or_messages_names_place_and_allowed_fields(source, row
         DataError, match=rf"(line|row) 2 has {found}\. It must .*'text'.*'messages'"
     ):
         next(documents)
+
+
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        ({"role": "user"}, "'content' is null"),
+        ({"role": "user", "content": None, "name": None}, "'content' is null"),
+        ({"role": "user", "content": 3}, "'content' is a number"),
+        ({"role": "user", "content": {"text": "w3"}}, "'content' is an object"),
+        ({"role": "user", "content": [{"type": "image", "url": "x"}]}, "part 1 of 'content'"),
+        ({"role": "user", "content": [{"type": "text", "text": "w3"}, None]}, "part 2"),
+        ({"content": "w3"}, "no object with 'role'.* found null"),
+        ({"role": 3, "content": "w3"}, "no object with 'role'.* found a number"),
+        ("w3", "no object with 'role'.* found a string"),
+    ],
+)
+def test_turn_that_is_none_is_named_with_its_key(source, turn, words):
+    chat = {"messages": [{"role": "user", "content": "w4"}, turn]}
+    with pytest.raises(DataError, match=f"(line|row) 1, turn 2.*{words}"):
+        list(opened(source([chat])).documents)
+
+
+def test_content_in_parts_is_one_text(source):
+    parts = [{"type": "text", "text": "w3 "}, {"type": "text", "text": "w4"}, "!"]
+    (chat,) = opened(source([{"messages": [{"role": "user", "content": parts}]}])).documents
+    assert chat.content == [{"role": "user", "content": "w3 w4!"}]
 
 
 def test_file_is_pinned_by_its_digest(tmp_path):
@@ -123,9 +147,13 @@ def test_empty_lines_are_no_documents(tmp_path):
     ("name", "content", "message"),
     [
         ("rows.jsonl", b'{"text": "w3"}\n{"text": ', r"line 2 isn't valid JSON"),
-        ("rows.jsonl", "é".encode("latin-1"), "can't be read after line 0"),
-        ("rows.jsonl.gz", b"no gzip", "can't be read after line 0"),
-        ("rows.jsonl.gz", gzip.compress(b'{"text": "w3"}\n')[:-9], "can't be read after line"),
+        ("rows.jsonl", "é".encode("latin-1"), "line 1 isn't UTF-8"),
+        ("rows.jsonl.gz", b"no gzip", "line 1 isn't valid JSON"),
+        (
+            "rows.jsonl.gz",
+            gzip.compress(b'{"text": "w3"}\n', mtime=0)[:-9],
+            "can't be read after line",
+        ),
     ],
 )
 def test_damaged_file_is_one_sentence(tmp_path, name, content, message):
@@ -170,12 +198,14 @@ def test_malformed_hub_name_shows_the_right_form(fake_hub, name):
 
 def test_hub_without_its_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # importing it fails
-    with pytest.raises(MissingExtraError, match=r"hub:a/b needs .*pip install 'qtool\[data\]'"):
+    with pytest.raises(MissingExtraError, match=r"hub:a/b needs the 'data' extra.*pip install "):
         open_dataset("hub:a/b")
 
 
 def test_failing_hub_is_one_sentence(fake_hub):
-    with pytest.raises(DataError, match=r"didn't give hub:owner/missing: Dataset .* exist$"):
+    with pytest.raises(
+        DataError, match=r"didn't give hub:owner/missing: Dataset .* exist on the hub$"
+    ):
         open_dataset("hub:owner/missing")
     fake_hub.rows = [ROWS[0], ConnectionError("cable cut")]
     with pytest.raises(DataError, match="stopped giving hub:owner/name: cable cut"):

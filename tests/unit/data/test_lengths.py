@@ -46,12 +46,18 @@ def test_unknown_task_names_the_known_ones():
         lengths.task_lengths(None, ["mmlus"])
 
 
-@pytest.mark.parametrize("text", ["", "12 x", "0", "-3", "1.5"])
+@pytest.mark.parametrize("text", ["", "12 x", "0", "-3", "1.5", "7\n\n1e3", "9" * 5000, "1_0"])
 def test_file_that_holds_no_lengths_is_refused(tmp_path, text):
     path = tmp_path / "lengths.txt"
     path.write_text(text)
-    with pytest.raises(DataError, match=r"lengths\.txt must hold"):
+    with pytest.raises(DataError, match=r"lengths\.txt .* must hold"):
         lengths.read_lengths(path)
+
+
+def test_lengths_with_a_byte_order_mark_are_read(tmp_path):
+    path = tmp_path / "lengths.txt"
+    path.write_bytes(b"\xef\xbb\xbf12\r\n 7 8\r\n")
+    assert lengths.read_lengths(path) == [12, 7, 8]
 
 
 def test_quantiles_are_lengths_that_occur():

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -141,6 +142,36 @@ def test_template_that_refuses_a_chat_is_named_with_the_line(tokenizer, tmp_path
         DataError, match=r"line 1: the model's chat template refuses.*must alternate"
     ):
         draw_samples(tokenizer, collection(tmp_path, {"messages": CHAT}), [2, 2])
+
+
+CALL: list[dict[str, Any]] = [
+    {"role": "user", "content": "w3"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w4"}}]},
+    {"role": "assistant", "tool_calls": [{"function": {"name": "w4"}}]},
+]
+KNOWS_CALLS = (
+    "{% for m in messages %}{% if m.content is defined and m.content is not none %}{{ m.content }}"
+    "{% else %} {{ m.tool_calls[0].function.name }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens"),
+    [
+        (KNOWS_CALLS, [3, 4, 4]),
+        ("{% for m in messages %}{{ m.content + ' w5 ' }}{% endfor %}", [3, 5, 5, 5]),  # fails
+        ("{% for m in messages %}{{ m.content ~ ' w5 ' }}{% endfor %}", [3, 5, 5, 5]),  # "None w5"
+    ],
+)
+def test_turn_without_content_says_nothing_that_nobody_said(tokenizer, template, tokens):
+    tokenizer.chat_template = template
+    assert document_tokens(tokenizer, Document(CALL, "here")).tolist() == tokens
+
+
+@pytest.mark.parametrize("rows", [[], ["", " \n", "\t"]])
+def test_collection_without_text_says_so(tokenizer, tmp_path, rows):
+    with pytest.raises(DataError, match=rf"holds no text: each of its {len(rows)} documents"):
+        draw_samples(AddsBos(tokenizer), collection(tmp_path, *rows), [2, 2])
 
 
 @pytest.mark.parametrize("at_starts", [False, True])

@@ -72,7 +72,10 @@ def test_nothing_is_there_at_first():
         b'{"scores": 3}',
         b'{"scores": ["s"], "name": "t"}',
         b'{"scores": [{"items": 3}]}',
-        b'{"scores": [], "name": "t", "seconds": 1, "truncated": 0, "other": 1}',
+        b'{"scores": [], "name": 3, "seconds": 1, "truncated": 0}',
+        b'{"scores": [], "name": "t", "seconds": "1", "truncated": 0}',
+        b'{"scores": [], "name": "t", "seconds": 1, "truncated": true}',
+        b"[" * 100_000,
     ],
 )
 def test_damaged_file_is_no_score(content):

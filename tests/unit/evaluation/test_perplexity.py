@@ -86,7 +86,8 @@ def test_uniform_model_has_the_size_of_the_vocabulary(corpus, loaded):
     def uniform(tokens, **_kwargs):
         return SimpleNamespace(logits=torch.zeros(*tokens.shape, VOCABULARY))
 
-    uniform.config = SimpleNamespace()  # type: ignore[attr-defined]
+    sizes = SimpleNamespace(vocab_size=VOCABULARY)
+    uniform.config = SimpleNamespace(get_text_config=lambda: sizes)  # type: ignore[attr-defined]
     cpu = torch.device("cpu")
     model = LoadedModel("uniform", loaded.directory, uniform, loaded.tokenizer, cpu, torch.float32)
     assert perplexity(model, corpus, context_length=50).perplexity == pytest.approx(VOCABULARY)

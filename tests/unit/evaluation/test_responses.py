@@ -1,5 +1,6 @@
 """Kept answers: they read back as they were, whatever a killed run left of its last line."""
 
+import io
 import json
 import math
 import struct
@@ -62,7 +63,9 @@ def test_torn_last_line_costs_one_answer(tmp_path_factory, cut, answers):
     whole.close(finished=False)
 
 
-@pytest.mark.parametrize("line", ["7", "null", "[[1], 2]", "[1, 2, 3]", "{}", "\x00\x00", '"ab'])
+@pytest.mark.parametrize(
+    "line", ["7", "null", "[[1], 2]", "[1, 2, 3]", "{}", "\x00\x00", '"ab', "[" * 99999]
+)
 def test_line_of_something_else_is_skipped(tmp_path, line):
     file = tmp_path / "responses.jsonl"
     file.write_text(f'["a", 1.5]\n{line}\n["b", "text"]\n')
@@ -85,6 +88,50 @@ def test_every_answer_is_on_disk_as_soon_as_it_is_kept(tmp_path):
     store.add("k", (-1.25, True))
     assert json.loads(file.read_text().strip()) == ["k", [-1.25, True]]
     store.close(finished=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"),
+    [
+        ("generate_until", ["", "text"], [1.5, (-1.5, True), None]),
+        (
+            "loglikelihood",
+            [(-1.5, True), (float("-inf"), False)],
+            [-1.5, (-1.5,), (True, -1.5), "a"],
+        ),
+        ("loglikelihood_rolling", [-1.5, 0], ["-1.5", True, (-1.5, True), None]),
+    ],
+)
+def test_kept_answer_to_another_kind_of_request_does_not_count(kind, right, wrong):
+    store = ResponseStore()
+    for answer in [*right, *wrong]:
+        store.add("k", answer)
+        assert store.has(kind, "k") == any(answer is one for one in right), answer
+    assert not store.has(kind, "other")
+
+
+def test_folder_that_cannot_be_written_costs_what_would_be_kept(tmp_path):
+    (tmp_path / "file").write_text("x")
+    said: list[str] = []
+    store = ResponseStore(tmp_path / "file/responses.jsonl", said.append)
+    store.add("k", "text")
+    assert store["k"] == "text"
+    store.close(finished=True)
+    (message,) = said
+    assert "can't be kept" in message
+    assert "QTOOL_CACHE" in message
+
+
+def test_disk_that_fills_up_stops_the_keeping_and_nothing_else():
+    said: list[str] = []
+    store = ResponseStore(None, said.append)
+    store._lines = io.TextIOWrapper(io.FileIO("/dev/full", "w"), line_buffering=True)
+    for number in range(3):
+        store.add(f"k{number}", "text")
+    assert [store[f"k{number}"] for number in range(3)] == ["text"] * 3
+    store.close(finished=False)
+    assert len(said) == 1
+    assert "No space left" in said[0]
 
 
 def test_store_without_a_file_keeps_in_memory():

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from qtool.errors import ModelError
-from qtool.modeling.generic import adapter_of, find_adapter
+from qtool.modeling.generic import adapter_of
 
 
 class Decoder(nn.Module):
@@ -43,27 +43,52 @@ def test_largest_list_of_blocks_is_the_decoder():
 
 
 @pytest.mark.parametrize(
-    "blocks",
+    ("blocks", "reason"),
     [
-        nn.Identity(),
-        nn.ModuleList([nn.LayerNorm(4)]),
-        nn.ModuleList([block(), nn.Linear(4, 4)]),
+        (nn.Identity(), r"No list of decoder blocks in .*adapters/unknown\.py"),
+        (nn.ModuleList([nn.LayerNorm(4)]), r"hold no linears \(LayerNorm\).*adapters/unknown\.py"),
+        (nn.ModuleList([block(), nn.Linear(4, 4)]), r"aren't alike \(Linear, Sequential\)"),
+        (
+            nn.ModuleList([block(), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))]),
+            r"aren't alike \(2 is in only one of blocks 0 and 1",
+        ),
     ],
-    ids=["no list", "no linears", "unlike blocks"],
+    ids=["no list", "no linears", "unlike blocks", "unlike linears"],
 )
-def test_model_without_one_list_of_like_blocks_is_refused(blocks):
-    with pytest.raises(ModelError, match=r"No list of decoder blocks .*adapters/unknown\.py"):
+def test_model_without_one_list_of_like_blocks_is_refused(blocks, reason):
+    with pytest.raises(ModelError, match=reason):
         adapter_of(Decoder(blocks), "unknown")
 
 
-def test_experts_in_one_tensor_are_refused():
-    stacked = block()
-    stacked.experts = nn.Parameter(torch.zeros(2, 4, 4))
-    with pytest.raises(ModelError, match=r"stack the weights of experts \(experts\)"):
-        adapter_of(Decoder(nn.ModuleList([stacked])), "unknown")
+def with_part(name: str, part: nn.Module | nn.Parameter) -> nn.Module:
+    module = block()
+    setattr(module, name, part)
+    return module
 
 
-def test_directory_that_transformers_cannot_build_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
-    with pytest.raises(ModelError, match="transformers can't build this model without remote code"):
-        find_adapter(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "part", "reason"),
+    [
+        ("experts", nn.Parameter(torch.zeros(2, 4, 4)), "experts stacked in one tensor"),
+        ("experts", nn.ModuleList([nn.Linear(4, 4)]), r"lists of linears \(experts\)"),
+        ("conv", nn.Conv1d(4, 4, 2), r"convolutions \(conv\)"),
+        ("decay", nn.Parameter(torch.zeros(1, 1, 4)), r"parameters of 3 dimensions \(decay\)"),
+    ],
+)
+def test_what_else_a_block_is_made_of_is_named_wherever_it_is(name, part, reason):
+    blocks = nn.ModuleList([block(), with_part(name, part)])
+    with pytest.raises(ModelError, match=rf"{reason}.* in core\.stack\.1.*limitations"):
+        adapter_of(Decoder(blocks), "unknown")
+
+
+def test_lists_of_norms_inside_a_block_are_no_obstacle():
+    norms = nn.ModuleList([nn.LayerNorm(4)])
+    model = Decoder(nn.ModuleList([with_part("norms", norms), with_part("norms", norms)]))
+    assert adapter_of(model, "unknown").linears == (("1",), ("2",))
+
+
+def test_model_without_a_head_is_refused():
+    model = Decoder(nn.ModuleList([block()]))
+    setattr(model, "get_output_embeddings", lambda: None)  # noqa: B010
+    with pytest.raises(ModelError, match="no plain token embedding and output head"):
+        adapter_of(model, "unknown")

@@ -7,7 +7,8 @@ import torch
 from qtool.checkpoint.manifest import Manifest
 from qtool.errors import ModelError
 from qtool.modeling.card import model_card
-from qtool.modeling.load import default_dtype, load_model, load_tokenizer
+from qtool.modeling.device import default_dtype
+from qtool.modeling.load import load_model, load_tokenizer
 
 
 def test_unquantized_and_quantized_models_load_with_their_tokenizer(llama, checkpoint):
@@ -43,7 +44,7 @@ def test_directory_without_a_config_is_no_model(copy):
 
 def test_model_that_transformers_does_not_know_is_refused(copy):
     (copy / "config.json").write_text('{"model_type": "nonsense"}')
-    with pytest.raises(ModelError, match="transformers can't load"):
+    with pytest.raises(ModelError, match="transformers can't use its config"):
         load_model(str(copy))
 
 
@@ -60,7 +61,7 @@ def test_remote_code_is_never_run(copy, tmp_path):
     text = (copy / "config.json").read_text().replace('"model_type": "llama"', '"model_type": "e"')
     auto = '{"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}, '
     (copy / "config.json").write_text(auto + text.lstrip("{ \n"))
-    with pytest.raises(ModelError, match="transformers can't load"):
+    with pytest.raises(ModelError, match="transformers can't use its config"):
         load_model(str(copy))
     assert not witness.exists()
 

@@ -1,13 +1,12 @@
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qtool.errors import MissingExtraError, ModelError
+from qtool.errors import ModelError
 from qtool.modeling import locate as module
-from qtool.modeling.locate import convert_gguf, locate
+from qtool.modeling.locate import check_model, locate
 from qtool.storage.cache import cache_dir
 
 
@@ -53,8 +52,8 @@ def test_only_harmless_files_are_downloaded(monkeypatch, tmp_path):
 
     asked: dict[str, Any] = {}
 
-    def download(model, allow_patterns):
-        asked.update(model=model, patterns=allow_patterns)
+    def download(model, allow_patterns, ignore_patterns):
+        asked.update(model=model, patterns=allow_patterns, ignored=ignore_patterns)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -63,54 +62,56 @@ def test_only_harmless_files_are_downloaded(monkeypatch, tmp_path):
     assert not any("bin" in p or "py" in p or p == "*" for p in asked["patterns"])
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("config.json", True),
+        ("model-00001-of-00002.safetensors", True),
+        ("model.safetensors.index.json", True),
+        ("chat_template.jinja", True),
+        ("additional_chat_templates/tool_use.jinja", True),
+        ("LICENSE", True),
+        ("LICENSE.txt", True),
+        ("consolidated.safetensors", False),
+        ("consolidated-00001-of-00002.safetensors", False),
+        ("original/model.safetensors", False),
+        ("onnx/config.json", False),
+        ("pytorch_model.bin", False),
+        ("modeling_mine.py", False),
+    ],
+)
+def test_no_weights_are_downloaded_twice(name, wanted):
+    from huggingface_hub.utils import filter_repo_objects
+
+    allow, ignore = [*module.HUB_FILES, *module.HUB_ALSO], module.HUB_NOT
+    found = filter_repo_objects([name], allow_patterns=allow, ignore_patterns=ignore)
+    assert list(found) == [name] * wanted
+
+
+@pytest.mark.parametrize("model", ["x" * 300, "~nobody-of-that-name/model", "a\0b"])
+def test_impossible_name_is_one_sentence(model):
+    for find in (locate, check_model):
+        with pytest.raises(ModelError, match="No model"):
+            find(model)
+
+
+def test_looking_for_a_model_reads_nothing(tmp_path, monkeypatch, llama):
+    monkeypatch.setattr(module, "convert_gguf", lambda _path: pytest.fail("converted"))
+    (tmp_path / "m.gguf").write_bytes(b"x")
+    check_model(str(tmp_path / "m.gguf"))
+    check_model(str(llama))
+    with pytest.raises(ModelError, match="No GGUF file"):
+        check_model(str(tmp_path / "n.gguf"))
+
+
 def test_missing_gguf_file_is_named(tmp_path):
     with pytest.raises(ModelError, match=r"No GGUF file .*m\.gguf"):
         locate(str(tmp_path / "m.gguf"))
 
 
-def test_file_that_only_calls_itself_gguf_is_refused_and_leaves_no_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"no gguf at all")
-    with pytest.raises(ModelError, match="transformers can't read this GGUF file"):
-        locate(str(path))
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
-
-
-def test_gguf_without_its_reader_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    (tmp_path / "m.gguf").write_bytes(b"x")
-    with pytest.raises(MissingExtraError, match=r"pip install 'qtool\[demo\]'"):
-        convert_gguf(tmp_path / "m.gguf")
-
-
-def test_converted_gguf_is_not_converted_twice(tmp_path, monkeypatch):
-    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "cache"))
-    calls = []
-
-    def save(_path: Path, target: Path) -> None:
-        calls.append(target)
-        target.mkdir(parents=True)
-        (target / "config.json").write_text("{}")
-
-    monkeypatch.setattr(module, "_save_dequantized", save)
-    (tmp_path / "m.gguf").write_bytes(b"x")
-    first, second = convert_gguf(tmp_path / "m.gguf"), convert_gguf(tmp_path / "m.gguf")
-    assert first == second
-    assert len(calls) == 1
-    assert [p.name for p in first.parent.iterdir()] == [first.name]
-
-
 def test_unknown_demo_model_is_refused_with_the_known_one():
     with pytest.raises(ModelError, match=r"No demo model 'demo:gpt5'\. Known: demo:smollm2"):
         locate("demo:gpt5")
-
-
-def test_demo_model_without_its_package_names_the_extra(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(MissingExtraError, match=r"demo:smollm2 needs the 'demo' extra"):
-        locate("demo:smollm2")
 
 
 @pytest.mark.parametrize(

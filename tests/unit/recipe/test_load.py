@@ -185,7 +185,8 @@ def test_set_that_is_no_assignment_is_refused(write, text):
         ("seed={", "the value isn't valid YAML"),
         ("weights=3", "weights is 3"),
         ("seed=", "seed is None"),
-        ("weights.overrides.0.skip=true", "weights.overrides is"),
+        ("weights.overrides.0.skip=true", r"'0' is no key, and there is no list.*\(--set weights"),
+        ("seed=2001-99-99", "seed is '2001-99-99'"),
     ],
 )
 def test_impossible_set_is_named(write, text, message):

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.errors import BackendError, CheckpointError, UnknownNameError
-from qtool.runtime.huggingface import install
+from qtool.runtime.install import install
 from qtool.runtime.modules import Held, QuantizedEmbedding, QuantizedLinear, TiedHead
 from qtool.runtime.select import choose_backend, load_backend, use_backend, wanted_backend
 from qtool.scheme import Shape2D, WeightScheme
@@ -221,6 +222,9 @@ def test_unknown_backend_is_refused_before_a_model_is_loaded():
 
 class Tiny(nn.Module):
     """A model with one linear and a head."""
+
+    base_model_prefix = "model"
+    config = SimpleNamespace(architectures=["Tiny"])
 
     def __init__(self) -> None:
         super().__init__()

@@ -28,6 +28,7 @@ def write_model(directory: Path, num_blocks: int) -> str:
     """Write a llama of equal blocks, tensor by tensor, without building it."""
     square, tall = normal(WIDTH, WIDTH).half(), normal(MIDDLE, WIDTH).half()
     tensors = {"model.embed_tokens.weight": torch.zeros(8, WIDTH).half()}
+    tensors["model.norm.weight"] = torch.ones(WIDTH).half()
     for block in range(num_blocks):
         prefix = f"model.layers.{block}"
         for name in "qkvo":
@@ -35,6 +36,8 @@ def write_model(directory: Path, num_blocks: int) -> str:
         for name in ("gate", "up"):
             tensors[f"{prefix}.mlp.{name}_proj.weight"] = tall.clone()
         tensors[f"{prefix}.mlp.down_proj.weight"] = tall.T.contiguous()
+        for name in ("input", "post_attention"):
+            tensors[f"{prefix}.{name}_layernorm.weight"] = torch.ones(WIDTH).half()
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors")
     config = {
@@ -42,6 +45,11 @@ def write_model(directory: Path, num_blocks: int) -> str:
         "architectures": ["LlamaForCausalLM"],
         "tie_word_embeddings": True,
         "num_hidden_layers": num_blocks,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "hidden_size": WIDTH,
+        "intermediate_size": MIDDLE,
+        "vocab_size": 8,
     }
     (directory / "config.json").write_text(json.dumps(config))
     return str(directory)

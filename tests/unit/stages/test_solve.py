@@ -61,3 +61,18 @@ def test_events_count_every_layer_once(llama, tmp_path):
     assert [values["index"] for values in layers] == list(range(14))
     assert {values["total"] for values in layers} == {14}
     assert all(0 < values["error"] < 0.1 and values["memory"] > 0 for values in layers)
+
+
+def test_copied_tensor_that_is_not_finite_is_warned_of_once_and_named(copy, tmp_path):
+    path = copy / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"][2, 3:5] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    events = []
+    pipeline.quantize(
+        *(str(copy), tmp_path / "out", recipe()),
+        emit=lambda name, values: events.append((name, values)),
+    )
+    warnings = [v["message"] for name, v in events if name == "warning" and "NaN" in v["message"]]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("lm_head.weight: 2 of 6144 values are NaN or infinite")

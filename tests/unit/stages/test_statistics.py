@@ -18,11 +18,11 @@ class FakeBlock:
     def __init__(self, matrix):
         self.matrix = matrix
 
-    def inputs_of(self, _linear, hidden):
+    def inputs_of(self, _linear, hidden, _batch):
         return hidden.flatten(0, -2) @ self.matrix
 
-    def around(self, linear, hidden):
-        return self.inputs_of(linear, hidden), 0.5 * hidden.flatten(0, -2)
+    def around(self, linear, hidden, batch):
+        return self.inputs_of(linear, hidden, batch), 0.5 * hidden.flatten(0, -2)
 
 
 @pytest.fixture
@@ -43,13 +43,13 @@ def streams():
 
 def by_hand(blocks, streams, residuals, cap):
     """Return x, drift and residual drift of all training tokens, weighted."""
-    original = torch.cat([blocks[0].inputs_of("", h) for h in streams.original[:4]])
+    original = torch.cat([blocks[0].inputs_of("", h, 0) for h in streams.original[:4]])
     rows = []
     start = 0
     for first, second, (kept, lost) in zip(
         streams.original[:4], streams.quantized[:4], residuals, strict=True
     ):
-        x = blocks[1].inputs_of("", second)
+        x = blocks[1].inputs_of("", second, 0)
         weights = torch.ones(len(x), 1)
         if cap is not None:
             norms = x.norm(dim=1, keepdim=True)
@@ -96,7 +96,7 @@ def test_streams_are_advanced_in_place_and_don_t_share_memory():
         def __init__(self, factor):
             self.factor = factor
 
-        def run(self, batch):
+        def run(self, batch, _index):
             return self.factor * batch
 
     times: Any = Times

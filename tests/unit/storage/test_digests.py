@@ -159,7 +159,18 @@ def test_links_to_one_file_are_read_once(files, read, tmp_path):
 
 @pytest.mark.usefixtures("later")
 @pytest.mark.parametrize(
-    "content", [b"", b"\xff", b"null", b"[]", b'{"a": 3}', b'{"a": [[1], 3]}', b'{"a": [[1]']
+    "content",
+    [
+        b"",
+        b"\xff",
+        b"null",
+        b"[]",
+        b'{"a": 3}',
+        b'{"a": [[1], 3]}',
+        b'{"a": [[1]',
+        b"[" * 99999,
+        b'{"a": [[Infinity], "00"]}',
+    ],
 )
 def test_damaged_memory_is_none(files, read, cache, content):
     first = files_digest(files)

@@ -1,0 +1,79 @@
+"""What is cheap to find wrong is found first: before a model is read, most of it before torch."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qtool.base import Emit
+from qtool.errors import DataError
+from qtool.storage.jsonl import check_file
+
+if TYPE_CHECKING:
+    from qtool.recipe.schema import CalibrationSection
+
+SAMPLES = "samples.safetensors"
+
+
+@contextlib.contextmanager
+def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iterator[None]:
+    """Say what is opened, look for local models, fetch the demo model, choose the device.
+
+    Raises:
+        ModelError: a local model isn't there, or the demo model can't be fetched.
+        BackendError: torch doesn't have the device.
+    """
+    from qtool.modeling.demo import demo_file
+    from qtool.modeling.locate import local_path
+
+    named = [model for model in models if model]
+    emit("phase", {"name": f"opening {' and '.join(named)}" if named else "loading torch"})
+    for model in named:
+        if model.startswith("demo:"):
+            demo_file(model, emit)
+        else:
+            local_path(model)  # a hub id is asked for later, a GGUF file converted
+    from qtool.modeling.device import use_device  # torch: slow
+
+    with use_device(device):
+        yield
+
+
+def check_directory(calib_dir: Path | None) -> None:
+    """Refuse a calibration directory that isn't there.
+
+    Raises:
+        DataError: it isn't one.
+    """
+    if calib_dir is None:
+        return
+    try:
+        check_file(calib_dir / SAMPLES)
+    except DataError as error:
+        raise DataError(
+            f"{calib_dir} is no calibration directory: {error} "
+            f"`qtool calibrate MODEL {calib_dir}` makes one."
+        ) from error
+
+
+def check_texts(section: "CalibrationSection | None") -> None:
+    """Refuse texts that aren't there, before the model is opened.
+
+    Raises:
+        DataError: a text or the prompts of a task are missing.
+    """
+    if section is None:
+        return
+    from qtool.data.corpora import bundled, open_dataset
+    from qtool.data.documents import HUB_PREFIX, JSONL_SUFFIXES
+    from qtool.data.lengths import check_known
+
+    if section.sequence_length == "match":
+        check_known(section.tasks)
+    name = section.dataset
+    if name.startswith(HUB_PREFIX) or name in bundled():
+        return
+    if name.endswith((".txt", *JSONL_SUFFIXES)):
+        check_file(Path(name))
+    else:
+        open_dataset(name)  # raises, and says why

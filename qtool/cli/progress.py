@@ -1,0 +1,205 @@
+"""Rendering of events on stderr: one live line on a terminal, dated lines in a log."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID
+from rich.text import Text
+
+from qtool.base import Emit
+from qtool.cli.console import err, gigabytes
+
+LOG_SECONDS = 30.0
+"""Between two lines of progress in a log."""
+FIRST_SECONDS = 5.0
+"""After which a log gets the first line on how far something is."""
+
+
+@dataclass(slots=True)
+class Step:
+    """What is going on: a phase, or something that is counted."""
+
+    label: str
+    begun: float
+    total: int | None = None
+    done: int = 0
+    detail: str = ""
+
+    def state(self, now: float) -> str:
+        """Return how far it is, since when, and how much time is left."""
+        spent = f"{_clock(now - self.begun)} so far"
+        if not self.total:
+            return f"{self.done}, {spent}" if self.done else f"{spent}, time left not known yet"
+        left = "estimating the time left"
+        if self.done:
+            seconds = (now - self.begun) / self.done * (self.total - self.done)
+            left = f"about {_clock(seconds)} left"
+        return f"{self.done} of {self.total}, {spent}, {left}"
+
+
+class _Log:
+    """Writes a line at the start of a phase, and where one is due."""
+
+    def __init__(self) -> None:
+        self.step: Step | None = None
+        self.last, self.wait = time.monotonic(), FIRST_SECONDS
+
+    def show(self, step: Step) -> None:
+        """Take up what is going on now."""
+        if step is not self.step:
+            self.step, self.wait = step, FIRST_SECONDS
+            if step.total is None and not step.done:
+                self.last = time.monotonic()
+                self._print(step.label)
+        self.tick()
+
+    def tick(self) -> None:
+        """Write how far it is, if nothing was written for long."""
+        step, now = self.step, time.monotonic()
+        if step is not None and now - self.last >= self.wait:
+            self.last, self.wait = now, LOG_SECONDS
+            self._print(f"{step.label}: {step.state(now)}  {step.detail}".rstrip())
+
+    def _print(self, text: str) -> None:
+        print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+class _State(ProgressColumn):
+    """How far the live line's step is."""
+
+    def render(self, task: Task) -> Text:
+        """Return it as of now."""
+        step: Step = task.fields["step"]
+        return Text(f"{step.label}: {step.state(time.monotonic())}  {step.detail}".rstrip())
+
+
+class _Live:
+    """Keeps one line of a terminal up to date."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.step: Step | None = None
+        self.task: TaskID | None = None
+
+    def show(self, step: Step) -> None:
+        """Take up what is going on now."""
+        if step is not self.step:
+            if self.task is not None:
+                self.bars.remove_task(self.task)
+            self.step = step
+            self.task = self.bars.add_task("", total=step.total, step=step)
+        if self.task is not None:
+            self.bars.update(self.task, completed=step.done)
+
+
+@contextmanager
+def progress(kept: str = "") -> Iterator[Emit]:
+    """Render events while a command works; yields what to emit to.
+
+    Args:
+        kept: What becomes of the work if it is interrupted, as a sentence.
+
+    Raises:
+        KeyboardInterrupt: with `kept`.
+    """
+    with _renderer() as view:
+        step, last = Step("", time.monotonic()), time.monotonic()
+
+        def emit(event: str, values: Mapping[str, Any]) -> None:
+            nonlocal step, last
+            if event == "warning":
+                err.print(f"Warning: {escape(values['message'])}", soft_wrap=True)
+                return
+            describe = DESCRIPTIONS.get(event)
+            if describe is None:
+                return
+            label, detail = describe(values)
+            now = time.monotonic()
+            if event == "phase":
+                step = Step(label, now, total=values.get("total"))
+            elif label != step.label:  # the first of these has been at work since the last event
+                step = Step(label, last, total=values.get("total"))
+            last = now
+            step.done, step.detail = values.get("index", -1) + 1, detail
+            view.show(step)
+
+        try:
+            yield emit
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(kept) from None
+
+
+@contextmanager
+def _renderer() -> Iterator[_Live | _Log]:
+    if err.is_terminal:
+        columns = (SpinnerColumn(), BarColumn(bar_width=20), _State())
+        with Progress(*columns, console=err, transient=True) as bars:
+            yield _Live(bars)
+        return
+    log, stopped = _Log(), threading.Event()
+
+    def watch() -> None:
+        while not stopped.wait(1.0):
+            log.tick()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield log
+    finally:
+        stopped.set()
+        watcher.join()
+
+
+def _clock(seconds: float) -> str:
+    """Return 75 as 1:15, and hours before."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _layer(values: Mapping[str, Any]) -> tuple[str, str]:
+    memory = gigabytes(values["memory"])
+    return "quantize", f"{values['name']}  error {values['error']:.2e}  memory {memory}"
+
+
+def _phase(values: Mapping[str, Any]) -> tuple[str, str]:
+    return str(values["name"]), ""
+
+
+def _window(values: Mapping[str, Any]) -> tuple[str, str]:
+    return f"perplexity of {values['name']}", f"{values['perplexity']:.3f}"
+
+
+def _timing(values: Mapping[str, Any]) -> tuple[str, str]:
+    return f"time {values['name']}", ""
+
+
+def _block(values: Mapping[str, Any]) -> tuple[str, str]:
+    return "measure inputs", str(values["name"])
+
+
+def _request(values: Mapping[str, Any]) -> tuple[str, str]:
+    return f"{values['task']} of {values['name']}", ""
+
+
+def _reference(values: Mapping[str, Any]) -> tuple[str, str]:
+    return f"predictions of {values['name']}", ""
+
+
+DESCRIPTIONS = {
+    "agreement": _reference,
+    "block": _block,
+    "layer": _layer,
+    "phase": _phase,
+    "reference": _reference,
+    "request": _request,
+    "timing": _timing,
+    "window": _window,
+}

@@ -1,0 +1,164 @@
+"""A calibration directory: written whole, replaced only if it is one, checked when it is read."""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from qtool.data.calibration import CalibrationSet, tokenizer_digest
+from qtool.errors import DataError, OutputError
+from qtool.storage.jsonl import check_file, json_value, read_text, reason
+from qtool.storage.plain_json import plain_json
+from qtool.storage.whole_files import written_whole
+
+SAMPLES_NAME = "samples.safetensors"
+ABOUT_NAME = "calibration.json"
+ABSMAX_NAME = "input_absmax.safetensors"
+NAMES = (SAMPLES_NAME, ABSMAX_NAME, ABOUT_NAME)
+MOST_ABOUT_BYTES = 1 << 24
+AGAIN = "Run `qtool calibrate` again."
+
+
+def check_no_calibration(
+    directory: Path, *, overwrite: bool = False, model_directory: Path | None = None
+) -> None:
+    """Refuse a directory that calibration data would spoil, before any are drawn.
+
+    Args:
+        directory: Where they are to go.
+        overwrite: Calibration data that are there may be replaced; nothing else.
+        model_directory: Of the model, where they can't go.
+
+    Raises:
+        OutputError: there are some, or something else is in the way.
+    """
+    try:
+        if os.path.lexists(directory) and not directory.is_dir():
+            raise OutputError(f"{directory} is a file. Name a directory for the calibration data.")
+        if model_directory is not None and os.path.realpath(directory) == os.path.realpath(
+            model_directory
+        ):
+            raise OutputError(f"{directory} is the model's own directory. Name another one.")
+        found = [name for name in NAMES if os.path.lexists(directory / name)]
+    except OSError as error:
+        raise OutputError(f"Can't write {str(directory)!r}: {reason(error)}.") from error
+    if not found:
+        return
+    if not _is_ours(directory):
+        raise OutputError(
+            f"{directory} has a file {found[0]} but no calibration data of qtool. Name another "
+            "directory, or move the file away."
+        )
+    if not overwrite:
+        raise OutputError(f"{directory} holds calibration data. Pass --overwrite to replace them.")
+
+
+def _is_ours(directory: Path) -> bool:
+    """Return whether a directory has what only `save_calibration` writes, maybe damaged since."""
+    try:
+        return {"digest", "tokenizer", "samples wanted"} <= _about(directory).keys()
+    except DataError:
+        return False
+
+
+def save_calibration(
+    calibration: CalibrationSet, directory: Path, absmax: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write samples, what decided them and, if given, the largest inputs of each linear.
+
+    All bytes are on disk before the first file gets its name: a full disk leaves what was there.
+    `calibration.json` comes last, and has the digest of the samples.
+
+    Args:
+        calibration: The samples and their provenance.
+        directory: Is made; files of the same names are replaced.
+        absmax: (in_features,) float32 by name of the linear.
+
+    Raises:
+        OutputError: the directory can't be written.
+    """
+    tensors = {
+        "tokens": torch.cat(calibration.samples),
+        "lengths": torch.tensor([len(sample) for sample in calibration.samples]),
+    }
+    about = plain_json({**calibration.provenance, "digest": calibration.digest()})
+    contents = {
+        ABOUT_NAME: (json.dumps(about, indent=2, allow_nan=False) + "\n").encode(),
+        **({} if absmax is None else {ABSMAX_NAME: save(dict(absmax))}),
+        SAMPLES_NAME: save(tensors),
+    }
+    try:
+        with contextlib.ExitStack() as stack:  # files get their names in reverse order
+            for name, content in contents.items():
+                opened = stack.enter_context(written_whole(directory / name, durable=True))
+                opened.write(content)
+                opened.flush()
+                os.fsync(opened.fileno())
+    except OSError as error:
+        raise OutputError(f"Can't write {directory}: {reason(error)}.") from error
+
+
+def load_calibration(directory: Path, tokenizer: Any) -> CalibrationSet:  # noqa: ANN401
+    """Read what `save_calibration` wrote, and check all of it.
+
+    Raises:
+        DataError: files are missing or damaged, or the samples are another tokenizer's.
+    """
+    about = _about(directory)
+    samples = _samples(directory / SAMPLES_NAME)
+    calibration = CalibrationSet(samples, about)
+    if about.get("digest") != calibration.digest():
+        raise DataError(f"{directory}: samples and {ABOUT_NAME} don't belong together. {AGAIN}")
+    if about.get("tokenizer") != tokenizer_digest(tokenizer):
+        raise DataError(
+            f"{directory} was made with another tokenizer. Run `qtool calibrate` on this model."
+        )
+    return calibration
+
+
+def _about(directory: Path) -> Mapping[str, Any]:
+    try:
+        text = read_text(directory / ABOUT_NAME, most_bytes=MOST_ABOUT_BYTES)
+        about = json_value(text, str(directory / ABOUT_NAME))
+    except DataError as error:
+        raise DataError(f"{directory} is no calibration directory: {error} {AGAIN}") from error
+    if not isinstance(about, dict):
+        raise DataError(f"{directory / ABOUT_NAME} isn't a JSON object. {AGAIN}")
+    return about
+
+
+def _samples(file: Path) -> tuple[Tensor, ...]:
+    """Return the samples of a file, each (length,) int64."""
+    try:
+        check_file(file)
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in ("tokens", "lengths")}
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"{file} can't be read: {reason(error)}. {AGAIN}") from error
+    except DataError as error:
+        raise DataError(f"{file.parent} is no calibration directory: {error} {AGAIN}") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.int64 or tensor.dim() != 1:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise DataError(
+                f"{file}: {name} is {kind} of {tensor.dim()} dimensions; it must be a list of "
+                f"int64. {AGAIN}"
+            )
+    tokens, lengths = tensors["tokens"], tensors["lengths"]
+    if len(lengths) < 2 or int(lengths.min()) < 1:  # noqa: PLR2004
+        raise DataError(f"{file} must hold at least two samples, and none may be empty. {AGAIN}")
+    if sum(lengths.tolist()) != len(tokens):
+        raise DataError(
+            f"{file}: the lengths of the samples add up to {sum(lengths.tolist())}, and there are "
+            f"{len(tokens)} tokens. {AGAIN}"
+        )
+    if int(tokens.min()) < 0:
+        raise DataError(f"{file} has token {int(tokens.min())}; none is below 0. {AGAIN}")
+    return tokens.split(lengths.tolist())

@@ -1,0 +1,65 @@
+"""What blocks are called with beside their input, kept once per distinct value."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Call(NamedTuple):
+    """What a block is called with beside its input: masks, positions, rotary embeddings."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def on(self, device: torch.device) -> "Call":
+        """Return the call with all tensors on a device."""
+        return mapped(self, lambda _place, tensor: tensor.to(device, non_blocking=True))
+
+
+def mapped(value: Any, change: Callable[[str, Tensor], Tensor], place: str = "") -> Any:  # noqa: ANN401
+    """Return a nested value with every tensor replaced; `change` is told where it stands."""
+    if isinstance(value, Tensor):
+        return change(place, value)
+    if type(value) is dict:
+        return {key: mapped(item, change, f"{place}.{key}") for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [mapped(item, change, f"{place}.{i}") for i, item in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+@dataclass(slots=True)
+class Calls:
+    """The calls of all blocks for all batches.
+
+    Masks, positions and rotary embeddings are the same for all blocks of a kind and for all batches
+    of a shape: one tensor stands for all of them. What differs from batch to batch, such as the
+    per-layer inputs of Gemma 4, is kept for each, off the card.
+    """
+
+    _calls: list[list[Call]] = field(default_factory=list)
+    _first: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def add(self, calls: list[Call]) -> None:
+        """Keep what the blocks were called with for one more batch."""
+        seen: dict[int, Tensor] = {}
+
+        def keep(place: str, tensor: Tensor) -> Tensor:
+            if id(tensor) not in seen:
+                seen[id(tensor)] = self._shared(place, tensor)
+            return seen[id(tensor)]
+
+        self._calls.append([mapped(call, keep, str(block)) for block, call in enumerate(calls)])
+
+    def _shared(self, place: str, tensor: Tensor) -> Tensor:
+        """Return what was kept for the first batch if it has the same values."""
+        key = (place, tuple(tensor.shape), tensor.dtype)
+        first = self._first.setdefault(key, tensor)
+        return first if first is tensor or torch.equal(first, tensor) else tensor.cpu()
+
+    def of(self, block: int) -> tuple[Call, ...]:
+        """Return the calls of a block, batch by batch."""
+        return tuple(calls[block] for calls in self._calls)

@@ -1,0 +1,95 @@
+"""The small files that belong to a model: tokenizer, chat templates, generation, licence."""
+
+import json
+import logging
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from qtool.errors import ModelError
+
+_LOG = logging.getLogger(__name__)
+
+TOKENIZER = (
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*.json",
+    "vocab*.txt",
+    "vocab.bpe",
+    "merges.txt",
+    "bpe.codes",
+    "emoji.json",
+    "byte_maps.json",
+    "dict.txt",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "*.tokenizer",
+)
+"""As transformers' tokenizers call their files."""
+TEMPLATES = ("*.jinja", "chat_template.json", "chat_template.jsonl")
+TEMPLATE_FOLDER = "additional_chat_templates"
+OTHERS = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+COPIED = (*TOKENIZER, *TEMPLATES, *OTHERS, *LICENCES)
+
+
+def read_companions(directory: Path) -> dict[str, bytes]:
+    """Return the files to copy beside the weights, by their path relative to the directory.
+
+    Links are followed inside the directory, and into the blobs of the hub's cache that it is a
+    snapshot of; a link to elsewhere, which might carry a private file along, is left out with a
+    warning. What names code of the original is removed from JSON.
+
+    Raises:
+        ModelError: one can't be read.
+    """
+    try:
+        return {
+            path.relative_to(directory).as_posix(): _without_code(path)
+            for path in _companions(directory)
+            if path.is_file() and _stays_inside(path, directory)
+        }
+    except OSError as error:
+        raise ModelError(
+            f"{directory}: a file beside the weights can't be read: {error}"
+        ) from error
+
+
+def _companions(directory: Path) -> Iterator[Path]:
+    for path in sorted(directory.iterdir()):
+        if any(fnmatchcase(path.name, pattern) for pattern in COPIED):
+            yield path
+    templates = directory / TEMPLATE_FOLDER
+    if templates.is_dir():
+        yield from sorted(templates.glob("*.jinja"))
+
+
+def _stays_inside(path: Path, directory: Path) -> bool:
+    target = path.resolve()
+    root = directory.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if any(target.is_relative_to(folder) for folder in allowed):
+        return True
+    _LOG.warning("%s is a link that leaves the model's directory; it isn't copied.", path)
+    return False
+
+
+def _without_code(path: Path) -> bytes:
+    """Return a file's content; from a JSON object what names remote code is removed."""
+    content = path.read_bytes()
+    if path.suffix != ".json" or b"auto_map" not in content:
+        return content
+    try:
+        values = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError):  # transformers will say so to whoever loads it
+        return content
+    if not isinstance(values, dict) or "auto_map" not in values:
+        return content
+    del values["auto_map"]
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()

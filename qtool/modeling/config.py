@@ -1,0 +1,120 @@
+"""config.json: read and checked in one place, and understood by transformers alone."""
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qtool.checkpoint.shards import read_json
+from qtool.errors import ModelError
+
+CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
+MAX_REASON = 300
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return config.json without what says nothing or names code: the original's, or ours.
+
+    A `quantization_config` that is null or empty means an unquantized model.
+
+    Raises:
+        ModelError: there is none, or it needs what qtool doesn't do.
+        CheckpointError: it, or generation_config.json, holds no JSON object.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{directory} has no config.json: it isn't a model directory, or not a finished one."
+        )
+    config = {key: value for key, value in read_json(path).items() if key != "auto_map"}
+    if config.get("quantization_config") in (None, {}):
+        config.pop("quantization_config", None)
+    elif not isinstance(config["quantization_config"], dict):
+        raise ModelError(
+            f"{path}: quantization_config is {_short(config['quantization_config'])}; it must be "
+            "an object. Remove it if the weights aren't quantized."
+        )
+    if config.get("transformers_weights") is not None:
+        raise ModelError(
+            f"{path} names a file of weights (transformers_weights). Rename that file to "
+            "model.safetensors and remove the key."
+        )
+    if (directory / "generation_config.json").is_file():
+        read_json(directory / "generation_config.json")
+    if (directory / "adapter_config.json").is_file() and any(directory.glob("adapter_model.*")):
+        raise ModelError(
+            f"{directory} holds an adapter beside the weights (adapter_config.json). Merge it and "
+            "save the merged model, or move the adapter's files away."
+        )
+    return config
+
+
+def check_original(config: Mapping[str, Any], directory: Path, families: tuple[str, ...]) -> None:
+    """Check that a configuration is that of an unquantized causal language model.
+
+    Args:
+        config: From `read_config`.
+        directory: For messages.
+        families: Model types that are causal without saying so in `architectures`.
+
+    Raises:
+        ModelError: it isn't.
+    """
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(
+            f"{directory} is already quantized ({_short(method)}). Start from the original model."
+        )
+    family = config.get("model_type")
+    if family is not None and not isinstance(family, str):
+        raise ModelError(f"{directory}: model_type is {_short(family)} in config.json, no name.")
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(
+            f"{directory}: architectures is {_short(names)} in config.json; it must be a list of "
+            "names, such as ['LlamaForCausalLM']."
+        )
+    causal = any(CAUSAL.search(name) for name in names) or (family in families and not names)
+    if not causal or config.get("is_encoder_decoder"):
+        what = _short(", ".join(names) or family or "of unknown type")
+        raise ModelError(
+            f"{directory} is no causal language model ({what}). qtool quantizes decoder-only "
+            "models, whose architecture ends in ForCausalLM or LMHeadModel."
+        )
+    if family is None:
+        raise ModelError(f"{directory}: config.json has no model_type, so the family is unknown.")
+
+
+def parse_config(config: Mapping[str, Any], directory: Path) -> Any:  # noqa: ANN401
+    """Return transformers' configuration object: defaults and other names are its business.
+
+    Raises:
+        ModelError: transformers doesn't know the family, or refuses a value.
+    """
+    import transformers  # slow import
+
+    try:
+        # A file, because what AutoConfig does with one is more than looking up a class.
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
+            parsed = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many unrelated types
+        raise ModelError(
+            f"{directory}: transformers can't use its config.json: {one_line(error)}"
+        ) from error
+    parsed._name_or_path = str(directory)
+    return parsed
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of another library's error as one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= MAX_REASON else text[:MAX_REASON] + "..."
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) and value.isprintable() else ascii(value)
+    return text if len(text) <= MAX_REASON // 3 else text[: MAX_REASON // 3] + "..."

@@ -1,0 +1,132 @@
+"""GGUF files, dequantized once to float16 directories in the cache.
+
+A conversion takes minutes and what it makes is used for years, so it is whole or not there: files
+are synced, a list of them with their digest is written last, and the directory gets its name only
+then. Whoever finds it compares the digest, which `storage.digests` remembers.
+"""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from qtool.errors import MissingExtraError, ModelError
+from qtool.storage.cache import cache_dir
+from qtool.storage.digests import files_digest
+from qtool.storage.jsonl import reason
+from qtool.storage.whole_files import sync_directory, written_whole
+
+WHOLE_NAME = "WHOLE"
+"""The list; without a suffix, so that nobody takes it for a part of the model."""
+_LOG = logging.getLogger(__name__)
+
+
+def convert_gguf(path: Path) -> Path:
+    """Dequantize a GGUF file to a float16 directory in the cache, unless it is there already.
+
+    Of several processes one converts and the others wait.
+
+    Raises:
+        ModelError: the file can't be read, or the directory can't be written.
+        MissingExtraError: the library that reads GGUF isn't installed.
+    """
+    try:
+        target = cache_dir() / "gguf" / files_digest([path])[:32]
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {reason(error)}.") from error
+    if _is_whole(target):
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError(f"Reading {path.name}", "demo")
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(target.with_name(f"{target.name}.lock")):
+            if not _is_whole(target):  # else another process was faster
+                _convert(path, partial, target)
+    except OSError as error:
+        raise ModelError(
+            f"{path} can't be kept dequantized in {target.parent}: {reason(error)}. Set "
+            "QTOOL_CACHE to a folder that can be written, with space for two bytes per weight."
+        ) from error
+    return target
+
+
+def _convert(path: Path, partial: Path, target: Path) -> None:
+    """Make `target` anew, by way of `partial`; nobody else does at the same time."""
+    if target.exists():
+        _LOG.warning("%s is damaged or incomplete, and is made anew.", target)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    try:
+        partial.mkdir()
+        _save_dequantized(path, partial)
+        files = sorted(file for file in partial.rglob("*") if file.is_file())
+        for file in files:
+            _sync(file)
+        names = [str(file.relative_to(partial)) for file in files]
+        about = {"files": names, "digest": files_digest(files, remember=False)}
+        with written_whole(partial / WHOLE_NAME, durable=True) as opened:
+            opened.write(json.dumps(about, indent=2).encode())
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        sync_directory(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_whole(directory: Path) -> bool:
+    """Return whether all files of a converted model are there, as they were written."""
+    try:
+        about = json.loads((directory / WHOLE_NAME).read_text(encoding="utf-8"))
+        files = [directory / name for name in about["files"]]
+        return bool(files) and about["digest"] == files_digest(files)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Let one process at a time into the block; a process that ends, however, lets the next in."""
+    import fcntl  # not on Windows
+
+    with lock.open("w") as opened:
+        with contextlib.suppress(OSError):  # a file system without locks: the slower one wins
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def _save_dequantized(path: Path, target: Path) -> None:
+    import torch  # slow imports
+    import transformers
+    from safetensors import SafetensorError
+
+    transformers.utils.logging.disable_progress_bar()
+    quantization = {}
+    if hasattr(transformers, "GgufConfig"):  # newer versions would keep the weights packed
+        quantization["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float16, **quantization
+        )
+        if hasattr(loaded.config, "quantization_config"):
+            del loaded.config.quantization_config
+        # A fresh model: the loaded one refuses to be saved, being marked as quantized.
+        model = transformers.AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float16)
+        model.load_state_dict(loaded.state_dict(), strict=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # transformers and gguf raise many unrelated types
+        raise ModelError(f"{path}: transformers can't read this GGUF file: {error}") from error
+    try:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    except SafetensorError as error:  # a full disk, in words of its own
+        raise OSError(reason(error)) from error

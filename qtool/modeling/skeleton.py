@@ -1,0 +1,154 @@
+"""The empty model: what transformers builds from a configuration, compared with what is stored."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtool.checkpoint.shards import Shards, TensorSpec, shown
+from qtool.errors import CheckpointError, ModelError
+from qtool.modeling.config import one_line
+
+SHOWN = 3
+Renaming = Callable[[str], tuple[str, tuple[str, ...]]]
+"""From a stored name to the model's, and to all names that its values go to if it is converted."""
+
+
+def empty_model(config: Any, directory: Path) -> Any:  # noqa: ANN401
+    """Return the model of a configuration, its tensors without memory.
+
+    Raises:
+        ModelError: transformers can't build it.
+    """
+    import transformers  # slow import
+
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
+    except Exception as error:  # transformers raises many unrelated types
+        raise ModelError(
+            f"{directory}: transformers can't build this model without remote code: "
+            f"{one_line(error)}"
+        ) from error
+
+
+def match_names(model: Any, shards: Shards, directory: Path) -> dict[str, str]:  # noqa: ANN401
+    """Find each tensor of a model among those stored, by transformers' own renaming.
+
+    Of tensors that are one object, as a tied head and its embedding, one must be stored.
+
+    Returns:
+        Stored name by the model's name, of all parameters and persistent buffers.
+
+    Raises:
+        CheckpointError: something isn't stored, or in another shape.
+    """
+    wanted = {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, torch.Tensor)
+    }
+    found, merged = _renamed(model, shards.specs, wanted)
+    unknown = sorted({*shards.specs} - {*found.values()} - merged)
+    groups = defaultdict(list)
+    for name, value in wanted.items():
+        groups[id(value)].append(name)
+    missing = []
+    for names in groups.values():
+        there = next((name for name in names if name in found), None)
+        if there is not None:
+            found.update({name: found[there] for name in names if name not in found})
+        elif not merged.intersection(names) and not _may_be_missing(model, names[0]):
+            missing.append(names[0])
+    if missing:
+        raise CheckpointError(missing_message(missing, unknown, directory))
+    for name, stored in found.items():
+        _check_shape(name, tuple(wanted[name].shape), shards.specs[stored])
+    return found
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Return the first few names and how many more there are."""
+    quoted = [shown(name) for name in names]
+    more = len(quoted) - SHOWN
+    return ", ".join(quoted[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def missing_message(missing: Iterable[str], unknown: Iterable[str], directory: Path) -> str:
+    """Return the sentence about tensors that nobody stored, and what is stored in their place."""
+    others = list_names(unknown)
+    return (
+        f"{directory}: the model needs tensors that aren't stored: {list_names(missing)}. Download "
+        "it again, or see whether config.json belongs to these weights"
+        + (f"; stored and unknown to the model: {others}." if others else ".")
+    )
+
+
+def _may_be_missing(model: Any, name: str) -> bool:  # noqa: ANN401
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _check_shape(name: str, wanted: tuple[int, ...], spec: TensorSpec) -> None:
+    if spec.shape != wanted:
+        raise CheckpointError(
+            f"{spec.file}: the shape of {name} is {spec.shape}, and config.json makes it {wanted}. "
+            "config.json and weights don't belong together."
+        )
+
+
+def _renamed(
+    model: Any,  # noqa: ANN401
+    stored: Iterable[str],
+    wanted: Mapping[str, Any],
+) -> tuple[dict[str, str], set[str]]:
+    """Return stored names by the model's, and both names of those that loading merges or splits."""
+    found: dict[str, str] = {}
+    merged: set[str] = set()
+    rename = _renaming(model, wanted)
+    for name in stored:
+        renamed, targets = rename(name)
+        if renamed not in wanted and name in wanted:
+            renamed, targets = name, ()
+        if targets:
+            merged.update(targets, [name])
+        elif renamed in found:
+            raise CheckpointError(
+                f"Both {shown(found[renamed])} and {shown(name)} are stored, and the model reads "
+                f"both as {renamed}. Remove those that aren't meant from the files."
+            )
+        elif renamed in wanted:
+            found[renamed] = name
+    return found, merged
+
+
+def _renaming(model: Any, wanted: Mapping[str, Any]) -> Renaming:  # noqa: ANN401
+    """Return what transformers does to a stored name: 5.x has tables, 4.57 a few rules."""
+    try:
+        from transformers import conversion_mapping, core_model_loading
+    except ImportError:
+        return lambda name: (_prefixed(model, name, wanted), ())
+    transforms = conversion_mapping.get_model_conversion_mapping(model)
+    converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, core_model_loading.WeightConverter)]
+    targets = {p: tuple(c.target_patterns) for c in converters for p in c.source_patterns}
+
+    def rename(name: str) -> tuple[str, tuple[str, ...]]:
+        renamed, pattern = core_model_loading.rename_source_key(
+            name, renamings, converters, model.base_model_prefix, wanted
+        )
+        made = targets.get(pattern, ())
+        return renamed, tuple(renamed.replace(made[0], target) for target in made)
+
+    return rename
+
+
+def _prefixed(model: Any, name: str, wanted: Mapping[str, Any]) -> str:  # noqa: ANN401
+    renamed: str = model._fix_state_dict_key_on_load(name)[0]
+    full = f"{model.base_model_prefix}.{renamed}"
+    return full if full in wanted else renamed

@@ -1,0 +1,63 @@
+"""What is measured of one model, and what its directory says of it without loading it."""
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from qtool.bench.model import SpeedResult
+from qtool.checkpoint.manifest import QUANT_METHOD
+from qtool.checkpoint.marks import REPORT_NAME
+from qtool.checkpoint.reader import CheckpointReader
+from qtool.checkpoint.shards import open_shards, read_json
+from qtool.errors import CheckpointError, ModelError
+from qtool.evaluation.perplexity import PerplexityResult
+from qtool.modeling.config import read_config
+
+BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "I8": 8, "U8": 8}
+BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "BOOL": 8}
+"""Of an element by safetensors' name of its dtype; others have 16."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFigures:
+    """All that was measured of one model."""
+
+    name: str
+    weight_bytes: int
+    average_bits: float
+    """Stored bits per weight of the quantized layers; without any, of all tensors."""
+    quantize_seconds: float | None = None
+    perplexity: PerplexityResult | None = None
+    speed: SpeedResult | None = None
+
+
+def figures_of(name: str, directory: Path) -> ModelFigures:
+    """Return size and bits of a model, which its directory says without loading it.
+
+    Raises:
+        CheckpointError: files are missing or damaged.
+        ModelError: another tool has quantized it.
+    """
+    config = read_config(directory).get("quantization_config")
+    if config and config.get("quant_method") != QUANT_METHOD:
+        method = config.get("quant_method")
+        raise ModelError(
+            f"{name} was quantized by another tool ({method or 'unknown'}), and qtool can't "
+            "measure that. Give the original or a model that qtool has quantized."
+        )
+    specs = open_shards(directory).specs.values()
+    size = sum(file.stat().st_size for file in {spec.file for spec in specs})
+    if config:
+        bits = CheckpointReader(directory).manifest.average_bits()
+        return ModelFigures(name, size, bits, quantize_seconds(directory))
+    weights = sum(prod(spec.shape) for spec in specs)
+    stored = sum(prod(spec.shape) * BITS.get(spec.dtype, 16) for spec in specs)
+    return ModelFigures(name, size, stored / max(weights, 1))
+
+
+def quantize_seconds(directory: Path) -> float | None:
+    """Return how long the quantization of a checkpoint took, if its report is there."""
+    try:
+        return float(read_json(directory / REPORT_NAME)["seconds"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return None

@@ -1,0 +1,99 @@
+"""What a log and a terminal are told while a command works."""
+
+import io
+import re
+import time
+
+import pytest
+from rich.console import Console
+
+from qtool.cli import progress as module
+from qtool.cli.progress import Step, progress
+
+STAMP = re.compile(r"^\[\d\d:\d\d:\d\d\] ")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Return a list whose only item is the time; nothing ticks by itself."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    return now
+
+
+def lines(capsys) -> list[str]:
+    found = capsys.readouterr().err.splitlines()
+    assert all(STAMP.match(line) for line in found)
+    return [STAMP.sub("", line) for line in found]
+
+
+def layer(index: int, total: int = 10) -> dict[str, object]:
+    return {"name": "[q]", "error": 0.5, "memory": 2e9, "index": index, "total": total}
+
+
+def test_a_log_gets_each_phase_at_once(capsys):
+    with progress() as emit:
+        for name in ("opening m", "hashing"):
+            emit("phase", {"name": name})
+            assert lines(capsys) == [name]
+
+
+def test_a_log_gets_time_and_time_left_after_seconds_then_now_and_then(clock, capsys):
+    with progress() as emit:
+        emit("phase", {"name": "solving"})
+        lines(capsys)
+        for index in range(9):
+            clock[0] += 4
+            emit("layer", layer(index))
+    detail = "[q]  error 5.00e-01  memory 2 GB"
+    assert lines(capsys) == [
+        f"quantize: 2 of 10, 0:08 so far, about 0:32 left  {detail}",
+    ]
+
+
+def test_time_left_counts_from_when_the_work_began_not_from_its_first_result(clock):
+    step = Step("solve", begun=clock[0], total=4, done=1)
+    assert step.state(clock[0] + 60) == "1 of 4, 1:00 so far, about 3:00 left"
+    assert (
+        Step("solve", begun=0, total=4).state(5) == "0 of 4, 0:05 so far, estimating the time left"
+    )
+    assert Step("solve", begun=0, total=2, done=1).state(7300).endswith("about 2:01:40 left")
+
+
+def test_a_log_hears_of_a_phase_that_says_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(module, "FIRST_SECONDS", 0.0)
+    with progress() as emit:
+        emit("phase", {"name": "thinking"})
+        time.sleep(1.2)
+    assert re.fullmatch(r"thinking: 0:0\d so far, time left not known yet", lines(capsys)[-1])
+
+
+def test_a_log_gets_nothing_of_what_is_quick(capsys):
+    with progress() as emit:
+        for index in range(3):
+            emit("request", {"task": "mmlu", "name": "q3", "index": index, "total": 3})
+    assert lines(capsys) == []
+
+
+def test_a_warning_is_one_line_in_a_log(capsys):
+    message = " ".join(["[word]"] * 40)
+    with progress() as emit:
+        emit("warning", {"message": message})
+    assert capsys.readouterr().err == f"Warning: {message}\n"
+
+
+def test_a_terminal_gets_one_live_line(monkeypatch):
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr(module, "err", terminal)
+    with progress() as emit:
+        emit("phase", {"name": "opening [m]"})
+        emit("layer", layer(0))
+        emit("layer", layer(9))
+    assert "opening [m]: 0:00 so far" in screen.getvalue()
+    assert "quantize: 10 of 10, 0:00 so far, about 0:00 left  [q]" in screen.getvalue()
+
+
+def test_an_interruption_carries_what_is_kept():
+    with pytest.raises(KeyboardInterrupt, match="All is kept"), progress("All is kept."):
+        raise KeyboardInterrupt

@@ -1,0 +1,118 @@
+"""Every command, option, name, link and example of the documentation is what the product has."""
+
+import re
+
+import pytest
+import typer.main
+
+from qtool.cli.app import app
+from qtool.recipe.names import built_in
+from tests.docs.pages import (
+    CURRENT,
+    LINK,
+    PAGES,
+    Line,
+    anchors,
+    blocks,
+    command_lines,
+    prose,
+    spans,
+)
+from tests.helpers import ROOT
+
+COMMANDS = typer.main.get_group(app).commands
+LINES = [line for page in CURRENT for line in command_lines(page)]
+OTHERS = {  # of pip, pytest, docs/generate.py, lm-eval, nvcc and the like
+    *("--check", "--no-deps", "--model", "--gen_kwargs", "--version", "--install-completion"),
+    *("--show-completion", "--help"),
+}
+KNOWN = OTHERS | {
+    name
+    for command in COMMANDS.values()
+    for option in command.params
+    for name in (*option.opts, *option.secondary_opts)
+}
+SETTINGS = re.compile(r"\bQTOOL_[A-Z_]+\b")
+PATHS = re.compile(r"^(?:qtool|tests|kernels|recipes|docs)/[\w./-]+\.\w+$")
+
+
+def test_there_are_commands_to_check():
+    assert len(LINES) > 25
+    assert {line.words[1] for line in LINES} >= {"quantize", "eval", "bench", "calibrate"}
+
+
+@pytest.mark.parametrize("line", LINES, ids=str)
+def test_command_line_is_understood(line: Line):
+    _, name, *arguments = line.words
+    assert name in COMMANDS
+    context = COMMANDS[name].make_context(name, list(arguments))
+    method, recipe = context.params.get("method"), context.params.get("recipe")
+    assert method in (None, "rtn", "gptq", "bcq", "rtn_clip")  # the last is made on its page
+    assert recipe is None or recipe in built_in() or recipe.endswith(".yaml")
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)
+def test_options_and_commands_in_the_text_exist(page):
+    for span in spans(page):
+        words = span.split()
+        if words[0] == "qtool" and len(words) > 1 and re.fullmatch(r"[a-z]+", words[1]):
+            assert words[1] in COMMANDS, span
+        if words[0] in ("qtool", *COMMANDS) or words[0].startswith("--"):
+            options = {word.split("=")[0].rstrip(".,:") for word in words if word.startswith("--")}
+            assert options <= KNOWN, span
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)
+def test_settings_files_and_targets_in_the_text_exist(page):
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "qtool").rglob("*.py"))
+    for name in SETTINGS.findall(page.read_text(encoding="utf-8")):
+        assert name in source, name
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for span in spans(page):
+        if PATHS.match(span) and not re.search(r"NAME|MODEL_TYPE|rtn_clip", span):
+            assert (ROOT / span).exists(), span
+        made = re.match(r"make ([a-z-]+)", span)
+        assert made is None or made[1] in targets, span
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in LINK.findall(prose(page)):
+        if link.startswith(("http:", "https:", "mailto:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)
+def test_python_of_a_page_compiles(page):
+    for block in blocks(page, "python"):
+        compile(block, str(page), "exec")
+
+
+def test_no_page_sends_anyone_to_an_index_for_qtool():
+    for page in CURRENT:
+        for text in (*spans(page), *blocks(page, "", "sh", "bash")):
+            assert not re.search(r"pip install [^\n]*\bqtool(?:-llm)?(?:\[|['\"\s]|$)", text), text
+
+
+NUMBER = re.compile(r"\d+\.\d+")
+
+
+def test_results_of_the_readme_stand_in_the_log_or_with_the_kernels():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = readme.partition("## Results")[2].partition("\n## ")[0]
+    known = (ROOT / "docs/log.md").read_text(encoding="utf-8")
+    known += (ROOT / "kernels/README.md").read_text(encoding="utf-8")
+    rows = [line for line in results.splitlines() if line.startswith("|")]
+    numbers = {number for row in rows for number in NUMBER.findall(row)}
+    assert len(numbers) > 30
+    measured = {float(number) for number in re.findall(r"\d+(?:\.\d+)?", known)}
+
+    def is_measured(number: str) -> bool:
+        half = 0.5 * 10 ** -len(number.partition(".")[2]) + 1e-9
+        return any(abs(float(number) - value) <= half for value in measured)
+
+    assert [number for number in sorted(numbers) if not is_measured(number)] == []

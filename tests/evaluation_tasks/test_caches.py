@@ -1,0 +1,49 @@
+"""Caches that can't be written or are damaged: the scores are the same, and a warning says so."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from tests import families
+from tests.evaluation_tasks.conftest import POSITIONS, save
+
+TASK = "arc_easy"
+
+
+def test_cache_that_cannot_be_written_stops_no_task(evaluate, tmp_path, monkeypatch):
+    expected = evaluate(TASK, limit=2, cache=False).rows
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "file/cache"))
+    said: list[Any] = []
+    result = evaluate(TASK, limit=2, emit=lambda event, values: said.append((event, values)))
+    assert result.rows == expected
+    assert result.model.failures == ()
+    messages = [values["message"] for event, values in said if event == "warning"]
+    assert len(messages) == 2  # the answers, then the scores
+    assert all("can't be kept" in message for message in messages)
+
+
+def test_damaged_cache_is_ignored_with_a_warning(evaluate, own_cache, caplog):
+    expected = evaluate(TASK, limit=2).rows
+    for file in Path(own_cache, "scores").rglob("scores.json"):
+        file.write_bytes(file.read_bytes().replace(b'"value": ', b'"value": "x'))
+    with caplog.at_level(logging.WARNING):
+        again = evaluate(TASK, limit=2)
+    assert again.rows == expected
+    assert not again.model.tasks[0].cached
+    assert "is damaged and is ignored" in caplog.text
+
+
+def test_tokenizer_of_another_model_is_warned_of(evaluate, tmp_path):
+    small = save(
+        families.build("llama", vocab_size=90, max_position_embeddings=POSITIONS),
+        tmp_path / "small",
+    )
+    said: list[Any] = []
+    evaluate(
+        TASK,
+        model=small,
+        limit=1,
+        emit=lambda _event, values: said.append(str(values.get("message"))),
+    )
+    assert any("knows 96 tokens and its embedding has 90" in message for message in said)

@@ -1,0 +1,170 @@
+"""Checkpoints with something wrong: refused in one line, or loaded as they were written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qtool import pipeline
+from qtool.checkpoint import writer
+from qtool.checkpoint.reader import CheckpointReader
+from qtool.errors import QtoolError
+from qtool.modeling.load import load_model
+from tests.helpers import recipe
+from tests.robustness.child import is_ours, run_apart
+from tests.robustness.fuzzing import Change, fuzz, sizes
+from tests.robustness.safetensors_files import damaged_safetensors
+from tests.robustness.values import changed_trees, damaged, json_bytes, one_of_two
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PROMPT = torch.arange(3, 23).unsqueeze(0)
+TABLE = {"method": "rtn", "scheme": {"num_bits": 8, "group_size": 32}}
+
+
+@pytest.fixture(scope="module")
+def good(tiny, tmp_path_factory):
+    """Return a checkpoint of a tied model with a quantized table, in one file."""
+    out_dir = tmp_path_factory.mktemp("good") / "checkpoint"
+    pipeline.quantize(str(tiny("llama", tied=True)), out_dir, recipe(embedding=TABLE))
+    return out_dir
+
+
+@pytest.fixture(scope="module")
+def sharded(llama, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("sharded") / "checkpoint"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "MAX_SHARD_BYTES", 25_000)
+        pipeline.quantize(str(llama), out_dir, recipe())
+    return out_dir
+
+
+def says_whose(directory: Path) -> bool:
+    """Return whether config.json names qtool, as far as it can be read."""
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == "qtool")
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+@torch.inference_mode()
+def loaded_logits(directory: Path) -> Tensor:
+    """Return the logits of a checkpoint that a program loads.
+
+    If nothing says that it is qtool's, transformers doesn't ask qtool: then as `eval` loads it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if says_whose(directory):
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    else:
+        model = load_model(str(directory), dtype=torch.float32).model
+    logits: Tensor = model(PROMPT, use_cache=False).logits
+    return logits
+
+
+def opened(change: Change, good: Path, target: Path, expected: Tensor) -> str | None:
+    """Open a changed checkpoint both ways, and return what is wrong with it if it was taken."""
+    directory = change.applied(good, target)
+    refused: str | None = None
+    try:
+        reader = CheckpointReader(directory)
+        for name in reader.names():
+            reader.load(name)
+        json.dumps(reader.manifest.to_config(), allow_nan=False)
+    except QtoolError as error:
+        refused = str(error)
+    try:
+        logits = loaded_logits(directory)
+    except QtoolError:
+        return None
+    except Exception as error:
+        if is_ours(error):
+            raise
+        return None  # transformers refuses it before qtool is asked
+    if change.keeps_values and not torch.equal(logits, expected):
+        return "from_pretrained loads other weights" + (", the reader refuses" if refused else "")
+    return None
+
+
+def check_with(good: Path, target: Path):
+    """Return the check of one change; the model's classes are imported once, here."""
+    expected = loaded_logits(good)
+
+    def check(change: Change) -> str | None:
+        outcome = run_apart(opened, change, good, target, expected)
+        return outcome.complaint or outcome.value
+
+    return check
+
+
+def manifests(good: Path) -> st.SearchStrategy[Change]:
+    """Draw changes to the manifest: two layers are enough to change."""
+    config: dict[str, Any] = json.loads((good / CONFIG).read_text())
+    layers = config["quantization_config"]["layers"]
+    few = {name: layers[name] for name in (min(layers), max(layers), "model.embed_tokens")}
+    few |= {name: entry for name, entry in layers.items() if "shared_with" in entry}
+    rest = {name: entry for name, entry in layers.items() if name not in few}
+
+    def change(drawn: tuple[str, Any]) -> Change:
+        what, manifest = drawn
+        if isinstance(manifest, dict) and isinstance(manifest.get("layers"), dict):
+            manifest = {**manifest, "layers": {**rest, **manifest["layers"]}}
+        content = json_bytes({**config, "quantization_config": manifest})
+        return Change(f"manifest: {what}", {CONFIG: content})
+
+    digests = dict(list(config["quantization_config"].get("digests", {}).items())[:2])
+    small = {**config["quantization_config"], "layers": few, "digests": digests}
+    others: list[Any] = [None, {}, [], "x", 5, {"quant_method": "gptq"}]
+    replaced = st.sampled_from(others).map(lambda value: (f"all replaced by {value!r}", value))
+    return one_of_two(changed_trees(small), replaced).map(change)
+
+
+def files(good: Path) -> st.SearchStrategy[Change]:
+    """Draw damage to the weights and to the bytes of config.json."""
+    weights = damaged_safetensors((good / WEIGHTS).read_bytes()).map(
+        lambda drawn: Change(drawn[0], {WEIGHTS: drawn[1]}, drawn[2])
+    )
+    config = damaged((good / CONFIG).read_bytes()).map(
+        lambda drawn: Change(f"config.json: {drawn[0]}", {CONFIG: drawn[1]})
+    )
+    return one_of_two(weights, config)
+
+
+def indices(good: Path) -> st.SearchStrategy[Change]:
+    """Draw changes to the index and lost shards."""
+    index = json.loads((good / INDEX).read_text())
+    shards = sorted(path.name for path in good.glob("*.safetensors"))
+    trees = changed_trees(index).map(
+        lambda drawn: Change(f"index: {drawn[0]}", {INDEX: json_bytes(drawn[1])})
+    )
+    bytes_ = damaged((good / INDEX).read_bytes()).map(
+        lambda drawn: Change(f"index: {drawn[0]}", {INDEX: drawn[1]})
+    )
+    lost = st.sampled_from([*shards, INDEX]).map(lambda name: Change(f"no {name}", {name: None}))
+    swapped = st.permutations(shards).map(lambda order: _swapped(good, shards, order))
+    return one_of_two(trees, bytes_ | lost | swapped)
+
+
+def _swapped(good: Path, shards: list[str], order: list[str]) -> Change:
+    contents = {new: (good / old).read_bytes() for old, new in zip(shards, order, strict=True)}
+    return Change(f"shards as {[name[6:11] for name in order]}", contents)
+
+
+@sizes(150)
+def test_a_manifest_is_obeyed_or_refused(size, good, tmp_path):
+    fuzz(manifests(good), check_with(good, tmp_path / "changed"), size)
+
+
+@sizes(150)
+def test_weights_load_as_they_were_written_or_are_refused(size, good, tmp_path):
+    fuzz(files(good), check_with(good, tmp_path / "changed"), size)
+
+
+@sizes(70)
+def test_shards_load_as_they_were_written_or_are_refused(size, sharded, tmp_path):
+    fuzz(indices(sharded), check_with(sharded, tmp_path / "changed"), size)

@@ -1,0 +1,158 @@
+"""config.json: null, wrong types, code, adapters: read as transformers does, or one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qtool import pipeline
+from qtool.errors import QtoolError
+from qtool.modeling.config import one_line, parse_config, read_config
+from qtool.modeling.load import load_model
+from qtool.modeling.source import open_source
+from tests import families
+from tests.helpers import recipe
+
+
+@pytest.fixture
+def copy(llama, tmp_path):
+    """Return a copy of the tiny llama that a test may damage."""
+    return Path(shutil.copytree(llama, tmp_path / "copy"))
+
+
+def edit(directory: Path, drop: str = "", **changes: object) -> None:
+    path = directory / "config.json"
+    values = {**json.loads(path.read_text(encoding="utf-8-sig")), **changes}
+    values.pop(drop, None)
+    path.write_text(json.dumps(values))
+
+
+def refused(directory: Path, match: str) -> None:
+    with pytest.raises(QtoolError, match=match) as caught:
+        open_source(str(directory))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("empty", [None, {}])
+def test_empty_quantization_config_means_unquantized(copy, tmp_path, empty):
+    edit(copy, quantization_config=empty)
+    pipeline.quantize(str(copy), tmp_path / "out", recipe())
+    assert load_model(str(tmp_path / "out")).model.config.num_hidden_layers == 2
+    assert load_model(str(copy)).model.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("odd", [False, 5, "gptq", [1]])
+def test_quantization_config_that_is_no_object_is_refused(copy, odd):
+    edit(copy, quantization_config=odd)
+    refused(copy, "quantization_config is .*; it must be an object")
+
+
+@pytest.mark.parametrize(
+    ("key", "odd"),
+    [
+        ("architectures", 5),
+        ("architectures", "LlamaForCausalLM"),
+        ("architectures", [None]),
+        ("model_type", 5),
+        ("model_type", []),
+        ("num_hidden_layers", "2"),
+        ("num_hidden_layers", None),
+        ("num_hidden_layers", -1),
+        ("hidden_size", "64"),
+        ("hidden_size", 10**30),
+        ("num_attention_heads", 0),
+        ("vocab_size", None),
+        ("vocab_size", 97),
+        ("hidden_act", "nonsense"),
+        ("hidden_act", 5),
+        ("rope_scaling", {"rope_type": "nonsense"}),
+        ("is_encoder_decoder", True),
+    ],
+)
+def test_key_of_a_wrong_type_is_one_line(copy, key, odd):
+    edit(copy, **{key: odd})
+    with pytest.raises(QtoolError) as caught:
+        open_source(str(copy))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wanted", [10**6, 10**18])
+def test_more_blocks_than_tensors_are_refused_at_once(copy, wanted):
+    edit(copy, num_hidden_layers=wanted)
+    refused(copy, f"config.json names {wanted} blocks, and 21 tensors are stored")
+
+
+def test_missing_model_type_is_said(copy):
+    edit(copy, drop="model_type")
+    refused(copy, "has no model_type")
+
+
+def test_byte_order_mark_that_transformers_cannot_read_is_named(copy):
+    text = (copy / "config.json").read_text()
+    (copy / "config.json").write_text("\ufeff" + text, encoding="utf-8")
+    refused(copy, "starts with a byte order mark.*without one")
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"a": ' * 50_000, b"null", b"[]", b'{"a": "\xff"}', b""]
+)
+def test_json_that_is_no_object_is_one_line(copy, content):
+    (copy / "config.json").write_bytes(content)
+    refused(copy, r"config\.json (isn't|must)")
+
+
+def test_code_is_named_nowhere_in_a_checkpoint(copy, tmp_path):
+    code = {"AutoConfig": "other/repo--configuration.C", "AutoModelForCausalLM": "modeling.M"}
+    edit(copy, auto_map=code)
+    tokenizer = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "auto_map": code}))
+    pipeline.quantize(str(copy), tmp_path / "out", recipe())
+    for path in (tmp_path / "out").glob("*.json"):
+        assert "auto_map" not in path.read_text(), path.name
+    assert load_model(str(tmp_path / "out")).tokenizer("w5")["input_ids"] == [5]
+
+
+def test_adapter_beside_the_weights_is_refused_and_a_lone_configuration_ignored(copy, tmp_path):
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    pipeline.quantize(str(copy), tmp_path / "out", recipe())
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    (copy / "adapter_model.safetensors").write_bytes(b"")
+    refused(copy, "holds an adapter beside the weights.*Merge it")
+    with pytest.raises(QtoolError, match="holds an adapter"):
+        load_model(str(copy))
+
+
+def test_named_file_of_weights_is_refused(copy):
+    edit(copy, transformers_weights="other.safetensors")
+    refused(copy, r"names a file of weights \(transformers_weights\)")
+
+
+def test_generation_config_that_is_no_object_is_refused(copy):
+    (copy / "generation_config.json").write_text("[1]")
+    refused(copy, r"generation_config\.json must hold a JSON object")
+
+
+def test_facts_come_from_the_class_where_the_file_says_nothing(tmp_path):
+    families.build(
+        "gpt_neo", num_layers=2, attention_types=[[["global", "local"], 1]]
+    ).save_pretrained(tmp_path / "neo")
+    families.build("mpt", d_model=64, n_heads=4, n_layers=2, max_seq_len=48).save_pretrained(
+        tmp_path / "mpt"
+    )
+    for name, positions in (("neo", families.POSITIONS), ("mpt", families.POSITIONS)):
+        source = open_source(str(tmp_path / name))
+        assert (source.num_blocks, source.num_positions) == (2, positions), name
+
+
+def test_parsed_configuration_is_transformers_own(llama):
+    parsed = parse_config(read_config(llama), llama)
+    assert (parsed.model_type, parsed._name_or_path) == ("llama", str(llama))
+
+
+def test_foreign_errors_become_one_short_line():
+    assert one_line(ValueError("a\n  b\tc")) == "a b c"
+    assert one_line(ValueError()) == "ValueError"
+    assert one_line(ValueError("x" * 1000)).endswith("...")
+    assert one_line(ValueError("\x1b[31m\ud800")).isprintable()

