@@ -108,8 +108,10 @@ def _save_dequantized(path: Path, target: Path) -> None:
     import torch  # slow imports
     import transformers
     from safetensors import SafetensorError
+    from transformers import modeling_gguf_pytorch_utils as reading
 
     transformers.utils.logging.disable_progress_bar()
+    reading.tqdm = lambda tensors, **_: tensors  # a bar that heeds no switch of transformers
     quantization = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions would keep the weights packed
         quantization["quantization_config"] = transformers.GgufConfig(dequantize=True)
