@@ -16,7 +16,7 @@ from torch import nn
 from qtool.base import PartSpec
 from qtool.checkpoint.manifest import Manifest
 from qtool.checkpoint.reader import AGAIN, SHOWN, check_headers, check_values
-from qtool.checkpoint.shards import Shards, open_files
+from qtool.checkpoint.shards import Shards, open_files, shown
 from qtool.errors import CheckpointError
 from qtool.runtime.modules import TORCH_DTYPES, QuantizedWeight
 
@@ -65,12 +65,13 @@ def checked_files(files: Sequence[str] | None, manifest: Manifest, model_name: s
     if files is None:
         return Shards({})
     paths = [Path(file) for file in files]
-    for path in paths:
+    for file, path in zip(files, paths, strict=True):
         if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path}: qtool reads safetensors files only. {AGAIN}")
+            raise CheckpointError(f"{shown(file)}: qtool reads safetensors files only. {AGAIN}")
         if _is_outside(path, Path(model_name)):
             raise CheckpointError(
-                f"{path} isn't in the directory of {model_name}, though its index names it. {AGAIN}"
+                f"{shown(file)} isn't in the directory of {model_name}, though its index names it. "
+                f"{AGAIN}"
             )
     shards = open_files(paths)
     check_headers(manifest, shards.specs, str(paths[0].parent))

@@ -49,7 +49,7 @@ def damaged_safetensors(draw: st.DrawFn, content: bytes) -> tuple[str, bytes, bo
     if kind == "name":
         entry = header.pop(name)
         header[other] = entry  # of another tensor: that one is lost
-        return f"{name} renamed {other!r:.60}", joined(header, data), name == other
+        return f"{name} renamed {other!r:.60}", joined(header, data), True
     shape = draw(st.sampled_from([[0], [], [2, 0, 3], [4], [2, 2]]))
     size = 4 * (0 if 0 in shape else 1 if not shape else 4)
     header.setdefault(

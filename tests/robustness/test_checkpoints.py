@@ -42,58 +42,69 @@ def sharded(llama, tmp_path_factory):
     return out_dir
 
 
-def says_whose(directory: Path) -> bool:
-    """Return whether config.json names qtool, as far as it can be read."""
+def says_whose(directory: Path) -> bool | None:
+    """Return whether config.json names qtool; None: it can't be read."""
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == "qtool")
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return False
+    except (ValueError, RecursionError):
+        return None
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "qtool"
 
 
 @torch.inference_mode()
-def loaded_logits(directory: Path) -> Tensor:
-    """Return the logits of a checkpoint that a program loads.
-
-    If nothing says that it is qtool's, transformers doesn't ask qtool: then as `eval` loads it.
-    """
-    from transformers import AutoModelForCausalLM
-
-    if says_whose(directory):
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    else:
-        model = load_model(str(directory), dtype=torch.float32).model
-    logits: Tensor = model(PROMPT, use_cache=False).logits
+def logits_of(model: Any) -> Tensor:
+    logits: Tensor = model.eval()(PROMPT, use_cache=False).logits
     return logits
 
 
-def opened(change: Change, good: Path, target: Path, expected: Tensor) -> str | None:
-    """Open a changed checkpoint both ways, and return what is wrong with it if it was taken."""
-    directory = change.applied(good, target)
-    refused: str | None = None
+def read_all(directory: Path) -> bool:
+    """Return whether the reader takes a checkpoint, all of its tensors included."""
     try:
         reader = CheckpointReader(directory)
         for name in reader.names():
             reader.load(name)
-        json.dumps(reader.manifest.to_config(), allow_nan=False)
-    except QtoolError as error:
-        refused = str(error)
-    try:
-        logits = loaded_logits(directory)
     except QtoolError:
-        return None
+        return False
+    json.dumps(reader.manifest.to_config(), allow_nan=False)
+    return True
+
+
+def transformers_logits(directory: Path) -> Tensor | None:
+    """Return the logits of what a program loads, None if transformers stops before qtool is asked.
+
+    Whatever else it raises goes on.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     except Exception as error:
         if is_ours(error):
             raise
-        return None  # transformers refuses it before qtool is asked
-    if change.keeps_values and not torch.equal(logits, expected):
-        return "from_pretrained loads other weights" + (", the reader refuses" if refused else "")
-    return None
+        return None
+    return logits_of(model)
+
+
+def opened(change: Change, good: Path, target: Path, expected: Tensor) -> str | None:
+    """Open a changed checkpoint in all ways, and return what is wrong with what was taken."""
+    directory = change.applied(good, target)
+    whose, taken = says_whose(directory), read_all(directory)
+    if whose is False and taken:
+        return "the reader takes what isn't qtool's"
+    # If nothing says that it is qtool's, transformers doesn't ask: then as `eval` loads it.
+    logits = transformers_logits(directory) if whose else None
+    if logits is None:
+        logits = logits_of(load_model(str(directory), dtype=torch.float32).model)
+    if torch.equal(logits, expected) or (taken and not change.keeps_values):
+        return None
+    return "loads other weights" + ("" if taken else ", the reader refuses")
 
 
 def check_with(good: Path, target: Path):
     """Return the check of one change; the model's classes are imported once, here."""
-    expected = loaded_logits(good)
+    expected = transformers_logits(good)
+    assert expected is not None
 
     def check(change: Change) -> str | None:
         outcome = run_apart(opened, change, good, target, expected)

@@ -60,7 +60,7 @@ def quantized(change: Change, good: Path, target: Path) -> str | None:
     out_dir = target.with_name("out")
     pipeline.quantize(str(source), out_dir, recipe(num_bits=8), overwrite=True)
     config = json.loads((source / CONFIG).read_text(encoding="utf-8-sig"))
-    if not config.get("quantization_config", True):  # transformers stumbles over {}
+    if config.get("quantization_config") == {}:  # transformers stumbles over it
         del config["quantization_config"]
         (source / CONFIG).write_text(json.dumps(config))
     try:
