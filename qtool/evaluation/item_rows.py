@@ -22,6 +22,8 @@ LEVEL = 6
 
 Outcomes = Mapping[tuple[str, str], Outcome]
 """What became of programs, by (program, test)."""
+ROW_KEYS = {"task", "item", "prompts", "answers", "filtered", "target", "metrics"}
+"""Of every row that `item_rows` yields."""
 AddRows = Callable[[str, Iterable[Row]], None]
 """Takes the name of a requested task and its rows: two groups may have a task in common."""
 Opened = IO[bytes] | gzip.GzipFile
@@ -128,11 +130,12 @@ def keep_rows(target: Path, rows: Iterable[Row]) -> None:
 
 
 def kept_rows(file: Path) -> list[Row] | None:
-    """Return the rows that were kept; None if the file isn't there and whole."""
+    """Return the rows that were kept; None if the file isn't there, whole, and of such rows."""
     try:
-        return list(read_rows(file))
+        rows = list(read_rows(file))
     except DataError:
         return None
+    return rows if rows and all(row.keys() >= ROW_KEYS for row in rows) else None
 
 
 def _packed(opened: Opened) -> gzip.GzipFile:

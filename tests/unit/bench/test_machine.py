@@ -43,5 +43,5 @@ def test_no_card_an_old_one_and_no_cupy_are_said(monkeypatch):
         machine.require_card()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(MissingExtraError, match=r"qtool\[gpu\]"):
+    with pytest.raises(MissingExtraError, match=r"needs the 'gpu' extra\. Run: pip install 'cupy"):
         machine.require_card()
