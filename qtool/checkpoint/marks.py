@@ -60,6 +60,8 @@ def read_job(directory: Path) -> Job | None:
         for key in ("files", "old_files"):
             if key in values:
                 values[key] = tuple(map(str, values[key]))
+        if Path(values.get("aside", "a name")).name != values.get("aside", "a name"):
+            return None
         return Job(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

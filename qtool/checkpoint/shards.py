@@ -90,9 +90,9 @@ def open_files(paths: Iterable[Path]) -> Shards:
     """Check and index files that somebody else has chosen.
 
     Raises:
-        CheckpointError: one is missing or truncated.
+        CheckpointError: one is missing or truncated, or two hold the same tensor.
     """
-    return Shards({name: spec for path in paths for name, spec in _read_header(path).items()})
+    return Shards(_joined(_read_header(path) for path in paths))
 
 
 def _from_index(directory: Path, index: Path) -> dict[str, TensorSpec]:
@@ -116,7 +116,21 @@ def _from_index(directory: Path, index: Path) -> dict[str, TensorSpec]:
                 f"{index} says that {shown(name)} is in {shown(file_name)}, but it isn't. "
                 "Index and files don't belong together; download both again."
             )
-    return {name: spec for header in headers.values() for name, spec in header.items()}
+    return _joined(headers.values())
+
+
+def _joined(headers: Iterable[Mapping[str, TensorSpec]]) -> dict[str, TensorSpec]:
+    """Return the tensors of several files; which of two counts, nobody can say."""
+    specs: dict[str, TensorSpec] = {}
+    for header in headers:
+        for name, spec in header.items():
+            if name in specs:
+                raise CheckpointError(
+                    f"{shown(name)} is stored both in {specs[name].file} and in {spec.file.name}. "
+                    "The files don't belong together; download them again."
+                )
+            specs[name] = spec
+    return specs
 
 
 def _read_header(path: Path) -> dict[str, TensorSpec]:

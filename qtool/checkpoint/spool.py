@@ -7,6 +7,7 @@ is damaged isn't finished, and is solved anew.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ class Spool:
         """
         self.directory.mkdir(exist_ok=True)
         for path in self.directory.iterdir():
-            if path.suffix != SUFFIX:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.suffix != SUFFIX:
                 path.unlink()
         for shard in sorted(self.directory.parent.glob(f"*{SUFFIX}")):
             put_back(shard, sorted(self.directory.iterdir()))

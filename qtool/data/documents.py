@@ -79,7 +79,7 @@ def _turn(turn: object, place: str) -> Mapping[str, Any]:
     if not isinstance(content, list):
         raise DataError(
             f"{place}: 'content' is {_kind(content)}. It must be a string, a list of texts "
-            "({'type': 'text', 'text': ...}), or null."
+            "({'type': 'text', 'text': ...}), or null in a turn that calls tools."
         )
     texts = []
     for number, part in enumerate(content, 1):

@@ -217,3 +217,18 @@ def test_index_without_what_it_needs_is_one_line(copy, content):
     (copy / WEIGHTS).unlink()
     (copy / INDEX).write_text(json.dumps(content))
     refused(copy, "has no weight_map|has no metadata")
+
+
+def test_tensor_in_two_files_is_refused(copy):
+    tensors = load_file(copy / WEIGHTS)
+    (copy / WEIGHTS).rename(copy / "a.safetensors")
+    save_file({HEAD: tensors[HEAD] + 1}, copy / "b.safetensors", {"format": "pt"})
+    files = dict.fromkeys(tensors, "a.safetensors") | {HEAD: "b.safetensors"}
+    (copy / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    refused(copy, r"lm_head\.weight is stored both in .*a\.safetensors and in b\.safetensors")
+
+
+def test_two_stored_names_of_one_tensor_are_refused(copy):
+    edit_tensors(copy, lambda t: {**t, "norm.weight": t["model.norm.weight"] + 1})
+    with pytest.raises(QtoolError, match=r"Both model\.norm\.weight and norm\.weight are stored"):
+        open_source(str(copy))
