@@ -6,6 +6,7 @@ from pathlib import Path
 from qtool.bench.gpu import GpuResult
 from qtool.bench.kernels import KernelRow
 from qtool.errors import MissingExtraError, OutputError
+from qtool.wording import reason
 
 SUFFIXES = (".png", ".svg")
 # Okabe and Ito's colours, which colour-blind readers tell apart; shapes tell them apart in grey.
@@ -93,7 +94,7 @@ def draw_roofline(path: Path, result: GpuResult) -> None:
     try:
         figure.savefig(path)
     except OSError as error:
-        raise OutputError(f"Can't write {path}: {error.strerror}.") from error
+        raise OutputError(f"Can't write {path}: {reason(error)}.") from error
 
 
 def series(result: GpuResult) -> dict[str, list[tuple[str, KernelRow]]]:

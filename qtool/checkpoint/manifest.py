@@ -1,6 +1,5 @@
 """Manifest: what `quantization_config` in config.json says. docs/format.md, section 2."""
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import prod
@@ -12,6 +11,7 @@ from qtool import plugins
 from qtool.base import Codec, PartSpec
 from qtool.errors import CheckpointError, QtoolError
 from qtool.scheme import Shape2D, WeightScheme
+from qtool.wording import quoted
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "qtool"
@@ -115,11 +115,11 @@ def manifest_from_config(config: object, where: str) -> Manifest:
     """
     if not isinstance(config, Mapping) or config.get("quant_method") != QUANT_METHOD:
         found = config.get("quant_method") if isinstance(config, Mapping) else config
-        raise CheckpointError(f"{where}: quant_method is {_shown(found)}, not 'qtool'.")
+        raise CheckpointError(f"{where}: quant_method is {quoted(found)}, not 'qtool'.")
     version = config.get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
-            f"{where}: format_version is {_shown(version)}; this qtool reads 1 to "
+            f"{where}: format_version is {quoted(version)}; this qtool reads 1 to "
             f"{FORMAT_VERSION}. Upgrade qtool."
         )
     try:
@@ -144,10 +144,10 @@ def manifest_from_config(config: object, where: str) -> Manifest:
 def _entry_from_json(name: str, value: object) -> LayerEntry:
     """Parse one entry; the message begins with the layer and ends without a full stop."""
     if not name or not name.isprintable():
-        raise CheckpointError(f"{_shown(name)} is no name of a layer")
+        raise CheckpointError(f"{quoted(name)} is no name of a layer")
     try:
         if not isinstance(value, Mapping):
-            raise CheckpointError(f"it is {_shown(value)}, no object")
+            raise CheckpointError(f"it is {quoted(value)}, no object")
         entry = LayerEntry(
             format=_value(value, "format", str),
             scheme=_scheme_from_json(_value(value, "scheme", dict)),
@@ -158,7 +158,7 @@ def _entry_from_json(name: str, value: object) -> LayerEntry:
         known, stored = codec(entry.format).version, _value(value, "codec_version", int)
         if not 1 <= stored <= known:
             raise CheckpointError(
-                f"codec {entry.format} is version {_shown(stored)}, known 1 to {known}"
+                f"codec {entry.format} is version {quoted(stored)}, known 1 to {known}"
             )
         entry.layout()
     except QtoolError as error:
@@ -171,7 +171,7 @@ def _scheme_from_json(value: Mapping[str, Any]) -> WeightScheme:
     if value.keys() != keys:
         wrong = sorted(value.keys() ^ keys)[0]
         state = "unknown" if wrong in value else "missing"
-        raise CheckpointError(f"the key {_shown(wrong)} of scheme is {state}")
+        raise CheckpointError(f"the key {quoted(wrong)} of scheme is {state}")
     scheme = WeightScheme(
         num_bits=_value(value, "num_bits", int),
         group_size=_value(value, "group_size", int, NoneType),
@@ -179,7 +179,7 @@ def _scheme_from_json(value: Mapping[str, Any]) -> WeightScheme:
         symmetric=_value(value, "symmetric", bool),
     )
     if scheme.group_size is not None and scheme.group_size > MAX_SIZE:
-        raise CheckpointError(f"group_size is {_shown(scheme.group_size)}, beyond {MAX_SIZE}")
+        raise CheckpointError(f"group_size is {quoted(scheme.group_size)}, beyond {MAX_SIZE}")
     return scheme
 
 
@@ -188,7 +188,7 @@ def _shape_from_json(value: object) -> Shape2D:
     if len(sizes) != len(Shape2D._fields) or not all(
         type(size) is int and 0 < size <= MAX_SIZE for size in sizes
     ):
-        raise CheckpointError(f"shape is {_shown(value)}; two positive whole numbers are meant")
+        raise CheckpointError(f"shape is {quoted(value)}; two positive whole numbers are meant")
     return Shape2D(*sizes)
 
 
@@ -209,11 +209,5 @@ def _value(values: Mapping[str, Any], key: str, *kinds: type) -> Any:  # noqa: A
     value = values.get(key)
     if type(value) not in kinds:
         allowed = " or ".join(JSON_NAMES[kind] for kind in kinds)
-        raise CheckpointError(f"{key} is {_shown(value)}; {allowed} is meant")
+        raise CheckpointError(f"{key} is {quoted(value)}; {allowed} is meant")
     return value
-
-
-def _shown(value: object) -> str:
-    """Return a foreign value for a message: one line, of bounded length."""
-    text = reprlib.repr(value)
-    return text if text.isprintable() else ascii(text)

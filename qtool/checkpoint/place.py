@@ -24,6 +24,7 @@ from qtool.checkpoint.marks import (
     read_job,
 )
 from qtool.errors import OutputError
+from qtool.wording import list_names, reason
 
 INSIDE = ".partial"
 ASIDE_BYTES = len(".replaced-") + 8
@@ -61,7 +62,7 @@ def describe(error: OSError, out_dir: Path) -> OutputError:
     """Return what an error of the file system means for who writes `out_dir`."""
     if error.errno in FULL:
         return OutputError(f"The disk of {out_dir} is full. Free some space.")
-    return OutputError(f"Can't write {out_dir}: {error.strerror or error}.")
+    return OutputError(f"Can't write {out_dir}: {reason(error)}.")
 
 
 def find_place(out_dir: Path) -> Place:
@@ -214,10 +215,9 @@ def check_target(place: Place, *, overwrite: bool) -> None:
         raise OutputError(f"{out_dir} exists. Pass --overwrite to replace it.")
     foreign = [path for path in foreign_entries(out_dir) if path.split("/")[0] not in ignored]
     if foreign:
-        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if foreign[3:] else "")
         raise OutputError(
-            f"{out_dir} holds what qtool didn't write: {shown}. --overwrite doesn't delete that; "
-            "move it away, or name another directory."
+            f"{out_dir} holds what qtool didn't write: {list_names(foreign)}. --overwrite "
+            "doesn't delete that; move it away, or name another directory."
         )
 
 

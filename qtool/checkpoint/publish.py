@@ -25,7 +25,7 @@ from qtool.checkpoint.marks import (
     write_job,
 )
 from qtool.checkpoint.place import Place
-from qtool.storage.whole_files import sync_directory
+from qtool.storage.whole_files import sync
 
 AT_FDCWD = -100
 EXCHANGE = 2
@@ -70,7 +70,7 @@ def _rename(place: Place, job: Job) -> None:
             with contextlib.suppress(OSError):  # an empty directory: the result has its rights
                 work.chmod(out_dir.stat().st_mode | 0o700)
         work.rename(out_dir)
-    sync_directory(out_dir.parent)
+    sync(out_dir.parent)
     _clean_up(place)
 
 
@@ -117,7 +117,7 @@ def _move_in(place: Place, job: Job) -> None:
         job = replace(job, old_files=old)
         write_job(work, job)
         (out_dir / CONFIG_NAME).unlink(missing_ok=True)
-        sync_directory(out_dir)
+        sync(out_dir)
     for path in files:
         if path != CONFIG_NAME and inode(work / path) is not None:
             (out_dir / path).parent.mkdir(parents=True, exist_ok=True)
@@ -129,9 +129,9 @@ def _move_in(place: Place, job: Job) -> None:
         with contextlib.suppress(OSError):  # the new result has files there too
             folder.rmdir()
     if inode(work / CONFIG_NAME) is not None:
-        sync_directory(out_dir)
+        sync(out_dir)
         (work / CONFIG_NAME).replace(out_dir / CONFIG_NAME)
-        sync_directory(out_dir)
+        sync(out_dir)
     remove_work(work)
 
 

@@ -23,11 +23,10 @@ from qtool.checkpoint.manifest import LayerEntry, Manifest, codec, manifest_from
 from qtool.checkpoint.shards import Shards, TensorSpec, open_shards, read_json
 from qtool.errors import CheckpointError
 from qtool.scheme import Shape2D, WeightScheme
+from qtool.wording import list_names
 
 SAFETENSORS_DTYPES = {"int32": "I32", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 AGAIN = "Copy the checkpoint again."
-SHOWN = 3
-"""Names of damaged tensors in a message."""
 
 
 class CheckpointReader:
@@ -97,10 +96,10 @@ class CheckpointReader:
             if tensor_digest(self._shards.read(name)) != digests[name]
         ]
         if damaged:
-            names = ", ".join(damaged[:SHOWN])
-            names += f" and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
             verb = "isn't" if len(damaged) == 1 else "aren't"
-            raise CheckpointError(f"{self.directory}: {names} {verb} what was written. {AGAIN}")
+            raise CheckpointError(
+                f"{self.directory}: {list_names(damaged)} {verb} what was written. {AGAIN}"
+            )
         return len(stored)
 
     def weight_bytes(self) -> int:

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qtool.errors import CheckpointError
+from qtool.wording import shown
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +148,6 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
         raise CheckpointError(
             f"{path} is truncated or no safetensors file ({error}). Download it again."
         ) from error
-
-
-def shown(name: str) -> str:
-    """Return a name out of a file as it may stand in a message: on one line, printable, short."""
-    text = name if name.isprintable() else ascii(name)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _is_file(path: Path) -> bool:

@@ -6,7 +6,6 @@ is damaged isn't finished, and is solved anew.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qtool.checkpoint.stream import UNREADABLE, Piece, pieces_of, put_back
-from qtool.storage.whole_files import sync_directory
+from qtool.storage.whole_files import sync
 
 LONGEST_NAME = 200
 """In bytes; file systems take 255, with what is added."""
@@ -69,9 +68,9 @@ class Spool:
         path = self._path(name)
         temporary = path.with_suffix(".tmp")
         save_file(on_cpu, temporary, {"notes": text, "digest": _digest(text.encode())})
-        _sync_file(temporary)
+        sync(temporary)
         temporary.replace(path)
-        sync_directory(self.directory)
+        sync(self.directory)
         self._known[name] = json.loads(text)
 
     def notes(self, name: str) -> dict[str, Any] | None:
@@ -128,8 +127,3 @@ def _describe(tensor: Tensor) -> list[Any]:
 
 def _digest(data: Any) -> str:  # noqa: ANN401 - whatever has a buffer
     return hashlib.sha256(data).hexdigest()
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

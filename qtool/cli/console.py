@@ -12,6 +12,7 @@ from rich.table import Table
 
 from qtool.errors import OutputError
 from qtool.storage.plain_json import plain_json
+from qtool.wording import reason
 
 NOT_A_TERMINAL_WIDTH = 120
 out = Console(width=None if sys.stdout.isatty() else NOT_A_TERMINAL_WIDTH, highlight=False)
@@ -54,7 +55,7 @@ def write_text(text: str, target: Path) -> None:
     try:
         target.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"Can't write {target}: {error.strerror}.") from error
+        raise OutputError(f"Can't write {target}: {reason(error)}.") from error
 
 
 def wants_table(json_target: Path | None) -> bool:

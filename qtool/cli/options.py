@@ -10,6 +10,7 @@ import typer
 import typer.core
 
 from qtool.errors import OutputError
+from qtool.wording import reason
 
 ModelArgument = Annotated[
     str, typer.Argument(help="Directory, hub id, .gguf file, or demo:smollm2.")
@@ -103,5 +104,4 @@ def _check_writable(file: Path) -> None:
             f"Can't write {file}: there is no folder {file.parent}. Make it first."
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(f"Can't write {file}: {reason}. Give another file.") from error
+        raise OutputError(f"Can't write {file}: {reason(error)}. Give another file.") from error

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from qtool.data.calibration import CalibrationSet, tokenizer_digest
 from qtool.errors import DataError, OutputError
-from qtool.storage.jsonl import check_file, json_value, read_text, reason
+from qtool.storage.jsonl import check_file, json_value, read_text
 from qtool.storage.plain_json import plain_json
 from qtool.storage.whole_files import written_whole
+from qtool.wording import reason
 
 SAMPLES_NAME = "samples.safetensors"
 ABOUT_NAME = "calibration.json"

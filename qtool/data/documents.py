@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qtool.errors import DataError, MissingExtraError, QtoolError
-from qtool.storage.jsonl import check_file, json_lines, reason
+from qtool.storage.jsonl import check_file, json_lines
+from qtool.wording import reason
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 HUB_PREFIX = "hub:"

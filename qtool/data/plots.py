@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qtool.data.lengths import bin_edges, histogram, quantiles
 from qtool.errors import MissingExtraError, OutputError
+from qtool.wording import reason
 
 LENGTHS_NAME = "lengths.png"
 NUM_BINS = 24
@@ -52,4 +53,4 @@ def draw_lengths(path: Path, used: Sequence[int], requested: Sequence[int] = ())
     try:
         figure.savefig(path)
     except OSError as error:
-        raise OutputError(f"Can't write {path}: {error.strerror}.") from error
+        raise OutputError(f"Can't write {path}: {reason(error)}.") from error

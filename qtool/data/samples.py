@@ -11,7 +11,7 @@ from torch import Tensor
 from qtool.data.corpora import Corpus, tokenize
 from qtool.data.documents import Collection, Document, Messages
 from qtool.errors import DataError
-from qtool.storage.jsonl import reason
+from qtool.wording import reason
 
 
 def streams(

@@ -16,6 +16,7 @@ from qtool.evaluation.local_data import Row, read_rows
 from qtool.evaluation.sandbox import Outcome
 from qtool.storage.plain_json import plain_json
 from qtool.storage.whole_files import written_whole
+from qtool.wording import reason
 
 LEVEL = 6
 """Of gzip: prompts repeat their examples, and higher levels find little more."""
@@ -118,7 +119,7 @@ def _written_to(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"Can't write {target}: {error.strerror}. Scores that are kept have their rows beside "
+            f"Can't write {target}: {reason(error)}. Scores that are kept have their rows beside "
             "them: the same command with another file runs only what is missing."
         ) from error
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from qtool.storage.jsonl import reason
+from qtool.wording import reason
 
 
 def request_key(kind: str, arguments: Any) -> str:  # noqa: ANN401

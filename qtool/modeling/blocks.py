@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from qtool.errors import ModelError
 from qtool.modeling.calls import Call, Calls
-from qtool.modeling.config import one_line, parse_config
+from qtool.modeling.config import parse_config
 from qtool.modeling.filling import empty_own, fill, fill_own, weightless
 from qtool.modeling.source import ModelSource
+from qtool.wording import reason
 
 Note = Callable[[Tensor, Call], tuple[Any, ...] | None]
 
@@ -80,7 +81,7 @@ class BlockModel:
                 model = transformers.AutoModelForCausalLM.from_config(config, dtype=run_dtype)
         except Exception as error:  # transformers raises many unrelated types
             raise ModelError(
-                f"transformers can't build {source.directory}: {one_line(error)}"
+                f"transformers can't build {source.directory}: {reason(error)}."
             ) from error
         self._model = model.eval()
         self._blocks = model.get_submodule(source.adapter.blocks)
@@ -171,7 +172,7 @@ def _one_line(what: str) -> Iterator[None]:
         if "memory" in str(error):  # the caller knows what to do about that
             raise
         raise ModelError(
-            f"{what} can't be run block by block ({type(error).__name__}: {one_line(error)}). "
+            f"{what} can't be run block by block ({type(error).__name__}: {reason(error)}). "
             "Quantize it without calibration data."
         ) from error
 

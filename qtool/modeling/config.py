@@ -9,9 +9,9 @@ from typing import Any
 
 from qtool.checkpoint.shards import read_json
 from qtool.errors import ModelError
+from qtool.wording import reason, shown
 
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
-MAX_REASON = 300
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         config.pop("quantization_config", None)
     elif not isinstance(config["quantization_config"], dict):
         raise ModelError(
-            f"{path}: quantization_config is {_short(config['quantization_config'])}; it must be "
+            f"{path}: quantization_config is {shown(config['quantization_config'])}; it must be "
             "an object. Remove it if the weights aren't quantized."
         )
     if config.get("transformers_weights") is not None:
@@ -65,20 +65,20 @@ def check_original(config: Mapping[str, Any], directory: Path, families: tuple[s
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ModelError(
-            f"{directory} is already quantized ({_short(method)}). Start from the original model."
+            f"{directory} is already quantized ({shown(method)}). Start from the original model."
         )
     family = config.get("model_type")
     if family is not None and not isinstance(family, str):
-        raise ModelError(f"{directory}: model_type is {_short(family)} in config.json, no name.")
+        raise ModelError(f"{directory}: model_type is {shown(family)} in config.json, no name.")
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelError(
-            f"{directory}: architectures is {_short(names)} in config.json; it must be a list of "
+            f"{directory}: architectures is {shown(names)} in config.json; it must be a list of "
             "names, such as ['LlamaForCausalLM']."
         )
     causal = any(CAUSAL.search(name) for name in names) or (family in families and not names)
     if not causal or config.get("is_encoder_decoder"):
-        what = _short(", ".join(names) or family or "of unknown type")
+        what = shown(", ".join(names) or family or "of unknown type")
         raise ModelError(
             f"{directory} is no causal language model ({what}). qtool quantizes decoder-only "
             "models, whose architecture ends in ForCausalLM or LMHeadModel."
@@ -102,19 +102,7 @@ def parse_config(config: Mapping[str, Any], directory: Path) -> Any:  # noqa: AN
             parsed = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types
         raise ModelError(
-            f"{directory}: transformers can't use its config.json: {one_line(error)}"
+            f"{directory}: transformers can't use its config.json: {reason(error)}."
         ) from error
     parsed._name_or_path = str(directory)
     return parsed
-
-
-def one_line(error: BaseException) -> str:
-    """Return the text of another library's error as one line of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= MAX_REASON else text[:MAX_REASON] + "..."
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) and value.isprintable() else ascii(value)
-    return text if len(text) <= MAX_REASON // 3 else text[: MAX_REASON // 3] + "..."

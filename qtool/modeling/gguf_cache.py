@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,8 @@ from pathlib import Path
 from qtool.errors import MissingExtraError, ModelError
 from qtool.storage.cache import cache_dir
 from qtool.storage.digests import files_digest
-from qtool.storage.jsonl import reason
-from qtool.storage.whole_files import sync_directory, written_whole
+from qtool.storage.whole_files import sync, written_whole
+from qtool.wording import reason
 
 WHOLE_NAME = "WHOLE"
 """The list; without a suffix, so that nobody takes it for a part of the model."""
@@ -66,14 +65,14 @@ def _convert(path: Path, partial: Path, target: Path) -> None:
         _save_dequantized(path, partial)
         files = sorted(file for file in partial.rglob("*") if file.is_file())
         for file in files:
-            _sync(file)
+            sync(file)
         names = [str(file.relative_to(partial)) for file in files]
         about = {"files": names, "digest": files_digest(files, remember=False)}
         with written_whole(partial / WHOLE_NAME, durable=True) as opened:
             opened.write(json.dumps(about, indent=2).encode())
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        sync_directory(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -97,11 +96,6 @@ def _alone(lock: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a file system without locks: the slower one wins
             fcntl.flock(opened, fcntl.LOCK_EX)
         yield
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
 
 
 def _save_dequantized(path: Path, target: Path) -> None:

@@ -12,10 +12,11 @@ from qtool.checkpoint.manifest import QUANT_METHOD
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards
 from qtool.errors import CheckpointError, ModelError, QtoolError
-from qtool.modeling.config import one_line, parse_config, read_config
+from qtool.modeling.config import parse_config, read_config
 from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.locate import locate
-from qtool.modeling.skeleton import list_names, missing_message
+from qtool.modeling.skeleton import missing_message
+from qtool.wording import list_names, reason
 
 DTypeName = Literal["float16", "bfloat16", "float32"]
 
@@ -78,7 +79,7 @@ def load_tokenizer(model: str) -> Any:  # noqa: ANN401
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types
-        raise ModelError(f"{directory} has no usable tokenizer: {one_line(error)}") from error
+        raise ModelError(f"{directory} has no usable tokenizer: {reason(error)}.") from error
 
 
 def _from_pretrained(directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:  # noqa: ANN401
@@ -100,7 +101,7 @@ def _from_pretrained(directory: Path, config: Mapping[str, Any], dtype: torch.dt
     except QtoolError:
         raise
     except Exception as error:  # transformers raises many unrelated types
-        raise ModelError(f"transformers can't load {directory}: {one_line(error)}") from error
+        raise ModelError(f"transformers can't load {directory}: {reason(error)}.") from error
     # transformers fills both kinds with noise, and warns at most.
     if loading["missing_keys"]:
         missing, unknown = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])

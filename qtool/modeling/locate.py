@@ -11,7 +11,7 @@ from pathlib import Path
 from qtool.errors import ModelError
 from qtool.modeling.demo import demo_file
 from qtool.modeling.gguf_cache import convert_gguf
-from qtool.storage.jsonl import reason
+from qtool.wording import reason
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from qtool.checkpoint.shards import Shards, TensorSpec, shown
+from qtool.checkpoint.shards import Shards, TensorSpec
 from qtool.errors import CheckpointError, ModelError
-from qtool.modeling.config import one_line
+from qtool.wording import list_names, reason
 
-SHOWN = 3
 Renaming = Callable[[str], tuple[str, tuple[str, ...]]]
 """From a stored name to the model's, and to all names that its values go to if it is converted."""
 
@@ -33,7 +32,7 @@ def empty_model(config: Any, directory: Path) -> Any:  # noqa: ANN401
     except Exception as error:  # transformers raises many unrelated types
         raise ModelError(
             f"{directory}: transformers can't build this model without remote code: "
-            f"{one_line(error)}"
+            f"{reason(error)}."
         ) from error
 
 
@@ -70,13 +69,6 @@ def match_names(model: Any, shards: Shards, directory: Path) -> dict[str, str]: 
     for name, stored in found.items():
         _check_shape(name, tuple(wanted[name].shape), shards.specs[stored])
     return found
-
-
-def list_names(names: Iterable[str]) -> str:
-    """Return the first few names and how many more there are."""
-    quoted = [shown(name) for name in names]
-    more = len(quoted) - SHOWN
-    return ", ".join(quoted[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def missing_message(missing: Iterable[str], unknown: Iterable[str], directory: Path) -> str:

@@ -18,8 +18,9 @@ from qtool.modeling.companions import read_companions
 from qtool.modeling.config import check_original, parse_config, read_config
 from qtool.modeling.generic import adapter_of
 from qtool.modeling.locate import locate
-from qtool.modeling.skeleton import empty_model, list_names, match_names
+from qtool.modeling.skeleton import empty_model, match_names
 from qtool.scheme import Shape2D
+from qtool.wording import list_names
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")

@@ -14,6 +14,7 @@ from qtool.modeling.locate import check_model, locate
 from qtool.pipeline.measuring import versions
 from qtool.pipeline.model_figures import ModelFigures, figures_of
 from qtool.runtime.select import use_backend, wanted_backend
+from qtool.wording import reason
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +116,7 @@ def _subject(model: str, dtype: "torch.dtype", backend: str | None, *, remember:
         digest = kept_scores.model_digest(location.directory, remember=remember)
     except OSError as error:
         raise ModelError(
-            f"Can't read {error.filename} of {name}: {error.strerror}. Check that the model's "
+            f"Can't read {error.filename} of {name}: {reason(error)}. Check that the model's "
             "files are all there, and yours to read."
         ) from error
     settings = {

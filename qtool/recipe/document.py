@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from qtool.errors import DataError, RecipeError
-from qtool.storage.jsonl import mended, read_text, reason
+from qtool.storage.jsonl import mended, read_text
+from qtool.wording import reason
 
 MOST_BYTES = 1 << 18
 MOST_NODES = 10_000

@@ -12,11 +12,10 @@ from qtool.plugins import describe_miss
 from qtool.recipe.document import MOST_DEPTH, Document, Keys, dotted, parse_value, read_document
 from qtool.recipe.names import find
 from qtool.recipe.schema import Recipe
+from qtool.wording import quoted
 
 LONGEST_CHAIN = 16
 """Recipes that extend each other: more is a mistake."""
-LONGEST_VALUE = 60
-"""Characters of a value in a message."""
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -51,7 +50,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Document:
     place = document.places["extends",]
     if not isinstance(parent, str):
         raise RecipeError(
-            f"extends is {_shown(parent)}; it takes one recipe name or path ({place})."
+            f"extends is {quoted(parent)}; it takes one recipe name or path ({place})."
         )
     if len(seen) == LONGEST_CHAIN:
         raise RecipeError(f"More than {LONGEST_CHAIN} recipes extend each other ({place}).")
@@ -119,7 +118,7 @@ def _apply_overrides(document: Document, overrides: Iterable[str]) -> Document:
 def _assignment(text: str) -> tuple[tuple[str, ...], Any, str]:
     """Return path, value and place of one --set."""
     key, equals, raw = text.partition("=")
-    path, shown = tuple(key.strip().split(".")), _shown(text)
+    path, shown = tuple(key.strip().split(".")), quoted(text)
     if not equals or not all(path):
         raise RecipeError(f"--set {shown} isn't an assignment. Write --set a.b=value.")
     if len(path) > MOST_DEPTH:
@@ -193,7 +192,7 @@ def _sentence(error: Mapping[str, Any], document: Document, label: str) -> str:
     if error["type"] == "missing":
         return f"{dotted(path)} is missing ({place})."
     message = re.sub(r"^\w+ should", "it should", error["msg"].removeprefix("Value error, "))
-    return f"{dotted(path)} is {_shown(error['input'])}; {message} ({place})."
+    return f"{dotted(path)} is {quoted(error['input'])}; {message} ({place})."
 
 
 def _fields_at(path: Keys) -> Iterable[str]:
@@ -206,12 +205,3 @@ def _fields_at(path: Keys) -> Iterable[str]:
         arguments = getattr(annotation, "__args__", ()) or (annotation,)
         model = next(a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel))
     return tuple(model.model_fields)
-
-
-def _shown(value: object) -> str:
-    """Return a value as a message shows it: not in full, and never failing."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a whole number of more than 4,300 digits
-        return f"a huge {type(value).__name__}"
-    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 4]}...{text[-1]}"

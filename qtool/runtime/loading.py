@@ -15,10 +15,11 @@ from torch import nn
 
 from qtool.base import PartSpec
 from qtool.checkpoint.manifest import Manifest
-from qtool.checkpoint.reader import AGAIN, SHOWN, check_headers, check_values
-from qtool.checkpoint.shards import Shards, open_files, shown
+from qtool.checkpoint.reader import AGAIN, check_headers, check_values
+from qtool.checkpoint.shards import Shards, open_files
 from qtool.errors import CheckpointError
 from qtool.runtime.modules import TORCH_DTYPES, QuantizedWeight
+from qtool.wording import list_names, shown
 
 _FILES: ContextVar[Sequence[str] | None] = ContextVar("qtool_files", default=None)
 
@@ -112,9 +113,8 @@ def refuse_missing(model: Any, names: Iterable[str]) -> None:  # noqa: ANN401
         if not any(pattern.search(name) for pattern in ignored) and not _is_new(model, name)
     )
     if missing:
-        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise CheckpointError(
-            f"{model.config.name_or_path} lacks {', '.join(missing[:SHOWN])}{more}, which "
+            f"{model.config.name_or_path} lacks {list_names(missing)}, which "
             f"{type(model).__name__} needs. {AGAIN}"
         )
 

@@ -11,6 +11,7 @@ import torch
 
 from qtool.checkpoint.place import FULL, describe
 from qtool.errors import BackendError, OutputError
+from qtool.wording import reason
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """What torch's messages say; only a card's has a type of its own."""
@@ -50,6 +51,4 @@ def failures_in_one_line(device: str, out_dir: Path) -> Iterator[None]:
         if error.errno == errno.ENOMEM:
             raise BackendError("The memory of this machine is full. End other programs.") from error
         where = error.filename or "A file of this run"
-        raise OutputError(
-            f"{where} can't be read or written: {error.strerror or error}."
-        ) from error
+        raise OutputError(f"{where} can't be read or written: {reason(error)}.") from error

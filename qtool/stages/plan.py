@@ -14,10 +14,10 @@ from qtool import plugins
 from qtool.base import Method
 from qtool.checkpoint.manifest import num_bytes
 from qtool.errors import ModelError, RecipeError, SchemeError
-from qtool.modeling.skeleton import list_names
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
 from qtool.scheme import GroupDim, Shape2D, WeightScheme
+from qtool.wording import list_names, quoted
 
 Role = Literal["block", "embedding", "head"]
 MOST_LEFT = 0.1
@@ -105,7 +105,7 @@ def parse_options(method_name: str, method: Method, values: Mapping[str, Any]) -
         path = ".".join(str(part) for part in first["loc"])
         message = first["msg"].replace("Input should", "it should")
         raise RecipeError(
-            f"weights.options.{path} is {repr(first['input'])[:60]}; {message}."
+            f"weights.options.{path} is {quoted(first['input'])}; {message}."
         ) from None
 
 

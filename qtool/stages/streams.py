@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qtool.errors import OutputError
 from qtool.modeling.blocks import Block
+from qtool.wording import reason
 
 ZEROS = 2**24
 
@@ -78,6 +79,6 @@ def _allocate(path: Path, num_bytes: int) -> None:
                     file.write(bytes(min(ZEROS, num_bytes - start)))
     except OSError as error:
         raise OutputError(
-            f"{path} can't get its {num_bytes / 1e9:.2f} GB: {error.strerror}. Free some space, or "
+            f"{path} can't get its {num_bytes / 1e9:.2f} GB: {reason(error)}. Free some space, or "
             "use calibration.cache: memory."
         ) from error

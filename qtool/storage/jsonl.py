@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from qtool.errors import DataError
+from qtool.wording import reason
 
 GZIP_MAGIC = b"\x1f\x8b"
 MARK = "\ufeff"
@@ -97,13 +98,6 @@ def json_value(text: str, place: str) -> Any:  # noqa: ANN401
         raise DataError(f"{place} isn't usable JSON: it is nested too deeply.") from None
     except ValueError:
         raise DataError(f"{place} isn't usable JSON: a number has thousands of digits.") from None
-
-
-def reason(error: BaseException) -> str:
-    """Return what an exception of a library says, in one line and without its full stop."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def mended(value: Any) -> Any:  # noqa: ANN401

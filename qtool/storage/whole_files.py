@@ -32,13 +32,13 @@ def written_whole(target: Path, *, durable: bool = False) -> Iterator[IO[bytes]]
                 os.fsync(opened.fileno())
         partial.replace(target)
         if durable:
-            sync_directory(target.parent)
+            sync(target.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names of a folder's entries survive a loss of power."""
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

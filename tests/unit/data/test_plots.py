@@ -31,5 +31,8 @@ def test_plot_into_nowhere_is_one_sentence(tmp_path):
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it fails
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    with pytest.raises(MissingExtraError, match=r"lengths\.png needs the 'report' extra\. Run: pip install 'matplotlib"):
+    with pytest.raises(
+        MissingExtraError,
+        match=r"lengths\.png needs the 'report' extra\. Run: pip install 'matplotlib",
+    ):
         draw_lengths(tmp_path / "lengths.png", (3, 4))

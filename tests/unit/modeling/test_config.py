@@ -8,7 +8,7 @@ import pytest
 
 from qtool import pipeline
 from qtool.errors import QtoolError
-from qtool.modeling.config import one_line, parse_config, read_config
+from qtool.modeling.config import parse_config, read_config
 from qtool.modeling.load import load_model
 from qtool.modeling.source import open_source
 from tests import families
@@ -149,10 +149,3 @@ def test_facts_come_from_the_class_where_the_file_says_nothing(tmp_path):
 def test_parsed_configuration_is_transformers_own(llama):
     parsed = parse_config(read_config(llama), llama)
     assert (parsed.model_type, parsed._name_or_path) == ("llama", str(llama))
-
-
-def test_foreign_errors_become_one_short_line():
-    assert one_line(ValueError("a\n  b\tc")) == "a b c"
-    assert one_line(ValueError()) == "ValueError"
-    assert one_line(ValueError("x" * 1000)).endswith("...")
-    assert one_line(ValueError("\x1b[31m\ud800")).isprintable()

@@ -1,0 +1,39 @@
+"""How messages show what comes from elsewhere: on one line, printable, of bounded length."""
+
+from collections.abc import Iterable
+
+LONGEST_REASON = 300
+LONGEST_NAME = 200
+LONGEST_VALUE = 60
+NAMES = 3
+
+
+def reason(error: BaseException) -> str:
+    """Return what an exception of a library says, without its full stop."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
+
+
+def shown(name: object) -> str:
+    """Return a name out of a file; what is no text as Python writes it."""
+    text = name if isinstance(name, str) and name.isprintable() else ascii(name)
+    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}..."
+
+
+def quoted(value: object) -> str:
+    """Return a value as Python writes it; never fails."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of more than 4,300 digits
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 4]}...{text[-1]}"
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Return the first few names and how many more there are."""
+    texts = [shown(name) for name in names]
+    more = len(texts) - NAMES
+    return ", ".join(texts[:NAMES]) + (f" and {more} more" if more > 0 else "")
