@@ -30,6 +30,8 @@ ASIDE_BYTES = len(".replaced-") + 8
 IGNORED = ("lost+found", INSIDE)
 """Not the user's: what ext4 puts into a volume, and our own work, which is checked by itself."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
+SHOWN = 200
+"""Characters, in a message, of a name that is too long to be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,14 @@ def describe(error: OSError, out_dir: Path) -> OutputError:
     """Return what an error of the file system means for who writes `out_dir`."""
     if error.errno in FULL:
         return OutputError(f"The disk of {out_dir} is full. Free some space.")
+    if error.errno == errno.ENAMETOOLONG:
+        return OutputError(f"Can't write {_cut(out_dir)}: {error.strerror}. Choose a shorter name.")
     return OutputError(f"Can't write {out_dir}: {error.strerror or error}.")
+
+
+def _cut(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def find_place(out_dir: Path) -> Place:
@@ -227,7 +236,7 @@ def _check_writable(place: Place) -> None:
         raise OutputError(f"{out_dir} can't be written: it is closed to you, or its disk is.")
     longest = os.pathconf(folder, "PC_NAME_MAX") - ASIDE_BYTES
     if not place.inside and len(os.fsencode(out_dir.name)) > longest:
-        raise OutputError(f"The name of {out_dir} is too long; {longest} bytes are allowed.")
+        raise OutputError(f"The name of {_cut(out_dir)} is too long; {longest} bytes are allowed.")
 
 
 def check_free_space(place: Place, num_bytes: int, *, besides: int) -> None:
