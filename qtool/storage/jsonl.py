@@ -21,6 +21,8 @@ MARK = "\ufeff"
 """The byte order mark: inside a file too, where files were joined."""
 MOST_LINE_BYTES = 1 << 26
 """A longer line is no document but a file without line breaks, and would fill the memory."""
+MOST_REASON = 300
+"""Characters of another library's message: some repeat what they were given."""
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -100,10 +102,11 @@ def json_value(text: str, place: str) -> Any:  # noqa: ANN401
 
 
 def reason(error: BaseException) -> str:
-    """Return what an exception of a library says, in one line and without its full stop."""
+    """Return what an exception of a library says, in one short line and without its full stop."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= MOST_REASON else f"{text[:MOST_REASON]}..."
 
 
 def mended(value: Any) -> Any:  # noqa: ANN401
