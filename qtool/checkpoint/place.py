@@ -24,7 +24,7 @@ from qtool.checkpoint.marks import (
     read_job,
 )
 from qtool.errors import OutputError
-from qtool.wording import list_names, reason
+from qtool.wording import list_names, reason, shown
 
 INSIDE = ".partial"
 ASIDE_BYTES = len(".replaced-") + 8
@@ -62,6 +62,9 @@ def describe(error: OSError, out_dir: Path) -> OutputError:
     """Return what an error of the file system means for who writes `out_dir`."""
     if error.errno in FULL:
         return OutputError(f"The disk of {out_dir} is full. Free some space.")
+    if error.errno == errno.ENAMETOOLONG:
+        name = shown(str(out_dir))
+        return OutputError(f"Can't write {name}: {reason(error)}. Choose a shorter name.")
     return OutputError(f"Can't write {out_dir}: {reason(error)}.")
 
 
@@ -230,7 +233,9 @@ def _check_writable(place: Place) -> None:
         raise OutputError(f"{out_dir} can't be written: it is closed to you, or its disk is.")
     longest = os.pathconf(folder, "PC_NAME_MAX") - ASIDE_BYTES
     if not place.inside and len(os.fsencode(out_dir.name)) > longest:
-        raise OutputError(f"The name of {out_dir} is too long; {longest} bytes are allowed.")
+        raise OutputError(
+            f"The name of {shown(str(out_dir))} is too long; {longest} bytes are allowed."
+        )
 
 
 def check_free_space(place: Place, num_bytes: int, *, besides: int) -> None:

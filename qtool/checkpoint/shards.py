@@ -52,7 +52,9 @@ class Shards:
             with safe_open(spec.file, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name).clone(memory_format=torch.contiguous_format)
         except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{spec.file}: can't read {shown(name)}: {error}") from error
+            raise CheckpointError(
+                f"{spec.file}: can't read {shown(name)}: {shown(str(error))}"
+            ) from error
         return tensor
 
 
@@ -146,7 +148,7 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
             }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is truncated or no safetensors file ({error}). Download it again."
+            f"{path} is truncated or no safetensors file ({shown(str(error))}). Download it again."
         ) from error
 
 

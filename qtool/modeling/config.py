@@ -9,7 +9,7 @@ from typing import Any
 
 from qtool.checkpoint.shards import read_json
 from qtool.errors import ModelError
-from qtool.wording import reason, shown
+from qtool.wording import quoted, reason, shown
 
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
@@ -91,7 +91,7 @@ def parse_config(config: Mapping[str, Any], directory: Path) -> Any:  # noqa: AN
     """Return transformers' configuration object: defaults and other names are its business.
 
     Raises:
-        ModelError: transformers doesn't know the family, or refuses a value.
+        ModelError: transformers doesn't know the family, or refuses a value; or a number is text.
     """
     import transformers  # slow import
 
@@ -104,5 +104,16 @@ def parse_config(config: Mapping[str, Any], directory: Path) -> Any:  # noqa: AN
         raise ModelError(
             f"{directory}: transformers can't use its config.json: {reason(error)}."
         ) from error
+    _check_numbers(config, parsed, directory)
     parsed._name_or_path = str(directory)
     return parsed
+
+
+def _check_numbers(config: Mapping[str, Any], parsed: Any, directory: Path) -> None:  # noqa: ANN401
+    """Refuse text in place of a number: transformers 4 notices when the model runs, or never."""
+    usual = {} if parsed.has_no_defaults_at_init else type(parsed)().to_dict()
+    for key, value in config.items():
+        if type(usual.get(key)) in (int, float) and isinstance(value, str | dict):
+            raise ModelError(
+                f"{directory}: {key} is {quoted(value)} in config.json; a number is meant."
+            )

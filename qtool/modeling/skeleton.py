@@ -10,7 +10,7 @@ import torch
 
 from qtool.checkpoint.shards import Shards, TensorSpec
 from qtool.errors import CheckpointError, ModelError
-from qtool.wording import list_names, reason
+from qtool.wording import list_names, reason, shown
 
 Renaming = Callable[[str], tuple[str, tuple[str, ...]]]
 """From a stored name to the model's, and to all names that its values go to if it is converted."""

@@ -87,11 +87,18 @@ def _read_memory() -> Memory:
     try:
         values = json.loads(_memory_file().read_text(encoding="utf-8"))
         return {
-            str(path): (tuple(map(int, state)), bytes.fromhex(digest).hex())
+            str(path): (tuple(map(int, state)), _checked(digest))
             for path, (state, digest) in values.items()
         }
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
+
+
+def _checked(digest: str) -> str:
+    value = bytes.fromhex(digest)
+    if len(value) != hashlib.sha256().digest_size:
+        raise ValueError(digest)
+    return value.hex()
 
 
 def _add_to_memory(fresh: Memory) -> None:

@@ -47,6 +47,8 @@ class Outcome:
         if self.kind == "result":
             return None
         if self.kind == "refused":
+            if len(self.text.splitlines()) != 1:
+                return f"a message that is no line: {self.text[:300]!r}"
             too_long = f"a message of {len(self.text)} characters: {self.text[:80]}"
             return too_long if len(self.text) > LONGEST_MESSAGE else None
         return self.text

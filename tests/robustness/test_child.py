@@ -14,6 +14,10 @@ def refuse() -> None:
     raise DataError("No file x.")
 
 
+def refuse_at_length(text: str) -> None:
+    raise DataError(text)
+
+
 def fail() -> None:
     raise KeyError("x")
 
@@ -29,6 +33,11 @@ def compute() -> None:
 
 def fill_memory() -> int:
     return len(bytearray(MEMORY_BYTES + (1 << 28)))
+
+
+@pytest.mark.parametrize("text", ["", "one\ntwo", "one\u2028two", "x" * 2001])
+def test_a_refusal_that_is_no_short_line_is_a_complaint(text):
+    assert run_apart(refuse_at_length, text).complaint is not None
 
 
 def test_a_result_and_a_refusal_are_no_complaints():

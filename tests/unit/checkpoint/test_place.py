@@ -84,6 +84,13 @@ def test_name_that_cannot_be_one_is_refused(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "b/" * 3000])
+def test_endless_name_is_not_repeated_in_full(tmp_path, name):
+    with pytest.raises(OutputError, match="too long") as caught:
+        look(find_place(tmp_path / name), overwrite=False, resume=False)
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize("out_dir", ["/", "/proc", "/dev/null", "/dev/null/x"])
 def test_places_of_the_system_are_refused(out_dir):
     refused(Path(out_dir), "holds no checkpoint|is a file|Not a directory|can be written")

@@ -86,6 +86,14 @@ def test_missing_file_is_named(copy, name):
     refused(copy, r"config\.json|holds no safetensors file")
 
 
+def test_endless_header_is_not_repeated_in_full(copy):
+    header = b'{"x":{"dtype":"I8","shape":[],"data_offsets":"' + b"a" * 5000 + b'"}}'
+    (copy / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="no safetensors file") as caught:
+        CheckpointReader(copy)
+    assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
 def test_truncated_weights_are_refused(copy, keep):
     content = (copy / WEIGHTS).read_bytes()

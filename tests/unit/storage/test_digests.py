@@ -182,6 +182,18 @@ def test_damaged_memory_is_none(files, read, cache, content):
 
 
 @pytest.mark.usefixtures("later")
+@pytest.mark.parametrize(
+    "change", [lambda d: d * 2, lambda d: d[:-2], lambda _: "", lambda d: d[0]]
+)
+def test_digest_of_another_length_is_none(files, read, cache, change):
+    first, memory = files_digest(files), cache / "digests.json"
+    known = json.loads(memory.read_text(encoding="utf-8"))
+    memory.write_text(json.dumps({path: (s, change(d)) for path, (s, d) in known.items()}))
+    assert files_digest(files) == first
+    assert read == files * 2
+
+
+@pytest.mark.usefixtures("later")
 def test_interrupt_keeps_what_was_read(files, read, monkeypatch):
     counting = file_digests._digest
 
