@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qtool.errors import MissingExtraError, ModelError
-from qtool.modeling.config import one_line
 from qtool.storage.cache import cache_dir
 from qtool.storage.digests import files_digest
 from qtool.storage.whole_files import sync, written_whole
@@ -122,7 +121,7 @@ def _save_dequantized(path: Path, target: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # transformers and gguf raise many unrelated types
         raise ModelError(
-            f"{path}: transformers can't read this GGUF file: {one_line(error)}"
+            f"{path}: transformers can't read this GGUF file: {reason(error)}"
         ) from error
     try:
         model.save_pretrained(target)
