@@ -110,8 +110,13 @@ def parse_config(config: Mapping[str, Any], directory: Path) -> Any:  # noqa: AN
 
 
 def _check_numbers(config: Mapping[str, Any], parsed: Any, directory: Path) -> None:  # noqa: ANN401
-    """Refuse text in place of a number: transformers 4 notices when the model runs, or never."""
-    usual = {} if parsed.has_no_defaults_at_init else type(parsed)().to_dict()
+    """Refuse text in place of a number, as transformers 5 does.
+
+    Version 4 notices when the model runs, or never.
+    """
+    if getattr(parsed, "has_no_defaults_at_init", True):  # version 5 doesn't have it
+        return
+    usual = type(parsed)().to_dict()
     for key, value in config.items():
         if type(usual.get(key)) in (int, float) and isinstance(value, str | dict):
             raise ModelError(
