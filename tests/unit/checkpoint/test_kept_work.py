@@ -267,10 +267,11 @@ def test_damaged_layer_is_solved_anew_and_all_others_are_kept(
     assert file_hashes(tmp_path / "out")[WEIGHTS] == file_hashes(checkpoint)[WEIGHTS]
 
 
-def test_layer_of_another_name_is_not_taken(llama, checkpoint, tmp_path):
+def test_layer_of_another_name_and_a_folder_are_not_taken(llama, checkpoint, tmp_path):
     files = interrupted(llama, tmp_path / "out")
     same_shape = [path for path in files if "k_proj" in path.name or "v_proj" in path.name]
     shutil.copy(same_shape[0], same_shape[1])
+    (files[0].parent / "folder.safetensors").mkdir()
     pipeline.quantize(str(llama), tmp_path / "out", recipe(), resume=True)
     assert file_hashes(tmp_path / "out")[WEIGHTS] == file_hashes(checkpoint)[WEIGHTS]
 
