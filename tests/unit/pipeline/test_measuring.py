@@ -100,18 +100,24 @@ def test_bench_frees_the_first_model_before_it_loads_the_second(
 
 
 @pytest.mark.parametrize(
-    "config",
-    [{"quant_method": "gptq", "bits": 4}, {"quant_method": "awq"}, {"bits": 4}, "gptq", [1]],
+    ("config", "words"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantized by another tool"),
+        ({"quant_method": "awq"}, "quantized by another tool"),
+        ({"bits": 4}, "quantized by another tool"),
+        ("gptq", "quantization_config is gptq; it must be an object"),
+        ([1], r"quantization_config is \[1\]; it must be an object"),
+    ],
 )
 def test_model_of_another_quantizer_is_refused_before_anything_is_measured(
-    llama, checkpoint, tmp_path, text_file, monkeypatch, config
+    llama, checkpoint, tmp_path, text_file, monkeypatch, config, words
 ):
     monkeypatch.setattr(measuring, "load_model", lambda *_a, **_k: pytest.fail("loaded"))
     foreign = str(changed(llama, tmp_path / "foreign", quantization_config=config))
     for model, baseline in ((foreign, None), (str(llama), foreign)):
-        with pytest.raises(ModelError, match="quantized by another tool"):
+        with pytest.raises(ModelError, match=words):
             pipeline.evaluate(model, options(text_file), baseline=baseline)
-    with pytest.raises(ModelError, match="quantized by another tool"):
+    with pytest.raises(ModelError, match=words):
         pipeline.bench(str(checkpoint), baseline=foreign)
 
 
