@@ -79,5 +79,5 @@ def fuzz(inputs: SearchStrategy[Any], check: Callable[[Any], str | None], size: 
         failures[kind] = (count + 1, complaint, shortest)
 
     run()
-    lines = [f"{n} x {text}\n      {value}" for n, text, value in failures.values()]
+    lines = [f"{n} x {text}\n      {value[:400]}" for n, text, value in failures.values()]
     assert not failures, f"{len(failures)} kinds of failure:\n" + "\n".join(sorted(lines))
