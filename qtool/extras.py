@@ -5,7 +5,6 @@ from importlib import metadata
 
 DISTRIBUTION = "qtool-llm"
 """Its name as a package; the command and the import are `qtool`."""
-EXTRAS = ("gpu", "gpu12", "eval", "data", "demo", "report")
 
 
 def requirements(extra: str) -> tuple[str, ...]:

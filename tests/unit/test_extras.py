@@ -4,7 +4,7 @@ from importlib import metadata
 import pytest
 
 from qtool import extras
-from qtool.extras import DISTRIBUTION, EXTRAS, install_line
+from qtool.extras import DISTRIBUTION, install_line
 from tests.helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -15,6 +15,8 @@ REQUIRES = [
     "accelerate>=1.0; extra == 'demo'",
     "qtool-no-such-package>=1; extra == 'demo'",
 ]
+
+EXTRAS = ("gpu", "gpu12", "eval", "data", "demo", "report")
 
 
 def test_names_are_those_of_the_project():
