@@ -9,8 +9,8 @@ complete.
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,21 @@ from qtool.storage.whole_files import written_whole
 
 MAX_SHARD_BYTES = 4 * 2**30
 LAYERS = "layers"
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """One layer or one plain tensor, with what a resumed run wants to know of it."""
+
+    value: QuantizedTensor | Tensor
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-able; not in the checkpoint."""
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors by full name: the parts of a layer become `<name>.<part>`."""
+        if isinstance(self.value, QuantizedTensor):
+            return {f"{name}.{part}": tensor for part, tensor in self.value.parts.items()}
+        return {name: self.value}
 
 
 class CheckpointWriter:
@@ -147,43 +162,33 @@ class CheckpointWriter:
                 remove_work(self.work_dir)
         os.close(self._lock)
 
-    def finished(self, name: str) -> dict[str, Any] | None:
-        """Return the notes of a layer that is finished and whole on disk, else None."""
-        return self._spool.notes(name)
-
-    def load(self, name: str, entry: LayerEntry) -> QuantizedTensor:
-        """Return a finished layer."""
-        tensors = self._spool.tensors(name)
-        parts = {part: tensors[f"{name}.{part}"] for part in entry.layout()}
-        return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
-
-    def keep(self, name: str) -> None:
-        """Take a layer that `finished` knows into the checkpoint as it is."""
-        self._names.append(name)
-
-    def add(
-        self,
-        name: str,
-        value: QuantizedTensor | Tensor,
-        notes: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Write one layer (its parts become `<name>.<part>`) or one plain tensor.
+    def once(self, name: str, make: Callable[[], Made]) -> Mapping[str, Any]:
+        """Store what `make` makes, unless an earlier run did; nobody else asks for that.
 
         Args:
-            name: Dotted name of the layer, or full name of the tensor.
-            value: What to write.
-            notes: JSON-able; what `finished` returns after a resume. Not in the checkpoint.
+            name: Dotted name of the layer, or full name of a plain tensor.
+            make: Called if nothing whole is stored under that name.
+
+        Returns:
+            The notes of what is stored.
 
         Raises:
             OutputError: the disk is full or the directory has become unwritable.
         """
-        if isinstance(value, QuantizedTensor):
-            tensors = {f"{name}.{part}": tensor for part, tensor in value.parts.items()}
-        else:
-            tensors = {name: value}
-        with self._one_line():
-            self._spool.write(name, tensors, notes or {})
+        notes: Mapping[str, Any] | None = self._spool.notes(name)
+        if notes is None:
+            made = make()
+            with self._one_line():
+                self._spool.write(name, made.tensors(name), made.notes)
+            notes = made.notes
         self._names.append(name)
+        return notes
+
+    def load(self, name: str, entry: LayerEntry) -> QuantizedTensor:
+        """Return a layer that is stored, on the CPU."""
+        tensors = self._spool.tensors(name)
+        parts = {part: tensors[f"{name}.{part}"] for part in entry.layout()}
+        return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
 
     def digests(self) -> dict[str, str]:
         """Return sha256 of the stored bytes of every tensor so far, by name."""

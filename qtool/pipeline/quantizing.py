@@ -22,14 +22,14 @@ from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource, open_source
 from qtool.pipeline.reports import QuantizeResult, result_of
-from qtool.pipeline.runs import Run, write_result
+from qtool.pipeline.runs import write_result
 from qtool.recipe.schema import CalibrationSection, Recipe
 from qtool.stages.calibrate import calibrate as draw_calibration
 from qtool.stages.calibrate import check_samples, measure_absmax, wanted_lengths
-from qtool.stages.calibrated import solve_calibrated
 from qtool.stages.memory import failures_in_one_line
 from qtool.stages.plan import Plan, make_plan
-from qtool.stages.solve import LayerResult, solve_data_free
+from qtool.stages.run import Run
+from qtool.stages.solve import solve
 
 FEW_BITS = 3
 """Up to this width, quantization without data is warned of."""
@@ -106,7 +106,7 @@ def _run(run: Run, out_dir: Path, place: Place, flags: Flags, started: float) ->
             writer.publish()
         if writer.is_sealed or writer.has_ended:
             return result_of(out_dir, place.out_dir)
-        results = _solve(run, writer)
+        results = solve(run, writer)
         _phase(emit, "assembling the result")
         return write_result(run, results, writer, out_dir=out_dir, started=started)
 
@@ -217,10 +217,3 @@ def calibrate(  # noqa: PLR0913 - what to draw from, where to, how
         wanted_lengths=tuple(wanted or ()),
         lengths=tuple(len(sample) for sample in calibration.samples),
     )
-
-
-def _solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
-    section = run.recipe.calibration
-    if section is None or run.calibration is None:
-        return solve_data_free(run.source, run.plan, writer, run.env)
-    return solve_calibrated(run.source, run.plan, run.calibration, writer, run.env, section)

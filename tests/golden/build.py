@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.checkpoint.writer import CheckpointWriter
+from qtool.checkpoint.writer import CheckpointWriter, Made
 from qtool.formats import affine, binary_coding, dense
 from qtool.scheme import Shape2D, WeightScheme
 from tests.golden.oracles import ORACLES
@@ -74,11 +75,11 @@ def write(format_name: str, out_dir: Path) -> None:
     with CheckpointWriter(out_dir, fingerprint={}, overwrite=False, resume=False) as writer:
         for name, scheme in SCHEMES.items():
             tensor = WEIGHTS[format_name](scheme)
-            writer.add(name, tensor)
+            writer.once(name, partial(Made, tensor))
             layers[name] = LayerEntry(
                 format=tensor.format, scheme=tensor.scheme, shape=tensor.shape, method="golden"
             )
-        writer.add("norm.weight", (numbers(9, 5) / 4).half())
+        writer.once("norm.weight", lambda: Made((numbers(9, 5) / 4).half()))
         manifest = Manifest(tool_version="golden", recipe={}, layers=layers)
         config = {"model_type": "golden", "quantization_config": manifest.to_config()}
         writer.finish({}, config)

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
 from qtool.checkpoint.manifest import Manifest
-from qtool.checkpoint.writer import CheckpointWriter
+from qtool.checkpoint.writer import CheckpointWriter, Made
 
 WEIGHTS = "model.safetensors"
 CONFIG = {"quantization_config": Manifest(tool_version="0", recipe={}, layers={}).to_config()}
@@ -23,6 +25,10 @@ class Stop:
 
 def open_writer(out_dir: Path, *, overwrite=False, resume=False, **fingerprint):
     return CheckpointWriter(out_dir, fingerprint=fingerprint, overwrite=overwrite, resume=resume)
+
+
+def add(writer: CheckpointWriter, name: str, tensor: Tensor) -> None:
+    writer.once(name, lambda: Made(tensor))
 
 
 def partial(out_dir: Path) -> Path:

@@ -17,7 +17,7 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import OutputError
 from qtool.modeling.locate import Location
 from tests.helpers import file_hashes, normal, recipe
-from tests.unit.checkpoint.runs import open_writer
+from tests.unit.checkpoint.runs import add, open_writer
 
 FLAGS = [(False, False), (True, False), (False, True)]
 
@@ -187,7 +187,7 @@ def test_what_only_has_the_name_of_our_work_is_left_alone(llama, tmp_path, left)
 
 def test_second_run_is_refused_while_the_first_lives(tmp_path):
     with open_writer(tmp_path / "out") as first:
-        first.add("a", normal(2))
+        add(first, "a", normal(2))
         for overwrite, resume in FLAGS:
             with pytest.raises(OutputError, match="Another run is writing") as caught:
                 open_writer(tmp_path / "out", overwrite=overwrite, resume=resume)

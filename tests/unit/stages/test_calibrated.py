@@ -9,7 +9,7 @@ from qtool.errors import QtoolError
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
-from qtool.stages.calibrated import FEW_TOKENS, raised
+from qtool.stages.statistics import FEW_TOKENS, raised
 from tests.helpers import file_hashes
 
 SCHEME = {"num_bits": 3, "group_size": 32}
