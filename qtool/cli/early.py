@@ -10,33 +10,51 @@ from qtool.errors import DataError
 from qtool.storage.jsonl import check_file
 
 if TYPE_CHECKING:
-    from qtool.recipe.schema import CalibrationSection
+    from qtool.recipe.schema import CalibrationSection, Recipe
 
 SAMPLES = "samples.safetensors"
 
 
 @contextlib.contextmanager
 def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iterator[None]:
-    """Say what is opened, look for local models, fetch the demo model, choose the device.
+    """Say what is opened, look at each config.json, fetch the demo model, choose the device.
 
     Raises:
-        ModelError: a local model isn't there, or the demo model can't be fetched.
+        ModelError: a model isn't there or says nothing of itself, or can't be fetched.
+        CheckpointError: its config.json isn't JSON.
         BackendError: torch doesn't have the device.
     """
+    from qtool.modeling.config import read_config
     from qtool.modeling.demo import demo_file
-    from qtool.modeling.locate import local_path
+    from qtool.modeling.locate import config_directory
 
     named = [model for model in models if model]
     emit("phase", {"name": f"opening {' and '.join(named)}" if named else "loading torch"})
     for model in named:
         if model.startswith("demo:"):
             demo_file(model, emit)
-        else:
-            local_path(model)  # a hub id is asked for later, a GGUF file converted
+        elif (directory := config_directory(model)) is not None:
+            read_config(directory)
     from qtool.modeling.device import use_device  # torch: slow
 
     with use_device(device):
         yield
+
+
+def check_recipe(model: str, recipe: "Recipe") -> None:
+    """Refuse what a local model's files show to be impossible, before transformers is imported.
+
+    Raises:
+        QtoolError: as `make_plan`, which finds the rest.
+    """
+    from qtool.modeling.glance import glance
+    from qtool.stages.plan import check_request
+
+    if not Path(model).expanduser().is_dir():
+        return
+    seen = glance(Path(model).expanduser())
+    if seen is not None:
+        check_request(recipe, *seen)
 
 
 def check_directory(calib_dir: Path | None) -> None:

@@ -5,6 +5,7 @@ float16 into the cache, `demo:smollm2` is a GGUF file that `modeling.demo` fetch
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from qtool.wording import reason
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 HUB_ALSO = ["*.jinja", "LICENSE*", "NOTICE*"]
+CONFIG = ["config.json"]
 HUB_NOT = [*(f"*/{name}" for name in HUB_FILES), "consolidated*.safetensors"]
 """Other formats, precisions and parts of a pipeline: to the hub a `*` is slashes too."""
 
@@ -59,6 +61,21 @@ def check_model(model: str) -> None:
         _download(model)
 
 
+def config_directory(model: str) -> Path | None:
+    """Return the directory of a model's config.json, which alone is fetched from the hub.
+
+    None: a GGUF file, which has none.
+
+    Raises:
+        ModelError: there is no such model.
+        MissingExtraError: the demo model's package isn't installed.
+    """
+    path = local_path(model)
+    if path is None:
+        return _download(model, CONFIG)
+    return path if path.is_dir() else None
+
+
 def local_path(model: str) -> Path | None:
     """Return the directory or the GGUF file that a name means; None: the hub may have it.
 
@@ -88,15 +105,11 @@ def local_path(model: str) -> Path | None:
     raise ModelError(f"No model directory {path}. Give a directory, a .gguf file or a hub id.")
 
 
-def _download(model: str) -> Path:
+def _download(model: str, files: Sequence[str] = (*HUB_FILES, *HUB_ALSO)) -> Path:
     from huggingface_hub import snapshot_download  # slow import
 
     try:
-        return Path(
-            snapshot_download(
-                model, allow_patterns=[*HUB_FILES, *HUB_ALSO], ignore_patterns=HUB_NOT
-            )
-        )
+        return Path(snapshot_download(model, allow_patterns=list(files), ignore_patterns=HUB_NOT))
     except Exception as error:  # the hub client raises many unrelated types
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
