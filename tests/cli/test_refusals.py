@@ -172,10 +172,11 @@ def test_two_names_for_one_tensor_are_refused_in_a_baseline(cli: Cli, llama, che
 
 def test_a_guess_grows_with_model_and_samples(tmp_path):
     file = tmp_path / "m.gguf"
-    guesses = []
+    guesses: list[float] = []
     for num_bytes, samples in ((10**6, 2), (10**8, 2), (10**8, 64)):
         with file.open("wb") as opened:
             opened.truncate(num_bytes)
-        guesses.append(guess_seconds(str(file), CalibrationSection(num_samples=samples), "cpu"))
+        section = CalibrationSection(num_samples=samples)
+        guesses.append(guess_seconds(str(file), section, "cpu") or 0)
     assert guesses == sorted(set(guesses))
     assert guess_seconds("owner/on-the-hub", CalibrationSection(), "cpu") is None
