@@ -88,7 +88,7 @@ def _whole(model: Location, device: torch.device) -> EndToEnd:
     def load() -> DecoderWeights:
         return weights_of(load_model(model, device=device, dtype=DTYPE).model, packed=True)
 
-    return EndToEnd(model.name, load)
+    return EndToEnd(model.public_name or str(model.path), load)
 
 
 def distinct(

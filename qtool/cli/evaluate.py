@@ -21,7 +21,7 @@ from qtool.cli.options import (
 )
 from qtool.cli.progress import progress
 from qtool.cli.task_figures import print_tasks, raise_failures, task_report, write_markdown
-from qtool.evaluation.task_names import check_spelling
+from qtool.evaluation.task_names import check_data, check_spelling
 
 if TYPE_CHECKING:
     from qtool.evaluation.task_comparison import TaskComparison
@@ -205,6 +205,8 @@ def evaluate(
     with progress(kept) as emit:
         emit("phase", {"name": f"looking up {tasks}"})
         check_spelling(names)
+        if data_dir is not None:
+            check_data(names, data_dir)
         with opened(emit) as (where, original):
             scored = _scored(where, settings, gen_kwargs, {"baseline": original, **common}, emit)
     console.write_json(task_report(scored), json_file)
