@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtool import settings as environment
 from qtool.base import Emit, ignore_events
 from qtool.errors import ModelError
 from qtool.modeling.device import default_device, default_dtype
@@ -124,7 +125,7 @@ def _subject(model: str, dtype: "torch.dtype", backend: str | None, *, remember:
         "dtype": str(dtype).removeprefix("torch."),
         "device": kept_scores.device_name(default_device()),
         "backend": backend or wanted_backend(),
-        "switches": kept_scores.switches(),
+        "switches": environment.given(environment.EXECUTION),
     }
     return _Subject(model, location.directory, figures, settings, states)
 

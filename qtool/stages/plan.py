@@ -223,7 +223,8 @@ def _check_needs(layers: tuple[LayerPlan, ...], recipe: Recipe) -> None:
         if layer.role != "block":
             raise RecipeError(
                 f"{layer.name}: '{layer.method}' needs calibration data, and an {layer.role} is "
-                "quantized without. Use 'rtn' or 'bcq' for it."
+                "quantized without. Use 'rtn' or 'bcq' for it.",
+                layer=layer.name,
             )
         if recipe.calibration is None:
             raise RecipeError(
@@ -257,7 +258,8 @@ def _plan_layer(
     if scheme.num_bits not in method.num_bits:
         raise SchemeError(
             f"{name}: num_bits is {scheme.num_bits}; '{section.method}' takes "
-            f"{method.num_bits.start} to {method.num_bits.stop - 1}."
+            f"{method.num_bits.start} to {method.num_bits.stop - 1}.",
+            layer=name,
         )
     shape = source.weight_shape(name)
     parts = method.layout(scheme, shape)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtool import settings
 from qtool.base import KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import codec
-from qtool.errors import BackendError
-from qtool.extras import install_line
+from qtool.errors import BackendError, install_line
 from qtool.formats import affine, binary_coding
 from qtool.runtime import linear_kernels, operators
 from qtool.runtime.launch import OLDEST, Call, Card
@@ -262,8 +262,10 @@ def _driver() -> ctypes.CDLL:
 
 @functools.cache
 def _has_dependent_launches(device: int) -> bool:
-    wanted = os.environ.get("QTOOL_DEPENDENT_LAUNCHES", "1") != "0"
-    return wanted and torch.cuda.get_device_capability(device) >= DEPENDENT_LAUNCHES
+    return (
+        settings.dependent_launches()
+        and torch.cuda.get_device_capability(device) >= DEPENDENT_LAUNCHES
+    )
 
 
 _ALLOWED: dict[int, int] = {}
