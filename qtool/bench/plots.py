@@ -8,7 +8,6 @@ from qtool.bench.kernels import KernelRow
 from qtool.errors import MissingExtraError, OutputError
 from qtool.wording import reason
 
-SUFFIXES = (".png", ".svg")
 # Okabe and Ito's colours, which colour-blind readers tell apart; shapes tell them apart in grey.
 STYLES = {
     "qtool planes": ("#0072B2", "o"),

@@ -11,14 +11,9 @@ from torch import Tensor, nn
 
 from qtool.base import KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry
+from qtool.formats._dtypes import dtype_of
 from qtool.runtime.select import choose_backend, load_backend, wanted_backend
 
-TORCH_DTYPES = {
-    "int32": torch.int32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
 REFERENCE = "reference"
 
 
@@ -65,7 +60,7 @@ class QuantizedWeight(nn.Module):
         """Another object whenever the parts were loaded or moved."""
         self._join()
         for name, spec in entry.layout().items():
-            self.register_buffer(name, torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype]))
+            self.register_buffer(name, torch.empty(spec.shape, dtype=dtype_of(spec.dtype)))
 
     @property
     def device(self) -> torch.device:

@@ -14,6 +14,7 @@ from qtool import plugins
 from qtool.base import Method
 from qtool.checkpoint.manifest import num_bytes
 from qtool.errors import ModelError, RecipeError, SchemeError
+from qtool.formats._dtypes import item_bytes
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
 from qtool.scheme import GroupDim, Shape2D, WeightScheme
@@ -23,7 +24,6 @@ Role = Literal["block", "embedding", "head"]
 MOST_LEFT = 0.1
 """More of the blocks' weights than this doesn't stay unquantized unless a recipe says so."""
 TO_NAME = 0.01
-STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
 
 def _stored_bytes(source: ModelSource, name: str) -> int:
     spec = source.spec(name)
-    return prod(spec.shape) * STORED_BYTES.get(spec.dtype, 1)
+    return prod(spec.shape) * item_bytes(spec.dtype)
 
 
 def _beside_linears(source: ModelSource) -> Mapping[str, int]:
