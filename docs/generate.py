@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -111,6 +112,7 @@ def method_section(name: str, method: Method) -> list[str]:
         lines[-1] += " It takes no data."
     lines.append("")
     options = dataclasses.fields(method.options)
+    types = typing.get_type_hints(method.options)  # without bounds
     if not options:
         return [*lines, "It has no options."]
     documented = attribute_docstrings(method.options)
@@ -118,7 +120,7 @@ def method_section(name: str, method: Method) -> list[str]:
     for option in options:
         cells = (
             f"`{option.name}`",
-            f"`{type_name(option.type)}`",
+            f"`{type_name(types[option.name])}`",
             default_of(option),
             documented.get(option.name, ""),
         )

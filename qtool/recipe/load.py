@@ -150,7 +150,8 @@ def _validate(document: Document, label: str) -> Recipe:
     try:
         return Recipe.model_validate(document.values)
     except ValidationError as error:
-        raise RecipeError(_sentence(_alternatives(error), document, label)) from None
+        first = _alternatives(error)
+        raise RecipeError(_sentence(first, document, label), key=dotted(first["loc"])) from None
 
 
 def _alternatives(error: ValidationError) -> dict[str, Any]:
@@ -191,8 +192,12 @@ def _sentence(error: Mapping[str, Any], document: Document, label: str) -> str:
         return f"{describe_miss(str(path[-1]), known, where)} ({place})"
     if error["type"] == "missing":
         return f"{dotted(path)} is missing ({place})."
-    message = re.sub(r"^\w+ should", "it should", error["msg"].removeprefix("Value error, "))
-    return f"{dotted(path)} is {quoted(error['input'])}; {message} ({place})."
+    return f"{dotted(path)} is {quoted(error['input'])}; {rule(error)} ({place})."
+
+
+def rule(error: Mapping[str, Any]) -> str:
+    """Return what pydantic's error says of a value, to follow after the value itself."""
+    return re.sub(r"^\w+ should", "it should", error["msg"].removeprefix("Value error, "))
 
 
 def _fields_at(path: Keys) -> Iterable[str]:

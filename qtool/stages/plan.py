@@ -16,6 +16,7 @@ from qtool.checkpoint.manifest import num_bytes
 from qtool.errors import ModelError, RecipeError, SchemeError
 from qtool.formats._dtypes import item_bytes
 from qtool.modeling.source import ModelSource
+from qtool.recipe.load import rule
 from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
 from qtool.scheme import GroupDim, Shape2D, WeightScheme
 from qtool.wording import list_names, quoted
@@ -92,21 +93,13 @@ def parse_options(method_name: str, method: Method, values: Mapping[str, Any]) -
         if key not in known:
             where = f"weights.options of '{method_name}'"
             raise RecipeError(plugins.describe_miss(str(key), known, where))
-    kinds = {field.name: field.type for field in fields(method.options)}
-    for key, value in values.items():
-        if isinstance(value, bool) and kinds[key] is not bool:  # pydantic would read 1
-            raise RecipeError(
-                f"weights.options.{key} is a boolean and takes something else: see `qtool methods`."
-            )
     try:
         return TypeAdapter(method.options).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].replace("Input should", "it should")
-        raise RecipeError(
-            f"weights.options.{path} is {quoted(first['input'])}; {message}."
-        ) from None
+        key = f"weights.options.{path}"
+        raise RecipeError(f"{key} is {quoted(first['input'])}; {rule(first)}.", key=key) from None
 
 
 def with_samples(recipe: Recipe) -> Recipe:

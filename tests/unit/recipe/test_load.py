@@ -281,3 +281,9 @@ def test_key_of_several_types_names_all_of_them(setting, message):
     text = str(caught.value)
     assert text.startswith(setting.split("=")[0] + " is ")
     assert message in text
+
+
+def test_error_of_a_recipe_has_its_key():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("rtn-w4g128", ["weights.scheme.num_bits=9"])
+    assert caught.value.key == "weights.scheme.num_bits"
