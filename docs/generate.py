@@ -21,7 +21,7 @@ from qtool import plugins
 from qtool.base import Method
 from qtool.cli.app import app
 from qtool.recipe.load import load_recipe
-from qtool.recipe.names import built_in, find
+from qtool.recipe.names import built_in, find_recipe
 from qtool.stages.plan import load_method
 
 DOCS = Path(__file__).parent
@@ -175,7 +175,7 @@ def recipes_page() -> str:
         "`--recipe NAME` takes these names. [recipes.md](recipes.md) explains the keys.",
     ]
     for name in built_in():
-        text = find(name).read_text(encoding="utf-8").strip("\n")
+        text = find_recipe(name).read_text(encoding="utf-8").strip("\n")
         parts += ["", f"## {name}", "", load_recipe(name).description, ""]
         parts += ["```yaml", text, "```"]
     return "\n".join(parts) + "\n"

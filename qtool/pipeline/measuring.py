@@ -219,11 +219,11 @@ def bench_gpu(
         plots.check_plot(options.plot)
     if options.synthetic is not None:
         name, scheme = options.synthetic, options.scheme
-        work = workload.synthetic_workload(name, shapes.find(name), scheme, kernel, device)
+        work = workload.synthetic_workload(name, shapes.find_shapes(name), scheme, kernel, device)
     else:
         baseline = baseline or CheckpointReader(Path(model)).manifest.source
         work = workload.checkpoint_workload(Path(model), baseline, kernel, device)
-    result = gpu.run(
+    result = gpu.time_workload(
         *(work, gpu.on_card(device), versions()), kernel=kernel, with_peers=options.peers, emit=emit
     )
     if options.plot is not None:
