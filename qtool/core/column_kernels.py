@@ -5,7 +5,7 @@ costs nine launches per column, whatever its size. Rows are independent, though:
 takes a few rows of the block, keeps their (columns, rows) working values in registers and walks
 over all columns by itself. One launch replaces all of them.
 
-This module imports Triton: only `qtool.core.graphs.column_kernels` may import it.
+This module imports Triton: only `qtool.core.column_loop` may import it.
 """
 
 import torch

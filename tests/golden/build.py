@@ -18,7 +18,7 @@ from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter
-from qtool.formats import affine, binary_coding, dense
+from qtool.formats import affine, binary_coding
 from qtool.scheme import Shape2D, WeightScheme
 from tests.golden.oracles import ORACLES
 
@@ -57,14 +57,9 @@ def binary_weight(scheme: WeightScheme) -> QuantizedTensor:
     return binary_coding.encode(codes, (scales / 512).half(), offsets.half(), scheme, SHAPE)
 
 
-def dense_weight(scheme: WeightScheme) -> QuantizedTensor:
-    return dense.encode((numbers(1000, *SHAPE) - 500) / 256, scheme)
-
-
 WEIGHTS: Mapping[str, Callable[[WeightScheme], QuantizedTensor]] = {
     "affine": affine_weight,
     "binary_coding": binary_weight,
-    "dense": dense_weight,
 }
 
 

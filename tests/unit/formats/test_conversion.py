@@ -7,7 +7,6 @@ from qtool.core import affine, grouping
 from qtool.errors import SchemeError
 from qtool.formats import affine as affine_format
 from qtool.formats import binary_coding as binary_format
-from qtool.formats import dense as dense_format
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from tests.helpers import dequantized, normal
 
@@ -66,9 +65,10 @@ def test_float16_conversion_has_the_layout_of_the_format(num_bits, symmetric):
 
 
 def test_from_affine_refuses_another_format():
-    scheme = WeightScheme(num_bits=4)
-    with pytest.raises(SchemeError, match="takes an affine weight; this one is dense"):
-        binary_format.from_affine(dense_format.encode(normal(4, 4), scheme), torch.float64)
+    tensor = affine_tensor(WeightScheme(num_bits=4), Shape2D(4, 4))
+    binary = binary_format.from_affine(tensor, torch.float16)
+    with pytest.raises(SchemeError, match="takes an affine weight; this one is binary_coding"):
+        binary_format.from_affine(binary, torch.float64)
 
 
 def test_one_bit_symmetric_affine_is_refused_with_the_alternative():
