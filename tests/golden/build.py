@@ -45,7 +45,7 @@ def affine_weight(scheme: WeightScheme) -> QuantizedTensor:
     codes = numbers(2**scheme.num_bits, rows, groups, size).to(torch.uint8)
     zeros = numbers(2**scheme.num_bits, groups, rows).T.to(torch.uint8)
     scales = ((numbers(500, rows, groups) + 1) / 512).half()
-    return affine.encode(codes, scales, zeros, scheme, SHAPE)
+    return affine.encode_affine(codes, scales, zeros, scheme, SHAPE)
 
 
 def binary_weight(scheme: WeightScheme) -> QuantizedTensor:
@@ -54,7 +54,7 @@ def binary_weight(scheme: WeightScheme) -> QuantizedTensor:
     codes = numbers(2**scheme.num_bits, rows, groups, size).to(torch.uint8)
     scales = (numbers(500, rows, groups, scheme.num_bits) + 1).sort(-1, descending=True).values
     offsets = (numbers(500, rows, groups) - 250) / 512
-    return binary_coding.encode(codes, (scales / 512).half(), offsets.half(), scheme, SHAPE)
+    return binary_coding.encode_binary(codes, (scales / 512).half(), offsets.half(), scheme, SHAPE)
 
 
 WEIGHTS: Mapping[str, Callable[[WeightScheme], QuantizedTensor]] = {
