@@ -43,7 +43,7 @@ class QuantizedTensor:
     """A quantized weight: exactly what a checkpoint stores, and nothing else."""
 
     format: str
-    """Name of the codec: `affine`, `binary_coding` or `dense`."""
+    """Name of the codec: `affine` or `binary_coding`."""
     scheme: WeightScheme
     shape: Shape2D
     parts: Mapping[str, Tensor]

@@ -16,7 +16,7 @@ from qtool.bench.timing import CudaTimer, copies, copy_bandwidth
 from qtool.bench.workload import Workload
 from qtool.errors import QtoolError, UnknownNameError
 from qtool.plugins import describe_miss
-from qtool.runtime.backends import cuda
+from qtool.runtime import driver
 from qtool.runtime.decoding.kernel_ops import KernelOps
 from qtool.runtime.decoding.ops import DecodeOps
 from qtool.runtime.selection import KERNELS
@@ -50,12 +50,12 @@ class GpuResult:
 def on_card(device: torch.device) -> Bench:
     """Return what times on a card; measures its copy bandwidth."""
     timer = CudaTimer(device)
-    card = cuda.card_of(device.index)
+    card = driver.card_of(device.index)
     bandwidth = copy_bandwidth(device, timer)
-    rig = Rig(device, timer, cuda.launch, card, l2_bytes(device), bandwidth)
+    rig = Rig(device, timer, driver.launch, card, l2_bytes(device), bandwidth)
     return Bench(
         rig=rig,
-        ops=KernelOps(cuda.launch, card),
+        ops=KernelOps(driver.launch, card),
         clock=CudaClock(device),
         machine=lambda: describe_card(device, copies(device)),
     )

@@ -126,7 +126,7 @@ def break_even(sweep: Sequence[SweepPoint]) -> int | None:
 
 def stored_bytes(weight: KernelWeight) -> int:
     """Return the size of planes, scales and offsets as a checkpoint stores them."""
-    return sum(map(num_bytes, binary_coding.layout(weight.scheme, weight.shape).values()))
+    return sum(map(num_bytes, binary_coding.CODEC.layout(weight.scheme, weight.shape).values()))
 
 
 def time_layer(
@@ -137,7 +137,7 @@ def time_layer(
     Args:
         layer: What to time.
         rig: On what.
-        kernel: One of `linear_kernels.KERNELS`; None: what `choose` says.
+        kernel: One of `linear_kernels.KERNELS`; None: what `kernel_for` says.
         others: Peers that can run here; one that fails is named with its reason.
     """
     weight = layer.load()
@@ -187,7 +187,7 @@ def _sweep(
         x = inputs(tokens, weight.shape.in_features, weight.dtype, rig.device)
         seconds = time_calls([_ours(x, copy, rig, kernel) for copy in ours], rig.timer)
         fp16 = time_calls([_linear(x.to(DTYPE), copy) for copy in theirs], rig.timer)
-        name = kernel or linear_kernels.choose(weight, tokens, rig.card)
+        name = kernel or linear_kernels.kernel_for(weight, tokens, rig.card)
         points.append(SweepPoint(tokens, name, seconds * 1e6, fp16 * 1e6, fp16 / seconds))
     return tuple(points)
 

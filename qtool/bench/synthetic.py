@@ -36,7 +36,7 @@ def random_tensor(
     shape: Shape2D, scheme: WeightScheme, generator: torch.Generator
 ) -> QuantizedTensor:
     """Return a binary-coded weight of random planes, of the size of `random_dense`."""
-    device, layout = generator.device, binary_coding.layout(scheme, shape)
+    device, layout = generator.device, binary_coding.CODEC.layout(scheme, shape)
     step = 1 / sqrt(shape.in_features)
     planes, scales = layout["bit_planes"].shape, layout["plane_scales"].shape
     halves = 0.5 ** torch.arange(scheme.num_bits, device=device).view(-1, 1, 1)
@@ -50,7 +50,7 @@ def random_tensor(
     if not scheme.symmetric:
         drawn = torch.randn(layout["plane_offsets"].shape, device=device, generator=generator)
         parts["plane_offsets"] = (0.1 * step * drawn).half()
-    return QuantizedTensor(binary_coding.FORMAT, scheme, shape, parts)
+    return QuantizedTensor(binary_coding.BINARY_CODING, scheme, shape, parts)
 
 
 def random_decoder(

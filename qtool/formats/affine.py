@@ -15,10 +15,10 @@ from qtool.core.packing import codes_to_planes, num_words, planes_to_codes
 from qtool.errors import SchemeError
 from qtool.scheme import Shape2D, WeightScheme
 
-FORMAT = "affine"
+AFFINE = "affine"
 
 
-def layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
+def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     """Return the parts of a weight: codes, scales and, unless symmetric, zero points."""
     if scheme.symmetric and scheme.num_bits == 1:
         raise SchemeError(
@@ -37,7 +37,7 @@ def layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     return parts
 
 
-def encode(
+def encode_affine(
     codes: Tensor, scales: Tensor, zero_points: Tensor, scheme: WeightScheme, shape: Shape2D
 ) -> QuantizedTensor:
     """Pack solver results.
@@ -56,7 +56,7 @@ def encode(
     }
     if not scheme.symmetric:
         parts["zero_points"] = codes_to_planes(zero_points.T, scheme.num_bits)
-    return QuantizedTensor(FORMAT, scheme, shape, parts)
+    return QuantizedTensor(AFFINE, scheme, shape, parts)
 
 
 def zero_points(tensor: QuantizedTensor) -> Tensor:
@@ -68,7 +68,7 @@ def zero_points(tensor: QuantizedTensor) -> Tensor:
     return by_group.T.contiguous() if scheme.group_dim == "in_features" else by_group
 
 
-def dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+def _dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Return the weight, (out_features, in_features) in `dtype`."""
     scheme, shape = tensor.scheme, tensor.shape
     codes = planes_to_codes(tensor.parts["codes"], shape.in_features)
@@ -76,7 +76,7 @@ def dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         grouping.spread(part, scheme, shape)
         for part in (tensor.parts["scales"], zero_points(tensor))
     )
-    return affine.dequantize(codes, scales, zeros, dtype)
+    return affine.affine_values(codes, scales, zeros, dtype)
 
 
-CODEC = Codec(version=1, layout=layout, dequantize=dequantize)
+CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize)

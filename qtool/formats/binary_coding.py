@@ -12,10 +12,10 @@ from qtool.errors import SchemeError
 from qtool.formats import affine as affine_format
 from qtool.scheme import Shape2D, WeightScheme
 
-FORMAT = "binary_coding"
+BINARY_CODING = "binary_coding"
 
 
-def layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
+def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     """Return the parts of a weight: bit planes, plane scales and, unless symmetric, offsets."""
     bits, groups, rows = scheme.num_bits, scheme.num_groups(shape), scheme.num_rows(shape)
     parameters = (rows, groups) if scheme.group_dim == "in_features" else (groups, rows)
@@ -28,7 +28,7 @@ def layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     return parts
 
 
-def encode(
+def encode_binary(
     codes: Tensor, scales: Tensor, offsets: Tensor, scheme: WeightScheme, shape: Shape2D
 ) -> QuantizedTensor:
     """Pack solver results.
@@ -47,10 +47,10 @@ def encode(
     }
     if not scheme.symmetric:
         parts["plane_offsets"] = grouping.to_stored(offsets, scheme)
-    return QuantizedTensor(FORMAT, scheme, shape, parts)
+    return QuantizedTensor(BINARY_CODING, scheme, shape, parts)
 
 
-def dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+def _dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Return the weight, (out_features, in_features) in `dtype`."""
     scheme, shape, parts = tensor.scheme, tensor.shape, tensor.parts
     if scheme.symmetric:
@@ -74,10 +74,10 @@ def from_affine(tensor: QuantizedTensor, parameter_dtype: torch.dtype) -> Quanti
     Raises:
         SchemeError: the weight isn't affine.
     """
-    if tensor.format != affine_format.FORMAT:
+    if tensor.format != affine_format.AFFINE:
         raise SchemeError(f"from_affine takes an affine weight; this one is {tensor.format}.")
     scheme = tensor.scheme
-    scales, offsets = binary_coding.from_affine(
+    scales, offsets = binary_coding.scales_from_affine(
         tensor.parts["scales"].double(), affine_format.zero_points(tensor), num_bits=scheme.num_bits
     )
     parts = {
@@ -88,7 +88,7 @@ def from_affine(tensor: QuantizedTensor, parameter_dtype: torch.dtype) -> Quanti
     with_offset = WeightScheme(
         num_bits=scheme.num_bits, group_size=scheme.group_size, group_dim=scheme.group_dim
     )
-    return QuantizedTensor(FORMAT, with_offset, tensor.shape, parts)
+    return QuantizedTensor(BINARY_CODING, with_offset, tensor.shape, parts)
 
 
-CODEC = Codec(version=1, layout=layout, dequantize=dequantize)
+CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize)

@@ -177,14 +177,14 @@ def _solution(
     scheme, shape = problem.scheme, Shape2D(*problem.weight.shape)
     flat = theta.to(torch.float16).flatten(0, 1)
     scales, ordered = binary_coding.canonical(flat[:, :-1], codes.flatten(0, 1))
-    tensor = binary_format.encode(
+    tensor = binary_format.encode_binary(
         ordered.view(codes.shape),
         scales.unflatten(0, codes.shape[:2]),
         flat[:, -1].view(codes.shape[:2]),
         scheme,
         shape,
     )
-    quantized = binary_format.dequantize(tensor, torch.float32)
+    quantized = binary_format.CODEC.dequantize(tensor, torch.float32)
     statistics = problem.statistics.get("hessian")
     measured = metrics.of_layer(problem.weight, quantized, statistics)
     return LayerSolution(tensor, {**measured, **notes}, fallback)
@@ -194,6 +194,6 @@ METHOD = Method(
     summary="Binary coding: an offset plus scaled sign planes, with or without calibration data.",
     options=BcqOptions,
     solve=quantize_bcq,
-    layout=binary_format.layout,
+    layout=binary_format.CODEC.layout,
     uses=frozenset({"hessian"}),
 )

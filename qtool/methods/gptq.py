@@ -141,14 +141,14 @@ def _solution(
     problem: LayerProblem, grid: AffineGrid, codes: Tensor, damping: float, fallback: str | None
 ) -> LayerSolution:
     scheme, shape = problem.scheme, Shape2D(*problem.weight.shape)
-    tensor = affine_format.encode(
+    tensor = affine_format.encode_affine(
         layout.split_codes(codes, scheme),
         layout.to_columns(grid.scales, scheme).to(torch.float16),
         layout.to_columns(grid.zero_points, scheme).to(torch.uint8),
         scheme,
         shape,
     )
-    quantized = affine_format.dequantize(tensor, torch.float32)
+    quantized = affine_format.CODEC.dequantize(tensor, torch.float32)
     measured = metrics.of_layer(problem.weight, quantized, problem.statistics["hessian"])
     return LayerSolution(tensor, {**measured, "damping": damping}, fallback)
 
@@ -157,6 +157,6 @@ METHOD = Method(
     summary="Uniform grids with error feedback under the Hessian of the inputs (affine).",
     options=GptqOptions,
     solve=quantize_gptq,
-    layout=affine_format.layout,
+    layout=affine_format.CODEC.layout,
     needs=frozenset({"hessian"}),
 )

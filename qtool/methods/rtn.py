@@ -35,9 +35,9 @@ def quantize_rtn(problem: LayerProblem, options: RtnOptions) -> LayerSolution:
         symmetric=scheme.symmetric,
         clip_ratio=options.clip_ratio,
     )
-    codes = affine.quantize(groups, scales, zero_points, num_bits=scheme.num_bits)
-    tensor = affine_format.encode(codes, scales, zero_points, scheme, shape)
-    error = metrics.nmse(problem.weight, affine_format.dequantize(tensor, torch.float32))
+    codes = affine.nearest_codes(groups, scales, zero_points, num_bits=scheme.num_bits)
+    tensor = affine_format.encode_affine(codes, scales, zero_points, scheme, shape)
+    error = metrics.nmse(problem.weight, affine_format.CODEC.dequantize(tensor, torch.float32))
     return LayerSolution(tensor, {"nmse": error})
 
 
@@ -45,5 +45,5 @@ METHOD = Method(
     summary="Round to nearest on a uniform grid (affine); needs no data.",
     options=RtnOptions,
     solve=quantize_rtn,
-    layout=affine_format.layout,
+    layout=affine_format.CODEC.layout,
 )

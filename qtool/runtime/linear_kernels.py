@@ -15,7 +15,7 @@ from qtool.base import QuantizedTensor
 from qtool.errors import BackendError
 from qtool.runtime import lut, planes, tiles
 from qtool.runtime.centers import CENTERS, planes_of, weight_of
-from qtool.runtime.launch import Call, Card, Launch, constants
+from qtool.runtime.launch import Card, KernelCall, Launch, constants
 from qtool.runtime.selection import STORED_KERNELS, selection_for, wanted_kernel
 from qtool.runtime.tiles import UNIT, Tiles
 from qtool.scheme import Shape2D, WeightScheme
@@ -26,9 +26,9 @@ SIGN_FLIP_THREADS, SIGN_FLIP_ROWS = 256, 8
 DEQUANTIZE_THREADS, DEQUANTIZE_WARPS = 128, 4
 ROW_DIM = -2
 """Of every stored part, where groups run along in_features."""
-ALIGNMENT = 16
+LOAD_BYTES = 16
 """Bytes: what the kernels load at once."""
-BLOCK = 32
+FINEST_GROUP = 32
 """Inputs of the finest group that the tiled kernels take."""
 
 
@@ -72,7 +72,7 @@ def prepare(
     tensor = planes_of(tensor)
     scheme, inputs = tensor.scheme, tensor.shape.in_features
     size = scheme.group_size or inputs
-    tileable = scheme.group_dim == "in_features" and (size % BLOCK == 0 or size >= inputs)
+    tileable = scheme.group_dim == "in_features" and (size % FINEST_GROUP == 0 or size >= inputs)
     return KernelWeight(
         scheme=scheme,
         shape=tensor.shape,
@@ -120,7 +120,7 @@ def interleaved_order(rows: int) -> Tensor:
     return torch.arange(2 * rows).view(2, rows // RUN, RUN).transpose(0, 1).flatten()
 
 
-def choose(weight: KernelWeight, tokens: int, card: Card) -> str:
+def kernel_for(weight: KernelWeight, tokens: int, card: Card) -> str:
     """Return the name of the kernel that multiplies so many tokens."""
     wanted = wanted_kernel()
     if wanted is not None:
@@ -132,7 +132,7 @@ def choose(weight: KernelWeight, tokens: int, card: Card) -> str:
     if weight.tiles is None:
         return "sign_flip"
     row_tiles, units, *_ = weight.tiles.planes.shape
-    room = planes.choose(row_tiles, units, tokens or 1, weight.layout, card=card)
+    room = planes.tuned_plan(row_tiles, units, tokens or 1, weight.layout, card=card)
     return "dequantize" if room is None else "planes"
 
 
@@ -153,7 +153,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         weight: W.
         launch: Runs a kernel.
         card: Where.
-        kernel: One of KERNELS; None: `choose`.
+        kernel: One of KERNELS; None: `kernel_for`.
         residual: (tokens, out_features), added to the product.
         gated: Rows of W are those of `interleave`: return silu(gate) * up.
 
@@ -164,12 +164,12 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         BackendError: the kernel asked for can't run this weight.
     """
     tokens = x.shape[0]
-    kernel = kernel or choose(weight, tokens, card)
-    if x.data_ptr() % ALIGNMENT != 0:  # a slice of something
+    kernel = kernel or kernel_for(weight, tokens, card)
+    if x.data_ptr() % LOAD_BYTES != 0:  # a slice of something
         x = x.clone()
     if kernel == "planes" and weight.tiles is not None and tokens > 0:
         epilogue = "gated" if gated else "none" if residual is None else "residual"
-        return planes.matmul(
+        return planes.multiply_planes(
             x,
             weight.tiles,
             weight.shape.out_features,
@@ -192,7 +192,7 @@ def _plain(x: Tensor, weight: KernelWeight, launch: Launch, card: Card, kernel: 
     if len(x) == 0:
         return x.new_empty(0, weight.shape.out_features)
     if kernel == "dequantize":
-        return torch.nn.functional.linear(x, dequantize(weight, launch))
+        return torch.nn.functional.linear(x, dense_weight(weight, launch))
     if kernel not in STORED_KERNELS:
         raise BackendError(
             f"Kernel {kernel!r} can't run this weight ({weight.scheme}); dequantize and sign_flip "
@@ -205,17 +205,17 @@ def _plain(x: Tensor, weight: KernelWeight, launch: Launch, card: Card, kernel: 
         )
     if kernel == "sign_flip":
         return _by_definition(x, weight.stored, launch)
-    reason = lut.why_not(weight.stored)
+    reason = lut.why_no_tables(weight.stored)
     if reason is not None:
         raise BackendError(reason)
-    return lut.matmul(x, weight.stored, launch, card)
+    return lut.multiply_by_tables(x, weight.stored, launch, card)
 
 
 def _by_definition(x: Tensor, tensor: QuantizedTensor, launch: Launch) -> Tensor:
     (rows, inputs), scheme, parts = tensor.shape, tensor.scheme, tensor.parts
     y, offsets = x.new_empty(len(x), rows), parts.get("plane_offsets", parts.get(CENTERS))
     launch(
-        Call(
+        KernelCall(
             "sign_flip",
             "sign_flip",
             constants(x.dtype),
@@ -236,16 +236,15 @@ def _by_definition(x: Tensor, tensor: QuantizedTensor, launch: Launch) -> Tensor
 
 
 @functools.lru_cache(1024)  # not all lengths of prompts for ever
-def _dequantize(
+def _dequantize_call(
     kernel: str, sizes: tuple[int, ...], blocks: int, layout: planes.Layout, dtype: torch.dtype
-) -> Call:
+) -> KernelCall:
     """Return a launch of kernels/dequantize.cu, made once for all weights of one shape."""
-    values = {"PLANES": layout.planes, "GROUP": layout.group, "OFFSET": layout.offset}
-    macros, grid = constants(dtype, **values), (blocks, 1, 1)
-    return Call("dequantize", kernel, macros, grid, DEQUANTIZE_THREADS, 0, sizes)
+    macros, grid = constants(dtype, **layout.macros), (blocks, 1, 1)
+    return KernelCall("dequantize", kernel, macros, grid, DEQUANTIZE_THREADS, 0, sizes)
 
 
-def dequantize(weight: KernelWeight, launch: Launch) -> Tensor:
+def dense_weight(weight: KernelWeight, launch: Launch) -> Tensor:
     """Return W, (out_features, in_features) in the dtype of the activations."""
     if weight.tiles is None:
         assert weight.stored is not None
@@ -255,7 +254,7 @@ def dequantize(weight: KernelWeight, launch: Launch) -> Tensor:
     dense = torch.empty(rows, inputs, dtype=weight.dtype, device=packed.planes.device)
     sizes = (rows, inputs, row_tiles, units, packed.scales.shape[1])
     blocks = -(-row_tiles * units // DEQUANTIZE_WARPS)
-    call = _dequantize("dequantize", sizes, blocks, weight.layout, weight.dtype)
+    call = _dequantize_call("dequantize", sizes, blocks, weight.layout, weight.dtype)
     tensors = (packed.planes, packed.scales, dense)
     launch(call._replace(dependent=False) if weight.fresh else call, tensors)
     return dense
@@ -264,7 +263,7 @@ def dequantize(weight: KernelWeight, launch: Launch) -> Tensor:
 def rows(index: Tensor, weight: KernelWeight, launch: Launch) -> Tensor:
     """Return the rows that `index` names: (*index.shape, in_features)."""
     if weight.tiles is None:
-        return dequantize(weight, launch)[index]
+        return dense_weight(weight, launch)[index]
     if index.numel() == 0:
         return torch.empty(
             *index.shape, weight.shape.in_features, dtype=weight.dtype, device=index.device
@@ -273,6 +272,6 @@ def rows(index: Tensor, weight: KernelWeight, launch: Launch) -> Tensor:
     flat = index.flatten().to(torch.int64).contiguous()
     found = torch.empty(len(flat), inputs, dtype=weight.dtype, device=packed.planes.device)
     sizes = (weight.shape.out_features, inputs, packed.planes.shape[1], packed.scales.shape[1])
-    call = _dequantize("gather_rows", sizes, len(flat), weight.layout, weight.dtype)
+    call = _dequantize_call("gather_rows", sizes, len(flat), weight.layout, weight.dtype)
     launch(call, (packed.planes, packed.scales, flat, found))
     return found.view(*index.shape, inputs)

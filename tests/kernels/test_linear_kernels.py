@@ -69,7 +69,7 @@ def test_inputs_that_do_not_fit_into_shared_memory_are_cut_into_slabs():
 def test_every_card_has_room_for_every_weight(kilobytes, num_bits, group_size, batch):
     card, layout = Card(132, kilobytes * 1024), planes.Layout(num_bits, group_size, 1)
     for row_tiles, units in ((8016, 16), (256, 56), (3584, 32)):
-        chosen = planes.choose(row_tiles, units, batch, layout, card=card)
+        chosen = planes.tuned_plan(row_tiles, units, batch, layout, card=card)
         if chosen is None:
             assert (num_bits >= 7, kilobytes) == (True, 99)  # the dequantized weight's
             continue
@@ -83,7 +83,7 @@ def test_the_selection_asks_for_what_was_measured():
     layout, card = planes.Layout(4, 128, 1), Card(132, 227 * 1024, selection.H100.measured_on)
 
     def tuning(row_tiles, units, batch=1):
-        found = planes.choose(row_tiles, units, batch, layout, card=card)
+        found = planes.tuned_plan(row_tiles, units, batch, layout, card=card)
         assert found is not None
         return found[0]
 
@@ -234,6 +234,6 @@ def test_what_torch_and_the_kernels_make_of_an_affine_weight_is_the_same():
     tensor = random_tensor("affine", WeightScheme(num_bits=8, group_size=64), Shape2D(24, 300), 0)
     weight = linear_kernels.prepare(tensor, torch.float16)
     exact = dequantized(tensor, torch.float64).half()
-    for got in (torch_ops.dense(weight), linear_kernels.dequantize(weight, Recorder())):
+    for got in (torch_ops.dense(weight), linear_kernels.dense_weight(weight, Recorder())):
         torch.testing.assert_close(got, exact, rtol=2**-10, atol=0)
         assert (got != exact).double().mean() < 0.01

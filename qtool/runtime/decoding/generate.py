@@ -22,7 +22,7 @@ from qtool import settings
 from qtool.runtime.decoding import llama, torch_ops
 from qtool.runtime.decoding.kernel_ops import cuda_ops
 from qtool.runtime.decoding.ops import DecodeOps
-from qtool.runtime.decoding.sampling import Decoder, sample
+from qtool.runtime.decoding.sampling import SharedRunner, sample
 from qtool.runtime.decoding.weights import DecoderWeights
 from qtool.runtime.linear_kernels import KernelWeight
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedWeight
@@ -64,7 +64,7 @@ class _Made:
     """What was made for one model: it holds while the weights stay what and where they are."""
 
     fingerprint: tuple[Any, ...]
-    decoder: Decoder | str
+    decoder: SharedRunner | str
     """Or why there is none."""
 
 
@@ -128,7 +128,7 @@ def _generation(base: Any) -> dict[str, Any]:  # noqa: ANN401
     @functools.wraps(base._sample)
     def _sample(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:  # noqa: ANN401
         decoder = _why_not_call(self, input_ids, kwargs) or _decoder(self)
-        if isinstance(decoder, Decoder):
+        if isinstance(decoder, SharedRunner):
             reason = _why_not_decoder(decoder, kwargs["generation_config"].max_length)
             if reason is None:
                 try:
@@ -220,7 +220,7 @@ def _is_padding(mask: Tensor, input_ids: Tensor) -> bool:
     return bool(seen[:, -1:].all() & (seen[:, 1:] >= seen[:, :-1]).all())
 
 
-def _why_not_decoder(decoder: Decoder, max_length: int) -> str | None:
+def _why_not_decoder(decoder: SharedRunner, max_length: int) -> str | None:
     """Return a sentence, or None and take the decoder."""
     longest = decoder.weights.longest
     if longest is not None and max_length > longest:
@@ -228,18 +228,18 @@ def _why_not_decoder(decoder: Decoder, max_length: int) -> str | None:
     return None if decoder.take() else "another thread is using it."
 
 
-def _decoder(model: Any) -> Decoder | str:  # noqa: ANN401
+def _decoder(model: Any) -> SharedRunner | str:  # noqa: ANN401
     """Return the decoder of this model, or why there is none; made once, by one thread."""
     with _MAKING:
         fingerprint, made = _fingerprint(model), _MADE.get(model)
         if made is None or made.fingerprint != fingerprint:
             made = None
             _MADE.pop(model, None)  # frees the old weights before there are new ones
-            decoder: Decoder | str | None = llama.why_not(model)
+            decoder: SharedRunner | str | None = llama.why_not(model)
             if decoder is None:
                 weights = llama.weights_of(model)
                 ops = ops_for(weights)
-                decoder = Decoder(weights, ops) if ops else "the kernels can't run its heads."
+                decoder = SharedRunner(weights, ops) if ops else "the kernels can't run its heads."
             made = _MADE[model] = _Made(fingerprint, decoder)
         return made.decoder
 

@@ -6,15 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qtool.runtime import linear_kernels
-from qtool.runtime.backends import cuda
+from qtool.runtime import driver, linear_kernels
 from qtool.runtime.decoding import torch_ops
 from qtool.runtime.decoding.ops import DecodeOps, DecodeState
 from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, DecoderWeights, Projection
-from qtool.runtime.launch import Call, Card, Launch, constants
+from qtool.runtime.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.linear_kernels import KernelWeight
 
-WARP = 32
 GREEDY_THREADS = 1024
 MOST_NORM_THREADS = 1024
 ATTENTION_THREADS, ATTENTION_WARPS = 256, 8
@@ -22,7 +20,7 @@ MOST_HEADS = 8
 """Query heads of a block, at most: their sums fill the registers."""
 MOST_DIMENSIONS = 1024
 """Of all heads of a block: their sums fill the shared memory."""
-SHORTEST = 64
+SHORTEST_PART = 64
 """Positions of a part of the context, at least: fewer aren't worth a merge."""
 MOST_SPLITS = 64
 HEAD_DIMS = range(8, 257, 8)
@@ -47,7 +45,7 @@ class KernelOps:
         if rows > 0:
             threads = min(MOST_NORM_THREADS, _rounded_up(-(-hidden // 8), WARP))
             self._launch(
-                Call(
+                KernelCall(
                     "rms_norm",
                     "rms_norm",
                     constants(x.dtype, HIDDEN=hidden, THREADS=threads),
@@ -93,7 +91,7 @@ class KernelOps:
         output = qkv.new_empty(batch, shape.num_heads * dim)
         shared = 4 * heads * dim + 4 * dim + 4 * ATTENTION_WARPS * heads * (dim + 2)
         self._launch(
-            Call(
+            KernelCall(
                 "decode_attention",
                 "decode_attention",
                 constants(
@@ -102,7 +100,7 @@ class KernelOps:
                     HEADS=heads,
                     BLOCKS=blocks,
                     QK_NORM=int(layer.query_norm is not None),
-                    SHORTEST=SHORTEST,
+                    SHORTEST=SHORTEST_PART,
                 ),
                 (splits, shape.num_key_value_heads * blocks, batch),
                 ATTENTION_THREADS,
@@ -124,7 +122,7 @@ class KernelOps:
         """Take the likeliest tokens and move on."""
         buffers = (state.tokens, state.positions, state.history, state.steps)
         self._launch(
-            Call(
+            KernelCall(
                 "greedy",
                 "greedy",
                 constants(logits.dtype),
@@ -155,7 +153,7 @@ def heads_per_block(group: int, head_dim: int) -> int:
 
 def splits_for(card: Card, blocks: int, max_length: int) -> int:
     """Return into how many parts a context is cut: enough for the card, and no empty ones."""
-    useful = min(MOST_SPLITS, -(-max_length // SHORTEST))
+    useful = min(MOST_SPLITS, -(-max_length // SHORTEST_PART))
     return max(1, min(useful, card.multiprocessors // blocks))
 
 
@@ -165,9 +163,9 @@ def cuda_ops(weights: DecoderWeights) -> DecodeOps | None:
     dtypes = (torch.float16, torch.bfloat16)
     if shape.dtype not in dtypes or shape.head_dim not in HEAD_DIMS:
         return None
-    if cuda.why_not_on(device) is not None:
+    if driver.why_not_on(device) is not None:
         return None
-    return KernelOps(cuda.launch, cuda.card_of(device.index or 0))
+    return KernelOps(driver.launch, driver.card_of(device.index or 0))
 
 
 def _rounded_up(value: int, to: int) -> int:
