@@ -5,7 +5,6 @@ tests/kernels/host.py launches the same text on a CPU.
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +19,8 @@ from qtool.runtime.selection import STORED_KERNELS, selection_for, wanted_kernel
 from qtool.runtime.tiles import UNIT, Tiles
 from qtool.scheme import Shape2D, WeightScheme
 
-RUN = 8
-"""Rows of gate, then of up, in a tile."""
 SIGN_FLIP_THREADS, SIGN_FLIP_ROWS = 256, 8
 DEQUANTIZE_THREADS, DEQUANTIZE_WARPS = 128, 4
-ROW_DIM = -2
-"""Of every stored part, where groups run along in_features."""
 LOAD_BYTES = 16
 """Bytes: what the kernels load at once."""
 FINEST_GROUP = 32
@@ -49,6 +44,17 @@ class KernelWeight:
     fresh: bool = False
     """Made just now on the device: kernels may not read it ahead."""
 
+    def dense(self) -> Tensor:
+        """Return W by the definition of its format, in torch: (out_features, in_features)."""
+        if self.tiles is None:
+            assert self.stored is not None
+            return weight_of(self.stored).to(self.dtype)
+        parameters, signs = tiles.unpack(self.tiles, self.shape, self.layout.group)
+        offset = parameters[len(signs) :].sum(0)
+        if self.centered:
+            offset = offset * (parameters[0] * 2.0 ** (2 - len(signs)))
+        return ((signs * parameters[: len(signs)]).sum(0) + offset).to(self.dtype)
+
     @property
     def layout(self) -> planes.Layout:
         """Return what the tiled kernels are compiled for."""
@@ -59,65 +65,43 @@ class KernelWeight:
         return planes.Layout(self.scheme.num_bits, group, offset)
 
 
+def is_tileable(tensor: QuantizedTensor) -> bool:
+    """Return whether the tiled kernels can group the inputs of a weight."""
+    size = tensor.scheme.group_size or tensor.shape.in_features
+    whole = size % FINEST_GROUP == 0 or size >= tensor.shape.in_features
+    return tensor.scheme.group_dim == "in_features" and whole
+
+
 def prepare(
-    tensor: QuantizedTensor, dtype: torch.dtype, *, keep_stored: bool = False
+    tensor: QuantizedTensor, dtype: torch.dtype, *, keep_stored: bool | None = None
 ) -> KernelWeight:
     """Re-lay a weight of format `binary_coding`, or of `affine`.
 
     Args:
         tensor: The weight, on the device that runs it.
         dtype: Of the activations.
-        keep_stored: Hold on to the stored parts, which the kernel `lut` reads.
+        keep_stored: Hold on to the stored parts, which the kernel `lut` reads; None: where that one
+            is asked for, or is the fastest.
     """
     tensor = planes_of(tensor)
-    scheme, inputs = tensor.scheme, tensor.shape.in_features
-    size = scheme.group_size or inputs
-    tileable = scheme.group_dim == "in_features" and (size % FINEST_GROUP == 0 or size >= inputs)
+    if keep_stored is None:
+        wanted, device = wanted_kernel(), tensor.parts["bit_planes"].device
+        card_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        keep_stored = wanted in STORED_KERNELS if wanted else _suits_tables(tensor, card_name)
     return KernelWeight(
-        scheme=scheme,
+        scheme=tensor.scheme,
         shape=tensor.shape,
         dtype=dtype,
-        tiles=tiles.pack(tensor) if tileable else None,
-        stored=tensor if keep_stored or not tileable else None,
+        tiles=tiles.pack(tensor) if is_tileable(tensor) else None,
+        stored=tensor if keep_stored or not is_tileable(tensor) else None,
         centered=CENTERS in tensor.parts,
     )
 
 
-def fuse(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor | None:
-    """Put weights that share an input one below the other; None if their schemes differ."""
-    tensors = [planes_of(tensor) for tensor in tensors]
-    first = tensors[0]
-    for other in tensors[1:]:
-        alike = other.parts.keys() == first.parts.keys() and other.scheme == first.scheme
-        if not alike or other.shape.in_features != first.shape.in_features:
-            return None
-    if first.scheme.group_dim != "in_features":
-        return None
-    rows = sum(tensor.shape.out_features for tensor in tensors)
-    parts = {
-        name: torch.cat([tensor.parts[name] for tensor in tensors], dim=ROW_DIM)
-        for name in first.parts
-    }
-    shape = Shape2D(rows, first.shape.in_features)
-    return QuantizedTensor(first.format, first.scheme, shape, parts)
-
-
-def interleave(gate: QuantizedTensor, up: QuantizedTensor) -> QuantizedTensor | None:
-    """Let eight rows of gate and eight of up alternate; None where that can't be."""
-    fused = fuse([gate, up])
-    if fused is None or gate.shape != up.shape or gate.shape.out_features % RUN != 0:
-        return None
-    order = interleaved_order(gate.shape.out_features)
-    parts = {
-        name: part.index_select(ROW_DIM, order.to(part.device))
-        for name, part in fused.parts.items()
-    }
-    return QuantizedTensor(fused.format, fused.scheme, fused.shape, parts)
-
-
-def interleaved_order(rows: int) -> Tensor:
-    """Return where the rows of [gate; up] go: (2 rows,) int64."""
-    return torch.arange(2 * rows).view(2, rows // RUN, RUN).transpose(0, 1).flatten()
+def _suits_tables(tensor: QuantizedTensor, card_name: str) -> bool:
+    """Return whether the kernel `lut` is the fastest for one token."""
+    suits = selection_for(card_name).prefers_tables(tensor.scheme.num_bits, tensor.shape)
+    return suits and lut.why_no_tables(tensor) is None
 
 
 def kernel_for(weight: KernelWeight, tokens: int, card: Card) -> str:
@@ -131,6 +115,8 @@ def kernel_for(weight: KernelWeight, tokens: int, card: Card) -> str:
         return "dequantize"
     if weight.tiles is None:
         return "sign_flip"
+    if tokens == 1 and weight.stored is not None and _suits_tables(weight.stored, card.name):
+        return "lut"
     row_tiles, units, *_ = weight.tiles.planes.shape
     room = planes.tuned_plan(row_tiles, units, tokens or 1, weight.layout, card=card)
     return "dequantize" if room is None else "planes"
@@ -155,7 +141,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         card: Where.
         kernel: One of KERNELS; None: `kernel_for`.
         residual: (tokens, out_features), added to the product.
-        gated: Rows of W are those of `interleave`: return silu(gate) * up.
+        gated: Rows of W alternate, see `fusing`: return silu(gate) * up.
 
     Returns:
         (tokens, out_features) in the dtype of `x`; half as wide if gated.
@@ -180,10 +166,11 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
             residual=residual,
             dependent=not weight.fresh,
         )
+    if kernel == "lut" and not gated and tokens > 0:
+        return lut.multiply_by_tables(x, _stored(weight, kernel), launch, card, residual)
     y = _plain(x, weight, launch, card, kernel)
     if gated:
-        pairs = y.unflatten(-1, (-1, 2, RUN))
-        gate, up = pairs[..., 0, :].flatten(-2), pairs[..., 1, :].flatten(-2)
+        gate, up = tiles.side_by_side(y).chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
     return y if residual is None else y + residual
 
@@ -198,17 +185,27 @@ def _plain(x: Tensor, weight: KernelWeight, launch: Launch, card: Card, kernel: 
             f"Kernel {kernel!r} can't run this weight ({weight.scheme}); dequantize and sign_flip "
             "can."
         )
+    stored = _stored(weight, kernel)
+    if kernel == "sign_flip":
+        return _by_definition(x, stored, launch)
+    return lut.multiply_by_tables(x, stored, launch, card)
+
+
+def _stored(weight: KernelWeight, kernel: str) -> QuantizedTensor:
+    """Return the stored parts for a kernel that reads them.
+
+    Raises:
+        BackendError: they weren't kept, or the kernel can't read them.
+    """
     if weight.stored is None:
         raise BackendError(
             f"Kernel {kernel!r} reads a weight as it is stored, and prepare wasn't told to keep "
             "that (keep_stored)."
         )
-    if kernel == "sign_flip":
-        return _by_definition(x, weight.stored, launch)
-    reason = lut.why_no_tables(weight.stored)
+    reason = lut.why_no_tables(weight.stored) if kernel == "lut" else None
     if reason is not None:
         raise BackendError(reason)
-    return lut.multiply_by_tables(x, weight.stored, launch, card)
+    return weight.stored
 
 
 def _by_definition(x: Tensor, tensor: QuantizedTensor, launch: Launch) -> Tensor:

@@ -63,15 +63,22 @@ def why_no_tables(tensor: QuantizedTensor) -> str | None:
 
 
 def multiply_by_tables(
-    x: Tensor, tensor: QuantizedTensor, launch: Launch, card: Card, tuned: TableTuning | None = None
+    x: Tensor,
+    tensor: QuantizedTensor,
+    launch: Launch,
+    card: Card,
+    residual: Tensor | None = None,
+    *,
+    tuned: TableTuning | None = None,
 ) -> Tensor:
-    """Return x @ W.T.
+    """Return x @ W.T, and a residual.
 
     Args:
         x: (tokens, in_features) float16 or bfloat16, contiguous. Time is linear in tokens.
         tensor: W, of which `why_no_tables` has nothing to say.
         launch: Runs a kernel.
         card: Where.
+        residual: (tokens, out_features), added to the product.
         tuned: None: as `table_tuning` says.
 
     Returns:
@@ -100,8 +107,10 @@ def multiply_by_tables(
         ),
         (parts["bit_planes"], parts["plane_scales"], offsets, x, y if partial is None else partial),
     )
-    if partial is not None:
-        planes.add_splits(partial, y, launch)
+    if partial is None:
+        return y if residual is None else y.add_(residual)
+    epilogue = "none" if residual is None else "residual"
+    planes.add_splits(partial, y, launch, epilogue=epilogue, residual=residual)
     return y
 
 

@@ -108,7 +108,7 @@ def test_warps_go_through_many_rows():
 def test_tuning_changes_nothing_but_time(tuned):
     case = Case(3, (75, 1100), 96)
     tensor, x = case.weight(), case.inputs()
-    got = lut.multiply_by_tables(x, tensor, Poisoner(), WIDE, tuned)
+    got = lut.multiply_by_tables(x, tensor, Poisoner(), WIDE, tuned=tuned)
     assert relative_error(got, x, tensor) < AFTER_CAST[case.dtype]
 
 

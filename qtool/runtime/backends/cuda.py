@@ -1,17 +1,26 @@
 """Backend `cuda`: the kernels of kernels/*.cu, on a card with CuPy."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from qtool.base import KernelBackend, QuantizedTensor
-from qtool.checkpoint.manifest import codec
+from qtool.base import Fused, KernelBackend, QuantizedTensor
 from qtool.formats import affine, binary_coding
-from qtool.runtime import linear_kernels, operators
+from qtool.runtime import fusing, linear_kernels, operators
+from qtool.runtime.backends.dense import BACKEND as DENSE
+from qtool.runtime.decoding.kernel_ops import HEAD_DIMS, KernelOps
+from qtool.runtime.decoding.ops import DecodeOps
+from qtool.runtime.decoding.weights import DecoderWeights
 from qtool.runtime.driver import card_of, launch, why_not_on
+from qtool.runtime.fusing import HalfWeight
 from qtool.runtime.linear_kernels import KernelWeight
 from qtool.runtime.selection import STORED_KERNELS, wanted_kernel
 
 FORMATS = (affine.AFFINE, binary_coding.BINARY_CODING)
+DTYPES = (torch.float16, torch.bfloat16)
+"""That the kernels take; in others weights are dense."""
+Prepared = KernelWeight | HalfWeight | Tensor
 
 
 class CudaBackend:
@@ -20,6 +29,7 @@ class CudaBackend:
     name = "cuda"
     priority = 20
     owns_layout = True
+    decodes_on = "cuda"
 
     def why_not(self, tensor: QuantizedTensor, device: torch.device) -> str | None:
         """Return None for a weight of planes on a card with CuPy, else what is missing."""
@@ -27,28 +37,52 @@ class CudaBackend:
             return f"it runs {' and '.join(FORMATS)} weights; this one is {tensor.format}."
         return why_not_on(device)
 
-    def prepare(self, tensor: QuantizedTensor, dtype: torch.dtype) -> KernelWeight | Tensor:
-        """Return the re-laid weight; in dtypes that the kernels don't take, a dense one."""
-        if dtype not in (torch.float16, torch.bfloat16):
-            return codec(tensor.format).dequantize(tensor, dtype)
-        keep = wanted_kernel() in STORED_KERNELS
-        return linear_kernels.prepare(tensor, dtype, keep_stored=keep)
+    def prepare(self, tensor: QuantizedTensor, dtype: torch.dtype) -> Prepared:
+        """Return the re-laid weight."""
+        if dtype not in DTYPES:
+            return DENSE.prepare(tensor, dtype)
+        return linear_kernels.prepare(tensor, dtype)
 
-    def matmul(self, x: Tensor, prepared: KernelWeight | Tensor) -> Tensor:
+    def matmul(self, x: Tensor, prepared: Prepared) -> Tensor:
         """Return x @ W.T."""
         if isinstance(prepared, Tensor):
-            return torch.nn.functional.linear(x, prepared)
-        if prepared.stored is None:
+            return DENSE.matmul(x, prepared)
+        if isinstance(prepared, HalfWeight):
+            prepared = prepared.weight()
+        # An operator, which a compiler knows, reads tiles alone.
+        tiled = prepared.tiles is not None and torch.compiler.is_compiling()
+        if prepared.stored is None or tiled:
             return operators.matmul_operator(x, prepared)
         return _matmul(x, prepared)
 
-    def rows(self, index: Tensor, prepared: KernelWeight | Tensor) -> Tensor:
+    def rows(self, index: Tensor, prepared: Prepared) -> Tensor:
         """Return the rows that `index` names."""
         if isinstance(prepared, Tensor):
-            return torch.nn.functional.embedding(index, prepared)
+            return DENSE.rows(index, prepared)
+        if isinstance(prepared, HalfWeight):
+            prepared = prepared.weight()
         if prepared.tiles is not None:
             return operators.rows_operator(index, prepared)
         return _rows(index, prepared)
+
+    def fuse(
+        self, tensors: Sequence[QuantizedTensor], dtype: torch.dtype, *, interleave: bool = False
+    ) -> Fused | None:
+        """Put weights into one, unless a kernel is asked for that reads each as it is stored."""
+        if dtype not in DTYPES:
+            return DENSE.fuse(tensors, dtype)
+        if wanted_kernel() in STORED_KERNELS:
+            return None
+        return fusing.fuse(tensors, dtype, interleave=interleave)
+
+    def decode_ops(self, weights: DecoderWeights) -> DecodeOps | None:
+        """Return the operations by the kernels; None where they don't take the shape of a model."""
+        device, shape = weights.final_norm.device, weights.shape
+        if shape.dtype not in DTYPES:
+            return DENSE.decode_ops(weights)
+        if shape.head_dim not in HEAD_DIMS or why_not_on(device) is not None:
+            return None
+        return KernelOps(launch, card_of(device.index or 0))
 
 
 def _matmul(x: Tensor, weight: KernelWeight) -> Tensor:

@@ -19,18 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from qtool import settings
+from qtool.base import KernelBackend
 from qtool.runtime.decoding import llama, torch_ops
-from qtool.runtime.decoding.kernel_ops import cuda_ops
 from qtool.runtime.decoding.ops import DecodeOps
 from qtool.runtime.decoding.sampling import SharedRunner, sample
 from qtool.runtime.decoding.weights import DecoderWeights
-from qtool.runtime.linear_kernels import KernelWeight
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedWeight
 
 Mode = Literal["auto", "always", "never"]
 _MODE: ContextVar[Mode] = ContextVar("qtool_runner", default="auto")
 _LOG = logging.getLogger(__name__)
 
+GRAPHS_ON = "cuda"
+"""Type of the devices on which a step of torch's operations costs no Python."""
 KNOWN_ARGUMENTS = frozenset(
     {
         "attention_mask",
@@ -174,12 +175,13 @@ def _why_not_call(model: Any, input_ids: Tensor, kwargs: Mapping[str, Any]) -> s
         and key not in ("synced_gpus", "streamer")
         and value is not None
     }
-    mode, on_card = _MODE.get(), input_ids.device.type == "cuda"
+    mode, backend = _MODE.get(), _backend_of(model)
+    worth_it = input_ids.device.type == (GRAPHS_ON if backend is None else backend.decodes_on)
     off = mode == "never" or (mode == "auto" and settings.runner_is_off())
     unknown = sorted(arguments.keys() - KNOWN_ARGUMENTS)
     reasons = {
         "it is switched off.": off,
-        "the model isn't on a CUDA card.": mode == "auto" and not on_card,
+        "the model isn't on a CUDA card.": mode == "auto" and not worth_it,
         "there is no prompt.": input_ids.numel() == 0,
         "processes are synchronized.": kwargs.get("synced_gpus", False),
         "more than the tokens is to be returned.": config.return_dict_in_generate,
@@ -238,19 +240,26 @@ def _decoder(model: Any) -> SharedRunner | str:  # noqa: ANN401
             decoder: SharedRunner | str | None = llama.why_not(model)
             if decoder is None:
                 weights = llama.weights_of(model)
-                ops = ops_for(weights)
+                ops = ops_for(model, weights)
                 decoder = SharedRunner(weights, ops) if ops else "the kernels can't run its heads."
             made = _MADE[model] = _Made(fingerprint, decoder)
         return made.decoder
 
 
-def ops_for(weights: DecoderWeights) -> DecodeOps | None:
-    """Return the operations for these weights: kernels if they are packed for kernels.
+def ops_for(model: Any, weights: DecoderWeights) -> DecodeOps | None:  # noqa: ANN401
+    """Return what runs a model's weights: its backend's operations, torch's if none is quantized.
 
-    None: they are, but the kernels don't take the shape of the model.
+    None: the backend has none for the shape of the model.
     """
-    packed = any(isinstance(layer.output, KernelWeight) for layer in weights.layers)
-    return cuda_ops(weights) if packed else torch_ops.OPS
+    backend = _backend_of(model)
+    ops: DecodeOps | None = torch_ops.OPS if backend is None else backend.decode_ops(weights)
+    return ops
+
+
+def _backend_of(model: Any) -> KernelBackend | None:  # noqa: ANN401
+    """Return the best of the backends that run a model's weights; None: none is quantized."""
+    chosen = (module.choose_backend() for module in _quantized(model))
+    return max(chosen, key=lambda backend: backend.priority, default=None)
 
 
 def _fingerprint(model: Any) -> tuple[Any, ...]:  # noqa: ANN401
@@ -258,8 +267,7 @@ def _fingerprint(model: Any) -> tuple[Any, ...]:  # noqa: ANN401
 
     Where the parts of a quantized weight wait doesn't matter: making the decoder changes that.
     """
-    modules = list(model.modules())
-    packed = [module for module in modules if isinstance(module, QuantizedWeight)]
+    modules, packed = list(model.modules()), _quantized(model)
     others = (module for module in modules if not isinstance(module, QuantizedWeight))
     buffers = (buffer for module in others for buffer in module.buffers(recurse=False))
     tensors = [*model.parameters(), *buffers]

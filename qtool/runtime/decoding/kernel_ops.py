@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qtool.runtime import driver, linear_kernels
+from qtool.runtime import linear_kernels
 from qtool.runtime.decoding import torch_ops
-from qtool.runtime.decoding.ops import DecodeOps, DecodeState
-from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, DecoderWeights, Projection
+from qtool.runtime.decoding.ops import DecodeState
+from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, Projection
 from qtool.runtime.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.linear_kernels import KernelWeight
 
@@ -36,7 +36,7 @@ class KernelOps:
         """Return the rows of the tokens."""
         if isinstance(table, KernelWeight):
             return linear_kernels.rows(tokens, table, self._launch)
-        return functional.embedding(tokens, table)
+        return torch_ops.OPS.embed(tokens, table)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return x / rms(x) * weight."""
@@ -70,15 +70,14 @@ class KernelOps:
             return y if residual is None else y + residual
         if isinstance(projection, KernelWeight):
             return linear_kernels.matmul(x, projection, self._launch, self._card, residual=residual)
-        y = functional.linear(x, projection)
+        y = functional.linear(x, torch_ops.dense(projection))
         return y if residual is None else y.add_(residual)
 
     def gated(self, x: Tensor, gate_up: Projection | tuple[Projection, Projection]) -> Tensor:
         """Return silu(x @ gate.T) * (x @ up.T)."""
         if isinstance(gate_up, KernelWeight):
             return linear_kernels.matmul(x, gate_up, self._launch, self._card, gated=True)
-        alternating = not isinstance(gate_up, tuple)
-        return torch_ops.silu_times(self.linear(x, gate_up), alternating=alternating)
+        return torch_ops.silu_times(self.linear(x, gate_up))
 
     def attend(
         self, qkv: Tensor, layer: DecoderLayer, index: int, shape: DecoderShape, state: DecodeState
@@ -155,17 +154,6 @@ def splits_for(card: Card, blocks: int, max_length: int) -> int:
     """Return into how many parts a context is cut: enough for the card, and no empty ones."""
     useful = min(MOST_SPLITS, -(-max_length // SHORTEST_PART))
     return max(1, min(useful, card.multiprocessors // blocks))
-
-
-def cuda_ops(weights: DecoderWeights) -> DecodeOps | None:
-    """Return the operations for weights on a card; None where the kernels can't run them."""
-    device, shape = weights.final_norm.device, weights.shape
-    dtypes = (torch.float16, torch.bfloat16)
-    if shape.dtype not in dtypes or shape.head_dim not in HEAD_DIMS:
-        return None
-    if driver.why_not_on(device) is not None:
-        return None
-    return KernelOps(driver.launch, driver.card_of(device.index or 0))
 
 
 def _rounded_up(value: int, to: int) -> int:
