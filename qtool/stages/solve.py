@@ -12,7 +12,7 @@ from torch import Tensor
 from qtool.base import Env, LayerProblem, LayerSolution, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, codec
 from qtool.checkpoint.writer import CheckpointWriter, Made
-from qtool.errors import MethodError
+from qtool.errors import MethodError, about
 from qtool.scheme import WeightScheme
 from qtool.stages.calibrated import solve_calibrated
 from qtool.stages.memory import peak_memory
@@ -74,15 +74,16 @@ def _solved(run: Run, layer: LayerPlan, walk: Walk | None) -> Made:
     section, env = run.recipe.calibration, run.env
     statistics = None if walk is None else walk.statistics(layer.name)
     started = time.perf_counter()
-    weight = run.source.read_weight(layer.name).to(env.device)
-    _check_finite(layer.name, weight)
-    if statistics is None or section is None:
-        solution = _solve_alone(layer, weight, env)
-    else:
-        solution = solve_calibrated(layer, weight, statistics, section, env)
-    tensor = solution.tensor
-    _check_stored(layer.name, tensor, weight)
-    _check_fallback(run, layer.name, solution.fallback)
+    with about(layer=layer.name):
+        weight = run.source.read_weight(layer.name).to(env.device)
+        _check_finite(layer.name, weight)
+        if statistics is None or section is None:
+            solution = _solve_alone(layer, weight, env)
+        else:
+            solution = solve_calibrated(layer, weight, statistics, section, env)
+        tensor = solution.tensor
+        _check_stored(layer.name, tensor, weight)
+        _check_fallback(run, layer.name, solution.fallback)
     notes = {
         "format": tensor.format,
         "scheme": asdict(tensor.scheme),
@@ -137,7 +138,8 @@ def _check_fallback(run: Run, name: str, fallback: str | None) -> None:
     if section is not None and section.strict and fallback is not None:
         raise MethodError(
             f"{name}: {fallback} (calibration.strict). Without it, or --strict, the layer is taken "
-            "as it is."
+            "as it is.",
+            layer=name,
         )
 
 

@@ -110,7 +110,8 @@ class Walk:
         )
         if not statistics.is_finite():
             name = f"{source.adapter.blocks}.{index}.{linear}"
-            raise MethodError(why_not_finite(source, name, streams.original[0].dtype))
+            walked_in = streams.original[0].dtype
+            raise MethodError(why_not_finite(source, name, walked_in), layer=name)
         return statistics
 
     def _begin(self) -> tuple[BlockModel, Streams]:
