@@ -91,7 +91,7 @@ def time_workload(
         try:
             layers.append(_time_layer(layer, bench.rig, kernel, others))
         except (QtoolError, torch.OutOfMemoryError) as error:
-            not_run[layer.name] = _one_line(error)
+            not_run[layer.name] = _first_line(error)
     if workload.no_models:
         not_run["end to end"] = workload.no_models
     end_to_end = []
@@ -100,7 +100,7 @@ def time_workload(
         try:
             end_to_end.append(time_decoder(model, bench.ops, bench.clock))
         except (QtoolError, torch.OutOfMemoryError) as error:
-            not_run[model.name] = _one_line(error)
+            not_run[model.name] = _first_line(error)
         gc.collect()
     return GpuResult(
         name=workload.name,
@@ -113,7 +113,7 @@ def time_workload(
     )
 
 
-def _one_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 

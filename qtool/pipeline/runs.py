@@ -2,7 +2,6 @@
 
 import time
 from math import prod
-from pathlib import Path
 
 import qtool
 from qtool.checkpoint.manifest import LayerEntry, Manifest
@@ -19,8 +18,6 @@ def write_result(
     run: Run,
     results: tuple[LayerResult, ...],
     writer: CheckpointWriter,
-    *,
-    out_dir: Path,
     started: float,
 ) -> QuantizeResult:
     """Write all files of the result and give it its name.
@@ -29,7 +26,6 @@ def write_result(
         run: What was run.
         results: Of its layers.
         writer: Has the layers and the tensors that were copied.
-        out_dir: As the user names it.
         started: When, by `time.perf_counter`.
 
     Raises:
@@ -37,7 +33,7 @@ def write_result(
     """
     stored = sum(result.entry.num_bytes() for result in results)
     result = QuantizeResult(
-        out_dir=out_dir,
+        out_dir=writer.place.named,
         average_bits=8 * stored / sum(prod(result.entry.shape) for result in results),
         weight_bytes=run.plan.kept_bytes + stored,
         source_bytes=run.plan.source_bytes,

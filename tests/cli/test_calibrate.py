@@ -53,13 +53,14 @@ def test_matched_lengths_are_those_of_the_file(llama, tmp_path):
     assert result.tokens == pytest.approx(400, rel=0.1)
 
 
-def test_input_maxima_are_stored_for_every_linear(llama, tmp_path):
-    from safetensors.torch import load_file
-
+def test_folder_of_an_older_version_is_read(llama, tmp_path):
     pipeline.calibrate(Location(llama), tmp_path / "cal", recipe().calibration)
-    maxima = load_file(tmp_path / "cal" / "input_absmax.safetensors")
-    assert set(maxima) == {layer.name for layer in pipeline.plan(Location(llama), recipe()).layers}
-    assert all(bool((values > 0).any()) for values in maxima.values())
+    (tmp_path / "cal" / "input_absmax.safetensors").write_bytes(b"what nobody reads any more")
+    tokenizer = load_tokenizer(llama)
+    assert len(load_calibration(tmp_path / "cal", tokenizer).samples) == 6
+    again = recipe(num_samples=4).calibration
+    pipeline.calibrate(Location(llama), tmp_path / "cal", again, overwrite=True)
+    assert len(load_calibration(tmp_path / "cal", tokenizer).samples) == 4
 
 
 def test_match_without_tasks_says_what_is_missing(llama, tmp_path):

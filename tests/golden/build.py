@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, Manifest
+from qtool.checkpoint.place import find_place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter, Made
 from qtool.formats import affine, binary_coding
@@ -67,7 +68,7 @@ WEIGHTS: Mapping[str, Callable[[WeightScheme], QuantizedTensor]] = {
 def write(format_name: str, out_dir: Path) -> None:
     """Write the golden checkpoint of one format."""
     layers = {}
-    with CheckpointWriter(out_dir, fingerprint={}, overwrite=False, resume=False) as writer:
+    with CheckpointWriter(find_place(out_dir), {}) as writer:
         for name, scheme in SCHEMES.items():
             tensor = WEIGHTS[format_name](scheme)
             writer.once(name, partial(Made, tensor))

@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qtool.checkpoint.manifest import Manifest
+from qtool.checkpoint.place import find_place
 from qtool.checkpoint.writer import CheckpointWriter, Made
 
 WEIGHTS = "model.safetensors"
@@ -24,7 +25,7 @@ class Stop:
 
 
 def open_writer(out_dir: Path, *, overwrite=False, resume=False, **fingerprint):
-    return CheckpointWriter(out_dir, fingerprint=fingerprint, overwrite=overwrite, resume=resume)
+    return CheckpointWriter(find_place(out_dir, overwrite=overwrite, resume=resume), fingerprint)
 
 
 def add(writer: CheckpointWriter, name: str, tensor: Tensor) -> None:

@@ -105,7 +105,7 @@ def test_directory_that_is_no_checkpoint_is_never_deleted(tmp_path):
     precious.mkdir()
     (precious / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputError, match="holds no checkpoint; --overwrite doesn't delete that"):
-        look(find_place(precious), overwrite=True, resume=False)
+        look(find_place(precious, overwrite=True, resume=False))
     with pytest.raises(OutputError, match="holds no checkpoint"):
         open_writer(precious, overwrite=True)
     assert (precious / "thesis.tex").is_file()
@@ -123,7 +123,7 @@ def test_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("")
     for name, message in (("out", "is a file"), ("out/below", "Not a directory|isn't a directory")):
         with pytest.raises(OutputError, match=message):
-            look(find_place(tmp_path / name), overwrite=True, resume=False)
+            look(find_place(tmp_path / name, overwrite=True, resume=False))
 
 
 def test_too_little_space_is_found_before_any_work(llama, tmp_path, monkeypatch):
