@@ -119,6 +119,7 @@ def bench(
     """
     _check_usage(context)
     check_targets([json_file, plot])
+    early.check_backend(backend)
     with progress(NOT_KEPT) as emit, early.opened([out_dir, baseline], device, emit):
         from qtool import pipeline
 

@@ -168,6 +168,7 @@ def evaluate(
     if str(samples) == "-":
         raise typer.BadParameter("--samples takes the name of a file.")
     check_targets([json_file, markdown, samples])
+    early.check_backend(backend)
     common: dict[str, Any] = {"baseline": baseline, "backend": backend, "dtype": torch_dtype(dtype)}
     if tasks is None:
         with progress("Nothing was kept.") as emit, early.opened([model, baseline], device, emit):
