@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qtool import plugins
 from qtool.base import Emit
@@ -11,14 +11,17 @@ from qtool.errors import DataError, UnknownNameError
 from qtool.storage.jsonl import check_file
 
 if TYPE_CHECKING:
+    from qtool.modeling.locate import Location
     from qtool.recipe.schema import CalibrationSection, Recipe
 
 SAMPLES = "samples.safetensors"
 
 
 @contextlib.contextmanager
-def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iterator[None]:
+def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iterator[list[Any]]:
     """Say what is opened, look at each config.json, fetch the demo model, choose the device.
+
+    Gives a `Location` for each name, None for None: the only place where a string means a model.
 
     Raises:
         ModelError: a model isn't there or says nothing of itself, or can't be fetched.
@@ -27,22 +30,24 @@ def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iter
     """
     from qtool.modeling.config import read_config
     from qtool.modeling.demo import demo_file
-    from qtool.modeling.locate import config_directory
+    from qtool.modeling.locate import locate
 
     named = [model for model in models if model]
     emit("phase", {"name": f"opening {' and '.join(named)}" if named else "loading torch"})
     for model in named:
         if model.startswith("demo:"):
             demo_file(model, emit)
-        elif (directory := config_directory(model)) is not None:
+    found = [locate(model) if model else None for model in models]
+    for location in filter(None, found):
+        if (directory := location.config_directory()) is not None:
             read_config(directory)
     from qtool.modeling.device import use_device  # torch: slow
 
     with use_device(device):
-        yield
+        yield found
 
 
-def check_recipe(model: str, recipe: "Recipe") -> None:
+def check_recipe(model: "Location", recipe: "Recipe") -> None:
     """Refuse what a local model's files show to be impossible, before transformers is imported.
 
     Raises:
@@ -51,9 +56,9 @@ def check_recipe(model: str, recipe: "Recipe") -> None:
     from qtool.modeling.glance import glance
     from qtool.stages.plan import check_request
 
-    if not Path(model).expanduser().is_dir():
+    if model.path is None or not model.path.is_dir():
         return
-    seen = glance(Path(model).expanduser())
+    seen = glance(model.path)
     if seen is not None:
         check_request(recipe, *seen)
 

@@ -8,9 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qtool.modeling.locate import local_path
-
 if TYPE_CHECKING:
+    from qtool.modeling.locate import Location
     from qtool.recipe.schema import CalibrationSection
 
 WEIGHT_BYTES = {".safetensors": 2.0, ".gguf": 0.625}
@@ -25,13 +24,11 @@ CARD = 200
 SAMPLE_TOKENS = 2048
 
 
-def guess_seconds(model: str, section: "CalibrationSection", device: str | None) -> float | None:
-    """Return about how many seconds a calibrated run takes; None: the size isn't known yet.
-
-    Raises:
-        ModelError: there is no such model.
-    """
-    path = local_path(model)
+def guess_seconds(
+    model: "Location", section: "CalibrationSection", device: str | None
+) -> float | None:
+    """Return about how many seconds a calibrated run takes; None: the size isn't known yet."""
+    path = model.path
     if path is None:
         return None
     files = [path] if path.is_file() else path.iterdir()

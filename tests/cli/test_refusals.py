@@ -12,6 +12,7 @@ import pytest
 from safetensors import torch as safetensors
 
 from qtool.cli.guess import guess_seconds
+from qtool.modeling.locate import Location, locate
 from qtool.recipe.schema import CalibrationSection
 from tests.cli.conftest import Cli
 
@@ -177,6 +178,6 @@ def test_a_guess_grows_with_model_and_samples(tmp_path):
         with file.open("wb") as opened:
             opened.truncate(num_bytes)
         section = CalibrationSection(num_samples=samples)
-        guesses.append(guess_seconds(str(file), section, "cpu") or 0)
+        guesses.append(guess_seconds(Location(file), section, "cpu") or 0)
     assert guesses == sorted(set(guesses))
-    assert guess_seconds("owner/on-the-hub", CalibrationSection(), "cpu") is None
+    assert guess_seconds(locate("owner/on-the-hub"), CalibrationSection(), "cpu") is None
