@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-from qtool.evaluation.sandbox import Limits, Outcome, run_programs
+from qtool.sandbox.run import Limits, Outcome, run_programs
 
 SECONDS = 3.0
 """Of one program, as in `code_eval`; here of its processor time, so that a busy machine fails no

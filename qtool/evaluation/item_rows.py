@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from qtool.errors import DataError, OutputError
 from qtool.evaluation.local_data import Row, read_rows
-from qtool.evaluation.sandbox import Outcome
+from qtool.sandbox.run import Outcome
 from qtool.storage.plain_json import plain_json
 from qtool.storage.whole_files import written_whole
 from qtool.wording import reason

@@ -14,7 +14,7 @@ import torch
 
 from qtool.base import Emit, ignore_events
 from qtool.errors import DataError, OutputError, QtoolError
-from qtool.evaluation import batches, sandbox
+from qtool.evaluation import batches
 from qtool.evaluation.harness import SEEDS, Tasks
 from qtool.evaluation.item_rows import AddRows, kept_rows
 from qtool.evaluation.kept_scores import KeptScores
@@ -22,6 +22,7 @@ from qtool.evaluation.lm_eval_hooks import quiet
 from qtool.evaluation.scores import TaskFailure, TaskScores
 from qtool.evaluation.task_run import FULL, explained, run_task
 from qtool.modeling.load import LoadedModel
+from qtool.sandbox.run import protections
 
 UNFIT = "Check its configuration and its tokenizer."
 
@@ -80,7 +81,7 @@ def check_tasks(options: TaskOptions) -> Tasks:
             "nothing. Leave it out, or add a task such as gsm8k."
         )
     if tasks.unsafe(options.tasks):
-        sandbox.protections()  # raises where there are none: now, not when all is written
+        protections()  # raises where there are none: now, not when all is written
     return tasks
 
 

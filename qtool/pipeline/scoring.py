@@ -62,10 +62,11 @@ def evaluate_tasks(
         ModelError: before a model is loaded: one isn't there, or its files can't be read.
         CheckpointError: before a model is loaded: one is damaged.
     """
-    from qtool.evaluation import sandbox, task_comparison
+    from qtool.evaluation import task_comparison
     from qtool.evaluation.item_rows import row_file
     from qtool.evaluation.kept_scores import versions as versions_of_scores
     from qtool.evaluation.tasks import check_tasks, run_tasks
+    from qtool.sandbox.run import protections
 
     check_model(model)
     tasks = check_tasks(options)
@@ -85,7 +86,7 @@ def evaluate_tasks(
         model=measured[-1],
         original=original,
         rows=task_comparison.score_rows(measured[-1], original),
-        protections=sandbox.protections() if tasks.unsafe(options.tasks) else (),
+        protections=protections() if tasks.unsafe(options.tasks) else (),
         versions={**versions(), **versions_of_scores()},
     )
 

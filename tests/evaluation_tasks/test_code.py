@@ -13,8 +13,8 @@ from qtool.errors import DataError
 from qtool.evaluation import code_metric
 from qtool.evaluation.harness import SANDBOXED, Tasks
 from qtool.evaluation.lm_eval_hooks import task_manager
-from qtool.evaluation.sandbox import run_programs
 from qtool.evaluation.task_model import TaskModel
+from qtool.sandbox.run import run_programs
 from tests.task_rows import SAMPLE
 
 TASKS = [json.loads(line) for line in (SAMPLE / "code/humaneval.jsonl").read_text().splitlines()]

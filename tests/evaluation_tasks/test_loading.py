@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qtool.errors import QtoolError
-from qtool.evaluation import sandbox
+from qtool.evaluation import tasks as tasks_module
 from qtool.evaluation.harness import Tasks
 from qtool.evaluation.tasks import TaskOptions, _kept, check_tasks, run_tasks
 
@@ -58,7 +58,7 @@ def test_sandbox_that_cannot_be_set_up_is_found_before_a_model_is_loaded(data, m
     def refuse() -> Any:
         raise QtoolError("The sandbox can't be set up")
 
-    monkeypatch.setattr(sandbox, "protections", refuse)
+    monkeypatch.setattr(tasks_module, "protections", refuse)
     asked = {"data_dir": data, "confirm_unsafe": True}
     check_tasks(TaskOptions(tasks=("arc_easy",), **asked))
     with pytest.raises(QtoolError, match="can't be set up"):
