@@ -20,10 +20,10 @@ from qtool.cli.options import (
 )
 from qtool.cli.progress import progress
 from qtool.cli.task_figures import print_tasks, raise_failures, task_report, write_markdown
-from qtool.evaluation.task_names import check_spelling
+from qtool.evaluation.lm_eval.task_names import check_spelling
 
 if TYPE_CHECKING:
-    from qtool.evaluation.task_comparison import TaskComparison
+    from qtool.pipeline.task_results import TaskComparison
 
 KEPT = "Answers and scores are kept: the same command goes on with the next requests."
 PERPLEXITY = "Without --tasks"
@@ -220,8 +220,7 @@ def _scored(
 ) -> "TaskComparison":
     """Run the tasks."""
     from qtool import pipeline
-    from qtool.evaluation.generation import parse_generation
-    from qtool.evaluation.tasks import TaskOptions
+    from qtool.evaluation.lm_eval.options import TaskOptions, parse_generation
 
     generation = parse_generation(gen_kwargs) if gen_kwargs is not None else {}
     emit("phase", {"name": "looking up the tasks in lm-eval"})

@@ -1,5 +1,6 @@
 """Scoring what was quantized: tasks of lm-eval, on a model and on its original."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qtool.base import Emit, ignore_events
 from qtool.errors import ModelError
 from qtool.modeling.device import default_device, default_dtype
+from qtool.modeling.digest import model_digest, model_states
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import check_model, locate
 from qtool.pipeline.measuring import versions
@@ -19,10 +21,12 @@ from qtool.wording import reason
 if TYPE_CHECKING:
     import torch
 
+    from qtool.evaluation.lm_eval.options import TaskOptions
     from qtool.evaluation.scores import TaskFailure, TaskScores
-    from qtool.evaluation.task_comparison import ModelTasks, TaskComparison
-    from qtool.evaluation.tasks import TaskOptions
+    from qtool.pipeline.task_results import ModelTasks, TaskComparison
 
+SWITCHES = ("QTOOL_BACKEND", "QTOOL_KERNEL", "QTOOL_RUNNER", "QTOOL_DEPENDENT_LAUNCHES")
+"""Environment variables that change how a model is executed."""
 TOO_LARGE = "It needs a larger card, or fewer bytes for each weight."
 DAMAGED = "Check that its files are whole."
 
@@ -62,14 +66,16 @@ def evaluate_tasks(
         ModelError: before a model is loaded: one isn't there, or its files can't be read.
         CheckpointError: before a model is loaded: one is damaged.
     """
-    from qtool.evaluation import task_comparison
-    from qtool.evaluation.item_rows import row_file
-    from qtool.evaluation.kept_scores import versions as versions_of_scores
-    from qtool.evaluation.tasks import check_tasks, run_tasks
+    from qtool.evaluation.kept import library_versions
+    from qtool.evaluation.lm_eval.harness import Tasks
+    from qtool.evaluation.lm_eval.item_rows import row_file
+    from qtool.evaluation.lm_eval.run import run_tasks
+    from qtool.pipeline.task_results import TaskComparison, score_rows
     from qtool.sandbox.run import protections
 
     check_model(model)
-    tasks = check_tasks(options)
+    tasks = Tasks(options)
+    tasks.check()
     dtype = dtype or default_dtype(default_device())
     names = [name for name in (baseline, model) if name is not None]
     subjects = [_subject(name, dtype, backend, remember=options.cache) for name in names]
@@ -79,15 +85,15 @@ def evaluate_tasks(
             load = partial(_load, subject, dtype, remember=options.cache)
             begin = {"model": subject.figures.name, "baseline": number < len(names) - 1}
             add_rows = rows_of(begin) if rows_of is not None else None
-            outcomes = run_tasks(load, subject.settings, tasks, options, emit, add_rows)
+            outcomes = run_tasks(load, subject.settings, tasks, emit, add_rows)
             measured.append(_model_tasks(subject.figures, outcomes))
     original = measured[0] if baseline is not None else None
-    return task_comparison.TaskComparison(
+    return TaskComparison(
         model=measured[-1],
         original=original,
-        rows=task_comparison.score_rows(measured[-1], original),
-        protections=protections() if tasks.unsafe(options.tasks) else (),
-        versions={**versions(), **versions_of_scores()},
+        rows=score_rows(measured[-1], original),
+        protections=protections() if tasks.unsafe() else (),
+        versions={**versions(), **library_versions()},
     )
 
 
@@ -95,7 +101,7 @@ def _model_tasks(
     figures: ModelFigures, outcomes: "Sequence[TaskScores | TaskFailure]"
 ) -> "ModelTasks":
     from qtool.evaluation.scores import TaskFailure, TaskScores
-    from qtool.evaluation.task_comparison import ModelTasks
+    from qtool.pipeline.task_results import ModelTasks
 
     return ModelTasks(
         name=figures.name,
@@ -107,25 +113,26 @@ def _model_tasks(
 
 
 def _subject(model: str, dtype: "torch.dtype", backend: str | None, *, remember: bool) -> _Subject:
-    from qtool.evaluation import kept_scores
+    import torch
 
     location = locate(model)
     name = location.public_name or location.directory.resolve().name
     try:
-        states = kept_scores.model_states(location.directory)
+        states = model_states(location.directory)
         figures = figures_of(name, location.directory)
-        digest = kept_scores.model_digest(location.directory, remember=remember)
+        digest = model_digest(location.directory, remember=remember)
     except OSError as error:
         raise ModelError(
             f"Can't read {error.filename} of {name}: {reason(error)}. Check that the model's "
             "files are all there, and yours to read."
         ) from error
+    device = default_device()
     settings = {
         "digest": digest,
         "dtype": str(dtype).removeprefix("torch."),
-        "device": kept_scores.device_name(default_device()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "backend": backend or wanted_backend(),
-        "switches": kept_scores.switches(),
+        "switches": {name: os.environ[name] for name in SWITCHES if os.environ.get(name)},
     }
     return _Subject(model, location.directory, figures, settings, states)
 
@@ -137,15 +144,14 @@ def _load(subject: _Subject, dtype: "torch.dtype", *, remember: bool) -> LoadedM
         ModelError: it can't be loaded, or is another by now.
         CheckpointError: its files are missing or damaged.
     """
-    from qtool.evaluation import kept_scores
-    from qtool.evaluation.lm_eval_hooks import quiet
-    from qtool.evaluation.task_run import explained
+    from qtool.evaluation.lm_eval.hooks import quiet
+    from qtool.evaluation.lm_eval.run import explained
 
     name, directory = subject.figures.name, subject.directory
     with explained(f"{name} can't be loaded", full=TOO_LARGE, other=DAMAGED), quiet():
         loaded = load_model(subject.model, dtype=dtype)
-        same = kept_scores.model_states(directory) == subject.states or (
-            kept_scores.model_digest(directory, remember=remember) == subject.settings["digest"]
+        same = model_states(directory) == subject.states or (
+            model_digest(directory, remember=remember) == subject.settings["digest"]
         )
     if not same:
         raise ModelError(

@@ -83,6 +83,18 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield place, json_value(text, place)
 
 
+def json_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a .jsonl file.
+
+    Raises:
+        DataError: as `json_lines`, or a line isn't a JSON object.
+    """
+    for place, row in json_lines(path):
+        if not isinstance(row, dict):
+            raise DataError(f"{place} isn't a JSON object.")
+        yield row
+
+
 def json_value(text: str, place: str) -> Any:  # noqa: ANN401
     """Return the value of a JSON text, without halves of surrogate pairs.
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from qtool import pipeline
-from qtool.evaluation.task_comparison import TaskComparison
-from qtool.evaluation.tasks import TaskOptions
+from qtool.evaluation.lm_eval.options import TaskOptions
 from qtool.pipeline import scoring
+from qtool.pipeline.task_results import TaskComparison
 from tests import families
 from tests.task_rows import write_all
 

@@ -10,10 +10,10 @@ import evaluate as metrics
 import pytest
 
 from qtool.errors import DataError
-from qtool.evaluation import code_metric
-from qtool.evaluation.harness import SANDBOXED, Tasks
-from qtool.evaluation.lm_eval_hooks import task_manager
-from qtool.evaluation.task_model import TaskModel
+from qtool.evaluation.lm_eval import code_metric
+from qtool.evaluation.lm_eval.harness import SANDBOXED, Tasks
+from qtool.evaluation.lm_eval.hooks import task_manager
+from qtool.evaluation.lm_eval.task_model import TaskModel
 from qtool.sandbox.run import run_programs
 from tests.task_rows import SAMPLE
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from qtool.errors import ModelError, QtoolError
-from qtool.evaluation.harness import Tasks
-from qtool.evaluation.task_model import TaskModel
+from qtool.evaluation.lm_eval.harness import Tasks
+from qtool.evaluation.lm_eval.task_model import TaskModel
 from qtool.pipeline import scoring
 from tests.cli.conftest import Cli, cli
 from tests.evaluation_tasks.conftest import LoadsModelError

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from lm_eval.models.huggingface import HFLM
+from qtool.evaluation.tasks import TaskOptions, check_tasks
 
 from qtool.errors import DataError
-from qtool.evaluation.generation import parse_generation
-from qtool.evaluation.tasks import TaskOptions, check_tasks
+from qtool.evaluation.lm_eval.options import parse_generation
 from tests.cli.conftest import Cli, cli
 
 __all__ = ["cli"]  # the fixture

@@ -7,11 +7,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from qtool.evaluation.tasks import TaskOptions, _kept, check_tasks, run_tasks
 
 from qtool.errors import QtoolError
 from qtool.evaluation import tasks as tasks_module
-from qtool.evaluation.harness import Tasks
-from qtool.evaluation.tasks import TaskOptions, _kept, check_tasks, run_tasks
+from qtool.evaluation.lm_eval.harness import Tasks
 
 NEVER: dict[str, Any] = {"digest": "", "dtype": "", "device": "", "backend": None}
 

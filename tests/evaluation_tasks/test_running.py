@@ -11,11 +11,11 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from qtool.evaluation import batches
-from qtool.evaluation.local_data import read_rows
-from qtool.evaluation.responses import ResponseStore
+from qtool.evaluation.kept import ResponseStore
+from qtool.evaluation.lm_eval import batches
 from qtool.evaluation.scores import TaskFailure, TaskScores
-from qtool.evaluation.task_comparison import TaskComparison
+from qtool.pipeline.task_results import TaskComparison
+from qtool.storage.jsonl import json_objects
 from tests.evaluation_tasks.conftest import LoadsModelError
 
 Asked = list[Any]
@@ -157,8 +157,9 @@ class TestKept:
     @pytest.fixture(autouse=True)
     def before(self, long_llama: Path, data: Path) -> Any:
         """Run once, with the real way to load a model."""
-        from qtool.evaluation import kept_scores
         from qtool.evaluation.tasks import TaskOptions, check_tasks, run_tasks
+
+        from qtool.evaluation import kept_scores
         from qtool.modeling.load import load_model
 
         options = TaskOptions(tasks=("lambada_openai",), data_dir=data)
@@ -237,6 +238,7 @@ def test_no_cache_leaves_nothing(evaluate, own_cache):
 @pytest.mark.parametrize("task", ["arc_easy", "wikitext"])
 def test_outputs_that_are_not_numbers_are_a_failure_at_once(long_llama, data, own_cache, task):
     from qtool.evaluation.tasks import TaskOptions, check_tasks, run_tasks
+
     from qtool.modeling.load import load_model
 
     def load() -> Any:
@@ -261,7 +263,7 @@ def words(text: str) -> int:
 def test_truncated_requests_are_counted(evaluate, data):
     longest = 13
     expected = 0
-    for row in read_rows(data / "mcqa/arc_easy_test.jsonl"):
+    for row in json_objects(data / "mcqa/arc_easy_test.jsonl"):
         for choice in row["choices"]["text"]:
             expected += words(f"Question: {row['question']}\nAnswer: {choice}") > longest + 1
     assert 0 < expected < INPUTS["arc_easy"]
@@ -297,7 +299,7 @@ def test_answers_that_cannot_fit_are_a_failure(evaluate):
 
 @pytest.fixture(scope="module")
 def model(long_llama):
-    from qtool.evaluation.task_model import TaskModel
+    from qtool.evaluation.lm_eval.task_model import TaskModel
     from qtool.modeling.load import load_model
 
     return TaskModel(load_model(str(long_llama), device="cpu"))

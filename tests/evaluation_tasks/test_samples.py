@@ -14,7 +14,7 @@ import pytest
 
 from qtool.errors import OutputError
 from qtool.evaluation import item_rows
-from qtool.evaluation.task_model import TaskModel
+from qtool.evaluation.lm_eval.task_model import TaskModel
 from qtool.storage import whole_files
 from qtool.storage.plain_json import plain_json
 from tests.cli.conftest import Cli, cli

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from qtool import pipeline
 from qtool.data.calibration_files import load_calibration
-from qtool.evaluation.kept_scores import KeptScores
-from qtool.evaluation.responses import ResponseStore
+from qtool.evaluation.kept import KeptScores, ResponseStore
 from qtool.evaluation.scores import Score, TaskScores
 from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import locate
