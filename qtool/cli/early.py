@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qtool.base import Emit
 from qtool.errors import DataError
@@ -16,27 +16,28 @@ SAMPLES = "samples.safetensors"
 
 
 @contextlib.contextmanager
-def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iterator[None]:
-    """Say what is opened, look for local models, fetch the demo model, choose the device.
+def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iterator[list[Any]]:
+    """Say what is opened, find the models, fetch the demo model, choose the device.
+
+    Gives a `Location` for each name, None for None: the only place where a string means a model.
 
     Raises:
         ModelError: a local model isn't there, or the demo model can't be fetched.
         BackendError: torch doesn't have the device.
     """
     from qtool.modeling.demo import demo_file
-    from qtool.modeling.locate import local_path
+    from qtool.modeling.locate import locate
 
     named = [model for model in models if model]
     emit("phase", {"name": f"opening {' and '.join(named)}" if named else "loading torch"})
     for model in named:
         if model.startswith("demo:"):
             demo_file(model, emit)
-        else:
-            local_path(model)  # a hub id is asked for later, a GGUF file converted
+    found = [locate(model) if model else None for model in models]
     from qtool.modeling.device import use_device  # torch: slow
 
     with use_device(device):
-        yield
+        yield found
 
 
 def check_directory(calib_dir: Path | None) -> None:

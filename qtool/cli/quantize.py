@@ -100,7 +100,7 @@ def quantize(
     check_targets([json_file])
     early.check_directory(calibration)
     kept = "Nothing was written." if dry_run else KEPT
-    with progress(kept) as emit, early.opened([model], device, emit):
+    with progress(kept) as emit, early.opened([model], device, emit) as (where,):
         from qtool import pipeline
         from qtool.stages.plan import with_samples
 
@@ -112,10 +112,10 @@ def quantize(
         if calibration is None:
             early.check_texts(chosen.calibration)
         if dry_run:
-            show = partial(_print_plan, pipeline.plan(model, chosen))
+            show = partial(_print_plan, pipeline.plan(where, chosen))
         else:
             result = pipeline.quantize(
-                model,
+                where,
                 out_dir,
                 chosen,
                 calib_dir=calibration,

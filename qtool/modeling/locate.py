@@ -1,4 +1,4 @@
-"""MODEL on the command line -> a local directory of safetensors.
+"""MODEL on the command line -> a `Location`, which all below the command line takes.
 
 A local directory stays where it is, a hub id is downloaded, a GGUF file is dequantized once to
 float16 into the cache, `demo:smollm2` is a GGUF file that `modeling.demo` fetches.
@@ -6,6 +6,7 @@ float16 into the cache, `demo:smollm2` is a GGUF file that `modeling.demo` fetch
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from qtool.errors import ModelError
@@ -20,54 +21,50 @@ HUB_NOT = [*(f"*/{name}" for name in HUB_FILES), "consolidated*.safetensors"]
 """Other formats, precisions and parts of a pipeline: to the hub a `*` is slashes too."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Location:
-    """A model on this machine."""
+    """A model, and where it is once its directory is asked for."""
 
-    directory: Path
-    public_name: str | None
+    path: Path | None
+    """Directory or GGUF file; None: the hub has it."""
+    public_name: str | None = None
     """Hub id or demo name; None for local files, whose paths are nobody's business."""
+
+    @cached_property
+    def directory(self) -> Path:
+        """Safetensors and config.json: downloaded or converted the first time.
+
+        Raises:
+            ModelError: it can't be fetched or converted.
+            MissingExtraError: what reads GGUF files isn't installed.
+        """
+        if self.path is None:
+            return _download(str(self.public_name))
+        return convert_gguf(self.path) if self.path.is_file() else self.path
+
+    @property
+    def name(self) -> str:
+        """What to call it in results: public name, else the directory's own name."""
+        return self.public_name or self.directory.resolve().name
 
 
 def locate(model: str) -> Location:
-    """Find or fetch a model.
+    """Find a model; nothing is read, converted or downloaded, so that a typo is found at once.
 
     Args:
         model: Local directory, hub id, `.gguf` file, or `demo:smollm2`.
 
     Raises:
-        ModelError: there is no such model, or it can't be fetched.
-        MissingExtraError: what reads GGUF files isn't installed.
-    """
-    path = local_path(model)
-    if path is None:
-        return Location(_download(model), model)
-    directory = convert_gguf(path) if path.is_file() else path
-    return Location(directory, model if model.startswith("demo:") else None)
-
-
-def check_model(model: str) -> None:
-    """Raise unless a model is there, so that a typo is found before another model has run.
-
-    One of the hub is downloaded: only the hub knows it. Nothing is read or converted.
-
-    Raises:
-        ModelError: as `locate`.
-        MissingExtraError: as `locate`.
-    """
-    if local_path(model) is None:
-        _download(model)
-
-
-def local_path(model: str) -> Path | None:
-    """Return the directory or the GGUF file that a name means; None: the hub may have it.
-
-    Nothing is read, converted or downloaded, so that a typo is found at once.
-
-    Raises:
         ModelError: there is no such model.
         MissingExtraError: the demo model's package isn't installed.
     """
+    path = _local_path(model)
+    is_public = path is None or model.startswith("demo:")
+    return Location(path, model if is_public else None)
+
+
+def _local_path(model: str) -> Path | None:
+    """Return the directory or the GGUF file that a name means; None: the hub may have it."""
     if model.startswith("demo:"):
         return demo_file(model)
     try:

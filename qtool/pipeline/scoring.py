@@ -4,17 +4,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.base import Emit, ignore_events
+from qtool.base import Emit
 from qtool.errors import ModelError
 from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.digest import model_digest, model_states
 from qtool.modeling.load import LoadedModel, load_model
-from qtool.modeling.locate import check_model, locate
-from qtool.pipeline.measuring import versions
-from qtool.pipeline.model_figures import ModelFigures, figures_of
+from qtool.modeling.locate import Location
+from qtool.pipeline.model_figures import ModelFigures, figures_of, versions
 from qtool.runtime.select import use_backend, wanted_backend
 from qtool.wording import reason
 
@@ -35,9 +33,7 @@ DAMAGED = "Check that its files are whole."
 class _Subject:
     """A model that is evaluated."""
 
-    model: str
-    """As the user names it."""
-    directory: Path
+    location: Location
     figures: ModelFigures
     settings: Mapping[str, Any]
     """All of it that decides scores."""
@@ -45,14 +41,13 @@ class _Subject:
     """Of its files, as they were when their digest was taken."""
 
 
-def evaluate_tasks(
-    model: str,
+def score(
+    model: Location,
     options: "TaskOptions",
-    *,
-    baseline: str | None = None,
-    backend: str | None = None,
-    dtype: "torch.dtype | None" = None,
-    emit: Emit = ignore_events,
+    baseline: Location | None,
+    backend: str | None,
+    dtype: "torch.dtype | None",
+    emit: Emit,
 ) -> "TaskComparison":
     """Run tasks of lm-eval on a model and, if given, on a baseline: the same items, one by one.
 
@@ -73,17 +68,16 @@ def evaluate_tasks(
     from qtool.pipeline.task_results import TaskComparison, score_rows
     from qtool.sandbox.run import protections
 
-    check_model(model)
     tasks = Tasks(options)
     tasks.check()
     dtype = dtype or default_dtype(default_device())
-    names = [name for name in (baseline, model) if name is not None]
-    subjects = [_subject(name, dtype, backend, remember=options.cache) for name in names]
+    models = [one for one in (baseline, model) if one is not None]
+    subjects = [_subject(one, dtype, backend, remember=options.cache) for one in models]
     measured = []
     with use_backend(backend), row_file(options.samples) as rows_of:
         for number, subject in enumerate(subjects):
             load = partial(_load, subject, dtype, remember=options.cache)
-            begin = {"model": subject.figures.name, "baseline": number < len(names) - 1}
+            begin = {"model": subject.figures.name, "baseline": number < len(models) - 1}
             add_rows = rows_of(begin) if rows_of is not None else None
             outcomes = run_tasks(load, subject.settings, tasks, emit, add_rows)
             measured.append(_model_tasks(subject.figures, outcomes))
@@ -92,7 +86,7 @@ def evaluate_tasks(
         model=measured[-1],
         original=original,
         rows=score_rows(measured[-1], original),
-        protections=protections() if tasks.unsafe() else (),
+        protections=protections() if tasks.unsafe(options.tasks) else (),
         versions={**versions(), **library_versions()},
     )
 
@@ -112,11 +106,12 @@ def _model_tasks(
     )
 
 
-def _subject(model: str, dtype: "torch.dtype", backend: str | None, *, remember: bool) -> _Subject:
+def _subject(
+    location: Location, dtype: "torch.dtype", backend: str | None, *, remember: bool
+) -> _Subject:
     import torch
 
-    location = locate(model)
-    name = location.public_name or location.directory.resolve().name
+    name = location.name
     try:
         states = model_states(location.directory)
         figures = figures_of(name, location.directory)
@@ -134,7 +129,7 @@ def _subject(model: str, dtype: "torch.dtype", backend: str | None, *, remember:
         "backend": backend or wanted_backend(),
         "switches": {name: os.environ[name] for name in SWITCHES if os.environ.get(name)},
     }
-    return _Subject(model, location.directory, figures, settings, states)
+    return _Subject(location, figures, settings, states)
 
 
 def _load(subject: _Subject, dtype: "torch.dtype", *, remember: bool) -> LoadedModel:
@@ -147,9 +142,9 @@ def _load(subject: _Subject, dtype: "torch.dtype", *, remember: bool) -> LoadedM
     from qtool.evaluation.lm_eval.hooks import quiet
     from qtool.evaluation.lm_eval.run import explained
 
-    name, directory = subject.figures.name, subject.directory
+    name, directory = subject.figures.name, subject.location.directory
     with explained(f"{name} can't be loaded", full=TOO_LARGE, other=DAMAGED), quiet():
-        loaded = load_model(subject.model, dtype=dtype)
+        loaded = load_model(subject.location, dtype=dtype)
         same = model_states(directory) == subject.states or (
             model_digest(directory, remember=remember) == subject.settings["digest"]
         )

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 
 from qtool import pipeline
+from qtool.evaluation.lm_eval.harness import Tasks
 from qtool.evaluation.lm_eval.options import TaskOptions
+from qtool.modeling.locate import Location
 from qtool.pipeline import scoring
 from qtool.pipeline.task_results import TaskComparison
+from qtool.storage.store import Store
 from tests import families
 from tests.task_rows import write_all
 
@@ -46,7 +49,7 @@ def long_checkpoint(long_llama: Path, tmp_path_factory: pytest.TempPathFactory) 
     from tests.helpers import recipe
 
     out_dir = tmp_path_factory.mktemp("long") / "checkpoint"
-    pipeline.quantize(str(long_llama), out_dir, recipe(num_bits=3))
+    pipeline.quantize(Location(long_llama), out_dir, recipe(num_bits=3))
     return out_dir
 
 
@@ -72,9 +75,22 @@ def evaluate(long_llama: Path, data: Path) -> Evaluate:
         names = ("baseline", "backend", "dtype", "emit")
         others = {key: options.pop(key) for key in names if key in options}
         asked = TaskOptions(tasks=tasks, **{"data_dir": data, **options})
-        return pipeline.evaluate_tasks(str(model), asked, **others)
+        result = pipeline.evaluate(Location(model), pipeline.EvalOptions(tasks=asked), **others)
+        assert result.tasks is not None
+        return result.tasks
 
     return run
+
+
+def asked_of(*tasks: str, **options: Any) -> Tasks:
+    """Return lm-eval's tasks with the options of TaskOptions, unchecked."""
+    return Tasks(TaskOptions(tasks=tasks, **options))
+
+
+def kept_answers() -> int:
+    """Return how many answers are kept of runs that didn't end."""
+    with Store() as store:
+        return sum(kept.entries for kept in store.summary() if kept.kind == "answers")
 
 
 class LoadsModelError(BaseException):

@@ -13,7 +13,9 @@ import torch
 from qtool.errors import ModelError, QtoolError
 from qtool.evaluation.lm_eval.harness import Tasks
 from qtool.evaluation.lm_eval.task_model import TaskModel
+from qtool.modeling.locate import Location
 from qtool.pipeline import scoring
+from qtool.storage.store import Store
 from tests.cli.conftest import Cli, cli
 from tests.evaluation_tasks.conftest import LoadsModelError
 
@@ -166,7 +168,7 @@ def test_data_that_change_while_the_baseline_runs(
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_model_that_changes_while_the_baseline_runs(evaluate, other, long_llama, cache, own_cache):
+def test_model_that_changes_while_the_baseline_runs(evaluate, other, long_llama, cache):
     def change(event: str, _values: Any) -> None:
         config = other / "config.json"
         if event == "request" and not config.read_text().endswith(" "):
@@ -178,7 +180,9 @@ def test_model_that_changes_while_the_baseline_runs(evaluate, other, long_llama,
     assert result.original.failures == ()
     (failure,) = result.model.failures
     assert failure.message.startswith("The files of other have changed since this run began")
-    assert len(list(own_cache.glob("scores/*"))) == int(cache)
+    with Store() as store:
+        kept = {one.kind: one.entries for one in store.summary()}
+    assert kept.get("scores", 0) == 2 * int(cache)  # of the original, with its rows
     assert evaluate("arc_easy", **options).model.failures == ()
 
 
@@ -262,13 +266,13 @@ def test_model_that_cannot_be_loaded_fails_all_that_is_not_kept(
 @pytest.mark.usefixtures("no_model")
 def test_files_of_both_models_are_looked_at_before_one_is_loaded(evaluate, long_llama, tmp_path):
     with pytest.raises(LoadsModelError):
-        evaluate("arc_easy", baseline=str(long_llama))
+        evaluate("arc_easy", baseline=Location(long_llama))
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
     for model, baseline in ((broken, long_llama), (long_llama, broken)):
         with pytest.raises(QtoolError, match="broken"):
-            evaluate("arc_easy", model=model, baseline=str(baseline))
+            evaluate("arc_easy", model=model, baseline=Location(baseline))
 
 
 class TestBeside:
@@ -351,7 +355,7 @@ def test_next_command_runs_only_what_failed(evaluate):
     def load(self: Tasks, name: str) -> Any:
         objects = shipped(self, name)
         if broken and name == "arc_easy":
-            for task in objects:
+            for task in objects["tasks"].values():
                 task.process_results = None
         return objects
 

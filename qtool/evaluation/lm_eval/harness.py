@@ -82,7 +82,7 @@ class Tasks:
             protections()  # raises where there are none: now, not when all is written
 
     def _check_unsafe(self) -> list[str]:
-        unsafe = list(dict.fromkeys(self.unsafe()))
+        unsafe = list(dict.fromkeys(self.unsafe(self.options.tasks)))
         outside = [n for n in unsafe if self._shipped[n].yaml_path.parent.name not in SANDBOXED]
         if outside:
             raise DataError(
@@ -98,10 +98,10 @@ class Tasks:
             )
         return unsafe
 
-    def unsafe(self) -> list[str]:
-        """Return those of the tasks asked for that run programs that the model writes."""
-        leaves = [leaf for name in self.options.tasks for leaf in self.leaves(name)]
-        return [leaf for leaf in leaves if self.setting(leaf, "unsafe_code")]
+    def unsafe(self, names: Sequence[str]) -> list[str]:
+        """Return those tasks of the names that run programs that the model writes."""
+        leaves = [leaf for name in names for leaf in self.leaves(name)]
+        return [leaf for leaf in leaves if (self._shipped[leaf].cfg or {}).get("unsafe_code")]
 
     def load_again(self, name: str) -> Loaded:
         """Return a task with the data that `check` has found: all models are asked the same.
@@ -226,10 +226,6 @@ class Tasks:
             config[key] = None
         config["custom_dataset"] = lambda **_settings: splits
         return dataclasses.replace(entry, yaml_path=None, cfg=config)
-
-    def setting(self, leaf: str, key: str) -> Any:  # noqa: ANN401
-        """Return a setting of a task, as lm-eval's index has it."""
-        return (self._shipped[leaf].cfg or {}).get(key)
 
 
 def writes_text(task: Any) -> bool:  # noqa: ANN401

@@ -51,7 +51,7 @@ def refuse(message: str) -> None:
     pytest.fail(message)
 
 
-def keep(scores: TaskScores, *rows: Any) -> None:
+def keep(scores: TaskScores, *rows: dict[str, Any]) -> None:
     with Store() as store:
         KeptTask(SETTINGS, store).finish(scores, rows, refuse)
 
@@ -79,7 +79,7 @@ def test_nothing_is_there_at_first():
 
 
 def test_rows_read_back_and_answers_give_way():
-    rows = [{"item": 0, "prompts": ["a\n\u2028b"]}, {"item": 1}]
+    rows: list[dict[str, Any]] = [{"item": 0, "prompts": ["a\n\u2028b"]}, {"item": 1}]
     with Store() as store:
         task = KeptTask(SETTINGS, store)
         task.answers(refuse).add(b"k", 1.5)
