@@ -7,7 +7,7 @@ mean, a backend executes them. Nothing here needs torch at run time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -43,7 +43,7 @@ class QuantizedTensor:
     """A quantized weight: exactly what a checkpoint stores, and nothing else."""
 
     format: str
-    """Name of the codec: `affine`, `binary_coding` or `dense`."""
+    """Name of the codec: `affine` or `binary_coding`."""
     scheme: WeightScheme
     shape: Shape2D
     parts: Mapping[str, Tensor]
@@ -59,6 +59,14 @@ class Codec:
     """Parts of a weight, from scheme and shape alone: for plans, headers and checks."""
     dequantize: Callable[[QuantizedTensor, torch.dtype], Tensor]
     """The definition of the format: (out_features, in_features) in a float dtype."""
+    narrow: Callable[[QuantizedTensor, int, int, int], QuantizedTensor]
+    """(weight, dimension, start, length) -> some rows or columns, to the bit.
+
+    Raises `SchemeError` where a group would be cut."""
+    cat: Callable[[Sequence[QuantizedTensor], int], QuantizedTensor]
+    """(weights, dimension) -> one below the other, or beside one another, to the bit.
+
+    Raises `SchemeError` where groups would run on from one to the next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +146,20 @@ class Env:
     work_dir: Path | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """Weights that share an input, prepared as one, so that they are there once."""
+
+    prepared: Any
+    parts: tuple[Any, ...]
+    """By weight, its part of it as `matmul` takes it; None: that one needs a layout of its own."""
+
+
 class KernelBackend(Protocol):
-    """Executes quantized weights; one file in `qtool/runtime/backends`, constant BACKEND."""
+    """Executes quantized weights; one file in `qtool/runtime/backends`, constant BACKEND.
+
+    What it prepares is a tensor, the weight itself, or has a method `dense` that returns it.
+    """
 
     name: str
     """Its file name."""
@@ -148,13 +168,15 @@ class KernelBackend(Protocol):
     owns_layout: bool
     """What `prepare` returns is all that it needs, so that the module's parts may leave the device:
     it holds itself those that are read as they are stored, as some kernels of `cuda` do."""
+    decodes_on: str
+    """Type of the devices on which `generate` runs its `decode_ops` unless it is told otherwise."""
 
     def why_not(self, tensor: QuantizedTensor, device: torch.device) -> str | None:
         """Return None if it can execute `tensor` on `device`, else a sentence that says why not."""
         ...
 
     def prepare(self, tensor: QuantizedTensor, dtype: torch.dtype) -> Any:  # noqa: ANN401
-        """Re-lay the parts once, at load; the result is passed back to the two calls below."""
+        """Re-lay the parts once, at load; the result is passed back to `matmul` and `rows`."""
         ...
 
     def matmul(self, x: Tensor, prepared: Any) -> Tensor:  # noqa: ANN401
@@ -163,4 +185,20 @@ class KernelBackend(Protocol):
 
     def rows(self, index: Tensor, prepared: Any) -> Tensor:  # noqa: ANN401
         """Return the rows of W that `index` names, shaped (*index.shape, in_features)."""
+        ...
+
+    def fuse(
+        self, tensors: Sequence[QuantizedTensor], dtype: torch.dtype, *, interleave: bool = False
+    ) -> Fused | None:
+        """Prepare weights that share an input as one, for `decode_ops`; None: they stay apart.
+
+        Args:
+            tensors: Queries, keys and values; or gate and up.
+            dtype: Of the activations.
+            interleave: They are gate and up, whose rows may alternate if `decode_ops` wants it.
+        """
+        ...
+
+    def decode_ops(self, weights: Any) -> Any:  # noqa: ANN401
+        """Return the `DecodeOps` that run `DecoderWeights` of its weights; None: it has none."""
         ...

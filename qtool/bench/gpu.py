@@ -9,14 +9,14 @@ import torch
 from qtool.base import Emit, ignore_events
 from qtool.bench import peers
 from qtool.bench.decode import Clock, EndToEndResult, time_decoder
-from qtool.bench.kernels import Layer, LayerResult, Rig, time_layer
-from qtool.bench.machine import CudaClock, Machine, describe, l2_bytes
+from qtool.bench.kernels import Layer, LayerTimes, Rig, time_layer
+from qtool.bench.machine import CudaClock, Machine, describe_card, l2_bytes
 from qtool.bench.peers import Peer
 from qtool.bench.timing import CudaTimer, copies, copy_bandwidth
 from qtool.bench.workload import Workload
 from qtool.errors import QtoolError, UnknownNameError
 from qtool.plugins import describe_miss
-from qtool.runtime.backends import cuda
+from qtool.runtime import driver
 from qtool.runtime.decoding.kernel_ops import KernelOps
 from qtool.runtime.decoding.ops import DecodeOps
 from qtool.runtime.selection import KERNELS
@@ -40,7 +40,7 @@ class GpuResult:
     machine: Machine
     copy_gb_per_second: float
     """Read and written bytes of a copy of 1 GiB."""
-    layers: tuple[LayerResult, ...]
+    layers: tuple[LayerTimes, ...]
     end_to_end: tuple[EndToEndResult, ...]
     not_run: dict[str, str]
     """Peers and models that weren't timed, and why."""
@@ -50,19 +50,19 @@ class GpuResult:
 def on_card(device: torch.device) -> Bench:
     """Return what times on a card; measures its copy bandwidth."""
     timer = CudaTimer(device)
-    card = cuda.card_of(device.index)
+    card = driver.card_of(device.index)
     bandwidth = copy_bandwidth(device, timer)
-    rig = Rig(device, timer, cuda.launch, card, l2_bytes(device), bandwidth)
+    rig = Rig(device, timer, driver.launch, card, l2_bytes(device), bandwidth)
     return Bench(
         rig=rig,
-        ops=KernelOps(cuda.launch, card),
+        ops=KernelOps(driver.launch, card),
         clock=CudaClock(device),
-        machine=lambda: describe(device, copies(device)),
+        machine=lambda: describe_card(device, copies(device)),
     )
 
 
 @torch.no_grad()
-def run(
+def time_workload(
     workload: Workload,
     bench: Bench,
     versions: dict[str, str],
@@ -82,7 +82,7 @@ def run(
         emit: Receives `timing` events.
     """
     others, not_run = able(
-        (*peers.IN_TORCH, *(peers.OTHERS if with_peers else ())), bench.rig.device
+        (*peers.IN_TORCH, *(peers.OTHER_LIBRARIES if with_peers else ())), bench.rig.device
     )
     machine = bench.machine()
     layers = []
@@ -134,7 +134,7 @@ def able(wanted: Sequence[Peer], device: torch.device) -> tuple[tuple[Peer, ...]
     return can, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _time_layer(layer: Layer, rig: Rig, kernel: str | None, others: Sequence[Peer]) -> LayerResult:
+def _time_layer(layer: Layer, rig: Rig, kernel: str | None, others: Sequence[Peer]) -> LayerTimes:
     """Time a layer and return its memory, which the next one needs."""
     result = time_layer(layer, rig, kernel=kernel, others=others)
     gc.collect()

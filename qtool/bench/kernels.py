@@ -77,7 +77,7 @@ class SweepPoint:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerResult:
+class LayerTimes:
     """All that was timed of one layer."""
 
     name: str
@@ -126,18 +126,18 @@ def break_even(sweep: Sequence[SweepPoint]) -> int | None:
 
 def stored_bytes(weight: KernelWeight) -> int:
     """Return the size of planes, scales and offsets as a checkpoint stores them."""
-    return sum(map(num_bytes, binary_coding.layout(weight.scheme, weight.shape).values()))
+    return sum(map(num_bytes, binary_coding.CODEC.layout(weight.scheme, weight.shape).values()))
 
 
 def time_layer(
     layer: Layer, rig: Rig, *, kernel: str | None = None, others: Sequence[Peer] = ()
-) -> LayerResult:
+) -> LayerTimes:
     """Time a layer at every batch size, and at one token beside others.
 
     Args:
         layer: What to time.
         rig: On what.
-        kernel: One of `linear_kernels.KERNELS`; None: what `choose` says.
+        kernel: One of `linear_kernels.KERNELS`; None: what `kernel_for` says.
         others: Peers that can run here; one that fails is named with its reason.
     """
     weight = layer.load()
@@ -161,7 +161,7 @@ def time_layer(
         kernel_row(*values, shape, copy_bandwidth=rig.copy_bandwidth, fp16_seconds=fp16_seconds)
         for values in measured
     )
-    return LayerResult(
+    return LayerTimes(
         name=layer.name,
         out_features=shape.out_features,
         in_features=shape.in_features,
@@ -187,7 +187,7 @@ def _sweep(
         x = inputs(tokens, weight.shape.in_features, weight.dtype, rig.device)
         seconds = time_calls([_ours(x, copy, rig, kernel) for copy in ours], rig.timer)
         fp16 = time_calls([_linear(x.to(DTYPE), copy) for copy in theirs], rig.timer)
-        name = kernel or linear_kernels.choose(weight, tokens, rig.card)
+        name = kernel or linear_kernels.kernel_for(weight, tokens, rig.card)
         points.append(SweepPoint(tokens, name, seconds * 1e6, fp16 * 1e6, fp16 / seconds))
     return tuple(points)
 

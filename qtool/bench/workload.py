@@ -14,6 +14,7 @@ from qtool.bench.synthetic import generator_on, random_decoder, random_tensor
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.runtime import linear_kernels
+from qtool.runtime.backends import cuda
 from qtool.runtime.decoding.llama import weights_of, why_not
 from qtool.runtime.decoding.weights import DecoderWeights, Projection
 from qtool.runtime.linear_kernels import KernelWeight
@@ -75,7 +76,7 @@ def checkpoint_workload(
     loaded = load_model(model, device=device, dtype=DTYPE)
     reason = why_not(loaded.model)
     if reason is None and kernel not in STORED_KERNELS:
-        layers = distinct(_fused(weights_of(loaded.model, packed=True)), kernel)
+        layers = distinct(_fused(weights_of(loaded.model, backend=cuda.BACKEND)), kernel)
     else:
         layers = distinct(_stored(loaded.model), kernel)
     if reason is not None:
@@ -86,9 +87,9 @@ def checkpoint_workload(
 
 def _whole(model: Location, device: torch.device) -> EndToEnd:
     def load() -> DecoderWeights:
-        return weights_of(load_model(model, device=device, dtype=DTYPE).model, packed=True)
+        return weights_of(load_model(model, device=device, dtype=DTYPE).model, backend=cuda.BACKEND)
 
-    return EndToEnd(model.name, load)
+    return EndToEnd(model.public_name or str(model.path), load)
 
 
 def distinct(
@@ -112,7 +113,8 @@ def _loader(
 
 
 def _prepare(tensor: QuantizedTensor, kernel: str | None) -> KernelWeight:
-    return linear_kernels.prepare(tensor, DTYPE, keep_stored=kernel in STORED_KERNELS)
+    keep_stored = kernel in STORED_KERNELS if kernel else None
+    return linear_kernels.prepare(tensor, DTYPE, keep_stored=keep_stored)
 
 
 def _stored(model: Any) -> Iterator[tuple[str, QuantizedTensor]]:  # noqa: ANN401

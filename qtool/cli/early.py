@@ -10,21 +10,24 @@ from qtool.errors import DataError
 from qtool.storage.jsonl import check_file
 
 if TYPE_CHECKING:
-    from qtool.recipe.schema import CalibrationSection
+    from qtool.modeling.locate import Location
+    from qtool.recipe.schema import CalibrationSection, Recipe
 
 SAMPLES = "samples.safetensors"
 
 
 @contextlib.contextmanager
 def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iterator[list[Any]]:
-    """Say what is opened, find the models, fetch the demo model, choose the device.
+    """Say what is opened, look at each config.json, fetch the demo model, choose the device.
 
     Gives a `Location` for each name, None for None: the only place where a string means a model.
 
     Raises:
-        ModelError: a local model isn't there, or the demo model can't be fetched.
+        ModelError: a model isn't there or says nothing of itself, or can't be fetched.
+        CheckpointError: its config.json isn't JSON.
         BackendError: torch doesn't have the device.
     """
+    from qtool.modeling.config import read_config
     from qtool.modeling.demo import demo_file
     from qtool.modeling.locate import locate
 
@@ -34,10 +37,29 @@ def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iter
         if model.startswith("demo:"):
             demo_file(model, emit)
     found = [locate(model) if model else None for model in models]
+    for location in filter(None, found):
+        if (directory := location.config_directory()) is not None:
+            read_config(directory)
     from qtool.modeling.device import use_device  # torch: slow
 
     with use_device(device):
         yield found
+
+
+def check_recipe(model: "Location", recipe: "Recipe") -> None:
+    """Refuse what a local model's files show to be impossible, before transformers is imported.
+
+    Raises:
+        QtoolError: as `make_plan`, which finds the rest.
+    """
+    from qtool.modeling.glance import glance
+    from qtool.stages.plan import check_request
+
+    if model.path is None or not model.path.is_dir():
+        return
+    seen = glance(model.path)
+    if seen is not None:
+        check_request(recipe, *seen)
 
 
 def check_directory(calib_dir: Path | None) -> None:

@@ -69,8 +69,10 @@ def fit_search(
         scales, zeros = fit_min_max(
             groups, num_bits=num_bits, symmetric=symmetric, clip_ratio=ratio
         )
-        codes = quantize(groups, scales, zeros, num_bits=num_bits)
-        approximation = dequantize(codes, scales.unsqueeze(-1), zeros.unsqueeze(-1), torch.float32)
+        codes = nearest_codes(groups, scales, zeros, num_bits=num_bits)
+        approximation = affine_values(
+            codes, scales.unsqueeze(-1), zeros.unsqueeze(-1), torch.float32
+        )
         error = (importance * (approximation - groups).square_()).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -79,12 +81,12 @@ def fit_search(
     return best_scales, best_zeros
 
 
-def quantize(groups: Tensor, scales: Tensor, zero_points: Tensor, *, num_bits: int) -> Tensor:
+def nearest_codes(groups: Tensor, scales: Tensor, zero_points: Tensor, *, num_bits: int) -> Tensor:
     """Return the nearest codes, (rows, num_groups, group_size) uint8."""
     codes = groups / scales.float().unsqueeze(-1) + zero_points.unsqueeze(-1)
     return codes.round_().clamp_(0, 2**num_bits - 1).to(torch.uint8)
 
 
-def dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor, dtype: torch.dtype) -> Tensor:
+def affine_values(codes: Tensor, scales: Tensor, zero_points: Tensor, dtype: torch.dtype) -> Tensor:
     """Return scale * (code - zero_point) in `dtype`; parameters broadcast against the codes."""
     return (codes.to(dtype) - zero_points.to(dtype)) * scales.to(dtype)

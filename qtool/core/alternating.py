@@ -21,7 +21,7 @@ CHUNK_ELEMENTS = 2**21
 """Groups are solved in chunks of about this many weights or levels: bounded memory."""
 CUDA_CHUNK_ELEMENTS = 2**24
 """The same on a card, which needs more work at a time."""
-RIDGE = 1e-9
+FIT_RIDGE = 1e-9
 """Relative ridge of the normal equations: duplicate planes make them singular."""
 PROGRESS = 1e-9
 """A round that lowers the error by a smaller fraction has converged."""
@@ -237,4 +237,4 @@ def least_squares(mass: Tensor, moment: Tensor, design: Tensor) -> Tensor:
     unknowns = design.shape[1]
     products = (design.unsqueeze(2) * design.unsqueeze(1)).flatten(1)  # (num_levels, unknowns^2)
     normal = (mass @ products).unflatten(1, (unknowns, unknowns))
-    return solve_spd(normal, moment @ design, ridge=RIDGE)
+    return solve_spd(normal, moment @ design, ridge=FIT_RIDGE)

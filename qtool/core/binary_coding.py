@@ -37,7 +37,7 @@ def assign(groups: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
     return order.to(torch.uint8).gather(-1, position.long())
 
 
-def dequantize(codes: Tensor, scales: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+def binary_values(codes: Tensor, scales: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the weights of the codes: (groups, group_size) in `dtype`."""
     return levels(scales.to(dtype), offsets.to(dtype)).gather(-1, codes.long())
 
@@ -63,7 +63,9 @@ def canonical(scales: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     return scales.abs().gather(-1, order), result
 
 
-def from_affine(scales: Tensor, zero_points: Tensor, *, num_bits: int) -> tuple[Tensor, Tensor]:
+def scales_from_affine(
+    scales: Tensor, zero_points: Tensor, *, num_bits: int
+) -> tuple[Tensor, Tensor]:
     """Return the plane scales and offsets of an affine grid; its codes stay as they are.
 
     s (n - z) = s ((2^k - 1)/2 - z) + sum_i s 2^(i-1) b_i with b_i the sign of bit i of n. Exact in

@@ -16,10 +16,7 @@ from qtool.core.error_feedback import (
     scaled_errors,
 )
 from qtool.core.grids import BinaryGrid
-from qtool.core.linalg import solve_spd
-
-RIDGE = 1e-6
-"""Relative ridge of the whitened least squares."""
+from qtool.core.linalg import RIDGE, solve_spd
 
 
 def solve_groups(

@@ -5,8 +5,10 @@ costs nine launches per column, whatever its size. Rows are independent, though:
 takes a few rows of the block, keeps their (columns, rows) working values in registers and walks
 over all columns by itself. One launch replaces all of them.
 
-This module imports Triton: only `qtool.core.graphs.column_kernels` may import it.
+This module imports Triton: only `qtool.core.column_loop` may import it.
 """
+
+from typing import TypeAlias
 
 import torch
 import triton
@@ -20,9 +22,53 @@ MAX_LEVELS = 16
 """More levels per group don't fit in registers."""
 TILE = 4096
 """Working values per program, at most: 32 for each of the 128 threads."""
-TILE_ROWS = 32
+ROWS_AT_ONCE = 32
 """Rows per program, at most."""
 NUM_WARPS = 4
+
+
+_T: TypeAlias = tl.tensor
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile(table: _T, place: _T, row: _T, count: _T, rows: _T) -> _T:
+    """Load (places, rows) of a table (count, rows), zeros beyond it."""
+    there = (place[:, None] < count) & (row[None, :] < rows)
+    return tl.load(table + place[:, None] * rows + row[None, :], mask=there, other=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _later(matrix: _T, index: _T, column: _T, columns: _T) -> _T:
+    """Load how a column moves those behind it."""
+    there = (index > column) & (index < columns)
+    return tl.load(matrix + column * columns + index, mask=there, other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _descended(gradient: _T, old: _T, diagonal: _T, there: _T) -> tuple[_T, _T]:
+    """Load the levels so far; return the values where the loss is least, and them."""
+    before = tl.load(old, mask=there, other=0.0)
+    curvature = tl.load(diagonal) + tl.zeros_like(gradient)
+    return before - tl.div_rn(gradient, curvature), before
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _affine(value: _T, scales: _T, zeros: _T, top: _T, here: _T, there: _T) -> tuple[_T, _T]:
+    """Return the nearest codes and levels of a column's own grids."""
+    scale = tl.load(scales + here, mask=there, other=1.0)
+    zero = tl.load(zeros + here, mask=there, other=0.0)
+    code = tl.minimum(tl.maximum(tl.div_rn(value, scale) + zero, 0.0), tl.load(top))
+    code = (code + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds, ties to even
+    return code.to(tl.int32), (code - zero) * scale
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _binary(value: _T, place: _T, levels: _T, codes: _T, middles: _T, last: _T) -> tuple[_T, _T]:
+    """Return the nearest codes and levels, ties up; there are `last` middles."""
+    above = (value[None, :] >= middles) & (place[:, None] < last)
+    chosen = place[:, None] == tl.sum(above.to(tl.int32), axis=0)[None, :]
+    code = tl.sum(tl.where(chosen, codes, 0), axis=0)
+    return code, tl.sum(tl.where(chosen, levels, 0.0), axis=0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -45,50 +91,28 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
     NUM_ROWS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0) * NUM_ROWS + tl.arange(0, NUM_ROWS)
-    row_there = row < rows
+    there = row < rows
     index = tl.arange(0, NUM_COLUMNS)
-    work = tl.load(
-        work_pointer + index[:, None] * rows + row[None, :],
-        mask=(index[:, None] < columns) & row_there[None, :],
-        other=0.0,
-    )
+    work = _tile(work_pointer, index, row, columns, rows)
     # Only binary grids use these; otherwise the compiler drops them.
-    place = tl.arange(0, NUM_LEVELS)
-    cell = place[:, None] * rows + row[None, :]
-    there = (place[:, None] < num_levels) & row_there[None, :]
-    middle_there = (place[:, None] < num_levels - 1) & row_there[None, :]
-    table_levels = tl.load(first_pointer + cell, mask=there, other=0.0)
-    table_codes = tl.load(second_pointer + cell, mask=there, other=0).to(tl.int32)
-    middles = tl.load(third_pointer + cell, mask=middle_there, other=0.0)
+    place, last = tl.arange(0, NUM_LEVELS), num_levels - 1
+    levels = _tile(first_pointer, place, row, num_levels, rows)
+    codes = _tile(second_pointer, place, row, num_levels, rows).to(tl.int32)
+    middles = _tile(third_pointer, place, row, last, rows)
 
     for column in range(columns):
-        here = column * rows + row
-        later = (index > column) & (index < columns)
-        shares = tl.load(matrix_pointer + column * columns + index, mask=later, other=0.0)
+        here, square = column * rows + row, column * columns + column
         value = tl.sum(tl.where(index[:, None] == column, work, 0.0), axis=0)
+        old = value
         if DESCENDS:
-            old = tl.load(old_pointer + here, mask=row_there, other=0.0)
-            diagonal = tl.load(matrix_pointer + column * columns + column)
-            value = old - tl.div_rn(value, diagonal + tl.zeros_like(value))
-        else:
-            old = value
-
+            value, old = _descended(value, old_pointer + here, matrix_pointer + square, there)
         if IS_AFFINE:
-            scale = tl.load(first_pointer + here, mask=row_there, other=1.0)
-            zero = tl.load(second_pointer + here, mask=row_there, other=0.0)
-            code = tl.div_rn(value, scale) + zero
-            code = tl.minimum(tl.maximum(code, 0.0), tl.load(third_pointer))
-            code = (code + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds, ties to even
-            level = (code - zero) * scale
-            stored = code.to(tl.int32)
+            code, level = _affine(value, first_pointer, second_pointer, third_pointer, here, there)
         else:
-            above = (value[None, :] >= middles) & middle_there
-            chosen = place[:, None] == tl.sum(above.to(tl.int32), axis=0)[None, :]
-            level = tl.sum(tl.where(chosen, table_levels, 0.0), axis=0)
-            stored = tl.sum(tl.where(chosen, table_codes, 0), axis=0)
-
-        tl.store(codes_pointer + here, stored.to(tl.uint8), mask=row_there)
-        tl.store(levels_pointer + here, level, mask=row_there)
+            code, level = _binary(value, place, levels, codes, middles, last)
+        tl.store(codes_pointer + here, code.to(tl.uint8), mask=there)
+        tl.store(levels_pointer + here, level, mask=there)
+        shares = _later(matrix_pointer, index, column, columns)
         work += shares[:, None] * (level - old)[None, :]
 
 
@@ -134,7 +158,7 @@ def walk(
     chosen = torch.empty_like(work)
     is_affine = pick is pick_affine
     tile_columns = max(16, triton.next_power_of_2(columns))
-    tile_rows = min(TILE_ROWS, TILE // tile_columns)
+    tile_rows = min(ROWS_AT_ONCE, TILE // tile_columns)
     with torch.cuda.device_of(work):  # Triton launches on the current device
         _walk[(triton.cdiv(rows, tile_rows),)](
             work,

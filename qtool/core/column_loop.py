@@ -5,12 +5,13 @@ quantize, or a gradient) and in the matrix that says how a column's step moves t
 Weights are columns first, (columns, rows), see `grids`.
 """
 
-from functools import cache, partial
+import warnings
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from qtool.core.graphs import TensorFunction, column_kernels, replay
 from qtool.core.grids import Pick
 
 STRIP = 16
@@ -39,36 +40,30 @@ def walk_columns(
     Returns:
         Codes (columns, rows) uint8 and levels (columns, rows) float32.
     """
-    kernels = column_kernels(work.device)
+    kernels = _kernels_for(work.device)
     if kernels and kernels.supports(pick, work, tables):
         return kernels.walk(pick, work, matrix, tables, levels)
-    if levels is None:
-        codes, chosen = replay(_feeding(pick), work, matrix, *tables)
-    else:
-        codes, chosen = replay(_descending(pick), work, matrix, levels, *tables)
-    return codes, chosen
-
-
-@cache
-def _feeding(pick: Pick) -> TensorFunction:
-    """Return the loop for one kind of grid: one object per kind, which names its graph."""
-    return partial(_feed, pick)
-
-
-@cache
-def _descending(pick: Pick) -> TensorFunction:
-    """Return the loop that descends, likewise."""
-    return partial(_descend, pick)
-
-
-def _feed(pick: Pick, work: Tensor, matrix: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor]:
-    return loop(pick, work, matrix, tables)
-
-
-def _descend(
-    pick: Pick, work: Tensor, matrix: Tensor, levels: Tensor, *tables: Tensor
-) -> tuple[Tensor, Tensor]:
     return loop(pick, work, matrix, tables, levels)
+
+
+@cache
+def _kernels_for(device: torch.device) -> ModuleType | None:
+    """Return `column_kernels`: a loop as one launch, where ten per column cost more than they do.
+
+    None where it can't run.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        from qtool.core import column_kernels
+    except ImportError:
+        return None
+    try:
+        column_kernels.probe(device)
+    except Exception as error:  # noqa: BLE001 - Triton needs a C compiler, and more may be amiss
+        warnings.warn(f"Triton kernels can't be built; this takes longer: {error}", stacklevel=2)
+        return None
+    return column_kernels
 
 
 def loop(

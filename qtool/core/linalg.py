@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+RIDGE = 1e-6
+"""Relative ridge of least squares: planes of a small group may coincide."""
 TINY = 1e-30
 """Keeps an all-zero system solvable: its solution is zero."""
 

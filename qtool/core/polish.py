@@ -13,12 +13,10 @@ from torch import Tensor
 
 from qtool.core.column_loop import walk_columns
 from qtool.core.grids import AffineGrid, Grid, within_factor_two
-from qtool.core.linalg import TINY, solve_spd
+from qtool.core.linalg import RIDGE, TINY, solve_spd
 
-COLUMN_BLOCK = 64
+COLUMNS_AT_ONCE = 64
 """Single-column groups that are walked and refitted together."""
-RIDGE = 1e-6
-"""Relative ridge of the least squares: planes of a small group may coincide."""
 
 
 def residual(weight: Tensor, levels: Tensor, hessian: Tensor) -> Tensor:
@@ -68,8 +66,8 @@ def column_blocks(grid: Grid, edges: list[int]) -> Iterator[tuple[int, int, list
     if grid.span.size == 1 or not isinstance(grid, AffineGrid):
         yield from ((start, stop, [k] * (stop - start)) for k, (start, stop) in enumerate(spans))
         return
-    for start in range(0, len(spans), COLUMN_BLOCK):
-        stop = min(start + COLUMN_BLOCK, len(spans))
+    for start in range(0, len(spans), COLUMNS_AT_ONCE):
+        stop = min(start + COLUMNS_AT_ONCE, len(spans))
         yield start, stop, list(range(start, stop))
 
 

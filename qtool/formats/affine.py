@@ -4,7 +4,7 @@ Codes are stored as bit planes, most significant first, so that every bit width 
 waste and the conversion to binary coding keeps them as they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,12 +13,13 @@ from qtool.base import Codec, PartSpec, QuantizedTensor
 from qtool.core import affine, grouping
 from qtool.core.packing import codes_to_planes, num_words, planes_to_codes
 from qtool.errors import SchemeError
+from qtool.formats._parts import cat_planes, joined, narrow_groups, narrow_planes, narrowed
 from qtool.scheme import Shape2D, WeightScheme
 
-FORMAT = "affine"
+AFFINE = "affine"
 
 
-def layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
+def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     """Return the parts of a weight: codes, scales and, unless symmetric, zero points."""
     if scheme.symmetric and scheme.num_bits == 1:
         raise SchemeError(
@@ -37,7 +38,7 @@ def layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     return parts
 
 
-def encode(
+def encode_affine(
     codes: Tensor, scales: Tensor, zero_points: Tensor, scheme: WeightScheme, shape: Shape2D
 ) -> QuantizedTensor:
     """Pack solver results.
@@ -50,13 +51,8 @@ def encode(
         shape: Shape of the weight.
     """
     matrix = grouping.to_rows(grouping.join(codes, scheme.grouped_length(shape)), scheme)
-    parts = {
-        "codes": codes_to_planes(matrix, scheme.num_bits),
-        "scales": grouping.to_stored(scales, scheme),
-    }
-    if not scheme.symmetric:
-        parts["zero_points"] = codes_to_planes(zero_points.T, scheme.num_bits)
-    return QuantizedTensor(FORMAT, scheme, shape, parts)
+    scales, zeros = (grouping.to_stored(each, scheme) for each in (scales, zero_points))
+    return _packed(codes_to_planes(matrix, scheme.num_bits), scales, zeros, scheme, shape)
 
 
 def zero_points(tensor: QuantizedTensor) -> Tensor:
@@ -68,7 +64,7 @@ def zero_points(tensor: QuantizedTensor) -> Tensor:
     return by_group.T.contiguous() if scheme.group_dim == "in_features" else by_group
 
 
-def dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+def _dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Return the weight, (out_features, in_features) in `dtype`."""
     scheme, shape = tensor.scheme, tensor.shape
     codes = planes_to_codes(tensor.parts["codes"], shape.in_features)
@@ -76,7 +72,38 @@ def dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         grouping.spread(part, scheme, shape)
         for part in (tensor.parts["scales"], zero_points(tensor))
     )
-    return affine.dequantize(codes, scales, zeros, dtype)
+    return affine.affine_values(codes, scales, zeros, dtype)
 
 
-CODEC = Codec(version=1, layout=layout, dequantize=dequantize)
+def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> QuantizedTensor:
+    """Return some rows (dim 0) or columns of a weight."""
+    scheme, shape, part = tensor.scheme, tensor.shape, (dim, start, length)
+    codes = narrow_planes(tensor.parts["codes"], shape.in_features, *part)
+    scales, zeros = (
+        narrow_groups(each, scheme, shape, *part)
+        for each in (tensor.parts["scales"], zero_points(tensor))
+    )
+    return _packed(codes, scales, zeros, scheme, narrowed(shape, dim, length))
+
+
+def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
+    """Return weights below one another (dim 0), or beside one another."""
+    shape, inputs = joined(tensors, dim), [tensor.shape.in_features for tensor in tensors]
+    codes = cat_planes([tensor.parts["codes"] for tensor in tensors], inputs, dim)
+    scales = torch.cat([tensor.parts["scales"] for tensor in tensors], dim)
+    zeros = torch.cat([zero_points(tensor) for tensor in tensors], dim)
+    return _packed(codes, scales, zeros, tensors[0].scheme, shape)
+
+
+def _packed(
+    codes: Tensor, scales: Tensor, zeros: Tensor, scheme: WeightScheme, shape: Shape2D
+) -> QuantizedTensor:
+    """Return a weight of parts as they are stored, but zero points in the shape of the scales."""
+    parts = {"codes": codes, "scales": scales}
+    if not scheme.symmetric:
+        by_group = zeros.T if scheme.group_dim == "in_features" else zeros
+        parts["zero_points"] = codes_to_planes(by_group, scheme.num_bits)
+    return QuantizedTensor(AFFINE, scheme, shape, parts)
+
+
+CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, narrow=_narrow, cat=_cat)

@@ -1,6 +1,6 @@
 """Format `binary_coding`: w = offset + sum_i plane_scale_i * b_i. docs/format.md, section 3."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,12 +10,13 @@ from qtool.core import binary_coding, grouping
 from qtool.core.packing import codes_to_planes, num_words, unpack_bits
 from qtool.errors import SchemeError
 from qtool.formats import affine as affine_format
+from qtool.formats._parts import cat_planes, joined, narrow_groups, narrow_planes, narrowed
 from qtool.scheme import Shape2D, WeightScheme
 
-FORMAT = "binary_coding"
+BINARY_CODING = "binary_coding"
 
 
-def layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
+def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     """Return the parts of a weight: bit planes, plane scales and, unless symmetric, offsets."""
     bits, groups, rows = scheme.num_bits, scheme.num_groups(shape), scheme.num_rows(shape)
     parameters = (rows, groups) if scheme.group_dim == "in_features" else (groups, rows)
@@ -28,7 +29,7 @@ def layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     return parts
 
 
-def encode(
+def encode_binary(
     codes: Tensor, scales: Tensor, offsets: Tensor, scheme: WeightScheme, shape: Shape2D
 ) -> QuantizedTensor:
     """Pack solver results.
@@ -47,10 +48,10 @@ def encode(
     }
     if not scheme.symmetric:
         parts["plane_offsets"] = grouping.to_stored(offsets, scheme)
-    return QuantizedTensor(FORMAT, scheme, shape, parts)
+    return QuantizedTensor(BINARY_CODING, scheme, shape, parts)
 
 
-def dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+def _dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Return the weight, (out_features, in_features) in `dtype`."""
     scheme, shape, parts = tensor.scheme, tensor.shape, tensor.parts
     if scheme.symmetric:
@@ -74,10 +75,10 @@ def from_affine(tensor: QuantizedTensor, parameter_dtype: torch.dtype) -> Quanti
     Raises:
         SchemeError: the weight isn't affine.
     """
-    if tensor.format != affine_format.FORMAT:
+    if tensor.format != affine_format.AFFINE:
         raise SchemeError(f"from_affine takes an affine weight; this one is {tensor.format}.")
     scheme = tensor.scheme
-    scales, offsets = binary_coding.from_affine(
+    scales, offsets = binary_coding.scales_from_affine(
         tensor.parts["scales"].double(), affine_format.zero_points(tensor), num_bits=scheme.num_bits
     )
     parts = {
@@ -88,7 +89,30 @@ def from_affine(tensor: QuantizedTensor, parameter_dtype: torch.dtype) -> Quanti
     with_offset = WeightScheme(
         num_bits=scheme.num_bits, group_size=scheme.group_size, group_dim=scheme.group_dim
     )
-    return QuantizedTensor(FORMAT, with_offset, tensor.shape, parts)
+    return QuantizedTensor(BINARY_CODING, with_offset, tensor.shape, parts)
 
 
-CODEC = Codec(version=1, layout=layout, dequantize=dequantize)
+def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> QuantizedTensor:
+    """Return some rows (dim 0) or columns of a weight."""
+    scheme, shape, part = tensor.scheme, tensor.shape, (dim, start, length)
+    parts = {
+        name: narrow_planes(values, shape.in_features, *part)
+        if name == "bit_planes"
+        else narrow_groups(values, scheme, shape, *part)
+        for name, values in tensor.parts.items()
+    }
+    return QuantizedTensor(BINARY_CODING, scheme, narrowed(shape, dim, length), parts)
+
+
+def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
+    """Return weights below one another (dim 0), or beside one another."""
+    shape, inputs = joined(tensors, dim), [tensor.shape.in_features for tensor in tensors]
+    parts = {}
+    for name in tensors[0].parts:
+        values = [tensor.parts[name] for tensor in tensors]
+        planes = name == "bit_planes"
+        parts[name] = cat_planes(values, inputs, dim) if planes else torch.cat(values, dim - 2)
+    return QuantizedTensor(BINARY_CODING, tensors[0].scheme, shape, parts)
+
+
+CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, narrow=_narrow, cat=_cat)

@@ -4,13 +4,15 @@ Each weight goes to the nearest point of the uniform grid over its group's range
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from qtool.base import LayerProblem, LayerSolution, Method
 from qtool.core import affine, grouping, metrics
-from qtool.core.bounds import check_bounds
 from qtool.formats import affine as affine_format
+from qtool.recipe.schema import Number
 from qtool.scheme import Shape2D
 
 
@@ -18,11 +20,8 @@ from qtool.scheme import Shape2D
 class RtnOptions:
     """Options of `rtn`."""
 
-    clip_ratio: float = 1.0
+    clip_ratio: Annotated[Number, Field(ge=1e-3, le=1)] = 1.0
     """Fraction of the group's range that the grid covers, above 0; below 1 clips outliers."""
-
-    def __post_init__(self) -> None:
-        check_bounds(self, clip_ratio=(1e-3, 1))
 
 
 def quantize_rtn(problem: LayerProblem, options: RtnOptions) -> LayerSolution:
@@ -36,9 +35,9 @@ def quantize_rtn(problem: LayerProblem, options: RtnOptions) -> LayerSolution:
         symmetric=scheme.symmetric,
         clip_ratio=options.clip_ratio,
     )
-    codes = affine.quantize(groups, scales, zero_points, num_bits=scheme.num_bits)
-    tensor = affine_format.encode(codes, scales, zero_points, scheme, shape)
-    error = metrics.nmse(problem.weight, affine_format.dequantize(tensor, torch.float32))
+    codes = affine.nearest_codes(groups, scales, zero_points, num_bits=scheme.num_bits)
+    tensor = affine_format.encode_affine(codes, scales, zero_points, scheme, shape)
+    error = metrics.nmse(problem.weight, affine_format.CODEC.dequantize(tensor, torch.float32))
     return LayerSolution(tensor, {"nmse": error})
 
 
@@ -46,5 +45,5 @@ METHOD = Method(
     summary="Round to nearest on a uniform grid (affine); needs no data.",
     options=RtnOptions,
     solve=quantize_rtn,
-    layout=affine_format.layout,
+    layout=affine_format.CODEC.layout,
 )

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -15,10 +15,8 @@ from qtool.errors import CheckpointError, ModelError, QtoolError
 from qtool.modeling.config import parse_config, read_config
 from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.locate import Location
-from qtool.modeling.skeleton import missing_message
+from qtool.modeling.skeleton import empty_model, match_names, missing_message
 from qtool.wording import list_names, reason
-
-DTypeName = Literal["float16", "bfloat16", "float32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ def load_model(
     if _is_ours(config):
         CheckpointReader(location.directory)
     else:
-        open_shards(location.directory)
+        check_weights(location.directory)
     device = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(device)
     loaded = _from_pretrained(location.directory, config, dtype)
@@ -68,6 +66,19 @@ def load_model(
 def _is_ours(config: Mapping[str, Any]) -> bool:
     quantization = config.get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def check_weights(directory: Path) -> None:
+    """Refuse an unquantized model whose files aren't those of its configuration, as quantize does.
+
+    Raises:
+        ModelError: transformers can't build it.
+        CheckpointError: files are missing or damaged, or a tensor is missing or stored twice.
+    """
+    shards = open_shards(directory)
+    match_names(
+        empty_model(parse_config(read_config(directory), directory), directory), shards, directory
+    )
 
 
 def load_tokenizer(directory: Path) -> Any:  # noqa: ANN401

@@ -5,6 +5,7 @@ float16 into the cache, `demo:smollm2` is a GGUF file that `modeling.demo` fetch
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from qtool.wording import reason
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 HUB_ALSO = ["*.jinja", "LICENSE*", "NOTICE*"]
+CONFIG = ["config.json"]
 HUB_NOT = [*(f"*/{name}" for name in HUB_FILES), "consolidated*.safetensors"]
 """Other formats, precisions and parts of a pipeline: to the hub a `*` is slashes too."""
 
@@ -41,6 +43,18 @@ class Location:
         if self.path is None:
             return _download(str(self.public_name))
         return convert_gguf(self.path) if self.path.is_file() else self.path
+
+    def config_directory(self) -> Path | None:
+        """Return the directory of config.json, which alone is fetched from the hub.
+
+        None: a GGUF file, which has none.
+
+        Raises:
+            ModelError: the hub doesn't have it.
+        """
+        if self.path is None:
+            return _download(str(self.public_name), CONFIG)
+        return self.path if self.path.is_dir() else None
 
     @property
     def name(self) -> str:
@@ -85,15 +99,11 @@ def _local_path(model: str) -> Path | None:
     raise ModelError(f"No model directory {path}. Give a directory, a .gguf file or a hub id.")
 
 
-def _download(model: str) -> Path:
+def _download(model: str, files: Sequence[str] = (*HUB_FILES, *HUB_ALSO)) -> Path:
     from huggingface_hub import snapshot_download  # slow import
 
     try:
-        return Path(
-            snapshot_download(
-                model, allow_patterns=[*HUB_FILES, *HUB_ALSO], ignore_patterns=HUB_NOT
-            )
-        )
+        return Path(snapshot_download(model, allow_patterns=list(files), ignore_patterns=HUB_NOT))
     except Exception as error:  # the hub client raises many unrelated types
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(

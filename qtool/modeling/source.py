@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import qtool.modeling.adapters
-from qtool import plugins
 from qtool.base import ModelAdapter
 from qtool.checkpoint.shards import Shards, TensorSpec, open_shards
 from qtool.errors import CheckpointError, ModelError
+from qtool.modeling.adapters import families, load_adapter
 from qtool.modeling.companions import read_companions
 from qtool.modeling.config import check_original, parse_config, read_config
 from qtool.modeling.generic import adapter_of
@@ -119,8 +118,7 @@ def open_source(location: Location) -> ModelSource:
     """
     directory = location.directory
     config = read_config(directory)
-    known = plugins.names(qtool.modeling.adapters)
-    check_original(config, directory, known)
+    check_original(config, directory, families())
     shards = open_shards(directory)
     parsed = parse_config(config, directory)
     _check_count(parsed, shards, directory)
@@ -151,9 +149,7 @@ def open_source(location: Location) -> ModelSource:
 
 def adapter_for(skeleton: Any, family: str) -> ModelAdapter:  # noqa: ANN401
     """Return the adapter of a family, or one made by looking at the model's modules."""
-    if family in plugins.names(qtool.modeling.adapters):
-        return plugins.load(qtool.modeling.adapters, family, "ADAPTER", ModelAdapter)
-    return adapter_of(skeleton, family)
+    return load_adapter(family) if family in families() else adapter_of(skeleton, family)
 
 
 def _check_count(parsed: Any, shards: Shards, directory: Path) -> None:  # noqa: ANN401

@@ -1,11 +1,11 @@
 """Scoring what was quantized: tasks of lm-eval, on a model and on its original."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from qtool import settings as environment
 from qtool.base import Emit
 from qtool.errors import ModelError
 from qtool.modeling.device import default_device, default_dtype
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from qtool.evaluation.scores import TaskFailure, TaskScores
     from qtool.pipeline.task_results import ModelTasks, TaskComparison
 
-SWITCHES = ("QTOOL_BACKEND", "QTOOL_KERNEL", "QTOOL_RUNNER", "QTOOL_DEPENDENT_LAUNCHES")
-"""Environment variables that change how a model is executed."""
 TOO_LARGE = "It needs a larger card, or fewer bytes for each weight."
 DAMAGED = "Check that its files are whole."
 
@@ -127,7 +125,7 @@ def _subject(
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "backend": backend or wanted_backend(),
-        "switches": {name: os.environ[name] for name in SWITCHES if os.environ.get(name)},
+        "switches": environment.given(environment.EXECUTION),
     }
     return _Subject(location, figures, settings, states)
 

@@ -20,7 +20,7 @@ CENTERS = "plane_centers"
 
 def planes_of(tensor: QuantizedTensor) -> QuantizedTensor:
     """Return a weight of planes; one that is affine gets the part CENTERS, float16."""
-    if tensor.format != affine.FORMAT:
+    if tensor.format != affine.AFFINE:
         return tensor
     binary = binary_coding.from_affine(tensor, torch.float16)
     middle = (2**tensor.scheme.num_bits - 1) / 2
@@ -35,4 +35,4 @@ def weight_of(tensor: QuantizedTensor) -> Tensor:
     if CENTERS in parts:
         per_center = parts["plane_scales"][0].float() * 2.0 ** (2 - tensor.scheme.num_bits)
         parts["plane_offsets"] = parts.pop(CENTERS).float() * per_center
-    return binary_coding.dequantize(replace(tensor, parts=parts), torch.float32)
+    return binary_coding.CODEC.dequantize(replace(tensor, parts=parts), torch.float32)

@@ -17,7 +17,7 @@ from qtool.checkpoint.manifest import QUANT_METHOD, Manifest, manifest_from_conf
 from qtool.errors import BackendError
 from qtool.runtime import loading
 from qtool.runtime.decoding.generate import accelerate
-from qtool.runtime.install import install, remove_stand_ins, renamed_layers
+from qtool.runtime.install import install_modules, remove_stand_ins, renamed_layers
 
 KEYS = {"format_version", "tool_version", "source", "calibration", "recipe", "layers"}
 V4 = transformers.__version__.startswith("4.")
@@ -79,7 +79,7 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
         manifest = self.quantization_config.manifest()
         files = loading.noted_files() if V4 else kwargs["checkpoint_files"]
         self._shards = loading.checked_files(files, manifest, str(model.config.name_or_path))
-        self._installed = install(model, manifest)
+        self._installed = install_modules(model, manifest)
         if not V4:
             loading.watch_missing(model)
         return model

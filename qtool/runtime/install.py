@@ -12,7 +12,7 @@ from qtool.runtime.loading import is_another_class
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead
 
 
-def install(model: Any, manifest: Manifest) -> dict[str, str]:  # noqa: ANN401
+def install_modules(model: Any, manifest: Manifest) -> dict[str, str]:  # noqa: ANN401
     """Replace the quantized layers of an empty model.
 
     Until `remove_stand_ins`, each has an attribute `weight` that transformers may initialize.

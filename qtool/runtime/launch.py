@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class Call(NamedTuple):
+class KernelCall(NamedTuple):
     """One launch but for its tensors: a value, so that what it takes is made once.
 
     The arguments of a kernel are pointers to tensors, to `zeros` if there are any, and `numbers`.
@@ -29,7 +29,7 @@ class Call(NamedTuple):
     """It may start before the launch before it has ended; not if that makes the weight."""
 
 
-Launch = Callable[[Call, Sequence[Tensor | None]], None]
+Launch = Callable[[KernelCall, Sequence[Tensor | None]], None]
 """Runs a kernel on tensors, None for a null pointer; returns at once. It may start before the one
 before it has ended: every kernel waits, by `wait_for_previous` of kernels/common.cuh, before it
 touches what isn't a weight."""
@@ -41,6 +41,9 @@ def constants(dtype: torch.dtype, **values: int) -> tuple[tuple[str, int], ...]:
         values["ACTIVATION_BF16"] = 1
     return tuple(sorted(values.items()))
 
+
+WARP = 32
+"""Threads that run together."""
 
 OLDEST = (8, 0)
 """Compute capability: `mma.m16n8k16` came with it."""

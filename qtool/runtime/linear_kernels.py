@@ -5,7 +5,6 @@ tests/kernels/host.py launches the same text on a CPU.
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,20 +14,16 @@ from qtool.base import QuantizedTensor
 from qtool.errors import BackendError
 from qtool.runtime import lut, planes, tiles
 from qtool.runtime.centers import CENTERS, planes_of, weight_of
-from qtool.runtime.launch import Call, Card, Launch, constants
+from qtool.runtime.launch import Card, KernelCall, Launch, constants
 from qtool.runtime.selection import STORED_KERNELS, selection_for, wanted_kernel
 from qtool.runtime.tiles import UNIT, Tiles
 from qtool.scheme import Shape2D, WeightScheme
 
-RUN = 8
-"""Rows of gate, then of up, in a tile."""
 SIGN_FLIP_THREADS, SIGN_FLIP_ROWS = 256, 8
 DEQUANTIZE_THREADS, DEQUANTIZE_WARPS = 128, 4
-ROW_DIM = -2
-"""Of every stored part, where groups run along in_features."""
-ALIGNMENT = 16
+LOAD_BYTES = 16
 """Bytes: what the kernels load at once."""
-BLOCK = 32
+FINEST_GROUP = 32
 """Inputs of the finest group that the tiled kernels take."""
 
 
@@ -49,6 +44,17 @@ class KernelWeight:
     fresh: bool = False
     """Made just now on the device: kernels may not read it ahead."""
 
+    def dense(self) -> Tensor:
+        """Return W by the definition of its format, in torch: (out_features, in_features)."""
+        if self.tiles is None:
+            assert self.stored is not None
+            return weight_of(self.stored).to(self.dtype)
+        parameters, signs = tiles.unpack(self.tiles, self.shape, self.layout.group)
+        offset = parameters[len(signs) :].sum(0)
+        if self.centered:
+            offset = offset * (parameters[0] * 2.0 ** (2 - len(signs)))
+        return ((signs * parameters[: len(signs)]).sum(0) + offset).to(self.dtype)
+
     @property
     def layout(self) -> planes.Layout:
         """Return what the tiled kernels are compiled for."""
@@ -59,68 +65,46 @@ class KernelWeight:
         return planes.Layout(self.scheme.num_bits, group, offset)
 
 
+def is_tileable(tensor: QuantizedTensor) -> bool:
+    """Return whether the tiled kernels can group the inputs of a weight."""
+    size = tensor.scheme.group_size or tensor.shape.in_features
+    whole = size % FINEST_GROUP == 0 or size >= tensor.shape.in_features
+    return tensor.scheme.group_dim == "in_features" and whole
+
+
 def prepare(
-    tensor: QuantizedTensor, dtype: torch.dtype, *, keep_stored: bool = False
+    tensor: QuantizedTensor, dtype: torch.dtype, *, keep_stored: bool | None = None
 ) -> KernelWeight:
     """Re-lay a weight of format `binary_coding`, or of `affine`.
 
     Args:
         tensor: The weight, on the device that runs it.
         dtype: Of the activations.
-        keep_stored: Hold on to the stored parts, which the kernel `lut` reads.
+        keep_stored: Hold on to the stored parts, which the kernel `lut` reads; None: where that one
+            is asked for, or is the fastest.
     """
     tensor = planes_of(tensor)
-    scheme, inputs = tensor.scheme, tensor.shape.in_features
-    size = scheme.group_size or inputs
-    tileable = scheme.group_dim == "in_features" and (size % BLOCK == 0 or size >= inputs)
+    if keep_stored is None:
+        wanted, device = wanted_kernel(), tensor.parts["bit_planes"].device
+        card_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        keep_stored = wanted in STORED_KERNELS if wanted else _suits_tables(tensor, card_name)
     return KernelWeight(
-        scheme=scheme,
+        scheme=tensor.scheme,
         shape=tensor.shape,
         dtype=dtype,
-        tiles=tiles.pack(tensor) if tileable else None,
-        stored=tensor if keep_stored or not tileable else None,
+        tiles=tiles.pack(tensor) if is_tileable(tensor) else None,
+        stored=tensor if keep_stored or not is_tileable(tensor) else None,
         centered=CENTERS in tensor.parts,
     )
 
 
-def fuse(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor | None:
-    """Put weights that share an input one below the other; None if their schemes differ."""
-    tensors = [planes_of(tensor) for tensor in tensors]
-    first = tensors[0]
-    for other in tensors[1:]:
-        alike = other.parts.keys() == first.parts.keys() and other.scheme == first.scheme
-        if not alike or other.shape.in_features != first.shape.in_features:
-            return None
-    if first.scheme.group_dim != "in_features":
-        return None
-    rows = sum(tensor.shape.out_features for tensor in tensors)
-    parts = {
-        name: torch.cat([tensor.parts[name] for tensor in tensors], dim=ROW_DIM)
-        for name in first.parts
-    }
-    shape = Shape2D(rows, first.shape.in_features)
-    return QuantizedTensor(first.format, first.scheme, shape, parts)
+def _suits_tables(tensor: QuantizedTensor, card_name: str) -> bool:
+    """Return whether the kernel `lut` is the fastest for one token."""
+    suits = selection_for(card_name).prefers_tables(tensor.scheme.num_bits, tensor.shape)
+    return suits and lut.why_no_tables(tensor) is None
 
 
-def interleave(gate: QuantizedTensor, up: QuantizedTensor) -> QuantizedTensor | None:
-    """Let eight rows of gate and eight of up alternate; None where that can't be."""
-    fused = fuse([gate, up])
-    if fused is None or gate.shape != up.shape or gate.shape.out_features % RUN != 0:
-        return None
-    order = interleaved_order(gate.shape.out_features)
-    parts = {
-        name: part.index_select(ROW_DIM, order.to(part.device))
-        for name, part in fused.parts.items()
-    }
-    return QuantizedTensor(fused.format, fused.scheme, fused.shape, parts)
-
-
-def interleaved_order(rows: int) -> Tensor:
-    """Return where the rows of [gate; up] go: (2 rows,) int64."""
-    return torch.arange(2 * rows).view(2, rows // RUN, RUN).transpose(0, 1).flatten()
-
-
-def choose(weight: KernelWeight, tokens: int, card: Card) -> str:
+def kernel_for(weight: KernelWeight, tokens: int, card: Card) -> str:
     """Return the name of the kernel that multiplies so many tokens."""
     wanted = wanted_kernel()
     if wanted is not None:
@@ -131,8 +115,10 @@ def choose(weight: KernelWeight, tokens: int, card: Card) -> str:
         return "dequantize"
     if weight.tiles is None:
         return "sign_flip"
+    if tokens == 1 and weight.stored is not None and _suits_tables(weight.stored, card.name):
+        return "lut"
     row_tiles, units, *_ = weight.tiles.planes.shape
-    room = planes.choose(row_tiles, units, tokens or 1, weight.layout, card=card)
+    room = planes.tuned_plan(row_tiles, units, tokens or 1, weight.layout, card=card)
     return "dequantize" if room is None else "planes"
 
 
@@ -153,9 +139,9 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         weight: W.
         launch: Runs a kernel.
         card: Where.
-        kernel: One of KERNELS; None: `choose`.
+        kernel: One of KERNELS; None: `kernel_for`.
         residual: (tokens, out_features), added to the product.
-        gated: Rows of W are those of `interleave`: return silu(gate) * up.
+        gated: Rows of W alternate, see `fusing`: return silu(gate) * up.
 
     Returns:
         (tokens, out_features) in the dtype of `x`; half as wide if gated.
@@ -164,12 +150,12 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         BackendError: the kernel asked for can't run this weight.
     """
     tokens = x.shape[0]
-    kernel = kernel or choose(weight, tokens, card)
-    if x.data_ptr() % ALIGNMENT != 0:  # a slice of something
+    kernel = kernel or kernel_for(weight, tokens, card)
+    if x.data_ptr() % LOAD_BYTES != 0:  # a slice of something
         x = x.clone()
     if kernel == "planes" and weight.tiles is not None and tokens > 0:
         epilogue = "gated" if gated else "none" if residual is None else "residual"
-        return planes.matmul(
+        return planes.multiply_planes(
             x,
             weight.tiles,
             weight.shape.out_features,
@@ -180,10 +166,11 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
             residual=residual,
             dependent=not weight.fresh,
         )
+    if kernel == "lut" and not gated and tokens > 0:
+        return lut.multiply_by_tables(x, _stored(weight, kernel), launch, card, residual)
     y = _plain(x, weight, launch, card, kernel)
     if gated:
-        pairs = y.unflatten(-1, (-1, 2, RUN))
-        gate, up = pairs[..., 0, :].flatten(-2), pairs[..., 1, :].flatten(-2)
+        gate, up = tiles.side_by_side(y).chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
     return y if residual is None else y + residual
 
@@ -192,30 +179,40 @@ def _plain(x: Tensor, weight: KernelWeight, launch: Launch, card: Card, kernel: 
     if len(x) == 0:
         return x.new_empty(0, weight.shape.out_features)
     if kernel == "dequantize":
-        return torch.nn.functional.linear(x, dequantize(weight, launch))
+        return torch.nn.functional.linear(x, dense_weight(weight, launch))
     if kernel not in STORED_KERNELS:
         raise BackendError(
             f"Kernel {kernel!r} can't run this weight ({weight.scheme}); dequantize and sign_flip "
             "can."
         )
+    stored = _stored(weight, kernel)
+    if kernel == "sign_flip":
+        return _by_definition(x, stored, launch)
+    return lut.multiply_by_tables(x, stored, launch, card)
+
+
+def _stored(weight: KernelWeight, kernel: str) -> QuantizedTensor:
+    """Return the stored parts for a kernel that reads them.
+
+    Raises:
+        BackendError: they weren't kept, or the kernel can't read them.
+    """
     if weight.stored is None:
         raise BackendError(
             f"Kernel {kernel!r} reads a weight as it is stored, and prepare wasn't told to keep "
             "that (keep_stored)."
         )
-    if kernel == "sign_flip":
-        return _by_definition(x, weight.stored, launch)
-    reason = lut.why_not(weight.stored)
+    reason = lut.why_no_tables(weight.stored) if kernel == "lut" else None
     if reason is not None:
         raise BackendError(reason)
-    return lut.matmul(x, weight.stored, launch, card)
+    return weight.stored
 
 
 def _by_definition(x: Tensor, tensor: QuantizedTensor, launch: Launch) -> Tensor:
     (rows, inputs), scheme, parts = tensor.shape, tensor.scheme, tensor.parts
     y, offsets = x.new_empty(len(x), rows), parts.get("plane_offsets", parts.get(CENTERS))
     launch(
-        Call(
+        KernelCall(
             "sign_flip",
             "sign_flip",
             constants(x.dtype),
@@ -236,16 +233,15 @@ def _by_definition(x: Tensor, tensor: QuantizedTensor, launch: Launch) -> Tensor
 
 
 @functools.lru_cache(1024)  # not all lengths of prompts for ever
-def _dequantize(
+def _dequantize_call(
     kernel: str, sizes: tuple[int, ...], blocks: int, layout: planes.Layout, dtype: torch.dtype
-) -> Call:
+) -> KernelCall:
     """Return a launch of kernels/dequantize.cu, made once for all weights of one shape."""
-    values = {"PLANES": layout.planes, "GROUP": layout.group, "OFFSET": layout.offset}
-    macros, grid = constants(dtype, **values), (blocks, 1, 1)
-    return Call("dequantize", kernel, macros, grid, DEQUANTIZE_THREADS, 0, sizes)
+    macros, grid = constants(dtype, **layout.macros), (blocks, 1, 1)
+    return KernelCall("dequantize", kernel, macros, grid, DEQUANTIZE_THREADS, 0, sizes)
 
 
-def dequantize(weight: KernelWeight, launch: Launch) -> Tensor:
+def dense_weight(weight: KernelWeight, launch: Launch) -> Tensor:
     """Return W, (out_features, in_features) in the dtype of the activations."""
     if weight.tiles is None:
         assert weight.stored is not None
@@ -255,7 +251,7 @@ def dequantize(weight: KernelWeight, launch: Launch) -> Tensor:
     dense = torch.empty(rows, inputs, dtype=weight.dtype, device=packed.planes.device)
     sizes = (rows, inputs, row_tiles, units, packed.scales.shape[1])
     blocks = -(-row_tiles * units // DEQUANTIZE_WARPS)
-    call = _dequantize("dequantize", sizes, blocks, weight.layout, weight.dtype)
+    call = _dequantize_call("dequantize", sizes, blocks, weight.layout, weight.dtype)
     tensors = (packed.planes, packed.scales, dense)
     launch(call._replace(dependent=False) if weight.fresh else call, tensors)
     return dense
@@ -264,7 +260,7 @@ def dequantize(weight: KernelWeight, launch: Launch) -> Tensor:
 def rows(index: Tensor, weight: KernelWeight, launch: Launch) -> Tensor:
     """Return the rows that `index` names: (*index.shape, in_features)."""
     if weight.tiles is None:
-        return dequantize(weight, launch)[index]
+        return dense_weight(weight, launch)[index]
     if index.numel() == 0:
         return torch.empty(
             *index.shape, weight.shape.in_features, dtype=weight.dtype, device=index.device
@@ -273,6 +269,6 @@ def rows(index: Tensor, weight: KernelWeight, launch: Launch) -> Tensor:
     flat = index.flatten().to(torch.int64).contiguous()
     found = torch.empty(len(flat), inputs, dtype=weight.dtype, device=packed.planes.device)
     sizes = (weight.shape.out_features, inputs, packed.planes.shape[1], packed.scales.shape[1])
-    call = _dequantize("gather_rows", sizes, len(flat), weight.layout, weight.dtype)
+    call = _dequantize_call("gather_rows", sizes, len(flat), weight.layout, weight.dtype)
     launch(call, (packed.planes, packed.scales, flat, found))
     return found.view(*index.shape, inputs)

@@ -9,15 +9,15 @@ from qtool.base import QuantizedTensor
 from qtool.formats import binary_coding
 from qtool.runtime import planes
 from qtool.runtime.centers import CENTERS
-from qtool.runtime.launch import Call, Card, Launch, constants
+from qtool.runtime.launch import Card, KernelCall, Launch, constants
+from qtool.runtime.tiles import LANES
 
-LANES = 32
 WORD = 32
 """Inputs of the finest group."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tuning:
+class TableTuning:
     """What changes the time of the kernel and nothing else: the macros of the same names."""
 
     keys: int
@@ -35,7 +35,7 @@ class Tuning:
         return self.keys * (256 * LANES + 8 * (LANES + 1)) * 4
 
 
-def tuning(num_bits: int, out_features: int, card: Card) -> Tuning:
+def table_tuning(num_bits: int, out_features: int, card: Card) -> TableTuning:
     """Return what suits a weight.
 
     Eight words or more of every thread are under way, as many as 64 registers hold, and the
@@ -43,17 +43,17 @@ def tuning(num_bits: int, out_features: int, card: Card) -> Tuning:
     """
     rows = {1: 8, 2: 4, 3: 4}.get(num_bits, 2)
     rows = min(rows, 1 << (out_features.bit_length() - 1))
-    large = Tuning(keys=4, rows=rows, threads=1024)
+    large = TableTuning(keys=4, rows=rows, threads=1024)
     if large.shared_bytes <= card.shared_bytes:
         return large
-    return Tuning(keys=2, rows=rows, threads=512)
+    return TableTuning(keys=2, rows=rows, threads=512)
 
 
-def why_not(tensor: QuantizedTensor) -> str | None:
+def why_no_tables(tensor: QuantizedTensor) -> str | None:
     """Return why the kernel can't run a weight, a sentence; None: it can."""
     scheme, inputs = tensor.scheme, tensor.shape.in_features
-    if tensor.format != binary_coding.FORMAT:
-        return f"Kernel lut reads format {binary_coding.FORMAT}, not {tensor.format}."
+    if tensor.format != binary_coding.BINARY_CODING:
+        return f"Kernel lut reads format {binary_coding.BINARY_CODING}, not {tensor.format}."
     if scheme.group_dim != "in_features":
         return f"Kernel lut groups along in_features, not {scheme.group_dim}."
     size = scheme.group_size or inputs
@@ -62,17 +62,24 @@ def why_not(tensor: QuantizedTensor) -> str | None:
     return None
 
 
-def matmul(
-    x: Tensor, tensor: QuantizedTensor, launch: Launch, card: Card, tuned: Tuning | None = None
+def multiply_by_tables(
+    x: Tensor,
+    tensor: QuantizedTensor,
+    launch: Launch,
+    card: Card,
+    residual: Tensor | None = None,
+    *,
+    tuned: TableTuning | None = None,
 ) -> Tensor:
-    """Return x @ W.T.
+    """Return x @ W.T, and a residual.
 
     Args:
         x: (tokens, in_features) float16 or bfloat16, contiguous. Time is linear in tokens.
-        tensor: W, of which `why_not` has nothing to say.
+        tensor: W, of which `why_no_tables` has nothing to say.
         launch: Runs a kernel.
         card: Where.
-        tuned: None: as `tuning` says.
+        residual: (tokens, out_features), added to the product.
+        tuned: None: as `table_tuning` says.
 
     Returns:
         (tokens, out_features) in the dtype of `x`.
@@ -81,7 +88,7 @@ def matmul(
     y = x.new_empty(batch, rows)
     if batch == 0:
         return y
-    tuned = tuned or tuning(tensor.scheme.num_bits, rows, card)
+    tuned = tuned or table_tuning(tensor.scheme.num_bits, rows, card)
     slabs = -(-inputs // tuned.slab)
     partial = x.new_empty(slabs, batch, rows, dtype=torch.float32) if slabs > 1 else None
     offsets = parts.get("plane_offsets", parts.get(CENTERS))
@@ -89,7 +96,7 @@ def matmul(
     most = -(-rows // (tuned.rows * tuned.threads // LANES))
     blocks = max(1, min(card.multiprocessors // slabs, most))
     launch(
-        Call(
+        KernelCall(
             "lut_gemm",
             "lut_gemm",
             _constants(tensor, x.dtype, tuned),
@@ -100,13 +107,15 @@ def matmul(
         ),
         (parts["bit_planes"], parts["plane_scales"], offsets, x, y if partial is None else partial),
     )
-    if partial is not None:
-        planes.add_splits(partial, y, launch)
+    if partial is None:
+        return y if residual is None else y.add_(residual)
+    epilogue = "none" if residual is None else "residual"
+    planes.add_splits(partial, y, launch, epilogue=epilogue, residual=residual)
     return y
 
 
 def _constants(
-    tensor: QuantizedTensor, dtype: torch.dtype, tuned: Tuning
+    tensor: QuantizedTensor, dtype: torch.dtype, tuned: TableTuning
 ) -> tuple[tuple[str, int], ...]:
     scheme, inputs = tensor.scheme, tensor.shape.in_features
     return constants(

@@ -11,22 +11,8 @@ from torch import Tensor, nn
 
 from qtool.base import KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry
-from qtool.runtime.select import choose_backend, load_backend, wanted_backend
-
-TORCH_DTYPES = {
-    "int32": torch.int32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
-REFERENCE = "reference"
-
-
-@dataclass(frozen=True, slots=True)
-class Lent:
-    """A prepared weight that is part of another one."""
-
-    view: Callable[[], Any]
+from qtool.formats._dtypes import dtype_of
+from qtool.runtime.select import choose_backend, definition, wanted_backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +21,7 @@ class Held:
 
     backend: KernelBackend
     prepared: Any
-    """What the backend made, or a `Lent`."""
+    """What the backend made."""
     dtype: torch.dtype
     """Of the activations."""
     home: torch.device | None
@@ -65,7 +51,7 @@ class QuantizedWeight(nn.Module):
         """Another object whenever the parts were loaded or moved."""
         self._join()
         for name, spec in entry.layout().items():
-            self.register_buffer(name, torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype]))
+            self.register_buffer(name, torch.empty(spec.shape, dtype=dtype_of(spec.dtype)))
 
     @property
     def device(self) -> torch.device:
@@ -98,11 +84,10 @@ class QuantizedWeight(nn.Module):
             if self._number is not None:
                 _made_ready(self._number, dtype)
         elif torch.compiler.is_exporting():  # what is exported has the parts as they are stored
-            reference = load_backend(REFERENCE)
-            return reference, reference.prepare(self.tensor(), dtype)
+            plainest = definition()
+            return plainest, plainest.prepare(self.tensor(), dtype)
         held = self._ready(dtype)
-        prepared = held.prepared
-        return held.backend, prepared.view() if isinstance(prepared, Lent) else prepared
+        return held.backend, held.prepared
 
     def _ready(self, dtype: torch.dtype) -> Held:
         """Return what runs the weight, made now if need be."""
@@ -112,12 +97,12 @@ class QuantizedWeight(nn.Module):
             held = self._hold(backend, backend.prepare(self.tensor(), dtype), dtype)
         return held
 
-    def lend(self, backend: KernelBackend, view: Callable[[], Any], dtype: torch.dtype) -> None:
-        """Give up the own layout: for `dtype`, `view` makes it from that of a fused weight.
+    def adopt(self, part: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
+        """Give up the own layout for a part of a fused one, that its backend made for `dtype`.
 
         So a weight that a decoder has fused with others isn't on the card once more.
         """
-        self._hold(backend, Lent(view), dtype)
+        self._hold(self.choose_backend(), part, dtype)
 
     def _hold(self, backend: KernelBackend, prepared: Any, dtype: torch.dtype) -> Held:  # noqa: ANN401
         home = self.device if backend.owns_layout else None

@@ -23,12 +23,12 @@ LIBRARY.define(f"matmul(Tensor x, {WEIGHT}) -> Tensor")
 LIBRARY.define(f"rows(Tensor index, ScalarType dtype, {WEIGHT}) -> Tensor")
 
 
-def matmul(x: Tensor, weight: KernelWeight) -> Tensor:
+def matmul_operator(x: Tensor, weight: KernelWeight) -> Tensor:
     """Return x @ W.T for a weight of tiles, shaped (..., out_features), in the dtype of `x`."""
     return torch.ops.qtool.matmul(x, *_flat(weight))
 
 
-def rows(index: Tensor, weight: KernelWeight) -> Tensor:
+def rows_operator(index: Tensor, weight: KernelWeight) -> Tensor:
     """Return the rows of a weight of tiles that `index` names."""
     return torch.ops.qtool.rows(index, weight.dtype, *_flat(weight))
 
@@ -56,10 +56,10 @@ def _scheme(bits: int, group: int | None, symmetric: bool) -> WeightScheme:  # n
     return WeightScheme(num_bits=bits, group_size=group, symmetric=symmetric)
 
 
-Run = Callable[[Tensor, KernelWeight], Tensor]
+RunKernel = Callable[[Tensor, KernelWeight], Tensor]
 
 
-def implement(run_matmul: Run, run_rows: Run) -> None:
+def implement(run_matmul: RunKernel, run_rows: RunKernel) -> None:
     """Say what the operators do on a card; once."""
 
     def matmul_there(x: Tensor, *flat: *Flat) -> Tensor:

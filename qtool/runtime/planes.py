@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from qtool.errors import BackendError
-from qtool.runtime.launch import Call, Card, Launch, constants
+from qtool.runtime.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.selection import Tuning, selection_for
 from qtool.runtime.tiles import TILE_ROWS, UNIT, Tiles
 
 BLOCKS_PER_UNIT = 8
-WARP = 32
 NUMBER = 4
 """Bytes of a float32 in shared memory."""
 RESERVED_BYTES = 1024
@@ -36,6 +35,11 @@ class Layout(NamedTuple):
     """Inputs per group; whole units where one group is the row."""
     offset: int
     """0: none; 1: beside the scales; 2: the center of an affine weight in its place."""
+
+    @property
+    def macros(self) -> dict[str, int]:
+        """Return the constants themselves."""
+        return {"PLANES": self.planes, "GROUP": self.group, "OFFSET": self.offset}
 
     @property
     def parameters(self) -> int:
@@ -74,7 +78,7 @@ def product_for(batch: int, layout: Layout) -> Product:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LaunchPlan:
     """One launch on one card."""
 
     column_blocks: int
@@ -89,7 +93,7 @@ class Plan:
 
 
 @functools.cache
-def plan(
+def plan_launch(
     row_tiles: int,
     units: int,
     batch: int,
@@ -97,7 +101,7 @@ def plan(
     *,
     card: Card,
     tuning: Tuning,
-) -> Plan | None:
+) -> LaunchPlan | None:
     """Choose a grid that fills a card once; None: a CTA has too little shared memory.
 
     in_features are cut into slabs only where the inputs of all of them don't fit into shared
@@ -124,7 +128,7 @@ def plan(
             )
             if shared <= (card.shared_bytes + RESERVED_BYTES) // ctas_per - RESERVED_BYTES:
                 words = blocks * slabs * ctas * warps * TILE_ROWS * columns
-                return Plan(blocks, ctas, slabs, count, stages, ctas_per, shared, words)
+                return LaunchPlan(blocks, ctas, slabs, count, stages, ctas_per, shared, words)
     return None
 
 
@@ -136,9 +140,9 @@ def _rings(tuning: Tuning) -> Iterator[tuple[int, int]]:
 
 
 @functools.cache
-def choose(
+def tuned_plan(
     row_tiles: int, units: int, batch: int, layout: Layout, *, card: Card
-) -> tuple[Tuning, Plan] | None:
+) -> tuple[Tuning, LaunchPlan] | None:
     """Return how to launch: as the card's selection says, or as near to it as there is room.
 
     Nearest is, for few tokens, what needs no slabs, then what leaves as many CTAs beside one
@@ -155,7 +159,7 @@ def choose(
         found = []
         for order, tuning in enumerate(replace(tuning, waves=waves) for tuning in tunings):
             sizes = (row_tiles, units, batch, layout)
-            planned = plan(*sizes, card=card, tuning=tuning)
+            planned = plan_launch(*sizes, card=card, tuning=tuning)
             if planned is not None:
                 crowded = planned.per_multiprocessor < tuning.per_multiprocessor
                 # with many tokens a CTA multiplies for longer: all its warps are worth a slab
@@ -171,27 +175,21 @@ Sizes = tuple[int, int, int, int, int, int]
 
 
 @functools.lru_cache(maxsize=4096)
-def call_for(  # noqa: PLR0913, PLR0917 - of what, where, and what comes after
+def call_for(
     sizes: Sizes,
     layout: Layout,
     dtype: torch.dtype,
     card: Card,
     epilogue: str = "none",
     dependent: bool = True,  # noqa: FBT001, FBT002 - a key of the cache
-    tuning: Tuning | None = None,
-) -> Call:
+) -> KernelCall:
     """Return the launch of a product, decided once for all weights of one shape.
 
     Raises:
         BackendError: a CTA has too little shared memory.
     """
     _, in_features, batch, row_tiles, units, _ = sizes
-    of = (row_tiles, units, batch, layout)
-    if tuning is None:
-        picked = choose(*of, card=card)
-    else:
-        planned = plan(*of, card=card, tuning=tuning)
-        picked = None if planned is None else (tuning, planned)
+    picked = tuned_plan(row_tiles, units, batch, layout, card=card)
     if picked is None:
         raise BackendError(
             f"A block of this card has {card.shared_bytes} bytes of shared memory: too few for a "
@@ -199,32 +197,28 @@ def call_for(  # noqa: PLR0913, PLR0917 - of what, where, and what comes after
             "QTOOL_KERNEL=dequantize runs it."
         )
     product, (tuning, chosen) = product_for(batch, layout), picked
-    macros = constants(
-        dtype,
-        PLANES=layout.planes,
-        GROUP=layout.group,
-        OFFSET=layout.offset,
-        COLUMNS=product.columns,
-        WARPS=tuning.warps,
-        STAGES=chosen.stages,
-        BLOCKS=chosen.per_multiprocessor,
-        ALIGNED=int(in_features % 8 == 0),
-        EPILOGUE=EPILOGUES[epilogue] if chosen.slabs == 1 else 0,
-    )
-    return Call(
-        product.name,
-        product.name,
-        macros,
-        (chosen.ctas, chosen.slabs, chosen.column_blocks),
-        tuning.warps * WARP,
-        chosen.shared_bytes,
-        (*sizes, chosen.units_per_slab),
-        chosen.exchange_words,
-        dependent,
+    grid = {
+        "COLUMNS": product.columns,
+        "WARPS": tuning.warps,
+        "STAGES": chosen.stages,
+        "BLOCKS": chosen.per_multiprocessor,
+        "ALIGNED": int(in_features % 8 == 0),
+        "EPILOGUE": EPILOGUES[epilogue] if chosen.slabs == 1 else 0,
+    }
+    return KernelCall(
+        file=product.name,
+        kernel=product.name,
+        constants=constants(dtype, **layout.macros, **grid),
+        grid=(chosen.ctas, chosen.slabs, chosen.column_blocks),
+        threads=tuning.warps * WARP,
+        shared_bytes=chosen.shared_bytes,
+        numbers=(*sizes, chosen.units_per_slab),
+        zeros=chosen.exchange_words,
+        dependent=dependent,
     )
 
 
-def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
+def multiply_planes(  # noqa: PLR0913 - what, by what, where, and what comes after
     x: Tensor,
     packed: Tiles,
     out_features: int,
@@ -235,7 +229,6 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     epilogue: str = "none",
     residual: Tensor | None = None,
     dependent: bool = True,
-    tuning: Tuning | None = None,
 ) -> Tensor:
     """Return x @ W.T, or what the epilogue makes of it.
 
@@ -250,15 +243,14 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
             result is half as wide.
         residual: (tokens, out_features), for the epilogue of that name.
         dependent: The weight may be read before the launch before this one has ended.
-        tuning: None: `choose`.
 
     Raises:
-        BackendError: a CTA has too little shared memory; `choose` says so beforehand.
+        BackendError: a CTA has too little shared memory; `tuned_plan` says so beforehand.
     """
     batch, in_features = x.shape
     row_tiles, units, *_ = packed.planes.shape
     sizes = (out_features, in_features, batch, row_tiles, units, packed.scales.shape[1])
-    call = call_for(sizes, layout, x.dtype, card, epilogue, dependent, tuning)
+    call = call_for(sizes, layout, x.dtype, card, epilogue, dependent)
     y = x.new_empty(batch, out_features // 2 if epilogue == "gated" else out_features)
     slabs, partial = call.grid[1], None
     if slabs > 1:
@@ -281,7 +273,7 @@ def add_splits(
     splits, batch, padded = partial.shape
     threads = 128
     launch(
-        Call(
+        KernelCall(
             "add_splits",
             "add_splits",
             constants(y.dtype, EPILOGUE=EPILOGUES[epilogue]),

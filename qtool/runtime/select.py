@@ -1,14 +1,13 @@
 """Which backend executes a weight: the best that can, unless one is asked for by name."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 
 import torch
 
 import qtool.runtime.backends
-from qtool import plugins
+from qtool import plugins, settings
 from qtool.base import KernelBackend, QuantizedTensor
 from qtool.errors import BackendError
 
@@ -20,9 +19,18 @@ def load_backend(name: str) -> KernelBackend:
     return plugins.load(qtool.runtime.backends, name, "BACKEND", object)  # type: ignore[return-value]
 
 
+def definition() -> KernelBackend:
+    """Return the backend of the least priority: it runs parts as they are stored, everywhere."""
+    return min(_all(), key=lambda backend: backend.priority)
+
+
+def _all() -> list[KernelBackend]:
+    return [load_backend(name) for name in plugins.names(qtool.runtime.backends)]
+
+
 def wanted_backend() -> str | None:
     """Return the name asked for by `use_backend` or $QTOOL_BACKEND; None: choose."""
-    return _WANTED.get() or os.environ.get("QTOOL_BACKEND") or None
+    return _WANTED.get() or settings.backend()
 
 
 @contextlib.contextmanager
@@ -55,6 +63,5 @@ def choose_backend(
         if reason is not None:
             raise BackendError(f"Backend '{wanted}' can't run this weight: {reason}")
         return backend
-    names = plugins.names(qtool.runtime.backends)
-    able = [b for b in map(load_backend, names) if b.why_not(tensor, device) is None]
-    return max(able, key=lambda backend: backend.priority)  # `reference` always can
+    able = [backend for backend in _all() if backend.why_not(tensor, device) is None]
+    return max(able, key=lambda backend: backend.priority)  # `definition` always can

@@ -5,17 +5,22 @@ A card that isn't here is run as the first that is. Which selection is in use st
 """
 
 import functools
-import os
 from dataclasses import dataclass
+from math import prod
 
+from qtool import settings
 from qtool.errors import UnknownNameError
 from qtool.plugins import describe_miss
+from qtool.scheme import Shape2D
 
 KERNELS = ("planes", "lut", "dequantize", "sign_flip")
 """bit_plane_*.cu; lut_gemm.cu; dequantize.cu and torch's product; sign_flip.cu."""
 
 BLOCK = 16
 """Tokens that one CTA multiplies at most."""
+
+FEW_INPUTS = 4096
+"""Up to which a token is staged soon enough for what is tried there."""
 
 STORED_KERNELS = ("lut", "sign_flip")
 """Those that read a weight as a checkpoint stores it."""
@@ -44,6 +49,9 @@ class Selection:
     dequantized weight and torch's product."""
     least_weights: int
     """Of fewer, the dequantized one stays in the L2 cache: more than one block isn't worth it."""
+    tables: range
+    """Weights from which on the LUT kernel multiplies one token sooner than the bit planes, and
+    bits up to which it does; of two planes and more."""
     alone: Tuning
     pairs: Tuning
     """Two CTAs cover for one another where inputs are few, so staged soon, and weights are many."""
@@ -55,8 +63,14 @@ class Selection:
             in_features: Of the weight.
             units: Of 16 rows and 256 inputs, that one multiprocessor has to do.
         """
-        few_inputs, many_weights = in_features <= 4096, units >= 100  # noqa: PLR2004 - measured
+        few_inputs, many_weights = in_features <= FEW_INPUTS, units >= 100  # noqa: PLR2004
         return self.pairs if few_inputs and many_weights else self.alone
+
+    def prefers_tables(self, planes: int, shape: Shape2D) -> bool:
+        """Return whether the LUT kernel is the fastest for one token; it isn't with many inputs."""
+        if planes == 1 or shape.in_features > FEW_INPUTS:
+            return False
+        return self.tables.start <= prod(shape) <= self.tables.stop // planes
 
     def most_tokens(self, planes: int, weights: int = 2**63) -> int:
         """Return how many tokens the bit planes of so many weights multiply."""
@@ -76,6 +90,7 @@ H100 = Selection(
     measured_on="NVIDIA H100 80GB HBM3",
     most_products=160,
     least_weights=2**25,
+    tables=range(2**24, 2**26),
     alone=Tuning(warps=16, stages=3),
     pairs=Tuning(warps=8, stages=4, per_multiprocessor=2),
 )
@@ -95,7 +110,7 @@ def wanted_kernel() -> str | None:
     Raises:
         UnknownNameError: there is no such kernel.
     """
-    name = os.environ.get("QTOOL_KERNEL") or None
+    name = settings.kernel()
     if name is not None and name not in KERNELS:
         raise UnknownNameError(describe_miss(name, KERNELS, "kernels"))
     return name

@@ -13,8 +13,11 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.core.packing import unpack_bits
 from qtool.runtime.centers import CENTERS
+from qtool.scheme import Shape2D
 
 TILE_ROWS = 16
+RUN = 8
+"""Rows of gate, then of up, that alternate in a tile where both are one weight."""
 UNIT = 256
 LANES = 32
 BITS_AT_ONCE = 2**26
@@ -101,3 +104,26 @@ def _pack_parameters(parameters: Tensor) -> Tensor:
     """Re-lay (parameters, rows of whole tiles, groups) float16 by tiles."""
     split = parameters.unflatten(1, (-1, 2, 8))  # parameter, tile, r, g, group
     return split.permute(1, 4, 3, 0, 2).contiguous()
+
+
+def unpack(tiles: Tiles, shape: Shape2D, group: int) -> tuple[Tensor, Tensor]:
+    """Return scales, then offsets or centers, of each weight, and its signs.
+
+    Args:
+        tiles: A weight.
+        shape: Of the weight.
+        group: Inputs that share parameters.
+
+    Returns:
+        (parameters, out_features, in_features) and (num_bits, out_features, in_features) float32.
+    """
+    rows, inputs = shape
+    scales = tiles.scales.permute(3, 0, 4, 2, 1).flatten(1, 3)[:, :rows].float()
+    of_input = torch.arange(inputs, device=scales.device) // group
+    signs = 2 * unpack_planes(tiles.planes)[:, :rows, :inputs].float() - 1
+    return scales[:, :, of_input], signs
+
+
+def side_by_side(y: Tensor) -> Tensor:
+    """Return the outputs (..., 2 n) of rows that alternate in runs: those of gate, then of up."""
+    return y.unflatten(-1, (-1, 2, RUN)).transpose(-3, -2).flatten(-3)

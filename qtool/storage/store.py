@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from qtool.storage.cache import cache_dir
+from qtool.settings import cache_dir
 
 VERSION = 1
 """Of the table; part of the file's name, so that two versions of qtool don't clear each other's."""

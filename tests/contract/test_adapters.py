@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-import qtool.modeling.adapters
-from qtool import pipeline, plugins
-from qtool.base import ModelAdapter
+from qtool import pipeline
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import ModelError
+from qtool.modeling.adapters import families as known_families
+from qtool.modeling.adapters import load_adapter
 from qtool.modeling.generic import adapter_of
 from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
@@ -19,7 +19,7 @@ from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, Quantized
 from tests import families
 from tests.helpers import dequantized, recipe
 
-ADAPTERS = plugins.names(qtool.modeling.adapters)
+ADAPTERS = known_families()
 WITHOUT_A_FILE = ("bloom", "gemma3_text", "stablelm")
 TABLE = {"method": "rtn", "scheme": {"num_bits": 8, "group_size": 32}}
 PROMPT = torch.arange(3, 23).unsqueeze(0)
@@ -145,13 +145,13 @@ def test_half_precision_runs_and_survives_being_saved_again(case, tmp_path):
 
 
 def with_linears(name: str) -> bool:
-    return not plugins.load(qtool.modeling.adapters, name, "ADAPTER", ModelAdapter).conv1d
+    return not load_adapter(name).conv1d
 
 
 @pytest.mark.parametrize("name", [*filter(with_linears, ADAPTERS)])
 def test_adapter_agrees_with_what_the_modules_say(name):
     found = adapter_of(families.build(name), name)
-    adapter = plugins.load(qtool.modeling.adapters, name, "ADAPTER", ModelAdapter)
+    adapter = load_adapter(name)
     assert (adapter.blocks, adapter.embedding) == (found.blocks, found.embedding)
     assert adapter.base_prefix == found.base_prefix
     assert sorted(sum(adapter.linears, ())) == sorted(sum(found.linears, ()))

@@ -80,7 +80,7 @@ def test_method_of_the_page_on_methods_does_what_the_page_says(tmp_path, monkeyp
     ("page", "file"),
     [
         ("docs/adding-a-backend.md", "qtool/runtime/backends/dense.py"),
-        ("docs/adding-a-model.md", "qtool/modeling/adapters/mistral.py"),
+        ("docs/adding-a-model.md", "qtool/modeling/adapters/llama.py"),
     ],
 )
 def test_files_that_a_page_shows_are_those_of_the_product(page, file):

@@ -18,7 +18,7 @@ from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter
-from qtool.formats import affine, binary_coding, dense
+from qtool.formats import affine, binary_coding
 from qtool.scheme import Shape2D, WeightScheme
 from tests.golden.oracles import ORACLES
 
@@ -45,7 +45,7 @@ def affine_weight(scheme: WeightScheme) -> QuantizedTensor:
     codes = numbers(2**scheme.num_bits, rows, groups, size).to(torch.uint8)
     zeros = numbers(2**scheme.num_bits, groups, rows).T.to(torch.uint8)
     scales = ((numbers(500, rows, groups) + 1) / 512).half()
-    return affine.encode(codes, scales, zeros, scheme, SHAPE)
+    return affine.encode_affine(codes, scales, zeros, scheme, SHAPE)
 
 
 def binary_weight(scheme: WeightScheme) -> QuantizedTensor:
@@ -54,17 +54,12 @@ def binary_weight(scheme: WeightScheme) -> QuantizedTensor:
     codes = numbers(2**scheme.num_bits, rows, groups, size).to(torch.uint8)
     scales = (numbers(500, rows, groups, scheme.num_bits) + 1).sort(-1, descending=True).values
     offsets = (numbers(500, rows, groups) - 250) / 512
-    return binary_coding.encode(codes, (scales / 512).half(), offsets.half(), scheme, SHAPE)
-
-
-def dense_weight(scheme: WeightScheme) -> QuantizedTensor:
-    return dense.encode((numbers(1000, *SHAPE) - 500) / 256, scheme)
+    return binary_coding.encode_binary(codes, (scales / 512).half(), offsets.half(), scheme, SHAPE)
 
 
 WEIGHTS: Mapping[str, Callable[[WeightScheme], QuantizedTensor]] = {
     "affine": affine_weight,
     "binary_coding": binary_weight,
-    "dense": dense_weight,
 }
 
 

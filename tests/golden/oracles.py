@@ -55,10 +55,4 @@ def binary_coding(
     return weight
 
 
-def dense(
-    parts: Parts, _num_bits: int, _out: int, _in: int, _group_size: int | None, _group_dim: str
-) -> NDArray[np.float64]:
-    return parts["weight"].astype(np.float64)
-
-
-ORACLES: Mapping[str, Oracle] = {"affine": affine, "binary_coding": binary_coding, "dense": dense}
+ORACLES: Mapping[str, Oracle] = {"affine": affine, "binary_coding": binary_coding}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtool.runtime.launch import Call
+from qtool.runtime.launch import KernelCall
 from qtool.runtime.sources import kernel_source
 
 HERE = Path(__file__).parent
@@ -127,10 +127,10 @@ class Recorder:
     """Launches on the CPU and notes what."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[KernelCall] = []
         self.tensors: list[Sequence[Tensor | None]] = []
 
-    def __call__(self, call: Call, tensors: Sequence[Tensor | None]) -> None:
+    def __call__(self, call: KernelCall, tensors: Sequence[Tensor | None]) -> None:
         """Run a kernel; what it must leave as zeros has to be zeros."""
         self.calls.append(call)
         self.tensors.append(tensors)

@@ -45,7 +45,7 @@ class Case:
         groups = scheme.num_groups(shape)
         scales = torch.rand(len(rows), groups, self.num_bits, generator=generator) + 0.1
         offsets = torch.randn(len(rows), groups, generator=generator)
-        return binary_coding.encode(
+        return binary_coding.encode_binary(
             grouping.split(codes.to(torch.uint8), self.group_size),
             scales.sort(-1, descending=True).values.half(),
             offsets.half(),

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from qtool.errors import BackendError
-from qtool.runtime import linear_kernels, planes, selection
-from qtool.runtime.centers import weight_of
+from qtool.runtime import fusing, linear_kernels, planes, selection
 from qtool.runtime.launch import Card
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
@@ -69,7 +68,7 @@ def test_inputs_that_do_not_fit_into_shared_memory_are_cut_into_slabs():
 def test_every_card_has_room_for_every_weight(kilobytes, num_bits, group_size, batch):
     card, layout = Card(132, kilobytes * 1024), planes.Layout(num_bits, group_size, 1)
     for row_tiles, units in ((8016, 16), (256, 56), (3584, 32)):
-        chosen = planes.choose(row_tiles, units, batch, layout, card=card)
+        chosen = planes.tuned_plan(row_tiles, units, batch, layout, card=card)
         if chosen is None:
             assert (num_bits >= 7, kilobytes) == (True, 99)  # the dequantized weight's
             continue
@@ -83,7 +82,7 @@ def test_the_selection_asks_for_what_was_measured():
     layout, card = planes.Layout(4, 128, 1), Card(132, 227 * 1024, selection.H100.measured_on)
 
     def tuning(row_tiles, units, batch=1):
-        found = planes.choose(row_tiles, units, batch, layout, card=card)
+        found = planes.tuned_plan(row_tiles, units, batch, layout, card=card)
         assert found is not None
         return found[0]
 
@@ -187,10 +186,9 @@ def test_gate_and_up_are_multiplied_where_their_rows_alternate(batch, slabs):
         random_tensor("binary_coding", scheme, Shape2D(24, inputs), seed) for seed in (1, 2)
     )
     x = (normal(batch, inputs) / inputs**0.5).half()
-    fused = linear_kernels.interleave(gate, up)
+    fused = fusing.fuse([gate, up], x.dtype, interleave=True)
     assert fused is not None
-    weight = linear_kernels.prepare(fused, x.dtype)
-    got = linear_kernels.matmul(x, weight, Recorder(), SMALL, gated=True)
+    got = linear_kernels.matmul(x, fused.prepared, Recorder(), SMALL, gated=True)
     sides = [x.double() @ dequantized(tensor, torch.float64).T for tensor in (gate, up)]
     expected = torch.nn.functional.silu(sides[0]) * sides[1]
     assert torch.allclose(got.double(), expected, 4e-3, 4e-3)
@@ -201,14 +199,16 @@ def test_weights_of_one_input_are_fused_if_their_schemes_agree():
     tensors = [
         random_tensor(f, scheme, Shape2D(r, 96), 1) for f, r in [("affine", 8), ("affine", 3)]
     ]
-    fused = linear_kernels.fuse(tensors)
+    fused = fusing.fuse(tensors, torch.float16)
     assert fused is not None
-    assert fused.shape == (11, 96)
+    assert fused.prepared.shape == (11, 96)
     exact = torch.cat([dequantized(tensor, torch.float64) for tensor in tensors])
-    torch.testing.assert_close(weight_of(fused).double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(fused.prepared.dense().double(), exact, rtol=1e-3, atol=1e-3)
     other = random_tensor("affine", WeightScheme(num_bits=3, group_size=64), Shape2D(8, 96), 1)
-    assert linear_kernels.fuse([tensors[0], other]) is None
-    assert linear_kernels.interleave(tensors[0], tensors[1]) is None
+    finer = random_tensor("affine", WeightScheme(num_bits=2, group_size=16), Shape2D(8, 96), 1)
+    assert fusing.fuse([tensors[0], other], torch.float16) is None
+    assert fusing.fuse([finer, finer], torch.float16) is None, "the tiles can't group its inputs"
+    assert fusing.fuse(tensors, torch.float16, interleave=True) is None
 
 
 @pytest.mark.parametrize("kernel", [None, "sign_flip", "lut"])
@@ -229,11 +229,9 @@ def test_offsets_of_affine_weights_are_not_rounded(kernel, batch, symmetric, num
 
 
 def test_what_torch_and_the_kernels_make_of_an_affine_weight_is_the_same():
-    from qtool.runtime.decoding import torch_ops
-
     tensor = random_tensor("affine", WeightScheme(num_bits=8, group_size=64), Shape2D(24, 300), 0)
     weight = linear_kernels.prepare(tensor, torch.float16)
     exact = dequantized(tensor, torch.float64).half()
-    for got in (torch_ops.dense(weight), linear_kernels.dequantize(weight, Recorder())):
+    for got in (weight.dense(), linear_kernels.dense_weight(weight, Recorder())):
         torch.testing.assert_close(got, exact, rtol=2**-10, atol=0)
         assert (got != exact).double().mean() < 0.01

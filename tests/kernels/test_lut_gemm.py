@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qtool.runtime import lut
-from qtool.runtime.launch import Call, Card
+from qtool.runtime.launch import Card, KernelCall
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal
@@ -45,7 +45,7 @@ class Case:
 class Poisoner(Recorder):
     """A recorder that makes what isn't a weight or an input NaN before a kernel writes it."""
 
-    def __call__(self, call: Call, tensors: Sequence[Tensor | None]) -> None:
+    def __call__(self, call: KernelCall, tensors: Sequence[Tensor | None]) -> None:
         outputs = tensors[-1]
         assert outputs is not None
         outputs.fill_(torch.nan)
@@ -77,7 +77,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_products_agree_before_and_after_the_cast(case):
     tensor, x, launch = case.weight(), case.inputs(), Poisoner()
-    got = lut.matmul(x, tensor, launch, case.card)
+    got = lut.multiply_by_tables(x, tensor, launch, case.card)
     assert got.shape == (case.batch, case.shape[0])
     assert got.dtype == case.dtype
     assert relative_error(got, x, tensor) < AFTER_CAST[case.dtype]
@@ -95,18 +95,20 @@ def test_products_agree_before_and_after_the_cast(case):
 def test_warps_go_through_many_rows():
     case = Case(2, (1037, 600), 64, card=SMALL._replace(multiprocessors=2))
     tensor, x, launch = case.weight(), case.inputs(), Poisoner()
-    got = lut.matmul(x, tensor, launch, case.card)
+    got = lut.multiply_by_tables(x, tensor, launch, case.card)
     assert relative_error(got, x, tensor) < AFTER_CAST[case.dtype]
     assert launch.calls[0].grid == (1, 2, 1)  # 64 rows at a time: more than 16 times
 
 
 @pytest.mark.parametrize(
-    "tuned", [lut.Tuning(4, 8, 512), lut.Tuning(4, 1, 256), lut.Tuning(2, 32, 128)], ids=str
+    "tuned",
+    [lut.TableTuning(4, 8, 512), lut.TableTuning(4, 1, 256), lut.TableTuning(2, 32, 128)],
+    ids=str,
 )
 def test_tuning_changes_nothing_but_time(tuned):
     case = Case(3, (75, 1100), 96)
     tensor, x = case.weight(), case.inputs()
-    got = lut.matmul(x, tensor, Poisoner(), WIDE, tuned)
+    got = lut.multiply_by_tables(x, tensor, Poisoner(), WIDE, tuned=tuned)
     assert relative_error(got, x, tensor) < AFTER_CAST[case.dtype]
 
 
@@ -114,14 +116,14 @@ def test_infinite_and_missing_numbers_reach_the_output():
     case = Case(2, (16, 256), 128, batch=3, card=SMALL)
     x = case.inputs()
     x[0, 5], x[1, 9], x[2] = torch.inf, torch.nan, 0
-    y = lut.matmul(x, case.weight(), Poisoner(), case.card)
+    y = lut.multiply_by_tables(x, case.weight(), Poisoner(), case.card)
     assert not bool(torch.isfinite(y[:2]).any())
     assert torch.equal(y[2], torch.zeros(16, dtype=torch.float16))
 
 
 def test_no_tokens_launch_nothing():
     launch = Recorder()
-    got = lut.matmul(torch.empty(0, 300).half(), CASES[3].weight(), launch, WIDE)
+    got = lut.multiply_by_tables(torch.empty(0, 300).half(), CASES[3].weight(), launch, WIDE)
     assert got.shape == (0, 21)
     assert launch.names == []
 
@@ -138,5 +140,5 @@ def test_no_tokens_launch_nothing():
     ],
 )
 def test_what_it_cannot_run_has_a_reason(format_name, scheme, reason):
-    found = lut.why_not(random_tensor(format_name, scheme, Shape2D(8, 192), 0))
+    found = lut.why_no_tables(random_tensor(format_name, scheme, Shape2D(8, 192), 0))
     assert (found is None) if reason is None else (reason in (found or ""))

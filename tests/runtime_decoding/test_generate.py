@@ -13,7 +13,7 @@ import torch
 
 from qtool.runtime.decoding import generate, llama, sampling
 from qtool.runtime.decoding.generate import accelerate, use_runner
-from qtool.runtime.decoding.sampling import Decoder
+from qtool.runtime.decoding.sampling import SharedRunner
 from qtool.runtime.decoding.torch_ops import OPS
 from tests import families
 from tests.runtime_decoding.models import build, prompt
@@ -243,7 +243,7 @@ def test_runs_on_different_streams_follow_one_another(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: Stream())
     weights: Any = SimpleNamespace(final_norm=SimpleNamespace(device=torch.device("cuda", 0)))
-    decoder = Decoder(weights, OPS)
+    decoder = SharedRunner(weights, OPS)
     for _ in range(2):
         assert decoder.take()
         assert not decoder.take()

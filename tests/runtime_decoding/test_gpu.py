@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qtool.runtime.backends import cuda
+from qtool.runtime import driver
 from qtool.runtime.decoding import generate, step
 from qtool.runtime.decoding.generate import accelerate, use_runner
 from qtool.runtime.decoding.kernel_ops import KernelOps
 from qtool.runtime.decoding.llama import weights_of
 from qtool.runtime.decoding.ops import DecodeState
 from qtool.runtime.decoding.runner import DecodeRunner
-from qtool.runtime.decoding.sampling import Decoder
+from qtool.runtime.decoding.sampling import SharedRunner
 from qtool.runtime.decoding.torch_ops import OPS
 from qtool.runtime.linear_kernels import KernelWeight
 from qtool.runtime.select import use_backend
@@ -28,7 +28,7 @@ TOLERANCE = {torch.float16: 0.03, torch.bfloat16: 0.2}
 def kernels() -> KernelOps:
     """Return the operations on the first card."""
     pytest.importorskip("cupy")
-    return KernelOps(cuda.launch, cuda.card_of(0))
+    return KernelOps(driver.launch, driver.card_of(0))
 
 
 def on_card(state: DecodeState) -> DecodeState:
@@ -164,18 +164,18 @@ def test_checkpoint_generates_through_kernels(checkpoint):
         assert bool((chosen >= logits.topk(among).values[..., -1:] - 0.06).all())
     decoder = decoders[0]
     assert all(each is decoder for each in decoders)
-    assert isinstance(decoder, Decoder)
+    assert isinstance(decoder, SharedRunner)
     assert isinstance(decoder.ops, KernelOps)
     assert decoder.runner is not None and decoder.runner._graph is not None
 
 
 def test_a_model_that_leaves_the_card_leaves_nothing_there(checkpoint):
     def used_and_left():
-        begin, model = allocated() - cuda.kept_bytes(), load(checkpoint)
+        begin, model = allocated() - driver.kept_bytes(), load(checkpoint)
         model.generate(prompt(1, 9).cuda(), pad_token_id=0, **GREEDY)
-        used = allocated() - cuda.kept_bytes() - begin
+        used = allocated() - driver.kept_bytes() - begin
         model.cpu()
-        return used, allocated() - cuda.kept_bytes() - begin
+        return used, allocated() - driver.kept_bytes() - begin
 
     used_and_left()  # what kernels and libraries keep is there from now on
     used, left = used_and_left()

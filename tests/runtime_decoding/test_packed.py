@@ -10,8 +10,9 @@ import torch
 
 from qtool.base import QuantizedTensor
 from qtool.modeling.locate import Location
-from qtool.runtime import linear_kernels
-from qtool.runtime.decoding import generate, sharing, torch_ops
+from qtool.runtime import fusing, linear_kernels, tiles
+from qtool.runtime.backends import cuda
+from qtool.runtime.decoding import generate, torch_ops
 from qtool.runtime.decoding.generate import accelerate, use_runner
 from qtool.runtime.decoding.kernel_ops import KernelOps
 from qtool.runtime.decoding.llama import weights_of
@@ -20,7 +21,7 @@ from qtool.runtime.decoding.torch_ops import OPS
 from qtool.runtime.decoding.weights import DecoderWeights
 from qtool.runtime.launch import Card
 from qtool.runtime.linear_kernels import KernelWeight
-from qtool.runtime.modules import Lent, QuantizedWeight
+from qtool.runtime.modules import QuantizedWeight
 from qtool.runtime.select import use_backend
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
@@ -43,7 +44,7 @@ def test_dense_weight_from_tiles_is_the_definition(changes):
     weight = linear_kernels.prepare(stored, torch.float16)
     assert weight.stored is None
     expected = dequantized(stored).half()
-    torch.testing.assert_close(torch_ops.dense(weight), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(weight.dense(), expected, rtol=1e-3, atol=1e-3)
 
 
 def same(one: KernelWeight, other: KernelWeight) -> bool:
@@ -57,46 +58,36 @@ def same(one: KernelWeight, other: KernelWeight) -> bool:
 
 def test_rows_of_a_fused_weight_are_views():
     members = [tensor(rows, seed=rows) for rows in (48, 16, 24)]
-    fused_tensor = linear_kernels.fuse(members)
-    assert fused_tensor is not None
-    fused = linear_kernels.prepare(fused_tensor, torch.float16)
-    assert fused.tiles is not None
-    begin = 0
-    for member in members:
-        part = sharing.packed_rows(fused, begin, member.shape.out_features)
+    made = fusing.fuse(members, torch.float16)
+    assert made is not None
+    fused = made.prepared
+    for member, part in zip(members, made.parts, strict=True):
         assert part is not None and part.tiles is not None
         assert same(part, linear_kernels.prepare(member, torch.float16))
         storage = fused.tiles.planes.untyped_storage().data_ptr()
         assert part.tiles.planes.untyped_storage().data_ptr() == storage
-        begin += member.shape.out_features
-    assert sharing.packed_rows(fused, 8, 16) is None
-    assert sharing.packed_rows(fused, 0, 24) is None
+    assert fusing.rows_of(fused, 8, 16) is None
+    assert fusing.rows_of(fused, 0, 24) is None
 
 
 @pytest.mark.parametrize("rows", [8, 16, 40, 64])
 def test_halves_of_an_interleaved_weight_are_gate_and_up(rows):
     members = [tensor(rows, seed=seed) for seed in (1, 2)]
-    fused_tensor = linear_kernels.interleave(*members)
-    assert fused_tensor is not None
-    fused = linear_kernels.prepare(fused_tensor, torch.float16)
-    for half, member in enumerate(members):
-        made = sharing.packed_half(fused, half)
+    fused = fusing.fuse(members, torch.float16, interleave=True)
+    assert fused is not None
+    for part, member in zip(fused.parts, members, strict=True):
+        made = part.weight()
         assert same(made, linear_kernels.prepare(member, torch.float16))
-        assert made.fresh and not fused.fresh, "kernels may not read a copy ahead"
+        assert made.fresh and not fused.prepared.fresh, "kernels may not read a copy ahead"
+        torch.testing.assert_close(part.dense(), dequantized(member).half(), rtol=1e-3, atol=1e-3)
 
 
-def test_dense_halves_and_the_order_of_interleaved_rows():
-    gate, up = normal(24, 5), normal(24, 5, seed=1)
-    both = torch_ops.interleaved(gate, up)
-    assert torch.equal(both, torch.cat([gate, up])[linear_kernels.interleaved_order(24)])
-    assert torch.equal(sharing.dense_half(both, 0), gate)
-    assert torch.equal(sharing.dense_half(both, 1), up)
-    x = normal(3, 5)
+def test_outputs_of_rows_that_alternate_are_brought_side_by_side():
+    gate, up, x = normal(24, 5), normal(24, 5, seed=1), normal(3, 5)
+    both = torch.cat([gate, up])[fusing.interleaved_order(24)]
     expected = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
-    got = torch_ops.silu_times(x @ both.T, alternating=True)
+    got = torch_ops.silu_times(tiles.side_by_side(x @ both.T))
     torch.testing.assert_close(got, expected)
-    side_by_side = torch.cat([x @ gate.T, x @ up.T], -1)
-    torch.testing.assert_close(torch_ops.silu_times(side_by_side, alternating=False), expected)
 
 
 def load(directory, dtype=torch.float16):
@@ -135,7 +126,7 @@ def packed(weights: DecoderWeights) -> list[bool]:
 def test_whole_steps_by_kernels(bcq, family):
     directory = bcq(family)
     model, ids = load(directory), prompt(1, 22)
-    weights = weights_of(model, packed=True)
+    weights = weights_of(model, backend=cuda.BACKEND)
     assert all(packed(weights))
     launch = Recorder()
     runners = [DecodeRunner(weights, ops, max_length=40) for ops in (OPS, KernelOps(launch, CARD))]
@@ -161,7 +152,7 @@ def test_layers_of_different_bits_run_apart(bcq):
     rules = [{"match": "*.k_proj", "scheme": {"num_bits": 4}}]
     rules += [{"match": "*.up_proj", "scheme": {"num_bits": 2}}]
     model, ids = load(bcq(overrides=rules)), prompt(1, 12)
-    weights = weights_of(model, packed=True)
+    weights = weights_of(model, backend=cuda.BACKEND)
     assert isinstance(weights.layers[0].qkv, tuple)
     assert isinstance(weights.layers[0].gate_up, tuple)
     logits = []
@@ -176,7 +167,7 @@ def test_a_kernel_that_reads_stored_parts_gets_each_weight_as_stored(bcq, monkey
     directory, ids = bcq(), prompt(1, 12)
     expected = load(directory, torch.float32)(ids).logits[:, -1]
     monkeypatch.setenv("QTOOL_KERNEL", "lut")
-    weights, launch = weights_of(load(directory), packed=True), Recorder()
+    weights, launch = weights_of(load(directory), backend=cuda.BACKEND), Recorder()
     layer = weights.layers[0]
     assert isinstance(layer.qkv, tuple) and isinstance(layer.gate_up, tuple)
     parts = [*layer.qkv, *layer.gate_up, layer.output, layer.down, weights.head]
@@ -196,12 +187,11 @@ def test_modules_read_the_fused_weights_and_keep_none_of_their_own(bcq):
     weights = weights_of(model)
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
     fused = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
-    for member in fused:
-        assert member._held is not None and isinstance(member._held.prepared, Lent)
-    _, key = attention.k_proj.prepare(torch.float32)
-    qkv = weights.layers[0].qkv
-    assert isinstance(qkv, torch.Tensor)
-    assert key.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+    for index, member in enumerate(fused):
+        _, part = member.prepare(torch.float32)
+        owner = weights.layers[0].qkv if index < 3 else weights.layers[0].gate_up
+        assert isinstance(owner, torch.Tensor)
+        assert part.untyped_storage().data_ptr() == owner.untyped_storage().data_ptr()
     assert model.model.layers[0].mlp.down_proj.prepare(torch.float32)[1] is weights.layers[0].down
     torch.testing.assert_close(model(ids).logits, before)
 

@@ -60,6 +60,11 @@ class DataFolder:
         for file in sorted(path.rglob("*.jsonl*"), reverse=True):  # plain files come last, and win
             stem = END.sub("", file.name)
             self.files |= {_letters(file.parent.name + stem): file, _letters(stem): file}
+        if not self.files and not self.entries:
+            raise DataError(
+                f"{path} has neither {TABLE} nor a .jsonl or .jsonl.gz file. Give a folder of task "
+                "data, or leave out --data-dir to download."
+            )
 
 
 class LocalSplits(dict[str, Any]):

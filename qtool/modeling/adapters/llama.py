@@ -1,4 +1,4 @@
-"""Llama 1 to 3, SmolLM and others that use `LlamaForCausalLM`."""
+"""Llama 1 to 3, SmolLM and others of `LlamaForCausalLM`; and the families of `ALIKE`."""
 
 from qtool.base import ModelAdapter
 

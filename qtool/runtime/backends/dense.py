@@ -1,10 +1,15 @@
 """Backend `dense`: dequantize once, then run torch. Fast without kernels, saves no memory."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from qtool.base import KernelBackend, QuantizedTensor
+from qtool.base import Fused, KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import codec
+from qtool.runtime.decoding import torch_ops
+from qtool.runtime.decoding.ops import DecodeOps
+from qtool.runtime.decoding.weights import DecoderWeights
 
 
 class DenseBackend:
@@ -13,6 +18,7 @@ class DenseBackend:
     name = "dense"
     priority = 10
     owns_layout = True
+    decodes_on = "cuda"
 
     def why_not(self, tensor: QuantizedTensor, device: torch.device) -> str | None:
         """Return None: it runs everything everywhere."""
@@ -30,6 +36,19 @@ class DenseBackend:
     def rows(self, index: Tensor, prepared: Tensor) -> Tensor:
         """Return the rows that `index` names."""
         return torch.nn.functional.embedding(index, prepared)
+
+    def fuse(
+        self, tensors: Sequence[QuantizedTensor], dtype: torch.dtype, *, interleave: bool = False
+    ) -> Fused:
+        """Put the weights one below the other; each is a view of its rows."""
+        del interleave
+        both = torch.cat([self.prepare(tensor, dtype) for tensor in tensors])
+        return Fused(both, both.split([tensor.shape.out_features for tensor in tensors]))
+
+    def decode_ops(self, weights: DecoderWeights) -> DecodeOps:
+        """Return the operations in torch."""
+        del weights
+        return torch_ops.OPS
 
 
 BACKEND: KernelBackend = DenseBackend()

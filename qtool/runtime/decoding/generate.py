@@ -8,7 +8,6 @@ transformers runs for greedy search and for sampling, and whose arguments are th
 import contextlib
 import functools
 import logging
-import os
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -19,18 +18,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qtool import settings
+from qtool.base import KernelBackend
 from qtool.runtime.decoding import llama, torch_ops
-from qtool.runtime.decoding.kernel_ops import cuda_ops
 from qtool.runtime.decoding.ops import DecodeOps
-from qtool.runtime.decoding.sampling import Decoder, sample
+from qtool.runtime.decoding.sampling import SharedRunner, sample
 from qtool.runtime.decoding.weights import DecoderWeights
-from qtool.runtime.linear_kernels import KernelWeight
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedWeight
 
 Mode = Literal["auto", "always", "never"]
 _MODE: ContextVar[Mode] = ContextVar("qtool_runner", default="auto")
 _LOG = logging.getLogger(__name__)
 
+GRAPHS_ON = "cuda"
+"""Type of the devices on which a step of torch's operations costs no Python."""
 KNOWN_ARGUMENTS = frozenset(
     {
         "attention_mask",
@@ -64,7 +65,7 @@ class _Made:
     """What was made for one model: it holds while the weights stay what and where they are."""
 
     fingerprint: tuple[Any, ...]
-    decoder: Decoder | str
+    decoder: SharedRunner | str
     """Or why there is none."""
 
 
@@ -128,7 +129,7 @@ def _generation(base: Any) -> dict[str, Any]:  # noqa: ANN401
     @functools.wraps(base._sample)
     def _sample(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:  # noqa: ANN401
         decoder = _why_not_call(self, input_ids, kwargs) or _decoder(self)
-        if isinstance(decoder, Decoder):
+        if isinstance(decoder, SharedRunner):
             reason = _why_not_decoder(decoder, kwargs["generation_config"].max_length)
             if reason is None:
                 try:
@@ -174,12 +175,13 @@ def _why_not_call(model: Any, input_ids: Tensor, kwargs: Mapping[str, Any]) -> s
         and key not in ("synced_gpus", "streamer")
         and value is not None
     }
-    mode, on_card = _MODE.get(), input_ids.device.type == "cuda"
-    off = mode == "never" or (mode == "auto" and os.environ.get("QTOOL_RUNNER") == "0")
+    mode, backend = _MODE.get(), _backend_of(model)
+    worth_it = input_ids.device.type == (GRAPHS_ON if backend is None else backend.decodes_on)
+    off = mode == "never" or (mode == "auto" and settings.runner_is_off())
     unknown = sorted(arguments.keys() - KNOWN_ARGUMENTS)
     reasons = {
         "it is switched off.": off,
-        "the model isn't on a CUDA card.": mode == "auto" and not on_card,
+        "the model isn't on a CUDA card.": mode == "auto" and not worth_it,
         "there is no prompt.": input_ids.numel() == 0,
         "processes are synchronized.": kwargs.get("synced_gpus", False),
         "more than the tokens is to be returned.": config.return_dict_in_generate,
@@ -220,7 +222,7 @@ def _is_padding(mask: Tensor, input_ids: Tensor) -> bool:
     return bool(seen[:, -1:].all() & (seen[:, 1:] >= seen[:, :-1]).all())
 
 
-def _why_not_decoder(decoder: Decoder, max_length: int) -> str | None:
+def _why_not_decoder(decoder: SharedRunner, max_length: int) -> str | None:
     """Return a sentence, or None and take the decoder."""
     longest = decoder.weights.longest
     if longest is not None and max_length > longest:
@@ -228,29 +230,36 @@ def _why_not_decoder(decoder: Decoder, max_length: int) -> str | None:
     return None if decoder.take() else "another thread is using it."
 
 
-def _decoder(model: Any) -> Decoder | str:  # noqa: ANN401
+def _decoder(model: Any) -> SharedRunner | str:  # noqa: ANN401
     """Return the decoder of this model, or why there is none; made once, by one thread."""
     with _MAKING:
         fingerprint, made = _fingerprint(model), _MADE.get(model)
         if made is None or made.fingerprint != fingerprint:
             made = None
             _MADE.pop(model, None)  # frees the old weights before there are new ones
-            decoder: Decoder | str | None = llama.why_not(model)
+            decoder: SharedRunner | str | None = llama.why_not(model)
             if decoder is None:
                 weights = llama.weights_of(model)
-                ops = ops_for(weights)
-                decoder = Decoder(weights, ops) if ops else "the kernels can't run its heads."
+                ops = ops_for(model, weights)
+                decoder = SharedRunner(weights, ops) if ops else "the kernels can't run its heads."
             made = _MADE[model] = _Made(fingerprint, decoder)
         return made.decoder
 
 
-def ops_for(weights: DecoderWeights) -> DecodeOps | None:
-    """Return the operations for these weights: kernels if they are packed for kernels.
+def ops_for(model: Any, weights: DecoderWeights) -> DecodeOps | None:  # noqa: ANN401
+    """Return what runs a model's weights: its backend's operations, torch's if none is quantized.
 
-    None: they are, but the kernels don't take the shape of the model.
+    None: the backend has none for the shape of the model.
     """
-    packed = any(isinstance(layer.output, KernelWeight) for layer in weights.layers)
-    return cuda_ops(weights) if packed else torch_ops.OPS
+    backend = _backend_of(model)
+    ops: DecodeOps | None = torch_ops.OPS if backend is None else backend.decode_ops(weights)
+    return ops
+
+
+def _backend_of(model: Any) -> KernelBackend | None:  # noqa: ANN401
+    """Return the best of the backends that run a model's weights; None: none is quantized."""
+    chosen = (module.choose_backend() for module in _quantized(model))
+    return max(chosen, key=lambda backend: backend.priority, default=None)
 
 
 def _fingerprint(model: Any) -> tuple[Any, ...]:  # noqa: ANN401
@@ -258,8 +267,7 @@ def _fingerprint(model: Any) -> tuple[Any, ...]:  # noqa: ANN401
 
     Where the parts of a quantized weight wait doesn't matter: making the decoder changes that.
     """
-    modules = list(model.modules())
-    packed = [module for module in modules if isinstance(module, QuantizedWeight)]
+    modules, packed = list(model.modules()), _quantized(model)
     others = (module for module in modules if not isinstance(module, QuantizedWeight))
     buffers = (buffer for module in others for buffer in module.buffers(recurse=False))
     tensors = [*model.parameters(), *buffers]

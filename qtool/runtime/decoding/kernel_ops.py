@@ -7,14 +7,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtool.runtime import linear_kernels
-from qtool.runtime.backends import cuda
 from qtool.runtime.decoding import torch_ops
-from qtool.runtime.decoding.ops import DecodeOps, DecodeState
-from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, DecoderWeights, Projection
-from qtool.runtime.launch import Call, Card, Launch, constants
+from qtool.runtime.decoding.ops import DecodeState
+from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, Projection
+from qtool.runtime.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.linear_kernels import KernelWeight
 
-WARP = 32
 GREEDY_THREADS = 1024
 MOST_NORM_THREADS = 1024
 ATTENTION_THREADS, ATTENTION_WARPS = 256, 8
@@ -22,7 +20,7 @@ MOST_HEADS = 8
 """Query heads of a block, at most: their sums fill the registers."""
 MOST_DIMENSIONS = 1024
 """Of all heads of a block: their sums fill the shared memory."""
-SHORTEST = 64
+SHORTEST_PART = 64
 """Positions of a part of the context, at least: fewer aren't worth a merge."""
 MOST_SPLITS = 64
 HEAD_DIMS = range(8, 257, 8)
@@ -38,7 +36,7 @@ class KernelOps:
         """Return the rows of the tokens."""
         if isinstance(table, KernelWeight):
             return linear_kernels.rows(tokens, table, self._launch)
-        return functional.embedding(tokens, table)
+        return torch_ops.OPS.embed(tokens, table)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return x / rms(x) * weight."""
@@ -47,7 +45,7 @@ class KernelOps:
         if rows > 0:
             threads = min(MOST_NORM_THREADS, _rounded_up(-(-hidden // 8), WARP))
             self._launch(
-                Call(
+                KernelCall(
                     "rms_norm",
                     "rms_norm",
                     constants(x.dtype, HIDDEN=hidden, THREADS=threads),
@@ -72,15 +70,14 @@ class KernelOps:
             return y if residual is None else y + residual
         if isinstance(projection, KernelWeight):
             return linear_kernels.matmul(x, projection, self._launch, self._card, residual=residual)
-        y = functional.linear(x, projection)
+        y = functional.linear(x, torch_ops.dense(projection))
         return y if residual is None else y.add_(residual)
 
     def gated(self, x: Tensor, gate_up: Projection | tuple[Projection, Projection]) -> Tensor:
         """Return silu(x @ gate.T) * (x @ up.T)."""
         if isinstance(gate_up, KernelWeight):
             return linear_kernels.matmul(x, gate_up, self._launch, self._card, gated=True)
-        alternating = not isinstance(gate_up, tuple)
-        return torch_ops.silu_times(self.linear(x, gate_up), alternating=alternating)
+        return torch_ops.silu_times(self.linear(x, gate_up))
 
     def attend(
         self, qkv: Tensor, layer: DecoderLayer, index: int, shape: DecoderShape, state: DecodeState
@@ -93,7 +90,7 @@ class KernelOps:
         output = qkv.new_empty(batch, shape.num_heads * dim)
         shared = 4 * heads * dim + 4 * dim + 4 * ATTENTION_WARPS * heads * (dim + 2)
         self._launch(
-            Call(
+            KernelCall(
                 "decode_attention",
                 "decode_attention",
                 constants(
@@ -102,7 +99,7 @@ class KernelOps:
                     HEADS=heads,
                     BLOCKS=blocks,
                     QK_NORM=int(layer.query_norm is not None),
-                    SHORTEST=SHORTEST,
+                    SHORTEST=SHORTEST_PART,
                 ),
                 (splits, shape.num_key_value_heads * blocks, batch),
                 ATTENTION_THREADS,
@@ -124,7 +121,7 @@ class KernelOps:
         """Take the likeliest tokens and move on."""
         buffers = (state.tokens, state.positions, state.history, state.steps)
         self._launch(
-            Call(
+            KernelCall(
                 "greedy",
                 "greedy",
                 constants(logits.dtype),
@@ -155,19 +152,8 @@ def heads_per_block(group: int, head_dim: int) -> int:
 
 def splits_for(card: Card, blocks: int, max_length: int) -> int:
     """Return into how many parts a context is cut: enough for the card, and no empty ones."""
-    useful = min(MOST_SPLITS, -(-max_length // SHORTEST))
+    useful = min(MOST_SPLITS, -(-max_length // SHORTEST_PART))
     return max(1, min(useful, card.multiprocessors // blocks))
-
-
-def cuda_ops(weights: DecoderWeights) -> DecodeOps | None:
-    """Return the operations for weights on a card; None where the kernels can't run them."""
-    device, shape = weights.final_norm.device, weights.shape
-    dtypes = (torch.float16, torch.bfloat16)
-    if shape.dtype not in dtypes or shape.head_dim not in HEAD_DIMS:
-        return None
-    if cuda.why_not_on(device) is not None:
-        return None
-    return KernelOps(cuda.launch, cuda.card_of(device.index or 0))
 
 
 def _rounded_up(value: int, to: int) -> int:

@@ -1,18 +1,13 @@
 """Read the weights of a loaded transformers model of Llama's kind."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qtool.checkpoint.manifest import codec
+from qtool.base import KernelBackend
 from qtool.errors import BackendError
-from qtool.runtime import linear_kernels
-from qtool.runtime.decoding import sharing, torch_ops
 from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, DecoderWeights, Projection
-from qtool.runtime.linear_kernels import RUN, KernelWeight
 from qtool.runtime.modules import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -20,12 +15,10 @@ from qtool.runtime.modules import (
     TiedHead,
     finish_packing,
 )
-from qtool.runtime.selection import STORED_KERNELS, wanted_kernel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions whose frequencies don't depend on the length."""
-PACKED_BACKEND, DENSE_BACKEND = "cuda", "dense"
 
 
 def why_not(model: Any) -> str | None:  # noqa: ANN401
@@ -41,16 +34,15 @@ def why_not(model: Any) -> str | None:  # noqa: ANN401
     return next((reason for check in checks if (reason := check(model))), None)
 
 
-def weights_of(model: Any, *, packed: bool | None = None) -> DecoderWeights:  # noqa: ANN401
+def weights_of(model: Any, *, backend: KernelBackend | None = None) -> DecoderWeights:  # noqa: ANN401
     """Return what a decoding step reads.
 
-    Quantized modules lend their layouts: after this they keep none of their own where a fused one
-    has them, and read it through `sharing`. Plain linears that are fused are copied.
+    Quantized modules adopt parts of what is fused: they keep no layout of their own where a fused
+    one has theirs. Plain linears that are fused are copied.
 
     Args:
         model: A causal language model, loaded, in evaluation mode, on one device.
-        packed: Whether quantized weights become `KernelWeight`s; None: where the module would run
-            them with the backend `cuda`.
+        backend: Prepares all quantized weights; None: that of each module.
 
     Raises:
         BackendError: the decoder doesn't know the model; the message says what.
@@ -59,7 +51,7 @@ def weights_of(model: Any, *, packed: bool | None = None) -> DecoderWeights:  # 
     if reason is not None:
         raise BackendError(f"The decode runner can't run this model: {reason}")
     with torch.no_grad():
-        weights = _weights(model, _Reader(model.model.norm.weight.dtype, packed))
+        weights = _weights(model, _Reader(model.model.norm.weight.dtype, backend))
     finish_packing(weights.final_norm.device)
     return weights
 
@@ -97,13 +89,13 @@ def _layer(layer: Any, read: "_Reader") -> DecoderLayer:  # noqa: ANN401
     biases = [member.bias for member in members]
     return DecoderLayer(
         input_norm=layer.input_layernorm.weight.detach(),
-        qkv=read.stacked(*members),
+        qkv=read.fused(*members),
         qkv_bias=None if biases[0] is None else torch.cat(biases).detach().to(read.dtype),
         query_norm=_norm_weight(attention, "q_norm"),
         key_norm=_norm_weight(attention, "k_norm"),
         output=read.single(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=read.interleaved(mlp.gate_proj, mlp.up_proj),
+        gate_up=read.fused(mlp.gate_proj, mlp.up_proj, interleave=True),
         down=read.single(mlp.down_proj),
     )
 
@@ -114,93 +106,42 @@ def _norm_weight(attention: Any, name: str) -> Tensor | None:  # noqa: ANN401
 
 
 class _Reader:
-    """Turns modules into projections."""
+    """Turns modules into projections, by asking what runs them."""
 
-    def __init__(self, dtype: torch.dtype, packed: bool | None) -> None:  # noqa: FBT001
-        self.dtype = dtype
-        self._packed = packed if dtype != torch.float32 else False
-        self._keep_stored = wanted_kernel() in STORED_KERNELS
+    def __init__(self, dtype: torch.dtype, backend: KernelBackend | None) -> None:
+        self.dtype, self._backend = dtype, backend
 
     def single(self, module: Any) -> Projection:  # noqa: ANN401
         """Return a weight that isn't fused: the module's own layout where that will do."""
-        if not self._is_packed(module):
-            return self._dense(module)
-        if module.choose_backend().name == PACKED_BACKEND:
+        backend = self._backend_of(module)
+        if backend is None:
+            return module.weight.detach()
+        if backend is module.choose_backend():
             return module.prepare(self.dtype)[1]
-        return linear_kernels.prepare(module.tensor(), self.dtype, keep_stored=self._keep_stored)
+        return backend.prepare(module.tensor(), self.dtype)
 
-    def stacked(self, *members: Any) -> Projection | tuple[Projection, ...]:  # noqa: ANN401
-        """Return linears that share an input, one below the other if they fuse.
-
-        Apart too where a kernel is asked for that reads weights as stored: the parts of a fused
-        weight would be on the card a second time.
-        """
-        counts = [int(member.out_features) for member in members]
-        begins = [sum(counts[:index]) for index in range(len(counts))]
-        parts: list[Projection | None]
-        packed = {self._is_packed(member) for member in members}
-        fused: Projection | None = None
-        if packed == {False}:
-            fused = torch.cat([self._dense(member) for member in members])
-            parts = list(fused.split(counts))
-        elif packed == {True} and not self._keep_stored:
-            tensor = linear_kernels.fuse([member.tensor() for member in members])
-            if tensor is not None:
-                weight = fused = linear_kernels.prepare(tensor, self.dtype)
-                parts = [
-                    sharing.packed_rows(weight, begin, count)
-                    for begin, count in zip(begins, counts, strict=True)
-                ]
+    def fused(self, *members: Any, interleave: bool = False) -> Projection | tuple[Projection, ...]:  # noqa: ANN401
+        """Return linears that share an input as one, or apart if what runs them leaves them so."""
+        backends = {self._backend_of(member) for member in members}
+        backend = next(iter(backends))
+        if backends == {None}:
+            return torch.cat([member.weight.detach() for member in members])
+        fused = None
+        if len(backends) == 1 and backend is not None:
+            tensors = [member.tensor() for member in members]
+            fused = backend.fuse(tensors, self.dtype, interleave=interleave)
         if fused is None:
             return tuple(map(self.single, members))
-        for member, part in zip(members, parts, strict=True):
-            if part is not None:
-                self._lend(member, partial(_same, part))
-        return fused
+        for member, part in zip(members, fused.parts, strict=True):
+            if part is not None and backend is member.choose_backend():
+                member.adopt(part, self.dtype)
+        return fused.prepared
 
-    def interleaved(self, gate: Any, up: Any) -> Projection | tuple[Projection, Projection]:  # noqa: ANN401
-        """Return gate and up as one if their rows can alternate."""
-        packed = {self._is_packed(gate), self._is_packed(up)}
-        if packed == {False} and gate.out_features % RUN == 0:
-            both = torch_ops.interleaved(self._dense(gate), self._dense(up))
-            for half, member in enumerate((gate, up)):
-                self._lend(member, partial(sharing.dense_half, both, half))
-            return both
-        fuses = packed == {True} and not self._keep_stored
-        tensor = linear_kernels.interleave(gate.tensor(), up.tensor()) if fuses else None
-        if tensor is None:
-            return self.single(gate), self.single(up)
-        fused = linear_kernels.prepare(tensor, self.dtype)
-        for half, member in enumerate((gate, up)):
-            if fused.tiles is not None:
-                self._lend(member, partial(sharing.packed_half, fused, half))
-        return fused
-
-    def _dense(self, module: Any) -> Tensor:  # noqa: ANN401
+    def _backend_of(self, module: Any) -> KernelBackend | None:  # noqa: ANN401
+        """Return what runs a module's weight; None: it isn't quantized."""
         if not isinstance(module, QuantizedWeight):
-            return module.weight.detach()
-        if module.choose_backend().name == DENSE_BACKEND:
-            return module.prepare(self.dtype)[1]
-        tensor = module.tensor()
-        return codec(tensor.format).dequantize(tensor, torch.float32).to(self.dtype)
-
-    def _is_packed(self, module: Any) -> bool:  # noqa: ANN401
-        if not isinstance(module, QuantizedWeight):
-            return False
-        return (
-            module.choose_backend().name == PACKED_BACKEND if self._packed is None else self._packed
-        )
-
-    def _lend(self, module: Any, view: Callable[[], Any]) -> None:  # noqa: ANN401
-        """Let a quantized module read its part of a fused weight, if its backend can run that."""
-        if isinstance(module, QuantizedLinear):
-            backend = module.choose_backend()
-            if backend.name == (PACKED_BACKEND if self._is_packed(module) else DENSE_BACKEND):
-                module.lend(backend, view, self.dtype)
-
-
-def _same(prepared: KernelWeight | Tensor) -> KernelWeight | Tensor:
-    return prepared
+            return None
+        return self._backend or module.choose_backend()
 
 
 def _window(config: Any) -> int | None:  # noqa: ANN401

@@ -20,7 +20,7 @@ KNOWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 
 
 @dataclass(slots=True)
-class Decoder:
+class SharedRunner:
     """Weights and operations, and the runner that was last made of them."""
 
     weights: DecoderWeights
@@ -79,7 +79,7 @@ class Decoder:
         return min(rounded, self.weights.longest or rounded)
 
 
-def sample(decoder: Decoder, input_ids: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+def sample(decoder: SharedRunner, input_ids: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     """Do what transformers' `_sample` does, for tokens alone.
 
     Args:
@@ -133,7 +133,7 @@ def _prompts(input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | N
 
 
 def _greedy(
-    decoder: Decoder,
+    decoder: SharedRunner,
     input_ids: Tensor,
     logits: Tensor,
     criteria: Any,  # noqa: ANN401

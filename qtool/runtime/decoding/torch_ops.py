@@ -4,11 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qtool.runtime import tiles
-from qtool.runtime.centers import weight_of
 from qtool.runtime.decoding.ops import DecodeOps, DecodeState
 from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, Projection
-from qtool.runtime.linear_kernels import RUN, KernelWeight
+from qtool.runtime.tiles import side_by_side
 
 
 class TorchOps:
@@ -35,7 +33,8 @@ class TorchOps:
 
     def gated(self, x: Tensor, gate_up: Projection | tuple[Projection, Projection]) -> Tensor:
         """Return silu(x @ gate.T) * (x @ up.T)."""
-        return silu_times(self.linear(x, gate_up), alternating=not isinstance(gate_up, tuple))
+        y = self.linear(x, gate_up)
+        return silu_times(y if isinstance(gate_up, tuple | Tensor) else side_by_side(y))
 
     def attend(
         self, qkv: Tensor, layer: DecoderLayer, index: int, shape: DecoderShape, state: DecodeState
@@ -73,41 +72,13 @@ class TorchOps:
 
 def dense(projection: Projection) -> Tensor:
     """Return a projection's weight, by the definition of its format."""
-    if not isinstance(projection, KernelWeight):
-        return projection
-    if projection.stored is not None:
-        return weight_of(projection.stored).to(projection.dtype)
-    assert projection.tiles is not None
-    (rows, inputs), size = projection.shape, projection.scheme.group_size
-    scales = projection.tiles.scales.permute(3, 0, 4, 2, 1).flatten(1, 3)[:, :rows].float()
-    group = torch.arange(inputs, device=scales.device) // (size or inputs)
-    each = scales[:, :, group]  # (parameters, out_features, in_features)
-    signs = 2 * tiles.unpack_planes(projection.tiles.planes)[:, :rows, :inputs].float() - 1
-    offset = each[len(signs) :].sum(0)
-    if projection.centered:
-        offset = offset * (each[0] * 2.0 ** (2 - len(signs)))
-    weight = (signs * each[: len(signs)]).sum(0) + offset
-    return weight.to(projection.dtype)
+    return projection if isinstance(projection, Tensor) else projection.dense()
 
 
-def interleaved(gate: Tensor, up: Tensor) -> Tensor:
-    """Let rows alternate in runs of eight, as `linear_kernels.interleave` does for packed ones."""
-    pair = torch.stack([gate.unflatten(0, (-1, RUN)), up.unflatten(0, (-1, RUN))], dim=1)
-    return pair.flatten(0, 2)
-
-
-def silu_times(y: Tensor, *, alternating: bool) -> Tensor:
-    """Return silu(gate) * up.
-
-    Args:
-        y: (..., 2 * intermediate_size): gate and up, side by side or in runs of eight.
-        alternating: In runs.
-    """
-    if not alternating:
-        gate, up = y.chunk(2, dim=-1)
-        return functional.silu(gate) * up
-    gate, up = y.unflatten(-1, (-1, 2, RUN)).unbind(-2)
-    return (functional.silu(gate) * up).flatten(-2)
+def silu_times(y: Tensor) -> Tensor:
+    """Return silu(gate) * up of (..., 2 * intermediate_size), side by side."""
+    gate, up = y.chunk(2, dim=-1)
+    return functional.silu(gate) * up
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

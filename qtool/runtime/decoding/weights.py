@@ -1,14 +1,21 @@
 """What one decoding step of a Llama-like model reads, as frozen data."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from qtool.runtime.linear_kernels import KernelWeight
 
-Projection = KernelWeight | Tensor
-"""A packed weight for the kernels, or a dense one, (out_features, in_features) 16 bit."""
+class PreparedWeight(Protocol):
+    """What a backend has prepared, for its own operations."""
+
+    def dense(self) -> Tensor:
+        """Return the weight by the definition of its format, (out_features, in_features)."""
+
+
+Projection = PreparedWeight | Tensor
+"""A weight as a backend wants it, or a dense one, (out_features, in_features)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +53,8 @@ class DecoderLayer:
     output: Projection
     mlp_norm: Tensor
     gate_up: Projection | tuple[Projection, Projection]
-    """Rows of gate and up alternate in runs of eight: see `linear_kernels.interleave`; or both,
-    where their schemes differ."""
+    """Both as two, or one below the other in a tensor; or prepared: rows of gate and of up then
+    alternate in runs of `fusing.RUN`."""
     down: Projection
 
 

@@ -30,8 +30,8 @@ def nearest_error(groups, scales, zero_points, num_bits):
 def test_codes_are_the_nearest_stored_level(num_bits, symmetric, shift, clip_ratio, seed):
     groups = normal(3, 2, 17, seed=seed) + shift
     scales, zeros = fit(groups, num_bits, symmetric=symmetric, clip_ratio=clip_ratio)
-    codes = affine.quantize(groups, scales, zeros, num_bits=num_bits)
-    got = affine.dequantize(codes, scales.unsqueeze(-1), zeros.unsqueeze(-1), torch.float64)
+    codes = affine.nearest_codes(groups, scales, zeros, num_bits=num_bits)
+    got = affine.affine_values(codes, scales.unsqueeze(-1), zeros.unsqueeze(-1), torch.float64)
     error = (groups.double() - got).abs()
     rounding = 1e-5 * groups.abs().max()  # the quotient is formed in float32
     assert bool((error <= nearest_error(groups, scales, zeros, num_bits) + rounding).all())
@@ -42,8 +42,8 @@ def test_zero_is_reproduced_exactly(num_bits, symmetric):
     groups = normal(4, 3, 16)
     groups[..., ::5] = 0
     scales, zeros = fit(groups, num_bits, symmetric=symmetric)
-    codes = affine.quantize(groups, scales, zeros, num_bits=num_bits)
-    got = affine.dequantize(codes, scales.unsqueeze(-1), zeros.unsqueeze(-1), torch.float32)
+    codes = affine.nearest_codes(groups, scales, zeros, num_bits=num_bits)
+    got = affine.affine_values(codes, scales.unsqueeze(-1), zeros.unsqueeze(-1), torch.float32)
     assert not bool(got[..., ::5].any())
 
 
@@ -63,8 +63,8 @@ def test_scales_never_round_to_zero(num_bits, magnitude):
 def test_range_that_excludes_zero_is_widened_not_shifted(num_bits, one_sided, size):
     groups = one_sided * (normal(1, 1, size).abs() + 3)
     scales, zeros = fit(groups, num_bits)
-    codes = affine.quantize(groups, scales, zeros, num_bits=num_bits)
-    got = affine.dequantize(codes, scales.unsqueeze(-1), zeros.unsqueeze(-1), torch.float32)
+    codes = affine.nearest_codes(groups, scales, zeros, num_bits=num_bits)
+    got = affine.affine_values(codes, scales.unsqueeze(-1), zeros.unsqueeze(-1), torch.float32)
     assert float((got - groups).abs().max()) <= 0.51 * float(scales.float().max()) + 1e-2
     assert int(zeros) == (0 if one_sided > 0 else 2**num_bits - 1)
 

@@ -27,7 +27,7 @@ def test_assigned_code_is_the_nearest_level_by_brute_force(num_bits, seed):
     scales = normal(5, num_bits, seed=seed + 1).half()  # any sign and order
     offsets = normal(5, seed=seed + 2).half()
     codes = binary_coding.assign(groups, scales, offsets)
-    got = binary_coding.dequantize(codes, scales, offsets, torch.float64)
+    got = binary_coding.binary_values(codes, scales, offsets, torch.float64)
     levels = binary_coding.levels(scales.double(), offsets.double())
     nearest = (groups.double().unsqueeze(-1) - levels.unsqueeze(1)).abs().amin(-1)
     assert bool(((groups.double() - got).abs() <= nearest + 1e-5).all())
@@ -47,9 +47,9 @@ def test_canonical_form_leaves_the_dequantized_weights_unchanged(num_bits, seed)
     scales = integers(-64, 65, (6, num_bits), seed).float() / 16
     offsets = integers(-64, 65, (6,), seed + 1).float() / 16
     codes = integers(0, 2**num_bits, (6, 21), seed + 2).to(torch.uint8)
-    before = binary_coding.dequantize(codes, scales, offsets, torch.float64)
+    before = binary_coding.binary_values(codes, scales, offsets, torch.float64)
     new_scales, new_codes = binary_coding.canonical(scales, codes)
-    after = binary_coding.dequantize(new_codes, new_scales, offsets, torch.float64)
+    after = binary_coding.binary_values(new_codes, new_scales, offsets, torch.float64)
     assert torch.equal(before, after)
     assert bool((new_scales >= 0).all())
     assert bool((new_scales.diff(dim=-1) <= 0).all())
@@ -69,7 +69,7 @@ def test_affine_levels_equal_binary_coded_levels_exactly_in_float64(num_bits, se
     scales = normal(20, seed=seed).abs().half().double()
     # Zero points outside the range of codes as well.
     zero_points = integers(-300, 600, (20,), seed).double()
-    plane_scales, offsets = binary_coding.from_affine(scales, zero_points, num_bits=num_bits)
+    plane_scales, offsets = binary_coding.scales_from_affine(scales, zero_points, num_bits=num_bits)
     codes = torch.arange(2**num_bits)
     affine = (codes - zero_points.unsqueeze(-1)) * scales.unsqueeze(-1)
     assert torch.equal(binary_coding.levels(plane_scales, offsets), affine)

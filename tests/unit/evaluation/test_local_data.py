@@ -156,6 +156,12 @@ def test_missing_folder_is_named(tmp_path):
         DataFolder(tmp_path / "none")
 
 
+def test_folder_without_data_is_refused(tmp_path):
+    (tmp_path / "readme.txt").write_text("x")
+    with pytest.raises(DataError, match=r"has neither datasets\.json nor a \.jsonl"):
+        DataFolder(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "missing"),
     [
@@ -301,6 +307,7 @@ def test_digest_is_of_contents(tmp_path):
 
 
 def test_what_cannot_be_local_is_refused_rather_than_downloaded(tmp_path):
+    write_rows(tmp_path / "other.jsonl", [{"a": 1}])
     with pytest.raises(DataError, match=r"Task swde takes .* from the hub"):
         load(tmp_path, "swde")
 

@@ -7,7 +7,6 @@ from qtool.core import affine, grouping
 from qtool.errors import SchemeError
 from qtool.formats import affine as affine_format
 from qtool.formats import binary_coding as binary_format
-from qtool.formats import dense as dense_format
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from tests.helpers import dequantized, normal
 
@@ -24,7 +23,7 @@ def affine_tensor(scheme: WeightScheme, shape: Shape2D, seed: int = 0):
         return torch.randint(2**scheme.num_bits, shape, generator=generator).to(torch.uint8)
 
     scales = (normal(rows, groups, seed=seed).abs() + 2**-10).half()
-    return affine_format.encode(
+    return affine_format.encode_affine(
         codes(rows, groups, size), scales, codes(rows, groups), scheme, shape
     )
 
@@ -57,7 +56,7 @@ def test_float16_conversion_has_the_layout_of_the_format(num_bits, symmetric):
     scheme = WeightScheme(num_bits=num_bits, group_size=16, symmetric=symmetric)
     tensor = affine_tensor(scheme, Shape2D(5, 40))
     binary = binary_format.from_affine(tensor, torch.float16)
-    layout = binary_format.layout(binary.scheme, binary.shape)
+    layout = binary_format.CODEC.layout(binary.scheme, binary.shape)
     assert {name: tuple(part.shape) for name, part in binary.parts.items()} == {
         name: spec.shape for name, spec in layout.items()
     }
@@ -66,15 +65,16 @@ def test_float16_conversion_has_the_layout_of_the_format(num_bits, symmetric):
 
 
 def test_from_affine_refuses_another_format():
-    scheme = WeightScheme(num_bits=4)
-    with pytest.raises(SchemeError, match="takes an affine weight; this one is dense"):
-        binary_format.from_affine(dense_format.encode(normal(4, 4), scheme), torch.float64)
+    tensor = affine_tensor(WeightScheme(num_bits=4), Shape2D(4, 4))
+    binary = binary_format.from_affine(tensor, torch.float16)
+    with pytest.raises(SchemeError, match="takes an affine weight; this one is binary_coding"):
+        binary_format.from_affine(binary, torch.float64)
 
 
 def test_one_bit_symmetric_affine_is_refused_with_the_alternative():
     scheme = WeightScheme(num_bits=1, symmetric=True)
     with pytest.raises(SchemeError, match="Use 'bcq' for 1 bit"):
-        affine_format.layout(scheme, Shape2D(4, 4))
+        affine_format.CODEC.layout(scheme, Shape2D(4, 4))
 
 
 @pytest.mark.parametrize("group_dim", GROUP_DIMS)
@@ -83,8 +83,8 @@ def test_zero_points_come_back_in_the_shape_of_the_scales(group_dim):
     shape = Shape2D(20, 36)
     groups = grouping.split(grouping.to_rows(normal(*shape), scheme), 8)
     scales, zeros = affine.fit_min_max(groups, num_bits=5, symmetric=False, clip_ratio=1.0)
-    codes = affine.quantize(groups, scales, zeros, num_bits=5)
-    tensor = affine_format.encode(codes, scales, zeros, scheme, shape)
+    codes = affine.nearest_codes(groups, scales, zeros, num_bits=5)
+    tensor = affine_format.encode_affine(codes, scales, zeros, scheme, shape)
     got = affine_format.zero_points(tensor)
     assert got.shape == tensor.parts["scales"].shape
     assert torch.equal(grouping.to_stored(got, scheme), zeros)

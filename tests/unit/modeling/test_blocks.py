@@ -8,15 +8,13 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-import qtool.modeling.adapters
-from qtool import plugins
-from qtool.base import ModelAdapter
 from qtool.errors import ModelError
+from qtool.modeling.adapters import families, load_adapter
 from qtool.modeling.blocks import BlockModel
 from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 
-FAMILIES = [*plugins.names(qtool.modeling.adapters), "bloom", "stablelm", "gemma3_text"]
+FAMILIES = [*families(), "bloom", "stablelm", "gemma3_text"]
 ODD_FAMILIES = ["codegen", "gemma4_text", "gpt_neo", "gptj", "mpt", "phi"]
 """Blocks that return tuples, that hold buffers, or whose other arguments differ by batch."""
 SHAPES = ((2, 20), (1, 33), (2, 20))
@@ -101,7 +99,7 @@ def test_linear_that_is_never_called_is_an_error(tiny, monkeypatch):
 
 def with_residual():
     """Return the families whose adapter says what is added to the residual stream."""
-    return [f for f in plugins.names(qtool.modeling.adapters) if adapter(f).residual is not None]
+    return [f for f in families() if load_adapter(f).residual is not None]
 
 
 def first_block(directory):
@@ -111,15 +109,11 @@ def first_block(directory):
     return walked.load(0), hidden
 
 
-def adapter(family):
-    return plugins.load(qtool.modeling.adapters, family, "ADAPTER", ModelAdapter)
-
-
 @pytest.mark.parametrize("family", with_residual())
 def test_residual_linears_are_all_that_a_block_adds_to_its_input(tiny, family):
     block, hidden = first_block(tiny(family))
     assert not torch.equal(block.run(hidden, 0), hidden)
-    for linear in adapter(family).residual:
+    for linear in load_adapter(family).residual:
         for parameter in block._module.get_submodule(linear).parameters():
             parameter.zero_()
     torch.testing.assert_close(block.run(hidden, 0), hidden)
@@ -128,7 +122,7 @@ def test_residual_linears_are_all_that_a_block_adds_to_its_input(tiny, family):
 @pytest.mark.parametrize("family", with_residual())
 def test_output_of_the_last_linear_is_added_to_what_around_returns(tiny, family):
     block, hidden = first_block(tiny(family))
-    linear = adapter(family).residual[1]
+    linear = load_adapter(family).residual[1]
     inputs, residual = block.around(linear, hidden, 0)
     torch.testing.assert_close(inputs, block.inputs_of(linear, hidden, 0))
     module = block._module.get_submodule(linear)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from qtool import pipeline
 from qtool.errors import QtoolError
 from qtool.modeling.load import load_model
-from qtool.modeling.locate import Location
+from qtool.modeling.locate import Location, locate
 from qtool.modeling.source import open_source
 from tests import families
 from tests.helpers import dequantized, recipe
@@ -37,7 +37,7 @@ def edit_tensors(directory: Path, change) -> None:
 
 def refused(directory: Path, match: str) -> None:
     with pytest.raises(QtoolError, match=match) as caught:
-        open_source(Location(directory))
+        open_source(locate(str(directory)))
     assert "\n" not in str(caught.value)
 
 

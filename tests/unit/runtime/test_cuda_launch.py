@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from qtool.errors import BackendError
-from qtool.runtime.backends import cuda
-from qtool.runtime.launch import Call
+from qtool.runtime import driver as cuda_driver
+from qtool.runtime.launch import KernelCall
 
-CALL = Call("file", "kernel", (), (5, 2, 3), 96, 1000, (7, 0.5, -1), zeros=11)
+CALL = KernelCall("file", "kernel", (), (5, 2, 3), 96, 1000, (7, 0.5, -1), zeros=11)
 
 
 class Driver:
@@ -45,15 +45,15 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch):
     made = Driver()
-    monkeypatch.setattr(cuda, "_driver", lambda: made)
-    monkeypatch.setattr(cuda, "_function", lambda *_: 1234)
-    monkeypatch.setattr(cuda, "_has_dependent_launches", lambda _: True)
-    monkeypatch.setattr(cuda, "_ALLOWED", {})
+    monkeypatch.setattr(cuda_driver, "_driver", lambda: made)
+    monkeypatch.setattr(cuda_driver, "_function", lambda *_: 1234)
+    monkeypatch.setattr(cuda_driver, "_has_dependent_launches", lambda _: True)
+    monkeypatch.setattr(cuda_driver, "_ALLOWED", {})
     return made
 
 
 def test_every_launch_has_its_own_pointers_and_stream(driver):
-    prepared = cuda._Prepared(CALL, 0, 2)
+    prepared = cuda_driver._PreparedCall(CALL, 0, 2)
     prepared.launch([64, 0, 128], 9)
     prepared.launch([32, 16, 8], 0)
     first, second = driver.seen
@@ -62,21 +62,21 @@ def test_every_launch_has_its_own_pointers_and_stream(driver):
     assert (first.stream, second.stream) == (9, None)
     assert (first.grid, first.block, first.shared) == ((5, 2, 3), (96, 1, 1), 1000)
     assert first.function == second.function == 1234
-    assert first.attributes == [cuda.STREAM_SERIALIZATION]
+    assert first.attributes == [cuda_driver.STREAM_SERIALIZATION]
     assert driver.allowed[0] == (8, 1000)
 
 
 def test_a_launch_that_makes_a_weight_ahead_is_not_dependent(driver):
-    cuda._Prepared(CALL._replace(dependent=False), 0, 2).launch([1, 2, 3], 0)
+    cuda_driver._PreparedCall(CALL._replace(dependent=False), 0, 2).launch([1, 2, 3], 0)
     assert driver.seen[0].attributes == []
 
 
 def test_a_launch_that_is_refused_says_what_it_was(driver):
     driver.status = 701
     with pytest.raises(BackendError, match=r"kernel wasn't launched: CUDA error 701, grid \(5, 2"):
-        cuda._Prepared(CALL, 0, 2).launch([1, 2, 3], 0)
+        cuda_driver._PreparedCall(CALL, 0, 2).launch([1, 2, 3], 0)
 
 
 def test_tensors_that_are_not_on_one_card_are_refused():
     with pytest.raises(BackendError, match="not of cpu, meta"):
-        cuda.launch(CALL, (torch.empty(1), None, torch.empty(1, device="meta")))
+        cuda_driver.launch(CALL, (torch.empty(1), None, torch.empty(1, device="meta")))

@@ -8,7 +8,7 @@ from torch import nn
 
 from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.errors import BackendError, CheckpointError, UnknownNameError
-from qtool.runtime.install import install
+from qtool.runtime.install import install_modules
 from qtool.runtime.modules import Held, QuantizedEmbedding, QuantizedLinear, TiedHead
 from qtool.runtime.select import choose_backend, load_backend, use_backend, wanted_backend
 from qtool.scheme import Shape2D, WeightScheme
@@ -242,7 +242,7 @@ def manifest(**layers: LayerEntry) -> Manifest:
 
 def test_install_replaces_what_the_manifest_names():
     model = Tiny()
-    install(model, manifest(proj=entry(), table=entry()))
+    install_modules(model, manifest(proj=entry(), table=entry()))
     assert isinstance(model.proj, QuantizedLinear)
     assert isinstance(model.table, QuantizedEmbedding)
     assert type(model.head) is nn.Linear
@@ -253,16 +253,16 @@ def test_install_refuses_another_shape():
     with pytest.raises(
         CheckpointError, match=r"proj has shape \(12, 40\) in the model, \(12, 44\)"
     ):
-        install(Tiny(), manifest(proj=entry((12, 44))))
+        install_modules(Tiny(), manifest(proj=entry((12, 44))))
 
 
 def test_install_refuses_a_layer_without_a_plain_weight():
     model = Tiny()
-    install(model, manifest(proj=entry()))
+    install_modules(model, manifest(proj=entry()))
     with pytest.raises((BackendError, AttributeError)):
-        install(model, manifest(proj=entry()))
+        install_modules(model, manifest(proj=entry()))
 
 
 def test_head_shares_only_a_quantized_table():
     with pytest.raises(CheckpointError, match="shares proj, which is no quantized embedding"):
-        install(Tiny(), manifest(proj=entry(), head=entry(shared_with="proj")))
+        install_modules(Tiny(), manifest(proj=entry(), head=entry(shared_with="proj")))

@@ -23,8 +23,8 @@ def weight(device="cpu"):
 def test_shapes_and_dtypes_are_known_without_running(leading):
     _, prepared = weight()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        y = operators.matmul(torch.empty((*leading, 320), dtype=torch.float16), prepared)
-        found = operators.rows(torch.empty(leading, dtype=torch.int64), prepared)
+        y = operators.matmul_operator(torch.empty((*leading, 320), dtype=torch.float16), prepared)
+        found = operators.rows_operator(torch.empty(leading, dtype=torch.int64), prepared)
     assert (y.shape, y.dtype) == ((*leading, 48), torch.float16)
     assert (found.shape, found.dtype) == ((*leading, 320), torch.float16)
 
@@ -38,7 +38,9 @@ def test_operators_keep_what_they_promise():
     torch.library.opcheck(torch.ops.qtool.matmul, (x, *flat), test_utils=tests)
     torch.library.opcheck(torch.ops.qtool.rows, (index, torch.float16, *flat), test_utils=tests)
     expected = x.cpu().double() @ dequantized(tensor, torch.float64).T
-    assert torch.allclose(operators.matmul(x, prepared).cpu().double(), expected, 1e-2, 0.1)
+    assert torch.allclose(
+        operators.matmul_operator(x, prepared).cpu().double(), expected, 1e-2, 0.1
+    )
 
 
 @pytest.mark.gpu
