@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qtool.evaluation.lm_eval.options import TaskOptions
     from qtool.pipeline.task_results import TaskComparison
 
-KEPT = "Answers and scores are kept: the same command goes on with the next requests."
+ANSWERS_KEPT = "Answers and scores are kept: the same command goes on with the next requests."
 PERPLEXITY = "Without --tasks"
 TASKS = "With --tasks"
 ONLY_TASKS = {"data_dir", "limit", "num_fewshot", "batch_size", "max_length", "seed"}
@@ -189,7 +189,7 @@ def evaluate(
         "max_windows": windows,
         "texts": not no_texts,
     }
-    with progress("Nothing was kept." if tasks is None or no_cache else KEPT) as emit:
+    with progress("Nothing was kept." if tasks is None or no_cache else ANSWERS_KEPT) as emit:
         if tasks is not None:
             emit("phase", {"name": f"looking up {tasks}"})
             check_spelling(names)

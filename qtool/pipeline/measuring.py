@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from qtool.evaluation.lm_eval.options import TaskOptions
     from qtool.pipeline.task_results import TaskComparison
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 PROMPTS = 4
 """Beginnings that a model and its baseline continue."""
 
@@ -134,7 +134,7 @@ def evaluate(
     return Comparison(tuple(figures), agreement, versions())
 
 
-def _if_possible(compare: Callable[[], T], emit: Emit) -> T | None:
+def _if_possible(compare: Callable[[], _T], emit: Emit) -> _T | None:
     """Return a comparison, or None after a warning: what was measured before isn't lost to it."""
     try:
         return compare()

@@ -81,7 +81,7 @@ NEW_USER, NEW_PID, NEW_NET, NEW_MOUNT = 0x10000000, 0x20000000, 0x40000000, 0x00
 NEW_IPC, NEW_UTS = 0x08000000, 0x04000000
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 MNT_DETACH = 2
-AT_FDCWD, AT_RECURSIVE, ATTR_RDONLY, ATTR_NOSUID = -100, 0x8000, 1, 2
+WORKING_FOLDER, AT_RECURSIVE, ATTR_RDONLY, ATTR_NOSUID = -100, 0x8000, 1, 2
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS = 1, 8
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 CAP_DAC_READ_SEARCH = 2
@@ -218,7 +218,7 @@ def _show(root: Path, path: Path) -> None:
 def _set_attributes(path: Path, flags: int, add: int = 0, remove: int = 0) -> None:
     attributes = struct.pack("4Q", add, remove, 0, 0)
     size = len(attributes)
-    syscall("mount_setattr", AT_FDCWD, os.fsencode(path), flags, attributes, size)
+    syscall("mount_setattr", WORKING_FOLDER, os.fsencode(path), flags, attributes, size)
 
 
 def drop_privileges(uid: int, *, read_all: bool = False) -> None:

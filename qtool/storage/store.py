@@ -19,17 +19,17 @@ from qtool.settings import cache_dir
 
 VERSION = 1
 """Of the table; part of the file's name, so that two versions of qtool don't clear each other's."""
-PATIENCE_SECONDS = 20
+WAIT_SECONDS = 20
 """Others hold the file for milliseconds."""
-TABLE = """
-CREATE TABLE IF NOT EXISTS kept (
+SCHEMA = """
+CREATE SCHEMA IF NOT EXISTS kept (
   kind TEXT, owner TEXT, key BLOB, value BLOB, at REAL, checksum INTEGER,
   PRIMARY KEY (kind, owner, key)
 )"""
 OF_THE_PLACE = {3, 5, 6, 7, 8, 10, 13, 14, 15, 18, 22}
 """Results of SQLite that say something of the disk and not of what is in the file: PERM, BUSY,
 LOCKED, NOMEM, READONLY, IOERR, FULL, CANTOPEN, PROTOCOL, TOOBIG, NOLFS."""
-T = TypeVar("T")
+_T = TypeVar("_T")
 _LOG = logging.getLogger(__name__)
 
 
@@ -115,7 +115,7 @@ class Store:
             _LOG.warning("%s can't be read: %s.", self.path, error)
             return []
 
-    def _run(self, action: Callable[[sqlite3.Connection], T]) -> T:
+    def _run(self, action: Callable[[sqlite3.Connection], _T]) -> _T:
         """Do something with the file in one transaction; if it is damaged, with a new one."""
         try:
             return self._tried(action)
@@ -130,7 +130,7 @@ class Store:
         except sqlite3.DatabaseError as error:
             raise OSError(str(error)) from error
 
-    def _tried(self, action: Callable[[sqlite3.Connection], T]) -> T:
+    def _tried(self, action: Callable[[sqlite3.Connection], _T]) -> _T:
         if self._connection is None:
             self._connection = self._opened()
         with self._connection:  # commits, or takes all of it back
@@ -166,7 +166,7 @@ class Store:
 
 def _connection(place: str) -> sqlite3.Connection:
     """Open or make the file."""
-    connection = sqlite3.connect(place, timeout=PATIENCE_SECONDS)
+    connection = sqlite3.connect(place, timeout=WAIT_SECONDS)
     connection.text_factory = bytes  # text that isn't UTF-8 is damage to be found by its checksum
     try:
         (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -180,7 +180,7 @@ def _connection(place: str) -> sqlite3.Connection:
             if version not in (0, VERSION):
                 raise sqlite3.DatabaseError(f"its version is {version}")
             if version == 0:
-                connection.execute(TABLE)
+                connection.execute(SCHEMA)
                 connection.execute(f"PRAGMA user_version = {VERSION}")
     except BaseException:
         connection.close()

@@ -12,11 +12,11 @@ from typing import IO, Any
 
 from qtool.errors import OutputError
 from qtool.sandbox.run import Outcome
+from qtool.storage.jsonl import Row
 from qtool.storage.plain_json import json_text, plain_json
 from qtool.storage.whole_files import written_whole
 from qtool.wording import reason
 
-Row = dict[str, Any]
 Outcomes = Mapping[tuple[str, str], Outcome]
 """What became of programs, by (program, test)."""
 AddRows = Callable[[str, Iterable[Row]], None]

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from qtool.errors import DataError
-from qtool.storage.jsonl import json_objects, read_text
+from qtool.storage.jsonl import Row, json_objects, read_text
 
 TABLE = "datasets.json"
 SHORT_NAMES = {"validation": ("valid", "val")}
@@ -23,7 +23,6 @@ SHORT_NAMES = {"validation": ("valid", "val")}
 CONFIG_FIELDS = ("subject", "subset", "config")
 """What says the configuration of a row, in a file that is named for a whole data set."""
 END = re.compile(r"\.jsonl(\.gz)?$")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))

@@ -37,7 +37,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 DATA = (
     "Check the rows of its data and the packages that its metric needs; answers that are kept stay."
 )
-Outcome = TaskScores | TaskFailure
+TaskOutcome = TaskScores | TaskFailure
 
 
 def run_tasks(
@@ -46,7 +46,7 @@ def run_tasks(
     tasks: Tasks,
     emit: Emit = ignore_events,
     add_rows: AddRows | None = None,
-) -> tuple[Outcome, ...]:
+) -> tuple[TaskOutcome, ...]:
     """Run tasks on a model, unless their scores are kept; one that fails doesn't stop the others.
 
     Args:
@@ -62,7 +62,7 @@ def run_tasks(
     Raises:
         OutputError: rows can't be written.
     """
-    found: dict[str, Outcome] = {}
+    found: dict[str, TaskOutcome] = {}
     missing: dict[str, KeptTask] = {}
     with Store() as store:
         for name in tasks.options.tasks:
@@ -86,7 +86,7 @@ def _run(
     tasks: Tasks,
     emit: Emit,
     add_rows: AddRows | None,
-) -> dict[str, Outcome]:
+) -> dict[str, TaskOutcome]:
     """Run tasks whose scores aren't kept."""
     from qtool.evaluation.lm_eval.task_model import TaskModel  # lm-eval: slow
 
@@ -97,7 +97,7 @@ def _run(
             model = TaskModel(loaded, batch_size=batch, max_length=longest, emit=emit)
     except QtoolError as error:
         return {name: _failure(name, error, emit) for name in missing}
-    found: dict[str, Outcome] = {}
+    found: dict[str, TaskOutcome] = {}
     for name, kept in missing.items():
         try:
             found[name] = run_task(name, model, tasks, kept, add_rows)

@@ -171,7 +171,7 @@ def test_full_disk_is_an_os_error_and_what_was_there_stays(monkeypatch):
 
 
 def test_file_that_another_process_holds_is_waited_for_and_then_an_os_error(monkeypatch):
-    monkeypatch.setattr(store_module, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(store_module, "WAIT_SECONDS", 0.05)
     path = add(a=b"1")
     other = sqlite3.connect(path, isolation_level=None)
     with Store() as store:
