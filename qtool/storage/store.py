@@ -22,7 +22,7 @@ VERSION = 1
 WAIT_SECONDS = 20
 """Others hold the file for milliseconds."""
 SCHEMA = """
-CREATE SCHEMA IF NOT EXISTS kept (
+CREATE TABLE IF NOT EXISTS kept (
   kind TEXT, owner TEXT, key BLOB, value BLOB, at REAL, checksum INTEGER,
   PRIMARY KEY (kind, owner, key)
 )"""

@@ -134,7 +134,7 @@ def test_data_that_go_missing_while_the_baseline_runs(evaluate, data, tmp_path, 
         if event == "request" and values["task"] == "wikitext":
             (copy / "mcqa/arc_easy_test.jsonl").unlink(missing_ok=True)
 
-    options = {"data_dir": copy, "baseline": str(long_llama), "model": other}
+    options = {"data_dir": copy, "baseline": Location(long_llama), "model": other}
     result = evaluate(*THREE, **options, emit=remove)
     assert result.original is not None
     assert result.original.failures == ()
@@ -155,7 +155,7 @@ def test_data_that_change_while_the_baseline_runs(
         if event == "request" and values["task"] == "wikitext":
             file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
 
-    options = {"data_dir": copy, "baseline": str(long_llama), "model": other, "cache": cache}
+    options = {"data_dir": copy, "baseline": Location(long_llama), "model": other, "cache": cache}
     result = evaluate(*THREE, **options, emit=cut)
     assert result.original is not None
     assert result.original.failures == ()
@@ -174,7 +174,7 @@ def test_model_that_changes_while_the_baseline_runs(evaluate, other, long_llama,
         if event == "request" and not config.read_text().endswith(" "):
             config.write_text(config.read_text() + " ")
 
-    options = {"baseline": str(long_llama), "cache": cache, "model": other, "limit": 1}
+    options = {"baseline": Location(long_llama), "cache": cache, "model": other, "limit": 1}
     result = evaluate("arc_easy", **options, emit=change)
     assert result.original is not None
     assert result.original.failures == ()
@@ -190,7 +190,7 @@ def test_model_that_is_only_touched_is_evaluated(evaluate, other, long_llama):
     def touch(_event: str, _values: Any) -> None:
         (other / "config.json").touch()
 
-    options = {"baseline": str(long_llama), "model": other, "limit": 1}
+    options = {"baseline": Location(long_llama), "model": other, "limit": 1}
     assert evaluate("arc_easy", **options, emit=touch).model.failures == ()
 
 
