@@ -5,19 +5,19 @@
 
 from qtool.pipeline.calibrate import CalibrateResult, calibrate
 from qtool.pipeline.measuring import (
+    BenchOptions,
     Comparison,
     EvalOptions,
     GpuOptions,
     bench,
-    bench_gpu,
     evaluate,
 )
 from qtool.pipeline.model_figures import ModelFigures
 from qtool.pipeline.quantizing import plan, quantize
 from qtool.pipeline.reports import QuantizeResult
-from qtool.pipeline.scoring import evaluate_tasks
 
 __all__ = [
+    "BenchOptions",
     "CalibrateResult",
     "Comparison",
     "EvalOptions",
@@ -25,10 +25,8 @@ __all__ = [
     "ModelFigures",
     "QuantizeResult",
     "bench",
-    "bench_gpu",
     "calibrate",
     "evaluate",
-    "evaluate_tasks",
     "plan",
     "quantize",
 ]
