@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.base import LayerProblem, QuantizedTensor
+from qtool.base import LayerProblem, Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.core import moments
 from qtool.recipe.load import recipe_from_mapping
@@ -84,3 +84,13 @@ def run_python(
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def warnings_in(events: Iterable[Progress | Notice]) -> list[str]:
+    """Return what a user was warned of."""
+    return [event.message for event in events if isinstance(event, Notice)]
+
+
+def steps_in(events: Iterable[Progress | Notice], what: str) -> list[Progress]:
+    """Return what a user was told of one step."""
+    return [event for event in events if isinstance(event, Progress) and event.what == what]

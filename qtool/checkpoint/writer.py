@@ -178,10 +178,10 @@ class CheckpointWriter:
         self._names.append(name)
         return notes
 
-    def load(self, name: str, entry: LayerEntry) -> QuantizedTensor:
-        """Return a layer that is stored, on the CPU."""
+    def load(self, name: str, entry: LayerEntry, device: str) -> QuantizedTensor:
+        """Return a layer that is stored, on a device."""
         tensors = self._spool.tensors(name)
-        parts = {part: tensors[f"{name}.{part}"] for part in entry.layout()}
+        parts = {part: tensors[f"{name}.{part}"].to(device) for part in entry.layout()}
         return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
 
     def digests(self) -> dict[str, str]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qtool.core import hessian
 
-Product = Literal["xx", "dx", "ex", "dd", "ed", "ee"]
+MomentName = Literal["xx", "dx", "ex", "dd", "ed", "ee"]
 """Of which two a token's product is: xx is x x^T, (in_features, in_features), likewise dx and dd;
 ex and ed are (width, in_features), ee is e^T e, ()."""
 
@@ -31,7 +31,7 @@ ex and ed are (width, in_features), ee is e^T e, ()."""
 class Moments:
     """Sums over tokens and their count, so that those of two sets of tokens add up."""
 
-    sums: dict[Product, Tensor]
+    sums: dict[MomentName, Tensor]
     """float32; e is missing where no residual stream is looked at."""
     num_tokens: int = 0
 
@@ -57,7 +57,7 @@ class Moments:
         sums = {product: total + other.sums[product] for product, total in self.sums.items()}
         return Moments(sums, self.num_tokens + other.num_tokens)
 
-    def mean(self, product: Product) -> Tensor:
+    def mean(self, product: MomentName) -> Tensor:
         """Return the mean of a product over all tokens, float32."""
         return self.sums[product] / max(self.num_tokens, 1)
 
@@ -74,7 +74,7 @@ def no_moments(
         for_errors: Also keep what only `output_errors` needs.
     """
     n = in_features
-    shapes: dict[Product, tuple[int, ...]] = {"xx": (n, n), "dx": (n, n)}
+    shapes: dict[MomentName, tuple[int, ...]] = {"xx": (n, n), "dx": (n, n)}
     if width:
         shapes["ex"] = (width, n)
     if for_errors:
@@ -85,7 +85,7 @@ def no_moments(
 
 
 @dataclass(frozen=True, slots=True)
-class OutputError:
+class ErrorAtOutput:
     """Mean squared error of a linear's output (or of the residual stream behind it), and scale."""
 
     error: float
@@ -108,7 +108,7 @@ class OutputErrors:
     carried: Tensor  # mean of ||e + W d||^2, () float64
     power: Tensor  # mean of ||W x_o||^2, () float64
 
-    def of(self, quantized: Tensor) -> OutputError:
+    def of(self, quantized: Tensor) -> ErrorAtOutput:
         """Return the mean of ||e + W d + (W - Q) x||^2, beside that of ||W x_o||^2.
 
         Args:
@@ -119,7 +119,7 @@ class OutputErrors:
         error = error + 2 * _dot(self.upstream, change)
         if "ex" in self.moments.sums:
             error = error + 2 * _dot(self.moments.mean("ex"), change)
-        return OutputError(max(float(error), 0.0), max(float(self.power), 0.0))
+        return ErrorAtOutput(max(float(error), 0.0), max(float(self.power), 0.0))
 
 
 def output_errors(moments: Moments, weight: Tensor) -> OutputErrors:

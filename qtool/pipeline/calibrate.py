@@ -46,7 +46,7 @@ def calibrate(  # noqa: PLR0913 - what to draw from, where to, how
         lengths: Lengths to match, instead of the tasks' own.
         seed: Of the order of matched lengths.
         overwrite: Replace calibration data that are there.
-        emit: Receives a `warning` if the text is too short.
+        emit: Is warned if the text is too short.
 
     Raises:
         OutputError: there are calibration data already, or they can't be written.

@@ -4,7 +4,7 @@ import os
 import time
 from pathlib import Path
 
-from qtool.base import Emit, Env, ignore_events
+from qtool.base import Emit, Env, Notice, Progress, ignore_events
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
 from qtool.checkpoint.place import Place, check_free_space, find_place
@@ -55,7 +55,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
         calib_dir: Samples that `calibrate` drew; None: draw them as the recipe says.
         overwrite: Replace a checkpoint that is there, and drop an unfinished run.
         resume: Continue an unfinished run of the same recipe.
-        emit: Receives `phase`, `layer` and `warning` events.
+        emit: Is told of each layer and of what comes between, and warned.
 
     Raises:
         QtoolError: see `qtool.errors`; finished layers are kept for `resume`, and what is at
@@ -66,7 +66,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
     if model.path is not None:
         check_apart(place.out_dir, model.path)  # before anything is said of --overwrite
     look(place)
-    _phase(emit, "opening the model")
+    emit(Progress("opening the model"))
     source = open_source(model)
     check_apart(place.out_dir, source.directory, _inputs(recipe, calib_dir))
     layer_plan = make_plan(source, recipe)
@@ -82,22 +82,18 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
 
 def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:
     """Solve and write, or take what an earlier run has left."""
-    _phase(run.env.emit, "reading the model's files")
+    run.env.emit(Progress("reading the model's files"))
     writer = CheckpointWriter(place, run.fingerprint())
     with writer, failures_of_the_machine(run.env.device, place.out_dir):
         if not writer.is_locked:
-            run.env.emit("warning", {"message": NO_LOCKS})
+            run.env.emit(Notice(NO_LOCKS))
         if writer.is_sealed:
             writer.publish()
         if writer.is_sealed or writer.has_ended:
             return result_of(place)
         solved = solve(run, writer)
-        _phase(run.env.emit, "assembling the result")
+        run.env.emit(Progress("assembling the result"))
         return write_result(run, solved, writer, started)
-
-
-def _phase(emit: Emit, name: str) -> None:
-    emit("phase", {"name": name})
 
 
 def _inputs(recipe: Recipe, calib_dir: Path | None) -> list[Path]:
@@ -117,11 +113,10 @@ def _warn_of_few_bits(layer_plan: Plan, recipe: Recipe, emit: Emit) -> None:
     fewest = min(layer.scheme.num_bits for layer in layer_plan.layers)
     if recipe.calibration is None and fewest <= FEW_BITS:
         emit(
-            "warning",
-            {
-                "message": f"{fewest} bits without calibration data usually ruin a model. Leave "
+            Notice(
+                f"{fewest} bits without calibration data usually ruin a model. Leave "
                 "out --no-calibration, or give the recipe a section 'calibration'."
-            },
+            )
         )
 
 
@@ -132,7 +127,7 @@ def _samples(
     section = recipe.calibration
     if section is None:
         return None
-    _phase(emit, "drawing calibration data")
+    emit(Progress("drawing calibration data"))
     tokenizer = load_tokenizer(source.directory)
     if directory is not None:
         calibration = load_calibration(directory, tokenizer)

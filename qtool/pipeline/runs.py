@@ -1,10 +1,11 @@
 """How the result of a run of `quantize` is written."""
 
 import time
+from dataclasses import replace
 from math import prod
 
 import qtool
-from qtool.checkpoint.manifest import LayerEntry, Manifest
+from qtool.checkpoint.manifest import Manifest
 from qtool.checkpoint.marks import CONFIG_NAME, REPORT_NAME
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.modeling.card import Provenance, model_card, read_licence
@@ -15,10 +16,7 @@ from qtool.stages.solve import LayerResult
 
 
 def write_result(
-    run: Run,
-    results: tuple[LayerResult, ...],
-    writer: CheckpointWriter,
-    started: float,
+    run: Run, results: tuple[LayerResult, ...], writer: CheckpointWriter, started: float
 ) -> QuantizeResult:
     """Write all files of the result and give it its name.
 
@@ -57,14 +55,7 @@ def _manifest(run: Run, results: tuple[LayerResult, ...], digests: dict[str, str
     layers = {result.name: result.entry for result in results}
     if run.plan.tied_head is not None:
         embedding = run.source.adapter.embedding
-        table = layers[embedding]
-        layers[run.plan.tied_head] = LayerEntry(
-            format=table.format,
-            scheme=table.scheme,
-            shape=table.shape,
-            method=table.method,
-            shared_with=embedding,
-        )
+        layers[run.plan.tied_head] = replace(layers[embedding], shared_with=embedding)
     return Manifest(
         tool_version=qtool.__version__,
         recipe=run.recipe.model_dump(mode="json"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qtool.base import Emit, ignore_events
+from qtool.base import Emit, Notice, ignore_events
 from qtool.data.calibration import CalibrationSet, draw_samples
 from qtool.data.corpora import bos_warning, check_tokens, open_dataset
 from qtool.data.lengths import bin_edges, match_lengths, summary, task_lengths
@@ -62,7 +62,7 @@ def draw_calibration(
         tokenizer: Of the model.
         lengths: Lengths to match, from `wanted_lengths`; None: fixed.
         seed: Of the order of matched lengths.
-        emit: Receives a `warning` if the text is too short for all samples.
+        emit: Is warned if the text is too short for all samples.
 
     Raises:
         DataError: the text is missing or too short for two samples, or a sample would be longer
@@ -84,7 +84,7 @@ def draw_calibration(
     texts = open_dataset(section.dataset)
     calibration = draw_samples(tokenizer, texts, drawn, at_starts=lengths is not None)
     if len(calibration.samples) < len(drawn):
-        emit("warning", {"message": _too_short(section, calibration)})
+        emit(Notice(_too_short(section, calibration)))
     check_samples(source, tokenizer, calibration, emit)
     requested = drawn if lengths is None else lengths
     used = [len(sample) for sample in calibration.samples]
@@ -122,7 +122,7 @@ def check_samples(
     kind = str(source.config.get("model_type", ""))
     message = bos_warning(kind, tokenizer, calibration.samples, name)
     if message is not None:
-        emit("warning", {"message": message})
+        emit(Notice(message))
 
 
 def _too_short(section: CalibrationSection, calibration: CalibrationSet) -> str:

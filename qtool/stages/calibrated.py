@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qtool.base import Env, LayerProblem, LayerSolution
+from qtool.base import Env, LayerProblem, LayerSolution, Notice
 from qtool.checkpoint.manifest import codec
 from qtool.core.moments import added_error, output_errors
 from qtool.recipe.schema import CalibrationSection
@@ -24,7 +24,7 @@ def solve_calibrated(
     section: CalibrationSection,
     env: Env,
 ) -> LayerSolution:
-    """Quantize one linear of the blocks; emits `warning` if that is worse than rounding.
+    """Quantize one linear of the blocks; warns if that is worse than rounding.
 
     Args:
         layer: What to do with it.
@@ -50,7 +50,7 @@ def solve_calibrated(
             f"({errors[best].relative:.2e}, not {rounded.relative:.2e}). Use more samples, or text "
             "that is more like the model's."
         )
-        env.emit("warning", {"message": message})
+        env.emit(Notice(message))
     power = max(rounded.power, 1e-30)
     solution, _ = candidates[best]
     metrics = {

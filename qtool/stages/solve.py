@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.base import Env, LayerProblem, LayerSolution, QuantizedTensor
+from qtool.base import Env, LayerProblem, LayerSolution, Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, codec
 from qtool.checkpoint.writer import CheckpointWriter, Made
 from qtool.errors import MethodError, about
@@ -19,6 +19,7 @@ from qtool.stages.memory import peak_memory
 from qtool.stages.plan import LayerPlan, load_method
 from qtool.stages.run import Run
 from qtool.stages.walk import Walk, walking
+from qtool.wording import gigabytes
 
 WIDE_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -38,7 +39,7 @@ def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
     """Quantize all layers of a plan and copy all other tensors.
 
     Linears of the blocks are solved for their inputs where there are samples, other layers without
-    data. Emits `layer` after each layer.
+    data. Tells of each layer.
 
     Raises:
         MethodError: a weight or an input isn't finite, a method refused a layer, or with
@@ -51,7 +52,7 @@ def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
         _check_fallback(run, layer.name, notes["fallback"])
         entry = _entry(layer, notes)
         if walk is not None:
-            walk.put(layer.name, partial(_stored_weight, writer, layer.name, entry))
+            walk.put(layer.name, partial(_stored_weight, run, writer, layer.name, entry))
         results.append(
             LayerResult(layer.name, entry, notes["metrics"], notes["seconds"], notes["fallback"])
         )
@@ -105,31 +106,33 @@ def _entry(layer: LayerPlan, notes: Mapping[str, Any]) -> LayerEntry:
     return LayerEntry(format=notes["format"], scheme=scheme, shape=layer.shape, method=layer.method)
 
 
-def _stored_weight(writer: CheckpointWriter, name: str, entry: LayerEntry) -> Tensor:
+def _stored_weight(run: Run, writer: CheckpointWriter, name: str, entry: LayerEntry) -> Tensor:
     """Return what a stored layer means, (out_features, in_features) float32."""
-    return codec(entry.format).dequantize(writer.load(name, entry), torch.float32)
+    tensor = writer.load(name, entry, run.env.device)
+    return codec(entry.format).dequantize(tensor, torch.float32)
 
 
 def _copied(run: Run, name: str) -> Made:
-    """Read a tensor that isn't quantized; emits `warning` if it isn't finite."""
+    """Read a tensor that isn't quantized; warns if it isn't finite."""
     values = run.source.read(name)
     if values.dtype in WIDE_FLOATS:  # of narrower ones torch can't say it
         count = values.numel() - int(torch.isfinite(values).sum())
         if count:  # only the model's owner knows whether it is used
             message = f"{name}: {count} of {values.numel()} values are NaN or infinite; copied as "
             message += "it is. Check the original if that isn't meant."
-            run.env.emit("warning", {"message": message})
+            run.env.emit(Notice(message))
     return Made(values)
 
 
 def _announce(run: Run, result: LayerResult, done: int) -> None:
-    """Emit `layer`, and `warning` if the solver fell back."""
+    """Tell that a layer is done, and warn if the solver fell back."""
     env, total = run.env, len(run.plan.layers)
     error = result.metrics.get("added_error", result.metrics.get("nmse", 0.0))
-    values = {"index": done - 1, "total": total, "name": result.name, "error": error}
-    env.emit("layer", {**values, "memory": peak_memory(env.device)})
+    memory = gigabytes(peak_memory(env.device))
+    detail = f"{result.name}  error {error:.2e}  memory {memory}"
+    env.emit(Progress("quantize", done, total, detail))
     if result.fallback is not None:
-        env.emit("warning", {"message": f"{result.name}: {result.fallback}"})
+        env.emit(Notice(f"{result.name}: {result.fallback}"))
 
 
 def _check_fallback(run: Run, name: str, fallback: str | None) -> None:

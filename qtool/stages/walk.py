@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qtool.base import Notice, Progress
 from qtool.data.calibration import CalibrationSet, batches
 from qtool.errors import MethodError
 from qtool.modeling.blocks import Block, BlockModel
@@ -119,7 +120,7 @@ class Walk:
         env, section = self._run.env, self._section
         train, held_out = self._samples.split(section.holdout)
         self._warn_of_few_tokens(train.num_tokens)
-        env.emit("phase", {"name": "capturing the inputs of the first block"})
+        env.emit(Progress("capturing the inputs of the first block"))
         model = BlockModel(self._run.source, env.device, dtype=section.dtype)
         limit = BATCH_TOKENS[torch.device(env.device).type]
         first, rest = batches(train.samples, limit), batches(held_out.samples, limit)
@@ -130,11 +131,13 @@ class Walk:
             device=env.device,
             directory=self._directory if section.cache == "disk" else None,
         )
-        env.emit("phase", {"name": "solving"})
+        env.emit(Progress("solving"))
         return model, streams
 
     def _go_to(self, index: int, model: BlockModel, streams: Streams) -> None:
         """Pass the blocks before one, and load that."""
+        if index > self._index + 1:
+            self._run.env.emit(Progress("passing the blocks that are finished"))
         while self._blocks is None or self._index < index:
             if self._blocks is None:
                 original = model.load(self._index)
@@ -164,7 +167,7 @@ class Walk:
                 f"of {' and '.join(map(str, starved))} inputs: their damping is raised. Use more "
                 "or longer samples."
             )
-            self._run.env.emit("warning", {"message": message})
+            self._run.env.emit(Notice(message))
 
 
 def _groups(run: Run) -> Iterator[tuple[str, tuple[int, str]]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
 from tests.families import text
+from tests.helpers import warnings_in
 
 CALIBRATION = {"num_samples": 6, "sequence_length": 32}
 
@@ -133,20 +135,17 @@ def test_documents_calibrate_and_quantize_the_same_inline(llama, tmp_path):
 @pytest.mark.parametrize("run", ["calibrate", "quantize"])
 def test_text_that_is_too_short_is_warned_of(llama, tmp_path, run):
     wanted = recipe(dataset=str(rows_file(tmp_path, count=4)))
-    warnings = []
-
-    def emit(event, values):
-        if event == "warning":
-            warnings.append(values["message"])
-
+    events: list[Any] = []
     if run == "calibrate":
-        pipeline.calibrate(Location(llama), tmp_path / "out", wanted.calibration, emit=emit)
+        pipeline.calibrate(
+            Location(llama), tmp_path / "out", wanted.calibration, emit=events.append
+        )
     else:
-        pipeline.quantize(Location(llama), tmp_path / "out", wanted, emit=emit)
+        pipeline.quantize(Location(llama), tmp_path / "out", wanted, emit=events.append)
     assert (
         "rows.jsonl is too short: 2 of 6 samples were drawn, 64 tokens in place of 192. Use a "
         "longer text, or lower calibration.num_samples."
-    ) in warnings
+    ) in warnings_in(events)
 
 
 def test_fixed_is_what_a_model_has_positions_for_and_2048_at_most(llama, tmp_path):

@@ -221,7 +221,7 @@ def test_interrupted_run_has_all_rows_when_it_goes_on(evaluate, target, tmp_path
     evaluate("arc_easy", batch_size=1, cache=False, samples=whole)
     left = 9
 
-    def emit(_event: str, _values: Any) -> None:
+    def emit(_event: Any) -> None:
         nonlocal left
         left -= 1
         if left == 0:

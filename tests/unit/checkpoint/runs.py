@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from qtool.base import Notice, Progress
 from qtool.checkpoint.manifest import Manifest
 from qtool.checkpoint.place import find_place
 from qtool.checkpoint.writer import CheckpointWriter, Made
@@ -18,8 +19,8 @@ class Stop:
     def __init__(self, after: int, error: type[BaseException]) -> None:
         self.after, self.error, self.layers = after, error, 0
 
-    def __call__(self, event: str, _values: object) -> None:
-        self.layers += event == "layer"
+    def __call__(self, event: Progress | Notice) -> None:
+        self.layers += isinstance(event, Progress) and event.what == "quantize"
         if self.layers == self.after:
             raise self.error("on purpose")
 
