@@ -13,6 +13,7 @@ from qtool.errors import CheckpointError, ModelError
 from qtool.evaluation.perplexity import PerplexityResult
 from qtool.formats._dtypes import item_bytes
 from qtool.modeling.config import read_config
+from qtool.modeling.load import check_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ def figures_of(name: str, directory: Path) -> ModelFigures:
     """Return size and bits of a model, which its directory says without loading it.
 
     Raises:
-        CheckpointError: files are missing or damaged.
+        CheckpointError: files are missing or damaged, or aren't those of the configuration.
         ModelError: another tool has quantized it.
     """
     config = read_config(directory).get("quantization_config")
@@ -47,6 +48,7 @@ def figures_of(name: str, directory: Path) -> ModelFigures:
     if config:
         bits = CheckpointReader(directory).manifest.average_bits()
         return ModelFigures(name, size, bits, quantize_seconds(directory))
+    check_weights(directory)
     weights = sum(prod(spec.shape) for spec in specs)
     stored = sum(prod(spec.shape) * 8 * item_bytes(spec.dtype) for spec in specs)
     return ModelFigures(name, size, stored / max(weights, 1))
