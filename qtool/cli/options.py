@@ -11,7 +11,7 @@ import typer.core
 
 from qtool import plugins
 from qtool.cli.console import check_replaceable
-from qtool.errors import OutputError, UnknownNameError
+from qtool.errors import OutputError
 from qtool.wording import reason
 
 ModelArgument = Annotated[
@@ -25,9 +25,8 @@ JsonOption = Annotated[
 def _backend(text: str | None) -> str | None:
     import qtool.runtime.backends  # torch-free, but not at --help
 
-    known = plugins.names(qtool.runtime.backends)
-    if text is not None and text not in known:
-        raise UnknownNameError(plugins.describe_miss(text, known, "backends"))
+    if text is not None:
+        plugins.check_name(text, plugins.names(qtool.runtime.backends), "backends")
     return text
 
 
