@@ -15,11 +15,10 @@ import qtool.methods
 from qtool import resources
 from qtool.recipe.names import built_in
 from qtool.stages.plan import load_method
-from tests.docs.pages import blocks
+from tests.docs.pages import blocks, made_files
 from tests.helpers import ROOT, run_python
 from tests.recipes import test_recipes as recipes
 
-PUT_INTO = re.compile(r"Put\s+this\s+into\s+`([^`]+)`")
 TEST_COMMAND = re.compile(r"^\.venv/bin/python -m pytest -q (.+)$", re.MULTILINE)
 CONTRACT = """
 import importlib, sys, pytest
@@ -49,9 +48,9 @@ class Page:
     @property
     def file(self) -> Path:
         """Return where the page puts its file."""
-        (file,) = PUT_INTO.findall(self.text)
+        (file,) = made_files(self.path)
         assert not (ROOT / file).exists(), "the example is part of the product by now"
-        return Path(file)
+        return file
 
     @property
     def arguments(self) -> list[str]:
