@@ -25,6 +25,7 @@ schemes = st.builds(
     group_dim=st.sampled_from(GROUP_DIMS),
     symmetric=st.booleans(),
 )
+GROUPED = {"out_features": 0, "in_features": 1}
 shapes = st.builds(Shape2D, st.integers(1, 36), st.integers(1, 36))
 
 
@@ -97,6 +98,72 @@ def test_size_is_the_bits_and_what_the_scales_take(name, num_bits):
     size = sum(np.prod(spec.shape) * DTYPE_BYTES[spec.dtype] for spec in layout.values())
     per_group = {"affine": 16 + num_bits, "binary_coding": 16 * (num_bits + 1)}[name]
     assert 8 * size / (128 * 256) == pytest.approx(num_bits + per_group / 128)
+
+
+def check_is(tensor: QuantizedTensor, expected: torch.Tensor) -> None:
+    """Compare with a weight in float64, to the bit; the parts must be those of the format."""
+    specs = codec(tensor.format).layout(tensor.scheme, tensor.shape)
+    for name, spec in specs.items():
+        part = tensor.parts[name]
+        assert (tuple(part.shape), part.dtype) == (spec.shape, TORCH_DTYPES[spec.dtype])
+        assert part.is_contiguous()
+    assert tensor.parts.keys() == specs.keys()
+    assert torch.equal(codec(tensor.format).dequantize(tensor, torch.float64), expected)
+
+
+@EVERY_FORMAT
+@settings(max_examples=60)
+@given(scheme=schemes, shape=shapes, seed=st.integers(0, 10_000), data=st.data())
+def test_a_part_of_a_weight_is_cut_to_the_bit_or_refused(name, scheme, shape, seed, data):
+    tensor = random_tensor(name, scheme, shape, seed)
+    dim = data.draw(st.integers(0, 1))
+    start = data.draw(st.integers(0, shape[dim] - 1))
+    length = data.draw(st.integers(1, shape[dim] - start))
+    grouped = dim == GROUPED[tensor.scheme.group_dim]
+    size = min(tensor.scheme.group_size or shape[dim], shape[dim]) if grouped else 1
+    if start % size and (start + length - 1) // size > start // size:
+        with pytest.raises(SchemeError, match="cuts a group"):
+            codec(name).narrow(tensor, dim, start, length)
+        return
+    whole = codec(name).dequantize(tensor, torch.float64)
+    check_is(codec(name).narrow(tensor, dim, start, length), whole.narrow(dim, start, length))
+
+
+@EVERY_FORMAT
+@settings(max_examples=60)
+@given(
+    scheme=schemes,
+    other=st.integers(1, 36),
+    dim=st.integers(0, 1),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    seed=st.integers(0, 10_000),
+)
+def test_weights_are_joined_to_the_bit_or_refused(name, scheme, other, dim, lengths, seed):
+    made = [Shape2D(length, other) if dim == 0 else Shape2D(other, length) for length in lengths]
+    tensors = [random_tensor(name, scheme, shape, seed + i) for i, shape in enumerate(made)]
+    size, grouped = tensors[0].scheme.group_size, dim == GROUPED[tensors[0].scheme.group_dim]
+    if grouped and len(lengths) > 1 and (size is None or any(n % size for n in lengths[:-1])):
+        with pytest.raises(SchemeError, match="Only the last"):
+            codec(name).cat(tensors, dim)
+        return
+    whole, start = codec(name).cat(tensors, dim), 0
+    exact = [codec(name).dequantize(each, torch.float64) for each in tensors]
+    check_is(whole, torch.cat(exact, dim))
+    for length, expected in zip(lengths, exact, strict=True):
+        check_is(codec(name).narrow(whole, dim, start, length), expected)
+        start += length
+
+
+@EVERY_FORMAT
+def test_weights_that_differ_are_not_joined(name):
+    one, other = (
+        random_tensor(name, WeightScheme(num_bits=bits, group_size=8), Shape2D(16, 16), 0)
+        for bits in (3, 4)
+    )
+    wider = random_tensor(name, one.scheme, Shape2D(16, 24), 0)
+    for pair in ([one, other], [one, wider]):
+        with pytest.raises(SchemeError, match="don't make one"):
+            codec(name).cat(pair, 0)
 
 
 @EVERY_FORMAT
