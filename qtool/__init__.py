@@ -19,6 +19,7 @@ _LAZY = {
     "bench": "qtool.pipeline",
     "evaluate": "qtool.pipeline",
     "load_model": "qtool.modeling.load",
+    "locate": "qtool.modeling.locate",
     "load_recipe": "qtool.recipe.load",
     "quantize": "qtool.pipeline",
     "use_backend": "qtool.runtime.select",

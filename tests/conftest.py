@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from qtool.modeling.locate import Location
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test reaches a hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads slow tiny tensors down threefold
 os.environ.pop("QTOOL_BACKEND", None)
@@ -61,7 +63,7 @@ def checkpoint(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.helpers import recipe
 
     out_dir = tmp_path_factory.mktemp("quantized") / "checkpoint"
-    pipeline.quantize(str(llama), out_dir, recipe())
+    pipeline.quantize(Location(llama), out_dir, recipe())
     return out_dir
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from qtool.bench.kernels import DTYPE, Layer
 from qtool.bench.shapes import LinearShape, ModelShape
 from qtool.bench.synthetic import generator_on, random_decoder, random_tensor
 from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location
 from qtool.runtime import linear_kernels
 from qtool.runtime.backends import cuda
 from qtool.runtime.decoding.llama import weights_of, why_not
@@ -66,14 +66,14 @@ def synthetic_workload(
 
 
 def checkpoint_workload(
-    directory: Path, baseline: str | None, kernel: str | None, device: torch.device
+    model: Location, baseline: Location | None, kernel: str | None, device: torch.device
 ) -> Workload:
     """Return the layers of a checkpoint, one per shape and scheme, and the models to run.
 
     Layers that share an input are fused as the decode runner fuses them; as stored, if it doesn't
     run the model or the kernel asked for reads stored parts.
     """
-    loaded = load_model(str(directory), device=device, dtype=DTYPE)
+    loaded = load_model(model, device=device, dtype=DTYPE)
     reason = why_not(loaded.model)
     if reason is None and kernel not in STORED_KERNELS:
         layers = distinct(_fused(weights_of(loaded.model, backend=cuda.BACKEND)), kernel)
@@ -81,15 +81,15 @@ def checkpoint_workload(
         layers = distinct(_stored(loaded.model), kernel)
     if reason is not None:
         return Workload(loaded.name, layers, (), reason)
-    names = [str(directory), *([baseline] if baseline else [])]
-    return Workload(loaded.name, layers, tuple(_whole(name, device) for name in names))
+    models = [model, *([baseline] if baseline else [])]
+    return Workload(loaded.name, layers, tuple(_whole(one, device) for one in models))
 
 
-def _whole(name: str, device: torch.device) -> EndToEnd:
+def _whole(model: Location, device: torch.device) -> EndToEnd:
     def load() -> DecoderWeights:
-        return weights_of(load_model(name, device=device, dtype=DTYPE).model, backend=cuda.BACKEND)
+        return weights_of(load_model(model, device=device, dtype=DTYPE).model, backend=cuda.BACKEND)
 
-    return EndToEnd(name, load)
+    return EndToEnd(model.public_name or str(model.path), load)
 
 
 def distinct(

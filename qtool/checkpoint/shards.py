@@ -3,21 +3,22 @@
 Files are taken in the order in which transformers takes them, so that both always read the same
 weights. Every file is opened once to check its header against its size and the index; a tensor's
 bytes are read when they are asked for, and the file is closed again so that its pages can leave
-memory.
+memory. Headers are read without torch.
 """
 
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from qtool.errors import CheckpointError
 from qtool.wording import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -39,12 +40,14 @@ class Shards:
 
     specs: Mapping[str, TensorSpec]
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> "Tensor":
         """Return one tensor, copied out of its file.
 
         Raises:
             CheckpointError: there is no such tensor, or the file has become unreadable.
         """
+        import torch  # slow
+
         if name not in self.specs:
             raise CheckpointError(f"{shown(name)} isn't stored.")
         spec = self.specs[name]
@@ -140,7 +143,7 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
     if not _is_file(path):
         raise CheckpointError(f"{path.parent / shown(path.name)} is missing. Download it again.")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:  # "pt" would import torch
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {
                 name: TensorSpec(path, part.get_dtype(), tuple(part.get_shape()))

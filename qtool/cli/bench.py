@@ -119,7 +119,8 @@ def bench(
     """
     _check_usage(context)
     check_targets([json_file, plot])
-    with progress(NOT_KEPT) as emit, early.opened([out_dir, baseline], device, emit):
+    opened = partial(early.opened, [out_dir, baseline], device)
+    with progress(NOT_KEPT) as emit, opened(emit) as (where, original):
         from qtool import pipeline
 
         if gpu or synthetic is not None:
@@ -129,14 +130,14 @@ def bench(
             options = pipeline.GpuOptions(
                 synthetic=synthetic, scheme=scheme, kernel=kernel, peers=peers, plot=plot
             )
-            measured = pipeline.bench_gpu(out_dir or "", options, baseline=baseline, emit=emit)
+            measured = pipeline.bench_gpu(where, options, baseline=original, emit=emit)
             show = partial(_show_gpu, measured)
         else:
             quality = None
             if perplexity_windows:
                 quality = pipeline.EvalOptions(max_windows=perplexity_windows)
             result = pipeline.bench(
-                str(out_dir), baseline=baseline, backend=backend, quality=quality, emit=emit
+                where, baseline=original, backend=backend, quality=quality, emit=emit
             )
             show = partial(_show, result)
     show(json_file)

@@ -76,12 +76,12 @@ def calibrate(
         raise RecipeError(f"Recipe {recipe} has no section 'calibration': it uses no data.")
     given = tuple(read_lengths(lengths)) if lengths is not None else None
     check_targets([json_file])
-    with progress("Nothing was written.") as emit, early.opened([model], device, emit):
+    with progress("Nothing was written.") as emit, early.opened([model], device, emit) as (where,):
         early.check_texts(chosen.calibration)
         from qtool import pipeline
 
         result = pipeline.calibrate(
-            model,
+            where,
             calib_dir,
             chosen.calibration,
             lengths=given,

@@ -3,40 +3,63 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qtool.base import Emit
 from qtool.errors import DataError
 from qtool.storage.jsonl import check_file
 
 if TYPE_CHECKING:
-    from qtool.recipe.schema import CalibrationSection
+    from qtool.modeling.locate import Location
+    from qtool.recipe.schema import CalibrationSection, Recipe
 
 SAMPLES = "samples.safetensors"
 
 
 @contextlib.contextmanager
-def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iterator[None]:
-    """Say what is opened, look for local models, fetch the demo model, choose the device.
+def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iterator[list[Any]]:
+    """Say what is opened, look at each config.json, fetch the demo model, choose the device.
+
+    Gives a `Location` for each name, None for None: the only place where a string means a model.
 
     Raises:
-        ModelError: a local model isn't there, or the demo model can't be fetched.
+        ModelError: a model isn't there or says nothing of itself, or can't be fetched.
+        CheckpointError: its config.json isn't JSON.
         BackendError: torch doesn't have the device.
     """
+    from qtool.modeling.config import read_config
     from qtool.modeling.demo import demo_file
-    from qtool.modeling.locate import local_path
+    from qtool.modeling.locate import locate
 
     named = [model for model in models if model]
     emit("phase", {"name": f"opening {' and '.join(named)}" if named else "loading torch"})
     for model in named:
         if model.startswith("demo:"):
             demo_file(model, emit)
-        else:
-            local_path(model)  # a hub id is asked for later, a GGUF file converted
+    found = [locate(model) if model else None for model in models]
+    for location in filter(None, found):
+        if (directory := location.config_directory()) is not None:
+            read_config(directory)
     from qtool.modeling.device import use_device  # torch: slow
 
     with use_device(device):
-        yield
+        yield found
+
+
+def check_recipe(model: "Location", recipe: "Recipe") -> None:
+    """Refuse what a local model's files show to be impossible, before transformers is imported.
+
+    Raises:
+        QtoolError: as `make_plan`, which finds the rest.
+    """
+    from qtool.modeling.glance import glance
+    from qtool.stages.plan import check_request
+
+    if model.path is None or not model.path.is_dir():
+        return
+    seen = glance(model.path)
+    if seen is not None:
+        check_request(recipe, *seen)
 
 
 def check_directory(calib_dir: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,10 +21,11 @@ from qtool.cli.options import (
 )
 from qtool.cli.progress import progress
 from qtool.cli.task_figures import print_tasks, raise_failures, task_report, write_markdown
-from qtool.evaluation.task_names import check_spelling
+from qtool.evaluation.task_names import check_data, check_spelling
 
 if TYPE_CHECKING:
     from qtool.evaluation.task_comparison import TaskComparison
+    from qtool.modeling.locate import Location
 
 KEPT = "Answers and scores are kept: the same command goes on with the next requests."
 PERPLEXITY = "Without --tasks"
@@ -168,9 +170,10 @@ def evaluate(
     if str(samples) == "-":
         raise typer.BadParameter("--samples takes the name of a file.")
     check_targets([json_file, markdown, samples])
-    common: dict[str, Any] = {"baseline": baseline, "backend": backend, "dtype": torch_dtype(dtype)}
+    common: dict[str, Any] = {"backend": backend, "dtype": torch_dtype(dtype)}
+    opened = partial(early.opened, [model, baseline], device)
     if tasks is None:
-        with progress("Nothing was kept.") as emit, early.opened([model, baseline], device, emit):
+        with progress("Nothing was kept.") as emit, opened(emit) as (where, original):
             from qtool import pipeline
 
             options = pipeline.EvalOptions(
@@ -179,7 +182,7 @@ def evaluate(
                 max_windows=windows,
                 texts=not no_texts,
             )
-            result = pipeline.evaluate(model, options, **common, emit=emit)
+            result = pipeline.evaluate(where, options, baseline=original, **common, emit=emit)
         console.write_json(asdict(result), json_file)
         if console.wants_table(json_file):
             print_comparison(result)
@@ -202,8 +205,10 @@ def evaluate(
     with progress(kept) as emit:
         emit("phase", {"name": f"looking up {tasks}"})
         check_spelling(names)
-        with early.opened([model, baseline], device, emit):
-            scored = _scored(model, settings, gen_kwargs, common, emit)
+        if data_dir is not None:
+            check_data(names, data_dir)
+        with opened(emit) as (where, original):
+            scored = _scored(where, settings, gen_kwargs, {"baseline": original, **common}, emit)
     console.write_json(task_report(scored), json_file)
     write_markdown(scored, markdown)
     if console.wants_table(json_file) and console.wants_table(markdown):
@@ -212,7 +217,7 @@ def evaluate(
 
 
 def _scored(
-    model: str,
+    model: "Location",
     settings: Mapping[str, Any],
     gen_kwargs: str | None,
     common: Mapping[str, Any],

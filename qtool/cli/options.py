@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from qtool.errors import OutputError
+from qtool import plugins
+from qtool.cli.console import check_replaceable
+from qtool.errors import OutputError, UnknownNameError
 from qtool.wording import reason
 
 ModelArgument = Annotated[
@@ -18,7 +20,20 @@ ModelArgument = Annotated[
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write the result as JSON; - is stdout.")
 ]
-BackendOption = Annotated[str | None, typer.Option(help="Run quantized layers with this backend.")]
+
+
+def _backend(text: str | None) -> str | None:
+    import qtool.runtime.backends  # torch-free, but not at --help
+
+    known = plugins.names(qtool.runtime.backends)
+    if text is not None and text not in known:
+        raise UnknownNameError(plugins.describe_miss(text, known, "backends"))
+    return text
+
+
+BackendOption = Annotated[
+    str | None, typer.Option(callback=_backend, help="Run quantized layers with this backend.")
+]
 DTypeOption = Annotated[
     str | None,
     typer.Option(help="float16, bfloat16 or float32; default: float16 on a card, else float32."),
@@ -38,16 +53,25 @@ DeviceOption = Annotated[
 
 
 class Command(typer.core.TyperCommand):
-    """A command whose options are given once, but for those that make a list."""
+    """A command whose options are given once, but for those that make a list; nothing is empty."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401
         """Parse the arguments.
 
         Raises:
-            typer.BadParameter: an option is given twice, so that the first would be forgotten.
+            typer.BadParameter: an option is given twice, so that the first would be forgotten; or a
+                value is empty, which as a path would mean the current directory.
         """
-        given = self.make_parser(ctx).parse_args(args=list(args))[2]
+        values, _, given = self.make_parser(ctx).parse_args(args=list(args))
         for number, option in enumerate(given):
+            if values.get(option.name) == "":
+                name = option.opts[0]
+                if isinstance(option, typer.core.TyperArgument):
+                    name = name.upper()
+                raise typer.BadParameter(
+                    f"{name} is empty. Give a value, such as '.' for the current directory.",
+                    ctx=ctx,
+                )
             if not isinstance(option, typer.core.TyperOption):
                 continue
             if option in given[:number] and not option.multiple and not option.is_flag:
@@ -71,7 +95,8 @@ def check_targets(targets: Sequence[Path | None]) -> None:
     """Raise, before hours of work, for results that couldn't be written.
 
     Raises:
-        OutputError: a folder isn't there or is closed, or stands where the file would be.
+        OutputError: a folder isn't there or is closed, or stands where the file would be; or a
+            file is there that isn't a result of an earlier run.
         typer.BadParameter: two are the same.
     """
     files = [target for target in targets if target is not None]
@@ -95,6 +120,7 @@ def _check_writable(file: Path) -> None:
             raise OutputError(f"Can't write {file}: it is a folder. Name a file in it.")
         if there and not file.is_file():  # a pipe waits for its reader when it is opened
             return
+        check_replaceable(file)
         with file.open("ab"):
             pass
         if not there:

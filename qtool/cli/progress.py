@@ -30,17 +30,25 @@ class Step:
     total: int | None = None
     done: int = 0
     detail: str = ""
+    ends: float | None = None
+    """When all is done, by a first guess; None: nobody has guessed."""
 
     def state(self, now: float) -> str:
         """Return how far it is, since when, and how much time is left."""
         spent = f"{_clock(now - self.begun)} so far"
         if not self.total:
-            return f"{self.done}, {spent}" if self.done else f"{spent}, time left not known yet"
-        left = "estimating the time left"
+            return f"{self.done}, {spent}" if self.done else f"{spent}, {self.guess(now)}"
+        left = self.guess(now)
         if self.done:
             seconds = (now - self.begun) / self.done * (self.total - self.done)
             left = f"about {_clock(seconds)} left"
         return f"{self.done} of {self.total}, {spent}, {left}"
+
+    def guess(self, now: float) -> str:
+        """Return what is said of the time left before anything is counted."""
+        if self.ends is None or self.ends <= now:
+            return "estimating the time left" if self.total else "time left not known yet"
+        return f"about {_clock(self.ends - now)} left by a first guess"
 
 
 class _Log:
@@ -56,7 +64,7 @@ class _Log:
             self.step, self.wait = step, FIRST_SECONDS
             if step.total is None and not step.done:
                 self.last = time.monotonic()
-                self._print(step.label)
+                self._print(f"{step.label}, {step.guess(self.last)}" if step.ends else step.label)
         self.tick()
 
     def tick(self) -> None:
@@ -110,11 +118,16 @@ def progress(kept: str = "") -> Iterator[Emit]:
     """
     with _renderer() as view:
         step, last = Step("", time.monotonic()), time.monotonic()
+        ends: float | None = None
 
         def emit(event: str, values: Mapping[str, Any]) -> None:
-            nonlocal step, last
+            nonlocal step, last, ends
             if event == "warning":
                 err.print(f"Warning: {escape(values['message'])}", soft_wrap=True)
+                return
+            if event == "guess":
+                step.ends = ends = time.monotonic() + values["seconds"]
+                view.show(step)
                 return
             describe = DESCRIPTIONS.get(event)
             if describe is None:
@@ -122,9 +135,10 @@ def progress(kept: str = "") -> Iterator[Emit]:
             label, detail = describe(values)
             now = time.monotonic()
             if event == "phase":
-                step = Step(label, now, total=values.get("total"))
+                step = Step(label, now, total=values.get("total"), ends=ends)
             elif label != step.label:  # the first of these has been at work since the last event
                 step = Step(label, last, total=values.get("total"))
+                ends = None  # what is measured takes its place
             last = now
             step.done, step.detail = values.get("index", -1) + 1, detail
             view.show(step)

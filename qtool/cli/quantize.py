@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtool.cli import console, early
+from qtool.cli.guess import guess_seconds
 from qtool.cli.options import DeviceOption, ModelArgument, check_targets
 from qtool.cli.progress import progress
 from qtool.errors import RecipeError
@@ -100,8 +101,7 @@ def quantize(
     check_targets([json_file])
     early.check_directory(calibration)
     kept = "Nothing was written." if dry_run else KEPT
-    with progress(kept) as emit, early.opened([model], device, emit):
-        from qtool import pipeline
+    with progress(kept) as emit, early.opened([model], device, emit) as (where,):
         from qtool.stages.plan import with_samples
 
         if recipe is None and not any(text.startswith("calibration=") for text in overrides):
@@ -111,11 +111,18 @@ def quantize(
             chosen = chosen.model_copy(update={"calibration": section})
         if calibration is None:
             early.check_texts(chosen.calibration)
+        early.check_recipe(where, chosen)
+        if chosen.calibration is not None and not (dry_run or resume):
+            seconds = guess_seconds(where, chosen.calibration, device)
+            if seconds is not None:
+                emit("guess", {"seconds": seconds})
+        from qtool import pipeline
+
         if dry_run:
-            show = partial(_print_plan, pipeline.plan(model, chosen))
+            show = partial(_print_plan, pipeline.plan(where, chosen))
         else:
             result = pipeline.quantize(
-                model,
+                where,
                 out_dir,
                 chosen,
                 calib_dir=calibration,

@@ -29,6 +29,11 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory} has no config.json: it isn't a model directory, or not a finished one."
         )
     config = {key: value for key, value in read_json(path).items() if key != "auto_map"}
+    if not config:
+        raise ModelError(
+            f"{path} is empty: it names no model, such as by its model_type and architectures. "
+            "Download it again."
+        )
     if config.get("quantization_config") in (None, {}):
         config.pop("quantization_config", None)
     elif not isinstance(config["quantization_config"], dict):

@@ -14,8 +14,8 @@ from qtool.checkpoint.shards import open_shards
 from qtool.errors import CheckpointError, ModelError, QtoolError
 from qtool.modeling.config import parse_config, read_config
 from qtool.modeling.device import default_device, default_dtype
-from qtool.modeling.locate import locate
-from qtool.modeling.skeleton import missing_message
+from qtool.modeling.locate import Location
+from qtool.modeling.skeleton import empty_model, match_names, missing_message
 from qtool.wording import list_names, reason
 
 DTypeName = Literal["float16", "bfloat16", "float32"]
@@ -26,7 +26,7 @@ class LoadedModel:
     """A model ready to run."""
 
     name: str
-    """What to call it in results: public name, else the directory's own name."""
+    """What to call it in results."""
     directory: Path
     model: Any
     tokenizer: Any
@@ -35,7 +35,7 @@ class LoadedModel:
 
 
 def load_model(
-    model: str,
+    location: Location,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -43,7 +43,7 @@ def load_model(
     """Load a model for evaluation; weights of another dtype are cast.
 
     Args:
-        model: Directory (quantized or not), hub id, `.gguf` file, or `demo:smollm2`.
+        location: Of the model, quantized or not.
         device: None: the first CUDA card, else the CPU.
         dtype: Of activations and unquantized weights; None: by device.
 
@@ -51,19 +51,18 @@ def load_model(
         ModelError: transformers can't load it.
         CheckpointError: files are missing or damaged, or lack what the model needs.
     """
-    location = locate(model)
     config = read_config(location.directory)
     # These say what is wrong better than transformers does.
     if _is_ours(config):
         CheckpointReader(location.directory)
     else:
-        open_shards(location.directory)
+        check_weights(location.directory)
     device = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(device)
     loaded = _from_pretrained(location.directory, config, dtype)
-    tokenizer = load_tokenizer(str(location.directory))
-    name = location.public_name or location.directory.resolve().name
-    return LoadedModel(name, location.directory, loaded.to(device).eval(), tokenizer, device, dtype)
+    tokenizer = load_tokenizer(location.directory)
+    on_device = loaded.to(device).eval()
+    return LoadedModel(location.name, location.directory, on_device, tokenizer, device, dtype)
 
 
 def _is_ours(config: Mapping[str, Any]) -> bool:
@@ -71,11 +70,23 @@ def _is_ours(config: Mapping[str, Any]) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
-def load_tokenizer(model: str) -> Any:  # noqa: ANN401
+def check_weights(directory: Path) -> None:
+    """Refuse an unquantized model whose files aren't those of its configuration, as quantize does.
+
+    Raises:
+        ModelError: transformers can't build it.
+        CheckpointError: files are missing or damaged, or a tensor is missing or stored twice.
+    """
+    shards = open_shards(directory)
+    match_names(
+        empty_model(parse_config(read_config(directory), directory), directory), shards, directory
+    )
+
+
+def load_tokenizer(directory: Path) -> Any:  # noqa: ANN401
     """Return the tokenizer of a model."""
     import transformers
 
-    directory = locate(model).directory
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types

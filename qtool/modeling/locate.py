@@ -1,11 +1,13 @@
-"""MODEL on the command line -> a local directory of safetensors.
+"""MODEL on the command line -> a `Location`, which all below the command line takes.
 
 A local directory stays where it is, a hub id is downloaded, a GGUF file is dequantized once to
 float16 into the cache, `demo:smollm2` is a GGUF file that `modeling.demo` fetches.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from qtool.errors import ModelError
@@ -16,58 +18,67 @@ from qtool.wording import reason
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 HUB_ALSO = ["*.jinja", "LICENSE*", "NOTICE*"]
+CONFIG = ["config.json"]
 HUB_NOT = [*(f"*/{name}" for name in HUB_FILES), "consolidated*.safetensors"]
 """Other formats, precisions and parts of a pipeline: to the hub a `*` is slashes too."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Location:
-    """A model on this machine."""
+    """A model, and where it is once its directory is asked for."""
 
-    directory: Path
-    public_name: str | None
+    path: Path | None
+    """Directory or GGUF file; None: the hub has it."""
+    public_name: str | None = None
     """Hub id or demo name; None for local files, whose paths are nobody's business."""
+
+    @cached_property
+    def directory(self) -> Path:
+        """Safetensors and config.json: downloaded or converted the first time.
+
+        Raises:
+            ModelError: it can't be fetched or converted.
+            MissingExtraError: what reads GGUF files isn't installed.
+        """
+        if self.path is None:
+            return _download(str(self.public_name))
+        return convert_gguf(self.path) if self.path.is_file() else self.path
+
+    def config_directory(self) -> Path | None:
+        """Return the directory of config.json, which alone is fetched from the hub.
+
+        None: a GGUF file, which has none.
+
+        Raises:
+            ModelError: the hub doesn't have it.
+        """
+        if self.path is None:
+            return _download(str(self.public_name), CONFIG)
+        return self.path if self.path.is_dir() else None
+
+    @property
+    def name(self) -> str:
+        """What to call it in results: public name, else the directory's own name."""
+        return self.public_name or self.directory.resolve().name
 
 
 def locate(model: str) -> Location:
-    """Find or fetch a model.
+    """Find a model; nothing is read, converted or downloaded, so that a typo is found at once.
 
     Args:
         model: Local directory, hub id, `.gguf` file, or `demo:smollm2`.
 
     Raises:
-        ModelError: there is no such model, or it can't be fetched.
-        MissingExtraError: what reads GGUF files isn't installed.
-    """
-    path = local_path(model)
-    if path is None:
-        return Location(_download(model), model)
-    directory = convert_gguf(path) if path.is_file() else path
-    return Location(directory, model if model.startswith("demo:") else None)
-
-
-def check_model(model: str) -> None:
-    """Raise unless a model is there, so that a typo is found before another model has run.
-
-    One of the hub is downloaded: only the hub knows it. Nothing is read or converted.
-
-    Raises:
-        ModelError: as `locate`.
-        MissingExtraError: as `locate`.
-    """
-    if local_path(model) is None:
-        _download(model)
-
-
-def local_path(model: str) -> Path | None:
-    """Return the directory or the GGUF file that a name means; None: the hub may have it.
-
-    Nothing is read, converted or downloaded, so that a typo is found at once.
-
-    Raises:
         ModelError: there is no such model.
         MissingExtraError: the demo model's package isn't installed.
     """
+    path = _local_path(model)
+    is_public = path is None or model.startswith("demo:")
+    return Location(path, model if is_public else None)
+
+
+def _local_path(model: str) -> Path | None:
+    """Return the directory or the GGUF file that a name means; None: the hub may have it."""
     if model.startswith("demo:"):
         return demo_file(model)
     try:
@@ -88,15 +99,11 @@ def local_path(model: str) -> Path | None:
     raise ModelError(f"No model directory {path}. Give a directory, a .gguf file or a hub id.")
 
 
-def _download(model: str) -> Path:
+def _download(model: str, files: Sequence[str] = (*HUB_FILES, *HUB_ALSO)) -> Path:
     from huggingface_hub import snapshot_download  # slow import
 
     try:
-        return Path(
-            snapshot_download(
-                model, allow_patterns=[*HUB_FILES, *HUB_ALSO], ignore_patterns=HUB_NOT
-            )
-        )
+        return Path(snapshot_download(model, allow_patterns=list(files), ignore_patterns=HUB_NOT))
     except Exception as error:  # the hub client raises many unrelated types
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(

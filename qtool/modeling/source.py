@@ -16,7 +16,7 @@ from qtool.modeling.adapters import families, load_adapter
 from qtool.modeling.companions import read_companions
 from qtool.modeling.config import check_original, parse_config, read_config
 from qtool.modeling.generic import adapter_of
-from qtool.modeling.locate import locate
+from qtool.modeling.locate import Location
 from qtool.modeling.skeleton import empty_model, match_names
 from qtool.scheme import Shape2D
 from qtool.wording import list_names
@@ -106,17 +106,16 @@ class ModelSource:
         return stored if stored.startswith(self.adapter.head + ".") else self.prefix + stored
 
 
-def open_source(model: str) -> ModelSource:
+def open_source(location: Location) -> ModelSource:
     """Open a model for quantization.
 
     Args:
-        model: Local directory, hub id, `.gguf` file, or `demo:smollm2`.
+        location: Of the model.
 
     Raises:
         ModelError: it isn't an unquantized causal language model that qtool can walk.
         CheckpointError: its files are missing or damaged, or aren't those of its configuration.
     """
-    location = locate(model)
     directory = location.directory
     config = read_config(directory)
     check_original(config, directory, families())

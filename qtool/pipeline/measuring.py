@@ -21,7 +21,7 @@ from qtool.evaluation.agreement import (
 )
 from qtool.evaluation.perplexity import PerplexityResult, perplexity
 from qtool.modeling.load import LoadedModel, load_model
-from qtool.modeling.locate import check_model, locate
+from qtool.modeling.locate import Location, locate
 from qtool.pipeline.model_figures import ModelFigures, figures_of
 from qtool.runtime.select import use_backend
 from qtool.scheme import WeightScheme
@@ -85,10 +85,10 @@ class EvalOptions:
 
 
 def evaluate(
-    model: str,
+    model: Location,
     options: EvalOptions,
     *,
-    baseline: str | None = None,
+    baseline: Location | None = None,
     backend: str | None = None,
     dtype: "torch.dtype | None" = None,
     emit: Emit = ignore_events,
@@ -102,8 +102,7 @@ def evaluate(
         QtoolError: before a model is loaded: one isn't there, or can't be executed here.
     """
     corpus = load_corpus(options.dataset)
-    check_model(model)
-    subjects = {name: _subject(name) for name in (baseline, model) if name is not None}
+    subjects = {one: _subject(one) for one in (model, baseline) if one is not None}
     figures, reference = [], None
     if baseline is not None:
         with _loaded(baseline, backend, dtype) as loaded:
@@ -132,9 +131,9 @@ def _if_possible(compare: Callable[[], T], emit: Emit) -> T | None:
 
 
 def bench(
-    model: str,
+    model: Location,
     *,
-    baseline: str | None = None,
+    baseline: Location | None = None,
     backend: str | None = None,
     quality: EvalOptions | None = None,
     emit: Emit = ignore_events,
@@ -148,27 +147,26 @@ def bench(
         quality: Measure the perplexity too.
         emit: Receives `window` and `timing` events.
     """
-    reader = CheckpointReader(Path(model))
-    baseline = baseline or reader.manifest.source
+    baseline = baseline or _original(model)
     corpus = load_corpus(quality.dataset) if quality else None
-    names = [name for name in (baseline, model) if name is not None]
-    subjects = [_subject(name) for name in names]
+    models = [one for one in (baseline, model) if one is not None]
+    subjects = [_subject(one) for one in models]
     figures = []
-    for name, subject in zip(names, subjects, strict=True):
-        figures.append(_timed(name, subject, backend, quality, corpus, emit))
+    for one, subject in zip(models, subjects, strict=True):
+        figures.append(_timed(one, subject, backend, quality, corpus, emit))
         _free_memory()  # else two models would be alive while the second is loaded
     return Comparison(tuple(figures), versions=versions())
 
 
 def _timed(
-    name: str,
+    model: Location,
     subject: ModelFigures,
     backend: str | None,
     quality: EvalOptions | None,
     corpus: Corpus | None,
     emit: Emit,
 ) -> ModelFigures:
-    with _loaded(name, backend) as loaded:
+    with _loaded(model, backend) as loaded:
         measured = None
         if quality is not None and corpus is not None:
             measured = quality.measure(loaded, corpus, emit)
@@ -193,16 +191,16 @@ class GpuOptions:
 
 
 def bench_gpu(
-    model: str,
+    model: Location | None,
     options: GpuOptions,
     *,
-    baseline: str | None = None,
+    baseline: Location | None = None,
     emit: Emit = ignore_events,
 ) -> "GpuResult":
     """Time the GPU kernels layer by layer, then the whole model and its original.
 
     Args:
-        model: The checkpoint; not looked at if shapes are asked for.
+        model: The checkpoint; None if shapes are asked for.
         options: What and how.
         baseline: The original; None: what the checkpoint names as its source, if anything.
         emit: Receives `timing` events.
@@ -221,8 +219,9 @@ def bench_gpu(
         name, scheme = options.synthetic, options.scheme
         work = workload.synthetic_workload(name, shapes.find(name), scheme, kernel, device)
     else:
-        baseline = baseline or CheckpointReader(Path(model)).manifest.source
-        work = workload.checkpoint_workload(Path(model), baseline, kernel, device)
+        assert model is not None
+        baseline = baseline or _original(model)
+        work = workload.checkpoint_workload(model, baseline, kernel, device)
     result = gpu.run(
         *(work, gpu.on_card(device), versions()), kernel=kernel, with_peers=options.peers, emit=emit
     )
@@ -233,10 +232,16 @@ def bench_gpu(
 
 @contextmanager
 def _loaded(
-    name: str, backend: str | None, dtype: "torch.dtype | None" = None
+    model: Location, backend: str | None, dtype: "torch.dtype | None" = None
 ) -> Iterator[LoadedModel]:
     with use_backend(backend):
-        yield load_model(name, dtype=dtype)
+        yield load_model(model, dtype=dtype)
+
+
+def _original(model: Location) -> Location | None:
+    """Return what a checkpoint names as its source, if anything."""
+    source = CheckpointReader(model.directory).manifest.source
+    return locate(source) if source is not None else None
 
 
 def _free_memory() -> None:
@@ -247,10 +252,9 @@ def _free_memory() -> None:
     torch.cuda.empty_cache()  # nothing, without a card
 
 
-def _subject(model: str) -> ModelFigures:
+def _subject(model: Location) -> ModelFigures:
     """Return what a model's directory says of it, before it is loaded."""
-    location = locate(model)
-    return figures_of(location.public_name or location.directory.resolve().name, location.directory)
+    return figures_of(model.name, model.directory)
 
 
 def versions() -> dict[str, str]:

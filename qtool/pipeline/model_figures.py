@@ -12,6 +12,7 @@ from qtool.checkpoint.shards import open_shards, read_json
 from qtool.errors import CheckpointError, ModelError
 from qtool.evaluation.perplexity import PerplexityResult
 from qtool.modeling.config import read_config
+from qtool.modeling.load import check_weights
 
 BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "I8": 8, "U8": 8}
 BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "BOOL": 8}
@@ -35,7 +36,7 @@ def figures_of(name: str, directory: Path) -> ModelFigures:
     """Return size and bits of a model, which its directory says without loading it.
 
     Raises:
-        CheckpointError: files are missing or damaged.
+        CheckpointError: files are missing or damaged, or aren't those of the configuration.
         ModelError: another tool has quantized it.
     """
     config = read_config(directory).get("quantization_config")
@@ -50,6 +51,7 @@ def figures_of(name: str, directory: Path) -> ModelFigures:
     if config:
         bits = CheckpointReader(directory).manifest.average_bits()
         return ModelFigures(name, size, bits, quantize_seconds(directory))
+    check_weights(directory)
     weights = sum(prod(spec.shape) for spec in specs)
     stored = sum(prod(spec.shape) * BITS.get(spec.dtype, 16) for spec in specs)
     return ModelFigures(name, size, stored / max(weights, 1))

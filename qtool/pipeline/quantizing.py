@@ -19,6 +19,7 @@ from qtool.data.calibration_files import (
 )
 from qtool.modeling.device import default_device
 from qtool.modeling.load import load_tokenizer
+from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource, open_source
 from qtool.pipeline.reports import QuantizeResult, result_of
 from qtool.pipeline.runs import Run, write_result
@@ -37,13 +38,13 @@ NO_LOCKS = (
 )
 
 
-def plan(model: str, recipe: Recipe) -> Plan:
+def plan(model: Location, recipe: Recipe) -> Plan:
     """Return what `quantize` would do, with bits and bytes per layer; reads no weights."""
     return make_plan(open_source(model), recipe)
 
 
 def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
-    model: str,
+    model: Location,
     out_dir: Path,
     recipe: Recipe,
     *,
@@ -55,7 +56,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
     """Quantize a model and write a checkpoint.
 
     Args:
-        model: Local directory, hub id, `.gguf` file, or `demo:smollm2`.
+        model: Where the original is, or comes from.
         out_dir: Where the checkpoint goes; appears only when it is complete.
         recipe: All that decides the result.
         calib_dir: Samples that `calibrate` drew; None: draw them as the recipe says.
@@ -69,8 +70,8 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
     """
     started = time.perf_counter()
     place = find_place(out_dir)
-    if os.path.isdir(model):  # noqa: PTH112 - says no to what can't be a path
-        check_apart(place.out_dir, Path(model))  # before anything is said of --overwrite
+    if model.path is not None:
+        check_apart(place.out_dir, model.path)  # before anything is said of --overwrite
     look(place, overwrite=overwrite, resume=resume)
     _phase(emit, "opening the model")
     source = open_source(model)
@@ -147,7 +148,7 @@ def _calibration(
     if section is None:
         return None
     _phase(emit, "drawing calibration data")
-    tokenizer = load_tokenizer(str(source.directory))
+    tokenizer = load_tokenizer(source.directory)
     if directory is not None:
         calibration = load_calibration(directory, tokenizer)
         check_samples(source, tokenizer, calibration, emit)
@@ -174,7 +175,7 @@ class CalibrateResult:
 
 
 def calibrate(  # noqa: PLR0913 - what to draw from, where to, how
-    model: str,
+    model: Location,
     calib_dir: Path,
     section: CalibrationSection,
     *,
@@ -200,7 +201,7 @@ def calibrate(  # noqa: PLR0913 - what to draw from, where to, how
     check_no_calibration(calib_dir, overwrite=overwrite)
     source = open_source(model)
     check_no_calibration(calib_dir, overwrite=overwrite, model_directory=source.directory)
-    tokenizer = load_tokenizer(str(source.directory))
+    tokenizer = load_tokenizer(source.directory)
     wanted = wanted_lengths(section, tokenizer, lengths)
     if lengths is not None:
         section = section.model_copy(update={"tasks": ()})  # provenance: they decided nothing

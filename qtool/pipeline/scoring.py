@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.base import Emit, ignore_events
 from qtool.errors import ModelError
 from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.load import LoadedModel, load_model
-from qtool.modeling.locate import check_model, locate
+from qtool.modeling.locate import Location
 from qtool.pipeline.measuring import versions
 from qtool.pipeline.model_figures import ModelFigures, figures_of
 from qtool.runtime.select import use_backend, wanted_backend
@@ -31,9 +30,7 @@ DAMAGED = "Check that its files are whole."
 class _Subject:
     """A model that is evaluated."""
 
-    model: str
-    """As the user names it."""
-    directory: Path
+    location: Location
     figures: ModelFigures
     settings: Mapping[str, Any]
     """All of it that decides scores."""
@@ -42,10 +39,10 @@ class _Subject:
 
 
 def evaluate_tasks(
-    model: str,
+    model: Location,
     options: "TaskOptions",
     *,
-    baseline: str | None = None,
+    baseline: Location | None = None,
     backend: str | None = None,
     dtype: "torch.dtype | None" = None,
     emit: Emit = ignore_events,
@@ -67,16 +64,15 @@ def evaluate_tasks(
     from qtool.evaluation.kept_scores import versions as versions_of_scores
     from qtool.evaluation.tasks import check_tasks, run_tasks
 
-    check_model(model)
     tasks = check_tasks(options)
     dtype = dtype or default_dtype(default_device())
-    names = [name for name in (baseline, model) if name is not None]
-    subjects = [_subject(name, dtype, backend, remember=options.cache) for name in names]
+    models = [one for one in (baseline, model) if one is not None]
+    subjects = [_subject(one, dtype, backend, remember=options.cache) for one in models]
     measured = []
     with use_backend(backend), row_file(options.samples) as rows_of:
         for number, subject in enumerate(subjects):
             load = partial(_load, subject, dtype, remember=options.cache)
-            begin = {"model": subject.figures.name, "baseline": number < len(names) - 1}
+            begin = {"model": subject.figures.name, "baseline": number < len(models) - 1}
             add_rows = rows_of(begin) if rows_of is not None else None
             outcomes = run_tasks(load, subject.settings, tasks, options, emit, add_rows)
             measured.append(_model_tasks(subject.figures, outcomes))
@@ -105,11 +101,12 @@ def _model_tasks(
     )
 
 
-def _subject(model: str, dtype: "torch.dtype", backend: str | None, *, remember: bool) -> _Subject:
+def _subject(
+    location: Location, dtype: "torch.dtype", backend: str | None, *, remember: bool
+) -> _Subject:
     from qtool.evaluation import kept_scores
 
-    location = locate(model)
-    name = location.public_name or location.directory.resolve().name
+    name = location.name
     try:
         states = kept_scores.model_states(location.directory)
         figures = figures_of(name, location.directory)
@@ -126,7 +123,7 @@ def _subject(model: str, dtype: "torch.dtype", backend: str | None, *, remember:
         "backend": backend or wanted_backend(),
         "switches": kept_scores.switches(),
     }
-    return _Subject(model, location.directory, figures, settings, states)
+    return _Subject(location, figures, settings, states)
 
 
 def _load(subject: _Subject, dtype: "torch.dtype", *, remember: bool) -> LoadedModel:
@@ -140,9 +137,9 @@ def _load(subject: _Subject, dtype: "torch.dtype", *, remember: bool) -> LoadedM
     from qtool.evaluation.lm_eval_hooks import quiet
     from qtool.evaluation.task_run import explained
 
-    name, directory = subject.figures.name, subject.directory
+    name, directory = subject.figures.name, subject.location.directory
     with explained(f"{name} can't be loaded", full=TOO_LARGE, other=DAMAGED), quiet():
-        loaded = load_model(subject.model, dtype=dtype)
+        loaded = load_model(subject.location, dtype=dtype)
         same = kept_scores.model_states(directory) == subject.states or (
             kept_scores.model_digest(directory, remember=remember) == subject.settings["digest"]
         )

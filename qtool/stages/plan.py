@@ -1,7 +1,7 @@
 """Plan a run without reading a weight: which layers, which scheme, how many bytes."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import qtool.methods
 from qtool import plugins
-from qtool.base import Method
+from qtool.base import Method, ModelAdapter
 from qtool.checkpoint.manifest import num_bytes
 from qtool.errors import ModelError, RecipeError, SchemeError
 from qtool.modeling.source import ModelSource
@@ -119,6 +119,58 @@ def with_samples(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"calibration": CalibrationSection()})
 
 
+def check_request(
+    recipe: Recipe, adapter: ModelAdapter, linears: Sequence[str], others: Sequence[str]
+) -> None:
+    """Check what the names of the layers decide: found before the model is built.
+
+    Args:
+        recipe: What is asked for.
+        adapter: Of the model's family.
+        linears: Dotted names of all linears of the decoder blocks.
+        others: Of what else the blocks are made of; an override may skip it.
+
+    Raises:
+        RecipeError: an option is wrong, an override matches nothing, or a method lacks its data.
+        SchemeError: a method doesn't have the bits.
+        UnknownNameError: there is no such method.
+    """
+    _check_overrides(recipe, linears, others)
+    if recipe.calibration is None and recipe.weights.choose.group_dim:
+        raise RecipeError("weights.choose needs calibration data to choose by.")
+    blocks = ((name, "block", resolve(recipe.weights, name)) for name in linears)
+    tables = (
+        (adapter.embedding, "embedding", recipe.embedding),
+        (adapter.head, "head", recipe.head),
+    )
+    for name, role, section in (*blocks, *tables):
+        if section is not None:
+            _check_section(name, role, section, calibrated=recipe.calibration is not None)
+
+
+def _check_section(
+    name: str, role: str, section: WeightsSection | TableSection, *, calibrated: bool
+) -> None:
+    method = load_method(section.method)
+    if section.scheme.num_bits not in method.num_bits:
+        raise SchemeError(
+            f"{name}: num_bits is {section.scheme.num_bits}; '{section.method}' takes "
+            f"{method.num_bits.start} to {method.num_bits.stop - 1}."
+        )
+    parse_options(section.method, method, section.options)
+    if method.needs and role != "block":
+        raise RecipeError(
+            f"{name}: '{section.method}' needs calibration data, and an {role} is "
+            "quantized without. Use 'rtn' or 'bcq' for it."
+        )
+    if method.needs and not calibrated:
+        raise RecipeError(
+            f"{name}: '{section.method}' needs calibration data. Give the recipe a section "
+            "'calibration' (an empty one draws from the bundled text), or pass "
+            "--calibration DIR."
+        )
+
+
 def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
     """Apply a recipe to a model; every option is checked here, before any weight is read.
 
@@ -130,11 +182,9 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
         ModelError: much of the blocks can't be quantized, or a stored name is in the way.
     """
     rest = _beside_linears(source)
-    _check_overrides(source, recipe, rest)
-    _check_calibration(recipe)
+    check_request(recipe, source.adapter, tuple(source.block_linears()), tuple(rest))
     _check_rest(source, recipe, rest)
     layers = tuple(_layers(source, recipe))
-    _check_needs(layers, recipe)
     if not layers:
         raise RecipeError("The recipe skips every layer: nothing is left to quantize.")
     tied = source.head_is_tied and recipe.embedding is not None
@@ -200,36 +250,13 @@ def _check_names(source: ModelSource, layers: tuple[LayerPlan, ...], kept: tuple
         )
 
 
-def _check_overrides(source: ModelSource, recipe: Recipe, rest: Mapping[str, int]) -> None:
-    names = tuple(source.block_linears())
+def _check_overrides(recipe: Recipe, names: Sequence[str], others: Sequence[str]) -> None:
     for number, override in enumerate(recipe.weights.overrides):
-        known = (*names, *rest) if override.skip else names
+        known = (*names, *others) if override.skip else names
         if not any(fnmatchcase(name, override.match) for name in known):
             raise RecipeError(
                 f"weights.overrides.{number}.match is {override.match!r}, which matches none of "
                 f"the {len(names)} layers; the first is {names[0]}."
-            )
-
-
-def _check_calibration(recipe: Recipe) -> None:
-    if recipe.calibration is None and recipe.weights.choose.group_dim:
-        raise RecipeError("weights.choose needs calibration data to choose by.")
-
-
-def _check_needs(layers: tuple[LayerPlan, ...], recipe: Recipe) -> None:
-    for layer in layers:
-        if not load_method(layer.method).needs:
-            continue
-        if layer.role != "block":
-            raise RecipeError(
-                f"{layer.name}: '{layer.method}' needs calibration data, and an {layer.role} is "
-                "quantized without. Use 'rtn' or 'bcq' for it."
-            )
-        if recipe.calibration is None:
-            raise RecipeError(
-                f"{layer.name}: '{layer.method}' needs calibration data. Give the recipe a section "
-                "'calibration' (an empty one draws from the bundled text), or pass "
-                "--calibration DIR."
             )
 
 
@@ -254,11 +281,6 @@ def _plan_layer(
 ) -> LayerPlan:
     method = load_method(section.method)
     scheme = section.scheme.to_scheme()
-    if scheme.num_bits not in method.num_bits:
-        raise SchemeError(
-            f"{name}: num_bits is {scheme.num_bits}; '{section.method}' takes "
-            f"{method.num_bits.start} to {method.num_bits.stop - 1}."
-        )
     shape = source.weight_shape(name)
     parts = method.layout(scheme, shape)
     return LayerPlan(

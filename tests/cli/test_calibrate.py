@@ -10,6 +10,7 @@ from qtool import pipeline
 from qtool.data.calibration_files import load_calibration
 from qtool.errors import DataError, RecipeError
 from qtool.modeling.load import load_tokenizer
+from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
 from tests.families import text
 
@@ -27,9 +28,9 @@ def recipe(method="gptq", **calibration):
 
 def test_directory_gives_the_same_bytes_as_drawing_inline(llama, tmp_path):
     wanted = recipe()
-    pipeline.calibrate(str(llama), tmp_path / "cal", wanted.calibration)
-    pipeline.quantize(str(llama), tmp_path / "inline", wanted)
-    pipeline.quantize(str(llama), tmp_path / "given", wanted, calib_dir=tmp_path / "cal")
+    pipeline.calibrate(Location(llama), tmp_path / "cal", wanted.calibration)
+    pipeline.quantize(Location(llama), tmp_path / "inline", wanted)
+    pipeline.quantize(Location(llama), tmp_path / "given", wanted, calib_dir=tmp_path / "cal")
     for name in ("model.safetensors", "config.json"):
         inline, given = (tmp_path / d / name for d in ("inline", "given"))
         assert inline.read_bytes() == given.read_bytes()
@@ -38,14 +39,16 @@ def test_directory_gives_the_same_bytes_as_drawing_inline(llama, tmp_path):
 @pytest.mark.parametrize("method", ["gptq", "bcq"])
 def test_same_seed_gives_the_same_bytes(llama, tmp_path, method):
     for name in ("one", "two"):
-        pipeline.quantize(str(llama), tmp_path / name, recipe(method))
+        pipeline.quantize(Location(llama), tmp_path / name, recipe(method))
     one, two = (tmp_path / d / "model.safetensors" for d in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
 
 
 def test_matched_lengths_are_those_of_the_file(llama, tmp_path):
     section = recipe(sequence_length="match", num_tokens=400).calibration
-    result = pipeline.calibrate(str(llama), tmp_path / "cal", section, lengths=(10, 10, 30, 30))
+    result = pipeline.calibrate(
+        Location(llama), tmp_path / "cal", section, lengths=(10, 10, 30, 30)
+    )
     assert set(result.lengths) == {10, 30}
     assert result.tokens == pytest.approx(400, rel=0.1)
 
@@ -53,23 +56,23 @@ def test_matched_lengths_are_those_of_the_file(llama, tmp_path):
 def test_input_maxima_are_stored_for_every_linear(llama, tmp_path):
     from safetensors.torch import load_file
 
-    pipeline.calibrate(str(llama), tmp_path / "cal", recipe().calibration)
+    pipeline.calibrate(Location(llama), tmp_path / "cal", recipe().calibration)
     maxima = load_file(tmp_path / "cal" / "input_absmax.safetensors")
-    assert set(maxima) == {layer.name for layer in pipeline.plan(str(llama), recipe()).layers}
+    assert set(maxima) == {layer.name for layer in pipeline.plan(Location(llama), recipe()).layers}
     assert all(bool((values > 0).any()) for values in maxima.values())
 
 
 def test_match_without_tasks_says_what_is_missing(llama, tmp_path):
     section = recipe(sequence_length="match").calibration
     with pytest.raises(RecipeError, match=r"calibration\.tasks is empty"):
-        pipeline.calibrate(str(llama), tmp_path / "cal", section)
+        pipeline.calibrate(Location(llama), tmp_path / "cal", section)
     assert not (tmp_path / "cal").exists()
 
 
 def test_damaged_directory_is_refused(llama, tmp_path):
     directory = tmp_path / "cal"
-    pipeline.calibrate(str(llama), directory, recipe().calibration)
-    tokenizer = load_tokenizer(str(llama))
+    pipeline.calibrate(Location(llama), directory, recipe().calibration)
+    tokenizer = load_tokenizer(llama)
     assert len(load_calibration(directory, tokenizer).samples) == 6
     about = json.loads((directory / "calibration.json").read_text())
     for key, message in (("digest", "don't belong together"), ("tokenizer", "another tokenizer")):
@@ -95,7 +98,7 @@ def about(calib_dir):
 def test_provenance_says_all_that_decided_the_samples(llama, tmp_path):
     rows = rows_file(tmp_path)
     section = recipe(dataset=str(rows), sequence_length="match", num_tokens=60).calibration
-    pipeline.calibrate(str(llama), tmp_path / "cal", section, lengths=(10, 10, 10, 30), seed=5)
+    pipeline.calibrate(Location(llama), tmp_path / "cal", section, lengths=(10, 10, 10, 30), seed=5)
     found = about(tmp_path / "cal")
     assert found["dataset"] == "rows.jsonl"
     assert found["sha256"] == hashlib.sha256(rows.read_bytes()).hexdigest()
@@ -114,14 +117,14 @@ def test_provenance_says_all_that_decided_the_samples(llama, tmp_path):
 
 def test_matched_tasks_are_in_the_provenance(llama, tmp_path):
     section = recipe(sequence_length="match", tasks=["humaneval"], num_tokens=1000).calibration
-    pipeline.calibrate(str(llama), tmp_path / "cal", section)
+    pipeline.calibrate(Location(llama), tmp_path / "cal", section)
     assert about(tmp_path / "cal")["tasks"] == ["humaneval"]
 
 
 def test_documents_calibrate_and_quantize_the_same_inline(llama, tmp_path):
     wanted = recipe(dataset=str(rows_file(tmp_path)))
-    result = pipeline.calibrate(str(llama), tmp_path / "cal", wanted.calibration)
-    pipeline.quantize(str(llama), tmp_path / "inline", wanted)
+    result = pipeline.calibrate(Location(llama), tmp_path / "cal", wanted.calibration)
+    pipeline.quantize(Location(llama), tmp_path / "inline", wanted)
     config = json.loads((tmp_path / "inline" / "config.json").read_text())
     assert config["quantization_config"]["calibration"] == result.digest
 
@@ -136,9 +139,9 @@ def test_text_that_is_too_short_is_warned_of(llama, tmp_path, run):
             warnings.append(values["message"])
 
     if run == "calibrate":
-        pipeline.calibrate(str(llama), tmp_path / "out", wanted.calibration, emit=emit)
+        pipeline.calibrate(Location(llama), tmp_path / "out", wanted.calibration, emit=emit)
     else:
-        pipeline.quantize(str(llama), tmp_path / "out", wanted, emit=emit)
+        pipeline.quantize(Location(llama), tmp_path / "out", wanted, emit=emit)
     assert (
         "rows.jsonl is too short: 2 of 6 samples were drawn, 64 tokens in place of 192. Use a "
         "longer text, or lower calibration.num_samples."
@@ -147,20 +150,20 @@ def test_text_that_is_too_short_is_warned_of(llama, tmp_path, run):
 
 def test_fixed_is_what_a_model_has_positions_for_and_2048_at_most(llama, tmp_path):
     section = recipe(sequence_length="fixed").calibration
-    result = pipeline.calibrate(str(llama), tmp_path / "cal", section)
+    result = pipeline.calibrate(Location(llama), tmp_path / "cal", section)
     assert set(result.lengths) == {512}
 
 
 def test_fixed_knows_the_positions_of_families_that_name_them_otherwise(tiny, tmp_path):
     section = recipe(sequence_length="fixed").calibration
-    result = pipeline.calibrate(str(tiny("gpt2")), tmp_path / "cal", section)
+    result = pipeline.calibrate(Location(tiny("gpt2")), tmp_path / "cal", section)
     assert set(result.lengths) == {512}
 
 
 def test_number_above_the_positions_is_refused(llama, tmp_path):
     section = recipe(sequence_length=2048).calibration
     with pytest.raises(DataError, match=r"is 2048, but the model has 512 .* number of at most 512"):
-        pipeline.calibrate(str(llama), tmp_path / "cal", section)
+        pipeline.calibrate(Location(llama), tmp_path / "cal", section)
 
 
 def test_command_prints_lengths_and_warns_on_stderr(cli, llama, tmp_path):
@@ -193,7 +196,7 @@ def test_command_draws_the_lengths_and_the_digest_leaves_them_out(cli, llama, tm
     assert cli("calibrate", *options, llama, tmp_path / "cal").said == []
     assert (tmp_path / "cal" / "lengths.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "cal" / "lengths.png").write_bytes(b"")
-    load_calibration(tmp_path / "cal", load_tokenizer(str(llama)))
+    load_calibration(tmp_path / "cal", load_tokenizer(llama))
 
 
 def test_tasks_and_lengths_together_are_refused(cli, llama, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from qtool import pipeline
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location, locate
 from tests.helpers import recipe
 
 pytestmark = pytest.mark.slow
@@ -30,12 +31,12 @@ def _all_cores():
 @pytest.fixture(scope="module")
 def rtn(tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("demo") / "rtn-w4g64"
-    pipeline.quantize(DEMO, out_dir, recipe("rtn", 4, 64))
+    pipeline.quantize(locate(DEMO), out_dir, recipe("rtn", 4, 64))
     return out_dir
 
 
 def test_perplexity_before_and_after_is_the_known_one(rtn):
-    original, quantized = pipeline.evaluate(str(rtn), OPTIONS, baseline=DEMO).figures
+    original, quantized = pipeline.evaluate(Location(rtn), OPTIONS, baseline=locate(DEMO)).figures
     assert original.perplexity is not None
     assert quantized.perplexity is not None
     assert original.perplexity.perplexity == pytest.approx(PERPLEXITY["original"], rel=0.005)
@@ -50,7 +51,7 @@ def test_sizes_are_those_of_four_bits_and_their_scales(rtn):
 
 
 def test_it_still_writes_english(rtn):
-    loaded = load_model(str(rtn))
+    loaded = load_model(Location(rtn))
     tokens = loaded.tokenizer("The capital of France is", return_tensors="pt")
     with torch.inference_mode():
         answer = loaded.model.generate(**tokens, max_new_tokens=8, do_sample=False)
@@ -61,7 +62,7 @@ def test_binary_coding_without_data_takes_minutes_not_hours(tmp_path):
     from qtool.recipe.load import load_recipe
 
     started = time.perf_counter()
-    result = pipeline.quantize(DEMO, tmp_path / "bcq", load_recipe("bcq-w4g128-data-free"))
+    result = pipeline.quantize(locate(DEMO), tmp_path / "bcq", load_recipe("bcq-w4g128-data-free"))
     assert time.perf_counter() - started < BCQ_SECONDS
     assert max(layer.metrics["nmse"] for layer in result.layers) < 0.05
 
@@ -70,10 +71,10 @@ def test_perplexity_of_three_calibrated_bits_is_the_known_one(tmp_path):
     from qtool.recipe.load import load_recipe
 
     chosen = load_recipe("bcq-w3g128-demo")
-    result = pipeline.quantize(DEMO, tmp_path / "bcq", chosen)
+    result = pipeline.quantize(locate(DEMO), tmp_path / "bcq", chosen)
     assert result.average_bits < 3.6
     assert not [layer.name for layer in result.layers if layer.fallback]
-    (measured,) = pipeline.evaluate(str(tmp_path / "bcq"), OPTIONS).figures
+    (measured,) = pipeline.evaluate(Location(tmp_path / "bcq"), OPTIONS).figures
     assert measured.perplexity is not None
     known = PERPLEXITY["bcq-w3g128-demo"]
     assert measured.perplexity.perplexity == pytest.approx(known, rel=0.02)

@@ -52,6 +52,13 @@ def test_impossible_option_is_one_line(cli: Cli, llama, tmp_path, options, words
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def m(llama, tmp_path, monkeypatch):
+    """Stand where `m` is a model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").symlink_to(llama)
+
+
 @pytest.mark.parametrize("command", ["quantize", "eval", "bench", "inspect"])
 def test_missing_model_is_one_line(cli: Cli, tmp_path, command):
     arguments = [tmp_path / "nothing"]
@@ -95,6 +102,7 @@ def test_unwritable_json_target_is_one_line(cli: Cli, checkpoint, tmp_path):
     one_line(done, "Can't write", "No such file or directory")
 
 
+@pytest.mark.usefixtures("m")
 def test_message_with_markup_and_line_breaks_stays_one_plain_line(cli: Cli, monkeypatch, tmp_path):
     from qtool.errors import ModelError
 
@@ -105,6 +113,7 @@ def test_message_with_markup_and_line_breaks_stays_one_plain_line(cli: Cli, monk
     one_line(cli("quantize", "--dry-run", "m", tmp_path), "first [bold]line[/bold] second")
 
 
+@pytest.mark.usefixtures("m")
 def test_interrupt_says_how_to_go_on(cli: Cli, monkeypatch, tmp_path):
     def stop(*_args, **_kwargs):
         raise KeyboardInterrupt
@@ -118,6 +127,7 @@ def test_interrupt_says_how_to_go_on(cli: Cli, monkeypatch, tmp_path):
     ]
 
 
+@pytest.mark.usefixtures("m")
 @pytest.mark.parametrize(
     ("arguments", "kept"),
     [

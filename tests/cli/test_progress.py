@@ -97,3 +97,29 @@ def test_a_terminal_gets_one_live_line(monkeypatch):
 def test_an_interruption_carries_what_is_kept():
     with pytest.raises(KeyboardInterrupt, match="All is kept"), progress("All is kept."):
         raise KeyboardInterrupt
+
+
+def test_a_guess_stands_until_something_is_counted(clock, capsys):
+    with progress() as emit:
+        emit("phase", {"name": "opening m"})
+        emit("guess", {"seconds": 100})
+        emit("phase", {"name": "solving"})
+        clock[0] += 6
+        emit("phase", {"name": "still solving"})
+        emit("layer", layer(0))
+        clock[0] += 6
+        emit("layer", layer(1))
+        emit("phase", {"name": "assembling"})
+    assert lines(capsys) == [
+        "opening m",
+        "solving, about 1:40 left by a first guess",
+        "still solving, about 1:34 left by a first guess",
+        "quantize: 2 of 10, 0:06 so far, about 0:24 left  [q]  error 5.00e-01  memory 2 GB",
+        "assembling",
+    ]
+
+
+def test_a_guess_that_was_too_short_is_dropped():
+    step = Step("solving", begun=0, ends=10)
+    assert step.state(7) == "0:07 so far, about 0:03 left by a first guess"
+    assert step.state(11) == "0:11 so far, time left not known yet"

@@ -13,6 +13,7 @@ from qtool.errors import ModelError
 from qtool.modeling.adapters import families as known_families
 from qtool.modeling.adapters import load_adapter
 from qtool.modeling.generic import adapter_of
+from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead
 from tests import families
@@ -53,7 +54,7 @@ def case(request, tiny, tmp_path_factory):
         sections = {"embedding": TABLE} if tied else {"embedding": TABLE, "head": TABLE}
     directory = tiny(family, tied=tied)
     out_dir = tmp_path_factory.mktemp("out") / family
-    pipeline.quantize(str(directory), out_dir, recipe(num_bits=8, **sections))
+    pipeline.quantize(Location(directory), out_dir, recipe(num_bits=8, **sections))
     original = load(directory)
     return SimpleNamespace(
         original=original,
@@ -164,4 +165,4 @@ def test_family_whose_blocks_hold_no_linears_is_refused_with_advice():
 def test_experts_are_refused_with_the_reason(tmp_path):
     families.build("qwen2_moe").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"qwen2_moe.*experts.*limitations\.md"):
-        open_source(str(tmp_path))
+        open_source(Location(tmp_path))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qtool import pipeline
+from qtool.modeling.locate import Location
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead
 from tests import families, zoo
 from tests.helpers import dequantized, recipe
@@ -34,7 +35,9 @@ def pair(request, tmp_path_factory):
     zoo.build(request.param, tied=tied).save_pretrained(directory / "source")
     families.save_tokenizer(directory / "source")
     tables: dict[str, Any] = {"embedding": TABLE} if tied else {"embedding": TABLE, "head": TABLE}
-    pipeline.quantize(str(directory / "source"), directory / "out", recipe(num_bits=8, **tables))
+    pipeline.quantize(
+        Location(directory / "source"), directory / "out", recipe(num_bits=8, **tables)
+    )
     loaded = SimpleNamespace(original=load(directory / "source"), quantized=load(directory / "out"))
     yield loaded
     shutil.rmtree(directory)

@@ -9,6 +9,7 @@ import pytest
 from qtool import pipeline
 from qtool.evaluation.task_comparison import TaskComparison
 from qtool.evaluation.tasks import TaskOptions
+from qtool.modeling.locate import Location
 from qtool.pipeline import scoring
 from tests import families
 from tests.task_rows import write_all
@@ -46,7 +47,7 @@ def long_checkpoint(long_llama: Path, tmp_path_factory: pytest.TempPathFactory) 
     from tests.helpers import recipe
 
     out_dir = tmp_path_factory.mktemp("long") / "checkpoint"
-    pipeline.quantize(str(long_llama), out_dir, recipe(num_bits=3))
+    pipeline.quantize(Location(long_llama), out_dir, recipe(num_bits=3))
     return out_dir
 
 
@@ -72,7 +73,7 @@ def evaluate(long_llama: Path, data: Path) -> Evaluate:
         names = ("baseline", "backend", "dtype", "emit")
         others = {key: options.pop(key) for key in names if key in options}
         asked = TaskOptions(tasks=tasks, **{"data_dir": data, **options})
-        return pipeline.evaluate_tasks(str(model), asked, **others)
+        return pipeline.evaluate_tasks(Location(model), asked, **others)
 
     return run
 

@@ -15,6 +15,7 @@ from qtool.evaluation import batches
 from qtool.evaluation.batches import MOST_ON_CPU, MOST_WRITTEN, BatchByLength
 from qtool.evaluation.task_model import TaskModel
 from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location
 from tests import families
 from tests.evaluation_tasks.conftest import save
 
@@ -95,7 +96,7 @@ def test_models_of_other_shapes_are_asked_too(evaluate, tmp_path, kind):
 
 
 def test_beams_take_memory_too(long_llama, monkeypatch):
-    model = TaskModel(load_model(str(long_llama), device="cpu"))
+    model = TaskModel(load_model(Location(long_llama), device="cpu"))
     sizes: list[int] = []
 
     def written_at_once(size: int, *_rest: Any) -> int:

@@ -13,6 +13,7 @@ import torch
 from qtool.errors import ModelError, QtoolError
 from qtool.evaluation.harness import Tasks
 from qtool.evaluation.task_model import TaskModel
+from qtool.modeling.locate import Location
 from qtool.pipeline import scoring
 from tests.cli.conftest import Cli, cli
 from tests.evaluation_tasks.conftest import LoadsModelError
@@ -262,13 +263,13 @@ def test_model_that_cannot_be_loaded_fails_all_that_is_not_kept(
 @pytest.mark.usefixtures("no_model")
 def test_files_of_both_models_are_looked_at_before_one_is_loaded(evaluate, long_llama, tmp_path):
     with pytest.raises(LoadsModelError):
-        evaluate("arc_easy", baseline=str(long_llama))
+        evaluate("arc_easy", baseline=Location(long_llama))
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
     for model, baseline in ((broken, long_llama), (long_llama, broken)):
         with pytest.raises(QtoolError, match="broken"):
-            evaluate("arc_easy", model=model, baseline=str(baseline))
+            evaluate("arc_easy", model=model, baseline=Location(baseline))
 
 
 class TestBeside:

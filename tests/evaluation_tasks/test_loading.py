@@ -12,6 +12,7 @@ from qtool.errors import QtoolError
 from qtool.evaluation import sandbox
 from qtool.evaluation.harness import Tasks
 from qtool.evaluation.tasks import TaskOptions, _kept, check_tasks, run_tasks
+from qtool.modeling.locate import Location
 
 NEVER: dict[str, Any] = {"digest": "", "dtype": "", "device": "", "backend": None}
 
@@ -74,7 +75,7 @@ def test_model_is_gone_before_the_next_is_loaded(data, long_llama):
     loaded: list[Any] = []
 
     def load() -> Any:
-        model = load_model(str(long_llama))
+        model = load_model(Location(long_llama))
         loaded.append(weakref.ref(model.model))
         return model
 

@@ -16,6 +16,7 @@ from qtool.evaluation.local_data import read_rows
 from qtool.evaluation.responses import ResponseStore
 from qtool.evaluation.scores import TaskFailure, TaskScores
 from qtool.evaluation.task_comparison import TaskComparison
+from qtool.modeling.locate import Location
 from tests.evaluation_tasks.conftest import LoadsModelError
 
 Asked = list[Any]
@@ -170,7 +171,7 @@ class TestKept:
             "switches": {},
         }
         (self.scores,) = run_tasks(
-            lambda: load_model(str(long_llama)), subject, check_tasks(options), options
+            lambda: load_model(Location(long_llama)), subject, check_tasks(options), options
         )
         assert isinstance(self.scores, TaskScores)
 
@@ -240,7 +241,7 @@ def test_outputs_that_are_not_numbers_are_a_failure_at_once(long_llama, data, ow
     from qtool.modeling.load import load_model
 
     def load() -> Any:
-        loaded = load_model(str(long_llama))
+        loaded = load_model(Location(long_llama))
         loaded.model.lm_head.weight.data.fill_(float("nan"))
         return loaded
 
@@ -300,7 +301,7 @@ def model(long_llama):
     from qtool.evaluation.task_model import TaskModel
     from qtool.modeling.load import load_model
 
-    return TaskModel(load_model(str(long_llama), device="cpu"))
+    return TaskModel(load_model(Location(long_llama), device="cpu"))
 
 
 def answers(model, count=6, **generation):

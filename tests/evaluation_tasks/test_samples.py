@@ -15,6 +15,7 @@ import pytest
 from qtool.errors import OutputError
 from qtool.evaluation import item_rows
 from qtool.evaluation.task_model import TaskModel
+from qtool.modeling.locate import Location
 from qtool.storage import whole_files
 from qtool.storage.plain_json import plain_json
 from tests.cli.conftest import Cli, cli
@@ -99,7 +100,7 @@ def test_rows_of_two_models_join(evaluate, target, long_llama, long_checkpoint):
     result = evaluate(
         *("arc_easy", "wikitext"),
         model=long_checkpoint,
-        baseline=str(long_llama),
+        baseline=Location(long_llama),
         samples=target,
     )
     rows = read(target)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from qtool import pipeline
+from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
 from tests import families
 
@@ -28,18 +29,18 @@ CASES = [
     if (method, data) != ("gptq", "data-free")
 ]
 CASES.append("bcq-adadim-calibrated")
-SCHEME = {"num_bits": 3, "group_size": 32}
+SCHEME: dict[str, object] = {"num_bits": 3, "group_size": 32}
 LAYERS_BEFORE_THE_STOP = 9
 
 
 def recipe(case: str, text: Path):
     method, group_dim, data = case.split("-", 2)
-    weights = {"method": method, "options": OPTIONS[method]}
+    weights: dict[str, object] = {"method": method, "options": OPTIONS[method]}
     if group_dim == "adadim":
         weights |= {"scheme": SCHEME, "choose": {"group_dim": GROUP_DIMS}}
     else:
         weights["scheme"] = {**SCHEME, "group_dim": group_dim}
-    sections = {"weights": weights}
+    sections: dict[str, object] = {"weights": weights}
     if data == "calibrated":
         sections["calibration"] = {"dataset": str(text), "num_samples": 6, "sequence_length": 64}
     return recipe_from_mapping(sections)
@@ -72,8 +73,8 @@ def quantize_twice(model: Path, out_dir: Path, chosen) -> None:
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        pipeline.quantize(str(model), out_dir, chosen, emit=stop)
-    pipeline.quantize(str(model), out_dir, chosen, resume=True)
+        pipeline.quantize(Location(model), out_dir, chosen, emit=stop)
+    pipeline.quantize(Location(model), out_dir, chosen, resume=True)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def recorded(llama):
 
 @pytest.mark.parametrize("case", CASES)
 def test_checkpoint_has_the_recorded_bytes(llama, text_file, tmp_path, recorded, case):
-    pipeline.quantize(str(llama), tmp_path / "out", recipe(case, text_file))
+    pipeline.quantize(Location(llama), tmp_path / "out", recipe(case, text_file))
     assert digest(tmp_path / "out") == recorded[case]
 
 
@@ -105,7 +106,7 @@ def record() -> None:
         text.write_text(families.text(600), encoding="utf-8")
         digests = {}
         for case in CASES:
-            pipeline.quantize(str(root / "model"), root / case, recipe(case, text))
+            pipeline.quantize(Location(root / "model"), root / case, recipe(case, text))
             digests[case] = digest(root / case)
         values = {"probe": probe(root / "model"), "digests": digests}
     RECORDED.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

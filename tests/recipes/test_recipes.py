@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from qtool import pipeline, resources
+from qtool.modeling.locate import Location
 from qtool.recipe.load import load_recipe
 from qtool.recipe.names import built_in
 
@@ -27,7 +28,7 @@ def test_file_is_a_mapping_with_a_version_and_a_description(path):
 @pytest.mark.parametrize("name", built_in())
 def test_recipe_plans_on_a_tiny_model(name, tiny):
     recipe = load_recipe(name)
-    plan = pipeline.plan(str(tiny("llama", tied=recipe.head is None)), recipe)
+    plan = pipeline.plan(Location(tiny("llama", tied=recipe.head is None)), recipe)
     assert plan.layers
     assert 1 <= plan.average_bits < 16
     assert plan.total_bytes < plan.source_bytes

@@ -112,6 +112,7 @@ def prepare(request: Request, events: Events) -> None:
 
 def quantize(request: Request) -> None:
     from qtool import pipeline
+    from qtool.modeling.locate import locate
 
     weights: dict[str, Any] = {
         "method": request.method,
@@ -124,7 +125,7 @@ def quantize(request: Request) -> None:
         samples = {"num_samples": 4, "sequence_length": 32, "cache": request.cache}
         sections["calibration"] = {"dataset": request.text, **samples}
     pipeline.quantize(
-        request.model,
+        locate(request.model),
         Path(request.out_dir),
         recipe_from_mapping(sections),
         overwrite=request.overwrite,

@@ -14,6 +14,7 @@ from qtool.checkpoint import writer
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import QtoolError
 from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location
 from tests.helpers import recipe
 from tests.robustness.child import is_ours, run_apart
 from tests.robustness.fuzzing import Change, fuzz, sizes
@@ -29,7 +30,7 @@ TABLE = {"method": "rtn", "scheme": {"num_bits": 8, "group_size": 32}}
 def good(tiny, tmp_path_factory):
     """Return a checkpoint of a tied model with a quantized table, in one file."""
     out_dir = tmp_path_factory.mktemp("good") / "checkpoint"
-    pipeline.quantize(str(tiny("llama", tied=True)), out_dir, recipe(embedding=TABLE))
+    pipeline.quantize(Location(tiny("llama", tied=True)), out_dir, recipe(embedding=TABLE))
     return out_dir
 
 
@@ -38,7 +39,7 @@ def sharded(llama, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("sharded") / "checkpoint"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "MAX_SHARD_BYTES", 25_000)
-        pipeline.quantize(str(llama), out_dir, recipe())
+        pipeline.quantize(Location(llama), out_dir, recipe())
     return out_dir
 
 
@@ -95,7 +96,7 @@ def opened(change: Change, good: Path, target: Path, expected: Tensor) -> str | 
     # If nothing says that it is qtool's, transformers doesn't ask: then as `eval` loads it.
     logits = transformers_logits(directory) if whose else None
     if logits is None:
-        logits = logits_of(load_model(str(directory), dtype=torch.float32).model)
+        logits = logits_of(load_model(Location(directory), dtype=torch.float32).model)
     if torch.equal(logits, expected) or (taken and not change.keeps_values):
         return None
     return "loads other weights" + ("" if taken else ", the reader refuses")

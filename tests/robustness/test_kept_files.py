@@ -17,7 +17,7 @@ from qtool.evaluation.kept_scores import KeptScores
 from qtool.evaluation.responses import ResponseStore
 from qtool.evaluation.scores import Score, TaskScores
 from qtool.modeling.load import load_tokenizer
-from qtool.modeling.locate import locate
+from qtool.modeling.locate import Location, locate
 from qtool.modeling.source import open_source
 from qtool.recipe.schema import CalibrationSection
 from qtool.storage.digests import SETTLED_NS, files_digest
@@ -72,7 +72,7 @@ def _damaged_file(file: Path, name: str) -> st.SearchStrategy[Change]:
 def calibration(llama, text_file, tmp_path_factory):
     directory = tmp_path_factory.mktemp("calibration")
     section = CalibrationSection(dataset=str(text_file), num_samples=6, sequence_length=24)
-    pipeline.calibrate(str(llama), directory, section)
+    pipeline.calibrate(Location(llama), directory, section)
     return directory
 
 
@@ -85,7 +85,7 @@ def read_samples(change: Change, good: Path, target: Path, tokenizer: Any) -> An
 
 @sizes(100)
 def test_calibration_data_is_read_as_it_was_drawn_or_refused(size, calibration, llama, tmp_path):
-    tokenizer, target = load_tokenizer(str(llama)), tmp_path / "changed"
+    tokenizer, target = load_tokenizer(llama), tmp_path / "changed"
     expected = read_samples(Change("nothing"), calibration, target, tokenizer)
     assert len(expected) == 6
 
@@ -169,7 +169,7 @@ def test_damaged_scores_and_answers_are_measured_anew(size, tmp_path, monkeypatc
 
 def converted(change: Change, good: Path, target: Path, gguf: Path) -> dict[str, Any]:
     in_cache(change, good, target)
-    source = open_source(str(gguf))
+    source = open_source(Location(gguf))
     return {name: source.read(name).tolist() for name in source.names()}
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_conversion_is_made_anew(size, tmp_path, monkeypatch):
     good, gguf = tmp_path / "cache", tmp_path / "tiny.gguf"
     monkeypatch.setenv("QTOOL_CACHE", str(good))
     write_gguf(gguf)
-    locate(str(gguf))
+    _ = locate(str(gguf)).directory
     expected = converted(Change("nothing"), good, tmp_path / "changed", gguf)
 
     def check(change: Change) -> str | None:
@@ -193,7 +193,7 @@ def test_a_damaged_conversion_is_made_anew(size, tmp_path, monkeypatch):
 def read_gguf(content: bytes, gguf: Path, cache: Path) -> None:
     os.environ["QTOOL_CACHE"] = str(cache)
     gguf.write_bytes(content)
-    open_source(str(gguf))
+    open_source(Location(gguf))
 
 
 @sizes(40)

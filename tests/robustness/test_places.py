@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qtool import pipeline
 from qtool.checkpoint.reader import CheckpointReader
+from qtool.modeling.locate import Location
 from tests.helpers import recipe
 from tests.robustness.child import run_apart
 from tests.robustness.fuzzing import fuzz, sizes
@@ -107,6 +108,9 @@ def state(folder: Path) -> dict[str, str]:
     return found
 
 
+MODEL = Location(Path("model"))
+
+
 def quantized(case: Case, folder: Path, target: Path) -> str | None:
     """Quantize to a place in a copy of the folder, and return what is wrong with what is there."""
     shutil.copytree(folder, target, symlinks=True, ignore=shutil.ignore_patterns("fifo"))
@@ -117,7 +121,7 @@ def quantized(case: Case, folder: Path, target: Path) -> str | None:
     name = f"{target}/{case.name}" if case.whole_path else case.name
     out_dir = Path(name)
     try:
-        pipeline.quantize("model", out_dir, recipe(), overwrite=case.overwrite, resume=case.resume)
+        pipeline.quantize(MODEL, out_dir, recipe(), overwrite=case.overwrite, resume=case.resume)
     except Exception:
         lost = [name for name, value in before.items() if state(target).get(name) != value]
         if lost:

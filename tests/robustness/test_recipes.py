@@ -10,6 +10,7 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
+from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource, open_source
 from qtool.recipe.load import load_recipe, recipe_from_mapping
 from qtool.stages.plan import make_plan
@@ -157,7 +158,7 @@ CASES = one_of_two(changed() | with_snippet(), with_settings() | with_damage())
 
 @pytest.fixture(scope="module")
 def source(llama):
-    opened = open_source(str(llama))
+    opened = open_source(Location(llama))
     make_plan(opened, recipe_from_mapping(SMALL))  # imports what the children need
     make_plan(opened, recipe_from_mapping(FULL))
     return opened

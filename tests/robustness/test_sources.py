@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qtool import pipeline
+from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 from qtool.stages.plan import make_plan
 from tests.helpers import recipe
@@ -51,14 +52,14 @@ def logits(directory: Path) -> Tensor:
 
 def planned(change: Change, good: Path, target: Path) -> None:
     """Open and plan: what `--dry-run` does."""
-    make_plan(open_source(str(change.applied(good, target))), recipe(num_bits=8))
+    make_plan(open_source(Location(change.applied(good, target))), recipe(num_bits=8))
 
 
 def quantized(change: Change, good: Path, target: Path) -> str | None:
     """Quantize a changed source that was opened, and compare the result with it."""
     source = change.applied(good, target)
     out_dir = target.with_name("out")
-    pipeline.quantize(str(source), out_dir, recipe(num_bits=8), overwrite=True)
+    pipeline.quantize(Location(source), out_dir, recipe(num_bits=8), overwrite=True)
     config = json.loads((source / CONFIG).read_text(encoding="utf-8-sig"))
     if config.get("quantization_config") == {}:  # transformers stumbles over it
         del config["quantization_config"]

@@ -104,7 +104,7 @@ def running_texts(name: str) -> st.SearchStrategy[Change]:
 
 @pytest.fixture(scope="module")
 def tokenizer(llama):
-    found = load_tokenizer(str(llama))
+    found = load_tokenizer(llama)
     found.chat_template = TEMPLATE
     return found
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qtool.base import QuantizedTensor
+from qtool.modeling.locate import Location
 from qtool.runtime import fusing, linear_kernels, tiles
 from qtool.runtime.backends import cuda
 from qtool.runtime.decoding import generate, torch_ops
@@ -108,7 +109,7 @@ def bcq(tiny, tmp_path_factory):
         table = {"scheme": {"num_bits": 4, "group_size": 32}}
         ends = {"embedding": table} if tied else {"embedding": table, "head": table}
         recipe = recipe_from_mapping({"weights": weights, **ends})
-        pipeline.quantize(str(tiny(family, tied=tied)), out_dir, recipe)
+        pipeline.quantize(Location(tiny(family, tied=tied)), out_dir, recipe)
         return out_dir
 
     return make

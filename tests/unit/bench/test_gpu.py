@@ -8,6 +8,7 @@ from qtool.bench import decode, gpu, workload
 from qtool.bench.decode import EndToEnd
 from qtool.bench.plots import check_plot, draw_roofline, series
 from qtool.errors import BackendError, MissingExtraError, OutputError, UnknownNameError
+from qtool.modeling.locate import Location
 from qtool.runtime.decoding.torch_ops import TorchOps
 from qtool.scheme import WeightScheme
 from tests.unit.bench.rig import MACHINE, TINY, FakeClock, bench
@@ -145,7 +146,7 @@ def test_a_family_that_the_runner_does_not_know_keeps_its_kernel_table(tiny, tmp
     from qtool import pipeline
     from tests.helpers import recipe
 
-    pipeline.quantize(str(tiny("opt")), tmp_path / "opt", recipe())
+    pipeline.quantize(Location(tiny("opt")), tmp_path / "opt", recipe())
     work = workload.checkpoint_workload(tmp_path / "opt", None, None, CPU)
     assert sum(layer.count for layer in work.layers) == 12
     assert work.models == ()
@@ -157,7 +158,7 @@ def test_a_head_tied_to_a_quantized_embedding_is_a_layer(tiny, tmp_path):
     from tests.helpers import recipe
 
     small = recipe(embedding={"method": "rtn"})
-    pipeline.quantize(str(tiny("llama", tied=True)), tmp_path / "out", small)
+    pipeline.quantize(Location(tiny("llama", tied=True)), tmp_path / "out", small)
     for kernel in (None, "sign_flip"):
         work = workload.checkpoint_workload(tmp_path / "out", None, kernel, CPU)
         head = work.layers[-1]

@@ -2,10 +2,11 @@ import torch
 
 from qtool.bench.model import time_model
 from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location
 
 
 def test_timing_leaves_the_model_as_it_was(checkpoint):
-    loaded = load_model(str(checkpoint))
+    loaded = load_model(Location(checkpoint))
     tokens = torch.arange(3, 20).unsqueeze(0)
     with torch.inference_mode():
         before = loaded.model(tokens).logits
@@ -18,7 +19,7 @@ def test_backends_that_ran_are_named_and_none_for_an_unquantized_model(llama, ch
     from qtool.runtime.select import use_backend
 
     short = {"prompt_tokens": 4, "decode_tokens": 1, "repeats": 1}
-    assert time_model(load_model(str(llama)), **short).backends == ()
+    assert time_model(load_model(Location(llama)), **short).backends == ()
     for name in ("dense", "reference"):
         with use_backend(name):
-            assert time_model(load_model(str(checkpoint)), **short).backends == (name,)
+            assert time_model(load_model(Location(checkpoint)), **short).backends == (name,)

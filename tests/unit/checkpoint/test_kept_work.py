@@ -10,6 +10,7 @@ from qtool import pipeline
 from qtool.checkpoint import spool, stream, writer
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import BackendError, CheckpointError, OutputError
+from qtool.modeling.locate import Location
 from qtool.stages import solve
 from qtool.stages.plan import load_method
 from tests.helpers import file_hashes, normal, recipe
@@ -32,15 +33,17 @@ def test_work_is_kept_after_any_error_and_the_message_says_how_to_go_on(
 ):
     out_dir = tmp_path / "out"
     with pytest.raises(seen, match=WAY_ON):
-        pipeline.quantize(str(llama), out_dir, recipe(), emit=Stop(3, error))
+        pipeline.quantize(Location(llama), out_dir, recipe(), emit=Stop(3, error))
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-    pipeline.quantize(str(llama), out_dir, recipe(), resume=True)
+    pipeline.quantize(Location(llama), out_dir, recipe(), resume=True)
     assert file_hashes(out_dir)[WEIGHTS] == file_hashes(checkpoint)[WEIGHTS]
 
 
 def test_bug_keeps_its_type_and_the_work(llama, tmp_path):
     with pytest.raises(ZeroDivisionError) as caught:
-        pipeline.quantize(str(llama), tmp_path / "out", recipe(), emit=Stop(3, ZeroDivisionError))
+        pipeline.quantize(
+            Location(llama), tmp_path / "out", recipe(), emit=Stop(3, ZeroDivisionError)
+        )
     assert "--resume goes on" in caught.value.__notes__[0]
     assert partial(tmp_path / "out").is_dir()
 
@@ -53,11 +56,11 @@ def test_error_before_a_layer_is_finished_leaves_nothing(tmp_path):
 
 def test_error_in_the_middle_of_overwriting_keeps_the_old_checkpoint(llama, tmp_path):
     out_dir = tmp_path / "out"
-    pipeline.quantize(str(llama), out_dir, recipe())
+    pipeline.quantize(Location(llama), out_dir, recipe())
     before = file_hashes(out_dir)
     with pytest.raises(ZeroDivisionError):
         pipeline.quantize(
-            str(llama),
+            Location(llama),
             out_dir,
             recipe(num_bits=2),
             overwrite=True,
@@ -71,13 +74,13 @@ def test_error_in_the_middle_of_overwriting_keeps_the_old_checkpoint(llama, tmp_
 def test_interrupted_run_resumes_to_the_same_bytes(llama, checkpoint, tmp_path, after):
     out_dir = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize(str(llama), out_dir, recipe(), emit=Stop(after, KeyboardInterrupt))
+        pipeline.quantize(Location(llama), out_dir, recipe(), emit=Stop(after, KeyboardInterrupt))
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     assert not (partial(out_dir) / "config.json").exists()
     done = {p: p.stat().st_mtime_ns for p in (partial(out_dir) / "layers").iterdir()}
     assert len(done) == after
     stopped = Stop(-1, KeyboardInterrupt)
-    pipeline.quantize(str(llama), out_dir, recipe(), resume=True, emit=stopped)
+    pipeline.quantize(Location(llama), out_dir, recipe(), resume=True, emit=stopped)
     assert stopped.layers == 14  # restored layers are reported as well
     assert not partial(out_dir).exists()
     for name in (WEIGHTS, "config.json"):
@@ -88,7 +91,7 @@ def test_interrupt_while_shards_are_assembled_resumes_to_the_same_bytes(
     llama, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(writer, "MAX_SHARD_BYTES", 30_000)
-    pipeline.quantize(str(llama), tmp_path / "whole", recipe())
+    pipeline.quantize(Location(llama), tmp_path / "whole", recipe())
     write_shard = stream.write_shard
 
     def interrupted(path, *rest):
@@ -98,10 +101,10 @@ def test_interrupt_while_shards_are_assembled_resumes_to_the_same_bytes(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(writer, "write_shard", interrupted)
-        pipeline.quantize(str(llama), tmp_path / "out", recipe())
+        pipeline.quantize(Location(llama), tmp_path / "out", recipe())
     with monkeypatch.context() as patch:  # what the first shard holds isn't solved again
         patch.setattr(solve, "load_method", None)
-        pipeline.quantize(str(llama), tmp_path / "out", recipe(), resume=True)
+        pipeline.quantize(Location(llama), tmp_path / "out", recipe(), resume=True)
     whole, resumed = file_hashes(tmp_path / "whole"), file_hashes(tmp_path / "out")
     assert set(whole) == set(resumed)
     differing = {name for name in whole if whole[name] != resumed[name]}
@@ -119,10 +122,12 @@ def test_unfinished_run_is_neither_continued_nor_dropped_without_being_asked(tmp
 
 def test_resuming_another_recipe_is_refused_and_named(llama, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize(str(llama), tmp_path / "out", recipe(), emit=Stop(2, KeyboardInterrupt))
+        pipeline.quantize(
+            Location(llama), tmp_path / "out", recipe(), emit=Stop(2, KeyboardInterrupt)
+        )
     with pytest.raises(OutputError, match="another recipe; resuming would mix two runs"):
-        pipeline.quantize(str(llama), tmp_path / "out", recipe(num_bits=3), resume=True)
-    pipeline.quantize(str(llama), tmp_path / "out", recipe(num_bits=3), overwrite=True)
+        pipeline.quantize(Location(llama), tmp_path / "out", recipe(num_bits=3), resume=True)
+    pipeline.quantize(Location(llama), tmp_path / "out", recipe(num_bits=3), overwrite=True)
     assert {e.scheme.num_bits for e in CheckpointReader(tmp_path / "out").manifest.layers.values()}
 
 
@@ -133,23 +138,25 @@ def test_strictness_decides_nothing_of_the_result(llama, text_file, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         stop = Stop(2, KeyboardInterrupt)
-        pipeline.quantize(str(llama), tmp_path / "out", asked(strict=True), emit=stop)
-    pipeline.quantize(str(llama), tmp_path / "out", asked(strict=False), resume=True)
+        pipeline.quantize(Location(llama), tmp_path / "out", asked(strict=True), emit=stop)
+    pipeline.quantize(Location(llama), tmp_path / "out", asked(strict=False), resume=True)
 
 
 def test_same_sizes_with_other_contents_are_another_model(llama, tmp_path):
     model = shutil.copytree(llama, tmp_path / "model")
     with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize(str(model), tmp_path / "out", recipe(), emit=Stop(2, KeyboardInterrupt))
+        pipeline.quantize(
+            Location(model), tmp_path / "out", recipe(), emit=Stop(2, KeyboardInterrupt)
+        )
     content = bytearray((model / WEIGHTS).read_bytes())
     content[-1] ^= 1
     (model / WEIGHTS).write_bytes(content)
     with pytest.raises(OutputError, match="another model"):
-        pipeline.quantize(str(model), tmp_path / "out", recipe(), resume=True)
+        pipeline.quantize(Location(model), tmp_path / "out", recipe(), resume=True)
 
 
 def test_resume_without_an_unfinished_run_starts_one(llama, tmp_path):
-    pipeline.quantize(str(llama), tmp_path / "out", recipe(), resume=True)
+    pipeline.quantize(Location(llama), tmp_path / "out", recipe(), resume=True)
     assert (tmp_path / "out" / WEIGHTS).is_file()
 
 
@@ -174,9 +181,9 @@ def test_full_disk_is_one_sentence_and_loses_nothing(
         patch.setattr(module, where, full_disk)
         message = rf"disk of .*out is full.*{'goes on' if kept else 'Free some space.$'}"
         with pytest.raises(OutputError, match=message):
-            pipeline.quantize(str(llama), tmp_path / "out", recipe())
+            pipeline.quantize(Location(llama), tmp_path / "out", recipe())
     assert [path.name for path in tmp_path.iterdir()] == (["out.partial"] if kept else [])
-    pipeline.quantize(str(llama), tmp_path / "out", recipe(), resume=True)
+    pipeline.quantize(Location(llama), tmp_path / "out", recipe(), resume=True)
     assert file_hashes(tmp_path / "out")[WEIGHTS] == file_hashes(checkpoint)[WEIGHTS]
 
 
@@ -211,7 +218,7 @@ def test_directory_that_vanishes_is_one_sentence(tmp_path):
 def interrupted(llama: Path, out_dir: Path, after: int = 5) -> list[Path]:
     """Stop a run after some layers; return their files."""
     with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize(str(llama), out_dir, recipe(), emit=Stop(after, KeyboardInterrupt))
+        pipeline.quantize(Location(llama), out_dir, recipe(), emit=Stop(after, KeyboardInterrupt))
     return sorted((partial(out_dir) / "layers").iterdir())
 
 
@@ -262,7 +269,7 @@ def test_damaged_layer_is_solved_anew_and_all_others_are_kept(
         return load_method(name)
 
     monkeypatch.setattr(solve, "load_method", load)
-    pipeline.quantize(str(llama), tmp_path / "out", recipe(), resume=True)
+    pipeline.quantize(Location(llama), tmp_path / "out", recipe(), resume=True)
     assert len(solved) == 14 - len(files) + 1
     assert file_hashes(tmp_path / "out")[WEIGHTS] == file_hashes(checkpoint)[WEIGHTS]
 
@@ -272,21 +279,21 @@ def test_layer_of_another_name_and_a_folder_are_not_taken(llama, checkpoint, tmp
     same_shape = [path for path in files if "k_proj" in path.name or "v_proj" in path.name]
     shutil.copy(same_shape[0], same_shape[1])
     (files[0].parent / "folder.safetensors").mkdir()
-    pipeline.quantize(str(llama), tmp_path / "out", recipe(), resume=True)
+    pipeline.quantize(Location(llama), tmp_path / "out", recipe(), resume=True)
     assert file_hashes(tmp_path / "out")[WEIGHTS] == file_hashes(checkpoint)[WEIGHTS]
 
 
 def test_run_that_has_ended_is_not_done_again(llama, tmp_path, monkeypatch):
-    first = pipeline.quantize(str(llama), tmp_path / "out", recipe())
+    first = pipeline.quantize(Location(llama), tmp_path / "out", recipe())
     before = file_hashes(tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(solve, "load_method", None)
-        again = pipeline.quantize(str(llama), tmp_path / "out", recipe(), resume=True)
+        again = pipeline.quantize(Location(llama), tmp_path / "out", recipe(), resume=True)
     assert again == first
     assert file_hashes(tmp_path / "out") == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(OutputError, match="Pass --overwrite"):
-        pipeline.quantize(str(llama), tmp_path / "out", recipe(num_bits=3), resume=True)
+        pipeline.quantize(Location(llama), tmp_path / "out", recipe(num_bits=3), resume=True)
 
 
 def test_full_disk_under_the_inputs_of_blocks_is_one_sentence(
@@ -295,5 +302,5 @@ def test_full_disk_under_the_inputs_of_blocks_is_one_sentence(
     section = {"dataset": str(text_file), "num_samples": 4, "sequence_length": 32, "cache": "disk"}
     monkeypatch.setattr(os, "posix_fallocate", full_disk)
     with pytest.raises(OutputError, match=r"original\.stream can't get its .*No space left"):
-        pipeline.quantize(str(llama), tmp_path / "out", recipe("gptq", calibration=section))
+        pipeline.quantize(Location(llama), tmp_path / "out", recipe("gptq", calibration=section))
     assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ from qtool.checkpoint.marks import Job, read_job, write_job
 from qtool.checkpoint.place import find_place, is_mount_point
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import OutputError
+from qtool.modeling.locate import Location
 from tests.helpers import file_hashes, normal, recipe
 from tests.unit.checkpoint.runs import open_writer
 
@@ -40,7 +41,7 @@ def test_odd_spellings_are_resolved(llama, tmp_path, monkeypatch, text):
     if text == "sub/..":  # `sub` is no part of a checkpoint
         refused(Path(text), "holds no checkpoint")
         return
-    pipeline.quantize(str(llama), Path(text), recipe())
+    pipeline.quantize(Location(llama), Path(text), recipe())
     assert CheckpointReader(Path(text)).manifest.layers
     assert not list(tmp_path.rglob("*partial*"))
 
@@ -48,7 +49,7 @@ def test_odd_spellings_are_resolved(llama, tmp_path, monkeypatch, text):
 def test_directory_one_stands_in_stays_the_same(llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = Path().stat().st_ino
-    pipeline.quantize(str(llama), Path(), recipe())
+    pipeline.quantize(Location(llama), Path(), recipe())
     assert Path().stat().st_ino == before
     assert Path("config.json").is_file()
 
@@ -61,8 +62,8 @@ def test_home_is_the_home(monkeypatch, tmp_path):
 def test_link_to_a_directory_stays_a_link(llama, tmp_path):
     (tmp_path / "big").mkdir()
     (tmp_path / "link").symlink_to("big")
-    pipeline.quantize(str(llama), tmp_path / "link", recipe())
-    pipeline.quantize(str(llama), tmp_path / "link", recipe(num_bits=3), overwrite=True)
+    pipeline.quantize(Location(llama), tmp_path / "link", recipe())
+    pipeline.quantize(Location(llama), tmp_path / "link", recipe(num_bits=3), overwrite=True)
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "big" / "config.json").is_file()
 
@@ -110,8 +111,8 @@ def test_mount_point_is_written_inside_and_replaced_file_by_file(
     (out_dir / "lost+found").mkdir(parents=True)
     before = out_dir.stat().st_ino
     monkeypatch.setattr(place_module, "is_mount_point", lambda path: path == out_dir)
-    pipeline.quantize(str(llama), out_dir, recipe(num_bits=3))
-    pipeline.quantize(str(llama), out_dir, recipe(), overwrite=True)
+    pipeline.quantize(Location(llama), out_dir, recipe(num_bits=3))
+    pipeline.quantize(Location(llama), out_dir, recipe(), overwrite=True)
     assert out_dir.stat().st_ino == before
     (out_dir / "lost+found").rmdir()
     for name, digest in file_hashes(checkpoint).items():
@@ -153,7 +154,7 @@ def test_damaged_checkpoint_of_ours_is_replaced(llama, checkpoint, tmp_path):
     out_dir = Path(shutil.copytree(checkpoint, tmp_path / "out"))
     (out_dir / "model.safetensors").write_bytes(b"")
     (out_dir / "config.json").write_text((out_dir / "config.json").read_text()[:-40])
-    pipeline.quantize(str(llama), out_dir, recipe(), overwrite=True)
+    pipeline.quantize(Location(llama), out_dir, recipe(), overwrite=True)
     assert CheckpointReader(out_dir).manifest.layers
 
 
@@ -177,7 +178,7 @@ def test_what_only_has_the_name_of_our_work_is_left_alone(llama, tmp_path, left)
     for overwrite, resume in FLAGS:
         with pytest.raises(OutputError, match=r"out\.partial, where the work would go"):
             pipeline.quantize(
-                str(llama), tmp_path / "out", recipe(), overwrite=overwrite, resume=resume
+                Location(llama), tmp_path / "out", recipe(), overwrite=overwrite, resume=resume
             )
     assert work.is_symlink() or "mine" in "".join(
         p.read_text() for p in (work, *work.glob("*")) if p.is_file()
@@ -200,7 +201,7 @@ def test_result_in_above_or_instead_of_the_model_is_refused(llama, tmp_path):
     for out_dir in (model, model / "q", tmp_path / "link", tmp_path / "link" / "q", tmp_path / "a"):
         for source in (model, tmp_path / "link"):
             with pytest.raises(OutputError, match="lies in"):
-                pipeline.quantize(str(source), out_dir, recipe(), overwrite=True)
+                pipeline.quantize(Location(source), out_dir, recipe(), overwrite=True)
     assert file_hashes(model) == file_hashes(llama)
 
 

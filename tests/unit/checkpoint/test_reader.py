@@ -12,6 +12,7 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards, read_json
 from qtool.errors import CheckpointError, QtoolError
 from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location
 from tests.helpers import recipe
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -30,7 +31,7 @@ def sharded_once(llama, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("sharded") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "MAX_SHARD_BYTES", 25_000)
-        pipeline.quantize(str(llama), out_dir, recipe())
+        pipeline.quantize(Location(llama), out_dir, recipe())
     return out_dir
 
 
@@ -56,7 +57,7 @@ def edit_index(directory: Path, change) -> None:
 
 def refused(directory: Path, match: str) -> None:
     """Check that opening is refused in one line, by the reader and by `load_model`."""
-    for open_ in (CheckpointReader, lambda path: load_model(str(path))):
+    for open_ in (CheckpointReader, lambda path: load_model(Location(path))):
         with pytest.raises(QtoolError, match=match) as caught:
             open_(directory)
         assert "\n" not in str(caught.value)
@@ -208,7 +209,7 @@ def test_layer_that_the_model_does_not_have_is_refused_at_loading(copy):
     save_file(tensors, copy / WEIGHTS, {"format": "pt"})
     edit_config(copy, lambda q: q["layers"].update({"model.layers.9.mlp": q["layers"][LAYER]}))
     with pytest.raises(QtoolError, match=r"model\.layers\.9\.mlp"):
-        load_model(str(copy))
+        load_model(Location(copy))
 
 
 def test_missing_shard_is_named(sharded):

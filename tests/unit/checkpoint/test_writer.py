@@ -11,12 +11,13 @@ from qtool.checkpoint.claim import look
 from qtool.checkpoint.place import check_free_space, find_place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import OutputError
+from qtool.modeling.locate import Location
 from tests.helpers import file_hashes, normal, recipe
 from tests.unit.checkpoint.runs import CONFIG, WEIGHTS, open_writer
 
 
 def test_same_seed_gives_the_same_bytes(llama, checkpoint, tmp_path):
-    pipeline.quantize(str(llama), tmp_path / "again", recipe())
+    pipeline.quantize(Location(llama), tmp_path / "again", recipe())
     first, second = file_hashes(checkpoint), file_hashes(tmp_path / "again")
     first.pop("quantization_report.json")
     second.pop("quantization_report.json")
@@ -35,7 +36,7 @@ def test_checkpoint_holds_what_it_must_and_nothing_of_this_machine(llama, checkp
 def test_shards_are_bounded_and_the_index_is_right(llama, tmp_path, monkeypatch, limit):
     monkeypatch.setattr(writer, "MAX_SHARD_BYTES", limit)
     out_dir = tmp_path / "out"
-    pipeline.quantize(str(llama), out_dir, recipe())
+    pipeline.quantize(Location(llama), out_dir, recipe())
     index = json.loads((out_dir / "model.safetensors.index.json").read_text())
     files = sorted(out_dir.glob("*.safetensors"))
     total = 0
@@ -52,7 +53,7 @@ def test_shards_are_bounded_and_the_index_is_right(llama, tmp_path, monkeypatch,
 
 def test_sharded_checkpoint_equals_the_single_file(llama, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "MAX_SHARD_BYTES", 20_000)
-    pipeline.quantize(str(llama), tmp_path / "out", recipe())
+    pipeline.quantize(Location(llama), tmp_path / "out", recipe())
     single, sharded = CheckpointReader(checkpoint), CheckpointReader(tmp_path / "out")
     assert sorted(single.names()) == sorted(sharded.names())
     for name in single.names():
@@ -78,22 +79,22 @@ def test_every_tensor_starts_at_a_multiple_of_its_element_size(tmp_path):
 
 def test_existing_checkpoint_is_replaced_only_when_asked(llama, tmp_path):
     out_dir = tmp_path / "out"
-    pipeline.quantize(str(llama), out_dir, recipe())
+    pipeline.quantize(Location(llama), out_dir, recipe())
     (out_dir / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match="Pass --overwrite to replace it"):
-        pipeline.quantize(str(llama), out_dir, recipe(num_bits=2))
+        pipeline.quantize(Location(llama), out_dir, recipe(num_bits=2))
     with pytest.raises(OutputError, match=r"qtool didn't write: thesis\.txt\. --overwrite"):
-        pipeline.quantize(str(llama), out_dir, recipe(num_bits=2), overwrite=True)
+        pipeline.quantize(Location(llama), out_dir, recipe(num_bits=2), overwrite=True)
     (out_dir / "thesis.txt").unlink()
-    pipeline.quantize(str(llama), out_dir, recipe(num_bits=2), overwrite=True)
+    pipeline.quantize(Location(llama), out_dir, recipe(num_bits=2), overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_directory_named_like_a_replaced_checkpoint_survives_overwriting(llama, tmp_path):
     out_dir = tmp_path / "out"
-    pipeline.quantize(str(llama), out_dir, recipe())
+    pipeline.quantize(Location(llama), out_dir, recipe())
     shutil.copytree(out_dir, tmp_path / "out.replaced")
-    pipeline.quantize(str(llama), out_dir, recipe(num_bits=2), overwrite=True)
+    pipeline.quantize(Location(llama), out_dir, recipe(num_bits=2), overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.replaced"]
 
 
@@ -127,7 +128,7 @@ def test_too_little_space_is_found_before_any_work(llama, tmp_path, monkeypatch)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
     with pytest.raises(OutputError, match=r"0\.00 MB free; writing out takes"):
-        pipeline.quantize(str(llama), tmp_path / "out", recipe())
+        pipeline.quantize(Location(llama), tmp_path / "out", recipe())
     assert list(tmp_path.iterdir()) == []
     check_free_space(find_place(tmp_path / "no" / "such" / "parent"), 400, besides=400)
     with pytest.raises(OutputError, match="MB free"):

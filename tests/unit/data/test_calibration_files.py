@@ -23,7 +23,7 @@ INTS = st.integers(-(2**63), 2**63 - 1)
 
 @pytest.fixture(scope="module")
 def tokenizer(llama):
-    return load_tokenizer(str(llama))
+    return load_tokenizer(llama)
 
 
 @pytest.fixture(scope="module")

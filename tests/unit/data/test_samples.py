@@ -28,7 +28,7 @@ def tokenizer(tmp_path):
     directory = tmp_path / "tokenizer"
     save_tokenizer(directory)
     (directory / "config.json").write_text('{"model_type": "llama"}')
-    return load_tokenizer(str(directory))
+    return load_tokenizer(directory)
 
 
 class AddsBos:

@@ -17,6 +17,7 @@ from qtool.evaluation.agreement import (
     record_reference,
 )
 from qtool.modeling.load import LoadedModel, load_model
+from qtool.modeling.locate import Location
 from tests import families
 from tests.families import VOCABULARY, text
 
@@ -26,12 +27,12 @@ PREDICTED = WINDOWS * (LENGTH - 1)
 
 @pytest.fixture(scope="module")
 def loaded(llama):
-    return load_model(str(llama), device="cpu")
+    return load_model(Location(llama), device="cpu")
 
 
 @pytest.fixture(scope="module")
 def perturbed(llama):
-    model = load_model(str(llama), device="cpu")
+    model = load_model(Location(llama), device="cpu")
     generator = torch.Generator().manual_seed(3)
     for weight in model.model.parameters():
         weight.data += 0.01 * torch.randn(weight.shape, generator=generator)
@@ -92,7 +93,7 @@ def test_divergence_is_the_textbooks(loaded, perturbed, reference, measured):
 
 
 def test_quantized_checkpoint_is_compared_like_any_model(checkpoint, loaded, reference):
-    quantized = load_model(str(checkpoint), device="cpu")
+    quantized = load_model(Location(checkpoint), device="cpu")
     found = compare_to_reference(quantized, reference)
     expected = statistics.fmean(plain_divergences(loaded, quantized, reference.windows))
     assert found.kl_divergence == pytest.approx(expected, rel=1e-3)
@@ -189,7 +190,7 @@ def test_no_prompts_no_greedy_text(loaded, corpus):
 
 
 def test_sampling_options_of_the_model_raise_no_warning(llama, corpus, caplog, monkeypatch):
-    model = load_model(str(llama), device="cpu")
+    model = load_model(Location(llama), device="cpu")
     model.model.generation_config.temperature = 0.3
     model.model.generation_config.top_k = 5
     log = logging.getLogger("transformers")
@@ -240,7 +241,7 @@ def test_continuation_beyond_the_positions_is_refused(loaded, corpus, new_tokens
 
 
 def test_output_that_is_no_number_is_refused(llama, reference):
-    model = load_model(str(llama), device="cpu")
+    model = load_model(Location(llama), device="cpu")
     model.model.lm_head.weight.data[3, 0] = math.nan
     with pytest.raises(ModelError, match="not numbers, in window 0"):
         compare_to_reference(model, reference)

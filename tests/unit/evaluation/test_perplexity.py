@@ -8,12 +8,13 @@ from qtool.data.corpora import Corpus, tokenize
 from qtool.errors import DataError
 from qtool.evaluation.perplexity import perplexity, window_loss
 from qtool.modeling.load import LoadedModel, load_model
+from qtool.modeling.locate import Location
 from tests.families import VOCABULARY, text
 
 
 @pytest.fixture(scope="module")
 def loaded(llama):
-    return load_model(str(llama), device="cpu")
+    return load_model(Location(llama), device="cpu")
 
 
 @pytest.fixture(scope="module")

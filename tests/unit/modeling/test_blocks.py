@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from qtool.errors import ModelError
 from qtool.modeling.adapters import families, load_adapter
 from qtool.modeling.blocks import BlockModel
+from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 
 FAMILIES = [*families(), "bloom", "stablelm", "gemma3_text"]
@@ -29,7 +30,7 @@ def test_walking_the_blocks_equals_the_whole_forward_pass(tiny, family):
     if family not in CONFIG_MAPPING:
         pytest.skip(f"this version of transformers has no {family}")
     directory = tiny(family)
-    source = open_source(str(directory))
+    source = open_source(Location(directory))
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     wanted = []
     model.get_submodule(source.adapter.blocks)[-1].register_forward_hook(
@@ -48,7 +49,7 @@ def test_walking_the_blocks_equals_the_whole_forward_pass(tiny, family):
 
 
 def test_batches_are_taken_in_turn_where_none_is_named(tiny):
-    source = open_source(str(tiny("llama")))
+    source = open_source(Location(tiny("llama")))
     walked = BlockModel(source, "cpu")
     hidden = walked.capture(tokens())
     block = walked.load(0)
@@ -59,7 +60,7 @@ def test_batches_are_taken_in_turn_where_none_is_named(tiny):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_linear_of_the_adapter_is_called_with_its_width(tiny, family):
-    source = open_source(str(tiny(family)))
+    source = open_source(Location(tiny(family)))
     walked = BlockModel(source, "cpu")
     hidden = walked.capture(tokens()[:1])
     block = walked.load(0)
@@ -72,7 +73,7 @@ def test_every_linear_of_the_adapter_is_called_with_its_width(tiny, family):
 
 
 def test_replaced_weight_is_used_and_the_copy_keeps_its_own(tiny):
-    source = open_source(str(tiny("gpt2")))
+    source = open_source(Location(tiny("gpt2")))
     walked = BlockModel(source, "cpu")
     hidden = walked.capture(tokens()[:1])
     block = walked.load(0)
@@ -87,7 +88,7 @@ def test_replaced_weight_is_used_and_the_copy_keeps_its_own(tiny):
 
 
 def test_linear_that_is_never_called_is_an_error(tiny, monkeypatch):
-    source = open_source(str(tiny("llama")))
+    source = open_source(Location(tiny("llama")))
     walked = BlockModel(source, "cpu")
     hidden = walked.capture(tokens()[:1])
     block = walked.load(0)
@@ -103,7 +104,7 @@ def with_residual():
 
 def first_block(directory):
     """Return the first block of a model and what it is called with."""
-    walked = BlockModel(open_source(str(directory)), "cpu")
+    walked = BlockModel(open_source(Location(directory)), "cpu")
     hidden = walked.capture(tokens()[:1])[0]
     return walked.load(0), hidden
 
@@ -130,10 +131,10 @@ def test_output_of_the_last_linear_is_added_to_what_around_returns(tiny, family)
 
 def test_family_that_normalizes_after_the_sum_has_no_residual_stream(tiny, tmp_path):
     directory = Path(shutil.copytree(tiny("opt"), tmp_path / "opt"))
-    assert open_source(str(directory)).residual == ("self_attn.out_proj", "fc2")
+    assert open_source(Location(directory)).residual == ("self_attn.out_proj", "fc2")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "do_layer_norm_before": False}))
-    assert open_source(str(directory)).residual is None
+    assert open_source(Location(directory)).residual is None
 
 
 def test_block_that_needs_more_of_the_model_is_one_line(tiny, monkeypatch):
@@ -159,7 +160,7 @@ def test_too_little_memory_is_not_taken_for_something_else(tiny, monkeypatch):
 
 
 def test_capturing_leaves_nothing_filled(tiny):
-    walked = BlockModel(open_source(str(tiny("llama"))), "cpu")
+    walked = BlockModel(open_source(Location(tiny("llama"))), "cpu")
     walked.capture(tokens()[:1])
     assert all(parameter.is_meta for parameter in walked._model.parameters())
     assert not any(buffer.is_meta for buffer in walked._model.buffers())

@@ -7,6 +7,7 @@ import yaml
 from qtool import pipeline
 from qtool.checkpoint.manifest import Manifest
 from qtool.modeling.card import Provenance, model_card, read_licence
+from qtool.modeling.locate import Location
 from tests.helpers import recipe
 
 MANIFEST = Manifest(
@@ -22,7 +23,7 @@ def front(card: str) -> dict[str, Any]:
 
 def test_card_of_a_run_says_what_it_is_made_of(llama, tmp_path):
     calibrated = recipe("gptq", calibration={"num_samples": 4, "sequence_length": 16})
-    pipeline.quantize(str(llama), tmp_path / "out", calibrated)
+    pipeline.quantize(Location(llama), tmp_path / "out", calibrated)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert front(card) == {"library_name": "transformers", "tags": ["qtool", "quantized"]}
     assert "gptq" in card

@@ -10,6 +10,7 @@ import pytest
 from qtool import pipeline
 from qtool.errors import ModelError
 from qtool.modeling.companions import read_companions
+from qtool.modeling.locate import Location
 from tests.helpers import recipe
 
 
@@ -78,7 +79,7 @@ def test_snapshot_of_the_hub_is_links_into_its_blobs(copy, tmp_path):
         (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
     (snapshot / "LICENSE").symlink_to("../../../copy/config.json")
     assert {*read_companions(snapshot)} == {*read_companions(copy)}
-    pipeline.quantize(str(snapshot), tmp_path / "out", recipe())
+    pipeline.quantize(Location(snapshot), tmp_path / "out", recipe())
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 

@@ -10,6 +10,7 @@ from qtool import pipeline
 from qtool.errors import QtoolError
 from qtool.modeling.config import parse_config, read_config
 from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 from tests import families
 from tests.helpers import recipe
@@ -30,7 +31,7 @@ def edit(directory: Path, drop: str = "", **changes: object) -> None:
 
 def refused(directory: Path, match: str) -> None:
     with pytest.raises(QtoolError, match=match) as caught:
-        open_source(str(directory))
+        open_source(Location(directory))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 700
 
@@ -38,9 +39,9 @@ def refused(directory: Path, match: str) -> None:
 @pytest.mark.parametrize("empty", [None, {}])
 def test_empty_quantization_config_means_unquantized(copy, tmp_path, empty):
     edit(copy, quantization_config=empty)
-    pipeline.quantize(str(copy), tmp_path / "out", recipe())
-    assert load_model(str(tmp_path / "out")).model.config.num_hidden_layers == 2
-    assert load_model(str(copy)).model.config.num_hidden_layers == 2
+    pipeline.quantize(Location(copy), tmp_path / "out", recipe())
+    assert load_model(Location(tmp_path / "out")).model.config.num_hidden_layers == 2
+    assert load_model(Location(copy)).model.config.num_hidden_layers == 2
 
 
 @pytest.mark.parametrize("odd", [False, 5, "gptq", [1]])
@@ -77,7 +78,7 @@ def test_quantization_config_that_is_no_object_is_refused(copy, odd):
 def test_key_of_a_wrong_type_is_one_line(copy, key, odd):
     edit(copy, **{key: odd})
     with pytest.raises(QtoolError) as caught:
-        open_source(str(copy))
+        open_source(Location(copy))
     assert "\n" not in str(caught.value)
 
 
@@ -111,20 +112,20 @@ def test_code_is_named_nowhere_in_a_checkpoint(copy, tmp_path):
     edit(copy, auto_map=code)
     tokenizer = json.loads((copy / "tokenizer_config.json").read_text())
     (copy / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "auto_map": code}))
-    pipeline.quantize(str(copy), tmp_path / "out", recipe())
+    pipeline.quantize(Location(copy), tmp_path / "out", recipe())
     for path in (tmp_path / "out").glob("*.json"):
         assert "auto_map" not in path.read_text(), path.name
-    assert load_model(str(tmp_path / "out")).tokenizer("w5")["input_ids"] == [5]
+    assert load_model(Location(tmp_path / "out")).tokenizer("w5")["input_ids"] == [5]
 
 
 def test_adapter_beside_the_weights_is_refused_and_a_lone_configuration_ignored(copy, tmp_path):
     (copy / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    pipeline.quantize(str(copy), tmp_path / "out", recipe())
+    pipeline.quantize(Location(copy), tmp_path / "out", recipe())
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     (copy / "adapter_model.safetensors").write_bytes(b"")
     refused(copy, "holds an adapter beside the weights.*Merge it")
     with pytest.raises(QtoolError, match="holds an adapter"):
-        load_model(str(copy))
+        load_model(Location(copy))
 
 
 def test_named_file_of_weights_is_refused(copy):
@@ -145,7 +146,7 @@ def test_facts_come_from_the_class_where_the_file_says_nothing(tmp_path):
         tmp_path / "mpt"
     )
     for name, positions in (("neo", families.POSITIONS), ("mpt", families.POSITIONS)):
-        source = open_source(str(tmp_path / name))
+        source = open_source(Location(tmp_path / name))
         assert (source.num_blocks, source.num_positions) == (2, positions), name
 
 

@@ -9,11 +9,12 @@ from qtool.errors import ModelError
 from qtool.modeling.card import model_card
 from qtool.modeling.device import default_dtype
 from qtool.modeling.load import load_model, load_tokenizer
+from qtool.modeling.locate import Location
 
 
 def test_unquantized_and_quantized_models_load_with_their_tokenizer(llama, checkpoint):
     for directory in (llama, checkpoint):
-        loaded = load_model(str(directory))
+        loaded = load_model(Location(directory))
         assert loaded.name == directory.name
         assert loaded.dtype == default_dtype(loaded.device)
         assert not loaded.model.training
@@ -22,7 +23,7 @@ def test_unquantized_and_quantized_models_load_with_their_tokenizer(llama, check
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_cast_to_the_dtype_that_is_asked_for(llama, dtype):
-    loaded = load_model(str(llama), device="cpu", dtype=dtype)
+    loaded = load_model(Location(llama), device="cpu", dtype=dtype)
     assert loaded.model.lm_head.weight.dtype == dtype
 
 
@@ -39,20 +40,20 @@ def copy(llama, tmp_path):
 def test_directory_without_a_config_is_no_model(copy):
     (copy / "config.json").unlink()
     with pytest.raises(ModelError, match=r"has no config\.json"):
-        load_model(str(copy))
+        load_model(Location(copy))
 
 
 def test_model_that_transformers_does_not_know_is_refused(copy):
     (copy / "config.json").write_text('{"model_type": "nonsense"}')
     with pytest.raises(ModelError, match="transformers can't use its config"):
-        load_model(str(copy))
+        load_model(Location(copy))
 
 
 def test_missing_tokenizer_is_said(copy):
     for path in copy.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(ModelError, match="has no usable tokenizer"):
-        load_tokenizer(str(copy))
+        load_tokenizer(copy)
 
 
 def test_remote_code_is_never_run(copy, tmp_path):
@@ -62,7 +63,7 @@ def test_remote_code_is_never_run(copy, tmp_path):
     auto = '{"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}, '
     (copy / "config.json").write_text(auto + text.lstrip("{ \n"))
     with pytest.raises(ModelError, match="transformers can't use its config"):
-        load_model(str(copy))
+        load_model(Location(copy))
     assert not witness.exists()
 
 

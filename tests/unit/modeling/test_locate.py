@@ -6,7 +6,7 @@ import pytest
 
 from qtool.errors import ModelError
 from qtool.modeling import locate as module
-from qtool.modeling.locate import check_model, locate
+from qtool.modeling.locate import Location, locate
 from qtool.storage.cache import cache_dir
 
 
@@ -44,7 +44,7 @@ def test_failed_download_is_one_line(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ModelError, match=r"No local directory 'someone/model', .*: 404$"):
-        locate("someone/model")
+        _ = locate("someone/model").directory
 
 
 def test_only_harmless_files_are_downloaded(monkeypatch, tmp_path):
@@ -57,7 +57,7 @@ def test_only_harmless_files_are_downloaded(monkeypatch, tmp_path):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    locate("someone/model")
+    _ = locate("someone/model").directory
     assert asked["model"] == "someone/model"
     assert not any("bin" in p or "py" in p or p == "*" for p in asked["patterns"])
 
@@ -90,18 +90,34 @@ def test_no_weights_are_downloaded_twice(name, wanted):
 
 @pytest.mark.parametrize("model", ["x" * 300, "~nobody-of-that-name/model", "a\0b"])
 def test_impossible_name_is_one_sentence(model):
-    for find in (locate, check_model):
-        with pytest.raises(ModelError, match="No model"):
-            find(model)
+    with pytest.raises(ModelError, match="No model"):
+        locate(model)
 
 
-def test_looking_for_a_model_reads_nothing(tmp_path, monkeypatch, llama):
+def test_looking_for_a_model_reads_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "convert_gguf", lambda _path: pytest.fail("converted"))
+    monkeypatch.setattr(module, "_download", lambda _model: pytest.fail("downloaded"))
     (tmp_path / "m.gguf").write_bytes(b"x")
-    check_model(str(tmp_path / "m.gguf"))
-    check_model(str(llama))
-    with pytest.raises(ModelError, match="No GGUF file"):
-        check_model(str(tmp_path / "n.gguf"))
+    assert locate(str(tmp_path / "m.gguf")).path == tmp_path / "m.gguf"
+    assert locate("someone/model").path is None
+
+
+def test_a_model_is_fetched_once(tmp_path, monkeypatch):
+    asked: list[str] = []
+
+    def download(model):
+        asked.append(model)
+        return tmp_path
+
+    monkeypatch.setattr(module, "_download", download)
+    location = locate("someone/model")
+    assert location.directory == location.directory == tmp_path
+    assert asked == ["someone/model"]
+
+
+def test_name_in_results_is_the_public_one_or_that_of_the_directory(tmp_path):
+    assert Location(tmp_path / "mine").name == "mine"
+    assert locate("someone/model").name == "someone/model"
 
 
 def test_missing_gguf_file_is_named(tmp_path):

@@ -13,6 +13,7 @@ from qtool import pipeline
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import QtoolError
 from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 from tests import families
 from tests.helpers import recipe
@@ -51,18 +52,18 @@ def refused(directory: Path, match: str) -> None:
     """Check that quantizing and evaluating are refused, in one line that says the same."""
     for open_ in (open_source, load_model):
         with pytest.raises(QtoolError, match=match) as caught:
-            open_(str(directory))
+            open_(Location(directory))
         assert "\n" not in str(caught.value)
 
 
 @torch.inference_mode()
 def logits(directory: Path) -> torch.Tensor:
-    return load_model(str(directory), device="cpu").model(PROMPT, use_cache=False).logits
+    return load_model(Location(directory), device="cpu").model(PROMPT, use_cache=False).logits
 
 
 def same_model(source: Path, tmp_path: Path, **sections: Any) -> None:
     """Check that 8 bits of a source are the model that transformers loads from it."""
-    pipeline.quantize(str(source), tmp_path / "out", recipe(num_bits=8, **sections))
+    pipeline.quantize(Location(source), tmp_path / "out", recipe(num_bits=8, **sections))
     expected, found = logits(source), logits(tmp_path / "out")
     assert float((found - expected).norm() / expected.norm()) < 0.05
 
@@ -138,7 +139,7 @@ def test_what_is_stored_besides_is_copied(copy, tmp_path, name):
 
 def test_head_is_tied_only_as_the_class_says(copy, tmp_path):
     edit_config(copy, drop="tie_word_embeddings")  # Llama's default: not tied
-    assert not open_source(str(copy)).head_is_tied
+    assert not open_source(Location(copy)).head_is_tied
     same_model(copy, tmp_path, embedding=TABLE, head=TABLE)
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
 
@@ -146,7 +147,7 @@ def test_head_is_tied_only_as_the_class_says(copy, tmp_path):
 def test_class_that_ties_by_default_does_so_without_the_key(tiny, tmp_path):
     directory = Path(shutil.copytree(tiny("gemma", tied=True), tmp_path / "gemma"))
     edit_config(directory, drop="tie_word_embeddings")
-    assert open_source(str(directory)).head_is_tied
+    assert open_source(Location(directory)).head_is_tied
     same_model(directory, tmp_path, embedding=TABLE)
 
 
@@ -155,13 +156,13 @@ def test_head_that_is_stored_with_values_of_its_own_follows_transformers(tied, t
 
     edit_tensors(tied, lambda tensors: {**tensors, HEAD: tensors[EMBEDDING].flip(0)})
     looks_at_values = hasattr(transformers.PreTrainedModel, "get_expanded_tied_weights_keys")
-    assert open_source(str(tied)).head_is_tied != looks_at_values
+    assert open_source(Location(tied)).head_is_tied != looks_at_values
     same_model(tied, tmp_path, embedding=TABLE)
 
 
 def test_head_that_is_stored_with_the_same_values_is_tied(tied, tmp_path):
     edit_tensors(tied, lambda tensors: {**tensors, HEAD: tensors[EMBEDDING].clone()})
-    assert open_source(str(tied)).head_is_tied
+    assert open_source(Location(tied)).head_is_tied
     same_model(tied, tmp_path, embedding=TABLE)
 
 
@@ -177,7 +178,7 @@ def test_embedding_that_is_stored_as_the_head_is_found(tied, tmp_path):
 
 def test_tied_head_keeps_its_bias(tmp_path):
     families.build("phi", tied=True).save_pretrained(tmp_path / "phi")
-    plan = pipeline.plan(str(tmp_path / "phi"), recipe(embedding=TABLE))
+    plan = pipeline.plan(Location(tmp_path / "phi"), recipe(embedding=TABLE))
     assert (plan.tied_head, "lm_head.bias" in plan.kept) == ("lm_head", True)
 
 
@@ -188,7 +189,7 @@ def test_single_file_comes_before_an_index(copy, tmp_path):
     (copy / INDEX).write_text(json.dumps(index))
     same_model(copy, tmp_path)
     (copy / "model-00001-of-00001.safetensors").unlink()
-    assert open_source(str(copy)).num_blocks == 2
+    assert open_source(Location(copy)).num_blocks == 2
 
 
 def test_other_file_names_are_refused_as_transformers_does(copy):
@@ -200,7 +201,7 @@ def test_all_tensors_of_the_files_of_an_index_count(copy):
     (copy / WEIGHTS).rename(copy / "part.safetensors")
     index = {"metadata": {}, "weight_map": {EMBEDDING: "part.safetensors"}}
     (copy / INDEX).write_text(json.dumps(index))
-    assert len(open_source(str(copy)).shards.specs) == 21
+    assert len(open_source(Location(copy)).shards.specs) == 21
 
 
 @pytest.mark.parametrize(
@@ -231,4 +232,4 @@ def test_tensor_in_two_files_is_refused(copy):
 def test_two_stored_names_of_one_tensor_are_refused(copy):
     edit_tensors(copy, lambda t: {**t, "norm.weight": t["model.norm.weight"] + 1})
     with pytest.raises(QtoolError, match=r"Both model\.norm\.weight and norm\.weight are stored"):
-        open_source(str(copy))
+        open_source(Location(copy))

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from qtool import pipeline
 from qtool.errors import QtoolError
 from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location, locate
 from qtool.modeling.source import open_source
 from tests import families
 from tests.helpers import dequantized, recipe
@@ -36,7 +37,7 @@ def edit_tensors(directory: Path, change) -> None:
 
 def refused(directory: Path, match: str) -> None:
     with pytest.raises(QtoolError, match=match) as caught:
-        open_source(str(directory))
+        open_source(locate(str(directory)))
     assert "\n" not in str(caught.value)
 
 
@@ -162,8 +163,8 @@ def test_weights_of_another_family_are_refused(copy):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_other_float_dtypes_are_quantized_alike(copy, llama, tmp_path, dtype):
     edit_tensors(copy, lambda tensors: {n: t.to(dtype) for n, t in tensors.items()})
-    result = pipeline.quantize(str(copy), tmp_path / "out", recipe())
-    plain = pipeline.quantize(str(llama), tmp_path / "plain", recipe())
+    result = pipeline.quantize(Location(copy), tmp_path / "out", recipe())
+    plain = pipeline.quantize(Location(llama), tmp_path / "plain", recipe())
     for layer, other in zip(result.layers, plain.layers, strict=True):
         assert layer.metrics["nmse"] == pytest.approx(other.metrics["nmse"], rel=0.05)
 
@@ -176,11 +177,11 @@ def test_checkpoint_saved_from_the_base_model_is_read_under_full_names(tmp_path,
     families.save_tokenizer(tmp_path / "base")
     stored = load_file(tmp_path / "base" / WEIGHTS)
     assert not any(name.startswith(prefix) for name in stored)
-    source = open_source(str(tmp_path / "base"))
+    source = open_source(Location(tmp_path / "base"))
     assert all(name.startswith(prefix) for name in source.names())
     assert source.head_is_tied
-    pipeline.quantize(str(tmp_path / "base"), tmp_path / "out", recipe(num_bits=8))
-    loaded = load_model(str(tmp_path / "out")).model
+    pipeline.quantize(Location(tmp_path / "base"), tmp_path / "out", recipe(num_bits=8))
+    loaded = load_model(Location(tmp_path / "out")).model
     tokens = torch.arange(3, 20).unsqueeze(0)
     with torch.inference_mode():
         expected, got = (m(tokens).logits.float() for m in (model.float(), loaded))
@@ -193,16 +194,16 @@ def test_sharded_input_is_read_like_a_single_file(llama, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float16)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    single, sharded = open_source(str(llama)), open_source(str(tmp_path / "sharded"))
+    single, sharded = open_source(Location(llama)), open_source(Location(tmp_path / "sharded"))
     assert list(single.names()) == list(sharded.names())
     for name in single.names():
         assert torch.equal(single.read(name), sharded.read(name))
-    pipeline.quantize(str(tmp_path / "sharded"), tmp_path / "out", recipe())
+    pipeline.quantize(Location(tmp_path / "sharded"), tmp_path / "out", recipe())
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 
 def test_conv1d_weights_are_read_as_out_by_in(tiny):
-    source = open_source(str(tiny("gpt2")))
+    source = open_source(Location(tiny("gpt2")))
     layer = "transformer.h.0.attn.c_attn"
     assert source.spec(f"{layer}.weight").shape == (64, 192)
     assert source.weight_shape(layer) == (192, 64)
@@ -210,7 +211,7 @@ def test_conv1d_weights_are_read_as_out_by_in(tiny):
 
 
 def test_layers_come_in_the_order_of_execution(llama):
-    names = list(open_source(str(llama)).block_linears())
+    names = list(open_source(Location(llama)).block_linears())
     assert [name.rsplit(".", 1)[-1] for name in names[:7]] == [
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     ]
@@ -224,7 +225,7 @@ def test_tied_head_that_is_stored_as_well_is_not_copied(tiny, tmp_path):
         return {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
 
     edit_tensors(directory, store_head)
-    plan = pipeline.plan(str(directory), recipe(embedding={}))
+    plan = pipeline.plan(Location(directory), recipe(embedding={}))
     assert plan.tied_head == "lm_head"
     assert "lm_head.weight" not in plan.kept
 
@@ -240,13 +241,13 @@ def test_companions_leave_out_what_belongs_to_the_weights(copy):
 
 def open_source_companions(directory: Path) -> dict[str, bytes]:
     (directory / "model.safetensors.index.json").unlink()  # else it would be read
-    return open_source(str(directory)).companions()
+    return open_source(Location(directory)).companions()
 
 
 def test_what_is_not_quantized_is_copied_bit_for_bit(llama, checkpoint):
     from qtool.checkpoint.reader import CheckpointReader
 
-    source, reader = open_source(str(llama)), CheckpointReader(checkpoint)
+    source, reader = open_source(Location(llama)), CheckpointReader(checkpoint)
     quantized = {f"{name}.weight" for name in reader.manifest.layers}
     kept = [name for name in source.names() if name not in quantized]
     assert len(kept) == 2 * 2 + 3  # two norms a block, last norm, embedding, head
@@ -259,8 +260,8 @@ def test_what_is_not_quantized_is_copied_bit_for_bit(llama, checkpoint):
 def test_stored_error_is_the_error_of_the_written_weight(llama, tmp_path):
     from qtool.checkpoint.reader import CheckpointReader
 
-    result = pipeline.quantize(str(llama), tmp_path / "out", recipe())
-    source, reader = open_source(str(llama)), CheckpointReader(tmp_path / "out")
+    result = pipeline.quantize(Location(llama), tmp_path / "out", recipe())
+    source, reader = open_source(Location(llama)), CheckpointReader(tmp_path / "out")
     for layer in result.layers:
         tensor = reader.load(layer.name)
         assert not isinstance(tensor, torch.Tensor)

@@ -14,6 +14,7 @@ from qtool import pipeline
 from qtool.base import Emit
 from qtool.errors import DataError, ModelError
 from qtool.modeling import load as load_module
+from qtool.modeling.locate import Location
 from qtool.pipeline import measuring
 from qtool.pipeline.model_figures import figures_of
 from tests import families
@@ -72,9 +73,9 @@ def test_other_vocabulary_costs_the_comparison_and_no_perplexity(llama, tmp_path
     families.save_tokenizer(larger)
     events: EVENTS = []
     result = pipeline.evaluate(
-        str(llama),
+        Location(llama),
         options(text_file),
-        baseline=str(larger),
+        baseline=Location(larger),
         emit=noted(events),
     )
     assert result.agreement is None
@@ -85,7 +86,9 @@ def test_other_vocabulary_costs_the_comparison_and_no_perplexity(llama, tmp_path
 
 
 def test_texts_can_be_left_out(llama, text_file):
-    result = pipeline.evaluate(str(llama), options(text_file, texts=False), baseline=str(llama))
+    result = pipeline.evaluate(
+        Location(llama), options(text_file, texts=False), baseline=Location(llama)
+    )
     assert result.agreement is not None
     assert result.agreement.greedy == ()
     assert result.agreement.greedy_equal_share is None
@@ -95,7 +98,7 @@ def test_bench_frees_the_first_model_before_it_loads_the_second(
     llama, checkpoint, only_one_at_a_time, monkeypatch
 ):
     monkeypatch.setattr(measuring, "time_model", lambda _loaded: None)
-    result = pipeline.bench(str(checkpoint), baseline=str(llama))
+    result = pipeline.bench(Location(checkpoint), baseline=Location(llama))
     assert len(only_one_at_a_time) == len(result.figures) == 2
 
 
@@ -113,12 +116,12 @@ def test_model_of_another_quantizer_is_refused_before_anything_is_measured(
     llama, checkpoint, tmp_path, text_file, monkeypatch, config, words
 ):
     monkeypatch.setattr(measuring, "load_model", lambda *_a, **_k: pytest.fail("loaded"))
-    foreign = str(changed(llama, tmp_path / "foreign", quantization_config=config))
-    for model, baseline in ((foreign, None), (str(llama), foreign)):
+    foreign = Location(changed(llama, tmp_path / "foreign", quantization_config=config))
+    for model, baseline in ((foreign, None), (Location(llama), foreign)):
         with pytest.raises(ModelError, match=words):
             pipeline.evaluate(model, options(text_file), baseline=baseline)
     with pytest.raises(ModelError, match=words):
-        pipeline.bench(str(checkpoint), baseline=foreign)
+        pipeline.bench(Location(checkpoint), baseline=foreign)
 
 
 @pytest.mark.parametrize("config", [None, {}])
@@ -146,7 +149,7 @@ def test_loss_beyond_every_number_is_infinite(llama, tmp_path, text_file):
         return {**tensors, "lm_head.weight": tensors["lm_head.weight"] * 1e5}
 
     loud = with_weights(llama, tmp_path / "loud", change)
-    (figures,) = pipeline.evaluate(str(loud), options(text_file)).figures
+    (figures,) = pipeline.evaluate(Location(loud), options(text_file)).figures
     assert figures.perplexity is not None
     assert figures.perplexity.perplexity == math.inf
 
@@ -159,7 +162,7 @@ def test_outputs_that_are_no_numbers_are_said_and_cost_nothing_else(llama, tmp_p
     for model, baseline in ((broken, llama), (llama, broken)):
         events: EVENTS = []
         result = pipeline.evaluate(
-            str(model), options(text_file), baseline=str(baseline), emit=noted(events)
+            Location(model), options(text_file), baseline=Location(baseline), emit=noted(events)
         )
         values = [f.perplexity.perplexity for f in result.figures if f.perplexity is not None]
         assert [math.isnan(value) for value in values] == [baseline is broken, model is broken]
@@ -172,4 +175,4 @@ def test_token_without_an_embedding_is_one_sentence(tmp_path, text_file):
     families.build("llama", vocab_size=64).save_pretrained(small)
     families.save_tokenizer(small)
     with pytest.raises(DataError, match=r"words\.txt has token \d+, .*embedding 64 rows"):
-        pipeline.evaluate(str(small), options(text_file))
+        pipeline.evaluate(Location(small), options(text_file))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from qtool import pipeline
 from qtool.checkpoint.reader import CheckpointReader, tensor_digest
 from qtool.errors import QtoolError
+from qtool.modeling.locate import Location
 from qtool.runtime.modules import QuantizedWeight
 from tests import families
 from tests.helpers import recipe
@@ -49,7 +50,7 @@ def damaged(checkpoint, tmp_path):
 def tied(tiny, tmp_path_factory) -> Path:
     """Return a checkpoint with a quantized table that is the head as well."""
     out_dir = tmp_path_factory.mktemp("tied") / "out"
-    pipeline.quantize(str(tiny("llama", tied=True)), out_dir, recipe(embedding=TABLE))
+    pipeline.quantize(Location(tiny("llama", tied=True)), out_dir, recipe(embedding=TABLE))
     return out_dir
 
 
@@ -137,9 +138,9 @@ def test_shards_load(llama, tmp_path, monkeypatch):
     from qtool.checkpoint import writer
 
     monkeypatch.setattr(writer, "MAX_SHARD_BYTES", 25_000)
-    pipeline.quantize(str(llama), tmp_path / "sharded", recipe())
+    pipeline.quantize(Location(llama), tmp_path / "sharded", recipe())
     monkeypatch.undo()
-    pipeline.quantize(str(llama), tmp_path / "single", recipe())
+    pipeline.quantize(Location(llama), tmp_path / "single", recipe())
     assert (tmp_path / "sharded" / INDEX).is_file()
     assert torch.equal(logits(load(tmp_path / "sharded")), logits(load(tmp_path / "single")))
 
@@ -229,7 +230,7 @@ def test_tied_head_keeps_its_bias(family, tmp_path):
     """Both have a bias beside the weight that is shared."""
     families.build(family, tied=True, rotary_dim=8).save_pretrained(tmp_path / "source")
     families.save_tokenizer(tmp_path / "source")
-    pipeline.quantize(str(tmp_path / "source"), tmp_path / "out", recipe(embedding=TABLE))
+    pipeline.quantize(Location(tmp_path / "source"), tmp_path / "out", recipe(embedding=TABLE))
     original, model = load(tmp_path / "source"), load(tmp_path / "out")
     assert torch.equal(model.lm_head.bias, original.lm_head.bias)
     assert original.lm_head.bias.abs().max() > 0
@@ -245,7 +246,7 @@ def test_model_without_parameters_says_what_it_is(tmp_path):
     families.build("olmo").save_pretrained(tmp_path / "source")
     families.save_tokenizer(tmp_path / "source")
     tables: dict[str, Any] = {"embedding": TABLE, "head": TABLE}
-    pipeline.quantize(str(tmp_path / "source"), tmp_path / "out", recipe(**tables))
+    pipeline.quantize(Location(tmp_path / "source"), tmp_path / "out", recipe(**tables))
     model = load(tmp_path / "out", dtype=torch.bfloat16)
     assert list(model.parameters()) == []
     assert (model.dtype, model.device) == (torch.bfloat16, torch.device("cpu"))

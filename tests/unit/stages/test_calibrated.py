@@ -7,6 +7,7 @@ from qtool import pipeline
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import QtoolError
 from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
 from qtool.stages.calibrated import FEW_TOKENS, raised
 from tests.helpers import file_hashes
@@ -26,14 +27,16 @@ def recipe(method, dataset, **calibration):
 def output_error(original, directory) -> float:
     """Return the relative error of the logits on tokens that no sample holds."""
     tokens = torch.arange(3, 67).unsqueeze(0)
-    expected, got = (load_model(str(where)).model(tokens).logits for where in (original, directory))
+    expected, got = (
+        load_model(Location(where)).model(tokens).logits for where in (original, directory)
+    )
     return float((got - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_same_samples_give_the_same_bytes_and_are_recorded(llama, text_file, tmp_path, method):
     for name in ("a", "b"):
-        pipeline.quantize(str(llama), tmp_path / name, recipe(method, text_file))
+        pipeline.quantize(Location(llama), tmp_path / name, recipe(method, text_file))
     first, second = file_hashes(tmp_path / "a"), file_hashes(tmp_path / "b")
     for name in ("model.safetensors", "config.json"):
         assert first[name] == second[name]
@@ -43,9 +46,9 @@ def test_same_samples_give_the_same_bytes_and_are_recorded(llama, text_file, tmp
 @pytest.mark.parametrize("method", METHODS)
 def test_interrupted_run_resumes_to_the_same_bytes(llama, text_file, tmp_path, method):
     chosen = recipe(method, text_file)
-    pipeline.quantize(str(llama), tmp_path / "whole", chosen)
+    pipeline.quantize(Location(llama), tmp_path / "whole", chosen)
     interrupted(llama, tmp_path / "out", chosen)
-    pipeline.quantize(str(llama), tmp_path / "out", chosen, resume=True)
+    pipeline.quantize(Location(llama), tmp_path / "out", chosen, resume=True)
     for name in ("model.safetensors", "config.json"):
         assert file_hashes(tmp_path / "out")[name] == file_hashes(tmp_path / "whole")[name]
 
@@ -61,7 +64,7 @@ def interrupted(llama, out_dir, chosen, **options):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.quantize(str(llama), out_dir, chosen, emit=stop, **options)
+        pipeline.quantize(Location(llama), out_dir, chosen, emit=stop, **options)
 
 
 def test_resume_with_other_samples_is_refused(llama, text_file, tmp_path):
@@ -69,11 +72,11 @@ def test_resume_with_other_samples_is_refused(llama, text_file, tmp_path):
     for name, count in (("a", 6), ("b", 7)):
         section = recipe("gptq", text_file, num_samples=count).calibration
         assert section is not None
-        pipeline.calibrate(str(llama), tmp_path / name, section)
+        pipeline.calibrate(Location(llama), tmp_path / name, section)
     interrupted(llama, tmp_path / "out", chosen, calib_dir=tmp_path / "a")
     with pytest.raises(QtoolError, match="another calibration"):
         pipeline.quantize(
-            str(llama), tmp_path / "out", chosen, resume=True, calib_dir=tmp_path / "b"
+            Location(llama), tmp_path / "out", chosen, resume=True, calib_dir=tmp_path / "b"
         )
 
 
@@ -83,16 +86,16 @@ def test_block_inputs_of_a_killed_run_are_not_in_the_checkpoint(llama, text_file
     left = tmp_path / "out.partial" / "streams"
     left.mkdir()
     (left / "original.stream").write_bytes(b"0" * 100)
-    pipeline.quantize(str(llama), tmp_path / "out", chosen, resume=True)
+    pipeline.quantize(Location(llama), tmp_path / "out", chosen, resume=True)
     assert not (tmp_path / "out" / "streams").exists()
 
 
 def test_data_lowers_the_error_of_the_outputs(llama, text_file, tmp_path):
     weights = {"method": "rtn", "scheme": SCHEME}
-    pipeline.quantize(str(llama), tmp_path / "rtn", recipe_from_mapping({"weights": weights}))
+    pipeline.quantize(Location(llama), tmp_path / "rtn", recipe_from_mapping({"weights": weights}))
     plain = output_error(llama, tmp_path / "rtn")
     for method in METHODS:
-        pipeline.quantize(str(llama), tmp_path / method, recipe(method, text_file))
+        pipeline.quantize(Location(llama), tmp_path / method, recipe(method, text_file))
         assert output_error(llama, tmp_path / method) < plain
 
 
@@ -109,7 +112,7 @@ def test_unusable_samples_are_one_sentence_and_leave_nothing(
 ):
     chosen = {"dataset": text_file, **calibration}
     with pytest.raises(QtoolError, match=message) as caught:
-        pipeline.quantize(str(llama), tmp_path / "out", recipe("gptq", **chosen))
+        pipeline.quantize(Location(llama), tmp_path / "out", recipe("gptq", **chosen))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -117,7 +120,7 @@ def test_unusable_samples_are_one_sentence_and_leave_nothing(
 def test_method_that_needs_data_says_so_without_it(llama, tmp_path):
     with pytest.raises(QtoolError, match="gptq"):
         pipeline.quantize(
-            str(llama), tmp_path / "out", recipe_from_mapping({"weights": {"method": "gptq"}})
+            Location(llama), tmp_path / "out", recipe_from_mapping({"weights": {"method": "gptq"}})
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -129,7 +132,7 @@ def test_group_dim_is_chosen_per_layer_by_the_held_out_error(llama, text_file, t
     weights["options"] = QUICK.get(method, {})
     section = {"dataset": str(text_file), "num_samples": 6, "sequence_length": 64}
     result = pipeline.quantize(
-        str(llama),
+        Location(llama),
         tmp_path / "out",
         recipe_from_mapping({"calibration": section, "weights": weights}),
     )
@@ -148,14 +151,14 @@ def test_group_dim_is_chosen_per_layer_by_the_held_out_error(llama, text_file, t
 def test_block_inputs_on_disk_give_the_same_bytes_and_leave_nothing(llama, text_file, tmp_path):
     for cache in ("memory", "disk"):
         chosen = recipe("gptq", text_file, cache=cache)
-        pipeline.quantize(str(llama), tmp_path / cache, chosen)
+        pipeline.quantize(Location(llama), tmp_path / cache, chosen)
     first, second = (file_hashes(tmp_path / cache) for cache in ("memory", "disk"))
     assert first["model.safetensors"] == second["model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "memory"]
 
 
 def test_report_compares_each_layer_with_rounding_to_nearest(llama, text_file, tmp_path):
-    result = pipeline.quantize(str(llama), tmp_path / "out", recipe("gptq", text_file))
+    result = pipeline.quantize(Location(llama), tmp_path / "out", recipe("gptq", text_file))
     for key in ("output_error", "added_error"):
         better = [m[key] < m[f"{key}_rounded"] for m in metrics(result)]
         assert sum(better) >= 0.8 * len(better)
@@ -176,7 +179,7 @@ def test_few_tokens_are_warned_of_once_and_raise_the_damping(llama, text_file, t
             warnings.append(values["message"])
 
     chosen = recipe("gptq", text_file, num_samples=2, sequence_length=20)
-    result = pipeline.quantize(str(llama), tmp_path / "out", chosen, emit=emit)
+    result = pipeline.quantize(Location(llama), tmp_path / "out", chosen, emit=emit)
     (message,) = [text for text in warnings if "tokens" in text]
     assert "64 and 96 inputs" in message
     for layer in result.layers:
@@ -192,10 +195,10 @@ def test_damping_is_raised_only_where_tokens_are_few_and_never_above_one():
 
 def test_strict_run_fails_where_a_solver_falls_back(llama, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr("qtool.core.hessian.factor_inverse", lambda _damped: None)
-    loose = pipeline.quantize(str(llama), tmp_path / "loose", recipe("gptq", text_file))
+    loose = pipeline.quantize(Location(llama), tmp_path / "loose", recipe("gptq", text_file))
     assert all(layer.fallback for layer in loose.layers)
     with pytest.raises(QtoolError, match="can't be factored"):
-        pipeline.quantize(str(llama), tmp_path / "out", recipe("gptq", text_file, strict=True))
+        pipeline.quantize(Location(llama), tmp_path / "out", recipe("gptq", text_file, strict=True))
     assert [path.name for path in tmp_path.iterdir()] == ["loose"]
 
 
@@ -207,5 +210,5 @@ def test_inputs_that_are_not_finite_end_the_run_with_the_layer_and_a_way_out(
 
     monkeypatch.setattr("qtool.modeling.blocks.Block.inputs_of", overflow)
     with pytest.raises(QtoolError, match=r"q_proj hold NaN or infinity.*float32 is the widest"):
-        pipeline.quantize(str(llama), tmp_path / "out", recipe("gptq", text_file))
+        pipeline.quantize(Location(llama), tmp_path / "out", recipe("gptq", text_file))
     assert list(tmp_path.iterdir()) == []

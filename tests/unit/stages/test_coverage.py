@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qtool import pipeline
 from qtool.errors import ModelError, QtoolError, RecipeError
+from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 from qtool.stages.plan import make_plan
 from qtool.stages.statistics import why_not_finite
@@ -32,7 +33,7 @@ def experts(tmp_path_factory):
     """Return a source whose experts are plain parameters of two dimensions."""
     directory = tmp_path_factory.mktemp("dbrx")
     families.build("dbrx", **DBRX).save_pretrained(directory)
-    return open_source(str(directory))
+    return open_source(Location(directory))
 
 
 @pytest.fixture
@@ -75,21 +76,21 @@ def test_experts_cannot_be_quantized_by_an_override(experts):
 
 
 def test_skipped_linears_are_asked_for(llama):
-    plan = pipeline.plan(str(llama), with_overrides({"match": "*.mlp.*", "skip": True}))
+    plan = pipeline.plan(Location(llama), with_overrides({"match": "*.mlp.*", "skip": True}))
     assert len(plan.layers) == 8
 
 
 def test_tensor_with_the_name_of_a_part_is_refused(copy):
     edit_tensors(copy, **{"model.layers.0.self_attn.q_proj.scales": torch.ones(3)})
     with pytest.raises(ModelError, match=r"a tensor is named .*q_proj\.scales"):
-        pipeline.plan(str(copy), recipe())
+        pipeline.plan(Location(copy), recipe())
 
 
 def test_table_with_the_name_of_a_part_is_refused(copy):
     edit_tensors(copy, **{"model.embed_tokens.scales": torch.ones(3)})
-    assert pipeline.plan(str(copy), recipe()).layers
+    assert pipeline.plan(Location(copy), recipe()).layers
     with pytest.raises(ModelError, match=r"a tensor is named .*embed_tokens\.scales"):
-        pipeline.plan(str(copy), recipe(embedding={}))
+        pipeline.plan(Location(copy), recipe(embedding={}))
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
@@ -97,18 +98,18 @@ def test_values_of_the_source_are_blamed_before_the_dtype(copy, tmp_path, text_f
     values = load_file(copy / WEIGHTS)[name]
     values.view(-1)[5:] = torch.nan
     edit_tensors(copy, **{name: values})
-    source = open_source(str(copy))
+    source = open_source(Location(copy))
     message = why_not_finite(source, "model.layers.0.x", torch.float16)
     assert f"{values.numel() - 5} of {values.numel()} values of {name} in the model's" in message
     assert "dtype" not in message
     if "embed" in name:
         data = {"dataset": str(text_file), "num_samples": 4, "sequence_length": 16}
         with pytest.raises(QtoolError, match=rf"values of {name}"):
-            pipeline.quantize(str(copy), tmp_path / "o", recipe("gptq", calibration=data))
+            pipeline.quantize(Location(copy), tmp_path / "o", recipe("gptq", calibration=data))
 
 
 def test_dtype_is_blamed_if_the_values_are_finite(llama):
-    source = open_source(str(llama))
+    source = open_source(Location(llama))
     narrow = why_not_finite(source, "layer", torch.float16)
     assert "leaves the range of float16" in narrow and "calibration.dtype to float32" in narrow
     assert "calibration.dtype" not in why_not_finite(source, "layer", torch.float32)

@@ -16,9 +16,10 @@ RUN = """
 import sys
 from pathlib import Path
 from qtool import pipeline
+from qtool.modeling.locate import locate
 from qtool.recipe.load import recipe_from_mapping
 recipe = recipe_from_mapping({"weights": {"method": "rtn"}})
-pipeline.quantize(sys.argv[1], Path(sys.argv[2]), recipe)
+pipeline.quantize(locate(sys.argv[1]), Path(sys.argv[2]), recipe)
 (peak,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
 print(int(peak.split()[1]) * 1024)
 """

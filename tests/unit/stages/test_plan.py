@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from qtool import pipeline
 from qtool.errors import ModelError, QtoolError, RecipeError, SchemeError, UnknownNameError
+from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 from qtool.recipe.load import recipe_from_mapping
 from qtool.stages.plan import make_plan, with_samples
@@ -16,7 +17,7 @@ RTN4 = {"method": "rtn", "scheme": {"num_bits": 4, "group_size": 32}}
 
 @pytest.fixture(scope="module")
 def source(llama):
-    return open_source(str(llama))
+    return open_source(Location(llama))
 
 
 def plan_of(source, *overrides, **sections):
@@ -35,7 +36,7 @@ def test_tensor_named_like_what_is_written_is_refused(llama, tmp_path, taken):
     tensors[f"model.layers.0.self_attn.{taken}"] = torch.ones(3)
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=rf"a tensor is named .*{taken}, as quantizing names"):
-        plan_of(open_source(str(model)))
+        plan_of(open_source(Location(model)))
 
 
 def test_overrides_change_only_what_they_match(source):
@@ -125,13 +126,13 @@ def test_scheme_that_a_method_cannot_do_is_refused_before_reading(source):
 
 
 def test_head_section_of_a_tied_model_is_refused_with_the_way_out(tiny):
-    source = open_source(str(tiny("llama", tied=True)))
+    source = open_source(Location(tiny("llama", tied=True)))
     with pytest.raises(RecipeError, match="tied to its embedding; quantize both with the section"):
         plan_of(source, head={})
 
 
 def test_embedding_of_a_tied_model_covers_the_head(tiny):
-    plan = plan_of(open_source(str(tiny("llama", tied=True))), embedding={})
+    plan = plan_of(open_source(Location(tiny("llama", tied=True))), embedding={})
     assert plan.tied_head == "lm_head"
     assert [layer.role for layer in plan.layers].count("embedding") == 1
     assert "lm_head" not in {layer.name for layer in plan.layers}
@@ -139,8 +140,8 @@ def test_embedding_of_a_tied_model_covers_the_head(tiny):
 
 def test_planned_sizes_are_those_that_are_written(llama, tmp_path):
     chosen = recipe("bcq", 3, 24, embedding={"method": "rtn"})
-    plan = pipeline.plan(str(llama), chosen)
-    result = pipeline.quantize(str(llama), tmp_path / "out", chosen)
+    plan = pipeline.plan(Location(llama), chosen)
+    result = pipeline.quantize(Location(llama), tmp_path / "out", chosen)
     header = int.from_bytes((tmp_path / "out" / "model.safetensors").read_bytes()[:8], "little")
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert size == 8 + header + plan.total_bytes
@@ -157,7 +158,7 @@ def test_planning_reads_no_weights(llama, monkeypatch):
     from qtool.checkpoint.shards import Shards
 
     monkeypatch.setattr(Shards, "read", lambda *_args: pytest.fail("read a weight"))
-    assert len(pipeline.plan(str(llama), recipe()).layers) == 14
+    assert len(pipeline.plan(Location(llama), recipe()).layers) == 14
 
 
 def test_method_that_needs_data_is_refused_wherever_there_is_none(source):

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from qtool import pipeline
 from qtool.errors import MethodError
+from qtool.modeling.locate import Location
 from tests.helpers import recipe
 
 LINEAR = "model.layers.1.mlp.up_proj.weight"
@@ -30,7 +31,7 @@ def spoil(directory: Path, value: float, dtype: torch.dtype = torch.float16) -> 
 def test_weight_that_is_not_finite_is_refused_and_named(copy, tmp_path, method, value):
     spoil(copy, value)
     with pytest.raises(MethodError, match="up_proj: 1 of 6144 weights are NaN or infinite"):
-        pipeline.quantize(str(copy), tmp_path / "out", recipe(method))
+        pipeline.quantize(Location(copy), tmp_path / "out", recipe(method))
     assert not (tmp_path / "out").exists()
 
 
@@ -38,13 +39,13 @@ def test_weight_that_is_not_finite_is_refused_and_named(copy, tmp_path, method, 
 def test_weight_too_large_for_float16_scales_is_refused_with_the_way_out(copy, tmp_path, method):
     spoil(copy, 1e9, torch.float32)
     with pytest.raises(MethodError, match=r"doesn't fit float16; .* 1e\+09\. Skip this layer"):
-        pipeline.quantize(str(copy), tmp_path / "out", recipe(method, 2))
+        pipeline.quantize(Location(copy), tmp_path / "out", recipe(method, 2))
     skip = [{"match": LINEAR.removesuffix(".weight"), "skip": True}]
     weights = {"method": method, "scheme": {"num_bits": 2, "group_size": 32}, "overrides": skip}
     from qtool.recipe.load import recipe_from_mapping
 
     result = pipeline.quantize(
-        str(copy), tmp_path / "out", recipe_from_mapping({"weights": weights}), overwrite=True
+        Location(copy), tmp_path / "out", recipe_from_mapping({"weights": weights}), overwrite=True
     )
     assert len(result.layers) == 13
 
@@ -52,7 +53,7 @@ def test_weight_too_large_for_float16_scales_is_refused_with_the_way_out(copy, t
 def test_events_count_every_layer_once(llama, tmp_path):
     events = []
     pipeline.quantize(
-        str(llama),
+        Location(llama),
         tmp_path / "out",
         recipe(),
         emit=lambda name, values: events.append((name, values)),
@@ -70,7 +71,7 @@ def test_copied_tensor_that_is_not_finite_is_warned_of_once_and_named(copy, tmp_
     save_file(tensors, path, {"format": "pt"})
     events = []
     pipeline.quantize(
-        *(str(copy), tmp_path / "out", recipe()),
+        *(Location(copy), tmp_path / "out", recipe()),
         emit=lambda name, values: events.append((name, values)),
     )
     warnings = [v["message"] for name, v in events if name == "warning" and "NaN" in v["message"]]
