@@ -113,24 +113,6 @@ def check_is(tensor: QuantizedTensor, expected: torch.Tensor) -> None:
 
 @EVERY_FORMAT
 @settings(max_examples=60)
-@given(scheme=schemes, shape=shapes, seed=st.integers(0, 10_000), data=st.data())
-def test_a_part_of_a_weight_is_cut_to_the_bit_or_refused(name, scheme, shape, seed, data):
-    tensor = random_tensor(name, scheme, shape, seed)
-    dim = data.draw(st.integers(0, 1))
-    start = data.draw(st.integers(0, shape[dim] - 1))
-    length = data.draw(st.integers(1, shape[dim] - start))
-    grouped = dim == GROUPED[tensor.scheme.group_dim]
-    size = min(tensor.scheme.group_size or shape[dim], shape[dim]) if grouped else 1
-    if start % size and (start + length - 1) // size > start // size:
-        with pytest.raises(SchemeError, match="cuts a group"):
-            codec(name).narrow(tensor, dim, start, length)
-        return
-    whole = codec(name).dequantize(tensor, torch.float64)
-    check_is(codec(name).narrow(tensor, dim, start, length), whole.narrow(dim, start, length))
-
-
-@EVERY_FORMAT
-@settings(max_examples=60)
 @given(
     scheme=schemes,
     other=st.integers(1, 36),
@@ -146,12 +128,8 @@ def test_weights_are_joined_to_the_bit_or_refused(name, scheme, other, dim, leng
         with pytest.raises(SchemeError, match="Only the last"):
             codec(name).cat(tensors, dim)
         return
-    whole, start = codec(name).cat(tensors, dim), 0
     exact = [codec(name).dequantize(each, torch.float64) for each in tensors]
-    check_is(whole, torch.cat(exact, dim))
-    for length, expected in zip(lengths, exact, strict=True):
-        check_is(codec(name).narrow(whole, dim, start, length), expected)
-        start += length
+    check_is(codec(name).cat(tensors, dim), torch.cat(exact, dim))
 
 
 @EVERY_FORMAT
