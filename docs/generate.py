@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from qtool import plugins
 from qtool.base import Method
 from qtool.cli.app import app
 from qtool.recipe.load import load_recipe
-from qtool.recipe.names import built_in, find
+from qtool.recipe.names import built_in, find_recipe
 from qtool.stages.plan import load_method
 
 DOCS = Path(__file__).parent
@@ -111,6 +112,7 @@ def method_section(name: str, method: Method) -> list[str]:
         lines[-1] += " It takes no data."
     lines.append("")
     options = dataclasses.fields(method.options)
+    types = typing.get_type_hints(method.options)  # without bounds
     if not options:
         return [*lines, "It has no options."]
     documented = attribute_docstrings(method.options)
@@ -118,7 +120,7 @@ def method_section(name: str, method: Method) -> list[str]:
     for option in options:
         cells = (
             f"`{option.name}`",
-            f"`{type_name(option.type)}`",
+            f"`{type_name(types[option.name])}`",
             default_of(option),
             documented.get(option.name, ""),
         )
@@ -173,7 +175,7 @@ def recipes_page() -> str:
         "`--recipe NAME` takes these names. [recipes.md](recipes.md) explains the keys.",
     ]
     for name in built_in():
-        text = find(name).read_text(encoding="utf-8").strip("\n")
+        text = find_recipe(name).read_text(encoding="utf-8").strip("\n")
         parts += ["", f"## {name}", "", load_recipe(name).description, ""]
         parts += ["```yaml", text, "```"]
     return "\n".join(parts) + "\n"

@@ -10,17 +10,58 @@ QtoolError                 base; the CLI prints it as one line and exits with 1
 ├── OutputError            the output directory can't be written
 ├── BackendError           no backend can execute a tensor here
 ├── MissingExtraError      an optional dependency isn't installed
-├── NotYetError            a later version brings this
 └── UnknownNameError       no plug-in of that name
 
-A message says what is wrong, where, what is allowed, and what to do next.
+A message says what is wrong, where, what is allowed, and what to do next. What it is about stands
+beside it, so that no program takes a message apart.
 """
 
-from qtool.extras import install_line
+import contextlib
+import re
+from collections.abc import Iterator
+from importlib import metadata
+from os import PathLike
+
+DISTRIBUTION = "qtool-llm"
+"""Its name as a package; the command and the import are `qtool`."""
 
 
 class QtoolError(Exception):
     """Base of all errors that the command line turns into one line."""
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        layer: str | None = None,
+        file: str | PathLike[str] | None = None,
+        key: str | None = None,
+    ) -> None:
+        """Keep the message and what it is about.
+
+        Args:
+            message: One line.
+            layer: Dotted name of the layer.
+            file: The file or directory.
+            key: The key of a recipe, as users write it: weights.scheme.num_bits.
+        """
+        super().__init__(message)
+        self.layer, self.file, self.key = layer, file, key
+
+    def subject(self) -> dict[str, str]:
+        """Return what it is about, as far as that is known: for logs."""
+        known = {"layer": self.layer, "file": self.file, "key": self.key}
+        return {name: str(value) for name, value in known.items() if value is not None}
+
+
+@contextlib.contextmanager
+def about(*, layer: str | None = None, file: str | PathLike[str] | None = None) -> Iterator[None]:
+    """Give errors out of a block their subject, unless they know it better."""
+    try:
+        yield
+    except QtoolError as error:
+        error.layer, error.file = error.layer or layer, error.file or file
+        raise
 
 
 class RecipeError(QtoolError):
@@ -55,6 +96,10 @@ class BackendError(QtoolError):
     """No backend can execute a tensor here."""
 
 
+class UnknownNameError(QtoolError):
+    """No plug-in of that name."""
+
+
 class MissingExtraError(QtoolError):
     """An optional dependency isn't installed."""
 
@@ -62,9 +107,31 @@ class MissingExtraError(QtoolError):
         super().__init__(f"{what} needs the '{extra}' extra. Run: {install_line(extra)}")
 
 
-class NotYetError(QtoolError):
-    """A later version brings this."""
+def install_line(extra: str) -> str:
+    """Return the command that installs what an extra requires and isn't here.
+
+    It names the packages themselves: that works for a checkout as well as for a wheel.
+    """
+    wanted = _requirements(extra)
+    if not wanted:
+        return f"pip install -e '.[{extra}]' in qtool's checkout"
+    missing = [line for line in wanted if not _is_installed(line)]
+    return f"pip install {' '.join(repr(line) for line in missing or wanted)}"
 
 
-class UnknownNameError(QtoolError):
-    """No plug-in of that name."""
+def _requirements(extra: str) -> tuple[str, ...]:
+    """Return what an extra requires, such as `lm-eval<0.5,>=0.4.12`; empty if that isn't known."""
+    try:
+        lines = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:  # the source is run without being installed
+        return ()
+    wanted = re.compile(rf"extra == ['\"]{re.escape(extra)}['\"]")
+    return tuple(line.partition(";")[0].strip() for line in lines if wanted.search(line))
+
+
+def _is_installed(requirement: str) -> bool:
+    found = re.match(r"[\w.-]+", requirement)
+    try:
+        return found is not None and bool(metadata.version(found[0]))
+    except metadata.PackageNotFoundError:
+        return False

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from qtool.errors import UnknownNameError
 
-T = TypeVar("T")
+Constant = TypeVar("Constant")
 LONGEST_SHOWN = 100
 """Characters of an unknown name in a message."""
 
@@ -23,7 +23,7 @@ def names(package: ModuleType) -> tuple[str, ...]:
     return tuple(sorted(name for name in found if not name.startswith("_")))
 
 
-def load(package: ModuleType, name: str, constant: str, kind: type[T]) -> T:
+def load(package: ModuleType, name: str, constant: str, kind: type[Constant]) -> Constant:
     """Return the constant of the plug-in `name`.
 
     Args:

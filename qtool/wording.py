@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 LONGEST_REASON = 300
-LONGEST_NAME = 200
+MOST_CHARACTERS = 200
 LONGEST_VALUE = 60
-NAMES = 3
+NUM_LISTED = 3
 
 
 def reason(error: BaseException) -> str:
@@ -20,7 +20,7 @@ def reason(error: BaseException) -> str:
 def shown(name: object) -> str:
     """Return a name out of a file; what is no text as Python writes it."""
     text = name if isinstance(name, str) and name.isprintable() else ascii(name)
-    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}..."
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 def quoted(value: object) -> str:
@@ -35,5 +35,5 @@ def quoted(value: object) -> str:
 def list_names(names: Iterable[str]) -> str:
     """Return the first few names and how many more there are."""
     texts = [shown(name) for name in names]
-    more = len(texts) - NAMES
-    return ", ".join(texts[:NAMES]) + (f" and {more} more" if more > 0 else "")
+    more = len(texts) - NUM_LISTED
+    return ", ".join(texts[:NUM_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -9,8 +9,8 @@ import torch
 from qtool.base import Emit, ignore_events
 from qtool.bench import peers
 from qtool.bench.decode import Clock, EndToEndResult, time_decoder
-from qtool.bench.kernels import Layer, LayerResult, Rig, time_layer
-from qtool.bench.machine import CudaClock, Machine, describe, l2_bytes
+from qtool.bench.kernels import Layer, LayerTimes, Rig, time_layer
+from qtool.bench.machine import CudaClock, Machine, describe_card, l2_bytes
 from qtool.bench.peers import Peer
 from qtool.bench.timing import CudaTimer, copies, copy_bandwidth
 from qtool.bench.workload import Workload
@@ -40,7 +40,7 @@ class GpuResult:
     machine: Machine
     copy_gb_per_second: float
     """Read and written bytes of a copy of 1 GiB."""
-    layers: tuple[LayerResult, ...]
+    layers: tuple[LayerTimes, ...]
     end_to_end: tuple[EndToEndResult, ...]
     not_run: dict[str, str]
     """Peers and models that weren't timed, and why."""
@@ -57,12 +57,12 @@ def on_card(device: torch.device) -> Bench:
         rig=rig,
         ops=KernelOps(driver.launch, card),
         clock=CudaClock(device),
-        machine=lambda: describe(device, copies(device)),
+        machine=lambda: describe_card(device, copies(device)),
     )
 
 
 @torch.no_grad()
-def run(
+def time_workload(
     workload: Workload,
     bench: Bench,
     versions: dict[str, str],
@@ -82,7 +82,7 @@ def run(
         emit: Receives `timing` events.
     """
     others, not_run = able(
-        (*peers.IN_TORCH, *(peers.OTHERS if with_peers else ())), bench.rig.device
+        (*peers.IN_TORCH, *(peers.OTHER_LIBRARIES if with_peers else ())), bench.rig.device
     )
     machine = bench.machine()
     layers = []
@@ -134,7 +134,7 @@ def able(wanted: Sequence[Peer], device: torch.device) -> tuple[tuple[Peer, ...]
     return can, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _time_layer(layer: Layer, rig: Rig, kernel: str | None, others: Sequence[Peer]) -> LayerResult:
+def _time_layer(layer: Layer, rig: Rig, kernel: str | None, others: Sequence[Peer]) -> LayerTimes:
     """Time a layer and return its memory, which the next one needs."""
     result = time_layer(layer, rig, kernel=kernel, others=others)
     gc.collect()

@@ -77,7 +77,7 @@ class SweepPoint:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerResult:
+class LayerTimes:
     """All that was timed of one layer."""
 
     name: str
@@ -131,7 +131,7 @@ def stored_bytes(weight: KernelWeight) -> int:
 
 def time_layer(
     layer: Layer, rig: Rig, *, kernel: str | None = None, others: Sequence[Peer] = ()
-) -> LayerResult:
+) -> LayerTimes:
     """Time a layer at every batch size, and at one token beside others.
 
     Args:
@@ -161,7 +161,7 @@ def time_layer(
         kernel_row(*values, shape, copy_bandwidth=rig.copy_bandwidth, fp16_seconds=fp16_seconds)
         for values in measured
     )
-    return LayerResult(
+    return LayerTimes(
         name=layer.name,
         out_features=shape.out_features,
         in_features=shape.in_features,

@@ -64,7 +64,7 @@ def l2_bytes(device: torch.device) -> int:
     return int(getattr(properties, "L2_cache_size", 0)) or USUAL_L2_BYTES
 
 
-def describe(device: torch.device, load: Callable[[], object]) -> Machine:
+def describe_card(device: torch.device, load: Callable[[], object]) -> Machine:
     """Return what the card is; `load` is what it does while the clock is read."""
     properties = torch.cuda.get_device_properties(device)
     told = _nvidia_smi(str(getattr(properties, "uuid", "")), load)

@@ -135,7 +135,7 @@ def _bytes(*tensors: Tensor) -> int:
 
 CUBLAS = Peer("fp16 cuBLAS", cublas)
 IN_TORCH = (Peer("tinygemm int4 g128", tinygemm, dtype=torch.bfloat16, multiple=GROUP_SIZE),)
-OTHERS = (
+OTHER_LIBRARIES = (
     Peer(
         "torchao int4 g128",
         torchao,

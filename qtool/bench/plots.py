@@ -1,14 +1,14 @@
 """The roofline of `qtool bench --gpu`: what each kernel reaches of the copy bandwidth."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qtool.bench.gpu import GpuResult
 from qtool.bench.kernels import KernelRow
-from qtool.errors import MissingExtraError, OutputError
-from qtool.wording import reason
+from qtool.data.plots import new_axes, save_plot
+from qtool.errors import OutputError
 
-SUFFIXES = (".png", ".svg")
 # Okabe and Ito's colours, which colour-blind readers tell apart; shapes tell them apart in grey.
 STYLES = {
     "qtool planes": ("#0072B2", "o"),
@@ -34,10 +34,7 @@ def check_plot(path: Path) -> None:
         MissingExtraError: matplotlib isn't installed.
         OutputError: there is no such directory.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingExtraError(path.name, "report") from None
+    new_axes(path)
     if not path.resolve().parent.is_dir():
         raise OutputError(f"Can't write {path}: no directory {path.resolve().parent}.")
 
@@ -50,38 +47,13 @@ def draw_roofline(path: Path, result: GpuResult) -> None:
         OutputError: the file can't be written.
     """
     check_plot(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.0, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # without pyplot: no window, no global state
-    axes = figure.add_subplot()
+    axes = new_axes(path, (8.0, 4.5))
     roof = result.copy_gb_per_second
     axes.axhline(roof, color="black", linestyle="--", linewidth=1, label=f"copy: {roof:,.0f} GB/s")
     others = iter(OTHER_STYLES * 4)
     for label, points in series(result).items():
         color, marker = STYLES.get(label) or next(others)
-        own = label.startswith("qtool")
-        axes.scatter(
-            [row.weight_bytes / 1e6 for _, row in points],
-            [row.gb_per_second for _, row in points],
-            label=label,
-            color=color,
-            marker=marker,
-            edgecolors="black",
-            linewidths=0.5,
-            s=55 if own else 30,
-            zorder=3 if own else 2,
-        )
-        for name, row in points if own else ():
-            axes.annotate(
-                name,
-                (row.weight_bytes / 1e6, row.gb_per_second),
-                xytext=(0, 6),
-                textcoords="offset points",
-                ha="center",
-                fontsize="x-small",
-            )
+        _draw_points(axes, label, points, {"color": color, "marker": marker})
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(0, 1.08 * max([roof, *(row.gb_per_second for _, row in _rows(result))]))
@@ -89,12 +61,24 @@ def draw_roofline(path: Path, result: GpuResult) -> None:
     axes.set_ylabel("GB/s of these at one token")
     axes.set_title(f"{result.name} on {result.machine.card}", loc="left", fontsize="medium")
     axes.grid(which="major", linewidth=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise OutputError(f"Can't write {path}: {reason(error)}.") from error
+    save_plot(axes, path, legend="outside right upper")
+
+
+def _draw_points(
+    axes: Any,  # noqa: ANN401
+    label: str,
+    points: Sequence[tuple[str, KernelRow]],
+    style: Mapping[str, str],
+) -> None:
+    """Draw the points of one kernel; ours are larger, in front, and named."""
+    own = label.startswith("qtool")
+    at = [(row.weight_bytes / 1e6, row.gb_per_second) for _, row in points]
+    size, order = (55, 3) if own else (30, 2)
+    edge = {"edgecolors": "black", "linewidths": 0.5}
+    axes.scatter(*zip(*at, strict=True), label=label, s=size, zorder=order, **edge, **style)
+    words = {"textcoords": "offset points", "ha": "center", "fontsize": "x-small"}
+    for (name, _), place in zip(points, at, strict=True) if own else ():
+        axes.annotate(name, place, xytext=(0, 6), **words)
 
 
 def series(result: GpuResult) -> dict[str, list[tuple[str, KernelRow]]]:

@@ -21,7 +21,7 @@ class LinearShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decoder:
+class DecoderSizes:
     """What a whole model takes beside its linears."""
 
     num_layers: int
@@ -51,11 +51,11 @@ class ModelShape:
     """A model, or one block of it."""
 
     linears: tuple[LinearShape, ...]
-    decoder: Decoder | None = None
+    decoder: DecoderSizes | None = None
     """None: only kernels are timed."""
 
 
-def _whole(decoder: Decoder) -> ModelShape:
+def _whole(decoder: DecoderSizes) -> ModelShape:
     layers = (LinearShape(n, s, decoder.num_layers) for n, s in decoder.linears().items())
     head = LinearShape("lm_head", Shape2D(decoder.vocab_size, decoder.hidden_size), 1, HEAD_BITS)
     return ModelShape((*layers, head), decoder)
@@ -67,7 +67,7 @@ def _one_layer(**shapes: tuple[int, int]) -> ModelShape:
 
 MODELS: dict[str, ModelShape] = {
     "llama3-8b": _whole(
-        Decoder(
+        DecoderSizes(
             num_layers=32,
             hidden_size=4096,
             intermediate_size=14336,
@@ -79,7 +79,7 @@ MODELS: dict[str, ModelShape] = {
         )
     ),
     "llama2-7b": _whole(
-        Decoder(
+        DecoderSizes(
             num_layers=32,
             hidden_size=4096,
             intermediate_size=11008,
@@ -99,7 +99,7 @@ MODELS: dict[str, ModelShape] = {
 }
 
 
-def find(name: str) -> ModelShape:
+def find_shapes(name: str) -> ModelShape:
     """Return the shapes of a model.
 
     Raises:

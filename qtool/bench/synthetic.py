@@ -1,12 +1,13 @@
 """Random weights made on the device: the speed of a kernel doesn't depend on what they hold."""
 
+from dataclasses import asdict
 from math import sqrt
 
 import torch
 from torch import Tensor
 
 from qtool.base import QuantizedTensor
-from qtool.bench.shapes import HEAD_BITS, Decoder
+from qtool.bench.shapes import HEAD_BITS, DecoderSizes
 from qtool.formats import binary_coding
 from qtool.runtime import linear_kernels
 from qtool.runtime.decoding.weights import (
@@ -53,7 +54,7 @@ def random_tensor(
 
 
 def random_decoder(
-    decoder: Decoder,
+    decoder: DecoderSizes,
     scheme: WeightScheme | None,
     generator: torch.Generator,
     dtype: torch.dtype = torch.float16,
@@ -66,61 +67,53 @@ def random_decoder(
         generator: On the device of the model.
         dtype: Of activations, and of what is dense.
     """
-
-    def projection(shape: Shape2D, scheme: WeightScheme | None) -> Projection:
-        if scheme is None:
-            return random_dense(shape, dtype, generator)
-        tensor = random_tensor(shape, scheme, generator)
-        return linear_kernels.prepare(tensor, dtype)
-
-    def norm() -> Tensor:
-        return torch.rand(hidden, dtype=dtype, device=generator.device, generator=generator) + 0.5
-
-    hidden, shapes = decoder.hidden_size, decoder.linears()
-    table = Shape2D(decoder.vocab_size, hidden)
-    head_scheme = None
-    if scheme is not None:
-        head_scheme = WeightScheme(num_bits=HEAD_BITS, group_size=scheme.group_size)
-    head = projection(table, head_scheme)  # first: packing it takes most room
+    table = Shape2D(decoder.vocab_size, decoder.hidden_size)
+    head_scheme = scheme and WeightScheme(num_bits=HEAD_BITS, group_size=scheme.group_size)
+    head = _projection(table, head_scheme, generator, dtype)  # first: packing it takes most room
     embedding = random_dense(table, dtype, generator)
-    layers = tuple(
-        DecoderLayer(
-            input_norm=norm(),
-            qkv=projection(shapes["qkv"], scheme),
-            qkv_bias=None,
-            query_norm=None,
-            key_norm=None,
-            output=projection(shapes["o"], scheme),
-            mlp_norm=norm(),
-            gate_up=projection(shapes["gate_up"], scheme),
-            down=projection(shapes["down"], scheme),
-        )
-        for _ in range(decoder.num_layers)
-    )
-    return DecoderWeights(
-        _shape(decoder, dtype),
-        embedding,
-        layers,
-        norm(),
-        head,
-        _inverse_frequencies(decoder, generator.device),
-    )
+    layers = tuple(_layer(decoder, scheme, generator, dtype) for _ in range(decoder.num_layers))
+    norm = _norm(decoder.hidden_size, generator, dtype)
+    powers = torch.arange(0, decoder.head_dim, 2, dtype=torch.float32, device=generator.device)
+    frequencies = decoder.rope_theta ** (-powers / decoder.head_dim)
+    return DecoderWeights(_shape(decoder, dtype), embedding, layers, norm, head, frequencies)
 
 
-def _shape(decoder: Decoder, dtype: torch.dtype) -> DecoderShape:
-    return DecoderShape(
-        hidden_size=decoder.hidden_size,
-        num_heads=decoder.num_heads,
-        num_key_value_heads=decoder.num_key_value_heads,
-        head_dim=decoder.head_dim,
-        intermediate_size=decoder.intermediate_size,
-        vocab_size=decoder.vocab_size,
-        norm_eps=decoder.norm_eps,
-        attention_scale=decoder.head_dim**-0.5,
-        dtype=dtype,
+def _layer(
+    decoder: DecoderSizes,
+    scheme: WeightScheme | None,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+) -> DecoderLayer:
+    linears = {
+        name: _projection(shape, scheme, generator, dtype)
+        for name, shape in decoder.linears().items()
+    }
+    return DecoderLayer(
+        input_norm=_norm(decoder.hidden_size, generator, dtype),
+        qkv=linears["qkv"],
+        qkv_bias=None,
+        query_norm=None,
+        key_norm=None,
+        output=linears["o"],
+        mlp_norm=_norm(decoder.hidden_size, generator, dtype),
+        gate_up=linears["gate_up"],
+        down=linears["down"],
     )
 
 
-def _inverse_frequencies(decoder: Decoder, device: torch.device) -> Tensor:
-    powers = torch.arange(0, decoder.head_dim, 2, dtype=torch.float32, device=device)
-    return decoder.rope_theta ** (-powers / decoder.head_dim)
+def _projection(
+    shape: Shape2D, scheme: WeightScheme | None, generator: torch.Generator, dtype: torch.dtype
+) -> Projection:
+    if scheme is None:
+        return random_dense(shape, dtype, generator)
+    return linear_kernels.prepare(random_tensor(shape, scheme, generator), dtype)
+
+
+def _norm(width: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return torch.rand(width, dtype=dtype, device=generator.device, generator=generator) + 0.5
+
+
+def _shape(decoder: DecoderSizes, dtype: torch.dtype) -> DecoderShape:
+    sizes = asdict(decoder)
+    del sizes["num_layers"], sizes["rope_theta"]
+    return DecoderShape(**sizes, attention_scale=decoder.head_dim**-0.5, dtype=dtype)

@@ -11,22 +11,22 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-Call = Callable[[], object]
-T = TypeVar("T")
+Timed = Callable[[], object]
+Weight = TypeVar("Weight")
 WARM_UPS, REPLAYS = 5, 15
 COLD_FACTOR = 3
 """Distinct weight bytes per replay, in sizes of the L2 cache."""
 LEAST_COPIES = 2
 LEAST_CALLS = 20
 """Per replay: the launch of the graph itself, a few microseconds, is divided by it."""
-COPY_BYTES = 2**30
+BANDWIDTH_BYTES = 2**30
 COPIES_PER_REPLAY = 4
 
 
 class Timer(Protocol):
     """Runs all calls, one after another and many times; returns the seconds of each time."""
 
-    def __call__(self, calls: Sequence[Call]) -> Sequence[float]:
+    def __call__(self, calls: Sequence[Timed]) -> Sequence[float]:
         """Return one duration per replay of all calls."""
         ...
 
@@ -38,7 +38,7 @@ class CudaTimer:
         self.device = device
         self._stream = torch.cuda.Stream(device)  # one: kernels keep zeroed memory per stream
 
-    def __call__(self, calls: Sequence[Call]) -> Sequence[float]:
+    def __call__(self, calls: Sequence[Timed]) -> Sequence[float]:
         """Return the seconds of each replay after the warm-ups."""
         with torch.cuda.device(self.device):
             graph = self._capture(calls)
@@ -52,7 +52,7 @@ class CudaTimer:
             torch.cuda.synchronize()
             return tuple(start.elapsed_time(end) / 1e3 for start, end in events)
 
-    def _capture(self, calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    def _capture(self, calls: Sequence[Timed]) -> torch.cuda.CUDAGraph:
         """Run all calls once, which compiles and tunes kernels, then record them."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -70,7 +70,7 @@ def _event_pair() -> tuple[torch.cuda.Event, torch.cuda.Event]:
     return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
-def time_calls(calls: Sequence[Call], timer: Timer) -> float:
+def time_calls(calls: Sequence[Timed], timer: Timer) -> float:
     """Return the seconds of one call: the median over the replays, divided by their number."""
     return statistics.median(timer(calls)) / len(calls)
 
@@ -80,7 +80,7 @@ def copies_needed(weight_bytes: int, l2_bytes: int) -> int:
     return max(LEAST_COPIES, -(-COLD_FACTOR * l2_bytes // weight_bytes))
 
 
-def rotation(copies: Sequence[T]) -> list[T]:
+def rotation(copies: Sequence[Weight]) -> list[Weight]:
     """Return the copies in turn, each equally often, for one replay."""
     return list(copies) * -(-LEAST_CALLS // len(copies))
 
@@ -98,12 +98,12 @@ def clone(value: Any) -> Any:  # noqa: ANN401
     return value
 
 
-def clones(value: T, weight_bytes: int, l2_bytes: int) -> list[T]:
+def clones(value: Weight, weight_bytes: int, l2_bytes: int) -> list[Weight]:
     """Return a weight and as many clones of it as a cold cache takes."""
     return [value, *(clone(value) for _ in range(copies_needed(weight_bytes, l2_bytes) - 1))]
 
 
-def copies(device: torch.device, num_bytes: int = COPY_BYTES) -> Call:
+def copies(device: torch.device, num_bytes: int = BANDWIDTH_BYTES) -> Timed:
     """Return a call that copies random bytes within the device's memory, by a kernel.
 
     A copy proper is a memory node in a graph, which an H100 runs a sixth slower than outside.
@@ -113,7 +113,7 @@ def copies(device: torch.device, num_bytes: int = COPY_BYTES) -> Call:
     return lambda: torch.bitwise_or(source, 0, out=target)
 
 
-def copy_bandwidth(device: torch.device, timer: Timer, num_bytes: int = COPY_BYTES) -> float:
+def copy_bandwidth(device: torch.device, timer: Timer, num_bytes: int = BANDWIDTH_BYTES) -> float:
     """Return the bytes per second, read and written, of a copy within the device's memory."""
     calls = [copies(device, num_bytes)] * COPIES_PER_REPLAY
     return 2 * num_bytes / time_calls(calls, timer)

@@ -10,12 +10,12 @@ import qtool.formats
 from qtool import plugins
 from qtool.base import Codec, PartSpec
 from qtool.errors import CheckpointError, QtoolError
+from qtool.formats._dtypes import dtype_of
 from qtool.scheme import Shape2D, WeightScheme
 from qtool.wording import quoted
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "qtool"
-DTYPE_BYTES = {"int32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
 MAX_SIZE = 2**31 - 1
 """Of a dimension or a group: what 32 bits hold."""
 JSON_NAMES = {
@@ -54,7 +54,7 @@ class LayerEntry:
 
 def num_bytes(part: PartSpec) -> int:
     """Return the size of one part."""
-    return prod(part.shape) * DTYPE_BYTES[part.dtype]
+    return prod(part.shape) * dtype_of(part.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,10 +22,10 @@ from qtool.base import PartSpec, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, Manifest, codec, manifest_from_config
 from qtool.checkpoint.shards import Shards, TensorSpec, open_shards, read_json
 from qtool.errors import CheckpointError
+from qtool.formats._dtypes import stored_name
 from qtool.scheme import Shape2D, WeightScheme
 from qtool.wording import list_names
 
-SAFETENSORS_DTYPES = {"int32": "I32", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 AGAIN = "Copy the checkpoint again."
 
 
@@ -133,7 +133,7 @@ def check_headers(manifest: Manifest, specs: Mapping[str, TensorSpec], where: st
     for full, stored in specs.items():
         name, _, part = full.rpartition(".")
         found = manifest.layers.get(name)
-        if found is None and part in packed and stored.dtype == SAFETENSORS_DTYPES["int32"]:
+        if found is None and part in packed and stored.dtype == stored_name("int32"):
             raise CheckpointError(
                 f"{where}: {full} belongs to a quantized layer that config.json doesn't name. "
                 f"{AGAIN}"
@@ -158,7 +158,7 @@ def _check_part(name: str, spec: PartSpec, specs: Mapping[str, TensorSpec], wher
     stored = specs.get(name)
     if stored is None:
         raise CheckpointError(f"{where}: tensor {name} is missing. {AGAIN}")
-    expected = (SAFETENSORS_DTYPES[spec.dtype], spec.shape)
+    expected = (stored_name(spec.dtype), spec.shape)
     if (stored.dtype, stored.shape) != expected:
         raise CheckpointError(
             f"{stored.file}: {name} is {stored.dtype} {stored.shape}; "

@@ -173,15 +173,18 @@ def read_json(path: Path) -> dict[str, Any]:
         if text.startswith("\ufeff"):
             raise CheckpointError(
                 f"{path} starts with a byte order mark, which transformers can't read. Save it as "
-                "UTF-8 without one."
+                "UTF-8 without one.",
+                file=path,
             )
         value = json.loads(text)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
+        raise CheckpointError(f"{path} is missing.", file=path) from None
     except RecursionError:
-        raise CheckpointError(f"{path} isn't usable JSON: it is nested too deeply.") from None
+        raise CheckpointError(
+            f"{path} isn't usable JSON: it is nested too deeply.", file=path
+        ) from None
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} isn't valid JSON: {error}.") from error
+        raise CheckpointError(f"{path} isn't valid JSON: {error}.", file=path) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object.")
+        raise CheckpointError(f"{path} must hold a JSON object.", file=path)
     return value

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from qtool.formats._dtypes import item_bytes
 from qtool.storage.whole_files import written_whole
 
 ALIGNMENT = 8
 COPY_BYTES = 2**24
-ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a damaged file may raise."""
 
@@ -71,7 +71,7 @@ def write_shard(path: Path, pieces: Sequence[Piece], digests: Mapping[str, str])
     Raises:
         OSError: it can't be written, or a piece has changed on disk.
     """
-    pieces = sorted(pieces, key=lambda piece: -ITEM_BYTES.get(piece.dtype, 1))
+    pieces = sorted(pieces, key=lambda piece: -item_bytes(piece.dtype))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for piece in pieces:

@@ -6,10 +6,11 @@ import os
 import platform
 from typing import Any
 
+from qtool import settings
 from qtool.cli import console, early
 from qtool.cli.options import JsonOption, check_targets
 from qtool.cli.progress import progress
-from qtool.extras import install_line
+from qtool.errors import install_line
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pydantic", "typer", "rich")
 EXTRAS = {
@@ -25,7 +26,7 @@ EXTRAS = {
 def doctor(
     json_file: JsonOption = None,
 ) -> None:
-    """Print what is installed, and which backends run here and why not."""
+    """Print what is installed, which backends run here and why not, and what is set."""
     check_targets([json_file])
     with progress() as emit, early.opened([], None, emit):
         found = _found()
@@ -34,6 +35,10 @@ def doctor(
         left = {"what": "left", "": "left"}
         console.print_table("Installed", left, list(found["installed"].items()))
         console.print_table("Extras", left, list(found["extras"].items()))
+        says = {"variable": "left", "set to": "left", "what it does": "left"}
+        given = found["settings"]
+        rows = [(name, given[name] or "", text) for name, text in settings.VARIABLES.items()]
+        console.print_table("Settings", says, rows)
         title = f"Backends on {found['device']}"
         console.print_table(title, left, list(found["backends"].items()))
 
@@ -45,24 +50,25 @@ def _found() -> dict[str, Any]:
     import qtool
     import qtool.runtime.backends
     from qtool import plugins
-    from qtool.storage.cache import cache_dir
 
     installed = {"qtool": qtool.__version__, "python": platform.python_version()}
     installed |= {name: importlib.metadata.version(name) for name in PACKAGES}
     installed["cpu"] = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     installed["gpu"] = _gpu()
     installed["kernels"] = _kernels()
-    installed["cache"] = str(cache_dir())
+    installed["cache"] = str(settings.cache_dir())
     extras = {
         extra: "yes" if importlib.util.find_spec(module) else install_line(extra)
         for extra, module in EXTRAS.items()
     }
+    given = settings.given()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = plugins.names(qtool.runtime.backends)
     backends = {name: _backend_state(name, device) for name in names}
     return {
         "installed": installed,
         "extras": extras,
+        "settings": {name: given.get(name) for name in settings.VARIABLES},
         "device": str(device),
         "backends": backends,
     }

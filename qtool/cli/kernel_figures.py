@@ -6,7 +6,7 @@ from qtool.cli import console
 
 if TYPE_CHECKING:
     from qtool.bench.gpu import GpuResult
-    from qtool.bench.kernels import LayerResult
+    from qtool.bench.kernels import LayerTimes
     from qtool.bench.machine import Machine
 
 
@@ -61,13 +61,13 @@ def _print_layers(result: "GpuResult") -> None:
     )
 
 
-def group(layer: "LayerResult") -> str:
+def group(layer: "LayerTimes") -> str:
     """Return the grouping in few letters: g128; `out` where groups run along out_features."""
     size = "row" if layer.group_size is None else f"g{layer.group_size}"
     return size if layer.group_dim == "in_features" else f"{size} out"
 
 
-def _print_sweep(layer: "LayerResult") -> None:
+def _print_sweep(layer: "LayerTimes") -> None:
     columns = {"tokens": "right", "kernel": "left"}
     columns |= {"us": "right", "fp16 us": "right", "x fp16": "right"}
     rows = [

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
+from qtool import settings
 from qtool.checkpoint.place import FULL
 from qtool.cli.console import print_error
 from qtool.errors import QtoolError, UnknownNameError
@@ -40,7 +41,8 @@ def run(app: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
         sys.exit(1)
     except Exception as error:  # a user can do nothing with a traceback
-        logging.getLogger(__name__).debug("Where it comes from:", exc_info=True)
+        about = error.subject() if isinstance(error, QtoolError) else {}
+        logging.getLogger(__name__).debug("Where it comes from: %s", about, exc_info=True)
         print_error(explain(error))
         sys.exit(1)
 
@@ -94,7 +96,7 @@ def _log() -> None:
     Raises:
         UnknownNameError: it isn't a level.
     """
-    level = os.environ.get("QTOOL_LOG", "").lower()
+    level = settings.log_level()
     if not level:
         return
     if level not in LOG_LEVELS:

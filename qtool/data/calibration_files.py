@@ -22,9 +22,9 @@ from qtool.wording import reason
 SAMPLES_NAME = "samples.safetensors"
 ABOUT_NAME = "calibration.json"
 ABSMAX_NAME = "input_absmax.safetensors"
-NAMES = (SAMPLES_NAME, ABSMAX_NAME, ABOUT_NAME)
+FILE_NAMES = (SAMPLES_NAME, ABSMAX_NAME, ABOUT_NAME)
 MOST_ABOUT_BYTES = 1 << 24
-AGAIN = "Run `qtool calibrate` again."
+REDO = "Run `qtool calibrate` again."
 
 
 def check_no_calibration(
@@ -47,7 +47,7 @@ def check_no_calibration(
             model_directory
         ):
             raise OutputError(f"{directory} is the model's own directory. Name another one.")
-        found = [name for name in NAMES if os.path.lexists(directory / name)]
+        found = [name for name in FILE_NAMES if os.path.lexists(directory / name)]
     except OSError as error:
         raise OutputError(f"Can't write {str(directory)!r}: {reason(error)}.") from error
     if not found:
@@ -116,7 +116,7 @@ def load_calibration(directory: Path, tokenizer: Any) -> CalibrationSet:  # noqa
     samples = _samples(directory / SAMPLES_NAME)
     calibration = CalibrationSet(samples, about)
     if about.get("digest") != calibration.digest():
-        raise DataError(f"{directory}: samples and {ABOUT_NAME} don't belong together. {AGAIN}")
+        raise DataError(f"{directory}: samples and {ABOUT_NAME} don't belong together. {REDO}")
     if about.get("tokenizer") != tokenizer_digest(tokenizer):
         raise DataError(
             f"{directory} was made with another tokenizer. Run `qtool calibrate` on this model."
@@ -129,9 +129,9 @@ def _about(directory: Path) -> Mapping[str, Any]:
         text = read_text(directory / ABOUT_NAME, most_bytes=MOST_ABOUT_BYTES)
         about = json_value(text, str(directory / ABOUT_NAME))
     except DataError as error:
-        raise DataError(f"{directory} is no calibration directory: {error} {AGAIN}") from error
+        raise DataError(f"{directory} is no calibration directory: {error} {REDO}") from error
     if not isinstance(about, dict):
-        raise DataError(f"{directory / ABOUT_NAME} isn't a JSON object. {AGAIN}")
+        raise DataError(f"{directory / ABOUT_NAME} isn't a JSON object. {REDO}")
     return about
 
 
@@ -142,24 +142,24 @@ def _samples(file: Path) -> tuple[Tensor, ...]:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in ("tokens", "lengths")}
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{file} can't be read: {reason(error)}. {AGAIN}") from error
+        raise DataError(f"{file} can't be read: {reason(error)}. {REDO}") from error
     except DataError as error:
-        raise DataError(f"{file.parent} is no calibration directory: {error} {AGAIN}") from error
+        raise DataError(f"{file.parent} is no calibration directory: {error} {REDO}") from error
     for name, tensor in tensors.items():
         if tensor.dtype != torch.int64 or tensor.dim() != 1:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise DataError(
                 f"{file}: {name} is {kind} of {tensor.dim()} dimensions; it must be a list of "
-                f"int64. {AGAIN}"
+                f"int64. {REDO}"
             )
     tokens, lengths = tensors["tokens"], tensors["lengths"]
     if len(lengths) < 2 or int(lengths.min()) < 1:  # noqa: PLR2004
-        raise DataError(f"{file} must hold at least two samples, and none may be empty. {AGAIN}")
+        raise DataError(f"{file} must hold at least two samples, and none may be empty. {REDO}")
     if sum(lengths.tolist()) != len(tokens):
         raise DataError(
             f"{file}: the lengths of the samples add up to {sum(lengths.tolist())}, and there are "
-            f"{len(tokens)} tokens. {AGAIN}"
+            f"{len(tokens)} tokens. {REDO}"
         )
     if int(tokens.min()) < 0:
-        raise DataError(f"{file} has token {int(tokens.min())}; none is below 0. {AGAIN}")
+        raise DataError(f"{file} has token {int(tokens.min())}; none is below 0. {REDO}")
     return tokens.split(lengths.tolist())

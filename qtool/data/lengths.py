@@ -16,7 +16,7 @@ from qtool.errors import DataError
 from qtool.plugins import describe_miss
 from qtool.storage.jsonl import json_value, read_text
 
-SHORTEST = 8
+SHORTEST_SAMPLE = 8
 """Shorter samples hold too little context to be worth a forward pass."""
 MOST_DIGITS = 9
 """Of a length: no model has a billion positions."""
@@ -91,7 +91,7 @@ def match_lengths(wanted: Sequence[int], *, num_tokens: int, longest: int, seed:
         longest: Longer ones are cut to this.
         seed: Of the order.
     """
-    ordered = sorted(min(max(length, SHORTEST), longest) for length in wanted)
+    ordered = sorted(min(max(length, SHORTEST_SAMPLE), longest) for length in wanted)
     count = max(2, round(num_tokens * len(ordered) / sum(ordered)))
     lengths = [ordered[int((i + 0.5) / count * len(ordered))] for i in range(count)]
     random.Random(seed).shuffle(lengths)

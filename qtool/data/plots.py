@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qtool.data.lengths import bin_edges, histogram, quantiles
 from qtool.errors import MissingExtraError, OutputError
@@ -23,16 +24,7 @@ def draw_lengths(path: Path, used: Sequence[int], requested: Sequence[int] = ())
         MissingExtraError: matplotlib isn't installed.
         OutputError: the file can't be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
-    except ImportError:
-        raise MissingExtraError(path.name, "report") from None
-
-    figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # without pyplot: no window, no global state
-    axes = figure.add_subplot()
+    axes = new_axes(path)
     edges = bin_edges([*used, *requested], NUM_BINS)
     for lengths, label, color, style in (
         (requested, "requested", "tab:orange", "--"),
@@ -47,10 +39,40 @@ def draw_lengths(path: Path, used: Sequence[int], requested: Sequence[int] = ())
     axes.set_ylim(bottom=0)
     axes.set_xlabel("length in tokens")
     axes.set_ylabel("share of samples")
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper left", frameon=False, fontsize="small")
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    save_plot(axes, path, legend="outside upper left")
+
+
+def new_axes(path: Path, size: tuple[float, float] = (6.4, 3.6)) -> Any:  # noqa: ANN401
+    """Return the axes of a new figure, without pyplot: no window, no global state.
+
+    Args:
+        path: Of the picture, for the message.
+        size: In inches.
+
+    Raises:
+        MissingExtraError: matplotlib isn't installed.
+    """
     try:
-        figure.savefig(path)
+        import matplotlib.figure
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError:
+        raise MissingExtraError(path.name, "report") from None
+    figure = matplotlib.figure.Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def save_plot(axes: Any, path: Path, *, legend: str) -> None:  # noqa: ANN401
+    """Write a picture; its suffix says in which format, `legend` where the legend is.
+
+    Raises:
+        OutputError: the file can't be written.
+    """
+    axes.figure.legend(loc=legend, frameon=False, fontsize="small")
+    try:
+        axes.figure.savefig(path)
     except OSError as error:
         raise OutputError(f"Can't write {path}: {reason(error)}.") from error

@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import qtool
 from qtool.evaluation.item_rows import keep_rows
 from qtool.evaluation.local_data import Row
 from qtool.evaluation.scores import TaskScores
-from qtool.storage.cache import cache_dir
+from qtool.settings import cache_dir
 from qtool.storage.digests import State, files_digest, state_of
 from qtool.storage.whole_files import written_whole
 
@@ -41,7 +40,6 @@ MODEL_FILES = (
 """What of a model's directory decides its scores."""
 _LOG = logging.getLogger(__name__)
 SCORES = TypeAdapter(TaskScores)
-SWITCHES = ("QTOOL_BACKEND", "QTOOL_KERNEL", "QTOOL_RUNNER", "QTOOL_DEPENDENT_LAUNCHES")
 
 
 def versions() -> dict[str, str]:
@@ -51,11 +49,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return {"qtool": qtool.__version__, **found}
-
-
-def switches() -> dict[str, str]:
-    """Return the environment variables that change how a model is executed."""
-    return {name: os.environ[name] for name in SWITCHES if os.environ.get(name)}
 
 
 def model_digest(directory: Path, *, remember: bool = True) -> str:

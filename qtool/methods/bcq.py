@@ -7,19 +7,21 @@ under the Hessian (sources in `qtool.core.binary_feedback` and `qtool.core.polis
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from qtool.base import LayerProblem, LayerSolution, Method
 from qtool.core import alternating, binary_coding, grouping, hessian, layout, metrics
 from qtool.core.binary_feedback import solve_columns, solve_groups
-from qtool.core.bounds import check_bounds
 from qtool.core.grids import BinaryGrid
 from qtool.core.hessian import Factor
 from qtool.core.polish import polish
 from qtool.errors import RecipeError
 from qtool.formats import binary_coding as binary_format
+from qtool.recipe.schema import Number, WholeNumber
 from qtool.scheme import Shape2D
 
 COLUMN_BLOCK = 128
@@ -29,29 +31,28 @@ COLUMN_BLOCK = 128
 class BcqOptions:
     """Options of `bcq`."""
 
-    rounds: int = 30
+    rounds: Annotated[WholeNumber, Field(ge=0, le=1000)] = 30
     """Upper bound on the alternations of codes and scales; a group stops when it has converged."""
-    clip_ratios: tuple[float, ...] = (1.0, 0.85, 0.7)
+    clip_ratios: Annotated[
+        tuple[Annotated[Number, Field(ge=1e-3, le=1)], ...], Field(max_length=100)
+    ] = (1.0, 0.85, 0.7)
     """Uniform starts: fractions of the group's range that they cover."""
     greedy: bool = True
     """Also start from the greedy solution."""
-    damping: float = 0.01
+    damping: Annotated[Number, Field(ge=hessian.MIN_DAMPING, le=hessian.MAX_DAMPING)] = 0.01
     """Calibrated: fraction of the mean diagonal added to the Hessian; raised until it factors."""
-    start_powers: tuple[float, ...] = (0.0, 0.5, 1.0)
+    start_powers: Annotated[
+        tuple[Annotated[Number, Field(ge=0, le=4)], ...], Field(min_length=1, max_length=100)
+    ] = (0.0, 0.5, 1.0)
     """Calibrated: starts fitted with the columns' importance to each of these powers."""
-    iterations: int = 5
+    iterations: Annotated[WholeNumber, Field(ge=1, le=1000)] = 5
     """Calibrated: alternations of codes and levels within a group, under error feedback."""
-    polish_rounds: int = 3
+    polish_rounds: Annotated[WholeNumber, Field(ge=0, le=1000)] = 3
     """Calibrated: rounds of coordinate descent on codes and least squares on scales."""
 
     def __post_init__(self) -> None:
-        damping = (hessian.MIN_DAMPING, hessian.MAX_DAMPING)
-        check_bounds(self, rounds=(0, 1000), polish_rounds=(0, 1000), iterations=(1, 1000))
-        check_bounds(self, clip_ratios=(1e-3, 1), start_powers=(0, 4), damping=damping)
         if not self.clip_ratios and not self.greedy:
             raise RecipeError("No start is left: give clip_ratios, or set greedy to true.")
-        if not self.start_powers:
-            raise RecipeError("start_powers is empty. Give at least one, such as 0.5.")
 
 
 def quantize_bcq(problem: LayerProblem, options: BcqOptions) -> LayerSolution:

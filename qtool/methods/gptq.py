@@ -8,18 +8,19 @@ under the Hessian afterwards.
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from qtool.base import LayerProblem, LayerSolution, Method
 from qtool.core import affine, grouping, hessian, layout, metrics
-from qtool.core.bounds import check_bounds
 from qtool.core.error_feedback import encode_columns, feed_forward, scaled_errors
 from qtool.core.grids import AffineGrid
 from qtool.core.polish import polish
 from qtool.formats import affine as affine_format
+from qtool.recipe.schema import Number, WholeNumber
 from qtool.scheme import Shape2D, WeightScheme
 
 Order = Literal["activation", "group", "natural"]
@@ -30,21 +31,16 @@ SMALLEST_RATIO = 0.4
 class GptqOptions:
     """Options of `gptq`."""
 
-    damping: float = 0.01
+    damping: Annotated[Number, Field(ge=hessian.MIN_DAMPING, le=hessian.MAX_DAMPING)] = 0.01
     """Fraction of the mean diagonal added to the Hessian; raised tenfold until it factors."""
     order: Order = "activation"
     """Columns by descending diagonal, the same but group by group, or as they are."""
-    clip_candidates: int = 30
+    clip_candidates: Annotated[WholeNumber, Field(ge=1, le=1000)] = 30
     """Clip ratios tried for each group, from 1 down to 0.4; 1 tries the whole range only."""
-    polish_rounds: int = 3
+    polish_rounds: Annotated[WholeNumber, Field(ge=0, le=1000)] = 3
     """Rounds of coordinate descent on codes and least squares on scales; 0 is plain GPTQ."""
-    column_block: int = 128
+    column_block: Annotated[WholeNumber, Field(ge=1, le=1 << 20)] = 128
     """Columns between two updates of all later ones; changes speed, not the result."""
-
-    def __post_init__(self) -> None:
-        damping = (hessian.MIN_DAMPING, hessian.MAX_DAMPING)
-        check_bounds(self, damping=damping, polish_rounds=(0, 1000))
-        check_bounds(self, clip_candidates=(1, 1000), column_block=(1, 1 << 20))
 
 
 def quantize_gptq(problem: LayerProblem, options: GptqOptions) -> LayerSolution:

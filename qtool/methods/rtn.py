@@ -4,13 +4,15 @@ Each weight goes to the nearest point of the uniform grid over its group's range
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from qtool.base import LayerProblem, LayerSolution, Method
 from qtool.core import affine, grouping, metrics
-from qtool.core.bounds import check_bounds
 from qtool.formats import affine as affine_format
+from qtool.recipe.schema import Number
 from qtool.scheme import Shape2D
 
 
@@ -18,11 +20,8 @@ from qtool.scheme import Shape2D
 class RtnOptions:
     """Options of `rtn`."""
 
-    clip_ratio: float = 1.0
+    clip_ratio: Annotated[Number, Field(ge=1e-3, le=1)] = 1.0
     """Fraction of the group's range that the grid covers, above 0; below 1 clips outliers."""
-
-    def __post_init__(self) -> None:
-        check_bounds(self, clip_ratio=(1e-3, 1))
 
 
 def quantize_rtn(problem: LayerProblem, options: RtnOptions) -> LayerSolution:

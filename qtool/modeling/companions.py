@@ -32,9 +32,9 @@ TOKENIZER = (
 """As transformers' tokenizers call their files."""
 TEMPLATES = ("*.jinja", "chat_template.json", "chat_template.jsonl")
 TEMPLATE_FOLDER = "additional_chat_templates"
-OTHERS = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+GENERATION = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
-COPIED = (*TOKENIZER, *TEMPLATES, *OTHERS, *LICENCES)
+COPIED = (*TOKENIZER, *TEMPLATES, *GENERATION, *LICENCES)
 
 
 def read_companions(directory: Path) -> dict[str, bytes]:

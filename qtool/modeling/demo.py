@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qtool.base import Emit, ignore_events
 from qtool.errors import ModelError
-from qtool.storage.cache import cache_dir
+from qtool.settings import cache_dir
 from qtool.storage.whole_files import written_whole
 from qtool.wording import reason
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qtool.errors import MissingExtraError, ModelError
-from qtool.storage.cache import cache_dir
+from qtool.settings import cache_dir
 from qtool.storage.digests import files_digest
 from qtool.storage.whole_files import sync, written_whole
 from qtool.wording import reason

@@ -217,12 +217,12 @@ def bench_gpu(
         plots.check_plot(options.plot)
     if options.synthetic is not None:
         name, scheme = options.synthetic, options.scheme
-        work = workload.synthetic_workload(name, shapes.find(name), scheme, kernel, device)
+        work = workload.synthetic_workload(name, shapes.find_shapes(name), scheme, kernel, device)
     else:
         assert model is not None
         baseline = baseline or _original(model)
         work = workload.checkpoint_workload(model, baseline, kernel, device)
-    result = gpu.run(
+    result = gpu.time_workload(
         *(work, gpu.on_card(device), versions()), kernel=kernel, with_peers=options.peers, emit=emit
     )
     if options.plot is not None:

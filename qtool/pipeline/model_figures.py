@@ -11,12 +11,9 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards, read_json
 from qtool.errors import CheckpointError, ModelError
 from qtool.evaluation.perplexity import PerplexityResult
+from qtool.formats._dtypes import item_bytes
 from qtool.modeling.config import read_config
 from qtool.modeling.load import check_weights
-
-BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "I8": 8, "U8": 8}
-BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "BOOL": 8}
-"""Of an element by safetensors' name of its dtype; others have 16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +50,7 @@ def figures_of(name: str, directory: Path) -> ModelFigures:
         return ModelFigures(name, size, bits, quantize_seconds(directory))
     check_weights(directory)
     weights = sum(prod(spec.shape) for spec in specs)
-    stored = sum(prod(spec.shape) * BITS.get(spec.dtype, 16) for spec in specs)
+    stored = sum(prod(spec.shape) * 8 * item_bytes(spec.dtype) for spec in specs)
     return ModelFigures(name, size, stored / max(weights, 1))
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from qtool import settings as environment
 from qtool.base import Emit, ignore_events
 from qtool.errors import ModelError
 from qtool.modeling.device import default_device, default_dtype
@@ -121,7 +122,7 @@ def _subject(
         "dtype": str(dtype).removeprefix("torch."),
         "device": kept_scores.device_name(default_device()),
         "backend": backend or wanted_backend(),
-        "switches": kept_scores.switches(),
+        "switches": environment.given(environment.EXECUTION),
     }
     return _Subject(location, figures, settings, states)
 

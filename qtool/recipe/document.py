@@ -32,7 +32,7 @@ SCALARS = {f"{CORE}{kind}" for kind in ("null", "bool", "int", "float", "str")}
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class PlacedValues:
     """Plain data and where each of its keys came from."""
 
     values: dict[str, Any]
@@ -62,7 +62,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def read_document(path: Path) -> Document:
+def read_document(path: Path) -> PlacedValues:
     """Return what a file holds.
 
     Raises:
@@ -76,7 +76,7 @@ def read_document(path: Path) -> Document:
     values = _parse(text, lambda line: f"{path.name} line {line}", places)
     if not isinstance(values, dict):
         raise RecipeError(f"{path.name} must be a mapping with the key 'weights'.")
-    return Document(values, places)
+    return PlacedValues(values, places)
 
 
 def parse_value(text: str, name: str) -> Any:  # noqa: ANN401

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ValidationError
 
 from qtool.errors import RecipeError
 from qtool.plugins import describe_miss
-from qtool.recipe.document import MOST_DEPTH, Document, Keys, dotted, parse_value, read_document
-from qtool.recipe.names import find
+from qtool.recipe.document import MOST_DEPTH, Keys, PlacedValues, dotted, parse_value, read_document
+from qtool.recipe.names import find_recipe
 from qtool.recipe.schema import Recipe
 from qtool.wording import quoted
 
@@ -28,17 +28,17 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: unknown name, broken YAML, unknown key or impossible value.
     """
-    document = _read(find(source).resolve(), seen=())
+    document = _read(find_recipe(source).resolve(), seen=())
     return _validate(_apply_overrides(document, overrides), label=source)
 
 
 def recipe_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Build a recipe from plain data, such as the one stored in a checkpoint."""
-    document = Document(dict(values), {})
+    document = PlacedValues(dict(values), {})
     return _validate(_apply_overrides(document, overrides), label="the options")
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> Document:
+def _read(path: Path, seen: tuple[Path, ...]) -> PlacedValues:
     """Read one file and, below it, the recipe that it extends."""
     if path in seen:
         chain = " -> ".join(str(p) for p in (*seen, path))
@@ -55,13 +55,13 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Document:
     if len(seen) == LONGEST_CHAIN:
         raise RecipeError(f"More than {LONGEST_CHAIN} recipes extend each other ({place}).")
     try:
-        found = find(parent, relative_to=path.parent).resolve()
+        found = find_recipe(parent, relative_to=path.parent).resolve()
     except RecipeError as error:
         raise RecipeError(f"extends: {error} ({place})") from None
     base = _read(found, (*seen, path))
     values = merge(base.values, document.values)
     kept = {keys: at for keys, at in base.places.items() if _is_same(keys, base.values, values)}
-    return Document(values, {**kept, **document.places})
+    return PlacedValues(values, {**kept, **document.places})
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,14 +105,14 @@ def _is_same(keys: Keys, before: Any, after: Any) -> bool:  # noqa: ANN401
     return True
 
 
-def _apply_overrides(document: Document, overrides: Iterable[str]) -> Document:
+def _apply_overrides(document: PlacedValues, overrides: Iterable[str]) -> PlacedValues:
     """Lay assignments over a document, those of a method first: it drops the old one's options."""
     values, places = document.values, dict(document.places)
     assignments = [_assignment(text) for text in overrides]
     for path, value, place in sorted(assignments, key=lambda one: one[0][1:] != ("method",)):
         values = _assigned(values, path, value, place)
         places[tuple(int(part) if part.isdecimal() else part for part in path)] = place
-    return Document(values, places)
+    return PlacedValues(values, places)
 
 
 def _assignment(text: str) -> tuple[tuple[str, ...], Any, str]:
@@ -146,11 +146,12 @@ def _assigned(values: Any, path: tuple[str, ...], value: Any, place: str) -> Any
     return {**base, key: _assigned(base.get(key), tuple(rest), value, place)}
 
 
-def _validate(document: Document, label: str) -> Recipe:
+def _validate(document: PlacedValues, label: str) -> Recipe:
     try:
         return Recipe.model_validate(document.values)
     except ValidationError as error:
-        raise RecipeError(_sentence(_alternatives(error), document, label)) from None
+        first = _alternatives(error)
+        raise RecipeError(_sentence(first, document, label), key=dotted(first["loc"])) from None
 
 
 def _alternatives(error: ValidationError) -> dict[str, Any]:
@@ -176,7 +177,7 @@ def _keys(path: Keys) -> Keys:
     )
 
 
-def _sentence(error: Mapping[str, Any], document: Document, label: str) -> str:
+def _sentence(error: Mapping[str, Any], document: PlacedValues, label: str) -> str:
     """Return one line: path, value, rule, line, nearest known key."""
     path: Keys = error["loc"]
     place = next(
@@ -191,8 +192,12 @@ def _sentence(error: Mapping[str, Any], document: Document, label: str) -> str:
         return f"{describe_miss(str(path[-1]), known, where)} ({place})"
     if error["type"] == "missing":
         return f"{dotted(path)} is missing ({place})."
-    message = re.sub(r"^\w+ should", "it should", error["msg"].removeprefix("Value error, "))
-    return f"{dotted(path)} is {quoted(error['input'])}; {message} ({place})."
+    return f"{dotted(path)} is {quoted(error['input'])}; {rule(error)} ({place})."
+
+
+def rule(error: Mapping[str, Any]) -> str:
+    """Return what pydantic's error says of a value, to follow after the value itself."""
+    return re.sub(r"^\w+ should", "it should", error["msg"].removeprefix("Value error, "))
 
 
 def _fields_at(path: Keys) -> Iterable[str]:

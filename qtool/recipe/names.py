@@ -13,7 +13,7 @@ def built_in() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in resources.recipes_dir().glob("*.yaml")))
 
 
-def find(name: str, *, relative_to: Path | None = None) -> Path:
+def find_recipe(name: str, *, relative_to: Path | None = None) -> Path:
     """Return the file of a recipe.
 
     Args:

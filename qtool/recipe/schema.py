@@ -16,7 +16,6 @@ from pydantic import (
 from qtool.plugins import describe_miss
 from qtool.scheme import MAX_BITS, GroupDim, WeightScheme
 
-RECIPE_VERSION = 1
 MOST_TOKENS = 1 << 26
 MOST_LENGTH = 1 << 20
 """Tokens of a sample, samples, or weights of a group: more is a slip of the keyboard."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.errors import BackendError
-from qtool.extras import install_line
+from qtool import settings
+from qtool.errors import BackendError, install_line
 from qtool.runtime.launch import OLDEST, Card, KernelCall
 from qtool.runtime.sources import kernel_source
 
@@ -208,8 +208,8 @@ def _driver() -> ctypes.CDLL:
 
 @functools.cache
 def _has_dependent_launches(device: int) -> bool:
-    wanted = os.environ.get("QTOOL_DEPENDENT_LAUNCHES", "1") != "0"
-    return wanted and torch.cuda.get_device_capability(device) >= DEPENDENT_LAUNCHES
+    able = torch.cuda.get_device_capability(device) >= DEPENDENT_LAUNCHES
+    return able and settings.dependent_launches()
 
 
 _ALLOWED: dict[int, int] = {}

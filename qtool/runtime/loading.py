@@ -18,7 +18,8 @@ from qtool.checkpoint.manifest import Manifest
 from qtool.checkpoint.reader import AGAIN, check_headers, check_values
 from qtool.checkpoint.shards import Shards, open_files
 from qtool.errors import CheckpointError
-from qtool.runtime.modules import TORCH_DTYPES, QuantizedWeight
+from qtool.formats._dtypes import dtype_of
+from qtool.runtime.modules import QuantizedWeight
 from qtool.wording import list_names, shown
 
 _FILES: ContextVar[Sequence[str] | None] = ContextVar("qtool_files", default=None)
@@ -160,10 +161,10 @@ def _check_part(
             f"{where} has no place in memory: qtool can't leave quantized weights on the disk. "
             "Load without device_map, then move the model."
         )
-    if values.dtype != TORCH_DTYPES[spec.dtype] and stored is not None:
+    if values.dtype != dtype_of(spec.dtype) and stored is not None:
         values = shards.read(full).to(values.device)
         setattr(module, part, values)
-    if (values.dtype, tuple(values.shape)) != (TORCH_DTYPES[spec.dtype], spec.shape):
+    if (values.dtype, tuple(values.shape)) != (dtype_of(spec.dtype), spec.shape):
         raise CheckpointError(
             f"{where} is {values.dtype} {tuple(values.shape)}; its scheme needs {spec.dtype} "
             f"{spec.shape}. {AGAIN}"

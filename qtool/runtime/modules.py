@@ -11,14 +11,8 @@ from torch import Tensor, nn
 
 from qtool.base import KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry
+from qtool.formats._dtypes import dtype_of
 from qtool.runtime.select import choose_backend, definition, wanted_backend
-
-TORCH_DTYPES = {
-    "int32": torch.int32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +51,7 @@ class QuantizedWeight(nn.Module):
         """Another object whenever the parts were loaded or moved."""
         self._join()
         for name, spec in entry.layout().items():
-            self.register_buffer(name, torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype]))
+            self.register_buffer(name, torch.empty(spec.shape, dtype=dtype_of(spec.dtype)))
 
     @property
     def device(self) -> torch.device:

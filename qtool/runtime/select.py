@@ -1,14 +1,13 @@
 """Which backend executes a weight: the best that can, unless one is asked for by name."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 
 import torch
 
 import qtool.runtime.backends
-from qtool import plugins
+from qtool import plugins, settings
 from qtool.base import KernelBackend, QuantizedTensor
 from qtool.errors import BackendError
 
@@ -31,7 +30,7 @@ def _all() -> list[KernelBackend]:
 
 def wanted_backend() -> str | None:
     """Return the name asked for by `use_backend` or $QTOOL_BACKEND; None: choose."""
-    return _WANTED.get() or os.environ.get("QTOOL_BACKEND") or None
+    return _WANTED.get() or settings.backend()
 
 
 @contextlib.contextmanager

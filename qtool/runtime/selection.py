@@ -5,10 +5,10 @@ A card that isn't here is run as the first that is. Which selection is in use st
 """
 
 import functools
-import os
 from dataclasses import dataclass
 from math import prod
 
+from qtool import settings
 from qtool.errors import UnknownNameError
 from qtool.plugins import describe_miss
 from qtool.scheme import Shape2D
@@ -112,7 +112,7 @@ def wanted_kernel() -> str | None:
     Raises:
         UnknownNameError: there is no such kernel.
     """
-    name = os.environ.get("QTOOL_KERNEL") or None
+    name = settings.kernel()
     if name is not None and name not in KERNELS:
         raise UnknownNameError(describe_miss(name, KERNELS, "kernels"))
     return name

@@ -144,7 +144,8 @@ class _Step:
         )
         if not statistics.is_finite():
             walked_in = streams.original[0].dtype
-            raise MethodError(why_not_finite(self.source, f"{self.prefix}.{linear}", walked_in))
+            name = f"{self.prefix}.{linear}"
+            raise MethodError(why_not_finite(self.source, name, walked_in), layer=name)
         return statistics
 
     def _restore(self, layer: LayerPlan) -> tuple[LayerResult, Tensor]:
@@ -225,7 +226,8 @@ def check_fallback(section: CalibrationSection, name: str, fallback: str | None)
     if section.strict and fallback is not None:
         raise MethodError(
             f"{name}: {fallback} (calibration.strict). Without it, or --strict, the layer is taken "
-            "as it is."
+            "as it is.",
+            layer=name,
         )
 
 

@@ -14,7 +14,9 @@ from qtool import plugins
 from qtool.base import Method, ModelAdapter
 from qtool.checkpoint.manifest import num_bytes
 from qtool.errors import ModelError, RecipeError, SchemeError
+from qtool.formats._dtypes import item_bytes
 from qtool.modeling.source import ModelSource
+from qtool.recipe.load import rule
 from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
 from qtool.scheme import GroupDim, Shape2D, WeightScheme
 from qtool.wording import list_names, quoted
@@ -23,7 +25,6 @@ Role = Literal["block", "embedding", "head"]
 MOST_LEFT = 0.1
 """More of the blocks' weights than this doesn't stay unquantized unless a recipe says so."""
 TO_NAME = 0.01
-STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +93,13 @@ def parse_options(method_name: str, method: Method, values: Mapping[str, Any]) -
         if key not in known:
             where = f"weights.options of '{method_name}'"
             raise RecipeError(plugins.describe_miss(str(key), known, where))
-    kinds = {field.name: field.type for field in fields(method.options)}
-    for key, value in values.items():
-        if isinstance(value, bool) and kinds[key] is not bool:  # pydantic would read 1
-            raise RecipeError(
-                f"weights.options.{key} is a boolean and takes something else: see `qtool methods`."
-            )
     try:
         return TypeAdapter(method.options).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].replace("Input should", "it should")
-        raise RecipeError(
-            f"weights.options.{path} is {quoted(first['input'])}; {message}."
-        ) from None
+        key = f"weights.options.{path}"
+        raise RecipeError(f"{key} is {quoted(first['input'])}; {rule(first)}.", key=key) from None
 
 
 def with_samples(recipe: Recipe) -> Recipe:
@@ -155,19 +148,22 @@ def _check_section(
     if section.scheme.num_bits not in method.num_bits:
         raise SchemeError(
             f"{name}: num_bits is {section.scheme.num_bits}; '{section.method}' takes "
-            f"{method.num_bits.start} to {method.num_bits.stop - 1}."
+            f"{method.num_bits.start} to {method.num_bits.stop - 1}.",
+            layer=name,
         )
     parse_options(section.method, method, section.options)
     if method.needs and role != "block":
         raise RecipeError(
             f"{name}: '{section.method}' needs calibration data, and an {role} is "
-            "quantized without. Use 'rtn' or 'bcq' for it."
+            "quantized without. Use 'rtn' or 'bcq' for it.",
+            layer=name,
         )
     if method.needs and not calibrated:
         raise RecipeError(
             f"{name}: '{section.method}' needs calibration data. Give the recipe a section "
             "'calibration' (an empty one draws from the bundled text), or pass "
-            "--calibration DIR."
+            "--calibration DIR.",
+            layer=name,
         )
 
 
@@ -204,7 +200,7 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
 
 def _stored_bytes(source: ModelSource, name: str) -> int:
     spec = source.spec(name)
-    return prod(spec.shape) * STORED_BYTES.get(spec.dtype, 1)
+    return prod(spec.shape) * item_bytes(spec.dtype)
 
 
 def _beside_linears(source: ModelSource) -> Mapping[str, int]:

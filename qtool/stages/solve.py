@@ -10,7 +10,7 @@ from torch import Tensor
 from qtool.base import Env, LayerProblem, LayerSolution, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.checkpoint.writer import CheckpointWriter
-from qtool.errors import MethodError
+from qtool.errors import MethodError, about
 from qtool.modeling.source import ModelSource
 from qtool.scheme import WeightScheme
 from qtool.stages.memory import peak_memory
@@ -67,7 +67,8 @@ def solve_one(
     check_finite(layer.name, weight)
     generator = torch.Generator(env.device).manual_seed(env.seed)
     problem = LayerProblem(name=layer.name, weight=weight, scheme=layer.scheme, generator=generator)
-    solution = load_method(layer.method).solve(problem, layer.options)
+    with about(layer=layer.name):
+        solution = load_method(layer.method).solve(problem, layer.options)
     check_stored(layer.name, solution.tensor, weight)
     return write_solution(layer, solution, writer, seconds=time.perf_counter() - started)
 
@@ -127,7 +128,8 @@ def check_finite(name: str, weight: Tensor) -> None:
     if not bool(finite.all()):
         raise MethodError(
             f"{name}: {int((~finite).sum())} of {weight.numel()} weights are NaN or infinite. The "
-            "file is damaged, or the model overflowed when it was saved; check the original."
+            "file is damaged, or the model overflowed when it was saved; check the original.",
+            layer=name,
         )
 
 
@@ -137,5 +139,6 @@ def check_stored(name: str, tensor: QuantizedTensor, weight: Tensor) -> None:
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             raise MethodError(
                 f"{name}: {part} doesn't fit float16; the largest weight is "
-                f"{float(weight.abs().max()):.3g}. Skip this layer with an override."
+                f"{float(weight.abs().max()):.3g}. Skip this layer with an override.",
+                layer=name,
             )

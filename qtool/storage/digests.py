@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from qtool.storage.cache import cache_dir
+from qtool.settings import cache_dir
 from qtool.storage.whole_files import written_whole
 
 SETTLED_NS = 2_000_000_000

@@ -34,12 +34,13 @@ def check_file(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise DataError(f"No file {path}.") from None
+        raise DataError(f"No file {path}.", file=path) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise DataError(f"{str(path)!r} can't be read: {reason(error)}.") from error
+        message = f"{str(path)!r} can't be read: {reason(error)}."
+        raise DataError(message, file=path) from error
     if not stat.S_ISREG(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "no ordinary file"
-        raise DataError(f"{path} can't be read: it is {kind}. Give a file.")
+        raise DataError(f"{path} can't be read: it is {kind}. Give a file.", file=path)
 
 
 def read_text(path: Path, *, most_bytes: int | None = None) -> str:
@@ -124,18 +125,21 @@ class _Reading:
         try:
             self.file = _opened(self.path)
         except OSError as error:
-            raise DataError(f"{self.path} can't be read: {reason(error)}.") from error
+            message = f"{self.path} can't be read: {reason(error)}."
+            raise DataError(message, file=self.path) from error
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self.file.close()
         if isinstance(error, UnicodeDecodeError):
             raise DataError(
-                f"{self.path} line {self.line} isn't UTF-8 text. Save the file as UTF-8."
+                f"{self.path} line {self.line} isn't UTF-8 text. Save the file as UTF-8.",
+                file=self.path,
             ) from error
         if isinstance(error, (OSError, EOFError, zlib.error)):
             raise DataError(
-                f"{self.path} can't be read after line {self.line}: {reason(error)}."
+                f"{self.path} can't be read after line {self.line}: {reason(error)}.",
+                file=self.path,
             ) from error
 
 

@@ -118,7 +118,7 @@ def test_tiny_shapes_on_a_card(cli: Cli, monkeypatch, tmp_path):
             shapes.LinearShape(x.name, Shape2D(*(8 * n for n in x.shape)), 2, x.num_bits)
             for x in TINY.linears
         ),
-        shapes.Decoder(
+        shapes.DecoderSizes(
             num_layers=2,
             hidden_size=512,
             intermediate_size=1024,

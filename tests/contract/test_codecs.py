@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 import qtool.formats
 from qtool import plugins
 from qtool.base import QuantizedTensor
-from qtool.checkpoint.manifest import DTYPE_BYTES, codec
+from qtool.checkpoint.manifest import codec
 from qtool.errors import SchemeError
-from qtool.runtime.modules import TORCH_DTYPES
+from qtool.formats._dtypes import DTYPES, dtype_of, stored_name
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from tests.golden.oracles import ORACLES
 
@@ -40,7 +40,7 @@ def random_tensor(name: str, scheme: WeightScheme, shape: Shape2D, seed: int) ->
             drawn = torch.randint(-(2**31), 2**31, spec.shape, generator=generator)
         else:  # few bits: sums of them are exact in float64 and float32
             drawn = torch.randint(-64, 65, spec.shape, generator=generator) / 32
-        parts[part] = drawn.to(TORCH_DTYPES[spec.dtype])
+        parts[part] = drawn.to(dtype_of(spec.dtype))
     return QuantizedTensor(name, scheme, shape, parts)
 
 
@@ -74,7 +74,7 @@ def test_layout_has_whole_positive_sizes_and_known_dtypes(name, scheme, shape):
     layout = codec(name).layout(scheme, shape)
     assert layout
     for spec in layout.values():
-        assert spec.dtype in DTYPE_BYTES
+        assert stored_name(spec.dtype) in DTYPES
         assert all(type(size) is int and size > 0 for size in spec.shape)
 
 
@@ -95,7 +95,7 @@ def test_size_is_the_bits_and_what_the_scales_take(name, num_bits):
     shape = Shape2D(128, 256)
     scheme = WeightScheme(num_bits=num_bits, group_size=128)
     layout = codec(name).layout(scheme, shape)
-    size = sum(np.prod(spec.shape) * DTYPE_BYTES[spec.dtype] for spec in layout.values())
+    size = sum(np.prod(spec.shape) * dtype_of(spec.dtype).itemsize for spec in layout.values())
     per_group = {"affine": 16 + num_bits, "binary_coding": 16 * (num_bits + 1)}[name]
     assert 8 * size / (128 * 256) == pytest.approx(num_bits + per_group / 128)
 

@@ -314,6 +314,9 @@ def test_option_of_the_wrong_type_is_refused_in_one_line(name):
         with pytest.raises(QtoolError, match=field.name) as caught:
             parse_options(name, method, {field.name: {"not": "a value"}})
         assert "\n" not in str(caught.value)
+        if not isinstance(field.default, bool):  # a plain float would take it for 1
+            with pytest.raises(QtoolError, match=field.name):
+                parse_options(name, method, {field.name: True})
 
 
 @pytest.mark.parametrize("variant", CALIBRATED, ids=describe)

@@ -8,7 +8,6 @@ transformers runs for greedy search and for sampling, and whose arguments are th
 import contextlib
 import functools
 import logging
-import os
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qtool import settings
 from qtool.base import KernelBackend
 from qtool.runtime.decoding import llama, torch_ops
 from qtool.runtime.decoding.ops import DecodeOps
@@ -177,7 +177,7 @@ def _why_not_call(model: Any, input_ids: Tensor, kwargs: Mapping[str, Any]) -> s
     }
     mode, backend = _MODE.get(), _backend_of(model)
     worth_it = input_ids.device.type == (GRAPHS_ON if backend is None else backend.decodes_on)
-    off = mode == "never" or (mode == "auto" and os.environ.get("QTOOL_RUNNER") == "0")
+    off = mode == "never" or (mode == "auto" and settings.runner_is_off())
     unknown = sorted(arguments.keys() - KNOWN_ARGUMENTS)
     reasons = {
         "it is switched off.": off,

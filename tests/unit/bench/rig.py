@@ -7,7 +7,7 @@ import torch
 from qtool.bench import gpu
 from qtool.bench.kernels import Rig
 from qtool.bench.machine import Machine
-from qtool.bench.shapes import Decoder, LinearShape, ModelShape
+from qtool.bench.shapes import DecoderSizes, LinearShape, ModelShape
 from qtool.runtime.decoding.torch_ops import TorchOps
 from qtool.runtime.launch import Card
 from qtool.scheme import Shape2D
@@ -23,7 +23,7 @@ TINY = ModelShape(
         LinearShape("down", Shape2D(64, 128), 2),
         LinearShape("lm_head", Shape2D(96, 64), 1, 4),
     ),
-    Decoder(
+    DecoderSizes(
         num_layers=2,
         hidden_size=64,
         intermediate_size=128,

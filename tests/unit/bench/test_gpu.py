@@ -25,7 +25,7 @@ def _short(monkeypatch):
 @pytest.fixture(scope="module")
 def result():
     work = workload.synthetic_workload("tiny", replace(TINY, decoder=None), SCHEME, None, CPU)
-    return gpu.run(work, bench(), {"qtool": "0"})
+    return gpu.time_workload(work, bench(), {"qtool": "0"})
 
 
 def test_tokens_per_second_are_medians_without_the_first_repeat():
@@ -44,7 +44,7 @@ def test_a_model_that_does_not_run_is_named_and_ends_nothing():
         raise BackendError("it is\nspread")
 
     work = workload.Workload("none", (), (EndToEnd("big", refuse),))
-    assert gpu.run(work, bench(), {}).not_run["big"] == "it is spread"
+    assert gpu.time_workload(work, bench(), {}).not_run["big"] == "it is spread"
 
 
 def test_a_layer_that_does_not_run_is_named_and_ends_nothing(tmp_path):
@@ -53,10 +53,10 @@ def test_a_layer_that_does_not_run_is_named_and_ends_nothing(tmp_path):
 
     work = workload.synthetic_workload("tiny", replace(TINY, decoder=None), SCHEME, None, CPU)
     broken = replace(work.layers[0], load=refuse)
-    result = gpu.run(replace(work, layers=(broken, work.layers[1])), bench(), {})
+    result = gpu.time_workload(replace(work, layers=(broken, work.layers[1])), bench(), {})
     assert [layer.name for layer in result.layers] == ["o"]
     assert result.not_run["qkv"] == "too large"
-    nothing = gpu.run(replace(work, layers=(broken,)), bench(), {})
+    nothing = gpu.time_workload(replace(work, layers=(broken,)), bench(), {})
     draw_roofline(tmp_path / "empty.svg", nothing)
 
 
@@ -83,8 +83,8 @@ def test_json_has_all_that_was_measured(result):
 
 def test_peers_are_asked_for_and_missing_ones_named():
     work = workload.Workload("none", (), ())
-    few = gpu.run(work, bench(), {}).not_run
-    many = gpu.run(work, bench(), {}, with_peers=True).not_run
+    few = gpu.time_workload(work, bench(), {}).not_run
+    many = gpu.time_workload(work, bench(), {}, with_peers=True).not_run
     assert list(few) == ["tinygemm int4 g128"]
     assert {"torchao int4 g128", "GemLite 2 bit g128", "bitsandbytes nf4"} < set(many)
 

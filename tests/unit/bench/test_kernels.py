@@ -113,14 +113,14 @@ def test_affine_codes_of_peers_fit_their_bits_and_restore_the_weight():
 
 def test_missing_peers_say_how_to_install_them(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "torch" or None)
-    for peer in peers.OTHERS:
+    for peer in peers.OTHER_LIBRARIES:
         assert peer.why_not(CPU) == f"isn't installed: pip install {peer.module}"
     for peer in peers.IN_TORCH:
         assert "CUDA" in str(peer.why_not(CPU))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("peer", [*peers.IN_TORCH, *peers.OTHERS], ids=lambda p: p.name)
+@pytest.mark.parametrize("peer", [*peers.IN_TORCH, *peers.OTHER_LIBRARIES], ids=lambda p: p.name)
 def test_a_peer_multiplies_by_the_weight(peer):
     device = torch.device("cuda", 0)
     reason = peer.why_not(device)

@@ -38,9 +38,9 @@ def test_every_shape_suits_words_and_groups():
 
 
 def test_an_unknown_name_is_told_the_nearest():
-    assert shapes.find("opt-175b-layer").decoder is None
+    assert shapes.find_shapes("opt-175b-layer").decoder is None
     with pytest.raises(UnknownNameError, match="Did you mean 'llama3-8b'"):
-        shapes.find("llama-3-8b")
+        shapes.find_shapes("llama-3-8b")
 
 
 def test_the_table_loads_without_torch():

@@ -11,6 +11,7 @@ from qtool.checkpoint.claim import look
 from qtool.checkpoint.place import check_free_space, find_place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import OutputError
+from qtool.formats._dtypes import item_bytes
 from qtool.modeling.locate import Location
 from tests.helpers import file_hashes, normal, recipe
 from tests.unit.checkpoint.runs import CONFIG, WEIGHTS, open_writer
@@ -74,7 +75,7 @@ def test_every_tensor_starts_at_a_multiple_of_its_element_size(tmp_path):
         opened.add("word", torch.arange(3, dtype=torch.int32))
         opened.finish({}, CONFIG)
     for piece in stream.pieces_of(tmp_path / "out" / WEIGHTS):
-        assert piece.start % stream.ITEM_BYTES.get(piece.dtype, 1) == 0
+        assert piece.start % item_bytes(piece.dtype) == 0
 
 
 def test_existing_checkpoint_is_replaced_only_when_asked(llama, tmp_path):

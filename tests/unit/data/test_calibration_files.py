@@ -44,7 +44,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_samples_read_back_as_they_were(directory, drawn, tokenizer):
     again = files.load_calibration(directory, tokenizer)
     assert again.digest() == drawn.digest()
-    assert sorted(contents(directory)) == sorted(files.NAMES)
+    assert sorted(contents(directory)) == sorted(files.FILE_NAMES)
     assert load_file(directory / files.ABSMAX_NAME)["layer"].tolist() == [1] * 4
 
 
@@ -110,7 +110,7 @@ def test_what_is_there_is_replaced_only_if_asked(directory, tmp_path):
     files.check_no_calibration(directory, overwrite=True)
 
 
-@pytest.mark.parametrize("name", files.NAMES)
+@pytest.mark.parametrize("name", files.FILE_NAMES)
 @pytest.mark.parametrize("content", ["{}", "mine"])
 def test_file_that_isnt_ours_is_never_replaced(tmp_path, name, content):
     (tmp_path / name).write_text(content)
@@ -159,7 +159,7 @@ def test_samples_get_their_name_first(directory, drawn, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", noted)
     files.save_calibration(drawn, directory, {"layer": torch.ones(4)})
-    assert replaced == list(files.NAMES)
+    assert replaced == list(files.FILE_NAMES)
 
 
 @given(tokens=st.lists(INTS, max_size=8), lengths=st.lists(INTS, max_size=4))

@@ -7,7 +7,7 @@ import pytest
 from qtool.errors import ModelError
 from qtool.modeling import locate as module
 from qtool.modeling.locate import Location, locate
-from qtool.storage.cache import cache_dir
+from qtool.settings import cache_dir
 
 
 def test_local_directory_stays_where_it_is_and_has_no_public_name(llama):

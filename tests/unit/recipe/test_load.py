@@ -3,7 +3,7 @@ import yaml
 
 from qtool.errors import RecipeError
 from qtool.recipe.load import load_recipe, merge, recipe_from_mapping
-from qtool.recipe.names import built_in, find
+from qtool.recipe.names import built_in, find_recipe
 from qtool.recipe.schema import resolve
 from tests.helpers import run_python
 
@@ -195,7 +195,7 @@ def test_impossible_set_is_named(write, text, message):
 
 def test_built_in_names_are_found_and_misses_suggest_the_nearest():
     assert "rtn-w4g128" in built_in()
-    assert find("rtn-w4g128").is_file()
+    assert find_recipe("rtn-w4g128").is_file()
     refused("rtn-w4g12", r"Did you mean 'rtn-w4g128'\?.*path, ending in \.yaml")
     refused("no/such.yaml", r"No recipe file no/such\.yaml")
 
@@ -281,3 +281,9 @@ def test_key_of_several_types_names_all_of_them(setting, message):
     text = str(caught.value)
     assert text.startswith(setting.split("=")[0] + " is ")
     assert message in text
+
+
+def test_error_of_a_recipe_has_its_key():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("rtn-w4g128", ["weights.scheme.num_bits=9"])
+    assert caught.value.key == "weights.scheme.num_bits"

@@ -1,10 +1,11 @@
+import pickle
 import tomllib
 from importlib import metadata
 
 import pytest
 
-from qtool import extras
-from qtool.extras import DISTRIBUTION, install_line
+from qtool import errors
+from qtool.errors import DISTRIBUTION, QtoolError, about, install_line
 from tests.helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -32,7 +33,7 @@ def test_no_extra_brings_what_compiles_an_inference_engine():
 @pytest.fixture
 def installed(monkeypatch):
     monkeypatch.setattr(metadata, "requires", lambda _name: REQUIRES)
-    monkeypatch.setattr(extras, "_is_installed", lambda line: line.startswith(("pytest", "acc")))
+    monkeypatch.setattr(errors, "_is_installed", lambda line: line.startswith(("pytest", "acc")))
 
 
 @pytest.mark.usefixtures("installed")
@@ -50,5 +51,15 @@ def test_source_that_is_not_installed_names_the_checkout(monkeypatch):
 
 
 def test_packages_are_looked_for_by_name():
-    assert extras._is_installed("pytest>=8")
-    assert not extras._is_installed("qtool-no-such-package>=1")
+    assert errors._is_installed("pytest>=8")
+    assert not errors._is_installed("qtool-no-such-package>=1")
+
+
+def test_an_error_says_what_it_is_about_beside_its_message():
+    broken = pytest.raises(QtoolError, match=r"^It is broken\.$")
+    with broken as caught, about(layer="a", file="b"), about(layer="model.layers.0"):
+        raise QtoolError("It is broken.", key="seed")
+    expected = {"layer": "model.layers.0", "file": "b", "key": "seed"}
+    assert caught.value.subject() == expected
+    assert pickle.loads(pickle.dumps(caught.value)).subject() == expected
+    assert QtoolError("It is broken.").subject() == {}
