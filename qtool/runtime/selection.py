@@ -83,8 +83,8 @@ class Selection:
         return (
             f"planes up to {BLOCK} tokens, and from {self.least_weights // 10**6} million weights "
             f"on up to {self.most_tokens(2)} / {self.most_tokens(3)} / {self.most_tokens(4)} at "
-            f"2 / 3 / 4 bits; lut for one of {weights:.0f} million weights up to {bits:.0f} million "
-            f"bits; dequantize beyond (measured on {self.measured_on})"
+            f"2 / 3 / 4 bits; lut for one token of {weights:.0f} million weights and more, "
+            f"{bits:.0f} million bits at most; dequantize beyond (measured on {self.measured_on})"
         )
 
 

@@ -105,7 +105,7 @@ def check_is(tensor: QuantizedTensor, expected: torch.Tensor) -> None:
     specs = codec(tensor.format).layout(tensor.scheme, tensor.shape)
     for name, spec in specs.items():
         part = tensor.parts[name]
-        assert (tuple(part.shape), part.dtype) == (spec.shape, TORCH_DTYPES[spec.dtype])
+        assert (tuple(part.shape), part.dtype) == (spec.shape, dtype_of(spec.dtype))
         assert part.is_contiguous()
     assert tensor.parts.keys() == specs.keys()
     assert torch.equal(codec(tensor.format).dequantize(tensor, torch.float64), expected)
