@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtool import plugins
 from qtool.base import Emit
-from qtool.errors import DataError
+from qtool.errors import DataError, UnknownNameError
 from qtool.storage.jsonl import check_file
 
 if TYPE_CHECKING:
@@ -60,6 +61,19 @@ def check_recipe(model: "Location", recipe: "Recipe") -> None:
     seen = glance(model.path)
     if seen is not None:
         check_request(recipe, *seen)
+
+
+def check_backend(name: str | None) -> None:
+    """Refuse a backend that doesn't exist.
+
+    Raises:
+        UnknownNameError: there is none of that name.
+    """
+    import qtool.runtime.backends  # torch-free, as long as none is loaded
+
+    known = plugins.names(qtool.runtime.backends)
+    if name is not None and name not in known:
+        raise UnknownNameError(plugins.describe_miss(name, known, "backends"))
 
 
 def check_directory(calib_dir: Path | None) -> None:

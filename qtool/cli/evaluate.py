@@ -170,6 +170,7 @@ def evaluate(
     if str(samples) == "-":
         raise typer.BadParameter("--samples takes the name of a file.")
     check_targets([json_file, markdown, samples])
+    early.check_backend(backend)
     common: dict[str, Any] = {"backend": backend, "dtype": torch_dtype(dtype)}
     opened = partial(early.opened, [model, baseline], device)
     if tasks is None:

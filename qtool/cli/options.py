@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from qtool import plugins
 from qtool.cli.console import check_replaceable
 from qtool.errors import OutputError
 from qtool.wording import reason
@@ -20,19 +19,7 @@ ModelArgument = Annotated[
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write the result as JSON; - is stdout.")
 ]
-
-
-def _backend(text: str | None) -> str | None:
-    import qtool.runtime.backends  # torch-free, but not at --help
-
-    if text is not None:
-        plugins.check_name(text, plugins.names(qtool.runtime.backends), "backends")
-    return text
-
-
-BackendOption = Annotated[
-    str | None, typer.Option(callback=_backend, help="Run quantized layers with this backend.")
-]
+BackendOption = Annotated[str | None, typer.Option(help="Run quantized layers with this backend.")]
 DTypeOption = Annotated[
     str | None,
     typer.Option(help="float16, bfloat16 or float32; default: float16 on a card, else float32."),

@@ -78,10 +78,12 @@ class Selection:
 
     def __str__(self) -> str:
         """Say what is chosen, for people."""
+        weights, bits = self.tables.start / 1e6, self.tables.stop / 1e6
         return (
             f"planes up to {BLOCK} tokens, and from {self.least_weights // 10**6} million weights "
             f"on up to {self.most_tokens(2)} / {self.most_tokens(3)} / {self.most_tokens(4)} at "
-            f"2 / 3 / 4 bits; dequantize beyond (measured on {self.measured_on})"
+            f"2 / 3 / 4 bits; lut for one token of {weights:.0f} million weights and more, "
+            f"{bits:.0f} million bits at most; dequantize beyond (measured on {self.measured_on})"
         )
 
 
