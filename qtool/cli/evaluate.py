@@ -19,7 +19,7 @@ from qtool.cli.options import (
 )
 from qtool.cli.progress import progress
 from qtool.cli.task_figures import print_tasks, raise_failures, task_report, write_markdown
-from qtool.evaluation.lm_eval.local_data import DataFolder
+from qtool.data.local_datasets import DataFolder
 from qtool.evaluation.lm_eval.task_names import check_spelling
 
 if TYPE_CHECKING:
