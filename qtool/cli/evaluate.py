@@ -19,8 +19,7 @@ from qtool.cli.options import (
 )
 from qtool.cli.progress import progress
 from qtool.cli.task_figures import print_tasks, raise_failures, task_report, write_markdown
-from qtool.evaluation.lm_eval.local_data import DataFolder
-from qtool.evaluation.lm_eval.task_names import check_spelling
+from qtool.evaluation.lm_eval.task_names import check_data, check_spelling
 
 if TYPE_CHECKING:
     from qtool.evaluation.lm_eval.options import TaskOptions
@@ -195,7 +194,7 @@ def evaluate(
             emit(Progress(f"looking up {tasks}"))
             check_spelling(names)
             if data_dir is not None:
-                DataFolder(data_dir)  # raises where there is none, or nothing in it
+                check_data(names, data_dir)
         with early.opened([model, baseline], device, emit) as (where, original):
             from qtool import pipeline
 

@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -48,15 +48,6 @@ def request_key(kind: str, arguments: Any) -> bytes:  # noqa: ANN401
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def is_answer(kind: str, value: Any) -> bool:  # noqa: ANN401
-    """Return whether a value can be the answer to a request of a kind: caches get damaged."""
-    if kind == "generate_until":
-        return isinstance(value, str)
-    if kind == "loglikelihood_rolling":
-        return type(value) in (float, int)  # the likelihood of no text is a whole 0
-    return isinstance(value, tuple) and [type(part) for part in value] == [float, bool]
-
-
 class Answers:
     """Answers by request, in memory and, given a store, on disk as soon as there is one.
 
@@ -80,19 +71,13 @@ class Answers:
         answer = self._answers[key]
         return tuple(answer) if isinstance(answer, list) else answer
 
-    def has(self, kind: str, key: bytes) -> bool:
-        """Return whether there is an answer, and one to a request of this kind."""
-        return key in self and is_answer(kind, self[key])
-
     def add(self, key: bytes, answer: Any) -> None:  # noqa: ANN401
         """Keep an answer: a number, a text, or a tuple of numbers."""
         self._answers[key] = answer
         if self._store is not None:
-            with _kept_if_possible(self._store, self._warn, self._stop):
-                self._store.add(ANSWERS, self._owner, {key: json_line(answer)})
-
-    def _stop(self) -> None:
-        self._store = None
+            rows = {key: json_line(answer)}
+            if not _added(self._store, ANSWERS, self._owner, rows, self._warn):
+                self._store = None
 
 
 class KeptTask:
@@ -129,28 +114,23 @@ class KeptTask:
         self, scores: TaskScores, rows: Sequence[Mapping[str, Any]], warn: Callable[[str], None]
     ) -> None:
         """Keep scores and the rows of their items, both or neither, in place of answers."""
-        if self._store is None:
-            return
-        lines = b"\n".join(map(json_line, rows))
-        kept = {
-            OF_TASK: json_line(asdict(scores)),
-            OF_ITEMS: gzip.compress(lines, PACKED, mtime=0),
-        }
-        with _kept_if_possible(self._store, warn):
-            self._store.add(SCORES, self.name, kept)
-            self._store.remove(ANSWERS, self.name)
+        packed = gzip.compress(b"\n".join(map(json_line, rows)), PACKED, mtime=0)
+        kept = {OF_TASK: json_line(asdict(scores)), OF_ITEMS: packed}
+        if self._store is not None and _added(self._store, SCORES, self.name, kept, warn):
+            with contextlib.suppress(OSError):
+                self._store.remove(ANSWERS, self.name)
 
 
-@contextlib.contextmanager
-def _kept_if_possible(
-    store: Store, warn: Callable[[str], None], stop: Callable[[], None] = lambda: None
-) -> Iterator[None]:
-    """Warn, and go on, if nothing can be kept."""
+def _added(
+    store: Store, kind: str, owner: str, rows: Mapping[bytes, bytes], warn: Callable[[str], None]
+) -> bool:
+    """Add to the store; warn, and go on, if that can't be done."""
     try:
-        yield
+        store.add(kind, owner, rows)
     except OSError as error:
-        stop()
         warn(
             f"Answers and scores can't be kept in {store.path}: {reason(error)}. The run goes on, "
             "and an interrupted one would begin anew. Set QTOOL_CACHE to a folder with room."
         )
+        return False
+    return True

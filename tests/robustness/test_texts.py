@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qtool.data.calibration import draw_samples
 from qtool.data.corpora import load_corpus, open_dataset
 from qtool.data.lengths import match_lengths, read_lengths
-from qtool.evaluation.lm_eval.local_data import DataFolder, LocalSplits
+from qtool.data.local_datasets import DataFolder, LocalSplits
 from qtool.modeling.load import load_tokenizer
 from tests import families
 from tests.robustness.child import run_apart

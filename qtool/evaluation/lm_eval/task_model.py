@@ -187,14 +187,12 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         ):
             return self._draw(ask, requests)
         keys = [request_key(kind, request.args) for request in requests]
-        missing = [
-            (k, r) for k, r in zip(keys, requests, strict=True) if not self.store.has(kind, k)
-        ]
+        missing = [(k, r) for k, r in zip(keys, requests, strict=True) if k not in self.store]
         self.total += len(requests)
         self.done += len(requests) - len(missing)
         answers = ask([request for _, request in missing], disable_tqdm=True) if missing else []
         for (key, _), answer in zip(missing, answers, strict=True):
-            if not self.store.has(kind, key):
+            if key not in self.store:
                 self.store.add(key, answer)
         return [self.store[key] for key in keys]
 

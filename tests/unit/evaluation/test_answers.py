@@ -53,26 +53,6 @@ def test_every_answer_is_on_disk_as_soon_as_it_is_kept():
             assert Answers(other, "task")[b"k"] == (-1.25, True)
 
 
-@pytest.mark.parametrize(
-    ("kind", "right", "wrong"),
-    [
-        ("generate_until", ["", "text"], [1.5, (-1.5, True), None]),
-        (
-            "loglikelihood",
-            [(-1.5, True), (float("-inf"), False)],
-            [-1.5, (-1.5,), (True, -1.5), "a"],
-        ),
-        ("loglikelihood_rolling", [-1.5, 0], ["-1.5", True, (-1.5, True), None]),
-    ],
-)
-def test_kept_answer_to_another_kind_of_request_does_not_count(kind, right, wrong):
-    store = Answers()
-    for answer in [*right, *wrong]:
-        store.add(b"k", answer)
-        assert store.has(kind, b"k") == any(answer is one for one in right), answer
-    assert not store.has(kind, b"other")
-
-
 def test_folder_that_cannot_be_written_costs_what_would_be_kept(cache):
     cache.write_text("x")
     said: list[str] = []

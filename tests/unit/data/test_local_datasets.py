@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qtool.data.local_datasets import DataFolder, LocalSplits
 from qtool.errors import DataError
-from qtool.evaluation.lm_eval.local_data import DataFolder, LocalSplits
 from qtool.storage.digests import files_digest
 from qtool.storage.jsonl import json_objects
 from tests.task_rows import ITEMS, SHARED, invented, write_all, write_rows, write_table
