@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from qtool.data.local_datasets import DataFolder, LocalSplits
 from qtool.errors import DataError
 from qtool.evaluation.lm_eval.hooks import (
     quiet,
@@ -21,7 +22,6 @@ from qtool.evaluation.lm_eval.hooks import (
     sandboxed_code_eval,
     task_manager,
 )
-from qtool.data.local_datasets import DataFolder, LocalSplits
 from qtool.evaluation.lm_eval.options import TaskOptions
 from qtool.evaluation.lm_eval.task_names import describe_unknown
 from qtool.sandbox.run import protections

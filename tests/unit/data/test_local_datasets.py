@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qtool.errors import DataError
 from qtool.data.local_datasets import DataFolder, LocalSplits
+from qtool.errors import DataError
 from qtool.storage.digests import files_digest
 from qtool.storage.jsonl import json_objects
 from tests.task_rows import ITEMS, SHARED, invented, write_all, write_rows, write_table
