@@ -17,12 +17,12 @@ import torch
 from qtool.base import Emit, Notice, ignore_events
 from qtool.errors import DataError, ModelError, OutputError, QtoolError
 from qtool.evaluation.kept import KeptTask
-from qtool.evaluation.lm_eval.code_metric import recorded_outcomes
 from qtool.evaluation.lm_eval.harness import Loaded, Tasks, writes_text
 from qtool.evaluation.lm_eval.hooks import quiet, templates_compiled_once
 from qtool.evaluation.lm_eval.item_rows import AddRows, item_rows
 from qtool.evaluation.scores import TaskFailure, TaskScores, collect_scores
 from qtool.modeling.load import LoadedModel
+from qtool.sandbox.code_eval import recorded_outcomes
 from qtool.storage.store import Store
 
 if TYPE_CHECKING:
