@@ -1,6 +1,8 @@
 """What is cheap to find wrong is found first: before a model is read, most of it before torch."""
 
 import contextlib
+import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
     from qtool.recipe.schema import CalibrationSection, Recipe
 
 SAMPLES = "samples.safetensors"
+TASK_NAMES = re.compile(
+    rb"^[ \t]*(?:- )?[\"']?(?:task|group|tag)[\"']?[ \t]*:[ \t]*[\"']?([\w.+:-]+)", re.MULTILINE
+)
+"""In lm-eval's own files: its index takes ten seconds."""
 
 
 @contextlib.contextmanager
@@ -100,3 +106,30 @@ def check_texts(section: "CalibrationSection | None") -> None:
         check_file(Path(name))
     else:
         open_dataset(name)  # raises, and says why
+
+
+def check_spelling(names: Sequence[str]) -> None:
+    """Refuse names that stand nowhere in lm-eval's files, before anything slow is imported.
+
+    Of a name that does stand there lm-eval's index says later whether it is a task. Without lm-eval
+    nothing is refused here.
+
+    Raises:
+        DataError: there is no task, group or tag of that name.
+    """
+    from qtool.evaluation.lm_eval.hooks import describe_unknown
+
+    text = _task_files()
+    for name in names:
+        alone = rb"(?<![\w.+-])" + re.escape(name.encode()) + rb"(?![\w.+-])"
+        if text and not re.search(alone, text):
+            known = map(bytes.decode, set(TASK_NAMES.findall(text)))
+            raise DataError(describe_unknown(name, known))
+
+
+def _task_files() -> bytes:
+    """Return all that lm-eval's files of tasks say; empty if lm-eval isn't installed."""
+    spec = importlib.util.find_spec("lm_eval")
+    folders = (spec.submodule_search_locations if spec is not None else None) or ()
+    files = (path for folder in folders for path in Path(folder, "tasks").rglob("*.y*ml"))
+    return b"\n".join(path.read_bytes() for path in files)

@@ -20,7 +20,6 @@ from qtool.cli.options import (
 from qtool.cli.progress import progress
 from qtool.cli.task_figures import print_tasks, raise_failures, task_report, write_markdown
 from qtool.data.local_datasets import DataFolder
-from qtool.evaluation.lm_eval.task_names import check_spelling
 
 if TYPE_CHECKING:
     from qtool.evaluation.lm_eval.options import TaskOptions
@@ -192,7 +191,7 @@ def evaluate(
     with progress("Nothing was kept." if tasks is None or no_cache else ANSWERS_KEPT) as emit:
         if tasks is not None:
             emit("phase", {"name": f"looking up {tasks}"})
-            check_spelling(names)
+            early.check_spelling(names)
             if data_dir is not None:
                 DataFolder(data_dir)  # raises where there is none, or nothing in it
         with early.opened([model, baseline], device, emit) as (where, original):
