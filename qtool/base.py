@@ -59,14 +59,9 @@ class Codec:
     """Parts of a weight, from scheme and shape alone: for plans, headers and checks."""
     dequantize: Callable[[QuantizedTensor, torch.dtype], Tensor]
     """The definition of the format: (out_features, in_features) in a float dtype."""
-    narrow: Callable[[QuantizedTensor, int, int, int], QuantizedTensor]
-    """(weight, dimension, start, length) -> some rows or columns, to the bit.
-
-    Raises `SchemeError` where a group would be cut."""
     cat: Callable[[Sequence[QuantizedTensor], int], QuantizedTensor]
-    """(weights, dimension) -> one below the other, or beside one another, to the bit.
-
-    Raises `SchemeError` where groups would run on from one to the next."""
+    """(weights, dimension) -> one below the other, or beside one another, to the bit; raises
+    `SchemeError` where a group would run on from one to the next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

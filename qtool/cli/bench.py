@@ -115,6 +115,7 @@ def bench(
     """
     _check_usage(context)
     check_targets([json_file, plot])
+    early.check_backend(backend)
     opened = partial(early.opened, [out_dir, baseline], device)
     with progress(NOT_KEPT) as emit, opened(emit) as (where, original):
         from qtool import pipeline

@@ -1,14 +1,16 @@
 """What is cheap to find wrong is found first: before a model is read, most of it before torch."""
 
 import contextlib
+import functools
 import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtool import plugins
 from qtool.base import Emit
-from qtool.errors import DataError
+from qtool.errors import DataError, UnknownNameError
 from qtool.storage.jsonl import check_file
 
 if TYPE_CHECKING:
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 SAMPLES = "samples.safetensors"
 TASK_NAMES = re.compile(
     rb"^[ \t]*(?:- )?[\"']?(?:task|group|tag)[\"']?[ \t]*:[ \t]*[\"']?([\w.+:-]+)", re.MULTILINE
+)
+TASK_DATASET = re.compile(
+    rb"^[\"']?dataset_(path|name)[\"']?[ \t]*:[ \t]*[\"']?([\w./-]+)", re.MULTILINE
 )
 """In lm-eval's own files: its index takes ten seconds."""
 
@@ -66,6 +71,19 @@ def check_recipe(model: "Location", recipe: "Recipe") -> None:
     seen = glance(model.path)
     if seen is not None:
         check_request(recipe, *seen)
+
+
+def check_backend(name: str | None) -> None:
+    """Refuse a backend that doesn't exist.
+
+    Raises:
+        UnknownNameError: there is none of that name.
+    """
+    import qtool.runtime.backends  # torch-free, as long as none is loaded
+
+    known = plugins.names(qtool.runtime.backends)
+    if name is not None and name not in known:
+        raise UnknownNameError(plugins.describe_miss(name, known, "backends"))
 
 
 def check_directory(calib_dir: Path | None) -> None:
@@ -119,7 +137,7 @@ def check_spelling(names: Sequence[str]) -> None:
     """
     from qtool.evaluation.lm_eval.hooks import describe_unknown
 
-    text = _task_files()
+    text = b"\n".join(_task_files().values())
     for name in names:
         alone = rb"(?<![\w.+-])" + re.escape(name.encode()) + rb"(?![\w.+-])"
         if text and not re.search(alone, text):
@@ -127,9 +145,51 @@ def check_spelling(names: Sequence[str]) -> None:
             raise DataError(describe_unknown(name, known))
 
 
-def _task_files() -> bytes:
-    """Return all that lm-eval's files of tasks say; empty if lm-eval isn't installed."""
+def check_data(names: Sequence[str], data_dir: Path) -> None:
+    """Refuse a folder that has no file at all of a task's data set, where that is known by name.
+
+    Which splits a task reads lm-eval's index says later.
+
+    Raises:
+        DataError: there is no such folder, or none of the files is there.
+    """
+    from qtool.data.local_datasets import DataFolder, LocalSplits
+
+    folder = DataFolder(data_dir)
+    for name in names:
+        dataset, config = _dataset(name)
+        if dataset is not None and not folder.mentions(dataset, name, config or name):
+            splits = LocalSplits(folder, name, {"dataset_path": dataset, "dataset_name": config})
+            splits.file_of("test")  # raises, and says what to put where
+
+
+def _dataset(name: str) -> tuple[str | None, str | None]:
+    """Return path and name of the data set that the file of a task or group names, or its folder.
+
+    Neither, where that isn't a single one.
+    """
+    defines = re.compile(
+        rb"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?%s[\"']?[ \t]*$" % re.escape(name.encode()),
+        re.MULTILINE,
+    )
+    file = next((file for file, text in _task_files().items() if defines.search(text)), None)
+    if file is None:
+        return None, None
+    own = dict(TASK_DATASET.findall(_task_files()[file]))
+    beside = b"\n".join(path.read_bytes() for path in file.parent.glob("*yaml*"))
+    paths = (
+        {own[b"path"]}
+        if b"path" in own
+        else {v for k, v in TASK_DATASET.findall(beside) if k == b"path"}
+    )
+    named = own.get(b"name")
+    return (paths.pop().decode() if len(paths) == 1 else None), named and named.decode()
+
+
+@functools.cache
+def _task_files() -> dict[Path, bytes]:
+    """Return what lm-eval's files of tasks say; empty if lm-eval isn't installed."""
     spec = importlib.util.find_spec("lm_eval")
     folders = (spec.submodule_search_locations if spec is not None else None) or ()
     files = (path for folder in folders for path in Path(folder, "tasks").rglob("*.y*ml"))
-    return b"\n".join(path.read_bytes() for path in files)
+    return {path: path.read_bytes() for path in files}

@@ -19,7 +19,6 @@ from qtool.cli.options import (
 )
 from qtool.cli.progress import progress
 from qtool.cli.task_figures import print_tasks, raise_failures, task_report, write_markdown
-from qtool.data.local_datasets import DataFolder
 
 if TYPE_CHECKING:
     from qtool.evaluation.lm_eval.options import TaskOptions
@@ -168,6 +167,7 @@ def evaluate(
     if str(samples) == "-":
         raise typer.BadParameter("--samples takes the name of a file.")
     check_targets([json_file, markdown, samples])
+    early.check_backend(backend)
     names = tuple(dict.fromkeys(name.strip() for name in (tasks or "").split(",") if name.strip()))
     settings = {
         "tasks": names,
@@ -193,7 +193,7 @@ def evaluate(
             emit("phase", {"name": f"looking up {tasks}"})
             early.check_spelling(names)
             if data_dir is not None:
-                DataFolder(data_dir)  # raises where there is none, or nothing in it
+                early.check_data(names, data_dir)
         with early.opened([model, baseline], device, emit) as (where, original):
             from qtool import pipeline
 

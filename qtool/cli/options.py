@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from qtool import plugins
 from qtool.cli.console import check_replaceable
-from qtool.errors import OutputError, UnknownNameError
+from qtool.errors import OutputError
 from qtool.wording import reason
 
 ModelArgument = Annotated[
@@ -20,20 +19,7 @@ ModelArgument = Annotated[
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write the result as JSON; - is stdout.")
 ]
-
-
-def _backend(text: str | None) -> str | None:
-    import qtool.runtime.backends  # torch-free, but not at --help
-
-    known = plugins.names(qtool.runtime.backends)
-    if text is not None and text not in known:
-        raise UnknownNameError(plugins.describe_miss(text, known, "backends"))
-    return text
-
-
-BackendOption = Annotated[
-    str | None, typer.Option(callback=_backend, help="Run quantized layers with this backend.")
-]
+BackendOption = Annotated[str | None, typer.Option(help="Run quantized layers with this backend.")]
 DTypeOption = Annotated[
     str | None,
     typer.Option(help="float16, bfloat16 or float32; default: float16 on a card, else float32."),
@@ -86,9 +72,9 @@ def torch_dtype(name: str | None) -> Any:  # noqa: ANN401
         raise typer.BadParameter(f"--dtype is {name!r}; it is float16, bfloat16 or float32.")
     if name is None:
         return None
-    import torch  # slow
+    from qtool.formats._dtypes import dtype_of  # torch: slow
 
-    return getattr(torch, name)
+    return dtype_of(name)
 
 
 def check_targets(targets: Sequence[Path | None]) -> None:

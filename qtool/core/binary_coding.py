@@ -37,11 +37,6 @@ def assign(groups: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
     return order.to(torch.uint8).gather(-1, position.long())
 
 
-def binary_values(codes: Tensor, scales: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weights of the codes: (groups, group_size) in `dtype`."""
-    return levels(scales.to(dtype), offsets.to(dtype)).gather(-1, codes.long())
-
-
 def canonical(scales: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Make scales non-negative and descending; the dequantized weights don't change.
 

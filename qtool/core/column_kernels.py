@@ -136,20 +136,7 @@ def walk(
     tables: tuple[Tensor, ...],
     levels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Quantize the columns of one block in order; each one moves those that are left.
-
-    Args:
-        pick: Kind of the grid; see `supports`.
-        work: (columns, rows) float32, not changed. Error feedback: the values to quantize.
-            Coordinate descent: the gradient.
-        matrix: (columns, columns) float32. Error feedback: row c says how the error of column c
-            is shared. Coordinate descent: the block of the Hessian.
-        tables: The levels of the block, for `pick`.
-        levels: (columns, rows) float32, the levels so far: descend. None: feed errors back.
-
-    Returns:
-        Codes (columns, rows) uint8 and levels (columns, rows) float32.
-    """
+    """Do what `column_loop.walk_columns` does, of whose arguments `supports` says yes."""
     columns, rows = work.shape
     work = work.contiguous()
     old = work if levels is None else levels.contiguous()

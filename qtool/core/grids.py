@@ -12,7 +12,6 @@ rows share parameters.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -70,49 +69,6 @@ def pick_binary(tables: tuple[Tensor, ...], column: int, values: Tensor) -> tupl
     return codes.gather(0, position).squeeze(0), levels.gather(0, position).squeeze(0)
 
 
-class Grid(Protocol):
-    """Levels of all groups of one layer."""
-
-    span: Span
-
-    @property
-    def pick(self) -> Pick:
-        """Quantizes one column with the tables of its block."""
-        ...
-
-    def tables(self, groups: list[int]) -> tuple[Tensor, ...]:
-        """Return what `pick` needs for a block of columns.
-
-        Args:
-            groups: Group of each column of the block.
-        """
-        ...
-
-    def values(self, group: int, codes: Tensor) -> Tensor:
-        """Return the levels of codes (columns, rows) of one group, float32."""
-        ...
-
-    def basis(self, group: int, codes: Tensor) -> Tensor:
-        """Return what the values are linear in: (unknowns, columns, rows) float32."""
-        ...
-
-    def moved(self, group: int, step: Tensor) -> Tensor:
-        """Return parameters (unknowns, row_groups) after a step of that shape."""
-        ...
-
-    def set(self, group: int, parameters: Tensor) -> None:
-        """Replace the parameters of a group: (unknowns, row_groups)."""
-        ...
-
-    def get(self, group: int) -> Tensor:
-        """Return the parameters of a group: (unknowns, row_groups)."""
-        ...
-
-    def round(self) -> None:
-        """Round all parameters to the dtype in which they are stored."""
-        ...
-
-
 @dataclass(slots=True)
 class AffineGrid:
     """scale * (code - zero_point)."""
@@ -122,13 +78,14 @@ class AffineGrid:
     num_bits: int
     span: Span
 
-    @property
-    def pick(self) -> Pick:
-        """Quantizes one column with the tables of its block."""
-        return pick_affine
+    pick = staticmethod(pick_affine)
 
     def tables(self, groups: list[int]) -> tuple[Tensor, ...]:
-        """Return scales and zero points (columns, rows), and the highest code."""
+        """Return scales and zero points (columns, rows) of a block, and the highest code.
+
+        Args:
+            groups: Group of each column of the block.
+        """
         index = torch.tensor(groups, device=self.scales.device)
         expand = self.span.expand
         top = torch.full((1,), 2.0**self.num_bits - 1, device=self.scales.device)
@@ -138,12 +95,12 @@ class AffineGrid:
         return self.span.expand(self.scales[group]), self.span.expand(self.zero_points[group])
 
     def values(self, group: int, codes: Tensor) -> Tensor:
-        """Return the levels of codes."""
+        """Return the levels of codes (columns, rows) of one group, float32."""
         scale, zero = self._group(group)
         return (codes.float() - zero) * scale
 
     def basis(self, group: int, codes: Tensor) -> Tensor:
-        """Return code - zero_point: only the scale moves, the zero point is a whole number."""
+        """Return what the values are linear in, (1, columns, rows): only the scale moves."""
         return (codes.float() - self._group(group)[1]).unsqueeze(0)
 
     def moved(self, group: int, step: Tensor) -> Tensor:
@@ -167,6 +124,8 @@ class AffineGrid:
 class BinaryGrid:
     """offset + sum of scales * signs; the levels of each group are kept sorted."""
 
+    pick = staticmethod(pick_binary)
+
     def __init__(self, parameters: Tensor, *, offset: bool, span: Span | None = None) -> None:
         """Sort the levels.
 
@@ -181,11 +140,6 @@ class BinaryGrid:
         planes = signs(parameters.shape[1] - 1, device=parameters.device, dtype=torch.float32)
         self._table = torch.nn.functional.pad(planes, (0, 1), value=1.0)  # (num_levels, unknowns)
         self._sort_all()
-
-    @property
-    def pick(self) -> Pick:
-        """Quantizes one column with the tables of its block."""
-        return pick_binary
 
     def _sort_all(self) -> None:
         self._levels, self._codes, self._middles = self._sorted(self.parameters)
@@ -203,12 +157,12 @@ class BinaryGrid:
         return tuple(expand(part) for part in parts)
 
     def values(self, group: int, codes: Tensor) -> Tensor:
-        """Return the levels of codes."""
+        """Return the levels of codes (columns, rows) of one group, float32."""
         table = self.span.expand(self._table @ self.parameters[group])  # (num_levels, rows)
         return table.gather(0, codes.long())
 
     def basis(self, group: int, codes: Tensor) -> Tensor:
-        """Return the signs of the planes and, if there is an offset, ones."""
+        """Return what the values are linear in, (unknowns, columns, rows): signs, and ones."""
         del group
         unknowns = self._table.shape[1] - int(not self.offset)
         return self._table.T[:unknowns][:, codes.long()]
@@ -233,3 +187,7 @@ class BinaryGrid:
         """Round scales and offsets to float16."""
         self.parameters = self.parameters.to(torch.float16).float()
         self._sort_all()
+
+
+Grid = AffineGrid | BinaryGrid
+"""Levels of all groups of one layer. Parameters of a group are (unknowns, row_groups)."""

@@ -24,12 +24,6 @@ def residual(weight: Tensor, levels: Tensor, hessian: Tensor) -> Tensor:
     return hessian @ (levels - weight)
 
 
-def loss_per_row(weight: Tensor, levels: Tensor, hessian: Tensor) -> Tensor:
-    """Return the loss of each row, (rows,)."""
-    error = levels - weight
-    return ((hessian @ error) * error).sum(0)
-
-
 def descend_codes(
     grid: Grid, edges: list[int], codes: Tensor, levels: Tensor, gradient: Tensor, hessian: Tensor
 ) -> None:

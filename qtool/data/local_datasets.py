@@ -65,6 +65,17 @@ class DataFolder:
                 "data, or leave out --data-dir to download."
             )
 
+    def mentions(self, dataset: str, *names: str) -> bool:
+        """Return whether the table has a data set, or a file is named for it or for one of these.
+
+        Args:
+            dataset: lm-eval's `dataset_path`.
+            names: Of tasks or configurations.
+        """
+        wanted = [_letters(name) for name in (dataset.rpartition("/")[2], *names)]
+        named = any(one in file for one in wanted for file in self.files)
+        return named or any(entry.dataset == dataset for entry in self.entries)
+
 
 class LocalSplits(dict[str, Any]):
     """Splits of one task by name, read when they are asked for.

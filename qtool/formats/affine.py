@@ -13,7 +13,7 @@ from qtool.base import Codec, PartSpec, QuantizedTensor
 from qtool.core import affine, grouping
 from qtool.core.packing import codes_to_planes, num_words, planes_to_codes
 from qtool.errors import SchemeError
-from qtool.formats._parts import cat_planes, joined, narrow_groups, narrow_planes, narrowed
+from qtool.formats._parts import cat_planes, joined
 from qtool.scheme import Shape2D, WeightScheme
 
 AFFINE = "affine"
@@ -75,21 +75,9 @@ def _dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     return affine.affine_values(codes, scales, zeros, dtype)
 
 
-def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> QuantizedTensor:
-    """Return some rows (dim 0) or columns of a weight."""
-    scheme, shape, part = tensor.scheme, tensor.shape, (dim, start, length)
-    codes = narrow_planes(tensor.parts["codes"], shape.in_features, *part)
-    scales, zeros = (
-        narrow_groups(each, scheme, shape, *part)
-        for each in (tensor.parts["scales"], zero_points(tensor))
-    )
-    return _packed(codes, scales, zeros, scheme, narrowed(shape, dim, length))
-
-
 def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
     """Return weights below one another (dim 0), or beside one another."""
-    shape, inputs = joined(tensors, dim), [tensor.shape.in_features for tensor in tensors]
-    codes = cat_planes([tensor.parts["codes"] for tensor in tensors], inputs, dim)
+    shape, codes = joined(tensors, dim), cat_planes(tensors, "codes", dim)
     scales = torch.cat([tensor.parts["scales"] for tensor in tensors], dim)
     zeros = torch.cat([zero_points(tensor) for tensor in tensors], dim)
     return _packed(codes, scales, zeros, tensors[0].scheme, shape)
@@ -106,4 +94,4 @@ def _packed(
     return QuantizedTensor(AFFINE, scheme, shape, parts)
 
 
-CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, narrow=_narrow, cat=_cat)
+CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat)

@@ -10,7 +10,7 @@ from qtool.core import binary_coding, grouping
 from qtool.core.packing import codes_to_planes, num_words, unpack_bits
 from qtool.errors import SchemeError
 from qtool.formats import affine as affine_format
-from qtool.formats._parts import cat_planes, joined, narrow_groups, narrow_planes, narrowed
+from qtool.formats._parts import cat_planes, joined
 from qtool.scheme import Shape2D, WeightScheme
 
 BINARY_CODING = "binary_coding"
@@ -92,27 +92,12 @@ def from_affine(tensor: QuantizedTensor, parameter_dtype: torch.dtype) -> Quanti
     return QuantizedTensor(BINARY_CODING, with_offset, tensor.shape, parts)
 
 
-def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> QuantizedTensor:
-    """Return some rows (dim 0) or columns of a weight."""
-    scheme, shape, part = tensor.scheme, tensor.shape, (dim, start, length)
-    parts = {
-        name: narrow_planes(values, shape.in_features, *part)
-        if name == "bit_planes"
-        else narrow_groups(values, scheme, shape, *part)
-        for name, values in tensor.parts.items()
-    }
-    return QuantizedTensor(BINARY_CODING, scheme, narrowed(shape, dim, length), parts)
-
-
 def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
     """Return weights below one another (dim 0), or beside one another."""
-    shape, inputs = joined(tensors, dim), [tensor.shape.in_features for tensor in tensors]
-    parts = {}
-    for name in tensors[0].parts:
-        values = [tensor.parts[name] for tensor in tensors]
-        planes = name == "bit_planes"
-        parts[name] = cat_planes(values, inputs, dim) if planes else torch.cat(values, dim - 2)
+    shape, parts = joined(tensors, dim), {"bit_planes": cat_planes(tensors, "bit_planes", dim)}
+    for name in tensors[0].parts.keys() - parts.keys():
+        parts[name] = torch.cat([tensor.parts[name] for tensor in tensors], dim - 2)
     return QuantizedTensor(BINARY_CODING, tensors[0].scheme, shape, parts)
 
 
-CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, narrow=_narrow, cat=_cat)
+CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat)

@@ -23,6 +23,7 @@ from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location, locate
 from qtool.pipeline.model_figures import ModelFigures, figures_of, versions
 from qtool.pipeline.scoring import score
+from qtool.plugins import check_name
 from qtool.runtime.select import use_backend
 from qtool.scheme import WeightScheme
 
@@ -224,9 +225,11 @@ def _kernels(
 ) -> "GpuResult":
     """Time kernels, of a checkpoint or of shapes."""
     from qtool.bench import gpu, machine, plots, shapes, workload
+    from qtool.runtime.selection import KERNELS
 
     kernel, device = options.kernel, machine.require_card()
-    gpu.check_kernel(kernel)
+    if kernel is not None:
+        check_name(kernel, KERNELS, "kernels")
     if options.plot is not None:
         plots.check_plot(options.plot)
     if options.synthetic is not None:

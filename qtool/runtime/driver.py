@@ -184,12 +184,6 @@ def _zeros(words: int, device: int, stream: int) -> Tensor:
     return found
 
 
-def kept_bytes() -> int:
-    """Return what `_zeros` keeps on all cards."""
-    tensors = [*_ZEROS.values(), *_SPARE.values(), *_KEPT]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def _capture_of(stream: int) -> int:
     """Return the number of the capture that a stream takes part in, 0 if none."""
     status, number = ctypes.c_int(), ctypes.c_ulonglong()

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from qtool import settings
-from qtool.errors import UnknownNameError
-from qtool.plugins import describe_miss
+from qtool.plugins import check_name
 from qtool.scheme import Shape2D
 
 KERNELS = ("planes", "lut", "dequantize", "sign_flip")
@@ -79,10 +78,12 @@ class Selection:
 
     def __str__(self) -> str:
         """Say what is chosen, for people."""
+        weights, bits = self.tables.start / 1e6, self.tables.stop / 1e6
         return (
             f"planes up to {BLOCK} tokens, and from {self.least_weights // 10**6} million weights "
             f"on up to {self.most_tokens(2)} / {self.most_tokens(3)} / {self.most_tokens(4)} at "
-            f"2 / 3 / 4 bits; dequantize beyond (measured on {self.measured_on})"
+            f"2 / 3 / 4 bits; lut for one token of {weights:.0f} million weights and more, "
+            f"{bits:.0f} million bits at most; dequantize beyond (measured on {self.measured_on})"
         )
 
 
@@ -111,6 +112,6 @@ def wanted_kernel() -> str | None:
         UnknownNameError: there is no such kernel.
     """
     name = settings.kernel()
-    if name is not None and name not in KERNELS:
-        raise UnknownNameError(describe_miss(name, KERNELS, "kernels"))
+    if name is not None:
+        check_name(name, KERNELS, "kernels")
     return name

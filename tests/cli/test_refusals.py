@@ -65,7 +65,7 @@ def test_a_wrong_name_is_refused_before_slow_imports(llama, tmp_path, command, h
     code, imported, said, spent = refusal(*command.format(**places).split())
     assert (code, imported) == (1, heavy), said
     assert "Error: " in said
-    assert spent < 3
+    assert heavy or spent < 3  # torch alone takes two to three seconds, by how busy the machine is
     assert not (tmp_path / "out").exists()
 
 

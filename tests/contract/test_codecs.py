@@ -25,6 +25,7 @@ schemes = st.builds(
     group_dim=st.sampled_from(GROUP_DIMS),
     symmetric=st.booleans(),
 )
+GROUPED = {"out_features": 0, "in_features": 1}
 shapes = st.builds(Shape2D, st.integers(1, 36), st.integers(1, 36))
 
 
@@ -88,7 +89,7 @@ def test_dequantize_leaves_the_parts_alone(name, group_dim):
         assert torch.equal(tensor.parts[part], values)
 
 
-@EVERY_FORMAT
+@pytest.mark.parametrize("name", ["affine", "binary_coding"])
 @pytest.mark.parametrize("num_bits", range(2, 8))
 def test_size_is_the_bits_and_what_the_scales_take(name, num_bits):
     shape = Shape2D(128, 256)
@@ -97,6 +98,50 @@ def test_size_is_the_bits_and_what_the_scales_take(name, num_bits):
     size = sum(np.prod(spec.shape) * dtype_of(spec.dtype).itemsize for spec in layout.values())
     per_group = {"affine": 16 + num_bits, "binary_coding": 16 * (num_bits + 1)}[name]
     assert 8 * size / (128 * 256) == pytest.approx(num_bits + per_group / 128)
+
+
+def check_is(tensor: QuantizedTensor, expected: torch.Tensor) -> None:
+    """Compare with a weight in float64, to the bit; the parts must be those of the format."""
+    specs = codec(tensor.format).layout(tensor.scheme, tensor.shape)
+    for name, spec in specs.items():
+        part = tensor.parts[name]
+        assert (tuple(part.shape), part.dtype) == (spec.shape, dtype_of(spec.dtype))
+        assert part.is_contiguous()
+    assert tensor.parts.keys() == specs.keys()
+    assert torch.equal(codec(tensor.format).dequantize(tensor, torch.float64), expected)
+
+
+@EVERY_FORMAT
+@settings(max_examples=60)
+@given(
+    scheme=schemes,
+    other=st.integers(1, 36),
+    dim=st.integers(0, 1),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    seed=st.integers(0, 10_000),
+)
+def test_weights_are_joined_to_the_bit_or_refused(name, scheme, other, dim, lengths, seed):
+    made = [Shape2D(length, other) if dim == 0 else Shape2D(other, length) for length in lengths]
+    tensors = [random_tensor(name, scheme, shape, seed + i) for i, shape in enumerate(made)]
+    size, grouped = tensors[0].scheme.group_size, dim == GROUPED[tensors[0].scheme.group_dim]
+    if grouped and len(lengths) > 1 and (size is None or any(n % size for n in lengths[:-1])):
+        with pytest.raises(SchemeError, match="Only the last"):
+            codec(name).cat(tensors, dim)
+        return
+    exact = [codec(name).dequantize(each, torch.float64) for each in tensors]
+    check_is(codec(name).cat(tensors, dim), torch.cat(exact, dim))
+
+
+@EVERY_FORMAT
+def test_weights_that_differ_are_not_joined(name):
+    one, other = (
+        random_tensor(name, WeightScheme(num_bits=bits, group_size=8), Shape2D(16, 16), 0)
+        for bits in (3, 4)
+    )
+    wider = random_tensor(name, one.scheme, Shape2D(16, 24), 0)
+    for pair in ([one, other], [one, wider]):
+        with pytest.raises(SchemeError, match="don't make one"):
+            codec(name).cat(pair, 0)
 
 
 @EVERY_FORMAT

@@ -1,5 +1,7 @@
 """The choice of kernels, grids and arguments, launched on the CPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -209,6 +211,48 @@ def test_weights_of_one_input_are_fused_if_their_schemes_agree():
     assert fusing.fuse([tensors[0], other], torch.float16) is None
     assert fusing.fuse([finer, finer], torch.float16) is None, "the tiles can't group its inputs"
     assert fusing.fuse(tensors, torch.float16, interleave=True) is None
+
+
+def test_tables_run_one_token_where_they_were_measured_to_be_faster():
+    def faster(rows, inputs, planes):
+        return selection.H100.prefers_tables(planes, Shape2D(rows, inputs))
+
+    # kernels/README.md: at 4096 x 4096 with 2, 3 and 4 planes, at 6144 x 4096 with 2
+    assert [faster(4096, 4096, planes) for planes in range(1, 6)] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert [faster(6144, 4096, planes) for planes in (2, 3, 4)] == [True, False, False]
+    assert not any(faster(*shape, 2) for shape in [(28672, 4096), (4096, 14336), (8192, 28672)])
+    assert not faster(2048, 2048, 4), "what is smaller wasn't measured"
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_tables_are_chosen_for_one_token_of_such_a_weight(monkeypatch, with_residual):
+    small = replace(selection.H100, tables=range(1000, 100_000))
+    monkeypatch.setattr(linear_kernels, "selection_for", lambda _: small)
+    scheme = WeightScheme(num_bits=3, group_size=64)
+    tensor = random_tensor("binary_coding", scheme, Shape2D(24, 1100), 0)
+    weight = linear_kernels.prepare(tensor, torch.float16)
+    names = []
+    for batch in (1, 2):
+        x = (normal(batch, 1100) / 1100**0.5).half()
+        residual, launch = normal(batch, 24, seed=1).half() if with_residual else None, Recorder()
+        got = linear_kernels.matmul(x, weight, launch, SMALL, residual=residual)
+        expected = x.double() @ dequantized(tensor, torch.float64).T
+        expected = expected if residual is None else expected + residual.double()
+        torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-3)
+        names += launch.names
+    assert names == ["lut_gemm", "add_splits", "bit_plane_imma"]
+    monkeypatch.setenv("QTOOL_KERNEL", "planes")
+    assert linear_kernels.prepare(tensor, torch.float16).stored is None
+    pair = [random_tensor("binary_coding", scheme, Shape2D(24, 320), seed) for seed in (1, 2)]
+    monkeypatch.delenv("QTOOL_KERNEL")
+    fused = fusing.fuse(pair, torch.float16, interleave=True)
+    assert fused is not None and fused.prepared.stored is None, "tables have no gate"
 
 
 @pytest.mark.parametrize("kernel", [None, "sign_flip", "lut"])

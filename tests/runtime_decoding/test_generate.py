@@ -15,6 +15,7 @@ from qtool.runtime.decoding import generate, llama, sampling
 from qtool.runtime.decoding.generate import accelerate, use_runner
 from qtool.runtime.decoding.sampling import SharedRunner
 from qtool.runtime.decoding.torch_ops import OPS
+from qtool.runtime.select import load_backend
 from tests import families
 from tests.runtime_decoding.models import build, prompt
 
@@ -257,6 +258,21 @@ def test_switches(monkeypatch, count):
     monkeypatch.setenv("QTOOL_RUNNER", "0")
     model.generate(ids, pad_token_id=0, **GREEDY)
     assert not count
+
+
+def test_a_backend_says_on_which_devices_it_decodes(monkeypatch, checkpoint, count):
+    from transformers import AutoModelForCausalLM
+
+    model, ids = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), prompt(1, 5)
+    expected = model.generate(ids, pad_token_id=0, **GREEDY)
+    assert not count
+    monkeypatch.setattr(type(load_backend("dense")), "decodes_on", "cpu")
+    assert torch.equal(model.generate(ids, pad_token_id=0, **GREEDY), expected)
+    assert len(count) == 1
+    monkeypatch.setattr(type(load_backend("dense")), "decode_ops", lambda *_: None)
+    model.model.norm.weight.data = model.model.norm.weight.data.clone()
+    assert torch.equal(model.generate(ids, pad_token_id=0, **GREEDY), expected)
+    assert len(count) == 1, "without operations, transformers runs the model"
 
 
 def test_changed_weights_are_noticed(count):

@@ -18,7 +18,7 @@ from qtool.runtime.linear_kernels import KernelWeight
 from qtool.runtime.selection import STORED_KERNELS, wanted_kernel
 
 FORMATS = (affine.AFFINE, binary_coding.BINARY_CODING)
-DTYPES = (torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 """That the kernels take; in others weights are dense."""
 Prepared = KernelWeight | HalfWeight | Tensor
 
@@ -39,7 +39,7 @@ class CudaBackend:
 
     def prepare(self, tensor: QuantizedTensor, dtype: torch.dtype) -> Prepared:
         """Return the re-laid weight."""
-        if dtype not in DTYPES:
+        if dtype not in KERNEL_DTYPES:
             return DENSE.prepare(tensor, dtype)
         return linear_kernels.prepare(tensor, dtype)
 
@@ -69,7 +69,7 @@ class CudaBackend:
         self, tensors: Sequence[QuantizedTensor], dtype: torch.dtype, *, interleave: bool = False
     ) -> Fused | None:
         """Put weights into one, unless a kernel is asked for that reads each as it is stored."""
-        if dtype not in DTYPES:
+        if dtype not in KERNEL_DTYPES:
             return DENSE.fuse(tensors, dtype)
         if wanted_kernel() in STORED_KERNELS:
             return None
@@ -78,7 +78,7 @@ class CudaBackend:
     def decode_ops(self, weights: DecoderWeights) -> DecodeOps | None:
         """Return the operations by the kernels; None where they don't take the shape of a model."""
         device, shape = weights.final_norm.device, weights.shape
-        if shape.dtype not in DTYPES:
+        if shape.dtype not in KERNEL_DTYPES:
             return DENSE.decode_ops(weights)
         if shape.head_dim not in HEAD_DIMS or why_not_on(device) is not None:
             return None

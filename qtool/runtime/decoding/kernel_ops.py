@@ -9,7 +9,7 @@ from torch.nn import functional
 from qtool.runtime import linear_kernels
 from qtool.runtime.decoding import torch_ops
 from qtool.runtime.decoding.ops import DecodeState
-from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, Projection
+from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, Projection, Projections
 from qtool.runtime.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.linear_kernels import KernelWeight
 
@@ -58,12 +58,7 @@ class KernelOps:
             )
         return y
 
-    def linear(
-        self,
-        x: Tensor,
-        projection: Projection | tuple[Projection, ...],
-        residual: Tensor | None = None,
-    ) -> Tensor:
+    def linear(self, x: Tensor, projection: Projections, residual: Tensor | None = None) -> Tensor:
         """Return x @ W.T + residual."""
         if isinstance(projection, tuple):
             y = torch.cat([self.linear(x, part) for part in projection], dim=-1)
@@ -73,7 +68,7 @@ class KernelOps:
         y = functional.linear(x, torch_ops.dense(projection))
         return y if residual is None else y.add_(residual)
 
-    def gated(self, x: Tensor, gate_up: Projection | tuple[Projection, Projection]) -> Tensor:
+    def gated(self, x: Tensor, gate_up: Projections) -> Tensor:
         """Return silu(x @ gate.T) * (x @ up.T)."""
         if isinstance(gate_up, KernelWeight):
             return linear_kernels.matmul(x, gate_up, self._launch, self._card, gated=True)

@@ -7,7 +7,13 @@ from torch import Tensor, nn
 
 from qtool.base import KernelBackend
 from qtool.errors import BackendError
-from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, DecoderWeights, Projection
+from qtool.runtime.decoding.weights import (
+    DecoderLayer,
+    DecoderShape,
+    DecoderWeights,
+    Projection,
+    Projections,
+)
 from qtool.runtime.modules import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -120,7 +126,7 @@ class _Reader:
             return module.prepare(self.dtype)[1]
         return backend.prepare(module.tensor(), self.dtype)
 
-    def fused(self, *members: Any, interleave: bool = False) -> Projection | tuple[Projection, ...]:  # noqa: ANN401
+    def fused(self, *members: Any, interleave: bool = False) -> Projections:  # noqa: ANN401
         """Return linears that share an input as one, or apart if what runs them leaves them so."""
         backends = {self._backend_of(member) for member in members}
         backend = next(iter(backends))

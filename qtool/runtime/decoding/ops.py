@@ -11,6 +11,7 @@ from qtool.runtime.decoding.weights import (
     DecoderShape,
     DecoderWeights,
     Projection,
+    Projections,
 )
 
 
@@ -41,15 +42,10 @@ class DecodeOps(Protocol):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return x / rms(x) * weight, rounded before and after the weight, as transformers does."""
 
-    def linear(
-        self,
-        x: Tensor,
-        projection: Projection | tuple[Projection, ...],
-        residual: Tensor | None = None,
-    ) -> Tensor:
+    def linear(self, x: Tensor, projection: Projections, residual: Tensor | None = None) -> Tensor:
         """Return x @ W.T + residual; of several projections the outputs side by side."""
 
-    def gated(self, x: Tensor, gate_up: Projection | tuple[Projection, Projection]) -> Tensor:
+    def gated(self, x: Tensor, gate_up: Projections) -> Tensor:
         """Return silu(x @ gate.T) * (x @ up.T)."""
 
     def attend(

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtool.runtime.decoding.ops import DecodeOps, DecodeState
-from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, Projection
+from qtool.runtime.decoding.weights import DecoderLayer, DecoderShape, Projection, Projections
 from qtool.runtime.tiles import side_by_side
 
 
@@ -20,18 +20,13 @@ class TorchOps:
         """Return x / rms(x) * weight."""
         return rms_norm(x, weight, eps)
 
-    def linear(
-        self,
-        x: Tensor,
-        projection: Projection | tuple[Projection, ...],
-        residual: Tensor | None = None,
-    ) -> Tensor:
+    def linear(self, x: Tensor, projection: Projections, residual: Tensor | None = None) -> Tensor:
         """Return x @ W.T + residual."""
         parts = projection if isinstance(projection, tuple) else (projection,)
         y = torch.cat([functional.linear(x, dense(part)) for part in parts], dim=-1)
         return y if residual is None else residual + y
 
-    def gated(self, x: Tensor, gate_up: Projection | tuple[Projection, Projection]) -> Tensor:
+    def gated(self, x: Tensor, gate_up: Projections) -> Tensor:
         """Return silu(x @ gate.T) * (x @ up.T)."""
         y = self.linear(x, gate_up)
         return silu_times(y if isinstance(gate_up, tuple | Tensor) else side_by_side(y))

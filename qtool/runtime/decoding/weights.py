@@ -16,6 +16,8 @@ class PreparedWeight(Protocol):
 
 Projection = PreparedWeight | Tensor
 """A weight as a backend wants it, or a dense one, (out_features, in_features)."""
+Projections = Projection | tuple[Projection, ...]
+"""As one, or one by one: of weights that share an input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class DecoderLayer:
     """One block."""
 
     input_norm: Tensor  # (hidden_size,)
-    qkv: Projection | tuple[Projection, ...]
+    qkv: Projections
     """Queries, keys, values one below the other: (heads + 2 key-value heads) * head_dim rows; in
     parts where their schemes differ."""
     qkv_bias: Tensor | None
@@ -52,7 +54,7 @@ class DecoderLayer:
     key_norm: Tensor | None
     output: Projection
     mlp_norm: Tensor
-    gate_up: Projection | tuple[Projection, Projection]
+    gate_up: Projections
     """Both as two, or one below the other in a tensor; or prepared: rows of gate and of up then
     alternate in runs of `fusing.RUN`."""
     down: Projection

@@ -22,6 +22,11 @@ def layer():
     return weight, mixed.T @ mixed / 200
 
 
+def loss_per_row(weight, levels, matrix):
+    error = levels - weight
+    return ((matrix @ error) * error).sum(0)
+
+
 def factorized(matrix, damping):
     factor = hessian.factorize(matrix, damping=damping)
     assert factor is not None
@@ -66,7 +71,7 @@ def test_sum_of_squared_errors_is_the_loss(layer, kind):
     weight, matrix = layer
     factor = factorized(matrix, 0.01)
     _, levels, squared = run_feedback(weight, factor, grids(weight)[kind])
-    loss = polish.loss_per_row(weight, levels, factor.hessian).sum()
+    loss = loss_per_row(weight, levels, factor.hessian).sum()
     assert float(squared) == pytest.approx(float(loss), rel=1e-3)
 
 
@@ -98,10 +103,10 @@ def test_no_step_of_the_polish_raises_the_loss_of_any_row(layer, kind):
     grid = grids(weight)[kind]
     codes, levels, _ = run_feedback(weight, factor, grid)
     gradient = polish.residual(weight, levels, factor.hessian)
-    losses = [polish.loss_per_row(weight, levels, factor.hessian)]
+    losses = [loss_per_row(weight, levels, factor.hessian)]
     for step in (polish.descend_codes, polish.refit, polish.descend_codes, polish.refit):
         step(grid, EDGES, codes, levels, gradient, factor.hessian)
-        losses.append(polish.loss_per_row(weight, levels, factor.hessian))
+        losses.append(loss_per_row(weight, levels, factor.hessian))
         drift = gradient - polish.residual(weight, levels, factor.hessian)
         assert float(drift.abs().max()) < 1e-3
     for before, after in itertools.pairwise(losses):
@@ -123,10 +128,10 @@ def test_polish_of_single_column_groups_never_raises_the_loss(layer, size):
     codes = torch.stack([grid.pick(tables, c, weight[c])[0] for c in range(COLUMNS)])
     levels = polish.all_values(grid, edges, codes)
     gradient = polish.residual(weight, levels, factor.hessian)
-    losses = [float(polish.loss_per_row(weight, levels, factor.hessian).sum())]
+    losses = [float(loss_per_row(weight, levels, factor.hessian).sum())]
     for step in (polish.refit, polish.descend_codes, polish.refit, polish.descend_codes):
         step(grid, edges, codes, levels, gradient, factor.hessian)
-        losses.append(float(polish.loss_per_row(weight, levels, factor.hessian).sum()))
+        losses.append(float(loss_per_row(weight, levels, factor.hessian).sum()))
         torch.testing.assert_close(levels, polish.all_values(grid, edges, codes))
         drift = gradient - polish.residual(weight, levels, factor.hessian)
         assert float(drift.abs().max()) < 1e-3

@@ -1,10 +1,12 @@
 """What torch knows of the kernels without a card, and that a compiled model is one graph on one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qtool.runtime import linear_kernels, operators
+from qtool.runtime import driver, linear_kernels, operators, selection
 from qtool.runtime.backends import cuda
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
@@ -55,3 +57,23 @@ def test_a_compiled_function_is_one_graph_for_prefill_and_decoding():
     for tokens in (1, 5, 40):
         x = normal(tokens, 320).half().cuda()
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_weight_that_tables_run_is_compiled_from_its_tiles(monkeypatch):
+    small = replace(selection.H100, tables=range(1000, 100_000))
+    monkeypatch.setattr(linear_kernels, "selection_for", lambda _: small)
+    tensor, prepared = weight("cuda")
+    assert prepared.stored is not None and prepared.tiles is not None
+    assert linear_kernels.kernel_for(prepared, 1, driver.card_of(0)) == "lut"
+
+    def layer(x):
+        return torch.nn.functional.silu(cuda.BACKEND.matmul(x, prepared))
+
+    compiled, exact = torch.compile(layer, fullgraph=True, dynamic=True), dequantized(tensor)
+    for tokens in (1, 5):
+        x = normal(tokens, 320).half().cuda()
+        expected = torch.nn.functional.silu(x.cpu().float() @ exact.T)
+        for got in (layer(x), compiled(x)):
+            torch.testing.assert_close(got.cpu().float(), expected, rtol=1e-2, atol=0.1)
