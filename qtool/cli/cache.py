@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +51,8 @@ def cache(
     with Store() as store:
         found = [*store.summary(), *(_folder(name) for name in FOLDERS)]
     found = [kept for kept in found if kept.entries and kept.kind in (what or [kept.kind])]
-    console.write_json({"folder": str(cache_dir()), "kept": found_report(found)}, json_file)
+    report = {"folder": str(cache_dir()), "kept": [asdict(kept) for kept in found]}
+    console.write_json(report, json_file)
     if not console.wants_table(json_file):
         return
     columns = {"what": "left", "": "left", "entries": "right", "size": "right", "age": "right"}
@@ -59,20 +61,6 @@ def cache(
         for k in found
     ]
     console.print_table(str(cache_dir()), columns, rows)
-
-
-def found_report(found: list[Kept]) -> list[dict[str, object]]:
-    """Return what is kept, for machines; times in seconds since 1970."""
-    return [
-        {
-            "what": kept.kind,
-            "entries": kept.entries,
-            "bytes": kept.num_bytes,
-            "first": kept.first,
-            "last": kept.last,
-        }
-        for kept in found
-    ]
 
 
 def _size_and_age(kept: Kept) -> tuple[str, str]:

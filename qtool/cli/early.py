@@ -1,6 +1,9 @@
 """What is cheap to find wrong is found first: before a model is read, most of it before torch."""
 
 import contextlib
+import functools
+import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +18,13 @@ if TYPE_CHECKING:
     from qtool.recipe.schema import CalibrationSection, Recipe
 
 SAMPLES = "samples.safetensors"
+TASK_NAMES = re.compile(
+    rb"^[ \t]*(?:- )?[\"']?(?:task|group|tag)[\"']?[ \t]*:[ \t]*[\"']?([\w.+:-]+)", re.MULTILINE
+)
+TASK_DATASET = re.compile(
+    rb"^[\"']?dataset_(path|name)[\"']?[ \t]*:[ \t]*[\"']?([\w./-]+)", re.MULTILINE
+)
+"""In lm-eval's own files: its index takes ten seconds."""
 
 
 @contextlib.contextmanager
@@ -114,3 +124,72 @@ def check_texts(section: "CalibrationSection | None") -> None:
         check_file(Path(name))
     else:
         open_dataset(name)  # raises, and says why
+
+
+def check_spelling(names: Sequence[str]) -> None:
+    """Refuse names that stand nowhere in lm-eval's files, before anything slow is imported.
+
+    Of a name that does stand there lm-eval's index says later whether it is a task. Without lm-eval
+    nothing is refused here.
+
+    Raises:
+        DataError: there is no task, group or tag of that name.
+    """
+    from qtool.evaluation.lm_eval.hooks import describe_unknown
+
+    text = b"\n".join(_task_files().values())
+    for name in names:
+        alone = rb"(?<![\w.+-])" + re.escape(name.encode()) + rb"(?![\w.+-])"
+        if text and not re.search(alone, text):
+            known = map(bytes.decode, set(TASK_NAMES.findall(text)))
+            raise DataError(describe_unknown(name, known))
+
+
+def check_data(names: Sequence[str], data_dir: Path) -> None:
+    """Refuse a folder that has no file at all of a task's data set, where that is known by name.
+
+    Which splits a task reads lm-eval's index says later.
+
+    Raises:
+        DataError: there is no such folder, or none of the files is there.
+    """
+    from qtool.data.local_datasets import DataFolder, LocalSplits
+
+    folder = DataFolder(data_dir)
+    for name in names:
+        dataset, config = _dataset(name)
+        if dataset is not None and not folder.mentions(dataset, name, config or name):
+            splits = LocalSplits(folder, name, {"dataset_path": dataset, "dataset_name": config})
+            splits.file_of("test")  # raises, and says what to put where
+
+
+def _dataset(name: str) -> tuple[str | None, str | None]:
+    """Return path and name of the data set that the file of a task or group names, or its folder.
+
+    Neither, where that isn't a single one.
+    """
+    defines = re.compile(
+        rb"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?%s[\"']?[ \t]*$" % re.escape(name.encode()),
+        re.MULTILINE,
+    )
+    file = next((file for file, text in _task_files().items() if defines.search(text)), None)
+    if file is None:
+        return None, None
+    own = dict(TASK_DATASET.findall(_task_files()[file]))
+    beside = b"\n".join(path.read_bytes() for path in file.parent.glob("*yaml*"))
+    paths = (
+        {own[b"path"]}
+        if b"path" in own
+        else {v for k, v in TASK_DATASET.findall(beside) if k == b"path"}
+    )
+    named = own.get(b"name")
+    return (paths.pop().decode() if len(paths) == 1 else None), named and named.decode()
+
+
+@functools.cache
+def _task_files() -> dict[Path, bytes]:
+    """Return what lm-eval's files of tasks say; empty if lm-eval isn't installed."""
+    spec = importlib.util.find_spec("lm_eval")
+    folders = (spec.submodule_search_locations if spec is not None else None) or ()
+    files = (path for folder in folders for path in Path(folder, "tasks").rglob("*.y*ml"))
+    return {path: path.read_bytes() for path in files}

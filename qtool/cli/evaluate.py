@@ -19,7 +19,6 @@ from qtool.cli.options import (
 )
 from qtool.cli.progress import progress
 from qtool.cli.task_figures import print_tasks, raise_failures, task_report, write_markdown
-from qtool.evaluation.lm_eval.task_names import check_data, check_spelling
 
 if TYPE_CHECKING:
     from qtool.evaluation.lm_eval.options import TaskOptions
@@ -192,9 +191,9 @@ def evaluate(
     with progress("Nothing was kept." if tasks is None or no_cache else ANSWERS_KEPT) as emit:
         if tasks is not None:
             emit(Progress(f"looking up {tasks}"))
-            check_spelling(names)
+            early.check_spelling(names)
             if data_dir is not None:
-                check_data(names, data_dir)
+                early.check_data(names, data_dir)
         with early.opened([model, baseline], device, emit) as (where, original):
             from qtool import pipeline
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from qtool.base import Emit, Progress, ignore_events
 from qtool.data.corpora import Corpus
+from qtool.data.windows import windows_of
 from qtool.errors import DataError, ModelError
-from qtool.evaluation.perplexity import windows_of
 from qtool.modeling.load import LoadedModel
 
 START_TOKENS = 32
@@ -125,8 +125,7 @@ def record_reference(  # noqa: PLR0913 - a text and how much of it to look at
         )
     starts = _prompts(windows.flatten(), prompts)
     _check_lengths(model, max(map(len, starts), default=0), new_tokens)
-    table = torch.empty(0)
-    done = 0
+    table, done = torch.empty(0), 0
     for rows in _log_probabilities(model, windows, chosen, emit):
         if done == 0:
             # filled in place: parts to be joined at the end would need twice the memory
@@ -160,10 +159,8 @@ def compare_to_reference(
         ModelError: the model's output isn't a number.
     """
     _check_vocabulary(model, reference)
-    divergences, same = [], []
-    done = 0
-    chosen = reference.positions
-    for rows in _log_probabilities(model, reference.windows, chosen, emit):
+    divergences, same, done = [], [], 0
+    for rows in _log_probabilities(model, reference.windows, reference.positions, emit):
         original = reference.log_probabilities[done : done + len(rows)].to(rows.device)
         divergences.append(kl_divergences(original, rows).cpu())
         same.append((original.argmax(1) == rows.argmax(1)).double().cpu())
@@ -176,10 +173,10 @@ def compare_to_reference(
     shares = [diff.equal_tokens / diff.tokens for diff in greedy]
     return Agreement(
         kl_divergence=float(kl.mean()),
-        kl_standard_error=_standard_error(kl),
+        kl_standard_error=float(kl.std()) / math.sqrt(len(kl)),
         kl_p99=float(kl.quantile(0.99)),
         top1_agreement=float(agrees.mean()),
-        top1_standard_error=_standard_error(agrees),
+        top1_standard_error=float(agrees.std()) / math.sqrt(len(agrees)),
         positions=len(kl),
         dataset=reference.dataset,
         context_length=reference.windows.shape[1],
@@ -244,8 +241,7 @@ def _log_probabilities(
     for index, (window, chosen) in enumerate(zip(used.tolist(), offsets, strict=True)):
         tokens = windows[window].to(model.device).unsqueeze(0)
         logits = model.model(tokens, use_cache=False).logits[0, chosen.to(model.device)]
-        size = max(1, CHUNK_VALUES // logits.shape[1])
-        for part in logits.split(size):
+        for part in logits.split(max(1, CHUNK_VALUES // logits.shape[1])):
             rows = part.float().log_softmax(1)
             if bool(rows.isnan().any()):
                 raise ModelError(
@@ -290,11 +286,5 @@ def _greedy_diff(
 ) -> GreedyDiff:
     pairs = list(zip(original, quantized, strict=False))
     equal = next((i for i, (first, second) in enumerate(pairs) if first != second), len(pairs))
-    decode = model.tokenizer.decode
-    length = max(len(original), len(quantized))
+    decode, length = model.tokenizer.decode, max(len(original), len(quantized))
     return GreedyDiff(decode(prompt), decode(original), decode(quantized), equal, length)
-
-
-def _standard_error(values: Tensor) -> float:
-    """Return the standard error of the mean."""
-    return float(values.std()) / math.sqrt(len(values))

@@ -17,9 +17,9 @@ from pydantic import TypeAdapter
 
 import qtool
 from qtool.evaluation.scores import TaskScores
+from qtool.storage.memo import Memo, added
 from qtool.storage.plain_json import json_line
 from qtool.storage.store import Store
-from qtool.wording import reason
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets")
 OPTIONAL_LIBRARIES = ("cupy-cuda13x", "cupy-cuda12x", "triton", "numba")
@@ -48,38 +48,6 @@ def request_key(kind: str, arguments: Any) -> bytes:  # noqa: ANN401
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-class Answers:
-    """Answers by request, in memory and, given a store, on disk as soon as there is one.
-
-    A store that can't be written costs what would be kept, and stops nothing.
-    """
-
-    def __init__(
-        self,
-        store: Store | None = None,
-        owner: str = "",
-        warn: Callable[[str], None] = lambda _message: None,
-    ) -> None:
-        self._store, self._owner, self._warn = store, owner, warn
-        kept = store.read(ANSWERS, owner) if store is not None else {}
-        self._answers = {key: json.loads(value) for key, value in kept.items()}
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._answers
-
-    def __getitem__(self, key: bytes) -> Any:  # noqa: ANN401
-        answer = self._answers[key]
-        return tuple(answer) if isinstance(answer, list) else answer
-
-    def add(self, key: bytes, answer: Any) -> None:  # noqa: ANN401
-        """Keep an answer: a number, a text, or a tuple of numbers."""
-        self._answers[key] = answer
-        if self._store is not None:
-            rows = {key: json_line(answer)}
-            if not _added(self._store, ANSWERS, self._owner, rows, self._warn):
-                self._store = None
-
-
 class KeptTask:
     """The place of one task's scores, and of the answers of a run that didn't end."""
 
@@ -90,9 +58,9 @@ class KeptTask:
         self.name = hashlib.sha256(text.encode()).hexdigest()[:32]
         self._store = store
 
-    def answers(self, warn: Callable[[str], None]) -> Answers:
+    def answers(self, warn: Callable[[str], None]) -> Memo:
         """Return the answers that there are; `warn` is told once if none can be added."""
-        return Answers(self._store, self.name, warn)
+        return Memo(self._store, ANSWERS, self.name, warn)
 
     def scores(self) -> TaskScores | None:
         """Return the scores, if they are there, with their rows, and whole."""
@@ -116,21 +84,6 @@ class KeptTask:
         """Keep scores and the rows of their items, both or neither, in place of answers."""
         packed = gzip.compress(b"\n".join(map(json_line, rows)), PACKED, mtime=0)
         kept = {OF_TASK: json_line(asdict(scores)), OF_ITEMS: packed}
-        if self._store is not None and _added(self._store, SCORES, self.name, kept, warn):
+        if self._store is not None and added(self._store, SCORES, self.name, kept, warn):
             with contextlib.suppress(OSError):
                 self._store.remove(ANSWERS, self.name)
-
-
-def _added(
-    store: Store, kind: str, owner: str, rows: Mapping[bytes, bytes], warn: Callable[[str], None]
-) -> bool:
-    """Add to the store; warn, and go on, if that can't be done."""
-    try:
-        store.add(kind, owner, rows)
-    except OSError as error:
-        warn(
-            f"Answers and scores can't be kept in {store.path}: {reason(error)}. The run goes on, "
-            "and an interrupted one would begin anew. Set QTOOL_CACHE to a folder with room."
-        )
-        return False
-    return True

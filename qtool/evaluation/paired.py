@@ -119,12 +119,9 @@ def paired_ratios(
 
 
 def verdict(paired: Paired, *, higher_is_better: bool, alpha: float = 0.05) -> Verdict:
-    """Say in words what a comparison shows; a large p-value doesn't show that models are equal.
+    """Say in words what a comparison shows: a difference, if the p-value is below `alpha`.
 
-    Args:
-        paired: The comparison.
-        higher_is_better: False for a perplexity.
-        alpha: A difference is shown if the p-value is below this.
+    A large p-value doesn't show that models are equal.
     """
     if paired.p_value is None:
         return "too few items"

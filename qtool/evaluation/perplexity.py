@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from qtool.base import Emit, Notice, Progress, ignore_events
-from qtool.data.corpora import Corpus, bos_warning, check_tokens, tokenize
-from qtool.errors import DataError
+from qtool.data.corpora import Corpus, bos_warning
+from qtool.data.windows import windows_of
 from qtool.modeling.load import LoadedModel
 
 
@@ -64,7 +64,11 @@ def perplexity(
         what = f"perplexity of {model.name}"
         emit(Progress(what, index + 1, len(windows), f"{running:.3f}"))
     if math.isnan(total):
-        emit(Notice(_not_a_number(model, corpus)))
+        message = (
+            f"{model.name} gives outputs that are not numbers on {corpus.name}, so that it has no "
+            "perplexity. Try another dtype; if it stays, the weights are damaged."
+        )
+        emit(Notice(message))
     return PerplexityResult(
         perplexity=_exp(total / (len(windows) * (context_length - 1))),
         dataset=corpus.name,
@@ -81,50 +85,6 @@ def _exp(mean_loss: float) -> float:
         return math.exp(mean_loss)
     except OverflowError:  # above 709 nats
         return math.inf
-
-
-def _not_a_number(model: LoadedModel, corpus: Corpus) -> str:
-    return (
-        f"{model.name} gives outputs that are not numbers on {corpus.name}, so that it has no "
-        "perplexity. Try another dtype; if it stays, the weights are damaged."
-    )
-
-
-def windows_of(
-    model: LoadedModel, corpus: Corpus, context_length: int, max_windows: int | None
-) -> tuple[torch.Tensor, int]:
-    """Return the windows to evaluate, (windows, context_length) int64, and how many there are.
-
-    Args:
-        model: Its tokenizer makes the tokens, and its positions limit a window.
-        corpus: The text.
-        context_length: Tokens per window.
-        max_windows: Return the first windows only; None: all.
-
-    Raises:
-        DataError: as `perplexity`; or the model has no embedding for a token.
-    """
-    if context_length < 2 or (max_windows is not None and max_windows < 1):  # noqa: PLR2004
-        raise DataError(
-            f"The context length is {context_length} and the number of windows {max_windows}; "
-            "a window needs at least 2 tokens, and a measurement at least 1 window."
-        )
-    limit = getattr(model.model.config, "max_position_embeddings", None)
-    if limit is not None and context_length > limit:
-        raise DataError(
-            f"The context length is {context_length}, but {model.name} has {limit} positions. "
-            f"Use --context-length {limit} or less."
-        )
-    stream = tokenize(model.tokenizer, corpus.text)
-    available = len(stream) // context_length
-    if available == 0:
-        raise DataError(
-            f"{corpus.name} has {len(stream)} tokens, fewer than one window of {context_length}. "
-            "Use a longer text or a shorter --context-length."
-        )
-    windows = stream[: available * context_length].view(available, context_length)[:max_windows]
-    check_tokens(windows, model.model.config.get_text_config().vocab_size, corpus.name)
-    return windows, available
 
 
 @torch.inference_mode()

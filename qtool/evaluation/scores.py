@@ -78,11 +78,7 @@ class TaskFailure:
 
 
 def collect_scores(results: Mapping[str, Any]) -> tuple[Score, ...]:
-    """Return the scores in what lm-eval's `evaluate` returns, groups first where there are any.
-
-    Args:
-        results: With samples.
-    """
+    """Return the scores in what lm-eval's `evaluate` returns with samples, groups first."""
     items = _items(results["samples"])
     groups = results.get("groups") or {}
     subtasks = results.get("group_subtasks") or {}
@@ -92,7 +88,7 @@ def collect_scores(results: Mapping[str, Any]) -> tuple[Score, ...]:
         for metric, name, value in _metrics(metrics):
             found = [items.get((leaf, metric, name)) for leaf in leaves]
             values = [value for part in found for value in part or ()]
-            scores.append(_score(results, task, (metric, name), value, values))
+            scores.append(_score(results, (task, metric, name), value, values))
     return tuple(scores)
 
 
@@ -129,22 +125,19 @@ def _leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _score(
-    results: Mapping[str, Any],
-    task: str,
-    metric: tuple[str, str],
-    value: float,
-    items: list[Any],
+    results: Mapping[str, Any], of: tuple[str, str, str], value: float, items: list[Any]
 ) -> Score:
-    kind = _kind(metric[0], value, items)
+    task, metric, name = of
+    kind = _kind(metric, value, items)
     better = (results.get("higher_is_better") or {}).get(task) or {}
     shots = (results.get("n-shot") or {}).get(task)
     return Score(
         task=task,
-        metric=metric[0],
-        filter=metric[1],
+        metric=metric,
+        filter=name,
         value=value,
         standard_error=standard_error(kind, items),
-        higher_is_better=bool(better.get(metric[0], RATIOS.get(metric[0]) is None)),
+        higher_is_better=bool(better.get(metric, metric not in RATIOS)),
         num_items=len(items),
         shots=shots if isinstance(shots, int) else None,
         version=str((results.get("versions") or {}).get(task, "")),
@@ -160,9 +153,8 @@ def _kind(metric: str, value: float, items: list[Any]) -> Kind:
     That is so for groups that average their tasks, and for what isn't finite.
     """
     kind = RATIOS.get(metric, "mean")
-    if not items or not all(
-        isinstance(i, float) or (kind != "mean" and _is_pair(i)) for i in items
-    ):
+    usable = (isinstance(i, float) or (kind != "mean" and _is_pair(i)) for i in items)
+    if not items or not all(usable):
         return "other"
     mean = _ratio(_pairs(items))
     if kind == "perplexity":

@@ -1,6 +1,7 @@
 """Where models run, and in which dtype, unless something else is asked for."""
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -37,6 +38,12 @@ def default_device() -> torch.device:
 def default_dtype(device: torch.device) -> torch.dtype:
     """Return float16 on a card; float32 on a CPU, where float16 arithmetic is slow."""
     return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def free_memory() -> None:
+    """Let go of a model that nobody names any more: it is in a cycle."""
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing, without a card
 
 
 def _card(name: str | None) -> contextlib.AbstractContextManager[None]:

@@ -1,6 +1,5 @@
 """Measuring what was quantized: quality and speed, beside the original."""
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from qtool.evaluation.agreement import (
     record_reference,
 )
 from qtool.evaluation.perplexity import PerplexityResult, perplexity
+from qtool.modeling.device import free_memory
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location, locate
 from qtool.pipeline.model_figures import ModelFigures, figures_of, versions
@@ -124,7 +124,7 @@ def evaluate(
             reference = _if_possible(lambda: options.record(loaded, corpus, emit), emit)
         figures.append(replace(subjects[baseline], perplexity=measured))
         del loaded
-        _free_memory()
+        free_memory()
     with _loaded(model, backend, dtype) as loaded:
         measured = options.measure(loaded, corpus, emit)
         agreement = None
@@ -201,7 +201,7 @@ def bench(
     figures = []
     for one, subject in zip(models, subjects, strict=True):
         figures.append(_timed(one, subject, options, corpus, emit))
-        _free_memory()  # else two models would be alive while the second is loaded
+        free_memory()  # else two models would be alive while the second is loaded
     return Comparison(tuple(figures), versions=versions())
 
 
@@ -259,14 +259,6 @@ def _original(model: Location) -> Location | None:
     """Return what a checkpoint names as its source, if anything."""
     source = CheckpointReader(model.directory).manifest.source
     return locate(source) if source is not None else None
-
-
-def _free_memory() -> None:
-    """Let go of a model that nobody names any more: it is in a cycle."""
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()  # nothing, without a card
 
 
 def _subject(model: Location) -> ModelFigures:

@@ -23,7 +23,7 @@ def cache(tmp_path, monkeypatch):
 def kept(cli: Cli, *arguments: str) -> dict[str, tuple[int, int]]:
     done = cli("cache", *arguments, "--json", "-")
     assert (done.code, done.said) == (0, [])
-    return {one["what"]: (one["entries"], one["bytes"]) for one in json.loads(done.out)["kept"]}
+    return {one["kind"]: (one["entries"], one["num_bytes"]) for one in json.loads(done.out)["kept"]}
 
 
 @pytest.mark.usefixtures("cache")

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qtool.evaluation.lm_eval import batches
-from qtool.evaluation.lm_eval.batches import MOST_ON_CPU, MOST_WRITTEN, BatchByLength
+from qtool.evaluation.lm_eval.batches import MOST_ON_CPU, MOST_WRITTEN, batches_by_length
 from qtool.evaluation.lm_eval.task_model import TaskModel
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
@@ -34,7 +34,7 @@ def chunks(lengths, size_of):
 @given(st.lists(st.integers(1, 5000), max_size=300), st.integers(1, 30000))
 def test_batches_are_as_large_as_their_tokens_allow(lengths, tokens):
     lengths = sorted(lengths, reverse=True)
-    size_of = BatchByLength(64, tokens, lambda length: length)
+    size_of = batches_by_length(64, tokens, lambda length: length)
     for _ in range(2):  # begins anew with each list
         found = chunks(lengths, size_of)
         assert [length for batch in found for length in batch] == lengths

@@ -11,12 +11,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from qtool.base import Progress
-from qtool.evaluation.kept import Answers
 from qtool.evaluation.lm_eval import batches
 from qtool.evaluation.scores import TaskFailure, TaskScores
 from qtool.modeling.locate import Location
 from qtool.pipeline.task_results import TaskComparison
 from qtool.storage.jsonl import json_objects
+from qtool.storage.memo import Memo
 from qtool.storage.store import Store
 from tests.evaluation_tasks.conftest import LoadsModelError, asked_of, kept_answers
 
@@ -308,7 +308,7 @@ def model(long_llama):
 
 def answers(model, count=6, **generation):
     """Ask for the same continuation some times."""
-    model.begin("t", Answers())
+    model.begin("t", Memo())
     arguments = ("w3 w4", {"until": ["w96"], "max_gen_toks": 6, **generation})
     request = Instance("generate_until", {}, arguments, 0, ("t", 0, count))
     torch.manual_seed(0)

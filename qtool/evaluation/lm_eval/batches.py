@@ -59,24 +59,22 @@ def cache_bytes(config: Any, dtype: torch.dtype) -> int:  # noqa: ANN401
     return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
 
 
-class BatchByLength:
-    """Sizes the batches of requests that come longest first, as lm-eval orders them.
+def batches_by_length(
+    most: int, tokens: int, length: Callable[[Any], int]
+) -> Callable[[int, Sequence[Any]], int]:
+    """Return what sizes the batches of requests that come longest first, as lm-eval orders them.
 
-    A batch is padded to its first request.
+    A batch is padded to its first request, and has `most` requests and `tokens`; `length` gives
+    those of a request. What is returned is asked for every position in turn, from 0 on, and gives
+    the size of the batch that holds the request there.
     """
+    end = size = 0
 
-    def __init__(self, most: int, tokens: int, length: Callable[[Any], int]) -> None:
-        """Let a batch have `most` requests and `tokens`; `length` gives those of a request."""
-        self._most, self._tokens, self._length = most, tokens, length
-        self._end = self._size = 0
+    def size_of(position: int, requests: Sequence[Any]) -> int:
+        nonlocal end, size
+        if position in (0, end):
+            size = max(1, min(most, tokens // max(1, length(requests[position]))))
+            end = position + size
+        return size
 
-    def __call__(self, position: int, requests: Sequence[Any]) -> int:
-        """Return the size of the batch that holds the request at `position`.
-
-        Asked for every position in turn, from 0 on.
-        """
-        if position in (0, self._end):
-            fitting = self._tokens // max(1, self._length(requests[position]))
-            self._size = max(1, min(self._most, fitting))
-            self._end = position + self._size
-        return self._size
+    return size_of

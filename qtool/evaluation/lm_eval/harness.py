@@ -17,13 +17,13 @@ import torch
 from qtool.data.local_datasets import DataFolder, LocalSplits
 from qtool.errors import DataError
 from qtool.evaluation.lm_eval.hooks import (
+    describe_unknown,
     quiet,
     require_lm_eval,
     sandboxed_code_eval,
     task_manager,
 )
 from qtool.evaluation.lm_eval.options import TaskOptions
-from qtool.evaluation.lm_eval.task_names import describe_unknown
 from qtool.sandbox.run import protections
 from qtool.storage.digests import files_digest
 from qtool.wording import reason

@@ -6,11 +6,12 @@ and run programs in a fork of this process: while tasks are loaded, that one nam
 """
 
 import contextlib
+import difflib
 import functools
 import importlib.util
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -22,6 +23,13 @@ def require_lm_eval() -> None:
     """Raise unless lm-eval is installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtraError("Running tasks", "eval")
+
+
+def describe_unknown(name: str, known: Iterable[str]) -> str:
+    """Return the sentence for an unknown task; lm-eval has too many to list."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    hint = f" Did you mean {', '.join(near)}?" if near else ""
+    return f"lm-eval has no task, group or tag '{name}'.{hint} `lm-eval ls tasks` lists all."
 
 
 @functools.cache

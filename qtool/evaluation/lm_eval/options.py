@@ -93,9 +93,8 @@ def _checked(key: str, value: Any) -> Any:  # noqa: ANN401
     words, kind = SETTINGS[key]
     try:
         return TypeAdapter(kind).validate_python(value, strict=True)
-    except ValidationError as error:
-        message = f"--gen-kwargs has {key}={value!r}, which must be {words}."
-        raise DataError(message) from error
+    except ValidationError:
+        raise DataError(f"--gen-kwargs has {key}={value!r}, which must be {words}.") from None
 
 
 def _check_drawing(settings: Mapping[str, Any]) -> None:
@@ -131,21 +130,21 @@ _Stops = Annotated[
     Field(min_length=1),
     AfterValidator(lambda value: value if isinstance(value, list) else [value]),
 ]
-_Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_Share = Annotated[float, Field(ge=0, le=1)]
-_Count, _Positive = Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]
+
+
+_COUNT = ("a whole number from 0", Annotated[int, Field(ge=0)])
+_POSITIVE = ("a whole number from 1", Annotated[int, Field(ge=1)])
+_SHARE = ("a number from 0 to 1", Annotated[float, Field(ge=0, le=1)])
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
 SETTINGS: Mapping[str, tuple[str, Any]] = {
     "do_sample": ("True or False", bool),
-    "temperature": ("a number from 0", _Number),
-    "top_p": ("a number from 0 to 1", _Share),
-    "min_p": ("a number from 0 to 1", _Share),
-    "top_k": ("a whole number from 0", _Count),
-    "repetition_penalty": (
-        "a number from 0.01",
-        Annotated[float, Field(ge=0.01, allow_inf_nan=False)],
-    ),
-    "no_repeat_ngram_size": ("a whole number from 0", _Count),
-    "num_beams": ("a whole number from 1", _Positive),
-    "max_gen_toks": ("a whole number from 1", _Positive),
+    "temperature": ("a number from 0", Annotated[_Finite, Field(ge=0)]),
+    "top_p": _SHARE,
+    "min_p": _SHARE,
+    "top_k": _COUNT,
+    "repetition_penalty": ("a number from 0.01", Annotated[_Finite, Field(ge=0.01)]),
+    "no_repeat_ngram_size": _COUNT,
+    "num_beams": _POSITIVE,
+    "max_gen_toks": _POSITIVE,
     "until": (r'a text, or a list such as ["Q:","\n\n"]', _Stops),
 }

@@ -6,7 +6,6 @@ scores, don't depend on what else was asked for.
 
 import contextlib
 import errno
-import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from qtool.evaluation.lm_eval.harness import Loaded, Tasks, writes_text
 from qtool.evaluation.lm_eval.hooks import quiet, templates_compiled_once
 from qtool.evaluation.lm_eval.item_rows import AddRows, item_rows
 from qtool.evaluation.scores import TaskFailure, TaskScores, collect_scores
+from qtool.modeling.device import free_memory
 from qtool.modeling.load import LoadedModel
 from qtool.sandbox.code_eval import recorded_outcomes
 from qtool.storage.store import Store
@@ -47,7 +47,9 @@ def run_tasks(
     emit: Emit = ignore_events,
     add_rows: AddRows | None = None,
 ) -> tuple[TaskOutcome, ...]:
-    """Run tasks on a model, unless their scores are kept; one that fails doesn't stop the others.
+    """Run tasks on a model, unless their scores are kept; return what became of each, in order.
+
+    One that fails doesn't stop the others.
 
     Args:
         load: Loads the model, or raises a QtoolError; called if there is anything to run.
@@ -55,9 +57,6 @@ def run_tasks(
         tasks: Those that were asked for, checked.
         emit: Is told of each request, and warned of each task that fails.
         add_rows: Receives what was asked and answered, task by task; None: nobody wants it.
-
-    Returns:
-        What became of each task, in their order.
 
     Raises:
         OutputError: rows can't be written.
@@ -76,7 +75,7 @@ def run_tasks(
                 add_rows(name, kept.rows())
         if missing:
             found |= _run(missing, load, tasks, emit, add_rows)
-            _free_memory()  # the model is in a cycle, and would stay beside the next one
+            free_memory()  # the model is in a cycle, and would stay beside the next one
     return tuple(found[name] for name in tasks.options.tasks)
 
 
@@ -105,7 +104,7 @@ def _run(
             raise
         except QtoolError as error:
             found[name] = _failure(name, error, emit)
-        _free_memory()  # of what an error held
+        free_memory()  # of what an error held
     return found
 
 
@@ -173,10 +172,7 @@ def _set_up(loaded: Loaded, shots: int | None, tasks: Tasks) -> None:
 def explained(what: str, *, full: str, other: str) -> Iterator[None]:
     """Turn whatever is raised inside the block into errors that say where and what to do.
 
-    Args:
-        what: Begins the message.
-        full: What to do if the memory is full.
-        other: What to do about anything else.
+    `what` begins the message; its end is `full` if the memory is full, `other` for anything else.
 
     Raises:
         ModelError: the memory is full, of the card or of the host.
@@ -199,11 +195,6 @@ def explained(what: str, *, full: str, other: str) -> Iterator[None]:
 def _failure(task: str, error: QtoolError, emit: Emit) -> TaskFailure:
     emit(Notice(f"{task} failed: {error}"))  # now, not when the others are done
     return TaskFailure(task=task, error=type(error).__name__, message=str(error))
-
-
-def _free_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()  # nothing, without a card
 
 
 def _settings(name: str, subject: Mapping[str, Any], tasks: Tasks) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 
 from qtool.base import Emit, Notice, Progress, ignore_events
 from qtool.errors import DataError, ModelError
-from qtool.evaluation.kept import Answers, request_key
+from qtool.evaluation.kept import request_key
 from qtool.evaluation.lm_eval import batches
 from qtool.evaluation.lm_eval.options import AUTO
 from qtool.modeling.load import LoadedModel
+from qtool.storage.memo import Memo
 
 TEXTS_AT_ONCE = 4096
 
@@ -70,7 +71,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         self.name, self.emit = model.name, emit
         self._memory = batches.device_bytes(self.device)
         self._size_of_batch = self._by_length()
-        self.store = Answers()
+        self.store = Memo()
         self.task, self.done, self.total = "", 0, 0
         self.truncated = 0
         """Requests of this task that are longer than the context, and are cut from the left."""
@@ -86,7 +87,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         """Pass on a warning."""
         self.emit(Notice(message))
 
-    def begin(self, task: str, store: Answers) -> None:
+    def begin(self, task: str, store: Memo) -> None:
         """Answer for another task, with what `store` holds."""
         self.task, self.store, self.done, self.total, self.truncated = task, store, 0, 0, 0
 
@@ -157,10 +158,10 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         size = beams * batches.cache_bytes(self.config.get_text_config(), self.model.dtype)
         return batches.written_at_once(size, longest, self._memory)
 
-    def _by_length(self) -> batches.BatchByLength:
+    def _by_length(self) -> Callable[[int, Sequence[Any]], int]:
         """Return what sizes batches of requests, each (texts, prompt tokens, answer tokens)."""
         size = self.config.get_text_config().vocab_size * self.model.dtype.itemsize
-        return batches.BatchByLength(
+        return batches.batches_by_length(
             batches.MOST_ON_CPU if self._memory is None else batches.MOST_READ,
             batches.tokens_read_at_once(size, self._memory),
             lambda request: min(self.max_length, len(request[1]) + len(request[2])),
@@ -199,7 +200,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
     def _draw(self, ask: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
         """Ask for all and keep nothing: answers to one request differ, and are meant to."""
         self.total += len(requests)
-        kept, self.store = self.store, Answers()
+        kept, self.store = self.store, Memo()
         try:
             return ask(list(requests), disable_tqdm=True)
         finally:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qtool.evaluation.kept import Answers, request_key
+from qtool.evaluation.kept import request_key
+from qtool.storage.memo import Memo
 from qtool.storage.store import Store
 
 NUMBERS = st.floats() | st.integers(-(2**63), 2**63)
@@ -35,29 +36,29 @@ def cache(tmp_path, monkeypatch):
 def test_answers_read_back_bit_for_bit(answers):
     with Store() as store:
         store.clear(["answers"])
-        first = Answers(store, "task")
+        first = Memo(store, "answers", "task")
         for index, answer in enumerate(answers):
             first.add(b"%d" % index, answer)
     kept = [bits(first[b"%d" % index]) for index in range(len(answers))]
     with Store() as store:
-        again = Answers(store, "task")
+        again = Memo(store, "answers", "task")
         assert [bits(again[b"%d" % index]) for index in range(len(answers))] == kept
         assert kept == [bits(answer) for answer in answers]
-        assert b"0" not in Answers(store, "other")
+        assert b"0" not in Memo(store, "answers", "other")
 
 
 def test_every_answer_is_on_disk_as_soon_as_it_is_kept():
     with Store() as store:
-        Answers(store, "task").add(b"k", (-1.25, True))
+        Memo(store, "answers", "task").add(b"k", (-1.25, True))
         with Store() as other:
-            assert Answers(other, "task")[b"k"] == (-1.25, True)
+            assert Memo(other, "answers", "task")[b"k"] == (-1.25, True)
 
 
 def test_folder_that_cannot_be_written_costs_what_would_be_kept(cache):
     cache.write_text("x")
     said: list[str] = []
     with Store() as store:
-        answers = Answers(store, "task", said.append)
+        answers = Memo(store, "answers", "task", said.append)
         for number in range(3):
             answers.add(b"%d" % number, "text")
         assert [answers[b"%d" % number] for number in range(3)] == ["text"] * 3
@@ -67,7 +68,7 @@ def test_folder_that_cannot_be_written_costs_what_would_be_kept(cache):
 
 
 def test_answers_without_a_store_are_kept_in_memory():
-    answers = Answers()
+    answers = Memo()
     answers.add(b"k", "text")
     assert b"k" in answers
     assert b"other" not in answers

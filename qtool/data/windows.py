@@ -1,0 +1,50 @@
+"""A text as one stream of tokens, cut in windows: what perplexities are taken over."""
+
+from typing import Any
+
+from torch import Tensor
+
+from qtool.data.corpora import Corpus, check_tokens, tokenize
+from qtool.errors import DataError
+
+
+def windows_of(
+    model: Any,  # noqa: ANN401
+    corpus: Corpus,
+    context_length: int,
+    max_windows: int | None,
+) -> tuple[Tensor, int]:
+    """Return the windows to evaluate, (windows, context_length) int64, and how many there are.
+
+    Args:
+        model: A loaded one: its tokenizer makes the tokens, its positions limit a window.
+        corpus: The text.
+        context_length: Tokens per window.
+        max_windows: Return the first windows only; None: all.
+
+    Raises:
+        DataError: the text is shorter than one window, or the model's context is, or a window
+            predicts nothing; or the model has no embedding for a token.
+    """
+    if context_length < 2 or (max_windows is not None and max_windows < 1):  # noqa: PLR2004
+        raise DataError(
+            f"The context length is {context_length} and the number of windows {max_windows}; "
+            "a window needs at least 2 tokens, and a measurement at least 1 window."
+        )
+    config = model.model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and context_length > limit:
+        raise DataError(
+            f"The context length is {context_length}, but {model.name} has {limit} positions. "
+            f"Use --context-length {limit} or less."
+        )
+    stream = tokenize(model.tokenizer, corpus.text)
+    available = len(stream) // context_length
+    if available == 0:
+        raise DataError(
+            f"{corpus.name} has {len(stream)} tokens, fewer than one window of {context_length}. "
+            "Use a longer text or a shorter --context-length."
+        )
+    windows = stream[: available * context_length].view(available, context_length)[:max_windows]
+    check_tokens(windows, config.get_text_config().vocab_size, corpus.name)
+    return windows, available
