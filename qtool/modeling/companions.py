@@ -92,4 +92,7 @@ def _without_code(path: Path) -> bytes:
     if not isinstance(values, dict) or "auto_map" not in values:
         return content
     del values["auto_map"]
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+    # Half of a surrogate pair, which UTF-8 lacks, stays the escape that it was.
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode(
+        errors="backslashreplace"
+    )
