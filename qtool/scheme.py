@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from qtool.errors import SchemeError
+from qtool.wording import quoted
 
 GroupDim = Literal["in_features", "out_features"]
 GROUP_DIMS: tuple[GroupDim, ...] = ("in_features", "out_features")
@@ -36,15 +37,15 @@ class WeightScheme:
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_bits <= MAX_BITS:
-            raise SchemeError(f"num_bits is {self.num_bits}; allowed are 1 to {MAX_BITS}.")
+            raise SchemeError(f"num_bits is {quoted(self.num_bits)}; allowed are 1 to {MAX_BITS}.")
         if self.group_size is not None and self.group_size < 1:
             raise SchemeError(
-                f"group_size is {self.group_size}; allowed are 1 and more, "
+                f"group_size is {quoted(self.group_size)}; allowed are 1 and more, "
                 "or null for one group per row."
             )
         if self.group_dim not in GROUP_DIMS:
             raise SchemeError(
-                f"group_dim is {self.group_dim!r}; allowed are {' and '.join(GROUP_DIMS)}."
+                f"group_dim is {quoted(self.group_dim)}; allowed are {' and '.join(GROUP_DIMS)}."
             )
 
     def grouped_length(self, shape: Shape2D) -> int:

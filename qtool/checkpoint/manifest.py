@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from math import prod
+from math import isfinite, prod
 from types import NoneType
 from typing import Any
 
@@ -12,7 +12,8 @@ from qtool.base import Codec, PartSpec
 from qtool.errors import CheckpointError, QtoolError
 from qtool.formats._dtypes import dtype_of
 from qtool.scheme import Shape2D, WeightScheme
-from qtool.wording import quoted
+from qtool.storage.plain_json import leaves
+from qtool.wording import quoted, shown
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "qtool"
@@ -125,7 +126,7 @@ def manifest_from_config(config: object, where: str) -> Manifest:
     try:
         return Manifest(
             tool_version=_value(config, "tool_version", str),
-            recipe=_value(config, "recipe", dict),
+            recipe=_finite(_value(config, "recipe", dict)),
             layers={
                 name: _entry_from_json(name, value)
                 for name, value in _value(config, "layers", dict).items()
@@ -139,6 +140,14 @@ def manifest_from_config(config: object, where: str) -> Manifest:
         raise CheckpointError(
             f"{where}: quantization_config is damaged: {error}. Copy the checkpoint again."
         ) from error
+
+
+def _finite(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe, which nobody else checks, if other programs can read its numbers."""
+    for where, value in leaves(recipe):
+        if isinstance(value, float) and not isfinite(value):
+            raise CheckpointError(f"recipe.{shown(where)} is {value}; JSON has finite numbers only")
+    return recipe
 
 
 def _entry_from_json(name: str, value: object) -> LayerEntry:

@@ -168,11 +168,12 @@ def _check_part(name: str, spec: PartSpec, specs: Mapping[str, TensorSpec], wher
 
 @cache
 def _part_names() -> tuple[frozenset[str], frozenset[str]]:
-    """Return the names of the packed parts of all formats, and those of all parts."""
+    """Return the names of the packed parts of all formats, and of all that a layer may have."""
     scheme, shape = WeightScheme(num_bits=2), Shape2D(1, 1)
     layouts = [codec(name).layout(scheme, shape) for name in plugins.names(qtool.formats)]
     packed = {n for parts in layouts for n, spec in parts.items() if spec.dtype == "int32"}
-    return frozenset(packed), frozenset(name for parts in layouts for name in parts)
+    # A plain weight beside them is what the layer was before it was quantized.
+    return frozenset(packed), frozenset({"weight"}.union(*layouts))
 
 
 def check_values(name: str, spec: PartSpec, values: Tensor) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from qtool.errors import CheckpointError
+from qtool.storage.plain_json import first_half
 from qtool.wording import shown
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object.
 
     Raises:
-        CheckpointError: the file is missing or holds no JSON object.
+        CheckpointError: the file is missing, holds no JSON object, or what is no text.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -187,4 +188,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} isn't valid JSON: {error}.", file=path) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object.", file=path)
+    if "\\u" in text and (where := first_half(value)) is not None:
+        raise CheckpointError(
+            f"{path}: {shown(where)} holds half of a surrogate pair, which is in no text. Write "
+            "the whole character, or remove it.",
+            file=path,
+            key=where,
+        )
     return value

@@ -93,4 +93,6 @@ def _without_code(path: Path) -> bytes:
     if not isinstance(values, dict) or "auto_map" not in values:
         return content
     del values["auto_map"]
-    return (json_text(values, ascii_only=False) + "\n").encode()
+    text = json_text(values, ascii_only=False) + "\n"
+    # Half of a surrogate pair, which UTF-8 lacks, stays the escape that it was.
+    return text.encode(errors="backslashreplace")

@@ -1,6 +1,7 @@
 """config.json: read and checked in one place, and understood by transformers alone."""
 
 import re
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +9,15 @@ from typing import Any
 
 from qtool.checkpoint.shards import read_json
 from qtool.errors import ModelError
-from qtool.storage.plain_json import json_line
+from qtool.storage.plain_json import json_line, leaves
 from qtool.wording import quoted, reason, shown
 
+ABOVE_ZERO = (
+    *("rope_theta", "rotary_emb_base", "rope_local_base_freq", "factor"),
+    *("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+)
+SHARES = ("partial_rotary_factor", "rotary_pct")
+"""Of a head that turns with the position: above zero, at most all of it."""
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
@@ -96,7 +103,8 @@ def parse_config(config: Mapping[str, Any], directory: Path) -> Any:  # noqa: AN
     """Return transformers' configuration object: defaults and other names are its business.
 
     Raises:
-        ModelError: transformers doesn't know the family, or refuses a value; or a number is text.
+        ModelError: transformers doesn't know the family, or refuses a value; or a number is text, or one of
+            the rotation by position is out of range.
     """
     import transformers  # slow import
 
@@ -110,6 +118,7 @@ def parse_config(config: Mapping[str, Any], directory: Path) -> Any:  # noqa: AN
             f"{directory}: transformers can't use its config.json: {reason(error)}."
         ) from error
     _check_numbers(config, parsed, directory)
+    _check_rope(parsed, directory)
     parsed._name_or_path = str(directory)
     return parsed
 
@@ -126,4 +135,19 @@ def _check_numbers(config: Mapping[str, Any], parsed: Any, directory: Path) -> N
         if type(usual.get(key)) in (int, float) and isinstance(value, str | dict):
             raise ModelError(
                 f"{directory}: {key} is {quoted(value)} in config.json; a number is meant."
+            )
+
+
+def _check_rope(parsed: Any, directory: Path) -> None:  # noqa: ANN401
+    """Refuse numbers of rotary embeddings with which no model runs; transformers takes them."""
+    for where, value in leaves(parsed.to_dict()):
+        key = where.rpartition(".")[2]
+        if not isinstance(value, int | float) or key not in (*ABOVE_ZERO, *SHARES):
+            continue
+        highest = 1 if key in SHARES else sys.float_info.max
+        if not 0 < value <= highest:
+            allowed = "above 0, at most 1," if key in SHARES else "above 0"
+            raise ModelError(
+                f"{directory}: {shown(where)} is {quoted(value)} in config.json; a number {allowed} "
+                "is meant."
             )

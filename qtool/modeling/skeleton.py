@@ -10,8 +10,10 @@ import torch
 
 from qtool.checkpoint.shards import Shards, TensorSpec
 from qtool.errors import CheckpointError, ModelError
+from qtool.formats._dtypes import DTYPES
 from qtool.wording import list_names, reason, shown
 
+FLOAT_DTYPES = ("F16", "BF16", "F32")
 Renaming = Callable[[str], tuple[str, tuple[str, ...]]]
 """From a stored name to the model's, and to all names that its values go to if it is converted."""
 
@@ -45,7 +47,7 @@ def match_names(model: Any, shards: Shards, directory: Path) -> dict[str, str]: 
         Stored name by the model's name, of all parameters and persistent buffers.
 
     Raises:
-        CheckpointError: something isn't stored, or in another shape.
+        CheckpointError: something isn't stored, or in another shape, or not as the floats it is.
     """
     wanted = {
         name: value
@@ -67,7 +69,7 @@ def match_names(model: Any, shards: Shards, directory: Path) -> dict[str, str]: 
     if missing:
         raise CheckpointError(missing_message(missing, unknown, directory))
     for name, stored in found.items():
-        _check_shape(name, tuple(wanted[name].shape), shards.specs[stored])
+        _check_spec(name, wanted[name], shards.specs[stored])
     return found
 
 
@@ -86,12 +88,26 @@ def _may_be_missing(model: Any, name: str) -> bool:  # noqa: ANN401
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _check_shape(name: str, wanted: tuple[int, ...], spec: TensorSpec) -> None:
-    if spec.shape != wanted:
+def _check_spec(name: str, wanted: torch.Tensor, spec: TensorSpec) -> None:
+    """Compare shape and kind of number; of floats, another width is cast."""
+    shape = tuple(wanted.shape)
+    if spec.shape != shape:
         raise CheckpointError(
-            f"{spec.file}: the shape of {name} is {spec.shape}, and config.json makes it {wanted}. "
+            f"{spec.file}: the shape of {name} is {spec.shape}, and config.json makes it {shape}. "
             "config.json and weights don't belong together."
         )
+    dtype = DTYPES.get(spec.dtype)
+    if wanted.is_floating_point() and not (dtype and dtype.is_floating_point):
+        raise CheckpointError(dtype_message(name, spec))
+
+
+def dtype_message(name: str, spec: TensorSpec) -> str:
+    """Return the sentence about a tensor that is stored as nothing that is read for it."""
+    return (
+        f"{spec.file}: {name} is {spec.dtype}; qtool reads {', '.join(FLOAT_DTYPES)}. Load the "
+        "model with transformers in one of these and save_pretrained() it; if it is quantized "
+        "already, start from the original."
+    )
 
 
 def _renamed(

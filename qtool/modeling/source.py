@@ -17,11 +17,10 @@ from qtool.modeling.companions import read_companions
 from qtool.modeling.config import check_original, parse_config, read_config
 from qtool.modeling.generic import adapter_of
 from qtool.modeling.locate import Location
-from qtool.modeling.skeleton import empty_model, match_names
+from qtool.modeling.skeleton import FLOAT_DTYPES, dtype_message, empty_model, match_names
 from qtool.scheme import Shape2D
 from qtool.wording import list_names
 
-FLOAT_DTYPES = ("F16", "BF16", "F32")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
@@ -236,10 +235,6 @@ def _check_linears(source: ModelSource) -> None:
             )
         spec = source.spec(name)
         if spec.dtype not in FLOAT_DTYPES:
-            raise ModelError(
-                f"{spec.file}: {name} is {spec.dtype}; qtool reads {', '.join(FLOAT_DTYPES)}. "
-                "Load the model with transformers in one of these and save_pretrained() it; if it "
-                "is quantized already, start from the original."
-            )
+            raise ModelError(dtype_message(name, spec))
         if len(spec.shape) != 2 or not prod(spec.shape):  # noqa: PLR2004
             raise ModelError(f"{spec.file}: {name} has shape {spec.shape}, which is no matrix.")

@@ -133,7 +133,7 @@ def _is_new(model: Any, name: str) -> bool:  # noqa: ANN401
 
 
 def check_loaded(model: nn.Module, stored_names: Mapping[str, str], shards: Shards) -> None:
-    """Check the parts of all quantized weights of a loaded model, and undo what was cast.
+    """Check a loaded model: parts of quantized weights, kinds of the rest; undo what was cast.
 
     transformers 4 casts scales to the dtype of the activations: they are read again.
 
@@ -143,8 +143,15 @@ def check_loaded(model: nn.Module, stored_names: Mapping[str, str], shards: Shar
         shards: The files, empty if tensors were passed.
 
     Raises:
-        CheckpointError: parts were left on the disk, or hold no numbers that scale.
+        CheckpointError: parts were left on the disk, or hold no numbers that scale; or what isn't
+            quantized holds no floats.
     """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise CheckpointError(
+                f"{name} is stored as {parameter.dtype}, and the model computes with it: a dtype "
+                f"of floats is meant. {AGAIN}"
+            )
     for name, module in model.named_modules():
         if isinstance(module, QuantizedWeight) and name in stored_names:
             for part, spec in module.entry.layout().items():

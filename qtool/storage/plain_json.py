@@ -2,11 +2,34 @@
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qtool.storage.whole_files import written_whole
+
+HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair: JSON can write it as an escape, and UTF-8 has no bytes for it."""
+
+
+def leaves(value: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    """Yield where each value is that holds no others, such as `layers.0.shape`, and the value."""
+    waiting = [("", value)]
+    while waiting:
+        where, one = waiting.pop()
+        items = one.items() if isinstance(one, Mapping) else ()
+        items = enumerate(one) if isinstance(one, (list, tuple)) else items
+        inner = [(f"{where}.{key}".removeprefix("."), child) for key, child in items]
+        waiting += reversed(inner)
+        if not inner:
+            yield where, one
+
+
+def first_half(value: Any) -> str | None:  # noqa: ANN401
+    """Return where the first text is, key or value, with half of a surrogate pair."""
+    found = ((where, f"{where}{one}") for where, one in leaves(value))
+    return next((where for where, text in found if HALF.search(text)), None)
 
 
 def plain_json(value: Any) -> Any:  # noqa: ANN401

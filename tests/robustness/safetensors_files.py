@@ -52,12 +52,11 @@ def damaged_safetensors(draw: st.DrawFn, content: bytes) -> tuple[str, bytes, bo
         return f"{name} renamed {other!r:.60}", joined(header, data), True
     shape = draw(st.sampled_from([[0], [], [2, 0, 3], [4], [2, 2]]))
     size = 4 * (0 if 0 in shape else 1 if not shape else 4)
-    header.setdefault(
-        other,
-        {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + size]},
-    )
-    extra = b"\x00" * (size if header[other]["data_offsets"][0] == len(data) else 0)
-    return f"added {other!r:.60} {shape}", joined(header, data + extra), True
+    if other not in names:
+        offsets = [len(data), len(data) + size]
+        header[other] = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+        data += bytes(size)
+    return f"added {other!r:.60} {shape}", joined(header, data), True
 
 
 def _around(

@@ -1,6 +1,7 @@
 """Types and names in the manifest, parts that belong to nobody, values, digests."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,21 @@ def test_wrong_type_in_a_scheme_names_layer_and_key(copy, key, value):
     refused(copy, f"damaged: layer {LAYER}: {key} is ")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("group_dim", "a" * 5000), ("group_size", -(10**3000)), ("num_bits", 10**3000)],
+)
+def test_long_value_in_a_scheme_is_shown_shortened(copy, key, value):
+    edit(copy, lambda q: q["layers"][LAYER]["scheme"].update({key: value}))
+    refused(copy, f"damaged: layer {LAYER}: {key} is .*\\.\\.\\.")
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_number_that_json_does_not_know_is_refused_in_the_recipe(copy, value):
+    edit(copy, lambda q: q["recipe"]["weights"]["scheme"].update({"num_bits": value}))
+    refused(copy, f"damaged: recipe.weights.scheme.num_bits is {value}; JSON has finite numbers")
+
+
 @pytest.mark.parametrize("key", ["num_bits", "group_size", "group_dim", "symmetric"])
 def test_key_that_a_scheme_lacks_is_refused(copy, key):
     edit(copy, lambda q: q["layers"][LAYER]["scheme"].pop(key))
@@ -93,7 +109,7 @@ def test_wrong_type_of_a_key_is_refused(copy, key, value):
 @pytest.mark.parametrize("name", ["", "a\nb", "a\x1b[31m", "\ud800"])
 def test_layer_whose_name_cannot_be_printed_is_refused(copy, name):
     edit(copy, lambda q: q["layers"].update({name: q["layers"][LAYER]}))
-    refused(copy, "is no name of a layer")
+    refused(copy, "is no name of a layer|holds half of a surrogate pair")
 
 
 @pytest.mark.parametrize("value", [None, {}, [], "qtool", 7])

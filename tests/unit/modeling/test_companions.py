@@ -45,6 +45,12 @@ def test_what_belongs_to_the_model_is_copied_and_nothing_else(copy):
     assert found["LICENSE"] == b"text"
 
 
+def test_half_of_a_surrogate_pair_stays_when_code_is_removed(copy):
+    values = {"odd": "\ud83d", "even": "\u00e9"}
+    (copy / "added_tokens.json").write_text(json.dumps({**values, "auto_map": {}}))
+    assert json.loads(read_companions(copy)["added_tokens.json"]) == values
+
+
 def test_what_is_no_regular_file_is_left_out(copy):
     os.mkfifo(copy / "vocab.json")
     (copy / "merges.txt").mkdir()

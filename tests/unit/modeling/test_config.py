@@ -1,6 +1,7 @@
 """config.json: null, wrong types, code, adapters: read as transformers does, or one line."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -80,6 +81,46 @@ def test_key_of_a_wrong_type_is_one_line(copy, key, odd):
     with pytest.raises(QtoolError) as caught:
         open_source(Location(copy))
     assert "\n" not in str(caught.value)
+
+
+ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+NO_NUMBERS = (0, -1, math.nan, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("key", "odd"),
+    [
+        *(("partial_rotary_factor", odd) for odd in (-0.25, 0, 3, math.nan, math.inf)),
+        *(("rope_theta", odd) for odd in NO_NUMBERS),
+        *(("factor", odd) for odd in NO_NUMBERS),
+    ],
+)
+def test_rotary_number_with_which_no_model_runs_is_refused(copy, key, odd):
+    edit(copy, rope_parameters={**ROPE, key: odd}, rope_scaling={**ROPE, key: odd})
+    edit(copy, **({key: odd} if key != "factor" else {}))
+    refused(copy, f"{key} is {odd} in config.json; a number above 0.*is meant")
+
+
+def test_rotary_numbers_of_a_good_model_are_taken(copy):
+    edit(copy, rope_parameters={**ROPE, "partial_rotary_factor": 1})
+    assert open_source(Location(copy)).num_blocks == 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("odd", "where"),
+    [("\ud83d", "x"), ({"a": [1, "b\udc00"]}, r"x\.a\.1"), ({"\ud83d": {}}, r"x\.'?\\ud83d")],
+)
+def test_half_of_a_surrogate_pair_is_refused_with_file_and_key(copy, name, odd, where):
+    values = json.loads((copy / name).read_text())
+    (copy / name).write_text(json.dumps({**values, "x": odd}))
+    refused(copy, f"{name}: '?{where}'? holds half of a surrogate pair")
+
+
+def test_whole_surrogate_pair_is_text(copy):
+    edit(copy, x="\U0001f600")
+    assert "\\ud83d" in (copy / "config.json").read_text()
+    assert open_source(Location(copy)).config["x"] == "\U0001f600"
 
 
 @pytest.mark.parametrize("wanted", [10**6, 10**18])

@@ -150,6 +150,15 @@ def test_weight_of_another_dtype_is_refused(copy, dtype):
     refused(copy, f"{LINEAR} is .*; qtool reads F16, BF16, F32")
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.bool, torch.uint8])
+def test_norm_of_no_floats_is_refused_by_whoever_opens_or_loads_it(copy, dtype):
+    norm = "model.layers.1.input_layernorm.weight"
+    edit_tensors(copy, lambda tensors: {**tensors, norm: tensors[norm].to(dtype)})
+    refused(copy, f"{norm} is .*; qtool reads F16, BF16, F32")
+    with pytest.raises(QtoolError, match=f"{norm} is .*; qtool reads F16, BF16, F32"):
+        load_model(Location(copy))
+
+
 def test_linear_that_is_no_matrix_is_refused(copy):
     edit_tensors(copy, lambda tensors: {**tensors, LINEAR: tensors[LINEAR].flatten()})
     refused(copy, r"is \(6144,\), and config\.json makes it \(96, 64\)")

@@ -128,6 +128,13 @@ def test_damaged_checkpoint_is_refused_in_one_line(damaged, damage):
     assert "\n" not in str(caught.value)
 
 
+def test_norm_of_no_floats_is_named(damaged):
+    change = {"model.norm.weight": torch.ones(64, dtype=torch.int16)}
+    with_tensors(lambda t: t.update(change))(damaged)
+    with pytest.raises(QtoolError, match=r"model\.norm\.weight is stored as torch\.int16"):
+        load(damaged)
+
+
 def test_norm_of_another_shape_does_not_load(damaged):
     with_tensors(lambda t: t.update({"model.norm.weight": torch.ones(65)}))(damaged)
     with pytest.raises(RuntimeError):
