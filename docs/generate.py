@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import qtool.methods
-from qtool import plugins
+from qtool import plugins, settings
 from qtool.base import Method
 from qtool.cli.app import app
 from qtool.recipe.load import load_recipe
@@ -62,6 +62,9 @@ def cli_page() -> str:
     for command in ("", *(str(command.name) for command in app.registered_commands)):
         lines += ["", f"## {' '.join(('qtool', command)).strip()}", ""]
         lines += ["```text", help_text(command), "```"]
+    lines += ["", "## Environment", "", "`qtool doctor` prints what is set.", ""]
+    lines += ["| Variable | What it does |", "|---|---|"]
+    lines += [f"| `{name}` | {meaning} |" for name, meaning in settings.VARIABLES.items()]
     return "\n".join(lines) + "\n"
 
 

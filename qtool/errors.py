@@ -1,17 +1,6 @@
 """Errors that a user can cause or repair.
 
-QtoolError                 base; the CLI prints it as one line and exits with 1
-├── RecipeError            a recipe, an override or an option of a method is wrong
-├── SchemeError            impossible bits, group size or group dimension
-├── ModelError             the source model can't be read or isn't what it must be
-├── DataError              text or calibration data is missing or unusable
-├── MethodError            a solver refused a layer (NaN weights, singular statistics)
-├── CheckpointError        a written checkpoint is incomplete, damaged or too new
-├── OutputError            the output directory can't be written
-├── BackendError           no backend can execute a tensor here
-├── MissingExtraError      an optional dependency isn't installed
-└── UnknownNameError       no plug-in of that name
-
+The command line prints a `QtoolError` as one line and exits with 1; each kind of it stands below.
 A message says what is wrong, where, what is allowed, and what to do next. What it is about stands
 beside it, so that no program takes a message apart.
 """

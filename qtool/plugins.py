@@ -7,6 +7,7 @@ A module whose name starts with an underscore is no plug-in.
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TypeVar
 
@@ -37,15 +38,20 @@ def load(package: ModuleType, name: str, constant: str, kind: type[Constant]) ->
         TypeError: the module doesn't define the constant (a mistake of the plug-in's author).
     """
     known = names(package)
-    if name not in known:
-        raise UnknownNameError(describe_miss(name, known, package.__name__.rsplit(".", 1)[-1]))
+    check_name(name, known, package.__name__.rsplit(".", 1)[-1])
     value = getattr(importlib.import_module(f"{package.__name__}.{name}"), constant, None)
     if not isinstance(value, kind):
         raise TypeError(f"{package.__name__}.{name} must define {constant}: {kind.__name__}")
     return value
 
 
-def describe_miss(name: str, known: tuple[str, ...], where: str) -> str:
+def check_name(name: str, known: Sequence[str], where: str) -> None:
+    """Raise UnknownNameError unless `where`, such as 'kernels', has something of that name."""
+    if name not in known:
+        raise UnknownNameError(describe_miss(name, known, where))
+
+
+def describe_miss(name: str, known: Sequence[str], where: str) -> str:
     """Return the sentence for an unknown name: the nearest known one, then all of them."""
     shown = " ".join(name.split())[:LONGEST_SHOWN]
     near = difflib.get_close_matches(shown, known, n=1)

@@ -14,12 +14,10 @@ from qtool.bench.machine import CudaClock, Machine, describe_card, l2_bytes
 from qtool.bench.peers import Peer
 from qtool.bench.timing import CudaTimer, copies, copy_bandwidth
 from qtool.bench.workload import Workload
-from qtool.errors import QtoolError, UnknownNameError
-from qtool.plugins import describe_miss
+from qtool.errors import QtoolError
 from qtool.runtime import driver
 from qtool.runtime.decoding.kernel_ops import KernelOps
 from qtool.runtime.decoding.ops import DecodeOps
-from qtool.runtime.selection import KERNELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +113,6 @@ def time_workload(
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def check_kernel(kernel: str | None) -> None:
-    """Find a kernel by name.
-
-    Raises:
-        UnknownNameError: there is none of that name.
-    """
-    if kernel is not None and kernel not in KERNELS:
-        raise UnknownNameError(describe_miss(kernel, KERNELS, "kernels"))
 
 
 def able(wanted: Sequence[Peer], device: torch.device) -> tuple[tuple[Peer, ...], dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -182,11 +183,14 @@ def _sweep(
     """Time ours and float16 at every batch size, on the same copies."""
     ours = rotation(clones(weight, stored_bytes(weight), rig.l2_bytes))
     theirs = rotation(clones(dense, dense.numel() * dense.element_size(), rig.l2_bytes))
+    matmul = partial(linear_kernels.matmul, launch=rig.launch, card=rig.card, kernel=kernel)
     points = []
     for tokens in BATCHES:
         x = inputs(tokens, weight.shape.in_features, weight.dtype, rig.device)
-        seconds = time_calls([_ours(x, copy, rig, kernel) for copy in ours], rig.timer)
-        fp16 = time_calls([_linear(x.to(DTYPE), copy) for copy in theirs], rig.timer)
+        our_calls = [partial(matmul, x, copy) for copy in ours]
+        half = x.to(DTYPE)
+        their_calls = [partial(torch.nn.functional.linear, half, copy) for copy in theirs]
+        seconds, fp16 = time_calls(our_calls, rig.timer), time_calls(their_calls, rig.timer)
         name = kernel or linear_kernels.kernel_for(weight, tokens, rig.card)
         points.append(SweepPoint(tokens, name, seconds * 1e6, fp16 * 1e6, fp16 / seconds))
     return tuple(points)
@@ -196,14 +200,6 @@ def inputs(tokens: int, in_features: int, dtype: torch.dtype, device: torch.devi
     """Return unit normal activations; zeros would draw less power and run at a higher clock."""
     generator = generator_on(device)
     return torch.randn(tokens, in_features, dtype=dtype, device=device, generator=generator)
-
-
-def _ours(x: Tensor, weight: KernelWeight, rig: Rig, kernel: str | None) -> Callable[[], object]:
-    return lambda: linear_kernels.matmul(x, weight, rig.launch, rig.card, kernel=kernel)
-
-
-def _linear(x: Tensor, weight: Tensor) -> Callable[[], object]:
-    return lambda: torch.nn.functional.linear(x, weight)
 
 
 def time_peer(peer: Peer, dense: Tensor, rig: Rig) -> tuple[float, int]:
@@ -216,9 +212,5 @@ def time_peer(peer: Peer, dense: Tensor, rig: Rig) -> tuple[float, int]:
     copies = copies_needed(first.num_bytes, rig.l2_bytes)
     weights = [first, *(peer.build(dense) for _ in range(copies - 1))]
     x = inputs(1, in_features, peer.dtype, rig.device)
-    calls = [_product(weight.matmul, x) for weight in rotation(weights)]
+    calls = [partial(weight.matmul, x) for weight in rotation(weights)]
     return time_calls(calls, rig.timer), first.num_bytes
-
-
-def _product(matmul: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:
-    return lambda: matmul(x)

@@ -60,11 +60,7 @@ class Peer:
 
 def cublas(weight: Tensor) -> PeerWeight:
     """Multiply by the dense weight."""
-    return PeerWeight(partial(_linear, weight=weight), _bytes(weight))
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.nn.functional.linear(x, weight)
+    return PeerWeight(partial(torch.nn.functional.linear, weight=weight), _bytes(weight))
 
 
 def _affine(weight: Tensor, num_bits: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from qtool.errors import UnknownNameError
-from qtool.plugins import describe_miss
+from qtool.plugins import check_name
 from qtool.scheme import Shape2D
 
 HEAD_BITS = 4
@@ -105,6 +104,5 @@ def find_shapes(name: str) -> ModelShape:
     Raises:
         UnknownNameError: there are none of that name.
     """
-    if name not in MODELS:
-        raise UnknownNameError(describe_miss(name, tuple(MODELS), "shapes"))
+    check_name(name, tuple(MODELS), "shapes")
     return MODELS[name]

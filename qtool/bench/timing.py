@@ -3,13 +3,12 @@
 Everything but `CudaTimer` is arithmetic and runs without a card.
 """
 
+import copy
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 Timed = Callable[[], object]
 Weight = TypeVar("Weight")
@@ -85,22 +84,10 @@ def rotation(copies: Sequence[Weight]) -> list[Weight]:
     return list(copies) * -(-LEAST_CALLS // len(copies))
 
 
-def clone(value: Any) -> Any:  # noqa: ANN401
-    """Return a weight in memory of its own: the tensors of nested frozen data are cloned."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: clone(item) for key, item in value.items()}
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return tuple(clone(item) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: clone(getattr(value, f.name)) for f in fields(value)})
-    return value
-
-
 def clones(value: Weight, weight_bytes: int, l2_bytes: int) -> list[Weight]:
     """Return a weight and as many clones of it as a cold cache takes."""
-    return [value, *(clone(value) for _ in range(copies_needed(weight_bytes, l2_bytes) - 1))]
+    count = copies_needed(weight_bytes, l2_bytes) - 1
+    return [value, *(copy.deepcopy(value) for _ in range(count))]
 
 
 def copies(device: torch.device, num_bytes: int = BANDWIDTH_BYTES) -> Timed:

@@ -27,31 +27,16 @@ def print_gpu_result(result: "GpuResult") -> None:
 
 
 def _print_layers(result: "GpuResult") -> None:
-    columns = {
-        "layer": "left",
-        "out x in": "left",
-        "count": "right",
-        "kernel": "left",
-        "us": "right",
-        "GB/s": "right",
-        "of copy": "right",
-        "x fp16": "right",
-    }
+    columns = {"layer": "left", "out x in": "left", "count": "right", "kernel": "left"}
+    columns |= dict.fromkeys(("us", "GB/s", "of copy", "x fp16"), "right")
     rows = []
     for layer in result.layers:
         labels = (layer.name, f"{layer.out_features} x {layer.in_features}", str(layer.count))
         for row in layer.rows:
             own = f"{row.what} {layer.num_bits} bit {group(layer)}, {row.kernel}"
-            rows.append(
-                (
-                    *labels,
-                    own if row.kernel else row.what,
-                    f"{row.microseconds:.1f}",
-                    f"{row.gb_per_second:,.0f}",
-                    f"{row.of_copy_bandwidth:.0%}",
-                    f"{row.speedup:.2f}",
-                )
-            )
+            speed = f"{row.microseconds:.1f}", f"{row.gb_per_second:,.0f}"
+            shares = f"{row.of_copy_bandwidth:.0%}", f"{row.speedup:.2f}"
+            rows.append((*labels, own if row.kernel else row.what, *speed, *shares))
             labels = ("", "", "")
     console.print_table(f"Kernels at one token: {result.name}", columns, rows)
     ours, theirs = (sum(x.count * x.rows[i].microseconds for x in result.layers) for i in (0, 1))
@@ -70,16 +55,10 @@ def group(layer: "LayerTimes") -> str:
 def _print_sweep(layer: "LayerTimes") -> None:
     columns = {"tokens": "right", "kernel": "left"}
     columns |= {"us": "right", "fp16 us": "right", "x fp16": "right"}
-    rows = [
-        (
-            str(point.tokens),
-            point.kernel,
-            f"{point.microseconds:.1f}",
-            f"{point.fp16_microseconds:.1f}",
-            f"{point.speedup:.2f}",
-        )
-        for point in layer.sweep
-    ]
+    rows = []
+    for point in layer.sweep:
+        times = f"{point.microseconds:.1f}", f"{point.fp16_microseconds:.1f}"
+        rows.append((str(point.tokens), point.kernel, *times, f"{point.speedup:.2f}"))
     title = f"Batch sweep: {layer.name}, {layer.out_features} x {layer.in_features}"
     console.print_table(title, columns, rows)
     last = layer.sweep[-1].tokens

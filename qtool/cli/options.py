@@ -72,9 +72,9 @@ def torch_dtype(name: str | None) -> Any:  # noqa: ANN401
         raise typer.BadParameter(f"--dtype is {name!r}; it is float16, bfloat16 or float32.")
     if name is None:
         return None
-    import torch  # slow
+    from qtool.formats._dtypes import dtype_of  # torch: slow
 
-    return getattr(torch, name)
+    return dtype_of(name)
 
 
 def check_targets(targets: Sequence[Path | None]) -> None:

@@ -9,8 +9,8 @@ from typing import TextIO
 from qtool import settings
 from qtool.checkpoint.place import FULL
 from qtool.cli.console import print_error
-from qtool.errors import QtoolError, UnknownNameError
-from qtool.plugins import describe_miss
+from qtool.errors import QtoolError
+from qtool.plugins import check_name
 
 INTERRUPTED = 130
 LOG_LEVELS = ("debug", "info", "warning")
@@ -99,7 +99,6 @@ def _log() -> None:
     level = settings.log_level()
     if not level:
         return
-    if level not in LOG_LEVELS:
-        raise UnknownNameError(describe_miss(level, LOG_LEVELS, "levels of $QTOOL_LOG"))
+    check_name(level, LOG_LEVELS, "levels of $QTOOL_LOG")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("qtool").setLevel(level.upper())

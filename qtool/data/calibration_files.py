@@ -1,7 +1,6 @@
 """A calibration directory: written whole, replaced only if it is one, checked when it is read."""
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from qtool.data.calibration import CalibrationSet, tokenizer_digest
 from qtool.errors import DataError, OutputError
 from qtool.storage.jsonl import check_file, json_value, read_text
-from qtool.storage.plain_json import plain_json
+from qtool.storage.plain_json import json_text
 from qtool.storage.whole_files import written_whole
 from qtool.wording import reason
 
@@ -89,9 +88,9 @@ def save_calibration(
         "tokens": torch.cat(calibration.samples),
         "lengths": torch.tensor([len(sample) for sample in calibration.samples]),
     }
-    about = plain_json({**calibration.provenance, "digest": calibration.digest()})
+    about = json_text({**calibration.provenance, "digest": calibration.digest()})
     contents = {
-        ABOUT_NAME: (json.dumps(about, indent=2, allow_nan=False) + "\n").encode(),
+        ABOUT_NAME: (about + "\n").encode(),
         **({} if absmax is None else {ABSMAX_NAME: save(dict(absmax))}),
         SAMPLES_NAME: save(tensors),
     }

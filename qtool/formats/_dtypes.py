@@ -24,7 +24,7 @@ DTYPES = {
 _STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def dtype_of(name: DType) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
     """Return torch's dtype of the name that recipes, options and `PartSpec` have for it."""
     return getattr(torch, name)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import ModelError
+from qtool.formats._dtypes import dtype_of
 from qtool.modeling.calls import Call, Calls
 from qtool.modeling.config import parse_config
 from qtool.modeling.filling import empty_own, fill, fill_own, weightless
@@ -47,7 +48,7 @@ class _Recorder(nn.Module):
 
 def _walk_dtype(source: ModelSource, device: str, dtype: str) -> torch.dtype:
     if dtype != "auto":
-        return getattr(torch, dtype)
+        return dtype_of(dtype)
     if not device.startswith("cuda"):
         return torch.float32
     first = next(source.block_linears())

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from qtool.errors import ModelError
+from qtool.storage.plain_json import json_text
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,4 +93,4 @@ def _without_code(path: Path) -> bytes:
     if not isinstance(values, dict) or "auto_map" not in values:
         return content
     del values["auto_map"]
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json_text(values, ascii_only=False) + "\n").encode()

@@ -16,7 +16,8 @@ from pathlib import Path
 from qtool.errors import MissingExtraError, ModelError
 from qtool.settings import cache_dir
 from qtool.storage.digests import files_digest
-from qtool.storage.whole_files import sync, written_whole
+from qtool.storage.plain_json import write_json_file
+from qtool.storage.whole_files import sync
 from qtool.wording import reason
 
 WHOLE_NAME = "WHOLE"
@@ -68,8 +69,7 @@ def _convert(path: Path, partial: Path, target: Path) -> None:
             sync(file)
         names = [str(file.relative_to(partial)) for file in files]
         about = {"files": names, "digest": files_digest(files, remember=False)}
-        with written_whole(partial / WHOLE_NAME, durable=True) as opened:
-            opened.write(json.dumps(about, indent=2).encode())
+        write_json_file(partial / WHOLE_NAME, about)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         sync(target.parent)

@@ -23,6 +23,7 @@ from qtool.evaluation.perplexity import PerplexityResult, perplexity
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location, locate
 from qtool.pipeline.model_figures import ModelFigures, figures_of
+from qtool.plugins import check_name
 from qtool.runtime.select import use_backend
 from qtool.scheme import WeightScheme
 
@@ -210,9 +211,11 @@ def bench_gpu(
         MissingExtraError: CuPy or, for a plot, matplotlib isn't installed.
     """
     from qtool.bench import gpu, machine, plots, shapes, workload
+    from qtool.runtime.selection import KERNELS
 
     kernel, device = options.kernel, machine.require_card()
-    gpu.check_kernel(kernel)
+    if kernel is not None:
+        check_name(kernel, KERNELS, "kernels")
     if options.plot is not None:
         plots.check_plot(options.plot)
     if options.synthetic is not None:

@@ -71,7 +71,7 @@ def read_document(path: Path) -> PlacedValues:
     try:
         text = read_text(path, most_bytes=MOST_BYTES)
     except DataError as error:
-        raise RecipeError(str(error)) from error
+        raise RecipeError(str(error), file=path) from error
     places: dict[Keys, str] = {}
     values = _parse(text, lambda line: f"{path.name} line {line}", places)
     if not isinstance(values, dict):

@@ -28,7 +28,7 @@ def find_recipe(name: str, *, relative_to: Path | None = None) -> Path:
         try:
             check_file(path)
         except DataError as error:
-            raise RecipeError(str(error).replace("No file", "No recipe file")) from None
+            raise RecipeError(str(error).replace("No file", "No recipe file"), file=path) from None
         return path
     if name not in built_in():
         raise RecipeError(

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from qtool import settings
-from qtool.errors import UnknownNameError
-from qtool.plugins import describe_miss
+from qtool.plugins import check_name
 from qtool.scheme import Shape2D
 
 KERNELS = ("planes", "lut", "dequantize", "sign_flip")
@@ -113,6 +112,6 @@ def wanted_kernel() -> str | None:
         UnknownNameError: there is no such kernel.
     """
     name = settings.kernel()
-    if name is not None and name not in KERNELS:
-        raise UnknownNameError(describe_miss(name, KERNELS, "kernels"))
+    if name is not None:
+        check_name(name, KERNELS, "kernels")
     return name

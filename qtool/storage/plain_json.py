@@ -1,8 +1,12 @@
-"""Values as JSON has them."""
+"""Values as JSON has them, and the only place where qtool writes JSON for others."""
 
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from qtool.storage.whole_files import written_whole
 
 
 def plain_json(value: Any) -> Any:  # noqa: ANN401
@@ -21,3 +25,23 @@ def plain_json(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, (list, tuple, set)):
         return [plain_json(one) for one in value]
     return str(value)
+
+
+def json_text(value: Any, *, indent: int | None = 2, ascii_only: bool = True) -> str:  # noqa: ANN401
+    """Return a value as the text of a JSON file, without a line break at its end."""
+    return json.dumps(plain_json(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+
+
+def write_json_file(path: Path, value: Any, *, ascii_only: bool = True) -> None:  # noqa: ANN401
+    """Write a JSON file that is there whole or not at all, and survives a loss of power.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    with written_whole(path, durable=True) as file:
+        file.write((json_text(value, ascii_only=ascii_only) + "\n").encode())
+
+
+def json_line(value: Any) -> bytes:  # noqa: ANN401
+    """Return a value on one line, for qtool's own store: all floats read back as they were."""
+    return json.dumps(value, default=str).encode()

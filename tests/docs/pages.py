@@ -13,6 +13,8 @@ SPAN = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
+PUT_INTO = re.compile(r"Put\s+this\s+into\s+`([^`]+)`")
+
 PAGES = sorted(
     page
     for pattern in ("*.md", "docs/*.md", "docs/adr/*.md", "recipes/*.md", "kernels/*.md")
@@ -31,6 +33,11 @@ class Line:
 
     def __str__(self) -> str:
         return f"{self.page}: {' '.join(self.words)}"
+
+
+def made_files(page: Path) -> list[Path]:
+    """Return the files that a page lets its reader write, relative to the repository."""
+    return [Path(name) for name in PUT_INTO.findall(page.read_text(encoding="utf-8"))]
 
 
 def prose(page: Path) -> str:

@@ -4,8 +4,6 @@ import shutil
 
 import pytest
 
-import qtool.methods
-from qtool.stages.plan import load_method
 from tests.cli.conftest import Cli
 from tests.docs.pages import Line, blocks, command_lines
 from tests.helpers import ROOT
@@ -61,27 +59,3 @@ def test_python_runs(page, llama, folder, capsys):
         text = text.replace('Path("smollm2-w3"), recipe', 'Path("smollm2-w3.new"), recipe')
         exec(compile(text, page, "exec"), {})  # the page's own words
     capsys.readouterr()
-
-
-def test_method_of_the_page_on_methods_does_what_the_page_says(tmp_path, monkeypatch, capsys):
-    page = ROOT / "docs/adding-a-method.md"
-    method, trial = blocks(page, "python")
-    (tmp_path / "rtn_clip.py").write_text(method, encoding="utf-8")
-    monkeypatch.setattr(qtool.methods, "__path__", [*qtool.methods.__path__, str(tmp_path)])
-    exec(compile(trial, str(page), "exec"), {})
-    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    said = page.read_text(encoding="utf-8")
-    for name, error in printed.items():
-        assert f"{float(error):.3f} for `{name}`" in said
-    assert load_method("rtn_clip").num_bits == range(1, 9)
-
-
-@pytest.mark.parametrize(
-    ("page", "file"),
-    [
-        ("docs/adding-a-backend.md", "qtool/runtime/backends/dense.py"),
-        ("docs/adding-a-model.md", "qtool/modeling/adapters/llama.py"),
-    ],
-)
-def test_files_that_a_page_shows_are_those_of_the_product(page, file):
-    assert (ROOT / file).read_text(encoding="utf-8") in blocks(ROOT / page, "python")

@@ -55,4 +55,4 @@ def binary_coding(
     return weight
 
 
-ORACLES: Mapping[str, Oracle] = {"affine": affine, "binary_coding": binary_coding}
+ORACLES: dict[str, Oracle] = {"affine": affine, "binary_coding": binary_coding}

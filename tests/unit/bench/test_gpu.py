@@ -9,7 +9,9 @@ from qtool.bench.decode import EndToEnd
 from qtool.bench.plots import check_plot, draw_roofline, series
 from qtool.errors import BackendError, MissingExtraError, OutputError, UnknownNameError
 from qtool.modeling.locate import Location
+from qtool.plugins import check_name
 from qtool.runtime.decoding.torch_ops import TorchOps
+from qtool.runtime.selection import KERNELS
 from qtool.scheme import WeightScheme
 from tests.unit.bench.rig import MACHINE, TINY, FakeClock, bench
 
@@ -90,10 +92,9 @@ def test_peers_are_asked_for_and_missing_ones_named():
 
 
 def test_unknown_kernels_are_told_the_known_ones():
-    gpu.check_kernel(None)
-    gpu.check_kernel("lut")
-    with pytest.raises(UnknownNameError, match="Did you mean 'planes'"):
-        gpu.check_kernel("plane")
+    check_name("lut", KERNELS, "kernels")
+    with pytest.raises(UnknownNameError, match=r"No 'plane' in kernels\. Did you mean 'planes'"):
+        check_name("plane", KERNELS, "kernels")
 
 
 @pytest.mark.parametrize(("suffix", "head"), [(".png", b"\x89PNG"), (".svg", b"<?xml")])

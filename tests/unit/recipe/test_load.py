@@ -287,3 +287,14 @@ def test_error_of_a_recipe_has_its_key():
     with pytest.raises(RecipeError) as caught:
         load_recipe("rtn-w4g128", ["weights.scheme.num_bits=9"])
     assert caught.value.key == "weights.scheme.num_bits"
+
+
+def test_error_of_a_recipe_has_its_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(file))
+    assert caught.value.file == file
+    file.write_bytes(b"\xff")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(file))
+    assert caught.value.file == file
