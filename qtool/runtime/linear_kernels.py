@@ -104,8 +104,8 @@ def _suits_tables(tensor: QuantizedTensor, card_name: str) -> bool:
     return suits and lut.why_no_tables(tensor) is None
 
 
-def kernel_for(weight: KernelWeight, tokens: int, card: Card) -> str:
-    """Return the name of the kernel that multiplies so many tokens."""
+def kernel_for(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = False) -> str:
+    """Return the name of the kernel that multiplies so many tokens; `lut` knows no gate."""
     wanted = wanted_kernel()
     if wanted is not None:
         return wanted
@@ -115,7 +115,7 @@ def kernel_for(weight: KernelWeight, tokens: int, card: Card) -> str:
         return "dequantize"
     if weight.tiles is None:
         return "sign_flip"
-    if tokens == 1 and weight.stored is not None and _suits_tables(weight.stored, card.name):
+    if tokens == 1 and not gated and weight.stored and _suits_tables(weight.stored, card.name):
         return "lut"
     row_tiles, units, *_ = weight.tiles.planes.shape
     room = planes.tuned_plan(row_tiles, units, tokens or 1, weight.layout, card=card)
@@ -150,7 +150,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         BackendError: the kernel asked for can't run this weight.
     """
     tokens = x.shape[0]
-    kernel = kernel or kernel_for(weight, tokens, card)
+    kernel = kernel or kernel_for(weight, tokens, card, gated=gated)
     if x.data_ptr() % LOAD_BYTES != 0:  # a slice of something
         x = x.clone()
     if kernel == "planes" and weight.tiles is not None and tokens > 0:
@@ -166,29 +166,28 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
             residual=residual,
             dependent=not weight.fresh,
         )
-    if kernel == "lut" and not gated and tokens > 0:
-        return lut.multiply_by_tables(x, _stored(weight, kernel), launch, card, residual)
-    y = _plain(x, weight, launch, card, kernel)
+    if kernel == "lut" and tokens > 0:
+        y = lut.multiply_by_tables(x, _stored(weight, kernel), launch, card, residual)
+        residual = None
+    else:
+        y = _plain(x, weight, launch, kernel)
     if gated:
         gate, up = tiles.side_by_side(y).chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
     return y if residual is None else y + residual
 
 
-def _plain(x: Tensor, weight: KernelWeight, launch: Launch, card: Card, kernel: str) -> Tensor:
+def _plain(x: Tensor, weight: KernelWeight, launch: Launch, kernel: str) -> Tensor:
     if len(x) == 0:
         return x.new_empty(0, weight.shape.out_features)
     if kernel == "dequantize":
         return torch.nn.functional.linear(x, dense_weight(weight, launch))
-    if kernel not in STORED_KERNELS:
+    if kernel != "sign_flip":
         raise BackendError(
             f"Kernel {kernel!r} can't run this weight ({weight.scheme}); dequantize and sign_flip "
             "can."
         )
-    stored = _stored(weight, kernel)
-    if kernel == "sign_flip":
-        return _by_definition(x, stored, launch)
-    return lut.multiply_by_tables(x, stored, launch, card)
+    return _by_definition(x, _stored(weight, kernel), launch)
 
 
 def _stored(weight: KernelWeight, kernel: str) -> QuantizedTensor:

@@ -20,8 +20,8 @@ def load_backend(name: str) -> KernelBackend:
 
 
 def definition() -> KernelBackend:
-    """Return the backend of the least priority: it runs parts as they are stored, everywhere."""
-    return min(_all(), key=lambda backend: backend.priority)
+    """Return the backend that runs parts as they are stored, everywhere."""
+    return min(_all(), key=lambda backend: (backend.owns_layout, backend.priority))
 
 
 def _all() -> list[KernelBackend]:

@@ -18,6 +18,8 @@ from tests.helpers import dequantized, normal, problem
 
 SOLVERS = {"affine": ("rtn", {}), "binary_coding": ("bcq", {"rounds": 1})}
 FORMATS = plugins.names(qtool.formats)
+FUSING = ("cuda", "dense")
+"""Of qtool's own, those that make one of several weights; others may leave them apart."""
 BACKENDS = plugins.names(qtool.runtime.backends)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOKENS = [1, 2, 3, 8, 9, 17]  # at which the kernels change
@@ -166,7 +168,7 @@ def test_parts_of_what_is_fused_are_the_weights(name, device, format_name, count
     backend, _ = prepared(name, tensors[0], device, dtype)
     fused = backend.fuse([on(device, each) for each in tensors], dtype, interleave=interleave)
     if fused is None:
-        assert not backend.owns_layout, "else each weight is there twice, or launched alone"
+        assert name not in FUSING
         return
     assert len(fused.parts) == len(tensors)
     x = normal(5, 96).to(dtype).to(device)
@@ -201,7 +203,9 @@ def test_a_decoding_step_by_its_operations_is_that_of_the_model(name, device, ch
     expected = model(ids).logits[:, 11:]
     weights = weights_of(model)
     ops = backend.decode_ops(weights)
-    assert ops is not None
+    if ops is None:
+        assert name not in (*FUSING, "reference")
+        return
     runner = DecodeRunner(weights, ops, max_length=32)
     logits = [runner.prefill(ids[:, :12]).clone()]
     logits += [runner.step(tokens).clone() for tokens in ids[:, 12:].T]

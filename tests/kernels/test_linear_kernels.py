@@ -252,7 +252,10 @@ def test_tables_are_chosen_for_one_token_of_such_a_weight(monkeypatch, with_resi
     pair = [random_tensor("binary_coding", scheme, Shape2D(24, 320), seed) for seed in (1, 2)]
     monkeypatch.delenv("QTOOL_KERNEL")
     fused = fusing.fuse(pair, torch.float16, interleave=True)
-    assert fused is not None and fused.prepared.stored is None, "tables have no gate"
+    assert fused is not None and fused.prepared.stored is None
+    kept, x = replace(fused.prepared, stored=tensor), normal(1, 320).half()
+    got = linear_kernels.matmul(x, kept, launch := Recorder(), SMALL, gated=True)
+    assert got.shape == (1, 24) and launch.names == ["bit_plane_imma"], "tables have no gate"
 
 
 @pytest.mark.parametrize("kernel", [None, "sign_flip", "lut"])
