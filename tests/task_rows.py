@@ -14,6 +14,37 @@ SAMPLE = ROOT / "tests" / "data"
 SHARED = ROOT.parent / "shared" / "data"
 """All rows of all data sets, on machines that have them."""
 ITEMS = 7
+DATASETS: list[dict[str, Any]] = [
+    {
+        "dataset": "EleutherAI/wikitext_document_level",
+        "files": {
+            "validation": "lm/wikitext2_raw_valid_pages.jsonl",
+            "test": "lm/wikitext2_raw_test_pages.jsonl",
+        },
+    },
+    {
+        "dataset": "cais/mmlu",
+        "files": {split: f"mcqa/mmlu_{split}.jsonl" for split in ("dev", "validation", "test")},
+        "config_field": "subject",
+    },
+    {
+        "dataset": "allenai/ai2_arc",
+        "config": "ARC-Easy",
+        "files": {"validation": "mcqa/arc_easy_val.jsonl", "test": "mcqa/arc_easy_test.jsonl"},
+    },
+    {
+        "dataset": "google-research-datasets/mbpp",
+        "config": "full",
+        "files": dict.fromkeys(["prompt", "test", "validation", "train"], "code/mbpp.jsonl"),
+        "ids": {
+            "prompt": [1, 10],
+            "test": [11, 510],
+            "validation": [511, 600],
+            "train": [601, 974],
+        },
+    },
+]
+"""What obvious names don't say; of mmlu and ARC also what they do."""
 
 Row = dict[str, Any]
 
@@ -102,8 +133,19 @@ def write_rows(file: Path, rows: Sequence[Row]) -> None:
     file.write_bytes(gzip.compress(lines.encode()) if file.suffix == ".gz" else lines.encode())
 
 
+def write_table(folder: Path, data: Path | None = None) -> Path:
+    """Write a folder's datasets.json, whose files may be in another folder."""
+    table: list[Row] = [
+        {**entry, "files": {k: str((data or Path()) / v) for k, v in dict(entry["files"]).items()}}
+        for entry in DATASETS
+    ]
+    (folder / "datasets.json").write_text(json.dumps(table))
+    return folder
+
+
 def write_all(folder: Path) -> Path:
-    """Fill a data folder with the invented rows and the sample."""
+    """Fill a data folder with the invented rows, the sample and a table."""
+    write_table(folder)
     for name, rows in invented().items():
         write_rows(folder / name, rows)
     for file in SAMPLE.glob("*/*.jsonl*"):

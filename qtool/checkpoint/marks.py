@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qtool.storage.whole_files import written_whole
+from qtool.storage.plain_json import write_json_file
 
 JOB_NAME = "job.json"
 CONFIG_NAME = "config.json"
@@ -46,7 +46,7 @@ def write_job(directory: Path, job: Job) -> None:
         OSError: it can't be written.
     """
     given = {name: value for name, value in asdict(job).items() if value is not None}
-    write_json(directory / JOB_NAME, {"this is": MARK, **given})
+    write_json_file(directory / JOB_NAME, {"this is": MARK, **given})
 
 
 def read_job(directory: Path) -> Job | None:
@@ -65,16 +65,6 @@ def read_job(directory: Path) -> Job | None:
         return Job(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object that survives a loss of power.
-
-    Raises:
-        OSError: it can't be written.
-    """
-    with written_whole(path, durable=True) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def names_in(directory: Path) -> set[str]:

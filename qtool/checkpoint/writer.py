@@ -29,7 +29,6 @@ from qtool.checkpoint.marks import (
     read_job,
     read_report,
     write_job,
-    write_json,
 )
 from qtool.checkpoint.place import check_target, describe, find_place, one_line
 from qtool.checkpoint.publish import empty_work, publish, remove_work
@@ -38,6 +37,7 @@ from qtool.checkpoint.shards import INDEX_NAME, SINGLE_NAME
 from qtool.checkpoint.spool import Spool
 from qtool.checkpoint.stream import Piece, write_shard
 from qtool.errors import CheckpointError, OutputError, QtoolError
+from qtool.storage.plain_json import write_json_file
 from qtool.storage.whole_files import written_whole
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -209,7 +209,7 @@ class CheckpointWriter:
             for name, content in ours.items():
                 with written_whole(self.work_dir / name, durable=True) as file:
                     file.write(content)
-            write_json(self.work_dir / CONFIG_NAME, config)
+            write_json_file(self.work_dir / CONFIG_NAME, config)
             CheckpointReader(self.work_dir)
             self._job = replace(self._job, files=(*shards, *ours, CONFIG_NAME))
             write_job(self.work_dir, self._job)
@@ -243,7 +243,7 @@ class CheckpointWriter:
             return [SINGLE_NAME]
         total = sum(piece.num_bytes for shard in shards for piece in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(self.work_dir / INDEX_NAME, index)
+        write_json_file(self.work_dir / INDEX_NAME, index)
         return [*dict.fromkeys(weight_map.values()), INDEX_NAME]
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import typer
 
 from qtool.cli.bench import bench
+from qtool.cli.cache import cache
 from qtool.cli.calibrate import calibrate
 from qtool.cli.doctor import doctor
 from qtool.cli.evaluate import evaluate
@@ -33,6 +34,7 @@ app.command("bench", cls=Command)(bench)
 app.command("inspect", cls=Command)(inspect)
 app.command("methods", cls=Command)(methods)
 app.command("recipes", cls=Command)(recipes)
+app.command("cache", cls=Command)(cache)
 app.command("doctor", cls=Command)(doctor)
 
 

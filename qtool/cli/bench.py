@@ -3,20 +3,16 @@
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from qtool.cli import console, early
-from qtool.cli.figures import print_comparison
+from qtool.cli.figures import comparison_report, print_comparison
 from qtool.cli.kernel_figures import print_gpu_result
 from qtool.cli.options import BackendOption, DeviceOption, JsonOption, check_targets
 from qtool.cli.progress import progress
 from qtool.scheme import WeightScheme
-
-if TYPE_CHECKING:
-    from qtool.bench.gpu import GpuResult
-    from qtool.pipeline import Comparison
 
 DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 128
 NOT_KEPT = "Nothing was kept."
@@ -124,38 +120,28 @@ def bench(
     with progress(NOT_KEPT) as emit, opened(emit) as (where, original):
         from qtool import pipeline
 
+        kernels = quality = None
         if gpu or synthetic is not None:
             scheme = WeightScheme(
                 num_bits=bits or DEFAULT_BITS, group_size=group_size or DEFAULT_GROUP_SIZE
             )
-            options = pipeline.GpuOptions(
+            kernels = pipeline.GpuOptions(
                 synthetic=synthetic, scheme=scheme, kernel=kernel, peers=peers, plot=plot
             )
-            measured = pipeline.bench_gpu(where, options, baseline=original, emit=emit)
-            show = partial(_show_gpu, measured)
-        else:
-            quality = None
-            if perplexity_windows:
-                quality = pipeline.EvalOptions(max_windows=perplexity_windows)
-            result = pipeline.bench(
-                where, baseline=original, backend=backend, quality=quality, emit=emit
-            )
-            show = partial(_show, result)
-    show(json_file)
-
-
-def _show_gpu(result: "GpuResult", json_file: Path | None) -> None:
-    console.write_json(asdict(result), json_file)
-    if console.wants_table(json_file):
-        print_gpu_result(result)
-
-
-def _show(result: "Comparison", json_file: Path | None) -> None:
-    console.write_json(asdict(result), json_file)
-    if console.wants_table(json_file):
-        print_comparison(result)
-        if len(result.figures) == 1:
-            console.out.print(NO_ORIGINAL, markup=False, soft_wrap=True)
+        elif perplexity_windows:
+            quality = pipeline.EvalOptions(max_windows=perplexity_windows)
+        options = pipeline.BenchOptions(backend=backend, quality=quality, gpu=kernels)
+        result = pipeline.bench(where, options, baseline=original, emit=emit)
+    report = asdict(result.kernels) if result.kernels is not None else comparison_report(result)
+    console.write_json(report, json_file)
+    if not console.wants_table(json_file):
+        return
+    if result.kernels is not None:
+        print_gpu_result(result.kernels)
+        return
+    print_comparison(result)
+    if len(result.figures) == 1:
+        console.out.print(NO_ORIGINAL, markup=False, soft_wrap=True)
 
 
 def _check_usage(context: typer.Context) -> None:

@@ -1,6 +1,5 @@
 """Rendering: results to stdout, errors to stderr; `progress` has what comes between."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from qtool.checkpoint.marks import foreign_entries, is_checkpoint
 from qtool.errors import OutputError
-from qtool.storage.plain_json import plain_json
+from qtool.storage.plain_json import json_text
 from qtool.wording import reason
 
 RESULTS = (b"{\n", b'{"', b"{}", b"|", b"- ", b"\x1f\x8b", b"\x89PNG", b"<?xml")
@@ -43,7 +42,7 @@ def write_json(value: Any, target: Path | None) -> None:  # noqa: ANN401
     """Write a result for machines; '-' is stdout, None is nowhere."""
     if target is None:
         return
-    write_text(json.dumps(plain_json(value), indent=2, allow_nan=False), target)
+    write_text(json_text(value), target)
 
 
 def write_text(text: str, target: Path) -> None:

@@ -1,8 +1,6 @@
 """`qtool eval`."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +8,7 @@ import typer
 
 from qtool.base import Emit
 from qtool.cli import console, early
-from qtool.cli.figures import print_comparison
+from qtool.cli.figures import comparison_report, print_comparison
 from qtool.cli.options import (
     BackendOption,
     DeviceOption,
@@ -21,13 +19,13 @@ from qtool.cli.options import (
 )
 from qtool.cli.progress import progress
 from qtool.cli.task_figures import print_tasks, raise_failures, task_report, write_markdown
-from qtool.evaluation.task_names import check_data, check_spelling
+from qtool.evaluation.lm_eval.task_names import check_data, check_spelling
 
 if TYPE_CHECKING:
-    from qtool.evaluation.task_comparison import TaskComparison
-    from qtool.modeling.locate import Location
+    from qtool.evaluation.lm_eval.options import TaskOptions
+    from qtool.pipeline.task_results import TaskComparison
 
-KEPT = "Answers and scores are kept: the same command goes on with the next requests."
+ANSWERS_KEPT = "Answers and scores are kept: the same command goes on with the next requests."
 PERPLEXITY = "Without --tasks"
 TASKS = "With --tasks"
 ONLY_TASKS = {"data_dir", "limit", "num_fewshot", "batch_size", "max_length", "seed"}
@@ -171,24 +169,7 @@ def evaluate(
         raise typer.BadParameter("--samples takes the name of a file.")
     check_targets([json_file, markdown, samples])
     early.check_backend(backend)
-    common: dict[str, Any] = {"backend": backend, "dtype": torch_dtype(dtype)}
-    opened = partial(early.opened, [model, baseline], device)
-    if tasks is None:
-        with progress("Nothing was kept.") as emit, opened(emit) as (where, original):
-            from qtool import pipeline
-
-            options = pipeline.EvalOptions(
-                dataset=dataset,
-                context_length=context_length,
-                max_windows=windows,
-                texts=not no_texts,
-            )
-            result = pipeline.evaluate(where, options, baseline=original, **common, emit=emit)
-        console.write_json(asdict(result), json_file)
-        if console.wants_table(json_file):
-            print_comparison(result)
-        return
-    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    names = tuple(dict.fromkeys(name.strip() for name in (tasks or "").split(",") if name.strip()))
     settings = {
         "tasks": names,
         "data_dir": data_dir,
@@ -202,37 +183,52 @@ def evaluate(
         "cache": not no_cache,
         "samples": samples,
     }
-    kept = "Nothing was kept." if no_cache else KEPT
-    with progress(kept) as emit:
-        emit("phase", {"name": f"looking up {tasks}"})
-        check_spelling(names)
-        if data_dir is not None:
-            check_data(names, data_dir)
-        with opened(emit) as (where, original):
-            scored = _scored(where, settings, gen_kwargs, {"baseline": original, **common}, emit)
+    texts: dict[str, Any] = {
+        "dataset": dataset,
+        "context_length": context_length,
+        "max_windows": windows,
+        "texts": not no_texts,
+    }
+    with progress("Nothing was kept." if tasks is None or no_cache else ANSWERS_KEPT) as emit:
+        if tasks is not None:
+            emit("phase", {"name": f"looking up {tasks}"})
+            check_spelling(names)
+            if data_dir is not None:
+                check_data(names, data_dir)
+        with early.opened([model, baseline], device, emit) as (where, original):
+            from qtool import pipeline
+
+            asked = None if tasks is None else _task_options(settings, gen_kwargs, emit)
+            result = pipeline.evaluate(
+                where,
+                pipeline.EvalOptions(**texts, tasks=asked),
+                baseline=original,
+                backend=backend,
+                dtype=torch_dtype(dtype),
+                emit=emit,
+            )
+    if result.tasks is not None:
+        _show_tasks(result.tasks, json_file, markdown)
+        return
+    console.write_json(comparison_report(result), json_file)
+    if console.wants_table(json_file):
+        print_comparison(result)
+
+
+def _task_options(settings: Mapping[str, Any], gen_kwargs: str | None, emit: Emit) -> "TaskOptions":
+    from qtool.evaluation.lm_eval.options import TaskOptions, parse_generation
+
+    generation = parse_generation(gen_kwargs) if gen_kwargs is not None else {}
+    emit("phase", {"name": "looking up the tasks in lm-eval"})
+    return TaskOptions(**settings, generation=generation)
+
+
+def _show_tasks(scored: "TaskComparison", json_file: Path | None, markdown: Path | None) -> None:
     console.write_json(task_report(scored), json_file)
     write_markdown(scored, markdown)
     if console.wants_table(json_file) and console.wants_table(markdown):
         print_tasks(scored)
     raise_failures(scored)
-
-
-def _scored(
-    model: "Location",
-    settings: Mapping[str, Any],
-    gen_kwargs: str | None,
-    common: Mapping[str, Any],
-    emit: Emit,
-) -> "TaskComparison":
-    """Run the tasks."""
-    from qtool import pipeline
-    from qtool.evaluation.generation import parse_generation
-    from qtool.evaluation.tasks import TaskOptions
-
-    generation = parse_generation(gen_kwargs) if gen_kwargs is not None else {}
-    emit("phase", {"name": "looking up the tasks in lm-eval"})
-    options = TaskOptions(**settings, generation=generation)
-    return pipeline.evaluate_tasks(model, options, **common, emit=emit)
 
 
 def _check_usage(context: typer.Context, *, with_tasks: bool) -> None:

@@ -1,6 +1,7 @@
 """The table of measured figures, the baseline first."""
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from qtool.cli import console
 
@@ -9,6 +10,12 @@ if TYPE_CHECKING:
     from qtool.pipeline import Comparison, ModelFigures
 
 TEXT_WIDTH = 100
+
+
+def comparison_report(result: "Comparison") -> dict[str, Any]:
+    """Return figures and agreement for machines."""
+    report = asdict(result)
+    return {name: report[name] for name in ("figures", "agreement", "versions")}
 
 
 def print_comparison(result: "Comparison") -> None:

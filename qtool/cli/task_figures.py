@@ -10,7 +10,7 @@ from qtool.errors import QtoolError
 
 if TYPE_CHECKING:
     from qtool.evaluation.scores import TaskFailure, TaskScores
-    from qtool.evaluation.task_comparison import ModelTasks, ScoreRow, TaskComparison
+    from qtool.pipeline.task_results import ModelTasks, ScoreRow, TaskComparison
 
 LEFT = ("task", "metric", "verdict")
 

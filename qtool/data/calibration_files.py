@@ -88,9 +88,9 @@ def save_calibration(
         "tokens": torch.cat(calibration.samples),
         "lengths": torch.tensor([len(sample) for sample in calibration.samples]),
     }
-    about = json_text({**calibration.provenance, "digest": calibration.digest()})
+    about = {**calibration.provenance, "digest": calibration.digest()}
     contents = {
-        ABOUT_NAME: (about + "\n").encode(),
+        ABOUT_NAME: (json_text(about) + "\n").encode(),
         **({} if absmax is None else {ABSMAX_NAME: save(dict(absmax))}),
         SAMPLES_NAME: save(tensors),
     }

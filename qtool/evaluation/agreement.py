@@ -22,7 +22,7 @@ from qtool.errors import DataError, ModelError
 from qtool.evaluation.perplexity import windows_of
 from qtool.modeling.load import LoadedModel
 
-PROMPT_TOKENS = 32
+START_TOKENS = 32
 CHUNK_VALUES = 2**22
 """Probabilities handled at a time, on the model's device: six float64 copies of 32 MiB or so."""
 
@@ -207,7 +207,7 @@ def _evenly_spaced(count: int, available: int) -> Tensor:
 
 def _prompts(stream: Tensor, count: int) -> tuple[Tokens, ...]:
     starts = [index * len(stream) // count for index in range(count)]
-    return tuple(tuple(stream[start : start + PROMPT_TOKENS].tolist()) for start in starts)
+    return tuple(tuple(stream[start : start + START_TOKENS].tolist()) for start in starts)
 
 
 def _check_vocabulary(model: LoadedModel, reference: Reference) -> None:

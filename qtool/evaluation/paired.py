@@ -6,16 +6,20 @@ difference does. A p-value is that of one comparison: of twenty tasks, one is be
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qtool.errors import DataError
 
 Unit = Literal["perplexity", "bits"]
 Verdict = Literal["better", "worse", "no difference shown", "identical", "too few items"]
-Item = tuple[float, float]
+Weighted = tuple[float, float]
 """Log-likelihood in nats; weight, such as the number of words or bytes."""
+Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +56,14 @@ def paired_means(
     Raises:
         DataError: the items don't match, or there are none, or a value isn't a finite number.
     """
-    _check_items(original, quantized, "value", [*original, *quantized])
-    count = len(original)
-    means = math.fsum(original) / count, math.fsum(quantized) / count
-    difference = means[1] - means[0]
-    gains = [second - first for first, second in zip(original, quantized, strict=True)]
-    rose, fell = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    first, second = _items(original, quantized, "value")
+    count = len(first)
+    means = math.fsum(first) / count, math.fsum(second) / count
+    gains, difference = second - first, means[1] - means[0]
+    rose, fell = int((gains > 0).sum()), int((gains < 0).sum())
     error = p_value = None
     if count > 1:
-        error = math.sqrt(_variance_of_sum(gain - difference for gain in gains) / count**2)
+        error = error_of_sum(gains - difference) / count
         if {*original, *quantized} <= {0, 1}:
             p_value = mcnemar_p(rose, fell)
         else:
@@ -70,7 +73,7 @@ def paired_means(
 
 
 def paired_ratios(
-    original: Sequence[Item], quantized: Sequence[Item], *, unit: Unit = "perplexity"
+    original: Sequence[Weighted], quantized: Sequence[Weighted], *, unit: Unit = "perplexity"
 ) -> Paired:
     """Compare two perplexities, or bits per byte, over the same items.
 
@@ -89,27 +92,20 @@ def paired_ratios(
         DataError: the items or their weights don't match, or there are none, or a value isn't a
             finite number, or a weight is negative, or all are 0, or a perplexity is no float.
     """
-    numbers = [number for item in (*original, *quantized) for number in item]
-    _check_items(original, quantized, "log-likelihood or weight", numbers)
-    weights = [weight for _, weight in original]
-    _check_weights(weights, [weight for _, weight in quantized])
-    count, total = len(original), math.fsum(weights)
-    losses = tuple(
-        -math.fsum(value for value, _ in items) / total for items in (original, quantized)
-    )
-    metrics = tuple(_metric(loss, unit) for loss in losses)
-    slopes = metrics if unit == "perplexity" else (1 / math.log(2), 1 / math.log(2))
+    pairs = _items(original, quantized, "log-likelihood or weight")
+    weights = _weights(*(items[:, 1] for items in pairs))
+    count, total = len(weights), math.fsum(weights)
+    losses = [-math.fsum(items[:, 0]) / total for items in pairs]
+    metrics = [_metric(loss, unit) for loss in losses]
+    slopes = metrics if unit == "perplexity" else [1 / math.log(2)] * 2
     first, second = (
-        [-(value + loss * weight) / total for value, weight in items]
-        for items, loss in zip((original, quantized), losses, strict=True)
+        -(items[:, 0] + loss * weights) / total for items, loss in zip(pairs, losses, strict=True)
     )
+    gains = pairs[1][:, 0] - pairs[0][:, 0]
     error = p_value = None
     if count > 1:
-        pairs = list(zip(first, second, strict=True))
-        error = math.sqrt(_variance_of_sum(slopes[1] * q - slopes[0] * o for o, q in pairs))
-        log_error = math.sqrt(_variance_of_sum(q - o for o, q in pairs))
-        p_value = normal_p(_ratio(losses[1] - losses[0], log_error))
-    gains = [q[0] - o[0] for o, q in zip(original, quantized, strict=True)]
+        error = error_of_sum(slopes[1] * second - slopes[0] * first)
+        p_value = normal_p(_ratio(losses[1] - losses[0], error_of_sum(second - first)))
     return Paired(
         items=count,
         original=metrics[0],
@@ -117,8 +113,8 @@ def paired_ratios(
         difference=metrics[1] - metrics[0],
         standard_error=error,
         p_value=p_value,
-        improved=sum(gain > 0 for gain in gains),
-        worsened=sum(gain < 0 for gain in gains),
+        improved=int((gains > 0).sum()),
+        worsened=int((gains < 0).sum()),
     )
 
 
@@ -145,32 +141,16 @@ def mcnemar_p(rose: int, fell: int) -> float:
     If neither model is better, each of the n pairs rose or fell by a fair coin:
     p = 2 P(Binomial(n, 1/2) <= min(rose, fell)), at most 1.
     """
-    count = rose + fell
-    term = tail = 1
-    for k in range(min(rose, fell)):
-        term = term * (count - k) // (k + 1)  # count choose k + 1: whole, so exact
-        tail += term
-    return min(1.0, 2 * tail / 2**count)  # integers of any size divide to the nearest float
+    from scipy.special import bdtr  # comes with the eval extra, as lm-eval, whose items these are
+
+    return min(1.0, 2 * float(bdtr(min(rose, fell), rose + fell, 0.5)))
 
 
 def student_t_p(t: float, freedom: int) -> float:
-    """Return the two-sided p-value of Student's t; below 1e-13 it is noise of rounding.
+    """Return the two-sided p-value of Student's t."""
+    from scipy.special import stdtr
 
-    The finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4, for a whole number of degrees of
-    freedom: scipy is there only with the extra `eval`.
-    """
-    angle = math.atan(abs(t) / math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term = cosine if odd else 1.0
-    terms = []
-    for k in range(1 + odd, freedom, 2):  # cosines to the power freedom - 2
-        terms.append(term)
-        term *= cosine**2 * k / (k + 1)
-    inside = sine * math.fsum(terms)
-    if odd:
-        inside = 2 / math.pi * (angle + inside)
-    return min(1.0, max(0.0, 1 - inside))
+    return 2 * float(stdtr(freedom, -abs(t)))
 
 
 def normal_p(z: float) -> float:
@@ -178,17 +158,17 @@ def normal_p(z: float) -> float:
     return math.erfc(abs(z) / math.sqrt(2))
 
 
+def error_of_sum(residuals: Values) -> float:
+    """Return the standard error of a sum, from what each item adds to it less the mean of that."""
+    count = len(residuals)
+    return math.sqrt(math.fsum(residuals**2) * count / (count - 1))
+
+
 def _ratio(difference: float, error: float) -> float:
     """Return a test statistic: infinite where all items differ by the same amount."""
     if error == 0:
         return 0.0 if difference == 0 else math.copysign(math.inf, difference)
     return difference / error
-
-
-def _variance_of_sum(residuals: Iterable[float]) -> float:
-    """Estimate the variance of a sum of items from what they add to it, less the mean of that."""
-    squares = [residual**2 for residual in residuals]
-    return math.fsum(squares) * len(squares) / (len(squares) - 1)
 
 
 def _metric(loss: float, unit: Unit) -> float:
@@ -203,30 +183,32 @@ def _metric(loss: float, unit: Unit) -> float:
         ) from None
 
 
-def _check_items(
-    original: Sequence[object], quantized: Sequence[object], what: str, numbers: Iterable[float]
-) -> None:
+def _items(
+    original: Sequence[object], quantized: Sequence[object], what: str
+) -> tuple[Values, Values]:
     if len(original) != len(quantized) or not original:
         raise DataError(
             f"The original has {len(original)} items and the quantized model {len(quantized)}; a "
             "paired comparison needs the same items of both, at least 1. Evaluate both on the same "
             "task with the same limit."
         )
-    for number in numbers:
+    first, second = np.array(original, dtype=np.float64), np.array(quantized, dtype=np.float64)
+    for number in np.concatenate([first, second]).flat:
         if not math.isfinite(number):
             raise DataError(
                 f"A {what} of an item is {number}, and only finite numbers can be compared. Look "
                 "at what the model answers: its output may overflow."
             )
+    return first, second
 
 
-def _check_weights(original: Sequence[float], quantized: Sequence[float]) -> None:
-    for index, (first, second) in enumerate(zip(original, quantized, strict=True)):
-        if first != second or first < 0:
-            raise DataError(
-                f"Item {index} weighs {first} for the original and {second} for the quantized "
-                "model; a weight must be equal for both and not negative. Are the items in the "
-                "same order?"
-            )
-    if not any(original):
+def _weights(original: Values, quantized: Values) -> Values:
+    for index in np.flatnonzero((original != quantized) | (original < 0)):
+        raise DataError(
+            f"Item {index} weighs {original[index]} for the original and {quantized[index]} for "
+            "the quantized model; a weight must be equal for both and not negative. Are the items "
+            "in the same order?"
+        )
+    if not original.any():
         raise DataError("All items weigh 0, so nothing can be compared. Give other items.")
+    return original

@@ -1,21 +1,25 @@
 """Scores of one model on one task: what lm-eval computed, and the value of every item."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import exp, fsum, isclose, isfinite, log, nan, sqrt
+from math import exp, fsum, isclose, isfinite, log, nan
 from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
 
-from qtool.evaluation.paired import Paired, Unit, paired_means, paired_ratios
+from qtool.evaluation.paired import (
+    Paired,
+    Weighted,
+    error_of_sum,
+    paired_means,
+    paired_ratios,
+)
 
-Item = float | tuple[float, float]
+Item = float | Weighted
 Kind = Literal["mean", "perplexity", "bits", "other"]
 """How a score comes from its items: their mean; exp(-sum of log-likelihoods / sum of weights); that
 in bits; or in a way that has no paired test here."""
-
-NUMBERS = (Real, np.bool_)
 
 RATIOS: Mapping[str, Kind] = {
     "word_perplexity": "perplexity",
@@ -92,38 +96,31 @@ def collect_scores(results: Mapping[str, Any]) -> tuple[Score, ...]:
     return tuple(scores)
 
 
-def _metrics(metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """Return (metric, filter, value) of one task."""
-    found = []
+def _metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Yield (metric, filter, value) of one task."""
     for key, value in metrics.items():
         metric, comma, name = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, Real):
-            found.append((metric, name, float(value)))
-    return found
+            yield metric, name, float(value)
 
 
 def _items(
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[tuple[str, str, str], list[Item]]:
     """Return the values of items by (task, metric, filter), in the order of the data."""
-    values: dict[tuple[str, str, str], list[tuple[int, Item]]] = {}
+    values: dict[tuple[str, str, str], list[Item]] = {}
     for task, rows in samples.items():
-        for row in rows:
+        for row in sorted(rows, key=lambda row: row["doc_id"]):
             for metric in row["metrics"]:
-                key = (task, metric, row["filter"])
-                values.setdefault(key, []).append((row["doc_id"], row[metric]))
-    ordered = {}
-    for key, pairs in values.items():
-        pairs.sort(key=lambda pair: pair[0])
-        ordered[key] = [_item(value) for _, value in pairs]
-    return ordered
+                values.setdefault((task, metric, row["filter"]), []).append(_item(row[metric]))
+    return values
 
 
 def _item(value: Any) -> Any:  # noqa: ANN401
     """Return a value of an item as plain numbers; what isn't one stays, and has no test here."""
-    if isinstance(value, (tuple, list)) and all(isinstance(one, NUMBERS) for one in value):
-        return tuple(map(float, value))
-    return float(value) if isinstance(value, NUMBERS) else value
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_item, value))
+    return float(value) if isinstance(value, (Real, np.bool_)) else value
 
 
 def _leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
@@ -167,9 +164,7 @@ def _kind(metric: str, value: float, items: list[Any]) -> Kind:
         isinstance(i, float) or (kind != "mean" and _is_pair(i)) for i in items
     ):
         return "other"
-    pairs = _pairs(items)
-    weight = fsum(weight for _, weight in pairs)
-    mean = fsum(value for value, _ in pairs) / weight if weight > 0 else nan
+    mean = _ratio(_pairs(items))
     if kind == "perplexity":
         mean, value = -mean, log(value) if value > 0 else nan
     elif kind == "bits":
@@ -182,19 +177,21 @@ def _is_pair(item: Any) -> bool:  # noqa: ANN401
     return isinstance(item, tuple) and len(item) == 2 and all(isinstance(i, float) for i in item)  # noqa: PLR2004
 
 
+def _ratio(pairs: Sequence[Weighted]) -> float:
+    weight = fsum(weight for _, weight in pairs)
+    return fsum(value for value, _ in pairs) / weight if weight > 0 else nan
+
+
 def standard_error(kind: Kind, items: Sequence[Any]) -> float | None:
     """Return the standard error of a score over its items; None if it has none here.
 
     Of a perplexity to first order: its logarithm is a ratio of two sums over items.
     """
-    count = len(items)
-    if kind == "other" or count < 2:  # noqa: PLR2004
+    if kind == "other" or len(items) < 2:  # noqa: PLR2004
         return None
     pairs = _pairs(items)
-    total, weight = fsum(value for value, _ in pairs), fsum(weight for _, weight in pairs)
-    ratio = total / weight
-    squares = fsum((value - ratio * weight) ** 2 for value, weight in pairs)
-    error = sqrt(count / (count - 1) * squares) / weight
+    ratio, (values, weights) = _ratio(pairs), np.array(pairs).T
+    error = error_of_sum(values - ratio * weights) / fsum(weights)
     if kind == "mean":
         return error
     return error / log(2) if kind == "bits" else exp(-ratio) * error
@@ -204,20 +201,14 @@ def compare_scores(original: Score, quantized: Score) -> Paired | None:
     """Return the paired comparison of two models on the same items; None if there is none."""
     if quantized.kind == "other" or len(original.items) != len(quantized.items):
         return None
+    pairs = _pairs(original.items), _pairs(quantized.items)
     if quantized.kind == "mean":
-        return paired_means(
-            *(_numbers(original.items), _numbers(quantized.items)),
-            higher_is_better=quantized.higher_is_better,
-        )
-    unit: Unit = "bits" if quantized.kind == "bits" else "perplexity"
-    return paired_ratios(_pairs(original.items), _pairs(quantized.items), unit=unit)
+        values = ([value for value, _ in one] for one in pairs)
+        return paired_means(*values, higher_is_better=quantized.higher_is_better)
+    return paired_ratios(*pairs, unit=quantized.kind)
 
 
-def _numbers(items: Sequence[Any]) -> list[float]:
-    return [float(item) for item in items]
-
-
-def _pairs(items: Sequence[Any]) -> list[tuple[float, float]]:
+def _pairs(items: Sequence[Any]) -> list[Weighted]:
     """Return (log-likelihood, weight); an item that is a number alone weighs 1."""
     return [
         (float(i[0]), float(i[1])) if isinstance(i, (tuple, list)) else (float(i), 1.0)

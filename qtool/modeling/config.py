@@ -1,6 +1,5 @@
 """config.json: read and checked in one place, and understood by transformers alone."""
 
-import json
 import re
 import tempfile
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from typing import Any
 
 from qtool.checkpoint.shards import read_json
 from qtool.errors import ModelError
+from qtool.storage.plain_json import json_line
 from qtool.wording import quoted, reason, shown
 
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
@@ -103,7 +103,7 @@ def parse_config(config: Mapping[str, Any], directory: Path) -> Any:  # noqa: AN
     try:
         # A file, because what AutoConfig does with one is more than looking up a class.
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
+            (Path(folder) / "config.json").write_bytes(json_line(dict(config)))
             parsed = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types
         raise ModelError(

@@ -4,19 +4,19 @@
 """
 
 from qtool.pipeline.measuring import (
+    BenchOptions,
     Comparison,
     EvalOptions,
     GpuOptions,
     bench,
-    bench_gpu,
     evaluate,
 )
 from qtool.pipeline.model_figures import ModelFigures
 from qtool.pipeline.quantizing import CalibrateResult, calibrate, plan, quantize
 from qtool.pipeline.reports import QuantizeResult
-from qtool.pipeline.scoring import evaluate_tasks
 
 __all__ = [
+    "BenchOptions",
     "CalibrateResult",
     "Comparison",
     "EvalOptions",
@@ -24,10 +24,8 @@ __all__ = [
     "ModelFigures",
     "QuantizeResult",
     "bench",
-    "bench_gpu",
     "calibrate",
     "evaluate",
-    "evaluate_tasks",
     "plan",
     "quantize",
 ]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import qtool
 from qtool.base import Emit, ignore_events
 from qtool.bench.model import time_model
 from qtool.checkpoint.reader import CheckpointReader
@@ -22,7 +21,8 @@ from qtool.evaluation.agreement import (
 from qtool.evaluation.perplexity import PerplexityResult, perplexity
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location, locate
-from qtool.pipeline.model_figures import ModelFigures, figures_of
+from qtool.pipeline.model_figures import ModelFigures, figures_of, versions
+from qtool.pipeline.scoring import score
 from qtool.plugins import check_name
 from qtool.runtime.select import use_backend
 from qtool.scheme import WeightScheme
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     import torch
 
     from qtool.bench.gpu import GpuResult
+    from qtool.evaluation.lm_eval.options import TaskOptions
+    from qtool.pipeline.task_results import TaskComparison
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 PROMPTS = 4
 """Beginnings that a model and its baseline continue."""
 
@@ -45,11 +47,18 @@ class Comparison:
     agreement: Agreement | None = None
     """How closely the checkpoint follows its original, if both were evaluated."""
     versions: dict[str, str] = field(default_factory=dict)
+    tasks: "TaskComparison | None" = None
+    """If tasks were asked for, in place of all above."""
+    kernels: "GpuResult | None" = None
+    """If kernels were timed, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalOptions:
     """What `evaluate` measures."""
+
+    tasks: "TaskOptions | None" = None
+    """Tasks of lm-eval; None: a text."""
 
     dataset: str = "wikitext2-test"
     context_length: int = 2048
@@ -94,14 +103,18 @@ def evaluate(
     dtype: "torch.dtype | None" = None,
     emit: Emit = ignore_events,
 ) -> Comparison:
-    """Measure the perplexity of a model and, if given, of a baseline beside it.
+    """Measure a model and, if given, a baseline beside it; the two are never in memory at once.
 
-    With a baseline also how closely the model follows it; where that can't be said, a `warning`
-    says why, and the perplexities stand. The two are never in memory at once.
+    Of a text the perplexity, and with a baseline also how closely the model follows it; where that
+    can't be said, a `warning` says why, and the perplexities stand. Of tasks the scores.
 
     Raises:
-        QtoolError: before a model is loaded: one isn't there, or can't be executed here.
+        QtoolError: before a model is loaded: one isn't there, or can't be executed here; or as
+            `scoring.score`.
     """
+    if options.tasks is not None:
+        scored = score(model, options.tasks, baseline, backend, dtype, emit)
+        return Comparison((), tasks=scored)
     corpus = load_corpus(options.dataset)
     subjects = {one: _subject(one) for one in (model, baseline) if one is not None}
     figures, reference = [], None
@@ -122,7 +135,7 @@ def evaluate(
     return Comparison(tuple(figures), agreement, versions())
 
 
-def _if_possible(compare: Callable[[], T], emit: Emit) -> T | None:
+def _if_possible(compare: Callable[[], _T], emit: Emit) -> _T | None:
     """Return a comparison, or None after a warning: what was measured before isn't lost to it."""
     try:
         return compare()
@@ -131,53 +144,9 @@ def _if_possible(compare: Callable[[], T], emit: Emit) -> T | None:
         return None
 
 
-def bench(
-    model: Location,
-    *,
-    baseline: Location | None = None,
-    backend: str | None = None,
-    quality: EvalOptions | None = None,
-    emit: Emit = ignore_events,
-) -> Comparison:
-    """Time a checkpoint and, in the same run, its original.
-
-    Args:
-        model: The checkpoint.
-        baseline: The original; None: what the checkpoint names as its source, if anything.
-        backend: Run the quantized layers with this backend; None: choose.
-        quality: Measure the perplexity too.
-        emit: Receives `window` and `timing` events.
-    """
-    baseline = baseline or _original(model)
-    corpus = load_corpus(quality.dataset) if quality else None
-    models = [one for one in (baseline, model) if one is not None]
-    subjects = [_subject(one) for one in models]
-    figures = []
-    for one, subject in zip(models, subjects, strict=True):
-        figures.append(_timed(one, subject, backend, quality, corpus, emit))
-        _free_memory()  # else two models would be alive while the second is loaded
-    return Comparison(tuple(figures), versions=versions())
-
-
-def _timed(
-    model: Location,
-    subject: ModelFigures,
-    backend: str | None,
-    quality: EvalOptions | None,
-    corpus: Corpus | None,
-    emit: Emit,
-) -> ModelFigures:
-    with _loaded(model, backend) as loaded:
-        measured = None
-        if quality is not None and corpus is not None:
-            measured = quality.measure(loaded, corpus, emit)
-        emit("timing", {"name": loaded.name})
-        return replace(subject, perplexity=measured, speed=time_model(loaded))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuOptions:
-    """What `bench_gpu` times, and how."""
+    """Kernels that `bench` times, and how."""
 
     synthetic: str | None = None
     """Shapes of `qtool.bench.shapes`, in place of a checkpoint."""
@@ -191,25 +160,70 @@ class GpuOptions:
     """Where the roofline goes, .png or .svg."""
 
 
-def bench_gpu(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What `bench` times."""
+
+    backend: str | None = None
+    """Runs the quantized layers; None: choose."""
+    quality: EvalOptions | None = None
+    """Measure the perplexity too."""
+    gpu: GpuOptions | None = None
+    """The GPU kernels layer by layer, then the whole model on them; None: the model alone."""
+
+
+def bench(
     model: Location | None,
-    options: GpuOptions,
+    options: BenchOptions = BenchOptions(),
     *,
     baseline: Location | None = None,
     emit: Emit = ignore_events,
-) -> "GpuResult":
-    """Time the GPU kernels layer by layer, then the whole model and its original.
+) -> Comparison:
+    """Time a checkpoint and, in the same run, its original.
 
     Args:
         model: The checkpoint; None if shapes are asked for.
         options: What and how.
         baseline: The original; None: what the checkpoint names as its source, if anything.
-        emit: Receives `timing` events.
+        emit: Receives `window` and `timing` events.
 
     Raises:
-        BackendError: there is no card.
+        BackendError: kernels are to be timed, and there is no card.
         MissingExtraError: CuPy or, for a plot, matplotlib isn't installed.
     """
+    if options.gpu is not None:
+        return Comparison((), kernels=_kernels(model, options.gpu, baseline, emit))
+    assert model is not None
+    baseline = baseline or _original(model)
+    corpus = load_corpus(options.quality.dataset) if options.quality else None
+    models = [one for one in (baseline, model) if one is not None]
+    subjects = [_subject(one) for one in models]
+    figures = []
+    for one, subject in zip(models, subjects, strict=True):
+        figures.append(_timed(one, subject, options, corpus, emit))
+        _free_memory()  # else two models would be alive while the second is loaded
+    return Comparison(tuple(figures), versions=versions())
+
+
+def _timed(
+    model: Location,
+    subject: ModelFigures,
+    options: BenchOptions,
+    corpus: Corpus | None,
+    emit: Emit,
+) -> ModelFigures:
+    with _loaded(model, options.backend) as loaded:
+        measured = None
+        if options.quality is not None and corpus is not None:
+            measured = options.quality.measure(loaded, corpus, emit)
+        emit("timing", {"name": loaded.name})
+        return replace(subject, perplexity=measured, speed=time_model(loaded))
+
+
+def _kernels(
+    model: Location | None, options: GpuOptions, baseline: Location | None, emit: Emit
+) -> "GpuResult":
+    """Time kernels, of a checkpoint or of shapes."""
     from qtool.bench import gpu, machine, plots, shapes, workload
     from qtool.runtime.selection import KERNELS
 
@@ -258,18 +272,3 @@ def _free_memory() -> None:
 def _subject(model: Location) -> ModelFigures:
     """Return what a model's directory says of it, before it is loaded."""
     return figures_of(model.name, model.directory)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    import platform
-
-    import torch
-    import transformers
-
-    return {
-        "qtool": qtool.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

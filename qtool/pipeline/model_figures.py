@@ -1,9 +1,11 @@
 """What is measured of one model, and what its directory says of it without loading it."""
 
+import platform
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import qtool
 from qtool.bench.model import SpeedResult
 from qtool.checkpoint.manifest import QUANT_METHOD
 from qtool.checkpoint.marks import REPORT_NAME
@@ -60,3 +62,16 @@ def quantize_seconds(directory: Path) -> float | None:
         return float(read_json(directory / REPORT_NAME)["seconds"])
     except (CheckpointError, KeyError, TypeError, ValueError):
         return None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    import torch
+    import transformers
+
+    return {
+        "qtool": qtool.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

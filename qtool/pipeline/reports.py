@@ -1,6 +1,5 @@
 """quantization_report.json: what a finished run reports, written and read again."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import nan
@@ -13,7 +12,7 @@ from qtool.checkpoint.marks import read_report
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import CheckpointError
 from qtool.stages.solve import LayerResult
-from qtool.storage.plain_json import plain_json
+from qtool.storage.plain_json import json_text
 
 NOT_METRICS = ("name", "group_dim", "fallback", "seconds")
 
@@ -61,7 +60,7 @@ def report_bytes(result: QuantizeResult, *, run: str, files: list[str]) -> bytes
         **{key: values[key] for key in NUMBERS},
         "layers": layers,
     }
-    return (json.dumps(plain_json(report), indent=2, allow_nan=False) + "\n").encode()
+    return (json_text(report) + "\n").encode()
 
 
 def result_of(out_dir: Path, place: Path) -> QuantizeResult:

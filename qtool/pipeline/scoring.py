@@ -6,22 +6,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qtool import settings as environment
-from qtool.base import Emit, ignore_events
+from qtool.base import Emit
 from qtool.errors import ModelError
 from qtool.modeling.device import default_device, default_dtype
+from qtool.modeling.digest import model_digest, model_states
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location
-from qtool.pipeline.measuring import versions
-from qtool.pipeline.model_figures import ModelFigures, figures_of
+from qtool.pipeline.model_figures import ModelFigures, figures_of, versions
 from qtool.runtime.select import use_backend, wanted_backend
 from qtool.wording import reason
 
 if TYPE_CHECKING:
     import torch
 
+    from qtool.evaluation.lm_eval.options import TaskOptions
     from qtool.evaluation.scores import TaskFailure, TaskScores
-    from qtool.evaluation.task_comparison import ModelTasks, TaskComparison
-    from qtool.evaluation.tasks import TaskOptions
+    from qtool.pipeline.task_results import ModelTasks, TaskComparison
 
 TOO_LARGE = "It needs a larger card, or fewer bytes for each weight."
 DAMAGED = "Check that its files are whole."
@@ -39,14 +39,13 @@ class _Subject:
     """Of its files, as they were when their digest was taken."""
 
 
-def evaluate_tasks(
+def score(
     model: Location,
     options: "TaskOptions",
-    *,
-    baseline: Location | None = None,
-    backend: str | None = None,
-    dtype: "torch.dtype | None" = None,
-    emit: Emit = ignore_events,
+    baseline: Location | None,
+    backend: str | None,
+    dtype: "torch.dtype | None",
+    emit: Emit,
 ) -> "TaskComparison":
     """Run tasks of lm-eval on a model and, if given, on a baseline: the same items, one by one.
 
@@ -60,12 +59,15 @@ def evaluate_tasks(
         ModelError: before a model is loaded: one isn't there, or its files can't be read.
         CheckpointError: before a model is loaded: one is damaged.
     """
-    from qtool.evaluation import sandbox, task_comparison
-    from qtool.evaluation.item_rows import row_file
-    from qtool.evaluation.kept_scores import versions as versions_of_scores
-    from qtool.evaluation.tasks import check_tasks, run_tasks
+    from qtool.evaluation.kept import library_versions
+    from qtool.evaluation.lm_eval.harness import Tasks
+    from qtool.evaluation.lm_eval.item_rows import row_file
+    from qtool.evaluation.lm_eval.run import run_tasks
+    from qtool.pipeline.task_results import TaskComparison, score_rows
+    from qtool.sandbox.run import protections
 
-    tasks = check_tasks(options)
+    tasks = Tasks(options)
+    tasks.check()
     dtype = dtype or default_dtype(default_device())
     models = [one for one in (baseline, model) if one is not None]
     subjects = [_subject(one, dtype, backend, remember=options.cache) for one in models]
@@ -75,15 +77,15 @@ def evaluate_tasks(
             load = partial(_load, subject, dtype, remember=options.cache)
             begin = {"model": subject.figures.name, "baseline": number < len(models) - 1}
             add_rows = rows_of(begin) if rows_of is not None else None
-            outcomes = run_tasks(load, subject.settings, tasks, options, emit, add_rows)
+            outcomes = run_tasks(load, subject.settings, tasks, emit, add_rows)
             measured.append(_model_tasks(subject.figures, outcomes))
     original = measured[0] if baseline is not None else None
-    return task_comparison.TaskComparison(
+    return TaskComparison(
         model=measured[-1],
         original=original,
-        rows=task_comparison.score_rows(measured[-1], original),
-        protections=sandbox.protections() if tasks.unsafe(options.tasks) else (),
-        versions={**versions(), **versions_of_scores()},
+        rows=score_rows(measured[-1], original),
+        protections=protections() if tasks.unsafe(options.tasks) else (),
+        versions={**versions(), **library_versions()},
     )
 
 
@@ -91,7 +93,7 @@ def _model_tasks(
     figures: ModelFigures, outcomes: "Sequence[TaskScores | TaskFailure]"
 ) -> "ModelTasks":
     from qtool.evaluation.scores import TaskFailure, TaskScores
-    from qtool.evaluation.task_comparison import ModelTasks
+    from qtool.pipeline.task_results import ModelTasks
 
     return ModelTasks(
         name=figures.name,
@@ -105,22 +107,23 @@ def _model_tasks(
 def _subject(
     location: Location, dtype: "torch.dtype", backend: str | None, *, remember: bool
 ) -> _Subject:
-    from qtool.evaluation import kept_scores
+    import torch
 
     name = location.name
     try:
-        states = kept_scores.model_states(location.directory)
+        states = model_states(location.directory)
         figures = figures_of(name, location.directory)
-        digest = kept_scores.model_digest(location.directory, remember=remember)
+        digest = model_digest(location.directory, remember=remember)
     except OSError as error:
         raise ModelError(
             f"Can't read {error.filename} of {name}: {reason(error)}. Check that the model's "
             "files are all there, and yours to read."
         ) from error
+    device = default_device()
     settings = {
         "digest": digest,
         "dtype": str(dtype).removeprefix("torch."),
-        "device": kept_scores.device_name(default_device()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "backend": backend or wanted_backend(),
         "switches": environment.given(environment.EXECUTION),
     }
@@ -134,15 +137,14 @@ def _load(subject: _Subject, dtype: "torch.dtype", *, remember: bool) -> LoadedM
         ModelError: it can't be loaded, or is another by now.
         CheckpointError: its files are missing or damaged.
     """
-    from qtool.evaluation import kept_scores
-    from qtool.evaluation.lm_eval_hooks import quiet
-    from qtool.evaluation.task_run import explained
+    from qtool.evaluation.lm_eval.hooks import quiet
+    from qtool.evaluation.lm_eval.run import explained
 
     name, directory = subject.figures.name, subject.location.directory
     with explained(f"{name} can't be loaded", full=TOO_LARGE, other=DAMAGED), quiet():
         loaded = load_model(subject.location, dtype=dtype)
-        same = kept_scores.model_states(directory) == subject.states or (
-            kept_scores.model_digest(directory, remember=remember) == subject.settings["digest"]
+        same = model_states(directory) == subject.states or (
+            model_digest(directory, remember=remember) == subject.settings["digest"]
         )
     if not same:
         raise ModelError(

@@ -17,8 +17,9 @@ from typing import IO, Any
 from qtool.errors import DataError
 from qtool.wording import reason
 
+Row = dict[str, Any]
 GZIP_MAGIC = b"\x1f\x8b"
-MARK = "\ufeff"
+BYTE_ORDER_MARK = "\ufeff"
 """The byte order mark: inside a file too, where files were joined."""
 MOST_LINE_BYTES = 1 << 26
 """A longer line is no document but a file without line breaks, and would fill the memory."""
@@ -59,7 +60,7 @@ def read_text(path: Path, *, most_bytes: int | None = None) -> str:
         except UnicodeDecodeError as error:
             reading.line = content[: error.start].count(b"\n") + 1
             raise
-    return "\n".join(line.removeprefix(MARK) for line in re.split("\r\n|\r|\n", text))
+    return "\n".join(line.removeprefix(BYTE_ORDER_MARK) for line in re.split("\r\n|\r|\n", text))
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -78,10 +79,22 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         for reading.line, line in enumerate(lines, 1):
             if len(line) > MOST_LINE_BYTES:
                 raise DataError(f"{path} line {reading.line} is longer than 64 MiB. Split it.")
-            text = line.decode().lstrip(MARK)
+            text = line.decode().lstrip(BYTE_ORDER_MARK)
             if text.strip():
                 place = f"{path} line {reading.line}"
                 yield place, json_value(text, place)
+
+
+def json_objects(path: Path) -> Iterator[Row]:
+    """Yield the objects of a .jsonl file.
+
+    Raises:
+        DataError: as `json_lines`, or a line isn't a JSON object.
+    """
+    for place, row in json_lines(path):
+        if not isinstance(row, dict):
+            raise DataError(f"{place} isn't a JSON object.")
+        yield row
 
 
 def json_value(text: str, place: str) -> Any:  # noqa: ANN401

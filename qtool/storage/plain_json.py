@@ -32,14 +32,14 @@ def json_text(value: Any, *, indent: int | None = 2, ascii_only: bool = True) ->
     return json.dumps(plain_json(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
 
 
-def write_json_file(path: Path, value: Any, *, ascii_only: bool = True) -> None:  # noqa: ANN401
+def write_json_file(path: Path, value: Any) -> None:  # noqa: ANN401
     """Write a JSON file that is there whole or not at all, and survives a loss of power.
 
     Raises:
         OSError: it can't be written.
     """
     with written_whole(path, durable=True) as file:
-        file.write((json_text(value, ascii_only=ascii_only) + "\n").encode())
+        file.write((json_text(value, ascii_only=False) + "\n").encode())
 
 
 def json_line(value: Any) -> bytes:  # noqa: ANN401

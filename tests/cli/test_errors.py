@@ -142,7 +142,7 @@ def test_interrupt_promises_no_more_than_is_kept(cli: Cli, monkeypatch, argument
     def stop(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    for name in ("calibrate", "bench", "evaluate", "evaluate_tasks"):
+    for name in ("calibrate", "bench", "evaluate"):
         monkeypatch.setattr(pipeline, name, stop)
     done = cli(*arguments)
     assert done.code == 130

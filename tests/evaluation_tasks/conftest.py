@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from qtool import pipeline
-from qtool.evaluation.task_comparison import TaskComparison
-from qtool.evaluation.tasks import TaskOptions
+from qtool.evaluation.lm_eval.harness import Tasks
+from qtool.evaluation.lm_eval.options import TaskOptions
 from qtool.modeling.locate import Location
 from qtool.pipeline import scoring
+from qtool.pipeline.task_results import TaskComparison
+from qtool.storage.store import Store
 from tests import families
 from tests.task_rows import write_all
 
@@ -73,9 +75,22 @@ def evaluate(long_llama: Path, data: Path) -> Evaluate:
         names = ("baseline", "backend", "dtype", "emit")
         others = {key: options.pop(key) for key in names if key in options}
         asked = TaskOptions(tasks=tasks, **{"data_dir": data, **options})
-        return pipeline.evaluate_tasks(Location(model), asked, **others)
+        result = pipeline.evaluate(Location(model), pipeline.EvalOptions(tasks=asked), **others)
+        assert result.tasks is not None
+        return result.tasks
 
     return run
+
+
+def asked_of(*tasks: str, **options: Any) -> Tasks:
+    """Return lm-eval's tasks with the options of TaskOptions, unchecked."""
+    return Tasks(TaskOptions(tasks=tasks, **options))
+
+
+def kept_answers() -> int:
+    """Return how many answers are kept of runs that didn't end."""
+    with Store() as store:
+        return sum(kept.entries for kept in store.summary() if kept.kind == "answers")
 
 
 class LoadsModelError(BaseException):

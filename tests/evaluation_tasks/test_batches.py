@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qtool.evaluation import batches
-from qtool.evaluation.batches import MOST_ON_CPU, MOST_WRITTEN, BatchByLength
-from qtool.evaluation.task_model import TaskModel
+from qtool.evaluation.lm_eval import batches
+from qtool.evaluation.lm_eval.batches import MOST_ON_CPU, MOST_WRITTEN, BatchByLength
+from qtool.evaluation.lm_eval.task_model import TaskModel
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from tests import families

@@ -1,9 +1,9 @@
 """Caches that can't be written or are damaged: the scores are the same, and a warning says so."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
+from qtool.storage.store import Store
 from tests import families
 from tests.evaluation_tasks.conftest import POSITIONS, save
 
@@ -23,15 +23,15 @@ def test_cache_that_cannot_be_written_stops_no_task(evaluate, tmp_path, monkeypa
     assert all("can't be kept" in message for message in messages)
 
 
-def test_damaged_cache_is_ignored_with_a_warning(evaluate, own_cache, caplog):
+def test_damaged_cache_is_begun_anew_with_a_warning(evaluate, caplog):
     expected = evaluate(TASK, limit=2).rows
-    for file in Path(own_cache, "scores").rglob("scores.json"):
-        file.write_bytes(file.read_bytes().replace(b'"value": ', b'"value": "x'))
+    with Store() as store:
+        store.path.write_bytes(b"\xff" * 5000)
     with caplog.at_level(logging.WARNING):
         again = evaluate(TASK, limit=2)
     assert again.rows == expected
     assert not again.model.tasks[0].cached
-    assert "is damaged and is ignored" in caplog.text
+    assert "is begun anew" in caplog.text
 
 
 def test_tokenizer_of_another_model_is_warned_of(evaluate, tmp_path):

@@ -10,11 +10,12 @@ import evaluate as metrics
 import pytest
 
 from qtool.errors import DataError
-from qtool.evaluation import code_metric
-from qtool.evaluation.harness import SANDBOXED, Tasks
-from qtool.evaluation.lm_eval_hooks import task_manager
-from qtool.evaluation.sandbox import run_programs
-from qtool.evaluation.task_model import TaskModel
+from qtool.evaluation.lm_eval import code_metric
+from qtool.evaluation.lm_eval.harness import SANDBOXED
+from qtool.evaluation.lm_eval.hooks import task_manager
+from qtool.evaluation.lm_eval.task_model import TaskModel
+from qtool.sandbox.run import run_programs
+from tests.evaluation_tasks.conftest import asked_of
 from tests.task_rows import SAMPLE
 
 TASKS = [json.loads(line) for line in (SAMPLE / "code/humaneval.jsonl").read_text().splitlines()]
@@ -66,7 +67,7 @@ def test_every_task_that_runs_code_says_so():
         for file in root.glob("*/**/*.py")
         if runs.search(file.read_text(encoding="utf-8"))
     }
-    tasks = Tasks()
+    tasks = asked_of()
     flagged = {
         tasks._shipped[name].yaml_path.parent.name
         for name in tasks._shipped
@@ -77,7 +78,7 @@ def test_every_task_that_runs_code_says_so():
 
 
 def test_leaves_are_what_lm_eval_loads():
-    tasks = Tasks()
+    tasks = asked_of()
     for name in tasks._shipped:
         leaves = tasks.leaves(name)
         assert all(isinstance(leaf, str) for leaf in leaves)
@@ -101,15 +102,15 @@ def test_leaves_are_what_lm_eval_loads():
     ],
 )
 def test_only_mmlu_has_a_customary_number_of_examples(name, shots):
-    assert Tasks().shots(name) == shots
-    assert Tasks(num_fewshot=2).shots(name) == 2
+    assert asked_of().shots(name) == shots
+    assert asked_of(num_fewshot=2).shots(name) == 2
 
 
 @pytest.fixture
 def programs(monkeypatch, data):
     """The programs that reach the sandbox."""
     for name in ("humaneval", "mbpp"):
-        Tasks(data).load(name)  # lm-eval runs one when it imports a task
+        asked_of(name, data_dir=data).load(name)  # lm-eval runs one when it imports a task
     seen: list[str] = []
 
     def record(sources: Any, *args: Any, **kwargs: Any) -> Any:

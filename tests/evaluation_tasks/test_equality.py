@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qtool.evaluation.local_data import read_rows
+from qtool.storage.jsonl import json_objects
 from tests.evaluation_tasks.conftest import Evaluate
 
 Original = Callable[..., dict[str, Any]]
@@ -56,7 +56,7 @@ def original(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Original:
     for subject in SUBJECTS:
         files = {}
         for split in ("dev", "test"):
-            rows = read_rows(data / f"mcqa/mmlu_{split}.jsonl.gz")
+            rows = json_objects(data / f"mcqa/mmlu_{split}.jsonl.gz")
             lines = [json.dumps(row) for row in rows if row["subject"] == subject]
             files[split] = str(folder / f"{subject}_{split}.jsonl")
             Path(files[split]).write_text("\n".join(lines))

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from qtool.errors import ModelError, QtoolError
-from qtool.evaluation.harness import Tasks
-from qtool.evaluation.task_model import TaskModel
+from qtool.evaluation.lm_eval.harness import Tasks
+from qtool.evaluation.lm_eval.task_model import TaskModel
 from qtool.modeling.locate import Location
 from qtool.pipeline import scoring
+from qtool.storage.store import Store
 from tests.cli.conftest import Cli, cli
 from tests.evaluation_tasks.conftest import LoadsModelError
 
@@ -133,7 +134,7 @@ def test_data_that_go_missing_while_the_baseline_runs(evaluate, data, tmp_path, 
         if event == "request" and values["task"] == "wikitext":
             (copy / "mcqa/arc_easy_test.jsonl").unlink(missing_ok=True)
 
-    options = {"data_dir": copy, "baseline": str(long_llama), "model": other}
+    options = {"data_dir": copy, "baseline": Location(long_llama), "model": other}
     result = evaluate(*THREE, **options, emit=remove)
     assert result.original is not None
     assert result.original.failures == ()
@@ -154,7 +155,7 @@ def test_data_that_change_while_the_baseline_runs(
         if event == "request" and values["task"] == "wikitext":
             file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
 
-    options = {"data_dir": copy, "baseline": str(long_llama), "model": other, "cache": cache}
+    options = {"data_dir": copy, "baseline": Location(long_llama), "model": other, "cache": cache}
     result = evaluate(*THREE, **options, emit=cut)
     assert result.original is not None
     assert result.original.failures == ()
@@ -167,19 +168,21 @@ def test_data_that_change_while_the_baseline_runs(
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_model_that_changes_while_the_baseline_runs(evaluate, other, long_llama, cache, own_cache):
+def test_model_that_changes_while_the_baseline_runs(evaluate, other, long_llama, cache):
     def change(event: str, _values: Any) -> None:
         config = other / "config.json"
         if event == "request" and not config.read_text().endswith(" "):
             config.write_text(config.read_text() + " ")
 
-    options = {"baseline": str(long_llama), "cache": cache, "model": other, "limit": 1}
+    options = {"baseline": Location(long_llama), "cache": cache, "model": other, "limit": 1}
     result = evaluate("arc_easy", **options, emit=change)
     assert result.original is not None
     assert result.original.failures == ()
     (failure,) = result.model.failures
     assert failure.message.startswith("The files of other have changed since this run began")
-    assert len(list(own_cache.glob("scores/*"))) == int(cache)
+    with Store() as store:
+        kept = {one.kind: one.entries for one in store.summary()}
+    assert kept.get("scores", 0) == 2 * int(cache)  # of the original, with its rows
     assert evaluate("arc_easy", **options).model.failures == ()
 
 
@@ -187,7 +190,7 @@ def test_model_that_is_only_touched_is_evaluated(evaluate, other, long_llama):
     def touch(_event: str, _values: Any) -> None:
         (other / "config.json").touch()
 
-    options = {"baseline": str(long_llama), "model": other, "limit": 1}
+    options = {"baseline": Location(long_llama), "model": other, "limit": 1}
     assert evaluate("arc_easy", **options, emit=touch).model.failures == ()
 
 
@@ -352,7 +355,7 @@ def test_next_command_runs_only_what_failed(evaluate):
     def load(self: Tasks, name: str) -> Any:
         objects = shipped(self, name)
         if broken and name == "arc_easy":
-            for task in objects:
+            for task in objects["tasks"].values():
                 task.process_results = None
         return objects
 

@@ -8,9 +8,9 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 
 from qtool.errors import DataError
-from qtool.evaluation.generation import parse_generation
-from qtool.evaluation.tasks import TaskOptions, check_tasks
+from qtool.evaluation.lm_eval.options import parse_generation
 from tests.cli.conftest import Cli, cli
+from tests.evaluation_tasks.conftest import asked_of
 
 __all__ = ["cli"]  # the fixture
 
@@ -130,7 +130,8 @@ def test_settings_that_would_apply_to_nothing_are_refused(evaluate):
 
 @pytest.mark.parametrize(("task", "writes"), [("gsm8k", True), ("arc_easy", False)])
 def test_tasks_that_write_are_known(data, task, writes):
-    tasks = check_tasks(TaskOptions(tasks=(task,), data_dir=data))
+    tasks = asked_of(task, data_dir=data)
+    tasks.check()
     assert tasks.writing == ({task} if writes else set())
 
 

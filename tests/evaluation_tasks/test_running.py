@@ -1,6 +1,5 @@
 """Runs that stop and go on, scores that are kept, requests that are too long."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +10,14 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from qtool.evaluation import batches
-from qtool.evaluation.local_data import read_rows
-from qtool.evaluation.responses import ResponseStore
+from qtool.evaluation.kept import Answers
+from qtool.evaluation.lm_eval import batches
 from qtool.evaluation.scores import TaskFailure, TaskScores
-from qtool.evaluation.task_comparison import TaskComparison
 from qtool.modeling.locate import Location
-from tests.evaluation_tasks.conftest import LoadsModelError
+from qtool.pipeline.task_results import TaskComparison
+from qtool.storage.jsonl import json_objects
+from qtool.storage.store import Store
+from tests.evaluation_tasks.conftest import LoadsModelError, asked_of, kept_answers
 
 Asked = list[Any]
 INPUTS = {"lambada_openai": 7, "arc_easy": 28, "wikitext": 7, "gsm8k": 4}
@@ -71,31 +71,31 @@ def scores_of(result: TaskComparison) -> Any:
         ("gsm8k", {"batch_size": 1}, 2),
     ],
 )
-def test_interrupted_run_goes_on(evaluate, asked, own_cache, task, options, stop):
+def test_interrupted_run_goes_on(evaluate, asked, task, options, stop):
     whole = evaluate(task, **options, cache=False)
     assert len(asked) == INPUTS[task]
     asked.clear()
     with pytest.raises(KeyboardInterrupt):
         evaluate(task, **options, emit=stop_after(stop))
-    (file,) = own_cache.glob("scores/*/responses.jsonl")
-    kept = [json.loads(line) for line in file.read_text().splitlines() if line]
-    assert len(kept) == stop
+    assert kept_answers() == stop
     asked.clear()
     events: list[Any] = []
     rest = evaluate(task, **options, emit=lambda _, values: events.append(values))
     assert len(asked) == INPUTS[task] - stop
     assert scores_of(rest) == scores_of(whole)
-    assert not file.exists()
+    assert kept_answers() == 0
     assert [e["index"] for e in events] == list(range(stop, INPUTS[task]))
     assert {(e["total"], e["task"]) for e in events} == {(INPUTS[task], task)}
 
 
-def test_run_that_was_killed_in_its_last_line_goes_on(evaluate, asked, own_cache):
+def test_run_whose_answers_were_damaged_asks_for_those_again(evaluate, asked):
     whole = evaluate("lambada_openai", batch_size=1, cache=False)
     with pytest.raises(KeyboardInterrupt):
         evaluate("lambada_openai", batch_size=1, emit=stop_after(5))
-    (file,) = own_cache.glob("scores/*/responses.jsonl")
-    file.write_bytes(file.read_bytes()[:-9])
+    with Store() as store:
+        content = store.path.read_bytes()
+        place = content.rindex(b", false]")
+        store.path.write_bytes(content[:place] + b", fblse]" + content[place + 8 :])
     asked.clear()
     assert scores_of(evaluate("lambada_openai", batch_size=1)) == scores_of(whole)
     assert len(asked) == 3
@@ -158,21 +158,20 @@ class TestKept:
     @pytest.fixture(autouse=True)
     def before(self, long_llama: Path, data: Path) -> Any:
         """Run once, with the real way to load a model."""
-        from qtool.evaluation import kept_scores
-        from qtool.evaluation.tasks import TaskOptions, check_tasks, run_tasks
+        from qtool.evaluation.lm_eval.run import run_tasks
+        from qtool.modeling.digest import model_digest
         from qtool.modeling.load import load_model
 
-        options = TaskOptions(tasks=("lambada_openai",), data_dir=data)
+        tasks = asked_of("lambada_openai", data_dir=data)
+        tasks.check()
         subject: dict[str, Any] = {
-            "digest": kept_scores.model_digest(long_llama),
+            "digest": model_digest(long_llama),
             "dtype": "float32",
             "device": "cpu",
             "backend": None,
             "switches": {},
         }
-        (self.scores,) = run_tasks(
-            lambda: load_model(Location(long_llama)), subject, check_tasks(options), options
-        )
+        (self.scores,) = run_tasks(lambda: load_model(Location(long_llama)), subject, tasks)
         assert isinstance(self.scores, TaskScores)
 
     def test_scores_come_from_the_first_run(self, evaluate):
@@ -223,9 +222,11 @@ class TestKept:
         with pytest.raises(LoadsModelError):
             evaluate("lambada_openai", data_dir=tmp_path)
 
-    def test_damaged_scores_are_another_run(self, evaluate, own_cache):
-        (file,) = own_cache.glob("scores/*/scores.json")
-        file.write_text(file.read_text()[:-5])
+    def test_damaged_scores_are_another_run(self, evaluate):
+        with Store() as store:
+            content = store.path.read_bytes()
+            assert content.count(b'"perplexity"')
+            store.path.write_bytes(content.replace(b'"perplexity"', b'"perplexitx"'))
         with pytest.raises(LoadsModelError):
             evaluate("lambada_openai")
 
@@ -236,8 +237,8 @@ def test_no_cache_leaves_nothing(evaluate, own_cache):
 
 
 @pytest.mark.parametrize("task", ["arc_easy", "wikitext"])
-def test_outputs_that_are_not_numbers_are_a_failure_at_once(long_llama, data, own_cache, task):
-    from qtool.evaluation.tasks import TaskOptions, check_tasks, run_tasks
+def test_outputs_that_are_not_numbers_are_a_failure_at_once(long_llama, data, task):
+    from qtool.evaluation.lm_eval.run import run_tasks
     from qtool.modeling.load import load_model
 
     def load() -> Any:
@@ -245,13 +246,13 @@ def test_outputs_that_are_not_numbers_are_a_failure_at_once(long_llama, data, ow
         loaded.model.lm_head.weight.data.fill_(float("nan"))
         return loaded
 
-    options = TaskOptions(tasks=(task,), data_dir=data)
-    (failure,) = run_tasks(load, {}, check_tasks(options), options)
+    tasks = asked_of(task, data_dir=data)
+    tasks.check()
+    (failure,) = run_tasks(load, {}, tasks)
     assert isinstance(failure, TaskFailure)
     assert failure.error == "ModelError"
     assert f"not numbers, in task {task}" in failure.message
-    (file,) = own_cache.glob("scores/*/responses.jsonl")
-    assert not file.read_text().strip()
+    assert kept_answers() == 0
 
 
 def words(text: str) -> int:
@@ -262,7 +263,7 @@ def words(text: str) -> int:
 def test_truncated_requests_are_counted(evaluate, data):
     longest = 13
     expected = 0
-    for row in read_rows(data / "mcqa/arc_easy_test.jsonl"):
+    for row in json_objects(data / "mcqa/arc_easy_test.jsonl"):
         for choice in row["choices"]["text"]:
             expected += words(f"Question: {row['question']}\nAnswer: {choice}") > longest + 1
     assert 0 < expected < INPUTS["arc_easy"]
@@ -298,7 +299,7 @@ def test_answers_that_cannot_fit_are_a_failure(evaluate):
 
 @pytest.fixture(scope="module")
 def model(long_llama):
-    from qtool.evaluation.task_model import TaskModel
+    from qtool.evaluation.lm_eval.task_model import TaskModel
     from qtool.modeling.load import load_model
 
     return TaskModel(load_model(Location(long_llama), device="cpu"))
@@ -306,7 +307,7 @@ def model(long_llama):
 
 def answers(model, count=6, **generation):
     """Ask for the same continuation some times."""
-    model.begin("t", ResponseStore())
+    model.begin("t", Answers())
     arguments = ("w3 w4", {"until": ["w96"], "max_gen_toks": 6, **generation})
     request = Instance("generate_until", {}, arguments, 0, ("t", 0, count))
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import sqlite3
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 
 from qtool.errors import OutputError
-from qtool.evaluation import item_rows
-from qtool.evaluation.task_model import TaskModel
+from qtool.evaluation.kept import OF_ITEMS
+from qtool.evaluation.lm_eval import item_rows
+from qtool.evaluation.lm_eval.task_model import TaskModel
 from qtool.modeling.locate import Location
 from qtool.storage import whole_files
 from qtool.storage.plain_json import plain_json
+from qtool.storage.store import Store
 from tests.cli.conftest import Cli, cli
 from tests.evaluation_tasks.conftest import LoadsModelError
 from tests.task_rows import SAMPLE
@@ -198,29 +201,13 @@ class TestKept:
         assert target.read_bytes() == fresh.read_bytes()
 
     @pytest.mark.usefixtures("no_model")
-    @pytest.mark.parametrize("damage", ["missing", "cut", "not gzip"])
-    def test_scores_without_whole_rows_are_evaluated_again(
-        self, evaluate, own_cache, target, damage
-    ):
-        for file in own_cache.glob("scores/*/items.jsonl.gz"):
-            content = file.read_bytes()
-            file.write_bytes({"cut": content[:-9], "not gzip": b"{}"}.get(damage, b""))
-            if damage == "missing":
-                file.unlink()
-        evaluate("arc_easy", "gsm8k", limit=3)  # the scores are as good as before
+    def test_scores_without_rows_are_evaluated_again(self, evaluate, target):
+        with sqlite3.connect(Store().path) as connection:
+            connection.execute("DELETE FROM kept WHERE kind = 'scores' AND key = ?", (OF_ITEMS,))
+        connection.close()
         with pytest.raises(LoadsModelError):
             evaluate("arc_easy", limit=3, samples=target)
         assert not target.exists()
-
-    def test_scores_from_before_there_were_rows(self, evaluate, own_cache, target, request):
-        for file in own_cache.glob("scores/*/items.jsonl.gz"):
-            file.unlink()
-        again = evaluate("arc_easy", limit=3, samples=target)
-        assert not again.model.tasks[0].cached
-        first = target.read_bytes()
-        request.getfixturevalue("no_model")
-        assert evaluate("arc_easy", limit=3, samples=target).model.tasks[0].cached
-        assert target.read_bytes() == first
 
 
 def test_run_without_cache_keeps_no_rows(evaluate, own_cache, target):

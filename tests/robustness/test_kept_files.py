@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from qtool import pipeline
 from qtool.data.calibration_files import load_calibration
-from qtool.evaluation.kept_scores import KeptScores
-from qtool.evaluation.responses import ResponseStore
+from qtool.evaluation.kept import KeptTask
 from qtool.evaluation.scores import Score, TaskScores
 from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location, locate
 from qtool.modeling.source import open_source
 from qtool.recipe.schema import CalibrationSection
 from qtool.storage.digests import SETTLED_NS, files_digest
+from qtool.storage.store import Store
 from tests.robustness.child import run_apart
 from tests.robustness.fuzzing import Change, fuzz, sizes
 from tests.robustness.gguf_files import write_gguf
@@ -43,7 +43,8 @@ SCORE = Score(
     items=(1.0, 0.0),
 )
 SCORES = TaskScores(name="x", scores=(SCORE,), seconds=1.0, truncated=0, settings={"a": 1})
-ANSWERS = {"a": -1.5, "b": "w3 w4", "c": (-1.5, 1.0)}
+ROWS = [{"item": 1, "prompts": ["w3"]}]
+ANSWERS = {b"a": -1.5, b"b": "w3 w4", b"c": (-1.5, 1.0)}
 
 
 def damaged_files(good: Path) -> st.SearchStrategy[Change]:
@@ -114,7 +115,8 @@ def test_damaged_digests_are_taken_anew(size, tmp_path, monkeypatch):
     file.write_bytes(b"content")
     time.sleep(SETTLED_NS / 1e9 + 0.1)  # only then is a digest remembered
     expected = files_digest([file])
-    assert (good / "digests.json").is_file()
+    with Store() as store:
+        assert store.path.is_file()
 
     def check(change: Change) -> str | None:
         outcome = run_apart(digest_with, change, good, tmp_path / "changed", file)
@@ -127,15 +129,21 @@ def test_damaged_digests_are_taken_anew(size, tmp_path, monkeypatch):
 def kept_scores(change: Change, good: Path, target: Path) -> str | None:
     """Read kept scores and answers, and return what is wrong with what was taken."""
     in_cache(change, good, target)
-    place = KeptScores(SETTINGS)
-    store = ResponseStore(place.responses)
-    for key in ANSWERS:
-        if key in store:
-            hash(store[key])  # a number, a text or a tuple of numbers
-    store.close(finished=False)
-    scores = place.read()
+    with Store() as store:
+        place = KeptTask(SETTINGS, store)
+        answers = place.answers(lambda _message: None)
+        if any(answers[key] != answer for key, answer in ANSWERS.items() if key in answers):
+            return "other answers"
+        scores, rows = place.scores(), place.rows()
+        answers.add(b"d", 1.5)
+    with Store() as again:
+        place = KeptTask(SETTINGS, again)
+        if b"d" not in place.answers(lambda _message: None):
+            return "nothing can be added"
     if scores is None:
         return None
+    if rows != ROWS:
+        return "other rows"
     pairs: list[tuple[Any, Any]] = [(scores, SCORES), *((one, SCORE) for one in scores.scores)]
     for taken, written in pairs:
         for field in fields(written):
@@ -151,14 +159,12 @@ def kept_scores(change: Change, good: Path, target: Path) -> str | None:
 def test_damaged_scores_and_answers_are_measured_anew(size, tmp_path, monkeypatch):
     good = tmp_path / "cache"
     monkeypatch.setenv("QTOOL_CACHE", str(good))
-    place = KeptScores(SETTINGS)
-    place.directory.mkdir(parents=True)
-    place.write(SCORES, [{"item": 1}])
-    store = ResponseStore(place.responses)
-    for key, answer in ANSWERS.items():
-        store.add(key, answer)
-    store.close(finished=False)
-    assert place.read() is not None
+    with Store() as store:
+        place = KeptTask(SETTINGS, store)
+        place.finish(SCORES, ROWS, pytest.fail)
+        for key, answer in ANSWERS.items():
+            place.answers(pytest.fail).add(key, answer)
+        assert place.scores() is not None
 
     def check(change: Change) -> str | None:
         outcome = run_apart(kept_scores, change, good, tmp_path / "changed")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qtool.data.calibration import draw_samples
 from qtool.data.corpora import load_corpus, open_dataset
 from qtool.data.lengths import match_lengths, read_lengths
-from qtool.evaluation.local_data import LocalSplits
+from qtool.data.local_datasets import DataFolder, LocalSplits
 from qtool.modeling.load import load_tokenizer
 from tests import families
 from tests.robustness.child import run_apart
@@ -165,7 +165,8 @@ def test_running_texts_are_read_or_refused(size, tokenizer, empty, tmp_path):
 def task_rows(change: Change, empty: Path, target: Path) -> Any:
     """Return the rows of a task's data."""
     folder = change.applied(empty, target)
-    rows = LocalSplits(folder, "gsm8k", "openai/gsm8k", "main").rows("test")
+    named = {"dataset_path": "openai/gsm8k", "dataset_name": "main", "test_split": "test"}
+    rows = LocalSplits(DataFolder(folder), "gsm8k", named).rows("test")
     if not all(isinstance(row, dict) for row in rows):
         return "rows that are no objects"
     json.dumps(rows).encode()

@@ -170,7 +170,7 @@ def full_disk(*_args, **_kwargs):
         (spool, "save_file", 0),
         (writer, "write_job", 0),
         (writer, "write_shard", 21),
-        (writer, "write_json", 21),
+        (writer, "write_json_file", 21),
         (writer, "publish", 21),
     ],
 )

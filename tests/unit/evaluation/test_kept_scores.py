@@ -2,14 +2,17 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.evaluation import kept_scores
-from qtool.evaluation.kept_scores import KeptScores, model_digest
+from qtool.evaluation import kept as kept_module
+from qtool.evaluation.kept import KeptTask
 from qtool.evaluation.scores import Score, TaskScores
+from qtool.modeling.digest import model_digest
+from qtool.storage.store import Store
 
 SETTINGS = {"task": "t", "limit": None, "model": {"digest": "d", "dtype": "float32"}}
 
@@ -44,11 +47,25 @@ NUMBERS = st.floats(allow_nan=False)
 ITEMS = st.lists(NUMBERS) | st.lists(st.tuples(NUMBERS, NUMBERS))
 
 
+def refuse(message: str) -> None:
+    pytest.fail(message)
+
+
+def keep(scores: TaskScores, *rows: dict[str, Any]) -> None:
+    with Store() as store:
+        KeptTask(SETTINGS, store).finish(scores, rows, refuse)
+
+
+def found() -> TaskScores | None:
+    with Store() as store:
+        return KeptTask(SETTINGS, store).scores()
+
+
 @given(value=NUMBERS, items=ITEMS)
 def test_scores_read_back_to_the_last_bit(value, items):
-    kept, before = KeptScores(SETTINGS), of_task(score(value, items), score(group=True))
-    kept.write(before, [])
-    after = kept.read()
+    before = of_task(score(value, items), score(group=True))
+    keep(before)
+    after = found()
     assert after is not None
     assert after.cached
     assert after.scores == before.scores
@@ -57,7 +74,19 @@ def test_scores_read_back_to_the_last_bit(value, items):
 
 
 def test_nothing_is_there_at_first():
-    assert KeptScores(SETTINGS).read() is None
+    assert found() is None
+    assert KeptTask(SETTINGS, None).scores() is None
+
+
+def test_rows_read_back_and_answers_give_way():
+    rows: list[dict[str, Any]] = [{"item": 0, "prompts": ["a\n\u2028b"]}, {"item": 1}]
+    with Store() as store:
+        task = KeptTask(SETTINGS, store)
+        task.answers(refuse).add(b"k", 1.5)
+        assert b"k" in task.answers(refuse)
+        task.finish(of_task(score()), rows, refuse)
+        assert b"k" not in task.answers(refuse)
+        assert task.rows() == rows
 
 
 @pytest.mark.parametrize(
@@ -78,31 +107,29 @@ def test_nothing_is_there_at_first():
         b"[" * 100_000,
     ],
 )
-def test_damaged_file_is_no_score(content):
-    kept = KeptScores(SETTINGS)
-    kept.write(of_task(score()), [])
-    (kept.directory / "scores.json").write_bytes(content)
-    assert kept.read() is None
+def test_damaged_scores_are_none(content):
+    keep(of_task(score()))
+    with Store() as store:
+        store.add("scores", KeptTask(SETTINGS, store).name, {b"task": content})
+    assert found() is None
 
 
-def test_cut_file_is_no_score():
-    kept = KeptScores(SETTINGS)
-    kept.write(of_task(score()), [])
-    file = kept.directory / "scores.json"
-    content = file.read_bytes()
-    for length in range(len(content)):
-        file.write_bytes(content[:length])
-        assert kept.read() is None
+def test_scores_of_another_version_are_none():
+    keep(of_task(score()))
+    with Store() as store:
+        name = KeptTask(SETTINGS, store).name
+        values = json.loads(store.read("scores", name)[b"task"])
+        del values["scores"][0]["kind"]
+        store.add("scores", name, {b"task": json.dumps(values).encode()})
+    assert found() is None
 
 
-def test_scores_of_another_version_of_the_file_are_none():
-    kept = KeptScores(SETTINGS)
-    kept.write(of_task(score()), [])
-    file = kept.directory / "scores.json"
-    values = json.loads(file.read_text())
-    del values["scores"][0]["kind"]
-    file.write_text(json.dumps(values))
-    assert kept.read() is None
+@pytest.mark.parametrize("key", [b"task", b"items"])
+def test_scores_without_rows_and_rows_without_scores_are_none(key):
+    keep(of_task(score()), {"item": 0})
+    with Store() as store:
+        store.remove("scores", KeptTask(SETTINGS, store).name, [key])
+    assert found() is None
 
 
 @pytest.mark.parametrize(
@@ -110,18 +137,16 @@ def test_scores_of_another_version_of_the_file_are_none():
     [{"task": "u"}, {"limit": 3}, {"model": {"digest": "e", "dtype": "float32"}}, {"seed": None}],
 )
 def test_every_setting_is_part_of_the_name(changes):
-    first, second = KeptScores(SETTINGS), KeptScores({**SETTINGS, **changes})
-    assert first.directory != second.directory
-    assert first.responses.parent == first.directory
+    assert KeptTask(SETTINGS, None).name != KeptTask({**SETTINGS, **changes}, None).name
 
 
 @pytest.mark.parametrize("library", ["qtool", "torch", "transformers", "lm-eval", "datasets"])
 def test_every_version_is_part_of_the_name(monkeypatch, library):
-    before = KeptScores(SETTINGS).directory
-    versions = kept_scores.versions()
+    before = KeptTask(SETTINGS, None).name
+    versions = kept_module.library_versions()
     assert library in versions
-    monkeypatch.setattr(kept_scores, "versions", lambda: {**versions, library: "0.0.1"})
-    assert KeptScores(SETTINGS).directory != before
+    monkeypatch.setattr(kept_module, "library_versions", lambda: {**versions, library: "0.0.1"})
+    assert KeptTask(SETTINGS, None).name != before
 
 
 FILES = ["model.safetensors", "model-00002-of-00002.safetensors", "config.json", "tokenizer.json"]

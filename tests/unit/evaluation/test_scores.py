@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qtool.evaluation.paired import Unit, paired_means, paired_ratios
 from qtool.evaluation.scores import TaskScores, collect_scores, compare_scores, standard_error
-from qtool.evaluation.task_comparison import ModelTasks, score_rows
+from qtool.pipeline.task_results import ModelTasks, score_rows
 
 VALUES = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30)
 PAIRS = st.lists(st.tuples(st.floats(-1e3, -1e-3), st.floats(1, 100)), min_size=2, max_size=30)

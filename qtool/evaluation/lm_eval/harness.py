@@ -7,106 +7,130 @@ asked for get `custom_dataset`, lm-eval's own hook for data from elsewhere.
 import contextlib
 import dataclasses
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 
+from qtool.data.local_datasets import DataFolder, LocalSplits
 from qtool.errors import DataError
-from qtool.evaluation.lm_eval_hooks import quiet, require_lm_eval, sandboxed_code_eval, task_manager
-from qtool.evaluation.local_data import LocalSplits
-from qtool.evaluation.task_names import describe_unknown
+from qtool.evaluation.lm_eval.hooks import (
+    quiet,
+    require_lm_eval,
+    sandboxed_code_eval,
+    task_manager,
+)
+from qtool.evaluation.lm_eval.options import TaskOptions
+from qtool.evaluation.lm_eval.task_names import describe_unknown
+from qtool.sandbox.run import protections
 from qtool.storage.digests import files_digest
+from qtool.wording import reason
 
 CUSTOMARY_SHOTS: Mapping[str, int] = {"mmlu": 5}
 """Examples in the prompt of a group's tasks, where papers agree and lm-eval sets no number."""
 SANDBOXED = ("humaneval", "humaneval_infilling", "mbpp")
 """Folders of lm-eval whose tasks run programs through `code_eval` alone, hence in the sandbox."""
-SEEDS = (0, 1234, 1234, 1234)
-"""Of python, numpy, torch and the choice of examples: lm-eval's own."""
+Loaded = dict[str, Any]
+"""What lm-eval's manager returns: `tasks` and `groups` by their names."""
 
 
 class Tasks:
-    """The tasks that lm-eval knows, with data from a folder if there is one."""
+    """The tasks that lm-eval knows, and those that are asked for."""
 
-    def __init__(
-        self,
-        data_dir: Path | None = None,
-        num_fewshot: int | None = None,
-        seeds: tuple[int, ...] = SEEDS,
-    ) -> None:
+    def __init__(self, options: TaskOptions) -> None:
+        """Read lm-eval's index.
+
+        Raises:
+            MissingExtraError: lm-eval isn't installed.
+            DataError: there is no such data folder.
+        """
         require_lm_eval()
-        if data_dir is not None and not data_dir.is_dir():
-            raise DataError(f"There is no data folder {data_dir}.")
-        self.data_dir, self.num_fewshot, self.seeds = data_dir, num_fewshot, seeds
+        folder = options.data_dir
+        self.options, self._folder = options, DataFolder(folder) if folder is not None else None
         self._manager = task_manager()
         self._shipped = dict(self._manager.task_index)
-        self.data_files: dict[str, list[Path]] = {}
-        """Files that were read, by requested task."""
-        self.hub_data: dict[str, list[str]] = {}
-        """Fingerprints of the splits that came from the hub, by requested task."""
         self.digests: dict[str, Any] = {}
         """What tells the data of a requested task from others, as `check` has found them."""
         self.writing: set[str] = set()
         """Requested tasks in which a model writes text."""
 
-    def check(self, names: Sequence[str], *, confirm_unsafe: bool, remember: bool = True) -> None:
+    def check(self) -> None:
         """Refuse what can't run, before a model is loaded.
 
-        Args:
-            names: Tasks, groups or tags of lm-eval.
-            confirm_unsafe: Programs that a model wrote may run.
-            remember: As of `files_digest`.
-
         Raises:
-            DataError: a name is unknown, a file is missing, or a task runs programs unasked, or
-                outside the sandbox.
+            DataError: a task is unknown, its data is missing, it runs programs unasked or outside
+                the sandbox, or there is nothing that the settings of generation apply to.
+            QtoolError: a task runs programs, and the sandbox can't be set up here.
         """
+        names = self.options.tasks
+        if not names:
+            raise DataError("No task is named. Give some, such as --tasks mmlu,arc_easy.")
         for name in names:
             if name not in self._shipped:
                 raise DataError(describe_unknown(name, self._shipped))
-        unsafe = self.unsafe(names)
+        unsafe = self._check_unsafe()
+        for name in names:
+            self.digests[name] = self._digest(self.load(name))
+        if self.options.generation and not self.writing:
+            raise DataError(
+                f"--gen-kwargs says how a model writes, and in {', '.join(names)} it writes "
+                "nothing. Leave it out, or add a task such as gsm8k."
+            )
+        if unsafe:
+            protections()  # raises where there are none: now, not when all is written
+
+    def _check_unsafe(self) -> list[str]:
+        unsafe = list(dict.fromkeys(self.unsafe(self.options.tasks)))
         outside = [n for n in unsafe if self._shipped[n].yaml_path.parent.name not in SANDBOXED]
         if outside:
             raise DataError(
-                f"{', '.join(dict.fromkeys(outside))}: lm-eval runs what the model writes in a way "
+                f"{', '.join(outside)}: lm-eval runs what the model writes in a way "
                 f"that the sandbox can't replace, so that it isn't run here. Code tasks that are: "
                 f"{', '.join(SANDBOXED)}."
             )
-        if unsafe and not confirm_unsafe:
+        if unsafe and not self.options.confirm_unsafe:
             raise DataError(
-                f"{', '.join(dict.fromkeys(unsafe))}: runs programs that the model writes, in a "
+                f"{', '.join(unsafe)}: runs programs that the model writes, in a "
                 "sandbox (docs/evaluation.md says how far it holds). "
                 "Add --confirm-run-unsafe-code if that's what you want."
             )
-        for name in names:
-            self.load(name)
-            self.digests[name] = self._digest(name, remember=remember)
+        return unsafe
 
-    def load_again(self, name: str, *, remember: bool = True) -> list[Any]:
+    def unsafe(self, names: Sequence[str]) -> list[str]:
+        """Return those tasks of the names that run programs that the model writes."""
+        leaves = [leaf for name in names for leaf in self.leaves(name)]
+        return [leaf for leaf in leaves if (self._shipped[leaf].cfg or {}).get("unsafe_code")]
+
+    def load_again(self, name: str) -> Loaded:
         """Return a task with the data that `check` has found: all models are asked the same.
 
         Raises:
             DataError: the data aren't there any more, or are others.
         """
         loaded = self.load(name)
-        if self._digest(name, remember=remember) != self.digests[name]:
+        if self._digest(loaded) != self.digests[name]:
             raise DataError(
                 f"The data of task {name} have changed since this run began. The same command "
                 "again asks all models with the new data."
             )
         return loaded
 
-    def _digest(self, name: str, *, remember: bool) -> Any:  # noqa: ANN401
-        files = self.data_files[name]
-        return files_digest(files, remember=remember) if files else self.hub_data[name]
+    def _digest(self, loaded: Loaded) -> Any:  # noqa: ANN401
+        """Return what tells the data that were loaded from others.
 
-    def unsafe(self, names: Sequence[str]) -> list[str]:
-        """Return those tasks of the names that run programs that the model writes."""
-        return [n for name in names for n in self.leaves(name) if self._config(n, "unsafe_code")]
+        Of data sets of the hub their fingerprints, which `datasets` derives from name and revision.
+        """
+        data = [task.dataset or {} for task in loaded["tasks"].values()]
+        local = [splits for splits in data if isinstance(splits, LocalSplits)]
+        if local:
+            return files_digest(
+                (splits.file_of(split) for splits in local for split in splits),
+                remember=self.options.cache,
+            )
+        splits = [split for one in data for split in one.values()]
+        return sorted({getattr(split, "_fingerprint", "unknown") for split in splits})
 
     def leaves(self, name: str) -> list[str]:
         """Return the tasks that a task, a group or a tag stands for.
@@ -128,8 +152,8 @@ class Tasks:
             elif not isinstance(member, str) and _is_group(member):  # a group inside a group
                 yield from self._members(member["task"])
 
-    def load(self, name: str) -> list[Any]:
-        """Return lm-eval's objects for a name: one group, or tasks.
+    def load(self, name: str) -> Loaded:
+        """Load a task, a group or a tag.
 
         Seeds all generators first, as lm-eval does: some tasks shuffle their choices as they load,
         and every model must be asked the same.
@@ -137,47 +161,28 @@ class Tasks:
         Raises:
             DataError: a file is missing, or the data set can't be had.
         """
-        _seed(self.seeds)
-        splits = self._local_splits(name)
+        _seed(self.options.seeds)
+        leaves = self.leaves(name) if self._folder is not None else []
         index = self._manager.task_index
         try:
             with quiet(), sandboxed_code_eval(), self._only_local(name):
-                for leaf in splits:
-                    index[leaf] = self._with_data(leaf, splits[leaf], self.shots(name))
-                loaded = self._manager.load([name])
+                index.update({leaf: self._with_data(leaf, self.shots(name)) for leaf in leaves})
+                loaded: Loaded = self._manager.load([name])
         except DataError:
             raise
         except Exception as error:  # lm-eval and datasets raise many unrelated types
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            advice = "" if self.data_dir else " With --data-dir DIR it reads local files."
-            raise DataError(f"lm-eval can't load task {name}: {reason}.{advice}") from error
+            advice = "" if self._folder else " With --data-dir DIR it reads local files."
+            raise DataError(f"lm-eval can't load task {name}: {reason(error)}.{advice}") from error
         finally:
-            index.update({leaf: self._shipped[leaf] for leaf in splits})
-        self.data_files[name] = [s.file_of(key) for s in splits.values() for key in s]
-        self.hub_data[name] = _fingerprints(loaded["tasks"].values())
+            index.update({leaf: self._shipped[leaf] for leaf in leaves})
         if any(map(writes_text, loaded["tasks"].values())):
             self.writing.add(name)
-        group = loaded.get("groups", {}).get(name)
-        return [group] if group is not None else list(loaded["tasks"].values())
-
-    def _local_splits(self, name: str) -> dict[str, LocalSplits]:
-        """Return the local data of each task of a name; empty without a data folder."""
-        if self.data_dir is None:
-            return {}
-        return {
-            leaf: LocalSplits(
-                self.data_dir,
-                leaf,
-                self._config(leaf, "dataset_path"),
-                self._config(leaf, "dataset_name"),
-            )
-            for leaf in self.leaves(name)
-        }
+        return loaded
 
     def shots(self, name: str) -> int | None:
         """Return the examples that a requested name gets in its prompts; None: lm-eval's number."""
-        if self.num_fewshot is not None:
-            return self.num_fewshot
+        if self.options.num_fewshot is not None:
+            return self.options.num_fewshot
         leaves = set(self.leaves(name))
         fitting = (n for group, n in CUSTOMARY_SHOTS.items() if leaves <= set(self.leaves(group)))
         return next(fitting, None) if leaves else None
@@ -193,14 +198,12 @@ class Tasks:
                 "Leave out --data-dir to download."
             )
 
-        if self.data_dir is None:
+        replaced = mock.patch.object(datasets, "load_dataset", refuse)
+        with contextlib.nullcontext() if self._folder is None else replaced:
             yield
-        else:
-            with mock.patch.object(datasets, "load_dataset", refuse):
-                yield
 
-    def _with_data(self, leaf: str, splits: LocalSplits, shots: int | None) -> Any:  # noqa: ANN401
-        """Return an entry of lm-eval's index that takes its data from `splits`.
+    def _with_data(self, leaf: str, shots: int | None) -> Any:  # noqa: ANN401
+        """Return an entry of lm-eval's index that takes its data from the folder.
 
         lm-eval reads the split of examples even if none is wanted; without its file it isn't told
         of that split, unless examples come from there.
@@ -209,6 +212,8 @@ class Tasks:
 
         entry = self._shipped[leaf]
         config = load_yaml(entry.yaml_path, resolve_func=True)  # imports a task's functions
+        assert self._folder is not None
+        splits = LocalSplits(self._folder, leaf, config)
         fixed, examples = config.get("num_fewshot"), config.get("fewshot_config") or {}
         wanted = fixed if shots is None or fixed == 0 else shots
         own_source = config.get("fewshot_split") or examples.keys() & {"split", "samples"}
@@ -222,9 +227,6 @@ class Tasks:
         config["custom_dataset"] = lambda **_settings: splits
         return dataclasses.replace(entry, yaml_path=None, cfg=config)
 
-    def _config(self, leaf: str, key: str) -> Any:  # noqa: ANN401
-        return (self._shipped[leaf].cfg or {}).get(key)
-
 
 def writes_text(task: Any) -> bool:  # noqa: ANN401
     """Return whether a model writes the answers of a task, so that `--gen-kwargs` applies."""
@@ -236,19 +238,6 @@ def _seed(seeds: tuple[int, ...]) -> None:
     random.seed(seeds[0])
     np.random.seed(seeds[1])  # lm-eval draws from it
     torch.manual_seed(seeds[2])
-
-
-def _fingerprints(tasks: Iterable[Any]) -> list[str]:
-    """Return what tells the versions of data sets apart; empty if all are local files.
-
-    Of a data set of the hub, `datasets` derives the fingerprint from its name and its revision.
-    """
-    found = set()
-    for task in tasks:
-        if not isinstance(task.dataset, LocalSplits):
-            splits = (task.dataset or {}).values()
-            found |= {getattr(split, "_fingerprint", "unknown") for split in splits}
-    return sorted(found)
 
 
 def _is_group(config: Any) -> bool:  # noqa: ANN401

@@ -2,14 +2,16 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from qtool.data.local_datasets import DataFolder, LocalSplits
 from qtool.errors import DataError
-from qtool.evaluation.local_data import DATASETS, LocalSplits, find, read_rows
 from qtool.storage.digests import files_digest
-from tests.task_rows import ITEMS, SHARED, invented, write_all, write_rows
+from qtool.storage.jsonl import json_objects
+from tests.task_rows import ITEMS, SHARED, invented, write_all, write_rows, write_table
 
 TASKS = {
     "wikitext": ["lm/wikitext2_raw_test_pages.jsonl"],
@@ -52,61 +54,112 @@ def folder(tmp_path_factory):
     return write_all(tmp_path_factory.mktemp("data"))
 
 
-def leaves(objects):
-    """The tasks in what `Tasks.load` returns."""
-    return [task for o in objects for task in (getattr(o, "get_all_tasks", lambda o=o: [o])())]
-
-
 def load(data_dir: Path, name: str, num_fewshot: int | None = None):
-    from qtool.evaluation.harness import Tasks
+    """The tasks of a name, and the files that were read."""
+    from qtool.evaluation.lm_eval.harness import Tasks
+    from qtool.evaluation.lm_eval.options import TaskOptions
 
-    tasks = Tasks(data_dir, num_fewshot)
-    return tasks, leaves(tasks.load(name))
+    asked = Tasks(TaskOptions(tasks=(name,), data_dir=data_dir, num_fewshot=num_fewshot))
+    loaded = list(asked.load(name)["tasks"].values())
+    data = [task.dataset for task in loaded]
+    return {splits.file_of(split) for splits in data for split in splits}, loaded
+
+
+def splits_of(folder: Path, task: str, path: str = "", config: str | None = None, **settings: str):
+    named = {"dataset_path": path or None, "dataset_name": config, **settings}
+    return LocalSplits(DataFolder(folder), task, named)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_task_loads_from_local_rows(folder, name):
-    tasks, loaded = load(folder, name)
-    read = {str(file.relative_to(folder)) for file in tasks.data_files[name]}
-    assert sorted(read) == TASKS[name]
+    files, loaded = load(folder, name)
+    assert sorted(str(file.relative_to(folder)) for file in files) == TASKS[name]
     assert sum(len(task.eval_docs) for task in loaded) == NUM_ITEMS.get(name, ITEMS)
     for task in loaded:
         task.build_all_requests(limit=2)
         assert task.instances
 
 
-def test_the_table_is_of_the_data_sets_of_these_tasks():
-    from qtool.evaluation.harness import Tasks
-
-    tasks, used = Tasks(), set()
-    for name in TASKS:
-        for leaf in tasks.leaves(name):
-            path, config = (tasks._config(leaf, k) for k in ("dataset_path", "dataset_name"))
-            known = find(path, config)
-            assert known is not None, leaf
-            used.add(next(key for key, value in DATASETS.items() if value is known))
-            splits = [tasks._config(leaf, f"{kind}_split") for kind in ("test", "validation")]
-            scored = next(split for split in splits if split)
-            examples = tasks._config(leaf, "fewshot_split")
-            assert {scored, examples} - {None} <= known.files.keys(), leaf
-    assert used == set(DATASETS)
+@pytest.mark.parametrize("name", sorted(TASKS.keys() - {"wikitext", "mbpp"}))
+def test_files_are_found_by_obvious_names(folder, tmp_path, name):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "datasets.json").unlink()
+    files, loaded = load(copy, name)
+    assert sorted(str(file.relative_to(copy)) for file in files) == TASKS[name]
+    assert sum(len(task.eval_docs) for task in loaded) == NUM_ITEMS.get(name, ITEMS)
 
 
-def test_no_other_split_is_claimed():
-    """A split in the table is one that lm-eval asks for, or one that selects rows of a file."""
-    from qtool.evaluation.harness import Tasks
+@pytest.mark.parametrize(
+    ("file", "split", "found"),
+    [
+        ("mcqa/gsm8k_test.jsonl", "test", True),
+        ("gsm8k/test.jsonl.gz", "test", True),
+        ("x/GSM8K-Test.jsonl", "test", True),
+        ("gsm8k.jsonl", "test", True),
+        ("gsm8k.jsonl", "train", False),  # its examples would be the questions
+        ("gsm8k_val.jsonl", "validation", True),
+        ("gsm8k_val.jsonl", "test", False),
+        ("my_gsm8k_test.jsonl", "test", False),
+        ("gsm8k_test.json", "test", False),
+    ],
+)
+def test_name_of_a_file_says_task_and_split(tmp_path, file, split, found):
+    write_rows(tmp_path / file, [{"a": 1}])
+    splits = splits_of(tmp_path, "gsm8k", "openai/gsm8k", "main", test_split="test")
+    assert splits.has(split) == found
 
-    tasks = Tasks()
-    asked: dict[int, set[str]] = {}
-    for name in TASKS:
-        for leaf in tasks.leaves(name):
-            path, config = (tasks._config(leaf, k) for k in ("dataset_path", "dataset_name"))
-            kinds = ("training", "validation", "test", "fewshot")
-            named = {tasks._config(leaf, f"{kind}_split") for kind in kinds}
-            asked.setdefault(id(find(path, config)), set()).update(named)
-    for (path, _), known in DATASETS.items():
-        extra = known.files.keys() - asked[id(known)] - known.id_ranges.keys()
-        assert extra == ({"validation"} if path == "cais/mmlu" else set()), path
+
+def test_table_decides_over_names(tmp_path):
+    write_rows(tmp_path / "gsm8k_test.jsonl", [{"a": 1}])
+    write_rows(tmp_path / "other.jsonl.gz", [{"a": 2}])
+    table = [{"dataset": "openai/gsm8k", "files": {"test": "other.jsonl"}}]
+    (tmp_path / "datasets.json").write_text(json.dumps(table))
+    splits = splits_of(tmp_path, "gsm8k", "openai/gsm8k", "main")
+    assert splits.rows("test") == [{"a": 2}]
+    assert not splits.has("train")
+
+
+def test_entry_of_the_configuration_comes_before_the_general_one(tmp_path):
+    for name in ("any", "own"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"from": name}])
+    table = [
+        {"dataset": "d", "files": {"test": "any.jsonl"}},
+        {"dataset": "d", "config": "c", "files": {"test": "own.jsonl"}},
+    ]
+    (tmp_path / "datasets.json").write_text(json.dumps(table))
+    assert splits_of(tmp_path, "t", "d", "c").rows("test") == [{"from": "own"}]
+    assert splits_of(tmp_path, "t", "d", "e").rows("test") == [{"from": "any"}]
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("", "Invalid JSON"),
+        ("{}", "sets: Input should be a valid array"),
+        ("[1]", "0"),
+        ('[{"dataset": "d"}]', "0.files Field required"),
+        ('[{"dataset": "d", "files": {}, "colour": 1}]', "0.colour"),
+        ('[{"dataset": "d", "files": {"test": 3}}]', "0.files.test"),
+        ('[{"dataset": "d", "files": {}, "ids": {"test": [1]}}]', "0.ids.test"),
+    ],
+)
+def test_table_of_something_else_is_one_sentence(tmp_path, table, words):
+    (tmp_path / "datasets.json").write_text(table)
+    with pytest.raises(DataError, match=r"datasets\.json isn't a list of data sets") as caught:
+        DataFolder(tmp_path)
+    assert words in str(caught.value)
+    assert "docs/evaluation.md" in str(caught.value)
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(DataError, match="There is no data folder"):
+        DataFolder(tmp_path / "none")
+
+
+def test_folder_without_data_is_refused(tmp_path):
+    (tmp_path / "readme.txt").write_text("x")
+    with pytest.raises(DataError, match=r"has neither datasets\.json nor a \.jsonl"):
+        DataFolder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -129,22 +182,21 @@ def test_zipped_and_plain_rows_are_equal(tmp_path):
     rows = [{"page": "a\u2028b ✓"}, {"page": ""}]
     write_rows(tmp_path / "plain.jsonl", rows)
     write_rows(tmp_path / "zipped.jsonl.gz", rows)
-    assert list(read_rows(tmp_path / "plain.jsonl")) == rows
-    assert list(read_rows(tmp_path / "zipped.jsonl.gz")) == rows
+    assert list(json_objects(tmp_path / "plain.jsonl")) == rows
+    assert list(json_objects(tmp_path / "zipped.jsonl.gz")) == rows
 
 
 def test_plain_file_comes_before_the_zipped_one(tmp_path):
     write_rows(tmp_path / "t/test.jsonl.gz", [{"a": 1}])
-    splits = LocalSplits(tmp_path, "t", None, None)
-    assert splits.rows("test") == [{"a": 1}]
+    assert splits_of(tmp_path, "t").rows("test") == [{"a": 1}]
     write_rows(tmp_path / "t/test.jsonl", [{"a": 2}])
-    assert splits.rows("test") == [{"a": 2}]
+    assert splits_of(tmp_path, "t").rows("test") == [{"a": 2}]
 
 
 def test_changed_file_is_read_again(tmp_path):
     import os
 
-    splits = LocalSplits(tmp_path, "t", None, None)
+    splits = splits_of(tmp_path, "t")
     for stamp in (1, 2):
         write_rows(tmp_path / "t/test.jsonl", [{"a": stamp}])
         os.utime(tmp_path / "t/test.jsonl", (stamp, stamp))
@@ -152,7 +204,7 @@ def test_changed_file_is_read_again(tmp_path):
 
 
 def test_missing_file_is_named(tmp_path):
-    splits = LocalSplits(tmp_path, "arc_easy", "allenai/ai2_arc", "ARC-Easy")
+    splits = splits_of(write_table(tmp_path), "arc_easy", "allenai/ai2_arc", "ARC-Easy")
     with pytest.raises(DataError) as caught:
         splits["test"]
     message = str(caught.value)
@@ -160,9 +212,12 @@ def test_missing_file_is_named(tmp_path):
     assert "Task arc_easy reads its test split" in message
 
 
-def test_subject_of_mmlu_is_selected(folder):
+@pytest.mark.parametrize("with_table", [True, False])
+def test_subject_of_mmlu_is_selected(folder, tmp_path, with_table):
+    where = folder if with_table else shutil.copytree(folder / "mcqa", tmp_path / "mcqa").parent
+
     def rows(name):
-        return LocalSplits(folder, "any", "cais/mmlu", name).rows("test")
+        return splits_of(where, "any", "cais/mmlu", name).rows("test")
 
     assert {row["subject"] for row in rows("astronomy")} == {"astronomy"}
     assert len(rows("astronomy")) == 3
@@ -181,13 +236,13 @@ def test_subject_of_mmlu_is_selected(folder):
     ],
 )
 def test_split_of_mbpp_is_selected_by_id(folder, split, ids):
-    splits = LocalSplits(folder, "mbpp", "google-research-datasets/mbpp", "full")
+    splits = splits_of(folder, "mbpp", "google-research-datasets/mbpp", "full")
     assert [row["task_id"] for row in splits[split]] == ids
 
 
 def test_rows_of_mbpp_without_ids_are_none(tmp_path):
     write_rows(tmp_path / "code/mbpp.jsonl", [{"text": "no id"}])
-    splits = LocalSplits(tmp_path, "mbpp", "google-research-datasets/mbpp", "full")
+    splits = splits_of(write_table(tmp_path), "mbpp", "google-research-datasets/mbpp", "full")
     with pytest.raises(DataError, match="no row for task mbpp"):
         splits.rows("test")
 
@@ -200,9 +255,9 @@ def test_any_other_task_reads_a_folder_of_its_own(tmp_path):
             for i, q in enumerate(["cause", "effect"] * 2)
         ],
     )
-    tasks, (task,) = load(tmp_path, "copa")
+    files, (task,) = load(tmp_path, "copa")
     assert len(task.eval_docs) == 4
-    assert tasks.data_files["copa"] == [tmp_path / "copa/validation.jsonl.gz"]
+    assert files == {tmp_path / "copa/validation.jsonl.gz"}
 
 
 @pytest.mark.parametrize(
@@ -218,7 +273,7 @@ def test_bad_line_is_named(tmp_path, lines, words, zipped):
     file = tmp_path / ("t.jsonl.gz" if zipped else "t.jsonl")
     file.write_bytes(gzip.compress(lines.encode()) if zipped else lines.encode())
     with pytest.raises(DataError) as caught:
-        list(read_rows(file))
+        list(json_objects(file))
     for word in (str(file), *words):
         assert word in str(caught.value)
 
@@ -238,7 +293,7 @@ def damaged(content: bytes) -> bytes:
 def test_damaged_file_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"{name} (can't be read after line|line 1 isn't UTF-8)"):
-        list(read_rows(tmp_path / name))
+        list(json_objects(tmp_path / name))
 
 
 def test_digest_is_of_contents(tmp_path):
@@ -252,6 +307,7 @@ def test_digest_is_of_contents(tmp_path):
 
 
 def test_what_cannot_be_local_is_refused_rather_than_downloaded(tmp_path):
+    write_rows(tmp_path / "other.jsonl", [{"a": 1}])
     with pytest.raises(DataError, match=r"Task swde takes .* from the hub"):
         load(tmp_path, "swde")
 
@@ -263,6 +319,8 @@ def test_there_is_an_invented_row_of_every_task():
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data, which isn't published")
 @pytest.mark.parametrize("name", TASKS)
-def test_task_loads_all_rows(name):
-    _, loaded = load(SHARED, name)
+def test_task_loads_all_rows(name, tmp_path):
+    """As a folder stands there, or where it can't be written, by a table in a folder of its own."""
+    by_name = name not in ("wikitext", "mbpp")
+    _, loaded = load(SHARED if by_name else write_table(tmp_path, SHARED), name)
     assert sum(len(task.eval_docs) for task in loaded) == ALL_ITEMS[name]

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qtool.evaluation import sandbox_hook, sandbox_linux
+from qtool.sandbox import hook, linux
 
 DETAIL = 300  # characters
 FORK_SECONDS = 5.0
@@ -58,7 +58,7 @@ def _prepare(request: dict[str, Any], uid: int, message: int) -> None:
         os.dup2(message, 3)
         os.closerange(4, 1 << 16)
         protections = _confine(request, uid)
-        sandbox_hook.hide_interpreter()
+        hook.hide_interpreter()
         os.write(3, json.dumps(protections).encode() + b"\n")
     except BaseException as error:  # noqa: BLE001 - nobody else is there to say it
         os.write(3, f"{type(error).__name__}: {error}"[:DETAIL].encode())
@@ -75,19 +75,17 @@ def _confine(request: dict[str, Any], uid: int) -> list[str]:
     if isolated:
         holds += ["no network (own network namespace)", "own process and IPC namespaces"]
         holds += ["own file system: nothing to write but a small, volatile /tmp"]
-    if sandbox_linux.LINUX:
+    if linux.LINUX:
         root = os.geteuid() == 0
         # In a namespace the interpreter was bound to where everybody can read it.
         read_all = root and not isolated and not _open_to_all(Path(os.__file__))
-        sandbox_linux.drop_privileges(
-            sandbox_linux.INSIDE_ID if isolated else uid, read_all=read_all
-        )
-        sandbox_linux.die_with_parent()
+        linux.drop_privileges(linux.INSIDE_ID if isolated else uid, read_all=read_all)
+        linux.die_with_parent()
         own = "a user of its own" if root else "the same user"
         holds += [f"{own}, without privileges" + (" but to read" if read_all else "")]
         holds += _kernel_filters(work, isolated=isolated)
     if not isolated:
-        sandbox_hook.install(str(work))
+        hook.watch(str(work))
         holds += ["audit hook: no sockets, foreign files and processes from Python code"]
     return holds
 
@@ -96,10 +94,10 @@ def _kernel_filters(work: Path, *, isolated: bool) -> list[str]:
     holds = []
     if not isolated:
         with contextlib.suppress(OSError):
-            sandbox_linux.restrict_files(work)
+            linux.restrict_files(work)
             holds += ["files by Landlock: reads the interpreter, writes its directory"]
     with contextlib.suppress(OSError):
-        sandbox_linux.filter_calls(self_only=not isolated)
+        linux.filter_calls(self_only=not isolated)
         holds += ["system calls by seccomp: no sockets, mounts and other processes"]
     return holds
 

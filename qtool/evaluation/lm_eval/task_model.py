@@ -9,6 +9,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from lm_eval.api.model import CacheHook
@@ -17,22 +18,19 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 
 from qtool.base import Emit, ignore_events
 from qtool.errors import DataError, ModelError
-from qtool.evaluation import batches
-from qtool.evaluation.responses import ResponseStore, request_key
+from qtool.evaluation.kept import Answers, request_key
+from qtool.evaluation.lm_eval import batches
+from qtool.evaluation.lm_eval.options import AUTO
 from qtool.modeling.load import LoadedModel
 
 TEXTS_AT_ONCE = 4096
 
 
-class _StoreHook(CacheHook):  # type: ignore[misc] # lm-eval isn't typed
+class _AnswerHook(CacheHook):  # type: ignore[misc] # lm-eval isn't typed
     """Passes answers on as they come; lm-eval calls it after every batch."""
 
-    def __init__(self, add: Callable[[str, Any, Any], None]) -> None:
-        super().__init__(None)
-        self._add = add
-
-    def add_partial(self, attr: str, req: Any, res: Any) -> None:  # noqa: ANN401
-        self._add(attr, req, res)
+    def __init__(self, add_partial: Callable[[str, Any, Any], None]) -> None:
+        self.add_partial = add_partial
 
 
 @contextlib.contextmanager
@@ -58,7 +56,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         self,
         model: LoadedModel,
         *,
-        batch_size: int | str = batches.AUTO,
+        batch_size: int | str = AUTO,
         max_length: int | None = None,
         emit: Emit = ignore_events,
     ) -> None:
@@ -72,11 +70,11 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         self.name, self.emit = model.name, emit
         self._memory = batches.device_bytes(self.device)
         self._size_of_batch = self._by_length()
-        self.store = ResponseStore()
+        self.store = Answers()
         self.task, self.done, self.total = "", 0, 0
         self.truncated = 0
         """Requests of this task that are longer than the context, and are cut from the left."""
-        self.cache_hook = _StoreHook(self._add)
+        self.cache_hook = _AnswerHook(self._add)
         rows, words = model.model.config.get_text_config().vocab_size, len(model.tokenizer)
         if words > rows:
             self.warn(
@@ -88,7 +86,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         """Pass on a warning."""
         self.emit("warning", {"message": message})
 
-    def begin(self, task: str, store: ResponseStore) -> None:
+    def begin(self, task: str, store: Answers) -> None:
         """Answer for another task, with what `store` holds."""
         self.task, self.store, self.done, self.total, self.truncated = task, store, 0, 0, 0
 
@@ -136,15 +134,15 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Return the log-likelihood of each whole text."""
         size = self.batch_size_per_gpu
-        with self._batch(1 if size == batches.AUTO else size):
+        with self._in_batches_of(1 if size == AUTO else size):
             return self._answer("loglikelihood_rolling", super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Return a continuation per request, written by the decode runner where there is a card."""
         size = self.batch_size_per_gpu
-        if size == batches.AUTO:
+        if size == AUTO:
             size = self._written_at_once([request.args for request in requests])
-        with self._batch(size), without_cudnn_attention():
+        with self._in_batches_of(size), without_cudnn_attention():
             return self._answer("generate_until", super().generate_until, requests)
 
     def _written_at_once(self, arguments: Sequence[Any]) -> int:
@@ -156,44 +154,28 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         )
         longest = min(self.max_length, max(lengths, default=1))
         beams = max((one.get("num_beams") or 1 for one in settings), default=1)
-        size = beams * batches.cache_bytes(self._text_config, self.model.dtype)
+        size = beams * batches.cache_bytes(self.config.get_text_config(), self.model.dtype)
         return batches.written_at_once(size, longest, self._memory)
-
-    @property
-    def _text_config(self) -> Any:  # noqa: ANN401
-        """Of a model that sees images too, the part that reads and writes text."""
-        return self.config.get_text_config()
 
     def _by_length(self) -> batches.BatchByLength:
         """Return what sizes batches of requests, each (texts, prompt tokens, answer tokens)."""
-        size = self._text_config.vocab_size * self.model.dtype.itemsize
+        size = self.config.get_text_config().vocab_size * self.model.dtype.itemsize
         return batches.BatchByLength(
             batches.MOST_ON_CPU if self._memory is None else batches.MOST_READ,
             batches.tokens_read_at_once(size, self._memory),
             lambda request: min(self.max_length, len(request[1]) + len(request[2])),
         )
 
-    @contextlib.contextmanager
-    def _batch(self, size: int | str) -> Iterator[None]:
-        """Ask in batches of this size inside the block."""
-        kept, self.batch_size_per_gpu = self.batch_size_per_gpu, size
-        try:
-            yield
-        finally:
-            self.batch_size_per_gpu = kept
+    def _in_batches_of(self, size: int | str) -> Any:  # noqa: ANN401
+        return mock.patch.object(self, "batch_size_per_gpu", size)
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
         """Size a batch by its longest request; lm-eval would try what still fits in memory."""
         return self._size_of_batch(pos, n_reordered_requests)
 
-    def _loglikelihood_tokens(
-        self,
-        requests: Any,  # noqa: ANN401
-        disable_tqdm: bool = True,
-        override_bs: int | None = None,
-    ) -> list[Any]:
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **rest: Any) -> Any:  # noqa: ANN401
         """Without lm-eval's own progress bar, which rolling windows would show each."""
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, **rest)
 
     def _answer(
         self, kind: str, ask: Callable[..., list[Any]], requests: Sequence[Any]
@@ -205,21 +187,19 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         ):
             return self._draw(ask, requests)
         keys = [request_key(kind, request.args) for request in requests]
-        missing = [
-            (k, r) for k, r in zip(keys, requests, strict=True) if not self.store.has(kind, k)
-        ]
+        missing = [(k, r) for k, r in zip(keys, requests, strict=True) if k not in self.store]
         self.total += len(requests)
         self.done += len(requests) - len(missing)
         answers = ask([request for _, request in missing], disable_tqdm=True) if missing else []
         for (key, _), answer in zip(missing, answers, strict=True):
-            if not self.store.has(kind, key):
+            if key not in self.store:
                 self.store.add(key, answer)
         return [self.store[key] for key in keys]
 
     def _draw(self, ask: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
         """Ask for all and keep nothing: answers to one request differ, and are meant to."""
         self.total += len(requests)
-        kept, self.store = self.store, ResponseStore()
+        kept, self.store = self.store, Answers()
         try:
             return ask(list(requests), disable_tqdm=True)
         finally:

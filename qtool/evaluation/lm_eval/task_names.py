@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from qtool.data.local_datasets import DataFolder, LocalSplits
 from qtool.errors import DataError
-from qtool.evaluation.local_data import find
-from qtool.wording import list_names
 
 _NAMES = re.compile(
     rb"^[ \t]*(?:- )?[\"']?(?:task|group|tag)[\"']?[ \t]*:[ \t]*[\"']?([\w.+:-]+)", re.MULTILINE
@@ -44,18 +43,12 @@ def check_data(names: Sequence[str], data_dir: Path) -> None:
     Raises:
         DataError: there is no such folder, or none of the files is there.
     """
-    if not data_dir.is_dir():
-        raise DataError(f"There is no data folder {data_dir}.")
+    folder = DataFolder(data_dir)
     for name in names:
-        known = find(*_dataset(name))
-        files = sorted(set(known.files.values())) if known is not None else []
-        there = (data_dir / f"{file}{end}" for file in files for end in ("", ".gz"))
-        if files and not any(path.is_file() for path in there):
-            raise DataError(
-                f"Task {name} reads {list_names(files)} (or .jsonl.gz) in {data_dir}, and none is "
-                "there. Put the file there, one JSON object a line with the field names of the "
-                "data set on the hub, or leave out --data-dir to download."
-            )
+        dataset, config = _dataset(name)
+        if dataset is not None and not folder.mentions(dataset, name, config or name):
+            splits = LocalSplits(folder, name, {"dataset_path": dataset, "dataset_name": config})
+            splits.file_of("test")  # raises, and says what to put where
 
 
 def _dataset(name: str) -> tuple[str | None, str | None]:

@@ -57,44 +57,32 @@ class TaskComparison:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
+OF_A_SCORE = ("task", "metric", "filter", "shots", "num_items", "value", "standard_error", "group")
+
+
 def score_rows(model: ModelTasks, original: ModelTasks | None) -> tuple[ScoreRow, ...]:
     """Return one row per score of either model, compared where both have it."""
-    done = {task.name for task in model.tasks}
     others = original.scores() if original is not None else {}
-    rows = []
-    for task in model.tasks:
-        for score in task.scores:
-            other = others.get((score.task, score.metric, score.filter))
-            rows.append(_row(score, other, headline=_is_headline(score, task)))
+    rows = [
+        _row(score, task, others.get((score.task, score.metric, score.filter)))
+        for task in model.tasks
+        for score in task.scores
+    ]
+    done = {task.name for task in model.tasks}
     for task in original.tasks if original is not None else ():
-        if task.name not in done:
-            rows += [_row_of_original(s, headline=_is_headline(s, task)) for s in task.scores]
+        for score in task.scores if task.name not in done else ():
+            row = _row(score, task, None)
+            rows.append(replace(row, value=None, standard_error=None, original=score.value))
     return tuple(rows)
 
 
-def _is_headline(score: Score, task: TaskScores) -> bool:
-    return score.group or not any(one.group for one in task.scores)
-
-
-def _row(score: Score, original: Score | None, *, headline: bool) -> ScoreRow:
-    paired = compare_scores(original, score) if original is not None else None
+def _row(score: Score, task: TaskScores, original: Score | None) -> ScoreRow:
+    values = {name: getattr(score, name) for name in OF_A_SCORE}
+    headline = score.group or not any(one.group for one in task.scores)
+    row = ScoreRow(**values, headline=headline)
+    if original is None:
+        return row
+    paired = compare_scores(original, score)
     better = score.higher_is_better
-    return ScoreRow(
-        task=score.task,
-        metric=score.metric,
-        filter=score.filter,
-        shots=score.shots,
-        num_items=score.num_items,
-        value=score.value,
-        standard_error=score.standard_error,
-        group=score.group,
-        headline=headline,
-        original=original.value if original is not None else None,
-        paired=paired,
-        verdict=verdict(paired, higher_is_better=better) if paired is not None else "",
-    )
-
-
-def _row_of_original(score: Score, *, headline: bool) -> ScoreRow:
-    row = _row(score, None, headline=headline)
-    return replace(row, value=None, standard_error=None, original=score.value)
+    shown = verdict(paired, higher_is_better=better) if paired is not None else ""
+    return replace(row, original=original.value, paired=paired, verdict=shown)

@@ -45,8 +45,8 @@ import sys, types
 for name, folder in {packages!r}:
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [folder]
-from qtool.evaluation.sandbox_child import main
-main()
+from qtool.sandbox.child import answer_request
+answer_request()
 """
 
 
@@ -222,8 +222,8 @@ def _run(
 
 def _ask(request: dict[str, Any], limits: Limits, processes: _Processes) -> dict[str, Any]:
     """Start a keeper, give it the request and wait for its answer."""
-    evaluation = Path(__file__).parent
-    packages = [("qtool", str(evaluation.parent)), ("qtool.evaluation", str(evaluation))]
+    folder = Path(__file__).parent
+    packages = [("qtool", str(folder.parent)), ("qtool.sandbox", str(folder))]
     environment = {
         "HOME": request["work"],
         "TMPDIR": request["work"],

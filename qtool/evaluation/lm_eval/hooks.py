@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from qtool.errors import MissingExtraError
-from qtool.evaluation.code_metric import CodeEval
+from qtool.evaluation.lm_eval.code_metric import CodeEval
 
 
 def require_lm_eval() -> None:
@@ -40,22 +40,18 @@ def quiet() -> Iterator[None]:
     import lm_eval.api.task
     from tqdm import tqdm
 
-    logger = logging.getLogger("lm_eval")
-    handler, before = logging.NullHandler(), logger.propagate
-    logger.addHandler(handler)
-    logger.propagate = False
-    silent = functools.partial(tqdm, disable=True)
+    log = logging.getLogger("lm_eval")
     with_bars = datasets.are_progress_bars_disabled() is False
     datasets.disable_progress_bars()
     try:
         with (
-            mock.patch.object(lm_eval.api.task, "tqdm", silent),
+            mock.patch.object(log, "propagate", new=False),
+            mock.patch.object(log, "handlers", [logging.NullHandler()]),
+            mock.patch.object(lm_eval.api.task, "tqdm", functools.partial(tqdm, disable=True)),
             contextlib.redirect_stdout(io.StringIO()),
         ):
             yield
     finally:
-        logger.removeHandler(handler)
-        logger.propagate = before
         if with_bars:
             datasets.enable_progress_bars()
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from qtool.errors import QtoolError
-from qtool.evaluation import sandbox, sandbox_linux
-from qtool.evaluation.sandbox import Limits, Outcome, protections, run_program, run_programs
+from qtool.sandbox import linux
+from qtool.sandbox import run as sandbox
+from qtool.sandbox.run import Limits, Outcome, protections, run_program, run_programs
 
 ENOUGH = Limits(seconds=8)
 BRIEF = Limits(seconds=0.6)  # for what never ends by itself
@@ -545,8 +546,8 @@ def test_kernel_layers_hold_without_the_hook(canary):
     work = canary.parent / "work"
     work.mkdir()
     work.chmod(0o777)
-    module = sandbox_linux.__file__
-    clone = sandbox_linux.CALLS["clone"][sandbox_linux.machine_column()]
+    module = linux.__file__
+    clone = linux.CALLS["clone"][linux.machine_column()]
     done = unconfined(NATIVE.format(module=module, work=str(work), path=str(canary), clone=clone))
     answers = json.loads(done.stdout)
     own = {name: answers.pop(name) for name in ("own_signal", "own_file", "own_fork")}
@@ -568,7 +569,7 @@ def test_order_is_kept(isolate):
 CALLER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-import qtool.evaluation.sandbox as sandbox
+import qtool.sandbox.run as sandbox
 source = "import time; open('started', 'w'); time.sleep(60)"
 sandbox.protections(isolate={isolate})
 print("ready", flush=True)

@@ -1,6 +1,6 @@
 """The sandbox's child process: what stands between qtool and a program that a model wrote.
 
-Standard library only; `qtool.evaluation.sandbox` starts it in a fresh interpreter.
+Standard library only; `qtool.sandbox.run` starts it in a fresh interpreter.
 
     keeper      reads the request, enters the namespaces, keeps the time, writes the outcome
     └─ guard    process 1 of the namespace; nothing in it outlives the guard
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qtool.evaluation import sandbox_linux, sandbox_program
+from qtool.sandbox import linux, program
 
 NOBODY = 65534
 SPARE_UIDS = 0x7000_0000  # far above all users that anybody configures
@@ -29,13 +29,13 @@ POLL_SECONDS = 0.05
 SIGNALED = 256  # the guard passes on death by signal s as exit code 256 - s
 
 
-def main() -> None:
+def answer_request() -> None:
     """Run one request from standard input; write its outcome to standard output."""
     try:
         request = json.loads(_read_all(0))
         answer = keep(request)
     except Exception as error:  # noqa: BLE001 - the parent raises it
-        answer = {"error": f"{type(error).__name__}: {error}"[: sandbox_program.DETAIL]}
+        answer = {"error": f"{type(error).__name__}: {error}"[: program.DETAIL]}
     os.write(1, json.dumps(answer).encode())
     os._exit(0)  # there is nothing to clean up, and the parent waits
 
@@ -56,13 +56,13 @@ def keep(request: dict[str, Any]) -> dict[str, Any]:
         os.nice(10)
         Path("/proc/self/oom_score_adj").write_text("1000")  # first to go when memory is short
     if isolated:
-        sandbox_linux.enter_namespaces(uid)
-    elif sandbox_linux.LINUX:
-        sandbox_linux.prctl(sandbox_linux.PR_SET_CHILD_SUBREAPER, 1)
+        linux.enter_namespaces(uid)
+    elif linux.LINUX:
+        linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
     stop, stop_writer = os.pipe()
     signal.signal(signal.SIGTERM, lambda *_: os.write(stop_writer, b"!"))
-    if sandbox_linux.LINUX:
-        sandbox_linux.die_with_parent(signal.SIGTERM)
+    if linux.LINUX:
+        linux.die_with_parent(signal.SIGTERM)
     token = secrets.token_hex(16)
     alive, alive_writer = os.pipe()
     message, message_writer = os.pipe()
@@ -129,7 +129,7 @@ def _disk_use(work: str) -> float:
                         folders.append(entry.path)
                     else:
                         total += entry.stat(follow_symlinks=False).st_blocks * 512
-                    if files > sandbox_linux.MAX_FILES:
+                    if files > linux.MAX_FILES:
                         return float("inf")
         except FileNotFoundError:
             continue  # removed in the meantime
@@ -212,7 +212,7 @@ def _judge(text: str, token: str, code: int, stopped: tuple[str, str] | None) ->
     elif last == token and code == 0:
         status, detail = "passed", ""
     elif last:
-        detail = " ".join(last.split())[: 2 * sandbox_program.DETAIL]
+        detail = " ".join(last.split())[: 2 * program.DETAIL]
     return {"status": status, "detail": detail, "protections": json.loads(first)}
 
 
@@ -220,8 +220,8 @@ def _guard(request: dict[str, Any], uid: int, token: str, message: int) -> None:
     """Be the guard: start the program, wait for it, pass on how it ended."""
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if sandbox_linux.LINUX:
-            sandbox_linux.die_with_parent()
+        if linux.LINUX:
+            linux.die_with_parent()
             poller = select.poll()
             poller.register(message, 0)
             if poller.poll(0):  # the keeper died before the line above
@@ -230,14 +230,14 @@ def _guard(request: dict[str, Any], uid: int, token: str, message: int) -> None:
         for file in (0, 1, 2):
             os.dup2(null, file)
         if request["isolate"]:
-            sandbox_linux.build_root(Path(request["work"]), request["file_bytes"])
-        program = sandbox_program.start(request, uid, token, message)
+            linux.build_root(Path(request["work"]), request["file_bytes"])
+        started = program.start(request, uid, token, message)
         os.close(message)
-        while (ended := os.wait())[0] != program:
+        while (ended := os.wait())[0] != started:
             pass  # an orphan
         os._exit(os.waitstatus_to_exitcode(ended[1]) % SIGNALED)
     except BaseException as error:  # noqa: BLE001 - nothing may return to the keeper's code
         with contextlib.suppress(OSError):
-            os.write(message, f"{type(error).__name__}: {error}"[: sandbox_program.DETAIL].encode())
+            os.write(message, f"{type(error).__name__}: {error}"[: program.DETAIL].encode())
     finally:
         os._exit(1)

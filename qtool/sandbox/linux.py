@@ -14,20 +14,17 @@ import os
 import signal
 import struct
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 LINUX = sys.platform == "linux"
 INSIDE_ID = 1000  # the program's user and group, as seen in its namespace
 
-# Numbers of system calls on x86-64 and arm64. The first group is called here.
+# Numbers of system calls on x86-64 and arm64. Those called here and not refused to a program.
 CALLS = {
     "capset": (126, 91),
     "landlock_add_rule": (445, 445),
     "landlock_create_ruleset": (444, 444),
     "landlock_restrict_self": (446, 446),
-    "mount_setattr": (442, 442),
-    "pivot_root": (155, 41),
     "seccomp": (317, 277),
     "clone": (56, 220),
     "clone3": (435, 435),
@@ -35,7 +32,7 @@ CALLS = {
 # Refused to every program: the ways to other processes, to sockets (a network namespace doesn't
 # hold back AF_VSOCK), to mounts and namespaces, to memory outside of RLIMIT_AS, and the parts of
 # the kernel that are attacked most.
-REFUSED = {
+REFUSED_CALLS = {
     "add_key": (248, 217),
     "bpf": (321, 280),
     "chroot": (161, 51),
@@ -84,7 +81,7 @@ NEW_USER, NEW_PID, NEW_NET, NEW_MOUNT = 0x10000000, 0x20000000, 0x40000000, 0x00
 NEW_IPC, NEW_UTS = 0x08000000, 0x04000000
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 MNT_DETACH = 2
-AT_FDCWD, AT_RECURSIVE, ATTR_RDONLY, ATTR_NOSUID = -100, 0x8000, 1, 2
+WORKING_FOLDER, AT_RECURSIVE, ATTR_RDONLY, ATTR_NOSUID = -100, 0x8000, 1, 2
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS = 1, 8
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 CAP_DAC_READ_SEARCH = 2
@@ -111,7 +108,7 @@ def libc(name: str, *args: object) -> int:
 def syscall(name: str, *args: object) -> int:
     """Call the kernel directly; libc has no function for the younger calls."""
     wide = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
-    return libc("syscall", ctypes.c_long(CALLS[name][machine_column()]), *wide)
+    return libc("syscall", ctypes.c_long({**REFUSED_CALLS, **CALLS}[name][machine_column()]), *wide)
 
 
 def prctl(option: int, value: int) -> None:
@@ -137,7 +134,10 @@ def enter_namespaces(uid: int) -> None:
     helper = os.fork()
     if helper == 0:  # only a process outside can map more than one user
         os.close(writer)
-        os._exit(_run(lambda: _write_maps(own_pid, reader, (own_uid, own_gid), uid)))
+        with contextlib.suppress(OSError):
+            _write_maps(own_pid, reader, (own_uid, own_gid), uid)
+            os._exit(0)
+        os._exit(1)
     os.close(reader)
     try:
         libc("unshare", NEW_USER | NEW_PID | NEW_NET | NEW_MOUNT | NEW_IPC | NEW_UTS)
@@ -147,14 +147,6 @@ def enter_namespaces(uid: int) -> None:
         _, status = os.waitpid(helper, 0)
     if status:
         raise OSError(errno.EPERM, "The users of the namespace can't be mapped")
-
-
-def _run(action: Callable[[], None]) -> int:
-    try:
-        action()
-    except OSError:
-        return 1
-    return 0
 
 
 def _write_maps(pid: int, go: int, own: tuple[int, int], uid: int) -> None:
@@ -226,7 +218,7 @@ def _show(root: Path, path: Path) -> None:
 def _set_attributes(path: Path, flags: int, add: int = 0, remove: int = 0) -> None:
     attributes = struct.pack("4Q", add, remove, 0, 0)
     size = len(attributes)
-    syscall("mount_setattr", AT_FDCWD, os.fsencode(path), flags, attributes, size)
+    syscall("mount_setattr", WORKING_FOLDER, os.fsencode(path), flags, attributes, size)
 
 
 def drop_privileges(uid: int, *, read_all: bool = False) -> None:
@@ -289,7 +281,7 @@ def filter_calls(*, self_only: bool) -> None:
     code += [(load, 0, 0, 0)]
     if column == 0:  # the 32-bit ABI of x86-64 has the same calls under other numbers
         code += [(above, 0, 1, 0x40000000), (end, 0, 0, refuse)]
-    for numbers in REFUSED.values():
+    for numbers in REFUSED_CALLS.values():
         code += [(equal, 0, 1, numbers[column]), (end, 0, 0, refuse)]
     # glibc falls back from clone3, whose flags a filter can't see, to clone.
     code += [(equal, 0, 1, CALLS["clone3"][column]), (end, 0, 0, missing)]
@@ -302,10 +294,6 @@ def filter_calls(*, self_only: bool) -> None:
         # prlimit64 takes 0 for oneself; for kill it is the group, which is the program's own.
         code += [(equal, 1, 0, 0) if name in ("prlimit64", "kill") else (equal, 0, 0, 0)]
         code += [(end, 0, 0, refuse), (end, 0, 0, allow)]
-    _install_filter([*code, (end, 0, 0, allow)])
-
-
-def _install_filter(code: Sequence[tuple[int, int, int, int]]) -> None:
+    code += [(end, 0, 0, allow)]
     text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
-    header = struct.pack("HxxxxxxP", len(code), ctypes.addressof(text))
-    syscall("seccomp", 1, 0, header)
+    syscall("seccomp", 1, 0, struct.pack("HxxxxxxP", len(code), ctypes.addressof(text)))

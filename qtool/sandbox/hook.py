@@ -28,7 +28,7 @@ CHANGES: dict[str, list[tuple[int, int | None]]] = {
     "os.truncate": [(0, None)],
     "os.utime": [(0, 3)],
 }
-REFUSED = (
+REFUSED_EVENTS = (
     "ctypes.",
     "ftplib.",
     "http.client.",
@@ -60,7 +60,7 @@ INSPECTION = {
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-def install(work: str) -> None:
+def watch(work: str) -> None:
     """Refuse writing outside of the directory `work`, other processes and the network."""
     sys.addaudithook(partial(_check, os.path.realpath(work) + os.sep, os.path.realpath))
 
@@ -79,7 +79,7 @@ def _refuse_inspection(event: str, _args: tuple[Any, ...]) -> None:
 
 
 def _check(work: str, real: Callable[[str], str], event: str, args: tuple[Any, ...]) -> None:
-    if event.startswith(REFUSED) or (event == "import" and args[0] in ("ctypes", "_ctypes")):
+    if event.startswith(REFUSED_EVENTS) or (event == "import" and args[0] in ("ctypes", "_ctypes")):
         raise PermissionError(f"the sandbox refuses {event}")
     if event in ("os.kill", "os.killpg", "signal.pthread_kill"):
         if event == "os.kill" and args[0] != os.getpid():

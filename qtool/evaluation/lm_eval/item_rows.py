@@ -6,28 +6,21 @@ The rows of two models join by (requested, task, item): both were asked the same
 import contextlib
 import functools
 import gzip
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from qtool.errors import DataError, OutputError
-from qtool.evaluation.local_data import Row, read_rows
-from qtool.evaluation.sandbox import Outcome
-from qtool.storage.plain_json import plain_json
+from qtool.errors import OutputError
+from qtool.sandbox.run import Outcome
+from qtool.storage.jsonl import Row
+from qtool.storage.plain_json import json_text, plain_json
 from qtool.storage.whole_files import written_whole
 from qtool.wording import reason
 
-LEVEL = 6
-"""Of gzip: prompts repeat their examples, and higher levels find little more."""
-
 Outcomes = Mapping[tuple[str, str], Outcome]
 """What became of programs, by (program, test)."""
-ROW_KEYS = {"task", "item", "prompts", "answers", "filtered", "target", "metrics"}
-"""Of every row that `item_rows` yields."""
 AddRows = Callable[[str, Iterable[Row]], None]
 """Takes the name of a requested task and its rows: two groups may have a task in common."""
-Opened = IO[bytes] | gzip.GzipFile
 
 
 def item_rows(
@@ -44,7 +37,7 @@ def item_rows(
         for sample in found:
             by_item.setdefault(sample["doc_id"], []).append(sample)
         for item in sorted(by_item):
-            yield {"task": task, "item": item, **_row(by_item[item], outcomes)}
+            yield plain_json({"task": task, "item": item, **_row(by_item[item], outcomes)})
 
 
 def _row(filtered: Sequence[Mapping[str, Any]], outcomes: Outcomes) -> Row:
@@ -58,7 +51,7 @@ def _row(filtered: Sequence[Mapping[str, Any]], outcomes: Outcomes) -> Row:
         for program in _texts(one["filtered_resps"])
         if (outcome := outcomes.get((program, str(first["target"])))) is not None
     ]
-    row = {
+    return {
         "prompts": [str(one[0]) for one in requests],
         **({"continuations": continuations} if continuations else {}),
         "answers": first["resps"],
@@ -67,7 +60,6 @@ def _row(filtered: Sequence[Mapping[str, Any]], outcomes: Outcomes) -> Row:
         "metrics": {f"{m},{one['filter']}": one[m] for one in filtered for m in one["metrics"]},
         **({"programs": programs} if programs else {}),
     }
-    return {key: plain_json(value) for key, value in row.items()}
 
 
 def _texts(answers: Any) -> Iterator[str]:  # noqa: ANN401
@@ -100,13 +92,16 @@ def row_file(target: Path | None) -> Iterator[Callable[[Mapping[str, Any]], AddR
 
     def add(begin: Mapping[str, Any], requested: str, rows: Iterable[Row]) -> None:
         with _written_to(target):
-            _write(opened, ({**begin, "requested": requested, **row} for row in rows))
+            for row in rows:
+                line = json_text({**begin, "requested": requested, **row}, indent=None)
+                opened.write(line.encode() + b"\n")
 
     with contextlib.ExitStack() as stack:
         with _written_to(target):
-            opened: Opened = stack.enter_context(written_whole(target.resolve()))
+            opened: IO[bytes] | gzip.GzipFile
+            opened = stack.enter_context(written_whole(target.resolve()))
             if target.suffix == ".gz":
-                opened = stack.enter_context(_packed(opened))
+                opened = stack.enter_context(gzip.GzipFile("", "wb", 6, opened, mtime=0))
         yield lambda begin: functools.partial(add, begin)
         with _written_to(target):
             stack.close()
@@ -122,27 +117,3 @@ def _written_to(target: Path) -> Iterator[None]:
             f"Can't write {target}: {reason(error)}. Scores that are kept have their rows beside "
             "them: the same command with another file runs only what is missing."
         ) from error
-
-
-def keep_rows(target: Path, rows: Iterable[Row]) -> None:
-    """Write rows, gzipped; a reader sees all of them or none."""
-    with written_whole(target) as opened, _packed(opened) as packed:
-        _write(packed, rows)
-
-
-def kept_rows(file: Path) -> list[Row] | None:
-    """Return the rows that were kept; None if the file isn't there, whole, and of such rows."""
-    try:
-        rows = list(read_rows(file))
-    except DataError:
-        return None
-    return rows if rows and all(row.keys() >= ROW_KEYS for row in rows) else None
-
-
-def _packed(opened: Opened) -> gzip.GzipFile:
-    return gzip.GzipFile(fileobj=opened, mode="wb", compresslevel=LEVEL, mtime=0)
-
-
-def _write(opened: Opened, rows: Iterable[Row]) -> None:
-    for row in rows:
-        opened.write(json.dumps(row, allow_nan=False).encode() + b"\n")

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-from qtool.evaluation.sandbox import Limits, Outcome, run_programs
+from qtool.sandbox.run import Limits, Outcome, run_programs
 
 SECONDS = 3.0
 """Of one program, as in `code_eval`; here of its processor time, so that a busy machine fails no
 program that is right."""
-PATIENCE = 4
+WALL_CLOCK = 4
 """Wall-clock time in multiples of that."""
 
 Recorded = dict[tuple[str, str], Outcome]
@@ -65,30 +65,23 @@ class CodeEval:
         Returns:
             pass@k by name, and per task the outcome of each candidate.
         """
-        programs = [
-            f"{candidate}\n{test}"
-            for test, candidates in zip(references, predictions, strict=True)
-            for candidate in candidates
-        ]
-        outcomes = iter(
-            run_programs(
-                programs, Limits(seconds=PATIENCE * timeout, cpu_seconds=math.ceil(timeout))
-            )
-        )
-        recorded = _recorded.get()
-        results: dict[int, list[tuple[int, dict[str, Any]]]] = {}
-        for task, candidates in enumerate(predictions):
-            results[task] = []
-            for number, candidate in enumerate(candidates):
-                outcome = next(outcomes)
-                if recorded is not None:
-                    recorded[candidate, references[task]] = outcome
-                passed = outcome.status == "passed"
-                result = {"task_id": task, "passed": passed, "result": outcome.detail}
-                results[task].append((number, {**result, "completion_id": number}))
-        counts = [(len(r), sum(one["passed"] for _, one in r)) for r in results.values()]
+        tasks = list(zip(references, predictions, strict=True))
+        programs = [f"{one}\n{test}" for test, candidates in tasks for one in candidates]
+        limits = Limits(seconds=WALL_CLOCK * timeout, cpu_seconds=math.ceil(timeout))
+        outcomes = iter(run_programs(programs, limits))
+        recorded, results, counts = _recorded.get(), {}, []
+        for number, (test, candidates) in enumerate(tasks):
+            ended = [next(outcomes) for _ in candidates]
+            if recorded is not None:
+                recorded.update(zip(((one, test) for one in candidates), ended, strict=True))
+            passed = [end.status == "passed" for end in ended]
+            counts.append((len(passed), sum(passed)))
+            results[number] = [
+                (i, {"task_id": number, "passed": ok, "result": end.detail, "completion_id": i})
+                for i, (ok, end) in enumerate(zip(passed, ended, strict=True))
+            ]
         scores = {
-            f"pass@{n}": sum(pass_at_k(total, right, n) for total, right in counts) / len(counts)
+            f"pass@{n}": sum(pass_at_k(*count, n) for count in counts) / len(counts)
             for n in k
             if all(total >= n for total, _ in counts)
         }

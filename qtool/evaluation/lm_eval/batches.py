@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-AUTO = "auto"
 MOST_READ = 64
 """Requests that a card reads at once: with more, a large model gains nothing."""
 MOST_WRITTEN = 16
@@ -18,11 +17,9 @@ MOST_ON_CPU = 8
 """Of either: with more a CPU isn't faster."""
 LOGIT_BYTES = 2**31
 """Of the logits of a batch, at most: lm-eval wants those of every token."""
-LOGIT_SHARE = 16
-"""Logits take one of this many parts of a card: they are in memory twice, beside a model that may
-fill half of it."""
-CACHE_SHARE = 8
-"""Keys and values, the same."""
+LOGIT_SHARE, CACHE_SHARE = 16, 8
+"""Logits take one of so many parts of a card, keys and values another: both lie beside a model that
+may fill half of it, logits twice."""
 
 
 def device_bytes(device: torch.device) -> int | None:

@@ -1,0 +1,114 @@
+"""`qtool cache`."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtool.cli import console
+from qtool.cli.options import JsonOption, check_targets
+from qtool.errors import OutputError
+from qtool.settings import cache_dir
+from qtool.storage.store import Kept, Store
+from qtool.wording import reason
+
+IN_STORE = {
+    "answers": "of tasks that didn't end",
+    "scores": "of tasks, with what was asked and answered",
+    "digests": "of files, so that models aren't read again to be told apart",
+}
+FOLDERS = {"gguf": "models of GGUF files, as float16", "demo": "the demo model's file"}
+ALL = (*IN_STORE, *FOLDERS)
+UNITS = {"days": 86_400, "hours": 3_600, "minutes": 60}
+
+
+def cache(
+    what: Annotated[
+        list[str] | None, typer.Argument(help=f"Some of {', '.join(ALL)}; default: all.")
+    ] = None,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Remove it; models only if they are named.")
+    ] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """List what is kept to be faster the next time, or clear it.
+
+    [bold]Examples[/bold]
+
+      qtool cache
+
+      qtool cache --clear answers scores
+    """
+    check_targets([json_file])
+    unknown = [name for name in what or () if name not in ALL]
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)} isn't kept; give some of {', '.join(ALL)}.")
+    if clear:
+        _clear(what or list(IN_STORE))
+    with Store() as store:
+        found = [*store.summary(), *(_folder(name) for name in FOLDERS)]
+    found = [kept for kept in found if kept.entries and kept.kind in (what or [kept.kind])]
+    console.write_json({"folder": str(cache_dir()), "kept": found_report(found)}, json_file)
+    if not console.wants_table(json_file):
+        return
+    columns = {"what": "left", "": "left", "entries": "right", "size": "right", "age": "right"}
+    rows = [
+        (k.kind, {**IN_STORE, **FOLDERS}.get(k.kind, ""), str(k.entries), *_size_and_age(k))
+        for k in found
+    ]
+    console.print_table(str(cache_dir()), columns, rows)
+
+
+def found_report(found: list[Kept]) -> list[dict[str, object]]:
+    """Return what is kept, for machines; times in seconds since 1970."""
+    return [
+        {
+            "what": kept.kind,
+            "entries": kept.entries,
+            "bytes": kept.num_bytes,
+            "first": kept.first,
+            "last": kept.last,
+        }
+        for kept in found
+    ]
+
+
+def _size_and_age(kept: Kept) -> tuple[str, str]:
+    """Return size, and how long ago the oldest and the newest were added."""
+    first, last = (_ago(time.time() - at) for at in (kept.first, kept.last))
+    return console.gigabytes(kept.num_bytes), first if first == last else f"{last} to {first}"
+
+
+def _ago(seconds: float) -> str:
+    for unit, length in UNITS.items():
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return "now"
+
+
+def _folder(name: str) -> Kept:
+    """Return what a folder of models has."""
+    folder = cache_dir() / name
+    entries = [entry.stat() for entry in folder.glob("*") if entry.suffix != ".lock"]
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    times = [entry.st_mtime for entry in entries] or [0.0]
+    return Kept(name, len(entries), size, min(times), max(times))
+
+
+def _clear(names: list[str]) -> None:
+    """Remove what is kept.
+
+    Raises:
+        OutputError: it can't be removed.
+    """
+    try:
+        with Store() as store:
+            store.clear([name for name in names if name in IN_STORE])
+        for name in FOLDERS:
+            folder: Path = cache_dir() / name
+            if name in names and folder.exists():
+                shutil.rmtree(folder)
+    except OSError as error:
+        raise OutputError(f"Can't clear {cache_dir()}: {reason(error)}.") from error

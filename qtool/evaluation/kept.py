@@ -1,0 +1,136 @@
+"""Answers and scores of one task that an earlier run left, under a digest of all that decides them.
+
+An interrupted evaluation goes on where it stopped; one that ended isn't run again.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from pydantic import TypeAdapter
+
+import qtool
+from qtool.evaluation.scores import TaskScores
+from qtool.storage.plain_json import json_line
+from qtool.storage.store import Store
+from qtool.wording import reason
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets")
+OPTIONAL_LIBRARIES = ("cupy-cuda13x", "cupy-cuda12x", "triton", "numba")
+"""What is installed of them decides what executes a model."""
+ANSWERS, SCORES = "answers", "scores"
+"""What the store calls them."""
+OF_TASK, OF_ITEMS = b"task", b"items"
+PACKED = 6
+"""Level of gzip: prompts repeat their examples, and higher levels find little more."""
+_LOG = logging.getLogger(__name__)
+_SCORES = TypeAdapter(TaskScores)
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions that scores depend on."""
+    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    for name in OPTIONAL_LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {"qtool": qtool.__version__, **found}
+
+
+def request_key(kind: str, arguments: Any) -> bytes:  # noqa: ANN401
+    """Return what an answer is kept under: a digest of the request's kind and arguments."""
+    text = json.dumps([kind, arguments], sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+class Answers:
+    """Answers by request, in memory and, given a store, on disk as soon as there is one.
+
+    A store that can't be written costs what would be kept, and stops nothing.
+    """
+
+    def __init__(
+        self,
+        store: Store | None = None,
+        owner: str = "",
+        warn: Callable[[str], None] = lambda _message: None,
+    ) -> None:
+        self._store, self._owner, self._warn = store, owner, warn
+        kept = store.read(ANSWERS, owner) if store is not None else {}
+        self._answers = {key: json.loads(value) for key, value in kept.items()}
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._answers
+
+    def __getitem__(self, key: bytes) -> Any:  # noqa: ANN401
+        answer = self._answers[key]
+        return tuple(answer) if isinstance(answer, list) else answer
+
+    def add(self, key: bytes, answer: Any) -> None:  # noqa: ANN401
+        """Keep an answer: a number, a text, or a tuple of numbers."""
+        self._answers[key] = answer
+        if self._store is not None:
+            rows = {key: json_line(answer)}
+            if not _added(self._store, ANSWERS, self._owner, rows, self._warn):
+                self._store = None
+
+
+class KeptTask:
+    """The place of one task's scores, and of the answers of a run that didn't end."""
+
+    def __init__(self, settings: Mapping[str, Any], store: Store | None) -> None:
+        """Take all that decides the scores, and where they are kept; None: nowhere."""
+        self.settings = {**settings, "versions": library_versions()}
+        text = json.dumps(self.settings, sort_keys=True, default=str)
+        self.name = hashlib.sha256(text.encode()).hexdigest()[:32]
+        self._store = store
+
+    def answers(self, warn: Callable[[str], None]) -> Answers:
+        """Return the answers that there are; `warn` is told once if none can be added."""
+        return Answers(self._store, self.name, warn)
+
+    def scores(self) -> TaskScores | None:
+        """Return the scores, if they are there, with their rows, and whole."""
+        kept = self._store.read(SCORES, self.name) if self._store is not None else {}
+        try:
+            if kept.keys() == {OF_TASK, OF_ITEMS}:
+                return replace(_SCORES.validate_json(kept[OF_TASK], strict=True), cached=True)
+        except ValueError:  # of other types: an unfinished version of qtool
+            _LOG.warning("Scores of %s are damaged and are ignored.", self.settings["task"])
+        return None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return what was asked and answered, one row per item; none without scores."""
+        kept = self._store.read(SCORES, self.name, OF_ITEMS) if self._store is not None else {}
+        content = gzip.decompress(kept.get(OF_ITEMS, b""))
+        return [json.loads(line) for line in content.splitlines()]
+
+    def finish(
+        self, scores: TaskScores, rows: Sequence[Mapping[str, Any]], warn: Callable[[str], None]
+    ) -> None:
+        """Keep scores and the rows of their items, both or neither, in place of answers."""
+        packed = gzip.compress(b"\n".join(map(json_line, rows)), PACKED, mtime=0)
+        kept = {OF_TASK: json_line(asdict(scores)), OF_ITEMS: packed}
+        if self._store is not None and _added(self._store, SCORES, self.name, kept, warn):
+            with contextlib.suppress(OSError):
+                self._store.remove(ANSWERS, self.name)
+
+
+def _added(
+    store: Store, kind: str, owner: str, rows: Mapping[bytes, bytes], warn: Callable[[str], None]
+) -> bool:
+    """Add to the store; warn, and go on, if that can't be done."""
+    try:
+        store.add(kind, owner, rows)
+    except OSError as error:
+        warn(
+            f"Answers and scores can't be kept in {store.path}: {reason(error)}. The run goes on, "
+            "and an interrupted one would begin anew. Set QTOOL_CACHE to a folder with room."
+        )
+        return False
+    return True
