@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool import plugins
 from qtool.base import Emit, Progress
-from qtool.errors import DataError, UnknownNameError
+from qtool.errors import DataError
 from qtool.storage.jsonl import check_file
 
 if TYPE_CHECKING:
@@ -81,9 +81,8 @@ def check_backend(name: str | None) -> None:
     """
     import qtool.runtime.backends  # torch-free, as long as none is loaded
 
-    known = plugins.names(qtool.runtime.backends)
-    if name is not None and name not in known:
-        raise UnknownNameError(plugins.describe_miss(name, known, "backends"))
+    if name is not None:
+        plugins.check_name(name, plugins.names(qtool.runtime.backends), "backends")
 
 
 def check_directory(calib_dir: Path | None) -> None:

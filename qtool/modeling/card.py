@@ -16,7 +16,7 @@ LICENCE_FILES = {  # what a file begins with, in small letters and single spaces
     "apache license version 2.0": "apache-2.0",
     "mit license": "mit",
 }
-CARD = """# {title}
+CARD_TEXT = """# {title}
 
 Quantized with qtool {version}: {count} layers, {method}, {bits:.2f} bits per quantized weight with
 scales and offsets{strict}.
@@ -80,7 +80,7 @@ def model_card(manifest: Manifest, source: str | None, about: Provenance | None 
     strict = ""
     if about.num_weights:
         strict = f", {8 * about.weight_bytes / about.num_weights:.2f} with embedding and head"
-    text = CARD.format(
+    text = CARD_TEXT.format(
         title=f"{base or 'A local model'}, quantized",
         version=manifest.tool_version,
         count=len(manifest.layers),

@@ -26,9 +26,9 @@ from tests.helpers import ROOT
 
 COMMANDS = typer.main.get_group(app).commands
 LINES = [line for page in CURRENT for line in command_lines(page)]
-OTHERS = {  # of pip, pytest, docs/generate.py, lm-eval, nvcc and the like
+OTHERS = {  # of pip, pytest, docs/generate.py, lm-eval, nvcc, bwrap and the like
     *("--check", "--no-deps", "--model", "--gen_kwargs", "--version", "--install-completion"),
-    *("--show-completion", "--help"),
+    *("--show-completion", "--help", "--tmpfs", "--size", "--die-with-parent"),
 }
 KNOWN = OTHERS | {
     name

@@ -8,7 +8,7 @@ from qtool.bench import decode, gpu, workload
 from qtool.bench.decode import EndToEnd
 from qtool.bench.plots import check_plot, draw_roofline, series
 from qtool.errors import BackendError, MissingExtraError, OutputError, UnknownNameError
-from qtool.modeling.locate import Location
+from qtool.modeling.locate import Location, locate
 from qtool.plugins import check_name
 from qtool.runtime.decoding.torch_ops import TorchOps
 from qtool.runtime.selection import KERNELS
@@ -119,7 +119,7 @@ def test_plot_that_cannot_be_drawn_is_refused_at_once(monkeypatch, tmp_path):
 
 
 def test_layers_of_a_checkpoint_are_fused_as_the_runner_has_them(checkpoint):
-    work = workload.checkpoint_workload(checkpoint, None, None, CPU)
+    work = workload.checkpoint_workload(locate(str(checkpoint)), None, None, CPU)
     got = [(layer.name, layer.count, tuple(layer.load().shape)) for layer in work.layers]
     assert got == [
         ("qkv", 2, (128, 64)),
@@ -131,7 +131,7 @@ def test_layers_of_a_checkpoint_are_fused_as_the_runner_has_them(checkpoint):
 
 
 def test_layers_are_as_stored_for_kernels_that_read_them_so(checkpoint):
-    work = workload.checkpoint_workload(checkpoint, None, "sign_flip", CPU)
+    work = workload.checkpoint_workload(locate(str(checkpoint)), None, "sign_flip", CPU)
     got = [(layer.name, layer.count, tuple(layer.load().shape)) for layer in work.layers]
     assert got == [
         ("q_proj", 4, (64, 64)),
@@ -148,7 +148,7 @@ def test_a_family_that_the_runner_does_not_know_keeps_its_kernel_table(tiny, tmp
     from tests.helpers import recipe
 
     pipeline.quantize(Location(tiny("opt")), tmp_path / "opt", recipe())
-    work = workload.checkpoint_workload(tmp_path / "opt", None, None, CPU)
+    work = workload.checkpoint_workload(locate(str(tmp_path / "opt")), None, None, CPU)
     assert sum(layer.count for layer in work.layers) == 12
     assert work.models == ()
     assert "opt" in work.no_models
@@ -161,6 +161,6 @@ def test_a_head_tied_to_a_quantized_embedding_is_a_layer(tiny, tmp_path):
     small = recipe(embedding={"method": "rtn"})
     pipeline.quantize(Location(tiny("llama", tied=True)), tmp_path / "out", small)
     for kernel in (None, "sign_flip"):
-        work = workload.checkpoint_workload(tmp_path / "out", None, kernel, CPU)
+        work = workload.checkpoint_workload(locate(str(tmp_path / "out")), None, kernel, CPU)
         head = work.layers[-1]
         assert (head.name, head.count, tuple(head.load().shape)) == ("lm_head", 1, (96, 64))
