@@ -50,8 +50,8 @@ test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA card
 	@touch $@
 
 test-versions: .venv-4.57/.done ## Run the tests of loading and executing models with transformers 4.57
-	.venv-4.57/bin/python -m pytest -q $(PARALLEL) tests/contract/test_adapters.py \
-		tests/unit/modeling tests/unit/runtime tests/runtime_decoding tests/cli/test_end_to_end.py
+	.venv-4.57/bin/python -m pytest -q $(PARALLEL) tests/contract/test_families.py \
+		tests/unit/modeling tests/unit/runtime tests/runtime_decode tests/cli/test_end_to_end.py
 
 test-floors: .venv-floors/.done ## Run the command line with the lowest versions that pyproject allows
 	.venv-floors/bin/python tests/versions/floors.py --check

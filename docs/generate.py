@@ -22,7 +22,7 @@ from qtool.base import Method
 from qtool.cli.app import app
 from qtool.recipe.load import load_recipe
 from qtool.recipe.names import built_in, find_recipe
-from qtool.stages.plan import load_method
+from qtool.steps.plan import load_method
 
 DOCS = Path(__file__).parent
 HELP_WIDTH = "88"

@@ -196,7 +196,7 @@ DEVICE u16 float_to_bfloat(float value) {
 
 DEVICE float silu(float x) { return x * reciprocal(1.0f + exp2_fast(-1.44269504f * x)); }
 
-// How the bits of a word are laid out (qtool/runtime/tiles.py packs them): a word holds 16 rows x 64
+// How the bits of a word are laid out (qtool/runtime/backends/cuda/tiles.py packs them): a word holds 16 rows x 64
 // inputs / 32 lanes. Lane 4 g + t has rows g and g + 8 and, in each half of 32 inputs, inputs
 // 8 t .. 8 t + 7. Bit 16 h + 2 i + r belongs to row g + 8 r and to input
 // 32 (i >> 2) + 8 t + 2 (i & 3) + h.

@@ -7,7 +7,7 @@ Importing it registers the checkpoint format with transformers, so that
 import importlib
 from typing import Any
 
-from qtool.runtime.registration import register as _register
+from qtool.integrations.transformers.registration import register as _register
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,7 @@ _LAZY = {
     "locate": "qtool.modeling.locate",
     "load_recipe": "qtool.recipe.load",
     "quantize": "qtool.pipeline",
-    "use_backend": "qtool.runtime.select",
+    "use_backend": "qtool.runtime.backends._choose",
 }
 
 __all__ = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from qtool.scheme import Shape2D, WeightScheme
@@ -133,7 +134,7 @@ class Method:
 class ModelAdapter:
     """Where the parts of a model family are: dotted names only.
 
-    One file in `qtool/modeling/adapters`, named as the `model_type` of config.json, with the
+    One file in `qtool/modeling/families`, named as the `model_type` of config.json, with the
     constant ADAPTER.
     """
 
@@ -159,6 +160,8 @@ class Env:
     device: str
     seed: int = 0
     emit: Emit = ignore_events
+    work_dir: Path | None = None
+    """Takes what is too large for memory, for as long as a step runs."""
 
 
 @dataclass(frozen=True, slots=True)

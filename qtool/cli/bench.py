@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from qtool.cli import console, early
-from qtool.cli.figures import comparison_report, print_comparison
-from qtool.cli.kernel_figures import print_gpu_result
 from qtool.cli.options import BackendOption, DeviceOption, JsonOption, check_targets
 from qtool.cli.progress import progress
+from qtool.cli.tables.kernels import print_gpu_result
+from qtool.cli.tables.models import comparison_report, print_comparison
 from qtool.scheme import WeightScheme
 
 DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 128

@@ -97,7 +97,7 @@ def calibrate(
 
 def _plot(result: "CalibrateResult") -> None:
     """Draw both histograms, or say in one line what that needs."""
-    from qtool.data.plots import LENGTHS_NAME, draw_lengths
+    from qtool.report.lengths import LENGTHS_NAME, draw_lengths
 
     path = result.calib_dir / LENGTHS_NAME
     try:

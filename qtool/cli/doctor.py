@@ -88,7 +88,7 @@ def _kernels() -> str:
     """Say which kernel runs how many tokens here."""
     import torch
 
-    from qtool.runtime.selection import selection_for, wanted_kernel
+    from qtool.runtime.backends.cuda.selection import selection_for, wanted_kernel
 
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
     wanted = wanted_kernel()
@@ -101,9 +101,9 @@ def _backend_state(name: str, device: "torch.device") -> str:  # type: ignore[na
     import torch
 
     from qtool.base import LayerProblem
-    from qtool.runtime.select import load_backend
+    from qtool.runtime.backends._choose import load_backend
     from qtool.scheme import WeightScheme
-    from qtool.stages.plan import load_method
+    from qtool.steps.plan import load_method
 
     method = load_method("bcq")
     problem = LayerProblem(

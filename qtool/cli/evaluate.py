@@ -8,7 +8,6 @@ import typer
 
 from qtool.base import Emit, Progress
 from qtool.cli import console, early
-from qtool.cli.figures import comparison_report, print_comparison
 from qtool.cli.options import (
     BackendOption,
     DeviceOption,
@@ -18,7 +17,8 @@ from qtool.cli.options import (
     torch_dtype,
 )
 from qtool.cli.progress import progress
-from qtool.cli.task_figures import print_tasks, raise_failures, task_report, write_markdown
+from qtool.cli.tables.models import comparison_report, print_comparison
+from qtool.cli.tables.tasks import print_tasks, raise_failures, task_report, write_markdown
 
 if TYPE_CHECKING:
     from qtool.evaluation.lm_eval.options import TaskOptions

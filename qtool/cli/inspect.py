@@ -75,7 +75,7 @@ def methods(json_file: JsonOption = None) -> None:
 
     with progress() as emit:
         emit(Progress("opening the methods"))
-        from qtool.stages.plan import load_method  # torch: slow
+        from qtool.steps.plan import load_method  # torch: slow
 
         known = {name: load_method(name) for name in plugins.names(qtool.methods)}
     console.write_json(

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from qtool.pipeline import QuantizeResult
     from qtool.recipe.schema import Recipe
-    from qtool.stages.plan import Plan
-    from qtool.stages.solve import LayerResult
+    from qtool.steps.plan import Plan
+    from qtool.steps.solve import LayerResult
 
 DEFAULT_RECIPE = "bcq-w4g128"
 KEPT = "Finished layers are kept: the same command with --resume goes on after them."
@@ -103,7 +103,7 @@ def quantize(
     early.check_directory(calibration)
     kept = "Nothing was written." if dry_run else KEPT
     with progress(kept) as emit, early.opened([model], device, emit) as (where,):
-        from qtool.stages.plan import with_samples
+        from qtool.steps.plan import with_samples
 
         if recipe is None and not any(text.startswith("calibration=") for text in overrides):
             chosen = with_samples(chosen)  # a recipe file says itself whether it takes data

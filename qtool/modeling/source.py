@@ -12,10 +12,10 @@ from torch import Tensor
 from qtool.base import ModelAdapter
 from qtool.checkpoint.shards import Shards, TensorSpec, open_shards
 from qtool.errors import CheckpointError, ModelError
-from qtool.modeling.adapters import families, load_adapter
 from qtool.modeling.companions import read_companions
 from qtool.modeling.config import check_original, parse_config, read_config
-from qtool.modeling.generic import adapter_of
+from qtool.modeling.discover import adapter_of
+from qtool.modeling.families import families, load_adapter
 from qtool.modeling.locate import Location
 from qtool.modeling.skeleton import FLOAT_DTYPES, dtype_message, empty_model, match_names
 from qtool.scheme import Shape2D

@@ -4,7 +4,7 @@
 """
 
 from qtool.pipeline.calibrate import CalibrateResult, calibrate
-from qtool.pipeline.measuring import (
+from qtool.pipeline.evaluate import (
     BenchOptions,
     Comparison,
     EvalOptions,
@@ -13,7 +13,7 @@ from qtool.pipeline.measuring import (
     evaluate,
 )
 from qtool.pipeline.model_figures import ModelFigures
-from qtool.pipeline.quantizing import plan, quantize
+from qtool.pipeline.quantize import plan, quantize
 from qtool.pipeline.reports import QuantizeResult
 
 __all__ = [

@@ -9,7 +9,7 @@ from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 from qtool.recipe.schema import CalibrationSection
-from qtool.stages.calibrate import draw_calibration, wanted_lengths
+from qtool.steps.draw_calibration import draw_calibration, wanted_lengths
 
 
 @dataclass(frozen=True, slots=True)

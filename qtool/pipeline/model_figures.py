@@ -6,7 +6,6 @@ from math import prod
 from pathlib import Path
 
 import qtool
-from qtool.bench.model import SpeedResult
 from qtool.checkpoint.manifest import QUANT_METHOD
 from qtool.checkpoint.marks import REPORT_NAME
 from qtool.checkpoint.reader import CheckpointReader
@@ -16,6 +15,7 @@ from qtool.evaluation.perplexity import PerplexityResult
 from qtool.formats._dtypes import item_bytes
 from qtool.modeling.config import read_config
 from qtool.modeling.load import check_weights
+from qtool.timing.model import SpeedResult
 
 
 @dataclass(frozen=True, slots=True)

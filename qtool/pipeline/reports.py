@@ -12,7 +12,7 @@ from qtool.checkpoint.marks import read_report
 from qtool.checkpoint.place import Place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import CheckpointError
-from qtool.stages.solve import LayerResult
+from qtool.steps.solve import LayerResult
 from qtool.storage.plain_json import json_text
 
 NOT_METRICS = ("name", "group_dim", "fallback", "seconds")

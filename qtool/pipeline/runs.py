@@ -10,9 +10,9 @@ from qtool.checkpoint.marks import CONFIG_NAME, REPORT_NAME
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.modeling.card import Provenance, model_card, read_licence
 from qtool.pipeline.reports import QuantizeResult, report_bytes
-from qtool.stages.memory import peak_memory
-from qtool.stages.run import Run
-from qtool.stages.solve import LayerResult
+from qtool.steps.memory import peak_memory
+from qtool.steps.run import Run
+from qtool.steps.solve import LayerResult
 
 
 def write_result(

@@ -13,7 +13,7 @@ from qtool.modeling.digest import model_digest, model_states
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location
 from qtool.pipeline.model_figures import ModelFigures, figures_of, versions
-from qtool.runtime.select import use_backend, wanted_backend
+from qtool.runtime.backends._choose import use_backend, wanted_backend
 from qtool.wording import reason
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qtool.base import KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.formats._dtypes import dtype_of
-from qtool.runtime.select import choose_backend, definition, wanted_backend
+from qtool.runtime.backends._choose import choose_backend, definition, wanted_backend
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ import re
 import pytest
 import torch
 
-from qtool.bench import decode, gpu, machine, shapes
 from qtool.scheme import Shape2D
+from qtool.timing import decode, gpu, machine, shapes
 from tests.cli.conftest import Cli
 from tests.cli.test_errors import one_line
-from tests.unit.bench.rig import TINY, bench
+from tests.unit.timing.rig import TINY, bench
 
 SMALL = ("--bits", 2, "--group-size", 32)
 

@@ -9,11 +9,11 @@ import qtool.formats
 import qtool.runtime.backends
 from qtool import plugins
 from qtool.errors import BackendError
-from qtool.runtime.decoding.llama import weights_of
-from qtool.runtime.decoding.runner import DecodeRunner
-from qtool.runtime.select import choose_backend, load_backend, use_backend
+from qtool.runtime.backends._choose import choose_backend, load_backend, use_backend
+from qtool.runtime.decode.read_model import weights_of
+from qtool.runtime.decode.runner import DecodeRunner
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
-from qtool.stages.plan import load_method
+from qtool.steps.plan import load_method
 from tests.helpers import dequantized, normal, problem
 
 SOLVERS = {"affine": ("rtn", {}), "binary_coding": ("bcq", {"rounds": 1})}

@@ -14,7 +14,7 @@ import pytest
 import qtool.methods
 from qtool import resources
 from qtool.recipe.names import built_in
-from qtool.stages.plan import load_method
+from qtool.steps.plan import load_method
 from tests.docs.pages import blocks, made_files
 from tests.helpers import ROOT, run_python
 from tests.recipes import test_recipes as recipes

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtool.runtime.launch import KernelCall
-from qtool.runtime.sources import kernel_source
+from qtool.runtime.backends.cuda.launch import KernelCall
+from qtool.runtime.backends.cuda.sources import kernel_source
 
 HERE = Path(__file__).parent
 KERNEL = re.compile(

@@ -9,7 +9,7 @@ from qtool.base import QuantizedTensor
 from qtool.core import grouping
 from qtool.core.packing import unpack_bits
 from qtool.formats import binary_coding
-from qtool.runtime import planes, tiles
+from qtool.runtime.backends.cuda import planes, tiles
 from qtool.scheme import Shape2D, WeightScheme
 from tests.helpers import dequantized
 from tests.kernels.host import Recorder, host_kernels

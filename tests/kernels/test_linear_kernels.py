@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qtool.errors import BackendError
-from qtool.runtime import fusing, linear_kernels, planes, selection
-from qtool.runtime.launch import Card
+from qtool.runtime.backends.cuda import fusing, linear_kernels, planes, selection
+from qtool.runtime.backends.cuda.launch import Card
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal

@@ -1,4 +1,4 @@
-"""kernels/lut_gemm.cu, launched on the CPU as qtool.runtime.lut decides, against float64."""
+"""kernels/lut_gemm.cu, launched on the CPU as the backend decides, against float64."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtool.runtime import lut
-from qtool.runtime.launch import Card, KernelCall
+from qtool.runtime.backends.cuda import lut
+from qtool.runtime.backends.cuda.launch import Card, KernelCall
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal

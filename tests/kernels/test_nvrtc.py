@@ -2,7 +2,7 @@
 
 import pytest
 
-from qtool.runtime.sources import kernel_names, kernel_source
+from qtool.runtime.backends.cuda.sources import kernel_names, kernel_source
 from tests.kernels.nvrtc import compile_for
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qtool.runtime import planes, sources
+from qtool.runtime.backends.cuda import planes, sources
 from tests.kernels import host
 from tests.kernels.host import FAILURES, Recorder
 

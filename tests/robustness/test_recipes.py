@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource, open_source
 from qtool.recipe.load import load_recipe, recipe_from_mapping
-from qtool.stages.plan import make_plan
+from qtool.steps.plan import make_plan
 from tests.robustness.child import run_apart
 from tests.robustness.fuzzing import fuzz, sizes
 from tests.robustness.values import DEEP, HUGE, changed_trees, damaged, one_of_two

@@ -12,7 +12,7 @@ from torch import Tensor
 from qtool import pipeline
 from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
-from qtool.stages.plan import make_plan
+from qtool.steps.plan import make_plan
 from tests.helpers import recipe
 from tests.robustness.child import run_apart
 from tests.robustness.fuzzing import Change, fuzz, sizes

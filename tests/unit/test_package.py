@@ -28,7 +28,7 @@ def test_version_is_that_of_the_metadata():
     assert qtool.__version__ == project["version"]
 
 
-@pytest.mark.parametrize("package", ["qtool.methods", "qtool.formats", "qtool.modeling.adapters"])
+@pytest.mark.parametrize("package", ["qtool.methods", "qtool.formats", "qtool.modeling.families"])
 def test_listing_plugins_imports_none(package):
     code = (
         f"import sys, {package}; from qtool import plugins;"

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from qtool.base import Fused, KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import codec
-from qtool.runtime.decoding import torch_ops
-from qtool.runtime.decoding.ops import DecodeOps
-from qtool.runtime.decoding.weights import DecoderWeights
+from qtool.runtime.decode import torch_ops
+from qtool.runtime.decode.ops import DecodeOps
+from qtool.runtime.decode.weights import DecoderWeights
 
 
 class DenseBackend:

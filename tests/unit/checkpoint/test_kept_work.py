@@ -11,8 +11,8 @@ from qtool.checkpoint import spool, stream, writer
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import BackendError, CheckpointError, OutputError
 from qtool.modeling.locate import Location
-from qtool.stages import solve
-from qtool.stages.plan import load_method
+from qtool.steps import solve
+from qtool.steps.plan import load_method
 from tests.helpers import file_hashes, normal, recipe
 from tests.unit.checkpoint.runs import WEIGHTS, Stop, add, open_writer, partial
 

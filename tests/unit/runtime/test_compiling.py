@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from qtool.runtime.backends._choose import use_backend
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, TiedHead
-from qtool.runtime.select import use_backend
 from tests.helpers import normal
 from tests.unit.runtime.test_modules import entry, filled
 

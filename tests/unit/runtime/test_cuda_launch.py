@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qtool.errors import BackendError
-from qtool.runtime import driver as cuda_driver
-from qtool.runtime.launch import KernelCall
+from qtool.runtime.backends.cuda import driver as cuda_driver
+from qtool.runtime.backends.cuda.launch import KernelCall
 
 CALL = KernelCall("file", "kernel", (), (5, 2, 3), 96, 1000, (7, 0.5, -1), zeros=11)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qtool.runtime import driver, linear_kernels, operators, selection
-from qtool.runtime.backends import cuda
+from qtool.runtime.backends.cuda import backend as cuda
+from qtool.runtime.backends.cuda import driver, linear_kernels, operators, selection
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal

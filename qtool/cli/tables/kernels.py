@@ -1,0 +1,107 @@
+"""The tables of `qtool bench --gpu`."""
+
+from typing import TYPE_CHECKING
+
+from qtool.cli import console
+from qtool.wording import gigabytes
+
+if TYPE_CHECKING:
+    from qtool.timing.gpu import GpuResult
+    from qtool.timing.kernels import LayerTimes
+    from qtool.timing.machine import Machine
+
+
+def print_gpu_result(result: "GpuResult") -> None:
+    """Print kernels by layer, the batch sweep of those that weigh most, models."""
+    if result.layers:
+        _print_layers(result)
+        _print_sweep(max(result.layers, key=lambda x: x.count * x.rows[0].weight_bytes))
+    if result.end_to_end:
+        _print_end_to_end(result)
+    for name, reason in result.not_run.items():
+        console.out.print(f"Not timed: {name}: {reason}", markup=False)
+    for layer in result.layers:
+        for name, reason in layer.failed.items():
+            console.out.print(f"Not timed on {layer.name}: {name}: {reason}", markup=False)
+    for line in _conditions(result):
+        console.out.print(line, markup=False)
+
+
+def _print_layers(result: "GpuResult") -> None:
+    columns = {"layer": "left", "out x in": "left", "count": "right", "kernel": "left"}
+    columns |= dict.fromkeys(("us", "GB/s", "of copy", "x fp16"), "right")
+    rows = []
+    for layer in result.layers:
+        labels = (layer.name, f"{layer.out_features} x {layer.in_features}", str(layer.count))
+        for row in layer.rows:
+            own = f"{row.what} {layer.num_bits} bit {group(layer)}, {row.kernel}"
+            speed = f"{row.microseconds:.1f}", f"{row.gb_per_second:,.0f}"
+            shares = f"{row.of_copy_bandwidth:.0%}", f"{row.speedup:.2f}"
+            rows.append((*labels, own if row.kernel else row.what, *speed, *shares))
+            labels = ("", "", "")
+    console.print_table(f"Kernels at one token: {result.name}", columns, rows)
+    ours, theirs = (sum(x.count * x.rows[i].microseconds for x in result.layers) for i in (0, 1))
+    console.out.print(
+        f"All of these, by count: {ours / 1e3:.2f} ms per token, "
+        f"fp16 {theirs / 1e3:.2f} ms ({theirs / ours:.2f}x)."
+    )
+
+
+def group(layer: "LayerTimes") -> str:
+    """Return the grouping in few letters: g128; `out` where groups run along out_features."""
+    size = "row" if layer.group_size is None else f"g{layer.group_size}"
+    return size if layer.group_dim == "in_features" else f"{size} out"
+
+
+def _print_sweep(layer: "LayerTimes") -> None:
+    columns = {"tokens": "right", "kernel": "left"}
+    columns |= {"us": "right", "fp16 us": "right", "x fp16": "right"}
+    rows = []
+    for point in layer.sweep:
+        times = f"{point.microseconds:.1f}", f"{point.fp16_microseconds:.1f}"
+        rows.append((str(point.tokens), point.kernel, *times, f"{point.speedup:.2f}"))
+    title = f"Batch sweep: {layer.name}, {layer.out_features} x {layer.in_features}"
+    console.print_table(title, columns, rows)
+    last = layer.sweep[-1].tokens
+    at = f"none up to {last}" if layer.break_even is None else f"{layer.break_even} tokens"
+    console.out.print(f"Break-even, the first batch at which fp16 is faster: {at}.")
+
+
+def _print_end_to_end(result: "GpuResult") -> None:
+    columns = {"model": "left", "prefill tokens/s": "right"}
+    columns |= {"decode tokens/s": "right", "peak memory": "right"}
+    rows = [
+        (
+            model.name,
+            f"{model.prefill_tokens_per_second:,.0f}",
+            f"{model.decode_tokens_per_second:.1f}",
+            gigabytes(model.peak_memory_bytes),
+        )
+        for model in result.end_to_end
+    ]
+    console.print_table("End to end at batch 1", columns, rows)
+
+
+def _conditions(result: "GpuResult") -> list[str]:
+    """Return what the numbers hold for."""
+    lines = [
+        f"{_card(result.machine)}. Copy of 1 GiB: {result.copy_gb_per_second:,.0f} GB/s.",
+        "Kernels: graph replays over weights that L2 doesn't hold, median of 15; GB/s counts "
+        "weights, scales and offsets.",
+    ]
+    if result.end_to_end:
+        model = result.end_to_end[0]
+        lines.append(
+            f"End to end: prompt {model.prompt_tokens}, {model.decode_tokens} tokens decoded, "
+            f"median of {model.repeats}."
+        )
+    return lines
+
+
+def _card(machine: "Machine") -> str:
+    parts = [machine.card]
+    if machine.sm_clock_mhz is not None:
+        parts.append(f"SM {machine.sm_clock_mhz} of {machine.max_sm_clock_mhz} MHz")
+    if machine.driver:
+        parts.append(f"driver {machine.driver}")
+    return ", ".join([*parts, f"torch {machine.torch}, CUDA {machine.cuda}"])

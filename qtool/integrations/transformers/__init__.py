@@ -1,0 +1,1 @@
+"""What transformers calls: the quantizer, loading, generation."""

@@ -1,0 +1,107 @@
+"""The transformers quantizer: replaces modules before the weights are loaded.
+
+Only module replacement is used, which is stable from transformers 4.57 to 5.x. Importing this
+module registers it.
+"""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qtool.checkpoint.manifest import QUANT_METHOD, Manifest, manifest_from_config
+from qtool.errors import BackendError
+from qtool.integrations.transformers import loading
+from qtool.integrations.transformers.generate import accelerate
+from qtool.integrations.transformers.install import (
+    install_modules,
+    remove_stand_ins,
+    renamed_layers,
+)
+
+KEYS = {"format_version", "tool_version", "source", "calibration", "recipe", "layers"}
+V4 = transformers.__version__.startswith("4.")
+
+
+@register_quantization_config(QUANT_METHOD)
+class QtoolConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of config.json, for a model that may be saved again.
+
+    Digests stay out: they are those of the files that were loaded.
+    """
+
+    def __init__(self, **config: Any) -> None:  # noqa: ANN401
+        for key, value in config.items():
+            if key in KEYS:
+                setattr(self, key, value)
+        self.quant_method = QUANT_METHOD
+
+    def manifest(self) -> Manifest:
+        """Return the parsed form."""
+        return manifest_from_config(self.to_dict(), "config.json")
+
+
+@register_quantizer(QUANT_METHOD)
+class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads checkpoints that qtool wrote; quantizing is the command line's work."""
+
+    requires_calibration = True  # without a quantized checkpoint, transformers says so
+
+    def __init__(self, quantization_config: QtoolConfig, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(quantization_config, **kwargs)
+        if V4:
+            loading.note_files()
+
+    def validate_environment(self, *_args: Any, device_map: Any = None, **_kwargs: Any) -> None:  # noqa: ANN401
+        """Check the configuration before the model is built, and where its parts shall be.
+
+        Raises:
+            CheckpointError: `quantization_config` is damaged.
+            BackendError: transformers 4 would leave parts on the disk, and fill them with noise.
+        """
+        self.quantization_config.manifest()
+        if V4 and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise BackendError(
+                "transformers 4 can't leave quantized weights on the disk. Give device_map room in "
+                "memory (max_memory), or install transformers 5."
+            )
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        """Return the dtype of activations and of what isn't quantized."""
+        return dtype or torch.float16
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], _: str) -> list[str]:
+        """Refuse a checkpoint that lacks tensors; transformers 4 asks here."""
+        loading.refuse_missing(model, missing_keys)
+        return missing_keys
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        manifest = self.quantization_config.manifest()
+        files = loading.noted_files() if V4 else kwargs["checkpoint_files"]
+        self._shards = loading.checked_files(files, manifest, str(model.config.name_or_path))
+        self._installed = install_modules(model, manifest)
+        if not V4:
+            loading.watch_missing(model)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:  # noqa: ANN401
+        remove_stand_ins(model)
+        loading.check_loaded(model, self._installed, self._shards)
+        config = self.quantization_config
+        config.layers = renamed_layers(config.layers, self._installed)
+        model.config.quantization_config = config
+        del self._shards, self._installed
+        return accelerate(model)
+
+    def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:  # noqa: ANN401
+        """Return True: the parts are buffers and are saved as they were loaded."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Return False: codes have no gradient."""
+        return False

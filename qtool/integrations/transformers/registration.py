@@ -1,0 +1,51 @@
+"""Register qtool with transformers when transformers is imported, and not before.
+
+`import qtool` must make `AutoModelForCausalLM.from_pretrained(OUT_DIR)` work, but `qtool --help`
+must not wait for torch. So an import hook waits for `transformers.quantizers.auto`. Torch-free.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+TARGET = "transformers.quantizers.auto"
+QUANTIZER = "qtool.integrations.transformers.quantizer"
+
+
+class _Loader(Loader):
+    """Runs the real loader, then imports our quantizer, whose import registers it."""
+
+    def __init__(self, real: Loader) -> None:
+        self._real = real
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._real.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._real.exec_module(module)
+        importlib.import_module(QUANTIZER)
+
+
+class _Finder(MetaPathFinder):
+    """Finds one module: transformers' table of quantizers."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != TARGET:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+def register() -> None:
+    """Register now if transformers' table is loaded, else as soon as it is; call as you like."""
+    if TARGET in sys.modules:
+        importlib.import_module(QUANTIZER)
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,139 @@
+"""Quantizing, from a request to what is on disk."""
+
+import os
+import time
+from pathlib import Path
+
+from qtool.base import Emit, Env, Notice, Progress, ignore_events
+from qtool.checkpoint.apart import check_apart
+from qtool.checkpoint.claim import look
+from qtool.checkpoint.place import Place, check_free_space, find_place
+from qtool.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
+from qtool.data.calibration import CalibrationSet
+from qtool.data.calibration_files import load_calibration
+from qtool.modeling.device import default_device
+from qtool.modeling.load import load_tokenizer
+from qtool.modeling.locate import Location
+from qtool.modeling.source import ModelSource, open_source
+from qtool.pipeline.reports import QuantizeResult, result_of
+from qtool.pipeline.runs import write_result
+from qtool.recipe.schema import Recipe
+from qtool.steps.draw_calibration import check_samples, draw_calibration, wanted_lengths
+from qtool.steps.memory import failures_of_the_machine
+from qtool.steps.plan import Plan, make_plan
+from qtool.steps.run import Run
+from qtool.steps.solve import solve
+
+FEW_BITS = 3
+"""Up to this width, quantization without data is warned of."""
+NO_LOCKS = (
+    "The disk of OUT_DIR has no locks, so nothing keeps a second run from writing there as well."
+)
+
+
+def plan(model: Location, recipe: Recipe) -> Plan:
+    """Return what `quantize` would do, with bits and bytes per layer; reads no weights."""
+    return make_plan(open_source(model), recipe)
+
+
+def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
+    model: Location,
+    out_dir: Path,
+    recipe: Recipe,
+    *,
+    calib_dir: Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    emit: Emit = ignore_events,
+) -> QuantizeResult:
+    """Quantize a model and write a checkpoint.
+
+    Args:
+        model: Where the original is, or comes from.
+        out_dir: Where the checkpoint goes; appears only when it is complete.
+        recipe: All that decides the result.
+        calib_dir: Samples that `calibrate` drew; None: draw them as the recipe says.
+        overwrite: Replace a checkpoint that is there, and drop an unfinished run.
+        resume: Continue an unfinished run of the same recipe.
+        emit: Is told of each layer and of what comes between, and warned.
+
+    Raises:
+        QtoolError: see `qtool.errors`; finished layers are kept for `resume`, and what is at
+            `out_dir` stays as it was.
+    """
+    started = time.perf_counter()
+    place = find_place(out_dir, overwrite=overwrite, resume=resume)
+    if model.path is not None:
+        check_apart(place.out_dir, model.path)  # before anything is said of --overwrite
+    look(place)
+    emit(Progress("opening the model"))
+    source = open_source(model)
+    check_apart(place.out_dir, source.directory, _inputs(recipe, calib_dir))
+    layer_plan = make_plan(source, recipe)
+    _check_room(place, layer_plan)
+    _warn_of_few_bits(layer_plan, recipe, emit)
+    samples = _samples(source, recipe, calib_dir, emit)
+    env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
+    run = Run(source, recipe, layer_plan, samples, env)
+    _check_room(place, layer_plan, run.stream_bytes())
+    with failures_of_the_machine(env.device, place.out_dir):
+        return _carry_out(run, place, started)
+
+
+def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:
+    """Solve and write, or take what an earlier run has left."""
+    run.env.emit(Progress("reading the model's files"))
+    writer = CheckpointWriter(place, run.fingerprint())
+    with writer, failures_of_the_machine(run.env.device, place.out_dir):
+        if not writer.is_locked:
+            run.env.emit(Notice(NO_LOCKS))
+        if writer.is_sealed:
+            writer.publish()
+        if writer.is_sealed or writer.has_ended:
+            return result_of(place)
+        solved = solve(run, writer)
+        run.env.emit(Progress("assembling the result"))
+        return write_result(run, solved, writer, started)
+
+
+def _inputs(recipe: Recipe, calib_dir: Path | None) -> list[Path]:
+    """Return what a run reads beside the model."""
+    dataset = Path(recipe.calibration.dataset) if recipe.calibration else None
+    return [path for path in (calib_dir, dataset) if path is not None and os.path.exists(path)]  # noqa: PTH110
+
+
+def _check_room(place: Place, layer_plan: Plan, streams: int = 0) -> None:
+    """Check the disk; the inputs of the blocks are gone before shards are assembled."""
+    shard = min(layer_plan.total_bytes, MAX_SHARD_BYTES)
+    check_free_space(place, layer_plan.total_bytes, besides=max(shard, streams))
+
+
+def _warn_of_few_bits(layer_plan: Plan, recipe: Recipe, emit: Emit) -> None:
+    """Say that few bits without data ruin a model: docs/log.md has how much."""
+    fewest = min(layer.scheme.num_bits for layer in layer_plan.layers)
+    if recipe.calibration is None and fewest <= FEW_BITS:
+        emit(
+            Notice(
+                f"{fewest} bits without calibration data usually ruin a model. Leave "
+                "out --no-calibration, or give the recipe a section 'calibration'."
+            )
+        )
+
+
+def _samples(
+    source: ModelSource, recipe: Recipe, directory: Path | None, emit: Emit
+) -> CalibrationSet | None:
+    """Read the samples, or draw those that the recipe asks for; None: no data."""
+    section = recipe.calibration
+    if section is None:
+        return None
+    emit(Progress("drawing calibration data"))
+    tokenizer = load_tokenizer(source.directory)
+    if directory is not None:
+        calibration = load_calibration(directory, tokenizer)
+        check_samples(source, tokenizer, calibration, emit)
+        return calibration
+    lengths = wanted_lengths(section, tokenizer, None)
+    return draw_calibration(
+        section, source, tokenizer, lengths=lengths, seed=recipe.seed, emit=emit
+    )

@@ -1,0 +1,99 @@
+"""Backend `cuda`: the kernels of kernels/*.cu, on a card with CuPy."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qtool.base import Fused, KernelBackend, QuantizedTensor
+from qtool.formats import affine, binary_coding
+from qtool.runtime.backends.cuda import fusing, linear_kernels, operators
+from qtool.runtime.backends.cuda.decode_ops import HEAD_DIMS, KernelOps
+from qtool.runtime.backends.cuda.driver import card_of, launch, why_not_on
+from qtool.runtime.backends.cuda.fusing import HalfWeight
+from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
+from qtool.runtime.backends.cuda.selection import STORED_KERNELS, wanted_kernel
+from qtool.runtime.backends.dense import BACKEND as DENSE
+from qtool.runtime.decode.ops import DecodeOps
+from qtool.runtime.decode.weights import DecoderWeights
+
+FORMATS = (affine.AFFINE, binary_coding.BINARY_CODING)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+"""That the kernels take; in others weights are dense."""
+Prepared = KernelWeight | HalfWeight | Tensor
+
+
+class CudaBackend:
+    """Executes packed weights; activations of 32 bit and more go through a dequantized one."""
+
+    name = "cuda"
+    priority = 20
+    owns_layout = True
+    decodes_on = "cuda"
+
+    def why_not(self, tensor: QuantizedTensor, device: torch.device) -> str | None:
+        """Return None for a weight of planes on a card with CuPy, else what is missing."""
+        if tensor.format not in FORMATS:
+            return f"it runs {' and '.join(FORMATS)} weights; this one is {tensor.format}."
+        return why_not_on(device)
+
+    def prepare(self, tensor: QuantizedTensor, dtype: torch.dtype) -> Prepared:
+        """Return the re-laid weight."""
+        if dtype not in KERNEL_DTYPES:
+            return DENSE.prepare(tensor, dtype)
+        return linear_kernels.prepare(tensor, dtype)
+
+    def matmul(self, x: Tensor, prepared: Prepared) -> Tensor:
+        """Return x @ W.T."""
+        if isinstance(prepared, Tensor):
+            return DENSE.matmul(x, prepared)
+        if isinstance(prepared, HalfWeight):
+            prepared = prepared.weight()
+        # An operator, which a compiler knows, reads tiles alone.
+        tiled = prepared.tiles is not None and torch.compiler.is_compiling()
+        if prepared.stored is None or tiled:
+            return operators.matmul_operator(x, prepared)
+        return _matmul(x, prepared)
+
+    def rows(self, index: Tensor, prepared: Prepared) -> Tensor:
+        """Return the rows that `index` names."""
+        if isinstance(prepared, Tensor):
+            return DENSE.rows(index, prepared)
+        if isinstance(prepared, HalfWeight):
+            prepared = prepared.weight()
+        if prepared.tiles is not None:
+            return operators.rows_operator(index, prepared)
+        return _rows(index, prepared)
+
+    def fuse(
+        self, tensors: Sequence[QuantizedTensor], dtype: torch.dtype, *, interleave: bool = False
+    ) -> Fused | None:
+        """Put weights into one, unless a kernel is asked for that reads each as it is stored."""
+        if dtype not in KERNEL_DTYPES:
+            return DENSE.fuse(tensors, dtype)
+        if wanted_kernel() in STORED_KERNELS:
+            return None
+        return fusing.fuse(tensors, dtype, interleave=interleave)
+
+    def decode_ops(self, weights: DecoderWeights) -> DecodeOps | None:
+        """Return the operations by the kernels; None where they don't take the shape of a model."""
+        device, shape = weights.final_norm.device, weights.shape
+        if shape.dtype not in KERNEL_DTYPES:
+            return DENSE.decode_ops(weights)
+        if shape.head_dim not in HEAD_DIMS or why_not_on(device) is not None:
+            return None
+        return KernelOps(launch, card_of(device.index or 0))
+
+
+def _matmul(x: Tensor, weight: KernelWeight) -> Tensor:
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    y = linear_kernels.matmul(tokens, weight, launch, card_of(x.device.index or 0))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _rows(index: Tensor, weight: KernelWeight) -> Tensor:
+    return linear_kernels.rows(index, weight, launch)
+
+
+operators.implement(_matmul, _rows)
+BACKEND: KernelBackend = CudaBackend()

@@ -1,0 +1,155 @@
+"""The operations of a decoding step by the kernels; what launches is passed in."""
+
+from math import e, log2
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qtool.runtime.backends.cuda import linear_kernels
+from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
+from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
+from qtool.runtime.decode import torch_ops
+from qtool.runtime.decode.ops import DecodeState
+from qtool.runtime.decode.weights import DecoderLayer, DecoderShape, Projection, Projections
+
+GREEDY_THREADS = 1024
+MOST_NORM_THREADS = 1024
+ATTENTION_THREADS, ATTENTION_WARPS = 256, 8
+MOST_HEADS = 8
+"""Query heads of a block, at most: their sums fill the registers."""
+MOST_DIMENSIONS = 1024
+"""Of all heads of a block: their sums fill the shared memory."""
+SHORTEST_PART = 64
+"""Positions of a part of the context, at least: fewer aren't worth a merge."""
+MOST_SPLITS = 64
+HEAD_DIMS = range(8, 257, 8)
+
+
+class KernelOps:
+    """Runs on one card, in float16 or bfloat16; dense projections go through torch."""
+
+    def __init__(self, launch: Launch, card: Card) -> None:
+        self._launch, self._card = launch, card
+
+    def embed(self, tokens: Tensor, table: Projection) -> Tensor:
+        """Return the rows of the tokens."""
+        if isinstance(table, KernelWeight):
+            return linear_kernels.rows(tokens, table, self._launch)
+        return torch_ops.OPS.embed(tokens, table)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Return x / rms(x) * weight."""
+        rows, hidden = x.shape
+        y = torch.empty_like(x)
+        if rows > 0:
+            threads = min(MOST_NORM_THREADS, _rounded_up(-(-hidden // 8), WARP))
+            self._launch(
+                KernelCall(
+                    "rms_norm",
+                    "rms_norm",
+                    constants(x.dtype, HIDDEN=hidden, THREADS=threads),
+                    (rows, 1, 1),
+                    threads,
+                    threads // WARP * 4,
+                    (float(eps),),
+                ),
+                (x, weight, y),
+            )
+        return y
+
+    def linear(self, x: Tensor, projection: Projections, residual: Tensor | None = None) -> Tensor:
+        """Return x @ W.T + residual."""
+        if isinstance(projection, tuple):
+            y = torch.cat([self.linear(x, part) for part in projection], dim=-1)
+            return y if residual is None else y + residual
+        if isinstance(projection, KernelWeight):
+            return linear_kernels.matmul(x, projection, self._launch, self._card, residual=residual)
+        y = functional.linear(x, torch_ops.dense(projection))
+        return y if residual is None else y.add_(residual)
+
+    def gated(self, x: Tensor, gate_up: Projections) -> Tensor:
+        """Return silu(x @ gate.T) * (x @ up.T)."""
+        if isinstance(gate_up, KernelWeight):
+            return linear_kernels.matmul(x, gate_up, self._launch, self._card, gated=True)
+        return torch_ops.silu_times(self.linear(x, gate_up))
+
+    def attend(
+        self, qkv: Tensor, layer: DecoderLayer, index: int, shape: DecoderShape, state: DecodeState
+    ) -> Tensor:
+        """Store the keys and values of the new tokens and attend to all until them."""
+        assert state.scratch is not None
+        batch, max_length = len(qkv), state.keys.shape[3]
+        blocks, splits = state.scratch.shape[1] // shape.num_key_value_heads, state.scratch.shape[2]
+        heads, dim = shape.group // blocks, shape.head_dim
+        output = qkv.new_empty(batch, shape.num_heads * dim)
+        shared = 4 * heads * dim + 4 * dim + 4 * ATTENTION_WARPS * heads * (dim + 2)
+        self._launch(
+            KernelCall(
+                "decode_attention",
+                "decode_attention",
+                constants(
+                    qkv.dtype,
+                    HEAD_DIM=dim,
+                    HEADS=heads,
+                    BLOCKS=blocks,
+                    QK_NORM=int(layer.query_norm is not None),
+                    SHORTEST=SHORTEST_PART,
+                ),
+                (splits, shape.num_key_value_heads * blocks, batch),
+                ATTENTION_THREADS,
+                shared,
+                (
+                    *(shape.attention_scale * log2(e), float(shape.norm_eps)),
+                    *(shape.num_key_value_heads, max_length, index, len(state.keys)),
+                ),
+            ),
+            (
+                *(qkv, layer.qkv_bias, layer.query_norm, layer.key_norm),
+                *(state.rotary, state.positions, state.steps),
+                *(state.keys[index], state.values[index], state.scratch, output),
+            ),
+        )
+        return output
+
+    def choose(self, logits: Tensor, state: DecodeState) -> None:
+        """Take the likeliest tokens and move on."""
+        buffers = (state.tokens, state.positions, state.history, state.steps)
+        self._launch(
+            KernelCall(
+                "greedy",
+                "greedy",
+                constants(logits.dtype),
+                (len(logits), 1, 1),
+                GREEDY_THREADS,
+                GREEDY_THREADS // WARP * 8,
+                (logits.shape[1], state.history.shape[1]),
+            ),
+            (logits, *buffers),
+        )
+
+    def scratch(
+        self, shape: DecoderShape, batch: int, max_length: int, device: torch.device
+    ) -> Tensor:
+        """Return room for the parts of all splits but that of the last, each float with a mark."""
+        heads = heads_per_block(shape.group, shape.head_dim)
+        rows = shape.num_key_value_heads * (shape.group // heads)
+        splits = splits_for(self._card, rows * batch, max_length)
+        size = (batch, rows, splits, heads * (shape.head_dim + 2))
+        return torch.zeros(size, dtype=torch.int64, device=device)
+
+
+def heads_per_block(group: int, head_dim: int) -> int:
+    """Return how many query heads of a key-value head a block takes: as many as fit."""
+    most = min(MOST_HEADS, MOST_DIMENSIONS // head_dim)
+    return max(heads for heads in range(1, most + 1) if group % heads == 0)
+
+
+def splits_for(card: Card, blocks: int, max_length: int) -> int:
+    """Return into how many parts a context is cut: enough for the card, and no empty ones."""
+    useful = min(MOST_SPLITS, -(-max_length // SHORTEST_PART))
+    return max(1, min(useful, card.multiprocessors // blocks))
+
+
+def _rounded_up(value: int, to: int) -> int:
+    return -(-value // to) * to

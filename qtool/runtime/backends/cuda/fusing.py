@@ -1,0 +1,106 @@
+"""Weights that share an input as one, so that a step has fewer launches and a card holds them once.
+
+Queries, keys and values lie one below the other; rows of gate and up alternate in runs of eight, so
+that a tile has both. Modules that are called one by one see their part through these.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from qtool.base import Fused, QuantizedTensor
+from qtool.checkpoint.manifest import codec
+from qtool.runtime.backends.cuda.centers import planes_of
+from qtool.runtime.backends.cuda.linear_kernels import KernelWeight, is_tileable, prepare
+from qtool.runtime.backends.cuda.tiles import RUN, TILE_ROWS, Tiles
+from qtool.scheme import Shape2D
+
+GATE_BITS = 0x55555555
+"""Bits of a word of tiles that belong to the upper eight rows of a tile."""
+ROW_DIM = -2
+"""Of every part of planes whose groups run along in_features."""
+
+
+@dataclass(frozen=True, slots=True)
+class HalfWeight:
+    """Gate (0) or up (1) of a weight whose rows alternate."""
+
+    fused: KernelWeight
+    half: int
+
+    def weight(self) -> KernelWeight:
+        """Return it alone: a copy, made of words as they are.
+
+        Of this copy the kernels may read nothing before they have waited: it is fresh.
+        """
+        assert self.fused.tiles is not None
+        low, high = _pairs(self.fused.tiles.planes)
+        if self.half == 0:
+            planes = (low & GATE_BITS) | ((high & GATE_BITS) << 1)
+        else:
+            planes = ((low >> 1) & GATE_BITS) | (high & ~GATE_BITS)
+        first, second = _pairs(self.fused.tiles.scales)
+        scales = torch.stack([first[..., self.half], second[..., self.half]], dim=-1)
+        rows = self.fused.shape.out_features // 2
+        return replace(_with_tiles(self.fused, rows, Tiles(planes, scales)), fresh=True)
+
+    def dense(self) -> Tensor:
+        """Return it by the definition of its format."""
+        return self.weight().dense()
+
+
+def fuse(
+    tensors: Sequence[QuantizedTensor], dtype: torch.dtype, *, interleave: bool = False
+) -> Fused | None:
+    """Prepare weights as one; None if their schemes or formats differ, or the kernels' tiles do.
+
+    Args:
+        tensors: They share an input.
+        dtype: Of the activations.
+        interleave: They are gate and up: let their rows alternate.
+    """
+    first, rows = tensors[0], [tensor.shape.out_features for tensor in tensors]
+    kinds = {(one.format, one.scheme, one.shape.in_features) for one in tensors}
+    if len(kinds) > 1 or not is_tileable(first):
+        return None
+    if interleave and (rows[0] != rows[1] or rows[0] % RUN != 0):
+        return None
+    whole = planes_of(codec(first.format).cat(tensors, 0))
+    if interleave:
+        order = interleaved_order(rows[0]).to(first.parts[next(iter(first.parts))].device)
+        parts = {name: part.index_select(ROW_DIM, order) for name, part in whole.parts.items()}
+        fused = prepare(replace(whole, parts=parts), dtype, keep_stored=False)
+        return Fused(fused, (HalfWeight(fused, 0), HalfWeight(fused, 1)))
+    fused = prepare(whole, dtype)
+    begins = accumulate(rows[:-1], initial=0)
+    return Fused(fused, tuple(map(rows_of, [fused] * len(rows), begins, rows)))
+
+
+def interleaved_order(rows: int) -> Tensor:
+    """Return where the rows of [gate; up] go: (2 rows,) int64."""
+    return torch.arange(2 * rows).view(2, rows // RUN, RUN).transpose(0, 1).flatten()
+
+
+def rows_of(fused: KernelWeight, first: int, count: int) -> KernelWeight | None:
+    """Return a view of some rows; None where they don't begin and end with a tile."""
+    last = first + count
+    ends = last % TILE_ROWS == 0 or last == fused.shape.out_features
+    if fused.tiles is None or first % TILE_ROWS or not ends:
+        return None
+    part = slice(first // TILE_ROWS, -(-last // TILE_ROWS))
+    return _with_tiles(fused, count, Tiles(fused.tiles.planes[part], fused.tiles.scales[part]))
+
+
+def _pairs(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Return even and odd tiles, as many of each."""
+    missing = tiles.new_zeros(len(tiles) % 2, *tiles.shape[1:])
+    both = torch.cat([tiles, missing]) if len(missing) else tiles
+    return both[0::2], both[1::2]
+
+
+def _with_tiles(fused: KernelWeight, rows: int, tiles: Tiles) -> KernelWeight:
+    shape = Shape2D(rows, fused.shape.in_features)
+    return replace(fused, shape=shape, tiles=tiles, stored=None)

@@ -1,0 +1,273 @@
+"""Which kernel runs a weight, on which grid, with which arguments.
+
+What launches is passed in, so all but the launch itself is tested without a card:
+tests/kernels/host.py launches the same text on a CPU.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtool.base import QuantizedTensor
+from qtool.errors import BackendError
+from qtool.runtime.backends.cuda import lut, planes, tiles
+from qtool.runtime.backends.cuda.centers import CENTERS, planes_of, weight_of
+from qtool.runtime.backends.cuda.launch import Card, KernelCall, Launch, constants
+from qtool.runtime.backends.cuda.selection import STORED_KERNELS, selection_for, wanted_kernel
+from qtool.runtime.backends.cuda.tiles import UNIT, Tiles
+from qtool.scheme import Shape2D, WeightScheme
+
+SIGN_FLIP_THREADS, SIGN_FLIP_ROWS = 256, 8
+DEQUANTIZE_THREADS, DEQUANTIZE_WARPS = 128, 4
+LOAD_BYTES = 16
+"""Bytes: what the kernels load at once."""
+FINEST_GROUP = 32
+"""Inputs of the finest group that the tiled kernels take."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelWeight:
+    """A binary-coded weight, ready for the kernels."""
+
+    scheme: WeightScheme
+    shape: Shape2D
+    dtype: torch.dtype
+    """Of the activations."""
+    tiles: Tiles | None
+    """None: the tiled kernels can't group its inputs."""
+    stored: QuantizedTensor | None
+    """The parts as stored, if they were to be kept or there are no tiles."""
+    centered: bool = False
+    """It was affine: instead of offsets there are centers, see `centers`."""
+    fresh: bool = False
+    """Made just now on the device: kernels may not read it ahead."""
+
+    def dense(self) -> Tensor:
+        """Return W by the definition of its format, in torch: (out_features, in_features)."""
+        if self.tiles is None:
+            assert self.stored is not None
+            return weight_of(self.stored).to(self.dtype)
+        parameters, signs = tiles.unpack(self.tiles, self.shape, self.layout.group)
+        offset = parameters[len(signs) :].sum(0)
+        if self.centered:
+            offset = offset * (parameters[0] * 2.0 ** (2 - len(signs)))
+        return ((signs * parameters[: len(signs)]).sum(0) + offset).to(self.dtype)
+
+    @property
+    def layout(self) -> planes.Layout:
+        """Return what the tiled kernels are compiled for."""
+        inputs = self.shape.in_features
+        size = self.scheme.group_size or inputs
+        group = size if size < inputs else -(-inputs // UNIT) * UNIT
+        offset = 2 if self.centered else int(not self.scheme.symmetric)
+        return planes.Layout(self.scheme.num_bits, group, offset)
+
+
+def is_tileable(tensor: QuantizedTensor) -> bool:
+    """Return whether the tiled kernels can group the inputs of a weight."""
+    size = tensor.scheme.group_size or tensor.shape.in_features
+    whole = size % FINEST_GROUP == 0 or size >= tensor.shape.in_features
+    return tensor.scheme.group_dim == "in_features" and whole
+
+
+def prepare(
+    tensor: QuantizedTensor, dtype: torch.dtype, *, keep_stored: bool | None = None
+) -> KernelWeight:
+    """Re-lay a weight of format `binary_coding`, or of `affine`.
+
+    Args:
+        tensor: The weight, on the device that runs it.
+        dtype: Of the activations.
+        keep_stored: Hold on to the stored parts, which the kernel `lut` reads; None: where that one
+            is asked for, or is the fastest.
+    """
+    tensor = planes_of(tensor)
+    if keep_stored is None:
+        wanted, device = wanted_kernel(), tensor.parts["bit_planes"].device
+        card_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        keep_stored = wanted in STORED_KERNELS if wanted else _suits_tables(tensor, card_name)
+    return KernelWeight(
+        scheme=tensor.scheme,
+        shape=tensor.shape,
+        dtype=dtype,
+        tiles=tiles.pack(tensor) if is_tileable(tensor) else None,
+        stored=tensor if keep_stored or not is_tileable(tensor) else None,
+        centered=CENTERS in tensor.parts,
+    )
+
+
+def _suits_tables(tensor: QuantizedTensor, card_name: str) -> bool:
+    """Return whether the kernel `lut` is the fastest for one token."""
+    suits = selection_for(card_name).prefers_tables(tensor.scheme.num_bits, tensor.shape)
+    return suits and lut.why_no_tables(tensor) is None
+
+
+def kernel_for(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = False) -> str:
+    """Return the name of the kernel that multiplies so many tokens; `lut` knows no gate."""
+    wanted = wanted_kernel()
+    if wanted is not None:
+        return wanted
+    shape, num_bits = weight.shape, weight.scheme.num_bits
+    weights = shape.out_features * shape.in_features
+    if tokens > selection_for(card.name).most_tokens(num_bits, weights):
+        return "dequantize"
+    if weight.tiles is None:
+        return "sign_flip"
+    if tokens == 1 and not gated and weight.stored and _suits_tables(weight.stored, card.name):
+        return "lut"
+    row_tiles, units, *_ = weight.tiles.planes.shape
+    room = planes.tuned_plan(row_tiles, units, tokens or 1, weight.layout, card=card)
+    return "dequantize" if room is None else "planes"
+
+
+def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
+    x: Tensor,
+    weight: KernelWeight,
+    launch: Launch,
+    card: Card,
+    *,
+    kernel: str | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """Return x @ W.T.
+
+    Args:
+        x: (tokens, in_features) float16 or bfloat16, contiguous.
+        weight: W.
+        launch: Runs a kernel.
+        card: Where.
+        kernel: One of KERNELS; None: `kernel_for`.
+        residual: (tokens, out_features), added to the product.
+        gated: Rows of W alternate, see `fusing`: return silu(gate) * up.
+
+    Returns:
+        (tokens, out_features) in the dtype of `x`; half as wide if gated.
+
+    Raises:
+        BackendError: the kernel asked for can't run this weight.
+    """
+    tokens = x.shape[0]
+    kernel = kernel or kernel_for(weight, tokens, card, gated=gated)
+    if x.data_ptr() % LOAD_BYTES != 0:  # a slice of something
+        x = x.clone()
+    if kernel == "planes" and weight.tiles is not None and tokens > 0:
+        epilogue = "gated" if gated else "none" if residual is None else "residual"
+        return planes.multiply_planes(
+            x,
+            weight.tiles,
+            weight.shape.out_features,
+            weight.layout,
+            launch,
+            card,
+            epilogue=epilogue,
+            residual=residual,
+            dependent=not weight.fresh,
+        )
+    if kernel == "lut" and tokens > 0:
+        y = lut.multiply_by_tables(x, _stored(weight, kernel), launch, card, residual)
+        residual = None
+    else:
+        y = _plain(x, weight, launch, kernel)
+    if gated:
+        gate, up = tiles.side_by_side(y).chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+    return y if residual is None else y + residual
+
+
+def _plain(x: Tensor, weight: KernelWeight, launch: Launch, kernel: str) -> Tensor:
+    if len(x) == 0:
+        return x.new_empty(0, weight.shape.out_features)
+    if kernel == "dequantize":
+        return torch.nn.functional.linear(x, dense_weight(weight, launch))
+    if kernel != "sign_flip":
+        raise BackendError(
+            f"Kernel {kernel!r} can't run this weight ({weight.scheme}); dequantize and sign_flip "
+            "can."
+        )
+    return _by_definition(x, _stored(weight, kernel), launch)
+
+
+def _stored(weight: KernelWeight, kernel: str) -> QuantizedTensor:
+    """Return the stored parts for a kernel that reads them.
+
+    Raises:
+        BackendError: they weren't kept, or the kernel can't read them.
+    """
+    if weight.stored is None:
+        raise BackendError(
+            f"Kernel {kernel!r} reads a weight as it is stored, and prepare wasn't told to keep "
+            "that (keep_stored)."
+        )
+    reason = lut.why_no_tables(weight.stored) if kernel == "lut" else None
+    if reason is not None:
+        raise BackendError(reason)
+    return weight.stored
+
+
+def _by_definition(x: Tensor, tensor: QuantizedTensor, launch: Launch) -> Tensor:
+    (rows, inputs), scheme, parts = tensor.shape, tensor.scheme, tensor.parts
+    y, offsets = x.new_empty(len(x), rows), parts.get("plane_offsets", parts.get(CENTERS))
+    launch(
+        KernelCall(
+            "sign_flip",
+            "sign_flip",
+            constants(x.dtype),
+            (-(-rows // SIGN_FLIP_ROWS), len(x), 1),
+            SIGN_FLIP_THREADS,
+            0,
+            (
+                *(rows, inputs, parts["bit_planes"].shape[2], scheme.num_bits),
+                scheme.group_size or scheme.grouped_length(tensor.shape),
+                scheme.num_groups(tensor.shape),
+                int(CENTERS in parts),
+                int(scheme.group_dim == "in_features"),
+            ),
+        ),
+        (parts["bit_planes"], parts["plane_scales"], offsets, x, y),
+    )
+    return y
+
+
+@functools.lru_cache(1024)  # not all lengths of prompts for ever
+def _dequantize_call(
+    kernel: str, sizes: tuple[int, ...], blocks: int, layout: planes.Layout, dtype: torch.dtype
+) -> KernelCall:
+    """Return a launch of kernels/dequantize.cu, made once for all weights of one shape."""
+    macros, grid = constants(dtype, **layout.macros), (blocks, 1, 1)
+    return KernelCall("dequantize", kernel, macros, grid, DEQUANTIZE_THREADS, 0, sizes)
+
+
+def dense_weight(weight: KernelWeight, launch: Launch) -> Tensor:
+    """Return W, (out_features, in_features) in the dtype of the activations."""
+    if weight.tiles is None:
+        assert weight.stored is not None
+        return weight_of(weight.stored).to(weight.dtype)
+    packed, (rows, inputs) = weight.tiles, weight.shape
+    row_tiles, units, *_ = packed.planes.shape
+    dense = torch.empty(rows, inputs, dtype=weight.dtype, device=packed.planes.device)
+    sizes = (rows, inputs, row_tiles, units, packed.scales.shape[1])
+    blocks = -(-row_tiles * units // DEQUANTIZE_WARPS)
+    call = _dequantize_call("dequantize", sizes, blocks, weight.layout, weight.dtype)
+    tensors = (packed.planes, packed.scales, dense)
+    launch(call._replace(dependent=False) if weight.fresh else call, tensors)
+    return dense
+
+
+def rows(index: Tensor, weight: KernelWeight, launch: Launch) -> Tensor:
+    """Return the rows that `index` names: (*index.shape, in_features)."""
+    if weight.tiles is None:
+        return dense_weight(weight, launch)[index]
+    if index.numel() == 0:
+        return torch.empty(
+            *index.shape, weight.shape.in_features, dtype=weight.dtype, device=index.device
+        )
+    packed, inputs = weight.tiles, weight.shape.in_features
+    flat = index.flatten().to(torch.int64).contiguous()
+    found = torch.empty(len(flat), inputs, dtype=weight.dtype, device=packed.planes.device)
+    sizes = (weight.shape.out_features, inputs, packed.planes.shape[1], packed.scales.shape[1])
+    call = _dequantize_call("gather_rows", sizes, len(flat), weight.layout, weight.dtype)
+    launch(call, (packed.planes, packed.scales, flat, found))
+    return found.view(*index.shape, inputs)

@@ -1,0 +1,286 @@
+"""The grid, the shared memory and the arguments of the bit-plane kernels."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qtool.errors import BackendError
+from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
+from qtool.runtime.backends.cuda.selection import Tuning, selection_for
+from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT, Tiles
+
+BLOCKS_PER_UNIT = 8
+NUMBER = 4
+"""Bytes of a float32 in shared memory."""
+RESERVED_BYTES = 1024
+"""Of shared memory, that the system takes for each CTA."""
+MAX_UNITS = 2**21
+"""Of a slab: the kernel divides their numbers in float32."""
+MOST_IN_PAIRS = 2
+"""Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
+FEWER_WARPS, MORE_WAVES = (7, 3), (1, 2, 4, 8)
+"""For cards, or weights, that the measured ones leave no room for."""
+EPILOGUES = {"none": 0, "residual": 1, "gated": 2}
+
+
+class Layout(NamedTuple):
+    """What the constants of the kernel say about a weight."""
+
+    planes: int
+    group: int
+    """Inputs per group; whole units where one group is the row."""
+    offset: int
+    """0: none; 1: beside the scales; 2: the center of an affine weight in its place."""
+
+    @property
+    def macros(self) -> dict[str, int]:
+        """Return the constants themselves."""
+        return {"PLANES": self.planes, "GROUP": self.group, "OFFSET": self.offset}
+
+    @property
+    def parameters(self) -> int:
+        """Return how many numbers a row and group has."""
+        return self.planes + (self.offset != 0)
+
+    @property
+    def stage_bytes(self) -> int:
+        """Return what one unit takes: planes, and the scales of all groups that it touches."""
+        if self.group % UNIT == 0:
+            span = 1
+        elif UNIT % self.group == 0:
+            span = UNIT // self.group
+        else:
+            span = (self.group - 32 + UNIT - 1) // self.group + 1
+        return self.planes * WARP * 16 + span * 32 * self.parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One of the kernels that differ in how a unit is multiplied."""
+
+    name: str
+    columns: int
+    """Tokens that one CTA multiplies with each weight that it reads."""
+    x_bytes: int
+    """Of shared memory for 32 inputs of one token."""
+
+
+def product_for(batch: int, layout: Layout) -> Product:
+    """Return the kernel with the least arithmetic: bytes for few tokens, else float16."""
+    if batch <= 2 and layout.group % 64 == 0:  # noqa: PLR2004 - columns of four limbs; words of 64
+        return Product("bit_plane_imma", batch, 128)
+    columns = 1 if batch == 1 else 8 if batch <= 8 else 16  # noqa: PLR2004 - tiles of eight columns
+    return Product("bit_plane_mma", columns, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """One launch on one card."""
+
+    column_blocks: int
+    ctas: int
+    """Per slab and block of columns."""
+    slabs: int
+    units_per_slab: int
+    stages: int
+    per_multiprocessor: int
+    shared_bytes: int
+    exchange_words: int
+
+
+@functools.cache
+def plan_launch(
+    row_tiles: int,
+    units: int,
+    batch: int,
+    layout: Layout,
+    *,
+    card: Card,
+    tuning: Tuning,
+) -> LaunchPlan | None:
+    """Choose a grid that fills a card once; None: a CTA has too little shared memory.
+
+    in_features are cut into slabs only where the inputs of all of them don't fit into shared
+    memory.
+    """
+    product = product_for(batch, layout)
+    columns, warps = product.columns, tuning.warps
+    blocks = -(-batch // columns)
+    for slabs in range(1, units + 1):
+        count = -(-units // slabs)
+        if (slabs - 1) * count >= units or row_tiles * count > MAX_UNITS:
+            continue  # the last slab would be empty
+        shortest = units - (slabs - 1) * count
+        for stages, ctas_per in _rings(tuning):
+            most = card.multiprocessors * ctas_per * tuning.waves // slabs
+            ctas = max(1, min(most, row_tiles * shortest))
+            share = -(-row_tiles * count // ctas)
+            own = (share + count - 1) // count + 1
+            shared = (
+                warps * stages * layout.stage_bytes
+                + count * columns * (BLOCKS_PER_UNIT * (product.x_bytes + NUMBER) + NUMBER)
+                + (own + 1 + warps) * TILE_ROWS * columns * NUMBER
+                + own * NUMBER
+            )
+            if shared <= (card.shared_bytes + RESERVED_BYTES) // ctas_per - RESERVED_BYTES:
+                words = blocks * slabs * ctas * warps * TILE_ROWS * columns
+                return LaunchPlan(blocks, ctas, slabs, count, stages, ctas_per, shared, words)
+    return None
+
+
+def _rings(tuning: Tuning) -> Iterator[tuple[int, int]]:
+    """Yield stages and CTAs per multiprocessor, the best first."""
+    for ctas in range(tuning.per_multiprocessor, 0, -1):
+        for stages in range(tuning.stages, 2 if ctas > 1 else 1, -1):
+            yield stages, ctas
+
+
+@functools.cache
+def tuned_plan(
+    row_tiles: int, units: int, batch: int, layout: Layout, *, card: Card
+) -> tuple[Tuning, LaunchPlan] | None:
+    """Return how to launch: as the card's selection says, or as near to it as there is room.
+
+    Nearest is, for few tokens, what needs no slabs, then what leaves as many CTAs beside one
+    another as it should, then what has more warps; for many tokens, what has more warps. None: a
+    CTA of this card can't hold one unit and its inputs.
+    """
+    selection, few = selection_for(card.name), product_for(batch, layout).columns <= MOST_IN_PAIRS
+    asked = selection.alone
+    if few:
+        asked = selection.tuning(units * UNIT, row_tiles * units // card.multiprocessors)
+    fewer = [replace(selection.alone, warps=warps) for warps in FEWER_WARPS]
+    tunings = tuple(dict.fromkeys((asked, selection.alone, *fewer)))
+    for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
+        found = []
+        for order, tuning in enumerate(replace(tuning, waves=waves) for tuning in tunings):
+            sizes = (row_tiles, units, batch, layout)
+            planned = plan_launch(*sizes, card=card, tuning=tuning)
+            if planned is not None:
+                crowded = planned.per_multiprocessor < tuning.per_multiprocessor
+                # with many tokens a CTA multiplies for longer: all its warps are worth a slab
+                rank = (planned.slabs, crowded, order) if few else (crowded, order, planned.slabs)
+                found.append((rank, (tuning, planned)))
+        if found:
+            return min(found, key=lambda pair: pair[0])[1]
+    return None
+
+
+Sizes = tuple[int, int, int, int, int, int]
+"""out_features, in_features, tokens, row tiles, units and groups, as the kernels take them."""
+
+
+@functools.lru_cache(maxsize=4096)
+def call_for(
+    sizes: Sizes,
+    layout: Layout,
+    dtype: torch.dtype,
+    card: Card,
+    epilogue: str = "none",
+    dependent: bool = True,  # noqa: FBT001, FBT002 - a key of the cache
+) -> KernelCall:
+    """Return the launch of a product, decided once for all weights of one shape.
+
+    Raises:
+        BackendError: a CTA has too little shared memory.
+    """
+    _, in_features, batch, row_tiles, units, _ = sizes
+    picked = tuned_plan(row_tiles, units, batch, layout, card=card)
+    if picked is None:
+        raise BackendError(
+            f"A block of this card has {card.shared_bytes} bytes of shared memory: too few for a "
+            f"weight of {layout.planes} planes and groups of {layout.group}. "
+            "QTOOL_KERNEL=dequantize runs it."
+        )
+    product, (tuning, chosen) = product_for(batch, layout), picked
+    grid = {
+        "COLUMNS": product.columns,
+        "WARPS": tuning.warps,
+        "STAGES": chosen.stages,
+        "BLOCKS": chosen.per_multiprocessor,
+        "ALIGNED": int(in_features % 8 == 0),
+        "EPILOGUE": EPILOGUES[epilogue] if chosen.slabs == 1 else 0,
+    }
+    return KernelCall(
+        file=product.name,
+        kernel=product.name,
+        constants=constants(dtype, **layout.macros, **grid),
+        grid=(chosen.ctas, chosen.slabs, chosen.column_blocks),
+        threads=tuning.warps * WARP,
+        shared_bytes=chosen.shared_bytes,
+        numbers=(*sizes, chosen.units_per_slab),
+        zeros=chosen.exchange_words,
+        dependent=dependent,
+    )
+
+
+def multiply_planes(  # noqa: PLR0913 - what, by what, where, and what comes after
+    x: Tensor,
+    packed: Tiles,
+    out_features: int,
+    layout: Layout,
+    launch: Launch,
+    card: Card,
+    *,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
+    dependent: bool = True,
+) -> Tensor:
+    """Return x @ W.T, or what the epilogue makes of it.
+
+    Args:
+        x: (tokens, in_features) float16 or bfloat16, contiguous.
+        packed: W.
+        out_features: Rows of W.
+        layout: Of W.
+        launch: Runs a kernel.
+        card: Where.
+        epilogue: `none`; `residual`: adds it; `gated`: silu(gate) * up of alternating rows, so the
+            result is half as wide.
+        residual: (tokens, out_features), for the epilogue of that name.
+        dependent: The weight may be read before the launch before this one has ended.
+
+    Raises:
+        BackendError: a CTA has too little shared memory; `tuned_plan` says so beforehand.
+    """
+    batch, in_features = x.shape
+    row_tiles, units, *_ = packed.planes.shape
+    sizes = (out_features, in_features, batch, row_tiles, units, packed.scales.shape[1])
+    call = call_for(sizes, layout, x.dtype, card, epilogue, dependent)
+    y = x.new_empty(batch, out_features // 2 if epilogue == "gated" else out_features)
+    slabs, partial = call.grid[1], None
+    if slabs > 1:
+        partial = x.new_empty(slabs, batch, row_tiles * TILE_ROWS, dtype=torch.float32)
+    launch(call, (packed.planes, packed.scales, x, residual, y, partial))
+    if partial is not None:
+        add_splits(partial, y, launch, epilogue=epilogue, residual=residual)
+    return y
+
+
+def add_splits(
+    partial: Tensor,
+    y: Tensor,
+    launch: Launch,
+    *,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
+) -> None:
+    """Write the sum of (splits, tokens, padded rows) float32 to `y`, through the epilogue."""
+    splits, batch, padded = partial.shape
+    threads = 128
+    launch(
+        KernelCall(
+            "add_splits",
+            "add_splits",
+            constants(y.dtype, EPILOGUE=EPILOGUES[epilogue]),
+            (-(-y.shape[1] // threads), batch, 1),
+            threads,
+            0,
+            (y.shape[1], padded, batch, splits),
+        ),
+        (partial, residual, y),
+    )

@@ -1,0 +1,129 @@
+"""The layout in which the GPU kernels read bit planes: tiles of 16 rows, units of 256 inputs.
+
+One 16-byte load per lane of a warp brings 16 rows x 256 inputs of one plane; the 32-bit words hold
+the bits where the tensor cores want them, so that nothing is moved at run time. Planes of a unit
+are neighbours. Which bit is which weight stands in kernels/common.cuh.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtool.base import QuantizedTensor
+from qtool.core.packing import unpack_bits
+from qtool.runtime.backends.cuda.centers import CENTERS
+from qtool.scheme import Shape2D
+
+TILE_ROWS = 16
+RUN = 8
+"""Rows of gate, then of up, that alternate in a tile where both are one weight."""
+UNIT = 256
+LANES = 32
+BITS_AT_ONCE = 2**26
+"""While they are packed, a bit takes up to 18 bytes."""
+WORDS = UNIT // 64
+"""Words of a lane in a unit; each holds 64 inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """A binary-coded weight with groups along in_features, re-laid for the kernels."""
+
+    planes: Tensor  # (row_tiles, units, num_bits, 32, 4) int32
+    scales: Tensor
+    """(row_tiles, groups, 8, num_bits + offset, 2) float16: of rows g and g + 8, the offset, or the
+    center of an affine weight, last; of all groups that the units have, zeros where a row has no
+    more."""
+
+
+def pack(tensor: QuantizedTensor) -> Tiles:
+    """Re-lay a weight of format `binary_coding` with groups along in_features.
+
+    Rows are padded to 16 and inputs to 256; the kernels give padding an input of zero.
+    """
+    inputs = tensor.shape.in_features
+    tiles_at_once = max(1, BITS_AT_ONCE // (tensor.scheme.num_bits * inputs * TILE_ROWS))
+    planes = tensor.parts["bit_planes"].split(tiles_at_once * TILE_ROWS, dim=1)
+    packed = [pack_planes(_padded(unpack_bits(rows, inputs))) for rows in planes]
+    size = tensor.scheme.group_size or inputs
+    units = -(-inputs // UNIT)
+    groups = -(-units * UNIT // size) if size < inputs else 1
+    parameters = _parameters(tensor)
+    more = (0, groups - parameters.shape[2], 0, -parameters.shape[1] % TILE_ROWS)
+    return Tiles(
+        packed[0] if len(packed) == 1 else torch.cat(packed),
+        _pack_parameters(torch.nn.functional.pad(parameters, more)),
+    )
+
+
+def _padded(bits: Tensor) -> Tensor:
+    """Pad planes to whole tiles and units."""
+    return torch.nn.functional.pad(bits, (0, -bits.shape[2] % UNIT, 0, -bits.shape[1] % TILE_ROWS))
+
+
+def _parameters(tensor: QuantizedTensor) -> Tensor:
+    """Return scales, then offsets or centers: (parameters, out_features, num_groups)."""
+    parameters = list(tensor.parts["plane_scales"])
+    if not tensor.scheme.symmetric:
+        offsets = tensor.parts.get("plane_offsets")
+        parameters.append(tensor.parts[CENTERS] if offsets is None else offsets)
+    return torch.stack(parameters)
+
+
+def pack_planes(bits: Tensor) -> Tensor:
+    """Pack planes (num_bits, rows, inputs) uint8 of whole tiles and units.
+
+    Returns:
+        (row_tiles, units, num_bits, 32, 4) int32.
+    """
+    num_bits, rows, inputs = bits.shape
+    # row = 8 r + g; input = 256 unit + 64 word + 32 upper + 8 t + 2 (pair & 3) + half
+    split = bits.view(
+        num_bits, rows // TILE_ROWS, 2, 8, inputs // UNIT, WORDS, 2, 4, 4, 2
+    )  # plane, tile, r, g, unit, word, upper, t, pair & 3, half
+    # bit = 16 half + 8 upper + 2 (pair & 3) + r; lane = 4 g + t
+    ordered = split.permute(1, 4, 0, 3, 7, 5, 9, 6, 8, 2)
+    flat = ordered.reshape(rows // TILE_ROWS, inputs // UNIT, num_bits, LANES, WORDS, 32)
+    weights = 2 ** torch.arange(32, device=bits.device, dtype=torch.int64)
+    words = (flat.to(torch.int64) * weights).sum(-1)
+    return (words - ((words >> 31) << 32)).to(torch.int32)  # two's complement
+
+
+def unpack_planes(planes: Tensor) -> Tensor:
+    """Invert `pack_planes`."""
+    row_tiles, units, num_bits = planes.shape[:3]
+    shifts = torch.arange(32, device=planes.device, dtype=torch.int32)
+    flat = ((planes.unsqueeze(-1) >> shifts) & 1).to(torch.uint8)
+    ordered = flat.view(row_tiles, units, num_bits, 8, 4, WORDS, 2, 2, 4, 2)
+    split = ordered.permute(2, 0, 9, 3, 1, 5, 7, 4, 8, 6)
+    return split.reshape(num_bits, row_tiles * TILE_ROWS, units * UNIT)
+
+
+def _pack_parameters(parameters: Tensor) -> Tensor:
+    """Re-lay (parameters, rows of whole tiles, groups) float16 by tiles."""
+    split = parameters.unflatten(1, (-1, 2, 8))  # parameter, tile, r, g, group
+    return split.permute(1, 4, 3, 0, 2).contiguous()
+
+
+def unpack(tiles: Tiles, shape: Shape2D, group: int) -> tuple[Tensor, Tensor]:
+    """Return scales, then offsets or centers, of each weight, and its signs.
+
+    Args:
+        tiles: A weight.
+        shape: Of the weight.
+        group: Inputs that share parameters.
+
+    Returns:
+        (parameters, out_features, in_features) and (num_bits, out_features, in_features) float32.
+    """
+    rows, inputs = shape
+    scales = tiles.scales.permute(3, 0, 4, 2, 1).flatten(1, 3)[:, :rows].float()
+    of_input = torch.arange(inputs, device=scales.device) // group
+    signs = 2 * unpack_planes(tiles.planes)[:, :rows, :inputs].float() - 1
+    return scales[:, :, of_input], signs
+
+
+def side_by_side(y: Tensor) -> Tensor:
+    """Return the outputs (..., 2 n) of rows that alternate in runs: those of gate, then of up."""
+    return y.unflatten(-1, (-1, 2, RUN)).transpose(-3, -2).flatten(-3)

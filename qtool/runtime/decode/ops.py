@@ -1,0 +1,88 @@
+"""What a decoding step is made of: the operations, and the buffers they read and write."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qtool.runtime.decode.weights import (
+    DecoderLayer,
+    DecoderShape,
+    DecoderWeights,
+    Projection,
+    Projections,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeState:
+    """Where a batch of sequences stands: buffers that a step changes in place.
+
+    All that changes from step to step is here, on the device, so that a step can be a CUDA graph.
+    """
+
+    keys: Tensor  # (layers, batch, key-value heads, max_length, head_dim)
+    values: Tensor  # the same
+    rotary: Tensor  # (max_length, head_dim) float32: of each position cosines, then sines
+    tokens: Tensor  # (batch,) int64: what the next step reads
+    positions: Tensor  # (batch,) int32: of those tokens
+    history: Tensor  # (batch, max_length + 1) int64: the chosen token of every position
+    steps: Tensor  # (1,) int32: taken ever; never falls, so partial results can be told apart
+    scratch: Tensor | None
+    """What `DecodeOps.scratch` gave."""
+
+
+class DecodeOps(Protocol):
+    """Runs the operations of a step: (batch, features) in and out, in the dtype of the weights."""
+
+    def embed(self, tokens: Tensor, table: Projection) -> Tensor:
+        """Return the rows of (batch,) int64 tokens."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Return x / rms(x) * weight, rounded before and after the weight, as transformers does."""
+
+    def linear(self, x: Tensor, projection: Projections, residual: Tensor | None = None) -> Tensor:
+        """Return x @ W.T + residual; of several projections the outputs side by side."""
+
+    def gated(self, x: Tensor, gate_up: Projections) -> Tensor:
+        """Return silu(x @ gate.T) * (x @ up.T)."""
+
+    def attend(
+        self, qkv: Tensor, layer: DecoderLayer, index: int, shape: DecoderShape, state: DecodeState
+    ) -> Tensor:
+        """Store the keys and values of the new tokens and return (batch, heads * head_dim)."""
+
+    def choose(self, logits: Tensor, state: DecodeState) -> None:
+        """End a step: the likeliest tokens are the next ones, one position further."""
+
+    def scratch(
+        self, shape: DecoderShape, batch: int, max_length: int, device: torch.device
+    ) -> Tensor | None:
+        """Return zeros for what `attend` shares among blocks, if it needs that."""
+
+
+def new_state(
+    weights: DecoderWeights, ops: DecodeOps, *, max_length: int, batch: int
+) -> DecodeState:
+    """Return the buffers of empty sequences."""
+    shape, device = weights.shape, weights.final_norm.device
+    size = (len(weights.layers), batch, shape.num_key_value_heads, max_length, shape.head_dim)
+    return DecodeState(
+        keys=torch.zeros(size, dtype=shape.dtype, device=device),
+        values=torch.zeros(size, dtype=shape.dtype, device=device),
+        rotary=rotary_table(weights, max_length),
+        tokens=torch.zeros(batch, dtype=torch.int64, device=device),
+        positions=torch.zeros(batch, dtype=torch.int32, device=device),
+        history=torch.zeros(batch, max_length + 1, dtype=torch.int64, device=device),
+        steps=torch.zeros(1, dtype=torch.int32, device=device),
+        scratch=ops.scratch(shape, batch, max_length, device),
+    )
+
+
+def rotary_table(weights: DecoderWeights, max_length: int) -> Tensor:
+    """Return cosines, then sines, of every position: (max_length, head_dim) float32."""
+    frequencies = weights.inverse_frequencies.float()
+    positions = torch.arange(max_length, device=frequencies.device, dtype=torch.float32)
+    angles = positions[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1) * weights.rotary_scale

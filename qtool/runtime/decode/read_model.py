@@ -1,0 +1,218 @@
+"""Read the weights of a loaded transformers model of Llama's kind."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.base import KernelBackend
+from qtool.errors import BackendError
+from qtool.runtime.decode.weights import (
+    DecoderLayer,
+    DecoderShape,
+    DecoderWeights,
+    Projection,
+    Projections,
+)
+from qtool.runtime.modules import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedWeight,
+    TiedHead,
+    finish_packing,
+)
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROTARY = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary positions whose frequencies don't depend on the length."""
+
+
+def why_not(model: Any) -> str | None:  # noqa: ANN401
+    """Return None for a model that the decoder runs, else a sentence: what it doesn't know."""
+    family = getattr(model.config, "model_type", "unknown")
+    if family not in FAMILIES:
+        return f"the decoder knows {', '.join(FAMILIES)}; this model is a {family}."
+    if not type(model).forward.__module__.startswith(f"transformers.models.{family}."):
+        return f"{type(model).__name__} isn't the model that transformers calls {family}."
+    if not (hasattr(model, "model") and hasattr(model, "lm_head")):
+        return f"{type(model).__name__} has no head that predicts tokens."
+    checks = (_why_not_state, _why_not_layers, _why_not_ends)
+    return next((reason for check in checks if (reason := check(model))), None)
+
+
+def weights_of(model: Any, *, backend: KernelBackend | None = None) -> DecoderWeights:  # noqa: ANN401
+    """Return what a decoding step reads.
+
+    Quantized modules adopt parts of what is fused: they keep no layout of their own where a fused
+    one has theirs. Plain linears that are fused are copied.
+
+    Args:
+        model: A causal language model, loaded, in evaluation mode, on one device.
+        backend: Prepares all quantized weights; None: that of each module.
+
+    Raises:
+        BackendError: the decoder doesn't know the model; the message says what.
+    """
+    reason = why_not(model)
+    if reason is not None:
+        raise BackendError(f"The decode runner can't run this model: {reason}")
+    with torch.no_grad():
+        weights = _weights(model, _Reader(model.model.norm.weight.dtype, backend))
+    finish_packing(weights.final_norm.device)
+    return weights
+
+
+def _weights(model: Any, read: "_Reader") -> DecoderWeights:  # noqa: ANN401
+    config, core = model.config, model.model
+    attention, rotary = core.layers[0].self_attn, core.rotary_emb
+    embedding = read.single(core.embed_tokens)
+    head = model.lm_head
+    return DecoderWeights(
+        shape=DecoderShape(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=attention.head_dim,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            norm_eps=core.norm.variance_epsilon,
+            attention_scale=float(attention.scaling),
+            dtype=read.dtype,
+        ),
+        embedding=embedding,
+        layers=tuple(_layer(layer, read) for layer in core.layers),
+        final_norm=core.norm.weight.detach(),
+        head=embedding if isinstance(head, TiedHead) else read.single(head),
+        inverse_frequencies=rotary.inv_freq.detach().float(),
+        rotary_scale=float(rotary.attention_scaling),
+        longest=_window(config),
+    )
+
+
+def _layer(layer: Any, read: "_Reader") -> DecoderLayer:  # noqa: ANN401
+    attention, mlp = layer.self_attn, layer.mlp
+    members = (attention.q_proj, attention.k_proj, attention.v_proj)
+    biases = [member.bias for member in members]
+    return DecoderLayer(
+        input_norm=layer.input_layernorm.weight.detach(),
+        qkv=read.fused(*members),
+        qkv_bias=None if biases[0] is None else torch.cat(biases).detach().to(read.dtype),
+        query_norm=_norm_weight(attention, "q_norm"),
+        key_norm=_norm_weight(attention, "k_norm"),
+        output=read.single(attention.o_proj),
+        mlp_norm=layer.post_attention_layernorm.weight.detach(),
+        gate_up=read.fused(mlp.gate_proj, mlp.up_proj, interleave=True),
+        down=read.single(mlp.down_proj),
+    )
+
+
+def _norm_weight(attention: Any, name: str) -> Tensor | None:  # noqa: ANN401
+    norm = getattr(attention, name, None)
+    return None if norm is None else norm.weight.detach()
+
+
+class _Reader:
+    """Turns modules into projections, by asking what runs them."""
+
+    def __init__(self, dtype: torch.dtype, backend: KernelBackend | None) -> None:
+        self.dtype, self._backend = dtype, backend
+
+    def single(self, module: Any) -> Projection:  # noqa: ANN401
+        """Return a weight that isn't fused: the module's own layout where that will do."""
+        backend = self._backend_of(module)
+        if backend is None:
+            return module.weight.detach()
+        if backend is module.choose_backend():
+            return module.prepare(self.dtype)[1]
+        return backend.prepare(module.tensor(), self.dtype)
+
+    def fused(self, *members: Any, interleave: bool = False) -> Projections:  # noqa: ANN401
+        """Return linears that share an input as one, or apart if what runs them leaves them so."""
+        backends = {self._backend_of(member) for member in members}
+        backend = next(iter(backends))
+        if backends == {None}:
+            return torch.cat([member.weight.detach() for member in members])
+        fused = None
+        if len(backends) == 1 and backend is not None:
+            tensors = [member.tensor() for member in members]
+            fused = backend.fuse(tensors, self.dtype, interleave=interleave)
+        if fused is None:
+            return tuple(map(self.single, members))
+        for member, part in zip(members, fused.parts, strict=True):
+            if part is not None and backend is member.choose_backend():
+                member.adopt(part, self.dtype)
+        return fused.prepared
+
+    def _backend_of(self, module: Any) -> KernelBackend | None:  # noqa: ANN401
+        """Return what runs a module's weight; None: it isn't quantized."""
+        if not isinstance(module, QuantizedWeight):
+            return None
+        return self._backend or module.choose_backend()
+
+
+def _window(config: Any) -> int | None:  # noqa: ANN401
+    """Return the width of a sliding window that any layer has."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or (kinds and all(kind == "full_attention" for kind in kinds)):
+        return None
+    return int(window)
+
+
+def _why_not_state(model: Any) -> str | None:  # noqa: ANN401
+    if model.training:
+        return "it is in training mode; call model.eval()."
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+    waiting = {id(buffer) for module in quantized for buffer in module.buffers(recurse=False)}
+    tensors = [*model.parameters(), *(b for b in model.buffers() if id(b) not in waiting)]
+    devices = {tensor.device for tensor in tensors} | {module.device for module in quantized}
+    if len(devices) != 1:
+        return "it is spread over several devices."
+    hooked = (
+        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+        for module in model.modules()
+    )
+    if any(hooked):
+        return "a forward hook is registered on one of its modules, and the decoder calls none."
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return f"its parameters have several dtypes: {dtypes}." if len(dtypes) != 1 else None
+
+
+def _why_not_layers(model: Any) -> str | None:  # noqa: ANN401
+    config, core = model.config, model.model
+    if config.hidden_act not in ("silu", "swish"):
+        return f"its activation is {config.hidden_act}, not silu."
+    if len(core.layers) != config.num_hidden_layers:
+        return "the number of its layers isn't that of its configuration."
+    if core.rotary_emb.rope_type not in ROTARY:
+        return f"its rotary positions are of the kind {core.rotary_emb.rope_type}."
+    head_dim = core.layers[0].self_attn.head_dim
+    if 2 * len(core.rotary_emb.inv_freq) != head_dim:
+        return "it rotates only a part of each head."
+    return next((reason for layer in core.layers if (reason := _why_not_layer(layer))), None)
+
+
+def _why_not_layer(layer: Any) -> str | None:  # noqa: ANN401
+    attention, mlp = layer.self_attn, layer.mlp
+    inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+    if not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
+        return "its MLP isn't one of gate, up and down."
+    others = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    if any(type(module) not in (nn.Linear, QuantizedLinear) for module in [*inputs, *others]):
+        return "a linear layer was replaced by a module that the decoder doesn't know."
+    if any(module.bias is not None for module in others):
+        return "a linear layer other than query, key and value has a bias."
+    if len({module.bias is None for module in inputs}) != 1:
+        return "only some of query, key and value have a bias."
+    return None
+
+
+def _why_not_ends(model: Any) -> str | None:  # noqa: ANN401
+    embedding, head = model.model.embed_tokens, model.lm_head
+    if type(embedding) not in (nn.Embedding, QuantizedEmbedding):
+        return "its embedding is a module that the decoder doesn't know."
+    if isinstance(embedding, QuantizedEmbedding) and embedding.factor != 1.0:
+        return "its embedding has a factor."
+    if type(head) not in (nn.Linear, QuantizedLinear, TiedHead):
+        return "its head is a module that the decoder doesn't know."
+    return "its head has a bias." if getattr(head, "bias", None) is not None else None

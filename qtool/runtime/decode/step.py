@@ -1,0 +1,94 @@
+"""A decoding step and a prefill: functions of weights, buffers and operations."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qtool.runtime.decode.ops import DecodeOps, DecodeState
+from qtool.runtime.decode.torch_ops import heads_of
+from qtool.runtime.decode.weights import DecoderLayer, DecoderShape, DecoderWeights
+
+
+def decode(weights: DecoderWeights, state: DecodeState, ops: DecodeOps) -> Tensor:
+    """Read `state.tokens` and return the logits after them, (batch, vocab_size)."""
+    shape = weights.shape
+    x = ops.embed(state.tokens, weights.embedding)
+    for index, layer in enumerate(weights.layers):
+
+        def attend(qkv: Tensor, layer: DecoderLayer = layer, index: int = index) -> Tensor:
+            return ops.attend(qkv, layer, index, shape, state)
+
+        x = _block(x, layer, shape, ops, attend)
+    return _logits(x, weights, ops)
+
+
+def prefill(weights: DecoderWeights, ids: Tensor, state: DecodeState, ops: DecodeOps) -> Tensor:
+    """Read whole prompts into an empty cache; return the logits after them.
+
+    Args:
+        weights: Of the model.
+        ids: (batch, length) int64; what follows a shorter prompt is read too, and seen by nothing:
+            attention is causal, and each step writes over it before it looks there.
+        state: Its keys and values are written; its positions are the lengths of the prompts.
+        ops: What runs.
+    """
+    shape, (batch, length) = weights.shape, ids.shape
+    x = ops.embed(ids.flatten(), weights.embedding)
+    for index, layer in enumerate(weights.layers):
+
+        def attend(qkv: Tensor, layer: DecoderLayer = layer, index: int = index) -> Tensor:
+            parts = heads_of(qkv.view(batch, length, -1), layer, shape, state.rotary[:length])
+            query, key, value = (part.transpose(1, 2) for part in parts)
+            state.keys[index, :, :, :length] = key
+            state.values[index, :, :, :length] = value
+            attended = functional.scaled_dot_product_attention(
+                *(query, key, value),
+                is_causal=length > 1,
+                scale=shape.attention_scale,
+                enable_gqa=shape.group > 1,
+            )
+            return attended.transpose(1, 2).reshape(batch * length, -1)
+
+        x = _block(x, layer, shape, ops, attend)
+    sequences = torch.arange(batch, device=x.device)
+    last = x.view(batch, length, -1)[sequences, state.positions.long() - 1]
+    return _logits(last, weights, ops)
+
+
+def _block(
+    x: Tensor,
+    layer: DecoderLayer,
+    shape: DecoderShape,
+    ops: DecodeOps,
+    attend: Callable[[Tensor], Tensor],
+) -> Tensor:
+    qkv = ops.linear(ops.rms_norm(x, layer.input_norm, shape.norm_eps), layer.qkv)
+    x = ops.linear(attend(qkv), layer.output, x)
+    y = ops.gated(ops.rms_norm(x, layer.mlp_norm, shape.norm_eps), layer.gate_up)
+    return ops.linear(y, layer.down, x)
+
+
+def _logits(x: Tensor, weights: DecoderWeights, ops: DecodeOps) -> Tensor:
+    return ops.linear(ops.rms_norm(x, weights.final_norm, weights.shape.norm_eps), weights.head)
+
+
+def warm_up(step: Callable[[], Tensor], state: DecodeState, device: torch.device) -> None:
+    """Run a step on a side stream, as capture wants, and leave the sequences where they were."""
+    tokens, positions = state.tokens.clone(), state.positions.clone()
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+            state.tokens.copy_(tokens)
+            state.positions.copy_(positions)
+    current.wait_stream(side)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the same stream each time: workspaces are kept per stream, and never freed."""
+    return torch.cuda.Stream(device)

@@ -1,0 +1,118 @@
+"""The operations of a decoding step in plain torch: their definition, and what a CPU runs."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qtool.runtime.backends.cuda.tiles import side_by_side
+from qtool.runtime.decode.ops import DecodeOps, DecodeState
+from qtool.runtime.decode.weights import DecoderLayer, DecoderShape, Projection, Projections
+
+
+class TorchOps:
+    """Rounds where transformers does; reads no number back, so it can be captured as well."""
+
+    def embed(self, tokens: Tensor, table: Projection) -> Tensor:
+        """Return the rows of the tokens."""
+        return functional.embedding(tokens, dense(table))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Return x / rms(x) * weight."""
+        return rms_norm(x, weight, eps)
+
+    def linear(self, x: Tensor, projection: Projections, residual: Tensor | None = None) -> Tensor:
+        """Return x @ W.T + residual."""
+        parts = projection if isinstance(projection, tuple) else (projection,)
+        y = torch.cat([functional.linear(x, dense(part)) for part in parts], dim=-1)
+        return y if residual is None else residual + y
+
+    def gated(self, x: Tensor, gate_up: Projections) -> Tensor:
+        """Return silu(x @ gate.T) * (x @ up.T)."""
+        y = self.linear(x, gate_up)
+        return silu_times(y if isinstance(gate_up, tuple | Tensor) else side_by_side(y))
+
+    def attend(
+        self, qkv: Tensor, layer: DecoderLayer, index: int, shape: DecoderShape, state: DecodeState
+    ) -> Tensor:
+        """Attend over the whole cache; what lies beyond the positions weighs nothing."""
+        positions = state.positions.long()
+        query, key, value = heads_of(qkv, layer, shape, state.rotary[positions])
+        keys, values = state.keys[index], state.values[index]
+        place = positions[:, None, None, None].expand(-1, keys.shape[1], 1, keys.shape[3])
+        keys.scatter_(2, place, key[:, :, None])
+        values.scatter_(2, place, value[:, :, None])
+        seen = torch.arange(keys.shape[2], device=qkv.device) <= positions[:, None]
+        attended = functional.scaled_dot_product_attention(
+            query[:, :, None],
+            *(keys, values, seen[:, None, None]),
+            scale=shape.attention_scale,
+            enable_gqa=shape.group > 1,
+        )
+        return attended.flatten(1)
+
+    def choose(self, logits: Tensor, state: DecodeState) -> None:
+        """Take the likeliest tokens and move on."""
+        state.tokens.copy_(logits.argmax(-1))
+        state.positions.add_(1)
+        state.history.scatter_(1, state.positions.long()[:, None], state.tokens[:, None])
+        state.steps.add_(1)
+
+    def scratch(
+        self, shape: DecoderShape, batch: int, max_length: int, device: torch.device
+    ) -> Tensor | None:
+        """Return None: nothing is shared."""
+        del shape, batch, max_length, device
+        return None
+
+
+def dense(projection: Projection) -> Tensor:
+    """Return a projection's weight, by the definition of its format."""
+    return projection if isinstance(projection, Tensor) else projection.dense()
+
+
+def silu_times(y: Tensor) -> Tensor:
+    """Return silu(gate) * up of (..., 2 * intermediate_size), side by side."""
+    gate, up = y.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / rms(x) * weight, rounded before the weight and after it."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype)
+
+
+def heads_of(
+    qkv: Tensor, layer: DecoderLayer, shape: DecoderShape, rotary: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rotated queries, rotated keys, and values.
+
+    Args:
+        qkv: (..., (heads + 2 key-value heads) * head_dim), without bias.
+        layer: Whose bias and norms count.
+        shape: Of the model.
+        rotary: (..., head_dim) float32, of each token's position.
+
+    Returns:
+        (..., heads, head_dim), and twice (..., key-value heads, head_dim).
+    """
+    biased = qkv if layer.qkv_bias is None else qkv + layer.qkv_bias
+    counts = [shape.num_heads, shape.num_key_value_heads, shape.num_key_value_heads]
+    query, key, value = biased.unflatten(-1, (-1, shape.head_dim)).split(counts, dim=-2)
+    if layer.query_norm is not None:
+        query = rms_norm(query, layer.query_norm, shape.norm_eps)
+    if layer.key_norm is not None:
+        key = rms_norm(key, layer.key_norm, shape.norm_eps)
+    return rotated(query, rotary), rotated(key, rotary), value
+
+
+def rotated(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate pairs (i, i + head_dim / 2) of x (..., heads, head_dim)."""
+    cosines, sines = (torch.cat([part, part], -1).unsqueeze(-2) for part in rotary.chunk(2, -1))
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return x * cosines.to(x.dtype) + turned * sines.to(x.dtype)
+
+
+OPS: DecodeOps = TorchOps()

@@ -1,0 +1,187 @@
+"""Quantize a model layer by layer, each read, solved, written and dropped before the next."""
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool.base import Env, LayerProblem, LayerSolution, Notice, Progress, QuantizedTensor
+from qtool.checkpoint.manifest import LayerEntry, codec
+from qtool.checkpoint.writer import CheckpointWriter, Made
+from qtool.errors import MethodError, about
+from qtool.scheme import WeightScheme
+from qtool.steps.memory import peak_memory
+from qtool.steps.plan import LayerPlan, load_method
+from qtool.steps.run import Run
+from qtool.steps.solve_calibrated import solve_calibrated
+from qtool.walk.walk import Walk
+from qtool.wording import gigabytes
+
+WIDE_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResult:
+    """One row of the report."""
+
+    name: str
+    entry: LayerEntry
+    metrics: Mapping[str, float]
+    seconds: float
+    fallback: str | None = None
+
+
+def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
+    """Quantize all layers of a plan and copy all other tensors.
+
+    Linears of the blocks are solved for their inputs where there are samples, other layers without
+    data. Tells of each layer.
+
+    Raises:
+        MethodError: a weight or an input isn't finite, a method refused a layer, or with
+            `calibration.strict` did something simpler.
+    """
+    results: list[LayerResult] = []
+
+    def finish(layer: LayerPlan, walk: Walk | None = None) -> None:
+        notes = writer.once(layer.name, partial(_solved, run, layer, walk))
+        _check_fallback(run, layer.name, notes["fallback"])
+        entry = _entry(layer, notes)
+        if walk is not None:
+            walk.put(layer.name, partial(_stored_weight, run, writer, layer.name, entry))
+        results.append(
+            LayerResult(layer.name, entry, notes["metrics"], notes["seconds"], notes["fallback"])
+        )
+        _announce(run, results[-1], len(results))
+
+    with _walking(run, writer.work_dir / "streams") as walk:
+        for layer in run.plan.layers:
+            if layer.role == "block":
+                finish(layer, walk)
+    for layer in run.plan.layers:
+        if layer.role != "block":
+            finish(layer)
+    for name in run.plan.kept:
+        writer.once(name, partial(_copied, run, name))
+    return tuple(results)
+
+
+@contextmanager
+def _walking(run: Run, directory: Path) -> Iterator[Walk | None]:
+    """Give a walk through the blocks, whose inputs may lie in a directory; None without samples."""
+    section = run.recipe.calibration
+    if section is None or run.calibration is None:
+        yield None
+        return
+    shutil.rmtree(directory, ignore_errors=True)  # of an attempt that failed
+    layers = {layer.name: layer.shape for layer in run.plan.layers}
+    env = replace(run.env, work_dir=directory)
+    walk = Walk(run.source, layers, run.calibration, section, env)
+    try:
+        yield walk
+    finally:
+        walk.end()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _solved(run: Run, layer: LayerPlan, walk: Walk | None) -> Made:
+    """Solve one layer, with the statistics that the walk gives."""
+    section, env = run.recipe.calibration, run.env
+    statistics = None if walk is None else walk.statistics(layer.name)
+    started = time.perf_counter()
+    with about(layer=layer.name):
+        weight = run.source.read_weight(layer.name).to(env.device)
+        _check_finite(layer.name, weight)
+        if statistics is None or section is None:
+            solution = _solve_alone(layer, weight, env)
+        else:
+            solution = solve_calibrated(layer, weight, statistics, section, env)
+        tensor = solution.tensor
+        _check_stored(layer.name, tensor, weight)
+        _check_fallback(run, layer.name, solution.fallback)
+    notes = {
+        "format": tensor.format,
+        "scheme": asdict(tensor.scheme),
+        "metrics": dict(solution.metrics),
+        "fallback": solution.fallback,
+        "seconds": time.perf_counter() - started,
+    }
+    return Made(tensor, notes)
+
+
+def _solve_alone(layer: LayerPlan, weight: Tensor, env: Env) -> LayerSolution:
+    generator = torch.Generator(env.device).manual_seed(env.seed)
+    problem = LayerProblem(name=layer.name, weight=weight, scheme=layer.scheme, generator=generator)
+    return load_method(layer.method).solve(problem, layer.options)
+
+
+def _entry(layer: LayerPlan, notes: Mapping[str, Any]) -> LayerEntry:
+    scheme = WeightScheme(**notes["scheme"])
+    return LayerEntry(format=notes["format"], scheme=scheme, shape=layer.shape, method=layer.method)
+
+
+def _stored_weight(run: Run, writer: CheckpointWriter, name: str, entry: LayerEntry) -> Tensor:
+    """Return what a stored layer means, (out_features, in_features) float32."""
+    tensor = writer.load(name, entry, run.env.device)
+    return codec(entry.format).dequantize(tensor, torch.float32)
+
+
+def _copied(run: Run, name: str) -> Made:
+    """Read a tensor that isn't quantized; warns if it isn't finite."""
+    values = run.source.read(name)
+    if values.dtype in WIDE_FLOATS:  # of narrower ones torch can't say it
+        count = values.numel() - int(torch.isfinite(values).sum())
+        if count:  # only the model's owner knows whether it is used
+            message = f"{name}: {count} of {values.numel()} values are NaN or infinite; copied as "
+            message += "it is. Check the original if that isn't meant."
+            run.env.emit(Notice(message))
+    return Made(values)
+
+
+def _announce(run: Run, result: LayerResult, done: int) -> None:
+    """Tell that a layer is done, and warn if the solver fell back."""
+    env, total = run.env, len(run.plan.layers)
+    error = result.metrics.get("added_error", result.metrics.get("nmse", 0.0))
+    memory = gigabytes(peak_memory(env.device))
+    detail = f"{result.name}  error {error:.2e}  memory {memory}"
+    env.emit(Progress("quantize", done, total, detail))
+    if result.fallback is not None:
+        env.emit(Notice(f"{result.name}: {result.fallback}"))
+
+
+def _check_fallback(run: Run, name: str, fallback: str | None) -> None:
+    """Raise MethodError if a solver did something simpler than asked, and that is forbidden."""
+    section = run.recipe.calibration
+    if section is not None and section.strict and fallback is not None:
+        raise MethodError(
+            f"{name}: {fallback} (calibration.strict). Without it, or --strict, the layer is taken "
+            "as it is.",
+            layer=name,
+        )
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    """Raise MethodError if a weight holds NaN or infinity."""
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        raise MethodError(
+            f"{name}: {int((~finite).sum())} of {weight.numel()} weights are NaN or infinite. The "
+            "file is damaged, or the model overflowed when it was saved; check the original."
+        )
+
+
+def _check_stored(name: str, tensor: QuantizedTensor, weight: Tensor) -> None:
+    """Raise MethodError if a stored parameter overflowed its dtype."""
+    for part, values in tensor.parts.items():
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            raise MethodError(
+                f"{name}: {part} doesn't fit float16; the largest weight is "
+                f"{float(weight.abs().max()):.3g}. Skip this layer with an override."
+            )

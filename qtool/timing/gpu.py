@@ -1,0 +1,131 @@
+"""`qtool bench --gpu`: kernels layer by layer, then whole models, all in one run on one card."""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qtool.base import Emit, Progress, ignore_events
+from qtool.errors import QtoolError
+from qtool.runtime.backends.cuda import driver
+from qtool.runtime.backends.cuda.decode_ops import KernelOps
+from qtool.runtime.decode.ops import DecodeOps
+from qtool.timing import peers
+from qtool.timing.decode import Clock, EndToEndResult, time_decoder
+from qtool.timing.kernels import Layer, LayerTimes, Rig, time_layer
+from qtool.timing.machine import CudaClock, Machine, describe_card, l2_bytes
+from qtool.timing.peers import Peer
+from qtool.timing.timing import CudaTimer, copies, copy_bandwidth
+from qtool.timing.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """All that needs a card, in one place: tests put others in."""
+
+    rig: Rig
+    ops: DecodeOps
+    clock: Clock
+    machine: Callable[[], Machine]
+
+
+@dataclass(frozen=True, slots=True)
+class GpuResult:
+    """What one run measured."""
+
+    name: str
+    machine: Machine
+    copy_gb_per_second: float
+    """Read and written bytes of a copy of 1 GiB."""
+    layers: tuple[LayerTimes, ...]
+    end_to_end: tuple[EndToEndResult, ...]
+    not_run: dict[str, str]
+    """Peers and models that weren't timed, and why."""
+    versions: dict[str, str]
+
+
+def on_card(device: torch.device) -> Bench:
+    """Return what times on a card; measures its copy bandwidth."""
+    timer = CudaTimer(device)
+    card = driver.card_of(device.index)
+    bandwidth = copy_bandwidth(device, timer)
+    rig = Rig(device, timer, driver.launch, card, l2_bytes(device), bandwidth)
+    return Bench(
+        rig=rig,
+        ops=KernelOps(driver.launch, card),
+        clock=CudaClock(device),
+        machine=lambda: describe_card(device, copies(device)),
+    )
+
+
+@torch.no_grad()
+def time_workload(
+    workload: Workload,
+    bench: Bench,
+    versions: dict[str, str],
+    *,
+    kernel: str | None = None,
+    with_peers: bool = False,
+    emit: Emit = ignore_events,
+) -> GpuResult:
+    """Time all of a workload.
+
+    Args:
+        workload: What.
+        bench: On what.
+        versions: Of the software, for the result.
+        kernel: One of `linear_kernels.KERNELS`; None: the one chosen for each layer and batch.
+        with_peers: Also time other libraries that are installed.
+        emit: Is told what is timed.
+    """
+    others, not_run = able(
+        (*peers.IN_TORCH, *(peers.OTHER_LIBRARIES if with_peers else ())), bench.rig.device
+    )
+    machine = bench.machine()
+    layers = []
+    for layer in workload.layers:
+        emit(Progress(f"time {layer.name}"))
+        try:
+            layers.append(_time_layer(layer, bench.rig, kernel, others))
+        except (QtoolError, torch.OutOfMemoryError) as error:
+            not_run[layer.name] = _first_line(error)
+    if workload.no_models:
+        not_run["end to end"] = workload.no_models
+    end_to_end = []
+    for model in workload.models:
+        emit(Progress(f"time {model.name}"))
+        try:
+            end_to_end.append(time_decoder(model, bench.ops, bench.clock))
+        except (QtoolError, torch.OutOfMemoryError) as error:
+            not_run[model.name] = _first_line(error)
+        gc.collect()
+    return GpuResult(
+        name=workload.name,
+        machine=machine,
+        copy_gb_per_second=bench.rig.copy_bandwidth / 1e9,
+        layers=tuple(layers),
+        end_to_end=tuple(end_to_end),
+        not_run=not_run,
+        versions=versions,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def able(wanted: Sequence[Peer], device: torch.device) -> tuple[tuple[Peer, ...], dict[str, str]]:
+    """Return the peers that can be timed, and why the others can't."""
+    reasons = {peer.name: peer.why_not(device) for peer in wanted}
+    can = tuple(peer for peer in wanted if reasons[peer.name] is None)
+    return can, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _time_layer(layer: Layer, rig: Rig, kernel: str | None, others: Sequence[Peer]) -> LayerTimes:
+    """Time a layer and return its memory, which the next one needs."""
+    result = time_layer(layer, rig, kernel=kernel, others=others)
+    gc.collect()
+    if rig.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return result

@@ -1,0 +1,119 @@
+"""Random weights made on the device: the speed of a kernel doesn't depend on what they hold."""
+
+from dataclasses import asdict
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from qtool.base import QuantizedTensor
+from qtool.formats import binary_coding
+from qtool.runtime.backends.cuda import linear_kernels
+from qtool.runtime.decode.weights import (
+    DecoderLayer,
+    DecoderShape,
+    DecoderWeights,
+    Projection,
+)
+from qtool.scheme import Shape2D, WeightScheme
+from qtool.timing.shapes import HEAD_BITS, DecoderSizes
+
+SEED = 0
+
+
+def generator_on(device: torch.device) -> torch.Generator:
+    """Return the seeded source of all random numbers of a run."""
+    return torch.Generator(device).manual_seed(SEED)
+
+
+def random_dense(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Return a weight whose products with unit normal inputs are unit normal."""
+    drawn = torch.randn(shape, dtype=dtype, device=generator.device, generator=generator)
+    return drawn.mul_(1 / sqrt(shape[-1]))
+
+
+def random_tensor(
+    shape: Shape2D, scheme: WeightScheme, generator: torch.Generator
+) -> QuantizedTensor:
+    """Return a binary-coded weight of random planes, of the size of `random_dense`."""
+    device, layout = generator.device, binary_coding.CODEC.layout(scheme, shape)
+    step = 1 / sqrt(shape.in_features)
+    planes, scales = layout["bit_planes"].shape, layout["plane_scales"].shape
+    halves = 0.5 ** torch.arange(scheme.num_bits, device=device).view(-1, 1, 1)
+    drawn = torch.rand(scales, device=device, generator=generator)
+    parts = {
+        "bit_planes": torch.randint(
+            -(2**31), 2**31, planes, dtype=torch.int32, device=device, generator=generator
+        ),
+        "plane_scales": (step * halves * (0.75 + 0.25 * drawn)).half(),
+    }
+    if not scheme.symmetric:
+        drawn = torch.randn(layout["plane_offsets"].shape, device=device, generator=generator)
+        parts["plane_offsets"] = (0.1 * step * drawn).half()
+    return QuantizedTensor(binary_coding.BINARY_CODING, scheme, shape, parts)
+
+
+def random_decoder(
+    decoder: DecoderSizes,
+    scheme: WeightScheme | None,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float16,
+) -> DecoderWeights:
+    """Return a whole random model; the embedding is dense.
+
+    Args:
+        decoder: Its numbers.
+        scheme: Of the projections; None: they are dense, and so is the head.
+        generator: On the device of the model.
+        dtype: Of activations, and of what is dense.
+    """
+    table = Shape2D(decoder.vocab_size, decoder.hidden_size)
+    head_scheme = scheme and WeightScheme(num_bits=HEAD_BITS, group_size=scheme.group_size)
+    head = _projection(table, head_scheme, generator, dtype)  # first: packing it takes most room
+    embedding = random_dense(table, dtype, generator)
+    layers = tuple(_layer(decoder, scheme, generator, dtype) for _ in range(decoder.num_layers))
+    norm = _norm(decoder.hidden_size, generator, dtype)
+    powers = torch.arange(0, decoder.head_dim, 2, dtype=torch.float32, device=generator.device)
+    frequencies = decoder.rope_theta ** (-powers / decoder.head_dim)
+    return DecoderWeights(_shape(decoder, dtype), embedding, layers, norm, head, frequencies)
+
+
+def _layer(
+    decoder: DecoderSizes,
+    scheme: WeightScheme | None,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+) -> DecoderLayer:
+    linears = {
+        name: _projection(shape, scheme, generator, dtype)
+        for name, shape in decoder.linears().items()
+    }
+    return DecoderLayer(
+        input_norm=_norm(decoder.hidden_size, generator, dtype),
+        qkv=linears["qkv"],
+        qkv_bias=None,
+        query_norm=None,
+        key_norm=None,
+        output=linears["o"],
+        mlp_norm=_norm(decoder.hidden_size, generator, dtype),
+        gate_up=linears["gate_up"],
+        down=linears["down"],
+    )
+
+
+def _projection(
+    shape: Shape2D, scheme: WeightScheme | None, generator: torch.Generator, dtype: torch.dtype
+) -> Projection:
+    if scheme is None:
+        return random_dense(shape, dtype, generator)
+    return linear_kernels.prepare(random_tensor(shape, scheme, generator), dtype)
+
+
+def _norm(width: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return torch.rand(width, dtype=dtype, device=generator.device, generator=generator) + 0.5
+
+
+def _shape(decoder: DecoderSizes, dtype: torch.dtype) -> DecoderShape:
+    sizes = asdict(decoder)
+    del sizes["num_layers"], sizes["rope_theta"]
+    return DecoderShape(**sizes, attention_scale=decoder.head_dim**-0.5, dtype=dtype)

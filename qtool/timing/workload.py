@@ -1,0 +1,148 @@
+"""What `qtool bench --gpu` times: the layers and the whole model of a checkpoint, or of shapes."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qtool.base import QuantizedTensor
+from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location
+from qtool.runtime.backends.cuda import backend as cuda
+from qtool.runtime.backends.cuda import linear_kernels
+from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
+from qtool.runtime.backends.cuda.selection import STORED_KERNELS
+from qtool.runtime.decode.read_model import weights_of, why_not
+from qtool.runtime.decode.weights import DecoderWeights, Projection
+from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, TiedHead
+from qtool.scheme import WeightScheme
+from qtool.timing.decode import EndToEnd
+from qtool.timing.kernels import DTYPE, Layer
+from qtool.timing.shapes import LinearShape, ModelShape
+from qtool.timing.synthetic import generator_on, random_decoder, random_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Layers to time one by one, and models to run as a whole."""
+
+    name: str
+    layers: tuple[Layer, ...]
+    models: tuple[EndToEnd, ...]
+    """The quantized one first, then the float16 baseline."""
+    no_models: str = ""
+    """Why there are none."""
+
+
+def synthetic_workload(
+    name: str, shape: ModelShape, scheme: WeightScheme, kernel: str | None, device: torch.device
+) -> Workload:
+    """Return random weights of known shapes, made on the device when their turn comes."""
+
+    def layer(linear: LinearShape) -> Layer:
+        def load() -> KernelWeight:
+            own = WeightScheme(
+                num_bits=linear.num_bits or scheme.num_bits, group_size=scheme.group_size
+            )
+            return _prepare(random_tensor(linear.shape, own, generator_on(device)), kernel)
+
+        return Layer(linear.name, linear.count, load)
+
+    layers = tuple(map(layer, shape.linears))
+    decoder = shape.decoder
+    if decoder is None:
+        return Workload(name, layers, (), f"{name} is the shapes of one block, not a whole model.")
+    models = (
+        EndToEnd(
+            f"{name}, {scheme.num_bits} bits",
+            lambda: random_decoder(decoder, scheme, generator_on(device), DTYPE),
+        ),
+        EndToEnd(
+            f"{name}, float16", lambda: random_decoder(decoder, None, generator_on(device), DTYPE)
+        ),
+    )
+    return Workload(name, layers, models)
+
+
+def checkpoint_workload(
+    model: Location, baseline: Location | None, kernel: str | None, device: torch.device
+) -> Workload:
+    """Return the layers of a checkpoint, one per shape and scheme, and the models to run.
+
+    Layers that share an input are fused as the decode runner fuses them; as stored, if it doesn't
+    run the model or the kernel asked for reads stored parts.
+    """
+    loaded = load_model(model, device=device, dtype=DTYPE)
+    reason = why_not(loaded.model)
+    if reason is None and kernel not in STORED_KERNELS:
+        layers = distinct(_fused(weights_of(loaded.model, backend=cuda.BACKEND)), kernel)
+    else:
+        layers = distinct(_stored(loaded.model), kernel)
+    if reason is not None:
+        return Workload(loaded.name, layers, (), reason)
+    models = [model, *([baseline] if baseline else [])]
+    return Workload(loaded.name, layers, tuple(_whole(one, device) for one in models))
+
+
+def _whole(model: Location, device: torch.device) -> EndToEnd:
+    def load() -> DecoderWeights:
+        return weights_of(load_model(model, device=device, dtype=DTYPE).model, backend=cuda.BACKEND)
+
+    return EndToEnd(model.public_name or str(model.path), load)
+
+
+def distinct(
+    weights: Iterable[tuple[str, KernelWeight | QuantizedTensor]], kernel: str | None
+) -> tuple[Layer, ...]:
+    """Return one layer per shape and scheme, in the order of their first, with their count."""
+    groups: dict[Any, list[tuple[str, KernelWeight | QuantizedTensor]]] = {}
+    for name, weight in weights:
+        groups.setdefault((weight.shape, weight.scheme), []).append((name, weight))
+    return tuple(
+        Layer(alike[0][0], len(alike), _loader(alike[0][1], kernel)) for alike in groups.values()
+    )
+
+
+def _loader(
+    weight: KernelWeight | QuantizedTensor, kernel: str | None
+) -> Callable[[], KernelWeight]:
+    if isinstance(weight, KernelWeight):
+        return lambda: weight
+    return lambda: _prepare(weight, kernel)
+
+
+def _prepare(tensor: QuantizedTensor, kernel: str | None) -> KernelWeight:
+    keep_stored = kernel in STORED_KERNELS if kernel else None
+    return linear_kernels.prepare(tensor, DTYPE, keep_stored=keep_stored)
+
+
+def _stored(model: Any) -> Iterator[tuple[str, QuantizedTensor]]:  # noqa: ANN401
+    """Yield the quantized linears of a model, and a head tied to its quantized embedding."""
+    embedding = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            yield _last(name), module.tensor()
+        elif isinstance(module, TiedHead) and isinstance(embedding, QuantizedEmbedding):
+            yield _last(name), embedding.tensor()
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _fused(decoder: DecoderWeights) -> Iterator[tuple[str, KernelWeight]]:
+    """Yield the quantized projections that a decoding step runs."""
+    for layer in decoder.layers:
+        yield from _packed("qkv", layer.qkv)
+        yield from _packed("o", layer.output)
+        yield from _packed("gate_up", layer.gate_up)
+        yield from _packed("down", layer.down)
+    yield from _packed("lm_head", decoder.head)
+
+
+def _packed(
+    name: str, projection: Projection | Sequence[Projection]
+) -> Iterator[tuple[str, KernelWeight]]:
+    parts = projection if isinstance(projection, tuple) else (projection,)
+    yield from ((name, part) for part in parts if isinstance(part, KernelWeight))

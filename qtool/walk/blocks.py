@@ -1,0 +1,275 @@
+"""The decoder blocks of a model, one at a time: weights come from disk, inputs from the cache.
+
+The model object is built with parameters that take no memory. Only what feeds the first block is
+filled in to capture its inputs; after that one block at a time is filled, run and emptied.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.errors import ModelError
+from qtool.formats._dtypes import dtype_of
+from qtool.modeling.config import parse_config
+from qtool.modeling.filling import empty_own, fill, fill_own, weightless
+from qtool.modeling.source import ModelSource
+from qtool.walk.calls import Call, Calls
+from qtool.wording import reason
+
+Note = Callable[[Tensor, Call], tuple[Any, ...] | None]
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes what it is called with, and returns its input as a block would.
+
+    `note` says what follows the hidden states in a block's output; None: the output is no tuple.
+    """
+
+    def __init__(self, block: nn.Module, note: Note) -> None:
+        super().__init__()
+        self._block = (block,)
+        self._note = note
+
+    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        rest = self._note(hidden, Call(arguments, keywords))
+        return hidden if rest is None else (hidden, *rest)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Answer for the block: models look at attributes such as its kind of attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
+
+
+def _walk_dtype(source: ModelSource, device: str, dtype: str) -> torch.dtype:
+    if dtype != "auto":
+        return dtype_of(dtype)
+    if not device.startswith("cuda"):
+        return torch.float32
+    first = next(source.block_linears())
+    stored = source.spec(f"{first}.weight").dtype
+    return torch.bfloat16 if stored == "BF16" else torch.float16
+
+
+class BlockModel:
+    """The empty model and what its blocks are called with."""
+
+    def __init__(self, source: ModelSource, device: str, *, dtype: str = "auto") -> None:
+        """Build the model without weights.
+
+        Args:
+            source: Where the weights are.
+            device: Where blocks run.
+            dtype: In which they run. `auto`: in float32 on a CPU; on a card in bfloat16 if the
+                weights are stored so, because such a model's activations may leave the range of
+                float16, else in float16.
+
+        Raises:
+            ModelError: transformers can't build it.
+        """
+        import transformers  # slow
+
+        self.source, self.device = source, device
+        run_dtype = _walk_dtype(source, device, dtype)
+        config = parse_config(source.config, source.directory)
+        try:
+            with weightless():
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=run_dtype)
+        except Exception as error:  # transformers raises many unrelated types
+            raise ModelError(
+                f"transformers can't build {source.directory}: {reason(error)}."
+            ) from error
+        self._model = model.eval()
+        self._blocks = model.get_submodule(source.adapter.blocks)
+        self._calls = Calls()
+
+    @torch.no_grad()
+    def capture(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Run everything before the first block.
+
+        Args:
+            batches: Tokens, each (samples, length) int64.
+
+        Returns:
+            Inputs of the first block, each (samples, length, width), on the CPU.
+        """
+        with self._filled():
+            first = self.load(0)
+            calls: list[tuple[Tensor, Call]] = []
+            rest: list[tuple[Any, ...] | None] = []
+
+            def note(hidden: Tensor, call: Call) -> tuple[Any, ...] | None:
+                if not rest:  # what a block returns is seen once, on a block that runs
+                    rest.append(first.rest_of_output(hidden, call))
+                calls.append((hidden, call))
+                return rest[0]
+
+            hidden = []
+            with self._recorded(note):
+                for tokens in batches:
+                    calls.clear()
+                    with _failures_of_its_code(str(self.source.directory)):
+                        self._model.base_model(tokens.to(self.device), use_cache=False)
+                    hidden.append(calls[0][0].cpu())
+                    self._calls.add([call for _, call in calls])
+        return hidden
+
+    @contextmanager
+    def _recorded(self, note: Note) -> Iterator[None]:
+        """Put a recorder in the place of each block."""
+        blocks = list(self._blocks)
+        for index, block in enumerate(blocks):
+            self._blocks[index] = _Recorder(block, note)
+        try:
+            yield
+        finally:
+            for index, block in enumerate(blocks):
+                self._blocks[index] = block
+
+    @contextmanager
+    def _filled(self) -> Iterator[None]:
+        """Fill all that runs beside the blocks, and empty it again."""
+        skipped = {self._model.get_output_embeddings()}
+        outside = {
+            name: module
+            for name, module in self._model.named_modules()
+            if module not in skipped and not f"{name}.".startswith(self.source.adapter.blocks + ".")
+        }
+        for name, module in outside.items():
+            fill_own(module, name, self.source, self.device)
+        self._buffers_to(self.device)
+        yield
+        for module in outside.values():
+            empty_own(module)
+
+    def _buffers_to(self, device: str) -> None:
+        for module in self._model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+
+    def load(self, index: int) -> "Block":
+        """Fill one block; drop the result to free its memory."""
+        block = deepcopy(self._blocks[index])
+        prefix = f"{self.source.adapter.blocks}.{index}"
+        fill(block, prefix, self.source, self.device)
+        return Block(block, prefix, self._calls.of(index))
+
+
+class _Stop(Exception):  # noqa: N818
+    """Ends a forward pass when what was wanted has been seen."""
+
+
+@contextmanager
+def _failures_of_its_code(what: str) -> Iterator[None]:
+    """Turn what a model's code raises into one sentence, but for too little memory."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
+        if "memory" in str(error):  # the caller knows what to do about that
+            raise
+        raise ModelError(
+            f"{what} can't be run block by block ({type(error).__name__}: {reason(error)}). "
+            "Quantize it without calibration data."
+        ) from error
+
+
+class Block:
+    """One filled decoder block."""
+
+    def __init__(self, module: nn.Module, name: str, calls: tuple[Call, ...]) -> None:
+        self._module, self._name, self._calls = module, name, calls
+        self._device = next(module.parameters()).device
+        self._batch = -1
+
+    def copy(self) -> "Block":
+        """Return a block with weights of its own."""
+        return Block(deepcopy(self._module), self._name, self._calls)
+
+    @torch.no_grad()
+    def run(self, hidden: Tensor, batch: int | None = None) -> Tensor:
+        """Return the block's output for one batch, on the block's device.
+
+        Args:
+            hidden: Input of the block, (samples, length, width).
+            batch: Which of the captured batches it is: it decides the block's other arguments.
+                None: the one after the last that ran, as when all are run in turn.
+
+        Raises:
+            ModelError: the block can't run by itself.
+        """
+        self._batch = (self._batch + 1 if batch is None else batch) % len(self._calls)
+        output = self._call(hidden, self._calls[self._batch])
+        return output[0] if isinstance(output, tuple) else output
+
+    def rest_of_output(self, hidden: Tensor, call: Call) -> tuple[Any, ...] | None:
+        """Return what the block returns beside the hidden states; None if it returns no tuple."""
+        output = self._call(hidden, call)
+        return output[1:] if isinstance(output, tuple) else None
+
+    def _call(self, hidden: Tensor, call: Call) -> Any:  # noqa: ANN401
+        call = call.on(self._device)
+        hidden = hidden.to(self._device, non_blocking=True)
+        with _failures_of_its_code(self._name):
+            return self._module(hidden, *call.arguments, **call.keywords)
+
+    @torch.no_grad()
+    def inputs_of(self, linear: str, hidden: Tensor, batch: int) -> Tensor:
+        """Run the block until `linear` is called and return its input: (tokens, in_features).
+
+        Raises:
+            ModelError: the linear was never called.
+        """
+        seen: list[Tensor] = []
+
+        def stop(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            seen.append(arguments[0])
+            raise _Stop
+
+        handle = self._module.get_submodule(linear).register_forward_pre_hook(stop)
+        try:
+            self.run(hidden, batch)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        if not seen:
+            raise ModelError(f"{linear} was never called: its inputs can't be measured.")
+        return seen[0].flatten(0, -2)
+
+    @torch.no_grad()
+    def around(self, linear: str, hidden: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """Run the whole block; return what goes into `linear` and what its output is added to.
+
+        That sum must be the block's output: `linear` is the last one of the MLP.
+
+        Returns:
+            (tokens, in_features), and (tokens, width) float32.
+
+        Raises:
+            ModelError: the linear was never called.
+        """
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def note(_module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            seen.append((arguments[0], output))
+
+        handle = self._module.get_submodule(linear).register_forward_hook(note)
+        try:
+            output = self.run(hidden, batch)
+        finally:
+            handle.remove()
+        if not seen:
+            raise ModelError(f"{linear} was never called: its inputs can't be measured.")
+        inputs, added = seen[0]
+        residual = output.flatten(0, -2).float() - added.flatten(0, -2).float()
+        return inputs.flatten(0, -2), residual
+
+    def set_weight(self, linear: str, weight: Tensor, *, transposed: bool) -> None:
+        """Replace the weight (out_features, in_features) of a linear."""
+        parameter = self._module.get_submodule(linear).get_parameter("weight")
+        parameter.copy_(weight.T if transposed else weight)

@@ -1,0 +1,134 @@
+"""What a group of linears that share an input sees: one pass over the cached block inputs."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qtool.core import hessian
+from qtool.core.moments import Moments, Shifter, no_moments
+from qtool.modeling.source import ModelSource
+from qtool.walk.blocks import Block
+from qtool.walk.streams import Streams
+
+Writer = Literal["attention", "mlp"]
+FEW_TOKENS = 4
+"""Below this many tokens per input the Hessian is noise in many directions: warn, damp more."""
+DEFAULT_DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Second moments of the tokens that are solved with, and of those that choices are made on."""
+
+    train: Moments
+    held_out: Moments
+
+    @property
+    def tokens_per_input(self) -> float:
+        """How many training tokens there are for each input."""
+        return self.train.num_tokens / len(self.train.sums["xx"])
+
+    def is_finite(self) -> bool:
+        """Return whether no input and no residual stream left the range of its dtype."""
+        return all(
+            bool(torch.isfinite(total).all())
+            for part in (self.train, self.held_out)
+            for product, total in part.sums.items()
+            if product in ("xx", "dx", "ex")
+        )
+
+    @cached_property
+    def shifter(self) -> Shifter:
+        """What shifts the weights of all linears with this input."""
+        damping = raised(DEFAULT_DAMPING, self.tokens_per_input)
+        lower = hessian.cholesky(hessian.damp(self.train.mean("xx"), damping))
+        return Shifter(self.train, self.held_out, lower)
+
+
+def raised(damping: float, tokens_per_input: float) -> float:
+    """Return the damping asked for, raised where there are few tokens per input."""
+    if tokens_per_input >= FEW_TOKENS:
+        return damping
+    return min(damping * FEW_TOKENS / max(tokens_per_input, 0.1), hessian.MAX_DAMPING)
+
+
+def why_not_finite(source: ModelSource, linear: str, dtype: torch.dtype) -> str:
+    """Return the sentence about inputs that aren't finite: the model's own values come first."""
+    problem = f"The inputs of {linear} hold NaN or infinity"
+    for name in source.names():
+        values = source.read(name)
+        odd = int((~torch.isfinite(values)).sum()) if values.is_floating_point() else 0
+        if odd:
+            return (
+                f"{problem}, because {odd} of {values.numel()} values of {name} in the model's "
+                "file do. It is damaged, or the model overflowed when it was saved."
+            )
+    if dtype == torch.float32:
+        return (
+            f"{problem}, though all stored values are finite and float32 is the widest dtype: "
+            "config.json may be another model's. Otherwise use more bits or smaller groups."
+        )
+    return (
+        f"{problem}: the model leaves the range of {str(dtype).removeprefix('torch.')}, in which "
+        "it is walked. Set calibration.dtype to float32, or use more bits or smaller groups."
+    )
+
+
+def writer_of(residual: tuple[str, str] | None, linear: str) -> Writer | None:
+    """Return which part of the block adds this linear's output to the residual stream."""
+    if residual is None or linear not in residual:
+        return None
+    return "attention" if linear == residual[0] else "mlp"
+
+
+def measure_inputs(
+    linear: str,
+    original: Block,
+    quantized: Block,
+    streams: Streams,
+    *,
+    writer: Writer | None,
+    token_cap: float | None,
+) -> InputStatistics:
+    """Run both blocks up to `linear` on every batch.
+
+    Args:
+        linear: Name of the first of the linears that share the input.
+        original: The block with its original weights.
+        quantized: The block as far as it is quantized.
+        streams: Cached inputs of the block.
+        writer: What the linear's output is the output of, if it is added to the residual stream.
+        token_cap: Tokens above this multiple of the median norm are shrunk to it; None: none are.
+    """
+    sums: dict[bool, Moments] = {}
+    for index, (first, second) in enumerate(zip(streams.original, streams.quantized, strict=True)):
+        reference, reference_residual = _see(original, linear, first, index, writer)
+        x, residual = _see(quantized, linear, second, index, writer)
+        drift, lost = reference - x, None
+        if reference_residual is not None and residual is not None:
+            lost = (reference_residual.float() - residual.float()).to(x.dtype)
+        if token_cap is not None:
+            weights = hessian.token_weights(x, token_cap)
+            x, drift = (weights * x).to(x.dtype), (weights * drift).to(x.dtype)
+            lost = None if lost is None else (weights * lost).to(x.dtype)
+        held_out = index >= streams.num_train
+        if held_out not in sums:
+            width = None if lost is None else lost.shape[-1]
+            sums[held_out] = no_moments(x.shape[-1], width, device=x.device, for_errors=held_out)
+        sums[held_out].add(x, drift, lost)
+    return InputStatistics(train=sums[False], held_out=sums[True])
+
+
+def _see(
+    block: Block, linear: str, hidden: Tensor, batch: int, writer: Writer | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the input of a linear and the residual stream that its output is added to."""
+    if writer == "mlp":
+        return block.around(linear, hidden, batch)
+    inputs = block.inputs_of(linear, hidden, batch)
+    if writer == "attention":
+        return inputs, hidden.flatten(0, -2).to(inputs.device, non_blocking=True)
+    return inputs, None

@@ -1,0 +1,222 @@
+"""The kernels' own text, run on the CPU, against the operations by torch."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from qtool.runtime.backends.cuda import decode_ops as kernel_ops
+from qtool.runtime.backends.cuda.decode_ops import KernelOps
+from qtool.runtime.backends.cuda.launch import Card
+from qtool.runtime.decode.ops import DecodeState
+from qtool.runtime.decode.read_model import weights_of
+from qtool.runtime.decode.runner import DecodeRunner
+from qtool.runtime.decode.torch_ops import OPS
+from qtool.runtime.decode.weights import DecoderLayer, DecoderShape
+from tests.helpers import normal
+from tests.kernels.host import Recorder
+from tests.runtime_decode.models import build, prompt
+
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def card(multiprocessors=2):
+    return Card(multiprocessors=multiprocessors, shared_bytes=48 * 1024)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [64, 100, 576, 4096, 8200])
+def test_rms_norm(hidden, dtype):
+    x, weight = (3 * normal(3, hidden)).to(dtype), (1 + normal(hidden, seed=1)).to(dtype)
+    x[1] *= 50
+    got = KernelOps(Recorder(), card()).rms_norm(x, weight, 1e-5)
+    expected = OPS.rms_norm(x, weight, 1e-5)
+    torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    assert float((got != expected).float().mean()) < 0.01  # rounded as torch does, but for ties
+
+
+@dataclass(frozen=True)
+class Case:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype = torch.float16
+    batch: int = 1
+    splits: int = 4
+    bias: bool = False
+    norms: bool = False
+    max_length: int = 260
+
+    @property
+    def shape(self) -> DecoderShape:
+        return DecoderShape(
+            hidden_size=64,
+            num_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            intermediate_size=64,
+            vocab_size=64,
+            norm_eps=1e-5,
+            attention_scale=0.7 * self.head_dim**-0.5,
+            dtype=self.dtype,
+        )
+
+    @property
+    def rows(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def layer(self) -> DecoderLayer:
+        def norm(seed):
+            return (1 + 0.5 * normal(self.head_dim, seed=seed)).to(self.dtype)
+
+        nothing = torch.empty(0)
+        return DecoderLayer(
+            input_norm=nothing,
+            qkv=nothing,
+            qkv_bias=normal(self.rows, seed=5).to(self.dtype) if self.bias else None,
+            query_norm=norm(6) if self.norms else None,
+            key_norm=norm(7) if self.norms else None,
+            output=nothing,
+            mlp_norm=nothing,
+            gate_up=nothing,
+            down=nothing,
+        )
+
+    def state(self, positions, scratch) -> DecodeState:
+        size = (2, self.batch, self.kv_heads, self.max_length, self.head_dim)
+        angles = normal(self.max_length, self.head_dim // 2, seed=3)
+        return DecodeState(
+            keys=normal(*size, seed=1).to(self.dtype),
+            values=normal(*size, seed=2).to(self.dtype),
+            rotary=torch.cat([angles.cos(), angles.sin()], -1),
+            tokens=torch.zeros(self.batch, dtype=torch.int64),
+            positions=torch.tensor(positions, dtype=torch.int32),
+            history=torch.zeros(self.batch, self.max_length + 1, dtype=torch.int64),
+            steps=torch.tensor([41], dtype=torch.int32),
+            scratch=scratch,
+        )
+
+
+CASES = [
+    Case(8, 2, 128),
+    Case(4, 4, 64, batch=2, dtype=torch.bfloat16),
+    Case(6, 2, 96, bias=True, splits=3),
+    Case(8, 1, 16, norms=True, batch=2),
+    Case(2, 2, 256, norms=True, bias=True, dtype=torch.bfloat16),
+    Case(14, 2, 80, splits=1),
+    Case(12, 1, 8, splits=2),
+    Case(16, 1, 128, norms=True),
+]
+
+
+def poisoned(state: DecodeState) -> DecodeState:
+    """Return a copy whose cache is NaN from each sequence's position on."""
+    places = torch.arange(state.keys.shape[3], device=state.keys.device)
+    late = places >= state.positions[:, None]
+    hidden = late[None, :, None, :, None]
+    return replace(
+        state,
+        keys=state.keys.masked_fill(hidden, torch.nan),
+        values=state.values.masked_fill(hidden, torch.nan),
+    )
+
+
+@pytest.mark.parametrize("position", [0, 1, 31, 32, 63, 64, 65, 128, 191, 259])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention(case, position):
+    shape, layer = case.shape, case.layer()
+    qkv = normal(case.batch, case.rows, seed=9).to(case.dtype)
+    heads = kernel_ops.heads_per_block(shape.group, shape.head_dim)
+    blocks = case.kv_heads * shape.group // heads * case.batch
+    launch = Recorder()
+    ops = KernelOps(launch, card(case.splits * blocks))
+    scratch = ops.scratch(shape, case.batch, case.max_length, torch.device("cpu"))
+    assert scratch.shape[2] == case.splits
+    positions = [position, max(0, position - 40)][: case.batch]
+    clean = case.state(positions, None)
+    state = replace(poisoned(clean), scratch=scratch)
+    got = ops.attend(qkv, layer, 1, shape, state)
+    expected = OPS.attend(qkv, layer, 1, shape, clean)
+    eps = torch.finfo(case.dtype).eps
+    torch.testing.assert_close(got, expected, rtol=0, atol=8 * eps)
+    where = torch.arange(case.batch)
+    for mine, theirs in ((state.keys, clean.keys), (state.values, clean.values)):
+        stored = mine[1, where, :, positions]
+        scale = float(theirs[1, where, :, positions].abs().max())
+        torch.testing.assert_close(
+            stored, theirs[1, where, :, positions], rtol=0, atol=2 * scale * eps
+        )
+        mine[1, where, :, positions] = torch.nan
+    untouched = poisoned(case.state(positions, None))
+    assert torch.equal(state.keys.isnan(), untouched.keys.isnan())
+    assert torch.equal(state.values.isnan(), untouched.values.isnan())
+
+
+def test_parts_of_an_earlier_step_or_layer_are_not_taken():
+    case = Case(2, 1, 64, splits=4)
+    ops = KernelOps(Recorder(), card(4))
+    shape, layer = case.shape, case.layer()
+    scratch = ops.scratch(shape, 1, case.max_length, torch.device("cpu"))
+    qkv = normal(1, case.rows, seed=9).half()
+    for step, index, position in ((41, 0, 259), (41, 1, 259), (42, 0, 259), (43, 0, 100)):
+        clean = case.state([position], None)
+        clean.steps.fill_(step)
+        got = ops.attend(qkv, layer, index, shape, replace(poisoned(clean), scratch=scratch))
+        expected = OPS.attend(qkv, layer, index, shape, clean)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0.01)
+    marks = {int(word) >> 32 for word in scratch.flatten()}
+    assert marks <= {0, *(step * 2 + layer + 1 for step in (41, 42, 43) for layer in (0, 1))}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [96, 101, 40000])
+def test_choice_of_the_next_tokens(vocabulary, dtype):
+    case = replace(CASES[1], batch=4, dtype=dtype)
+    mine, theirs = case.state([0, 5, 9, 258], None), case.state([0, 5, 9, 258], None)
+    logits = normal(4, vocabulary).to(dtype)
+    logits[1] = -3 - logits[1].abs()  # all negative
+    logits[2, 7::11] = 99.0  # the first of equals
+    logits[3, 50] = torch.nan
+    KernelOps(Recorder(), card()).choose(logits, mine)
+    OPS.choose(logits, theirs)
+    assert mine.tokens.tolist() == logits.argmax(-1).tolist()
+    for name in ("tokens", "positions", "history", "steps"):
+        assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim", "heads"),
+    [(4, 128, 4), (8, 128, 8), (8, 256, 4), (12, 64, 6), (7, 128, 7)],
+)
+def test_blocks_take_as_many_heads_as_fit(group, head_dim, heads):
+    assert kernel_ops.heads_per_block(group, head_dim) == heads
+
+
+def test_splits_fill_the_card_and_follow_the_context():
+    assert kernel_ops.splits_for(card(132), 8, 4096) == 16
+    assert kernel_ops.splits_for(card(132), 8, 256) == 4
+    assert kernel_ops.splits_for(card(132), 256, 4096) == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2-bias", "qwen3-norms"])
+@pytest.mark.parametrize("lengths", [[20], [20, 20], [3, 20, 1]], ids=str)
+def test_whole_steps_by_kernels(kind, lengths):
+    batch = len(lengths)
+    model, ids = build(kind, torch.float16), prompt(batch, 24)
+    weights = weights_of(model)
+    launch = Recorder()
+    runners = [
+        DecodeRunner(weights, ops, max_length=40, batch=batch)
+        for ops in (OPS, KernelOps(launch, card()))
+    ]
+    each_length = torch.tensor(lengths)
+    logits = [[runner.prefill(ids[:, :20], each_length).clone()] for runner in runners]
+    for index in range(20, 24):
+        for each, runner in zip(logits, runners, strict=True):
+            each.append(runner.step(ids[:, index]).clone())
+    torch.testing.assert_close(*map(torch.stack, logits), rtol=0, atol=0.02)
+    begin = len(launch.calls)
+    chosen = [runner.greedy(ids[:, 3], 1) for runner in runners]
+    assert torch.equal(*chosen)
+    per_layer = ["rms_norm", "decode_attention", "rms_norm"]
+    assert launch.names[begin:] == [*per_layer, *per_layer, "rms_norm", "greedy"]

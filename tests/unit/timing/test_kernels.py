@@ -1,0 +1,137 @@
+import dataclasses
+
+import pytest
+import torch
+
+from qtool.runtime.backends.cuda import linear_kernels
+from qtool.scheme import Shape2D, WeightScheme
+from qtool.timing import kernels, peers
+from qtool.timing.kernels import BATCHES, Layer, SweepPoint, break_even, kernel_row
+from qtool.timing.peers import Peer, PeerWeight
+from qtool.timing.synthetic import generator_on, random_tensor
+from tests.unit.timing.rig import COPY_BANDWIDTH, CountingTimer, rig
+
+SHAPE = Shape2D(96, 64)
+SCHEME = WeightScheme(num_bits=2, group_size=32)
+STORED = 2 * 96 * 64 // 8 + (2 + 1) * 96 * 2 * 2
+CPU = torch.device("cpu")
+
+
+def layer(keep_stored=False):
+    def load():
+        tensor = random_tensor(SHAPE, SCHEME, generator_on(CPU))
+        return linear_kernels.prepare(tensor, torch.float16, keep_stored=keep_stored)
+
+    return Layer("down", 3, load)
+
+
+def test_row_of_the_reference_table():
+    shape = Shape2D(28672, 4096)  # float16 on an H100, shared/reference_numbers.md
+    row = kernel_row(
+        *("fp16 cuBLAS", "", 87.7e-6, 2 * 28672 * 4096, shape),
+        copy_bandwidth=2.93e12,
+        fp16_seconds=87.7e-6,
+    )
+    assert row.gb_per_second == pytest.approx(2678, rel=1e-3)
+    assert row.gb_per_second_with_activations == pytest.approx(2679, rel=1e-3)
+    assert row.of_copy_bandwidth == pytest.approx(0.914, rel=1e-3)
+    assert row.speedup == 1
+
+
+def point(tokens, speedup):
+    return SweepPoint(tokens, "planes", 1.0, speedup, speedup)
+
+
+def test_break_even_is_the_first_batch_at_which_float16_is_faster():
+    assert break_even([point(1, 3.0), point(8, 1.0), point(16, 0.9), point(32, 1.1)]) == 16
+    assert break_even([point(1, 3.0), point(64, 1.2)]) is None
+    assert break_even([point(1, 0.5)]) == 1
+
+
+def test_bytes_are_those_of_the_stored_parts():
+    assert kernels.stored_bytes(layer().load()) == STORED
+
+
+def test_a_layer_is_timed_at_every_batch_size_and_beside_float16():
+    timer = CountingTimer()
+    result = kernels.time_layer(layer(), rig(timer))
+    assert [p.tokens for p in result.sweep] == list(BATCHES)
+    assert [p.kernel for p in result.sweep] == ["planes"] * 5 + ["dequantize"] * 2
+    assert min(timer.calls) >= 20
+    ours, fp16 = result.rows
+    assert (ours.what, ours.kernel, ours.weight_bytes) == ("qtool", "planes", STORED)
+    assert ours.microseconds == pytest.approx(1.0)
+    assert ours.of_copy_bandwidth == pytest.approx(STORED / 1e-6 / COPY_BANDWIDTH)
+    assert (fp16.what, fp16.kernel, fp16.weight_bytes) == ("fp16 cuBLAS", "", 2 * 96 * 64)
+    assert (result.out_features, result.in_features, result.count) == (96, 64, 3)
+    assert result.break_even is None
+
+
+def test_the_kernel_asked_for_is_the_one_that_is_launched():
+    launched = []
+    own = dataclasses.replace(rig(), launch=lambda call, _: launched.append(call.kernel))
+    result = kernels.time_layer(layer(keep_stored=True), own, kernel="sign_flip")
+    assert set(launched) == {"sign_flip"}
+    assert {p.kernel for p in result.sweep} == {"sign_flip"}
+
+
+def test_a_peer_is_timed_on_copies_of_its_own_and_one_that_fails_is_named():
+    built = []
+
+    def build(weight):
+        built.append(weight.clone())
+        return PeerWeight(lambda x: x @ built[0].T, 500)
+
+    def fail(_weight):
+        raise RuntimeError("no\nkernel image")
+
+    others = (Peer("good", build), Peer("bad", fail), Peer("wide", build, multiple=128))
+    result = kernels.time_layer(layer(), rig(), others=others)
+    assert [row.what for row in result.rows] == ["qtool", "fp16 cuBLAS", "good"]
+    assert result.rows[-1].weight_bytes == 500
+    assert len(built) == 6
+    assert result.failed == {
+        "bad": "RuntimeError: no kernel image",
+        "wide": "ValueError: needs a multiple of 128 inputs",
+    }
+
+
+def test_inputs_are_random_and_the_same_in_every_run():
+    x = kernels.inputs(4, 64, torch.float16, CPU)
+    assert bool((x != 0).any(1).all())
+    assert torch.equal(x, kernels.inputs(4, 64, torch.float16, CPU))
+
+
+def test_affine_codes_of_peers_fit_their_bits_and_restore_the_weight():
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)).half()
+    for bits, worst in ((4, 0.3), (2, 1.4)):
+        codes, steps, low = peers._affine(weight, bits)
+        assert codes.max() == 2**bits - 1
+        back = codes.unflatten(1, (-1, 128)) * steps.unsqueeze(-1) + low.unsqueeze(-1)
+        assert (back.flatten(1) - weight).abs().max() < worst
+
+
+def test_missing_peers_say_how_to_install_them(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "torch" or None)
+    for peer in peers.OTHER_LIBRARIES:
+        assert peer.why_not(CPU) == f"isn't installed: pip install {peer.module}"
+    for peer in peers.IN_TORCH:
+        assert "CUDA" in str(peer.why_not(CPU))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("peer", [*peers.IN_TORCH, *peers.OTHER_LIBRARIES], ids=lambda p: p.name)
+def test_a_peer_multiplies_by_the_weight(peer):
+    device = torch.device("cuda", 0)
+    reason = peer.why_not(device)
+    if reason is not None:
+        pytest.skip(reason)
+    generator = generator_on(device)
+    weight = torch.randn(512, 1024, device=device, generator=generator).half()
+    x = kernels.inputs(1, 1024, peer.dtype, device)
+    with torch.no_grad():
+        got = peer.build(weight).matmul(x)
+    assert isinstance(got, torch.Tensor)
+    exact = x.float() @ weight.float().T
+    error = (got.float().view_as(exact) - exact).norm() / exact.norm()
+    assert error < (0.6 if "2 bit" in peer.name else 0.2)
