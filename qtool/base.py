@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from qtool.scheme import Shape2D, WeightScheme
@@ -20,11 +19,33 @@ if TYPE_CHECKING:
 
 Statistic = Literal["hessian"]
 DType = Literal["int32", "float16", "bfloat16", "float32"]
-Emit = Callable[[str, Mapping[str, Any]], None]
-"""Receives progress and metrics as (event name, values); the CLI renders, tests collect."""
 
 
-def ignore_events(_event: str, _values: Mapping[str, Any]) -> None:
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What is going on, and how far it is."""
+
+    what: str
+    """One step of the work; the first with this text begins it."""
+    done: int = 0
+    total: int | None = None
+    """None: nothing is counted."""
+    detail: str = ""
+    """On what was done last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A warning: the work goes on, and the user should know."""
+
+    message: str
+
+
+Emit = Callable[[Progress | Notice], None]
+"""Receives what a user is told while the work goes on; the CLI renders, tests collect."""
+
+
+def ignore_events(_event: Progress | Notice) -> None:
     """Drop an event: the default `Emit` of a library call."""
 
 
@@ -138,7 +159,6 @@ class Env:
     device: str
     seed: int = 0
     emit: Emit = ignore_events
-    work_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,3 +37,11 @@ def list_names(names: Iterable[str]) -> str:
     texts = [shown(name) for name in names]
     more = len(texts) - NUM_LISTED
     return ", ".join(texts[:NUM_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def gigabytes(num_bytes: float) -> str:
+    """Return a size as people write it."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes / 1e3:.3g} kB"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.base import LayerProblem, QuantizedTensor
+from qtool.base import LayerProblem, Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.core import moments
 from qtool.recipe.load import recipe_from_mapping
@@ -30,10 +30,10 @@ def statistics(names: Iterable[str], in_features: int, seed: int = 7) -> dict[An
     """Return the statistics of correlated inputs that `names` asks for, as a run makes them."""
     mixing = torch.eye(in_features) + 0.1 * normal(in_features, in_features, seed=seed)
     inputs = normal(4 * in_features, in_features, seed=seed + 1) @ mixing
-    sums = moments.zeros(in_features, None, device=inputs.device, for_errors=False)
+    sums = moments.no_moments(in_features, None, device=inputs.device, for_errors=False)
     for batch in inputs.split(in_features):
         sums.add(batch, torch.zeros_like(batch), None)
-    known = {"hessian": sums.means().inputs}
+    known = {"hessian": sums.mean("xx")}
     return {name: known[name] for name in names}
 
 
@@ -84,3 +84,13 @@ def run_python(
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def warnings_in(events: Iterable[Progress | Notice]) -> list[str]:
+    """Return what a user was warned of."""
+    return [event.message for event in events if isinstance(event, Notice)]
+
+
+def steps_in(events: Iterable[Progress | Notice], what: str) -> list[Progress]:
+    """Return what a user was told of one step."""
+    return [event for event in events if isinstance(event, Progress) and event.what == what]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qtool.base import Emit, ignore_events
+from qtool.base import Emit, Progress, ignore_events
 from qtool.bench import peers
 from qtool.bench.decode import Clock, EndToEndResult, time_decoder
 from qtool.bench.kernels import Layer, LayerTimes, Rig, time_layer
@@ -77,7 +77,7 @@ def time_workload(
         versions: Of the software, for the result.
         kernel: One of `linear_kernels.KERNELS`; None: the one chosen for each layer and batch.
         with_peers: Also time other libraries that are installed.
-        emit: Receives `timing` events.
+        emit: Is told what is timed.
     """
     others, not_run = able(
         (*peers.IN_TORCH, *(peers.OTHER_LIBRARIES if with_peers else ())), bench.rig.device
@@ -85,20 +85,20 @@ def time_workload(
     machine = bench.machine()
     layers = []
     for layer in workload.layers:
-        emit("timing", {"name": layer.name})
+        emit(Progress(f"time {layer.name}"))
         try:
             layers.append(_time_layer(layer, bench.rig, kernel, others))
         except (QtoolError, torch.OutOfMemoryError) as error:
-            not_run[layer.name] = _one_line(error)
+            not_run[layer.name] = _first_line(error)
     if workload.no_models:
         not_run["end to end"] = workload.no_models
     end_to_end = []
     for model in workload.models:
-        emit("timing", {"name": model.name})
+        emit(Progress(f"time {model.name}"))
         try:
             end_to_end.append(time_decoder(model, bench.ops, bench.clock))
         except (QtoolError, torch.OutOfMemoryError) as error:
-            not_run[model.name] = _one_line(error)
+            not_run[model.name] = _first_line(error)
         gc.collect()
     return GpuResult(
         name=workload.name,
@@ -111,7 +111,7 @@ def time_workload(
     )
 
 
-def _one_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 

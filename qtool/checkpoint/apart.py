@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from qtool.checkpoint.place import one_line
+from qtool.checkpoint.place import file_failures
 from qtool.errors import OutputError
 
 
@@ -18,7 +18,7 @@ def check_apart(out_dir: Path, source: Path, others: Iterable[Path] = ()) -> Non
     Raises:
         OutputError: it does; links are followed both ways.
     """
-    with one_line(out_dir):
+    with file_failures(out_dir):
         itself = _identity(out_dir)
         if _identity(source) in _identities_above(out_dir):
             raise OutputError(

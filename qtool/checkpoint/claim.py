@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from qtool.checkpoint.marks import inode, read_job
-from qtool.checkpoint.place import Place, check_place, one_line
+from qtool.checkpoint.place import Place, check_place, file_failures
 from qtool.checkpoint.publish import repair
 from qtool.errors import OutputError
 
@@ -19,19 +19,19 @@ PATIENCE = 20
 """Tries, 50 ms apart: another process may only be looking whether a run lives."""
 
 
-def look(place: Place, *, overwrite: bool, resume: bool) -> None:
+def look(place: Place) -> None:
     """Check that a run may write there, without writing anything.
 
     Raises:
         OutputError: another run lives, something is in the way, or it can't be written.
     """
-    with one_line(place.out_dir):
+    with file_failures(place.out_dir):
         for tries_left in reversed(range(PATIENCE)):
             try:
                 for directory in (place.work_dir, place.out_dir):
                     if read_job(directory) is not None:
                         os.close(_locked(directory, place, fcntl.LOCK_SH))
-                check_place(place, overwrite=overwrite, resume=resume)
+                check_place(place)
             except FileNotFoundError:  # another run has just given its result its name
                 if not tries_left:
                     raise
@@ -39,7 +39,7 @@ def look(place: Place, *, overwrite: bool, resume: bool) -> None:
                 return
 
 
-def claim(place: Place, *, overwrite: bool, resume: bool) -> int:
+def claim(place: Place) -> int:
     """Make the work directory if there is none, lock it, repair what a killed run left.
 
     Returns:
@@ -50,7 +50,7 @@ def claim(place: Place, *, overwrite: bool, resume: bool) -> int:
         OSError: it can't be written.
     """
     for _ in range(PATIENCE):
-        look(place, overwrite=overwrite, resume=resume)
+        look(place)
         with contextlib.suppress(FileNotFoundError):  # another run has just changed its name
             if read_job(place.out_dir) is not None:  # killed when its result had its name already
                 descriptor = _locked(place.out_dir, place, fcntl.LOCK_EX)
@@ -60,13 +60,13 @@ def claim(place: Place, *, overwrite: bool, resume: bool) -> int:
                     os.close(descriptor)
             place.work_dir.mkdir(parents=True, exist_ok=True)
             descriptor = _locked(place.work_dir, place, fcntl.LOCK_EX)
-            if _is_ours(descriptor, place, overwrite=overwrite, resume=resume):
+            if _is_ours(descriptor, place):
                 return descriptor
             os.close(descriptor)
     raise OutputError(f"Other runs keep changing {place.out_dir}. Wait for their end.")
 
 
-def _is_ours(descriptor: int, place: Place, *, overwrite: bool, resume: bool) -> bool:
+def _is_ours(descriptor: int, place: Place) -> bool:
     """Check again under the lock; False if what is locked isn't the work directory any more."""
     if os.fstat(descriptor).st_ino != inode(place.work_dir):
         return False
@@ -74,7 +74,7 @@ def _is_ours(descriptor: int, place: Place, *, overwrite: bool, resume: bool) ->
         repair(place)
         if os.fstat(descriptor).st_ino != inode(place.work_dir):
             return False
-        check_place(place, overwrite=overwrite, resume=resume)
+        check_place(place)
     except BaseException:
         with contextlib.suppress(OSError):  # it isn't empty: somebody's work
             place.work_dir.rmdir()

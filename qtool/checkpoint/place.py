@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qtool.checkpoint.marks import (
@@ -42,6 +42,12 @@ class Place:
 
     out_dir: Path
     work_dir: Path
+    named: Path
+    """OUT_DIR as the user names it."""
+    overwrite: bool = False
+    """A checkpoint that is there is replaced, an unfinished run dropped."""
+    resume: bool = False
+    """An unfinished run is continued."""
 
     @property
     def inside(self) -> bool:
@@ -50,8 +56,8 @@ class Place:
 
 
 @contextlib.contextmanager
-def one_line(out_dir: Path) -> Iterator[None]:
-    """Turn failures of the file system into an OutputError."""
+def file_failures(out_dir: Path) -> Iterator[None]:
+    """Turn failures of the file system into an OutputError, which is one line."""
     try:
         yield
     except OSError as error:
@@ -68,18 +74,18 @@ def describe(error: OSError, out_dir: Path) -> OutputError:
     return OutputError(f"Can't write {out_dir}: {reason(error)}.")
 
 
-def find_place(out_dir: Path) -> Place:
+def find_place(out_dir: Path, *, overwrite: bool = False, resume: bool = False) -> Place:
     """Resolve OUT_DIR and decide where the work lies; nothing is written.
 
     Raises:
         OutputError: a directory of that name can't be made.
     """
-    with one_line(out_dir):
+    with file_failures(out_dir):
         resolved = _resolve(out_dir)
-        inside = Place(resolved, resolved / INSIDE)
+        inside = Place(resolved, resolved / INSIDE, out_dir, overwrite, resume)
         if not resolved.name:
             return inside
-        beside = Place(resolved, resolved.with_name(resolved.name + ".partial"))
+        beside = replace(inside, work_dir=resolved.with_name(resolved.name + ".partial"))
         if read_job(beside.work_dir) is not None:
             return beside
         if read_job(inside.work_dir) is not None or _stays(resolved):
@@ -146,18 +152,18 @@ def is_mount_point(path: Path) -> bool:
     return str(path) in {os.fsdecode(p.decode("unicode_escape").encode("latin-1")) for p in escaped}
 
 
-def check_place(place: Place, *, overwrite: bool, resume: bool) -> None:
+def check_place(place: Place) -> None:
     """Check that a run may write there.
 
     Raises:
         OutputError: something is in the way that isn't ours, or that may not be replaced.
         OSError: it can't be looked at.
     """
-    _check_work(place, allowed=overwrite or resume)
+    _check_work(place)
     # A run that has ended may be asked to resume: the writer looks whether it is the same one.
-    ended = resume and not overwrite and is_checkpoint(place.out_dir)
+    ended = place.resume and not place.overwrite and is_checkpoint(place.out_dir)
     if not ended and not _is_half_moved(place):
-        check_target(place, overwrite=overwrite)
+        check_target(place)
     _check_writable(place)
 
 
@@ -166,7 +172,7 @@ def _is_half_moved(place: Place) -> bool:
     return job is not None and job.old_files is not None
 
 
-def _check_work(place: Place, *, allowed: bool) -> None:
+def _check_work(place: Place) -> None:
     work = place.work_dir
     if inode(work) is None or _is_replaced_one(place):
         return
@@ -179,7 +185,7 @@ def _check_work(place: Place, *, allowed: bool) -> None:
             f"{work}, where the work would go, isn't the work of a run of qtool, and is left "
             "alone. Move it away, or name another OUT_DIR."
         )
-    if not allowed:
+    if not (place.overwrite or place.resume):
         raise OutputError(
             f"{work} holds an unfinished run. Continue it with --resume, "
             "or start over with --overwrite."
@@ -196,11 +202,11 @@ def _is_replaced_one(place: Place) -> bool:
     )
 
 
-def check_target(place: Place, *, overwrite: bool) -> None:
+def check_target(place: Place) -> None:
     """Check that the result may get its name.
 
     Raises:
-        OutputError: it exists without `overwrite`, or holds anything that we didn't write.
+        OutputError: it exists and isn't to be replaced, or holds anything that we didn't write.
     """
     out_dir, ignored = place.out_dir, IGNORED if place.inside else ()
     if inode(out_dir) is None:
@@ -214,7 +220,7 @@ def check_target(place: Place, *, overwrite: bool) -> None:
             f"{out_dir} exists and holds no checkpoint; --overwrite doesn't delete that. "
             "Remove it yourself, or name another directory."
         )
-    if not overwrite:
+    if not place.overwrite:
         raise OutputError(f"{out_dir} exists. Pass --overwrite to replace it.")
     foreign = [path for path in foreign_entries(out_dir) if path.split("/")[0] not in ignored]
     if foreign:
@@ -249,7 +255,7 @@ def check_free_space(place: Place, num_bytes: int, *, besides: int) -> None:
     Raises:
         OutputError: the disk is too full.
     """
-    with one_line(place.out_dir):
+    with file_failures(place.out_dir):
         folder = nearest(place.work_dir.parent)
         free = shutil.disk_usage(folder).free + _size(place.work_dir)
     needed = num_bytes + besides

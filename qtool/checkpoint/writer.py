@@ -9,8 +9,8 @@ complete.
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from qtool.checkpoint.marks import (
     read_report,
     write_job,
 )
-from qtool.checkpoint.place import check_target, describe, find_place, one_line
+from qtool.checkpoint.place import Place, check_target, describe, file_failures
 from qtool.checkpoint.publish import empty_work, publish, remove_work
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import INDEX_NAME, SINGLE_NAME
@@ -44,51 +44,60 @@ MAX_SHARD_BYTES = 4 * 2**30
 LAYERS = "layers"
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """One layer or one plain tensor, with what a resumed run wants to know of it."""
+
+    value: QuantizedTensor | Tensor
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-able; not in the checkpoint."""
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors by full name: the parts of a layer become `<name>.<part>`."""
+        if isinstance(self.value, QuantizedTensor):
+            return {f"{name}.{part}": tensor for part, tensor in self.value.parts.items()}
+        return {name: self.value}
+
+
 class CheckpointWriter:
     """Writes one checkpoint; use as a context manager, which holds the lock of OUT_DIR.
 
     However the block is left, finished layers stay for `resume`; without any, nothing stays.
     """
 
-    def __init__(
-        self, out_dir: Path, *, fingerprint: Mapping[str, Any], overwrite: bool, resume: bool
-    ) -> None:
+    def __init__(self, place: Place, fingerprint: Mapping[str, Any]) -> None:
         """Claim the place and prepare the work directory.
 
         Args:
-            out_dir: Where the finished checkpoint goes.
+            place: Where the finished checkpoint goes, and what may happen to what is there.
             fingerprint: JSON-able; all that decides the output. A resumed run must have the same.
-            overwrite: Replace an existing checkpoint, at the very end.
-            resume: Continue an unfinished run.
 
         Raises:
             OutputError: something is in the way, another run lives, or it can't be written.
         """
-        self._overwrite = overwrite
         self._names: list[str] = []
         self.has_ended = False
         """Whether the very same run has ended before, and its result is at OUT_DIR."""
         fingerprint = json.loads(json.dumps(dict(fingerprint)))
         self.run_digest = sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
         """Tells the result of this run from those of all others."""
-        self.place = find_place(out_dir)
-        self.work_dir = self.place.work_dir
+        self.place, self.work_dir = place, place.work_dir
         self._spool = Spool(self.work_dir / LAYERS)
-        with one_line(self.place.out_dir):
-            self._lock = claim(self.place, overwrite=overwrite, resume=resume)
+        with file_failures(place.out_dir):
+            self._lock = claim(place)
             try:
-                self._job = self._open(fingerprint, resume=resume)
+                self._job = self._open(fingerprint)
             except BaseException:
                 self._release()
                 raise
         self.is_locked = can_lock(self._lock)
 
-    def _open(self, fingerprint: Mapping[str, Any], *, resume: bool) -> Job:
-        job = read_job(self.work_dir) if resume else None
+    def _open(self, fingerprint: Mapping[str, Any]) -> Job:
+        job = read_job(self.work_dir) if self.place.resume else None
         if job is None:
-            self.has_ended = resume and self._is_result()
+            self.has_ended = self.place.resume and self._is_result()
             if not self.has_ended:
-                check_target(self.place, overwrite=self._overwrite)
+                check_target(self.place)
             job = Job(fingerprint=fingerprint, is_stale=True)
             write_job(self.work_dir, job)
         _check_same(job, fingerprint, self.work_dir)
@@ -147,43 +156,33 @@ class CheckpointWriter:
                 remove_work(self.work_dir)
         os.close(self._lock)
 
-    def finished(self, name: str) -> dict[str, Any] | None:
-        """Return the notes of a layer that is finished and whole on disk, else None."""
-        return self._spool.notes(name)
-
-    def load(self, name: str, entry: LayerEntry) -> QuantizedTensor:
-        """Return a finished layer."""
-        tensors = self._spool.tensors(name)
-        parts = {part: tensors[f"{name}.{part}"] for part in entry.layout()}
-        return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
-
-    def keep(self, name: str) -> None:
-        """Take a layer that `finished` knows into the checkpoint as it is."""
-        self._names.append(name)
-
-    def add(
-        self,
-        name: str,
-        value: QuantizedTensor | Tensor,
-        notes: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Write one layer (its parts become `<name>.<part>`) or one plain tensor.
+    def once(self, name: str, make: Callable[[], Made]) -> Mapping[str, Any]:
+        """Store what `make` makes, unless an earlier run did; nobody else asks for that.
 
         Args:
-            name: Dotted name of the layer, or full name of the tensor.
-            value: What to write.
-            notes: JSON-able; what `finished` returns after a resume. Not in the checkpoint.
+            name: Dotted name of the layer, or full name of a plain tensor.
+            make: Called if nothing whole is stored under that name.
+
+        Returns:
+            The notes of what is stored.
 
         Raises:
             OutputError: the disk is full or the directory has become unwritable.
         """
-        if isinstance(value, QuantizedTensor):
-            tensors = {f"{name}.{part}": tensor for part, tensor in value.parts.items()}
-        else:
-            tensors = {name: value}
-        with self._one_line():
-            self._spool.write(name, tensors, notes or {})
+        notes: Mapping[str, Any] | None = self._spool.notes(name)
+        if notes is None:
+            made = make()
+            with self._failures():
+                self._spool.write(name, made.tensors(name), made.notes)
+            notes = made.notes
         self._names.append(name)
+        return notes
+
+    def load(self, name: str, entry: LayerEntry, device: str) -> QuantizedTensor:
+        """Return a layer that is stored, on a device."""
+        tensors = self._spool.tensors(name)
+        parts = {part: tensors[f"{name}.{part}"].to(device) for part in entry.layout()}
+        return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
 
     def digests(self) -> dict[str, str]:
         """Return sha256 of the stored bytes of every tensor so far, by name."""
@@ -203,7 +202,7 @@ class CheckpointWriter:
             OutputError: the disk is full, or OUT_DIR can't be replaced any more.
             CheckpointError: what was written can't be read.
         """
-        with self._one_line():
+        with self._failures():
             shards = self._assemble()
             ours = {name: content for name, content in files.items() if name != JOB_NAME}
             for name, content in ours.items():
@@ -221,11 +220,11 @@ class CheckpointWriter:
         Raises:
             OutputError: OUT_DIR can't be replaced.
         """
-        with self._one_line():
+        with self._failures():
             kept = {path.split("/")[0] for path in self._job.files or ()}
             empty_work(self.work_dir, keep=tuple(kept))
             if self._job.old_files is None:
-                check_target(self.place, overwrite=self._overwrite)
+                check_target(self.place)
             publish(self.place, self._job)
 
     def _assemble(self) -> list[str]:
@@ -247,10 +246,10 @@ class CheckpointWriter:
         return [*dict.fromkeys(weight_map.values()), INDEX_NAME]
 
     @contextlib.contextmanager
-    def _one_line(self) -> Iterator[None]:
+    def _failures(self) -> Iterator[None]:
         """Turn failures of the file system, also those that safetensors wraps, into one line."""
         try:
-            with one_line(self.place.out_dir):
+            with file_failures(self.place.out_dir):
                 yield
         except SafetensorError as error:
             full = "No space left" in str(error) or "os error 28" in str(error)

@@ -12,7 +12,7 @@ from qtool.cli.options import JsonOption, check_targets
 from qtool.errors import OutputError
 from qtool.settings import cache_dir
 from qtool.storage.store import Kept, Store
-from qtool.wording import reason
+from qtool.wording import gigabytes, reason
 
 IN_STORE = {
     "answers": "of tasks that didn't end",
@@ -78,7 +78,7 @@ def found_report(found: list[Kept]) -> list[dict[str, object]]:
 def _size_and_age(kept: Kept) -> tuple[str, str]:
     """Return size, and how long ago the oldest and the newest were added."""
     first, last = (_ago(time.time() - at) for at in (kept.first, kept.last))
-    return console.gigabytes(kept.num_bytes), first if first == last else f"{last} to {first}"
+    return gigabytes(kept.num_bytes), first if first == last else f"{last} to {first}"
 
 
 def _ago(seconds: float) -> str:

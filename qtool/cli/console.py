@@ -95,14 +95,6 @@ def wants_table(json_target: Path | None) -> bool:
     return str(json_target) != "-"
 
 
-def gigabytes(num_bytes: float) -> str:
-    """Return a size as people write it."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes / 1e3:.3g} kB"
-
-
 def compact(average_bits: float) -> str:
     """Return bits per weight."""
     return f"{average_bits:.2f}"

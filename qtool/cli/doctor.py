@@ -11,6 +11,7 @@ from qtool.cli import console, early
 from qtool.cli.options import JsonOption, check_targets
 from qtool.cli.progress import progress
 from qtool.errors import install_line
+from qtool.wording import gigabytes
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pydantic", "typer", "rich")
 EXTRAS = {
@@ -80,7 +81,7 @@ def _gpu() -> str:
     if not torch.cuda.is_available():
         return "none that torch can use"
     properties = torch.cuda.get_device_properties(0)
-    return f"{properties.name}, {console.gigabytes(properties.total_memory)}"
+    return f"{properties.name}, {gigabytes(properties.total_memory)}"
 
 
 def _kernels() -> str:

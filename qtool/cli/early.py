@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool import plugins
-from qtool.base import Emit
+from qtool.base import Emit, Progress
 from qtool.errors import DataError
 from qtool.storage.jsonl import check_file
 
@@ -33,7 +33,7 @@ def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iter
     from qtool.modeling.locate import locate
 
     named = [model for model in models if model]
-    emit("phase", {"name": f"opening {' and '.join(named)}" if named else "loading torch"})
+    emit(Progress(f"opening {' and '.join(named)}" if named else "loading torch"))
     for model in named:
         if model.startswith("demo:"):
             demo_file(model, emit)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtool.base import Emit
+from qtool.base import Emit, Progress
 from qtool.cli import console, early
 from qtool.cli.figures import comparison_report, print_comparison
 from qtool.cli.options import (
@@ -191,7 +191,7 @@ def evaluate(
     }
     with progress("Nothing was kept." if tasks is None or no_cache else ANSWERS_KEPT) as emit:
         if tasks is not None:
-            emit("phase", {"name": f"looking up {tasks}"})
+            emit(Progress(f"looking up {tasks}"))
             check_spelling(names)
             if data_dir is not None:
                 check_data(names, data_dir)
@@ -219,7 +219,7 @@ def _task_options(settings: Mapping[str, Any], gen_kwargs: str | None, emit: Emi
     from qtool.evaluation.lm_eval.options import TaskOptions, parse_generation
 
     generation = parse_generation(gen_kwargs) if gen_kwargs is not None else {}
-    emit("phase", {"name": "looking up the tasks in lm-eval"})
+    emit(Progress("looking up the tasks in lm-eval"))
     return TaskOptions(**settings, generation=generation)
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qtool.cli import console
+from qtool.wording import gigabytes
 
 if TYPE_CHECKING:
     from qtool.evaluation.agreement import Agreement
@@ -22,10 +23,7 @@ def print_comparison(result: "Comparison") -> None:
     """Print one row per model, with only the columns that were measured."""
     figures = result.figures
     columns = {"model": "left", "bits per weight": "right", "size": "right"}
-    cells = [
-        [f.name, console.compact(f.average_bits), console.gigabytes(f.weight_bytes)]
-        for f in figures
-    ]
+    cells = [[f.name, console.compact(f.average_bits), gigabytes(f.weight_bytes)] for f in figures]
     if any(f.quantize_seconds is not None for f in figures):
         columns["quantized in"] = "right"
         for row, f in zip(cells, figures, strict=True):

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from qtool.base import Progress
 from qtool.cli import console
 from qtool.cli.options import JsonOption
 from qtool.cli.progress import progress
+from qtool.wording import gigabytes
 
 
 def inspect(
@@ -22,7 +24,7 @@ def inspect(
 ) -> None:
     """Check a checkpoint and print what it holds."""
     with progress() as emit:
-        emit("phase", {"name": f"opening {out_dir}"})
+        emit(Progress(f"opening {out_dir}"))
         from qtool.checkpoint.reader import CheckpointReader  # torch: slow
 
         reader = CheckpointReader(out_dir)
@@ -39,7 +41,7 @@ def inspect(
     )
     rows = [(kind, str(count)) for kind, count in kinds.most_common()]
     rows.append(("bits per weight, with scales", console.compact(manifest.average_bits())))
-    rows.append(("size of the weights", console.gigabytes(reader.weight_bytes())))
+    rows.append(("size of the weights", gigabytes(reader.weight_bytes())))
     rows.append(("written by", f"qtool {manifest.tool_version}, format {manifest.format_version}"))
     rows.append(("source", manifest.source or "a local model"))
     if verified is not None:
@@ -59,7 +61,7 @@ def inspect(
                     str(entry.scheme.num_bits),
                     f"as {entry.shared_with}"
                     if entry.shared_with
-                    else console.gigabytes(entry.num_bytes()),
+                    else gigabytes(entry.num_bytes()),
                 )
                 for name, entry in manifest.layers.items()
             ],
@@ -72,7 +74,7 @@ def methods(json_file: JsonOption = None) -> None:
     from qtool import plugins
 
     with progress() as emit:
-        emit("phase", {"name": "opening the methods"})
+        emit(Progress("opening the methods"))
         from qtool.stages.plan import load_method  # torch: slow
 
         known = {name: load_method(name) for name in plugins.names(qtool.methods)}

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from qtool.cli import console
+from qtool.wording import gigabytes
 
 if TYPE_CHECKING:
     from qtool.bench.gpu import GpuResult
@@ -74,7 +75,7 @@ def _print_end_to_end(result: "GpuResult") -> None:
             model.name,
             f"{model.prefill_tokens_per_second:,.0f}",
             f"{model.decode_tokens_per_second:.1f}",
-            console.gigabytes(model.peak_memory_bytes),
+            gigabytes(model.peak_memory_bytes),
         )
         for model in result.end_to_end
     ]

@@ -3,17 +3,17 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID
+from rich.progress import Progress as Bars
 from rich.text import Text
 
-from qtool.base import Emit
-from qtool.cli.console import err, gigabytes
+from qtool.base import Notice, Progress
+from qtool.cli.console import err
 
 LOG_SECONDS = 30.0
 """Between two lines of progress in a log."""
@@ -90,7 +90,7 @@ class _State(ProgressColumn):
 class _Live:
     """Keeps one line of a terminal up to date."""
 
-    def __init__(self, bars: Progress) -> None:
+    def __init__(self, bars: Bars) -> None:
         self.bars = bars
         self.step: Step | None = None
         self.task: TaskID | None = None
@@ -106,8 +106,37 @@ class _Live:
             self.bars.update(self.task, completed=step.done)
 
 
+class Told:
+    """What a command emits to: it shows what goes on, and prints warnings."""
+
+    def __init__(self, view: "_Log | _Live") -> None:
+        self._view = view
+        self._step, self._last = Step("", time.monotonic()), time.monotonic()
+        self._ends: float | None = None
+
+    def __call__(self, event: Progress | Notice) -> None:
+        """Show an event."""
+        if isinstance(event, Notice):
+            err.print(f"Warning: {escape(event.message)}", soft_wrap=True)
+            return
+        now = time.monotonic()
+        if event.total is None:
+            self._step = Step(event.what, now, ends=self._ends)
+        elif event.what != self._step.label:  # at work since the last event
+            self._step = Step(event.what, self._last, total=event.total)
+            self._ends = None  # what is measured takes its place
+        self._last = now
+        self._step.done, self._step.detail = event.done, event.detail
+        self._view.show(self._step)
+
+    def guess(self, seconds: float) -> None:
+        """Take a first guess of how long all takes; it stands until something is counted."""
+        self._step.ends = self._ends = time.monotonic() + seconds
+        self._view.show(self._step)
+
+
 @contextmanager
-def progress(kept: str = "") -> Iterator[Emit]:
+def progress(kept: str = "") -> Iterator[Told]:
     """Render events while a command works; yields what to emit to.
 
     Args:
@@ -117,34 +146,8 @@ def progress(kept: str = "") -> Iterator[Emit]:
         KeyboardInterrupt: with `kept`.
     """
     with _renderer() as view:
-        step, last = Step("", time.monotonic()), time.monotonic()
-        ends: float | None = None
-
-        def emit(event: str, values: Mapping[str, Any]) -> None:
-            nonlocal step, last, ends
-            if event == "warning":
-                err.print(f"Warning: {escape(values['message'])}", soft_wrap=True)
-                return
-            if event == "guess":
-                step.ends = ends = time.monotonic() + values["seconds"]
-                view.show(step)
-                return
-            describe = DESCRIPTIONS.get(event)
-            if describe is None:
-                return
-            label, detail = describe(values)
-            now = time.monotonic()
-            if event == "phase":
-                step = Step(label, now, total=values.get("total"), ends=ends)
-            elif label != step.label:  # the first of these has been at work since the last event
-                step = Step(label, last, total=values.get("total"))
-                ends = None  # what is measured takes its place
-            last = now
-            step.done, step.detail = values.get("index", -1) + 1, detail
-            view.show(step)
-
         try:
-            yield emit
+            yield Told(view)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(kept) from None
 
@@ -153,7 +156,7 @@ def progress(kept: str = "") -> Iterator[Emit]:
 def _renderer() -> Iterator[_Live | _Log]:
     if err.is_terminal:
         columns = (SpinnerColumn(), BarColumn(bar_width=20), _State())
-        with Progress(*columns, console=err, transient=True) as bars:
+        with Bars(*columns, console=err, transient=True) as bars:
             yield _Live(bars)
         return
     log, stopped = _Log(), threading.Event()
@@ -176,44 +179,3 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _layer(values: Mapping[str, Any]) -> tuple[str, str]:
-    memory = gigabytes(values["memory"])
-    return "quantize", f"{values['name']}  error {values['error']:.2e}  memory {memory}"
-
-
-def _phase(values: Mapping[str, Any]) -> tuple[str, str]:
-    return str(values["name"]), ""
-
-
-def _window(values: Mapping[str, Any]) -> tuple[str, str]:
-    return f"perplexity of {values['name']}", f"{values['perplexity']:.3f}"
-
-
-def _timing(values: Mapping[str, Any]) -> tuple[str, str]:
-    return f"time {values['name']}", ""
-
-
-def _block(values: Mapping[str, Any]) -> tuple[str, str]:
-    return "measure inputs", str(values["name"])
-
-
-def _request(values: Mapping[str, Any]) -> tuple[str, str]:
-    return f"{values['task']} of {values['name']}", ""
-
-
-def _reference(values: Mapping[str, Any]) -> tuple[str, str]:
-    return f"predictions of {values['name']}", ""
-
-
-DESCRIPTIONS = {
-    "agreement": _reference,
-    "block": _block,
-    "layer": _layer,
-    "phase": _phase,
-    "reference": _reference,
-    "request": _request,
-    "timing": _timing,
-    "window": _window,
-}

@@ -13,6 +13,7 @@ from qtool.cli.guess import guess_seconds
 from qtool.cli.options import DeviceOption, ModelArgument, check_targets
 from qtool.cli.progress import progress
 from qtool.errors import RecipeError
+from qtool.wording import gigabytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,7 +116,7 @@ def quantize(
         if chosen.calibration is not None and not (dry_run or resume):
             seconds = guess_seconds(where, chosen.calibration, device)
             if seconds is not None:
-                emit("guess", {"seconds": seconds})
+                emit.guess(seconds)
         from qtool import pipeline
 
         if dry_run:
@@ -219,16 +220,16 @@ def _print_plan(plan: "Plan", json_file: Path | None) -> None:
                 str(layer.scheme.num_bits),
                 f"{layer.scheme.group_size or 'row'}{_along(layer.scheme)}",
                 console.compact(layer.average_bits),
-                console.gigabytes(layer.num_bytes),
+                gigabytes(layer.num_bytes),
             )
             for layer in plan.layers
         ],
     )
     console.out.print(
         f"{len(plan.layers)} layers at {plan.average_bits:.3f} bits: "
-        f"{console.gigabytes(plan.total_bytes - plan.kept_bytes)}, "
-        f"{console.gigabytes(plan.kept_bytes)} kept as they are; "
-        f"{console.gigabytes(plan.total_bytes)} in all, "
+        f"{gigabytes(plan.total_bytes - plan.kept_bytes)}, "
+        f"{gigabytes(plan.kept_bytes)} kept as they are; "
+        f"{gigabytes(plan.total_bytes)} in all, "
         f"{plan.total_bytes / plan.source_bytes:.0%} of the original."
     )
 
@@ -243,12 +244,12 @@ def _print_result(result: "QuantizeResult") -> None:
         ("bits per weight, with scales", console.compact(result.average_bits)),
         (
             "size",
-            f"{console.gigabytes(result.weight_bytes)} "
+            f"{gigabytes(result.weight_bytes)} "
             f"({result.weight_bytes / result.source_bytes:.0%} of the original)",
         ),
         *_error_rows(result),
         ("time", f"{result.seconds:.1f} s on {result.device}"),
-        ("peak memory", console.gigabytes(result.peak_memory_bytes)),
+        ("peak memory", gigabytes(result.peak_memory_bytes)),
     ]
     fallbacks = sum(layer.fallback is not None for layer in result.layers)
     if fallbacks:

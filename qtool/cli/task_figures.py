@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.cli import console
 from qtool.errors import QtoolError
+from qtool.wording import gigabytes
 
 if TYPE_CHECKING:
     from qtool.evaluation.scores import TaskFailure, TaskScores
@@ -124,7 +125,7 @@ def _conditions(result: "TaskComparison") -> list[str]:
     """Return what the scores hold for, and what gave none."""
     lines = [
         f"{label}: {console.compact(model.average_bits)} bits per weight, "
-        f"{console.gigabytes(model.weight_bytes)}{_time(model)}."
+        f"{gigabytes(model.weight_bytes)}{_time(model)}."
         for label, model in _models(result)
     ]
     tasks = [task for _, model in reversed(_models(result)) for task in model.tasks]

@@ -14,21 +14,17 @@ MIN_DAMPING, MAX_DAMPING = 1e-8, 1.0
 """Less is lost in rounding; more says that nothing is known of the inputs."""
 
 
-def accumulate(hessian: Tensor, x: Tensor) -> None:
-    """Add the inputs of one batch to a sum of x x^T, in place.
+def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T right of one batch to a sum, in place.
 
     Products of float16 or bfloat16 numbers are exact in float32, so tensor cores that accumulate
     in float32 lose nothing; float32 inputs are multiplied without TF32.
 
     Args:
-        hessian: (in_features, in_features) float32.
-        x: (tokens, in_features) in the dtype of the model.
+        total: (m, n) float32.
+        left: (tokens, m) in the dtype of the model.
+        right: (tokens, n), likewise.
     """
-    accumulate_cross(hessian, x, x)
-
-
-def accumulate_cross(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left^T right of two (tokens, n) matrices to a float32 sum, in place."""
     if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
         total += torch.mm(left.T, right, out_dtype=torch.float32)
     else:

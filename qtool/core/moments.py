@@ -15,88 +15,77 @@ d; that e can be compensated in the same way is output matching as in LoaQ (arXi
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qtool.core import hessian
 
+MomentName = Literal["xx", "dx", "ex", "dd", "ed", "ee"]
+"""Of which two a token's product is: xx is x x^T, (in_features, in_features), likewise dx and dd;
+ex and ed are (width, in_features), ee is e^T e, ()."""
+
 
 @dataclass(slots=True)
 class Moments:
-    """Sums over tokens, float32; `means` divides them."""
+    """Sums over tokens and their count, so that those of two sets of tokens add up."""
 
-    inputs: Tensor  # (in_features, in_features), x x^T
-    drift: Tensor  # (in_features, in_features), d x^T
-    residual: Tensor | None  # (width, in_features), e x^T; None: no residual stream
-    drift_power: Tensor | None = None  # (in_features, in_features), d d^T
-    residual_drift: Tensor | None = None  # (width, in_features), e d^T
-    residual_power: Tensor | None = None  # (), e^T e
+    sums: dict[MomentName, Tensor]
+    """float32; e is missing where no residual stream is looked at."""
     num_tokens: int = 0
 
     def add(self, x: Tensor, drift: Tensor, residual: Tensor | None) -> None:
-        """Add a batch of tokens.
+        """Add a batch of tokens, in place.
 
         Args:
             x: (tokens, in_features) in the dtype of the model.
             drift: Likewise.
             residual: (tokens, width); None if there is no residual stream.
         """
-        hessian.accumulate(self.inputs, x)
-        hessian.accumulate_cross(self.drift, drift, x)
-        if residual is not None and self.residual is not None:
-            hessian.accumulate_cross(self.residual, residual, x)
-        if self.drift_power is not None:
-            hessian.accumulate(self.drift_power, drift)
-            if residual is not None and self.residual_drift is not None:
-                hessian.accumulate_cross(self.residual_drift, residual, drift)
-                assert self.residual_power is not None
-                self.residual_power += residual.float().square().sum()
+        factors = {"x": x, "d": drift} | ({} if residual is None else {"e": residual})
+        for product, total in self.sums.items():
+            left, right = (factors[factor] for factor in product)
+            if product == "ee":
+                total += left.float().square().sum()
+            else:
+                hessian.accumulate(total, left, right)
         self.num_tokens += len(x)
 
-    def means(self) -> "Moments":
-        """Return the sums divided by the number of tokens; these are the same tensors."""
-        for total in (
-            self.inputs,
-            self.drift,
-            self.residual,
-            self.drift_power,
-            self.residual_drift,
-            self.residual_power,
-        ):
-            if total is not None:
-                total /= max(self.num_tokens, 1)
-        return self
+    def merged(self, other: "Moments") -> "Moments":
+        """Return the moments of the tokens of both, which are of the same linear."""
+        sums = {product: total + other.sums[product] for product, total in self.sums.items()}
+        return Moments(sums, self.num_tokens + other.num_tokens)
+
+    def mean(self, product: MomentName) -> Tensor:
+        """Return the mean of a product over all tokens, float32."""
+        return self.sums[product] / max(self.num_tokens, 1)
 
 
-def zeros(
+def no_moments(
     in_features: int, width: int | None, *, device: torch.device, for_errors: bool
 ) -> Moments:
-    """Return empty sums.
+    """Return the moments of no tokens.
 
     Args:
         in_features: Of the linear.
         width: Of the residual stream that its output is added to; None: it isn't.
         device: Of the sums.
-        for_errors: Also keep what only `output_error` needs.
+        for_errors: Also keep what only `output_errors` needs.
     """
-
-    def zero(*shape: int) -> Tensor:
-        return torch.zeros(shape, device=device)
-
     n = in_features
-    return Moments(
-        inputs=zero(n, n),
-        drift=zero(n, n),
-        residual=zero(width, n) if width else None,
-        drift_power=zero(n, n) if for_errors else None,
-        residual_drift=zero(width, n) if width and for_errors else None,
-        residual_power=zero() if width and for_errors else None,
-    )
+    shapes: dict[MomentName, tuple[int, ...]] = {"xx": (n, n), "dx": (n, n)}
+    if width:
+        shapes["ex"] = (width, n)
+    if for_errors:
+        shapes["dd"] = (n, n)
+    if width and for_errors:
+        shapes |= {"ed": (width, n), "ee": ()}
+    return Moments({key: torch.zeros(shape, device=device) for key, shape in shapes.items()})
 
 
 @dataclass(frozen=True, slots=True)
-class OutputError:
+class ErrorAtOutput:
     """Mean squared error of a linear's output (or of the residual stream behind it), and scale."""
 
     error: float
@@ -119,36 +108,34 @@ class OutputErrors:
     carried: Tensor  # mean of ||e + W d||^2, () float64
     power: Tensor  # mean of ||W x_o||^2, () float64
 
-    def of(self, quantized: Tensor) -> OutputError:
+    def of(self, quantized: Tensor) -> ErrorAtOutput:
         """Return the mean of ||e + W d + (W - Q) x||^2, beside that of ||W x_o||^2.
 
         Args:
             quantized: Q, (out_features, in_features) float32.
         """
         change = self.weight - quantized
-        error = self.carried + _dot(change @ self.moments.inputs, change)
+        error = self.carried + _dot(change @ self.moments.mean("xx"), change)
         error = error + 2 * _dot(self.upstream, change)
-        if self.moments.residual is not None:
-            error = error + 2 * _dot(self.moments.residual, change)
-        return OutputError(max(float(error), 0.0), max(float(self.power), 0.0))
+        if "ex" in self.moments.sums:
+            error = error + 2 * _dot(self.moments.mean("ex"), change)
+        return ErrorAtOutput(max(float(error), 0.0), max(float(self.power), 0.0))
 
 
 def output_errors(moments: Moments, weight: Tensor) -> OutputErrors:
     """Return what measures the errors of one weight.
 
     Args:
-        moments: Means, with what errors need.
+        moments: With what errors need.
         weight: W, (out_features, in_features) float32.
     """
-    assert moments.drift_power is not None
-    upstream = weight @ moments.drift
-    drifted = _dot(weight @ moments.drift_power, weight)
+    upstream = weight @ moments.mean("dx")
+    drifted = _dot(weight @ moments.mean("dd"), weight)
     carried = drifted
-    if moments.residual is not None:
-        assert moments.residual_drift is not None and moments.residual_power is not None
-        carried = carried + moments.residual_power.double()
-        carried = carried + 2 * _dot(moments.residual_drift, weight)
-    power = _dot(weight @ moments.inputs, weight) + drifted + 2 * _dot(upstream, weight)
+    if "ex" in moments.sums:
+        carried = carried + moments.mean("ee").double()
+        carried = carried + 2 * _dot(moments.mean("ed"), weight)
+    power = _dot(weight @ moments.mean("xx"), weight) + drifted + 2 * _dot(upstream, weight)
     return OutputErrors(moments, weight, upstream, carried, power)
 
 
@@ -156,12 +143,12 @@ def added_error(moments: Moments, target: Tensor, quantized: Tensor) -> float:
     """Return the mean of ||(T - Q) x||^2: what rounding alone adds, drifts aside.
 
     Args:
-        moments: Means.
+        moments: Of the linear.
         target: T, (out_features, in_features) float32, what Q was meant to be.
         quantized: Q, likewise.
     """
     change = target - quantized
-    return max(float(_dot(change @ moments.inputs, change)), 0.0)
+    return max(float(_dot(change @ moments.mean("xx"), change)), 0.0)
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:
@@ -195,12 +182,12 @@ class Shifter:
         full = hessian.solve_right(self.lower, _wanted(self.train, weight))
         if strength is None:
             along = _dot(_wanted(self.held_out, weight), full)
-            power = _dot(full @ self.held_out.inputs, full)
+            power = _dot(full @ self.held_out.mean("xx"), full)
             strength = float((along / power.clamp(min=1e-30)).clamp(0, 1))
         return weight + strength * full, strength
 
 
 def _wanted(moments: Moments, weight: Tensor) -> Tensor:
     """Return the mean of (e + W d) x^T."""
-    wanted = weight @ moments.drift
-    return wanted if moments.residual is None else wanted + moments.residual
+    wanted = weight @ moments.mean("dx")
+    return wanted + moments.mean("ex") if "ex" in moments.sums else wanted

@@ -20,8 +20,7 @@ from qtool.wording import reason
 
 SAMPLES_NAME = "samples.safetensors"
 ABOUT_NAME = "calibration.json"
-ABSMAX_NAME = "input_absmax.safetensors"
-FILE_NAMES = (SAMPLES_NAME, ABSMAX_NAME, ABOUT_NAME)
+FILE_NAMES = (SAMPLES_NAME, ABOUT_NAME)
 MOST_ABOUT_BYTES = 1 << 24
 REDO = "Run `qtool calibrate` again."
 
@@ -68,10 +67,8 @@ def _is_ours(directory: Path) -> bool:
         return False
 
 
-def save_calibration(
-    calibration: CalibrationSet, directory: Path, absmax: Mapping[str, Tensor] | None = None
-) -> None:
-    """Write samples, what decided them and, if given, the largest inputs of each linear.
+def save_calibration(calibration: CalibrationSet, directory: Path) -> None:
+    """Write samples, and what decided them.
 
     All bytes are on disk before the first file gets its name: a full disk leaves what was there.
     `calibration.json` comes last, and has the digest of the samples.
@@ -79,7 +76,6 @@ def save_calibration(
     Args:
         calibration: The samples and their provenance.
         directory: Is made; files of the same names are replaced.
-        absmax: (in_features,) float32 by name of the linear.
 
     Raises:
         OutputError: the directory can't be written.
@@ -91,7 +87,6 @@ def save_calibration(
     about = {**calibration.provenance, "digest": calibration.digest()}
     contents = {
         ABOUT_NAME: (json_text(about) + "\n").encode(),
-        **({} if absmax is None else {ABSMAX_NAME: save(dict(absmax))}),
         SAMPLES_NAME: save(tensors),
     }
     try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtool.base import Emit, ignore_events
+from qtool.base import Emit, Progress, ignore_events
 from qtool.data.corpora import Corpus
 from qtool.errors import DataError, ModelError
 from qtool.evaluation.perplexity import windows_of
@@ -108,7 +108,7 @@ def record_reference(  # noqa: PLR0913 - a text and how much of it to look at
         positions: Evenly spaced positions to record, over all windows; all, if there are fewer.
         prompts: Evenly spaced beginnings of greedy search, of 32 tokens each.
         new_tokens: The most tokens to continue a prompt by.
-        emit: Receives `reference` events, one per window with a position.
+        emit: Is told of each window with a position.
 
     Raises:
         DataError: as `perplexity`; or there are fewer than two positions; or a prompt and its
@@ -127,7 +127,7 @@ def record_reference(  # noqa: PLR0913 - a text and how much of it to look at
     _check_lengths(model, max(map(len, starts), default=0), new_tokens)
     table = torch.empty(0)
     done = 0
-    for rows in _log_probabilities(model, windows, chosen, "reference", emit):
+    for rows in _log_probabilities(model, windows, chosen, emit):
         if done == 0:
             # filled in place: parts to be joined at the end would need twice the memory
             table = torch.empty(len(chosen), rows.shape[1])
@@ -153,7 +153,7 @@ def compare_to_reference(
     Args:
         model: The quantized model; it reads the tokens of the reference, not its tokenizer's.
         reference: What `record_reference` returned for the original.
-        emit: Receives `agreement` events, one per window with a position.
+        emit: Is told of each window with a position.
 
     Raises:
         DataError: the vocabularies have different sizes.
@@ -163,7 +163,7 @@ def compare_to_reference(
     divergences, same = [], []
     done = 0
     chosen = reference.positions
-    for rows in _log_probabilities(model, reference.windows, chosen, "agreement", emit):
+    for rows in _log_probabilities(model, reference.windows, chosen, emit):
         original = reference.log_probabilities[done : done + len(rows)].to(rows.device)
         divergences.append(kl_divergences(original, rows).cpu())
         same.append((original.argmax(1) == rows.argmax(1)).double().cpu())
@@ -234,7 +234,7 @@ def _check_lengths(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> N
 
 @torch.inference_mode()
 def _log_probabilities(
-    model: LoadedModel, windows: Tensor, positions: Tensor, event: str, emit: Emit
+    model: LoadedModel, windows: Tensor, positions: Tensor, emit: Emit
 ) -> Iterator[Tensor]:
     """Yield log-probabilities at the positions in their order, (rows, vocabulary) float32."""
     places = windows.shape[1] - 1
@@ -253,7 +253,7 @@ def _log_probabilities(
                     "another dtype; if it stays, the weights are damaged."
                 )
             yield rows
-        emit(event, {"index": index, "total": len(used), "name": model.name})
+        emit(Progress(f"predictions of {model.name}", index + 1, len(used)))
 
 
 def _continue(model: LoadedModel, prompt: Tokens, new_tokens: int) -> Tokens:

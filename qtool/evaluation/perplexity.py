@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qtool.base import Emit, ignore_events
+from qtool.base import Emit, Notice, Progress, ignore_events
 from qtool.data.corpora import Corpus, bos_warning, check_tokens, tokenize
 from qtool.errors import DataError
 from qtool.modeling.load import LoadedModel
@@ -45,7 +45,7 @@ def perplexity(
         corpus: The text.
         context_length: Tokens per window; at most what the model's positions allow.
         max_windows: Use the first windows only; None: all.
-        emit: Receives `window` events with the running perplexity, and a `warning` if it is none,
+        emit: Is told of each window, with the running perplexity, and warned if it is none,
             or if the model needs a token that most windows lack.
 
     Raises:
@@ -56,15 +56,15 @@ def perplexity(
     kind = str(getattr(model.model.config, "model_type", ""))
     message = bos_warning(kind, model.tokenizer, windows, corpus.name)
     if message is not None:
-        emit("warning", {"message": message})
+        emit(Notice(message))
     total = 0.0
     for index, window in enumerate(windows):
         total += window_loss(model, window)
         running = _exp(total / ((index + 1) * (context_length - 1)))
-        values = {"index": index, "total": len(windows), "perplexity": running, "name": model.name}
-        emit("window", values)
+        what = f"perplexity of {model.name}"
+        emit(Progress(what, index + 1, len(windows), f"{running:.3f}"))
     if math.isnan(total):
-        emit("warning", {"message": _not_a_number(model, corpus)})
+        emit(Notice(_not_a_number(model, corpus)))
     return PerplexityResult(
         perplexity=_exp(total / (len(windows) * (context_length - 1))),
         dataset=corpus.name,

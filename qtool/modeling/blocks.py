@@ -113,7 +113,7 @@ class BlockModel:
             with self._recorded(note):
                 for tokens in batches:
                     calls.clear()
-                    with _one_line(str(self.source.directory)):
+                    with _failures_of_its_code(str(self.source.directory)):
                         self._model.base_model(tokens.to(self.device), use_cache=False)
                     hidden.append(calls[0][0].cpu())
                     self._calls.add([call for _, call in calls])
@@ -165,7 +165,7 @@ class _Stop(Exception):  # noqa: N818
 
 
 @contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def _failures_of_its_code(what: str) -> Iterator[None]:
     """Turn what a model's code raises into one sentence, but for too little memory."""
     try:
         yield
@@ -214,7 +214,7 @@ class Block:
     def _call(self, hidden: Tensor, call: Call) -> Any:  # noqa: ANN401
         call = call.on(self._device)
         hidden = hidden.to(self._device, non_blocking=True)
-        with _one_line(self._name):
+        with _failures_of_its_code(self._name):
             return self._module(hidden, *call.arguments, **call.keywords)
 
     @torch.no_grad()

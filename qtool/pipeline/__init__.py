@@ -3,6 +3,7 @@
 `quantizing` writes checkpoints, `measuring` looks at them, `scoring` asks them lm-eval's questions.
 """
 
+from qtool.pipeline.calibrate import CalibrateResult, calibrate
 from qtool.pipeline.measuring import (
     BenchOptions,
     Comparison,
@@ -12,7 +13,7 @@ from qtool.pipeline.measuring import (
     evaluate,
 )
 from qtool.pipeline.model_figures import ModelFigures
-from qtool.pipeline.quantizing import CalibrateResult, calibrate, plan, quantize
+from qtool.pipeline.quantizing import plan, quantize
 from qtool.pipeline.reports import QuantizeResult
 
 __all__ = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from qtool.base import Emit, ignore_events
+from qtool.base import Emit, Notice, Progress, ignore_events
 from qtool.bench.model import time_model
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.data.corpora import Corpus, load_corpus
@@ -106,7 +106,7 @@ def evaluate(
     """Measure a model and, if given, a baseline beside it; the two are never in memory at once.
 
     Of a text the perplexity, and with a baseline also how closely the model follows it; where that
-    can't be said, a `warning` says why, and the perplexities stand. Of tasks the scores.
+    can't be said, a warning says why, and the perplexities stand. Of tasks the scores.
 
     Raises:
         QtoolError: before a model is loaded: one isn't there, or can't be executed here; or as
@@ -140,7 +140,7 @@ def _if_possible(compare: Callable[[], _T], emit: Emit) -> _T | None:
     try:
         return compare()
     except QtoolError as error:
-        emit("warning", {"message": f"The two models aren't compared token by token: {error}"})
+        emit(Notice(f"The two models aren't compared token by token: {error}"))
         return None
 
 
@@ -185,7 +185,7 @@ def bench(
         model: The checkpoint; None if shapes are asked for.
         options: What and how.
         baseline: The original; None: what the checkpoint names as its source, if anything.
-        emit: Receives `window` and `timing` events.
+        emit: Is told of each window, and what is timed.
 
     Raises:
         BackendError: kernels are to be timed, and there is no card.
@@ -216,7 +216,7 @@ def _timed(
         measured = None
         if options.quality is not None and corpus is not None:
             measured = options.quality.measure(loaded, corpus, emit)
-        emit("timing", {"name": loaded.name})
+        emit(Progress(f"time {loaded.name}"))
         return replace(subject, perplexity=measured, speed=time_model(loaded))
 
 

@@ -1,35 +1,28 @@
-"""Calibrating and quantizing, from a request to what is on disk."""
+"""Quantizing, from a request to what is on disk."""
 
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from qtool.base import Emit, Env, ignore_events
+from qtool.base import Emit, Env, Notice, Progress, ignore_events
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
 from qtool.checkpoint.place import Place, check_free_space, find_place
 from qtool.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
 from qtool.data.calibration import CalibrationSet
-from qtool.data.calibration_files import (
-    check_no_calibration,
-    load_calibration,
-    save_calibration,
-)
+from qtool.data.calibration_files import load_calibration
 from qtool.modeling.device import default_device
 from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource, open_source
 from qtool.pipeline.reports import QuantizeResult, result_of
-from qtool.pipeline.runs import Run, write_result
-from qtool.recipe.schema import CalibrationSection, Recipe
-from qtool.stages.calibrate import calibrate as draw_calibration
-from qtool.stages.calibrate import check_samples, measure_absmax, wanted_lengths
-from qtool.stages.calibrated import solve_calibrated
-from qtool.stages.memory import failures_in_one_line
+from qtool.pipeline.runs import write_result
+from qtool.recipe.schema import Recipe
+from qtool.stages.calibrate import check_samples, draw_calibration, wanted_lengths
+from qtool.stages.memory import failures_of_the_machine
 from qtool.stages.plan import Plan, make_plan
-from qtool.stages.solve import LayerResult, solve_data_free
+from qtool.stages.run import Run
+from qtool.stages.solve import solve
 
 FEW_BITS = 3
 """Up to this width, quantization without data is warned of."""
@@ -62,57 +55,45 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
         calib_dir: Samples that `calibrate` drew; None: draw them as the recipe says.
         overwrite: Replace a checkpoint that is there, and drop an unfinished run.
         resume: Continue an unfinished run of the same recipe.
-        emit: Receives `phase`, `layer` and `warning` events.
+        emit: Is told of each layer and of what comes between, and warned.
 
     Raises:
         QtoolError: see `qtool.errors`; finished layers are kept for `resume`, and what is at
             `out_dir` stays as it was.
     """
     started = time.perf_counter()
-    place = find_place(out_dir)
+    place = find_place(out_dir, overwrite=overwrite, resume=resume)
     if model.path is not None:
         check_apart(place.out_dir, model.path)  # before anything is said of --overwrite
-    look(place, overwrite=overwrite, resume=resume)
-    _phase(emit, "opening the model")
+    look(place)
+    emit(Progress("opening the model"))
     source = open_source(model)
     check_apart(place.out_dir, source.directory, _inputs(recipe, calib_dir))
     layer_plan = make_plan(source, recipe)
     _check_room(place, layer_plan)
     _warn_of_few_bits(layer_plan, recipe, emit)
+    samples = _samples(source, recipe, calib_dir, emit)
     env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
-    run = Run(source, recipe, layer_plan, _calibration(source, recipe, calib_dir, emit), env)
+    run = Run(source, recipe, layer_plan, samples, env)
     _check_room(place, layer_plan, run.stream_bytes())
-    with failures_in_one_line(env.device, place.out_dir):
-        _phase(emit, "reading the model's files")
-        flags = Flags(overwrite=overwrite, resume=resume)
-        return _run(run, out_dir, place, flags, started)
+    with failures_of_the_machine(env.device, place.out_dir):
+        return _carry_out(run, place, started)
 
 
-class Flags(NamedTuple):
-    """What may happen to what is there."""
-
-    overwrite: bool
-    resume: bool
-
-
-def _run(run: Run, out_dir: Path, place: Place, flags: Flags, started: float) -> QuantizeResult:
+def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:
     """Solve and write, or take what an earlier run has left."""
-    emit = run.env.emit
-    writer = CheckpointWriter(out_dir, fingerprint=run.fingerprint(), **flags._asdict())
-    with writer, failures_in_one_line(run.env.device, place.out_dir):
+    run.env.emit(Progress("reading the model's files"))
+    writer = CheckpointWriter(place, run.fingerprint())
+    with writer, failures_of_the_machine(run.env.device, place.out_dir):
         if not writer.is_locked:
-            emit("warning", {"message": NO_LOCKS})
+            run.env.emit(Notice(NO_LOCKS))
         if writer.is_sealed:
             writer.publish()
         if writer.is_sealed or writer.has_ended:
-            return result_of(out_dir, place.out_dir)
-        results = _solve(run, writer)
-        _phase(emit, "assembling the result")
-        return write_result(run, results, writer, out_dir=out_dir, started=started)
-
-
-def _phase(emit: Emit, name: str) -> None:
-    emit("phase", {"name": name})
+            return result_of(place)
+        solved = solve(run, writer)
+        run.env.emit(Progress("assembling the result"))
+        return write_result(run, solved, writer, started)
 
 
 def _inputs(recipe: Recipe, calib_dir: Path | None) -> list[Path]:
@@ -132,22 +113,21 @@ def _warn_of_few_bits(layer_plan: Plan, recipe: Recipe, emit: Emit) -> None:
     fewest = min(layer.scheme.num_bits for layer in layer_plan.layers)
     if recipe.calibration is None and fewest <= FEW_BITS:
         emit(
-            "warning",
-            {
-                "message": f"{fewest} bits without calibration data usually ruin a model. Leave "
+            Notice(
+                f"{fewest} bits without calibration data usually ruin a model. Leave "
                 "out --no-calibration, or give the recipe a section 'calibration'."
-            },
+            )
         )
 
 
-def _calibration(
+def _samples(
     source: ModelSource, recipe: Recipe, directory: Path | None, emit: Emit
 ) -> CalibrationSet | None:
     """Read the samples, or draw those that the recipe asks for; None: no data."""
     section = recipe.calibration
     if section is None:
         return None
-    _phase(emit, "drawing calibration data")
+    emit(Progress("drawing calibration data"))
     tokenizer = load_tokenizer(source.directory)
     if directory is not None:
         calibration = load_calibration(directory, tokenizer)
@@ -157,70 +137,3 @@ def _calibration(
     return draw_calibration(
         section, source, tokenizer, lengths=lengths, seed=recipe.seed, emit=emit
     )
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrateResult:
-    """What `calibrate` drew."""
-
-    calib_dir: Path
-    samples: int
-    samples_wanted: int
-    """More than `samples` if the text is too short."""
-    tokens: int
-    digest: str
-    wanted_lengths: tuple[int, ...]
-    """Lengths that were to be matched; empty if the length is fixed."""
-    lengths: tuple[int, ...]
-
-
-def calibrate(  # noqa: PLR0913 - what to draw from, where to, how
-    model: Location,
-    calib_dir: Path,
-    section: CalibrationSection,
-    *,
-    lengths: tuple[int, ...] | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-    emit: Emit = ignore_events,
-) -> CalibrateResult:
-    """Draw calibration samples, measure the inputs of all linears, write both.
-
-    Args:
-        model: As for `quantize`.
-        calib_dir: Where samples.safetensors, calibration.json and input_absmax.safetensors go.
-        section: What to draw.
-        lengths: Lengths to match, instead of the tasks' own.
-        seed: Of the order of matched lengths.
-        overwrite: Replace calibration data that are there.
-        emit: Receives `block` events, and a `warning` if the text is too short.
-
-    Raises:
-        OutputError: there are calibration data already, or they can't be written.
-    """
-    check_no_calibration(calib_dir, overwrite=overwrite)
-    source = open_source(model)
-    check_no_calibration(calib_dir, overwrite=overwrite, model_directory=source.directory)
-    tokenizer = load_tokenizer(source.directory)
-    wanted = wanted_lengths(section, tokenizer, lengths)
-    if lengths is not None:
-        section = section.model_copy(update={"tasks": ()})  # provenance: they decided nothing
-    calibration = draw_calibration(section, source, tokenizer, lengths=wanted, seed=seed, emit=emit)
-    absmax = measure_absmax(source, calibration, Env(str(default_device()), seed, emit))
-    save_calibration(calibration, calib_dir, absmax)
-    return CalibrateResult(
-        calib_dir=calib_dir,
-        samples=len(calibration.samples),
-        samples_wanted=calibration.provenance["samples wanted"],
-        tokens=calibration.num_tokens,
-        digest=calibration.digest(),
-        wanted_lengths=tuple(wanted or ()),
-        lengths=tuple(len(sample) for sample in calibration.samples),
-    )
-
-
-def _solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
-    section = run.recipe.calibration
-    if section is None or run.calibration is None:
-        return solve_data_free(run.source, run.plan, writer, run.env)
-    return solve_calibrated(run.source, run.plan, run.calibration, writer, run.env, section)

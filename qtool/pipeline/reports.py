@@ -9,6 +9,7 @@ from typing import Any
 import qtool
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.checkpoint.marks import read_report
+from qtool.checkpoint.place import Place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import CheckpointError
 from qtool.stages.solve import LayerResult
@@ -63,24 +64,20 @@ def report_bytes(result: QuantizeResult, *, run: str, files: list[str]) -> bytes
     return (json_text(report) + "\n").encode()
 
 
-def result_of(out_dir: Path, place: Path) -> QuantizeResult:
+def result_of(place: Place) -> QuantizeResult:
     """Return what the run reported whose result is there.
-
-    Args:
-        out_dir: As the user names it.
-        place: Where it is.
 
     Raises:
         CheckpointError: the report is missing or damaged.
     """
-    report, entries = read_report(place), CheckpointReader(place).manifest.layers
+    report, entries = read_report(place.out_dir), CheckpointReader(place.out_dir).manifest.layers
     try:
         layers = tuple(_layer(values, entries) for values in report["layers"])
         numbers = {key: report[key] for key in NUMBERS}
-        return QuantizeResult(out_dir=out_dir, layers=layers, **numbers)
+        return QuantizeResult(out_dir=place.named, layers=layers, **numbers)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{place} is complete, but its quantization_report.json is damaged: {error!r}."
+            f"{place.out_dir} is complete, but its quantization_report.json is damaged: {error!r}."
         ) from error
 
 

@@ -1,76 +1,22 @@
-"""One run of `quantize`: all that decides its result, and how the result is written."""
+"""How the result of a run of `quantize` is written."""
 
 import time
-from dataclasses import dataclass
-from hashlib import sha256
+from dataclasses import replace
 from math import prod
-from pathlib import Path
-from typing import Any
 
 import qtool
-from qtool.base import Env
-from qtool.checkpoint.manifest import LayerEntry, Manifest
+from qtool.checkpoint.manifest import Manifest
 from qtool.checkpoint.marks import CONFIG_NAME, REPORT_NAME
 from qtool.checkpoint.writer import CheckpointWriter
-from qtool.data.calibration import CalibrationSet
 from qtool.modeling.card import Provenance, model_card, read_licence
-from qtool.modeling.source import ModelSource
 from qtool.pipeline.reports import QuantizeResult, report_bytes
-from qtool.recipe.schema import Recipe
 from qtool.stages.memory import peak_memory
-from qtool.stages.plan import Plan
+from qtool.stages.run import Run
 from qtool.stages.solve import LayerResult
-from qtool.storage.digests import files_digest
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What is quantized, how, with which samples, and where it is computed."""
-
-    source: ModelSource
-    recipe: Recipe
-    plan: Plan
-    calibration: CalibrationSet | None
-    env: Env
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return all that decides the output: a resumed run must agree on it.
-
-        Raises:
-            OSError: a file of the model can't be read.
-        """
-        chosen = self.recipe.model_dump(mode="json")
-        if self.recipe.calibration is not None:
-            del chosen["calibration"]["strict"]  # it ends a run, and decides nothing of its result
-        companions = self.source.companions().items()
-        return {
-            "recipe": chosen,
-            "model": {
-                "config": dict(self.source.config),
-                "files": {name: sha256(content).hexdigest() for name, content in companions},
-                "weights": files_digest(s.file for s in self.source.shards.specs.values()),
-            },
-            "calibration": self.calibration.digest() if self.calibration else None,
-            "device": self.env.device.partition(":")[0],
-            "version of qtool": qtool.__version__,
-        }
-
-    def stream_bytes(self) -> int:
-        """Return what the block inputs of both models take on disk, in float32."""
-        section = self.recipe.calibration
-        if self.calibration is None or section is None or section.cache != "disk":
-            return 0
-        width = self.source.weight_shape(self.source.adapter.embedding).in_features
-        return 2 * 4 * self.calibration.num_tokens * width
 
 
 def write_result(
-    run: Run,
-    results: tuple[LayerResult, ...],
-    writer: CheckpointWriter,
-    *,
-    out_dir: Path,
-    started: float,
+    run: Run, results: tuple[LayerResult, ...], writer: CheckpointWriter, started: float
 ) -> QuantizeResult:
     """Write all files of the result and give it its name.
 
@@ -78,7 +24,6 @@ def write_result(
         run: What was run.
         results: Of its layers.
         writer: Has the layers and the tensors that were copied.
-        out_dir: As the user names it.
         started: When, by `time.perf_counter`.
 
     Raises:
@@ -86,7 +31,7 @@ def write_result(
     """
     stored = sum(result.entry.num_bytes() for result in results)
     result = QuantizeResult(
-        out_dir=out_dir,
+        out_dir=writer.place.named,
         average_bits=8 * stored / sum(prod(result.entry.shape) for result in results),
         weight_bytes=run.plan.kept_bytes + stored,
         source_bytes=run.plan.source_bytes,
@@ -110,14 +55,7 @@ def _manifest(run: Run, results: tuple[LayerResult, ...], digests: dict[str, str
     layers = {result.name: result.entry for result in results}
     if run.plan.tied_head is not None:
         embedding = run.source.adapter.embedding
-        table = layers[embedding]
-        layers[run.plan.tied_head] = LayerEntry(
-            format=table.format,
-            scheme=table.scheme,
-            shape=table.shape,
-            method=table.method,
-            shared_with=embedding,
-        )
+        layers[run.plan.tied_head] = replace(layers[embedding], shared_with=embedding)
     return Manifest(
         tool_version=qtool.__version__,
         recipe=run.recipe.model_dump(mode="json"),

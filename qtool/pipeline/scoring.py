@@ -61,8 +61,8 @@ def score(
     """
     from qtool.evaluation.kept import library_versions
     from qtool.evaluation.lm_eval.harness import Tasks
-    from qtool.evaluation.lm_eval.item_rows import row_file
     from qtool.evaluation.lm_eval.run import run_tasks
+    from qtool.pipeline.sample_file import row_file
     from qtool.pipeline.task_results import TaskComparison, score_rows
     from qtool.sandbox.run import protections
 

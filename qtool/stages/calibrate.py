@@ -1,22 +1,19 @@
-"""Draw calibration samples as a recipe asks for them, and measure what the layers see of them."""
+"""Draw calibration samples as a recipe asks for them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from qtool.base import Emit, Env, ignore_events
-from qtool.data.calibration import CalibrationSet, batches, draw_samples
+from qtool.base import Emit, Notice, ignore_events
+from qtool.data.calibration import CalibrationSet, draw_samples
 from qtool.data.corpora import bos_warning, check_tokens, open_dataset
 from qtool.data.lengths import bin_edges, match_lengths, summary, task_lengths
 from qtool.errors import DataError, RecipeError
-from qtool.modeling.blocks import BlockModel
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection
 
-BATCH_TOKENS = 2048
 FIXED_LENGTH = 2048
 """What `sequence_length: fixed` means, for models with that many positions."""
 
@@ -48,7 +45,7 @@ def wanted_lengths(
     return task_lengths(tokenizer, section.tasks)
 
 
-def calibrate(
+def draw_calibration(
     section: CalibrationSection,
     source: ModelSource,
     tokenizer: Any,  # noqa: ANN401
@@ -65,7 +62,7 @@ def calibrate(
         tokenizer: Of the model.
         lengths: Lengths to match, from `wanted_lengths`; None: fixed.
         seed: Of the order of matched lengths.
-        emit: Receives a `warning` if the text is too short for all samples.
+        emit: Is warned if the text is too short for all samples.
 
     Raises:
         DataError: the text is missing or too short for two samples, or a sample would be longer
@@ -87,7 +84,7 @@ def calibrate(
     texts = open_dataset(section.dataset)
     calibration = draw_samples(tokenizer, texts, drawn, at_starts=lengths is not None)
     if len(calibration.samples) < len(drawn):
-        emit("warning", {"message": _too_short(section, calibration)})
+        emit(Notice(_too_short(section, calibration)))
     check_samples(source, tokenizer, calibration, emit)
     requested = drawn if lengths is None else lengths
     used = [len(sample) for sample in calibration.samples]
@@ -125,7 +122,7 @@ def check_samples(
     kind = str(source.config.get("model_type", ""))
     message = bos_warning(kind, tokenizer, calibration.samples, name)
     if message is not None:
-        emit("warning", {"message": message})
+        emit(Notice(message))
 
 
 def _too_short(section: CalibrationSection, calibration: CalibrationSet) -> str:
@@ -136,27 +133,3 @@ def _too_short(section: CalibrationSection, calibration: CalibrationSet) -> str:
         f"were drawn, {about['tokens']} tokens in place of {about['tokens wanted']}. Use a longer "
         f"text, or lower calibration.{key}."
     )
-
-
-@torch.no_grad()
-def measure_absmax(source: ModelSource, calibration: CalibrationSet, env: Env) -> dict[str, Tensor]:
-    """Return the largest magnitude of each input channel of each linear, (in_features,) float32.
-
-    Linears that share an input share the tensor's values; each has its own entry.
-    """
-    model = BlockModel(source, env.device)
-    hidden = model.capture(batches(calibration.samples, BATCH_TOKENS))
-    found: dict[str, Tensor] = {}
-    for index in range(source.num_blocks):
-        block = model.load(index)
-        for group in source.adapter.linears:
-            inputs = (
-                block.inputs_of(group[0], x, i).abs().amax(0).float() for i, x in enumerate(hidden)
-            )
-            largest = torch.stack(list(inputs)).amax(0).cpu()
-            for name in group:
-                found[f"{source.adapter.blocks}.{index}.{name}"] = largest.clone()
-        hidden = [block.run(x, i).cpu() for i, x in enumerate(hidden)]
-        values = {"index": index, "total": source.num_blocks, "name": f"block {index}"}
-        env.emit("block", values)
-    return found

@@ -26,7 +26,7 @@ def peak_memory(device: str) -> int:
 
 
 @contextmanager
-def failures_in_one_line(device: str, out_dir: Path) -> Iterator[None]:
+def failures_of_the_machine(device: str, out_dir: Path) -> Iterator[None]:
     """Turn too little memory, and failures of the file system, into one line.
 
     Raises:

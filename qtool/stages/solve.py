@@ -1,20 +1,25 @@
-"""Quantize layer by layer, each read, solved, written and dropped before the next."""
+"""Quantize a model layer by layer, each read, solved, written and dropped before the next."""
 
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qtool.base import Env, LayerProblem, LayerSolution, QuantizedTensor
-from qtool.checkpoint.manifest import LayerEntry
-from qtool.checkpoint.writer import CheckpointWriter
+from qtool.base import Env, LayerProblem, LayerSolution, Notice, Progress, QuantizedTensor
+from qtool.checkpoint.manifest import LayerEntry, codec
+from qtool.checkpoint.writer import CheckpointWriter, Made
 from qtool.errors import MethodError, about
-from qtool.modeling.source import ModelSource
 from qtool.scheme import WeightScheme
+from qtool.stages.calibrated import solve_calibrated
 from qtool.stages.memory import peak_memory
-from qtool.stages.plan import LayerPlan, Plan, load_method
+from qtool.stages.plan import LayerPlan, load_method
+from qtool.stages.run import Run
+from qtool.stages.walk import Walk, walking
+from qtool.wording import gigabytes
 
 WIDE_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -30,115 +35,132 @@ class LayerResult:
     fallback: str | None = None
 
 
-def solve_data_free(
-    source: ModelSource, plan: Plan, writer: CheckpointWriter, env: Env
-) -> tuple[LayerResult, ...]:
-    """Quantize all layers of a plan without calibration data and copy all other tensors.
+def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
+    """Quantize all layers of a plan and copy all other tensors.
 
-    Emits `layer` after each layer.
+    Linears of the blocks are solved for their inputs where there are samples, other layers without
+    data. Tells of each layer.
 
     Raises:
-        MethodError: a weight isn't finite, or a method refused it.
+        MethodError: a weight or an input isn't finite, a method refused a layer, or with
+            `calibration.strict` did something simpler.
     """
-    results = []
-    for layer in plan.layers:
-        results.append(solve_one(source, layer, writer, env))
-        announce(env, results[-1], len(results), len(plan.layers))
-    copy_kept(source, plan, writer, env)
+    results: list[LayerResult] = []
+
+    def finish(layer: LayerPlan, walk: Walk | None = None) -> None:
+        notes = writer.once(layer.name, partial(_solved, run, layer, walk))
+        _check_fallback(run, layer.name, notes["fallback"])
+        entry = _entry(layer, notes)
+        if walk is not None:
+            walk.put(layer.name, partial(_stored_weight, run, writer, layer.name, entry))
+        results.append(
+            LayerResult(layer.name, entry, notes["metrics"], notes["seconds"], notes["fallback"])
+        )
+        _announce(run, results[-1], len(results))
+
+    with walking(run, writer.work_dir) as walk:
+        for layer in run.plan.layers:
+            if layer.role == "block":
+                finish(layer, walk)
+    for layer in run.plan.layers:
+        if layer.role != "block":
+            finish(layer)
+    for name in run.plan.kept:
+        writer.once(name, partial(_copied, run, name))
     return tuple(results)
 
 
-def solve_one(
-    source: ModelSource, layer: LayerPlan, writer: CheckpointWriter, env: Env
-) -> LayerResult:
-    """Quantize and write one layer without data, unless an earlier run has finished it."""
-    notes = writer.finished(layer.name)
-    if notes is not None:
-        writer.keep(layer.name)
-        entry = LayerEntry(
-            format=notes["format"],
-            scheme=WeightScheme(**notes["scheme"]),
-            shape=layer.shape,
-            method=layer.method,
-        )
-        return LayerResult(layer.name, entry, notes["metrics"], notes["seconds"], notes["fallback"])
+def _solved(run: Run, layer: LayerPlan, walk: Walk | None) -> Made:
+    """Solve one layer, with the statistics that the walk gives."""
+    section, env = run.recipe.calibration, run.env
+    statistics = None if walk is None else walk.statistics(layer.name)
     started = time.perf_counter()
-    weight = source.read_weight(layer.name).to(env.device)
-    check_finite(layer.name, weight)
-    generator = torch.Generator(env.device).manual_seed(env.seed)
-    problem = LayerProblem(name=layer.name, weight=weight, scheme=layer.scheme, generator=generator)
     with about(layer=layer.name):
-        solution = load_method(layer.method).solve(problem, layer.options)
-    check_stored(layer.name, solution.tensor, weight)
-    return write_solution(layer, solution, writer, seconds=time.perf_counter() - started)
-
-
-def write_solution(
-    layer: LayerPlan, solution: LayerSolution, writer: CheckpointWriter, *, seconds: float
-) -> LayerResult:
-    """Write a solved layer, with the notes that a resumed run needs."""
-    tensor = solution.tensor
+        weight = run.source.read_weight(layer.name).to(env.device)
+        _check_finite(layer.name, weight)
+        if statistics is None or section is None:
+            solution = _solve_alone(layer, weight, env)
+        else:
+            solution = solve_calibrated(layer, weight, statistics, section, env)
+        tensor = solution.tensor
+        _check_stored(layer.name, tensor, weight)
+        _check_fallback(run, layer.name, solution.fallback)
     notes = {
         "format": tensor.format,
         "scheme": asdict(tensor.scheme),
         "metrics": dict(solution.metrics),
         "fallback": solution.fallback,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - started,
     }
-    writer.add(layer.name, tensor, notes)
-    entry = LayerEntry(
-        format=tensor.format, scheme=tensor.scheme, shape=tensor.shape, method=layer.method
-    )
-    return LayerResult(layer.name, entry, solution.metrics, seconds, solution.fallback)
+    return Made(tensor, notes)
 
 
-def copy_kept(source: ModelSource, plan: Plan, writer: CheckpointWriter, env: Env) -> None:
-    """Copy the tensors that aren't quantized; emits `warning` for one that isn't finite."""
-    for name in plan.kept:
-        if writer.finished(name) is None:
-            values = source.read(name)
-            _warn_of_not_finite(name, values, env)
-            writer.add(name, values)
-        else:
-            writer.keep(name)
+def _solve_alone(layer: LayerPlan, weight: Tensor, env: Env) -> LayerSolution:
+    generator = torch.Generator(env.device).manual_seed(env.seed)
+    problem = LayerProblem(name=layer.name, weight=weight, scheme=layer.scheme, generator=generator)
+    return load_method(layer.method).solve(problem, layer.options)
 
 
-def _warn_of_not_finite(name: str, values: Tensor, env: Env) -> None:
-    """Say that a tensor is copied as it is: only the model's owner knows whether it is used."""
-    if values.dtype not in WIDE_FLOATS:  # of narrower ones torch can't say it
-        return
-    count = values.numel() - int(torch.isfinite(values).sum())
-    if count:
-        message = f"{name}: {count} of {values.numel()} values are NaN or infinite; copied as it is"
-        env.emit("warning", {"message": f"{message}. Check the original if that isn't meant."})
+def _entry(layer: LayerPlan, notes: Mapping[str, Any]) -> LayerEntry:
+    scheme = WeightScheme(**notes["scheme"])
+    return LayerEntry(format=notes["format"], scheme=scheme, shape=layer.shape, method=layer.method)
 
 
-def announce(env: Env, result: LayerResult, done: int, total: int) -> None:
-    """Emit `layer`, and `warning` if the solver fell back."""
+def _stored_weight(run: Run, writer: CheckpointWriter, name: str, entry: LayerEntry) -> Tensor:
+    """Return what a stored layer means, (out_features, in_features) float32."""
+    tensor = writer.load(name, entry, run.env.device)
+    return codec(entry.format).dequantize(tensor, torch.float32)
+
+
+def _copied(run: Run, name: str) -> Made:
+    """Read a tensor that isn't quantized; warns if it isn't finite."""
+    values = run.source.read(name)
+    if values.dtype in WIDE_FLOATS:  # of narrower ones torch can't say it
+        count = values.numel() - int(torch.isfinite(values).sum())
+        if count:  # only the model's owner knows whether it is used
+            message = f"{name}: {count} of {values.numel()} values are NaN or infinite; copied as "
+            message += "it is. Check the original if that isn't meant."
+            run.env.emit(Notice(message))
+    return Made(values)
+
+
+def _announce(run: Run, result: LayerResult, done: int) -> None:
+    """Tell that a layer is done, and warn if the solver fell back."""
+    env, total = run.env, len(run.plan.layers)
     error = result.metrics.get("added_error", result.metrics.get("nmse", 0.0))
-    values = {"index": done - 1, "total": total, "name": result.name, "error": error}
-    env.emit("layer", {**values, "memory": peak_memory(env.device)})
+    memory = gigabytes(peak_memory(env.device))
+    detail = f"{result.name}  error {error:.2e}  memory {memory}"
+    env.emit(Progress("quantize", done, total, detail))
     if result.fallback is not None:
-        env.emit("warning", {"message": f"{result.name}: {result.fallback}"})
+        env.emit(Notice(f"{result.name}: {result.fallback}"))
 
 
-def check_finite(name: str, weight: Tensor) -> None:
+def _check_fallback(run: Run, name: str, fallback: str | None) -> None:
+    """Raise MethodError if a solver did something simpler than asked, and that is forbidden."""
+    section = run.recipe.calibration
+    if section is not None and section.strict and fallback is not None:
+        raise MethodError(
+            f"{name}: {fallback} (calibration.strict). Without it, or --strict, the layer is taken "
+            "as it is.",
+            layer=name,
+        )
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
     """Raise MethodError if a weight holds NaN or infinity."""
     finite = torch.isfinite(weight)
     if not bool(finite.all()):
         raise MethodError(
             f"{name}: {int((~finite).sum())} of {weight.numel()} weights are NaN or infinite. The "
-            "file is damaged, or the model overflowed when it was saved; check the original.",
-            layer=name,
+            "file is damaged, or the model overflowed when it was saved; check the original."
         )
 
 
-def check_stored(name: str, tensor: QuantizedTensor, weight: Tensor) -> None:
+def _check_stored(name: str, tensor: QuantizedTensor, weight: Tensor) -> None:
     """Raise MethodError if a stored parameter overflowed its dtype."""
     for part, values in tensor.parts.items():
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             raise MethodError(
                 f"{name}: {part} doesn't fit float16; the largest weight is "
-                f"{float(weight.abs().max()):.3g}. Skip this layer with an override.",
-                layer=name,
+                f"{float(weight.abs().max()):.3g}. Skip this layer with an override."
             )

@@ -1,21 +1,25 @@
 """What a group of linears that share an input sees: one pass over the cached block inputs."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from qtool.core import hessian, moments
-from qtool.core.moments import Moments, Shifter
+from qtool.core import hessian
+from qtool.core.moments import Moments, Shifter, no_moments
 from qtool.modeling.blocks import Block
 from qtool.modeling.source import ModelSource
 from qtool.stages.streams import Streams
 
 Writer = Literal["attention", "mlp"]
+FEW_TOKENS = 4
+"""Below this many tokens per input the Hessian is noise in many directions: warn, damp more."""
+DEFAULT_DAMPING = 0.01
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class InputStatistics:
     """Second moments of the tokens that are solved with, and of those that choices are made on."""
 
@@ -25,22 +29,30 @@ class InputStatistics:
     @property
     def tokens_per_input(self) -> float:
         """How many training tokens there are for each input."""
-        return self.train.num_tokens / len(self.train.inputs)
+        return self.train.num_tokens / len(self.train.sums["xx"])
 
     def is_finite(self) -> bool:
         """Return whether no input and no residual stream left the range of its dtype."""
-        sums = [
-            total
+        return all(
+            bool(torch.isfinite(total).all())
             for part in (self.train, self.held_out)
-            for total in (part.inputs, part.drift, part.residual)
-            if total is not None
-        ]
-        return all(bool(torch.isfinite(total).all()) for total in sums)
+            for product, total in part.sums.items()
+            if product in ("xx", "dx", "ex")
+        )
 
-    def shifter(self, damping: float) -> Shifter:
-        """Return what shifts the weights of all linears with this input."""
-        lower = hessian.cholesky(hessian.damp(self.train.inputs, damping))
+    @cached_property
+    def shifter(self) -> Shifter:
+        """What shifts the weights of all linears with this input."""
+        damping = raised(DEFAULT_DAMPING, self.tokens_per_input)
+        lower = hessian.cholesky(hessian.damp(self.train.mean("xx"), damping))
         return Shifter(self.train, self.held_out, lower)
+
+
+def raised(damping: float, tokens_per_input: float) -> float:
+    """Return the damping asked for, raised where there are few tokens per input."""
+    if tokens_per_input >= FEW_TOKENS:
+        return damping
+    return min(damping * FEW_TOKENS / max(tokens_per_input, 0.1), hessian.MAX_DAMPING)
 
 
 def why_not_finite(source: ModelSource, linear: str, dtype: torch.dtype) -> str:
@@ -105,9 +117,9 @@ def measure_inputs(
         held_out = index >= streams.num_train
         if held_out not in sums:
             width = None if lost is None else lost.shape[-1]
-            sums[held_out] = moments.zeros(x.shape[-1], width, device=x.device, for_errors=held_out)
+            sums[held_out] = no_moments(x.shape[-1], width, device=x.device, for_errors=held_out)
         sums[held_out].add(x, drift, lost)
-    return InputStatistics(sums[False].means(), sums[True].means())
+    return InputStatistics(train=sums[False], held_out=sums[True])
 
 
 def _see(

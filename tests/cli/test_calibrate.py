@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
 from tests.families import text
+from tests.helpers import warnings_in
 
 CALIBRATION = {"num_samples": 6, "sequence_length": 32}
 
@@ -53,13 +55,14 @@ def test_matched_lengths_are_those_of_the_file(llama, tmp_path):
     assert result.tokens == pytest.approx(400, rel=0.1)
 
 
-def test_input_maxima_are_stored_for_every_linear(llama, tmp_path):
-    from safetensors.torch import load_file
-
+def test_folder_of_an_older_version_is_read(llama, tmp_path):
     pipeline.calibrate(Location(llama), tmp_path / "cal", recipe().calibration)
-    maxima = load_file(tmp_path / "cal" / "input_absmax.safetensors")
-    assert set(maxima) == {layer.name for layer in pipeline.plan(Location(llama), recipe()).layers}
-    assert all(bool((values > 0).any()) for values in maxima.values())
+    (tmp_path / "cal" / "input_absmax.safetensors").write_bytes(b"what nobody reads any more")
+    tokenizer = load_tokenizer(llama)
+    assert len(load_calibration(tmp_path / "cal", tokenizer).samples) == 6
+    again = recipe(num_samples=4).calibration
+    pipeline.calibrate(Location(llama), tmp_path / "cal", again, overwrite=True)
+    assert len(load_calibration(tmp_path / "cal", tokenizer).samples) == 4
 
 
 def test_match_without_tasks_says_what_is_missing(llama, tmp_path):
@@ -132,20 +135,17 @@ def test_documents_calibrate_and_quantize_the_same_inline(llama, tmp_path):
 @pytest.mark.parametrize("run", ["calibrate", "quantize"])
 def test_text_that_is_too_short_is_warned_of(llama, tmp_path, run):
     wanted = recipe(dataset=str(rows_file(tmp_path, count=4)))
-    warnings = []
-
-    def emit(event, values):
-        if event == "warning":
-            warnings.append(values["message"])
-
+    events: list[Any] = []
     if run == "calibrate":
-        pipeline.calibrate(Location(llama), tmp_path / "out", wanted.calibration, emit=emit)
+        pipeline.calibrate(
+            Location(llama), tmp_path / "out", wanted.calibration, emit=events.append
+        )
     else:
-        pipeline.quantize(Location(llama), tmp_path / "out", wanted, emit=emit)
+        pipeline.quantize(Location(llama), tmp_path / "out", wanted, emit=events.append)
     assert (
         "rows.jsonl is too short: 2 of 6 samples were drawn, 64 tokens in place of 192. Use a "
         "longer text, or lower calibration.num_samples."
-    ) in warnings
+    ) in warnings_in(events)
 
 
 def test_fixed_is_what_a_model_has_positions_for_and_2048_at_most(llama, tmp_path):

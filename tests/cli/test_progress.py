@@ -7,6 +7,7 @@ import time
 import pytest
 from rich.console import Console
 
+from qtool.base import Notice, Progress
 from qtool.cli import progress as module
 from qtool.cli.progress import Step, progress
 
@@ -27,24 +28,24 @@ def lines(capsys) -> list[str]:
     return [STAMP.sub("", line) for line in found]
 
 
-def layer(index: int, total: int = 10) -> dict[str, object]:
-    return {"name": "[q]", "error": 0.5, "memory": 2e9, "index": index, "total": total}
+def layer(index: int, total: int = 10) -> Progress:
+    return Progress("quantize", index + 1, total, "[q]  error 5.00e-01  memory 2 GB")
 
 
 def test_a_log_gets_each_phase_at_once(capsys):
     with progress() as emit:
         for name in ("opening m", "hashing"):
-            emit("phase", {"name": name})
+            emit(Progress(name))
             assert lines(capsys) == [name]
 
 
 def test_a_log_gets_time_and_time_left_after_seconds_then_now_and_then(clock, capsys):
     with progress() as emit:
-        emit("phase", {"name": "solving"})
+        emit(Progress("solving"))
         lines(capsys)
         for index in range(9):
             clock[0] += 4
-            emit("layer", layer(index))
+            emit(layer(index))
     detail = "[q]  error 5.00e-01  memory 2 GB"
     assert lines(capsys) == [
         f"quantize: 2 of 10, 0:08 so far, about 0:32 left  {detail}",
@@ -63,7 +64,7 @@ def test_time_left_counts_from_when_the_work_began_not_from_its_first_result(clo
 def test_a_log_hears_of_a_phase_that_says_nothing(monkeypatch, capsys):
     monkeypatch.setattr(module, "FIRST_SECONDS", 0.0)
     with progress() as emit:
-        emit("phase", {"name": "thinking"})
+        emit(Progress("thinking"))
         time.sleep(1.2)
     assert re.fullmatch(r"thinking: 0:0\d so far, time left not known yet", lines(capsys)[-1])
 
@@ -71,14 +72,14 @@ def test_a_log_hears_of_a_phase_that_says_nothing(monkeypatch, capsys):
 def test_a_log_gets_nothing_of_what_is_quick(capsys):
     with progress() as emit:
         for index in range(3):
-            emit("request", {"task": "mmlu", "name": "q3", "index": index, "total": 3})
+            emit(Progress("mmlu of q3", index + 1, 3))
     assert lines(capsys) == []
 
 
 def test_a_warning_is_one_line_in_a_log(capsys):
     message = " ".join(["[word]"] * 40)
     with progress() as emit:
-        emit("warning", {"message": message})
+        emit(Notice(message))
     assert capsys.readouterr().err == f"Warning: {message}\n"
 
 
@@ -87,9 +88,9 @@ def test_a_terminal_gets_one_live_line(monkeypatch):
     terminal = Console(file=screen, force_terminal=True, width=100)
     monkeypatch.setattr(module, "err", terminal)
     with progress() as emit:
-        emit("phase", {"name": "opening [m]"})
-        emit("layer", layer(0))
-        emit("layer", layer(9))
+        emit(Progress("opening [m]"))
+        emit(layer(0))
+        emit(layer(9))
     assert "opening [m]: 0:00 so far" in screen.getvalue()
     assert "quantize: 10 of 10, 0:00 so far, about 0:00 left  [q]" in screen.getvalue()
 
@@ -101,15 +102,15 @@ def test_an_interruption_carries_what_is_kept():
 
 def test_a_guess_stands_until_something_is_counted(clock, capsys):
     with progress() as emit:
-        emit("phase", {"name": "opening m"})
-        emit("guess", {"seconds": 100})
-        emit("phase", {"name": "solving"})
+        emit(Progress("opening m"))
+        emit.guess(100)
+        emit(Progress("solving"))
         clock[0] += 6
-        emit("phase", {"name": "still solving"})
-        emit("layer", layer(0))
+        emit(Progress("still solving"))
+        emit(layer(0))
         clock[0] += 6
-        emit("layer", layer(1))
-        emit("phase", {"name": "assembling"})
+        emit(layer(1))
+        emit(Progress("assembling"))
     assert lines(capsys) == [
         "opening m",
         "solving, about 1:40 left by a first guess",

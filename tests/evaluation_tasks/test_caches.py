@@ -6,6 +6,7 @@ from typing import Any
 from qtool.storage.store import Store
 from tests import families
 from tests.evaluation_tasks.conftest import POSITIONS, save
+from tests.helpers import warnings_in
 
 TASK = "arc_easy"
 
@@ -15,10 +16,10 @@ def test_cache_that_cannot_be_written_stops_no_task(evaluate, tmp_path, monkeypa
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "file/cache"))
     said: list[Any] = []
-    result = evaluate(TASK, limit=2, emit=lambda event, values: said.append((event, values)))
+    result = evaluate(TASK, limit=2, emit=said.append)
     assert result.rows == expected
     assert result.model.failures == ()
-    messages = [values["message"] for event, values in said if event == "warning"]
+    messages = warnings_in(said)
     assert len(messages) == 2  # the answers, then the scores
     assert all("can't be kept" in message for message in messages)
 
@@ -40,10 +41,7 @@ def test_tokenizer_of_another_model_is_warned_of(evaluate, tmp_path):
         tmp_path / "small",
     )
     said: list[Any] = []
-    evaluate(
-        TASK,
-        model=small,
-        limit=1,
-        emit=lambda _event, values: said.append(str(values.get("message"))),
+    evaluate(TASK, model=small, limit=1, emit=said.append)
+    assert any(
+        "knows 96 tokens and its embedding has 90" in message for message in warnings_in(said)
     )
-    assert any("knows 96 tokens and its embedding has 90" in message for message in said)

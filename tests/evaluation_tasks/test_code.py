@@ -10,10 +10,10 @@ import evaluate as metrics
 import pytest
 
 from qtool.errors import DataError
-from qtool.evaluation.lm_eval import code_metric
 from qtool.evaluation.lm_eval.harness import SANDBOXED
 from qtool.evaluation.lm_eval.hooks import task_manager
 from qtool.evaluation.lm_eval.task_model import TaskModel
+from qtool.sandbox import code_eval as code_metric
 from qtool.sandbox.run import run_programs
 from tests.evaluation_tasks.conftest import asked_of
 from tests.task_rows import SAMPLE

@@ -10,6 +10,7 @@ import lm_eval
 import pytest
 import torch
 
+from qtool.base import Progress
 from qtool.errors import ModelError, QtoolError
 from qtool.evaluation.lm_eval.harness import Tasks
 from qtool.evaluation.lm_eval.task_model import TaskModel
@@ -18,6 +19,7 @@ from qtool.pipeline import scoring
 from qtool.storage.store import Store
 from tests.cli.conftest import Cli, cli
 from tests.evaluation_tasks.conftest import LoadsModelError
+from tests.helpers import warnings_in
 
 __all__ = ["cli"]  # the fixture
 
@@ -57,14 +59,14 @@ def other(long_llama: Path, tmp_path: Path) -> Path:
 def test_other_tasks_are_run(evaluate, fail):
     fail(ZeroDivisionError("no\n words"))
     events: list[Any] = []
-    result = evaluate(*THREE, emit=lambda event, values: events.append((event, values)))
+    result = evaluate(*THREE, emit=events.append)
     assert [task.name for task in result.model.tasks] == ["lambada_openai", "wikitext"]
     assert {row.task for row in result.rows} == {"lambada_openai", "wikitext"}
     (failure,) = result.model.failures
     assert (failure.task, failure.error) == ("arc_easy", "DataError")
     assert failure.message.startswith("Task arc_easy stopped on ")
     assert "ZeroDivisionError: no words. Check the rows" in failure.message
-    (warning,) = [values["message"] for event, values in events if event == "warning"]
+    (warning,) = warnings_in(events)
     assert warning == f"arc_easy failed: {failure.message}"  # at once, not after hours
 
 
@@ -115,8 +117,8 @@ def test_data_that_go_missing_while_another_task_runs(evaluate, data, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
 
-    def remove(event: str, values: Any) -> None:
-        if event == "request" and values["task"] == "lambada_openai":
+    def remove(event: Any) -> None:
+        if getattr(event, "what", "").startswith("lambada_openai of "):
             (copy / "mcqa/arc_easy_test.jsonl").unlink(missing_ok=True)
 
     result = evaluate(*THREE, data_dir=copy, emit=remove)
@@ -130,8 +132,8 @@ def test_data_that_go_missing_while_the_baseline_runs(evaluate, data, tmp_path, 
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
 
-    def remove(event: str, values: Any) -> None:
-        if event == "request" and values["task"] == "wikitext":
+    def remove(event: Any) -> None:
+        if getattr(event, "what", "").startswith("wikitext of "):
             (copy / "mcqa/arc_easy_test.jsonl").unlink(missing_ok=True)
 
     options = {"data_dir": copy, "baseline": Location(long_llama), "model": other}
@@ -151,8 +153,8 @@ def test_data_that_change_while_the_baseline_runs(
     shutil.copytree(data, copy)
     file = copy / "mcqa/arc_easy_test.jsonl"
 
-    def cut(event: str, values: Any) -> None:
-        if event == "request" and values["task"] == "wikitext":
+    def cut(event: Any) -> None:
+        if getattr(event, "what", "").startswith("wikitext of "):
             file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
 
     options = {"data_dir": copy, "baseline": Location(long_llama), "model": other, "cache": cache}
@@ -169,9 +171,9 @@ def test_data_that_change_while_the_baseline_runs(
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_model_that_changes_while_the_baseline_runs(evaluate, other, long_llama, cache):
-    def change(event: str, _values: Any) -> None:
+    def change(event: Any) -> None:
         config = other / "config.json"
-        if event == "request" and not config.read_text().endswith(" "):
+        if isinstance(event, Progress) and not config.read_text().endswith(" "):
             config.write_text(config.read_text() + " ")
 
     options = {"baseline": Location(long_llama), "cache": cache, "model": other, "limit": 1}
@@ -187,7 +189,7 @@ def test_model_that_changes_while_the_baseline_runs(evaluate, other, long_llama,
 
 
 def test_model_that_is_only_touched_is_evaluated(evaluate, other, long_llama):
-    def touch(_event: str, _values: Any) -> None:
+    def touch(_event: Any) -> None:
         (other / "config.json").touch()
 
     options = {"baseline": Location(long_llama), "model": other, "limit": 1}

@@ -10,6 +10,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from qtool.base import Progress
 from qtool.evaluation.kept import Answers
 from qtool.evaluation.lm_eval import batches
 from qtool.evaluation.scores import TaskFailure, TaskScores
@@ -44,13 +45,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     return found
 
 
-def stop_after(count: int) -> Callable[[str, Any], None]:
+def stop_after(count: int) -> Callable[[Any], None]:
     """Return what Ctrl-C does to a run, after some requests."""
     left = count
 
-    def emit(event: str, _values: Any) -> None:
+    def emit(event: Any) -> None:
         nonlocal left
-        assert event == "request"
+        assert isinstance(event, Progress)
         left -= 1
         if left == 0:
             raise KeyboardInterrupt
@@ -80,12 +81,12 @@ def test_interrupted_run_goes_on(evaluate, asked, task, options, stop):
     assert kept_answers() == stop
     asked.clear()
     events: list[Any] = []
-    rest = evaluate(task, **options, emit=lambda _, values: events.append(values))
+    rest = evaluate(task, **options, emit=events.append)
     assert len(asked) == INPUTS[task] - stop
     assert scores_of(rest) == scores_of(whole)
     assert kept_answers() == 0
-    assert [e["index"] for e in events] == list(range(stop, INPUTS[task]))
-    assert {(e["total"], e["task"]) for e in events} == {(INPUTS[task], task)}
+    assert [e.done for e in events] == list(range(stop + 1, INPUTS[task] + 1))
+    assert {(e.total, e.what.partition(" of ")[0]) for e in events} == {(INPUTS[task], task)}
 
 
 def test_run_whose_answers_were_damaged_asks_for_those_again(evaluate, asked):

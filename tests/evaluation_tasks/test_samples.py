@@ -15,9 +15,9 @@ import pytest
 
 from qtool.errors import OutputError
 from qtool.evaluation.kept import OF_ITEMS
-from qtool.evaluation.lm_eval import item_rows
 from qtool.evaluation.lm_eval.task_model import TaskModel
 from qtool.modeling.locate import Location
+from qtool.pipeline import sample_file
 from qtool.storage import whole_files
 from qtool.storage.plain_json import plain_json
 from qtool.storage.store import Store
@@ -221,7 +221,7 @@ def test_interrupted_run_has_all_rows_when_it_goes_on(evaluate, target, tmp_path
     evaluate("arc_easy", batch_size=1, cache=False, samples=whole)
     left = 9
 
-    def emit(_event: str, _values: Any) -> None:
+    def emit(_event: Any) -> None:
         nonlocal left
         left -= 1
         if left == 0:
@@ -283,7 +283,7 @@ def test_full_disk_is_said_and_loses_no_scores(evaluate, target, monkeypatch, re
         with whole_files.written_whole(file) as opened:
             yield FullDisk() if file == target else opened
 
-    monkeypatch.setattr(item_rows, "written_whole", written_whole)
+    monkeypatch.setattr(sample_file, "written_whole", written_whole)
     with pytest.raises(OutputError, match=r"samples\.jsonl: No space left .* another file runs"):
         evaluate("arc_easy", "wikitext", limit=1, samples=target)
     assert not target.exists()

@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, Manifest
+from qtool.checkpoint.place import find_place
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.checkpoint.writer import CheckpointWriter
+from qtool.checkpoint.writer import CheckpointWriter, Made
 from qtool.formats import affine, binary_coding
 from qtool.scheme import Shape2D, WeightScheme
 from tests.golden.oracles import ORACLES
@@ -66,14 +68,14 @@ WEIGHTS: Mapping[str, Callable[[WeightScheme], QuantizedTensor]] = {
 def write(format_name: str, out_dir: Path) -> None:
     """Write the golden checkpoint of one format."""
     layers = {}
-    with CheckpointWriter(out_dir, fingerprint={}, overwrite=False, resume=False) as writer:
+    with CheckpointWriter(find_place(out_dir), {}) as writer:
         for name, scheme in SCHEMES.items():
             tensor = WEIGHTS[format_name](scheme)
-            writer.add(name, tensor)
+            writer.once(name, partial(Made, tensor))
             layers[name] = LayerEntry(
                 format=tensor.format, scheme=tensor.scheme, shape=tensor.shape, method="golden"
             )
-        writer.add("norm.weight", (numbers(9, 5) / 4).half())
+        writer.once("norm.weight", lambda: Made((numbers(9, 5) / 4).half()))
         manifest = Manifest(tool_version="golden", recipe={}, layers=layers)
         config = {"model_type": "golden", "quantization_config": manifest.to_config()}
         writer.finish({}, config)

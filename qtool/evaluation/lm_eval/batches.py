@@ -30,23 +30,15 @@ def device_bytes(device: torch.device) -> int | None:
 
 
 def tokens_read_at_once(logit_bytes: int, memory: int | None) -> int:
-    """Return how many tokens, padding included, a batch may have.
-
-    Args:
-        logit_bytes: Of the logits of one token.
-        memory: From `device_bytes`.
-    """
+    """Return how many tokens of `logit_bytes` each, padding included, a batch may have."""
     room = LOGIT_BYTES if memory is None else min(LOGIT_BYTES, memory // LOGIT_SHARE)
     return room // logit_bytes
 
 
 def written_at_once(cache_bytes: int, longest: int, memory: int | None) -> int:
-    """Return how many texts are written at once.
+    """Return how many texts, the longest of `longest` tokens with its prompt, are written at once.
 
-    Args:
-        cache_bytes: Of the keys and values of one token, of all beams.
-        longest: Tokens of prompt and text, of the longest request.
-        memory: From `device_bytes`.
+    `cache_bytes` is the size of the keys and values of one token, of all beams.
     """
     if memory is None:
         return MOST_ON_CPU

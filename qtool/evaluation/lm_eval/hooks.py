@@ -2,7 +2,7 @@
 
 Code tasks load the metric `code_eval` through `evaluate.load`, which would fetch it from the hub
 and run programs in a fork of this process: while tasks are loaded, that one name gives
-`code_metric.CodeEval`.
+`sandbox.code_eval.CodeEval`.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from qtool.errors import MissingExtraError
-from qtool.evaluation.lm_eval.code_metric import CodeEval
+from qtool.sandbox.code_eval import CodeEval
 
 
 def require_lm_eval() -> None:

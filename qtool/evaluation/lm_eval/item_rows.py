@@ -3,19 +3,12 @@
 The rows of two models join by (requested, task, item): both were asked the same.
 """
 
-import contextlib
-import functools
-import gzip
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from qtool.errors import OutputError
 from qtool.sandbox.run import Outcome
 from qtool.storage.jsonl import Row
-from qtool.storage.plain_json import json_text, plain_json
-from qtool.storage.whole_files import written_whole
-from qtool.wording import reason
+from qtool.storage.plain_json import plain_json
 
 Outcomes = Mapping[tuple[str, str], Outcome]
 """What became of programs, by (program, test)."""
@@ -69,51 +62,3 @@ def _texts(answers: Any) -> Iterator[str]:  # noqa: ANN401
     elif isinstance(answers, (list, tuple)):
         for one in answers:
             yield from _texts(one)
-
-
-@contextlib.contextmanager
-def row_file(target: Path | None) -> Iterator[Callable[[Mapping[str, Any]], AddRows] | None]:
-    """Open a file of rows, gzipped if its name says so; it is there when the block has ended.
-
-    Links are followed; a device or a pipe can't be replaced by a whole file, and is refused.
-
-    Yields:
-        A function from what all rows of a model begin with to a function that adds rows; None if
-        there is no target.
-
-    Raises:
-        OutputError: the file can't be written.
-    """
-    if target is None:
-        yield None
-        return
-    if target.exists() and not target.is_file():
-        raise OutputError(f"Can't write {target}: it isn't an ordinary file. Name one that is.")
-
-    def add(begin: Mapping[str, Any], requested: str, rows: Iterable[Row]) -> None:
-        with _written_to(target):
-            for row in rows:
-                line = json_text({**begin, "requested": requested, **row}, indent=None)
-                opened.write(line.encode() + b"\n")
-
-    with contextlib.ExitStack() as stack:
-        with _written_to(target):
-            opened: IO[bytes] | gzip.GzipFile
-            opened = stack.enter_context(written_whole(target.resolve()))
-            if target.suffix == ".gz":
-                opened = stack.enter_context(gzip.GzipFile("", "wb", 6, opened, mtime=0))
-        yield lambda begin: functools.partial(add, begin)
-        with _written_to(target):
-            stack.close()
-
-
-@contextlib.contextmanager
-def _written_to(target: Path) -> Iterator[None]:
-    """Turn what goes wrong with a file of rows inside the block into an OutputError."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"Can't write {target}: {reason(error)}. Scores that are kept have their rows beside "
-            "them: the same command with another file runs only what is missing."
-        ) from error

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qtool.base import Emit, ignore_events
+from qtool.base import Emit, Notice, ignore_events
 from qtool.errors import DataError, ModelError, OutputError, QtoolError
 from qtool.evaluation.kept import KeptTask
-from qtool.evaluation.lm_eval.code_metric import recorded_outcomes
 from qtool.evaluation.lm_eval.harness import Loaded, Tasks, writes_text
 from qtool.evaluation.lm_eval.hooks import quiet, templates_compiled_once
 from qtool.evaluation.lm_eval.item_rows import AddRows, item_rows
 from qtool.evaluation.scores import TaskFailure, TaskScores, collect_scores
 from qtool.modeling.load import LoadedModel
+from qtool.sandbox.code_eval import recorded_outcomes
 from qtool.storage.store import Store
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def run_tasks(
         load: Loads the model, or raises a QtoolError; called if there is anything to run.
         subject: All of the model that decides scores: digest, dtype, device, backend.
         tasks: Those that were asked for, checked.
-        emit: Receives `request` events, and a `warning` for each task that fails.
+        emit: Is told of each request, and warned of each task that fails.
         add_rows: Receives what was asked and answered, task by task; None: nobody wants it.
 
     Returns:
@@ -197,7 +197,7 @@ def explained(what: str, *, full: str, other: str) -> Iterator[None]:
 
 
 def _failure(task: str, error: QtoolError, emit: Emit) -> TaskFailure:
-    emit("warning", {"message": f"{task} failed: {error}"})  # now, not when the others are done
+    emit(Notice(f"{task} failed: {error}"))  # now, not when the others are done
     return TaskFailure(task=task, error=type(error).__name__, message=str(error))
 
 

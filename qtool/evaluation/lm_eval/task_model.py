@@ -16,7 +16,7 @@ from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 
-from qtool.base import Emit, ignore_events
+from qtool.base import Emit, Notice, Progress, ignore_events
 from qtool.errors import DataError, ModelError
 from qtool.evaluation.kept import Answers, request_key
 from qtool.evaluation.lm_eval import batches
@@ -84,7 +84,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
 
     def warn(self, message: str) -> None:
         """Pass on a warning."""
-        self.emit("warning", {"message": message})
+        self.emit(Notice(message))
 
     def begin(self, task: str, store: Answers) -> None:
         """Answer for another task, with what `store` holds."""
@@ -247,5 +247,4 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
             )
         self.store.add(request_key(kind, arguments), answer)
         self.done += 1
-        values = {"index": self.done - 1, "total": self.total, "task": self.task, "name": self.name}
-        self.emit("request", values)
+        self.emit(Progress(f"{self.task} of {self.name}", self.done, self.total))

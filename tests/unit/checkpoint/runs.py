@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
+from qtool.base import Notice, Progress
 from qtool.checkpoint.manifest import Manifest
-from qtool.checkpoint.writer import CheckpointWriter
+from qtool.checkpoint.place import find_place
+from qtool.checkpoint.writer import CheckpointWriter, Made
 
 WEIGHTS = "model.safetensors"
 CONFIG = {"quantization_config": Manifest(tool_version="0", recipe={}, layers={}).to_config()}
@@ -15,14 +19,18 @@ class Stop:
     def __init__(self, after: int, error: type[BaseException]) -> None:
         self.after, self.error, self.layers = after, error, 0
 
-    def __call__(self, event: str, _values: object) -> None:
-        self.layers += event == "layer"
+    def __call__(self, event: Progress | Notice) -> None:
+        self.layers += isinstance(event, Progress) and event.what == "quantize"
         if self.layers == self.after:
             raise self.error("on purpose")
 
 
 def open_writer(out_dir: Path, *, overwrite=False, resume=False, **fingerprint):
-    return CheckpointWriter(out_dir, fingerprint=fingerprint, overwrite=overwrite, resume=resume)
+    return CheckpointWriter(find_place(out_dir, overwrite=overwrite, resume=resume), fingerprint)
+
+
+def add(writer: CheckpointWriter, name: str, tensor: Tensor) -> None:
+    writer.once(name, lambda: Made(tensor))
 
 
 def partial(out_dir: Path) -> Path:

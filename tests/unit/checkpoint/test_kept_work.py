@@ -14,7 +14,7 @@ from qtool.modeling.locate import Location
 from qtool.stages import solve
 from qtool.stages.plan import load_method
 from tests.helpers import file_hashes, normal, recipe
-from tests.unit.checkpoint.runs import WEIGHTS, Stop, open_writer, partial
+from tests.unit.checkpoint.runs import WEIGHTS, Stop, add, open_writer, partial
 
 WAY_ON = r"3 finished layers are kept in .*out\.partial: the same command with --resume goes on"
 
@@ -113,7 +113,7 @@ def test_interrupt_while_shards_are_assembled_resumes_to_the_same_bytes(
 
 def test_unfinished_run_is_neither_continued_nor_dropped_without_being_asked(tmp_path):
     with pytest.raises(KeyboardInterrupt), open_writer(tmp_path / "out", a=1) as opened:
-        opened.add("a", normal(2))
+        add(opened, "a", normal(2))
         raise KeyboardInterrupt
     with pytest.raises(OutputError, match="--resume, or start over with --overwrite"):
         open_writer(tmp_path / "out", a=1)
@@ -192,7 +192,7 @@ def test_result_that_cannot_be_read_gets_no_name(tmp_path):
         pytest.raises(CheckpointError, match="1 finished layer is kept"),
         open_writer(tmp_path / "out") as opened,
     ):
-        opened.add("a", normal(2))
+        add(opened, "a", normal(2))
         opened.finish({}, {})
     assert not (tmp_path / "out").exists()
 
@@ -205,14 +205,14 @@ def test_full_disk_reported_by_safetensors_is_the_same_sentence(tmp_path, monkey
 
     monkeypatch.setattr(spool, "save_file", fail)
     with open_writer(tmp_path / "out") as opened, pytest.raises(OutputError, match="is full"):
-        opened.add("a", normal(2))
+        add(opened, "a", normal(2))
 
 
 def test_directory_that_vanishes_is_one_sentence(tmp_path):
     with open_writer(tmp_path / "out") as opened:
         shutil.rmtree(partial(tmp_path / "out"))
         with pytest.raises(OutputError, match=r"Can't write .*out: "):
-            opened.add("a", normal(2))
+            add(opened, "a", normal(2))
 
 
 def interrupted(llama: Path, out_dir: Path, after: int = 5) -> list[Path]:

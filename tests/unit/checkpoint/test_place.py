@@ -17,14 +17,14 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import OutputError
 from qtool.modeling.locate import Location
 from tests.helpers import file_hashes, normal, recipe
-from tests.unit.checkpoint.runs import open_writer
+from tests.unit.checkpoint.runs import add, open_writer
 
 FLAGS = [(False, False), (True, False), (False, True)]
 
 
 def refused(out_dir: Path, message: str, *, overwrite: bool = True) -> None:
     with pytest.raises(OutputError, match=message) as caught:
-        look(find_place(out_dir), overwrite=overwrite, resume=False)
+        look(find_place(out_dir, overwrite=overwrite, resume=False))
     assert "\n" not in str(caught.value)
 
 
@@ -88,7 +88,7 @@ def test_name_that_cannot_be_one_is_refused(tmp_path, name):
 @pytest.mark.parametrize("name", ["x" * 5000, "b/" * 3000])
 def test_endless_name_is_not_repeated_in_full(tmp_path, name):
     with pytest.raises(OutputError, match="too long") as caught:
-        look(find_place(tmp_path / name), overwrite=False, resume=False)
+        look(find_place(tmp_path / name, overwrite=False, resume=False))
     assert len(str(caught.value)) < 400
 
 
@@ -132,7 +132,7 @@ def test_what_is_a_mount_point(tmp_path):
 )
 def test_checkpoint_with_anything_else_in_it_is_not_replaced(checkpoint, tmp_path, foreign):
     out_dir = Path(shutil.copytree(checkpoint, tmp_path / "out"))
-    look(find_place(out_dir), overwrite=True, resume=False)
+    look(find_place(out_dir, overwrite=True, resume=False))
     if "." in foreign:
         (out_dir / foreign).parent.mkdir(parents=True, exist_ok=True)
         (out_dir / foreign).write_text("mine")
@@ -187,7 +187,7 @@ def test_what_only_has_the_name_of_our_work_is_left_alone(llama, tmp_path, left)
 
 def test_second_run_is_refused_while_the_first_lives(tmp_path):
     with open_writer(tmp_path / "out") as first:
-        first.add("a", normal(2))
+        add(first, "a", normal(2))
         for overwrite, resume in FLAGS:
             with pytest.raises(OutputError, match="Another run is writing") as caught:
                 open_writer(tmp_path / "out", overwrite=overwrite, resume=resume)

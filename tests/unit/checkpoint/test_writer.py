@@ -10,11 +10,12 @@ from qtool.checkpoint import stream, writer
 from qtool.checkpoint.claim import look
 from qtool.checkpoint.place import check_free_space, find_place
 from qtool.checkpoint.reader import CheckpointReader
+from qtool.checkpoint.writer import Made
 from qtool.errors import OutputError
 from qtool.formats._dtypes import item_bytes
 from qtool.modeling.locate import Location
 from tests.helpers import file_hashes, normal, recipe
-from tests.unit.checkpoint.runs import CONFIG, WEIGHTS, open_writer
+from tests.unit.checkpoint.runs import CONFIG, WEIGHTS, add, open_writer
 
 
 def test_same_seed_gives_the_same_bytes(llama, checkpoint, tmp_path):
@@ -69,10 +70,10 @@ def test_sharded_checkpoint_equals_the_single_file(llama, checkpoint, tmp_path, 
 
 def test_every_tensor_starts_at_a_multiple_of_its_element_size(tmp_path):
     with open_writer(tmp_path / "out") as opened:
-        opened.add("odd", torch.zeros(3, dtype=torch.uint8))
-        opened.add("half", normal(5).half())
-        opened.add("wide", normal(3).double())
-        opened.add("word", torch.arange(3, dtype=torch.int32))
+        add(opened, "odd", torch.zeros(3, dtype=torch.uint8))
+        add(opened, "half", normal(5).half())
+        add(opened, "wide", normal(3).double())
+        add(opened, "word", torch.arange(3, dtype=torch.int32))
         opened.finish({}, CONFIG)
     for piece in stream.pieces_of(tmp_path / "out" / WEIGHTS):
         assert piece.start % item_bytes(piece.dtype) == 0
@@ -104,7 +105,7 @@ def test_directory_that_is_no_checkpoint_is_never_deleted(tmp_path):
     precious.mkdir()
     (precious / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputError, match="holds no checkpoint; --overwrite doesn't delete that"):
-        look(find_place(precious), overwrite=True, resume=False)
+        look(find_place(precious, overwrite=True, resume=False))
     with pytest.raises(OutputError, match="holds no checkpoint"):
         open_writer(precious, overwrite=True)
     assert (precious / "thesis.tex").is_file()
@@ -113,7 +114,7 @@ def test_directory_that_is_no_checkpoint_is_never_deleted(tmp_path):
 def test_empty_directory_is_taken_without_asking(tmp_path):
     (tmp_path / "out").mkdir()
     with open_writer(tmp_path / "out") as opened:
-        opened.add("a", normal(2))
+        add(opened, "a", normal(2))
         opened.finish({}, CONFIG)
     assert (tmp_path / "out" / "config.json").is_file()
 
@@ -122,7 +123,7 @@ def test_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("")
     for name, message in (("out", "is a file"), ("out/below", "Not a directory|isn't a directory")):
         with pytest.raises(OutputError, match=message):
-            look(find_place(tmp_path / name), overwrite=True, resume=False)
+            look(find_place(tmp_path / name, overwrite=True, resume=False))
 
 
 def test_too_little_space_is_found_before_any_work(llama, tmp_path, monkeypatch):
@@ -140,15 +141,27 @@ def test_tensor_name_cannot_leave_the_directory(tmp_path):
     name = "../../../escaped/weight"
     (tmp_path / "escaped").mkdir()
     with open_writer(tmp_path / "deep" / "er" / "out") as opened:
-        opened.add(name, normal(2))
+        add(opened, name, normal(2))
         opened.finish({}, CONFIG)
     assert list((tmp_path / "escaped").iterdir()) == []
     with safe_open(tmp_path / "deep" / "er" / "out" / WEIGHTS, framework="pt") as file:
         assert list(file.keys()) == [name]
 
 
-def test_finished_layer_gives_its_notes_back(tmp_path):
-    with open_writer(tmp_path / "out") as opened:
-        assert opened.finished("a") is None
-        opened.add("a", normal(2), {"seconds": 1.5})
-        assert opened.finished("a") == {"seconds": 1.5}
+def test_what_is_stored_is_made_once(tmp_path):
+    made = []
+
+    def make() -> Made:
+        made.append(1)
+        return Made(normal(2), {"seconds": 1.5})
+
+    with pytest.raises(KeyboardInterrupt), open_writer(tmp_path / "out") as opened:
+        assert opened.once("a", make) == {"seconds": 1.5}
+        raise KeyboardInterrupt
+    with open_writer(tmp_path / "out", resume=True) as opened:
+        assert opened.once("a", make) == {"seconds": 1.5}
+        opened.once("b", make)
+        opened.finish({}, CONFIG)
+    assert len(made) == 2
+    with safe_open(tmp_path / "out" / WEIGHTS, framework="pt") as file:
+        assert sorted(file.keys()) == ["a", "b"]

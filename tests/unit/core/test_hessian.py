@@ -15,7 +15,7 @@ def test_accumulated_batches_are_the_product_of_all_inputs():
     x = normal(50, WIDTH)
     total = torch.zeros(WIDTH, WIDTH)
     for batch in x.split(7):
-        hessian.accumulate(total, batch)
+        hessian.accumulate(total, batch, batch)
     torch.testing.assert_close(total, x.T @ x, rtol=1e-5, atol=1e-4)
 
 

@@ -21,11 +21,11 @@ def tokens(seed: int = 0, count: int = TOKENS):
 
 def summed(x, drift, residual, *, for_errors=True):
     width = None if residual is None else OUTPUTS
-    total = moments.zeros(INPUTS, width, device=x.device, for_errors=for_errors)
+    total = moments.no_moments(INPUTS, width, device=x.device, for_errors=for_errors)
     for start in range(0, len(x), 64):
         batch = slice(start, start + 64)
         total.add(x[batch], drift[batch], None if residual is None else residual[batch])
-    return total.means()
+    return total
 
 
 def exact(x, drift, residual, weight, quantized):
@@ -63,7 +63,7 @@ def test_added_error_is_that_of_rounding_alone():
 
 
 def shifter(train, held_out, damping=1e-7):
-    lower = hessian.cholesky(hessian.damp(train.inputs, damping))
+    lower = hessian.cholesky(hessian.damp(train.mean("xx"), damping))
     return moments.Shifter(train, held_out, lower)
 
 
@@ -82,7 +82,7 @@ def test_shifted_problem_differs_from_the_true_one_by_a_constant(with_residual):
         change = (target - quantized).double()
         gaps.append(
             exact(x, drift, residual, weight, quantized)[0]
-            - float(((change @ means.inputs.double()) * change).sum())
+            - float(((change @ means.mean("xx").double()) * change).sum())
         )
     assert max(gaps) - min(gaps) < 1e-3 * max(map(abs, gaps))
 
@@ -121,3 +121,17 @@ def test_nothing_is_shifted_without_drift_or_without_a_factor():
     moved = summed(x, drift, None)
     assert torch.equal(moments.Shifter(moved, moved, None).shift(weight, 1.0)[0], weight)
     assert torch.equal(shifter(moved, moved).shift(weight, 0.0)[0], weight)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_moments_of_two_shards_add_up_to_those_of_all_tokens(with_residual):
+    x, drift, residual = tokens()
+    shards = [slice(0, 100), slice(100, TOKENS)]
+    first, second = (
+        summed(x[part], drift[part], residual[part] if with_residual else None) for part in shards
+    )
+    whole, merged = summed(x, drift, residual if with_residual else None), first.merged(second)
+    assert (first.num_tokens, merged.num_tokens) == (100, TOKENS)
+    assert merged.sums.keys() == whole.sums.keys()
+    for product in whole.sums:
+        torch.testing.assert_close(merged.mean(product), whole.mean(product), rtol=1e-4, atol=1e-5)

@@ -3,10 +3,12 @@ import json
 import logging
 import math
 import statistics
+from typing import Any
 
 import pytest
 import torch
 
+from qtool.base import Progress
 from qtool.data.corpora import Corpus
 from qtool.errors import DataError, ModelError
 from qtool.evaluation import agreement
@@ -123,15 +125,16 @@ def test_positions_are_a_spread_subset_of_all(loaded, perturbed, corpus, positio
 
 
 def test_windows_without_a_position_are_not_run(loaded, corpus):
-    events = []
+    events: list[Any] = []
     record_reference(
         *(loaded, corpus),
         context_length=10,
         positions=3,
         prompts=0,
-        emit=lambda name, values: events.append((name, values["index"], values["total"])),
+        emit=events.append,
     )
-    assert events == [("reference", index, 3) for index in range(3)]
+    what = f"predictions of {loaded.name}"
+    assert events == [Progress(what, done, 3) for done in (1, 2, 3)]
 
 
 def test_more_positions_than_there_are_means_all(loaded, corpus):
@@ -202,12 +205,10 @@ def test_sampling_options_of_the_model_raise_no_warning(llama, corpus, caplog, m
 
 
 def test_comparing_tells_how_far_it_is(perturbed, reference):
-    events = []
-    compare_to_reference(perturbed, reference, lambda *event: events.append(event))
-    assert [(name, values["index"]) for name, values in events] == [
-        ("agreement", index) for index in range(WINDOWS)
-    ]
-    assert events[0][1]["total"] == WINDOWS
+    events: list[Any] = []
+    compare_to_reference(perturbed, reference, events.append)
+    what = f"predictions of {perturbed.name}"
+    assert events == [Progress(what, done, WINDOWS) for done in range(1, WINDOWS + 1)]
 
 
 def test_another_vocabulary_is_refused_with_both_sizes(loaded, reference):

@@ -1,5 +1,6 @@
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -70,12 +71,10 @@ def test_result_says_what_it_depends_on(loaded, corpus):
 
 
 def test_events_carry_the_running_perplexity(loaded, corpus):
-    events = []
-    result = perplexity(
-        loaded, corpus, context_length=50, emit=lambda name, values: events.append((name, values))
-    )
-    assert [values["index"] for _, values in events] == [0, 1, 2, 3]
-    assert events[-1][1]["perplexity"] == pytest.approx(result.perplexity)
+    events: list[Any] = []
+    result = perplexity(loaded, corpus, context_length=50, emit=events.append)
+    assert [event.done for event in events] == [1, 2, 3, 4]
+    assert events[-1].detail == f"{result.perplexity:.3f}"
 
 
 def test_random_model_is_about_as_good_as_guessing(loaded, corpus):

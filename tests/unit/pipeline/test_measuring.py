@@ -11,27 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import pipeline
-from qtool.base import Emit
 from qtool.errors import DataError, ModelError
 from qtool.modeling import load as load_module
 from qtool.modeling.locate import Location
 from qtool.pipeline import measuring
 from qtool.pipeline.model_figures import figures_of
 from tests import families
-
-EVENTS = list[tuple[str, dict[str, Any]]]
+from tests.helpers import warnings_in
 
 
 def options(text_file, **changes):
     return pipeline.EvalOptions(dataset=str(text_file), context_length=40, max_windows=2, **changes)
-
-
-def noted(events: EVENTS) -> Emit:
-    return lambda name, values: events.append((name, dict(values)))
-
-
-def warnings_of(events: EVENTS) -> list[str]:
-    return [values["message"] for name, values in events if name == "warning"]
 
 
 def changed(model, target, **values):
@@ -71,16 +61,16 @@ def test_other_vocabulary_costs_the_comparison_and_no_perplexity(llama, tmp_path
     larger = tmp_path / "larger"
     families.build("llama", vocab_size=128).save_pretrained(larger)
     families.save_tokenizer(larger)
-    events: EVENTS = []
+    events: list[Any] = []
     result = pipeline.evaluate(
         Location(llama),
         options(text_file),
         baseline=Location(larger),
-        emit=noted(events),
+        emit=events.append,
     )
     assert result.agreement is None
     assert [f.perplexity is not None for f in result.figures] == [True, True]
-    (message,) = warnings_of(events)
+    (message,) = warnings_in(events)
     assert "aren't compared token by token" in message
     assert "vocabulary of 96" in message
 
@@ -160,14 +150,14 @@ def test_outputs_that_are_no_numbers_are_said_and_cost_nothing_else(llama, tmp_p
 
     broken = with_weights(llama, tmp_path / "broken", change)
     for model, baseline in ((broken, llama), (llama, broken)):
-        events: EVENTS = []
+        events: list[Any] = []
         result = pipeline.evaluate(
-            Location(model), options(text_file), baseline=Location(baseline), emit=noted(events)
+            Location(model), options(text_file), baseline=Location(baseline), emit=events.append
         )
         values = [f.perplexity.perplexity for f in result.figures if f.perplexity is not None]
         assert [math.isnan(value) for value in values] == [baseline is broken, model is broken]
         assert result.agreement is None
-        assert sum("has no perplexity" in message for message in warnings_of(events)) == 1
+        assert sum("has no perplexity" in message for message in warnings_in(events)) == 1
 
 
 def test_token_without_an_embedding_is_one_sentence(tmp_path, text_file):

@@ -1,16 +1,20 @@
 """Quantizing with calibration data: the walk through the blocks, from outside."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from qtool import pipeline
+from qtool.base import Progress
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import QtoolError
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
-from qtool.stages.calibrated import FEW_TOKENS, raised
-from tests.helpers import file_hashes
+from qtool.stages import statistics, walk
+from qtool.stages.statistics import FEW_TOKENS, raised
+from tests.helpers import file_hashes, warnings_in
 
 SCHEME = {"num_bits": 3, "group_size": 32}
 QUICK: dict[str, dict[str, object]] = {"gptq": {}, "bcq": {"rounds": 5, "iterations": 2}}
@@ -53,18 +57,37 @@ def test_interrupted_run_resumes_to_the_same_bytes(llama, text_file, tmp_path, m
         assert file_hashes(tmp_path / "out")[name] == file_hashes(tmp_path / "whole")[name]
 
 
-def interrupted(llama, out_dir, chosen, **options):
-    """Start a run and stop it in the second block."""
+def interrupted(llama, out_dir, chosen, finished=9, **options):
+    """Start a run and stop it, by default in the second block."""
     done = 0
 
-    def stop(event, _values):
+    def stop(event):
         nonlocal done
-        done += event == "layer"
-        if done == 9:
+        done += isinstance(event, Progress) and event.what == "quantize"
+        if done == finished:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         pipeline.quantize(Location(llama), out_dir, chosen, emit=stop, **options)
+
+
+@pytest.mark.parametrize(("finished", "measured"), [(9, 4), (10, 3), (14, 0)])
+def test_resumed_run_measures_only_what_is_left(
+    llama, text_file, tmp_path, monkeypatch, finished, measured
+):
+    """Two blocks of four inputs; the first three linears of each share one."""
+    chosen, calls = recipe("gptq", text_file), []
+    interrupted(llama, tmp_path / "out", chosen, finished)
+
+    def counted(*arguments, **keywords):
+        calls.append(arguments)
+        return statistics.measure_inputs(*arguments, **keywords)
+
+    monkeypatch.setattr(walk, "measure_inputs", counted)
+    if not measured:
+        monkeypatch.setattr(walk, "BlockModel", lambda *_: pytest.fail("the blocks were walked"))
+    pipeline.quantize(Location(llama), tmp_path / "out", chosen, resume=True)
+    assert len(calls) == measured
 
 
 def test_resume_with_other_samples_is_refused(llama, text_file, tmp_path):
@@ -172,15 +195,10 @@ def metrics(result):
 
 
 def test_few_tokens_are_warned_of_once_and_raise_the_damping(llama, text_file, tmp_path):
-    warnings = []
-
-    def emit(event, values):
-        if event == "warning":
-            warnings.append(values["message"])
-
+    events: list[Any] = []
     chosen = recipe("gptq", text_file, num_samples=2, sequence_length=20)
-    result = pipeline.quantize(Location(llama), tmp_path / "out", chosen, emit=emit)
-    (message,) = [text for text in warnings if "tokens" in text]
+    result = pipeline.quantize(Location(llama), tmp_path / "out", chosen, emit=events.append)
+    (message,) = [text for text in warnings_in(events) if "tokens" in text]
     assert "64 and 96 inputs" in message
     for layer in result.layers:
         ratio = layer.metrics["tokens_per_input"]

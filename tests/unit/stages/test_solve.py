@@ -1,5 +1,7 @@
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from qtool import pipeline
 from qtool.errors import MethodError
 from qtool.modeling.locate import Location
-from tests.helpers import recipe
+from tests.helpers import recipe, steps_in, warnings_in
 
 LINEAR = "model.layers.1.mlp.up_proj.weight"
 
@@ -51,17 +53,16 @@ def test_weight_too_large_for_float16_scales_is_refused_with_the_way_out(copy, t
 
 
 def test_events_count_every_layer_once(llama, tmp_path):
-    events = []
-    pipeline.quantize(
-        Location(llama),
-        tmp_path / "out",
-        recipe(),
-        emit=lambda name, values: events.append((name, values)),
-    )
-    layers = [values for name, values in events if name == "layer"]
-    assert [values["index"] for values in layers] == list(range(14))
-    assert {values["total"] for values in layers} == {14}
-    assert all(0 < values["error"] < 0.1 and values["memory"] > 0 for values in layers)
+    events: list[Any] = []
+    pipeline.quantize(Location(llama), tmp_path / "out", recipe(), emit=events.append)
+    layers = steps_in(events, "quantize")
+    assert [layer.done for layer in layers] == list(range(1, 15))
+    assert {layer.total for layer in layers} == {14}
+    pattern = re.compile(r"model\.layers\S+  error (\S+)  memory [\d.]+ [MG]B")
+    for layer in layers:
+        found = pattern.fullmatch(layer.detail)
+        assert found is not None
+        assert 0 < float(found[1]) < 0.1
 
 
 def test_copied_tensor_that_is_not_finite_is_warned_of_once_and_named(copy, tmp_path):
@@ -69,11 +70,8 @@ def test_copied_tensor_that_is_not_finite_is_warned_of_once_and_named(copy, tmp_
     tensors = load_file(path)
     tensors["lm_head.weight"][2, 3:5] = float("nan")
     save_file(tensors, path, {"format": "pt"})
-    events = []
-    pipeline.quantize(
-        *(Location(copy), tmp_path / "out", recipe()),
-        emit=lambda name, values: events.append((name, values)),
-    )
-    warnings = [v["message"] for name, v in events if name == "warning" and "NaN" in v["message"]]
+    events: list[Any] = []
+    pipeline.quantize(Location(copy), tmp_path / "out", recipe(), emit=events.append)
+    warnings = [message for message in warnings_in(events) if "NaN" in message]
     assert len(warnings) == 1
     assert warnings[0].startswith("lm_head.weight: 2 of 6144 values are NaN or infinite")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.evaluation.lm_eval.code_metric import CodeEval, pass_at_k
+from qtool.sandbox.code_eval import CodeEval, pass_at_k
 
 ADD = "def check(f):\n    assert f(1, 2) == 3\ncheck(add)"
 

@@ -1,0 +1,71 @@
+"""Calibrating, from a request to what is on disk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtool.base import Emit, ignore_events
+from qtool.data.calibration_files import check_no_calibration, save_calibration
+from qtool.modeling.load import load_tokenizer
+from qtool.modeling.locate import Location
+from qtool.modeling.source import open_source
+from qtool.recipe.schema import CalibrationSection
+from qtool.stages.calibrate import draw_calibration, wanted_lengths
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateResult:
+    """What `calibrate` drew."""
+
+    calib_dir: Path
+    samples: int
+    samples_wanted: int
+    """More than `samples` if the text is too short."""
+    tokens: int
+    digest: str
+    wanted_lengths: tuple[int, ...]
+    """Lengths that were to be matched; empty if the length is fixed."""
+    lengths: tuple[int, ...]
+
+
+def calibrate(  # noqa: PLR0913 - what to draw from, where to, how
+    model: Location,
+    calib_dir: Path,
+    section: CalibrationSection,
+    *,
+    lengths: tuple[int, ...] | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    emit: Emit = ignore_events,
+) -> CalibrateResult:
+    """Draw calibration samples and write them.
+
+    Args:
+        model: As for `quantize`.
+        calib_dir: Where samples.safetensors and calibration.json go.
+        section: What to draw.
+        lengths: Lengths to match, instead of the tasks' own.
+        seed: Of the order of matched lengths.
+        overwrite: Replace calibration data that are there.
+        emit: Is warned if the text is too short.
+
+    Raises:
+        OutputError: there are calibration data already, or they can't be written.
+    """
+    check_no_calibration(calib_dir, overwrite=overwrite)
+    source = open_source(model)
+    check_no_calibration(calib_dir, overwrite=overwrite, model_directory=source.directory)
+    tokenizer = load_tokenizer(source.directory)
+    wanted = wanted_lengths(section, tokenizer, lengths)
+    if lengths is not None:
+        section = section.model_copy(update={"tasks": ()})  # provenance: they decided nothing
+    calibration = draw_calibration(section, source, tokenizer, lengths=wanted, seed=seed, emit=emit)
+    save_calibration(calibration, calib_dir)
+    return CalibrateResult(
+        calib_dir=calib_dir,
+        samples=len(calibration.samples),
+        samples_wanted=calibration.provenance["samples wanted"],
+        tokens=calibration.num_tokens,
+        digest=calibration.digest(),
+        wanted_lengths=tuple(wanted or ()),
+        lengths=tuple(len(sample) for sample in calibration.samples),
+    )

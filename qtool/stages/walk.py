@@ -1,0 +1,180 @@
+"""The walk through the decoder blocks: what a linear sees in the model quantized before it.
+
+It is lazy: nothing is captured, loaded or run before somebody asks for statistics, and then it
+catches up with the layers that are solved by then. So a run that goes on after a stop measures what
+is left to solve, and need not know what was solved before.
+"""
+
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qtool.base import Notice, Progress
+from qtool.data.calibration import CalibrationSet, batches
+from qtool.errors import MethodError
+from qtool.modeling.blocks import Block, BlockModel
+from qtool.recipe.schema import CalibrationSection
+from qtool.stages.run import Run
+from qtool.stages.statistics import (
+    FEW_TOKENS,
+    InputStatistics,
+    measure_inputs,
+    why_not_finite,
+    writer_of,
+)
+from qtool.stages.streams import Streams, make_streams
+
+BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
+
+
+@contextmanager
+def walking(run: Run, work_dir: Path) -> Iterator["Walk | None"]:
+    """Give a walk through the blocks of a run; None if it has no samples.
+
+    Args:
+        run: What is quantized.
+        work_dir: Where the inputs of the blocks may lie, in a folder `streams`.
+    """
+    section, directory = run.recipe.calibration, work_dir / "streams"
+    if section is None or run.calibration is None:
+        yield None
+        return
+    shutil.rmtree(directory, ignore_errors=True)  # of an attempt that failed
+    walk = Walk(run, run.calibration, section, directory)
+    try:
+        yield walk
+    finally:
+        walk.end()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+class Walk:
+    """Goes from block to block as far as statistics are asked for, and never back."""
+
+    def __init__(
+        self, run: Run, samples: CalibrationSet, section: CalibrationSection, directory: Path
+    ) -> None:
+        self._run, self._samples = run, samples
+        self._section, self._directory = section, directory
+        self._groups = dict(_groups(run))
+        self._solved: dict[int, dict[str, Callable[[], Tensor]]] = defaultdict(dict)
+        self._route: tuple[BlockModel, Streams] | None = None
+        self._index = 0
+        self._blocks: tuple[Block, Block] | None = None
+        """The block as it was, and as far as it is quantized."""
+        self._measured: tuple[tuple[int, str], InputStatistics] | None = None
+
+    def statistics(self, layer: str) -> InputStatistics:
+        """Return what a linear of the blocks sees; measured once for all that share its input.
+
+        Raises:
+            MethodError: its inputs aren't finite.
+        """
+        group = self._groups[layer]
+        if self._measured is None or self._measured[0] != group:
+            self._measured = None  # its memory is needed
+            self._measured = (group, self._measure(*group))
+        return self._measured[1]
+
+    def put(self, layer: str, weight: Callable[[], Tensor]) -> None:
+        """Take a solved linear: those after it are to see what it does.
+
+        Args:
+            layer: Its name.
+            weight: Gives its dequantized weight, (out_features, in_features) float32.
+        """
+        index, _ = self._groups[layer]
+        self._solved[index][layer] = weight
+        if self._blocks is not None and index == self._index:
+            self._set(layer)
+
+    def end(self) -> None:
+        """Let go of all that is large."""
+        self._route = self._blocks = self._measured = None
+
+    def _measure(self, index: int, linear: str) -> InputStatistics:
+        model, streams = self._route = self._route or self._begin()
+        self._go_to(index, model, streams)
+        assert self._blocks is not None
+        source, section = self._run.source, self._section
+        statistics = measure_inputs(
+            linear,
+            *self._blocks,
+            streams,
+            writer=writer_of(source.residual if section.residual_error else None, linear),
+            token_cap=section.token_cap,
+        )
+        if not statistics.is_finite():
+            name = f"{source.adapter.blocks}.{index}.{linear}"
+            walked_in = streams.original[0].dtype
+            raise MethodError(why_not_finite(source, name, walked_in), layer=name)
+        return statistics
+
+    def _begin(self) -> tuple[BlockModel, Streams]:
+        """Run what comes before the first block."""
+        env, section = self._run.env, self._section
+        train, held_out = self._samples.split(section.holdout)
+        self._warn_of_few_tokens(train.num_tokens)
+        env.emit(Progress("capturing the inputs of the first block"))
+        model = BlockModel(self._run.source, env.device, dtype=section.dtype)
+        limit = BATCH_TOKENS[torch.device(env.device).type]
+        first, rest = batches(train.samples, limit), batches(held_out.samples, limit)
+        # Nothing here keeps what was captured: it would stay in memory for the whole walk.
+        streams = make_streams(
+            model.capture([*first, *rest]),
+            len(first),
+            device=env.device,
+            directory=self._directory if section.cache == "disk" else None,
+        )
+        env.emit(Progress("solving"))
+        return model, streams
+
+    def _go_to(self, index: int, model: BlockModel, streams: Streams) -> None:
+        """Pass the blocks before one, and load that."""
+        if index > self._index + 1:
+            self._run.env.emit(Progress("passing the blocks that are finished"))
+        while self._blocks is None or self._index < index:
+            if self._blocks is None:
+                original = model.load(self._index)
+                self._blocks = original, original.copy()
+                for layer in self._solved[self._index]:
+                    self._set(layer)
+            if self._index < index:
+                streams.advance(*self._blocks)
+                del self._solved[self._index]
+                self._blocks, self._index = None, self._index + 1
+
+    def _set(self, layer: str) -> None:
+        assert self._blocks is not None
+        adapter = self._run.source.adapter
+        inner = layer.removeprefix(f"{adapter.blocks}.{self._index}.")
+        weight = self._solved[self._index][layer]()
+        self._blocks[1].set_weight(inner, weight, transposed=adapter.conv1d)
+
+    def _warn_of_few_tokens(self, num_tokens: int) -> None:
+        """Say once, before anything is solved, that there is too little data for some layers."""
+        layers = [layer for layer in self._run.plan.layers if layer.name in self._groups]
+        widths = sorted({layer.shape.in_features for layer in layers})
+        starved = [width for width in widths if num_tokens < FEW_TOKENS * width]
+        if starved:
+            message = (
+                f"{num_tokens} calibration tokens are fewer than {FEW_TOKENS} per input for layers "
+                f"of {' and '.join(map(str, starved))} inputs: their damping is raised. Use more "
+                "or longer samples."
+            )
+            self._run.env.emit(Notice(message))
+
+
+def _groups(run: Run) -> Iterator[tuple[str, tuple[int, str]]]:
+    """Yield each quantized linear with its block and the first quantized one that has its input."""
+    planned = {layer.name for layer in run.plan.layers}
+    adapter = run.source.adapter
+    for index in range(run.source.num_blocks):
+        for names in adapter.linears:
+            found = [name for name in names if f"{adapter.blocks}.{index}.{name}" in planned]
+            yield from ((f"{adapter.blocks}.{index}.{name}", (index, found[0])) for name in found)
