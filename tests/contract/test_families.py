@@ -158,7 +158,7 @@ def test_adapter_agrees_with_what_the_modules_say(name):
 
 
 def test_family_whose_blocks_hold_no_linears_is_refused_with_advice():
-    with pytest.raises(ModelError, match=r"hold no linears \(Conv1D.*adapters/gpt2\.py"):
+    with pytest.raises(ModelError, match=r"hold no linears \(Conv1D.*families/gpt2\.py"):
         adapter_of(families.build("gpt2"), "gpt2")
 
 

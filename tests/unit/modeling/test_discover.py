@@ -45,8 +45,8 @@ def test_largest_list_of_blocks_is_the_decoder():
 @pytest.mark.parametrize(
     ("blocks", "reason"),
     [
-        (nn.Identity(), r"No list of decoder blocks in .*adapters/unknown\.py"),
-        (nn.ModuleList([nn.LayerNorm(4)]), r"hold no linears \(LayerNorm\).*adapters/unknown\.py"),
+        (nn.Identity(), r"No list of decoder blocks in .*families/unknown\.py"),
+        (nn.ModuleList([nn.LayerNorm(4)]), r"hold no linears \(LayerNorm\).*families/unknown\.py"),
         (nn.ModuleList([block(), nn.Linear(4, 4)]), r"aren't alike \(Linear, Sequential\)"),
         (
             nn.ModuleList([block(), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))]),
