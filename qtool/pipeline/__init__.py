@@ -1,17 +1,11 @@
 """What the command line calls: straight-line functions from a request to a result.
 
-`quantizing` writes checkpoints, `measuring` looks at them, `scoring` asks them lm-eval's questions.
+One file per command; what they share lies beside them.
 """
 
+from qtool.pipeline.bench import BenchOptions, GpuOptions, bench
 from qtool.pipeline.calibrate import CalibrateResult, calibrate
-from qtool.pipeline.evaluate import (
-    BenchOptions,
-    Comparison,
-    EvalOptions,
-    GpuOptions,
-    bench,
-    evaluate,
-)
+from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
 from qtool.pipeline.model_figures import ModelFigures
 from qtool.pipeline.quantize import plan, quantize
 from qtool.pipeline.reports import QuantizeResult

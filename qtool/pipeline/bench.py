@@ -1,0 +1,131 @@
+"""`bench`: the speed of what was quantized, beside the original."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qtool.base import Emit, Progress, ignore_events
+from qtool.checkpoint.reader import CheckpointReader
+from qtool.data.corpora import Corpus, load_corpus
+from qtool.modeling.device import free_memory
+from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location, locate
+from qtool.pipeline.evaluate import Comparison, EvalOptions
+from qtool.pipeline.model_figures import ModelFigures, figures_of, versions
+from qtool.plugins import check_name
+from qtool.runtime.backends._choose import use_backend
+from qtool.scheme import WeightScheme
+from qtool.timing.model import time_model
+
+if TYPE_CHECKING:
+    from qtool.timing.gpu import GpuResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuOptions:
+    """Kernels that `bench` times, and how."""
+
+    synthetic: str | None = None
+    """Shapes of `qtool.timing.shapes`, in place of a checkpoint."""
+    scheme: WeightScheme = field(default_factory=lambda: WeightScheme(num_bits=4))
+    """Of the synthetic weights."""
+    kernel: str | None = None
+    """The kernel to run; None: the one chosen for each layer and batch size."""
+    peers: bool = False
+    """Also time kernels of other libraries, where they are installed."""
+    plot: Path | None = None
+    """Where the roofline goes, .png or .svg."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What `bench` times."""
+
+    backend: str | None = None
+    """Runs the quantized layers; None: choose."""
+    quality: EvalOptions | None = None
+    """Measure the perplexity too."""
+    gpu: GpuOptions | None = None
+    """The GPU kernels layer by layer, then the whole model on them; None: the model alone."""
+
+
+def bench(
+    model: Location | None,
+    options: BenchOptions = BenchOptions(),
+    *,
+    baseline: Location | None = None,
+    emit: Emit = ignore_events,
+) -> Comparison:
+    """Time a checkpoint and, in the same run, its original.
+
+    Args:
+        model: The checkpoint; None if shapes are asked for.
+        options: What and how.
+        baseline: The original; None: what the checkpoint names as its source, if anything.
+        emit: Is told of each window, and what is timed.
+
+    Raises:
+        BackendError: kernels are to be timed, and there is no card.
+        MissingExtraError: CuPy or, for a plot, matplotlib isn't installed.
+    """
+    if options.gpu is not None:
+        return Comparison((), kernels=_kernels(model, options.gpu, baseline, emit))
+    assert model is not None
+    baseline = baseline or _original(model)
+    corpus = load_corpus(options.quality.dataset) if options.quality else None
+    models = [one for one in (baseline, model) if one is not None]
+    subjects = [figures_of(one.name, one.directory) for one in models]
+    figures = []
+    for one, subject in zip(models, subjects, strict=True):
+        figures.append(_timed(one, subject, options, corpus, emit))
+        free_memory()  # else two models would be alive while the second is loaded
+    return Comparison(tuple(figures), versions=versions())
+
+
+def _timed(
+    model: Location,
+    subject: ModelFigures,
+    options: BenchOptions,
+    corpus: Corpus | None,
+    emit: Emit,
+) -> ModelFigures:
+    with use_backend(options.backend):
+        loaded, measured = load_model(model), None
+        if options.quality is not None and corpus is not None:
+            measured = options.quality.measure(loaded, corpus, emit)
+        emit(Progress(f"time {loaded.name}"))
+        return replace(subject, perplexity=measured, speed=time_model(loaded))
+
+
+def _kernels(
+    model: Location | None, options: GpuOptions, baseline: Location | None, emit: Emit
+) -> "GpuResult":
+    """Time kernels, of a checkpoint or of shapes."""
+    from qtool.report import roofline as plots
+    from qtool.runtime.backends.cuda.selection import KERNELS
+    from qtool.timing import gpu, machine, shapes, workload
+
+    kernel, device = options.kernel, machine.require_card()
+    if kernel is not None:
+        check_name(kernel, KERNELS, "kernels")
+    if options.plot is not None:
+        plots.check_plot(options.plot)
+    if options.synthetic is not None:
+        name, scheme = options.synthetic, options.scheme
+        work = workload.synthetic_workload(name, shapes.find_shapes(name), scheme, kernel, device)
+    else:
+        assert model is not None
+        baseline = baseline or _original(model)
+        work = workload.checkpoint_workload(model, baseline, kernel, device)
+    result = gpu.time_workload(
+        *(work, gpu.on_card(device), versions()), kernel=kernel, with_peers=options.peers, emit=emit
+    )
+    if options.plot is not None:
+        plots.draw_roofline(options.plot, result)
+    return result
+
+
+def _original(model: Location) -> Location | None:
+    """Return what a checkpoint names as its source, if anything."""
+    source = CheckpointReader(model.directory).manifest.source
+    return locate(source) if source is not None else None
