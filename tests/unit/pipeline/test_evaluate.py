@@ -19,7 +19,8 @@ from qtool.pipeline.model_figures import figures_of
 from tests import families
 from tests.helpers import warnings_in
 
-measuring = sys.modules["qtool.pipeline.evaluate"]  # in the package it is the function
+# In the package both names are those of functions.
+evaluating, timing = (sys.modules[f"qtool.pipeline.{name}"] for name in ("evaluate", "bench"))
 
 
 def options(text_file, **changes):
@@ -54,7 +55,8 @@ def only_one_at_a_time(monkeypatch):
         alive.append(weakref.ref(loaded.model))
         return loaded
 
-    monkeypatch.setattr(measuring, "load_model", checked)
+    for module in (evaluating, timing):
+        monkeypatch.setattr(module, "load_model", checked)
     return alive
 
 
@@ -89,7 +91,7 @@ def test_texts_can_be_left_out(llama, text_file):
 def test_bench_frees_the_first_model_before_it_loads_the_second(
     llama, checkpoint, only_one_at_a_time, monkeypatch
 ):
-    monkeypatch.setattr(measuring, "time_model", lambda _loaded: None)
+    monkeypatch.setattr(timing, "time_model", lambda _loaded: None)
     result = pipeline.bench(Location(checkpoint), baseline=Location(llama))
     assert len(only_one_at_a_time) == len(result.figures) == 2
 
@@ -107,7 +109,8 @@ def test_bench_frees_the_first_model_before_it_loads_the_second(
 def test_model_of_another_quantizer_is_refused_before_anything_is_measured(
     llama, checkpoint, tmp_path, text_file, monkeypatch, config, words
 ):
-    monkeypatch.setattr(measuring, "load_model", lambda *_a, **_k: pytest.fail("loaded"))
+    for module in (evaluating, timing):
+        monkeypatch.setattr(module, "load_model", lambda *_a, **_k: pytest.fail("loaded"))
     foreign = Location(changed(llama, tmp_path / "foreign", quantization_config=config))
     for model, baseline in ((foreign, None), (Location(llama), foreign)):
         with pytest.raises(ModelError, match=words):
