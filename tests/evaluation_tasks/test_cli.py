@@ -198,7 +198,10 @@ def test_group_pools_its_subjects(cli: Cli, long_llama, long_checkpoint):
         (["--tasks", "arc_eazy"], ["no task, group or tag 'arc_eazy'", "Did you mean arc_easy"]),
         (["--tasks", "arc_easy,xyzzy12345"], ["'xyzzy12345'", "`lm-eval ls tasks` lists all"]),
         (["--tasks", ","], ["No task is named"]),
-        (["--tasks", "arc_easy"], ["arc_easy_test.jsonl (or .jsonl.gz), which isn't there"]),
+        (
+            ["--tasks", "arc_easy"],
+            ["arc_easy/test.jsonl (or .jsonl.gz), which isn't there", "datasets.json"],
+        ),
         (["--tasks", "humaneval"], ["humaneval: runs programs", "--confirm-run-unsafe-code"]),
     ],
 )

@@ -105,6 +105,7 @@ def test_files_are_found_by_obvious_names(folder, tmp_path, name):
 )
 def test_name_of_a_file_says_task_and_split(tmp_path, file, split, found):
     write_rows(tmp_path / file, [{"a": 1}])
+    write_rows(tmp_path / "another.jsonl", [{"a": 1}])
     splits = splits_of(tmp_path, "gsm8k", "openai/gsm8k", "main", test_split="test")
     assert splits.has(split) == found
 
@@ -196,6 +197,7 @@ def test_plain_file_comes_before_the_zipped_one(tmp_path):
 def test_changed_file_is_read_again(tmp_path):
     import os
 
+    write_rows(tmp_path / "t/test.jsonl", [{"a": 0}])
     splits = splits_of(tmp_path, "t")
     for stamp in (1, 2):
         write_rows(tmp_path / "t/test.jsonl", [{"a": stamp}])
