@@ -104,8 +104,8 @@ def parse_config(config: Mapping[str, Any], directory: Path) -> Any:  # noqa: AN
     """Return transformers' configuration object: defaults and other names are its business.
 
     Raises:
-        ModelError: transformers doesn't know the family, or refuses a value; or a number is text, or one of
-            the rotation by position is out of range.
+        ModelError: transformers doesn't know the family, or refuses a value; or a number is
+            text, or one of the rotation by position is out of range.
     """
     import transformers  # slow import
 
@@ -149,6 +149,6 @@ def _check_rope(parsed: Any, directory: Path) -> None:  # noqa: ANN401
         if not 0 < value <= highest:
             allowed = "above 0, at most 1," if key in SHARES else "above 0"
             raise ModelError(
-                f"{directory}: {shown(where)} is {quoted(value)} in config.json; a number {allowed} "
-                "is meant."
+                f"{directory}: {shown(where)} is {quoted(value)} in config.json; a number "
+                f"{allowed} is meant."
             )
