@@ -14,6 +14,7 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import CheckpointError
 from qtool.stages.solve import LayerResult
 from qtool.storage.plain_json import plain_json
+from qtool.wording import quoted
 
 NOT_METRICS = ("name", "group_dim", "fallback", "seconds")
 
@@ -81,7 +82,7 @@ def result_of(out_dir: Path, place: Path) -> QuantizeResult:
         return QuantizeResult(out_dir=out_dir, layers=layers, **numbers)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{place} is complete, but its quantization_report.json is damaged: {error!r}."
+            f"{place} is complete, but its quantization_report.json is damaged: {quoted(error)}."
         ) from error
 
 

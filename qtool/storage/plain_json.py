@@ -14,8 +14,8 @@ def leaves(value: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
     waiting = [("", value)]
     while waiting:
         where, one = waiting.pop()
-        items = one.items() if isinstance(one, Mapping) else ()
-        items = enumerate(one) if isinstance(one, (list, tuple)) else items
+        held = dict(enumerate(one)) if isinstance(one, (list, tuple)) else one
+        items = held.items() if isinstance(held, Mapping) else ()
         inner = [(f"{where}.{key}".removeprefix("."), child) for key, child in items]
         waiting += reversed(inner)
         if not inner:
