@@ -10,7 +10,7 @@ from qtool.cli.app import main
 
 
 def dry_run(recipe: str) -> None:
-    """Call the command line; raises SystemExit where it fails, ValueError where it prints no JSON."""
+    """Call the command line; raises SystemExit if it fails, ValueError if it prints no JSON."""
     arguments = ("--recipe", recipe, "--dry-run", "--json", "-", "demo:smollm2", "unused")
     sys.argv = ["qtool", "quantize", *arguments]
     with contextlib.redirect_stdout(io.StringIO()) as output:
