@@ -10,6 +10,7 @@ no pass over its weights; the result is exactly that of the plain method.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,8 +42,7 @@ class FitOptions:
     """Also start from the greedy solution."""
 
 
-@dataclass(frozen=True, slots=True)
-class SortedGroups:
+class SortedGroups(NamedTuple):
     """Groups sorted by value, with prefix sums that begin with a zero."""
 
     values: Tensor  # (groups, group_size) float32, ascending
@@ -52,15 +52,13 @@ class SortedGroups:
 
     def take(self, index: Tensor) -> "SortedGroups":
         """Return the groups that `index` names."""
-        parts = (self.values, self.mass, self.moment, self.power)
-        return SortedGroups(*(part[index] for part in parts))
+        return SortedGroups(*(part[index] for part in self))
 
     def repeat(self, times: int) -> "SortedGroups":
         """Return all groups several times over."""
         if times == 1:
             return self
-        parts = (self.values, self.mass, self.moment, self.power)
-        return SortedGroups(*(torch.cat([part] * times) for part in parts))
+        return SortedGroups(*(torch.cat([part] * times) for part in self))
 
 
 def sort_groups(groups: Tensor, importance: Tensor) -> SortedGroups:

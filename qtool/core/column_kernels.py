@@ -117,13 +117,7 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
 
 
 def supports(pick: Pick, work: Tensor, tables: tuple[Tensor, ...]) -> bool:
-    """Return whether `walk` can do a block.
-
-    Args:
-        pick: Kind of the grid.
-        work: (columns, rows).
-        tables: Its tables for `pick`.
-    """
+    """Return whether `walk` can do a block: `work` (columns, rows), with its tables for `pick`."""
     binary = pick is pick_binary and len(tables[0]) <= MAX_LEVELS
     fits = 0 < len(work) <= MAX_COLUMNS and 0 < work.numel() < 2**31  # offsets are int32
     return (binary or pick is pick_affine) and fits and work.dtype == torch.float32
