@@ -21,15 +21,12 @@ class Clock(Protocol):
 
     def seconds(self) -> float:
         """Return the time."""
-        ...
 
     def memory(self) -> int:
         """Return the bytes in use, and start to look for the peak."""
-        ...
 
     def peak_memory(self) -> int:
         """Return the most bytes in use since `memory`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

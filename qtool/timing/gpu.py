@@ -69,15 +69,9 @@ def time_workload(
     with_peers: bool = False,
     emit: Emit = ignore_events,
 ) -> GpuResult:
-    """Time all of a workload.
+    """Time all of a workload, and with peers also other libraries that are installed.
 
-    Args:
-        workload: What.
-        bench: On what.
-        versions: Of the software, for the result.
-        kernel: One of `linear_kernels.KERNELS`; None: the one chosen for each layer and batch.
-        with_peers: Also time other libraries that are installed.
-        emit: Is told what is timed.
+    `kernel` is one of `selection.KERNELS`; None: the one chosen for each layer and batch.
     """
     others, not_run = able(
         (*peers.IN_TORCH, *(peers.OTHER_LIBRARIES if with_peers else ())), bench.rig.device

@@ -51,12 +51,6 @@ class Peer:
             return "needs a card of compute capability 8.0 or newer"
         return None
 
-    def why_not_shape(self, in_features: int) -> str | None:
-        """Return None if it takes weights of so many inputs, else a sentence."""
-        return (
-            f"needs a multiple of {self.multiple} inputs" if in_features % self.multiple else None
-        )
-
 
 def cublas(weight: Tensor) -> PeerWeight:
     """Multiply by the dense weight."""
