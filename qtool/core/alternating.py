@@ -199,11 +199,7 @@ def alternate(
 
 
 def level_sums(data: SortedGroups, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over the weights nearest to each level.
-
-    Args:
-        data: The sorted groups.
-        values: (groups, num_levels) float64 levels, in the order of their codes.
+    """Sum over the weights nearest to each level, (groups, num_levels) float64 by code.
 
     Returns:
         Importance and importance * weight, (groups, num_levels) each, and the weighted squared
@@ -222,15 +218,10 @@ def level_sums(data: SortedGroups, values: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def least_squares(mass: Tensor, moment: Tensor, design: Tensor) -> Tensor:
-    """Return the unknowns that fit best with the codes fixed.
+    """Return the unknowns that fit best with the codes fixed, (groups, unknowns).
 
-    Args:
-        mass: (groups, num_levels) importance of the weights at each level.
-        moment: (groups, num_levels) importance * weight.
-        design: (num_levels, unknowns) signs, and a column of ones for the offset.
-
-    Returns:
-        (groups, unknowns).
+    `mass` and `moment` are as in `level_sums`; `design`, (num_levels, unknowns), has the signs, and
+    a column of ones for the offset.
     """
     unknowns = design.shape[1]
     products = (design.unsqueeze(2) * design.unsqueeze(1)).flatten(1)  # (num_levels, unknowns^2)

@@ -81,11 +81,7 @@ class AffineGrid:
     pick = staticmethod(pick_affine)
 
     def tables(self, groups: list[int]) -> tuple[Tensor, ...]:
-        """Return scales and zero points (columns, rows) of a block, and the highest code.
-
-        Args:
-            groups: Group of each column of the block.
-        """
+        """Return scales and zero points (columns, rows) of groups of columns, the highest code."""
         index = torch.tensor(groups, device=self.scales.device)
         expand = self.span.expand
         top = torch.full((1,), 2.0**self.num_bits - 1, device=self.scales.device)

@@ -1,6 +1,5 @@
 """Between the two ways of looking at a layer: rows of groups, and columns first."""
 
-import torch
 from torch import Tensor
 
 from qtool.core import grouping
@@ -44,6 +43,4 @@ def split_codes(codes: Tensor, scheme: WeightScheme) -> Tensor:
 
 def inverse(order: Tensor) -> Tensor:
     """Return the permutation that undoes `order`."""
-    result = torch.empty_like(order)
-    result[order] = torch.arange(len(order), device=order.device)
-    return result
+    return order.argsort()

@@ -13,8 +13,7 @@ from qtool.runtime.backends.cuda import linear_kernels
 from qtool.runtime.backends.cuda.launch import Card, Launch
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.scheme import Shape2D
-from qtool.timing import peers
-from qtool.timing.peers import Peer
+from qtool.timing.peers import CUBLAS, Peer
 from qtool.timing.synthetic import DTYPE, generator_on, random_dense
 from qtool.timing.timing import Timer, clones, copies_needed, rotation, time_calls
 
@@ -143,7 +142,7 @@ def time_layer(
     fp16_seconds = sweep[0].fp16_microseconds / 1e6
     measured = [
         (OURS, sweep[0].kernel, sweep[0].microseconds / 1e6, stored_bytes(weight)),
-        (peers.CUBLAS.name, "", fp16_seconds, dense.numel() * dense.element_size()),
+        (CUBLAS, "", fp16_seconds, dense.numel() * dense.element_size()),
     ]
     del weight
     failed = {}

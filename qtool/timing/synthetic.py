@@ -53,13 +53,7 @@ def random_tensor(
 def random_decoder(
     decoder: DecoderSizes, scheme: WeightScheme | None, device: torch.device
 ) -> DecoderWeights:
-    """Return a whole random model; the embedding is dense.
-
-    Args:
-        decoder: Its numbers.
-        scheme: Of the projections; None: they are dense, and so is the head.
-        device: Of the model.
-    """
+    """Return a whole random model; the embedding is dense, without a scheme all else is too."""
     generator = generator_on(device)
     table = Shape2D(decoder.vocab_size, decoder.hidden_size)
     head_scheme = scheme and WeightScheme(num_bits=HEAD_BITS, group_size=scheme.group_size)
