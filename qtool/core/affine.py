@@ -50,17 +50,9 @@ def fit_search(
     symmetric: bool,
     clip_ratios: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """Fit the grid of each group with the clip ratio of the smallest weighted squared error.
+    """Fit, as `fit_min_max`, with the clip ratio of the smallest squared error of each group.
 
-    Args:
-        groups: (rows, num_groups, group_size) float32.
-        importance: Broadcasts to `groups`; weights of the squared error.
-        num_bits: 1 to 8.
-        symmetric: Fix the zero point to 2^(num_bits - 1).
-        clip_ratios: Candidates.
-
-    Returns:
-        As `fit_min_max`.
+    `importance` weighs the errors, and broadcasts to `groups`.
     """
     best_error = torch.full(groups.shape[:-1], torch.inf, device=groups.device)
     best_scales = torch.ones_like(best_error, dtype=torch.float16)

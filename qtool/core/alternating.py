@@ -10,6 +10,7 @@ no pass over its weights; the result is exactly that of the plain method.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,8 +42,7 @@ class FitOptions:
     """Also start from the greedy solution."""
 
 
-@dataclass(frozen=True, slots=True)
-class SortedGroups:
+class SortedGroups(NamedTuple):
     """Groups sorted by value, with prefix sums that begin with a zero."""
 
     values: Tensor  # (groups, group_size) float32, ascending
@@ -52,15 +52,13 @@ class SortedGroups:
 
     def take(self, index: Tensor) -> "SortedGroups":
         """Return the groups that `index` names."""
-        parts = (self.values, self.mass, self.moment, self.power)
-        return SortedGroups(*(part[index] for part in parts))
+        return SortedGroups(*(part[index] for part in self))
 
     def repeat(self, times: int) -> "SortedGroups":
         """Return all groups several times over."""
         if times == 1:
             return self
-        parts = (self.values, self.mass, self.moment, self.power)
-        return SortedGroups(*(torch.cat([part] * times) for part in parts))
+        return SortedGroups(*(torch.cat([part] * times) for part in self))
 
 
 def sort_groups(groups: Tensor, importance: Tensor) -> SortedGroups:
@@ -201,11 +199,7 @@ def alternate(
 
 
 def level_sums(data: SortedGroups, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over the weights nearest to each level.
-
-    Args:
-        data: The sorted groups.
-        values: (groups, num_levels) float64 levels, in the order of their codes.
+    """Sum over the weights nearest to each level, (groups, num_levels) float64 by code.
 
     Returns:
         Importance and importance * weight, (groups, num_levels) each, and the weighted squared
@@ -224,15 +218,10 @@ def level_sums(data: SortedGroups, values: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def least_squares(mass: Tensor, moment: Tensor, design: Tensor) -> Tensor:
-    """Return the unknowns that fit best with the codes fixed.
+    """Return the unknowns that fit best with the codes fixed, (groups, unknowns).
 
-    Args:
-        mass: (groups, num_levels) importance of the weights at each level.
-        moment: (groups, num_levels) importance * weight.
-        design: (num_levels, unknowns) signs, and a column of ones for the offset.
-
-    Returns:
-        (groups, unknowns).
+    `mass` and `moment` are as in `level_sums`; `design`, (num_levels, unknowns), has the signs, and
+    a column of ones for the offset.
     """
     unknowns = design.shape[1]
     products = (design.unsqueeze(2) * design.unsqueeze(1)).flatten(1)  # (num_levels, unknowns^2)

@@ -66,13 +66,9 @@ def scales_from_affine(
     s (n - z) = s ((2^k - 1)/2 - z) + sum_i s 2^(i-1) b_i with b_i the sign of bit i of n. Exact in
     real arithmetic, and in float64 for float16 scales.
 
-    Args:
-        scales: (...) affine scales.
-        zero_points: (...) affine zero points.
-        num_bits: Bits of the codes.
-
     Returns:
-        Plane scales (..., num_bits), descending, and offsets (...), in the dtype of `scales`.
+        Of scales (...) and zero points (...): plane scales (..., num_bits), descending, and
+        offsets (...), in the dtype of `scales`.
     """
     powers = 2.0 ** torch.arange(num_bits - 2, -2, -1, device=scales.device, dtype=scales.dtype)
     offsets = scales * ((2**num_bits - 1) / 2 - zero_points.to(scales.dtype))

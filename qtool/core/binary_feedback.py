@@ -9,12 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qtool.core.error_feedback import (
-    encode_adapting,
-    encode_columns,
-    feed_forward,
-    scaled_errors,
-)
+from qtool.core.error_feedback import encode_columns, feed_forward, scaled_errors
 from qtool.core.grids import BinaryGrid
 from qtool.core.linalg import RIDGE, solve_spd
 
@@ -90,7 +85,7 @@ def solve_columns(
             grid.set(group, _column_fit(grid, group, first, values))
             return grid.pick(grid.tables([group]), 0, values)
 
-        codes[start:stop], levels = encode_adapting(block, factor, adapt)
+        codes[start:stop], levels = encode_columns(block, factor, (), adapt)
         return scaled_errors(block, levels, factor)
 
     feed_forward(weight, upper, edges, solve)
@@ -109,18 +104,7 @@ def _column_fit(grid: BinaryGrid, group: int, codes: Tensor, values: Tensor) -> 
 def _solve_group(
     weight: Tensor, upper: Tensor, parameters: Tensor, *, offset: bool, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Alternate codes under feedback and whitened least squares; keep the best of each row.
-
-    Args:
-        weight: (columns, rows).
-        upper: (columns, columns).
-        parameters: (num_bits + 1, rows) to start from.
-        offset: False: the offset stays zero.
-        iterations: At least one.
-
-    Returns:
-        Codes (columns, rows), parameters (num_bits + 1, rows) and scaled errors (columns, rows).
-    """
+    """Alternate codes and whitened least squares; return the best of both, and scaled errors."""
     whitened = scaled_errors(weight, torch.zeros_like(weight), upper)
     grid = BinaryGrid(parameters.unsqueeze(0), offset=offset)
     best_codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
@@ -138,7 +122,7 @@ def _solve_group(
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)
             best_codes = torch.where(better, codes, best_codes)
-            best_parameters = torch.where(better, candidate.get(0), best_parameters)
+            best_parameters = torch.where(better, candidate.parameters[0], best_parameters)
             best_errors = torch.where(better, candidate_errors, best_errors)
         grid = improved
     return best_codes, best_parameters, best_errors

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qtool.core.column_loop import loop, walk_columns
+from qtool.core.column_loop import walk_columns
 from qtool.core.grids import Pick
 
 SolveBlock = Callable[[int, int, Tensor, Tensor], Tensor]
@@ -30,22 +30,13 @@ def encode_columns(
         weight: (columns, rows) float32; not changed.
         upper: (columns, columns), the block's part of the factor U.
         tables: The levels of the block's columns, for `pick`.
-        pick: Quantizes one column.
+        pick: Quantizes one column; it may fit the levels to the values that it sees.
 
     Returns:
         Codes (columns, rows) uint8 and levels (columns, rows) float32.
     """
-    return walk_columns(pick, weight, _shares(upper), tables)
-
-
-def encode_adapting(weight: Tensor, upper: Tensor, pick: Pick) -> tuple[Tensor, Tensor]:
-    """Do the same with a `pick` that remembers: it may fit the levels to the values it sees."""
-    return loop(pick, weight, _shares(upper), ())
-
-
-def _shares(upper: Tensor) -> Tensor:
-    """Return how the error of column c is shared by the later ones, along row c."""
-    return upper / upper.diagonal().unsqueeze(1)
+    shares = upper / upper.diagonal().unsqueeze(1)  # row c: how later columns share c's error
+    return walk_columns(pick, weight, shares, tables)
 
 
 def scaled_errors(weight: Tensor, levels: Tensor, upper: Tensor) -> Tensor:

@@ -81,27 +81,19 @@ class AffineGrid:
     pick = staticmethod(pick_affine)
 
     def tables(self, groups: list[int]) -> tuple[Tensor, ...]:
-        """Return scales and zero points (columns, rows) of a block, and the highest code.
-
-        Args:
-            groups: Group of each column of the block.
-        """
+        """Return scales and zero points (columns, rows) of groups of columns, the highest code."""
         index = torch.tensor(groups, device=self.scales.device)
         expand = self.span.expand
         top = torch.full((1,), 2.0**self.num_bits - 1, device=self.scales.device)
         return expand(self.scales[index]), expand(self.zero_points[index]), top
 
-    def _group(self, group: int) -> tuple[Tensor, Tensor]:
-        return self.span.expand(self.scales[group]), self.span.expand(self.zero_points[group])
-
     def values(self, group: int, codes: Tensor) -> Tensor:
         """Return the levels of codes (columns, rows) of one group, float32."""
-        scale, zero = self._group(group)
-        return (codes.float() - zero) * scale
+        return self.basis(group, codes)[0] * self.span.expand(self.scales[group])
 
     def basis(self, group: int, codes: Tensor) -> Tensor:
         """Return what the values are linear in, (1, columns, rows): only the scale moves."""
-        return (codes.float() - self._group(group)[1]).unsqueeze(0)
+        return (codes.float() - self.span.expand(self.zero_points[group])).unsqueeze(0)
 
     def moved(self, group: int, step: Tensor) -> Tensor:
         """Return scales that stay within a factor of two of what they were, and positive."""
@@ -111,10 +103,6 @@ class AffineGrid:
     def set(self, group: int, parameters: Tensor) -> None:
         """Replace the scales of a group."""
         self.scales[group] = parameters[0]
-
-    def get(self, group: int) -> Tensor:
-        """Return the scales of a group."""
-        return self.scales[group].unsqueeze(0).clone()
 
     def round(self) -> None:
         """Round the scales to float16."""
@@ -139,10 +127,7 @@ class BinaryGrid:
         self.span = span or Span(1, parameters.shape[-1])
         planes = signs(parameters.shape[1] - 1, device=parameters.device, dtype=torch.float32)
         self._table = torch.nn.functional.pad(planes, (0, 1), value=1.0)  # (num_levels, unknowns)
-        self._sort_all()
-
-    def _sort_all(self) -> None:
-        self._levels, self._codes, self._middles = self._sorted(self.parameters)
+        self._levels, self._codes, self._middles = self._sorted(parameters)
 
     def _sorted(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return levels ascending, their codes, and the middles: (num_groups, ., row_groups)."""
@@ -179,14 +164,10 @@ class BinaryGrid:
         levels, codes, middles = self._sorted(parameters.unsqueeze(0))
         self._levels[group], self._codes[group], self._middles[group] = levels, codes, middles
 
-    def get(self, group: int) -> Tensor:
-        """Return the parameters of a group."""
-        return self.parameters[group].clone()
-
     def round(self) -> None:
         """Round scales and offsets to float16."""
         self.parameters = self.parameters.to(torch.float16).float()
-        self._sort_all()
+        self._levels, self._codes, self._middles = self._sorted(self.parameters)
 
 
 Grid = AffineGrid | BinaryGrid

@@ -17,14 +17,9 @@ def to_rows(weight: Tensor, scheme: WeightScheme) -> Tensor:
 
 
 def split(rows: Tensor, group_size: int | None) -> Tensor:
-    """Cut rows into groups; a short last group is padded with zeros.
+    """Cut rows into groups, padded with zeros: (..., n) -> (..., num_groups, group_size).
 
-    Args:
-        rows: (..., n).
-        group_size: Length of a group; None: n.
-
-    Returns:
-        (..., num_groups, group_size).
+    A `group_size` of None is n.
     """
     size = group_size or rows.shape[-1]
     padding = -rows.shape[-1] % size

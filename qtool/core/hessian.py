@@ -20,10 +20,7 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     Products of float16 or bfloat16 numbers are exact in float32, so tensor cores that accumulate
     in float32 lose nothing; float32 inputs are multiplied without TF32.
 
-    Args:
-        total: (m, n) float32.
-        left: (tokens, m) in the dtype of the model.
-        right: (tokens, n), likewise.
+    (tokens, m) and (tokens, n) in the dtype of the model are added to (m, n) float32.
     """
     if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
         total += torch.mm(left.T, right, out_dtype=torch.float32)
@@ -38,12 +35,7 @@ def token_weights(x: Tensor, ratio: float) -> Tensor:
     (Sun et al. 2024, arXiv 2402.17762). Shrinking them isn't for free: later layers rely on them,
     and docs/log.md has a model that it made worse.
 
-    Args:
-        x: (tokens, in_features).
-        ratio: At least 1.
-
-    Returns:
-        (tokens, 1) float32, at most one.
+    (tokens, in_features) -> (tokens, 1) float32, at most one; the ratio is at least 1.
     """
     norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     limit = ratio * norms.median()
@@ -72,13 +64,9 @@ def damp(hessian: Tensor, damping: float) -> Tensor:
 
 
 def cholesky(damped: Tensor) -> Tensor | None:
-    """Return L with H = L L^T, lower triangular, in float64 where that is affordable.
+    """Return L with H = L L^T, (n, n) lower triangular, in float64 where that is affordable.
 
-    Args:
-        damped: (n, n) float32.
-
-    Returns:
-        (n, n), or None if H isn't positive or not finite.
+    None if H, (n, n) float32, isn't positive or not finite.
     """
     dtype = torch.float64 if len(damped) <= FLOAT64_LIMIT else torch.float32
     lower, info = torch.linalg.cholesky_ex(damped.to(dtype))

@@ -1,6 +1,5 @@
 """Between the two ways of looking at a layer: rows of groups, and columns first."""
 
-import torch
 from torch import Tensor
 
 from qtool.core import grouping
@@ -47,9 +46,7 @@ def split_codes(codes: Tensor, scheme: WeightScheme) -> Tensor:
 
 def inverse(order: Tensor) -> Tensor:
     """Return the permutation that undoes `order`."""
-    result = torch.empty_like(order)
-    result[order] = torch.arange(len(order), device=order.device)
-    return result
+    return order.argsort()
 
 
 def side_by_side(y: Tensor) -> Tensor:

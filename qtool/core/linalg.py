@@ -16,13 +16,8 @@ def solve_spd(matrices: Tensor, right: Tensor, *, ridge: float) -> Tensor:
     ten times slower on a hundred thousand 5x5 systems. Without pivoting, which a positive definite
     matrix doesn't need.
 
-    Args:
-        matrices: (batch, n, n).
-        right: (batch, n).
-        ridge: Added to the diagonal, as a fraction of its mean; keeps singular systems solvable.
-
-    Returns:
-        (batch, n).
+    (batch, n, n) and (batch, n) -> (batch, n). The ridge is added to the diagonal, as a fraction of
+    its mean; it keeps singular systems solvable.
     """
     n = right.shape[-1]
     # The batch comes last, so that each step reads contiguous memory.

@@ -109,11 +109,7 @@ class OutputErrors:
     power: Tensor  # mean of ||W x_o||^2, () float64
 
     def of(self, quantized: Tensor) -> ErrorAtOutput:
-        """Return the mean of ||e + W d + (W - Q) x||^2, beside that of ||W x_o||^2.
-
-        Args:
-            quantized: Q, (out_features, in_features) float32.
-        """
+        """Return the mean of ||e + W d + (W - Q) x||^2, Q float32, beside that of ||W x_o||^2."""
         change = self.weight - quantized
         error = self.carried + _dot(change @ self.moments.mean("xx"), change)
         error = error + 2 * _dot(self.upstream, change)
@@ -123,11 +119,9 @@ class OutputErrors:
 
 
 def output_errors(moments: Moments, weight: Tensor) -> OutputErrors:
-    """Return what measures the errors of one weight.
+    """Return what measures the errors of W, (out_features, in_features) float32.
 
-    Args:
-        moments: With what errors need.
-        weight: W, (out_features, in_features) float32.
+    The moments are such as were made `for_errors`.
     """
     upstream = weight @ moments.mean("dx")
     drifted = _dot(weight @ moments.mean("dd"), weight)
@@ -142,10 +136,7 @@ def output_errors(moments: Moments, weight: Tensor) -> OutputErrors:
 def added_error(moments: Moments, target: Tensor, quantized: Tensor) -> float:
     """Return the mean of ||(T - Q) x||^2: what rounding alone adds, drifts aside.
 
-    Args:
-        moments: Of the linear.
-        target: T, (out_features, in_features) float32, what Q was meant to be.
-        quantized: Q, likewise.
+    T, what Q was meant to be, and Q are (out_features, in_features) float32.
     """
     change = target - quantized
     return max(float(_dot(change @ moments.mean("xx"), change)), 0.0)

@@ -19,11 +19,7 @@ def num_words(length: int) -> int:
 def pack_bits(bits: Tensor) -> Tensor:
     """Pack zeros and ones along the last dimension; the tail of the last word is zero.
 
-    Args:
-        bits: (..., n) uint8 or bool, only 0 and 1.
-
-    Returns:
-        (..., ceil(n / 32)) int32.
+    (..., n) uint8 or bool -> (..., ceil(n / 32)) int32.
     """
     padding = num_words(bits.shape[-1]) * WORD_BITS - bits.shape[-1]
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, padding))
@@ -36,15 +32,7 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 
 def unpack_bits(words: Tensor, length: int) -> Tensor:
-    """Invert `pack_bits`.
-
-    Args:
-        words: (..., ceil(length / 32)) int32.
-        length: Number of bits wanted.
-
-    Returns:
-        (..., length) uint8, only 0 and 1.
-    """
+    """Invert `pack_bits`: (..., ceil(length / 32)) int32 -> (..., length) uint8, only 0 and 1."""
     octets = words.contiguous().view(torch.uint8)
     if not octets.is_cuda and not torch.compiler.is_compiling():
         bits = np.unpackbits(octets.numpy(), axis=-1, count=length, bitorder="little")
@@ -57,12 +45,7 @@ def unpack_bits(words: Tensor, length: int) -> Tensor:
 def codes_to_planes(codes: Tensor, num_bits: int) -> Tensor:
     """Split integers into packed bit planes, the most significant bit first.
 
-    Args:
-        codes: (rows, n) uint8, 0 .. 2^num_bits - 1.
-        num_bits: Number of planes, 1 to 8.
-
-    Returns:
-        (num_bits, rows, ceil(n / 32)) int32.
+    (rows, n) uint8, 0 .. 2^num_bits - 1 -> (num_bits, rows, ceil(n / 32)) int32.
     """
     return torch.stack([pack_bits((codes >> bit) & 1) for bit in reversed(range(num_bits))])
 

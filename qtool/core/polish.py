@@ -15,6 +15,8 @@ from qtool.core.column_loop import walk_columns
 from qtool.core.grids import AffineGrid, Grid, within_factor_two
 from qtool.core.linalg import RIDGE, TINY, solve_spd
 
+CYCLES, SWEEPS = 2, 2
+"""Coordinate descents, and refits, per round."""
 COLUMNS_AT_ONCE = 64
 """Single-column groups that are walked and refitted together."""
 
@@ -120,16 +122,8 @@ def _refit_columns(  # noqa: PLR0913, PLR0917 - a block of columns, and what `re
     gradient.addmm_(hessian[:, start:stop], difference)
 
 
-def polish(  # noqa: PLR0913 - the problem, and three counts
-    grid: Grid,
-    edges: list[int],
-    weight: Tensor,
-    codes: Tensor,
-    hessian: Tensor,
-    *,
-    rounds: int,
-    cycles: int = 2,
-    sweeps: int = 2,
+def polish(
+    grid: Grid, edges: list[int], weight: Tensor, codes: Tensor, hessian: Tensor, *, rounds: int
 ) -> Tensor:
     """Alternate coordinate descent and refits, then round the parameters and settle the codes.
 
@@ -140,8 +134,6 @@ def polish(  # noqa: PLR0913 - the problem, and three counts
         codes: (n, rows) uint8; changed.
         hessian: (n, n) float32, damped.
         rounds: How often; zero only rounds and settles.
-        cycles: Coordinate descents per round.
-        sweeps: Refits per round.
 
     Returns:
         The levels of the codes, (n, rows) float32, of the rounded parameters.
@@ -149,9 +141,9 @@ def polish(  # noqa: PLR0913 - the problem, and three counts
     levels = all_values(grid, edges, codes)
     for _ in range(rounds):
         gradient = residual(weight, levels, hessian)  # afresh each round: updates drift
-        for _ in range(cycles):
+        for _ in range(CYCLES):
             descend_codes(grid, edges, codes, levels, gradient, hessian)
-        for _ in range(sweeps):
+        for _ in range(SWEEPS):
             refit(grid, edges, codes, levels, gradient, hessian)
     grid.round()
     levels = all_values(grid, edges, codes)

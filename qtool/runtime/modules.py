@@ -73,10 +73,7 @@ class QuantizedWeight(nn.Module):
 
     def choose_backend(self) -> KernelBackend:
         """Return the backend that runs the weight, or would."""
-        entry = self.entry
-        parts = {name: self.get_buffer(name) for name in entry.layout()}
-        tensor = QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
-        return self.backend or choose_backend(tensor, self.device, self.wanted)
+        return self.backend or choose_backend(self.tensor(), self.device, self.wanted)
 
     def prepare(self, dtype: torch.dtype) -> tuple[KernelBackend, Any]:
         """Return the backend and its prepared weight for activations of `dtype`."""

@@ -21,15 +21,12 @@ class Clock(Protocol):
 
     def seconds(self) -> float:
         """Return the time."""
-        ...
 
     def memory(self) -> int:
         """Return the bytes in use, and start to look for the peak."""
-        ...
 
     def peak_memory(self) -> int:
         """Return the most bytes in use since `memory`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +52,7 @@ class EndToEndResult:
 
 
 @torch.no_grad()
-def time_decoder(
-    model: EndToEnd,
-    ops: DecodeOps,
-    clock: Clock,
-    *,
-    prompt_tokens: int = PROMPT_TOKENS,
-    decode_tokens: int = DECODE_TOKENS,
-) -> EndToEndResult:
+def time_decoder(model: EndToEnd, ops: DecodeOps, clock: Clock) -> EndToEndResult:
     """Load a model, run prompts and greedy decoding after them, and let go of it.
 
     Raises:
@@ -70,10 +60,10 @@ def time_decoder(
     """
     before = clock.memory()
     weights = model.load()
-    runner = DecodeRunner(weights, ops, max_length=prompt_tokens + decode_tokens)
+    runner = DecodeRunner(weights, ops, max_length=PROMPT_TOKENS + DECODE_TOKENS)
     device = weights.final_norm.device
     prompt = torch.randint(
-        weights.shape.vocab_size, (1, prompt_tokens), device=device, generator=generator_on(device)
+        weights.shape.vocab_size, (1, PROMPT_TOKENS), device=device, generator=generator_on(device)
     )
     clock.memory()
     prefill, decode = [], []
@@ -81,15 +71,15 @@ def time_decoder(
         started = clock.seconds()
         first = runner.prefill(prompt).argmax(-1)
         prefilled = clock.seconds()
-        runner.greedy(first, decode_tokens)
+        runner.greedy(first, DECODE_TOKENS)
         prefill.append(prefilled - started)
         decode.append(clock.seconds() - prefilled)
     return EndToEndResult(
         name=model.name,
-        prefill_tokens_per_second=prompt_tokens / statistics.median(prefill[1:]),
-        decode_tokens_per_second=decode_tokens / statistics.median(decode[1:]),
-        prompt_tokens=prompt_tokens,
-        decode_tokens=decode_tokens,
+        prefill_tokens_per_second=PROMPT_TOKENS / statistics.median(prefill[1:]),
+        decode_tokens_per_second=DECODE_TOKENS / statistics.median(decode[1:]),
+        prompt_tokens=PROMPT_TOKENS,
+        decode_tokens=DECODE_TOKENS,
         repeats=REPEATS,
         peak_memory_bytes=clock.peak_memory() - before,
     )

@@ -1,7 +1,8 @@
 """`qtool bench --gpu`: kernels layer by layer, then whole models, all in one run on one card."""
 
+import contextlib
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from qtool.runtime.backends.cuda.decode_ops import KernelOps
 from qtool.runtime.decode.ops import DecodeOps
 from qtool.timing import peers
 from qtool.timing.decode import Clock, EndToEndResult, time_decoder
-from qtool.timing.kernels import Layer, LayerTimes, Rig, time_layer
+from qtool.timing.kernels import LayerTimes, Rig, time_layer
 from qtool.timing.machine import CudaClock, Machine, describe_card, l2_bytes
 from qtool.timing.peers import Peer
 from qtool.timing.timing import CudaTimer, copies, copy_bandwidth
@@ -69,37 +70,35 @@ def time_workload(
     with_peers: bool = False,
     emit: Emit = ignore_events,
 ) -> GpuResult:
-    """Time all of a workload.
+    """Time all of a workload, and with peers also other libraries that are installed.
 
-    Args:
-        workload: What.
-        bench: On what.
-        versions: Of the software, for the result.
-        kernel: One of `linear_kernels.KERNELS`; None: the one chosen for each layer and batch.
-        with_peers: Also time other libraries that are installed.
-        emit: Is told what is timed.
+    `kernel` is one of `selection.KERNELS`; None: the one chosen for each layer and batch.
     """
-    others, not_run = able(
-        (*peers.IN_TORCH, *(peers.OTHER_LIBRARIES if with_peers else ())), bench.rig.device
-    )
+    wanted = (*peers.IN_TORCH, *(peers.OTHER_LIBRARIES if with_peers else ()))
+    others, not_run = able(wanted, bench.rig.device)
     machine = bench.machine()
-    layers = []
-    for layer in workload.layers:
-        emit(Progress(f"time {layer.name}"))
+
+    @contextlib.contextmanager
+    def timing(name: str) -> Iterator[None]:
+        """Name what doesn't run, and return the memory, which the next one needs."""
+        emit(Progress(f"time {name}"))
         try:
-            layers.append(_time_layer(layer, bench.rig, kernel, others))
+            yield
         except (QtoolError, torch.OutOfMemoryError) as error:
-            not_run[layer.name] = _first_line(error)
+            not_run[name] = " ".join(str(error).split())
+        gc.collect()
+        if bench.rig.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    layers, end_to_end = [], []
+    for layer in workload.layers:
+        with timing(layer.name):
+            layers.append(time_layer(layer, bench.rig, kernel=kernel, others=others))
     if workload.no_models:
         not_run["end to end"] = workload.no_models
-    end_to_end = []
     for model in workload.models:
-        emit(Progress(f"time {model.name}"))
-        try:
+        with timing(model.name):
             end_to_end.append(time_decoder(model, bench.ops, bench.clock))
-        except (QtoolError, torch.OutOfMemoryError) as error:
-            not_run[model.name] = _first_line(error)
-        gc.collect()
     return GpuResult(
         name=workload.name,
         machine=machine,
@@ -111,21 +110,8 @@ def time_workload(
     )
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def able(wanted: Sequence[Peer], device: torch.device) -> tuple[tuple[Peer, ...], dict[str, str]]:
     """Return the peers that can be timed, and why the others can't."""
     reasons = {peer.name: peer.why_not(device) for peer in wanted}
     can = tuple(peer for peer in wanted if reasons[peer.name] is None)
     return can, {name: reason for name, reason in reasons.items() if reason is not None}
-
-
-def _time_layer(layer: Layer, rig: Rig, kernel: str | None, others: Sequence[Peer]) -> LayerTimes:
-    """Time a layer and return its memory, which the next one needs."""
-    result = time_layer(layer, rig, kernel=kernel, others=others)
-    gc.collect()
-    if rig.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return result

@@ -13,14 +13,12 @@ from qtool.runtime.backends.cuda import linear_kernels
 from qtool.runtime.backends.cuda.launch import Card, Launch
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.scheme import Shape2D
-from qtool.timing import peers
-from qtool.timing.peers import Peer
-from qtool.timing.synthetic import generator_on, random_dense
+from qtool.timing.peers import CUBLAS, Peer
+from qtool.timing.synthetic import DTYPE, generator_on, random_dense
 from qtool.timing.timing import Timer, clones, copies_needed, rotation, time_calls
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 OURS = "qtool"
-DTYPE = torch.float16
 ACTIVATION_BYTES = 2
 
 
@@ -133,13 +131,9 @@ def stored_bytes(weight: KernelWeight) -> int:
 def time_layer(
     layer: Layer, rig: Rig, *, kernel: str | None = None, others: Sequence[Peer] = ()
 ) -> LayerTimes:
-    """Time a layer at every batch size, and at one token beside others.
+    """Time a layer at every batch size, and at one token beside others: one that fails is named.
 
-    Args:
-        layer: What to time.
-        rig: On what.
-        kernel: One of `linear_kernels.KERNELS`; None: what `kernel_for` says.
-        others: Peers that can run here; one that fails is named with its reason.
+    `kernel` is one of `selection.KERNELS`; None: what `linear_kernels.kernel_for` says.
     """
     weight = layer.load()
     shape, scheme = weight.shape, weight.scheme
@@ -148,7 +142,7 @@ def time_layer(
     fp16_seconds = sweep[0].fp16_microseconds / 1e6
     measured = [
         (OURS, sweep[0].kernel, sweep[0].microseconds / 1e6, stored_bytes(weight)),
-        (peers.CUBLAS.name, "", fp16_seconds, dense.numel() * dense.element_size()),
+        (CUBLAS, "", fp16_seconds, dense.numel() * dense.element_size()),
     ]
     del weight
     failed = {}
@@ -205,9 +199,8 @@ def inputs(tokens: int, in_features: int, dtype: torch.dtype, device: torch.devi
 def time_peer(peer: Peer, dense: Tensor, rig: Rig) -> tuple[float, int]:
     """Return the seconds of a peer at one token, and the bytes of its weight."""
     in_features = dense.shape[1]
-    reason = peer.why_not_shape(in_features)
-    if reason is not None:
-        raise ValueError(reason)
+    if in_features % peer.multiple:
+        raise ValueError(f"needs a multiple of {peer.multiple} inputs")
     first = peer.build(dense)
     copies = copies_needed(first.num_bytes, rig.l2_bytes)
     weights = [first, *(peer.build(dense) for _ in range(copies - 1))]

@@ -51,17 +51,6 @@ class Peer:
             return "needs a card of compute capability 8.0 or newer"
         return None
 
-    def why_not_shape(self, in_features: int) -> str | None:
-        """Return None if it takes weights of so many inputs, else a sentence."""
-        return (
-            f"needs a multiple of {self.multiple} inputs" if in_features % self.multiple else None
-        )
-
-
-def cublas(weight: Tensor) -> PeerWeight:
-    """Multiply by the dense weight."""
-    return PeerWeight(partial(torch.nn.functional.linear, weight=weight), _bytes(weight))
-
 
 def _affine(weight: Tensor, num_bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, and steps and minima of each group: the peers differ in how they pack them."""
@@ -129,16 +118,11 @@ def _bytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-CUBLAS = Peer("fp16 cuBLAS", cublas)
+CUBLAS = "fp16 cuBLAS"
 IN_TORCH = (Peer("tinygemm int4 g128", tinygemm, dtype=torch.bfloat16, multiple=GROUP_SIZE),)
 OTHER_LIBRARIES = (
     Peer(
-        "torchao int4 g128",
-        torchao,
-        torch.bfloat16,
-        "torchao",
-        "pip install torchao",
-        GROUP_SIZE,
+        "torchao int4 g128", torchao, torch.bfloat16, "torchao", "pip install torchao", GROUP_SIZE
     ),
     *(
         Peer(

@@ -9,15 +9,12 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.formats import binary_coding
 from qtool.runtime.backends.cuda import linear_kernels
-from qtool.runtime.decode.weights import (
-    DecoderLayer,
-    DecoderShape,
-    DecoderWeights,
-    Projection,
-)
+from qtool.runtime.decode.weights import DecoderLayer, DecoderShape, DecoderWeights, Projection
 from qtool.scheme import Shape2D, WeightScheme
 from qtool.timing.shapes import HEAD_BITS, DecoderSizes
 
+DTYPE = torch.float16
+"""Of activations, and of what is dense."""
 SEED = 0
 
 
@@ -54,66 +51,52 @@ def random_tensor(
 
 
 def random_decoder(
-    decoder: DecoderSizes,
-    scheme: WeightScheme | None,
-    generator: torch.Generator,
-    dtype: torch.dtype = torch.float16,
+    decoder: DecoderSizes, scheme: WeightScheme | None, device: torch.device
 ) -> DecoderWeights:
-    """Return a whole random model; the embedding is dense.
-
-    Args:
-        decoder: Its numbers.
-        scheme: Of the projections; None: they are dense, and so is the head.
-        generator: On the device of the model.
-        dtype: Of activations, and of what is dense.
-    """
+    """Return a whole random model; the embedding is dense, without a scheme all else is too."""
+    generator = generator_on(device)
     table = Shape2D(decoder.vocab_size, decoder.hidden_size)
     head_scheme = scheme and WeightScheme(num_bits=HEAD_BITS, group_size=scheme.group_size)
-    head = _projection(table, head_scheme, generator, dtype)  # first: packing it takes most room
-    embedding = random_dense(table, dtype, generator)
-    layers = tuple(_layer(decoder, scheme, generator, dtype) for _ in range(decoder.num_layers))
-    norm = _norm(decoder.hidden_size, generator, dtype)
-    powers = torch.arange(0, decoder.head_dim, 2, dtype=torch.float32, device=generator.device)
+    head = _projection(table, head_scheme, generator)  # first: packing it takes most room
+    embedding = random_dense(table, DTYPE, generator)
+    layers = tuple(_layer(decoder, scheme, generator) for _ in range(decoder.num_layers))
+    norm = _norm(decoder.hidden_size, generator)
+    powers = torch.arange(0, decoder.head_dim, 2, dtype=torch.float32, device=device)
     frequencies = decoder.rope_theta ** (-powers / decoder.head_dim)
-    return DecoderWeights(_shape(decoder, dtype), embedding, layers, norm, head, frequencies)
+    return DecoderWeights(_shape(decoder), embedding, layers, norm, head, frequencies)
 
 
 def _layer(
-    decoder: DecoderSizes,
-    scheme: WeightScheme | None,
-    generator: torch.Generator,
-    dtype: torch.dtype,
+    decoder: DecoderSizes, scheme: WeightScheme | None, generator: torch.Generator
 ) -> DecoderLayer:
-    linears = {
-        name: _projection(shape, scheme, generator, dtype)
-        for name, shape in decoder.linears().items()
-    }
+    shapes = decoder.linears().items()
+    linears = {name: _projection(shape, scheme, generator) for name, shape in shapes}
     return DecoderLayer(
-        input_norm=_norm(decoder.hidden_size, generator, dtype),
+        input_norm=_norm(decoder.hidden_size, generator),
         qkv=linears["qkv"],
         qkv_bias=None,
         query_norm=None,
         key_norm=None,
         output=linears["o"],
-        mlp_norm=_norm(decoder.hidden_size, generator, dtype),
+        mlp_norm=_norm(decoder.hidden_size, generator),
         gate_up=linears["gate_up"],
         down=linears["down"],
     )
 
 
 def _projection(
-    shape: Shape2D, scheme: WeightScheme | None, generator: torch.Generator, dtype: torch.dtype
+    shape: Shape2D, scheme: WeightScheme | None, generator: torch.Generator
 ) -> Projection:
     if scheme is None:
-        return random_dense(shape, dtype, generator)
-    return linear_kernels.prepare(random_tensor(shape, scheme, generator), dtype)
+        return random_dense(shape, DTYPE, generator)
+    return linear_kernels.prepare(random_tensor(shape, scheme, generator), DTYPE)
 
 
-def _norm(width: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    return torch.rand(width, dtype=dtype, device=generator.device, generator=generator) + 0.5
+def _norm(width: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(width, dtype=DTYPE, device=generator.device, generator=generator) + 0.5
 
 
-def _shape(decoder: DecoderSizes, dtype: torch.dtype) -> DecoderShape:
+def _shape(decoder: DecoderSizes) -> DecoderShape:
     sizes = asdict(decoder)
     del sizes["num_layers"], sizes["rope_theta"]
-    return DecoderShape(**sizes, attention_scale=decoder.head_dim**-0.5, dtype=dtype)
+    return DecoderShape(**sizes, attention_scale=decoder.head_dim**-0.5, dtype=DTYPE)

@@ -6,7 +6,7 @@ Everything but `CudaTimer` is arithmetic and runs without a card.
 import copy
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -22,12 +22,8 @@ BANDWIDTH_BYTES = 2**30
 COPIES_PER_REPLAY = 4
 
 
-class Timer(Protocol):
-    """Runs all calls, one after another and many times; returns the seconds of each time."""
-
-    def __call__(self, calls: Sequence[Timed]) -> Sequence[float]:
-        """Return one duration per replay of all calls."""
-        ...
+Timer = Callable[[Sequence[Timed]], Sequence[float]]
+"""Runs all calls, one after another and many times; returns the seconds of each time."""
 
 
 class CudaTimer:
@@ -43,13 +39,14 @@ class CudaTimer:
             graph = self._capture(calls)
             for _ in range(WARM_UPS):
                 graph.replay()
-            events = [_event_pair() for _ in range(REPLAYS)]
-            for start, end in events:
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * REPLAYS)]
+            pairs = list(zip(events[::2], events[1::2], strict=True))
+            for start, end in pairs:
                 start.record()
                 graph.replay()
                 end.record()
             torch.cuda.synchronize()
-            return tuple(start.elapsed_time(end) / 1e3 for start, end in events)
+            return tuple(start.elapsed_time(end) / 1e3 for start, end in pairs)
 
     def _capture(self, calls: Sequence[Timed]) -> torch.cuda.CUDAGraph:
         """Run all calls once, which compiles and tunes kernels, then record them."""
@@ -63,10 +60,6 @@ class CudaTimer:
             for call in calls:
                 call()
         return graph
-
-
-def _event_pair() -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
 def time_calls(calls: Sequence[Timed], timer: Timer) -> float:

@@ -1,7 +1,8 @@
 """What `qtool bench --gpu` times: the layers and the whole model of a checkpoint, or of shapes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ from qtool.runtime.backends.cuda import linear_kernels
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.runtime.backends.cuda.selection import STORED_KERNELS
 from qtool.runtime.decode.read_model import weights_of, why_not
-from qtool.runtime.decode.weights import DecoderWeights, Projection
+from qtool.runtime.decode.weights import DecoderWeights, Projections
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, TiedHead
 from qtool.scheme import WeightScheme
 from qtool.timing.decode import EndToEnd
-from qtool.timing.kernels import DTYPE, Layer
+from qtool.timing.kernels import Layer
 from qtool.timing.shapes import LinearShape, ModelShape
-from qtool.timing.synthetic import generator_on, random_decoder, random_tensor
+from qtool.timing.synthetic import DTYPE, generator_on, random_decoder, random_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def synthetic_workload(
             own = WeightScheme(
                 num_bits=linear.num_bits or scheme.num_bits, group_size=scheme.group_size
             )
-            return _prepare(random_tensor(linear.shape, own, generator_on(device)), kernel)
+            return _prepared(random_tensor(linear.shape, own, generator_on(device)), kernel)
 
         return Layer(linear.name, linear.count, load)
 
@@ -53,16 +54,9 @@ def synthetic_workload(
     decoder = shape.decoder
     if decoder is None:
         return Workload(name, layers, (), f"{name} is the shapes of one block, not a whole model.")
-    models = (
-        EndToEnd(
-            f"{name}, {scheme.num_bits} bits",
-            lambda: random_decoder(decoder, scheme, generator_on(device), DTYPE),
-        ),
-        EndToEnd(
-            f"{name}, float16", lambda: random_decoder(decoder, None, generator_on(device), DTYPE)
-        ),
-    )
-    return Workload(name, layers, models)
+    kinds = {f"{name}, {scheme.num_bits} bits": scheme, f"{name}, float16": None}
+    models = (EndToEnd(n, partial(random_decoder, decoder, s, device)) for n, s in kinds.items())
+    return Workload(name, layers, tuple(models))
 
 
 def checkpoint_workload(
@@ -100,49 +94,35 @@ def distinct(
     for name, weight in weights:
         groups.setdefault((weight.shape, weight.scheme), []).append((name, weight))
     return tuple(
-        Layer(alike[0][0], len(alike), _loader(alike[0][1], kernel)) for alike in groups.values()
+        Layer(alike[0][0], len(alike), partial(_prepared, alike[0][1], kernel))
+        for alike in groups.values()
     )
 
 
-def _loader(
-    weight: KernelWeight | QuantizedTensor, kernel: str | None
-) -> Callable[[], KernelWeight]:
+def _prepared(weight: KernelWeight | QuantizedTensor, kernel: str | None) -> KernelWeight:
     if isinstance(weight, KernelWeight):
-        return lambda: weight
-    return lambda: _prepare(weight, kernel)
-
-
-def _prepare(tensor: QuantizedTensor, kernel: str | None) -> KernelWeight:
+        return weight
     keep_stored = kernel in STORED_KERNELS if kernel else None
-    return linear_kernels.prepare(tensor, DTYPE, keep_stored=keep_stored)
+    return linear_kernels.prepare(weight, DTYPE, keep_stored=keep_stored)
 
 
 def _stored(model: Any) -> Iterator[tuple[str, QuantizedTensor]]:  # noqa: ANN401
     """Yield the quantized linears of a model, and a head tied to its quantized embedding."""
     embedding = model.get_input_embeddings()
     for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
         if isinstance(module, QuantizedLinear):
-            yield _last(name), module.tensor()
+            yield last, module.tensor()
         elif isinstance(module, TiedHead) and isinstance(embedding, QuantizedEmbedding):
-            yield _last(name), embedding.tensor()
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
+            yield last, embedding.tensor()
 
 
 def _fused(decoder: DecoderWeights) -> Iterator[tuple[str, KernelWeight]]:
     """Yield the quantized projections that a decoding step runs."""
+    named: list[tuple[str, Projections]] = []
     for layer in decoder.layers:
-        yield from _packed("qkv", layer.qkv)
-        yield from _packed("o", layer.output)
-        yield from _packed("gate_up", layer.gate_up)
-        yield from _packed("down", layer.down)
-    yield from _packed("lm_head", decoder.head)
-
-
-def _packed(
-    name: str, projection: Projection | Sequence[Projection]
-) -> Iterator[tuple[str, KernelWeight]]:
-    parts = projection if isinstance(projection, tuple) else (projection,)
-    yield from ((name, part) for part in parts if isinstance(part, KernelWeight))
+        named += [("qkv", layer.qkv), ("o", layer.output)]
+        named += [("gate_up", layer.gate_up), ("down", layer.down)]
+    for name, projection in [*named, ("lm_head", decoder.head)]:
+        parts = projection if isinstance(projection, tuple) else (projection,)
+        yield from ((name, part) for part in parts if isinstance(part, KernelWeight))

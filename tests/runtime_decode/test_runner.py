@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qtool.errors import BackendError
+from qtool.runtime.decode import runner as decode_runner
 from qtool.runtime.decode.read_model import weights_of, why_not
 from qtool.runtime.decode.runner import DecodeRunner
 from qtool.runtime.decode.torch_ops import OPS
@@ -75,7 +76,8 @@ def test_greedy_and_growth_with_sequences_of_different_lengths():
         assert torch.equal(torch.cat([early[row], late[row]]), expected)
 
 
-def test_greedy_looks_for_stops_now_and_then():
+def test_greedy_looks_for_stops_now_and_then(monkeypatch):
+    monkeypatch.setattr(decode_runner, "CHECK_EVERY", 3)
     model, ids = build("llama"), prompt(2, 7)
     runner = runner_of(model, batch=2)
     first = runner.prefill(ids).argmax(-1)
@@ -83,7 +85,7 @@ def test_greedy_looks_for_stops_now_and_then():
     stops = chosen[:, 4].tolist()
     where = max(int(torch.isin(row, torch.tensor(stops)).nonzero()[0]) for row in chosen)
     runner.prefill(ids)
-    shorter = runner.greedy(first, 40, stop_ids=stops, check_every=3)
+    shorter = runner.greedy(first, 40, stop_ids=stops)
     assert where < shorter.shape[1] <= where + 3
     assert torch.equal(shorter, chosen[:, : shorter.shape[1]])
 

@@ -23,8 +23,6 @@ from qtool.base import KernelBackend
 from qtool.integrations.transformers.sampling import SharedRunner, sample
 from qtool.runtime.decode import read_model as llama
 from qtool.runtime.decode import torch_ops
-from qtool.runtime.decode.ops import DecodeOps
-from qtool.runtime.decode.weights import DecoderWeights
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedWeight
 
 Mode = Literal["auto", "always", "never"]
@@ -50,9 +48,7 @@ KNOWN_ARGUMENTS = frozenset(
 def use_runner(mode: Mode) -> Iterator[None]:
     """Say inside the block whether `generate` uses the runner.
 
-    Args:
-        mode: "auto": on a card, unless $QTOOL_RUNNER is 0; "always": on a CPU as well, by torch;
-            "never".
+    "auto": on a card, unless $QTOOL_RUNNER is 0; "always": on a CPU as well, by torch; "never".
     """
     token = _MODE.set(mode)
     try:
@@ -241,20 +237,11 @@ def _decoder(model: Any) -> SharedRunner | str:  # noqa: ANN401
             decoder: SharedRunner | str | None = llama.why_not(model)
             if decoder is None:
                 weights = llama.weights_of(model)
-                ops = ops_for(model, weights)
+                backend = _backend_of(model)
+                ops = torch_ops.OPS if backend is None else backend.decode_ops(weights)
                 decoder = SharedRunner(weights, ops) if ops else "the kernels can't run its heads."
             made = _MADE[model] = _Made(fingerprint, decoder)
         return made.decoder
-
-
-def ops_for(model: Any, weights: DecoderWeights) -> DecodeOps | None:  # noqa: ANN401
-    """Return what runs a model's weights: its backend's operations, torch's if none is quantized.
-
-    None: the backend has none for the shape of the model.
-    """
-    backend = _backend_of(model)
-    ops: DecodeOps | None = torch_ops.OPS if backend is None else backend.decode_ops(weights)
-    return ops
 
 
 def _backend_of(model: Any) -> KernelBackend | None:  # noqa: ANN401

@@ -9,7 +9,7 @@ from qtool.base import Fused, KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.runtime.decode import torch_ops
 from qtool.runtime.decode.ops import DecodeOps
-from qtool.runtime.decode.weights import DecoderWeights
+from qtool.runtime.decode.weights import DecoderWeights, Projection
 
 
 class DenseBackend:
@@ -25,24 +25,24 @@ class DenseBackend:
         del tensor, device
         return None
 
-    def prepare(self, tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    def prepare(self, tensor: QuantizedTensor, dtype: torch.dtype) -> Projection:
         """Return the weight, (out_features, in_features) in `dtype`."""
         return codec(tensor.format).dequantize(tensor, torch.float32).to(dtype)
 
-    def matmul(self, x: Tensor, prepared: Tensor) -> Tensor:
+    def matmul(self, x: Tensor, prepared: Projection) -> Tensor:
         """Return x @ W.T."""
-        return torch.nn.functional.linear(x, prepared)
+        return torch.nn.functional.linear(x, torch_ops.dense(prepared))
 
-    def rows(self, index: Tensor, prepared: Tensor) -> Tensor:
+    def rows(self, index: Tensor, prepared: Projection) -> Tensor:
         """Return the rows that `index` names."""
-        return torch.nn.functional.embedding(index, prepared)
+        return torch.nn.functional.embedding(index, torch_ops.dense(prepared))
 
     def fuse(
         self, tensors: Sequence[QuantizedTensor], dtype: torch.dtype, *, interleave: bool = False
-    ) -> Fused:
+    ) -> Fused | None:
         """Put the weights one below the other; each is a view of its rows."""
         del interleave
-        both = torch.cat([self.prepare(tensor, dtype) for tensor in tensors])
+        both = torch.cat([torch_ops.dense(self.prepare(tensor, dtype)) for tensor in tensors])
         return Fused(both, both.split([tensor.shape.out_features for tensor in tensors]))
 
     def decode_ops(self, weights: DecoderWeights) -> DecodeOps:

@@ -11,7 +11,7 @@ from qtool.runtime.decode.ops import DecodeOps, new_state
 from qtool.runtime.decode.weights import DecoderWeights
 
 CHECK_EVERY = 16
-"""Tokens between two looks of the host at whether all sequences have ended."""
+"""Tokens between two looks of the host at whether all have ended; each waits for the device."""
 
 
 class DecodeRunner:
@@ -81,14 +81,7 @@ class DecodeRunner:
         return self._advance()
 
     @torch.no_grad()
-    def greedy(
-        self,
-        first: Tensor,
-        count: int,
-        *,
-        stop_ids: Iterable[int] = (),
-        check_every: int = CHECK_EVERY,
-    ) -> Tensor:
+    def greedy(self, first: Tensor, count: int, *, stop_ids: Iterable[int] = ()) -> Tensor:
         """Append `first` (batch,), then the likeliest tokens, each after the one before.
 
         Args:
@@ -96,7 +89,6 @@ class DecodeRunner:
             count: How many tokens to choose after `first`.
             stop_ids: End early when each sequence holds one of these, counting `first`. What
                 follows them in a sequence is still greedy.
-            check_every: How often to look, in tokens; each look waits for the device.
 
         Returns:
             (batch, count or less) int64, without `first`.
@@ -112,7 +104,7 @@ class DecodeRunner:
         self.state.tokens.copy_(first)
         self.state.history.scatter_(1, begins, self.state.tokens[:, None])
         for done in range(count):
-            if len(stops) and done % check_every == 0:
+            if len(stops) and done % CHECK_EVERY == 0:
                 chosen = self.state.history.gather(1, places[:, : done + 1])
                 if bool(torch.isin(chosen, stops).any(1).all()):
                     break

@@ -9,20 +9,16 @@ from torch.nn import functional
 
 from qtool.runtime.decode.ops import DecodeOps, DecodeState
 from qtool.runtime.decode.torch_ops import heads_of
-from qtool.runtime.decode.weights import DecoderLayer, DecoderShape, DecoderWeights
+from qtool.runtime.decode.weights import DecoderLayer, DecoderWeights
 
 
 def decode(weights: DecoderWeights, state: DecodeState, ops: DecodeOps) -> Tensor:
     """Read `state.tokens` and return the logits after them, (batch, vocab_size)."""
-    shape = weights.shape
-    x = ops.embed(state.tokens, weights.embedding)
-    for index, layer in enumerate(weights.layers):
 
-        def attend(qkv: Tensor, layer: DecoderLayer = layer, index: int = index) -> Tensor:
-            return ops.attend(qkv, layer, index, shape, state)
+    def attend(qkv: Tensor, layer: DecoderLayer, index: int) -> Tensor:
+        return ops.attend(qkv, layer, index, weights.shape, state)
 
-        x = _block(x, layer, shape, ops, attend)
-    return _logits(x, weights, ops)
+    return _logits(_hidden(weights, state.tokens, ops, attend), weights, ops)
 
 
 def prefill(weights: DecoderWeights, ids: Tensor, state: DecodeState, ops: DecodeOps) -> Tensor:
@@ -36,39 +32,40 @@ def prefill(weights: DecoderWeights, ids: Tensor, state: DecodeState, ops: Decod
         ops: What runs.
     """
     shape, (batch, length) = weights.shape, ids.shape
-    x = ops.embed(ids.flatten(), weights.embedding)
-    for index, layer in enumerate(weights.layers):
 
-        def attend(qkv: Tensor, layer: DecoderLayer = layer, index: int = index) -> Tensor:
-            parts = heads_of(qkv.view(batch, length, -1), layer, shape, state.rotary[:length])
-            query, key, value = (part.transpose(1, 2) for part in parts)
-            state.keys[index, :, :, :length] = key
-            state.values[index, :, :, :length] = value
-            attended = functional.scaled_dot_product_attention(
-                *(query, key, value),
-                is_causal=length > 1,
-                scale=shape.attention_scale,
-                enable_gqa=shape.group > 1,
-            )
-            return attended.transpose(1, 2).reshape(batch * length, -1)
+    def attend(qkv: Tensor, layer: DecoderLayer, index: int) -> Tensor:
+        parts = heads_of(qkv.view(batch, length, -1), layer, shape, state.rotary[:length])
+        query, key, value = (part.transpose(1, 2) for part in parts)
+        state.keys[index, :, :, :length] = key
+        state.values[index, :, :, :length] = value
+        attended = functional.scaled_dot_product_attention(
+            *(query, key, value),
+            is_causal=length > 1,
+            scale=shape.attention_scale,
+            enable_gqa=shape.group > 1,
+        )
+        return attended.transpose(1, 2).reshape(batch * length, -1)
 
-        x = _block(x, layer, shape, ops, attend)
+    x = _hidden(weights, ids.flatten(), ops, attend)
     sequences = torch.arange(batch, device=x.device)
     last = x.view(batch, length, -1)[sequences, state.positions.long() - 1]
     return _logits(last, weights, ops)
 
 
-def _block(
-    x: Tensor,
-    layer: DecoderLayer,
-    shape: DecoderShape,
+def _hidden(
+    weights: DecoderWeights,
+    tokens: Tensor,
     ops: DecodeOps,
-    attend: Callable[[Tensor], Tensor],
+    attend: Callable[[Tensor, DecoderLayer, int], Tensor],
 ) -> Tensor:
-    qkv = ops.linear(ops.rms_norm(x, layer.input_norm, shape.norm_eps), layer.qkv)
-    x = ops.linear(attend(qkv), layer.output, x)
-    y = ops.gated(ops.rms_norm(x, layer.mlp_norm, shape.norm_eps), layer.gate_up)
-    return ops.linear(y, layer.down, x)
+    """Return what the blocks make of tokens (n,): (n, hidden_size)."""
+    x, eps = ops.embed(tokens, weights.embedding), weights.shape.norm_eps
+    for index, layer in enumerate(weights.layers):
+        qkv = ops.linear(ops.rms_norm(x, layer.input_norm, eps), layer.qkv)
+        x = ops.linear(attend(qkv, layer, index), layer.output, x)
+        y = ops.gated(ops.rms_norm(x, layer.mlp_norm, eps), layer.gate_up)
+        x = ops.linear(y, layer.down, x)
+    return x
 
 
 def _logits(x: Tensor, weights: DecoderWeights, ops: DecodeOps) -> Tensor:

@@ -30,11 +30,11 @@ def result():
     return gpu.time_workload(work, bench(), {"qtool": "0"})
 
 
-def test_tokens_per_second_are_medians_without_the_first_repeat():
+def test_tokens_per_second_are_medians_without_the_first_repeat(monkeypatch):
+    monkeypatch.setattr(decode, "PROMPT_TOKENS", 6)
+    monkeypatch.setattr(decode, "DECODE_TOKENS", 3)
     work = workload.synthetic_workload("tiny", TINY, SCHEME, None, CPU)
-    got = decode.time_decoder(
-        work.models[0], TorchOps(), FakeClock(), prompt_tokens=6, decode_tokens=3
-    )
+    got = decode.time_decoder(work.models[0], TorchOps(), FakeClock())
     assert (got.prefill_tokens_per_second, got.decode_tokens_per_second) == (6.0, 3.0)
     assert (got.prompt_tokens, got.decode_tokens, got.repeats) == (6, 3, decode.REPEATS)
     assert got.peak_memory_bytes == 2 * 10**9  # of three looks, the last less the first

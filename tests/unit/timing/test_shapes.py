@@ -66,8 +66,8 @@ def test_random_weights_are_seeded_and_keep_the_size_of_activations(bits, symmet
 def test_a_random_model_is_quantized_but_for_its_embedding_or_dense_as_a_whole():
     assert TINY.decoder is not None
     scheme = WeightScheme(num_bits=2, group_size=32)
-    packed = synthetic.random_decoder(TINY.decoder, scheme, synthetic.generator_on(CPU))
-    dense = synthetic.random_decoder(TINY.decoder, None, synthetic.generator_on(CPU))
+    packed = synthetic.random_decoder(TINY.decoder, scheme, CPU)
+    dense = synthetic.random_decoder(TINY.decoder, None, CPU)
     assert isinstance(packed.head, KernelWeight)
     assert packed.head.scheme.num_bits == shapes.HEAD_BITS
     for one, other in zip(packed.layers, dense.layers, strict=True):

@@ -56,13 +56,7 @@ class HalfWeight:
 def fuse(
     tensors: Sequence[QuantizedTensor], dtype: torch.dtype, *, interleave: bool = False
 ) -> Fused | None:
-    """Prepare weights as one; None if their schemes or formats differ, or the kernels' tiles do.
-
-    Args:
-        tensors: They share an input.
-        dtype: Of the activations.
-        interleave: They are gate and up: let their rows alternate.
-    """
+    """Do `Backend.fuse`; None if schemes or formats differ, or the kernels' tiles do."""
     first, rows = tensors[0], [tensor.shape.out_features for tensor in tensors]
     kinds = {(one.format, one.scheme, one.shape.in_features) for one in tensors}
     if len(kinds) > 1 or not is_tileable(first):

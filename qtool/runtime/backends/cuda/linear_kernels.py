@@ -244,8 +244,7 @@ def _dequantize_call(
 def dense_weight(weight: KernelWeight, launch: Launch) -> Tensor:
     """Return W, (out_features, in_features) in the dtype of the activations."""
     if weight.tiles is None:
-        assert weight.stored is not None
-        return weight_of(weight.stored).to(weight.dtype)
+        return weight.dense()
     packed, (rows, inputs) = weight.tiles, weight.shape
     row_tiles, units, *_ = packed.planes.shape
     dense = torch.empty(rows, inputs, dtype=weight.dtype, device=packed.planes.device)
@@ -259,13 +258,12 @@ def dense_weight(weight: KernelWeight, launch: Launch) -> Tensor:
 
 def rows(index: Tensor, weight: KernelWeight, launch: Launch) -> Tensor:
     """Return the rows that `index` names: (*index.shape, in_features)."""
+    inputs = weight.shape.in_features
     if weight.tiles is None:
         return dense_weight(weight, launch)[index]
     if index.numel() == 0:
-        return torch.empty(
-            *index.shape, weight.shape.in_features, dtype=weight.dtype, device=index.device
-        )
-    packed, inputs = weight.tiles, weight.shape.in_features
+        return torch.empty(*index.shape, inputs, dtype=weight.dtype, device=index.device)
+    packed = weight.tiles
     flat = index.flatten().to(torch.int64).contiguous()
     found = torch.empty(len(flat), inputs, dtype=weight.dtype, device=packed.planes.device)
     sizes = (weight.shape.out_features, inputs, packed.planes.shape[1], packed.scales.shape[1])

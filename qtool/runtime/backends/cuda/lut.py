@@ -63,13 +63,7 @@ def why_no_tables(tensor: QuantizedTensor) -> str | None:
 
 
 def multiply_by_tables(
-    x: Tensor,
-    tensor: QuantizedTensor,
-    launch: Launch,
-    card: Card,
-    residual: Tensor | None = None,
-    *,
-    tuned: TableTuning | None = None,
+    x: Tensor, tensor: QuantizedTensor, launch: Launch, card: Card, residual: Tensor | None = None
 ) -> Tensor:
     """Return x @ W.T, and a residual.
 
@@ -79,7 +73,6 @@ def multiply_by_tables(
         launch: Runs a kernel.
         card: Where.
         residual: (tokens, out_features), added to the product.
-        tuned: None: as `table_tuning` says.
 
     Returns:
         (tokens, out_features) in the dtype of `x`.
@@ -88,7 +81,7 @@ def multiply_by_tables(
     y = x.new_empty(batch, rows)
     if batch == 0:
         return y
-    tuned = tuned or table_tuning(tensor.scheme.num_bits, rows, card)
+    tuned = table_tuning(tensor.scheme.num_bits, rows, card)
     slabs = -(-inputs // tuned.slab)
     partial = x.new_empty(slabs, batch, rows, dtype=torch.float32) if slabs > 1 else None
     offsets = parts.get("plane_offsets", parts.get(CENTERS))

@@ -94,13 +94,7 @@ class LaunchPlan:
 
 @functools.cache
 def plan_launch(
-    row_tiles: int,
-    units: int,
-    batch: int,
-    layout: Layout,
-    *,
-    card: Card,
-    tuning: Tuning,
+    row_tiles: int, units: int, batch: int, layout: Layout, *, card: Card, tuning: Tuning
 ) -> LaunchPlan | None:
     """Choose a grid that fills a card once; None: a CTA has too little shared memory.
 

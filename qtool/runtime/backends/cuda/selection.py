@@ -56,12 +56,7 @@ class Selection:
     """Two CTAs cover for one another where inputs are few, so staged soon, and weights are many."""
 
     def tuning(self, in_features: int, units: int) -> Tuning:
-        """Return how the bit-plane kernels are launched.
-
-        Args:
-            in_features: Of the weight.
-            units: Of 16 rows and 256 inputs, that one multiprocessor has to do.
-        """
+        """Return how the bit-plane kernels are launched; each multiprocessor does so many units."""
         few_inputs, many_weights = in_features <= FEW_INPUTS, units >= 100  # noqa: PLR2004
         return self.pairs if few_inputs and many_weights else self.alone
 

@@ -5,15 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qtool import resources
-from qtool.errors import BackendError
 
 COMMON = "common.cuh"
 INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
-
-
-def kernel_names() -> tuple[str, ...]:
-    """Return the sorted names of the files kernels/NAME.cu."""
-    return tuple(sorted(path.stem for path in resources.kernels_dir().glob("*.cu")))
 
 
 def kernel_source(name: str, constants: Mapping[str, int]) -> str:
@@ -23,12 +17,7 @@ def kernel_source(name: str, constants: Mapping[str, int]) -> str:
         name: Of the file kernels/NAME.cu.
         constants: The macros that its head asks for; `ACTIVATION_BF16` counts if it is there at
             all.
-
-    Raises:
-        BackendError: there is no such kernel.
     """
-    if name not in kernel_names():
-        raise BackendError(f"No kernel {name!r}. Known: {', '.join(kernel_names())}.")
     directory = resources.kernels_dir()
     lines = [f"#define {key} {value}" for key, value in sorted(constants.items())]
     parts = [_with_includes(directory / file) for file in (COMMON, f"{name}.cu")]

@@ -64,16 +64,14 @@ def _parameters(tensor: QuantizedTensor) -> Tensor:
     """Return scales, then offsets or centers: (parameters, out_features, num_groups)."""
     parameters = list(tensor.parts["plane_scales"])
     if not tensor.scheme.symmetric:
-        offsets = tensor.parts.get("plane_offsets")
-        parameters.append(tensor.parts[CENTERS] if offsets is None else offsets)
+        parameters.append(tensor.parts.get("plane_offsets", tensor.parts.get(CENTERS)))
     return torch.stack(parameters)
 
 
 def pack_planes(bits: Tensor) -> Tensor:
-    """Pack planes (num_bits, rows, inputs) uint8 of whole tiles and units.
+    """Pack planes of whole tiles and units.
 
-    Returns:
-        (row_tiles, units, num_bits, 32, 4) int32.
+    (num_bits, rows, inputs) uint8 -> (row_tiles, units, num_bits, 32, 4) int32.
     """
     num_bits, rows, inputs = bits.shape
     # row = 8 r + g; input = 256 unit + 64 word + 32 upper + 8 t + 2 (pair & 3) + half
@@ -106,11 +104,6 @@ def _pack_parameters(parameters: Tensor) -> Tensor:
 
 def unpack(tiles: Tiles, shape: Shape2D, group: int) -> tuple[Tensor, Tensor]:
     """Return scales, then offsets or centers, of each weight, and its signs.
-
-    Args:
-        tiles: A weight.
-        shape: Of the weight.
-        group: Inputs that share parameters.
 
     Returns:
         (parameters, out_features, in_features) and (num_bits, out_features, in_features) float32.
