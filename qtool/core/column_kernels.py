@@ -19,7 +19,7 @@ from qtool.core.grids import Pick, pick_affine, pick_binary
 
 MAX_COLUMNS = 256
 HELD_LEVELS = 16
-"""More levels per group don't fit in registers: they are searched in memory, which is the cache's."""
+"""More levels per group don't fit in registers; they are searched in memory."""
 TILE = 4096
 """Working values per program, at most: 32 for each of the 128 threads."""
 ROWS_AT_ONCE = 32
