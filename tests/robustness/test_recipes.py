@@ -168,11 +168,11 @@ def plan(case: Case, file: Path, source: ModelSource) -> str | None:
     """Read a recipe, plan with it, and return what is wrong with it although it was taken."""
     file.write_bytes(case.content)
     recipe = load_recipe(str(file), case.settings)
+    make_plan(source, recipe)  # options are checked here
     values = recipe.model_dump(mode="json")
     text = json.dumps(values, allow_nan=False)  # as the manifest will have it
     if recipe_from_mapping(json.loads(text)) != recipe:
         return "is another recipe when it is read back from the manifest"
-    make_plan(source, recipe)
     return None
 
 
