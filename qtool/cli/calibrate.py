@@ -1,5 +1,6 @@
 """`qtool calibrate`."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -114,7 +115,8 @@ def _print_result(result: "CalibrateResult") -> None:
     drawn = histogram(result.lengths, edges)
     columns = {"length in tokens": "right", "samples": "left"}
     rows: list[tuple[str, ...]] = [
-        (f"{low}-{high - 1}", _bar(share)) for low, high, share in _bins(edges, drawn)
+        (f"{low}-{high - 1}", _bar(share))
+        for (low, high), share in zip(itertools.pairwise(edges), drawn, strict=True)
     ]
     if result.wanted_lengths:
         columns["requested"] = "left"
@@ -135,10 +137,6 @@ def _quantiles(lengths: Sequence[int]) -> str:
 
     p10, median, p90 = quantiles(lengths)
     return f"median {median}, p10 {p10}, p90 {p90}"
-
-
-def _bins(edges: list[int], shares: list[float]) -> list[tuple[int, int, float]]:
-    return list(zip(edges[:-1], edges[1:], shares, strict=True))
 
 
 def _bar(share: float) -> str:
