@@ -74,7 +74,7 @@ def bench(
     baseline = baseline or _original(model)
     corpus = load_corpus(options.quality.dataset) if options.quality else None
     models = [one for one in (baseline, model) if one is not None]
-    subjects = [figures_of(one.name, one.directory) for one in models]
+    subjects = [figures_of(one) for one in models]
     figures = []
     for one, subject in zip(models, subjects, strict=True):
         figures.append(_timed(one, subject, options, corpus, emit))
