@@ -56,13 +56,9 @@ def bench(
     baseline: Location | None = None,
     emit: Emit = ignore_events,
 ) -> Comparison:
-    """Time a checkpoint and, in the same run, its original.
+    """Time a checkpoint, or shapes, and in the same run its original.
 
-    Args:
-        model: The checkpoint; None if shapes are asked for.
-        options: What and how.
-        baseline: The original; None: what the checkpoint names as its source, if anything.
-        emit: Is told of each window, and what is timed.
+    Without a `baseline` that is what the checkpoint names as its source, if anything.
 
     Raises:
         BackendError: kernels are to be timed, and there is no card.

@@ -1,9 +1,9 @@
 """`eval`: the quality of what was quantized, beside the original."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,7 +29,6 @@ from qtool.runtime.backends._choose import use_backend
 if TYPE_CHECKING:
     from qtool.timing.gpu import GpuResult
 
-_T = TypeVar("_T")
 PROMPTS = 4
 """Beginnings that a model and its baseline continue."""
 AGREEMENT_WINDOWS = 16
@@ -108,36 +107,29 @@ def evaluate(
         return Comparison((), tasks=scored)
     corpus = load_corpus(options.dataset)
     subjects = {one: figures_of(one) for one in (model, baseline) if one is not None}
-    figures, reference = [], None
-    if baseline is not None:
-        with _loaded(baseline, backend, dtype) as loaded:
+    figures, reference, agreement = [], None, None
+    with use_backend(backend):
+        if baseline is not None:
+            loaded = load_model(baseline, dtype=dtype)
             measured = options.measure(loaded, corpus, emit)
-            reference = _if_possible(lambda: options.record(loaded, corpus, emit), emit)
-        figures.append(replace(subjects[baseline], perplexity=measured))
-        del loaded
-        free_memory()
-    with _loaded(model, backend, dtype) as loaded:
+            with _if_possible(emit):
+                reference = options.record(loaded, corpus, emit)
+            figures.append(replace(subjects[baseline], perplexity=measured))
+            del loaded
+            free_memory()
+        loaded = load_model(model, dtype=dtype)
         measured = options.measure(loaded, corpus, emit)
-        agreement = None
         if reference is not None:
-            found = reference
-            agreement = _if_possible(lambda: compare_to_reference(loaded, found, emit), emit)
+            with _if_possible(emit):
+                agreement = compare_to_reference(loaded, reference, emit)
     figures.append(replace(subjects[model], perplexity=measured))
     return Comparison(tuple(figures), agreement, versions())
 
 
-def _if_possible(compare: Callable[[], _T], emit: Emit) -> _T | None:
-    """Return a comparison, or None after a warning: what was measured before isn't lost to it."""
+@contextmanager
+def _if_possible(emit: Emit) -> Iterator[None]:
+    """Warn where models can't be compared: what was measured before isn't lost to it."""
     try:
-        return compare()
+        yield
     except QtoolError as error:
         emit(Notice(f"The two models aren't compared token by token: {error}"))
-        return None
-
-
-@contextmanager
-def _loaded(
-    model: Location, backend: str | None, dtype: torch.dtype | None = None
-) -> Iterator[LoadedModel]:
-    with use_backend(backend):
-        yield load_model(model, dtype=dtype)

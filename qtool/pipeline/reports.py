@@ -39,10 +39,8 @@ NUMBERS = ("average_bits", "weight_bytes", "source_bytes", "seconds", "peak_memo
 def report_bytes(result: QuantizeResult, *, run: str, files: list[str]) -> bytes:
     """Return the content of the report.
 
-    Args:
-        result: Of the run.
-        run: What tells it from all others; a run that has ended isn't done again.
-        files: The names that it writes beside the weights, so that --overwrite knows them as ours.
+    `run` tells it from all others: a run that has ended isn't done again. `files` are the names
+    that it writes beside the weights, so that --overwrite knows them as ours.
     """
     values = asdict(result)
     layers = [

@@ -18,13 +18,7 @@ from qtool.steps.solve import LayerResult
 def write_result(
     run: Run, results: tuple[LayerResult, ...], writer: CheckpointWriter, started: float
 ) -> QuantizeResult:
-    """Write all files of the result and give it its name.
-
-    Args:
-        run: What was run.
-        results: Of its layers.
-        writer: Has the layers and the tensors that were copied.
-        started: When, by `time.perf_counter`.
+    """Write all files of a result that was `started` at so many seconds, and give it its name.
 
     Raises:
         QtoolError: see `CheckpointWriter.finish`.

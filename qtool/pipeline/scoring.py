@@ -121,12 +121,7 @@ def _subject(
 
 
 def _load(subject: _Subject, dtype: torch.dtype, *, remember: bool) -> LoadedModel:
-    """Load a model, which may be hours after its digest was taken.
-
-    Raises:
-        ModelError: it can't be loaded, or is another by now.
-        CheckpointError: its files are missing or damaged.
-    """
+    """Load a model, which may be hours after its digest was taken."""
     name, directory = subject.figures.name, subject.location.directory
     with explained(f"{name} can't be loaded", full=TOO_LARGE, other=DAMAGED), quiet():
         loaded = load_model(subject.location, dtype=dtype)

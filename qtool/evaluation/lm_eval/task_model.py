@@ -70,7 +70,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         )
         self.name, self.emit = model.name, emit
         self._memory = batches.device_bytes(self.device)
-        self._size_of_batch = self._by_length()
+        self._batch_scheduler = self._by_length()
         self.store = Memo()
         self.task, self.done, self.total = "", 0, 0
         self.truncated = 0
@@ -159,7 +159,10 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         return batches.written_at_once(size, longest, self._memory)
 
     def _by_length(self) -> Callable[[int, Sequence[Any]], int]:
-        """Return what sizes batches of requests, each (texts, prompt tokens, answer tokens)."""
+        """Return what sizes batches of requests, each (texts, prompt tokens, answer tokens).
+
+        By its longest request; lm-eval would try what still fits in memory.
+        """
         size = self.config.get_text_config().vocab_size * self.model.dtype.itemsize
         return batches.batches_by_length(
             batches.MOST_ON_CPU if self._memory is None else batches.MOST_READ,
@@ -169,10 +172,6 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
 
     def _in_batches_of(self, size: int | str) -> Any:  # noqa: ANN401
         return mock.patch.object(self, "batch_size_per_gpu", size)
-
-    def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
-        """Size a batch by its longest request; lm-eval would try what still fits in memory."""
-        return self._size_of_batch(pos, n_reordered_requests)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **rest: Any) -> Any:  # noqa: ANN401
         """Without lm-eval's own progress bar, which rolling windows would show each."""
@@ -211,11 +210,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         return normalize_gen_kwargs(arguments[1], self.max_gen_toks)
 
     def _is_cut(self, kind: str, arguments: Any) -> bool:  # noqa: ANN401
-        """Return whether lm-eval cuts a request; whole texts are split into windows instead.
-
-        Raises:
-            DataError: the answer alone may be longer than the context.
-        """
+        """Return whether lm-eval cuts a request; whole texts are split into windows instead."""
         if kind == "loglikelihood_rolling":
             return False
         if kind == "loglikelihood":
@@ -235,11 +230,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         )
 
     def _add(self, kind: str, arguments: Any, answer: Any) -> None:  # noqa: ANN401
-        """Keep an answer.
-
-        Raises:
-            ModelError: it isn't a number; of choices, lm-eval would take the first for the best.
-        """
+        """Keep an answer that is a number: of choices, lm-eval would take a NaN for the best."""
         likelihood = answer[0] if kind == "loglikelihood" else answer
         if isinstance(likelihood, float) and math.isnan(likelihood):
             raise ModelError(
