@@ -45,13 +45,8 @@ def paired_means(
 ) -> Paired:
     """Compare two means over the same items, such as accuracies.
 
-    The p-value is the exact one of McNemar where all values are 0 or 1, else that of a paired
-    t-test.
-
-    Args:
-        original: One value per item.
-        quantized: Likewise, in the same order.
-        higher_is_better: What `improved` and `worsened` count.
+    Both have one value per item, in the same order. The p-value is the exact one of McNemar where
+    all values are 0 or 1, else that of a paired t-test.
     """
     first, second = np.array(original, dtype=np.float64), np.array(quantized, dtype=np.float64)
     count = len(first)
@@ -80,10 +75,8 @@ def paired_ratios(
     differences of these, one per item: words inside an item may depend on each other. The p-value
     is that of z = (L_quantized - L_original) / its standard error, the log ratio of perplexities.
 
-    Args:
-        original: One (log-likelihood, weight) per item; a weight of 1 if the metric is the mean.
-        quantized: Likewise, in the same order and with the same weights.
-        unit: Of the metric.
+    Both have one (log-likelihood in nats, weight) per item, in the same order and with the same
+    weights, which are 1 if the metric is the mean.
     """
     pairs = np.array(original, dtype=np.float64), np.array(quantized, dtype=np.float64)
     weights = pairs[0][:, 1]
