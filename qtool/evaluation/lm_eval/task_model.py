@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
-import torch
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qtool.base import Emit, Notice, Progress, ignore_events
 from qtool.errors import DataError, ModelError
@@ -25,6 +25,9 @@ from qtool.modeling.load import LoadedModel
 from qtool.storage.memo import Memo
 
 TEXTS_AT_ONCE = 4096
+WRITING_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All but cuDNN's, which is planned anew for every length: a text that is written has a new one at
+every token, and waits 60 ms for each on an H100."""
 
 
 class _AnswerHook(CacheHook):  # type: ignore[misc] # lm-eval isn't typed
@@ -32,20 +35,6 @@ class _AnswerHook(CacheHook):  # type: ignore[misc] # lm-eval isn't typed
 
     def __init__(self, add_partial: Callable[[str, Any, Any], None]) -> None:
         self.add_partial = add_partial
-
-
-@contextlib.contextmanager
-def without_cudnn_attention() -> Iterator[None]:
-    """Keep torch from cuDNN's attention, which is planned anew for every length.
-
-    A text that is written has a new length at every token: 60 ms each on an H100.
-    """
-    wanted = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(enabled=False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(wanted)
 
 
 class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
@@ -143,7 +132,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         size = self.batch_size_per_gpu
         if size == AUTO:
             size = self._written_at_once([request.args for request in requests])
-        with self._in_batches_of(size), without_cudnn_attention():
+        with self._in_batches_of(size), sdpa_kernel(WRITING_ATTENTION):
             return self._answer("generate_until", super().generate_until, requests)
 
     def _written_at_once(self, arguments: Sequence[Any]) -> int:
