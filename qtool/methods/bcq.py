@@ -126,7 +126,9 @@ def _calibrated(
     else:
         start = _fit(problem, _real(problem), options).transpose(1, 2).contiguous()
         grid = BinaryGrid(start, offset=not scheme.symmetric, span=span)
-        codes = _by_column(problem, factor, order, grid)
+        work = columns[order]
+        codes = solve_columns(work, factor.upper, grid, order, column_block=COLUMN_BLOCK)
+        codes = codes[layout.inverse(order)].contiguous()
     polish(grid, edges, columns, codes, factor.hessian, rounds=options.polish_rounds)
     theta = layout.to_columns(grid.parameters.transpose(1, 2), scheme)
     notes = {"damping": factor.damping}
@@ -157,13 +159,6 @@ def _by_group(
     natural = torch.empty_like(parameters)
     natural[groups] = parameters
     return codes[layout.inverse(order)].contiguous(), natural
-
-
-def _by_column(problem: LayerProblem, factor: Factor, order: Tensor, grid: BinaryGrid) -> Tensor:
-    """Solve column by column; return codes in natural order."""
-    work = problem.weight.T[order].contiguous()
-    codes = solve_columns(work, factor.upper, grid, order, column_block=COLUMN_BLOCK)
-    return codes[layout.inverse(order)].contiguous()
 
 
 def _solution(

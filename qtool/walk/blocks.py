@@ -142,15 +142,12 @@ class BlockModel:
         }
         for name, module in outside.items():
             fill_own(module, name, self.source, self.device)
-        self._buffers_to(self.device)
+        for module in self._model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
         yield
         for module in outside.values():
             empty_own(module)
-
-    def _buffers_to(self, device: str) -> None:
-        for module in self._model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(device)
 
     def load(self, index: int) -> "Block":
         """Fill one block; drop the result to free its memory."""
@@ -184,26 +181,23 @@ class Block:
     def __init__(self, module: nn.Module, name: str, calls: tuple[Call, ...]) -> None:
         self._module, self._name, self._calls = module, name, calls
         self._device = next(module.parameters()).device
-        self._batch = -1
 
     def copy(self) -> "Block":
         """Return a block with weights of its own."""
         return Block(deepcopy(self._module), self._name, self._calls)
 
     @torch.no_grad()
-    def run(self, hidden: Tensor, batch: int | None = None) -> Tensor:
+    def run(self, hidden: Tensor, batch: int) -> Tensor:
         """Return the block's output for one batch, on the block's device.
 
         Args:
             hidden: Input of the block, (samples, length, width).
             batch: Which of the captured batches it is: it decides the block's other arguments.
-                None: the one after the last that ran, as when all are run in turn.
 
         Raises:
             ModelError: the block can't run by itself.
         """
-        self._batch = (self._batch + 1 if batch is None else batch) % len(self._calls)
-        output = self._call(hidden, self._calls[self._batch])
+        output = self._call(hidden, self._calls[batch])
         return output[0] if isinstance(output, tuple) else output
 
     def rest_of_output(self, hidden: Tensor, call: Call) -> tuple[Any, ...] | None:
