@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtool.base import Tokenizer
 from qtool.data.corpora import Corpus
 from qtool.data.documents import Collection
 from qtool.data.samples import cut, streams
@@ -51,14 +52,14 @@ class CalibrationSet:
         )
 
 
-def tokenizer_digest(tokenizer: Any) -> str:  # noqa: ANN401
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """Return a digest of the vocabulary, to tell whether two sets can be compared."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
 
 def draw_samples(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     texts: Corpus | Collection,
     lengths: Sequence[int],
     *,

@@ -72,10 +72,7 @@ def quantize_bcq(problem: LayerProblem, options: BcqOptions) -> LayerSolution:
 def _fit(problem: LayerProblem, importance: Tensor, options: BcqOptions) -> Tensor:
     """Fit every group on its own: (rows, num_groups, num_bits + 1) float32, offset last.
 
-    Args:
-        problem: The layer.
-        importance: (num_groups, group_size), zero for padding.
-        options: How hard to search.
+    Importance is (num_groups, group_size), zero for padding.
     """
     scheme = problem.scheme
     rows = grouping.split(grouping.to_rows(problem.weight, scheme), scheme.group_size)

@@ -54,7 +54,9 @@ def quantize_gptq(problem: LayerProblem, options: GptqOptions) -> LayerSolution:
     grid = _fit(problem, importance, options)
     codes = _feed(problem, upper, order, grid, options)
     if factor is None:
-        reason = "the Hessian can't be factored even with a damping of 1; rounded to nearest instead"
+        reason = (
+            "the Hessian can't be factored even with a damping of 1; rounded to nearest instead"
+        )
         return _solution(problem, grid, codes, float("nan"), reason)
     polish(
         grid,

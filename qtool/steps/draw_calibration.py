@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from qtool.base import Emit, Notice, ignore_events
+from qtool.base import Emit, Notice, Tokenizer, ignore_events
 from qtool.data.calibration import CalibrationSet, draw_samples
 from qtool.data.corpora import bos_warning, check_tokens, open_dataset
 from qtool.data.lengths import bin_edges, match_lengths, summary, task_lengths
@@ -19,9 +18,7 @@ FIXED_LENGTH = 2048
 
 
 def wanted_lengths(
-    section: CalibrationSection,
-    tokenizer: Any,  # noqa: ANN401
-    given: Sequence[int] | None,
+    section: CalibrationSection, tokenizer: Tokenizer, given: Sequence[int] | None
 ) -> list[int] | None:
     """Return the lengths to match, None where the recipe fixes the length.
 
@@ -48,7 +45,7 @@ def wanted_lengths(
 def draw_calibration(
     section: CalibrationSection,
     source: ModelSource,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     *,
     lengths: Sequence[int] | None,
     seed: int,
@@ -100,10 +97,7 @@ def draw_calibration(
 
 
 def check_samples(
-    source: ModelSource,
-    tokenizer: Any,  # noqa: ANN401
-    calibration: CalibrationSet,
-    emit: Emit,
+    source: ModelSource, tokenizer: Tokenizer, calibration: CalibrationSet, emit: Emit
 ) -> None:
     """Refuse samples that the model can't read, and warn of those that it reads poorly.
 

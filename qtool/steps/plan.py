@@ -173,7 +173,6 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
     Raises:
         RecipeError: an option is wrong, or an override matches nothing.
         SchemeError: a method can't do the scheme.
-        ModelError: a tensor has the name of what would be written.
         UnknownNameError: there is no such method.
         ModelError: much of the blocks can't be quantized, or a stored name is in the way.
     """

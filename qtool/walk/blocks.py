@@ -5,7 +5,7 @@ filled in to capture its inputs; after that one block at a time is filled, run a
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from typing import Any
 
@@ -224,13 +224,8 @@ class Block:
             seen.append(arguments[0])
             raise _Stop
 
-        handle = self._module.get_submodule(linear).register_forward_pre_hook(stop)
-        try:
+        with self._module.get_submodule(linear).register_forward_pre_hook(stop), suppress(_Stop):
             self.run(hidden, batch)
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
         if not seen:
             raise ModelError(f"{linear} was never called: its inputs can't be measured.")
         return seen[0].flatten(0, -2)
@@ -252,11 +247,8 @@ class Block:
         def note(_module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             seen.append((arguments[0], output))
 
-        handle = self._module.get_submodule(linear).register_forward_hook(note)
-        try:
+        with self._module.get_submodule(linear).register_forward_hook(note):
             output = self.run(hidden, batch)
-        finally:
-            handle.remove()
         if not seen:
             raise ModelError(f"{linear} was never called: its inputs can't be measured.")
         inputs, added = seen[0]
