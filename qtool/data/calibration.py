@@ -67,12 +67,8 @@ def draw_samples(
 ) -> CalibrationSet:
     """Cut consecutive samples of the given lengths from the start of a text or of documents.
 
-    Args:
-        tokenizer: Of the model.
-        texts: A running text, or documents; these are read as far as needed.
-        lengths: Of the samples.
-        at_starts: Start each sample at the start of a document. A running text has no other start
-            than its own, and is cut in one go all the same.
+    Documents are read as far as needed. With `at_starts` each sample starts at the start of one; a
+    running text has no other start than its own, and is cut in one go all the same.
 
     Raises:
         DataError: the texts hold less than two samples, or a document can't be used.

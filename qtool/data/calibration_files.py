@@ -31,10 +31,7 @@ def check_no_calibration(
 ) -> None:
     """Refuse a directory that calibration data would spoil, before any are drawn.
 
-    Args:
-        directory: Where they are to go.
-        overwrite: Calibration data that are there may be replaced; nothing else.
-        model_directory: Of the model, where they can't go.
+    With `overwrite` calibration data that are there may be replaced, and nothing else.
 
     Raises:
         OutputError: there are some, or something else is in the way.

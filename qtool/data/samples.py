@@ -19,10 +19,7 @@ def streams(
 ) -> Iterator[Tensor]:
     """Yield the tokens of each document, (tokens,) int64; a running text is a single one.
 
-    Args:
-        tokenizer: Of the model.
-        texts: Where the documents come from.
-        read: Counts `documents`, `chats` and `tokens` while they are read.
+    `read` counts `documents`, `chats` and `tokens` while they are read.
 
     Raises:
         DataError: a document can't be read, or is a chat that the tokenizer can't render.

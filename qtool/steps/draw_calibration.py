@@ -20,12 +20,7 @@ FIXED_LENGTH = 2048
 def wanted_lengths(
     section: CalibrationSection, tokenizer: Tokenizer, given: Sequence[int] | None
 ) -> list[int] | None:
-    """Return the lengths to match, None where the recipe fixes the length.
-
-    Args:
-        section: What the recipe says.
-        tokenizer: Of the model.
-        given: Lengths from a file, instead of the tasks'.
+    """Return the lengths to match: those given, else the tasks'; None where the recipe fixes one.
 
     Raises:
         RecipeError: lengths are to be matched, but to nothing.
@@ -53,13 +48,8 @@ def draw_calibration(
 ) -> CalibrationSet:
     """Draw the samples, and note all that decided them.
 
-    Args:
-        section: What the recipe says.
-        source: The model; its positions bound the length of a sample.
-        tokenizer: Of the model.
-        lengths: Lengths to match, from `wanted_lengths`; None: fixed.
-        seed: Of the order of matched lengths.
-        emit: Is warned if the text is too short for all samples.
+    Lengths are those of `wanted_lengths`; their order is drawn with the seed. Warns if the text is
+    too short for all samples.
 
     Raises:
         DataError: the text is missing or too short for two samples, or a sample would be longer
