@@ -33,7 +33,7 @@ demo: $(VENV)/.demo ## Quantize a real model, measure and time it beside its ori
 test: $(VENV)/.dev ## Run the tests that need neither card, network nor real model
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
-test-slow: $(VENV)/.dev ## Run the tests on the real demo model
+test-slow: $(VENV)/.dev ## Run the tests on the real demo model, and the long ones
 	$(BIN)/python -m pytest -q -m slow
 
 test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA card
@@ -86,12 +86,10 @@ docs-check: $(VENV)/.dev ## Check that the generated pages are fresh
 	$(BIN)/python docs/generate.py --check
 
 recipes: $(VENV)/.dev ## Dry-run every recipe on the demo model
-	@for recipe in recipes/*.yaml; do \
-		$(BIN)/qtool quantize --recipe $$recipe --dry-run --json - demo:smollm2 unused > /dev/null \
-		|| exit 1; echo "$$recipe ok"; done
+	$(BIN)/python -m tests.recipes.dry_runs
 
 wheel-test: $(VENV)/.dev ## Build the wheel and load recipes and kernels from it
-	$(BIN)/python -m pytest -q -m wheel
+	$(BIN)/python -m pytest -q -m wheel tests/unit/test_wheel.py
 
 cov: $(VENV)/.dev ## Measure the coverage of the tests
 	$(BIN)/python -m pytest -q --cov --cov-report=term-missing

@@ -1,5 +1,6 @@
 """Settings of hypothesis, isolation from the user's machine, tiny models built once."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QTOOL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """Leave what is imported out of garbage collections: each run of a task has some."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

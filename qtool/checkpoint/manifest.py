@@ -171,7 +171,7 @@ def _entry_from_json(name: str, value: object) -> LayerEntry:
             )
         entry.layout()
     except QtoolError as error:
-        raise CheckpointError(f"layer {name}: {str(error).rstrip('.')}") from error
+        raise CheckpointError(f"layer {shown(name)}: {str(error).rstrip('.')}") from error
     return entry
 
 

@@ -24,7 +24,7 @@ from qtool.checkpoint.shards import Shards, TensorSpec, open_shards, read_json
 from qtool.errors import CheckpointError
 from qtool.formats._dtypes import stored_name
 from qtool.scheme import Shape2D, WeightScheme
-from qtool.wording import list_names
+from qtool.wording import list_names, shown
 
 AGAIN = "Copy the checkpoint again."
 
@@ -135,12 +135,13 @@ def check_headers(manifest: Manifest, specs: Mapping[str, TensorSpec], where: st
         found = manifest.layers.get(name)
         if found is None and part in packed and stored.dtype == stored_name("int32"):
             raise CheckpointError(
-                f"{where}: {full} belongs to a quantized layer that config.json doesn't name. "
-                f"{AGAIN}"
+                f"{where}: {shown(full)} belongs to a quantized layer that config.json doesn't "
+                f"name. {AGAIN}"
             )
         if found is not None and part in known and part not in found.layout():
             raise CheckpointError(
-                f"{where}: {full} is no part of a layer that is stored as config.json says. {AGAIN}"
+                f"{where}: {shown(full)} is no part of a layer that is stored as config.json "
+                f"says. {AGAIN}"
             )
 
 
@@ -149,19 +150,19 @@ def _check_shared(manifest: Manifest, name: str, entry: LayerEntry, where: str) 
         owner = manifest.layers.get(entry.shared_with)
         if owner != replace(entry, shared_with=None, method=owner.method if owner else ""):
             raise CheckpointError(
-                f"{where}: {name} shares the parts of {entry.shared_with}, which isn't there or "
-                "is stored in another way."
+                f"{where}: {shown(name)} shares the parts of {shown(entry.shared_with)}, which "
+                "isn't there or is stored in another way."
             )
 
 
 def _check_part(name: str, spec: PartSpec, specs: Mapping[str, TensorSpec], where: str) -> None:
     stored = specs.get(name)
     if stored is None:
-        raise CheckpointError(f"{where}: tensor {name} is missing. {AGAIN}")
+        raise CheckpointError(f"{where}: tensor {shown(name)} is missing. {AGAIN}")
     expected = (stored_name(spec.dtype), spec.shape)
     if (stored.dtype, stored.shape) != expected:
         raise CheckpointError(
-            f"{stored.file}: {name} is {stored.dtype} {stored.shape}; "
+            f"{stored.file}: {shown(name)} is {stored.dtype} {stored.shape}; "
             f"its scheme needs {expected[0]} {expected[1]}."
         )
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from qtool.core.grids import Pick, pick_affine, pick_binary
 
 MAX_COLUMNS = 256
-MAX_LEVELS = 16
-"""More levels per group don't fit in registers."""
+HELD_LEVELS = 16
+"""More levels per group don't fit in registers; they are searched in memory."""
 TILE = 4096
 """Working values per program, at most: 32 for each of the 128 threads."""
 ROWS_AT_ONCE = 32
@@ -72,6 +72,20 @@ def _binary(value: _T, place: _T, levels: _T, codes: _T, middles: _T, last: _T) 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _searched(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
+    value: _T, row: _T, rows: _T, there: _T, levels: _T, codes: _T, middles: _T, STEPS: tl.constexpr
+) -> tuple[_T, _T]:
+    """Do what `_binary` does for 2^STEPS levels, by halving what is left."""
+    place = tl.zeros_like(row)
+    for step in tl.static_range(STEPS):
+        half = 1 << (STEPS - 1 - step)
+        middle = tl.load(middles + (place + half - 1) * rows + row, mask=there, other=0.0)
+        place = tl.where(value >= middle, place + half, place)
+    code = tl.load(codes + place * rows + row, mask=there, other=0).to(tl.int32)
+    return code, tl.load(levels + place * rows + row, mask=there, other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
     work_pointer: tl.tensor,  # (columns, rows): values to quantize; descending: gradient
     old_pointer: tl.tensor,  # (columns, rows): descending: levels so far
@@ -87,7 +101,8 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
     IS_AFFINE: tl.constexpr,
     DESCENDS: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,  # of a tile: powers of two, at least as many as there are
-    NUM_LEVELS: tl.constexpr,
+    NUM_LEVELS: tl.constexpr,  # that are held; others are found in STEPS
+    STEPS: tl.constexpr,
     NUM_ROWS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0) * NUM_ROWS + tl.arange(0, NUM_ROWS)
@@ -108,6 +123,10 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
             value, old = _descended(value, old_pointer + here, matrix_pointer + square, there)
         if IS_AFFINE:
             code, level = _affine(value, first_pointer, second_pointer, third_pointer, here, there)
+        elif STEPS > 0:
+            code, level = _searched(
+                value, row, rows, there, first_pointer, second_pointer, third_pointer, STEPS
+            )
         else:
             code, level = _binary(value, place, levels, codes, middles, last)
         tl.store(codes_pointer + here, code.to(tl.uint8), mask=there)
@@ -118,7 +137,7 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
 
 def supports(pick: Pick, work: Tensor, tables: tuple[Tensor, ...]) -> bool:
     """Return whether `walk` can do a block: `work` (columns, rows), with its tables for `pick`."""
-    binary = pick is pick_binary and len(tables[0]) <= MAX_LEVELS
+    binary = pick is pick_binary and len(tables[0]).bit_count() == 1  # all signs of all planes
     fits = 0 < len(work) <= MAX_COLUMNS and 0 < work.numel() < 2**31  # offsets are int32
     return (binary or pick is pick_affine) and fits and work.dtype == torch.float32
 
@@ -140,6 +159,8 @@ def walk(
     is_affine = pick is pick_affine
     tile_columns = max(16, triton.next_power_of_2(columns))
     tile_rows = min(ROWS_AT_ONCE, TILE // tile_columns)
+    num_levels = 0 if is_affine else len(first)
+    is_held = num_levels <= HELD_LEVELS
     with torch.cuda.device_of(work):  # Triton launches on the current device
         _walk[(triton.cdiv(rows, tile_rows),)](
             work,
@@ -152,11 +173,12 @@ def walk(
             chosen,
             columns,
             rows,
-            0 if is_affine else len(first),
+            num_levels if is_held else 0,
             IS_AFFINE=is_affine,
             DESCENDS=levels is not None,
             NUM_COLUMNS=tile_columns,
-            NUM_LEVELS=1 if is_affine else triton.next_power_of_2(len(first)),
+            NUM_LEVELS=max(num_levels, 1) if is_held else 1,
+            STEPS=0 if is_held else num_levels.bit_length() - 1,
             NUM_ROWS=tile_rows,
             num_warps=NUM_WARPS,
         )

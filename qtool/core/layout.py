@@ -6,6 +6,9 @@ from qtool.core import grouping
 from qtool.core.grids import Span
 from qtool.scheme import Shape2D, WeightScheme
 
+RUN = 8
+"""Rows of gate, then of up, that alternate where both are one weight."""
+
 
 def edges_of(scheme: WeightScheme, shape: Shape2D) -> list[int]:
     """Return the boundaries of the groups of columns, 0 .. in_features.
@@ -44,3 +47,8 @@ def split_codes(codes: Tensor, scheme: WeightScheme) -> Tensor:
 def inverse(order: Tensor) -> Tensor:
     """Return the permutation that undoes `order`."""
     return order.argsort()
+
+
+def side_by_side(y: Tensor) -> Tensor:
+    """Return the outputs (..., 2 n) of rows that alternate in runs: those of gate, then of up."""
+    return y.unflatten(-1, (-1, 2, RUN)).transpose(-3, -2).flatten(-3)

@@ -14,7 +14,7 @@ from typing import Any
 
 from qtool.errors import DataError, MissingExtraError, QtoolError
 from qtool.storage.jsonl import check_file, json_lines
-from qtool.wording import reason
+from qtool.wording import quoted, reason
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 HUB_PREFIX = "hub:"
@@ -61,7 +61,9 @@ def document(row: object, place: str) -> Document:
         return Document(
             [_turn(turn, f"{place}, turn {n}") for n, turn in enumerate(turns, 1)], place
         )
-    found = ", ".join(f"{key!r} ({_kind(value)})" for key, value in values.items()) or "no fields"
+    found = (
+        ", ".join(f"{quoted(key)} ({_kind(value)})" for key, value in values.items()) or "no fields"
+    )
     raise DataError(
         f"{place} has {found}. It must be an object with 'text', a string, or with 'messages', a "
         "list of objects with 'role' and 'content'."

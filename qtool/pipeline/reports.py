@@ -14,6 +14,7 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import CheckpointError
 from qtool.steps.solve import LayerResult
 from qtool.storage.plain_json import json_text
+from qtool.wording import quoted
 
 NOT_METRICS = ("name", "group_dim", "fallback", "seconds")
 
@@ -77,7 +78,8 @@ def result_of(place: Place) -> QuantizeResult:
         return QuantizeResult(out_dir=place.named, layers=layers, **numbers)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{place.out_dir} is complete, but its quantization_report.json is damaged: {error!r}."
+            f"{place.out_dir} is complete, but its quantization_report.json is damaged: "
+            f"{quoted(error)}."
         ) from error
 
 

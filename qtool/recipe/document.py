@@ -14,7 +14,7 @@ import yaml
 
 from qtool.errors import DataError, RecipeError
 from qtool.storage.jsonl import mended, read_text
-from qtool.wording import reason
+from qtool.wording import quoted, reason
 
 MOST_BYTES = 1 << 18
 MOST_NODES = 10_000
@@ -122,7 +122,7 @@ class _Builder:
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         if node.tag not in (f"{CORE}map", f"{CORE}seq"):
-            raise self._error(node, f"the tag {node.tag!r} has no meaning in a recipe")
+            raise self._error(node, f"the tag {quoted(node.tag)} has no meaning in a recipe")
         if isinstance(node, yaml.SequenceNode):
             items = []
             for index, item in enumerate(node.value):
@@ -156,7 +156,7 @@ class _Builder:
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:  # noqa: ANN401
         if node.tag not in SCALARS:
-            raise self._error(node, f"the tag {node.tag!r} has no meaning in a recipe")
+            raise self._error(node, f"the tag {quoted(node.tag)} has no meaning in a recipe")
         if node.tag != TEXT and len(node.value) > MOST_NUMBER:
             raise self._error(node, f"a number has more than {MOST_NUMBER} characters")
         try:

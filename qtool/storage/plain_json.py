@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ def leaves(value: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
     waiting = [("", value)]
     while waiting:
         where, one = waiting.pop()
-        items: Iterable[tuple[Any, Any]] = one.items() if isinstance(one, Mapping) else ()
-        if isinstance(one, (list, tuple)):
-            items = enumerate(one)
+        held = dict(enumerate(one)) if isinstance(one, (list, tuple)) else one
+        items = held.items() if isinstance(held, Mapping) else ()
         inner = [(f"{where}.{key}".removeprefix("."), child) for key, child in items]
         waiting += reversed(inner)
         if not inner:

@@ -28,12 +28,12 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("oops\n  twice"), ["Internal error", "RuntimeError: oops twice", "debug"]),
     ],
 )
-def test_what_nobody_explained_is_one_line(cli: Cli, monkeypatch, tmp_path, error, words):
+def test_what_nobody_explained_is_one_line(cli: Cli, llama, monkeypatch, tmp_path, error, words):
     def fail(*_args, **_kwargs):
         raise error
 
     monkeypatch.setattr(pipeline, "quantize", fail)
-    one_line(cli("quantize", "m", tmp_path / "out"), *words)
+    one_line(cli("quantize", llama, tmp_path / "out"), *words)
 
 
 def test_other_errors_of_the_system_are_no_full_disk():

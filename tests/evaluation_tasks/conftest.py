@@ -8,6 +8,7 @@ import pytest
 
 from qtool import pipeline
 from qtool.evaluation.lm_eval.harness import Tasks
+from qtool.evaluation.lm_eval.hooks import task_manager
 from qtool.evaluation.lm_eval.options import TaskOptions
 from qtool.modeling.locate import Location
 from qtool.pipeline import scoring
@@ -25,6 +26,13 @@ def save(model: Any, directory: Path) -> Path:
     model.save_pretrained(directory)
     families.save_tokenizer(directory)
     return directory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _loaded() -> None:
+    """Load what every run needs before the first module's objects are frozen."""
+
+    task_manager()
 
 
 @pytest.fixture(scope="session")

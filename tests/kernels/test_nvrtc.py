@@ -6,7 +6,8 @@ from qtool import resources
 from qtool.runtime.backends.cuda.sources import kernel_source
 from tests.kernels.nvrtc import compile_for
 
-ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90"]
+MEASURED, OLDEST = "sm_90", "sm_80"
+BETWEEN = [pytest.param(name, marks=pytest.mark.slow) for name in ("sm_86", "sm_89")]
 WEIGHT = {"GROUP": 128, "OFFSET": 1}
 AFFINE = {"GROUP": 128, "OFFSET": 2}
 GRID = {"WARPS": 16, "STAGES": 3, "BLOCKS": 1, "EPILOGUE": 0, "ALIGNED": 1}
@@ -74,7 +75,7 @@ def describe(variant) -> str:
     return "-".join([name, *(f"{key}{value}" for key, value in constants.items())])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [OLDEST, *BETWEEN, MEASURED])
 @pytest.mark.parametrize("variant", VARIANTS, ids=describe)
 def test_kernel_compiles_without_spilling(variant, architecture):
     name, constants, registers = variant

@@ -61,12 +61,11 @@ def run_apart(function: Callable[..., Any], *arguments: Any, seconds: int = SECO
     sys.stderr.flush()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # that the parent has threads
-        gc.freeze()  # a collection in the child would copy every page that it looks at
         child = os.fork()
     if child == 0:
+        gc.freeze()  # a collection would copy every page that it looks at
         os.close(reading)
         _work(writing, function, arguments, seconds)
-    gc.unfreeze()
     os.close(writing)
     content = _read(reading, time.monotonic() + 3 * seconds)
     os.close(reading)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
-MORE = 10
+MORE = 40
 """How many times as many inputs `make fuzz` tries."""
 
 

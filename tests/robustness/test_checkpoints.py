@@ -167,16 +167,16 @@ def _swapped(good: Path, shards: list[str], order: list[str]) -> Change:
     return Change(f"shards as {[name[6:11] for name in order]}", contents)
 
 
-@sizes(150)
+@sizes(40)
 def test_a_manifest_is_obeyed_or_refused(size, good, tmp_path):
     fuzz(manifests(good), check_with(good, tmp_path / "changed"), size)
 
 
-@sizes(150)
+@sizes(40)
 def test_weights_load_as_they_were_written_or_are_refused(size, good, tmp_path):
     fuzz(files(good), check_with(good, tmp_path / "changed"), size)
 
 
-@sizes(70)
+@sizes(20)
 def test_shards_load_as_they_were_written_or_are_refused(size, sharded, tmp_path):
     fuzz(indices(sharded), check_with(sharded, tmp_path / "changed"), size)

@@ -196,7 +196,7 @@ def warm(folder, tmp_path_factory):
             assert called(line, folder, target) is None, words
 
 
-@sizes(150)
+@sizes(40)
 @pytest.mark.usefixtures("warm")
 def test_any_command_ends_in_a_result_or_one_line(size, folder, tmp_path):
     def check(line: Line) -> str | None:

@@ -84,7 +84,7 @@ def read_samples(change: Change, good: Path, target: Path, tokenizer: Any) -> An
     return [sample.tolist() for sample in samples]
 
 
-@sizes(100)
+@sizes(25)
 def test_calibration_data_is_read_as_it_was_drawn_or_refused(size, calibration, llama, tmp_path):
     tokenizer, target = load_tokenizer(llama), tmp_path / "changed"
     expected = read_samples(Change("nothing"), calibration, target, tokenizer)
@@ -108,7 +108,7 @@ def digest_with(change: Change, good: Path, target: Path, file: Path) -> str:
     return files_digest([file])
 
 
-@sizes(40)
+@sizes(10)
 def test_damaged_digests_are_taken_anew(size, tmp_path, monkeypatch):
     good, file = tmp_path / "cache", tmp_path / "file"
     monkeypatch.setenv("QTOOL_CACHE", str(good))
@@ -155,7 +155,7 @@ def kept_scores(change: Change, good: Path, target: Path) -> str | None:
     return None
 
 
-@sizes(50)
+@sizes(15)
 def test_damaged_scores_and_answers_are_measured_anew(size, tmp_path, monkeypatch):
     good = tmp_path / "cache"
     monkeypatch.setenv("QTOOL_CACHE", str(good))
@@ -179,7 +179,7 @@ def converted(change: Change, good: Path, target: Path, gguf: Path) -> dict[str,
     return {name: source.read(name).tolist() for name in source.names()}
 
 
-@sizes(40)
+@sizes(10)
 def test_a_damaged_conversion_is_made_anew(size, tmp_path, monkeypatch):
     good, gguf = tmp_path / "cache", tmp_path / "tiny.gguf"
     monkeypatch.setenv("QTOOL_CACHE", str(good))
@@ -202,7 +202,7 @@ def read_gguf(content: bytes, gguf: Path, cache: Path) -> None:
     open_source(Location(gguf))
 
 
-@sizes(40)
+@sizes(10)
 def test_a_damaged_gguf_file_is_read_or_refused(size, tmp_path):
     gguf = tmp_path / "good.gguf"
     write_gguf(gguf)

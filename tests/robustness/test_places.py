@@ -147,7 +147,7 @@ def quantized(case: Case, folder: Path, target: Path) -> str | None:
     return f"{left[0]} is left" if left else None
 
 
-@sizes(60)
+@sizes(15)
 def test_a_place_gets_a_whole_checkpoint_or_is_left_alone(size, folder, tmp_path):
     target = tmp_path / "here"
 

@@ -176,7 +176,7 @@ def plan(case: Case, file: Path, source: ModelSource) -> str | None:
     return None
 
 
-@sizes(550)
+@sizes(140)
 def test_a_recipe_gives_a_plan_or_one_line(size, source, tmp_path):
     file = tmp_path / "self.yaml"
 

@@ -166,21 +166,21 @@ def sharded(llama, tmp_path_factory):
     return directory
 
 
-@sizes(60)
+@sizes(15)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_configuration_is_obeyed_or_refused(size, family, tiny, tmp_path):
     good = tiny(family, tied=family == "gpt2")
     fuzz(configurations(good), check_with(good, tmp_path, every=3), size)
 
 
-@sizes(40)
+@sizes(10)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_are_read_as_transformers_does_or_refused(size, family, tiny, tmp_path):
     good = tiny(family, tied=family == "gpt2")
     fuzz(weight_files(good), check_with(good, tmp_path, every=2), size)
 
 
-@sizes(50)
+@sizes(15)
 def test_files_count_as_they_do_for_transformers(size, llama, sharded, tmp_path):
     single = (llama / WEIGHTS).read_bytes()
     fuzz(layouts(sharded, single), check_with(sharded, tmp_path, every=1), size)

@@ -148,14 +148,14 @@ def check_samples(good: bytes, name: str, empty: Path, target: Path, tokenizer: 
     return check
 
 
-@sizes(50)
+@sizes(15)
 @pytest.mark.parametrize("rows", [ROWS, [CHAT]], ids=["texts", "chat"])
 def test_documents_are_read_or_refused(size, rows, tokenizer, empty, tmp_path):
     check = check_samples(lines_of(rows), "x.jsonl", empty, tmp_path / "changed", tokenizer)
     fuzz(json_lines(rows, "x.jsonl"), check, size)
 
 
-@sizes(50)
+@sizes(15)
 def test_running_texts_are_read_or_refused(size, tokenizer, empty, tmp_path):
     good = "\n".join(families.text(9, seed) for seed in range(30)).encode() + b"\n"
     check = check_samples(good, "x.txt", empty, tmp_path / "changed", tokenizer)
@@ -173,7 +173,7 @@ def task_rows(change: Change, empty: Path, target: Path) -> Any:
     return rows
 
 
-@sizes(60)
+@sizes(15)
 def test_task_data_is_read_or_refused(size, empty, tmp_path):
     def check(change: Change) -> str | None:
         outcome = run_apart(task_rows, change, empty, tmp_path / "changed")
@@ -199,7 +199,7 @@ def matched(content: bytes, file: Path) -> str | None:
     return None if all(1 <= length <= 512 for length in lengths) else f"lengths {lengths[:9]}"
 
 
-@sizes(40)
+@sizes(10)
 def test_lengths_are_read_or_refused(size, tmp_path):
     good = b"12\n512\n33\n"
     lines = st.lists(st.sampled_from(NUMBERS), max_size=5).map(

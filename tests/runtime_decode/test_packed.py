@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from qtool.base import QuantizedTensor
+from qtool.core import layout
 from qtool.integrations.transformers import generate
 from qtool.integrations.transformers.generate import accelerate, use_runner
 from qtool.modeling.locate import Location
 from qtool.runtime.backends._choose import use_backend
 from qtool.runtime.backends.cuda import backend as cuda
-from qtool.runtime.backends.cuda import fusing, linear_kernels, tiles
+from qtool.runtime.backends.cuda import fusing, linear_kernels
 from qtool.runtime.backends.cuda.decode_ops import KernelOps
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
@@ -87,7 +88,7 @@ def test_outputs_of_rows_that_alternate_are_brought_side_by_side():
     gate, up, x = normal(24, 5), normal(24, 5, seed=1), normal(3, 5)
     both = torch.cat([gate, up])[fusing.interleaved_order(24)]
     expected = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
-    got = torch_ops.silu_times(tiles.side_by_side(x @ both.T))
+    got = torch_ops.silu_times(layout.side_by_side(x @ both.T))
     torch.testing.assert_close(got, expected)
 
 

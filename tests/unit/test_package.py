@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import qtool
-from qtool import errors, plugins, resources
-from qtool.errors import QtoolError, SchemeError, UnknownNameError
+from qtool import plugins, resources
+from qtool.errors import SchemeError, UnknownNameError
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from tests.helpers import ROOT, run_python
 
@@ -70,16 +70,6 @@ def test_miss_suggests_the_nearest_and_lists_all(package):
         plugins.load(package, "goood", "NUMBER", int)
     with pytest.raises(UnknownNameError, match=r"No '_hidden' in own_plugins\. Known"):
         plugins.load(package, "_hidden", "NUMBER", int)
-
-
-def test_every_error_stands_in_the_tree_of_the_docstring():
-    kinds = {
-        name
-        for name, value in vars(errors).items()
-        if isinstance(value, type) and issubclass(value, QtoolError)
-    }
-    assert errors.__doc__ is not None
-    assert all(name in errors.__doc__ for name in kinds)
 
 
 @pytest.mark.parametrize(

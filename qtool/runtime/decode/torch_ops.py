@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qtool.runtime.backends.cuda.tiles import side_by_side
+from qtool.core.layout import side_by_side
 from qtool.runtime.decode.ops import DecodeOps, DecodeState
 from qtool.runtime.decode.weights import DecoderLayer, DecoderShape, Projection, Projections
 

@@ -56,7 +56,7 @@ class DecoderLayer:
     mlp_norm: Tensor
     gate_up: Projections
     """Both as two, or one below the other in a tensor; or prepared: rows of gate and of up then
-    alternate in runs of `fusing.RUN`."""
+    alternate in runs of `core.layout.RUN`."""
     down: Projection
 
 

@@ -77,6 +77,13 @@ def test_long_value_in_a_scheme_is_shown_shortened(copy, key, value):
     refused(copy, f"damaged: layer {LAYER}: {key} is .*\\.\\.\\.")
 
 
+def test_long_name_of_a_layer_is_shown_shortened(copy):
+    edit(copy, lambda q: q["layers"].update({"a" * 5000: q["layers"][LAYER]}))
+    refused(copy, r"tensor a+\.\.\. is missing")
+    edit(copy, lambda q: q["layers"][LAYER].update(shared_with="b" * 5000))
+    refused(copy, r"shares the parts of b+\.\.\., which isn't there")
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_number_that_json_does_not_know_is_refused_in_the_recipe(copy, value):
     edit(copy, lambda q: q["recipe"]["weights"]["scheme"].update({"num_bits": value}))

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from qtool.base import Fused, QuantizedTensor
 from qtool.checkpoint.manifest import codec
+from qtool.core.layout import RUN
 from qtool.runtime.backends.cuda.centers import planes_of
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight, is_tileable, prepare
-from qtool.runtime.backends.cuda.tiles import RUN, TILE_ROWS, Tiles
+from qtool.runtime.backends.cuda.tiles import TILE_ROWS, Tiles
 from qtool.scheme import Shape2D
 
 GATE_BITS = 0x55555555

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qtool.base import QuantizedTensor
+from qtool.core.layout import side_by_side
 from qtool.errors import BackendError
 from qtool.runtime.backends.cuda import lut, planes, tiles
 from qtool.runtime.backends.cuda.centers import CENTERS, planes_of, weight_of
@@ -172,7 +173,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     else:
         y = _plain(x, weight, launch, kernel)
     if gated:
-        gate, up = tiles.side_by_side(y).chunk(2, dim=-1)
+        gate, up = side_by_side(y).chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
     return y if residual is None else y + residual
 

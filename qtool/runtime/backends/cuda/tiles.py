@@ -16,8 +16,6 @@ from qtool.runtime.backends.cuda.centers import CENTERS
 from qtool.scheme import Shape2D
 
 TILE_ROWS = 16
-RUN = 8
-"""Rows of gate, then of up, that alternate in a tile where both are one weight."""
 UNIT = 256
 LANES = 32
 BITS_AT_ONCE = 2**26
@@ -115,8 +113,3 @@ def unpack(tiles: Tiles, shape: Shape2D, group: int) -> tuple[Tensor, Tensor]:
     of_input = torch.arange(inputs, device=scales.device) // group
     signs = 2 * unpack_planes(tiles.planes)[:, :rows, :inputs].float() - 1
     return scales[:, :, of_input], signs
-
-
-def side_by_side(y: Tensor) -> Tensor:
-    """Return the outputs (..., 2 n) of rows that alternate in runs: those of gate, then of up."""
-    return y.unflatten(-1, (-1, 2, RUN)).transpose(-3, -2).flatten(-3)
