@@ -25,10 +25,7 @@ _LAZY = {
     "use_backend": "qtool.runtime.backends._choose",
 }
 
-__all__ = [
-    "__version__",
-    *sorted(_LAZY),
-]
+__all__ = ["__version__", *sorted(_LAZY)]
 
 _register()
 

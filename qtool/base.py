@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 Statistic = Literal["hessian"]
 DType = Literal["int32", "float16", "bfloat16", "float32"]
+CausalModel = Any
+"""A causal language model of transformers; what all of them have is in no type."""
+Tokenizer = Any
+"""A tokenizer of transformers, likewise."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,15 +8,10 @@ from qtool.errors import OutputError
 
 
 def check_apart(out_dir: Path, source: Path, others: Iterable[Path] = ()) -> None:
-    """Check that the result neither lies in what it is made from nor would replace it.
-
-    Args:
-        out_dir: Of a `Place`.
-        source: Directory of the model.
-        others: Files and directories that are read besides.
+    """Check that a result isn't in the model's directory, nor what is read in the result's.
 
     Raises:
-        OutputError: it does; links are followed both ways.
+        OutputError: it is; links are followed both ways.
     """
     with file_failures(out_dir):
         itself = _identity(out_dir)

@@ -105,11 +105,7 @@ def _entry_to_json(entry: LayerEntry) -> dict[str, Any]:
 
 
 def manifest_from_config(config: object, where: str) -> Manifest:
-    """Parse `quantization_config`. A value of another type than the format's is refused.
-
-    Args:
-        config: What JSON gave.
-        where: The file, for messages.
+    """Parse `quantization_config` of a file. A value of another type than the format's is refused.
 
     Raises:
         CheckpointError: it isn't qtool's, is newer than this version, or is damaged.

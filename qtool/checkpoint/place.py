@@ -131,13 +131,8 @@ def _stays(out_dir: Path) -> bool:
     entries = names_in(out_dir)
     if entries == {INSIDE}:  # of a run that was killed before it had written anything
         return True
-    return not entries and _is_here(out_dir)
-
-
-def _is_here(out_dir: Path) -> bool:
-    """Return whether the user stands in the directory: a shell would be left in a removed one."""
-    here = Path.cwd()
-    return out_dir in (here, *here.parents)
+    # Where the user stands in it, a shell would be left in a removed directory.
+    return not entries and out_dir in (Path.cwd(), *Path.cwd().parents)
 
 
 def is_mount_point(path: Path) -> bool:
@@ -162,14 +157,11 @@ def check_place(place: Place) -> None:
     _check_work(place)
     # A run that has ended may be asked to resume: the writer looks whether it is the same one.
     ended = place.resume and not place.overwrite and is_checkpoint(place.out_dir)
-    if not ended and not _is_half_moved(place):
+    job = read_job(place.work_dir)
+    half_moved = job is not None and job.old_files is not None
+    if not ended and not half_moved:
         check_target(place)
     _check_writable(place)
-
-
-def _is_half_moved(place: Place) -> bool:
-    job = read_job(place.work_dir)
-    return job is not None and job.old_files is not None
 
 
 def _check_work(place: Place) -> None:

@@ -64,7 +64,12 @@ def _rename(place: Place, job: Job) -> None:
         aside = out_dir.with_name(f"{out_dir.name}.replaced-{uuid.uuid4().hex[:8]}")
         write_job(work, replace(job, old_inode=old, aside=aside.name))
         if not exchange(work, out_dir):
-            _change_one_by_one(work, out_dir, aside)
+            out_dir.rename(aside)
+            try:
+                work.rename(out_dir)
+            except OSError:
+                aside.rename(out_dir)
+                raise
     else:
         if old is not None:
             with contextlib.suppress(OSError):  # an empty directory: the result has its rights
@@ -84,15 +89,6 @@ def exchange(first: Path, second: Path) -> bool:
         return libc.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], EXCHANGE) == 0
     except AttributeError:  # a system, or a C library, without it
         return False
-
-
-def _change_one_by_one(work: Path, out_dir: Path, aside: Path) -> None:
-    out_dir.rename(aside)
-    try:
-        work.rename(out_dir)
-    except OSError:
-        aside.rename(out_dir)
-        raise
 
 
 def _clean_up(place: Place) -> None:

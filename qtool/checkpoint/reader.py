@@ -115,12 +115,7 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def check_headers(manifest: Manifest, specs: Mapping[str, TensorSpec], where: str) -> None:
-    """Compare a manifest with the headers of the files.
-
-    Args:
-        manifest: What should be there.
-        specs: What is there, by tensor name.
-        where: The directory, for messages.
+    """Compare a manifest with the headers of the files, by tensor name.
 
     Raises:
         CheckpointError: a part is missing, has another dtype or shape, or belongs to no layer.
@@ -179,11 +174,6 @@ def _part_names() -> tuple[frozenset[str], frozenset[str]]:
 
 def check_values(name: str, spec: PartSpec, values: Tensor) -> None:
     """Refuse what no writer stores: scales and offsets that aren't finite, or scales below zero.
-
-    Args:
-        name: Full name of the tensor, for the message.
-        spec: What the layout says of it.
-        values: Its content.
 
     Raises:
         CheckpointError: a value is outside.

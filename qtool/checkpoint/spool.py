@@ -4,19 +4,19 @@ A file counts only if it is whole: its notes carry a digest of themselves and of
 is damaged isn't finished, and is solved anew.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qtool.checkpoint.reader import tensor_digest
 from qtool.checkpoint.stream import UNREADABLE, Piece, pieces_of, put_back
 from qtool.storage.whole_files import sync
 
@@ -67,7 +67,7 @@ class Spool:
         text = json.dumps({"name": name, "notes": dict(notes), "tensors": described})
         path = self._path(name)
         temporary = path.with_suffix(".tmp")
-        save_file(on_cpu, temporary, {"notes": text, "digest": _digest(text.encode())})
+        save_file(on_cpu, temporary, {"notes": text, "digest": sha256(text.encode()).hexdigest()})
         sync(temporary)
         temporary.replace(path)
         sync(self.directory)
@@ -90,7 +90,7 @@ class Spool:
             with safe_open(path, framework="pt") as file:
                 text = file.metadata()["notes"]
                 described = {key: _describe(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
-                whole = file.metadata()["digest"] == _digest(text.encode())
+                whole = file.metadata()["digest"] == sha256(text.encode()).hexdigest()
             values: dict[str, Any] = json.loads(text)
         except (SafetensorError, *UNREADABLE):
             return None
@@ -115,15 +115,10 @@ class Spool:
         # Quoted: a name is the model's, not ours, and '/' in it must not lead anywhere.
         quoted = quote(name, safe="")
         if len(quoted) > LONGEST_NAME:
-            quoted = f"{quoted[:100]}-{_digest(name.encode())}"
+            quoted = f"{quoted[:100]}-{sha256(name.encode()).hexdigest()}"
         return self.directory / f"{quoted}{SUFFIX}"
 
 
 def _describe(tensor: Tensor) -> list[Any]:
     """Return dtype, shape and digest of the bytes, little-endian as they are stored."""
-    data = tensor.reshape(-1).view(torch.uint8).numpy()
-    return [str(tensor.dtype), list(tensor.shape), _digest(data)]
-
-
-def _digest(data: Any) -> str:  # noqa: ANN401 - whatever has a buffer
-    return hashlib.sha256(data).hexdigest()
+    return [str(tensor.dtype), list(tensor.shape), tensor_digest(tensor)]

@@ -61,12 +61,8 @@ def pieces_of(path: Path) -> list[Piece]:
 def write_shard(path: Path, pieces: Sequence[Piece], digests: Mapping[str, str]) -> None:
     """Write the pieces into one file, then cut the files that they came from to their headers.
 
-    Wide dtypes come first, so that every tensor is aligned to its elements.
-
-    Args:
-        path: Of the shard.
-        pieces: What goes into it.
-        digests: Of the bytes of each tensor, by name.
+    Wide dtypes come first, so that every tensor is aligned to its elements. The bytes of each must
+    have the digest that `digests` has by its name.
 
     Raises:
         OSError: it can't be written, or a piece has changed on disk.

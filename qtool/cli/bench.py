@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qtool.cli import console, early
-from qtool.cli.options import BackendOption, DeviceOption, JsonOption, check_targets
+from qtool.cli.options import BackendOption, DeviceOption, JsonOption, check_targets, in_panel
 from qtool.cli.progress import progress
 from qtool.cli.tables.kernels import print_gpu_result
 from qtool.cli.tables.models import comparison_report, print_comparison
@@ -34,7 +34,7 @@ CLASHES = {
     "baseline": "--synthetic",
     "out_dir": "--synthetic",
 }
-GPU = "With --gpu"
+_of_gpu = in_panel("With --gpu")
 SHAPES = "llama3-8b, llama2-7b, llama2-70b-layer or opt-175b-layer"
 
 
@@ -58,48 +58,27 @@ def bench(
     backend: BackendOption = None,
     json_file: JsonOption = None,
     synthetic: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Random weights of known shapes: {SHAPES}. Implies --gpu.", rich_help_panel=GPU
-        ),
+        str | None, _of_gpu(help=f"Random weights of known shapes: {SHAPES}. Implies --gpu.")
     ] = None,
     bits: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            max=8,
-            help=f"Of --synthetic; default {DEFAULT_BITS}.",
-            rich_help_panel=GPU,
-        ),
+        _of_gpu(metavar="N", min=1, max=8, help=f"Of --synthetic; default {DEFAULT_BITS}."),
     ] = None,
     group_size: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help=f"Of --synthetic; default {DEFAULT_GROUP_SIZE}.",
-            rich_help_panel=GPU,
-        ),
+        _of_gpu(metavar="N", min=1, help=f"Of --synthetic; default {DEFAULT_GROUP_SIZE}."),
     ] = None,
     kernel: Annotated[
         str | None,
-        typer.Option(
-            help="Run planes, lut, dequantize or sign_flip; default: the one chosen for a layer.",
-            rich_help_panel=GPU,
+        _of_gpu(
+            help="Run planes, lut, dequantize or sign_flip; default: the one chosen for a layer."
         ),
     ] = None,
     peers: Annotated[
         bool,
-        typer.Option(
-            "--peers",
-            help="Also time torchao, GemLite and bitsandbytes, where installed.",
-            rich_help_panel=GPU,
-        ),
+        _of_gpu("--peers", help="Also time torchao, GemLite and bitsandbytes, where installed."),
     ] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the roofline: .png or .svg.", rich_help_panel=GPU)
-    ] = None,
+    plot: Annotated[Path | None, _of_gpu(help="Draw the roofline: .png or .svg.")] = None,
 ) -> None:
     """Time a checkpoint against its original, in one run, and print sizes and bits.
 
@@ -145,11 +124,7 @@ def bench(
 
 
 def _check_usage(context: typer.Context) -> None:
-    """Refuse options that would do nothing together.
-
-    Raises:
-        typer.BadParameter: exit code 2.
-    """
+    """Refuse options that would do nothing together."""
     given = {name for name, value in context.params.items() if value not in (None, False, 0)}
     modes = (
         {"--synthetic", "--gpu"} if "synthetic" in given else {f"--{n}" for n in given & {"gpu"}}

@@ -86,11 +86,6 @@ def _folder(name: str) -> Kept:
 
 
 def _clear(names: list[str]) -> None:
-    """Remove what is kept.
-
-    Raises:
-        OutputError: it can't be removed.
-    """
     try:
         with Store() as store:
             store.clear([name for name in names if name in IN_STORE])

@@ -1,7 +1,7 @@
 """`qtool calibrate`."""
 
+import itertools
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -109,36 +109,27 @@ def _plot(result: "CalibrateResult") -> None:
 
 def _print_result(result: "CalibrateResult") -> None:
     from qtool.data.lengths import bin_edges, histogram
+    from qtool.report.lengths import describe_lengths
 
     edges = bin_edges([*result.lengths, *result.wanted_lengths])
     drawn = histogram(result.lengths, edges)
     columns = {"length in tokens": "right", "samples": "left"}
     rows: list[tuple[str, ...]] = [
-        (f"{low}-{high - 1}", _bar(share)) for low, high, share in _bins(edges, drawn)
+        (f"{low}-{high - 1}", _bar(share))
+        for (low, high), share in zip(itertools.pairwise(edges), drawn, strict=True)
     ]
     if result.wanted_lengths:
         columns["requested"] = "left"
         wanted = histogram(result.wanted_lengths, edges)
         rows = [(*row, _bar(share)) for row, share in zip(rows, wanted, strict=True)]
     console.print_table(str(result.calib_dir), columns, rows)
-    console.out.print(f"Lengths of samples: {_quantiles(result.lengths)}.")
+    console.out.print(f"Lengths of samples: {describe_lengths(result.lengths)}.")
     if result.wanted_lengths:
-        console.out.print(f"Lengths requested: {_quantiles(result.wanted_lengths)}.")
+        console.out.print(f"Lengths requested: {describe_lengths(result.wanted_lengths)}.")
     console.out.print(
         f"{result.samples} of {result.samples_wanted} samples, {result.tokens} tokens, digest "
         f"{result.digest}. Use them with: qtool quantize --calibration {result.calib_dir} ..."
     )
-
-
-def _quantiles(lengths: Sequence[int]) -> str:
-    from qtool.data.lengths import quantiles
-
-    p10, median, p90 = quantiles(lengths)
-    return f"median {median}, p10 {p10}, p90 {p90}"
-
-
-def _bins(edges: list[int], shares: list[float]) -> list[tuple[int, int, float]]:
-    return list(zip(edges[:-1], edges[1:], shares, strict=True))
 
 
 def _bar(share: float) -> str:

@@ -4,7 +4,8 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from qtool import settings
 from qtool.cli import console, early
@@ -12,6 +13,9 @@ from qtool.cli.options import JsonOption, check_targets
 from qtool.cli.progress import progress
 from qtool.errors import install_line
 from qtool.wording import gigabytes
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pydantic", "typer", "rich")
 EXTRAS = {
@@ -51,53 +55,37 @@ def _found() -> dict[str, Any]:
     import qtool
     import qtool.runtime.backends
     from qtool import plugins
-
-    installed = {"qtool": qtool.__version__, "python": platform.python_version()}
-    installed |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    installed["cpu"] = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
-    installed["gpu"] = _gpu()
-    installed["kernels"] = _kernels()
-    installed["cache"] = str(settings.cache_dir())
-    extras = {
-        extra: "yes" if importlib.util.find_spec(module) else install_line(extra)
-        for extra, module in EXTRAS.items()
-    }
-    given = settings.given()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = plugins.names(qtool.runtime.backends)
-    backends = {name: _backend_state(name, device) for name in names}
-    return {
-        "installed": installed,
-        "extras": extras,
-        "settings": {name: given.get(name) for name in settings.VARIABLES},
-        "device": str(device),
-        "backends": backends,
-    }
-
-
-def _gpu() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        return "none that torch can use"
-    properties = torch.cuda.get_device_properties(0)
-    return f"{properties.name}, {gigabytes(properties.total_memory)}"
-
-
-def _kernels() -> str:
-    """Say which kernel runs how many tokens here."""
-    import torch
-
     from qtool.runtime.backends.cuda.selection import selection_for, wanted_kernel
 
-    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
-    wanted = wanted_kernel()
-    chosen = str(selection_for(name))
-    return chosen if wanted is None else f"{wanted}, as $QTOOL_KERNEL says"
+    device, card, size = torch.device("cpu"), "", "none that torch can use"
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        device, card = torch.device("cuda"), properties.name
+        size = f"{card}, {gigabytes(properties.total_memory)}"
+    wanted, chosen = wanted_kernel(), str(selection_for(card))
+    given = settings.given()
+    return {
+        "installed": {
+            "qtool": qtool.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+            "cpu": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads",
+            "gpu": size,
+            "kernels": chosen if wanted is None else f"{wanted}, as $QTOOL_KERNEL says",
+            "cache": str(settings.cache_dir()),
+        },
+        "extras": {
+            extra: "yes" if importlib.util.find_spec(module) else install_line(extra)
+            for extra, module in EXTRAS.items()
+        },
+        "settings": {name: given.get(name) for name in settings.VARIABLES},
+        "device": str(device),
+        "backends": _backends(plugins.names(qtool.runtime.backends), device),
+    }
 
 
-def _backend_state(name: str, device: "torch.device") -> str:  # type: ignore[name-defined]  # noqa: F821
-    """Try a small binary-coded weight."""
+def _backends(names: Sequence[str], device: "torch.device") -> dict[str, str]:
+    """Try each backend on a small binary-coded weight."""
     import torch
 
     from qtool.base import LayerProblem
@@ -105,10 +93,11 @@ def _backend_state(name: str, device: "torch.device") -> str:  # type: ignore[na
     from qtool.scheme import WeightScheme
     from qtool.steps.plan import load_method
 
-    method = load_method("bcq")
-    problem = LayerProblem(
-        name="probe", weight=torch.eye(64), scheme=WeightScheme(num_bits=2, group_size=32)
-    )
+    method, scheme = load_method("bcq"), WeightScheme(num_bits=2, group_size=32)
+    problem = LayerProblem(name="probe", weight=torch.eye(64), scheme=scheme)
     tensor = method.solve(problem, method.options()).tensor
-    backend = load_backend(name)
-    return backend.why_not(tensor, device) or f"runs, priority {backend.priority}"
+    backends = {name: load_backend(name) for name in names}
+    return {
+        name: backend.why_not(tensor, device) or f"runs, priority {backend.priority}"
+        for name, backend in backends.items()
+    }

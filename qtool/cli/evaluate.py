@@ -1,12 +1,11 @@
 """`qtool eval`."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qtool.base import Emit, Progress
+from qtool.base import Progress
 from qtool.cli import console, early
 from qtool.cli.options import (
     BackendOption,
@@ -14,6 +13,7 @@ from qtool.cli.options import (
     DTypeOption,
     JsonOption,
     check_targets,
+    in_panel,
     torch_dtype,
 )
 from qtool.cli.progress import progress
@@ -21,12 +21,11 @@ from qtool.cli.tables.models import comparison_report, print_comparison
 from qtool.cli.tables.tasks import print_tasks, raise_failures, task_report, write_markdown
 
 if TYPE_CHECKING:
-    from qtool.evaluation.lm_eval.options import TaskOptions
     from qtool.pipeline.task_results import TaskComparison
 
 ANSWERS_KEPT = "Answers and scores are kept: the same command goes on with the next requests."
-PERPLEXITY = "Without --tasks"
-TASKS = "With --tasks"
+_of_perplexity = in_panel("Without --tasks")
+_of_tasks = in_panel("With --tasks")
 ONLY_TASKS = {"data_dir", "limit", "num_fewshot", "batch_size", "max_length", "seed"}
 ONLY_TASKS |= {"apply_chat_template", "confirm_run_unsafe_code", "markdown", "no_cache"}
 ONLY_TASKS |= {"gen_kwargs", "samples"}
@@ -50,106 +49,68 @@ def evaluate(
         Path | None, typer.Option(help="Write the table as Markdown; - is stdout.")
     ] = None,
     dataset: Annotated[
-        str,
-        typer.Option(
-            help="Bundled text, or the path of a .txt or .jsonl file.", rich_help_panel=PERPLEXITY
-        ),
+        str, _of_perplexity(help="Bundled text, or the path of a .txt or .jsonl file.")
     ] = "wikitext2-test",
     context_length: Annotated[
-        int, typer.Option(metavar="N", min=2, help="Tokens per window.", rich_help_panel=PERPLEXITY)
+        int, _of_perplexity(metavar="N", min=2, help="Tokens per window.")
     ] = 2048,
     windows: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Use the first windows only; default all.",
-            rich_help_panel=PERPLEXITY,
-        ),
+        _of_perplexity(metavar="N", min=1, help="Use the first windows only; default all."),
     ] = None,
     no_texts: Annotated[
         bool,
-        typer.Option(
-            "--no-texts",
-            help="Write no texts to compare with those of --baseline.",
-            rich_help_panel=PERPLEXITY,
-        ),
+        _of_perplexity("--no-texts", help="Write no texts to compare with those of --baseline."),
     ] = False,
     data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of local task data: nothing is downloaded.", rich_help_panel=TASKS
-        ),
+        Path | None, _of_tasks(help="Folder of local task data: nothing is downloaded.")
     ] = None,
     limit: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="The first items of each task only.", rich_help_panel=TASKS
-        ),
+        int | None, _of_tasks(metavar="N", min=1, help="The first items of each task only.")
     ] = None,
     num_fewshot: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="Examples in the prompt; default: 5 for mmlu, else lm-eval's.",
-            rich_help_panel=TASKS,
+        _of_tasks(
+            metavar="N", min=0, help="Examples in the prompt; default: 5 for mmlu, else lm-eval's."
         ),
     ] = None,
     batch_size: Annotated[
-        str,
-        typer.Option(help="Requests per batch, or auto: by their length.", rich_help_panel=TASKS),
+        str, _of_tasks(help="Requests per batch, or auto: by their length.")
     ] = "auto",
     max_length: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            min=2,
-            help="Tokens of prompt and answer; default: the model's.",
-            rich_help_panel=TASKS,
-        ),
+        _of_tasks(metavar="N", min=2, help="Tokens of prompt and answer; default: the model's."),
     ] = None,
     apply_chat_template: Annotated[
-        bool,
-        typer.Option(
-            "--apply-chat-template", help="Ask as the model was trained.", rich_help_panel=TASKS
-        ),
+        bool, _of_tasks("--apply-chat-template", help="Ask as the model was trained.")
     ] = False,
-    seed: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Default: lm-eval's seeds.", rich_help_panel=TASKS),
-    ] = None,
+    seed: Annotated[int | None, _of_tasks(metavar="N", help="Default: lm-eval's seeds.")] = None,
     samples: Annotated[
         Path | None,
-        typer.Option(
+        _of_tasks(
             help="Write prompts, answers and metrics of every item, as JSON lines; gzipped if the "
-            "name ends in .gz.",
-            rich_help_panel=TASKS,
+            "name ends in .gz."
         ),
     ] = None,
     gen_kwargs: Annotated[
         str | None,
-        typer.Option(
+        _of_tasks(
             metavar="K=V,...",
             help="How answers are written, as lm-eval's: do_sample, temperature, max_gen_toks, "
             "until and so on; default: as each task says.",
-            rich_help_panel=TASKS,
         ),
     ] = None,
     confirm_run_unsafe_code: Annotated[
         bool,
-        typer.Option(
-            "--confirm-run-unsafe-code",
-            help="Run programs that the model writes, in a sandbox.",
-            rich_help_panel=TASKS,
+        _of_tasks(
+            "--confirm-run-unsafe-code", help="Run programs that the model writes, in a sandbox."
         ),
     ] = False,
     no_cache: Annotated[
         bool,
-        typer.Option(
+        _of_tasks(
             "--no-cache/--cache",
             help="Ask all anew and keep nothing; else a stopped run goes on where it was.",
-            rich_help_panel=TASKS,
         ),
     ] = False,
 ) -> None:
@@ -169,25 +130,7 @@ def evaluate(
     check_targets([json_file, markdown, samples])
     early.check_backend(backend)
     names = tuple(dict.fromkeys(name.strip() for name in (tasks or "").split(",") if name.strip()))
-    settings = {
-        "tasks": names,
-        "data_dir": data_dir,
-        "num_fewshot": num_fewshot,
-        "limit": limit,
-        "batch_size": _batch_size(batch_size),
-        "max_length": max_length,
-        "chat_template": apply_chat_template,
-        "seed": seed,
-        "confirm_unsafe": confirm_run_unsafe_code,
-        "cache": not no_cache,
-        "samples": samples,
-    }
-    texts: dict[str, Any] = {
-        "dataset": dataset,
-        "context_length": context_length,
-        "max_windows": windows,
-        "texts": not no_texts,
-    }
+    batch = _batch_size(batch_size)
     with progress("Nothing was kept." if tasks is None or no_cache else ANSWERS_KEPT) as emit:
         if tasks is not None:
             emit(Progress(f"looking up {tasks}"))
@@ -197,10 +140,36 @@ def evaluate(
         with early.opened([model, baseline], device, emit) as (where, original):
             from qtool import pipeline
 
-            asked = None if tasks is None else _task_options(settings, gen_kwargs, emit)
+            asked = None
+            if tasks is not None:
+                from qtool.evaluation.lm_eval.options import TaskOptions, parse_generation
+
+                generation = parse_generation(gen_kwargs) if gen_kwargs is not None else {}
+                emit(Progress("looking up the tasks in lm-eval"))
+                asked = TaskOptions(
+                    tasks=names,
+                    data_dir=data_dir,
+                    num_fewshot=num_fewshot,
+                    limit=limit,
+                    batch_size=batch,
+                    max_length=max_length,
+                    chat_template=apply_chat_template,
+                    seed=seed,
+                    generation=generation,
+                    confirm_unsafe=confirm_run_unsafe_code,
+                    cache=not no_cache,
+                    samples=samples,
+                )
+            options = pipeline.EvalOptions(
+                tasks=asked,
+                dataset=dataset,
+                context_length=context_length,
+                max_windows=windows,
+                texts=not no_texts,
+            )
             result = pipeline.evaluate(
                 where,
-                pipeline.EvalOptions(**texts, tasks=asked),
+                options,
                 baseline=original,
                 backend=backend,
                 dtype=torch_dtype(dtype),
@@ -212,14 +181,6 @@ def evaluate(
     console.write_json(comparison_report(result), json_file)
     if console.wants_table(json_file):
         print_comparison(result)
-
-
-def _task_options(settings: Mapping[str, Any], gen_kwargs: str | None, emit: Emit) -> "TaskOptions":
-    from qtool.evaluation.lm_eval.options import TaskOptions, parse_generation
-
-    generation = parse_generation(gen_kwargs) if gen_kwargs is not None else {}
-    emit(Progress("looking up the tasks in lm-eval"))
-    return TaskOptions(**settings, generation=generation)
 
 
 def _show_tasks(scored: "TaskComparison", json_file: Path | None, markdown: Path | None) -> None:

@@ -1,8 +1,9 @@
 """Options that several commands share, and what is wrong with them before torch is imported."""
 
+import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,11 @@ DTypeOption = Annotated[
     str | None,
     typer.Option(help="float16, bfloat16 or float32; default: float16 on a card, else float32."),
 ]
+
+
+def in_panel(name: str) -> Callable[..., Any]:
+    """Return what makes options that stand together, under a heading, in --help."""
+    return functools.partial(typer.Option, rich_help_panel=name)
 
 
 def _device(text: str | None) -> str | None:

@@ -91,11 +91,7 @@ def _prepare(stream: TextIO) -> None:
 
 
 def _log() -> None:
-    """Log qtool to stderr, tracebacks of errors included, if $QTOOL_LOG says so.
-
-    Raises:
-        UnknownNameError: it isn't a level.
-    """
+    """Log qtool to stderr, tracebacks of errors included, if $QTOOL_LOG says so."""
     level = settings.log_level()
     if not level:
         return

@@ -44,6 +44,10 @@ class Step:
             left = f"about {_clock(seconds)} left"
         return f"{self.done} of {self.total}, {spent}, {left}"
 
+    def line(self, now: float) -> str:
+        """Return all that is said of it."""
+        return f"{self.label}: {self.state(now)}  {self.detail}".rstrip()
+
     def guess(self, now: float) -> str:
         """Return what is said of the time left before anything is counted."""
         if self.ends is None or self.ends <= now:
@@ -72,7 +76,7 @@ class _Log:
         step, now = self.step, time.monotonic()
         if step is not None and now - self.last >= self.wait:
             self.last, self.wait = now, LOG_SECONDS
-            self._print(f"{step.label}: {step.state(now)}  {step.detail}".rstrip())
+            self._print(step.line(now))
 
     def _print(self, text: str) -> None:
         print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
@@ -83,8 +87,7 @@ class _State(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Return it as of now."""
-        step: Step = task.fields["step"]
-        return Text(f"{step.label}: {step.state(time.monotonic())}  {step.detail}".rstrip())
+        return Text(task.fields["step"].line(time.monotonic()))
 
 
 class _Live:

@@ -10,7 +10,7 @@ import typer
 
 from qtool.cli import console, early
 from qtool.cli.guess import guess_seconds
-from qtool.cli.options import DeviceOption, ModelArgument, check_targets
+from qtool.cli.options import DeviceOption, ModelArgument, check_targets, in_panel
 from qtool.cli.progress import progress
 from qtool.errors import RecipeError
 from qtool.wording import gigabytes
@@ -25,61 +25,33 @@ if TYPE_CHECKING:
 
 DEFAULT_RECIPE = "bcq-w4g128"
 KEPT = "Finished layers are kept: the same command with --resume goes on after them."
-WHAT, HOW, WHERE, DEBUG = "What", "How", "Where", "Debug"
+_what, _how = in_panel("What"), in_panel("How")
+_where_to, _debug = in_panel("Where"), in_panel("Debug")
 
 
 def quantize(
     model: ModelArgument,
     out_dir: Annotated[Path, typer.Argument(help="Directory for the checkpoint.")],
-    method: Annotated[
-        str | None,
-        typer.Option(help="rtn, gptq or bcq; see `qtool methods`.", rich_help_panel=WHAT),
-    ] = None,
-    bits: Annotated[
-        int | None, typer.Option(metavar="N", help="Bits per weight, 1 to 8.", rich_help_panel=WHAT)
-    ] = None,
-    group_size: Annotated[
-        str | None,
-        typer.Option(help="Weights that share scales, or 'row'.", rich_help_panel=WHAT),
-    ] = None,
+    method: Annotated[str | None, _what(help="rtn, gptq or bcq; see `qtool methods`.")] = None,
+    bits: Annotated[int | None, _what(metavar="N", help="Bits per weight, 1 to 8.")] = None,
+    group_size: Annotated[str | None, _what(help="Weights that share scales, or 'row'.")] = None,
     recipe: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Built-in recipe or path; default {DEFAULT_RECIPE}.", rich_help_panel=HOW
-        ),
+        str | None, _how(help=f"Built-in recipe or path; default {DEFAULT_RECIPE}.")
     ] = None,
     settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change a key of the recipe: a.b=value.", rich_help_panel=HOW),
+        list[str] | None, _how("--set", help="Change a key of the recipe: a.b=value.")
     ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Calibration directory.", rich_help_panel=HOW)
-    ] = None,
-    no_calibration: Annotated[
-        bool, typer.Option("--no-calibration", help="Use no data.", rich_help_panel=HOW)
-    ] = False,
+    calibration: Annotated[Path | None, _how(help="Calibration directory.")] = None,
+    no_calibration: Annotated[bool, _how("--no-calibration", help="Use no data.")] = False,
     strict: Annotated[
-        bool,
-        typer.Option(
-            "--strict", help="Fail where a solver would do something simpler.", rich_help_panel=HOW
-        ),
+        bool, _how("--strict", help="Fail where a solver would do something simpler.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT_DIR.", rich_help_panel=WHERE)
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a stopped run.", rich_help_panel=WHERE)
-    ] = False,
+    overwrite: Annotated[bool, _where_to("--overwrite", help="Replace OUT_DIR.")] = False,
+    resume: Annotated[bool, _where_to("--resume", help="Continue a stopped run.")] = False,
     device: DeviceOption = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print bits and bytes, do nothing.", rich_help_panel=DEBUG),
-    ] = False,
+    dry_run: Annotated[bool, _debug("--dry-run", help="Print bits and bytes, do nothing.")] = False,
     json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", help="Write the result as JSON; - is stdout.", rich_help_panel=DEBUG
-        ),
+        Path | None, _debug("--json", help="Write the result as JSON; - is stdout.")
     ] = None,
 ) -> None:
     """Quantize a model and write a checkpoint.
@@ -131,14 +103,8 @@ def quantize(
                 resume=resume,
                 emit=emit,
             )
-            show = partial(_show_result, result)
+            show = partial(_print_result, result)
     show(json_file)
-
-
-def _show_result(result: "QuantizeResult", json_file: Path | None) -> None:
-    console.write_json(asdict(result), json_file)
-    if console.wants_table(json_file):
-        _print_result(result)
 
 
 def _check_no_calibration(settings: list[str], directory: Path | None) -> None:
@@ -238,7 +204,10 @@ def _along(scheme: Any) -> str:  # noqa: ANN401
     return " (out)" if scheme.group_dim == "out_features" else ""
 
 
-def _print_result(result: "QuantizeResult") -> None:
+def _print_result(result: "QuantizeResult", json_file: Path | None) -> None:
+    console.write_json(asdict(result), json_file)
+    if not console.wants_table(json_file):
+        return
     rows = [
         ("layers", str(len(result.layers))),
         ("bits per weight, with scales", console.compact(result.average_bits)),

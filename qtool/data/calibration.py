@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtool.base import Tokenizer
 from qtool.data.corpora import Corpus
 from qtool.data.documents import Collection
 from qtool.data.samples import cut, streams
@@ -51,14 +52,14 @@ class CalibrationSet:
         )
 
 
-def tokenizer_digest(tokenizer: Any) -> str:  # noqa: ANN401
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """Return a digest of the vocabulary, to tell whether two sets can be compared."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
 
 def draw_samples(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     texts: Corpus | Collection,
     lengths: Sequence[int],
     *,
@@ -66,12 +67,8 @@ def draw_samples(
 ) -> CalibrationSet:
     """Cut consecutive samples of the given lengths from the start of a text or of documents.
 
-    Args:
-        tokenizer: Of the model.
-        texts: A running text, or documents; these are read as far as needed.
-        lengths: Of the samples.
-        at_starts: Start each sample at the start of a document. A running text has no other start
-            than its own, and is cut in one go all the same.
+    Documents are read as far as needed. With `at_starts` each sample starts at the start of one; a
+    running text has no other start than its own, and is cut in one go all the same.
 
     Raises:
         DataError: the texts hold less than two samples, or a document can't be used.

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from qtool.base import Tokenizer
 from qtool.data.calibration import CalibrationSet, tokenizer_digest
 from qtool.errors import DataError, OutputError
 from qtool.storage.jsonl import check_file, json_value, read_text
@@ -30,10 +31,7 @@ def check_no_calibration(
 ) -> None:
     """Refuse a directory that calibration data would spoil, before any are drawn.
 
-    Args:
-        directory: Where they are to go.
-        overwrite: Calibration data that are there may be replaced; nothing else.
-        model_directory: Of the model, where they can't go.
+    With `overwrite` calibration data that are there may be replaced, and nothing else.
 
     Raises:
         OutputError: there are some, or something else is in the way.
@@ -71,11 +69,8 @@ def save_calibration(calibration: CalibrationSet, directory: Path) -> None:
     """Write samples, and what decided them.
 
     All bytes are on disk before the first file gets its name: a full disk leaves what was there.
-    `calibration.json` comes last, and has the digest of the samples.
-
-    Args:
-        calibration: The samples and their provenance.
-        directory: Is made; files of the same names are replaced.
+    `calibration.json` comes last, and has the digest of the samples. The directory is made; files
+    of the same names are replaced.
 
     Raises:
         OutputError: the directory can't be written.
@@ -100,7 +95,7 @@ def save_calibration(calibration: CalibrationSet, directory: Path) -> None:
         raise OutputError(f"Can't write {directory}: {reason(error)}.") from error
 
 
-def load_calibration(directory: Path, tokenizer: Any) -> CalibrationSet:  # noqa: ANN401
+def load_calibration(directory: Path, tokenizer: Tokenizer) -> CalibrationSet:
     """Read what `save_calibration` wrote, and check all of it.
 
     Raises:

@@ -5,12 +5,12 @@ import lzma
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qtool import resources
+from qtool.base import Tokenizer
 from qtool.data.documents import (
     HUB_PREFIX,
     JSONL_SUFFIXES,
@@ -104,7 +104,7 @@ def _joined(collection: Collection) -> Corpus:
     return Corpus(collection.name, "\n\n".join(texts))
 
 
-def tokenize(tokenizer: Any, text: str) -> Tensor:  # noqa: ANN401
+def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:
     """Return a text as one stream of tokens, (tokens,) int64, whatever its length.
 
     A corpus is longer than the model's context on purpose: no truncation, no warning about it.
@@ -135,10 +135,7 @@ def check_tokens(tokens: Tensor, rows: int, name: str) -> None:
 
 
 def bos_warning(
-    model_type: str,
-    tokenizer: Any,  # noqa: ANN401
-    pieces: Sequence[Tensor] | Tensor,
-    name: str,
+    model_type: str, tokenizer: Tokenizer, pieces: Sequence[Tensor] | Tensor, name: str
 ) -> str | None:
     """Return what to warn of where only the first piece of a running text starts with bos.
 

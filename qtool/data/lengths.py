@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool import resources
+from qtool.base import Tokenizer
 from qtool.errors import DataError
 from qtool.plugins import describe_miss
 from qtool.storage.jsonl import json_value, read_text
@@ -42,7 +43,7 @@ def check_known(tasks: Sequence[str]) -> None:
             )
 
 
-def task_lengths(tokenizer: Any, tasks: Sequence[str]) -> list[int]:  # noqa: ANN401
+def task_lengths(tokenizer: Tokenizer, tasks: Sequence[str]) -> list[int]:
     """Return the lengths in tokens of the bundled prompts of some tasks.
 
     Raises:

@@ -3,11 +3,11 @@
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from qtool.base import Tokenizer
 from qtool.data.corpora import Corpus, tokenize
 from qtool.data.documents import Collection, Document, Messages
 from qtool.errors import DataError
@@ -15,16 +15,11 @@ from qtool.wording import reason
 
 
 def streams(
-    tokenizer: Any,  # noqa: ANN401
-    texts: Corpus | Collection,
-    read: Counter[str],
+    tokenizer: Tokenizer, texts: Corpus | Collection, read: Counter[str]
 ) -> Iterator[Tensor]:
     """Yield the tokens of each document, (tokens,) int64; a running text is a single one.
 
-    Args:
-        tokenizer: Of the model.
-        texts: Where the documents come from.
-        read: Counts `documents`, `chats` and `tokens` while they are read.
+    `read` counts `documents`, `chats` and `tokens` while they are read.
 
     Raises:
         DataError: a document can't be read, or is a chat that the tokenizer can't render.
@@ -41,7 +36,7 @@ def streams(
         yield stream
 
 
-def document_tokens(tokenizer: Any, document: Document) -> Tensor:  # noqa: ANN401
+def document_tokens(tokenizer: Tokenizer, document: Document) -> Tensor:
     """Return the tokens of one document and what separates it from its neighbours, (tokens,) int64.
 
     A text ends with the tokenizer's eos; if there is none, it starts with bos; if there is neither,
@@ -65,7 +60,7 @@ def document_tokens(tokenizer: Any, document: Document) -> Tensor:  # noqa: ANN4
     return tokens
 
 
-def _chat_tokens(tokenizer: Any, messages: Messages, place: str) -> Tensor:  # noqa: ANN401
+def _chat_tokens(tokenizer: Tokenizer, messages: Messages, place: str) -> Tensor:
     if not tokenizer.chat_template:
         raise DataError(
             f"{place} is a chat, but the model's tokenizer has no chat template. Give lines with "
@@ -76,7 +71,7 @@ def _chat_tokens(tokenizer: Any, messages: Messages, place: str) -> Tensor:  # n
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _rendered(tokenizer: Any, messages: Messages, place: str) -> str:  # noqa: ANN401
+def _rendered(tokenizer: Tokenizer, messages: Messages, place: str) -> str:
     """Return a chat as the model's template writes it.
 
     Templates differ on turns without content, such as calls of tools: some know them, some fail,

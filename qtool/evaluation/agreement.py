@@ -147,12 +147,7 @@ def record_reference(  # noqa: PLR0913 - a text and how much of it to look at
 def compare_to_reference(
     model: LoadedModel, reference: Reference, emit: Emit = ignore_events
 ) -> Agreement:
-    """Compare a quantized model with what its original said.
-
-    Args:
-        model: The quantized model; it reads the tokens of the reference, not its tokenizer's.
-        reference: What `record_reference` returned for the original.
-        emit: Is told of each window with a position.
+    """Compare a quantized model, which reads the tokens of the reference, with what that said.
 
     Raises:
         DataError: the vocabularies have different sizes.

@@ -3,6 +3,8 @@
 Both models answer the same items, and most answers are equal. So the difference per item varies
 far less than the answers do, and two error bars that overlap say nothing; the standard error of the
 difference does. A p-value is that of one comparison: of twenty tasks, one is below 0.05 by chance.
+
+That items match, and are finite, `scores` has found: others are none of its kinds.
 """
 
 import math
@@ -12,8 +14,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-from qtool.errors import DataError
 
 Unit = Literal["perplexity", "bits"]
 Verdict = Literal["better", "worse", "no difference shown", "identical", "too few items"]
@@ -45,18 +45,10 @@ def paired_means(
 ) -> Paired:
     """Compare two means over the same items, such as accuracies.
 
-    The p-value is the exact one of McNemar where all values are 0 or 1, else that of a paired
-    t-test.
-
-    Args:
-        original: One value per item.
-        quantized: Likewise, in the same order.
-        higher_is_better: What `improved` and `worsened` count.
-
-    Raises:
-        DataError: the items don't match, or there are none, or a value isn't a finite number.
+    Both have one value per item, in the same order. The p-value is the exact one of McNemar where
+    all values are 0 or 1, else that of a paired t-test.
     """
-    first, second = _items(original, quantized, "value")
+    first, second = np.array(original, dtype=np.float64), np.array(quantized, dtype=np.float64)
     count = len(first)
     means = math.fsum(first) / count, math.fsum(second) / count
     gains, difference = second - first, means[1] - means[0]
@@ -83,20 +75,14 @@ def paired_ratios(
     differences of these, one per item: words inside an item may depend on each other. The p-value
     is that of z = (L_quantized - L_original) / its standard error, the log ratio of perplexities.
 
-    Args:
-        original: One (log-likelihood, weight) per item; a weight of 1 if the metric is the mean.
-        quantized: Likewise, in the same order and with the same weights.
-        unit: Of the metric.
-
-    Raises:
-        DataError: the items or their weights don't match, or there are none, or a value isn't a
-            finite number, or a weight is negative, or all are 0, or a perplexity is no float.
+    Both have one (log-likelihood in nats, weight) per item, in the same order and with the same
+    weights, which are 1 if the metric is the mean.
     """
-    pairs = _items(original, quantized, "log-likelihood or weight")
-    weights = _weights(*(items[:, 1] for items in pairs))
+    pairs = np.array(original, dtype=np.float64), np.array(quantized, dtype=np.float64)
+    weights = pairs[0][:, 1]
     count, total = len(weights), math.fsum(weights)
     losses = [-math.fsum(items[:, 0]) / total for items in pairs]
-    metrics = [_metric(loss, unit) for loss in losses]
+    metrics = [math.exp(x) if unit == "perplexity" else x / math.log(2) for x in losses]
     slopes = metrics if unit == "perplexity" else [1 / math.log(2)] * 2
     first, second = (
         -(items[:, 0] + loss * weights) / total for items, loss in zip(pairs, losses, strict=True)
@@ -166,46 +152,3 @@ def _ratio(difference: float, error: float) -> float:
     if error == 0:
         return 0.0 if difference == 0 else math.copysign(math.inf, difference)
     return difference / error
-
-
-def _metric(loss: float, unit: Unit) -> float:
-    if unit == "bits":
-        return loss / math.log(2)
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        raise DataError(
-            f"The mean loss is {loss:.4g} nats, whose perplexity no float can hold. Compare bits "
-            "instead, or look at what the model answers: it may be broken."
-        ) from None
-
-
-def _items(
-    original: Sequence[object], quantized: Sequence[object], what: str
-) -> tuple[Values, Values]:
-    if len(original) != len(quantized) or not original:
-        raise DataError(
-            f"The original has {len(original)} items and the quantized model {len(quantized)}; a "
-            "paired comparison needs the same items of both, at least 1. Evaluate both on the same "
-            "task with the same limit."
-        )
-    first, second = np.array(original, dtype=np.float64), np.array(quantized, dtype=np.float64)
-    for number in np.concatenate([first, second]).flat:
-        if not math.isfinite(number):
-            raise DataError(
-                f"A {what} of an item is {number}, and only finite numbers can be compared. Look "
-                "at what the model answers: its output may overflow."
-            )
-    return first, second
-
-
-def _weights(original: Values, quantized: Values) -> Values:
-    for index in np.flatnonzero((original != quantized) | (original < 0)):
-        raise DataError(
-            f"Item {index} weighs {original[index]} for the original and {quantized[index]} for "
-            "the quantized model; a weight must be equal for both and not negative. Are the items "
-            "in the same order?"
-        )
-    if not original.any():
-        raise DataError("All items weigh 0, so nothing can be compared. Give other items.")
-    return original

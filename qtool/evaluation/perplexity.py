@@ -40,13 +40,8 @@ def perplexity(
 ) -> PerplexityResult:
     """Measure the perplexity of a model on a text.
 
-    Args:
-        model: The model to evaluate.
-        corpus: The text.
-        context_length: Tokens per window; at most what the model's positions allow.
-        max_windows: Use the first windows only; None: all.
-        emit: Is told of each window, with the running perplexity, and warned if it is none,
-            or if the model needs a token that most windows lack.
+    Of windows of `context_length` tokens, at most what the model's positions allow; all, or the
+    first `max_windows`. Warns if it has none, or needs a token that most windows lack.
 
     Raises:
         DataError: the text is shorter than one window, or the model's context is, or a window

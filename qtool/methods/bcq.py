@@ -72,10 +72,7 @@ def quantize_bcq(problem: LayerProblem, options: BcqOptions) -> LayerSolution:
 def _fit(problem: LayerProblem, importance: Tensor, options: BcqOptions) -> Tensor:
     """Fit every group on its own: (rows, num_groups, num_bits + 1) float32, offset last.
 
-    Args:
-        problem: The layer.
-        importance: (num_groups, group_size), zero for padding.
-        options: How hard to search.
+    Importance is (num_groups, group_size), zero for padding.
     """
     scheme = problem.scheme
     rows = grouping.split(grouping.to_rows(problem.weight, scheme), scheme.group_size)
@@ -126,7 +123,9 @@ def _calibrated(
     else:
         start = _fit(problem, _real(problem), options).transpose(1, 2).contiguous()
         grid = BinaryGrid(start, offset=not scheme.symmetric, span=span)
-        codes = _by_column(problem, factor, order, grid)
+        work = columns[order]
+        codes = solve_columns(work, factor.upper, grid, order, column_block=COLUMN_BLOCK)
+        codes = codes[layout.inverse(order)].contiguous()
     polish(grid, edges, columns, codes, factor.hessian, rounds=options.polish_rounds)
     theta = layout.to_columns(grid.parameters.transpose(1, 2), scheme)
     notes = {"damping": factor.damping}
@@ -157,13 +156,6 @@ def _by_group(
     natural = torch.empty_like(parameters)
     natural[groups] = parameters
     return codes[layout.inverse(order)].contiguous(), natural
-
-
-def _by_column(problem: LayerProblem, factor: Factor, order: Tensor, grid: BinaryGrid) -> Tensor:
-    """Solve column by column; return codes in natural order."""
-    work = problem.weight.T[order].contiguous()
-    codes = solve_columns(work, factor.upper, grid, order, column_block=COLUMN_BLOCK)
-    return codes[layout.inverse(order)].contiguous()
 
 
 def _solution(

@@ -6,7 +6,6 @@ searched with the importance that the Hessian gives its columns; codes and scale
 under the Hessian afterwards.
 """
 
-import itertools
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -49,11 +48,16 @@ def quantize_gptq(problem: LayerProblem, options: GptqOptions) -> LayerSolution:
     statistics = problem.statistics["hessian"]
     order = _order(statistics, scheme, shape, options)
     factor = hessian.factorize(statistics, damping=options.damping, order=order)
-    if factor is None:
-        return _without_feedback(problem, options)
-    importance = (factor.upper.diagonal() ** -2)[layout.inverse(order)]
+    # With an identity all columns weigh the same and none passes its error on: plain rounding.
+    upper = torch.eye(len(order), device=order.device) if factor is None else factor.upper
+    importance = (upper.diagonal() ** -2)[layout.inverse(order)]
     grid = _fit(problem, importance, options)
-    codes = _feed(problem, factor.upper, order, grid, options)
+    codes = _feed(problem, upper, order, grid, options)
+    if factor is None:
+        reason = (
+            "the Hessian can't be factored even with a damping of 1; rounded to nearest instead"
+        )
+        return _solution(problem, grid, codes, float("nan"), reason)
     polish(
         grid,
         layout.edges_of(scheme, shape),
@@ -119,22 +123,6 @@ def _feed(
 
     feed_forward(work, upper, edges, solve)
     return codes[layout.inverse(order)].contiguous()
-
-
-def _without_feedback(problem: LayerProblem, options: GptqOptions) -> LayerSolution:
-    """Round to the searched grids: the recorded fallback for a Hessian that can't be factored."""
-    shape = Shape2D(*problem.weight.shape)
-    ones = torch.ones(shape.in_features, device=problem.weight.device)
-    grid = _fit(problem, ones, options)
-    edges = layout.edges_of(problem.scheme, shape)
-    columns = problem.weight.T
-    codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
-    for group, (start, stop) in enumerate(itertools.pairwise(edges)):
-        tables = grid.tables([group] * (stop - start))
-        for column in range(start, stop):
-            codes[column], _ = grid.pick(tables, column - start, columns[column])
-    reason = "the Hessian can't be factored even with a damping of 1; rounded to nearest instead"
-    return _solution(problem, grid, codes, float("nan"), reason)
 
 
 def _solution(

@@ -65,10 +65,7 @@ class Provenance:
 def model_card(manifest: Manifest, source: str | None, about: Provenance | None = None) -> str:
     """Return the card of a checkpoint.
 
-    Args:
-        manifest: Of the checkpoint.
-        source: Hub id or demo name of the original; None: it is a local model, and stays unnamed.
-        about: What else is known.
+    The source is the hub id or demo name of the original; None: a local model, which stays unnamed.
     """
     about = about or Provenance()
     demo = DEMO_MODELS.get(source or "")

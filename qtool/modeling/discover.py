@@ -1,20 +1,14 @@
 """An adapter for a family that has no file of its own: look at the modules of the empty model."""
 
-from typing import Any
-
 from torch import nn
 
-from qtool.base import ModelAdapter
+from qtool.base import CausalModel, ModelAdapter
 from qtool.errors import ModelError
 
-ADVICE = (
-    "Add qtool/modeling/families/{family}.py with the dotted names of its blocks and linears "
-    "(docs/adding-a-model.md)."
-)
 LIMITS = "docs/limitations.md says what kinds of models qtool takes."
 
 
-def adapter_of(model: Any, family: str) -> ModelAdapter:  # noqa: ANN401
+def adapter_of(model: CausalModel, family: str) -> ModelAdapter:
     """Return the adapter of a model object; only names and types of its modules are looked at.
 
     Raises:
@@ -43,7 +37,10 @@ def adapter_of(model: Any, family: str) -> ModelAdapter:  # noqa: ANN401
 
 
 def _advice(family: str) -> str:
-    return ADVICE.format(family=family)
+    return (
+        f"Add qtool/modeling/families/{family}.py with the dotted names of its blocks and linears "
+        "(docs/adding-a-model.md)."
+    )
 
 
 def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
@@ -53,7 +50,7 @@ def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
         for name, part in model.named_modules()
         if isinstance(part, nn.ModuleList) and len(part)
     ]
-    return max(lists, key=lambda item: _size(item[1]), default=None)
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()), default=None)
 
 
 def _linears(block: nn.Module) -> list[str]:
@@ -97,7 +94,3 @@ def _odd_parameter(block: nn.Module) -> str | None:
         if weight.dim() > 2:  # noqa: PLR2004
             return f"parameters of {weight.dim()} dimensions ({name}), no linears,"
     return None
-
-
-def _size(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import qtool.modeling.families
-from qtool import plugins
 from qtool.base import ModelAdapter
 from qtool.checkpoint.shards import open_shards
 from qtool.modeling.config import check_original, read_config
+from qtool.modeling.families import families, load_adapter
 
 
 class Glance(NamedTuple):
@@ -28,12 +27,11 @@ def glance(directory: Path) -> Glance | None:
         CheckpointError: its files are missing or damaged.
     """
     config = read_config(directory)
-    families = plugins.names(qtool.modeling.families)
-    check_original(config, directory, families)
+    check_original(config, directory, families())
     stored = open_shards(directory).specs
-    if config["model_type"] not in families:
+    if config["model_type"] not in families():
         return None
-    adapter = plugins.load(qtool.modeling.families, config["model_type"], "ADAPTER", ModelAdapter)
+    adapter = load_adapter(config["model_type"])
     start, base = adapter.blocks + ".", adapter.base_prefix + "."
     full = [name if name.startswith(base) else base + name for name in stored]
     inside = [name.removesuffix(".weight") for name in full if name.startswith(start)]

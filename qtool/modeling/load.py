@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qtool.base import CausalModel, Tokenizer
 from qtool.checkpoint.manifest import QUANT_METHOD
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards
@@ -26,8 +27,8 @@ class LoadedModel:
     name: str
     """What to call it in results."""
     directory: Path
-    model: Any
-    tokenizer: Any
+    model: CausalModel
+    tokenizer: Tokenizer
     device: torch.device
     dtype: torch.dtype
 
@@ -81,7 +82,7 @@ def check_weights(directory: Path) -> None:
     )
 
 
-def load_tokenizer(directory: Path) -> Any:  # noqa: ANN401
+def load_tokenizer(directory: Path) -> Tokenizer:
     """Return the tokenizer of a model."""
     import transformers
 
@@ -91,7 +92,7 @@ def load_tokenizer(directory: Path) -> Any:  # noqa: ANN401
         raise ModelError(f"{directory} has no usable tokenizer: {reason(error)}.") from error
 
 
-def _from_pretrained(directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:  # noqa: ANN401
+def _from_pretrained(directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> CausalModel:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

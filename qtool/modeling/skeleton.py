@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qtool.base import CausalModel
 from qtool.checkpoint.shards import Shards, TensorSpec
 from qtool.errors import CheckpointError, ModelError
 from qtool.formats._dtypes import DTYPES
@@ -18,7 +19,7 @@ Renaming = Callable[[str], tuple[str, tuple[str, ...]]]
 """From a stored name to the model's, and to all names that its values go to if it is converted."""
 
 
-def empty_model(config: Any, directory: Path) -> Any:  # noqa: ANN401
+def empty_model(config: Any, directory: Path) -> CausalModel:  # noqa: ANN401
     """Return the model of a configuration, its tensors without memory.
 
     Raises:
@@ -38,7 +39,7 @@ def empty_model(config: Any, directory: Path) -> Any:  # noqa: ANN401
         ) from error
 
 
-def match_names(model: Any, shards: Shards, directory: Path) -> dict[str, str]:  # noqa: ANN401
+def match_names(model: CausalModel, shards: Shards, directory: Path) -> dict[str, str]:
     """Find each tensor of a model among those stored, by transformers' own renaming.
 
     Of tensors that are one object, as a tied head and its embedding, one must be stored.
@@ -83,7 +84,7 @@ def missing_message(missing: Iterable[str], unknown: Iterable[str], directory: P
     )
 
 
-def _may_be_missing(model: Any, name: str) -> bool:  # noqa: ANN401
+def _may_be_missing(model: CausalModel, name: str) -> bool:
     patterns = model._keys_to_ignore_on_load_missing or ()
     return any(re.search(pattern, name) for pattern in patterns)
 
@@ -111,9 +112,7 @@ def dtype_message(name: str, spec: TensorSpec) -> str:
 
 
 def _renamed(
-    model: Any,  # noqa: ANN401
-    stored: Iterable[str],
-    wanted: Mapping[str, Any],
+    model: CausalModel, stored: Iterable[str], wanted: Mapping[str, Any]
 ) -> tuple[dict[str, str], set[str]]:
     """Return stored names by the model's, and both names of those that loading merges or splits."""
     found: dict[str, str] = {}
@@ -135,7 +134,7 @@ def _renamed(
     return found, merged
 
 
-def _renaming(model: Any, wanted: Mapping[str, Any]) -> Renaming:  # noqa: ANN401
+def _renaming(model: CausalModel, wanted: Mapping[str, Any]) -> Renaming:
     """Return what transformers does to a stored name: 5.x has tables, 4.57 a few rules."""
     try:
         from transformers import conversion_mapping, core_model_loading
@@ -156,7 +155,7 @@ def _renaming(model: Any, wanted: Mapping[str, Any]) -> Renaming:  # noqa: ANN40
     return rename
 
 
-def _prefixed(model: Any, name: str, wanted: Mapping[str, Any]) -> str:  # noqa: ANN401
+def _prefixed(model: CausalModel, name: str, wanted: Mapping[str, Any]) -> str:
     renamed: str = model._fix_state_dict_key_on_load(name)[0]
     full = f"{model.base_model_prefix}.{renamed}"
     return full if full in wanted else renamed

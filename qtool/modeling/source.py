@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.base import ModelAdapter
+from qtool.base import CausalModel, ModelAdapter
 from qtool.checkpoint.shards import Shards, TensorSpec, open_shards
 from qtool.errors import CheckpointError, ModelError
 from qtool.modeling.companions import read_companions
@@ -108,9 +108,6 @@ class ModelSource:
 def open_source(location: Location) -> ModelSource:
     """Open a model for quantization.
 
-    Args:
-        location: Of the model.
-
     Raises:
         ModelError: it isn't an unquantized causal language model that qtool can walk.
         CheckpointError: its files are missing or damaged, or aren't those of its configuration.
@@ -122,7 +119,8 @@ def open_source(location: Location) -> ModelSource:
     parsed = parse_config(config, directory)
     _check_count(parsed, shards, directory)
     skeleton = empty_model(parsed, directory)
-    adapter = adapter_for(skeleton, str(config["model_type"]))
+    family = str(config["model_type"])
+    adapter = load_adapter(family) if family in families() else adapter_of(skeleton, family)
     prefix = _missing_prefix(adapter, shards)
     num_blocks = _count_blocks(skeleton, adapter, shards, prefix, directory)
     aliases = match_names(skeleton, shards, directory)
@@ -144,11 +142,6 @@ def open_source(location: Location) -> ModelSource:
     )
     _check_linears(source)
     return source
-
-
-def adapter_for(skeleton: Any, family: str) -> ModelAdapter:  # noqa: ANN401
-    """Return the adapter of a family, or one made by looking at the model's modules."""
-    return load_adapter(family) if family in families() else adapter_of(skeleton, family)
 
 
 def _check_count(parsed: Any, shards: Shards, directory: Path) -> None:  # noqa: ANN401
@@ -176,11 +169,7 @@ def _missing_prefix(adapter: ModelAdapter, shards: Shards) -> str:
 
 
 def _count_blocks(
-    skeleton: Any,  # noqa: ANN401
-    adapter: ModelAdapter,
-    shards: Shards,
-    prefix: str,
-    directory: Path,
+    skeleton: CausalModel, adapter: ModelAdapter, shards: Shards, prefix: str, directory: Path
 ) -> int:
     """Return how many blocks the model has; blocks stored beyond them aren't the model's."""
     try:
@@ -202,7 +191,7 @@ def _count_blocks(
     return count
 
 
-def _is_tied(skeleton: Any, aliases: Mapping[str, str], shards: Shards) -> bool:  # noqa: ANN401
+def _is_tied(skeleton: CausalModel, aliases: Mapping[str, str], shards: Shards) -> bool:
     """Return whether the head is the embedding: by class and configuration, and by the values.
 
     As transformers decides: 5.x ties nothing that is stored with different values, 4.57 ties

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from qtool.base import Emit, Progress, ignore_events
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.data.corpora import Corpus, load_corpus
+from qtool.data.corpora import load_corpus
 from qtool.modeling.device import free_memory
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location, locate
 from qtool.pipeline.evaluate import Comparison, EvalOptions
-from qtool.pipeline.model_figures import ModelFigures, figures_of, versions
+from qtool.pipeline.model_figures import figures_of, versions
 from qtool.plugins import check_name
 from qtool.runtime.backends._choose import use_backend
 from qtool.scheme import WeightScheme
@@ -56,13 +56,9 @@ def bench(
     baseline: Location | None = None,
     emit: Emit = ignore_events,
 ) -> Comparison:
-    """Time a checkpoint and, in the same run, its original.
+    """Time a checkpoint, or shapes, and in the same run its original.
 
-    Args:
-        model: The checkpoint; None if shapes are asked for.
-        options: What and how.
-        baseline: The original; None: what the checkpoint names as its source, if anything.
-        emit: Is told of each window, and what is timed.
+    Without a `baseline` that is what the checkpoint names as its source, if anything.
 
     Raises:
         BackendError: kernels are to be timed, and there is no card.
@@ -72,29 +68,21 @@ def bench(
         return Comparison((), kernels=_kernels(model, options.gpu, baseline, emit))
     assert model is not None
     baseline = baseline or _original(model)
-    corpus = load_corpus(options.quality.dataset) if options.quality else None
+    quality = options.quality
+    corpus = load_corpus(quality.dataset) if quality is not None else None
     models = [one for one in (baseline, model) if one is not None]
-    subjects = [figures_of(one.name, one.directory) for one in models]
+    subjects = [figures_of(one) for one in models]
     figures = []
-    for one, subject in zip(models, subjects, strict=True):
-        figures.append(_timed(one, subject, options, corpus, emit))
-        free_memory()  # else two models would be alive while the second is loaded
-    return Comparison(tuple(figures), versions=versions())
-
-
-def _timed(
-    model: Location,
-    subject: ModelFigures,
-    options: BenchOptions,
-    corpus: Corpus | None,
-    emit: Emit,
-) -> ModelFigures:
     with use_backend(options.backend):
-        loaded, measured = load_model(model), None
-        if options.quality is not None and corpus is not None:
-            measured = options.quality.measure(loaded, corpus, emit)
-        emit(Progress(f"time {loaded.name}"))
-        return replace(subject, perplexity=measured, speed=time_model(loaded))
+        for one, subject in zip(models, subjects, strict=True):
+            loaded, measured = load_model(one), None
+            if quality is not None and corpus is not None:
+                measured = quality.measure(loaded, corpus, emit)
+            emit(Progress(f"time {loaded.name}"))
+            figures.append(replace(subject, perplexity=measured, speed=time_model(loaded)))
+            del loaded
+            free_memory()  # else two models would be alive while the second is loaded
+    return Comparison(tuple(figures), versions=versions())
 
 
 def _kernels(

@@ -39,14 +39,7 @@ def calibrate(  # noqa: PLR0913 - what to draw from, where to, how
 ) -> CalibrateResult:
     """Draw calibration samples and write them.
 
-    Args:
-        model: As for `quantize`.
-        calib_dir: Where samples.safetensors and calibration.json go.
-        section: What to draw.
-        lengths: Lengths to match, instead of the tasks' own.
-        seed: Of the order of matched lengths.
-        overwrite: Replace calibration data that are there.
-        emit: Is warned if the text is too short.
+    `lengths` are those to match, in tokens, instead of the tasks' own; `seed` is of their order.
 
     Raises:
         OutputError: there are calibration data already, or they can't be written.

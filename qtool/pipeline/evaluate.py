@@ -1,9 +1,11 @@
 """`eval`: the quality of what was quantized, beside the original."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
+
+import torch
 
 from qtool.base import Emit, Notice, ignore_events
 from qtool.data.corpora import Corpus, load_corpus
@@ -14,24 +16,23 @@ from qtool.evaluation.agreement import (
     compare_to_reference,
     record_reference,
 )
+from qtool.evaluation.lm_eval.options import TaskOptions
 from qtool.evaluation.perplexity import PerplexityResult, perplexity
 from qtool.modeling.device import free_memory
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location
 from qtool.pipeline.model_figures import ModelFigures, figures_of, versions
 from qtool.pipeline.scoring import score
+from qtool.pipeline.task_results import TaskComparison
 from qtool.runtime.backends._choose import use_backend
 
 if TYPE_CHECKING:
-    import torch
-
-    from qtool.evaluation.lm_eval.options import TaskOptions
-    from qtool.pipeline.task_results import TaskComparison
     from qtool.timing.gpu import GpuResult
 
-_T = TypeVar("_T")
 PROMPTS = 4
 """Beginnings that a model and its baseline continue."""
+AGREEMENT_WINDOWS = 16
+"""The most windows over which they are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Comparison:
     agreement: Agreement | None = None
     """How closely the checkpoint follows its original, if both were evaluated."""
     versions: dict[str, str] = field(default_factory=dict)
-    tasks: "TaskComparison | None" = None
+    tasks: TaskComparison | None = None
     """If tasks were asked for, in place of all above."""
     kernels: "GpuResult | None" = None
     """If kernels were timed, likewise."""
@@ -52,14 +53,12 @@ class Comparison:
 class EvalOptions:
     """What `evaluate` measures."""
 
-    tasks: "TaskOptions | None" = None
+    tasks: TaskOptions | None = None
     """Tasks of lm-eval; None: a text."""
 
     dataset: str = "wikitext2-test"
     context_length: int = 2048
     max_windows: int | None = None
-    agreement_windows: int = 16
-    """Windows over which a model is compared with its baseline; 0: it isn't."""
     texts: bool = True
     """Also compare greedy continuations with those of the baseline."""
 
@@ -73,17 +72,13 @@ class EvalOptions:
             emit=emit,
         )
 
-    def record(self, model: LoadedModel, corpus: Corpus, emit: Emit) -> Reference | None:
-        """Return what another model is to be compared with; None: it isn't."""
-        if self.agreement_windows == 0:
-            return None
-        windows = min(self.max_windows or self.agreement_windows, self.agreement_windows)
-        length = self.context_length
+    def record(self, model: LoadedModel, corpus: Corpus, emit: Emit) -> Reference:
+        """Return what another model is to be compared with."""
         return record_reference(
             model,
             corpus,
-            context_length=length,
-            max_windows=windows,
+            context_length=self.context_length,
+            max_windows=min(self.max_windows or AGREEMENT_WINDOWS, AGREEMENT_WINDOWS),
             prompts=PROMPTS if self.texts else 0,
             emit=emit,
         )
@@ -95,7 +90,7 @@ def evaluate(
     *,
     baseline: Location | None = None,
     backend: str | None = None,
-    dtype: "torch.dtype | None" = None,
+    dtype: torch.dtype | None = None,
     emit: Emit = ignore_events,
 ) -> Comparison:
     """Measure a model and, if given, a baseline beside it; the two are never in memory at once.
@@ -111,42 +106,30 @@ def evaluate(
         scored = score(model, options.tasks, baseline, backend, dtype, emit)
         return Comparison((), tasks=scored)
     corpus = load_corpus(options.dataset)
-    subjects = {one: _subject(one) for one in (model, baseline) if one is not None}
-    figures, reference = [], None
-    if baseline is not None:
-        with _loaded(baseline, backend, dtype) as loaded:
+    subjects = {one: figures_of(one) for one in (model, baseline) if one is not None}
+    figures, reference, agreement = [], None, None
+    with use_backend(backend):
+        if baseline is not None:
+            loaded = load_model(baseline, dtype=dtype)
             measured = options.measure(loaded, corpus, emit)
-            reference = _if_possible(lambda: options.record(loaded, corpus, emit), emit)
-        figures.append(replace(subjects[baseline], perplexity=measured))
-        del loaded
-        free_memory()
-    with _loaded(model, backend, dtype) as loaded:
+            with _if_possible(emit):
+                reference = options.record(loaded, corpus, emit)
+            figures.append(replace(subjects[baseline], perplexity=measured))
+            del loaded
+            free_memory()
+        loaded = load_model(model, dtype=dtype)
         measured = options.measure(loaded, corpus, emit)
-        agreement = None
         if reference is not None:
-            found = reference
-            agreement = _if_possible(lambda: compare_to_reference(loaded, found, emit), emit)
+            with _if_possible(emit):
+                agreement = compare_to_reference(loaded, reference, emit)
     figures.append(replace(subjects[model], perplexity=measured))
     return Comparison(tuple(figures), agreement, versions())
 
 
-def _if_possible(compare: Callable[[], _T], emit: Emit) -> _T | None:
-    """Return a comparison, or None after a warning: what was measured before isn't lost to it."""
+@contextmanager
+def _if_possible(emit: Emit) -> Iterator[None]:
+    """Warn where models can't be compared: what was measured before isn't lost to it."""
     try:
-        return compare()
+        yield
     except QtoolError as error:
         emit(Notice(f"The two models aren't compared token by token: {error}"))
-        return None
-
-
-@contextmanager
-def _loaded(
-    model: Location, backend: str | None, dtype: "torch.dtype | None" = None
-) -> Iterator[LoadedModel]:
-    with use_backend(backend):
-        yield load_model(model, dtype=dtype)
-
-
-def _subject(model: Location) -> ModelFigures:
-    """Return what a model's directory says of it, before it is loaded."""
-    return figures_of(model.name, model.directory)

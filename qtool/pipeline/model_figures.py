@@ -15,6 +15,7 @@ from qtool.evaluation.perplexity import PerplexityResult
 from qtool.formats._dtypes import item_bytes
 from qtool.modeling.config import read_config
 from qtool.modeling.load import check_weights
+from qtool.modeling.locate import Location
 from qtool.timing.model import SpeedResult
 
 
@@ -31,13 +32,14 @@ class ModelFigures:
     speed: SpeedResult | None = None
 
 
-def figures_of(name: str, directory: Path) -> ModelFigures:
+def figures_of(model: Location) -> ModelFigures:
     """Return size and bits of a model, which its directory says without loading it.
 
     Raises:
         CheckpointError: files are missing or damaged, or aren't those of the configuration.
         ModelError: another tool has quantized it.
     """
+    name, directory = model.name, model.directory
     config = read_config(directory).get("quantization_config")
     if config and config.get("quant_method") != QUANT_METHOD:
         method = config.get("quant_method")

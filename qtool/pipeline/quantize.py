@@ -15,8 +15,7 @@ from qtool.modeling.device import default_device
 from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource, open_source
-from qtool.pipeline.reports import QuantizeResult, result_of
-from qtool.pipeline.runs import write_result
+from qtool.pipeline.reports import QuantizeResult, result_of, write_result
 from qtool.recipe.schema import Recipe
 from qtool.steps.draw_calibration import check_samples, draw_calibration, wanted_lengths
 from qtool.steps.memory import failures_of_the_machine

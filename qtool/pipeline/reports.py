@@ -1,17 +1,22 @@
-"""quantization_report.json: what a finished run reports, written and read again."""
+"""What a finished run writes beside its weights, and quantization_report.json read again."""
 
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from math import nan
+from dataclasses import asdict, dataclass, replace
+from math import nan, prod
 from pathlib import Path
 from typing import Any
 
 import qtool
-from qtool.checkpoint.manifest import LayerEntry
-from qtool.checkpoint.marks import read_report
+from qtool.checkpoint.manifest import LayerEntry, Manifest
+from qtool.checkpoint.marks import CONFIG_NAME, REPORT_NAME, read_report
 from qtool.checkpoint.place import Place
 from qtool.checkpoint.reader import CheckpointReader
+from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import CheckpointError
+from qtool.modeling.card import Provenance, model_card, read_licence
+from qtool.steps.memory import peak_memory
+from qtool.steps.run import Run
 from qtool.steps.solve import LayerResult
 from qtool.storage.plain_json import json_text
 from qtool.wording import quoted
@@ -36,13 +41,73 @@ class QuantizeResult:
 NUMBERS = ("average_bits", "weight_bytes", "source_bytes", "seconds", "peak_memory_bytes", "device")
 
 
-def report_bytes(result: QuantizeResult, *, run: str, files: list[str]) -> bytes:
+def write_result(
+    run: Run, results: tuple[LayerResult, ...], writer: CheckpointWriter, started: float
+) -> QuantizeResult:
+    """Write all files of a result, `started` in seconds of `perf_counter`, and give it its name.
+
+    Raises:
+        QtoolError: see `CheckpointWriter.finish`.
+    """
+    stored = sum(result.entry.num_bytes() for result in results)
+    result = QuantizeResult(
+        out_dir=writer.place.named,
+        average_bits=8 * stored / sum(prod(result.entry.shape) for result in results),
+        weight_bytes=run.plan.kept_bytes + stored,
+        source_bytes=run.plan.source_bytes,
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory(run.env.device),
+        device=run.env.device,
+        layers=results,
+    )
+    manifest = _manifest(run, results, writer.digests())
+    files = run.source.companions()
+    card = model_card(manifest, run.source.public_name, _about(run, result))
+    files["README.md"] = card.encode()
+    names = sorted({*files, REPORT_NAME, CONFIG_NAME})
+    files[REPORT_NAME] = _report_bytes(result, run=writer.run_digest, files=names)
+    config = {key: value for key, value in run.source.config.items() if key != "_name_or_path"}
+    writer.finish(files, {**config, "quantization_config": manifest.to_config()})
+    return result
+
+
+def _manifest(run: Run, results: tuple[LayerResult, ...], digests: dict[str, str]) -> Manifest:
+    layers = {result.name: result.entry for result in results}
+    if run.plan.tied_head is not None:
+        embedding = run.source.adapter.embedding
+        layers[run.plan.tied_head] = replace(layers[embedding], shared_with=embedding)
+    return Manifest(
+        tool_version=qtool.__version__,
+        recipe=run.recipe.model_dump(mode="json"),
+        layers=layers,
+        source=run.source.public_name,
+        calibration=run.calibration.digest() if run.calibration else None,
+        digests=digests,
+    )
+
+
+def _about(run: Run, result: QuantizeResult) -> Provenance:
+    """Return what the model card says of a run."""
+    names = {"added_error": "error added to the outputs", "nmse": "error of the weights (NMSE)"}
+    values = {
+        name: [layer.metrics[key] for layer in result.layers if key in layer.metrics]
+        for key, name in names.items()
+    }
+    return Provenance(
+        licence=read_licence(run.source.directory),
+        calibration=run.calibration.provenance if run.calibration else {},
+        weight_bytes=result.weight_bytes,
+        source_bytes=result.source_bytes,
+        num_weights=sum(prod(spec.shape) for spec in run.source.shards.specs.values()),
+        errors={name: sum(found) / len(found) for name, found in values.items() if found},
+    )
+
+
+def _report_bytes(result: QuantizeResult, *, run: str, files: list[str]) -> bytes:
     """Return the content of the report.
 
-    Args:
-        result: Of the run.
-        run: What tells it from all others; a run that has ended isn't done again.
-        files: The names that it writes beside the weights, so that --overwrite knows them as ours.
+    `run` tells it from all others: a run that has ended isn't done again. `files` are the names
+    that it writes beside the weights, so that --overwrite knows them as ours.
     """
     values = asdict(result)
     layers = [

@@ -3,25 +3,29 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from qtool import settings as environment
 from qtool.base import Emit
 from qtool.errors import ModelError
+from qtool.evaluation.kept import library_versions
+from qtool.evaluation.lm_eval.harness import Tasks
+from qtool.evaluation.lm_eval.hooks import quiet
+from qtool.evaluation.lm_eval.options import TaskOptions
+from qtool.evaluation.lm_eval.run import explained, run_tasks
+from qtool.evaluation.scores import TaskFailure, TaskScores
 from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.digest import model_digest, model_states
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location
 from qtool.pipeline.model_figures import ModelFigures, figures_of, versions
+from qtool.pipeline.sample_file import row_file
+from qtool.pipeline.task_results import ModelTasks, TaskComparison, score_rows
 from qtool.runtime.backends._choose import use_backend, wanted_backend
+from qtool.sandbox.run import protections
 from qtool.wording import reason
-
-if TYPE_CHECKING:
-    import torch
-
-    from qtool.evaluation.lm_eval.options import TaskOptions
-    from qtool.evaluation.scores import TaskFailure, TaskScores
-    from qtool.pipeline.task_results import ModelTasks, TaskComparison
 
 TOO_LARGE = "It needs a larger card, or fewer bytes for each weight."
 DAMAGED = "Check that its files are whole."
@@ -41,12 +45,12 @@ class _Subject:
 
 def score(
     model: Location,
-    options: "TaskOptions",
+    options: TaskOptions,
     baseline: Location | None,
     backend: str | None,
-    dtype: "torch.dtype | None",
+    dtype: torch.dtype | None,
     emit: Emit,
-) -> "TaskComparison":
+) -> TaskComparison:
     """Run tasks of lm-eval on a model and, if given, on a baseline: the same items, one by one.
 
     A task that fails is among the failures of its model; the others are run.
@@ -59,13 +63,6 @@ def score(
         ModelError: before a model is loaded: one isn't there, or its files can't be read.
         CheckpointError: before a model is loaded: one is damaged.
     """
-    from qtool.evaluation.kept import library_versions
-    from qtool.evaluation.lm_eval.harness import Tasks
-    from qtool.evaluation.lm_eval.run import run_tasks
-    from qtool.pipeline.sample_file import row_file
-    from qtool.pipeline.task_results import TaskComparison, score_rows
-    from qtool.sandbox.run import protections
-
     tasks = Tasks(options)
     tasks.check()
     dtype = dtype or default_dtype(default_device())
@@ -89,12 +86,7 @@ def score(
     )
 
 
-def _model_tasks(
-    figures: ModelFigures, outcomes: "Sequence[TaskScores | TaskFailure]"
-) -> "ModelTasks":
-    from qtool.evaluation.scores import TaskFailure, TaskScores
-    from qtool.pipeline.task_results import ModelTasks
-
+def _model_tasks(figures: ModelFigures, outcomes: Sequence[TaskScores | TaskFailure]) -> ModelTasks:
     return ModelTasks(
         name=figures.name,
         weight_bytes=figures.weight_bytes,
@@ -105,14 +97,12 @@ def _model_tasks(
 
 
 def _subject(
-    location: Location, dtype: "torch.dtype", backend: str | None, *, remember: bool
+    location: Location, dtype: torch.dtype, backend: str | None, *, remember: bool
 ) -> _Subject:
-    import torch
-
     name = location.name
     try:
         states = model_states(location.directory)
-        figures = figures_of(name, location.directory)
+        figures = figures_of(location)
         digest = model_digest(location.directory, remember=remember)
     except OSError as error:
         raise ModelError(
@@ -130,16 +120,8 @@ def _subject(
     return _Subject(location, figures, settings, states)
 
 
-def _load(subject: _Subject, dtype: "torch.dtype", *, remember: bool) -> LoadedModel:
-    """Load a model, which may be hours after its digest was taken.
-
-    Raises:
-        ModelError: it can't be loaded, or is another by now.
-        CheckpointError: its files are missing or damaged.
-    """
-    from qtool.evaluation.lm_eval.hooks import quiet
-    from qtool.evaluation.lm_eval.run import explained
-
+def _load(subject: _Subject, dtype: torch.dtype, *, remember: bool) -> LoadedModel:
+    """Load a model, which may be hours after its digest was taken."""
     name, directory = subject.figures.name, subject.location.directory
     with explained(f"{name} can't be loaded", full=TOO_LARGE, other=DAMAGED), quiet():
         loaded = load_model(subject.location, dtype=dtype)

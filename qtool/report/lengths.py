@@ -13,12 +13,7 @@ NUM_BINS = 24
 
 
 def draw_lengths(path: Path, used: Sequence[int], requested: Sequence[int] = ()) -> None:
-    """Write both histograms as shares, outlined so that neither hides the other.
-
-    Args:
-        path: Of the `.png` file.
-        used: Lengths of the samples.
-        requested: Lengths that were to be matched; empty: nothing was, and nothing is drawn of it.
+    """Write both histograms of lengths in tokens as shares, in outlines: neither hides the other.
 
     Raises:
         MissingExtraError: matplotlib isn't installed.
@@ -31,8 +26,7 @@ def draw_lengths(path: Path, used: Sequence[int], requested: Sequence[int] = ())
         (used, "used", "tab:blue", "-"),
     ):
         if lengths:
-            low, middle, high = quantiles(lengths)
-            text = f"{label}: median {middle}, p10 {low}, p90 {high}"
+            text = f"{label}: {describe_lengths(lengths)}"
             shares = histogram(lengths, edges)
             axes.stairs(shares, edges, label=text, color=color, linestyle=style, linewidth=1.5)
     axes.set_xlim(0, 1.05 * edges[-1])
@@ -43,12 +37,14 @@ def draw_lengths(path: Path, used: Sequence[int], requested: Sequence[int] = ())
     save_plot(axes, path, legend="outside upper left")
 
 
-def new_axes(path: Path, size: tuple[float, float] = (6.4, 3.6)) -> Any:  # noqa: ANN401
-    """Return the axes of a new figure, without pyplot: no window, no global state.
+def describe_lengths(lengths: Sequence[int]) -> str:
+    """Return the quantiles in words."""
+    low, middle, high = quantiles(lengths)
+    return f"median {middle}, p10 {low}, p90 {high}"
 
-    Args:
-        path: Of the picture, for the message.
-        size: In inches.
+
+def new_axes(path: Path, size: tuple[float, float] = (6.4, 3.6)) -> Any:  # noqa: ANN401
+    """Return the axes of a new figure of `size` inches, without pyplot: no window or global state.
 
     Raises:
         MissingExtraError: matplotlib isn't installed.

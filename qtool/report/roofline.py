@@ -46,7 +46,6 @@ def draw_roofline(path: Path, result: GpuResult) -> None:
         MissingExtraError: matplotlib isn't installed.
         OutputError: the file can't be written.
     """
-    check_plot(path)
     axes = new_axes(path, (8.0, 4.5))
     roof = result.copy_gb_per_second
     axes.axhline(roof, color="black", linestyle="--", linewidth=1, label=f"copy: {roof:,.0f} GB/s")

@@ -32,19 +32,13 @@ SIGNALED = 256  # the guard passes on death by signal s as exit code 256 - s
 def answer_request() -> None:
     """Run one request from standard input; write its outcome to standard output."""
     try:
-        request = json.loads(_read_all(0))
+        with open(0, "rb", closefd=False) as file:
+            request = json.load(file)
         answer = keep(request)
     except Exception as error:  # noqa: BLE001 - the parent raises it
         answer = {"error": f"{type(error).__name__}: {error}"[: program.DETAIL]}
     os.write(1, json.dumps(answer).encode())
     os._exit(0)  # there is nothing to clean up, and the parent waits
-
-
-def _read_all(file: int) -> bytes:
-    chunks = []
-    while chunk := os.read(file, 1 << 20):
-        chunks.append(chunk)
-    return b"".join(chunks)
 
 
 def keep(request: dict[str, Any]) -> dict[str, Any]:

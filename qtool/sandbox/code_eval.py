@@ -54,16 +54,10 @@ class CodeEval:
         timeout: float = SECONDS,
         **_settings: Any,  # noqa: ANN401
     ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
-        """Run every candidate with its test.
+        """Run every candidate with its test: one test program and some candidates per task.
 
-        Args:
-            references: One test program per task.
-            predictions: Candidate programs per task.
-            k: Which pass@k to return; those with k above the number of candidates are left out.
-            timeout: Seconds of processor time of one program.
-
-        Returns:
-            pass@k by name, and per task the outcome of each candidate.
+        Returns pass@k by name, for each `k` up to the number of candidates, and per task the
+        outcome of each candidate; `timeout` is in seconds of processor time of one program.
         """
         tasks = list(zip(references, predictions, strict=True))
         programs = [f"{one}\n{test}" for test, candidates in tasks for one in candidates]

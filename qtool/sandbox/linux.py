@@ -124,9 +124,7 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
 def enter_namespaces(uid: int) -> None:
     """Leave the machine's namespaces; the next fork is process 1 of its own.
 
-    Args:
-        uid: As root: the user outside of the namespace that the program will be. Not as root
-            that can only be oneself.
+    As root `uid` is the user outside of the namespace that the program will be; else only oneself.
     """
     machine_column()
     own_uid, own_gid, own_pid = os.geteuid(), os.getegid(), os.getpid()
@@ -224,10 +222,8 @@ def _set_attributes(path: Path, flags: int, add: int = 0, remove: int = 0) -> No
 def drop_privileges(uid: int, *, read_all: bool = False) -> None:
     """Become a user without capabilities, for good.
 
-    Args:
-        uid: The new user and group; one's own is allowed.
-        read_all: Keep the one capability to read: for an interpreter in a directory that is
-            closed to others, as below /root.
+    `uid` is user and group, maybe one's own. `read_all` keeps the one capability to read: for an
+    interpreter in a directory that is closed to others, as below /root.
     """
     if os.geteuid() == 0:
         prctl(PR_SET_KEEPCAPS, 1)
@@ -270,8 +266,7 @@ def _allow(ruleset: int, path: Path, rights: int) -> None:
 def filter_calls(*, self_only: bool) -> None:
     """Refuse dangerous system calls from now on: a seccomp filter, inherited by children.
 
-    Args:
-        self_only: Also refuse signals to any process but the caller.
+    With `self_only` also signals to any process but the caller.
     """
     column = machine_column()
     load, equal, above, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06

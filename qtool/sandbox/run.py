@@ -117,40 +117,21 @@ class _Processes:
                 process.terminate()
 
 
-def run_program(source: str, limits: Limits = Limits(), *, isolate: bool | None = None) -> Outcome:
-    """Run one program in the sandbox, whatever it does.
+def run_programs(
+    sources: Sequence[str], limits: Limits = Limits(), *, isolate: bool | None = None
+) -> list[Outcome]:
+    """Run programs side by side, whatever they do; outcomes in the order of the sources.
 
     Args:
-        source: Python text, run as `__main__`.
-        limits: What it may use.
+        sources: Python texts, each run as `__main__`.
+        limits: What each may use.
         isolate: With namespaces or without; None: with, where the machine allows it.
 
     Raises:
-        QtoolError: the sandbox can't be set up; never because of what the program does.
-    """
-    return _run(source, limits, _isolate(isolate), _Processes())[0]
-
-
-def run_programs(
-    sources: Sequence[str],
-    limits: Limits = Limits(),
-    workers: int | None = None,
-    *,
-    isolate: bool | None = None,
-) -> list[Outcome]:
-    """Run programs side by side; outcomes in the order of the sources.
-
-    Args:
-        sources: Python texts.
-        limits: What each may use.
-        workers: How many run at a time; None: as many as there are cores.
-        isolate: As for `run_program`.
-
-    Raises:
-        QtoolError: the sandbox can't be set up.
+        QtoolError: the sandbox can't be set up; never because of what a program does.
     """
     confined, processes = _isolate(isolate), _Processes()
-    with ThreadPoolExecutor(workers or _cores()) as pool:
+    with ThreadPoolExecutor(_cores()) as pool:
         futures = [pool.submit(_run, source, limits, confined, processes) for source in sources]
         try:
             return [future.result()[0] for future in futures]

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from qtool.base import Emit, Notice, ignore_events
+from qtool.base import Emit, Notice, Tokenizer, ignore_events
 from qtool.data.calibration import CalibrationSet, draw_samples
 from qtool.data.corpora import bos_warning, check_tokens, open_dataset
 from qtool.data.lengths import bin_edges, match_lengths, summary, task_lengths
@@ -19,16 +18,9 @@ FIXED_LENGTH = 2048
 
 
 def wanted_lengths(
-    section: CalibrationSection,
-    tokenizer: Any,  # noqa: ANN401
-    given: Sequence[int] | None,
+    section: CalibrationSection, tokenizer: Tokenizer, given: Sequence[int] | None
 ) -> list[int] | None:
-    """Return the lengths to match, None where the recipe fixes the length.
-
-    Args:
-        section: What the recipe says.
-        tokenizer: Of the model.
-        given: Lengths from a file, instead of the tasks'.
+    """Return the lengths to match: those given, else the tasks'; None where the recipe fixes one.
 
     Raises:
         RecipeError: lengths are to be matched, but to nothing.
@@ -48,7 +40,7 @@ def wanted_lengths(
 def draw_calibration(
     section: CalibrationSection,
     source: ModelSource,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     *,
     lengths: Sequence[int] | None,
     seed: int,
@@ -56,13 +48,8 @@ def draw_calibration(
 ) -> CalibrationSet:
     """Draw the samples, and note all that decided them.
 
-    Args:
-        section: What the recipe says.
-        source: The model; its positions bound the length of a sample.
-        tokenizer: Of the model.
-        lengths: Lengths to match, from `wanted_lengths`; None: fixed.
-        seed: Of the order of matched lengths.
-        emit: Is warned if the text is too short for all samples.
+    Lengths are those of `wanted_lengths`; their order is drawn with the seed. Warns if the text is
+    too short for all samples.
 
     Raises:
         DataError: the text is missing or too short for two samples, or a sample would be longer
@@ -100,10 +87,7 @@ def draw_calibration(
 
 
 def check_samples(
-    source: ModelSource,
-    tokenizer: Any,  # noqa: ANN401
-    calibration: CalibrationSet,
-    emit: Emit,
+    source: ModelSource, tokenizer: Tokenizer, calibration: CalibrationSet, emit: Emit
 ) -> None:
     """Refuse samples that the model can't read, and warn of those that it reads poorly.
 

@@ -117,11 +117,8 @@ def check_request(
 ) -> None:
     """Check what the names of the layers decide: found before the model is built.
 
-    Args:
-        recipe: What is asked for.
-        adapter: Of the model's family.
-        linears: Dotted names of all linears of the decoder blocks.
-        others: Of what else the blocks are made of; an override may skip it.
+    Linears and others are the dotted names of all linears of the decoder blocks, and of what else
+    these are made of, which an override may skip.
 
     Raises:
         RecipeError: an option is wrong, an override matches nothing, or a method lacks its data.
@@ -173,7 +170,6 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
     Raises:
         RecipeError: an option is wrong, or an override matches nothing.
         SchemeError: a method can't do the scheme.
-        ModelError: a tensor has the name of what would be written.
         UnknownNameError: there is no such method.
         ModelError: much of the blocks can't be quantized, or a stored name is in the way.
     """

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +52,10 @@ def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
     def finish(layer: LayerPlan, walk: Walk | None = None) -> None:
         notes = writer.once(layer.name, partial(_solved, run, layer, walk))
         _check_fallback(run, layer.name, notes["fallback"])
-        entry = _entry(layer, notes)
+        scheme = WeightScheme(**notes["scheme"])
+        entry = LayerEntry(
+            format=notes["format"], scheme=scheme, shape=layer.shape, method=layer.method
+        )
         if walk is not None:
             walk.put(layer.name, partial(_stored_weight, run, writer, layer.name, entry))
         results.append(
@@ -120,11 +122,6 @@ def _solve_alone(layer: LayerPlan, weight: Tensor, env: Env) -> LayerSolution:
     generator = torch.Generator(env.device).manual_seed(env.seed)
     problem = LayerProblem(name=layer.name, weight=weight, scheme=layer.scheme, generator=generator)
     return load_method(layer.method).solve(problem, layer.options)
-
-
-def _entry(layer: LayerPlan, notes: Mapping[str, Any]) -> LayerEntry:
-    scheme = WeightScheme(**notes["scheme"])
-    return LayerEntry(format=notes["format"], scheme=scheme, shape=layer.shape, method=layer.method)
 
 
 def _stored_weight(run: Run, writer: CheckpointWriter, name: str, entry: LayerEntry) -> Tensor:

@@ -23,11 +23,7 @@ State = tuple[int, ...]
 
 
 def files_digest(files: Iterable[Path], *, remember: bool = True) -> str:
-    """Return one digest of the names and contents of some files.
-
-    Args:
-        files: Some may be given twice.
-        remember: Use and keep digests in the cache.
+    """Return one digest of the names and contents of some files, each of which counts once.
 
     Raises:
         OSError: a file can't be read.

@@ -12,12 +12,8 @@ from typing import IO
 def written_whole(target: Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
     """Open a file that takes the place of `target` when the block ends without an error.
 
-    A reader sees the old content or the new one, however many write at once.
-
-    Args:
-        target: Its folder is made.
-        durable: It survives a loss of power too: file and folder are synced, which takes
-            milliseconds.
+    A reader sees the old content or the new one, however many write at once. Its folder is made.
+    `durable` lets it survive a loss of power: file and folder are synced, which takes milliseconds.
 
     Raises:
         OSError: it can't be written.

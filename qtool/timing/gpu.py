@@ -77,27 +77,16 @@ def time_workload(
     wanted = (*peers.IN_TORCH, *(peers.OTHER_LIBRARIES if with_peers else ()))
     others, not_run = able(wanted, bench.rig.device)
     machine = bench.machine()
-
-    @contextlib.contextmanager
-    def timing(name: str) -> Iterator[None]:
-        """Name what doesn't run, and return the memory, which the next one needs."""
-        emit(Progress(f"time {name}"))
-        try:
-            yield
-        except (QtoolError, torch.OutOfMemoryError) as error:
-            not_run[name] = " ".join(str(error).split())
-        gc.collect()
-        if bench.rig.device.type == "cuda":
-            torch.cuda.empty_cache()
-
     layers, end_to_end = [], []
     for layer in workload.layers:
-        with timing(layer.name):
+        emit(Progress(f"time {layer.name}"))
+        with _alone(layer.name, not_run):
             layers.append(time_layer(layer, bench.rig, kernel=kernel, others=others))
     if workload.no_models:
         not_run["end to end"] = workload.no_models
     for model in workload.models:
-        with timing(model.name):
+        emit(Progress(f"time {model.name}"))
+        with _alone(model.name, not_run):
             end_to_end.append(time_decoder(model, bench.ops, bench.clock))
     return GpuResult(
         name=workload.name,
@@ -108,6 +97,18 @@ def time_workload(
         not_run=not_run,
         versions=versions,
     )
+
+
+@contextlib.contextmanager
+def _alone(name: str, not_run: dict[str, str]) -> Iterator[None]:
+    """Say why something doesn't run, and return its memory, which the next one needs."""
+    try:
+        yield
+    except (QtoolError, torch.OutOfMemoryError) as error:
+        not_run[name] = " ".join(str(error).split())
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def able(wanted: Sequence[Peer], device: torch.device) -> tuple[tuple[Peer, ...], dict[str, str]]:

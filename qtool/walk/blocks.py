@@ -5,7 +5,7 @@ filled in to capture its inputs; after that one block at a time is filled, run a
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from typing import Any
 
@@ -142,15 +142,12 @@ class BlockModel:
         }
         for name, module in outside.items():
             fill_own(module, name, self.source, self.device)
-        self._buffers_to(self.device)
+        for module in self._model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
         yield
         for module in outside.values():
             empty_own(module)
-
-    def _buffers_to(self, device: str) -> None:
-        for module in self._model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(device)
 
     def load(self, index: int) -> "Block":
         """Fill one block; drop the result to free its memory."""
@@ -184,26 +181,23 @@ class Block:
     def __init__(self, module: nn.Module, name: str, calls: tuple[Call, ...]) -> None:
         self._module, self._name, self._calls = module, name, calls
         self._device = next(module.parameters()).device
-        self._batch = -1
 
     def copy(self) -> "Block":
         """Return a block with weights of its own."""
         return Block(deepcopy(self._module), self._name, self._calls)
 
     @torch.no_grad()
-    def run(self, hidden: Tensor, batch: int | None = None) -> Tensor:
+    def run(self, hidden: Tensor, batch: int) -> Tensor:
         """Return the block's output for one batch, on the block's device.
 
         Args:
             hidden: Input of the block, (samples, length, width).
             batch: Which of the captured batches it is: it decides the block's other arguments.
-                None: the one after the last that ran, as when all are run in turn.
 
         Raises:
             ModelError: the block can't run by itself.
         """
-        self._batch = (self._batch + 1 if batch is None else batch) % len(self._calls)
-        output = self._call(hidden, self._calls[self._batch])
+        output = self._call(hidden, self._calls[batch])
         return output[0] if isinstance(output, tuple) else output
 
     def rest_of_output(self, hidden: Tensor, call: Call) -> tuple[Any, ...] | None:
@@ -230,13 +224,8 @@ class Block:
             seen.append(arguments[0])
             raise _Stop
 
-        handle = self._module.get_submodule(linear).register_forward_pre_hook(stop)
-        try:
+        with self._module.get_submodule(linear).register_forward_pre_hook(stop), suppress(_Stop):
             self.run(hidden, batch)
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
         if not seen:
             raise ModelError(f"{linear} was never called: its inputs can't be measured.")
         return seen[0].flatten(0, -2)
@@ -258,11 +247,8 @@ class Block:
         def note(_module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             seen.append((arguments[0], output))
 
-        handle = self._module.get_submodule(linear).register_forward_hook(note)
-        try:
+        with self._module.get_submodule(linear).register_forward_hook(note):
             output = self.run(hidden, batch)
-        finally:
-            handle.remove()
         if not seen:
             raise ModelError(f"{linear} was never called: its inputs can't be measured.")
         inputs, added = seen[0]

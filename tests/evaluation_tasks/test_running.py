@@ -323,10 +323,10 @@ def test_drawn_answers_differ_and_are_not_kept(model, generation):
     first = answers(model, **generation)
     assert len(set(first)) > 1
     assert answers(model, **generation) == first  # the seed decides
-    assert model.store._answers == {}
+    assert model.store._values == {}
 
 
 @pytest.mark.parametrize("generation", [{"do_sample": False}, {}, {"temperature": 0.0}])
 def test_likeliest_answers_are_equal_and_kept(model, generation):
     assert len(set(answers(model, **generation))) == 1
-    assert len(model.store._answers) == 1
+    assert len(model.store._values) == 1

@@ -1,6 +1,7 @@
 """The table of measured figures, the baseline first."""
 
 from dataclasses import asdict
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from qtool.cli import console
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from qtool.pipeline import Comparison, ModelFigures
 
 TEXT_WIDTH = 100
+COLUMNS = {"model": "left", "bits per weight": "right", "size": "right", "quantized in": "right"}
+COLUMNS |= {"perplexity": "right", "prefill tokens/s": "right", "decode tokens/s": "right"}
+COLUMNS |= {"backend": "left"}
 
 
 def comparison_report(result: "Comparison") -> dict[str, Any]:
@@ -21,23 +25,11 @@ def comparison_report(result: "Comparison") -> dict[str, Any]:
 
 def print_comparison(result: "Comparison") -> None:
     """Print one row per model, with only the columns that were measured."""
-    figures = result.figures
-    columns = {"model": "left", "bits per weight": "right", "size": "right"}
-    cells = [[f.name, console.compact(f.average_bits), gigabytes(f.weight_bytes)] for f in figures]
-    if any(f.quantize_seconds is not None for f in figures):
-        columns["quantized in"] = "right"
-        for row, f in zip(cells, figures, strict=True):
-            row.append("" if f.quantize_seconds is None else f"{f.quantize_seconds:.1f} s")
-    if any(f.perplexity for f in figures):
-        columns["perplexity"] = "right"
-        for row, f in zip(cells, figures, strict=True):
-            row.append(f"{f.perplexity.perplexity:.3f}" if f.perplexity else "")
-    if any(f.speed for f in figures):
-        columns |= {"prefill tokens/s": "right", "decode tokens/s": "right", "backend": "left"}
-        for row, f in zip(cells, figures, strict=True):
-            row += _speed_cells(f)
-    console.print_table("", columns, [tuple(row) for row in cells])
-    for line in _conditions(figures):
+    rows = [_cells(figures) for figures in result.figures]
+    measured = [any(column) for column in zip(*rows, strict=True)]
+    columns = dict(compress(COLUMNS.items(), measured))
+    console.print_table("", columns, [tuple(compress(row, measured)) for row in rows])
+    for line in _conditions(result.figures):
         console.out.print(line, markup=False)
     if result.agreement is not None:
         _print_agreement(result.agreement)
@@ -63,15 +55,19 @@ def _print_agreement(agreement: "Agreement") -> None:
             console.out.print(f"  {name:>9}: {text[:TEXT_WIDTH]}", markup=False)
 
 
-def _speed_cells(figures: "ModelFigures") -> list[str]:
-    speed = figures.speed
-    if speed is None:
-        return ["", "", ""]
-    return [
-        f"{speed.prefill_tokens_per_second:.1f}",
-        f"{speed.decode_tokens_per_second:.1f}",
-        ", ".join(speed.backends) or "torch",
-    ]
+def _cells(figures: "ModelFigures") -> tuple[str, ...]:
+    """Return a cell per column, empty where nothing was measured."""
+    seconds, quality, speed = figures.quantize_seconds, figures.perplexity, figures.speed
+    return (
+        figures.name,
+        console.compact(figures.average_bits),
+        gigabytes(figures.weight_bytes),
+        "" if seconds is None else f"{seconds:.1f} s",
+        f"{quality.perplexity:.3f}" if quality else "",
+        f"{speed.prefill_tokens_per_second:.1f}" if speed else "",
+        f"{speed.decode_tokens_per_second:.1f}" if speed else "",
+        (", ".join(speed.backends) or "torch") if speed else "",
+    )
 
 
 def _conditions(figures: tuple["ModelFigures", ...]) -> list[str]:

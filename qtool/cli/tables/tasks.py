@@ -96,25 +96,20 @@ def _cells(result: "TaskComparison", row: "ScoreRow") -> tuple[str, ...]:
     cells = (row.task, metric, shots, str(row.num_items))
     if result.original is None:
         return (*cells, _number(row.value, row.standard_error))
-    value = _number(row.value)  # of two models only the error of the difference says something
-    if row.original is None or row.value is None:
-        return (*cells, _number(row.original), value, "", "", "")
-    paired = row.paired
-    if paired is None:
-        return (*cells, _number(row.original), value, _signed(row.value - row.original), "", "")
-    p_value = "" if paired.p_value is None else f"{paired.p_value:.2g}"
-    difference = _signed(paired.difference, paired.standard_error)
-    return (*cells, _number(row.original), value, difference, p_value, row.verdict)
+    # of two models only the error of the difference says something
+    paired, p_value, difference = row.paired, "", ""
+    if paired is not None:
+        difference = _number(paired.difference, paired.standard_error, "+")
+        p_value = "" if paired.p_value is None else f"{paired.p_value:.2g}"
+    elif row.original is not None and row.value is not None:
+        difference = _number(row.value - row.original, sign="+")
+    return (*cells, _number(row.original), _number(row.value), difference, p_value, row.verdict)
 
 
-def _number(value: float | None, error: float | None = None) -> str:
+def _number(value: float | None, error: float | None = None, sign: str = "") -> str:
     if value is None:
         return ""
-    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
-
-
-def _signed(value: float, error: float | None = None) -> str:
-    return f"{value:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _line(cells: Any) -> str:  # noqa: ANN401

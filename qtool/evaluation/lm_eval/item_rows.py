@@ -21,9 +21,7 @@ def item_rows(
 ) -> Iterator[Row]:
     """Yield one row per item, in the order of the data.
 
-    Args:
-        samples: By task, as in what lm-eval's `evaluate` returns: one per item and filter.
-        outcomes: Of the programs that ran.
+    `samples` are by task what lm-eval's `evaluate` returns: one per item and filter.
     """
     for task, found in samples.items():
         by_item: dict[int, list[Mapping[str, Any]]] = {}

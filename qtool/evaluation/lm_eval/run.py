@@ -49,14 +49,9 @@ def run_tasks(
 ) -> tuple[TaskOutcome, ...]:
     """Run tasks on a model, unless their scores are kept; return what became of each, in order.
 
-    One that fails doesn't stop the others.
-
-    Args:
-        load: Loads the model, or raises a QtoolError; called if there is anything to run.
-        subject: All of the model that decides scores: digest, dtype, device, backend.
-        tasks: Those that were asked for, checked.
-        emit: Is told of each request, and warned of each task that fails.
-        add_rows: Receives what was asked and answered, task by task; None: nobody wants it.
+    One that fails doesn't stop the others. `load` loads the model, or raises a QtoolError, if there
+    is anything to run; `subject` is all of the model that decides scores: digest, dtype, device,
+    backend. `add_rows` receives what was asked and answered, task by task.
 
     Raises:
         OutputError: rows can't be written.

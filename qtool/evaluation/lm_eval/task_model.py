@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
-import torch
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qtool.base import Emit, Notice, Progress, ignore_events
 from qtool.errors import DataError, ModelError
@@ -25,6 +25,9 @@ from qtool.modeling.load import LoadedModel
 from qtool.storage.memo import Memo
 
 TEXTS_AT_ONCE = 4096
+WRITING_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All but cuDNN's, which is planned anew for every length: a text that is written has a new one at
+every token, and waits 60 ms for each on an H100."""
 
 
 class _AnswerHook(CacheHook):  # type: ignore[misc] # lm-eval isn't typed
@@ -32,20 +35,6 @@ class _AnswerHook(CacheHook):  # type: ignore[misc] # lm-eval isn't typed
 
     def __init__(self, add_partial: Callable[[str, Any, Any], None]) -> None:
         self.add_partial = add_partial
-
-
-@contextlib.contextmanager
-def without_cudnn_attention() -> Iterator[None]:
-    """Keep torch from cuDNN's attention, which is planned anew for every length.
-
-    A text that is written has a new length at every token: 60 ms each on an H100.
-    """
-    wanted = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(enabled=False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(wanted)
 
 
 class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
@@ -70,7 +59,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         )
         self.name, self.emit = model.name, emit
         self._memory = batches.device_bytes(self.device)
-        self._size_of_batch = self._by_length()
+        self._batch_scheduler = self._by_length()
         self.store = Memo()
         self.task, self.done, self.total = "", 0, 0
         self.truncated = 0
@@ -143,7 +132,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         size = self.batch_size_per_gpu
         if size == AUTO:
             size = self._written_at_once([request.args for request in requests])
-        with self._in_batches_of(size), without_cudnn_attention():
+        with self._in_batches_of(size), sdpa_kernel(WRITING_ATTENTION):
             return self._answer("generate_until", super().generate_until, requests)
 
     def _written_at_once(self, arguments: Sequence[Any]) -> int:
@@ -159,7 +148,10 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         return batches.written_at_once(size, longest, self._memory)
 
     def _by_length(self) -> Callable[[int, Sequence[Any]], int]:
-        """Return what sizes batches of requests, each (texts, prompt tokens, answer tokens)."""
+        """Return what sizes batches of requests, each (texts, prompt tokens, answer tokens).
+
+        By its longest request; lm-eval would try what still fits in memory.
+        """
         size = self.config.get_text_config().vocab_size * self.model.dtype.itemsize
         return batches.batches_by_length(
             batches.MOST_ON_CPU if self._memory is None else batches.MOST_READ,
@@ -169,10 +161,6 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
 
     def _in_batches_of(self, size: int | str) -> Any:  # noqa: ANN401
         return mock.patch.object(self, "batch_size_per_gpu", size)
-
-    def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
-        """Size a batch by its longest request; lm-eval would try what still fits in memory."""
-        return self._size_of_batch(pos, n_reordered_requests)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **rest: Any) -> Any:  # noqa: ANN401
         """Without lm-eval's own progress bar, which rolling windows would show each."""
@@ -211,11 +199,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         return normalize_gen_kwargs(arguments[1], self.max_gen_toks)
 
     def _is_cut(self, kind: str, arguments: Any) -> bool:  # noqa: ANN401
-        """Return whether lm-eval cuts a request; whole texts are split into windows instead.
-
-        Raises:
-            DataError: the answer alone may be longer than the context.
-        """
+        """Return whether lm-eval cuts a request; whole texts are split into windows instead."""
         if kind == "loglikelihood_rolling":
             return False
         if kind == "loglikelihood":
@@ -235,11 +219,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         )
 
     def _add(self, kind: str, arguments: Any, answer: Any) -> None:  # noqa: ANN401
-        """Keep an answer.
-
-        Raises:
-            ModelError: it isn't a number; of choices, lm-eval would take the first for the best.
-        """
+        """Keep an answer that is a number: of choices, lm-eval would take a NaN for the best."""
         likelihood = answer[0] if kind == "loglikelihood" else answer
         if isinstance(likelihood, float) and math.isnan(likelihood):
             raise ModelError(

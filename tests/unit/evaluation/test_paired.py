@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.errors import DataError
 from qtool.evaluation.paired import (
     Paired,
     mcnemar_p,
@@ -263,40 +262,3 @@ def test_one_item_shows_nothing():
     for found in (paired_means([1], [0]), paired_ratios([(-1.0, 1.0)], [(-2.0, 1.0)])):
         assert (found.standard_error, found.p_value) == (None, None)
         assert verdict(found, higher_is_better=True) == "too few items"
-
-
-# Refusals.
-
-
-@pytest.mark.parametrize(("original", "quantized"), [([1.0], [1.0, 0.0]), ([], [])])
-def test_items_must_match(original, quantized):
-    with pytest.raises(DataError, match="the same items of both, at least 1"):
-        paired_means(original, quantized)
-    items = [[(value, 1.0) for value in values] for values in (original, quantized)]
-    with pytest.raises(DataError, match="the same items of both, at least 1"):
-        paired_ratios(*items)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_only_finite_numbers_are_compared(bad):
-    with pytest.raises(DataError, match=f"value of an item is {bad}"):
-        paired_means([1.0, 0.0], [1.0, bad])
-    for item in ((bad, 1.0), (-1.0, bad)):
-        with pytest.raises(DataError, match=f"log-likelihood or weight of an item is {bad}"):
-            paired_ratios([item, (-1.0, 1.0)], [item, (-1.0, 1.0)])
-
-
-def test_weights_must_match_and_not_be_negative():
-    with pytest.raises(DataError, match=r"Item 1 weighs 2\.0 for the original and 3\.0"):
-        paired_ratios([(-1.0, 1.0), (-1.0, 2.0)], [(-1.0, 1.0), (-1.0, 3.0)])
-    with pytest.raises(DataError, match=r"Item 0 weighs -1\.0"):
-        paired_ratios([(-1.0, -1.0)], [(-1.0, -1.0)])
-    with pytest.raises(DataError, match="All items weigh 0"):
-        paired_ratios([(0.0, 0.0)], [(0.0, 0.0)])
-
-
-def test_perplexity_beyond_floats_is_refused():
-    items = [(-2000.0, 1.0), (-1000.0, 1.0)]
-    with pytest.raises(DataError, match="1500 nats, whose perplexity no float can hold"):
-        paired_ratios(items, items)
-    assert paired_ratios(items, items, unit="bits").original == pytest.approx(1500 / math.log(2))

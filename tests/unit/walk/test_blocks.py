@@ -48,16 +48,6 @@ def test_walking_the_blocks_equals_the_whole_forward_pass(tiny, family):
         torch.testing.assert_close(seen, expected)
 
 
-def test_batches_are_taken_in_turn_where_none_is_named(tiny):
-    source = open_source(Location(tiny("llama")))
-    walked = BlockModel(source, "cpu")
-    hidden = walked.capture(tokens())
-    block = walked.load(0)
-    for _ in range(2):
-        for batch, x in enumerate(hidden):
-            assert torch.equal(block.run(x), walked.load(0).run(x, batch))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_linear_of_the_adapter_is_called_with_its_width(tiny, family):
     source = open_source(Location(tiny(family)))
