@@ -86,13 +86,24 @@ def _searched(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _held(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
+    levels: _T, codes: _T, middles: _T, row: _T, rows: _T, count: _T, NUM_LEVELS: tl.constexpr
+) -> tuple[_T, _T, _T, _T]:
+    """Load the tables of a binary grid: places, levels, codes, and the middles between levels."""
+    place = tl.arange(0, NUM_LEVELS)
+    level = _tile(levels, place, row, count, rows)
+    code = _tile(codes, place, row, count, rows).to(tl.int32)
+    return place, level, code, _tile(middles, place, row, count - 1, rows)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
     work_pointer: tl.tensor,  # (columns, rows): values to quantize; descending: gradient
     old_pointer: tl.tensor,  # (columns, rows): descending: levels so far
     matrix_pointer: tl.tensor,  # (columns, columns)
-    first_pointer: tl.tensor,  # affine: scales (columns, rows); binary: levels (num_levels, rows)
-    second_pointer: tl.tensor,  # affine: zero points (columns, rows); binary: codes, likewise
-    third_pointer: tl.tensor,  # affine: highest code (1,); binary: middles (num_levels - 1, rows)
+    first: tl.tensor,  # affine: scales (columns, rows); binary: levels (num_levels, rows)
+    second: tl.tensor,  # affine: zero points (columns, rows); binary: codes, likewise
+    third: tl.tensor,  # affine: highest code (1,); binary: middles (num_levels - 1, rows)
     codes_pointer: tl.tensor,  # (columns, rows) uint8, out
     levels_pointer: tl.tensor,  # (columns, rows), out
     columns: tl.tensor,
@@ -110,10 +121,7 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
     index = tl.arange(0, NUM_COLUMNS)
     work = _tile(work_pointer, index, row, columns, rows)
     # Only binary grids use these; otherwise the compiler drops them.
-    place, last = tl.arange(0, NUM_LEVELS), num_levels - 1
-    levels = _tile(first_pointer, place, row, num_levels, rows)
-    codes = _tile(second_pointer, place, row, num_levels, rows).to(tl.int32)
-    middles = _tile(third_pointer, place, row, last, rows)
+    place, levels, codes, middles = _held(first, second, third, row, rows, num_levels, NUM_LEVELS)
 
     for column in range(columns):
         here, square = column * rows + row, column * columns + column
@@ -122,13 +130,11 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
         if DESCENDS:
             value, old = _descended(value, old_pointer + here, matrix_pointer + square, there)
         if IS_AFFINE:
-            code, level = _affine(value, first_pointer, second_pointer, third_pointer, here, there)
+            code, level = _affine(value, first, second, third, here, there)
         elif STEPS > 0:
-            code, level = _searched(
-                value, row, rows, there, first_pointer, second_pointer, third_pointer, STEPS
-            )
+            code, level = _searched(value, row, rows, there, first, second, third, STEPS)
         else:
-            code, level = _binary(value, place, levels, codes, middles, last)
+            code, level = _binary(value, place, levels, codes, middles, num_levels - 1)
         tl.store(codes_pointer + here, code.to(tl.uint8), mask=there)
         tl.store(levels_pointer + here, level, mask=there)
         shares = _later(matrix_pointer, index, column, columns)
