@@ -8,8 +8,9 @@ import pytest
 import qtool
 from qtool import plugins, resources
 from qtool.errors import SchemeError, UnknownNameError
+from qtool.modeling.locate import Location
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
-from tests.helpers import ROOT, run_python
+from tests.helpers import ROOT, recipe, run_python
 
 
 def test_every_public_name_exists_and_is_sorted():
@@ -19,6 +20,15 @@ def test_every_public_name_exists_and_is_sorted():
         assert getattr(qtool, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         _ = qtool.quantise
+
+
+def test_models_have_names_in_python_as_on_the_command_line(llama, checkpoint, tmp_path):
+    result = qtool.quantize(str(llama), tmp_path / "out", recipe())
+    assert result.out_dir == tmp_path / "out"
+    for model in (str(tmp_path / "out"), Location(tmp_path / "out")):
+        assert qtool.load_model(model).name == "out"
+    with pytest.raises(qtool.QtoolError, match="No model directory"):
+        qtool.evaluate(str(checkpoint), None, baseline="./nowhere")
 
 
 def test_version_is_that_of_the_metadata():
