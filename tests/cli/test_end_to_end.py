@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qtool.checkpoint.reader import CheckpointReader, tensor_digest
 from tests.cli.conftest import Cli
+from tests.robustness.gguf_files import write_gguf
 
 
 def quantized(cli: Cli, llama, out_dir, *options):
@@ -191,3 +192,10 @@ def test_lists_are_printed(cli: Cli, command, words):
 def test_progress_and_errors_stay_out_of_stdout(cli: Cli, llama, tmp_path):
     done = quantized(cli, llama, tmp_path / "out", "--method", "rtn", "--json", "-")
     json.loads(done.out)
+
+
+def test_a_gguf_file_is_quantized(cli: Cli, tmp_path):
+    file, out_dir = tmp_path / "tiny.gguf", tmp_path / "out"
+    write_gguf(file)
+    quantized(cli, file, out_dir, "--method", "rtn", "--group-size", "row")
+    assert CheckpointReader(out_dir).manifest.layers
