@@ -10,6 +10,11 @@ from qtool.errors import OutputError
 def check_apart(out_dir: Path, source: Path, others: Iterable[Path] = ()) -> None:
     """Check that a result isn't in the model's directory, nor what is read in the result's.
 
+    Args:
+        out_dir: Where the result goes.
+        source: Directory of the model, or its GGUF file.
+        others: What else is read.
+
     Raises:
         OutputError: it is; links are followed both ways.
     """
@@ -19,7 +24,8 @@ def check_apart(out_dir: Path, source: Path, others: Iterable[Path] = ()) -> Non
             raise OutputError(
                 f"{out_dir} is the model that is read, or lies in it. Name a directory elsewhere."
             )
-        for path in (source, *source.iterdir(), *others):
+        files = source.iterdir() if source.is_dir() else ()
+        for path in (source, *files, *others):
             if itself is not None and itself in _identities_above(path.resolve()):
                 raise OutputError(
                     f"{path} is read by this run, and lies in {out_dir}, which it would write. "

@@ -62,7 +62,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
     """
     started = time.perf_counter()
     place = find_place(out_dir, overwrite=overwrite, resume=resume)
-    if model.path is not None and model.path.is_dir():  # a GGUF file is read, not written beside
+    if model.path is not None:
         check_apart(place.out_dir, model.path)  # before anything is said of --overwrite
     look(place)
     emit(Progress("opening the model"))

@@ -212,3 +212,12 @@ def test_model_of_links_into_the_result_is_refused(llama, tmp_path):
         (tmp_path / "snapshot" / path.name).symlink_to(path)
     with pytest.raises(OutputError, match="is read by this run"):
         check_apart(real, tmp_path / "snapshot")
+
+
+def test_a_gguf_file_is_apart_from_all_but_what_holds_it(tmp_path):
+    file = tmp_path / "models" / "m.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"x")
+    check_apart(tmp_path / "models" / "out", file)
+    with pytest.raises(OutputError, match=r"m\.gguf is read by this run"):
+        check_apart(tmp_path / "models", file)
