@@ -43,6 +43,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401
     return _by_name(found) if name in _OF_MODELS else found
 
 
+@functools.cache
 def _by_name(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let a function of models take their names."""
     from qtool.modeling.locate import locate

@@ -4,6 +4,7 @@ An interrupted evaluation goes on where it stopped; one that ended isn't run aga
 """
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -33,7 +34,8 @@ _LOG = logging.getLogger(__name__)
 _SCORES = TypeAdapter(TaskScores)
 
 
-def library_versions() -> dict[str, str]:
+@functools.cache
+def library_versions() -> Mapping[str, str]:
     """Return the versions that scores depend on."""
     found = {name: importlib.metadata.version(name) for name in LIBRARIES}
     for name in OPTIONAL_LIBRARIES:
