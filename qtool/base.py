@@ -77,6 +77,29 @@ class QuantizedTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Trainable:
+    """A quantized weight whose group parameters can be learned, and its codes if somebody moves
+    them. Shapes are those of rows of groups, see `core.grouping`."""
+
+    parameters: Mapping[str, Tensor]
+    """By part name, (..., rows, num_groups) float32: where learning starts."""
+    units: Mapping[str, Tensor]
+    """For each parameter what a change of one means, broadcastable to it: its own size, or that of
+    the group's levels."""
+    codes: Tensor
+    """(rows, num_groups, group_size) uint8, the last group filled up."""
+    values: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    """(parameters, codes) -> (rows, num_groups, group_size) float32, differentiable in the
+    parameters: what `Codec.dequantize` gives, but for the rounding of what is stored."""
+    nearest: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    """(parameters, values (rows, num_groups, group_size)) -> the codes of the nearest levels."""
+    gaps: Callable[[Mapping[str, Tensor]], Tensor]
+    """(parameters) -> (rows, num_groups), the distance of the closest levels: a step of codes."""
+    stored: Callable[[Mapping[str, Tensor], Tensor], QuantizedTensor]
+    """(parameters, codes) -> the weight as a checkpoint stores it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Codec:
     """What the parts of one format are, and what they mean."""
 
@@ -88,6 +111,8 @@ class Codec:
     cat: Callable[[Sequence[QuantizedTensor], int], QuantizedTensor]
     """(weights, dimension) -> one below the other, or beside one another, to the bit; raises
     `SchemeError` where a group would run on from one to the next."""
+    trainable: Callable[[QuantizedTensor], Trainable]
+    """Where learning starts from a weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

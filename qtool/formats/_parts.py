@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from qtool.base import QuantizedTensor
+from qtool.core import grouping
 from qtool.core.packing import pack_bits, unpack_bits
 from qtool.errors import SchemeError
-from qtool.scheme import Shape2D
+from qtool.scheme import Shape2D, WeightScheme
 
 DIMS = ("out_features", "in_features")
 
@@ -43,3 +44,8 @@ def cat_planes(tensors: Sequence[QuantizedTensor], name: str, dim: int) -> Tenso
         return torch.cat([tensor.parts[name] for tensor in tensors], dim=-2)
     bits = [unpack_bits(tensor.parts[name], tensor.shape.in_features) for tensor in tensors]
     return pack_bits(torch.cat(bits, dim=-1))
+
+
+def codes_in_groups(codes: Tensor, scheme: WeightScheme) -> Tensor:
+    """Cut codes (out_features, in_features) into rows of groups (rows, num_groups, group_size)."""
+    return grouping.split(grouping.to_rows(codes, scheme), scheme.group_size).contiguous()

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qtool.base import Codec, PartSpec, QuantizedTensor
-from qtool.core import affine, grouping
+from qtool.base import Codec, PartSpec, QuantizedTensor, Trainable
+from qtool.core import affine, grouping, learned
+from qtool.core.binary_coding import scales_from_affine
 from qtool.core.packing import codes_to_planes, num_words, planes_to_codes
 from qtool.errors import SchemeError
-from qtool.formats._parts import cat_planes, joined
+from qtool.formats._parts import cat_planes, codes_in_groups, joined
 from qtool.scheme import Shape2D, WeightScheme
 
 AFFINE = "affine"
@@ -94,4 +95,34 @@ def _packed(
     return QuantizedTensor(AFFINE, scheme, shape, parts)
 
 
-CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat)
+def _trainable(tensor: QuantizedTensor) -> Trainable:
+    """Let the scales of a weight be learned; zero points are whole numbers and stay."""
+    scheme, shape, num_bits = tensor.scheme, tensor.shape, tensor.scheme.num_bits
+    scales = grouping.to_stored(tensor.parts["scales"].float(), scheme)
+    zeros = grouping.to_stored(zero_points(tensor), scheme)
+
+    def planes(values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        found, offsets = scales_from_affine(values["scales"], zeros, num_bits=num_bits)
+        return found.movedim(-1, 0), offsets
+
+    def nearest(values: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
+        return affine.nearest_codes(wanted, values["scales"], zeros, num_bits=num_bits)
+
+    def stored(values: Mapping[str, Tensor], codes: Tensor) -> QuantizedTensor:
+        found = values["scales"].clamp(min=affine.SMALLEST_SCALE).to(torch.float16)
+        return encode_affine(codes, found, zeros, scheme, shape)
+
+    return Trainable(
+        parameters={"scales": scales},
+        units={"scales": scales},
+        codes=codes_in_groups(planes_to_codes(tensor.parts["codes"], shape.in_features), scheme),
+        values=lambda values, codes: learned.planes_values(*planes(values), codes),
+        nearest=nearest,
+        gaps=lambda values: values["scales"],
+        stored=stored,
+    )
+
+
+CODEC = Codec(
+    version=1, layout=_layout, dequantize=_dequantize, cat=_cat, trainable=_trainable
+)

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qtool.base import Codec, PartSpec, QuantizedTensor
-from qtool.core import binary_coding, grouping
-from qtool.core.packing import codes_to_planes, num_words, unpack_bits
+from qtool.base import Codec, PartSpec, QuantizedTensor, Trainable
+from qtool.core import binary_coding, grouping, learned
+from qtool.core.packing import codes_to_planes, num_words, planes_to_codes, unpack_bits
 from qtool.errors import SchemeError
 from qtool.formats import affine as affine_format
-from qtool.formats._parts import cat_planes, joined
+from qtool.formats._parts import cat_planes, codes_in_groups, joined
 from qtool.scheme import Shape2D, WeightScheme
 
 BINARY_CODING = "binary_coding"
@@ -100,4 +100,34 @@ def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
     return QuantizedTensor(BINARY_CODING, tensors[0].scheme, shape, parts)
 
 
-CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat)
+def _trainable(tensor: QuantizedTensor) -> Trainable:
+    """Let scales and offsets of a weight be learned."""
+    scheme, shape, parts = tensor.scheme, tensor.shape, tensor.parts
+    scales = grouping.to_stored(parts["plane_scales"].float(), scheme)
+    parameters = {"plane_scales": scales}
+    units = {"plane_scales": scales}
+    if not scheme.symmetric:
+        parameters["plane_offsets"] = grouping.to_stored(parts["plane_offsets"].float(), scheme)
+        units["plane_offsets"] = scales[0]
+
+    def both(values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return values["plane_scales"], values.get("plane_offsets", torch.zeros_like(scales[0]))
+
+    def stored(values: Mapping[str, Tensor], codes: Tensor) -> QuantizedTensor:
+        found, offsets = (each.to(torch.float16) for each in both(values))
+        return encode_binary(codes, found.clamp(min=0).permute(1, 2, 0), offsets, scheme, shape)
+
+    return Trainable(
+        parameters=parameters,
+        units=units,
+        codes=codes_in_groups(planes_to_codes(parts["bit_planes"], shape.in_features), scheme),
+        values=lambda values, codes: learned.planes_values(*both(values), codes),
+        nearest=lambda values, wanted: learned.nearest_planes(*both(values), wanted),
+        gaps=lambda values: 2 * values["plane_scales"].amin(0),
+        stored=stored,
+    )
+
+
+CODEC = Codec(
+    version=1, layout=_layout, dequantize=_dequantize, cat=_cat, trainable=_trainable
+)

@@ -1,0 +1,1 @@
+"""Gradients: quantized weights that learn, losses, and the loops that train them."""

@@ -1,0 +1,42 @@
+"""How far a student's predictions are from the original's, and its gradient, in little memory."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1024
+"""Tokens whose logits are in float32 at a time."""
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:  # noqa: ANN401
+        grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), device=logits.device)
+        for start in range(0, len(logits), CHUNK):
+            piece = slice(start, start + CHUNK)
+            target = wanted[piece].float().log_softmax(-1)
+            found = logits[piece].float().log_softmax(-1)
+            chances = target.exp()
+            total += (chances * (target - found)).sum()
+            if grad is not None:
+                grad[piece] = (found.exp_() - chances) / len(logits)
+        ctx.save_for_backward(grad)
+        return total / len(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        (grad,) = ctx.saved_tensors
+        return grad * grads[0], None
+
+
+def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Return the mean of KL(original || student) over tokens, in nats; over the whole vocabulary.
+
+    Args:
+        logits: Of the student, (tokens, vocabulary).
+        wanted: Of the original, likewise.
+    """
+    value: Tensor = _Divergence.apply(logits, wanted)  # type: ignore[no-untyped-call]
+    return value

@@ -1,0 +1,121 @@
+"""A model whose quantized weights learn: its modules are the original's, but for those layers."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from qtool.base import CausalModel, QuantizedTensor, Trainable
+from qtool.core import grouping
+from qtool.core.learned import with_gradient
+
+Codes = Callable[[QuantizedTensor], Trainable]
+
+
+class LearnedLinear(nn.Module):
+    """Stands in for a linear: its weight is a quantized one whose parameters, and codes, learn."""
+
+    def __init__(
+        self, tensor: QuantizedTensor, start: Trainable, bias: Tensor | None, *, moves_codes: bool
+    ) -> None:
+        """Begin at a quantized weight.
+
+        Args:
+            tensor: The weight.
+            start: The same, as its codec lets it learn.
+            bias: Of the linear that is replaced.
+            moves_codes: Let each code follow a latent value: its level, and a shift that learns.
+        """
+        super().__init__()
+        self.scheme, self.shape, self.start, self.bias = tensor.scheme, tensor.shape, start, bias
+        zeros = {name: torch.zeros_like(value) for name, value in start.parameters.items()}
+        self.moves = nn.ParameterDict({name: nn.Parameter(zero) for name, zero in zeros.items()})
+        """How far each parameter has moved, in its units."""
+        shifts = torch.zeros(start.codes.shape, device=start.codes.device) if moves_codes else None
+        self.shifts = None if shifts is None else nn.Parameter(shifts)
+        """How far each latent value is from the level where it began, in steps of codes."""
+
+    def parameters_now(self) -> dict[str, Tensor]:
+        """Return the learned parameters as the codec knows them."""
+        begun, units = self.start.parameters, self.start.units
+        return {name: begun[name] + units[name] * move for name, move in self.moves.items()}
+
+    @torch.no_grad()
+    def codes_now(self, now: Mapping[str, Tensor]) -> Tensor:
+        """Return the codes: those of the levels nearest to the latent values."""
+        if self.shifts is None:
+            return self.start.codes
+        begun = self.start.values(now, self.start.codes)
+        latent = begun + self.shifts * self.start.gaps(now).unsqueeze(-1)
+        return self.start.nearest(now, latent)
+
+    def weight(self) -> Tensor:
+        """Return the weight, (out_features, in_features) float32, differentiable."""
+        now = self.parameters_now()
+        values = self.start.values(now, self.codes_now(now))
+        if self.shifts is not None:
+            values = with_gradient(values, self.shifts * self.start.gaps(now).detach().unsqueeze(-1))
+        joined = grouping.join(values, self.scheme.grouped_length(self.shape))
+        return grouping.to_rows(joined, self.scheme)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x @ W.T + bias: (..., in_features) -> (..., out_features)."""
+        weight = self.weight()
+        if not torch.is_autocast_enabled(x.device.type):
+            weight = weight.to(x.dtype)
+        return nn.functional.linear(x, weight, self.bias)
+
+    @torch.no_grad()
+    def stored(self) -> QuantizedTensor:
+        """Return the weight as a checkpoint stores it."""
+        now = self.parameters_now()
+        return self.start.stored(now, self.codes_now(now))
+
+
+def make_student(
+    original: CausalModel,
+    layers: Mapping[str, tuple[QuantizedTensor, Trainable]],
+    *,
+    moves_codes: bool,
+) -> CausalModel:
+    """Return a model that shares every tensor with the original, but for the layers that learn.
+
+    Args:
+        original: Of transformers, dense.
+        layers: Linears by module name.
+        moves_codes: As for `LearnedLinear`.
+    """
+    shared = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}
+    student = copy.deepcopy(original, shared)
+    for name, (tensor, start) in layers.items():
+        parent, _, child = name.rpartition(".")
+        bias = getattr(original.get_submodule(name), "bias", None)
+        new = LearnedLinear(tensor, start, bias, moves_codes=moves_codes)
+        setattr(student.get_submodule(parent), child, new)
+    return student
+
+
+def learned_layers(student: nn.Module) -> Iterator[tuple[str, LearnedLinear]]:
+    """Yield the layers that learn, by module name."""
+    for name, module in student.named_modules():
+        if isinstance(module, LearnedLinear):
+            yield name, module
+
+
+def free_vectors(student: nn.Module, blocks: str) -> dict[str, nn.Parameter]:
+    """Give the student norms (and biases) of its own that learn: one-dimensional parameters.
+
+    Returns:
+        By full name, float32; they stand in the modules of the student.
+    """
+    found = {}
+    for name, module in list(student.named_modules()):
+        if isinstance(module, (LearnedLinear, nn.ParameterDict)):
+            continue
+        for key, value in list(module.named_parameters(recurse=False)):
+            if value.dim() == 1 and value.is_floating_point():
+                mine = nn.Parameter(value.detach().float().clone())
+                setattr(module, key, mine)
+                found[f"{name}.{key}"] = mine
+    return found
