@@ -46,17 +46,22 @@ LAYERS = "layers"
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """One layer or one plain tensor, with what a resumed run wants to know of it."""
+    """One layer or one plain tensor, with what a resumed run wants to know of it.
 
-    value: QuantizedTensor | Tensor
+    A draft may be several tensors by name.
+    """
+
+    value: QuantizedTensor | Tensor | Mapping[str, Tensor]
     notes: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able; not in the checkpoint."""
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors by full name: the parts of a layer become `<name>.<part>`."""
-        if isinstance(self.value, QuantizedTensor):
-            return {f"{name}.{part}": tensor for part, tensor in self.value.parts.items()}
-        return {name: self.value}
+        if isinstance(self.value, Tensor):
+            return {name: self.value}
+        if not isinstance(self.value, QuantizedTensor):
+            return dict(self.value)
+        return {f"{name}.{part}": tensor for part, tensor in self.value.parts.items()}
 
 
 class CheckpointWriter:
@@ -156,12 +161,16 @@ class CheckpointWriter:
                 remove_work(self.work_dir)
         os.close(self._lock)
 
-    def once(self, name: str, make: Callable[[], Made]) -> Mapping[str, Any]:
+    def once(
+        self, name: str, make: Callable[[], Made], *, draft: str | None = None
+    ) -> Mapping[str, Any]:
         """Store what `make` makes, unless an earlier run did; nobody else asks for that.
 
         Args:
             name: Dotted name of the layer, or full name of a plain tensor.
             make: Called if nothing whole is stored under that name.
+            draft: Which step it is the result of, if a later one makes something else of it: a
+                resumed run finds it, and it isn't part of the checkpoint.
 
         Returns:
             The notes of what is stored.
@@ -169,18 +178,26 @@ class CheckpointWriter:
         Raises:
             OutputError: the disk is full or the directory has become unwritable.
         """
-        notes: Mapping[str, Any] | None = self._spool.notes(name)
+        key = _key(name, draft)
+        notes: Mapping[str, Any] | None = self._spool.notes(key)
         if notes is None:
             made = make()
             with self._failures():
-                self._spool.write(name, made.tensors(name), made.notes)
+                self._spool.write(key, made.tensors(name), made.notes)
             notes = made.notes
-        self._names.append(name)
+        if draft is None:
+            self._names.append(name)
         return notes
 
-    def load(self, name: str, entry: LayerEntry, device: str) -> QuantizedTensor:
+    def tensors(self, name: str, *, draft: str | None = None) -> dict[str, Tensor]:
+        """Return what is stored, by full name."""
+        return self._spool.tensors(_key(name, draft))
+
+    def load(
+        self, name: str, entry: LayerEntry, device: str, *, draft: str | None = None
+    ) -> QuantizedTensor:
         """Return a layer that is stored, on a device."""
-        tensors = self._spool.tensors(name)
+        tensors = self.tensors(name, draft=draft)
         parts = {part: tensors[f"{name}.{part}"].to(device) for part in entry.layout()}
         return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
 
@@ -255,6 +272,11 @@ class CheckpointWriter:
             full = "No space left" in str(error) or "os error 28" in str(error)
             why = OSError(28, "") if full else OSError(str(error))
             raise describe(why, self.place.out_dir) from error
+
+
+def _key(name: str, draft: str | None) -> str:
+    """Return under which name something is spooled; no tensor's has a space."""
+    return name if draft is None else f"{draft} of {name}"
 
 
 def _check_same(job: Job, fingerprint: Mapping[str, Any], work_dir: Path) -> None:

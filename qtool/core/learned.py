@@ -18,6 +18,10 @@ from torch import Tensor
 from qtool.core.binary_coding import assign
 
 
+FEW_BITS = 4
+"""Up to so many, all levels are tried."""
+
+
 def _sign(codes: Tensor, bit: int, dtype: torch.dtype) -> Tensor:
     return ((codes >> bit) & 1).to(dtype).mul(2).sub(1)
 
@@ -66,8 +70,27 @@ def planes_values(scales: Tensor, offsets: Tensor, codes: Tensor) -> Tensor:
 
 def nearest_planes(scales: Tensor, offsets: Tensor, values: Tensor) -> Tensor:
     """Return the codes of the levels nearest to values (rows, num_groups, group_size)."""
+    if len(scales) <= FEW_BITS:
+        codes: Tensor = _run(_nearest, scales, offsets, values)
+        return codes
     flat = scales.flatten(1).T, offsets.flatten()
     return assign(values.flatten(0, 1), *flat).view(values.shape)
+
+
+def _nearest(scales: Tensor, offsets: Tensor, values: Tensor) -> Tensor:
+    """Try every level: fused, that is one pass over the values."""
+    num_bits = len(scales)
+    least = torch.full_like(values, torch.inf)
+    codes = torch.zeros_like(values, dtype=torch.uint8)
+    for code in range(2**num_bits):
+        level = offsets
+        for index in range(num_bits):
+            bit = (code >> (num_bits - 1 - index)) & 1
+            level = level + scales[index] if bit else level - scales[index]
+        distance = (values - level.unsqueeze(-1)).abs()
+        codes = torch.where(distance <= least, code, codes)
+        least = torch.minimum(distance, least)
+    return codes.to(torch.uint8)
 
 
 def with_gradient(values: Tensor, source: Tensor) -> Tensor:

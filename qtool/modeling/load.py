@@ -64,6 +64,18 @@ def load_model(
     return LoadedModel(location.name, location.directory, on_device, tokenizer, device, dtype)
 
 
+def load_original(directory: Path, device: str) -> CausalModel:
+    """Load an unquantized model as it is stored, for tuning; in float32 on a CPU.
+
+    Raises:
+        ModelError: transformers can't load it.
+        CheckpointError: files are missing or damaged, or lack what the model needs.
+    """
+    config = read_config(directory)
+    dtype = "auto" if torch.device(device).type == "cuda" else torch.float32
+    return _from_pretrained(directory, config, dtype).to(device).eval()
+
+
 def _is_ours(config: Mapping[str, Any]) -> bool:
     quantization = config.get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
@@ -92,7 +104,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise ModelError(f"{directory} has no usable tokenizer: {reason(error)}.") from error
 
 
-def _from_pretrained(directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> CausalModel:
+def _from_pretrained(
+    directory: Path, config: Mapping[str, Any], dtype: torch.dtype | str
+) -> CausalModel:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

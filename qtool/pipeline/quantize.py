@@ -21,7 +21,7 @@ from qtool.steps.draw_calibration import check_samples, draw_calibration, wanted
 from qtool.steps.memory import failures_of_the_machine
 from qtool.steps.plan import Plan, make_plan
 from qtool.steps.run import Run
-from qtool.steps.solve import solve
+from qtool.steps.solve import settle, solve
 
 FEW_BITS = 3
 """Up to this width, quantization without data is warned of."""
@@ -91,6 +91,7 @@ def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:
         if writer.is_sealed or writer.has_ended:
             return result_of(place)
         solved = solve(run, writer)
+        settle(run, writer, solved)
         run.env.emit(Progress("assembling the result"))
         return write_result(run, solved, writer, started)
 

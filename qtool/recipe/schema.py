@@ -146,6 +146,43 @@ class TableSection(Section):
     options: Mapping[str, Any] = {}
 
 
+class BlockTuning(Section):
+    """Gradients through one block at a time: scales, offsets and codes, for the block's outputs."""
+
+    steps: Annotated[WholeNumber, Field(ge=1, le=1_000_000)] = 200
+    learning_rate: Annotated[Number, Field(gt=0, le=1)] = 1e-3
+    """What a first step moves scales and offsets by, relative to their sizes."""
+    code_rate: Annotated[Number, Field(ge=0, le=1)] = 5e-3
+    """What a first step moves latent codes by, in steps of codes; 0: codes stay."""
+
+
+class EndToEndTuning(Section):
+    """Gradients through the whole model: KL to the original's predictions."""
+
+    steps: Annotated[WholeNumber, Field(ge=1, le=1_000_000)] = 500
+    batch_size: Annotated[WholeNumber, Field(ge=1, le=MOST_LENGTH)] = 8
+    """Samples a step."""
+    sequence_length: Annotated[WholeNumber, Field(ge=2, le=MOST_LENGTH)] = 1024
+    learning_rate: Annotated[Number, Field(gt=0, le=1)] = 2e-3
+    """What a first step moves scales, offsets and norms by, relative to their sizes."""
+    code_rate: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    """What a first step moves latent codes by, in steps of codes; 0: codes stay, to the bit."""
+    norms: bool = True
+    """Norms and biases learn too."""
+
+
+class TuningSection(Section):
+    """What is learned by gradients after, or while, layers are solved."""
+
+    blocks: BlockTuning | None = None
+    end_to_end: EndToEndTuning | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is learned."""
+        return self.blocks is not None or self.end_to_end is not None
+
+
 class Recipe(Section):
     """All that decides a run but model, device and paths."""
 
@@ -154,6 +191,8 @@ class Recipe(Section):
     calibration: CalibrationSection | None = None
     """Absent: solvers work without data."""
     weights: WeightsSection
+    tuning: TuningSection = TuningSection()
+    """Absent: nothing is learned."""
     embedding: TableSection | None = None
     """Absent: the embedding stays in 16 bit. With tied weights it covers the head."""
     head: TableSection | None = None

@@ -66,6 +66,11 @@ class Plan:
     source_bytes: int
 
     @property
+    def in_blocks(self) -> Iterator[LayerPlan]:
+        """The layers of the decoder blocks."""
+        return (layer for layer in self.layers if layer.role == "block")
+
+    @property
     def total_bytes(self) -> int:
         """Size of the weights of the checkpoint."""
         return self.kept_bytes + sum(layer.num_bytes for layer in self.layers)
@@ -128,6 +133,11 @@ def check_request(
     _check_overrides(recipe, linears, others)
     if recipe.calibration is None and recipe.weights.choose.group_dim:
         raise RecipeError("weights.choose needs calibration data to choose by.")
+    if recipe.calibration is None and recipe.tuning.is_on:
+        raise RecipeError(
+            "tuning needs calibration data to learn from. Give the recipe a section 'calibration', "
+            "or leave out --no-calibration."
+        )
     blocks = ((name, "block", resolve(recipe.weights, name)) for name in linears)
     tables = (
         (adapter.embedding, "embedding", recipe.embedding),

@@ -2,10 +2,11 @@
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -15,11 +16,14 @@ from qtool.base import Env, LayerProblem, LayerSolution, Notice, Progress, Quant
 from qtool.checkpoint.manifest import LayerEntry, codec
 from qtool.checkpoint.writer import CheckpointWriter, Made
 from qtool.errors import MethodError, about
+from qtool.modeling.source import ModelSource
 from qtool.scheme import WeightScheme
 from qtool.steps.memory import peak_memory
 from qtool.steps.plan import LayerPlan, load_method
 from qtool.steps.run import Run
 from qtool.steps.solve_calibrated import solve_calibrated
+from qtool.steps.tune_blocks import SOLVED, draft_of, tune_block_once
+from qtool.steps.tune_model import tune_model_once
 from qtool.walk.walk import Walk
 from qtool.wording import gigabytes
 
@@ -48,31 +52,80 @@ def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
             `calibration.strict` did something simpler.
     """
     results: list[LayerResult] = []
+    tuning = run.recipe.tuning
 
-    def finish(layer: LayerPlan, walk: Walk | None = None) -> None:
-        notes = writer.once(layer.name, partial(_solved, run, layer, walk))
+    def finish(layer: LayerPlan, walk: Walk | None = None) -> LayerResult:
+        draft = SOLVED if layer.role == "block" and tuning.is_on else None
+        notes = writer.once(layer.name, partial(_solved, run, layer, walk), draft=draft)
         _check_fallback(run, layer.name, notes["fallback"])
         scheme = WeightScheme(**notes["scheme"])
         entry = LayerEntry(
             format=notes["format"], scheme=scheme, shape=layer.shape, method=layer.method
         )
         if walk is not None:
-            walk.put(layer.name, partial(_stored_weight, run, writer, layer.name, entry))
+            stored = partial(_stored_weight, run, writer, layer.name, entry, draft)
+            walk.put(layer.name, stored)
         results.append(
             LayerResult(layer.name, entry, notes["metrics"], notes["seconds"], notes["fallback"])
         )
         _announce(run, results[-1], len(results))
+        return results[-1]
 
     with _walking(run, writer.work_dir / "streams") as walk:
-        for layer in run.plan.layers:
-            if layer.role == "block":
-                finish(layer, walk)
+        for block, layers in groupby(run.plan.in_blocks, partial(block_of, run.source)):
+            entries = {layer.name: finish(layer, walk).entry for layer in layers}
+            if walk is not None and tuning.blocks is not None:
+                tune_block_once(run, tuning.blocks, writer, walk, block, entries)
     for layer in run.plan.layers:
         if layer.role != "block":
             finish(layer)
-    for name in run.plan.kept:
-        writer.once(name, partial(_copied, run, name))
     return tuple(results)
+
+
+def block_of(source: ModelSource, layer: LayerPlan | LayerResult) -> str:
+    """Return the dotted name of the block of a layer."""
+    depth = source.adapter.blocks.count(".") + 2
+    return ".".join(layer.name.split(".")[:depth])
+
+
+def settle(run: Run, writer: CheckpointWriter, results: Sequence[LayerResult]) -> None:
+    """Write what gradients have left of the layers, and copy all other tensors."""
+    tuning, learned = run.recipe.tuning, dict[str, Tensor]()
+    in_blocks = {layer.name for layer in run.plan.in_blocks} if tuning.is_on else set()
+    drafts = {
+        result.name: partial(_draft, run, writer, result)
+        for result in results
+        if result.name in in_blocks
+    }
+    if tuning.end_to_end is not None:
+        layers = {name: draft() for name, draft in drafts.items()}
+        tables = {
+            result.name: writer.load(result.name, result.entry, run.env.device)
+            for result in results
+            if result.name not in in_blocks
+        }
+        learned = tune_model_once(run, tuning.end_to_end, writer, layers, tables)
+    for result in results:
+        if result.name in in_blocks:
+            writer.once(result.name, partial(_settled, drafts[result.name], result, learned))
+    for name in run.plan.kept:
+        made = partial(Made, learned[name]) if name in learned else partial(_copied, run, name)
+        writer.once(name, made)
+
+
+def _draft(run: Run, writer: CheckpointWriter, result: LayerResult) -> QuantizedTensor:
+    block = block_of(run.source, result) if run.recipe.tuning.blocks is not None else None
+    return draft_of(writer, result.name, result.entry, run.env.device, block=block)
+
+
+def _settled(
+    draft: Callable[[], QuantizedTensor], result: LayerResult, learned: Mapping[str, Tensor]
+) -> Made:
+    tensor = draft()
+    parts = {
+        name: learned.get(f"{result.name}.{name}", part) for name, part in tensor.parts.items()
+    }
+    return Made(replace(tensor, parts=parts))
 
 
 @contextmanager
@@ -124,9 +177,11 @@ def _solve_alone(layer: LayerPlan, weight: Tensor, env: Env) -> LayerSolution:
     return load_method(layer.method).solve(problem, layer.options)
 
 
-def _stored_weight(run: Run, writer: CheckpointWriter, name: str, entry: LayerEntry) -> Tensor:
+def _stored_weight(
+    run: Run, writer: CheckpointWriter, name: str, entry: LayerEntry, draft: str | None
+) -> Tensor:
     """Return what a stored layer means, (out_features, in_features) float32."""
-    tensor = writer.load(name, entry, run.env.device)
+    tensor = writer.load(name, entry, run.env.device, draft=draft)
     return codec(entry.format).dequantize(tensor, torch.float32)
 
 

@@ -1,34 +1,31 @@
 """A model whose quantized weights learn: its modules are the original's, but for those layers."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from qtool.base import CausalModel, QuantizedTensor, Trainable
+from qtool.base import CausalModel, QuantizedTensor
+from qtool.checkpoint.manifest import codec
 from qtool.core import grouping
 from qtool.core.learned import with_gradient
-
-Codes = Callable[[QuantizedTensor], Trainable]
 
 
 class LearnedLinear(nn.Module):
     """Stands in for a linear: its weight is a quantized one whose parameters, and codes, learn."""
 
-    def __init__(
-        self, tensor: QuantizedTensor, start: Trainable, bias: Tensor | None, *, moves_codes: bool
-    ) -> None:
+    def __init__(self, tensor: QuantizedTensor, bias: Tensor | None, *, moves_codes: bool) -> None:
         """Begin at a quantized weight.
 
         Args:
             tensor: The weight.
-            start: The same, as its codec lets it learn.
             bias: Of the linear that is replaced.
             moves_codes: Let each code follow a latent value: its level, and a shift that learns.
         """
         super().__init__()
-        self.scheme, self.shape, self.start, self.bias = tensor.scheme, tensor.shape, start, bias
+        self.scheme, self.shape, self.bias = tensor.scheme, tensor.shape, bias
+        self.start = start = codec(tensor.format).trainable(tensor)
         zeros = {name: torch.zeros_like(value) for name, value in start.parameters.items()}
         self.moves = nn.ParameterDict({name: nn.Parameter(zero) for name, zero in zeros.items()})
         """How far each parameter has moved, in its units."""
@@ -55,7 +52,9 @@ class LearnedLinear(nn.Module):
         now = self.parameters_now()
         values = self.start.values(now, self.codes_now(now))
         if self.shifts is not None:
-            values = with_gradient(values, self.shifts * self.start.gaps(now).detach().unsqueeze(-1))
+            values = with_gradient(
+                values, self.shifts * self.start.gaps(now).detach().unsqueeze(-1)
+            )
         joined = grouping.join(values, self.scheme.grouped_length(self.shape))
         return grouping.to_rows(joined, self.scheme)
 
@@ -75,7 +74,7 @@ class LearnedLinear(nn.Module):
 
 def make_student(
     original: CausalModel,
-    layers: Mapping[str, tuple[QuantizedTensor, Trainable]],
+    layers: Mapping[str, QuantizedTensor],
     *,
     moves_codes: bool,
 ) -> CausalModel:
@@ -86,14 +85,22 @@ def make_student(
         layers: Linears by module name.
         moves_codes: As for `LearnedLinear`.
     """
+    original.requires_grad_(False)
     shared = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}
     student = copy.deepcopy(original, shared)
-    for name, (tensor, start) in layers.items():
-        parent, _, child = name.rpartition(".")
-        bias = getattr(original.get_submodule(name), "bias", None)
-        new = LearnedLinear(tensor, start, bias, moves_codes=moves_codes)
-        setattr(student.get_submodule(parent), child, new)
+    install_layers(student, layers, moves_codes=moves_codes)
     return student
+
+
+def install_layers(
+    module: nn.Module, layers: Mapping[str, QuantizedTensor], *, moves_codes: bool
+) -> None:
+    """Put layers that learn in the place of linears, by their names in the module."""
+    for name, tensor in layers.items():
+        parent, _, child = name.rpartition(".")
+        bias = getattr(module.get_submodule(name), "bias", None)
+        new = LearnedLinear(tensor, bias, moves_codes=moves_codes)
+        setattr(module.get_submodule(parent), child, new)
 
 
 def learned_layers(student: nn.Module) -> Iterator[tuple[str, LearnedLinear]]:
@@ -103,19 +110,21 @@ def learned_layers(student: nn.Module) -> Iterator[tuple[str, LearnedLinear]]:
             yield name, module
 
 
-def free_vectors(student: nn.Module, blocks: str) -> dict[str, nn.Parameter]:
-    """Give the student norms (and biases) of its own that learn: one-dimensional parameters.
+def free_vectors(student: nn.Module, names: Container[str]) -> dict[str, nn.Parameter]:
+    """Give the student norms and biases of its own that learn: one-dimensional parameters.
+
+    Args:
+        student: See `make_student`.
+        names: Full names of those that may learn.
 
     Returns:
         By full name, float32; they stand in the modules of the student.
     """
     found = {}
-    for name, module in list(student.named_modules()):
-        if isinstance(module, (LearnedLinear, nn.ParameterDict)):
-            continue
-        for key, value in list(module.named_parameters(recurse=False)):
-            if value.dim() == 1 and value.is_floating_point():
-                mine = nn.Parameter(value.detach().float().clone())
-                setattr(module, key, mine)
-                found[f"{name}.{key}"] = mine
+    for name, value in list(student.named_parameters()):
+        if value.dim() == 1 and value.is_floating_point() and name in names:
+            path, _, key = name.rpartition(".")
+            mine = nn.Parameter(value.detach().float().clone())
+            setattr(student.get_submodule(path), key, mine)
+            found[name] = mine
     return found

@@ -186,6 +186,11 @@ class Block:
         """Return a block with weights of its own."""
         return Block(deepcopy(self._module), self._name, self._calls)
 
+    @property
+    def module(self) -> nn.Module:
+        """The block as transformers has it, to be changed by who owns it."""
+        return self._module
+
     @torch.no_grad()
     def run(self, hidden: Tensor, batch: int) -> Tensor:
         """Return the block's output for one batch, on the block's device.
@@ -197,6 +202,10 @@ class Block:
         Raises:
             ModelError: the block can't run by itself.
         """
+        return self.learn(hidden, batch)
+
+    def learn(self, hidden: Tensor, batch: int) -> Tensor:
+        """Do the same so that gradients can be taken."""
         output = self._call(hidden, self._calls[batch])
         return output[0] if isinstance(output, tuple) else output
 

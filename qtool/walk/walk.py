@@ -7,6 +7,7 @@ is left to solve, and need not know what was solved before.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +29,15 @@ from qtool.walk.statistics import (
 from qtool.walk.streams import Streams, make_streams
 
 BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A block where the walk stands."""
+
+    original: Block
+    quantized: Block
+    streams: Streams
 
 
 class Walk:
@@ -72,6 +82,18 @@ class Walk:
             self._measured = None  # its memory is needed
             self._measured = (group, self._measure(*group))
         return self._measured[1]
+
+    def visit(self, index: int) -> "Visit":
+        """Return a block with all that its linears' solutions are judged by: for tuning.
+
+        Args:
+            index: Of the block; as all that is asked of a walk, no earlier than the last one.
+        """
+        model, streams = self._route = self._route or self._begin()
+        self._measured = None
+        self._go_to(index, model, streams)
+        assert self._blocks is not None
+        return Visit(*self._blocks, streams)
 
     def put(self, layer: str, weight: Callable[[], Tensor]) -> None:
         """Take a solved linear: those after it are to see what it does.

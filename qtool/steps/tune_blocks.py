@@ -1,0 +1,110 @@
+"""Tune the quantized weights of one block by gradients, where the walk stands."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from qtool.base import Progress, QuantizedTensor
+from qtool.checkpoint.manifest import LayerEntry, codec
+from qtool.checkpoint.writer import CheckpointWriter, Made
+from qtool.recipe.schema import BlockTuning
+from qtool.steps.run import Run
+from qtool.training.blocks import tune_block
+from qtool.training.descent import Schedule
+from qtool.training.student import install_layers, learned_layers
+from qtool.walk.walk import Walk
+
+SOLVED, BLOCK = "solved", "tuned"
+"""Drafts: of a layer before gradients, and of all layers of a block after block tuning."""
+
+
+def draft_of(
+    writer: CheckpointWriter, name: str, entry: LayerEntry, device: str, *, block: str | None = None
+) -> QuantizedTensor:
+    """Return a layer as the solver left it, or, with the name of its block, as tuning left it."""
+    if block is None:
+        return writer.load(name, entry, device, draft=SOLVED)
+    tensors = writer.tensors(block, draft=BLOCK)
+    parts = {part: tensors[f"{name}.{part}"].to(device) for part in entry.layout()}
+    return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
+
+
+def tune_block_once(
+    run: Run,
+    section: BlockTuning,
+    writer: CheckpointWriter,
+    walk: Walk,
+    block: str,
+    entries: Mapping[str, LayerEntry],
+) -> None:
+    """Tune a block whose layers are all solved, unless an earlier run did.
+
+    Args:
+        run: Which model, and where it is computed.
+        section: How long and how fast.
+        writer: Has the solved layers, and takes those that are tuned.
+        walk: Is told of the result.
+        block: Its dotted name.
+        entries: Of its layers.
+    """
+    device = run.env.device
+    notes = writer.once(
+        block, partial(_tuned, run, section, writer, walk, block, entries), draft=BLOCK
+    )
+    curve = notes["curve"]
+    losses = [point["held_out"] for point in curve]
+    detail = f"{block}  error {losses[0]:.2e} -> {min(losses):.2e}"
+    run.env.emit(Progress("tune blocks", detail=detail))
+
+    def weight(name: str, entry: LayerEntry) -> Tensor:
+        tensor = draft_of(writer, name, entry, device, block=block)
+        return codec(entry.format).dequantize(tensor, torch.float32)
+
+    for name, entry in entries.items():
+        walk.put(name, partial(weight, name, entry))
+
+
+def _tuned(
+    run: Run,
+    section: BlockTuning,
+    writer: CheckpointWriter,
+    walk: Walk,
+    block: str,
+    entries: Mapping[str, LayerEntry],
+) -> Made:
+    device = run.env.device
+    visit = walk.visit(int(block.rpartition(".")[2]))
+    streams = visit.streams
+    targets = [visit.original.run(hidden, i) for i, hidden in enumerate(streams.original)]
+    student = visit.quantized.copy()
+    student.module.requires_grad_(False)
+    layers = {
+        name.removeprefix(f"{block}."): draft_of(writer, name, entry, device)
+        for name, entry in entries.items()
+    }
+    install_layers(student.module, layers, moves_codes=section.code_rate > 0)
+    learned = dict(learned_layers(student.module))
+    on_card = torch.device(device).type == "cuda"
+
+    def forward(batch: int) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_card):
+            return student.learn(streams.quantized[batch], batch)
+
+    schedule = Schedule(
+        steps=section.steps,
+        learning_rate=section.learning_rate,
+        code_rate=section.code_rate,
+        check_every=max(1, section.steps // 4),
+    )
+    points = tune_block(
+        list(learned.values()), forward, targets, streams.num_train, schedule, lambda _point: None
+    )
+    parts = {
+        f"{block}.{name}.{part}": tensor
+        for name, layer in learned.items()
+        for part, tensor in layer.stored().parts.items()
+    }
+    return Made(parts, {"curve": [asdict(point) for point in points]})
