@@ -91,8 +91,9 @@ class Trainable:
     values: Callable[[Mapping[str, Tensor], Tensor], Tensor]
     """(parameters, codes) -> (rows, num_groups, group_size) float32, differentiable in the
     parameters: what `Codec.dequantize` gives, but for the rounding of what is stored."""
-    nearest: Callable[[Mapping[str, Tensor], Tensor], Tensor]
-    """(parameters, values (rows, num_groups, group_size)) -> the codes of the nearest levels."""
+    moved: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    """(parameters, shifts (rows, num_groups, group_size)) -> codes of the levels nearest to the
+    levels of `codes`, each shifted by so many `gaps`."""
     gaps: Callable[[Mapping[str, Tensor]], Tensor]
     """(parameters) -> (rows, num_groups), the distance of the closest levels: a step of codes."""
     stored: Callable[[Mapping[str, Tensor], Tensor], QuantizedTensor]

@@ -100,13 +100,14 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
     scheme, shape, num_bits = tensor.scheme, tensor.shape, tensor.scheme.num_bits
     scales = grouping.to_stored(tensor.parts["scales"].float(), scheme)
     zeros = grouping.to_stored(zero_points(tensor), scheme)
+    codes = codes_in_groups(planes_to_codes(tensor.parts["codes"], shape.in_features), scheme)
 
     def planes(values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         found, offsets = scales_from_affine(values["scales"], zeros, num_bits=num_bits)
         return found.movedim(-1, 0), offsets
 
-    def nearest(values: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
-        return affine.nearest_codes(wanted, values["scales"], zeros, num_bits=num_bits)
+    def moved(values: Mapping[str, Tensor], shifts: Tensor) -> Tensor:
+        return learned.moved_codes(*planes(values), codes, shifts, values["scales"])
 
     def stored(values: Mapping[str, Tensor], codes: Tensor) -> QuantizedTensor:
         found = values["scales"].clamp(min=affine.SMALLEST_SCALE).to(torch.float16)
@@ -115,9 +116,9 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
     return Trainable(
         parameters={"scales": scales},
         units={"scales": scales},
-        codes=codes_in_groups(planes_to_codes(tensor.parts["codes"], shape.in_features), scheme),
+        codes=codes,
         values=lambda values, codes: learned.planes_values(*planes(values), codes),
-        nearest=nearest,
+        moved=moved,
         gaps=lambda values: values["scales"],
         stored=stored,
     )

@@ -104,6 +104,7 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
     """Let scales and offsets of a weight be learned."""
     scheme, shape, parts = tensor.scheme, tensor.shape, tensor.parts
     scales = grouping.to_stored(parts["plane_scales"].float(), scheme)
+    codes = codes_in_groups(planes_to_codes(parts["bit_planes"], shape.in_features), scheme)
     parameters = {"plane_scales": scales}
     units = {"plane_scales": scales}
     if not scheme.symmetric:
@@ -113,6 +114,9 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
     def both(values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return values["plane_scales"], values.get("plane_offsets", torch.zeros_like(scales[0]))
 
+    def gaps(values: Mapping[str, Tensor]) -> Tensor:
+        return 2 * values["plane_scales"].amin(0)
+
     def stored(values: Mapping[str, Tensor], codes: Tensor) -> QuantizedTensor:
         found, offsets = (each.to(torch.float16) for each in both(values))
         return encode_binary(codes, found.clamp(min=0).permute(1, 2, 0), offsets, scheme, shape)
@@ -120,10 +124,12 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
     return Trainable(
         parameters=parameters,
         units=units,
-        codes=codes_in_groups(planes_to_codes(parts["bit_planes"], shape.in_features), scheme),
+        codes=codes,
         values=lambda values, codes: learned.planes_values(*both(values), codes),
-        nearest=lambda values, wanted: learned.nearest_planes(*both(values), wanted),
-        gaps=lambda values: 2 * values["plane_scales"].amin(0),
+        moved=lambda values, shifts: learned.moved_codes(
+            *both(values), codes, shifts, gaps(values)
+        ),
+        gaps=gaps,
         stored=stored,
     )
 

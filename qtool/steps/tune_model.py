@@ -17,6 +17,8 @@ from qtool.training.descent import Point, Schedule
 from qtool.training.end_to_end import tune_end_to_end
 from qtool.training.student import free_vectors, learned_layers, make_student
 
+SMALL = 1_000_000_000
+"""Parameters; a step of fewer is bound by its launches, and is captured."""
 MODEL = "tuned"
 """Draft: all that end-to-end tuning changes, under the name of the list of blocks."""
 
@@ -79,6 +81,7 @@ def _tuned(
         schedule,
         report,
         autocast=torch.bfloat16 if on_card else None,
+        captured=on_card and original.num_parameters() < SMALL,
     )
     tensors = {
         f"{name}.{part}": tensor
@@ -111,5 +114,5 @@ def _batches(run: Run, section: EndToEndTuning) -> tuple[list[Tensor], list[Tens
         pieces = [piece for sample in samples for piece in sample.split(length)]
         rows = torch.stack([piece for piece in pieces if len(piece) == min(length, len(pieces[0]))])
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run.recipe.seed))
-        both.append(list(rows[order].split(section.batch_size)))
+        both.append([b for b in rows[order].split(section.batch_size)])
     return both[0], both[1]

@@ -47,5 +47,11 @@ def tune_block(
     def held_out() -> float:
         return float(sum(loss(batch) for batch in range(num_train, len(targets))))
 
-    what = Learning(layers, (), lambda step: loss(step % num_train), held_out)
+    batch = 0
+
+    def feed(step: int) -> None:
+        nonlocal batch
+        batch = step % num_train
+
+    what = Learning(layers, (), feed, lambda: loss(batch), held_out)
     return descend(what, schedule, report)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from qtool.training.student import LearnedLinear
 
 BETAS = (0.9, 0.95)
+EAGER_STEPS = 3
+"""Before a step is captured: libraries set themselves up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +59,14 @@ class Learning:
     layers: Sequence[LearnedLinear]
     vectors: Sequence[nn.Parameter]
     """Norms and biases."""
-    loss: Callable[[int], Tensor]
-    """Of a step, differentiable."""
+    feed: Callable[[int], None]
+    """Brings the data of a step to where `loss` reads them."""
+    loss: Callable[[], Tensor]
+    """Of what was fed last, differentiable."""
     held_out: Callable[[], float]
     """Loss on samples that aren't learned from."""
+    captured: bool = False
+    """On a card a step is one CUDA graph: what is fed has one shape and `loss` waits for nothing."""
 
 
 def descend(what: Learning, schedule: Schedule, report: Callable[[Point], None]) -> list[Point]:
@@ -67,49 +74,95 @@ def descend(what: Learning, schedule: Schedule, report: Callable[[Point], None])
 
     A loss that isn't finite ends it early: what it did is taken back.
     """
-    optimizer = _optimizer(what, schedule)
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-    values = [value for group in optimizer.param_groups for value in group["params"]]
+    stepper = _Stepper(what, schedule)
     points = [Point(0, None, what.held_out(), schedule.learning_rate * schedule.factor(0))]
     report(points[0])
-    best, losses = _copied(values), list[Tensor]()
+    best, losses = stepper.state(), list[Tensor]()
     for step in range(schedule.steps):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * schedule.factor(step)
-        loss = what.loss(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(values, schedule.max_norm)
-        optimizer.step()
-        losses.append(loss.detach())
+        what.feed(step)
+        losses.append(stepper.step(schedule.factor(step)))
         if (step + 1) % schedule.check_every and step + 1 < schedule.steps:
             continue
         trained, found = float(torch.stack(losses).mean()), what.held_out()
         least = min(point.held_out for point in points)
-        points.append(Point(step + 1, trained, found, rates[0] * schedule.factor(step)))
+        rate = schedule.learning_rate * schedule.factor(step)
+        points.append(Point(step + 1, trained, found, rate))
         report(points[-1])
         losses.clear()
         if found < least:
-            best = _copied(values)
+            best = stepper.state()
         if not math.isfinite(trained) or not math.isfinite(found):
             break
-    with torch.no_grad():
-        for value, kept in zip(values, best, strict=True):
-            value.copy_(kept)
+    stepper.restore(best)
     return points
 
 
-def _optimizer(what: Learning, schedule: Schedule) -> torch.optim.Optimizer:
+class _Stepper:
+    """One step of Adam; on a card, after the first few, a graph that is replayed."""
+
+    def __init__(self, what: Learning, schedule: Schedule) -> None:
+        self._what, self._schedule = what, schedule
+        groups = _groups(what, schedule)
+        self._values = [value for group in groups for value in group["params"]]
+        self._rates = [float(group["lr"]) for group in groups]
+        device = self._values[0].device
+        on_card = device.type == "cuda"
+        self._captured, self._done = on_card and what.captured, 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._loss = torch.zeros((), device=device)
+        for group in groups:
+            group["lr"] = torch.tensor(group["lr"], device=device)
+        self._optimizer = torch.optim.Adam(groups, betas=BETAS, fused=on_card, capturable=on_card)
+
+    def step(self, factor: float) -> Tensor:
+        """Take one, at this share of the rates; return the loss before it, not waited for."""
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"].fill_(rate * factor)
+        self._done += 1
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._captured and self._done > EAGER_STEPS:
+            self._capture()
+        else:
+            self._loss = self._take()
+        return self._loss.clone()
+
+    def _take(self) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._what.loss()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self._values, self._schedule.max_norm)
+        self._optimizer.step()
+        return loss.detach()
+
+    def _capture(self) -> None:
+        """Record a step, and take it."""
+        graph = torch.cuda.CUDAGraph()
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            self._loss = self._take()
+        graph.replay()
+        self._graph = graph
+
+    def state(self) -> list[Tensor]:
+        """Return copies of all that is learned."""
+        return [value.detach().clone() for value in self._values]
+
+    @torch.no_grad()
+    def restore(self, state: Sequence[Tensor]) -> None:
+        """Go back to a state."""
+        for value, kept in zip(self._values, state, strict=True):
+            value.copy_(kept)
+
+
+def _groups(what: Learning, schedule: Schedule) -> list[dict[str, Any]]:
     moves = [move for layer in what.layers for move in layer.moves.values()]
-    groups = [{"params": moves, "lr": schedule.learning_rate}]
+    groups: list[dict[str, Any]] = [{"params": moves, "lr": schedule.learning_rate}]
     for vector in what.vectors:  # in units of its own size, as the scales are
         size = float(vector.detach().square().mean().sqrt()) or 1.0
         groups.append({"params": [vector], "lr": schedule.learning_rate * size})
     shifts = [layer.shifts for layer in what.layers if layer.shifts is not None]
     if shifts:
         groups.append({"params": shifts, "lr": schedule.code_rate})
-    return torch.optim.Adam(groups, betas=BETAS, fused=moves[0].is_cuda)
-
-
-def _copied(values: Sequence[Tensor]) -> list[Tensor]:
-    return [value.detach().clone() for value in values]
+    return groups

@@ -43,9 +43,7 @@ class LearnedLinear(nn.Module):
         """Return the codes: those of the levels nearest to the latent values."""
         if self.shifts is None:
             return self.start.codes
-        begun = self.start.values(now, self.start.codes)
-        latent = begun + self.shifts * self.start.gaps(now).unsqueeze(-1)
-        return self.start.nearest(now, latent)
+        return self.start.moved(now, self.shifts)
 
     def weight(self) -> Tensor:
         """Return the weight, (out_features, in_features) float32, differentiable."""
