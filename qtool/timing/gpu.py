@@ -13,9 +13,9 @@ from qtool.runtime.backends.cuda import driver
 from qtool.runtime.backends.cuda.decode_ops import KernelOps
 from qtool.runtime.decode.ops import DecodeOps
 from qtool.timing import peers
-from qtool.timing.decode import Clock, EndToEndResult, time_decoder
+from qtool.timing.decode import EndToEndResult, time_decoder
 from qtool.timing.kernels import LayerTimes, Rig, time_layer
-from qtool.timing.machine import CudaClock, Machine, describe_card, l2_bytes
+from qtool.timing.machine import Clock, Machine, describe_card, l2_bytes
 from qtool.timing.peers import Peer
 from qtool.timing.timing import CudaTimer, copies, copy_bandwidth
 from qtool.timing.workload import Workload
@@ -55,7 +55,7 @@ def on_card(device: torch.device) -> Bench:
     return Bench(
         rig=rig,
         ops=KernelOps(driver.launch, card),
-        clock=CudaClock(device),
+        clock=Clock(device),
         machine=lambda: describe_card(device, copies(device)),
     )
 

@@ -142,7 +142,7 @@ def time_layer(
     fp16_seconds = sweep[0].fp16_microseconds / 1e6
     measured = [
         (OURS, sweep[0].kernel, sweep[0].microseconds / 1e6, stored_bytes(weight)),
-        (CUBLAS, "", fp16_seconds, dense.numel() * dense.element_size()),
+        (CUBLAS, "", fp16_seconds, dense.nbytes),
     ]
     del weight
     failed = {}
@@ -176,7 +176,7 @@ def _sweep(
 ) -> tuple[SweepPoint, ...]:
     """Time ours and float16 at every batch size, on the same copies."""
     ours = rotation(clones(weight, stored_bytes(weight), rig.l2_bytes))
-    theirs = rotation(clones(dense, dense.numel() * dense.element_size(), rig.l2_bytes))
+    theirs = rotation(clones(dense, dense.nbytes, rig.l2_bytes))
     matmul = partial(linear_kernels.matmul, launch=rig.launch, card=rig.card, kernel=kernel)
     points = []
     for tokens in BATCHES:
