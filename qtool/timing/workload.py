@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qtool.base import QuantizedTensor
+from qtool.base import CausalModel, QuantizedTensor
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.runtime.backends.cuda import backend as cuda
@@ -106,7 +106,7 @@ def _prepared(weight: KernelWeight | QuantizedTensor, kernel: str | None) -> Ker
     return linear_kernels.prepare(weight, DTYPE, keep_stored=keep_stored)
 
 
-def _stored(model: Any) -> Iterator[tuple[str, QuantizedTensor]]:  # noqa: ANN401
+def _stored(model: CausalModel) -> Iterator[tuple[str, QuantizedTensor]]:
     """Yield the quantized linears of a model, and a head tied to its quantized embedding."""
     embedding = model.get_input_embeddings()
     for name, module in model.named_modules():

@@ -13,6 +13,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qtool.base import CausalModel
 from qtool.checkpoint.manifest import QUANT_METHOD, Manifest, manifest_from_config
 from qtool.errors import BackendError
 from qtool.integrations.transformers import loading
@@ -79,7 +80,7 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
         loading.refuse_missing(model, missing_keys)
         return missing_keys
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def _process_model_before_weight_loading(self, model: CausalModel, **kwargs: Any) -> Any:  # noqa: ANN401
         manifest = self.quantization_config.manifest()
         files = loading.noted_files() if V4 else kwargs["checkpoint_files"]
         self._shards = loading.checked_files(files, manifest, str(model.config.name_or_path))
@@ -88,7 +89,7 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
             loading.watch_missing(model)
         return model
 
-    def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:  # noqa: ANN401
+    def _process_model_after_weight_loading(self, model: CausalModel, **_kwargs: Any) -> Any:  # noqa: ANN401
         remove_stand_ins(model)
         loading.check_loaded(model, self._installed, self._shards)
         config = self.quantization_config
