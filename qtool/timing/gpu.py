@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,6 @@ from qtool.timing import peers
 from qtool.timing.decode import EndToEndResult, time_decoder
 from qtool.timing.kernels import LayerTimes, Rig, time_layer
 from qtool.timing.machine import Clock, Machine, describe_card, l2_bytes
-from qtool.timing.peers import Peer
 from qtool.timing.timing import CudaTimer, copies, copy_bandwidth
 from qtool.timing.workload import Workload
 
@@ -75,7 +74,9 @@ def time_workload(
     `kernel` is one of `selection.KERNELS`; None: the one chosen for each layer and batch.
     """
     wanted = (*peers.IN_TORCH, *(peers.OTHER_LIBRARIES if with_peers else ()))
-    others, not_run = able(wanted, bench.rig.device)
+    reasons = {peer.name: peer.why_not(bench.rig.device) for peer in wanted}
+    others = [peer for peer in wanted if reasons[peer.name] is None]
+    not_run = {name: reason for name, reason in reasons.items() if reason is not None}
     machine = bench.machine()
     layers, end_to_end = [], []
     for layer in workload.layers:
@@ -109,10 +110,3 @@ def _alone(name: str, not_run: dict[str, str]) -> Iterator[None]:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def able(wanted: Sequence[Peer], device: torch.device) -> tuple[tuple[Peer, ...], dict[str, str]]:
-    """Return the peers that can be timed, and why the others can't."""
-    reasons = {peer.name: peer.why_not(device) for peer in wanted}
-    can = tuple(peer for peer in wanted if reasons[peer.name] is None)
-    return can, {name: reason for name, reason in reasons.items() if reason is not None}

@@ -31,16 +31,14 @@ _LOG = logging.getLogger(__name__)
 
 GRAPHS_ON = "cuda"
 """Type of the devices on which a step of torch's operations costs no Python."""
-KNOWN_ARGUMENTS = frozenset(
-    {
-        "attention_mask",
-        "cache_position",
-        "logits_to_keep",
-        "past_key_values",
-        "position_ids",
-        "use_cache",
-    }
-)
+OWN_ARGUMENTS = {
+    *("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"),
+}
+"""Of `_sample`: what it doesn't pass on to the model."""
+KNOWN_ARGUMENTS = {
+    *("attention_mask", "cache_position", "logits_to_keep"),
+    *("past_key_values", "position_ids", "use_cache"),
+}
 """Of the model's forward: with others its output would depend on what the runner doesn't see."""
 
 
@@ -165,13 +163,8 @@ def _empty(base: Any) -> Any:  # noqa: ANN401
 def _why_not_call(model: CausalModel, input_ids: Tensor, kwargs: Mapping[str, Any]) -> str | None:
     """Return None where the runner can take this call, else a sentence."""
     config = kwargs["generation_config"]
-    arguments = {
-        key: value
-        for key, value in kwargs.items()
-        if key not in ("logits_processor", "stopping_criteria", "generation_config")
-        and key not in ("synced_gpus", "streamer")
-        and value is not None
-    }
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    arguments = {key: given[key] for key in given.keys() - OWN_ARGUMENTS}
     mode, backend = _MODE.get(), _backend_of(model)
     worth_it = input_ids.device.type == (GRAPHS_ON if backend is None else backend.decodes_on)
     off = mode == "never" or (mode == "auto" and settings.runner_is_off())

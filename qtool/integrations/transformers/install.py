@@ -72,10 +72,7 @@ def _renamed(entry: Mapping[str, Any], targets: Mapping[str, str]) -> dict[str, 
 
 
 def _target(
-    model: CausalModel,
-    name: str,
-    modules: Mapping[str, nn.Module],
-    head: str | None,
+    model: CausalModel, name: str, modules: Mapping[str, nn.Module], head: str | None
 ) -> str | None:
     """Return the module of a layer; None for a head that this class of model doesn't have.
 

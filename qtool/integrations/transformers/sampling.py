@@ -47,13 +47,11 @@ class SharedRunner:
     def begin(self, batch: int, length: int, limit: int) -> DecodeRunner:
         """Return a runner with room for prompts and some more: the last one if it will do."""
         room = self._rounded(min(limit, length + FIRST_ROOM))
-        runner = self.runner
-        if runner is None or runner.batch != batch or runner.max_length < room:
+        if self.runner is None or self.runner.batch != batch or self.runner.max_length < room:
             self._finish()
-            self.runner = runner = None  # frees its cache before the new one is made
-            runner = DecodeRunner(self.weights, self.ops, max_length=room, batch=batch)
-            self.runner = runner
-        return runner
+            self.runner = None  # frees its cache before the new one is made
+            self.runner = DecodeRunner(self.weights, self.ops, max_length=room, batch=batch)
+        return self.runner
 
     def go_on(self, limit: int) -> DecodeRunner:
         """Return a runner that can take a step: a larger one where the last is full."""

@@ -69,11 +69,9 @@ def _weights(model: CausalModel, read: "_Reader") -> DecoderWeights:
     head = model.lm_head
     return DecoderWeights(
         shape=DecoderShape(
-            hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads,
             head_dim=attention.head_dim,
-            intermediate_size=config.intermediate_size,
             vocab_size=config.vocab_size,
             norm_eps=core.norm.variance_epsilon,
             attention_scale=float(attention.scaling),
