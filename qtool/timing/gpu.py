@@ -1,7 +1,6 @@
 """`qtool bench --gpu`: kernels layer by layer, then whole models, all in one run on one card."""
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ import torch
 
 from qtool.base import Emit, Progress, ignore_events
 from qtool.errors import QtoolError
+from qtool.modeling.device import free_memory
 from qtool.runtime.backends.cuda import driver
 from qtool.runtime.backends.cuda.decode_ops import KernelOps
 from qtool.runtime.decode.ops import DecodeOps
@@ -45,12 +45,12 @@ class GpuResult:
     versions: dict[str, str]
 
 
-def on_card(device: torch.device) -> Bench:
-    """Return what times on a card; measures its copy bandwidth."""
+def on_card(device: torch.device, kernel: str | None) -> Bench:
+    """Return what times on a card; measures its copy bandwidth. `kernel`: of the `Rig`."""
     timer = CudaTimer(device)
     card = driver.card_of(device.index)
     bandwidth = copy_bandwidth(device, timer)
-    rig = Rig(device, timer, driver.launch, card, l2_bytes(device), bandwidth)
+    rig = Rig(device, timer, driver.launch, card, l2_bytes(device), bandwidth, kernel)
     return Bench(
         rig=rig,
         ops=KernelOps(driver.launch, card),
@@ -65,14 +65,10 @@ def time_workload(
     bench: Bench,
     versions: dict[str, str],
     *,
-    kernel: str | None = None,
     with_peers: bool = False,
     emit: Emit = ignore_events,
 ) -> GpuResult:
-    """Time all of a workload, and with peers also other libraries that are installed.
-
-    `kernel` is one of `selection.KERNELS`; None: the one chosen for each layer and batch.
-    """
+    """Time all of a workload, and with peers also other libraries that are installed."""
     wanted = (*peers.IN_TORCH, *(peers.OTHER_LIBRARIES if with_peers else ()))
     reasons = {peer.name: peer.why_not(bench.rig.device) for peer in wanted}
     others = [peer for peer in wanted if reasons[peer.name] is None]
@@ -82,7 +78,7 @@ def time_workload(
     for layer in workload.layers:
         emit(Progress(f"time {layer.name}"))
         with _alone(layer.name, not_run):
-            layers.append(time_layer(layer, bench.rig, kernel=kernel, others=others))
+            layers.append(time_layer(layer, bench.rig, others))
     if workload.no_models:
         not_run["end to end"] = workload.no_models
     for model in workload.models:
@@ -107,6 +103,4 @@ def _alone(name: str, not_run: dict[str, str]) -> Iterator[None]:
         yield
     except (QtoolError, torch.OutOfMemoryError) as error:
         not_run[name] = " ".join(str(error).split())
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
