@@ -73,10 +73,9 @@ def checkpoint_workload(
         layers = distinct(_fused(weights_of(loaded.model, backend=cuda.BACKEND)), kernel)
     else:
         layers = distinct(_stored(loaded.model), kernel)
-    if reason is not None:
-        return Workload(loaded.name, layers, (), reason)
-    models = [model, *([baseline] if baseline else [])]
-    return Workload(loaded.name, layers, tuple(_whole(one, device) for one in models))
+    wanted = [] if reason else [one for one in (model, baseline) if one is not None]
+    models = tuple(_whole(one, device) for one in wanted)
+    return Workload(loaded.name, layers, models, reason or "")
 
 
 def _whole(model: Location, device: torch.device) -> EndToEnd:
