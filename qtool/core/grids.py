@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qtool.core import grouping
 from qtool.core.binary_coding import signs
 
 
@@ -32,16 +33,11 @@ class Span:
             return parameters
         return parameters.repeat_interleave(self.size, dim=-1)[..., : self.rows]
 
-    def split(self, per_row: Tensor) -> Tensor:
-        """Return values (..., rows) as (..., row_groups, size); zeros fill the last group up."""
-        padded = torch.nn.functional.pad(per_row, (0, -self.rows % self.size))
-        return padded.unflatten(-1, (-1, self.size))
-
     def pool(self, per_row: Tensor) -> Tensor:
         """Sum values (rows, ...) over the rows that share parameters: (row_groups, ...)."""
         if self.size == 1:
             return per_row
-        return self.split(per_row.movedim(0, -1)).sum(-1).movedim(-1, 0)
+        return grouping.split(per_row.movedim(0, -1), self.size).sum(-1).movedim(-1, 0)
 
 
 def within_factor_two(old: Tensor, new: Tensor) -> Tensor:

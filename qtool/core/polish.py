@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from qtool.core import grouping
 from qtool.core.column_loop import walk_columns
 from qtool.core.grids import AffineGrid, Grid, within_factor_two
 from qtool.core.linalg import RIDGE, TINY, solve_spd
@@ -103,7 +104,7 @@ def _refit_columns(  # noqa: PLR0913, PLR0917 - a block of columns, and what `re
     """Move the scales of single-column groups, those of a block together, to their optimum."""
     zeros = grid.span.expand(grid.zero_points[start:stop])
     basis = codes[start:stop].float() - zeros  # (columns, rows)
-    split = grid.span.split(basis)  # (columns, row_groups, size)
+    split = grouping.split(basis, grid.span.size)  # (columns, row_groups, size)
     products = torch.einsum("cgs,dgs->gcd", split, split).double()
     normal = products * hessian[start:stop, start:stop].double()  # (row_groups, columns, columns)
     right = grid.span.pool(-(basis * gradient[start:stop]).T).double()  # (row_groups, columns)

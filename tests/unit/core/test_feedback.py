@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from qtool.core import hessian, polish
+from qtool.core import grouping, hessian, polish
 from qtool.core.error_feedback import encode_columns, feed_forward, scaled_errors
 from qtool.core.grids import AffineGrid, BinaryGrid, Span
 
@@ -119,7 +119,7 @@ def test_polish_of_single_column_groups_never_raises_the_loss(layer, size):
     weight, matrix = layer
     factor = factorized(matrix, 0.01)
     span = Span(size, ROWS)
-    padded = span.split(weight)
+    padded = grouping.split(weight, size)
     low, high = padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
     scales = (high - low).clamp(min=1e-3) / 3
     grid = AffineGrid(scales, (-low / scales).round().clamp(0, 3), 2, span)
