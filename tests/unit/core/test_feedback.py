@@ -104,8 +104,9 @@ def test_no_step_of_the_polish_raises_the_loss_of_any_row(layer, kind):
     codes, levels, _ = run_feedback(weight, factor, grid)
     gradient = polish.residual(weight, levels, factor.hessian)
     losses = [loss_per_row(weight, levels, factor.hessian)]
-    for step in (polish.descend_codes, polish.refit, polish.descend_codes, polish.refit):
-        step(grid, EDGES, codes, levels, gradient, factor.hessian)
+    descent = polish.Descent(grid, EDGES, codes, levels, gradient, factor.hessian)
+    for step in (descent.descend_codes, descent.refit, descent.descend_codes, descent.refit):
+        step()
         losses.append(loss_per_row(weight, levels, factor.hessian))
         drift = gradient - polish.residual(weight, levels, factor.hessian)
         assert float(drift.abs().max()) < 1e-3
@@ -129,8 +130,9 @@ def test_polish_of_single_column_groups_never_raises_the_loss(layer, size):
     levels = polish.all_values(grid, edges, codes)
     gradient = polish.residual(weight, levels, factor.hessian)
     losses = [float(loss_per_row(weight, levels, factor.hessian).sum())]
-    for step in (polish.refit, polish.descend_codes, polish.refit, polish.descend_codes):
-        step(grid, edges, codes, levels, gradient, factor.hessian)
+    descent = polish.Descent(grid, edges, codes, levels, gradient, factor.hessian)
+    for step in (descent.refit, descent.descend_codes, descent.refit, descent.descend_codes):
+        step()
         losses.append(float(loss_per_row(weight, levels, factor.hessian).sum()))
         torch.testing.assert_close(levels, polish.all_values(grid, edges, codes))
         drift = gradient - polish.residual(weight, levels, factor.hessian)
