@@ -8,7 +8,6 @@ beside it, so that no program takes a message apart.
 import contextlib
 import re
 from collections.abc import Iterator
-from importlib import metadata
 from os import PathLike
 
 DISTRIBUTION = "qtool-llm"
@@ -110,6 +109,8 @@ def install_line(extra: str) -> str:
 
 def _requirements(extra: str) -> tuple[str, ...]:
     """Return what an extra requires, such as `lm-eval<0.5,>=0.4.12`; empty if that isn't known."""
+    from importlib import metadata  # slow, and seldom asked
+
     try:
         lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:  # the source is run without being installed
@@ -119,6 +120,8 @@ def _requirements(extra: str) -> tuple[str, ...]:
 
 
 def _is_installed(requirement: str) -> bool:
+    from importlib import metadata
+
     found = re.match(r"[\w.-]+", requirement)
     try:
         return found is not None and bool(metadata.version(found[0]))

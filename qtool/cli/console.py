@@ -21,11 +21,6 @@ out = Console(width=None if sys.stdout.isatty() else NOT_A_TERMINAL_WIDTH, highl
 err = Console(stderr=True, highlight=False)
 
 
-def print_error(message: str) -> None:
-    """Print one line to stderr; no markup, no wrapping."""
-    print(f"Error: {' '.join(message.split())}", file=sys.stderr)
-
-
 def print_table(title: str, columns: Mapping[str, str], rows: Sequence[tuple[str, ...]]) -> None:
     """Print a table to stdout; `columns` maps each header to its alignment."""
     table = Table(header_style="bold")

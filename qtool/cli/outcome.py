@@ -7,10 +7,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from qtool import settings
-from qtool.checkpoint.place import FULL
-from qtool.cli.console import print_error
 from qtool.errors import QtoolError
-from qtool.plugins import check_name
 
 INTERRUPTED = 130
 LOG_LEVELS = ("debug", "info", "warning")
@@ -47,10 +44,17 @@ def run(app: Callable[[], object]) -> None:
         sys.exit(1)
 
 
+def print_error(message: str) -> None:
+    """Print one line to stderr; no markup, no wrapping."""
+    print(f"Error: {' '.join(message.split())}", file=sys.stderr)
+
+
 def explain(error: Exception) -> str:
     """Return what to tell a user about an error that nothing below has explained."""
     if isinstance(error, QtoolError):
         return str(error)
+    from qtool.checkpoint.place import FULL
+
     if isinstance(error, OSError) and error.errno in FULL:
         where = f" where {error.filename} is" if error.filename else ""
         return f"The disk is full{where}. Free some space and give the same command again."
@@ -95,6 +99,8 @@ def _log() -> None:
     level = settings.log_level()
     if not level:
         return
+    from qtool.plugins import check_name
+
     check_name(level, LOG_LEVELS, "levels of $QTOOL_LOG")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("qtool").setLevel(level.upper())
