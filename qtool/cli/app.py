@@ -35,7 +35,7 @@ FUNCTIONS = {
 """Where a command is that isn't the function of its name in the file of its name."""
 
 
-def load(name: str) -> Any:  # noqa: ANN401
+def load_command(name: str) -> Any:  # noqa: ANN401
     """Import a command, and return it as typer runs it."""
     from qtool.cli.options import Command
 
@@ -52,7 +52,7 @@ class Commands(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401
         """Return name, command and what is left of the arguments."""
         name, _, rest = super().resolve_command(ctx, args)
-        return name, name and load(name), rest
+        return name, name and load_command(name), rest
 
 
 app = typer.Typer(

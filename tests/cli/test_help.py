@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import qtool
-from qtool.cli.app import COMMANDS, load
+from qtool.cli.app import COMMANDS, load_command
 from tests.cli.conftest import Cli
 from tests.helpers import run_python
 
@@ -23,7 +23,7 @@ def test_help_is_printed_and_exits_with_0(cli: Cli, command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_stands_whole_in_the_help_of_a_narrow_terminal(command):
-    options = load(command).params
+    options = load_command(command).params
     names = {name for option in options for name in (*option.opts, *option.secondary_opts)}
     shown = subprocess.run(
         [sys.executable, "-m", "qtool", command, "--help"],
@@ -40,7 +40,7 @@ def test_every_option_stands_whole_in_the_help_of_a_narrow_terminal(command):
 def test_commands_are_listed_by_the_first_line_of_their_help(cli: Cli):
     shown = " ".join(re.sub("[│╭╮╰╯─]", " ", cli("--help").out).split())
     for name, line in COMMANDS.items():
-        assert load(name).help.splitlines()[0] == line
+        assert load_command(name).help.splitlines()[0] == line
         assert f" {name} {line}" in shown
 
 

@@ -23,7 +23,7 @@ from tests.docs.pages import (
 )
 from tests.helpers import ROOT
 
-COMMANDS = {name: app.load(name) for name in app.COMMANDS}
+COMMANDS = {name: app.load_command(name) for name in app.COMMANDS}
 LINES = [line for page in CURRENT for line in command_lines(page)]
 OTHERS = {  # of pip, pytest, docs/generate.py, lm-eval, nvcc, bwrap and the like
     *("--check", "--no-deps", "--model", "--gen_kwargs", "--version", "--install-completion"),
