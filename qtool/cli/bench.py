@@ -112,8 +112,7 @@ def bench(
         options = pipeline.BenchOptions(backend=backend, quality=quality, gpu=kernels)
         result = pipeline.bench(where, options, baseline=original, emit=emit)
     report = asdict(result.kernels) if result.kernels is not None else comparison_report(result)
-    console.write_json(report, json_file)
-    if not console.wants_table(json_file):
+    if not console.write_json(report, json_file):
         return
     if result.kernels is not None:
         print_gpu_result(result.kernels)

@@ -90,8 +90,7 @@ def calibrate(
             emit=emit,
         )
     _plot(result)
-    console.write_json(asdict(result), json_file)
-    if console.wants_table(json_file):
+    if console.write_json(asdict(result), json_file):
         _print_result(result)
 
 
@@ -113,13 +112,13 @@ def _print_result(result: "CalibrateResult") -> None:
 
     edges = bin_edges([*result.lengths, *result.wanted_lengths])
     drawn = histogram(result.lengths, edges)
-    columns = {"length in tokens": "right", "samples": "left"}
+    columns = [">length in tokens", "samples"]
     rows: list[tuple[str, ...]] = [
         (f"{low}-{high - 1}", _bar(share))
         for (low, high), share in zip(itertools.pairwise(edges), drawn, strict=True)
     ]
     if result.wanted_lengths:
-        columns["requested"] = "left"
+        columns.append("requested")
         wanted = histogram(result.wanted_lengths, edges)
         rows = [(*row, _bar(share)) for row, share in zip(rows, wanted, strict=True)]
     console.print_table(str(result.calib_dir), columns, rows)

@@ -178,15 +178,13 @@ def evaluate(
     if result.tasks is not None:
         _show_tasks(result.tasks, json_file, markdown)
         return
-    console.write_json(comparison_report(result), json_file)
-    if console.wants_table(json_file):
+    if console.write_json(comparison_report(result), json_file):
         print_comparison(result)
 
 
 def _show_tasks(scored: "TaskComparison", json_file: Path | None, markdown: Path | None) -> None:
-    console.write_json(task_report(scored), json_file)
-    write_markdown(scored, markdown)
-    if console.wants_table(json_file) and console.wants_table(markdown):
+    is_free = console.write_json(task_report(scored), json_file)
+    if write_markdown(scored, markdown) and is_free:
         print_tasks(scored)
     raise_failures(scored)
 
