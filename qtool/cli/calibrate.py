@@ -111,16 +111,13 @@ def _print_result(result: "CalibrateResult") -> None:
     from qtool.report.lengths import describe_lengths
 
     edges = bin_edges([*result.lengths, *result.wanted_lengths])
-    drawn = histogram(result.lengths, edges)
+    shares = [histogram(result.lengths, edges)]
     columns = [">length in tokens", "samples"]
-    rows: list[tuple[str, ...]] = [
-        (f"{low}-{high - 1}", _bar(share))
-        for (low, high), share in zip(itertools.pairwise(edges), drawn, strict=True)
-    ]
     if result.wanted_lengths:
         columns.append("requested")
-        wanted = histogram(result.wanted_lengths, edges)
-        rows = [(*row, _bar(share)) for row, share in zip(rows, wanted, strict=True)]
+        shares.append(histogram(result.wanted_lengths, edges))
+    bins = (f"{low}-{high - 1}" for low, high in itertools.pairwise(edges))
+    rows = zip(bins, *(map(_bar, each) for each in shares), strict=True)
     console.print_table(str(result.calib_dir), columns, rows)
     console.out.print(f"Lengths of samples: {describe_lengths(result.lengths)}.")
     if result.wanted_lengths:
