@@ -6,12 +6,15 @@ beside it, so that no program takes a message apart.
 """
 
 import contextlib
+import errno
 import re
 from collections.abc import Iterator
 from os import PathLike
 
 DISTRIBUTION = "qtool-llm"
 """Its name as a package; the command and the import are `qtool`."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors of a full disk."""
 
 
 class QtoolError(Exception):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from qtool import settings
-from qtool.errors import QtoolError
+from qtool.errors import FULL, QtoolError
 
 INTERRUPTED = 130
 LOG_LEVELS = ("debug", "info", "warning")
@@ -53,8 +53,6 @@ def explain(error: Exception) -> str:
     """Return what to tell a user about an error that nothing below has explained."""
     if isinstance(error, QtoolError):
         return str(error)
-    from qtool.checkpoint.place import FULL
-
     if isinstance(error, OSError) and error.errno in FULL:
         where = f" where {error.filename} is" if error.filename else ""
         return f"The disk is full{where}. Free some space and give the same command again."
