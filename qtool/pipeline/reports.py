@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import nan, prod
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,7 @@ def _report_bytes(result: QuantizeResult, *, run: str, files: list[str]) -> byte
     `run` tells it from all others: a run that has ended isn't done again. `files` are the names
     that it writes beside the weights, so that --overwrite knows them as ours.
     """
+    values = asdict(result)
     layers = [
         {
             "name": layer.name,
@@ -123,7 +124,7 @@ def _report_bytes(result: QuantizeResult, *, run: str, files: list[str]) -> byte
         "version of qtool": qtool.__version__,
         "run": run,
         "files": files,
-        **{key: getattr(result, key) for key in NUMBERS},
+        **{key: values[key] for key in NUMBERS},
         "layers": layers,
     }
     return (json_text(report) + "\n").encode()
