@@ -1,21 +1,25 @@
 """Register qtool with transformers when transformers is imported, and not before.
 
 `import qtool` must make `AutoModelForCausalLM.from_pretrained(OUT_DIR)` work, but `qtool --help`
-must not wait for torch. So an import hook waits for `transformers.quantizers.auto`. Torch-free.
+must not wait for torch. So an import hook waits for `transformers.quantizers.auto`. Torch-free, and
+without importlib.abc, which costs as much as all else that `import qtool` does.
 """
 
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader
 
 TARGET = "transformers.quantizers.auto"
 QUANTIZER = "qtool.integrations.transformers.quantizer"
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds one module: transformers' table of quantizers."""
 
     def find_spec(
