@@ -4,10 +4,10 @@ Nothing of lm-eval is edited. Its index of tasks is a dictionary of configuratio
 asked for get `custom_dataset`, lm-eval's own hook for data from elsewhere.
 """
 
-import contextlib
 import dataclasses
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -140,9 +140,7 @@ class Tasks:
         entry = self._shipped[name]
         if entry.tags and not entry.cfg:
             return [leaf for tagged in sorted(entry.tags) for leaf in self.leaves(tagged)]
-        if not _is_group(entry.cfg):
-            return [name]
-        return list(self._members(entry.cfg["task"]))
+        return list(self._members(entry.cfg["task"])) if _is_group(entry.cfg) else [name]
 
     def _members(self, members: Sequence[Any]) -> Iterator[str]:
         for member in members:
@@ -187,9 +185,10 @@ class Tasks:
         fitting = (n for group, n in CUSTOMARY_SHOTS.items() if leaves <= set(self.leaves(group)))
         return next(fitting, None) if leaves else None
 
-    @contextlib.contextmanager
-    def _only_local(self, name: str) -> Iterator[None]:
+    def _only_local(self, name: str) -> AbstractContextManager[Any]:
         """Refuse to download inside the block, if there is a data folder."""
+        if self._folder is None:
+            return nullcontext()
         import datasets
 
         def refuse(path: str, *_args: Any, **_kwargs: Any) -> Any:  # noqa: ANN401
@@ -198,9 +197,7 @@ class Tasks:
                 "Leave out --data-dir to download."
             )
 
-        replaced = mock.patch.object(datasets, "load_dataset", refuse)
-        with contextlib.nullcontext() if self._folder is None else replaced:
-            yield
+        return mock.patch.object(datasets, "load_dataset", refuse)
 
     def _with_data(self, leaf: str, shots: int | None) -> Any:  # noqa: ANN401
         """Return an entry of lm-eval's index that takes its data from the folder.
