@@ -161,18 +161,16 @@ class Tasks:
         """
         _seed(self.options.seeds)
         leaves = self.leaves(name) if self._folder is not None else []
-        index = self._manager.task_index
         try:
             with quiet(), sandboxed_code_eval(), self._only_local(name):
-                index.update({leaf: self._with_data(leaf, self.shots(name)) for leaf in leaves})
-                loaded: Loaded = self._manager.load([name])
+                entries = {leaf: self._with_data(leaf, self.shots(name)) for leaf in leaves}
+                with mock.patch.dict(self._manager.task_index, entries):
+                    loaded: Loaded = self._manager.load([name])
         except DataError:
             raise
         except Exception as error:  # lm-eval and datasets raise many unrelated types
             advice = "" if self._folder else " With --data-dir DIR it reads local files."
             raise DataError(f"lm-eval can't load task {name}: {reason(error)}.{advice}") from error
-        finally:
-            index.update({leaf: self._shipped[leaf] for leaf in leaves})
         if any(map(writes_text, loaded["tasks"].values())):
             self.writing.add(name)
         return loaded
