@@ -8,10 +8,10 @@ import contextlib
 import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,7 +20,7 @@ from qtool.base import Emit, Notice, Progress, ignore_events
 from qtool.errors import DataError, ModelError
 from qtool.evaluation.kept import request_key
 from qtool.evaluation.lm_eval import batches
-from qtool.evaluation.lm_eval.options import AUTO
+from qtool.evaluation.lm_eval.options import AUTO, TaskOptions
 from qtool.modeling.load import LoadedModel
 from qtool.storage.memo import Memo
 
@@ -30,38 +30,27 @@ WRITING_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
 every token, and waits 60 ms for each on an H100."""
 
 
-class _AnswerHook(CacheHook):  # type: ignore[misc] # lm-eval isn't typed
-    """Passes answers on as they come; lm-eval calls it after every batch."""
-
-    def __init__(self, add_partial: Callable[[str, Any, Any], None]) -> None:
-        self.add_partial = add_partial
-
-
 class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
     """Answers lm-eval's requests with a model that is loaded already, and with what it answered."""
 
     batch_size_per_gpu: int | str
 
     def __init__(
-        self,
-        model: LoadedModel,
-        *,
-        batch_size: int | str = AUTO,
-        max_length: int | None = None,
-        emit: Emit = ignore_events,
+        self, model: LoadedModel, options: TaskOptions, emit: Emit = ignore_events
     ) -> None:
         self._encoded: dict[str, array[int]] = {}
         super().__init__(
             pretrained=model.model,
             tokenizer=model.tokenizer,
-            batch_size=batch_size,
-            max_length=max_length,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
         )
         self.name, self.emit = model.name, emit
         self._memory = batches.device_bytes(self.device)
         self._batch_scheduler = self._by_length()
         self.begin("", Memo())
-        self.cache_hook = _AnswerHook(self._add)
+        # What lm-eval asks of a CacheHook: it passes answers on as they come, after every batch.
+        self.cache_hook = SimpleNamespace(add_partial=self._add)
         rows, words = model.model.config.get_text_config().vocab_size, len(model.tokenizer)
         if words > rows:
             self.warn(
