@@ -607,6 +607,7 @@ def test_a_keeper_that_hangs_is_ended(isolate, place, monkeypatch):
         os.kill(min(map(int, children())), signal.SIGSTOP)
         [outcome] = future.result(timeout=20)
     assert outcome == Outcome("killed", "the sandbox's own process was killed or stopped")
+    wait_until(lambda: not processes_of(place))  # by the kernel, which nobody waits for
 
 
 def children() -> list[str]:
