@@ -10,10 +10,6 @@ import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from importlib.abc import Loader
 
 TARGET = "transformers.quantizers.auto"
 QUANTIZER = "qtool.integrations.transformers.quantizer"
