@@ -180,7 +180,7 @@ class CalibrationSection(Section):
     def _check_shares(cls, value: tuple[SourceSection, ...]) -> tuple[SourceSection, ...]:
         total = sum(source.share for source in value)
         if value and abs(total - 1) > SLACK_OF_SHARES:
-            raise ValueError(f"the shares must add up to 1, and add up to {total:g}")
+            raise ValueError(f"the shares must add up to 1, and add up to {total:.10g}")
         return value
 
     @model_serializer(mode="wrap")
