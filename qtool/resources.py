@@ -27,5 +27,5 @@ def prompts_dir() -> Path:
 
 
 def texts_dir() -> Path:
-    """Return the folder of the bundled evaluation texts."""
+    """Return the folder of the bundled texts."""
     return _PACKAGE / "data" / "texts"

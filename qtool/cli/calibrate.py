@@ -31,7 +31,10 @@ def calibrate(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="Bundled text, .txt or .jsonl[.gz] file, or hub:NAME:CONFIG:SPLIT."),
+        typer.Option(
+            help="Draw from this and no mixture: bundled text, .txt or .jsonl[.gz] file, or "
+            "hub:NAME:CONFIG:SPLIT."
+        ),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="Take the section 'calibration' of this recipe.")
@@ -62,6 +65,7 @@ def calibrate(
         raise RecipeError("--tasks and --lengths both say what to match. Give one of them.")
     overrides = list(settings or [])
     if dataset is not None:
+        overrides.insert(0, "calibration.mixture=null")
         overrides.append(f"calibration.dataset={json.dumps(dataset)}")
     if tasks is not None or lengths is not None:
         overrides.append("calibration.sequence_length=match")
@@ -122,6 +126,8 @@ def _print_result(result: "CalibrateResult") -> None:
     console.out.print(f"Lengths of samples: {describe_lengths(result.lengths)}.")
     if result.wanted_lengths:
         console.out.print(f"Lengths requested: {describe_lengths(result.wanted_lengths)}.")
+    tokens = ", ".join(f"{name} {count}" for name, count in result.special_tokens.items())
+    console.out.print(f"Special tokens: {tokens or 'none'}.", markup=False)
     console.out.print(
         f"{result.samples} of {result.samples_wanted} samples, {result.tokens} tokens, digest "
         f"{result.digest}. Use them with: qtool quantize --calibration {result.calib_dir} ..."

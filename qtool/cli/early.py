@@ -116,13 +116,13 @@ def check_texts(section: "CalibrationSection | None") -> None:
 
     if section.sequence_length == "match":
         check_known(section.tasks)
-    name = section.dataset
-    if name.startswith(HUB_PREFIX) or name in bundled():
-        return
-    if name.endswith((".txt", *JSONL_SUFFIXES)):
-        check_file(Path(name))
-    else:
-        open_dataset(name)  # raises, and says why
+    for name in section.datasets:
+        if name.startswith(HUB_PREFIX) or name in bundled():
+            continue
+        if name.endswith((".txt", *JSONL_SUFFIXES)):
+            check_file(Path(name))
+        else:
+            open_dataset(name)  # raises, and says why
 
 
 def check_spelling(names: Sequence[str]) -> None:

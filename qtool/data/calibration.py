@@ -23,7 +23,9 @@ class CalibrationSet:
 
     samples: tuple[Tensor, ...]
     provenance: Mapping[str, Any]
-    """Dataset, tokenizer digest, seed, requested and used lengths: JSON-able."""
+    """Dataset or sources, tokenizer digest, seed, requested and used lengths: JSON-able."""
+    sources: tuple[int, ...] = ()
+    """Of a mixture: the place in the provenance's sources of what each sample is from."""
 
     @property
     def num_tokens(self) -> int:
@@ -39,17 +41,33 @@ class CalibrationSet:
         return state.hexdigest()[:16]
 
     def split(self, holdout: float) -> tuple["CalibrationSet", "CalibrationSet"]:
-        """Return the samples to solve with and the last ones, held out for choices.
+        """Return the samples to solve with and the last ones of each source, held out for choices.
 
         Args:
-            holdout: Fraction of the samples; at least one is held out, and one is left.
+            holdout: Fraction of the samples. At least one is held out, and one of each source that
+                has two; at least one is left.
         """
-        count = min(max(1, round(holdout * len(self.samples))), len(self.samples) - 1)
-        cut = len(self.samples) - count
+        owners = self.sources or (0,) * len(self.samples)
+        held_out: set[int] = set()
+        for owner in set(owners):
+            places = [place for place, one in enumerate(owners) if one == owner]
+            held_out.update(places[len(places) - held_out_count(len(places), holdout) :])
+        held_out = held_out or {len(owners) - 1}
         return (
-            CalibrationSet(self.samples[:cut], self.provenance),
-            CalibrationSet(self.samples[cut:], self.provenance),
+            self._part([place for place in range(len(owners)) if place not in held_out]),
+            self._part(sorted(held_out)),
         )
+
+    def _part(self, places: Sequence[int]) -> "CalibrationSet":
+        sources = tuple(self.sources[place] for place in places if self.sources)
+        return CalibrationSet(
+            tuple(self.samples[place] for place in places), self.provenance, sources
+        )
+
+
+def held_out_count(count: int, holdout: float) -> int:
+    """Return how many of the samples of one source are held out."""
+    return min(max(1, round(holdout * count)), max(count - 1, 0))
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:

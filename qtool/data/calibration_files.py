@@ -79,6 +79,8 @@ def save_calibration(calibration: CalibrationSet, directory: Path) -> None:
         "tokens": torch.cat(calibration.samples),
         "lengths": torch.tensor([len(sample) for sample in calibration.samples]),
     }
+    if calibration.sources:
+        tensors["sources"] = torch.tensor(calibration.sources)
     about = {**calibration.provenance, "digest": calibration.digest()}
     contents = {
         ABOUT_NAME: (json_text(about) + "\n").encode(),
@@ -102,8 +104,8 @@ def load_calibration(directory: Path, tokenizer: Tokenizer) -> CalibrationSet:
         DataError: files are missing or damaged, or the samples are another tokenizer's.
     """
     about = _about(directory)
-    samples = _samples(directory / SAMPLES_NAME)
-    calibration = CalibrationSet(samples, about)
+    samples, sources = _samples(directory / SAMPLES_NAME)
+    calibration = CalibrationSet(samples, about, sources)
     if about.get("digest") != calibration.digest():
         raise DataError(f"{directory}: samples and {ABOUT_NAME} don't belong together. {REDO}")
     if about.get("tokenizer") != tokenizer_digest(tokenizer):
@@ -124,12 +126,13 @@ def _about(directory: Path) -> Mapping[str, Any]:
     return about
 
 
-def _samples(file: Path) -> tuple[Tensor, ...]:
-    """Return the samples of a file, each (length,) int64."""
+def _samples(file: Path) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Return the samples of a file, each (length,) int64, and the source of each, if it says so."""
     try:
         check_file(file)
         with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in ("tokens", "lengths")}
+            names = {"tokens", "lengths"} | ({"sources"} & set(opened.keys()))
+            tensors = {name: opened.get_tensor(name) for name in sorted(names)}
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{file} can't be read: {reason(error)}. {REDO}") from error
     except DataError as error:
@@ -142,6 +145,7 @@ def _samples(file: Path) -> tuple[Tensor, ...]:
                 f"int64. {REDO}"
             )
     tokens, lengths = tensors["tokens"], tensors["lengths"]
+    sources = tensors.get("sources", lengths[:0]).tolist()
     if len(lengths) < 2 or int(lengths.min()) < 1:  # noqa: PLR2004
         raise DataError(f"{file} must hold at least two samples, and none may be empty. {REDO}")
     if sum(lengths.tolist()) != len(tokens):
@@ -151,4 +155,8 @@ def _samples(file: Path) -> tuple[Tensor, ...]:
         )
     if int(tokens.min()) < 0:
         raise DataError(f"{file} has token {int(tokens.min())}; none is below 0. {REDO}")
-    return tokens.split(lengths.tolist())
+    if len(sources) not in (0, len(lengths)):
+        raise DataError(
+            f"{file} names the sources of {len(sources)} samples and has {len(lengths)}. {REDO}"
+        )
+    return tokens.split(lengths.tolist()), tuple(sources)

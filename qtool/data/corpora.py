@@ -3,7 +3,7 @@
 import hashlib
 import lzma
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,9 +40,12 @@ class Corpus:
 
 
 def bundled() -> tuple[str, ...]:
-    """Return the sorted names of the bundled texts."""
-    paths = resources.texts_dir().glob("*.txt.xz")
-    return tuple(sorted(path.name.removesuffix(".txt.xz") for path in paths))
+    """Return the sorted names of the bundled texts: running ones, and collections of documents."""
+    return tuple(sorted(_bundled_files()))
+
+
+def _bundled_files() -> Mapping[str, Path]:
+    return {path.name.split(".")[0]: path for path in resources.texts_dir().glob("*.xz")}
 
 
 def open_dataset(name: str) -> Corpus | Collection:
@@ -57,8 +60,9 @@ def open_dataset(name: str) -> Corpus | Collection:
     """
     if name.startswith(HUB_PREFIX):
         return hub_collection(name)
-    if name.endswith(JSONL_SUFFIXES):
-        return jsonl_collection(Path(name))
+    file = _bundled_files().get(name, Path(name))
+    if file.name.endswith((*JSONL_SUFFIXES, ".jsonl.xz")):
+        return replace(jsonl_collection(file), name=name if name in bundled() else file.name)
     return load_corpus(name)
 
 
@@ -72,17 +76,17 @@ def load_corpus(name: str) -> Corpus:
     Raises:
         DataError: there is no such text, or it isn't UTF-8, or it isn't a running text.
     """
-    if name in bundled():
-        packed = (resources.texts_dir() / f"{name}.txt.xz").read_bytes()
-        return Corpus(name, lzma.decompress(packed).decode("utf-8"))
+    file = _bundled_files().get(name)
+    if file is not None and file.name.endswith(".txt.xz"):
+        return Corpus(name, lzma.decompress(file.read_bytes()).decode("utf-8"))
     if name.startswith(HUB_PREFIX):
         raise DataError(
             f"{name} is a data set of the hub, and a running text is needed here. Save the rows "
             "that you want as a .jsonl file."
         )
     path = Path(name)
-    if name.endswith(JSONL_SUFFIXES):
-        return _joined(jsonl_collection(path))
+    if file is not None or name.endswith(JSONL_SUFFIXES):
+        return _joined(jsonl_collection(file or path), name if file else path.name)
     if path.suffix != ".txt":
         raise DataError(
             describe_miss(name, bundled(), "bundled texts")
@@ -91,7 +95,7 @@ def load_corpus(name: str) -> Corpus:
     return Corpus(path.name, read_text(path))
 
 
-def _joined(collection: Collection) -> Corpus:
+def _joined(collection: Collection, name: str) -> Corpus:
     texts = []
     for document in collection.documents:
         if not isinstance(document.content, str):
@@ -101,7 +105,7 @@ def _joined(collection: Collection) -> Corpus:
             )
         if document.content.strip():
             texts.append(document.content)
-    return Corpus(collection.name, "\n\n".join(texts))
+    return Corpus(name, "\n\n".join(texts))
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:

@@ -1,5 +1,6 @@
 """Calibrating, from a request to what is on disk."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ class CalibrateResult:
     wanted_lengths: tuple[int, ...]
     """Lengths that were to be matched; empty if the length is fixed."""
     lengths: tuple[int, ...]
+    special_tokens: Mapping[str, int]
+    """How often each of the model's special tokens that matter is in the samples."""
 
 
 def calibrate(  # noqa: PLR0913 - what to draw from, where to, how
@@ -61,4 +64,5 @@ def calibrate(  # noqa: PLR0913 - what to draw from, where to, how
         digest=calibration.digest(),
         wanted_lengths=tuple(wanted or ()),
         lengths=tuple(len(sample) for sample in calibration.samples),
+        special_tokens=calibration.provenance["special tokens"],
     )

@@ -98,8 +98,8 @@ def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:
 
 def _inputs(recipe: Recipe, calib_dir: Path | None) -> list[Path]:
     """Return what a run reads beside the model."""
-    dataset = Path(recipe.calibration.dataset) if recipe.calibration else None
-    return [path for path in (calib_dir, dataset) if path is not None and os.path.exists(path)]  # noqa: PTH110
+    texts = map(Path, recipe.calibration.datasets if recipe.calibration else ())
+    return [path for path in (calib_dir, *texts) if path is not None and os.path.exists(path)]  # noqa: PTH110
 
 
 def _check_room(place: Place, layer_plan: Plan, streams: int = 0) -> None:

@@ -39,6 +39,10 @@ class QuantizeResult:
 
 
 NUMBERS = ("average_bits", "weight_bytes", "source_bytes", "seconds", "peak_memory_bytes", "device")
+OF_SAMPLES = (
+    *("dataset", "sources", "samples", "tokens"),
+    *("special tokens", "special tokens missing"),
+)
 
 
 def write_result(
@@ -65,7 +69,8 @@ def write_result(
     card = model_card(manifest, run.source.public_name, _about(run, result))
     files["README.md"] = card.encode()
     names = sorted({*files, REPORT_NAME, CONFIG_NAME})
-    files[REPORT_NAME] = _report_bytes(result, run=writer.run_digest, files=names)
+    samples = run.calibration.provenance if run.calibration else {}
+    files[REPORT_NAME] = _report_bytes(result, samples, run=writer.run_digest, files=names)
     config = {key: value for key, value in run.source.config.items() if key != "_name_or_path"}
     writer.finish(files, {**config, "quantization_config": manifest.to_config()})
     return result
@@ -103,9 +108,12 @@ def _about(run: Run, result: QuantizeResult) -> Provenance:
     )
 
 
-def _report_bytes(result: QuantizeResult, *, run: str, files: list[str]) -> bytes:
+def _report_bytes(
+    result: QuantizeResult, samples: Mapping[str, Any], *, run: str, files: list[str]
+) -> bytes:
     """Return the content of the report.
 
+    Of the provenance of the samples it has what says how good a calibration they are.
     `run` tells it from all others: a run that has ended isn't done again. `files` are the names
     that it writes beside the weights, so that --overwrite knows them as ours.
     """
@@ -125,6 +133,7 @@ def _report_bytes(result: QuantizeResult, *, run: str, files: list[str]) -> byte
         "run": run,
         "files": files,
         **{key: values[key] for key in NUMBERS},
+        "calibration": {key: samples[key] for key in OF_SAMPLES if key in samples},
         "layers": layers,
     }
     return (json_text(report) + "\n").encode()

@@ -209,4 +209,4 @@ def _fields_at(path: Keys) -> Iterable[str]:
         annotation = model.model_fields[part].annotation
         arguments = getattr(annotation, "__args__", ()) or (annotation,)
         model = next(a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel))
-    return tuple(model.model_fields)
+    return tuple(field.alias or name for name, field in model.model_fields.items())

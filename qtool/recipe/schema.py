@@ -9,8 +9,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
+    model_validator,
 )
 
 from qtool.plugins import describe_miss
@@ -21,6 +24,7 @@ MOST_LENGTH = 1 << 20
 """Tokens of a sample, samples, or weights of a group: more is a slip of the keyboard."""
 MOST_SEED = 2**32 - 1
 """What every generator takes, numpy's too."""
+SLACK_OF_SHARES = 1e-6
 
 
 def _keep_bool_out(value: object) -> object:
@@ -95,11 +99,37 @@ class ChooseSection(Section):
     """Group dimensions to try; the first is kept unless another is better by one percent."""
 
 
+class SourceSection(Section):
+    """A part of a mixture."""
+
+    dataset: Text
+    """As `calibration.dataset`."""
+    share: Annotated[Number, Field(gt=0, le=1)]
+    """Of the samples."""
+    rendering: Annotated[Literal["text", "chat"] | None, Field(alias="as")] = None
+    """`text`: chats as plain text; `chat`: in the model's template, which it has to have; null: in
+    the template if there is one."""
+
+
+MIXTURE = (
+    {"dataset": "wikitext2-valid", "share": 0.3},
+    {"dataset": "prose", "share": 0.15},
+    {"dataset": "dialogues", "share": 0.1},
+    {"dataset": "gsm8k-train", "share": 0.15},
+    {"dataset": "source-code", "share": 0.15},
+    {"dataset": "languages", "share": 0.15},
+)
+"""The bundled mixture: encyclopedic text, prose, chats, mathematics, code, other languages."""
+
+
 class CalibrationSection(Section):
     """Which samples the solvers see."""
 
-    dataset: Text = "wikitext2-valid"
-    """Bundled text, path of a .txt, .jsonl or .jsonl.gz file, or hub:NAME:CONFIG:SPLIT."""
+    dataset: Text | None = None
+    """In place of a mixture: a bundled text, the path of a .txt, .jsonl or .jsonl.gz file, or
+    hub:NAME:CONFIG:SPLIT."""
+    mixture: Annotated[tuple[SourceSection, ...], Field(max_length=100)] = ()
+    """Sources and their shares; without a dataset the default is what qtool ships."""
     num_samples: Annotated[WholeNumber, Field(ge=2, le=MOST_LENGTH)] = 64
     sequence_length: (
         Literal["match", "fixed"] | Annotated[WholeNumber, Field(ge=2, le=MOST_LENGTH)]
@@ -125,6 +155,50 @@ class CalibrationSection(Section):
     """Where the inputs of the next block wait."""
     strict: bool = False
     """Fail where a solver would fall back to something simpler."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_sources(cls, values: Any) -> Any:  # noqa: ANN401
+        """Take the bundled mixture where nothing else is named; null names nothing."""
+        if not isinstance(values, Mapping):
+            return values
+        named = ("dataset", "mixture")
+        given = {
+            key: value for key, value in values.items() if key not in named or value is not None
+        }
+        if all(name in given for name in named):
+            raise ValueError(
+                "dataset and mixture both say where the samples come from; give one, and set the "
+                "other to null"
+            )
+        if not given.get("mixture", named):
+            raise ValueError("mixture is empty; name its sources, or leave it out")
+        return given if "dataset" in given else {"mixture": MIXTURE, **given}
+
+    @field_validator("mixture")
+    @classmethod
+    def _check_shares(cls, value: tuple[SourceSection, ...]) -> tuple[SourceSection, ...]:
+        total = sum(source.share for source in value)
+        if value and abs(total - 1) > SLACK_OF_SHARES:
+            raise ValueError(f"the shares must add up to 1, and add up to {total:.10g}")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write the one of dataset and mixture that holds."""
+        values: dict[str, Any] = handler(self)
+        values.pop("mixture" if self.dataset is not None else "dataset", None)
+        for source in values.get("mixture", ()):
+            if (rendering := source.pop("rendering", None)) is not None:
+                source["as"] = rendering
+        return values
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Names of all that the samples come from."""
+        if self.dataset is not None:
+            return (self.dataset,)
+        return tuple(source.dataset for source in self.mixture)
 
 
 class WeightsSection(Section):

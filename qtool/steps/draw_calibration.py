@@ -1,14 +1,16 @@
 """Draw calibration samples as a recipe asks for them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
-from qtool.base import Emit, Notice, Tokenizer, ignore_events
+from qtool.base import Emit, Notice, Progress, Tokenizer, ignore_events
 from qtool.data.calibration import CalibrationSet, draw_samples
 from qtool.data.corpora import bos_warning, check_tokens, open_dataset
 from qtool.data.lengths import bin_edges, match_lengths, summary, task_lengths
+from qtool.data.mixture import Source, draw_mixture
+from qtool.data.special_tokens import SpecialTokens, count_special
 from qtool.errors import DataError, RecipeError
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection
@@ -56,23 +58,17 @@ def draw_calibration(
             than the model's context.
         MissingExtraError: the library that reads the data set isn't installed.
     """
-    limit = source.num_positions or 2**31
-    if lengths is not None:
-        drawn = match_lengths(lengths, num_tokens=section.num_tokens, longest=limit, seed=seed)
+    drawn = _drawn_lengths(section, source.num_positions or 2**31, lengths, seed)
+    if section.dataset is not None:
+        texts = open_dataset(section.dataset)
+        calibration = draw_samples(tokenizer, texts, drawn, at_starts=lengths is not None)
     else:
-        fixed = section.sequence_length == "fixed"
-        length = min(FIXED_LENGTH, limit) if fixed else int(section.sequence_length)
-        if length > limit:
-            raise DataError(
-                f"calibration.sequence_length is {length}, but the model has {limit} positions. "
-                f"Give a number of at most {limit}."
-            )
-        drawn = [length] * section.num_samples
-    texts = open_dataset(section.dataset)
-    calibration = draw_samples(tokenizer, texts, drawn, at_starts=lengths is not None)
-    if len(calibration.samples) < len(drawn):
-        emit(Notice(_too_short(section, calibration)))
-    check_samples(source, tokenizer, calibration, emit)
+        calibration = draw_mixture(
+            open_mixture(section), tokenizer, drawn, seed=seed, holdout=section.holdout
+        )
+    for message in _shortages(section, calibration):
+        emit(Notice(message))
+    special = check_samples(source, tokenizer, calibration, emit)
     requested = drawn if lengths is None else lengths
     used = [len(sample) for sample in calibration.samples]
     edges = bin_edges([*requested, *used])
@@ -82,14 +78,33 @@ def draw_calibration(
         "tasks": [] if lengths is None else list(section.tasks),
         "requested lengths": summary(requested, edges),
         "used lengths": summary(used, edges),
+        "special tokens": dict(special.counts),
+        "special tokens missing": list(special.missing),
     }
     return replace(calibration, provenance={**calibration.provenance, **decided})
 
 
+def _drawn_lengths(
+    section: CalibrationSection, limit: int, lengths: Sequence[int] | None, seed: int
+) -> list[int]:
+    if lengths is not None:
+        return match_lengths(lengths, num_tokens=section.num_tokens, longest=limit, seed=seed)
+    fixed = section.sequence_length == "fixed"
+    length = min(FIXED_LENGTH, limit) if fixed else int(section.sequence_length)
+    if length > limit:
+        raise DataError(
+            f"calibration.sequence_length is {length}, but the model has {limit} positions. "
+            f"Give a number of at most {limit}."
+        )
+    return [length] * section.num_samples
+
+
 def check_samples(
     source: ModelSource, tokenizer: Tokenizer, calibration: CalibrationSet, emit: Emit
-) -> None:
+) -> SpecialTokens:
     """Refuse samples that the model can't read, and warn of those that it reads poorly.
+
+    Says which of the model's special tokens are in them, and returns that.
 
     Raises:
         DataError: a token has no embedding, or a sample is longer than the model's context.
@@ -103,17 +118,46 @@ def check_samples(
             f"A sample of {name} has {longest} tokens, but the model has {limit} positions. Run "
             "`qtool calibrate` on this model."
         )
+    special = count_special(tokenizer, calibration.samples)
+    emit(Progress(special.sentence()))
     kind = str(source.config.get("model_type", ""))
-    message = bos_warning(kind, tokenizer, calibration.samples, name)
-    if message is not None:
-        emit(Notice(message))
+    running = () if calibration.sources else calibration.samples
+    for message in (bos_warning(kind, tokenizer, running, name), special.warning(name)):
+        if message is not None:
+            emit(Notice(message))
+    return special
 
 
-def _too_short(section: CalibrationSection, calibration: CalibrationSet) -> str:
+def open_mixture(section: CalibrationSection) -> list[Source]:
+    """Return the sources that a recipe mixes.
+
+    Raises:
+        DataError: there is no such text, or it can't be read.
+        MissingExtraError: the library that reads it isn't installed.
+    """
+    return [Source(open_dataset(s.dataset), s.share, s.rendering) for s in section.mixture]
+
+
+def _shortages(section: CalibrationSection, calibration: CalibrationSet) -> Iterator[str]:
+    """Yield what there is too little of: texts, or samples for all sources."""
     about = calibration.provenance
     key = "num_tokens" if section.sequence_length == "match" else "num_samples"
-    return (
-        f"{about['dataset']} is too short: {about['samples']} of {about['samples wanted']} samples "
-        f"were drawn, {about['tokens']} tokens in place of {about['tokens wanted']}. Use a longer "
-        f"text, or lower calibration.{key}."
-    )
+    if about["samples"] < about["samples wanted"]:
+        yield (
+            f"{about['dataset']} is too short: {about['samples']} of {about['samples wanted']} "
+            f"samples were drawn, {about['tokens']} tokens in place of {about['tokens wanted']}. "
+            f"Use a longer text, or lower calibration.{key}."
+        )
+    sources = about.get("sources", ())
+    few = [one["dataset"] for one in sources if one["samples"] < 2]  # noqa: PLR2004
+    if few and len(sources) > 1:
+        yield (
+            f"{about['samples']} samples are few for a mixture of {len(sources)} sources: none can "
+            f"be held out of {', '.join(few)}. Raise calibration.{key}."
+        )
+    for one in sources:
+        if one["rounds"] > 1:
+            yield (
+                f"{one['dataset']} is too short for {one['tokens']} tokens: its documents were "
+                f"used {one['rounds']} times, each time in another order."
+            )

@@ -7,6 +7,7 @@ anything else is one sentence with file and line.
 
 import gzip
 import json
+import lzma
 import re
 import stat
 import zlib
@@ -19,6 +20,7 @@ from qtool.wording import reason
 
 Row = dict[str, Any]
 GZIP_MAGIC = b"\x1f\x8b"
+XZ_MAGIC = b"\xfd7zXZ\x00"
 BYTE_ORDER_MARK = "\ufeff"
 """The byte order mark: inside a file too, where files were joined."""
 MOST_LINE_BYTES = 1 << 26
@@ -149,7 +151,7 @@ class _Reading:
                 f"{self.path} line {self.line} isn't UTF-8 text. Save the file as UTF-8.",
                 file=self.path,
             ) from error
-        if isinstance(error, (OSError, EOFError, zlib.error)):
+        if isinstance(error, (OSError, EOFError, zlib.error, lzma.LZMAError)):
             raise DataError(
                 f"{self.path} can't be read after line {self.line}: {reason(error)}.",
                 file=self.path,
@@ -157,9 +159,10 @@ class _Reading:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """Open a file, through gzip if its content says so: browsers and people change names."""
+    """Open a file, unpacked if its content says so: browsers and people change names."""
     file = path.open("rb")
-    if file.peek(2)[:2] == GZIP_MAGIC:
-        file.close()
-        return gzip.open(path)  # type: ignore[return-value]  # reads bytes, as IO does
+    for magic, opener in ((GZIP_MAGIC, gzip.open), (XZ_MAGIC, lzma.open)):
+        if file.peek(len(magic)).startswith(magic):
+            file.close()
+            return opener(path)  # type: ignore[return-value]  # reads bytes, as IO does
     return file

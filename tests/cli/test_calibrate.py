@@ -17,6 +17,7 @@ from tests.families import text
 from tests.helpers import warnings_in
 
 CALIBRATION = {"num_samples": 6, "sequence_length": 32}
+SMALL = ("--set", "calibration.num_samples=4", "--set", "calibration.sequence_length=16")
 
 
 def recipe(method="gptq", **calibration):
@@ -182,7 +183,7 @@ def test_command_without_matplotlib_says_how_to_get_the_plot(cli, llama, tmp_pat
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     (tmp_path / "cal").mkdir()
     (tmp_path / "cal" / "lengths.png").write_bytes(b"of an earlier run")
-    options = ["--set", "calibration.num_samples=4", "--set", "calibration.sequence_length=16"]
+    options = ["--dataset", "wikitext2-valid", *SMALL]
     done = cli("calibrate", *options, "--json", "-", llama, tmp_path / "cal")
     assert json.loads(done.out)["samples_wanted"] == 4
     (line,) = done.said
@@ -192,7 +193,7 @@ def test_command_without_matplotlib_says_how_to_get_the_plot(cli, llama, tmp_pat
 
 def test_command_draws_the_lengths_and_the_digest_leaves_them_out(cli, llama, tmp_path):
     pytest.importorskip("matplotlib")
-    options = ["--set", "calibration.num_samples=4", "--set", "calibration.sequence_length=16"]
+    options = ["--dataset", "wikitext2-valid", *SMALL]
     assert cli("calibrate", *options, llama, tmp_path / "cal").said == []
     assert (tmp_path / "cal" / "lengths.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "cal" / "lengths.png").write_bytes(b"")

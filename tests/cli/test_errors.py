@@ -85,7 +85,7 @@ def test_unfinished_run_is_one_line(cli: Cli, llama, tmp_path):
 
 
 def test_unknown_text_is_one_line(cli: Cli, llama):
-    one_line(cli("eval", llama, "--dataset", "wikitext"), "Known: wikitext2-test")
+    one_line(cli("eval", llama, "--dataset", "wikitext"), "Known: dialogues", "wikitext2-test")
 
 
 def test_context_longer_than_the_model_is_one_line(cli: Cli, llama, text_file):

@@ -46,7 +46,8 @@ def test_wheel_holds_what_the_repository_has_outside_the_package(wheel):
     assert {f"qtool/_recipes/{name}.yaml" for name in built_in()} <= recipes
     assert [name for name in names if name.startswith("qtool/_kernels/")]
     assert [name for name in names if name.endswith("wikitext2-test.txt.xz")]
-    assert [name for name in names if name.endswith("LICENSE-wikitext2.md")]
+    assert [name for name in names if name.endswith("dialogues.jsonl.xz")]
+    assert [name for name in names if name.endswith("LICENSE-texts.md")]
 
 
 def test_wheel_holds_nothing_of_tests_caches_or_this_machine(wheel):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qtool import resources
-from qtool.data.corpora import bos_warning, bundled, check_tokens, load_corpus
+from qtool.data.corpora import bos_warning, bundled, check_tokens, load_corpus, open_dataset
 from qtool.errors import DataError
 
 
@@ -13,13 +13,45 @@ from qtool.errors import DataError
     ("name", "role"), [("wikitext2-test", "test"), ("wikitext2-valid", "validation")]
 )
 def test_bundled_text_is_the_one_that_its_licence_describes(name, role):
-    licence = (resources.texts_dir() / "LICENSE-wikitext2.md").read_text(encoding="utf-8")
+    licence = (resources.texts_dir() / "LICENSE-texts.md").read_text(encoding="utf-8")
     digest = hashlib.sha256(load_corpus(name).text.encode()).hexdigest()
     assert f"{role} `{digest}`" in licence.replace("\n  ", " ")
 
 
 def test_bundled_texts_are_listed():
-    assert bundled() == ("wikitext2-test", "wikitext2-valid")
+    documents = ("dialogues", "gsm8k-train", "languages", "prose", "source-code")
+    assert bundled() == (*documents, "wikitext2-test", "wikitext2-valid")
+
+
+def test_bundled_texts_are_small_and_their_licences_are_told():
+    files = list(resources.texts_dir().iterdir())
+    assert sum(file.stat().st_size for file in files) <= 3_000_000
+    licence = (resources.texts_dir() / "LICENSE-texts.md").read_text(encoding="utf-8")
+    assert [file.name for file in files if file.suffix == ".xz" and file.name not in licence] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "least"),
+    [
+        ("dialogues", list, 500),
+        ("gsm8k-train", list, 3000),
+        ("languages", str, 50),
+        ("prose", str, 300),
+        ("source-code", str, 500),
+    ],
+)
+def test_bundled_documents_are_opened_by_name(name, kind, least):
+    collection = open_dataset(name)
+    contents = [document.content for document in collection.documents]
+    assert collection.name == name
+    assert len(contents) >= least
+    assert all(isinstance(content, kind) and content for content in contents)
+
+
+def test_bundled_documents_are_joined_to_a_running_text_and_chats_are_not():
+    assert load_corpus("prose").name == "prose"
+    with pytest.raises(DataError, match="is a chat, and a running text is needed"):
+        load_corpus("dialogues")
 
 
 def test_own_text_is_read_and_named_after_its_file(text_file):

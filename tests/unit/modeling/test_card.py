@@ -22,7 +22,8 @@ def front(card: str) -> dict[str, Any]:
 
 
 def test_card_of_a_run_says_what_it_is_made_of(llama, tmp_path):
-    calibrated = recipe("gptq", calibration={"num_samples": 4, "sequence_length": 16})
+    section = {"dataset": "wikitext2-valid", "num_samples": 4, "sequence_length": 16}
+    calibrated = recipe("gptq", calibration=section)
     pipeline.quantize(Location(llama), tmp_path / "out", calibrated)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert front(card) == {"library_name": "transformers", "tags": ["qtool", "quantized"]}
