@@ -78,8 +78,10 @@ class QuantizedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Trainable:
-    """A quantized weight whose group parameters can be learned, and its codes if somebody moves
-    them. Shapes are those of rows of groups, see `core.grouping`."""
+    """A quantized weight whose group parameters can be learned, and its codes moved.
+
+    Shapes are those of rows of groups, see `core.grouping`.
+    """
 
     parameters: Mapping[str, Tensor]
     """By part name, (..., rows, num_groups) float32: where learning starts."""

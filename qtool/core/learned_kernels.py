@@ -20,9 +20,16 @@ _T: TypeAlias = tl.tensor
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _values(
-    scales: _T, offsets: _T, codes: _T, out: _T, total: _T, groups: _T, size: _T,
-    BITS: tl.constexpr, BLOCK: tl.constexpr,
+def _values(  # noqa: PLR0913, PLR0917
+    scales: _T,
+    offsets: _T,
+    codes: _T,
+    out: _T,
+    total: _T,
+    groups: _T,
+    size: _T,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     """Write offset + sum_i scale_i * b_i for one run of weights."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -37,9 +44,15 @@ def _values(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sums(
-    grad: _T, codes: _T, out: _T, groups: _T, size: _T,
-    BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+def _sums(  # noqa: PLR0913, PLR0917
+    grad: _T,
+    codes: _T,
+    out: _T,
+    groups: _T,
+    size: _T,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     """Sum the gradient over each group, once as it is and once by the sign of each plane."""
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
@@ -58,10 +71,18 @@ def _sums(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _moved(
-    scales: _T, offsets: _T, codes: _T, shifts: _T, gaps: _T, out: _T,
-    total: _T, groups: _T, size: _T,
-    BITS: tl.constexpr, BLOCK: tl.constexpr,
+def _moved(  # noqa: PLR0913, PLR0917
+    scales: _T,
+    offsets: _T,
+    codes: _T,
+    shifts: _T,
+    gaps: _T,
+    out: _T,
+    total: _T,
+    groups: _T,
+    size: _T,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     """Write the code of the level nearest to each weight's own level and its shift."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -93,8 +114,15 @@ def values(scales: Tensor, offsets: Tensor, codes: Tensor) -> Tensor:
     """As `learned.values_of`, (rows, num_groups, group_size) float32."""
     out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     _values[(triton.cdiv(codes.numel(), BLOCK),)](
-        scales, offsets, codes, out, codes.numel(), offsets.numel(), codes.shape[-1],
-        BITS=len(scales), BLOCK=BLOCK,
+        scales,
+        offsets,
+        codes,
+        out,
+        codes.numel(),
+        offsets.numel(),
+        codes.shape[-1],
+        BITS=len(scales),
+        BLOCK=BLOCK,
     )
     return out
 
@@ -115,9 +143,17 @@ def moved(scales: Tensor, offsets: Tensor, codes: Tensor, shifts: Tensor, gaps: 
     """As `learned.moved_codes`, for few bits."""
     out = torch.empty_like(codes)
     _moved[(triton.cdiv(codes.numel(), BLOCK),)](
-        scales, offsets, codes, shifts, gaps, out,
-        codes.numel(), offsets.numel(), codes.shape[-1],
-        BITS=len(scales), BLOCK=BLOCK,
+        scales,
+        offsets,
+        codes,
+        shifts,
+        gaps,
+        out,
+        codes.numel(),
+        offsets.numel(),
+        codes.shape[-1],
+        BITS=len(scales),
+        BLOCK=BLOCK,
     )
     return out
 

@@ -73,7 +73,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
     _warn_of_few_bits(layer_plan, recipe, emit)
     samples = _samples(source, recipe, calib_dir, emit)
     env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
-    run = Run(source, recipe, layer_plan, samples, env)
+    run = Run(source, recipe, layer_plan, samples, env, samples_given=calib_dir is not None)
     _check_room(place, layer_plan, run.stream_bytes())
     with failures_of_the_machine(env.device, place.out_dir):
         return _carry_out(run, place, started)

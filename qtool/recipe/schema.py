@@ -112,12 +112,12 @@ class SourceSection(Section):
 
 
 MIXTURE = (
-    {"dataset": "wikitext2-valid", "share": 0.3},
-    {"dataset": "prose", "share": 0.15},
-    {"dataset": "dialogues", "share": 0.1},
-    {"dataset": "gsm8k-train", "share": 0.15},
-    {"dataset": "source-code", "share": 0.15},
-    {"dataset": "languages", "share": 0.15},
+    {"dataset": "wikitext2-valid", "share": 0.35},
+    {"dataset": "prose", "share": 0.25},
+    {"dataset": "dialogues", "share": 0.15},
+    {"dataset": "gsm8k-train", "share": 0.1},
+    {"dataset": "source-code", "share": 0.1},
+    {"dataset": "languages", "share": 0.05},
 )
 """The bundled mixture: encyclopedic text, prose, chats, mathematics, code, other languages."""
 

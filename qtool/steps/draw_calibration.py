@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from qtool.base import Emit, Notice, Progress, Tokenizer, ignore_events
 from qtool.data.calibration import CalibrationSet, draw_samples
@@ -15,6 +16,8 @@ from qtool.errors import DataError, RecipeError
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection
 
+HELD_OUT = 32
+"""Samples that end-to-end tuning is judged by."""
 FIXED_LENGTH = 2048
 """What `sequence_length: fixed` means, for models with that many positions."""
 
@@ -82,6 +85,35 @@ def draw_calibration(
         "special tokens missing": list(special.missing),
     }
     return replace(calibration, provenance={**calibration.provenance, **decided})
+
+
+def draw_for_tuning(
+    section: CalibrationSection,
+    source: ModelSource,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    count: int,
+    length: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Draw samples of one length from the mixture, and a few of documents that they don't have.
+
+    Returns:
+        To learn from, `count` of them, and held out: each (length,) int64.
+
+    Raises:
+        DataError: a source can't be read, or a token has no embedding.
+        MissingExtraError: the library that reads a data set isn't installed.
+    """
+    sources = open_mixture(section)
+    held_out = max(HELD_OUT, len(sources)) / (count + HELD_OUT)
+    drawn = draw_mixture(
+        sources, tokenizer, [length] * (count + HELD_OUT), seed=seed, holdout=held_out
+    )
+    rows = source.weight_shape(source.adapter.embedding)[0]
+    check_tokens(torch.cat(drawn.samples), rows, str(drawn.provenance["dataset"]))
+    train, rest = drawn.split(held_out)
+    return list(train.samples), list(rest.samples)
 
 
 def _drawn_lengths(

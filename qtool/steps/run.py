@@ -22,6 +22,8 @@ class Run:
     plan: Plan
     calibration: CalibrationSet | None
     env: Env
+    samples_given: bool = False
+    """They are of the user's directory: tuning draws no others."""
 
     def fingerprint(self) -> dict[str, Any]:
         """Return all that decides the output: a resumed run must agree on it.

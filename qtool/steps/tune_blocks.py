@@ -80,7 +80,7 @@ def _tuned(
     streams = visit.streams
     targets = [visit.original.run(hidden, i) for i, hidden in enumerate(streams.original)]
     student = visit.quantized.copy()
-    student.module.requires_grad_(False)
+    student.module.requires_grad_(requires_grad=False)
     layers = {
         name.removeprefix(f"{block}."): draft_of(writer, name, entry, device)
         for name, entry in entries.items()

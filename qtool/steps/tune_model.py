@@ -10,11 +10,12 @@ from torch import Tensor
 from qtool.base import CausalModel, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.writer import CheckpointWriter, Made
-from qtool.modeling.load import load_original
+from qtool.modeling.load import load_original, load_tokenizer
 from qtool.recipe.schema import EndToEndTuning
+from qtool.steps.draw_calibration import draw_for_tuning
 from qtool.steps.run import Run
 from qtool.training.descent import Point, Schedule
-from qtool.training.end_to_end import tune_end_to_end
+from qtool.training.end_to_end import Pair, tune_end_to_end
 from qtool.training.student import free_vectors, learned_layers, make_student
 
 SMALL = 1_000_000_000
@@ -72,17 +73,14 @@ def _tuned(
         detail = f"KL {point.held_out:.4f} on held-out samples"
         env.emit(Progress("tune end to end", point.step, section.steps, detail))
 
-    points = tune_end_to_end(
+    pair = Pair(
         student,
         original,
         list(vectors.values()),
-        batches,
-        held_out,
-        schedule,
-        report,
-        autocast=torch.bfloat16 if on_card else None,
+        torch.bfloat16 if on_card else None,
         captured=on_card and original.num_parameters() < SMALL,
     )
+    points = tune_end_to_end(pair, batches, held_out, schedule, report)
     tensors = {
         f"{name}.{part}": tensor
         for name, layer in learned_layers(student)
@@ -105,14 +103,36 @@ def _fill_tables(student: CausalModel, tables: Mapping[str, QuantizedTensor]) ->
 
 
 def _batches(run: Run, section: EndToEndTuning) -> tuple[list[Tensor], list[Tensor]]:
-    """Cut the run's samples to the length of tuning, those held out for choices apart."""
-    assert run.calibration is not None and run.recipe.calibration is not None
-    train, held_out = run.calibration.split(run.recipe.calibration.holdout)
-    length = section.sequence_length
-    both = []
-    for samples in (train.samples, held_out.samples):
-        pieces = [piece for sample in samples for piece in sample.split(length)]
-        rows = torch.stack([piece for piece in pieces if len(piece) == min(length, len(pieces[0]))])
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run.recipe.seed))
-        both.append([b for b in rows[order].split(section.batch_size)])
-    return both[0], both[1]
+    """Return what is learned from, in full batches, and what it is judged by.
+
+    Samples of the mixture are drawn for it: there can be many. Of other texts there are only those
+    that the layers were solved with, cut to the length.
+    """
+    calibration, asked = run.calibration, run.recipe.calibration
+    assert calibration is not None and asked is not None
+    length = min(section.sequence_length, run.source.num_positions or section.sequence_length)
+    if asked.dataset is None and not run.samples_given:
+        run.env.emit(Progress("drawing data to tune on"))
+        samples, held_out = draw_for_tuning(
+            asked,
+            run.source,
+            load_tokenizer(run.source.directory),
+            seed=run.recipe.seed,
+            count=section.steps * section.batch_size,
+            length=length,
+        )
+    else:
+        parts = calibration.split(asked.holdout)
+        samples, held_out = (_cut(part.samples, length, run.recipe.seed) for part in parts)
+    rows = torch.stack(samples).split(section.batch_size)
+    full = [batch for batch in rows if len(batch) == len(rows[0])]
+    return full, list(torch.stack(held_out).split(section.batch_size))
+
+
+def _cut(samples: Sequence[Tensor], length: int, seed: int) -> list[Tensor]:
+    """Cut samples into pieces of one length, in random order; of short ones the longest length."""
+    length = min(length, max(map(len, samples)))
+    pieces = [piece for sample in samples for piece in sample.split(length)]
+    pieces = [piece for piece in pieces if len(piece) == length]
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
+    return [pieces[index] for index in order]

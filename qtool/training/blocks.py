@@ -1,8 +1,8 @@
 """Block tuning: the quantized weights of one block learn to give the original block's outputs.
 
-Sources: AutoRound (arXiv 2309.05516) and SignRoundV2 (arXiv 2512.04746): rounding that is learned,
-inputs of the quantized model, the best state kept; EfficientQAT's first phase (arXiv 2407.11062).
-Tokens count by their relative error, so that the few with huge outputs (attention sinks) aren't all.
+Sources: AutoRound (arXiv 2309.05516) and SignRoundV2 (arXiv 2512.04746): learned rounding, inputs
+of the quantized model, the best state kept; EfficientQAT's first phase (arXiv 2407.11062).
+Tokens count by their relative error: the few with huge outputs, attention sinks, would be all of it.
 """
 
 from collections.abc import Callable, Sequence

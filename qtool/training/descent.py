@@ -66,7 +66,7 @@ class Learning:
     held_out: Callable[[], float]
     """Loss on samples that aren't learned from."""
     captured: bool = False
-    """On a card a step is one CUDA graph: what is fed has one shape and `loss` waits for nothing."""
+    """On a card a step is one CUDA graph: all that is fed has one shape, `loss` never waits."""
 
 
 def descend(what: Learning, schedule: Schedule, report: Callable[[Point], None]) -> list[Point]:
@@ -130,7 +130,7 @@ class _Stepper:
     def _take(self) -> Tensor:
         self._optimizer.zero_grad(set_to_none=True)
         loss = self._what.loss()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self._values, self._schedule.max_norm)
         self._optimizer.step()
         return loss.detach()

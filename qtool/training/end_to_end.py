@@ -5,6 +5,7 @@ alone as in EfficientQAT's second phase (arXiv 2407.11062); codes straight throu
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,61 +16,64 @@ from qtool.training.divergence import divergence
 from qtool.training.student import learned_layers
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A student, whom it follows, and how both run."""
+
+    student: CausalModel
+    """See `make_student`."""
+    original: CausalModel
+    """Dense, on the same device."""
+    vectors: Sequence[nn.Parameter] = ()
+    """Norms and biases of the student that learn as well."""
+    autocast: torch.dtype | None = None
+    """In which the student runs; None: as it is."""
+    captured: bool = False
+    """On a card a step is one CUDA graph: several times faster for small models, and takes the
+    memory of a step once more."""
+
+    def divergence(self, tokens: Tensor) -> Tensor:
+        """Return KL(original || student), nats per token, of tokens (samples, length) int64."""
+        with torch.no_grad():
+            wanted = self.original(tokens, use_cache=False).logits.flatten(0, -2)
+        on = self.autocast is not None
+        kind = tokens.device.type
+        with torch.autocast(kind, self.autocast, enabled=on, cache_enabled=False):
+            found = self.student(tokens, use_cache=False).logits.flatten(0, -2)
+        return divergence(found, wanted)
+
+
 def tune_end_to_end(
-    student: CausalModel,
-    original: CausalModel,
-    vectors: Sequence[nn.Parameter],
+    pair: Pair,
     batches: Sequence[Tensor],
     held_out: Sequence[Tensor],
     schedule: Schedule,
     report: Callable[[Point], None],
-    *,
-    autocast: torch.dtype | None = None,
-    captured: bool = False,
 ) -> list[Point]:
     """Let a student follow the original; it ends where it was best on the held-out samples.
 
     Args:
-        student: See `make_student`.
-        original: Dense, on the same device.
-        vectors: Norms and biases of the student that learn as well.
+        pair: Both models.
         batches: Tokens, each (samples, length) int64, all of one shape; one a step, again from the
             start when they are through.
         held_out: Likewise, of any shapes.
         schedule: How long and how fast.
         report: Is told of each point; losses are KL in nats per token.
-        autocast: In which the student runs; None: as it is.
-        captured: On a card a step is one CUDA graph: faster for small models, which takes the
-            memory of a step once more.
     """
-    device = next(original.parameters()).device
+    device = next(pair.original.parameters()).device
+    now = batches[0].to(device).clone()
 
-    def logits(model: CausalModel, tokens: Tensor) -> Tensor:
-        with torch.autocast(
-            device.type, autocast, enabled=autocast is not None, cache_enabled=False
-        ):
-            found: Tensor = model(tokens, use_cache=False).logits
-        return found.flatten(0, -2)
-
-    def loss(tokens: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = original(tokens, use_cache=False).logits.flatten(0, -2)
-        return divergence(logits(student, tokens), wanted)
+    def feed(step: int) -> None:
+        now.copy_(batches[step % len(batches)])
 
     @torch.no_grad()
     def on_held_out() -> float:
-        counts = [tokens.numel() for tokens in held_out]
-        losses = [loss(tokens.to(device)) * tokens.numel() for tokens in held_out]
-        return float(sum(losses)) / sum(counts)
+        total = sum(tokens.numel() for tokens in held_out)
+        losses = [pair.divergence(tokens.to(device)) * tokens.numel() for tokens in held_out]
+        return float(torch.stack(losses).sum()) / total
 
-    now = batches[0].to(device).clone()
-
+    layers = [layer for _, layer in learned_layers(pair.student)]
     what = Learning(
-        layers=[layer for _, layer in learned_layers(student)],
-        vectors=vectors,
-        feed=lambda step: now.copy_(batches[step % len(batches)]),
-        loss=lambda: loss(now),
-        held_out=on_held_out,
-        captured=captured,
+        layers, pair.vectors, feed, lambda: pair.divergence(now), on_held_out, pair.captured
     )
     return descend(what, schedule, report)

@@ -83,7 +83,7 @@ def make_student(
         layers: Linears by module name.
         moves_codes: As for `LearnedLinear`.
     """
-    original.requires_grad_(False)
+    original.requires_grad_(requires_grad=False)
     shared = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}
     student = copy.deepcopy(original, shared)
     install_layers(student, layers, moves_codes=moves_codes)
