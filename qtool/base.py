@@ -69,7 +69,7 @@ class QuantizedTensor:
     """A quantized weight: exactly what a checkpoint stores, and nothing else."""
 
     format: str
-    """Name of the codec: `affine` or `binary_coding`."""
+    """Name of the codec, such as `binary_coding`."""
     scheme: WeightScheme
     shape: Shape2D
     parts: Mapping[str, Tensor]
@@ -112,8 +112,8 @@ class Codec:
     dequantize: Callable[[QuantizedTensor, torch.dtype], Tensor]
     """The definition of the format: (out_features, in_features) in a float dtype."""
     cat: Callable[[Sequence[QuantizedTensor], int], QuantizedTensor]
-    """(weights, dimension) -> one below the other, or beside one another, to the bit; raises
-    `SchemeError` where a group would run on from one to the next."""
+    """(weights, dimension) -> one below the other, or beside one another, to the bit, if need be in
+    another format; raises `SchemeError` where a group would run on from one to the next."""
     trainable: Callable[[QuantizedTensor], Trainable]
     """Where learning starts from a weight."""
 
@@ -152,8 +152,8 @@ class Method:
     options: type
     """Frozen dataclass; its fields are the recipe's keys and the documentation's table."""
     solve: Callable[[LayerProblem, Any], LayerSolution]
-    layout: Callable[[WeightScheme, Shape2D], Mapping[str, PartSpec]]
-    """Parts that `solve` will return, for `--dry-run`."""
+    layout: Callable[[WeightScheme, Shape2D, Any], Mapping[str, PartSpec]]
+    """(scheme, shape, options) -> the parts that `solve` will return, for `--dry-run`."""
     num_bits: range = range(1, 9)
     """Bit widths that it supports."""
     needs: frozenset[Statistic] = frozenset()

@@ -2,8 +2,8 @@
 
 Solvers walk over input columns, so everything is stored columns first: weights are (n, rows), and
 the parameters of group k of all rows are contiguous. A grid answers three questions for one group
-of columns: which level is nearest, which basis its values are linear in, and what happens when
-the parameters move along that basis.
+of columns: which level is nearest, which basis its values are linear in, and which parameters along
+that basis are best.
 
 Where groups run along in_features, a group is a run of columns and each row has its own
 parameters. Where they run along out_features, a group is one column, and `Span` says how many
@@ -16,8 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtool.core import grouping
+from qtool.core import coded_scales, grouping
 from qtool.core.binary_coding import signs
+from qtool.core.linalg import RIDGE, TINY, solve_spd
+
+PASSES = 2
+"""Over the parameters of a group that are multiples: one at a time they aren't best at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +97,13 @@ class AffineGrid:
         """Return what the values are linear in, (1, columns, rows): only the scale moves."""
         return (codes.float() - self.span.expand(self.zero_points[group])).unsqueeze(0)
 
-    def moved(self, group: int, step: Tensor) -> Tensor:
-        """Return scales that stay within a factor of two of what they were, and positive."""
+    def moved(self, group: int, normal: Tensor, right: Tensor) -> Tensor:
+        """Return the best scales that stay within a factor of two of what they were, and positive.
+
+        Normal equations (row_groups, 1, 1) and (row_groups, 1) float64 are those of the step.
+        """
         old = self.scales[group].unsqueeze(0)
-        return within_factor_two(old, old + step)
+        return within_factor_two(old, old + solve_spd(normal, right, ridge=RIDGE).T.float())
 
     def set(self, group: int, parameters: Tensor) -> None:
         """Replace the scales of a group."""
@@ -150,8 +157,13 @@ class BinaryGrid:
         unknowns = self._table.shape[1] - int(not self.offset)
         return self._table.T[:unknowns][:, codes.long()]
 
-    def moved(self, group: int, step: Tensor) -> Tensor:
-        """Return the parameters after a step."""
+    def moved(self, group: int, normal: Tensor, right: Tensor) -> Tensor:
+        """Return the best parameters of a group.
+
+        Normal equations (row_groups, unknowns, unknowns) and (row_groups, unknowns) float64 are
+        those of the step from what they are.
+        """
+        step = solve_spd(normal, right, ridge=RIDGE).T.float()
         parameters = self.parameters[group].clone()
         parameters[: len(step)] += step
         return parameters
@@ -166,6 +178,41 @@ class BinaryGrid:
         """Round scales and offsets to float16."""
         self.parameters = self.parameters.to(torch.float16).float()
         self._levels, self._codes, self._middles = self._sorted(self.parameters)
+
+
+class CodedGrid(BinaryGrid):
+    """A binary grid whose parameters are multiples of one unit per row, see `coded_scales`."""
+
+    def __init__(
+        self, parameters: Tensor, row_scales: Tensor, *, offset: bool, span: Span | None = None
+    ) -> None:
+        """Sort the levels.
+
+        Args:
+            parameters: As for a binary grid, and multiples already.
+            row_scales: (num_groups, row_groups) float16, of the row that each group lies in.
+            offset: As for a binary grid.
+            span: As for a binary grid.
+        """
+        super().__init__(parameters, offset=offset, span=span)
+        self.row_scales = row_scales
+        self._limits = coded_scales.limits(parameters.shape[1] - 1)
+
+    def moved(self, group: int, normal: Tensor, right: Tensor) -> Tensor:
+        """Return better parameters of a group: each in turn is the best multiple given the rest."""
+        old, row_scales = self.parameters[group], self.row_scales[group]
+        new, num_bits, unknowns = old.clone(), len(old) - 1, right.shape[1]
+        for unknown in [*range(unknowns)] * PASSES:
+            step = (new - old)[:unknowns].T.double()
+            slope = right[:, unknown] - (normal[:, unknown] * step).sum(-1)
+            wanted = new[unknown] + (slope / (normal[:, unknown, unknown] + TINY)).float()
+            bounds = self._limits[unknown]
+            multiples = coded_scales.to_multiples(wanted, row_scales, num_bits, bounds)
+            new[unknown] = coded_scales.from_multiples(multiples, row_scales, num_bits)
+        return new
+
+    def round(self) -> None:
+        """Do nothing: the parameters are rounded."""
 
 
 Grid = AffineGrid | BinaryGrid

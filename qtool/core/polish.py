@@ -15,7 +15,7 @@ from torch import Tensor
 from qtool.core import grouping
 from qtool.core.column_loop import walk_columns
 from qtool.core.grids import AffineGrid, Grid, within_factor_two
-from qtool.core.linalg import RIDGE, TINY, solve_spd
+from qtool.core.linalg import RIDGE, TINY
 
 CYCLES, SWEEPS = 2, 2
 """Coordinate descents, and refits, per round."""
@@ -63,8 +63,7 @@ class Descent:
             weighted = torch.einsum("cd,udr->ucr", self.hessian[here, here], basis)
             normal = grid.span.pool(torch.einsum("ucr,vcr->ruv", basis, weighted).double())
             right = torch.einsum("ucr,cr->ru", basis, self.gradient[here])
-            step = solve_spd(normal, grid.span.pool(-right.double()), ridge=RIDGE).T.float()
-            grid.set(group, grid.moved(group, step))
+            grid.set(group, grid.moved(group, normal, grid.span.pool(-right.double())))
             self._move(here, grid.values(group, self.codes[here]))
 
     def _blocks(self) -> Iterator[tuple[slice, list[int]]]:

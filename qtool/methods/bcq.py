@@ -7,20 +7,29 @@ under the Hessian (sources in `qtool.core.binary_feedback` and `qtool.core.polis
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool.base import LayerProblem, LayerSolution, Method
-from qtool.core import alternating, binary_coding, grouping, hessian, layout, metrics
+from qtool.base import Codec, LayerProblem, LayerSolution, Method, QuantizedTensor
+from qtool.core import (
+    alternating,
+    binary_coding,
+    coded_scales,
+    grouping,
+    hessian,
+    layout,
+    metrics,
+)
 from qtool.core.binary_feedback import solve_columns, solve_groups
-from qtool.core.grids import BinaryGrid
+from qtool.core.grids import BinaryGrid, CodedGrid
 from qtool.core.hessian import Factor
 from qtool.core.polish import polish
 from qtool.errors import RecipeError
 from qtool.formats import binary_coding as binary_format
+from qtool.formats import coded_scales as coded_format
 from qtool.recipe.schema import Number, WholeNumber
 from qtool.scheme import Shape2D
 
@@ -49,6 +58,8 @@ class BcqOptions:
     """Calibrated: alternations of codes and levels within a group, under error feedback."""
     polish_rounds: Annotated[WholeNumber, Field(ge=0, le=1000)] = 3
     """Calibrated: rounds of coordinate descent on codes and least squares on scales."""
+    scales: Literal["float16", "coded"] = "float16"
+    """float16: format `binary_coding`; coded: format `coded_scales`, whose scales have few bits."""
 
     def __post_init__(self) -> None:
         if not self.clip_ratios and not self.greedy:
@@ -101,14 +112,17 @@ def _real(problem: LayerProblem) -> Tensor:
 def _data_free(
     problem: LayerProblem, options: BcqOptions, *, fallback: str | None = None
 ) -> LayerSolution:
-    scheme = problem.scheme
-    theta = _fit(problem, _real(problem), options)
     # Round the parameters first: codes must be nearest for the levels that are stored.
-    theta = theta.to(torch.float16)
+    theta = _fit(problem, _real(problem), options).to(torch.float16)
+    return _solution(problem, theta, _nearest(problem, theta), options, fallback=fallback)
+
+
+def _nearest(problem: LayerProblem, theta: Tensor) -> Tensor:
+    """Return the codes of the nearest levels, in rows of groups."""
+    scheme, flat = problem.scheme, theta.flatten(0, 1)
     groups = grouping.split(grouping.to_rows(problem.weight, scheme), scheme.group_size)
-    flat = theta.flatten(0, 1)
     codes = binary_coding.assign(groups.flatten(0, 1), flat[:, :-1], flat[:, -1])
-    return _solution(problem, theta, codes.view(groups.shape), {}, fallback)
+    return codes.view(groups.shape)
 
 
 def _calibrated(
@@ -128,8 +142,7 @@ def _calibrated(
         codes = codes[order.argsort()].contiguous()
     polish(grid, edges, columns, codes, factor.hessian, rounds=options.polish_rounds)
     theta = layout.to_columns(grid.parameters.transpose(1, 2), scheme)
-    notes = {"damping": factor.damping}
-    return _solution(problem, theta, layout.split_codes(codes, scheme), notes, None)
+    return _solution(problem, theta, layout.split_codes(codes, scheme), options, factor)
 
 
 def _by_group(
@@ -162,30 +175,77 @@ def _solution(
     problem: LayerProblem,
     theta: Tensor,
     codes: Tensor,
-    notes: dict[str, float],
-    fallback: str | None,
+    options: BcqOptions,
+    factor: Factor | None = None,
+    *,
+    fallback: str | None = None,
 ) -> LayerSolution:
     """Bring the planes to their stored order and pack; theta is (rows, num_groups, unknowns)."""
     scheme, shape = problem.scheme, Shape2D(*problem.weight.shape)
-    flat = theta.to(torch.float16).flatten(0, 1)
-    scales, ordered = binary_coding.canonical(flat[:, :-1], codes.flatten(0, 1))
-    tensor = binary_format.encode_binary(
-        ordered.view(codes.shape),
-        scales.unflatten(0, codes.shape[:2]),
-        flat[:, -1].view(codes.shape[:2]),
-        scheme,
-        shape,
-    )
-    quantized = binary_format.CODEC.dequantize(tensor, torch.float32)
-    statistics = problem.statistics.get("hessian")
-    measured = metrics.of_layer(problem.weight, quantized, statistics)
+    theta, codes = _ordered(theta.to(torch.float16), codes)
+    if options.scales == "coded":
+        tensor = _coded(problem, theta.float(), codes, options, factor)
+    else:
+        scales, offsets = theta[..., :-1], theta[..., -1]
+        tensor = binary_format.encode_binary(codes, scales, offsets, scheme, shape)
+    quantized = _codec_of(options).dequantize(tensor, torch.float32)
+    measured = metrics.of_layer(problem.weight, quantized, problem.statistics.get("hessian"))
+    notes = {} if factor is None else {"damping": factor.damping}
     return LayerSolution(tensor, {**measured, **notes}, fallback)
+
+
+def _ordered(theta: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return parameters and codes, rows of groups, with plane scales >= 0 and descending."""
+    flat = theta.flatten(0, 1)
+    scales, ordered = binary_coding.canonical(flat[:, :-1], codes.flatten(0, 1))
+    return torch.cat([scales, flat[:, -1:]], 1).view(theta.shape), ordered.view(codes.shape)
+
+
+def _coded(
+    problem: LayerProblem, theta: Tensor, codes: Tensor, options: BcqOptions, factor: Factor | None
+) -> QuantizedTensor:
+    """Round parameters to multiples of a unit, and find codes for these."""
+    row_scales = coded_scales.fit_row_scales(theta)
+    theta = coded_scales.rounded(theta, row_scales)
+    if factor is None:
+        codes = _nearest(problem, theta)
+    else:
+        theta, codes = _polished(problem, theta, codes, row_scales, factor, options)
+    shape = Shape2D(*problem.weight.shape)
+    return coded_format.encode_coded(codes, theta, row_scales, problem.scheme, shape)
+
+
+def _polished(
+    problem: LayerProblem,
+    theta: Tensor,
+    codes: Tensor,
+    row_scales: Tensor,
+    factor: Factor,
+    options: BcqOptions,
+) -> tuple[Tensor, Tensor]:
+    """Polish codes and multiples of a unit under the Hessian; all are rows of groups."""
+    scheme, shape = problem.scheme, Shape2D(*problem.weight.shape)
+    of_groups = layout.to_columns(row_scales.unsqueeze(1).expand(theta.shape[:2]), scheme)
+    parameters = layout.to_columns(theta, scheme).transpose(1, 2).contiguous()
+    span = layout.span_of(scheme, shape)
+    grid = CodedGrid(parameters, of_groups, offset=not scheme.symmetric, span=span)
+    by_row = grouping.join(codes, scheme.grouped_length(shape))
+    columns = grouping.to_rows(by_row, scheme).T.contiguous()
+    weight, edges = problem.weight.T.contiguous(), layout.edges_of(scheme, shape)
+    polish(grid, edges, weight, columns, factor.hessian, rounds=options.polish_rounds)
+    found = layout.to_columns(grid.parameters.transpose(1, 2), scheme)
+    return _ordered(found, layout.split_codes(columns, scheme))
+
+
+def _codec_of(options: BcqOptions) -> Codec:
+    """Return the codec of what is written."""
+    return coded_format.CODEC if options.scales == "coded" else binary_format.CODEC
 
 
 METHOD = Method(
     summary="Binary coding: an offset plus scaled sign planes, with or without calibration data.",
     options=BcqOptions,
     solve=quantize_bcq,
-    layout=binary_format.CODEC.layout,
+    layout=lambda scheme, shape, options: _codec_of(options).layout(scheme, shape),
     uses=frozenset({"hessian"}),
 )

@@ -145,6 +145,6 @@ METHOD = Method(
     summary="Uniform grids with error feedback under the Hessian of the inputs (affine).",
     options=GptqOptions,
     solve=quantize_gptq,
-    layout=affine_format.CODEC.layout,
+    layout=lambda scheme, shape, _options: affine_format.CODEC.layout(scheme, shape),
     needs=frozenset({"hessian"}),
 )

@@ -45,5 +45,5 @@ METHOD = Method(
     summary="Round to nearest on a uniform grid (affine); needs no data.",
     options=RtnOptions,
     solve=quantize_rtn,
-    layout=affine_format.CODEC.layout,
+    layout=lambda scheme, shape, _options: affine_format.CODEC.layout(scheme, shape),
 )

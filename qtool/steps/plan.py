@@ -242,7 +242,7 @@ def _check_names(source: ModelSource, layers: tuple[LayerPlan, ...], kept: tuple
     """Raise ModelError if a tensor that is copied has the name of a quantized layer or its part."""
     ours = {layer.name for layer in layers}
     for layer in layers:
-        parts = load_method(layer.method).layout(layer.scheme, layer.shape)
+        parts = load_method(layer.method).layout(layer.scheme, layer.shape, layer.options)
         ours |= {f"{layer.name}.{part}" for part in parts}
     taken = [name for name in kept if name in ours]
     if taken:
@@ -284,14 +284,15 @@ def _plan_layer(
     method = load_method(section.method)
     scheme = section.scheme.to_scheme()
     shape = source.weight_shape(name)
-    parts = method.layout(scheme, shape)
+    options = parse_options(section.method, method, section.options)
+    parts = method.layout(scheme, shape, options)
     return LayerPlan(
         name=name,
         role=role,
         shape=shape,
         scheme=scheme,
         method=section.method,
-        options=parse_options(section.method, method, section.options),
+        options=options,
         num_bytes=sum(num_bytes(part) for part in parts.values()),
         choose_group_dim=section.choose.group_dim if isinstance(section, WeightsSection) else (),
     )

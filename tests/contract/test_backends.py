@@ -1,6 +1,7 @@
 """Every backend against the definition of the format in float64."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,11 @@ from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from qtool.steps.plan import load_method
 from tests.helpers import dequantized, normal, problem
 
-SOLVERS = {"affine": ("rtn", {}), "binary_coding": ("bcq", {"rounds": 1})}
+SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "affine": ("rtn", {}),
+    "binary_coding": ("bcq", {"rounds": 1}),
+    "coded_scales": ("bcq", {"rounds": 1, "scales": "coded"}),
+}
 FORMATS = plugins.names(qtool.formats)
 FUSING = ("cuda", "dense")
 """Of qtool's own, those that make one of several weights; others may leave them apart."""

@@ -41,7 +41,7 @@ def schemes(method):
 
 def takes(method, scheme) -> bool:
     try:
-        method.layout(scheme, SHAPE)
+        method.layout(scheme, SHAPE, method.options())
     except SchemeError:
         return False
     return True
@@ -115,7 +115,8 @@ def test_parts_and_error_are_those_promised(variant, scheme):
     tensor = solution.tensor
     assert (tensor.scheme, tensor.shape) == (scheme, SHAPE)
     parts = {part: (t.dtype, tuple(t.shape)) for part, t in tensor.parts.items()}
-    for layout in (solver.method.layout(scheme, SHAPE), codec(tensor.format).layout(scheme, SHAPE)):
+    promised = solver.method.layout(scheme, SHAPE, solver.method.options())
+    for layout in (promised, codec(tensor.format).layout(scheme, SHAPE)):
         assert parts == {part: (DTYPES[s.dtype], s.shape) for part, s in layout.items()}
     assert all(part.is_contiguous() for part in tensor.parts.values())
     error = float((dequantized(tensor) - weight).square().sum() / weight.square().sum())

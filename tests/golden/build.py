@@ -20,7 +20,7 @@ from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.checkpoint.place import find_place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter, Made
-from qtool.formats import affine, binary_coding
+from qtool.formats import affine, binary_coding, coded_scales
 from qtool.scheme import Shape2D, WeightScheme
 from tests.golden.oracles import ORACLES
 
@@ -59,9 +59,21 @@ def binary_weight(scheme: WeightScheme) -> QuantizedTensor:
     return binary_coding.encode_binary(codes, (scales / 512).half(), offsets.half(), scheme, SHAPE)
 
 
+def coded_weight(scheme: WeightScheme) -> QuantizedTensor:
+    rows, groups = scheme.num_rows(SHAPE), scheme.num_groups(SHAPE)
+    size = scheme.group_size or scheme.grouped_length(SHAPE)
+    codes = numbers(2**scheme.num_bits, rows, groups, size).to(torch.uint8)
+    scales = (numbers(500, rows, groups, scheme.num_bits) + 1).sort(-1, descending=True).values
+    offsets = numbers(500, rows, groups, 1) - 250
+    row_scales = ((numbers(500, rows) + 500) / 512).half()
+    theta = torch.cat([scales, offsets], -1) / 512
+    return coded_scales.encode_coded(codes, theta, row_scales, scheme, SHAPE)
+
+
 WEIGHTS: Mapping[str, Callable[[WeightScheme], QuantizedTensor]] = {
     "affine": affine_weight,
     "binary_coding": binary_weight,
+    "coded_scales": coded_weight,
 }
 
 

@@ -55,4 +55,37 @@ def binary_coding(
     return weight
 
 
-ORACLES: dict[str, Oracle] = {"affine": affine, "binary_coding": binary_coding}
+def coded_scales(
+    parts: Parts, num_bits: int, out: int, in_: int, group_size: int | None, group_dim: str
+) -> NDArray[np.float64]:
+    finest = max(5, num_bits + 2)
+    widths = [finest, *(finest - plane + 1 for plane in range(1, num_bits))]
+    symmetric = len(parts["scale_codes"]) == sum(widths)
+    weight = np.zeros((out, in_))
+    for o in range(out):
+        for i in range(in_):
+            where = place(o, i, group_size, group_dim)
+            row, group = where if group_dim == "in_features" else (where[1], where[0])
+            first, parameters = 0, []
+            for width in widths if symmetric else [*widths, finest + 1]:
+                code = 0
+                for plane in parts["scale_codes"][first : first + width]:
+                    code = 2 * code + bit(plane[group], row)
+                first += width
+                parameters.append(code)
+            if not symmetric:
+                parameters[-1] -= 2**finest
+            unit = float(parts["row_scales"][row]) / 2**finest
+            values = [float(np.float16(code * unit)) for code in parameters]
+            for plane in range(num_bits):
+                sign = 1 if bit(parts["bit_planes"][plane, o], i) else -1
+                weight[o, i] += sign * values[plane]
+            weight[o, i] += 0 if symmetric else values[-1]
+    return weight
+
+
+ORACLES: dict[str, Oracle] = {
+    "affine": affine,
+    "binary_coding": binary_coding,
+    "coded_scales": coded_scales,
+}

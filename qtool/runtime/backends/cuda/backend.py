@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qtool.base import Fused, KernelBackend, QuantizedTensor
-from qtool.formats import affine, binary_coding
+from qtool.formats import affine, binary_coding, coded_scales
 from qtool.runtime.backends.cuda import fusing, linear_kernels, operators
 from qtool.runtime.backends.cuda.decode_ops import HEAD_DIMS, KernelOps
 from qtool.runtime.backends.cuda.driver import card_of, launch, why_not_on
@@ -17,7 +17,7 @@ from qtool.runtime.backends.dense import BACKEND as DENSE
 from qtool.runtime.decode.ops import DecodeOps
 from qtool.runtime.decode.weights import DecoderWeights
 
-FORMATS = (affine.AFFINE, binary_coding.BINARY_CODING)
+FORMATS = (affine.AFFINE, binary_coding.BINARY_CODING, coded_scales.CODED_SCALES)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 """That the kernels take; in others weights are dense."""
 Prepared = KernelWeight | HalfWeight | Tensor
@@ -34,7 +34,7 @@ class CudaBackend:
     def why_not(self, tensor: QuantizedTensor, device: torch.device) -> str | None:
         """Return None for a weight of planes on a card with CuPy, else what is missing."""
         if tensor.format not in FORMATS:
-            return f"it runs {' and '.join(FORMATS)} weights; this one is {tensor.format}."
+            return f"it runs {', '.join(FORMATS)} weights; this one is {tensor.format}."
         return why_not_on(device)
 
     def prepare(self, tensor: QuantizedTensor, dtype: torch.dtype) -> Prepared:

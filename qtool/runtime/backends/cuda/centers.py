@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtool.base import QuantizedTensor
-from qtool.formats import affine, binary_coding
+from qtool.formats import affine, binary_coding, coded_scales
 
 CENTERS = "plane_centers"
 """The part that stands in for `plane_offsets`, in memory only."""
@@ -20,6 +20,8 @@ CENTERS = "plane_centers"
 
 def planes_of(tensor: QuantizedTensor) -> QuantizedTensor:
     """Return a weight of planes; one that is affine gets the part CENTERS, float16."""
+    if tensor.format == coded_scales.CODED_SCALES:
+        return coded_scales.to_binary(tensor)
     if tensor.format != affine.AFFINE:
         return tensor
     binary = binary_coding.from_affine(tensor, torch.float16)
