@@ -136,6 +136,4 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
     )
 
 
-CODEC = Codec(
-    version=1, layout=_layout, dequantize=_dequantize, cat=_cat, trainable=_trainable
-)
+CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat, trainable=_trainable)
