@@ -2,7 +2,7 @@
 
 Sources: AutoRound (arXiv 2309.05516) and SignRoundV2 (arXiv 2512.04746): learned rounding, inputs
 of the quantized model, the best state kept; EfficientQAT's first phase (arXiv 2407.11062).
-Tokens count by their relative error: the few with huge outputs, attention sinks, would be all of it.
+Tokens count by their relative error: the few with huge outputs (attention sinks) would be all.
 """
 
 from collections.abc import Callable, Sequence
