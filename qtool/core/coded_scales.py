@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 LEAST_RESOLUTION = 5
-LARGEST_HALF = torch.finfo(torch.float16).max
 
 
 def resolution(num_bits: int) -> int:
@@ -41,12 +40,12 @@ def limits(num_bits: int) -> list[tuple[int, int]]:
 def fit_row_scales(theta: Tensor) -> Tensor:
     """Return the smallest row scales under which no parameter is cut off: (rows,) float16.
 
-    Plane scales of `theta` are not negative and descend.
+    Plane scales of `theta` are not negative and descend. What float16 can't hold becomes infinite.
     """
     num_bits = theta.shape[-1] - 1
     lowest, highest = theta.new_tensor(limits(num_bits)).T
     units = torch.maximum(theta / highest, theta / lowest.clamp(max=-1)).amax((1, 2))
-    return (units * 2 ** resolution(num_bits)).clamp(max=LARGEST_HALF).to(torch.float16)
+    return (units * 2 ** resolution(num_bits)).to(torch.float16)
 
 
 def to_multiples(
