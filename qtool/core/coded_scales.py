@@ -2,8 +2,8 @@
 
 All plane scales and offsets of a row are `multiple * row_scale * 2^-resolution`, rounded to
 float16. What rounding them costs is an absolute error, so one unit serves all planes, and a plane
-that is half as large needs one bit less. The widths are measured (docs/log.md): more bits for each
-parameter are worth less than smaller groups.
+that is half as large needs one bit less. The widths are measured (docs/adr/0018): more bits for
+each parameter are worth less than smaller groups.
 
 Parameters are `theta`, (rows, num_groups, num_bits + 1), as solvers have them: plane scales, and
 the offset last. Row scales are (rows,) float16.
