@@ -2,8 +2,8 @@
 
 All plane scales and offsets of a row are `multiple * row_scale * 2^-resolution`, rounded to
 float16. What rounding them costs is an absolute error, so one unit serves all planes, and a plane
-that is half as large needs one bit less. The widths are measured (docs/log.md): more bits for each
-parameter are worth less than smaller groups.
+that is half as large needs one bit less. The widths are measured (docs/adr/0018): more bits for
+each parameter are worth less than smaller groups.
 
 Parameters are `theta`, (rows, num_groups, num_bits + 1), as solvers have them: plane scales, and
 the offset last. Row scales are (rows,) float16.
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 LEAST_RESOLUTION = 5
-LARGEST_HALF = torch.finfo(torch.float16).max
 
 
 def resolution(num_bits: int) -> int:
@@ -41,12 +40,12 @@ def limits(num_bits: int) -> list[tuple[int, int]]:
 def fit_row_scales(theta: Tensor) -> Tensor:
     """Return the smallest row scales under which no parameter is cut off: (rows,) float16.
 
-    Plane scales of `theta` are not negative and descend.
+    Plane scales of `theta` are not negative and descend. What float16 can't hold becomes infinite.
     """
     num_bits = theta.shape[-1] - 1
     lowest, highest = theta.new_tensor(limits(num_bits)).T
     units = torch.maximum(theta / highest, theta / lowest.clamp(max=-1)).amax((1, 2))
-    return (units * 2 ** resolution(num_bits)).clamp(max=LARGEST_HALF).to(torch.float16)
+    return (units * 2 ** resolution(num_bits)).to(torch.float16)
 
 
 def to_multiples(

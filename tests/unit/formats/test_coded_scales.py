@@ -6,12 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qtool import pipeline
 from qtool.base import QuantizedTensor
+from qtool.checkpoint.reader import CheckpointReader
 from qtool.core import coded_scales
 from qtool.formats import binary_coding
 from qtool.formats import coded_scales as coded_format
+from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location
+from qtool.recipe.load import recipe_from_mapping
 from qtool.runtime.backends._choose import load_backend
-from qtool.runtime.backends.cuda.centers import planes_of
+from qtool.runtime.backends.cuda import fusing
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor, schemes, shapes
 from tests.helpers import dequantized, normal
@@ -48,10 +53,36 @@ def test_backends_give_the_bits_of_the_binary_coded_weight(backend, symmetric):
     assert torch.equal(first, second)
 
 
-def test_kernels_get_it_binary_coded():
+@pytest.mark.parametrize("interleave", [False, True])
+def test_kernels_get_the_tiles_of_the_binary_coded_weight(interleave):
     scheme = WeightScheme(num_bits=3, group_size=32)
-    tensor = random_tensor("coded_scales", scheme, Shape2D(24, 96), 0)
-    assert planes_of(tensor).format == binary_coding.BINARY_CODING
+    tensors = [random_tensor("coded_scales", scheme, Shape2D(32, 96), i) for i in range(2)]
+    plain = [coded_format.to_binary(tensor) for tensor in tensors]
+    coded, expected = (
+        fusing.fuse(each, torch.float16, interleave=interleave) for each in (tensors, plain)
+    )
+    assert coded is not None
+    assert expected is not None
+    for part in ("planes", "scales"):
+        tiles = [getattr(fused.prepared.tiles, part) for fused in (coded, expected)]
+        assert torch.equal(*tiles)
+
+
+def test_a_model_is_written_as_planned_and_read_back(llama, tmp_path):
+    sections = {"method": "bcq", "scheme": {"num_bits": 3, "group_size": 32}}
+    options = {"scales": "coded", "rounds": 2}
+    recipe = recipe_from_mapping({"weights": {**sections, "options": options}})
+    plan = pipeline.plan(Location(llama), recipe)
+    pipeline.quantize(Location(llama), tmp_path / "out", recipe)
+    reader = CheckpointReader(tmp_path / "out")
+    assert {entry.format for entry in reader.manifest.layers.values()} == {"coded_scales"}
+    for layer in plan.layers:
+        assert reader.manifest.layers[layer.name].num_bytes() == layer.num_bytes
+    model = load_model(Location(tmp_path / "out"), device="cpu", dtype=torch.float32).model
+    name = plan.layers[0].name
+    stored, x = reader.load(name), normal(3, plan.layers[0].shape.in_features)
+    assert isinstance(stored, QuantizedTensor)
+    torch.testing.assert_close(model.get_submodule(name)(x), x @ dequantized(stored).T)
 
 
 @given(num_bits=st.integers(1, 8), symmetric=st.booleans(), seed=st.integers(0, 10_000))

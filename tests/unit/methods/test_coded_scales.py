@@ -93,3 +93,11 @@ def test_refits_never_raise_the_loss_and_stay_multiples():
 def test_shape_of_one_weight():
     given = problem(normal(1, 1), WeightScheme(num_bits=1, group_size=None))
     assert METHOD.solve(given, CODED).tensor.shape == Shape2D(1, 1)
+
+
+@pytest.mark.parametrize("needs", [(), ("hessian",)], ids=["data-free", "calibrated"])
+def test_scales_that_float16_cannot_hold_are_seen(needs):
+    """A run refuses a layer whose stored parts aren't finite."""
+    given = problem(1e6 * normal(8, 32), WeightScheme(num_bits=3, group_size=16), needs)
+    parts = METHOD.solve(given, CODED).tensor.parts
+    assert not bool(torch.isfinite(parts["row_scales"]).any())
