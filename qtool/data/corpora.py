@@ -22,6 +22,8 @@ from qtool.errors import DataError
 from qtool.plugins import describe_miss
 from qtool.storage.jsonl import read_text
 
+WRITTEN_BY_THE_MODEL = "model"
+"""The name of a source that is no text yet: `steps.self_written`."""
 NEEDS_BOS = "gemma"
 """Part of the `model_type` of models whose predictions are useless without bos at the start."""
 
