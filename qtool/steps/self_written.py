@@ -29,7 +29,7 @@ OPENINGS = (
 BATCH = 16
 MOST_QUESTION, MOST_DOCUMENT = 64, 480
 """Tokens of a user's turn, and of any other document."""
-MARK = "\ue000"
+USERS_TURN = "\ue000"
 """Is in no template: where it is rendered, a user's turn begins."""
 TOP_P = 0.95
 """Of the distribution that is sampled: the tail is noise."""
@@ -85,7 +85,7 @@ class _Author:
         """Yield a batch of chats of two turns; none without a template that begins a turn."""
         if not self.tokenizer.chat_template:
             return
-        before, mark, _ = self._rendered(MARK, prompt=False).partition(MARK)
+        before, mark, _ = self._rendered(USERS_TURN, prompt=False).partition(USERS_TURN)
         if not mark:
             return
         openings = self.generator.choices(OPENINGS, k=BATCH)
