@@ -19,7 +19,7 @@ from pathlib import Path
 import qtool.methods
 from qtool import plugins, settings
 from qtool.base import Method
-from qtool.cli.app import app
+from qtool.cli.app import COMMANDS
 from qtool.recipe.load import load_recipe
 from qtool.recipe.names import built_in, find_recipe
 from qtool.steps.plan import load_method
@@ -59,7 +59,7 @@ def cli_page() -> str:
         "Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted; 3 is",
         "reserved. Results go to stdout; progress and errors go to stderr.",
     ]
-    for command in ("", *(str(command.name) for command in app.registered_commands)):
+    for command in ("", *COMMANDS):
         lines += ["", f"## {' '.join(('qtool', command)).strip()}", ""]
         lines += ["```text", help_text(command), "```"]
     lines += ["", "## Environment", "", "`qtool doctor` prints what is set.", ""]

@@ -6,13 +6,15 @@ beside it, so that no program takes a message apart.
 """
 
 import contextlib
+import errno
 import re
 from collections.abc import Iterator
-from importlib import metadata
 from os import PathLike
 
 DISTRIBUTION = "qtool-llm"
 """Its name as a package; the command and the import are `qtool`."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors of a full disk."""
 
 
 class QtoolError(Exception):
@@ -110,6 +112,8 @@ def install_line(extra: str) -> str:
 
 def _requirements(extra: str) -> tuple[str, ...]:
     """Return what an extra requires, such as `lm-eval<0.5,>=0.4.12`; empty if that isn't known."""
+    from importlib import metadata  # slow, and seldom asked
+
     try:
         lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:  # the source is run without being installed
@@ -119,6 +123,8 @@ def _requirements(extra: str) -> tuple[str, ...]:
 
 
 def _is_installed(requirement: str) -> bool:
+    from importlib import metadata
+
     found = re.match(r"[\w.-]+", requirement)
     try:
         return found is not None and bool(metadata.version(found[0]))

@@ -62,14 +62,14 @@ def num_bytes(part: PartSpec) -> int:
 class Manifest:
     """Everything that a reader needs beside the model's own configuration."""
 
+    format_version: int = FORMAT_VERSION
     tool_version: str
-    recipe: Mapping[str, Any]
-    layers: Mapping[str, LayerEntry]
     source: str | None = None
     """Hub id or demo name of the original; never a local path."""
     calibration: str | None = None
     """Digest of the calibration data."""
-    format_version: int = FORMAT_VERSION
+    recipe: Mapping[str, Any]
+    layers: Mapping[str, LayerEntry]
     digests: Mapping[str, str] = field(default_factory=dict)
     """sha256, in hex, of the bytes of each stored tensor by its name; empty: none were noted."""
 
@@ -81,16 +81,11 @@ class Manifest:
 
     def to_config(self) -> dict[str, Any]:
         """Return the JSON form."""
-        config = {
-            "quant_method": QUANT_METHOD,
-            "format_version": self.format_version,
-            "tool_version": self.tool_version,
-            "source": self.source,
-            "calibration": self.calibration,
-            "recipe": dict(self.recipe),
-            "layers": {name: _entry_to_json(entry) for name, entry in self.layers.items()},
-        }
-        return {**config, "digests": dict(self.digests)} if self.digests else config
+        config = {"quant_method": QUANT_METHOD, **asdict(self)}
+        config["layers"] = {name: _entry_to_json(entry) for name, entry in self.layers.items()}
+        if not self.digests:
+            del config["digests"]
+        return config
 
 
 def _entry_to_json(entry: LayerEntry) -> dict[str, Any]:

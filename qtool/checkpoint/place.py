@@ -23,7 +23,7 @@ from qtool.checkpoint.marks import (
     paths_below,
     read_job,
 )
-from qtool.errors import OutputError
+from qtool.errors import FULL, OutputError
 from qtool.wording import list_names, reason, shown
 
 INSIDE = ".partial"
@@ -33,7 +33,6 @@ IGNORED = ("lost+found", INSIDE)
 """Not the user's: what ext4 puts into a volume, and our own work, which is checked by itself."""
 HALF_JOB = re.compile(re.escape(JOB_NAME) + r"\.[0-9a-f]{12}\.partial")
 """As `written_whole` calls what it hasn't finished."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)

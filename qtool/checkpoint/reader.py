@@ -104,8 +104,7 @@ class CheckpointReader:
 
     def weight_bytes(self) -> int:
         """Return the size of all weight files."""
-        files = {spec.file for spec in self._shards.specs.values()}
-        return sum(file.stat().st_size for file in files)
+        return self._shards.num_bytes()
 
 
 def tensor_digest(tensor: Tensor) -> str:

@@ -42,6 +42,10 @@ class Shards:
 
     specs: Mapping[str, TensorSpec]
 
+    def num_bytes(self) -> int:
+        """Return the size of all files."""
+        return sum(file.stat().st_size for file in {spec.file for spec in self.specs.values()})
+
     def read(self, name: str) -> "Tensor":
         """Return one tensor, copied out of its file.
 
@@ -64,20 +68,15 @@ class Shards:
 
 
 def open_shards(directory: Path) -> Shards:
-    """Check and index the safetensors files of a directory.
+    """Check and index the safetensors files of a directory; a single file comes before the index.
 
     Raises:
         CheckpointError: files are missing, truncated, or disagree with the index.
     """
-    return Shards(_specs(directory))
-
-
-def _specs(directory: Path) -> dict[str, TensorSpec]:
-    """Choose files as transformers does: the single file comes before the index."""
     if (directory / SINGLE_NAME).is_file():
-        return _read_header(directory / SINGLE_NAME)
+        return open_files([directory / SINGLE_NAME])
     if (directory / INDEX_NAME).is_file():
-        return _from_index(directory, directory / INDEX_NAME)
+        return Shards(_from_index(directory / INDEX_NAME))
     others = sorted(path.name for path in directory.glob("*.safetensors"))
     if others:
         raise CheckpointError(
@@ -102,7 +101,7 @@ def open_files(paths: Iterable[Path]) -> Shards:
     return Shards(_joined(_read_header(path) for path in paths))
 
 
-def _from_index(directory: Path, index: Path) -> dict[str, TensorSpec]:
+def _from_index(index: Path) -> dict[str, TensorSpec]:
     """Return all tensors of the files that the index names, as transformers reads them."""
     content = read_json(index)
     weight_map = content.get("weight_map")
@@ -116,7 +115,7 @@ def _from_index(directory: Path, index: Path) -> dict[str, TensorSpec]:
                 f"{index}: {shown(name)} is said to be in {shown(repr(file_name))}, no plain file "
                 "name."
             )
-    headers = {file: _read_header(directory / file) for file in sorted(set(weight_map.values()))}
+    headers = {file: _read_header(index.parent / file) for file in sorted(set(weight_map.values()))}
     for name, file_name in weight_map.items():
         if name not in headers[file_name]:
             raise CheckpointError(

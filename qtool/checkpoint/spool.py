@@ -7,6 +7,7 @@ is damaged isn't finished, and is solved anew.
 import json
 import shutil
 from collections.abc import Mapping
+from errno import ENOSPC
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,19 @@ class Spool:
             notes: JSON-able; what `notes` returns.
 
         Raises:
-            OSError, SafetensorError: it can't be written.
+            OSError: it can't be written.
         """
         on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         described = {key: _describe(tensor) for key, tensor in on_cpu.items()}
         text = json.dumps({"name": name, "notes": dict(notes), "tensors": described})
         path = self._path(name)
         temporary = path.with_suffix(".tmp")
-        save_file(on_cpu, temporary, {"notes": text, "digest": sha256(text.encode()).hexdigest()})
+        marked = {"notes": text, "digest": sha256(text.encode()).hexdigest()}
+        try:
+            save_file(on_cpu, temporary, marked)
+        except SafetensorError as error:  # of the file system, in words of its own
+            full = "No space left" in str(error) or "os error 28" in str(error)
+            raise (OSError(ENOSPC, "") if full else OSError(str(error))) from error
         sync(temporary)
         temporary.replace(path)
         sync(self.directory)

@@ -15,7 +15,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from qtool.base import QuantizedTensor
@@ -30,7 +29,7 @@ from qtool.checkpoint.marks import (
     read_report,
     write_job,
 )
-from qtool.checkpoint.place import Place, check_target, describe, file_failures
+from qtool.checkpoint.place import Place, check_target, file_failures
 from qtool.checkpoint.publish import empty_work, publish, remove_work
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import INDEX_NAME, SINGLE_NAME
@@ -172,7 +171,7 @@ class CheckpointWriter:
         notes: Mapping[str, Any] | None = self._spool.notes(name)
         if notes is None:
             made = make()
-            with self._failures():
+            with file_failures(self.place.out_dir):
                 self._spool.write(name, made.tensors(name), made.notes)
             notes = made.notes
         self._names.append(name)
@@ -202,7 +201,7 @@ class CheckpointWriter:
             OutputError: the disk is full, or OUT_DIR can't be replaced any more.
             CheckpointError: what was written can't be read.
         """
-        with self._failures():
+        with file_failures(self.place.out_dir):
             shards = self._assemble()
             ours = {name: content for name, content in files.items() if name != JOB_NAME}
             for name, content in ours.items():
@@ -220,7 +219,7 @@ class CheckpointWriter:
         Raises:
             OutputError: OUT_DIR can't be replaced.
         """
-        with self._failures():
+        with file_failures(self.place.out_dir):
             kept = {path.split("/")[0] for path in self._job.files or ()}
             empty_work(self.work_dir, keep=tuple(kept))
             if self._job.old_files is None:
@@ -244,17 +243,6 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json_file(self.work_dir / INDEX_NAME, index)
         return [*dict.fromkeys(weight_map.values()), INDEX_NAME]
-
-    @contextlib.contextmanager
-    def _failures(self) -> Iterator[None]:
-        """Turn failures of the file system, also those that safetensors wraps, into one line."""
-        try:
-            with file_failures(self.place.out_dir):
-                yield
-        except SafetensorError as error:
-            full = "No space left" in str(error) or "os error 28" in str(error)
-            why = OSError(28, "") if full else OSError(str(error))
-            raise describe(why, self.place.out_dir) from error
 
 
 def _check_same(job: Job, fingerprint: Mapping[str, Any], work_dir: Path) -> None:

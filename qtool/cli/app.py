@@ -1,16 +1,13 @@
-"""The Typer app; whatever goes wrong becomes one line, see `outcome`."""
+"""The Typer app: a command is imported when it is run, so that `qtool --help` answers at once."""
+
+import importlib
+from typing import Any
 
 import typer
+import typer.core
+import typer.main
 
-from qtool.cli.bench import bench
-from qtool.cli.cache import cache
-from qtool.cli.calibrate import calibrate
-from qtool.cli.doctor import doctor
-from qtool.cli.evaluate import evaluate
-from qtool.cli.inspect import inspect, methods, recipes
-from qtool.cli.options import Command
 from qtool.cli.outcome import run
-from qtool.cli.quantize import quantize
 
 FIRST_STEPS = """[bold]First steps[/bold]
 
@@ -18,24 +15,56 @@ FIRST_STEPS = """[bold]First steps[/bold]
 
   qtool eval smollm2-w4 --baseline demo:smollm2 --windows 8
 """
+COMMANDS = {
+    "calibrate": "Draw calibration samples, with the prompt lengths of the target tasks if asked.",
+    "quantize": "Quantize a model and write a checkpoint.",
+    "eval": "Measure quality: tasks of lm-eval, or perplexity and closeness to the original.",
+    "bench": "Time a checkpoint against its original, in one run, and print sizes and bits.",
+    "inspect": "Check a checkpoint and print what it holds.",
+    "methods": "List the methods and their options.",
+    "recipes": "List the built-in recipes.",
+    "cache": "List what is kept to be faster the next time, or clear it.",
+    "doctor": "Print what is installed, which backends run here and why not, and what is set.",
+}
+"""What is said of each in `qtool --help`: the first line of its docstring."""
+FUNCTIONS = {
+    "eval": "evaluate.evaluate",
+    "methods": "inspect.methods",
+    "recipes": "inspect.recipes",
+}
+"""Where a command is that isn't the function of its name in the file of its name."""
+
+
+def load_command(name: str) -> Any:  # noqa: ANN401
+    """Import a command, and return it as typer runs it."""
+    from qtool.cli.options import Command
+
+    module, function = FUNCTIONS.get(name, f"{name}.{name}").split(".")
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    found = getattr(importlib.import_module(f"qtool.cli.{module}"), function)
+    alone.command(name, cls=Command)(found)
+    return typer.main.get_command(alone)
+
+
+class Commands(typer.core.TyperGroup):
+    """Lists the commands by their names, and imports the one that is asked for."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401
+        """Return name, command and what is left of the arguments."""
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, name and load_command(name), rest
+
 
 app = typer.Typer(
     name="qtool",
-    help="Quantize language models to 1-8 bits, measure what is left of them, and run them.",
+    cls=Commands,
     epilog=FIRST_STEPS,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,  # locals are tensors
 )
-app.command("calibrate", cls=Command)(calibrate)
-app.command("quantize", cls=Command)(quantize)
-app.command("eval", cls=Command)(evaluate)
-app.command("bench", cls=Command)(bench)
-app.command("inspect", cls=Command)(inspect)
-app.command("methods", cls=Command)(methods)
-app.command("recipes", cls=Command)(recipes)
-app.command("cache", cls=Command)(cache)
-app.command("doctor", cls=Command)(doctor)
+for _name, _line in COMMANDS.items():
+    app.command(_name, help=_line)(lambda: None)
 
 
 def _version(value: bool) -> None:

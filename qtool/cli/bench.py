@@ -21,19 +21,8 @@ NO_ORIGINAL = (
     "Give it with --baseline MODEL."
 )
 PLOT_SUFFIXES = (".png", ".svg")
-NEEDS = {
-    "kernel": "--gpu",
-    "peers": "--gpu",
-    "plot": "--gpu",
-    "bits": "--synthetic",
-    "group_size": "--synthetic",
-}
-CLASHES = {
-    "backend": "--gpu",
-    "perplexity_windows": "--gpu",
-    "baseline": "--synthetic",
-    "out_dir": "--synthetic",
-}
+NEEDING = {"--gpu": ("kernel", "peers", "plot"), "--synthetic": ("bits", "group_size")}
+CLASHES = {"--gpu": ("backend", "perplexity_windows"), "--synthetic": ("baseline", "out_dir")}
 _of_gpu = in_panel("With --gpu")
 SHAPES = "llama3-8b, llama2-7b, llama2-70b-layer or opt-175b-layer"
 
@@ -112,8 +101,7 @@ def bench(
         options = pipeline.BenchOptions(backend=backend, quality=quality, gpu=kernels)
         result = pipeline.bench(where, options, baseline=original, emit=emit)
     report = asdict(result.kernels) if result.kernels is not None else comparison_report(result)
-    console.write_json(report, json_file)
-    if not console.wants_table(json_file):
+    if not console.write_json(report, json_file):
         return
     if result.kernels is not None:
         print_gpu_result(result.kernels)
@@ -136,10 +124,11 @@ def _check_usage(context: typer.Context) -> None:
         messages.append("Give OUT_DIR or, for shapes without weights, --synthetic NAME.")
     for name in sorted(given):
         option = "OUT_DIR" if name == "out_dir" else f"--{name.replace('_', '-')}"
-        if name in NEEDS and NEEDS[name] not in modes:
-            messages.append(f"{option} needs {NEEDS[name]}.")
-        if CLASHES.get(name) in modes:
-            messages.append(f"{option} doesn't go with {CLASHES[name]}.")
+        for mode in ("--gpu", "--synthetic"):
+            if name in NEEDING[mode] and mode not in modes:
+                messages.append(f"{option} needs {mode}.")
+            if name in CLASHES[mode] and mode in modes:
+                messages.append(f"{option} doesn't go with {mode}.")
     plot = context.params["plot"]
     if plot is not None and Path(plot).suffix not in PLOT_SUFFIXES:
         messages.append(f"--plot takes a {' or '.join(PLOT_SUFFIXES)} file, not {plot}.")

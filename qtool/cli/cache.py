@@ -21,7 +21,7 @@ IN_STORE = {
     "digests": "of files, so that models aren't read again to be told apart",
 }
 FOLDERS = {"gguf": "models of GGUF files, as float16", "demo": "the demo model's file"}
-ALL = (*IN_STORE, *FOLDERS)
+ALL = IN_STORE | FOLDERS
 UNITS = {"days": 86_400, "hours": 3_600, "minutes": 60}
 
 
@@ -52,15 +52,10 @@ def cache(
         found = [*store.summary(), *(_folder(name) for name in FOLDERS)]
     found = [kept for kept in found if kept.entries and kept.kind in (what or [kept.kind])]
     report = {"folder": str(cache_dir()), "kept": [asdict(kept) for kept in found]}
-    console.write_json(report, json_file)
-    if not console.wants_table(json_file):
-        return
-    columns = {"what": "left", "": "left", "entries": "right", "size": "right", "age": "right"}
-    rows = [
-        (k.kind, {**IN_STORE, **FOLDERS}.get(k.kind, ""), str(k.entries), *_size_and_age(k))
-        for k in found
-    ]
-    console.print_table(str(cache_dir()), columns, rows)
+    if console.write_json(report, json_file):
+        rows = [(k.kind, ALL.get(k.kind, ""), str(k.entries), *_size_and_age(k)) for k in found]
+        columns = ("what", "", ">entries", ">size", ">age")
+        console.print_table(str(cache_dir()), columns, rows)
 
 
 def _size_and_age(kept: Kept) -> tuple[str, str]:

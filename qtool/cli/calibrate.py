@@ -94,8 +94,7 @@ def calibrate(
             emit=emit,
         )
     _plot(result)
-    console.write_json(asdict(result), json_file)
-    if console.wants_table(json_file):
+    if console.write_json(asdict(result), json_file):
         _print_result(result)
 
 
@@ -116,16 +115,13 @@ def _print_result(result: "CalibrateResult") -> None:
     from qtool.report.lengths import describe_lengths
 
     edges = bin_edges([*result.lengths, *result.wanted_lengths])
-    drawn = histogram(result.lengths, edges)
-    columns = {"length in tokens": "right", "samples": "left"}
-    rows: list[tuple[str, ...]] = [
-        (f"{low}-{high - 1}", _bar(share))
-        for (low, high), share in zip(itertools.pairwise(edges), drawn, strict=True)
-    ]
+    shares = [histogram(result.lengths, edges)]
+    columns = [">length in tokens", "samples"]
     if result.wanted_lengths:
-        columns["requested"] = "left"
-        wanted = histogram(result.wanted_lengths, edges)
-        rows = [(*row, _bar(share)) for row, share in zip(rows, wanted, strict=True)]
+        columns.append("requested")
+        shares.append(histogram(result.wanted_lengths, edges))
+    bins = (f"{low}-{high - 1}" for low, high in itertools.pairwise(edges))
+    rows = zip(bins, *(map(_bar, each) for each in shares), strict=True)
     console.print_table(str(result.calib_dir), columns, rows)
     console.out.print(f"Lengths of samples: {describe_lengths(result.lengths)}.")
     if result.wanted_lengths:

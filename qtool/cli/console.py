@@ -1,9 +1,9 @@
 """Rendering: results to stdout, errors to stderr; `progress` has what comes between."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,16 +21,12 @@ out = Console(width=None if sys.stdout.isatty() else NOT_A_TERMINAL_WIDTH, highl
 err = Console(stderr=True, highlight=False)
 
 
-def print_error(message: str) -> None:
-    """Print one line to stderr; no markup, no wrapping."""
-    print(f"Error: {' '.join(message.split())}", file=sys.stderr)
-
-
-def print_table(title: str, columns: Mapping[str, str], rows: Sequence[tuple[str, ...]]) -> None:
-    """Print a table to stdout; `columns` maps each header to its alignment."""
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print a table to stdout; a header written as `>name` has its column at the right."""
     table = Table(header_style="bold")
-    for name, justify in columns.items():
-        table.add_column(escape(name), justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for name in columns:
+        side: Literal["left", "right"] = "right" if name.startswith(">") else "left"
+        table.add_column(escape(name.removeprefix(">")), justify=side, overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     if title:
@@ -38,11 +34,21 @@ def print_table(title: str, columns: Mapping[str, str], rows: Sequence[tuple[str
     out.print(table)
 
 
-def write_json(value: Any, target: Path | None) -> None:  # noqa: ANN401
-    """Write a result for machines; '-' is stdout, None is nowhere."""
-    if target is None:
-        return
-    write_text(json_text(value), target)
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines to stdout; no markup."""
+    for line in lines:
+        out.print(line, markup=False)
+
+
+def write_json(value: object, target: Path | None) -> bool:
+    """Write a result for machines; '-' is stdout, None is nowhere.
+
+    Returns:
+        Whether stdout is free for a table.
+    """
+    if target is not None:
+        write_text(json_text(value), target)
+    return str(target) != "-"
 
 
 def write_text(text: str, target: Path) -> None:
@@ -88,13 +94,3 @@ def check_replaceable(target: Path) -> None:
             f"Can't write {target}: it is there, and isn't the result of an earlier run. Remove it "
             "yourself, or give another file."
         )
-
-
-def wants_table(json_target: Path | None) -> bool:
-    """Return whether stdout is free for the table."""
-    return str(json_target) != "-"
-
-
-def compact(average_bits: float) -> str:
-    """Return bits per weight."""
-    return f"{average_bits:.2f}"

@@ -35,17 +35,13 @@ def doctor(
     check_targets([json_file])
     with progress() as emit, early.opened([], None, emit):
         found = _found()
-    console.write_json(found, json_file)
-    if console.wants_table(json_file):
-        left = {"what": "left", "": "left"}
-        console.print_table("Installed", left, list(found["installed"].items()))
-        console.print_table("Extras", left, list(found["extras"].items()))
-        says = {"variable": "left", "set to": "left", "what it does": "left"}
-        given = found["settings"]
+    if console.write_json(found, json_file):
+        columns, given = ("what", ""), found["settings"]
+        console.print_table("Installed", columns, found["installed"].items())
+        console.print_table("Extras", columns, found["extras"].items())
         rows = [(name, given[name] or "", text) for name, text in settings.VARIABLES.items()]
-        console.print_table("Settings", says, rows)
-        title = f"Backends on {found['device']}"
-        console.print_table(title, left, list(found["backends"].items()))
+        console.print_table("Settings", ("variable", "set to", "what it does"), rows)
+        console.print_table(f"Backends on {found['device']}", columns, found["backends"].items())
 
 
 def _found() -> dict[str, Any]:

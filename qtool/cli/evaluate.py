@@ -24,12 +24,8 @@ if TYPE_CHECKING:
     from qtool.pipeline.task_results import TaskComparison
 
 ANSWERS_KEPT = "Answers and scores are kept: the same command goes on with the next requests."
-_of_perplexity = in_panel("Without --tasks")
-_of_tasks = in_panel("With --tasks")
-ONLY_TASKS = {"data_dir", "limit", "num_fewshot", "batch_size", "max_length", "seed"}
-ONLY_TASKS |= {"apply_chat_template", "confirm_run_unsafe_code", "markdown", "no_cache"}
-ONLY_TASKS |= {"gen_kwargs", "samples"}
-ONLY_PERPLEXITY = {"dataset", "context_length", "windows", "no_texts"}
+WITH, WITHOUT = "With --tasks", "Without --tasks"
+_of_tasks, _of_perplexity = in_panel(WITH), in_panel(WITHOUT)
 
 
 def evaluate(
@@ -178,27 +174,25 @@ def evaluate(
     if result.tasks is not None:
         _show_tasks(result.tasks, json_file, markdown)
         return
-    console.write_json(comparison_report(result), json_file)
-    if console.wants_table(json_file):
+    if console.write_json(comparison_report(result), json_file):
         print_comparison(result)
 
 
 def _show_tasks(scored: "TaskComparison", json_file: Path | None, markdown: Path | None) -> None:
-    console.write_json(task_report(scored), json_file)
-    write_markdown(scored, markdown)
-    if console.wants_table(json_file) and console.wants_table(markdown):
+    is_free = console.write_json(task_report(scored), json_file)
+    if write_markdown(scored, markdown) and is_free:
         print_tasks(scored)
     raise_failures(scored)
 
 
 def _check_usage(context: typer.Context, *, with_tasks: bool) -> None:
-    """Raise a usage error for options that would be ignored."""
-    ignored, needed = (ONLY_PERPLEXITY, "goes without") if with_tasks else (ONLY_TASKS, "needs")
-    for name in sorted(ignored):
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            option = name.replace("_", "-")
-            raise typer.BadParameter(f"--{option} {needed} --tasks.")
+    """Raise a usage error for options that would be ignored, as their panel in the help says."""
+    ignored, needed = (WITHOUT, "goes without") if with_tasks else (WITH, "needs")
+    for option in sorted(context.command.params, key=lambda option: option.name or ""):
+        panel = WITH if option.name == "markdown" else getattr(option, "rich_help_panel", None)
+        source = context.get_parameter_source(option.name or "")
+        if panel == ignored and source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"{option.opts[0]} {needed} --tasks.")
 
 
 def _batch_size(text: str) -> int | str:

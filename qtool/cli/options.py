@@ -64,9 +64,10 @@ class Command(typer.core.TyperCommand):
                     f"{name} is empty. Give a value, such as '.' for the current directory.",
                     ctx=ctx,
                 )
-            if not isinstance(option, typer.core.TyperOption):
-                continue
-            if option in given[:number] and not option.multiple and not option.is_flag:
+            once = isinstance(option, typer.core.TyperOption) and not (
+                option.multiple or option.is_flag
+            )
+            if once and option in given[:number]:
                 message = f"{option.opts[0]} is given twice. Give one value."
                 raise typer.BadParameter(message, ctx=ctx)
         return super().parse_args(ctx, args)

@@ -7,10 +7,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from qtool import settings
-from qtool.checkpoint.place import FULL
-from qtool.cli.console import print_error
-from qtool.errors import QtoolError
-from qtool.plugins import check_name
+from qtool.errors import FULL, QtoolError
 
 INTERRUPTED = 130
 LOG_LEVELS = ("debug", "info", "warning")
@@ -45,6 +42,11 @@ def run(app: Callable[[], object]) -> None:
         logging.getLogger(__name__).debug("Where it comes from: %s", about, exc_info=True)
         print_error(explain(error))
         sys.exit(1)
+
+
+def print_error(message: str) -> None:
+    """Print one line to stderr; no markup, no wrapping."""
+    print(f"Error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def explain(error: Exception) -> str:
@@ -95,6 +97,8 @@ def _log() -> None:
     level = settings.log_level()
     if not level:
         return
+    from qtool.plugins import check_name
+
     check_name(level, LOG_LEVELS, "levels of $QTOOL_LOG")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("qtool").setLevel(level.upper())

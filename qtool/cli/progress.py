@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.markup import escape
-from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -90,23 +90,21 @@ class _State(ProgressColumn):
         return Text(task.fields["step"].line(time.monotonic()))
 
 
+@dataclass(slots=True)
 class _Live:
     """Keeps one line of a terminal up to date."""
 
-    def __init__(self, bars: Bars) -> None:
-        self.bars = bars
-        self.step: Step | None = None
-        self.task: TaskID | None = None
+    bars: Bars
+    step: Step | None = None
 
     def show(self, step: Step) -> None:
         """Take up what is going on now."""
         if step is not self.step:
-            if self.task is not None:
-                self.bars.remove_task(self.task)
             self.step = step
-            self.task = self.bars.add_task("", total=step.total, step=step)
-        if self.task is not None:
-            self.bars.update(self.task, completed=step.done)
+            for task in self.bars.task_ids:
+                self.bars.remove_task(task)
+            self.bars.add_task("", total=step.total, step=step)
+        self.bars.update(self.bars.task_ids[0], completed=step.done)
 
 
 class Told:
@@ -115,7 +113,6 @@ class Told:
     def __init__(self, view: "_Log | _Live") -> None:
         self._view = view
         self._step, self._last = Step("", time.monotonic()), time.monotonic()
-        self._ends: float | None = None
 
     def __call__(self, event: Progress | Notice) -> None:
         """Show an event."""
@@ -124,17 +121,16 @@ class Told:
             return
         now = time.monotonic()
         if event.total is None:
-            self._step = Step(event.what, now, ends=self._ends)
-        elif event.what != self._step.label:  # at work since the last event
+            self._step = Step(event.what, now, ends=self._step.ends)
+        elif event.what != self._step.label:  # at work since the last event; no guess is needed
             self._step = Step(event.what, self._last, total=event.total)
-            self._ends = None  # what is measured takes its place
         self._last = now
         self._step.done, self._step.detail = event.done, event.detail
         self._view.show(self._step)
 
     def guess(self, seconds: float) -> None:
         """Take a first guess of how long all takes; it stands until something is counted."""
-        self._step.ends = self._ends = time.monotonic() + seconds
+        self._step.ends = time.monotonic() + seconds
         self._view.show(self._step)
 
 

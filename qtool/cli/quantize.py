@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from qtool.pipeline import QuantizeResult
     from qtool.recipe.schema import Recipe
-    from qtool.steps.plan import Plan
+    from qtool.steps.plan import LayerPlan, Plan
     from qtool.steps.solve import LayerResult
 
 DEFAULT_RECIPE = "bcq-w4g128"
@@ -170,27 +170,10 @@ def _print_plan(plan: "Plan", json_file: Path | None) -> None:
         "total_bytes": plan.total_bytes,
         "source_bytes": plan.source_bytes,
     }
-    console.write_json({"layers": rows, **total}, json_file)
-    if not console.wants_table(json_file):
+    if not console.write_json({"layers": rows, **total}, json_file):
         return
-    columns = {"layer": "left", "shape": "right", "method": "left", "bits": "right"}
-    columns |= {"group": "right", "average bits": "right", "size": "right"}
-    console.print_table(
-        "Plan (nothing was written)",
-        columns,
-        [
-            (
-                layer.name,
-                "x".join(map(str, layer.shape)),
-                layer.method,
-                str(layer.scheme.num_bits),
-                f"{layer.scheme.group_size or 'row'}{_along(layer.scheme)}",
-                console.compact(layer.average_bits),
-                gigabytes(layer.num_bytes),
-            )
-            for layer in plan.layers
-        ],
-    )
+    columns = ("layer", ">shape", "method", ">bits", ">group", ">average bits", ">size")
+    console.print_table("Plan (nothing was written)", columns, map(_cells, plan.layers))
     console.out.print(
         f"{len(plan.layers)} layers at {plan.average_bits:.3f} bits: "
         f"{gigabytes(plan.total_bytes - plan.kept_bytes)}, "
@@ -200,17 +183,26 @@ def _print_plan(plan: "Plan", json_file: Path | None) -> None:
     )
 
 
-def _along(scheme: Any) -> str:  # noqa: ANN401
-    return " (out)" if scheme.group_dim == "out_features" else ""
+def _cells(layer: "LayerPlan") -> tuple[str, ...]:
+    scheme = layer.scheme
+    along = " (out)" if scheme.group_dim == "out_features" else ""
+    return (
+        layer.name,
+        "x".join(map(str, layer.shape)),
+        layer.method,
+        str(scheme.num_bits),
+        f"{scheme.group_size or 'row'}{along}",
+        f"{layer.average_bits:.2f}",
+        gigabytes(layer.num_bytes),
+    )
 
 
 def _print_result(result: "QuantizeResult", json_file: Path | None) -> None:
-    console.write_json(asdict(result), json_file)
-    if not console.wants_table(json_file):
+    if not console.write_json(asdict(result), json_file):
         return
     rows = [
         ("layers", str(len(result.layers))),
-        ("bits per weight, with scales", console.compact(result.average_bits)),
+        ("bits per weight, with scales", f"{result.average_bits:.2f}"),
         (
             "size",
             f"{gigabytes(result.weight_bytes)} "
@@ -223,7 +215,7 @@ def _print_result(result: "QuantizeResult", json_file: Path | None) -> None:
     fallbacks = sum(layer.fallback is not None for layer in result.layers)
     if fallbacks:
         rows.append(("solved more simply than asked", f"{fallbacks} layers, see the report"))
-    console.print_table(str(result.out_dir), {"": "left", "value": "left"}, rows)
+    console.print_table(str(result.out_dir), ("", "value"), rows)
 
 
 def _error_rows(result: "QuantizeResult") -> list[tuple[str, str]]:

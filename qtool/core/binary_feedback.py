@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qtool.core.error_feedback import encode_columns, feed_forward, scaled_errors
-from qtool.core.grids import BinaryGrid
+from qtool.core.grids import BinaryGrid, Tables
 from qtool.core.linalg import RIDGE, solve_spd
 
 
@@ -77,9 +77,7 @@ def solve_columns(
     columns = order.tolist()
 
     def solve(start: int, stop: int, block: Tensor, factor: Tensor) -> Tensor:
-        def adapt(
-            _tables: tuple[Tensor, ...], column: int, values: Tensor
-        ) -> tuple[Tensor, Tensor]:
+        def adapt(_tables: Tables, column: int, values: Tensor) -> tuple[Tensor, Tensor]:
             group = columns[start + column]
             first, _ = grid.pick(grid.tables([group]), 0, values)
             grid.set(group, _column_fit(grid, group, first, values))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtool.core.grids import Pick, pick_affine, pick_binary
+from qtool.core.grids import Pick, Tables, pick_affine, pick_binary
 
 MAX_COLUMNS = 256
 HELD_LEVELS = 16
@@ -141,7 +141,7 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
         work += shares[:, None] * (level - old)[None, :]
 
 
-def supports(pick: Pick, work: Tensor, tables: tuple[Tensor, ...]) -> bool:
+def supports(pick: Pick, work: Tensor, tables: Tables) -> bool:
     """Return whether `walk` can do a block: `work` (columns, rows), with its tables for `pick`."""
     binary = pick is pick_binary and len(tables[0]).bit_count() == 1  # all signs of all planes
     fits = 0 < len(work) <= MAX_COLUMNS and 0 < work.numel() < 2**31  # offsets are int32
@@ -149,11 +149,7 @@ def supports(pick: Pick, work: Tensor, tables: tuple[Tensor, ...]) -> bool:
 
 
 def walk(
-    pick: Pick,
-    work: Tensor,
-    matrix: Tensor,
-    tables: tuple[Tensor, ...],
-    levels: Tensor | None = None,
+    pick: Pick, work: Tensor, matrix: Tensor, tables: Tables, levels: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Do what `column_loop.walk_columns` does, of whose arguments `supports` says yes."""
     columns, rows = work.shape

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from qtool.core.grids import Pick
+from qtool.core.grids import Pick, Tables
 
 STRIP = 16
 """Columns whose steps are passed on together to the columns behind them: a matrix product moves
@@ -20,11 +20,7 @@ them through memory once, where one outer product per column would sixteen times
 
 
 def walk_columns(
-    pick: Pick,
-    work: Tensor,
-    matrix: Tensor,
-    tables: tuple[Tensor, ...],
-    levels: Tensor | None = None,
+    pick: Pick, work: Tensor, matrix: Tensor, tables: Tables, levels: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Quantize the columns of one block in order, the fastest way that the device has.
 
@@ -67,11 +63,7 @@ def _kernels_for(device: torch.device) -> ModuleType | None:
 
 
 def loop(
-    pick: Pick,
-    work: Tensor,
-    matrix: Tensor,
-    tables: tuple[Tensor, ...],
-    levels: Tensor | None = None,
+    pick: Pick, work: Tensor, matrix: Tensor, tables: Tables, levels: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Do what `walk_columns` does in plain torch; `pick` may remember what it has seen."""
     work = work.clone()

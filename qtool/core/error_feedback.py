@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from qtool.core.column_loop import walk_columns
-from qtool.core.grids import Pick
+from qtool.core.grids import Pick, Tables
 
 SolveBlock = Callable[[int, int, Tensor, Tensor], Tensor]
 """(start, stop, weights of the block (columns, rows), its part of U) -> scaled errors E."""
 
 
 def encode_columns(
-    weight: Tensor, upper: Tensor, tables: tuple[Tensor, ...], pick: Pick
+    weight: Tensor, upper: Tensor, tables: Tables, pick: Pick
 ) -> tuple[Tensor, Tensor]:
     """Quantize the columns of one block in order, with feedback inside it.
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qtool.core import grouping
 from qtool.core.binary_coding import signs
 
 
@@ -32,16 +33,11 @@ class Span:
             return parameters
         return parameters.repeat_interleave(self.size, dim=-1)[..., : self.rows]
 
-    def split(self, per_row: Tensor) -> Tensor:
-        """Return values (..., rows) as (..., row_groups, size); zeros fill the last group up."""
-        padded = torch.nn.functional.pad(per_row, (0, -self.rows % self.size))
-        return padded.unflatten(-1, (-1, self.size))
-
     def pool(self, per_row: Tensor) -> Tensor:
         """Sum values (rows, ...) over the rows that share parameters: (row_groups, ...)."""
         if self.size == 1:
             return per_row
-        return self.split(per_row.movedim(0, -1)).sum(-1).movedim(-1, 0)
+        return grouping.split(per_row.movedim(0, -1), self.size).sum(-1).movedim(-1, 0)
 
 
 def within_factor_two(old: Tensor, new: Tensor) -> Tensor:
@@ -49,11 +45,13 @@ def within_factor_two(old: Tensor, new: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(new, old / 2), old * 2)
 
 
-Pick = Callable[[tuple[Tensor, ...], int, Tensor], tuple[Tensor, Tensor]]
+Tables = tuple[Tensor, ...]
+"""The levels of the columns of a block, as its `Pick` takes them."""
+Pick = Callable[[Tables, int, Tensor], tuple[Tensor, Tensor]]
 """(tables, column of the block, values (rows,)) -> codes (rows,) uint8 and levels (rows,)."""
 
 
-def pick_affine(tables: tuple[Tensor, ...], column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+def pick_affine(tables: Tables, column: int, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the nearest codes and levels; tables are scales, zero points and highest code."""
     scales, zeros, top = tables
     scale, zero = scales[column], zeros[column]
@@ -61,7 +59,7 @@ def pick_affine(tables: tuple[Tensor, ...], column: int, values: Tensor) -> tupl
     return codes.to(torch.uint8), (codes - zero) * scale
 
 
-def pick_binary(tables: tuple[Tensor, ...], column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+def pick_binary(tables: Tables, column: int, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the nearest codes and levels, ties up; tables are levels, their codes, middles."""
     del column  # all columns of a block are of one group
     levels, codes, middles = tables
@@ -80,7 +78,7 @@ class AffineGrid:
 
     pick = staticmethod(pick_affine)
 
-    def tables(self, groups: list[int]) -> tuple[Tensor, ...]:
+    def tables(self, groups: list[int]) -> Tables:
         """Return scales and zero points (columns, rows) of groups of columns, the highest code."""
         index = torch.tensor(groups, device=self.scales.device)
         expand = self.span.expand
@@ -134,7 +132,7 @@ class BinaryGrid:
         levels, order = torch.einsum("lu,kur->klr", self._table, parameters).sort(dim=1)
         return levels, order.to(torch.uint8), (levels[:, 1:] + levels[:, :-1]) / 2
 
-    def tables(self, groups: list[int]) -> tuple[Tensor, ...]:
+    def tables(self, groups: list[int]) -> Tables:
         """Return levels ascending, their codes and the middles; `groups` are all the same."""
         group = groups[0]
         expand = self.span.expand

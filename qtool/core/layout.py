@@ -44,11 +44,6 @@ def split_codes(codes: Tensor, scheme: WeightScheme) -> Tensor:
     return grouping.split(rows, scheme.group_size)
 
 
-def inverse(order: Tensor) -> Tensor:
-    """Return the permutation that undoes `order`."""
-    return order.argsort()
-
-
 def side_by_side(y: Tensor) -> Tensor:
     """Return the outputs (..., 2 n) of rows that alternate in runs: those of gate, then of up."""
     return y.unflatten(-1, (-1, 2, RUN)).transpose(-3, -2).flatten(-3)

@@ -71,7 +71,7 @@ def no_moments(
         in_features: Of the linear.
         width: Of the residual stream that its output is added to; None: it isn't.
         device: Of the sums.
-        for_errors: Also keep what only `output_errors` needs.
+        for_errors: Also keep what only `OutputErrors` needs.
     """
     n = in_features
     shapes: dict[MomentName, tuple[int, ...]] = {"xx": (n, n), "dx": (n, n)}
@@ -84,53 +84,34 @@ def no_moments(
     return Moments({key: torch.zeros(shape, device=device) for key, shape in shapes.items()})
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorAtOutput:
-    """Mean squared error of a linear's output (or of the residual stream behind it), and scale."""
-
-    error: float
-    power: float
-    """Mean squared output of the original linear on the original inputs."""
-
-    @property
-    def relative(self) -> float:
-        """Return error / power."""
-        return self.error / max(self.power, 1e-30)
-
-
-@dataclass(frozen=True, slots=True)
 class OutputErrors:
-    """Measures what becomes of one weight's output; what doesn't depend on Q is computed once."""
+    """Measures what becomes of one weight's output, or of the residual stream behind it.
 
-    moments: Moments
-    weight: Tensor  # W, (out_features, in_features) float32
-    upstream: Tensor  # mean of W d x^T, likewise
-    carried: Tensor  # mean of ||e + W d||^2, () float64
-    power: Tensor  # mean of ||W x_o||^2, () float64
-
-    def of(self, quantized: Tensor) -> ErrorAtOutput:
-        """Return the mean of ||e + W d + (W - Q) x||^2, Q float32, beside that of ||W x_o||^2."""
-        change = self.weight - quantized
-        error = self.carried + _dot(change @ self.moments.mean("xx"), change)
-        error = error + 2 * _dot(self.upstream, change)
-        if "ex" in self.moments.sums:
-            error = error + 2 * _dot(self.moments.mean("ex"), change)
-        return ErrorAtOutput(max(float(error), 0.0), max(float(self.power), 0.0))
-
-
-def output_errors(moments: Moments, weight: Tensor) -> OutputErrors:
-    """Return what measures the errors of W, (out_features, in_features) float32.
-
-    The moments are such as were made `for_errors`.
+    What doesn't depend on Q is computed once.
     """
-    upstream = weight @ moments.mean("dx")
-    drifted = _dot(weight @ moments.mean("dd"), weight)
-    carried = drifted
-    if "ex" in moments.sums:
-        carried = carried + moments.mean("ee").double()
-        carried = carried + 2 * _dot(moments.mean("ed"), weight)
-    power = _dot(weight @ moments.mean("xx"), weight) + drifted + 2 * _dot(upstream, weight)
-    return OutputErrors(moments, weight, upstream, carried, power)
+
+    def __init__(self, moments: Moments, weight: Tensor) -> None:
+        """Take moments that were made `for_errors`, and W, (out_features, in_features) float32."""
+        self._moments, self._weight = moments, weight
+        self._upstream = weight @ moments.mean("dx")  # mean of W d x^T
+        drifted = _dot(weight @ moments.mean("dd"), weight)
+        self._carried = drifted  # mean of ||e + W d||^2, () float64
+        if "ex" in moments.sums:
+            self._carried = self._carried + moments.mean("ee").double()
+            self._carried = self._carried + 2 * _dot(moments.mean("ed"), weight)
+        power = _dot(weight @ moments.mean("xx"), weight) + drifted
+        power = power + 2 * _dot(self._upstream, weight)
+        self.power = max(float(power), 1e-30)
+        """Mean of ||W x_o||^2, the squared output of the original on its own inputs; never 0."""
+
+    def of(self, quantized: Tensor) -> float:
+        """Return the mean of ||e + W d + (W - Q) x||^2, Q float32."""
+        change = self._weight - quantized
+        error = self._carried + _dot(change @ self._moments.mean("xx"), change)
+        error = error + 2 * _dot(self._upstream, change)
+        if "ex" in self._moments.sums:
+            error = error + 2 * _dot(self._moments.mean("ex"), change)
+        return max(float(error), 0.0)
 
 
 def added_error(moments: Moments, target: Tensor, quantized: Tensor) -> float:

@@ -88,20 +88,13 @@ def paired_ratios(
         -(items[:, 0] + loss * weights) / total for items, loss in zip(pairs, losses, strict=True)
     )
     gains = pairs[1][:, 0] - pairs[0][:, 0]
+    rose, fell = int((gains > 0).sum()), int((gains < 0).sum())
     error = p_value = None
     if count > 1:
         error = error_of_sum(slopes[1] * second - slopes[0] * first)
         p_value = normal_p(_ratio(losses[1] - losses[0], error_of_sum(second - first)))
-    return Paired(
-        items=count,
-        original=metrics[0],
-        quantized=metrics[1],
-        difference=metrics[1] - metrics[0],
-        standard_error=error,
-        p_value=p_value,
-        improved=int((gains > 0).sum()),
-        worsened=int((gains < 0).sum()),
-    )
+    before, after = metrics
+    return Paired(count, before, after, after - before, error, p_value, rose, fell)
 
 
 def verdict(paired: Paired, *, higher_is_better: bool, alpha: float = 0.05) -> Verdict:

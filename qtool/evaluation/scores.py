@@ -202,7 +202,4 @@ def compare_scores(original: Score, quantized: Score) -> Paired | None:
 
 def _pairs(items: Sequence[Any]) -> list[Weighted]:
     """Return (log-likelihood, weight); an item that is a number alone weighs 1."""
-    return [
-        (float(i[0]), float(i[1])) if isinstance(i, (tuple, list)) else (float(i), 1.0)
-        for i in items
-    ]
+    return [item if isinstance(item, tuple) else (item, 1.0) for item in items]

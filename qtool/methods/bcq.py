@@ -125,7 +125,7 @@ def _calibrated(
         grid = BinaryGrid(start, offset=not scheme.symmetric, span=span)
         work = columns[order]
         codes = solve_columns(work, factor.upper, grid, order, column_block=COLUMN_BLOCK)
-        codes = codes[layout.inverse(order)].contiguous()
+        codes = codes[order.argsort()].contiguous()
     polish(grid, edges, columns, codes, factor.hessian, rounds=options.polish_rounds)
     theta = layout.to_columns(grid.parameters.transpose(1, 2), scheme)
     notes = {"damping": factor.damping}
@@ -138,7 +138,7 @@ def _by_group(
     """Solve group by group; return codes and parameters in natural order."""
     scheme = problem.scheme
     size = edges[1]
-    importance = (factor.upper.diagonal() ** -2)[layout.inverse(order)]
+    importance = (factor.upper.diagonal() ** -2)[order.argsort()]
     starts = []
     for power in options.start_powers:
         weights = grouping.split(importance**power, scheme.group_size) * _real(problem)
@@ -155,7 +155,7 @@ def _by_group(
     )
     natural = torch.empty_like(parameters)
     natural[groups] = parameters
-    return codes[layout.inverse(order)].contiguous(), natural
+    return codes[order.argsort()].contiguous(), natural
 
 
 def _solution(

@@ -50,7 +50,7 @@ def quantize_gptq(problem: LayerProblem, options: GptqOptions) -> LayerSolution:
     factor = hessian.factorize(statistics, damping=options.damping, order=order)
     # With an identity all columns weigh the same and none passes its error on: plain rounding.
     upper = torch.eye(len(order), device=order.device) if factor is None else factor.upper
-    importance = (upper.diagonal() ** -2)[layout.inverse(order)]
+    importance = (upper.diagonal() ** -2)[order.argsort()]
     grid = _fit(problem, importance, options)
     codes = _feed(problem, upper, order, grid, options)
     if factor is None:
@@ -122,7 +122,7 @@ def _feed(
         return scaled_errors(block, levels, factor)
 
     feed_forward(work, upper, edges, solve)
-    return codes[layout.inverse(order)].contiguous()
+    return codes[order.argsort()].contiguous()
 
 
 def _solution(

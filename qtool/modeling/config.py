@@ -1,14 +1,15 @@
 """config.json: read and checked in one place, and understood by transformers alone."""
 
+import contextlib
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qtool.checkpoint.shards import read_json
-from qtool.errors import ModelError
+from qtool.errors import ModelError, QtoolError
 from qtool.storage.plain_json import json_line, leaves
 from qtool.wording import quoted, reason, shown
 
@@ -99,6 +100,17 @@ def check_original(config: Mapping[str, Any], directory: Path, families: tuple[s
         raise ModelError(f"{directory}: config.json has no model_type, so the family is unknown.")
 
 
+@contextlib.contextmanager
+def transformers_failures(what: str) -> Iterator[None]:
+    """Turn what transformers raises, many unrelated types, into a ModelError: `what`, and why."""
+    try:
+        yield
+    except QtoolError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{what}: {reason(error)}.") from error
+
+
 def parse_config(config: Mapping[str, Any], directory: Path) -> Any:  # noqa: ANN401
     """Return transformers' configuration object: defaults and other names are its business.
 
@@ -108,15 +120,11 @@ def parse_config(config: Mapping[str, Any], directory: Path) -> Any:  # noqa: AN
     """
     import transformers  # slow import
 
-    try:
-        # A file, because what AutoConfig does with one is more than looking up a class.
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_bytes(json_line(dict(config)))
-            parsed = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many unrelated types
-        raise ModelError(
-            f"{directory}: transformers can't use its config.json: {reason(error)}."
-        ) from error
+    what = f"{directory}: transformers can't use its config.json"
+    # A file, because what AutoConfig does with one is more than looking up a class.
+    with transformers_failures(what), tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_bytes(json_line(dict(config)))
+        parsed = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     _check_numbers(config, parsed, directory)
     _check_rope(parsed, directory)
     parsed._name_or_path = str(directory)

@@ -12,12 +12,12 @@ from qtool.base import CausalModel, Tokenizer
 from qtool.checkpoint.manifest import QUANT_METHOD
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards
-from qtool.errors import CheckpointError, ModelError, QtoolError
-from qtool.modeling.config import parse_config, read_config
+from qtool.errors import CheckpointError
+from qtool.modeling.config import parse_config, read_config, transformers_failures
 from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.locate import Location
 from qtool.modeling.skeleton import empty_model, match_names, missing_message
-from qtool.wording import list_names, reason
+from qtool.wording import list_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def load_model(
     """
     config = read_config(location.directory)
     # These say what is wrong better than transformers does.
-    if _is_ours(config):
+    if config.get("quantization_config", {}).get("quant_method") == QUANT_METHOD:
         CheckpointReader(location.directory)
     else:
         check_weights(location.directory)
@@ -64,11 +64,6 @@ def load_model(
     return LoadedModel(location.name, location.directory, on_device, tokenizer, device, dtype)
 
 
-def _is_ours(config: Mapping[str, Any]) -> bool:
-    quantization = config.get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
-
-
 def check_weights(directory: Path) -> None:
     """Refuse an unquantized model whose files aren't those of its configuration, as quantize does.
 
@@ -77,19 +72,16 @@ def check_weights(directory: Path) -> None:
         CheckpointError: files are missing or damaged, or a tensor is missing or stored twice.
     """
     shards = open_shards(directory)
-    match_names(
-        empty_model(parse_config(read_config(directory), directory), directory), shards, directory
-    )
+    model = empty_model(parse_config(read_config(directory), directory), directory)
+    match_names(model, shards, directory)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """Return the tokenizer of a model."""
     import transformers
 
-    try:
+    with transformers_failures(f"{directory} has no usable tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers raises many unrelated types
-        raise ModelError(f"{directory} has no usable tokenizer: {reason(error)}.") from error
 
 
 def _from_pretrained(directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> CausalModel:
@@ -98,7 +90,7 @@ def _from_pretrained(directory: Path, config: Mapping[str, Any], dtype: torch.dt
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     parsed = parse_config(config, directory)
-    try:
+    with transformers_failures(f"transformers can't load {directory}"):
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             directory,
             config=parsed,
@@ -108,10 +100,6 @@ def _from_pretrained(directory: Path, config: Mapping[str, Any], dtype: torch.dt
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
         )
-    except QtoolError:
-        raise
-    except Exception as error:  # transformers raises many unrelated types
-        raise ModelError(f"transformers can't load {directory}: {reason(error)}.") from error
     # transformers fills both kinds with noise, and warns at most.
     if loading["missing_keys"]:
         missing, unknown = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])

@@ -10,9 +10,10 @@ import torch
 
 from qtool.base import CausalModel
 from qtool.checkpoint.shards import Shards, TensorSpec
-from qtool.errors import CheckpointError, ModelError
+from qtool.errors import CheckpointError
 from qtool.formats._dtypes import DTYPES
-from qtool.wording import list_names, reason, shown
+from qtool.modeling.config import transformers_failures
+from qtool.wording import list_names, shown
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
 Renaming = Callable[[str], tuple[str, tuple[str, ...]]]
@@ -27,16 +28,11 @@ def empty_model(config: Any, directory: Path) -> CausalModel:  # noqa: ANN401
     """
     import transformers  # slow import
 
-    try:
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=False
-            )
-    except Exception as error:  # transformers raises many unrelated types
-        raise ModelError(
-            f"{directory}: transformers can't build this model without remote code: "
-            f"{reason(error)}."
-        ) from error
+    what = f"{directory}: transformers can't build this model without remote code"
+    with transformers_failures(what), torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
 
 
 def match_names(model: CausalModel, shards: Shards, directory: Path) -> dict[str, str]:

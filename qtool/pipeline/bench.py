@@ -106,7 +106,7 @@ def _kernels(
         baseline = baseline or _original(model)
         work = workload.checkpoint_workload(model, baseline, kernel, device)
     result = gpu.time_workload(
-        *(work, gpu.on_card(device), versions()), kernel=kernel, with_peers=options.peers, emit=emit
+        work, gpu.on_card(device, kernel), versions(), with_peers=options.peers, emit=emit
     )
     if options.plot is not None:
         plots.draw_roofline(options.plot, result)

@@ -10,12 +10,7 @@ import torch
 from qtool.base import Emit, Notice, ignore_events
 from qtool.data.corpora import Corpus, load_corpus
 from qtool.errors import QtoolError
-from qtool.evaluation.agreement import (
-    Agreement,
-    Reference,
-    compare_to_reference,
-    record_reference,
-)
+from qtool.evaluation.agreement import Agreement, Reference, compare_to_reference, record_reference
 from qtool.evaluation.lm_eval.options import TaskOptions
 from qtool.evaluation.perplexity import PerplexityResult, perplexity
 from qtool.modeling.device import free_memory
@@ -107,22 +102,20 @@ def evaluate(
         return Comparison((), tasks=scored)
     corpus = load_corpus(options.dataset)
     subjects = {one: figures_of(one) for one in (model, baseline) if one is not None}
+    models = [one for one in (baseline, model) if one is not None]
     figures, reference, agreement = [], None, None
     with use_backend(backend):
-        if baseline is not None:
-            loaded = load_model(baseline, dtype=dtype)
+        for one in models:
+            loaded = load_model(one, dtype=dtype)
             measured = options.measure(loaded, corpus, emit)
+            figures.append(replace(subjects[one], perplexity=measured))
             with _if_possible(emit):
-                reference = options.record(loaded, corpus, emit)
-            figures.append(replace(subjects[baseline], perplexity=measured))
+                if len(figures) < len(models):
+                    reference = options.record(loaded, corpus, emit)
+                elif reference is not None:
+                    agreement = compare_to_reference(loaded, reference, emit)
             del loaded
             free_memory()
-        loaded = load_model(model, dtype=dtype)
-        measured = options.measure(loaded, corpus, emit)
-        if reference is not None:
-            with _if_possible(emit):
-                agreement = compare_to_reference(loaded, reference, emit)
-    figures.append(replace(subjects[model], perplexity=measured))
     return Comparison(tuple(figures), agreement, versions())
 
 

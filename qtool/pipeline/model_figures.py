@@ -47,12 +47,13 @@ def figures_of(model: Location) -> ModelFigures:
             f"{name} was quantized by another tool ({method or 'unknown'}), and qtool can't "
             "measure that. Give the original or a model that qtool has quantized."
         )
-    specs = open_shards(directory).specs.values()
-    size = sum(file.stat().st_size for file in {spec.file for spec in specs})
+    shards = open_shards(directory)
+    size = shards.num_bytes()
     if config:
         bits = CheckpointReader(directory).manifest.average_bits()
         return ModelFigures(name, size, bits, quantize_seconds(directory))
     check_weights(directory)
+    specs = shards.specs.values()
     weights = sum(prod(spec.shape) for spec in specs)
     stored = sum(prod(spec.shape) * 8 * item_bytes(spec.dtype) for spec in specs)
     return ModelFigures(name, size, stored / max(weights, 1))

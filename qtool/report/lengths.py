@@ -15,9 +15,7 @@ NUM_BINS = 24
 def draw_lengths(path: Path, used: Sequence[int], requested: Sequence[int] = ()) -> None:
     """Write both histograms of lengths in tokens as shares, in outlines: neither hides the other.
 
-    Raises:
-        MissingExtraError: matplotlib isn't installed.
-        OutputError: the file can't be written.
+    Raises as `new_axes` and `save_plot`.
     """
     axes = new_axes(path)
     edges = bin_edges([*used, *requested], NUM_BINS)

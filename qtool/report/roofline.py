@@ -1,6 +1,6 @@
 """The roofline of `qtool bench --gpu`: what each kernel reaches of the copy bandwidth."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +40,18 @@ def check_plot(path: Path) -> None:
 
 
 def draw_roofline(path: Path, result: GpuResult) -> None:
-    """Write GB/s over the bytes of a weight; the suffix says in which format.
-
-    Raises:
-        MissingExtraError: matplotlib isn't installed.
-        OutputError: the file can't be written.
-    """
+    """Write GB/s over the bytes of a weight; raises as `new_axes` and `save_plot`."""
     axes = new_axes(path, (8.0, 4.5))
     roof = result.copy_gb_per_second
     axes.axhline(roof, color="black", linestyle="--", linewidth=1, label=f"copy: {roof:,.0f} GB/s")
-    others = iter(OTHER_STYLES * 4)
+    others, highest = iter(OTHER_STYLES * 4), roof
     for label, points in series(result).items():
+        highest = max(highest, *(row.gb_per_second for _, row in points))
         color, marker = STYLES.get(label) or next(others)
         _draw_points(axes, label, points, {"color": color, "marker": marker})
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_ylim(0, 1.08 * max([roof, *(row.gb_per_second for _, row in _rows(result))]))
+    axes.set_ylim(0, 1.08 * highest)
     axes.set_xlabel("weights, scales and offsets of a layer in MB")
     axes.set_ylabel("GB/s of these at one token")
     axes.set_title(f"{result.name} on {result.machine.card}", loc="left", fontsize="medium")
@@ -83,13 +79,8 @@ def _draw_points(
 def series(result: GpuResult) -> dict[str, list[tuple[str, KernelRow]]]:
     """Return the points (layer, row) of each kernel, ours by the kernel that ran."""
     found: dict[str, list[tuple[str, KernelRow]]] = {}
-    for name, row in _rows(result):
-        label = f"{row.what} {row.kernel}".strip()
-        found.setdefault(label, []).append((name, row))
-    return found
-
-
-def _rows(result: GpuResult) -> Iterator[tuple[str, KernelRow]]:
     for layer in result.layers:
         for row in layer.rows:
-            yield layer.name, row
+            label = f"{row.what} {row.kernel}".strip()
+            found.setdefault(label, []).append((layer.name, row))
+    return found

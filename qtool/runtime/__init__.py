@@ -1,1 +1,1 @@
-"""Execution of checkpoints: backends, modules, registration with transformers."""
+"""Execution of checkpoints: backends, modules, decoding."""

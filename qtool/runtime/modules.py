@@ -108,8 +108,7 @@ class QuantizedWeight(nn.Module):
         held = self._held = Held(backend, prepared, dtype, home)
         self._number = None
         if home is not None:  # after the line above: `device` stays what it is
-            for name, part in self._parts(torch.device("cpu")).items():
-                setattr(self, name, part)
+            self._buffers.update(self._parts(torch.device("cpu")))
         return held
 
     def _parts(self, device: torch.device) -> dict[str, Tensor]:
@@ -117,8 +116,7 @@ class QuantizedWeight(nn.Module):
 
     def _reset(self) -> None:
         """Bring the parts to where the weight is executed, and forget its layout."""
-        for name, part in self._parts(self.device).items():
-            setattr(self, name, part)
+        self._buffers.update(self._parts(self.device))
         self.contents = object()
         self._join()
 
@@ -142,9 +140,8 @@ class QuantizedWeight(nn.Module):
 
         One that has a layout has no number, so that a compiled block serves all blocks like it.
         """
-        self._held, number = None, next(_NUMBERS)
-        self._number = number
-        _WEIGHTS[number] = self
+        self._held, self._number = None, next(_NUMBERS)
+        _WEIGHTS[self._number] = self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":  # noqa: FBT001, FBT002
         """Follow a move to another device, but keep the dtypes that the format prescribes."""

@@ -33,8 +33,7 @@ def answer_request() -> None:
     """Run one request from standard input; write its outcome to standard output."""
     try:
         with open(0, "rb", closefd=False) as file:
-            request = json.load(file)
-        answer = keep(request)
+            answer = keep(json.load(file))
     except Exception as error:  # noqa: BLE001 - the parent raises it
         answer = {"error": f"{type(error).__name__}: {error}"[: program.DETAIL]}
     os.write(1, json.dumps(answer).encode())
@@ -60,7 +59,6 @@ def keep(request: dict[str, Any]) -> dict[str, Any]:
     token = secrets.token_hex(16)
     alive, alive_writer = os.pipe()
     message, message_writer = os.pipe()
-    deadline = time.monotonic() + request["seconds"]
     guard = os.fork()
     if guard == 0:
         os.close(alive)
@@ -68,7 +66,7 @@ def keep(request: dict[str, Any]) -> dict[str, Any]:
         _guard(request, uid, token, message_writer)
     os.close(alive_writer)
     os.close(message_writer)
-    stopped = _watch(alive, stop, deadline, request)
+    stopped = _watch(alive, stop, request)
     code = _end(guard, uid, isolated=isolated)
     os.set_blocking(message, False)
     lines = b""
@@ -90,13 +88,12 @@ def _program_uid() -> int:
     return NOBODY
 
 
-def _watch(
-    alive: int, stop: int, deadline: float, request: dict[str, Any]
-) -> tuple[str, str] | None:
+def _watch(alive: int, stop: int, request: dict[str, Any]) -> tuple[str, str] | None:
     """Wait for the guard's end; None, or the limit that was reached before."""
+    deadline = time.monotonic() + request["seconds"]
     poller = select.poll()
-    poller.register(alive, select.POLLIN)
-    poller.register(stop, select.POLLIN)
+    for file in (alive, stop, request["stop"]):
+        poller.register(file, select.POLLIN)
     poller.register(1, 0)  # an error once nobody can read the answer
     while (left := deadline - time.monotonic()) > 0:
         # Namespaces come with a bounded file system; elsewhere somebody has to look.
@@ -134,26 +131,17 @@ def _disk_use(work: str) -> float:
 
 def _end(guard: int, uid: int, *, isolated: bool) -> int:
     """End the guard and all that the program left; return the exit code of the program."""
-    if isolated:  # the kernel ends the namespace with its process 1 before this returns
-        os.kill(guard, signal.SIGKILL)
-        return _exit_code(os.waitpid(guard, 0)[1])
-    ended, status = os.waitpid(guard, os.WNOHANG)
-    if not ended:
-        os.kill(guard, signal.SIGKILL)
-        _, status = os.waitpid(guard, 0)
-    for _ in range(1000):
+    os.kill(guard, signal.SIGKILL)  # maybe it has ended, which this doesn't change
+    code = os.waitstatus_to_exitcode(os.waitpid(guard, 0)[1])
+    # The kernel ends a namespace with its process 1, before that is waited for.
+    for _ in range(0 if isolated else 1000):
         _kill_all(uid)
-        with contextlib.suppress(ChildProcessError):
+        try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-            time.sleep(0.002)
-            continue
-        break
-    return _exit_code(status)
-
-
-def _exit_code(status: int) -> int:
-    code = os.waitstatus_to_exitcode(status)
+        except ChildProcessError:
+            break
+        time.sleep(0.002)
     return code - SIGNALED if code > 128 + 64 else code
 
 

@@ -81,12 +81,11 @@ def _refuse_inspection(event: str, _args: tuple[Any, ...]) -> None:
 def _check(work: str, real: Callable[[str], str], event: str, args: tuple[Any, ...]) -> None:
     if event.startswith(REFUSED_EVENTS) or (event == "import" and args[0] in ("ctypes", "_ctypes")):
         raise PermissionError(f"the sandbox refuses {event}")
-    if event in ("os.kill", "os.killpg", "signal.pthread_kill"):
-        if event == "os.kill" and args[0] != os.getpid():
-            raise PermissionError("the sandbox refuses os.kill of another process")
-        if event == "os.killpg" and args[0] not in (0, os.getpgrp()):
-            raise PermissionError("the sandbox refuses os.killpg of another group")
-    elif event == "open":
+    if event == "os.kill" and args[0] != os.getpid():
+        raise PermissionError("the sandbox refuses os.kill of another process")
+    if event == "os.killpg" and args[0] not in (0, os.getpgrp()):
+        raise PermissionError("the sandbox refuses os.killpg of another group")
+    if event == "open":
         if isinstance(args[2], int) and args[2] & WRITING:
             _check_path(work, real, args[0], None)
     elif event in CHANGES:

@@ -29,7 +29,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -73,48 +72,8 @@ class Outcome:
     detail: str  # the exception, the signal or the limit; one short line
 
 
-class _Processes:
-    """The keepers that run now, to end them when the caller is interrupted."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._stopped = False
-
-    def start(self, command: list[str], environment: dict[str, str], folder: Path) -> Any:  # noqa: ANN401
-        """Start a process, unless all were stopped."""
-        with self._lock:
-            if self._stopped:
-                raise QtoolError("The sandbox was stopped, so no program can start.")
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                cwd=folder,
-                env=environment,
-                start_new_session=True,
-            )
-            self._running.add(process)
-            return process
-
-    def end(self, process: subprocess.Popen[bytes]) -> None:
-        """End one process, and first all that it guards."""
-        process.terminate()
-        try:
-            process.communicate(timeout=GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-        with self._lock:
-            self._running.discard(process)
-
-    def stop(self) -> None:
-        """End all, and start no more."""
-        with self._lock:
-            self._stopped = True
-            for process in self._running:
-                process.terminate()
+_Ended = tuple[Outcome, tuple[str, ...]]
+"""How a program ended, and the protections that held."""
 
 
 def run_programs(
@@ -130,15 +89,8 @@ def run_programs(
     Raises:
         QtoolError: the sandbox can't be set up; never because of what a program does.
     """
-    confined, processes = _isolate(isolate), _Processes()
-    with ThreadPoolExecutor(_cores()) as pool:
-        futures = [pool.submit(_run, source, limits, confined, processes) for source in sources]
-        try:
-            return [future.result()[0] for future in futures]
-        except BaseException:  # Ctrl-C too: nothing may go on behind the caller's back
-            processes.stop()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    confined = _namespaces_work() if isolate is None else isolate
+    return [outcome for outcome, _ in _run_all(sources, limits, isolate=confined)]
 
 
 def protections(*, isolate: bool | None = None) -> tuple[str, ...]:
@@ -147,50 +99,46 @@ def protections(*, isolate: bool | None = None) -> tuple[str, ...]:
     Raises:
         QtoolError: the sandbox can't be set up.
     """
-    return _probe(_isolate(isolate))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def _isolate(wanted: bool | None) -> bool:  # noqa: FBT001
-    return _namespaces_work() if wanted is None else wanted
+    return _probe(isolate=_namespaces_work() if isolate is None else isolate)
 
 
 @functools.cache
 def _namespaces_work() -> bool:
-    if sys.platform != "linux":
-        return False
     try:
-        _probe(True)  # noqa: FBT003
+        return sys.platform == "linux" and bool(_probe(isolate=True))
     except QtoolError:
         return False
-    return True
 
 
 @functools.cache
-def _probe(isolate: bool) -> tuple[str, ...]:  # noqa: FBT001
-    outcome, holds = _run("import math, re, random, hashlib", Limits(), isolate, _Processes())
+def _probe(*, isolate: bool) -> tuple[str, ...]:
+    [(outcome, holds)] = _run_all(["import math, re, random, hashlib"], Limits(), isolate=isolate)
     if outcome.status != "passed":
         raise QtoolError(f"The sandbox can't run a trivial program here: {outcome.detail}.")
     return holds
 
 
-def _run(
-    source: str,
-    limits: Limits,
-    isolate: bool,  # noqa: FBT001
-    processes: _Processes,
-) -> tuple[Outcome, tuple[str, ...]]:
-    """One program; its outcome and the protections that held."""
+def _run_all(sources: Sequence[str], limits: Limits, *, isolate: bool) -> list[_Ended]:
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    stop, stopper = os.pipe()  # all keepers watch it
+    with os.fdopen(stop), os.fdopen(stopper, "w"), ThreadPoolExecutor(cores) as pool:
+        try:
+            futures = [pool.submit(_run, source, limits, isolate, stop) for source in sources]
+            return [future.result() for future in futures]
+        except BaseException:  # Ctrl-C too: nothing may go on behind the caller's back
+            os.write(stopper, b"!")
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _run(source: str, limits: Limits, isolate: bool, stop: int) -> _Ended:  # noqa: FBT001
     base = Path(tempfile.mkdtemp(prefix="qtool-sandbox-"))
     try:
         base.chmod(0o711)  # the program, maybe another user, has to get to its directory
         work = base / "work"
         work.mkdir(mode=0o700)
-        request = {**dataclasses.asdict(limits), "source": source, "isolate": isolate}
-        answer = _ask({**request, "work": str(work)}, limits, processes)
+        place = {"work": str(work), "isolate": isolate, "stop": stop}
+        answer = _ask({**dataclasses.asdict(limits), **place, "source": source})
     finally:
         _remove(base)
     if "error" in answer:
@@ -201,7 +149,7 @@ def _run(
     return Outcome(answer["status"], answer["detail"]), tuple(answer["protections"])
 
 
-def _ask(request: dict[str, Any], limits: Limits, processes: _Processes) -> dict[str, Any]:
+def _ask(request: dict[str, Any]) -> dict[str, Any]:
     """Start a keeper, give it the request and wait for its answer."""
     folder = Path(__file__).parent
     packages = [("qtool", str(folder.parent)), ("qtool.sandbox", str(folder))]
@@ -213,20 +161,30 @@ def _ask(request: dict[str, Any], limits: Limits, processes: _Processes) -> dict
         "PYTHONHASHSEED": "0",  # a set of words has the same order in every run
         "PYTHONUTF8": "1",
     }
-    # -P, -s, -S: nothing but the standard library; -I would ignore the seed.
-    command = [sys.executable, "-P", "-s", "-S", "-B", "-c", LAUNCHER.format(packages=packages)]
-    process = processes.start(command, environment, Path(request["work"]))
-    try:
-        text = json.dumps(request).encode()
-        answer, _ = process.communicate(text, timeout=limits.seconds + GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        answer = b""
-    finally:
-        processes.end(process)
+    with subprocess.Popen(
+        # -P, -s, -S: nothing but the standard library; -I would ignore the seed.
+        [sys.executable, "-P", "-s", "-S", "-B", "-c", LAUNCHER.format(packages=packages)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=request["work"],
+        env=environment,
+        start_new_session=True,
+        pass_fds=[request["stop"]],
+    ) as keeper:
+        try:
+            text = json.dumps(request).encode()
+            answer, _ = keeper.communicate(text, timeout=request["seconds"] + GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            answer = b""
+            keeper.terminate()  # it ends first all that it guards
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                keeper.communicate(timeout=GRACE_SECONDS)
+            keeper.kill()
     if answer:
         return dict(json.loads(answer))
-    if process.returncode >= 0:
-        return {"error": f"{sys.executable} ended with exit code {process.returncode}"}
+    if keeper.returncode >= 0:
+        return {"error": f"{sys.executable} ended with exit code {keeper.returncode}"}
     detail = "the sandbox's own process was killed or stopped"
     return {"status": "killed", "detail": detail, "protections": ()}
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from qtool.checkpoint.place import FULL, describe
-from qtool.errors import BackendError, OutputError
+from qtool.checkpoint.place import describe
+from qtool.errors import FULL, BackendError, OutputError
 from qtool.wording import reason
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")

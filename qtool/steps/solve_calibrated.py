@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qtool.base import Env, LayerProblem, LayerSolution, Notice
 from qtool.checkpoint.manifest import codec
-from qtool.core.moments import added_error, output_errors
+from qtool.core.moments import OutputErrors, added_error
 from qtool.recipe.schema import CalibrationSection
 from qtool.steps.plan import LayerPlan, load_method
 from qtool.walk.statistics import InputStatistics, raised
@@ -38,33 +38,33 @@ def solve_calibrated(
     alternatives = layer.alternatives()
     candidates = [_candidate(one, target, statistics, env) for one in alternatives]
     held_out = statistics.held_out
-    measure = output_errors(held_out, weight)
+    measure = OutputErrors(held_out, weight)
     errors = [measure.of(quantized) for _, quantized in candidates]
     added = [added_error(held_out, target, quantized) for _, quantized in candidates]
-    best = choose([error.error for error in errors], clearly=CLEARLY * added[0])
+    best = choose(errors, clearly=CLEARLY * added[0])
     nearest = round_to_nearest(alternatives[best], weight)
     rounded = measure.of(nearest)
-    if errors[best].error > rounded.error:
+    relative, rounded_relative = errors[best] / measure.power, rounded / measure.power
+    if errors[best] > rounded:
         message = (
             f"{layer.name}: on held-out samples the solution is worse than rounding to nearest "
-            f"({errors[best].relative:.2e}, not {rounded.relative:.2e}). Use more samples, or text "
-            "that is more like the model's."
+            f"({relative:.2e}, not {rounded_relative:.2e}). Use more samples, or text that is more "
+            "like the model's."
         )
         env.emit(Notice(message))
-    power = max(rounded.power, 1e-30)
     solution, _ = candidates[best]
     metrics = {
         **solution.metrics,
-        "output_error": errors[best].relative,
-        "output_error_rounded": rounded.relative,
-        "added_error": added[best] / power,
-        "added_error_rounded": added_error(held_out, weight, nearest) / power,
+        "output_error": relative,
+        "output_error_rounded": rounded_relative,
+        "added_error": added[best] / measure.power,
+        "added_error_rounded": added_error(held_out, weight, nearest) / measure.power,
         "input_error_strength": strength,
         "tokens_per_input": statistics.tokens_per_input,
     }
     if len(errors) > 1:
         pairs = zip(alternatives, errors, strict=True)
-        metrics |= {f"output_error_{one.scheme.group_dim}": e.relative for one, e in pairs}
+        metrics |= {f"output_error_{one.scheme.group_dim}": e / measure.power for one, e in pairs}
     return replace(solution, metrics=metrics)
 
 

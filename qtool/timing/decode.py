@@ -1,32 +1,19 @@
 """Prefill and decoding of a whole model through the decode runner, in tokens per second."""
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from qtool.runtime.decode.ops import DecodeOps
 from qtool.runtime.decode.runner import DecodeRunner
 from qtool.runtime.decode.weights import DecoderWeights
+from qtool.timing.machine import Clock
 from qtool.timing.synthetic import generator_on
+from qtool.timing.timing import time_tokens
 
 PROMPT_TOKENS, DECODE_TOKENS = 512, 128
 REPEATS = 5
-
-
-class Clock(Protocol):
-    """Time and memory of a device; each reading waits for what was launched."""
-
-    def seconds(self) -> float:
-        """Return the time."""
-
-    def memory(self) -> int:
-        """Return the bytes in use, and start to look for the peak."""
-
-    def peak_memory(self) -> int:
-        """Return the most bytes in use since `memory`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +53,16 @@ def time_decoder(model: EndToEnd, ops: DecodeOps, clock: Clock) -> EndToEndResul
         weights.shape.vocab_size, (1, PROMPT_TOKENS), device=device, generator=generator_on(device)
     )
     clock.memory()
-    prefill, decode = [], []
-    for _ in range(REPEATS + 1):
-        started = clock.seconds()
-        first = runner.prefill(prompt).argmax(-1)
-        prefilled = clock.seconds()
-        runner.greedy(first, DECODE_TOKENS)
-        prefill.append(prefilled - started)
-        decode.append(clock.seconds() - prefilled)
+    prefill, decode = time_tokens(
+        lambda: runner.prefill(prompt).argmax(-1),
+        lambda first: runner.greedy(first, DECODE_TOKENS),
+        clock.seconds,
+        REPEATS,
+    )
     return EndToEndResult(
         name=model.name,
-        prefill_tokens_per_second=PROMPT_TOKENS / statistics.median(prefill[1:]),
-        decode_tokens_per_second=DECODE_TOKENS / statistics.median(decode[1:]),
+        prefill_tokens_per_second=PROMPT_TOKENS / prefill,
+        decode_tokens_per_second=DECODE_TOKENS / decode,
         prompt_tokens=PROMPT_TOKENS,
         decode_tokens=DECODE_TOKENS,
         repeats=REPEATS,

@@ -1,22 +1,21 @@
 """`qtool bench --gpu`: kernels layer by layer, then whole models, all in one run on one card."""
 
 import contextlib
-import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from qtool.base import Emit, Progress, ignore_events
 from qtool.errors import QtoolError
+from qtool.modeling.device import free_memory
 from qtool.runtime.backends.cuda import driver
 from qtool.runtime.backends.cuda.decode_ops import KernelOps
 from qtool.runtime.decode.ops import DecodeOps
 from qtool.timing import peers
-from qtool.timing.decode import Clock, EndToEndResult, time_decoder
+from qtool.timing.decode import EndToEndResult, time_decoder
 from qtool.timing.kernels import LayerTimes, Rig, time_layer
-from qtool.timing.machine import CudaClock, Machine, describe_card, l2_bytes
-from qtool.timing.peers import Peer
+from qtool.timing.machine import Clock, Machine, describe_card, l2_bytes
 from qtool.timing.timing import CudaTimer, copies, copy_bandwidth
 from qtool.timing.workload import Workload
 
@@ -46,16 +45,16 @@ class GpuResult:
     versions: dict[str, str]
 
 
-def on_card(device: torch.device) -> Bench:
-    """Return what times on a card; measures its copy bandwidth."""
+def on_card(device: torch.device, kernel: str | None) -> Bench:
+    """Return what times on a card; measures its copy bandwidth. `kernel`: of the `Rig`."""
     timer = CudaTimer(device)
     card = driver.card_of(device.index)
     bandwidth = copy_bandwidth(device, timer)
-    rig = Rig(device, timer, driver.launch, card, l2_bytes(device), bandwidth)
+    rig = Rig(device, timer, driver.launch, card, l2_bytes(device), bandwidth, kernel)
     return Bench(
         rig=rig,
         ops=KernelOps(driver.launch, card),
-        clock=CudaClock(device),
+        clock=Clock(device),
         machine=lambda: describe_card(device, copies(device)),
     )
 
@@ -66,22 +65,20 @@ def time_workload(
     bench: Bench,
     versions: dict[str, str],
     *,
-    kernel: str | None = None,
     with_peers: bool = False,
     emit: Emit = ignore_events,
 ) -> GpuResult:
-    """Time all of a workload, and with peers also other libraries that are installed.
-
-    `kernel` is one of `selection.KERNELS`; None: the one chosen for each layer and batch.
-    """
+    """Time all of a workload, and with peers also other libraries that are installed."""
     wanted = (*peers.IN_TORCH, *(peers.OTHER_LIBRARIES if with_peers else ()))
-    others, not_run = able(wanted, bench.rig.device)
+    reasons = {peer.name: peer.why_not(bench.rig.device) for peer in wanted}
+    others = [peer for peer in wanted if reasons[peer.name] is None]
+    not_run = {name: reason for name, reason in reasons.items() if reason is not None}
     machine = bench.machine()
     layers, end_to_end = [], []
     for layer in workload.layers:
         emit(Progress(f"time {layer.name}"))
         with _alone(layer.name, not_run):
-            layers.append(time_layer(layer, bench.rig, kernel=kernel, others=others))
+            layers.append(time_layer(layer, bench.rig, others))
     if workload.no_models:
         not_run["end to end"] = workload.no_models
     for model in workload.models:
@@ -106,13 +103,4 @@ def _alone(name: str, not_run: dict[str, str]) -> Iterator[None]:
         yield
     except (QtoolError, torch.OutOfMemoryError) as error:
         not_run[name] = " ".join(str(error).split())
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def able(wanted: Sequence[Peer], device: torch.device) -> tuple[tuple[Peer, ...], dict[str, str]]:
-    """Return the peers that can be timed, and why the others can't."""
-    reasons = {peer.name: peer.why_not(device) for peer in wanted}
-    can = tuple(peer for peer in wanted if reasons[peer.name] is None)
-    return can, {name: reason for name, reason in reasons.items() if reason is not None}
+    free_memory()

@@ -33,6 +33,8 @@ class Rig:
     l2_bytes: int
     copy_bandwidth: float
     """Bytes per second, read and written."""
+    kernel: str | None = None
+    """One of `selection.KERNELS`; None: the one that `linear_kernels.kernel_for` chooses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,21 +130,16 @@ def stored_bytes(weight: KernelWeight) -> int:
     return sum(map(num_bytes, binary_coding.CODEC.layout(weight.scheme, weight.shape).values()))
 
 
-def time_layer(
-    layer: Layer, rig: Rig, *, kernel: str | None = None, others: Sequence[Peer] = ()
-) -> LayerTimes:
-    """Time a layer at every batch size, and at one token beside others: one that fails is named.
-
-    `kernel` is one of `selection.KERNELS`; None: what `linear_kernels.kernel_for` says.
-    """
+def time_layer(layer: Layer, rig: Rig, others: Sequence[Peer] = ()) -> LayerTimes:
+    """Time a layer at every batch size, and at one token beside others: one that fails is named."""
     weight = layer.load()
     shape, scheme = weight.shape, weight.scheme
     dense = random_dense(shape, DTYPE, generator_on(rig.device))
-    sweep = _sweep(weight, dense, rig, kernel)
+    sweep = _sweep(weight, dense, rig)
     fp16_seconds = sweep[0].fp16_microseconds / 1e6
     measured = [
         (OURS, sweep[0].kernel, sweep[0].microseconds / 1e6, stored_bytes(weight)),
-        (CUBLAS, "", fp16_seconds, dense.numel() * dense.element_size()),
+        (CUBLAS, "", fp16_seconds, dense.nbytes),
     ]
     del weight
     failed = {}
@@ -171,13 +168,11 @@ def time_layer(
     )
 
 
-def _sweep(
-    weight: KernelWeight, dense: Tensor, rig: Rig, kernel: str | None
-) -> tuple[SweepPoint, ...]:
+def _sweep(weight: KernelWeight, dense: Tensor, rig: Rig) -> tuple[SweepPoint, ...]:
     """Time ours and float16 at every batch size, on the same copies."""
     ours = rotation(clones(weight, stored_bytes(weight), rig.l2_bytes))
-    theirs = rotation(clones(dense, dense.numel() * dense.element_size(), rig.l2_bytes))
-    matmul = partial(linear_kernels.matmul, launch=rig.launch, card=rig.card, kernel=kernel)
+    theirs = rotation(clones(dense, dense.nbytes, rig.l2_bytes))
+    matmul = partial(linear_kernels.matmul, launch=rig.launch, card=rig.card, kernel=rig.kernel)
     points = []
     for tokens in BATCHES:
         x = inputs(tokens, weight.shape.in_features, weight.dtype, rig.device)
@@ -185,7 +180,7 @@ def _sweep(
         half = x.to(DTYPE)
         their_calls = [partial(torch.nn.functional.linear, half, copy) for copy in theirs]
         seconds, fp16 = time_calls(our_calls, rig.timer), time_calls(their_calls, rig.timer)
-        name = kernel or linear_kernels.kernel_for(weight, tokens, rig.card)
+        name = rig.kernel or linear_kernels.kernel_for(weight, tokens, rig.card)
         points.append(SweepPoint(tokens, name, seconds * 1e6, fp16 * 1e6, fp16 / seconds))
     return tuple(points)
 

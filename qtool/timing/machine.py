@@ -119,15 +119,16 @@ def _whole(text: str | None) -> int | None:
     return None if number is None else int(number)
 
 
-class CudaClock:
-    """Time and memory of a card, after it has done all it was given."""
+class Clock:
+    """Time of a device, and memory of a card; each reading waits for what was launched."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def seconds(self) -> float:
         """Return the time."""
-        torch.cuda.synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def memory(self) -> int:

@@ -1,12 +1,17 @@
 """Time prefill and decoding of a loaded model through transformers."""
 
-import statistics
-import time
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from qtool.modeling.load import LoadedModel
+from qtool.timing.machine import Clock
+from qtool.timing.timing import time_tokens
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,35 +39,26 @@ def time_model(
     vocabulary = model.model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(model.device)
-    prefill, decode = [], []
-    for _ in range(repeats + 1):
-        started = _now(model.device)
-        output = model.model(prompt, use_cache=True)
-        prefilled = _now(model.device)
+
+    def decode(output: "CausalLMOutputWithPast") -> None:
         token = output.logits[:, -1:].argmax(-1)
         for _ in range(decode_tokens):
             output = model.model(token, past_key_values=output.past_key_values, use_cache=True)
             token = output.logits[:, -1:].argmax(-1)
-        done = _now(model.device)
-        prefill.append(prefilled - started)
-        decode.append(done - prefilled)
+
+    prefill, now = partial(model.model, prompt, use_cache=True), Clock(model.device).seconds
+    prompt_seconds, decode_seconds = time_tokens(prefill, decode, now, repeats)
     backends = {
         module.backend.name
         for module in model.model.modules()
         if getattr(module, "entry", None) is not None and module.backend is not None
     }
     return SpeedResult(
-        prefill_tokens_per_second=prompt_tokens / statistics.median(prefill[1:]),
-        decode_tokens_per_second=decode_tokens / statistics.median(decode[1:]),
+        prefill_tokens_per_second=prompt_tokens / prompt_seconds,
+        decode_tokens_per_second=decode_tokens / decode_seconds,
         prompt_tokens=prompt_tokens,
         decode_tokens=decode_tokens,
         repeats=repeats,
         backends=tuple(sorted(backends)),
         threads=torch.get_num_threads(),
     )
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

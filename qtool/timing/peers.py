@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qtool.runtime.backends.cuda.launch import OLDEST
 
-GROUP_SIZE = 128
+GROUP_SIZE, FLOAT16 = 128, torch.float16
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +33,17 @@ class Peer:
     name: str
     build: Callable[[Tensor], PeerWeight]
     """Takes a dense float16 weight, (out_features, in_features)."""
-    dtype: torch.dtype = torch.float16
+    dtype: torch.dtype = FLOAT16
     """Of the activations."""
     module: str = "torch"
-    install: str = ""
-    """The command that brings the module."""
+    """pip installs it by this name."""
     multiple: int = 1
     """in_features must be one of it."""
 
     def why_not(self, device: torch.device) -> str | None:
         """Return None if it can be timed on a device, else what is missing."""
         if importlib.util.find_spec(self.module) is None:
-            return f"isn't installed: {self.install}"
+            return f"isn't installed: pip install {self.module}"
         if device.type != "cuda":
             return "needs a CUDA card"
         if torch.cuda.get_device_capability(device) < OLDEST:
@@ -67,11 +66,8 @@ def tinygemm(weight: Tensor) -> PeerWeight:
     packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
     pairs = torch.stack([steps, low + 8 * steps], dim=-1)  # (out_features, groups, 2)
     pairs = pairs.transpose(0, 1).to(torch.bfloat16).contiguous()
-
-    def matmul(x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm(x, packed, GROUP_SIZE, pairs)
-
-    return PeerWeight(matmul, _bytes(packed, pairs))
+    product = torch.ops.aten._weight_int4pack_mm
+    return PeerWeight(lambda x: product(x, packed, GROUP_SIZE, pairs), _bytes(packed, pairs))
 
 
 def torchao(weight: Tensor) -> PeerWeight:
@@ -107,41 +103,20 @@ def bitsandbytes(weight: Tensor, code: str) -> PeerWeight:
     import bitsandbytes as library
 
     packed, state = library.functional.quantize_4bit(weight, blocksize=64, quant_type=code)
-
-    def matmul(x: Tensor) -> object:
-        return library.matmul_4bit(x, packed.t(), quant_state=state)
-
-    return PeerWeight(matmul, _bytes(packed, state.absmax))
+    product, stored = library.matmul_4bit, _bytes(packed, state.absmax)
+    return PeerWeight(lambda x: product(x, packed.t(), quant_state=state), stored)
 
 
 def _bytes(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 CUBLAS = "fp16 cuBLAS"
 IN_TORCH = (Peer("tinygemm int4 g128", tinygemm, dtype=torch.bfloat16, multiple=GROUP_SIZE),)
 OTHER_LIBRARIES = (
-    Peer(
-        "torchao int4 g128", torchao, torch.bfloat16, "torchao", "pip install torchao", GROUP_SIZE
-    ),
-    *(
-        Peer(
-            f"GemLite {bits} bit g128",
-            partial(gemlite, num_bits=bits),
-            module="gemlite",
-            install="pip install gemlite",
-            multiple=GROUP_SIZE,
-        )
-        for bits in (4, 2)
-    ),
-    *(
-        Peer(
-            f"bitsandbytes {code}",
-            partial(bitsandbytes, code=code),
-            module="bitsandbytes",
-            install="pip install bitsandbytes",
-            multiple=64,
-        )
-        for code in ("nf4", "fp4")
-    ),
+    Peer("torchao int4 g128", torchao, torch.bfloat16, "torchao", GROUP_SIZE),
+    Peer("GemLite 4 bit g128", partial(gemlite, num_bits=4), FLOAT16, "gemlite", GROUP_SIZE),
+    Peer("GemLite 2 bit g128", partial(gemlite, num_bits=2), FLOAT16, "gemlite", GROUP_SIZE),
+    Peer("bitsandbytes nf4", partial(bitsandbytes, code="nf4"), FLOAT16, "bitsandbytes", 64),
+    Peer("bitsandbytes fp4", partial(bitsandbytes, code="fp4"), FLOAT16, "bitsandbytes", 64),
 )

@@ -1,6 +1,6 @@
 """Shapes of known models, to time kernels and decoding without their weights. Torch-free."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qtool.plugins import check_name
 from qtool.scheme import Shape2D
@@ -64,31 +64,27 @@ def _one_layer(**shapes: tuple[int, int]) -> ModelShape:
     return ModelShape(tuple(LinearShape(n, Shape2D(*shape), 1) for n, shape in shapes.items()))
 
 
+LLAMA2_7B = DecoderSizes(
+    num_layers=32,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_heads=32,
+    num_key_value_heads=32,
+    head_dim=128,
+    vocab_size=32000,
+    rope_theta=10_000.0,
+)
 MODELS: dict[str, ModelShape] = {
     "llama3-8b": _whole(
-        DecoderSizes(
-            num_layers=32,
-            hidden_size=4096,
+        replace(
+            LLAMA2_7B,
             intermediate_size=14336,
-            num_heads=32,
             num_key_value_heads=8,
-            head_dim=128,
             vocab_size=128256,
             rope_theta=500_000.0,
         )
     ),
-    "llama2-7b": _whole(
-        DecoderSizes(
-            num_layers=32,
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_heads=32,
-            num_key_value_heads=32,
-            head_dim=128,
-            vocab_size=32000,
-            rope_theta=10_000.0,
-        )
-    ),
+    "llama2-7b": _whole(LLAMA2_7B),
     "llama2-70b-layer": _one_layer(
         qkv=(10240, 8192), o=(8192, 8192), gate_up=(57344, 8192), down=(8192, 28672)
     ),

@@ -98,5 +98,6 @@ def _norm(width: int, generator: torch.Generator) -> Tensor:
 
 def _shape(decoder: DecoderSizes) -> DecoderShape:
     sizes = asdict(decoder)
-    del sizes["num_layers"], sizes["rope_theta"]
+    for name in ("num_layers", "hidden_size", "intermediate_size", "rope_theta"):
+        del sizes[name]
     return DecoderShape(**sizes, attention_scale=decoder.head_dim**-0.5, dtype=DTYPE)

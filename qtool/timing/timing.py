@@ -12,6 +12,7 @@ import torch
 
 Timed = Callable[[], object]
 Weight = TypeVar("Weight")
+First = TypeVar("First")
 WARM_UPS, REPLAYS = 5, 15
 COLD_FACTOR = 3
 """Distinct weight bytes per replay, in sizes of the L2 cache."""
@@ -65,6 +66,24 @@ class CudaTimer:
 def time_calls(calls: Sequence[Timed], timer: Timer) -> float:
     """Return the seconds of one call: the median over the replays, divided by their number."""
     return statistics.median(timer(calls)) / len(calls)
+
+
+def time_tokens(
+    prefill: Callable[[], First],
+    decode: Callable[[First], object],
+    now: Callable[[], float],
+    repeats: int,
+) -> tuple[float, float]:
+    """Return the median seconds of a prompt, and of the tokens after it; a first run warms up."""
+    prefills, decodes = [], []
+    for _ in range(repeats + 1):
+        started = now()
+        first = prefill()
+        prefilled = now()
+        decode(first)
+        prefills.append(prefilled - started)
+        decodes.append(now() - prefilled)
+    return statistics.median(prefills[1:]), statistics.median(decodes[1:])
 
 
 def copies_needed(weight_bytes: int, l2_bytes: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qtool.base import QuantizedTensor
+from qtool.base import CausalModel, QuantizedTensor
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.runtime.backends.cuda import backend as cuda
@@ -73,10 +73,9 @@ def checkpoint_workload(
         layers = distinct(_fused(weights_of(loaded.model, backend=cuda.BACKEND)), kernel)
     else:
         layers = distinct(_stored(loaded.model), kernel)
-    if reason is not None:
-        return Workload(loaded.name, layers, (), reason)
-    models = [model, *([baseline] if baseline else [])]
-    return Workload(loaded.name, layers, tuple(_whole(one, device) for one in models))
+    wanted = [] if reason else [one for one in (model, baseline) if one is not None]
+    models = tuple(_whole(one, device) for one in wanted)
+    return Workload(loaded.name, layers, models, reason or "")
 
 
 def _whole(model: Location, device: torch.device) -> EndToEnd:
@@ -106,7 +105,7 @@ def _prepared(weight: KernelWeight | QuantizedTensor, kernel: str | None) -> Ker
     return linear_kernels.prepare(weight, DTYPE, keep_stored=keep_stored)
 
 
-def _stored(model: Any) -> Iterator[tuple[str, QuantizedTensor]]:  # noqa: ANN401
+def _stored(model: CausalModel) -> Iterator[tuple[str, QuantizedTensor]]:
     """Yield the quantized linears of a model, and a head tied to its quantized embedding."""
     embedding = model.get_input_embeddings()
     for name, module in model.named_modules():

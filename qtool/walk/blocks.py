@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qtool.errors import ModelError
 from qtool.formats._dtypes import dtype_of
-from qtool.modeling.config import parse_config
+from qtool.modeling.config import parse_config, transformers_failures
 from qtool.modeling.filling import empty_own, fill, fill_own, weightless
 from qtool.modeling.source import ModelSource
 from qtool.walk.calls import Call, Calls
@@ -77,13 +77,8 @@ class BlockModel:
         self.source, self.device = source, device
         run_dtype = _walk_dtype(source, device, dtype)
         config = parse_config(source.config, source.directory)
-        try:
-            with weightless():
-                model = transformers.AutoModelForCausalLM.from_config(config, dtype=run_dtype)
-        except Exception as error:  # transformers raises many unrelated types
-            raise ModelError(
-                f"transformers can't build {source.directory}: {reason(error)}."
-            ) from error
+        with transformers_failures(f"transformers can't build {source.directory}"), weightless():
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=run_dtype)
         self._model = model.eval()
         self._blocks = model.get_submodule(source.adapter.blocks)
         self._calls = Calls()

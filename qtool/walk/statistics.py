@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from qtool.modeling.source import ModelSource
 from qtool.walk.blocks import Block
 from qtool.walk.streams import Streams
 
-Writer = Literal["attention", "mlp"]
 FEW_TOKENS = 4
 """Below this many tokens per input the Hessian is noise in many directions: warn, damp more."""
 DEFAULT_DAMPING = 0.01
@@ -77,20 +75,13 @@ def why_not_finite(source: ModelSource, linear: str, dtype: torch.dtype) -> str:
     )
 
 
-def writer_of(residual: tuple[str, str] | None, linear: str) -> Writer | None:
-    """Return which part of the block adds this linear's output to the residual stream."""
-    if residual is None or linear not in residual:
-        return None
-    return "attention" if linear == residual[0] else "mlp"
-
-
 def measure_inputs(
     linear: str,
     original: Block,
     quantized: Block,
     streams: Streams,
     *,
-    writer: Writer | None,
+    residual: tuple[str, str] | None,
     token_cap: float | None,
 ) -> InputStatistics:
     """Run both blocks up to `linear` on every batch.
@@ -100,16 +91,17 @@ def measure_inputs(
         original: The block with its original weights.
         quantized: The block as far as it is quantized.
         streams: Cached inputs of the block.
-        writer: What the linear's output is the output of, if it is added to the residual stream.
+        residual: Linears whose outputs go into the residual stream, of attention, then of the MLP;
+            None: no residual stream is looked at.
         token_cap: Tokens above this multiple of the median norm are shrunk to it; None: none are.
     """
     sums: dict[bool, Moments] = {}
     for index, (first, second) in enumerate(zip(streams.original, streams.quantized, strict=True)):
-        reference, reference_residual = _see(original, linear, first, index, writer)
-        x, residual = _see(quantized, linear, second, index, writer)
+        reference, meant = _see(original, linear, first, index, residual)
+        x, there = _see(quantized, linear, second, index, residual)
         drift, lost = reference - x, None
-        if reference_residual is not None and residual is not None:
-            lost = (reference_residual.float() - residual.float()).to(x.dtype)
+        if meant is not None and there is not None:
+            lost = (meant.float() - there.float()).to(x.dtype)
         if token_cap is not None:
             weights = hessian.token_weights(x, token_cap)
             x, drift = (weights * x).to(x.dtype), (weights * drift).to(x.dtype)
@@ -123,12 +115,13 @@ def measure_inputs(
 
 
 def _see(
-    block: Block, linear: str, hidden: Tensor, batch: int, writer: Writer | None
+    block: Block, linear: str, hidden: Tensor, batch: int, residual: tuple[str, str] | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the input of a linear and the residual stream that its output is added to."""
-    if writer == "mlp":
+    of_attention, of_mlp = residual or (None, None)
+    if linear == of_mlp:
         return block.around(linear, hidden, batch)
     inputs = block.inputs_of(linear, hidden, batch)
-    if writer == "attention":
+    if linear == of_attention:
         return inputs, hidden.flatten(0, -2).to(inputs.device, non_blocking=True)
     return inputs, None

@@ -18,13 +18,7 @@ from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection
 from qtool.scheme import Shape2D
 from qtool.walk.blocks import Block, BlockModel
-from qtool.walk.statistics import (
-    FEW_TOKENS,
-    InputStatistics,
-    measure_inputs,
-    why_not_finite,
-    writer_of,
-)
+from qtool.walk.statistics import FEW_TOKENS, InputStatistics, measure_inputs, why_not_finite
 from qtool.walk.streams import Streams, make_streams
 
 BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
@@ -98,7 +92,7 @@ class Walk:
             linear,
             *self._blocks,
             streams,
-            writer=writer_of(source.residual if section.residual_error else None, linear),
+            residual=source.residual if section.residual_error else None,
             token_cap=section.token_cap,
         )
         if not statistics.is_finite():

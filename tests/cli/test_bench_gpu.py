@@ -18,7 +18,7 @@ SMALL = ("--bits", 2, "--group-size", 32)
 @pytest.fixture
 def _imagined_card(monkeypatch):
     monkeypatch.setattr(machine, "require_card", lambda: torch.device("cpu"))
-    monkeypatch.setattr(gpu, "on_card", lambda _device: bench())
+    monkeypatch.setattr(gpu, "on_card", lambda _device, _kernel: bench())
     monkeypatch.setattr(decode, "REPEATS", 1)
     monkeypatch.setitem(shapes.MODELS, "llama3-8b", TINY)
 

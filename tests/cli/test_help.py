@@ -6,14 +6,11 @@ import subprocess
 import sys
 
 import pytest
-import typer.main
 
 import qtool
-from qtool.cli.app import app
+from qtool.cli.app import COMMANDS, load_command
 from tests.cli.conftest import Cli
 from tests.helpers import run_python
-
-COMMANDS = [command.name for command in app.registered_commands if command.name]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -26,8 +23,8 @@ def test_help_is_printed_and_exits_with_0(cli: Cli, command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_stands_whole_in_the_help_of_a_narrow_terminal(command):
-    (found,) = [one for one in typer.main.get_group(app).commands.items() if one[0] == command]
-    names = {name for option in found[1].params for name in (*option.opts, *option.secondary_opts)}
+    options = load_command(command).params
+    names = {name for option in options for name in (*option.opts, *option.secondary_opts)}
     shown = subprocess.run(
         [sys.executable, "-m", "qtool", command, "--help"],
         env={**os.environ, "COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"},
@@ -38,6 +35,13 @@ def test_every_option_stands_whole_in_the_help_of_a_narrow_terminal(command):
     assert "…" not in shown
     words = set(re.split(r"[\s│,]+", shown))
     assert {name for name in names if name.startswith("--")} <= words
+
+
+def test_commands_are_listed_by_the_first_line_of_their_help(cli: Cli):
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", cli("--help").out).split())
+    for name, line in COMMANDS.items():
+        assert load_command(name).help.splitlines()[0] == line
+        assert f" {name} {line}" in shown
 
 
 @pytest.mark.parametrize("command", ["calibrate", "quantize", "eval", "bench", "inspect"])
@@ -61,6 +65,24 @@ def test_help_does_not_import_torch(arguments):
         "print('HEAVY', sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))\n"
     )
     assert "HEAVY []" in run_python(code, *arguments)
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_the_list_of_commands_imports_none_of_them(argument):
+    code = (
+        "import sys\n"
+        "from qtool.cli.app import app\n"
+        "try:\n    app(sys.argv[1:])\n"
+        "except SystemExit:\n    pass\n"
+        "print('OURS', sorted(name for name in sys.modules if name.startswith('qtool.')))\n"
+        "print('SLOW', sorted({'importlib.abc', 'importlib.metadata'} & set(sys.modules)))\n"
+    )
+    printed = run_python(code, argument)
+    ours = ["cli", "cli.app", "cli.outcome", "errors", "integrations", "integrations.transformers"]
+    ours += ["integrations.transformers.registration", "settings"]
+    assert f"OURS {[f'qtool.{name}' for name in ours]}" in printed
+    if argument == "--version":  # rich may do as it likes
+        assert "SLOW []" in printed
 
 
 def test_version_is_printed_alone(cli: Cli):

@@ -4,11 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-import typer.main
 
 import qtool.methods
 from qtool import plugins
-from qtool.cli.app import app
+from qtool.cli import app
 from qtool.recipe.names import built_in
 from tests.docs.pages import (
     CURRENT,
@@ -24,7 +23,7 @@ from tests.docs.pages import (
 )
 from tests.helpers import ROOT
 
-COMMANDS = typer.main.get_group(app).commands
+COMMANDS = {name: app.load_command(name) for name in app.COMMANDS}
 LINES = [line for page in CURRENT for line in command_lines(page)]
 OTHERS = {  # of pip, pytest, docs/generate.py, lm-eval, nvcc, bwrap and the like
     *("--check", "--no-deps", "--model", "--gen_kwargs", "--version", "--install-completion"),

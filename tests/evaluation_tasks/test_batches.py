@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qtool.evaluation.lm_eval import batches
 from qtool.evaluation.lm_eval.batches import MOST_ON_CPU, MOST_WRITTEN, batches_by_length
+from qtool.evaluation.lm_eval.options import TaskOptions
 from qtool.evaluation.lm_eval.task_model import TaskModel
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
@@ -96,7 +97,7 @@ def test_models_of_other_shapes_are_asked_too(evaluate, tmp_path, kind):
 
 
 def test_beams_take_memory_too(long_llama, monkeypatch):
-    model = TaskModel(load_model(Location(long_llama), device="cpu"))
+    model = TaskModel(load_model(Location(long_llama), device="cpu"), TaskOptions(tasks=()))
     sizes: list[int] = []
 
     def written_at_once(size: int, *_rest: Any) -> int:

@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 
 from qtool.base import Progress
 from qtool.evaluation.lm_eval import batches
+from qtool.evaluation.lm_eval.options import TaskOptions
 from qtool.evaluation.scores import TaskFailure, TaskScores
 from qtool.modeling.locate import Location
 from qtool.pipeline.task_results import TaskComparison
@@ -303,7 +304,7 @@ def model(long_llama):
     from qtool.evaluation.lm_eval.task_model import TaskModel
     from qtool.modeling.load import load_model
 
-    return TaskModel(load_model(Location(long_llama), device="cpu"))
+    return TaskModel(load_model(Location(long_llama), device="cpu"), TaskOptions(tasks=()))
 
 
 def answers(model, count=6, **generation):

@@ -50,11 +50,9 @@ class Case:
     @property
     def shape(self) -> DecoderShape:
         return DecoderShape(
-            hidden_size=64,
             num_heads=self.heads,
             num_key_value_heads=self.kv_heads,
             head_dim=self.head_dim,
-            intermediate_size=64,
             vocab_size=64,
             norm_eps=1e-5,
             attention_scale=0.7 * self.head_dim**-0.5,

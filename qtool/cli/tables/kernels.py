@@ -18,18 +18,15 @@ def print_gpu_result(result: "GpuResult") -> None:
         _print_sweep(max(result.layers, key=lambda x: x.count * x.rows[0].weight_bytes))
     if result.end_to_end:
         _print_end_to_end(result)
-    for name, reason in result.not_run.items():
-        console.out.print(f"Not timed: {name}: {reason}", markup=False)
+    console.print_lines(f"Not timed: {name}: {why}" for name, why in result.not_run.items())
     for layer in result.layers:
-        for name, reason in layer.failed.items():
-            console.out.print(f"Not timed on {layer.name}: {name}: {reason}", markup=False)
-    for line in _conditions(result):
-        console.out.print(line, markup=False)
+        where = f"Not timed on {layer.name}"
+        console.print_lines(f"{where}: {name}: {why}" for name, why in layer.failed.items())
+    console.print_lines(_conditions(result))
 
 
 def _print_layers(result: "GpuResult") -> None:
-    columns = {"layer": "left", "out x in": "left", "count": "right", "kernel": "left"}
-    columns |= dict.fromkeys(("us", "GB/s", "of copy", "x fp16"), "right")
+    columns = ("layer", "out x in", ">count", "kernel", ">us", ">GB/s", ">of copy", ">x fp16")
     rows = []
     for layer in result.layers:
         labels = (layer.name, f"{layer.out_features} x {layer.in_features}", str(layer.count))
@@ -54,8 +51,7 @@ def group(layer: "LayerTimes") -> str:
 
 
 def _print_sweep(layer: "LayerTimes") -> None:
-    columns = {"tokens": "right", "kernel": "left"}
-    columns |= {"us": "right", "fp16 us": "right", "x fp16": "right"}
+    columns = (">tokens", "kernel", ">us", ">fp16 us", ">x fp16")
     rows = []
     for point in layer.sweep:
         times = f"{point.microseconds:.1f}", f"{point.fp16_microseconds:.1f}"
@@ -68,8 +64,7 @@ def _print_sweep(layer: "LayerTimes") -> None:
 
 
 def _print_end_to_end(result: "GpuResult") -> None:
-    columns = {"model": "left", "prefill tokens/s": "right"}
-    columns |= {"decode tokens/s": "right", "peak memory": "right"}
+    columns = ("model", ">prefill tokens/s", ">decode tokens/s", ">peak memory")
     rows = [
         (
             model.name,

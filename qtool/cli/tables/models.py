@@ -12,9 +12,8 @@ if TYPE_CHECKING:
     from qtool.pipeline import Comparison, ModelFigures
 
 TEXT_WIDTH = 100
-COLUMNS = {"model": "left", "bits per weight": "right", "size": "right", "quantized in": "right"}
-COLUMNS |= {"perplexity": "right", "prefill tokens/s": "right", "decode tokens/s": "right"}
-COLUMNS |= {"backend": "left"}
+COLUMNS = ["model", ">bits per weight", ">size", ">quantized in", ">perplexity"]
+COLUMNS += [">prefill tokens/s", ">decode tokens/s", "backend"]
 
 
 def comparison_report(result: "Comparison") -> dict[str, Any]:
@@ -27,10 +26,9 @@ def print_comparison(result: "Comparison") -> None:
     """Print one row per model, with only the columns that were measured."""
     rows = [_cells(figures) for figures in result.figures]
     measured = [any(column) for column in zip(*rows, strict=True)]
-    columns = dict(compress(COLUMNS.items(), measured))
-    console.print_table("", columns, [tuple(compress(row, measured)) for row in rows])
-    for line in _conditions(result.figures):
-        console.out.print(line, markup=False)
+    table = [compress(row, measured) for row in (COLUMNS, *rows)]
+    console.print_table("", table[0], table[1:])
+    console.print_lines(_conditions(result.figures))
     if result.agreement is not None:
         _print_agreement(result.agreement)
 
@@ -60,7 +58,7 @@ def _cells(figures: "ModelFigures") -> tuple[str, ...]:
     seconds, quality, speed = figures.quantize_seconds, figures.perplexity, figures.speed
     return (
         figures.name,
-        console.compact(figures.average_bits),
+        f"{figures.average_bits:.2f}",
         gigabytes(figures.weight_bytes),
         "" if seconds is None else f"{seconds:.1f} s",
         f"{quality.perplexity:.3f}" if quality else "",

@@ -1,6 +1,6 @@
 """Task scores as a table, as Markdown and for machines."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,24 +19,23 @@ LEFT = ("task", "metric", "verdict")
 def print_tasks(result: "TaskComparison") -> None:
     """Print one row per metric; of a group of tasks, only the group."""
     rows = [row for row in result.rows if row.headline]
-    names = _columns(result)
-    columns = {name: "left" if name in LEFT else "right" for name in names}
+    columns = [name if name in LEFT else f">{name}" for name in _columns(result)]
     if rows:
         console.print_table("", columns, [_cells(result, row) for row in rows])
-    for line in _conditions(result):
-        console.out.print(line, markup=False)
+    console.print_lines(_conditions(result))
 
 
-def write_markdown(result: "TaskComparison", target: Path | None) -> None:
-    """Write all rows and their conditions as Markdown; '-' is stdout, None is nowhere."""
+def write_markdown(result: "TaskComparison", target: Path | None) -> bool:
+    """Write all rows and their conditions as Markdown, as `console.write_json` does JSON."""
     if target is None:
-        return
+        return True
     names = _columns(result)
     lines = [_line(names), _line([":---" if name in LEFT else "---:" for name in names])]
     lines += [_line(_cells(result, row)) for row in result.rows]
     lines = [*lines, ""] if result.rows else []
     lines += [f"- {line}" for line in _conditions(result)]
     console.write_text("\n".join(lines), target)
+    return str(target) != "-"
 
 
 def task_report(result: "TaskComparison") -> dict[str, Any]:
@@ -112,14 +111,14 @@ def _number(value: float | None, error: float | None = None, sign: str = "") -> 
     return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
-def _line(cells: Any) -> str:  # noqa: ANN401
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _conditions(result: "TaskComparison") -> list[str]:
     """Return what the scores hold for, and what gave none."""
     lines = [
-        f"{label}: {console.compact(model.average_bits)} bits per weight, "
+        f"{label}: {model.average_bits:.2f} bits per weight, "
         f"{gigabytes(model.weight_bytes)}{_time(model)}."
         for label, model in _models(result)
     ]

@@ -4,10 +4,10 @@ Nothing of lm-eval is edited. Its index of tasks is a dictionary of configuratio
 asked for get `custom_dataset`, lm-eval's own hook for data from elsewhere.
 """
 
-import contextlib
 import dataclasses
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -140,9 +140,7 @@ class Tasks:
         entry = self._shipped[name]
         if entry.tags and not entry.cfg:
             return [leaf for tagged in sorted(entry.tags) for leaf in self.leaves(tagged)]
-        if not _is_group(entry.cfg):
-            return [name]
-        return list(self._members(entry.cfg["task"]))
+        return list(self._members(entry.cfg["task"])) if _is_group(entry.cfg) else [name]
 
     def _members(self, members: Sequence[Any]) -> Iterator[str]:
         for member in members:
@@ -163,18 +161,16 @@ class Tasks:
         """
         _seed(self.options.seeds)
         leaves = self.leaves(name) if self._folder is not None else []
-        index = self._manager.task_index
         try:
             with quiet(), sandboxed_code_eval(), self._only_local(name):
-                index.update({leaf: self._with_data(leaf, self.shots(name)) for leaf in leaves})
-                loaded: Loaded = self._manager.load([name])
+                entries = {leaf: self._with_data(leaf, self.shots(name)) for leaf in leaves}
+                with mock.patch.dict(self._manager.task_index, entries):
+                    loaded: Loaded = self._manager.load([name])
         except DataError:
             raise
         except Exception as error:  # lm-eval and datasets raise many unrelated types
             advice = "" if self._folder else " With --data-dir DIR it reads local files."
             raise DataError(f"lm-eval can't load task {name}: {reason(error)}.{advice}") from error
-        finally:
-            index.update({leaf: self._shipped[leaf] for leaf in leaves})
         if any(map(writes_text, loaded["tasks"].values())):
             self.writing.add(name)
         return loaded
@@ -187,9 +183,10 @@ class Tasks:
         fitting = (n for group, n in CUSTOMARY_SHOTS.items() if leaves <= set(self.leaves(group)))
         return next(fitting, None) if leaves else None
 
-    @contextlib.contextmanager
-    def _only_local(self, name: str) -> Iterator[None]:
+    def _only_local(self, name: str) -> AbstractContextManager[Any]:
         """Refuse to download inside the block, if there is a data folder."""
+        if self._folder is None:
+            return nullcontext()
         import datasets
 
         def refuse(path: str, *_args: Any, **_kwargs: Any) -> Any:  # noqa: ANN401
@@ -198,9 +195,7 @@ class Tasks:
                 "Leave out --data-dir to download."
             )
 
-        replaced = mock.patch.object(datasets, "load_dataset", refuse)
-        with contextlib.nullcontext() if self._folder is None else replaced:
-            yield
+        return mock.patch.object(datasets, "load_dataset", refuse)
 
     def _with_data(self, leaf: str, shots: int | None) -> Any:  # noqa: ANN401
         """Return an entry of lm-eval's index that takes its data from the folder.

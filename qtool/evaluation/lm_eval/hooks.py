@@ -12,6 +12,7 @@ import importlib.util
 import io
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
@@ -64,8 +65,7 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-@contextlib.contextmanager
-def templates_compiled_once() -> Iterator[None]:
+def templates_compiled_once() -> AbstractContextManager[Any]:
     """Let lm-eval compile a task's templates once inside the block, not for every prompt.
 
     For mmlu with five examples that is 98,408 times, and longer than a card needs for the answers.
@@ -73,12 +73,10 @@ def templates_compiled_once() -> Iterator[None]:
     from lm_eval.utils import env
 
     compiled = functools.lru_cache(maxsize=1024)(env.from_string)
-    with mock.patch.object(env, "from_string", compiled):
-        yield
+    return mock.patch.object(env, "from_string", compiled)
 
 
-@contextlib.contextmanager
-def sandboxed_code_eval() -> Iterator[None]:
+def sandboxed_code_eval() -> AbstractContextManager[Any]:
     """Let `evaluate.load("code_eval")` give the sandboxed metric inside the block."""
     import evaluate
 
@@ -87,5 +85,4 @@ def sandboxed_code_eval() -> Iterator[None]:
     def load(path: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         return CodeEval() if path == "code_eval" else shipped(path, *args, **kwargs)
 
-    with mock.patch.object(evaluate, "load", load):
-        yield
+    return mock.patch.object(evaluate, "load", load)

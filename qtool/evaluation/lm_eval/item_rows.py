@@ -8,7 +8,7 @@ from typing import Any
 
 from qtool.sandbox.run import Outcome
 from qtool.storage.jsonl import Row
-from qtool.storage.plain_json import plain_json
+from qtool.storage.plain_json import leaves, plain_json
 
 Outcomes = Mapping[tuple[str, str], Outcome]
 """What became of programs, by (program, test)."""
@@ -39,8 +39,9 @@ def _row(filtered: Sequence[Mapping[str, Any]], outcomes: Outcomes) -> Row:
     programs = [
         {"filter": one["filter"], "status": outcome.status, "detail": outcome.detail}
         for one in filtered
-        for program in _texts(one["filtered_resps"])
-        if (outcome := outcomes.get((program, str(first["target"])))) is not None
+        for _, program in leaves(one["filtered_resps"])
+        if isinstance(program, str)
+        and (outcome := outcomes.get((program, str(first["target"])))) is not None
     ]
     return {
         "prompts": [str(one[0]) for one in requests],
@@ -51,12 +52,3 @@ def _row(filtered: Sequence[Mapping[str, Any]], outcomes: Outcomes) -> Row:
         "metrics": {f"{m},{one['filter']}": one[m] for one in filtered for m in one["metrics"]},
         **({"programs": programs} if programs else {}),
     }
-
-
-def _texts(answers: Any) -> Iterator[str]:  # noqa: ANN401
-    """Yield the texts in nested lists."""
-    if isinstance(answers, str):
-        yield answers
-    elif isinstance(answers, (list, tuple)):
-        for one in answers:
-            yield from _texts(one)

@@ -98,9 +98,8 @@ def _checked(key: str, value: Any) -> Any:  # noqa: ANN401
 
 
 def _check_drawing(settings: Mapping[str, Any]) -> None:
-    drawing = [key for key in DRAWING if key in settings]
-    if settings.get("temperature") == 0:
-        drawing.remove("temperature")
+    cold = settings.get("temperature") == 0
+    drawing = [key for key in DRAWING if key in settings and not (cold and key == "temperature")]
     if settings.get("do_sample"):
         if not settings.get("temperature"):
             raise DataError(

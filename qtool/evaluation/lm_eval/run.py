@@ -84,11 +84,10 @@ def _run(
     """Run tasks whose scores aren't kept."""
     from qtool.evaluation.lm_eval.task_model import TaskModel  # lm-eval: slow
 
-    options = tasks.options
     try:
-        loaded, (batch, longest) = load(), (options.batch_size, options.max_length)
+        loaded = load()
         with explained(f"lm-eval can't take {loaded.name}", full=SMALLER, other=UNFIT), quiet():
-            model = TaskModel(loaded, batch_size=batch, max_length=longest, emit=emit)
+            model = TaskModel(loaded, tasks.options, emit)
     except QtoolError as error:
         return {name: _failure(name, error, emit) for name in missing}
     found: dict[str, TaskOutcome] = {}

@@ -1,4 +1,4 @@
-# ruff: noqa: ARG002, FBT001, FBT002 - the signatures are those of lm-eval
+# ruff: noqa: ANN401, ARG002, FBT001, FBT002 - the signatures are those of lm-eval
 """A loaded model as lm-eval asks it: lm-eval's own Hugging Face class, plus a store of answers.
 
 Imported only where lm-eval is installed.
@@ -8,10 +8,10 @@ import contextlib
 import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,7 +20,7 @@ from qtool.base import Emit, Notice, Progress, ignore_events
 from qtool.errors import DataError, ModelError
 from qtool.evaluation.kept import request_key
 from qtool.evaluation.lm_eval import batches
-from qtool.evaluation.lm_eval.options import AUTO
+from qtool.evaluation.lm_eval.options import AUTO, TaskOptions
 from qtool.modeling.load import LoadedModel
 from qtool.storage.memo import Memo
 
@@ -30,41 +30,27 @@ WRITING_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
 every token, and waits 60 ms for each on an H100."""
 
 
-class _AnswerHook(CacheHook):  # type: ignore[misc] # lm-eval isn't typed
-    """Passes answers on as they come; lm-eval calls it after every batch."""
-
-    def __init__(self, add_partial: Callable[[str, Any, Any], None]) -> None:
-        self.add_partial = add_partial
-
-
 class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
     """Answers lm-eval's requests with a model that is loaded already, and with what it answered."""
 
     batch_size_per_gpu: int | str
 
     def __init__(
-        self,
-        model: LoadedModel,
-        *,
-        batch_size: int | str = AUTO,
-        max_length: int | None = None,
-        emit: Emit = ignore_events,
+        self, model: LoadedModel, options: TaskOptions, emit: Emit = ignore_events
     ) -> None:
         self._encoded: dict[str, array[int]] = {}
         super().__init__(
             pretrained=model.model,
             tokenizer=model.tokenizer,
-            batch_size=batch_size,
-            max_length=max_length,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
         )
         self.name, self.emit = model.name, emit
         self._memory = batches.device_bytes(self.device)
         self._batch_scheduler = self._by_length()
-        self.store = Memo()
-        self.task, self.done, self.total = "", 0, 0
-        self.truncated = 0
-        """Requests of this task that are longer than the context, and are cut from the left."""
-        self.cache_hook = _AnswerHook(self._add)
+        self.begin("", Memo())
+        # What lm-eval asks of a CacheHook: it passes answers on as they come, after every batch.
+        self.cache_hook = SimpleNamespace(add_partial=self._add)
         rows, words = model.model.config.get_text_config().vocab_size, len(model.tokenizer)
         if words > rows:
             self.warn(
@@ -78,7 +64,9 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
 
     def begin(self, task: str, store: Memo) -> None:
         """Answer for another task, with what `store` holds."""
-        self.task, self.store, self.done, self.total, self.truncated = task, store, 0, 0, 0
+        self.task, self.store, self.done, self.total = task, store, 0, 0
+        self.truncated = 0
+        """Requests of this task that are longer than the context, and are cut from the left."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Return (log-likelihood, is it the greedy continuation) per request."""
@@ -86,10 +74,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
             return self._answer("loglikelihood", super().loglikelihood, requests)
 
     def tok_encode(
-        self,
-        string: str,
-        add_special_tokens: bool | None = None,
-        **kwargs: Any,  # noqa: ANN401
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         """Return the tokens of a text, looked up if it was encoded ahead."""
         known = self._encoded.get(string) if add_special_tokens is None and not kwargs else None
@@ -159,10 +144,10 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
             lambda request: min(self.max_length, len(request[1]) + len(request[2])),
         )
 
-    def _in_batches_of(self, size: int | str) -> Any:  # noqa: ANN401
+    def _in_batches_of(self, size: int | str) -> Any:
         return mock.patch.object(self, "batch_size_per_gpu", size)
 
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **rest: Any) -> Any:  # noqa: ANN401
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **rest: Any) -> Any:
         """Without lm-eval's own progress bar, which rolling windows would show each."""
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, **rest)
 
@@ -171,13 +156,14 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
     ) -> list[Any]:
         """Ask for what isn't known yet, in lm-eval's batches, and return all answers in order."""
         self.truncated += sum(self._is_cut(kind, request.args) for request in requests)
+        self.total += len(requests)
         if kind == "generate_until" and any(
             self._generation(request.args)["do_sample"] for request in requests
-        ):
-            return self._draw(ask, requests)
+        ):  # answers to one request differ, and are meant to: all are asked for, and none is kept
+            with mock.patch.object(self, "store", Memo()):
+                return ask(list(requests), disable_tqdm=True)
         keys = [request_key(kind, request.args) for request in requests]
         missing = [(k, r) for k, r in zip(keys, requests, strict=True) if k not in self.store]
-        self.total += len(requests)
         self.done += len(requests) - len(missing)
         answers = ask([request for _, request in missing], disable_tqdm=True) if missing else []
         for (key, _), answer in zip(missing, answers, strict=True):
@@ -185,20 +171,11 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
                 self.store.add(key, answer)
         return [self.store[key] for key in keys]
 
-    def _draw(self, ask: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
-        """Ask for all and keep nothing: answers to one request differ, and are meant to."""
-        self.total += len(requests)
-        kept, self.store = self.store, Memo()
-        try:
-            return ask(list(requests), disable_tqdm=True)
-        finally:
-            self.store = kept
-
-    def _generation(self, arguments: Any) -> Any:  # noqa: ANN401
+    def _generation(self, arguments: Any) -> Any:
         """Return how a request is to be continued: lm-eval's names, and its defaults."""
         return normalize_gen_kwargs(arguments[1], self.max_gen_toks)
 
-    def _is_cut(self, kind: str, arguments: Any) -> bool:  # noqa: ANN401
+    def _is_cut(self, kind: str, arguments: Any) -> bool:
         """Return whether lm-eval cuts a request; whole texts are split into windows instead."""
         if kind == "loglikelihood_rolling":
             return False
@@ -218,7 +195,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
             len(self.tok_encode(text)) > room
         )
 
-    def _add(self, kind: str, arguments: Any, answer: Any) -> None:  # noqa: ANN401
+    def _add(self, kind: str, arguments: Any, answer: Any) -> None:
         """Keep an answer that is a number: of choices, lm-eval would take a NaN for the best."""
         likelihood = answer[0] if kind == "loglikelihood" else answer
         if isinstance(likelihood, float) and math.isnan(likelihood):

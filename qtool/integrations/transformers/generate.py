@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool import settings
-from qtool.base import KernelBackend
+from qtool.base import CausalModel, KernelBackend
 from qtool.integrations.transformers.sampling import SharedRunner, sample
 from qtool.runtime.decode import read_model as llama
 from qtool.runtime.decode import torch_ops
@@ -31,16 +31,14 @@ _LOG = logging.getLogger(__name__)
 
 GRAPHS_ON = "cuda"
 """Type of the devices on which a step of torch's operations costs no Python."""
-KNOWN_ARGUMENTS = frozenset(
-    {
-        "attention_mask",
-        "cache_position",
-        "logits_to_keep",
-        "past_key_values",
-        "position_ids",
-        "use_cache",
-    }
-)
+OWN_ARGUMENTS = {
+    *("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"),
+}
+"""Of `_sample`: what it doesn't pass on to the model."""
+KNOWN_ARGUMENTS = {
+    *("attention_mask", "cache_position", "logits_to_keep"),
+    *("past_key_values", "position_ids", "use_cache"),
+}
 """Of the model's forward: with others its output would depend on what the runner doesn't see."""
 
 
@@ -70,7 +68,7 @@ _MADE: "weakref.WeakKeyDictionary[nn.Module, _Made]" = weakref.WeakKeyDictionary
 _MAKING = threading.Lock()
 
 
-def accelerate(model: Any) -> Any:  # noqa: ANN401
+def accelerate(model: CausalModel) -> CausalModel:
     """Let `model.generate` use the runner, and a model without parameters say what it is.
 
     Returns:
@@ -162,16 +160,11 @@ def _empty(base: Any) -> Any:  # noqa: ANN401
     return object.__new__(_accelerated(base))
 
 
-def _why_not_call(model: Any, input_ids: Tensor, kwargs: Mapping[str, Any]) -> str | None:  # noqa: ANN401
+def _why_not_call(model: CausalModel, input_ids: Tensor, kwargs: Mapping[str, Any]) -> str | None:
     """Return None where the runner can take this call, else a sentence."""
     config = kwargs["generation_config"]
-    arguments = {
-        key: value
-        for key, value in kwargs.items()
-        if key not in ("logits_processor", "stopping_criteria", "generation_config")
-        and key not in ("synced_gpus", "streamer")
-        and value is not None
-    }
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    arguments = {key: given[key] for key in given.keys() - OWN_ARGUMENTS}
     mode, backend = _MODE.get(), _backend_of(model)
     worth_it = input_ids.device.type == (GRAPHS_ON if backend is None else backend.decodes_on)
     off = mode == "never" or (mode == "auto" and settings.runner_is_off())
@@ -227,7 +220,7 @@ def _why_not_decoder(decoder: SharedRunner, max_length: int) -> str | None:
     return None if decoder.take() else "another thread is using it."
 
 
-def _decoder(model: Any) -> SharedRunner | str:  # noqa: ANN401
+def _decoder(model: CausalModel) -> SharedRunner | str:
     """Return the decoder of this model, or why there is none; made once, by one thread."""
     with _MAKING:
         fingerprint, made = _fingerprint(model), _MADE.get(model)
@@ -244,13 +237,13 @@ def _decoder(model: Any) -> SharedRunner | str:  # noqa: ANN401
         return made.decoder
 
 
-def _backend_of(model: Any) -> KernelBackend | None:  # noqa: ANN401
+def _backend_of(model: CausalModel) -> KernelBackend | None:
     """Return the best of the backends that run a model's weights; None: none is quantized."""
     chosen = (module.choose_backend() for module in _quantized(model))
     return max(chosen, key=lambda backend: backend.priority, default=None)
 
 
-def _fingerprint(model: Any) -> tuple[Any, ...]:  # noqa: ANN401
+def _fingerprint(model: CausalModel) -> tuple[Any, ...]:
     """Return what changes if a weight is changed, moved or replaced, a hook set, training begun.
 
     Where the parts of a quantized weight wait doesn't matter: making the decoder changes that.

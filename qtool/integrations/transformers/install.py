@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from qtool.base import CausalModel
 from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.errors import BackendError, CheckpointError
 from qtool.integrations.transformers.loading import is_another_class
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead
 
 
-def install_modules(model: Any, manifest: Manifest) -> dict[str, str]:  # noqa: ANN401
+def install_modules(model: CausalModel, manifest: Manifest) -> dict[str, str]:
     """Replace the quantized layers of an empty model.
 
     Until `remove_stand_ins`, each has an attribute `weight` that transformers may initialize.
@@ -71,10 +72,7 @@ def _renamed(entry: Mapping[str, Any], targets: Mapping[str, str]) -> dict[str, 
 
 
 def _target(
-    model: Any,  # noqa: ANN401
-    name: str,
-    modules: Mapping[str, nn.Module],
-    head: str | None,
+    model: CausalModel, name: str, modules: Mapping[str, nn.Module], head: str | None
 ) -> str | None:
     """Return the module of a layer; None for a head that this class of model doesn't have.
 
@@ -93,7 +91,7 @@ def _target(
     return head
 
 
-def _tie_new_head(model: Any, head: str) -> None:  # noqa: ANN401
+def _tie_new_head(model: CausalModel, head: str) -> None:
     """Tie a head that the quantized model hadn't, where its class ties it to the embedding."""
     table = next((n for n, m in model.named_modules() if m is model.get_input_embeddings()), None)
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
@@ -101,7 +99,7 @@ def _tie_new_head(model: Any, head: str) -> None:  # noqa: ANN401
         _tie(model, head, table)
 
 
-def _tie(model: Any, head: str, shared_with: str | None) -> None:  # noqa: ANN401
+def _tie(model: CausalModel, head: str, shared_with: str | None) -> None:
     """Let the head use the parts of the embedding; a bias stays its own."""
     embedding = None if shared_with is None else model.get_submodule(shared_with)
     if not isinstance(embedding, QuantizedEmbedding):
@@ -136,7 +134,7 @@ def _replacement(name: str, old: nn.Module, entry: LayerEntry) -> QuantizedWeigh
     return new
 
 
-def _replace(model: Any, name: str, new: nn.Module) -> None:  # noqa: ANN401
+def _replace(model: CausalModel, name: str, new: nn.Module) -> None:
     # A family may initialize the weights of its linears where it makes buffers that no file holds:
     # transformers must not skip that, so there is something to initialize, marked as done.
     stand_in = torch.empty_like(model.get_submodule(name).weight, device="meta")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from qtool.base import PartSpec
+from qtool.base import CausalModel, PartSpec
 from qtool.checkpoint.manifest import Manifest
 from qtool.checkpoint.reader import AGAIN, check_headers, check_values
 from qtool.checkpoint.shards import Shards, open_files
@@ -87,7 +87,7 @@ def _is_outside(path: Path, root: Path) -> bool:
     return not path.is_relative_to(root) or ".." in path.relative_to(root).parts
 
 
-def watch_missing(model: Any) -> None:  # noqa: ANN401
+def watch_missing(model: CausalModel) -> None:
     """Let transformers 5 raise where a tensor is missing, the next time that it looks."""
     adjust = model._adjust_missing_and_unexpected_keys
 
@@ -99,7 +99,7 @@ def watch_missing(model: Any) -> None:  # noqa: ANN401
     model._adjust_missing_and_unexpected_keys = adjust_and_refuse
 
 
-def refuse_missing(model: Any, names: Iterable[str]) -> None:  # noqa: ANN401
+def refuse_missing(model: CausalModel, names: Iterable[str]) -> None:
     """Refuse to load a model with tensors that no file holds.
 
     A head that the checkpoint's own class doesn't have may be missing: it is to be trained.
@@ -120,13 +120,13 @@ def refuse_missing(model: Any, names: Iterable[str]) -> None:  # noqa: ANN401
         )
 
 
-def is_another_class(model: Any) -> bool:  # noqa: ANN401
+def is_another_class(model: CausalModel) -> bool:
     """Return whether a model is of another class than the one that was quantized."""
     own = getattr(model.config, "architectures", None) or ()
     return bool(own) and type(model).__name__ not in own
 
 
-def _is_new(model: Any, name: str) -> bool:  # noqa: ANN401
+def _is_new(model: CausalModel, name: str) -> bool:
     """Return whether a tensor is outside the part that all classes of a family share."""
     prefix = model.base_model_prefix
     return is_another_class(model) and hasattr(model, prefix) and not name.startswith(f"{prefix}.")

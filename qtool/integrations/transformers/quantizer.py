@@ -13,15 +13,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qtool.base import CausalModel
 from qtool.checkpoint.manifest import QUANT_METHOD, Manifest, manifest_from_config
 from qtool.errors import BackendError
-from qtool.integrations.transformers import loading
+from qtool.integrations.transformers import install, loading
 from qtool.integrations.transformers.generate import accelerate
-from qtool.integrations.transformers.install import (
-    install_modules,
-    remove_stand_ins,
-    renamed_layers,
-)
 
 KEYS = {"format_version", "tool_version", "source", "calibration", "recipe", "layers"}
 V4 = transformers.__version__.startswith("4.")
@@ -79,20 +75,20 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
         loading.refuse_missing(model, missing_keys)
         return missing_keys
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def _process_model_before_weight_loading(self, model: CausalModel, **kwargs: Any) -> Any:  # noqa: ANN401
         manifest = self.quantization_config.manifest()
         files = loading.noted_files() if V4 else kwargs["checkpoint_files"]
         self._shards = loading.checked_files(files, manifest, str(model.config.name_or_path))
-        self._installed = install_modules(model, manifest)
+        self._installed = install.install_modules(model, manifest)
         if not V4:
             loading.watch_missing(model)
         return model
 
-    def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:  # noqa: ANN401
-        remove_stand_ins(model)
+    def _process_model_after_weight_loading(self, model: CausalModel, **_kwargs: Any) -> Any:  # noqa: ANN401
+        install.remove_stand_ins(model)
         loading.check_loaded(model, self._installed, self._shards)
         config = self.quantization_config
-        config.layers = renamed_layers(config.layers, self._installed)
+        config.layers = install.renamed_layers(config.layers, self._installed)
         model.config.quantization_config = config
         del self._shards, self._installed
         return accelerate(model)

@@ -1,13 +1,13 @@
 """Register qtool with transformers when transformers is imported, and not before.
 
 `import qtool` must make `AutoModelForCausalLM.from_pretrained(OUT_DIR)` work, but `qtool --help`
-must not wait for torch. So an import hook waits for `transformers.quantizers.auto`. Torch-free.
+must not wait for torch. So an import hook waits for `transformers.quantizers.auto`. Torch-free, and
+without importlib.abc, which costs as much as all else that `import qtool` does.
 """
 
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
@@ -15,21 +15,7 @@ TARGET = "transformers.quantizers.auto"
 QUANTIZER = "qtool.integrations.transformers.quantizer"
 
 
-class _Loader(Loader):
-    """Runs the real loader, then imports our quantizer, whose import registers it."""
-
-    def __init__(self, real: Loader) -> None:
-        self._real = real
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._real.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._real.exec_module(module)
-        importlib.import_module(QUANTIZER)
-
-
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds one module: transformers' table of quantizers."""
 
     def find_spec(
@@ -39,7 +25,13 @@ class _Finder(MetaPathFinder):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            run = spec.loader.exec_module
+
+            def run_and_register(module: ModuleType) -> None:
+                run(module)
+                importlib.import_module(QUANTIZER)  # which registers it
+
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec
 
 

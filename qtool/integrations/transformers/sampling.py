@@ -47,13 +47,11 @@ class SharedRunner:
     def begin(self, batch: int, length: int, limit: int) -> DecodeRunner:
         """Return a runner with room for prompts and some more: the last one if it will do."""
         room = self._rounded(min(limit, length + FIRST_ROOM))
-        runner = self.runner
-        if runner is None or runner.batch != batch or runner.max_length < room:
+        if self.runner is None or self.runner.batch != batch or self.runner.max_length < room:
             self._finish()
-            self.runner = runner = None  # frees its cache before the new one is made
-            runner = DecodeRunner(self.weights, self.ops, max_length=room, batch=batch)
-            self.runner = runner
-        return runner
+            self.runner = None  # frees its cache before the new one is made
+            self.runner = DecodeRunner(self.weights, self.ops, max_length=room, batch=batch)
+        return self.runner
 
     def go_on(self, limit: int) -> DecodeRunner:
         """Return a runner that can take a step: a larger one where the last is full."""
@@ -97,7 +95,7 @@ def sample(decoder: SharedRunner, input_ids: Tensor, arguments: Mapping[str, Any
     logits = runner.prefill(*_prompts(input_ids, arguments.get("attention_mask")))
     simple = all(type(one).__name__ in KNOWN_CRITERIA for one in criteria)
     if not config.do_sample and streamer is None and not len(processors) and simple:
-        return _greedy(decoder, input_ids, logits, criteria, config)
+        return _greedy(decoder, input_ids, logits, arguments)
     ends = any(hasattr(one, "eos_token_id") for one in criteria)
     unfinished = torch.ones(batch, dtype=torch.long, device=input_ids.device)
     while True:
@@ -133,13 +131,10 @@ def _prompts(input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | N
 
 
 def _greedy(
-    decoder: SharedRunner,
-    input_ids: Tensor,
-    logits: Tensor,
-    criteria: Any,  # noqa: ANN401
-    config: Any,  # noqa: ANN401
+    decoder: SharedRunner, input_ids: Tensor, logits: Tensor, arguments: Mapping[str, Any]
 ) -> Tensor:
     """Choose all tokens on the device, then apply the criteria to what came out."""
+    criteria = arguments["stopping_criteria"]
     limit = min(int(one.max_length) for one in criteria if hasattr(one, "max_length"))
     stops = [one.eos_token_id.tolist() for one in criteria if hasattr(one, "eos_token_id")]
     stop_ids = sorted({token for each in stops for token in each})
@@ -153,7 +148,8 @@ def _greedy(
             break
     chosen = torch.cat(parts, dim=1)
     if stop_ids:
-        chosen = _until_end(chosen, stop_ids, config._pad_token_tensor)
+        pad = arguments["generation_config"]._pad_token_tensor
+        chosen = _until_end(chosen, stop_ids, pad)
     return torch.cat([input_ids, chosen], dim=1)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.base import KernelBackend
+from qtool.base import CausalModel, KernelBackend
 from qtool.errors import BackendError
 from qtool.runtime.decode.weights import (
     DecoderLayer,
@@ -27,7 +27,7 @@ ROTARY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions whose frequencies don't depend on the length."""
 
 
-def why_not(model: Any) -> str | None:  # noqa: ANN401
+def why_not(model: CausalModel) -> str | None:
     """Return None for a model that the decoder runs, else a sentence: what it doesn't know."""
     family = getattr(model.config, "model_type", "unknown")
     if family not in FAMILIES:
@@ -40,7 +40,7 @@ def why_not(model: Any) -> str | None:  # noqa: ANN401
     return next((reason for check in checks if (reason := check(model))), None)
 
 
-def weights_of(model: Any, *, backend: KernelBackend | None = None) -> DecoderWeights:  # noqa: ANN401
+def weights_of(model: CausalModel, *, backend: KernelBackend | None = None) -> DecoderWeights:
     """Return what a decoding step reads.
 
     Quantized modules adopt parts of what is fused: they keep no layout of their own where a fused
@@ -62,18 +62,16 @@ def weights_of(model: Any, *, backend: KernelBackend | None = None) -> DecoderWe
     return weights
 
 
-def _weights(model: Any, read: "_Reader") -> DecoderWeights:  # noqa: ANN401
+def _weights(model: CausalModel, read: "_Reader") -> DecoderWeights:
     config, core = model.config, model.model
     attention, rotary = core.layers[0].self_attn, core.rotary_emb
     embedding = read.single(core.embed_tokens)
     head = model.lm_head
     return DecoderWeights(
         shape=DecoderShape(
-            hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads,
             head_dim=attention.head_dim,
-            intermediate_size=config.intermediate_size,
             vocab_size=config.vocab_size,
             norm_eps=core.norm.variance_epsilon,
             attention_scale=float(attention.scaling),
@@ -159,7 +157,7 @@ def _window(config: Any) -> int | None:  # noqa: ANN401
     return int(window)
 
 
-def _why_not_state(model: Any) -> str | None:  # noqa: ANN401
+def _why_not_state(model: CausalModel) -> str | None:
     if model.training:
         return "it is in training mode; call model.eval()."
     quantized = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
@@ -178,7 +176,7 @@ def _why_not_state(model: Any) -> str | None:  # noqa: ANN401
     return f"its parameters have several dtypes: {dtypes}." if len(dtypes) != 1 else None
 
 
-def _why_not_layers(model: Any) -> str | None:  # noqa: ANN401
+def _why_not_layers(model: CausalModel) -> str | None:
     config, core = model.config, model.model
     if config.hidden_act not in ("silu", "swish"):
         return f"its activation is {config.hidden_act}, not silu."
@@ -207,7 +205,7 @@ def _why_not_layer(layer: Any) -> str | None:  # noqa: ANN401
     return None
 
 
-def _why_not_ends(model: Any) -> str | None:  # noqa: ANN401
+def _why_not_ends(model: CausalModel) -> str | None:
     embedding, head = model.model.embed_tokens, model.lm_head
     if type(embedding) not in (nn.Embedding, QuantizedEmbedding):
         return "its embedding is a module that the decoder doesn't know."

@@ -38,8 +38,7 @@ class DecodeRunner:
         self.max_length, self.batch, self.length = max_length, batch, 0
         with torch.inference_mode(mode=False), torch.no_grad():  # may be changed in either mode
             self.state = new_state(weights, ops, max_length=max_length, batch=batch)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._captured: Tensor | None = None
+        self._captured: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -136,11 +135,8 @@ class DecodeRunner:
         if self.device.type != "cuda":
             logits = self._step()
         else:
-            if self._graph is None:
-                self._capture()
-            assert self._graph is not None and self._captured is not None
-            self._graph.replay()
-            logits = self._captured
+            graph, logits = self._captured = self._captured or self._capture()
+            graph.replay()
         self.length += 1
         return logits
 
@@ -149,11 +145,10 @@ class DecodeRunner:
         self.ops.choose(logits, self.state)
         return logits
 
-    def _capture(self) -> None:
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Record the step; compiles kernels and sets their attributes first, on a side stream."""
         with torch.cuda.device(self.device):
             step.warm_up(self._step, self.state, self.device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._captured = self._step()
-        self._graph = graph
+                return graph, self._step()

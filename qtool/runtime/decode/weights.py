@@ -24,11 +24,9 @@ Projections = Projection | tuple[Projection, ...]
 class DecoderShape:
     """Numbers that the step is specialized for."""
 
-    hidden_size: int
     num_heads: int
     num_key_value_heads: int
     head_dim: int
-    intermediate_size: int
     vocab_size: int
     norm_eps: float
     attention_scale: float

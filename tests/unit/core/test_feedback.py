@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from qtool.core import hessian, polish
+from qtool.core import grouping, hessian, polish
 from qtool.core.error_feedback import encode_columns, feed_forward, scaled_errors
 from qtool.core.grids import AffineGrid, BinaryGrid, Span
 
@@ -104,8 +104,9 @@ def test_no_step_of_the_polish_raises_the_loss_of_any_row(layer, kind):
     codes, levels, _ = run_feedback(weight, factor, grid)
     gradient = polish.residual(weight, levels, factor.hessian)
     losses = [loss_per_row(weight, levels, factor.hessian)]
-    for step in (polish.descend_codes, polish.refit, polish.descend_codes, polish.refit):
-        step(grid, EDGES, codes, levels, gradient, factor.hessian)
+    descent = polish.Descent(grid, EDGES, codes, levels, gradient, factor.hessian)
+    for step in (descent.descend_codes, descent.refit, descent.descend_codes, descent.refit):
+        step()
         losses.append(loss_per_row(weight, levels, factor.hessian))
         drift = gradient - polish.residual(weight, levels, factor.hessian)
         assert float(drift.abs().max()) < 1e-3
@@ -119,7 +120,7 @@ def test_polish_of_single_column_groups_never_raises_the_loss(layer, size):
     weight, matrix = layer
     factor = factorized(matrix, 0.01)
     span = Span(size, ROWS)
-    padded = span.split(weight)
+    padded = grouping.split(weight, size)
     low, high = padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
     scales = (high - low).clamp(min=1e-3) / 3
     grid = AffineGrid(scales, (-low / scales).round().clamp(0, 3), 2, span)
@@ -129,8 +130,9 @@ def test_polish_of_single_column_groups_never_raises_the_loss(layer, size):
     levels = polish.all_values(grid, edges, codes)
     gradient = polish.residual(weight, levels, factor.hessian)
     losses = [float(loss_per_row(weight, levels, factor.hessian).sum())]
-    for step in (polish.refit, polish.descend_codes, polish.refit, polish.descend_codes):
-        step(grid, edges, codes, levels, gradient, factor.hessian)
+    descent = polish.Descent(grid, edges, codes, levels, gradient, factor.hessian)
+    for step in (descent.refit, descent.descend_codes, descent.refit, descent.descend_codes):
+        step()
         losses.append(float(loss_per_row(weight, levels, factor.hessian).sum()))
         torch.testing.assert_close(levels, polish.all_values(grid, edges, codes))
         drift = gradient - polish.residual(weight, levels, factor.hessian)

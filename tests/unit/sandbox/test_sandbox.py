@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -593,6 +594,25 @@ def test_nothing_outlives_the_caller(isolate, place, signal_number):
     if signal_number == signal.SIGKILL:  # nobody is left to remove the directories
         for folder in place.iterdir():
             shutil.rmtree(folder)
+
+
+@LINUX
+def test_a_keeper_that_hangs_is_ended(isolate, place, monkeypatch):
+    protections(isolate=isolate)
+    monkeypatch.setattr(sandbox, "GRACE_SECONDS", 0.5)
+    with ThreadPoolExecutor() as pool:
+        source = "import time; time.sleep(60)"
+        future = pool.submit(run_programs, [source], Limits(seconds=1.5), isolate=isolate)
+        wait_until(lambda: len(processes_of(place)) >= 3)  # the keeper, the guard and the program
+        os.kill(min(map(int, children())), signal.SIGSTOP)
+        [outcome] = future.result(timeout=20)
+    assert outcome == Outcome("killed", "the sandbox's own process was killed or stopped")
+    wait_until(lambda: not processes_of(place))  # by the kernel, which nobody waits for
+
+
+def children() -> list[str]:
+    threads = Path("/proc/self/task").glob("*/children")
+    return [pid for thread in threads for pid in thread.read_text().split()]
 
 
 def wait_until(condition) -> None:

@@ -9,7 +9,7 @@ from qtool.runtime.decode.torch_ops import TorchOps
 from qtool.scheme import Shape2D
 from qtool.timing import gpu
 from qtool.timing.kernels import Rig
-from qtool.timing.machine import Machine
+from qtool.timing.machine import Clock, Machine
 from qtool.timing.shapes import DecoderSizes, LinearShape, ModelShape
 
 L2_BYTES = 1000
@@ -49,10 +49,11 @@ class CountingTimer:
         return [9.0, len(calls) * 1e-6, 0.0]
 
 
-class FakeClock:
+class FakeClock(Clock):
     """A second passes at each look; memory grows by a gigabyte."""
 
     def __init__(self):
+        super().__init__(torch.device("cpu"))
         self._time, self._memory = itertools.count(), itertools.count()
 
     def seconds(self):

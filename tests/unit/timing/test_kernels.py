@@ -69,8 +69,10 @@ def test_a_layer_is_timed_at_every_batch_size_and_beside_float16():
 
 def test_the_kernel_asked_for_is_the_one_that_is_launched():
     launched = []
-    own = dataclasses.replace(rig(), launch=lambda call, _: launched.append(call.kernel))
-    result = kernels.time_layer(layer(keep_stored=True), own, kernel="sign_flip")
+    own = dataclasses.replace(
+        rig(), launch=lambda call, _: launched.append(call.kernel), kernel="sign_flip"
+    )
+    result = kernels.time_layer(layer(keep_stored=True), own)
     assert set(launched) == {"sign_flip"}
     assert {p.kernel for p in result.sweep} == {"sign_flip"}
 

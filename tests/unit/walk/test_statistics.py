@@ -65,7 +65,7 @@ def by_hand(blocks, streams, residuals, cap):
 def test_all_moments_are_of_equally_weighted_tokens(blocks, streams, writer, cap):
     """A capped token counts alike in H and in the drifts: otherwise the shift overshoots for it."""
     measured = measure_inputs(
-        "linear", blocks[0], blocks[1], streams, writer=writer, token_cap=cap
+        writer, blocks[0], blocks[1], streams, residual=("attention", "mlp"), token_cap=cap
     ).train
     share = 0.5 if writer == "mlp" else 1.0
     flat = (lambda h: share * h.flatten(0, -2),) * 2
@@ -77,7 +77,9 @@ def test_all_moments_are_of_equally_weighted_tokens(blocks, streams, writer, cap
 
 
 def test_linears_off_the_residual_stream_have_no_residual(blocks, streams):
-    measured = measure_inputs("linear", blocks[0], blocks[1], streams, writer=None, token_cap=None)
+    measured = measure_inputs(
+        "linear", blocks[0], blocks[1], streams, residual=None, token_cap=None
+    )
     for part in (measured.train, measured.held_out):
         assert not {"ex", "ed", "ee"} & part.sums.keys()
     assert measured.held_out.num_tokens == 20

@@ -43,19 +43,11 @@ class KernelOps:
         rows, hidden = x.shape
         y = torch.empty_like(x)
         if rows > 0:
-            threads = min(MOST_NORM_THREADS, _rounded_up(-(-hidden // 8), WARP))
-            self._launch(
-                KernelCall(
-                    "rms_norm",
-                    "rms_norm",
-                    constants(x.dtype, HIDDEN=hidden, THREADS=threads),
-                    (rows, 1, 1),
-                    threads,
-                    threads // WARP * 4,
-                    (float(eps),),
-                ),
-                (x, weight, y),
-            )
+            threads = min(MOST_NORM_THREADS, -(-hidden // (8 * WARP)) * WARP)
+            macros, grid = constants(x.dtype, HIDDEN=hidden, THREADS=threads), (rows, 1, 1)
+            shared, numbers = threads // WARP * 4, (float(eps),)
+            call = KernelCall("rms_norm", "rms_norm", macros, grid, threads, shared, numbers)
+            self._launch(call, (x, weight, y))
         return y
 
     def linear(self, x: Tensor, projection: Projections, residual: Tensor | None = None) -> Tensor:
@@ -84,49 +76,33 @@ class KernelOps:
         heads, dim = shape.group // blocks, shape.head_dim
         output = qkv.new_empty(batch, shape.num_heads * dim)
         shared = 4 * heads * dim + 4 * dim + 4 * ATTENTION_WARPS * heads * (dim + 2)
-        self._launch(
-            KernelCall(
-                "decode_attention",
-                "decode_attention",
-                constants(
-                    qkv.dtype,
-                    HEAD_DIM=dim,
-                    HEADS=heads,
-                    BLOCKS=blocks,
-                    QK_NORM=int(layer.query_norm is not None),
-                    SHORTEST=SHORTEST_PART,
-                ),
-                (splits, shape.num_key_value_heads * blocks, batch),
-                ATTENTION_THREADS,
-                shared,
-                (
-                    *(shape.attention_scale * log2(e), float(shape.norm_eps)),
-                    *(shape.num_key_value_heads, max_length, index, len(state.keys)),
-                ),
-            ),
-            (
-                *(qkv, layer.qkv_bias, layer.query_norm, layer.key_norm),
-                *(state.rotary, state.positions, state.steps),
-                *(state.keys[index], state.values[index], state.scratch, output),
+        macros = {"HEAD_DIM": dim, "HEADS": heads, "BLOCKS": blocks, "SHORTEST": SHORTEST_PART}
+        call = KernelCall(
+            file="decode_attention",
+            kernel="decode_attention",
+            constants=constants(qkv.dtype, **macros, QK_NORM=int(layer.query_norm is not None)),
+            grid=(splits, shape.num_key_value_heads * blocks, batch),
+            threads=ATTENTION_THREADS,
+            shared_bytes=shared,
+            numbers=(
+                *(shape.attention_scale * log2(e), float(shape.norm_eps)),
+                *(shape.num_key_value_heads, max_length, index, len(state.keys)),
             ),
         )
+        norms = (qkv, layer.qkv_bias, layer.query_norm, layer.key_norm)
+        places = (state.rotary, state.positions, state.steps)
+        cache = (state.keys[index], state.values[index])
+        self._launch(call, (*norms, *places, *cache, state.scratch, output))
         return output
 
     def choose(self, logits: Tensor, state: DecodeState) -> None:
         """Take the likeliest tokens and move on."""
         buffers = (state.tokens, state.positions, state.history, state.steps)
-        self._launch(
-            KernelCall(
-                "greedy",
-                "greedy",
-                constants(logits.dtype),
-                (len(logits), 1, 1),
-                GREEDY_THREADS,
-                GREEDY_THREADS // WARP * 8,
-                (logits.shape[1], state.history.shape[1]),
-            ),
-            (logits, *buffers),
-        )
+        macros, grid = constants(logits.dtype), (len(logits), 1, 1)
+        threads, shared = GREEDY_THREADS, GREEDY_THREADS // WARP * 8
+        numbers = (logits.shape[1], state.history.shape[1])
+        call = KernelCall("greedy", "greedy", macros, grid, threads, shared, numbers)
+        self._launch(call, (logits, *buffers))
 
     def scratch(
         self, shape: DecoderShape, batch: int, max_length: int, device: torch.device
@@ -149,7 +125,3 @@ def splits_for(card: Card, blocks: int, max_length: int) -> int:
     """Return into how many parts a context is cut: enough for the card, and no empty ones."""
     useful = min(MOST_SPLITS, -(-max_length // SHORTEST_PART))
     return max(1, min(useful, card.multiprocessors // blocks))
-
-
-def _rounded_up(value: int, to: int) -> int:
-    return -(-value // to) * to

@@ -17,7 +17,7 @@ from qtool.runtime.backends.cuda import lut, planes, tiles
 from qtool.runtime.backends.cuda.centers import CENTERS, planes_of, weight_of
 from qtool.runtime.backends.cuda.launch import Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.selection import STORED_KERNELS, selection_for, wanted_kernel
-from qtool.runtime.backends.cuda.tiles import UNIT, Tiles
+from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT, Tiles
 from qtool.scheme import Shape2D, WeightScheme
 
 SIGN_FLIP_THREADS, SIGN_FLIP_ROWS = 256, 8
@@ -155,18 +155,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     if x.data_ptr() % LOAD_BYTES != 0:  # a slice of something
         x = x.clone()
     if kernel == "planes" and weight.tiles is not None and tokens > 0:
-        epilogue = "gated" if gated else "none" if residual is None else "residual"
-        return planes.multiply_planes(
-            x,
-            weight.tiles,
-            weight.shape.out_features,
-            weight.layout,
-            launch,
-            card,
-            epilogue=epilogue,
-            residual=residual,
-            dependent=not weight.fresh,
-        )
+        return _by_planes(x, weight, launch, card, residual=residual, gated=gated)
     if kernel == "lut" and tokens > 0:
         y = lut.multiply_by_tables(x, _stored(weight, kernel), launch, card, residual)
         residual = None
@@ -176,6 +165,32 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         gate, up = side_by_side(y).chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
     return y if residual is None else y + residual
+
+
+def _by_planes(
+    x: Tensor,
+    weight: KernelWeight,
+    launch: Launch,
+    card: Card,
+    *,
+    residual: Tensor | None,
+    gated: bool,
+) -> Tensor:
+    """Do `matmul` by the tiles: in slabs where the inputs don't fit into shared memory."""
+    assert weight.tiles is not None
+    (batch, inputs), rows, packed = x.shape, weight.shape.out_features, weight.tiles
+    row_tiles, units, *_ = packed.planes.shape
+    sizes = (rows, inputs, batch, row_tiles, units, packed.scales.shape[1])
+    epilogue = "gated" if gated else "none" if residual is None else "residual"
+    call = planes.call_for(sizes, weight.layout, x.dtype, card, epilogue, not weight.fresh)
+    y = x.new_empty(batch, rows // 2 if gated else rows)
+    slabs, partial = call.grid[1], None
+    if slabs > 1:
+        partial = x.new_empty(slabs, batch, row_tiles * TILE_ROWS, dtype=torch.float32)
+    launch(call, (packed.planes, packed.scales, x, residual, y, partial))
+    if partial is not None:
+        planes.add_splits(partial, y, launch, epilogue=epilogue, residual=residual)
+    return y
 
 
 def _plain(x: Tensor, weight: KernelWeight, launch: Launch, kernel: str) -> Tensor:
@@ -211,24 +226,16 @@ def _stored(weight: KernelWeight, kernel: str) -> QuantizedTensor:
 def _by_definition(x: Tensor, tensor: QuantizedTensor, launch: Launch) -> Tensor:
     (rows, inputs), scheme, parts = tensor.shape, tensor.scheme, tensor.parts
     y, offsets = x.new_empty(len(x), rows), parts.get("plane_offsets", parts.get(CENTERS))
-    launch(
-        KernelCall(
-            "sign_flip",
-            "sign_flip",
-            constants(x.dtype),
-            (-(-rows // SIGN_FLIP_ROWS), len(x), 1),
-            SIGN_FLIP_THREADS,
-            0,
-            (
-                *(rows, inputs, parts["bit_planes"].shape[2], scheme.num_bits),
-                scheme.group_size or scheme.grouped_length(tensor.shape),
-                scheme.num_groups(tensor.shape),
-                int(CENTERS in parts),
-                int(scheme.group_dim == "in_features"),
-            ),
-        ),
-        (parts["bit_planes"], parts["plane_scales"], offsets, x, y),
+    numbers = (
+        *(rows, inputs, parts["bit_planes"].shape[2], scheme.num_bits),
+        scheme.group_size or scheme.grouped_length(tensor.shape),
+        scheme.num_groups(tensor.shape),
+        int(CENTERS in parts),
+        int(scheme.group_dim == "in_features"),
     )
+    grid, threads = (-(-rows // SIGN_FLIP_ROWS), len(x), 1), SIGN_FLIP_THREADS
+    call = KernelCall("sign_flip", "sign_flip", constants(x.dtype), grid, threads, 0, numbers)
+    launch(call, (parts["bit_planes"], parts["plane_scales"], offsets, x, y))
     return y
 
 

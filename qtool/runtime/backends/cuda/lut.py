@@ -77,47 +77,33 @@ def multiply_by_tables(
     Returns:
         (tokens, out_features) in the dtype of `x`.
     """
-    (rows, inputs), batch, parts = tensor.shape, len(x), tensor.parts
+    (rows, inputs), scheme, parts, batch = tensor.shape, tensor.scheme, tensor.parts, len(x)
     y = x.new_empty(batch, rows)
     if batch == 0:
         return y
-    tuned = table_tuning(tensor.scheme.num_bits, rows, card)
+    tuned = table_tuning(scheme.num_bits, rows, card)
     slabs = -(-inputs // tuned.slab)
     partial = x.new_empty(slabs, batch, rows, dtype=torch.float32) if slabs > 1 else None
     offsets = parts.get("plane_offsets", parts.get(CENTERS))
     # One wave of blocks, one on a multiprocessor, and no warp without rows.
     most = -(-rows // (tuned.rows * tuned.threads // LANES))
     blocks = max(1, min(card.multiprocessors // slabs, most))
-    launch(
-        KernelCall(
-            "lut_gemm",
-            "lut_gemm",
-            _constants(tensor, x.dtype, tuned),
-            (blocks, slabs, batch),
-            tuned.threads,
-            tuned.shared_bytes,
-            (rows,),
-        ),
-        (parts["bit_planes"], parts["plane_scales"], offsets, x, y if partial is None else partial),
-    )
-    if partial is None:
-        return y if residual is None else y.add_(residual)
-    epilogue = "none" if residual is None else "residual"
-    planes.add_splits(partial, y, launch, epilogue=epilogue, residual=residual)
-    return y
-
-
-def _constants(
-    tensor: QuantizedTensor, dtype: torch.dtype, tuned: TableTuning
-) -> tuple[tuple[str, int], ...]:
-    scheme, inputs = tensor.scheme, tensor.shape.in_features
-    return constants(
-        dtype,
+    macros = constants(
+        x.dtype,
         PLANES=scheme.num_bits,
         GROUP=min(scheme.group_size or inputs, inputs),
-        OFFSET=2 if CENTERS in tensor.parts else int(not scheme.symmetric),
+        OFFSET=2 if CENTERS in parts else int(not scheme.symmetric),
         INPUTS=inputs,
         KEYS=tuned.keys,
         ROWS=tuned.rows,
         THREADS=tuned.threads,
     )
+    grid, threads, shared = (blocks, slabs, batch), tuned.threads, tuned.shared_bytes
+    call = KernelCall("lut_gemm", "lut_gemm", macros, grid, threads, shared, numbers=(rows,))
+    target = y if partial is None else partial
+    launch(call, (parts["bit_planes"], parts["plane_scales"], offsets, x, target))
+    if partial is None:
+        return y if residual is None else y.add_(residual)
+    epilogue = "none" if residual is None else "residual"
+    planes.add_splits(partial, y, launch, epilogue=epilogue, residual=residual)
+    return y

@@ -11,7 +11,7 @@ from torch import Tensor
 from qtool.errors import BackendError
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.selection import Tuning, selection_for
-from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT, Tiles
+from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT
 
 BLOCKS_PER_UNIT = 8
 NUMBER = 4
@@ -212,49 +212,6 @@ def call_for(
     )
 
 
-def multiply_planes(  # noqa: PLR0913 - what, by what, where, and what comes after
-    x: Tensor,
-    packed: Tiles,
-    out_features: int,
-    layout: Layout,
-    launch: Launch,
-    card: Card,
-    *,
-    epilogue: str = "none",
-    residual: Tensor | None = None,
-    dependent: bool = True,
-) -> Tensor:
-    """Return x @ W.T, or what the epilogue makes of it.
-
-    Args:
-        x: (tokens, in_features) float16 or bfloat16, contiguous.
-        packed: W.
-        out_features: Rows of W.
-        layout: Of W.
-        launch: Runs a kernel.
-        card: Where.
-        epilogue: `none`; `residual`: adds it; `gated`: silu(gate) * up of alternating rows, so the
-            result is half as wide.
-        residual: (tokens, out_features), for the epilogue of that name.
-        dependent: The weight may be read before the launch before this one has ended.
-
-    Raises:
-        BackendError: a CTA has too little shared memory; `tuned_plan` says so beforehand.
-    """
-    batch, in_features = x.shape
-    row_tiles, units, *_ = packed.planes.shape
-    sizes = (out_features, in_features, batch, row_tiles, units, packed.scales.shape[1])
-    call = call_for(sizes, layout, x.dtype, card, epilogue, dependent)
-    y = x.new_empty(batch, out_features // 2 if epilogue == "gated" else out_features)
-    slabs, partial = call.grid[1], None
-    if slabs > 1:
-        partial = x.new_empty(slabs, batch, row_tiles * TILE_ROWS, dtype=torch.float32)
-    launch(call, (packed.planes, packed.scales, x, residual, y, partial))
-    if partial is not None:
-        add_splits(partial, y, launch, epilogue=epilogue, residual=residual)
-    return y
-
-
 def add_splits(
     partial: Tensor,
     y: Tensor,
@@ -265,16 +222,11 @@ def add_splits(
 ) -> None:
     """Write the sum of (splits, tokens, padded rows) float32 to `y`, through the epilogue."""
     splits, batch, padded = partial.shape
-    threads = 128
-    launch(
-        KernelCall(
-            "add_splits",
-            "add_splits",
-            constants(y.dtype, EPILOGUE=EPILOGUES[epilogue]),
-            (-(-y.shape[1] // threads), batch, 1),
-            threads,
-            0,
-            (y.shape[1], padded, batch, splits),
-        ),
-        (partial, residual, y),
+    threads, width = 128, y.shape[1]
+    macros, grid = (
+        constants(y.dtype, EPILOGUE=EPILOGUES[epilogue]),
+        (-(-width // threads), batch, 1),
     )
+    numbers = (width, padded, batch, splits)
+    call = KernelCall("add_splits", "add_splits", macros, grid, threads, 0, numbers)
+    launch(call, (partial, residual, y))

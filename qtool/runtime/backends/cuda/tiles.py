@@ -44,15 +44,7 @@ def pack(tensor: QuantizedTensor) -> Tiles:
     tiles_at_once = max(1, BITS_AT_ONCE // (tensor.scheme.num_bits * inputs * TILE_ROWS))
     planes = tensor.parts["bit_planes"].split(tiles_at_once * TILE_ROWS, dim=1)
     packed = [pack_planes(_padded(unpack_bits(rows, inputs))) for rows in planes]
-    size = tensor.scheme.group_size or inputs
-    units = -(-inputs // UNIT)
-    groups = -(-units * UNIT // size) if size < inputs else 1
-    parameters = _parameters(tensor)
-    more = (0, groups - parameters.shape[2], 0, -parameters.shape[1] % TILE_ROWS)
-    return Tiles(
-        packed[0] if len(packed) == 1 else torch.cat(packed),
-        _pack_parameters(torch.nn.functional.pad(parameters, more)),
-    )
+    return Tiles(packed[0] if len(packed) == 1 else torch.cat(packed), _pack_parameters(tensor))
 
 
 def _padded(bits: Tensor) -> Tensor:
@@ -60,12 +52,18 @@ def _padded(bits: Tensor) -> Tensor:
     return torch.nn.functional.pad(bits, (0, -bits.shape[2] % UNIT, 0, -bits.shape[1] % TILE_ROWS))
 
 
-def _parameters(tensor: QuantizedTensor) -> Tensor:
-    """Return scales, then offsets or centers: (parameters, out_features, num_groups)."""
-    parameters = list(tensor.parts["plane_scales"])
+def _pack_parameters(tensor: QuantizedTensor) -> Tensor:
+    """Re-lay scales, then offsets or centers, each (out_features, num_groups), by tiles."""
+    rows, inputs = tensor.shape
+    listed = list(tensor.parts["plane_scales"])
     if not tensor.scheme.symmetric:
-        parameters.append(tensor.parts.get("plane_offsets", tensor.parts.get(CENTERS)))
-    return torch.stack(parameters)
+        listed.append(tensor.parts.get("plane_offsets", tensor.parts.get(CENTERS)))
+    size, padded_inputs = tensor.scheme.group_size or inputs, -(-inputs // UNIT) * UNIT
+    groups = -(-padded_inputs // size) if size < inputs else 1
+    more = (0, groups - listed[0].shape[1], 0, -rows % TILE_ROWS)
+    padded = torch.nn.functional.pad(torch.stack(listed), more)
+    split = padded.unflatten(1, (-1, 2, 8))  # parameter, tile, r, g, group
+    return split.permute(1, 4, 3, 0, 2).contiguous()
 
 
 def pack_planes(bits: Tensor) -> Tensor:
@@ -94,12 +92,6 @@ def unpack_planes(planes: Tensor) -> Tensor:
     ordered = flat.view(row_tiles, units, num_bits, 8, 4, WORDS, 2, 2, 4, 2)
     split = ordered.permute(2, 0, 9, 3, 1, 5, 7, 4, 8, 6)
     return split.reshape(num_bits, row_tiles * TILE_ROWS, units * UNIT)
-
-
-def _pack_parameters(parameters: Tensor) -> Tensor:
-    """Re-lay (parameters, rows of whole tiles, groups) float16 by tiles."""
-    split = parameters.unflatten(1, (-1, 2, 8))  # parameter, tile, r, g, group
-    return split.permute(1, 4, 3, 0, 2).contiguous()
 
 
 def unpack(tiles: Tiles, shape: Shape2D, group: int) -> tuple[Tensor, Tensor]:
