@@ -1,6 +1,7 @@
 """`dataset: model`: what a model writes is seeded, and has chats if it can."""
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_samples_are_drawn_of_what_the_model_writes(chat_model, tmp_path, share)
     sources = [{"dataset": "model", "share": 0.5}, {"dataset": str(words), "share": 0.5}]
     own = {"dataset": "model"} if share is None else {"mixture": sources}
     section = CalibrationSection(num_samples=8, sequence_length=32, **own)
-    events: list[object] = []
+    events: list[Any] = []
     pipeline.calibrate(Location(chat_model), tmp_path / "cal", section, emit=events.append)
     drawn = load_calibration(tmp_path / "cal", load_tokenizer(chat_model))
     assert len(drawn.samples) == 8
