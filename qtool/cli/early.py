@@ -110,14 +110,14 @@ def check_texts(section: "CalibrationSection | None") -> None:
     """
     if section is None:
         return
-    from qtool.data.corpora import bundled, open_dataset
+    from qtool.data.corpora import WRITTEN_BY_THE_MODEL, bundled, open_dataset
     from qtool.data.documents import HUB_PREFIX, JSONL_SUFFIXES
     from qtool.data.lengths import check_known
 
     if section.sequence_length == "match":
         check_known(section.tasks)
-    for name in section.datasets:
-        if name.startswith(HUB_PREFIX) or name in bundled():
+    for name in (source.dataset for source in section.sources):
+        if name.startswith(HUB_PREFIX) or name in (*bundled(), WRITTEN_BY_THE_MODEL):
             continue
         if name.endswith((".txt", *JSONL_SUFFIXES)):
             check_file(Path(name))

@@ -1,7 +1,6 @@
 """Texts by name: bundled ones that work offline, a file of the user's, a data set of the hub."""
 
 import hashlib
-import lzma
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,8 @@ from qtool.errors import DataError
 from qtool.plugins import describe_miss
 from qtool.storage.jsonl import read_text
 
+WRITTEN_BY_THE_MODEL = "model"
+"""The name of a source that is no text yet: `steps.self_written`."""
 NEEDS_BOS = "gemma"
 """Part of the `model_type` of models whose predictions are useless without bos at the start."""
 
@@ -48,6 +49,12 @@ def _bundled_files() -> Mapping[str, Path]:
     return {path.name.split(".")[0]: path for path in resources.texts_dir().glob("*.xz")}
 
 
+def _found(name: str) -> tuple[Path, str]:
+    """Return the file that a name means, and what to call it in results."""
+    path = _bundled_files().get(name)
+    return (path, name) if path is not None else (Path(name), Path(name).name)
+
+
 def open_dataset(name: str) -> Corpus | Collection:
     """Return a running text or a collection of documents, whichever the name means.
 
@@ -60,9 +67,9 @@ def open_dataset(name: str) -> Corpus | Collection:
     """
     if name.startswith(HUB_PREFIX):
         return hub_collection(name)
-    file = _bundled_files().get(name, Path(name))
-    if file.name.endswith((*JSONL_SUFFIXES, ".jsonl.xz")):
-        return replace(jsonl_collection(file), name=name if name in bundled() else file.name)
+    path, shown = _found(name)
+    if path.name.endswith(JSONL_SUFFIXES):
+        return replace(jsonl_collection(path), name=shown)
     return load_corpus(name)
 
 
@@ -76,26 +83,23 @@ def load_corpus(name: str) -> Corpus:
     Raises:
         DataError: there is no such text, or it isn't UTF-8, or it isn't a running text.
     """
-    file = _bundled_files().get(name)
-    if file is not None and file.name.endswith(".txt.xz"):
-        return Corpus(name, lzma.decompress(file.read_bytes()).decode("utf-8"))
     if name.startswith(HUB_PREFIX):
         raise DataError(
             f"{name} is a data set of the hub, and a running text is needed here. Save the rows "
             "that you want as a .jsonl file."
         )
-    path = Path(name)
-    if file is not None or name.endswith(JSONL_SUFFIXES):
-        return _joined(jsonl_collection(file or path), name if file else path.name)
-    if path.suffix != ".txt":
+    path, shown = _found(name)
+    if path.name.endswith(JSONL_SUFFIXES):
+        return _joined(replace(jsonl_collection(path), name=shown))
+    if not path.name.endswith((".txt", ".txt.xz")):
         raise DataError(
             describe_miss(name, bundled(), "bundled texts")
             + " A text of your own is given by its path, ending in .txt, .jsonl or .jsonl.gz."
         )
-    return Corpus(path.name, read_text(path))
+    return Corpus(shown, read_text(path))
 
 
-def _joined(collection: Collection, name: str) -> Corpus:
+def _joined(collection: Collection) -> Corpus:
     texts = []
     for document in collection.documents:
         if not isinstance(document.content, str):
@@ -105,7 +109,7 @@ def _joined(collection: Collection, name: str) -> Corpus:
             )
         if document.content.strip():
             texts.append(document.content)
-    return Corpus(name, "\n\n".join(texts))
+    return Corpus(collection.name, "\n\n".join(texts))
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:

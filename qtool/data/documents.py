@@ -16,7 +16,7 @@ from qtool.errors import DataError, MissingExtraError, QtoolError
 from qtool.storage.jsonl import check_file, json_lines
 from qtool.wording import quoted, reason
 
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
 HUB_PREFIX = "hub:"
 HUB_NAME = re.compile(
     r"hub:(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?"

@@ -5,7 +5,6 @@ of the sequence, so calibrating at another length than the task's fits the wrong
 """
 
 import itertools
-import lzma
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from qtool import resources
 from qtool.base import Tokenizer
 from qtool.errors import DataError
 from qtool.plugins import describe_miss
-from qtool.storage.jsonl import json_value, read_text
+from qtool.storage.jsonl import json_objects, read_text
 
 SHORTEST_SAMPLE = 8
 """Shorter samples hold too little context to be worth a forward pass."""
@@ -52,10 +51,8 @@ def task_lengths(tokenizer: Tokenizer, tasks: Sequence[str]) -> list[int]:
     check_known(tasks)
     lengths: list[int] = []
     for task in tasks:
-        packed = (resources.prompts_dir() / f"{task}.jsonl.xz").read_bytes()
-        lines = lzma.decompress(packed).decode().splitlines()
-        prompts = [json_value(line, task)["prompt"] for line in lines]
-        lengths += [len(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts]
+        rows = json_objects(resources.prompts_dir() / f"{task}.jsonl.xz")
+        lengths += [len(tokenizer(row["prompt"], verbose=False)["input_ids"]) for row in rows]
     return lengths
 
 

@@ -98,8 +98,9 @@ def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:
 
 def _inputs(recipe: Recipe, calib_dir: Path | None) -> list[Path]:
     """Return what a run reads beside the model."""
-    texts = map(Path, recipe.calibration.datasets if recipe.calibration else ())
-    return [path for path in (calib_dir, *texts) if path is not None and os.path.exists(path)]  # noqa: PTH110
+    sources = recipe.calibration.sources if recipe.calibration else ()
+    files = [path for source in sources if (path := Path(source.dataset)).suffix]
+    return [path for path in (calib_dir, *files) if path is not None and os.path.exists(path)]  # noqa: PTH110
 
 
 def _check_room(place: Place, layer_plan: Plan, streams: int = 0) -> None:

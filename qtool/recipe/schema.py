@@ -194,11 +194,11 @@ class CalibrationSection(Section):
         return values
 
     @property
-    def datasets(self) -> tuple[str, ...]:
-        """Names of all that the samples come from."""
-        if self.dataset is not None:
-            return (self.dataset,)
-        return tuple(source.dataset for source in self.mixture)
+    def sources(self) -> tuple[SourceSection, ...]:
+        """All that the samples come from."""
+        if self.dataset is None:
+            return self.mixture
+        return (SourceSection(dataset=self.dataset, share=1.0),)
 
 
 class WeightsSection(Section):

@@ -8,18 +8,22 @@ from torch import Tensor
 
 from qtool.base import Emit, Notice, Progress, Tokenizer, ignore_events
 from qtool.data.calibration import CalibrationSet, draw_samples
-from qtool.data.corpora import bos_warning, check_tokens, open_dataset
+from qtool.data.corpora import WRITTEN_BY_THE_MODEL, Corpus, bos_warning, check_tokens, open_dataset
+from qtool.data.documents import Collection
 from qtool.data.lengths import bin_edges, match_lengths, summary, task_lengths
 from qtool.data.mixture import Source, draw_mixture
 from qtool.data.special_tokens import SpecialTokens, count_special
 from qtool.errors import DataError, RecipeError
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection
+from qtool.steps.self_written import self_written
 
 HELD_OUT = 32
 """Samples that end-to-end tuning is judged by."""
 FIXED_LENGTH = 2048
 """What `sequence_length: fixed` means, for models with that many positions."""
+MORE_WRITTEN = 1.25
+"""Tokens that the model writes, per token of it in the samples: what is cut off is lost."""
 
 
 def wanted_lengths(
@@ -62,12 +66,12 @@ def draw_calibration(
         MissingExtraError: the library that reads the data set isn't installed.
     """
     drawn = _drawn_lengths(section, source.num_positions or 2**31, lengths, seed)
-    if section.dataset is not None:
-        texts = open_dataset(section.dataset)
-        calibration = draw_samples(tokenizer, texts, drawn, at_starts=lengths is not None)
+    sources = open_sources(section, source, num_tokens=sum(drawn), seed=seed, emit=emit)
+    if section.mixture:
+        calibration = draw_mixture(sources, tokenizer, drawn, seed=seed, holdout=section.holdout)
     else:
-        calibration = draw_mixture(
-            open_mixture(section), tokenizer, drawn, seed=seed, holdout=section.holdout
+        calibration = draw_samples(
+            tokenizer, sources[0].texts, drawn, at_starts=lengths is not None
         )
     for message in _shortages(section, calibration):
         emit(Notice(message))
@@ -160,14 +164,38 @@ def check_samples(
     return special
 
 
-def open_mixture(section: CalibrationSection) -> list[Source]:
-    """Return the sources that a recipe mixes.
+def open_sources(
+    section: CalibrationSection,
+    source: ModelSource,
+    *,
+    num_tokens: int,
+    seed: int,
+    emit: Emit = ignore_events,
+) -> list[Source]:
+    """Return the texts of a recipe and their shares; of `model` what the model writes now.
+
+    Args:
+        section: Names them.
+        source: The model.
+        num_tokens: How many are wanted of all together.
+        seed: Of what the model writes.
+        emit: Is told of that.
 
     Raises:
         DataError: there is no such text, or it can't be read.
         MissingExtraError: the library that reads it isn't installed.
     """
-    return [Source(open_dataset(s.dataset), s.share, s.rendering) for s in section.mixture]
+    opened = []
+    for part in section.sources:
+        if part.dataset == WRITTEN_BY_THE_MODEL:
+            wanted = int(MORE_WRITTEN * part.share * num_tokens)
+            texts: Corpus | Collection = self_written(
+                source, num_tokens=wanted, seed=seed, emit=emit
+            )
+        else:
+            texts = open_dataset(part.dataset)
+        opened.append(Source(texts, part.share, part.rendering))
+    return opened
 
 
 def _shortages(section: CalibrationSection, calibration: CalibrationSet) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 
@@ -126,7 +127,7 @@ def test_what_goes_on_is_told_once(llama, tmp_path):
     from qtool.modeling.locate import Location
     from qtool.recipe.schema import CalibrationSection
 
-    events: list[object] = []
+    events: list[Any] = []
     section = CalibrationSection(dataset="wikitext2-valid", num_samples=4, sequence_length=16)
     pipeline.calibrate(Location(llama), tmp_path / "cal", section, emit=events.append)
     assert len(steps_in(events, "special tokens in the samples: <s> 0, </s> 0")) == 1

@@ -6,6 +6,7 @@ import torch
 
 from qtool import resources
 from qtool.data.corpora import bos_warning, bundled, check_tokens, load_corpus, open_dataset
+from qtool.data.documents import Collection
 from qtool.errors import DataError
 
 
@@ -42,6 +43,7 @@ def test_bundled_texts_are_small_and_their_licences_are_told():
 )
 def test_bundled_documents_are_opened_by_name(name, kind, least):
     collection = open_dataset(name)
+    assert isinstance(collection, Collection)
     contents = [document.content for document in collection.documents]
     assert collection.name == name
     assert len(contents) >= least

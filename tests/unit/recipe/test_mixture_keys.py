@@ -14,9 +14,13 @@ def calibration(*overrides, **values):
     return recipe_from_mapping(sections, overrides).calibration
 
 
+def names(*overrides, **values):
+    return [source.dataset for source in calibration(*overrides, **values).sources]
+
+
 def test_default_is_the_bundled_mixture_and_is_written_down():
     section = calibration()
-    assert section.datasets[0] == "wikitext2-valid"
+    assert section.sources[0].dataset == "wikitext2-valid"
     assert sum(source.share for source in section.mixture) == pytest.approx(1, abs=1e-9)
     dumped = section.model_dump(mode="json")
     assert "dataset" not in dumped
@@ -30,7 +34,7 @@ def test_calibrated_recipes_take_the_bundled_mixture():
 
 def test_dataset_alone_is_one_source_and_nothing_else_is_written_down():
     section = calibration(dataset="a.txt")
-    assert (section.datasets, section.mixture) == (("a.txt",), ())
+    assert ([one.dataset for one in section.sources], section.mixture) == (["a.txt"], ())
     dumped = section.model_dump(mode="json")
     assert dumped["dataset"] == "a.txt"
     assert "mixture" not in dumped
@@ -85,11 +89,11 @@ def test_impossible_mixture_is_one_sentence(values, message):
 
 
 def test_command_line_changes_either():
-    assert calibration("calibration.dataset=a.txt").datasets == ("a.txt",)
+    assert names("calibration.dataset=a.txt") == ["a.txt"]
     one = "calibration.mixture=[{dataset: a.txt, share: 1}]"
-    assert calibration(one).datasets == ("a.txt",)
+    assert names(one) == ["a.txt"]
     both = ("calibration.mixture=null", "calibration.dataset=c.txt")
-    assert calibration(*both, mixture=SOURCES).datasets == ("c.txt",)
+    assert names(*both, mixture=SOURCES) == ["c.txt"]
     shares = ("calibration.mixture.0.share=0.5", "calibration.mixture.1.share=0.5")
     assert [source.share for source in calibration(*shares, mixture=SOURCES).mixture] == [0.5, 0.5]
     with pytest.raises(RecipeError, match="both say where"):

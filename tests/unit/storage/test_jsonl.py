@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 import os
 
 import pytest
@@ -29,6 +30,7 @@ def values(path, content: bytes) -> list[object]:
         BOM + LINES[0] + b"\n" + BOM + LINES[1] + b"\n",  # two files, joined
         b"\n\n" + b"\n \t\n".join(LINES),
         gzip.compress(b"\n".join(LINES), mtime=0),
+        lzma.compress(b"\n".join(LINES)),
         gzip.compress(BOM + LINES[0] + b"\n", mtime=0) + gzip.compress(LINES[1], mtime=0),
     ],
 )
@@ -72,8 +74,15 @@ def test_bad_line_is_named(tmp_path, line, words):
         values(path, LINES[0] + b"\r\n\r\n" + line + b"\n")
 
 
-@pytest.mark.parametrize("packed", [b"\x1f\x8b", gzip.compress(b"1\n2\n", mtime=0)[:-9]])
-def test_damaged_gzip_is_one_sentence(tmp_path, packed):
+XZ = lzma.compress(b"1\n2\n")
+DAMAGED = [
+    *(b"\x1f\x8b", gzip.compress(b"1\n2\n", mtime=0)[:-9]),
+    *(XZ[:6], XZ[:-9], XZ[:30] + b"?" + XZ[31:]),
+]
+
+
+@pytest.mark.parametrize("packed", DAMAGED)
+def test_damaged_gzip_or_xz_is_one_sentence(tmp_path, packed):
     with pytest.raises(DataError, match=r"rows\.jsonl can't be read after line \d"):
         values(tmp_path / "rows.jsonl", packed)
 
