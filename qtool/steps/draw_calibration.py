@@ -99,6 +99,7 @@ def draw_for_tuning(
     seed: int,
     count: int,
     length: int,
+    emit: Emit,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Draw samples of one length from the mixture, and a few of documents that they don't have.
 
@@ -109,7 +110,8 @@ def draw_for_tuning(
         DataError: a source can't be read, or a token has no embedding.
         MissingExtraError: the library that reads a data set isn't installed.
     """
-    sources = open_mixture(section)
+    wanted = (count + HELD_OUT) * length
+    sources = open_sources(section, source, num_tokens=wanted, seed=seed, emit=emit)
     held_out = max(HELD_OUT, len(sources)) / (count + HELD_OUT)
     drawn = draw_mixture(
         sources, tokenizer, [length] * (count + HELD_OUT), seed=seed, holdout=held_out

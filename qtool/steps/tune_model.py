@@ -120,6 +120,7 @@ def _batches(run: Run, section: EndToEndTuning) -> tuple[list[Tensor], list[Tens
             seed=run.recipe.seed,
             count=section.steps * section.batch_size,
             length=length,
+            emit=run.env.emit,
         )
     else:
         parts = calibration.split(asked.holdout)
