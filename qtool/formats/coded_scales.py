@@ -116,7 +116,7 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
     scheme, shape = tensor.scheme, tensor.shape
 
     def theta(values: Mapping[str, Tensor]) -> Tensor:
-        scales = values["plane_scales"].clamp(min=0)
+        scales = binary_coding.descending(values["plane_scales"])
         offsets = values.get("plane_offsets", torch.zeros_like(scales[0]))
         return torch.cat([scales, offsets.unsqueeze(0)]).movedim(0, -1)
 

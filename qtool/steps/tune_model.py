@@ -117,9 +117,8 @@ def _batches(run: Run, section: EndToEndTuning) -> tuple[list[Tensor], list[Tens
             asked,
             run.source,
             load_tokenizer(run.source.directory),
+            lengths=[length] * (section.steps * section.batch_size),
             seed=run.recipe.seed,
-            count=section.steps * section.batch_size,
-            length=length,
             emit=run.env.emit,
         )
     else:
