@@ -97,7 +97,7 @@ class Trainable:
     """(parameters, shifts (rows, num_groups, group_size)) -> codes of the levels nearest to the
     levels of `codes`, each shifted by so many `gaps`."""
     gaps: Callable[[Mapping[str, Tensor]], Tensor]
-    """(parameters) -> (rows, num_groups), the distance of the closest levels: a step of codes."""
+    """(parameters) -> (rows, num_groups), a step of codes: what their least bit adds to a value."""
     stored: Callable[[Mapping[str, Tensor], Tensor], QuantizedTensor]
     """(parameters, codes) -> the weight as a checkpoint stores it."""
 
