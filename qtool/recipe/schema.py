@@ -220,6 +220,9 @@ class TableSection(Section):
     options: Mapping[str, Any] = {}
 
 
+TuningKind = Literal["none", "blocks", "end-to-end", "both"]
+
+
 class BlockTuning(Section):
     """Gradients through one block at a time: scales, offsets and codes, for the block's outputs."""
 
@@ -255,6 +258,12 @@ class TuningSection(Section):
     def is_on(self) -> bool:
         """Whether anything is learned."""
         return self.blocks is not None or self.end_to_end is not None
+
+    def only(self, kind: TuningKind) -> "TuningSection":
+        """Return a section that does just this, with its own settings where it has some."""
+        blocks = (self.blocks or BlockTuning()) if kind in ("blocks", "both") else None
+        whole = (self.end_to_end or EndToEndTuning()) if kind in ("end-to-end", "both") else None
+        return TuningSection(blocks=blocks, end_to_end=whole)
 
 
 class Recipe(Section):

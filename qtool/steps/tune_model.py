@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qtool.base import CausalModel, Progress, QuantizedTensor
+from qtool.base import CausalModel, Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.writer import CheckpointWriter, Made
 from qtool.modeling.load import load_original, load_tokenizer
@@ -81,6 +81,8 @@ def _tuned(
         captured=on_card and original.num_parameters() < SMALL,
     )
     points = tune_end_to_end(pair, batches, held_out, schedule, report)
+    if min(point.held_out for point in points) == points[0].held_out:
+        env.emit(Notice(_no_gain(points, section)))
     tensors = {
         f"{name}.{part}": tensor
         for name, layer in learned_layers(student)
@@ -89,6 +91,14 @@ def _tuned(
     for name, vector in vectors.items():
         tensors[name] = vector.detach().to(run.source.read(name).dtype)
     return Made(tensors, {"curve": [asdict(point) for point in points]})
+
+
+def _no_gain(points: Sequence[Point], section: EndToEndTuning) -> str:
+    return (
+        f"End-to-end tuning gained nothing: KL on held-out samples was {points[0].held_out:.4f} "
+        f"and came to {points[-1].held_out:.4f}. The result is as it was before. Lower "
+        f"tuning.end_to_end.learning_rate, {section.learning_rate:g} now, or use more texts."
+    )
 
 
 def _fill_tables(student: CausalModel, tables: Mapping[str, QuantizedTensor]) -> None:
