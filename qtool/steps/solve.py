@@ -23,7 +23,7 @@ from qtool.steps.memory import peak_memory
 from qtool.steps.plan import LayerPlan, load_method
 from qtool.steps.run import Run
 from qtool.steps.solve_calibrated import solve_calibrated
-from qtool.steps.tune_blocks import BLOCK, SOLVED, draft_of, tune_block_once
+from qtool.steps.tune_blocks import SOLVED, TUNED_BLOCK, draft_of, tune_block_once
 from qtool.steps.tune_model import MODEL, tune_model_once
 from qtool.walk.walk import Walk
 from qtool.wording import gigabytes
@@ -125,7 +125,7 @@ def _curves(run: Run, writer: CheckpointWriter) -> dict[str, list[dict[str, Any]
     tuning, curves = run.recipe.tuning, {}
     if tuning.blocks is not None:
         for block in dict.fromkeys(block_of(run.source, layer) for layer in run.plan.in_blocks):
-            curves[block] = writer.notes(block, draft=BLOCK)["curve"]
+            curves[block] = writer.notes(block, draft=TUNED_BLOCK)["curve"]
     if tuning.end_to_end is not None:
         curves["model"] = writer.notes(run.source.adapter.blocks, draft=MODEL)["curve"]
     return curves

@@ -11,12 +11,12 @@ from qtool.base import CausalModel, Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.writer import CheckpointWriter, Made
 from qtool.modeling.load import load_original, load_tokenizer
-from qtool.recipe.schema import EndToEndTuning
+from qtool.recipe.tuning import EndToEndTuning
 from qtool.steps.draw_calibration import draw_for_tuning
 from qtool.steps.run import Run
 from qtool.training.descent import Point, Schedule
 from qtool.training.end_to_end import Pair, tune_end_to_end
-from qtool.training.student import free_vectors, learned_layers, make_student
+from qtool.training.student import free_vectors, make_student, stored_parts
 
 SMALL = 1_000_000_000
 """Parameters; a step of fewer is bound by its launches, and is captured."""
@@ -83,11 +83,7 @@ def _tuned(
     points = tune_end_to_end(pair, batches, held_out, schedule, report)
     if min(point.held_out for point in points) == points[0].held_out:
         env.emit(Notice(_no_gain(points, section)))
-    tensors = {
-        f"{name}.{part}": tensor
-        for name, layer in learned_layers(student)
-        for part, tensor in layer.stored().parts.items()
-    }
+    tensors = dict(stored_parts(student))
     for name, vector in vectors.items():
         tensors[name] = vector.detach().to(run.source.read(name).dtype)
     return Made(tensors, {"curve": [asdict(point) for point in points]})
