@@ -7,6 +7,7 @@ is damaged isn't finished, and is solved anew.
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from errno import ENOSPC
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qtool.base import QuantizedTensor
 from qtool.checkpoint.reader import tensor_digest
 from qtool.checkpoint.stream import UNREADABLE, Piece, pieces_of, put_back
 from qtool.storage.whole_files import sync
@@ -24,6 +26,26 @@ from qtool.storage.whole_files import sync
 LONGEST_NAME = 200
 """In bytes; file systems take 255, with what is added."""
 SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """One layer or one plain tensor, with what a resumed run wants to know of it.
+
+    A draft may be several tensors by name.
+    """
+
+    value: QuantizedTensor | Tensor | Mapping[str, Tensor]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-able; not in the checkpoint."""
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors by full name: the parts of a layer become `<name>.<part>`."""
+        if isinstance(self.value, Tensor):
+            return {name: self.value}
+        if not isinstance(self.value, QuantizedTensor):
+            return dict(self.value)
+        return {f"{name}.{part}": tensor for part, tensor in self.value.parts.items()}
 
 
 class Spool:

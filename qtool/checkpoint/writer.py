@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from qtool.checkpoint.place import Place, check_target, file_failures
 from qtool.checkpoint.publish import empty_work, publish, remove_work
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import INDEX_NAME, SINGLE_NAME
-from qtool.checkpoint.spool import Spool
+from qtool.checkpoint.spool import Made, Spool
 from qtool.checkpoint.stream import Piece, write_shard
 from qtool.errors import CheckpointError, OutputError, QtoolError
 from qtool.storage.plain_json import write_json_file
@@ -41,26 +41,6 @@ from qtool.storage.whole_files import written_whole
 
 MAX_SHARD_BYTES = 4 * 2**30
 LAYERS = "layers"
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """One layer or one plain tensor, with what a resumed run wants to know of it.
-
-    A draft may be several tensors by name.
-    """
-
-    value: QuantizedTensor | Tensor | Mapping[str, Tensor]
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    """JSON-able; not in the checkpoint."""
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors by full name: the parts of a layer become `<name>.<part>`."""
-        if isinstance(self.value, Tensor):
-            return {name: self.value}
-        if not isinstance(self.value, QuantizedTensor):
-            return dict(self.value)
-        return {f"{name}.{part}": tensor for part, tensor in self.value.parts.items()}
 
 
 class CheckpointWriter:
@@ -187,6 +167,15 @@ class CheckpointWriter:
         if draft is None:
             self._names.append(name)
         return notes
+
+    def keep(self, name: str, made: Made, *, draft: str) -> None:
+        """Store a draft, in the place of one that is there.
+
+        Raises:
+            OutputError: the disk is full or the directory has become unwritable.
+        """
+        with file_failures(self.place.out_dir):
+            self._spool.write(_key(name, draft), made.tensors(name), made.notes)
 
     def notes(self, name: str, *, draft: str | None = None) -> Mapping[str, Any]:
         """Return what was noted of what is stored."""

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from qtool.base import Env, LayerProblem, LayerSolution, Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, codec
-from qtool.checkpoint.writer import CheckpointWriter, Made
+from qtool.checkpoint.spool import Made
+from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import MethodError, about
 from qtool.modeling.source import ModelSource
 from qtool.scheme import WeightScheme

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qtool.base import Progress, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, codec
-from qtool.checkpoint.writer import CheckpointWriter, Made
+from qtool.checkpoint.spool import Made
+from qtool.checkpoint.writer import CheckpointWriter
 from qtool.recipe.tuning import BlockTuning
 from qtool.steps.run import Run
 from qtool.training.blocks import tune_block

@@ -1,7 +1,7 @@
 """Tune all quantized weights of the blocks, and the norms, by gradients through the whole model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qtool.base import CausalModel, Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import codec
-from qtool.checkpoint.writer import CheckpointWriter, Made
+from qtool.checkpoint.spool import Made
+from qtool.checkpoint.writer import CheckpointWriter
 from qtool.modeling.load import load_original, load_tokenizer
 from qtool.recipe.tuning import EndToEndTuning
 from qtool.steps.draw_calibration import draw_for_tuning
@@ -20,8 +21,8 @@ from qtool.training.student import free_vectors, make_student, stored_parts
 
 SMALL = 1_000_000_000
 """Parameters; a step of fewer is bound by its launches, and is captured."""
-MODEL = "tuned"
-"""Draft: all that end-to-end tuning changes, under the name of the list of blocks."""
+MODEL, HALFWAY = "tuned", "half-tuned"
+"""Drafts: all that end-to-end tuning changes, and how far it is, under the name of the blocks."""
 
 
 def tune_model_once(
@@ -44,13 +45,33 @@ def tune_model_once(
         Parts of the layers, and norms and biases, by full name.
     """
     name = run.source.adapter.blocks
-    writer.once(name, partial(_tuned, run, section, layers, tables), draft=MODEL)
+    writer.once(name, partial(_tuned, run, section, writer, layers, tables), draft=MODEL)
     return writer.tensors(name, draft=MODEL)
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """How far tuning is, as a draft that each look at the held-out samples replaces."""
+
+    writer: CheckpointWriter
+    name: str
+
+    def recall(self) -> tuple[Mapping[str, Tensor], Sequence[Point]] | None:
+        notes = self.writer.notes(self.name, draft=HALFWAY)
+        if not notes:
+            return None
+        points = [Point(**point) for point in notes["curve"]]
+        return self.writer.tensors(self.name, draft=HALFWAY), points
+
+    def keep(self, state: Mapping[str, Tensor], points: Sequence[Point]) -> None:
+        notes = {"curve": [asdict(point) for point in points]}
+        self.writer.keep(self.name, Made(state, notes), draft=HALFWAY)
 
 
 def _tuned(
     run: Run,
     section: EndToEndTuning,
+    writer: CheckpointWriter,
     layers: Mapping[str, QuantizedTensor],
     tables: Mapping[str, QuantizedTensor],
 ) -> Made:
@@ -80,7 +101,8 @@ def _tuned(
         torch.bfloat16 if on_card else None,
         captured=on_card and original.num_parameters() < SMALL,
     )
-    points = tune_end_to_end(pair, batches, held_out, schedule, report)
+    memory = _Memory(writer, run.source.adapter.blocks)
+    points = tune_end_to_end(pair, batches, held_out, schedule, report, memory)
     if min(point.held_out for point in points) == points[0].held_out:
         env.emit(Notice(_no_gain(points, section)))
     tensors = dict(stored_parts(student))

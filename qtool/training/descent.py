@@ -1,9 +1,9 @@
 """The one loop that all tuning goes through: Adam along a cosine, and the best state is kept."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from qtool.training.student import LearnedLinear
 
 BETAS = (0.9, 0.95)
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What torch's Adam knows of each value."""
 EAGER_STEPS = 3
 """Before a step is captured: libraries set themselves up."""
 
@@ -69,31 +71,52 @@ class Learning:
     """On a card a step is one CUDA graph: all that is fed has one shape, `loss` never waits."""
 
 
-def descend(what: Learning, schedule: Schedule, report: Callable[[Point], None]) -> list[Point]:
+class Memory(Protocol):
+    """Where a descent that is stopped finds again how far it was."""
+
+    def recall(self) -> tuple[Mapping[str, Tensor], Sequence[Point]] | None:
+        """Return what was last kept; None: nothing."""
+        ...
+
+    def keep(self, state: Mapping[str, Tensor], points: Sequence[Point]) -> None:
+        """Take the place of what was kept before."""
+        ...
+
+
+def descend(
+    what: Learning,
+    schedule: Schedule,
+    report: Callable[[Point], None],
+    memory: Memory | None = None,
+) -> list[Point]:
     """Learn; what is learned ends where the held-out loss was least, which may be the start.
 
-    A loss that isn't finite ends it early: what it did is taken back.
+    A loss that isn't finite ends it early: what it did is taken back. With a memory it goes on
+    where it was looked at last, to the same result.
     """
     stepper = _Stepper(what, schedule)
-    points = [Point(0, None, what.held_out(), schedule.learning_rate * schedule.factor(0))]
-    report(points[0])
-    best, losses = stepper.state(), list[Tensor]()
-    for step in range(schedule.steps):
+    points = stepper.recall(memory)
+    if not points:
+        points = [Point(0, None, what.held_out(), schedule.learning_rate * schedule.factor(0))]
+        report(points[0])
+    losses = list[Tensor]()
+    for step in range(points[-1].step, schedule.steps):
         what.feed(step)
         losses.append(stepper.step(schedule.factor(step)))
         if (step + 1) % schedule.check_every and step + 1 < schedule.steps:
             continue
         trained, found = float(torch.stack(losses).mean()), what.held_out()
-        least = min(point.held_out for point in points)
+        if found < min(point.held_out for point in points):
+            stepper.set_best()
         rate = schedule.learning_rate * schedule.factor(step)
         points.append(Point(step + 1, trained, found, rate))
         report(points[-1])
         losses.clear()
-        if found < least:
-            best = stepper.state()
         if not math.isfinite(trained) or not math.isfinite(found):
             break
-    stepper.restore(best)
+        if memory is not None:
+            memory.keep(stepper.state(), points)
+    stepper.go_to_best()
     return points
 
 
@@ -113,6 +136,7 @@ class _Stepper:
         for group in groups:
             group["lr"] = torch.tensor(group["lr"], device=device)
         self._optimizer = torch.optim.Adam(groups, betas=BETAS, fused=on_card, capturable=on_card)
+        self.set_best()
 
     def step(self, factor: float) -> Tensor:
         """Take one, at this share of the rates; return the loss before it, not waited for."""
@@ -145,15 +169,38 @@ class _Stepper:
         graph.replay()
         self._graph = graph
 
-    def state(self) -> list[Tensor]:
-        """Return copies of all that is learned."""
-        return [value.detach().clone() for value in self._values]
+    def set_best(self) -> None:
+        """Keep what is learned as it is now."""
+        self._best = [value.detach().clone() for value in self._values]
 
     @torch.no_grad()
-    def restore(self, state: Sequence[Tensor]) -> None:
-        """Go back to a state."""
-        for value, kept in zip(self._values, state, strict=True):
+    def go_to_best(self) -> None:
+        """Make what is learned what was kept."""
+        for value, kept in zip(self._values, self._best, strict=True):
             value.copy_(kept)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that the next step depends on, and what was kept; not to be written to."""
+        found: dict[str, Tensor] = {}
+        for index, (value, best) in enumerate(zip(self._values, self._best, strict=True)):
+            found |= {f"{index}.value": value.detach(), f"{index}.best": best}
+            moments = self._optimizer.state[value]
+            found |= {f"{index}.{name}": moments[name] for name in MOMENTS}
+        return found
+
+    @torch.no_grad()
+    def recall(self, memory: Memory | None) -> list[Point]:
+        """Go back to what was kept, and return its curve; empty: nothing was."""
+        kept = None if memory is None else memory.recall()
+        if kept is None:
+            return []
+        state, points = kept
+        for index, value in enumerate(self._values):
+            value.copy_(state[f"{index}.value"])
+            self._best[index].copy_(state[f"{index}.best"])
+            moments = {name: state[f"{index}.{name}"].to(value.device) for name in MOMENTS}
+            self._optimizer.state[value] = moments
+        return list(points)
 
 
 def _groups(what: Learning, schedule: Schedule) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.base import CausalModel
-from qtool.training.descent import Learning, Point, Schedule, descend
+from qtool.training.descent import Learning, Memory, Point, Schedule, descend
 from qtool.training.divergence import divergence
 from qtool.training.student import learned_layers
 
@@ -49,6 +49,7 @@ def tune_end_to_end(
     held_out: Sequence[Tensor],
     schedule: Schedule,
     report: Callable[[Point], None],
+    memory: Memory | None = None,
 ) -> list[Point]:
     """Let a student follow the original; it ends where it was best on the held-out samples.
 
@@ -59,6 +60,7 @@ def tune_end_to_end(
         held_out: Likewise, of any shapes.
         schedule: How long and how fast.
         report: Is told of each point; losses are KL in nats per token.
+        memory: Lets it go on where it was stopped.
     """
     device = next(pair.original.parameters()).device
     now = batches[0].to(device).clone()
@@ -76,4 +78,4 @@ def tune_end_to_end(
     what = Learning(
         layers, pair.vectors, feed, lambda: pair.divergence(now), on_held_out, pair.captured
     )
-    return descend(what, schedule, report)
+    return descend(what, schedule, report, memory)

@@ -19,7 +19,8 @@ from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.checkpoint.place import find_place
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.checkpoint.writer import CheckpointWriter, Made
+from qtool.checkpoint.spool import Made
+from qtool.checkpoint.writer import CheckpointWriter
 from qtool.formats import affine, binary_coding, coded_scales
 from qtool.scheme import Shape2D, WeightScheme
 from tests.golden.oracles import ORACLES

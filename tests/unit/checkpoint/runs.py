@@ -7,7 +7,8 @@ from torch import Tensor
 from qtool.base import Notice, Progress
 from qtool.checkpoint.manifest import Manifest
 from qtool.checkpoint.place import find_place
-from qtool.checkpoint.writer import CheckpointWriter, Made
+from qtool.checkpoint.spool import Made
+from qtool.checkpoint.writer import CheckpointWriter
 
 WEIGHTS = "model.safetensors"
 CONFIG = {"quantization_config": Manifest(tool_version="0", recipe={}, layers={}).to_config()}

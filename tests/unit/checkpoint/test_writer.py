@@ -10,7 +10,7 @@ from qtool.checkpoint import stream, writer
 from qtool.checkpoint.claim import look
 from qtool.checkpoint.place import check_free_space, find_place
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.checkpoint.writer import Made
+from qtool.checkpoint.spool import Made
 from qtool.errors import OutputError
 from qtool.formats._dtypes import item_bytes
 from qtool.modeling.locate import Location
