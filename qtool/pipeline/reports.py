@@ -14,6 +14,7 @@ from qtool.checkpoint.place import Place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import CheckpointError
+from qtool.evaluation.closeness import Closeness
 from qtool.modeling.card import Provenance, model_card, read_licence
 from qtool.steps.memory import peak_memory
 from qtool.steps.run import Run
@@ -26,7 +27,7 @@ NOT_METRICS = ("name", "group_dim", "fallback", "seconds")
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What a finished run reports; written as quantization_report.json but for `out_dir`."""
+    """What a finished run reports; `NUMBERS` and `layers` are in quantization_report.json."""
 
     out_dir: Path
     average_bits: float
@@ -36,6 +37,8 @@ class QuantizeResult:
     peak_memory_bytes: int
     device: str
     layers: tuple[LayerResult, ...]
+    check: Closeness | None = None
+    """How closely the result follows its original, if it was compared."""
 
 
 NUMBERS = ("average_bits", "weight_bytes", "source_bytes", "seconds", "peak_memory_bytes", "device")
