@@ -97,7 +97,7 @@ class Trainable:
     """(parameters, shifts (rows, num_groups, group_size)) -> codes of the levels nearest to the
     levels of `codes`, each shifted by so many `gaps`."""
     gaps: Callable[[Mapping[str, Tensor]], Tensor]
-    """(parameters) -> (rows, num_groups), the distance of the closest levels: a step of codes."""
+    """(parameters) -> (rows, num_groups), a step of codes: what their least bit adds to a value."""
     stored: Callable[[Mapping[str, Tensor], Tensor], QuantizedTensor]
     """(parameters, codes) -> the weight as a checkpoint stores it."""
 
@@ -114,8 +114,8 @@ class Codec:
     cat: Callable[[Sequence[QuantizedTensor], int], QuantizedTensor]
     """(weights, dimension) -> one below the other, or beside one another, to the bit, if need be in
     another format; raises `SchemeError` where a group would run on from one to the next."""
-    trainable: Callable[[QuantizedTensor], Trainable]
-    """Where learning starts from a weight."""
+    trainable: Callable[[QuantizedTensor], Trainable] | None = None
+    """Where learning starts from a weight; None: weights of this format can't be tuned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,7 +103,8 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
     codes = codes_in_groups(planes_to_codes(tensor.parts["codes"], shape.in_features), scheme)
 
     def planes(values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        found, offsets = scales_from_affine(values["scales"], zeros, num_bits=num_bits)
+        positive = values["scales"].clamp(min=affine.SMALLEST_SCALE)
+        found, offsets = scales_from_affine(positive, zeros, num_bits=num_bits)
         return found.movedim(-1, 0), offsets
 
     def moved(values: Mapping[str, Tensor], shifts: Tensor) -> Tensor:

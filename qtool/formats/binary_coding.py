@@ -100,7 +100,15 @@ def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
     return QuantizedTensor(BINARY_CODING, tensors[0].scheme, shape, parts)
 
 
-def _trainable(tensor: QuantizedTensor) -> Trainable:
+def descending(scales: Tensor) -> Tensor:
+    """Keep learned plane scales (num_bits, ...) as they must be: not negative, none above the last.
+
+    So the planes needn't be exchanged, and stay what they are to the bit.
+    """
+    return scales.clamp(min=0).cummin(0).values
+
+
+def trainable(tensor: QuantizedTensor) -> Trainable:
     """Let scales and offsets of a weight be learned."""
     scheme, shape, parts = tensor.scheme, tensor.shape, tensor.parts
     scales = grouping.to_stored(parts["plane_scales"].float(), scheme)
@@ -112,14 +120,15 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
         units["plane_offsets"] = scales[0]
 
     def both(values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return values["plane_scales"], values.get("plane_offsets", torch.zeros_like(scales[0]))
+        ordered = descending(values["plane_scales"])
+        return ordered, values.get("plane_offsets", torch.zeros_like(scales[0]))
 
     def gaps(values: Mapping[str, Tensor]) -> Tensor:
-        return 2 * values["plane_scales"].amin(0)
+        return 2 * descending(values["plane_scales"])[-1]
 
     def stored(values: Mapping[str, Tensor], codes: Tensor) -> QuantizedTensor:
         found, offsets = (each.to(torch.float16) for each in both(values))
-        return encode_binary(codes, found.clamp(min=0).permute(1, 2, 0), offsets, scheme, shape)
+        return encode_binary(codes, found.permute(1, 2, 0), offsets, scheme, shape)
 
     return Trainable(
         parameters=parameters,
@@ -134,4 +143,4 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
     )
 
 
-CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat, trainable=_trainable)
+CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat, trainable=trainable)

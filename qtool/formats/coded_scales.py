@@ -112,11 +112,11 @@ def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
 
 def _trainable(tensor: QuantizedTensor) -> Trainable:
     """Let scales and offsets be learned, straight through their rounding; row scales stay."""
-    plain, row_scales = binary_coding.CODEC.trainable(to_binary(tensor)), tensor.parts["row_scales"]
+    plain, row_scales = binary_coding.trainable(to_binary(tensor)), tensor.parts["row_scales"]
     scheme, shape = tensor.scheme, tensor.shape
 
     def theta(values: Mapping[str, Tensor]) -> Tensor:
-        scales = values["plane_scales"].clamp(min=0)
+        scales = binary_coding.descending(values["plane_scales"])
         offsets = values.get("plane_offsets", torch.zeros_like(scales[0]))
         return torch.cat([scales, offsets.unsqueeze(0)]).movedim(0, -1)
 

@@ -96,26 +96,23 @@ def draw_for_tuning(
     source: ModelSource,
     tokenizer: Tokenizer,
     *,
+    lengths: Sequence[int],
     seed: int,
-    count: int,
-    length: int,
     emit: Emit,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Draw samples of one length from the mixture, and a few of documents that they don't have.
+    """Draw samples of these lengths from the mixture, and a few of documents that they don't have.
 
     Returns:
-        To learn from, `count` of them, and held out: each (length,) int64.
+        To learn from, and held out, as long as the last of them: each (length,) int64.
 
     Raises:
         DataError: a source can't be read, or a token has no embedding.
         MissingExtraError: the library that reads a data set isn't installed.
     """
-    wanted = (count + HELD_OUT) * length
-    sources = open_sources(section, source, num_tokens=wanted, seed=seed, emit=emit)
-    held_out = max(HELD_OUT, len(sources)) / (count + HELD_OUT)
-    drawn = draw_mixture(
-        sources, tokenizer, [length] * (count + HELD_OUT), seed=seed, holdout=held_out
-    )
+    wanted = [*lengths, *[lengths[-1]] * HELD_OUT]
+    sources = open_sources(section, source, num_tokens=sum(wanted), seed=seed, emit=emit)
+    held_out = HELD_OUT / len(wanted)
+    drawn = draw_mixture(sources, tokenizer, wanted, seed=seed, holdout=held_out)
     rows = source.weight_shape(source.adapter.embedding)[0]
     check_tokens(torch.cat(drawn.samples), rows, str(drawn.provenance["dataset"]))
     train, rest = drawn.split(held_out)

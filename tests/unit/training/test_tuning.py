@@ -1,0 +1,180 @@
+"""Students follow their originals, keep what doesn't learn, and go back where they were best."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from qtool.base import CausalModel, QuantizedTensor
+from qtool.scheme import WeightScheme
+from qtool.training.blocks import tune_block
+from qtool.training.descent import Learning, Point, Schedule, descend
+from qtool.training.divergence import divergence
+from qtool.training.end_to_end import Pair, tune_end_to_end
+from qtool.training.student import free_vectors, install_layers, learned_layers, make_student
+from tests import families
+from tests.helpers import dequantized, normal
+from tests.unit.training.solved import SOLVERS, solved
+
+SCHEME = WeightScheme(num_bits=2, group_size=24)
+TOKENS = torch.randint(3, 96, (32, 24), generator=torch.Generator().manual_seed(0))
+BATCHES = list(TOKENS[4:].split(4))
+HELD_OUT = [TOKENS[:4]]
+
+
+def original() -> CausalModel:
+    return families.build("llama").float().eval()
+
+
+def quantized(model: CausalModel, name: str) -> dict[str, QuantizedTensor]:
+    return {
+        path: solved(name, module.weight.detach(), SCHEME)
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and path.startswith("model.layers.")
+    }
+
+
+def schedule(**changes: float) -> Schedule:
+    values: dict[str, float] = {"steps": 30, "learning_rate": 1e-2, "warmup": 3, "check_every": 10}
+    return Schedule(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def tuned(
+    name: str, **changes: float
+) -> tuple[CausalModel, CausalModel, Mapping[str, QuantizedTensor], list[Point]]:
+    model = original()
+    layers = quantized(model, name)
+    student = make_student(model, layers, moves_codes=changes.get("code_rate", 0) > 0)
+    norms = [path for path, value in model.named_parameters() if value.dim() == 1]
+    pair = Pair(student, model, list(free_vectors(student, norms).values()))
+    points = tune_end_to_end(pair, BATCHES, HELD_OUT, schedule(**changes), lambda _: None)
+    return model, student, layers, points
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("code_rate", [0.0, 2e-2])
+def test_a_student_comes_closer_to_its_original(name, code_rate):
+    _, _, _, points = tuned(name, code_rate=code_rate)
+    assert min(point.held_out for point in points) < 0.9 * points[0].held_out
+    assert [point.step for point in points] == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_planes_stay_to_the_bit_and_the_original_whole(name):
+    model, student, layers, _ = tuned(name)
+    planes = "codes" if name == "affine" else "bit_planes"
+    for path, layer in learned_layers(student):
+        assert torch.equal(layer.stored().parts[planes], layers[path].parts[planes])
+    for path, value in original().named_parameters():
+        assert torch.equal(model.get_parameter(path), value), path
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_checkpoint_is_the_student(name):
+    _, student, _, _ = tuned(name, code_rate=2e-2)
+    for _, layer in learned_layers(student):
+        expected = layer.weight().detach()
+        torch.testing.assert_close(dequantized(layer.stored()), expected, rtol=4e-3, atol=4e-4)
+
+
+def test_codes_move_only_where_they_may():
+    _, student, layers, _ = tuned("binary_coding", code_rate=5e-2)
+    changed = [
+        not torch.equal(layer.stored().parts["bit_planes"], layers[path].parts["bit_planes"])
+        for path, layer in learned_layers(student)
+    ]
+    assert any(changed)
+
+
+def test_a_rate_that_diverges_leaves_what_was_there():
+    _, student, layers, points = tuned("binary_coding", learning_rate=50.0)
+    assert points[-1].held_out > points[0].held_out
+    for path, layer in learned_layers(student):
+        for part, values in layer.stored().parts.items():
+            assert torch.equal(values, layers[path].parts[part])
+
+
+def test_a_loss_that_is_not_finite_ends_it():
+    weight = torch.nn.Parameter(torch.ones(4))
+    losses = iter([1.0, 1.0, float("nan"), 1.0, 1.0])
+    what = Learning((), [weight], lambda _: None, lambda: weight.sum() * next(losses), lambda: 1.0)
+    points = descend(what, schedule(steps=5, check_every=1), lambda _: None)
+    assert [point.step for point in points] == [0, 1, 2, 3]
+    assert torch.equal(weight, torch.ones(4))
+
+
+def test_the_best_state_is_kept_not_the_last():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    seen = iter([3.0, 1.0, 2.0])
+    states = []
+
+    def held_out() -> float:
+        states.append(weight.item())
+        return next(seen)
+
+    what = Learning((), [weight], lambda _: None, lambda: -weight.sum(), held_out)
+    descend(what, schedule(steps=2, check_every=1), lambda _: None)
+    assert weight.item() == states[1] != states[2]
+
+
+def test_a_block_learns_the_outputs_of_the_original():
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.ReLU(), torch.nn.Linear(48, 24))
+    inputs = [normal(2, 16, 24, seed=seed) for seed in range(6)]
+    with torch.no_grad():
+        targets = [block(x) for x in inputs]
+    weights = {key: block.get_parameter(f"{key}.weight").detach() for key in "02"}
+    layers = {key: solved("binary_coding", weight, SCHEME) for key, weight in weights.items()}
+    install_layers(block, layers, moves_codes=True)
+    learned = [layer for _, layer in learned_layers(block)]
+    points = tune_block(
+        learned,
+        lambda index: block(inputs[index]),
+        targets,
+        5,
+        schedule(code_rate=1e-2),
+        lambda _: None,
+    )
+    assert min(point.held_out for point in points) < 0.9 * points[0].held_out
+
+
+def test_one_token_of_huge_output_does_not_decide_alone():
+    """Attention sinks: without weights the loss would be theirs."""
+    block = torch.nn.Linear(24, 24, bias=False)
+    x = normal(1, 64, 24)
+    x[0, 0] *= 1000
+    with torch.no_grad():
+        target = block(x)
+    install = {"0": solved("binary_coding", block.weight.detach(), SCHEME)}
+    module = torch.nn.Sequential(block)
+    install_layers(module, install, moves_codes=False)
+    (layer,) = [layer for _, layer in learned_layers(module)]
+    losses: list[float] = []
+
+    def report(point: Point) -> None:
+        losses.append(point.held_out)
+
+    tune_block([layer], lambda _: module(x), [target, target], 1, schedule(steps=1), report)
+    error = (module(x).detach() - target).square().sum(-1) / target.square().sum(-1)
+    assert losses[0] < 10 * float(error.median())
+
+
+def test_divergence_is_that_of_its_definition_with_its_gradient():
+    logits = normal(2100, 7).double().requires_grad_()
+    wanted = normal(2100, 7, seed=1).double()
+    value = divergence(logits, wanted)
+    target, found = wanted.log_softmax(-1), logits.log_softmax(-1)
+    expected = (target.exp() * (target - found)).sum(-1).mean()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad(value, logits)
+    (right,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(grad, right, rtol=1e-4, atol=1e-8)
+
+
+def test_rates_warm_up_and_fall_to_their_floor():
+    plan = Schedule(steps=100, learning_rate=1.0, warmup=10, floor=0.1)
+    factors = [plan.factor(step) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == pytest.approx(1.0)
+    assert factors[9:] == sorted(factors[9:], reverse=True)
+    assert factors[-1] == pytest.approx(0.1, abs=1e-3)
