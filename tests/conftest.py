@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -62,6 +63,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
 def llama(tiny: ModelMaker) -> Path:
     """Return a tiny llama with a head of its own; read only."""
     return tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def chat_llama(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the tiny llama with a chat template; read only."""
+    from qtool.modeling.load import load_tokenizer
+
+    directory = tmp_path_factory.mktemp("chats") / "chatty"
+    shutil.copytree(llama, directory)
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = "{% for m in messages %}<s> {{ m.content }} </s> {% endfor %}"
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

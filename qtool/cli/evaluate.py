@@ -58,6 +58,9 @@ def evaluate(
         bool,
         _of_perplexity("--no-texts", help="Write no texts to compare with those of --baseline."),
     ] = False,
+    no_chats: Annotated[
+        bool, _of_perplexity("--no-chats", help="Compare on the text only, not on chats as well.")
+    ] = False,
     data_dir: Annotated[
         Path | None, _of_tasks(help="Folder of local task data: nothing is downloaded.")
     ] = None,
@@ -162,6 +165,7 @@ def evaluate(
                 context_length=context_length,
                 max_windows=windows,
                 texts=not no_texts,
+                **({"chats": None} if no_chats else {}),
             )
             result = pipeline.evaluate(
                 where,

@@ -63,6 +63,10 @@ def quantize(
     ] = False,
     overwrite: Annotated[bool, _where_to("--overwrite", help="Replace OUT_DIR.")] = False,
     resume: Annotated[bool, _where_to("--resume", help="Continue a stopped run.")] = False,
+    no_check: Annotated[
+        bool,
+        _how("--no-check", help="Don't compare the result with the original at the end."),
+    ] = False,
     device: DeviceOption = None,
     dry_run: Annotated[bool, _debug("--dry-run", help="Print bits and bytes, do nothing.")] = False,
     json_file: Annotated[
@@ -118,6 +122,7 @@ def quantize(
                 calib_dir=calibration,
                 overwrite=overwrite,
                 resume=resume,
+                check=not no_check,
                 emit=emit,
             )
             show = partial(_print_result, result)
@@ -230,6 +235,7 @@ def _print_result(result: "QuantizeResult", json_file: Path | None) -> None:
             (f"tuned {what}", f"{was:.3g} -> {now:.3g}")
             for what, (was, now) in result.tuning.items()
         ),
+        *_check_rows(result),
         ("time", f"{result.seconds:.1f} s on {result.device}"),
         ("peak memory", gigabytes(result.peak_memory_bytes)),
     ]
@@ -250,6 +256,25 @@ def _error_rows(result: "QuantizeResult") -> list[tuple[str, str]]:
     if key == "added_error":
         value += f"; rounding to nearest adds {_mean(measured, 'added_error_rounded'):.2e}"
     return [(what, value), ("worst layer", f"{worst.name}, {worst.metrics[key]:.2e}")]
+
+
+def _check_rows(result: "QuantizeResult") -> list[tuple[str, str]]:
+    """Return how closely the result follows its original, if it was compared."""
+    check = result.check
+    if check is None:
+        return []
+    measured = (("text", check.text), ("chats", check.chats))
+    rows = [
+        (
+            f"KL divergence on {what}",
+            f"{found.kl_divergence:.4f} nats per token; same likeliest token "
+            f"{100 * found.top1_agreement:.1f} %",
+        )
+        for what, found in measured
+        if found is not None
+    ]
+    missing = [("KL divergence on chats", f"none: {check.no_chats}")] if check.no_chats else []
+    return rows + missing
 
 
 def _mean(layers: "Sequence[LayerResult]", key: str) -> float:

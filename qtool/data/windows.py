@@ -2,15 +2,19 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from qtool.base import Tokenizer
 from qtool.data.corpora import Corpus, check_tokens, tokenize
+from qtool.data.documents import Collection
+from qtool.data.rendering import rendered
 from qtool.errors import DataError
 
 
 def windows_of(
     model: Any,  # noqa: ANN401
-    corpus: Corpus,
+    corpus: Corpus | Collection,
     context_length: int,
     max_windows: int | None,
 ) -> tuple[Tensor, int]:
@@ -18,13 +22,13 @@ def windows_of(
 
     Args:
         model: A loaded one: its tokenizer makes the tokens, its positions limit a window.
-        corpus: The text.
+        corpus: The text; or chats, each as the model's template writes it, one after the other.
         context_length: Tokens per window.
         max_windows: Return the first windows only; None: all.
 
     Raises:
         DataError: the text is shorter than one window, or the model's context is, or a window
-            predicts nothing; or the model has no embedding for a token.
+            predicts nothing; or the model has no embedding for a token, or no template for chats.
     """
     if context_length < 2 or (max_windows is not None and max_windows < 1):  # noqa: PLR2004
         raise DataError(
@@ -38,7 +42,7 @@ def windows_of(
             f"The context length is {context_length}, but {model.name} has {limit} positions. "
             f"Use --context-length {limit} or less."
         )
-    stream = tokenize(model.tokenizer, corpus.text)
+    stream = _stream(model.tokenizer, corpus)
     available = len(stream) // context_length
     if available == 0:
         raise DataError(
@@ -48,3 +52,10 @@ def windows_of(
     windows = stream[: available * context_length].view(available, context_length)[:max_windows]
     check_tokens(windows, config.get_text_config().vocab_size, corpus.name)
     return windows, available
+
+
+def _stream(tokenizer: Tokenizer, corpus: Corpus | Collection) -> Tensor:
+    if isinstance(corpus, Corpus):
+        return tokenize(tokenizer, corpus.text)
+    chats = (rendered(tokenizer, document, "chat") for document in corpus.documents)
+    return torch.cat([torch.empty(0, dtype=torch.int64), *(chat.tokens for chat in chats)])

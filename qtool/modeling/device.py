@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -44,6 +45,12 @@ def free_memory() -> None:
     """Let go of a model that nobody names any more: it is in a cycle."""
     gc.collect()
     torch.cuda.empty_cache()  # nothing, without a card
+
+
+def room(device: torch.device) -> int:
+    """Return how many bytes a model may take: what is free of a card, half of the host's memory."""
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return min(host, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
 
 
 def _card(name: str | None) -> contextlib.AbstractContextManager[None]:

@@ -10,7 +10,15 @@ import torch
 from qtool.base import Emit, Notice, ignore_events
 from qtool.data.corpora import Corpus, load_corpus
 from qtool.errors import QtoolError
-from qtool.evaluation.agreement import Agreement, Reference, compare_to_reference, record_reference
+from qtool.evaluation.agreement import Agreement
+from qtool.evaluation.closeness import (
+    CHATS,
+    PLAIN,
+    Closeness,
+    References,
+    compare_closely,
+    record_references,
+)
 from qtool.evaluation.lm_eval.options import TaskOptions
 from qtool.evaluation.perplexity import PerplexityResult, perplexity
 from qtool.modeling.device import free_memory
@@ -36,12 +44,16 @@ class Comparison:
 
     figures: tuple[ModelFigures, ...]
     agreement: Agreement | None = None
-    """How closely the checkpoint follows its original, if both were evaluated."""
+    """How closely the checkpoint follows its original on the text, if both were evaluated."""
     versions: dict[str, str] = field(default_factory=dict)
     tasks: TaskComparison | None = None
     """If tasks were asked for, in place of all above."""
     kernels: "GpuResult | None" = None
     """If kernels were timed, likewise."""
+    chats: Agreement | None = None
+    """How closely the checkpoint follows its original on chats."""
+    no_chats: str | None = None
+    """Why that isn't known, as a sentence, if it was asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +63,13 @@ class EvalOptions:
     tasks: TaskOptions | None = None
     """Tasks of lm-eval; None: a text."""
 
-    dataset: str = "wikitext2-test"
+    dataset: str = PLAIN
     context_length: int = 2048
     max_windows: int | None = None
     texts: bool = True
     """Also compare greedy continuations with those of the baseline."""
+    chats: str | None = CHATS
+    """Chats to compare on as well: bundled, or the path of a `.jsonl` file; None: none."""
 
     def measure(self, model: LoadedModel, corpus: Corpus, emit: Emit) -> PerplexityResult:
         """Return the perplexity of a loaded model on the corpus of these options."""
@@ -67,15 +81,16 @@ class EvalOptions:
             emit=emit,
         )
 
-    def record(self, model: LoadedModel, corpus: Corpus, emit: Emit) -> Reference:
+    def record(self, model: LoadedModel, corpus: Corpus, emit: Emit) -> References:
         """Return what another model is to be compared with."""
-        return record_reference(
+        return record_references(
             model,
             corpus,
+            self.chats,
+            emit,
+            prompts=PROMPTS if self.texts else 0,
             context_length=self.context_length,
             max_windows=min(self.max_windows or AGREEMENT_WINDOWS, AGREEMENT_WINDOWS),
-            prompts=PROMPTS if self.texts else 0,
-            emit=emit,
         )
 
 
@@ -90,8 +105,9 @@ def evaluate(
 ) -> Comparison:
     """Measure a model and, if given, a baseline beside it; the two are never in memory at once.
 
-    Of a text the perplexity, and with a baseline also how closely the model follows it; where that
-    can't be said, a warning says why, and the perplexities stand. Of tasks the scores.
+    Of a text the perplexity, and with a baseline also how closely the model follows it there and on
+    chats; where that can't be said, a warning says why, and the perplexities stand. Of tasks the
+    scores.
 
     Raises:
         QtoolError: before a model is loaded: one isn't there, or can't be executed here; or as
@@ -103,7 +119,8 @@ def evaluate(
     corpus = load_corpus(options.dataset)
     subjects = {one: figures_of(one) for one in (model, baseline) if one is not None}
     models = [one for one in (baseline, model) if one is not None]
-    figures, reference, agreement = [], None, None
+    figures: list[ModelFigures] = []
+    references, close = None, Closeness()
     with use_backend(backend):
         for one in models:
             loaded = load_model(one, dtype=dtype)
@@ -111,12 +128,14 @@ def evaluate(
             figures.append(replace(subjects[one], perplexity=measured))
             with _if_possible(emit):
                 if len(figures) < len(models):
-                    reference = options.record(loaded, corpus, emit)
-                elif reference is not None:
-                    agreement = compare_to_reference(loaded, reference, emit)
+                    references = options.record(loaded, corpus, emit)
+                elif references is not None:
+                    close = compare_closely(loaded, references, emit)
             del loaded
             free_memory()
-    return Comparison(tuple(figures), agreement, versions())
+    return Comparison(
+        tuple(figures), close.text, versions(), chats=close.chats, no_chats=close.no_chats
+    )
 
 
 @contextmanager

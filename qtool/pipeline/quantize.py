@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from qtool.base import Emit, Env, Notice, Progress, ignore_events
@@ -15,6 +16,7 @@ from qtool.modeling.device import default_device
 from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource, open_source
+from qtool.pipeline.check import check_result
 from qtool.pipeline.reports import QuantizeResult, result_of, write_result
 from qtool.recipe.schema import Recipe
 from qtool.steps.draw_calibration import check_samples, draw_calibration, wanted_lengths
@@ -35,7 +37,7 @@ def plan(model: Location, recipe: Recipe) -> Plan:
     return make_plan(open_source(model), recipe)
 
 
-def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
+def quantize(  # noqa: PLR0913 - what, where to, how, and four switches
     model: Location,
     out_dir: Path,
     recipe: Recipe,
@@ -43,6 +45,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
     calib_dir: Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    check: bool = False,
     emit: Emit = ignore_events,
 ) -> QuantizeResult:
     """Quantize a model and write a checkpoint.
@@ -54,6 +57,8 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
         calib_dir: Samples that `calibrate` drew; None: draw them as the recipe says.
         overwrite: Replace a checkpoint that is there, and drop an unfinished run.
         resume: Continue an unfinished run of the same recipe.
+        check: If there are samples, compare the result with the original at the end: it is loaded
+            whole, as far as memory allows.
         emit: Is told of each layer and of what comes between, and warned.
 
     Raises:
@@ -76,7 +81,10 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and three switches
     run = Run(source, recipe, layer_plan, samples, env, samples_given=calib_dir is not None)
     _check_room(place, layer_plan, run.stream_bytes())
     with failures_of_the_machine(env.device, place.out_dir):
-        return _carry_out(run, place, started)
+        result = _carry_out(run, place, started)
+    if not check or samples is None:
+        return result
+    return replace(result, check=check_result(source, place.named, emit))
 
 
 def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:

@@ -15,6 +15,7 @@ from qtool.checkpoint.place import Place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import CheckpointError
+from qtool.evaluation.closeness import Closeness
 from qtool.modeling.card import Provenance, model_card, read_licence
 from qtool.steps.memory import peak_memory
 from qtool.steps.run import Run
@@ -27,7 +28,7 @@ NOT_METRICS = ("name", "group_dim", "fallback", "seconds")
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What a finished run reports; written as quantization_report.json but for `out_dir`."""
+    """What a finished run reports; `NUMBERS` and `layers` are in quantization_report.json."""
 
     out_dir: Path
     average_bits: float
@@ -40,6 +41,8 @@ class QuantizeResult:
     tuning: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Held-out loss before and after: `blocks`, relative error of their outputs on average, and
     `model`, KL to the original in nats per token."""
+    check: Closeness | None = None
+    """How closely the result follows its original, if it was compared."""
 
 
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]

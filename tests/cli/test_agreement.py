@@ -36,6 +36,33 @@ def test_table_is_followed_by_the_agreement(cli: Cli, llama, checkpoint, options
     assert re.search(r"Greedy continuations of \d+ prompts: the first \d+ % are equal", text)
 
 
+def test_chats_are_compared_as_well(cli: Cli, chat_llama, checkpoint, options):
+    done = cli("eval", checkpoint, "--baseline", chat_llama, *options, "--json", "-")
+    value = json.loads(done.out)
+    assert value["chats"]["dataset"] == "dialogues-test"
+    assert value["chats"]["positions"] == 3 * 63
+    assert value["chats"]["greedy"] == []
+    assert value["chats"]["kl_divergence"] > 0
+    assert value["chats"]["kl_divergence"] != value["agreement"]["kl_divergence"]
+    done = cli("eval", checkpoint, "--baseline", chat_llama, *options)
+    assert re.search(r"KL, +chats", " ".join(done.out.split()))
+    assert "On chats (dialogues-test), 189 predictions: KL divergence 0." in done.out
+    text = cli("eval", checkpoint, "--baseline", chat_llama, *options, "--no-chats", "--json", "-")
+    assert json.loads(text.out) == {**value, "chats": None}
+
+
+def test_model_without_a_template_is_compared_on_the_text_alone(
+    cli: Cli, llama, checkpoint, options
+):
+    done = cli("eval", checkpoint, "--baseline", llama, *options)
+    assert done.code == 0
+    assert f"On chats nothing was compared: {llama.name} has no chat template." in done.out
+    assert "KL, chats" not in done.out
+    assert "Warning" not in done.err
+    quiet = cli("eval", checkpoint, "--baseline", llama, *options, "--no-chats")
+    assert "On chats" not in quiet.out
+
+
 def test_model_agrees_with_itself(cli: Cli, llama, options):
     done = cli("eval", llama, "--baseline", llama, *options, "--json", "-")
     agreement = json.loads(done.out)["agreement"]

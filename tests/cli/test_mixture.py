@@ -53,6 +53,34 @@ def test_default_mixture_is_drawn_and_says_which_special_tokens_it_has(cli, chat
     assert sum(one["samples"] for one in about["sources"]) == 24
 
 
+def test_quantize_ends_with_a_comparison_on_text_and_chats(cli, chat_model, tmp_path):
+    run = ("quantize", "--method", "gptq", *FEW, "--json")
+    done = cli(*run, tmp_path / "r.json", chat_model, tmp_path / "out")
+    assert done.code == 0, done.err
+    check = json.loads((tmp_path / "r.json").read_text())["check"]
+    for what in ("text", "chats"):
+        divergence, share = (check[what][name] for name in ("kl_divergence", "top1_agreement"))
+        row = " ".join(
+            next(
+                line for line in done.out.splitlines() if f"KL divergence on {what}" in line
+            ).split()
+        )
+        assert f"{divergence:.4f} nats per token; same likeliest token {100 * share:.1f} %" in row
+    assert "is complete, but" not in done.err
+    again = cli(*run, "-", "--no-check", chat_model, tmp_path / "other")
+    assert json.loads(again.out)["check"] is None
+    assert (
+        "KL divergence"
+        not in cli(*run[:-1], "--no-check", "--overwrite", chat_model, tmp_path / "other").out
+    )
+
+
+def test_quantize_says_that_a_model_without_template_has_no_chats(cli, llama, tmp_path):
+    done = cli("quantize", "--method", "gptq", *FEW, llama, tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "has no chat template" in " ".join(done.out.split())
+
+
 def test_text_without_the_tokens_of_a_chat_model_is_warned_of(cli, chat_model, tmp_path):
     done = cli("calibrate", *FEW, "--dataset", "wikitext2-valid", chat_model, tmp_path / "cal")
     assert done.code == 0

@@ -13,34 +13,38 @@ if TYPE_CHECKING:
 
 TEXT_WIDTH = 100
 COLUMNS = ["model", ">bits per weight", ">size", ">quantized in", ">perplexity"]
+COLUMNS += [">KL", ">KL, chats"]
 COLUMNS += [">prefill tokens/s", ">decode tokens/s", "backend"]
 
 
 def comparison_report(result: "Comparison") -> dict[str, Any]:
     """Return figures and agreement for machines."""
     report = asdict(result)
-    return {name: report[name] for name in ("figures", "agreement", "versions")}
+    return {name: report[name] for name in ("figures", "agreement", "chats", "versions")}
 
 
 def print_comparison(result: "Comparison") -> None:
     """Print one row per model, with only the columns that were measured."""
-    rows = [_cells(figures) for figures in result.figures]
+    *others, last = result.figures
+    rows = [_cells(figures, None, None) for figures in others]
+    rows.append(_cells(last, result.agreement, result.chats))
     measured = [any(column) for column in zip(*rows, strict=True)]
     table = [compress(row, measured) for row in (COLUMNS, *rows)]
     console.print_table("", table[0], table[1:])
     console.print_lines(_conditions(result.figures))
     if result.agreement is not None:
-        _print_agreement(result.agreement)
+        _print_agreement(result.agreement, result.chats, result.no_chats)
 
 
-def _print_agreement(agreement: "Agreement") -> None:
+def _print_agreement(
+    agreement: "Agreement", chats: "Agreement | None", no_chats: str | None
+) -> None:
     """Print how closely the model follows its original, and the first text that differs."""
-    top1 = f"{100 * agreement.top1_agreement:.1f} ± {100 * agreement.top1_standard_error:.1f} %"
-    kl = f"{agreement.kl_divergence:.4f} ± {agreement.kl_standard_error:.4f}"
-    console.out.print(
-        f"Against the original, {agreement.positions} predictions: KL divergence {kl} nats per "
-        f"token (99th percentile {agreement.kl_p99:.3f}), same likeliest token {top1}."
-    )
+    _print_divergence("Against the original", agreement)
+    if chats is not None:
+        _print_divergence(f"On chats ({chats.dataset})", chats)
+    elif no_chats is not None:
+        console.print_lines([f"On chats nothing was compared: {no_chats}"])
     if agreement.greedy_equal_share is not None:
         console.out.print(
             f"Greedy continuations of {len(agreement.greedy)} prompts: the first "
@@ -53,7 +57,18 @@ def _print_agreement(agreement: "Agreement") -> None:
             console.out.print(f"  {name:>9}: {text[:TEXT_WIDTH]}", markup=False)
 
 
-def _cells(figures: "ModelFigures") -> tuple[str, ...]:
+def _print_divergence(where: str, found: "Agreement") -> None:
+    top1 = f"{100 * found.top1_agreement:.1f} ± {100 * found.top1_standard_error:.1f} %"
+    kl = f"{found.kl_divergence:.4f} ± {found.kl_standard_error:.4f}"
+    console.out.print(
+        f"{where}, {found.positions} predictions: KL divergence {kl} nats per token "
+        f"(99th percentile {found.kl_p99:.3f}), same likeliest token {top1}."
+    )
+
+
+def _cells(
+    figures: "ModelFigures", agreement: "Agreement | None", chats: "Agreement | None"
+) -> tuple[str, ...]:
     """Return a cell per column, empty where nothing was measured."""
     seconds, quality, speed = figures.quantize_seconds, figures.perplexity, figures.speed
     return (
@@ -62,6 +77,8 @@ def _cells(figures: "ModelFigures") -> tuple[str, ...]:
         gigabytes(figures.weight_bytes),
         "" if seconds is None else f"{seconds:.1f} s",
         f"{quality.perplexity:.3f}" if quality else "",
+        f"{agreement.kl_divergence:.4f}" if agreement else "",
+        f"{chats.kl_divergence:.4f}" if chats else "",
         f"{speed.prefill_tokens_per_second:.1f}" if speed else "",
         f"{speed.decode_tokens_per_second:.1f}" if speed else "",
         (", ".join(speed.backends) or "torch") if speed else "",

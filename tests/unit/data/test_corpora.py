@@ -1,13 +1,22 @@
 import hashlib
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qtool import resources
-from qtool.data.corpora import bos_warning, bundled, check_tokens, load_corpus, open_dataset
+from qtool.data.corpora import (
+    Corpus,
+    bos_warning,
+    bundled,
+    check_tokens,
+    load_corpus,
+    open_dataset,
+)
 from qtool.data.documents import Collection
 from qtool.errors import DataError
+from qtool.recipe.schema import CalibrationSection
 
 
 @pytest.mark.parametrize(
@@ -20,7 +29,7 @@ def test_bundled_text_is_the_one_that_its_licence_describes(name, role):
 
 
 def test_bundled_texts_are_listed():
-    documents = ("dialogues", "gsm8k-train", "languages", "prose", "source-code")
+    documents = ("dialogues", "dialogues-test", "gsm8k-train", "languages", "prose", "source-code")
     assert bundled() == (*documents, "wikitext2-test", "wikitext2-valid")
 
 
@@ -35,6 +44,7 @@ def test_bundled_texts_are_small_and_their_licences_are_told():
     ("name", "kind", "least"),
     [
         ("dialogues", list, 500),
+        ("dialogues-test", list, 40),
         ("gsm8k-train", list, 3000),
         ("languages", str, 50),
         ("prose", str, 300),
@@ -48,6 +58,24 @@ def test_bundled_documents_are_opened_by_name(name, kind, least):
     assert collection.name == name
     assert len(contents) >= least
     assert all(isinstance(content, kind) and content for content in contents)
+
+
+def words_in_a_row(name, count=13):
+    """Return all runs of so many words in a bundled text."""
+    texts = open_dataset(name)
+    contents = [texts.text] if isinstance(texts, Corpus) else [d.content for d in texts.documents]
+    turns = [turn["content"] for one in contents if not isinstance(one, str) for turn in one]
+    plain = [one for one in contents if isinstance(one, str)]
+    found = [re.findall(r"\w+", text.lower()) for text in [*turns, *plain]]
+    return {tuple(one[at : at + count]) for one in found for at in range(len(one) - count + 1)}
+
+
+def test_chats_to_measure_on_are_in_no_text_to_calibrate_on():
+    held_out = words_in_a_row("dialogues-test")
+    assert len(held_out) > 1500
+    for part in CalibrationSection().sources:
+        assert part.dataset != "dialogues-test"
+        assert not held_out & words_in_a_row(part.dataset)
 
 
 def test_bundled_documents_are_joined_to_a_running_text_and_chats_are_not():
