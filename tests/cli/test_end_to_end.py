@@ -68,9 +68,10 @@ def settings(*texts):
         ("none", set()),
     ],
 )
-def test_tune_says_what_gradients_improve(cli: Cli, llama, tmp_path, tune, parts):
+def test_tune_says_what_gradients_improve(cli: Cli, llama, text_file, tmp_path, tune, parts):
     chosen = () if tune is None else ("--tune", tune)
-    options = ("--method", "bcq", "--group-size", "32", *settings(*TUNED), *chosen)
+    keys = settings(*TUNED, f"calibration.dataset={text_file}")
+    options = ("--method", "bcq", "--group-size", "32", "--no-check", *keys, *chosen)
     done = quantized(cli, llama, tmp_path / "out", *options)
     report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
     assert set(report["tuning"]) == parts
