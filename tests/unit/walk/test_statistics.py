@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qtool.walk.statistics import measure_inputs
-from qtool.walk.streams import make_streams
+from qtool.walk.streams import Visit, make_streams
 from tests.helpers import normal
 
 WIDTH, INPUTS = 6, 9
@@ -64,9 +64,10 @@ def by_hand(blocks, streams, residuals, cap):
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_all_moments_are_of_equally_weighted_tokens(blocks, streams, writer, cap):
     """A capped token counts alike in H and in the drifts: otherwise the shift overshoots for it."""
-    measured = measure_inputs(
-        writer, blocks[0], blocks[1], streams, residual=("attention", "mlp"), token_cap=cap
-    ).train
+    (both,) = measure_inputs(
+        writer, Visit(blocks[0], blocks[1], streams), residual=("attention", "mlp"), token_cap=cap
+    )
+    measured = both.train
     share = 0.5 if writer == "mlp" else 1.0
     flat = (lambda h: share * h.flatten(0, -2),) * 2
     x, drift, residual = by_hand(blocks, streams, [flat] * 4, cap)
@@ -77,8 +78,8 @@ def test_all_moments_are_of_equally_weighted_tokens(blocks, streams, writer, cap
 
 
 def test_linears_off_the_residual_stream_have_no_residual(blocks, streams):
-    measured = measure_inputs(
-        "linear", blocks[0], blocks[1], streams, residual=None, token_cap=None
+    (measured,) = measure_inputs(
+        "linear", Visit(blocks[0], blocks[1], streams), residual=None, token_cap=None
     )
     for part in (measured.train, measured.held_out):
         assert not {"ex", "ed", "ee"} & part.sums.keys()
