@@ -114,8 +114,8 @@ class Codec:
     cat: Callable[[Sequence[QuantizedTensor], int], QuantizedTensor]
     """(weights, dimension) -> one below the other, or beside one another, to the bit, if need be in
     another format; raises `SchemeError` where a group would run on from one to the next."""
-    trainable: Callable[[QuantizedTensor], Trainable]
-    """Where learning starts from a weight."""
+    trainable: Callable[[QuantizedTensor], Trainable] | None = None
+    """Where learning starts from a weight; None: weights of this format can't be tuned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -188,6 +188,10 @@ class CheckpointWriter:
             self._names.append(name)
         return notes
 
+    def notes(self, name: str, *, draft: str | None = None) -> Mapping[str, Any]:
+        """Return what was noted of what is stored."""
+        return self._spool.notes(_key(name, draft)) or {}
+
     def tensors(self, name: str, *, draft: str | None = None) -> dict[str, Tensor]:
         """Return what is stored, by full name."""
         return self._spool.tensors(_key(name, draft))

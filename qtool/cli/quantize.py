@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +25,17 @@ if TYPE_CHECKING:
     from qtool.steps.solve import LayerResult
 
 DEFAULT_RECIPE = "bcq-w4g128"
+
+
+class Tune(StrEnum):
+    """Choices of --tune, as `recipe.schema.TuningKind`."""
+
+    NONE = "none"
+    BLOCKS = "blocks"
+    END_TO_END = "end-to-end"
+    BOTH = "both"
+
+
 KEPT = "Finished layers are kept: the same command with --resume goes on after them."
 _what, _how = in_panel("What"), in_panel("How")
 _where_to, _debug = in_panel("Where"), in_panel("Debug")
@@ -42,6 +54,9 @@ def quantize(
         list[str] | None, _how("--set", help="Change a key of the recipe: a.b=value.")
     ] = None,
     calibration: Annotated[Path | None, _how(help="Calibration directory.")] = None,
+    tune: Annotated[
+        Tune | None, _how(help="What gradients improve: codes and scales of each block, or scales.")
+    ] = None,
     no_calibration: Annotated[bool, _how("--no-calibration", help="Use no data.")] = False,
     strict: Annotated[
         bool, _how("--strict", help="Fail where a solver would do something simpler.")
@@ -71,6 +86,8 @@ def quantize(
     elif calibration is not None:
         overrides = ["calibration={}", *overrides]
     chosen = choose_recipe(recipe, method, bits, group_size, overrides)
+    if tune is not None:
+        chosen = chosen.model_copy(update={"tuning": chosen.tuning.only(tune.value)})
     check_targets([json_file])
     early.check_directory(calibration)
     kept = "Nothing was written." if dry_run else KEPT
@@ -209,6 +226,10 @@ def _print_result(result: "QuantizeResult", json_file: Path | None) -> None:
             f"({result.weight_bytes / result.source_bytes:.0%} of the original)",
         ),
         *_error_rows(result),
+        *(
+            (f"tuned {what}", f"{was:.3g} -> {now:.3g}")
+            for what, (was, now) in result.tuning.items()
+        ),
         ("time", f"{result.seconds:.1f} s on {result.device}"),
         ("peak memory", gigabytes(result.peak_memory_bytes)),
     ]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qtool.core.binary_coding import assign
 
-FEW_BITS = 4
+MOST_SEARCHED_BITS = 4
 """Up to so many, a kernel tries all levels."""
 
 
@@ -53,7 +53,7 @@ def moved_codes(
         gaps: (rows, num_groups), what a step of codes is.
     """
     kernels = _kernels_for(codes.device)
-    if kernels is not None and len(scales) <= FEW_BITS:
+    if kernels is not None and len(scales) <= MOST_SEARCHED_BITS:
         found: Tensor = kernels.moved(scales, offsets, codes, shifts, gaps)
         return found
     wanted = values_of(scales, offsets, codes) + shifts * gaps.unsqueeze(-1)
@@ -107,7 +107,7 @@ def _kernels_for(device: torch.device) -> ModuleType | None:
     except ImportError:
         return None
     try:
-        learned_kernels.probe(device)
+        learned_kernels.try_out(device)
     except Exception as error:  # noqa: BLE001 - Triton needs a C compiler, and more may be amiss
         warnings.warn(f"Triton kernels can't be built; this takes longer: {error}", stacklevel=2)
         return None

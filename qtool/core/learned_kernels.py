@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
+PER_PROGRAM = 1024
 """Weights per program."""
 
 _T: TypeAlias = tl.tensor
@@ -113,7 +113,7 @@ def _moved(  # noqa: PLR0913, PLR0917
 def values(scales: Tensor, offsets: Tensor, codes: Tensor) -> Tensor:
     """As `learned.values_of`, (rows, num_groups, group_size) float32."""
     out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    _values[(triton.cdiv(codes.numel(), BLOCK),)](
+    _values[(triton.cdiv(codes.numel(), PER_PROGRAM),)](
         scales,
         offsets,
         codes,
@@ -122,7 +122,7 @@ def values(scales: Tensor, offsets: Tensor, codes: Tensor) -> Tensor:
         offsets.numel(),
         codes.shape[-1],
         BITS=len(scales),
-        BLOCK=BLOCK,
+        BLOCK=PER_PROGRAM,
     )
     return out
 
@@ -131,8 +131,8 @@ def sums(grad: Tensor, codes: Tensor, num_bits: int) -> Tensor:
     """As `learned.sums_of`, (num_bits + 1, rows, num_groups) float32."""
     out = torch.empty(num_bits + 1, *codes.shape[:2], dtype=torch.float32, device=codes.device)
     size, groups = codes.shape[-1], out[0].numel()
-    block = min(BLOCK, triton.next_power_of_2(size))
-    at_once = BLOCK // block
+    block = min(PER_PROGRAM, triton.next_power_of_2(size))
+    at_once = PER_PROGRAM // block
     _sums[(triton.cdiv(groups, at_once),)](
         grad, codes, out, groups, size, BITS=num_bits, GROUPS=at_once, BLOCK=block
     )
@@ -142,7 +142,7 @@ def sums(grad: Tensor, codes: Tensor, num_bits: int) -> Tensor:
 def moved(scales: Tensor, offsets: Tensor, codes: Tensor, shifts: Tensor, gaps: Tensor) -> Tensor:
     """As `learned.moved_codes`, for few bits."""
     out = torch.empty_like(codes)
-    _moved[(triton.cdiv(codes.numel(), BLOCK),)](
+    _moved[(triton.cdiv(codes.numel(), PER_PROGRAM),)](
         scales,
         offsets,
         codes,
@@ -153,12 +153,12 @@ def moved(scales: Tensor, offsets: Tensor, codes: Tensor, shifts: Tensor, gaps: 
         offsets.numel(),
         codes.shape[-1],
         BITS=len(scales),
-        BLOCK=BLOCK,
+        BLOCK=PER_PROGRAM,
     )
     return out
 
 
-def probe(device: torch.device) -> None:
+def try_out(device: torch.device) -> None:
     """Compile and run the smallest case; raises what is amiss."""
     codes = torch.zeros(1, 1, 1, dtype=torch.uint8, device=device)
     values(torch.ones(1, 1, 1, device=device), torch.ones(1, 1, device=device), codes)

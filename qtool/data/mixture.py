@@ -53,7 +53,14 @@ def draw_mixture(
 
     Each sample is filled with documents of one source in random order, the last one cut. A source
     that is used up begins again in a new order. The last samples of a source, as many as
-    `CalibrationSet.split` holds out, are of documents that no other sample has.
+    `CalibrationSet.split` holds out, are of parts that no other sample has.
+
+    Args:
+        sources: What to draw from; each is read once.
+        tokenizer: Of the model.
+        lengths: In tokens, one for each sample; these are (length,) int64.
+        seed: Of all that is random.
+        holdout: Fraction of the samples of a source that will be held out.
 
     Raises:
         DataError: a source is empty or can't be read, or a document can't be rendered as it asks.

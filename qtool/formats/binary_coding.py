@@ -108,7 +108,7 @@ def descending(scales: Tensor) -> Tensor:
     return scales.clamp(min=0).cummin(0).values
 
 
-def _trainable(tensor: QuantizedTensor) -> Trainable:
+def trainable(tensor: QuantizedTensor) -> Trainable:
     """Let scales and offsets of a weight be learned."""
     scheme, shape, parts = tensor.scheme, tensor.shape, tensor.parts
     scales = grouping.to_stored(parts["plane_scales"].float(), scheme)
@@ -143,4 +143,4 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
     )
 
 
-CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat, trainable=_trainable)
+CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat, trainable=trainable)

@@ -112,7 +112,7 @@ def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
 
 def _trainable(tensor: QuantizedTensor) -> Trainable:
     """Let scales and offsets be learned, straight through their rounding; row scales stay."""
-    plain, row_scales = binary_coding.CODEC.trainable(to_binary(tensor)), tensor.parts["row_scales"]
+    plain, row_scales = binary_coding.trainable(to_binary(tensor)), tensor.parts["row_scales"]
     scheme, shape = tensor.scheme, tensor.shape
 
     def theta(values: Mapping[str, Tensor]) -> Tensor:

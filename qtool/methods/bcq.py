@@ -30,7 +30,7 @@ from qtool.core.polish import polish
 from qtool.errors import RecipeError
 from qtool.formats import binary_coding as binary_format
 from qtool.formats import coded_scales as coded_format
-from qtool.recipe.schema import Number, WholeNumber
+from qtool.recipe.values import Number, WholeNumber
 from qtool.scheme import Shape2D
 
 COLUMN_BLOCK = 128

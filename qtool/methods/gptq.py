@@ -19,7 +19,7 @@ from qtool.core.error_feedback import encode_columns, feed_forward, scaled_error
 from qtool.core.grids import AffineGrid
 from qtool.core.polish import polish
 from qtool.formats import affine as affine_format
-from qtool.recipe.schema import Number, WholeNumber
+from qtool.recipe.values import Number, WholeNumber
 from qtool.scheme import Shape2D, WeightScheme
 
 Order = Literal["activation", "group", "natural"]

@@ -12,7 +12,7 @@ from pydantic import Field
 from qtool.base import LayerProblem, LayerSolution, Method
 from qtool.core import affine, grouping, metrics
 from qtool.formats import affine as affine_format
-from qtool.recipe.schema import Number
+from qtool.recipe.values import Number
 from qtool.scheme import Shape2D
 
 

@@ -91,9 +91,9 @@ def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:
         if writer.is_sealed or writer.has_ended:
             return result_of(place)
         solved = solve(run, writer)
-        settle(run, writer, solved)
+        curves = settle(run, writer, solved)
         run.env.emit(Progress("assembling the result"))
-        return write_result(run, solved, writer, started)
+        return write_result(run, solved, curves, writer, started)
 
 
 def _inputs(recipe: Recipe, calib_dir: Path | None) -> list[Path]:

@@ -1,10 +1,11 @@
 """What a finished run writes beside its weights, and quantization_report.json read again."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from math import nan, prod
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import qtool
@@ -36,8 +37,13 @@ class QuantizeResult:
     peak_memory_bytes: int
     device: str
     layers: tuple[LayerResult, ...]
+    tuning: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Held-out loss before and after: `blocks`, relative error of their outputs on average, and
+    `model`, KL to the original in nats per token."""
 
 
+Curves = Mapping[str, Sequence[Mapping[str, Any]]]
+CURVES_NAME = "tuning.jsonl"
 NUMBERS = ("average_bits", "weight_bytes", "source_bytes", "seconds", "peak_memory_bytes", "device")
 OF_SAMPLES = (
     *("dataset", "sources", "samples", "tokens"),
@@ -46,7 +52,11 @@ OF_SAMPLES = (
 
 
 def write_result(
-    run: Run, results: tuple[LayerResult, ...], writer: CheckpointWriter, started: float
+    run: Run,
+    results: tuple[LayerResult, ...],
+    curves: Curves,
+    writer: CheckpointWriter,
+    started: float,
 ) -> QuantizeResult:
     """Write all files of a result, `started` in seconds of `perf_counter`, and give it its name.
 
@@ -63,17 +73,36 @@ def write_result(
         peak_memory_bytes=peak_memory(run.env.device),
         device=run.env.device,
         layers=results,
+        tuning=_gains(curves),
     )
     manifest = _manifest(run, results, writer.digests())
     files = run.source.companions()
     card = model_card(manifest, run.source.public_name, _about(run, result))
     files["README.md"] = card.encode()
+    if curves:
+        files[CURVES_NAME] = _curve_lines(curves)
     names = sorted({*files, REPORT_NAME, CONFIG_NAME})
     samples = run.calibration.provenance if run.calibration else {}
     files[REPORT_NAME] = _report_bytes(result, samples, run=writer.run_digest, files=names)
     config = {key: value for key, value in run.source.config.items() if key != "_name_or_path"}
     writer.finish(files, {**config, "quantization_config": manifest.to_config()})
     return result
+
+
+def _gains(curves: Curves) -> dict[str, tuple[float, float]]:
+    """Return the held-out loss where curves begin, and where they are lowest."""
+    losses = {what: [point["held_out"] for point in curve] for what, curve in curves.items()}
+    model = losses.pop("model", None)
+    found = {} if model is None else {"model": (model[0], min(model))}
+    if losses:
+        both = [(loss[0], min(loss)) for loss in losses.values()]
+        found = {"blocks": (mean(x for x, _ in both), mean(x for _, x in both)), **found}
+    return found
+
+
+def _curve_lines(curves: Curves) -> bytes:
+    lines = [{"of": what, **point} for what, curve in curves.items() for point in curve]
+    return "".join(json_text(line, indent=None) + "\n" for line in lines).encode()
 
 
 def _manifest(run: Run, results: tuple[LayerResult, ...], digests: dict[str, str]) -> Manifest:
@@ -134,6 +163,7 @@ def _report_bytes(
         "files": files,
         **{key: values[key] for key in NUMBERS},
         "calibration": {key: samples[key] for key in OF_SAMPLES if key in samples},
+        "tuning": values["tuning"],
         "layers": layers,
     }
     return (json_text(report) + "\n").encode()
@@ -149,7 +179,8 @@ def result_of(place: Place) -> QuantizeResult:
     try:
         layers = tuple(_layer(values, entries) for values in report["layers"])
         numbers = {key: report[key] for key in NUMBERS}
-        return QuantizeResult(out_dir=place.named, layers=layers, **numbers)
+        tuning = {what: tuple(pair) for what, pair in report.get("tuning", {}).items()}
+        return QuantizeResult(out_dir=place.named, layers=layers, tuning=tuning, **numbers)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{place.out_dir} is complete, but its quantization_report.json is damaged: "

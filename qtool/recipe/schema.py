@@ -5,9 +5,6 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -17,33 +14,20 @@ from pydantic import (
 )
 
 from qtool.plugins import describe_miss
+from qtool.recipe.tuning import TuningSection
+from qtool.recipe.values import (
+    MOST_LENGTH,
+    MOST_SEED,
+    MOST_TOKENS,
+    Name,
+    Number,
+    Section,
+    Text,
+    WholeNumber,
+)
 from qtool.scheme import MAX_BITS, GroupDim, WeightScheme
 
-MOST_TOKENS = 1 << 26
-MOST_LENGTH = 1 << 20
-"""Tokens of a sample, samples, or weights of a group: more is a slip of the keyboard."""
-MOST_SEED = 2**32 - 1
-"""What every generator takes, numpy's too."""
 SLACK_OF_SHARES = 1e-6
-
-
-def _keep_bool_out(value: object) -> object:
-    """Refuse YAML booleans where a number is meant (pydantic would read true as 1)."""
-    if isinstance(value, bool):
-        raise ValueError("is a boolean; a number is meant")
-    return value
-
-
-WholeNumber = Annotated[int, BeforeValidator(_keep_bool_out)]
-Number = Annotated[float, BeforeValidator(_keep_bool_out), Field(allow_inf_nan=False)]
-Name = Annotated[str, Field(max_length=100)]
-Text = Annotated[str, Field(max_length=4096)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values don't change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class SchemeSection(Section):
@@ -113,11 +97,11 @@ class SourceSection(Section):
 
 MIXTURE = (
     {"dataset": "wikitext2-valid", "share": 0.35},
-    {"dataset": "prose", "share": 0.25},
+    {"dataset": "prose", "share": 0.2},
     {"dataset": "dialogues", "share": 0.15},
     {"dataset": "gsm8k-train", "share": 0.1},
     {"dataset": "source-code", "share": 0.1},
-    {"dataset": "languages", "share": 0.05},
+    {"dataset": "languages", "share": 0.1},
 )
 """The bundled mixture: encyclopedic text, prose, chats, mathematics, code, other languages."""
 
@@ -223,43 +207,6 @@ class TableSection(Section):
     method: Name = "rtn"
     scheme: SchemeSection = SchemeSection(num_bits=8, group_size=64)
     options: Mapping[str, Any] = {}
-
-
-class BlockTuning(Section):
-    """Gradients through one block at a time: scales, offsets and codes, for the block's outputs."""
-
-    steps: Annotated[WholeNumber, Field(ge=1, le=1_000_000)] = 200
-    learning_rate: Annotated[Number, Field(gt=0, le=1)] = 1e-3
-    """What a first step moves scales and offsets by, relative to their sizes."""
-    code_rate: Annotated[Number, Field(ge=0, le=1)] = 5e-3
-    """What a first step moves latent codes by, in steps of codes; 0: codes stay."""
-
-
-class EndToEndTuning(Section):
-    """Gradients through the whole model: KL to the original's predictions."""
-
-    steps: Annotated[WholeNumber, Field(ge=1, le=1_000_000)] = 500
-    batch_size: Annotated[WholeNumber, Field(ge=1, le=MOST_LENGTH)] = 8
-    """Samples a step."""
-    sequence_length: Annotated[WholeNumber, Field(ge=2, le=MOST_LENGTH)] = 1024
-    learning_rate: Annotated[Number, Field(gt=0, le=1)] = 2e-3
-    """What a first step moves scales, offsets and norms by, relative to their sizes."""
-    code_rate: Annotated[Number, Field(ge=0, le=1)] = 0.0
-    """What a first step moves latent codes by, in steps of codes; 0: codes stay, to the bit."""
-    norms: bool = True
-    """Norms and biases learn too."""
-
-
-class TuningSection(Section):
-    """What is learned by gradients after, or while, layers are solved."""
-
-    blocks: BlockTuning | None = None
-    end_to_end: EndToEndTuning | None = None
-
-    @property
-    def is_on(self) -> bool:
-        """Whether anything is learned."""
-        return self.blocks is not None or self.end_to_end is not None
 
 
 class Recipe(Section):

@@ -108,11 +108,12 @@ def parse_options(method_name: str, method: Method, values: Mapping[str, Any]) -
 
 
 def with_samples(recipe: Recipe) -> Recipe:
-    """Return the recipe with default calibration samples, if its method does better with data."""
+    """Return the recipe with default samples, if its method does better with data or it tunes."""
     overridden = (override.method for override in recipe.weights.overrides)
     names = {recipe.weights.method, *(name for name in overridden if name is not None)}
     methods = [load_method(name) for name in sorted(names)]
-    if recipe.calibration is not None or not any(m.needs | m.uses for m in methods):
+    wanted = recipe.tuning.is_on or any(method.needs | method.uses for method in methods)
+    if recipe.calibration is not None or not wanted:
         return recipe
     return recipe.model_copy(update={"calibration": CalibrationSection()})
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from qtool.steps.memory import peak_memory
 from qtool.steps.plan import LayerPlan, load_method
 from qtool.steps.run import Run
 from qtool.steps.solve_calibrated import solve_calibrated
-from qtool.steps.tune_blocks import SOLVED, draft_of, tune_block_once
-from qtool.steps.tune_model import tune_model_once
+from qtool.steps.tune_blocks import SOLVED, TUNED_BLOCK, draft_of, tune_block_once
+from qtool.steps.tune_model import MODEL, tune_model_once
 from qtool.steps.weigh_tokens import weigh_tokens_once
 from qtool.walk.walk import Walk
 from qtool.wording import gigabytes
@@ -88,8 +89,14 @@ def block_of(source: ModelSource, layer: LayerPlan | LayerResult) -> str:
     return ".".join(layer.name.split(".")[:depth])
 
 
-def settle(run: Run, writer: CheckpointWriter, results: Sequence[LayerResult]) -> None:
-    """Write what gradients have left of the layers, and copy all other tensors."""
+def settle(
+    run: Run, writer: CheckpointWriter, results: Sequence[LayerResult]
+) -> dict[str, list[dict[str, Any]]]:
+    """Write what gradients have left of the layers, and copy all other tensors.
+
+    Returns:
+        The curves of tuning, by the name of the block or `model`; see `training.descent.Point`.
+    """
     tuning, learned = run.recipe.tuning, dict[str, Tensor]()
     in_blocks = {layer.name for layer in run.plan.in_blocks} if tuning.is_on else set()
     drafts = {
@@ -111,6 +118,17 @@ def settle(run: Run, writer: CheckpointWriter, results: Sequence[LayerResult]) -
     for name in run.plan.kept:
         made = partial(Made, learned[name]) if name in learned else partial(_copied, run, name)
         writer.once(name, made)
+    return _curves(run, writer)
+
+
+def _curves(run: Run, writer: CheckpointWriter) -> dict[str, list[dict[str, Any]]]:
+    tuning, curves = run.recipe.tuning, {}
+    if tuning.blocks is not None:
+        for block in dict.fromkeys(block_of(run.source, layer) for layer in run.plan.in_blocks):
+            curves[block] = writer.notes(block, draft=TUNED_BLOCK)["curve"]
+    if tuning.end_to_end is not None:
+        curves["model"] = writer.notes(run.source.adapter.blocks, draft=MODEL)["curve"]
+    return curves
 
 
 def _draft(run: Run, writer: CheckpointWriter, result: LayerResult) -> QuantizedTensor:

@@ -10,14 +10,14 @@ from torch import Tensor
 from qtool.base import Progress, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, codec
 from qtool.checkpoint.writer import CheckpointWriter, Made
-from qtool.recipe.schema import BlockTuning
+from qtool.recipe.tuning import BlockTuning
 from qtool.steps.run import Run
 from qtool.training.blocks import tune_block
 from qtool.training.descent import Schedule
-from qtool.training.student import install_layers, learned_layers
+from qtool.training.student import install_layers, learned_layers, stored_parts
 from qtool.walk.walk import Walk
 
-SOLVED, BLOCK = "solved", "tuned"
+SOLVED, TUNED_BLOCK = "solved", "tuned"
 """Drafts: of a layer before gradients, and of all layers of a block after block tuning."""
 
 
@@ -27,7 +27,7 @@ def draft_of(
     """Return a layer as the solver left it, or, with the name of its block, as tuning left it."""
     if block is None:
         return writer.load(name, entry, device, draft=SOLVED)
-    tensors = writer.tensors(block, draft=BLOCK)
+    tensors = writer.tensors(block, draft=TUNED_BLOCK)
     parts = {part: tensors[f"{name}.{part}"].to(device) for part in entry.layout()}
     return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
 
@@ -52,7 +52,7 @@ def tune_block_once(
     """
     device = run.env.device
     notes = writer.once(
-        block, partial(_tuned, run, section, writer, walk, block, entries), draft=BLOCK
+        block, partial(_tuned, run, section, writer, walk, block, entries), draft=TUNED_BLOCK
     )
     curve = notes["curve"]
     losses = [point["held_out"] for point in curve]
@@ -86,11 +86,11 @@ def _tuned(
         for name, entry in entries.items()
     }
     install_layers(student.module, layers, moves_codes=section.code_rate > 0)
-    learned = dict(learned_layers(student.module))
-    on_card = torch.device(device).type == "cuda"
+    learned = [layer for _, layer in learned_layers(student.module)]
+    kind = torch.device(device).type
 
     def forward(batch: int) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16, enabled=on_card):
+        with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
             return student.learn(streams.quantized[batch], batch)
 
     schedule = Schedule(
@@ -99,12 +99,6 @@ def _tuned(
         code_rate=section.code_rate,
         check_every=max(1, section.steps // 4),
     )
-    points = tune_block(
-        list(learned.values()), forward, targets, streams.num_train, schedule, lambda _point: None
-    )
-    parts = {
-        f"{block}.{name}.{part}": tensor
-        for name, layer in learned.items()
-        for part, tensor in layer.stored().parts.items()
-    }
+    points = tune_block(learned, forward, targets, streams.num_train, schedule, lambda _point: None)
+    parts = {f"{block}.{name}": part for name, part in stored_parts(student.module)}
     return Made(parts, {"curve": [asdict(point) for point in points]})

@@ -7,16 +7,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qtool.base import CausalModel, Progress, QuantizedTensor
+from qtool.base import CausalModel, Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.writer import CheckpointWriter, Made
 from qtool.modeling.load import load_original, load_tokenizer
-from qtool.recipe.schema import EndToEndTuning
+from qtool.recipe.tuning import EndToEndTuning
 from qtool.steps.draw_calibration import draw_for_tuning
 from qtool.steps.run import Run
 from qtool.training.descent import Point, Schedule
 from qtool.training.end_to_end import Pair, tune_end_to_end
-from qtool.training.student import free_vectors, learned_layers, make_student
+from qtool.training.student import free_vectors, make_student, stored_parts
 
 SMALL = 1_000_000_000
 """Parameters; a step of fewer is bound by its launches, and is captured."""
@@ -81,14 +81,20 @@ def _tuned(
         captured=on_card and original.num_parameters() < SMALL,
     )
     points = tune_end_to_end(pair, batches, held_out, schedule, report)
-    tensors = {
-        f"{name}.{part}": tensor
-        for name, layer in learned_layers(student)
-        for part, tensor in layer.stored().parts.items()
-    }
+    if min(point.held_out for point in points) == points[0].held_out:
+        env.emit(Notice(_no_gain(points, section)))
+    tensors = dict(stored_parts(student))
     for name, vector in vectors.items():
         tensors[name] = vector.detach().to(run.source.read(name).dtype)
     return Made(tensors, {"curve": [asdict(point) for point in points]})
+
+
+def _no_gain(points: Sequence[Point], section: EndToEndTuning) -> str:
+    return (
+        f"End-to-end tuning gained nothing: KL on held-out samples was {points[0].held_out:.4f} "
+        f"and came to {points[-1].held_out:.4f}. The result is as it was before. Lower "
+        f"tuning.end_to_end.learning_rate, {section.learning_rate:g} now, or use more texts."
+    )
 
 
 def _fill_tables(student: CausalModel, tables: Mapping[str, QuantizedTensor]) -> None:

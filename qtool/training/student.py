@@ -10,6 +10,7 @@ from qtool.base import CausalModel, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.core import grouping
 from qtool.core.learned import with_gradient
+from qtool.errors import SchemeError
 
 
 class LearnedLinear(nn.Module):
@@ -25,7 +26,13 @@ class LearnedLinear(nn.Module):
         """
         super().__init__()
         self.scheme, self.shape, self.bias = tensor.scheme, tensor.shape, bias
-        self.start = start = codec(tensor.format).trainable(tensor)
+        trainable = codec(tensor.format).trainable
+        if trainable is None:
+            raise SchemeError(
+                f"Weights of format {tensor.format} can't be tuned. Leave out tuning, or use a "
+                "method that writes another format."
+            )
+        self.start = start = trainable(tensor)
         zeros = {name: torch.zeros_like(value) for name, value in start.parameters.items()}
         self.moves = nn.ParameterDict({name: nn.Parameter(zero) for name, zero in zeros.items()})
         """How far each parameter has moved, in its units."""
@@ -106,6 +113,12 @@ def learned_layers(student: nn.Module) -> Iterator[tuple[str, LearnedLinear]]:
     for name, module in student.named_modules():
         if isinstance(module, LearnedLinear):
             yield name, module
+
+
+def stored_parts(student: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a checkpoint stores of the layers that learn, by module name and part."""
+    for name, layer in learned_layers(student):
+        yield from ((f"{name}.{part}", tensor) for part, tensor in layer.stored().parts.items())
 
 
 def free_vectors(student: nn.Module, names: Container[str]) -> dict[str, nn.Parameter]:

@@ -46,6 +46,61 @@ def test_data_is_drawn_where_a_method_does_better_with_it(
     assert bool(CheckpointReader(tmp_path / "out").manifest.calibration) == with_data
 
 
+SHORT = ("calibration.num_samples=12", "calibration.sequence_length=32")
+TUNED = (
+    *SHORT,
+    *(f"tuning.blocks.{key}" for key in ("steps=4", "code_rate=0.02")),
+    *(f"tuning.end_to_end.{key}" for key in ("steps=4", "batch_size=2", "sequence_length=32")),
+)
+
+
+def settings(*texts):
+    return [word for text in texts for word in ("--set", text)]
+
+
+@pytest.mark.parametrize(
+    ("tune", "parts"),
+    [
+        (None, {"blocks", "model"}),
+        ("both", {"blocks", "model"}),
+        ("blocks", {"blocks"}),
+        ("end-to-end", {"model"}),
+        ("none", set()),
+    ],
+)
+def test_tune_says_what_gradients_improve(cli: Cli, llama, tmp_path, tune, parts):
+    chosen = () if tune is None else ("--tune", tune)
+    options = ("--method", "bcq", "--group-size", "32", *settings(*TUNED), *chosen)
+    done = quantized(cli, llama, tmp_path / "out", *options)
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert set(report["tuning"]) == parts
+    assert all(now <= was for was, now in report["tuning"].values())
+    assert all(f"tuned {part}" in done.out for part in parts)
+    curves = tmp_path / "out" / "tuning.jsonl"
+    assert curves.exists() == bool(parts)
+    if parts:
+        lines = [json.loads(line) for line in curves.read_text().splitlines()]
+        assert {line["of"] for line in lines} == {
+            *(["model"] if "model" in parts else []),
+            *(["model.layers.0", "model.layers.1"] if "blocks" in parts else []),
+        }
+        assert "tuning.jsonl" in report["files"]
+    again = cli("quantize", *options, "--overwrite", llama, tmp_path / "out")
+    assert again.code == 0, again.err
+
+
+def test_tuning_without_data_is_refused(cli: Cli, llama, tmp_path):
+    done = cli("quantize", "--tune", "blocks", "--no-calibration", llama, tmp_path / "out")
+    assert done.code == 1
+    assert "tuning needs calibration data" in done.err
+
+
+def test_rounding_is_tuned_with_data_of_its_own(cli: Cli, llama, tmp_path):
+    options = ("--method", "rtn", "--bits", "3", "--group-size", "32", "--tune", "blocks")
+    done = quantized(cli, llama, tmp_path / "out", *options, *settings(*TUNED[:4]))
+    assert "tuned blocks" in done.out
+
+
 def test_strict_is_a_key_of_the_recipe(cli: Cli, llama, tmp_path):
     options = ["--method", "gptq", "--strict", "--set", "calibration.num_samples=4"]
     quantized(cli, llama, tmp_path / "out", *options)

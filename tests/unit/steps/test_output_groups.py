@@ -17,6 +17,7 @@ from qtool.scheme import Shape2D, WeightScheme
 from qtool.steps import solve, weigh_tokens
 from qtool.steps.draw_calibration import draw_calibration
 from qtool.steps.plan import LayerPlan, load_method
+from qtool.steps.solve_calibrated import solve_calibrated
 from qtool.steps.weigh_tokens import row_edges, scaled
 from qtool.walk.statistics import RowGroups
 from tests.helpers import file_hashes
@@ -145,7 +146,7 @@ def test_each_group_has_the_hessian_that_its_channels_gradients_weigh(
 ):
     """Of the first block, whose inputs aren't changed by anything quantized."""
     name, chosen, kept = f"model.layers.0.{layer}", recipe(text_file), {}
-    real = solve.solve_calibrated
+    real = solve_calibrated
 
     def spy(plan, weight, statistics, *rest):
         kept[plan.name] = [(each.rows, each.train.mean("xx")) for each in statistics]

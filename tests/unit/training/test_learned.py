@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import qtool.formats
 from qtool import plugins
-from qtool.base import QuantizedTensor
+from qtool.base import QuantizedTensor, Trainable
 from qtool.checkpoint.manifest import codec
 from qtool.core import grouping, learned
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
@@ -31,6 +31,13 @@ def dense(tensor: QuantizedTensor, values: torch.Tensor) -> torch.Tensor:
     return grouping.to_rows(joined, tensor.scheme)
 
 
+def trainable(tensor: QuantizedTensor) -> Trainable:
+    """Return where learning starts from a weight."""
+    start = codec(tensor.format).trainable
+    assert start is not None
+    return start(tensor)
+
+
 def test_every_format_has_a_solver_here():
     assert set(SOLVERS) == set(plugins.names(qtool.formats))
 
@@ -40,7 +47,7 @@ def test_every_format_has_a_solver_here():
 @given(scheme=schemes, shape=shapes, seed=st.integers(0, 10_000))
 def test_learning_begins_at_the_weight_and_stores_it_to_the_bit(name, scheme, shape, seed):
     tensor = solved(name, normal(*shape, seed=seed), scheme)
-    start = codec(name).trainable(tensor)
+    start = trainable(tensor)
     values = start.values(start.parameters, start.codes)
     expected = codec(name).dequantize(tensor, torch.float32)
     torch.testing.assert_close(dense(tensor, values), expected, rtol=1e-5, atol=1e-6)
@@ -53,7 +60,7 @@ def test_learning_begins_at_the_weight_and_stores_it_to_the_bit(name, scheme, sh
 @settings(max_examples=25)
 @given(scheme=schemes, shape=shapes, seed=st.integers(0, 10_000))
 def test_codes_that_are_not_shifted_keep_their_levels(name, scheme, shape, seed):
-    start = codec(name).trainable(solved(name, normal(*shape, seed=seed), scheme))
+    start = trainable(solved(name, normal(*shape, seed=seed), scheme))
     codes = start.moved(start.parameters, torch.zeros(start.codes.shape))
     before, after = (start.values(start.parameters, each) for each in (start.codes, codes))
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
@@ -62,7 +69,7 @@ def test_codes_that_are_not_shifted_keep_their_levels(name, scheme, shape, seed)
 @EVERY_FORMAT
 @pytest.mark.parametrize(("share", "moves"), [(0.01, False), (3.0, True)])
 def test_a_large_shift_moves_codes_and_a_small_one_does_not(name, share, moves):
-    start = codec(name).trainable(solved(name, normal(8, 32), WeightScheme(num_bits=2)))
+    start = trainable(solved(name, normal(8, 32), WeightScheme(num_bits=2)))
     levels = start.values(start.parameters, start.codes)
     inwards = -share * levels.sign()
     codes = start.moved(start.parameters, inwards)
@@ -76,7 +83,7 @@ def test_what_is_stored_is_what_was_learned(name, symmetric):
     """Up to the rounding of float16, wherever the parameters have gone."""
     scheme = WeightScheme(num_bits=3, group_size=16, symmetric=symmetric)
     tensor = solved(name, normal(8, 40), scheme)
-    start = codec(name).trainable(tensor)
+    start = trainable(tensor)
     generator = torch.Generator().manual_seed(0)
     learned_to = {
         key: value + 0.5 * start.units[key] * torch.randn(value.shape, generator=generator)

@@ -39,10 +39,11 @@ def channel_by_channel(name: str, token: int, channels: range) -> float:
 
     with original.get_submodule(name).register_forward_hook(move):
         logits = original(TOKENS, use_cache=False).logits
-    loss = sum(
+    losses = [
         torch.nn.functional.cross_entropy(row[:-1], tokens[1:], reduction="sum")
         for row, tokens in zip(logits, TOKENS, strict=True)
-    )
+    ]
+    loss = torch.stack(losses).sum()
     found = [torch.autograd.grad(loss, change, retain_graph=True)[0] for change in moved.values()]
     return sum(float(gradient) ** 2 for gradient in found) / len(found)
 

@@ -94,9 +94,10 @@ def test_a_group_of_rows_has_all_moments_weighed_alike_and_its_rows_of_the_resid
     x, drift, residual = by_hand(blocks, streams, [flat] * 4, cap)
     assert [part.rows for part in parts] == [slice(0, 4), slice(4, WIDTH)]
     for part, weight in zip(parts, weights[:80].float().split(1, 1), strict=True):
-        for name, left in (("xx", x), ("dx", drift), ("ex", residual[:, part.rows])):
+        means = [part.train.mean("xx"), part.train.mean("dx"), part.train.mean("ex")]
+        for got, left in zip(means, (x, drift, residual[:, part.rows]), strict=True):
             expected = (weight * left).T @ x / len(x)
-            torch.testing.assert_close(part.train.mean(name), expected, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
         assert part.train.num_tokens == 80 and part.held_out.num_tokens == 20
     held_out = blocks[1].inputs_of("", streams.quantized[4], 0)
     if cap is None:

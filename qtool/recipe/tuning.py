@@ -1,0 +1,52 @@
+"""The section `tuning` of a recipe: what is learned by gradients. Torch-free."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qtool.recipe.values import MOST_LENGTH, Number, Section, WholeNumber
+
+TuningKind = Literal["none", "blocks", "end-to-end", "both"]
+
+
+class BlockTuning(Section):
+    """Gradients through one block at a time: scales, offsets and codes, for the block's outputs."""
+
+    steps: Annotated[WholeNumber, Field(ge=1, le=1_000_000)] = 200
+    learning_rate: Annotated[Number, Field(gt=0, le=1)] = 1e-3
+    """What a first step moves scales and offsets by, relative to their sizes."""
+    code_rate: Annotated[Number, Field(ge=0, le=1)] = 5e-3
+    """What a first step moves latent codes by, in steps of codes; 0: codes stay."""
+
+
+class EndToEndTuning(Section):
+    """Gradients through the whole model: KL to the original's predictions."""
+
+    steps: Annotated[WholeNumber, Field(ge=1, le=1_000_000)] = 500
+    batch_size: Annotated[WholeNumber, Field(ge=1, le=MOST_LENGTH)] = 8
+    """Samples a step."""
+    sequence_length: Annotated[WholeNumber, Field(ge=2, le=MOST_LENGTH)] = 1024
+    learning_rate: Annotated[Number, Field(gt=0, le=1)] = 2e-3
+    """What a first step moves scales, offsets and norms by, relative to their sizes."""
+    code_rate: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    """What a first step moves latent codes by, in steps of codes; 0: codes stay, to the bit."""
+    norms: bool = True
+    """Norms and biases learn too."""
+
+
+class TuningSection(Section):
+    """What is learned by gradients after, or while, layers are solved."""
+
+    blocks: BlockTuning | None = None
+    end_to_end: EndToEndTuning | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is learned."""
+        return self.blocks is not None or self.end_to_end is not None
+
+    def only(self, kind: TuningKind) -> "TuningSection":
+        """Return a section that does just this, with its own settings where it has some."""
+        blocks = (self.blocks or BlockTuning()) if kind in ("blocks", "both") else None
+        whole = (self.end_to_end or EndToEndTuning()) if kind in ("end-to-end", "both") else None
+        return TuningSection(blocks=blocks, end_to_end=whole)
