@@ -64,7 +64,7 @@ def solve_calibrated(
         "added_error": added[best] / power,
         "added_error_rounded": added_rounded / power,
         "input_error_strength": sum(part.strength for part in parts) / len(parts),
-        "tokens_per_input": statistics[0].tokens_per_input,
+        "tokens_per_input": min(each.tokens_per_input for each in statistics),
     }
     if len(errors) > 1:
         pairs = zip(alternatives, errors, strict=True)

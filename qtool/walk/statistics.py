@@ -38,6 +38,14 @@ class RowGroups:
         for (first, last), root in zip(pairwise(self.edges), roots, strict=True):
             yield slice(first, last), root
 
+    def effective(self, group: int, num_tokens: int) -> float:
+        """Return how many tokens of equal weight say as much as the first ones of a group.
+
+        Gradients of queries and keys can be those of a few tokens: one in a hundred.
+        """
+        weights = self.weights[:num_tokens, group].double()
+        return float(weights.sum() ** 2 / weights.square().sum())
+
 
 @dataclass(frozen=True)
 class InputStatistics:
@@ -47,11 +55,13 @@ class InputStatistics:
     """Output channels that they are for."""
     train: Moments
     held_out: Moments
+    num_effective: float
+    """Training tokens, of equal weight, that say as much as those that there are."""
 
     @property
     def tokens_per_input(self) -> float:
-        """How many training tokens there are for each input."""
-        return self.train.num_tokens / len(self.train.sums["xx"])
+        """How many training tokens there are, in effect, for each input."""
+        return self.num_effective / len(self.train.sums["xx"])
 
     def is_finite(self) -> bool:
         """Return whether no input and no residual stream left the range of its dtype."""
@@ -140,7 +150,16 @@ def measure_inputs(
             factor = cap if root is None else root if cap is None else cap * root
             residuals = None if part is None else _times(part, factor)
             sums[key].add(_times(x, factor), _times(drift, factor), residuals)
-    return tuple(InputStatistics(rows[g], sums[g, False], sums[g, True]) for g in rows)
+    num_train = sums[0, False].num_tokens
+    return tuple(
+        InputStatistics(
+            rows[group],
+            sums[group, False],
+            sums[group, True],
+            num_train if groups is None else groups.effective(group, num_train),
+        )
+        for group in rows
+    )
 
 
 def _times(values: Tensor, factor: Tensor | None) -> Tensor:

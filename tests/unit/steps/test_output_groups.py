@@ -236,3 +236,9 @@ def test_groups_give_their_rows_and_the_roots_of_their_weights():
     first, second = groups.among(slice(1, 3), torch.device("cpu"))
     assert first[0] == slice(0, 2) and first[1].flatten().tolist() == [3, 4]
     assert second[0] == slice(2, 5) and second[1].flatten().tolist() == [0, 5]
+
+
+def test_few_tokens_with_nearly_all_the_weight_are_few_tokens():
+    weights = torch.tensor([[1.0, 100], [1, 0], [1, 0], [1, 0], [50, 50]]).half()
+    groups = RowGroups((0, 1, 2), weights)
+    assert groups.effective(0, 4) == 4 and groups.effective(1, 4) == 1
