@@ -131,6 +131,9 @@ class CalibrationSection(Section):
     aren't."""
     input_error: Literal["auto"] | Annotated[Number, Field(ge=0, le=1)] = "auto"
     """Share of the upstream error that a layer compensates; auto: chosen per layer."""
+    output_groups: Annotated[WholeNumber, Field(ge=1, le=64)] | None = None
+    """Groups of output channels of a linear, each solved with tokens weighed by the gradients of
+    the loss of the original with respect to them; null: all tokens count alike."""
     residual_error: bool = True
     """Linears that add to the residual stream also compensate the error that it carries."""
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
@@ -172,6 +175,8 @@ class CalibrationSection(Section):
         """Write the one of dataset and mixture that holds."""
         values: dict[str, Any] = handler(self)
         values.pop("mixture" if self.dataset is not None else "dataset", None)
+        if self.output_groups is None:
+            values.pop("output_groups", None)
         for source in values.get("mixture", ()):
             if (rendering := source.pop("rendering", None)) is not None:
                 source["as"] = rendering

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from qtool.steps.run import Run
 from qtool.steps.solve_calibrated import solve_calibrated
 from qtool.steps.tune_blocks import SOLVED, TUNED_BLOCK, draft_of, tune_block_once
 from qtool.steps.tune_model import MODEL, tune_model_once
+from qtool.steps.weigh_tokens import weigh_tokens_once
 from qtool.walk.walk import Walk
 from qtool.wording import gigabytes
 
@@ -73,7 +73,7 @@ def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
         _announce(run, results[-1], len(results))
         return results[-1]
 
-    with _walking(run, writer.work_dir / "streams") as walk:
+    with _walking(run, writer) as walk:
         for block, layers in groupby(run.plan.in_blocks, partial(block_of, run.source)):
             entries = {layer.name: finish(layer, walk).entry for layer in layers}
             if walk is not None and tuning.blocks is not None:
@@ -148,16 +148,19 @@ def _settled(
 
 
 @contextmanager
-def _walking(run: Run, directory: Path) -> Iterator[Walk | None]:
-    """Give a walk through the blocks, whose inputs may lie in a directory; None without samples."""
+def _walking(run: Run, writer: CheckpointWriter) -> Iterator[Walk | None]:
+    """Give a walk through the blocks; None without samples."""
     section = run.recipe.calibration
     if section is None or run.calibration is None:
         yield None
         return
+    directory = writer.work_dir / "streams"  # of the blocks' inputs
     shutil.rmtree(directory, ignore_errors=True)  # of an attempt that failed
     layers = {layer.name: layer.shape for layer in run.plan.layers}
     env = replace(run.env, work_dir=directory)
-    walk = Walk(run.source, layers, run.calibration, section, env)
+    groups = section.output_groups
+    weigh = None if groups is None else partial(weigh_tokens_once, run, writer, groups)
+    walk = Walk(run.source, layers, run.calibration, section, env, weigh)
     try:
         yield walk
     finally:

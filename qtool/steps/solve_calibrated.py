@@ -1,7 +1,8 @@
 """Quantize one layer for the inputs that it sees: shift it, solve it, choose by held-out error."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -20,72 +21,114 @@ CLEARLY = 0.01
 def solve_calibrated(
     layer: LayerPlan,
     weight: Tensor,
-    statistics: InputStatistics,
+    statistics: Sequence[InputStatistics],
     section: CalibrationSection,
     env: Env,
 ) -> LayerSolution:
     """Quantize one linear of the blocks; warns if that is worse than rounding.
 
+    Each group of rows is a problem of its own: shifted, solved and measured by its own moments.
+    They share a scheme, chosen by the sum of their errors.
+
     Args:
         layer: What to do with it.
         weight: (out_features, in_features) float32.
-        statistics: Of its inputs.
+        statistics: Of its inputs, for each group of rows; they make up the weight in order.
         section: How calibration is used.
         env: Where it is computed.
     """
     asked = section.input_error
-    target, strength = statistics.shifter.shift(weight, None if asked == "auto" else asked)
+    strength = None if asked == "auto" else asked
+    parts = [_Part.of(weight[each.rows], each, strength) for each in statistics]
     alternatives = layer.alternatives()
-    candidates = [_candidate(one, target, statistics, env) for one in alternatives]
-    held_out = statistics.held_out
-    measure = OutputErrors(held_out, weight)
-    errors = [measure.of(quantized) for _, quantized in candidates]
-    added = [added_error(held_out, target, quantized) for _, quantized in candidates]
+    solutions = [_joined([_solved(one, part, env) for part in parts]) for one in alternatives]
+    candidates = [_dequantized(solution) for solution in solutions]
+    errors = [sum(part.error(each) for part in parts) for each in candidates]
+    added = [sum(part.added(each) for part in parts) for each in candidates]
     best = choose(errors, clearly=CLEARLY * added[0])
     nearest = round_to_nearest(alternatives[best], weight)
-    rounded = measure.of(nearest)
-    relative, rounded_relative = errors[best] / measure.power, rounded / measure.power
+    rounded = sum(part.error(nearest) for part in parts)
+    added_rounded = sum(part.added(nearest, shifted=False) for part in parts)
+    power = sum(part.measure.power for part in parts)
     if errors[best] > rounded:
         message = (
             f"{layer.name}: on held-out samples the solution is worse than rounding to nearest "
-            f"({relative:.2e}, not {rounded_relative:.2e}). Use more samples, or text that is more "
-            "like the model's."
+            f"({errors[best] / power:.2e}, not {rounded / power:.2e}). Use more samples, or text "
+            "that is more like the model's."
         )
         env.emit(Notice(message))
-    solution, _ = candidates[best]
     metrics = {
-        **solution.metrics,
-        "output_error": relative,
-        "output_error_rounded": rounded_relative,
-        "added_error": added[best] / measure.power,
-        "added_error_rounded": added_error(held_out, weight, nearest) / measure.power,
-        "input_error_strength": strength,
-        "tokens_per_input": statistics.tokens_per_input,
+        **solutions[best].metrics,
+        "output_error": errors[best] / power,
+        "output_error_rounded": rounded / power,
+        "added_error": added[best] / power,
+        "added_error_rounded": added_rounded / power,
+        "input_error_strength": sum(part.strength for part in parts) / len(parts),
+        "tokens_per_input": min(each.tokens_per_input for each in statistics),
     }
     if len(errors) > 1:
         pairs = zip(alternatives, errors, strict=True)
-        metrics |= {f"output_error_{one.scheme.group_dim}": e / measure.power for one, e in pairs}
-    return replace(solution, metrics=metrics)
+        metrics |= {f"output_error_{one.scheme.group_dim}": e / power for one, e in pairs}
+    return replace(solutions[best], metrics=metrics)
 
 
-def _candidate(
-    layer: LayerPlan, target: Tensor, statistics: InputStatistics, env: Env
-) -> tuple[LayerSolution, Tensor]:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows of a weight that are solved as a problem of their own."""
+
+    statistics: InputStatistics
+    weight: Tensor  # (rows, in_features)
+    target: Tensor  # the same, shifted
+    strength: float
+    measure: OutputErrors
+
+    @staticmethod
+    def of(weight: Tensor, statistics: InputStatistics, strength: float | None) -> "_Part":
+        target, used = statistics.shifter.shift(weight, strength)
+        measure = OutputErrors(statistics.held_out, weight)
+        return _Part(statistics, weight, target, used, measure)
+
+    def error(self, quantized: Tensor) -> float:
+        """Return what becomes of the output, of the whole weight's quantized one."""
+        return self.measure.of(quantized[self.statistics.rows])
+
+    def added(self, quantized: Tensor, *, shifted: bool = True) -> float:
+        """Return what rounding adds to it."""
+        meant = self.target if shifted else self.weight
+        return added_error(self.statistics.held_out, meant, quantized[self.statistics.rows])
+
+
+def _solved(layer: LayerPlan, part: _Part, env: Env) -> LayerSolution:
     """Solve with one of the schemes that the recipe lets qtool choose from."""
-    method = load_method(layer.method)
+    method, statistics = load_method(layer.method), part.statistics
     options = layer.options
     if hasattr(options, "damping"):
         options = replace(options, damping=raised(options.damping, statistics.tokens_per_input))
     wanted = method.needs | method.uses
     problem = LayerProblem(
         name=layer.name,
-        weight=target,
+        weight=part.target,
         scheme=layer.scheme,
         statistics={"hessian": statistics.train.mean("xx")} if "hessian" in wanted else {},
         generator=torch.Generator(env.device).manual_seed(env.seed),
     )
-    solution = method.solve(problem, options)
-    return solution, codec(solution.tensor.format).dequantize(solution.tensor, torch.float32)
+    return method.solve(problem, options)
+
+
+def _joined(solutions: Sequence[LayerSolution]) -> LayerSolution:
+    """Return the solutions of parts, in order, as one; its metrics are their means."""
+    first, *others = solutions
+    if not others:
+        return first
+    tensor = codec(first.tensor.format).cat([each.tensor for each in solutions], 0)
+    names = [name for name in first.metrics if all(name in each.metrics for each in others)]
+    metrics = {name: fmean(each.metrics[name] for each in solutions) for name in names}
+    fallbacks = (each.fallback for each in solutions if each.fallback is not None)
+    return LayerSolution(tensor, metrics, next(fallbacks, None))
+
+
+def _dequantized(solution: LayerSolution) -> Tensor:
+    return codec(solution.tensor.format).dequantize(solution.tensor, torch.float32)
 
 
 def round_to_nearest(layer: LayerPlan, weight: Tensor) -> Tensor:

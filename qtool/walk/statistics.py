@@ -1,7 +1,9 @@
 """What a group of linears that share an input sees: one pass over the cached block inputs."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -10,24 +12,56 @@ from qtool.core import hessian
 from qtool.core.moments import Moments, Shifter, no_moments
 from qtool.modeling.source import ModelSource
 from qtool.walk.blocks import Block
-from qtool.walk.streams import Streams
+from qtool.walk.streams import Visit
 
 FEW_TOKENS = 4
 """Below this many tokens per input the Hessian is noise in many directions: warn, damp more."""
 DEFAULT_DAMPING = 0.01
 
 
+@dataclass(frozen=True, slots=True)
+class RowGroups:
+    """Output channels of a linear in groups, for which the tokens differ in weight."""
+
+    edges: tuple[int, ...]
+    """Where each begins, and last the number of channels."""
+    weights: Tensor
+    """(tokens, groups) float16, of all tokens in the order of the streams; their mean over the
+    tokens that are solved with is one."""
+
+    def among(self, tokens: slice, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the rows of each group, and the roots of its weights of some tokens.
+
+        Tokens multiplied by these have products that are weighed: (tokens, 1) float32.
+        """
+        roots = self.weights[tokens].to(device).float().sqrt().unsqueeze(-1).unbind(1)
+        for (first, last), root in zip(pairwise(self.edges), roots, strict=True):
+            yield slice(first, last), root
+
+    def effective(self, group: int, num_tokens: int) -> float:
+        """Return how many tokens of equal weight say as much as the first ones of a group.
+
+        Gradients of queries and keys can be those of a few tokens: one in a hundred.
+        """
+        weights = self.weights[:num_tokens, group].double()
+        return float(weights.sum() ** 2 / weights.square().sum())
+
+
 @dataclass(frozen=True)
 class InputStatistics:
     """Second moments of the tokens that are solved with, and of those that choices are made on."""
 
+    rows: slice
+    """Output channels that they are for."""
     train: Moments
     held_out: Moments
+    num_effective: float
+    """Training tokens, of equal weight, that say as much as those that there are."""
 
     @property
     def tokens_per_input(self) -> float:
-        """How many training tokens there are for each input."""
-        return self.train.num_tokens / len(self.train.sums["xx"])
+        """How many training tokens there are, in effect, for each input."""
+        return self.num_effective / len(self.train.sums["xx"])
 
     def is_finite(self) -> bool:
         """Return whether no input and no residual stream left the range of its dtype."""
@@ -77,41 +111,59 @@ def why_not_finite(source: ModelSource, linear: str, dtype: torch.dtype) -> str:
 
 def measure_inputs(
     linear: str,
-    original: Block,
-    quantized: Block,
-    streams: Streams,
+    visit: Visit,
     *,
     residual: tuple[str, str] | None,
     token_cap: float | None,
-) -> InputStatistics:
-    """Run both blocks up to `linear` on every batch.
+    groups: RowGroups | None = None,
+) -> tuple[InputStatistics, ...]:
+    """Run the block, as it was and as it is, up to `linear` on every batch.
 
     Args:
         linear: Name of the first of the linears that share the input.
-        original: The block with its original weights.
-        quantized: The block as far as it is quantized.
-        streams: Cached inputs of the block.
+        visit: The block where the walk stands.
         residual: Linears whose outputs go into the residual stream, of attention, then of the MLP;
             None: no residual stream is looked at.
         token_cap: Tokens above this multiple of the median norm are shrunk to it; None: none are.
+        groups: Of output channels, each measured with its weights of the tokens, drifts too;
+            None: all channels are one, and so are all weights.
     """
-    sums: dict[bool, Moments] = {}
+    sums: dict[tuple[int, bool], Moments] = {}
+    start, rows = 0, dict[int, slice]()
+    streams = visit.streams
     for index, (first, second) in enumerate(zip(streams.original, streams.quantized, strict=True)):
-        reference, meant = _see(original, linear, first, index, residual)
-        x, there = _see(quantized, linear, second, index, residual)
+        reference, meant = _see(visit.original, linear, first, index, residual)
+        x, there = _see(visit.quantized, linear, second, index, residual)
         drift, lost = reference - x, None
         if meant is not None and there is not None:
             lost = (meant.float() - there.float()).to(x.dtype)
-        if token_cap is not None:
-            weights = hessian.token_weights(x, token_cap)
-            x, drift = (weights * x).to(x.dtype), (weights * drift).to(x.dtype)
-            lost = None if lost is None else (weights * lost).to(x.dtype)
+        cap = None if token_cap is None else hessian.token_weights(x, token_cap)
         held_out = index >= streams.num_train
-        if held_out not in sums:
-            width = None if lost is None else lost.shape[-1]
-            sums[held_out] = no_moments(x.shape[-1], width, device=x.device, for_errors=held_out)
-        sums[held_out].add(x, drift, lost)
-    return InputStatistics(train=sums[False], held_out=sums[True])
+        tokens = slice(start, start := start + len(x))
+        all_alike = [(slice(None), None)]
+        found = all_alike if groups is None else groups.among(tokens, x.device)
+        for group, (rows[group], root) in enumerate(found):
+            key, part = (group, held_out), None if lost is None else lost[:, rows[group]]
+            if key not in sums:
+                width = None if part is None else part.shape[-1]
+                sums[key] = no_moments(x.shape[-1], width, device=x.device, for_errors=held_out)
+            factor = cap if root is None else root if cap is None else cap * root
+            residuals = None if part is None else _times(part, factor)
+            sums[key].add(_times(x, factor), _times(drift, factor), residuals)
+    num_train = sums[0, False].num_tokens
+    return tuple(
+        InputStatistics(
+            rows[group],
+            sums[group, False],
+            sums[group, True],
+            num_train if groups is None else groups.effective(group, num_train),
+        )
+        for group in rows
+    )
+
+
+def _times(values: Tensor, factor: Tensor | None) -> Tensor:
+    return values if factor is None else (factor * values).to(values.dtype)
 
 
 def _see(

@@ -34,6 +34,18 @@ class Streams:
             torch.cuda.synchronize()
 
 
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A block where the walk stands."""
+
+    original: Block
+    """With its original weights."""
+    quantized: Block
+    """As far as it is quantized."""
+    streams: Streams
+    """Its inputs."""
+
+
 def make_streams(
     hidden: Sequence[Tensor], num_train: int, *, device: str, directory: Path | None
 ) -> Streams:

@@ -7,7 +7,6 @@ is left to solve, and need not know what was solved before.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,19 +18,16 @@ from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection
 from qtool.scheme import Shape2D
 from qtool.walk.blocks import Block, BlockModel
-from qtool.walk.statistics import FEW_TOKENS, InputStatistics, measure_inputs, why_not_finite
-from qtool.walk.streams import Streams, make_streams
+from qtool.walk.statistics import (
+    FEW_TOKENS,
+    InputStatistics,
+    RowGroups,
+    measure_inputs,
+    why_not_finite,
+)
+from qtool.walk.streams import Streams, Visit, make_streams
 
 BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
-
-
-@dataclass(frozen=True, slots=True)
-class Visit:
-    """A block where the walk stands."""
-
-    original: Block
-    quantized: Block
-    streams: Streams
 
 
 class Walk:
@@ -44,6 +40,7 @@ class Walk:
         samples: CalibrationSet,
         section: CalibrationSection,
         env: Env,
+        weigh: Callable[[], Mapping[str, RowGroups]] | None = None,
     ) -> None:
         """Begin before the first block.
 
@@ -53,20 +50,25 @@ class Walk:
             samples: What the blocks see.
             section: How the recipe uses them.
             env: Where blocks run; its `work_dir` takes their inputs if the recipe says so.
+            weigh: Gives groups of output channels of each layer, with their weights of the tokens;
+                None: there are none.
         """
         self._source, self._samples = source, samples
         self._section, self._env = section, env
-        self._groups = dict(_groups(source, layers))
+        self._groups = dict(_groups(source, layers, apart=weigh is not None))
+        self._weigh, self._weighed = weigh, dict[str, RowGroups]()
         self._shapes = {name: layers[name] for name in self._groups}
         self._solved: dict[int, dict[str, Callable[[], Tensor]]] = defaultdict(dict)
         self._route: tuple[BlockModel, Streams] | None = None
         self._index = 0
         self._blocks: tuple[Block, Block] | None = None
         """The block as it was, and as far as it is quantized."""
-        self._measured: tuple[tuple[int, str], InputStatistics] | None = None
+        self._measured: tuple[tuple[int, str], tuple[InputStatistics, ...]] | None = None
 
-    def statistics(self, layer: str) -> InputStatistics:
-        """Return what a linear of the blocks sees; measured once for all that share its input.
+    def statistics(self, layer: str) -> tuple[InputStatistics, ...]:
+        """Return what a linear of the blocks sees, for each group of its output channels.
+
+        Without such groups it is measured once for all linears that share the input.
 
         Raises:
             MethodError: its inputs aren't finite.
@@ -77,7 +79,7 @@ class Walk:
             self._measured = (group, self._measure(*group))
         return self._measured[1]
 
-    def visit(self, index: int) -> "Visit":
+    def visit(self, index: int) -> Visit:
         """Return a block with all that its linears' solutions are judged by: for tuning.
 
         Args:
@@ -105,20 +107,20 @@ class Walk:
         """Let go of all that is large."""
         self._route = self._blocks = self._measured = None
 
-    def _measure(self, index: int, linear: str) -> InputStatistics:
+    def _measure(self, index: int, linear: str) -> tuple[InputStatistics, ...]:
         model, streams = self._route = self._route or self._begin()
         self._go_to(index, model, streams)
         assert self._blocks is not None
         source, section = self._source, self._section
+        name = f"{source.adapter.blocks}.{index}.{linear}"
         statistics = measure_inputs(
             linear,
-            *self._blocks,
-            streams,
+            Visit(*self._blocks, streams),
             residual=source.residual if section.residual_error else None,
             token_cap=section.token_cap,
+            groups=self._weighed.get(name),
         )
-        if not statistics.is_finite():
-            name = f"{source.adapter.blocks}.{index}.{linear}"
+        if not all(each.is_finite() for each in statistics):
             walked_in = streams.original[0].dtype
             raise MethodError(why_not_finite(source, name, walked_in), layer=name)
         return statistics
@@ -126,6 +128,8 @@ class Walk:
     def _begin(self) -> tuple[BlockModel, Streams]:
         """Run what comes before the first block."""
         env, section = self._env, self._section
+        if self._weigh is not None:
+            self._weighed = dict(self._weigh())
         train, held_out = self._samples.split(section.holdout)
         self._warn_of_few_tokens(train.num_tokens)
         env.emit(Progress("capturing the inputs of the first block"))
@@ -178,11 +182,15 @@ class Walk:
 
 
 def _groups(
-    source: ModelSource, layers: Mapping[str, Shape2D]
+    source: ModelSource, layers: Mapping[str, Shape2D], *, apart: bool
 ) -> Iterator[tuple[str, tuple[int, str]]]:
-    """Yield each quantized linear with its block and the first quantized one that has its input."""
+    """Yield each quantized linear with its block and the first quantized one that has its input.
+
+    With `apart` that is the linear itself: it weighs the tokens in its own way.
+    """
     adapter = source.adapter
     for index in range(source.num_blocks):
         for names in adapter.linears:
             found = [name for name in names if f"{adapter.blocks}.{index}.{name}" in layers]
-            yield from ((f"{adapter.blocks}.{index}.{name}", (index, found[0])) for name in found)
+            for name in found:
+                yield f"{adapter.blocks}.{index}.{name}", (index, name if apart else found[0])

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from qtool.walk.statistics import measure_inputs
-from qtool.walk.streams import make_streams
+from qtool.walk.statistics import RowGroups, measure_inputs
+from qtool.walk.streams import Visit, make_streams
 from tests.helpers import normal
 
 WIDTH, INPUTS = 6, 9
@@ -64,9 +64,10 @@ def by_hand(blocks, streams, residuals, cap):
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_all_moments_are_of_equally_weighted_tokens(blocks, streams, writer, cap):
     """A capped token counts alike in H and in the drifts: otherwise the shift overshoots for it."""
-    measured = measure_inputs(
-        writer, blocks[0], blocks[1], streams, residual=("attention", "mlp"), token_cap=cap
-    ).train
+    (both,) = measure_inputs(
+        writer, Visit(blocks[0], blocks[1], streams), residual=("attention", "mlp"), token_cap=cap
+    )
+    measured = both.train
     share = 0.5 if writer == "mlp" else 1.0
     flat = (lambda h: share * h.flatten(0, -2),) * 2
     x, drift, residual = by_hand(blocks, streams, [flat] * 4, cap)
@@ -76,9 +77,37 @@ def test_all_moments_are_of_equally_weighted_tokens(blocks, streams, writer, cap
     assert measured.num_tokens == len(x) == 80
 
 
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_a_group_of_rows_has_all_moments_weighed_alike_and_its_rows_of_the_residual(
+    blocks, streams, cap
+):
+    weights = (8 * torch.rand(100, 2, generator=torch.Generator().manual_seed(3))).half()
+    groups = RowGroups((0, 4, WIDTH), weights)
+    parts = measure_inputs(
+        "mlp",
+        Visit(blocks[0], blocks[1], streams),
+        residual=("attention", "mlp"),
+        token_cap=cap,
+        groups=groups,
+    )
+    flat = (lambda h: 0.5 * h.flatten(0, -2),) * 2
+    x, drift, residual = by_hand(blocks, streams, [flat] * 4, cap)
+    assert [part.rows for part in parts] == [slice(0, 4), slice(4, WIDTH)]
+    for part, weight in zip(parts, weights[:80].float().split(1, 1), strict=True):
+        means = [part.train.mean("xx"), part.train.mean("dx"), part.train.mean("ex")]
+        for got, left in zip(means, (x, drift, residual[:, part.rows]), strict=True):
+            expected = (weight * left).T @ x / len(x)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+        assert part.train.num_tokens == 80 and part.held_out.num_tokens == 20
+    held_out = blocks[1].inputs_of("", streams.quantized[4], 0)
+    if cap is None:
+        expected = (weights[80:, :1].float() * held_out).T @ held_out / 20
+        torch.testing.assert_close(parts[0].held_out.mean("xx"), expected, rtol=1e-4, atol=1e-3)
+
+
 def test_linears_off_the_residual_stream_have_no_residual(blocks, streams):
-    measured = measure_inputs(
-        "linear", blocks[0], blocks[1], streams, residual=None, token_cap=None
+    (measured,) = measure_inputs(
+        "linear", Visit(blocks[0], blocks[1], streams), residual=None, token_cap=None
     )
     for part in (measured.train, measured.held_out):
         assert not {"ex", "ed", "ee"} & part.sums.keys()
