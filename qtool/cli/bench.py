@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from qtool.cli import console, early
-from qtool.cli.options import BackendOption, DeviceOption, JsonOption, check_targets, in_panel
+from qtool.cli.options import (
+    BackendOption,
+    DeviceOption,
+    JsonOption,
+    check_targets,
+    in_panel,
+    wrong_plot_name,
+)
 from qtool.cli.progress import progress
 from qtool.cli.tables.kernels import print_gpu_result
 from qtool.cli.tables.models import comparison_report, print_comparison
@@ -20,7 +27,6 @@ NO_ORIGINAL = (
     "No original is beside it: the checkpoint was made from a local model, whose path isn't kept. "
     "Give it with --baseline MODEL."
 )
-PLOT_SUFFIXES = (".png", ".svg")
 NEEDING = {"--gpu": ("kernel", "peers", "plot"), "--synthetic": ("bits", "group_size")}
 CLASHES = {"--gpu": ("backend", "perplexity_windows"), "--synthetic": ("baseline", "out_dir")}
 _of_gpu = in_panel("With --gpu")
@@ -129,8 +135,6 @@ def _check_usage(context: typer.Context) -> None:
                 messages.append(f"{option} needs {mode}.")
             if name in CLASHES[mode] and mode in modes:
                 messages.append(f"{option} doesn't go with {mode}.")
-    plot = context.params["plot"]
-    if plot is not None and Path(plot).suffix not in PLOT_SUFFIXES:
-        messages.append(f"--plot takes a {' or '.join(PLOT_SUFFIXES)} file, not {plot}.")
+    messages += wrong_plot_name(context.params["plot"])
     if messages:
         raise typer.BadParameter(" ".join(messages), ctx=context)

@@ -9,7 +9,7 @@ import typer
 
 from qtool.base import Method, Progress
 from qtool.cli import console
-from qtool.cli.options import JsonOption
+from qtool.cli.options import JsonOption, check_targets, wrong_plot_name
 from qtool.cli.progress import progress
 from qtool.wording import gigabytes
 
@@ -23,9 +23,15 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all tensors and compare their digests.")
     ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw what tuning gained: .png or .svg.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Check a checkpoint and print what it holds."""
+    if wrong := wrong_plot_name(plot):
+        raise typer.BadParameter(wrong[0])
+    check_targets([json_file, plot])
     with progress() as emit:
         emit(Progress(f"opening {out_dir}"))
         from qtool.checkpoint.reader import CheckpointReader  # torch: slow
@@ -33,6 +39,8 @@ def inspect(
         reader = CheckpointReader(out_dir)
     manifest = reader.manifest
     verified = reader.verify() if verify else None
+    if plot is not None:
+        _plot_curves(out_dir, plot)
     figures = {"average_bits": manifest.average_bits(), "verified_tensors": verified}
     if not console.write_json({**manifest.to_config(), **figures}, json_file):
         return
@@ -53,6 +61,13 @@ def inspect(
         columns = ("layer", ">shape", "format", ">bits", ">size")
         rows = [(name, *_cells(entry)) for name, entry in manifest.layers.items()]
         console.print_table("Layers", columns, rows)
+
+
+def _plot_curves(out_dir: Path, plot: Path) -> None:
+    from qtool.pipeline.reports import CURVES_NAME
+    from qtool.report.curves import draw_curves, read_curves
+
+    draw_curves(plot, read_curves(out_dir / CURVES_NAME))
 
 
 def _cells(entry: "LayerEntry") -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from qtool.cli.console import check_replaceable
 from qtool.errors import OutputError
 from qtool.wording import reason
 
+PLOT_SUFFIXES = (".png", ".svg")
 ModelArgument = Annotated[
     str, typer.Argument(help="Directory, hub id, .gguf file, or demo:smollm2.")
 ]
@@ -82,6 +83,13 @@ def torch_dtype(name: str | None) -> Any:  # noqa: ANN401
     from qtool.formats._dtypes import dtype_of  # torch: slow
 
     return dtype_of(name)
+
+
+def wrong_plot_name(plot: Path | None) -> list[str]:
+    """Return what is wrong with a plot's name: it says in which format the plot is."""
+    if plot is None or Path(plot).suffix in PLOT_SUFFIXES:
+        return []
+    return [f"--plot takes a {' or '.join(PLOT_SUFFIXES)} file, not {plot}."]
 
 
 def check_targets(targets: Sequence[Path | None]) -> None:

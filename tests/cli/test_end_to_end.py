@@ -90,6 +90,30 @@ def test_tune_says_what_gradients_improve(cli: Cli, llama, text_file, tmp_path, 
     assert again.code == 0, again.err
 
 
+def test_tune_that_is_none_is_told_the_choices(cli: Cli, llama, tmp_path):
+    done = cli("quantize", "--tune", "all", llama, tmp_path / "out")
+    assert done.code == 2
+    assert all(name in done.err for name in ("none", "blocks", "end-to-end", "both"))
+
+
+def test_what_tuning_gained_is_drawn(cli: Cli, llama, text_file, tmp_path):
+    keys = settings(*TUNED, f"calibration.dataset={text_file}")
+    options = ("--method", "rtn", "--group-size", "32", "--no-check", *keys)
+    quantized(cli, llama, tmp_path / "out", *options)
+    plot = tmp_path / "curves.svg"
+    done = cli("inspect", tmp_path / "out", "--plot", plot)
+    assert done.code == 0, done.err
+    assert plot.read_bytes().startswith(b"<?xml")
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused(cli: Cli, checkpoint, tmp_path):
+    done = cli("inspect", checkpoint, "--plot", tmp_path / "curves.svg")
+    assert done.code == 1
+    assert "nothing was tuned" in done.err
+    assert cli("inspect", checkpoint, "--plot", tmp_path / "curves.txt").code == 2
+    assert not list(tmp_path.glob("curves.*"))
+
+
 def test_tuning_without_data_is_refused(cli: Cli, llama, tmp_path):
     done = cli("quantize", "--tune", "blocks", "--no-calibration", llama, tmp_path / "out")
     assert done.code == 1
