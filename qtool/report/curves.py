@@ -45,7 +45,7 @@ def draw_curves(path: Path, curves: Mapping[str, HeldOut]) -> None:
     blocks = [what for what in curves if what != "model"]
     for index, what in enumerate(blocks):
         label = what if index in (0, len(blocks) - 1) else None
-        shade = (index + 1) / (len(blocks) + 1)
+        shade = 0.3 + 0.7 * (index + 1) / len(blocks)  # the first is pale
         steps, shares = _shares(curves[what])
         axes.plot(steps, shares, color=(0.0, 0.45, 0.7, shade), linewidth=1, label=label)
     if "model" in curves:
@@ -53,7 +53,7 @@ def draw_curves(path: Path, curves: Mapping[str, HeldOut]) -> None:
     axes.axhline(1, color="black", linestyle=":", linewidth=0.5)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("steps")
-    axes.set_ylabel("held-out loss, of the start's")
+    axes.set_ylabel("held-out loss, of the first")
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     save_plot(axes, path, legend="outside upper left")
 
