@@ -25,7 +25,7 @@ SMALL = 1_000_000_000
 """Parameters; a step of fewer is bound by its launches, and is captured."""
 LEARNED_BYTES, LATENT_BYTES = 3, 16
 """Of a weight: its code, and as what it is multiplied; what a latent code takes with Adam."""
-LOGIT_BYTES, ACTIVATION_BYTES = 8, 68
+STEP_LOGIT_BYTES, STEP_ACTIVATION_BYTES = 8, 68
 """Of a token, per word, and per block and width: of both models, what the way back needs. Measured:
 12.9 GB for 135M parameters and 8,192 tokens, where this says 13.4."""
 MODEL, HALFWAY = "tuned", "half-tuned"
@@ -132,7 +132,7 @@ def _memory(
     text = original.config.get_text_config()
     width, blocks, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
     per_weight = LEARNED_BYTES + (LATENT_BYTES if section.code_rate > 0 else 0)
-    per_token = LOGIT_BYTES * vocabulary + ACTIVATION_BYTES * width * blocks
+    per_token = STEP_LOGIT_BYTES * vocabulary + STEP_ACTIVATION_BYTES * width * blocks
     return int(model + weights * per_weight + batch.numel() * per_token)
 
 
