@@ -90,8 +90,7 @@ def _tuned(
     _fill_tables(student, tables)
     vectors = free_vectors(student, run.plan.kept if section.norms else ())
     batches, held_out = _batches(run, section)
-    needed = gigabytes(_memory(original, layers, batches[0], section))
-    env.emit(Progress(f"tuning {section.steps} steps, about {needed} of memory"))
+    env.emit(_announced(original, layers, batches[0], section))
     schedule = Schedule(
         steps=section.steps,
         learning_rate=section.learning_rate,
@@ -120,20 +119,21 @@ def _tuned(
     return Made(tensors, {"curve": [asdict(point) for point in points]})
 
 
-def _memory(
+def _announced(
     original: CausalModel,
     layers: Mapping[str, QuantizedTensor],
     batch: Tensor,
     section: EndToEndTuning,
-) -> int:
-    """Return about how many bytes a step takes, with both models."""
+) -> Progress:
+    """Return how many steps are to come, and about how much memory one takes, with both models."""
     weights = sum(prod(layer.shape) for layer in layers.values())
     model = sum(value.numel() * value.element_size() for value in original.parameters())
     text = original.config.get_text_config()
     width, blocks, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
     per_weight = LEARNED_BYTES + (LATENT_BYTES if section.code_rate > 0 else 0)
     per_token = STEP_LOGIT_BYTES * vocabulary + STEP_ACTIVATION_BYTES * width * blocks
-    return int(model + weights * per_weight + batch.numel() * per_token)
+    needed = gigabytes(model + weights * per_weight + batch.numel() * per_token)
+    return Progress(f"tuning {section.steps} steps, about {needed} of memory")
 
 
 def _no_gain(points: Sequence[Point], section: EndToEndTuning) -> str:

@@ -100,6 +100,16 @@ def test_norms_learn_with_the_model_and_only_if_they_may(llama, text_file, tmp_p
         assert torch.equal(found, kept) is not norms
 
 
+def test_memory_is_said_before_the_first_step(llama, text_file, tmp_path):
+    events: list[Any] = []
+    wanted = recipe(text_file, end_to_end=MODEL)
+    pipeline.quantize(Location(llama), tmp_path / "out", wanted, emit=events.append)
+    told = [event.what for event in events if isinstance(event, Progress)]
+    (said,) = [what for what in told if what.startswith("tuning 6 steps, about ")]
+    assert said.endswith(" of memory")
+    assert told.index(said) < told.index("tune end to end")
+
+
 def test_planes_stay_end_to_end_and_scales_move(llama, text_file, tmp_path):
     pipeline.quantize(Location(llama), tmp_path / "before", recipe(text_file))
     pipeline.quantize(Location(llama), tmp_path / "after", recipe(text_file, end_to_end=MODEL))
