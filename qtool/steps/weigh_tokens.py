@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from qtool.base import Progress
-from qtool.checkpoint.writer import CheckpointWriter, Made
+from qtool.checkpoint.spool import Made
+from qtool.checkpoint.writer import CheckpointWriter
 from qtool.data.calibration import batches
 from qtool.modeling.load import load_original
 from qtool.steps.plan import LayerPlan, load_method
