@@ -1,5 +1,6 @@
 """Rendering: results to stdout, errors to stderr; `progress` has what comes between."""
 
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -73,7 +74,7 @@ def check_replaceable(target: Path) -> None:
     Raises:
         OutputError: it is such a file.
     """
-    file = target.resolve()
+    file = Path(os.path.realpath(target))  # resolve() raises on a link in a circle
     if not file.is_file() or not file.stat().st_size:
         return
     folders = [folder for folder in file.parents if is_checkpoint(folder)]

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gzip
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -43,7 +44,7 @@ def row_file(target: Path | None) -> Iterator[Callable[[Mapping[str, Any]], AddR
     with contextlib.ExitStack() as stack:
         with _written_to(target):
             opened: IO[bytes] | gzip.GzipFile
-            opened = stack.enter_context(written_whole(target.resolve()))
+            opened = stack.enter_context(written_whole(Path(os.path.realpath(target))))
             if target.suffix == ".gz":
                 opened = stack.enter_context(gzip.GzipFile("", "wb", 6, opened, mtime=0))
         yield lambda begin: functools.partial(add, begin)

@@ -1,5 +1,6 @@
 """YAML -> Recipe: strict parse with line numbers, `extends`, `--set`."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: unknown name, broken YAML, unknown key or impossible value.
     """
-    document = _read(find_recipe(source).resolve(), seen=())
+    document = _read(Path(os.path.realpath(find_recipe(source))), seen=())
     return _validate(_apply_overrides(document, overrides), label=source)
 
 
@@ -55,7 +56,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> PlacedValues:
     if len(seen) == LONGEST_CHAIN:
         raise RecipeError(f"More than {LONGEST_CHAIN} recipes extend each other ({place}).")
     try:
-        found = find_recipe(parent, relative_to=path.parent).resolve()
+        found = Path(os.path.realpath(find_recipe(parent, relative_to=path.parent)))
     except RecipeError as error:
         raise RecipeError(f"extends: {error} ({place})") from None
     base = _read(found, (*seen, path))

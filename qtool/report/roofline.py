@@ -1,5 +1,6 @@
 """The roofline of `qtool bench --gpu`: what each kernel reaches of the copy bandwidth."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ def check_plot(path: Path) -> None:
         OutputError: there is no such directory.
     """
     new_axes(path)
-    if not path.resolve().parent.is_dir():
-        raise OutputError(f"Can't write {path}: no directory {path.resolve().parent}.")
+    if not Path(os.path.realpath(path)).parent.is_dir():
+        raise OutputError(
+            f"Can't write {path}: no directory {Path(os.path.realpath(path)).parent}."
+        )
 
 
 def draw_roofline(path: Path, result: GpuResult) -> None:

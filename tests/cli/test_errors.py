@@ -99,7 +99,7 @@ def test_unknown_backend_is_one_line(cli: Cli, checkpoint, text_file):
 
 def test_unwritable_json_target_is_one_line(cli: Cli, checkpoint, tmp_path):
     done = cli("inspect", checkpoint, "--json", tmp_path / "no" / "such" / "file.json")
-    one_line(done, "Can't write", "No such file or directory")
+    one_line(done, "Can't write", "there is no folder")
 
 
 @pytest.mark.usefixtures("m")
