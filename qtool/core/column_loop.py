@@ -5,14 +5,13 @@ quantize, or a gradient) and in the matrix that says how a column's step moves t
 Weights are columns first, (columns, rows), see `grids`.
 """
 
-import warnings
-from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from qtool.core.grids import Pick, Tables
+from qtool.core.kernel_modules import usable_kernels
 
 STRIP = 16
 """Columns whose steps are passed on together to the columns behind them: a matrix product moves
@@ -42,24 +41,9 @@ def walk_columns(
     return loop(pick, work, matrix, tables, levels)
 
 
-@cache
 def _kernels_for(device: torch.device) -> ModuleType | None:
-    """Return `column_kernels`: a loop as one launch, where ten per column cost more than they do.
-
-    None where it can't run.
-    """
-    if device.type != "cuda":
-        return None
-    try:
-        from qtool.core import column_kernels
-    except ImportError:
-        return None
-    try:
-        column_kernels.probe(device)
-    except Exception as error:  # noqa: BLE001 - Triton needs a C compiler, and more may be amiss
-        warnings.warn(f"Triton kernels can't be built; this takes longer: {error}", stacklevel=2)
-        return None
-    return column_kernels
+    """Return `column_kernels`: the loop as one launch; ten per column cost more than they do."""
+    return usable_kernels("column_kernels", "probe", device)
 
 
 def loop(

@@ -9,8 +9,6 @@ All functions work on rows of groups (see `grouping`): codes (rows, num_groups, 
 scales (num_bits, rows, num_groups), offsets (rows, num_groups), all float32.
 """
 
-import warnings
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qtool.core.binary_coding import assign
+from qtool.core.kernel_modules import usable_kernels
 
 MOST_SEARCHED_BITS = 4
 """Up to so many, a kernel tries all levels."""
@@ -97,18 +96,6 @@ def _sign(codes: Tensor, bit: int) -> Tensor:
     return ((codes >> bit) & 1).float().mul_(2).sub_(1)
 
 
-@cache
 def _kernels_for(device: torch.device) -> ModuleType | None:
-    """Return `learned_kernels`, None where it can't run."""
-    if device.type != "cuda":
-        return None
-    try:
-        from qtool.core import learned_kernels
-    except ImportError:
-        return None
-    try:
-        learned_kernels.try_out(device)
-    except Exception as error:  # noqa: BLE001 - Triton needs a C compiler, and more may be amiss
-        warnings.warn(f"Triton kernels can't be built; this takes longer: {error}", stacklevel=2)
-        return None
-    return learned_kernels
+    """Return `learned_kernels`: each pass over a weight as one launch."""
+    return usable_kernels("learned_kernels", "try_out", device)
