@@ -6,7 +6,7 @@ is damaged isn't finished, and is solved anew.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from errno import ENOSPC
 from hashlib import sha256
@@ -125,10 +125,10 @@ class Spool:
         whole = whole and values["name"] == name and values["tensors"] == described
         return values if whole else None
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors of a layer that has notes."""
+    def tensors(self, name: str, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Return the tensors of a layer that has notes, or those of these full names alone."""
         with safe_open(self._path(name), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in keys or file.keys()}
 
     def pieces(self, name: str) -> list[Piece]:
         """Return where the tensors of a layer lie."""

@@ -186,11 +186,18 @@ class CheckpointWriter:
         return self._spool.tensors(_key(name, draft))
 
     def load(
-        self, name: str, entry: LayerEntry, device: str, *, draft: str | None = None
+        self,
+        name: str,
+        entry: LayerEntry,
+        device: str,
+        *,
+        draft: str | None = None,
+        within: str | None = None,
     ) -> QuantizedTensor:
-        """Return a layer that is stored, on a device."""
-        tensors = self.tensors(name, draft=draft)
-        parts = {part: tensors[f"{name}.{part}"].to(device) for part in entry.layout()}
+        """Return a layer that is stored, on a device; `within` names a draft of several layers."""
+        names = {part: f"{name}.{part}" for part in entry.layout()}
+        tensors = self._spool.tensors(_key(within or name, draft), names.values())
+        parts = {part: tensors[full].to(device) for part, full in names.items()}
         return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
 
     def digests(self) -> dict[str, str]:

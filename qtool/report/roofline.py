@@ -36,10 +36,9 @@ def check_plot(path: Path) -> None:
         OutputError: there is no such directory.
     """
     new_axes(path)
-    if not Path(os.path.realpath(path)).parent.is_dir():
-        raise OutputError(
-            f"Can't write {path}: no directory {Path(os.path.realpath(path)).parent}."
-        )
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise OutputError(f"Can't write {path}: no directory {folder}.")
 
 
 def draw_roofline(path: Path, result: GpuResult) -> None:

@@ -26,11 +26,8 @@ def draft_of(
     writer: CheckpointWriter, name: str, entry: LayerEntry, device: str, *, block: str | None = None
 ) -> QuantizedTensor:
     """Return a layer as the solver left it, or, with the name of its block, as tuning left it."""
-    if block is None:
-        return writer.load(name, entry, device, draft=SOLVED)
-    tensors = writer.tensors(block, draft=TUNED_BLOCK)
-    parts = {part: tensors[f"{name}.{part}"].to(device) for part in entry.layout()}
-    return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
+    draft = SOLVED if block is None else TUNED_BLOCK
+    return writer.load(name, entry, device, draft=draft, within=block)
 
 
 def tune_block_once(
