@@ -90,14 +90,11 @@ class Trainable:
     the group's levels."""
     codes: Tensor
     """(rows, num_groups, group_size) uint8, the last group filled up."""
-    values: Callable[[Mapping[str, Tensor], Tensor], Tensor]
-    """(parameters, codes) -> (rows, num_groups, group_size) float32, differentiable in the
-    parameters: what `Codec.dequantize` gives, but for the rounding of what is stored."""
-    moved: Callable[[Mapping[str, Tensor], Tensor], Tensor]
-    """(parameters, shifts (rows, num_groups, group_size)) -> codes of the levels nearest to the
-    levels of `codes`, each shifted by so many `gaps`."""
-    gaps: Callable[[Mapping[str, Tensor]], Tensor]
-    """(parameters) -> (rows, num_groups), a step of codes: what their least bit adds to a value."""
+    planes: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]]
+    """(parameters) -> plane scales (num_bits, rows, num_groups), not negative and descending, and
+    offsets (rows, num_groups), float32, differentiable in the parameters: with the codes what
+    `Codec.dequantize` gives, but for rounding to float16. Coarser rounding is passed straight
+    through."""
     stored: Callable[[Mapping[str, Tensor], Tensor], QuantizedTensor]
     """(parameters, codes) -> the weight as a checkpoint stores it."""
 

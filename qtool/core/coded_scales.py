@@ -9,6 +9,8 @@ Parameters are `theta`, (rows, num_groups, num_bits + 1), as solvers have them: 
 the offset last. Row scales are (rows,) float16.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -37,23 +39,32 @@ def limits(num_bits: int) -> list[tuple[int, int]]:
     return [*((0, 2**width - 1) for width in widths), (-half, half - 1)]
 
 
+@cache
+def _bounds(num_bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return `limits` as tensors, (num_bits + 1,) float32: made once, as a step may be recorded."""
+    lowest, highest = torch.tensor(limits(num_bits), dtype=torch.float32, device=device).T
+    return lowest, highest
+
+
 def fit_row_scales(theta: Tensor) -> Tensor:
     """Return the smallest row scales under which no parameter is cut off: (rows,) float16.
 
     Plane scales of `theta` are not negative and descend. What float16 can't hold becomes infinite.
     """
-    num_bits = theta.shape[-1] - 1
-    lowest, highest = theta.new_tensor(limits(num_bits)).T
+    lowest, highest = _bounds(num_bits := theta.shape[-1] - 1, theta.device)
     units = torch.maximum(theta / highest, theta / lowest.clamp(max=-1)).amax((1, 2))
     return (units * 2 ** resolution(num_bits)).to(torch.float16)
 
 
 def to_multiples(
-    values: Tensor, row_scales: Tensor, num_bits: int, bounds: tuple[int, int]
+    values: Tensor,
+    row_scales: Tensor,
+    num_bits: int,
+    bounds: tuple[int, int] | tuple[Tensor, Tensor],
 ) -> Tensor:
     """Return the nearest multiples of the unit, whole float32 numbers within bounds.
 
-    Row scales broadcast to the values, which are of one parameter.
+    Row scales and bounds broadcast to the values.
     """
     units = row_scales.float() * 2.0 ** -resolution(num_bits)
     multiples = (values / torch.where(units > 0, units, torch.inf)).round()
@@ -71,9 +82,8 @@ def from_multiples(multiples: Tensor, row_scales: Tensor, num_bits: int) -> Tens
 def all_to_multiples(theta: Tensor, row_scales: Tensor) -> Tensor:
     """Return the nearest multiples of all parameters, in the shape of `theta`, float32."""
     num_bits = theta.shape[-1] - 1
-    columns = zip(theta.unbind(-1), limits(num_bits), strict=True)
-    scales = row_scales.unsqueeze(-1)
-    return torch.stack([to_multiples(x, scales, num_bits, bounds) for x, bounds in columns], -1)
+    bounds = _bounds(num_bits, theta.device)
+    return to_multiples(theta, row_scales[:, None, None], num_bits, bounds)
 
 
 def rounded(theta: Tensor, row_scales: Tensor) -> Tensor:

@@ -39,20 +39,24 @@ def sums_of(grad: Tensor, codes: Tensor, num_bits: int) -> Tensor:
     return torch.stack([*signed, grad.sum(-1)])
 
 
-def moved_codes(
-    scales: Tensor, offsets: Tensor, codes: Tensor, shifts: Tensor, gaps: Tensor
-) -> Tensor:
+def gaps_of(scales: Tensor) -> Tensor:
+    """Return what a step of codes is, (rows, num_groups): what their least bit adds to a value."""
+    return 2 * scales[-1]
+
+
+def moved_codes(scales: Tensor, offsets: Tensor, codes: Tensor, shifts: Tensor) -> Tensor:
     """Return the code of the level nearest to each weight's own level and its shift.
 
     Args:
-        scales: See above.
+        scales: See above; descending.
         offsets: See above.
         codes: See above.
         shifts: (rows, num_groups, group_size), in steps of codes.
-        gaps: (rows, num_groups), what a step of codes is.
     """
+    gaps = gaps_of(scales)
     kernels = _kernels_for(codes.device)
     if kernels is not None and len(scales) <= MOST_SEARCHED_BITS:
+        scales, offsets = scales.contiguous(), offsets.contiguous()
         found: Tensor = kernels.moved(scales, offsets, codes, shifts, gaps)
         return found
     wanted = values_of(scales, offsets, codes) + shifts * gaps.unsqueeze(-1)
@@ -60,9 +64,14 @@ def moved_codes(
     return assign(wanted.flatten(0, 1), *flat).view(codes.shape)
 
 
-def planes_values(scales: Tensor, offsets: Tensor, codes: Tensor) -> Tensor:
-    """Return what `values_of` does, differentiable, the fastest way that the device has."""
-    values: Tensor = _Planes.apply(scales, offsets, codes)  # type: ignore[no-untyped-call]
+def planes_values(
+    scales: Tensor, offsets: Tensor, codes: Tensor, shifts: Tensor | None = None
+) -> Tensor:
+    """Return what `values_of` does, differentiable, the fastest way that the device has.
+
+    Shifts, as `moved_codes` has them, don't change it, but get the gradient: straight through.
+    """
+    values: Tensor = _Planes.apply(scales, offsets, codes, shifts)  # type: ignore[no-untyped-call]
     return values
 
 
@@ -76,20 +85,27 @@ def with_gradient(values: Tensor, source: Tensor) -> Tensor:
 
 class _Planes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scales: Tensor, offsets: Tensor, codes: Tensor) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(codes)
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        scales: Tensor,
+        offsets: Tensor,
+        codes: Tensor,
+        shifts: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(codes, None if shifts is None else gaps_of(scales))
         ctx.num_bits = len(scales)
         kernels = _kernels_for(codes.device)
         compute = values_of if kernels is None else kernels.values
         return compute(scales.contiguous(), offsets.contiguous(), codes)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
-        (codes,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:  # noqa: ANN401
+        codes, gaps = ctx.saved_tensors
         kernels = _kernels_for(codes.device)
         compute = sums_of if kernels is None else kernels.sums
         sums = compute(grads[0].contiguous(), codes, ctx.num_bits)
-        return sums[:-1], sums[-1], None
+        shifted = None if gaps is None else grads[0] * gaps.unsqueeze(-1)
+        return sums[:-1], sums[-1], None, shifted
 
 
 def _sign(codes: Tensor, bit: int) -> Tensor:

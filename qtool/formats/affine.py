@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qtool.base import Codec, PartSpec, QuantizedTensor, Trainable
-from qtool.core import affine, grouping, learned
+from qtool.core import affine, grouping
 from qtool.core.binary_coding import scales_from_affine
 from qtool.core.packing import codes_to_planes, num_words, planes_to_codes
 from qtool.errors import SchemeError
@@ -107,9 +107,6 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
         found, offsets = scales_from_affine(positive, zeros, num_bits=num_bits)
         return found.movedim(-1, 0), offsets
 
-    def moved(values: Mapping[str, Tensor], shifts: Tensor) -> Tensor:
-        return learned.moved_codes(*planes(values), codes, shifts, values["scales"])
-
     def stored(values: Mapping[str, Tensor], codes: Tensor) -> QuantizedTensor:
         found = values["scales"].clamp(min=affine.SMALLEST_SCALE).to(torch.float16)
         return encode_affine(codes, found, zeros, scheme, shape)
@@ -118,9 +115,7 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
         parameters={"scales": scales},
         units={"scales": scales},
         codes=codes,
-        values=lambda values, codes: learned.planes_values(*planes(values), codes),
-        moved=moved,
-        gaps=lambda values: values["scales"],
+        planes=planes,
         stored=stored,
     )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qtool.base import Codec, PartSpec, QuantizedTensor, Trainable
-from qtool.core import binary_coding, grouping, learned
+from qtool.core import binary_coding, grouping
 from qtool.core.packing import codes_to_planes, num_words, planes_to_codes, unpack_bits
 from qtool.errors import SchemeError
 from qtool.formats import affine as affine_format
@@ -119,26 +119,19 @@ def trainable(tensor: QuantizedTensor) -> Trainable:
         parameters["plane_offsets"] = grouping.to_stored(parts["plane_offsets"].float(), scheme)
         units["plane_offsets"] = scales[0]
 
-    def both(values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def planes(values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         ordered = descending(values["plane_scales"])
         return ordered, values.get("plane_offsets", torch.zeros_like(scales[0]))
 
-    def gaps(values: Mapping[str, Tensor]) -> Tensor:
-        return 2 * descending(values["plane_scales"])[-1]
-
     def stored(values: Mapping[str, Tensor], codes: Tensor) -> QuantizedTensor:
-        found, offsets = (each.to(torch.float16) for each in both(values))
+        found, offsets = (each.to(torch.float16) for each in planes(values))
         return encode_binary(codes, found.permute(1, 2, 0), offsets, scheme, shape)
 
     return Trainable(
         parameters=parameters,
         units=units,
         codes=codes,
-        values=lambda values, codes: learned.planes_values(*both(values), codes),
-        moved=lambda values, shifts: learned.moved_codes(
-            *both(values), codes, shifts, gaps(values)
-        ),
-        gaps=gaps,
+        planes=planes,
         stored=stored,
     )
 

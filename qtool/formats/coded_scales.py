@@ -120,18 +120,15 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
         offsets = values.get("plane_offsets", torch.zeros_like(scales[0]))
         return torch.cat([scales, offsets.unsqueeze(0)]).movedim(0, -1)
 
-    def rounded(values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def planes(values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         wanted = theta(values)
         steps = coded_scales.rounded(wanted.detach(), row_scales)
-        *scales, offsets = learned.with_gradient(steps, wanted).unbind(-1)
-        found = {"plane_scales": torch.stack(scales), "plane_offsets": offsets}
-        return {name: found[name] for name in values}
+        found = learned.with_gradient(steps, wanted).movedim(-1, 0)
+        return found[:-1], found[-1]
 
     return replace(
         plain,
-        values=lambda values, codes: plain.values(rounded(values), codes),
-        moved=lambda values, shifts: plain.moved(rounded(values), shifts),
-        gaps=lambda values: plain.gaps(rounded(values)),
+        planes=planes,
         stored=lambda values, codes: encode_coded(codes, theta(values), row_scales, scheme, shape),
     )
 

@@ -15,7 +15,7 @@ from qtool.data.corpora import WRITTEN_BY_THE_MODEL
 from qtool.data.documents import Collection, Document
 from qtool.data.special_tokens import document_ends
 from qtool.errors import DataError
-from qtool.modeling.device import free_memory
+from qtool.modeling.device import free_memory, room
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource
@@ -26,13 +26,19 @@ OPENINGS = (
     *("Is", "Describe", "Translate", "Summarize", "List", "My", "In", "Make", "Which", "Help me"),
 )
 """First words of what users say; the model goes on."""
-BATCH = 16
+BATCH, MOST_AT_ONCE = 16, 2048
+"""Documents that are written together: on a CPU, and at most on a card."""
+SHARE_OF_ROOM = 0.4
+"""Of a card's free memory, for keys, values and logits of what is written."""
 MOST_QUESTION, MOST_DOCUMENT = 64, 480
 """Tokens of a user's turn, and of any other document."""
+LOGIT_BYTES = 32
+"""Of a word of the vocabulary, per document: logits are sorted and summed in float32."""
 USERS_TURN = "\ue000"
 """Is in no template: where it is rendered, a user's turn begins."""
-TOP_P = 0.95
-"""Of the distribution that is sampled: the tail is noise."""
+MIN_P = 0.02
+"""Of the likeliest word's chance: what is less likely isn't written, the tail is noise. Needs no
+sorting of the vocabulary, which would take most of the time."""
 
 
 def self_written(source: ModelSource, *, num_tokens: int, seed: int, emit: Emit) -> Collection:
@@ -53,7 +59,7 @@ def self_written(source: ModelSource, *, num_tokens: int, seed: int, emit: Emit)
             while written < num_tokens:
                 emit(Progress("the model writes samples", written, num_tokens))
                 documents += [*author.texts(), *author.chats()]
-                written = max(author.written, written + BATCH)  # it may have nothing to say
+                written = max(author.written, written + author.batch)  # it may have nothing to say
     except RuntimeError as error:
         raise DataError(
             f"The model can't write samples: {reason(error)}. Name a text in place of 'model'."
@@ -62,6 +68,17 @@ def self_written(source: ModelSource, *, num_tokens: int, seed: int, emit: Emit)
     free_memory()
     generator.shuffle(documents)
     return Collection(WRITTEN_BY_THE_MODEL, {"written by": source.public_name}, iter(documents))
+
+
+def _at_once(loaded: LoadedModel) -> int:
+    """Return how many documents to write together: a step takes as long for a few as for many."""
+    if loaded.device.type != "cuda":
+        return BATCH
+    text = loaded.model.config.get_text_config()
+    states = 2 * text.num_hidden_layers * text.hidden_size * (2 * MOST_QUESTION + MOST_DOCUMENT)
+    bytes_each = states * loaded.model.dtype.itemsize + LOGIT_BYTES * text.vocab_size
+    fit = int(SHARE_OF_ROOM * room(loaded.device) / bytes_each)
+    return min(max(BATCH, fit), MOST_AT_ONCE)
 
 
 class _Author:
@@ -74,11 +91,12 @@ class _Author:
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else []
         self.ends = [*dict.fromkeys([*document_ends(self.tokenizer), *eos])]
         self.positions = loaded.model.config.get_text_config().max_position_embeddings or 1 << 20
+        self.batch = _at_once(loaded)
 
     def texts(self) -> Iterator[Document]:
         """Yield a batch of plain documents: what follows the start of a text."""
         start = self.tokenizer("", verbose=False)["input_ids"] or self.ends[-1:] or [0]
-        for text in self._continued([start] * BATCH, MOST_DOCUMENT):
+        for text in self._continued([start] * self.batch, MOST_DOCUMENT):
             yield Document(text, "a text by the model")
 
     def chats(self) -> Iterator[Document]:
@@ -88,7 +106,7 @@ class _Author:
         before, mark, _ = self._rendered(USERS_TURN, prompt=False).partition(USERS_TURN)
         if not mark:
             return
-        openings = self.generator.choices(OPENINGS, k=BATCH)
+        openings = self.generator.choices(OPENINGS, k=self.batch)
         begun = [self._ids(before + opening) for opening in openings]
         continued = self._continued(begun, MOST_QUESTION)
         questions = [f"{first}{rest}" for first, rest in zip(openings, continued, strict=True)]
@@ -112,7 +130,7 @@ class _Author:
             do_sample=True,
             temperature=1.0,
             top_k=0,
-            top_p=TOP_P,
+            min_p=MIN_P,
             eos_token_id=self.ends or None,
             pad_token_id=pad,
         )

@@ -13,13 +13,16 @@ from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.recipe.tuning import BlockTuning
 from qtool.steps.run import Run
-from qtool.training.blocks import tune_block
+from qtool.training.blocks import Lesson, tune_block
 from qtool.training.descent import Schedule
 from qtool.training.student import install_layers, learned_layers, stored_parts
 from qtool.walk.walk import Walk
 
 SOLVED, TUNED_BLOCK = "solved", "tuned"
 """Drafts: of a layer before gradients, and of all layers of a block after block tuning."""
+
+MOST_OF_THEM = 0.75
+"""Of the batches, have to be alike: the others aren't learned from then."""
 
 
 def draft_of(
@@ -87,9 +90,9 @@ def _tuned(
     learned = [layer for _, layer in learned_layers(student.module)]
     kind = torch.device(device).type
 
-    def forward(batch: int) -> Tensor:
-        with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
-            return student.learn(streams.quantized[batch], batch)
+    def forward(hidden: Tensor, batch: int) -> Tensor:
+        with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu", cache_enabled=False):
+            return student.learn(hidden, batch)
 
     schedule = Schedule(
         steps=section.steps,
@@ -97,6 +100,9 @@ def _tuned(
         code_rate=section.code_rate,
         check_every=max(1, section.steps // 4),
     )
-    points = tune_block(learned, forward, targets, streams.num_train, schedule, lambda _point: None)
+    alike = student.alike(streams.quantized[: streams.num_train])
+    enough = kind == "cuda" and len(alike) >= MOST_OF_THEM * streams.num_train
+    lesson = Lesson(forward, streams.quantized, targets, streams.num_train, alike if enough else ())
+    points = tune_block(learned, lesson, schedule, lambda _point: None)
     parts = {f"{block}.{name}": part for name, part in stored_parts(student.module)}
     return Made(parts, {"curve": [asdict(point) for point in points]})

@@ -6,6 +6,7 @@ Tokens count by their relative error: the few with huge outputs (attention sinks
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,45 +14,71 @@ from torch import Tensor
 from qtool.training.descent import Learning, Point, Schedule, descend
 from qtool.training.student import LearnedLinear
 
-Forward = Callable[[int], Tensor]
-"""From the number of a batch to the block's output, (samples, length, width)."""
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What a block learns from, batch by batch; each tensor is (samples, length, width)."""
+
+    forward: Callable[[Tensor, int], Tensor]
+    """From an input and the number of its batch to the output of the block that learns."""
+    inputs: Sequence[Tensor]
+    """What the quantized model gives it, on any device."""
+    targets: Sequence[Tensor]
+    """What the original block gives for the original's inputs."""
+    num_train: int
+    """Batches from this one on are held out."""
+    alike: Sequence[int] = ()
+    """Batches to learn from that are of one shape, and one to `forward`. On a card a step is one
+    CUDA graph then, and others aren't learned from; empty: there is no such graph."""
 
 
 def tune_block(
     layers: Sequence[LearnedLinear],
-    forward: Forward,
-    targets: Sequence[Tensor],
-    num_train: int,
+    lesson: Lesson,
     schedule: Schedule,
     report: Callable[[Point], None],
 ) -> list[Point]:
     """Let the layers of one block learn; they end where the held-out loss was least.
 
     Args:
-        layers: They stand in the block that `forward` runs.
-        forward: The quantized block on the inputs that the quantized model gives it.
-        targets: What the original block gives for the original's inputs, likewise.
-        num_train: Batches from this one on are held out.
+        layers: They stand in the block that the lesson runs.
+        lesson: What they learn from.
         schedule: How long and how fast.
         report: Is told of each point; losses are squared errors relative to the outputs.
     """
+    targets = lesson.targets
     sizes = [target.float().square().sum(-1, keepdim=True) for target in targets]
     typical = torch.cat([size.flatten() for size in sizes]).median()
     weights = [1 / torch.maximum(size, typical) for size in sizes]
+    numbers = lesson.alike or range(lesson.num_train)
+    now = _given(lesson, weights, numbers[0]), numbers[0]
+    if lesson.alike:
+        now = tuple(part.to(targets[0].device).clone() for part in now[0]), numbers[0]
 
-    def loss(batch: int) -> Tensor:
-        error = (forward(batch).float() - targets[batch].float()).square()
-        return (error * weights[batch]).sum(-1).mean()
+    def feed(step: int) -> None:
+        nonlocal now
+        batch = numbers[step % len(numbers)]
+        given = _given(lesson, weights, batch)
+        if lesson.alike:
+            for place, part in zip(now[0], given, strict=True):
+                place.copy_(part, non_blocking=True)
+        else:
+            now = given, batch
+
+    def loss(given: tuple[Tensor, ...], batch: int) -> Tensor:
+        hidden, target, weight = given
+        error = (lesson.forward(hidden, batch).float() - target.float()).square()
+        return (error * weight).sum(-1).mean()
 
     @torch.no_grad()
     def held_out() -> float:
-        return float(sum(loss(batch) for batch in range(num_train, len(targets))))
+        rest = range(lesson.num_train, len(targets))
+        return float(sum(loss(_given(lesson, weights, batch), batch) for batch in rest))
 
-    batch = 0
-
-    def feed(step: int) -> None:
-        nonlocal batch
-        batch = step % num_train
-
-    what = Learning(layers, (), feed, lambda: loss(batch), held_out)
+    what = Learning(layers, (), feed, lambda: loss(*now), held_out, captured=bool(lesson.alike))
     return descend(what, schedule, report)
+
+
+def _given(lesson: Lesson, weights: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
+    """Return input, target and weights of the tokens of a batch."""
+    return lesson.inputs[batch], lesson.targets[batch], weights[batch]

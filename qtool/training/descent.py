@@ -160,14 +160,20 @@ class _Stepper:
         return loss.detach()
 
     def _capture(self) -> None:
-        """Record a step, and take it."""
+        """Record a step, and take it; one that can't be recorded is taken as it is, from now on."""
         graph = torch.cuda.CUDAGraph()
         self._optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            self._loss = self._take()
-        graph.replay()
-        self._graph = graph
+        try:
+            with torch.cuda.graph(graph):
+                self._loss = self._take()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # something in it waits for the card, or reads from the host
+            self._captured, self._loss = False, self._take()
+        else:
+            graph.replay()
+            self._graph = graph
 
     def set_best(self) -> None:
         """Keep what is learned as it is now."""

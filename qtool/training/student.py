@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qtool.base import CausalModel, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.core import grouping
-from qtool.core.learned import with_gradient
+from qtool.core.learned import moved_codes, planes_values
 from qtool.errors import SchemeError
 
 
@@ -46,20 +46,16 @@ class LearnedLinear(nn.Module):
         return {name: begun[name] + units[name] * move for name, move in self.moves.items()}
 
     @torch.no_grad()
-    def codes_now(self, now: Mapping[str, Tensor]) -> Tensor:
+    def codes_now(self, scales: Tensor, offsets: Tensor) -> Tensor:
         """Return the codes: those of the levels nearest to the latent values."""
         if self.shifts is None:
             return self.start.codes
-        return self.start.moved(now, self.shifts)
+        return moved_codes(scales, offsets, self.start.codes, self.shifts)
 
     def weight(self) -> Tensor:
         """Return the weight, (out_features, in_features) float32, differentiable."""
-        now = self.parameters_now()
-        values = self.start.values(now, self.codes_now(now))
-        if self.shifts is not None:
-            values = with_gradient(
-                values, self.shifts * self.start.gaps(now).detach().unsqueeze(-1)
-            )
+        now = self.start.planes(self.parameters_now())
+        values = planes_values(*now, self.codes_now(*now), self.shifts)
         joined = grouping.join(values, self.scheme.grouped_length(self.shape))
         return grouping.to_rows(joined, self.scheme)
 
@@ -74,7 +70,7 @@ class LearnedLinear(nn.Module):
     def stored(self) -> QuantizedTensor:
         """Return the weight as a checkpoint stores it."""
         now = self.parameters_now()
-        return self.start.stored(now, self.codes_now(now))
+        return self.start.stored(now, self.codes_now(*self.start.planes(now)))
 
 
 def make_student(

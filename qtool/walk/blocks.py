@@ -204,6 +204,19 @@ class Block:
         output = self._call(hidden, self._calls[batch])
         return output[0] if isinstance(output, tuple) else output
 
+    def alike(self, inputs: Sequence[Tensor]) -> list[int]:
+        """Return which batches could stand in for the first: one shape, and equal arguments.
+
+        Args:
+            inputs: Of the first batches, each (samples, length, width).
+        """
+        first = self._calls[0].likeness()
+        return [
+            batch
+            for batch, hidden in enumerate(inputs)
+            if hidden.shape == inputs[0].shape and self._calls[batch].likeness() == first
+        ]
+
     def rest_of_output(self, hidden: Tensor, call: Call) -> tuple[Any, ...] | None:
         """Return what the block returns beside the hidden states; None if it returns no tuple."""
         output = self._call(hidden, call)

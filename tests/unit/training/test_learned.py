@@ -1,5 +1,7 @@
 """Weights that learn: gradients, codes, what every codec's `trainable` promises."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -38,6 +40,18 @@ def trainable(tensor: QuantizedTensor) -> Trainable:
     return start(tensor)
 
 
+def values_of(
+    start: Trainable, parameters: Mapping[str, torch.Tensor], codes: torch.Tensor
+) -> torch.Tensor:
+    """Return the values of rows of groups."""
+    return learned.planes_values(*start.planes(parameters), codes)
+
+
+def moved(start: Trainable, shifts: torch.Tensor) -> torch.Tensor:
+    """Return the codes that shifts lead to."""
+    return learned.moved_codes(*start.planes(start.parameters), start.codes, shifts)
+
+
 def test_every_format_has_a_solver_here():
     assert set(SOLVERS) == set(plugins.names(qtool.formats))
 
@@ -48,7 +62,7 @@ def test_every_format_has_a_solver_here():
 def test_learning_begins_at_the_weight_and_stores_it_to_the_bit(name, scheme, shape, seed):
     tensor = solved(name, normal(*shape, seed=seed), scheme)
     start = trainable(tensor)
-    values = start.values(start.parameters, start.codes)
+    values = values_of(start, start.parameters, start.codes)
     expected = codec(name).dequantize(tensor, torch.float32)
     torch.testing.assert_close(dense(tensor, values), expected, rtol=1e-5, atol=1e-6)
     stored = start.stored(start.parameters, start.codes)
@@ -61,8 +75,8 @@ def test_learning_begins_at_the_weight_and_stores_it_to_the_bit(name, scheme, sh
 @given(scheme=schemes, shape=shapes, seed=st.integers(0, 10_000))
 def test_codes_that_are_not_shifted_keep_their_levels(name, scheme, shape, seed):
     start = trainable(solved(name, normal(*shape, seed=seed), scheme))
-    codes = start.moved(start.parameters, torch.zeros(start.codes.shape))
-    before, after = (start.values(start.parameters, each) for each in (start.codes, codes))
+    codes = moved(start, torch.zeros(start.codes.shape))
+    before, after = (values_of(start, start.parameters, each) for each in (start.codes, codes))
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
 
 
@@ -70,11 +84,11 @@ def test_codes_that_are_not_shifted_keep_their_levels(name, scheme, shape, seed)
 @pytest.mark.parametrize(("share", "moves"), [(0.01, False), (3.0, True)])
 def test_a_large_shift_moves_codes_and_a_small_one_does_not(name, share, moves):
     start = trainable(solved(name, normal(8, 32), WeightScheme(num_bits=2)))
-    levels = start.values(start.parameters, start.codes)
+    levels = values_of(start, start.parameters, start.codes)
     inwards = -share * levels.sign()
-    codes = start.moved(start.parameters, inwards)
-    moved = (start.values(start.parameters, codes) - levels).abs() > 1e-6
-    assert bool(moved.any()) is moves
+    codes = moved(start, inwards)
+    changed = (values_of(start, start.parameters, codes) - levels).abs() > 1e-6
+    assert bool(changed.any()) is moves
 
 
 @EVERY_FORMAT
@@ -89,7 +103,7 @@ def test_what_is_stored_is_what_was_learned(name, symmetric):
         key: value + 0.5 * start.units[key] * torch.randn(value.shape, generator=generator)
         for key, value in start.parameters.items()
     }
-    values = start.values(learned_to, start.codes)
+    values = values_of(start, learned_to, start.codes)
     stored = start.stored(learned_to, start.codes)
     found = codec(stored.format).dequantize(stored, torch.float32)
     torch.testing.assert_close(found, dense(tensor, values), rtol=4e-3, atol=4e-3)
@@ -114,6 +128,17 @@ def test_gradients_are_those_of_finite_differences(bits, rows, groups, size):
     assert torch.autograd.gradcheck(values, inputs)
 
 
+def test_shifts_get_the_gradient_of_the_values_times_a_step_of_codes():
+    scales, offsets = normal(2, 3, 2).abs().sort(0, descending=True).values, normal(3, 2)
+    codes = torch.randint(0, 4, (3, 2, 5)).to(torch.uint8)
+    shifts, grad = normal(3, 2, 5).requires_grad_(), normal(3, 2, 5)
+    values = learned.planes_values(scales, offsets, codes, shifts)
+    assert torch.equal(values, learned.values_of(scales, offsets, codes))
+    values.backward(grad)
+    assert shifts.grad is not None
+    torch.testing.assert_close(shifts.grad, grad * 2 * scales[-1].unsqueeze(-1))
+
+
 def test_gradient_goes_straight_through():
     source = torch.zeros(3, requires_grad=True)
     values = learned.with_gradient(torch.ones(3), source)
@@ -128,17 +153,18 @@ def test_gradient_goes_straight_through():
 def test_kernels_do_what_torch_does(bits, size):
     from qtool.core import learned_kernels
 
-    scales, offsets = normal(bits, 7, 3).abs().cuda(), normal(7, 3).cuda()
+    scales = normal(bits, 7, 3).abs().sort(0, descending=True).values.cuda()
+    offsets = normal(7, 3).cuda()
     codes = torch.randint(0, 2**bits, (7, 3, size), dtype=torch.uint8).cuda()
     grad, shifts = normal(7, 3, size).cuda(), normal(7, 3, size).cuda()
     expected = learned.values_of(scales, offsets, codes)
     torch.testing.assert_close(learned_kernels.values(scales, offsets, codes), expected)
     expected = learned.sums_of(grad, codes, bits)
     torch.testing.assert_close(learned_kernels.sums(grad, codes, bits), expected, atol=1e-3, rtol=0)
-    gaps = 2 * scales.amin(0)
+    gaps = learned.gaps_of(scales)
     wanted = learned.values_of(scales, offsets, codes) + shifts * gaps.unsqueeze(-1)
     found = learned_kernels.moved(scales, offsets, codes, shifts, gaps)
-    nearest = learned.moved_codes(*(x.cpu() for x in (scales, offsets, codes, shifts, gaps)))
+    nearest = learned.moved_codes(*(x.cpu() for x in (scales, offsets, codes, shifts)))
     distances = [
         (learned.values_of(scales, offsets, each.cuda()) - wanted).abs()
         for each in (found, nearest)

@@ -1,13 +1,14 @@
 """Students follow their originals, keep what doesn't learn, and go back where they were best."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from qtool.base import CausalModel, QuantizedTensor
 from qtool.scheme import WeightScheme
-from qtool.training.blocks import tune_block
+from qtool.training.blocks import Lesson, tune_block
 from qtool.training.descent import Learning, Point, Schedule, descend
 from qtool.training.divergence import divergence
 from qtool.training.end_to_end import Pair, tune_end_to_end
@@ -117,25 +118,56 @@ def test_the_best_state_is_kept_not_the_last():
     assert weight.item() == states[1] != states[2]
 
 
-def test_a_block_learns_the_outputs_of_the_original():
+def tuned_block(
+    alike: Sequence[int] = (), device: str = "cpu", *, waits: bool = False
+) -> tuple[list[Point], int]:
+    """Tune a small block; return its curve, and how often its code ran."""
     torch.manual_seed(0)
     block = torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.ReLU(), torch.nn.Linear(48, 24))
+    block.to(device)
     inputs = [normal(2, 16, 24, seed=seed) for seed in range(6)]
     with torch.no_grad():
-        targets = [block(x) for x in inputs]
+        targets = [block(x.to(device)) for x in inputs]
     weights = {key: block.get_parameter(f"{key}.weight").detach() for key in "02"}
-    layers = {key: solved("binary_coding", weight, SCHEME) for key, weight in weights.items()}
-    install_layers(block, layers, moves_codes=True)
+    layers = {key: solved("binary_coding", weight.cpu(), SCHEME) for key, weight in weights.items()}
+    on_device = {
+        key: replace(layer, parts={name: part.to(device) for name, part in layer.parts.items()})
+        for key, layer in layers.items()
+    }
+    install_layers(block, on_device, moves_codes=True)
     learned = [layer for _, layer in learned_layers(block)]
-    points = tune_block(
-        learned,
-        lambda index: block(inputs[index]),
-        targets,
-        5,
-        schedule(code_rate=1e-2),
-        lambda _: None,
-    )
+    calls = 0
+
+    def forward(hidden: torch.Tensor, batch: int) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        assert batch == 5 or not alike or batch == alike[0]
+        output: torch.Tensor = block(hidden.to(device))
+        return output * (1.0 if not waits or output.sum().isfinite() else 0.0)
+
+    lesson = Lesson(forward, inputs, targets, 5, alike)
+    return tune_block(learned, lesson, schedule(code_rate=1e-2), lambda _: None), calls
+
+
+def test_a_block_learns_the_outputs_of_the_original():
+    points, _ = tuned_block()
     assert min(point.held_out for point in points) < 0.9 * points[0].held_out
+
+
+def test_batches_that_are_alike_are_learned_from_as_they_are():
+    assert tuned_block(range(5)) == tuned_block()
+    assert tuned_block([0, 2]) != tuned_block()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_step_that_is_recorded_does_what_it_does(waits):
+    """One that waits for the card can't be recorded, and is taken as it is."""
+    expected, as_they_are = tuned_block(device="cuda")
+    points, calls = tuned_block(range(5), "cuda", waits=waits)
+    assert (calls >= as_they_are) is waits
+    for point, wanted in zip(points, expected, strict=True):
+        assert point.held_out == pytest.approx(wanted.held_out, rel=1e-3)
 
 
 def test_one_token_of_huge_output_does_not_decide_alone():
@@ -154,7 +186,8 @@ def test_one_token_of_huge_output_does_not_decide_alone():
     def report(point: Point) -> None:
         losses.append(point.held_out)
 
-    tune_block([layer], lambda _: module(x), [target, target], 1, schedule(steps=1), report)
+    lesson = Lesson(lambda hidden, _: module(hidden), [x, x], [target, target], 1)
+    tune_block([layer], lesson, schedule(steps=1), report)
     error = (module(x).detach() - target).square().sum(-1) / target.square().sum(-1)
     assert losses[0] < 10 * float(error.median())
 
