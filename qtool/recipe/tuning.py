@@ -12,7 +12,7 @@ TuningKind = Literal["none", "blocks", "end-to-end", "both"]
 class BlockTuning(Section):
     """Gradients through one block at a time: scales, offsets and codes, for the block's outputs."""
 
-    steps: Annotated[WholeNumber, Field(ge=1, le=1_000_000)] = 200
+    steps: Annotated[WholeNumber, Field(ge=1, le=1_000_000)] = 400
     learning_rate: Annotated[Number, Field(gt=0, le=1)] = 1e-3
     """What a first step moves scales and offsets by, relative to their sizes."""
     code_rate: Annotated[Number, Field(ge=0, le=1)] = 5e-3
@@ -30,6 +30,9 @@ class EndToEndTuning(Section):
     """What a first step moves scales, offsets and norms by, relative to their sizes."""
     code_rate: Annotated[Number, Field(ge=0, le=1)] = 0.0
     """What a first step moves latent codes by, in steps of codes; 0: codes stay, to the bit."""
+    self_written: Literal["auto"] | Annotated[Number, Field(ge=0, lt=1)] = "auto"
+    """Share of the samples that the original writes itself, beside those of the mixture; auto: 0.3
+    on a card, none on a CPU, where it takes hours."""
     norms: bool = True
     """Norms and biases learn too."""
 

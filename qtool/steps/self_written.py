@@ -50,7 +50,7 @@ def self_written(source: ModelSource, *, num_tokens: int, seed: int, emit: Emit)
         QtoolError: it can't be loaded, or can't write.
     """
     generator = random.Random(seed)
-    author = _Author(load_model(Location(source.directory)), generator)
+    author = _Author(load_model(Location(source.directory)), generator, num_tokens)
     documents: list[Document] = []
     written = 0
     try:
@@ -71,7 +71,7 @@ def self_written(source: ModelSource, *, num_tokens: int, seed: int, emit: Emit)
 
 
 def _at_once(loaded: LoadedModel) -> int:
-    """Return how many documents to write together: a step takes as long for a few as for many."""
+    """Return how many documents can be written together: for a few a step takes as long."""
     if loaded.device.type != "cuda":
         return BATCH
     text = loaded.model.config.get_text_config()
@@ -84,14 +84,14 @@ def _at_once(loaded: LoadedModel) -> int:
 class _Author:
     """A model that writes, and how many tokens it has written."""
 
-    def __init__(self, loaded: LoadedModel, generator: random.Random) -> None:
+    def __init__(self, loaded: LoadedModel, generator: random.Random, num_tokens: int) -> None:
         self.model, self.tokenizer, self.generator = loaded.model, loaded.tokenizer, generator
         self.device, self.written = loaded.device, 0
         config = loaded.model.generation_config
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else []
         self.ends = [*dict.fromkeys([*document_ends(self.tokenizer), *eos])]
         self.positions = loaded.model.config.get_text_config().max_position_embeddings or 1 << 20
-        self.batch = _at_once(loaded)
+        self.batch = min(_at_once(loaded), max(BATCH, num_tokens // MOST_DOCUMENT))
 
     def texts(self) -> Iterator[Document]:
         """Yield a batch of plain documents: what follows the start of a text."""

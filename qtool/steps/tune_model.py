@@ -12,7 +12,9 @@ from qtool.base import CausalModel, Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
+from qtool.data.corpora import WRITTEN_BY_THE_MODEL
 from qtool.modeling.load import load_original, load_tokenizer
+from qtool.recipe.schema import CalibrationSection, SourceSection
 from qtool.recipe.tuning import EndToEndTuning
 from qtool.steps.draw_calibration import draw_for_tuning
 from qtool.steps.run import Run
@@ -28,6 +30,10 @@ LEARNED_BYTES, LATENT_BYTES = 3, 16
 STEP_LOGIT_BYTES, STEP_ACTIVATION_BYTES = 8, 68
 """Of a token, per word, and per block and width: of both models, what the way back needs. Measured:
 12.9 GB for 135M parameters and 8,192 tokens, where this says 13.4."""
+MOST_DRAWN = 1 << 22
+"""Tokens: then samples are seen again. The bundled texts have fewer; the model has to write."""
+SELF_WRITTEN = 0.3
+"""What `self_written: auto` is on a card."""
 MODEL, HALFWAY = "tuned", "half-tuned"
 """Drafts: all that end-to-end tuning changes, and how far it is, under the name of the blocks."""
 
@@ -158,8 +164,8 @@ def _fill_tables(student: CausalModel, tables: Mapping[str, QuantizedTensor]) ->
 def _batches(run: Run, section: EndToEndTuning) -> tuple[list[Tensor], list[Tensor]]:
     """Return what is learned from, in full batches, and what it is judged by.
 
-    Samples of the mixture are drawn for it: there can be many. Of other texts there are only those
-    that the layers were solved with, cut to the length.
+    Samples of the mixture are drawn for it: there can be many, and all are seen before one is seen
+    again. Of other texts there are only those that the layers were solved with, cut to the length.
     """
     calibration, asked = run.calibration, run.recipe.calibration
     assert calibration is not None and asked is not None
@@ -167,10 +173,10 @@ def _batches(run: Run, section: EndToEndTuning) -> tuple[list[Tensor], list[Tens
     if asked.dataset is None and not run.samples_given:
         run.env.emit(Progress("drawing data to tune on"))
         samples, held_out = draw_for_tuning(
-            asked,
+            with_own_texts(asked, section, run.env.device),
             run.source,
             load_tokenizer(run.source.directory),
-            lengths=[length] * (section.steps * section.batch_size),
+            lengths=[length] * min(section.steps * section.batch_size, MOST_DRAWN // length),
             seed=run.recipe.seed,
             emit=run.env.emit,
         )
@@ -180,6 +186,21 @@ def _batches(run: Run, section: EndToEndTuning) -> tuple[list[Tensor], list[Tens
     rows = torch.stack(samples).split(section.batch_size)
     full = [batch for batch in rows if len(batch) == len(rows[0])]
     return full, list(torch.stack(held_out).split(section.batch_size))
+
+
+def with_own_texts(
+    asked: CalibrationSection, section: EndToEndTuning, device: str
+) -> CalibrationSection:
+    """Add what the original writes itself to a mixture, as the recipe says, if it isn't there."""
+    on_card = torch.device(device).type == "cuda"
+    share = section.self_written
+    if share == "auto":
+        share = SELF_WRITTEN if on_card else 0.0
+    if share == 0 or any(one.dataset == WRITTEN_BY_THE_MODEL for one in asked.sources):
+        return asked
+    given = [one.model_copy(update={"share": one.share * (1 - share)}) for one in asked.sources]
+    own = SourceSection(dataset=WRITTEN_BY_THE_MODEL, share=share)
+    return asked.model_copy(update={"mixture": (*given, own)})
 
 
 def _cut(samples: Sequence[Tensor], length: int, seed: int) -> list[Tensor]:

@@ -12,7 +12,8 @@ from qtool.errors import QtoolError, RecipeError
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
-from qtool.recipe.schema import Recipe
+from qtool.recipe.schema import CalibrationSection, Recipe
+from qtool.recipe.tuning import EndToEndTuning
 from qtool.steps import tune_blocks, tune_model
 from qtool.training import divergence, end_to_end
 from tests.helpers import dequantized, file_hashes, warnings_in
@@ -169,3 +170,22 @@ def test_tuning_without_samples_is_refused_before_anything_is_read(llama, tmp_pa
 def test_keys_that_are_wrong_are_refused(text_file, tuning):
     with pytest.raises(QtoolError, match="tuning"):
         recipe(text_file, **tuning)
+
+
+@pytest.mark.parametrize(
+    ("device", "share", "expected"),
+    [("cpu", "auto", None), ("cuda", "auto", 0.3), ("cpu", 0.5, 0.5), ("cuda", 0.0, None)],
+)
+def test_the_original_writes_a_share_of_what_is_learned_from(device, share, expected):
+    section = EndToEndTuning(self_written=share)
+    asked = CalibrationSection()
+    sources = tune_model.with_own_texts(asked, section, device).sources
+    own = [one.share for one in sources if one.dataset == "model"]
+    assert own == ([] if expected is None else [expected])
+    assert sum(one.share for one in sources) == pytest.approx(1)
+
+
+def test_a_mixture_that_has_what_the_original_writes_gets_no_more_of_it():
+    mixture = [{"dataset": "model", "share": 0.2}, {"dataset": "prose", "share": 0.8}]
+    asked = CalibrationSection(mixture=mixture)
+    assert tune_model.with_own_texts(asked, EndToEndTuning(self_written=0.5), "cuda") == asked
