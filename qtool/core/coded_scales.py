@@ -39,10 +39,17 @@ def limits(num_bits: int) -> list[tuple[int, int]]:
     return [*((0, 2**width - 1) for width in widths), (-half, half - 1)]
 
 
+def units_of(row_scales: Tensor, num_bits: int) -> Tensor:
+    """Return the unit of each row scale, float32 in its shape."""
+    return row_scales.float() * 2.0 ** -resolution(num_bits)
+
+
 @cache
-def _bounds(num_bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def bounds_of(num_bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return `limits` as tensors, (num_bits + 1,) float32: made once, as a step may be recorded."""
-    lowest, highest = torch.tensor(limits(num_bits), dtype=torch.float32, device=device).T
+    lowest, highest = torch.tensor(
+        limits(num_bits), dtype=torch.float32, device=device
+    ).T.contiguous()
     return lowest, highest
 
 
@@ -51,7 +58,7 @@ def fit_row_scales(theta: Tensor) -> Tensor:
 
     Plane scales of `theta` are not negative and descend. What float16 can't hold becomes infinite.
     """
-    lowest, highest = _bounds(num_bits := theta.shape[-1] - 1, theta.device)
+    lowest, highest = bounds_of(num_bits := theta.shape[-1] - 1, theta.device)
     units = torch.maximum(theta / highest, theta / lowest.clamp(max=-1)).amax((1, 2))
     return (units * 2 ** resolution(num_bits)).to(torch.float16)
 
@@ -66,7 +73,7 @@ def to_multiples(
 
     Row scales and bounds broadcast to the values.
     """
-    units = row_scales.float() * 2.0 ** -resolution(num_bits)
+    units = units_of(row_scales, num_bits)
     multiples = (values / torch.where(units > 0, units, torch.inf)).round()
     return multiples.clamp(*bounds)
 
@@ -76,13 +83,13 @@ def from_multiples(multiples: Tensor, row_scales: Tensor, num_bits: int) -> Tens
 
     The product has at most 22 bits, so it is exact in float32 and rounded once.
     """
-    return (multiples * (row_scales.float() * 2.0 ** -resolution(num_bits))).to(torch.float16)
+    return (multiples * units_of(row_scales, num_bits)).to(torch.float16)
 
 
 def all_to_multiples(theta: Tensor, row_scales: Tensor) -> Tensor:
     """Return the nearest multiples of all parameters, in the shape of `theta`, float32."""
     num_bits = theta.shape[-1] - 1
-    bounds = _bounds(num_bits, theta.device)
+    bounds = bounds_of(num_bits, theta.device)
     return to_multiples(theta, row_scales[:, None, None], num_bits, bounds)
 
 

@@ -12,12 +12,14 @@ rows share parameters.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from qtool.core import coded_scales, grouping
 from qtool.core.binary_coding import signs
+from qtool.core.kernel_modules import usable_kernels
 from qtool.core.linalg import RIDGE, TINY, solve_spd
 
 PASSES = 2
@@ -114,6 +116,13 @@ class AffineGrid:
         self.scales = self.scales.to(torch.float16).float()
 
 
+@cache
+def _table(num_bits: int, device: torch.device) -> Tensor:
+    """Return what each level is of the parameters: signs, and one, (num_levels, unknowns)."""
+    planes = signs(num_bits, device=device, dtype=torch.float32)
+    return torch.nn.functional.pad(planes, (0, 1), value=1.0)
+
+
 class BinaryGrid:
     """offset + sum of scales * signs; the levels of each group are kept sorted."""
 
@@ -130,8 +139,7 @@ class BinaryGrid:
         self.parameters = parameters
         self.offset = offset
         self.span = span or Span(1, parameters.shape[-1])
-        planes = signs(parameters.shape[1] - 1, device=parameters.device, dtype=torch.float32)
-        self._table = torch.nn.functional.pad(planes, (0, 1), value=1.0)  # (num_levels, unknowns)
+        self._table = _table(parameters.shape[1] - 1, parameters.device)
         self._levels, self._codes, self._middles = self._sorted(parameters)
 
     def _sorted(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,6 +210,14 @@ class CodedGrid(BinaryGrid):
         """Return better parameters of a group: each in turn is the best multiple given the rest."""
         old, row_scales = self.parameters[group], self.row_scales[group]
         new, num_bits, unknowns = old.clone(), len(old) - 1, right.shape[1]
+        kernels = usable_kernels("small_kernels", "probe", right.device)
+        if kernels is not None and unknowns <= kernels.MOST_UNKNOWNS:
+            units = coded_scales.units_of(row_scales, num_bits)
+            bounds = coded_scales.bounds_of(num_bits, right.device)
+            found: Tensor = kernels.round_in_turn(
+                normal, right, old, units, bounds, passes=PASSES, tiny=TINY
+            )
+            return found
         for unknown in [*range(unknowns)] * PASSES:
             step = (new - old)[:unknowns].T.double()
             slope = right[:, unknown] - (normal[:, unknown] * step).sum(-1)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from qtool.core.kernel_modules import usable_kernels
+
 RIDGE = 1e-6
 """Relative ridge of least squares: planes of a small group may coincide."""
 TINY = 1e-30
@@ -20,6 +22,10 @@ def solve_spd(matrices: Tensor, right: Tensor, *, ridge: float) -> Tensor:
     its mean; it keeps singular systems solvable.
     """
     n = right.shape[-1]
+    kernels = usable_kernels("small_kernels", "probe", right.device)
+    if kernels is not None and n <= kernels.MOST_UNKNOWNS and right.dtype == torch.float64:
+        found: Tensor = kernels.solve(matrices, right, ridge=ridge, tiny=TINY)
+        return found
     # The batch comes last, so that each step reads contiguous memory.
     a = torch.cat([matrices.permute(1, 2, 0), right.T.unsqueeze(1)], dim=1)  # (n, n + 1, batch)
     diagonal = torch.diagonal(a[:, :n])  # (batch, n), a view
