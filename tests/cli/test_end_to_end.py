@@ -47,6 +47,7 @@ def test_data_is_drawn_where_a_method_does_better_with_it(
 
 
 SHORT = ("calibration.num_samples=12", "calibration.sequence_length=32")
+QUICK = tuple(f"weights.options.{key}" for key in ("rounds=3", "iterations=1", "polish_rounds=0"))
 TUNED = (
     *SHORT,
     *(f"tuning.blocks.{key}" for key in ("steps=4", "code_rate=0.02")),
@@ -70,7 +71,7 @@ def settings(*texts):
 )
 def test_tune_says_what_gradients_improve(cli: Cli, llama, text_file, tmp_path, tune, parts):
     chosen = () if tune is None else ("--tune", tune)
-    keys = settings(*TUNED, f"calibration.dataset={text_file}")
+    keys = settings(*TUNED, *QUICK, f"calibration.dataset={text_file}")
     options = ("--method", "bcq", "--group-size", "32", "--no-check", *keys, *chosen)
     done = quantized(cli, llama, tmp_path / "out", *options)
     report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())

@@ -22,7 +22,10 @@ from qtool.steps.weigh_tokens import row_edges, scaled
 from qtool.walk.statistics import RowGroups
 from tests.helpers import file_hashes
 
-QUICK: dict[str, dict[str, object]] = {"gptq": {}, "bcq": {"rounds": 5, "iterations": 2}}
+QUICK: dict[str, dict[str, object]] = {
+    "gptq": {"polish_rounds": 1},
+    "bcq": {"rounds": 5, "iterations": 2, "polish_rounds": 1},
+}
 METHODS = [*QUICK]
 
 

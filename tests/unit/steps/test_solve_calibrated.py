@@ -17,7 +17,10 @@ from qtool.walk.statistics import FEW_TOKENS, raised
 from tests.helpers import file_hashes, warnings_in
 
 SCHEME = {"num_bits": 3, "group_size": 32}
-QUICK: dict[str, dict[str, object]] = {"gptq": {}, "bcq": {"rounds": 5, "iterations": 2}}
+QUICK: dict[str, dict[str, object]] = {
+    "gptq": {"polish_rounds": 1},
+    "bcq": {"rounds": 5, "iterations": 2, "polish_rounds": 1},
+}
 METHODS = [*QUICK]
 
 

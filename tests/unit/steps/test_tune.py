@@ -24,7 +24,7 @@ MODEL = {"steps": 6, "batch_size": 2, "sequence_length": 32, "learning_rate": 1e
 
 def recipe(dataset: object, *, method: str = "bcq", **tuning: Any) -> Recipe:
     section = {"dataset": str(dataset), "num_samples": 12, "sequence_length": 32}
-    options = {"rounds": 3, "iterations": 1} if method == "bcq" else {}
+    options = {"polish_rounds": 1} | ({"rounds": 3, "iterations": 1} if method == "bcq" else {})
     scheme = {"num_bits": 2, "group_size": 32}
     weights = {"method": method, "scheme": scheme, "options": options}
     return recipe_from_mapping({"calibration": section, "weights": weights, "tuning": tuning})
