@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from math import prod
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ Role = Literal["block", "embedding", "head"]
 MOST_LEFT = 0.1
 """More of the blocks' weights than this doesn't stay unquantized unless a recipe says so."""
 TO_NAME = 0.01
+_validator = cache(TypeAdapter)
+"""Of a method's options: it takes milliseconds to make, and every layer asks for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +102,10 @@ def parse_options(method_name: str, method: Method, values: Mapping[str, Any]) -
             where = f"weights.options of '{method_name}'"
             raise RecipeError(plugins.describe_miss(str(key), known, where))
     try:
-        return TypeAdapter(method.options).validate_python(dict(values))
+        return _validator(method.options).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        path = ".".join(str(part) for part in first["loc"])
-        key = f"weights.options.{path}"
+        key = ".".join(("weights.options", *map(str, first["loc"])))
         raise RecipeError(f"{key} is {quoted(first['input'])}; {rule(first)}.", key=key) from None
 
 
@@ -283,10 +285,8 @@ def _plan_layer(
     source: ModelSource, name: str, role: Role, section: WeightsSection | TableSection
 ) -> LayerPlan:
     method = load_method(section.method)
-    scheme = section.scheme.to_scheme()
-    shape = source.weight_shape(name)
+    scheme, shape = section.scheme.to_scheme(), source.weight_shape(name)
     options = parse_options(section.method, method, section.options)
-    parts = method.layout(scheme, shape, options)
     return LayerPlan(
         name=name,
         role=role,
@@ -294,6 +294,6 @@ def _plan_layer(
         scheme=scheme,
         method=section.method,
         options=options,
-        num_bytes=sum(num_bytes(part) for part in parts.values()),
+        num_bytes=sum(num_bytes(part) for part in method.layout(scheme, shape, options).values()),
         choose_group_dim=section.choose.group_dim if isinstance(section, WeightsSection) else (),
     )
