@@ -24,7 +24,7 @@ from tests.helpers import file_hashes
 
 QUICK: dict[str, dict[str, object]] = {
     "gptq": {"polish_rounds": 1},
-    "bcq": {"rounds": 5, "iterations": 2, "polish_rounds": 1},
+    "bcq": {"rounds": 5, "iterations": 2, "start_powers": [0.0], "polish_rounds": 1},
 }
 METHODS = [*QUICK]
 
