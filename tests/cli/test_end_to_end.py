@@ -47,7 +47,8 @@ def test_data_is_drawn_where_a_method_does_better_with_it(
 
 
 SHORT = ("calibration.num_samples=12", "calibration.sequence_length=32")
-QUICK = tuple(f"weights.options.{key}" for key in ("rounds=3", "iterations=1", "polish_rounds=0"))
+SOLVER = ("rounds=3", "iterations=1", "start_powers=[0.0]", "polish_rounds=0")
+QUICK = tuple(f"weights.options.{option}" for option in SOLVER)
 TUNED = (
     *SHORT,
     *(f"tuning.blocks.{key}" for key in ("steps=4", "code_rate=0.02")),
