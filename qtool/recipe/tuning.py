@@ -14,7 +14,7 @@ class BlockTuning(Section):
 
     steps: Annotated[WholeNumber, Field(ge=1, le=1_000_000)] = 400
     learning_rate: Annotated[Number, Field(gt=0, le=1)] = 1e-3
-    """What a first step moves scales and offsets by, relative to their sizes."""
+    """What a first step moves scales and offsets by, in distances between two levels."""
     code_rate: Annotated[Number, Field(ge=0, le=1)] = 5e-3
     """What a first step moves latent codes by, in steps of codes; 0: codes stay."""
 
@@ -22,12 +22,12 @@ class BlockTuning(Section):
 class EndToEndTuning(Section):
     """Gradients through the whole model: KL to the original's predictions."""
 
-    steps: Annotated[WholeNumber, Field(ge=1, le=1_000_000)] = 500
+    steps: Annotated[WholeNumber, Field(ge=1, le=1_000_000)] = 1000
     batch_size: Annotated[WholeNumber, Field(ge=1, le=MOST_LENGTH)] = 8
     """Samples a step."""
     sequence_length: Annotated[WholeNumber, Field(ge=2, le=MOST_LENGTH)] = 1024
-    learning_rate: Annotated[Number, Field(gt=0, le=1)] = 2e-3
-    """What a first step moves scales, offsets and norms by, relative to their sizes."""
+    learning_rate: Annotated[Number, Field(gt=0, le=1)] = 1.5e-3
+    """What a first step moves scales and offsets by, in distances between two levels."""
     code_rate: Annotated[Number, Field(ge=0, le=1)] = 0.0
     """What a first step moves latent codes by, in steps of codes; 0: codes stay, to the bit."""
     self_written: Literal["auto"] | Annotated[Number, Field(ge=0, lt=1)] = "auto"

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +24,8 @@ class Schedule:
 
     steps: int
     learning_rate: float
-    """Of parameters, in their units: what a first step moves them by."""
+    """Of parameters, in their units: what a first step moves them by. Norms and biases have the
+    same part of their size as a code has of a layer's range."""
     code_rate: float = 0.0
     """Of latent values, in steps of codes; 0: codes stay."""
     warmup: int = 20
@@ -212,9 +214,11 @@ class _Stepper:
 def _groups(what: Learning, schedule: Schedule) -> list[dict[str, Any]]:
     moves = [move for layer in what.layers for move in layer.moves.values()]
     groups: list[dict[str, Any]] = [{"params": moves, "lr": schedule.learning_rate}]
-    for vector in what.vectors:  # in units of its own size, as the scales are
+    steps = [2 / (2**layer.scheme.num_bits - 1) for layer in what.layers]
+    coarseness = fmean(steps) if steps else 1.0
+    for vector in what.vectors:
         size = float(vector.detach().square().mean().sqrt()) or 1.0
-        groups.append({"params": [vector], "lr": schedule.learning_rate * size})
+        groups.append({"params": [vector], "lr": schedule.learning_rate * coarseness * size})
     shifts = [layer.shifts for layer in what.layers if layer.shifts is not None]
     if shifts:
         groups.append({"params": shifts, "lr": schedule.code_rate})
