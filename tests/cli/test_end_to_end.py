@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qtool.checkpoint.reader import CheckpointReader, tensor_digest
 from tests.cli.conftest import Cli
+from tests.helpers import QUICK_BCQ
 from tests.robustness.gguf_files import write_gguf
 
 
@@ -70,7 +71,8 @@ def settings(*texts):
 )
 def test_tune_says_what_gradients_improve(cli: Cli, llama, text_file, tmp_path, tune, parts):
     chosen = () if tune is None else ("--tune", tune)
-    keys = settings(*TUNED, f"calibration.dataset={text_file}")
+    quick = f"weights.options={json.dumps(QUICK_BCQ)}"
+    keys = settings(*TUNED, quick, f"calibration.dataset={text_file}")
     options = ("--method", "bcq", "--group-size", "32", "--no-check", *keys, *chosen)
     done = quantized(cli, llama, tmp_path / "out", *options)
     report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())

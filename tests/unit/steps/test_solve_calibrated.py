@@ -14,10 +14,10 @@ from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
 from qtool.walk import statistics, walk
 from qtool.walk.statistics import FEW_TOKENS, raised
-from tests.helpers import file_hashes, warnings_in
+from tests.helpers import QUICK_BCQ, file_hashes, warnings_in
 
 SCHEME = {"num_bits": 3, "group_size": 32}
-QUICK: dict[str, dict[str, object]] = {"gptq": {}, "bcq": {"rounds": 5, "iterations": 2}}
+QUICK: dict[str, dict[str, object]] = {"gptq": {}, "bcq": dict(QUICK_BCQ)}
 METHODS = [*QUICK]
 
 

@@ -16,7 +16,7 @@ from qtool.recipe.schema import CalibrationSection, Recipe
 from qtool.recipe.tuning import EndToEndTuning
 from qtool.steps import tune_blocks, tune_model
 from qtool.training import divergence, end_to_end
-from tests.helpers import dequantized, file_hashes, warnings_in
+from tests.helpers import QUICK_BCQ, dequantized, file_hashes, warnings_in
 
 BLOCKS = {"steps": 4, "learning_rate": 1e-2, "code_rate": 0.05}
 MODEL = {"steps": 6, "batch_size": 2, "sequence_length": 32, "learning_rate": 1e-2}
@@ -24,7 +24,7 @@ MODEL = {"steps": 6, "batch_size": 2, "sequence_length": 32, "learning_rate": 1e
 
 def recipe(dataset: object, *, method: str = "bcq", **tuning: Any) -> Recipe:
     section = {"dataset": str(dataset), "num_samples": 12, "sequence_length": 32}
-    options = {"rounds": 3, "iterations": 1} if method == "bcq" else {}
+    options = QUICK_BCQ if method == "bcq" else {}
     scheme = {"num_bits": 2, "group_size": 32}
     weights = {"method": method, "scheme": scheme, "options": options}
     return recipe_from_mapping({"calibration": section, "weights": weights, "tuning": tuning})
