@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qtool.recipe.values import MOST_LENGTH, Number, Section, WholeNumber
 
@@ -30,11 +30,20 @@ class EndToEndTuning(Section):
     """What a first step moves scales and offsets by, in distances between two levels."""
     code_rate: Annotated[Number, Field(ge=0, le=1)] = 0.0
     """What a first step moves latent codes by, in steps of codes; 0: codes stay, to the bit."""
+    code_share: Annotated[Number, Field(ge=0, le=0.01)] = 0.0
+    """Share of a layer's codes that may move at each look at the held-out samples, those that
+    promise most, if the loss on these falls; 0: codes stay."""
     self_written: Literal["auto"] | Annotated[Number, Field(ge=0, lt=1)] = "auto"
     """Share of the samples that the original writes itself, beside those of the mixture; auto: 0.3
     on a card, none on a CPU, where it takes hours."""
     norms: bool = True
     """Norms and biases learn too."""
+
+    @model_validator(mode="after")
+    def _check_codes(self) -> "EndToEndTuning":
+        if self.code_rate > 0 and self.code_share > 0:
+            raise ValueError("code_rate and code_share both move codes; set one of them to 0")
+        return self
 
 
 class TuningSection(Section):

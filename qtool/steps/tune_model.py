@@ -101,6 +101,7 @@ def _tuned(
         steps=section.steps,
         learning_rate=section.learning_rate,
         code_rate=section.code_rate,
+        code_share=section.code_share,
         check_every=max(1, section.steps // 10),
     )
 

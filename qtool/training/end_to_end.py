@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from qtool.base import CausalModel
 from qtool.training.descent import Learning, Memory, Point, Schedule, descend
 from qtool.training.divergence import divergence
+from qtool.training.refinement import refine_codes
 from qtool.training.student import learned_layers
+
+REFINED_BY = 16
+"""Batches whose gradients decide together which codes move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,24 @@ def tune_end_to_end(
         return float(torch.stack(losses).sum()) / total
 
     layers = [layer for _, layer in learned_layers(pair.student)]
+
+    def refine(step: int, before: float) -> float:
+        some = [batches[i % len(batches)] for i in range(step, step + REFINED_BY)]
+        return refine_codes(
+            layers,
+            lambda: (pair.divergence(tokens.to(device)) for tokens in some),
+            on_held_out,
+            share=schedule.code_share,
+            before=before,
+        )
+
     what = Learning(
-        layers, pair.vectors, feed, lambda: pair.divergence(now), on_held_out, pair.captured
+        layers,
+        pair.vectors,
+        feed,
+        lambda: pair.divergence(now),
+        on_held_out,
+        pair.captured,
+        refine if schedule.code_share > 0 else None,
     )
     return descend(what, schedule, report, memory)

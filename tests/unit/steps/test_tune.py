@@ -64,17 +64,18 @@ def test_resumed_run_gives_the_bytes_of_an_unbroken_one(
         assert first[file] == second[file]
 
 
+@pytest.mark.parametrize(("codes", "when"), [({"code_rate": 0.02}, 25), ({"code_share": 0.01}, 70)])
 def test_tuning_that_is_stopped_goes_on_where_it_was_looked_at_last(
-    llama, text_file, tmp_path, monkeypatch
+    llama, text_file, tmp_path, monkeypatch, codes, when
 ):
-    wanted = recipe(text_file, end_to_end={**MODEL, "steps": 20, "code_rate": 0.02})
+    wanted = recipe(text_file, end_to_end={**MODEL, "steps": 20, **codes})
     pipeline.quantize(Location(llama), tmp_path / "whole", wanted)
     seen: list[int] = []
     measured = divergence.divergence
 
     def count(*arguments: Any) -> Any:
         seen.append(len(seen))
-        if len(seen) == 25:
+        if len(seen) == when:
             raise Stopped
         return measured(*arguments)
 

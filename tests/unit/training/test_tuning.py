@@ -1,5 +1,6 @@
 """Students follow their originals, keep what doesn't learn, and go back where they were best."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -7,12 +8,20 @@ import pytest
 import torch
 
 from qtool.base import CausalModel, QuantizedTensor
+from qtool.core.packing import planes_to_codes
 from qtool.scheme import WeightScheme
 from qtool.training.blocks import Lesson, tune_block
 from qtool.training.descent import Learning, Point, Schedule, descend
 from qtool.training.divergence import divergence
 from qtool.training.end_to_end import Pair, tune_end_to_end
-from qtool.training.student import free_vectors, install_layers, learned_layers, make_student
+from qtool.training.refinement import refine_codes
+from qtool.training.student import (
+    LearnedLinear,
+    free_vectors,
+    install_layers,
+    learned_layers,
+    make_student,
+)
 from tests import families
 from tests.helpers import dequantized, normal
 from tests.unit.training.solved import SOLVERS, solved
@@ -211,3 +220,70 @@ def test_rates_warm_up_and_fall_to_their_floor():
     assert max(factors) == pytest.approx(1.0)
     assert factors[9:] == sorted(factors[9:], reverse=True)
     assert factors[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_refinement_moves_few_codes_and_only_if_it_helps(name):
+    _, student, layers, points = tuned(name, code_share=0.01, learning_rate=1e-6)
+    losses = [point.held_out for point in points]
+    assert all(after < 1.001 * before for before, after in itertools.pairwise(losses))
+    moved = total = 0
+    for path, layer in learned_layers(student):
+        begun = codes_of(layers[path])
+        now = codes_of(layer.stored())
+        most = max(1, int(0.01 * layer.codes.numel()))
+        assert int((now != begun).sum()) <= 3 * most  # three looks
+        moved, total = moved + int((now != begun).sum()), total + now.numel()
+    assert moved > 0
+    assert losses[-1] < 0.98 * losses[0]
+
+
+def codes_of(tensor: QuantizedTensor) -> torch.Tensor:
+    planes = tensor.parts["codes" if tensor.format == "affine" else "bit_planes"]
+    return planes_to_codes(planes, tensor.shape.in_features)
+
+
+def test_moves_that_do_not_help_are_taken_back():
+    layer = LearnedLinear(solved("binary_coding", normal(8, 24), SCHEME), None, moves_codes=False)
+    before = layer.codes.clone()
+    x = normal(16, 24)
+
+    def losses() -> list[torch.Tensor]:
+        return [layer(x).square().sum()]
+
+    seen = []
+
+    def held_out() -> float:
+        seen.append(int((layer.codes != before).sum()))
+        return 2.0
+
+    assert refine_codes([layer], losses, held_out, share=0.1, before=1.0) == 1.0
+    assert torch.equal(layer.codes, before)
+    assert seen[0] > seen[1] >= seen[2] > 0
+    assert layer.watched is None
+
+
+def test_the_codes_that_promise_most_move_first():
+    """Of a quadratic loss the slopes say which: compared with trying each."""
+    layer = LearnedLinear(solved("binary_coding", normal(4, 24), SCHEME), None, moves_codes=False)
+    target = layer.weight().detach() + 0.01 * normal(4, 24, seed=1)
+    target[2, 5] += 3.0 * (1 if layer.weight()[2, 5] < 0 else -1)
+    before = layer.codes.clone()
+
+    def loss() -> torch.Tensor:
+        return (layer.weight() - target).square().sum()
+
+    share = 1 / layer.codes.numel()
+    old = loss().item()
+    found = refine_codes([layer], lambda: [loss()], lambda: loss().item(), share=share, before=old)
+    changed = layer.weight() != layer_of(layer, before)
+    assert changed.nonzero().tolist() == [[2, 5]]
+    assert found < old
+
+
+def layer_of(layer: LearnedLinear, codes: torch.Tensor) -> torch.Tensor:
+    now = layer.codes.clone()
+    layer.codes.copy_(codes)
+    weight = layer.weight().detach()
+    layer.codes.copy_(now)
+    return weight
