@@ -26,8 +26,9 @@ class EndToEndTuning(Section):
     batch_size: Annotated[WholeNumber, Field(ge=1, le=MOST_LENGTH)] = 8
     """Samples a step."""
     sequence_length: Annotated[WholeNumber, Field(ge=2, le=MOST_LENGTH)] = 1024
-    learning_rate: Annotated[Number, Field(gt=0, le=1)] = 1.5e-3
-    """What a first step moves scales and offsets by, in distances between two levels."""
+    learning_rate: Literal["auto"] | Annotated[Number, Field(gt=0, le=1)] = 1.5e-3
+    """What a first step moves scales and offsets by, in distances between two levels; auto: that
+    of three which is best after a few steps."""
     code_rate: Annotated[Number, Field(ge=0, le=1)] = 0.0
     """What a first step moves latent codes by, in steps of codes; 0: codes stay, to the bit."""
     code_share: Annotated[Number, Field(ge=0, le=0.01)] = 0.0
@@ -36,6 +37,9 @@ class EndToEndTuning(Section):
     self_written: Literal["auto"] | Annotated[Number, Field(ge=0, lt=1)] = "auto"
     """Share of the samples that the original writes itself, beside those of the mixture; auto: 0.3
     on a card, none on a CPU, where it takes hours."""
+    recompute: Literal["auto"] | bool = "auto"
+    """Run each block once more on the way back, in place of keeping what it computed: a third
+    slower, and the memory of one block; auto: for a billion parameters and more."""
     norms: bool = True
     """Norms and biases learn too."""
 

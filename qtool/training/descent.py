@@ -1,7 +1,8 @@
 """The one loop that all tuning goes through: Adam along a cosine, and the best state is kept."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Protocol
@@ -127,6 +128,20 @@ def descend(
             memory.keep(stepper.state(), points)
     stepper.go_to_best()
     return points
+
+
+@contextmanager
+def unchanged(what: Learning) -> Iterator[None]:
+    """Make what is learned what it was before, afterwards."""
+    groups = _groups(what, Schedule(steps=1, learning_rate=0.0))
+    values = [value for group in groups for value in group["params"]]
+    before = [value.detach().clone() for value in values]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for value, was in zip(values, before, strict=True):
+                value.copy_(was)
 
 
 class _Stepper:

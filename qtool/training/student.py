@@ -2,9 +2,11 @@
 
 import copy
 from collections.abc import Container, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qtool.base import CausalModel, QuantizedTensor
 from qtool.checkpoint.manifest import codec
@@ -97,6 +99,21 @@ def make_student(
     student = copy.deepcopy(original, shared)
     install_layers(student, layers, moves_codes=moves_codes)
     return student
+
+
+def recompute_blocks(student: CausalModel, blocks: str) -> None:
+    """Let each block keep its input alone for the way back, and run once more there.
+
+    Then a step holds the weights and activations of one block, not of all; it takes a third longer.
+    Source: Chen et al. 2016 (arXiv 1604.06174).
+
+    Args:
+        student: See `make_student`.
+        blocks: Dotted name of the list of its blocks.
+    """
+    for block in student.get_submodule(blocks).children():
+        forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = forward
 
 
 def install_layers(

@@ -13,7 +13,7 @@ from qtool.scheme import WeightScheme
 from qtool.training.blocks import Lesson, tune_block
 from qtool.training.descent import Learning, Point, Schedule, descend
 from qtool.training.divergence import divergence
-from qtool.training.end_to_end import Pair, tune_end_to_end
+from qtool.training.end_to_end import Course, Pair, best_rate, tune_end_to_end
 from qtool.training.refinement import refine_codes
 from qtool.training.student import (
     LearnedLinear,
@@ -21,6 +21,7 @@ from qtool.training.student import (
     install_layers,
     learned_layers,
     make_student,
+    recompute_blocks,
 )
 from tests import families
 from tests.helpers import dequantized, normal
@@ -29,7 +30,7 @@ from tests.unit.training.solved import SOLVERS, solved
 SCHEME = WeightScheme(num_bits=2, group_size=24)
 TOKENS = torch.randint(3, 96, (32, 24), generator=torch.Generator().manual_seed(0))
 BATCHES = list(TOKENS[4:].split(4))
-HELD_OUT = [TOKENS[:4]]
+COURSE = Course(BATCHES, [TOKENS[:4]])
 
 
 def original() -> CausalModel:
@@ -57,7 +58,7 @@ def tuned(
     student = make_student(model, layers, moves_codes=changes.get("code_rate", 0) > 0)
     norms = [path for path, value in model.named_parameters() if value.dim() == 1]
     pair = Pair(student, model, list(free_vectors(student, norms).values()))
-    points = tune_end_to_end(pair, BATCHES, HELD_OUT, schedule(**changes), lambda _: None)
+    points = tune_end_to_end(pair, COURSE, schedule(**changes), lambda _: None)
     return model, student, layers, points
 
 
@@ -287,3 +288,36 @@ def layer_of(layer: LearnedLinear, codes: torch.Tensor) -> torch.Tensor:
     weight = layer.weight().detach()
     layer.codes.copy_(now)
     return weight
+
+
+def test_rates_are_tried_from_where_a_student_is_and_leave_it_there():
+    model = original()
+    layers = quantized(model, "binary_coding")
+    student = make_student(model, layers, moves_codes=False)
+    pair = Pair(student, model)
+    found = best_rate(pair, COURSE, schedule(steps=10, check_every=10), [1e-5, 1e-2, 50.0])
+    assert next(iter(found)) == 1e-2
+    assert set(found) == {1e-5, 1e-2, 50.0}
+    for path, layer in learned_layers(student):
+        assert all(bool((move == 0).all()) for move in layer.moves.values()), path
+
+
+def test_recomputed_blocks_have_the_same_gradients():
+    model = original()
+    layers = quantized(model, "coded_scales")
+    losses, grads = [], []
+    for recomputed in (False, True):
+        student = make_student(model, layers, moves_codes=True)
+        if recomputed:
+            recompute_blocks(student, "model.layers")
+        loss = Pair(student, model).divergence(BATCHES[0])
+        loss.backward()
+        losses.append(loss.item())
+        grads.append(
+            [move.grad for _, each in learned_layers(student) for move in each.parameters()]
+        )
+    assert losses[0] == pytest.approx(losses[1])
+    for first, second in zip(*grads, strict=True):
+        assert first is not None and second is not None
+        torch.testing.assert_close(first, second)
+    assert "forward" not in vars(model.model.layers[0])
