@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_DIR ?= build/demo
-# A file's tests share fixtures, so one process has them all.
-PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
+# A file's tests share fixtures, so one process has them all. In the order of the files: xdist's own ends
+# with those of few tests, which take long, so that one core waits for the other.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu test-versions test-floors fuzz check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean

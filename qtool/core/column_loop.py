@@ -51,19 +51,22 @@ def loop(
 ) -> tuple[Tensor, Tensor]:
     """Do what `walk_columns` does in plain torch; `pick` may remember what it has seen."""
     work = work.clone()
-    chosen = torch.empty_like(work)
-    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    values, shares, own = work.unbind(), matrix.unbind(), matrix.diagonal().unbind()
+    before = values if levels is None else levels.unbind()
+    codes: list[Tensor] = []
+    chosen: list[Tensor] = []
     for start in range(0, len(work), STRIP):
         stop = min(start + STRIP, len(work))
         steps = torch.empty_like(work[start:stop])
-        for column in range(start, stop):
-            old = value = work[column]
+        for column, step in enumerate(steps, start):
+            value = old = before[column]
             if levels is not None:
-                old = levels[column]
-                value = old - work[column] / matrix[column, column]
-            codes[column], chosen[column] = pick(tables, column, value)
-            step = steps[column - start]
-            torch.sub(chosen[column], old, out=step)
-            work[column + 1 : stop].addr_(matrix[column, column + 1 : stop], step)
+                value = old - values[column] / own[column]
+            code, level = pick(tables, column, value)
+            codes.append(code)
+            chosen.append(level)
+            torch.sub(level, old, out=step)
+            after = column + 1
+            work[after:stop].addr_(shares[column][after:stop], step)
         work[stop:].addmm_(matrix[start:stop, stop:].T, steps)
-    return codes, chosen
+    return torch.stack(codes), torch.stack(chosen)

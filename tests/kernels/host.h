@@ -1,143 +1,45 @@
 // Runs CUDA kernels on a CPU, for tests: every thread of a block is a fiber, and what a warp or a
 // block does together is a meeting of fibers. Include this, then kernels/common.cuh, then a kernel.
+// host.cpp runs them; it is compiled once, so that a kernel takes little more than its own lines.
 #pragma once
 #define QTOOL_HOST
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <stdexcept>
-#include <vector>
 
 #define __global__ static
 #define __launch_bounds__(...)
 #define DEVICE static inline
-#define DYNAMIC_SHARED(name) unsigned char *name = host::shared.data()
+#define DYNAMIC_SHARED(name) unsigned char *name = host::shared
 
 struct dim3 { unsigned x = 1, y = 1, z = 1; };
 struct alignas(16) quad { unsigned x, y, z, w; };
-static dim3 gridDim, blockDim, blockIdx, threadIdx;
+extern dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 namespace host {
 
-struct Meeting { int arrived = 0, round = 0; };
-struct Fiber { ucontext_t context; std::vector<char> stack; bool done; };
+extern unsigned char *shared;
+extern uint32_t *mailbox; // (threads, 8): what lanes of a warp give one another
+extern int current; // fiber
 
-static std::vector<Fiber> fibers;
-static std::vector<unsigned char> shared;
-static ucontext_t scheduler;
-static int current;
-static Meeting block_meeting;
-static std::vector<Meeting> warp_meetings;
-static std::vector<uint32_t> mailbox; // (threads, 8): what lanes of a warp give one another
-static std::function<void()> body;
+void meet_block();
+void meet_warp();
+void wait_for_previous();
+int launch(dim3 grid, int threads, size_t bytes, void (*thread)(void *), void *arguments);
 
-// What a kernel may not touch before it has waited for the launch before it: inputs, which hold other
-// bytes until then, and outputs, which must not have changed by then.
-struct Region { char *place; std::vector<char> bytes; };
-static std::vector<Region> inputs, outputs;
-static bool waited, too_early;
-
-static void wait() {
-    int self = current;
-    swapcontext(&fibers[self].context, &scheduler);
-    current = self;
-    threadIdx.x = (unsigned)self;
-}
-
-static void meet(Meeting &meeting, int size) {
-    int round = meeting.round;
-    if (++meeting.arrived == size) { meeting.arrived = 0; ++meeting.round; }
-    while (meeting.round == round) wait();
-}
-
-static void meet_warp() { meet(warp_meetings[current / 32], 32); }
-static uint32_t *box(int lane) { return &mailbox[(size_t)(current / 32 * 32 + lane) * 8]; }
-
-static void enter() {
-    body();
-    fibers[current].done = true;
-    swapcontext(&fibers[current].context, &scheduler);
-}
-
-static void hide() {
-    waited = false;
-    for (auto &region : inputs) memset(region.place, 0xff, region.bytes.size());
-    for (auto &region : outputs) memcpy(region.bytes.data(), region.place, region.bytes.size());
-}
-
-static void show() {
-    waited = true;
-    for (auto &region : inputs) memcpy(region.place, region.bytes.data(), region.bytes.size());
-    for (auto &region : outputs)
-        too_early |= memcmp(region.bytes.data(), region.place, region.bytes.size()) != 0;
-}
-
-// Runs one block; throws if its threads wait for one another for ever.
-static void run_block(int threads, size_t bytes) {
-    hide();
-    shared.assign(bytes, 0xff); // poison: NaN wherever nothing was staged
-    block_meeting = {};
-    warp_meetings.assign(threads / 32, {});
-    mailbox.assign((size_t)threads * 8, 0);
-    fibers.resize(threads);
-    for (auto &fiber : fibers) {
-        fiber.stack.resize(1 << 16);
-        fiber.done = false;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack = {fiber.stack.data(), 0, fiber.stack.size()};
-        fiber.context.uc_link = &scheduler;
-        makecontext(&fiber.context, enter, 0);
-    }
-    for (int alive = threads, turns = 0; alive > 0; ++turns) {
-        if (turns > 1 << 20) throw std::runtime_error("deadlock");
-        alive = 0;
-        for (current = 0; current < threads; ++current)
-            if (!fibers[current].done) {
-                int self = current;
-                threadIdx.x = (unsigned)self;
-                swapcontext(&scheduler, &fibers[self].context);
-                current = self;
-                alive += !fibers[self].done;
-            }
-    }
-}
+static inline uint32_t *box(int lane) { return &mailbox[(size_t)(current / 32 * 32 + lane) * 8]; }
 
 template <class Kernel, class... Arguments>
-static int launch(dim3 grid, int threads, size_t bytes, Kernel kernel, Arguments... arguments) {
-    gridDim = grid;
-    blockDim = {(unsigned)threads, 1, 1};
-    body = [=] { kernel(arguments...); };
-    try {
-        for (unsigned z = 0; z < grid.z; ++z)
-            for (unsigned y = 0; y < grid.y; ++y)
-                for (unsigned x = 0; x < grid.x; ++x) {
-                    blockIdx = {x, y, z};
-                    run_block(threads, bytes);
-                    if (!waited) { show(); return 2; }
-                }
-    } catch (const std::exception &) { show(); return 1; }
-    return too_early ? 3 : 0;
+static int launch_kernel(dim3 grid, int threads, size_t bytes, Kernel kernel, Arguments... arguments) {
+    auto body = [=] { kernel(arguments...); };
+    return launch(grid, threads, bytes, [](void *it) { (*static_cast<decltype(body) *>(it))(); }, &body);
 }
 
 }  // namespace host
 
-extern "C" void host_forget() { host::inputs.clear(), host::outputs.clear(), host::too_early = false; }
-extern "C" void host_region(void *place, size_t bytes, int is_output) {
-    auto *first = (char *)place;
-    (is_output ? host::outputs : host::inputs).push_back({first, {first, first + bytes}});
-}
-
-// Every thread has to wait, so it is a meeting; who comes back first shows what was hidden.
-static void wait_for_previous() {
-    host::meet(host::block_meeting, (int)blockDim.x);
-    if (!host::waited) host::show();
-}
-
-static void __syncthreads() { host::meet(host::block_meeting, (int)blockDim.x); }
+DEVICE void wait_for_previous() { host::wait_for_previous(); }
+DEVICE void __syncthreads() { host::meet_block(); }
 
 DEVICE float half_to_float(unsigned short bits) {
     _Float16 value;

@@ -22,7 +22,10 @@ from qtool.steps.weigh_tokens import row_edges, scaled
 from qtool.walk.statistics import RowGroups
 from tests.helpers import QUICK_BCQ, file_hashes
 
-QUICK: dict[str, dict[str, object]] = {"gptq": {}, "bcq": dict(QUICK_BCQ)}
+QUICK: dict[str, dict[str, object]] = {
+    "gptq": {"polish_rounds": 1},
+    "bcq": dict(QUICK_BCQ),
+}
 METHODS = [*QUICK]
 
 

@@ -17,7 +17,10 @@ from qtool.walk.statistics import FEW_TOKENS, raised
 from tests.helpers import QUICK_BCQ, file_hashes, warnings_in
 
 SCHEME = {"num_bits": 3, "group_size": 32}
-QUICK: dict[str, dict[str, object]] = {"gptq": {}, "bcq": dict(QUICK_BCQ)}
+QUICK: dict[str, dict[str, object]] = {
+    "gptq": {"polish_rounds": 1},
+    "bcq": dict(QUICK_BCQ),
+}
 METHODS = [*QUICK]
 
 

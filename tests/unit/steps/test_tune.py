@@ -24,7 +24,7 @@ MODEL = {"steps": 6, "batch_size": 2, "sequence_length": 32, "learning_rate": 1e
 
 def recipe(dataset: object, *, method: str = "bcq", **tuning: Any) -> Recipe:
     section = {"dataset": str(dataset), "num_samples": 12, "sequence_length": 32}
-    options = QUICK_BCQ if method == "bcq" else {}
+    options = QUICK_BCQ if method == "bcq" else {"polish_rounds": 1}
     scheme = {"num_bits": 2, "group_size": 32}
     weights = {"method": method, "scheme": scheme, "options": options}
     return recipe_from_mapping({"calibration": section, "weights": weights, "tuning": tuning})

@@ -1,0 +1,134 @@
+// What host.h promises: blocks one after the other, the threads of a block as fibers in turn.
+#include "host.h"
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <stdexcept>
+#include <vector>
+
+dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+namespace host {
+
+struct Meeting { int arrived = 0, round = 0; };
+// Only the first switch to a fiber is of contexts: those ask the system for the mask of signals.
+struct Fiber { ucontext_t context; jmp_buf place; std::vector<char> stack; bool begun, done; };
+
+unsigned char *shared;
+uint32_t *mailbox;
+int current;
+static std::vector<Fiber> fibers;
+static std::vector<unsigned char> shared_bytes;
+static std::vector<uint32_t> letters;
+static jmp_buf scheduler;
+static Meeting block_meeting;
+static std::vector<Meeting> warp_meetings;
+static void (*body)(void *);
+static void *body_arguments;
+
+// What a kernel may not touch before it has waited for the launch before it: inputs, which hold other
+// bytes until then, and outputs, which must not have changed by then.
+struct Region { char *place; std::vector<char> bytes; };
+static std::vector<Region> inputs, outputs;
+static bool waited, too_early;
+
+static void wait() {
+    if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
+    threadIdx.x = (unsigned)current;
+}
+
+static void meet(Meeting &meeting, int size) {
+    int round = meeting.round;
+    if (++meeting.arrived == size) { meeting.arrived = 0; ++meeting.round; }
+    while (meeting.round == round) wait();
+}
+
+void meet_block() { meet(block_meeting, (int)blockDim.x); }
+void meet_warp() { meet(warp_meetings[current / 32], 32); }
+
+static void enter() {
+    body(body_arguments);
+    fibers[current].done = true;
+    _longjmp(scheduler, 1);
+}
+
+static void go_on(Fiber &fiber) {
+    if (_setjmp(scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
+}
+
+static void hide() {
+    waited = false;
+    for (auto &region : inputs) memset(region.place, 0xff, region.bytes.size());
+    for (auto &region : outputs) memcpy(region.bytes.data(), region.place, region.bytes.size());
+}
+
+static void show() {
+    waited = true;
+    for (auto &region : inputs) memcpy(region.place, region.bytes.data(), region.bytes.size());
+    for (auto &region : outputs)
+        too_early |= memcmp(region.bytes.data(), region.place, region.bytes.size()) != 0;
+}
+
+// Every thread has to wait, so it is a meeting; who comes back first shows what was hidden.
+void wait_for_previous() {
+    meet_block();
+    if (!waited) show();
+}
+
+// Runs one block; throws if its threads wait for one another for ever.
+static void run_block(int threads, size_t bytes) {
+    hide();
+    shared_bytes.assign(bytes, 0xff); // poison: NaN wherever nothing was staged
+    shared = shared_bytes.data();
+    block_meeting = {};
+    warp_meetings.assign(threads / 32, {});
+    letters.assign((size_t)threads * 8, 0);
+    mailbox = letters.data();
+    fibers.resize(threads);
+    for (auto &fiber : fibers) {
+        fiber.stack.resize(1 << 16);
+        fiber.begun = fiber.done = false;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack = {fiber.stack.data(), 0, fiber.stack.size()};
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, enter, 0);
+    }
+    for (int alive = threads, turns = 0; alive > 0; ++turns) {
+        if (turns > 1 << 20) throw std::runtime_error("deadlock");
+        alive = 0;
+        for (current = 0; current < threads; ++current)
+            if (!fibers[current].done) {
+                threadIdx.x = (unsigned)current;
+                go_on(fibers[current]);
+                alive += !fibers[current].done;
+            }
+    }
+}
+
+int launch(dim3 grid, int threads, size_t bytes, void (*thread)(void *), void *arguments) {
+    gridDim = grid;
+    blockDim = {(unsigned)threads, 1, 1};
+    body = thread, body_arguments = arguments;
+    try {
+        for (unsigned z = 0; z < grid.z; ++z)
+            for (unsigned y = 0; y < grid.y; ++y)
+                for (unsigned x = 0; x < grid.x; ++x) {
+                    blockIdx = {x, y, z};
+                    run_block(threads, bytes);
+                    if (!waited) { show(); return 2; }
+                }
+    } catch (const std::exception &) { show(); return 1; }
+    return too_early ? 3 : 0;
+}
+
+}  // namespace host
+
+extern "C" void host_forget() { host::inputs.clear(), host::outputs.clear(), host::too_early = false; }
+extern "C" void host_region(void *place, size_t bytes, int is_output) {
+    auto *first = (char *)place;
+    (is_output ? host::outputs : host::inputs).push_back({first, {first, first + bytes}});
+}
