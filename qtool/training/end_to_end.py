@@ -81,6 +81,7 @@ class Course:
                 lambda: (pair.divergence(tokens.to(device)) for tokens in some),
                 on_held_out,
                 share=code_share,
+                num_tokens=now.numel(),
                 before=before,
             )
 

@@ -1,11 +1,13 @@
 """Code refinement: of each layer the few codes that promise most move, if that helps.
 
-Source: PV-Tuning (arXiv 2405.14852): of a step over codes only a small share, the largest changes,
-is taken. Ours: the gradient is that of many batches, how large the share is, is searched, and a
-move is kept only if the held-out loss falls.
+Source: PV-Tuning (arXiv 2405.14852): of a step over codes only a small share is taken. Ours: what a
+move promises is its slope over many batches less its curvature, which alone keeps the weights apart
+that carry massive activations (ranked by slopes, a thousandth of the codes took a model from .36 to
+94 nats); and a move is kept only if the held-out loss falls.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,8 +15,19 @@ from torch import Tensor
 from qtool.core.learned import gaps_of, moved_codes, values_of
 from qtool.training.student import LearnedLinear
 
-PARTS = (1.0, 0.25, 0.0625)
-"""Of the share that is allowed, tried in turn."""
+CAUTIONS = (100.0, 30.0, 10.0, 3.0)
+"""Of KL's gradient the variance is a share of its curvature, about as large as KL itself: how much
+larger the curvature is taken to be than variance / KL. All are tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """What moving each code of a layer up by one step does to a loss, in the shape of codes."""
+
+    first: Tensor
+    """First order: mean over batches."""
+    variance: Tensor
+    """Of the first order, over tokens."""
 
 
 def refine_codes(
@@ -23,69 +36,72 @@ def refine_codes(
     held_out: Callable[[], float],
     *,
     share: float,
+    num_tokens: int,
     before: float,
 ) -> float:
-    """Move codes by a step each, those whose slopes promise most; all or none, by what is held out.
+    """Move codes by a step each, those that promise most; all or none, by what is held out.
 
     Args:
         layers: Their codes move.
-        losses: Differentiable losses of several batches, one after the other.
-        held_out: Loss on what isn't learned from.
+        losses: Differentiable losses of several batches, one after the other, means over tokens.
+        held_out: Loss on what isn't learned from: KL.
         share: Of a layer's codes, may move.
+        num_tokens: Of a batch.
         before: What `held_out` gives now.
 
     Returns:
         What `held_out` gives afterwards: no more than before.
     """
-    slopes = _slopes(layers, losses)
-    moves = [_moves(*pair, share) for pair in zip(layers, slopes, strict=True)]
-    del slopes
-    for part in PARTS:
-        kept = [_move(layer, *move, part) for layer, move in zip(layers, moves, strict=True)]
-        after = held_out()
-        if after < before:
-            return after
-        for layer, (places, _), codes in zip(layers, moves, kept, strict=True):
-            layer.codes.view(-1)[places[: len(codes)]] = codes
-    return before
+    slopes = _slopes(layers, losses, num_tokens)
+    begun = [layer.codes.clone() for layer in layers]
+    best, found = begun, before
+    for caution in CAUTIONS:
+        curvature = caution / max(before, torch.finfo(torch.float32).tiny)
+        for layer, codes, each in zip(layers, begun, slopes, strict=True):
+            layer.codes.copy_(codes)
+            _move(layer, each, curvature, share)
+        if (after := held_out()) < found:
+            best, found = [layer.codes.clone() for layer in layers], after
+    for layer, codes in zip(layers, best, strict=True):
+        layer.codes.copy_(codes)
+    return found
 
 
 def _slopes(
-    layers: Sequence[LearnedLinear], losses: Callable[[], Iterable[Tensor]]
-) -> list[Tensor]:
-    """Return what a step of codes up adds to the losses, to first order: in the shape of codes."""
+    layers: Sequence[LearnedLinear],
+    losses: Callable[[], Iterable[Tensor]],
+    num_tokens: int,
+) -> list[Slopes]:
     for layer in layers:
         layer.watched = torch.zeros(layer.codes.shape, device=layer.codes.device)
         layer.watched.requires_grad_()
     watched = [layer.watched for layer in layers if layer.watched is not None]
-    sums = [torch.zeros_like(each, requires_grad=False) for each in watched]
+    sums = [Slopes(*torch.zeros((2, *each.shape), device=each.device)) for each in watched]
+    count = 0
     try:
         for loss in losses():
+            count += 1
             for total, grad in zip(sums, torch.autograd.grad(loss, watched), strict=True):
-                total += grad
+                total.first.add_(grad)
+                total.variance.addcmul_(grad, grad, value=num_tokens)
     finally:
         for layer in layers:
             layer.watched = None
+    for total in sums:
+        total.first.div_(count)
+        total.variance.div_(count)
     return sums
 
 
 @torch.no_grad()
-def _moves(layer: LearnedLinear, slopes: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Return the places of the codes that promise most, best first, and what they would become."""
+def _move(layer: LearnedLinear, slopes: Slopes, curvature: float, share: float) -> None:
+    """Move the codes that promise most, at most a share of them."""
     scales, offsets = layer.start.planes(layer.parameters_now())
-    wanted = moved_codes(scales, offsets, layer.codes, -slopes.sign())
+    wanted = moved_codes(scales, offsets, layer.codes, -slopes.first.sign())
     change = values_of(scales, offsets, wanted) - values_of(scales, offsets, layer.codes)
     steps = change / gaps_of(scales).unsqueeze(-1)  # no number where a group has but one level
-    gains = -(slopes * steps).nan_to_num(0.0, 0.0, 0.0).flatten()
-    found = gains.topk(max(1, int(share * gains.numel())))
+    promised = -slopes.first * steps - curvature / 2 * slopes.variance * steps.square()
+    promised = promised.nan_to_num(0.0, 0.0, 0.0).flatten()
+    found = promised.topk(max(1, int(share * promised.numel())))
     places = found.indices[found.values > 0]
-    return places, wanted.view(-1)[places]
-
-
-def _move(layer: LearnedLinear, places: Tensor, wanted: Tensor, part: float) -> Tensor:
-    """Move the first codes of a list; return what they were."""
-    some = places[: max(1, int(part * len(places)))]
-    flat = layer.codes.view(-1)
-    before = flat[some]
-    flat[some] = wanted[: len(some)]
-    return before
+    layer.codes.view(-1)[places] = wanted.view(-1)[places]

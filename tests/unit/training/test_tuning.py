@@ -236,7 +236,7 @@ def test_refinement_moves_few_codes_and_only_if_it_helps(name):
         assert int((now != begun).sum()) <= 3 * most  # three looks
         moved, total = moved + int((now != begun).sum()), total + now.numel()
     assert moved > 0
-    assert losses[-1] < 0.98 * losses[0]
+    assert losses[-1] < 0.99 * losses[0]
 
 
 def codes_of(tensor: QuantizedTensor) -> torch.Tensor:
@@ -256,11 +256,12 @@ def test_moves_that_do_not_help_are_taken_back():
 
     def held_out() -> float:
         seen.append(int((layer.codes != before).sum()))
-        return 2.0
+        return 2e3
 
-    assert refine_codes([layer], losses, held_out, share=0.1, before=1.0) == 1.0
+    found = refine_codes([layer], losses, held_out, share=0.1, num_tokens=1, before=1e3)
+    assert found == 1e3
     assert torch.equal(layer.codes, before)
-    assert seen[0] > seen[1] >= seen[2] > 0
+    assert 0 < seen[0] <= seen[-1] <= 0.1 * layer.codes.numel()
     assert layer.watched is None
 
 
@@ -276,7 +277,9 @@ def test_the_codes_that_promise_most_move_first():
 
     share = 1 / layer.codes.numel()
     old = loss().item()
-    found = refine_codes([layer], lambda: [loss()], lambda: loss().item(), share=share, before=old)
+    found = refine_codes(
+        [layer], lambda: [loss()], lambda: loss().item(), share=share, num_tokens=1, before=1e6
+    )
     changed = layer.weight() != layer_of(layer, before)
     assert changed.nonzero().tolist() == [[2, 5]]
     assert found < old
@@ -321,3 +324,24 @@ def test_recomputed_blocks_have_the_same_gradients():
         assert first is not None and second is not None
         torch.testing.assert_close(first, second)
     assert "forward" not in vars(model.model.layers[0])
+
+
+def test_a_weight_of_great_slope_and_greater_curvature_stays():
+    """As those that carry massive activations: one step is far past their minimum."""
+    layer = LearnedLinear(solved("binary_coding", normal(4, 24), SCHEME), None, moves_codes=False)
+    begun = layer.weight().detach()
+    x = normal(6, 32, 24)
+    x[..., 7] *= 1000
+    noise = 0.3 * normal(6, 32, 4, seed=2)
+    targets = [each @ begun.T + some for each, some in zip(x, noise, strict=True)]
+
+    def losses() -> list[torch.Tensor]:
+        pairs = zip(x, targets, strict=True)
+        return [(layer(each) - target).square().sum(-1).mean() for each, target in pairs]
+
+    def held_out() -> float:
+        return sum(loss.item() for loss in losses())
+
+    before = held_out()
+    refine_codes([layer], losses, held_out, share=0.5, num_tokens=32, before=before)
+    assert torch.equal(layer.weight()[:, 7], begun[:, 7])
