@@ -39,13 +39,31 @@ class Pair:
 
     def divergence(self, tokens: Tensor) -> Tensor:
         """Return KL(original || student), nats per token, of tokens (samples, length) int64."""
-        with torch.no_grad():
-            wanted = self.original(tokens, use_cache=False).logits.flatten(0, -2)
-        on = self.autocast is not None
-        kind = tokens.device.type
+        return divergence(self._predicted(tokens), self._wanted(tokens))
+
+    def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the divergence, and the student's surprise at words drawn from what it predicts.
+
+        Nats per token. The second's gradient has the Fisher information as its variance (Martens
+        2014, arXiv 1412.1193).
+        """
+        found = self._predicted(tokens)
+        generator = torch.Generator(tokens.device).manual_seed(seed)
+        chances = found.detach().float().softmax(-1)
+        drawn = torch.multinomial(chances, 1, generator=generator).squeeze(-1)
+        surprise = nn.functional.cross_entropy(found.float(), drawn)
+        return divergence(found, self._wanted(tokens)), surprise
+
+    @torch.no_grad()
+    def _wanted(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.original(tokens, use_cache=False).logits
+        return logits.flatten(0, -2)
+
+    def _predicted(self, tokens: Tensor) -> Tensor:
+        on, kind = self.autocast is not None, tokens.device.type
         with torch.autocast(kind, self.autocast, enabled=on, cache_enabled=False):
-            found = self.student(tokens, use_cache=False).logits.flatten(0, -2)
-        return divergence(found, wanted)
+            logits: Tensor = self.student(tokens, use_cache=False).logits
+        return logits.flatten(0, -2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +93,10 @@ class Course:
 
         def refine(step: int, before: float) -> float:
             count = len(self.batches)
-            some = [self.batches[i % count] for i in range(step, step + REFINED_BY)]
+            some = [(i, self.batches[i % count]) for i in range(step, step + REFINED_BY)]
             return refine_codes(
                 layers,
-                lambda: (pair.divergence(tokens.to(device)) for tokens in some),
+                lambda: (pair.losses(tokens.to(device), i) for i, tokens in some),
                 on_held_out,
                 share=code_share,
                 num_tokens=now.numel(),
