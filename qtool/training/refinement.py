@@ -15,8 +15,9 @@ from torch import Tensor
 from qtool.core.learned import gaps_of, moved_codes, values_of
 from qtool.training.student import LearnedLinear
 
-CAUTIONS = (10.0, 3.0, 1.0)
-"""How much larger the curvature is taken to be, since codes move together. All are tried."""
+TRIALS = ((1.0, 10.0), (1 / 16, 10.0), (1 / 256, 3.0), (1 / 4096, 3.0))
+"""What is tried: parts of the share that is allowed, and how much larger the curvature is taken to
+be, since codes move together, all down the same slope."""
 Losses = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Of several batches, one after the other, what is to fall, and the surprise at words drawn from
 the student's own predictions: the variance of its gradient is the curvature. Means over tokens."""
@@ -57,10 +58,10 @@ def refine_codes(
     slopes = _slopes(layers, losses, num_tokens)
     begun = [layer.codes.clone() for layer in layers]
     best, found = begun, before
-    for caution in CAUTIONS:
+    for part, caution in TRIALS:
         for layer, codes, each in zip(layers, begun, slopes, strict=True):
             layer.codes.copy_(codes)
-            _move(layer, each, caution, share)
+            _move(layer, each, caution, part * share)
         if (after := held_out()) < found:
             best, found = [layer.codes.clone() for layer in layers], after
     for layer, codes in zip(layers, best, strict=True):

@@ -281,7 +281,7 @@ def test_moves_that_do_not_help_are_taken_back():
     )
     assert found == 1.0
     assert torch.equal(layer.codes, before)
-    assert 0 < seen[0] <= seen[-1] <= 0.1 * layer.codes.numel()
+    assert 0 < seen[-1] <= seen[0] <= 0.1 * layer.codes.numel()
     assert layer.watched is None
 
 
