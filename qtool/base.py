@@ -86,8 +86,8 @@ class Trainable:
     parameters: Mapping[str, Tensor]
     """By part name, (..., rows, num_groups) float32: where learning starts."""
     units: Mapping[str, Tensor]
-    """For each parameter what a change of one means, broadcastable to it: its own size, or that of
-    the group's levels."""
+    """For each parameter, broadcastable to it, the change that moves a group's outermost level by
+    about the distance between two levels: then one learning rate suits all widths."""
     codes: Tensor
     """(rows, num_groups, group_size) uint8, the last group filled up."""
     planes: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]]

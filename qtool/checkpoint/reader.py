@@ -61,6 +61,10 @@ class CheckpointReader:
         }
         yield from (name for name in self._shards.specs if name not in owned)
 
+    def spec(self, name: str) -> TensorSpec:
+        """Return dtype and shape of a stored tensor, by its full name."""
+        return self._shards.specs[name]
+
     def load(self, name: str) -> QuantizedTensor | Tensor:
         """Return a quantized layer by its dotted name, or another tensor by its full name.
 

@@ -1,7 +1,7 @@
 """`qtool inspect`, `qtool methods`, `qtool recipes`: what is there."""
 
 from collections import Counter
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,13 +35,21 @@ def inspect(
     with progress() as emit:
         emit(Progress(f"opening {out_dir}"))
         from qtool.checkpoint.reader import CheckpointReader  # torch: slow
+        from qtool.checkpoint.sizes import sizes_of
 
         reader = CheckpointReader(out_dir)
+        sizes = sizes_of(reader)
     manifest = reader.manifest
     verified = reader.verify() if verify else None
     if plot is not None:
         _plot_curves(out_dir, plot)
-    figures = {"average_bits": manifest.average_bits(), "verified_tensors": verified}
+    figures = {
+        "average_bits": manifest.average_bits(),
+        "strict_bits": sizes.strict_bits,
+        "sizes": [asdict(each) for each in sizes.kinds],
+        "header_bytes": sizes.header_bytes,
+        "verified_tensors": verified,
+    }
     if not console.write_json({**manifest.to_config(), **figures}, json_file):
         return
     kinds = Counter(
@@ -51,12 +59,22 @@ def inspect(
     )
     rows: list[tuple[str, ...]] = [(kind, str(count)) for kind, count in kinds.most_common()]
     rows.append(("bits per weight, with scales", f"{manifest.average_bits():.2f}"))
-    rows.append(("size of the weights", gigabytes(reader.weight_bytes())))
+    strict = sizes.strict_bits
+    rows.append(("bits per weight of the whole model, strict", f"{strict:.2f}"))
+    rows.append(("smaller than float16, float32", f"{16 / strict:.1f}, {32 / strict:.1f} times"))
+    rows.append(("size of the weights", gigabytes(sizes.num_bytes)))
     rows.append(("written by", f"qtool {manifest.tool_version}, format {manifest.format_version}"))
     rows.append(("source", manifest.source or "a local model"))
     if verified is not None:
         rows.append(("verified", f"{verified} tensors are as they were written"))
     console.print_table(str(out_dir), ("", "value"), rows)
+    rows = [
+        (each.kind, f"{each.num_weights:,}", f"{each.num_bytes:,}", f"{each.bits:.2f}")
+        for each in sizes.kinds
+    ]
+    rows.append(("headers of the files", "", f"{sizes.header_bytes:,}", ""))
+    rows.append(("all", f"{sizes.num_weights:,}", f"{sizes.num_bytes:,}", f"{strict:.2f}"))
+    console.print_table("Bytes on disk", ("", ">weights", ">bytes", ">bits"), rows)
     if layers:
         columns = ("layer", ">shape", "format", ">bits", ">size")
         rows = [(name, *_cells(entry)) for name, entry in manifest.layers.items()]

@@ -39,6 +39,11 @@ def sums_of(grad: Tensor, codes: Tensor, num_bits: int) -> Tensor:
     return torch.stack([*signed, grad.sum(-1)])
 
 
+def mean_gaps(scales: Tensor) -> Tensor:
+    """Return how far neighbouring levels of a group are apart on average, (rows, num_groups)."""
+    return 2 * scales.sum(0) / (2 ** len(scales) - 1)
+
+
 def gaps_of(scales: Tensor) -> Tensor:
     """Return what a step of codes is, (rows, num_groups): what their least bit adds to a value."""
     return 2 * scales[-1]

@@ -113,7 +113,7 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
 
     return Trainable(
         parameters={"scales": scales},
-        units={"scales": scales},
+        units={"scales": scales / 2 ** (num_bits - 1)},
         codes=codes,
         planes=planes,
         stored=stored,

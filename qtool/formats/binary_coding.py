@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qtool.base import Codec, PartSpec, QuantizedTensor, Trainable
-from qtool.core import binary_coding, grouping
+from qtool.core import binary_coding, grouping, learned
 from qtool.core.packing import codes_to_planes, num_words, planes_to_codes, unpack_bits
 from qtool.errors import SchemeError
 from qtool.formats import affine as affine_format
@@ -113,11 +113,9 @@ def trainable(tensor: QuantizedTensor) -> Trainable:
     scheme, shape, parts = tensor.scheme, tensor.shape, tensor.parts
     scales = grouping.to_stored(parts["plane_scales"].float(), scheme)
     codes = codes_in_groups(planes_to_codes(parts["bit_planes"], shape.in_features), scheme)
-    parameters = {"plane_scales": scales}
-    units = {"plane_scales": scales}
+    parameters, gap = {"plane_scales": scales}, learned.mean_gaps(scales)
     if not scheme.symmetric:
         parameters["plane_offsets"] = grouping.to_stored(parts["plane_offsets"].float(), scheme)
-        units["plane_offsets"] = scales[0]
 
     def planes(values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         ordered = descending(values["plane_scales"])
@@ -129,7 +127,7 @@ def trainable(tensor: QuantizedTensor) -> Trainable:
 
     return Trainable(
         parameters=parameters,
-        units=units,
+        units=dict.fromkeys(parameters, gap),
         codes=codes,
         planes=planes,
         stored=stored,

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qtool.recipe.values import MOST_LENGTH, Number, Section, WholeNumber
 
@@ -14,7 +14,7 @@ class BlockTuning(Section):
 
     steps: Annotated[WholeNumber, Field(ge=1, le=1_000_000)] = 400
     learning_rate: Annotated[Number, Field(gt=0, le=1)] = 1e-3
-    """What a first step moves scales and offsets by, relative to their sizes."""
+    """What a first step moves scales and offsets by, in distances between two levels."""
     code_rate: Annotated[Number, Field(ge=0, le=1)] = 5e-3
     """What a first step moves latent codes by, in steps of codes; 0: codes stay."""
 
@@ -22,19 +22,32 @@ class BlockTuning(Section):
 class EndToEndTuning(Section):
     """Gradients through the whole model: KL to the original's predictions."""
 
-    steps: Annotated[WholeNumber, Field(ge=1, le=1_000_000)] = 500
+    steps: Annotated[WholeNumber, Field(ge=1, le=1_000_000)] = 1000
     batch_size: Annotated[WholeNumber, Field(ge=1, le=MOST_LENGTH)] = 8
     """Samples a step."""
     sequence_length: Annotated[WholeNumber, Field(ge=2, le=MOST_LENGTH)] = 1024
-    learning_rate: Annotated[Number, Field(gt=0, le=1)] = 2e-3
-    """What a first step moves scales, offsets and norms by, relative to their sizes."""
+    learning_rate: Literal["auto"] | Annotated[Number, Field(gt=0, le=1)] = 1.5e-3
+    """What a first step moves scales and offsets by, in distances between two levels; auto: that
+    of three which is best after a few steps."""
     code_rate: Annotated[Number, Field(ge=0, le=1)] = 0.0
     """What a first step moves latent codes by, in steps of codes; 0: codes stay, to the bit."""
+    code_share: Annotated[Number, Field(ge=0, le=0.01)] = 0.0
+    """Share of a layer's codes that may move at each look at the held-out samples, those that
+    promise most, if the loss on these falls; 0: codes stay."""
     self_written: Literal["auto"] | Annotated[Number, Field(ge=0, lt=1)] = "auto"
     """Share of the samples that the original writes itself, beside those of the mixture; auto: 0.3
     on a card, none on a CPU, where it takes hours."""
+    recompute: Literal["auto"] | bool = "auto"
+    """Run each block once more on the way back, in place of keeping what it computed: a third
+    slower, and the memory of one block; auto: for a billion parameters and more."""
     norms: bool = True
     """Norms and biases learn too."""
+
+    @model_validator(mode="after")
+    def _check_codes(self) -> "EndToEndTuning":
+        if self.code_rate > 0 and self.code_share > 0:
+            raise ValueError("code_rate and code_share both move codes; set one of them to 0")
+        return self
 
 
 class TuningSection(Section):

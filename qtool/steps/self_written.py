@@ -15,7 +15,7 @@ from qtool.data.corpora import WRITTEN_BY_THE_MODEL
 from qtool.data.documents import Collection, Document
 from qtool.data.special_tokens import document_ends
 from qtool.errors import DataError
-from qtool.modeling.device import free_memory, room
+from qtool.modeling.device import free_memory
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource
@@ -26,7 +26,7 @@ OPENINGS = (
     *("Is", "Describe", "Translate", "Summarize", "List", "My", "In", "Make", "Which", "Help me"),
 )
 """First words of what users say; the model goes on."""
-BATCH, MOST_AT_ONCE = 16, 2048
+BATCH, MOST_AT_ONCE = 16, 4096
 """Documents that are written together: on a CPU, and at most on a card."""
 SHARE_OF_ROOM = 0.4
 """Of a card's free memory, for keys, values and logits of what is written."""
@@ -75,9 +75,12 @@ def _at_once(loaded: LoadedModel) -> int:
     if loaded.device.type != "cuda":
         return BATCH
     text = loaded.model.config.get_text_config()
-    states = 2 * text.num_hidden_layers * text.hidden_size * (2 * MOST_QUESTION + MOST_DOCUMENT)
+    heads = text.num_attention_heads
+    share = (getattr(text, "num_key_value_heads", None) or heads) / heads
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    states = 2 * text.num_hidden_layers * share * width * (2 * MOST_QUESTION + MOST_DOCUMENT)
     bytes_each = states * loaded.model.dtype.itemsize + LOGIT_BYTES * text.vocab_size
-    fit = int(SHARE_OF_ROOM * room(loaded.device) / bytes_each)
+    fit = int(SHARE_OF_ROOM * torch.cuda.mem_get_info(loaded.device)[0] / bytes_each)
     return min(max(BATCH, fit), MOST_AT_ONCE)
 
 

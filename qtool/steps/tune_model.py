@@ -19,12 +19,19 @@ from qtool.recipe.tuning import EndToEndTuning
 from qtool.steps.draw_calibration import draw_for_tuning
 from qtool.steps.run import Run
 from qtool.training.descent import Point, Schedule
-from qtool.training.end_to_end import Pair, tune_end_to_end
-from qtool.training.student import free_vectors, make_student, stored_parts
+from qtool.training.end_to_end import Course, Pair, best_rate, tune_end_to_end
+from qtool.training.student import (
+    free_vectors,
+    make_student,
+    recompute_blocks,
+    stored_parts,
+)
 from qtool.wording import gigabytes
 
-SMALL = 1_000_000_000
-"""Parameters; a step of fewer is bound by its launches, and is captured."""
+LARGE = 1_000_000_000
+"""Parameters. A step of fewer is bound by its launches, and is captured; of more by memory, and
+blocks are recomputed."""
+TRIED_RATES, TRIED_STEPS = (5e-4, 1.5e-3, 4.5e-3), 60
 LEARNED_BYTES, LATENT_BYTES = 3, 16
 """Of a weight: its code, and as what it is multiplied; what a latent code takes with Adam."""
 STEP_LOGIT_BYTES, STEP_ACTIVATION_BYTES = 8, 68
@@ -34,8 +41,9 @@ MOST_DRAWN = 1 << 22
 """Tokens: then samples are seen again. The bundled texts have fewer; the model has to write."""
 SELF_WRITTEN = 0.3
 """What `self_written: auto` is on a card."""
-MODEL, HALFWAY = "tuned", "half-tuned"
-"""Drafts: all that end-to-end tuning changes, and how far it is, under the name of the blocks."""
+MODEL, HALFWAY, RATES = "tuned", "half-tuned", "rates"
+"""Drafts: all that end-to-end tuning changes, how far it is, and which rates were tried, under the
+name of the blocks."""
 
 
 def tune_model_once(
@@ -94,15 +102,12 @@ def _tuned(
     original = load_original(run.source.directory, env.device)
     student = make_student(original, layers, moves_codes=section.code_rate > 0)
     _fill_tables(student, tables)
+    large = original.num_parameters() >= LARGE
+    if section.recompute is True or (section.recompute == "auto" and large):
+        recompute_blocks(student, run.source.adapter.blocks)
     vectors = free_vectors(student, run.plan.kept if section.norms else ())
-    batches, held_out = _batches(run, section)
-    env.emit(_announced(original, layers, batches[0], section))
-    schedule = Schedule(
-        steps=section.steps,
-        learning_rate=section.learning_rate,
-        code_rate=section.code_rate,
-        check_every=max(1, section.steps // 10),
-    )
+    course = Course(*_batches(run, section))
+    env.emit(_announced(original, layers, course.batches[0], section))
 
     def report(point: Point) -> None:
         detail = f"KL {point.held_out:.4f} on held-out samples"
@@ -113,16 +118,44 @@ def _tuned(
         original,
         list(vectors.values()),
         torch.bfloat16 if on_card else None,
-        captured=on_card and original.num_parameters() < SMALL,
+        captured=on_card and not large,
+    )
+    schedule = Schedule(
+        steps=section.steps,
+        learning_rate=_rate(run, section, writer, pair, course),
+        code_rate=section.code_rate,
+        code_share=section.code_share,
+        check_every=max(1, section.steps // 10),
     )
     memory = _Memory(writer, run.source.adapter.blocks)
-    points = tune_end_to_end(pair, batches, held_out, schedule, report, memory)
+    points = tune_end_to_end(pair, course, schedule, report, memory)
     if min(point.held_out for point in points) == points[0].held_out:
-        env.emit(Notice(_no_gain(points, section)))
+        env.emit(Notice(_no_gain(points, schedule)))
     tensors = dict(stored_parts(student))
     for name, vector in vectors.items():
         tensors[name] = vector.detach().to(run.source.read(name).dtype)
     return Made(tensors, {"curve": [asdict(point) for point in points]})
+
+
+def _rate(
+    run: Run, section: EndToEndTuning, writer: CheckpointWriter, pair: Pair, course: Course
+) -> float:
+    """Return the learning rate of a recipe; or the best of a few, that an earlier run may know."""
+    if section.learning_rate != "auto":
+        return section.learning_rate
+    schedule = Schedule(
+        steps=TRIED_STEPS, learning_rate=0.0, code_rate=section.code_rate, check_every=TRIED_STEPS
+    )
+
+    def tried() -> Made:
+        run.env.emit(Progress(f"trying {len(TRIED_RATES)} learning rates"))
+        found = best_rate(pair, course, schedule, TRIED_RATES)
+        return Made({}, {"tried": [[rate, loss] for rate, loss in found.items()]})
+
+    notes = writer.once(run.source.adapter.blocks, tried, draft=RATES)
+    rate, loss = notes["tried"][0]
+    run.env.emit(Progress(f"learning rate {rate:g}: KL {loss:.4f} after {TRIED_STEPS} steps"))
+    return float(rate)
 
 
 def _announced(
@@ -142,11 +175,11 @@ def _announced(
     return Progress(f"tuning {section.steps} steps, about {needed} of memory")
 
 
-def _no_gain(points: Sequence[Point], section: EndToEndTuning) -> str:
+def _no_gain(points: Sequence[Point], schedule: Schedule) -> str:
     return (
         f"End-to-end tuning gained nothing: KL on held-out samples was {points[0].held_out:.4f} "
         f"and came to {points[-1].held_out:.4f}. The result is as it was before. Lower "
-        f"tuning.end_to_end.learning_rate, {section.learning_rate:g} now, or use more texts."
+        f"tuning.end_to_end.learning_rate, {schedule.learning_rate:g} now, or use more texts."
     )
 
 

@@ -1,8 +1,10 @@
 """The one loop that all tuning goes through: Adam along a cosine, and the best state is kept."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -23,9 +25,12 @@ class Schedule:
 
     steps: int
     learning_rate: float
-    """Of parameters, in their units: what a first step moves them by."""
+    """Of parameters, in their units: what a first step moves them by. Norms and biases have the
+    same part of their size as a code has of a layer's range."""
     code_rate: float = 0.0
     """Of latent values, in steps of codes; 0: codes stay."""
+    code_share: float = 0.0
+    """Of a layer's codes, may move at each look, whatever their latent values; 0: none."""
     warmup: int = 20
     floor: float = 0.05
     """The rates fall along a cosine to this share."""
@@ -69,6 +74,9 @@ class Learning:
     """Loss on samples that aren't learned from."""
     captured: bool = False
     """On a card a step is one CUDA graph: all that is fed has one shape, `loss` never waits."""
+    refine: Callable[[int, float], float] | None = None
+    """At each look moves codes, if that helps: from the steps done, and the held-out loss, to what
+    that is then."""
 
 
 class Memory(Protocol):
@@ -106,6 +114,8 @@ def descend(
         if (step + 1) % schedule.check_every and step + 1 < schedule.steps:
             continue
         trained, found = float(torch.stack(losses).mean()), what.held_out()
+        if what.refine is not None and math.isfinite(found):
+            found = what.refine(step + 1, found)
         if found < min(point.held_out for point in points):
             stepper.set_best()
         rate = schedule.learning_rate * schedule.factor(step)
@@ -120,6 +130,20 @@ def descend(
     return points
 
 
+@contextmanager
+def unchanged(what: Learning) -> Iterator[None]:
+    """Make what is learned what it was before, afterwards."""
+    groups = _groups(what, Schedule(steps=1, learning_rate=0.0))
+    values = [value for group in groups for value in group["params"]]
+    before = [value.detach().clone() for value in values]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for value, was in zip(values, before, strict=True):
+                value.copy_(was)
+
+
 class _Stepper:
     """One step of Adam; on a card, after the first few, a graph that is replayed."""
 
@@ -128,6 +152,7 @@ class _Stepper:
         groups = _groups(what, schedule)
         self._values = [value for group in groups for value in group["params"]]
         self._rates = [float(group["lr"]) for group in groups]
+        self._codes = [layer.codes for layer in what.layers] if what.refine is not None else []
         device = self._values[0].device
         on_card = device.type == "cuda"
         self._captured, self._done = on_card and what.captured, 0
@@ -178,12 +203,15 @@ class _Stepper:
     def set_best(self) -> None:
         """Keep what is learned as it is now."""
         self._best = [value.detach().clone() for value in self._values]
+        self._best_codes = [codes.clone() for codes in self._codes]
 
     @torch.no_grad()
     def go_to_best(self) -> None:
         """Make what is learned what was kept."""
         for value, kept in zip(self._values, self._best, strict=True):
             value.copy_(kept)
+        for codes, kept in zip(self._codes, self._best_codes, strict=True):
+            codes.copy_(kept)
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next step depends on, and what was kept; not to be written to."""
@@ -192,6 +220,8 @@ class _Stepper:
             found |= {f"{index}.value": value.detach(), f"{index}.best": best}
             moments = self._optimizer.state[value]
             found |= {f"{index}.{name}": moments[name] for name in MOMENTS}
+        for index, (codes, best) in enumerate(zip(self._codes, self._best_codes, strict=True)):
+            found |= {f"{index}.codes": codes, f"{index}.best_codes": best}
         return found
 
     @torch.no_grad()
@@ -206,15 +236,20 @@ class _Stepper:
             self._best[index].copy_(state[f"{index}.best"])
             moments = {name: state[f"{index}.{name}"].to(value.device) for name in MOMENTS}
             self._optimizer.state[value] = moments
+        for index, codes in enumerate(self._codes):
+            codes.copy_(state[f"{index}.codes"])
+            self._best_codes[index].copy_(state[f"{index}.best_codes"])
         return list(points)
 
 
 def _groups(what: Learning, schedule: Schedule) -> list[dict[str, Any]]:
     moves = [move for layer in what.layers for move in layer.moves.values()]
     groups: list[dict[str, Any]] = [{"params": moves, "lr": schedule.learning_rate}]
-    for vector in what.vectors:  # in units of its own size, as the scales are
+    steps = [2 / (2**layer.scheme.num_bits - 1) for layer in what.layers]
+    coarseness = fmean(steps) if steps else 1.0
+    for vector in what.vectors:
         size = float(vector.detach().square().mean().sqrt()) or 1.0
-        groups.append({"params": [vector], "lr": schedule.learning_rate * size})
+        groups.append({"params": [vector], "lr": schedule.learning_rate * coarseness * size})
     shifts = [layer.shifts for layer in what.layers if layer.shifts is not None]
     if shifts:
         groups.append({"params": shifts, "lr": schedule.code_rate})

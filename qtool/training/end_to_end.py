@@ -4,16 +4,21 @@ Sources: KL to the original as in PV-Tuning (arXiv 2405.14852) and QTIP (arXiv 2
 alone as in EfficientQAT's second phase (arXiv 2407.11062); codes straight through.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from qtool.base import CausalModel
-from qtool.training.descent import Learning, Memory, Point, Schedule, descend
+from qtool.training.descent import Learning, Memory, Point, Schedule, descend, unchanged
 from qtool.training.divergence import divergence
+from qtool.training.refinement import refine_codes
 from qtool.training.student import learned_layers
+
+REFINED_BY = 16
+"""Batches whose gradients decide together which codes move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +39,84 @@ class Pair:
 
     def divergence(self, tokens: Tensor) -> Tensor:
         """Return KL(original || student), nats per token, of tokens (samples, length) int64."""
-        with torch.no_grad():
-            wanted = self.original(tokens, use_cache=False).logits.flatten(0, -2)
-        on = self.autocast is not None
-        kind = tokens.device.type
+        return divergence(self._predicted(tokens), self._wanted(tokens))
+
+    def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the divergence, and the student's surprise at words drawn from what it predicts.
+
+        Nats per token. The second's gradient has the Fisher information as its variance (Martens
+        2014, arXiv 1412.1193).
+        """
+        found = self._predicted(tokens)
+        generator = torch.Generator(tokens.device).manual_seed(seed)
+        chances = found.detach().float().softmax(-1)
+        drawn = torch.multinomial(chances, 1, generator=generator).squeeze(-1)
+        surprise = nn.functional.cross_entropy(found.float(), drawn)
+        return divergence(found, self._wanted(tokens)), surprise
+
+    @torch.no_grad()
+    def _wanted(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.original(tokens, use_cache=False).logits
+        return logits.flatten(0, -2)
+
+    def _predicted(self, tokens: Tensor) -> Tensor:
+        on, kind = self.autocast is not None, tokens.device.type
         with torch.autocast(kind, self.autocast, enabled=on, cache_enabled=False):
-            found = self.student(tokens, use_cache=False).logits.flatten(0, -2)
-        return divergence(found, wanted)
+            logits: Tensor = self.student(tokens, use_cache=False).logits
+        return logits.flatten(0, -2)
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What a student learns from, and what it is judged by."""
+
+    batches: Sequence[Tensor]
+    """Tokens, each (samples, length) int64, all of one shape; one a step, again from the start when
+    they are through."""
+    held_out: Sequence[Tensor]
+    """Likewise, of any shapes."""
+
+    def learning(self, pair: Pair, code_share: float) -> Learning:
+        """Return what is learned, and by what loss: KL in nats per token."""
+        device = next(pair.original.parameters()).device
+        now = self.batches[0].to(device).clone()
+        layers = [layer for _, layer in learned_layers(pair.student)]
+
+        def feed(step: int) -> None:
+            now.copy_(self.batches[step % len(self.batches)])
+
+        @torch.no_grad()
+        def on_held_out() -> float:
+            total = sum(tokens.numel() for tokens in self.held_out)
+            losses = [pair.divergence(each.to(device)) * each.numel() for each in self.held_out]
+            return float(torch.stack(losses).sum()) / total
+
+        def refine(step: int, before: float) -> float:
+            count = len(self.batches)
+            some = [(i, self.batches[i % count]) for i in range(step, step + REFINED_BY)]
+            return refine_codes(
+                layers,
+                lambda: (pair.losses(tokens.to(device), i) for i, tokens in some),
+                on_held_out,
+                share=code_share,
+                num_tokens=now.numel(),
+                before=before,
+            )
+
+        return Learning(
+            layers,
+            pair.vectors,
+            feed,
+            lambda: pair.divergence(now),
+            on_held_out,
+            pair.captured,
+            refine if code_share > 0 else None,
+        )
 
 
 def tune_end_to_end(
     pair: Pair,
-    batches: Sequence[Tensor],
-    held_out: Sequence[Tensor],
+    course: Course,
     schedule: Schedule,
     report: Callable[[Point], None],
     memory: Memory | None = None,
@@ -55,27 +125,27 @@ def tune_end_to_end(
 
     Args:
         pair: Both models.
-        batches: Tokens, each (samples, length) int64, all of one shape; one a step, again from the
-            start when they are through.
-        held_out: Likewise, of any shapes.
+        course: What it learns from.
         schedule: How long and how fast.
         report: Is told of each point; losses are KL in nats per token.
         memory: Lets it go on where it was stopped.
     """
-    device = next(pair.original.parameters()).device
-    now = batches[0].to(device).clone()
+    return descend(course.learning(pair, schedule.code_share), schedule, report, memory)
 
-    def feed(step: int) -> None:
-        now.copy_(batches[step % len(batches)])
 
-    @torch.no_grad()
-    def on_held_out() -> float:
-        total = sum(tokens.numel() for tokens in held_out)
-        losses = [pair.divergence(tokens.to(device)) * tokens.numel() for tokens in held_out]
-        return float(torch.stack(losses).sum()) / total
+def best_rate(
+    pair: Pair, course: Course, schedule: Schedule, rates: Sequence[float]
+) -> dict[float, float]:
+    """Try learning rates for a few steps each, from where the student is; it stays there.
 
-    layers = [layer for _, layer in learned_layers(pair.student)]
-    what = Learning(
-        layers, pair.vectors, feed, lambda: pair.divergence(now), on_held_out, pair.captured
-    )
-    return descend(what, schedule, report, memory)
+    Returns:
+        Loss on the held-out samples at the end of each, by rate, the best one first; a rate at
+        which it diverges is last.
+    """
+    what = course.learning(pair, 0.0)
+    found = {}
+    for rate in rates:
+        with unchanged(what):
+            points = descend(what, replace(schedule, learning_rate=rate), lambda _point: None)
+        found[rate] = points[-1].held_out
+    return dict(sorted(found.items(), key=lambda item: (math.isnan(item[1]), item[1])))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qtool.checkpoint.reader import CheckpointReader, tensor_digest
 from tests.cli.conftest import Cli
+from tests.helpers import QUICK_BCQ
 from tests.robustness.gguf_files import write_gguf
 
 
@@ -47,8 +48,6 @@ def test_data_is_drawn_where_a_method_does_better_with_it(
 
 
 SHORT = ("calibration.num_samples=12", "calibration.sequence_length=32")
-SOLVER = ("rounds=3", "iterations=1", "start_powers=[0.0]", "polish_rounds=0")
-QUICK = tuple(f"weights.options.{option}" for option in SOLVER)
 TUNED = (
     *SHORT,
     *(f"tuning.blocks.{key}" for key in ("steps=4", "code_rate=0.02")),
@@ -72,7 +71,8 @@ def settings(*texts):
 )
 def test_tune_says_what_gradients_improve(cli: Cli, llama, text_file, tmp_path, tune, parts):
     chosen = () if tune is None else ("--tune", tune)
-    keys = settings(*TUNED, *QUICK, f"calibration.dataset={text_file}")
+    quick = f"weights.options={json.dumps(QUICK_BCQ)}"
+    keys = settings(*TUNED, quick, f"calibration.dataset={text_file}")
     options = ("--method", "bcq", "--group-size", "32", "--no-check", *keys, *chosen)
     done = quantized(cli, llama, tmp_path / "out", *options)
     report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())

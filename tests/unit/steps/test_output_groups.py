@@ -20,11 +20,11 @@ from qtool.steps.plan import LayerPlan, load_method
 from qtool.steps.solve_calibrated import solve_calibrated
 from qtool.steps.weigh_tokens import row_edges, scaled
 from qtool.walk.statistics import RowGroups
-from tests.helpers import file_hashes
+from tests.helpers import QUICK_BCQ, file_hashes
 
 QUICK: dict[str, dict[str, object]] = {
     "gptq": {"polish_rounds": 1},
-    "bcq": {"rounds": 5, "iterations": 2, "start_powers": [0.0], "polish_rounds": 1},
+    "bcq": dict(QUICK_BCQ),
 }
 METHODS = [*QUICK]
 
@@ -104,7 +104,7 @@ def test_gradients_change_the_result(llama, text_file, tmp_path, method):
 def test_resumed_run_gives_the_same_bytes_and_weighs_once(
     llama, text_file, tmp_path, monkeypatch, finished
 ):
-    chosen = recipe(text_file)
+    chosen = recipe(text_file, groups=2)
     pipeline.quantize(Location(llama), tmp_path / "whole", chosen)
     done = 0
 
@@ -220,7 +220,7 @@ def test_no_boundary_cuts_what_rows_share(layer, edges):
 def test_every_grouping_is_solved_and_written_as_it_was_planned(
     llama, text_file, tmp_path, options, dim
 ):
-    chosen = recipe(text_file, "bcq", options=options, scheme={"group_dim": dim})
+    chosen = recipe(text_file, "bcq", 2, options=options, scheme={"group_dim": dim})
     result = pipeline.quantize(Location(llama), tmp_path / "out", chosen)
     for layer in CheckpointReader(tmp_path / "out").manifest.layers.values():
         assert layer.format == ("coded_scales" if options else "binary_coding")

@@ -14,12 +14,12 @@ from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
 from qtool.walk import statistics, walk
 from qtool.walk.statistics import FEW_TOKENS, raised
-from tests.helpers import file_hashes, warnings_in
+from tests.helpers import QUICK_BCQ, file_hashes, warnings_in
 
 SCHEME = {"num_bits": 3, "group_size": 32}
 QUICK: dict[str, dict[str, object]] = {
     "gptq": {"polish_rounds": 1},
-    "bcq": {"rounds": 5, "iterations": 2, "start_powers": [0.0], "polish_rounds": 1},
+    "bcq": dict(QUICK_BCQ),
 }
 METHODS = [*QUICK]
 

@@ -12,11 +12,11 @@ from qtool.errors import QtoolError, RecipeError
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
-from qtool.recipe.schema import CalibrationSection, Recipe
+from qtool.recipe.schema import CalibrationSection, Recipe, SourceSection
 from qtool.recipe.tuning import EndToEndTuning
 from qtool.steps import tune_blocks, tune_model
 from qtool.training import divergence, end_to_end
-from tests.helpers import dequantized, file_hashes, warnings_in
+from tests.helpers import QUICK_BCQ, dequantized, file_hashes, warnings_in
 
 BLOCKS = {"steps": 4, "learning_rate": 1e-2, "code_rate": 0.05}
 MODEL = {"steps": 6, "batch_size": 2, "sequence_length": 32, "learning_rate": 1e-2}
@@ -24,7 +24,7 @@ MODEL = {"steps": 6, "batch_size": 2, "sequence_length": 32, "learning_rate": 1e
 
 def recipe(dataset: object, *, method: str = "bcq", **tuning: Any) -> Recipe:
     section = {"dataset": str(dataset), "num_samples": 12, "sequence_length": 32}
-    options = {"polish_rounds": 1} | ({"rounds": 3, "iterations": 1} if method == "bcq" else {})
+    options = QUICK_BCQ if method == "bcq" else {"polish_rounds": 1}
     scheme = {"num_bits": 2, "group_size": 32}
     weights = {"method": method, "scheme": scheme, "options": options}
     return recipe_from_mapping({"calibration": section, "weights": weights, "tuning": tuning})
@@ -64,17 +64,38 @@ def test_resumed_run_gives_the_bytes_of_an_unbroken_one(
         assert first[file] == second[file]
 
 
+def test_a_rate_is_found_once_and_said(llama, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune_model, "TRIED_STEPS", 4)
+    wanted = recipe(text_file, end_to_end={**MODEL, "learning_rate": "auto", "recompute": True})
+    events: list[Any] = []
+    pipeline.quantize(Location(llama), tmp_path / "whole", wanted, emit=events.append)
+    told = [event.what for event in events if isinstance(event, Progress)]
+    assert any(what.startswith("learning rate 0.0") for what in told)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+
+        def stop(*_: Any) -> Any:
+            raise Stopped
+
+        patch.setattr(tune_model, "tune_end_to_end", stop)
+        pipeline.quantize(Location(llama), tmp_path / "out", wanted)
+    monkeypatch.setattr(tune_model, "best_rate", lambda *_: pytest.fail("tried again"))
+    pipeline.quantize(Location(llama), tmp_path / "out", wanted, resume=True)
+    first, second = file_hashes(tmp_path / "whole"), file_hashes(tmp_path / "out")
+    assert first["model.safetensors"] == second["model.safetensors"]
+
+
+@pytest.mark.parametrize(("codes", "when"), [({"code_rate": 0.02}, 25), ({"code_share": 0.01}, 70)])
 def test_tuning_that_is_stopped_goes_on_where_it_was_looked_at_last(
-    llama, text_file, tmp_path, monkeypatch
+    llama, text_file, tmp_path, monkeypatch, codes, when
 ):
-    wanted = recipe(text_file, end_to_end={**MODEL, "steps": 20, "code_rate": 0.02})
+    wanted = recipe(text_file, end_to_end={**MODEL, "steps": 20, **codes})
     pipeline.quantize(Location(llama), tmp_path / "whole", wanted)
     seen: list[int] = []
     measured = divergence.divergence
 
     def count(*arguments: Any) -> Any:
         seen.append(len(seen))
-        if len(seen) == 25:
+        if len(seen) == when:
             raise Stopped
         return measured(*arguments)
 
@@ -186,6 +207,7 @@ def test_the_original_writes_a_share_of_what_is_learned_from(device, share, expe
 
 
 def test_a_mixture_that_has_what_the_original_writes_gets_no_more_of_it():
-    mixture = [{"dataset": "model", "share": 0.2}, {"dataset": "prose", "share": 0.8}]
+    shares = {"model": 0.2, "prose": 0.8}
+    mixture = tuple(SourceSection(dataset=name, share=share) for name, share in shares.items())
     asked = CalibrationSection(mixture=mixture)
     assert tune_model.with_own_texts(asked, EndToEndTuning(self_written=0.5), "cuda") == asked

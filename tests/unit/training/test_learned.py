@@ -170,3 +170,21 @@ def test_kernels_do_what_torch_does(bits, size):
         for each in (found, nearest)
     ]
     torch.testing.assert_close(*distances)
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
+def test_a_unit_moves_the_outermost_level_by_about_a_step_of_codes(name, num_bits):
+    """Then one learning rate suits all widths."""
+    start = trainable(solved(name, normal(8, 64), WeightScheme(num_bits=num_bits, group_size=32)))
+    gap = learned.mean_gaps(start.planes(start.parameters)[0])
+
+    parameters = {key: value.clone().requires_grad_() for key, value in start.parameters.items()}
+    scales, offsets = start.planes(parameters)
+    for outermost in (offsets + scales.sum(0), offsets - scales.sum(0)):
+        keys = list(parameters)
+        slopes = torch.autograd.grad(outermost.sum(), list(parameters.values()), retain_graph=True)
+        for key, slope in zip(keys, slopes, strict=True):
+            moved = (slope * start.units[key]).abs() / gap
+            assert bool((moved < 2.5).all())
+            assert name == "affine" or bool((moved > 0.4).all())  # one end of its range may stay

@@ -1,18 +1,29 @@
 """Students follow their originals, keep what doesn't learn, and go back where they were best."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from qtool.base import CausalModel, QuantizedTensor
+from qtool.core.packing import planes_to_codes
 from qtool.scheme import WeightScheme
 from qtool.training.blocks import Lesson, tune_block
 from qtool.training.descent import Learning, Point, Schedule, descend
 from qtool.training.divergence import divergence
-from qtool.training.end_to_end import Pair, tune_end_to_end
-from qtool.training.student import free_vectors, install_layers, learned_layers, make_student
+from qtool.training.end_to_end import Course, Pair, best_rate, tune_end_to_end
+from qtool.training.refinement import refine_codes
+from qtool.training.student import (
+    LearnedLinear,
+    free_vectors,
+    install_layers,
+    learned_layers,
+    make_student,
+    recompute_blocks,
+)
 from tests import families
 from tests.helpers import dequantized, normal
 from tests.unit.training.solved import SOLVERS, solved
@@ -20,7 +31,7 @@ from tests.unit.training.solved import SOLVERS, solved
 SCHEME = WeightScheme(num_bits=2, group_size=24)
 TOKENS = torch.randint(3, 96, (32, 24), generator=torch.Generator().manual_seed(0))
 BATCHES = list(TOKENS[4:].split(4))
-HELD_OUT = [TOKENS[:4]]
+COURSE = Course(BATCHES, [TOKENS[:4]])
 
 
 def original() -> CausalModel:
@@ -48,7 +59,7 @@ def tuned(
     student = make_student(model, layers, moves_codes=changes.get("code_rate", 0) > 0)
     norms = [path for path, value in model.named_parameters() if value.dim() == 1]
     pair = Pair(student, model, list(free_vectors(student, norms).values()))
-    points = tune_end_to_end(pair, BATCHES, HELD_OUT, schedule(**changes), lambda _: None)
+    points = tune_end_to_end(pair, COURSE, schedule(**changes), lambda _: None)
     return model, student, layers, points
 
 
@@ -211,3 +222,137 @@ def test_rates_warm_up_and_fall_to_their_floor():
     assert max(factors) == pytest.approx(1.0)
     assert factors[9:] == sorted(factors[9:], reverse=True)
     assert factors[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_refinement_moves_few_codes_and_only_if_it_helps(name):
+    _, student, layers, points = tuned(name, code_share=0.01, learning_rate=1e-6)
+    losses = [point.held_out for point in points]
+    assert all(after < 1.001 * before for before, after in itertools.pairwise(losses))
+    moved = total = 0
+    for path, layer in learned_layers(student):
+        begun = codes_of(layers[path])
+        now = codes_of(layer.stored())
+        most = max(1, int(0.01 * layer.codes.numel()))
+        assert int((now != begun).sum()) <= 3 * most  # three looks
+        moved, total = moved + int((now != begun).sum()), total + now.numel()
+    assert moved > 0
+    assert losses[-1] < losses[0]
+
+
+def codes_of(tensor: QuantizedTensor) -> torch.Tensor:
+    planes = tensor.parts["codes" if tensor.format == "affine" else "bit_planes"]
+    return planes_to_codes(planes, tensor.shape.in_features)
+
+
+def squares(
+    layer: LearnedLinear, x: torch.Tensor, targets: Sequence[torch.Tensor]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return squared errors of batches, and what has their curvature as its gradient's variance."""
+    pairs = []
+    for seed, (each, target) in enumerate(zip(x, targets, strict=True)):
+        output = layer(each)
+        noise = 2**0.5 * normal(*output.shape, seed=seed)
+        pairs.append(((output - target).square().sum(-1).mean(), (noise * output).sum(-1).mean()))
+    return pairs
+
+
+def linear() -> LearnedLinear:
+    return LearnedLinear(solved("binary_coding", normal(4, 24), SCHEME), None, moves_codes=False)
+
+
+def test_moves_that_do_not_help_are_taken_back():
+    layer, x = linear(), normal(2, 16, 24)
+    before = layer.codes.clone()
+    seen = []
+
+    def held_out() -> float:
+        seen.append(int((layer.codes != before).sum()))
+        return 2.0
+
+    zeros = torch.zeros(2, 16, 4)
+    found = refine_codes(
+        [layer],
+        lambda: squares(layer, x, list(zeros)),
+        held_out,
+        share=0.1,
+        num_tokens=16,
+        before=1.0,
+    )
+    assert found == 1.0
+    assert torch.equal(layer.codes, before)
+    assert 0 < seen[-1] <= seen[0] <= 0.1 * layer.codes.numel()
+    assert layer.watched is None
+
+
+def test_the_codes_that_promise_most_move_first():
+    layer, x = linear(), normal(20, 64, 24)
+    before, target = layer.codes.clone(), layer.weight().detach().clone()
+    target[2, 5] += 3.0 * (1 if target[2, 5] < 0 else -1)
+    targets = [each @ target.T for each in x]
+
+    def held_out() -> float:
+        return sum(loss.item() for loss, _ in squares(layer, x, targets))
+
+    share, old = 1 / layer.codes.numel(), held_out()
+    losses = partial(squares, layer, x, targets)
+    found = refine_codes([layer], losses, held_out, share=share, num_tokens=64, before=old)
+    changed = layer.weight() != layer_of(layer, before)
+    assert changed.nonzero().tolist() == [[2, 5]]
+    assert found < old
+
+
+def test_a_weight_of_great_slope_and_greater_curvature_stays():
+    """As those that carry massive activations: one step is far past their minimum."""
+    layer, x = linear(), normal(20, 32, 24)
+    begun = layer.weight().detach()
+    x[..., 7] *= 1000
+    targets = [each @ begun.T + 0.3 * normal(32, 4, seed=n) for n, each in enumerate(x)]
+
+    def held_out() -> float:
+        return sum(loss.item() for loss, _ in squares(layer, x, targets))
+
+    losses = partial(squares, layer, x, targets)
+    refine_codes([layer], losses, held_out, share=0.5, num_tokens=32, before=1e9)
+    assert torch.equal(layer.weight()[:, 7], begun[:, 7])
+
+
+def layer_of(layer: LearnedLinear, codes: torch.Tensor) -> torch.Tensor:
+    now = layer.codes.clone()
+    layer.codes.copy_(codes)
+    weight = layer.weight().detach()
+    layer.codes.copy_(now)
+    return weight
+
+
+def test_rates_are_tried_from_where_a_student_is_and_leave_it_there():
+    model = original()
+    layers = quantized(model, "binary_coding")
+    student = make_student(model, layers, moves_codes=False)
+    pair = Pair(student, model)
+    found = best_rate(pair, COURSE, schedule(steps=10, check_every=10), [1e-5, 1e-2, 50.0])
+    assert next(iter(found)) == 1e-2
+    assert set(found) == {1e-5, 1e-2, 50.0}
+    for path, layer in learned_layers(student):
+        assert all(bool((move == 0).all()) for move in layer.moves.values()), path
+
+
+def test_recomputed_blocks_have_the_same_gradients():
+    model = original()
+    layers = quantized(model, "coded_scales")
+    losses, grads = [], []
+    for recomputed in (False, True):
+        student = make_student(model, layers, moves_codes=True)
+        if recomputed:
+            recompute_blocks(student, "model.layers")
+        loss = Pair(student, model).divergence(BATCHES[0])
+        loss.backward()
+        losses.append(loss.item())
+        grads.append(
+            [move.grad for _, each in learned_layers(student) for move in each.parameters()]
+        )
+    assert losses[0] == pytest.approx(losses[1])
+    for first, second in zip(*grads, strict=True):
+        assert first is not None and second is not None
+        torch.testing.assert_close(first, second)
+    assert "forward" not in vars(model.model.layers[0])

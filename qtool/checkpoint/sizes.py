@@ -1,0 +1,75 @@
+"""What a checkpoint's bytes are for: by kind of tensor, down to the last byte on disk."""
+
+import re
+from dataclasses import dataclass
+from math import prod
+
+from qtool.checkpoint.reader import CheckpointReader
+from qtool.formats._dtypes import item_bytes
+
+QUANTIZED, KEPT = "linears of the blocks, quantized", "matrices of the blocks, as they were"
+TABLES, VECTORS = "embedding and head", "norms and biases"
+KINDS = (QUANTIZED, KEPT, TABLES, VECTORS)
+IN_A_BLOCK = re.compile(r"\.\d+\.")
+"""In the name of a tensor: of a list of modules."""
+
+
+@dataclass(frozen=True, slots=True)
+class KindSize:
+    """All tensors of one kind."""
+
+    kind: str
+    num_weights: int
+    """Values of the original; what two layers share counts once."""
+    num_bytes: int
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per value."""
+        return 8 * self.num_bytes / max(self.num_weights, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A checkpoint's size, taken apart."""
+
+    kinds: tuple[KindSize, ...]
+    """Those that there are."""
+    header_bytes: int
+    """Of the weight files: names, shapes, padding."""
+
+    @property
+    def num_weights(self) -> int:
+        """Values of the original, all of them."""
+        return sum(each.num_weights for each in self.kinds)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weight files."""
+        return self.header_bytes + sum(each.num_bytes for each in self.kinds)
+
+    @property
+    def strict_bits(self) -> float:
+        """Bits on disk per value of the whole original: embedding, head, norms, headers and all."""
+        return 8 * self.num_bytes / max(self.num_weights, 1)
+
+
+def sizes_of(reader: CheckpointReader) -> Sizes:
+    """Return what the weight files of a checkpoint hold; reads headers only."""
+    weights, stored = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+    for name in reader.names():
+        entry = reader.manifest.layers.get(name)
+        in_a_block = IN_A_BLOCK.search(f".{name}.") is not None
+        if entry is not None:
+            kind = QUANTIZED if in_a_block else TABLES
+            if entry.shared_with is None:
+                weights[kind] += prod(entry.shape)
+                stored[kind] += entry.num_bytes()
+            continue
+        spec = reader.spec(name)
+        matrix = len(spec.shape) > 1
+        kind = (KEPT if in_a_block else TABLES) if matrix else VECTORS
+        weights[kind] += prod(spec.shape)
+        stored[kind] += prod(spec.shape) * item_bytes(spec.dtype)
+    kinds = tuple(KindSize(kind, weights[kind], stored[kind]) for kind in KINDS if weights[kind])
+    return Sizes(kinds, reader.weight_bytes() - sum(stored.values()))

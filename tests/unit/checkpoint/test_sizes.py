@@ -1,0 +1,51 @@
+"""Sizes by kind of tensor add up to the bytes on disk."""
+
+import struct
+
+import pytest
+
+from qtool import pipeline
+from qtool.checkpoint import writer
+from qtool.checkpoint.reader import CheckpointReader
+from qtool.checkpoint.sizes import KEPT, QUANTIZED, TABLES, VECTORS, sizes_of
+from qtool.modeling.load import load_original
+from qtool.modeling.locate import Location
+from qtool.recipe.load import recipe_from_mapping
+
+RTN = {"method": "rtn", "scheme": {"num_bits": 3, "group_size": 32}}
+CODED = {**RTN, "method": "bcq", "options": {"scales": "coded", "rounds": 1}}
+SKIPPED = {**RTN, "overrides": [{"match": "*.down_proj", "skip": True}]}
+TABLE = {"method": "rtn", "scheme": {"num_bits": 4, "group_size": 16}}
+
+
+def written(model, out, **sections):
+    recipe = recipe_from_mapping({"weights": RTN, **sections})
+    pipeline.quantize(Location(model), out, recipe)
+    return sizes_of(CheckpointReader(out))
+
+
+@pytest.mark.parametrize(
+    ("sections", "kinds"),
+    [
+        ({}, {QUANTIZED, TABLES, VECTORS}),
+        ({"weights": CODED}, {QUANTIZED, TABLES, VECTORS}),
+        ({"weights": SKIPPED}, {QUANTIZED, KEPT, TABLES, VECTORS}),
+        ({"embedding": TABLE}, {QUANTIZED, TABLES, VECTORS}),
+    ],
+)
+@pytest.mark.parametrize(("shard_bytes", "tied"), [(10**12, False), (20_000, True)])
+def test_sizes_add_up_to_the_bytes_on_disk(
+    tiny, tmp_path, monkeypatch, sections, kinds, shard_bytes, tied
+):
+    monkeypatch.setattr(writer, "MAX_SHARD_BYTES", shard_bytes)
+    model = tiny("llama", tied=tied)
+    sizes = written(model, tmp_path / "out", **sections)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert sizes.num_bytes == sum(file.stat().st_size for file in files)
+    headers = [8 + struct.unpack("<Q", file.read_bytes()[:8])[0] for file in files]
+    assert sizes.header_bytes == sum(headers)
+    assert len(files) > 1 or shard_bytes > 20_000
+    original = load_original(model, "cpu")
+    assert sizes.num_weights == sum(value.numel() for value in original.parameters())
+    assert {each.kind for each in sizes.kinds} == kinds
+    assert sizes.strict_bits == pytest.approx(8 * sizes.num_bytes / sizes.num_weights)
