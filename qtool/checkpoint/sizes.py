@@ -7,9 +7,9 @@ from math import prod
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.formats._dtypes import item_bytes
 
-QUANTIZED, KEPT = "linears of the blocks, quantized", "matrices of the blocks, as they were"
+QUANTIZED, AS_THEY_WERE = "linears of the blocks, quantized", "matrices of the blocks, as they were"
 TABLES, VECTORS = "embedding and head", "norms and biases"
-KINDS = (QUANTIZED, KEPT, TABLES, VECTORS)
+KINDS = (QUANTIZED, AS_THEY_WERE, TABLES, VECTORS)
 IN_A_BLOCK = re.compile(r"\.\d+\.")
 """In the name of a tensor: of a list of modules."""
 
@@ -30,7 +30,7 @@ class KindSize:
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class DiskSizes:
     """A checkpoint's size, taken apart."""
 
     kinds: tuple[KindSize, ...]
@@ -54,7 +54,7 @@ class Sizes:
         return 8 * self.num_bytes / max(self.num_weights, 1)
 
 
-def sizes_of(reader: CheckpointReader) -> Sizes:
+def sizes_of(reader: CheckpointReader) -> DiskSizes:
     """Return what the weight files of a checkpoint hold; reads headers only."""
     weights, stored = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     for name in reader.names():
@@ -68,8 +68,8 @@ def sizes_of(reader: CheckpointReader) -> Sizes:
             continue
         spec = reader.spec(name)
         matrix = len(spec.shape) > 1
-        kind = (KEPT if in_a_block else TABLES) if matrix else VECTORS
+        kind = (AS_THEY_WERE if in_a_block else TABLES) if matrix else VECTORS
         weights[kind] += prod(spec.shape)
         stored[kind] += prod(spec.shape) * item_bytes(spec.dtype)
     kinds = tuple(KindSize(kind, weights[kind], stored[kind]) for kind in KINDS if weights[kind])
-    return Sizes(kinds, reader.weight_bytes() - sum(stored.values()))
+    return DiskSizes(kinds, reader.weight_bytes() - sum(stored.values()))

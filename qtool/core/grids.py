@@ -210,7 +210,7 @@ class CodedGrid(BinaryGrid):
         """Return better parameters of a group: each in turn is the best multiple given the rest."""
         old, row_scales = self.parameters[group], self.row_scales[group]
         new, num_bits, unknowns = old.clone(), len(old) - 1, right.shape[1]
-        kernels = usable_kernels("small_kernels", "probe", right.device)
+        kernels = usable_kernels("small_kernels", "try_systems", right.device)
         if kernels is not None and unknowns <= kernels.MOST_UNKNOWNS:
             units = coded_scales.units_of(row_scales, num_bits)
             bounds = coded_scales.bounds_of(num_bits, right.device)

@@ -22,9 +22,9 @@ def solve_spd(matrices: Tensor, right: Tensor, *, ridge: float) -> Tensor:
     its mean; it keeps singular systems solvable.
     """
     n = right.shape[-1]
-    kernels = usable_kernels("small_kernels", "probe", right.device)
+    kernels = usable_kernels("small_kernels", "try_systems", right.device)
     if kernels is not None and n <= kernels.MOST_UNKNOWNS and right.dtype == torch.float64:
-        found: Tensor = kernels.solve(matrices, right, ridge=ridge, tiny=TINY)
+        found: Tensor = kernels.eliminate(matrices, right, ridge=ridge, tiny=TINY)
         return found
     # The batch comes last, so that each step reads contiguous memory.
     a = torch.cat([matrices.permute(1, 2, 0), right.T.unsqueeze(1)], dim=1)  # (n, n + 1, batch)

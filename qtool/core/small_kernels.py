@@ -100,7 +100,7 @@ def _round_in_turn(  # noqa: PLR0913, PLR0917
     tl.store(out + row * batch + system[None, :], now, mask=there)
 
 
-def solve(matrices: Tensor, right: Tensor, *, ridge: float, tiny: float) -> Tensor:
+def eliminate(matrices: Tensor, right: Tensor, *, ridge: float, tiny: float) -> Tensor:
     """Do what `linalg.solve_spd` does, of float64 systems with at most `MOST_UNKNOWNS`."""
     batch, n = right.shape
     out = torch.empty_like(right, memory_format=torch.contiguous_format)
@@ -161,7 +161,7 @@ def round_in_turn(  # noqa: PLR0913
     return out
 
 
-def probe(device: torch.device) -> None:
+def try_systems(device: torch.device) -> None:
     """Compile and run the smallest case; raises what is amiss."""
     ones = torch.ones(1, 1, 1, dtype=torch.float64, device=device)
-    solve(ones, ones[0], ridge=0.0, tiny=0.0)
+    eliminate(ones, ones[0], ridge=0.0, tiny=0.0)

@@ -32,7 +32,7 @@ SHARE_OF_ROOM = 0.4
 """Of a card's free memory, for keys, values and logits of what is written."""
 MOST_QUESTION, MOST_DOCUMENT = 64, 480
 """Tokens of a user's turn, and of any other document."""
-LOGIT_BYTES = 32
+WRITTEN_BYTES = 32
 """Of a word of the vocabulary, per document: logits are sorted and summed in float32."""
 USERS_TURN = "\ue000"
 """Is in no template: where it is rendered, a user's turn begins."""
@@ -79,7 +79,7 @@ def _at_once(loaded: LoadedModel) -> int:
     share = (getattr(text, "num_key_value_heads", None) or heads) / heads
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     states = 2 * text.num_hidden_layers * share * width * (2 * MOST_QUESTION + MOST_DOCUMENT)
-    bytes_each = states * loaded.model.dtype.itemsize + LOGIT_BYTES * text.vocab_size
+    bytes_each = states * loaded.model.dtype.itemsize + WRITTEN_BYTES * text.vocab_size
     fit = int(SHARE_OF_ROOM * torch.cuda.mem_get_info(loaded.device)[0] / bytes_each)
     return min(max(BATCH, fit), MOST_AT_ONCE)
 

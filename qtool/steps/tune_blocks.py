@@ -101,7 +101,7 @@ def _tuned(
         check_every=max(1, section.steps // 4),
     )
     alike = student.alike(streams.quantized[: streams.num_train])
-    enough = kind == "cuda" and len(alike) >= MOST_OF_THEM * streams.num_train
+    enough = kind != "cpu" and len(alike) >= MOST_OF_THEM * streams.num_train
     lesson = Lesson(forward, streams.quantized, targets, streams.num_train, alike if enough else ())
     points = tune_block(learned, lesson, schedule, lambda _point: None)
     parts = {f"{block}.{name}": part for name, part in stored_parts(student.module)}

@@ -98,14 +98,8 @@ def _tuned(
 ) -> Made:
     env = run.env
     env.emit(Progress("loading the original"))
-    on_card = torch.device(env.device).type == "cuda"
     original = load_original(run.source.directory, env.device)
-    student = make_student(original, layers, moves_codes=section.code_rate > 0)
-    _fill_tables(student, tables)
-    large = original.num_parameters() >= LARGE
-    if section.recompute is True or (section.recompute == "auto" and large):
-        recompute_blocks(student, run.source.adapter.blocks)
-    vectors = free_vectors(student, run.plan.kept if section.norms else ())
+    pair, vectors = _pair(run, section, original, layers, tables)
     course = Course(*_batches(run, section))
     env.emit(_announced(original, layers, course.batches[0], section))
 
@@ -113,13 +107,6 @@ def _tuned(
         detail = f"KL {point.held_out:.4f} on held-out samples"
         env.emit(Progress("tune end to end", point.step, section.steps, detail))
 
-    pair = Pair(
-        student,
-        original,
-        list(vectors.values()),
-        torch.bfloat16 if on_card else None,
-        captured=on_card and not large,
-    )
     schedule = Schedule(
         steps=section.steps,
         learning_rate=_rate(run, section, writer, pair, course),
@@ -131,10 +118,30 @@ def _tuned(
     points = tune_end_to_end(pair, course, schedule, report, memory)
     if min(point.held_out for point in points) == points[0].held_out:
         env.emit(Notice(_no_gain(points, schedule)))
-    tensors = dict(stored_parts(student))
+    tensors = dict(stored_parts(pair.student))
     for name, vector in vectors.items():
         tensors[name] = vector.detach().to(run.source.read(name).dtype)
     return Made(tensors, {"curve": [asdict(point) for point in points]})
+
+
+def _pair(
+    run: Run,
+    section: EndToEndTuning,
+    original: CausalModel,
+    layers: Mapping[str, QuantizedTensor],
+    tables: Mapping[str, QuantizedTensor],
+) -> tuple[Pair, dict[str, torch.nn.Parameter]]:
+    """Return the student with its original, and its norms and biases that learn."""
+    student = make_student(original, layers, moves_codes=section.code_rate > 0)
+    _fill_tables(student, tables)
+    large = original.num_parameters() >= LARGE
+    if section.recompute is True or (section.recompute == "auto" and large):
+        recompute_blocks(student, run.source.adapter.blocks)
+    vectors = free_vectors(student, run.plan.kept if section.norms else ())
+    on_card = torch.device(run.env.device).type == "cuda"
+    dtype = torch.bfloat16 if on_card else None
+    pair = Pair(student, original, list(vectors.values()), dtype, captured=on_card and not large)
+    return pair, vectors
 
 
 def _rate(

@@ -7,7 +7,7 @@ import pytest
 from qtool import pipeline
 from qtool.checkpoint import writer
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.checkpoint.sizes import KEPT, QUANTIZED, TABLES, VECTORS, sizes_of
+from qtool.checkpoint.sizes import AS_THEY_WERE, QUANTIZED, TABLES, VECTORS, sizes_of
 from qtool.modeling.load import load_original
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
@@ -29,7 +29,7 @@ def written(model, out, **sections):
     [
         ({}, {QUANTIZED, TABLES, VECTORS}),
         ({"weights": CODED}, {QUANTIZED, TABLES, VECTORS}),
-        ({"weights": SKIPPED}, {QUANTIZED, KEPT, TABLES, VECTORS}),
+        ({"weights": SKIPPED}, {QUANTIZED, AS_THEY_WERE, TABLES, VECTORS}),
         ({"embedding": TABLE}, {QUANTIZED, TABLES, VECTORS}),
     ],
 )
