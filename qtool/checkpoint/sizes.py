@@ -26,7 +26,7 @@ class KindSize:
     @property
     def bits(self) -> float:
         """Stored bits per value."""
-        return 8 * self.num_bytes / max(self.num_weights, 1)
+        return 8 * self.num_bytes / self.num_weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qtool.core.binary_coding import signs
+from qtool.core.binary_coding import design
 from qtool.core.linalg import solve_spd
 
 CHUNK_ELEMENTS = 2**21
@@ -179,13 +179,12 @@ def alternate(
         The best theta met and its error, (groups,) float64; never worse than the start.
     """
     num_bits = theta.shape[1] - 1
-    planes = signs(num_bits, device=theta.device, dtype=theta.dtype)
-    design = torch.nn.functional.pad(planes, (0, 1), value=1.0)  # (num_levels, num_bits + 1)
+    table = design(num_bits, theta.device, theta.dtype)
     unknowns = num_bits + int(offset)
     best, best_error = theta.clone(), torch.full_like(data.power, torch.inf)
     active = torch.arange(len(theta), device=theta.device)
     for _ in range(rounds + 1):
-        mass, moment, error = level_sums(data, theta @ design.T)
+        mass, moment, error = level_sums(data, theta @ table.T)
         better = error < best_error[active] * (1 - PROGRESS)
         best[active[better]], best_error[active[better]] = theta[better], error[better]
         if not bool(better.any()):
@@ -193,7 +192,7 @@ def alternate(
         if int(better.sum()) < 0.7 * len(better):  # drop the groups that have converged
             data, active = data.take(better), active[better]
             mass, moment = mass[better], moment[better]
-        solved = least_squares(mass, moment, design[:, :unknowns])
+        solved = least_squares(mass, moment, table[:, :unknowns])
         theta = torch.nn.functional.pad(solved, (0, num_bits + 1 - unknowns))
     return best, best_error
 

@@ -7,8 +7,10 @@ A code is an integer whose bits are the signs, plane 0 the most significant: wit
 weights (groups, group_size), scales (groups, num_bits), offsets (groups,).
 """
 
+from functools import cache
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def signs(num_bits: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -16,6 +18,12 @@ def signs(num_bits: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     codes = torch.arange(2**num_bits, device=device).unsqueeze(1)
     bits = torch.arange(num_bits - 1, -1, -1, device=device)
     return (2 * ((codes >> bits) & 1) - 1).to(dtype)
+
+
+@cache
+def design(num_bits: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the signs of each code, and a one for the offset: (2^num_bits, num_bits + 1)."""
+    return nn.functional.pad(signs(num_bits, device=device, dtype=dtype), (0, 1), value=1.0)
 
 
 def levels(scales: Tensor, offsets: Tensor) -> Tensor:

@@ -58,7 +58,8 @@ def fit_row_scales(theta: Tensor) -> Tensor:
 
     Plane scales of `theta` are not negative and descend. What float16 can't hold becomes infinite.
     """
-    lowest, highest = bounds_of(num_bits := theta.shape[-1] - 1, theta.device)
+    num_bits = theta.shape[-1] - 1
+    lowest, highest = bounds_of(num_bits, theta.device)
     units = torch.maximum(theta / highest, theta / lowest.clamp(max=-1)).amax((1, 2))
     return (units * 2 ** resolution(num_bits)).to(torch.float16)
 

@@ -12,13 +12,12 @@ rows share parameters.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from qtool.core import coded_scales, grouping
-from qtool.core.binary_coding import signs
+from qtool.core.binary_coding import design
 from qtool.core.kernel_modules import usable_kernels
 from qtool.core.linalg import RIDGE, TINY, solve_spd
 
@@ -116,13 +115,6 @@ class AffineGrid:
         self.scales = self.scales.to(torch.float16).float()
 
 
-@cache
-def _table(num_bits: int, device: torch.device) -> Tensor:
-    """Return what each level is of the parameters: signs, and one, (num_levels, unknowns)."""
-    planes = signs(num_bits, device=device, dtype=torch.float32)
-    return torch.nn.functional.pad(planes, (0, 1), value=1.0)
-
-
 class BinaryGrid:
     """offset + sum of scales * signs; the levels of each group are kept sorted."""
 
@@ -139,7 +131,7 @@ class BinaryGrid:
         self.parameters = parameters
         self.offset = offset
         self.span = span or Span(1, parameters.shape[-1])
-        self._table = _table(parameters.shape[1] - 1, parameters.device)
+        self._table = design(parameters.shape[1] - 1, parameters.device, torch.float32)
         self._levels, self._codes, self._middles = self._sorted(parameters)
 
     def _sorted(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -75,10 +75,9 @@ def _at_once(loaded: LoadedModel) -> int:
     if loaded.device.type != "cuda":
         return BATCH
     text = loaded.model.config.get_text_config()
-    heads = text.num_attention_heads
-    share = (getattr(text, "num_key_value_heads", None) or heads) / heads
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    states = 2 * text.num_hidden_layers * share * width * (2 * MOST_QUESTION + MOST_DOCUMENT)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    states = 2 * text.num_hidden_layers * heads * size * (2 * MOST_QUESTION + MOST_DOCUMENT)
     bytes_each = states * loaded.model.dtype.itemsize + WRITTEN_BYTES * text.vocab_size
     fit = int(SHARE_OF_ROOM * torch.cuda.mem_get_info(loaded.device)[0] / bytes_each)
     return min(max(BATCH, fit), MOST_AT_ONCE)

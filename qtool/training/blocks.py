@@ -50,35 +50,33 @@ def tune_block(
     sizes = [target.float().square().sum(-1, keepdim=True) for target in targets]
     typical = torch.cat([size.flatten() for size in sizes]).median()
     weights = [1 / torch.maximum(size, typical) for size in sizes]
+    batches = list(zip(lesson.inputs, targets, weights, strict=True))
     numbers = lesson.alike or range(lesson.num_train)
-    now = _given(lesson, weights, numbers[0]), numbers[0]
-    if lesson.alike:
-        now = tuple(part.to(targets[0].device).clone() for part in now[0]), numbers[0]
+    batch, now = numbers[0], batches[numbers[0]]
+    if lesson.alike:  # each batch is copied to where the graph reads
+        hidden, target, weight = now
+        now = hidden.to(target.device, copy=True), target.clone(), weight.clone()
 
     def feed(step: int) -> None:
-        nonlocal now
-        batch = numbers[step % len(numbers)]
-        given = _given(lesson, weights, batch)
-        if lesson.alike:
-            for place, part in zip(now[0], given, strict=True):
-                place.copy_(part, non_blocking=True)
-        else:
-            now = given, batch
+        nonlocal batch, now
+        following = numbers[step % len(numbers)]
+        if not lesson.alike:
+            batch, now = following, batches[following]
+            return
+        for place, part in zip(now, batches[following], strict=True):
+            place.copy_(part, non_blocking=True)
 
-    def loss(given: tuple[Tensor, ...], batch: int) -> Tensor:
+    def loss(batch: int, given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         hidden, target, weight = given
         error = (lesson.forward(hidden, batch).float() - target.float()).square()
         return (error * weight).sum(-1).mean()
 
     @torch.no_grad()
     def held_out() -> float:
-        rest = range(lesson.num_train, len(targets))
-        return float(sum(loss(_given(lesson, weights, batch), batch) for batch in rest))
+        rest = list(enumerate(batches))[lesson.num_train :]
+        return float(sum(loss(*each) for each in rest))
 
-    what = Learning(layers, (), feed, lambda: loss(*now), held_out, captured=bool(lesson.alike))
+    what = Learning(
+        layers, (), feed, lambda: loss(batch, now), held_out, captured=bool(lesson.alike)
+    )
     return descend(what, schedule, report)
-
-
-def _given(lesson: Lesson, weights: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
-    """Return input, target and weights of the tokens of a batch."""
-    return lesson.inputs[batch], lesson.targets[batch], weights[batch]

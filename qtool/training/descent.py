@@ -133,8 +133,7 @@ def descend(
 @contextmanager
 def unchanged(what: Learning) -> Iterator[None]:
     """Make what is learned what it was before, afterwards."""
-    groups = _groups(what, Schedule(steps=1, learning_rate=0.0))
-    values = [value for group in groups for value in group["params"]]
+    values = _values(what)
     before = [value.detach().clone() for value in values]
     try:
         yield
@@ -150,9 +149,10 @@ class _Stepper:
     def __init__(self, what: Learning, schedule: Schedule) -> None:
         self._what, self._schedule = what, schedule
         groups = _groups(what, schedule)
-        self._values = [value for group in groups for value in group["params"]]
+        self._values = _values(what)
         self._rates = [float(group["lr"]) for group in groups]
-        self._codes = [layer.codes for layer in what.layers] if what.refine is not None else []
+        codes = [layer.codes for layer in what.layers] if what.refine is not None else []
+        self._kept: list[Tensor] = [*self._values, *codes]
         device = self._values[0].device
         on_card = device.type == "cuda"
         self._captured, self._done = on_card and what.captured, 0
@@ -202,26 +202,22 @@ class _Stepper:
 
     def set_best(self) -> None:
         """Keep what is learned as it is now."""
-        self._best = [value.detach().clone() for value in self._values]
-        self._best_codes = [codes.clone() for codes in self._codes]
+        self._best = [value.detach().clone() for value in self._kept]
 
     @torch.no_grad()
     def go_to_best(self) -> None:
         """Make what is learned what was kept."""
-        for value, kept in zip(self._values, self._best, strict=True):
-            value.copy_(kept)
-        for codes, kept in zip(self._codes, self._best_codes, strict=True):
-            codes.copy_(kept)
+        for value, best in zip(self._kept, self._best, strict=True):
+            value.copy_(best)
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next step depends on, and what was kept; not to be written to."""
         found: dict[str, Tensor] = {}
-        for index, (value, best) in enumerate(zip(self._values, self._best, strict=True)):
+        for index, (value, best) in enumerate(zip(self._kept, self._best, strict=True)):
             found |= {f"{index}.value": value.detach(), f"{index}.best": best}
+        for index, value in enumerate(self._values):
             moments = self._optimizer.state[value]
             found |= {f"{index}.{name}": moments[name] for name in MOMENTS}
-        for index, (codes, best) in enumerate(zip(self._codes, self._best_codes, strict=True)):
-            found |= {f"{index}.codes": codes, f"{index}.best_codes": best}
         return found
 
     @torch.no_grad()
@@ -231,15 +227,20 @@ class _Stepper:
         if kept is None:
             return []
         state, points = kept
-        for index, value in enumerate(self._values):
+        for index, (value, best) in enumerate(zip(self._kept, self._best, strict=True)):
             value.copy_(state[f"{index}.value"])
-            self._best[index].copy_(state[f"{index}.best"])
+            best.copy_(state[f"{index}.best"])
+        for index, value in enumerate(self._values):
             moments = {name: state[f"{index}.{name}"].to(value.device) for name in MOMENTS}
             self._optimizer.state[value] = moments
-        for index, codes in enumerate(self._codes):
-            codes.copy_(state[f"{index}.codes"])
-            self._best_codes[index].copy_(state[f"{index}.best_codes"])
         return list(points)
+
+
+def _values(what: Learning) -> list[nn.Parameter]:
+    """Return all that Adam moves, in the order of its groups."""
+    moves = [move for layer in what.layers for move in layer.moves.values()]
+    shifts = [layer.shifts for layer in what.layers if layer.shifts is not None]
+    return [*moves, *what.vectors, *shifts]
 
 
 def _groups(what: Learning, schedule: Schedule) -> list[dict[str, Any]]:
