@@ -178,7 +178,7 @@ def _print_plan(plan: "Plan", json_file: Path | None) -> None:
         {
             "name": layer.name,
             "method": layer.method,
-            **asdict(layer.scheme),
+            **layer.scheme.to_json(),
             "shape": list(layer.shape),
             "average_bits": layer.average_bits,
             "bytes": layer.num_bytes,
