@@ -36,7 +36,7 @@ def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
             f"Groups run along {scheme.group_dim} and the classes have {sum(counts)} rows; "
             f"in_features and all {shape.out_features} rows of the weight are meant."
         )
-    parts = {}
+    parts: dict[str, PartSpec] = {}
     for end, uniform, cut in _kinds(scheme, shape):
         specs = coded_scales.CODEC.layout(uniform, cut)
         parts |= {f"{name}{end}": spec for name, spec in specs.items()}

@@ -48,7 +48,7 @@ def random_tensor(name: str, scheme: WeightScheme, shape: Shape2D, seed: int) ->
     """Return a weight with arbitrary bits and parameters in the layout of its format."""
     if name == "affine" and scheme.symmetric and scheme.num_bits == 1:
         scheme = WeightScheme(num_bits=2, symmetric=True, group_dim=scheme.group_dim)
-    if name == "mixed_rows":
+    if name == "mixed_rows" and not scheme.rows:
         scheme = with_classes(scheme, shape, seed)
     generator = torch.Generator().manual_seed(seed)
     parts = {}
