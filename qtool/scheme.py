@@ -72,6 +72,11 @@ class WeightScheme:
         """Return (num_bits, number of rows) of each class of rows; without `rows`, of the one."""
         return self.rows or ((self.num_bits, shape.out_features),)
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Return the bits that rows have, descending; without `rows`, `num_bits` alone."""
+        return tuple(num_bits for num_bits, _ in self.rows) or (self.num_bits,)
+
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form; `rows` is there if there are any."""
         values = asdict(self)

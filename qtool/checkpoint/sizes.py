@@ -4,8 +4,10 @@ import re
 from dataclasses import dataclass
 from math import prod
 
+from qtool.checkpoint.manifest import LayerEntry, num_bytes
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.formats._dtypes import item_bytes
+from qtool.formats.mixed_rows import class_layouts
 
 QUANTIZED, AS_THEY_WERE = "linears of the blocks, quantized", "matrices of the blocks, as they were"
 TABLES, VECTORS = "embedding and head", "norms and biases"
@@ -52,6 +54,34 @@ class DiskSizes:
     def strict_bits(self) -> float:
         """Bits on disk per value of the whole original: embedding, head, norms, headers and all."""
         return 8 * self.num_bytes / max(self.num_weights, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassSize:
+    """Rows of one width of a layer whose rows have bits of their own."""
+
+    num_bits: int
+    num_rows: int
+    num_weights: int
+    num_bytes: int
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per value, with scales and offsets."""
+        return 8 * self.num_bytes / self.num_weights
+
+
+def class_sizes(entry: LayerEntry) -> tuple[ClassSize, ...]:
+    """Return the size of each class of rows of a layer; empty: all its rows are alike.
+
+    What the layer has beyond them says which class a row belongs to.
+    """
+    scheme, shape = entry.scheme, entry.shape
+    layouts = class_layouts(scheme, shape) if scheme.rows else ()
+    return tuple(
+        ClassSize(num_bits, rows, rows * shape.in_features, sum(map(num_bytes, layout.values())))
+        for (num_bits, rows), layout in zip(scheme.rows, layouts, strict=True)
+    )
 
 
 def sizes_of(reader: CheckpointReader) -> DiskSizes:

@@ -1,7 +1,9 @@
 """`qtool inspect`, `qtool methods`, `qtool recipes`: what is there."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +17,7 @@ from qtool.wording import gigabytes
 
 if TYPE_CHECKING:
     from qtool.checkpoint.manifest import LayerEntry
+    from qtool.checkpoint.sizes import DiskSizes
 
 
 def inspect(
@@ -36,9 +39,10 @@ def inspect(
         emit(Progress(f"opening {out_dir}"))
         from qtool.checkpoint.reader import CheckpointReader  # torch: slow
         from qtool.checkpoint.sizes import sizes_of
+        from qtool.pipeline.inspect import memory_of
 
         reader = CheckpointReader(out_dir)
-        sizes = sizes_of(reader)
+        sizes, memory = sizes_of(reader), memory_of(reader)
     manifest = reader.manifest
     verified = reader.verify() if verify else None
     if plot is not None:
@@ -49,11 +53,12 @@ def inspect(
         "sizes": [asdict(each) for each in sizes.kinds],
         "header_bytes": sizes.header_bytes,
         "verified_tensors": verified,
+        "on_a_card": memory and asdict(memory),
     }
     if not console.write_json({**manifest.to_config(), **figures}, json_file):
         return
     kinds = Counter(
-        f"{e.format} {e.scheme.num_bits} bit, group {e.scheme.group_size or 'row'}"
+        f"{e.format} {_bits(e)} bit, group {e.scheme.group_size or 'row'}"
         f" along {e.scheme.group_dim}, by {e.method}"
         for e in manifest.layers.values()
     )
@@ -63,22 +68,58 @@ def inspect(
     rows.append(("bits per weight of the whole model, strict", f"{strict:.2f}"))
     rows.append(("smaller than float16, float32", f"{16 / strict:.1f}, {32 / strict:.1f} times"))
     rows.append(("size of the weights", gigabytes(sizes.num_bytes)))
+    if memory is not None:
+        rows.append(("weights on a card, by backend cuda", gigabytes(memory.weight_bytes)))
+        cache = 1000 * memory.cache_bytes_per_token
+        rows.append(("keys and values there, per 1,000 tokens", gigabytes(cache)))
     rows.append(("written by", f"qtool {manifest.tool_version}, format {manifest.format_version}"))
     rows.append(("source", manifest.source or "a local model"))
     if verified is not None:
         rows.append(("verified", f"{verified} tensors are as they were written"))
     console.print_table(str(out_dir), ("", "value"), rows)
+    _print_bytes(sizes)
+    _print_classes(manifest.layers)
+    if layers:
+        columns = ("layer", ">shape", "format", ">bits", ">size")
+        rows = [(name, *_cells(entry)) for name, entry in manifest.layers.items()]
+        console.print_table("Layers", columns, rows)
+
+
+def _print_bytes(sizes: "DiskSizes") -> None:
     rows = [
         (each.kind, f"{each.num_weights:,}", f"{each.num_bytes:,}", f"{each.bits:.2f}")
         for each in sizes.kinds
     ]
     rows.append(("headers of the files", "", f"{sizes.header_bytes:,}", ""))
-    rows.append(("all", f"{sizes.num_weights:,}", f"{sizes.num_bytes:,}", f"{strict:.2f}"))
+    rows.append(
+        ("all", f"{sizes.num_weights:,}", f"{sizes.num_bytes:,}", f"{sizes.strict_bits:.2f}")
+    )
     console.print_table("Bytes on disk", ("", ">weights", ">bytes", ">bits"), rows)
-    if layers:
-        columns = ("layer", ">shape", "format", ">bits", ">size")
-        rows = [(name, *_cells(entry)) for name, entry in manifest.layers.items()]
-        console.print_table("Layers", columns, rows)
+
+
+def _print_classes(entries: Mapping[str, "LayerEntry"]) -> None:
+    """Print a table per layer whose rows have bits of their own, that adds up to its bytes."""
+    from qtool.checkpoint.sizes import class_sizes
+
+    columns = ("rows of", ">rows", ">weights", ">bytes", ">bits")
+    for name, entry in entries.items():
+        classes = () if entry.shared_with else class_sizes(entry)
+        rows = [
+            (f"{c.num_bits} bits", *(f"{n:,}" for n in (c.num_rows, c.num_weights, c.num_bytes)))
+            for c in classes
+        ]
+        rows = [(*row, f"{c.bits:.2f}") for row, c in zip(rows, classes, strict=True)]
+        if rows:
+            weights, size = prod(entry.shape), entry.num_bytes()
+            numbers = size - sum(each.num_bytes for each in classes)
+            rows.append(("which class a row is of", "", "", f"{numbers:,}", ""))
+            total = f"{entry.shape.out_features:,}", f"{weights:,}", f"{size:,}"
+            rows.append(("all", *total, f"{8 * size / weights:.2f}"))
+            console.print_table(f"Rows of {name}", columns, rows)
+
+
+def _bits(entry: "LayerEntry") -> str:
+    return "/".join(map(str, entry.scheme.widths))
 
 
 def _plot_curves(out_dir: Path, plot: Path) -> None:
@@ -90,7 +131,7 @@ def _plot_curves(out_dir: Path, plot: Path) -> None:
 
 def _cells(entry: "LayerEntry") -> tuple[str, ...]:
     size = f"as {entry.shared_with}" if entry.shared_with else gigabytes(entry.num_bytes())
-    return "x".join(map(str, entry.shape)), entry.format, str(entry.scheme.num_bits), size
+    return "x".join(map(str, entry.shape)), entry.format, _bits(entry), size
 
 
 def methods(json_file: JsonOption = None) -> None:

@@ -47,6 +47,12 @@ def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     return parts
 
 
+def class_layouts(scheme: WeightScheme, shape: Shape2D) -> Iterator[Mapping[str, PartSpec]]:
+    """Yield the parts of each class, by the names that a `coded_scales` weight has for them."""
+    for _, uniform, cut in _kinds(scheme, shape):
+        yield coded_scales.CODEC.layout(uniform, cut)
+
+
 def encode_mixed(classes: Sequence[QuantizedTensor], row_bits: Tensor) -> QuantizedTensor:
     """Join weights whose rows are classes of the rows of one.
 

@@ -17,6 +17,7 @@ from qtool.evaluation.lm_eval.options import TaskOptions
 from qtool.evaluation.lm_eval.task_model import TaskModel
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
+from qtool.runtime.card_memory import cache_bytes
 from tests import families
 from tests.evaluation_tasks.conftest import save
 
@@ -57,20 +58,18 @@ def test_keys_and_values_take_a_part_of_the_card():
     llama = SimpleNamespace(
         num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, hidden_size=4096
     )
-    each = batches.cache_bytes(llama, torch.float16)
+    each = cache_bytes(llama, torch.float16)
     assert each == 128 * 1024
     assert batches.written_at_once(each, 4096, None) == MOST_ON_CPU
     assert batches.written_at_once(each, 4096, 80 * 2**30) == MOST_WRITTEN
     assert batches.written_at_once(each, 4096, 24 * 2**30) == 6
     assert batches.written_at_once(each, 131072, 24 * 2**30) == 1
-    assert batches.cache_bytes(SimpleNamespace(**vars(llama), head_dim=64), torch.bfloat16) == (
-        64 * 1024
-    )
+    assert cache_bytes(SimpleNamespace(**vars(llama), head_dim=64), torch.bfloat16) == (64 * 1024)
     with_all_heads = SimpleNamespace(
         num_hidden_layers=2, num_attention_heads=4, hidden_size=64, num_key_value_heads=None
     )
-    assert batches.cache_bytes(with_all_heads, torch.float32) == 2 * 2 * 64 * 4
-    assert batches.cache_bytes(SimpleNamespace(num_hidden_layers=2), torch.float16) == 0
+    assert cache_bytes(with_all_heads, torch.float32) == 2 * 2 * 64 * 4
+    assert cache_bytes(SimpleNamespace(num_hidden_layers=2), torch.float16) == 0
 
 
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}

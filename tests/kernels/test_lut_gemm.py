@@ -46,8 +46,7 @@ class Poisoner(Recorder):
     """A recorder that makes what isn't a weight or an input NaN before a kernel writes it."""
 
     def __call__(self, call: KernelCall, tensors: Sequence[Tensor | None]) -> None:
-        outputs = tensors[-1]
-        assert outputs is not None
+        outputs = [tensor for tensor in tensors if tensor is not None][-1]
         outputs.fill_(torch.nan)
         super().__call__(call, tensors)
 

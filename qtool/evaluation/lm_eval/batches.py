@@ -46,19 +46,6 @@ def written_at_once(cache_bytes: int, longest: int, memory: int | None) -> int:
     return max(1, min(MOST_WRITTEN, room))
 
 
-def cache_bytes(config: Any, dtype: torch.dtype) -> int:  # noqa: ANN401
-    """Return the size of the keys and values of one token, by a transformers configuration.
-
-    0 if it has no heads: the state of a recurrent model doesn't grow.
-    """
-    queries = getattr(config, "num_attention_heads", None)
-    if not queries:
-        return 0
-    heads = getattr(config, "num_key_value_heads", None) or queries
-    width = getattr(config, "head_dim", None) or config.hidden_size // queries
-    return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
-
-
 def batches_by_length(
     most: int, tokens: int, length: Callable[[Any], int]
 ) -> Callable[[int, Sequence[Any]], int]:

@@ -22,6 +22,7 @@ from qtool.evaluation.kept import request_key
 from qtool.evaluation.lm_eval import batches
 from qtool.evaluation.lm_eval.options import AUTO, TaskOptions
 from qtool.modeling.load import LoadedModel
+from qtool.runtime.card_memory import cache_bytes
 from qtool.storage.memo import Memo
 
 TEXTS_AT_ONCE = 4096
@@ -129,7 +130,7 @@ class TaskModel(HFLM):  # type: ignore[misc] # lm-eval isn't typed
         )
         longest = min(self.max_length, max(lengths, default=1))
         beams = max((one.get("num_beams") or 1 for one in settings), default=1)
-        size = beams * batches.cache_bytes(self.config.get_text_config(), self.model.dtype)
+        size = beams * cache_bytes(self.config.get_text_config(), self.model.dtype)
         return batches.written_at_once(size, longest, self._memory)
 
     def _by_length(self) -> Callable[[int, Sequence[Any]], int]:

@@ -1,17 +1,26 @@
 """Sizes by kind of tensor add up to the bytes on disk."""
 
 import struct
+from math import prod
 
 import pytest
 
 from qtool import pipeline
 from qtool.checkpoint import writer
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.checkpoint.sizes import AS_THEY_WERE, QUANTIZED, TABLES, VECTORS, sizes_of
+from qtool.checkpoint.sizes import (
+    AS_THEY_WERE,
+    QUANTIZED,
+    TABLES,
+    VECTORS,
+    class_sizes,
+    sizes_of,
+)
 from qtool.modeling.load import load_original
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
 
+SIZES = {"I32": 4, "F16": 2}
 RTN = {"method": "rtn", "scheme": {"num_bits": 3, "group_size": 32}}
 CODED = {**RTN, "method": "bcq", "options": {"scales": "coded", "rounds": 1}}
 SKIPPED = {**RTN, "overrides": [{"match": "*.down_proj", "skip": True}]}
@@ -49,3 +58,20 @@ def test_sizes_add_up_to_the_bytes_on_disk(
     assert sizes.num_weights == sum(value.numel() for value in original.parameters())
     assert {each.kind for each in sizes.kinds} == kinds
     assert sizes.strict_bits == pytest.approx(8 * sizes.num_bytes / sizes.num_weights)
+
+
+def test_sizes_of_rows_of_unlike_bits_add_up_to_the_bytes_on_disk(mixed_tables):
+    reader = CheckpointReader(mixed_tables)
+    sizes = sizes_of(reader)
+    assert sizes.num_bytes == (mixed_tables / "model.safetensors").stat().st_size
+    for name, entry in reader.manifest.layers.items():
+        classes = class_sizes(entry)
+        assert bool(classes) == (entry.format == "mixed_rows")
+        if not classes or entry.shared_with:
+            continue
+        assert [(each.num_bits, each.num_rows) for each in classes] == list(entry.scheme.rows)
+        assert sum(each.num_weights for each in classes) == 96 * 64
+        numbers = 4 * reader.spec(f"{name}.row_classes").shape[0] * 3  # words of 96 rows
+        stored = sum(each.num_bytes for each in classes) + numbers
+        parts = [reader.spec(f"{name}.{part}") for part in entry.layout()]
+        assert stored == entry.num_bytes() == sum(prod(p.shape) * SIZES[p.dtype] for p in parts)

@@ -54,6 +54,15 @@ class HalfWeight:
         return self.weight().dense()
 
 
+def are_fusible(tensors: Sequence[QuantizedTensor], *, interleave: bool = False) -> bool:
+    """Return whether `fuse` makes one of weights; their parts aren't looked at."""
+    first, rows = tensors[0], [tensor.shape.out_features for tensor in tensors]
+    kinds = {(one.format, one.scheme, one.shape.in_features) for one in tensors}
+    if len(kinds) > 1 or first.format == MIXED_ROWS or not is_tileable(first):
+        return False
+    return not interleave or (rows[0] == rows[1] and rows[0] % RUN == 0)
+
+
 def fuse(
     tensors: Sequence[QuantizedTensor], dtype: torch.dtype, *, interleave: bool = False
 ) -> Fused | None:
@@ -61,12 +70,9 @@ def fuse(
 
     And of rows of unlike bits: each class is a weight of its own.
     """
+    if not are_fusible(tensors, interleave=interleave):
+        return None
     first, rows = tensors[0], [tensor.shape.out_features for tensor in tensors]
-    kinds = {(one.format, one.scheme, one.shape.in_features) for one in tensors}
-    if len(kinds) > 1 or first.format == MIXED_ROWS or not is_tileable(first):
-        return None
-    if interleave and (rows[0] != rows[1] or rows[0] % RUN != 0):
-        return None
     whole = planes_of(codec(first.format).cat(tensors, 0))
     if interleave:
         order = interleaved_order(rows[0]).to(first.parts[next(iter(first.parts))].device)

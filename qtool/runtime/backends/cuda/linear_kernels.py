@@ -88,7 +88,7 @@ def prepare(
     if keep_stored is None:
         wanted, device = wanted_kernel(), tensor.parts["bit_planes"].device
         card_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        keep_stored = wanted in STORED_KERNELS if wanted else _suits_tables(tensor, card_name)
+        keep_stored = wanted in STORED_KERNELS if wanted else suits_tables(tensor, card_name)
     return KernelWeight(
         scheme=tensor.scheme,
         shape=tensor.shape,
@@ -99,7 +99,7 @@ def prepare(
     )
 
 
-def _suits_tables(tensor: QuantizedTensor, card_name: str) -> bool:
+def suits_tables(tensor: QuantizedTensor, card_name: str) -> bool:
     """Return whether the kernel `lut` is the fastest for one token."""
     suits = selection_for(card_name).prefers_tables(tensor.scheme.num_bits, tensor.shape)
     return suits and lut.why_no_tables(tensor) is None
@@ -116,7 +116,7 @@ def kernel_for(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = F
         return "dequantize"
     if weight.tiles is None:
         return "sign_flip"
-    if tokens == 1 and not gated and weight.stored and _suits_tables(weight.stored, card.name):
+    if tokens == 1 and not gated and weight.stored and suits_tables(weight.stored, card.name):
         return "lut"
     row_tiles, units, *_ = weight.tiles.planes.shape
     room = planes.tuned_plan(row_tiles, units, tokens or 1, weight.layout, card=card)

@@ -13,7 +13,7 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.core.packing import unpack_bits
 from qtool.runtime.backends.cuda.centers import CENTERS
-from qtool.scheme import Shape2D
+from qtool.scheme import Shape2D, WeightScheme
 
 TILE_ROWS = 16
 UNIT = 256
@@ -22,6 +22,7 @@ BITS_AT_ONCE = 2**26
 """While they are packed, a bit takes up to 18 bytes."""
 WORDS = UNIT // 64
 """Words of a lane in a unit; each holds 64 inputs."""
+WORD_BYTES, HALF_BYTES = 4, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,21 @@ def pack(tensor: QuantizedTensor) -> Tiles:
     return Tiles(packed[0] if len(packed) == 1 else torch.cat(packed), _pack_parameters(tensor))
 
 
+def packed_bytes(scheme: WeightScheme, shape: Shape2D) -> int:
+    """Return what `pack` takes, from scheme and shape alone."""
+    row_tiles, units = -(-shape.out_features // TILE_ROWS), -(-shape.in_features // UNIT)
+    planes = row_tiles * units * scheme.num_bits * LANES * WORDS * WORD_BYTES
+    parameters = scheme.num_bits + (not scheme.symmetric)
+    return planes + row_tiles * TILE_ROWS * _num_groups(scheme, shape) * parameters * HALF_BYTES
+
+
+def _num_groups(scheme: WeightScheme, shape: Shape2D) -> int:
+    """Return how many groups of a row are packed: all that the units have."""
+    inputs = shape.in_features
+    size = scheme.group_size or inputs
+    return -(-(-(-inputs // UNIT) * UNIT) // size) if size < inputs else 1
+
+
 def _padded(bits: Tensor) -> Tensor:
     """Pad planes to whole tiles and units."""
     return torch.nn.functional.pad(bits, (0, -bits.shape[2] % UNIT, 0, -bits.shape[1] % TILE_ROWS))
@@ -54,12 +70,11 @@ def _padded(bits: Tensor) -> Tensor:
 
 def _pack_parameters(tensor: QuantizedTensor) -> Tensor:
     """Re-lay scales, then offsets or centers, each (out_features, num_groups), by tiles."""
-    rows, inputs = tensor.shape
+    rows = tensor.shape.out_features
     listed = list(tensor.parts["plane_scales"])
     if not tensor.scheme.symmetric:
         listed.append(tensor.parts.get("plane_offsets", tensor.parts.get(CENTERS)))
-    size, padded_inputs = tensor.scheme.group_size or inputs, -(-inputs // UNIT) * UNIT
-    groups = -(-padded_inputs // size) if size < inputs else 1
+    groups = _num_groups(tensor.scheme, tensor.shape)
     more = (0, groups - listed[0].shape[1], 0, -rows % TILE_ROWS)
     padded = torch.nn.functional.pad(torch.stack(listed), more)
     split = padded.unflatten(1, (-1, 2, 8))  # parameter, tile, r, g, group

@@ -1,0 +1,59 @@
+"""How many bytes the kernels' layouts take, from schemes and shapes alone."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qtool.base import QuantizedTensor
+from qtool.checkpoint.manifest import num_bytes
+from qtool.formats import affine, binary_coding, mixed_rows
+from qtool.runtime.backends.cuda import fusing, linear_kernels, tiles
+from qtool.scheme import Shape2D
+
+NUMBER = 4
+"""Bytes of where a row belongs."""
+
+
+def card_bytes(tensor: QuantizedTensor, card_name: str = "", *, keep_stored: bool = True) -> int:
+    """Return what `prepare_weight` holds of a weight.
+
+    Args:
+        tensor: Its parts aren't looked at, and may be missing.
+        card_name: That runs it; empty: the first one that was measured.
+        keep_stored: Stored parts are kept where a kernel reads them.
+    """
+    if tensor.format == mixed_rows.MIXED_ROWS:
+        classes = [_class(tensor, *each) for each in tensor.scheme.classes(tensor.shape)]
+        # both ways: where the rows of a class belong, and in which class a row is
+        numbers = 2 * NUMBER * tensor.shape.out_features
+        return numbers + sum(card_bytes(each, card_name, keep_stored=False) for each in classes)
+    planes = _of_planes(tensor)
+    stored = sum(map(num_bytes, binary_coding.CODEC.layout(planes.scheme, planes.shape).values()))
+    if not linear_kernels.is_tileable(planes):
+        return stored
+    doubled = keep_stored and linear_kernels.suits_tables(planes, card_name)
+    return tiles.packed_bytes(planes.scheme, planes.shape) + doubled * stored
+
+
+def fused_bytes(
+    tensors: Sequence[QuantizedTensor], card_name: str = "", *, interleave: bool = False
+) -> int | None:
+    """Return what weights that share an input take as one; None: they stay apart."""
+    if not fusing.are_fusible(tensors, interleave=interleave):
+        return None
+    rows = sum(each.shape.out_features for each in tensors)
+    whole = replace(tensors[0], shape=tensors[0].shape._replace(out_features=rows))
+    return card_bytes(whole, card_name, keep_stored=not interleave)
+
+
+def _class(tensor: QuantizedTensor, num_bits: int, count: int) -> QuantizedTensor:
+    scheme = replace(tensor.scheme, num_bits=num_bits, rows=())
+    shape = Shape2D(count, tensor.shape.in_features)
+    return QuantizedTensor(binary_coding.BINARY_CODING, scheme, shape, {})
+
+
+def _of_planes(tensor: QuantizedTensor) -> QuantizedTensor:
+    """Return a weight as `planes_of` does, without parts: one that was affine has centers."""
+    scheme = tensor.scheme
+    if tensor.format == affine.AFFINE:
+        scheme = replace(scheme, symmetric=False)
+    return replace(tensor, format=binary_coding.BINARY_CODING, scheme=scheme)
