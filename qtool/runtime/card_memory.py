@@ -19,7 +19,7 @@ from qtool.runtime.decode.read_model import FAMILIES
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears of the decoder that share an input; rows of the second kind alternate."""
-DTYPE = torch.float16
+ACTIVATIONS = torch.float16
 """Of activations, of the cache, and of what isn't quantized."""
 
 
@@ -41,9 +41,9 @@ def card_memory(reader: CheckpointReader, config: Any) -> CardMemory:  # noqa: A
     """
     layers = reader.manifest.layers
     plain = (reader.spec(name) for name in reader.names() if name not in layers)
-    weights = sum(prod(spec.shape) * DTYPE.itemsize for spec in plain)
+    weights = sum(prod(spec.shape) * ACTIVATIONS.itemsize for spec in plain)
     weights += sum(_layer_bytes(layers, fuses=config.model_type in FAMILIES))
-    return CardMemory(weights, cache_bytes(config.get_text_config(), DTYPE))
+    return CardMemory(weights, cache_bytes(config.get_text_config(), ACTIVATIONS))
 
 
 def _layer_bytes(layers: Mapping[str, LayerEntry], *, fuses: bool) -> Iterator[int]:

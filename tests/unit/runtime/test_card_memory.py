@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,10 +63,16 @@ def test_a_weight_that_tables_run_is_there_twice(monkeypatch):
     assert room.card_bytes(tensor, keep_stored=False) == tiles.packed_bytes(scheme, shape)
 
 
-@pytest.mark.parametrize("which", ["checkpoint", "mixed_tables"])
+def test_memory_of_a_checkpoint_is_what_the_decoder_reads(checkpoint):
+    check_memory(checkpoint)
+
+
+def test_memory_of_rows_of_unlike_bits_is_what_the_decoder_reads(mixed_tables):
+    check_memory(mixed_tables)
+
+
 @torch.no_grad()
-def test_memory_of_a_checkpoint_is_what_the_decoder_reads(which, request):
-    directory = request.getfixturevalue(which)
+def check_memory(directory):
     model = load_model(Location(directory), device=torch.device("cpu"), dtype=torch.float16).model
     weights = weights_of(model, backend=cuda.BACKEND)
     rotary = tensors_in(weights.inverse_frequencies)

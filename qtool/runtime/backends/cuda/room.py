@@ -9,8 +9,8 @@ from qtool.formats import affine, binary_coding, mixed_rows
 from qtool.runtime.backends.cuda import fusing, linear_kernels, tiles
 from qtool.scheme import Shape2D
 
-NUMBER = 4
-"""Bytes of where a row belongs."""
+ROW_NUMBERS = 8
+"""Bytes per row: where the rows of a class belong, and in which class a row is."""
 
 
 def card_bytes(tensor: QuantizedTensor, card_name: str = "", *, keep_stored: bool = True) -> int:
@@ -23,8 +23,7 @@ def card_bytes(tensor: QuantizedTensor, card_name: str = "", *, keep_stored: boo
     """
     if tensor.format == mixed_rows.MIXED_ROWS:
         classes = [_class(tensor, *each) for each in tensor.scheme.classes(tensor.shape)]
-        # both ways: where the rows of a class belong, and in which class a row is
-        numbers = 2 * NUMBER * tensor.shape.out_features
+        numbers = ROW_NUMBERS * tensor.shape.out_features
         return numbers + sum(card_bytes(each, card_name, keep_stored=False) for each in classes)
     planes = _of_planes(tensor)
     stored = sum(map(num_bytes, binary_coding.CODEC.layout(planes.scheme, planes.shape).values()))
