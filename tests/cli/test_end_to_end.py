@@ -178,6 +178,23 @@ def test_json_to_stdout_is_nothing_but_json(cli: Cli, checkpoint):
     assert manifest["average_bits"] == pytest.approx(4 + 20 / 32)
 
 
+def test_classes_of_rows_are_listed_and_add_up(cli: Cli, mixed_tables):
+    done = cli("inspect", mixed_tables, "--layers")
+    assert done.code == 0, done.err
+    assert "mixed_rows 8/5/4/3/2/1 bit" in done.out
+    assert "Rows of model.embed_tokens" in done.out
+    shared = "as model.embed_tokens" in done.out
+    assert ("Rows of lm_head" in done.out) == (not shared)
+    assert re.search(r"all\W+96\W+6,144\W+3,684\W+4\.80", done.out), "the bytes of its parts"
+    assert "keys and values there, per 1,000 tokens" in done.out
+
+
+def test_memory_on_a_card_is_in_the_json(cli: Cli, checkpoint):
+    memory = json.loads(cli("inspect", checkpoint, "--json", "-").out)["on_a_card"]
+    assert memory["cache_bytes_per_token"] == 256
+    assert memory["weight_bytes"] > 0
+
+
 def test_json_to_a_file_leaves_the_table_on_stdout(cli: Cli, checkpoint, tmp_path):
     done = cli("inspect", checkpoint, "--json", tmp_path / "m.json")
     assert "bits per weight" in done.out

@@ -89,7 +89,8 @@ def mixed_rows(
 ) -> NDArray[np.float64]:
     widths = sorted(int(name.rpartition("_w")[2]) for name in parts if "row_scales" in name)
     assert widths[-1] == num_bits
-    weight, classes = np.zeros((out, in_)), [[] for _ in widths]
+    weight = np.zeros((out, in_))
+    classes: list[list[int]] = [[] for _ in widths]
     for o in range(out):
         number = 0
         for plane in parts.get("row_classes", []):

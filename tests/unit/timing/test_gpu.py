@@ -8,6 +8,7 @@ from qtool.errors import BackendError, MissingExtraError, OutputError, UnknownNa
 from qtool.modeling.locate import Location, locate
 from qtool.plugins import check_name
 from qtool.report.roofline import check_plot, draw_roofline, series
+from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.runtime.backends.cuda.selection import KERNELS
 from qtool.runtime.decode.torch_ops import TorchOps
 from qtool.scheme import WeightScheme
@@ -139,7 +140,8 @@ def test_layers_are_as_stored_for_kernels_that_read_them_so(checkpoint):
         ("gate_proj", 4, (96, 64)),
         ("down_proj", 2, (64, 96)),
     ]
-    assert work.layers[0].load().stored is not None
+    weight = work.layers[0].load()
+    assert isinstance(weight, KernelWeight) and weight.stored is not None
     assert len(work.models) == 1
 
 
