@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from qtool.plugins import describe_miss
+from qtool.recipe.rows import RowsSection
 from qtool.recipe.tuning import TuningSection
 from qtool.recipe.values import (
     MOST_LENGTH,
@@ -207,6 +208,16 @@ class TableSection(Section):
     method: Name = "rtn"
     scheme: SchemeSection = SchemeSection(num_bits=8, group_size=64)
     options: Mapping[str, Any] = {}
+    rows: RowsSection | None = None
+    """Bits by the frequency of tokens, in place of the scheme's; absent: all rows have these."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is absent: recipes in older checkpoints don't have it."""
+        values: dict[str, Any] = handler(self)
+        if self.rows is None:
+            values.pop("rows", None)
+        return values
 
 
 class Recipe(Section):

@@ -1,0 +1,212 @@
+"""What the original says of its embedding and its head: one pass over calibration samples.
+
+To second order, the divergence that a change dW of the head makes is half the variance of dW h
+under the predicted probabilities p; with errors of rows that are independent and centred that is
+
+    1/2 sum over rows v of  mean over tokens t of  p_tv (1 - p_tv) (dw_v^T h_t)^2
+
+and p is taken apart from h: a number per row times dw_v^T H dw_v. A row of the embedding counts as
+often as its token comes. Where the two are one table, both uses are brought to one unit, nats per
+token, by what is measured when a rounded table is used in one place only.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from qtool.base import CausalModel, Progress
+from qtool.checkpoint.spool import Made
+from qtool.checkpoint.writer import CheckpointWriter
+from qtool.core import hessian
+from qtool.data.calibration import batches
+from qtool.errors import MethodError
+from qtool.modeling.load import load_original
+from qtool.steps.plan import LayerPlan
+from qtool.steps.run import Run
+from qtool.steps.solve_calibrated import round_to_nearest
+from qtool.training.divergence import divergence
+
+OF_TABLES = "statistics"
+"""Draft: what is measured here, under the name of the embedding."""
+TOKENS_AT_ONCE = 2048
+POSITIONS_AT_ONCE = 512
+"""Whose probabilities are in float32 at a time."""
+MOST_TOKENS_SEEN, TOKENS_PER_INPUT = 32768, 8
+"""As many tokens are run, or as many per input of the head, whichever is more."""
+PROBED_TOKENS, PROBED_BITS = 4096, 4
+"""Of the held-out samples, and of the rounded table, by which the uses of a table are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableStatistics:
+    """How much rows of the embedding and of the head matter."""
+
+    frequency: Tensor
+    """(vocabulary,) float32 of each token, summing to one: half what is counted in all samples, half
+    what the model expects, which is not zero for tokens that no sample has."""
+    uncertainty: Tensor
+    """(vocabulary,) float32: mean of p (1 - p)."""
+    hessian: Tensor
+    """(in_features, in_features) float32: mean of h h^T of the head's inputs h."""
+    of_embedding: float
+    """Divergence, in nats per token, per frequency and squared error of the rows of the embedding;
+    0 where the head has a table of its own."""
+    of_head: float
+    """The same per uncertainty and squared error under the Hessian of the rows of the head."""
+
+    def table_hessian(self) -> Tensor:
+        """Return under what a row of the head is solved, (in_features, in_features) float32.
+
+        In a tied table the embedding's use adds a multiple of the identity.
+        """
+        share = self.of_embedding * float(self.frequency.sum())
+        share /= max(self.of_head * float(self.uncertainty.sum()), 1e-30)
+        return self.hessian + share * torch.eye(len(self.hessian))
+
+
+def measure_tables_once(run: Run, writer: CheckpointWriter) -> TableStatistics:
+    """Return the statistics of a model's tables, kept from an earlier run.
+
+    Raises:
+        MethodError: the head doesn't see every token once, or its inputs aren't finite.
+    """
+    name = run.source.adapter.embedding
+    writer.once(name, partial(_measured, run), draft=OF_TABLES)
+    found, notes = writer.tensors(name, draft=OF_TABLES), writer.notes(name, draft=OF_TABLES)
+    return TableStatistics(**found, **notes)
+
+
+def _measured(run: Run) -> Made:
+    calibration, section, env = run.calibration, run.recipe.calibration, run.env
+    assert calibration is not None and section is not None
+    env.emit(Progress("loading the original"))
+    model = load_original(run.source.directory, env.device).requires_grad_(requires_grad=False)
+    head = model.get_output_embeddings()
+    least = TOKENS_PER_INPUT * head.weight.shape[1]
+    seen = batches(_some(calibration.samples, max(MOST_TOKENS_SEEN, least)), TOKENS_AT_ONCE)
+
+    def report(done: int) -> None:
+        env.emit(Progress("measuring embedding and head", done, len(seen)))
+
+    sums = _Sums(*head.weight.shape, model.device)
+    with _inputs_of(head) as inputs:
+        for done, tokens in enumerate(seen, start=1):
+            sums.add(_logits(model, tokens), inputs.pop().flatten(0, -2))
+            report(done)
+    tensors = sums.means(_counts(calibration.samples, len(head.weight)))
+    notes = {"of_embedding": 0.0, "of_head": 1.0}
+    if run.plan.tied_head is not None:
+        held_out = calibration.split(section.holdout)[1]
+        probes = batches(_some(held_out.samples, PROBED_TOKENS), TOKENS_AT_ONCE)
+        notes = _probed(model, _rounded(run, model), tensors, probes)
+    return Made({name: values.cpu() for name, values in tensors.items()}, notes)
+
+
+def _some(samples: Sequence[Tensor], num_tokens: int) -> Sequence[Tensor]:
+    """Return evenly spaced samples with about that many tokens, at least one."""
+    total = sum(map(len, samples))
+    return samples[:: max(1, round(total / num_tokens))]
+
+
+def _counts(samples: Sequence[Tensor], vocabulary: int) -> Tensor:
+    return sum(torch.bincount(sample, minlength=vocabulary) for sample in samples)  # type: ignore[return-value]
+
+
+@contextmanager
+def _inputs_of(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what a module gets, as long as the block runs."""
+    inputs: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def _logits(model: CausalModel, tokens: Tensor) -> Tensor:
+    """Return (tokens, vocabulary) in the model's dtype."""
+    logits: Tensor = model(tokens.to(model.device), use_cache=False).logits
+    return logits.flatten(0, 1)
+
+
+class _Sums:
+    """Sums over tokens of what the head gets and gives."""
+
+    def __init__(self, vocabulary: int, width: int, device: torch.device) -> None:
+        self._expected = torch.zeros(vocabulary, dtype=torch.float64, device=device)
+        self._uncertain = torch.zeros_like(self._expected)
+        self._hessian = torch.zeros(width, width, device=device)
+        self._num_tokens = 0
+
+    def add(self, logits: Tensor, inputs: Tensor) -> None:
+        if len(logits) != len(inputs):
+            raise MethodError(
+                f"The head sees {len(inputs)} tokens where the model predicts {len(logits)}. Quantize "
+                "it with a method that takes no data, such as rtn, and without rows."
+            )
+        hessian.accumulate(self._hessian, inputs, inputs)
+        self._num_tokens += len(inputs)
+        for part in logits.split(POSITIONS_AT_ONCE):
+            chances = part.float().softmax(-1)
+            self._expected += chances.sum(0)
+            self._uncertain += (chances * (1 - chances)).sum(0)
+
+    def means(self, counts: Tensor) -> dict[str, Tensor]:
+        if not bool(torch.isfinite(self._hessian).all() & torch.isfinite(self._expected).all()):
+            raise MethodError(
+                "What the head gets or predicts holds NaN or infinity: the model is damaged, or "
+                "leaves the range of its dtype. Quantize the table without calibration data."
+            )
+        expected = self._expected / self._num_tokens
+        found = counts.to(expected) / counts.sum()
+        return {
+            "frequency": ((expected + found) / 2).float(),
+            "uncertainty": (self._uncertain / self._num_tokens).float(),
+            "hessian": self._hessian / self._num_tokens,
+        }
+
+
+def _rounded(run: Run, model: CausalModel) -> Tensor:
+    """Return the table rounded to a few bits, in the dtype of the model."""
+    name = run.source.adapter.embedding
+    (layer,) = (layer for layer in run.plan.layers if layer.name == name)
+    uniform = replace(layer.scheme, num_bits=PROBED_BITS, rows=())
+    weight = model.get_input_embeddings().weight
+    probe: LayerPlan = replace(layer, scheme=uniform)
+    return round_to_nearest(probe, weight.float()).to(weight.dtype)
+
+
+def _probed(
+    model: CausalModel, rounded: Tensor, tensors: Mapping[str, Tensor], probes: Sequence[Tensor]
+) -> dict[str, float]:
+    """Use a rounded table in one place, then in the other; return nats per unit of loss of each."""
+    error = (rounded.float() - model.get_input_embeddings().weight.float())
+    squared = error.square().sum(1)
+    under = ((error @ tensors["hessian"]) * error).sum(1)
+    units = {
+        "of_embedding": (model.get_input_embeddings(), tensors["frequency"] @ squared),
+        "of_head": (model.get_output_embeddings(), tensors["uncertainty"] @ under),
+    }
+    totals = dict.fromkeys(units, 0.0)
+    num_tokens = sum(tokens.numel() for tokens in probes)
+    for tokens in probes:
+        wanted = _logits(model, tokens)
+        for use, (module, _) in units.items():
+            found = _with_weight(module, rounded, partial(_logits, model, tokens))
+            totals[use] += tokens.numel() / num_tokens * float(divergence(found, wanted))
+    return {use: totals[use] / max(float(unit), 1e-30) for use, (_, unit) in units.items()}
+
+
+def _with_weight(module: nn.Module, weight: Tensor, run: Callable[[], Tensor]) -> Tensor:
+    """Return what `run` gives while one module, and none that it is tied to, has another weight."""
+    own = module.weight
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    try:
+        return run()
+    finally:
+        module.weight = own
