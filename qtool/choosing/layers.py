@@ -2,7 +2,7 @@
 
 Prices add up over layers (to second order the divergence does, but for what the errors of two
 layers have in common), so this is a knapsack with one choice per group of layers (MCKP). It is
-solved to optimality by HiGHS, through `scipy.optimize.milp`, and the same input has the same answer.
+solved to optimality by HiGHS, through `scipy.optimize.milp`; the same input has the same answer.
 """
 
 from collections.abc import Mapping, Sequence

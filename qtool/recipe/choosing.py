@@ -1,4 +1,4 @@
-"""The section `choosing` of a recipe: which layer gets how many bits, under a budget. Torch-free."""
+"""The section `choosing` of a recipe: who gets how many bits, under a budget. Torch-free."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -22,13 +22,13 @@ class ChoosingSection(Section):
     average_bits: Annotated[Number, Field(gt=0, le=MOST_BITS)]
     """Stored bits per weight that the layers may have on average, scales and offsets counted."""
     counts: Literal["blocks", "strict"] = "blocks"
-    """Of which weights: the linears of the blocks that are quantized; or the whole model, embedding,
-    head and norms, all bytes by all values."""
+    """Whose bits: of the linears of the blocks; or of the whole model, that is all bytes, embedding,
+    head and norms among them, by all values."""
     choices: tuple[Choice, ...] = (2, 3, 4)
     """For each layer of the blocks: bits, keys of `weights.scheme` that differ, or `skip`."""
     tables: tuple[Choice, ...] = (3, 4, 6, 8)
-    """For an embedding or head that the recipe quantizes, where `counts` is `strict`: likewise, over
-    its own scheme. Empty: it has the bits that the recipe says."""
+    """Likewise for an embedding or head that the recipe quantizes, over the scheme of its section,
+    where `counts` is `strict`; empty: it has the bits that the recipe says."""
     price: Price = "gradient"
     """What a choice costs: the divergence that gradients foretell, or the Hessian's error."""
     tokens: Annotated[WholeNumber, Field(ge=16, le=MOST_LENGTH)] = 16384

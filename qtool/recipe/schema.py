@@ -225,3 +225,11 @@ def resolve(weights: WeightsSection, layer: str) -> WeightsSection | None:
             choose=ChooseSection() if "group_dim" in override.scheme else weights.choose,
         )
     return weights
+
+
+def fixes_scheme(weights: WeightsSection, layer: str) -> bool:
+    """Return whether an override says itself what a layer's scheme is, so that none is chosen."""
+    for override in weights.overrides:
+        if fnmatchcase(layer, override.match):
+            return override.skip or bool(override.scheme)
+    return False

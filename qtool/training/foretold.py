@@ -8,8 +8,8 @@ over the tokens of a sample, with inputs x and gradients g of the outputs, so th
 
     KL per token = E[<G, E>^2] / (2 tokens per sample).
 
-No direction is left out, errors of all tokens of a sample add up with their signs, and any number of
-errors is weighed in one pass.
+No direction is left out, errors of all tokens of a sample add up with their signs, and one pass
+weighs any number of errors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -136,7 +136,7 @@ class _Products:
         self._found.clear()
         self._samples = samples
 
-    def keep(  # noqa: PLR0913 - the first three are of the layer
+    def keep(
         self,
         name: str,
         errors: Callable[[], Sequence[Tensor]],
@@ -146,8 +146,9 @@ class _Products:
     ) -> None:
         """Add what a module has seen; some models give their linears all samples in one."""
         by_sample = gradients.float().reshape(self._samples, -1, gradients.shape[-1])
-        same = (self._samples, by_sample.shape[1])
-        products = weigh(errors(), inputs.reshape(*same, *inputs.shape[gradients.dim() - 1 :]), by_sample)
+        features = inputs.shape[gradients.dim() - 1 :]  # none where the inputs are tokens
+        inputs = inputs.reshape(*by_sample.shape[:2], *features)
+        products = weigh(errors(), inputs, by_sample)
         self._found[name] = self._found[name] + products if name in self._found else products
 
     def of(self, name: str) -> Tensor:
