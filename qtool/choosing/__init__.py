@@ -1,1 +1,1 @@
-"""Who gets how many bits: plan, costs and a budget in, a plan out."""
+"""Who gets how many bits, under one budget."""

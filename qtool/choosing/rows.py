@@ -56,7 +56,7 @@ def average_of_clusters(clusters: int, ratio: float, min_bits: int = 1) -> float
     return sum(map(float.__mul__, map(float, widths), shares)) / sum(shares)
 
 
-def allocate(losses: Tensor, costs: Sequence[float], budget: float, lowest: Tensor) -> Tensor:
+def share_bits(losses: Tensor, costs: Sequence[float], budget: float, lowest: Tensor) -> Tensor:
     """Return the choice of each row that makes the sum of losses least under a budget.
 
     Exact where it spends the whole budget; where the next step doesn't fit, exact for what it

@@ -10,6 +10,7 @@ from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
 from qtool.checkpoint.place import Place, check_free_space, find_place
 from qtool.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
+from qtool.choosing.choose import Allocation, check_choices, choose
 from qtool.data.calibration import CalibrationSet
 from qtool.data.calibration_files import load_calibration
 from qtool.modeling.device import default_device
@@ -74,6 +75,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and four switches
     source = open_source(model)
     check_apart(place.out_dir, source.directory, _inputs(recipe, calib_dir))
     layer_plan = make_plan(source, recipe)
+    check_choices(source, recipe, layer_plan)
     _check_room(place, layer_plan)
     _warn_of_few_bits(layer_plan, recipe, emit)
     samples = _samples(source, recipe, calib_dir, emit)
@@ -98,10 +100,13 @@ def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:
             writer.publish()
         if writer.is_sealed or writer.has_ended:
             return result_of(place)
+        allocation = choose(run, writer)
+        if allocation is not None:
+            run = replace(run, plan=allocation.plan)
         solved = solve(run, writer)
         curves = settle(run, writer, solved)
         run.env.emit(Progress("assembling the result"))
-        return write_result(run, solved, curves, writer, started)
+        return write_result(run, solved, curves, writer, started, allocation)
 
 
 def _inputs(recipe: Recipe, calib_dir: Path | None) -> list[Path]:

@@ -1,6 +1,5 @@
 """Plan a run without reading a weight: which layers, which scheme, how many bytes."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -20,12 +19,10 @@ from qtool.modeling.source import ModelSource
 from qtool.recipe.load import rule
 from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
 from qtool.scheme import GroupDim, Shape2D, WeightScheme
-from qtool.wording import list_names, quoted
+from qtool.steps.beside import beside_linears, check_rest
+from qtool.wording import quoted
 
 Role = Literal["block", "embedding", "head"]
-MOST_LEFT = 0.1
-"""More of the blocks' weights than this doesn't stay unquantized unless a recipe says so."""
-TO_NAME = 0.01
 _validator = cache(TypeAdapter)
 """Of a method's options: it takes milliseconds to make, and every layer asks for one."""
 
@@ -114,7 +111,8 @@ def with_samples(recipe: Recipe) -> Recipe:
     overridden = (override.method for override in recipe.weights.overrides)
     names = {recipe.weights.method, *(name for name in overridden if name is not None)}
     methods = [load_method(name) for name in sorted(names)]
-    wanted = recipe.tuning.is_on or any(method.needs | method.uses for method in methods)
+    learns = recipe.tuning.is_on or recipe.choosing is not None
+    wanted = learns or any(method.needs | method.uses for method in methods)
     if recipe.calibration is not None or not wanted:
         return recipe
     return recipe.model_copy(update={"calibration": CalibrationSection()})
@@ -140,6 +138,11 @@ def check_request(
         raise RecipeError(
             "tuning needs calibration data to learn from. Give the recipe a section 'calibration', "
             "or leave out --no-calibration."
+        )
+    if recipe.calibration is None and recipe.choosing is not None:
+        raise RecipeError(
+            "choosing needs calibration data to tell what bits are worth. Give the recipe a "
+            "section 'calibration', or leave out --no-calibration."
         )
     blocks = ((name, "block", resolve(recipe.weights, name)) for name in linears)
     tables = (
@@ -186,13 +189,22 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
         UnknownNameError: there is no such method.
         ModelError: much of the blocks can't be quantized, or a stored name is in the way.
     """
-    rest = _beside_linears(source)
+    rest = beside_linears(source)
     check_request(recipe, source.adapter, tuple(source.block_linears()), tuple(rest))
-    _check_rest(source, recipe, rest)
+    check_rest(source, recipe, rest)
     layers = tuple(_layers(source, recipe))
     if not layers:
         raise RecipeError("The recipe skips every layer: nothing is left to quantize.")
-    tied = source.head_is_tied and recipe.embedding is not None
+    return plan_of(source, layers)
+
+
+def plan_of(source: ModelSource, layers: tuple[LayerPlan, ...]) -> Plan:
+    """Return the plan that quantizes these layers, and copies all else.
+
+    Raises:
+        ModelError: a stored name is in the way.
+    """
+    tied = source.head_is_tied and any(layer.role == "embedding" for layer in layers)
     head = source.adapter.head
     replaced = [layer.name for layer in layers] + ([head] if tied else [])
     stored = {source.stored_name(f"{name}.weight") for name in replaced}
@@ -202,43 +214,15 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
         layers=layers,
         tied_head=head if tied else None,
         kept=kept,
-        kept_bytes=sum(_stored_bytes(source, name) for name in kept),
-        source_bytes=sum(_stored_bytes(source, name) for name in source.names()),
+        kept_bytes=sum(stored_bytes(source, name) for name in kept),
+        source_bytes=sum(stored_bytes(source, name) for name in source.names()),
     )
 
 
-def _stored_bytes(source: ModelSource, name: str) -> int:
+def stored_bytes(source: ModelSource, name: str) -> int:
+    """Return what a tensor of the original takes, by its full name."""
     spec = source.spec(name)
     return prod(spec.shape) * item_bytes(spec.dtype)
-
-
-def _beside_linears(source: ModelSource) -> Mapping[str, int]:
-    """Return what else the blocks are made of: number of values by name, without `.weight`."""
-    linears = {source.stored_name(f"{name}.weight") for name in source.block_linears()}
-    return {
-        name.removesuffix(".weight"): prod(source.spec(name).shape)
-        for name in source.block_tensors()
-        if source.stored_name(name) not in linears
-    }
-
-
-def _check_rest(source: ModelSource, recipe: Recipe, rest: Mapping[str, int]) -> None:
-    """Check that what stays as it is without being asked for is little: norms and biases."""
-    linears = sum(prod(source.weight_shape(name)) for name in source.block_linears())
-    total = linears + sum(rest.values())
-    left: Counter[str] = Counter()
-    for name, size in rest.items():
-        if resolve(recipe.weights, name) is not None:
-            left[name.removeprefix(source.adapter.blocks + ".").partition(".")[2]] += size
-    if left.total() <= MOST_LEFT * total:
-        return
-    sizes = left.most_common()
-    names = [name for name, size in sizes if size > TO_NAME * total or name == sizes[0][0]]
-    raise ModelError(
-        f"{left.total() / total:.0%} of the weights of the blocks would stay as they are: qtool "
-        f"doesn't quantize {list_names(names)}. If that is what you want, say so for each in "
-        f"weights.overrides: {{match: '*.{names[0]}', skip: true}}."
-    )
 
 
 def _check_names(source: ModelSource, layers: tuple[LayerPlan, ...], kept: tuple[str, ...]) -> None:

@@ -177,7 +177,7 @@ def _solved(run: Run, layer: LayerPlan, walk: Walk | None) -> Made:
         weight = run.source.read_weight(layer.name).to(env.device)
         _check_finite(layer.name, weight)
         if statistics is None or section is None:
-            solution = _solve_alone(layer, weight, env)
+            solution = solve_alone(layer, weight, env)
         else:
             solution = solve_calibrated(layer, weight, statistics, section, env)
         tensor = solution.tensor
@@ -193,7 +193,8 @@ def _solved(run: Run, layer: LayerPlan, walk: Walk | None) -> Made:
     return Made(tensor, notes)
 
 
-def _solve_alone(layer: LayerPlan, weight: Tensor, env: Env) -> LayerSolution:
+def solve_alone(layer: LayerPlan, weight: Tensor, env: Env) -> LayerSolution:
+    """Quantize one weight, (out_features, in_features) float32, without data."""
     generator = torch.Generator(env.device).manual_seed(env.seed)
     problem = LayerProblem(name=layer.name, weight=weight, scheme=layer.scheme, generator=generator)
     return load_method(layer.method).solve(problem, layer.options)
