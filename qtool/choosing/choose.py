@@ -119,7 +119,7 @@ def choose(run: Run, writer: CheckpointWriter | None = None) -> Allocation | Non
     return _explained(run, layers, priced, budget, chosen, seconds)
 
 
-def _explained(  # noqa: PLR0913 - all that is known
+def _explained(
     run: Run,
     layers: Sequence[OpenLayer],
     priced: Sequence[PricedLayer],

@@ -19,7 +19,7 @@ from qtool.modeling.load import load_original
 from qtool.modeling.source import ModelSource
 from qtool.steps.plan import LayerPlan, load_method
 from qtool.steps.run import Run
-from qtool.steps.solve import solve_alone
+from qtool.steps.solve_table import solve_alone
 from qtool.training.foretold import foretold_divergences
 
 SAMPLE_TOKENS = 256

@@ -12,19 +12,7 @@ import torch
 from torch import Tensor
 
 from qtool.errors import RecipeError
-
-
-def cluster_sizes(num_rows: int, clusters: int, ratio: float) -> list[int]:
-    """Return how many rows each cluster has: each `ratio` times as many as the one before.
-
-    Rounded, and what remains in the last.
-    """
-    shares = [ratio**index for index in range(clusters)]
-    sizes: list[int] = []
-    for share in shares[:-1]:
-        wanted = round(num_rows * share / sum(shares))
-        sizes.append(min(wanted, num_rows - sum(sizes)))
-    return [*sizes, num_rows - sum(sizes)]
+from qtool.recipe.rows import cluster_sizes
 
 
 def cluster_widths(
@@ -47,13 +35,6 @@ def cluster_widths(
     bits = torch.empty(len(frequency), dtype=torch.uint8)
     bits[order.cpu()] = widths.repeat_interleave(torch.tensor(sizes))
     return bits
-
-
-def average_of_clusters(clusters: int, ratio: float, min_bits: int = 1) -> float:
-    """Return the average of the paper's rule for many rows: sum (b - i) r^i / sum r^i."""
-    shares = [ratio**index for index in range(clusters)]
-    widths = range(min_bits + clusters - 1, min_bits - 1, -1)
-    return sum(map(float.__mul__, map(float, widths), shares)) / sum(shares)
 
 
 def share_bits(losses: Tensor, costs: Sequence[float], budget: float, lowest: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
 from qtool.checkpoint.place import Place, check_free_space, find_place
 from qtool.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
-from qtool.choosing.choose import Allocation, check_choices, choose
+from qtool.choosing.choose import check_choices, choose
+from qtool.choosing.choose_rows import choose_rows
 from qtool.data.calibration import CalibrationSet
 from qtool.data.calibration_files import load_calibration
 from qtool.modeling.device import default_device
@@ -100,6 +101,7 @@ def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:
             writer.publish()
         if writer.is_sealed or writer.has_ended:
             return result_of(place)
+        run = choose_rows(run, writer)
         allocation = choose(run, writer)
         if allocation is not None:
             run = replace(run, plan=allocation.plan)

@@ -10,6 +10,19 @@ from qtool.scheme import MAX_BITS
 Width = Annotated[WholeNumber, Field(ge=1, le=MAX_BITS)]
 
 
+def cluster_sizes(num_rows: int, clusters: int, ratio: float) -> list[int]:
+    """Return how many rows each cluster has: each `ratio` times as many as the one before.
+
+    Rounded, and what remains in the last. Source: Extremely Low Bit Transformer, Algorithm 1.
+    """
+    shares = [ratio**index for index in range(clusters)]
+    sizes: list[int] = []
+    for share in shares[:-1]:
+        wanted = round(num_rows * share / sum(shares))
+        sizes.append(min(wanted, num_rows - sum(sizes)))
+    return [*sizes, num_rows - sum(sizes)]
+
+
 class RowsSection(Section):
     """How the rows of a table, which are tokens, share its bits."""
 
@@ -26,6 +39,20 @@ class RowsSection(Section):
     """Of any row; with rule `clusters` of the last cluster."""
     max_bits: Width = MAX_BITS
     """Of any row."""
+
+    def expected(self, num_rows: int) -> tuple[tuple[int, int], ...]:
+        """Return (bits, number of rows) by descending bits, as far as it is known without data.
+
+        With rule `loss` these are the two widths next to the average; what is chosen has that
+        average too, and takes a few percent more: scales of wide rows have more bits.
+        """
+        if self.average_bits is None:
+            widths = range(self.min_bits + self.clusters - 1, self.min_bits - 1, -1)
+            pairs = zip(widths, cluster_sizes(num_rows, self.clusters, self.ratio), strict=True)
+            return tuple((bits, count) for bits, count in pairs if count)
+        low = int(self.average_bits)
+        high = int((self.average_bits - low) * num_rows)
+        return tuple(pair for pair in ((low + 1, high), (low, num_rows - high)) if pair[1])
 
     @model_validator(mode="after")
     def _check_bits(self) -> "RowsSection":

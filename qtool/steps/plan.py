@@ -20,6 +20,7 @@ from qtool.recipe.load import rule
 from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
 from qtool.scheme import GroupDim, Shape2D, WeightScheme
 from qtool.steps.beside import beside_linears, check_rest
+from qtool.steps.table_rows import check_rows, expected_scheme, parts_of
 from qtool.wording import quoted
 
 Role = Literal["block", "embedding", "head"]
@@ -41,6 +42,8 @@ class LayerPlan:
     num_bytes: int
     choose_group_dim: tuple[GroupDim, ...] = ()
     """Group dimensions to choose from by held-out error; empty: the scheme's."""
+    row_bits: bytes = b""
+    """Bits of each row, a byte each, once they are chosen; empty: all rows have the scheme's."""
 
     def alternatives(self) -> list["LayerPlan"]:
         """Return this plan with each scheme to choose from; the preferred one first."""
@@ -111,7 +114,8 @@ def with_samples(recipe: Recipe) -> Recipe:
     overridden = (override.method for override in recipe.weights.overrides)
     names = {recipe.weights.method, *(name for name in overridden if name is not None)}
     methods = [load_method(name) for name in sorted(names)]
-    learns = recipe.tuning.is_on or recipe.choosing is not None
+    counts = any(table is not None and table.rows for table in (recipe.embedding, recipe.head))
+    learns = recipe.tuning.is_on or recipe.choosing is not None or counts
     wanted = learns or any(method.needs | method.uses for method in methods)
     if recipe.calibration is not None or not wanted:
         return recipe
@@ -164,7 +168,9 @@ def _check_section(
             f"{method.num_bits.start} to {method.num_bits.stop - 1}.",
             layer=name,
         )
-    parse_options(section.method, method, section.options)
+    options = parse_options(section.method, method, section.options)
+    if isinstance(section, TableSection) and section.rows is not None:
+        check_rows(name, section, method, options, calibrated=calibrated)
     if method.needs and role != "block":
         raise RecipeError(
             f"{name}: '{section.method}' needs calibration data, and an {role} is "
@@ -229,7 +235,7 @@ def _check_names(source: ModelSource, layers: tuple[LayerPlan, ...], kept: tuple
     """Raise ModelError if a tensor that is copied has the name of a quantized layer or its part."""
     ours = {layer.name for layer in layers}
     for layer in layers:
-        parts = load_method(layer.method).layout(layer.scheme, layer.shape, layer.options)
+        parts = parts_of(load_method(layer.method), layer.scheme, layer.shape, layer.options)
         ours |= {f"{layer.name}.{part}" for part in parts}
     taken = [name for name in kept if name in ours]
     if taken:
@@ -271,6 +277,8 @@ def _plan_layer(
     method = load_method(section.method)
     scheme, shape = section.scheme.to_scheme(), source.weight_shape(name)
     options = parse_options(section.method, method, section.options)
+    if isinstance(section, TableSection) and section.rows is not None:
+        scheme = expected_scheme(section.rows, scheme, shape)
     return LayerPlan(
         name=name,
         role=role,
@@ -278,6 +286,6 @@ def _plan_layer(
         scheme=scheme,
         method=section.method,
         options=options,
-        num_bytes=sum(num_bytes(part) for part in method.layout(scheme, shape, options).values()),
+        num_bytes=sum(map(num_bytes, parts_of(method, scheme, shape, options).values())),
         choose_group_dim=section.choose.group_dim if isinstance(section, WeightsSection) else (),
     )

@@ -21,17 +21,17 @@ WEIGHTS_AT_ONCE = 2**25
 """Of a table that is solved under a Hessian: a solver holds several copies in float32."""
 
 
-def solve_table(
-    layer: LayerPlan, weight: Tensor, hessian: Tensor | None, env: Env
+def solve_alone(
+    layer: LayerPlan, weight: Tensor, env: Env, hessian: Tensor | None = None
 ) -> LayerSolution:
     """Quantize a weight whose inputs aren't walked to.
 
     Args:
         layer: What to do with it; with `row_bits`, each class of rows is solved by itself.
         weight: (out_features, in_features) float32.
+        env: Where it is computed.
         hessian: Under what its rows are to be near, (in_features, in_features) float32; None:
             each weight counts alike.
-        env: Where it is computed.
 
     Raises:
         SchemeError: the method can't do the scheme.
@@ -48,9 +48,7 @@ def solve_table(
     return _as_one(solutions, tensor, weight, hessian)
 
 
-def _solved(
-    layer: LayerPlan, weight: Tensor, hessian: Tensor | None, env: Env
-) -> LayerSolution:
+def _solved(layer: LayerPlan, weight: Tensor, hessian: Tensor | None, env: Env) -> LayerSolution:
     """Solve rows of one width, if need be in parts."""
     rows = max(1, WEIGHTS_AT_ONCE // weight.shape[1])
     is_one = hessian is None or layer.scheme.group_dim == "out_features"

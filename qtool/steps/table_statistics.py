@@ -25,7 +25,7 @@ from qtool.core import hessian
 from qtool.data.calibration import batches
 from qtool.errors import MethodError
 from qtool.modeling.load import load_original
-from qtool.steps.plan import LayerPlan
+from qtool.steps.plan import LayerPlan, load_method
 from qtool.steps.run import Run
 from qtool.steps.solve_calibrated import round_to_nearest
 from qtool.training.divergence import divergence
@@ -46,8 +46,8 @@ class TableStatistics:
     """How much rows of the embedding and of the head matter."""
 
     frequency: Tensor
-    """(vocabulary,) float32 of each token, summing to one: half what is counted in all samples, half
-    what the model expects, which is not zero for tokens that no sample has."""
+    """(vocabulary,) float32 of each token, summing to one: half what is counted in all samples,
+    half what the model expects, which is not zero for tokens that no sample has."""
     uncertainty: Tensor
     """(vocabulary,) float32: mean of p (1 - p)."""
     hessian: Tensor
@@ -58,23 +58,49 @@ class TableStatistics:
     of_head: float
     """The same per uncertainty and squared error under the Hessian of the rows of the head."""
 
-    def table_hessian(self) -> Tensor:
-        """Return under what a row of the head is solved, (in_features, in_features) float32.
 
-        In a tied table the embedding's use adds a multiple of the identity.
-        """
-        share = self.of_embedding * float(self.frequency.sum())
-        share /= max(self.of_head * float(self.uncertainty.sum()), 1e-30)
-        return self.hessian + share * torch.eye(len(self.hessian))
+def table_hessian(run: Run, layer: LayerPlan, found: TableStatistics) -> Tensor | None:
+    """Return under what the rows of a table are solved, (in_features, in_features) float32.
+
+    In a tied table the use as embedding adds a multiple of the identity to the head's Hessian.
+    None: all weights of a row count alike, because it is an embedding alone.
+    """
+    if layer.role == "head":
+        return found.hessian.to(run.env.device)
+    if run.plan.tied_head is None:
+        return None
+    as_head = found.of_head * float(found.uncertainty.sum())
+    share = found.of_embedding * float(found.frequency.sum()) / max(as_head, 1e-30)
+    return (found.hessian + share * torch.eye(len(found.hessian))).to(run.env.device)
 
 
-def measure_tables_once(run: Run, writer: CheckpointWriter) -> TableStatistics:
-    """Return the statistics of a model's tables, kept from an earlier run.
+def hessian_of(run: Run, writer: CheckpointWriter, layer: LayerPlan) -> Tensor | None:
+    """Return under what a layer beside the walk is solved; None: without data.
+
+    Raises:
+        MethodError: as `measure_tables`.
+    """
+    method = load_method(layer.method)
+    if run.calibration is None or "hessian" not in method.needs | method.uses:
+        return None
+    is_head = layer.role == "head" or (layer.role == "embedding" and run.plan.tied_head)
+    return table_hessian(run, layer, measure_tables(run, writer)) if is_head else None
+
+
+def measure_tables(run: Run, writer: CheckpointWriter | None) -> TableStatistics:
+    """Return the statistics of a model's tables.
+
+    Args:
+        run: Which model and samples, and where it is computed.
+        writer: Keeps them for a run that goes on; None: this is no such run.
 
     Raises:
         MethodError: the head doesn't see every token once, or its inputs aren't finite.
     """
     name = run.source.adapter.embedding
+    if writer is None:
+        made = _measured(run)
+        return TableStatistics(**made.tensors(name), **made.notes)
     writer.once(name, partial(_measured, run), draft=OF_TABLES)
     found, notes = writer.tensors(name, draft=OF_TABLES), writer.notes(name, draft=OF_TABLES)
     return TableStatistics(**found, **notes)
@@ -146,8 +172,8 @@ class _Sums:
     def add(self, logits: Tensor, inputs: Tensor) -> None:
         if len(logits) != len(inputs):
             raise MethodError(
-                f"The head sees {len(inputs)} tokens where the model predicts {len(logits)}. Quantize "
-                "it with a method that takes no data, such as rtn, and without rows."
+                f"The head sees {len(inputs)} tokens where the model predicts {len(logits)}. "
+                "Quantize it with a method that takes no data, such as rtn, and without rows."
             )
         hessian.accumulate(self._hessian, inputs, inputs)
         self._num_tokens += len(inputs)
@@ -185,7 +211,7 @@ def _probed(
     model: CausalModel, rounded: Tensor, tensors: Mapping[str, Tensor], probes: Sequence[Tensor]
 ) -> dict[str, float]:
     """Use a rounded table in one place, then in the other; return nats per unit of loss of each."""
-    error = (rounded.float() - model.get_input_embeddings().weight.float())
+    error = rounded.float() - model.get_input_embeddings().weight.float()
     squared = error.square().sum(1)
     under = ((error @ tensors["hessian"]) * error).sum(1)
     units = {
