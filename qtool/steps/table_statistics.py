@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,10 +101,14 @@ def measure_tables(run: Run, writer: CheckpointWriter | None) -> TableStatistics
     name = run.source.adapter.embedding
     if writer is None:
         made = _measured(run)
-        return TableStatistics(**made.tensors(name), **made.notes)
-    writer.once(name, partial(_measured, run), draft=OF_TABLES)
-    found, notes = writer.tensors(name, draft=OF_TABLES), writer.notes(name, draft=OF_TABLES)
-    return TableStatistics(**found, **notes)
+        return _read(made.tensors(name), made.notes)
+    notes = writer.once(name, partial(_measured, run), draft=OF_TABLES)
+    return _read(writer.tensors(name, draft=OF_TABLES), notes)
+
+
+def _read(tensors: Mapping[str, Tensor], notes: Mapping[str, float]) -> TableStatistics:
+    values: dict[str, Any] = {**tensors, **notes}
+    return TableStatistics(**values)
 
 
 def _measured(run: Run) -> Made:
@@ -118,12 +123,13 @@ def _measured(run: Run) -> Made:
     def report(done: int) -> None:
         env.emit(Progress("measuring embedding and head", done, len(seen)))
 
-    sums = _Sums(*head.weight.shape, model.device)
+    vocabulary, width = head.weight.shape
+    sums = _Sums(vocabulary, width, model.device)
     with _inputs_of(head) as inputs:
         for done, tokens in enumerate(seen, start=1):
             sums.add(_logits(model, tokens), inputs.pop().flatten(0, -2))
             report(done)
-    tensors = sums.means(_counts(calibration.samples, len(head.weight)))
+    tensors = sums.means(_counts(calibration.samples, vocabulary))
     notes = {"of_embedding": 0.0, "of_head": 1.0}
     if run.plan.tied_head is not None:
         held_out = calibration.split(section.holdout)[1]
