@@ -27,7 +27,7 @@ from qtool.storage.store import Store
 PRICES = "prices"
 """Draft, under the name of the list of blocks; and what the store calls them."""
 SECONDS = b"seconds"
-"""That they took; no layer's name."""
+"""That they took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def choose(run: Run, writer: CheckpointWriter | None = None) -> Allocation | Non
     return _explained(run, layers, priced, budget, chosen, seconds)
 
 
-def _explained(  # noqa: PLR0913 - all that is known
+def _explained(
     run: Run,
     layers: Sequence[OpenLayer],
     priced: Sequence[PricedLayer],
@@ -164,12 +164,12 @@ def _made(run: Run, section: ChoosingSection, layers: Sequence[OpenLayer]) -> Ma
     with Store() as store:
         digest = _digest(run, section, layers)
         memo = Memo(store, PRICES, digest, lambda message: run.env.emit(Notice(message)))
-        if not all(layer.name.encode() in memo for layer in layers):
+        if SECONDS not in memo:  # the last that is added
             started = time.perf_counter()
             for name, values in measure_prices(run, layers, section.tokens).items():
                 memo.add(name.encode(), values)
             memo.add(SECONDS, time.perf_counter() - started)
-        seconds = memo[SECONDS] if SECONDS in memo else 0.0
+        seconds = memo[SECONDS]
         flat = [price for layer in layers for price in memo[layer.name.encode()]]
     return Made(torch.tensor(flat, dtype=torch.float64), {"seconds": seconds})
 

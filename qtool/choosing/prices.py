@@ -85,11 +85,13 @@ def _solved(
     """Yield each layer's choices, packed, off the device; None: it isn't quantized."""
     for done, layer in enumerate(layers, start=1):
         weight = source.read_weight(layer.name).to(env.device)
-        yield layer.name, [plan and _solution(plan, weight, env) for plan in layer.plans]
+        yield layer.name, [_solution(plan, weight, env) for plan in layer.plans]
         env.emit(Progress(SOLVING, done, len(layers), layer.name))
 
 
-def _solution(plan: LayerPlan, weight: Tensor, env: Env) -> QuantizedTensor:
+def _solution(plan: LayerPlan | None, weight: Tensor, env: Env) -> QuantizedTensor | None:
+    if plan is None:
+        return None
     if load_method(plan.method).needs:
         plan = replace(plan, method=STAND_IN, options=load_method(STAND_IN).options())
     tensor = solve_alone(plan, weight, env).tensor

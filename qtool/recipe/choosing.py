@@ -22,8 +22,8 @@ class ChoosingSection(Section):
     average_bits: Annotated[Number, Field(gt=0, le=MOST_BITS)]
     """Stored bits per weight that the layers may have on average, scales and offsets counted."""
     counts: Literal["blocks", "strict"] = "blocks"
-    """Whose bits: of the linears of the blocks; or of the whole model, that is all bytes, embedding,
-    head and norms among them, by all values."""
+    """Whose bits: of the linears of the blocks; or of the whole model, that is all bytes, those of
+    embedding, head and norms too, by all values."""
     choices: tuple[Choice, ...] = (2, 3, 4)
     """For each layer of the blocks: bits, keys of `weights.scheme` that differ, or `skip`."""
     tables: tuple[Choice, ...] = (3, 4, 6, 8)
