@@ -126,7 +126,11 @@ def quantize(
             _first_guess(emit, where, chosen, device)
         from qtool import pipeline
 
-        places: dict[str, Any] = {"calib_dir": calibration, "overwrite": overwrite, "resume": resume}
+        places: dict[str, Any] = {
+            "calib_dir": calibration,
+            "overwrite": overwrite,
+            "resume": resume,
+        }
         if dry_run:
             found = pipeline.explain(where, chosen, calib_dir=calibration, emit=emit)
             plan = pipeline.plan(where, chosen) if found is None else found.plan

@@ -6,6 +6,7 @@ each size is solved by itself.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def sweep(  # noqa: PLR0913 - as quantize, with sizes
     failures: dict[str, str] = {}
     for number, (name, each) in enumerate(recipes.items(), start=1):
         emit(Progress(f"{name}, {number} of {len(recipes)}"))
-        try:
+        with _going_on(name, failures, emit):
             quantize(
                 model,
                 out_dir / name,
@@ -98,10 +99,6 @@ def sweep(  # noqa: PLR0913 - as quantize, with sizes
                 resume=resume,
                 emit=emit,
             )
-        except QtoolError as error:
-            failures[name] = str(error)
-            emit(Notice(f"{name}: {error}"))
-        free_memory()
     finished = [name for name in recipes if name not in failures]
     sizes = _measured(source, out_dir, finished, failures, emit)
     result = SweepResult(out_dir, sizes, failures)
@@ -140,6 +137,17 @@ def _look(out_dir: Path, names: Mapping[str, Recipe], *, overwrite: bool, resume
         out_dir.mkdir(parents=True, exist_ok=True)
 
 
+@contextmanager
+def _going_on(name: str, failures: dict[str, str], emit: Emit) -> Iterator[None]:
+    """Note and tell what fails at one size; the others go on."""
+    try:
+        yield
+    except QtoolError as error:
+        failures[name] = str(error)
+        emit(Notice(f"{name}: {error}"))
+    free_memory()
+
+
 def _measured(
     source: ModelSource,
     out_dir: Path,
@@ -159,13 +167,8 @@ def _measured(
         return ()
     text, found = checked_text(source, device), []
     for name in names:
-        try:
-            with failures_of_the_machine(str(device), out_dir):
-                found.append(_measure_size(out_dir / name, references, text, emit))
-        except QtoolError as error:
-            failures[name] = f"{name} is complete, but wasn't measured: {error}"
-            emit(Notice(failures[name]))
-        free_memory()
+        with _going_on(name, failures, emit), failures_of_the_machine(str(device), out_dir):
+            found.append(_measure_size(out_dir / name, references, text, emit))
     return with_front(found)
 
 

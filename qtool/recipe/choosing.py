@@ -13,7 +13,6 @@ MOST_BITS = 32
 MOST_CHOICES = 32
 Choice = int | Mapping[str, Any] | Literal["skip"]
 """A number of bits, keys of a scheme that differ, or: leave the layer in 16 bit."""
-Price = Literal["gradient", "hessian"]
 
 
 class ChoosingSection(Section):
@@ -29,8 +28,6 @@ class ChoosingSection(Section):
     tables: tuple[Choice, ...] = (3, 4, 6, 8)
     """Likewise for an embedding or head that the recipe quantizes, over the scheme of its section,
     where `counts` is `strict`; empty: it has the bits that the recipe says."""
-    price: Price = "gradient"
-    """What a choice costs: the divergence that gradients foretell, or the Hessian's error."""
     tokens: Annotated[WholeNumber, Field(ge=16, le=MOST_LENGTH)] = 16384
     """Of the calibration samples, that prices are measured on."""
 

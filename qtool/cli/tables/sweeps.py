@@ -11,8 +11,8 @@ from qtool.wording import gigabytes
 if TYPE_CHECKING:
     from qtool.pipeline import SweepResult
 
-COLUMNS = ["size", ">bits of blocks", ">strict bits", ">on disk", ">KL", ">KL, chats"]
-COLUMNS += [">perplexity", "front"]
+_COLUMNS = ["size", ">bits of blocks", ">strict bits", ">on disk", ">KL", ">KL, chats"]
+_COLUMNS += [">perplexity", "front"]
 
 
 def print_sweep(result: "SweepResult", json_file: Path | None) -> None:
@@ -35,7 +35,7 @@ def print_sweep(result: "SweepResult", json_file: Path | None) -> None:
             )
             for size in result.sizes
         ]
-        console.print_table(str(result.out_dir), COLUMNS, rows)
+        console.print_table(str(result.out_dir), _COLUMNS, rows)
         console.print_lines(
             ["KL: nats per token, to the original. *: nothing smaller is as close on the text."]
         )
