@@ -76,8 +76,6 @@ def test_the_budget_is_used_and_kept(llama, text_file, average):
 def test_linears_that_share_an_input_share_a_choice(llama, text_file):
     bits = bits_of(explain(llama, choosing(3.6, text_file)).plan)
     for block in range(2):
-        for group in (("qkv", "gate up"),):
-            pass
         attention = {bits[f"model.layers.{block}.self_attn.{name}_proj"] for name in "qkv"}
         mlp = {bits[f"model.layers.{block}.mlp.{name}_proj"] for name in ("gate", "up")}
         assert len(attention) == len(mlp) == 1
