@@ -9,7 +9,7 @@ from qtool.errors import RecipeError, SchemeError
 from qtool.modeling.source import ModelSource
 from qtool.recipe.choosing import Choice, ChoosingSection, scheme_changes
 from qtool.recipe.schema import Recipe, fixes_scheme
-from qtool.steps.plan import LayerPlan, Plan, load_method, plan_of, stored_bytes
+from qtool.steps.plan import LayerPlan, Plan, load_method, original_bytes, plan_of
 
 SHOWN = 1000
 """An average is shown in thousandths of a bit."""
@@ -84,7 +84,7 @@ def budget_of(
     else:
         kept = (name for name in counted if name not in planned)
         total = sum(planned.get(name, 0) for name in counted)
-        total += sum(stored_bytes(source, f"{name}.weight") for name in kept)
+        total += sum(original_bytes(source, f"{name}.weight") for name in kept)
         num_weights = sum(prod(source.weight_shape(name)) for name in counted)
     fixed = total - sum(planned[layer.name] for layer in layers)
     budget = Budget(num_weights, fixed, section.average_bits)
@@ -145,7 +145,7 @@ def _planned(layer: LayerPlan, choice: Choice) -> LayerPlan | None:
 def _bytes(
     source: ModelSource, layer: LayerPlan, plans: Sequence[LayerPlan | None]
 ) -> tuple[int, ...]:
-    as_it_is = stored_bytes(source, f"{layer.name}.weight")
+    as_it_is = original_bytes(source, f"{layer.name}.weight")
     return tuple(as_it_is if plan is None else plan.num_bytes for plan in plans)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,8 +26,8 @@ from qtool.storage.store import Store
 
 PRICES = "prices"
 """Draft, under the name of the list of blocks; and what the store calls them."""
-SECONDS = b"seconds"
-"""That they took; no layer's name."""
+TOOK = b"seconds"
+"""That they took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Allocation:
             "layers": [
                 {
                     "name": row.name,
-                    **({} if row.plan is None else asdict(row.plan.scheme)),
+                    **({} if row.plan is None else row.plan.scheme.to_json()),
                     "bytes": row.num_bytes,
                     "price": row.price,
                     "gain": row.margin.gain,
@@ -164,12 +164,12 @@ def _made(run: Run, section: ChoosingSection, layers: Sequence[OpenLayer]) -> Ma
     with Store() as store:
         digest = _digest(run, section, layers)
         memo = Memo(store, PRICES, digest, lambda message: run.env.emit(Notice(message)))
-        if not all(layer.name.encode() in memo for layer in layers):
+        if TOOK not in memo:  # the last that is added
             started = time.perf_counter()
             for name, values in measure_prices(run, layers, section.tokens).items():
                 memo.add(name.encode(), values)
-            memo.add(SECONDS, time.perf_counter() - started)
-        seconds = memo[SECONDS] if SECONDS in memo else 0.0
+            memo.add(TOOK, time.perf_counter() - started)
+        seconds = memo[TOOK]
         flat = [price for layer in layers for price in memo[layer.name.encode()]]
     return Made(torch.tensor(flat, dtype=torch.float64), {"seconds": seconds})
 
@@ -184,7 +184,7 @@ def _digest(run: Run, section: ChoosingSection, layers: Sequence[OpenLayer]) -> 
     """Return a digest of all that decides prices: a budget doesn't."""
     decides: Mapping[str, object] = {
         **run.fingerprint(),
-        "recipe": [section.price, section.tokens, run.recipe.seed],
+        "recipe": [section.tokens, run.recipe.seed],
         "choices": [[repr(plan) for plan in layer.plans] for layer in layers],
     }
     return hashlib.sha256(json_text(decides).encode()).hexdigest()[:32]

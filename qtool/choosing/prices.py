@@ -22,9 +22,9 @@ from qtool.steps.run import Run
 from qtool.steps.solve_table import solve_alone
 from qtool.training.foretold import foretold_divergences
 
-SAMPLE_TOKENS = 256
+PIECE_TOKENS = 128
 """A sample is one draw of the gradient, so that there are to be many."""
-TOKENS_AT_ONCE = 2048
+WEIGHED_AT_ONCE = 2048
 """What the logits of a batch, and their gradients, take grows with it."""
 SOLVING, WEIGHING = "solving choices", "weighing choices by gradients"
 STAND_IN = "rtn"
@@ -49,7 +49,7 @@ def measure_prices(run: Run, layers: Sequence[OpenLayer], num_tokens: int) -> Pr
     solved = dict(_solved(source, layers, env))
     env.emit(Progress("loading the original"))
     model = load_original(source.directory, env.device)
-    parts = batches(pieces(samples, num_tokens), TOKENS_AT_ONCE)
+    parts = batches(pieces(samples, num_tokens), WEIGHED_AT_ONCE)
     tied = source.adapter.head if source.head_is_tied else None
     found = foretold_divergences(
         model,
@@ -71,8 +71,8 @@ def pieces(samples: CalibrationSet, num_tokens: int) -> list[Tensor]:
     cut = [
         piece
         for sample in samples.samples
-        for piece in sample.split(SAMPLE_TOKENS)
-        if len(piece) == min(SAMPLE_TOKENS, len(sample))
+        for piece in sample.split(PIECE_TOKENS)
+        if len(piece) == min(PIECE_TOKENS, len(sample))
     ]
     count = max(2, min(len(cut), num_tokens // max(map(len, cut))))
     places = sorted({(2 * place + 1) * len(cut) // (2 * count) for place in range(count)})
@@ -85,11 +85,13 @@ def _solved(
     """Yield each layer's choices, packed, off the device; None: it isn't quantized."""
     for done, layer in enumerate(layers, start=1):
         weight = source.read_weight(layer.name).to(env.device)
-        yield layer.name, [plan and _solution(plan, weight, env) for plan in layer.plans]
+        yield layer.name, [_solution(plan, weight, env) for plan in layer.plans]
         env.emit(Progress(SOLVING, done, len(layers), layer.name))
 
 
-def _solution(plan: LayerPlan, weight: Tensor, env: Env) -> QuantizedTensor:
+def _solution(plan: LayerPlan | None, weight: Tensor, env: Env) -> QuantizedTensor | None:
+    if plan is None:
+        return None
     if load_method(plan.method).needs:
         plan = replace(plan, method=STAND_IN, options=load_method(STAND_IN).options())
     tensor = solve_alone(plan, weight, env).tensor

@@ -13,7 +13,6 @@ MOST_BITS = 32
 MOST_CHOICES = 32
 Choice = int | Mapping[str, Any] | Literal["skip"]
 """A number of bits, keys of a scheme that differ, or: leave the layer in 16 bit."""
-Price = Literal["gradient", "hessian"]
 
 
 class ChoosingSection(Section):
@@ -22,15 +21,13 @@ class ChoosingSection(Section):
     average_bits: Annotated[Number, Field(gt=0, le=MOST_BITS)]
     """Stored bits per weight that the layers may have on average, scales and offsets counted."""
     counts: Literal["blocks", "strict"] = "blocks"
-    """Whose bits: of the linears of the blocks; or of the whole model, that is all bytes, embedding,
-    head and norms among them, by all values."""
+    """Whose bits: of the linears of the blocks; or of the whole model, that is all bytes, those of
+    embedding, head and norms too, by all values."""
     choices: tuple[Choice, ...] = (2, 3, 4)
     """For each layer of the blocks: bits, keys of `weights.scheme` that differ, or `skip`."""
     tables: tuple[Choice, ...] = (3, 4, 6, 8)
     """Likewise for an embedding or head that the recipe quantizes, over the scheme of its section,
     where `counts` is `strict`; empty: it has the bits that the recipe says."""
-    price: Price = "gradient"
-    """What a choice costs: the divergence that gradients foretell, or the Hessian's error."""
     tokens: Annotated[WholeNumber, Field(ge=16, le=MOST_LENGTH)] = 16384
     """Of the calibration samples, that prices are measured on."""
 

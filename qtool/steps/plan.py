@@ -220,12 +220,12 @@ def plan_of(source: ModelSource, layers: tuple[LayerPlan, ...]) -> Plan:
         layers=layers,
         tied_head=head if tied else None,
         kept=kept,
-        kept_bytes=sum(stored_bytes(source, name) for name in kept),
-        source_bytes=sum(stored_bytes(source, name) for name in source.names()),
+        kept_bytes=sum(original_bytes(source, name) for name in kept),
+        source_bytes=sum(original_bytes(source, name) for name in source.names()),
     )
 
 
-def stored_bytes(source: ModelSource, name: str) -> int:
+def original_bytes(source: ModelSource, name: str) -> int:
     """Return what a tensor of the original takes, by its full name."""
     spec = source.spec(name)
     return prod(spec.shape) * item_bytes(spec.dtype)

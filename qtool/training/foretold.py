@@ -121,7 +121,7 @@ def _watch(
     arguments: tuple[Tensor, ...],
     output: Tensor,
 ) -> Tensor:
-    return _Watch.apply(output, arguments[0].detach(), keep)
+    return _Watch.apply(output, arguments[0].detach(), keep)  # type: ignore[no-untyped-call]
 
 
 class _Products:

@@ -35,18 +35,17 @@ def test_rule_is_monotone_in_frequency(rows, clusters, ratio, min_bits, seed):
     generator = torch.Generator().manual_seed(seed)
     frequency = torch.randint(0, 9, (rows,), generator=generator).float()
     protected = torch.rand(rows, generator=generator) < 0.1
-    bits = cluster_widths(
-        frequency, protected, clusters=clusters, ratio=ratio, min_bits=min_bits
-    )
+    bits = cluster_widths(frequency, protected, clusters=clusters, ratio=ratio, min_bits=min_bits)
     order = frequency.argsort(descending=True, stable=True)
     for group in (order[protected[order]], order[~protected[order]]):
         assert bool((bits[group].long().diff() <= 0).all())
     if protected.any() and not protected.all():
         assert bits[protected].min() >= bits[~protected].max()
     sizes = cluster_sizes(rows, clusters, ratio)
-    assert bits.long().bincount(minlength=10).flip(0).tolist()[10 - clusters - min_bits :][
-        :clusters
-    ] == sizes
+    assert (
+        bits.long().bincount(minlength=10).flip(0).tolist()[10 - clusters - min_bits :][:clusters]
+        == sizes
+    )
 
 
 LOSSES = st.integers(1, 4).flatmap(

@@ -1,6 +1,6 @@
 """Divergences that gradients foretell, against those that are there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def model(family: str, *, tied: bool = False):
 
 def foretold(
     family: str,
-    errors: dict[str, Callable[[], Sequence[Tensor]]],
+    errors: Mapping[str, Callable[[], Sequence[Tensor]]],
     *,
     size: int = 128,
     tied_head: str | None = None,
