@@ -107,18 +107,18 @@ def expected_losses(
     that is measured on some rows, solved as all will be.
     """
     weight = run.source.read_weight(layer.name)
-    uses = {"embedding": statistics.of_embedding * statistics.frequency}
-    uses["head"] = statistics.of_head * statistics.uncertainty
+    importance = {"embedding": statistics.importance, "head": statistics.uncertainty}
+    units = {"embedding": statistics.of_embedding, "head": statistics.of_head}
     if run.plan.tied_head is None:
-        uses = {layer.role: statistics.frequency if layer.role == "embedding" else uses["head"]}
+        units = {layer.role: 1.0}
     by_frequency = statistics.frequency.argsort(descending=True, stable=True)
     places = torch.linspace(0, len(weight) - 1, min(SAMPLED_ROWS, len(weight))).long()
     sample = weight[by_frequency[places]].to(run.env.device)
     hessian = table_hessian(run, layer, statistics)
     errors = [_errors(run, layer, sample, hessian, statistics, bits) for bits in widths]
     losses = torch.zeros(len(weight), len(widths), dtype=torch.float64)
-    for use, importance in uses.items():
-        per_row = importance.double() * weight.double().square().sum(1)
+    for use, unit in units.items():
+        per_row = unit * importance[use].double() * weight.double().square().sum(1)
         losses += per_row.unsqueeze(1) * torch.tensor([each[use] for each in errors])
     return losses
 

@@ -6,8 +6,10 @@ under the predicted probabilities p; with errors of rows that are independent an
     1/2 sum over rows v of  mean over tokens t of  p_tv (1 - p_tv) (dw_v^T h_t)^2
 
 and p is taken apart from h: a number per row times dw_v^T H dw_v. A row of the embedding counts as
-often as its token comes. Where the two are one table, both uses are brought to one unit, nats per
-token, by what is measured when a rounded table is used in one place only.
+often as its token comes, times what the model makes of it each time: squared gradients per
+occurrence fall with about the root of the frequency (docs/log.md), so the root of the frequency is
+left. Where the two are one table, both uses are brought to one unit, nats per token, by what is
+measured when a rounded table is used in one place only.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +40,8 @@ POSITIONS_AT_ONCE = 512
 """Whose probabilities are in float32 at a time."""
 MOST_TOKENS_SEEN, TOKENS_PER_INPUT = 32768, 8
 """As many tokens are run, or as many per input of the head, whichever is more."""
+OTHER_WORDS = 0.05
+"""Share of the tokens that other texts have beyond what samples foretell; measured, docs/log.md."""
 PROBED_TOKENS, PROBED_BITS = 4096, 4
 """Of the held-out samples, and of the rounded table, by which the uses of a table are compared."""
 
@@ -48,16 +52,21 @@ class TableStatistics:
 
     frequency: Tensor
     """(vocabulary,) float32 of each token, summing to one: half what is counted in all samples,
-    half what the model expects, which is not zero for tokens that no sample has."""
+    half what the model expects, and a little of every token, as other texts have other words."""
     uncertainty: Tensor
-    """(vocabulary,) float32: mean of p (1 - p)."""
+    """(vocabulary,) float32: mean of p (1 - p), and a little of every token."""
     hessian: Tensor
     """(in_features, in_features) float32: mean of h h^T of the head's inputs h."""
     of_embedding: float
-    """Divergence, in nats per token, per frequency and squared error of the rows of the embedding;
+    """Divergence, in nats per token, per importance and squared error of the rows of the embedding;
     0 where the head has a table of its own."""
     of_head: float
     """The same per uncertainty and squared error under the Hessian of the rows of the head."""
+
+    @property
+    def importance(self) -> Tensor:
+        """Of the rows of the embedding, (vocabulary,) float32."""
+        return self.frequency.sqrt()
 
 
 def table_hessian(run: Run, layer: LayerPlan, found: TableStatistics) -> Tensor | None:
@@ -71,7 +80,7 @@ def table_hessian(run: Run, layer: LayerPlan, found: TableStatistics) -> Tensor 
     if run.plan.tied_head is None:
         return None
     as_head = found.of_head * float(found.uncertainty.sum())
-    share = found.of_embedding * float(found.frequency.sum()) / max(as_head, 1e-30)
+    share = found.of_embedding * float(found.importance.sum()) / max(as_head, 1e-30)
     return (found.hessian + share * torch.eye(len(found.hessian))).to(run.env.device)
 
 
@@ -148,6 +157,11 @@ def _counts(samples: Sequence[Tensor], vocabulary: int) -> Tensor:
     return sum(torch.bincount(sample, minlength=vocabulary) for sample in samples)  # type: ignore[return-value]
 
 
+def _with_others(shares: Tensor) -> Tensor:
+    """Return shares of tokens where a few of all tokens are any."""
+    return (1 - OTHER_WORDS) * shares + OTHER_WORDS / len(shares)
+
+
 @contextmanager
 def _inputs_of(head: nn.Module) -> Iterator[list[Tensor]]:
     """Collect what a module gets, as long as the block runs."""
@@ -197,8 +211,8 @@ class _Sums:
         expected = self._expected / self._num_tokens
         found = counts.to(expected) / counts.sum()
         return {
-            "frequency": ((expected + found) / 2).float(),
-            "uncertainty": (self._uncertain / self._num_tokens).float(),
+            "frequency": _with_others((expected + found) / 2).float(),
+            "uncertainty": _with_others(self._uncertain / self._num_tokens).float(),
             "hessian": self._hessian / self._num_tokens,
         }
 
@@ -221,7 +235,7 @@ def _probed(
     squared = error.square().sum(1)
     under = ((error @ tensors["hessian"]) * error).sum(1)
     units = {
-        "of_embedding": (model.get_input_embeddings(), tensors["frequency"] @ squared),
+        "of_embedding": (model.get_input_embeddings(), tensors["frequency"].sqrt() @ squared),
         "of_head": (model.get_output_embeddings(), tensors["uncertainty"] @ under),
     }
     totals = dict.fromkeys(units, 0.0)
