@@ -107,7 +107,8 @@ def expected_losses(
     that is measured on some rows, solved as all will be.
     """
     weight = run.source.read_weight(layer.name)
-    importance = {"embedding": statistics.importance, "head": statistics.uncertainty}
+    norms = weight.double().square().sum(1)
+    importance = {"embedding": statistics.importance, "head": statistics.uncertainty * norms}
     units = {"embedding": statistics.of_embedding, "head": statistics.of_head}
     if run.plan.tied_head is None:
         units = {layer.role: 1.0}
@@ -118,7 +119,7 @@ def expected_losses(
     errors = [_errors(run, layer, sample, hessian, statistics, bits) for bits in widths]
     losses = torch.zeros(len(weight), len(widths), dtype=torch.float64)
     for use, unit in units.items():
-        per_row = unit * importance[use].double() * weight.double().square().sum(1)
+        per_row = unit * importance[use].double()
         losses += per_row.unsqueeze(1) * torch.tensor([each[use] for each in errors])
     return losses
 

@@ -8,8 +8,9 @@ under the predicted probabilities p; with errors of rows that are independent an
 and p is taken apart from h: a number per row times dw_v^T H dw_v. A row of the embedding counts as
 often as its token comes, times what the model makes of it each time: squared gradients per
 occurrence fall with about the root of the frequency (docs/log.md), so the root of the frequency is
-left. Where the two are one table, both uses are brought to one unit, nats per token, by what is
-measured when a rounded table is used in one place only.
+left. Its error counts relative to the row: a norm is what reads it. Where the two are one table,
+both uses are brought to one unit, nats per token, by what is measured when a rounded table is used
+in one place only.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ from qtool.training.divergence import divergence
 
 OF_TABLES = "statistics"
 """Draft: what is measured here, under the name of the embedding."""
-TOKENS_AT_ONCE = 2048
+TOKENS_IN_BATCH = 2048
 POSITIONS_AT_ONCE = 512
 """Whose probabilities are in float32 at a time."""
 MOST_TOKENS_SEEN, TOKENS_PER_INPUT = 32768, 8
@@ -58,10 +59,12 @@ class TableStatistics:
     hessian: Tensor
     """(in_features, in_features) float32: mean of h h^T of the head's inputs h."""
     of_embedding: float
-    """Divergence, in nats per token, per importance and squared error of the rows of the embedding;
-    0 where the head has a table of its own."""
+    """Divergence, in nats per token, per importance and relative squared error of the rows of the
+    embedding; 0 where the head has a table of its own."""
     of_head: float
     """The same per uncertainty and squared error under the Hessian of the rows of the head."""
+    identity: float
+    """How much of the identity goes with the Hessian, for the use as embedding of a tied table."""
 
     @property
     def importance(self) -> Tensor:
@@ -79,9 +82,7 @@ def table_hessian(run: Run, layer: LayerPlan, found: TableStatistics) -> Tensor 
         return found.hessian.to(run.env.device)
     if run.plan.tied_head is None:
         return None
-    as_head = found.of_head * float(found.uncertainty.sum())
-    share = found.of_embedding * float(found.importance.sum()) / max(as_head, 1e-30)
-    return (found.hessian + share * torch.eye(len(found.hessian))).to(run.env.device)
+    return (found.hessian + found.identity * torch.eye(len(found.hessian))).to(run.env.device)
 
 
 def hessian_of(run: Run, writer: CheckpointWriter, layer: LayerPlan) -> Tensor | None:
@@ -127,7 +128,7 @@ def _measured(run: Run) -> Made:
     model = load_original(run.source.directory, env.device).requires_grad_(requires_grad=False)
     head = model.get_output_embeddings()
     least = TOKENS_PER_INPUT * head.weight.shape[1]
-    seen = batches(_some(calibration.samples, max(MOST_TOKENS_SEEN, least)), TOKENS_AT_ONCE)
+    seen = batches(_some(calibration.samples, max(MOST_TOKENS_SEEN, least)), TOKENS_IN_BATCH)
 
     def report(done: int) -> None:
         env.emit(Progress("measuring embedding and head", done, len(seen)))
@@ -139,10 +140,10 @@ def _measured(run: Run) -> Made:
             sums.add(_logits(model, tokens), inputs.pop().flatten(0, -2))
             report(done)
     tensors = sums.means(_counts(calibration.samples, vocabulary))
-    notes = {"of_embedding": 0.0, "of_head": 1.0}
+    notes = {"of_embedding": 0.0, "of_head": 1.0, "identity": 0.0}
     if run.plan.tied_head is not None:
         held_out = calibration.split(section.holdout)[1]
-        probes = batches(_some(held_out.samples, PROBED_TOKENS), TOKENS_AT_ONCE)
+        probes = batches(_some(held_out.samples, PROBED_TOKENS), TOKENS_IN_BATCH)
         notes = _probed(model, _rounded(run, model), tensors, probes)
     return Made({name: values.cpu() for name, values in tensors.items()}, notes)
 
@@ -231,11 +232,13 @@ def _probed(
     model: CausalModel, rounded: Tensor, tensors: Mapping[str, Tensor], probes: Sequence[Tensor]
 ) -> dict[str, float]:
     """Use a rounded table in one place, then in the other; return nats per unit of loss of each."""
-    error = rounded.float() - model.get_input_embeddings().weight.float()
-    squared = error.square().sum(1)
+    weight = model.get_input_embeddings().weight.float()
+    error, importance = rounded.float() - weight, tensors["frequency"].sqrt()
+    norms = weight.square().sum(1)
+    per_row = torch.where(norms > 0, importance / norms, 0.0)  # rows of zeros are stored exactly
     under = ((error @ tensors["hessian"]) * error).sum(1)
     units = {
-        "of_embedding": (model.get_input_embeddings(), tensors["frequency"].sqrt() @ squared),
+        "of_embedding": (model.get_input_embeddings(), per_row @ error.square().sum(1)),
         "of_head": (model.get_output_embeddings(), tensors["uncertainty"] @ under),
     }
     totals = dict.fromkeys(units, 0.0)
@@ -243,9 +246,13 @@ def _probed(
     for tokens in probes:
         wanted = _logits(model, tokens)
         for use, (module, _) in units.items():
-            found = _with_weight(module, rounded, partial(_logits, model, tokens))
-            totals[use] += tokens.numel() / num_tokens * float(divergence(found, wanted))
-    return {use: totals[use] / max(float(unit), 1e-30) for use, (_, unit) in units.items()}
+            logits = _with_weight(module, rounded, partial(_logits, model, tokens))
+            totals[use] += tokens.numel() / num_tokens * float(divergence(logits, wanted))
+    found = {use: totals[use] / max(float(unit), 1e-30) for use, (_, unit) in units.items()}
+    # Of all rows together: what a squared error costs here, and one under the Hessian there.
+    here = found["of_embedding"] * float(per_row.sum())
+    there = found["of_head"] * float(tensors["uncertainty"].sum())
+    return {**found, "identity": here / max(there, 1e-30)}
 
 
 def _with_weight(module: nn.Module, weight: Tensor, run: Callable[[], Tensor]) -> Tensor:

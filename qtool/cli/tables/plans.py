@@ -54,7 +54,7 @@ def _cells(layer: "LayerPlan") -> tuple[str, ...]:
         layer.name,
         "x".join(map(str, layer.shape)),
         layer.method,
-        str(scheme.num_bits),
+        f"{scheme.rows[-1][0]}-{scheme.num_bits}" if scheme.rows else str(scheme.num_bits),
         f"{scheme.group_size or 'row'}{along}",
         f"{layer.average_bits:.2f}",
         gigabytes(layer.num_bytes),
