@@ -107,7 +107,7 @@ def expected_losses(
     that is measured on some rows, solved as all will be.
     """
     weight = run.source.read_weight(layer.name)
-    norms = weight.double().square().sum(1)
+    norms = torch.linalg.vector_norm(weight, dim=1).double().square()
     importance = {"embedding": statistics.importance, "head": statistics.uncertainty * norms}
     units = {"embedding": statistics.of_embedding, "head": statistics.of_head}
     if run.plan.tied_head is None:

@@ -1,12 +1,14 @@
 """Rows of embedding and head with bits of their own, and tables solved with data: whole runs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qtool import pipeline
 from qtool.base import Env, Progress
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.choosing.choose_rows import choose_rows
+from qtool.choosing.choose_rows import choose_rows, expected_losses
 from qtool.data.special_tokens import protected_tokens
 from qtool.errors import QtoolError, RecipeError
 from qtool.modeling.load import load_model, load_original, load_tokenizer
@@ -14,10 +16,11 @@ from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 from qtool.recipe.load import recipe_from_mapping
 from qtool.recipe.rows import cluster_sizes
-from qtool.steps import table_statistics
+from qtool.steps import solve_table, table_statistics
 from qtool.steps.draw_calibration import draw_calibration
 from qtool.steps.plan import make_plan
 from qtool.steps.run import Run
+from qtool.steps.solve_table import solve_alone
 from qtool.steps.table_statistics import OTHER_WORDS, measure_tables, table_hessian
 from tests.families import VOCABULARY
 from tests.helpers import QUICK_BCQ, dequantized, file_hashes
@@ -225,3 +228,55 @@ def test_recipes_without_rows_are_written_as_before(skewed):
     assert "rows" not in written["embedding"]
     kept = recipe(skewed, embedding=table(ROWS)).model_dump(mode="json")["embedding"]["rows"]
     assert kept["average_bits"] == 3.0
+
+
+def test_expected_losses_fall_with_bits_and_add_up_for_both_uses(tiny, skewed):
+    """Of a tied table; and by a use alone they are in the ratio of what is measured."""
+    run = run_of(tiny("llama", tied=True), recipe(skewed, embedding=table(ROWS)))
+    layer, found = run.plan.layers[-1], measure_tables(run, None)
+    both = expected_losses(run, layer, found, range(1, 6))
+    assert both.shape == (VOCABULARY, 5) and bool((both.diff(dim=1) < 0).all())
+    kinds = {"of_embedding": 0.0}, {"of_head": 0.0}
+    alone = [expected_losses(run, layer, replace(found, **kind), range(1, 6)) for kind in kinds]
+    assert torch.allclose(both, alone[0] + alone[1])
+
+
+def test_class_of_rows_is_solved_as_a_table_of_its_own(llama, skewed, tmp_path):
+    """Each class has the bytes that its rows alone get from the method."""
+    chosen = recipe(skewed, embedding=table(ROWS | {"max_bits": 4}))
+    pipeline.quantize(Location(llama), tmp_path / "out", chosen)
+    run = choose_rows(run_of(llama, chosen))
+    layer = run.plan.layers[-1]
+    weight = run.source.read_weight(layer.name)
+    stored = load_model(Location(tmp_path / "out")).model.get_submodule(layer.name).tensor()
+    bits = torch.tensor(list(layer.row_bits))
+    for width, _ in layer.scheme.rows:
+        uniform = replace(layer.scheme, num_bits=width, rows=())
+        part = replace(layer, scheme=uniform, row_bits=b"")
+        own = solve_alone(part, weight[bits == width], run.env).tensor
+        assert torch.equal(dequantized(stored)[bits == width], dequantized(own))
+
+
+def test_large_table_is_solved_in_parts(llama, skewed, monkeypatch):
+    run = run_of(llama, recipe(skewed, head=table()))
+    layer, weight = run.plan.layers[-1], run.source.read_weight("lm_head")
+    hessian = table_hessian(run, layer, measure_tables(run, None))
+    whole = solve_alone(layer, weight, run.env, hessian)
+    monkeypatch.setattr(solve_table, "WEIGHTS_AT_ONCE", 40 * weight.shape[1])
+    parts = solve_alone(layer, weight, run.env, hessian)
+    assert parts.tensor.shape == whole.tensor.shape and parts.tensor.format == whole.tensor.format
+    assert parts.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_on_a_card_are_nearly_those_on_the_host(tiny, skewed, tied):
+    tables = {"embedding": table(ROWS)} if tied else {"embedding": table(ROWS), "head": table(ROWS)}
+    directory, chosen = tiny("llama", tied=tied), recipe(skewed, **tables)
+    host = run_of(directory, chosen)
+    card = replace(host, env=Env("cuda"))
+    plans = [choose_rows(run).plan for run in (host, card)]
+    for one, other in zip(*(plan.layers for plan in plans), strict=True):
+        if one.row_bits:
+            bits = [torch.tensor(list(layer.row_bits)).double() for layer in (one, other)]
+            assert (bits[0] - bits[1]).abs().mean() < 0.1
