@@ -23,8 +23,9 @@ from qtool.steps.table_statistics import TableStatistics, measure_tables, table_
 
 OF_ROWS = "bits"
 """Draft: the bits of all rows, under the name of the table."""
-SAMPLED_ROWS = 256
-"""Evenly spaced by frequency; on these is measured what each width costs."""
+SAMPLED_ROWS, SAMPLED_BITS = 256, 4
+"""Evenly spaced by frequency; on these is measured what each width costs, up to so many bits: from
+there on each bit quarters the error, and solving takes long."""
 
 
 def choose_rows(run: Run, writer: CheckpointWriter | None = None) -> Run:
@@ -116,7 +117,12 @@ def expected_losses(
     places = torch.linspace(0, len(weight) - 1, min(SAMPLED_ROWS, len(weight))).long()
     sample = weight[by_frequency[places]].to(run.env.device)
     hessian = table_hessian(run, layer, statistics)
-    errors = [_errors(run, layer, sample, hessian, statistics, bits) for bits in widths]
+    errors: list[Mapping[str, float]] = []
+    for bits in widths:
+        if bits <= SAMPLED_BITS or not errors:
+            errors.append(_errors(run, layer, sample, hessian, statistics, bits))
+        else:
+            errors.append({use: error / 4 for use, error in errors[-1].items()})
     losses = torch.zeros(len(weight), len(widths), dtype=torch.float64)
     for use, unit in units.items():
         per_row = unit * importance[use].double()

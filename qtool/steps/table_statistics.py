@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.base import CausalModel, Progress
+from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.core import hessian
@@ -32,6 +33,7 @@ from qtool.modeling.load import load_original
 from qtool.steps.plan import LayerPlan, load_method
 from qtool.steps.run import Run
 from qtool.steps.solve_calibrated import round_to_nearest
+from qtool.steps.solve_table import solve_alone
 from qtool.training.divergence import divergence
 
 OF_TABLES = "statistics"
@@ -43,8 +45,9 @@ MOST_TOKENS_SEEN, TOKENS_PER_INPUT = 32768, 8
 """As many tokens are run, or as many per input of the head, whichever is more."""
 OTHER_WORDS = 0.05
 """Share of the tokens that other texts have beyond what samples foretell; measured, docs/log.md."""
-PROBED_TOKENS, PROBED_BITS = 4096, 4
-"""Of the held-out samples, and of the rounded table, by which the uses of a table are compared."""
+PROBED_TOKENS = 4096
+FEWEST_PROBED, PROBED_BITS = 2, 4
+"""Of the held-out samples, and of the rounded tables, by which the uses of a table are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,27 +221,44 @@ class _Sums:
         }
 
 
-def _rounded(run: Run, model: CausalModel) -> Tensor:
-    """Return the table rounded to a few bits, in the dtype of the model."""
+def _rounded(run: Run, model: CausalModel) -> dict[str, Tensor]:
+    """Return by use the table with a few bits, in the dtype of the model.
+
+    As embedding it has about the bits that the plan gives it, since the divergence rises faster
+    than the error there; as head it has enough for the second order to hold.
+    """
     name = run.source.adapter.embedding
     (layer,) = (layer for layer in run.plan.layers if layer.name == name)
-    uniform = replace(layer.scheme, num_bits=PROBED_BITS, rows=())
-    weight = model.get_input_embeddings().weight
-    probe: LayerPlan = replace(layer, scheme=uniform)
-    return round_to_nearest(probe, weight.float()).to(weight.dtype)
+    scheme, weight = layer.scheme, model.get_input_embeddings().weight
+    classes = scheme.classes(layer.shape)
+    average = round(sum(bits * count for bits, count in classes) / layer.shape.out_features)
+    few = replace(scheme, num_bits=min(max(average, FEWEST_PROBED), PROBED_BITS), rows=())
+    probe = replace(layer, scheme=few)
+    tensor = solve_alone(probe, weight.float(), run.env).tensor
+    near = replace(layer, scheme=replace(few, num_bits=PROBED_BITS))
+    tables = {
+        "of_embedding": codec(tensor.format).dequantize(tensor, torch.float32),
+        "of_head": round_to_nearest(near, weight.float()),
+    }
+    return {use: table.to(weight.dtype) for use, table in tables.items()}
 
 
 def _probed(
-    model: CausalModel, rounded: Tensor, tensors: Mapping[str, Tensor], probes: Sequence[Tensor]
+    model: CausalModel,
+    rounded: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    probes: Sequence[Tensor],
 ) -> dict[str, float]:
     """Use a rounded table in one place, then in the other; return nats per unit of loss of each."""
     weight = model.get_input_embeddings().weight.float()
-    error, importance = rounded.float() - weight, tensors["frequency"].sqrt()
+    errors = {use: table.float() - weight for use, table in rounded.items()}
+    importance = tensors["frequency"].sqrt()
     norms = weight.square().sum(1)
     per_row = torch.where(norms > 0, importance / norms, 0.0)  # rows of zeros are stored exactly
-    under = ((error @ tensors["hessian"]) * error).sum(1)
+    squared = errors["of_embedding"].square().sum(1)
+    under = ((errors["of_head"] @ tensors["hessian"]) * errors["of_head"]).sum(1)
     units = {
-        "of_embedding": (model.get_input_embeddings(), per_row @ error.square().sum(1)),
+        "of_embedding": (model.get_input_embeddings(), per_row @ squared),
         "of_head": (model.get_output_embeddings(), tensors["uncertainty"] @ under),
     }
     totals = dict.fromkeys(units, 0.0)
@@ -246,7 +266,7 @@ def _probed(
     for tokens in probes:
         wanted = _logits(model, tokens)
         for use, (module, _) in units.items():
-            logits = _with_weight(module, rounded, partial(_logits, model, tokens))
+            logits = _with_weight(module, rounded[use], partial(_logits, model, tokens))
             totals[use] += tokens.numel() / num_tokens * float(divergence(logits, wanted))
     found = {use: totals[use] / max(float(unit), 1e-30) for use, (_, unit) in units.items()}
     # Of all rows together: what a squared error costs here, and one under the Hessian there.
