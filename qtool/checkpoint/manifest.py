@@ -26,6 +26,7 @@ JSON_NAMES = {
     int: "a whole number",
     bool: "true or false",
     dict: "an object",
+    list: "a list",
     NoneType: "null",
 }
 

@@ -5,6 +5,7 @@ import torch
 
 from qtool.runtime.backends.cuda import mixed, planes
 from qtool.runtime.backends.cuda.launch import Card
+from qtool.runtime.backends.cuda.mixed import MixedWeight
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal
@@ -27,7 +28,10 @@ def weight(rows, inputs=320, group_size=64, dtype=torch.float16, *, symmetric=Fa
     )
     shape = Shape2D(sum(count for _, count in rows), inputs)
     tensor = random_tensor("mixed_rows", scheme, shape, 1)
-    return tensor, mixed.prepare_mixed(tensor, dtype)
+    prepared = mixed.prepare_weight(tensor, dtype)
+    assert isinstance(prepared, MixedWeight)
+    assert (prepared.scheme, prepared.shape) == (scheme, shape)
+    return tensor, prepared
 
 
 def check(tensor, prepared, x, **how):

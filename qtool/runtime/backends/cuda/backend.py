@@ -47,9 +47,7 @@ class CudaBackend:
         """Return the re-laid weight."""
         if dtype not in KERNEL_DTYPES:
             return DENSE.prepare(tensor, dtype)
-        if tensor.format == mixed_rows.MIXED_ROWS:
-            return mixed.prepare_mixed(tensor, dtype)
-        return linear_kernels.prepare(tensor, dtype)
+        return mixed.prepare_weight(tensor, dtype)
 
     def matmul(self, x: Tensor, prepared: Prepared) -> Tensor:
         """Return x @ W.T."""

@@ -4,7 +4,8 @@ Each class is multiplied by the kernels of its width, which write the outputs of
 places: no launch that sorts them, and the next class's weights are on their way meanwhile.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -17,13 +18,14 @@ from qtool.runtime.backends.cuda.launch import Card, Launch
 from qtool.runtime.backends.cuda.linear_kernels import LOAD_BYTES, KernelWeight
 from qtool.runtime.backends.cuda.planes import Target
 from qtool.runtime.backends.cuda.selection import wanted_kernel
-from qtool.scheme import Shape2D
+from qtool.scheme import Shape2D, WeightScheme
 
 
 @dataclass(frozen=True, slots=True)
 class MixedWeight:
     """A weight of format `mixed_rows`, ready for the kernels."""
 
+    scheme: WeightScheme
     shape: Shape2D
     classes: tuple[KernelWeight, ...]
     """By descending width."""
@@ -46,23 +48,45 @@ class MixedWeight:
         return torch.cat([part.dense() for part in self.classes])[self.numbers]
 
 
-def prepare_mixed(tensor: QuantizedTensor, dtype: torch.dtype) -> MixedWeight:
-    """Re-lay the classes of a weight of format `mixed_rows`, on the device that runs it.
+def prepare_weight(
+    tensor: QuantizedTensor, dtype: torch.dtype, *, keep_stored: bool | None = None
+) -> KernelWeight | MixedWeight:
+    """Re-lay a weight of any format that the kernels run, on the device that runs it.
 
-    Their stored parts are kept only for a kernel that is asked for: tables would write where no
-    class belongs.
+    Stored parts of classes of rows are kept only for a kernel that is asked for: tables would write
+    where no class belongs. The arguments are those of `linear_kernels.prepare`.
     """
+    if tensor.format != mixed_rows.MIXED_ROWS:
+        return linear_kernels.prepare(tensor, dtype, keep_stored=keep_stored)
     classes, numbers = mixed_rows.split_rows(tensor)
-    keep_stored = None if wanted_kernel() else False
-    counts = [part.shape.out_features for part in classes]
+    keep = keep_stored if keep_stored is not None or wanted_kernel() else False
+    parts = [linear_kernels.prepare(part, dtype, keep_stored=keep) for part in classes]
+    return joined_classes(parts, numbers)
+
+
+def joined_classes(classes: Sequence[KernelWeight], numbers: Tensor) -> MixedWeight:
+    """Return weights as one whose rows have bits of their own.
+
+    Args:
+        classes: By descending width.
+        numbers: (out_features,) int64, the place of each row in the classes one below the other;
+            the rows of a class keep their order.
+    """
+    rows = tuple((part.scheme.num_bits, part.shape.out_features) for part in classes)
     return MixedWeight(
-        shape=tensor.shape,
-        classes=tuple(
-            linear_kernels.prepare(part, dtype, keep_stored=keep_stored) for part in classes
-        ),
-        places=numbers.argsort().to(torch.int32).split(counts),
+        scheme=replace(classes[0].scheme, rows=rows),
+        shape=classes[0].shape._replace(out_features=len(numbers)),
+        classes=tuple(classes),
+        places=numbers.argsort().to(torch.int32).split([count for _, count in rows]),
         numbers=numbers.to(torch.int32),
     )
+
+
+def kernels_for(weight: KernelWeight | MixedWeight, tokens: int, card: Card) -> str:
+    """Return the names of the kernels that multiply so many tokens, each once."""
+    parts = weight.classes if isinstance(weight, MixedWeight) else (weight,)
+    chosen = [linear_kernels.kernel_for(part, tokens, card) for part in parts]
+    return ", ".join(dict.fromkeys(chosen))
 
 
 def multiply_mixed(

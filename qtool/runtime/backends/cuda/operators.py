@@ -93,7 +93,8 @@ def _mixed_weight(dtype: torch.dtype, flat: FlatMixed) -> MixedWeight:
     for one, parameters, rows, num_bits in zip(planes, scales, places, bits, strict=True):
         scheme, shape = _scheme(num_bits, group, symmetric), Shape2D(len(rows), inputs)
         classes.append(KernelWeight(scheme, shape, dtype, Tiles(one, parameters), None))
-    return MixedWeight(Shape2D(len(numbers), inputs), tuple(classes), tuple(places), numbers)
+    whole = Shape2D(len(numbers), inputs)
+    return MixedWeight(classes[0].scheme, whole, tuple(classes), tuple(places), numbers)
 
 
 RunKernel = Callable[[Tensor, KernelWeight], Tensor]
