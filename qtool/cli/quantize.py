@@ -246,6 +246,7 @@ def _print_result(result: "QuantizeResult", json_file: Path | None) -> None:
             f"{gigabytes(result.weight_bytes)} "
             f"({result.weight_bytes / result.source_bytes:.0%} of the original)",
         ),
+        *_choosing_rows(result),
         *_error_rows(result),
         *(
             (f"tuned {what}", f"{was:.3g} -> {now:.3g}")
@@ -259,6 +260,18 @@ def _print_result(result: "QuantizeResult", json_file: Path | None) -> None:
     if fallbacks:
         rows.append(("solved more simply than asked", f"{fallbacks} layers, see the report"))
     console.print_table(str(result.out_dir), ("", "value"), rows)
+
+
+def _choosing_rows(result: "QuantizeResult") -> list[tuple[str, str]]:
+    """Return what was chosen, if anything was."""
+    found = result.choosing
+    if not found:
+        return []
+    bits = f"{found['average_bits']:.3f}, of the {found['average_bits_asked']:g} that may be"
+    return [
+        ("bits chosen, on average", bits),
+        ("KL foretold, without calibration", f"{found['divergence']:.3g} nats per token"),
+    ]
 
 
 def _error_rows(result: "QuantizeResult") -> list[tuple[str, str]]:

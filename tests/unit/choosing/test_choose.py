@@ -148,6 +148,20 @@ def test_the_checkpoint_has_what_was_chosen_and_the_report_says_so(llama, text_f
     assert result.choosing["divergence"] == found.divergence
 
 
+@pytest.mark.gpu
+def test_prices_on_a_card_are_those_of_a_cpu(llama, text_file):
+    from qtool.modeling.device import use_device
+
+    chosen, found = choosing(3.6, text_file), []
+    for device in ("cpu", "cuda"):
+        with use_device(device):
+            found.append(explain(llama, chosen))
+    here, there = found
+    assert here.seconds != there.seconds  # what one device measured isn't the other's
+    assert there.divergence == pytest.approx(here.divergence, rel=0.5)
+    assert there.average_bits == pytest.approx(here.average_bits, abs=0.1)
+
+
 def refuse(*_arguments: object) -> None:
     raise MethodError("again")
 
