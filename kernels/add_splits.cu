@@ -11,14 +11,15 @@ DEVICE float sum_of(const float *partial, u64 stride, int splits) {
 }
 
 extern "C" __global__ void add_splits(const float *partial, // [splits][batch][padded]
-                                      const u16 *residual, u16 *y, // [batch][outputs]
-                                      int outputs, int padded, int batch, int splits) {
+                                      const u16 *residual, u16 *y, // [batch][width]
+                                      const int *places, // [outputs], columns of y; or null
+                                      int outputs, int padded, int batch, int splits, int width) {
     let_next_start();
     wait_for_previous();
     int out = (int)(blockIdx.x * blockDim.x + threadIdx.x), token = (int)blockIdx.y;
     if (out >= outputs) return;
     int row = EPILOGUE == 2 ? out / 8 * 16 + out % 8 : out;
-    u64 stride = (u64)batch * padded, place = (u64)token * outputs + out;
+    u64 stride = (u64)batch * padded, place = (u64)token * width + (places ? places[out] : out);
     const float *first = partial + (u64)token * padded + row;
     float value = sum_of(first, stride, splits);
     if (EPILOGUE == 1) value += load_activation(residual[place]);

@@ -57,12 +57,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
        const u32 *scales,    // [row_tiles][groups][8][PARAMETERS], rows g and g + 8
        const u16 *x,         // [batch][in_features]
-       const u16 *residual,  // [batch][out_features], or null
-       u16 *y,               // [batch][out_features]; EPILOGUE 2: of half as many
+       const u16 *residual,  // [batch][width], or null
+       u16 *y,               // [batch][width]: out_features wide; EPILOGUE 2: of half as many
+       const int *places,    // [out_features], the columns of y; null: as they come
        float *partial,       // [slabs][batch][row_tiles * 16]; null: one slab, write y
        u64 *exchange,        // [blocks of columns][slabs][blocks][WARPS][16][COLUMNS], zeros
        int out_features, int in_features, int batch, int row_tiles, int units, int groups,
-       int units_per_slab) {
+       int width, int units_per_slab) {
     DYNAMIC_SHARED(shared);
     int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
     Weight weight = {planes, scales, units, groups, (int)blockIdx.y * units_per_slab, units_per_slab};
@@ -168,7 +169,7 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
             partial[((u64)blockIdx.y * batch + token) * row_tiles * TILE_ROWS + out] = value;
         } else if (out < outputs) {
             if (EPILOGUE == 2) value = silu(value) * (other * power_of_two(ROW_POWER - 1));
-            u64 to_write = token * outputs + out;
+            u64 to_write = token * width + (places ? places[out] : out);
             if (EPILOGUE == 1) value += load_activation(residual[to_write]);
             y[to_write] = store_activation(value);
         }

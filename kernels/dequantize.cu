@@ -77,18 +77,24 @@ dequantize(const quad *planes, // [row_tiles][units][PLANES][32]
 }
 
 // The rows that `index` names, for an embedding: [tokens][in_features]. One block per token.
+// Of a class of the rows of a whole, `places` says where each row of the whole is in the classes one
+// below the other, of which this one begins at `first`; the other classes' rows are left alone.
 extern "C" __global__ void __launch_bounds__(THREADS)
 gather_rows(const u32 *planes, // the same words, one by one
-            const u32 *scales, const long long *index, u16 *rows, int out_features,
-            int in_features, int units, int groups) {
+            const u32 *scales, const long long *index,
+            const int *places, // [whole], or null: this is the whole
+            u16 *rows, int out_features, int in_features, int units, int groups, int first,
+            int whole) {
     let_next_start();
     wait_for_previous();
-    int row = (int)index[blockIdx.x];
-    if (index[blockIdx.x] < 0 || index[blockIdx.x] >= out_features) { // there is no such row: NaN
+    long long wanted = index[blockIdx.x];
+    if (wanted < 0 || wanted >= whole) { // there is no such row: NaN
         for (int k = (int)threadIdx.x; k < in_features; k += THREADS)
             rows[(u64)blockIdx.x * in_features + k] = 0x7fffu;
         return;
     }
+    int row = places ? places[wanted] - first : (int)wanted;
+    if (row < 0 || row >= out_features) return;
     int tile = row / TILE_ROWS, g = row % 8, r = row % TILE_ROWS / 8;
     for (int k = (int)threadIdx.x; k < in_features; k += THREADS) {
         int lane = 4 * g + ((k >> 3) & 3), word = (k & 255) >> 6;

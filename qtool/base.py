@@ -62,6 +62,8 @@ class PartSpec:
     shape: tuple[int, ...]
     lowest: float = float("-inf")
     """No stored value is below; none is infinite or NaN."""
+    counts: tuple[int, ...] = ()
+    """Of packed numbers (bits, words): how often 0, 1, ... occur; empty: anything may."""
 
 
 @dataclass(frozen=True, slots=True)

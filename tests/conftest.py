@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -97,3 +98,16 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text(text(600), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session", params=["tied", "untied"])
+def mixed_tables(request: Any, tiny: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny quantized llama whose embedding and head have rows of 5 to 1 bits."""
+    from qtool import pipeline
+    from tests.helpers import recipe
+    from tests.mixed import mixed_checkpoint
+
+    folder = tmp_path_factory.mktemp("mixed")
+    pipeline.quantize(Location(tiny("llama", tied=request.param == "tied")), folder / "a", recipe())
+    row_bits = [5 - min(row % 7, 4) if row else 8 for row in range(96)]  # 8 bits: one row
+    return mixed_checkpoint(folder / "a", folder / "b", row_bits, 32)

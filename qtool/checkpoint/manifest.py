@@ -17,6 +17,8 @@ from qtool.wording import quoted, shown
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "qtool"
+ROWS = "rows"
+"""Key of a scheme that only formats with classes of rows have."""
 MAX_SIZE = 2**31 - 1
 """Of a dimension or a group: what 32 bits hold."""
 JSON_NAMES = {
@@ -24,6 +26,7 @@ JSON_NAMES = {
     int: "a whole number",
     bool: "true or false",
     dict: "an object",
+    list: "a list",
     NoneType: "null",
 }
 
@@ -94,7 +97,7 @@ def _entry_to_json(entry: LayerEntry) -> dict[str, Any]:
         "codec_version": codec(entry.format).version,
         "method": entry.method,
         "shape": list(entry.shape),
-        "scheme": asdict(entry.scheme),
+        "scheme": entry.scheme.to_json(),
     }
     return {**value, "shared_with": entry.shared_with} if entry.shared_with else value
 
@@ -167,9 +170,9 @@ def _entry_from_json(name: str, value: object) -> LayerEntry:
 
 
 def _scheme_from_json(value: Mapping[str, Any]) -> WeightScheme:
-    keys = {field.name for field in fields(WeightScheme)}
-    if value.keys() != keys:
-        wrong = sorted(value.keys() ^ keys)[0]
+    keys = {field.name for field in fields(WeightScheme)} - {ROWS}
+    if value.keys() - {ROWS} != keys:
+        wrong = sorted((value.keys() - {ROWS}) ^ keys)[0]
         state = "unknown" if wrong in value else "missing"
         raise CheckpointError(f"the key {quoted(wrong)} of scheme is {state}")
     scheme = WeightScheme(
@@ -177,10 +180,19 @@ def _scheme_from_json(value: Mapping[str, Any]) -> WeightScheme:
         group_size=_value(value, "group_size", int, NoneType),
         group_dim=_value(value, "group_dim", str),
         symmetric=_value(value, "symmetric", bool),
+        rows=_rows_from_json(value),
     )
     if scheme.group_size is not None and scheme.group_size > MAX_SIZE:
         raise CheckpointError(f"group_size is {quoted(scheme.group_size)}, beyond {MAX_SIZE}")
     return scheme
+
+
+def _rows_from_json(value: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    """Return what a scheme checks; the key is there only if rows have bits of their own."""
+    rows = _value(value, ROWS, list) if ROWS in value else None
+    if rows == []:
+        raise CheckpointError(f"{ROWS} is []; without classes of rows, no such key is meant")
+    return tuple(rows or ())
 
 
 def _shape_from_json(value: object) -> Shape2D:

@@ -4,7 +4,9 @@ The checks are functions of a manifest and of headers, so that whoever loads a c
 way, as transformers does, goes through them as well.
 """
 
+import contextlib
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -21,9 +23,10 @@ from qtool import plugins
 from qtool.base import PartSpec, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, Manifest, codec, manifest_from_config
 from qtool.checkpoint.shards import Shards, TensorSpec, open_shards, read_json
-from qtool.errors import CheckpointError
+from qtool.core.packing import planes_to_codes
+from qtool.errors import CheckpointError, SchemeError
 from qtool.formats._dtypes import stored_name
-from qtool.scheme import Shape2D, WeightScheme
+from qtool.scheme import MAX_BITS, Shape2D, WeightScheme
 from qtool.wording import list_names, shown
 
 AGAIN = "Copy the checkpoint again."
@@ -168,8 +171,15 @@ def _check_part(name: str, spec: PartSpec, specs: Mapping[str, TensorSpec], wher
 @cache
 def _part_names() -> tuple[frozenset[str], frozenset[str]]:
     """Return the names of the packed parts of all formats, and of all that a layer may have."""
-    scheme, shape = WeightScheme(num_bits=2), Shape2D(1, 1)
-    layouts = [codec(name).layout(scheme, shape) for name in plugins.names(qtool.formats)]
+    rows = tuple((num_bits, 1) for num_bits in range(MAX_BITS, 0, -1))
+    kinds = [
+        (WeightScheme(num_bits=2), Shape2D(1, 1)),
+        (WeightScheme(num_bits=MAX_BITS, rows=rows), Shape2D(MAX_BITS, 1)),
+    ]
+    layouts = []
+    for (scheme, shape), name in itertools.product(kinds, plugins.names(qtool.formats)):
+        with contextlib.suppress(SchemeError):  # not all have classes of rows
+            layouts.append(codec(name).layout(scheme, shape))
     packed = {n for parts in layouts for n, spec in parts.items() if spec.dtype == "int32"}
     # A plain weight beside them is what the layer was before it was quantized.
     return frozenset(packed), frozenset({"weight"}.union(*layouts))
@@ -178,9 +188,13 @@ def _part_names() -> tuple[frozenset[str], frozenset[str]]:
 def check_values(name: str, spec: PartSpec, values: Tensor) -> None:
     """Refuse what no writer stores: scales and offsets that aren't finite, or scales below zero.
 
+    And classes of rows that aren't as large as their scheme says.
+
     Raises:
         CheckpointError: a value is outside.
     """
+    if spec.counts:
+        _check_counts(name, spec.counts, values)
     if not values.is_floating_point() or values.numel() == 0:
         return
     lowest, highest = (float(value) for value in values.aminmax())  # NaN if any is
@@ -188,4 +202,12 @@ def check_values(name: str, spec: PartSpec, values: Tensor) -> None:
         allowed = "finite ones" if isinf(spec.lowest) else f"finite ones from {spec.lowest:g} on"
         raise CheckpointError(
             f"{name} holds values from {lowest:g} to {highest:g}; {allowed} are meant. {AGAIN}"
+        )
+
+
+def _check_counts(name: str, counts: tuple[int, ...], values: Tensor) -> None:
+    found = planes_to_codes(values.unsqueeze(1), sum(counts)).flatten().bincount()
+    if found.tolist() != list(counts):
+        raise CheckpointError(
+            f"{name} has {found.tolist()} rows in its classes; {list(counts)} are meant. {AGAIN}"
         )

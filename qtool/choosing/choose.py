@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -69,7 +69,7 @@ class Allocation:
             "layers": [
                 {
                     "name": row.name,
-                    **({} if row.plan is None else asdict(row.plan.scheme)),
+                    **({} if row.plan is None else row.plan.scheme.to_json()),
                     "bytes": row.num_bytes,
                     "price": row.price,
                     "gain": row.margin.gain,

@@ -30,7 +30,7 @@ NO_ORIGINAL = (
 NEEDING = {"--gpu": ("kernel", "peers", "plot"), "--synthetic": ("bits", "group_size")}
 CLASHES = {"--gpu": ("backend", "perplexity_windows"), "--synthetic": ("baseline", "out_dir")}
 _of_gpu = in_panel("With --gpu")
-SHAPES = "llama3-8b, llama2-7b, llama2-70b-layer or opt-175b-layer"
+SHAPES = "llama3-8b, llama2-7b, llama2-70b-layer, opt-175b-layer or llama3-8b-heads"
 
 
 def bench(

@@ -14,6 +14,19 @@ from qtool.scheme import Shape2D, WeightScheme
 DIMS = ("out_features", "in_features")
 
 
+def refuse_classes(scheme: WeightScheme) -> None:
+    """Refuse a scheme whose rows have bits of their own.
+
+    Raises:
+        SchemeError: it has classes of rows.
+    """
+    if scheme.rows:
+        raise SchemeError(
+            f"All rows of this format have the same bits; rows is {scheme.rows}. Format mixed_rows "
+            "holds such a weight."
+        )
+
+
 def joined(tensors: Sequence[QuantizedTensor], dim: int) -> Shape2D:
     """Return the shape of weights below one another (dim 0), or beside one another.
 

@@ -14,7 +14,7 @@ from qtool.core import affine, grouping
 from qtool.core.binary_coding import scales_from_affine
 from qtool.core.packing import codes_to_planes, num_words, planes_to_codes
 from qtool.errors import SchemeError
-from qtool.formats._parts import cat_planes, codes_in_groups, joined
+from qtool.formats._parts import cat_planes, codes_in_groups, joined, refuse_classes
 from qtool.scheme import Shape2D, WeightScheme
 
 AFFINE = "affine"
@@ -22,6 +22,7 @@ AFFINE = "affine"
 
 def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     """Return the parts of a weight: codes, scales and, unless symmetric, zero points."""
+    refuse_classes(scheme)
     if scheme.symmetric and scheme.num_bits == 1:
         raise SchemeError(
             "A symmetric affine weight needs 2 bits: one bit would hold only 0 and -scale. "

@@ -10,7 +10,7 @@ from qtool.core import binary_coding, grouping, learned
 from qtool.core.packing import codes_to_planes, num_words, planes_to_codes, unpack_bits
 from qtool.errors import SchemeError
 from qtool.formats import affine as affine_format
-from qtool.formats._parts import cat_planes, codes_in_groups, joined
+from qtool.formats._parts import cat_planes, codes_in_groups, joined, refuse_classes
 from qtool.scheme import Shape2D, WeightScheme
 
 BINARY_CODING = "binary_coding"
@@ -18,6 +18,7 @@ BINARY_CODING = "binary_coding"
 
 def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     """Return the parts of a weight: bit planes, plane scales and, unless symmetric, offsets."""
+    refuse_classes(scheme)
     bits, groups, rows = scheme.num_bits, scheme.num_groups(shape), scheme.num_rows(shape)
     parameters = (rows, groups) if scheme.group_dim == "in_features" else (groups, rows)
     parts = {

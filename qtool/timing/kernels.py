@@ -12,6 +12,7 @@ from qtool.formats import binary_coding
 from qtool.runtime.backends.cuda import linear_kernels
 from qtool.runtime.backends.cuda.launch import Card, Launch
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
+from qtool.runtime.backends.cuda.mixed import MixedWeight, kernels_for, multiply_mixed
 from qtool.scheme import Shape2D
 from qtool.timing.peers import CUBLAS, Peer
 from qtool.timing.synthetic import DTYPE, generator_on, random_dense
@@ -20,6 +21,10 @@ from qtool.timing.timing import Timer, clones, copies_needed, rotation, time_cal
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 OURS = "qtool"
 ACTIVATION_BYTES = 2
+
+
+Timeable = KernelWeight | MixedWeight
+"""What the kernels multiply by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class Layer:
     name: str
     count: int
     """How many of them the model has."""
-    load: Callable[[], KernelWeight]
+    load: Callable[[], Timeable]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,8 @@ class LayerTimes:
     """First batch size of the sweep at which float16 is faster; None: at none of them."""
     failed: dict[str, str]
     """Peers that didn't run this layer, and why."""
+    row_bits: tuple[int, ...] = ()
+    """Widths of the rows, descending, where they have bits of their own."""
 
 
 def kernel_row(  # noqa: PLR0913 - what was measured, and what it is compared with
@@ -125,8 +132,10 @@ def break_even(sweep: Sequence[SweepPoint]) -> int | None:
     return next((point.tokens for point in sweep if point.speedup < 1), None)
 
 
-def stored_bytes(weight: KernelWeight) -> int:
-    """Return the size of planes, scales and offsets as a checkpoint stores them."""
+def stored_bytes(weight: Timeable) -> int:
+    """Return the size of planes, scales and offsets as format `binary_coding` stores them."""
+    if isinstance(weight, MixedWeight):
+        return sum(map(stored_bytes, weight.classes))
     return sum(map(num_bytes, binary_coding.CODEC.layout(weight.scheme, weight.shape).values()))
 
 
@@ -165,14 +174,16 @@ def time_layer(layer: Layer, rig: Rig, others: Sequence[Peer] = ()) -> LayerTime
         sweep=sweep,
         break_even=break_even(sweep),
         failed=failed,
+        row_bits=tuple(num_bits for num_bits, _ in scheme.rows),
     )
 
 
-def _sweep(weight: KernelWeight, dense: Tensor, rig: Rig) -> tuple[SweepPoint, ...]:
+def _sweep(weight: Timeable, dense: Tensor, rig: Rig) -> tuple[SweepPoint, ...]:
     """Time ours and float16 at every batch size, on the same copies."""
     ours = rotation(clones(weight, stored_bytes(weight), rig.l2_bytes))
     theirs = rotation(clones(dense, dense.nbytes, rig.l2_bytes))
-    matmul = partial(linear_kernels.matmul, launch=rig.launch, card=rig.card, kernel=rig.kernel)
+    product = multiply_mixed if isinstance(weight, MixedWeight) else linear_kernels.matmul
+    matmul = partial(product, launch=rig.launch, card=rig.card, kernel=rig.kernel)
     points = []
     for tokens in BATCHES:
         x = inputs(tokens, weight.shape.in_features, weight.dtype, rig.device)
@@ -180,7 +191,7 @@ def _sweep(weight: KernelWeight, dense: Tensor, rig: Rig) -> tuple[SweepPoint, .
         half = x.to(DTYPE)
         their_calls = [partial(torch.nn.functional.linear, half, copy) for copy in theirs]
         seconds, fp16 = time_calls(our_calls, rig.timer), time_calls(their_calls, rig.timer)
-        name = rig.kernel or linear_kernels.kernel_for(weight, tokens, rig.card)
+        name = rig.kernel or kernels_for(weight, tokens, rig.card)
         points.append(SweepPoint(tokens, name, seconds * 1e6, fp16 * 1e6, fp16 / seconds))
     return tuple(points)
 

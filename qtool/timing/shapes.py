@@ -1,9 +1,10 @@
 """Shapes of known models, to time kernels and decoding without their weights. Torch-free."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qtool.plugins import check_name
-from qtool.scheme import Shape2D
+from qtool.scheme import Shape2D, WeightScheme
 
 HEAD_BITS = 4
 
@@ -17,6 +18,13 @@ class LinearShape:
     count: int
     num_bits: int | None = None
     """None: what is asked for."""
+    rows: tuple[tuple[int, int], ...] = ()
+    """Bits and number of rows of each class of rows, as `WeightScheme.rows`; empty: all alike."""
+
+    def scheme(self, asked: WeightScheme) -> WeightScheme:
+        """Return what it has of what is asked for."""
+        num_bits = self.rows[0][0] if self.rows else self.num_bits or asked.num_bits
+        return WeightScheme(num_bits=num_bits, group_size=asked.group_size, rows=self.rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +72,23 @@ def _one_layer(**shapes: tuple[int, int]) -> ModelShape:
     return ModelShape(tuple(LinearShape(n, Shape2D(*shape), 1) for n, shape in shapes.items()))
 
 
+def _classes(rows: int, bits: Sequence[int], ratio: int = 2) -> tuple[tuple[int, int], ...]:
+    """Return classes of rows, each `ratio` times as large as the one before it."""
+    total = sum(ratio**power for power in range(len(bits)))
+    counts = [rows * ratio**power // total for power in range(len(bits))]
+    return tuple(zip(bits, [*counts[:-1], rows - sum(counts[:-1])], strict=True))
+
+
+def _heads(shape: Shape2D) -> ModelShape:
+    """Return heads of one shape: all rows alike, and rows of unlike bits."""
+    alike = [LinearShape(f"{bits} bits", shape, 1, bits) for bits in (4, 3, 2)]
+    mixed = [
+        LinearShape(f"{'/'.join(map(str, bits))} bits", shape, 1, rows=_classes(shape[0], bits))
+        for bits in ((8, 4, 3, 2), (4, 3, 2, 1), (4, 2))
+    ]
+    return ModelShape((*alike, *mixed))
+
+
 LLAMA2_7B = DecoderSizes(
     num_layers=32,
     hidden_size=4096,
@@ -88,6 +113,7 @@ MODELS: dict[str, ModelShape] = {
     "llama2-70b-layer": _one_layer(
         qkv=(10240, 8192), o=(8192, 8192), gate_up=(57344, 8192), down=(8192, 28672)
     ),
+    "llama3-8b-heads": _heads(Shape2D(128256, 4096)),
     "opt-175b-layer": _one_layer(
         qkv=(36864, 12288), o=(12288, 12288), fc1=(49152, 12288), fc2=(12288, 49152)
     ),

@@ -1,6 +1,6 @@
 """Random weights made on the device: the speed of a kernel doesn't depend on what they hold."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import sqrt
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.formats import binary_coding
 from qtool.runtime.backends.cuda import linear_kernels
+from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
+from qtool.runtime.backends.cuda.mixed import MixedWeight, joined_classes
 from qtool.runtime.decode.weights import DecoderLayer, DecoderShape, DecoderWeights, Projection
 from qtool.scheme import Shape2D, WeightScheme
 from qtool.timing.shapes import HEAD_BITS, DecoderSizes
@@ -48,6 +50,27 @@ def random_tensor(
         drawn = torch.randn(layout["plane_offsets"].shape, device=device, generator=generator)
         parts["plane_offsets"] = (0.1 * step * drawn).half()
     return QuantizedTensor(binary_coding.BINARY_CODING, scheme, shape, parts)
+
+
+def random_weight(
+    shape: Shape2D,
+    scheme: WeightScheme,
+    generator: torch.Generator,
+    *,
+    keep_stored: bool | None = None,
+) -> KernelWeight | MixedWeight:
+    """Return a random weight for the kernels; where it has classes of rows, they are scattered."""
+    classes = []
+    for num_bits, count in scheme.classes(shape):
+        own, cut = replace(scheme, num_bits=num_bits, rows=()), shape._replace(out_features=count)
+        drawn = random_tensor(cut, own, generator)
+        classes.append(linear_kernels.prepare(drawn, DTYPE, keep_stored=keep_stored))
+    if not scheme.rows:
+        return classes[0]
+    counts = torch.tensor([count for _, count in scheme.rows], device=generator.device)
+    shuffled = torch.randperm(shape.out_features, device=generator.device, generator=generator)
+    kinds = torch.arange(len(counts), device=generator.device).repeat_interleave(counts)[shuffled]
+    return joined_classes(classes, kinds.argsort(stable=True).argsort())
 
 
 def random_decoder(

@@ -11,17 +11,16 @@ from qtool.base import CausalModel, QuantizedTensor
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.runtime.backends.cuda import backend as cuda
-from qtool.runtime.backends.cuda import linear_kernels
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
+from qtool.runtime.backends.cuda.mixed import prepare_weight
 from qtool.runtime.backends.cuda.selection import STORED_KERNELS
 from qtool.runtime.decode.read_model import weights_of, why_not
 from qtool.runtime.decode.weights import DecoderWeights, Projections
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, TiedHead
 from qtool.scheme import WeightScheme
 from qtool.timing.decode import EndToEnd
-from qtool.timing.kernels import Layer
+from qtool.timing.kernels import Layer, Timeable
 from qtool.timing.shapes import LinearShape, ModelShape
-from qtool.timing.synthetic import DTYPE, generator_on, random_decoder, random_tensor
+from qtool.timing.synthetic import DTYPE, generator_on, random_decoder, random_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +41,9 @@ def synthetic_workload(
     """Return random weights of known shapes, made on the device when their turn comes."""
 
     def layer(linear: LinearShape) -> Layer:
-        def load() -> KernelWeight:
-            own = WeightScheme(
-                num_bits=linear.num_bits or scheme.num_bits, group_size=scheme.group_size
-            )
-            return _prepared(random_tensor(linear.shape, own, generator_on(device)), kernel)
+        def load() -> Timeable:
+            own, keep_stored = linear.scheme(scheme), _keeps_stored(kernel)
+            return random_weight(linear.shape, own, generator_on(device), keep_stored=keep_stored)
 
         return Layer(linear.name, linear.count, load)
 
@@ -86,10 +83,10 @@ def _whole(model: Location, device: torch.device) -> EndToEnd:
 
 
 def distinct(
-    weights: Iterable[tuple[str, KernelWeight | QuantizedTensor]], kernel: str | None
+    weights: Iterable[tuple[str, Timeable | QuantizedTensor]], kernel: str | None
 ) -> tuple[Layer, ...]:
     """Return one layer per shape and scheme, in the order of their first, with their count."""
-    groups: dict[Any, list[tuple[str, KernelWeight | QuantizedTensor]]] = {}
+    groups: dict[Any, list[tuple[str, Timeable | QuantizedTensor]]] = {}
     for name, weight in weights:
         groups.setdefault((weight.shape, weight.scheme), []).append((name, weight))
     return tuple(
@@ -98,11 +95,15 @@ def distinct(
     )
 
 
-def _prepared(weight: KernelWeight | QuantizedTensor, kernel: str | None) -> KernelWeight:
-    if isinstance(weight, KernelWeight):
+def _prepared(weight: Timeable | QuantizedTensor, kernel: str | None) -> Timeable:
+    if not isinstance(weight, QuantizedTensor):
         return weight
-    keep_stored = kernel in STORED_KERNELS if kernel else None
-    return linear_kernels.prepare(weight, DTYPE, keep_stored=keep_stored)
+    return prepare_weight(weight, DTYPE, keep_stored=_keeps_stored(kernel))
+
+
+def _keeps_stored(kernel: str | None) -> bool | None:
+    """Return whether a kernel reads stored parts; None: none is asked for."""
+    return kernel in STORED_KERNELS if kernel else None
 
 
 def _stored(model: CausalModel) -> Iterator[tuple[str, QuantizedTensor]]:
@@ -116,7 +117,7 @@ def _stored(model: CausalModel) -> Iterator[tuple[str, QuantizedTensor]]:
             yield last, embedding.tensor()
 
 
-def _fused(decoder: DecoderWeights) -> Iterator[tuple[str, KernelWeight]]:
+def _fused(decoder: DecoderWeights) -> Iterator[tuple[str, Timeable]]:
     """Yield the quantized projections that a decoding step runs."""
     named: list[tuple[str, Projections]] = []
     for layer in decoder.layers:
@@ -124,4 +125,4 @@ def _fused(decoder: DecoderWeights) -> Iterator[tuple[str, KernelWeight]]:
         named += [("gate_up", layer.gate_up), ("down", layer.down)]
     for name, projection in [*named, ("lm_head", decoder.head)]:
         parts = projection if isinstance(projection, tuple) else (projection,)
-        yield from ((name, part) for part in parts if isinstance(part, KernelWeight))
+        yield from ((name, part) for part in parts if isinstance(part, Timeable))

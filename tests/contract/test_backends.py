@@ -16,6 +16,7 @@ from qtool.runtime.decode.runner import DecodeRunner
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from qtool.steps.plan import load_method
 from tests.helpers import dequantized, normal, problem
+from tests.mixed import solved_mixed
 
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "affine": ("rtn", {}),
@@ -41,6 +42,10 @@ pytestmark = [
 @functools.cache
 def solved(format_name, scheme, shape, seed):
     """Return a weight of a format as a method makes it."""
+    if format_name == "mixed_rows":
+        widest = scheme.num_bits + 1
+        row_bits = [widest - row % min(4, widest) for row in range(shape.out_features)]
+        return solved_mixed(normal(*shape, seed=seed), row_bits, scheme.group_size)
     method_name, options = SOLVERS[format_name]
     method = load_method(method_name)
     given = problem(normal(*shape, seed=seed), scheme)
@@ -152,6 +157,32 @@ def test_rows_equal_the_definition(name, device, format_name, dtype, group_dim):
     assert bool((error <= torch.finfo(dtype).eps * expected.abs() + rounding).all())
 
 
+MIXED = [[3] * 70, [4] + [2] * 69, [8, 4, 3, 2, 4] * 14, [5, 4, 3, 2, 1] * 13 + [1] * 5]
+"""Bits of each row: one class, a class of one row, four and five classes."""
+
+
+@pytest.mark.parametrize("row_bits", MIXED, ids=lambda bits: f"{len(set(bits))}classes")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 8, 17, 64])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_rows_of_unlike_bits_equal_the_definition(
+    name, device, row_bits, dtype, tokens, group_size
+):
+    tensor = mixed_of(tuple(row_bits), group_size)
+    check_matmul(name, device, tensor, normal(tokens, 256).to(dtype))
+    backend, table = prepared(name, tensor, device, dtype)
+    index = torch.tensor([[0, 69, 7], [7, 1, 31]])
+    got = backend.rows(index.to(device), table).cpu().double()
+    expected = dequantized(tensor, torch.float64)[index]
+    rounding = torch.finfo(dtype).eps * expected.abs() + 2**-22 * expected.abs().max()
+    assert bool(((got - expected).abs() <= rounding).all())
+
+
+@functools.cache
+def mixed_of(row_bits, group_size):
+    return solved_mixed(normal(len(row_bits), 256), row_bits, group_size)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_it_repeats_itself_and_leaves_the_input_alone(name, device, dtype, tokens):
@@ -173,7 +204,7 @@ def test_parts_of_what_is_fused_are_the_weights(name, device, format_name, count
     backend, _ = prepared(name, tensors[0], device, dtype)
     fused = backend.fuse([on(device, each) for each in tensors], dtype, interleave=interleave)
     if fused is None:
-        assert name not in FUSING
+        assert name not in FUSING or format_name == "mixed_rows"
         return
     assert len(fused.parts) == len(tensors)
     x = normal(5, 96).to(dtype).to(device)
@@ -220,11 +251,12 @@ def test_a_decoding_step_by_its_operations_is_that_of_the_model(name, device, ch
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("format_name", ["binary_coding", "mixed_rows"])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_two_streams_and_a_replayed_graph_give_the_same(name, device, tokens):
+def test_two_streams_and_a_replayed_graph_give_the_same(name, device, tokens, format_name):
     if device == "cpu":
         pytest.skip("streams are a card's")
-    tensor = solved("binary_coding", WeightScheme(num_bits=3), Shape2D(1000, 2000), 5)
+    tensor = solved(format_name, WeightScheme(num_bits=3), Shape2D(1000, 2000), 5)
     x = normal(tokens, 2000).half().to(device)
     backend, weight = prepared(name, tensor, device, x.dtype)
     expected = backend.matmul(x, weight)

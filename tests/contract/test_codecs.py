@@ -1,5 +1,7 @@
 """What every codec must do; an independent decoder stands in tests/golden/oracles.py."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ import qtool.formats
 from qtool import plugins
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import codec
+from qtool.core.packing import codes_to_planes
 from qtool.errors import SchemeError
 from qtool.formats._dtypes import DTYPES, dtype_of, stored_name
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
@@ -29,14 +32,33 @@ GROUPED = {"out_features": 0, "in_features": 1}
 shapes = st.builds(Shape2D, st.integers(1, 36), st.integers(1, 36))
 
 
+def with_classes(scheme: WeightScheme, shape: Shape2D, seed: int) -> WeightScheme:
+    """Return a scheme of one to five classes of rows, the widest as wide as it was."""
+    draw = np.random.default_rng(seed)
+    most = min(4, scheme.num_bits - 1, shape.out_features - 1)
+    others = draw.choice(np.arange(1, scheme.num_bits), draw.integers(0, most + 1), replace=False)
+    ends = draw.choice(np.arange(1, shape.out_features), len(others), replace=False)
+    counts = np.diff([0, *sorted(ends), shape.out_features]).tolist()
+    bits = [scheme.num_bits, *sorted(others.tolist(), reverse=True)]
+    rows = tuple(zip(bits, counts, strict=True))
+    return replace(scheme, group_dim="in_features", rows=rows)
+
+
 def random_tensor(name: str, scheme: WeightScheme, shape: Shape2D, seed: int) -> QuantizedTensor:
     """Return a weight with arbitrary bits and parameters in the layout of its format."""
     if name == "affine" and scheme.symmetric and scheme.num_bits == 1:
         scheme = WeightScheme(num_bits=2, symmetric=True, group_dim=scheme.group_dim)
+    if name == "mixed_rows" and not scheme.rows:
+        scheme = with_classes(scheme, shape, seed)
     generator = torch.Generator().manual_seed(seed)
     parts = {}
     for part, spec in codec(name).layout(scheme, shape).items():
-        if spec.dtype == "int32":
+        if spec.counts:
+            numbers = [number for number, count in enumerate(spec.counts) for _ in range(count)]
+            shuffled = torch.tensor(numbers)[torch.randperm(len(numbers), generator=generator)]
+            width = spec.shape[0]
+            drawn = codes_to_planes(shuffled.to(torch.uint8)[None], width).squeeze(1)
+        elif spec.dtype == "int32":
             drawn = torch.randint(-(2**31), 2**31, spec.shape, generator=generator)
         else:  # few bits: sums of them are exact in float64 and float32
             drawn = torch.randint(-64, 65, spec.shape, generator=generator) / 32
@@ -71,6 +93,8 @@ def test_layout_has_whole_positive_sizes_and_known_dtypes(name, scheme, shape):
         with pytest.raises(SchemeError):
             codec(name).layout(scheme, shape)
         return
+    if name == "mixed_rows":
+        scheme = with_classes(scheme, shape, 0)
     layout = codec(name).layout(scheme, shape)
     assert layout
     for spec in layout.values():
@@ -81,7 +105,7 @@ def test_layout_has_whole_positive_sizes_and_known_dtypes(name, scheme, shape):
 @EVERY_FORMAT
 @pytest.mark.parametrize("group_dim", GROUP_DIMS)
 def test_dequantize_leaves_the_parts_alone(name, group_dim):
-    scheme = WeightScheme(num_bits=3, group_size=8, group_dim=group_dim)
+    scheme = WeightScheme(num_bits=3, group_size=8, group_dim=group_dim)  # if the format has it
     tensor = random_tensor(name, scheme, Shape2D(20, 36), 0)
     before = {part: values.clone() for part, values in tensor.parts.items()}
     codec(name).dequantize(tensor, torch.float32).add_(1)
@@ -128,6 +152,10 @@ def test_weights_are_joined_to_the_bit_or_refused(name, scheme, other, dim, leng
         with pytest.raises(SchemeError, match="Only the last"):
             codec(name).cat(tensors, dim)
         return
+    if name == "mixed_rows" and dim == 1 and len(lengths) > 1:
+        with pytest.raises(SchemeError, match="Put them below one another"):
+            codec(name).cat(tensors, dim)
+        return
     exact = [codec(name).dequantize(each, torch.float64) for each in tensors]
     check_is(codec(name).cat(tensors, dim), torch.cat(exact, dim))
 
@@ -135,11 +163,14 @@ def test_weights_are_joined_to_the_bit_or_refused(name, scheme, other, dim, leng
 @EVERY_FORMAT
 def test_weights_that_differ_are_not_joined(name):
     one, other = (
-        random_tensor(name, WeightScheme(num_bits=bits, group_size=8), Shape2D(16, 16), 0)
-        for bits in (3, 4)
+        random_tensor(name, WeightScheme(num_bits=3, group_size=size), Shape2D(16, 16), 0)
+        for size in (4, 8)
     )
     wider = random_tensor(name, one.scheme, Shape2D(16, 24), 0)
-    for pair in ([one, other], [one, wider]):
+    more = random_tensor(name, replace(one.scheme, num_bits=4, rows=()), Shape2D(16, 16), 0)
+    for pair in ([one, other], [one, wider], [one, more]):
+        if name == "mixed_rows" and pair[1] is more:
+            continue  # bits are what its rows may differ in
         with pytest.raises(SchemeError, match="don't make one"):
             codec(name).cat(pair, 0)
 

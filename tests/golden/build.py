@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from qtool.checkpoint.place import find_place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
-from qtool.formats import affine, binary_coding, coded_scales
+from qtool.formats import affine, binary_coding, coded_scales, mixed_rows
 from qtool.scheme import Shape2D, WeightScheme
 from tests.golden.oracles import ORACLES
 
@@ -33,6 +34,12 @@ SCHEMES: Mapping[str, WeightScheme] = {
     "rows": WeightScheme(num_bits=5, group_size=4, group_dim="out_features"),
     "whole": WeightScheme(num_bits=2, group_size=None),
     "symmetric": WeightScheme(num_bits=4, group_size=64, symmetric=True),
+}
+MIXED_SCHEMES: Mapping[str, WeightScheme] = {
+    "columns": WeightScheme(num_bits=5, group_size=32, rows=((5, 1), (3, 2), (2, 3))),
+    "rows": WeightScheme(num_bits=8, group_size=4, rows=((8, 1), (6, 1), (4, 1), (3, 1), (1, 2))),
+    "whole": WeightScheme(num_bits=2, group_size=None, rows=((2, 6),)),
+    "symmetric": WeightScheme(num_bits=4, group_size=64, symmetric=True, rows=((4, 2), (1, 4))),
 }
 
 
@@ -60,29 +67,46 @@ def binary_weight(scheme: WeightScheme) -> QuantizedTensor:
     return binary_coding.encode_binary(codes, (scales / 512).half(), offsets.half(), scheme, SHAPE)
 
 
-def coded_weight(scheme: WeightScheme) -> QuantizedTensor:
-    rows, groups = scheme.num_rows(SHAPE), scheme.num_groups(SHAPE)
-    size = scheme.group_size or scheme.grouped_length(SHAPE)
+def coded_weight(scheme: WeightScheme, shape: Shape2D = SHAPE) -> QuantizedTensor:
+    rows, groups = scheme.num_rows(shape), scheme.num_groups(shape)
+    size = scheme.group_size or scheme.grouped_length(shape)
     codes = numbers(2**scheme.num_bits, rows, groups, size).to(torch.uint8)
     scales = (numbers(500, rows, groups, scheme.num_bits) + 1).sort(-1, descending=True).values
     offsets = numbers(500, rows, groups, 1) - 250
     row_scales = ((numbers(500, rows) + 500) / 512).half()
     theta = torch.cat([scales, offsets], -1) / 512
-    return coded_scales.encode_coded(codes, theta, row_scales, scheme, SHAPE)
+    return coded_scales.encode_coded(codes, theta, row_scales, scheme, shape)
+
+
+def mixed_weight(scheme: WeightScheme) -> QuantizedTensor:
+    classes, row_bits = [], []
+    for num_bits, count in scheme.rows:
+        uniform = replace(scheme, num_bits=num_bits, rows=())
+        classes.append(coded_weight(uniform, SHAPE._replace(out_features=count)))
+        row_bits += [num_bits] * count
+    order = [(5 * row + 2) % len(row_bits) for row in range(len(row_bits))]
+    bits = torch.tensor([row_bits[row] for row in order], dtype=torch.uint8)
+    return mixed_rows.encode_mixed(classes, bits)
 
 
 WEIGHTS: Mapping[str, Callable[[WeightScheme], QuantizedTensor]] = {
     "affine": affine_weight,
     "binary_coding": binary_weight,
     "coded_scales": coded_weight,
+    "mixed_rows": mixed_weight,
 }
+
+
+def schemes_of(format_name: str) -> Mapping[str, WeightScheme]:
+    """Return the schemes of the layers of a golden checkpoint."""
+    return MIXED_SCHEMES if format_name == "mixed_rows" else SCHEMES
 
 
 def write(format_name: str, out_dir: Path) -> None:
     """Write the golden checkpoint of one format."""
     layers = {}
     with CheckpointWriter(find_place(out_dir), {}) as writer:
-        for name, scheme in SCHEMES.items():
+        for name, scheme in schemes_of(format_name).items():
             tensor = WEIGHTS[format_name](scheme)
             writer.once(name, partial(Made, tensor))
             layers[name] = LayerEntry(

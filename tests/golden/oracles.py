@@ -84,8 +84,27 @@ def coded_scales(
     return weight
 
 
+def mixed_rows(
+    parts: Parts, num_bits: int, out: int, in_: int, group_size: int | None, group_dim: str
+) -> NDArray[np.float64]:
+    widths = sorted(int(name.rpartition("_w")[2]) for name in parts if "row_scales" in name)
+    assert widths[-1] == num_bits
+    weight, classes = np.zeros((out, in_)), [[] for _ in widths]
+    for o in range(out):
+        number = 0
+        for plane in parts.get("row_classes", []):
+            number = 2 * number + bit(plane, o)
+        classes[number].append(o)
+    for width, rows in zip(reversed(widths), classes, strict=True):
+        end = f"_w{width}"
+        own = {name.removesuffix(end): part for name, part in parts.items() if name.endswith(end)}
+        weight[rows] = coded_scales(own, width, len(rows), in_, group_size, group_dim)
+    return weight
+
+
 ORACLES: dict[str, Oracle] = {
     "affine": affine,
     "binary_coding": binary_coding,
     "coded_scales": coded_scales,
+    "mixed_rows": mixed_rows,
 }

@@ -121,9 +121,9 @@ def multiply(case, packed, x, y, partial, product, *, ctas, slabs, warps, stages
         (ctas, slabs, blocks),
         warps * 32,
         warps * stages * layout.stage_bytes + x_bytes + parts,
-        *(packed.planes, packed.scales, x, None, y, partial, exchange),
+        *(packed.planes, packed.scales, x, None, y, None, partial, exchange),
         *(case.shape[0], case.shape[1], case.batch),
-        *(row_tiles, units, packed.scales.shape[1], per_slab),
+        *(row_tiles, units, packed.scales.shape[1], case.shape[0], per_slab),
     )
     assert not bool(exchange.any())
 
@@ -157,7 +157,7 @@ def test_bit_planes_agree_before_and_after_the_cast(case, grid, product):
         multiply(case, packed, x, y, target, chosen, **sizes)
     assert error(partial.sum(0)[:, : case.shape[0]], case, tensor) < BEFORE_CAST
     if case.splits > 1:
-        planes.add_splits(partial, y, Recorder())
+        planes.add_splits(partial, planes.Target(y), Recorder())
     assert error(y, case, tensor) < AFTER_CAST[case.dtype]
 
 
@@ -181,8 +181,8 @@ def test_dequantize_and_gather_give_the_rounded_definition(case):
     assert torch.equal(weight, expected)
     index = torch.tensor([rows - 1, 0, rows // 2, rows, -1])
     found = torch.zeros(5, inputs).to(case.dtype)
-    sizes = (rows, inputs, units, groups)
-    kernels["gather_rows"]((5, 1, 1), 128, 0, packed.planes, packed.scales, index, found, *sizes)
+    tensors = (packed.planes, packed.scales, index, None, found)
+    kernels["gather_rows"]((5, 1, 1), 128, 0, *tensors, rows, inputs, units, groups, 0, rows)
     assert torch.equal(found[:3], expected[index[:3]])
     assert bool(found[3:].isnan().all()), "a row that isn't there is no number"
 

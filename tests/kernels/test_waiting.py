@@ -18,7 +18,7 @@ def add_splits(monkeypatch, text):
     host.host_kernels.cache_clear()
     try:
         y = torch.zeros(1, 128, dtype=torch.float16)
-        planes.add_splits(torch.ones(2, 1, 128), y, Recorder())
+        planes.add_splits(torch.ones(2, 1, 128), planes.Target(y), Recorder())
     finally:
         host.host_kernels.cache_clear()
     return y

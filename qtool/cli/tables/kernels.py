@@ -31,7 +31,8 @@ def _print_layers(result: "GpuResult") -> None:
     for layer in result.layers:
         labels = (layer.name, f"{layer.out_features} x {layer.in_features}", str(layer.count))
         for row in layer.rows:
-            own = f"{row.what} {layer.num_bits} bit {group(layer)}, {row.kernel}"
+            bits = "/".join(map(str, layer.row_bits or [layer.num_bits]))
+            own = f"{row.what} {bits} bit {group(layer)}, {row.kernel}"
             speed = f"{row.microseconds:.1f}", f"{row.gb_per_second:,.0f}"
             shares = f"{row.of_copy_bandwidth:.0%}", f"{row.speedup:.2f}"
             rows.append((*labels, own if row.kernel else row.what, *speed, *shares))

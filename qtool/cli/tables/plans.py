@@ -1,6 +1,5 @@
 """The tables of `quantize --dry-run`: what would happen to each layer, and why."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ def print_plan(plan: "Plan", allocation: "Allocation | None", json_file: Path | 
         {
             "name": layer.name,
             "method": layer.method,
-            **asdict(layer.scheme),
+            **layer.scheme.to_json(),
             "shape": list(layer.shape),
             "average_bits": layer.average_bits,
             "bytes": layer.num_bytes,

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qtool.runtime.backends.cuda import backend as cuda
 from qtool.runtime.backends.cuda import driver, linear_kernels, operators, selection
+from qtool.runtime.backends.cuda.mixed import MixedWeight, prepare_weight
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal
@@ -29,6 +30,68 @@ def test_shapes_and_dtypes_are_known_without_running(leading):
         found = operators.rows_operator(torch.empty(leading, dtype=torch.int64), prepared)
     assert (y.shape, y.dtype) == ((*leading, 48), torch.float16)
     assert (found.shape, found.dtype) == ((*leading, 320), torch.float16)
+
+
+MIXED_ROWS = ((8, 1), (4, 20), (3, 16), (2, 11))
+
+
+def mixed_weight(device="cpu"):
+    scheme = WeightScheme(num_bits=8, group_size=64, rows=MIXED_ROWS)
+    tensor = random_tensor("mixed_rows", scheme, Shape2D(48, 320), 1)
+    parts = {name: part.to(device) for name, part in tensor.parts.items()}
+    moved = type(tensor)(tensor.format, scheme, tensor.shape, parts)
+    prepared = prepare_weight(moved, torch.float16)
+    assert isinstance(prepared, MixedWeight)
+    return tensor, prepared
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3), (0,)])
+def test_shapes_of_rows_of_unlike_bits_are_known_without_running(leading):
+    _, prepared = mixed_weight()
+    x, index = torch.empty((*leading, 320), dtype=torch.float16), torch.empty(leading).long()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y = operators.mixed_matmul_operator(x, prepared)
+        found = operators.mixed_rows_operator(index, prepared)
+    assert (y.shape, y.dtype) == ((*leading, 48), torch.float16)
+    assert (found.shape, found.dtype) == ((*leading, 320), torch.float16)
+
+
+def test_operators_pass_all_that_a_weight_is():
+    _, prepared = mixed_weight()
+    again = operators._mixed_weight(torch.float16, operators._flat_mixed(prepared))
+    assert again.shape == prepared.shape and again.dtype == prepared.dtype
+    assert [part.scheme for part in again.classes] == [part.scheme for part in prepared.classes]
+    assert torch.equal(again.dense(), prepared.dense())
+
+
+@pytest.mark.gpu
+def test_operators_of_rows_of_unlike_bits_keep_what_they_promise():
+    tensor, prepared = mixed_weight("cuda")
+    flat, exact = operators._flat_mixed(prepared), dequantized(tensor, torch.float64)
+    x, index = normal(2, 320).half().cuda(), torch.tensor([3, 47]).cuda()
+    tests = ("test_schema", "test_faketensor")
+    library = torch.ops.qtool
+    torch.library.opcheck(library.mixed_matmul, (x, *flat), test_utils=tests)
+    torch.library.opcheck(library.mixed_rows, (index, torch.float16, *flat), test_utils=tests)
+    got = operators.mixed_matmul_operator(x, prepared).cpu().double()
+    assert torch.allclose(got, x.cpu().double() @ exact.T, 1e-2, 0.1)
+    assert torch.equal(
+        operators.mixed_rows_operator(index, prepared).cpu(), exact.half()[index.cpu()]
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_head_of_unlike_rows_is_one_graph():
+    _, prepared = mixed_weight("cuda")
+
+    def head(x):
+        return torch.nn.functional.silu(cuda.BACKEND.matmul(x, prepared))
+
+    compiled = torch.compile(head, fullgraph=True, dynamic=True)
+    for tokens in (1, 5, 40):
+        x = normal(tokens, 320).half().cuda()
+        torch.testing.assert_close(compiled(x), head(x), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ from qtool.scheme import Shape2D, WeightScheme
 from qtool.timing import kernels, peers
 from qtool.timing.kernels import BATCHES, Layer, SweepPoint, break_even, kernel_row
 from qtool.timing.peers import Peer, PeerWeight
-from qtool.timing.synthetic import generator_on, random_tensor
+from qtool.timing.synthetic import generator_on, random_tensor, random_weight
 from tests.unit.timing.rig import COPY_BANDWIDTH, CountingTimer, rig
 
 SHAPE = Shape2D(96, 64)
@@ -137,3 +137,20 @@ def test_a_peer_multiplies_by_the_weight(peer):
     exact = x.float() @ weight.float().T
     error = (got.float().view_as(exact) - exact).norm() / exact.norm()
     assert error < (0.6 if "2 bit" in peer.name else 0.2)
+
+
+def test_a_head_of_unlike_rows_is_timed_by_the_bytes_of_its_classes():
+    scheme = WeightScheme(num_bits=4, group_size=32, rows=((4, 30), (2, 66)))
+
+    def load():
+        return random_weight(SHAPE, scheme, generator_on(CPU))
+
+    result = kernels.time_layer(Layer("head", 1, load), rig())
+    classes = (4 * 64 // 8 + 5 * 2 * 2) * 30 + (2 * 64 // 8 + 3 * 2 * 2) * 66
+    assert result.rows[0].weight_bytes == classes
+    assert result.rows[0].kernel == "planes"
+    assert result.row_bits == (4, 2)
+    launched = []
+    own = dataclasses.replace(rig(), launch=lambda call, _: launched.append(call.numbers[0]))
+    kernels.time_layer(Layer("head", 1, load), own)
+    assert set(launched) == {30, 66}, "each class by itself"

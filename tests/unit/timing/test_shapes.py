@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -79,3 +81,15 @@ def test_a_random_model_is_quantized_but_for_its_embedding_or_dense_as_a_whole()
             assert tuple(ours.shape) == tuple(theirs.shape)
     assert isinstance(packed.embedding, torch.Tensor)
     assert len(packed.inverse_frequencies) == TINY.decoder.head_dim // 2
+
+
+def test_heads_of_unlike_rows_have_all_rows_and_the_ratio_of_the_paper():
+    linears = shapes.find_shapes("llama3-8b-heads").linears
+    asked = WeightScheme(num_bits=5, group_size=64)
+    assert [linear.scheme(asked).num_bits for linear in linears] == [4, 3, 2, 8, 4, 4]
+    for linear in linears[3:]:
+        scheme = linear.scheme(asked)
+        counts = [count for _, count in scheme.rows]
+        assert sum(counts) == linear.shape.out_features
+        assert all(b / a == pytest.approx(2, rel=1e-3) for a, b in itertools.pairwise(counts))
+        assert scheme.group_size == 64

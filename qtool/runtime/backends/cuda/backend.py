@@ -6,21 +6,27 @@ import torch
 from torch import Tensor
 
 from qtool.base import Fused, KernelBackend, QuantizedTensor
-from qtool.formats import affine, binary_coding, coded_scales
-from qtool.runtime.backends.cuda import fusing, linear_kernels, operators
+from qtool.formats import affine, binary_coding, coded_scales, mixed_rows
+from qtool.runtime.backends.cuda import fusing, linear_kernels, mixed, operators
 from qtool.runtime.backends.cuda.decode_ops import HEAD_DIMS, KernelOps
 from qtool.runtime.backends.cuda.driver import card_of, launch, why_not_on
 from qtool.runtime.backends.cuda.fusing import HalfWeight
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
+from qtool.runtime.backends.cuda.mixed import MixedWeight
 from qtool.runtime.backends.cuda.selection import STORED_KERNELS, wanted_kernel
 from qtool.runtime.backends.dense import BACKEND as DENSE
 from qtool.runtime.decode.ops import DecodeOps
 from qtool.runtime.decode.weights import DecoderWeights
 
-FORMATS = (affine.AFFINE, binary_coding.BINARY_CODING, coded_scales.CODED_SCALES)
+FORMATS = (
+    affine.AFFINE,
+    binary_coding.BINARY_CODING,
+    coded_scales.CODED_SCALES,
+    mixed_rows.MIXED_ROWS,
+)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 """That the kernels take; in others weights are dense."""
-Prepared = KernelWeight | HalfWeight | Tensor
+Prepared = KernelWeight | HalfWeight | MixedWeight | Tensor
 
 
 class CudaBackend:
@@ -41,12 +47,15 @@ class CudaBackend:
         """Return the re-laid weight."""
         if dtype not in KERNEL_DTYPES:
             return DENSE.prepare(tensor, dtype)
-        return linear_kernels.prepare(tensor, dtype)
+        return mixed.prepare_weight(tensor, dtype)
 
     def matmul(self, x: Tensor, prepared: Prepared) -> Tensor:
         """Return x @ W.T."""
         if isinstance(prepared, Tensor):
             return DENSE.matmul(x, prepared)
+        if isinstance(prepared, MixedWeight):
+            run = operators.mixed_matmul_operator if prepared.is_tiled else _multiply_mixed
+            return run(x, prepared)
         if isinstance(prepared, HalfWeight):
             prepared = prepared.weight()
         # An operator, which a compiler knows, reads tiles alone.
@@ -59,6 +68,9 @@ class CudaBackend:
         """Return the rows that `index` names."""
         if isinstance(prepared, Tensor):
             return DENSE.rows(index, prepared)
+        if isinstance(prepared, MixedWeight):
+            run = operators.mixed_rows_operator if prepared.is_tiled else _gather_mixed
+            return run(index, prepared)
         if isinstance(prepared, HalfWeight):
             prepared = prepared.weight()
         if prepared.tiles is not None:
@@ -95,5 +107,16 @@ def _rows(index: Tensor, weight: KernelWeight) -> Tensor:
     return linear_kernels.rows(index, weight, launch)
 
 
+def _multiply_mixed(x: Tensor, weight: MixedWeight) -> Tensor:
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    y = mixed.multiply_mixed(tokens, weight, launch, card_of(x.device.index or 0))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _gather_mixed(index: Tensor, weight: MixedWeight) -> Tensor:
+    return mixed.gather_mixed(index, weight, launch)
+
+
 operators.implement(_matmul, _rows)
+operators.implement_mixed(_multiply_mixed, _gather_mixed)
 BACKEND: KernelBackend = CudaBackend()

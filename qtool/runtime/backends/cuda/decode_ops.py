@@ -9,6 +9,7 @@ from torch.nn import functional
 from qtool.runtime.backends.cuda import linear_kernels
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
+from qtool.runtime.backends.cuda.mixed import MixedWeight, gather_mixed, multiply_mixed
 from qtool.runtime.decode import torch_ops
 from qtool.runtime.decode.ops import DecodeState
 from qtool.runtime.decode.weights import DecoderLayer, DecoderShape, Projection, Projections
@@ -36,6 +37,8 @@ class KernelOps:
         """Return the rows of the tokens."""
         if isinstance(table, KernelWeight):
             return linear_kernels.rows(tokens, table, self._launch)
+        if isinstance(table, MixedWeight):
+            return gather_mixed(tokens, table, self._launch)
         return torch_ops.OPS.embed(tokens, table)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -57,7 +60,10 @@ class KernelOps:
             return y if residual is None else y + residual
         if isinstance(projection, KernelWeight):
             return linear_kernels.matmul(x, projection, self._launch, self._card, residual=residual)
-        y = functional.linear(x, torch_ops.dense(projection))
+        if isinstance(projection, MixedWeight):
+            y = multiply_mixed(x, projection, self._launch, self._card)
+        else:
+            y = functional.linear(x, torch_ops.dense(projection))
         return y if residual is None else y.add_(residual)
 
     def gated(self, x: Tensor, gate_up: Projections) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from qtool.base import Fused, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.core.layout import RUN
+from qtool.formats.mixed_rows import MIXED_ROWS
 from qtool.runtime.backends.cuda.centers import planes_of
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight, is_tileable, prepare
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, Tiles
@@ -56,10 +57,13 @@ class HalfWeight:
 def fuse(
     tensors: Sequence[QuantizedTensor], dtype: torch.dtype, *, interleave: bool = False
 ) -> Fused | None:
-    """Do `Backend.fuse`; None if schemes or formats differ, or the kernels' tiles do."""
+    """Do `Backend.fuse`; None if schemes or formats differ, or the kernels' tiles do.
+
+    And of rows of unlike bits: each class is a weight of its own.
+    """
     first, rows = tensors[0], [tensor.shape.out_features for tensor in tensors]
     kinds = {(one.format, one.scheme, one.shape.in_features) for one in tensors}
-    if len(kinds) > 1 or not is_tileable(first):
+    if len(kinds) > 1 or first.format == MIXED_ROWS or not is_tileable(first):
         return None
     if interleave and (rows[0] != rows[1] or rows[0] % RUN != 0):
         return None

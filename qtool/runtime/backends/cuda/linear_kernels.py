@@ -155,7 +155,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     if x.data_ptr() % LOAD_BYTES != 0:  # a slice of something
         x = x.clone()
     if kernel == "planes" and weight.tiles is not None and tokens > 0:
-        return _by_planes(x, weight, launch, card, residual=residual, gated=gated)
+        return by_planes(x, weight, launch, card, residual=residual, gated=gated)
     if kernel == "lut" and tokens > 0:
         y = lut.multiply_by_tables(x, _stored(weight, kernel), launch, card, residual)
         residual = None
@@ -167,29 +167,36 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     return y if residual is None else y + residual
 
 
-def _by_planes(
+def by_planes(  # noqa: PLR0913 - as `matmul`
     x: Tensor,
     weight: KernelWeight,
     launch: Launch,
     card: Card,
     *,
-    residual: Tensor | None,
-    gated: bool,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    target: planes.Target | None = None,
 ) -> Tensor:
-    """Do `matmul` by the tiles: in slabs where the inputs don't fit into shared memory."""
+    """Do `matmul` by the tiles: in slabs where the inputs don't fit into shared memory.
+
+    The first five arguments are those of `matmul`, and x is aligned; `target` takes the product in
+    place of a new tensor, if it isn't gated.
+    """
     assert weight.tiles is not None
     (batch, inputs), rows, packed = x.shape, weight.shape.out_features, weight.tiles
     row_tiles, units, *_ = packed.planes.shape
-    sizes = (rows, inputs, batch, row_tiles, units, packed.scales.shape[1])
+    if target is None:
+        target = planes.Target(x.new_empty(batch, rows // 2 if gated else rows), None)
+    y, places = target.y, target.places
+    sizes = (rows, inputs, batch, row_tiles, units, packed.scales.shape[1], y.shape[1])
     epilogue = "gated" if gated else "none" if residual is None else "residual"
     call = planes.call_for(sizes, weight.layout, x.dtype, card, epilogue, not weight.fresh)
-    y = x.new_empty(batch, rows // 2 if gated else rows)
     slabs, partial = call.grid[1], None
     if slabs > 1:
         partial = x.new_empty(slabs, batch, row_tiles * TILE_ROWS, dtype=torch.float32)
-    launch(call, (packed.planes, packed.scales, x, residual, y, partial))
+    launch(call, (packed.planes, packed.scales, x, residual, y, places, partial))
     if partial is not None:
-        planes.add_splits(partial, y, launch, epilogue=epilogue, residual=residual)
+        planes.add_splits(partial, target, launch, epilogue=epilogue, residual=residual)
     return y
 
 
@@ -240,7 +247,7 @@ def _by_definition(x: Tensor, tensor: QuantizedTensor, launch: Launch) -> Tensor
 
 
 @functools.lru_cache(1024)  # not all lengths of prompts for ever
-def _dequantize_call(
+def dequantize_call(
     kernel: str, sizes: tuple[int, ...], blocks: int, layout: planes.Layout, dtype: torch.dtype
 ) -> KernelCall:
     """Return a launch of kernels/dequantize.cu, made once for all weights of one shape."""
@@ -257,7 +264,7 @@ def dense_weight(weight: KernelWeight, launch: Launch) -> Tensor:
     dense = torch.empty(rows, inputs, dtype=weight.dtype, device=packed.planes.device)
     sizes = (rows, inputs, row_tiles, units, packed.scales.shape[1])
     blocks = -(-row_tiles * units // DEQUANTIZE_WARPS)
-    call = _dequantize_call("dequantize", sizes, blocks, weight.layout, weight.dtype)
+    call = dequantize_call("dequantize", sizes, blocks, weight.layout, weight.dtype)
     tensors = (packed.planes, packed.scales, dense)
     launch(call._replace(dependent=False) if weight.fresh else call, tensors)
     return dense
@@ -272,8 +279,9 @@ def rows(index: Tensor, weight: KernelWeight, launch: Launch) -> Tensor:
         return torch.empty(*index.shape, inputs, dtype=weight.dtype, device=index.device)
     packed = weight.tiles
     flat = index.flatten().to(torch.int64).contiguous()
-    found = torch.empty(len(flat), inputs, dtype=weight.dtype, device=packed.planes.device)
-    sizes = (weight.shape.out_features, inputs, packed.planes.shape[1], packed.scales.shape[1])
-    call = _dequantize_call("gather_rows", sizes, len(flat), weight.layout, weight.dtype)
-    launch(call, (packed.planes, packed.scales, flat, found))
+    found = torch.empty(len(flat), inputs, dtype=weight.dtype, device=flat.device)
+    rows, units, groups = weight.shape.out_features, packed.planes.shape[1], packed.scales.shape[1]
+    sizes = (rows, inputs, units, groups, 0, rows)
+    call = dequantize_call("gather_rows", sizes, len(flat), weight.layout, weight.dtype)
+    launch(call, (packed.planes, packed.scales, flat, None, found))
     return found.view(*index.shape, inputs)

@@ -105,5 +105,5 @@ def multiply_by_tables(
     if partial is None:
         return y if residual is None else y.add_(residual)
     epilogue = "none" if residual is None else "residual"
-    planes.add_splits(partial, y, launch, epilogue=epilogue, residual=residual)
+    planes.add_splits(partial, planes.Target(y), launch, epilogue=epilogue, residual=residual)
     return y

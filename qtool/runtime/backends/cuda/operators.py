@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
+from qtool.runtime.backends.cuda.mixed import MixedWeight
 from qtool.runtime.backends.cuda.tiles import Tiles
 from qtool.scheme import Shape2D, WeightScheme
 
@@ -21,6 +22,12 @@ WEIGHT = (
 LIBRARY = torch.library.Library("qtool", "DEF")
 LIBRARY.define(f"matmul(Tensor x, {WEIGHT}) -> Tensor")
 LIBRARY.define(f"rows(Tensor index, ScalarType dtype, {WEIGHT}) -> Tensor")
+MIXED = (
+    "Tensor[] planes, Tensor[] scales, Tensor[] places, Tensor numbers, int inputs, int[] bits, "
+    "int? group, bool symmetric"
+)
+LIBRARY.define(f"mixed_matmul(Tensor x, {MIXED}) -> Tensor")
+LIBRARY.define(f"mixed_rows(Tensor index, ScalarType dtype, {MIXED}) -> Tensor")
 
 
 def matmul_operator(x: Tensor, weight: KernelWeight) -> Tensor:
@@ -31,6 +38,16 @@ def matmul_operator(x: Tensor, weight: KernelWeight) -> Tensor:
 def rows_operator(index: Tensor, weight: KernelWeight) -> Tensor:
     """Return the rows of a weight of tiles that `index` names."""
     return torch.ops.qtool.rows(index, weight.dtype, *_flat(weight))
+
+
+def mixed_matmul_operator(x: Tensor, weight: MixedWeight) -> Tensor:
+    """Return x @ W.T for classes of tiles, shaped (..., out_features), in the dtype of `x`."""
+    return torch.ops.qtool.mixed_matmul(x, *_flat_mixed(weight))
+
+
+def mixed_rows_operator(index: Tensor, weight: MixedWeight) -> Tensor:
+    """Return the rows of a weight of classes of tiles that `index` names."""
+    return torch.ops.qtool.mixed_rows(index, weight.dtype, *_flat_mixed(weight))
 
 
 Flat = tuple[Tensor, Tensor, int, int, int, int | None, bool, bool, bool]
@@ -56,7 +73,45 @@ def _scheme(bits: int, group: int | None, symmetric: bool) -> WeightScheme:  # n
     return WeightScheme(num_bits=bits, group_size=group, symmetric=symmetric)
 
 
+FlatMixed = tuple[
+    list[Tensor], list[Tensor], list[Tensor], Tensor, int, list[int], int | None, bool
+]
+
+
+def _flat_mixed(weight: MixedWeight) -> FlatMixed:
+    packed = [part.tiles for part in weight.classes if part.tiles is not None]
+    planes, scales = [each.planes for each in packed], [each.scales for each in packed]
+    scheme = weight.classes[0].scheme
+    bits = [part.scheme.num_bits for part in weight.classes]
+    numbers = (weight.numbers, weight.shape.in_features, bits)
+    return (planes, scales, list(weight.places), *numbers, scheme.group_size, scheme.symmetric)
+
+
+def _mixed_weight(dtype: torch.dtype, flat: FlatMixed) -> MixedWeight:
+    planes, scales, places, numbers, inputs, bits, group, symmetric = flat
+    classes = []
+    for one, parameters, rows, num_bits in zip(planes, scales, places, bits, strict=True):
+        scheme, shape = _scheme(num_bits, group, symmetric), Shape2D(len(rows), inputs)
+        classes.append(KernelWeight(scheme, shape, dtype, Tiles(one, parameters), None))
+    whole = Shape2D(len(numbers), inputs)
+    return MixedWeight(classes[0].scheme, whole, tuple(classes), tuple(places), numbers)
+
+
 RunKernel = Callable[[Tensor, KernelWeight], Tensor]
+RunMixed = Callable[[Tensor, MixedWeight], Tensor]
+
+
+def implement_mixed(run_matmul: RunMixed, run_rows: RunMixed) -> None:
+    """Say what the operators of weights with classes of rows do on a card; once."""
+
+    def matmul_there(x: Tensor, *flat: *FlatMixed) -> Tensor:
+        return run_matmul(x, _mixed_weight(x.dtype, flat))
+
+    def rows_there(index: Tensor, dtype: torch.dtype, *flat: *FlatMixed) -> Tensor:
+        return run_rows(index, _mixed_weight(dtype, flat))
+
+    LIBRARY.impl("mixed_matmul", matmul_there, "CUDA")
+    LIBRARY.impl("mixed_rows", rows_there, "CUDA")
 
 
 def implement(run_matmul: RunKernel, run_rows: RunKernel) -> None:
@@ -80,3 +135,13 @@ def _(x: Tensor, *flat: *Flat) -> Tensor:
 @torch.library.register_fake("qtool::rows", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _(index: Tensor, dtype: torch.dtype, *flat: *Flat) -> Tensor:
     return index.new_empty(*index.shape, flat[3], dtype=dtype)
+
+
+@torch.library.register_fake("qtool::mixed_matmul", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _(x: Tensor, *flat: *FlatMixed) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(flat[3]))
+
+
+@torch.library.register_fake("qtool::mixed_rows", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _(index: Tensor, dtype: torch.dtype, *flat: *FlatMixed) -> Tensor:
+    return index.new_empty(*index.shape, flat[4], dtype=dtype)

@@ -164,8 +164,9 @@ def tuned_plan(
     return None
 
 
-Sizes = tuple[int, int, int, int, int, int]
-"""out_features, in_features, tokens, row tiles, units and groups, as the kernels take them."""
+Sizes = tuple[int, int, int, int, int, int, int]
+"""out_features, in_features, tokens, row tiles, units, groups and columns of the result, as the
+kernels take them."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -182,7 +183,7 @@ def call_for(
     Raises:
         BackendError: a CTA has too little shared memory.
     """
-    _, in_features, batch, row_tiles, units, _ = sizes
+    _, in_features, batch, row_tiles, units, *_ = sizes
     picked = tuned_plan(row_tiles, units, batch, layout, card=card)
     if picked is None:
         raise BackendError(
@@ -212,21 +213,30 @@ def call_for(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a product goes."""
+
+    y: Tensor  # (tokens, width), in the dtype of the activations
+    places: Tensor | None = None  # (rows of the weight,) int32: their columns of y; None: all
+
+
 def add_splits(
     partial: Tensor,
-    y: Tensor,
+    target: Target,
     launch: Launch,
     *,
     epilogue: str = "none",
     residual: Tensor | None = None,
 ) -> None:
-    """Write the sum of (splits, tokens, padded rows) float32 to `y`, through the epilogue."""
-    splits, batch, padded = partial.shape
+    """Write the sum of (splits, tokens, padded rows) float32 to a target, through the epilogue."""
+    (splits, batch, padded), y, places = partial.shape, target.y, target.places
     threads, width = 128, y.shape[1]
+    outputs = width if places is None else len(places)
     macros, grid = (
         constants(y.dtype, EPILOGUE=EPILOGUES[epilogue]),
-        (-(-width // threads), batch, 1),
+        (-(-outputs // threads), batch, 1),
     )
-    numbers = (width, padded, batch, splits)
+    numbers = (outputs, padded, batch, splits, width)
     call = KernelCall("add_splits", "add_splits", macros, grid, threads, 0, numbers)
-    launch(call, (partial, residual, y))
+    launch(call, (partial, residual, y, places))
