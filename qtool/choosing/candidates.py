@@ -118,10 +118,14 @@ def chosen_plan(
 
 
 def _choices(recipe: Recipe, section: ChoosingSection, layer: LayerPlan) -> tuple[Choice, ...]:
-    """Return what a layer has to choose from; nothing if its scheme is settled."""
+    """Return what a layer has to choose from; nothing if its scheme is settled.
+
+    Rows of unlike bits are: what a table of them costs per average is for `tables` to say later.
+    """
     if layer.role == "block":
         return () if fixes_scheme(recipe.weights, layer.name) else section.choices
-    return section.tables if section.counts == "strict" else ()
+    settled = section.counts == "blocks" or bool(layer.scheme.rows)
+    return () if settled else section.tables
 
 
 def _planned(layer: LayerPlan, choice: Choice) -> LayerPlan | None:

@@ -5,15 +5,22 @@ layers have in common), so this is a knapsack with one choice per group of layer
 solved to optimality by HiGHS, through `scipy.optimize.milp`; the same input has the same answer.
 """
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from math import gcd, inf
+from pathlib import Path
 
 import numpy as np
 
 from qtool.errors import RecipeError
 
+OUT = 1
+"""What C, too, knows as stdout."""
 LARGEST_PRICE = 1e6
 """As the solver sees prices: it stops where a millionth of one is left to gain."""
 
@@ -116,16 +123,17 @@ def _solved(groups: Sequence[_Group], budget: int) -> list[int]:
     one_each = block_diag([np.ones((1, len(each.prices))) for each in groups])
     rows = vstack([one_each, csr_array(extra[None].astype(np.float64))])
     ends = np.cumsum([len(each.prices) for each in groups])[:-1]
-    allowed = room
+    scaled = prices * (LARGEST_PRICE / (prices.max() or 1.0))
+    ones, allowed = np.ones(len(groups)), room
     while allowed >= 0:
-        ones = np.ones(len(groups))
-        limits = LinearConstraint(rows, [*ones, -inf], [*ones, allowed])
-        scaled = prices * (LARGEST_PRICE / (prices.max() or 1.0))
-        options = {"mip_rel_gap": 0.0}
-        whole = np.ones_like(prices)
-        found = milp(
-            scaled, integrality=whole, bounds=Bounds(0, 1), constraints=limits, options=options
-        )
+        with _silenced():
+            found = milp(
+                scaled,
+                integrality=np.ones_like(scaled),
+                bounds=Bounds(0, 1),
+                constraints=LinearConstraint(rows, [*ones, -inf], [*ones, allowed]),
+                options={"mip_rel_gap": 0.0},
+            )
         if found.x is None:
             break
         places = [int(part.argmax()) for part in np.split(found.x, ends)]
@@ -134,3 +142,18 @@ def _solved(groups: Sequence[_Group], budget: int) -> list[int]:
             return places
         allowed -= taken - room
     return [int(each.num_bytes.argmin()) for each in groups]
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep a line that HiGHS prints for its own developers out of results on stdout."""
+    sys.stdout.flush()
+    kept = os.dup(OUT)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), OUT)
+            yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, OUT)
+        os.close(kept)

@@ -129,6 +129,7 @@ def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:
         allocation = choose(run, writer)
         if allocation is not None:
             run = replace(run, plan=allocation.plan)
+            _check_room(place, run.plan)
         solved = solve(run, writer)
         curves = settle(run, writer, solved)
         run.env.emit(Progress("assembling the result"))

@@ -37,6 +37,8 @@ def test_average_bits_are_explained_and_then_kept(cli: Cli, llama, options, tmp_
     assert result["choosing"] == planned["choosing"]
     assert result["average_bits"] == pytest.approx(planned["average_bits"])
     assert 3.4 < result["average_bits"] <= 3.6
+    printed = cli(*command, "--overwrite").out
+    assert "bits chosen, on average" in printed
     assert widths(tmp_path / "out") == [layer["num_bits"] for layer in planned["layers"]]
     assert len(set(widths(tmp_path / "out"))) > 1
 

@@ -29,13 +29,14 @@ def foretold(
     *,
     size: int = 128,
     tied_head: str | None = None,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     return foretold_divergences(
-        model(family, tied=tied_head is not None),
+        model(family, tied=tied_head is not None).to(device),
         BLOCKS[family],
         errors,
         TOKENS.split(size),
-        torch.Generator().manual_seed(1),
+        torch.Generator(device).manual_seed(1),
         tied_head=tied_head,
     )
 
@@ -69,6 +70,15 @@ def test_they_are_the_divergences(family, name):
     found = foretold(family, {name: lambda: small})[name]
     for value, error in zip(found.tolist(), small, strict=True):
         assert value == pytest.approx(measured(family, name, error), rel=0.2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj", "model.embed_tokens"])
+def test_they_are_the_divergences_on_a_card_too(name):
+    error = 1e-3 * normal(*model("llama").get_submodule(name).weight.shape)
+    found = foretold("llama", {name: lambda: [error.cuda()]}, device="cuda")[name]
+    assert found.device.type == "cpu"
+    assert float(found) == pytest.approx(measured("llama", name, error), rel=0.2)
 
 
 def test_a_tied_head_has_the_errors_of_the_embedding():
