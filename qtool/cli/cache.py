@@ -18,6 +18,7 @@ from qtool.wording import gigabytes, reason
 IN_STORE = {
     "answers": "of tasks that didn't end",
     "scores": "of tasks, with what was asked and answered",
+    "prices": "of the bits of each layer, for --average-bits",
     "digests": "of files, so that models aren't read again to be told apart",
 }
 FOLDERS = {"gguf": "models of GGUF files, as float16", "demo": "the demo model's file"}

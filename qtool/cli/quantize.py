@@ -1,28 +1,25 @@
 """`qtool quantize`."""
 
 import json
-from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtool.cli import console, early
+from qtool.cli import early
 from qtool.cli.guess import guess_seconds
 from qtool.cli.options import DeviceOption, ModelArgument, check_targets, in_panel
-from qtool.cli.progress import progress
+from qtool.cli.progress import Told, progress
+from qtool.cli.tables.plans import print_plan
+from qtool.cli.tables.quantized import print_quantized
+from qtool.cli.tables.sweeps import print_sweep
 from qtool.errors import RecipeError
-from qtool.wording import gigabytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from qtool.pipeline import QuantizeResult
+    from qtool.modeling.locate import Location
     from qtool.recipe.schema import Recipe
-    from qtool.steps.plan import LayerPlan, Plan
-    from qtool.steps.solve import LayerResult
 
 DEFAULT_RECIPE = "bcq-w4g128"
 
@@ -47,6 +44,22 @@ def quantize(
     method: Annotated[str | None, _what(help="rtn, gptq or bcq; see `qtool methods`.")] = None,
     bits: Annotated[int | None, _what(metavar="N", help="Bits per weight, 1 to 8.")] = None,
     group_size: Annotated[str | None, _what(help="Weights that share scales, or 'row'.")] = None,
+    average_bits: Annotated[
+        float | None,
+        _what(
+            metavar="BITS",
+            help="Choose each layer's bits: stored bits per weight of the blocks' linears, scales "
+            "included, on average. --set choosing.counts=strict counts the whole model.",
+        ),
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        _what(
+            metavar="LIST",
+            help="Several sizes, such as average_bits=2.5,3,3.5: a directory for each in OUT_DIR, "
+            "uniform widths beside them, one table and plot.",
+        ),
+    ] = None,
     recipe: Annotated[
         str | None, _how(help=f"Built-in recipe or path; default {DEFAULT_RECIPE}.")
     ] = None,
@@ -82,13 +95,11 @@ def quantize(
       qtool quantize --recipe rtn-w4g128 --set weights.scheme.symmetric=true MODEL OUT_DIR
 
       qtool quantize --recipe mine.yaml --dry-run MODEL OUT_DIR
+
+      qtool quantize --average-bits 3.25 MODEL OUT_DIR
     """
-    overrides = settings or []
-    if no_calibration:
-        _check_no_calibration(overrides, calibration)
-        overrides = ["calibration=null", *overrides]
-    elif calibration is not None:
-        overrides = ["calibration={}", *overrides]
+    sizes = _sizes(sweep, average_bits, dry_run=dry_run)
+    overrides = _overrides(settings or [], calibration, sizes, no_calibration=no_calibration)
     chosen = choose_recipe(recipe, method, bits, group_size, overrides)
     if tune is not None:
         chosen = chosen.model_copy(update={"tuning": chosen.tuning.only(tune.value)})
@@ -106,27 +117,73 @@ def quantize(
         if calibration is None:
             early.check_texts(chosen.calibration)
         early.check_recipe(where, chosen)
-        if chosen.calibration is not None and not (dry_run or resume):
-            seconds = guess_seconds(where, chosen.calibration, device)
-            if seconds is not None:
-                emit.guess(seconds)
+        if not (dry_run or resume):
+            _first_guess(emit, where, chosen, device)
         from qtool import pipeline
 
+        places: dict[str, Any] = {
+            "calib_dir": calibration,
+            "overwrite": overwrite,
+            "resume": resume,
+        }
         if dry_run:
-            show = partial(_print_plan, pipeline.plan(where, chosen))
+            found = pipeline.explain(where, chosen, calib_dir=calibration, emit=emit)
+            plan = pipeline.plan(where, chosen) if found is None else found.plan
+            show = partial(print_plan, plan, found)
+        elif sweep is not None:
+            swept = pipeline.sweep(where, out_dir, chosen, sizes, emit=emit, **places)
+            show = partial(print_sweep, swept)
         else:
             result = pipeline.quantize(
-                where,
-                out_dir,
-                chosen,
-                calib_dir=calibration,
-                overwrite=overwrite,
-                resume=resume,
-                check=not no_check,
-                emit=emit,
+                where, out_dir, chosen, check=not no_check, emit=emit, **places
             )
-            show = partial(_print_result, result)
+            show = partial(print_quantized, result)
     show(json_file)
+
+
+def _overrides(
+    settings: list[str],
+    calibration: Path | None,
+    sizes: list[float],
+    *,
+    no_calibration: bool,
+) -> list[str]:
+    """Return all assignments to the recipe; what a user sets comes last."""
+    first = [f"choosing.average_bits={sizes[0]}"] if sizes else []
+    if no_calibration:
+        _check_no_calibration(settings, calibration)
+        first.append("calibration=null")
+    elif calibration is not None:
+        first.append("calibration={}")
+    return [*first, *settings]
+
+
+def _first_guess(emit: Told, model: "Location", recipe: "Recipe", device: str | None) -> None:
+    """Guess how long a calibrated run takes; what choosing takes isn't known."""
+    if recipe.calibration is not None and recipe.choosing is None:
+        seconds = guess_seconds(model, recipe.calibration, device)
+        if seconds is not None:
+            emit.guess(seconds)
+
+
+def _sizes(sweep: str | None, average_bits: float | None, *, dry_run: bool) -> list[float]:
+    """Return the averages that are asked for; none where nothing is to be chosen."""
+    if sweep is None:
+        return [] if average_bits is None else [average_bits]
+    if average_bits is not None or dry_run:
+        other = "--dry-run" if dry_run else "--average-bits"
+        raise RecipeError(f"--sweep and {other} exclude each other. Give one.")
+    key, _, values = sweep.partition("=")
+    try:
+        sizes = [float(value) for value in values.split(",")]
+    except ValueError:
+        sizes = []
+    if key != "average_bits" or not sizes or len(set(sizes)) < len(sizes):
+        raise RecipeError(
+            f"--sweep is {sweep!r}; it takes average_bits=A,B,..., each a number and once, such as "
+            "average_bits=2.5,3,3.5."
+        )
+    return sizes
 
 
 def _check_no_calibration(settings: list[str], directory: Path | None) -> None:
@@ -171,111 +228,3 @@ def _group_size(text: str) -> str:
             f"--group-size is {text!r}; allowed are 1 and more, or 'row' for one group per row."
         )
     return text
-
-
-def _print_plan(plan: "Plan", json_file: Path | None) -> None:
-    rows = [
-        {
-            "name": layer.name,
-            "method": layer.method,
-            **layer.scheme.to_json(),
-            "shape": list(layer.shape),
-            "average_bits": layer.average_bits,
-            "bytes": layer.num_bytes,
-        }
-        for layer in plan.layers
-    ]
-    total = {
-        "average_bits": plan.average_bits,
-        "quantized_bytes": plan.total_bytes - plan.kept_bytes,
-        "kept_bytes": plan.kept_bytes,
-        "total_bytes": plan.total_bytes,
-        "source_bytes": plan.source_bytes,
-    }
-    if not console.write_json({"layers": rows, **total}, json_file):
-        return
-    columns = ("layer", ">shape", "method", ">bits", ">group", ">average bits", ">size")
-    console.print_table("Plan (nothing was written)", columns, map(_cells, plan.layers))
-    console.out.print(
-        f"{len(plan.layers)} layers at {plan.average_bits:.3f} bits: "
-        f"{gigabytes(plan.total_bytes - plan.kept_bytes)}, "
-        f"{gigabytes(plan.kept_bytes)} kept as they are; "
-        f"{gigabytes(plan.total_bytes)} in all, "
-        f"{plan.total_bytes / plan.source_bytes:.0%} of the original."
-    )
-
-
-def _cells(layer: "LayerPlan") -> tuple[str, ...]:
-    scheme = layer.scheme
-    along = " (out)" if scheme.group_dim == "out_features" else ""
-    return (
-        layer.name,
-        "x".join(map(str, layer.shape)),
-        layer.method,
-        str(scheme.num_bits),
-        f"{scheme.group_size or 'row'}{along}",
-        f"{layer.average_bits:.2f}",
-        gigabytes(layer.num_bytes),
-    )
-
-
-def _print_result(result: "QuantizeResult", json_file: Path | None) -> None:
-    if not console.write_json(asdict(result), json_file):
-        return
-    rows = [
-        ("layers", str(len(result.layers))),
-        ("bits per weight, with scales", f"{result.average_bits:.2f}"),
-        (
-            "size",
-            f"{gigabytes(result.weight_bytes)} "
-            f"({result.weight_bytes / result.source_bytes:.0%} of the original)",
-        ),
-        *_error_rows(result),
-        *(
-            (f"tuned {what}", f"{was:.3g} -> {now:.3g}")
-            for what, (was, now) in result.tuning.items()
-        ),
-        *_check_rows(result),
-        ("time", f"{result.seconds:.1f} s on {result.device}"),
-        ("peak memory", gigabytes(result.peak_memory_bytes)),
-    ]
-    fallbacks = sum(layer.fallback is not None for layer in result.layers)
-    if fallbacks:
-        rows.append(("solved more simply than asked", f"{fallbacks} layers, see the report"))
-    console.print_table(str(result.out_dir), ("", "value"), rows)
-
-
-def _error_rows(result: "QuantizeResult") -> list[tuple[str, str]]:
-    """Return the errors of the outputs where they were measured, else those of the weights."""
-    measured = [layer for layer in result.layers if "added_error" in layer.metrics]
-    key, what = "added_error", "error added to the outputs"
-    if not measured:
-        measured, key, what = list(result.layers), "nmse", "error of the weights (NMSE)"
-    worst = max(measured, key=lambda layer: layer.metrics[key])
-    value = f"{_mean(measured, key):.2e} on average"
-    if key == "added_error":
-        value += f"; rounding to nearest adds {_mean(measured, 'added_error_rounded'):.2e}"
-    return [(what, value), ("worst layer", f"{worst.name}, {worst.metrics[key]:.2e}")]
-
-
-def _check_rows(result: "QuantizeResult") -> list[tuple[str, str]]:
-    """Return how closely the result follows its original, if it was compared."""
-    check = result.check
-    if check is None:
-        return []
-    measured = (("text", check.text), ("chats", check.chats))
-    rows = [
-        (
-            f"KL divergence on {what}",
-            f"{found.kl_divergence:.4f} nats per token; same likeliest token "
-            f"{100 * found.top1_agreement:.1f} %",
-        )
-        for what, found in measured
-        if found is not None
-    ]
-    missing = [("KL divergence on chats", f"none: {check.no_chats}")] if check.no_chats else []
-    return rows + missing
-
-
-def _mean(layers: "Sequence[LayerResult]", key: str) -> float:
-    return sum(layer.metrics[key] for layer in layers) / len(layers)

@@ -5,6 +5,7 @@ better place. What a solver never saw there it gets wrong by far more than the t
 """
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ DOCUMENT_ENDS = (
     *("<｜end▁of▁sentence｜>", "<|end▁of▁sentence|>"),  # noqa: RUF001 - as DeepSeek writes it
 )
 """What models are pretrained to find between documents; a chat model often has another eos."""
+BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>|[!-\u0143]")
+"""How tokenizers write a token that is one byte: SentencePiece, and byte-level BPE."""
 PROBE = (
     {"role": "user", "content": "A"},
     {"role": "assistant", "content": "B"},
@@ -42,6 +45,17 @@ def special_names(tokenizer: Tokenizer) -> Mapping[int, str]:
         if token is not None:
             names.setdefault(token, str(getattr(tokenizer, f"{kind}_token", kind)))
     return dict(sorted(names.items()))
+
+
+def protected_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that a model can't do without, however rare they are in its samples.
+
+    They are the special ones, those that a chat template writes, and single bytes, of which all
+    else can be made.
+    """
+    names = tokenizer.get_vocab().items()
+    single = {token for name, token in names if BYTE.fullmatch(str(name))}
+    return frozenset(special_names(tokenizer).keys() | _sent(tokenizer) | single)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ from qtool.pipeline.bench import BenchOptions, GpuOptions, bench
 from qtool.pipeline.calibrate import CalibrateResult, calibrate
 from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
 from qtool.pipeline.model_figures import ModelFigures
-from qtool.pipeline.quantize import plan, quantize
+from qtool.pipeline.quantize import explain, plan, quantize
 from qtool.pipeline.reports import QuantizeResult
+from qtool.pipeline.sweep import SweepResult, sweep
 
 __all__ = [
     "BenchOptions",
@@ -18,9 +19,12 @@ __all__ = [
     "GpuOptions",
     "ModelFigures",
     "QuantizeResult",
+    "SweepResult",
     "bench",
     "calibrate",
     "evaluate",
+    "explain",
     "plan",
     "quantize",
+    "sweep",
 ]

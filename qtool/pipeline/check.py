@@ -7,7 +7,14 @@ import torch
 from qtool.base import Emit, Notice, Progress
 from qtool.data.corpora import Corpus, load_corpus
 from qtool.errors import BackendError, QtoolError
-from qtool.evaluation.closeness import CHATS, PLAIN, Closeness, compare_closely, record_references
+from qtool.evaluation.closeness import (
+    CHATS,
+    PLAIN,
+    Closeness,
+    References,
+    compare_closely,
+    record_references,
+)
 from qtool.modeling.device import default_device, default_dtype, free_memory, room
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
@@ -38,7 +45,6 @@ def check_result(source: ModelSource, out_dir: Path, emit: Emit) -> Closeness | 
     device = default_device()
     free_memory()
     try:
-        _check_room(source, device)
         with failures_of_the_machine(str(device), out_dir):
             found = _measure(source, out_dir, device, emit)
     except QtoolError as error:
@@ -64,13 +70,23 @@ def _check_room(source: ModelSource, device: torch.device) -> None:
 
 def _measure(source: ModelSource, out_dir: Path, device: torch.device, emit: Emit) -> Closeness:
     emit(Progress("checking the result"))
-    windows, length = WINDOWS_ON_CARD if device.type == "cuda" else WINDOWS
-    length = min(length, source.num_positions or length)
-    text = Corpus(PLAIN, load_corpus(PLAIN).text[: CHARACTERS * windows * length])
+    references = record_original(source, device, emit)
+    return compare_closely(load_model(Location(out_dir)), references, emit)
+
+
+def record_original(source: ModelSource, device: torch.device, emit: Emit) -> References:
+    """Write down what an original says of a little text and of chats, and let go of it.
+
+    Raises:
+        BackendError: it doesn't fit.
+        QtoolError: see `record_references`.
+    """
+    _check_room(source, device)
+    windows, length = _windows(source, device)
     original = load_model(Location(source.directory, source.public_name))
     references = record_references(
         original,
-        text,
+        checked_text(source, device),
         CHATS,
         emit,
         context_length=length,
@@ -79,7 +95,18 @@ def _measure(source: ModelSource, out_dir: Path, device: torch.device, emit: Emi
     )
     del original
     free_memory()
-    return compare_closely(load_model(Location(out_dir)), references, emit)
+    return references
+
+
+def checked_text(source: ModelSource, device: torch.device) -> Corpus:
+    """Return the text that a result is compared on."""
+    windows, length = _windows(source, device)
+    return Corpus(PLAIN, load_corpus(PLAIN).text[: CHARACTERS * windows * length])
+
+
+def _windows(source: ModelSource, device: torch.device) -> tuple[int, int]:
+    windows, length = WINDOWS_ON_CARD if device.type == "cuda" else WINDOWS
+    return windows, min(length, source.num_positions or length)
 
 
 def warnings_of(found: Closeness) -> list[str]:

@@ -10,6 +10,8 @@ from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
 from qtool.checkpoint.place import Place, check_free_space, find_place
 from qtool.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
+from qtool.choosing.choose import Allocation, check_choices, choose
+from qtool.choosing.choose_rows import choose_rows
 from qtool.data.calibration import CalibrationSet
 from qtool.data.calibration_files import load_calibration
 from qtool.modeling.device import default_device
@@ -37,12 +39,35 @@ def plan(model: Location, recipe: Recipe) -> Plan:
     return make_plan(open_source(model), recipe)
 
 
-def quantize(  # noqa: PLR0913 - what, where to, how, and four switches
+def explain(
+    model: Location,
+    recipe: Recipe,
+    *,
+    calib_dir: Path | None = None,
+    emit: Emit = ignore_events,
+) -> Allocation | None:
+    """Return what `quantize` would choose, and why; None: the recipe leaves nothing open.
+
+    Loads the model to measure prices, which are kept for `quantize`; arguments and errors as there.
+    """
+    emit(Progress("opening the model"))
+    source = open_source(model)
+    layer_plan = make_plan(source, recipe)
+    check_choices(source, recipe, layer_plan)
+    if recipe.choosing is None:
+        return None
+    samples = open_samples(source, recipe, calib_dir, emit)
+    env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
+    return choose(choose_rows(Run(source, recipe, layer_plan, samples, env)))
+
+
+def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
     model: Location,
     out_dir: Path,
     recipe: Recipe,
     *,
     calib_dir: Path | None = None,
+    samples: CalibrationSet | None = None,
     overwrite: bool = False,
     resume: bool = False,
     check: bool = False,
@@ -55,6 +80,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and four switches
         out_dir: Where the checkpoint goes; appears only when it is complete.
         recipe: All that decides the result.
         calib_dir: Samples that `calibrate` drew; None: draw them as the recipe says.
+        samples: The same, read or drawn already.
         overwrite: Replace a checkpoint that is there, and drop an unfinished run.
         resume: Continue an unfinished run of the same recipe.
         check: If there are samples, compare the result with the original at the end: it is loaded
@@ -74,9 +100,10 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and four switches
     source = open_source(model)
     check_apart(place.out_dir, source.directory, _inputs(recipe, calib_dir))
     layer_plan = make_plan(source, recipe)
+    check_choices(source, recipe, layer_plan)
     _check_room(place, layer_plan)
     _warn_of_few_bits(layer_plan, recipe, emit)
-    samples = _samples(source, recipe, calib_dir, emit)
+    samples = samples or open_samples(source, recipe, calib_dir, emit)
     env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
     run = Run(source, recipe, layer_plan, samples, env, samples_given=calib_dir is not None)
     _check_room(place, layer_plan, run.stream_bytes())
@@ -98,10 +125,15 @@ def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:
             writer.publish()
         if writer.is_sealed or writer.has_ended:
             return result_of(place)
+        run = choose_rows(run, writer)
+        allocation = choose(run, writer)
+        if allocation is not None:
+            run = replace(run, plan=allocation.plan)
+            _check_room(place, run.plan)
         solved = solve(run, writer)
         curves = settle(run, writer, solved)
         run.env.emit(Progress("assembling the result"))
-        return write_result(run, solved, curves, writer, started)
+        return write_result(run, solved, curves, writer, started, allocation)
 
 
 def _inputs(recipe: Recipe, calib_dir: Path | None) -> list[Path]:
@@ -129,7 +161,7 @@ def _warn_of_few_bits(layer_plan: Plan, recipe: Recipe, emit: Emit) -> None:
         )
 
 
-def _samples(
+def open_samples(
     source: ModelSource, recipe: Recipe, directory: Path | None, emit: Emit
 ) -> CalibrationSet | None:
     """Read the samples, or draw those that the recipe asks for; None: no data."""

@@ -14,6 +14,7 @@ from qtool.checkpoint.marks import CONFIG_NAME, REPORT_NAME, read_report
 from qtool.checkpoint.place import Place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter
+from qtool.choosing.choose import Allocation
 from qtool.errors import CheckpointError
 from qtool.evaluation.closeness import Closeness
 from qtool.modeling.card import Provenance, model_card, read_licence
@@ -41,6 +42,8 @@ class QuantizeResult:
     tuning: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Held-out loss before and after: `blocks`, relative error of their outputs on average, and
     `model`, KL to the original in nats per token."""
+    choosing: Mapping[str, Any] = field(default_factory=dict)
+    """What was chosen for all layers that were open; empty: none was. See `Allocation.summary`."""
     check: Closeness | None = None
     """How closely the result follows its original, if it was compared."""
 
@@ -60,6 +63,7 @@ def write_result(
     curves: Curves,
     writer: CheckpointWriter,
     started: float,
+    allocation: Allocation | None = None,
 ) -> QuantizeResult:
     """Write all files of a result, `started` in seconds of `perf_counter`, and give it its name.
 
@@ -77,6 +81,7 @@ def write_result(
         device=run.env.device,
         layers=results,
         tuning=_gains(curves),
+        choosing={} if allocation is None else allocation.summary(),
     )
     manifest = _manifest(run, results, writer.digests())
     files = run.source.companions()
@@ -167,6 +172,7 @@ def _report_bytes(
         **{key: values[key] for key in NUMBERS},
         "calibration": {key: samples[key] for key in OF_SAMPLES if key in samples},
         "tuning": values["tuning"],
+        **({"choosing": values["choosing"]} if values["choosing"] else {}),
         "layers": layers,
     }
     return (json_text(report) + "\n").encode()
@@ -183,7 +189,13 @@ def result_of(place: Place) -> QuantizeResult:
         layers = tuple(_layer(values, entries) for values in report["layers"])
         numbers = {key: report[key] for key in NUMBERS}
         tuning = {what: tuple(pair) for what, pair in report.get("tuning", {}).items()}
-        return QuantizeResult(out_dir=place.named, layers=layers, tuning=tuning, **numbers)
+        return QuantizeResult(
+            out_dir=place.named,
+            layers=layers,
+            tuning=tuning,
+            choosing=report.get("choosing", {}),
+            **numbers,
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{place.out_dir} is complete, but its quantization_report.json is damaged: "

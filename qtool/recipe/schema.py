@@ -7,13 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
 )
 
-from qtool.plugins import describe_miss
+from qtool.recipe.choosing import ChoosingSection
+from qtool.recipe.rows import RowsSection
+from qtool.recipe.schemes import SchemeSection, check_scheme_keys
 from qtool.recipe.tuning import TuningSection
 from qtool.recipe.values import (
     MOST_LENGTH,
@@ -25,26 +26,9 @@ from qtool.recipe.values import (
     Text,
     WholeNumber,
 )
-from qtool.scheme import MAX_BITS, GroupDim, WeightScheme
+from qtool.scheme import GroupDim
 
 SLACK_OF_SHARES = 1e-6
-
-
-class SchemeSection(Section):
-    """Bits and grouping of a weight."""
-
-    num_bits: Annotated[WholeNumber, Field(ge=1, le=MAX_BITS)] = 4
-    """Bits per code, or number of bit planes."""
-    group_size: Annotated[WholeNumber, Field(ge=1, le=MOST_LENGTH)] | None = 128
-    """Neighbours that share scales; null: one group spans the whole dimension."""
-    group_dim: GroupDim = "in_features"
-    """Dimension along which a group runs."""
-    symmetric: bool = False
-    """No zero point (affine) or no offset (binary coding)."""
-
-    def to_scheme(self) -> WeightScheme:
-        """Return the scheme as the rest of qtool knows it."""
-        return WeightScheme(**self.model_dump())
 
 
 class Override(Section):
@@ -63,17 +47,7 @@ class Override(Section):
     @field_validator("scheme")
     @classmethod
     def _check_scheme(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Refuse what SchemeSection would: here the line is known, at planning it isn't."""
-        known = tuple(SchemeSection.model_fields)
-        for key in value:
-            if key not in known:
-                raise ValueError(describe_miss(str(key), known, "scheme").removesuffix("."))
-        try:
-            SchemeSection(**value)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise ValueError(f"{first['loc'][0]}: {first['msg']}") from None
-        return value
+        return check_scheme_keys(value)
 
 
 class ChooseSection(Section):
@@ -207,6 +181,16 @@ class TableSection(Section):
     method: Name = "rtn"
     scheme: SchemeSection = SchemeSection(num_bits=8, group_size=64)
     options: Mapping[str, Any] = {}
+    rows: RowsSection | None = None
+    """Bits by the frequency of tokens, in place of the scheme's; absent: all rows have these."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is absent: recipes in older checkpoints don't have it."""
+        values: dict[str, Any] = handler(self)
+        if self.rows is None:
+            values.pop("rows", None)
+        return values
 
 
 class Recipe(Section):
@@ -219,11 +203,21 @@ class Recipe(Section):
     weights: WeightsSection
     tuning: TuningSection = TuningSection()
     """Absent: nothing is learned."""
+    choosing: ChoosingSection | None = None
+    """Absent: every layer has the bits of `weights`."""
     embedding: TableSection | None = None
     """Absent: the embedding stays in 16 bit. With tied weights it covers the head."""
     head: TableSection | None = None
     """Absent: the head stays in 16 bit."""
     seed: Annotated[WholeNumber, Field(ge=0, le=MOST_SEED)] = 0
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out sections that came later, where they are absent."""
+        values: dict[str, Any] = handler(self)
+        if self.choosing is None:
+            values.pop("choosing", None)
+        return values
 
 
 def resolve(weights: WeightsSection, layer: str) -> WeightsSection | None:
@@ -242,3 +236,11 @@ def resolve(weights: WeightsSection, layer: str) -> WeightsSection | None:
             choose=ChooseSection() if "group_dim" in override.scheme else weights.choose,
         )
     return weights
+
+
+def fixes_scheme(weights: WeightsSection, layer: str) -> bool:
+    """Return whether an override says itself what a layer's scheme is, so that none is chosen."""
+    for override in weights.overrides:
+        if fnmatchcase(layer, override.match):
+            return override.skip or bool(override.scheme)
+    return False

@@ -47,6 +47,11 @@ def new_axes(path: Path, size: tuple[float, float] = (6.4, 3.6)) -> Any:  # noqa
     Raises:
         MissingExtraError: matplotlib isn't installed.
     """
+    return new_panels(path, size, (1, 1))[0]
+
+
+def new_panels(path: Path, size: tuple[float, float], grid: tuple[int, int]) -> list[Any]:
+    """Return the axes of a new figure with (rows, columns) of them, row by row; as `new_axes`."""
     try:
         import matplotlib.figure
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -54,9 +59,10 @@ def new_axes(path: Path, size: tuple[float, float] = (6.4, 3.6)) -> Any:  # noqa
         raise MissingExtraError(path.name, "report") from None
     figure = matplotlib.figure.Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes
+    panels = [figure.add_subplot(*grid, place + 1) for place in range(grid[0] * grid[1])]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    return panels
 
 
 def save_plot(axes: Any, path: Path, *, legend: str) -> None:  # noqa: ANN401

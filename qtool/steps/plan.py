@@ -1,6 +1,5 @@
 """Plan a run without reading a weight: which layers, which scheme, how many bytes."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -20,12 +19,11 @@ from qtool.modeling.source import ModelSource
 from qtool.recipe.load import rule
 from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
 from qtool.scheme import GroupDim, Shape2D, WeightScheme
-from qtool.wording import list_names, quoted
+from qtool.steps.beside import beside_linears, check_rest
+from qtool.steps.table_rows import check_rows, expected_scheme, parts_of
+from qtool.wording import quoted
 
 Role = Literal["block", "embedding", "head"]
-MOST_LEFT = 0.1
-"""More of the blocks' weights than this doesn't stay unquantized unless a recipe says so."""
-TO_NAME = 0.01
 _validator = cache(TypeAdapter)
 """Of a method's options: it takes milliseconds to make, and every layer asks for one."""
 
@@ -44,6 +42,8 @@ class LayerPlan:
     num_bytes: int
     choose_group_dim: tuple[GroupDim, ...] = ()
     """Group dimensions to choose from by held-out error; empty: the scheme's."""
+    row_bits: bytes = b""
+    """Bits of each row, a byte each, once they are chosen; empty: all rows have the scheme's."""
 
     def alternatives(self) -> list["LayerPlan"]:
         """Return this plan with each scheme to choose from; the preferred one first."""
@@ -114,7 +114,9 @@ def with_samples(recipe: Recipe) -> Recipe:
     overridden = (override.method for override in recipe.weights.overrides)
     names = {recipe.weights.method, *(name for name in overridden if name is not None)}
     methods = [load_method(name) for name in sorted(names)]
-    wanted = recipe.tuning.is_on or any(method.needs | method.uses for method in methods)
+    counts = any(table is not None and table.rows for table in (recipe.embedding, recipe.head))
+    learns = recipe.tuning.is_on or recipe.choosing is not None or counts
+    wanted = learns or any(method.needs | method.uses for method in methods)
     if recipe.calibration is not None or not wanted:
         return recipe
     return recipe.model_copy(update={"calibration": CalibrationSection()})
@@ -141,6 +143,11 @@ def check_request(
             "tuning needs calibration data to learn from. Give the recipe a section 'calibration', "
             "or leave out --no-calibration."
         )
+    if recipe.calibration is None and recipe.choosing is not None:
+        raise RecipeError(
+            "choosing needs calibration data to tell what bits are worth. Give the recipe a "
+            "section 'calibration', or leave out --no-calibration."
+        )
     blocks = ((name, "block", resolve(recipe.weights, name)) for name in linears)
     tables = (
         (adapter.embedding, "embedding", recipe.embedding),
@@ -161,7 +168,9 @@ def _check_section(
             f"{method.num_bits.start} to {method.num_bits.stop - 1}.",
             layer=name,
         )
-    parse_options(section.method, method, section.options)
+    options = parse_options(section.method, method, section.options)
+    if isinstance(section, TableSection) and section.rows is not None:
+        check_rows(name, section, method, options, calibrated=calibrated)
     if method.needs and role != "block":
         raise RecipeError(
             f"{name}: '{section.method}' needs calibration data, and an {role} is "
@@ -186,13 +195,22 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
         UnknownNameError: there is no such method.
         ModelError: much of the blocks can't be quantized, or a stored name is in the way.
     """
-    rest = _beside_linears(source)
+    rest = beside_linears(source)
     check_request(recipe, source.adapter, tuple(source.block_linears()), tuple(rest))
-    _check_rest(source, recipe, rest)
+    check_rest(source, recipe, rest)
     layers = tuple(_layers(source, recipe))
     if not layers:
         raise RecipeError("The recipe skips every layer: nothing is left to quantize.")
-    tied = source.head_is_tied and recipe.embedding is not None
+    return plan_of(source, layers)
+
+
+def plan_of(source: ModelSource, layers: tuple[LayerPlan, ...]) -> Plan:
+    """Return the plan that quantizes these layers, and copies all else.
+
+    Raises:
+        ModelError: a stored name is in the way.
+    """
+    tied = source.head_is_tied and any(layer.role == "embedding" for layer in layers)
     head = source.adapter.head
     replaced = [layer.name for layer in layers] + ([head] if tied else [])
     stored = {source.stored_name(f"{name}.weight") for name in replaced}
@@ -202,50 +220,22 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
         layers=layers,
         tied_head=head if tied else None,
         kept=kept,
-        kept_bytes=sum(_stored_bytes(source, name) for name in kept),
-        source_bytes=sum(_stored_bytes(source, name) for name in source.names()),
+        kept_bytes=sum(original_bytes(source, name) for name in kept),
+        source_bytes=sum(original_bytes(source, name) for name in source.names()),
     )
 
 
-def _stored_bytes(source: ModelSource, name: str) -> int:
+def original_bytes(source: ModelSource, name: str) -> int:
+    """Return what a tensor of the original takes, by its full name."""
     spec = source.spec(name)
     return prod(spec.shape) * item_bytes(spec.dtype)
-
-
-def _beside_linears(source: ModelSource) -> Mapping[str, int]:
-    """Return what else the blocks are made of: number of values by name, without `.weight`."""
-    linears = {source.stored_name(f"{name}.weight") for name in source.block_linears()}
-    return {
-        name.removesuffix(".weight"): prod(source.spec(name).shape)
-        for name in source.block_tensors()
-        if source.stored_name(name) not in linears
-    }
-
-
-def _check_rest(source: ModelSource, recipe: Recipe, rest: Mapping[str, int]) -> None:
-    """Check that what stays as it is without being asked for is little: norms and biases."""
-    linears = sum(prod(source.weight_shape(name)) for name in source.block_linears())
-    total = linears + sum(rest.values())
-    left: Counter[str] = Counter()
-    for name, size in rest.items():
-        if resolve(recipe.weights, name) is not None:
-            left[name.removeprefix(source.adapter.blocks + ".").partition(".")[2]] += size
-    if left.total() <= MOST_LEFT * total:
-        return
-    sizes = left.most_common()
-    names = [name for name, size in sizes if size > TO_NAME * total or name == sizes[0][0]]
-    raise ModelError(
-        f"{left.total() / total:.0%} of the weights of the blocks would stay as they are: qtool "
-        f"doesn't quantize {list_names(names)}. If that is what you want, say so for each in "
-        f"weights.overrides: {{match: '*.{names[0]}', skip: true}}."
-    )
 
 
 def _check_names(source: ModelSource, layers: tuple[LayerPlan, ...], kept: tuple[str, ...]) -> None:
     """Raise ModelError if a tensor that is copied has the name of a quantized layer or its part."""
     ours = {layer.name for layer in layers}
     for layer in layers:
-        parts = load_method(layer.method).layout(layer.scheme, layer.shape, layer.options)
+        parts = parts_of(load_method(layer.method), layer.scheme, layer.shape, layer.options)
         ours |= {f"{layer.name}.{part}" for part in parts}
     taken = [name for name in kept if name in ours]
     if taken:
@@ -287,6 +277,8 @@ def _plan_layer(
     method = load_method(section.method)
     scheme, shape = section.scheme.to_scheme(), source.weight_shape(name)
     options = parse_options(section.method, method, section.options)
+    if isinstance(section, TableSection) and section.rows is not None:
+        scheme = expected_scheme(section.rows, scheme, shape)
     return LayerPlan(
         name=name,
         role=role,
@@ -294,6 +286,6 @@ def _plan_layer(
         scheme=scheme,
         method=section.method,
         options=options,
-        num_bytes=sum(num_bytes(part) for part in method.layout(scheme, shape, options).values()),
+        num_bytes=sum(map(num_bytes, parts_of(method, scheme, shape, options).values())),
         choose_group_dim=section.choose.group_dim if isinstance(section, WeightsSection) else (),
     )

@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.base import Env, LayerProblem, LayerSolution, Notice, Progress, QuantizedTensor
+from qtool.base import Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, codec
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
@@ -20,9 +20,11 @@ from qtool.errors import MethodError, about
 from qtool.modeling.source import ModelSource
 from qtool.scheme import WeightScheme
 from qtool.steps.memory import peak_memory
-from qtool.steps.plan import LayerPlan, load_method
+from qtool.steps.plan import LayerPlan
 from qtool.steps.run import Run
 from qtool.steps.solve_calibrated import solve_calibrated
+from qtool.steps.solve_table import solve_alone
+from qtool.steps.table_statistics import hessian_of
 from qtool.steps.tune_blocks import SOLVED, TUNED_BLOCK, draft_of, tune_block_once
 from qtool.steps.tune_model import MODEL, tune_model_once
 from qtool.steps.weigh_tokens import weigh_tokens_once
@@ -46,19 +48,19 @@ class LayerResult:
 def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
     """Quantize all layers of a plan and copy all other tensors.
 
-    Linears of the blocks are solved for their inputs where there are samples, other layers without
-    data. Tells of each layer.
+    Linears of the blocks are solved for their inputs where there are samples, and so is the
+    head; other layers without data. Tells of each layer.
 
     Raises:
         MethodError: a weight or an input isn't finite, a method refused a layer, or with
             `calibration.strict` did something simpler.
     """
     results: list[LayerResult] = []
-    tuning = run.recipe.tuning
+    tuning, under = run.recipe.tuning, partial(hessian_of, run, writer)
 
     def finish(layer: LayerPlan, walk: Walk | None = None) -> LayerResult:
         draft = SOLVED if layer.role == "block" and tuning.is_on else None
-        notes = writer.once(layer.name, partial(_solved, run, layer, walk), draft=draft)
+        notes = writer.once(layer.name, partial(_solved, run, layer, walk, under), draft=draft)
         _check_fallback(run, layer.name, notes["fallback"])
         scheme = WeightScheme(**notes["scheme"])
         entry = LayerEntry(
@@ -168,8 +170,10 @@ def _walking(run: Run, writer: CheckpointWriter) -> Iterator[Walk | None]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _solved(run: Run, layer: LayerPlan, walk: Walk | None) -> Made:
-    """Solve one layer, with the statistics that the walk gives."""
+def _solved(
+    run: Run, layer: LayerPlan, walk: Walk | None, under: Callable[[LayerPlan], Tensor | None]
+) -> Made:
+    """Solve one layer, with the statistics that the walk gives; a table under a Hessian."""
     section, env = run.recipe.calibration, run.env
     statistics = None if walk is None else walk.statistics(layer.name)
     started = time.perf_counter()
@@ -177,7 +181,7 @@ def _solved(run: Run, layer: LayerPlan, walk: Walk | None) -> Made:
         weight = run.source.read_weight(layer.name).to(env.device)
         _check_finite(layer.name, weight)
         if statistics is None or section is None:
-            solution = _solve_alone(layer, weight, env)
+            solution = solve_alone(layer, weight, env, under(layer))
         else:
             solution = solve_calibrated(layer, weight, statistics, section, env)
         tensor = solution.tensor
@@ -185,18 +189,12 @@ def _solved(run: Run, layer: LayerPlan, walk: Walk | None) -> Made:
         _check_fallback(run, layer.name, solution.fallback)
     notes = {
         "format": tensor.format,
-        "scheme": asdict(tensor.scheme),
+        "scheme": tensor.scheme.to_json(),
         "metrics": dict(solution.metrics),
         "fallback": solution.fallback,
         "seconds": time.perf_counter() - started,
     }
     return Made(tensor, notes)
-
-
-def _solve_alone(layer: LayerPlan, weight: Tensor, env: Env) -> LayerSolution:
-    generator = torch.Generator(env.device).manual_seed(env.seed)
-    problem = LayerProblem(name=layer.name, weight=weight, scheme=layer.scheme, generator=generator)
-    return load_method(layer.method).solve(problem, layer.options)
 
 
 def _stored_weight(

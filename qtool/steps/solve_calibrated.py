@@ -45,7 +45,7 @@ def solve_calibrated(
     candidates = [_dequantized(solution) for solution in solutions]
     errors = [sum(part.error(each) for part in parts) for each in candidates]
     added = [sum(part.added(each) for part in parts) for each in candidates]
-    best = choose(errors, clearly=CLEARLY * added[0])
+    best = best_of(errors, clearly=CLEARLY * added[0])
     nearest = round_to_nearest(alternatives[best], weight)
     rounded = sum(part.error(nearest) for part in parts)
     added_rounded = sum(part.added(nearest, shifted=False) for part in parts)
@@ -139,7 +139,7 @@ def round_to_nearest(layer: LayerPlan, weight: Tensor) -> Tensor:
     return codec(tensor.format).dequantize(tensor, torch.float32)
 
 
-def choose(errors: Sequence[float], *, clearly: float) -> int:
+def best_of(errors: Sequence[float], *, clearly: float) -> int:
     """Return the candidate with the smallest error; the first unless another saves `clearly`."""
     best = min(range(len(errors)), key=errors.__getitem__)
     return best if errors[0] - errors[best] > clearly else 0

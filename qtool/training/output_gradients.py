@@ -47,15 +47,11 @@ def squared_gradients(
     Raises:
         MethodError: a linear doesn't see every token once, or a gradient isn't finite.
     """
-    model.requires_grad_(requires_grad=False)
     found: dict[str, list[Tensor]] = {name: [] for name in edges}
-    with ExitStack() as stack:
+    with open_to_gradients(model, blocks) as stack:
         for name, ends in edges.items():
             note = partial(_note, ends=ends, found=found[name])
             stack.enter_context(model.get_submodule(name).register_forward_hook(note))
-        stack.enter_context(model.get_input_embeddings().register_forward_hook(_begin))
-        for block in model.get_submodule(blocks):
-            stack.enter_context(_checkpointed(block))
         for done, tokens in enumerate(batches, start=1):
             on_device = tokens.to(model.device)
             logits = model(on_device, use_cache=False).logits[:, :-1].flatten(0, 1)
@@ -64,6 +60,20 @@ def squared_gradients(
             report(done)
     num_tokens = sum(tokens.numel() for tokens in batches)
     return {name: _checked(name, parts, num_tokens) for name, parts in found.items()}
+
+
+@contextmanager
+def open_to_gradients(model: CausalModel, blocks: str) -> Iterator[ExitStack]:
+    """Let gradients flow through a model to the outputs of its modules, none to its parameters.
+
+    Blocks are run again on the way back. Hooks that a caller enters on what it is given go with it.
+    """
+    model.requires_grad_(requires_grad=False)
+    with ExitStack() as stack:
+        stack.enter_context(model.get_input_embeddings().register_forward_hook(_begin))
+        for block in model.get_submodule(blocks):
+            stack.enter_context(_checkpointed(block))
+        yield stack
 
 
 def _begin(_module: nn.Module, _arguments: object, output: Tensor) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qtool.data.special_tokens import count_special, document_ends
+from qtool.data.special_tokens import count_special, document_ends, protected_tokens
 from tests.families import save_tokenizer
 
 TEMPLATE = "{% for m in messages %}<s> {{ m.content }} {% endfor %}"
@@ -55,3 +55,15 @@ def test_eos_ends_documents_and_so_does_what_the_vocabulary_has_for_it(tokenizer
     assert document_ends(tokenizer) == (2,)
     tokenizer.eos_token = "w9"
     assert document_ends(tokenizer)[0] == 9
+
+
+def test_special_and_written_tokens_and_single_bytes_are_protected(tokenizer):
+    names = ["<0x0A>", "<0xff>", "Ġ", "a", "ń", "語", "ab", "<0x0>"]
+    tokenizer.add_tokens(names)
+    tokenizer.chat_template = "{% for m in messages %}w90 {{ m.content }} {% endfor %}"
+    kept = protected_tokens(tokenizer)
+    found = [name for name in names if tokenizer.convert_tokens_to_ids(name) in kept]
+    assert found == ["<0x0A>", "<0xff>", "Ġ", "a"]  # ń isn't what byte-level BPE writes a byte as
+    written = {"<s>", "</s>", "w90"}
+    assert {tokenizer.convert_tokens_to_ids(name) for name in written} <= kept
+    assert tokenizer.convert_tokens_to_ids("w50") not in kept
