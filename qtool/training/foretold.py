@@ -107,7 +107,8 @@ class _Watch(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, inputs: Tensor, keep: Any) -> Tensor:  # noqa: ANN401
         ctx.save_for_backward(inputs)
         ctx.keep = keep
-        return output.view_as(output)
+        is_table = not inputs.is_floating_point()
+        return output.clone() if is_table else output.view_as(output)  # CTRL scales it in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: ANN401

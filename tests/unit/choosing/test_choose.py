@@ -162,6 +162,17 @@ def test_prices_on_a_card_are_those_of_a_cpu(llama, text_file):
     assert there.average_bits == pytest.approx(here.average_bits, abs=0.1)
 
 
+@pytest.mark.parametrize("family", ["ctrl", "gemma2", "mpt"])
+def test_families_with_ways_of_their_own_have_prices(family, text_file, tmp_path):
+    from tests import families, zoo
+
+    zoo.build(family, tied=True).save_pretrained(tmp_path / family)
+    families.save_tokenizer(tmp_path / family)
+    keys = {"counts": "strict", "choices": [3, 4]}
+    found = explain(tmp_path / family, choosing(7.0, text_file, tables=("embedding",), **keys))
+    assert all(0 < row.price < 1 for row in found.layers)
+
+
 def refuse(*_arguments: object) -> None:
     raise MethodError("again")
 
