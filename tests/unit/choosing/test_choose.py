@@ -129,6 +129,30 @@ def test_strict_bits_are_those_on_disk(tiny, text_file, tmp_path, tied):
     )
 
 
+def test_rows_of_a_table_that_are_asked_for_stay_under_a_strict_budget(tiny, text_file, tmp_path):
+    rows = {
+        "method": "bcq",
+        "options": {"scales": "coded", "rounds": 1},
+        "rows": {"average_bits": 3},
+    }
+    plain = choosing(4.6, text_file, counts="strict", tables=("embedding",))
+    table = type(plain.embedding).model_validate({**rows, "scheme": {"group_size": 32}})
+    chosen = plain.model_copy(update={"embedding": table})
+    model = tiny("llama", tied=True)
+    result = pipeline.quantize(Location(model), tmp_path / "out", chosen)
+    scheme = CheckpointReader(tmp_path / "out").manifest.layers["model.embed_tokens"].scheme
+    assert sum(bits * count for bits, count in scheme.rows) <= 3 * sum(n for _, n in scheme.rows)
+    assert "model.embed_tokens" not in {row["name"] for row in result.choosing["layers"]}
+    assert result.choosing["average_bits"] <= 4.6
+    open_names = {each.name for each in candidates.open_layers(*planned(model, chosen))}
+    assert open_names and "model.embed_tokens" not in open_names
+
+
+def planned(model, chosen: Recipe):
+    source = open_source(Location(model))
+    return source, chosen, make_plan(source, chosen)
+
+
 def test_tables_keep_their_bits_where_only_blocks_count(llama, text_file):
     found = explain(llama, choosing(3.6, text_file, tables=("embedding", "head")))
     bits = bits_of(found.plan)

@@ -236,8 +236,8 @@ def test_expected_losses_fall_with_bits_and_add_up_for_both_uses(tiny, skewed):
     layer, found = run.plan.layers[-1], measure_tables(run, None)
     both = expected_losses(run, layer, found, range(1, 6))
     assert both.shape == (VOCABULARY, 5) and bool((both.diff(dim=1) < 0).all())
-    kinds = {"of_embedding": 0.0}, {"of_head": 0.0}
-    alone = [expected_losses(run, layer, replace(found, **kind), range(1, 6)) for kind in kinds]
+    uses = replace(found, of_embedding=0.0), replace(found, of_head=0.0)
+    alone = [expected_losses(run, layer, one, range(1, 6)) for one in uses]
     assert torch.allclose(both, alone[0] + alone[1])
 
 
