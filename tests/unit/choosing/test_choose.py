@@ -18,7 +18,7 @@ from qtool.data.calibration import CalibrationSet
 from qtool.errors import MethodError, RecipeError, SchemeError
 from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
-from qtool.recipe.schema import Recipe
+from qtool.recipe.schema import Recipe, TableSection
 from qtool.steps.plan import load_method, make_plan
 from qtool.steps.run import Run
 from tests.helpers import recipe
@@ -136,7 +136,7 @@ def test_rows_of_a_table_that_are_asked_for_stay_under_a_strict_budget(tiny, tex
         "rows": {"average_bits": 3},
     }
     plain = choosing(4.6, text_file, counts="strict", tables=("embedding",))
-    table = type(plain.embedding).model_validate({**rows, "scheme": {"group_size": 32}})
+    table = TableSection.model_validate({**rows, "scheme": {"group_size": 32}})
     chosen = plain.model_copy(update={"embedding": table})
     model = tiny("llama", tied=True)
     result = pipeline.quantize(Location(model), tmp_path / "out", chosen)
