@@ -11,7 +11,7 @@ from qtool.checkpoint import spool, stream, writer
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import BackendError, CheckpointError, OutputError
 from qtool.modeling.locate import Location
-from qtool.steps import solve
+from qtool.steps import solve_table
 from qtool.steps.plan import load_method
 from tests.helpers import file_hashes, normal, recipe
 from tests.unit.checkpoint.runs import WEIGHTS, Stop, add, open_writer, partial
@@ -103,7 +103,7 @@ def test_interrupt_while_shards_are_assembled_resumes_to_the_same_bytes(
         patch.setattr(writer, "write_shard", interrupted)
         pipeline.quantize(Location(llama), tmp_path / "out", recipe())
     with monkeypatch.context() as patch:  # what the first shard holds isn't solved again
-        patch.setattr(solve, "load_method", None)
+        patch.setattr(solve_table, "load_method", None)
         pipeline.quantize(Location(llama), tmp_path / "out", recipe(), resume=True)
     whole, resumed = file_hashes(tmp_path / "whole"), file_hashes(tmp_path / "out")
     assert set(whole) == set(resumed)
@@ -268,7 +268,7 @@ def test_damaged_layer_is_solved_anew_and_all_others_are_kept(
         solved.append(name)
         return load_method(name)
 
-    monkeypatch.setattr(solve, "load_method", load)
+    monkeypatch.setattr(solve_table, "load_method", load)
     pipeline.quantize(Location(llama), tmp_path / "out", recipe(), resume=True)
     assert len(solved) == 14 - len(files) + 1
     assert file_hashes(tmp_path / "out")[WEIGHTS] == file_hashes(checkpoint)[WEIGHTS]
@@ -287,7 +287,7 @@ def test_run_that_has_ended_is_not_done_again(llama, tmp_path, monkeypatch):
     first = pipeline.quantize(Location(llama), tmp_path / "out", recipe())
     before = file_hashes(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(solve, "load_method", None)
+        patch.setattr(solve_table, "load_method", None)
         again = pipeline.quantize(Location(llama), tmp_path / "out", recipe(), resume=True)
     assert again == first
     assert file_hashes(tmp_path / "out") == before
