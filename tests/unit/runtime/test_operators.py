@@ -81,20 +81,6 @@ def test_operators_of_rows_of_unlike_bits_keep_what_they_promise():
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_compiled_head_of_unlike_rows_is_one_graph():
-    _, prepared = mixed_weight("cuda")
-
-    def head(x):
-        return torch.nn.functional.silu(cuda.BACKEND.matmul(x, prepared))
-
-    compiled = torch.compile(head, fullgraph=True, dynamic=True)
-    for tokens in (1, 5, 40):
-        x = normal(tokens, 320).half().cuda()
-        torch.testing.assert_close(compiled(x), head(x), rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.gpu
 def test_operators_keep_what_they_promise():
     tensor, prepared = weight("cuda")
     flat = operators._flat(prepared)
@@ -110,8 +96,9 @@ def test_operators_keep_what_they_promise():
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
-def test_a_compiled_function_is_one_graph_for_prefill_and_decoding():
-    _, prepared = weight("cuda")
+@pytest.mark.parametrize("made", [weight, mixed_weight])
+def test_a_compiled_function_is_one_graph_for_prefill_and_decoding(made):
+    _, prepared = made("cuda")
 
     def layer(x):
         return torch.nn.functional.silu(cuda.BACKEND.matmul(x, prepared))
