@@ -1,6 +1,6 @@
 """WeightScheme: how the numbers of one weight are grouped and how wide they are. Torch-free."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from qtool.errors import SchemeError
@@ -76,6 +76,10 @@ class WeightScheme:
     def widths(self) -> tuple[int, ...]:
         """Return the bits that rows have, descending; without `rows`, `num_bits` alone."""
         return tuple(num_bits for num_bits, _ in self.rows) or (self.num_bits,)
+
+    def uniform(self, num_bits: int) -> "WeightScheme":
+        """Return the same grouping with one width for all rows."""
+        return replace(self, num_bits=num_bits, rows=())
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form; `rows` is there if there are any."""

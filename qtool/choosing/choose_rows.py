@@ -139,9 +139,7 @@ def _errors(
     bits: int,
 ) -> Mapping[str, float]:
     """Return the squared error of a width by use, relative to the square of the weights."""
-    scheme = replace(layer.scheme, num_bits=bits, rows=())
-    uniform = replace(layer, scheme=scheme, row_bits=b"")
-    tensor = solve_alone(uniform, sample, run.env, hessian).tensor
+    tensor = solve_alone(layer.uniform(bits), sample, run.env, hessian).tensor
     error = (codec(tensor.format).dequantize(tensor, torch.float32) - sample).double()
     power = sample.double().square().sum()
     under = (error @ statistics.hessian.to(error)) * error

@@ -24,7 +24,7 @@ ROW_CLASSES = "row_classes"
 def _kinds(scheme: WeightScheme, shape: Shape2D) -> Iterator[tuple[str, WeightScheme, Shape2D]]:
     """Yield of each class what ends the names of its parts, its scheme and its shape."""
     for num_bits, count in scheme.classes(shape):
-        uniform = replace(scheme, num_bits=num_bits, rows=())
+        uniform = scheme.uniform(num_bits)
         yield f"_w{num_bits}", uniform, shape._replace(out_features=count)
 
 
@@ -143,9 +143,7 @@ def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
     """Return weights below one another: classes of one width become one."""
     if len(tensors) == 1:
         return tensors[0]
-    joined(
-        [replace(each, scheme=replace(each.scheme, num_bits=1, rows=())) for each in tensors], dim
-    )
+    joined([replace(each, scheme=each.scheme.uniform(1)) for each in tensors], dim)
     if dim == 1:
         raise SchemeError(
             "Rows of unlike bits aren't put beside one another: they have row scales of their own. "

@@ -45,6 +45,10 @@ class LayerPlan:
     row_bits: bytes = b""
     """Bits of each row, a byte each, once they are chosen; empty: all rows have the scheme's."""
 
+    def uniform(self, num_bits: int) -> "LayerPlan":
+        """Return this plan with one width for all rows; `num_bytes` stays that of the whole."""
+        return replace(self, scheme=self.scheme.uniform(num_bits), row_bits=b"")
+
     def alternatives(self) -> list["LayerPlan"]:
         """Return this plan with each scheme to choose from; the preferred one first."""
         dims = self.choose_group_dim or (self.scheme.group_dim,)

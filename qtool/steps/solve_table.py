@@ -5,7 +5,6 @@ solved a class at a time. Methods see neither.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import fmean
 
 import torch
@@ -41,9 +40,8 @@ def solve_alone(
     row_bits = torch.frombuffer(bytearray(layer.row_bits), dtype=torch.uint8).to(weight.device)
     solutions = []
     for num_bits, _ in layer.scheme.rows:
-        scheme = replace(layer.scheme, num_bits=num_bits, rows=())
-        uniform = replace(layer, scheme=scheme, row_bits=b"")
-        solutions.append(_solved(uniform, weight[row_bits == num_bits], hessian, env))
+        rows = weight[row_bits == num_bits]
+        solutions.append(_solved(layer.uniform(num_bits), rows, hessian, env))
     tensor = encode_mixed([solution.tensor for solution in solutions], row_bits)
     return _as_one(solutions, tensor, weight, hessian)
 

@@ -15,7 +15,7 @@ in one place only.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -229,16 +229,13 @@ def _rounded(run: Run, model: CausalModel) -> dict[str, Tensor]:
     """
     name = run.source.adapter.embedding
     (layer,) = (layer for layer in run.plan.layers if layer.name == name)
-    scheme, weight = layer.scheme, model.get_input_embeddings().weight
-    classes = scheme.classes(layer.shape)
+    weight, classes = model.get_input_embeddings().weight, layer.scheme.classes(layer.shape)
     average = round(sum(bits * count for bits, count in classes) / layer.shape.out_features)
-    few = replace(scheme, num_bits=min(max(average, FEWEST_PROBED), PROBED_BITS), rows=())
-    probe = replace(layer, scheme=few)
-    tensor = solve_alone(probe, weight.float(), run.env).tensor
-    near = replace(layer, scheme=replace(few, num_bits=PROBED_BITS))
+    few = layer.uniform(min(max(average, FEWEST_PROBED), PROBED_BITS))
+    tensor = solve_alone(few, weight.float(), run.env).tensor
     tables = {
         "of_embedding": codec(tensor.format).dequantize(tensor, torch.float32),
-        "of_head": round_to_nearest(near, weight.float()),
+        "of_head": round_to_nearest(layer.uniform(PROBED_BITS), weight.float()),
     }
     return {use: table.to(weight.dtype) for use, table in tables.items()}
 

@@ -1,6 +1,6 @@
 """Random weights made on the device: the speed of a kernel doesn't depend on what they hold."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from math import sqrt
 
 import torch
@@ -62,7 +62,7 @@ def random_weight(
     """Return a random weight for the kernels; where it has classes of rows, they are scattered."""
     classes = []
     for num_bits, count in scheme.classes(shape):
-        own, cut = replace(scheme, num_bits=num_bits, rows=()), shape._replace(out_features=count)
+        own, cut = scheme.uniform(num_bits), shape._replace(out_features=count)
         drawn = random_tensor(cut, own, generator)
         classes.append(linear_kernels.prepare(drawn, DTYPE, keep_stored=keep_stored))
     if not scheme.rows:

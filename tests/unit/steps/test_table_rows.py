@@ -241,6 +241,14 @@ def test_expected_losses_fall_with_bits_and_add_up_for_both_uses(tiny, skewed):
     assert torch.allclose(both, alone[0] + alone[1])
 
 
+def test_tables_are_measured_once_more_when_bits_of_rows_are_known(tiny, skewed):
+    """As by a run that goes on after what was measured got lost."""
+    chosen = choose_rows(run_of(tiny("llama", tied=True), recipe(skewed, embedding=table(ROWS))))
+    assert chosen.plan.layers[-1].row_bits
+    found = measure_tables(chosen, None)
+    assert found.of_embedding > 0 and found.of_head > 0
+
+
 def test_class_of_rows_is_solved_as_a_table_of_its_own(llama, skewed, tmp_path):
     """Each class has the bytes that its rows alone get from the method."""
     chosen = recipe(skewed, embedding=table(ROWS | {"max_bits": 4}))

@@ -45,7 +45,7 @@ def fused_bytes(
 
 
 def _class(tensor: QuantizedTensor, num_bits: int, count: int) -> QuantizedTensor:
-    scheme = replace(tensor.scheme, num_bits=num_bits, rows=())
+    scheme = tensor.scheme.uniform(num_bits)
     shape = Shape2D(count, tensor.shape.in_features)
     return QuantizedTensor(binary_coding.BINARY_CODING, scheme, shape, {})
 
