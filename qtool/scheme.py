@@ -1,6 +1,7 @@
-"""WeightScheme: how the numbers of one weight are grouped and how wide they are. Torch-free."""
+"""Schemes: how weights are grouped and how wide they are, and how activations. Torch-free."""
 
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from typing import Any, Literal, NamedTuple
 
 from qtool.errors import SchemeError
@@ -8,7 +9,11 @@ from qtool.wording import quoted
 
 GroupDim = Literal["in_features", "out_features"]
 GROUP_DIMS: tuple[GroupDim, ...] = ("in_features", "out_features")
+Granularity = Literal["token", "tensor"]
+GRANULARITIES: tuple[Granularity, ...] = ("token", "tensor")
 MAX_BITS = 8
+MAX_SHIFT = 0.25
+"""Of a rounding threshold, in steps: beyond it the nearest of three levels may be passed over."""
 
 
 class Shape2D(NamedTuple):
@@ -100,6 +105,64 @@ class WeightScheme:
         """Return the number of groups per row; the last one may be short."""
         length = self.grouped_length(shape)
         return -(-length // (self.group_size or length))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationScheme:
+    """How the inputs of a linear are quantized while it runs; hashable.
+
+    Codes are symmetric integers, -(2^(k-1) - 1) to 2^(k-1) - 1, times a step.
+
+    Raises:
+        SchemeError: a field is outside what it can be.
+    """
+
+    num_bits: int = 8
+    """2 to 8."""
+    granularity: Granularity = "token"
+    """`token`: each token has a step of its own, found as it comes (dynamic); `tensor`: all have
+    `scale` (static)."""
+    clip_ratio: float = 1.0
+    """Per token: share of its largest absolute value that the codes cover, above 0 to 1."""
+    rounding: float = 0.0
+    """Shift of the threshold between neighbouring codes, in steps: above 0 towards 0."""
+    scale: float | None = None
+    """Per tensor: the step, above 0."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.num_bits <= MAX_BITS:  # noqa: PLR2004 - a sign and a magnitude
+            raise SchemeError(
+                f"num_bits of activations is {quoted(self.num_bits)}; allowed are 2 to {MAX_BITS}."
+            )
+        if self.granularity not in GRANULARITIES:
+            raise SchemeError(
+                f"granularity of activations is {quoted(self.granularity)}; allowed are "
+                f"{' and '.join(GRANULARITIES)}."
+            )
+        if not 0 < self.clip_ratio <= 1:
+            raise SchemeError(
+                f"clip_ratio of activations is {quoted(self.clip_ratio)}; above 0 to 1 is meant."
+            )
+        if not -MAX_SHIFT <= self.rounding <= MAX_SHIFT:
+            raise SchemeError(
+                f"rounding of activations is {quoted(self.rounding)}; -{MAX_SHIFT} to {MAX_SHIFT} "
+                "is meant."
+            )
+        if (self.scale is None) != (self.granularity == "token"):
+            raise SchemeError("activations per tensor have a scale, those per token have none.")
+        if self.scale is not None and not (self.scale > 0 and isfinite(self.scale)):
+            raise SchemeError(
+                f"scale of activations is {quoted(self.scale)}; a number above 0 is meant."
+            )
+
+    @property
+    def largest_code(self) -> int:
+        """Return the largest code; the smallest is its negative."""
+        return 2 ** (self.num_bits - 1) - 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return asdict(self)
 
 
 def _is_pair(value: object) -> bool:

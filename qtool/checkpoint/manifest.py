@@ -11,11 +11,12 @@ from qtool import plugins
 from qtool.base import Codec, PartSpec
 from qtool.errors import CheckpointError, QtoolError
 from qtool.formats._dtypes import dtype_of
-from qtool.scheme import Shape2D, WeightScheme
+from qtool.scheme import ActivationScheme, Shape2D, WeightScheme
 from qtool.storage.plain_json import leaves
 from qtool.wording import quoted, shown
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest. Version 2 has layers whose inputs are quantized; all else is written as version 1."""
 QUANT_METHOD = "qtool"
 ROWS = "rows"
 """Key of a scheme that only formats with classes of rows have."""
@@ -24,6 +25,7 @@ MAX_SIZE = 2**31 - 1
 JSON_NAMES = {
     str: "text",
     int: "a whole number",
+    float: "a number with a decimal point",
     bool: "true or false",
     dict: "an object",
     list: "a list",
@@ -46,6 +48,8 @@ class LayerEntry:
     method: str
     shared_with: str | None = None
     """Name of the layer whose parts this one uses: a head tied to its embedding."""
+    activation: ActivationScheme | None = None
+    """How the inputs are quantized while the layer runs; None: they aren't."""
 
     def layout(self) -> Mapping[str, PartSpec]:
         """Return the specs of its stored parts; none if they are stored with another layer."""
@@ -65,7 +69,6 @@ def num_bytes(part: PartSpec) -> int:
 class Manifest:
     """Everything that a reader needs beside the model's own configuration."""
 
-    format_version: int = FORMAT_VERSION
     tool_version: str
     source: str | None = None
     """Hub id or demo name of the original; never a local path."""
@@ -76,6 +79,11 @@ class Manifest:
     digests: Mapping[str, str] = field(default_factory=dict)
     """sha256, in hex, of the bytes of each stored tensor by its name; empty: none were noted."""
 
+    @property
+    def format_version(self) -> int:
+        """Return the oldest version that can say what is here."""
+        return 2 if any(entry.activation for entry in self.layers.values()) else 1
+
     def average_bits(self) -> float:
         """Return stored bits per quantized weight, with scales and offsets."""
         entries = [entry for entry in self.layers.values() if entry.shared_with is None]
@@ -84,7 +92,8 @@ class Manifest:
 
     def to_config(self) -> dict[str, Any]:
         """Return the JSON form."""
-        config = {"quant_method": QUANT_METHOD, **asdict(self)}
+        versions = {"quant_method": QUANT_METHOD, "format_version": self.format_version}
+        config = {**versions, **asdict(self)}
         config["layers"] = {name: _entry_to_json(entry) for name, entry in self.layers.items()}
         if not self.digests:
             del config["digests"]
@@ -99,7 +108,11 @@ def _entry_to_json(entry: LayerEntry) -> dict[str, Any]:
         "shape": list(entry.shape),
         "scheme": entry.scheme.to_json(),
     }
-    return {**value, "shared_with": entry.shared_with} if entry.shared_with else value
+    if entry.shared_with:
+        value["shared_with"] = entry.shared_with
+    if entry.activation:
+        value["activation"] = entry.activation.to_json()
+    return value
 
 
 def manifest_from_config(config: object, where: str) -> Manifest:
@@ -118,7 +131,7 @@ def manifest_from_config(config: object, where: str) -> Manifest:
             f"{FORMAT_VERSION}. Upgrade qtool."
         )
     try:
-        return Manifest(
+        manifest = Manifest(
             tool_version=_value(config, "tool_version", str),
             recipe=_finite(_value(config, "recipe", dict)),
             layers={
@@ -127,13 +140,17 @@ def manifest_from_config(config: object, where: str) -> Manifest:
             },
             source=_value(config, "source", str, NoneType),
             calibration=_value(config, "calibration", str, NoneType),
-            format_version=version,
             digests=_digests(config),
         )
+        if manifest.format_version > version:
+            raise CheckpointError(
+                f"version {version} of the format has no layers whose inputs are quantized"
+            )
     except CheckpointError as error:
         raise CheckpointError(
             f"{where}: quantization_config is damaged: {error}. Copy the checkpoint again."
         ) from error
+    return manifest
 
 
 def _finite(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -157,6 +174,7 @@ def _entry_from_json(name: str, value: object) -> LayerEntry:
             shape=_shape_from_json(value.get("shape")),
             method=_value(value, "method", str),
             shared_with=_value(value, "shared_with", str, NoneType),
+            activation=_activation_from_json(_value(value, "activation", dict, NoneType)),
         )
         known, stored = codec(entry.format).version, _value(value, "codec_version", int)
         if not 1 <= stored <= known:
@@ -185,6 +203,23 @@ def _scheme_from_json(value: Mapping[str, Any]) -> WeightScheme:
     if scheme.group_size is not None and scheme.group_size > MAX_SIZE:
         raise CheckpointError(f"group_size is {quoted(scheme.group_size)}, beyond {MAX_SIZE}")
     return scheme
+
+
+def _activation_from_json(value: Mapping[str, Any] | None) -> ActivationScheme | None:
+    if value is None:
+        return None
+    keys = {field.name for field in fields(ActivationScheme)}
+    if value.keys() != keys:
+        wrong = sorted(value.keys() ^ keys)[0]
+        state = "unknown" if wrong in value else "missing"
+        raise CheckpointError(f"the key {quoted(wrong)} of activation is {state}")
+    return ActivationScheme(
+        num_bits=_value(value, "num_bits", int),
+        granularity=_value(value, "granularity", str),
+        clip_ratio=_value(value, "clip_ratio", float),
+        rounding=_value(value, "rounding", float),
+        scale=_value(value, "scale", float, NoneType),
+    )
 
 
 def _rows_from_json(value: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qtool.base import KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry
+from qtool.core.activations import fake_quantize
 from qtool.formats._dtypes import dtype_of
 from qtool.runtime.backends._choose import choose_backend, definition, wanted_backend
 
@@ -209,6 +210,8 @@ class QuantizedLinear(QuantizedWeight):
         wouldn't take: the weight is then prepared anew whenever the dtype changes.
         """
         x = as_autocast(x)
+        if self.entry.activation is not None:
+            x = fake_quantize(x, self.entry.activation)
         backend, prepared = self.prepare(x.dtype)
         y = backend.matmul(x, prepared)
         return y if self.bias is None else y + self.bias.to(y.dtype)

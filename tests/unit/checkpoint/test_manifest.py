@@ -239,3 +239,44 @@ def test_checkpoint_without_digests_is_not_called_whole(copy):
     edit(copy, lambda q: q.pop("digests", None))
     with pytest.raises(CheckpointError, match="has no digests to compare"):
         CheckpointReader(copy).verify()
+
+
+ACTIVATION = {
+    "num_bits": 8,
+    "granularity": "tensor",
+    "clip_ratio": 1.0,
+    "rounding": 0.0,
+    "scale": 0.125,
+}
+
+
+def _with_activation(version: int, **changes: Any) -> dict[str, Any]:
+    entry = {**json.loads(json.dumps(ENTRY)), "activation": {**ACTIVATION, **changes}}
+    return {
+        "quant_method": "qtool",
+        "format_version": version,
+        "tool_version": "1",
+        "recipe": {},
+        "layers": {"x": entry},
+    }
+
+
+def test_quantized_inputs_come_back_as_they_were_and_make_it_version_2():
+    config = manifest_from_config(_with_activation(2), "here").to_config()
+    assert config["format_version"] == 2
+    assert config["layers"]["x"]["activation"] == ACTIVATION
+
+
+@pytest.mark.parametrize(
+    ("version", "changes", "match"),
+    [
+        (1, {}, "version 1 of the format has no layers whose inputs are quantized"),
+        (2, {"scale": None}, "activations per tensor have a scale"),
+        (2, {"scale": 1}, "scale is 1; a number with a decimal point or null is meant"),
+        (2, {"granularity": "channel"}, "granularity of activations is 'channel'"),
+        (2, {"offset": 1}, "the key 'offset' of activation is unknown"),
+    ],
+)
+def test_odd_quantized_inputs_are_refused(version, changes, match):
+    with pytest.raises(CheckpointError, match=match):
+        manifest_from_config(_with_activation(version, **changes), "here")

@@ -1,0 +1,72 @@
+"""Activations as integers: steps, codes, thresholds."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qtool.core.activations import fake_quantize, quantize_activations, step_sizes
+from qtool.errors import SchemeError
+from qtool.scheme import ActivationScheme
+
+bits = st.integers(2, 8)
+
+
+@given(bits=bits, seed=st.integers(0, 2**16), scale=st.floats(1e-3, 1e3))
+def test_what_codes_stand_for_is_within_half_a_step(bits, seed, scale):
+    x = scale * torch.randn(5, 33, generator=torch.Generator().manual_seed(seed))
+    scheme = ActivationScheme(num_bits=bits)
+    codes, steps = quantize_activations(x, scheme)
+    assert codes.dtype == torch.int8
+    assert int(codes.abs().max()) == scheme.largest_code  # each token uses its whole range
+    assert (codes.abs().amax(-1) == scheme.largest_code).all()
+    error = (codes.double() * steps.double() - x.double()).abs()
+    assert (error <= (0.5 + 1e-4) * steps.double()).all()
+    assert torch.equal(fake_quantize(x, scheme), codes.float() * steps)
+
+
+@given(seed=st.integers(0, 2**16), shift=st.sampled_from([-0.25, -0.1, 0.0, 0.1, 0.25]))
+def test_negatives_have_the_negative_codes(seed, shift):
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(seed))
+    scheme = ActivationScheme(rounding=shift)
+    assert torch.equal(quantize_activations(-x, scheme)[0], -quantize_activations(x, scheme)[0])
+
+
+def test_a_shifted_threshold_moves_towards_zero_or_away():
+    x = torch.tensor([[127.0, 0.4, 0.6, -0.4, -0.6, 3.7]])
+    codes = [quantize_activations(x, ActivationScheme(rounding=r))[0] for r in (-0.2, 0.0, 0.2)]
+    assert codes[0].tolist() == [[127, 1, 1, -1, -1, 4]]
+    assert codes[1].tolist() == [[127, 0, 1, 0, -1, 4]]
+    assert codes[2].tolist() == [[127, 0, 0, 0, 0, 4]]
+
+
+def test_per_tensor_beyond_the_range_is_clipped():
+    scheme = ActivationScheme(granularity="tensor", scale=0.5)
+    x = torch.tensor([[1000.0, -1000.0, 0.5]])
+    assert fake_quantize(x, scheme).tolist() == [[63.5, -63.5, 0.5]]
+
+
+def test_a_token_of_zeros_stays_zero():
+    x = torch.zeros(2, 8)
+    assert torch.equal(fake_quantize(x, ActivationScheme()), x)
+    assert bool(torch.isfinite(step_sizes(x, ActivationScheme())).all())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_bits": 1},
+        {"num_bits": 9},
+        {"granularity": "channel"},
+        {"clip_ratio": 0.0},
+        {"clip_ratio": 1.5},
+        {"rounding": 0.3},
+        {"granularity": "tensor"},
+        {"scale": 1.0},
+        {"granularity": "tensor", "scale": 0.0},
+        {"granularity": "tensor", "scale": float("nan")},
+    ],
+)
+def test_impossible_schemes_are_refused(fields):
+    with pytest.raises(SchemeError):
+        ActivationScheme(**fields)
