@@ -161,6 +161,20 @@ class Method:
     """Statistics that it does better with."""
 
 
+Passage = Literal["norm", "attention", "heads", "gate", "activation"]
+"""From a producer to its consumers: a norm; attention, the values being the last rows of a linear,
+or of each head's; a product of its last rows with a gate; a function per channel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Producer:
+    """What makes the inputs of linears and can divide them by a factor per channel."""
+
+    name: str
+    """Its dotted name in the block."""
+    through: Passage = "norm"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelAdapter:
     """Where the parts of a model family are: dotted names only.
@@ -182,6 +196,10 @@ class ModelAdapter:
     None: there are others, or something else comes between, such as a norm."""
     conv1d: bool = False
     """True where the weights are stored as (in_features, out_features), as in GPT-2."""
+    producers: tuple[Producer, ...] = ()
+    """What makes the inputs of each tuple of `linears`, in their order; empty: nobody has said."""
+    norm_offset: float = 0.0
+    """What norms add to their stored weight: 1 in Gemma."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from qtool.recipe.choosing import ChoosingSection
+from qtool.recipe.folding import FoldSection
 from qtool.recipe.rows import RowsSection
 from qtool.recipe.schemes import SchemeSection, check_scheme_keys
 from qtool.recipe.tuning import TuningSection
@@ -200,6 +201,8 @@ class Recipe(Section):
     description: Text = ""
     calibration: CalibrationSection | None = None
     """Absent: solvers work without data."""
+    fold: FoldSection | None = None
+    """Absent: weights are as they are."""
     weights: WeightsSection
     tuning: TuningSection = TuningSection()
     """Absent: nothing is learned."""
@@ -215,8 +218,9 @@ class Recipe(Section):
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out sections that came later, where they are absent."""
         values: dict[str, Any] = handler(self)
-        if self.choosing is None:
-            values.pop("choosing", None)
+        for name in ("choosing", "fold"):
+            if getattr(self, name) is None:
+                values.pop(name, None)
         return values
 
 

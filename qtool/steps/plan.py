@@ -1,13 +1,10 @@
 """Plan a run without reading a weight: which layers, which scheme, how many bytes."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cache
 from math import prod
 from typing import Any, Literal
-
-from pydantic import TypeAdapter, ValidationError
 
 import qtool.methods
 from qtool import plugins
@@ -16,16 +13,14 @@ from qtool.checkpoint.manifest import num_bytes
 from qtool.errors import ModelError, RecipeError, SchemeError
 from qtool.formats._dtypes import item_bytes
 from qtool.modeling.source import ModelSource
-from qtool.recipe.load import rule
 from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
 from qtool.scheme import GroupDim, Shape2D, WeightScheme
 from qtool.steps.beside import beside_linears, check_rest
+from qtool.steps.check_fold import check_fold, check_folded
+from qtool.steps.options import read_options
 from qtool.steps.table_rows import check_rows, expected_scheme, parts_of
-from qtool.wording import quoted
 
 Role = Literal["block", "embedding", "head"]
-_validator = cache(TypeAdapter)
-"""Of a method's options: it takes milliseconds to make, and every layer asks for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +95,7 @@ def parse_options(method_name: str, method: Method, values: Mapping[str, Any]) -
     Raises:
         RecipeError: unknown key, wrong type or impossible value.
     """
-    known = tuple(field.name for field in fields(method.options))
-    for key in values:
-        if key not in known:
-            where = f"weights.options of '{method_name}'"
-            raise RecipeError(plugins.describe_miss(str(key), known, where))
-    try:
-        return _validator(method.options).validate_python(dict(values))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(("weights.options", *map(str, first["loc"])))
-        raise RecipeError(f"{key} is {quoted(first['input'])}; {rule(first)}.", key=key) from None
+    return read_options(method_name, method.options, values, "weights.options")
 
 
 def with_samples(recipe: Recipe) -> Recipe:
@@ -119,7 +104,8 @@ def with_samples(recipe: Recipe) -> Recipe:
     names = {recipe.weights.method, *(name for name in overridden if name is not None)}
     methods = [load_method(name) for name in sorted(names)]
     counts = any(table is not None and table.rows for table in (recipe.embedding, recipe.head))
-    learns = recipe.tuning.is_on or recipe.choosing is not None or counts
+    sections = (recipe.choosing, recipe.fold)
+    learns = recipe.tuning.is_on or counts or any(section is not None for section in sections)
     wanted = learns or any(method.needs | method.uses for method in methods)
     if recipe.calibration is not None or not wanted:
         return recipe
@@ -152,6 +138,7 @@ def check_request(
             "choosing needs calibration data to tell what bits are worth. Give the recipe a "
             "section 'calibration', or leave out --no-calibration."
         )
+    check_fold(recipe, adapter)
     blocks = ((name, "block", resolve(recipe.weights, name)) for name in linears)
     tables = (
         (adapter.embedding, "embedding", recipe.embedding),
@@ -197,11 +184,13 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
         RecipeError: an option is wrong, or an override matches nothing.
         SchemeError: a method can't do the scheme.
         UnknownNameError: there is no such method.
-        ModelError: much of the blocks can't be quantized, or a stored name is in the way.
+        ModelError: much of the blocks can't be quantized, or what is to be folded can't be, or a
+            stored name is in the way.
     """
     rest = beside_linears(source)
     check_request(recipe, source.adapter, tuple(source.block_linears()), tuple(rest))
     check_rest(source, recipe, rest)
+    check_folded(source, recipe)
     layers = tuple(_layers(source, recipe))
     if not layers:
         raise RecipeError("The recipe skips every layer: nothing is left to quantize.")

@@ -13,7 +13,7 @@ from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.data.corpora import WRITTEN_BY_THE_MODEL
-from qtool.modeling.load import load_original, load_tokenizer
+from qtool.modeling.load import load_source, load_tokenizer
 from qtool.recipe.schema import CalibrationSection, SourceSection
 from qtool.recipe.tuning import EndToEndTuning
 from qtool.steps.draw_calibration import draw_for_tuning
@@ -98,7 +98,7 @@ def _tuned(
 ) -> Made:
     env = run.env
     env.emit(Progress("loading the original"))
-    original = load_original(run.source.directory, env.device)
+    original = load_source(run.source, env.device)
     pair, vectors = _pair(run, section, original, layers, tables)
     course = Course(*_batches(run, section))
     env.emit(_announced(original, layers, course.batches[0], section))
