@@ -12,6 +12,7 @@ from pydantic import (
     model_validator,
 )
 
+from qtool.recipe.activations import ActivationsSection
 from qtool.recipe.choosing import ChoosingSection
 from qtool.recipe.folding import FoldSection
 from qtool.recipe.rows import RowsSection
@@ -204,6 +205,8 @@ class Recipe(Section):
     fold: FoldSection | None = None
     """Absent: weights are as they are."""
     weights: WeightsSection
+    activations: ActivationsSection | None = None
+    """Absent: the inputs of linears stay in 16 bit."""
     tuning: TuningSection = TuningSection()
     """Absent: nothing is learned."""
     choosing: ChoosingSection | None = None
@@ -218,9 +221,9 @@ class Recipe(Section):
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out sections that came later, where they are absent."""
         values: dict[str, Any] = handler(self)
-        for name in ("choosing", "fold"):
-            if getattr(self, name) is None:
-                values.pop(name, None)
+        for name in ("activations", "choosing", "fold"):
+            if values[name] is None:
+                del values[name]
         return values
 
 

@@ -7,7 +7,6 @@ what it sees there.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,7 +189,7 @@ def _problem(run: Run, layers: Sequence[LayerPlan], group: FoldGroup, seen: _Inp
 
 def _round_inputs(run: Run) -> RoundInputs:
     """Return what the recipe's activations are quantized by: with a static scale, its range."""
-    section: Any = getattr(run.recipe, "activations", None)
+    section = run.recipe.activations
     if section is None:
         return lambda inputs, _largest: inputs
 

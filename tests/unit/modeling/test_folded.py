@@ -7,14 +7,12 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint.shards import Shards
-from qtool.errors import ModelError
 from qtool.modeling.families import families as known_families
-from qtool.modeling.foldable import check_foldable, fold_groups, why_not_foldable
+from qtool.modeling.foldable import fold_groups
 from qtool.modeling.folded import fold_source
-from qtool.modeling.load import load_original, load_source
+from qtool.modeling.load import load_original
 from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource, open_source
-from tests import families
 
 FAMILIES = known_families()
 PROMPT = torch.arange(3, 43).unsqueeze(0)
