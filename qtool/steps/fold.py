@@ -21,6 +21,7 @@ from qtool.folds import FoldProblem, load_fold
 from qtool.modeling.foldable import FoldGroup, fold_groups
 from qtool.modeling.folded import fold_source
 from qtool.modeling.source import ModelSource
+from qtool.recipe.activations import ActivationsSection
 from qtool.recipe.folding import FoldSection
 from qtool.steps.check_fold import fold_options
 from qtool.steps.plan import LayerPlan
@@ -183,13 +184,12 @@ def _problem(run: Run, layers: Sequence[LayerPlan], group: FoldGroup, seen: _Inp
         largest=seen.largest,
         channel=group.channel.to(device),
         round_weight=lambda which, weight: round_to_nearest(layers[which], weight),
-        round_inputs=_round_inputs(run),
+        round_inputs=input_rounding(run.recipe.activations),
     )
 
 
-def _round_inputs(run: Run) -> RoundInputs:
+def input_rounding(section: ActivationsSection | None) -> RoundInputs:
     """Return what the recipe's activations are quantized by: with a static scale, its range."""
-    section = run.recipe.activations
     if section is None:
         return lambda inputs, _largest: inputs
 
