@@ -1,6 +1,6 @@
 """What folds share: factors that are powers of statistics, and the error that they leave."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -71,37 +71,39 @@ def relative_weights(problem: FoldProblem) -> Tensor:
     return torch.cat(shares).mean(0)
 
 
-def output_error(problem: FoldProblem, factors: Tensor, *, with_inputs: bool) -> float:
-    """Return the mean squared error of the outputs, summed over the linears.
+def output_errors(
+    problem: FoldProblem, factors: Iterable[Tensor], *, with_inputs: bool
+) -> Iterator[float]:
+    """Yield, for each of several factors, the mean squared error of the outputs of all linears.
 
     sum over k of || Q(W_k diag(s)) Q(diag(s)^-1 X) - W_k X ||^2 / numel (AQAS, arXiv 2311.05161,
-    equation 1 as a note tells it).
+    equation 1 as notes tell it).
 
     Args:
         problem: The linears.
-        factors: (in_features,) float32.
+        factors: Each (in_features,) float32.
         with_inputs: Inputs are quantized too.
     """
-    scaled = problem.inputs / factors
-    if with_inputs:
-        scaled = problem.round_inputs(scaled, problem.largest / factors)
-    total = 0.0
-    for which, weight in enumerate(problem.weights):
-        rounded = problem.round_weight(which, weight * factors)
-        difference = scaled @ rounded.T - problem.inputs @ weight.T
-        total += float(difference.double().square().mean())
-    return total
+    targets = [problem.inputs @ weight.T for weight in problem.weights]
+    for each in factors:
+        inputs = problem.inputs / each
+        if with_inputs:
+            inputs = problem.round_inputs(inputs, problem.largest / each)
+        total = 0.0
+        for which, weight in enumerate(problem.weights):
+            rounded = problem.round_weight(which, weight * each)
+            difference = torch.addmm(targets[which], inputs, rounded.T, beta=-1)
+            total += float(difference.square_().mean(dtype=torch.float64))
+        yield total
 
 
 def best_of_candidates(
     problem: FoldProblem, candidates: Iterable[Candidate], *, with_inputs: bool
 ) -> FoldSolution:
     """Return the candidate with the least error of the outputs; the identity is always one."""
-    start = identity(problem)
-    errors = [
-        (output_error(problem, one.factors, with_inputs=with_inputs), one)
-        for one in (start, *candidates)
-    ]
-    least, best = min(errors, key=lambda found: found[0])  # of equal ones the first
-    metrics = {"error": least, "error_unfolded": errors[0][0], "exponent": best.exponent}
-    return FoldSolution(best.factors, metrics)
+    found = [identity(problem), *candidates]
+    factors = (one.factors for one in found)
+    errors = list(output_errors(problem, factors, with_inputs=with_inputs))
+    best = errors.index(min(errors))  # of equal ones the first
+    metrics = {"error": errors[best], "error_unfolded": errors[0], "exponent": found[best].exponent}
+    return FoldSolution(found[best].factors, metrics)

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from qtool.folds import Fold, FoldProblem, FoldSolution
-from qtool.folds._powers import output_error, pooled, powers
+from qtool.folds._powers import identity, output_errors, pooled, powers
 from qtool.recipe.values import Number
 
 
@@ -31,11 +31,9 @@ def smooth(problem: FoldProblem, options: SmoothQuantOptions) -> FoldSolution:
         options.alpha,
         1 - options.alpha,
     )
-    metrics = {
-        "error": output_error(problem, chosen.factors, with_inputs=True),
-        "error_unfolded": output_error(problem, torch.ones_like(chosen.factors), with_inputs=True),
-        "exponent": options.alpha,
-    }
+    both = (chosen.factors, identity(problem).factors)
+    error, unfolded = output_errors(problem, both, with_inputs=True)
+    metrics = {"error": error, "error_unfolded": unfolded, "exponent": options.alpha}
     return FoldSolution(chosen.factors, metrics)
 
 

@@ -92,8 +92,8 @@ def fold_source(
 def _check_factors(linear: str, group: FoldGroup, factors: Tensor) -> None:
     if factors.shape != group.channel.shape:
         raise ModelError(
-            f"{linear}: {tuple(factors.shape)} factors were chosen for "
-            f"{len(group.channel)} inputs; one each is meant."
+            f"{linear}: {factors.numel()} factors were chosen for {len(group.channel)} inputs; one "
+            "each is meant."
         )
     if not bool((torch.isfinite(factors) & (factors > 0)).all()):
         raise ModelError(f"{linear}: a factor isn't finite or isn't above zero. Use another fold.")

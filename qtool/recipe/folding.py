@@ -18,7 +18,7 @@ class FoldSection(Section):
     groups: Annotated[tuple[Text, ...], Field(max_length=100)] = ()
     """Linears whose inputs are folded, by their names in a block, such as `self_attn.q_proj`;
     empty: all that can be."""
-    tokens: Annotated[WholeNumber, Field(ge=16, le=MOST_LENGTH)] = 1024
+    tokens: Annotated[WholeNumber, Field(ge=16, le=MOST_LENGTH)] = 512
     """Of the calibration samples, that errors are measured on."""
     tokens_seen: Annotated[WholeNumber, Field(ge=16, le=MOST_TOKENS)] = 16384
     """That means and largest values are of; rounded to whole samples."""

@@ -15,6 +15,7 @@ from qtool.base import Progress
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.core.activations import fake_quantize
+from qtool.core.affine import round_weight
 from qtool.data.calibration import batches, some_samples
 from qtool.errors import MethodError
 from qtool.folds import FoldProblem, load_fold
@@ -26,7 +27,6 @@ from qtool.recipe.folding import FoldSection
 from qtool.steps.check_fold import fold_options
 from qtool.steps.plan import LayerPlan
 from qtool.steps.run import Run
-from qtool.steps.solve_calibrated import round_to_nearest
 from qtool.walk.blocks import BlockModel
 from qtool.walk.observe import observe
 
@@ -183,7 +183,7 @@ def _problem(run: Run, layers: Sequence[LayerPlan], group: FoldGroup, seen: _Inp
         mean=seen.sums / seen.num_tokens,
         largest=seen.largest,
         channel=group.channel.to(device),
-        round_weight=lambda which, weight: round_to_nearest(layers[which], weight),
+        round_weight=lambda which, weight: round_weight(weight, layers[which].scheme),
         round_inputs=input_rounding(run.recipe.activations),
     )
 

@@ -4,7 +4,7 @@ from dataclasses import MISSING, fields, is_dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtool.errors import RecipeError
@@ -67,6 +67,7 @@ def test_all_inputs_zero(fold):
 
 
 @pytest.mark.parametrize("name", FOLDS)
+@settings(max_examples=10)
 @given(exponent=st.integers(-8, 8))
 def test_a_constant_factor_of_all_inputs_changes_nothing_per_token(name, exponent):
     fold, problem, times = load_fold(name), fold_problem(granularity="token"), 2.0**exponent

@@ -4,7 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.core import affine
-from tests.helpers import normal
+from qtool.scheme import GROUP_DIMS, WeightScheme
+from qtool.steps.plan import load_method
+from tests.helpers import dequantized, normal, problem
 
 bit_widths = st.integers(1, 8)
 
@@ -78,3 +80,15 @@ def test_clipping_shrinks_the_scale_in_proportion():
     groups = normal(3, 2, 64)
     whole, half = (fit(groups, 4, clip_ratio=ratio)[0].double() for ratio in (1.0, 0.5))
     assert torch.allclose(half, whole / 2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("group_dim", GROUP_DIMS)
+@pytest.mark.parametrize("group_size", [7, 16, None])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rounded_weight_is_what_rtn_stores(group_dim, group_size, symmetric):
+    scheme = WeightScheme(
+        num_bits=3, group_size=group_size, group_dim=group_dim, symmetric=symmetric
+    )
+    weight, method = normal(20, 40), load_method("rtn")
+    stored = method.solve(problem(weight, scheme), method.options()).tensor
+    assert torch.equal(affine.round_weight(weight, scheme), dequantized(stored))

@@ -5,13 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.base import LayerProblem
-from qtool.checkpoint.manifest import codec
+from qtool.core.affine import round_weight
 from qtool.folds import FoldProblem
 from qtool.recipe.activations import ActivationsSection
 from qtool.scheme import WeightScheme
 from qtool.steps.fold import input_rounding
-from qtool.steps.plan import load_method
 from tests.helpers import normal
 
 SCHEME = WeightScheme(num_bits=4, group_size=16)
@@ -40,15 +38,7 @@ def fold_problem(
         "mean": inputs.abs().mean(0),
         "largest": inputs.abs().amax(0),
         "channel": torch.arange(32) if channel is None else channel,
-        "round_weight": lambda _, weight: rounded(weight),
+        "round_weight": lambda _, weight: round_weight(weight, SCHEME),
         "round_inputs": input_rounding(activations),
     }
     return FoldProblem(**{**values, **changes})
-
-
-def rounded(weight: Tensor) -> Tensor:
-    """Return a weight as `rtn` leaves it."""
-    method = load_method("rtn")
-    problem = LayerProblem(name="linear", weight=weight, scheme=SCHEME)
-    tensor = method.solve(problem, method.options()).tensor
-    return codec(tensor.format).dequantize(tensor, torch.float32)
