@@ -20,7 +20,7 @@ from qtool.modeling.source import ModelSource
 
 HOMOGENEOUS = ("relu", "leaky_relu", "linear")
 """Functions with f(s x) = s f(x) for s above zero, as transformers calls them."""
-ACTIVATIONS = ("activation_function", "hidden_act")
+SAYS_FUNCTION = ("activation_function", "hidden_act")
 """Where a configuration says which it is."""
 NORM, HEADS, GATE, ACTIVATION = "norm", "heads", "gate", "activation"
 
@@ -108,7 +108,7 @@ def _reason(source: ModelSource, producer: Producer, parsed: Any, block: int) ->
         return f"its inputs, of {name}, are the residual stream as well, and can't be divided."
     if producer.through == ACTIVATION:
         function = next(
-            (str(getattr(parsed, key)) for key in ACTIVATIONS if hasattr(parsed, key)), "unknown"
+            (str(getattr(parsed, key)) for key in SAYS_FUNCTION if hasattr(parsed, key)), "unknown"
         )
         if function not in HOMOGENEOUS:
             return (

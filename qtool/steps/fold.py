@@ -32,7 +32,7 @@ from qtool.walk.observe import observe
 
 FACTORS = "factors"
 """Draft: the factors of a block, under the name of the block."""
-TOKENS_IN_BATCH = 2048
+TOKENS_PER_RUN = 2048
 RoundInputs = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -134,7 +134,7 @@ class _Search:
         model = BlockModel(run.source, run.env.device, dtype=section.dtype)
         train, _ = run.calibration.split(section.holdout)
         samples = some_samples(train.samples, self._section.tokens_seen)
-        return model, model.capture(batches(samples, TOKENS_IN_BATCH))
+        return model, model.capture(batches(samples, TOKENS_PER_RUN))
 
 
 def _evenly(total: int, wanted: int) -> Tensor:
