@@ -104,7 +104,7 @@ def _pairs(source: ModelSource) -> Iterator[tuple[tuple[str, ...], Producer]]:
 def _reason(source: ModelSource, producer: Producer, parsed: Any, block: int) -> str | None:  # noqa: ANN401
     """Return why factors can't go into a producer; None: they can."""
     name = f"{source.adapter.blocks}.{block}.{producer.name}"
-    if producer.through == NORM and source.residual is None:
+    if producer.through == NORM and not getattr(parsed, "do_layer_norm_before", True):
         return f"its inputs, of {name}, are the residual stream as well, and can't be divided."
     if producer.through == ACTIVATION:
         function = next(
