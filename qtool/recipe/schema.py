@@ -72,12 +72,12 @@ class SourceSection(Section):
 
 
 MIXTURE = (
-    {"dataset": "wikitext2-valid", "share": 0.35},
-    {"dataset": "prose", "share": 0.2},
-    {"dataset": "dialogues", "share": 0.15},
-    {"dataset": "gsm8k-train", "share": 0.1},
-    {"dataset": "source-code", "share": 0.1},
-    {"dataset": "languages", "share": 0.1},
+    {"dataset": "wikitext2-valid", "share": 0.26},
+    {"dataset": "prose", "share": 0.17},
+    {"dataset": "dialogues", "share": 0.22},
+    {"dataset": "gsm8k-train", "share": 0.17},
+    {"dataset": "source-code", "share": 0.09},
+    {"dataset": "languages", "share": 0.09},
 )
 """The bundled mixture: encyclopedic text, prose, chats, mathematics, code, other languages."""
 
