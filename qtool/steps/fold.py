@@ -7,6 +7,7 @@ what it sees there.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -91,7 +92,8 @@ class _Search:
         """Return the factors of a block, by the first linear of each group."""
         run, source = self._run, self._run.source
         seen = self._go_to(index, [group.linears[0] for group in groups])
-        factors, notes = {}, {}
+        factors: dict[str, Tensor] = {}
+        notes: dict[str, Mapping[str, float]] = {}
         for group in groups:
             name = group.linears[0]
             layers = [self._layers[one] for one in group.linears if one in self._layers]
@@ -101,8 +103,8 @@ class _Search:
             problem = _problem(run, layers, group, seen.pop(name))
             solution = self._fold.search(problem, self._options)
             factors[name], notes[name] = solution.factors.cpu(), dict(solution.metrics)
-        done = f"{source.adapter.blocks}.{index}"
-        run.env.emit(Progress("folding", index + 1, source.num_blocks, done))
+        name = f"{source.adapter.blocks}.{index}"
+        run.env.emit(Progress("folding", index + 1, source.num_blocks, name + _gains(notes)))
         return Made(factors, notes)
 
     def _go_to(self, index: int, linears: Sequence[str]) -> dict[str, "_Inputs"]:
@@ -135,6 +137,14 @@ class _Search:
         train, _ = run.calibration.split(section.holdout)
         samples = some_samples(train.samples, self._section.tokens_seen)
         return model, model.capture(batches(samples, TOKENS_PER_RUN))
+
+
+def _gains(notes: Mapping[str, Mapping[str, float]]) -> str:
+    """Say what is left of the error of the outputs, on average over the groups of a block."""
+    shares = [
+        one["error"] / one["error_unfolded"] for one in notes.values() if one["error_unfolded"] > 0
+    ]
+    return f"  {fmean(shares):.0%} of the error is left" if shares else ""
 
 
 def _evenly(total: int, wanted: int) -> Tensor:

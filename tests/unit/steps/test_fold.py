@@ -1,5 +1,6 @@
 """Folds through whole runs: the same function, resumed, restricted, beside other sections."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def test_every_fold_and_solver_with_data(name, llama, text_file, tmp_path):
     events: list[Any] = []
     pipeline.quantize(Location(llama), tmp_path / "out", chosen, emit=events.append)
     assert distance(llama, tmp_path / "out") < 0.02
-    assert [event.done for event in steps_in(events, "folding")] == [1, 2]
+    told = steps_in(events, "folding")
+    assert [event.done for event in told] == [1, 2]
+    assert re.fullmatch(r"model\.layers\.1  \d+% of the error is left", told[1].detail)
     stored = CheckpointReader(tmp_path / "out").manifest.recipe
     assert stored["fold"]["name"] == name
 
