@@ -222,8 +222,8 @@ class Recipe(Section):
         """Leave out sections that came later, where they are absent."""
         values: dict[str, Any] = handler(self)
         for name in ("activations", "choosing", "fold"):
-            if values[name] is None:
-                del values[name]
+            if getattr(self, name) is None:
+                values.pop(name, None)
         return values
 
 

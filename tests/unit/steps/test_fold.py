@@ -43,6 +43,11 @@ def logits(directory: Path):
     return model(PROMPT, use_cache=False).logits
 
 
+def stored(reader: CheckpointReader, name: str) -> Any:
+    """Return a tensor of a checkpoint, or a quantized one."""
+    return reader.load(name)
+
+
 def distance(model: Path, out_dir: Path) -> float:
     expected = logits(model)
     return float((logits(out_dir) - expected).norm() / expected.norm())
@@ -59,9 +64,9 @@ def test_every_family_folded_with_eight_bits_is_close_to_the_original(
     assert distance(model, tmp_path / "out") < 0.02
     reader, source = CheckpointReader(tmp_path / "out"), open_source(Location(model))
     changed = [name for name in reader.names() if source.has(name)]
-    assert any(not torch.equal(reader.load(name), source.read(name)) for name in changed)
+    assert any(not torch.equal(stored(reader, name), source.read(name)) for name in changed)
     for name in changed:
-        assert reader.load(name).dtype == source.read(name).dtype
+        assert stored(reader, name).dtype == source.read(name).dtype
 
 
 @pytest.mark.parametrize("name", fold_names())
@@ -73,8 +78,7 @@ def test_every_fold_and_solver_with_data(name, llama, text_file, tmp_path):
     told = steps_in(events, "folding")
     assert [event.done for event in told] == [1, 2]
     assert re.fullmatch(r"model\.layers\.1  \d+% of the error is left", told[1].detail)
-    stored = CheckpointReader(tmp_path / "out").manifest.recipe
-    assert stored["fold"]["name"] == name
+    assert CheckpointReader(tmp_path / "out").manifest.recipe["fold"]["name"] == name
 
 
 @pytest.mark.parametrize("finished", [1, 2])
@@ -93,10 +97,13 @@ def test_resumed_run_gives_the_same_bytes_and_searches_no_block_again(
     with pytest.raises(KeyboardInterrupt):
         pipeline.quantize(Location(llama), tmp_path / "out", chosen, emit=stop)
     searched: list[str] = []
-    made = step._problem
-    monkeypatch.setattr(
-        step, "_problem", lambda *given: searched.append(given[1][0].name) or made(*given)
-    )
+    make = step._problem
+
+    def noted(run, layers, group, seen):
+        searched.append(layers[0].name)
+        return make(run, layers, group, seen)
+
+    monkeypatch.setattr(step, "_problem", noted)
     pipeline.quantize(Location(llama), tmp_path / "out", chosen, resume=True)
     assert {name.split(".")[2] for name in searched} == ({"1"} if finished == 1 else set())
     for name in ("model.safetensors", "config.json"):
@@ -110,7 +117,7 @@ def test_only_named_groups_are_folded(llama, text_file, tmp_path):
     unlike = [
         name
         for name in reader.names()
-        if source.has(name) and not torch.equal(reader.load(name), source.read(name))
+        if source.has(name) and not torch.equal(stored(reader, name), source.read(name))
     ]
     assert unlike == [f"model.layers.{block}.post_attention_layernorm.weight" for block in (0, 1)]
 
@@ -124,10 +131,10 @@ def test_linears_that_stay_in_16_bits_are_folded_all_the_same(llama, text_file, 
     assert distance(llama, tmp_path / "out") < 0.02
     reader, source = CheckpointReader(tmp_path / "out"), open_source(Location(llama))
     name = "model.layers.0.self_attn.v_proj.weight"
-    assert reader.load(name).dtype == torch.float16
-    assert not torch.equal(reader.load(name), source.read(name))
+    assert stored(reader, name).dtype == torch.float16
+    assert not torch.equal(stored(reader, name), source.read(name))
     untouched = "model.layers.1.mlp.down_proj.weight"  # nothing behind that norm is quantized
-    assert torch.equal(reader.load(untouched), source.read(untouched))
+    assert torch.equal(stored(reader, untouched), source.read(untouched))
 
 
 @pytest.mark.parametrize(
@@ -157,9 +164,9 @@ def test_weights_in_the_checkpoint_are_those_of_the_folded_source(llama, text_fi
     pipeline.quantize(Location(llama), tmp_path / "out", chosen)
     reader, source = CheckpointReader(tmp_path / "out"), open_source(Location(llama))
     norm, linear = "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj"
-    factors = source.read(norm).float() / reader.load(norm).float()
+    factors = source.read(norm).float() / stored(reader, norm).float()
     expected = source.read_weight(linear) * factors
-    error = (dequantized(reader.load(linear)) - expected).norm() / expected.norm()
+    error = (dequantized(stored(reader, linear)) - expected).norm() / expected.norm()
     assert float(error) < 0.01
 
 

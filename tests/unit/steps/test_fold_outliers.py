@@ -1,6 +1,7 @@
 """An OPT with channels a hundred times as loud as the others, in 4 bits with 8-bit activations."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def errors(models, tmp_path_factory):
 
     def error(name: str | None, *, loud: bool = True) -> float:
         out_dir = tmp_path_factory.mktemp("out") / "model"
-        fold = {} if name is None else {"fold": {"name": name}}
+        fold: dict[str, Any] = {} if name is None else {"fold": {"name": name}}
         chosen = recipe(calibration={}, activations={"granularity": "token"}, **fold)
         pipeline.quantize(Location(models[loud]), out_dir, chosen, samples=samples)
         return float((logits(out_dir, eight_bits=True) - expected).norm() / spread)
