@@ -17,6 +17,7 @@ from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.core.activations import fake_quantize
 from qtool.core.affine import round_weight
+from qtool.core.magnitudes import Magnitudes
 from qtool.data.calibration import batches, some_samples
 from qtool.errors import MethodError
 from qtool.folds import FoldProblem, load_fold
@@ -25,6 +26,7 @@ from qtool.modeling.folded import fold_source
 from qtool.modeling.source import ModelSource
 from qtool.recipe.activations import ActivationsSection
 from qtool.recipe.folding import FoldSection
+from qtool.steps.activation_ranges import step_of
 from qtool.steps.check_fold import fold_options
 from qtool.steps.plan import LayerPlan
 from qtool.steps.run import Run
@@ -206,7 +208,8 @@ def input_rounding(section: ActivationsSection | None) -> RoundInputs:
     def rounded(inputs: Tensor, largest: Tensor) -> Tensor:
         if section.granularity == "token":
             return fake_quantize(inputs, section.scheme(None))
-        most = 2 ** (section.num_bits - 1) - 1
-        return fake_quantize(inputs, section.scheme(float(largest.max()) / most))
+        seen = Magnitudes.none(inputs.device)
+        seen.add(largest if section.range == "max" else inputs)
+        return fake_quantize(inputs, section.scheme(step_of(section, seen)))
 
     return rounded

@@ -14,7 +14,8 @@ from qtool.errors import ModelError, RecipeError, SchemeError
 from qtool.formats._dtypes import item_bytes
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
-from qtool.scheme import GroupDim, Shape2D, WeightScheme
+from qtool.scheme import ActivationScheme, GroupDim, Shape2D, WeightScheme
+from qtool.steps.activation_ranges import check_inputs, has_static_inputs, known_scheme
 from qtool.steps.beside import beside_linears, check_rest
 from qtool.steps.check_fold import check_fold, check_folded
 from qtool.steps.options import read_options
@@ -39,6 +40,8 @@ class LayerPlan:
     """Group dimensions to choose from by held-out error; empty: the scheme's."""
     row_bits: bytes = b""
     """Bits of each row, a byte each, once they are chosen; empty: all rows have the scheme's."""
+    activation: ActivationScheme | None = None
+    """How its inputs are quantized; None: they aren't, or how is found on what it sees."""
 
     def uniform(self, num_bits: int) -> "LayerPlan":
         """Return this plan with one width for all rows; `num_bytes` stays that of the whole."""
@@ -105,8 +108,9 @@ def with_samples(recipe: Recipe) -> Recipe:
     methods = [load_method(name) for name in sorted(names)]
     counts = any(table is not None and table.rows for table in (recipe.embedding, recipe.head))
     sections = (recipe.choosing, recipe.fold)
-    learns = recipe.tuning.is_on or counts or any(section is not None for section in sections)
-    wanted = learns or any(method.needs | method.uses for method in methods)
+    learns = recipe.tuning.is_on or any(section is not None for section in sections)
+    sees = counts or learns or has_static_inputs(recipe)
+    wanted = sees or any(method.needs | method.uses for method in methods)
     if recipe.calibration is not None or not wanted:
         return recipe
     return recipe.model_copy(update={"calibration": CalibrationSection()})
@@ -138,6 +142,7 @@ def check_request(
             "choosing needs calibration data to tell what bits are worth. Give the recipe a "
             "section 'calibration', or leave out --no-calibration."
         )
+    check_inputs(recipe)
     check_fold(recipe, adapter)
     blocks = ((name, "block", resolve(recipe.weights, name)) for name in linears)
     tables = (
@@ -252,7 +257,8 @@ def _layers(source: ModelSource, recipe: Recipe) -> Iterator[LayerPlan]:
     for name in source.block_linears():
         section = resolve(recipe.weights, name)
         if section is not None:
-            yield _plan_layer(source, name, "block", section)
+            plan = _plan_layer(source, name, "block", section)
+            yield replace(plan, activation=known_scheme(recipe))
     if recipe.embedding is not None:
         yield _plan_layer(source, source.adapter.embedding, "embedding", recipe.embedding)
     if recipe.head is not None:

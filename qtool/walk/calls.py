@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Call(NamedTuple):
@@ -67,3 +67,30 @@ class Calls:
     def of(self, block: int) -> tuple[Call, ...]:
         """Return the calls of a block, batch by batch."""
         return tuple(calls[block] for calls in self._calls)
+
+
+Note = Callable[[Tensor, Call], tuple[Any, ...] | None]
+
+
+class Recorder(nn.Module):
+    """Stands in for a block: notes what it is called with, and returns its input as a block would.
+
+    `note` says what follows the hidden states in a block's output; None: the output is no tuple.
+    """
+
+    def __init__(self, block: nn.Module, note: Note) -> None:
+        super().__init__()
+        self._block = (block,)
+        self._note = note
+
+    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        """Return what the block would, its input in place of its output."""
+        rest = self._note(hidden, Call(arguments, keywords))
+        return hidden if rest is None else (hidden, *rest)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Answer for the block: models look at attributes such as its kind of attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
