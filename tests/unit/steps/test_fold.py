@@ -170,6 +170,22 @@ def test_weights_in_the_checkpoint_are_those_of_the_folded_source(llama, text_fi
     assert float(error) < 0.01
 
 
+@pytest.mark.parametrize("rule", [None, "max", "percentile", "mse"])
+def test_activations_are_quantized_as_the_search_has_it(rule, llama, text_file, tmp_path):
+    """On tokens that weren't seen; with few samples a static range fits those alone."""
+    inputs = {} if rule is None else {"granularity": "tensor", "range": rule}
+    tokens = torch.randint(3, 96, (64, 32), generator=torch.Generator().manual_seed(0))
+    samples, chosen = CalibrationSet(tuple(tokens), {}), folding(text_file, activations=inputs)
+    for name, one in (("out", chosen), ("plain", chosen.model_copy(update={"fold": None}))):
+        pipeline.quantize(Location(llama), tmp_path / name, one, samples=samples)
+    folded, unfolded = (distance(llama, tmp_path / name) for name in ("out", "plain"))
+    assert folded < 1.2 * unfolded
+    entries = CheckpointReader(tmp_path / "out").manifest.layers.values()
+    schemes = [entry.activation for entry in entries if entry.activation is not None]
+    assert len(schemes) == 14
+    assert {scheme.scale is None for scheme in schemes} == {rule is None}
+
+
 def test_a_recipe_without_a_fold_says_nothing_of_it():
     assert "fold" not in recipe().model_dump(mode="json")
 
