@@ -207,8 +207,10 @@ class Fused:
 class IntegerProduct(Protocol):
     """A weight that a backend multiplies by integers as they are."""
 
-    fewest_tokens: int
-    """From so many on that is faster than `KernelBackend.matmul`."""
+    @property
+    def fewest_tokens(self) -> int:
+        """Return from how many on that is faster than `KernelBackend.matmul`."""
+        ...
 
     def multiply(self, codes: Tensor) -> Tensor:
         """Return codes @ W.T: (tokens, in_features) int8 -> (tokens, out_features) float32."""

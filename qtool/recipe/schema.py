@@ -219,8 +219,8 @@ class Recipe(Section):
         """Leave out sections that came later, where they are absent."""
         values: dict[str, Any] = handler(self)
         for name in ("activations", "choosing"):
-            if values[name] is None:
-                del values[name]
+            if values.get(name) is None:
+                values.pop(name, None)
         return values
 
 

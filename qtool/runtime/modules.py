@@ -220,9 +220,10 @@ class QuantizedLinear(QuantizedWeight):
 
     def _multiply(self, x: Tensor, backend: KernelBackend, prepared: Any) -> Tensor:  # noqa: ANN401
         """Return x @ W.T, of `x` quantized if the layer's entry says so."""
-        scheme, integers = self.entry.activation, self._held and self._held.integers
+        scheme, held = self.entry.activation, self._held
         if scheme is None:
             return backend.matmul(x, prepared)
+        integers = None if held is None else held.integers
         if integers is None or x.shape[:-1].numel() < integers.fewest_tokens:
             return multiply_quantized(x, scheme, lambda codes: backend.matmul(codes, prepared))
         codes, steps = quantize_activations(x, scheme)
