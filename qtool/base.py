@@ -222,6 +222,19 @@ class Fused:
     """By weight, its part of it as `matmul` takes it; None: that one needs a layout of its own."""
 
 
+class IntegerProduct(Protocol):
+    """A weight that a backend multiplies by integers as they are."""
+
+    @property
+    def fewest_tokens(self) -> int:
+        """Return from how many on that is faster than `KernelBackend.matmul`."""
+        ...
+
+    def multiply(self, codes: Tensor) -> Tensor:
+        """Return codes @ W.T: (tokens, in_features) int8 -> (tokens, out_features) float32."""
+        ...
+
+
 class KernelBackend(Protocol):
     """Executes quantized weights; one file in `qtool/runtime/backends`, constant BACKEND.
 
@@ -252,6 +265,13 @@ class KernelBackend(Protocol):
 
     def rows(self, index: Tensor, prepared: Any) -> Tensor:  # noqa: ANN401
         """Return the rows of W that `index` names, shaped (*index.shape, in_features)."""
+        ...
+
+    def integer_product(self, tensor: QuantizedTensor) -> IntegerProduct | None:
+        """Prepare a weight for inputs that are integers; None: it has no better way for these.
+
+        Then such inputs go through `matmul`, see `core.activations.multiply_quantized`.
+        """
         ...
 
     def fuse(

@@ -222,7 +222,7 @@ class Recipe(Section):
         """Leave out sections that came later, where they are absent."""
         values: dict[str, Any] = handler(self)
         for name in ("activations", "choosing", "fold"):
-            if getattr(self, name) is None:
+            if values.get(name) is None:
                 values.pop(name, None)
         return values
 

@@ -1,6 +1,6 @@
 """How the inputs of a linear are quantized: as planned, or by the range of what it sees."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
@@ -62,7 +62,7 @@ def input_scheme(
 def step_of(section: ActivationsSection, seen: Magnitudes) -> float:
     """Return the step by which the recipe covers what was seen."""
     largest_code = 2 ** (section.num_bits - 1) - 1
-    ranges = {
+    ranges: Mapping[str, Callable[[], float]] = {
         "max": seen.largest,
         "percentile": lambda: seen.percentile(section.percentile),
         "mse": lambda: seen.best_range(largest_code),
