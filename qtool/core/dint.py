@@ -46,7 +46,9 @@ def doubled_values(codes: Tensor, zero_points: Tensor, num_bits: int) -> Tensor:
     return torch.where(codes > top, halves, 2 * (codes - zero_points.to(torch.int16)))
 
 
-def nearest_in_steps(steps: Tensor, zero_points: Tensor, top: Tensor | int) -> tuple[Tensor, Tensor]:
+def nearest_in_steps(
+    steps: Tensor, zero_points: Tensor, top: Tensor | int
+) -> tuple[Tensor, Tensor]:
     """Return the nearest codes of values that are given in steps, float, and these codes' steps.
 
     A tie goes to the half at a quarter, to the whole step at three quarters, else to the even one.

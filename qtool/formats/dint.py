@@ -2,8 +2,8 @@
 
     w = scale / 2 * doubled,   doubled = 2 (code - zero_point), or 1, or -1
 
-Doubled values are whole numbers: kernels that multiply int8 take them as they are (`doubled_codes`),
-those of bit planes with one plane more (`to_affine`).
+Doubled values are whole numbers: kernels that multiply int8 take them as they are
+(`doubled_codes`), those of bit planes with one plane more (`to_affine`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -85,6 +85,15 @@ def doubled_codes(tensor: QuantizedTensor) -> tuple[Tensor, Tensor]:
     return _doubled(tensor).to(torch.int8), tensor.parts["scales"].float() / 2
 
 
+def affine_scheme(scheme: WeightScheme) -> WeightScheme:
+    """Return the scheme of what `to_affine` makes.
+
+    Raises:
+        SchemeError: it has 8 bits already.
+    """
+    return replace(scheme, num_bits=scheme.num_bits + 1, symmetric=False)
+
+
 def to_affine(tensor: QuantizedTensor) -> QuantizedTensor:
     """Return the same weight, to the bit, as an affine one of one bit more, for kernels of planes.
 
@@ -93,11 +102,10 @@ def to_affine(tensor: QuantizedTensor) -> QuantizedTensor:
     Raises:
         SchemeError: it has 8 bits already.
     """
-    scheme, half = replace(tensor.scheme, symmetric=False), tensor.parts["scales"].float() / 2
-    wider = replace(scheme, num_bits=scheme.num_bits + 1)
+    wider, half = affine_scheme(tensor.scheme), tensor.parts["scales"].float() / 2
     # One more than twice the zero point: below a grid that begins at 0 lies a half.
     shifted = (2 * _zero_points(tensor).to(torch.int16) + 1).clamp(max=2**wider.num_bits - 2)
-    codes = _doubled(tensor) + grouping.spread(shifted, scheme, tensor.shape)
+    codes = _doubled(tensor) + grouping.spread(shifted, wider, tensor.shape)
     planes = codes_to_planes(codes.to(torch.uint8), wider.num_bits)
     return affine_format.packed_affine(planes, half, shifted.to(torch.uint8), wider, tensor.shape)
 

@@ -64,7 +64,10 @@ def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
         _check_fallback(run, layer.name, notes["fallback"])
         scheme = WeightScheme(**notes["scheme"])
         entry = LayerEntry(
-            format=notes["format"], scheme=scheme, shape=layer.shape, method=layer.method
+            format=notes["format"],
+            scheme=scheme,
+            shape=layer.shape,
+            method=notes.get("method", layer.method),  # older runs noted none
         )
         if walk is not None:
             stored = partial(_stored_weight, run, writer, layer.name, entry, draft)
@@ -181,9 +184,9 @@ def _solved(
         weight = run.source.read_weight(layer.name).to(env.device)
         _check_finite(layer.name, weight)
         if statistics is None or section is None:
-            solution = solve_alone(layer, weight, env, under(layer))
+            chosen, solution = layer, solve_alone(layer, weight, env, under(layer))
         else:
-            solution = solve_calibrated(layer, weight, statistics, section, env)
+            chosen, solution = solve_calibrated(layer, weight, statistics, section, env)
         tensor = solution.tensor
         _check_stored(layer.name, tensor, weight)
         _check_fallback(run, layer.name, solution.fallback)
@@ -193,6 +196,7 @@ def _solved(
         "metrics": dict(solution.metrics),
         "fallback": solution.fallback,
         "seconds": time.perf_counter() - started,
+        "method": chosen.method,
     }
     return Made(tensor, notes)
 
