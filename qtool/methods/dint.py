@@ -26,6 +26,8 @@ class DintOptions:
 
     clip_candidates: Annotated[WholeNumber, Field(ge=1, le=1000)] = 30
     """Clip ratios tried for each group, from 1 down to 0.4; 1 tries the whole range only."""
+    clip_ratio: Annotated[Number, Field(ge=1e-3, le=1)] | None = None
+    """One clip ratio for all groups, in place of those tried; null: each has its best."""
     damping: Annotated[Number, Field(ge=hessian.MIN_DAMPING, le=hessian.MAX_DAMPING)] = 0.01
     """Calibrated: fraction of the mean diagonal added to the Hessian; raised until it factors."""
     order: Order = "activation"
@@ -38,12 +40,12 @@ class DintOptions:
 
 def quantize_dint(problem: LayerProblem, options: DintOptions) -> LayerSolution:
     """Quantize one weight, under the Hessian of its inputs if there is one."""
-    scheme = problem.scheme
+    scheme, ratio = problem.scheme, options.clip_ratio
     fit = partial(
         dint.search_dint,
         num_bits=scheme.num_bits,
         symmetric=scheme.symmetric,
-        clip_ratios=clip_ratios(options.clip_candidates),
+        clip_ratios=clip_ratios(options.clip_candidates) if ratio is None else [ratio],
     )
     if "hessian" in problem.statistics:
         return _calibrated(problem, options, fit)
