@@ -125,4 +125,5 @@ def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
     return replace(whole, format=DINT)
 
 
+# Not trainable: learned codes move in planes, of which some sums are no levels here.
 CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat)

@@ -85,4 +85,5 @@ METHOD = Method(
     layout=lambda scheme, shape, _options: dint_format.CODEC.layout(scheme, shape),
     num_bits=range(dint.FEWEST_BITS, MAX_BITS + 1),
     uses=frozenset({"hessian"}),
+    is_tunable=False,  # a code that moved by one step would leave the levels
 )

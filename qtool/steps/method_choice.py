@@ -62,3 +62,18 @@ def check_bits(layer: str, choice: MethodChoice, num_bits: int, said: str) -> No
                 f"{layer}: {said}; '{name}' takes {allowed.start} to {allowed.stop - 1}.",
                 layer=layer,
             )
+
+
+def check_tunable(layer: str, choice: MethodChoice) -> None:
+    """Check that what the methods of a layer write can be tuned.
+
+    Raises:
+        RecipeError: it can't.
+    """
+    for name, _ in choice:
+        if not load_method(name).is_tunable:
+            raise RecipeError(
+                f"{layer}: weights of '{name}' can't be tuned. Leave out tuning, or use a method "
+                "that writes another format.",
+                layer=layer,
+            )

@@ -14,7 +14,7 @@ from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
 from qtool.scheme import GroupDim, Shape2D, WeightScheme
 from qtool.steps.beside import beside_linears, check_rest
-from qtool.steps.method_choice import MethodChoice, check_bits, methods_of
+from qtool.steps.method_choice import MethodChoice, check_bits, check_tunable, methods_of
 from qtool.steps.method_choice import load_method as load_method
 from qtool.steps.options import read_options
 from qtool.steps.table_rows import check_rows, expected_scheme, parts_of
@@ -162,6 +162,8 @@ def check_request(
     for name, role, section in (*blocks, *tables):
         if section is not None:
             _check_section(name, role, section, calibrated=recipe.calibration is not None)
+            if role == "block" and recipe.tuning.is_on:
+                check_tunable(name, methods_of(section))
 
 
 def _check_section(

@@ -114,6 +114,7 @@ def test_parts_and_error_are_those_promised(variant, scheme):
     solution = solver.solve(weight, scheme)
     tensor = solution.tensor
     assert (tensor.scheme, tensor.shape) == (scheme, SHAPE)
+    assert solver.method.is_tunable == (codec(tensor.format).trainable is not None)
     parts = {part: (t.dtype, tuple(t.shape)) for part, t in tensor.parts.items()}
     promised = solver.method.layout(scheme, SHAPE, solver.method.options())
     for layout in (promised, codec(tensor.format).layout(scheme, SHAPE)):

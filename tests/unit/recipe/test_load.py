@@ -281,6 +281,14 @@ def test_override_of_the_method_leaves_no_methods_to_choose_from():
     assert other.choose.method == ("gptq", "dint")
 
 
+def test_another_method_has_nothing_to_choose_from():
+    values = {"method": "gptq", "choose": {"method": ["gptq", "dint"]}}
+    weights = recipe_from_mapping({"weights": values}, ["weights.method=rtn"]).weights
+    assert weights.choose.method == ()
+    both = ["weights.choose.method=[rtn, dint]", "weights.method=rtn"]
+    assert recipe_from_mapping({"weights": values}, both).weights.choose.method == ("rtn", "dint")
+
+
 def test_methods_that_are_not_to_be_chosen_from_are_not_dumped():
     plain = recipe_from_mapping({"weights": {"method": "gptq"}})
     assert plain.model_dump(mode="json")["weights"]["choose"] == {"group_dim": []}
