@@ -12,6 +12,7 @@ from pydantic import (
     model_validator,
 )
 
+from qtool.recipe.activations import ActivationsSection
 from qtool.recipe.choosing import ChoosingSection
 from qtool.recipe.rows import RowsSection
 from qtool.recipe.schemes import SchemeSection, check_scheme_keys
@@ -212,6 +213,8 @@ class Recipe(Section):
     calibration: CalibrationSection | None = None
     """Absent: solvers work without data."""
     weights: WeightsSection
+    activations: ActivationsSection | None = None
+    """Absent: the inputs of linears stay in 16 bit."""
     tuning: TuningSection = TuningSection()
     """Absent: nothing is learned."""
     choosing: ChoosingSection | None = None
@@ -226,8 +229,9 @@ class Recipe(Section):
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out sections that came later, where they are absent."""
         values: dict[str, Any] = handler(self)
-        if self.choosing is None:
-            values.pop("choosing", None)
+        for name in ("activations", "choosing"):
+            if values[name] is None:
+                del values[name]
         return values
 
 
