@@ -82,6 +82,18 @@ def _halved(value: _T, scales: _T, zeros: _T, top: _T, here: _T, there: _T) -> t
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _of_column(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
+    value: _T, scales: _T, zeros: _T, top: _T, here: _T, there: _T, GRIDS: tl.constexpr
+) -> tuple[_T, _T]:
+    """Return the nearest codes and levels of a column's own grids, of either kind."""
+    if GRIDS == 2:  # noqa: PLR2004 - a kernel reads no names of its module
+        code, level = _halved(value, scales, zeros, top, here, there)
+    else:
+        code, level = _affine(value, scales, zeros, top, here, there)
+    return code, level
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _binary(value: _T, place: _T, levels: _T, codes: _T, middles: _T, last: _T) -> tuple[_T, _T]:
     """Return the nearest codes and levels, ties up; there are `last` middles."""
     above = (value[None, :] >= middles) & (place[:, None] < last)
@@ -128,8 +140,7 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
     columns: tl.tensor,
     rows: tl.tensor,
     num_levels: tl.tensor,
-    IS_AFFINE: tl.constexpr,
-    HAS_HALVES: tl.constexpr,
+    GRIDS: tl.constexpr,  # one plus the place of the pick in _OF_COLUMNS; 0: binary
     DESCENDS: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,  # of a tile: powers of two, at least as many as there are
     NUM_LEVELS: tl.constexpr,  # that are held; others are found in STEPS
@@ -149,10 +160,8 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
         old = value
         if DESCENDS:
             value, old = _descended(value, old_pointer + here, matrix_pointer + square, there)
-        if HAS_HALVES:
-            code, level = _halved(value, first, second, third, here, there)
-        elif IS_AFFINE:
-            code, level = _affine(value, first, second, third, here, there)
+        if GRIDS > 0:
+            code, level = _of_column(value, first, second, third, here, there, GRIDS)
         elif STEPS > 0:
             code, level = _searched(value, row, rows, there, first, second, third, STEPS)
         else:
@@ -198,8 +207,7 @@ def walk(
             columns,
             rows,
             num_levels if is_held else 0,
-            IS_AFFINE=is_affine,
-            HAS_HALVES=pick is pick_dint,
+            GRIDS=1 + _OF_COLUMNS.index(pick) if is_affine else 0,
             DESCENDS=levels is not None,
             NUM_COLUMNS=tile_columns,
             NUM_LEVELS=max(num_levels, 1) if is_held else 1,
