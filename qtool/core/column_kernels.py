@@ -75,7 +75,7 @@ def _halved(value: _T, scales: _T, zeros: _T, top: _T, here: _T, there: _T) -> t
     whole = tl.minimum(tl.maximum(steps, -zero), last - zero)
     whole = (whole + 12582912.0) - 12582912.0
     size = tl.abs(steps)
-    is_half = (size >= 0.25) & ((size < 0.75) | (whole == 0.0))
+    is_half = (size >= 0.25) & ((size < 0.75) | (whole == 0.0))  # noqa: PLR2004
     below = tl.where(steps < 0.0, 1.0, 0.0)
     code = tl.where(is_half, last + 1.0 + below, whole + zero)
     return code.to(tl.int32), tl.where(is_half, 0.5 - below, whole) * scale

@@ -161,21 +161,19 @@ def check_request(
     )
     for name, role, section in (*blocks, *tables):
         if section is not None:
-            _check_section(name, role, section, calibrated=recipe.calibration is not None)
-            if role == "block" and recipe.tuning.is_on:
-                check_tunable(name, methods_of(section))
+            _check_section(name, role, section, recipe)
 
 
 def _check_section(
-    name: str, role: str, section: WeightsSection | TableSection, *, calibrated: bool
+    name: str, role: str, section: WeightsSection | TableSection, recipe: Recipe
 ) -> None:
-    method = load_method(section.method)
-    choice = methods_of(section)
-    num_bits = section.scheme.num_bits
+    method, calibrated = load_method(section.method), recipe.calibration is not None
+    choice, num_bits = methods_of(section), section.scheme.num_bits
     check_bits(name, choice, num_bits, f"num_bits is {num_bits}")
-    options = choice[0][1]
+    if role == "block" and recipe.tuning.is_on:
+        check_tunable(name, choice)
     if isinstance(section, TableSection) and section.rows is not None:
-        check_rows(name, section, method, options, calibrated=calibrated)
+        check_rows(name, section, method, choice[0][1], calibrated=calibrated)
     if method.needs and role != "block":
         raise RecipeError(
             f"{name}: '{section.method}' needs calibration data, and an {role} is "

@@ -160,11 +160,11 @@ DRAWS = {
 def test_errors_are_those_that_were_worked_out(kind, size, int4, dint4):
     """It pays where groups are long or tails heavy, and not in short groups of normal weights."""
     groups = DRAWS[kind](torch.Generator().manual_seed(0), 2**20).view(1, -1, size)
-    grid = {"num_bits": 4, "symmetric": False, "clip_ratio": 1.0}
-    fitted = affine.fit_min_max(groups, **grid)
-    codes = affine.nearest_codes(groups, *fitted, num_bits=4)
-    uniform = affine.affine_values(codes, *(each[..., None] for each in fitted), torch.float32)
-    _, levels = dint.nearest_dint(groups, *dint.fit_dint(groups, **grid), num_bits=4)
+    scales, zeros = affine.fit_min_max(groups, num_bits=4, symmetric=False, clip_ratio=1)
+    codes = affine.nearest_codes(groups, scales, zeros, num_bits=4)
+    uniform = affine.affine_values(codes, scales[..., None], zeros[..., None], torch.float32)
+    fitted = dint.fit_dint(groups, num_bits=4, symmetric=False, clip_ratio=1)
+    _, levels = dint.nearest_dint(groups, *fitted, num_bits=4)
     for got, expected in ((uniform, int4), (levels, dint4)):
         error = float((got - groups).square().sum() / groups.square().sum())
         assert error == pytest.approx(expected, rel=0.03)
