@@ -159,6 +159,8 @@ class Method:
     """Statistics that it can't do without."""
     uses: frozenset[Statistic] = frozenset()
     """Statistics that it does better with."""
+    is_tunable: bool = True
+    """The format that it writes has `Codec.trainable`."""
 
 
 Passage = Literal["norm", "attention", "heads", "gate", "activation"]

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, floor, prod
 
-from qtool.checkpoint.manifest import num_bytes
-from qtool.errors import RecipeError, SchemeError
+from qtool.errors import RecipeError
 from qtool.modeling.source import ModelSource
 from qtool.recipe.choosing import Choice, ChoosingSection, scheme_changes
 from qtool.recipe.schema import Recipe, fixes_scheme
-from qtool.steps.plan import LayerPlan, Plan, load_method, original_bytes, plan_of
+from qtool.steps.method_choice import check_bits
+from qtool.steps.plan import LayerPlan, Plan, original_bytes, plan_of
 
 SHOWN = 1000
 """An average is shown in thousandths of a bit."""
@@ -133,16 +133,11 @@ def _planned(layer: LayerPlan, choice: Choice) -> LayerPlan | None:
     changes = scheme_changes(choice)
     if changes is None:
         return None
-    method, scheme = load_method(layer.method), replace(layer.scheme, **changes)
-    if scheme.num_bits not in method.num_bits:
-        raise SchemeError(
-            f"{layer.name}: choosing names {scheme.num_bits} bits; '{layer.method}' takes "
-            f"{method.num_bits.start} to {method.num_bits.stop - 1}.",
-            layer=layer.name,
-        )
-    parts = method.layout(scheme, layer.shape, layer.options)
+    scheme = replace(layer.scheme, **changes)
+    said = f"choosing names {scheme.num_bits} bits"
+    check_bits(layer.name, layer.methods, scheme.num_bits, said)
     dims = () if "group_dim" in changes else layer.choose_group_dim
-    size = sum(num_bytes(part) for part in parts.values())
+    size = layer.bytes_under(scheme)
     return replace(layer, scheme=scheme, num_bytes=size, choose_group_dim=dims)
 
 

@@ -4,7 +4,7 @@ All functions work on rows of groups (see `grouping`): weights (rows, num_groups
 scales and zero points (rows, num_groups).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,18 +57,37 @@ def fit_search(
 
     `importance` weighs the errors, and broadcasts to `groups`.
     """
+
+    def values(scales: Tensor, zeros: Tensor) -> Tensor:
+        codes = nearest_codes(groups, scales, zeros, num_bits=num_bits)
+        return affine_values(codes, scales.unsqueeze(-1), zeros.unsqueeze(-1), torch.float32)
+
+    tried = (
+        fit_min_max(groups, num_bits=num_bits, symmetric=symmetric, clip_ratio=ratio)
+        for ratio in clip_ratios
+    )
+    return best_of_fits(groups, importance, tried, values)
+
+
+def best_of_fits(
+    groups: Tensor,
+    importance: Tensor,
+    fits: Iterable[tuple[Tensor, Tensor]],
+    values: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return, of several scales and zero points, those of the smallest squared error of each group.
+
+    Args:
+        groups: (rows, num_groups, group_size) float32.
+        importance: Weighs the errors, and broadcasts to `groups`.
+        fits: Scales (rows, num_groups) float16 and zero points (rows, num_groups) uint8 to try.
+        values: (scales, zero points) -> the groups as these would store them, float32.
+    """
     best_error = torch.full(groups.shape[:-1], torch.inf, device=groups.device)
     best_scales = torch.ones_like(best_error, dtype=torch.float16)
     best_zeros = torch.zeros_like(best_error, dtype=torch.uint8)
-    for ratio in clip_ratios:
-        scales, zeros = fit_min_max(
-            groups, num_bits=num_bits, symmetric=symmetric, clip_ratio=ratio
-        )
-        codes = nearest_codes(groups, scales, zeros, num_bits=num_bits)
-        approximation = affine_values(
-            codes, scales.unsqueeze(-1), zeros.unsqueeze(-1), torch.float32
-        )
-        error = (importance * (approximation - groups).square_()).sum(-1)
+    for scales, zeros in fits:
+        error = (importance * (values(scales, zeros) - groups).square_()).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scales = torch.where(better, scales, best_scales)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtool.core.dint import pick_dint
 from qtool.core.grids import Pick, Tables, pick_affine, pick_binary
 
 MAX_COLUMNS = 256
@@ -25,6 +26,8 @@ TILE = 4096
 ROWS_AT_ONCE = 32
 """Rows per program, at most."""
 NUM_WARPS = 4
+_OF_COLUMNS: tuple[Pick, ...] = (pick_affine, pick_dint)
+"""Picks whose tables are scales and zero points of each column, and a code."""
 
 
 _T: TypeAlias = tl.tensor
@@ -60,6 +63,34 @@ def _affine(value: _T, scales: _T, zeros: _T, top: _T, here: _T, there: _T) -> t
     code = tl.minimum(tl.maximum(tl.div_rn(value, scale) + zero, 0.0), tl.load(top))
     code = (code + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds, ties to even
     return code.to(tl.int32), (code - zero) * scale
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _halved(value: _T, scales: _T, zeros: _T, top: _T, here: _T, there: _T) -> tuple[_T, _T]:
+    """Do what `_affine` does where half a step, either way, is a level too."""
+    scale = tl.load(scales + here, mask=there, other=1.0)
+    zero = tl.load(zeros + here, mask=there, other=0.0)
+    last = tl.load(top)
+    steps = tl.div_rn(value, scale)
+    whole = tl.minimum(tl.maximum(steps, -zero), last - zero)
+    whole = (whole + 12582912.0) - 12582912.0
+    size = tl.abs(steps)
+    is_half = (size >= 0.25) & ((size < 0.75) | (whole == 0.0))  # noqa: PLR2004
+    below = tl.where(steps < 0.0, 1.0, 0.0)
+    code = tl.where(is_half, last + 1.0 + below, whole + zero)
+    return code.to(tl.int32), tl.where(is_half, 0.5 - below, whole) * scale
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _of_column(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
+    value: _T, scales: _T, zeros: _T, top: _T, here: _T, there: _T, GRIDS: tl.constexpr
+) -> tuple[_T, _T]:
+    """Return the nearest codes and levels of a column's own grids, of either kind."""
+    if GRIDS == 2:  # noqa: PLR2004 - a kernel reads no names of its module
+        code, level = _halved(value, scales, zeros, top, here, there)
+    else:
+        code, level = _affine(value, scales, zeros, top, here, there)
+    return code, level
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -101,15 +132,15 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
     work_pointer: tl.tensor,  # (columns, rows): values to quantize; descending: gradient
     old_pointer: tl.tensor,  # (columns, rows): descending: levels so far
     matrix_pointer: tl.tensor,  # (columns, columns)
-    first: tl.tensor,  # affine: scales (columns, rows); binary: levels (num_levels, rows)
-    second: tl.tensor,  # affine: zero points (columns, rows); binary: codes, likewise
-    third: tl.tensor,  # affine: highest code (1,); binary: middles (num_levels - 1, rows)
+    first: tl.tensor,  # affine, dint: scales (columns, rows); binary: levels (num_levels, rows)
+    second: tl.tensor,  # affine, dint: zero points (columns, rows); binary: codes, likewise
+    third: tl.tensor,  # affine, dint: top code (1,); binary: middles (num_levels - 1, rows)
     codes_pointer: tl.tensor,  # (columns, rows) uint8, out
     levels_pointer: tl.tensor,  # (columns, rows), out
     columns: tl.tensor,
     rows: tl.tensor,
     num_levels: tl.tensor,
-    IS_AFFINE: tl.constexpr,
+    GRIDS: tl.constexpr,  # one plus the place of the pick in _OF_COLUMNS; 0: binary
     DESCENDS: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,  # of a tile: powers of two, at least as many as there are
     NUM_LEVELS: tl.constexpr,  # that are held; others are found in STEPS
@@ -129,8 +160,8 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
         old = value
         if DESCENDS:
             value, old = _descended(value, old_pointer + here, matrix_pointer + square, there)
-        if IS_AFFINE:
-            code, level = _affine(value, first, second, third, here, there)
+        if GRIDS > 0:
+            code, level = _of_column(value, first, second, third, here, there, GRIDS)
         elif STEPS > 0:
             code, level = _searched(value, row, rows, there, first, second, third, STEPS)
         else:
@@ -145,7 +176,7 @@ def supports(pick: Pick, work: Tensor, tables: Tables) -> bool:
     """Return whether `walk` can do a block: `work` (columns, rows), with its tables for `pick`."""
     binary = pick is pick_binary and len(tables[0]).bit_count() == 1  # all signs of all planes
     fits = 0 < len(work) <= MAX_COLUMNS and 0 < work.numel() < 2**31  # offsets are int32
-    return (binary or pick is pick_affine) and fits and work.dtype == torch.float32
+    return (binary or pick in _OF_COLUMNS) and fits and work.dtype == torch.float32
 
 
 def walk(
@@ -158,7 +189,7 @@ def walk(
     first, second, third = (table.contiguous() for table in tables)
     codes = torch.empty((columns, rows), dtype=torch.uint8, device=work.device)
     chosen = torch.empty_like(work)
-    is_affine = pick is pick_affine
+    is_affine = pick in _OF_COLUMNS
     tile_columns = max(16, triton.next_power_of_2(columns))
     tile_rows = min(ROWS_AT_ONCE, TILE // tile_columns)
     num_levels = 0 if is_affine else len(first)
@@ -176,7 +207,7 @@ def walk(
             columns,
             rows,
             num_levels if is_held else 0,
-            IS_AFFINE=is_affine,
+            GRIDS=1 + _OF_COLUMNS.index(pick) if is_affine else 0,
             DESCENDS=levels is not None,
             NUM_COLUMNS=tile_columns,
             NUM_LEVELS=max(num_levels, 1) if is_held else 1,

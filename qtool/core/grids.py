@@ -87,8 +87,16 @@ class AffineGrid:
         """Return scales and zero points (columns, rows) of groups of columns, the highest code."""
         index = torch.tensor(groups, device=self.scales.device)
         expand = self.span.expand
-        top = torch.full((1,), 2.0**self.num_bits - 1, device=self.scales.device)
+        top = torch.full((1,), float(self.top()), device=self.scales.device)
         return expand(self.scales[index]), expand(self.zero_points[index]), top
+
+    def top(self) -> int:
+        """Return the highest code that is whole steps from the zero point."""
+        return int(2**self.num_bits) - 1
+
+    def units(self, codes: Tensor, zero_points: Tensor) -> Tensor:
+        """Return what codes mean in steps, float32; zero points broadcast."""
+        return codes.float() - zero_points
 
     def values(self, group: int, codes: Tensor) -> Tensor:
         """Return the levels of codes (columns, rows) of one group, float32."""
@@ -96,7 +104,7 @@ class AffineGrid:
 
     def basis(self, group: int, codes: Tensor) -> Tensor:
         """Return what the values are linear in, (1, columns, rows): only the scale moves."""
-        return (codes.float() - self.span.expand(self.zero_points[group])).unsqueeze(0)
+        return self.units(codes, self.span.expand(self.zero_points[group])).unsqueeze(0)
 
     def moved(self, group: int, normal: Tensor, right: Tensor) -> Tensor:
         """Return the best scales that stay within a factor of two of what they were, and positive.

@@ -90,7 +90,7 @@ class Descent:
     def _refitted(self, grid: AffineGrid, here: slice) -> Tensor:
         """Move the scales of single-column groups, those of a block together, to their optimum."""
         zeros = grid.span.expand(grid.zero_points[here])
-        basis = self.codes[here].float() - zeros  # (columns, rows)
+        basis = grid.units(self.codes[here], zeros)  # (columns, rows)
         split = grouping.split(basis, grid.span.size)  # (columns, row_groups, size)
         products = torch.einsum("cgs,dgs->gcd", split, split).double()
         normal = products * self.hessian[here, here].double()  # (row_groups, columns, columns)

@@ -54,7 +54,7 @@ def encode_affine(
     """
     matrix = grouping.to_rows(grouping.join(codes, scheme.grouped_length(shape)), scheme)
     scales, zeros = (grouping.to_stored(each, scheme) for each in (scales, zero_points))
-    return _packed(codes_to_planes(matrix, scheme.num_bits), scales, zeros, scheme, shape)
+    return packed_affine(codes_to_planes(matrix, scheme.num_bits), scales, zeros, scheme, shape)
 
 
 def zero_points(tensor: QuantizedTensor) -> Tensor:
@@ -82,10 +82,10 @@ def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
     shape, codes = joined(tensors, dim), cat_planes(tensors, "codes", dim)
     scales = torch.cat([tensor.parts["scales"] for tensor in tensors], dim)
     zeros = torch.cat([zero_points(tensor) for tensor in tensors], dim)
-    return _packed(codes, scales, zeros, tensors[0].scheme, shape)
+    return packed_affine(codes, scales, zeros, tensors[0].scheme, shape)
 
 
-def _packed(
+def packed_affine(
     codes: Tensor, scales: Tensor, zeros: Tensor, scheme: WeightScheme, shape: Shape2D
 ) -> QuantizedTensor:
     """Return a weight of parts as they are stored, but zero points in the shape of the scales."""

@@ -1,29 +1,23 @@
 """GPTQ: uniform grids, column by column, each error absorbed by the columns that are left.
 
-Source: Frantar et al. 2022 (arXiv 2210.17323). Beyond it: groups are static and the order of the
-columns is undone inside the solver, so nothing changes at run time; the grid of each group is
-searched with the importance that the Hessian gives its columns; codes and scales are polished
-under the Hessian afterwards.
+Source: Frantar et al. 2022 (arXiv 2210.17323); what goes beyond it stands in
+`qtool.core.column_solver`.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from qtool.base import LayerProblem, LayerSolution, Method
-from qtool.core import affine, grouping, hessian, layout, metrics
-from qtool.core.error_feedback import encode_columns, feed_forward, scaled_errors
+from qtool.core import affine, hessian, metrics
+from qtool.core.column_solver import ColumnOptions, ColumnSolver, Order, clip_ratios
 from qtool.core.grids import AffineGrid
-from qtool.core.polish import polish
 from qtool.formats import affine as affine_format
 from qtool.recipe.values import Number, WholeNumber
-from qtool.scheme import Shape2D, WeightScheme
-
-Order = Literal["activation", "group", "natural"]
-SMALLEST_RATIO = 0.4
+from qtool.scheme import Shape2D
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,100 +39,26 @@ class GptqOptions:
 def quantize_gptq(problem: LayerProblem, options: GptqOptions) -> LayerSolution:
     """Quantize one weight with the Hessian of its inputs."""
     scheme, shape = problem.scheme, Shape2D(*problem.weight.shape)
-    statistics = problem.statistics["hessian"]
-    order = _order(statistics, scheme, shape, options)
-    factor = hessian.factorize(statistics, damping=options.damping, order=order)
-    # With an identity all columns weigh the same and none passes its error on: plain rounding.
-    upper = torch.eye(len(order), device=order.device) if factor is None else factor.upper
-    importance = (upper.diagonal() ** -2)[order.argsort()]
-    grid = _fit(problem, importance, options)
-    codes = _feed(problem, upper, order, grid, options)
-    if factor is None:
-        reason = (
-            "the Hessian can't be factored even with a damping of 1; rounded to nearest instead"
-        )
-        return _solution(problem, grid, codes, float("nan"), reason)
-    polish(
-        grid,
-        layout.edges_of(scheme, shape),
-        problem.weight.T.contiguous(),
-        codes,
-        factor.hessian,
-        rounds=options.polish_rounds,
-    )
-    return _solution(problem, grid, codes, factor.damping, None)
-
-
-def _order(
-    statistics: Tensor, scheme: WeightScheme, shape: Shape2D, options: GptqOptions
-) -> Tensor:
-    """Return the order in which columns are solved."""
-    if options.order == "activation":
-        return hessian.act_order(statistics)
-    if options.order == "group":
-        return hessian.group_order(statistics, layout.edges_of(scheme, shape)[1])
-    return torch.arange(len(statistics), device=statistics.device)
-
-
-def _fit(problem: LayerProblem, importance: Tensor, options: GptqOptions) -> AffineGrid:
-    """Search the grid of every group on the original weights."""
-    scheme, shape = problem.scheme, Shape2D(*problem.weight.shape)
-    groups = grouping.split(grouping.to_rows(problem.weight, scheme), scheme.group_size)
-    if scheme.group_dim == "in_features":
-        by_group = grouping.split(importance, scheme.group_size)
-    else:  # within a column all rows weigh the same
-        length = scheme.grouped_length(shape)
-        by_group = grouping.valid(length, scheme.group_size, groups.device).float()
-    step = (1 - SMALLEST_RATIO) / max(options.clip_candidates - 1, 1)
-    scales, zeros = affine.fit_search(
-        groups,
-        by_group,
+    fit = partial(
+        affine.fit_search,
         num_bits=scheme.num_bits,
         symmetric=scheme.symmetric,
-        clip_ratios=[1 - i * step for i in range(options.clip_candidates)],
+        clip_ratios=clip_ratios(options.clip_candidates),
     )
-    return AffineGrid(
-        layout.to_columns(scales.float(), scheme).contiguous(),
-        layout.to_columns(zeros.float(), scheme).contiguous(),
-        scheme.num_bits,
-        layout.span_of(scheme, shape),
+    columns = ColumnOptions(
+        damping=options.damping,
+        order=options.order,
+        polish_rounds=options.polish_rounds,
+        column_block=options.column_block,
     )
-
-
-def _feed(
-    problem: LayerProblem, upper: Tensor, order: Tensor, grid: AffineGrid, options: GptqOptions
-) -> Tensor:
-    """Run the error feedback; return codes (in_features, out_features) in natural order."""
-    shape = Shape2D(*problem.weight.shape)
-    size = layout.edges_of(problem.scheme, shape)[1]
-    groups = (order // size).tolist()
-    work = problem.weight.T[order].contiguous()
-    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    edges = [*range(0, len(work), options.column_block), len(work)]
-
-    def solve(start: int, stop: int, block: Tensor, factor: Tensor) -> Tensor:
-        tables = grid.tables(groups[start:stop])
-        codes[start:stop], levels = encode_columns(block, factor, tables, grid.pick)
-        return scaled_errors(block, levels, factor)
-
-    feed_forward(work, upper, edges, solve)
-    return codes[order.argsort()].contiguous()
-
-
-def _solution(
-    problem: LayerProblem, grid: AffineGrid, codes: Tensor, damping: float, fallback: str | None
-) -> LayerSolution:
-    scheme, shape = problem.scheme, Shape2D(*problem.weight.shape)
+    solver = ColumnSolver(fit, AffineGrid, columns)
+    found = solver.solve(problem.weight, problem.statistics["hessian"], scheme)
     tensor = affine_format.encode_affine(
-        layout.split_codes(codes, scheme),
-        layout.to_columns(grid.scales, scheme).to(torch.float16),
-        layout.to_columns(grid.zero_points, scheme).to(torch.uint8),
-        scheme,
-        shape,
+        found.codes, found.scales, found.zero_points, scheme, shape
     )
     quantized = affine_format.CODEC.dequantize(tensor, torch.float32)
     measured = metrics.of_layer(problem.weight, quantized, problem.statistics["hessian"])
-    return LayerSolution(tensor, {**measured, "damping": damping}, fallback)
+    return LayerSolution(tensor, {**measured, "damping": found.damping}, found.fallback)
 
 
 METHOD = Method(

@@ -70,7 +70,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> PlacedValues:
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """Return `base` with `top` laid over it; mappings merge, all else replaces.
 
-    Where `top` names another method or fold, options of the old one go: they mean nothing to it.
+    Where `top` names another method or fold, options of the old one go, and the methods to choose
+    from: they mean nothing to it.
     """
     other = any(key in base and key in top and top[key] != base[key] for key in NAMES_A_PLUGIN)
     merged = _without_options(base) if other else dict(base)
@@ -82,8 +83,10 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_options(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a section without options of its method, those of its overrides included."""
+    """Return a section without what is for its method, options of its overrides included."""
     kept = {key: value for key, value in section.items() if key != "options"}
+    if isinstance(choose := kept.get("choose"), Mapping):
+        kept["choose"] = {key: value for key, value in choose.items() if key != "method"}
     overrides = kept.get("overrides")
     if isinstance(overrides, (list, tuple)):
         kept["overrides"] = [

@@ -57,6 +57,17 @@ class ChooseSection(Section):
 
     group_dim: Annotated[tuple[GroupDim, ...], Field(max_length=2)] = ()
     """Group dimensions to try; the first is kept unless another is better by one percent."""
+    method: Annotated[tuple[Name, ...], Field(max_length=8)] = ()
+    """Methods to try, `weights.method` first; that is kept unless another is better by one percent.
+    Each takes of `weights.options` those that it knows."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what came later, where it is absent."""
+        values: dict[str, Any] = handler(self)
+        if not self.method:
+            values.pop("method", None)
+        return values
 
 
 class SourceSection(Section):
@@ -240,7 +251,10 @@ def resolve(weights: WeightsSection, layer: str) -> WeightsSection | None:
             method=override.method or weights.method,
             scheme=SchemeSection(**{**weights.scheme.model_dump(), **override.scheme}),
             options={**options, **override.options},
-            choose=ChooseSection() if "group_dim" in override.scheme else weights.choose,
+            choose=ChooseSection(
+                group_dim=() if "group_dim" in override.scheme else weights.choose.group_dim,
+                method=weights.choose.method if override.method is None else (),
+            ),
         )
     return weights
 

@@ -6,11 +6,9 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, Literal
 
-import qtool.methods
-from qtool import plugins
 from qtool.base import Method, ModelAdapter
 from qtool.checkpoint.manifest import num_bytes
-from qtool.errors import ModelError, RecipeError, SchemeError
+from qtool.errors import ModelError, RecipeError
 from qtool.formats._dtypes import item_bytes
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
@@ -18,6 +16,8 @@ from qtool.scheme import ActivationScheme, GroupDim, Shape2D, WeightScheme
 from qtool.steps.activation_ranges import check_inputs, has_static_inputs, known_scheme
 from qtool.steps.beside import beside_linears, check_rest
 from qtool.steps.check_fold import check_fold, check_folded
+from qtool.steps.method_choice import MethodChoice, check_bits, check_tunable, methods_of
+from qtool.steps.method_choice import load_method as load_method
 from qtool.steps.options import read_options
 from qtool.steps.table_rows import check_rows, expected_scheme, parts_of
 
@@ -38,6 +38,8 @@ class LayerPlan:
     num_bytes: int
     choose_group_dim: tuple[GroupDim, ...] = ()
     """Group dimensions to choose from by held-out error; empty: the scheme's."""
+    choose_method: MethodChoice = ()
+    """Methods to choose from likewise; empty: the one above."""
     row_bits: bytes = b""
     """Bits of each row, a byte each, once they are chosen; empty: all rows have the scheme's."""
     activation: ActivationScheme | None = None
@@ -48,9 +50,28 @@ class LayerPlan:
         return replace(self, scheme=self.scheme.uniform(num_bits), row_bits=b"")
 
     def alternatives(self) -> list["LayerPlan"]:
-        """Return this plan with each scheme to choose from; the preferred one first."""
+        """Return this plan with each method and scheme to choose from; the preferred one first."""
         dims = self.choose_group_dim or (self.scheme.group_dim,)
-        return [replace(self, scheme=replace(self.scheme, group_dim=dim)) for dim in dims]
+        return [
+            replace(
+                self, method=method, options=options, scheme=replace(self.scheme, group_dim=dim)
+            )
+            for method, options in self.methods
+            for dim in dims
+        ]
+
+    @property
+    def methods(self) -> MethodChoice:
+        """Return all that it may be solved by; the preferred one first."""
+        return self.choose_method or ((self.method, self.options),)
+
+    def bytes_under(self, scheme: WeightScheme) -> int:
+        """Return the stored size with a scheme: of the method that takes most, if they differ."""
+        layouts = (
+            parts_of(load_method(method), scheme, self.shape, options)
+            for method, options in self.methods
+        )
+        return max(sum(map(num_bytes, layout.values())) for layout in layouts)
 
     @property
     def average_bits(self) -> float:
@@ -87,11 +108,6 @@ class Plan:
         return 8 * sum(layer.num_bytes for layer in self.layers) / max(weights, 1)
 
 
-def load_method(name: str) -> Method:
-    """Return a method by name."""
-    return plugins.load(qtool.methods, name, "METHOD", Method)
-
-
 def parse_options(method_name: str, method: Method, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
     """Return the method's options.
 
@@ -104,7 +120,8 @@ def parse_options(method_name: str, method: Method, values: Mapping[str, Any]) -
 def with_samples(recipe: Recipe) -> Recipe:
     """Return the recipe with default samples, if its method does better with data or it tunes."""
     overridden = (override.method for override in recipe.weights.overrides)
-    names = {recipe.weights.method, *(name for name in overridden if name is not None)}
+    names = {recipe.weights.method, *recipe.weights.choose.method}
+    names |= {name for name in overridden if name is not None}
     methods = [load_method(name) for name in sorted(names)]
     counts = any(table is not None and table.rows for table in (recipe.embedding, recipe.head))
     sections = (recipe.choosing, recipe.fold)
@@ -130,7 +147,8 @@ def check_request(
         UnknownNameError: there is no such method.
     """
     _check_overrides(recipe, linears, others)
-    if recipe.calibration is None and recipe.weights.choose.group_dim:
+    choose = recipe.weights.choose
+    if recipe.calibration is None and (choose.group_dim or choose.method):
         raise RecipeError("weights.choose needs calibration data to choose by.")
     if recipe.calibration is None and recipe.tuning.is_on:
         raise RecipeError(
@@ -151,22 +169,19 @@ def check_request(
     )
     for name, role, section in (*blocks, *tables):
         if section is not None:
-            _check_section(name, role, section, calibrated=recipe.calibration is not None)
+            _check_section(name, role, section, recipe)
 
 
 def _check_section(
-    name: str, role: str, section: WeightsSection | TableSection, *, calibrated: bool
+    name: str, role: str, section: WeightsSection | TableSection, recipe: Recipe
 ) -> None:
-    method = load_method(section.method)
-    if section.scheme.num_bits not in method.num_bits:
-        raise SchemeError(
-            f"{name}: num_bits is {section.scheme.num_bits}; '{section.method}' takes "
-            f"{method.num_bits.start} to {method.num_bits.stop - 1}.",
-            layer=name,
-        )
-    options = parse_options(section.method, method, section.options)
+    method, calibrated = load_method(section.method), recipe.calibration is not None
+    choice, num_bits = methods_of(section), section.scheme.num_bits
+    check_bits(name, choice, num_bits, f"num_bits is {num_bits}")
+    if role == "block" and recipe.tuning.is_on:
+        check_tunable(name, choice)
     if isinstance(section, TableSection) and section.rows is not None:
-        check_rows(name, section, method, options, calibrated=calibrated)
+        check_rows(name, section, method, choice[0][1], calibrated=calibrated)
     if method.needs and role != "block":
         raise RecipeError(
             f"{name}: '{section.method}' needs calibration data, and an {role} is "
@@ -233,8 +248,9 @@ def _check_names(source: ModelSource, layers: tuple[LayerPlan, ...], kept: tuple
     """Raise ModelError if a tensor that is copied has the name of a quantized layer or its part."""
     ours = {layer.name for layer in layers}
     for layer in layers:
-        parts = parts_of(load_method(layer.method), layer.scheme, layer.shape, layer.options)
-        ours |= {f"{layer.name}.{part}" for part in parts}
+        for each in layer.alternatives():
+            parts = parts_of(load_method(each.method), each.scheme, each.shape, each.options)
+            ours |= {f"{layer.name}.{part}" for part in parts}
     taken = [name for name in kept if name in ours]
     if taken:
         raise ModelError(
@@ -273,18 +289,22 @@ def _layers(source: ModelSource, recipe: Recipe) -> Iterator[LayerPlan]:
 def _plan_layer(
     source: ModelSource, name: str, role: Role, section: WeightsSection | TableSection
 ) -> LayerPlan:
-    method = load_method(section.method)
-    scheme, shape = section.scheme.to_scheme(), source.weight_shape(name)
-    options = parse_options(section.method, method, section.options)
+    choice, scheme, shape = (
+        methods_of(section),
+        section.scheme.to_scheme(),
+        source.weight_shape(name),
+    )
     if isinstance(section, TableSection) and section.rows is not None:
         scheme = expected_scheme(section.rows, scheme, shape)
-    return LayerPlan(
+    plan = LayerPlan(
         name=name,
         role=role,
         shape=shape,
         scheme=scheme,
-        method=section.method,
-        options=options,
-        num_bytes=sum(map(num_bytes, parts_of(method, scheme, shape, options).values())),
+        method=choice[0][0],
+        options=choice[0][1],
+        num_bytes=0,
         choose_group_dim=section.choose.group_dim if isinstance(section, WeightsSection) else (),
+        choose_method=choice if len(choice) > 1 else (),
     )
+    return replace(plan, num_bytes=plan.bytes_under(scheme))

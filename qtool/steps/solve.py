@@ -91,7 +91,7 @@ def _entry(layer: LayerPlan, notes: Mapping[str, Any]) -> LayerEntry:
         format=notes["format"],
         scheme=WeightScheme(**notes["scheme"]),
         shape=layer.shape,
-        method=layer.method,
+        method=notes.get("method", layer.method),  # older runs noted none
         activation=None if inputs is None else ActivationScheme(**inputs),
     )
 
@@ -198,9 +198,9 @@ def _solved(
         weight = run.source.read_weight(layer.name).to(env.device)
         _check_finite(layer.name, weight)
         if statistics is None or section is None:
-            solution = solve_alone(layer, weight, env, under(layer))
+            chosen, solution = layer, solve_alone(layer, weight, env, under(layer))
         else:
-            solution = solve_calibrated(layer, weight, statistics, section, env)
+            chosen, solution = solve_calibrated(layer, weight, statistics, section, env)
         tensor = solution.tensor
         _check_stored(layer.name, tensor, weight)
         _check_fallback(run, layer.name, solution.fallback)
@@ -210,6 +210,7 @@ def _solved(
         "metrics": dict(solution.metrics),
         "fallback": solution.fallback,
         "seconds": time.perf_counter() - started,
+        "method": chosen.method,
     }
     activation = layer.activation if statistics is None else statistics[0].activation
     if activation is not None:

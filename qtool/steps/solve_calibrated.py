@@ -15,7 +15,8 @@ from qtool.steps.plan import LayerPlan, load_method
 from qtool.walk.statistics import InputStatistics, raised
 
 CLEARLY = 0.01
-"""A grouping other than the first must save one percent of what rounding adds: kernels like it."""
+"""A method or grouping other than the first must save one percent of what rounding adds: kernels
+like it."""
 
 
 def solve_calibrated(
@@ -24,11 +25,11 @@ def solve_calibrated(
     statistics: Sequence[InputStatistics],
     section: CalibrationSection,
     env: Env,
-) -> LayerSolution:
+) -> tuple[LayerPlan, LayerSolution]:
     """Quantize one linear of the blocks; warns if that is worse than rounding.
 
     Each group of rows is a problem of its own: shifted, solved and measured by its own moments.
-    They share a scheme, chosen by the sum of their errors.
+    They share method and scheme, chosen by the sum of their errors.
 
     Args:
         layer: What to do with it.
@@ -36,6 +37,9 @@ def solve_calibrated(
         statistics: Of its inputs, for each group of rows; they make up the weight in order.
         section: How calibration is used.
         env: Where it is computed.
+
+    Returns:
+        The plan with what was chosen, and its solution.
     """
     asked = section.input_error
     strength = None if asked == "auto" else asked
@@ -67,9 +71,22 @@ def solve_calibrated(
         "tokens_per_input": min(each.tokens_per_input for each in statistics),
     }
     if len(errors) > 1:
-        pairs = zip(alternatives, errors, strict=True)
-        metrics |= {f"output_error_{one.scheme.group_dim}": e / power for one, e in pairs}
-    return replace(solutions[best], metrics=metrics)
+        pairs = zip(_names(alternatives), errors, strict=True)
+        metrics |= {f"output_error_{name}": error / power for name, error in pairs}
+    return alternatives[best], replace(solutions[best], metrics=metrics)
+
+
+def _names(alternatives: Sequence[LayerPlan]) -> list[str]:
+    """Name alternatives by what they differ in: group dimension, method, or both."""
+    dims, methods = (
+        [one.scheme.group_dim for one in alternatives],
+        [one.method for one in alternatives],
+    )
+    if len(set(methods)) == 1:
+        return list(dims)
+    if len(set(dims)) == 1:
+        return methods
+    return [f"{method}_{dim}" for method, dim in zip(methods, dims, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "affine": ("rtn", {}),
     "binary_coding": ("bcq", {"rounds": 1}),
     "coded_scales": ("bcq", {"rounds": 1, "scales": "coded"}),
+    "dint": ("dint", {"clip_candidates": 3}),
 }
 FORMATS = plugins.names(qtool.formats)
 FUSING = ("cuda", "dense")

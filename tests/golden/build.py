@@ -22,7 +22,7 @@ from qtool.checkpoint.place import find_place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
-from qtool.formats import affine, binary_coding, coded_scales, mixed_rows
+from qtool.formats import affine, binary_coding, coded_scales, dint, mixed_rows
 from qtool.scheme import Shape2D, WeightScheme
 from tests.golden.oracles import ORACLES
 
@@ -41,6 +41,10 @@ MIXED_SCHEMES: Mapping[str, WeightScheme] = {
     "whole": WeightScheme(num_bits=2, group_size=None, rows=((2, 6),)),
     "symmetric": WeightScheme(num_bits=4, group_size=64, symmetric=True, rows=((4, 2), (1, 4))),
 }
+DINT_SCHEMES: Mapping[str, WeightScheme] = {
+    **SCHEMES,
+    "whole": WeightScheme(num_bits=6, group_size=None),
+}
 
 
 def numbers(high: int, *shape: int) -> Tensor:
@@ -56,6 +60,15 @@ def affine_weight(scheme: WeightScheme) -> QuantizedTensor:
     zeros = numbers(2**scheme.num_bits, groups, rows).T.to(torch.uint8)
     scales = ((numbers(500, rows, groups) + 1) / 512).half()
     return affine.encode_affine(codes, scales, zeros, scheme, SHAPE)
+
+
+def dint_weight(scheme: WeightScheme) -> QuantizedTensor:
+    rows, groups = scheme.num_rows(SHAPE), scheme.num_groups(SHAPE)
+    size = scheme.group_size or scheme.grouped_length(SHAPE)
+    codes = numbers(2**scheme.num_bits, rows, groups, size).to(torch.uint8)
+    zeros = numbers(2**scheme.num_bits - 2, groups, rows).T.to(torch.uint8)
+    scales = ((numbers(500, rows, groups) + 1) / 512).half()
+    return dint.encode_dint(codes, scales, zeros, scheme, SHAPE)
 
 
 def binary_weight(scheme: WeightScheme) -> QuantizedTensor:
@@ -93,13 +106,14 @@ WEIGHTS: Mapping[str, Callable[[WeightScheme], QuantizedTensor]] = {
     "affine": affine_weight,
     "binary_coding": binary_weight,
     "coded_scales": coded_weight,
+    "dint": dint_weight,
     "mixed_rows": mixed_weight,
 }
 
 
 def schemes_of(format_name: str) -> Mapping[str, WeightScheme]:
     """Return the schemes of the layers of a golden checkpoint."""
-    return MIXED_SCHEMES if format_name == "mixed_rows" else SCHEMES
+    return {"mixed_rows": MIXED_SCHEMES, "dint": DINT_SCHEMES}.get(format_name, SCHEMES)
 
 
 def write(format_name: str, out_dir: Path) -> None:

@@ -103,9 +103,30 @@ def mixed_rows(
     return weight
 
 
+def dint(
+    parts: Parts, num_bits: int, out: int, in_: int, group_size: int | None, group_dim: str
+) -> NDArray[np.float64]:
+    weight = np.zeros((out, in_))
+    for o in range(out):
+        for i in range(in_):
+            where = place(o, i, group_size, group_dim)
+            row, group = where if group_dim == "in_features" else (where[1], where[0])
+            code = zero = 0
+            for plane in range(num_bits):
+                code = 2 * code + bit(parts["codes"][plane, o], i)
+                if "zero_points" in parts:
+                    zero = 2 * zero + bit(parts["zero_points"][plane, group], row)
+            if "zero_points" not in parts:
+                zero = 2 ** (num_bits - 1) - 2
+            special = {2**num_bits - 2: 0.5, 2**num_bits - 1: -0.5}
+            weight[o, i] = float(parts["scales"][where]) * special.get(code, code - zero)
+    return weight
+
+
 ORACLES: dict[str, Oracle] = {
     "affine": affine,
     "binary_coding": binary_coding,
     "coded_scales": coded_scales,
+    "dint": dint,
     "mixed_rows": mixed_rows,
 }

@@ -53,7 +53,7 @@ def _cells(layer: "LayerPlan") -> tuple[str, ...]:
     return (
         layer.name,
         "x".join(map(str, layer.shape)),
-        layer.method,
+        " or ".join(name for name, _ in layer.methods),
         f"{scheme.rows[-1][0]}-{scheme.num_bits}" if scheme.rows else str(scheme.num_bits),
         f"{scheme.group_size or 'row'}{along}",
         f"{layer.average_bits:.2f}",

@@ -19,6 +19,7 @@ from qtool.errors import MethodError, RecipeError, SchemeError
 from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 from qtool.recipe.schema import Recipe, TableSection
+from qtool.steps import method_choice
 from qtool.steps.plan import load_method, make_plan
 from qtool.steps.run import Run
 from tests.helpers import recipe
@@ -244,7 +245,7 @@ def test_the_nearest_budget_is_possible(llama, text_file):
 
 def test_bits_that_a_method_lacks_are_refused(llama, monkeypatch):
     fewer = replace(load_method("rtn"), num_bits=range(2, 9))
-    monkeypatch.setattr(candidates, "load_method", lambda _name: fewer)
+    monkeypatch.setattr(method_choice, "load_method", lambda _name: fewer)
     chosen = choosing(4.0, choices=[1, 4])
     source = open_source(Location(llama))
     with pytest.raises(SchemeError, match=r"choosing names 1 bits; 'rtn' takes 2 to 8"):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from qtool.core import grouping, hessian, polish
+from qtool.core import dint, grouping, hessian, polish
 from qtool.core.error_feedback import encode_columns, feed_forward, scaled_errors
 from qtool.core.grids import AffineGrid, BinaryGrid, Span
 
@@ -39,7 +39,12 @@ def grids(weight):
     scales = (high - low) / 3
     affine = AffineGrid(scales, (-low / scales).round().clamp(0, 3), 2, Span(1, ROWS))
     parameters = torch.stack([scales, scales / 2, (low + high) / 2], dim=1)
-    return [affine, BinaryGrid(parameters, offset=True)]
+    return [affine, BinaryGrid(parameters, offset=True), dint_grid(groups)]
+
+
+def dint_grid(groups):
+    scales, zeros = dint.fit_dint(groups.mT, num_bits=3, symmetric=False, clip_ratio=1)
+    return dint.DintGrid(scales.float(), zeros.float(), 3, Span(1, ROWS))
 
 
 def run_feedback(weight, factor, grid, edges=EDGES):

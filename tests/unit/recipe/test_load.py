@@ -267,6 +267,37 @@ def test_override_of_the_group_dim_leaves_nothing_to_choose():
     assert other.choose.group_dim == ("in_features", "out_features")
 
 
+def test_override_of_the_method_leaves_no_methods_to_choose_from():
+    values = {
+        "method": "gptq",
+        "choose": {"group_dim": ["in_features", "out_features"], "method": ["gptq", "dint"]},
+        "overrides": [{"match": "*down*", "method": "bcq"}],
+    }
+    weights = recipe_from_mapping({"calibration": {}, "weights": values}).weights
+    down, other = resolve(weights, "mlp.down_proj"), resolve(weights, "mlp.up_proj")
+    assert down is not None and other is not None
+    assert (down.method, down.choose.method) == ("bcq", ())
+    assert down.choose.group_dim == other.choose.group_dim
+    assert other.choose.method == ("gptq", "dint")
+
+
+def test_another_method_has_nothing_to_choose_from():
+    values = {"method": "gptq", "choose": {"method": ["gptq", "dint"]}}
+    weights = recipe_from_mapping({"weights": values}, ["weights.method=rtn"]).weights
+    assert weights.choose.method == ()
+    both = ["weights.choose.method=[rtn, dint]", "weights.method=rtn"]
+    assert recipe_from_mapping({"weights": values}, both).weights.choose.method == ("rtn", "dint")
+
+
+def test_methods_that_are_not_to_be_chosen_from_are_not_dumped():
+    plain = recipe_from_mapping({"weights": {"method": "gptq"}})
+    assert plain.model_dump(mode="json")["weights"]["choose"] == {"group_dim": []}
+    values = {"method": "gptq", "choose": {"method": ["gptq", "dint"]}}
+    several = recipe_from_mapping({"weights": values}).model_dump(mode="json")
+    assert several["weights"]["choose"]["method"] == ["gptq", "dint"]
+    assert recipe_from_mapping(several).weights.choose.method == ("gptq", "dint")
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -46,6 +46,50 @@ def test_overrides_change_only_what_they_match(source):
     assert {layer.scheme.group_size for layer in plan.layers} == {32}
 
 
+GPTQ_OR_DINT = {"method": "gptq", "choose": {"method": ["gptq", "dint"]}}
+
+
+def test_plan_of_a_choice_of_methods_counts_the_one_that_takes_most(source):
+    values = {"method": "gptq", "scheme": {"num_bits": 4, "group_size": 32}}
+    values["options"] = {"polish_rounds": 0}
+    sizes = []
+    for others in (["dint"], ["bcq"], ["dint", "bcq"]):
+        weights = {**values, "choose": {"method": ["gptq", *others]}}
+        plan = make_plan(source, recipe_from_mapping({"calibration": {}, "weights": weights}))
+        sizes.append(plan.total_bytes)
+        for layer in plan.layers:
+            assert [name for name, _ in layer.methods] == ["gptq", *others]
+            assert all(options.polish_rounds == 0 for _, options in layer.methods)
+    alone = make_plan(source, recipe_from_mapping({"calibration": {}, "weights": values}))
+    assert alone.total_bytes == sizes[0] < sizes[1] == sizes[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"choose": {"method": ["dint", "gptq"]}}, r"should begin with weights\.method, .* 'gptq'"),
+        ({"choose": {"method": ["gptq", "dint", "dint"]}}, "name each method once"),
+        ({"choose": {"method": ["gptq", "dibt"]}}, "dibt"),
+        ({"scheme": {"num_bits": 2}}, "num_bits is 2; 'dint' takes 3 to 8"),
+        ({"options": {"rounds": 3}}, "No 'rounds' in weights.options of 'gptq'"),
+    ],
+)
+def test_choice_of_methods_that_is_wrong_is_refused(source, changes, message):
+    recipe = recipe_from_mapping({"calibration": {}, "weights": {**GPTQ_OR_DINT, **changes}})
+    with pytest.raises(QtoolError, match=message):
+        make_plan(source, recipe)
+
+
+def test_choice_of_methods_needs_data_and_no_tuning(source):
+    weights = {**GPTQ_OR_DINT, "method": "rtn", "choose": {"method": ["rtn", "dint"]}}
+    with pytest.raises(RecipeError, match="choose needs calibration data"):
+        make_plan(source, recipe_from_mapping({"weights": weights}))
+    assert with_samples(recipe_from_mapping({"weights": weights})).calibration is not None
+    tuned = {"calibration": {}, "weights": GPTQ_OR_DINT, "tuning": {"blocks": {}}}
+    with pytest.raises(RecipeError, match="weights of 'dint' can't be tuned"):
+        make_plan(source, recipe_from_mapping(tuned))
+
+
 def test_override_can_unset_the_group_size(source):
     plan = plan_of(source, {"match": "*.0.*", "scheme": {"group_size": None}})
     sizes = {layer.name.split(".")[2]: layer.scheme.group_size for layer in plan.layers}

@@ -174,6 +174,36 @@ def test_group_dim_is_chosen_per_layer_by_the_held_out_error(llama, text_file, t
     }
 
 
+@pytest.mark.parametrize("dims", [["in_features"], ["in_features", "out_features"]], ids=len)
+def test_method_is_chosen_per_layer_by_the_held_out_error(llama, text_file, tmp_path, dims):
+    weights = {"method": "gptq", "scheme": {"num_bits": 4, "group_size": None}}
+    weights |= {"choose": {"method": ["gptq", "dint"], "group_dim": dims}}
+    weights["options"] = QUICK["gptq"]
+    section = {"dataset": str(text_file), "num_samples": 6, "sequence_length": 64}
+    chosen = recipe_from_mapping({"calibration": section, "weights": weights})
+    interrupted(llama, tmp_path / "out", chosen)  # what is kept of a layer says its method
+    result = pipeline.quantize(Location(llama), tmp_path / "out", chosen, resume=True)
+    for layer in result.layers:
+        name = layer.entry.method
+        if len(dims) > 1:
+            name += f"_{layer.entry.scheme.group_dim}"
+        assert layer.metrics["output_error"] == layer.metrics[f"output_error_{name}"]
+        tried = [
+            key for key in layer.metrics if key.startswith(("output_error_g", "output_error_d"))
+        ]
+        assert len(tried) == 2 * len(dims)
+        best = min(layer.metrics[key] for key in tried)
+        assert layer.metrics["output_error"] <= 1.02 * best
+        assert layer.entry.format == {"gptq": "affine", "dint": "dint"}[layer.entry.method]
+    assert {layer.entry.method for layer in result.layers} == {"gptq", "dint"}
+    stored = CheckpointReader(tmp_path / "out").manifest
+    assert {n: e.method for n, e in stored.layers.items()} == {
+        layer.name: layer.entry.method for layer in result.layers
+    }
+    assert result.average_bits == stored.average_bits()
+    assert output_error(llama, tmp_path / "out") < 0.5
+
+
 def test_block_inputs_on_disk_give_the_same_bytes_and_leave_nothing(llama, text_file, tmp_path):
     for cache in ("memory", "disk"):
         chosen = recipe("gptq", text_file, cache=cache)

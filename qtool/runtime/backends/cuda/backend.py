@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from qtool.base import Fused, IntegerProduct, KernelBackend, QuantizedTensor
-from qtool.formats import affine, binary_coding, coded_scales, mixed_rows
+from qtool.formats import affine, binary_coding, coded_scales, dint, mixed_rows
 from qtool.runtime.backends.cuda import fusing, integers, linear_kernels, mixed, operators
+from qtool.runtime.backends.cuda.centers import has_planes
 from qtool.runtime.backends.cuda.decode_ops import HEAD_DIMS, KernelOps
 from qtool.runtime.backends.cuda.driver import card_of, launch, why_not_on
 from qtool.runtime.backends.cuda.fusing import HalfWeight
@@ -17,11 +18,13 @@ from qtool.runtime.backends.cuda.selection import STORED_KERNELS, wanted_kernel
 from qtool.runtime.backends.dense import BACKEND as DENSE
 from qtool.runtime.decode.ops import DecodeOps
 from qtool.runtime.decode.weights import DecoderWeights
+from qtool.scheme import MAX_BITS
 
 FORMATS = (
     affine.AFFINE,
     binary_coding.BINARY_CODING,
     coded_scales.CODED_SCALES,
+    dint.DINT,
     mixed_rows.MIXED_ROWS,
 )
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
@@ -41,6 +44,8 @@ class CudaBackend:
         """Return None for a weight of planes on a card with CuPy, else what is missing."""
         if tensor.format not in FORMATS:
             return f"it runs {', '.join(FORMATS)} weights; this one is {tensor.format}."
+        if not has_planes(tensor):
+            return f"of {MAX_BITS} bits, a {tensor.format} weight would be {MAX_BITS + 1} planes."
         return why_not_on(device)
 
     def prepare(self, tensor: QuantizedTensor, dtype: torch.dtype) -> Prepared:

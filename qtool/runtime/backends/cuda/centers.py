@@ -12,16 +12,33 @@ import torch
 from torch import Tensor
 
 from qtool.base import QuantizedTensor
-from qtool.formats import affine, binary_coding, coded_scales
+from qtool.formats import affine, binary_coding, coded_scales, dint
+from qtool.scheme import MAX_BITS, WeightScheme
 
 CENTERS = "plane_centers"
 """The part that stands in for `plane_offsets`, in memory only."""
 
 
+def has_planes(tensor: QuantizedTensor) -> bool:
+    """Return whether the kernels have as many planes as a weight is made of."""
+    return tensor.format != dint.DINT or tensor.scheme.num_bits < MAX_BITS
+
+
+def scheme_of_planes(tensor: QuantizedTensor) -> WeightScheme:
+    """Return the scheme of what `planes_of` makes; the parts aren't looked at."""
+    if tensor.format == dint.DINT:
+        return dint.affine_scheme(tensor.scheme)
+    if tensor.format == affine.AFFINE:
+        return replace(tensor.scheme, symmetric=False)
+    return tensor.scheme
+
+
 def planes_of(tensor: QuantizedTensor) -> QuantizedTensor:
-    """Return a weight of planes; one that is affine gets the part CENTERS, float16."""
+    """Return a weight of planes; one that is affine or dint gets the part CENTERS, float16."""
     if tensor.format == coded_scales.CODED_SCALES:
         return coded_scales.to_binary(tensor)
+    if tensor.format == dint.DINT:
+        tensor = dint.to_affine(tensor)
     if tensor.format != affine.AFFINE:
         return tensor
     binary = binary_coding.from_affine(tensor, torch.float16)

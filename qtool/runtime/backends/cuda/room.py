@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import num_bytes
-from qtool.formats import affine, binary_coding, mixed_rows
+from qtool.formats import binary_coding, mixed_rows
 from qtool.runtime.backends.cuda import fusing, linear_kernels, tiles
+from qtool.runtime.backends.cuda.centers import has_planes, scheme_of_planes
 from qtool.scheme import Shape2D
 
+DENSE_BYTES = 2
+"""Per weight that runs dequantized, in 16 bits."""
 ROW_NUMBERS = 8
 """Bytes per row: where the rows of a class belong, and in which class a row is."""
 
@@ -25,7 +29,9 @@ def card_bytes(tensor: QuantizedTensor, card_name: str = "", *, keep_stored: boo
         classes = [_class(tensor, *each) for each in tensor.scheme.classes(tensor.shape)]
         numbers = ROW_NUMBERS * tensor.shape.out_features
         return numbers + sum(card_bytes(each, card_name, keep_stored=False) for each in classes)
-    planes = _of_planes(tensor)
+    if not has_planes(tensor):
+        return DENSE_BYTES * prod(tensor.shape)
+    planes = replace(tensor, format=binary_coding.BINARY_CODING, scheme=scheme_of_planes(tensor))
     stored = sum(map(num_bytes, binary_coding.CODEC.layout(planes.scheme, planes.shape).values()))
     if not linear_kernels.is_tileable(planes):
         return stored
@@ -48,11 +54,3 @@ def _class(tensor: QuantizedTensor, num_bits: int, count: int) -> QuantizedTenso
     scheme = tensor.scheme.uniform(num_bits)
     shape = Shape2D(count, tensor.shape.in_features)
     return QuantizedTensor(binary_coding.BINARY_CODING, scheme, shape, {})
-
-
-def _of_planes(tensor: QuantizedTensor) -> QuantizedTensor:
-    """Return a weight as `planes_of` does, without parts: one that was affine has centers."""
-    scheme = tensor.scheme
-    if tensor.format == affine.AFFINE:
-        scheme = replace(scheme, symmetric=False)
-    return replace(tensor, format=binary_coding.BINARY_CODING, scheme=scheme)
