@@ -82,13 +82,7 @@ def time_workload(
         emit(Progress(f"time {layer.name}"))
         with _alone(layer.name, not_run):
             layers.append(time_layer(layer, bench.rig, others))
-    quantized = []
-    for case in workload.quantized_inputs:
-        scheme = case.entry.scheme
-        name = f"{case.name}, {scheme.num_bits} bits, group {scheme.group_size or 'row'}"
-        emit(Progress(f"time {name}, quantized inputs"))
-        with _alone(name, not_run):
-            quantized.append(time_quantized_inputs(case, bench.rig))
+    quantized = tuple(_quantized_inputs(workload, bench, not_run, emit))
     if workload.no_models:
         not_run["end to end"] = workload.no_models
     for model in workload.models:
@@ -103,8 +97,19 @@ def time_workload(
         end_to_end=tuple(end_to_end),
         not_run=not_run,
         versions=versions,
-        quantized_inputs=tuple(quantized),
+        quantized_inputs=quantized,
     )
+
+
+def _quantized_inputs(
+    workload: Workload, bench: Bench, not_run: dict[str, str], emit: Emit
+) -> Iterator[InputTimes]:
+    for case in workload.quantized_inputs:
+        scheme = case.entry.scheme
+        name = f"{case.name}, {scheme.num_bits} bits, group {scheme.group_size or 'row'}"
+        emit(Progress(f"time {name}, quantized inputs"))
+        with _alone(name, not_run):
+            yield time_quantized_inputs(case, bench.rig)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from qtool.timing.synthetic import DTYPE, generator_on, random_dense
 from qtool.timing.timing import copies_needed, rotation, time_calls
 
 MANY_TOKENS = (1, 16, 512, 2048, 8192)
-WEIGHTS = (
+WEIGHT_KINDS = (
     WeightScheme(num_bits=4, group_size=128),
     WeightScheme(num_bits=4, group_size=None),
     WeightScheme(num_bits=8, group_size=None, symmetric=True),
@@ -54,7 +54,7 @@ def input_cases(shape: ModelShape, activation: ActivationScheme) -> tuple[InputC
         InputCase(linear.name, _entry(linear.shape, scheme, activation))
         for linear in shape.linears
         if linear.num_bits is None and not linear.rows
-        for scheme in WEIGHTS
+        for scheme in WEIGHT_KINDS
     )
 
 

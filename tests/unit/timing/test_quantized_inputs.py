@@ -28,13 +28,13 @@ def case(scheme):
 def test_all_linears_of_the_blocks_are_timed_with_each_kind_of_weight_and_no_head():
     cases = input_cases(find_shapes("llama3-8b"), ActivationScheme())
     assert {each.name for each in cases} == {"qkv", "o", "gate_up", "down"}
-    assert len(cases) == 4 * len(quantized_inputs.WEIGHTS)
+    assert len(cases) == 4 * len(quantized_inputs.WEIGHT_KINDS)
     assert all(each.entry.activation == ActivationScheme() for each in cases)
 
 
 def test_a_linear_is_timed_at_each_number_of_tokens(monkeypatch):
     monkeypatch.setattr(quantized_inputs, "MANY_TOKENS", (1, 70))
-    for scheme in quantized_inputs.WEIGHTS:
+    for scheme in quantized_inputs.WEIGHT_KINDS:
         times = time_quantized_inputs(case(scheme), rig())
         assert [point.tokens for point in times.points] == [1, 70]
         assert {point.kernel for point in times.points} == {"floats"}  # on a CPU
@@ -43,7 +43,7 @@ def test_a_linear_is_timed_at_each_number_of_tokens(monkeypatch):
 
 def test_outputs_of_random_weights_are_about_unit_normal():
     generator = torch.Generator().manual_seed(0)
-    for scheme in quantized_inputs.WEIGHTS:
+    for scheme in quantized_inputs.WEIGHT_KINDS:
         shape = Shape2D(64, 512)
         tensor = quantized_inputs.random_affine(shape, scheme, generator)
         y = torch.randn(32, 512, generator=generator) @ dequantized(tensor).T
