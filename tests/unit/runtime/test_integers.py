@@ -8,7 +8,7 @@ import torch
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.core.activations import quantize_activations
 from qtool.runtime import modules
-from qtool.runtime.backends.cuda.integers import row_integers
+from qtool.runtime.backends.cuda.integers import integer_bytes, row_integers
 from qtool.runtime.backends.dense import DenseBackend
 from qtool.runtime.modules import QuantizedLinear
 from qtool.scheme import ActivationScheme, Shape2D, WeightScheme
@@ -39,6 +39,8 @@ def test_a_product_of_integers_is_exact(device, shape, num_bits, symmetric, toke
     weight = row_integers(on(device, tensor))
     assert weight is not None
     assert (weight.shifts is None) or num_bits == 8
+    held = [each for each in (weight.integers, weight.scales, weight.shifts) if each is not None]
+    assert integer_bytes(tensor) == sum(each.nbytes for each in held)
     generator = torch.Generator().manual_seed(1)
     codes = torch.randint(-127, 128, (tokens, shape[1]), dtype=torch.int8, generator=generator)
     got = weight.multiply(codes.to(device)).cpu()
