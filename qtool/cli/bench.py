@@ -1,6 +1,5 @@
 """`qtool bench`."""
 
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -17,9 +16,9 @@ from qtool.cli.options import (
     wrong_plot_name,
 )
 from qtool.cli.progress import progress
-from qtool.cli.tables.kernels import print_gpu_result
+from qtool.cli.tables.kernels import gpu_report, print_gpu_result
 from qtool.cli.tables.models import comparison_report, print_comparison
-from qtool.scheme import WeightScheme
+from qtool.scheme import ActivationScheme, WeightScheme
 
 DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 128
 NOT_KEPT = "Nothing was kept."
@@ -27,7 +26,10 @@ NO_ORIGINAL = (
     "No original is beside it: the checkpoint was made from a local model, whose path isn't kept. "
     "Give it with --baseline MODEL."
 )
-NEEDING = {"--gpu": ("kernel", "peers", "plot"), "--synthetic": ("bits", "group_size")}
+NEEDING = {
+    "--gpu": ("kernel", "peers", "plot"),
+    "--synthetic": ("bits", "group_size", "input_bits"),
+}
 CLASHES = {"--gpu": ("backend", "perplexity_windows"), "--synthetic": ("baseline", "out_dir")}
 _of_gpu = in_panel("With --gpu")
 SHAPES = "llama3-8b, llama2-7b, llama2-70b-layer, opt-175b-layer or llama3-8b-heads"
@@ -62,6 +64,15 @@ def bench(
     group_size: Annotated[
         int | None,
         _of_gpu(metavar="N", min=1, help=f"Of --synthetic; default {DEFAULT_GROUP_SIZE}."),
+    ] = None,
+    input_bits: Annotated[
+        int | None,
+        _of_gpu(
+            metavar="N",
+            min=2,
+            max=8,
+            help="With --synthetic: also time linears whose inputs are quantized per token.",
+        ),
     ] = None,
     kernel: Annotated[
         str | None,
@@ -100,13 +111,18 @@ def bench(
                 num_bits=bits or DEFAULT_BITS, group_size=group_size or DEFAULT_GROUP_SIZE
             )
             kernels = pipeline.GpuOptions(
-                synthetic=synthetic, scheme=scheme, kernel=kernel, peers=peers, plot=plot
+                synthetic=synthetic,
+                scheme=scheme,
+                inputs=ActivationScheme(num_bits=input_bits) if input_bits else None,
+                kernel=kernel,
+                peers=peers,
+                plot=plot,
             )
         elif perplexity_windows:
             quality = pipeline.EvalOptions(max_windows=perplexity_windows)
         options = pipeline.BenchOptions(backend=backend, quality=quality, gpu=kernels)
         result = pipeline.bench(where, options, baseline=original, emit=emit)
-    report = asdict(result.kernels) if result.kernels is not None else comparison_report(result)
+    report = gpu_report(result.kernels) if result.kernels else comparison_report(result)
     if not console.write_json(report, json_file):
         return
     if result.kernels is not None:

@@ -60,7 +60,7 @@ def inspect(
         return
     kinds = Counter(
         f"{e.format} {_bits(e)} bit, group {e.scheme.group_size or 'row'}"
-        f" along {e.scheme.group_dim}, by {e.method}"
+        f" along {e.scheme.group_dim}, by {e.method}{_inputs(e)}"
         for e in manifest.layers.values()
     )
     rows: list[tuple[str, ...]] = [(kind, str(count)) for kind, count in kinds.most_common()]
@@ -121,6 +121,12 @@ def _print_classes(entries: Mapping[str, "LayerEntry"]) -> None:
 
 def _bits(entry: "LayerEntry") -> str:
     return "/".join(map(str, entry.scheme.widths))
+
+
+def _inputs(entry: "LayerEntry") -> str:
+    """Return what is said of inputs that are quantized; nothing of others."""
+    scheme = entry.activation
+    return "" if scheme is None else f", inputs {scheme.num_bits} bit per {scheme.granularity}"
 
 
 def _plot_curves(out_dir: Path, plot: Path) -> None:

@@ -77,6 +77,11 @@ def model_card(manifest: Manifest, source: str | None, about: Provenance | None 
     strict = ""
     if about.num_weights:
         strict = f", {8 * about.weight_bytes / about.num_weights:.2f} with embedding and head"
+    rows = _rows(base, licence, about)
+    inputs = {entry.activation for entry in manifest.layers.values() if entry.activation}
+    widths = sorted({f"{each.num_bits} bits per {each.granularity}" for each in inputs})
+    if widths:
+        rows.insert(1, ("inputs of quantized linears, as they run", ", ".join(widths)))
     text = CARD_TEXT.format(
         title=f"{base or 'A local model'}, quantized",
         version=manifest.tool_version,
@@ -84,7 +89,7 @@ def model_card(manifest: Manifest, source: str | None, about: Provenance | None 
         method=weights.get("method", "several methods"),
         bits=manifest.average_bits(),
         strict=strict,
-        rows="\n".join(f"| {name} | {value} |" for name, value in _rows(base, licence, about)),
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{text}"
 

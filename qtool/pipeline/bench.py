@@ -14,7 +14,7 @@ from qtool.pipeline.evaluate import Comparison, EvalOptions
 from qtool.pipeline.model_figures import figures_of, versions
 from qtool.plugins import check_name
 from qtool.runtime.backends._choose import use_backend
-from qtool.scheme import WeightScheme
+from qtool.scheme import ActivationScheme, WeightScheme
 from qtool.timing.model import time_model
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class GpuOptions:
     """Shapes of `qtool.timing.shapes`, in place of a checkpoint."""
     scheme: WeightScheme = field(default_factory=lambda: WeightScheme(num_bits=4))
     """Of the synthetic weights."""
+    inputs: ActivationScheme | None = None
+    """Also time linears of the shapes whose inputs are quantized so; None: none."""
     kernel: str | None = None
     """The kernel to run; None: the one chosen for each layer and batch size."""
     peers: bool = False
@@ -92,6 +94,7 @@ def _kernels(
     from qtool.report import roofline as plots
     from qtool.runtime.backends.cuda.selection import KERNELS
     from qtool.timing import gpu, machine, shapes, workload
+    from qtool.timing.quantized_inputs import input_cases
 
     kernel, device = options.kernel, machine.require_card()
     if kernel is not None:
@@ -100,7 +103,10 @@ def _kernels(
         plots.check_plot(options.plot)
     if options.synthetic is not None:
         name, scheme = options.synthetic, options.scheme
-        work = workload.synthetic_workload(name, shapes.find_shapes(name), scheme, kernel, device)
+        shape = shapes.find_shapes(name)
+        work = workload.synthetic_workload(name, shape, scheme, kernel, device)
+        if options.inputs is not None:
+            work = replace(work, quantized_inputs=input_cases(shape, options.inputs))
     else:
         assert model is not None
         baseline = baseline or _original(model)

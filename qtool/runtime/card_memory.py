@@ -1,7 +1,8 @@
 """What a checkpoint takes on a card, from its headers and configuration alone.
 
-Weights as backend `cuda` lays them out for `generate`, those that share an input as one; what isn't
-quantized in 16 bits; keys and values per token.
+Weights as backend `cuda` lays them out for `generate`, those that share an input as one; integers
+beside them for inputs that are quantized; what isn't quantized in 16 bits; keys and values per
+token.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ import torch
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.checkpoint.reader import CheckpointReader
+from qtool.runtime.backends.cuda.integers import integer_bytes
 from qtool.runtime.backends.cuda.room import card_bytes, fused_bytes
 from qtool.runtime.decode.read_model import FAMILIES
 
@@ -42,7 +44,10 @@ def card_memory(reader: CheckpointReader, config: Any) -> CardMemory:  # noqa: A
     layers = reader.manifest.layers
     plain = (reader.spec(name) for name in reader.names() if name not in layers)
     weights = sum(prod(spec.shape) * ACTIVATIONS.itemsize for spec in plain)
-    weights += sum(_layer_bytes(layers, fuses=config.model_type in FAMILIES))
+    quantized = [entry for entry in layers.values() if entry.activation is not None]
+    fuses = config.model_type in FAMILIES and not quantized
+    weights += sum(_layer_bytes(layers, fuses=fuses))
+    weights += sum(integer_bytes(_without_parts(entry)) for entry in quantized)
     return CardMemory(weights, cache_bytes(config.get_text_config(), ACTIVATIONS))
 
 

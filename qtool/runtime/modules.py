@@ -230,6 +230,11 @@ class QuantizedLinear(QuantizedWeight):
         y = integers.multiply(codes.flatten(0, -2)).view(*x.shape[:-1], self.out_features)
         return (y * steps).to(x.dtype)
 
+    def product_of(self, tokens: int) -> str:
+        """Return what multiplies so many tokens, once it has run: integers, or floats."""
+        integers = None if self._held is None else self._held.integers
+        return "integers" if integers and tokens >= integers.fewest_tokens else "floats"
+
     def extra_repr(self) -> str:
         """Describe the layer in print(model)."""
         entry = self.entry

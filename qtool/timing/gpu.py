@@ -16,6 +16,7 @@ from qtool.timing import peers
 from qtool.timing.decode import EndToEndResult, time_decoder
 from qtool.timing.kernels import LayerTimes, Rig, time_layer
 from qtool.timing.machine import Clock, Machine, describe_card, l2_bytes
+from qtool.timing.quantized_inputs import InputTimes, time_quantized_inputs
 from qtool.timing.timing import CudaTimer, copies, copy_bandwidth
 from qtool.timing.workload import Workload
 
@@ -43,6 +44,8 @@ class GpuResult:
     not_run: dict[str, str]
     """Peers and models that weren't timed, and why."""
     versions: dict[str, str]
+    quantized_inputs: tuple[InputTimes, ...] = ()
+    """Linears whose inputs are quantized, where that was asked for."""
 
 
 def on_card(device: torch.device, kernel: str | None) -> Bench:
@@ -79,6 +82,7 @@ def time_workload(
         emit(Progress(f"time {layer.name}"))
         with _alone(layer.name, not_run):
             layers.append(time_layer(layer, bench.rig, others))
+    quantized = tuple(_quantized_inputs(workload, bench, not_run, emit))
     if workload.no_models:
         not_run["end to end"] = workload.no_models
     for model in workload.models:
@@ -93,7 +97,19 @@ def time_workload(
         end_to_end=tuple(end_to_end),
         not_run=not_run,
         versions=versions,
+        quantized_inputs=quantized,
     )
+
+
+def _quantized_inputs(
+    workload: Workload, bench: Bench, not_run: dict[str, str], emit: Emit
+) -> Iterator[InputTimes]:
+    for case in workload.quantized_inputs:
+        scheme = case.entry.scheme
+        name = f"{case.name}, {scheme.num_bits} bits, group {scheme.group_size or 'row'}"
+        emit(Progress(f"time {name}, quantized inputs"))
+        with _alone(name, not_run):
+            yield time_quantized_inputs(case, bench.rig)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, TiedHead
 from qtool.scheme import WeightScheme
 from qtool.timing.decode import EndToEnd
 from qtool.timing.kernels import Layer, Timeable
+from qtool.timing.quantized_inputs import InputCase
 from qtool.timing.shapes import LinearShape, ModelShape
 from qtool.timing.synthetic import DTYPE, generator_on, random_decoder, random_weight
 
@@ -33,6 +34,8 @@ class Workload:
     """The quantized one first, then the float16 baseline."""
     no_models: str = ""
     """Why there are none."""
+    quantized_inputs: tuple[InputCase, ...] = ()
+    """Linears whose inputs are quantized."""
 
 
 def synthetic_workload(

@@ -113,6 +113,10 @@ def why_not_finite(source: ModelSource, linear: str, dtype: torch.dtype) -> str:
     )
 
 
+ALL_ALIKE = ((slice(None), None),)
+"""Rows, and weights of the tokens there, where there is one group of rows."""
+
+
 def measure_inputs(
     linear: str,
     visit: Visit,
@@ -140,16 +144,12 @@ def measure_inputs(
     for index, (first, second) in enumerate(zip(streams.original, streams.quantized, strict=True)):
         reference, meant = _see(visit.original, linear, first, index, residual)
         x, there = _see(visit.quantized, linear, second, index, residual)
-        if activation is not None:
-            x = fake_quantize(x, activation)
-        drift, lost = reference - x, None
-        if meant is not None and there is not None:
-            lost = (meant.float() - there.float()).to(x.dtype)
+        x = x if activation is None else fake_quantize(x, activation)
+        drift, lost = reference - x, _lost(meant, there, x.dtype)
         cap = None if token_cap is None else hessian.token_weights(x, token_cap)
         held_out = index >= streams.num_train
         tokens = slice(start, start := start + len(x))
-        all_alike = [(slice(None), None)]
-        found = all_alike if groups is None else groups.among(tokens, x.device)
+        found = ALL_ALIKE if groups is None else groups.among(tokens, x.device)
         for group, (rows[group], root) in enumerate(found):
             key, part = (group, held_out), None if lost is None else lost[:, rows[group]]
             if key not in sums:
@@ -169,6 +169,12 @@ def measure_inputs(
         )
         for group in rows
     )
+
+
+def _lost(meant: Tensor | None, there: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if meant is None or there is None:
+        return None
+    return (meant.float() - there.float()).to(dtype)
 
 
 def _times(values: Tensor, factor: Tensor | None) -> Tensor:

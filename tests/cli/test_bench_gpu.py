@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qtool.scheme import Shape2D
-from qtool.timing import decode, gpu, machine, shapes
+from qtool.timing import decode, gpu, machine, quantized_inputs, shapes
 from tests.cli.conftest import Cli
 from tests.cli.test_errors import one_line
 from tests.unit.timing.rig import TINY, bench
@@ -38,6 +38,7 @@ def test_without_a_card_one_line_says_what_to_do(cli: Cli, checkpoint, shape):
         (["out", "--synthetic", "llama3-8b"], "OUT_DIR doesn't go"),
         (["out", "--bits", 2], "--bits needs --synthetic"),
         (["out", "--gpu", "--group-size", 64], "--group-size needs --synthetic"),
+        (["out", "--gpu", "--input-bits", 8], "--input-bits needs --synthetic"),
         (["out", "--kernel", "lut"], "--kernel needs --gpu"),
         (["out", "--peers"], "--peers needs --gpu"),
         (["out", "--plot", "a.png"], "--plot needs --gpu"),
@@ -65,6 +66,19 @@ def test_shapes_are_timed_without_weights(cli: Cli):
         *("Imagined 1, SM 1755 of 1980 MHz, driver 580.1, torch 2.13, CUDA 13.0"),
     ):
         assert text in done.out
+
+
+@pytest.mark.usefixtures("_imagined_card")
+def test_linears_whose_inputs_are_quantized_are_timed_if_asked(cli: Cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(quantized_inputs, "MANY_TOKENS", (1, 16))
+    shape = ("--synthetic", "llama3-8b", *SMALL)
+    done = cli("bench", *shape, "--input-bits", 8)
+    assert done.code == 0, done.err
+    assert "Linears whose inputs are quantized" in done.out
+    assert "8 bit per token" in done.out
+    for options, there in ((["--input-bits", 8], True), ([], False)):
+        cli("bench", *shape, *options, "--json", tmp_path / "result.json")
+        assert ("quantized_inputs" in json.loads((tmp_path / "result.json").read_text())) == there
 
 
 @pytest.mark.usefixtures("_imagined_card")

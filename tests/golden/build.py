@@ -23,7 +23,7 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.formats import affine, binary_coding, coded_scales, dint, mixed_rows
-from qtool.scheme import Shape2D, WeightScheme
+from qtool.scheme import ActivationScheme, Shape2D, WeightScheme
 from tests.golden.oracles import ORACLES
 
 HERE = Path(__file__).parent
@@ -111,20 +111,35 @@ WEIGHTS: Mapping[str, Callable[[WeightScheme], QuantizedTensor]] = {
 }
 
 
+QUANTIZED_INPUTS = "quantized_inputs"
+ACTIVATIONS: Mapping[str, ActivationScheme] = {
+    "columns": ActivationScheme(),
+    "rows": ActivationScheme(num_bits=4, clip_ratio=0.875, rounding=-0.125),
+    "whole": ActivationScheme(granularity="tensor", scale=0.03125),
+}
+"""By layer; one has none."""
+GOLDEN = (*WEIGHTS, QUANTIZED_INPUTS)
+
+
 def schemes_of(format_name: str) -> Mapping[str, WeightScheme]:
     """Return the schemes of the layers of a golden checkpoint."""
     return {"mixed_rows": MIXED_SCHEMES, "dint": DINT_SCHEMES}.get(format_name, SCHEMES)
 
 
-def write(format_name: str, out_dir: Path) -> None:
-    """Write the golden checkpoint of one format."""
-    layers = {}
+def write(golden: str, out_dir: Path) -> None:
+    """Write a golden checkpoint: of one format, or of layers whose inputs are quantized."""
+    layers, activations = {}, ACTIVATIONS if golden == QUANTIZED_INPUTS else {}
+    format_name = "affine" if golden == QUANTIZED_INPUTS else golden
     with CheckpointWriter(find_place(out_dir), {}) as writer:
         for name, scheme in schemes_of(format_name).items():
             tensor = WEIGHTS[format_name](scheme)
             writer.once(name, partial(Made, tensor))
             layers[name] = LayerEntry(
-                format=tensor.format, scheme=tensor.scheme, shape=tensor.shape, method="golden"
+                format=tensor.format,
+                scheme=tensor.scheme,
+                shape=tensor.shape,
+                method="golden",
+                activation=activations.get(name),
             )
         writer.once("norm.weight", lambda: Made((numbers(9, 5) / 4).half()))
         manifest = Manifest(tool_version="golden", recipe={}, layers=layers)
@@ -153,11 +168,11 @@ def hashes(directory: Path) -> dict[str, str]:
 def main() -> None:
     """Write all golden files anew."""
     result = {}
-    for format_name in WEIGHTS:
-        out_dir = HERE / format_name
+    for name in GOLDEN:
+        out_dir = HERE / name
         shutil.rmtree(out_dir, ignore_errors=True)
-        write(format_name, out_dir)
-        result[format_name] = hashes(out_dir)
+        write(name, out_dir)
+        result[name] = hashes(out_dir)
     HASHES.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     sys.stdout.write(f"wrote {', '.join(result)}\n")
 

@@ -11,7 +11,17 @@ from qtool import plugins
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.core.packing import codes_to_planes, pack_bits
-from tests.golden.build import HASHES, HERE, SCHEMES, WEIGHTS, hashes, write
+from tests.golden.build import (
+    ACTIVATIONS,
+    GOLDEN,
+    HASHES,
+    HERE,
+    QUANTIZED_INPUTS,
+    SCHEMES,
+    WEIGHTS,
+    hashes,
+    write,
+)
 from tests.helpers import dequantized
 
 FORMATS = plugins.names(qtool.formats)
@@ -20,22 +30,23 @@ REGENERATE = "python -m tests.golden.build writes the files anew; is the format 
 
 
 def test_every_format_has_a_golden_checkpoint():
-    assert set(EXPECTED) == set(WEIGHTS) == set(FORMATS)
+    assert set(EXPECTED) == set(GOLDEN)
+    assert set(WEIGHTS) == set(FORMATS)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", GOLDEN)
 def test_committed_files_are_those_that_were_hashed(name):
     assert hashes(HERE / name) == EXPECTED[name], REGENERATE
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", GOLDEN)
 def test_writer_gives_the_committed_bytes(name, tmp_path):
     write(name, tmp_path / name)
     for path in sorted((HERE / name).iterdir()):
         assert (tmp_path / name / path.name).read_bytes() == path.read_bytes(), REGENERATE
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", GOLDEN)
 @pytest.mark.parametrize("layer", SCHEMES)
 def test_committed_weights_dequantize_to_the_hashed_numbers(name, layer):
     tensor = CheckpointReader(HERE / name).load(layer)
@@ -43,6 +54,13 @@ def test_committed_weights_dequantize_to_the_hashed_numbers(name, layer):
     weight = dequantized(tensor, torch.float64).contiguous().numpy()
     digest = hashlib.sha256(weight.astype("<f8").tobytes()).hexdigest()
     assert digest == EXPECTED[name][f"weight {layer}"]
+
+
+def test_how_inputs_are_quantized_is_read_back_and_is_version_2():
+    manifest = CheckpointReader(HERE / QUANTIZED_INPUTS).manifest
+    assert manifest.format_version == 2
+    assert {n: e.activation for n, e in manifest.layers.items() if e.activation} == ACTIVATIONS
+    assert all(CheckpointReader(HERE / name).manifest.format_version == 1 for name in FORMATS)
 
 
 def test_bytes_of_packed_words():

@@ -1,6 +1,7 @@
 """The tables of `qtool bench --gpu`."""
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from qtool.cli import console
 from qtool.wording import gigabytes
@@ -16,6 +17,8 @@ def print_gpu_result(result: "GpuResult") -> None:
     if result.layers:
         _print_layers(result)
         _print_sweep(max(result.layers, key=lambda x: x.count * x.rows[0].weight_bytes))
+    if result.quantized_inputs:
+        _print_quantized_inputs(result)
     if result.end_to_end:
         _print_end_to_end(result)
     console.print_lines(f"Not timed: {name}: {why}" for name, why in result.not_run.items())
@@ -23,6 +26,28 @@ def print_gpu_result(result: "GpuResult") -> None:
         where = f"Not timed on {layer.name}"
         console.print_lines(f"{where}: {name}: {why}" for name, why in layer.failed.items())
     console.print_lines(_conditions(result))
+
+
+def gpu_report(result: "GpuResult") -> dict[str, Any]:
+    """Return the JSON form; `quantized_inputs` is there if such linears were timed."""
+    report = asdict(result)
+    if not result.quantized_inputs:
+        del report["quantized_inputs"]
+    return report
+
+
+def _print_quantized_inputs(result: "GpuResult") -> None:
+    columns = ("layer", "out x in", "weights", "inputs", ">tokens", "by", ">us", ">x fp16")
+    rows = []
+    for layer in result.quantized_inputs:
+        size = "row" if layer.group_size is None else f"g{layer.group_size}"
+        kinds = f"{layer.num_bits} bit {size}", f"{layer.input_bits} bit per {layer.granularity}"
+        labels = (layer.name, f"{layer.out_features} x {layer.in_features}", *kinds)
+        for point in layer.points:
+            speed = f"{point.microseconds:.1f}", f"{point.speedup:.2f}"
+            rows.append((*labels, str(point.tokens), point.kernel, *speed))
+            labels = ("", "", "", "")
+    console.print_table("Linears whose inputs are quantized", columns, rows)
 
 
 def _print_layers(result: "GpuResult") -> None:

@@ -1,6 +1,7 @@
 """Weights with one scale per row, multiplied by integer activations on the int8 tensor cores."""
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.core.packing import planes_to_codes
 from qtool.formats import affine
+from qtool.scheme import Shape2D
 
 MULTIPLE, FEWEST_ROWS = 8, 17
 """What `torch._int_mm` takes: sizes of a weight, and tokens, that it has at least."""
@@ -46,19 +48,38 @@ class RowIntegers:
 def row_integers(tensor: QuantizedTensor) -> RowIntegers | None:
     """Return a weight for integer products; None: it isn't affine with one scale per row."""
     scheme, shape = tensor.scheme, tensor.shape
-    one_group = scheme.group_dim == "in_features" and scheme.num_groups(shape) == 1
-    if tensor.format != affine.AFFINE or not one_group:
+    if not _has_one_scale_per_row(tensor):
         return None
     codes = planes_to_codes(tensor.parts["codes"], shape.in_features).to(torch.int16)
     zeros = affine.zero_points(tensor).to(torch.int16)  # (out_features, 1)
     wide = scheme.num_bits == WIDE_BITS
     middle = torch.full_like(zeros, 2 ** (WIDE_BITS - 1)) if wide else zeros
     shifts = (zeros - middle).squeeze(1).to(torch.int32)
-    columns, rows = (-size % MULTIPLE for size in (shape.in_features, shape.out_features))
-    integers = torch.nn.functional.pad((codes - middle).to(torch.int8), (0, columns, 0, rows))
+    out_features, in_features = _filled(shape)
+    filling = (0, in_features - shape.in_features, 0, out_features - shape.out_features)
+    integers = torch.nn.functional.pad((codes - middle).to(torch.int8), filling)
     return RowIntegers(
         integers=integers.contiguous().T,
         scales=tensor.parts["scales"].squeeze(1).float(),
         shifts=shifts if bool(shifts.any()) else None,
         in_features=shape.in_features,
     )
+
+
+def integer_bytes(tensor: QuantizedTensor) -> int:
+    """Return what `row_integers` makes of a weight, whose parts aren't looked at; at most."""
+    if not _has_one_scale_per_row(tensor):
+        return 0
+    wide = tensor.scheme.num_bits == WIDE_BITS and not tensor.scheme.symmetric
+    numbers = 2 if wide else 1  # of 4 bytes, for a row
+    return prod(_filled(tensor.shape)) + 4 * numbers * tensor.shape.out_features
+
+
+def _has_one_scale_per_row(tensor: QuantizedTensor) -> bool:
+    one_group = tensor.scheme.num_groups(tensor.shape) == 1
+    along_inputs = tensor.scheme.group_dim == "in_features"
+    return tensor.format == affine.AFFINE and along_inputs and one_group
+
+
+def _filled(shape: Shape2D) -> Shape2D:
+    return Shape2D(*(-(-size // MULTIPLE) * MULTIPLE for size in shape))
