@@ -36,6 +36,8 @@ class GptqOptions:
     """Columns by descending diagonal, the same but group by group, or as they are."""
     clip_candidates: Annotated[WholeNumber, Field(ge=1, le=1000)] = 30
     """Clip ratios tried for each group, from 1 down to 0.4; 1 tries the whole range only."""
+    clip_ratio: Annotated[Number, Field(ge=1e-3, le=1)] | None = None
+    """One clip ratio for all groups, in place of those tried; null: each has its best."""
     polish_rounds: Annotated[WholeNumber, Field(ge=0, le=1000)] = 3
     """Rounds of coordinate descent on codes and least squares on scales; 0 is plain GPTQ."""
     column_block: Annotated[WholeNumber, Field(ge=1, le=1 << 20)] = 128
@@ -90,12 +92,13 @@ def _fit(problem: LayerProblem, importance: Tensor, options: GptqOptions) -> Aff
         length = scheme.grouped_length(shape)
         by_group = grouping.valid(length, scheme.group_size, groups.device).float()
     step = (1 - SMALLEST_RATIO) / max(options.clip_candidates - 1, 1)
+    tried = [1 - i * step for i in range(options.clip_candidates)]
     scales, zeros = affine.fit_search(
         groups,
         by_group,
         num_bits=scheme.num_bits,
         symmetric=scheme.symmetric,
-        clip_ratios=[1 - i * step for i in range(options.clip_candidates)],
+        clip_ratios=tried if options.clip_ratio is None else [options.clip_ratio],
     )
     return AffineGrid(
         layout.to_columns(scales.float(), scheme).contiguous(),

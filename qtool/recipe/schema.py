@@ -15,6 +15,7 @@ from pydantic import (
 from qtool.recipe.choosing import ChoosingSection
 from qtool.recipe.rows import RowsSection
 from qtool.recipe.schemes import SchemeSection, check_scheme_keys
+from qtool.recipe.search import SearchSection
 from qtool.recipe.tuning import TuningSection
 from qtool.recipe.values import (
     MOST_LENGTH,
@@ -205,6 +206,8 @@ class Recipe(Section):
     """Absent: nothing is learned."""
     choosing: ChoosingSection | None = None
     """Absent: every layer has the bits of `weights`."""
+    search: SearchSection | None = None
+    """Absent: every layer has the options of `weights`."""
     embedding: TableSection | None = None
     """Absent: the embedding stays in 16 bit. With tied weights it covers the head."""
     head: TableSection | None = None
@@ -215,8 +218,9 @@ class Recipe(Section):
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out sections that came later, where they are absent."""
         values: dict[str, Any] = handler(self)
-        if self.choosing is None:
-            values.pop("choosing", None)
+        for later in ("choosing", "search"):
+            if getattr(self, later) is None:
+                values.pop(later, None)
         return values
 
 

@@ -18,7 +18,7 @@ from qtool.formats._dtypes import item_bytes
 from qtool.modeling.source import ModelSource
 from qtool.recipe.load import rule
 from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
-from qtool.scheme import GroupDim, Shape2D, WeightScheme
+from qtool.scheme import ActivationScheme, GroupDim, Shape2D, WeightScheme
 from qtool.steps.beside import beside_linears, check_rest
 from qtool.steps.table_rows import check_rows, expected_scheme, parts_of
 from qtool.wording import quoted
@@ -44,6 +44,8 @@ class LayerPlan:
     """Group dimensions to choose from by held-out error; empty: the scheme's."""
     row_bits: bytes = b""
     """Bits of each row, a byte each, once they are chosen; empty: all rows have the scheme's."""
+    activation: ActivationScheme | None = None
+    """How the inputs are quantized while the layer runs; None: they aren't."""
 
     def uniform(self, num_bits: int) -> "LayerPlan":
         """Return this plan with one width for all rows; `num_bytes` stays that of the whole."""
@@ -119,7 +121,8 @@ def with_samples(recipe: Recipe) -> Recipe:
     names = {recipe.weights.method, *(name for name in overridden if name is not None)}
     methods = [load_method(name) for name in sorted(names)]
     counts = any(table is not None and table.rows for table in (recipe.embedding, recipe.head))
-    learns = recipe.tuning.is_on or recipe.choosing is not None or counts
+    decides = recipe.choosing is not None or recipe.search is not None
+    learns = recipe.tuning.is_on or decides or counts
     wanted = learns or any(method.needs | method.uses for method in methods)
     if recipe.calibration is not None or not wanted:
         return recipe
@@ -151,6 +154,11 @@ def check_request(
         raise RecipeError(
             "choosing needs calibration data to tell what bits are worth. Give the recipe a "
             "section 'calibration', or leave out --no-calibration."
+        )
+    if recipe.calibration is None and recipe.search is not None:
+        raise RecipeError(
+            "search needs calibration data to measure losses on. Give the recipe a section "
+            "'calibration', or leave out --no-calibration."
         )
     blocks = ((name, "block", resolve(recipe.weights, name)) for name in linears)
     tables = (

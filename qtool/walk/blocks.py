@@ -18,32 +18,24 @@ from qtool.modeling.config import parse_config, transformers_failures
 from qtool.modeling.filling import empty_own, fill, fill_own, weightless
 from qtool.modeling.source import ModelSource
 from qtool.walk.calls import Call, Calls
+from qtool.walk.stand_in import StandIn, Stop, as_output
 from qtool.wording import reason
 
 Note = Callable[[Tensor, Call], tuple[Any, ...] | None]
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block: notes what it is called with, and returns its input as a block would.
+class _Recorder(StandIn):
+    """Notes what a block is called with, and returns its input as a block would.
 
     `note` says what follows the hidden states in a block's output; None: the output is no tuple.
     """
 
     def __init__(self, block: nn.Module, note: Note) -> None:
-        super().__init__()
-        self._block = (block,)
+        super().__init__(block)
         self._note = note
 
     def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401
-        rest = self._note(hidden, Call(arguments, keywords))
-        return hidden if rest is None else (hidden, *rest)
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        """Answer for the block: models look at attributes such as its kind of attention."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_block"][0], name)
+        return as_output(hidden, self._note(hidden, Call(arguments, keywords)))
 
 
 def _walk_dtype(source: ModelSource, device: str, dtype: str) -> torch.dtype:
@@ -108,7 +100,7 @@ class BlockModel:
             with self._recorded(note):
                 for tokens in batches:
                     calls.clear()
-                    with _failures_of_its_code(str(self.source.directory)):
+                    with failures_of_its_code(str(self.source.directory)):
                         self._model.base_model(tokens.to(self.device), use_cache=False)
                     hidden.append(calls[0][0].cpu())
                     self._calls.add([call for _, call in calls])
@@ -152,12 +144,8 @@ class BlockModel:
         return Block(block, prefix, self._calls.of(index))
 
 
-class _Stop(Exception):  # noqa: N818
-    """Ends a forward pass when what was wanted has been seen."""
-
-
 @contextmanager
-def _failures_of_its_code(what: str) -> Iterator[None]:
+def failures_of_its_code(what: str) -> Iterator[None]:
     """Turn what a model's code raises into one sentence, but for too little memory."""
     try:
         yield
@@ -225,7 +213,7 @@ class Block:
     def _call(self, hidden: Tensor, call: Call) -> Any:  # noqa: ANN401
         call = call.on(self._device)
         hidden = hidden.to(self._device, non_blocking=True)
-        with _failures_of_its_code(self._name):
+        with failures_of_its_code(self._name):
             return self._module(hidden, *call.arguments, **call.keywords)
 
     @torch.no_grad()
@@ -239,9 +227,9 @@ class Block:
 
         def stop(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
             seen.append(arguments[0])
-            raise _Stop
+            raise Stop
 
-        with self._module.get_submodule(linear).register_forward_pre_hook(stop), suppress(_Stop):
+        with self._module.get_submodule(linear).register_forward_pre_hook(stop), suppress(Stop):
             self.run(hidden, batch)
         if not seen:
             raise ModelError(f"{linear} was never called: its inputs can't be measured.")
