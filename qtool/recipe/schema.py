@@ -12,6 +12,7 @@ from pydantic import (
     model_validator,
 )
 
+from qtool.recipe.activations import ActivationsSection
 from qtool.recipe.choosing import ChoosingSection
 from qtool.recipe.rows import RowsSection
 from qtool.recipe.schemes import SchemeSection, check_scheme_keys
@@ -202,6 +203,8 @@ class Recipe(Section):
     calibration: CalibrationSection | None = None
     """Absent: solvers work without data."""
     weights: WeightsSection
+    activations: ActivationsSection | None = None
+    """Absent: the inputs of linears stay in 16 bit."""
     tuning: TuningSection = TuningSection()
     """Absent: nothing is learned."""
     choosing: ChoosingSection | None = None
@@ -218,9 +221,9 @@ class Recipe(Section):
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out sections that came later, where they are absent."""
         values: dict[str, Any] = handler(self)
-        for later in ("choosing", "search"):
-            if getattr(self, later) is None:
-                values.pop(later, None)
+        for name in ("activations", "choosing", "search"):
+            if values[name] is None:
+                del values[name]
         return values
 
 

@@ -19,7 +19,6 @@ from qtool.scheme import ActivationScheme
 from qtool.steps.plan import LayerPlan, load_method
 from qtool.steps.run import Run
 from qtool.steps.solve_table import solve_alone
-from qtool.training.divergence import divergence
 from qtool.walk.partial_runs import PartialRuns
 
 TOKENS_AT_ONCE = 2048
@@ -36,8 +35,35 @@ class Course:
     """Of the block where the search stands, in the quantized model: (samples, length, width)."""
     targets: list[Tensor] = field(default_factory=list)
     """Outputs of that block in the original."""
-    wanted: list[Tensor] = field(default_factory=list)
-    """Logits of the original, (samples, length, vocabulary), on the CPU."""
+    said: list["Said"] = field(default_factory=list)
+    """By the original."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a model predicts of a batch."""
+
+    chances: Tensor
+    """(samples, length, vocabulary) float32, on the CPU."""
+    entropy: Tensor
+    """Of each token, (samples, length) float32, in nats; there too."""
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "Said":
+        """Take logits, (samples, length, vocabulary)."""
+        logs = logits.float().log_softmax(-1)
+        chances = logs.exp()
+        return cls(chances.cpu(), -(chances * logs).sum(-1).cpu())
+
+    def divergences(self, logits: Tensor) -> Tensor:
+        """Return the mean over its tokens of KL(this || logits) of each sample: float64, in nats.
+
+        As a cross entropy less the entropy: that takes one exponential per logit.
+        """
+        logits = logits.float()
+        met = torch.einsum("slv,slv->sl", self.chances.to(logits.device), logits)
+        crossed = logits.logsumexp(-1) - met
+        return (crossed.double() - self.entropy.to(logits.device)).mean(1).cpu()
 
 
 class Stage:
@@ -97,7 +123,7 @@ class Stage:
             self._take(self._runs, unit, point)
 
     def final_losses(self, units: Sequence[Unit], points: Sequence[Point]) -> Tensor:
-        """Return the losses of the whole quantized model on held-out samples, once all is frozen."""
+        """Return the held-out losses of the whole quantized model, once all is frozen."""
         self._enter(units[-1])
         for unit, point in zip(units, points, strict=True):
             self._set(unit.under(point))
@@ -107,11 +133,10 @@ class Stage:
         runs, course = self._runs, self._courses[held_out]
         assert runs is not None
         found = []
-        for batch, (tokens, wanted) in enumerate(zip(course.tokens, course.wanted, strict=True)):
+        for batch, (tokens, said) in enumerate(zip(course.tokens, course.said, strict=True)):
             hidden = course.inputs[batch] if index else runs.inputs(tokens)
-            for logits, said in zip(runs.logits(tokens, index, hidden), wanted, strict=True):
-                found.append(float(divergence(logits, said.to(logits.device))))
-        return torch.tensor(found, dtype=torch.float64)
+            found.append(said.divergences(runs.logits(tokens, index, hidden)))
+        return torch.cat(found)
 
     def _enter(self, unit: Unit) -> PartialRuns:
         """Go on to the block of a unit, with all that was frozen before."""
@@ -136,7 +161,7 @@ class Stage:
             course.inputs = [runs.inputs(tokens) for tokens in course.tokens]
             course.targets = course.inputs
             pairs = zip(course.tokens, course.inputs, strict=True)
-            course.wanted = [runs.logits(tokens, 0, hidden).cpu() for tokens, hidden in pairs]
+            course.said = [Said.of(runs.logits(tokens, 0, hidden)) for tokens, hidden in pairs]
         return runs
 
     def _arrive(self, runs: PartialRuns) -> None:

@@ -74,7 +74,7 @@ def units_of(source: ModelSource, plan: Plan, section: SearchSection) -> tuple[U
     """
     together = section.method != "grid"
     found = []
-    for place, layers in groupby(plan.in_blocks, lambda layer: _place(source, layer, together)):
+    for place, layers in groupby(plan.in_blocks, lambda layer: _place(source, layer, together=together)):
         unit = _unit(source, place, tuple(layers), section)
         if unit.knobs:
             found.append(unit)
@@ -86,7 +86,7 @@ def units_of(source: ModelSource, plan: Plan, section: SearchSection) -> tuple[U
     return tuple(found)
 
 
-def _place(source: ModelSource, layer: LayerPlan, together: bool) -> tuple[int, str]:
+def _place(source: ModelSource, layer: LayerPlan, *, together: bool) -> tuple[int, str]:
     """Return the block of a layer, and the first linear of its group; '' for whole blocks."""
     number, _, inner = layer.name.removeprefix(source.adapter.blocks + ".").partition(".")
     if together:
