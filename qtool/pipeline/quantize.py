@@ -20,7 +20,7 @@ from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource, open_source
 from qtool.pipeline.check import check_result
-from qtool.pipeline.reports import QuantizeResult, result_of, write_result
+from qtool.pipeline.reports import Decisions, QuantizeResult, result_of, write_result
 from qtool.recipe.schema import Recipe
 from qtool.steps.draw_calibration import check_samples, draw_calibration, wanted_lengths
 from qtool.steps.memory import failures_of_the_machine
@@ -127,18 +127,24 @@ def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:
             writer.publish()
         if writer.is_sealed or writer.has_ended:
             return result_of(place)
-        run = choose_rows(run, writer)
-        allocation = choose(run, writer)
-        if allocation is not None:
-            run = replace(run, plan=allocation.plan)
-            _check_room(place, run.plan)
-        found = search_layers(run, writer)
-        if found is not None:
-            run = replace(run, plan=found.plan)
+        run, decisions = _decide(run, writer)
+        _check_room(place, run.plan)
         solved = solve(run, writer)
         curves = settle(run, writer, solved)
         run.env.emit(Progress("assembling the result"))
-        return write_result(run, solved, curves, writer, started, allocation, found)
+        return write_result(run, solved, curves, writer, started, decisions)
+
+
+def _decide(run: Run, writer: CheckpointWriter) -> tuple[Run, Decisions]:
+    """Decide all that the recipe leaves open."""
+    run = choose_rows(run, writer)
+    allocation = choose(run, writer)
+    if allocation is not None:
+        run = replace(run, plan=allocation.plan)
+    found = search_layers(run, writer)
+    if found is not None:
+        run = replace(run, plan=found.plan)
+    return run, Decisions(allocation, found)
 
 
 def _inputs(recipe: Recipe, calib_dir: Path | None) -> list[Path]:

@@ -51,6 +51,14 @@ class QuantizeResult:
     """How closely the result follows its original, if it was compared."""
 
 
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """What was decided before anything was solved; None: the recipe left nothing open."""
+
+    allocation: Allocation | None = None
+    found: Found | None = None
+
+
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 CURVES_NAME = "tuning.jsonl"
 TRIALS_NAME = "search.jsonl"
@@ -67,8 +75,7 @@ def write_result(
     curves: Curves,
     writer: CheckpointWriter,
     started: float,
-    allocation: Allocation | None = None,
-    found: Found | None = None,
+    decisions: Decisions,
 ) -> QuantizeResult:
     """Write all files of a result, `started` in seconds of `perf_counter`, and give it its name.
 
@@ -86,8 +93,8 @@ def write_result(
         device=run.env.device,
         layers=results,
         tuning=_gains(curves),
-        choosing={} if allocation is None else allocation.summary(),
-        search={} if found is None else found.summary(),
+        choosing=decisions.allocation.summary() if decisions.allocation else {},
+        search=decisions.found.summary() if decisions.found else {},
     )
     manifest = _manifest(run, results, writer.digests())
     files = run.source.companions()
@@ -95,8 +102,8 @@ def write_result(
     files["README.md"] = card.encode()
     if curves:
         files[CURVES_NAME] = _curve_lines(curves)
-    if found is not None:
-        files[TRIALS_NAME] = _lines(found.lines())
+    if decisions.found is not None:
+        files[TRIALS_NAME] = _lines(decisions.found.lines())
     names = sorted({*files, REPORT_NAME, CONFIG_NAME})
     samples = run.calibration.provenance if run.calibration else {}
     files[REPORT_NAME] = _report_bytes(result, samples, run=writer.run_digest, files=names)

@@ -145,29 +145,24 @@ def check_request(
     _check_overrides(recipe, linears, others)
     if recipe.calibration is None and recipe.weights.choose.group_dim:
         raise RecipeError("weights.choose needs calibration data to choose by.")
-    if recipe.calibration is None and recipe.tuning.is_on:
-        raise RecipeError(
-            "tuning needs calibration data to learn from. Give the recipe a section 'calibration', "
-            "or leave out --no-calibration."
-        )
-    if recipe.calibration is None and recipe.choosing is not None:
-        raise RecipeError(
-            "choosing needs calibration data to tell what bits are worth. Give the recipe a "
-            "section 'calibration', or leave out --no-calibration."
-        )
-    if recipe.calibration is None and recipe.search is not None:
-        raise RecipeError(
-            "search needs calibration data to measure losses on. Give the recipe a section "
-            "'calibration', or leave out --no-calibration."
-        )
+    for section, is_there, purpose in (
+        ("tuning", recipe.tuning.is_on, "to learn from"),
+        ("choosing", recipe.choosing is not None, "to tell what bits are worth"),
+        ("search", recipe.search is not None, "to measure losses on"),
+    ):
+        if is_there and recipe.calibration is None:
+            raise RecipeError(
+                f"{section} needs calibration data {purpose}. Give the recipe a section "
+                "'calibration', or leave out --no-calibration."
+            )
     blocks = ((name, "block", resolve(recipe.weights, name)) for name in linears)
     tables = (
         (adapter.embedding, "embedding", recipe.embedding),
         (adapter.head, "head", recipe.head),
     )
-    for name, role, section in (*blocks, *tables):
-        if section is not None:
-            _check_section(name, role, section, calibrated=recipe.calibration is not None)
+    for name, role, layer in (*blocks, *tables):
+        if layer is not None:
+            _check_section(name, role, layer, calibrated=recipe.calibration is not None)
 
 
 def _check_section(

@@ -20,8 +20,8 @@ from qtool.base import Progress
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.choosing.search.stage import Stage
-from qtool.choosing.search.trials import Judge, Trial, try_points
-from qtool.choosing.search.units import Point, Unit, units_of
+from qtool.choosing.search.trials import Judge, Trial, try_settings
+from qtool.choosing.search.units import Setting, SearchUnit, search_units
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import Recipe
 from qtool.recipe.search import SearchSection
@@ -37,8 +37,8 @@ SEARCHING = "searching"
 class FoundUnit:
     """What was tried for a unit, and what was taken."""
 
-    unit: Unit
-    point: Point
+    unit: SearchUnit
+    setting: Setting
     trials: tuple[Trial, ...]
     seconds: float
 
@@ -71,7 +71,7 @@ class Found:
             "found": {
                 key: value
                 for each in self.units
-                for key, value in each.unit.shown(each.point).items()
+                for key, value in each.unit.shown(each.setting).items()
                 if value is not None
             },
         }
@@ -81,10 +81,10 @@ class Found:
         return [
             {
                 "of": each.unit.name,
-                "values": each.unit.shown(trial.point),
+                "values": each.unit.shown(trial.setting),
                 "error": trial.error,
                 "loss": trial.loss,
-                "taken": trial.point == each.point,
+                "taken": trial.setting == each.setting,
             }
             for each in self.units
             for trial in each.trials
@@ -95,10 +95,10 @@ def check_search(source: ModelSource, recipe: Recipe, plan: Plan) -> None:
     """Refuse, before anything is read, a search that has nothing to search.
 
     Raises:
-        RecipeError: see `units_of`.
+        RecipeError: see `search_units`.
     """
     if recipe.search is not None:
-        units_of(source, plan, recipe.search)
+        search_units(source, plan, recipe.search)
 
 
 def search_layers(run: Run, writer: CheckpointWriter) -> Found | None:
@@ -113,42 +113,44 @@ def search_layers(run: Run, writer: CheckpointWriter) -> Found | None:
 
     Raises:
         DataError: there are too few samples.
-        MissingExtraError: see `try_points`.
-        RecipeError: see `units_of`.
+        MissingExtraError: see `try_settings`.
+        RecipeError: see `search_units`.
     """
     section = run.recipe.search
     if section is None:
         return None
-    units = units_of(run.source, run.plan, section)
+    units = search_units(run.source, run.plan, section)
     stage, found = Stage(run, section), []
     for number, unit in enumerate(units):
         made = partial(_searched, run, section, stage, unit, number)
         notes = writer.once(unit.name, made, draft=SEARCHED)
         found.append(_read(unit, notes))
-        stage.freeze(unit, found[-1].point)
+        stage.freeze(unit, found[-1].setting)
         detail = f"{unit.name}  loss {notes['losses'][0]:.4f} -> {notes['losses'][1]:.4f}"
         run.env.emit(Progress(SEARCHING, number + 1, len(units), detail))
-    compared = partial(_compared, stage, units, [each.point for each in found])
+    compared = partial(_compared, stage, units, [each.setting for each in found])
     ends = writer.once(run.source.adapter.blocks, compared, draft=COMPARED)
     return _result(run, found, ends)
 
 
-def _searched(run: Run, section: SearchSection, stage: Stage, unit: Unit, number: int) -> Made:
-    """Try points of a unit, and take the best if other samples agree."""
+def _searched(
+    run: Run, section: SearchSection, stage: Stage, unit: SearchUnit, number: int
+) -> Made:
+    """Try settings of a unit, and take the best if other samples agree."""
     started = time.perf_counter()
     judge = Judge(
         partial(stage.error, unit),
-        lambda point: float(stage.losses(unit, point, held_out=False).mean()),
+        lambda setting: float(stage.losses(unit, setting, held_out=False).mean()),
     )
-    try_points(unit, judge, section, run.env.seed + number)
+    try_settings(unit, judge, section, run.env.seed + number)
     both = torch.stack(
-        [stage.losses(unit, point, held_out=True) for point in (unit.start, judge.best())]
+        [stage.losses(unit, setting, held_out=True) for setting in (unit.start, judge.best())]
     )
-    point = judge.best() if clearly_less(*both) else unit.start
+    setting = judge.best() if clearly_less(*both) else unit.start
     notes = {
-        "point": point,
-        "trials": [[trial.point, trial.error, trial.loss] for trial in judge.trials()],
-        "losses": [judge.losses[unit.start], judge.losses[point]],
+        "setting": setting,
+        "trials": [[trial.setting, trial.error, trial.loss] for trial in judge.trials()],
+        "losses": [judge.losses[unit.start], judge.losses[setting]],
         "seconds": time.perf_counter() - started,
     }
     return Made({"held_out": both}, notes)
@@ -163,11 +165,11 @@ def clearly_less(before: Tensor, after: Tensor) -> bool:
     return bool(gain.mean() > gain.std() / len(gain) ** 0.5)
 
 
-def _compared(stage: Stage, units: Sequence[Unit], points: Sequence[Point]) -> Made:
+def _compared(stage: Stage, units: Sequence[SearchUnit], settings: Sequence[Setting]) -> Made:
     """Measure the whole model as the recipe says and as it was found: one may undo the other."""
     started = time.perf_counter()
     starts = [unit.start for unit in units]
-    both = torch.stack([stage.final_losses(units, each) for each in (starts, points)])
+    both = torch.stack([stage.final_losses(units, each) for each in (starts, settings)])
     start, end = both.mean(1).tolist()
     return Made(
         {"held_out": both},
@@ -175,18 +177,18 @@ def _compared(stage: Stage, units: Sequence[Unit], points: Sequence[Point]) -> M
     )
 
 
-def _read(unit: Unit, notes: Mapping[str, Any]) -> FoundUnit:
-    trials = (Trial(tuple(point), error, loss) for point, error, loss in notes["trials"])
-    return FoundUnit(unit, tuple(notes["point"]), tuple(trials), notes["seconds"])
+def _read(unit: SearchUnit, notes: Mapping[str, Any]) -> FoundUnit:
+    trials = (Trial(tuple(setting), error, loss) for setting, error, loss in notes["trials"])
+    return FoundUnit(unit, tuple(notes["setting"]), tuple(trials), notes["seconds"])
 
 
 def _result(run: Run, found: Sequence[FoundUnit], ends: Mapping[str, float]) -> Found:
     """Return the plan with what was found; as it was, if all in all that is worse."""
     start, end = ends["start"], ends["end"]
     if end > start:
-        found = [replace(each, point=each.unit.start) for each in found]
+        found = [replace(each, setting=each.unit.start) for each in found]
         end = start
-    plans = {layer.name: layer for each in found for layer in each.unit.under(each.point)}
+    plans = {layer.name: layer for each in found for layer in each.unit.under(each.setting)}
     layers = tuple(plans.get(layer.name, layer) for layer in run.plan.layers)
     seconds = sum(each.seconds for each in found) + ends["seconds"]
     return Found(replace(run.plan, layers=layers), tuple(found), start, end, seconds)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qtool.base import Progress
 from qtool.checkpoint.manifest import codec
-from qtool.choosing.search.units import Point, Unit
+from qtool.choosing.search.units import Setting, SearchUnit
 from qtool.core.activations import fake_quantize
 from qtool.data.calibration import CalibrationSet, batches
 from qtool.errors import DataError
@@ -21,13 +21,13 @@ from qtool.steps.run import Run
 from qtool.steps.solve_table import solve_alone
 from qtool.walk.partial_runs import PartialRuns
 
-TOKENS_AT_ONCE = 2048
+LOSS_TOKENS = 2048
 FEWEST = 2
 """Samples that decide: a standard error takes two."""
 
 
 @dataclass(slots=True)
-class Course:
+class Track:
     """Samples, and how far both models have come with them, batch by batch."""
 
     tokens: list[Tensor]  # each (samples, length) int64
@@ -44,16 +44,16 @@ class Said:
     """What a model predicts of a batch."""
 
     chances: Tensor
-    """(samples, length, vocabulary) float32, on the CPU."""
+    """(samples, length, vocabulary) float32."""
     entropy: Tensor
-    """Of each token, (samples, length) float32, in nats; there too."""
+    """Of each token, (samples, length) float32, in nats."""
 
     @classmethod
     def of(cls, logits: Tensor) -> "Said":
         """Take logits, (samples, length, vocabulary)."""
         logs = logits.float().log_softmax(-1)
         chances = logs.exp()
-        return cls(chances.cpu(), -(chances * logs).sum(-1).cpu())
+        return cls(chances, -(chances * logs).sum(-1))
 
     def divergences(self, logits: Tensor) -> Tensor:
         """Return the mean over its tokens of KL(this || logits) of each sample: float64, in nats.
@@ -61,9 +61,9 @@ class Said:
         As a cross entropy less the entropy: that takes one exponential per logit.
         """
         logits = logits.float()
-        met = torch.einsum("slv,slv->sl", self.chances.to(logits.device), logits)
+        met = torch.einsum("slv,slv->sl", self.chances, logits)
         crossed = logits.logsumexp(-1) - met
-        return (crossed.double() - self.entropy.to(logits.device)).mean(1).cpu()
+        return (crossed.double() - self.entropy).mean(1).cpu()
 
 
 class Stage:
@@ -85,67 +85,64 @@ class Stage:
         asked = run.recipe.calibration
         assert samples is not None and asked is not None
         learned, held_out = samples.split(asked.holdout)
-        self._courses = [
-            Course(batches(cut_evenly(part, section), TOKENS_AT_ONCE))
-            for part in (learned, held_out)
+        self._tracks = [
+            Track(batches(cut_evenly(part, section), LOSS_TOKENS)) for part in (learned, held_out)
         ]
-        self._frozen: dict[int, list[tuple[Unit, Point]]] = defaultdict(list)
+        self._frozen: dict[int, list[tuple[SearchUnit, Setting]]] = defaultdict(list)
         self._runs: PartialRuns | None = None
         self._index = 0
         self._now: dict[str, LayerPlan] = {}
         self._squares: dict[str, Tensor] = {}
         self._schemes: dict[str, ActivationScheme | None] = {}
 
-    def error(self, unit: Unit, point: Point) -> float:
+    def error(self, unit: SearchUnit, setting: Setting) -> float:
         """Return the relative squared error of the outputs of a unit's block."""
         runs = self._enter(unit)
-        self._set(unit.under(point))
+        self._set(unit.under(setting))
         wrong = power = 0.0
-        course = self._courses[0]
-        for tokens, hidden, target in zip(
-            course.tokens, course.inputs, course.targets, strict=True
-        ):
+        track = self._tracks[0]
+        for tokens, hidden, target in zip(track.tokens, track.inputs, track.targets, strict=True):
             output = runs.output(tokens, unit.block, hidden).float()
             wrong += float((output - target.float()).square().sum())
             power += float(target.float().square().sum())
         return wrong / power
 
-    def losses(self, unit: Unit, point: Point, *, held_out: bool) -> Tensor:
+    def losses(self, unit: SearchUnit, setting: Setting, *, held_out: bool) -> Tensor:
         """Return KL(original || quantized up to a unit), nats per token of each sample: float64."""
         self._enter(unit)
-        self._set(unit.under(point))
+        self._set(unit.under(setting))
         return self._losses(unit.block, held_out=held_out)
 
-    def freeze(self, unit: Unit, point: Point) -> None:
+    def freeze(self, unit: SearchUnit, setting: Setting) -> None:
         """Take what was decided of a unit: those behind it are to see what it does."""
-        self._frozen[unit.block].append((unit, point))
+        self._frozen[unit.block].append((unit, setting))
         if self._runs is not None and self._index == unit.block:
-            self._take(self._runs, unit, point)
+            self._take(self._runs, unit, setting)
 
-    def final_losses(self, units: Sequence[Unit], points: Sequence[Point]) -> Tensor:
+    def final_losses(self, units: Sequence[SearchUnit], settings: Sequence[Setting]) -> Tensor:
         """Return the held-out losses of the whole quantized model, once all is frozen."""
         self._enter(units[-1])
-        for unit, point in zip(units, points, strict=True):
-            self._set(unit.under(point))
+        for unit, setting in zip(units, settings, strict=True):
+            self._set(unit.under(setting))
         return self._losses(0, held_out=True)
 
     def _losses(self, index: int, *, held_out: bool) -> Tensor:
-        runs, course = self._runs, self._courses[held_out]
+        runs, track = self._runs, self._tracks[held_out]
         assert runs is not None
         found = []
-        for batch, (tokens, said) in enumerate(zip(course.tokens, course.said, strict=True)):
-            hidden = course.inputs[batch] if index else runs.inputs(tokens)
+        for batch, (tokens, said) in enumerate(zip(track.tokens, track.said, strict=True)):
+            hidden = track.inputs[batch] if index else runs.inputs(tokens)
             found.append(said.divergences(runs.logits(tokens, index, hidden)))
         return torch.cat(found)
 
-    def _enter(self, unit: Unit) -> PartialRuns:
+    def _enter(self, unit: SearchUnit) -> PartialRuns:
         """Go on to the block of a unit, with all that was frozen before."""
         if self._runs is None:
             self._runs = self._begin()
             self._arrive(self._runs)
         while self._index < unit.block:
-            for course in self._courses:
-                course.inputs = self._through(self._runs, course, course.inputs)
+            for track in self._tracks:
+                track.inputs = self._through(self._runs, track, track.inputs)
             self._index += 1
             self._arrive(self._runs)
         self._look(self._runs, unit)
@@ -157,38 +154,38 @@ class Stage:
         env.emit(Progress("loading the original"))
         model = load_original(source.directory, env.device).requires_grad_(requires_grad=False)
         runs = PartialRuns(model, source.adapter.blocks)
-        for course in self._courses:
-            course.inputs = [runs.inputs(tokens) for tokens in course.tokens]
-            course.targets = course.inputs
-            pairs = zip(course.tokens, course.inputs, strict=True)
-            course.said = [Said.of(runs.logits(tokens, 0, hidden)) for tokens, hidden in pairs]
+        for track in self._tracks:
+            track.inputs = [runs.inputs(tokens) for tokens in track.tokens]
+            track.targets = track.inputs
+            pairs = zip(track.tokens, track.inputs, strict=True)
+            track.said = [Said.of(runs.logits(tokens, 0, hidden)) for tokens, hidden in pairs]
         return runs
 
     def _arrive(self, runs: PartialRuns) -> None:
         """Run a block as the original has it, then take what was frozen of it."""
-        for course in self._courses:
-            course.targets = self._through(runs, course, course.targets)
-        for unit, point in self._frozen[self._index]:
-            self._take(runs, unit, point)
+        for track in self._tracks:
+            track.targets = self._through(runs, track, track.targets)
+        for unit, setting in self._frozen[self._index]:
+            self._take(runs, unit, setting)
 
-    def _through(self, runs: PartialRuns, course: Course, inputs: list[Tensor]) -> list[Tensor]:
-        pairs = zip(course.tokens, inputs, strict=True)
+    def _through(self, runs: PartialRuns, track: Track, inputs: list[Tensor]) -> list[Tensor]:
+        pairs = zip(track.tokens, inputs, strict=True)
         return [runs.output(tokens, self._index, hidden) for tokens, hidden in pairs]
 
-    def _take(self, runs: PartialRuns, unit: Unit, point: Point) -> None:
+    def _take(self, runs: PartialRuns, unit: SearchUnit, setting: Setting) -> None:
         self._look(runs, unit)
-        self._set(unit.under(point))
+        self._set(unit.under(setting))
 
-    def _look(self, runs: PartialRuns, unit: Unit) -> None:
+    def _look(self, runs: PartialRuns, unit: SearchUnit) -> None:
         """Measure the inputs of layers whose methods can't do without, once.
 
         Of a Hessian it is the diagonal: so few samples give no more.
         """
-        course = self._courses[0]
+        track = self._tracks[0]
         for layer in unit.layers:
             if layer.name in self._squares or not load_method(layer.method).needs:
                 continue
-            pairs = list(zip(course.tokens, course.inputs, strict=True))
+            pairs = list(zip(track.tokens, track.inputs, strict=True))
             seen = [runs.inputs_of(layer.name, *pair[:1], unit.block, pair[1]) for pair in pairs]
             self._squares[layer.name] = torch.cat(seen).float().square().mean(0)
 

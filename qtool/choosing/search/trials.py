@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from qtool.choosing.search.units import Point, Unit
+from qtool.choosing.search.units import Setting, SearchUnit
 from qtool.errors import MissingExtraError
 from qtool.recipe.search import SearchSection
 
@@ -15,9 +15,9 @@ PRUNED_AFTER = 5
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A point that was tried."""
+    """A setting that was tried."""
 
-    point: Point
+    setting: Setting
     error: float
     """Of the outputs of the block, relative."""
     loss: float | None
@@ -26,28 +26,28 @@ class Trial:
 
 @dataclass(slots=True)
 class Judge:
-    """Measures points, each at most once, and remembers them in the order of the measurements."""
+    """Measures settings, each at most once, and remembers them in the order of the measurements."""
 
-    error_of: Callable[[Point], float]
-    loss_of: Callable[[Point], float]
-    errors: dict[Point, float] = field(default_factory=dict)
-    losses: dict[Point, float] = field(default_factory=dict)
+    error_of: Callable[[Setting], float]
+    loss_of: Callable[[Setting], float]
+    errors: dict[Setting, float] = field(default_factory=dict)
+    losses: dict[Setting, float] = field(default_factory=dict)
 
-    def error(self, point: Point) -> float:
+    def error(self, setting: Setting) -> float:
         """Return the error of the block's outputs."""
-        if point not in self.errors:
-            self.errors[point] = self.error_of(point)
-        return self.errors[point]
+        if setting not in self.errors:
+            self.errors[setting] = self.error_of(setting)
+        return self.errors[setting]
 
-    def loss(self, point: Point) -> float:
+    def loss(self, setting: Setting) -> float:
         """Return the loss of the whole model."""
-        self.error(point)
-        if point not in self.losses:
-            self.losses[point] = self.loss_of(point)
-        return self.losses[point]
+        self.error(setting)
+        if setting not in self.losses:
+            self.losses[setting] = self.loss_of(setting)
+        return self.losses[setting]
 
-    def best(self) -> Point:
-        """Return the point of the least loss so far; of equal ones the first."""
+    def best(self) -> Setting:
+        """Return the setting of the least loss so far; of equal ones the first."""
         return min(self.losses, key=self.losses.__getitem__)
 
     def trials(self) -> tuple[Trial, ...]:
@@ -55,8 +55,8 @@ class Judge:
         return tuple(Trial(p, error, self.losses.get(p)) for p, error in self.errors.items())
 
 
-def try_points(unit: Unit, judge: Judge, section: SearchSection, seed: int) -> None:
-    """Try points of a unit, what the recipe says first.
+def try_settings(unit: SearchUnit, judge: Judge, section: SearchSection, seed: int) -> None:
+    """Try settings of a unit, what the recipe says first.
 
     Raises:
         MissingExtraError: Optuna is asked for, and isn't installed.
@@ -68,16 +68,16 @@ def try_points(unit: Unit, judge: Judge, section: SearchSection, seed: int) -> N
         _proposed(unit, judge, section.trials, seed)
 
 
-def _coordinates(unit: Unit, judge: Judge, keep: int) -> None:
+def _coordinates(unit: SearchUnit, judge: Judge, keep: int) -> None:
     """Change one number after the other, each as is best with those before it."""
     for place, knob in enumerate(unit.knobs):
         now = judge.best()
         others = [(*now[:place], value, *now[place + 1 :]) for value in knob.tried]
-        for point in sorted(others, key=judge.error)[:keep]:
-            judge.loss(point)
+        for setting in sorted(others, key=judge.error)[:keep]:
+            judge.loss(setting)
 
 
-def _proposed(unit: Unit, judge: Judge, trials: int, seed: int) -> None:
+def _proposed(unit: SearchUnit, judge: Judge, trials: int, seed: int) -> None:
     """Let a tree-structured Parzen estimator propose places in the lists of all numbers.
 
     Source: Bergstra et al. 2011 (Algorithms for Hyper-Parameter Optimization), multivariate as in
@@ -91,13 +91,13 @@ def _proposed(unit: Unit, judge: Judge, trials: int, seed: int) -> None:
         trial = study.ask()
         places = [trial.suggest_int(str(n), 0, len(k.tried)) for n, k in enumerate(unit.knobs)]
         choices = ((None, *knob.tried) for knob in unit.knobs)
-        point = tuple(values[place] for values, place in zip(choices, places, strict=True))
-        error = judge.error(point)
+        setting = tuple(values[place] for values, place in zip(choices, places, strict=True))
+        error = judge.error(setting)
         trial.report(error, 0)
-        if point not in judge.losses and _is_hopeless(judge, error):
+        if setting not in judge.losses and _is_hopeless(judge, error):
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         else:
-            study.tell(trial, judge.loss(point))
+            study.tell(trial, judge.loss(setting))
 
 
 def _is_hopeless(judge: Judge, error: float) -> bool:

@@ -10,7 +10,7 @@ from qtool.modeling.source import ModelSource
 from qtool.recipe.search import SearchSection
 from qtool.steps.plan import LayerPlan, Plan
 
-Point = tuple[float | None, ...]
+Setting = tuple[float | None, ...]
 """A value of each number of a unit; None: what the recipe says."""
 CLIP, ROUNDING = "clip_ratio", "rounding"
 """Fields of a method's options, and of an `ActivationScheme`."""
@@ -27,16 +27,19 @@ class Knob:
     tried: tuple[float, ...]
     """Beside what the recipe says."""
 
-    def changed(self, layer: LayerPlan, value: float) -> LayerPlan:
-        """Return the plan of one of its layers with a value."""
+    def changed(self, layer: LayerPlan, value: float | None) -> LayerPlan:
+        """Return the plan of one of its layers with a value; None: as it is."""
+        if value is None:
+            return layer
+        changes: dict[str, Any] = {self.key: value}
         if self.of_inputs:
             assert layer.activation is not None
-            return replace(layer, activation=replace(layer.activation, **{self.key: value}))
-        return replace(layer, options=replace(layer.options, **{self.key: value}))
+            return replace(layer, activation=replace(layer.activation, **changes))
+        return replace(layer, options=replace(layer.options, **changes))
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class SearchUnit:
     """Layers of one block that are searched together, then frozen."""
 
     name: str
@@ -45,28 +48,28 @@ class Unit:
     knobs: tuple[Knob, ...]
 
     @property
-    def start(self) -> Point:
+    def start(self) -> Setting:
         """What the recipe says."""
         return (None,) * len(self.knobs)
 
-    def under(self, point: Point) -> tuple[LayerPlan, ...]:
-        """Return the plans of the layers with the values of a point."""
+    def under(self, setting: Setting) -> tuple[LayerPlan, ...]:
+        """Return the plans of the layers with the values of a setting."""
         plans = {layer.name: layer for layer in self.layers}
-        for knob, value in zip(self.knobs, point, strict=True):
-            for name in knob.layers if value is not None else ():
+        for knob, value in zip(self.knobs, setting, strict=True):
+            for name in knob.layers:
                 plans[name] = knob.changed(plans[name], value)
         return tuple(plans.values())
 
-    def shown(self, point: Point) -> dict[str, float | None]:
-        """Return a point as a report has it, by the first layer of each number and its name."""
-        pairs = zip(self.knobs, point, strict=True)
+    def shown(self, setting: Setting) -> dict[str, float | None]:
+        """Return a setting as a report has it, by the first layer of each number and its name."""
+        pairs = zip(self.knobs, setting, strict=True)
         return {
             f"{knob.layers[0]}.{'activation_' * knob.of_inputs}{knob.key}": value
             for knob, value in pairs
         }
 
 
-def units_of(source: ModelSource, plan: Plan, section: SearchSection) -> tuple[Unit, ...]:
+def search_units(source: ModelSource, plan: Plan, section: SearchSection) -> tuple[SearchUnit, ...]:
     """Return what is searched, in the order of execution.
 
     Raises:
@@ -74,7 +77,9 @@ def units_of(source: ModelSource, plan: Plan, section: SearchSection) -> tuple[U
     """
     together = section.method != "grid"
     found = []
-    for place, layers in groupby(plan.in_blocks, lambda layer: _place(source, layer, together=together)):
+    for place, layers in groupby(
+        plan.in_blocks, lambda layer: _place(source, layer, together=together)
+    ):
         unit = _unit(source, place, tuple(layers), section)
         if unit.knobs:
             found.append(unit)
@@ -99,11 +104,11 @@ def _unit(
     place: tuple[int, str],
     layers: tuple[LayerPlan, ...],
     section: SearchSection,
-) -> Unit:
+) -> SearchUnit:
     by_input = groupby(layers, lambda layer: _place(source, layer, together=False))
     knobs = tuple(knob for _, group in by_input for knob in _knobs(tuple(group), section))
     name = ".".join(part for part in (source.adapter.blocks, str(place[0]), place[1]) if part)
-    return Unit(name, place[0], layers, knobs)
+    return SearchUnit(name, place[0], layers, knobs)
 
 
 def _knobs(layers: Sequence[LayerPlan], section: SearchSection) -> Iterator[Knob]:
