@@ -33,6 +33,7 @@ class PartialRuns:
     def __init__(self, model: CausalModel, blocks: str) -> None:
         """Take a model in evaluation mode, and the dotted name of its list of blocks."""
         self.model = model
+        self.blocks = blocks
         self._blocks = model.get_submodule(blocks)
         self._rest: tuple[Any, ...] | None = None
 

@@ -21,7 +21,7 @@ from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.choosing.search.stage import Stage
 from qtool.choosing.search.trials import Judge, Trial, try_settings
-from qtool.choosing.search.units import Setting, SearchUnit, search_units
+from qtool.choosing.search.units import SearchUnit, Setting, search_units
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import Recipe
 from qtool.recipe.search import SearchSection
@@ -143,17 +143,18 @@ def _searched(
         lambda setting: float(stage.losses(unit, setting, held_out=False).mean()),
     )
     try_settings(unit, judge, section, run.env.seed + number)
-    both = torch.stack(
-        [stage.losses(unit, setting, held_out=True) for setting in (unit.start, judge.best())]
-    )
-    setting = judge.best() if clearly_less(*both) else unit.start
+    best, held_out = judge.best(), {}
+    if best != unit.start:
+        before, after = (stage.losses(unit, one, held_out=True) for one in (unit.start, best))
+        held_out = {"before": before, "after": after}
+        best = best if clearly_less(before, after) else unit.start
     notes = {
-        "setting": setting,
+        "setting": best,
         "trials": [[trial.setting, trial.error, trial.loss] for trial in judge.trials()],
-        "losses": [judge.losses[unit.start], judge.losses[setting]],
+        "losses": [judge.losses[unit.start], judge.losses[best]],
         "seconds": time.perf_counter() - started,
     }
-    return Made({"held_out": both}, notes)
+    return Made(held_out, notes)
 
 
 def clearly_less(before: Tensor, after: Tensor) -> bool:

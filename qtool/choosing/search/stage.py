@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qtool.base import Progress
 from qtool.checkpoint.manifest import codec
-from qtool.choosing.search.units import Setting, SearchUnit
+from qtool.choosing.search.units import SearchUnit, Setting
 from qtool.core.activations import fake_quantize
 from qtool.data.calibration import CalibrationSet, batches
 from qtool.errors import DataError

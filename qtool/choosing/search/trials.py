@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from qtool.choosing.search.units import Setting, SearchUnit
+from qtool.choosing.search.units import SearchUnit, Setting
 from qtool.errors import MissingExtraError
 from qtool.recipe.search import SearchSection
 
@@ -73,7 +73,7 @@ def _coordinates(unit: SearchUnit, judge: Judge, keep: int) -> None:
     for place, knob in enumerate(unit.knobs):
         now = judge.best()
         others = [(*now[:place], value, *now[place + 1 :]) for value in knob.tried]
-        for setting in sorted(others, key=judge.error)[:keep]:
+        for setting in sorted([now, *others], key=judge.error)[:keep]:
             judge.loss(setting)
 
 
