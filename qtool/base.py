@@ -161,6 +161,20 @@ class Method:
     """Statistics that it does better with."""
 
 
+Passage = Literal["norm", "attention", "heads", "gate", "activation"]
+"""From a producer to its consumers: a norm; attention, the values being the last rows of a linear,
+or of each head's; a product of its last rows with a gate; a function per channel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Producer:
+    """What makes the inputs of linears and can divide them by a factor per channel."""
+
+    name: str
+    """Its dotted name in the block."""
+    through: Passage = "norm"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelAdapter:
     """Where the parts of a model family are: dotted names only.
@@ -182,6 +196,10 @@ class ModelAdapter:
     None: there are others, or something else comes between, such as a norm."""
     conv1d: bool = False
     """True where the weights are stored as (in_features, out_features), as in GPT-2."""
+    producers: tuple[Producer, ...] = ()
+    """What makes the inputs of each tuple of `linears`, in their order; empty: nobody has said."""
+    norm_offset: float = 0.0
+    """What norms add to their stored weight: 1 in Gemma."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +220,19 @@ class Fused:
     prepared: Any
     parts: tuple[Any, ...]
     """By weight, its part of it as `matmul` takes it; None: that one needs a layout of its own."""
+
+
+class IntegerProduct(Protocol):
+    """A weight that a backend multiplies by integers as they are."""
+
+    @property
+    def fewest_tokens(self) -> int:
+        """Return from how many on that is faster than `KernelBackend.matmul`."""
+        ...
+
+    def multiply(self, codes: Tensor) -> Tensor:
+        """Return codes @ W.T: (tokens, in_features) int8 -> (tokens, out_features) float32."""
+        ...
 
 
 class KernelBackend(Protocol):
@@ -234,6 +265,13 @@ class KernelBackend(Protocol):
 
     def rows(self, index: Tensor, prepared: Any) -> Tensor:  # noqa: ANN401
         """Return the rows of W that `index` names, shaped (*index.shape, in_features)."""
+        ...
+
+    def integer_product(self, tensor: QuantizedTensor) -> IntegerProduct | None:
+        """Prepare a weight for inputs that are integers; None: it has no better way for these.
+
+        Then such inputs go through `matmul`, see `core.activations.multiply_quantized`.
+        """
         ...
 
     def fuse(

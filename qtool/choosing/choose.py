@@ -187,4 +187,9 @@ def _digest(run: Run, section: ChoosingSection, layers: Sequence[OpenLayer]) -> 
         "recipe": [section.tokens, run.recipe.seed],
         "choices": [[repr(plan) for plan in layer.plans] for layer in layers],
     }
+    if run.recipe.fold is not None:
+        decides = {
+            **decides,
+            "folded": run.recipe.model_copy(update={"choosing": None}).model_dump(mode="json"),
+        }
     return hashlib.sha256(json_text(decides).encode()).hexdigest()[:32]

@@ -15,7 +15,7 @@ from qtool.base import Env, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.choosing.candidates import OpenLayer
 from qtool.data.calibration import CalibrationSet, batches
-from qtool.modeling.load import load_original
+from qtool.modeling.load import load_source
 from qtool.modeling.source import ModelSource
 from qtool.steps.plan import LayerPlan, load_method
 from qtool.steps.run import Run
@@ -48,7 +48,7 @@ def measure_prices(run: Run, layers: Sequence[OpenLayer], num_tokens: int) -> Pr
     assert samples is not None
     solved = dict(_solved(source, layers, env))
     env.emit(Progress("loading the original"))
-    model = load_original(source.directory, env.device)
+    model = load_source(source, env.device)
     parts = batches(pieces(samples, num_tokens), WEIGHED_AT_ONCE)
     tied = source.adapter.head if source.head_is_tied else None
     found = foretold_divergences(

@@ -18,6 +18,7 @@ from qtool.wording import gigabytes
 if TYPE_CHECKING:
     from qtool.checkpoint.manifest import LayerEntry
     from qtool.checkpoint.sizes import DiskSizes
+    from qtool.folds import Fold
 
 
 def inspect(
@@ -144,23 +145,36 @@ def _cells(entry: "LayerEntry") -> tuple[str, ...]:
 def methods(json_file: JsonOption = None) -> None:
     """List the methods and their options."""
     import qtool.methods
-    from qtool import plugins
+    from qtool import folds, plugins
 
     with progress() as emit:
         emit(Progress("opening the methods"))
         from qtool.steps.plan import load_method  # torch: slow
 
         known = {name: load_method(name) for name in plugins.names(qtool.methods)}
+        before = {name: folds.load_fold(name) for name in folds.fold_names()}
     described = {name: _described(method) for name, method in known.items()}
-    for name, about in described.items() if console.write_json(described, json_file) else ():
+    if not console.write_json(described, json_file):
+        return
+    for name, about in described.items():
         low, high = about["num_bits"]
         needs = ", ".join(about["needs"]) or "no data"
         title = f"{name}: {about['summary']} {low} to {high} bits; needs {needs}."
-        rows = [
-            (option, "required" if default is MISSING else repr(default))
-            for option, default in about["options"].items()
-        ]
-        console.print_table(title, ("option", "default"), rows)
+        _print_options(title, about["options"])
+    for name, fold in before.items():
+        _print_options(f"fold {name}: {fold.summary}", _defaults(fold))
+
+
+def _print_options(title: str, options: Mapping[str, Any]) -> None:
+    rows = [
+        (option, "required" if default is MISSING else repr(default))
+        for option, default in options.items()
+    ]
+    console.print_table(title, ("option", "default"), rows)
+
+
+def _defaults(plugin: "Method | Fold") -> dict[str, Any]:
+    return {option.name: option.default for option in fields(plugin.options)}
 
 
 def _described(method: Method) -> dict[str, Any]:
@@ -169,7 +183,7 @@ def _described(method: Method) -> dict[str, Any]:
         "num_bits": [method.num_bits.start, method.num_bits.stop - 1],
         "needs": sorted(method.needs),
         "uses": sorted(method.uses),
-        "options": {option.name: option.default for option in fields(method.options)},
+        "options": _defaults(method),
     }
 
 

@@ -1,5 +1,7 @@
 """Quantized activations: symmetric integers times a step per token, or per tensor."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,31 @@ def quantize_activations(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, T
 
 
 def fake_quantize(x: Tensor, scheme: ActivationScheme) -> Tensor:
-    """Return activations as their codes stand for them, shaped like `x` and in its dtype."""
+    """Return activations as their codes stand for them, shaped like `x` and in its dtype.
+
+    To find what a layer will do; `multiply_quantized`, which it does, doesn't round to that dtype.
+    """
     codes, steps = quantize_activations(x, scheme)
     return (codes.float() * steps).to(x.dtype)
+
+
+def multiply_quantized(
+    x: Tensor, scheme: ActivationScheme, product: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Multiply quantized activations by a weight: the definition of what a layer computes.
+
+    The product gets the codes over 2^(k-1), and the steps come after it. These are exact in
+    float16 and bfloat16, where codes times steps aren't; and they are below 1, so that an output
+    stays below the sum of the absolute weights of its row, where codes alone would leave float16.
+
+    Args:
+        x: (..., in_features), any float dtype.
+        scheme: How `x` is quantized.
+        product: Multiplies (..., in_features) by the weight, in the dtype of `x`.
+
+    Returns:
+        (..., out_features) in the dtype of `x`.
+    """
+    codes, steps = quantize_activations(x, scheme)
+    unit = 2.0 ** (1 - scheme.num_bits)
+    return (product(codes.to(x.dtype) * unit) * (steps / unit)).to(x.dtype)

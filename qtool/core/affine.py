@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qtool.core import grouping
+from qtool.scheme import Shape2D, WeightScheme
+
 SMALLEST_SCALE = 2.0**-24  # smallest positive float16: a scale must not round to zero
 
 
@@ -91,3 +94,18 @@ def nearest_codes(
 def affine_values(codes: Tensor, scales: Tensor, zero_points: Tensor, dtype: torch.dtype) -> Tensor:
     """Return scale * (code - zero_point) in `dtype`; parameters broadcast against the codes."""
     return (codes.to(dtype) - zero_points.to(dtype)) * scales.to(dtype)
+
+
+def round_weight(weight: Tensor, scheme: WeightScheme) -> Tensor:
+    """Return a weight as rounding to nearest leaves it, nothing of it packed.
+
+    (out_features, in_features) float32, both ways.
+    """
+    groups = grouping.split(grouping.to_rows(weight, scheme), scheme.group_size)
+    scales, zeros = fit_min_max(
+        groups, num_bits=scheme.num_bits, symmetric=scheme.symmetric, clip_ratio=1.0
+    )
+    codes = nearest_codes(groups, scales, zeros, num_bits=scheme.num_bits)
+    values = affine_values(codes, scales.unsqueeze(-1), zeros.unsqueeze(-1), torch.float32)
+    rows = grouping.join(values, scheme.grouped_length(Shape2D(*weight.shape)))
+    return grouping.to_rows(rows, scheme)

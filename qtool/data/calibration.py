@@ -129,3 +129,9 @@ def batches(samples: Sequence[Tensor], max_tokens: int) -> list[Tensor]:
         else:
             stacked.append([sample])
     return [torch.stack(group) for group in stacked]
+
+
+def some_samples(samples: Sequence[Tensor], num_tokens: int) -> Sequence[Tensor]:
+    """Return evenly spaced samples with about that many tokens, at least one."""
+    total = sum(map(len, samples))
+    return samples[:: max(1, round(total / num_tokens))]

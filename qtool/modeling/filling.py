@@ -42,7 +42,7 @@ def fill_own(module: nn.Module, prefix: str, source: ModelSource, device: str) -
     }
     for name, old in module._parameters.items():
         if old is not None:
-            value = source.read(names[name]).to(device, old.dtype)
+            value = source.read_exact(names[name]).to(device, old.dtype)
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
     for name, made in module._buffers.items():
         persistent = name not in module._non_persistent_buffers_set

@@ -17,6 +17,7 @@ from qtool.modeling.config import parse_config, read_config, transformers_failur
 from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.locate import Location
 from qtool.modeling.skeleton import empty_model, match_names, missing_message
+from qtool.modeling.source import ModelSource
 from qtool.wording import list_names
 
 
@@ -74,6 +75,20 @@ def load_original(directory: Path, device: str) -> CausalModel:
     config = read_config(directory)
     dtype = "auto" if torch.device(device).type == "cuda" else torch.float32
     return _from_pretrained(directory, config, dtype).to(device).eval()
+
+
+def load_source(source: ModelSource, device: str) -> CausalModel:
+    """Load an unquantized model with what is folded into it, as `load_original` otherwise.
+
+    Raises:
+        ModelError: transformers can't load it.
+        CheckpointError: files are missing or damaged, or lack what the model needs.
+    """
+    model = load_original(source.directory, device)
+    with torch.no_grad():
+        for name in source.changed():
+            model.get_parameter(name).copy_(source.read_exact(name))
+    return model
 
 
 def check_weights(directory: Path) -> None:

@@ -70,9 +70,13 @@ class ModelSource:
         """Return a tensor by its full name, as it is stored."""
         return self.shards.read(self.stored_name(name))
 
+    def read_exact(self, name: str) -> Tensor:
+        """Return a tensor by its full name, in float32 where it would be rounded to be stored."""
+        return self.read(name)
+
     def read_weight(self, layer: str) -> Tensor:
         """Return the weight of a linear or embedding: (out_features, in_features) float32."""
-        weight = self.read(f"{layer}.weight").float()
+        weight = self.read_exact(f"{layer}.weight").float()
         return weight.T.contiguous() if self._is_transposed(layer) else weight
 
     def weight_shape(self, layer: str) -> Shape2D:
@@ -93,6 +97,10 @@ class ModelSource:
         for name in self.names():
             if ".".join(name.split(".")[:depth]) in blocks:
                 yield name
+
+    def changed(self) -> tuple[str, ...]:
+        """Return the full names of tensors that are read otherwise than they are stored: none."""
+        return ()
 
     def companions(self) -> dict[str, bytes]:
         """Return the small files that belong to the model, by their path in its directory."""

@@ -23,6 +23,7 @@ from qtool.pipeline.check import check_result
 from qtool.pipeline.reports import Decisions, QuantizeResult, result_of, write_result
 from qtool.recipe.schema import Recipe
 from qtool.steps.draw_calibration import check_samples, draw_calibration, wanted_lengths
+from qtool.steps.fold import fold
 from qtool.steps.memory import failures_of_the_machine
 from qtool.steps.plan import Plan, make_plan
 from qtool.steps.run import Run
@@ -59,7 +60,7 @@ def explain(
         return None
     samples = open_samples(source, recipe, calib_dir, emit)
     env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
-    return choose(choose_rows(Run(source, recipe, layer_plan, samples, env)))
+    return choose(choose_rows(fold(Run(source, recipe, layer_plan, samples, env))))
 
 
 def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
@@ -137,7 +138,7 @@ def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:
 
 def _decide(run: Run, writer: CheckpointWriter) -> tuple[Run, Decisions]:
     """Decide all that the recipe leaves open."""
-    run = choose_rows(run, writer)
+    run = choose_rows(fold(run, writer), writer)
     allocation = choose(run, writer)
     if allocation is not None:
         run = replace(run, plan=allocation.plan)

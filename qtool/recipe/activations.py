@@ -40,8 +40,8 @@ class ActivationsSection(Section):
         """Refuse what the granularity would pass over."""
         if self.granularity == "tensor" and self.clip_ratio != 1:
             raise ValueError(
-                f"clip_ratio, {self.clip_ratio:g}, is for granularity token; per tensor, range says "
-                "what codes cover: leave clip_ratio out"
+                f"clip_ratio, {self.clip_ratio:g}, is for granularity token; per tensor, range "
+                "says what codes cover: leave clip_ratio out"
             )
         if self.granularity == "token" and self.range != "max":
             raise ValueError(

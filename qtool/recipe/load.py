@@ -17,6 +17,8 @@ from qtool.wording import quoted
 
 LONGEST_CHAIN = 16
 """Recipes that extend each other: more is a mistake."""
+NAMES_A_PLUGIN = ("method", "name")
+"""Keys beside which `options` are those of what they name."""
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -68,10 +70,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> PlacedValues:
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """Return `base` with `top` laid over it; mappings merge, all else replaces.
 
-    Where `top` names another method, the options of the old one go: they mean nothing to it.
+    Where `top` names another method or fold, options of the old one go: they mean nothing to it.
     """
-    both_name_one = "method" in base and "method" in top
-    other = both_name_one and top["method"] != base["method"]
+    other = any(key in base and key in top and top[key] != base[key] for key in NAMES_A_PLUGIN)
     merged = _without_options(base) if other else dict(base)
     for key, value in top.items():
         old = merged.get(key)
@@ -107,10 +108,10 @@ def _is_same(keys: Keys, before: Any, after: Any) -> bool:  # noqa: ANN401
 
 
 def _apply_overrides(document: PlacedValues, overrides: Iterable[str]) -> PlacedValues:
-    """Lay assignments over a document, those of a method first: it drops the old one's options."""
+    """Lay assignments over a document, those of a name first: it drops the old one's options."""
     values, places = document.values, dict(document.places)
     assignments = [_assignment(text) for text in overrides]
-    for path, value, place in sorted(assignments, key=lambda one: one[0][1:] != ("method",)):
+    for path, value, place in sorted(assignments, key=lambda one: one[0][-1] not in NAMES_A_PLUGIN):
         values = _assigned(values, path, value, place)
         places[tuple(int(part) if part.isdecimal() else part for part in path)] = place
     return PlacedValues(values, places)

@@ -14,6 +14,7 @@ from pydantic import (
 
 from qtool.recipe.activations import ActivationsSection
 from qtool.recipe.choosing import ChoosingSection
+from qtool.recipe.folding import FoldSection
 from qtool.recipe.rows import RowsSection
 from qtool.recipe.schemes import SchemeSection, check_scheme_keys
 from qtool.recipe.search import SearchSection
@@ -72,12 +73,12 @@ class SourceSection(Section):
 
 
 MIXTURE = (
-    {"dataset": "wikitext2-valid", "share": 0.35},
-    {"dataset": "prose", "share": 0.2},
-    {"dataset": "dialogues", "share": 0.15},
-    {"dataset": "gsm8k-train", "share": 0.1},
-    {"dataset": "source-code", "share": 0.1},
-    {"dataset": "languages", "share": 0.1},
+    {"dataset": "wikitext2-valid", "share": 0.26},
+    {"dataset": "prose", "share": 0.17},
+    {"dataset": "dialogues", "share": 0.22},
+    {"dataset": "gsm8k-train", "share": 0.17},
+    {"dataset": "source-code", "share": 0.09},
+    {"dataset": "languages", "share": 0.09},
 )
 """The bundled mixture: encyclopedic text, prose, chats, mathematics, code, other languages."""
 
@@ -202,6 +203,8 @@ class Recipe(Section):
     description: Text = ""
     calibration: CalibrationSection | None = None
     """Absent: solvers work without data."""
+    fold: FoldSection | None = None
+    """Absent: weights are as they are."""
     weights: WeightsSection
     activations: ActivationsSection | None = None
     """Absent: the inputs of linears stay in 16 bit."""
@@ -221,9 +224,9 @@ class Recipe(Section):
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out sections that came later, where they are absent."""
         values: dict[str, Any] = handler(self)
-        for name in ("activations", "choosing", "search"):
-            if values[name] is None:
-                del values[name]
+        for name in ("activations", "choosing", "fold", "search"):
+            if values.get(name) is None:
+                values.pop(name, None)
         return values
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.base import KernelBackend, QuantizedTensor
+from qtool.base import IntegerProduct, KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry
-from qtool.core.activations import fake_quantize
+from qtool.core.activations import multiply_quantized, quantize_activations
 from qtool.formats._dtypes import dtype_of
 from qtool.runtime.backends._choose import choose_backend, definition, wanted_backend
 
@@ -27,6 +27,8 @@ class Held:
     """Of the activations."""
     home: torch.device | None
     """Where the weight is executed while its parts wait in the host's memory; None: they don't."""
+    integers: IntegerProduct | None = None
+    """Runs inputs that are quantized, if there are enough; None: the backend's `matmul` does."""
 
 
 class QuantizedWeight(nn.Module):
@@ -106,7 +108,9 @@ class QuantizedWeight(nn.Module):
         home = self.device if backend.owns_layout else None
         if home is not None:
             finish_packing(home)
-        held = self._held = Held(backend, prepared, dtype, home)
+        quantized = self.entry.activation is not None
+        integers = backend.integer_product(self.tensor()) if quantized else None
+        held = self._held = Held(backend, prepared, dtype, home, integers)
         self._number = None
         if home is not None:  # after the line above: `device` stays what it is
             self._buffers.update(self._parts(torch.device("cpu")))
@@ -210,17 +214,27 @@ class QuantizedLinear(QuantizedWeight):
         wouldn't take: the weight is then prepared anew whenever the dtype changes.
         """
         x = as_autocast(x)
-        if self.entry.activation is not None:
-            x = fake_quantize(x, self.entry.activation)
         backend, prepared = self.prepare(x.dtype)
-        y = backend.matmul(x, prepared)
+        y = self._multiply(x, backend, prepared)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _multiply(self, x: Tensor, backend: KernelBackend, prepared: Any) -> Tensor:  # noqa: ANN401
+        """Return x @ W.T, of `x` quantized if the layer's entry says so."""
+        scheme, held = self.entry.activation, self._held
+        if scheme is None:
+            return backend.matmul(x, prepared)
+        integers = None if held is None else held.integers
+        if integers is None or x.shape[:-1].numel() < integers.fewest_tokens:
+            return multiply_quantized(x, scheme, lambda codes: backend.matmul(codes, prepared))
+        codes, steps = quantize_activations(x, scheme)
+        y = integers.multiply(codes.flatten(0, -2)).view(*x.shape[:-1], self.out_features)
+        return (y * steps).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Describe the layer in print(model)."""
-        return (
-            f"{self.in_features} -> {self.out_features}, {self.entry.format}, {self.entry.scheme}"
-        )
+        entry = self.entry
+        inputs = f", inputs {entry.activation}" if entry.activation is not None else ""
+        return f"{self.in_features} -> {self.out_features}, {entry.format}, {entry.scheme}{inputs}"
 
 
 class QuantizedEmbedding(QuantizedWeight):

@@ -1,13 +1,10 @@
 """Plan a run without reading a weight: which layers, which scheme, how many bytes."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cache
 from math import prod
 from typing import Any, Literal
-
-from pydantic import TypeAdapter, ValidationError
 
 import qtool.methods
 from qtool import plugins
@@ -16,16 +13,15 @@ from qtool.checkpoint.manifest import num_bytes
 from qtool.errors import ModelError, RecipeError, SchemeError
 from qtool.formats._dtypes import item_bytes
 from qtool.modeling.source import ModelSource
-from qtool.recipe.load import rule
 from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
 from qtool.scheme import ActivationScheme, GroupDim, Shape2D, WeightScheme
+from qtool.steps.activation_ranges import check_inputs, has_static_inputs, known_scheme
 from qtool.steps.beside import beside_linears, check_rest
+from qtool.steps.check_fold import check_fold, check_folded
+from qtool.steps.options import read_options
 from qtool.steps.table_rows import check_rows, expected_scheme, parts_of
-from qtool.wording import quoted
 
 Role = Literal["block", "embedding", "head"]
-_validator = cache(TypeAdapter)
-"""Of a method's options: it takes milliseconds to make, and every layer asks for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +41,7 @@ class LayerPlan:
     row_bits: bytes = b""
     """Bits of each row, a byte each, once they are chosen; empty: all rows have the scheme's."""
     activation: ActivationScheme | None = None
-    """How the inputs are quantized while the layer runs; None: they aren't."""
+    """How its inputs are quantized; None: they aren't, or how is found on what it sees."""
 
     def uniform(self, num_bits: int) -> "LayerPlan":
         """Return this plan with one width for all rows; `num_bytes` stays that of the whole."""
@@ -102,17 +98,7 @@ def parse_options(method_name: str, method: Method, values: Mapping[str, Any]) -
     Raises:
         RecipeError: unknown key, wrong type or impossible value.
     """
-    known = tuple(field.name for field in fields(method.options))
-    for key in values:
-        if key not in known:
-            where = f"weights.options of '{method_name}'"
-            raise RecipeError(plugins.describe_miss(str(key), known, where))
-    try:
-        return _validator(method.options).validate_python(dict(values))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(("weights.options", *map(str, first["loc"])))
-        raise RecipeError(f"{key} is {quoted(first['input'])}; {rule(first)}.", key=key) from None
+    return read_options(method_name, method.options, values, "weights.options")
 
 
 def with_samples(recipe: Recipe) -> Recipe:
@@ -121,9 +107,10 @@ def with_samples(recipe: Recipe) -> Recipe:
     names = {recipe.weights.method, *(name for name in overridden if name is not None)}
     methods = [load_method(name) for name in sorted(names)]
     counts = any(table is not None and table.rows for table in (recipe.embedding, recipe.head))
-    decides = recipe.choosing is not None or recipe.search is not None
-    learns = recipe.tuning.is_on or decides or counts
-    wanted = learns or any(method.needs | method.uses for method in methods)
+    sections = (recipe.choosing, recipe.fold, recipe.search)
+    learns = recipe.tuning.is_on or any(section is not None for section in sections)
+    sees = counts or learns or has_static_inputs(recipe)
+    wanted = sees or any(method.needs | method.uses for method in methods)
     if recipe.calibration is not None or not wanted:
         return recipe
     return recipe.model_copy(update={"calibration": CalibrationSection()})
@@ -155,6 +142,8 @@ def check_request(
                 f"{section} needs calibration data {purpose}. Give the recipe a section "
                 "'calibration', or leave out --no-calibration."
             )
+    check_inputs(recipe)
+    check_fold(recipe, adapter)
     blocks = ((name, "block", resolve(recipe.weights, name)) for name in linears)
     tables = (
         (adapter.embedding, "embedding", recipe.embedding),
@@ -200,11 +189,13 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
         RecipeError: an option is wrong, or an override matches nothing.
         SchemeError: a method can't do the scheme.
         UnknownNameError: there is no such method.
-        ModelError: much of the blocks can't be quantized, or a stored name is in the way.
+        ModelError: much of the blocks can't be quantized, or what is to be folded can't be, or a
+            stored name is in the way.
     """
     rest = beside_linears(source)
     check_request(recipe, source.adapter, tuple(source.block_linears()), tuple(rest))
     check_rest(source, recipe, rest)
+    check_folded(source, recipe)
     layers = tuple(_layers(source, recipe))
     if not layers:
         raise RecipeError("The recipe skips every layer: nothing is left to quantize.")
@@ -266,7 +257,8 @@ def _layers(source: ModelSource, recipe: Recipe) -> Iterator[LayerPlan]:
     for name in source.block_linears():
         section = resolve(recipe.weights, name)
         if section is not None:
-            yield _plan_layer(source, name, "block", section)
+            plan = _plan_layer(source, name, "block", section)
+            yield replace(plan, activation=known_scheme(recipe))
     if recipe.embedding is not None:
         yield _plan_layer(source, source.adapter.embedding, "embedding", recipe.embedding)
     if recipe.head is not None:

@@ -18,7 +18,8 @@ from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import MethodError, about
 from qtool.modeling.source import ModelSource
-from qtool.scheme import WeightScheme
+from qtool.scheme import ActivationScheme, WeightScheme
+from qtool.steps.activation_ranges import input_scheme
 from qtool.steps.memory import peak_memory
 from qtool.steps.plan import LayerPlan
 from qtool.steps.run import Run
@@ -26,9 +27,9 @@ from qtool.steps.solve_calibrated import solve_calibrated
 from qtool.steps.solve_table import solve_alone
 from qtool.steps.table_statistics import hessian_of
 from qtool.steps.tune_blocks import SOLVED, TUNED_BLOCK, draft_of, tune_block_once
-from qtool.steps.tune_model import MODEL, tune_model_once
+from qtool.steps.tune_model import MODEL, SolvedModel, tune_model_once
 from qtool.steps.weigh_tokens import weigh_tokens_once
-from qtool.walk.walk import Walk
+from qtool.walk.walk import InputRules, SolvedLinear, Walk
 from qtool.wording import gigabytes
 
 WIDE_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -62,13 +63,10 @@ def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
         draft = SOLVED if layer.role == "block" and tuning.is_on else None
         notes = writer.once(layer.name, partial(_solved, run, layer, walk, under), draft=draft)
         _check_fallback(run, layer.name, notes["fallback"])
-        scheme = WeightScheme(**notes["scheme"])
-        entry = LayerEntry(
-            format=notes["format"], scheme=scheme, shape=layer.shape, method=layer.method
-        )
+        entry = _entry(layer, notes)
         if walk is not None:
             stored = partial(_stored_weight, run, writer, layer.name, entry, draft)
-            walk.put(layer.name, stored)
+            walk.put(layer.name, SolvedLinear(stored, entry.activation))
         results.append(
             LayerResult(layer.name, entry, notes["metrics"], notes["seconds"], notes["fallback"])
         )
@@ -84,6 +82,18 @@ def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
         if layer.role != "block":
             finish(layer)
     return tuple(results)
+
+
+def _entry(layer: LayerPlan, notes: Mapping[str, Any]) -> LayerEntry:
+    """Return what a manifest says of a layer, by its plan and the notes of its solution."""
+    inputs = notes.get("activation")
+    return LayerEntry(
+        format=notes["format"],
+        scheme=WeightScheme(**notes["scheme"]),
+        shape=layer.shape,
+        method=layer.method,
+        activation=None if inputs is None else ActivationScheme(**inputs),
+    )
 
 
 def block_of(source: ModelSource, layer: LayerPlan | LayerResult) -> str:
@@ -108,13 +118,16 @@ def settle(
         if result.name in in_blocks
     }
     if tuning.end_to_end is not None:
-        layers = {name: draft() for name, draft in drafts.items()}
-        tables = {
-            result.name: writer.load(result.name, result.entry, run.env.device)
-            for result in results
-            if result.name not in in_blocks
-        }
-        learned = tune_model_once(run, tuning.end_to_end, writer, layers, tables)
+        start = SolvedModel(
+            layers={name: draft() for name, draft in drafts.items()},
+            activations={result.name: result.entry.activation for result in results},
+            tables={
+                result.name: writer.load(result.name, result.entry, run.env.device)
+                for result in results
+                if result.name not in in_blocks
+            },
+        )
+        learned = tune_model_once(run, tuning.end_to_end, writer, start)
     for result in results:
         if result.name in in_blocks:
             writer.once(result.name, partial(_settled, drafts[result.name], result, learned))
@@ -161,8 +174,12 @@ def _walking(run: Run, writer: CheckpointWriter) -> Iterator[Walk | None]:
     layers = {layer.name: layer.shape for layer in run.plan.layers}
     env = replace(run.env, work_dir=directory)
     groups = section.output_groups
-    weigh = None if groups is None else partial(weigh_tokens_once, run, writer, groups)
-    walk = Walk(run.source, layers, run.calibration, section, env, weigh)
+    planned = {layer.name: layer.activation for layer in run.plan.layers}
+    rules = InputRules(
+        weigh=None if groups is None else partial(weigh_tokens_once, run, writer, groups),
+        scheme=partial(input_scheme, run.recipe.activations, planned),
+    )
+    walk = Walk(run.source, layers, run.calibration, section, env, rules)
     try:
         yield walk
     finally:
@@ -194,6 +211,9 @@ def _solved(
         "fallback": solution.fallback,
         "seconds": time.perf_counter() - started,
     }
+    activation = layer.activation if statistics is None else statistics[0].activation
+    if activation is not None:
+        notes["activation"] = activation.to_json()
     return Made(tensor, notes)
 
 

@@ -27,9 +27,9 @@ from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.core import hessian
-from qtool.data.calibration import batches
+from qtool.data.calibration import batches, some_samples
 from qtool.errors import MethodError
-from qtool.modeling.load import load_original
+from qtool.modeling.load import load_source
 from qtool.steps.plan import LayerPlan, load_method
 from qtool.steps.run import Run
 from qtool.steps.solve_calibrated import round_to_nearest
@@ -128,10 +128,10 @@ def _measured(run: Run) -> Made:
     calibration, section, env = run.calibration, run.recipe.calibration, run.env
     assert calibration is not None and section is not None
     env.emit(Progress("loading the original"))
-    model = load_original(run.source.directory, env.device).requires_grad_(requires_grad=False)
+    model = load_source(run.source, env.device).requires_grad_(requires_grad=False)
     head = model.get_output_embeddings()
     least = TOKENS_PER_INPUT * head.weight.shape[1]
-    seen = batches(_some(calibration.samples, max(MOST_TOKENS_SEEN, least)), TOKENS_IN_BATCH)
+    seen = batches(some_samples(calibration.samples, max(MOST_TOKENS_SEEN, least)), TOKENS_IN_BATCH)
 
     def report(done: int) -> None:
         env.emit(Progress("measuring embedding and head", done, len(seen)))
@@ -146,15 +146,9 @@ def _measured(run: Run) -> Made:
     notes = {"of_embedding": 0.0, "of_head": 1.0, "identity": 0.0}
     if run.plan.tied_head is not None:
         held_out = calibration.split(section.holdout)[1]
-        probes = batches(_some(held_out.samples, PROBED_TOKENS), TOKENS_IN_BATCH)
+        probes = batches(some_samples(held_out.samples, PROBED_TOKENS), TOKENS_IN_BATCH)
         notes = _probed(model, _rounded(run, model), tensors, probes)
     return Made({name: values.cpu() for name, values in tensors.items()}, notes)
-
-
-def _some(samples: Sequence[Tensor], num_tokens: int) -> Sequence[Tensor]:
-    """Return evenly spaced samples with about that many tokens, at least one."""
-    total = sum(map(len, samples))
-    return samples[:: max(1, round(total / num_tokens))]
 
 
 def _counts(samples: Sequence[Tensor], vocabulary: int) -> Tensor:

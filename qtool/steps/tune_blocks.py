@@ -15,8 +15,13 @@ from qtool.recipe.tuning import BlockTuning
 from qtool.steps.run import Run
 from qtool.training.blocks import Lesson, tune_block
 from qtool.training.descent import Schedule
-from qtool.training.student import install_layers, learned_layers, stored_parts
-from qtool.walk.walk import Walk
+from qtool.training.student import (
+    install_layers,
+    learned_layers,
+    quantize_inputs,
+    stored_parts,
+)
+from qtool.walk.walk import SolvedLinear, Walk
 
 SOLVED, TUNED_BLOCK = "solved", "tuned"
 """Drafts: of a layer before gradients, and of all layers of a block after block tuning."""
@@ -65,7 +70,7 @@ def tune_block_once(
         return codec(entry.format).dequantize(tensor, torch.float32)
 
     for name, entry in entries.items():
-        walk.put(name, partial(weight, name, entry))
+        walk.put(name, SolvedLinear(partial(weight, name, entry), entry.activation))
 
 
 def _tuned(
@@ -88,6 +93,10 @@ def _tuned(
     }
     install_layers(student.module, layers, moves_codes=section.code_rate > 0)
     learned = [layer for _, layer in learned_layers(student.module)]
+    quantize_inputs(
+        student.module,
+        {name.removeprefix(f"{block}."): entry.activation for name, entry in entries.items()},
+    )
     kind = torch.device(device).type
 
     def forward(hidden: Tensor, batch: int) -> Tensor:

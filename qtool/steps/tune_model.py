@@ -13,9 +13,10 @@ from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.data.corpora import WRITTEN_BY_THE_MODEL
-from qtool.modeling.load import load_original, load_tokenizer
+from qtool.modeling.load import load_source, load_tokenizer
 from qtool.recipe.schema import CalibrationSection, SourceSection
 from qtool.recipe.tuning import EndToEndTuning
+from qtool.scheme import ActivationScheme
 from qtool.steps.draw_calibration import draw_for_tuning
 from qtool.steps.run import Run
 from qtool.training.descent import Point, Schedule
@@ -23,6 +24,7 @@ from qtool.training.end_to_end import Course, Pair, best_rate, tune_end_to_end
 from qtool.training.student import (
     free_vectors,
     make_student,
+    quantize_inputs,
     recompute_blocks,
     stored_parts,
 )
@@ -46,12 +48,20 @@ MODEL, HALFWAY, RATES = "tuned", "half-tuned", "rates"
 name of the blocks."""
 
 
+@dataclass(frozen=True, slots=True)
+class SolvedModel:
+    """All quantized weights of a model, by full name, on the device."""
+
+    layers: Mapping[str, QuantizedTensor]
+    """Of the blocks; they learn."""
+    activations: Mapping[str, ActivationScheme | None]
+    """How inputs of these layers are quantized; None: they aren't."""
+    tables: Mapping[str, QuantizedTensor]
+    """Embedding and head; they stay."""
+
+
 def tune_model_once(
-    run: Run,
-    section: EndToEndTuning,
-    writer: CheckpointWriter,
-    layers: Mapping[str, QuantizedTensor],
-    tables: Mapping[str, QuantizedTensor],
+    run: Run, section: EndToEndTuning, writer: CheckpointWriter, solved: SolvedModel
 ) -> dict[str, Tensor]:
     """Tune a model whose layers are all there, unless an earlier run did.
 
@@ -59,14 +69,13 @@ def tune_model_once(
         run: Which model and samples, and where it is computed.
         section: How long and how fast.
         writer: Takes what is tuned.
-        layers: Of the blocks, on the device; they learn.
-        tables: Quantized embedding and head; they stay.
+        solved: Where tuning starts.
 
     Returns:
         Parts of the layers, and norms and biases, by full name.
     """
     name = run.source.adapter.blocks
-    writer.once(name, partial(_tuned, run, section, writer, layers, tables), draft=MODEL)
+    writer.once(name, partial(_tuned, run, section, writer, solved), draft=MODEL)
     return writer.tensors(name, draft=MODEL)
 
 
@@ -90,18 +99,14 @@ class _Memory:
 
 
 def _tuned(
-    run: Run,
-    section: EndToEndTuning,
-    writer: CheckpointWriter,
-    layers: Mapping[str, QuantizedTensor],
-    tables: Mapping[str, QuantizedTensor],
+    run: Run, section: EndToEndTuning, writer: CheckpointWriter, solved: SolvedModel
 ) -> Made:
     env = run.env
     env.emit(Progress("loading the original"))
-    original = load_original(run.source.directory, env.device)
-    pair, vectors = _pair(run, section, original, layers, tables)
+    original = load_source(run.source, env.device)
+    pair, vectors = _pair(run, section, original, solved)
     course = Course(*_batches(run, section))
-    env.emit(_announced(original, layers, course.batches[0], section))
+    env.emit(_announced(original, solved.layers, course.batches[0], section))
 
     def report(point: Point) -> None:
         detail = f"KL {point.held_out:.4f} on held-out samples"
@@ -125,15 +130,12 @@ def _tuned(
 
 
 def _pair(
-    run: Run,
-    section: EndToEndTuning,
-    original: CausalModel,
-    layers: Mapping[str, QuantizedTensor],
-    tables: Mapping[str, QuantizedTensor],
+    run: Run, section: EndToEndTuning, original: CausalModel, solved: SolvedModel
 ) -> tuple[Pair, dict[str, torch.nn.Parameter]]:
     """Return the student with its original, and its norms and biases that learn."""
-    student = make_student(original, layers, moves_codes=section.code_rate > 0)
-    _fill_tables(student, tables)
+    student = make_student(original, solved.layers, moves_codes=section.code_rate > 0)
+    quantize_inputs(student, solved.activations)
+    _fill_tables(student, solved.tables)
     large = original.num_parameters() >= LARGE
     if section.recompute is True or (section.recompute == "auto" and large):
         recompute_blocks(student, run.source.adapter.blocks)

@@ -10,7 +10,7 @@ from qtool.base import Progress
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.data.calibration import batches
-from qtool.modeling.load import load_original
+from qtool.modeling.load import load_source
 from qtool.steps.plan import LayerPlan, load_method
 from qtool.steps.run import Run
 from qtool.training.output_gradients import squared_gradients
@@ -67,7 +67,7 @@ def _weighed(run: Run, edges: Mapping[str, tuple[int, ...]]) -> Made:
     calibration, section, env = run.calibration, run.recipe.calibration, run.env
     assert calibration is not None and section is not None
     env.emit(Progress("loading the original"))
-    model = load_original(run.source.directory, env.device)
+    model = load_source(run.source, env.device)
     train, held_out = calibration.split(section.holdout)
     parts = [*batches(train.samples, TOKENS_AT_ONCE), *batches(held_out.samples, TOKENS_AT_ONCE)]
 

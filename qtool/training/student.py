@@ -11,8 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from qtool.base import CausalModel, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.core import grouping
+from qtool.core.activations import fake_quantize
 from qtool.core.learned import moved_codes, planes_values
 from qtool.errors import SchemeError
+from qtool.scheme import ActivationScheme
 
 
 class LearnedLinear(nn.Module):
@@ -39,6 +41,8 @@ class LearnedLinear(nn.Module):
         """Where they are now; a refinement moves them in place."""
         self.watched: Tensor | None = None
         """In the shape of codes: gets the gradient with respect to a step of each code."""
+        self.activation: ActivationScheme | None = None
+        """How its inputs are quantized; gradients go through as if they weren't."""
         zeros = {name: torch.zeros_like(value) for name, value in start.parameters.items()}
         self.moves = nn.ParameterDict({name: nn.Parameter(zero) for name, zero in zeros.items()})
         """How far each parameter has moved, in its units."""
@@ -70,6 +74,8 @@ class LearnedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ W.T + bias: (..., in_features) -> (..., out_features)."""
         weight = self.weight()
+        if self.activation is not None:
+            x = x + (fake_quantize(x.detach(), self.activation) - x.detach())
         if not torch.is_autocast_enabled(x.device.type):
             weight = weight.to(x.dtype)
         return nn.functional.linear(x, weight, self.bias)
@@ -132,6 +138,12 @@ def learned_layers(student: nn.Module) -> Iterator[tuple[str, LearnedLinear]]:
     for name, module in student.named_modules():
         if isinstance(module, LearnedLinear):
             yield name, module
+
+
+def quantize_inputs(student: nn.Module, schemes: Mapping[str, ActivationScheme | None]) -> None:
+    """Let layers that learn see inputs as they will be quantized, by module name."""
+    for name, layer in learned_layers(student):
+        layer.activation = schemes[name]
 
 
 def stored_parts(student: nn.Module) -> Iterator[tuple[str, Tensor]]:

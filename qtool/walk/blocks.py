@@ -4,38 +4,25 @@ The model object is built with parameters that take no memory. Only what feeds t
 filled in to capture its inputs; after that one block at a time is filled, run and emptied.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from qtool.core.activations import fake_quantize
 from qtool.errors import ModelError
 from qtool.formats._dtypes import dtype_of
 from qtool.modeling.config import parse_config, transformers_failures
 from qtool.modeling.filling import empty_own, fill, fill_own, weightless
 from qtool.modeling.source import ModelSource
-from qtool.walk.calls import Call, Calls
-from qtool.walk.stand_in import StandIn, Stop, as_output
+from qtool.scheme import ActivationScheme
+from qtool.walk.calls import Call, Calls, Note, Recorder
+from qtool.walk.stand_in import Stop
 from qtool.wording import reason
-
-Note = Callable[[Tensor, Call], tuple[Any, ...] | None]
-
-
-class _Recorder(StandIn):
-    """Notes what a block is called with, and returns its input as a block would.
-
-    `note` says what follows the hidden states in a block's output; None: the output is no tuple.
-    """
-
-    def __init__(self, block: nn.Module, note: Note) -> None:
-        super().__init__(block)
-        self._note = note
-
-    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401
-        return as_output(hidden, self._note(hidden, Call(arguments, keywords)))
 
 
 def _walk_dtype(source: ModelSource, device: str, dtype: str) -> torch.dtype:
@@ -111,7 +98,7 @@ class BlockModel:
         """Put a recorder in the place of each block."""
         blocks = list(self._blocks)
         for index, block in enumerate(blocks):
-            self._blocks[index] = _Recorder(block, note)
+            self._blocks[index] = Recorder(block, note)
         try:
             yield
         finally:
@@ -164,6 +151,7 @@ class Block:
     def __init__(self, module: nn.Module, name: str, calls: tuple[Call, ...]) -> None:
         self._module, self._name, self._calls = module, name, calls
         self._device = next(module.parameters()).device
+        self._quantizing: dict[str, RemovableHandle] = {}
 
     def copy(self) -> "Block":
         """Return a block with weights of its own."""
@@ -220,6 +208,8 @@ class Block:
     def inputs_of(self, linear: str, hidden: Tensor, batch: int) -> Tensor:
         """Run the block until `linear` is called and return its input: (tokens, in_features).
 
+        It is what comes out of the linears before it, not yet quantized.
+
         Raises:
             ModelError: the linear was never called.
         """
@@ -229,7 +219,8 @@ class Block:
             seen.append(arguments[0])
             raise Stop
 
-        with self._module.get_submodule(linear).register_forward_pre_hook(stop), suppress(Stop):
+        module = self._module.get_submodule(linear)
+        with module.register_forward_pre_hook(stop, prepend=True), suppress(Stop):
             self.run(hidden, batch)
         if not seen:
             raise ModelError(f"{linear} was never called: its inputs can't be measured.")
@@ -247,16 +238,21 @@ class Block:
         Raises:
             ModelError: the linear was never called.
         """
-        seen: list[tuple[Tensor, Tensor]] = []
+        seen: list[Tensor] = []
 
-        def note(_module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            seen.append((arguments[0], output))
+        def note(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            seen.append(arguments[0])
 
-        with self._module.get_submodule(linear).register_forward_hook(note):
+        def note_output(_module: nn.Module, _arguments: tuple[Any, ...], output: Tensor) -> None:
+            seen.append(output)
+
+        module = self._module.get_submodule(linear)
+        before = module.register_forward_pre_hook(note, prepend=True)
+        with before, module.register_forward_hook(note_output):
             output = self.run(hidden, batch)
         if not seen:
             raise ModelError(f"{linear} was never called: its inputs can't be measured.")
-        inputs, added = seen[0]
+        inputs, added = seen[:2]
         residual = output.flatten(0, -2).float() - added.flatten(0, -2).float()
         return inputs.flatten(0, -2), residual
 
@@ -264,3 +260,16 @@ class Block:
         """Replace the weight (out_features, in_features) of a linear."""
         parameter = self._module.get_submodule(linear).get_parameter("weight")
         parameter.copy_(weight.T if transposed else weight)
+
+    def quantize_inputs(self, linear: str, scheme: ActivationScheme | None) -> None:
+        """Let a linear see its inputs as `scheme` leaves them; None: as they are."""
+        if linear in self._quantizing:
+            self._quantizing.pop(linear).remove()
+        if scheme is None:
+            return
+
+        def quantize(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (fake_quantize(arguments[0], scheme), *arguments[1:])
+
+        module = self._module.get_submodule(linear)
+        self._quantizing[linear] = module.register_forward_pre_hook(quantize)

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from qtool.walk.stand_in import StandIn, as_output
 
 
 class Call(NamedTuple):
@@ -67,3 +69,21 @@ class Calls:
     def of(self, block: int) -> tuple[Call, ...]:
         """Return the calls of a block, batch by batch."""
         return tuple(calls[block] for calls in self._calls)
+
+
+Note = Callable[[Tensor, Call], tuple[Any, ...] | None]
+
+
+class Recorder(StandIn):
+    """Notes what a block is called with, and returns its input as a block would.
+
+    `note` says what follows the hidden states in a block's output; None: the output is no tuple.
+    """
+
+    def __init__(self, block: nn.Module, note: Note) -> None:
+        super().__init__(block)
+        self._note = note
+
+    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        """Return what the block would, its input in place of its output."""
+        return as_output(hidden, self._note(hidden, Call(arguments, keywords)))

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from qtool.core import hessian
+from qtool.core.activations import fake_quantize
 from qtool.core.moments import Moments, Shifter, no_moments
 from qtool.modeling.source import ModelSource
+from qtool.scheme import ActivationScheme
 from qtool.walk.blocks import Block
 from qtool.walk.streams import Visit
 
@@ -57,6 +59,8 @@ class InputStatistics:
     held_out: Moments
     num_effective: float
     """Training tokens, of equal weight, that say as much as those that there are."""
+    activation: ActivationScheme | None = None
+    """How the inputs were quantized before they were measured; None: they weren't."""
 
     @property
     def tokens_per_input(self) -> float:
@@ -116,6 +120,7 @@ def measure_inputs(
     residual: tuple[str, str] | None,
     token_cap: float | None,
     groups: RowGroups | None = None,
+    activation: ActivationScheme | None = None,
 ) -> tuple[InputStatistics, ...]:
     """Run the block, as it was and as it is, up to `linear` on every batch.
 
@@ -127,6 +132,7 @@ def measure_inputs(
         token_cap: Tokens above this multiple of the median norm are shrunk to it; None: none are.
         groups: Of output channels, each measured with its weights of the tokens, drifts too;
             None: all channels are one, and so are all weights.
+        activation: How the inputs are quantized; what that costs is a part of the drift.
     """
     sums: dict[tuple[int, bool], Moments] = {}
     start, rows = 0, dict[int, slice]()
@@ -134,6 +140,8 @@ def measure_inputs(
     for index, (first, second) in enumerate(zip(streams.original, streams.quantized, strict=True)):
         reference, meant = _see(visit.original, linear, first, index, residual)
         x, there = _see(visit.quantized, linear, second, index, residual)
+        if activation is not None:
+            x = fake_quantize(x, activation)
         drift, lost = reference - x, None
         if meant is not None and there is not None:
             lost = (meant.float() - there.float()).to(x.dtype)
@@ -157,6 +165,7 @@ def measure_inputs(
             sums[group, False],
             sums[group, True],
             num_train if groups is None else groups.effective(group, num_train),
+            activation,
         )
         for group in rows
     )

@@ -6,7 +6,8 @@ is left to solve, and need not know what was solved before.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from qtool.data.calibration import CalibrationSet, batches
 from qtool.errors import MethodError
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import CalibrationSection
-from qtool.scheme import Shape2D
+from qtool.scheme import ActivationScheme, Shape2D
 from qtool.walk.blocks import Block, BlockModel
 from qtool.walk.statistics import (
     FEW_TOKENS,
@@ -30,6 +31,32 @@ from qtool.walk.streams import Streams, Visit, make_streams
 BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
 
 
+def _never(_layer: str, _inputs: Iterable[Tensor]) -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class InputRules:
+    """What a recipe does with the inputs of linears."""
+
+    weigh: Callable[[], Mapping[str, RowGroups]] | None = None
+    """Gives groups of output channels of each layer, with their weights of the tokens; None: there
+    are none."""
+    scheme: Callable[[str, Iterable[Tensor]], ActivationScheme | None] = _never
+    """(layer, what it sees of the training samples, each (tokens, in_features)) -> how its inputs
+    are quantized; None: they aren't."""
+
+
+@dataclass(frozen=True, slots=True)
+class SolvedLinear:
+    """What becomes of a linear of the blocks."""
+
+    weight: Callable[[], Tensor]
+    """Gives its dequantized weight, (out_features, in_features) float32."""
+    activation: ActivationScheme | None = None
+    """How its inputs are quantized; None: they aren't."""
+
+
 class Walk:
     """Goes from block to block as far as statistics are asked for, and never back."""
 
@@ -40,7 +67,7 @@ class Walk:
         samples: CalibrationSet,
         section: CalibrationSection,
         env: Env,
-        weigh: Callable[[], Mapping[str, RowGroups]] | None = None,
+        rules: InputRules = InputRules(),
     ) -> None:
         """Begin before the first block.
 
@@ -50,15 +77,14 @@ class Walk:
             samples: What the blocks see.
             section: How the recipe uses them.
             env: Where blocks run; its `work_dir` takes their inputs if the recipe says so.
-            weigh: Gives groups of output channels of each layer, with their weights of the tokens;
-                None: there are none.
+            rules: What the recipe does with the inputs of linears.
         """
         self._source, self._samples = source, samples
         self._section, self._env = section, env
-        self._groups = dict(_groups(source, layers, apart=weigh is not None))
-        self._weigh, self._weighed = weigh, dict[str, RowGroups]()
+        self._groups = dict(_groups(source, layers, apart=rules.weigh is not None))
+        self._rules, self._weighed = rules, dict[str, RowGroups]()
         self._shapes = {name: layers[name] for name in self._groups}
-        self._solved: dict[int, dict[str, Callable[[], Tensor]]] = defaultdict(dict)
+        self._solved: dict[int, dict[str, SolvedLinear]] = defaultdict(dict)
         self._route: tuple[BlockModel, Streams] | None = None
         self._index = 0
         self._blocks: tuple[Block, Block] | None = None
@@ -91,15 +117,10 @@ class Walk:
         assert self._blocks is not None
         return Visit(*self._blocks, streams)
 
-    def put(self, layer: str, weight: Callable[[], Tensor]) -> None:
-        """Take a solved linear: those after it are to see what it does.
-
-        Args:
-            layer: Its name.
-            weight: Gives its dequantized weight, (out_features, in_features) float32.
-        """
+    def put(self, layer: str, solved: SolvedLinear) -> None:
+        """Take a linear, by its name, that is solved: those after it are to see what it does."""
         index, _ = self._groups[layer]
-        self._solved[index][layer] = weight
+        self._solved[index][layer] = solved
         if self._blocks is not None and index == self._index:
             self._set(layer)
 
@@ -113,23 +134,37 @@ class Walk:
         assert self._blocks is not None
         source, section = self._source, self._section
         name = f"{source.adapter.blocks}.{index}.{linear}"
+        visit = Visit(*self._blocks, streams)
         statistics = measure_inputs(
             linear,
-            Visit(*self._blocks, streams),
+            visit,
             residual=source.residual if section.residual_error else None,
             token_cap=section.token_cap,
             groups=self._weighed.get(name),
+            activation=self._rules.scheme(name, self._inputs(name, linear, visit)),
         )
         if not all(each.is_finite() for each in statistics):
-            walked_in = streams.original[0].dtype
-            raise MethodError(why_not_finite(source, name, walked_in), layer=name)
+            raise self._not_finite(name, streams)
         return statistics
+
+    def _inputs(self, name: str, linear: str, visit: Visit) -> Iterator[Tensor]:
+        """Yield what a linear of the quantized block sees of the samples that aren't held out."""
+        streams = visit.streams
+        for index, hidden in enumerate(streams.quantized[: streams.num_train]):
+            x = visit.quantized.inputs_of(linear, hidden, index)
+            if not bool(torch.isfinite(x).all()):
+                raise self._not_finite(name, streams)
+            yield x
+
+    def _not_finite(self, name: str, streams: Streams) -> MethodError:
+        walked_in = streams.original[0].dtype
+        return MethodError(why_not_finite(self._source, name, walked_in), layer=name)
 
     def _begin(self) -> tuple[BlockModel, Streams]:
         """Run what comes before the first block."""
         env, section = self._env, self._section
-        if self._weigh is not None:
-            self._weighed = dict(self._weigh())
+        if self._rules.weigh is not None:
+            self._weighed = dict(self._rules.weigh())
         train, held_out = self._samples.split(section.holdout)
         self._warn_of_few_tokens(train.num_tokens)
         env.emit(Progress("capturing the inputs of the first block"))
@@ -165,8 +200,9 @@ class Walk:
         assert self._blocks is not None
         adapter = self._source.adapter
         inner = layer.removeprefix(f"{adapter.blocks}.{self._index}.")
-        weight = self._solved[self._index][layer]()
-        self._blocks[1].set_weight(inner, weight, transposed=adapter.conv1d)
+        solved = self._solved[self._index][layer]
+        self._blocks[1].set_weight(inner, solved.weight(), transposed=adapter.conv1d)
+        self._blocks[1].quantize_inputs(inner, solved.activation)
 
     def _warn_of_few_tokens(self, num_tokens: int) -> None:
         """Say once, before anything is solved, that there is too little data for some layers."""

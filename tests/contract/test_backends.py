@@ -9,11 +9,14 @@ import torch
 import qtool.formats
 import qtool.runtime.backends
 from qtool import plugins
+from qtool.checkpoint.manifest import LayerEntry
+from qtool.core.activations import quantize_activations
 from qtool.errors import BackendError
 from qtool.runtime.backends._choose import choose_backend, load_backend, use_backend
 from qtool.runtime.decode.read_model import weights_of
 from qtool.runtime.decode.runner import DecodeRunner
-from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
+from qtool.runtime.modules import QuantizedLinear
+from qtool.scheme import GROUP_DIMS, ActivationScheme, Shape2D, WeightScheme
 from qtool.steps.plan import load_method
 from tests.helpers import dequantized, normal, problem
 from tests.mixed import solved_mixed
@@ -32,6 +35,14 @@ TOKENS = [1, 2, 3, 8, 9, 17]  # at which the kernels change
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # out_features, in_features, group size: odd widths, less than a word, groups that don't divide.
 SIZES = [(1, 1, None), (3, 31, 8), (33, 65, 64), (64, 96, 128), (17, 128, 32), (130, 40, 1)]
+
+QUANTIZED_INPUTS = (
+    WeightScheme(num_bits=4, group_size=32),
+    WeightScheme(num_bits=4, group_size=None),
+    WeightScheme(num_bits=8, group_size=None, symmetric=True),
+    WeightScheme(num_bits=8, group_size=None),
+)
+"""Of weights: in groups, and with one scale per row, which integers can be multiplied by."""
 
 pytestmark = [
     pytest.mark.parametrize("device", DEVICES),
@@ -124,6 +135,35 @@ def test_outliers_in_the_input_do_not_drown_the_rest(name, device, dtype):
     x[1, 100] = -1500.0
     x[2] = 0
     check_matmul(name, device, tensor, x.to(dtype))
+
+
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+@pytest.mark.parametrize("scheme", QUANTIZED_INPUTS, ids=lambda scheme: f"w{scheme.num_bits}")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantized_inputs_are_multiplied_as_defined(name, device, granularity, scheme, dtype):
+    tensor = solved("affine", scheme, Shape2D(48, 136), 3)
+    backend, _ = prepared(name, tensor, device, dtype)
+    inputs = ActivationScheme(
+        granularity=granularity, scale=0.02 if granularity == "tensor" else None
+    )
+    entry = LayerEntry(
+        format="affine", scheme=scheme, shape=tensor.shape, method="rtn", activation=inputs
+    )
+    with use_backend(name):
+        linear = QuantizedLinear(entry, None)
+    for part, values in tensor.parts.items():
+        linear.get_buffer(part).copy_(values)
+    linear.to(device)
+    for tokens in (1, 100):
+        x = normal(2, tokens, 136, seed=tokens).to(dtype)
+        codes, steps = quantize_activations(x, inputs)
+        exact_weight, exact_x = dequantized(tensor, torch.float64), codes.double() * steps.double()
+        got = linear(x.to(device)).cpu()
+        assert got.dtype == dtype
+        terms = exact_x.abs() @ exact_weight.abs().T
+        error = (got.double() - exact_x @ exact_weight.T).abs()
+        assert bool((error <= (3 * torch.finfo(dtype).eps + 2**-20) * terms + 1e-30).all())
+    assert linear.backend is backend
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3), (1, 1, 17), (0,)])

@@ -1,9 +1,12 @@
 """Every shipped recipe is a test: it loads, plans on a tiny model, and says what it does."""
 
+import re
+
 import pytest
 import yaml
 
 from qtool import pipeline, resources
+from qtool.folds import fold_names
 from qtool.modeling.locate import Location
 from qtool.recipe.load import load_recipe
 from qtool.recipe.names import built_in
@@ -34,13 +37,26 @@ def test_recipe_plans_on_a_tiny_model(name, tiny):
     assert plan.total_bytes < plan.source_bytes
 
 
-@pytest.mark.parametrize("name", built_in())
+ACTIVATIONS = re.compile(r"w(\d)a(\d)-(\w+?)(-static)?")
+
+
+@pytest.mark.parametrize("name", [*filter(ACTIVATIONS.fullmatch, built_in())])
+def test_name_tells_widths_of_weights_and_activations_and_the_fold(name):
+    found, recipe = ACTIVATIONS.fullmatch(name), load_recipe(name)
+    assert found is not None
+    assert recipe.activations is not None
+    assert recipe.weights.scheme.num_bits == int(found[1])
+    assert recipe.activations.num_bits == int(found[2])
+    assert recipe.activations.granularity == ("tensor" if found[4] else "token")
+    if found[3] in fold_names():
+        assert recipe.fold is not None
+        assert recipe.fold.name == found[3]
+
+
+@pytest.mark.parametrize("name", [name for name in built_in() if not name.startswith("w")])
 def test_name_tells_method_width_and_group(name):
-    weights = load_recipe(name).weights
-    if name.startswith("w"):  # named for what is special, such as w3-q-rater
-        assert name.startswith(f"w{weights.scheme.num_bits}")
-        return
     method, _, scheme = name.partition("-w")
+    weights = load_recipe(name).weights
     assert weights.method == method.split("-")[0]
     width, _, group = scheme.partition("g")
     assert weights.scheme.num_bits == int(width)

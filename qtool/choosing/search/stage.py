@@ -13,7 +13,7 @@ from qtool.choosing.search.units import SearchUnit, Setting
 from qtool.core.activations import fake_quantize
 from qtool.data.calibration import CalibrationSet, batches
 from qtool.errors import DataError
-from qtool.modeling.load import load_original
+from qtool.modeling.load import load_source
 from qtool.recipe.search import SearchSection
 from qtool.scheme import ActivationScheme
 from qtool.steps.plan import LayerPlan, load_method
@@ -152,7 +152,7 @@ class Stage:
         """Load the original and write down what it says."""
         source, env = self._run.source, self._run.env
         env.emit(Progress("loading the original"))
-        model = load_original(source.directory, env.device).requires_grad_(requires_grad=False)
+        model = load_source(source, env.device).requires_grad_(requires_grad=False)
         runs = PartialRuns(model, source.adapter.blocks)
         for track in self._tracks:
             track.inputs = [runs.inputs(tokens) for tokens in track.tokens]

@@ -5,7 +5,7 @@ import sys
 from qtool import plugins
 from qtool.base import ModelAdapter
 
-ALIKE = dict.fromkeys(("gemma", "mistral", "qwen2", "qwen3"), "llama")
+ALIKE = dict.fromkeys(("mistral", "qwen2", "qwen3"), "llama")
 """Model types that call their parts as another one does: they share its file."""
 
 

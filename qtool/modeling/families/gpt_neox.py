@@ -1,6 +1,6 @@
 """GPT-NeoX and Pythia (q, k, v interleaved in one linear)."""
 
-from qtool.base import ModelAdapter
+from qtool.base import ModelAdapter, Producer
 
 ADAPTER = ModelAdapter(
     blocks="gpt_neox.layers",
@@ -9,6 +9,12 @@ ADAPTER = ModelAdapter(
         ("attention.dense",),
         ("mlp.dense_h_to_4h",),
         ("mlp.dense_4h_to_h",),
+    ),
+    producers=(
+        Producer("input_layernorm"),
+        Producer("attention.query_key_value", "heads"),
+        Producer("post_attention_layernorm"),
+        Producer("mlp.dense_h_to_4h", "activation"),
     ),
     residual=("attention.dense", "mlp.dense_4h_to_h"),
     embedding="gpt_neox.embed_in",

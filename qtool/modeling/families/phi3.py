@@ -1,6 +1,6 @@
 """Phi-3 (q, k, v in one linear; gate and up in another)."""
 
-from qtool.base import ModelAdapter
+from qtool.base import ModelAdapter, Producer
 
 ADAPTER = ModelAdapter(
     blocks="model.layers",
@@ -9,6 +9,12 @@ ADAPTER = ModelAdapter(
         ("self_attn.o_proj",),
         ("mlp.gate_up_proj",),
         ("mlp.down_proj",),
+    ),
+    producers=(
+        Producer("input_layernorm"),
+        Producer("self_attn.qkv_proj", "attention"),
+        Producer("post_attention_layernorm"),
+        Producer("mlp.gate_up_proj", "gate"),
     ),
     residual=("self_attn.o_proj", "mlp.down_proj"),
     embedding="model.embed_tokens",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qtool.base import Fused, KernelBackend, QuantizedTensor
+from qtool.base import Fused, IntegerProduct, KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.runtime.decode import torch_ops
 from qtool.runtime.decode.ops import DecodeOps
@@ -36,6 +36,11 @@ class DenseBackend:
     def rows(self, index: Tensor, prepared: Projection) -> Tensor:
         """Return the rows that `index` names."""
         return torch.nn.functional.embedding(index, torch_ops.dense(prepared))
+
+    def integer_product(self, tensor: QuantizedTensor) -> IntegerProduct | None:
+        """Return None: torch multiplies floats."""
+        del tensor
+        return None
 
     def fuse(
         self, tensors: Sequence[QuantizedTensor], dtype: torch.dtype, *, interleave: bool = False

@@ -198,6 +198,9 @@ def _why_not_layer(layer: Any) -> str | None:  # noqa: ANN401
     others = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     if any(type(module) not in (nn.Linear, QuantizedLinear) for module in [*inputs, *others]):
         return "a linear layer was replaced by a module that the decoder doesn't know."
+    entries = [getattr(module, "entry", None) for module in [*inputs, *others]]
+    if any(entry is not None and entry.activation is not None for entry in entries):
+        return "inputs of its linear layers are quantized, and the decoder takes them as they are."
     if any(module.bias is not None for module in others):
         return "a linear layer other than query, key and value has a bias."
     if len({module.bias is None for module in inputs}) != 1:

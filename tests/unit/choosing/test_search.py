@@ -22,6 +22,7 @@ from qtool.errors import DataError, MethodError, MissingExtraError, RecipeError
 from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 from qtool.pipeline.quantize import open_samples
+from qtool.recipe.activations import ActivationsSection
 from qtool.recipe.schema import Recipe
 from qtool.recipe.search import SearchSection
 from qtool.steps.plan import make_plan
@@ -181,12 +182,15 @@ def test_a_run_that_goes_on_finds_what_it_would_have_found(
         with pytest.raises(StoppedError):
             quantized(llama, tmp_path / "out", chosen)
     again: list[str] = []
-    monkeypatch.setattr(
-        q_rater, "_searched", lambda *given: again.append(given[3].name) or searched(*given)
-    )
+
+    def counting(*arguments: Any) -> Any:
+        again.append(arguments[3].name)
+        return searched(*arguments)
+
+    monkeypatch.setattr(q_rater, "_searched", counting)
     resumed = quantized(llama, tmp_path / "out", chosen, resume=True)
     assert len(again) == 3
-    assert resumed.search | {"seconds": 0} == whole.search | {"seconds": 0}
+    assert {**resumed.search, "seconds": 0} == {**whole.search, "seconds": 0}
     assert lines_of(tmp_path / "out") == lines_of(tmp_path / "whole")
     weights = [file_hashes(tmp_path / name)["model.safetensors"] for name in ("out", "whole")]
     assert weights[0] == weights[1]
@@ -258,18 +262,19 @@ def test_the_grid_never_takes_what_loses_more_than_the_start(losses, keep):
 
 def test_tpe_starts_with_the_recipe_stays_in_the_lists_and_is_repeatable():
     pytest.importorskip("optuna")
-    section, tried = SearchSection(method="tpe", trials=20), []
-    for _ in range(2):
-        judge = Judge(
-            lambda setting: sum(abs((value or 0) - 0.8) for value in setting),
-            lambda setting: sum(abs((value or 0) - 0.8) for value in setting),
-        )
+    section = SearchSection(method="tpe", trials=20)
+
+    def measure(setting: Any) -> float:
+        return sum(abs((value or 0) - 0.8) for value in setting)
+
+    judges = [Judge(measure, measure) for _ in range(2)]
+    for judge in judges:
         try_settings(UNIT, judge, section, seed=3)
-        tried.append(judge.trials())
-    assert tried[0] == tried[1]
-    assert tried[0][0].setting == UNIT.start
-    assert {trial.setting[0] for trial in tried[0]} <= {None, 0.9, 0.8}
-    assert judge.best() == (0.8, 0.1)
+    first, second = (judge.trials() for judge in judges)
+    assert first == second
+    assert first[0].setting == UNIT.start
+    assert {trial.setting[0] for trial in first} <= {None, 0.9, 0.8}
+    assert judges[0].best() == (0.8, 0.1)
 
 
 def test_tpe_searches_a_model(llama, text_file, tmp_path):
@@ -322,3 +327,39 @@ def test_a_recipe_without_search_says_nothing_of_it():
 def test_impossible_keys_are_refused(keys):
     with pytest.raises(RecipeError, match="search"):
         recipe(search=keys)
+
+
+def test_numbers_of_inputs_are_searched_where_they_are_quantized_per_token(
+    llama, text_file, tmp_path, monkeypatch
+):
+    losses = iter([torch.ones(4), torch.zeros(4)])
+    monkeypatch.setattr(Stage, "final_losses", lambda *_: next(losses))
+    monkeypatch.setattr(q_rater, "clearly_less", lambda *_losses: True)
+    lists = {"clip_ratios": [], "roundings": [], "activation_clip_ratios": [0.7]}
+    asked = searching(text_file, **lists, activation_roundings=[-0.1, 0.1])
+    activations = ActivationsSection(num_bits=4)
+    chosen = asked.model_copy(update={"activations": activations})
+    keys = {knob.key for unit in planned(llama, chosen) for knob in unit.knobs if knob.of_inputs}
+    assert keys == {"clip_ratio", "rounding"}
+    result = quantized(llama, tmp_path / "out", chosen)
+    entries = CheckpointReader(tmp_path / "out").manifest.layers
+    found = {
+        f"{name}.activation_{key}": getattr(entry.activation, key)
+        for name, entry in entries.items()
+        for key in ("clip_ratio", "rounding")
+    }
+    assert result.search["found"]
+    assert result.search["found"].items() <= found.items()
+
+
+@pytest.mark.gpu
+def test_a_card_searches_as_a_cpu_does(llama, text_file, tmp_path):
+    from qtool.modeling.device import use_device
+
+    ends = []
+    for device in ("cpu", "cuda"):
+        with use_device(device):
+            found = quantized(llama, tmp_path / device, searching(text_file)).search
+        assert 0 < found["end"] <= found["start"]
+        ends.append(found["start"])
+    assert ends[0] == pytest.approx(ends[1], rel=0.1)

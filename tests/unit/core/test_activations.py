@@ -5,7 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.core.activations import fake_quantize, quantize_activations, step_sizes
+from qtool.core.activations import (
+    fake_quantize,
+    multiply_quantized,
+    quantize_activations,
+    step_sizes,
+)
 from qtool.errors import SchemeError
 from qtool.scheme import ActivationScheme
 
@@ -70,3 +75,35 @@ def test_a_token_of_zeros_stays_zero():
 def test_impossible_schemes_are_refused(fields):
     with pytest.raises(SchemeError):
         ActivationScheme(**fields)
+
+
+@given(bits=bits, seed=st.integers(0, 2**16))
+def test_a_product_is_that_of_codes_and_steps(bits, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 3, 33, dtype=torch.float64, generator=generator)
+    weight = torch.randn(7, 33, dtype=torch.float64, generator=generator)
+    scheme = ActivationScheme(num_bits=bits)
+    codes, steps = quantize_activations(x, scheme)
+    exact = (codes.double() @ weight.T) * steps.double()
+    got = multiply_quantized(x, scheme, lambda values: values @ weight.T)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_product_gets_codes_exactly_and_stays_in_range(dtype):
+    scheme = ActivationScheme()
+    x = torch.full((1, 4096), 3.0, dtype=dtype)
+    x[0, :255] = torch.linspace(-3, 3, 255).to(dtype)
+    weight = torch.full((1, 4096), 0.25, dtype=dtype)  # codes times it: 122,000, beyond float16
+    seen = []
+
+    def product(values):
+        seen.append(values)
+        return (values.float() @ weight.float().T).to(dtype)
+
+    got = multiply_quantized(x, scheme, product)
+    codes, steps = quantize_activations(x, scheme)
+    assert torch.equal(seen[0].double() * 128, codes.double())
+    exact = (codes.double() @ weight.double().T) * steps.double()
+    torch.testing.assert_close(got.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0)

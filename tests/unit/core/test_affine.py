@@ -4,7 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.core import affine
-from tests.helpers import normal
+from qtool.scheme import GROUP_DIMS, WeightScheme
+from qtool.steps.plan import load_method
+from tests.helpers import dequantized, normal, problem
 
 bit_widths = st.integers(1, 8)
 
@@ -105,3 +107,15 @@ def test_a_shift_of_a_quarter_sends_three_quarters_down():
     ones, zeros = torch.ones(1, 1), torch.full((1, 1), 4.0)
     codes = affine.nearest_codes(groups, ones, zeros, num_bits=3, rounding=0.25)
     assert (codes.float() - 4).flatten().tolist() == [0, 1, 0, -1, 1, 2]
+
+
+@pytest.mark.parametrize("group_dim", GROUP_DIMS)
+@pytest.mark.parametrize("group_size", [7, 16, None])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rounded_weight_is_what_rtn_stores(group_dim, group_size, symmetric):
+    scheme = WeightScheme(
+        num_bits=3, group_size=group_size, group_dim=group_dim, symmetric=symmetric
+    )
+    weight, method = normal(20, 40), load_method("rtn")
+    stored = method.solve(problem(weight, scheme), method.options()).tensor
+    assert torch.equal(affine.round_weight(weight, scheme), dequantized(stored))

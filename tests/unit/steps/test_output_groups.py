@@ -116,7 +116,7 @@ def test_resumed_run_gives_the_same_bytes_and_weighs_once(
 
     with pytest.raises(KeyboardInterrupt):
         pipeline.quantize(Location(llama), tmp_path / "out", chosen, emit=stop)
-    monkeypatch.setattr(weigh_tokens, "load_original", lambda *_: pytest.fail("weighed again"))
+    monkeypatch.setattr(weigh_tokens, "load_source", lambda *_: pytest.fail("weighed again"))
     pipeline.quantize(Location(llama), tmp_path / "out", chosen, resume=True)
     for name in ("model.safetensors", "config.json"):
         assert file_hashes(tmp_path / "out")[name] == file_hashes(tmp_path / "whole")[name]

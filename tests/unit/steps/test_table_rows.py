@@ -142,7 +142,7 @@ def test_table_of_one_width_is_solved_with_data(tiny, skewed, tmp_path, tied):
 
 
 def test_embedding_alone_is_solved_without_data(llama, skewed, tmp_path, monkeypatch):
-    monkeypatch.setattr(table_statistics, "load_original", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(table_statistics, "load_source", lambda *_: pytest.fail("measured"))
     pipeline.quantize(Location(llama), tmp_path / "data", recipe(skewed, embedding=table()))
     rounded = {"embedding": {"method": "rtn"}, "head": {"method": "rtn"}}
     pipeline.quantize(Location(llama), tmp_path / "rounded", recipe(skewed, **rounded))
@@ -187,7 +187,7 @@ def test_resumed_run_gives_the_same_bytes_and_measures_once(
 
     with pytest.raises(KeyboardInterrupt):
         pipeline.quantize(Location(directory), tmp_path / "out", chosen, emit=stop)
-    monkeypatch.setattr(table_statistics, "load_original", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(table_statistics, "load_source", lambda *_: pytest.fail("measured again"))
     pipeline.quantize(Location(directory), tmp_path / "out", chosen, resume=True)
     for name in ("model.safetensors", "config.json"):
         assert file_hashes(tmp_path / "out")[name] == file_hashes(tmp_path / "whole")[name]

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qtool.base import Fused, KernelBackend, QuantizedTensor
+from qtool.base import Fused, IntegerProduct, KernelBackend, QuantizedTensor
 from qtool.formats import affine, binary_coding, coded_scales, mixed_rows
-from qtool.runtime.backends.cuda import fusing, linear_kernels, mixed, operators
+from qtool.runtime.backends.cuda import fusing, integers, linear_kernels, mixed, operators
 from qtool.runtime.backends.cuda.decode_ops import HEAD_DIMS, KernelOps
 from qtool.runtime.backends.cuda.driver import card_of, launch, why_not_on
 from qtool.runtime.backends.cuda.fusing import HalfWeight
@@ -76,6 +76,10 @@ class CudaBackend:
         if prepared.tiles is not None:
             return operators.rows_operator(index, prepared)
         return _rows(index, prepared)
+
+    def integer_product(self, tensor: QuantizedTensor) -> IntegerProduct | None:
+        """Return integers for the tensor cores, of a weight with one scale per row."""
+        return integers.row_integers(tensor)
 
     def fuse(
         self, tensors: Sequence[QuantizedTensor], dtype: torch.dtype, *, interleave: bool = False

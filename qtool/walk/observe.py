@@ -1,0 +1,45 @@
+"""What several linears of a block see, in one run of it."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.errors import ModelError
+from qtool.walk.blocks import Block
+
+
+@torch.no_grad()
+def observe(
+    block: Block, linears: Sequence[str], hidden: Tensor, batch: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Run a whole block; return what goes into some of its linears and what comes out of it.
+
+    Args:
+        block: The block.
+        linears: Their names in it.
+        hidden: Its input, (samples, length, width).
+        batch: Which of the captured batches it is.
+
+    Returns:
+        By linear (tokens, in_features), and the block's output, like `hidden`.
+
+    Raises:
+        ModelError: a linear was never called, or the block can't run by itself.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def noting(linear: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, arguments: seen.update({linear: arguments[0].flatten(0, -2)})
+
+    with ExitStack() as hooks:
+        for linear in linears:
+            module = block.module.get_submodule(linear)
+            hooks.enter_context(module.register_forward_pre_hook(noting(linear)))
+        output = block.run(hidden, batch)
+    for linear in linears:
+        if linear not in seen:
+            raise ModelError(f"{linear} was never called: its inputs can't be measured.")
+    return seen, output
