@@ -24,6 +24,7 @@ EXTRAS = {
     "data": "datasets",
     "demo": "gguf",
     "report": "matplotlib",
+    "search": "optuna",
 }
 """What an extra is for: the module that stands for it."""
 

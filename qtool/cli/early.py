@@ -64,7 +64,7 @@ def check_recipe(model: "Location", recipe: "Recipe") -> None:
         QtoolError: as `make_plan`, which finds the rest.
     """
     from qtool.modeling.glance import glance
-    from qtool.steps.plan import check_request
+    from qtool.steps.request import check_request
 
     if model.path is None or not model.path.is_dir():
         return

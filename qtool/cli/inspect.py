@@ -30,12 +30,15 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(help="Draw what tuning gained: .png or .svg.")
     ] = None,
+    plot_search: Annotated[
+        Path | None, typer.Option(help="Draw what a search tried: .png or .svg.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Check a checkpoint and print what it holds."""
-    if wrong := wrong_plot_name(plot):
+    if wrong := [*wrong_plot_name(plot), *wrong_plot_name(plot_search)]:
         raise typer.BadParameter(wrong[0])
-    check_targets([json_file, plot])
+    check_targets([json_file, plot, plot_search])
     with progress() as emit:
         emit(Progress(f"opening {out_dir}"))
         from qtool.checkpoint.reader import CheckpointReader  # torch: slow
@@ -46,8 +49,7 @@ def inspect(
         sizes, memory = sizes_of(reader), memory_of(reader)
     manifest = reader.manifest
     verified = reader.verify() if verify else None
-    if plot is not None:
-        _plot_curves(out_dir, plot)
+    _draw(out_dir, plot, plot_search)
     figures = {
         "average_bits": manifest.average_bits(),
         "strict_bits": sizes.strict_bits,
@@ -129,11 +131,16 @@ def _inputs(entry: "LayerEntry") -> str:
     return "" if scheme is None else f", inputs {scheme.num_bits} bit per {scheme.granularity}"
 
 
-def _plot_curves(out_dir: Path, plot: Path) -> None:
-    from qtool.pipeline.reports import CURVES_NAME
+def _draw(out_dir: Path, curves: Path | None, trials: Path | None) -> None:
+    """Draw what tuning gained and what a search tried, as far as it is asked for."""
+    from qtool.pipeline.reports import CURVES_NAME, TRIALS_NAME
     from qtool.report.curves import draw_curves, read_curves
+    from qtool.report.trials import draw_trials, read_trials
 
-    draw_curves(plot, read_curves(out_dir / CURVES_NAME))
+    if curves is not None:
+        draw_curves(curves, read_curves(out_dir / CURVES_NAME))
+    if trials is not None:
+        draw_trials(trials, read_trials(out_dir / TRIALS_NAME))
 
 
 def _cells(entry: "LayerEntry") -> tuple[str, ...]:

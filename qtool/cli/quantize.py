@@ -107,7 +107,7 @@ def quantize(
     early.check_directory(calibration)
     kept = "Nothing was written." if dry_run else KEPT
     with progress(kept) as emit, early.opened([model], device, emit) as (where,):
-        from qtool.steps.plan import with_samples
+        from qtool.steps.request import with_samples
 
         if recipe is None and not any(text.startswith("calibration=") for text in overrides):
             chosen = with_samples(chosen)  # a recipe file says itself whether it takes data

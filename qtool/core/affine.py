@@ -95,9 +95,18 @@ def best_of_fits(
     return best_scales, best_zeros
 
 
-def nearest_codes(groups: Tensor, scales: Tensor, zero_points: Tensor, *, num_bits: int) -> Tensor:
-    """Return the nearest codes, (rows, num_groups, group_size) uint8."""
-    codes = groups / scales.float().unsqueeze(-1) + zero_points.unsqueeze(-1)
+def nearest_codes(
+    groups: Tensor, scales: Tensor, zero_points: Tensor, *, num_bits: int, rounding: float = 0.0
+) -> Tensor:
+    """Return the nearest codes, (rows, num_groups, group_size) uint8.
+
+    With `rounding` the thresholds between neighbours are shifted by that share of a step: above 0
+    towards zero goes what is nearly in the middle, on either side of zero alike.
+    """
+    steps = groups / scales.float().unsqueeze(-1)
+    if rounding:
+        steps = steps.sign() * (steps.abs() + (0.5 - rounding)).floor_()
+    codes = steps + zero_points.unsqueeze(-1)
     return codes.round_().clamp_(0, 2**num_bits - 1).to(torch.uint8)
 
 

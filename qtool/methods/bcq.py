@@ -46,6 +46,9 @@ class BcqOptions:
         tuple[Annotated[Number, Field(ge=1e-3, le=1)], ...], Field(max_length=100)
     ] = (1.0, 0.85, 0.7)
     """Uniform starts: fractions of the group's range that they cover."""
+    clip_ratio: Annotated[Number, Field(ge=1e-3, le=1)] = 1.0
+    """Fraction of the group's range that weights are drawn into before levels are fitted to them;
+    codes are those of the weights as they are."""
     greedy: bool = True
     """Also start from the greedy solution."""
     damping: Annotated[Number, Field(ge=hessian.MIN_DAMPING, le=hessian.MAX_DAMPING)] = 0.01
@@ -87,6 +90,9 @@ def _fit(problem: LayerProblem, importance: Tensor, options: BcqOptions) -> Tens
     """
     scheme = problem.scheme
     rows = grouping.split(grouping.to_rows(problem.weight, scheme), scheme.group_size)
+    if options.clip_ratio < 1:
+        low, high = rows.aminmax(dim=-1, keepdim=True)
+        rows = rows.clamp(options.clip_ratio * low, options.clip_ratio * high)
     scales, offsets, _ = alternating.fit(
         rows.flatten(0, 1),
         importance.repeat(len(rows), 1),

@@ -30,6 +30,8 @@ class GptqOptions:
     """Columns by descending diagonal, the same but group by group, or as they are."""
     clip_candidates: Annotated[WholeNumber, Field(ge=1, le=1000)] = 30
     """Clip ratios tried for each group, from 1 down to 0.4; 1 tries the whole range only."""
+    clip_ratio: Annotated[Number, Field(ge=1e-3, le=1)] | None = None
+    """One clip ratio for all groups, in place of those tried; null: each has its best."""
     polish_rounds: Annotated[WholeNumber, Field(ge=0, le=1000)] = 3
     """Rounds of coordinate descent on codes and least squares on scales; 0 is plain GPTQ."""
     column_block: Annotated[WholeNumber, Field(ge=1, le=1 << 20)] = 128
@@ -39,11 +41,14 @@ class GptqOptions:
 def quantize_gptq(problem: LayerProblem, options: GptqOptions) -> LayerSolution:
     """Quantize one weight with the Hessian of its inputs."""
     scheme, shape = problem.scheme, Shape2D(*problem.weight.shape)
+    tried = (
+        clip_ratios(options.clip_candidates) if options.clip_ratio is None else [options.clip_ratio]
+    )
     fit = partial(
         affine.fit_search,
         num_bits=scheme.num_bits,
         symmetric=scheme.symmetric,
-        clip_ratios=clip_ratios(options.clip_candidates),
+        clip_ratios=tried,
     )
     columns = ColumnOptions(
         damping=options.damping,

@@ -13,7 +13,7 @@ from qtool.base import LayerProblem, LayerSolution, Method
 from qtool.core import affine, grouping, metrics
 from qtool.formats import affine as affine_format
 from qtool.recipe.values import Number
-from qtool.scheme import Shape2D
+from qtool.scheme import MAX_SHIFT, Shape2D
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,8 @@ class RtnOptions:
 
     clip_ratio: Annotated[Number, Field(ge=1e-3, le=1)] = 1.0
     """Fraction of the group's range that the grid covers, above 0; below 1 clips outliers."""
+    rounding: Annotated[Number, Field(ge=-MAX_SHIFT, le=MAX_SHIFT)] = 0.0
+    """Shift of the threshold between two levels, in steps: above 0 more goes towards zero."""
 
 
 def quantize_rtn(problem: LayerProblem, options: RtnOptions) -> LayerSolution:
@@ -35,7 +37,9 @@ def quantize_rtn(problem: LayerProblem, options: RtnOptions) -> LayerSolution:
         symmetric=scheme.symmetric,
         clip_ratio=options.clip_ratio,
     )
-    codes = affine.nearest_codes(groups, scales, zero_points, num_bits=scheme.num_bits)
+    codes = affine.nearest_codes(
+        groups, scales, zero_points, num_bits=scheme.num_bits, rounding=options.rounding
+    )
     tensor = affine_format.encode_affine(codes, scales, zero_points, scheme, shape)
     error = metrics.nmse(problem.weight, affine_format.CODEC.dequantize(tensor, torch.float32))
     return LayerSolution(tensor, {"nmse": error})

@@ -12,6 +12,7 @@ from qtool.checkpoint.place import Place, check_free_space, find_place
 from qtool.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
 from qtool.choosing.choose import Allocation, check_choices, choose
 from qtool.choosing.choose_rows import choose_rows
+from qtool.choosing.search.q_rater import check_search, search_layers
 from qtool.data.calibration import CalibrationSet
 from qtool.data.calibration_files import load_calibration
 from qtool.modeling.device import default_device
@@ -19,7 +20,7 @@ from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource, open_source
 from qtool.pipeline.check import check_result
-from qtool.pipeline.reports import QuantizeResult, result_of, write_result
+from qtool.pipeline.reports import Decisions, QuantizeResult, result_of, write_result
 from qtool.recipe.schema import Recipe
 from qtool.steps.draw_calibration import check_samples, draw_calibration, wanted_lengths
 from qtool.steps.fold import fold
@@ -102,6 +103,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
     check_apart(place.out_dir, source.directory, _inputs(recipe, calib_dir))
     layer_plan = make_plan(source, recipe)
     check_choices(source, recipe, layer_plan)
+    check_search(source, recipe, layer_plan)
     _check_room(place, layer_plan)
     _warn_of_few_bits(layer_plan, recipe, emit)
     samples = samples or open_samples(source, recipe, calib_dir, emit)
@@ -126,15 +128,24 @@ def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:
             writer.publish()
         if writer.is_sealed or writer.has_ended:
             return result_of(place)
-        run = choose_rows(fold(run, writer), writer)
-        allocation = choose(run, writer)
-        if allocation is not None:
-            run = replace(run, plan=allocation.plan)
-            _check_room(place, run.plan)
+        run, decisions = _decide(run, writer)
+        _check_room(place, run.plan)
         solved = solve(run, writer)
         curves = settle(run, writer, solved)
         run.env.emit(Progress("assembling the result"))
-        return write_result(run, solved, curves, writer, started, allocation)
+        return write_result(run, solved, curves, writer, started, decisions)
+
+
+def _decide(run: Run, writer: CheckpointWriter) -> tuple[Run, Decisions]:
+    """Decide all that the recipe leaves open."""
+    run = choose_rows(fold(run, writer), writer)
+    allocation = choose(run, writer)
+    if allocation is not None:
+        run = replace(run, plan=allocation.plan)
+    found = search_layers(run, writer)
+    if found is not None:
+        run = replace(run, plan=found.plan)
+    return run, Decisions(allocation, found)
 
 
 def _inputs(recipe: Recipe, calib_dir: Path | None) -> list[Path]:

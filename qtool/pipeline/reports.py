@@ -15,6 +15,7 @@ from qtool.checkpoint.place import Place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.choosing.choose import Allocation
+from qtool.choosing.search.q_rater import Found
 from qtool.errors import CheckpointError
 from qtool.evaluation.closeness import Closeness
 from qtool.modeling.card import Provenance, model_card, read_licence
@@ -44,12 +45,23 @@ class QuantizeResult:
     `model`, KL to the original in nats per token."""
     choosing: Mapping[str, Any] = field(default_factory=dict)
     """What was chosen for all layers that were open; empty: none was. See `Allocation.summary`."""
+    search: Mapping[str, Any] = field(default_factory=dict)
+    """What a search found, and how long it took; empty: there was none. See `Found.summary`."""
     check: Closeness | None = None
     """How closely the result follows its original, if it was compared."""
 
 
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """What was decided before anything was solved; None: the recipe left nothing open."""
+
+    allocation: Allocation | None = None
+    found: Found | None = None
+
+
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 CURVES_NAME = "tuning.jsonl"
+TRIALS_NAME = "search.jsonl"
 NUMBERS = ("average_bits", "weight_bytes", "source_bytes", "seconds", "peak_memory_bytes", "device")
 OF_SAMPLES = (
     *("dataset", "sources", "samples", "tokens"),
@@ -63,7 +75,7 @@ def write_result(
     curves: Curves,
     writer: CheckpointWriter,
     started: float,
-    allocation: Allocation | None = None,
+    decisions: Decisions,
 ) -> QuantizeResult:
     """Write all files of a result, `started` in seconds of `perf_counter`, and give it its name.
 
@@ -81,7 +93,8 @@ def write_result(
         device=run.env.device,
         layers=results,
         tuning=_gains(curves),
-        choosing={} if allocation is None else allocation.summary(),
+        choosing=decisions.allocation.summary() if decisions.allocation else {},
+        search=decisions.found.summary() if decisions.found else {},
     )
     manifest = _manifest(run, results, writer.digests())
     files = run.source.companions()
@@ -89,6 +102,8 @@ def write_result(
     files["README.md"] = card.encode()
     if curves:
         files[CURVES_NAME] = _curve_lines(curves)
+    if decisions.found is not None:
+        files[TRIALS_NAME] = _lines(decisions.found.lines())
     names = sorted({*files, REPORT_NAME, CONFIG_NAME})
     samples = run.calibration.provenance if run.calibration else {}
     files[REPORT_NAME] = _report_bytes(result, samples, run=writer.run_digest, files=names)
@@ -109,8 +124,11 @@ def _gains(curves: Curves) -> dict[str, tuple[float, float]]:
 
 
 def _curve_lines(curves: Curves) -> bytes:
-    lines = [{"of": what, **point} for what, curve in curves.items() for point in curve]
-    return "".join(json_text(line, indent=None) + "\n" for line in lines).encode()
+    return _lines([{"of": what, **point} for what, curve in curves.items() for point in curve])
+
+
+def _lines(values: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json_text(value, indent=None) + "\n" for value in values).encode()
 
 
 def _manifest(run: Run, results: tuple[LayerResult, ...], digests: dict[str, str]) -> Manifest:
@@ -172,7 +190,7 @@ def _report_bytes(
         **{key: values[key] for key in NUMBERS},
         "calibration": {key: samples[key] for key in OF_SAMPLES if key in samples},
         "tuning": values["tuning"],
-        **({"choosing": values["choosing"]} if values["choosing"] else {}),
+        **{key: values[key] for key in ("choosing", "search") if values[key]},
         "layers": layers,
     }
     return (json_text(report) + "\n").encode()
@@ -194,6 +212,7 @@ def result_of(place: Place) -> QuantizeResult:
             layers=layers,
             tuning=tuning,
             choosing=report.get("choosing", {}),
+            search=report.get("search", {}),
             **numbers,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -17,6 +17,7 @@ from qtool.recipe.choosing import ChoosingSection
 from qtool.recipe.folding import FoldSection
 from qtool.recipe.rows import RowsSection
 from qtool.recipe.schemes import SchemeSection, check_scheme_keys
+from qtool.recipe.search import SearchSection
 from qtool.recipe.tuning import TuningSection
 from qtool.recipe.values import (
     MOST_LENGTH,
@@ -222,6 +223,8 @@ class Recipe(Section):
     """Absent: nothing is learned."""
     choosing: ChoosingSection | None = None
     """Absent: every layer has the bits of `weights`."""
+    search: SearchSection | None = None
+    """Absent: every layer has the options of `weights`."""
     embedding: TableSection | None = None
     """Absent: the embedding stays in 16 bit. With tied weights it covers the head."""
     head: TableSection | None = None
@@ -232,7 +235,7 @@ class Recipe(Section):
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out sections that came later, where they are absent."""
         values: dict[str, Any] = handler(self)
-        for name in ("activations", "choosing", "fold"):
+        for name in ("activations", "choosing", "fold", "search"):
             if values.get(name) is None:
                 values.pop(name, None)
         return values

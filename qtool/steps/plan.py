@@ -1,27 +1,25 @@
 """Plan a run without reading a weight: which layers, which scheme, how many bytes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
-from qtool.base import Method, ModelAdapter
+from qtool.base import Method
 from qtool.checkpoint.manifest import num_bytes
 from qtool.errors import ModelError, RecipeError
 from qtool.formats._dtypes import item_bytes
 from qtool.modeling.source import ModelSource
-from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
+from qtool.recipe.schema import Recipe, TableSection, WeightsSection, resolve
 from qtool.scheme import ActivationScheme, GroupDim, Shape2D, WeightScheme
-from qtool.steps.activation_ranges import check_inputs, has_static_inputs, known_scheme
+from qtool.steps.activation_ranges import known_scheme
 from qtool.steps.beside import beside_linears, check_rest
-from qtool.steps.check_fold import check_fold, check_folded
-from qtool.steps.method_choice import MethodChoice, check_bits, check_tunable, methods_of
+from qtool.steps.check_fold import check_folded
+from qtool.steps.method_choice import MethodChoice, methods_of
 from qtool.steps.method_choice import load_method as load_method
 from qtool.steps.options import read_options
-from qtool.steps.table_rows import check_rows, expected_scheme, parts_of
-
-Role = Literal["block", "embedding", "head"]
+from qtool.steps.request import Role, check_request
+from qtool.steps.table_rows import expected_scheme, parts_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,86 +115,6 @@ def parse_options(method_name: str, method: Method, values: Mapping[str, Any]) -
     return read_options(method_name, method.options, values, "weights.options")
 
 
-def with_samples(recipe: Recipe) -> Recipe:
-    """Return the recipe with default samples, if its method does better with data or it tunes."""
-    overridden = (override.method for override in recipe.weights.overrides)
-    names = {recipe.weights.method, *recipe.weights.choose.method}
-    names |= {name for name in overridden if name is not None}
-    methods = [load_method(name) for name in sorted(names)]
-    counts = any(table is not None and table.rows for table in (recipe.embedding, recipe.head))
-    sections = (recipe.choosing, recipe.fold)
-    learns = recipe.tuning.is_on or any(section is not None for section in sections)
-    sees = counts or learns or has_static_inputs(recipe)
-    wanted = sees or any(method.needs | method.uses for method in methods)
-    if recipe.calibration is not None or not wanted:
-        return recipe
-    return recipe.model_copy(update={"calibration": CalibrationSection()})
-
-
-def check_request(
-    recipe: Recipe, adapter: ModelAdapter, linears: Sequence[str], others: Sequence[str]
-) -> None:
-    """Check what the names of the layers decide: found before the model is built.
-
-    Linears and others are the dotted names of all linears of the decoder blocks, and of what else
-    these are made of, which an override may skip.
-
-    Raises:
-        RecipeError: an option is wrong, an override matches nothing, or a method lacks its data.
-        SchemeError: a method doesn't have the bits.
-        UnknownNameError: there is no such method.
-    """
-    _check_overrides(recipe, linears, others)
-    choose = recipe.weights.choose
-    if recipe.calibration is None and (choose.group_dim or choose.method):
-        raise RecipeError("weights.choose needs calibration data to choose by.")
-    if recipe.calibration is None and recipe.tuning.is_on:
-        raise RecipeError(
-            "tuning needs calibration data to learn from. Give the recipe a section 'calibration', "
-            "or leave out --no-calibration."
-        )
-    if recipe.calibration is None and recipe.choosing is not None:
-        raise RecipeError(
-            "choosing needs calibration data to tell what bits are worth. Give the recipe a "
-            "section 'calibration', or leave out --no-calibration."
-        )
-    check_inputs(recipe)
-    check_fold(recipe, adapter)
-    blocks = ((name, "block", resolve(recipe.weights, name)) for name in linears)
-    tables = (
-        (adapter.embedding, "embedding", recipe.embedding),
-        (adapter.head, "head", recipe.head),
-    )
-    for name, role, section in (*blocks, *tables):
-        if section is not None:
-            _check_section(name, role, section, recipe)
-
-
-def _check_section(
-    name: str, role: str, section: WeightsSection | TableSection, recipe: Recipe
-) -> None:
-    method, calibrated = load_method(section.method), recipe.calibration is not None
-    choice, num_bits = methods_of(section), section.scheme.num_bits
-    check_bits(name, choice, num_bits, f"num_bits is {num_bits}")
-    if role == "block" and recipe.tuning.is_on:
-        check_tunable(name, choice)
-    if isinstance(section, TableSection) and section.rows is not None:
-        check_rows(name, section, method, choice[0][1], calibrated=calibrated)
-    if method.needs and role != "block":
-        raise RecipeError(
-            f"{name}: '{section.method}' needs calibration data, and an {role} is "
-            "quantized without. Use 'rtn' or 'bcq' for it.",
-            layer=name,
-        )
-    if method.needs and not calibrated:
-        raise RecipeError(
-            f"{name}: '{section.method}' needs calibration data. Give the recipe a section "
-            "'calibration' (an empty one draws from the bundled text), or pass "
-            "--calibration DIR.",
-            layer=name,
-        )
-
-
 def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
     """Apply a recipe to a model; every option is checked here, before any weight is read.
 
@@ -257,16 +175,6 @@ def _check_names(source: ModelSource, layers: tuple[LayerPlan, ...], kept: tuple
             f"{source.directory}: a tensor is named {taken[0]}, as quantizing names what it writes "
             "for that layer. Rename it, or skip the layer with an override."
         )
-
-
-def _check_overrides(recipe: Recipe, names: Sequence[str], others: Sequence[str]) -> None:
-    for number, override in enumerate(recipe.weights.overrides):
-        known = (*names, *others) if override.skip else names
-        if not any(fnmatchcase(name, override.match) for name in known):
-            raise RecipeError(
-                f"weights.overrides.{number}.match is {override.match!r}, which matches none of "
-                f"the {len(names)} layers; the first is {names[0]}."
-            )
 
 
 def _layers(source: ModelSource, recipe: Recipe) -> Iterator[LayerPlan]:

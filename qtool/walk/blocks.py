@@ -21,6 +21,7 @@ from qtool.modeling.filling import empty_own, fill, fill_own, weightless
 from qtool.modeling.source import ModelSource
 from qtool.scheme import ActivationScheme
 from qtool.walk.calls import Call, Calls, Note, Recorder
+from qtool.walk.stand_in import Stop
 from qtool.wording import reason
 
 
@@ -86,7 +87,7 @@ class BlockModel:
             with self._recorded(note):
                 for tokens in batches:
                     calls.clear()
-                    with _failures_of_its_code(str(self.source.directory)):
+                    with failures_of_its_code(str(self.source.directory)):
                         self._model.base_model(tokens.to(self.device), use_cache=False)
                     hidden.append(calls[0][0].cpu())
                     self._calls.add([call for _, call in calls])
@@ -130,12 +131,8 @@ class BlockModel:
         return Block(block, prefix, self._calls.of(index))
 
 
-class _Stop(Exception):  # noqa: N818
-    """Ends a forward pass when what was wanted has been seen."""
-
-
 @contextmanager
-def _failures_of_its_code(what: str) -> Iterator[None]:
+def failures_of_its_code(what: str) -> Iterator[None]:
     """Turn what a model's code raises into one sentence, but for too little memory."""
     try:
         yield
@@ -204,7 +201,7 @@ class Block:
     def _call(self, hidden: Tensor, call: Call) -> Any:  # noqa: ANN401
         call = call.on(self._device)
         hidden = hidden.to(self._device, non_blocking=True)
-        with _failures_of_its_code(self._name):
+        with failures_of_its_code(self._name):
             return self._module(hidden, *call.arguments, **call.keywords)
 
     @torch.no_grad()
@@ -220,10 +217,10 @@ class Block:
 
         def stop(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
             seen.append(arguments[0])
-            raise _Stop
+            raise Stop
 
         module = self._module.get_submodule(linear)
-        with module.register_forward_pre_hook(stop, prepend=True), suppress(_Stop):
+        with module.register_forward_pre_hook(stop, prepend=True), suppress(Stop):
             self.run(hidden, batch)
         if not seen:
             raise ModelError(f"{linear} was never called: its inputs can't be measured.")

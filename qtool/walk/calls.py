@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qtool.walk.stand_in import StandIn, as_output
+
 
 class Call(NamedTuple):
     """What a block is called with beside its input: masks, positions, rotary embeddings."""
@@ -72,25 +74,16 @@ class Calls:
 Note = Callable[[Tensor, Call], tuple[Any, ...] | None]
 
 
-class Recorder(nn.Module):
-    """Stands in for a block: notes what it is called with, and returns its input as a block would.
+class Recorder(StandIn):
+    """Notes what a block is called with, and returns its input as a block would.
 
     `note` says what follows the hidden states in a block's output; None: the output is no tuple.
     """
 
     def __init__(self, block: nn.Module, note: Note) -> None:
-        super().__init__()
-        self._block = (block,)
+        super().__init__(block)
         self._note = note
 
     def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401
         """Return what the block would, its input in place of its output."""
-        rest = self._note(hidden, Call(arguments, keywords))
-        return hidden if rest is None else (hidden, *rest)
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        """Answer for the block: models look at attributes such as its kind of attention."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_block"][0], name)
+        return as_output(hidden, self._note(hidden, Call(arguments, keywords)))

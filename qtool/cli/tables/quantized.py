@@ -27,6 +27,7 @@ def print_quantized(result: "QuantizeResult", json_file: Path | None) -> None:
             f"({result.weight_bytes / result.source_bytes:.0%} of the original)",
         ),
         *_choosing_rows(result),
+        *_search_rows(result),
         *_error_rows(result),
         *(
             (f"tuned {what}", f"{was:.3g} -> {now:.3g}")
@@ -52,6 +53,19 @@ def _choosing_rows(result: "QuantizeResult") -> list[tuple[str, str]]:
         ("bits chosen, on average", bits),
         ("KL foretold, without calibration", f"{found['divergence']:.3g} nats per token"),
     ]
+
+
+def _search_rows(result: "QuantizeResult") -> list[tuple[str, str]]:
+    """Return what was searched, if anything was."""
+    found = result.search
+    if not found:
+        return []
+    losses = f"{found['start']:.4f} -> {found['end']:.4f} nats per token on held-out samples"
+    effort = (
+        f"{len(found['found'])} numbers changed, by {found['evaluations']} losses of the model "
+        f"and {found['block_evaluations']} errors of blocks, in {found['seconds']:.0f} s"
+    )
+    return [("KL that the search began and ended with", losses), ("searched", effort)]
 
 
 def _error_rows(result: "QuantizeResult") -> list[tuple[str, str]]:

@@ -82,6 +82,33 @@ def test_clipping_shrinks_the_scale_in_proportion():
     assert torch.allclose(half, whole / 2, rtol=1e-3)
 
 
+@given(num_bits=bit_widths, rounding=st.floats(-0.25, 0.25), seed=st.integers(0, 1000))
+def test_a_shift_moves_thresholds_towards_zero_alike_on_both_sides(num_bits, rounding, seed):
+    groups = normal(3, 2, 17, seed=seed)
+    scales, zeros = fit(groups, num_bits, symmetric=True)
+    zeros = zeros.float()
+    widest = 2 ** (num_bits - 1) - 1  # beyond it the grid has a level on one side only
+
+    def steps(values, shift):
+        found = affine.nearest_codes(values, scales, zeros, num_bits=num_bits, rounding=shift)
+        return (found.float() - zeros.unsqueeze(-1)).clamp(-widest, widest)
+
+    shifted, plain = steps(groups, rounding), steps(groups, 0.0)
+    assert torch.equal(steps(-groups, rounding), -shifted)
+    moved = (shifted - plain) * groups.sign()
+    assert set(moved.unique().tolist()) <= {0.0, -1.0 if rounding > 0 else 1.0}
+    exact = (groups / scales.float().unsqueeze(-1)).abs()
+    in_band = (exact % 1 - 0.5).abs() <= abs(rounding) + 1e-5
+    assert bool((in_band | (moved == 0)).all())
+
+
+def test_a_shift_of_a_quarter_sends_three_quarters_down():
+    groups = torch.tensor([[[0.74, 0.76, -0.74, -0.76, 1.74, 1.76]]])
+    ones, zeros = torch.ones(1, 1), torch.full((1, 1), 4.0)
+    codes = affine.nearest_codes(groups, ones, zeros, num_bits=3, rounding=0.25)
+    assert (codes.float() - 4).flatten().tolist() == [0, 1, 0, -1, 1, 2]
+
+
 @pytest.mark.parametrize("group_dim", GROUP_DIMS)
 @pytest.mark.parametrize("group_size", [7, 16, None])
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -9,7 +9,8 @@ from qtool.errors import ModelError, QtoolError, RecipeError, SchemeError, Unkno
 from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 from qtool.recipe.load import recipe_from_mapping
-from qtool.steps.plan import make_plan, with_samples
+from qtool.steps.plan import make_plan
+from qtool.steps.request import with_samples
 from tests.helpers import recipe
 
 RTN4 = {"method": "rtn", "scheme": {"num_bits": 4, "group_size": 32}}
