@@ -114,10 +114,14 @@ def _apply_overrides(document: PlacedValues, overrides: Iterable[str]) -> Placed
     """Lay assignments over a document, those of a name first: it drops the old one's options."""
     values, places = document.values, dict(document.places)
     assignments = [_assignment(text) for text in overrides]
-    for path, value, place in sorted(assignments, key=lambda one: one[0][-1] not in NAMES_A_PLUGIN):
+    for path, value, place in sorted(assignments, key=lambda one: not _names_a_plugin(one[0])):
         values = _assigned(values, path, value, place)
         places[tuple(int(part) if part.isdecimal() else part for part in path)] = place
     return PlacedValues(values, places)
+
+
+def _names_a_plugin(path: tuple[str, ...]) -> bool:
+    return path[-1] in NAMES_A_PLUGIN and path[-2:-1] != ("choose",)  # those are to choose from
 
 
 def _assignment(text: str) -> tuple[tuple[str, ...], Any, str]:

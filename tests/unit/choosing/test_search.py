@@ -335,7 +335,11 @@ def test_numbers_of_inputs_are_searched_where_they_are_quantized_per_token(
     losses = iter([torch.ones(4), torch.zeros(4)])
     monkeypatch.setattr(Stage, "final_losses", lambda *_: next(losses))
     monkeypatch.setattr(q_rater, "clearly_less", lambda *_losses: True)
-    lists = {"clip_ratios": [], "roundings": [], "activation_clip_ratios": [0.7]}
+    lists: dict[str, Any] = {
+        "clip_ratios": [],
+        "roundings": [],
+        "activation_clip_ratios": [0.7],
+    }
     asked = searching(text_file, **lists, activation_roundings=[-0.1, 0.1])
     activations = ActivationsSection(num_bits=4)
     chosen = asked.model_copy(update={"activations": activations})
