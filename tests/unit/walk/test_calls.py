@@ -95,6 +95,8 @@ class FakeSource:
     def read(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
+    read_exact = read
+
 
 def test_stored_buffers_are_read_and_others_stay_as_the_class_made_them():
     weight, scale = normal(2), normal(2, seed=1)
