@@ -51,8 +51,10 @@ class SolvedColumns:
     """Says why, where it wasn't."""
 
 
-def clip_ratios(count: int) -> list[float]:
-    """Return so many fractions of a group's range to try, from 1 down to `SMALLEST_RATIO`."""
+def clip_ratios(count: int, only: float | None) -> list[float]:
+    """Return fractions of a group's range to try: `only` one, or so many, from 1 down to 0.4."""
+    if only is not None:
+        return [only]
     step = (1 - SMALLEST_RATIO) / max(count - 1, 1)
     return [1 - i * step for i in range(count)]
 

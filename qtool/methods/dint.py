@@ -40,12 +40,12 @@ class DintOptions:
 
 def quantize_dint(problem: LayerProblem, options: DintOptions) -> LayerSolution:
     """Quantize one weight, under the Hessian of its inputs if there is one."""
-    scheme, ratio = problem.scheme, options.clip_ratio
+    scheme = problem.scheme
     fit = partial(
         dint.search_dint,
         num_bits=scheme.num_bits,
         symmetric=scheme.symmetric,
-        clip_ratios=clip_ratios(options.clip_candidates) if ratio is None else [ratio],
+        clip_ratios=clip_ratios(options.clip_candidates, options.clip_ratio),
     )
     if "hessian" in problem.statistics:
         return _calibrated(problem, options, fit)

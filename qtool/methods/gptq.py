@@ -41,14 +41,11 @@ class GptqOptions:
 def quantize_gptq(problem: LayerProblem, options: GptqOptions) -> LayerSolution:
     """Quantize one weight with the Hessian of its inputs."""
     scheme, shape = problem.scheme, Shape2D(*problem.weight.shape)
-    tried = (
-        clip_ratios(options.clip_candidates) if options.clip_ratio is None else [options.clip_ratio]
-    )
     fit = partial(
         affine.fit_search,
         num_bits=scheme.num_bits,
         symmetric=scheme.symmetric,
-        clip_ratios=tried,
+        clip_ratios=clip_ratios(options.clip_candidates, options.clip_ratio),
     )
     columns = ColumnOptions(
         damping=options.damping,

@@ -37,16 +37,23 @@ def methods_of(section: WeightsSection | TableSection) -> MethodChoice:
             f"weights.method, which is {quoted(section.method)}, and name each method once.",
             key="weights.choose.method",
         )
-    found = [(section.method, _options(section.method, section.options))]
+    first = load_method(section.method)
+    found = [(section.method, parse_options(section.method, first, section.options))]
     for name in others[1:]:
-        known = {field.name for field in fields(load_method(name).options)}
+        method = load_method(name)
+        known = {field.name for field in fields(method.options)}
         values = {key: value for key, value in section.options.items() if key in known}
-        found.append((name, _options(name, values)))
+        found.append((name, parse_options(name, method, values)))
     return tuple(found)
 
 
-def _options(name: str, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    return read_options(name, load_method(name).options, values, "weights.options")
+def parse_options(name: str, method: Method, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Return the options of a method, by its name.
+
+    Raises:
+        RecipeError: unknown key, wrong type or impossible value.
+    """
+    return read_options(name, method.options, values, "weights.options")
 
 
 def check_bits(layer: str, choice: MethodChoice, num_bits: int, said: str) -> None:

@@ -1,11 +1,10 @@
 """Plan a run without reading a weight: which layers, which scheme, how many bytes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from qtool.base import Method
 from qtool.checkpoint.manifest import num_bytes
 from qtool.errors import ModelError, RecipeError
 from qtool.formats._dtypes import item_bytes
@@ -17,7 +16,6 @@ from qtool.steps.beside import beside_linears, check_rest
 from qtool.steps.check_fold import check_folded
 from qtool.steps.method_choice import MethodChoice, methods_of
 from qtool.steps.method_choice import load_method as load_method
-from qtool.steps.options import read_options
 from qtool.steps.request import Role, check_request
 from qtool.steps.table_rows import expected_scheme, parts_of
 
@@ -106,15 +104,6 @@ class Plan:
         return 8 * sum(layer.num_bytes for layer in self.layers) / max(weights, 1)
 
 
-def parse_options(method_name: str, method: Method, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    """Return the method's options.
-
-    Raises:
-        RecipeError: unknown key, wrong type or impossible value.
-    """
-    return read_options(method_name, method.options, values, "weights.options")
-
-
 def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
     """Apply a recipe to a model; every option is checked here, before any weight is read.
 
@@ -197,11 +186,8 @@ def _layers(source: ModelSource, recipe: Recipe) -> Iterator[LayerPlan]:
 def _plan_layer(
     source: ModelSource, name: str, role: Role, section: WeightsSection | TableSection
 ) -> LayerPlan:
-    choice, scheme, shape = (
-        methods_of(section),
-        section.scheme.to_scheme(),
-        source.weight_shape(name),
-    )
+    choice = methods_of(section)
+    scheme, shape = section.scheme.to_scheme(), source.weight_shape(name)
     if isinstance(section, TableSection) and section.rows is not None:
         scheme = expected_scheme(section.rows, scheme, shape)
     plan = LayerPlan(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qtool.base import Env, LayerProblem, LayerSolution, Notice
 from qtool.checkpoint.manifest import codec
+from qtool.core.affine import round_weight
 from qtool.core.moments import OutputErrors, added_error
 from qtool.recipe.schema import CalibrationSection
 from qtool.steps.plan import LayerPlan, load_method
@@ -50,7 +51,7 @@ def solve_calibrated(
     errors = [sum(part.error(each) for part in parts) for each in candidates]
     added = [sum(part.added(each) for part in parts) for each in candidates]
     best = best_of(errors, clearly=CLEARLY * added[0])
-    nearest = round_to_nearest(alternatives[best], weight)
+    nearest = round_weight(weight, alternatives[best].scheme)
     rounded = sum(part.error(nearest) for part in parts)
     added_rounded = sum(part.added(nearest, shifted=False) for part in parts)
     power = sum(part.measure.power for part in parts)
@@ -78,10 +79,8 @@ def solve_calibrated(
 
 def _names(alternatives: Sequence[LayerPlan]) -> list[str]:
     """Name alternatives by what they differ in: group dimension, method, or both."""
-    dims, methods = (
-        [one.scheme.group_dim for one in alternatives],
-        [one.method for one in alternatives],
-    )
+    dims = [one.scheme.group_dim for one in alternatives]
+    methods = [one.method for one in alternatives]
     if len(set(methods)) == 1:
         return list(dims)
     if len(set(dims)) == 1:
@@ -146,14 +145,6 @@ def _joined(solutions: Sequence[LayerSolution]) -> LayerSolution:
 
 def _dequantized(solution: LayerSolution) -> Tensor:
     return codec(solution.tensor.format).dequantize(solution.tensor, torch.float32)
-
-
-def round_to_nearest(layer: LayerPlan, weight: Tensor) -> Tensor:
-    """Return the weight as `rtn` would leave it with this scheme: what a solver has to beat."""
-    rtn = load_method("rtn")
-    problem = LayerProblem(name=layer.name, weight=weight, scheme=layer.scheme)
-    tensor = rtn.solve(problem, rtn.options()).tensor
-    return codec(tensor.format).dequantize(tensor, torch.float32)
 
 
 def best_of(errors: Sequence[float], *, clearly: float) -> int:

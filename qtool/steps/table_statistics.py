@@ -27,12 +27,12 @@ from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.core import hessian
+from qtool.core.affine import round_weight
 from qtool.data.calibration import batches, some_samples
 from qtool.errors import MethodError
 from qtool.modeling.load import load_source
 from qtool.steps.plan import LayerPlan, load_method
 from qtool.steps.run import Run
-from qtool.steps.solve_calibrated import round_to_nearest
 from qtool.steps.solve_table import solve_alone
 from qtool.training.divergence import divergence
 
@@ -229,7 +229,7 @@ def _rounded(run: Run, model: CausalModel) -> dict[str, Tensor]:
     tensor = solve_alone(few, weight.float(), run.env).tensor
     tables = {
         "of_embedding": codec(tensor.format).dequantize(tensor, torch.float32),
-        "of_head": round_to_nearest(layer.uniform(PROBED_BITS), weight.float()),
+        "of_head": round_weight(weight.float(), layer.scheme.uniform(PROBED_BITS)),
     }
     return {use: table.to(weight.dtype) for use, table in tables.items()}
 

@@ -14,7 +14,7 @@ from qtool.checkpoint.manifest import codec
 from qtool.core.hessian import relative_loss
 from qtool.errors import QtoolError, SchemeError
 from qtool.scheme import GROUP_DIMS, GroupDim, Shape2D, WeightScheme
-from qtool.steps.plan import load_method, parse_options
+from qtool.steps.method_choice import load_method, parse_options
 from tests.helpers import dequantized, normal, problem, statistics
 
 METHODS = plugins.names(qtool.methods)

@@ -7,7 +7,7 @@ import torch
 
 from qtool.errors import RecipeError
 from qtool.scheme import WeightScheme
-from qtool.steps.plan import load_method, parse_options
+from qtool.steps.method_choice import load_method, parse_options
 from tests.helpers import dequantized, normal, problem, statistics
 
 SCHEME = WeightScheme(num_bits=3, group_size=16)

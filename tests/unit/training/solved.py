@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qtool.base import QuantizedTensor
 from qtool.scheme import WeightScheme
-from qtool.steps.plan import load_method, parse_options
+from qtool.steps.method_choice import load_method, parse_options
 from tests.helpers import problem
 
 QUICK = {"rounds": 3, "clip_ratios": [1.0], "greedy": False}
