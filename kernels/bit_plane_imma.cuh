@@ -1,7 +1,7 @@
 // y = x W^T for a binary-coded W with groups of a multiple of 64 along in_features, 1 or 2 tokens
 // (COLUMNS). Raw bit planes are the A operand of mma.m16n8k32 on bytes: a bit at position p of a byte
 // is 2^p, so one AND per register makes an operand of *four* bits, half as many as in
-// bit_plane_mma.cu. x becomes an integer of 23 bits, shifted left so that the positions cancel, and
+// bit_plane_mma.cuh. x becomes an integer of 23 bits, shifted left so that the positions cancel, and
 // its four signed bytes are four columns of B: all sums of a group are exact integers. What turns
 // {0, 1} into {-1, +1} is a product with the sum of x, beside the offset's.
 #include "bit_planes.cuh"

@@ -2,7 +2,7 @@
 // Raw bit planes are the A operand of mma.m16n8k16: a bit at position p of a float16 *is* the
 // subnormal 2^(p - 24), so one AND per register makes an operand of two bits. The position's power of
 // two is folded into x, the start value of the accumulator turns {0, 1} into {-1, +1}, and a plane's
-// scale is applied once per group, in float32. bit_plane_imma.cu needs half the ANDs, for 1 or 2
+// scale is applied once per group, in float32. bit_plane_imma.cuh needs half the ANDs, for 1 or 2
 // tokens. kernels/README.md has the measurements behind the choices.
 #include "bit_planes.cuh"
 

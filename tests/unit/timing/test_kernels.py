@@ -157,4 +157,3 @@ def test_a_head_of_unlike_rows_is_timed_by_the_bytes_of_its_classes():
     assert together == {(30, 2, 1, 66, 5, 1, *[0] * 6)}, "rows, tiles and blocks of each class"
     by_itself = {call.numbers[0] for call in launched if call.kernel == "dequantize"}
     assert by_itself == {30, 66}, "of many tokens"
-    )
