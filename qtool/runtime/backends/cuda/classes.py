@@ -18,6 +18,7 @@ from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, c
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight, by_planes
 from qtool.runtime.backends.cuda.planes import Layout, Product, Target
 from qtool.runtime.backends.cuda.selection import Tuning
+from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 
 MOST_CLASSES = 4
 """Of one launch: the kernel has arguments for so many."""
@@ -155,7 +156,7 @@ def classes_call(
         threads=tuning.warps * WARP,
         shared_bytes=planned.shared_bytes,
         numbers=(*sizes, *chain.from_iterable(each)),
-        zeros=columns * blocks * tuning.warps * planes.TILE_ROWS * product.columns,
+        zeros=columns * blocks * tuning.warps * TILE_ROWS * product.columns,
         dependent=dependent,
     )
 
