@@ -112,6 +112,19 @@ def test_what_has_no_room_beside_the_others_runs_before_them(batch):
     assert (y.double() - expected).norm() < 1e-3 * expected.norm()
 
 
+@pytest.mark.parametrize(("batch", "multiprocessors"), [(1, 23), (2, 7), (5, 12), (19, 12)])
+@pytest.mark.parametrize("inputs", [1024, 700])
+def test_tiles_that_cross_blocks_are_added_up_within_their_class(batch, multiprocessors, inputs):
+    tensor, weight = prepare(((4, 50), (3, 33), (2, 130)), inputs)
+    card, launch, x = Card(multiprocessors, 227 * 1024), Recorder(), normal(batch, inputs).half()
+    y = mixed.multiply_mixed(x, weight, launch, card, kernel="planes")
+    (call,) = launch.calls
+    assert call.grid == (multiprocessors, 1, -(-batch // 16))
+    assert sum(call.numbers[7::3]) == multiprocessors, "a block of each class and more"
+    expected = x.double() @ dequantized(tensor, torch.float64).T
+    assert (y.double() - expected).norm() < 1e-3 * expected.norm()
+
+
 def test_a_launch_is_decided_once_and_none_reads_a_fresh_weight_ahead():
     _, weight = prepare(((4, 16), (2, 40)), 512)
     calls = []
@@ -130,8 +143,9 @@ def test_a_launch_is_decided_once_and_none_reads_a_fresh_weight_ahead():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("batch", "dtype"), [(1, torch.float16), (2, torch.bfloat16), (3, torch.float16)]
+)
 @pytest.mark.parametrize(
     "rows", [((8, 300), (4, 700), (3, 1000), (2, 6000)), ((4, 1), (2, 2999)), ((4, 900), (3, 100))]
 )
