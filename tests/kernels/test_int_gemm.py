@@ -1,11 +1,10 @@
-"""Integer products of many tokens: the kernels' own text, run on the CPU, against the definition."""
+"""Products of quantized inputs: the kernels' own text, on the CPU, against the definition."""
 
 import pytest
 import torch
 
 from qtool.base import QuantizedTensor
 from qtool.core.activations import quantize_activations
-from qtool.core.packing import codes_to_planes
 from qtool.formats import affine, dint
 from qtool.runtime.backends.cuda import int_linear, int_tiles
 from qtool.runtime.backends.cuda.int_linear import GemmTuning
@@ -44,7 +43,7 @@ def defined(x, scheme, tensor):
     return (codes.double() @ dequantized(tensor, torch.float64).T) * steps.double()
 
 
-def codes_in_order(codes, tokens, features):
+def codes_in_order(codes, features):
     """Return codes as the kernel has written them: (padded tokens, in_features)."""
     tiles = codes.view(-1, features // 128, 8, 128, 16)
     return tiles.permute(0, 3, 1, 2, 4).reshape(-1, features)
@@ -74,7 +73,7 @@ def test_codes_and_steps_are_those_of_the_definition(tokens, features, scheme, d
     expected, step = quantize_activations(x, scheme)
     assert torch.equal(steps[:tokens], step.squeeze(1))
     assert not bool(steps[tokens:].any())
-    got = codes_in_order(codes, tokens, features)
+    got = codes_in_order(codes, features)
     assert torch.equal(got[:tokens], expected)
     assert not bool(got[tokens:].any())
 

@@ -85,9 +85,7 @@ class _PreparedCall:
     """A call on one card with all that the driver takes: a launch fills in pointers and stream."""
 
     def __init__(self, call: KernelCall, device: int, num_tensors: int) -> None:
-        function = _function(
-            call.file, call.kernel, call.constants, device, call.one_architecture
-        )
+        function = _function(call.file, call.kernel, call.constants, device, call.one_architecture)
         _allow_shared_bytes(function, call.shared_bytes)
         self._call = call
         self._config = config = _Config(call.grid, (call.threads, 1, 1), call.shared_bytes)

@@ -19,6 +19,7 @@ GEMM_THREADS = 384
 Y_BYTES = 2 * BLOCK * 72 * 2
 """Of shared memory, where outputs are turned round."""
 SYSTEM_BYTES = 1024
+LOAD_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +32,27 @@ class GemmTuning:
     """Blocks that fetch the same tokens together: 1, or 2 where the tiles of rows are even."""
 
 
-def quantize_call(tokens: int, inputs: int, dtype: torch.dtype, scheme: ActivationScheme) -> KernelCall:
+def quantize_call(
+    tokens: int, inputs: int, dtype: torch.dtype, scheme: ActivationScheme
+) -> KernelCall:
     """Return the launch that makes the codes of tokens, and their steps."""
     rows = ROWS if inputs <= MOST_IN_PAIRS else 1
     wanted = -(-inputs // RUN * rows // WARP) * WARP
     threads = min(QUANTIZE_THREADS, max(WARP, wanted))
-    macros = {"INPUTS": inputs, "ROWS": rows, "THREADS": threads, "STATIC": int(scheme.scale is not None)}
+    macros = {
+        "INPUTS": inputs,
+        "ROWS": rows,
+        "THREADS": threads,
+        "STATIC": int(scheme.scale is not None),
+    }
     largest = float(scheme.largest_code)
-    numbers = (tokens, float(scheme.clip_ratio), largest, 0.5 - scheme.rounding, float(scheme.scale or 0))
+    numbers = (
+        tokens,
+        float(scheme.clip_ratio),
+        largest,
+        0.5 - scheme.rounding,
+        float(scheme.scale or 0),
+    )
     return KernelCall(
         file="quantize_rows",
         kernel="quantize_rows",
@@ -84,7 +98,7 @@ def int_linear(
     """Return x @ W.T with x quantized: (tokens, in_features) -> (tokens, out_features).
 
     Args:
-        x: float16 or bfloat16, contiguous, at a multiple of 16 bytes.
+        x: float16 or bfloat16, contiguous.
         weight: W.
         scheme: How x is quantized: codes are those of `quantize_activations`, to the bit.
         launch: Runs a kernel.
@@ -95,6 +109,8 @@ def int_linear(
     y = x.new_empty(tokens, weight.shape.out_features)
     if tokens == 0:
         return y
+    if x.data_ptr() % LOAD_BYTES != 0:  # a slice of something
+        x = x.clone()
     padded = _token_tiles(tokens) * BLOCK
     codes = x.new_empty(padded * inputs, dtype=torch.int8)
     steps = x.new_empty(padded, dtype=torch.float32)

@@ -44,6 +44,9 @@ def constants(dtype: torch.dtype, **values: int) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(values.items()))
 
 
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+"""Of activations that the kernels take; in others weights are dense."""
+
 WARP = 32
 """Threads that run together."""
 
