@@ -31,7 +31,7 @@ DEVICE void barrier_expect(u64 *barrier, u32 bytes) {
 // Arrive at the same barrier of one block of the cluster.
 DEVICE void barrier_arrive(u64 *barrier, u32 rank) {
     asm volatile("{.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];}"
                  ::"r"(shared_address(barrier)), "r"(rank) : "memory");
 }
 DEVICE void barrier_arrive(u64 *barrier) {
@@ -40,7 +40,7 @@ DEVICE void barrier_arrive(u64 *barrier) {
 // Wait for the end of the phase of this parity: 0, 1, 0, ...
 DEVICE void barrier_wait(u64 *barrier, u32 parity) {
     asm volatile("{.reg .pred done;\nAGAIN:\n"
-                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                  "@!done bra AGAIN;}"
                  ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }

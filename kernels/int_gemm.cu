@@ -8,8 +8,8 @@
 // neighbouring outputs and the same tokens: each fetches a part of x for all.
 //
 // W: [tiles of 128 outputs][blocks of 128 inputs] of TILE bytes (qtool/runtime/backends/cuda/int_tiles.py): for
-// each consumer, codes as its threads load them, then 128 float scales, then 128 zero points, each
-// four times in a word.
+// each consumer, codes as its threads load them, then 128 float scales, then 128 words, of bytes
+// that are 128 less the zero point.
 //
 // Compile-time: BITS (4: codes 0 to 15 less a zero point; 8: signed bytes), SPAN (blocks of a
 // group; 0: one group is the row), STAGES, CLUSTER (1, 2), ACTIVATION_BF16. 384 threads.
@@ -43,13 +43,12 @@ DEVICE void next(turn &t) {
     if (++t.stage == STAGES) t.stage = 0, t.parity ^= 1;
 }
 
-// Four nibbles as bytes, less a zero point: no byte borrows from the next one.
-DEVICE u32 centered(u32 nibbles, u32 zeros) {
-    return (((nibbles & 0x0f0f0f0fu) | 0x80808080u) - zeros) ^ 0x80808080u;
-}
+// Four nibbles as signed bytes, less the zero point: no byte carries into the next one. `middle` is
+// 128 less it, four times.
+DEVICE u32 centered(u32 nibbles, u32 middle) { return ((nibbles & 0x0f0f0f0fu) + middle) ^ 0x80808080u; }
 
 // What a consumer's thread needs of W for one block of inputs.
-struct part { quad codes[CODES / 2048]; float scales[2]; u32 zeros[2]; };
+struct part { quad codes[CODES / 2048]; float scales[2]; u32 middles[2]; };
 
 DEVICE part load_part(const unsigned char *tile, int consumer, int thread, int row) {
     part p;
@@ -57,9 +56,9 @@ DEVICE part load_part(const unsigned char *tile, int consumer, int thread, int r
 #pragma unroll
     for (int i = 0; i < CODES / 2048; ++i) p.codes[i] = codes[i * WARPGROUP];
     const float *scales = (const float *)(tile + 2 * CODES) + consumer * 64 + row;
-    const u32 *zeros = (const u32 *)(tile + 2 * CODES + 512) + consumer * 64 + row;
+    const u32 *middles = (const u32 *)(tile + 2 * CODES + 512) + consumer * 64 + row;
     p.scales[0] = scales[0], p.scales[1] = scales[8];
-    p.zeros[0] = zeros[0], p.zeros[1] = zeros[8];
+    p.middles[0] = middles[0], p.middles[1] = middles[8];
     return p;
 }
 
@@ -72,8 +71,8 @@ DEVICE void expand(u32 (&a)[16], const part &p) {
             a[4 * step] = q.x, a[4 * step + 1] = q.y, a[4 * step + 2] = q.z, a[4 * step + 3] = q.w;
         } else {
             u32 even = step % 2 ? q.z : q.x, odd = step % 2 ? q.w : q.y;
-            a[4 * step] = centered(even, p.zeros[0]), a[4 * step + 2] = centered(even >> 4, p.zeros[0]);
-            a[4 * step + 1] = centered(odd, p.zeros[1]), a[4 * step + 3] = centered(odd >> 4, p.zeros[1]);
+            a[4 * step] = centered(even, p.middles[0]), a[4 * step + 2] = centered(even >> 4, p.middles[0]);
+            a[4 * step + 1] = centered(odd, p.middles[1]), a[4 * step + 3] = centered(odd >> 4, p.middles[1]);
         }
     }
 }
@@ -84,16 +83,22 @@ DEVICE void multiply_half(int (&sums)[32], const u32 (&a)[16], u64 x, int half) 
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
         u64 b = x + (half * 8 * ACROSS >> 4) + (step * 2 * ALONG >> 4);
-        if (SPAN == 1 && step == 0) multiply_first(sums, a, b);
-        else multiply_add(sums, a + 4 * step, b);
+        multiply_add(sums, a + 4 * step, b);
     }
     end_of_products();
 }
 
-#if SPAN >= 1 && SPAN <= (BITS == 4 ? 17 : 2) // the sums of a group are below 2^22: 15 * 127, 128 * 127
-// As the last bits of 1.5 * 2^23 plus it.
-DEVICE float float_of(int sum) { return float_of_bits((u32)sum + 0x4b400000u) - 12582912.0f; }
+// Integer sums run on over the groups of a chunk, S_1, S_2, ..., so each y is the sum of (scale_g -
+// scale_(g + 1)) S_g, the last with its whole scale. Where these stay below 2^22 (15 * 127 and 128 * 127
+// times the inputs), they begin with the bits of 1.5 * 2^23, and are the last bits of that plus S.
+#define MOST_BLOCKS (BITS == 4 ? 17 : 2)
+#if SPAN >= 1 && SPAN <= MOST_BLOCKS
+#define CHUNK (MOST_BLOCKS / SPAN * SPAN) // blocks
+#define ZERO 0x4b400000
+DEVICE float float_of(int sum) { return float_of_bits((u32)sum) - 12582912.0f; }
 #else
+#define CHUNK SPAN // a group, or none
+#define ZERO 0
 DEVICE float float_of(int sum) { return (float)sum; }
 #endif
 
@@ -104,7 +109,7 @@ DEVICE void add_scaled(float (&y)[32], const int (&sums)[32], float low, float h
 
 DEVICE void forget(int (&sums)[32]) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) sums[i] = 0;
+    for (int i = 0; i < 32; ++i) sums[i] = ZERO;
 }
 
 // What all warps of a consumer have read may be overwritten, in all blocks of the cluster.
@@ -197,39 +202,44 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
         for (int tile = (int)blockIdx.x / CLUSTER; tile < tiles; tile += clusters) {
             place at = place_of(tile, row_tiles, token_tiles);
             float left[32] = {}, right[32] = {}; // by half of the tokens
-            int left_sums[32] = {}, right_sums[32] = {};
-            u32 a[16];
+            int left_sums[32], right_sums[32];
+            u32 a[16], b[16];
             unsigned char *stage = memory + now.stage * STAGE;
             barrier_wait(full + now.stage, now.parity);
             part p = load_part(stage + X_BYTES, consumer, thread, row);
             expand(a, p);
-            for (int block = 0; block < blocks; ++block) {
-                int ends = SPAN == 1 || SPAN > 1 && block % (SPAN + !SPAN) == SPAN - 1 || SPAN != 1 && block + 1 == blocks; // a group
-                u64 x = core_matrices(shared_address(stage), ALONG, ACROSS);
-                multiply_half(left_sums, a, x, 0);
-                multiply_half(right_sums, a, x, 1);
-                turn after = now;
-                next(after);
-                float low = p.scales[0], high = p.scales[1];
-                u32 b[16];
-                if (block + 1 < blocks) {
-                    stage = memory + after.stage * STAGE;
-                    barrier_wait(full + after.stage, after.parity);
-                    p = load_part(stage + X_BYTES, consumer, thread, row);
-                    expand(b, p);
-                }
-                products_wait<1>(left_sums);
-                if (ends) add_scaled(left, left_sums, low, high);
-                // Over already: but the compiler moves the next wait up to the last branch.
-                barrier_wait(full + now.stage, now.parity);
-                products_wait<0>(right_sums);
-                keep(a);
-                release(empty + now.stage, lane);
-                if (ends) add_scaled(right, right_sums, low, high);
-                if (SPAN > 1 && ends) forget(left_sums), forget(right_sums);
-                now = after;
+            for (int block = 0; block < blocks;) {
+                int end = CHUNK > 0 && block + CHUNK < blocks ? block + CHUNK : blocks;
+                forget(left_sums), forget(right_sums);
+#pragma unroll 1
+                for (; block < end; ++block) {
+                    bool last = block + 1 == blocks;
+                    bool ends_group = SPAN == 1 || last || SPAN > 1 && block % (SPAN + !SPAN) == SPAN - 1;
+                    u64 x = core_matrices(shared_address(stage), ALONG, ACROSS);
+                    multiply_half(left_sums, a, x, 0);
+                    multiply_half(right_sums, a, x, 1);
+                    float low = p.scales[0], high = p.scales[1];
+                    turn after = now;
+                    next(after);
+                    if (!last) {
+                        stage = memory + after.stage * STAGE;
+                        barrier_wait(full + after.stage, after.parity);
+                        p = load_part(stage + X_BYTES, consumer, thread, row);
+                        expand(b, p);
+                    }
+                    if (block + 1 < end) low -= p.scales[0], high -= p.scales[1];
+                    products_wait<1>(left_sums);
+                    if (ends_group) add_scaled(left, left_sums, low, high);
+                    // Over already: but the compiler moves the next wait up to the last branch.
+                    barrier_wait(full + now.stage, now.parity);
+                    products_wait<0>(right_sums);
+                    keep(a);
+                    release(empty + now.stage, lane);
+                    if (ends_group) add_scaled(right, right_sums, low, high);
+                    now = after;
 #pragma unroll
-                for (int i = 0; i < 16; ++i) a[i] = b[i];
+                    for (int i = 0; i < 16; ++i) a[i] = b[i];
+                }
             }
             sync_warpgroup(1 + consumer); // the last tile has been read
             const float *their_steps = steps + at.tokens * BLOCK;

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from qtool.scheme import Shape2D, WeightScheme
+from qtool.scheme import ActivationScheme, Shape2D, WeightScheme
 
 if TYPE_CHECKING:
     import torch

@@ -93,7 +93,7 @@ def int_linear(
     scheme: ActivationScheme,
     launch: Launch,
     card: Card,
-    tuning: GemmTuning = GemmTuning(),  # noqa: B008 - frozen
+    tuning: GemmTuning = GemmTuning(),
 ) -> Tensor:
     """Return x @ W.T with x quantized: (tokens, in_features) -> (tokens, out_features).
 

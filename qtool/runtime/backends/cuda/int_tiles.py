@@ -1,7 +1,7 @@
 """Weights as kernels/int_gemm.cu reads them: integers in the order of its fragments, and scales.
 
 A tile is 128 outputs x 128 inputs: for each half of the outputs the codes as 128 threads load them,
-16 bytes at a time; then 128 float32 scales; then 128 zero points, four times in a word. Fragments
+16 bytes at a time; then 128 float32 scales; then 128 words of bytes that are 128 less a zero point. Fragments
 are those of `wgmma.mma_async.m64nNk32` (PTX ISA, matrix A in registers): lane 4 g + t of a warp has
 rows g and g + 8 of its 16, and inputs 4 t .. 4 t + 3 and those 16 further on.
 """
@@ -21,6 +21,7 @@ BLOCK = 128
 """Outputs, inputs and tokens of a tile."""
 NIBBLE = 4
 """Bits up to which codes are unpacked on the card, and zero points are taken from them there."""
+MIDDLE = 128
 NUMBERS_BYTES = 8 * BLOCK
 """Scales and zero points of a tile."""
 MOST_INPUTS = 57344
@@ -87,14 +88,14 @@ def tile_integers(tensor: QuantizedTensor) -> IntTiles | None:
 
 
 def _parts(tensor: QuantizedTensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return integers (rows, inputs) of one byte, scales float32 and zero points int32 by group."""
+    """Return integers (rows, inputs) of one byte; by group scales, and words of zero points."""
     if tensor.format == dint.DINT:
         integers, scales = dint.doubled_codes(tensor)
         return integers, scales, torch.zeros_like(scales, dtype=torch.int32)
     scales, zeros = tensor.parts["scales"].float(), affine.zero_points(tensor)
     codes = planes_to_codes(tensor.parts["codes"], tensor.shape.in_features)
     if bits == NIBBLE:
-        return codes, scales, zeros.to(torch.int32) * 0x01010101
+        return codes, scales, (MIDDLE - zeros.to(torch.int32)) * 0x01010101
     size = tensor.scheme.group_size or tensor.shape.in_features
     spread = zeros.to(torch.int16).repeat_interleave(size, dim=1)[:, : tensor.shape.in_features]
     integers = (codes.to(torch.int16) - spread).to(torch.int8)

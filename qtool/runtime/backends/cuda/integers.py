@@ -1,7 +1,7 @@
 """Weights that meet quantized inputs as integers, on the int8 tensor cores.
 
-On compute capability 9.0 by a kernel of ours, which knows groups (`int_linear`); elsewhere those with
-one scale per row, by torch.
+On compute capability 9.0 by a kernel of ours, which knows groups (`int_linear`); elsewhere those
+with one scale per row, by torch.
 """
 
 from dataclasses import dataclass
@@ -76,14 +76,13 @@ class TiledIntegers:
 def integer_product(
     tensor: QuantizedTensor, dtype: torch.dtype
 ) -> TiledIntegers | RowIntegers | None:
-    """Return a weight for quantized inputs of `dtype`; None: they go through a product of floats."""
+    """Return a weight for quantized inputs of `dtype`; None: floats multiply those."""
     device = next(iter(tensor.parts.values())).device
+    tiles = None
     if device.type == "cuda" and dtype in KERNEL_DTYPES:
-        if torch.cuda.get_device_capability(device) == CAPABILITY:
-            tiles = tile_integers(tensor)
-            if tiles is not None:
-                return TiledIntegers(tiles)
-    return row_integers(tensor)
+        able = torch.cuda.get_device_capability(device) == CAPABILITY
+        tiles = tile_integers(tensor) if able else None
+    return row_integers(tensor) if tiles is None else TiledIntegers(tiles)
 
 
 def row_integers(tensor: QuantizedTensor) -> RowIntegers | None:
