@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from qtool.scheme import Shape2D, WeightScheme
+from qtool.scheme import ActivationScheme, Shape2D, WeightScheme
 
 if TYPE_CHECKING:
     import torch
@@ -225,15 +225,18 @@ class Fused:
 
 
 class IntegerProduct(Protocol):
-    """A weight that a backend multiplies by integers as they are."""
+    """A weight that a backend multiplies by quantized inputs as integers."""
 
     @property
     def fewest_tokens(self) -> int:
         """Return from how many on that is faster than `KernelBackend.matmul`."""
         ...
 
-    def multiply(self, codes: Tensor) -> Tensor:
-        """Return codes @ W.T: (tokens, in_features) int8 -> (tokens, out_features) float32."""
+    def linear(self, x: Tensor, scheme: ActivationScheme) -> Tensor:
+        """Return x @ W.T, x quantized: (tokens, in_features) -> (tokens, out_features).
+
+        In the dtype of `x`. Codes are those of `core.activations.quantize_activations`.
+        """
         ...
 
 
@@ -269,10 +272,10 @@ class KernelBackend(Protocol):
         """Return the rows of W that `index` names, shaped (*index.shape, in_features)."""
         ...
 
-    def integer_product(self, tensor: QuantizedTensor) -> IntegerProduct | None:
-        """Prepare a weight for inputs that are integers; None: it has no better way for these.
+    def integer_product(self, tensor: QuantizedTensor, dtype: torch.dtype) -> IntegerProduct | None:
+        """Prepare a weight for inputs that are quantized; None: it has no better way for these.
 
-        Then such inputs go through `matmul`, see `core.activations.multiply_quantized`.
+        `dtype` is that of the activations. Without, such inputs go through `matmul`, see `core.activations.multiply_quantized`.
         """
         ...
 

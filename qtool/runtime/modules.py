@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qtool.base import IntegerProduct, KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry
-from qtool.core.activations import multiply_quantized, quantize_activations
+from qtool.core.activations import multiply_quantized
 from qtool.formats._dtypes import dtype_of
 from qtool.runtime.backends._choose import choose_backend, definition, wanted_backend
 
@@ -109,7 +109,7 @@ class QuantizedWeight(nn.Module):
         if home is not None:
             finish_packing(home)
         quantized = self.entry.activation is not None
-        integers = backend.integer_product(self.tensor()) if quantized else None
+        integers = backend.integer_product(self.tensor(), dtype) if quantized else None
         held = self._held = Held(backend, prepared, dtype, home, integers)
         self._number = None
         if home is not None:  # after the line above: `device` stays what it is
@@ -226,9 +226,8 @@ class QuantizedLinear(QuantizedWeight):
         integers = None if held is None else held.integers
         if integers is None or x.shape[:-1].numel() < integers.fewest_tokens:
             return multiply_quantized(x, scheme, lambda codes: backend.matmul(codes, prepared))
-        codes, steps = quantize_activations(x, scheme)
-        y = integers.multiply(codes.flatten(0, -2)).view(*x.shape[:-1], self.out_features)
-        return (y * steps).to(x.dtype)
+        y = integers.linear(x.flatten(0, -2), scheme)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def product_of(self, tokens: int) -> str:
         """Return what multiplies so many tokens, once it has run: integers, or floats."""

@@ -23,7 +23,8 @@ static std::vector<unsigned char> shared_bytes;
 static std::vector<uint32_t> letters;
 static jmp_buf scheduler;
 static Meeting block_meeting;
-static std::vector<Meeting> warp_meetings;
+static std::vector<Meeting> warp_meetings, warpgroup_meetings;
+static std::vector<std::vector<std::vector<Product>>> products; // by thread: groups, the last still open
 static void (*body)(void *);
 static void *body_arguments;
 
@@ -33,7 +34,7 @@ struct Region { char *place; std::vector<char> bytes; };
 static std::vector<Region> inputs, outputs;
 static bool waited, too_early;
 
-static void wait() {
+void yield() {
     if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
     threadIdx.x = (unsigned)current;
 }
@@ -41,11 +42,46 @@ static void wait() {
 static void meet(Meeting &meeting, int size) {
     int round = meeting.round;
     if (++meeting.arrived == size) { meeting.arrived = 0; ++meeting.round; }
-    while (meeting.round == round) wait();
+    while (meeting.round == round) yield();
 }
 
 void meet_block() { meet(block_meeting, (int)blockDim.x); }
 void meet_warp() { meet(warp_meetings[current / 32], 32); }
+void meet_warpgroup() { meet(warpgroup_meetings[current / 128], 128); }
+
+void ask_for(Product product) { products[current].back().push_back(product); }
+void end_products() { products[current].emplace_back(); }
+
+// wgmma.mma_async.m64n64k32 by the PTX manual. A in registers: register r of lane 4 g + t has row
+// g + 8 (r % 2) of the warp's 16 and inputs 4 t .. 4 t + 3 + 16 (r / 2). B: K-major without swizzling, core
+// matrices of 8 x 16 bytes; the descriptor has, over 16, its address, the leading offset (to the next
+// 16 inputs) and the stride offset (to the next 8 columns). D as the fragment C of mma.m16n8.
+static void multiply(const Product &product) {
+    int lane = current % 32, g = lane / 4, t = lane % 4;
+    unsigned address = (product.b & 0x3fff) << 4, leading = (product.b >> 16 & 0x3fff) << 4;
+    unsigned stride = (product.b >> 32 & 0x3fff) << 4;
+    if (product.b >> 46) throw std::runtime_error("a swizzled matrix");
+    memcpy(box(lane), product.a, 16);
+    meet_warp();
+    for (int i = 0; i < 32; ++i) {
+        int row = i & 2 ? 1 : 0, column = i / 4 * 8 + 2 * t + i % 2, sum = product.adds ? product.d[i] : 0;
+        const unsigned char *b = shared + address + column / 8 * stride + column % 8 * 16;
+        for (int k = 0; k < 32; ++k) {
+            uint32_t a = box(4 * g + k % 16 / 4)[row + 2 * (k / 16)];
+            sum += (int)(signed char)(a >> 8 * (k % 4)) * (int)(signed char)b[k / 16 * leading + k % 16];
+        }
+        product.d[i] = sum;
+    }
+    meet_warp();
+}
+
+void finish_products(int pending) {
+    auto &mine = products[current];
+    while ((int)mine.size() - 1 > pending) {
+        for (const auto &product : mine.front()) multiply(product);
+        mine.erase(mine.begin());
+    }
+}
 
 static void enter() {
     body(body_arguments);
@@ -86,6 +122,8 @@ static void run_block(int threads, size_t bytes) {
     shared = shared_bytes.data();
     block_meeting = {};
     warp_meetings.assign(threads / 32, {});
+    warpgroup_meetings.assign((threads + 127) / 128, {});
+    products.assign(threads, {1, std::vector<Product>()});
     letters.assign((size_t)threads * 8, 0);
     mailbox = letters.data();
     fibers.resize(threads);

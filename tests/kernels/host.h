@@ -25,6 +25,8 @@ extern int current; // fiber
 
 void meet_block();
 void meet_warp();
+void meet_warpgroup();
+void yield(); // to the other threads of the block
 void wait_for_previous();
 int launch(dim3 grid, int threads, size_t bytes, void (*thread)(void *), void *arguments);
 
@@ -34,6 +36,20 @@ template <class Kernel, class... Arguments>
 static int launch_kernel(dim3 grid, int threads, size_t bytes, Kernel kernel, Arguments... arguments) {
     auto body = [=] { kernel(arguments...); };
     return launch(grid, threads, bytes, [](void *it) { (*static_cast<decltype(body) *>(it))(); }, &body);
+}
+
+// A product that a thread has asked for and that isn't there yet: as late as a card may be with it.
+struct Product { int *d; const unsigned *a; uint64_t b; bool adds; };
+void ask_for(Product product);
+void end_products();
+void finish_products(int pending); // all but the last groups
+
+// An mbarrier.
+struct Barrier { uint8_t arrivals, left; uint16_t phase; int32_t bytes; };
+static inline void change(unsigned long long *place, int arrived, int bytes) {
+    auto *barrier = (Barrier *)place;
+    barrier->left -= arrived, barrier->bytes += bytes;
+    if (barrier->left == 0 && barrier->bytes == 0) barrier->left = barrier->arrivals, barrier->phase ^= 1;
 }
 
 }  // namespace host
@@ -165,3 +181,35 @@ DEVICE void mma(float *d, const float *c, unsigned a0, unsigned a1, unsigned a2,
     memcpy(d, results, sizeof results);
     host::meet_warp();
 }
+
+// kernels/hopper.cuh, of one block alone.
+DEVICE unsigned shared_address(const void *place) { return (unsigned)((unsigned char *)place - host::shared); }
+DEVICE unsigned cluster_rank() { return 0; }
+DEVICE void sync_cluster() { host::meet_block(); }
+DEVICE void barrier_init(unsigned long long *place, unsigned arrivals) {
+    host::Barrier made = {(uint8_t)arrivals, (uint8_t)arrivals, 0, 0};
+    memcpy(place, &made, 8);
+}
+DEVICE void barriers_are_ready() {}
+DEVICE void barrier_expect(unsigned long long *place, unsigned bytes) { host::change(place, 1, (int)bytes); }
+DEVICE void barrier_arrive(unsigned long long *place) { host::change(place, 1, 0); }
+DEVICE void barrier_arrive(unsigned long long *place, unsigned) { host::change(place, 1, 0); }
+DEVICE void barrier_wait(unsigned long long *place, unsigned parity) {
+    while (((host::Barrier *)place)->phase == parity) host::yield();
+}
+DEVICE void copy_bulk(void *shared, const void *address, unsigned bytes, unsigned long long *barrier) {
+    memcpy(shared, address, bytes);
+    host::change(barrier, 0, -(int)bytes);
+}
+DEVICE void copy_bulk_to(unsigned short, void *shared, const void *address, unsigned bytes, unsigned long long *barrier) {
+    copy_bulk(shared, address, bytes, barrier);
+}
+template <int COUNT> DEVICE void fewer_registers() {}
+template <int COUNT> DEVICE void more_registers() {}
+DEVICE void sync_warpgroup(int) { host::meet_warpgroup(); }
+DEVICE void products_begin() {}
+DEVICE void end_of_products() { host::end_products(); }
+template <int PENDING> DEVICE void products_wait(int (&)[32]) { host::finish_products(PENDING); }
+template <int COUNT> DEVICE void keep(const unsigned (&)[COUNT]) {}
+DEVICE void multiply_add(int (&d)[32], const unsigned *a, unsigned long long b) { host::ask_for({d, a, b, true}); }
+DEVICE void multiply_first(int (&d)[32], const unsigned *a, unsigned long long b) { host::ask_for({d, a, b, false}); }

@@ -20,6 +20,8 @@ class Compiled:
     """Of the hungriest kernel in the file."""
     spilled: int
     """Bytes, of all kernels in the file."""
+    log: str
+    """What the compiler said."""
 
 
 @functools.cache
@@ -49,4 +51,4 @@ def compile_for(architecture: str, source: str) -> Compiled:
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     registers = [int(number) for number in USED.findall(text)]
     assert registers, text
-    return Compiled(size.value, max(registers), sum(map(int, SPILLED.findall(text))))
+    return Compiled(size.value, max(registers), sum(map(int, SPILLED.findall(text))), text)

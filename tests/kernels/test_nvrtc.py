@@ -67,6 +67,15 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
         ("lut_gemm", {**AFFINE, **TABLES, "PLANES": planes, "ROWS": rows}, 64)
         for planes, rows in ((2, 4), (3, 4), (4, 2), (8, 2))
     ),
+    *(
+        ("quantize_rows", {"INPUTS": inputs, "ROWS": rows, "THREADS": 512, "STATIC": static}, 128)
+        for inputs, rows, static in ((4096, 2, 0), (14336, 2, 1), (28672, 2, 0), (57344, 1, 0))
+    ),
+    (
+        "quantize_rows",
+        {"INPUTS": 128, "ROWS": 2, "THREADS": 32, "STATIC": 0, "ACTIVATION_BF16": 1},
+        64,
+    ),
     ("sign_flip", {}, 128),
     ("add_splits", {"ACTIVATION_BF16": 1, "EPILOGUE": 2}, 128),
     ("greedy", {}, 64),
@@ -82,6 +91,14 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
         {**HEADS, "HEAD_DIM": 128, "HEADS": 8, "BLOCKS": 2, "QK_NORM": 1, "ACTIVATION_BF16": 1},
         255,
     ),
+]
+
+HOPPER = "sm_90a"
+# Of a warpgroup that gives registers to others: those that it begins with.
+HOPPER_VARIANTS: list[tuple[str, dict[str, int], int]] = [
+    ("int_gemm", {"BITS": bits, "SPAN": span, "STAGES": 5, "CLUSTER": cluster, **more}, 168)
+    for bits, span in ((4, 0), (4, 1), (4, 2), (8, 0), (8, 1), (8, 4))
+    for cluster, more in ((1, {}), (2, {"ACTIVATION_BF16": 1}))
 ]
 
 
@@ -100,7 +117,17 @@ def test_kernel_compiles_without_spilling(variant, architecture):
     assert compiled.registers <= registers
 
 
+@pytest.mark.parametrize("variant", HOPPER_VARIANTS, ids=describe)
+def test_products_of_warpgroups_stay_asynchronous(variant):
+    name, constants, registers = variant
+    compiled = compile_for(HOPPER, kernel_source(name, constants))
+    assert compiled.spilled == 0
+    assert compiled.registers <= registers
+    assert "wgmma" not in compiled.log, compiled.log  # "... instructions are serialized"
+    assert "setmaxnreg" not in compiled.log, compiled.log  # "... ignored"
+
+
 def test_every_kernel_has_a_variant_here():
-    assert {name for name, _, _ in VARIANTS} == {
+    assert {name for name, _, _ in [*VARIANTS, *HOPPER_VARIANTS]} == {
         path.stem for path in resources.kernels_dir().glob("*.cu")
     }

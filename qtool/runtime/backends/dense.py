@@ -37,9 +37,9 @@ class DenseBackend:
         """Return the rows that `index` names."""
         return torch.nn.functional.embedding(index, torch_ops.dense(prepared))
 
-    def integer_product(self, tensor: QuantizedTensor) -> IntegerProduct | None:
+    def integer_product(self, tensor: QuantizedTensor, dtype: torch.dtype) -> IntegerProduct | None:
         """Return None: torch multiplies floats."""
-        del tensor
+        del tensor, dtype
         return None
 
     def fuse(

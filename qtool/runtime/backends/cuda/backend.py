@@ -7,18 +7,27 @@ from torch import Tensor
 
 from qtool.base import Fused, IntegerProduct, KernelBackend, QuantizedTensor
 from qtool.formats import affine, binary_coding, coded_scales, dint, mixed_rows
-from qtool.runtime.backends.cuda import fusing, integers, linear_kernels, mixed, operators
+from qtool.runtime.backends.cuda import (
+    fusing,
+    int_linear,
+    integers,
+    linear_kernels,
+    mixed,
+    operators,
+)
 from qtool.runtime.backends.cuda.centers import has_planes
 from qtool.runtime.backends.cuda.decode_ops import HEAD_DIMS, KernelOps
 from qtool.runtime.backends.cuda.driver import card_of, launch, why_not_on
 from qtool.runtime.backends.cuda.fusing import HalfWeight
+from qtool.runtime.backends.cuda.int_tiles import IntTiles
+from qtool.runtime.backends.cuda.launch import KERNEL_DTYPES
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.runtime.backends.cuda.mixed import MixedWeight
 from qtool.runtime.backends.cuda.selection import STORED_KERNELS, wanted_kernel
 from qtool.runtime.backends.dense import BACKEND as DENSE
 from qtool.runtime.decode.ops import DecodeOps
 from qtool.runtime.decode.weights import DecoderWeights
-from qtool.scheme import MAX_BITS
+from qtool.scheme import MAX_BITS, ActivationScheme
 
 FORMATS = (
     affine.AFFINE,
@@ -27,8 +36,6 @@ FORMATS = (
     dint.DINT,
     mixed_rows.MIXED_ROWS,
 )
-KERNEL_DTYPES = (torch.float16, torch.bfloat16)
-"""That the kernels take; in others weights are dense."""
 Prepared = KernelWeight | HalfWeight | MixedWeight | Tensor
 
 
@@ -82,9 +89,9 @@ class CudaBackend:
             return operators.rows_operator(index, prepared)
         return _rows(index, prepared)
 
-    def integer_product(self, tensor: QuantizedTensor) -> IntegerProduct | None:
-        """Return integers for the tensor cores, of a weight with one scale per row."""
-        return integers.row_integers(tensor)
+    def integer_product(self, tensor: QuantizedTensor, dtype: torch.dtype) -> IntegerProduct | None:
+        """Return integers for the tensor cores: by our kernel, else with one scale per row."""
+        return integers.integer_product(tensor, dtype)
 
     def fuse(
         self, tensors: Sequence[QuantizedTensor], dtype: torch.dtype, *, interleave: bool = False
@@ -126,6 +133,13 @@ def _gather_mixed(index: Tensor, weight: MixedWeight) -> Tensor:
     return mixed.gather_mixed(index, weight, launch)
 
 
+def _int_linear(x: Tensor, weight: IntTiles, scheme: ActivationScheme) -> Tensor:
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    y = int_linear.int_linear(tokens, weight, scheme, launch, card_of(x.device.index or 0))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
 operators.implement(_matmul, _rows)
+operators.implement_integers(_int_linear)
 operators.implement_mixed(_multiply_mixed, _gather_mixed)
 BACKEND: KernelBackend = CudaBackend()

@@ -1,4 +1,8 @@
-"""Weights with one scale per row, multiplied by integer activations on the int8 tensor cores."""
+"""Weights that meet quantized inputs as integers, on the int8 tensor cores.
+
+On compute capability 9.0 by a kernel of ours, which knows groups (`int_linear`); elsewhere those
+with one scale per row, by torch.
+"""
 
 from dataclasses import dataclass
 from math import prod
@@ -7,14 +11,21 @@ import torch
 from torch import Tensor
 
 from qtool.base import QuantizedTensor
+from qtool.core.activations import quantize_activations
 from qtool.core.packing import planes_to_codes
 from qtool.formats import affine
-from qtool.scheme import Shape2D
+from qtool.runtime.backends.cuda.int_linear import CAPABILITY
+from qtool.runtime.backends.cuda.int_tiles import BLOCK, IntTiles, tile_bytes, tile_integers
+from qtool.runtime.backends.cuda.launch import KERNEL_DTYPES
+from qtool.runtime.backends.cuda.operators import int_linear_operator
+from qtool.scheme import ActivationScheme, Shape2D
 
 MULTIPLE, FEWEST_ROWS = 8, 17
 """What `torch._int_mm` takes: sizes of a weight, and tokens, that it has at least."""
 FEWEST_TOKENS = 64
 """Where a product on tensor cores begins to be bound by its operations; not measured yet."""
+FEWEST_TILED = BLOCK
+"""A guess: a tile of tokens."""
 WIDE_BITS = 8
 """Codes less zero points of so many bits don't fit 8 bits; of fewer they do."""
 
@@ -30,6 +41,11 @@ class RowIntegers:
     in_features: int
     fewest_tokens: int = FEWEST_TOKENS
 
+    def linear(self, x: Tensor, scheme: ActivationScheme) -> Tensor:
+        """Return x @ W.T, x quantized: (tokens, in_features) -> (tokens, out_features)."""
+        codes, steps = quantize_activations(x, scheme)
+        return (self.multiply(codes) * steps).to(x.dtype)
+
     def multiply(self, codes: Tensor) -> Tensor:
         """Return codes @ W.T: (tokens, in_features) int8 -> (tokens, out_features) float32.
 
@@ -43,6 +59,30 @@ class RowIntegers:
         if self.shifts is not None:
             sums = sums - codes.sum(-1, keepdim=True, dtype=torch.int32) * self.shifts
         return sums * self.scales
+
+
+@dataclass(frozen=True, slots=True)
+class TiledIntegers:
+    """A weight in tiles, on a card that multiplies these."""
+
+    weight: IntTiles
+    fewest_tokens: int = FEWEST_TILED
+
+    def linear(self, x: Tensor, scheme: ActivationScheme) -> Tensor:
+        """Return x @ W.T, x quantized: (tokens, in_features) -> (tokens, out_features)."""
+        return int_linear_operator(x, self.weight, scheme)
+
+
+def integer_product(
+    tensor: QuantizedTensor, dtype: torch.dtype
+) -> TiledIntegers | RowIntegers | None:
+    """Return a weight for quantized inputs of `dtype`; None: floats multiply those."""
+    device = next(iter(tensor.parts.values())).device
+    tiles = None
+    if device.type == "cuda" and dtype in KERNEL_DTYPES:
+        able = torch.cuda.get_device_capability(device) == CAPABILITY
+        tiles = tile_integers(tensor) if able else None
+    return row_integers(tensor) if tiles is None else TiledIntegers(tiles)
 
 
 def row_integers(tensor: QuantizedTensor) -> RowIntegers | None:
@@ -67,7 +107,11 @@ def row_integers(tensor: QuantizedTensor) -> RowIntegers | None:
 
 
 def integer_bytes(tensor: QuantizedTensor) -> int:
-    """Return what `row_integers` makes of a weight, whose parts aren't looked at; at most."""
+    """Return what `integer_product` makes of a weight, whose parts aren't looked at; at most."""
+    return max(tile_bytes(tensor), _row_bytes(tensor))
+
+
+def _row_bytes(tensor: QuantizedTensor) -> int:
     if not _has_one_scale_per_row(tensor):
         return 0
     wide = tensor.scheme.num_bits == WIDE_BITS and not tensor.scheme.symmetric

@@ -27,6 +27,8 @@ class KernelCall(NamedTuple):
     """Words of 64 bits that are zero when the kernel starts, and that it leaves so: a stream's."""
     dependent: bool = True
     """It may start before the launch before it has ended; not if that makes the weight."""
+    one_architecture: bool = False
+    """It has instructions of this card's architecture that no later one has: sm_90a, not sm_90."""
 
 
 Launch = Callable[[KernelCall, Sequence[Tensor | None]], None]
@@ -41,6 +43,9 @@ def constants(dtype: torch.dtype, **values: int) -> tuple[tuple[str, int], ...]:
         values["ACTIVATION_BF16"] = 1
     return tuple(sorted(values.items()))
 
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+"""Of activations that the kernels take; in others weights are dense."""
 
 WARP = 32
 """Threads that run together."""

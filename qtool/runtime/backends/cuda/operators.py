@@ -10,10 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qtool.runtime.backends.cuda.int_tiles import IntTiles
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.runtime.backends.cuda.mixed import MixedWeight
 from qtool.runtime.backends.cuda.tiles import Tiles
-from qtool.scheme import Shape2D, WeightScheme
+from qtool.scheme import ActivationScheme, Shape2D, WeightScheme
 
 WEIGHT = (
     "Tensor planes, Tensor scales, int rows, int inputs, int bits, int? group, bool symmetric, "
@@ -28,6 +29,10 @@ MIXED = (
 )
 LIBRARY.define(f"mixed_matmul(Tensor x, {MIXED}) -> Tensor")
 LIBRARY.define(f"mixed_rows(Tensor index, ScalarType dtype, {MIXED}) -> Tensor")
+LIBRARY.define(
+    "int_linear(Tensor x, Tensor tiles, int rows, int inputs, int bits, int span, int input_bits, "
+    "float clip_ratio, float rounding, float? scale) -> Tensor"
+)
 
 
 def matmul_operator(x: Tensor, weight: KernelWeight) -> Tensor:
@@ -48,6 +53,14 @@ def mixed_matmul_operator(x: Tensor, weight: MixedWeight) -> Tensor:
 def mixed_rows_operator(index: Tensor, weight: MixedWeight) -> Tensor:
     """Return the rows of a weight of classes of tiles that `index` names."""
     return torch.ops.qtool.mixed_rows(index, weight.dtype, *_flat_mixed(weight))
+
+
+def int_linear_operator(x: Tensor, weight: IntTiles, scheme: ActivationScheme) -> Tensor:
+    """Return x @ W.T with x quantized, shaped (..., out_features), in the dtype of `x`."""
+    inputs = (scheme.num_bits, scheme.clip_ratio, scheme.rounding, scheme.scale)
+    return torch.ops.qtool.int_linear(
+        x, weight.tiles, *weight.shape, weight.bits, weight.span, *inputs
+    )
 
 
 Flat = tuple[Tensor, Tensor, int, int, int, int | None, bool, bool, bool]
@@ -114,6 +127,34 @@ def implement_mixed(run_matmul: RunMixed, run_rows: RunMixed) -> None:
     LIBRARY.impl("mixed_rows", rows_there, "CUDA")
 
 
+FlatIntegers = tuple[Tensor, int, int, int, int, int, float, float, float | None]
+RunIntegers = Callable[[Tensor, IntTiles, ActivationScheme], Tensor]
+
+
+def implement_integers(run: RunIntegers) -> None:
+    """Say what the operator of quantized inputs does on a card; once."""
+
+    def linear_there(x: Tensor, *flat: *FlatIntegers) -> Tensor:
+        tiles, rows, inputs, bits, span, *activation = flat
+        weight = IntTiles(tiles, Shape2D(rows, inputs), bits, span)
+        return run(x, weight, _activation_scheme(*activation))
+
+    LIBRARY.impl("int_linear", linear_there, "CUDA")
+
+
+@functools.cache
+def _activation_scheme(
+    num_bits: int, clip_ratio: float, rounding: float, scale: float | None
+) -> ActivationScheme:
+    return ActivationScheme(
+        num_bits=num_bits,
+        granularity="token" if scale is None else "tensor",
+        clip_ratio=clip_ratio,
+        rounding=rounding,
+        scale=scale,
+    )
+
+
 def implement(run_matmul: RunKernel, run_rows: RunKernel) -> None:
     """Say what the operators do on a card; once."""
 
@@ -140,6 +181,11 @@ def _(index: Tensor, dtype: torch.dtype, *flat: *Flat) -> Tensor:
 @torch.library.register_fake("qtool::mixed_matmul", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _(x: Tensor, *flat: *FlatMixed) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(flat[3]))
+
+
+@torch.library.register_fake("qtool::int_linear", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _(x: Tensor, *flat: *FlatIntegers) -> Tensor:
+    return x.new_empty(*x.shape[:-1], flat[1])
 
 
 @torch.library.register_fake("qtool::mixed_rows", lib=LIBRARY)  # type: ignore[untyped-decorator]

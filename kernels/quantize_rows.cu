@@ -1,0 +1,96 @@
+// Activations to int8, a step per token (or one for all), laid out as int_gemm.cu reads them. The
+// definition is qtool/core/activations.py, and the codes are those to the bit: a value near the
+// threshold between two codes is divided as there, others are multiplied by 1 / step.
+//
+// Codes: [tiles of 128 tokens][blocks of 128 inputs][8 runs of 16 inputs][128 tokens][16], so core
+// matrices of 8 tokens x 16 bytes follow one another. Tokens beyond the last are zeros.
+//
+// Compile-time: INPUTS (a multiple of 128), ROWS (tokens per block, 1 or 2), THREADS (a multiple of
+// 32), STATIC (0: a step per token), ACTIVATION_BF16. Grid (padded tokens / ROWS). Shared: THREADS / 32 words.
+
+#define RUN 16
+#define RUNS (INPUTS / RUN)
+#define HELD ((RUNS * ROWS + THREADS - 1) / THREADS) // runs per thread
+#define WARPS (THREADS / WARP)
+#define NEAR 0.001f // of a threshold: more than `x * (1 / step)` is off by, up to 127
+
+// |x| / step rounded by the shifted threshold, before the sign.
+DEVICE float code_of(float x, float step, float inverse, float half, float largest) {
+    float shifted = fabsf(x) * inverse + half, whole = floorf(shifted);
+    float above = shifted - whole;
+    if (above < NEAR || above > 1.0f - NEAR) {
+        float exact = fabsf(x / step);
+        // A threshold in the middle sends ties to the even code.
+        whole = half == 0.5f ? rintf(exact) : floorf(exact + half);
+    }
+    return copysignf(fminf(whole, largest), x);
+}
+
+DEVICE u32 byte_of(float code) { return (u32)(int)code & 0xffu; }
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+quantize_rows(const u16 *x,  // [tokens][INPUTS]
+              quad *codes,   // see above
+              float *steps,  // [padded tokens]
+              int tokens, float clip, float largest, float half, float fixed) {
+    DYNAMIC_SHARED(memory);
+    u32 *maxima = (u32 *)memory;
+    let_next_start();
+    wait_for_previous();
+    int thread = (int)threadIdx.x, row = thread % ROWS, token = (int)blockIdx.x * ROWS + row;
+    const quad *from = (const quad *)(x + (u64)token * INPUTS);
+    quad values[HELD][2];
+    u32 magnitudes = 0;
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+        int run = (i * THREADS + thread) / ROWS;
+        bool is_there = token < tokens && run < RUNS;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            quad v = is_there ? from[2 * run + n] : quad{0, 0, 0, 0};
+            values[i][n] = v;
+            magnitudes = larger_magnitudes(larger_magnitudes(magnitudes, v.x), larger_magnitudes(v.y, larger_magnitudes(v.z, v.w)));
+        }
+    }
+    float step = fixed;
+    if (!STATIC) {
+        // As integers: NaN is above infinity, and that above all else.
+        u32 most = magnitudes >> 16 > (magnitudes & 0xffffu) ? magnitudes >> 16 : magnitudes & 0xffffu;
+#pragma unroll
+        for (int lanes = WARP / 2; lanes >= ROWS; lanes /= 2) {
+            u32 other = shuffle_xor(most, lanes);
+            most = other > most ? other : most;
+        }
+        if (thread % WARP < ROWS) maxima[thread / WARP * ROWS + row] = most;
+        __syncthreads();
+#pragma unroll
+        for (int warp = 0; warp < WARPS; ++warp) {
+            u32 other = maxima[warp * ROWS + row];
+            most = other > most ? other : most;
+        }
+        step = clip * load_activation((u16)most) / largest;
+        if (step < 1e-8f) step = 1e-8f; // NaN stays
+    }
+    float inverse = 1.0f / step;
+    if (thread < ROWS) steps[token] = token < tokens ? step : 0.0f;
+    u64 tile = (u64)(token / 128) * (INPUTS / 128);
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+        int run = (i * THREADS + thread) / ROWS;
+        if (run >= RUNS) continue;
+        u32 packed[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            quad v = values[i][n / 2];
+            u32 pair[2] = {n % 2 ? v.z : v.x, n % 2 ? v.w : v.y};
+            packed[n] = 0;
+#pragma unroll
+            for (int b = 0; b < 4; ++b) {
+                float number = load_activation((u16)(pair[b / 2] >> (16 * (b % 2))));
+                packed[n] |= byte_of(code_of(number, step, inverse, half, largest)) << (8 * b);
+            }
+        }
+        codes[(tile + run / 8) * 1024 + run % 8 * 128 + token % 128] =
+            quad{packed[0], packed[1], packed[2], packed[3]};
+    }
+}
