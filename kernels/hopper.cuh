@@ -15,7 +15,7 @@ DEVICE u32 cluster_rank() {
 }
 // All threads of all blocks of the cluster.
 DEVICE void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 DEVICE void barrier_init(u64 *barrier, u32 arrivals) {

@@ -43,9 +43,14 @@ DEVICE void next(turn &t) {
     if (++t.stage == STAGES) t.stage = 0, t.parity ^= 1;
 }
 
-// Four nibbles as signed bytes, less the zero point: no byte carries into the next one. `middle` is
-// 128 less it, four times.
-DEVICE u32 centered(u32 nibbles, u32 middle) { return ((nibbles & 0x0f0f0f0fu) + middle) ^ 0x80808080u; }
+// Four nibbles less the zero point, and 128: no byte carries into the next one. `middle` is 128 less the
+// zero point, four times.
+DEVICE u32 centered(u32 nibbles, u32 middle) { return (nibbles & 0x0f0f0f0fu) + middle; }
+// As signed bytes.
+DEVICE void finish(u32 (&a)[16], const u32 (&b)[16]) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) a[i] = BITS == 4 ? b[i] ^ 0x80808080u : b[i];
+}
 
 // What a consumer's thread needs of W for one block of inputs.
 struct part { quad codes[CODES / 2048]; float scales[2]; u32 middles[2]; };
@@ -195,6 +200,7 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
                 }
             }
         }
+        sync_warp();
     } else {
         more_registers<232>();
         int lane = thread % WARP, row = thread / WARP * 16 + lane / 4, column = lane % 4 * 2;
@@ -207,7 +213,8 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
             unsigned char *stage = memory + now.stage * STAGE;
             barrier_wait(full + now.stage, now.parity);
             part p = load_part(stage + X_BYTES, consumer, thread, row);
-            expand(a, p);
+            expand(b, p);
+            finish(a, b);
             for (int block = 0; block < blocks;) {
                 int end = CHUNK > 0 && block + CHUNK < blocks ? block + CHUNK : blocks;
                 forget(left_sums), forget(right_sums);
@@ -237,8 +244,7 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
                     release(empty + now.stage, lane);
                     if (ends_group) add_scaled(right, right_sums, low, high);
                     now = after;
-#pragma unroll
-                    for (int i = 0; i < 16; ++i) a[i] = b[i];
+                    finish(a, b);
                 }
             }
             sync_warpgroup(1 + consumer); // the last tile has been read

@@ -275,7 +275,8 @@ class KernelBackend(Protocol):
     def integer_product(self, tensor: QuantizedTensor, dtype: torch.dtype) -> IntegerProduct | None:
         """Prepare a weight for inputs that are quantized; None: it has no better way for these.
 
-        `dtype` is that of the activations. Without, such inputs go through `matmul`, see `core.activations.multiply_quantized`.
+        Then such inputs go through `matmul`, see `core.activations.multiply_quantized`. `dtype` is
+        that of the activations.
         """
         ...
 

@@ -31,6 +31,7 @@ def weight(shape, num_bits, *, encode=affine.encode_affine, **scheme) -> Quantiz
 
 
 def inputs(tokens, features, dtype=torch.float16):
+    """Return normal inputs with outliers; the first token is as large as can be everywhere."""
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, features, generator=generator)
     x[:, ::37] *= 20
@@ -80,12 +81,14 @@ def test_codes_and_steps_are_those_of_the_definition(tokens, features, scheme, d
 
 WEIGHTS = {
     "4 bits": weight((128, 256), 4),
+    "4 bits, more groups than a sum holds": weight((64, 2432), 4),
     "4 bits, symmetric, ragged": weight((200, 256), 4, symmetric=True),
     "2 bits, odd": weight((131, 128), 2),
     "4 bits, groups of 256, the last short": weight((128, 640), 4, group_size=256),
     "4 bits, rows": weight((256, 384), 4, group_size=None),
     "5 bits": weight((128, 256), 5),
-    "8 bits": weight((128, 256), 8, symmetric=True),
+    "8 bits": weight((128, 640), 8, symmetric=True),
+    "8 bits, groups of 384": weight((128, 1152), 8, group_size=384, symmetric=True),
     "8 bits, rows": weight((64, 256), 8, group_size=None, symmetric=True),
     "dint": weight((128, 256), 4, encode=dint.encode_dint),
 }
