@@ -64,6 +64,10 @@ template <int COUNT> DEVICE void more_registers() { asm volatile("setmaxnreg.inc
 // Only a warpgroup; `number` is 1 or 2.
 DEVICE void sync_warpgroup(int number) { asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory"); }
 
+// Two warpgroups take turns.
+DEVICE void take_turn(int number) { asm volatile("bar.sync %0, 256;" ::"r"(number) : "memory"); }
+DEVICE void give_turn(int number) { asm volatile("bar.arrive %0, 256;" ::"r"(number) : "memory"); }
+
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void end_of_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
