@@ -206,7 +206,7 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
         sync_warp();
     } else {
         more_registers<232>();
-        if (ORDER == 1 && consumer == 1) give_turn(3);
+        if ((ORDER == 1 || ORDER == 3 || ORDER == 7) && consumer == 1) give_turn(3);
         int lane = thread % WARP, row = thread / WARP * 16 + lane / 4, column = lane % 4 * 2;
         u16 *staged = (u16 *)(memory + RING + consumer * Y_BYTES);
         for (int tile = (int)blockIdx.x / CLUSTER; tile < tiles; tile += clusters) {
@@ -219,7 +219,71 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
             part p = load_part(stage + X_BYTES, consumer, thread, row);
             expand(b, p);
             finish(a, b);
-#if ORDER == 2
+#if ORDER >= 3 // 3: n128 by turns; 4: n128 without turns; 5 n128 no scale; 6 no scale, no expand; 7 n64 neither
+#define TURNS (ORDER == 3 || ORDER == 7)
+            int end = CHUNK > 0 && CHUNK < blocks ? CHUNK : blocks;
+#if ORDER == 7
+            forget(left_sums), forget(right_sums);
+#else
+            int sums[64];
+#pragma unroll
+            for (int i = 0; i < 64; ++i) sums[i] = ZERO;
+#endif
+#pragma unroll 1
+            for (int block = 0; block < blocks; ++block) {
+                bool last = block + 1 == blocks;
+                u64 x = core_matrices(shared_address(stage), ALONG, ACROSS);
+                if (TURNS) take_turn(3 + consumer);
+#if ORDER == 7
+                multiply_half(left_sums, a, x, 0);
+                multiply_half(right_sums, a, x, 1);
+#else
+                products_begin();
+#pragma unroll
+                for (int step = 0; step < 4; ++step) multiply_add(sums, a + 4 * step, x + (step * 2 * ALONG >> 4));
+                end_of_products();
+#endif
+                if (TURNS) give_turn(4 - consumer);
+                float low = p.scales[0], high = p.scales[1];
+                turn after = now;
+                next(after);
+                if (!last) {
+                    stage = memory + after.stage * STAGE;
+                    barrier_wait(full + after.stage, after.parity);
+                    if (ORDER < 6) {
+                    p = load_part(stage + X_BYTES, consumer, thread, row);
+                    expand(b, p);
+                    }
+                }
+                if (block + 1 < end) low -= p.scales[0], high -= p.scales[1];
+#if ORDER == 7
+                products_wait<0>(left_sums);
+                products_wait<0>(right_sums);
+#else
+                products_wait<0>(sums);
+#endif
+                keep(a);
+                release(empty + now.stage, lane);
+#if ORDER < 5
+#pragma unroll
+                for (int i = 0; i < 32; ++i) left[i] += (i & 2 ? high : low) * float_of(sums[i]);
+#pragma unroll
+                for (int i = 0; i < 32; ++i) right[i] += (i & 2 ? high : low) * float_of(sums[i + 32]);
+                if (block + 1 == end) {
+#pragma unroll
+                    for (int i = 0; i < 64; ++i) sums[i] = ZERO;
+                    end = end + CHUNK < blocks ? end + CHUNK : blocks;
+                }
+#endif
+                now = after;
+                if (ORDER < 6) finish(a, b);
+            }
+#if ORDER == 7
+            for (int i = 0; i < 32; ++i) left[i] += left_sums[i], right[i] += right_sums[i];
+#elif ORDER > 4
+            for (int i = 0; i < 32; ++i) left[i] += sums[i], right[i] += sums[i + 32];
+#endif
+#elif ORDER == 2
             int end = CHUNK > 0 && CHUNK < blocks ? CHUNK : blocks, block = 0;
             forget(left_sums), forget(right_sums);
             u64 x = core_matrices(shared_address(stage), ALONG, ACROSS);
@@ -312,7 +376,7 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
             u16 *to = y + (u64)at.tokens * BLOCK * out_features + first;
             store_staged(staged, to, thread, out_features - first, tokens - at.tokens * BLOCK, out_features);
         }
-        if (ORDER == 1 && consumer == 0) take_turn(3);
+        if ((ORDER == 1 || ORDER == 3 || ORDER == 7) && consumer == 0) take_turn(3);
     }
     if (CLUSTER > 1) sync_cluster(); // others still copy to, and arrive at, this block
 }
