@@ -71,6 +71,7 @@ DEVICE void give_turn(int number) { asm volatile("bar.arrive %0, 256;" ::"r"(num
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void end_of_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
+DEVICE void products_wait_but_one() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
 #define REGISTERS_8(bind, v, i) bind(v[i]), bind(v[i + 1]), bind(v[i + 2]), bind(v[i + 3]), bind(v[i + 4]), \
     bind(v[i + 5]), bind(v[i + 6]), bind(v[i + 7])
 #define REGISTERS_32(bind, v) REGISTERS_8(bind, v, 0), REGISTERS_8(bind, v, 8), REGISTERS_8(bind, v, 16), \

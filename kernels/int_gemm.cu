@@ -206,7 +206,7 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
         sync_warp();
     } else {
         more_registers<232>();
-        if ((ORDER == 1 || ORDER == 3 || ORDER == 7) && consumer == 1) give_turn(3);
+        if ((ORDER == 1 || ORDER == 3 || ORDER >= 7) && consumer == 1) give_turn(3);
         int lane = thread % WARP, row = thread / WARP * 16 + lane / 4, column = lane % 4 * 2;
         u16 *staged = (u16 *)(memory + RING + consumer * Y_BYTES);
         for (int tile = (int)blockIdx.x / CLUSTER; tile < tiles; tile += clusters) {
@@ -220,7 +220,8 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
             expand(b, p);
             finish(a, b);
 #if ORDER >= 3 // 3: n128 by turns; 4: n128 without turns; 5 n128 no scale; 6 no scale, no expand; 7 n64 neither
-#define TURNS (ORDER == 3 || ORDER == 7)
+#define TURNS (ORDER == 3 || ORDER >= 7)
+#define FIRST (ORDER == 8 ? 3 : ORDER == 9 ? 2 : ORDER == 10 ? 1 : 4)
             int end = CHUNK > 0 && CHUNK < blocks ? CHUNK : blocks;
 #if ORDER == 7
             forget(left_sums), forget(right_sums);
@@ -240,17 +241,22 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
 #else
                 products_begin();
 #pragma unroll
-                for (int step = 0; step < 4; ++step) multiply_add(sums, a + 4 * step, x + (step * 2 * ALONG >> 4));
+                for (int step = 0; step < FIRST; ++step) multiply_add(sums, a + 4 * step, x + (step * 2 * ALONG >> 4));
+                end_of_products();
+#if FIRST < 4
+#pragma unroll
+                for (int step = FIRST; step < 4; ++step) multiply_add(sums, a + 4 * step, x + (step * 2 * ALONG >> 4));
                 end_of_products();
 #endif
-                if (TURNS) give_turn(4 - consumer);
+#endif
+                if (TURNS && FIRST == 4 && ORDER != 11) give_turn(4 - consumer);
                 float low = p.scales[0], high = p.scales[1];
                 turn after = now;
                 next(after);
                 if (!last) {
                     stage = memory + after.stage * STAGE;
                     barrier_wait(full + after.stage, after.parity);
-                    if (ORDER < 6) {
+                    if (ORDER < 6 || ORDER > 7) {
                     p = load_part(stage + X_BYTES, consumer, thread, row);
                     expand(b, p);
                     }
@@ -260,11 +266,16 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
                 products_wait<0>(left_sums);
                 products_wait<0>(right_sums);
 #else
+#if FIRST < 4
+                products_wait_but_one();
+                give_turn(4 - consumer);
+#endif
                 products_wait<0>(sums);
+                if (ORDER == 11) give_turn(4 - consumer);
 #endif
                 keep(a);
                 release(empty + now.stage, lane);
-#if ORDER < 5
+#if ORDER < 5 || ORDER > 7
 #pragma unroll
                 for (int i = 0; i < 32; ++i) left[i] += (i & 2 ? high : low) * float_of(sums[i]);
 #pragma unroll
@@ -276,11 +287,11 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
                 }
 #endif
                 now = after;
-                if (ORDER < 6) finish(a, b);
+                if (ORDER < 6 || ORDER > 7) finish(a, b);
             }
 #if ORDER == 7
             for (int i = 0; i < 32; ++i) left[i] += left_sums[i], right[i] += right_sums[i];
-#elif ORDER > 4
+#elif ORDER > 4 && ORDER < 7
             for (int i = 0; i < 32; ++i) left[i] += sums[i], right[i] += sums[i + 32];
 #endif
 #elif ORDER == 2
@@ -376,7 +387,7 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
             u16 *to = y + (u64)at.tokens * BLOCK * out_features + first;
             store_staged(staged, to, thread, out_features - first, tokens - at.tokens * BLOCK, out_features);
         }
-        if ((ORDER == 1 || ORDER == 3 || ORDER == 7) && consumer == 0) take_turn(3);
+        if ((ORDER == 1 || ORDER == 3 || ORDER >= 7) && consumer == 0) take_turn(3);
     }
     if (CLUSTER > 1) sync_cluster(); // others still copy to, and arrive at, this block
 }

@@ -12,21 +12,41 @@
 #define RUNS (INPUTS / RUN)
 #define HELD ((RUNS * ROWS + THREADS - 1) / THREADS) // runs per thread
 #define WARPS (THREADS / WARP)
-#define NEAR 0.001f // of a threshold: more than `x * (1 / step)` is off by, up to 127
+#define NEAR 0.0001f // of a threshold: more than a product by 1 / step is off by, up to 127
+#define BIG 12582912.0f // 1.5 * 2^23: what is added to it is rounded, halves to even
 
-// |x| / step rounded by the shifted threshold, before the sign.
-DEVICE float code_of(float x, float step, float inverse, float half, float largest) {
-    float shifted = fabsf(x) * inverse + half, whole = floorf(shifted);
-    float above = shifted - whole;
-    if (above < NEAR || above > 1.0f - NEAR) {
-        float exact = fabsf(x / step);
-        // A threshold in the middle sends ties to the even code.
-        whole = half == 0.5f ? rintf(exact) : floorf(exact + half);
-    }
-    return copysignf(fminf(whole, largest), x);
+// The definition.
+DEVICE float exact_code(float x, float step, float half) {
+    float scaled = x / step;
+    return half == 0.5f ? rintf(scaled) : copysignf(floorf(fabsf(scaled) + half), scaled);
 }
 
-DEVICE u32 byte_of(float code) { return (u32)(int)code & 0xffu; }
+DEVICE u32 byte_of(float code) { return bits_of_float(code + BIG) & 0xffu; }
+
+// Four codes: x / step rounded, or, if half isn't 1 / 2, moved towards 0 or away before. What is near to a
+// threshold is done exactly.
+DEVICE u32 codes_of(const float (&x)[4], float step, float inverse, float half, float largest) {
+    float code[4];
+    bool near = false;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        float scaled = fminf(fmaxf(x[i] * inverse, -largest), largest);
+        float shifted = scaled + (scaled < 0.0f ? 0.5f - half : half - 0.5f);
+        code[i] = (shifted + BIG) - BIG;
+        near = near || fabsf(shifted - code[i]) > 0.5f - NEAR;
+    }
+    if (near) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float exact = exact_code(x[i], step, half);
+            code[i] = fminf(fmaxf(exact, -largest), largest);
+        }
+    }
+    u32 packed = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) packed |= byte_of(code[i]) << (8 * i);
+    return packed;
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 quantize_rows(const u16 *x,  // [tokens][INPUTS]
@@ -83,12 +103,10 @@ quantize_rows(const u16 *x,  // [tokens][INPUTS]
         for (int n = 0; n < 4; ++n) {
             quad v = values[i][n / 2];
             u32 pair[2] = {n % 2 ? v.z : v.x, n % 2 ? v.w : v.y};
-            packed[n] = 0;
+            float numbers[4];
 #pragma unroll
-            for (int b = 0; b < 4; ++b) {
-                float number = load_activation((u16)(pair[b / 2] >> (16 * (b % 2))));
-                packed[n] |= byte_of(code_of(number, step, inverse, half, largest)) << (8 * b);
-            }
+            for (int b = 0; b < 4; ++b) numbers[b] = load_activation((u16)(pair[b / 2] >> (16 * (b % 2))));
+            packed[n] = codes_of(numbers, step, inverse, half, largest);
         }
         codes[(tile + run / 8) * 1024 + run % 8 * 128 + token % 128] =
             quad{packed[0], packed[1], packed[2], packed[3]};

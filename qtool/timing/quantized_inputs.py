@@ -16,7 +16,7 @@ from qtool.timing.shapes import ModelShape
 from qtool.timing.synthetic import DTYPE, generator_on, random_dense
 from qtool.timing.timing import copies_needed, rotation, time_calls
 
-MANY_TOKENS = (1, 16, 512, 2048, 8192)
+MANY_TOKENS = (1, 16, 512, 2048, 4096, 8192)
 WEIGHT_KINDS = (
     WeightScheme(num_bits=4, group_size=128),
     WeightScheme(num_bits=4, group_size=None),

@@ -103,6 +103,11 @@ def test_products_agree_with_the_definition(tensor, tokens):
     scheme, x = ActivationScheme(), inputs(tokens, tensor.shape.in_features)
     recorder = Recorder()
     y = int_linear.int_linear(x, packed, scheme, recorder, CARD, GemmTuning(stages=2))
-    expected = defined(x, scheme, tensor)
+    expected = defined(x, scheme, tensor).to(x.dtype).double()  # beyond float16 is infinite
     assert recorder.names == ["quantize_rows", "int_gemm"]
-    torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
+    torch.testing.assert_close(
+        y.double(),
+        expected,
+        rtol=1e-3,
+        atol=1e-3 * float(expected[1:].std()) if tokens > 1 else 1e-3,
+    )

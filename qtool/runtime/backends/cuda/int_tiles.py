@@ -1,9 +1,9 @@
 """Weights as kernels/int_gemm.cu reads them: integers in the order of its fragments, and scales.
 
 A tile is 128 outputs x 128 inputs: for each half of the outputs the codes as 128 threads load them,
-16 bytes at a time; then 128 float32 scales; then 128 words of bytes that are 128 less a zero point. Fragments
-are those of `wgmma.mma_async.m64nNk32` (PTX ISA, matrix A in registers): lane 4 g + t of a warp has
-rows g and g + 8 of its 16, and inputs 4 t .. 4 t + 3 and those 16 further on.
+16 bytes at a time; then 128 float32 scales; then 128 words, of bytes that are 128 less a zero
+point. Fragments are those of `wgmma.mma_async.m64nNk32` (PTX ISA, matrix A in registers): lane
+4 g + t of a warp has rows g and g + 8 of its 16, and inputs 4 t .. 4 t + 3 and those 16 further on.
 """
 
 from dataclasses import dataclass
