@@ -1,4 +1,4 @@
-// y = sum of the splits, always in the same order; then the epilogue of bit_plane_mma.cu.
+// y = sum of the splits, always in the same order; then the epilogue of bit_planes_multiply.cuh.
 //
 // Compile-time: EPILOGUE (0, 1: + residual, 2: silu(gate) * up of alternating runs of eight rows),
 // ACTIVATION_BF16. Grid (blocks of outputs, batch).

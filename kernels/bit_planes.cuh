@@ -1,6 +1,6 @@
 // What the bit-plane kernels share: how a card's blocks and warps divide a weight among them, and how
-// it travels to them. The kernel itself is in bit_planes_kernel.cuh, the product in the files that
-// include both.
+// it travels to them. What a block does with it is in bit_planes_multiply.cuh, the product in the files
+// that include both.
 //
 // Compile-time: PLANES 1..8, GROUP (inputs per group, a multiple of 32), OFFSET (0: none; 1: an offset
 // beside the scales; 2: the center of an affine weight, see per_center), WARPS, BLOCKS

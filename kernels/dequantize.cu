@@ -1,5 +1,5 @@
 // W from tiles of bit planes, for prefill: one float32 sum per weight, rounded once. The words are those
-// of bit_plane_mma.cu. A warp takes one unit (16 rows x 256 inputs); a lane owns eight neighbouring inputs
+// of bit_plane_mma.cuh. A warp takes one unit (16 rows x 256 inputs); a lane owns eight neighbouring inputs
 // of two rows in each block of 32, so it writes 16 bytes at a time.
 //
 // Compile-time: PLANES, GROUP (multiple of 32), OFFSET (as in bit_planes.cuh), ACTIVATION_BF16.

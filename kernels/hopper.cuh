@@ -64,6 +64,10 @@ template <int COUNT> DEVICE void more_registers() { asm volatile("setmaxnreg.inc
 // Only a warpgroup; `number` is 1 or 2.
 DEVICE void sync_warpgroup(int number) { asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory"); }
 
+// Two warpgroups take turns.
+DEVICE void take_turn(int number) { asm volatile("bar.sync %0, 256;" ::"r"(number) : "memory"); }
+DEVICE void give_turn(int number) { asm volatile("bar.arrive %0, 256;" ::"r"(number) : "memory"); }
+
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void end_of_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
@@ -98,6 +102,18 @@ DEVICE void multiply_add(int (&d)[32], const u32 *a, u64 b) {
 DEVICE void multiply_first(int (&d)[32], const u32 *a, u64 b) {
     asm volatile(MULTIPLY_64X64 "0;" : REGISTERS_32(WRITTEN, d)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// The same for 64x128x32.
+#define MULTIPLY_64X128 "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 " \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, "
+#define REGISTERS_64(bind, v) REGISTERS_32(bind, v), REGISTERS_8(bind, v, 32), REGISTERS_8(bind, v, 40), REGISTERS_8(bind, v, 48), REGISTERS_8(bind, v, 56)
+DEVICE void multiply_add(int (&d)[64], const u32 *a, u64 b) {
+    asm volatile(MULTIPLY_64X128 "1;" : REGISTERS_64(READ_WRITTEN, d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+template <int PENDING> DEVICE void products_wait(int (&d)[64]) {
+    asm volatile("wgmma.wait_group.sync.aligned %64;" : REGISTERS_64(READ_WRITTEN, d) : "n"(PENDING) : "memory");
 }
 
 #endif

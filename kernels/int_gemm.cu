@@ -14,6 +14,9 @@
 // Compile-time: BITS (4: codes 0 to 15 less a zero point; 8: signed bytes), SPAN (blocks of a
 // group; 0: one group is the row), STAGES, CLUSTER (1, 2), ACTIVATION_BF16. 384 threads.
 #include "hopper.cuh"
+#ifndef ORDER
+#define ORDER 0
+#endif
 
 #define BLOCK 128
 #define X_BYTES (BLOCK * BLOCK)
@@ -203,6 +206,7 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
         sync_warp();
     } else {
         more_registers<232>();
+        if ((ORDER == 1 || ORDER == 3 || ORDER == 7) && consumer == 1) give_turn(3);
         int lane = thread % WARP, row = thread / WARP * 16 + lane / 4, column = lane % 4 * 2;
         u16 *staged = (u16 *)(memory + RING + consumer * Y_BYTES);
         for (int tile = (int)blockIdx.x / CLUSTER; tile < tiles; tile += clusters) {
@@ -215,6 +219,119 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
             part p = load_part(stage + X_BYTES, consumer, thread, row);
             expand(b, p);
             finish(a, b);
+#if ORDER >= 3 // 3: n128 by turns; 4: n128 without turns; 5 n128 no scale; 6 no scale, no expand; 7 n64 neither
+#define TURNS (ORDER == 3 || ORDER == 7)
+            int end = CHUNK > 0 && CHUNK < blocks ? CHUNK : blocks;
+#if ORDER == 7
+            forget(left_sums), forget(right_sums);
+#else
+            int sums[64];
+#pragma unroll
+            for (int i = 0; i < 64; ++i) sums[i] = ZERO;
+#endif
+#pragma unroll 1
+            for (int block = 0; block < blocks; ++block) {
+                bool last = block + 1 == blocks;
+                u64 x = core_matrices(shared_address(stage), ALONG, ACROSS);
+                if (TURNS) take_turn(3 + consumer);
+#if ORDER == 7
+                multiply_half(left_sums, a, x, 0);
+                multiply_half(right_sums, a, x, 1);
+#else
+                products_begin();
+#pragma unroll
+                for (int step = 0; step < 4; ++step) multiply_add(sums, a + 4 * step, x + (step * 2 * ALONG >> 4));
+                end_of_products();
+#endif
+                if (TURNS) give_turn(4 - consumer);
+                float low = p.scales[0], high = p.scales[1];
+                turn after = now;
+                next(after);
+                if (!last) {
+                    stage = memory + after.stage * STAGE;
+                    barrier_wait(full + after.stage, after.parity);
+                    if (ORDER < 6) {
+                    p = load_part(stage + X_BYTES, consumer, thread, row);
+                    expand(b, p);
+                    }
+                }
+                if (block + 1 < end) low -= p.scales[0], high -= p.scales[1];
+#if ORDER == 7
+                products_wait<0>(left_sums);
+                products_wait<0>(right_sums);
+#else
+                products_wait<0>(sums);
+#endif
+                keep(a);
+                release(empty + now.stage, lane);
+#if ORDER < 5
+#pragma unroll
+                for (int i = 0; i < 32; ++i) left[i] += (i & 2 ? high : low) * float_of(sums[i]);
+#pragma unroll
+                for (int i = 0; i < 32; ++i) right[i] += (i & 2 ? high : low) * float_of(sums[i + 32]);
+                if (block + 1 == end) {
+#pragma unroll
+                    for (int i = 0; i < 64; ++i) sums[i] = ZERO;
+                    end = end + CHUNK < blocks ? end + CHUNK : blocks;
+                }
+#endif
+                now = after;
+                if (ORDER < 6) finish(a, b);
+            }
+#if ORDER == 7
+            for (int i = 0; i < 32; ++i) left[i] += left_sums[i], right[i] += right_sums[i];
+#elif ORDER > 4
+            for (int i = 0; i < 32; ++i) left[i] += sums[i], right[i] += sums[i + 32];
+#endif
+#elif ORDER == 2
+            int end = CHUNK > 0 && CHUNK < blocks ? CHUNK : blocks, block = 0;
+            forget(left_sums), forget(right_sums);
+            u64 x = core_matrices(shared_address(stage), ALONG, ACROSS);
+            multiply_half(left_sums, a, x, 0);
+            multiply_half(right_sums, a, x, 1);
+            auto step = [&](u32 (&old)[16], u32 (&young)[16]) {
+                bool last = block + 1 == blocks;
+                bool ends_group = SPAN == 1 || last || SPAN > 1 && block % (SPAN + !SPAN) == SPAN - 1;
+                float low = p.scales[0], high = p.scales[1];
+                turn after = now;
+                next(after);
+                if (!last) {
+                    stage = memory + after.stage * STAGE;
+                    barrier_wait(full + after.stage, after.parity);
+                    p = load_part(stage + X_BYTES, consumer, thread, row);
+                    expand(young, p);
+                    finish(young, young);
+                    x = core_matrices(shared_address(stage), ALONG, ACROSS);
+                }
+                bool ends = block + 1 == end;
+                if (!ends) low -= p.scales[0], high -= p.scales[1];
+                products_wait<1>(left_sums);
+                if (ends_group) add_scaled(left, left_sums, low, high);
+                if (last) {
+                    products_wait<0>(right_sums);
+                } else {
+                    if (ends) forget(left_sums);
+                    multiply_half(left_sums, young, x, 0);
+                    products_wait<1>(right_sums);
+                }
+                keep(old);
+                release(empty + now.stage, lane);
+                if (ends_group) add_scaled(right, right_sums, low, high);
+                if (!last) {
+                    if (ends) forget(right_sums), end = CHUNK > 0 && end + CHUNK < blocks ? end + CHUNK : blocks;
+                    multiply_half(right_sums, young, x, 1);
+                }
+                now = after;
+                ++block;
+            };
+#pragma unroll 1
+            while (true) {
+                step(a, b);
+                if (block == blocks) break;
+                step(b, a);
+                if (block == blocks) break;
+            }
+#else
             for (int block = 0; block < blocks;) {
                 int end = CHUNK > 0 && block + CHUNK < blocks ? block + CHUNK : blocks;
                 forget(left_sums), forget(right_sums);
@@ -223,8 +340,10 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
                     bool last = block + 1 == blocks;
                     bool ends_group = SPAN == 1 || last || SPAN > 1 && block % (SPAN + !SPAN) == SPAN - 1;
                     u64 x = core_matrices(shared_address(stage), ALONG, ACROSS);
+                    if (ORDER == 1) take_turn(3 + consumer);
                     multiply_half(left_sums, a, x, 0);
                     multiply_half(right_sums, a, x, 1);
+                    if (ORDER == 1) give_turn(4 - consumer);
                     float low = p.scales[0], high = p.scales[1];
                     turn after = now;
                     next(after);
@@ -247,6 +366,7 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
                     finish(a, b);
                 }
             }
+#endif
             sync_warpgroup(1 + consumer); // the last tile has been read
             const float *their_steps = steps + at.tokens * BLOCK;
             stage_half(staged, left, their_steps, row, column);
@@ -256,6 +376,7 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
             u16 *to = y + (u64)at.tokens * BLOCK * out_features + first;
             store_staged(staged, to, thread, out_features - first, tokens - at.tokens * BLOCK, out_features);
         }
+        if ((ORDER == 1 || ORDER == 3 || ORDER == 7) && consumer == 0) take_turn(3);
     }
     if (CLUSTER > 1) sync_cluster(); // others still copy to, and arrive at, this block
 }

@@ -207,6 +207,8 @@ DEVICE void copy_bulk_to(unsigned short, void *shared, const void *address, unsi
 template <int COUNT> DEVICE void fewer_registers() {}
 template <int COUNT> DEVICE void more_registers() {}
 DEVICE void sync_warpgroup(int) { host::meet_warpgroup(); }
+DEVICE void take_turn(int) {}
+DEVICE void give_turn(int) {}
 DEVICE void products_begin() {}
 DEVICE void end_of_products() { host::end_products(); }
 template <int PENDING> DEVICE void products_wait(int (&)[32]) { host::finish_products(PENDING); }

@@ -24,6 +24,7 @@ KERNEL = re.compile(
     re.S,
 )
 NAME = re.compile(r"\w+")
+NUMBER = re.compile(r"_\d+$")  # of a class, where a kernel takes several weights
 ALIAS = re.compile(r"#define KERNEL (\w+)")
 COMMENT = re.compile(r"//[^\n]*")
 # More optimization takes longer than it saves: most libraries run a few small launches.
@@ -90,7 +91,8 @@ class HostKernel:
 
     def _hide(self, arguments: Sequence[Any]) -> None:
         for argument, parameter in zip(arguments, self._parameters, strict=True):
-            is_constant = parameter.startswith("const") and NAME.findall(parameter)[-1] in CONSTANTS
+            name = NUMBER.sub("", NAME.findall(parameter)[-1])
+            is_constant = parameter.startswith("const") and name in CONSTANTS
             if isinstance(argument, Tensor) and not is_constant:
                 size = ctypes.c_size_t(argument.numel() * argument.element_size())
                 place, is_output = ctypes.c_void_p(argument.data_ptr()), "const" not in parameter

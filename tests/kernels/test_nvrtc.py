@@ -16,6 +16,17 @@ ALONE = {**PAIR, "BLOCKS": 1}
 TABLES = {"INPUTS": 14336, "KEYS": 4, "THREADS": 1024}
 SMALL_TABLES = {"INPUTS": 1000, "KEYS": 2, "THREADS": 512, "OFFSET": 0}
 HEADS = {"BLOCKS": 1, "QK_NORM": 0, "SHORTEST": 64}
+
+
+def classes_of(bits: tuple[int, ...], columns: int, grid: dict[str, int], **more: int):
+    """Return the constants of a launch of several classes of rows."""
+    shared = {name: value for name, value in grid.items() if name != "STAGES"}
+    own = {"PLANES": bits, "OFFSET": [1] * len(bits), "STAGES": [grid["STAGES"]] * len(bits)}
+    each = {f"{name}_{n}": value for name, values in own.items() for n, value in enumerate(values)}
+    kind = {"GROUP": 128, "CLASSES": len(bits), "BYTES": int(columns <= 2), "COLUMNS": columns}
+    return {**shared, **kind, **each, **more}
+
+
 # Constants of each kernel, and how many registers leave two blocks on a multiprocessor.
 VARIANTS: list[tuple[str, dict[str, int], int]] = [
     *(
@@ -33,6 +44,10 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
     ),
     ("bit_plane_imma", {**WEIGHT, **GRID, "PLANES": 4, "COLUMNS": 2, "EPILOGUE": 2}, 128),
     ("bit_plane_imma", {**GRID, "GROUP": 192, "OFFSET": 0, "PLANES": 3, "COLUMNS": 2}, 128),
+    ("bit_plane_classes", classes_of((4, 3, 2, 1), 1, PAIR), 128),
+    ("bit_plane_classes", classes_of((4, 2), 1, GRID), 128),
+    ("bit_plane_classes", classes_of((8, 4, 3), 1, ALONE, ACTIVATION_BF16=1), 255),
+    ("bit_plane_classes", classes_of((3, 2), 8, GRID), 128),
     *(("dequantize", {**WEIGHT, "PLANES": planes}, 128) for planes in (2, 4)),
     ("dequantize", {**WEIGHT, "PLANES": 8, "ACTIVATION_BF16": 1}, 255),
     *(

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from qtool.runtime.backends.cuda import planes, sources
+from qtool.runtime.backends.cuda import mixed, planes, sources
+from qtool.runtime.backends.cuda.classes import by_classes
+from qtool.runtime.backends.cuda.launch import Card
+from qtool.scheme import Shape2D, WeightScheme
+from tests.contract.test_codecs import random_tensor
+from tests.helpers import normal
 from tests.kernels import host
 from tests.kernels.host import FAILURES, Recorder
 
@@ -31,6 +36,23 @@ def test_a_kernel_that_waits_is_fine(monkeypatch):
 def test_a_kernel_that_never_waits_is_found(monkeypatch):
     with pytest.raises(AssertionError, match=FAILURES[2]):
         add_splits(monkeypatch, lambda text: text.replace(WAIT, ""))
+
+
+def test_classes_that_never_wait_are_found(monkeypatch):
+    scheme = WeightScheme(num_bits=3, group_size=64, rows=((3, 16), (2, 16)))
+    tensor = random_tensor("mixed_rows", scheme, Shape2D(32, 256), 1)
+    weight = mixed.prepare_weight(tensor, torch.float16)
+    assert isinstance(weight, mixed.MixedWeight)
+    source = sources.kernel_source
+    monkeypatch.setattr(host, "kernel_source", lambda *given: source(*given).replace(WAIT, ""))
+    host.host_kernels.cache_clear()
+    parts = list(zip(weight.classes, weight.places, strict=True))
+    y = torch.zeros(64, dtype=torch.float16)[32:].view(1, 32)  # places that are hidden are -1
+    try:
+        with pytest.raises(AssertionError, match=FAILURES[2]):
+            by_classes(normal(1, 256).half(), parts, y, Recorder(), Card(2, 144 * 1024))
+    finally:
+        host.host_kernels.cache_clear()
 
 
 def test_a_kernel_that_reads_and_writes_before_it_waits_is_found(monkeypatch):

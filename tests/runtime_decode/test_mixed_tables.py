@@ -19,7 +19,7 @@ from tests.helpers import dequantized, normal
 from tests.kernels.host import Recorder
 from tests.runtime_decode.models import prompt
 
-CARD = Card(multiprocessors=2, shared_bytes=144 * 1024)
+CARD = Card(multiprocessors=2, shared_bytes=227 * 1024)
 
 
 def load(directory, dtype=torch.float16, device="cpu"):
@@ -67,8 +67,7 @@ def test_whole_steps_by_kernels(mixed_tables):
     classes = len(weights.head.classes)
     step = launch.names[-launch.names[::-1].index("gather_rows") - classes :]
     assert step[:classes] == ["gather_rows"] * classes
-    assert step[-1] == "greedy"
-    assert len(set(step[-1 - classes : -1])) == 1, "the head: a launch per class, and no other"
+    assert step[-2:] == ["bit_plane_classes", "greedy"], "the head: one launch for all classes"
 
 
 @pytest.mark.gpu

@@ -151,6 +151,9 @@ def test_a_head_of_unlike_rows_is_timed_by_the_bytes_of_its_classes():
     assert result.rows[0].kernel == "planes"
     assert result.row_bits == (4, 2)
     launched = []
-    own = dataclasses.replace(rig(), launch=lambda call, _: launched.append(call.numbers[0]))
+    own = dataclasses.replace(rig(), launch=lambda call, _: launched.append(call))
     kernels.time_layer(Layer("head", 1, load), own)
-    assert set(launched) == {30, 66}, "each class by itself"
+    together = {call.numbers[5:] for call in launched if call.kernel == "bit_plane_classes"}
+    assert together == {(30, 2, 1, 66, 5, 1, *[0] * 6)}, "rows, tiles and blocks of each class"
+    by_itself = {call.numbers[0] for call in launched if call.kernel == "dequantize"}
+    assert by_itself == {30, 66}, "of many tokens"

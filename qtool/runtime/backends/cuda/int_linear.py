@@ -28,6 +28,7 @@ class GemmTuning:
     stages: int = 6
     """Of the ring in shared memory, at most."""
     cluster: int = 1
+    order: int = 0
     """Blocks that fetch the same tokens together: 1, or 2 where the tiles of rows are even."""
 
 
@@ -72,7 +73,13 @@ def gemm_call(
     cluster = tuning.cluster if row_tiles % tuning.cluster == 0 else 1
     stage = INT_TILE * INT_TILE + INT_TILE * INT_TILE * weight.bits // 8 + NUMBERS_BYTES + 16
     stages = min(tuning.stages, (card.shared_bytes - SYSTEM_BYTES - Y_BYTES) // stage)
-    macros = {"BITS": weight.bits, "SPAN": weight.span, "STAGES": stages, "CLUSTER": cluster}
+    macros = {
+        "BITS": weight.bits,
+        "SPAN": weight.span,
+        "STAGES": stages,
+        "CLUSTER": cluster,
+        "ORDER": tuning.order,
+    }
     blocks_at_once = min(tiles, card.multiprocessors) // cluster * cluster
     return KernelCall(
         file="int_gemm",

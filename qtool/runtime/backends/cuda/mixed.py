@@ -1,7 +1,7 @@
 """Weights whose rows have bits of their own: one of planes per class, and where its rows belong.
 
-Each class is multiplied by the kernels of its width, which write the outputs of its rows to their
-places: no launch that sorts them, and the next class's weights are on their way meanwhile.
+All classes are multiplied in one launch where the kernels can (`classes`), else each by itself; the
+kernels write the outputs of their rows to their places: no launch that sorts them.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.formats import mixed_rows
 from qtool.runtime.backends.cuda import linear_kernels
+from qtool.runtime.backends.cuda.classes import by_classes
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, Launch
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
-from qtool.runtime.backends.cuda.planes import Target
 from qtool.runtime.backends.cuda.selection import wanted_kernel
 from qtool.scheme import Shape2D, WeightScheme
 
@@ -110,13 +110,15 @@ def multiply_mixed(
     y = x.new_empty(len(x), weight.shape.out_features)
     if x.data_ptr() % LOAD_BYTES != 0:
         x = x.clone()
+    by_tiles = []
     for part, places in zip(weight.classes, weight.places, strict=True):
         chosen = kernel or linear_kernels.kernel_for(part, len(x), card)
         if chosen == "planes" and part.tiles is not None and len(x) > 0:
-            linear_kernels.by_planes(x, part, launch, card, target=Target(y, places))
+            by_tiles.append((part, places))
         else:
             product = linear_kernels.matmul(x, part, launch, card, kernel=chosen)
             y.index_copy_(1, places.long(), product)
+    by_classes(x, by_tiles, y, launch, card)
     return y
 
 

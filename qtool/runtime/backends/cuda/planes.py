@@ -68,6 +68,16 @@ class Product:
     x_bytes: int
     """Of shared memory for 32 inputs of one token."""
 
+    def shared_bytes(self, share: int, units: int, warps: int) -> int:
+        """Return what a CTA takes of shared memory for so many units, of rows of `units`.
+
+        That is the inputs, and sums of all tiles that it may have; not the units themselves.
+        """
+        own = (share + units - 1) // units + 1
+        inputs = units * self.columns * (BLOCKS_PER_UNIT * (self.x_bytes + NUMBER) + NUMBER)
+        sums = (own + 1 + warps) * TILE_ROWS * self.columns * NUMBER
+        return inputs + sums + own * NUMBER
+
 
 def product_for(batch: int, layout: Layout) -> Product:
     """Return the kernel with the least arithmetic: bytes for few tokens, else float16."""
@@ -92,6 +102,11 @@ class LaunchPlan:
     exchange_words: int
 
 
+def room_of(card: Card, ctas: int) -> int:
+    """Return the shared memory of each of so many CTAs that share a multiprocessor."""
+    return (card.shared_bytes + RESERVED_BYTES) // ctas - RESERVED_BYTES
+
+
 @functools.cache
 def plan_launch(
     row_tiles: int, units: int, batch: int, layout: Layout, *, card: Card, tuning: Tuning
@@ -112,15 +127,9 @@ def plan_launch(
         for stages, ctas_per in _rings(tuning):
             most = card.multiprocessors * ctas_per * tuning.waves // slabs
             ctas = max(1, min(most, row_tiles * shortest))
-            share = -(-row_tiles * count // ctas)
-            own = (share + count - 1) // count + 1
-            shared = (
-                warps * stages * layout.stage_bytes
-                + count * columns * (BLOCKS_PER_UNIT * (product.x_bytes + NUMBER) + NUMBER)
-                + (own + 1 + warps) * TILE_ROWS * columns * NUMBER
-                + own * NUMBER
-            )
-            if shared <= (card.shared_bytes + RESERVED_BYTES) // ctas_per - RESERVED_BYTES:
+            ring = warps * stages * layout.stage_bytes
+            shared = ring + product.shared_bytes(-(-row_tiles * count // ctas), count, warps)
+            if shared <= room_of(card, ctas_per):
                 words = blocks * slabs * ctas * warps * TILE_ROWS * columns
                 return LaunchPlan(blocks, ctas, slabs, count, stages, ctas_per, shared, words)
     return None
@@ -143,12 +152,8 @@ def tuned_plan(
     another as it should, then what has more warps; for many tokens, what has more warps. None: a
     CTA of this card can't hold one unit and its inputs.
     """
-    selection, few = selection_for(card.name), product_for(batch, layout).columns <= MOST_IN_PAIRS
-    asked = selection.alone
-    if few:
-        asked = selection.tuning(units * UNIT, row_tiles * units // card.multiprocessors)
-    fewer = [replace(selection.alone, warps=warps) for warps in FEWER_WARPS]
-    tunings = tuple(dict.fromkeys((asked, selection.alone, *fewer)))
+    few = product_for(batch, layout).columns <= MOST_IN_PAIRS
+    tunings = tunings_for(row_tiles, units, card, few=few)
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
         found = []
         for order, tuning in enumerate(replace(tuning, waves=waves) for tuning in tunings):
@@ -162,6 +167,16 @@ def tuned_plan(
         if found:
             return min(found, key=lambda pair: pair[0])[1]
     return None
+
+
+def tunings_for(row_tiles: int, units: int, card: Card, *, few: bool) -> tuple[Tuning, ...]:
+    """Return what the card's selection says, then what is as near to it; `few` tokens or not."""
+    selection = selection_for(card.name)
+    asked = selection.alone
+    if few:
+        asked = selection.tuning(units * UNIT, row_tiles * units // card.multiprocessors)
+    fewer = [replace(selection.alone, warps=warps) for warps in FEWER_WARPS]
+    return tuple(dict.fromkeys((asked, selection.alone, *fewer)))
 
 
 Sizes = tuple[int, int, int, int, int, int, int]

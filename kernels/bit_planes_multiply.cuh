@@ -1,0 +1,180 @@
+// What a block of the bit-plane kernels does. The file that includes this has defined
+//   ACCUMULATORS      floats per lane,
+//   ROW_POWER         what rows 0..7 of a tile are to be multiplied by, as a power of two; the rest by
+//                     half of it,
+//   X_BYTES           shared memory for 32 inputs of a token,
+//   stage_unit        x into shared memory,
+//   multiply_unit     one unit's product, added to the accumulators,
+//   put_part          the accumulators into shared memory or, marked, into global.
+// The kernel that calls `multiply` is in bit_planes_kernel.cuh, or bit_plane_classes.cu for several
+// weights beside one another.
+
+// For each own tile, the first and the last warp that have a part of it.
+DEVICE void find_spans(u32 *spans, int tiles, int start, int count, const Share &share) {
+    for (int tile = (int)threadIdx.x; tile < tiles; tile += THREADS) {
+        int from = start + tile * count - share.begin, to = from + count;
+        int low = warp_of(share.given + (from < 0 ? 0 : from), share.size);
+        spans[tile] = (u32)(low | warp_of(share.given + to - 1, share.size) << 16);
+    }
+}
+
+DEVICE bool has_given(int warp, const Share &share) {
+    return first_of_warp(warp, share.size) < share.given && !is_idle(warp, share.size);
+}
+
+// The sum of what lower blocks have given of this block's first tile, which begins at unit `from`. All
+// are asked before the first is waited for.
+DEVICE void take_given(u64 *exchange, int own, int each, int more, int from, float *given) {
+    int lowest = own - 1;
+    while (share_of(lowest, each, more).begin > from) --lowest;
+    for (int index = (int)threadIdx.x; index < PART; index += THREADS) {
+        float sum = 0.0f;
+        for (int block = lowest; block < own; ++block) {
+            Share share = share_of(block, each, more);
+            share.given = given_of(share, from);
+            u64 *place = exchange + (u64)block * WARPS * PART + index;
+            float value[WARPS];
+            u32 mark[WARPS];
+#pragma unroll
+            for (int warp = 0; warp < WARPS; ++warp) {
+                mark[warp] = 1, value[warp] = 0.0f;
+                if (has_given(warp, share)) mark[warp] = load_marked(place + warp * PART, &value[warp]);
+            }
+#pragma unroll
+            for (int warp = 0; warp < WARPS; ++warp) {
+                while (mark[warp] == 0) mark[warp] = load_marked(place + warp * PART, &value[warp]);
+                sum += value[warp];
+                if (has_given(warp, share)) // as the next launch wants to find it
+                    store_marked(place + warp * PART, 0.0f, 0);
+            }
+        }
+        given[index] = sum;
+    }
+}
+
+// A weight, by what it is multiplied, and the blocks that share it.
+struct Product {
+    const quad *planes;  // [row_tiles][units][PLANES][32]
+    const u32 *scales;   // [row_tiles][groups][8][PARAMETERS], rows g and g + 8
+    const u16 *x;        // [batch][in_features]
+    const u16 *residual; // [batch][width], or null
+    u16 *y;              // [batch][width]: out_features wide; EPILOGUE 2: of half as many
+    const int *places;   // [out_features], the columns of y; null: as they come
+    float *partial;      // [slabs][batch][row_tiles * 16]; null: one slab, write y
+    u64 *exchange;       // [blocks][WARPS][16][COLUMNS], zeros, of this slab and block of columns
+    int out_features, in_features, batch, row_tiles, units, groups, width, units_per_slab;
+    int block, blocks;
+};
+
+// One block's work: of slab blockIdx.y and block of columns blockIdx.z.
+DEVICE void multiply(const Product &its, unsigned char *shared) {
+    int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    int units_per_slab = its.units_per_slab, first_unit = (int)blockIdx.y * units_per_slab;
+    Weight weight = {its.planes, its.scales, its.units, its.groups, first_unit, units_per_slab};
+    if (its.units - first_unit < weight.count) weight.count = its.units - first_unit;
+    int column0 = (int)blockIdx.z * COLUMNS;
+    int columns = its.batch - column0 < COLUMNS ? its.batch - column0 : COLUMNS;
+    int total = its.row_tiles * weight.count, each = divide(total, its.blocks);
+    int more = total - each * its.blocks;
+    Share share = share_of(its.block, each, more);
+    int last = divide(share.begin + share.size, weight.count) * weight.count;
+    if (last < share.begin + share.size) share.given = given_of(share, last);
+    int begin = first_of_warp(warp, share.size), end = first_of_warp(warp + 1, share.size);
+
+    unsigned char *ring = shared + warp * STAGES * STAGE_BYTES;
+    unsigned char *operands = shared + WARPS * STAGES * STAGE_BYTES;
+    float *starts = (float *)(operands + units_per_slab * BLOCKS_PER_UNIT * COLUMNS * X_BYTES);
+    float *factors = starts + units_per_slab * BLOCKS_PER_UNIT * COLUMNS; // [unit][COLUMNS]
+    float *given = factors + units_per_slab * COLUMNS;                    // [16][COLUMNS]
+    float *parts = given + PART; // [own tiles + WARPS][16][COLUMNS], then a number per own tile
+
+    // Weights are on their way before the inputs exist.
+    Place ahead = place_at(weight, begin < share.given ? share.begin + share.size - share.given + begin
+                                                       : share.begin + begin - share.given, lane);
+    int unit = ahead.unit, tile = ahead.tile;
+    for (int i = 0; i < STAGES - 1; ++i) {
+        if (begin + i < end) {
+            request(ring + i * STAGE_BYTES, ahead, weight, lane);
+            advance(ahead, begin + i + 1, share, weight, lane);
+        }
+        end_of_fetches();
+    }
+    // Own tiles: from the one that the share begins in to the last one that ends in it.
+    int own = divide(share.begin, weight.count), start = own * weight.count;
+    int kept = share.size - share.given;
+    int tiles = kept == 0 ? 0 : divide(share.begin + kept - 1, weight.count) + 1 - own;
+    u32 *spans = (u32 *)(parts + (tiles + WARPS) * PART);
+    find_spans(spans, tiles, start, weight.count, share);
+    wait_for_previous();
+    stage_inputs(its.x + (u64)column0 * its.in_features, its.in_features, weight, columns,
+                 units_per_slab, operands, starts, factors);
+
+    // The next kernel is to ask for its weights when all of these have been asked for.
+    int all_asked = end - STAGES + 1;
+    if (begin >= all_asked) let_next_start();
+    float acc[ACCUMULATORS] = {};
+    int stage = 0, free = STAGES - 1;
+    for (int work = begin; work < end; ++work) {
+        fetched<STAGES - 2>();
+        sync_warp(); // all lanes have read what `free` held, and see all scales
+        if (work + STAGES - 1 < end) {
+            request(ring + free * STAGE_BYTES, ahead, weight, lane);
+            advance(ahead, work + STAGES, share, weight, lane);
+        }
+        end_of_fetches();
+        if (work == all_asked) let_next_start();
+        multiply_unit(acc, ring + stage * STAGE_BYTES, operands, starts, factors, units_per_slab, unit,
+                      weight, lane);
+        free = stage;
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        bool last_given = work + 1 == share.given;
+        if (++unit == weight.count || last_given || work + 1 == end) {
+            if (work < share.given)
+                put_part(acc, (float *)0, its.exchange + ((u64)its.block * WARPS + warp) * PART, lane);
+            else
+                put_part(acc, parts + (tile - own + warp) * PART, (u64 *)0, lane);
+#pragma unroll
+            for (int i = 0; i < ACCUMULATORS; ++i) acc[i] = 0.0f;
+            if (last_given) {
+                tile = own;
+                unit = share.begin - own * weight.count;
+            } else {
+                unit = 0;
+                ++tile;
+            }
+        }
+    }
+    if (kept == 0) return;
+    bool shared_tile = start < share.begin; // the first: others have had parts of it
+    if (shared_tile) take_given(its.exchange, its.block, each, more, start, given);
+    __syncthreads();
+    const int rows = EPILOGUE == 2 ? TILE_ROWS / 2 : TILE_ROWS;
+    int outputs = EPILOGUE == 2 ? its.out_features / 2 : its.out_features;
+    for (int index = (int)threadIdx.x; index < tiles * rows * COLUMNS; index += THREADS) {
+        int tile = index / (rows * COLUMNS), row = index / COLUMNS % rows;
+        int column = index % COLUMNS, at = row * COLUMNS + column;
+        float value = 0.0f, other = 0.0f;
+        if (tile == 0 && shared_tile) {
+            value = given[at];
+            if (EPILOGUE == 2) other = given[at + 8 * COLUMNS];
+        }
+        u32 span = spans[tile];
+        for (int w = (int)(span & 0xffffu); w <= (int)(span >> 16); ++w) {
+            if (is_idle(w, share.size)) continue;
+            value += parts[(tile + w) * PART + at];
+            if (EPILOGUE == 2) other += parts[(tile + w) * PART + at + 8 * COLUMNS];
+        }
+        value *= power_of_two(row < 8 ? ROW_POWER : ROW_POWER - 1);
+        int out = (own + tile) * rows + row;
+        u64 token = (u64)(column0 + column);
+        if (column >= columns) continue;
+        if (its.partial) {
+            its.partial[((u64)blockIdx.y * its.batch + token) * its.row_tiles * TILE_ROWS + out] = value;
+        } else if (out < outputs) {
+            if (EPILOGUE == 2) value = silu(value) * (other * power_of_two(ROW_POWER - 1));
+            u64 to_write = token * its.width + (its.places ? its.places[out] : out);
+            if (EPILOGUE == 1) value += load_activation(its.residual[to_write]);
+            its.y[to_write] = store_activation(value);
+        }
+    }
+}

@@ -1,0 +1,210 @@
+"""One launch for weights of planes that share their inputs: classes of rows of unlike bits.
+
+Each has blocks of its own beside those of the others, in proportion to the time that it takes, so
+that all begin and end together (kernels/bit_plane_classes.cu; how blocks are shared is our design).
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qtool.runtime.backends.cuda import planes
+from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
+from qtool.runtime.backends.cuda.linear_kernels import KernelWeight, by_planes
+from qtool.runtime.backends.cuda.planes import Layout, Product, Target
+from qtool.runtime.backends.cuda.selection import Tuning
+from qtool.runtime.backends.cuda.tiles import TILE_ROWS
+
+MOST_CLASSES = 4
+"""Of one launch: the kernel has arguments for so many."""
+UNIT_WORK = 512
+"""What a unit takes besides its bytes, as bytes: 128256 x 4096 at 2, 3 and 4 planes took 49, 64 and
+78 us on an H200, so all that a unit has in common takes as long as a plane of it, 576 bytes."""
+LEAST_STAGES = 2
+
+
+class RowClass(NamedTuple):
+    """What decides the launch of one class."""
+
+    rows: int
+    row_tiles: int
+    layout: Layout
+
+
+class ClassSizes(NamedTuple):
+    """What all classes share, as the kernel takes it."""
+
+    in_features: int
+    batch: int
+    units: int
+    groups: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClassesPlan:
+    """How classes share one launch."""
+
+    tuning: Tuning
+    blocks: tuple[int, ...]
+    """Of each class."""
+    stages: tuple[int, ...]
+    """Of each class."""
+    shared_bytes: int
+
+
+def share_blocks(classes: Sequence[RowClass], units: int, blocks: int) -> tuple[int, ...]:
+    """Return how many blocks each class gets, so that the last one to end ends soonest.
+
+    A block takes a fixed time, which is the same for all, and for each of its units the time of
+    the unit's bytes and of UNIT_WORK. A class has a block at least, and none without a unit.
+    """
+    counts = [1] * len(classes)
+
+    def seconds(index: int) -> float:
+        _, row_tiles, layout = classes[index]
+        if counts[index] >= row_tiles * units:
+            return 0.0  # another block would have nothing to do
+        return (layout.stage_bytes + UNIT_WORK) * row_tiles * units / counts[index]
+
+    for _ in range(blocks - len(classes)):
+        slowest = max(range(len(classes)), key=seconds)
+        counts[slowest] += seconds(slowest) > 0
+    return tuple(counts)
+
+
+@functools.cache
+def plan_classes(
+    classes: tuple[RowClass, ...], units: int, batch: int, card: Card
+) -> ClassesPlan | None:
+    """Choose a grid that fills a card once with all classes.
+
+    None: they aren't to run together. Their groups differ, or one of them needs slabs of inputs, or
+    so much shared memory that another would have fewer warps than by itself.
+    """
+    layouts = [its.layout for its in classes]
+    product = planes.product_for(batch, layouts[0])
+    alone = [
+        planes.tuned_plan(its.row_tiles, units, batch, its.layout, card=card) for its in classes
+    ]
+    if len({layout.group for layout in layouts}) > 1:
+        return None
+    if any(found is None or found[1].slabs > 1 for found in alone):
+        return None
+    warps = max(tuning.warps * plan.per_multiprocessor for tuning, plan in filter(None, alone))
+    few = product.columns <= planes.MOST_IN_PAIRS
+    tiles = sum(its.row_tiles for its in classes)
+    for tuning in planes.tunings_for(tiles, units, card, few=few):
+        if tuning.warps * tuning.per_multiprocessor >= warps:
+            planned = _fitted(classes, units, product, card, tuning)
+            if planned is not None:
+                return planned
+    return None
+
+
+def _fitted(
+    classes: Sequence[RowClass], units: int, product: Product, card: Card, tuning: Tuning
+) -> ClassesPlan | None:
+    """Return the plan of one tuning, each class with the stages that there is room for."""
+    total = max(len(classes), card.multiprocessors * tuning.per_multiprocessor)
+    blocks = share_blocks(classes, units, total)
+    room, stages, taken = planes.room_of(card, tuning.per_multiprocessor), [], []
+    for its, count in zip(classes, blocks, strict=True):
+        share = -(-its.row_tiles * units // count)
+        rest = product.shared_bytes(share, units, tuning.warps)
+        stage = tuning.warps * its.layout.stage_bytes
+        stages.append(min(tuning.stages, (room - rest) // stage))
+        taken.append(rest + stages[-1] * stage)
+    if min(stages) < LEAST_STAGES:
+        return None
+    return ClassesPlan(tuning, blocks, tuple(stages), max(taken))
+
+
+@functools.lru_cache(maxsize=4096)
+def classes_call(
+    classes: tuple[RowClass, ...],
+    sizes: ClassSizes,
+    dtype: torch.dtype,
+    card: Card,
+    dependent: bool = True,  # noqa: FBT001, FBT002 - a key of the cache
+) -> KernelCall | None:
+    """Return the one launch of several classes, decided once; None: they run one by one."""
+    planned = plan_classes(classes, sizes.units, sizes.batch, card) if len(classes) > 1 else None
+    if planned is None:
+        return None
+    first, tuning = classes[0].layout, planned.tuning
+    product = planes.product_for(sizes.batch, first)
+    macros = {"GROUP": first.group, "CLASSES": len(classes), "COLUMNS": product.columns}
+    macros |= {"BYTES": int(product.name == "bit_plane_imma"), "EPILOGUE": 0}
+    macros |= {"WARPS": tuning.warps, "BLOCKS": tuning.per_multiprocessor}
+    for number, (its, stages) in enumerate(zip(classes, planned.stages, strict=True)):
+        own = {"PLANES": its.layout.planes, "OFFSET": its.layout.offset, "STAGES": stages}
+        macros |= {f"{name}_{number}": value for name, value in own.items()}
+    each = [(its.rows, its.row_tiles, n) for its, n in zip(classes, planned.blocks, strict=True)]
+    each += [(0, 0, 0)] * (MOST_CLASSES - len(classes))
+    blocks, columns = sum(planned.blocks), -(-sizes.batch // product.columns)
+    return KernelCall(
+        file="bit_plane_classes",
+        kernel="bit_plane_classes",
+        constants=constants(dtype, **macros, ALIGNED=int(sizes.in_features % 8 == 0)),
+        grid=(blocks, 1, columns),
+        threads=tuning.warps * WARP,
+        shared_bytes=planned.shared_bytes,
+        numbers=(*sizes, *chain.from_iterable(each)),
+        zeros=columns * blocks * tuning.warps * TILE_ROWS * product.columns,
+        dependent=dependent,
+    )
+
+
+def by_classes(
+    x: Tensor,
+    parts: Sequence[tuple[KernelWeight, Tensor]],
+    y: Tensor,
+    launch: Launch,
+    card: Card,
+) -> None:
+    """Write x @ W.T of several weights by their tiles, together where that is possible.
+
+    Where it isn't, the first is multiplied by itself: it needs the most shared memory.
+
+    Args:
+        x: (tokens, in_features) float16 or bfloat16, contiguous and aligned; one token at least.
+        parts: Weights, by descending width, and the columns of y that their rows are:
+            (out_features,) int32.
+        y: (tokens, width) in the dtype of `x`.
+        launch: Runs a kernel.
+        card: Where.
+    """
+    while parts:
+        call, tensors = _call_of(x, parts[:MOST_CLASSES], y, card)
+        if call is None:
+            weight, places = parts[0]
+            by_planes(x, weight, launch, card, target=Target(y, places))
+        else:
+            launch(call, (x, y, *tensors))
+        parts = parts[1 if call is None else MOST_CLASSES :]
+
+
+def _call_of(
+    x: Tensor, parts: Sequence[tuple[KernelWeight, Tensor]], y: Tensor, card: Card
+) -> tuple[KernelCall | None, tuple[Tensor | None, ...]]:
+    """Return the launch of at most MOST_CLASSES weights, and their tensors."""
+    classes, tensors = [], []
+    units = groups = 0
+    for weight, places in parts:
+        assert weight.tiles is not None
+        packed = weight.tiles
+        row_tiles, units = packed.planes.shape[:2]
+        groups = packed.scales.shape[1]
+        classes.append(RowClass(weight.shape.out_features, row_tiles, weight.layout))
+        tensors += [packed.planes, packed.scales, places]
+    batch, inputs = x.shape
+    sizes = ClassSizes(inputs, batch, units, groups, y.shape[1])
+    dependent = not any(weight.fresh for weight, _ in parts)
+    call = classes_call(tuple(classes), sizes, x.dtype, card, dependent)
+    return call, (*tensors, *[None] * (3 * (MOST_CLASSES - len(parts))))
