@@ -5,21 +5,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtool.runtime.backends.cuda.int_tiles import BLOCK, NUMBERS_BYTES, IntTiles
-from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
+from qtool.runtime.backends.cuda.int_tiles import INT_TILE, NUMBERS_BYTES, IntTiles
+from qtool.runtime.backends.cuda.launch import LOAD_BYTES, WARP, Card, KernelCall, Launch, constants
 from qtool.scheme import ActivationScheme
 
 CAPABILITY = (9, 0)
 """The only one with `wgmma`."""
-ROWS, MOST_IN_PAIRS = 2, 28672
+QUANTIZED_TOGETHER, FEW_ENOUGH_INPUTS = 2, 28672
 """Tokens that a block quantizes, and inputs up to which it holds so many."""
-QUANTIZE_THREADS, RUN = 512, 16
+QUANTIZE_THREADS, INPUTS_AT_ONCE = 512, 16
 """Threads at most, and inputs that one writes at once."""
 GEMM_THREADS = 384
-Y_BYTES = 2 * BLOCK * 72 * 2
+Y_BYTES = 2 * INT_TILE * 72 * 2
 """Of shared memory, where outputs are turned round."""
 SYSTEM_BYTES = 1024
-LOAD_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +28,7 @@ class GemmTuning:
     stages: int = 6
     """Of the ring in shared memory, at most."""
     cluster: int = 1
-    order: int = 0
+    turns: int = 1
     """Blocks that fetch the same tokens together: 1, or 2 where the tiles of rows are even."""
 
 
@@ -37,8 +36,8 @@ def quantize_call(
     tokens: int, inputs: int, dtype: torch.dtype, scheme: ActivationScheme
 ) -> KernelCall:
     """Return the launch that makes the codes of tokens, and their steps."""
-    rows = ROWS if inputs <= MOST_IN_PAIRS else 1
-    wanted = -(-inputs // RUN * rows // WARP) * WARP
+    rows = QUANTIZED_TOGETHER if inputs <= FEW_ENOUGH_INPUTS else 1
+    wanted = -(-inputs // INPUTS_AT_ONCE * rows // WARP) * WARP
     threads = min(QUANTIZE_THREADS, max(WARP, wanted))
     macros = {
         "INPUTS": inputs,
@@ -58,7 +57,7 @@ def quantize_call(
         file="quantize_rows",
         kernel="quantize_rows",
         constants=constants(dtype, **macros),
-        grid=(_token_tiles(tokens) * BLOCK // rows, 1, 1),
+        grid=(_token_tiles(tokens) * INT_TILE // rows, 1, 1),
         threads=threads,
         shared_bytes=threads // WARP * rows * 4,
         numbers=numbers,
@@ -72,9 +71,15 @@ def gemm_call(
     row_tiles, blocks, _ = weight.tiles.shape
     tiles = row_tiles * _token_tiles(tokens)
     cluster = tuning.cluster if row_tiles % tuning.cluster == 0 else 1
-    stage = BLOCK * BLOCK + BLOCK * BLOCK * weight.bits // 8 + NUMBERS_BYTES + 16
+    stage = INT_TILE * INT_TILE + INT_TILE * INT_TILE * weight.bits // 8 + NUMBERS_BYTES + 16
     stages = min(tuning.stages, (card.shared_bytes - SYSTEM_BYTES - Y_BYTES) // stage)
-    macros = {"BITS": weight.bits, "SPAN": weight.span, "STAGES": stages, "CLUSTER": cluster, "ORDER": tuning.order}
+    macros = {
+        "BITS": weight.bits,
+        "SPAN": weight.span,
+        "STAGES": stages,
+        "CLUSTER": cluster,
+        "TURNS": tuning.turns,
+    }
     blocks_at_once = min(tiles, card.multiprocessors) // cluster * cluster
     return KernelCall(
         file="int_gemm",
@@ -112,7 +117,7 @@ def int_linear(
         return y
     if x.data_ptr() % LOAD_BYTES != 0:  # a slice of something
         x = x.clone()
-    padded = _token_tiles(tokens) * BLOCK
+    padded = _token_tiles(tokens) * INT_TILE
     codes = x.new_empty(padded * inputs, dtype=torch.int8)
     steps = x.new_empty(padded, dtype=torch.float32)
     launch(quantize_call(tokens, inputs, x.dtype, scheme), (x, codes, steps))
@@ -121,4 +126,4 @@ def int_linear(
 
 
 def _token_tiles(tokens: int) -> int:
-    return -(-tokens // BLOCK)
+    return -(-tokens // INT_TILE)

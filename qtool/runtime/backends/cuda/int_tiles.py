@@ -17,12 +17,12 @@ from qtool.core.packing import planes_to_codes
 from qtool.formats import affine, dint
 from qtool.scheme import MAX_BITS, Shape2D
 
-BLOCK = 128
+INT_TILE = 128
 """Outputs, inputs and tokens of a tile."""
 NIBBLE = 4
 """Bits up to which codes are unpacked on the card, and zero points are taken from them there."""
 MIDDLE = 128
-NUMBERS_BYTES = 8 * BLOCK
+NUMBERS_BYTES = 8 * INT_TILE
 """Scales and zero points of a tile."""
 MOST_INPUTS = 57344
 """That a block of kernels/quantize_rows.cu holds in registers."""
@@ -47,10 +47,10 @@ def bits_of_tiles(tensor: QuantizedTensor) -> int | None:
     """
     scheme, inputs = tensor.scheme, tensor.shape.in_features
     size = scheme.group_size or inputs
-    whole = size % BLOCK == 0 or size >= inputs
+    whole = size % INT_TILE == 0 or size >= inputs
     if scheme.group_dim != "in_features" or not whole:
         return None
-    if inputs % BLOCK or inputs > MOST_INPUTS:
+    if inputs % INT_TILE or inputs > MOST_INPUTS:
         return None
     if tensor.format == affine.AFFINE:
         if scheme.num_bits <= NIBBLE:
@@ -65,9 +65,9 @@ def tile_bytes(tensor: QuantizedTensor) -> int:
     bits = bits_of_tiles(tensor)
     if bits is None:
         return 0
-    row_tiles = -(-tensor.shape.out_features // BLOCK)
-    per_tile = BLOCK * BLOCK * bits // 8 + NUMBERS_BYTES
-    return row_tiles * (tensor.shape.in_features // BLOCK) * per_tile
+    row_tiles = -(-tensor.shape.out_features // INT_TILE)
+    per_tile = INT_TILE * INT_TILE * bits // 8 + NUMBERS_BYTES
+    return row_tiles * (tensor.shape.in_features // INT_TILE) * per_tile
 
 
 def tile_integers(tensor: QuantizedTensor) -> IntTiles | None:
@@ -77,11 +77,11 @@ def tile_integers(tensor: QuantizedTensor) -> IntTiles | None:
         return None
     scheme, (rows, inputs) = tensor.scheme, tensor.shape
     one_group = scheme.num_groups(tensor.shape) == 1
-    span = 0 if one_group else (scheme.group_size or inputs) // BLOCK
+    span = 0 if one_group else (scheme.group_size or inputs) // INT_TILE
     integers, scales, zeros = _parts(tensor, bits)
-    more = -rows % BLOCK
+    more = -rows % INT_TILE
     codes = torch.nn.functional.pad(integers, (0, 0, 0, more))
-    numbers = [_by_block(part, more, span, inputs // BLOCK) for part in (scales, zeros)]
+    numbers = [_by_block(part, more, span, inputs // INT_TILE) for part in (scales, zeros)]
     packed = _fragments(codes.view(torch.uint8), bits)
     tiles = torch.cat([packed, *(part.view(torch.uint8) for part in numbers)], dim=-1)
     return IntTiles(tiles.contiguous(), tensor.shape, bits, span)
@@ -106,12 +106,12 @@ def _by_block(part: Tensor, more: int, span: int, blocks: int) -> Tensor:
     """Return numbers of groups (rows, groups) by tile: (row tiles, blocks, 128)."""
     each = part.expand(-1, blocks) if span == 0 else part.repeat_interleave(span, dim=1)
     padded = torch.nn.functional.pad(each[:, :blocks], (0, 0, 0, more))
-    return padded.view(-1, BLOCK, blocks).transpose(1, 2).contiguous()
+    return padded.view(-1, INT_TILE, blocks).transpose(1, 2).contiguous()
 
 
 def _fragments(codes: Tensor, bits: int) -> Tensor:
     """Return bytes (rows, inputs) by tile, in the order of loads: (row tiles, blocks, bytes)."""
-    row_tiles, blocks = codes.shape[0] // BLOCK, codes.shape[1] // BLOCK
+    row_tiles, blocks = codes.shape[0] // INT_TILE, codes.shape[1] // INT_TILE
     # row tile, consumer, warp, + 8 rows, g; block, step, + 16 inputs, t, byte
     split = codes.view(row_tiles, 2, 4, 2, 8, blocks, 4, 2, 4, 4)
     if bits == NIBBLE:

@@ -15,7 +15,7 @@ from qtool.core.activations import quantize_activations
 from qtool.core.packing import planes_to_codes
 from qtool.formats import affine
 from qtool.runtime.backends.cuda.int_linear import CAPABILITY
-from qtool.runtime.backends.cuda.int_tiles import BLOCK, IntTiles, tile_bytes, tile_integers
+from qtool.runtime.backends.cuda.int_tiles import INT_TILE, IntTiles, tile_bytes, tile_integers
 from qtool.runtime.backends.cuda.launch import KERNEL_DTYPES
 from qtool.runtime.backends.cuda.operators import int_linear_operator
 from qtool.scheme import ActivationScheme, Shape2D
@@ -24,7 +24,7 @@ MULTIPLE, FEWEST_ROWS = 8, 17
 """What `torch._int_mm` takes: sizes of a weight, and tokens, that it has at least."""
 FEWEST_TOKENS = 64
 """Where a product on tensor cores begins to be bound by its operations; not measured yet."""
-FEWEST_TILED = BLOCK
+FEWEST_TILED = INT_TILE
 """A guess: a tile of tokens."""
 WIDE_BITS = 8
 """Codes less zero points of so many bits don't fit 8 bits; of fewer they do."""

@@ -47,6 +47,9 @@ def constants(dtype: torch.dtype, **values: int) -> tuple[tuple[str, int], ...]:
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 """Of activations that the kernels take; in others weights are dense."""
 
+LOAD_BYTES = 16
+"""What the kernels load at once."""
+
 WARP = 32
 """Threads that run together."""
 

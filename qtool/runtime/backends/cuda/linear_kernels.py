@@ -15,15 +15,13 @@ from qtool.core.layout import side_by_side
 from qtool.errors import BackendError
 from qtool.runtime.backends.cuda import lut, planes, tiles
 from qtool.runtime.backends.cuda.centers import CENTERS, planes_of, weight_of
-from qtool.runtime.backends.cuda.launch import Card, KernelCall, Launch, constants
+from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.selection import STORED_KERNELS, selection_for, wanted_kernel
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT, Tiles
 from qtool.scheme import Shape2D, WeightScheme
 
 SIGN_FLIP_THREADS, SIGN_FLIP_ROWS = 256, 8
 DEQUANTIZE_THREADS, DEQUANTIZE_WARPS = 128, 4
-LOAD_BYTES = 16
-"""Bytes: what the kernels load at once."""
 FINEST_GROUP = 32
 """Inputs of the finest group that the tiled kernels take."""
 

@@ -15,8 +15,8 @@ from qtool.base import QuantizedTensor
 from qtool.formats import mixed_rows
 from qtool.runtime.backends.cuda import linear_kernels
 from qtool.runtime.backends.cuda.classes import by_classes
-from qtool.runtime.backends.cuda.launch import Card, Launch
-from qtool.runtime.backends.cuda.linear_kernels import LOAD_BYTES, KernelWeight
+from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, Launch
+from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.runtime.backends.cuda.selection import wanted_kernel
 from qtool.scheme import Shape2D, WeightScheme
 
