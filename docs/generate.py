@@ -56,8 +56,8 @@ def cli_page() -> str:
         "# Commands",
         "",
         NOTE,
-        "Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted; 3 is",
-        "reserved. Results go to stdout; progress and errors go to stderr.",
+        "Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 a gate or a budget of the",
+        "recipe failed, 130 interrupted. Results go to stdout; progress and errors go to stderr.",
     ]
     for command in ("", *COMMANDS):
         lines += ["", f"## {' '.join(('qtool', command)).strip()}", ""]

@@ -17,7 +17,16 @@ JOB_NAME = "job.json"
 CONFIG_NAME = "config.json"
 REPORT_NAME = "quantization_report.json"
 MARK = "the work of a run of qtool"
-WRITTEN_NAMES = (CONFIG_NAME, REPORT_NAME, "README.md", "model.safetensors.index.json")
+RUN_FOLDER = "run"
+RUN_NAMES = (
+    *("check.json", "text.json", "tasks.json", "bench.json"),
+    *("run.json", "junit.xml", "summary.md"),
+)
+"""What `qtool run` writes into a folder of a checkpoint: a file per step, and the verdict."""
+WRITTEN_NAMES = (
+    *(CONFIG_NAME, REPORT_NAME, "README.md", "model.safetensors.index.json"),
+    *(f"{RUN_FOLDER}/{name}" for name in RUN_NAMES),
+)
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 OUR_METHOD = re.compile(rb'"quant_method"\s*:\s*"qtool"')
 
