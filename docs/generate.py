@@ -56,8 +56,9 @@ def cli_page() -> str:
         "# Commands",
         "",
         NOTE,
-        "Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 a gate or a budget of the",
-        "recipe failed, 130 interrupted. Results go to stdout; progress and errors go to stderr.",
+        "Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 a gate of `run` or",
+        "a budget of a recipe's `check` failed, 130 interrupted. Results go to stdout; progress and",
+        "errors go to stderr.",
     ]
     for command in ("", *COMMANDS):
         lines += ["", f"## {' '.join(('qtool', command)).strip()}", ""]

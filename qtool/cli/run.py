@@ -1,21 +1,21 @@
 """`qtool run`."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qtool.cli import console, early
-from qtool.cli.options import DeviceOption, JsonOption, check_targets
+from qtool.cli.options import GATE_FAILED, DeviceOption, JsonOption, check_targets
 from qtool.cli.progress import progress
 from qtool.cli.tables.verdicts import print_gates, print_steps
 from qtool.errors import RecipeError
 
 if TYPE_CHECKING:
+    from qtool.pipeline import RunResult
     from qtool.recipe.schema import Recipe
 
-GATE_FAILED = 3
-"""Exit code."""
 KEPT = "What is finished is kept: the same command goes on after it."
 
 
@@ -87,19 +87,28 @@ def run_recipe(
         )
         if dry_run:
             pipeline.check_measurable(chosen, options)
-            plan = pipeline.plan(where, chosen)
+            show = partial(print_steps, chosen, pipeline.plan(where, chosen))
         else:
             title = Path(recipe).name
             result = pipeline.run_recipe(where, target, chosen, options, title=title, emit=emit)
-    if dry_run:
-        print_steps(chosen, plan, json_file)
-        return
+            show = partial(_show_result, result, junit, markdown)
+    show(json_file)
+
+
+def _show_result(
+    result: "RunResult", junit: Path | None, markdown: Path | None, json_file: Path | None
+) -> None:
+    """Print and write the verdict.
+
+    Raises:
+        typer.Exit: a gate has failed.
+    """
     if junit is not None:
         console.write_text(result.junit(), junit)
-    free = console.write_json(result.report(), json_file)
+    is_free = console.write_json(result.report(), json_file)
     if markdown is not None:
         console.write_text(result.markdown(), markdown)
-    if free and str(markdown) != "-":
+    if is_free and str(markdown) != "-":
         print_gates(result)
     if not result.passed:
         raise typer.Exit(GATE_FAILED)

@@ -35,10 +35,12 @@ CHATS_ARE_WORSE = 3.0
 """How many times the divergence on a text that on chats may be; it is smaller, as a rule."""
 LEAST = 0.02
 """Nats per token that are worth a warning."""
+AS_USUAL = CheckSection()
+"""Where the recipe has no section `check`."""
 
 
 def check_result(
-    source: ModelSource, out_dir: Path, emit: Emit, section: CheckSection = CheckSection()
+    source: ModelSource, out_dir: Path, emit: Emit, section: CheckSection = AS_USUAL
 ) -> Closeness | None:
     """Measure how closely a checkpoint follows its original, and warn if it doesn't.
 
@@ -83,7 +85,7 @@ def record_original(
     source: ModelSource,
     device: torch.device,
     emit: Emit,
-    section: CheckSection = CheckSection(),
+    section: CheckSection = AS_USUAL,
 ) -> References:
     """Write down what an original says of a little text and of chats, and let go of it.
 
@@ -109,7 +111,7 @@ def record_original(
 
 
 def checked_text(
-    source: ModelSource, device: torch.device, section: CheckSection = CheckSection()
+    source: ModelSource, device: torch.device, section: CheckSection = AS_USUAL
 ) -> Corpus:
     """Return the text that a result is compared on."""
     windows, length = _windows(source, device, section)

@@ -1,4 +1,4 @@
-"""The verdict on a run: each gate with its limit, value and margin; as Markdown and as JUnit XML."""
+"""The verdict on a run: each gate with its limit, value and margin; in Markdown and JUnit XML."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,8 +123,10 @@ def _lines_of(gate: Gate, subject: str, limit: float, figures: Figures) -> Itera
         note = "" if found.get(key) is not None else found.get("why") or "there is no such figure"
         yield line_of(f"gates.{gate.name}", "", limit, found.get(key), note=note, **settings)
         return
-    entries = {of: one for of, one in found.items() if of.partition(" ")[0] == subject}
-    for of, entry in entries.items() or [(subject, {})]:
+    entries: dict[str, Figures] = {
+        of: one for of, one in found.items() if of.partition(" ")[0] == subject
+    }
+    for of, entry in (entries or {subject: {}}).items():
         value, verdict = entry.get(key), str(entry.get("verdict", ""))
         excused = gate.tested and verdict not in ("", SHOWN_WORSE)
         note = entry.get("why", "") if value is None else verdict
