@@ -1,4 +1,4 @@
-"""`qtool run` as a user calls it: exit codes, files, and what is refused before anything is done."""
+"""`qtool run` as a user calls it: exit codes, files, what is refused before anything is done."""
 
 import json
 from xml.etree import ElementTree
@@ -124,9 +124,7 @@ def test_without_gates_the_figures_are_printed(cli: Cli, recipe, tmp_path, monke
     assert "closeness.text.kl_mean" in done.out
 
 
-def test_check_of_quantize_exits_with_3_and_inspect_says_it(
-    cli: Cli, recipe, chat_llama, tmp_path
-):
+def test_check_of_quantize_exits_with_3_and_inspect_says_it(cli: Cli, recipe, chat_llama, tmp_path):
     path = recipe({}, check={"max_kl": 1e-9, **WINDOWS})
     done = cli("quantize", "--recipe", path, chat_llama, tmp_path / "out")
     assert done.code == 3

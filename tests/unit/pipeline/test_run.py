@@ -146,7 +146,9 @@ def test_killed_anywhere_it_goes_on_to_the_same_verdict(
     assert once_more.gates == result.gates, "times are kept as well"
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"result": {}}', '{"made of": 1, "result": 2}'])
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[1]", '{"result": {}}', '{"made of": 1, "result": 2}']
+)
 def test_damaged_result_of_a_step_is_made_anew(tmp_path, damage):
     keep = KeptSteps(tmp_path)
     (tmp_path / "text.json").write_text(damage)
@@ -253,9 +255,7 @@ def test_fallbacks_are_counted(chat_llama, tmp_path, values):
     assert (line.value, line.passed) == (2, False)
 
 
-def test_original_that_cannot_be_compared_fails_max_kl(
-    chat_llama, tmp_path, values, monkeypatch
-):
+def test_original_that_cannot_be_compared_fails_max_kl(chat_llama, tmp_path, values, monkeypatch):
     monkeypatch.setattr(sys.modules["qtool.pipeline.check"], "room", lambda _device: 1000)
     chosen = recipe_from_mapping({**values, "gates": {}})
     result = pipeline.quantize(Location(chat_llama), tmp_path / "out", chosen, check=True)

@@ -1,4 +1,4 @@
-"""The verdict: limits, margins, what isn't measured, what a paired test excuses, and its reports."""
+"""The verdict: limits, margins, what isn't measured, what a paired test excuses, reports."""
 
 from math import nan
 from xml.etree import ElementTree
@@ -50,7 +50,9 @@ def test_what_was_not_measured_fails_and_says_why():
     assert text.passed
     assert not chats.passed
     assert chats.value is None
-    assert chats.sentence().endswith("not measured, at most 0.5 nats per token: FAILED: No template.")
+    assert chats.sentence().endswith(
+        "not measured, at most 0.5 nats per token: FAILED: No template."
+    )
     assert [line.name for line in lines({"kl_mean": {"text": 0.5}})] == ["gates.kl_mean (text)"]
 
 
@@ -88,7 +90,10 @@ def test_score_fails_only_if_the_loss_is_too_large_and_shown(loss, verdict, pass
 def test_every_metric_of_a_task_is_a_line_and_a_task_that_failed_is_one():
     scores = {"arc acc": SCORE, "arc acc_norm": {**SCORE, "loss": 0}, "other acc": SCORE}
     found = lines({"score_loss": 0.02}, {"scores": scores})
-    assert [(line.of, line.passed) for line in found] == [("arc acc", False), ("arc acc_norm", True)]
+    assert [(line.of, line.passed) for line in found] == [
+        ("arc acc", False),
+        ("arc acc_norm", True),
+    ]
     (failed,) = lines({"score_loss": 0.02}, {"scores": {"arc": {"why": "no data"}}})
     assert not failed.passed
     assert failed.note == "no data"
