@@ -45,7 +45,7 @@ from qtool.report.verdict import Figures, GateLine, gates_junit, gates_markdown,
 from qtool.steps.memory import failures_of_the_machine
 from qtool.storage.plain_json import plain_json, write_json_file
 from qtool.storage.whole_files import written_whole
-from qtool.timing.machine import require_card
+from qtool.timing import machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +166,7 @@ def check_measurable(recipe: Recipe, options: RunOptions) -> None:
         if section.tasks:
             Tasks(_task_options(section, options)).check()
     if recipe.bench is not None and recipe.bench.gpu:
-        require_card()
+        machine.require_card()
 
 
 def _task_options(section: EvalSection, options: RunOptions) -> TaskOptions:
@@ -261,8 +261,9 @@ class _Steps:
         assert self.recipe.bench is not None
         gpu = GpuOptions() if self.recipe.bench.gpu else None
         options = BenchOptions(backend=None if gpu else self.recipe.bench.backend, gpu=gpu)
-        found = bench(Location(self.out_dir), options, baseline=self.model, emit=self.emit)
-        return bench_report(found, str(self.out_dir))
+        result = Location(self.out_dir)
+        found = bench(result, options, baseline=self.model, emit=self.emit)
+        return bench_report(found, result, self.model)
 
 
 def _result(

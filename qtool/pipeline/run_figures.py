@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from qtool.modeling.locate import Location
 from qtool.pipeline.evaluate import Comparison
 from qtool.pipeline.task_results import ModelTasks, TaskComparison
 from qtool.recipe.gates import CHATS, TEXT
@@ -85,11 +86,13 @@ def score_figures(kept: Kept) -> dict[str, Any]:
     return {"scores": found}
 
 
-def bench_report(found: Comparison, result: str) -> dict[str, Any]:
-    """Return what is kept of a bench: `result` is what the kernels' end-to-end rows call it."""
+def bench_report(found: Comparison, result: Location, original: Location) -> dict[str, Any]:
+    """Return what is kept of a bench, with what the kernels' end-to-end rows call the two."""
     if found.kernels is None:
         return {"figures": [asdict(one) for one in found.figures]}
-    return {"kernels": asdict(found.kernels), "result": result}
+    names = {"result": result, "original": original}
+    called = {role: where.public_name or str(where.path) for role, where in names.items()}
+    return {"kernels": asdict(found.kernels), **called}
 
 
 def bench_figures(kept: Kept) -> dict[str, Any]:
@@ -99,9 +102,10 @@ def bench_figures(kept: Kept) -> dict[str, Any]:
         original, result = (one["speed"] for one in kept["figures"])
         return {"speed": _ratios(result, original)}
     models = {one["name"]: one for one in kernels["end_to_end"]}
-    result = models.pop(kept["result"], None)
-    original = next(iter(models.values()), None)
-    why = "; ".join(f"{name}: {why}" for name, why in kernels["not_run"].items())
+    result, original = models.get(kept["result"]), models.get(kept["original"])
+    names = ("end to end", kept["result"], kept["original"])
+    not_run = {name: kernels["not_run"][name] for name in names if name in kernels["not_run"]}
+    why = "; ".join(f"{name}: {reason}" for name, reason in not_run.items())
     ours = [(layer["count"], layer["rows"][0]) for layer in kernels["layers"]]
     seconds = sum(count * row["microseconds"] for count, row in ours) * 1e-6
     moved = sum(count * row["weight_bytes"] for count, row in ours)

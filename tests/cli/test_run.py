@@ -4,9 +4,13 @@ import json
 from xml.etree import ElementTree
 
 import pytest
+import torch
 import yaml
 
+from qtool.timing import decode, gpu, machine
+from tests import families
 from tests.cli.conftest import Cli
+from tests.unit.timing.rig import bench
 
 WINDOWS = {"windows": 2, "context_length": 40}
 
@@ -147,3 +151,37 @@ def test_quantize_without_budgets_reports_as_before(cli: Cli, llama, checkpoint,
     done = cli("quantize", "--method", "rtn", "--json", "-", llama, tmp_path / "out")
     assert "budgets" not in json.loads(done.out)
     assert "check" not in json.loads(cli("inspect", checkpoint, "--json", "-").out)
+
+
+ON_A_CARD = ("bench={gpu: true}", "gates={copy_share: 0, card_memory: 1.0e+12, decode_ratio: 0}")
+
+
+def timed_on_a_card(cli: Cli, path, model, out_dir):
+    """Return the lines of gates whose figures a card gives."""
+    settings = (word for text in ON_A_CARD for word in ("--set", text))
+    done = cli("run", path, model, out_dir, *settings, "--json", "-")
+    assert done.code == 0, done.err + done.out
+    lines = {line["gate"]: line for line in json.loads(done.out)["gates"]}
+    assert set(lines) == {"gates.copy_share", "gates.card_memory", "gates.decode_ratio"}
+    return lines
+
+
+def test_kernels_are_timed_and_judged(cli: Cli, recipe, chat_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "require_card", lambda: torch.device("cpu"))
+    monkeypatch.setattr(gpu, "on_card", lambda _device, _kernel: bench())
+    monkeypatch.setattr(decode, "REPEATS", 1)
+    lines = timed_on_a_card(cli, recipe({}, eval=None), chat_llama, tmp_path / "out")
+    assert lines["gates.decode_ratio"]["value"] > 0
+    assert lines["gates.copy_share"]["value"] > 0
+
+
+@pytest.mark.gpu
+def test_kernels_of_a_card_are_timed_and_judged(cli: Cli, recipe, tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "max_position_embeddings": 2048}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+    model = families.build("llama", **sizes)
+    model.save_pretrained(tmp_path / "model")
+    families.save_tokenizer(tmp_path / "model")
+    lines = timed_on_a_card(cli, recipe({}, eval=None), tmp_path / "model", tmp_path / "out")
+    assert lines["gates.card_memory"]["value"] > 0
+    assert 0 < lines["gates.copy_share"]["value"] < 2
