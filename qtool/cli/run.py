@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qtool.pipeline import RunResult
     from qtool.recipe.schema import Recipe
 
-KEPT = "What is finished is kept: the same command goes on after it."
+STEPS_KEPT = "What is finished is kept: the same command goes on after it."
 
 
 def run_recipe(
@@ -72,7 +72,7 @@ def run_recipe(
     early.check_directory(calibration)
     if chosen.eval is not None and chosen.eval.tasks:
         early.check_spelling(chosen.eval.tasks)
-    kept = "Nothing was written." if dry_run else KEPT
+    kept = "Nothing was written." if dry_run else STEPS_KEPT
     with progress(kept) as emit, early.opened([name], device, emit) as (where,):
         if calibration is None:
             early.check_texts(chosen.calibration)

@@ -4,6 +4,7 @@ import pytest
 
 from qtool import pipeline
 from qtool.errors import DataError
+from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.pipeline import scoring
 from qtool.recipe.load import recipe_from_mapping
@@ -56,7 +57,7 @@ def test_no_loss_at_all_is_asked_and_two_bits_are_shown_to_lose(run):
 
 
 def test_task_that_fails_fails_its_gate_and_is_run_anew(run, monkeypatch):
-    before = scoring.load_model
+    before = load_model
 
     def broken(location, **settings):
         if location.directory.name == "out":

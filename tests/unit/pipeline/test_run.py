@@ -19,6 +19,7 @@ from qtool.recipe.load import recipe_from_mapping
 from qtool.report.verdict import judge
 
 running: Any = sys.modules["qtool.pipeline.run"]
+resulting: Any = sys.modules["qtool.pipeline.run_result"]
 quantizing: Any = sys.modules["qtool.pipeline.quantize"]
 checking: Any = sys.modules["qtool.pipeline.check_budgets"]
 TIMED = ("gates.seconds", "gates.quantize_seconds", "gates.peak_memory")
@@ -129,8 +130,8 @@ def raises_once(monkeypatch, module, name):
         (running, "evaluate", ("check",)),
         (running, "text_report", ("check",)),
         (running, "bench", ("check", "text")),
-        (running, "sizes_of", ("check", "text", "bench")),
-        (running, "_write", ("check", "text", "bench")),
+        (resulting, "sizes_of", ("check", "text", "bench")),
+        (running, "write_verdict", ("check", "text", "bench")),
     ],
 )
 def test_killed_anywhere_it_goes_on_to_the_same_verdict(
@@ -234,6 +235,8 @@ def test_check_marks_the_result_and_keeps_it(chat_llama, tmp_path, values, budge
     mark = read_report(out_dir)["check"]
     assert mark["passed"] == (not failed)
     assert len(mark["failed"]) == len(failed)
+    assert result.check is not None
+    assert result.check.text is not None
     assert mark["text"]["kl_divergence"] == result.check.text.kl_divergence
     assert mark["fallbacks"] == 0
     CheckpointReader(out_dir).verify()
