@@ -73,6 +73,7 @@ def run_recipe(
             first step; what was finished is kept.
     """
     check_measurable(recipe, options)
+    out_dir = out_dir.expanduser()
     made = quantize(
         model,
         out_dir,

@@ -64,6 +64,11 @@ def _asked(models: Sequence[ModelTasks]) -> dict[str, str]:
     }
 
 
+def task_failures(kept: StepResult) -> tuple[str, ...]:
+    """Return a sentence for each task that gave no scores."""
+    return tuple(f"{one['task']} on {one['model']}: {one['message']}" for one in kept["failures"])
+
+
 def score_figures(kept: StepResult) -> dict[str, Any]:
     """Return what each score lost, by requested task and metric."""
     found: dict[str, Any] = {}

@@ -11,7 +11,12 @@ from qtool.checkpoint.sizes import sizes_of
 from qtool.pipeline.kept_steps import KeptStep
 from qtool.pipeline.model_figures import versions
 from qtool.pipeline.reports import QuantizeResult
-from qtool.pipeline.run_figures import bench_figures, score_figures, text_figures
+from qtool.pipeline.run_figures import (
+    bench_figures,
+    score_figures,
+    task_failures,
+    text_figures,
+)
 from qtool.recipe.schema import Recipe
 from qtool.report.verdict import Figures, GateLine, gates_junit, gates_markdown, judge
 from qtool.storage.plain_json import plain_json, write_json_file
@@ -36,6 +41,8 @@ class RunResult:
     """Steps that an earlier run had done."""
     about: Mapping[str, str]
     """Model, device and versions."""
+    failures: tuple[str, ...] = ()
+    """Tasks that gave no scores, and why; a gate that reads one of them has failed as well."""
 
     @property
     def passed(self) -> bool:
@@ -46,7 +53,8 @@ class RunResult:
         """Return a summary for people, such as a job's."""
         times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
         notes = [f"{name}: {value}" for name, value in self.about.items()]
-        return gates_markdown(self.title, self.gates, [*notes, f"time: {times}"])
+        notes += [f"time: {times}", *(f"FAILED: {failure}" for failure in self.failures)]
+        return gates_markdown(self.title, self.gates, notes)
 
     def junit(self) -> str:
         """Return a JUnit report."""
@@ -63,6 +71,7 @@ class RunResult:
             "seconds": dict(self.seconds),
             "reused": list(self.reused),
             "about": dict(self.about),
+            "failures": list(self.failures),
         }
 
 
@@ -101,6 +110,7 @@ def judged(
         seconds=seconds,
         reused=tuple(name for name, step in found.items() if step.is_reused),
         about={**about, **versions()},
+        failures=task_failures(found["tasks"].result) if "tasks" in found else (),
     )
 
 
