@@ -13,6 +13,7 @@ import torch
 from qtool import settings
 from qtool.base import Emit, Progress, ignore_events
 from qtool.checkpoint.marks import RUN_FOLDER
+from qtool.checkpoint.place import find_place
 from qtool.data.corpora import load_corpus, open_dataset
 from qtool.evaluation.kept import library_versions
 from qtool.evaluation.lm_eval.harness import Tasks
@@ -73,7 +74,7 @@ def run_recipe(
             first step; what was finished is kept.
     """
     check_measurable(recipe, options)
-    out_dir = out_dir.expanduser()
+    out_dir = find_place(out_dir).out_dir  # as it is when the result has replaced another
     made = quantize(
         model,
         out_dir,
