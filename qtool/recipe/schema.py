@@ -124,6 +124,9 @@ class CalibrationSection(Section):
     the loss of the original with respect to them; null: all tokens count alike."""
     residual_error: bool = True
     """Linears that add to the residual stream also compensate the error that it carries."""
+    bias_correction: bool = False
+    """Linears that have a bias take away the mean error of their outputs, where the error of the
+    block's output falls on held-out samples."""
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     """In which the blocks run; auto: on a card as stored, on a CPU in float32."""
     cache: Literal["memory", "disk"] = "memory"
@@ -165,6 +168,8 @@ class CalibrationSection(Section):
         values.pop("mixture" if self.dataset is not None else "dataset", None)
         if self.output_groups is None:
             values.pop("output_groups", None)
+        if not self.bias_correction:
+            values.pop("bias_correction", None)
         for source in values.get("mixture", ()):
             if (rendering := source.pop("rendering", None)) is not None:
                 source["as"] = rendering
@@ -230,6 +235,16 @@ class Recipe(Section):
     head: TableSection | None = None
     """Absent: the head stays in 16 bit."""
     seed: Annotated[WholeNumber, Field(ge=0, le=MOST_SEED)] = 0
+
+    @model_validator(mode="after")
+    def _check_biases(self) -> "Recipe":
+        corrects = self.calibration is not None and self.calibration.bias_correction
+        if corrects and self.tuning.end_to_end is not None:
+            raise ValueError(
+                "calibration.bias_correction and tuning.end_to_end both change biases; end-to-end "
+                "tuning learns them by gradients: leave bias_correction out"
+            )
+        return self
 
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
