@@ -1,12 +1,13 @@
 """Biases take away the mean error of a linear's output, and a checkpoint holds them."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from qtool import pipeline
-from qtool.base import Env, Progress
+from qtool.base import Env, Notice, Progress
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.data.calibration import CalibrationSet
 from qtool.errors import RecipeError
@@ -48,7 +49,7 @@ def visit(tiny):
     for name in layers:
         weight = source.read_weight(name)
         coarse = weight + 0.02 + 0.05 * torch.randn(weight.shape, generator=generator)
-        walk.put(name, SolvedLinear(lambda coarse=coarse: coarse))
+        walk.put(name, SolvedLinear(partial(torch.clone, coarse)))
     biases = {name: source.read(f"model.decoder.layers.0.{name}.bias") for name in NAMES}
     return walk.visit(0), biases, source.residual
 
@@ -93,10 +94,12 @@ def test_means_are_those_of_outputs_and_of_the_stream_behind_them(visit):
 
 def test_it_is_the_weights_error_on_the_mean_input_where_nothing_came_before(visit):
     """Queries of the first block see what they see in the original."""
-    visit, biases, _ = visit
+    visit, _, _ = visit
     name, streams = NAMES[0], visit.streams
-    train = [mean_outputs(one, [name], streams.original[: streams.num_train], None)[name]
-        for one in (visit.original, visit.quantized)]
+    train = [
+        mean_outputs(one, [name], streams.original[: streams.num_train], None)[name]
+        for one in (visit.original, visit.quantized)
+    ]
     inputs = torch.cat(
         [visit.original.inputs_of(name, streams.original[i], i) for i in range(streams.num_train)]
     )
@@ -138,7 +141,8 @@ def test_the_checkpoint_has_them_and_gives_what_the_walk_saw(
     source, reader = open_source(Location(model)), CheckpointReader(tmp_path / "out")
     loaded = load_model(Location(tmp_path / "out")).model
     for name in (one for one in source.names() if one.endswith(".bias")):
-        stored = reader.read(name)
+        stored = reader.load(name)
+        assert isinstance(stored, torch.Tensor)
         assert stored.dtype == source.read(name).dtype
         assert torch.equal(stored, source.read(name)) == (name not in corrected)
         assert torch.equal(stored, loaded.get_parameter(name).to(stored.dtype))
@@ -181,7 +185,7 @@ def test_it_goes_with_folds_quantized_inputs_and_tuned_blocks(tiny, text_file, t
 
 
 def test_linears_without_biases_are_told_of(llama, text_file, tmp_path):
-    events = []
+    events: list[Progress | Notice] = []
     chosen = recipe(text_file, bias_correction=True)
     pipeline.quantize(Location(llama), tmp_path / "out", chosen, emit=events.append)
     pipeline.quantize(Location(llama), tmp_path / "plain", recipe(text_file))
