@@ -218,7 +218,7 @@ def _solved(
         "method": chosen.method,
     }
     activation = layer.activation if statistics is None else statistics[0].activation
-    if activation is not None:
+    if isinstance(activation, ActivationScheme):
         notes["activation"] = activation.to_json()
     return Made(tensor, notes)
 
