@@ -11,6 +11,7 @@ from qtool.base import Env, Notice, Progress
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.data.calibration import CalibrationSet
 from qtool.errors import RecipeError
+from qtool.modeling.device import use_device
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
@@ -148,6 +149,30 @@ def test_the_checkpoint_has_them_and_gives_what_the_walk_saw(
         assert torch.equal(stored, loaded.get_parameter(name).to(stored.dtype))
     again = pipeline.quantize(Location(model), tmp_path / "out", chosen, resume=True)
     assert again.bias_correction == report
+
+
+@pytest.mark.parametrize("family", ["bloom", "gpt_neox"])
+def test_it_takes_fused_values_and_blocks_without_one_residual_stream(
+    tiny, text_file, tmp_path, family
+):
+    chosen = recipe(text_file, bias_correction=True)
+    report = pipeline.quantize(Location(tiny(family)), tmp_path / "out", chosen).bias_correction
+    assert all(each["after"] < each["before"] for each in report.values())
+    load_model(Location(tmp_path / "out"))
+
+
+@pytest.mark.gpu
+def test_a_card_corrects_as_a_cpu_does(tiny, text_file, tmp_path):
+    reports = []
+    for device in ("cpu", "cuda"):
+        with use_device(device):
+            result = pipeline.quantize(
+                Location(tiny("opt")), tmp_path / device, recipe(text_file, bias_correction=True)
+            )
+        reports.append(result.bias_correction)
+        assert all(each["after"] <= each["before"] for each in reports[-1].values())
+    for first, second in zip(*(each.values() for each in reports), strict=True):
+        assert first["before"] == pytest.approx(second["before"], rel=0.1)
 
 
 def test_an_interrupted_run_resumes_to_the_same_bytes(tiny, text_file, tmp_path):
