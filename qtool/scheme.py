@@ -165,6 +165,20 @@ class ActivationScheme:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticInputs:
+    """What is known of inputs that get one step per tensor, before samples have given it."""
+
+    clip_ratio: float = 1.0
+    """Share of the range, as the recipe finds it, that the codes cover, above 0 to 1."""
+    rounding: float = 0.0
+    """As in `ActivationScheme`."""
+
+
+InputScheme = ActivationScheme | StaticInputs | None
+"""How the inputs of a linear are quantized, as far as a plan knows; None: they aren't."""
+
+
 def _is_pair(value: object) -> bool:
     """Return whether it is a pair of positive whole numbers."""
     return (

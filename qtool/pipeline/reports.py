@@ -20,6 +20,7 @@ from qtool.errors import CheckpointError
 from qtool.evaluation.closeness import Closeness
 from qtool.modeling.card import Provenance, model_card, read_licence
 from qtool.report.verdict import GateLine
+from qtool.steps.correct_biases import corrections
 from qtool.steps.memory import peak_memory
 from qtool.steps.run import Run
 from qtool.steps.solve import LayerResult
@@ -48,6 +49,9 @@ class QuantizeResult:
     """What was chosen for all layers that were open; empty: none was. See `Allocation.summary`."""
     search: Mapping[str, Any] = field(default_factory=dict)
     """What a search found, and how long it took; empty: there was none. See `Found.summary`."""
+    bias_correction: Mapping[str, Any] = field(default_factory=dict)
+    """By block, which biases were corrected, and the held-out error of its output before and after;
+    empty: none were to be. See `Correction`."""
     check: Closeness | None = None
     """How closely the result follows its original, if it was compared."""
     budgets: tuple[GateLine, ...] = ()
@@ -66,6 +70,7 @@ Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 CURVES_NAME = "tuning.jsonl"
 TRIALS_NAME = "search.jsonl"
 NUMBERS = ("average_bits", "weight_bytes", "source_bytes", "seconds", "peak_memory_bytes", "device")
+OPTIONAL = ("choosing", "search", "bias_correction")
 OF_SAMPLES = (
     *("dataset", "sources", "samples", "tokens"),
     *("special tokens", "special tokens missing"),
@@ -98,6 +103,7 @@ def write_result(
         tuning=_gains(curves),
         choosing=decisions.allocation.summary() if decisions.allocation else {},
         search=decisions.found.summary() if decisions.found else {},
+        bias_correction=corrections(run, writer),
     )
     manifest = _manifest(run, results, writer.digests())
     files = run.source.companions()
@@ -193,7 +199,7 @@ def _report_bytes(
         **{key: values[key] for key in NUMBERS},
         "calibration": {key: samples[key] for key in OF_SAMPLES if key in samples},
         "tuning": values["tuning"],
-        **{key: values[key] for key in ("choosing", "search") if values[key]},
+        **{key: values[key] for key in OPTIONAL if values[key]},
         "layers": layers,
     }
     return (json_text(report) + "\n").encode()
@@ -214,8 +220,7 @@ def result_of(place: Place) -> QuantizeResult:
             out_dir=place.named,
             layers=layers,
             tuning=tuning,
-            choosing=report.get("choosing", {}),
-            search=report.get("search", {}),
+            **{key: report.get(key, {}) for key in OPTIONAL},
             **numbers,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -131,6 +131,9 @@ class CalibrationSection(Section):
     the loss of the original with respect to them; null: all tokens count alike."""
     residual_error: bool = True
     """Linears that add to the residual stream also compensate the error that it carries."""
+    bias_correction: bool = False
+    """Linears that have a bias take away the mean error of their outputs, where the error of the
+    block's output falls on held-out samples."""
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     """In which the blocks run; auto: on a card as stored, on a CPU in float32."""
     cache: Literal["memory", "disk"] = "memory"
@@ -172,6 +175,8 @@ class CalibrationSection(Section):
         values.pop("mixture" if self.dataset is not None else "dataset", None)
         if self.output_groups is None:
             values.pop("output_groups", None)
+        if not self.bias_correction:
+            values.pop("bias_correction", None)
         for source in values.get("mixture", ()):
             if (rendering := source.pop("rendering", None)) is not None:
                 source["as"] = rendering
@@ -255,6 +260,16 @@ class Recipe(Section):
         if isinstance(value, Mapping):
             return {name: limit for name, limit in value.items() if limit is not None}
         return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _check_biases(self) -> "Recipe":
+        corrects = self.calibration is not None and self.calibration.bias_correction
+        if corrects and self.tuning.end_to_end is not None:
+            raise ValueError(
+                "calibration.bias_correction and tuning.end_to_end both change biases; end-to-end "
+                "tuning learns them by gradients: leave bias_correction out"
+            )
+        return self
 
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

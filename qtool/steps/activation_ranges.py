@@ -1,6 +1,7 @@
 """How the inputs of a linear are quantized: as planned, or by the range of what it sees."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -9,7 +10,7 @@ from qtool.core.magnitudes import Magnitudes
 from qtool.errors import RecipeError
 from qtool.recipe.activations import ActivationsSection
 from qtool.recipe.schema import Recipe
-from qtool.scheme import ActivationScheme
+from qtool.scheme import ActivationScheme, InputScheme, StaticInputs
 
 
 def has_static_inputs(recipe: Recipe) -> bool:
@@ -26,15 +27,17 @@ def check_inputs(recipe: Recipe) -> None:
         )
 
 
-def known_scheme(recipe: Recipe) -> ActivationScheme | None:
-    """Return how inputs are quantized, as far as no sample is needed to tell; None: we'll see."""
+def known_scheme(recipe: Recipe) -> InputScheme:
+    """Return how inputs are quantized, as far as no sample is needed to tell."""
     section = recipe.activations
-    return None if section is None or has_static_inputs(recipe) else section.scheme(None)
+    if section is None:
+        return None
+    return StaticInputs() if has_static_inputs(recipe) else section.scheme(None)
 
 
 def input_scheme(
     section: ActivationsSection | None,
-    planned: Mapping[str, ActivationScheme | None],
+    planned: Mapping[str, InputScheme],
     layer: str,
     inputs: Iterable[Tensor],
 ) -> ActivationScheme | None:
@@ -42,21 +45,31 @@ def input_scheme(
 
     Args:
         section: Of the recipe.
-        planned: Schemes that are known without data, by layer.
+        planned: What is known without data, by layer.
         layer: Dotted name of the linear.
         inputs: What it sees, each (tokens, in_features), finite; looked at if it has to be.
 
     Returns:
         None: they aren't.
     """
-    if planned[layer] is not None or section is None:
-        return planned[layer]
+    known = planned[layer]
+    if not isinstance(known, StaticInputs):
+        return known
+    assert section is not None
     seen: Magnitudes | None = None
     for batch in inputs:
         seen = seen or Magnitudes.none(batch.device)
         seen.add(batch)
     assert seen is not None
-    return section.scheme(step_of(section, seen))
+    return static_scheme(section, known, seen)
+
+
+def static_scheme(
+    section: ActivationsSection, known: StaticInputs, seen: Magnitudes
+) -> ActivationScheme:
+    """Return how inputs are quantized, now that they have been seen."""
+    step = max(known.clip_ratio * step_of(section, seen), SMALLEST_STEP)
+    return replace(section.scheme(step), rounding=known.rounding)
 
 
 def step_of(section: ActivationsSection, seen: Magnitudes) -> float:

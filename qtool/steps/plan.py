@@ -10,7 +10,7 @@ from qtool.errors import ModelError, RecipeError
 from qtool.formats._dtypes import item_bytes
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import Recipe, TableSection, WeightsSection, resolve
-from qtool.scheme import ActivationScheme, GroupDim, Shape2D, WeightScheme
+from qtool.scheme import GroupDim, InputScheme, Shape2D, WeightScheme
 from qtool.steps.activation_ranges import known_scheme
 from qtool.steps.beside import beside_linears, check_rest
 from qtool.steps.check_fold import check_folded
@@ -38,8 +38,8 @@ class LayerPlan:
     """Methods to choose from likewise; empty: the one above."""
     row_bits: bytes = b""
     """Bits of each row, a byte each, once they are chosen; empty: all rows have the scheme's."""
-    activation: ActivationScheme | None = None
-    """How its inputs are quantized; None: they aren't, or how is found on what it sees."""
+    activation: InputScheme = None
+    """How its inputs are quantized, as far as that is known without data."""
 
     def uniform(self, num_bits: int) -> "LayerPlan":
         """Return this plan with one width for all rows; `num_bytes` stays that of the whole."""

@@ -20,6 +20,7 @@ from qtool.errors import MethodError, about
 from qtool.modeling.source import ModelSource
 from qtool.scheme import ActivationScheme, WeightScheme
 from qtool.steps.activation_ranges import input_scheme
+from qtool.steps.correct_biases import announced_biases, correct_biases_once, corrected_biases
 from qtool.steps.memory import peak_memory
 from qtool.steps.plan import LayerPlan
 from qtool.steps.run import Run
@@ -74,10 +75,13 @@ def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
         return results[-1]
 
     with _walking(run, writer) as walk:
+        biased = announced_biases(run)
         for block, layers in groupby(run.plan.in_blocks, partial(block_of, run.source)):
             entries = {layer.name: finish(layer, walk).entry for layer in layers}
             if walk is not None and tuning.blocks is not None:
                 tune_block_once(run, tuning.blocks, writer, walk, block, entries)
+            if walk is not None and block in biased:
+                correct_biases_once(run, writer, walk, block, biased[block])
     for layer in run.plan.layers:
         if layer.role != "block":
             finish(layer)
@@ -131,6 +135,7 @@ def settle(
     for result in results:
         if result.name in in_blocks:
             writer.once(result.name, partial(_settled, drafts[result.name], result, learned))
+    learned = {**corrected_biases(run, writer), **learned}
     for name in run.plan.kept:
         made = partial(Made, learned[name]) if name in learned else partial(_copied, run, name)
         writer.once(name, made)
@@ -213,7 +218,7 @@ def _solved(
         "method": chosen.method,
     }
     activation = layer.activation if statistics is None else statistics[0].activation
-    if activation is not None:
+    if isinstance(activation, ActivationScheme):
         notes["activation"] = activation.to_json()
     return Made(tensor, notes)
 

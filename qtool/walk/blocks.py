@@ -261,6 +261,10 @@ class Block:
         parameter = self._module.get_submodule(linear).get_parameter("weight")
         parameter.copy_(weight.T if transposed else weight)
 
+    def set_bias(self, linear: str, bias: Tensor) -> None:
+        """Replace the bias (out_features,) of a linear that has one."""
+        self._module.get_submodule(linear).get_parameter("bias").copy_(bias)
+
     def quantize_inputs(self, linear: str, scheme: ActivationScheme | None) -> None:
         """Let a linear see its inputs as `scheme` leaves them; None: as they are."""
         if linear in self._quantizing:

@@ -1,4 +1,4 @@
-"""What several linears of a block see, in one run of it."""
+"""What several linears of a block see, or put out, in one run of it."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -29,17 +29,37 @@ def observe(
     Raises:
         ModelError: a linear was never called, or the block can't run by itself.
     """
+    return _observe(block, linears, hidden, batch, lambda inputs, _output: inputs)
+
+
+@torch.no_grad()
+def observe_outputs(
+    block: Block, linears: Sequence[str], hidden: Tensor, batch: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Do the same, but return what comes out of the linears: (tokens, out_features)."""
+    return _observe(block, linears, hidden, batch, lambda _inputs, output: output)
+
+
+def _observe(
+    block: Block,
+    linears: Sequence[str],
+    hidden: Tensor,
+    batch: int,
+    choose: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[dict[str, Tensor], Tensor]:
     seen: dict[str, Tensor] = {}
 
-    def noting(linear: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, arguments: seen.update({linear: arguments[0].flatten(0, -2)})
+    def noting(linear: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        return lambda _, arguments, output: seen.update(
+            {linear: choose(arguments[0], output).flatten(0, -2)}
+        )
 
     with ExitStack() as hooks:
         for linear in linears:
             module = block.module.get_submodule(linear)
-            hooks.enter_context(module.register_forward_pre_hook(noting(linear)))
+            hooks.enter_context(module.register_forward_hook(noting(linear)))
         output = block.run(hidden, batch)
     for linear in linears:
         if linear not in seen:
-            raise ModelError(f"{linear} was never called: its inputs can't be measured.")
+            raise ModelError(f"{linear} was never called: nothing of it can be measured.")
     return seen, output

@@ -7,7 +7,7 @@ is left to solve, and need not know what was solved before.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class SolvedLinear:
     """Gives its dequantized weight, (out_features, in_features) float32."""
     activation: ActivationScheme | None = None
     """How its inputs are quantized; None: they aren't."""
+    bias: Tensor | None = None
+    """Its bias, (out_features,); None: it has the original's, or none."""
 
 
 class Walk:
@@ -123,6 +125,11 @@ class Walk:
         self._solved[index][layer] = solved
         if self._blocks is not None and index == self._index:
             self._set(layer)
+
+    def correct(self, layer: str, bias: Tensor) -> None:
+        """Take another bias of a linear that is solved, by its name."""
+        index, _ = self._groups[layer]
+        self.put(layer, replace(self._solved[index][layer], bias=bias))
 
     def end(self) -> None:
         """Let go of all that is large."""
@@ -203,6 +210,8 @@ class Walk:
         solved = self._solved[self._index][layer]
         self._blocks[1].set_weight(inner, solved.weight(), transposed=adapter.conv1d)
         self._blocks[1].quantize_inputs(inner, solved.activation)
+        if solved.bias is not None:
+            self._blocks[1].set_bias(inner, solved.bias)
 
     def _warn_of_few_tokens(self, num_tokens: int) -> None:
         """Say once, before anything is solved, that there is too little data for some layers."""

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,13 @@ from qtool.base import Progress
 from qtool.checkpoint.manifest import codec
 from qtool.choosing.search.units import SearchUnit, Setting
 from qtool.core.activations import fake_quantize
+from qtool.core.magnitudes import Magnitudes
 from qtool.data.calibration import CalibrationSet, batches
 from qtool.errors import DataError
 from qtool.modeling.load import load_source
 from qtool.recipe.search import SearchSection
-from qtool.scheme import ActivationScheme
+from qtool.scheme import ActivationScheme, StaticInputs
+from qtool.steps.activation_ranges import static_scheme
 from qtool.steps.plan import LayerPlan, load_method
 from qtool.steps.run import Run
 from qtool.steps.solve_table import solve_alone
@@ -93,6 +95,7 @@ class Stage:
         self._index = 0
         self._now: dict[str, LayerPlan] = {}
         self._squares: dict[str, Tensor] = {}
+        self._seen: dict[str, Magnitudes] = {}
         self._schemes: dict[str, ActivationScheme | None] = {}
 
     def error(self, unit: SearchUnit, setting: Setting) -> float:
@@ -177,26 +180,35 @@ class Stage:
         self._set(unit.under(setting))
 
     def _look(self, runs: PartialRuns, unit: SearchUnit) -> None:
-        """Measure the inputs of layers whose methods can't do without, once.
+        """Measure the inputs of layers whose methods or whose static steps need it, once.
 
         Of a Hessian it is the diagonal: so few samples give no more.
         """
         track = self._tracks[0]
         for layer in unit.layers:
-            if layer.name in self._squares or not load_method(layer.method).needs:
+            name, is_static = layer.name, isinstance(layer.activation, StaticInputs)
+            needed = is_static or load_method(layer.method).needs
+            if not needed or name in self._seen or name in self._squares:
                 continue
-            pairs = list(zip(track.tokens, track.inputs, strict=True))
-            seen = [runs.inputs_of(layer.name, *pair[:1], unit.block, pair[1]) for pair in pairs]
-            self._squares[layer.name] = torch.cat(seen).float().square().mean(0)
+            pairs = zip(track.tokens, track.inputs, strict=True)
+            seen = torch.cat([runs.inputs_of(name, one, unit.block, x) for one, x in pairs])
+            if is_static:
+                self._seen[name] = Magnitudes.none(seen.device)
+                self._seen[name].add(seen)
+            if load_method(layer.method).needs:
+                self._squares[name] = seen.float().square().mean(0)
 
     @torch.no_grad()
     def _set(self, layers: Sequence[LayerPlan]) -> None:
         """Give layers the weights, and the quantizers of their inputs, that plans make."""
         for layer in layers:
-            if self._now.get(layer.name) == layer:
+            before = self._now.get(layer.name)
+            if before == layer:
                 continue
             self._now[layer.name] = layer
             self._quantize_inputs(layer)
+            if before is not None and replace(before, activation=layer.activation) == layer:
+                continue  # its weight stays
             source, env = self._run.source, self._run.env
             weight = source.read_weight(layer.name).to(env.device)
             squares = self._squares.get(layer.name)
@@ -208,7 +220,8 @@ class Stage:
             parameter.copy_(values.T if source.adapter.conv1d else values)
 
     def _quantize_inputs(self, layer: LayerPlan) -> None:
-        name, scheme = layer.name, layer.activation
+        name, known = layer.name, layer.activation
+        scheme = self._static(name, known) if isinstance(known, StaticInputs) else known
         if name not in self._schemes and scheme is not None:
 
             def quantized(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -217,6 +230,11 @@ class Stage:
 
             self._module(name).register_forward_pre_hook(quantized)
         self._schemes[name] = scheme
+
+    def _static(self, name: str, known: StaticInputs) -> ActivationScheme:
+        section = self._run.recipe.activations
+        assert section is not None
+        return static_scheme(section, known, self._seen[name])
 
     def _module(self, name: str) -> nn.Module:
         assert self._runs is not None

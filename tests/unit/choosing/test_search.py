@@ -356,6 +356,58 @@ def test_numbers_of_inputs_are_searched_where_they_are_quantized_per_token(
     assert result.search["found"].items() <= found.items()
 
 
+def static(text_file, **keys: Any) -> Recipe:
+    """Return a search of nothing but the steps of inputs per tensor."""
+    asked = searching(text_file, clip_ratios=[], roundings=[], **keys)
+    activations = ActivationsSection(num_bits=5, granularity="tensor")
+    return asked.model_copy(update={"activations": activations})
+
+
+def test_static_steps_are_searched_as_shares_of_the_range(llama, text_file, tmp_path, monkeypatch):
+    losses = iter([torch.ones(4), torch.zeros(4)])
+    monkeypatch.setattr(Stage, "final_losses", lambda *_: next(losses))
+    monkeypatch.setattr(q_rater, "clearly_less", lambda *_losses: True)
+    chosen = static(text_file, activation_clip_ratios=[0.8, 0.6], activation_roundings=[0.1])
+    found = quantized(llama, tmp_path / "out", chosen).search["found"]
+    quantized(llama, tmp_path / "plain", chosen.model_copy(update={"search": None}))
+    searched, plain = (
+        CheckpointReader(tmp_path / name).manifest.layers for name in ("out", "plain")
+    )
+    assert any(key.endswith("clip_ratio") for key in found)
+    for name, entry in searched.items():
+        first = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
+        first = first.replace("up_proj", "gate_proj")
+        assert entry.activation is not None
+        assert entry.activation.clip_ratio == 1
+        assert entry.activation.rounding == found.get(f"{first}.activation_rounding", 0)
+    first = "model.layers.0.self_attn.q_proj"  # what it sees doesn't depend on what is found
+    scales = [layers[first].activation.scale for layers in (searched, plain)]  # type: ignore[union-attr]
+    assert scales[0] == found.get(f"{first}.activation_clip_ratio", 1) * scales[1]
+
+
+def test_static_steps_that_nothing_convinces_of_stay(llama, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(q_rater, "clearly_less", lambda *_losses: False)
+    chosen = static(text_file, activation_clip_ratios=[0.5])
+    assert quantized(llama, tmp_path / "out", chosen).search["found"] == {}
+    quantized(llama, tmp_path / "plain", chosen.model_copy(update={"search": None}))
+    searched, plain = (CheckpointReader(tmp_path / name).manifest for name in ("out", "plain"))
+    assert searched.layers == plain.layers
+    assert searched.digests == plain.digests
+
+
+def test_a_stage_quantizes_by_steps_of_what_it_sees(llama, text_file):
+    chosen = static(text_file, activation_clip_ratios=[0.01, 0.9])
+    source = open_source(Location(llama))
+    samples = open_samples(source, chosen, None, lambda _event: None)
+    run = Run(source, chosen, make_plan(source, chosen), samples, Env("cpu"))
+    assert chosen.search is not None
+    unit = planned(llama, chosen)[0]
+    stage = Stage(run, chosen.search)
+    start, cut, less = (stage.error(unit, (value, *unit.start[1:])) for value in (None, 0.01, 0.9))
+    assert cut > 2 * start > 0
+    assert less != start
+
+
 @pytest.mark.gpu
 def test_a_card_searches_as_a_cpu_does(llama, text_file, tmp_path):
     from qtool.modeling.device import use_device
