@@ -26,6 +26,8 @@ UNIT_WORK = 512
 """What a unit takes besides its bytes, as bytes: 128256 x 4096 at 2, 3 and 4 planes took 49, 64 and
 78 us on an H200, so all that a unit has in common takes as long as a plane of it, 576 bytes."""
 LEAST_STAGES = 2
+"""Of a class. With more for all, one block per multiprocessor beats two: 128256 x 4096 on an H200,
+rows of 4/2 bits, 58 us against 63; 4/3/2/1 bits 46 against 49; not 8/4/3/2, 71 against 67."""
 
 
 class RowClass(NamedTuple):
@@ -56,6 +58,11 @@ class ClassesPlan:
     stages: tuple[int, ...]
     """Of each class."""
     shared_bytes: int
+
+    @property
+    def is_alone(self) -> bool:
+        """Return whether no two blocks share a multiprocessor."""
+        return self.tuning.per_multiprocessor == 1
 
 
 def share_blocks(classes: Sequence[RowClass], units: int, blocks: int) -> tuple[int, ...]:
@@ -89,22 +96,25 @@ def plan_classes(
     """
     layouts = [its.layout for its in classes]
     product = planes.product_for(batch, layouts[0])
-    alone = [
+    each = [
         planes.tuned_plan(its.row_tiles, units, batch, its.layout, card=card) for its in classes
     ]
     if len({layout.group for layout in layouts}) > 1:
         return None
-    if any(found is None or found[1].slabs > 1 for found in alone):
+    if any(found is None or found[1].slabs > 1 for found in each):
         return None
-    warps = max(tuning.warps * plan.per_multiprocessor for tuning, plan in filter(None, alone))
+    warps = max(tuning.warps * plan.per_multiprocessor for tuning, plan in filter(None, each))
     few = product.columns <= planes.MOST_IN_PAIRS
     tiles = sum(its.row_tiles for its in classes)
-    for tuning in planes.tunings_for(tiles, units, card, few=few):
-        if tuning.warps * tuning.per_multiprocessor >= warps:
-            planned = _fitted(classes, units, product, card, tuning)
-            if planned is not None:
-                return planned
-    return None
+    tunings = [
+        tuning
+        for tuning in planes.tunings_for(tiles, units, card, few=few)
+        if tuning.warps * tuning.per_multiprocessor >= warps
+    ]
+    planned = [_fitted(classes, units, product, card, tuning) for tuning in tunings]
+    possible = [found for found in planned if found is not None]
+    alone = [found for found in possible if found.is_alone and min(found.stages) > LEAST_STAGES]
+    return next(iter(alone or possible), None)
 
 
 def _fitted(
