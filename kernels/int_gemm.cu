@@ -55,6 +55,26 @@ DEVICE void finish(u32 (&a)[16], const u32 (&b)[16]) {
     for (int i = 0; i < 16; ++i) a[i] = BITS == 4 ? b[i] ^ 0x80808080u : b[i];
 }
 
+// Integer sums run on over the groups of a chunk, S_1, S_2, ..., so each y is the sum of (scale_g -
+// scale_(g + 1)) S_g, the last with its whole scale. Where these stay small (15 * 127 or 128 * 127 times the
+// inputs) they begin with ZERO, so are positive, and taken as the bits of a float, a subnormal one, they are
+// 2^-149 of themselves: no conversion, one instruction per sum. What the zeros add up to, ZERO times the
+// first scale of a chunk, is subtracted when it begins. y is rounded in steps of 2^-24 of that: less
+// than a 100th of the rounding of x to int8.
+#if SPAN >= 1 && SPAN <= (BITS == 4 ? 8 : 2)
+#define CHUNK ((BITS == 4 ? 8 : 2) / SPAN * SPAN) // blocks
+#define ZERO (BITS == 4 ? 1 << 21 : 1 << 22)
+#define UP 1.2676506e30f // 2^100, for scales
+#define DOWN 5.6294995e14f // 2^49, after it
+DEVICE float float_of(int sum) { return float_of_bits((u32)sum); }
+#else
+#define CHUNK SPAN // a group, or none
+#define ZERO 0
+#define UP 1.0f
+#define DOWN 1.0f
+DEVICE float float_of(int sum) { return (float)sum; }
+#endif
+
 // What a consumer's thread needs of W for one block of inputs.
 struct part { quad codes[CODES / 2048]; float scales[2]; u32 middles[2]; };
 
@@ -65,7 +85,7 @@ DEVICE part load_part(const unsigned char *tile, int consumer, int thread, int r
     for (int i = 0; i < CODES / 2048; ++i) p.codes[i] = codes[i * WARPGROUP];
     const float *scales = (const float *)(tile + 2 * CODES) + consumer * 64 + row;
     const u32 *middles = (const u32 *)(tile + 2 * CODES + 512) + consumer * 64 + row;
-    p.scales[0] = scales[0], p.scales[1] = scales[8];
+    p.scales[0] = scales[0] * UP, p.scales[1] = scales[8] * UP;
     p.middles[0] = middles[0], p.middles[1] = middles[8];
     return p;
 }
@@ -96,19 +116,11 @@ DEVICE void multiply_half(int (&sums)[32], const u32 (&a)[16], u64 x, int half) 
     end_of_products();
 }
 
-// Integer sums run on over the groups of a chunk, S_1, S_2, ..., so each y is the sum of (scale_g -
-// scale_(g + 1)) S_g, the last with its whole scale. Where these stay below 2^22 (15 * 127 and 128 * 127
-// times the inputs), they begin with the bits of 1.5 * 2^23, and are the last bits of that plus S.
-#define MOST_BLOCKS (BITS == 4 ? 17 : 2)
-#if SPAN >= 1 && SPAN <= MOST_BLOCKS
-#define CHUNK (MOST_BLOCKS / SPAN * SPAN) // blocks
-#define ZERO 0x4b400000
-DEVICE float float_of(int sum) { return float_of_bits((u32)sum) - 12582912.0f; }
-#else
-#define CHUNK SPAN // a group, or none
-#define ZERO 0
-DEVICE float float_of(int sum) { return (float)sum; }
-#endif
+DEVICE void begin_chunk(float (&y)[32], float low, float high) {
+    if (ZERO == 0) return;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) y[i] -= (i & 2 ? high : low) * float_of(ZERO);
+}
 
 DEVICE void add_scaled(float (&y)[32], const int (&sums)[32], float low, float high) {
 #pragma unroll
@@ -134,7 +146,7 @@ DEVICE void stage_half(u16 *staged, const float (&y)[32], const float *steps, in
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
         int token = i / 4 * 8 + column + i % 2;
-        staged[token * Y_STRIDE + row + (i & 2 ? 8 : 0)] = store_activation(y[i] * steps[token]);
+        staged[token * Y_STRIDE + row + (i & 2 ? 8 : 0)] = store_activation(y[i] * (steps[token] * DOWN));
     }
 }
 
@@ -229,6 +241,7 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
 #pragma unroll
             for (int i = 0; i < 64; ++i) sums[i] = ZERO;
 #endif
+            begin_chunk(left, p.scales[0], p.scales[1]), begin_chunk(right, p.scales[0], p.scales[1]);
 #pragma unroll 1
             for (int block = 0; block < blocks; ++block) {
                 bool last = block + 1 == blocks;
@@ -269,9 +282,10 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
                 for (int i = 0; i < 32; ++i) left[i] += (i & 2 ? high : low) * float_of(sums[i]);
 #pragma unroll
                 for (int i = 0; i < 32; ++i) right[i] += (i & 2 ? high : low) * float_of(sums[i + 32]);
-                if (block + 1 == end) {
+                if (block + 1 == end && !last) {
 #pragma unroll
                     for (int i = 0; i < 64; ++i) sums[i] = ZERO;
+                    begin_chunk(left, p.scales[0], p.scales[1]), begin_chunk(right, p.scales[0], p.scales[1]);
                     end = end + CHUNK < blocks ? end + CHUNK : blocks;
                 }
 #endif
@@ -335,6 +349,7 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
             for (int block = 0; block < blocks;) {
                 int end = CHUNK > 0 && block + CHUNK < blocks ? block + CHUNK : blocks;
                 forget(left_sums), forget(right_sums);
+                begin_chunk(left, p.scales[0], p.scales[1]), begin_chunk(right, p.scales[0], p.scales[1]);
 #pragma unroll 1
                 for (; block < end; ++block) {
                     bool last = block + 1 == blocks;
