@@ -73,15 +73,15 @@ DEVICE void end_of_products() { asm volatile("wgmma.commit_group.sync.aligned;" 
 
 #define REGISTERS_8(bind, v, i) bind(v[i]), bind(v[i + 1]), bind(v[i + 2]), bind(v[i + 3]), bind(v[i + 4]), \
     bind(v[i + 5]), bind(v[i + 6]), bind(v[i + 7])
-#define REGISTERS_32(bind, v) REGISTERS_8(bind, v, 0), REGISTERS_8(bind, v, 8), REGISTERS_8(bind, v, 16), \
-    REGISTERS_8(bind, v, 24)
+#define REGISTERS_32(bind, v, i) REGISTERS_8(bind, v, i), REGISTERS_8(bind, v, i + 8), REGISTERS_8(bind, v, i + 16), \
+    REGISTERS_8(bind, v, i + 24)
+#define REGISTERS_64(bind, v) REGISTERS_32(bind, v, 0), REGISTERS_32(bind, v, 32)
 #define READ_WRITTEN(v) "+r"(v)
-#define WRITTEN(v) "=r"(v)
 
 // Wait until all but the last PENDING groups of products are there, among them those in `d`. It is an
 // operand, so that the compiler doesn't read it earlier.
-template <int PENDING> DEVICE void products_wait(int (&d)[32]) {
-    asm volatile("wgmma.wait_group.sync.aligned %32;" : REGISTERS_32(READ_WRITTEN, d) : "n"(PENDING) : "memory");
+template <int PENDING> DEVICE void products_wait(int (&d)[64]) {
+    asm volatile("wgmma.wait_group.sync.aligned %64;" : REGISTERS_64(READ_WRITTEN, d) : "n"(PENDING) : "memory");
 }
 // Registers that products read must stay as they are until these were waited for: say so after it.
 template <int COUNT> DEVICE void keep(const u32 (&a)[COUNT]) {
@@ -89,31 +89,13 @@ template <int COUNT> DEVICE void keep(const u32 (&a)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" ::"r"(a[i]));
 }
 
-// D += A B for a 64x64x32 tile of a warpgroup: signed bytes, 32-bit sums. A in registers, the fragment of
+// D += A B for a 64x128x32 tile of a warpgroup: signed bytes, 32-bit sums. A in registers, the fragment of
 // m64nNk32; B in shared memory, see `core_matrices`.
-#define MULTIPLY_64X64 "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 " \
-    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28," \
-    "%29,%30,%31}, {%32,%33,%34,%35}, %36, "
-DEVICE void multiply_add(int (&d)[32], const u32 *a, u64 b) {
-    asm volatile(MULTIPLY_64X64 "1;" : REGISTERS_32(READ_WRITTEN, d)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-// D = A B: what D was doesn't have to stay in its registers until then.
-DEVICE void multiply_first(int (&d)[32], const u32 *a, u64 b) {
-    asm volatile(MULTIPLY_64X64 "0;" : REGISTERS_32(WRITTEN, d)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-// The same for 64x128x32.
 #define MULTIPLY_64X128 "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 " \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, "
-#define REGISTERS_64(bind, v) REGISTERS_32(bind, v), REGISTERS_8(bind, v, 32), REGISTERS_8(bind, v, 40), REGISTERS_8(bind, v, 48), REGISTERS_8(bind, v, 56)
 DEVICE void multiply_add(int (&d)[64], const u32 *a, u64 b) {
     asm volatile(MULTIPLY_64X128 "1;" : REGISTERS_64(READ_WRITTEN, d)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <int PENDING> DEVICE void products_wait(int (&d)[64]) {
-    asm volatile("wgmma.wait_group.sync.aligned %64;" : REGISTERS_64(READ_WRITTEN, d) : "n"(PENDING) : "memory");
 }
 
 #endif

@@ -14,8 +14,8 @@
 // Compile-time: BITS (4: codes 0 to 15 less a zero point; 8: signed bytes), SPAN (blocks of a
 // group; 0: one group is the row), STAGES, CLUSTER (1, 2), ACTIVATION_BF16. 384 threads.
 #include "hopper.cuh"
-#ifndef ORDER
-#define ORDER 0
+#ifndef TURNS
+#define TURNS 1
 #endif
 
 #define BLOCK 128
@@ -57,10 +57,10 @@ DEVICE void finish(u32 (&a)[16], const u32 (&b)[16]) {
 
 // Integer sums run on over the groups of a chunk, S_1, S_2, ..., so each y is the sum of (scale_g -
 // scale_(g + 1)) S_g, the last with its whole scale. Where these stay small (15 * 127 or 128 * 127 times the
-// inputs) they begin with ZERO, so are positive, and taken as the bits of a float, a subnormal one, they are
-// 2^-149 of themselves: no conversion, one instruction per sum. What the zeros add up to, ZERO times the
-// first scale of a chunk, is subtracted when it begins. y is rounded in steps of 2^-24 of that: less
-// than a 100th of the rounding of x to int8.
+// inputs) they begin with ZERO, so are positive, and as the bits of a float, a subnormal one, they are 2^-149 of
+// themselves: that takes no instruction. What ZERO adds to y, (scale_1 - scale_last) ZERO, goes with the
+// last of a chunk. In between y is rounded in steps of 2^-24 of that, the smaller the shorter a chunk is:
+// less than a 100th of what rounding x to int8 does.
 #if SPAN >= 1 && SPAN <= (BITS == 4 ? 8 : 2)
 #define CHUNK ((BITS == 4 ? 8 : 2) / SPAN * SPAN) // blocks
 #define ZERO (BITS == 4 ? 1 << 21 : 1 << 22)
@@ -105,31 +105,27 @@ DEVICE void expand(u32 (&a)[16], const part &p) {
     }
 }
 
-// One half: 64 outputs x 64 tokens x 128 inputs.
-DEVICE void multiply_half(int (&sums)[32], const u32 (&a)[16], u64 x, int half) {
+// 64 outputs x 128 tokens x 128 inputs.
+DEVICE void multiply(int (&sums)[64], const u32 (&a)[16], u64 x) {
     products_begin();
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-        u64 b = x + (half * 8 * ACROSS >> 4) + (step * 2 * ALONG >> 4);
-        multiply_add(sums, a + 4 * step, b);
-    }
+    for (int step = 0; step < 4; ++step) multiply_add(sums, a + 4 * step, x + (step * 2 * ALONG >> 4));
     end_of_products();
 }
 
-DEVICE void begin_chunk(float (&y)[32], float low, float high) {
-    if (ZERO == 0) return;
+DEVICE void add_scaled(float (&y)[64], const int (&sums)[64], const float *by) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) y[i] -= (i & 2 ? high : low) * float_of(ZERO);
+    for (int i = 0; i < 64; ++i) y[i] += by[i / 2 % 2] * float_of(sums[i]);
 }
 
-DEVICE void add_scaled(float (&y)[32], const int (&sums)[32], float low, float high) {
+// The last of a chunk, whose first scale was `first`; sums begin anew.
+DEVICE void add_last(float (&y)[64], int (&sums)[64], const float *by, const float *first) {
+    float low = (first[0] - by[0]) * float_of(ZERO), high = (first[1] - by[1]) * float_of(ZERO);
 #pragma unroll
-    for (int i = 0; i < 32; ++i) y[i] += (i & 2 ? high : low) * float_of(sums[i]);
-}
-
-DEVICE void forget(int (&sums)[32]) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) sums[i] = ZERO;
+    for (int i = 0; i < 64; ++i) {
+        y[i] = y[i] + by[i / 2 % 2] * (float_of(sums[i]) - float_of(ZERO)) - (i & 2 ? high : low);
+        sums[i] = ZERO;
+    }
 }
 
 // What all warps of a consumer have read may be overwritten, in all blocks of the cluster.
@@ -141,10 +137,10 @@ DEVICE void release(u64 *barrier, int lane) {
     }
 }
 
-// One consumer's outputs of a tile: its half of the tokens, by steps, rounded, to shared memory.
-DEVICE void stage_half(u16 *staged, const float (&y)[32], const float *steps, int row, int column) {
+// One consumer's outputs of a tile, by steps, rounded, to shared memory.
+DEVICE void stage(u16 *staged, const float (&y)[64], const float *steps, int row, int column) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
+    for (int i = 0; i < 64; ++i) {
         int token = i / 4 * 8 + column + i % 2;
         staged[token * Y_STRIDE + row + (i & 2 ? 8 : 0)] = store_activation(y[i] * (steps[token] * DOWN));
     }
@@ -218,180 +214,62 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
         sync_warp();
     } else {
         more_registers<232>();
-        if ((ORDER == 1 || ORDER == 3 || ORDER == 7) && consumer == 1) give_turn(3);
+        if (TURNS && consumer == 1) give_turn(3);
         int lane = thread % WARP, row = thread / WARP * 16 + lane / 4, column = lane % 4 * 2;
         u16 *staged = (u16 *)(memory + RING + consumer * Y_BYTES);
         for (int tile = (int)blockIdx.x / CLUSTER; tile < tiles; tile += clusters) {
             place at = place_of(tile, row_tiles, token_tiles);
-            float left[32] = {}, right[32] = {}; // by half of the tokens
-            int left_sums[32], right_sums[32];
+            float products[64] = {}, first[2];
+            int sums[64];
             u32 a[16], b[16];
-            unsigned char *stage = memory + now.stage * STAGE;
+            unsigned char *here = memory + now.stage * STAGE;
             barrier_wait(full + now.stage, now.parity);
-            part p = load_part(stage + X_BYTES, consumer, thread, row);
+            part p = load_part(here + X_BYTES, consumer, thread, row);
             expand(b, p);
             finish(a, b);
-#if ORDER >= 3 // 3: n128 by turns; 4: n128 without turns; 5 n128 no scale; 6 no scale, no expand; 7 n64 neither
-#define TURNS (ORDER == 3 || ORDER == 7)
-            int end = CHUNK > 0 && CHUNK < blocks ? CHUNK : blocks;
-#if ORDER == 7
-            forget(left_sums), forget(right_sums);
-#else
-            int sums[64];
+            first[0] = p.scales[0], first[1] = p.scales[1];
 #pragma unroll
             for (int i = 0; i < 64; ++i) sums[i] = ZERO;
-#endif
-            begin_chunk(left, p.scales[0], p.scales[1]), begin_chunk(right, p.scales[0], p.scales[1]);
+            int end = CHUNK > 0 && CHUNK < blocks ? CHUNK : blocks;
 #pragma unroll 1
             for (int block = 0; block < blocks; ++block) {
-                bool last = block + 1 == blocks;
-                u64 x = core_matrices(shared_address(stage), ALONG, ACROSS);
                 if (TURNS) take_turn(3 + consumer);
-#if ORDER == 7
-                multiply_half(left_sums, a, x, 0);
-                multiply_half(right_sums, a, x, 1);
-#else
-                products_begin();
-#pragma unroll
-                for (int step = 0; step < 4; ++step) multiply_add(sums, a + 4 * step, x + (step * 2 * ALONG >> 4));
-                end_of_products();
-#endif
+                multiply(sums, a, core_matrices(shared_address(here), ALONG, ACROSS));
                 if (TURNS) give_turn(4 - consumer);
-                float low = p.scales[0], high = p.scales[1];
+                bool last = block + 1 == blocks, ends_chunk = block + 1 == end;
+                bool ends_group = SPAN == 1 || last || SPAN > 1 && block % (SPAN + !SPAN) == SPAN - 1;
+                float by[2] = {p.scales[0], p.scales[1]};
                 turn after = now;
                 next(after);
                 if (!last) {
-                    stage = memory + after.stage * STAGE;
+                    here = memory + after.stage * STAGE;
                     barrier_wait(full + after.stage, after.parity);
-                    if (ORDER < 6) {
-                    p = load_part(stage + X_BYTES, consumer, thread, row);
+                    p = load_part(here + X_BYTES, consumer, thread, row);
                     expand(b, p);
-                    }
                 }
-                if (block + 1 < end) low -= p.scales[0], high -= p.scales[1];
-#if ORDER == 7
-                products_wait<0>(left_sums);
-                products_wait<0>(right_sums);
-#else
+                if (!ends_chunk) by[0] -= p.scales[0], by[1] -= p.scales[1];
                 products_wait<0>(sums);
-#endif
                 keep(a);
                 release(empty + now.stage, lane);
-#if ORDER < 5
-#pragma unroll
-                for (int i = 0; i < 32; ++i) left[i] += (i & 2 ? high : low) * float_of(sums[i]);
-#pragma unroll
-                for (int i = 0; i < 32; ++i) right[i] += (i & 2 ? high : low) * float_of(sums[i + 32]);
-                if (block + 1 == end && !last) {
-#pragma unroll
-                    for (int i = 0; i < 64; ++i) sums[i] = ZERO;
-                    begin_chunk(left, p.scales[0], p.scales[1]), begin_chunk(right, p.scales[0], p.scales[1]);
+                if (ends_chunk) {
+                    add_last(products, sums, by, first);
+                    first[0] = p.scales[0], first[1] = p.scales[1];
                     end = end + CHUNK < blocks ? end + CHUNK : blocks;
-                }
-#endif
-                now = after;
-                if (ORDER < 6) finish(a, b);
-            }
-#if ORDER == 7
-            for (int i = 0; i < 32; ++i) left[i] += left_sums[i], right[i] += right_sums[i];
-#elif ORDER > 4
-            for (int i = 0; i < 32; ++i) left[i] += sums[i], right[i] += sums[i + 32];
-#endif
-#elif ORDER == 2
-            int end = CHUNK > 0 && CHUNK < blocks ? CHUNK : blocks, block = 0;
-            forget(left_sums), forget(right_sums);
-            u64 x = core_matrices(shared_address(stage), ALONG, ACROSS);
-            multiply_half(left_sums, a, x, 0);
-            multiply_half(right_sums, a, x, 1);
-            auto step = [&](u32 (&old)[16], u32 (&young)[16]) {
-                bool last = block + 1 == blocks;
-                bool ends_group = SPAN == 1 || last || SPAN > 1 && block % (SPAN + !SPAN) == SPAN - 1;
-                float low = p.scales[0], high = p.scales[1];
-                turn after = now;
-                next(after);
-                if (!last) {
-                    stage = memory + after.stage * STAGE;
-                    barrier_wait(full + after.stage, after.parity);
-                    p = load_part(stage + X_BYTES, consumer, thread, row);
-                    expand(young, p);
-                    finish(young, young);
-                    x = core_matrices(shared_address(stage), ALONG, ACROSS);
-                }
-                bool ends = block + 1 == end;
-                if (!ends) low -= p.scales[0], high -= p.scales[1];
-                products_wait<1>(left_sums);
-                if (ends_group) add_scaled(left, left_sums, low, high);
-                if (last) {
-                    products_wait<0>(right_sums);
-                } else {
-                    if (ends) forget(left_sums);
-                    multiply_half(left_sums, young, x, 0);
-                    products_wait<1>(right_sums);
-                }
-                keep(old);
-                release(empty + now.stage, lane);
-                if (ends_group) add_scaled(right, right_sums, low, high);
-                if (!last) {
-                    if (ends) forget(right_sums), end = CHUNK > 0 && end + CHUNK < blocks ? end + CHUNK : blocks;
-                    multiply_half(right_sums, young, x, 1);
+                } else if (ends_group) {
+                    add_scaled(products, sums, by);
                 }
                 now = after;
-                ++block;
-            };
-#pragma unroll 1
-            while (true) {
-                step(a, b);
-                if (block == blocks) break;
-                step(b, a);
-                if (block == blocks) break;
+                finish(a, b);
             }
-#else
-            for (int block = 0; block < blocks;) {
-                int end = CHUNK > 0 && block + CHUNK < blocks ? block + CHUNK : blocks;
-                forget(left_sums), forget(right_sums);
-                begin_chunk(left, p.scales[0], p.scales[1]), begin_chunk(right, p.scales[0], p.scales[1]);
-#pragma unroll 1
-                for (; block < end; ++block) {
-                    bool last = block + 1 == blocks;
-                    bool ends_group = SPAN == 1 || last || SPAN > 1 && block % (SPAN + !SPAN) == SPAN - 1;
-                    u64 x = core_matrices(shared_address(stage), ALONG, ACROSS);
-                    if (ORDER == 1) take_turn(3 + consumer);
-                    multiply_half(left_sums, a, x, 0);
-                    multiply_half(right_sums, a, x, 1);
-                    if (ORDER == 1) give_turn(4 - consumer);
-                    float low = p.scales[0], high = p.scales[1];
-                    turn after = now;
-                    next(after);
-                    if (!last) {
-                        stage = memory + after.stage * STAGE;
-                        barrier_wait(full + after.stage, after.parity);
-                        p = load_part(stage + X_BYTES, consumer, thread, row);
-                        expand(b, p);
-                    }
-                    if (block + 1 < end) low -= p.scales[0], high -= p.scales[1];
-                    products_wait<1>(left_sums);
-                    if (ends_group) add_scaled(left, left_sums, low, high);
-                    // Over already: but the compiler moves the next wait up to the last branch.
-                    barrier_wait(full + now.stage, now.parity);
-                    products_wait<0>(right_sums);
-                    keep(a);
-                    release(empty + now.stage, lane);
-                    if (ends_group) add_scaled(right, right_sums, low, high);
-                    now = after;
-                    finish(a, b);
-                }
-            }
-#endif
             sync_warpgroup(1 + consumer); // the last tile has been read
             const float *their_steps = steps + at.tokens * BLOCK;
-            stage_half(staged, left, their_steps, row, column);
-            stage_half(staged + 64 * Y_STRIDE, right, their_steps + 64, row, column);
+            stage(staged, products, their_steps, row, column);
             sync_warpgroup(1 + consumer);
-            int first = ((at.rows * CLUSTER + rank) * 2 + consumer) * 64;
-            u16 *to = y + (u64)at.tokens * BLOCK * out_features + first;
-            store_staged(staged, to, thread, out_features - first, tokens - at.tokens * BLOCK, out_features);
+            int row_first = ((at.rows * CLUSTER + rank) * 2 + consumer) * 64;
+            u16 *to = y + (u64)at.tokens * BLOCK * out_features + row_first;
+            store_staged(staged, to, thread, out_features - row_first, tokens - at.tokens * BLOCK, out_features);
         }
-        if ((ORDER == 1 || ORDER == 3 || ORDER == 7) && consumer == 0) take_turn(3);
+        if (TURNS && consumer == 0) take_turn(3);
     }
     if (CLUSTER > 1) sync_cluster(); // others still copy to, and arrive at, this block
 }

@@ -52,7 +52,7 @@ void meet_warpgroup() { meet(warpgroup_meetings[current / 128], 128); }
 void ask_for(Product product) { products[current].back().push_back(product); }
 void end_products() { products[current].emplace_back(); }
 
-// wgmma.mma_async.m64n64k32 by the PTX manual. A in registers: register r of lane 4 g + t has row
+// wgmma.mma_async.m64nNk32 by the PTX manual. A in registers: register r of lane 4 g + t has row
 // g + 8 (r % 2) of the warp's 16 and inputs 4 t .. 4 t + 3 + 16 (r / 2). B: K-major without swizzling, core
 // matrices of 8 x 16 bytes; the descriptor has, over 16, its address, the leading offset (to the next
 // 16 inputs) and the stride offset (to the next 8 columns). D as the fragment C of mma.m16n8.
@@ -63,8 +63,8 @@ static void multiply(const Product &product) {
     if (product.b >> 46) throw std::runtime_error("a swizzled matrix");
     memcpy(box(lane), product.a, 16);
     meet_warp();
-    for (int i = 0; i < 32; ++i) {
-        int row = i & 2 ? 1 : 0, column = i / 4 * 8 + 2 * t + i % 2, sum = product.adds ? product.d[i] : 0;
+    for (int i = 0; i < product.count; ++i) {
+        int row = i & 2 ? 1 : 0, column = i / 4 * 8 + 2 * t + i % 2, sum = product.d[i];
         const unsigned char *b = shared + address + column / 8 * stride + column % 8 * 16;
         for (int k = 0; k < 32; ++k) {
             uint32_t a = box(4 * g + k % 16 / 4)[row + 2 * (k / 16)];

@@ -39,7 +39,7 @@ static int launch_kernel(dim3 grid, int threads, size_t bytes, Kernel kernel, Ar
 }
 
 // A product that a thread has asked for and that isn't there yet: as late as a card may be with it.
-struct Product { int *d; const unsigned *a; uint64_t b; bool adds; };
+struct Product { int *d; const unsigned *a; uint64_t b; int count; };
 void ask_for(Product product);
 void end_products();
 void finish_products(int pending); // all but the last groups
@@ -211,7 +211,6 @@ DEVICE void take_turn(int) {}
 DEVICE void give_turn(int) {}
 DEVICE void products_begin() {}
 DEVICE void end_of_products() { host::end_products(); }
-template <int PENDING> DEVICE void products_wait(int (&)[32]) { host::finish_products(PENDING); }
+template <int PENDING, int COUNT> DEVICE void products_wait(int (&)[COUNT]) { host::finish_products(PENDING); }
 template <int COUNT> DEVICE void keep(const unsigned (&)[COUNT]) {}
-DEVICE void multiply_add(int (&d)[32], const unsigned *a, unsigned long long b) { host::ask_for({d, a, b, true}); }
-DEVICE void multiply_first(int (&d)[32], const unsigned *a, unsigned long long b) { host::ask_for({d, a, b, false}); }
+template <int COUNT> DEVICE void multiply_add(int (&d)[COUNT], const unsigned *a, unsigned long long b) { host::ask_for({d, a, b, COUNT}); }

@@ -28,7 +28,7 @@ class GemmTuning:
     stages: int = 6
     """Of the ring in shared memory, at most."""
     cluster: int = 1
-    order: int = 0
+    turns: int = 1
     """Blocks that fetch the same tokens together: 1, or 2 where the tiles of rows are even."""
 
 
@@ -79,7 +79,7 @@ def gemm_call(
         "SPAN": weight.span,
         "STAGES": stages,
         "CLUSTER": cluster,
-        "ORDER": tuning.order,
+        "TURNS": tuning.turns,
     }
     blocks_at_once = min(tiles, card.multiprocessors) // cluster * cluster
     return KernelCall(
