@@ -68,7 +68,11 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
         for planes, rows in ((2, 4), (3, 4), (4, 2), (8, 2))
     ),
     *(
-        ("quantize_rows", {"INPUTS": inputs, "ROWS": rows, "THREADS": 512, "STATIC": static, "SHIFTED": static}, 128)
+        (
+            "quantize_rows",
+            {"INPUTS": inputs, "ROWS": rows, "THREADS": 512, "STATIC": static, "SHIFTED": static},
+            128,
+        )
         for inputs, rows, static in ((4096, 2, 0), (14336, 2, 1), (28672, 2, 0), (57344, 1, 0))
     ),
     (
