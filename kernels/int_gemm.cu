@@ -187,9 +187,16 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
     }
     if (CLUSTER == 1) __syncthreads();
     else sync_cluster();
-    wait_for_previous();
     row_tiles /= CLUSTER; // of the cluster
-    int tiles = row_tiles * token_tiles;
+    int tiles = row_tiles * token_tiles, first_tile = (int)blockIdx.x / CLUSTER, ahead = 0;
+    if (threadIdx.x == 0 && first_tile < tiles) { // weights don't wait for the codes
+        const unsigned char *w = weight + (u64)(place_of(first_tile, row_tiles, token_tiles).rows * CLUSTER + rank) * blocks * TILE;
+        for (; ahead < STAGES && ahead < blocks; ++ahead) {
+            barrier_expect(full + ahead, STAGE);
+            copy_bulk(memory + ahead * STAGE + X_BYTES, w + (u64)ahead * TILE, TILE, full + ahead);
+        }
+    }
+    wait_for_previous();
     turn now = {0, 0};
     if (consumer < 0) {
         fewer_registers<40>();
@@ -201,9 +208,11 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
                 for (int block = 0; block < blocks; ++block, next(now)) {
                     unsigned char *stage = memory + now.stage * STAGE;
                     u64 *barrier = full + now.stage;
-                    barrier_wait(empty + now.stage, now.parity ^ 1);
-                    barrier_expect(barrier, STAGE);
-                    copy_bulk(stage + X_BYTES, w + (u64)block * TILE, TILE, barrier);
+                    if (tile != first_tile || block >= ahead) {
+                        barrier_wait(empty + now.stage, now.parity ^ 1);
+                        barrier_expect(barrier, STAGE);
+                        copy_bulk(stage + X_BYTES, w + (u64)block * TILE, TILE, barrier);
+                    }
                     const u32 share = X_BYTES / CLUSTER, offset = rank * share;
                     const unsigned char *from = x + (u64)block * X_BYTES + offset;
                     if (CLUSTER == 1) copy_bulk(stage, from, share, barrier);
