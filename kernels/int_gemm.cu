@@ -55,6 +55,26 @@ DEVICE void finish(u32 (&a)[16], const u32 (&b)[16]) {
     for (int i = 0; i < 16; ++i) a[i] = BITS == 4 ? b[i] ^ 0x80808080u : b[i];
 }
 
+// Integer sums run on over the groups of a chunk, S_1, S_2, ..., so each y is the sum of (scale_g -
+// scale_(g + 1)) S_g, the last with its whole scale. Where these stay small (15 * 127 or 128 * 127 times the
+// inputs) they begin with ZERO, so are positive, and as the bits of a float, a subnormal one, they are 2^-149 of
+// themselves: that takes no instruction. What ZERO adds to y, (scale_1 - scale_last) ZERO, goes with the
+// last of a chunk. In between y is rounded in steps of 2^-24 of that, the smaller the shorter a chunk is:
+// less than a 100th of what rounding x to int8 does.
+#if SPAN >= 1 && SPAN <= (BITS == 4 ? 8 : 2)
+#define CHUNK ((BITS == 4 ? 8 : 2) / SPAN * SPAN) // blocks
+#define ZERO (BITS == 4 ? 1 << 21 : 1 << 22)
+#define UP 1.2676506e30f // 2^100, for scales
+#define DOWN 5.6294995e14f // 2^49, after it
+DEVICE float float_of(int sum) { return float_of_bits((u32)sum); }
+#else
+#define CHUNK SPAN // a group, or none
+#define ZERO 0
+#define UP 1.0f
+#define DOWN 1.0f
+DEVICE float float_of(int sum) { return (float)sum; }
+#endif
+
 // What a consumer's thread needs of W for one block of inputs.
 struct part { quad codes[CODES / 2048]; float scales[2]; u32 middles[2]; };
 
@@ -65,7 +85,7 @@ DEVICE part load_part(const unsigned char *tile, int consumer, int thread, int r
     for (int i = 0; i < CODES / 2048; ++i) p.codes[i] = codes[i * WARPGROUP];
     const float *scales = (const float *)(tile + 2 * CODES) + consumer * 64 + row;
     const u32 *middles = (const u32 *)(tile + 2 * CODES + 512) + consumer * 64 + row;
-    p.scales[0] = scales[0], p.scales[1] = scales[8];
+    p.scales[0] = scales[0] * UP, p.scales[1] = scales[8] * UP;
     p.middles[0] = middles[0], p.middles[1] = middles[8];
     return p;
 }
@@ -93,25 +113,6 @@ DEVICE void multiply(int (&sums)[64], const u32 (&a)[16], u64 x) {
     end_of_products();
 }
 
-// Integer sums run on over the groups of a chunk, S_1, S_2, ..., so each y is the sum of (scale_g -
-// scale_(g + 1)) S_g, the last with its whole scale. Where these stay below 2^22 (15 * 127 and 128 * 127
-// times the inputs), they begin with the bits of MAGIC = 1.5 * 2^23, and are the last bits of MAGIC + S.
-// That as a float takes no instruction; what MAGIC adds to y, (scale_1 - scale_last) MAGIC, goes with
-// the last of a chunk.
-#define MOST_BLOCKS (BITS == 4 ? 17 : 2)
-#define MAGIC 12582912.0f
-#if SPAN >= 1 && SPAN <= MOST_BLOCKS
-#define CHUNK (MOST_BLOCKS / SPAN * SPAN) // blocks
-#define ZERO 0x4b400000
-#define EXTRA MAGIC
-DEVICE float float_of(int sum) { return float_of_bits((u32)sum); }
-#else
-#define CHUNK SPAN // a group, or none
-#define ZERO 0
-#define EXTRA 0.0f
-DEVICE float float_of(int sum) { return (float)sum; }
-#endif
-
 DEVICE void add_scaled(float (&y)[64], const int (&sums)[64], const float *by) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) y[i] += by[i / 2 % 2] * float_of(sums[i]);
@@ -119,10 +120,10 @@ DEVICE void add_scaled(float (&y)[64], const int (&sums)[64], const float *by) {
 
 // The last of a chunk, whose first scale was `first`; sums begin anew.
 DEVICE void add_last(float (&y)[64], int (&sums)[64], const float *by, const float *first) {
-    float low = (first[0] - by[0]) * EXTRA, high = (first[1] - by[1]) * EXTRA;
+    float low = (first[0] - by[0]) * float_of(ZERO), high = (first[1] - by[1]) * float_of(ZERO);
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
-        y[i] = y[i] + by[i / 2 % 2] * (float_of(sums[i]) - EXTRA) - (i & 2 ? high : low);
+        y[i] = y[i] + by[i / 2 % 2] * (float_of(sums[i]) - float_of(ZERO)) - (i & 2 ? high : low);
         sums[i] = ZERO;
     }
 }
@@ -141,7 +142,7 @@ DEVICE void stage(u16 *staged, const float (&y)[64], const float *steps, int row
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
         int token = i / 4 * 8 + column + i % 2;
-        staged[token * Y_STRIDE + row + (i & 2 ? 8 : 0)] = store_activation(y[i] * steps[token]);
+        staged[token * Y_STRIDE + row + (i & 2 ? 8 : 0)] = store_activation(y[i] * (steps[token] * DOWN));
     }
 }
 
@@ -186,9 +187,16 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
     }
     if (CLUSTER == 1) __syncthreads();
     else sync_cluster();
-    wait_for_previous();
     row_tiles /= CLUSTER; // of the cluster
-    int tiles = row_tiles * token_tiles;
+    int tiles = row_tiles * token_tiles, first_tile = (int)blockIdx.x / CLUSTER, ahead = 0;
+    if (threadIdx.x == 0 && first_tile < tiles) { // weights don't wait for the codes
+        const unsigned char *w = weight + (u64)(place_of(first_tile, row_tiles, token_tiles).rows * CLUSTER + rank) * blocks * TILE;
+        for (; ahead < STAGES && ahead < blocks; ++ahead) {
+            barrier_expect(full + ahead, STAGE);
+            copy_bulk(memory + ahead * STAGE + X_BYTES, w + (u64)ahead * TILE, TILE, full + ahead);
+        }
+    }
+    wait_for_previous();
     turn now = {0, 0};
     if (consumer < 0) {
         fewer_registers<40>();
@@ -200,9 +208,11 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
                 for (int block = 0; block < blocks; ++block, next(now)) {
                     unsigned char *stage = memory + now.stage * STAGE;
                     u64 *barrier = full + now.stage;
-                    barrier_wait(empty + now.stage, now.parity ^ 1);
-                    barrier_expect(barrier, STAGE);
-                    copy_bulk(stage + X_BYTES, w + (u64)block * TILE, TILE, barrier);
+                    if (tile != first_tile || block >= ahead) {
+                        barrier_wait(empty + now.stage, now.parity ^ 1);
+                        barrier_expect(barrier, STAGE);
+                        copy_bulk(stage + X_BYTES, w + (u64)block * TILE, TILE, barrier);
+                    }
                     const u32 share = X_BYTES / CLUSTER, offset = rank * share;
                     const unsigned char *from = x + (u64)block * X_BYTES + offset;
                     if (CLUSTER == 1) copy_bulk(stage, from, share, barrier);

@@ -28,8 +28,9 @@ class GemmTuning:
     stages: int = 6
     """Of the ring in shared memory, at most."""
     cluster: int = 1
-    turns: int = 1
     """Blocks that fetch the same tokens together: 1, or 2 where the tiles of rows are even."""
+    turns: int = 1
+    """1: the two halves of a block multiply by turns."""
 
 
 def quantize_call(
@@ -44,6 +45,7 @@ def quantize_call(
         "ROWS": rows,
         "THREADS": threads,
         "STATIC": int(scheme.scale is not None),
+        "SHIFTED": int(scheme.rounding != 0),
     }
     largest = float(scheme.largest_code)
     numbers = (
