@@ -45,7 +45,6 @@ def quantize_call(
         "ROWS": rows,
         "THREADS": threads,
         "STATIC": int(scheme.scale is not None),
-        "SHIFTED": int(scheme.rounding != 0),
     }
     largest = float(scheme.largest_code)
     numbers = (
