@@ -1,51 +1,30 @@
 // Activations to int8, a step per token (or one for all), laid out as int_gemm.cu reads them. The
-// definition is qtool/core/activations.py, and the codes are those to the bit: a value near the
-// threshold between two codes is divided as there, others are multiplied by 1 / step.
+// definition is qtool/core/activations.py, and the codes are those to the bit.
 //
 // Codes: [tiles of 128 tokens][blocks of 128 inputs][8 runs of 16 inputs][128 tokens][16], so core
 // matrices of 8 tokens x 16 bytes follow one another. Tokens beyond the last are zeros.
 //
 // Compile-time: INPUTS (a multiple of 128), ROWS (tokens per block, 1 or 2), THREADS (a multiple of
-// 32), STATIC (0: a step per token), ACTIVATION_BF16. Grid (padded tokens / ROWS). Shared: THREADS / 32 words.
+// 32), STATIC (0: a step per token), CLIPS (codes may be beyond the largest), SHIFTED (thresholds aren't
+// halfway), ACTIVATION_BF16. Grid (padded tokens / ROWS). Shared: THREADS / 32 words.
 
 #define RUN 16
 #define RUNS (INPUTS / RUN)
 #define HELD ((RUNS * ROWS + THREADS - 1) / THREADS) // runs per thread
 #define WARPS (THREADS / WARP)
-#define NEAR 0.0001f // of a threshold: more than a product by 1 / step is off by, up to 127
 #define BIG 12582912.0f // 1.5 * 2^23: what is added to it is rounded, halves to even
 
-// The definition.
-DEVICE float exact_code(float x, float step, float half) {
-    float scaled = x / step;
-    return half == 0.5f ? rintf(scaled) : copysignf(floorf(fabsf(scaled) + half), scaled);
-}
-
-DEVICE u32 byte_of(float code) { return bits_of_float(code + BIG) & 0xffu; }
-
-// Four codes: x / step rounded, or, if half isn't 1 / 2, moved towards 0 or away before. What is near to a
-// threshold is done exactly.
-DEVICE u32 codes_of(const float (&x)[4], float step, float inverse, float half, float largest) {
-    float code[4];
-    bool near = false;
+// Four codes, as bytes.
+DEVICE u32 codes_of(const float (&x)[4], float inverse, float half, float largest) {
+    u32 code[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        float scaled = fminf(fmaxf(x[i] * inverse, -largest), largest);
-        float shifted = scaled + (scaled < 0.0f ? 0.5f - half : half - 0.5f);
-        code[i] = (shifted + BIG) - BIG;
-        near = near || fabsf(shifted - code[i]) > 0.5f - NEAR;
+        float scaled = multiply_rounded(x[i], inverse);
+        if (SHIFTED) scaled = copysignf(floorf(fabsf(scaled) + half), scaled);
+        if (CLIPS) scaled = fminf(fmaxf(scaled, -largest), largest);
+        code[i] = bits_of_float(scaled + BIG);
     }
-    if (near) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float exact = exact_code(x[i], step, half);
-            code[i] = fminf(fmaxf(exact, -largest), largest);
-        }
-    }
-    u32 packed = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) packed |= byte_of(code[i]) << (8 * i);
-    return packed;
+    return permute_bytes(permute_bytes(code[0], code[1], 0x0040u), permute_bytes(code[2], code[3], 0x0040u), 0x5410u);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -106,7 +85,7 @@ quantize_rows(const u16 *x,  // [tokens][INPUTS]
             float numbers[4];
 #pragma unroll
             for (int b = 0; b < 4; ++b) numbers[b] = load_activation((u16)(pair[b / 2] >> (16 * (b % 2))));
-            packed[n] = codes_of(numbers, step, inverse, half, largest);
+            packed[n] = codes_of(numbers, inverse, half, largest);
         }
         codes[(tile + run / 8) * 1024 + run % 8 * 128 + token % 128] =
             quad{packed[0], packed[1], packed[2], packed[3]};
