@@ -92,6 +92,8 @@ DEVICE void mma_bytes(int *d, const int *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 
 }
 
 // Four of the eight bytes of a (0..3) and b (4..7), which nibbles of `pick` name, lowest first.
+// Not to become a part of a fused multiply-add.
+DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
 DEVICE u32 permute_bytes(u32 a, u32 b, u32 pick) { return __byte_perm(a, b, pick); }
 
 DEVICE u32 multiply_half2(u32 a, u32 b) {

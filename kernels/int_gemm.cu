@@ -3,8 +3,8 @@
 // way; x is the B operand, in shared memory as quantize_rows.cu writes it.
 //
 // A block: a producer warpgroup, of which one thread starts copies, and two consumers of 64 outputs
-// x 128 tokens. A consumer multiplies in two halves of 64 tokens: while one half is on the tensor
-// cores, the sums of the other are scaled. Blocks take tile after tile. CLUSTER blocks have
+// x 128 tokens, which ask for products by turns: while those of one are on the tensor cores, the sums
+// of the other are scaled. Blocks take tile after tile. CLUSTER blocks have
 // neighbouring outputs and the same tokens: each fetches a part of x for all.
 //
 // W: [tiles of 128 outputs][blocks of 128 inputs] of TILE bytes (qtool/runtime/backends/cuda/int_tiles.py): for
@@ -61,9 +61,9 @@ DEVICE void finish(u32 (&a)[16], const u32 (&b)[16]) {
 // themselves: that takes no instruction. What ZERO adds to y, (scale_1 - scale_last) ZERO, goes with the
 // last of a chunk. In between y is rounded in steps of 2^-24 of that, the smaller the shorter a chunk is:
 // less than a 100th of what rounding x to int8 does.
-#if SPAN >= 1 && SPAN <= (BITS == 4 ? 8 : 2)
-#define CHUNK ((BITS == 4 ? 8 : 2) / SPAN * SPAN) // blocks
-#define ZERO (BITS == 4 ? 1 << 21 : 1 << 22)
+#if SPAN >= 1 && SPAN <= (BITS == 4 ? 17 : 2)
+#define CHUNK ((BITS == 4 ? 17 : 2) / SPAN * SPAN) // blocks
+#define ZERO (1 << 22) // 17 * 128 * 15 * 127 and 2 * 128 * 128 * 127 are less
 #define UP 1.2676506e30f // 2^100, for scales
 #define DOWN 5.6294995e14f // 2^49, after it
 DEVICE float float_of(int sum) { return float_of_bits((u32)sum); }

@@ -8,19 +8,20 @@ from torch import Tensor
 from qtool.scheme import ActivationScheme
 
 SMALLEST_STEP = 1e-8
-"""Of a token of zeros, whose codes are all zero."""
+"""Of a token of zeros, whose codes are all zero; 1 / step is finite."""
 
 
 def step_sizes(x: Tensor, scheme: ActivationScheme) -> Tensor:
     """Return the steps of activations (..., in_features): (..., 1) float32."""
     if scheme.scale is not None:
-        return torch.full_like(x[..., :1], scheme.scale, dtype=torch.float32)
+        step = max(scheme.scale, SMALLEST_STEP)
+        return torch.full_like(x[..., :1], step, dtype=torch.float32)
     largest = x.abs().amax(-1, keepdim=True).float()
     return (scheme.clip_ratio * largest / scheme.largest_code).clamp(min=SMALLEST_STEP)
 
 
 def quantize_activations(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
-    """Quantize the inputs of a linear.
+    """Quantize the inputs of a linear: x times 1 / step, each rounded to float32, to integers.
 
     Args:
         x: (..., in_features), any float dtype.
@@ -30,7 +31,7 @@ def quantize_activations(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, T
         Codes like `x`, int8, and steps (..., 1) float32.
     """
     steps = step_sizes(x, scheme)
-    scaled = x.float() / steps
+    scaled = x.float() * (1.0 / steps)
     if scheme.rounding == 0:
         nearest = scaled.round()  # ties to even, as hardware does
     else:

@@ -131,6 +131,7 @@ DEVICE unsigned multiply_half2(unsigned a, unsigned b) {
                                          half_to_float((unsigned short)(b >> 16))) << 16;
 }
 
+DEVICE float multiply_rounded(float a, float b) { return a * b; }
 DEVICE unsigned permute_bytes(unsigned a, unsigned b, unsigned pick) {
     unsigned long long both = (unsigned long long)b << 32 | a;
     unsigned result = 0;

@@ -70,14 +70,23 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
     *(
         (
             "quantize_rows",
-            {"INPUTS": inputs, "ROWS": rows, "THREADS": 512, "STATIC": static, "SHIFTED": static},
+            {"INPUTS": inputs, "ROWS": rows, "THREADS": 512}
+            | dict.fromkeys(("STATIC", "CLIPS", "SHIFTED"), static),
             128,
         )
         for inputs, rows, static in ((4096, 2, 0), (14336, 2, 1), (28672, 2, 0), (57344, 1, 0))
     ),
     (
         "quantize_rows",
-        {"INPUTS": 128, "ROWS": 2, "THREADS": 32, "STATIC": 0, "SHIFTED": 0, "ACTIVATION_BF16": 1},
+        {
+            "INPUTS": 128,
+            "ROWS": 2,
+            "THREADS": 32,
+            "STATIC": 0,
+            "CLIPS": 1,
+            "SHIFTED": 0,
+            "ACTIVATION_BF16": 1,
+        },
         64,
     ),
     ("sign_flip", {}, 128),
