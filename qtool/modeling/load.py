@@ -42,6 +42,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a model for evaluation; weights of another dtype are cast.
 
+    What another tool has quantized is loaded as transformers does it, which needs that tool.
+
     Args:
         location: Of the model, quantized or not.
         device: None: the first CUDA card, else the CPU.
@@ -52,17 +54,28 @@ def load_model(
         CheckpointError: files are missing or damaged, or lack what the model needs.
     """
     config = read_config(location.directory)
-    # These say what is wrong better than transformers does.
-    if config.get("quantization_config", {}).get("quant_method") == QUANT_METHOD:
-        CheckpointReader(location.directory)
-    else:
-        check_weights(location.directory)
     device = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(device)
-    loaded = _from_pretrained(location.directory, config, dtype)
+    # These say what is wrong better than transformers does.
+    if foreign_method(config) is not None:
+        loaded = _from_pretrained(location.directory, config, dtype, str(device))
+    else:
+        if "quantization_config" in config:
+            CheckpointReader(location.directory)
+        else:
+            check_weights(location.directory)
+        loaded = _from_pretrained(location.directory, config, dtype).to(device)
     tokenizer = load_tokenizer(location.directory)
-    on_device = loaded.to(device).eval()
+    on_device = loaded.eval()
     return LoadedModel(location.name, location.directory, on_device, tokenizer, device, dtype)
+
+
+def foreign_method(config: Mapping[str, Any]) -> str | None:
+    """Return how another tool has quantized a model, by `read_config`; None: none has."""
+    section = config.get("quantization_config")
+    if section is None or section.get("quant_method") == QUANT_METHOD:
+        return None
+    return str(section.get("quant_method") or "unknown")
 
 
 def load_original(directory: Path, device: str) -> CausalModel:
@@ -112,8 +125,12 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _from_pretrained(
-    directory: Path, config: Mapping[str, Any], dtype: torch.dtype | str
+    directory: Path,
+    config: Mapping[str, Any],
+    dtype: torch.dtype | str,
+    device: str | None = None,
 ) -> CausalModel:
+    """Load the weights; `device`: straight to where other tools' kernels run."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -124,6 +141,7 @@ def _from_pretrained(
             directory,
             config=parsed,
             dtype=dtype,
+            device_map=device,
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,

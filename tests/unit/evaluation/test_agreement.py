@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from qtool.base import Progress
+from qtool.core.divergence import kl_divergences
 from qtool.data.corpora import Corpus
 from qtool.errors import DataError, ModelError
-from qtool.evaluation import agreement
+from qtool.evaluation import predictions
 from qtool.evaluation.agreement import (
     Agreement,
     compare_to_reference,
-    kl_divergences,
     record_reference,
 )
 from qtool.modeling.load import LoadedModel, load_model
@@ -146,7 +146,7 @@ def test_more_positions_than_there_are_means_all(loaded, corpus):
 
 
 def test_pieces_change_nothing(loaded, perturbed, corpus, measured, monkeypatch):
-    monkeypatch.setattr(agreement, "CHUNK_VALUES", 7 * VOCABULARY + 1)
+    monkeypatch.setattr(predictions, "CHUNK_VALUES", 7 * VOCABULARY + 1)
     again = record_reference(loaded, corpus, context_length=LENGTH, new_tokens=8)
     assert compare_to_reference(perturbed, again) == measured
 
