@@ -33,9 +33,9 @@ class Spread:
 def spread(values: Tensor) -> Spread:
     """Return how values, (count,) float64 from two on, are spread; errors take them as independent.
 
-    A percentile's error is half of the distance between the two values whose ranks lie one standard
-    deviation of a binomial variable below and above its own; where these are beyond the sample,
-    there is none. Extremes have no error.
+    A percentile's error is half of the distance between the percentiles that lie one standard
+    deviation of the binomial share below and above; where one is beyond the sample, there is none.
+    Extremes have no error.
     """
     ordered = values.double().sort().values
     return Spread(
@@ -62,10 +62,8 @@ def root_mean_square(values: Tensor) -> Estimate:
 
 def _percentile(ordered: Tensor, share: float) -> Estimate:
     """Return a percentile of ascending values, between two of them in proportion."""
-    count = len(ordered)
-    rank, deviation = count * share, math.sqrt(count * share * (1 - share))
-    low, high = math.floor(rank - deviation), math.ceil(rank + deviation)
-    error = None
-    if low >= 1 and high <= count:
-        error = float(ordered[high - 1] - ordered[low - 1]) / 2
-    return Estimate(float(torch.quantile(ordered, share)), error)
+    deviation = math.sqrt(share * (1 - share) / len(ordered))
+    shares = torch.tensor([share - deviation, share, share + deviation], dtype=torch.float64)
+    low, value, high = torch.quantile(ordered, shares.clamp(0, 1)).tolist()
+    known = share - deviation >= 0 and share + deviation <= 1
+    return Estimate(value, (high - low) / 2 if known else None)

@@ -12,13 +12,13 @@ from qtool.base import CausalModel, Tokenizer
 from qtool.checkpoint.manifest import QUANT_METHOD
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, ModelError
 from qtool.modeling.config import parse_config, read_config, transformers_failures
 from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.locate import Location
 from qtool.modeling.skeleton import empty_model, match_names, missing_message
 from qtool.modeling.source import ModelSource
-from qtool.wording import list_names
+from qtool.wording import list_names, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,7 @@ def load_model(
     dtype = dtype or default_dtype(device)
     # These say what is wrong better than transformers does.
     if foreign_method(config) is not None:
+        _check_foreign(config["quantization_config"], location.directory)
         loaded = _from_pretrained(location.directory, config, dtype, str(device))
     else:
         if "quantization_config" in config:
@@ -76,6 +77,18 @@ def foreign_method(config: Mapping[str, Any]) -> str | None:
     if section is None or section.get("quant_method") == QUANT_METHOD:
         return None
     return str(section.get("quant_method") or "unknown")
+
+
+def _check_foreign(section: Mapping[str, Any], directory: Path) -> None:
+    from transformers.quantizers.auto import AutoHfQuantizer  # slow import
+
+    with transformers_failures(f"transformers can't load {directory}"):
+        known = AutoHfQuantizer.supports_quant_method(section)
+    if not known:  # it would be loaded as if nothing were quantized
+        raise ModelError(
+            f"{directory} was quantized as {shown(section.get('quant_method'))}, which "
+            "transformers doesn't know. A newer transformers may, or import the package that registers it."
+        )
 
 
 def load_original(directory: Path, device: str) -> CausalModel:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qtool.pipeline.model_texts import TextFigures
     from qtool.pipeline.task_results import ScoreRow
 
-OVERVIEW = ["model", ">bits per weight", ">strict bits", ">size", ">perplexity", ">ratio"]
+OVERVIEW = ["model", ">bits", ">strict bits", ">size", ">perplexity", ">ratio"]
 OVERVIEW += [">KL", ">KL 99 %", ">same token", ">KL, chats"]
 SCORES = ["task", "metric", ">shots", ">items", "model", ">score", ">difference", ">p", "verdict"]
 
@@ -98,30 +98,26 @@ def _overview(one: "ComparedModel") -> tuple[str, ...]:
     figures, texts = one.figures, one.texts
     change = texts.change if texts is not None else None
     return (
-        one.label + (f" [{one.foreign}]" if one.foreign is not None else ""),
+        one.label,
         "" if one.foreign is not None else f"{figures.average_bits:.2f}",
         f"{one.strict_bits:.2f}",
         gigabytes(figures.weight_bytes),
-        f"{texts.perplexity.perplexity:.3f}"
-        if texts is not None
-        else (one.failure and "failed") or "",
+        f"{texts.perplexity.perplexity:.3f}" if texts is not None else "",
         estimate_text(change.ratio) if change is not None else "",
         *_closeness_cells(texts),
     )
 
 
 def _noise_row(first: "ComparedModel", noise: "TextFigures") -> tuple[str, ...]:
-    batch = next((b.batch for b in (noise.text, noise.chats) if b is not None), 0)
-    label = f"{first.label}, {batch} windows at a time (noise)"
-    return (label, "", "", "", "", "", *_closeness_cells(noise))
+    return (f"{first.label} (noise)", "", "", "", "", "", *_closeness_cells(noise))
 
 
 def _closeness_cells(texts: "TextFigures | None") -> tuple[str, ...]:
     text, chats = (texts.text, texts.chats) if texts is not None else (None, None)
     return (
         estimate_text(text.divergence.mean) if text is not None else "",
-        estimate_text(text.divergence.percentiles["99"]) if text is not None else "",
-        estimate_text(text.same, percent=True) if text is not None else "",
+        number_text(text.divergence.percentiles["99"].value) if text is not None else "",
+        number_text(text.same.value, percent=True) if text is not None else "",
         estimate_text(chats.divergence.mean) if chats is not None else "",
     )
 
@@ -174,9 +170,11 @@ def _conditions(result: "ModelsCompared") -> list[str]:
             "those of KL and Δp predictions."
         )
         lines.append(
-            "KL in nats per token; Δp: probability of the token that follows, less that of "
-            f"{first.label}. What isn't larger than the noise row says nothing."
+            "KL in nats per token. Δp: probability of the token that follows, less that of "
+            f"{first.label}."
         )
+        lines += _noise_lines(first, result.noise)
+    lines.append("Bits: of quantized weights, with scales; strict: of all on disk, per weight.")
     if any(one.rows for one in result.models):
         lines.append(
             f"Differences are to {first.label}, paired item by item; ± is one standard error. A "
@@ -185,6 +183,8 @@ def _conditions(result: "ModelsCompared") -> list[str]:
     if result.protections:
         lines.append(f"Programs ran with: {', '.join(result.protections)}.")
     for one in result.models:
+        if one.foreign is not None:
+            lines.append(f"{one.label} was quantized by another tool, as {one.foreign}.")
         why = one.texts.why_not if one.texts is not None else ()
         lines += [f"{one.label}: {each}" for each in why]
         if one.failure is not None:
@@ -192,6 +192,16 @@ def _conditions(result: "ModelsCompared") -> list[str]:
         failed: Iterable[TaskFailure] = one.tasks.failures if one.tasks is not None else ()
         lines += [f"FAILED: {each.task} on {one.label}: {each.message}" for each in failed]
     return lines
+
+
+def _noise_lines(first: "ComparedModel", noise: "TextFigures | None") -> list[str]:
+    block = noise.text or noise.chats if noise is not None else None
+    if block is None:
+        return []
+    return [
+        f"Noise: {first.label} against itself, {block.batch} windows at a time in place of one. "
+        "What isn't larger says nothing."
+    ]
 
 
 def _line(cells: Iterable[str]) -> str:

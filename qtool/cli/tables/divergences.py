@@ -78,4 +78,6 @@ def number_text(value: float, error: float | None = None, *, percent: bool = Fal
 
 
 def _digits(value: float, digits: int) -> str:
+    if value == 0:
+        return "0"
     return f"{value:.1e}" if 0 < abs(value) < SMALL else f"{value:.{digits}f}"
