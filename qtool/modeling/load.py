@@ -87,7 +87,8 @@ def _check_foreign(section: Mapping[str, Any], directory: Path) -> None:
     if not known:  # it would be loaded as if nothing were quantized
         raise ModelError(
             f"{directory} was quantized as {shown(section.get('quant_method'))}, which "
-            "transformers doesn't know. A newer transformers may, or import the package that registers it."
+            "transformers doesn't know. A newer transformers may, or import the package that "
+            "registers it."
         )
 
 
