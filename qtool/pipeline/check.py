@@ -19,6 +19,7 @@ from qtool.modeling.device import default_device, default_dtype, free_memory, ro
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource
+from qtool.pipeline.card import note_closeness
 from qtool.steps.memory import failures_of_the_machine
 from qtool.wording import gigabytes
 
@@ -54,6 +55,7 @@ def check_result(source: ModelSource, out_dir: Path, emit: Emit) -> Closeness | 
         free_memory()
     for message in warnings_of(found):
         emit(Notice(message))
+    note_closeness(out_dir, found, emit)
     return found
 
 

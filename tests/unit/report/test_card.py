@@ -6,8 +6,9 @@ import yaml
 
 from qtool import pipeline
 from qtool.checkpoint.manifest import Manifest
-from qtool.modeling.card import Provenance, model_card, read_licence
+from qtool.modeling.licence import read_licence
 from qtool.modeling.locate import Location
+from qtool.report.card import Provenance, model_card
 from tests.helpers import recipe
 
 MANIFEST = Manifest(
@@ -26,7 +27,11 @@ def test_card_of_a_run_says_what_it_is_made_of(llama, tmp_path):
     calibrated = recipe("gptq", calibration=section)
     pipeline.quantize(Location(llama), tmp_path / "out", calibrated)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert front(card) == {"library_name": "transformers", "tags": ["qtool", "quantized"]}
+    assert front(card) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["qtool", "quantized", "gptq", "4-bit"],
+    }
     assert "gptq" in card
     assert "| calibration data | wikitext2-valid: 4 samples, 64 tokens |" in card
     assert "| original | a local model |" in card
