@@ -69,7 +69,6 @@ def texts_used(samples: Mapping[str, Any]) -> tuple[TextUse, ...]:
             licence=text_licence(str(one.get("dataset"))),
             samples=one.get("samples"),
             tokens=one.get("tokens"),
-            rendering=one.get("as"),
         )
         for one in sources
     )

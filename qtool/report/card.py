@@ -81,8 +81,6 @@ class TextUse:
     licence: str
     samples: int | None
     tokens: int | None
-    rendering: str | None = None
-    """How documents became samples; None: as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,14 +195,13 @@ def _calibration(about: Provenance) -> str:
     rows = [
         (
             one.name,
-            one.rendering or "",
+            one.licence,
             "?" if one.samples is None else str(one.samples),
             "?" if one.tokens is None else str(one.tokens),
-            one.licence,
         )
         for one in about.texts
     ]
-    return markdown_table(["text", "as", "samples", "tokens", "licence"], rows)
+    return markdown_table(["text", "licence", "samples", "tokens"], rows, left=2)
 
 
 def _limits(manifest: Manifest, licence: Mapping[str, str], about: Provenance) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from qtool.report.measured import CloseRecord, Measured, PairedRecord
+from qtool.wording import number_text
 
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
 NOTHING = (
@@ -38,9 +39,9 @@ def _texts(measured: Measured) -> Iterator[str]:
     if found is None:
         return
     if found.perplexity is not None:
-        row = [_number(found.perplexity, 3), _number(found.original, 3)]
-        yield markdown_table(["perplexity", "this model", "original"], [["", *row]])
-        yield f"Perplexity: {found.conditions}."
+        row = [found.conditions, f"{found.perplexity:.3f}"]
+        row += [] if found.original is None else [f"{found.original:.3f}"]
+        yield markdown_table(["perplexity on", "this model", "original"][: len(row)], [row])
     if found.closeness:
         columns = ["against the original, on", "KL divergence", "99th percentile", "same token"]
         yield markdown_table([*columns, "predictions"], map(_close_cells, found.closeness))
@@ -51,12 +52,11 @@ def _texts(measured: Measured) -> Iterator[str]:
 
 
 def _close_cells(one: CloseRecord) -> list[str]:
-    same, error = 100 * one.same_token, 100 * one.same_token_error
     return [
         f"{one.dataset}, windows of {one.context_length} tokens",
-        _number(one.kl, 4, one.kl_error),
-        _number(one.kl_p99, 4),
-        f"{same:.1f} ± {error:.1f} %",
+        "-" if one.kl is None else number_text(one.kl, one.kl_error),
+        "-" if one.kl_p99 is None else number_text(one.kl_p99),
+        number_text(one.same_token, one.same_token_error, percent=True),
         str(one.positions),
     ]
 
@@ -80,15 +80,7 @@ def _tasks(measured: Measured) -> Iterator[str]:
 
 
 def _paired_cells(one: PairedRecord) -> list[str]:
-    numbers = [_number(one.original, 4), _number(one.value, 4)]
     p_value = "" if one.p_value is None else f"{one.p_value:.2g}"
-    difference = f"{one.difference:+.4f}"
-    if one.error is not None:
-        difference += f" ± {one.error:.4f}"
-    return [one.task, one.metric, *numbers, difference, p_value, one.verdict]
-
-
-def _number(value: float | None, digits: int, error: float | None = None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    difference = number_text(one.difference, one.error)
+    numbers = [f"{one.original:.4f}", f"{one.value:.4f}", difference, p_value]
+    return [one.task, one.metric, *numbers, one.verdict]

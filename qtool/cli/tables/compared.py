@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.cli import console
-from qtool.cli.tables.divergences import Measured, block_rows, estimate_text, number_text
-from qtool.wording import gigabytes
+from qtool.cli.tables.divergences import Measured, block_rows, estimate_text
+from qtool.wording import gigabytes, number_text
 
 if TYPE_CHECKING:
     from qtool.evaluation.scores import TaskFailure

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from qtool.wording import number_text
+
 if TYPE_CHECKING:
     from qtool.core.spread import Estimate, Spread
     from qtool.pipeline.model_texts import KlBlock, PerplexityChange
@@ -14,7 +16,6 @@ PERPLEXITY_LINES = (
     *("Mean PPL(Q)", "Mean PPL(base)", "Mean PPL(Q)/PPL(base)"),
     *("Mean ln(PPL(Q)/PPL(base))", "Mean PPL(Q)-PPL(base)", "p of no difference"),
 )
-SMALL = 1e-3
 
 Measured = tuple["KlBlock", "PerplexityChange | None"]
 
@@ -66,18 +67,3 @@ def _spread(
 def estimate_text(found: "Estimate", *, percent: bool = False) -> str:
     """Return a number with its standard error, if it has one."""
     return number_text(found.value, found.standard_error, percent=percent)
-
-
-def number_text(value: float, error: float | None = None, *, percent: bool = False) -> str:
-    """Return a number, with ± its standard error; small ones by their power of ten."""
-    scale, digits = (100, 2) if percent else (1, 4)
-    shown = _digits(scale * value, digits)
-    if error is not None:
-        shown += f" ± {_digits(scale * error, digits)}"
-    return shown + (" %" if percent else "")
-
-
-def _digits(value: float, digits: int) -> str:
-    if value == 0:
-        return "0"
-    return f"{value:.1e}" if 0 < abs(value) < SMALL else f"{value:.{digits}f}"

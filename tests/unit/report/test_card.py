@@ -4,11 +4,17 @@ from typing import Any
 import pytest
 import yaml
 
-from qtool import pipeline
-from qtool.checkpoint.manifest import Manifest
-from qtool.modeling.licence import read_licence
+from qtool import pipeline, resources
+from qtool.checkpoint.manifest import LayerEntry, Manifest
+from qtool.data.corpora import bundled
+from qtool.data.licences import TEXT_LICENCES, text_licence
+from qtool.evaluation.scores import Score
 from qtool.modeling.locate import Location
-from qtool.report.card import Provenance, model_card
+from qtool.recipe.load import load_recipe
+from qtool.report.card import Provenance, TextUse, model_card
+from qtool.report.measured import CloseRecord, Measured, PairedRecord, TaskRecord, TextRecord
+from qtool.report.measured_text import NOTHING, measured_section, with_measured
+from qtool.scheme import Shape2D, WeightScheme
 from tests.helpers import recipe
 
 MANIFEST = Manifest(
@@ -62,30 +68,131 @@ def test_front_matter_stays_valid(source):
     assert yaml.safe_load(text)["base_model"] == source
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("README.md", "---\nlicense: mit\ntags: [x]\n---\n# Hi", {"license": "mit"}),
-        ("README.md", "---\r\nlicense: mit\r\n---\r\n", {"license": "mit"}),
-        (
-            "README.md",
-            "---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\n---\n",
-            {"license": "other", "license_name": "llama3", "license_link": "LICENSE"},
-        ),
-        ("README.md", "---\nlicense: [mit]\n---\n", {}),
-        ("README.md", "---\nlicense: {\n---\n", {}),
-        ("README.md", "---\n" + "[" * 5000 + "\n---\n", {}),
-        ("README.md", "license: mit\n", {}),
-        ("README.md", "---", {}),
-        ("LICENSE", "   Apache License\n  Version 2.0, January 2004", {"license": "apache-2.0"}),
-        ("LICENSE.md", "MIT License\n\nCopyright", {"license": "mit"}),
-        ("LICENSE", "Some terms, unlike the MIT License", {}),
-    ],
+SCHEME = WeightScheme(num_bits=3, group_size=64)
+ENTRY = LayerEntry(format="affine", scheme=SCHEME, shape=Shape2D(64, 128), method="gptq")
+SCORE = Score(
+    task="arc_easy",
+    metric="acc",
+    filter="none",
+    value=0.5,
+    standard_error=0.1,
+    higher_is_better=True,
+    num_items=26,
+    shots=0,
+    version="1.0",
+    kind="mean",
 )
-def test_licence_is_read_where_models_say_it(tmp_path: Path, name, content, expected):
-    (tmp_path / name).write_bytes(content.encode())
-    assert read_licence(tmp_path) == expected
+MEASURED = Measured(
+    texts=TextRecord(
+        conditions="wikitext2-test, first 8 of 147 windows of 2048 tokens, float32 on cpu",
+        perplexity=23.4567,
+        original=21.0,
+        closeness=(
+            CloseRecord(
+                dataset="wikitext2-test",
+                positions=2048,
+                context_length=2048,
+                kl=0.1234,
+                kl_error=0.0056,
+                kl_p99=0.9,
+                same_token=0.8,
+                same_token_error=0.009,
+            ),
+        ),
+    ),
+    tasks={
+        "arc_easy": TaskRecord(
+            conditions="first 26 items, float32 on cpu, batch size auto; lm-eval 0.4.13",
+            scores=(SCORE,),
+            paired=(
+                PairedRecord(
+                    task="arc_easy",
+                    metric="acc",
+                    original=0.5,
+                    value=0.5,
+                    difference=0.0,
+                    error=0.05,
+                    p_value=1.0,
+                    verdict="no difference shown",
+                ),
+            ),
+        )
+    },
+    table="|Tasks|Version|\n|-----|------:|",
+)
+GOLDEN = Path(__file__).with_name("card.md")
 
 
-def test_model_that_says_nothing_of_a_licence_has_none(tmp_path):
-    assert read_licence(tmp_path) == {}
+def whole_card() -> str:
+    recipe = {
+        "version": 1,
+        "weights": {
+            "method": "gptq",
+            "scheme": {"num_bits": 3, "group_size": 64},
+            "options": {"damping": 0.01},
+        },
+    }
+    manifest = Manifest(tool_version="0.1.0", recipe=recipe, layers={"a": ENTRY}, source=None)
+    about = Provenance(
+        licence={"license": "other", "license_name": "own", "license_link": "LICENSE"},
+        texts=(
+            TextUse(name="prose", licence="public domain", samples=60, tokens=61440),
+            TextUse(name="a|b.jsonl", licence="a file", samples=None, tokens=None),
+        ),
+        calibration="a mixture of prose, a|b.jsonl: 64 samples, 65536 tokens",
+        samples_given=True,
+        missing_tokens=("<tool>",),
+        weight_bytes=4_000_000,
+        source_bytes=16_000_000,
+        num_weights=8_000_000,
+        fallbacks=2,
+        errors={"error of the weights (NMSE)": 0.0123},
+        measured=MEASURED,
+    )
+    return model_card(manifest, "someone/model", about)
+
+
+def test_card_has_the_recorded_text():
+    """`python -m tests.unit.report.test_card` records it anew."""
+    assert whole_card() == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_section_takes_the_place_of_the_one_before():
+    before = model_card(MANIFEST, "someone/model")
+    assert NOTHING in before
+    after = with_measured(before, MEASURED)
+    assert measured_section(MEASURED) in after
+    assert NOTHING not in after
+    assert with_measured(after, Measured()) == before
+    assert with_measured("# Someone's own page\n", MEASURED) == "# Someone's own page\n"
+
+
+def yaml_of(card: str) -> str:
+    return card.partition("```yaml\n")[2].partition("\n```")[0]
+
+
+def test_recipe_of_a_card_repeats_the_run(llama, tmp_path):
+    out_dir, again = tmp_path / "out", tmp_path / "again"
+    section = {"dataset": "wikitext2-valid", "num_samples": 4, "sequence_length": 16}
+    pipeline.quantize(Location(llama), out_dir, recipe("gptq", calibration=section, seed=3))
+    card = (out_dir / "README.md").read_text(encoding="utf-8")
+    assert "qtool quantize --recipe recipe.yaml MODEL OUT_DIR" in card
+    (tmp_path / "recipe.yaml").write_text(yaml_of(card), encoding="utf-8")
+    pipeline.quantize(Location(llama), again, load_recipe(str(tmp_path / "recipe.yaml")))
+    first, second = ((one / "model.safetensors").read_bytes() for one in (out_dir, again))
+    assert first == second
+
+
+def test_every_bundled_text_has_a_licence_in_the_list_and_on_its_page():
+    page = (resources.texts_dir() / "LICENSE-texts.md").read_text(encoding="utf-8")
+    assert set(TEXT_LICENCES) == set(bundled())
+    for name, licence in TEXT_LICENCES.items():
+        assert name in page
+        for word in licence.split(", "):
+            assert word in page.replace("Apache\n", "Apache").replace("\n", " "), word
+    assert text_licence("hub:allenai/c4:en:train") == "see its page on the hub"
+    assert "ask there" in text_licence("mine.jsonl")
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(whole_card(), encoding="utf-8")
