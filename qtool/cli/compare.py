@@ -38,7 +38,7 @@ from qtool.cli.task_options import (
 )
 from qtool.errors import QtoolError
 
-FEWEST = 2
+_FEWEST = 2
 NO_TEXTS = "--no-texts"
 _of_texts = in_panel("Texts")
 
@@ -142,7 +142,7 @@ def compare(
 
 def _check_request(context: typer.Context, models: list[str], *, with_tasks: bool) -> None:
     """Raise a usage error for one model alone, and for options that would be ignored."""
-    if len(models) < FEWEST:
+    if len(models) < _FEWEST:
         raise typer.BadParameter("Give at least two models, the original first.")
     ignored = [] if with_tasks else [WITH]
     if context.params.get("no_texts"):

@@ -30,7 +30,7 @@ class Spread:
     minimum: float
 
 
-def spread(values: Tensor) -> Spread:
+def spread_of(values: Tensor) -> Spread:
     """Return how values, (count,) float64 from two on, are spread; errors take them as independent.
 
     A percentile's error is half of the distance between the percentiles that lie one standard

@@ -36,7 +36,7 @@ ERRORS = {"added_error": "error added to the outputs", "nmse": "error of the wei
 _MEASURED = TypeAdapter(Measured)
 
 
-def card_bytes(
+def written_card(
     run: Run, results: Sequence[LayerResult], manifest: Manifest, num_bytes: tuple[int, int]
 ) -> bytes:
     """Return README.md of a finished run; `num_bytes`: of its weights, and of the original's."""

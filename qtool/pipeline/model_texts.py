@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from qtool.base import Emit
-from qtool.core.spread import Estimate, Spread, estimated_mean, root_mean_square, spread
+from qtool.core.spread import Estimate, Spread, estimated_mean, root_mean_square, spread_of
 from qtool.data.calibration import tokenizer_digest
 from qtool.data.corpora import Corpus
 from qtool.errors import QtoolError
@@ -18,6 +18,8 @@ from qtool.pipeline.evaluate import EvalOptions
 
 NOISE_BATCH = 2
 """Windows that the first model reads at a time when it is compared with itself; else it is one."""
+FEW_WINDOWS = 30
+"""Of fewer the p-value, which is that of a normal variable, would say too much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class PerplexityChange:
     """The perplexity of a model beside that of the first, over the same windows."""
 
     paired: Paired
+    """Without a p-value for fewer than `FEW_WINDOWS`."""
     log_ratio: Estimate
     """Mean of ln p of the first less that of the model: nats per token."""
     ratio: Estimate
@@ -128,8 +131,8 @@ def kl_block(values: TokenValues, reference: Reference, batch: int) -> KlBlock:
         positions=len(values.divergence),
         context_length=reference.windows.shape[1],
         batch=batch,
-        divergence=spread(values.divergence),
-        gain=spread(values.gain),
+        divergence=spread_of(values.divergence),
+        gain=spread_of(values.gain),
         gain_rms=root_mean_square(values.gain),
         same=estimated_mean(values.same),
     )
@@ -149,6 +152,8 @@ def perplexity_change(
         paired = paired_ratios(*pairs)
     except OverflowError:  # above 709 nats
         return None
+    if paired.items < FEW_WINDOWS:
+        paired = replace(paired, p_value=None)
     bits = paired_ratios(*pairs, unit="bits")
     nats = bits.difference * math.log(2)
     error = None if bits.standard_error is None else bits.standard_error * math.log(2)

@@ -18,7 +18,7 @@ from qtool.choosing.choose import Allocation
 from qtool.choosing.search.q_rater import Found
 from qtool.errors import CheckpointError
 from qtool.evaluation.closeness import Closeness
-from qtool.pipeline.card import card_bytes
+from qtool.pipeline.card import written_card
 from qtool.steps.memory import peak_memory
 from qtool.steps.run import Run
 from qtool.steps.solve import LayerResult
@@ -98,7 +98,7 @@ def write_result(
     )
     manifest = _manifest(run, results, writer.digests())
     files = run.source.companions()
-    files[CARD_NAME] = card_bytes(
+    files[CARD_NAME] = written_card(
         run, results, manifest, (result.weight_bytes, result.source_bytes)
     )
     if curves:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from qtool.report.measured import CloseRecord, Measured, PairedRecord
 from qtool.wording import number_text
 
-BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
+_BEGIN, _END = "<!-- measured -->", "<!-- end of measured -->"
 NOTHING = (
     "Nothing was measured yet. `qtool eval` adds what it finds, as long as nobody edits this page."
 )
@@ -13,15 +13,15 @@ NOTHING = (
 
 def with_measured(card: str, measured: Measured) -> str:
     """Return a card with another section; as it is if it has no place for one."""
-    before, begin, rest = card.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = card.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
     return before + measured_section(measured) + after if begin and end else card
 
 
 def measured_section(measured: Measured) -> str:
     """Return the section, between its marks."""
     parts = [*_texts(measured), *_tasks(measured)] or [NOTHING]
-    return "\n\n".join([BEGIN, *parts, END])
+    return "\n\n".join([_BEGIN, *parts, _END])
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:

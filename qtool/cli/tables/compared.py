@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.cli import console
-from qtool.cli.tables.divergences import Measured, block_rows, estimate_text
+from qtool.cli.tables.divergences import BlockAndChange, block_rows, estimate_text
 from qtool.wording import gigabytes, number_text
 
 if TYPE_CHECKING:
@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 
 OVERVIEW = ["model", ">bits", ">strict bits", ">size", ">perplexity", ">ratio"]
 OVERVIEW += [">KL", ">KL 99 %", ">same token", ">KL, chats"]
-SCORES = ["task", "metric", ">shots", ">items", "model", ">score", ">difference", ">p", "verdict"]
+SCORE_COLUMNS = [
+    "task",
+    "metric",
+    ">shots",
+    ">items",
+    "model",
+    ">score",
+    ">difference",
+    ">p",
+    "verdict",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +87,7 @@ def compared_tables(result: "ModelsCompared", *, all_rows: bool) -> Iterator[Tab
     against = [(one.label, one.texts) for one in result.models[1:]]
     against.append((f"{first.label} (noise)", result.noise))
     for name in ("text", "chats"):
-        blocks: dict[str, Measured] = {}
+        blocks: dict[str, BlockAndChange] = {}
         for label, texts in against:
             if texts is not None and (block := getattr(texts, name)) is not None:
                 blocks[label] = (block, texts.change if name == "text" else None)
@@ -85,7 +95,7 @@ def compared_tables(result: "ModelsCompared", *, all_rows: bool) -> Iterator[Tab
             yield Table(_block_title(first.label, blocks), *block_rows(blocks))
     scores = [_score_cells(one, row) for row, one in _by_score(result) if all_rows or row.headline]
     if scores:
-        yield Table("Tasks", SCORES, scores)
+        yield Table("Tasks", SCORE_COLUMNS, scores)
 
 
 def _columns(
@@ -122,7 +132,7 @@ def _closeness_cells(texts: "TextFigures | None") -> tuple[str, ...]:
     )
 
 
-def _block_title(first: str, blocks: "Mapping[str, Measured]") -> str:
+def _block_title(first: str, blocks: "Mapping[str, BlockAndChange]") -> str:
     block, _ = next(iter(blocks.values()))
     return (
         f"Against {first} on {block.dataset}, {block.positions} predictions in windows of "

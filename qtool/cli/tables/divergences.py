@@ -17,10 +17,10 @@ PERPLEXITY_LINES = (
     *("Mean ln(PPL(Q)/PPL(base))", "Mean PPL(Q)-PPL(base)", "p of no difference"),
 )
 
-Measured = tuple["KlBlock", "PerplexityChange | None"]
+BlockAndChange = tuple["KlBlock", "PerplexityChange | None"]
 
 
-def block_rows(models: Mapping[str, Measured]) -> tuple[list[str], list[tuple[str, ...]]]:
+def block_rows(models: Mapping[str, BlockAndChange]) -> tuple[list[str], list[tuple[str, ...]]]:
     """Return columns, one per model, and rows, one per statistic."""
     columns = ["", *(f">{label}" for label in models)]
     lines = [list(_block(block)) for block, _ in models.values()]
@@ -28,7 +28,7 @@ def block_rows(models: Mapping[str, Measured]) -> tuple[list[str], list[tuple[st
         changes = [_perplexity(change) for _, change in models.values()]
         lines = [[*first, *rest] for first, rest in zip(changes, lines, strict=True)]
     rows = [(group[0][0], *(text for _, text in group)) for group in zip(*lines, strict=True)]
-    return columns, rows
+    return columns, [row for row in rows if any(row[1:])]
 
 
 def _perplexity(change: "PerplexityChange | None") -> list[tuple[str, str]]:

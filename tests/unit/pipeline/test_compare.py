@@ -29,7 +29,7 @@ FOREIGN = "a-tool-of-these-tests"
 
 
 @register_quantization_config(FOREIGN)
-class ForeignConfig(QuantizationConfigMixin):
+class ForeignConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Of weights that are stored as they were: what matters is who may load them."""
 
     def __init__(self, **_: Any) -> None:
@@ -37,7 +37,7 @@ class ForeignConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(FOREIGN)
-class ForeignQuantizer(HfQuantizer):
+class ForeignQuantizer(HfQuantizer):  # type: ignore[misc]
     """Leaves everything as it is."""
 
     requires_calibration = False
@@ -163,6 +163,18 @@ def test_change_of_perplexity_is_the_textbooks(pairs):
         math.exp(sum(second) / 100 / len(second)) - math.exp(sum(first) / 100 / len(first)),
         abs=1e-6,
     )
+
+
+def test_few_windows_have_no_p_value():
+    losses = [float(50 + number % 7) for number in range(30)]
+    worse = [loss + 1 + 0.1 * (number % 3) for number, loss in enumerate(losses)]
+    few, enough = (perplexity_change(losses[:n], worse[:n], 100) for n in (29, 30))
+    assert few is not None
+    assert enough is not None
+    assert few.paired.p_value is None
+    assert few.paired.standard_error is not None
+    assert enough.paired.p_value is not None
+    assert enough.paired.p_value < 1e-6
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 1e9])
