@@ -119,7 +119,9 @@ def model_card(manifest: Manifest, source: str | None, about: Provenance | None 
     licence = about.licence or ({"license": demo.licence} if demo is not None else {})
     strict = ""
     if about.num_weights:
-        strict = f", {8 * about.weight_bytes / about.num_weights:.2f} with embedding and head"
+        strict = (
+            f", {8 * about.weight_bytes / about.num_weights:.2f} with embedding and head (strict)"
+        )
     text = CARD_TEXT.format(
         title=base or "A local model",
         version=manifest.tool_version,

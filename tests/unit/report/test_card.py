@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from qtool import pipeline, resources
 from qtool.checkpoint.manifest import LayerEntry, Manifest
@@ -155,6 +156,15 @@ def whole_card() -> str:
 def test_card_has_the_recorded_text():
     """`python -m tests.unit.report.test_card` records it anew."""
     assert whole_card() == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_hub_reads_the_card():
+    card = ModelCard(whole_card())
+    assert card.data.base_model == "someone/model"
+    assert card.data.license == "other"
+    assert card.data.tags == ["qtool", "quantized", "gptq", "3-bit"]
+    assert card.data.to_dict()["base_model_relation"] == "quantized"
+    assert card.text.lstrip().startswith("# someone/model, quantized")
 
 
 def test_section_takes_the_place_of_the_one_before():
