@@ -27,6 +27,7 @@ SEAL = re.compile(r"\n<!-- Written by qtool, unedited: ([0-9a-f]{16}) -->\n\Z")
 BEFORE_SEALS = "\nQuantized with qtool "
 """In the cards of versions that didn't seal them."""
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+HALF_WRITTEN = re.compile(r"\.[0-9a-f]{12}\.partial$")
 OUR_METHOD = re.compile(rb'"quant_method"\s*:\s*"qtool"')
 
 
@@ -119,7 +120,13 @@ def foreign_entries(directory: Path) -> list[str]:
     if not _may_replace_card(directory / CARD_NAME):
         ours.discard(CARD_NAME)
     found = {path for path in paths_below(directory) if path not in ours}
-    return sorted({path for path in found if not WEIGHTS.fullmatch(path)})
+    return sorted({path for path in found if not (WEIGHTS.fullmatch(path) or _is_half(path))})
+
+
+def _is_half(path: str) -> bool:
+    """Return whether a run was killed while it wrote this, as `written_whole` calls it."""
+    half = HALF_WRITTEN.search(path)
+    return half is not None and path[: half.start()] in WRITTEN_NAMES
 
 
 def sealed(card: str) -> str:

@@ -133,6 +133,13 @@ def test_what_cannot_be_written_is_a_warning(out_dir, evaluate, monkeypatch):
     assert card_of(out_dir) == before
 
 
+def test_what_a_killed_run_leaves_is_no_bodys_file(out_dir):
+    for name in ("measured.json", "README.md"):
+        (out_dir / f"{name}.0123456789ab.partial").write_text("{")
+    (out_dir / "mine.0123456789ab.partial").write_text("{")
+    assert foreign_entries(out_dir) == ["mine.0123456789ab.partial"]
+
+
 def test_original_gets_nothing(model, evaluate):
     before = sorted(path.name for path in model.iterdir())
     evaluate(model)
