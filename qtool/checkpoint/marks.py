@@ -19,9 +19,16 @@ CONFIG_NAME = "config.json"
 REPORT_NAME = "quantization_report.json"
 MARK = "the work of a run of qtool"
 CARD_NAME, MEASURED_NAME = "README.md", "measured.json"
+RUN_FOLDER = "run"
+RUN_NAMES = (
+    *("check.json", "text.json", "tasks.json", "bench.json"),
+    *("run.json", "junit.xml", "summary.md"),
+)
+"""What `qtool run` writes into a folder of a checkpoint: a file per step, and the verdict."""
 WRITTEN_NAMES = (
     *(CONFIG_NAME, REPORT_NAME, CARD_NAME, MEASURED_NAME),
     "model.safetensors.index.json",
+    *(f"{RUN_FOLDER}/{name}" for name in RUN_NAMES),
 )
 SEAL = re.compile(r"\n<!-- Written by qtool, unedited: ([0-9a-f]{16}) -->\n\Z")
 BEFORE_SEALS = "\nQuantized with qtool "

@@ -10,6 +10,8 @@ from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
 from qtool.pipeline.model_figures import ModelFigures
 from qtool.pipeline.quantize import explain, plan, quantize
 from qtool.pipeline.reports import QuantizeResult
+from qtool.pipeline.run import RunOptions, check_measurable, run_recipe
+from qtool.pipeline.run_result import RunResult
 from qtool.pipeline.sweep import SweepResult, sweep
 
 __all__ = [
@@ -22,13 +24,17 @@ __all__ = [
     "ModelFigures",
     "ModelsCompared",
     "QuantizeResult",
+    "RunOptions",
+    "RunResult",
     "SweepResult",
     "bench",
     "calibrate",
+    "check_measurable",
     "compare",
     "evaluate",
     "explain",
     "plan",
     "quantize",
+    "run_recipe",
     "sweep",
 ]
