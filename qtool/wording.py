@@ -48,7 +48,7 @@ def gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e3:.3g} kB"
 
 
-def number_text(value: float, error: float | None = None, *, percent: bool = False) -> str:
+def with_error(value: float, error: float | None = None, *, percent: bool = False) -> str:
     """Return a number, with ± its standard error; small ones by their power of ten."""
     scale, digits = (100, 2) if percent else (1, 4)
     shown = _digits(scale * value, digits)

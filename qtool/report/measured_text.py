@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from qtool.report.measured import CloseRecord, Measured, PairedRecord
-from qtool.wording import number_text
+from qtool.wording import with_error
 
 _BEGIN, _END = "<!-- measured -->", "<!-- end of measured -->"
 NOTHING = (
@@ -54,9 +54,9 @@ def _texts(measured: Measured) -> Iterator[str]:
 def _close_cells(one: CloseRecord) -> list[str]:
     return [
         f"{one.dataset}, windows of {one.context_length} tokens",
-        "-" if one.kl is None else number_text(one.kl, one.kl_error),
-        "-" if one.kl_p99 is None else number_text(one.kl_p99),
-        number_text(one.same_token, one.same_token_error, percent=True),
+        "-" if one.kl is None else with_error(one.kl, one.kl_error),
+        "-" if one.kl_p99 is None else with_error(one.kl_p99),
+        with_error(one.same_token, one.same_token_error, percent=True),
         str(one.positions),
     ]
 
@@ -81,6 +81,6 @@ def _tasks(measured: Measured) -> Iterator[str]:
 
 def _paired_cells(one: PairedRecord) -> list[str]:
     p_value = "" if one.p_value is None else f"{one.p_value:.2g}"
-    difference = number_text(one.difference, one.error)
+    difference = with_error(one.difference, one.error)
     numbers = [f"{one.original:.4f}", f"{one.value:.4f}", difference, p_value]
     return [one.task, one.metric, *numbers, one.verdict]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.cli import console
 from qtool.cli.tables.divergences import BlockAndChange, block_rows, estimate_text
-from qtool.wording import gigabytes, number_text
+from qtool.wording import gigabytes, with_error
 
 if TYPE_CHECKING:
     from qtool.evaluation.scores import TaskFailure
@@ -126,8 +126,8 @@ def _closeness_cells(texts: "TextFigures | None") -> tuple[str, ...]:
     text, chats = (texts.text, texts.chats) if texts is not None else (None, None)
     return (
         estimate_text(text.divergence.mean) if text is not None else "",
-        number_text(text.divergence.percentiles["99"].value) if text is not None else "",
-        number_text(text.same.value, percent=True) if text is not None else "",
+        with_error(text.divergence.percentiles["99"].value) if text is not None else "",
+        with_error(text.same.value, percent=True) if text is not None else "",
         estimate_text(chats.divergence.mean) if chats is not None else "",
     )
 
@@ -155,13 +155,13 @@ def _key(row: "ScoreRow") -> tuple[str, str, str]:
 def _score_cells(one: "ComparedModel", row: "ScoreRow") -> tuple[str, ...]:
     metric = row.metric if row.filter == "none" else f"{row.metric}, {row.filter}"
     shots = "" if row.shots is None else str(row.shots)
-    value = "" if row.value is None else number_text(row.value, row.standard_error)
+    value = "" if row.value is None else with_error(row.value, row.standard_error)
     paired, p_value, difference = row.paired, "", ""
     if paired is not None:
-        difference = number_text(paired.difference, paired.standard_error)
+        difference = with_error(paired.difference, paired.standard_error)
         p_value = "" if paired.p_value is None else f"{paired.p_value:.2g}"
     elif row.original is not None and row.value is not None:
-        difference = number_text(row.value - row.original)
+        difference = with_error(row.value - row.original)
     cells = (row.task, metric, shots, str(row.num_items), one.label, value)
     return (*cells, difference, p_value, row.verdict)
 

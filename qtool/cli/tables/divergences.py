@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from qtool.wording import number_text
+from qtool.wording import with_error
 
 if TYPE_CHECKING:
     from qtool.core.spread import Estimate, Spread
@@ -40,7 +40,7 @@ def _perplexity(change: "PerplexityChange | None") -> list[tuple[str, str]]:
         f"{paired.original:.4f}",
         estimate_text(change.ratio),
         estimate_text(change.log_ratio),
-        number_text(paired.difference, paired.standard_error),
+        with_error(paired.difference, paired.standard_error),
         "" if paired.p_value is None else f"{paired.p_value:.2g}",
     )
     return list(zip(PERPLEXITY_LINES, texts, strict=True))
@@ -57,13 +57,13 @@ def _spread(
     what: str, found: "Spread", percents: Sequence[str], *, percent: bool = False
 ) -> Iterator[tuple[str, str]]:
     yield f"Mean {what}", estimate_text(found.mean, percent=percent)
-    yield f"Maximum {what}", number_text(found.maximum, percent=percent)
+    yield f"Maximum {what}", with_error(found.maximum, percent=percent)
     for each in percents:
         name = "Median" if each == "50" else f"{each}%"
         yield f"{name} {what}", estimate_text(found.percentiles[each], percent=percent)
-    yield f"Minimum {what}", number_text(found.minimum, percent=percent)
+    yield f"Minimum {what}", with_error(found.minimum, percent=percent)
 
 
 def estimate_text(found: "Estimate", *, percent: bool = False) -> str:
     """Return a number with its standard error, if it has one."""
-    return number_text(found.value, found.standard_error, percent=percent)
+    return with_error(found.value, found.standard_error, percent=percent)
