@@ -177,6 +177,15 @@ def test_section_takes_the_place_of_the_one_before():
     assert with_measured("# Someone's own page\n", MEASURED) == "# Someone's own page\n"
 
 
+def test_code_of_a_card_runs(checkpoint, capsys):
+    card = model_card(MANIFEST, "someone/model")
+    code = card.partition("```python\n")[2].partition("```")[0]
+    code = code.replace("path/to/this/directory", str(checkpoint))
+    code = code.replace("The capital of France is", "w1 w2 w3")  # words that the tiny one knows
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
 def yaml_of(card: str) -> str:
     return card.partition("```yaml\n")[2].partition("\n```")[0]
 
