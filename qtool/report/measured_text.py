@@ -6,7 +6,7 @@ from qtool.report.measured import CloseRecord, Measured, PairedRecord
 from qtool.wording import with_error
 
 _BEGIN, _END = "<!-- measured -->", "<!-- end of measured -->"
-NOTHING = (
+NOT_MEASURED = (
     "Nothing was measured yet. `qtool eval` adds what it finds, as long as nobody edits this page."
 )
 
@@ -20,7 +20,7 @@ def with_measured(card: str, measured: Measured) -> str:
 
 def measured_section(measured: Measured) -> str:
     """Return the section, between its marks."""
-    parts = [*_texts(measured), *_tasks(measured)] or [NOTHING]
+    parts = [*_texts(measured), *_tasks(measured)] or [NOT_MEASURED]
     return "\n\n".join([_BEGIN, *parts, _END])
 
 

@@ -198,3 +198,15 @@ def test_model_beside_itself_is_the_same(llama, options):
     assert second.texts.text.gain_rms.value == pytest.approx(0, abs=1e-9)
     assert second.texts.change is not None
     assert second.texts.change.paired.difference == 0
+
+
+@pytest.mark.gpu
+def test_noise_on_a_card_is_smaller_than_what_four_bits_lose(llama, checkpoint, options):
+    result = pipeline.compare([Location(llama), Location(checkpoint)], options)
+    assert result.noise is not None
+    assert result.noise.text is not None
+    _, own = result.models
+    assert own.texts is not None
+    assert own.texts.text is not None
+    assert own.texts.perplexity.device == "cuda"
+    assert result.noise.text.divergence.mean.value < own.texts.text.divergence.mean.value

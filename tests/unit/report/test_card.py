@@ -14,7 +14,7 @@ from qtool.modeling.locate import Location
 from qtool.recipe.load import load_recipe
 from qtool.report.card import Provenance, TextUse, model_card
 from qtool.report.measured import CloseRecord, Measured, PairedRecord, TaskRecord, TextRecord
-from qtool.report.measured_text import NOTHING, measured_section, with_measured
+from qtool.report.measured_text import NOT_MEASURED, measured_section, with_measured
 from qtool.scheme import Shape2D, WeightScheme
 from tests.helpers import recipe
 
@@ -169,12 +169,21 @@ def test_hub_reads_the_card():
 
 def test_section_takes_the_place_of_the_one_before():
     before = model_card(MANIFEST, "someone/model")
-    assert NOTHING in before
+    assert NOT_MEASURED in before
     after = with_measured(before, MEASURED)
     assert measured_section(MEASURED) in after
-    assert NOTHING not in after
+    assert NOT_MEASURED not in after
     assert with_measured(after, Measured()) == before
     assert with_measured("# Someone's own page\n", MEASURED) == "# Someone's own page\n"
+
+
+def test_code_of_a_card_runs(checkpoint, capsys):
+    card = model_card(MANIFEST, "someone/model")
+    code = card.partition("```python\n")[2].partition("```")[0]
+    code = code.replace("path/to/this/directory", str(checkpoint))
+    code = code.replace("The capital of France is", "w1 w2 w3")  # words that the tiny one knows
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
 
 
 def yaml_of(card: str) -> str:
