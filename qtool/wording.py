@@ -6,6 +6,7 @@ LONGEST_REASON = 300
 MOST_CHARACTERS = 200
 LONGEST_VALUE = 60
 NUM_LISTED = 3
+SMALL = 1e-3
 
 
 def reason(error: BaseException) -> str:
@@ -45,3 +46,18 @@ def gigabytes(num_bytes: float) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.3g} {unit}"
     return f"{num_bytes / 1e3:.3g} kB"
+
+
+def with_error(value: float, error: float | None = None, *, percent: bool = False) -> str:
+    """Return a number, with ± its standard error; small ones by their power of ten."""
+    scale, digits = (100, 2) if percent else (1, 4)
+    shown = _digits(scale * value, digits)
+    if error is not None:
+        shown += f" ± {_digits(scale * error, digits)}"
+    return shown + (" %" if percent else "")
+
+
+def _digits(value: float, digits: int) -> str:
+    if value == 0:
+        return "0"
+    return f"{value:.1e}" if abs(value) < SMALL else f"{value:.{digits}f}"

@@ -3,6 +3,7 @@
 Nothing else is ever replaced or removed. Torch-free.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ JOB_NAME = "job.json"
 CONFIG_NAME = "config.json"
 REPORT_NAME = "quantization_report.json"
 MARK = "the work of a run of qtool"
+CARD_NAME, MEASURED_NAME = "README.md", "measured.json"
 RUN_FOLDER = "run"
 RUN_NAMES = (
     *("check.json", "text.json", "tasks.json", "bench.json"),
@@ -24,9 +26,13 @@ RUN_NAMES = (
 )
 """What `qtool run` writes into a folder of a checkpoint: a file per step, and the verdict."""
 WRITTEN_NAMES = (
-    *(CONFIG_NAME, REPORT_NAME, "README.md", "model.safetensors.index.json"),
+    *(CONFIG_NAME, REPORT_NAME, CARD_NAME, MEASURED_NAME),
+    "model.safetensors.index.json",
     *(f"{RUN_FOLDER}/{name}" for name in RUN_NAMES),
 )
+SEAL = re.compile(r"\n<!-- Written by qtool, unedited: ([0-9a-f]{16}) -->\n\Z")
+BEFORE_SEALS = "\nQuantized with qtool "
+"""In the cards of versions that didn't seal them."""
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 HALF_WRITTEN = re.compile(r"\.[0-9a-f]{12}\.partial$")
 OUR_METHOD = re.compile(rb'"quant_method"\s*:\s*"qtool"')
@@ -118,13 +124,42 @@ def foreign_entries(directory: Path) -> list[str]:
     ours = {*WRITTEN_NAMES, *(recorded if isinstance(recorded, list) else [])}
     if read_job(directory) is not None:
         ours.add(JOB_NAME)
+    if not _may_replace_card(directory / CARD_NAME):
+        ours.discard(CARD_NAME)
     found = {path for path in paths_below(directory) if path not in ours}
     return sorted({path for path in found if not (WEIGHTS.fullmatch(path) or _is_half(path))})
 
 
 def _is_half(path: str) -> bool:
     """Return whether a run was killed while it wrote this, as `written_whole` calls it."""
-    return path.startswith(f"{RUN_FOLDER}/") and HALF_WRITTEN.sub("", path) in WRITTEN_NAMES
+    half = HALF_WRITTEN.search(path)
+    return half is not None and path[: half.start()] in WRITTEN_NAMES
+
+
+def sealed(card: str) -> str:
+    """Return a model card with a last line that tells whether anybody has edited it since."""
+    return f"{card}\n<!-- Written by qtool, unedited: {_card_digest(card)} -->\n"
+
+
+def unsealed(card: str) -> str | None:
+    """Return a sealed card without its last line; None: qtool didn't write it as it is."""
+    card = card.replace("\r\n", "\n")
+    seal = SEAL.search(card)
+    content = card[: seal.start()] if seal is not None else ""
+    return content if seal is not None and seal[1] == _card_digest(content) else None
+
+
+def _card_digest(card: str) -> str:
+    return hashlib.sha256(card.encode()).hexdigest()[:16]
+
+
+def _may_replace_card(path: Path) -> bool:
+    """Return whether qtool wrote what is there: nobody's own page is lost."""
+    try:
+        card = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return not path.exists()
+    return unsealed(card) is not None or (BEFORE_SEALS in card and SEAL.search(card) is None)
 
 
 def paths_below(directory: Path) -> Iterator[str]:

@@ -20,6 +20,7 @@ COMMANDS = {
     "quantize": "Quantize a model and write a checkpoint.",
     "eval": "Measure quality: tasks of lm-eval, or perplexity and closeness to the original.",
     "bench": "Time a checkpoint against its original, in one run, and print sizes and bits.",
+    "compare": "Compare any number of models with the first: texts, KL divergence, tasks.",
     "run": "Carry out a recipe: quantize, measure, and exit with 3 if a gate fails.",
     "inspect": "Check a checkpoint and print what it holds.",
     "methods": "List the methods and their options.",

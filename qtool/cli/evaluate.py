@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qtool.base import Progress
 from qtool.cli import console, early
 from qtool.cli.options import (
     BackendOption,
@@ -19,21 +18,37 @@ from qtool.cli.options import (
 from qtool.cli.progress import progress
 from qtool.cli.tables.models import comparison_report, print_comparison
 from qtool.cli.tables.tasks import print_tasks, raise_failures, task_report, write_markdown
+from qtool.cli.task_options import (
+    ANSWERS_KEPT,
+    WITH,
+    BatchSizeOption,
+    ChatTemplateOption,
+    ConfirmOption,
+    DataDirOption,
+    FewShotOption,
+    GenerationOption,
+    LimitOption,
+    MaxLengthOption,
+    NoCacheOption,
+    SamplesOption,
+    SeedOption,
+    TasksOption,
+    asked_tasks,
+    check_tasks,
+    read_batch_size,
+)
 
 if TYPE_CHECKING:
     from qtool.pipeline.task_results import TaskComparison
 
-ANSWERS_KEPT = "Answers and scores are kept: the same command goes on with the next requests."
-WITH, WITHOUT = "With --tasks", "Without --tasks"
-_of_tasks, _of_perplexity = in_panel(WITH), in_panel(WITHOUT)
+WITHOUT = "Without --tasks"
+_of_perplexity = in_panel(WITHOUT)
 
 
 def evaluate(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint, or any model that quantize takes.")],
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks or groups of lm-eval, comma-separated.")
-    ] = None,
+    tasks: TasksOption = None,
     baseline: Annotated[
         str | None, typer.Option(help="Model to measure beside it, such as the original.")
     ] = None,
@@ -61,57 +76,17 @@ def evaluate(
     no_chats: Annotated[
         bool, _of_perplexity("--no-chats", help="Compare on the text only, not on chats as well.")
     ] = False,
-    data_dir: Annotated[
-        Path | None, _of_tasks(help="Folder of local task data: nothing is downloaded.")
-    ] = None,
-    limit: Annotated[
-        int | None, _of_tasks(metavar="N", min=1, help="The first items of each task only.")
-    ] = None,
-    num_fewshot: Annotated[
-        int | None,
-        _of_tasks(
-            metavar="N", min=0, help="Examples in the prompt; default: 5 for mmlu, else lm-eval's."
-        ),
-    ] = None,
-    batch_size: Annotated[
-        str, _of_tasks(help="Requests per batch, or auto: by their length.")
-    ] = "auto",
-    max_length: Annotated[
-        int | None,
-        _of_tasks(metavar="N", min=2, help="Tokens of prompt and answer; default: the model's."),
-    ] = None,
-    apply_chat_template: Annotated[
-        bool, _of_tasks("--apply-chat-template", help="Ask as the model was trained.")
-    ] = False,
-    seed: Annotated[int | None, _of_tasks(metavar="N", help="Default: lm-eval's seeds.")] = None,
-    samples: Annotated[
-        Path | None,
-        _of_tasks(
-            help="Write prompts, answers and metrics of every item, as JSON lines; gzipped if the "
-            "name ends in .gz."
-        ),
-    ] = None,
-    gen_kwargs: Annotated[
-        str | None,
-        _of_tasks(
-            metavar="K=V,...",
-            help="How answers are written, as lm-eval's: do_sample, temperature, max_gen_toks, "
-            "until and so on; default: as each task says.",
-        ),
-    ] = None,
-    confirm_run_unsafe_code: Annotated[
-        bool,
-        _of_tasks(
-            "--confirm-run-unsafe-code", help="Run programs that the model writes, in a sandbox."
-        ),
-    ] = False,
-    no_cache: Annotated[
-        bool,
-        _of_tasks(
-            "--no-cache/--cache",
-            help="Ask all anew and keep nothing; else a stopped run goes on where it was.",
-        ),
-    ] = False,
+    data_dir: DataDirOption = None,
+    limit: LimitOption = None,
+    num_fewshot: FewShotOption = None,
+    batch_size: BatchSizeOption = "auto",
+    max_length: MaxLengthOption = None,
+    apply_chat_template: ChatTemplateOption = False,
+    seed: SeedOption = None,
+    samples: SamplesOption = None,
+    gen_kwargs: GenerationOption = None,
+    confirm_run_unsafe_code: ConfirmOption = False,
+    no_cache: NoCacheOption = False,
 ) -> None:
     """Measure quality: tasks of lm-eval, or perplexity and closeness to the original.
 
@@ -128,37 +103,25 @@ def evaluate(
         raise typer.BadParameter("--samples takes the name of a file.")
     check_targets([json_file, markdown, samples])
     early.check_backend(backend)
-    names = tuple(dict.fromkeys(name.strip() for name in (tasks or "").split(",") if name.strip()))
-    batch = _batch_size(batch_size)
+    batch = read_batch_size(batch_size)
     with progress("Nothing was kept." if tasks is None or no_cache else ANSWERS_KEPT) as emit:
-        if tasks is not None:
-            emit(Progress(f"looking up {tasks}"))
-            early.check_spelling(names)
-            if data_dir is not None:
-                early.check_data(names, data_dir)
+        check_tasks(tasks, data_dir, emit)
         with early.opened([model, baseline], device, emit) as (where, original):
             from qtool import pipeline
 
-            asked = None
-            if tasks is not None:
-                from qtool.evaluation.lm_eval.options import TaskOptions, parse_generation
-
-                generation = parse_generation(gen_kwargs) if gen_kwargs is not None else {}
-                emit(Progress("looking up the tasks in lm-eval"))
-                asked = TaskOptions(
-                    tasks=names,
-                    data_dir=data_dir,
-                    num_fewshot=num_fewshot,
-                    limit=limit,
-                    batch_size=batch,
-                    max_length=max_length,
-                    chat_template=apply_chat_template,
-                    seed=seed,
-                    generation=generation,
-                    confirm_unsafe=confirm_run_unsafe_code,
-                    cache=not no_cache,
-                    samples=samples,
-                )
+            values = {
+                "data_dir": data_dir,
+                "num_fewshot": num_fewshot,
+                "limit": limit,
+                "batch_size": batch,
+                "max_length": max_length,
+                "chat_template": apply_chat_template,
+                "seed": seed,
+                "confirm_unsafe": confirm_run_unsafe_code,
+                "cache": not no_cache,
+                "samples": samples,
+            }
+            asked = asked_tasks(tasks, gen_kwargs, values, emit)
             options = pipeline.EvalOptions(
                 tasks=asked,
                 dataset=dataset,
@@ -197,11 +160,3 @@ def _check_usage(context: typer.Context, *, with_tasks: bool) -> None:
         source = context.get_parameter_source(option.name or "")
         if panel == ignored and source is not None and source.name == "COMMANDLINE":
             raise typer.BadParameter(f"{option.opts[0]} {needed} --tasks.")
-
-
-def _batch_size(text: str) -> int | str:
-    if text == "auto":
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"--batch-size is {text!r}; give a number from 1, or auto.")
-    return int(text)

@@ -16,40 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtool.base import Emit, Progress, ignore_events
+from qtool.base import Emit, ignore_events
 from qtool.data.corpora import Corpus
 from qtool.data.documents import Collection
 from qtool.data.windows import windows_of
-from qtool.errors import DataError, ModelError
+from qtool.errors import DataError
+from qtool.evaluation.predictions import Reference, Tokens, log_probabilities, token_values
 from qtool.modeling.load import LoadedModel
 
 START_TOKENS = 32
-CHUNK_VALUES = 2**22
-"""Probabilities handled at a time, on the model's device: six float64 copies of 32 MiB or so."""
-
-Tokens = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """What an original says about a text; in float32 it needs 4 bytes * positions * vocabulary.
-
-    That is 0.4 GiB for 2048 positions and a vocabulary of 49k, 1 GiB for 128k, 2 GiB for 256k.
-    """
-
-    name: str
-    dataset: str
-    windows: Tensor
-    """(windows, context_length) int64: the tokens that both models read."""
-    positions: Tensor
-    """(positions,) int64, ascending: window * (context_length - 1) + place in the window."""
-    log_probabilities: Tensor
-    """(positions, vocabulary) on the CPU: of the token after each position."""
-    prompts: tuple[Tokens, ...]
-    continuations: tuple[Tokens, ...]
-    """One per prompt: the tokens of greedy search."""
-    new_tokens: int
-    """The most tokens that a continuation may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +104,7 @@ def record_reference(  # noqa: PLR0913 - a text and how much of it to look at
     starts = _prompts(windows.flatten(), prompts)
     _check_lengths(model, max(map(len, starts), default=0), new_tokens)
     table, done = torch.empty(0), 0
-    for rows in _log_probabilities(model, windows, chosen, emit):
+    for rows in log_probabilities(model, windows, chosen, emit):
         if done == 0:
             # filled in place: parts to be joined at the end would need twice the memory
             table = torch.empty(len(chosen), rows.shape[1], dtype=dtype)
@@ -156,14 +131,8 @@ def compare_to_reference(
         DataError: the vocabularies have different sizes.
         ModelError: the model's output isn't a number.
     """
-    _check_vocabulary(model, reference)
-    divergences, same, done = [], [], 0
-    for rows in _log_probabilities(model, reference.windows, reference.positions, emit):
-        original = reference.log_probabilities[done : done + len(rows)].to(rows.device)
-        divergences.append(kl_divergences(original, rows).cpu())
-        same.append((original.argmax(1) == rows.argmax(1)).double().cpu())
-        done += len(rows)
-    kl, agrees = torch.cat(divergences), torch.cat(same)
+    values = token_values(model, reference, emit)
+    kl, agrees = values.divergence, values.same
     greedy = tuple(
         _greedy_diff(model, prompt, original, _continue(model, prompt, reference.new_tokens))
         for prompt, original in zip(reference.prompts, reference.continuations, strict=True)
@@ -183,18 +152,6 @@ def compare_to_reference(
     )
 
 
-def kl_divergences(original: Tensor, quantized: Tensor) -> Tensor:
-    """Return KL(original || quantized) per row, (rows,) float64, of (rows, vocabulary) log p.
-
-    Rounded log-probabilities don't quite sum to one, and a plain KL could turn negative. The sum of
-    p (log p - log q) - p + q is the same where both do, and has no negative term.
-    """
-    log_p, log_q = original.double(), quantized.double()
-    p = log_p.exp()
-    terms = torch.where(p > 0, p * (log_p - log_q), 0)  # 0 log 0 is 0, not NaN
-    return (terms - p + log_q.exp()).sum(1)
-
-
 def _evenly_spaced(count: int, available: int) -> Tensor:
     """Return the middles of `count` equal stretches of 0 .. available - 1; all if as many."""
     return (2 * torch.arange(count) + 1) * available // (2 * max(1, count))
@@ -205,18 +162,6 @@ def _prompts(stream: Tensor, count: int) -> tuple[Tokens, ...]:
     return tuple(tuple(stream[start : start + START_TOKENS].tolist()) for start in starts)
 
 
-def _check_vocabulary(model: LoadedModel, reference: Reference) -> None:
-    # before the first window: a token that a model on a card doesn't know ends the process
-    size = model.model.config.get_text_config().vocab_size
-    expected = reference.log_probabilities.shape[1]
-    if size != expected:
-        raise DataError(
-            f"{model.name} has a vocabulary of {size} tokens and {reference.name} one of "
-            f"{expected}; only vocabularies of one size, padding included, can be compared. "
-            "Compare a quantized model with the model that it was made from."
-        )
-
-
 def _check_lengths(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> None:
     limit = getattr(model.model.config, "max_position_embeddings", None)
     if prompt_tokens and (new_tokens < 1 or prompt_tokens + new_tokens > (limit or math.inf)):
@@ -225,29 +170,6 @@ def _check_lengths(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> N
             f"{model.name} has {limit or 'unlimited'} positions. Continue by at least 1 token "
             "within the positions, or use no prompts."
         )
-
-
-@torch.inference_mode()
-def _log_probabilities(
-    model: LoadedModel, windows: Tensor, positions: Tensor, emit: Emit
-) -> Iterator[Tensor]:
-    """Yield log-probabilities at the positions in their order, (rows, vocabulary) float32."""
-    places = windows.shape[1] - 1
-    window_of = positions // places
-    used, counts = window_of.unique_consecutive(return_counts=True)
-    offsets = (positions % places).split(counts.tolist())
-    for index, (window, chosen) in enumerate(zip(used.tolist(), offsets, strict=True)):
-        tokens = windows[window].to(model.device).unsqueeze(0)
-        logits = model.model(tokens, use_cache=False).logits[0, chosen.to(model.device)]
-        for part in logits.split(max(1, CHUNK_VALUES // logits.shape[1])):
-            rows = part.float().log_softmax(1)
-            if bool(rows.isnan().any()):
-                raise ModelError(
-                    f"{model.name} gives outputs that are not numbers, in window {window}. Try "
-                    "another dtype; if it stays, the weights are damaged."
-                )
-            yield rows
-        emit(Progress(f"predictions of {model.name}", index + 1, len(used)))
 
 
 def _continue(model: LoadedModel, prompt: Tokens, new_tokens: int) -> Tokens:

@@ -12,7 +12,8 @@ from qtool.base import Emit
 from qtool.data.corpora import Corpus, open_dataset
 from qtool.data.documents import Collection
 from qtool.errors import QtoolError
-from qtool.evaluation.agreement import Agreement, Reference, compare_to_reference, record_reference
+from qtool.evaluation.agreement import Agreement, compare_to_reference, record_reference
+from qtool.evaluation.predictions import Reference
 from qtool.modeling.load import LoadedModel
 
 PLAIN, CHATS = "wikitext2-test", "dialogues-test"

@@ -47,14 +47,32 @@ def perplexity(
         DataError: the text is shorter than one window, or the model's context is, or a window
             predicts nothing.
     """
+    return measure_windows(
+        model, corpus, context_length=context_length, max_windows=max_windows, emit=emit
+    )[0]
+
+
+def measure_windows(
+    model: LoadedModel,
+    corpus: Corpus,
+    *,
+    context_length: int = 2048,
+    max_windows: int | None = None,
+    emit: Emit = ignore_events,
+) -> tuple[PerplexityResult, tuple[float, ...]]:
+    """Return a perplexity, and the summed negative log-likelihood of each window in nats.
+
+    Arguments and errors as `perplexity`.
+    """
     windows, available = windows_of(model, corpus, context_length, max_windows)
     kind = str(getattr(model.model.config, "model_type", ""))
     message = bos_warning(kind, model.tokenizer, windows, corpus.name)
     if message is not None:
         emit(Notice(message))
-    total = 0.0
+    total, losses = 0.0, []
     for index, window in enumerate(windows):
-        total += window_loss(model, window)
+        losses.append(window_loss(model, window))
+        total += losses[-1]
         running = _exp(total / ((index + 1) * (context_length - 1)))
         what = f"perplexity of {model.name}"
         emit(Progress(what, index + 1, len(windows), f"{running:.3f}"))
@@ -64,7 +82,7 @@ def perplexity(
             "perplexity. Try another dtype; if it stays, the weights are damaged."
         )
         emit(Notice(message))
-    return PerplexityResult(
+    result = PerplexityResult(
         perplexity=_exp(total / (len(windows) * (context_length - 1))),
         dataset=corpus.name,
         context_length=context_length,
@@ -73,6 +91,7 @@ def perplexity(
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
     )
+    return result, tuple(losses)
 
 
 def _exp(mean_loss: float) -> float:

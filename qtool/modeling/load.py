@@ -12,13 +12,13 @@ from qtool.base import CausalModel, Tokenizer
 from qtool.checkpoint.manifest import QUANT_METHOD
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, ModelError
 from qtool.modeling.config import parse_config, read_config, transformers_failures
 from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.locate import Location
 from qtool.modeling.skeleton import empty_model, match_names, missing_message
 from qtool.modeling.source import ModelSource
-from qtool.wording import list_names
+from qtool.wording import list_names, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a model for evaluation; weights of another dtype are cast.
 
+    What another tool has quantized is loaded as transformers does it, which needs that tool.
+
     Args:
         location: Of the model, quantized or not.
         device: None: the first CUDA card, else the CPU.
@@ -52,17 +54,42 @@ def load_model(
         CheckpointError: files are missing or damaged, or lack what the model needs.
     """
     config = read_config(location.directory)
-    # These say what is wrong better than transformers does.
-    if config.get("quantization_config", {}).get("quant_method") == QUANT_METHOD:
-        CheckpointReader(location.directory)
-    else:
-        check_weights(location.directory)
     device = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(device)
-    loaded = _from_pretrained(location.directory, config, dtype)
+    # These say what is wrong better than transformers does.
+    if foreign_method(config) is not None:
+        _check_foreign(config["quantization_config"], location.directory)
+        loaded = _from_pretrained(location.directory, config, dtype, str(device))
+    else:
+        if "quantization_config" in config:
+            CheckpointReader(location.directory)
+        else:
+            check_weights(location.directory)
+        loaded = _from_pretrained(location.directory, config, dtype).to(device)
     tokenizer = load_tokenizer(location.directory)
-    on_device = loaded.to(device).eval()
+    on_device = loaded.eval()
     return LoadedModel(location.name, location.directory, on_device, tokenizer, device, dtype)
+
+
+def foreign_method(config: Mapping[str, Any]) -> str | None:
+    """Return how another tool has quantized a model, by `read_config`; None: none has."""
+    section = config.get("quantization_config")
+    if section is None or section.get("quant_method") == QUANT_METHOD:
+        return None
+    return str(section.get("quant_method") or "unknown")
+
+
+def _check_foreign(section: Mapping[str, Any], directory: Path) -> None:
+    from transformers.quantizers.auto import AutoHfQuantizer  # slow import
+
+    with transformers_failures(f"transformers can't load {directory}"):
+        known = AutoHfQuantizer.supports_quant_method(section)
+    if not known:  # it would be loaded as if nothing were quantized
+        raise ModelError(
+            f"{directory} was quantized as {shown(section.get('quant_method'))}, which "
+            "transformers doesn't know. A newer transformers may, or import the package that "
+            "registers it."
+        )
 
 
 def load_original(directory: Path, device: str) -> CausalModel:
@@ -112,8 +139,12 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _from_pretrained(
-    directory: Path, config: Mapping[str, Any], dtype: torch.dtype | str
+    directory: Path,
+    config: Mapping[str, Any],
+    dtype: torch.dtype | str,
+    device: str | None = None,
 ) -> CausalModel:
+    """Load the weights; `device`: straight to where other tools' kernels run."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -124,6 +155,7 @@ def _from_pretrained(
             directory,
             config=parsed,
             dtype=dtype,
+            device_map=device,
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,

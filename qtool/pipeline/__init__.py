@@ -5,6 +5,7 @@ One file per command; what they share lies beside them.
 
 from qtool.pipeline.bench import BenchOptions, GpuOptions, bench
 from qtool.pipeline.calibrate import CalibrateResult, calibrate
+from qtool.pipeline.compare import CompareOptions, ModelsCompared, compare
 from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
 from qtool.pipeline.model_figures import ModelFigures
 from qtool.pipeline.quantize import explain, plan, quantize
@@ -16,10 +17,12 @@ from qtool.pipeline.sweep import SweepResult, sweep
 __all__ = [
     "BenchOptions",
     "CalibrateResult",
+    "CompareOptions",
     "Comparison",
     "EvalOptions",
     "GpuOptions",
     "ModelFigures",
+    "ModelsCompared",
     "QuantizeResult",
     "RunOptions",
     "RunResult",
@@ -27,6 +30,7 @@ __all__ = [
     "bench",
     "calibrate",
     "check_measurable",
+    "compare",
     "evaluate",
     "explain",
     "plan",

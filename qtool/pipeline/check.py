@@ -19,6 +19,7 @@ from qtool.modeling.device import default_device, default_dtype, free_memory, ro
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource
+from qtool.pipeline.card import note_closeness
 from qtool.recipe.measuring import CheckSection
 from qtool.steps.memory import failures_of_the_machine
 from qtool.wording import gigabytes
@@ -59,6 +60,7 @@ def check_result(
         free_memory()
     for message in warnings_of(found):
         emit(Notice(message))
+    note_closeness(out_dir, found, emit)
     return found
 
 

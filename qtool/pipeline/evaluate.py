@@ -24,6 +24,7 @@ from qtool.evaluation.perplexity import PerplexityResult, perplexity
 from qtool.modeling.device import free_memory
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location
+from qtool.pipeline.card import note_evaluation
 from qtool.pipeline.model_figures import ModelFigures, figures_of, versions
 from qtool.pipeline.scoring import score
 from qtool.pipeline.task_results import TaskComparison
@@ -114,8 +115,9 @@ def evaluate(
             `scoring.score`.
     """
     if options.tasks is not None:
-        scored = score(model, options.tasks, baseline, backend, dtype, emit)
-        return Comparison((), tasks=scored)
+        scored = Comparison((), tasks=score(model, options.tasks, baseline, backend, dtype, emit))
+        note_evaluation(model, scored, emit)
+        return scored
     corpus = load_corpus(options.dataset)
     subjects = {one: figures_of(one) for one in (model, baseline) if one is not None}
     models = [one for one in (baseline, model) if one is not None]
@@ -133,9 +135,11 @@ def evaluate(
                     close = compare_closely(loaded, references, emit)
             del loaded
             free_memory()
-    return Comparison(
+    result = Comparison(
         tuple(figures), close.text, versions(), chats=close.chats, no_chats=close.no_chats
     )
+    note_evaluation(model, result, emit)
+    return result
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import qtool
 from qtool.checkpoint.manifest import LayerEntry, Manifest
-from qtool.checkpoint.marks import CONFIG_NAME, REPORT_NAME, read_report
+from qtool.checkpoint.marks import CARD_NAME, CONFIG_NAME, REPORT_NAME, read_report
 from qtool.checkpoint.place import Place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter
@@ -18,7 +18,7 @@ from qtool.choosing.choose import Allocation
 from qtool.choosing.search.q_rater import Found
 from qtool.errors import CheckpointError
 from qtool.evaluation.closeness import Closeness
-from qtool.modeling.card import Provenance, model_card, read_licence
+from qtool.pipeline.card import written_card
 from qtool.report.verdict import GateLine
 from qtool.steps.correct_biases import corrections
 from qtool.steps.memory import peak_memory
@@ -107,8 +107,9 @@ def write_result(
     )
     manifest = _manifest(run, results, writer.digests())
     files = run.source.companions()
-    card = model_card(manifest, run.source.public_name, _about(run, result))
-    files["README.md"] = card.encode()
+    files[CARD_NAME] = written_card(
+        run, results, manifest, (result.weight_bytes, result.source_bytes)
+    )
     if curves:
         files[CURVES_NAME] = _curve_lines(curves)
     if decisions.found is not None:
@@ -152,23 +153,6 @@ def _manifest(run: Run, results: tuple[LayerResult, ...], digests: dict[str, str
         source=run.source.public_name,
         calibration=run.calibration.digest() if run.calibration else None,
         digests=digests,
-    )
-
-
-def _about(run: Run, result: QuantizeResult) -> Provenance:
-    """Return what the model card says of a run."""
-    names = {"added_error": "error added to the outputs", "nmse": "error of the weights (NMSE)"}
-    values = {
-        name: [layer.metrics[key] for layer in result.layers if key in layer.metrics]
-        for key, name in names.items()
-    }
-    return Provenance(
-        licence=read_licence(run.source.directory),
-        calibration=run.calibration.provenance if run.calibration else {},
-        weight_bytes=result.weight_bytes,
-        source_bytes=result.source_bytes,
-        num_weights=sum(prod(spec.shape) for spec in run.source.shards.specs.values()),
-        errors={name: sum(found) / len(found) for name, found in values.items() if found},
     )
 
 

@@ -65,25 +65,53 @@ def score(
     """
     tasks = Tasks(options)
     tasks.check()
-    dtype = dtype or default_dtype(default_device())
     models = [one for one in (baseline, model) if one is not None]
-    subjects = [_subject(one, dtype, backend, remember=options.cache) for one in models]
+    *others, measured = score_models(models, tasks, backend, dtype, emit)
+    original = others[0] if others else None
+    return TaskComparison(
+        model=measured,
+        original=original,
+        rows=score_rows(measured, original),
+        protections=protections() if tasks.unsafe(options.tasks) else (),
+        versions={**versions(), **library_versions()},
+    )
+
+
+def score_models(
+    models: Sequence[Location],
+    tasks: Tasks,
+    backend: str | None,
+    dtype: torch.dtype | None,
+    emit: Emit,
+    *,
+    foreign: bool = False,
+) -> list[ModelTasks]:
+    """Run tasks of lm-eval on models, one after the other; of several the first is the baseline.
+
+    Args:
+        models: Where they are.
+        tasks: Checked ones.
+        backend: Of quantized layers; None: by choice.
+        dtype: None: by device.
+        emit: Is told of all.
+        foreign: As for `figures_of`.
+
+    Raises:
+        OutputError, ModelError, CheckpointError: as `score`.
+    """
+    options, dtype = tasks.options, dtype or default_dtype(default_device())
+    subjects = [
+        _subject(one, dtype, backend, remember=options.cache, foreign=foreign) for one in models
+    ]
     measured = []
     with use_backend(backend), row_file(options.samples) as rows_of:
         for number, subject in enumerate(subjects):
             load = partial(_load, subject, dtype, remember=options.cache)
-            begin = {"model": subject.figures.name, "baseline": number < len(models) - 1}
+            begin = {"model": subject.figures.name, "baseline": number == 0 < len(models) - 1}
             add_rows = rows_of(begin) if rows_of is not None else None
             outcomes = run_tasks(load, subject.settings, tasks, emit, add_rows)
             measured.append(_model_tasks(subject.figures, outcomes))
-    original = measured[0] if baseline is not None else None
-    return TaskComparison(
-        model=measured[-1],
-        original=original,
-        rows=score_rows(measured[-1], original),
-        protections=protections() if tasks.unsafe(options.tasks) else (),
-        versions={**versions(), **library_versions()},
-    )
+    return measured
 
 
 def _model_tasks(figures: ModelFigures, outcomes: Sequence[TaskScores | TaskFailure]) -> ModelTasks:
@@ -97,12 +125,12 @@ def _model_tasks(figures: ModelFigures, outcomes: Sequence[TaskScores | TaskFail
 
 
 def _subject(
-    location: Location, dtype: torch.dtype, backend: str | None, *, remember: bool
+    location: Location, dtype: torch.dtype, backend: str | None, *, remember: bool, foreign: bool
 ) -> _Subject:
     name = location.name
     try:
         states = model_states(location.directory)
-        figures = figures_of(location)
+        figures = figures_of(location, foreign=foreign)
         digest = model_digest(location.directory, remember=remember)
     except OSError as error:
         raise ModelError(

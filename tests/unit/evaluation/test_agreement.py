@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from qtool.base import Progress
+from qtool.core.divergence import kl_divergences
 from qtool.data.corpora import Corpus
 from qtool.errors import DataError, ModelError
-from qtool.evaluation import agreement
+from qtool.evaluation import predictions
 from qtool.evaluation.agreement import (
     Agreement,
     compare_to_reference,
-    kl_divergences,
     record_reference,
 )
+from qtool.evaluation.predictions import token_values
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location
 from tests import families
@@ -146,7 +147,7 @@ def test_more_positions_than_there_are_means_all(loaded, corpus):
 
 
 def test_pieces_change_nothing(loaded, perturbed, corpus, measured, monkeypatch):
-    monkeypatch.setattr(agreement, "CHUNK_VALUES", 7 * VOCABULARY + 1)
+    monkeypatch.setattr(predictions, "CHUNK_VALUES", 7 * VOCABULARY + 1)
     again = record_reference(loaded, corpus, context_length=LENGTH, new_tokens=8)
     assert compare_to_reference(perturbed, again) == measured
 
@@ -272,3 +273,33 @@ def test_tokenizer_without_padding_is_enough(loaded, corpus, reference):
     model: LoadedModel = dataclasses.replace(loaded, tokenizer=NoPadding())
     found = record_reference(model, corpus, context_length=LENGTH, new_tokens=8)
     assert found.continuations == reference.continuations
+
+
+@pytest.mark.parametrize("positions", [3, 100, PREDICTED])
+@pytest.mark.parametrize("batch", [2, 3, 5])
+def test_batches_change_nothing_but_noise(loaded, perturbed, corpus, positions, batch):
+    """Four windows don't fill the last batch; a lone one is read beside itself."""
+    found = record_reference(loaded, corpus, context_length=LENGTH, positions=positions, prompts=0)
+    alone, together = (token_values(perturbed, found, batch=size) for size in (1, batch))
+    assert len(alone.divergence) == positions
+    for one, other in ((alone.divergence, together.divergence), (alone.gain, together.gain)):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)
+    rows = []
+    loaded.model.register_forward_pre_hook(
+        lambda _, args, __: rows.append(len(args[0])), with_kwargs=True
+    )
+    try:
+        token_values(loaded, found, batch=batch)
+    finally:
+        loaded.model._forward_pre_hooks.clear()
+    assert set(rows) == {batch}
+
+
+def test_gain_is_the_change_in_the_probability_of_the_next_token(loaded, perturbed, corpus):
+    found = record_reference(loaded, corpus, context_length=LENGTH, positions=50, prompts=0)
+    values = token_values(perturbed, found)
+    both = (plain_log_probabilities(m, found.windows)[found.positions] for m in (loaded, perturbed))
+    following = torch.cat([window[1:] for window in found.windows])[found.positions]
+    before, after = (log_p.gather(1, following.unsqueeze(1)).exp().squeeze(1) for log_p in both)
+    assert torch.allclose(values.gain, after - before, atol=1e-6)
+    assert float(values.gain.abs().max()) > 1e-4

@@ -6,10 +6,10 @@ import torch
 
 from qtool.checkpoint.manifest import Manifest
 from qtool.errors import ModelError
-from qtool.modeling.card import model_card
 from qtool.modeling.device import default_dtype
 from qtool.modeling.load import load_model, load_tokenizer
 from qtool.modeling.locate import Location
+from qtool.report.card import model_card
 
 
 def test_unquantized_and_quantized_models_load_with_their_tokenizer(llama, checkpoint):
