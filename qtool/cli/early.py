@@ -15,7 +15,8 @@ from qtool.storage.jsonl import check_file
 
 if TYPE_CHECKING:
     from qtool.modeling.locate import Location
-    from qtool.recipe.schema import CalibrationSection, Recipe
+    from qtool.recipe.calibration import CalibrationSection
+from qtool.recipe.schema import Recipe
 
 SAMPLES = "samples.safetensors"
 TASK_NAMES = re.compile(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qtool.modeling.locate import Location
-    from qtool.recipe.schema import CalibrationSection
+    from qtool.recipe.calibration import CalibrationSection
 
 WEIGHT_BYTES = {".safetensors": 2.0, ".gguf": 0.625}
 """Per weight, as most files have them: 16 and 5 bits."""

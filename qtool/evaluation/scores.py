@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qtool.evaluation.paired import (
+from qtool.core.paired import (
     Paired,
     Weighted,
     error_of_sum,

@@ -9,7 +9,7 @@ from qtool.data.calibration_files import check_no_calibration, save_calibration
 from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
-from qtool.recipe.schema import CalibrationSection
+from qtool.recipe.calibration import CalibrationSection
 from qtool.steps.draw_calibration import draw_calibration, wanted_lengths
 
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from qtool.base import Emit
+from qtool.core.paired import Paired, paired_ratios
 from qtool.core.spread import Estimate, Spread, estimated_mean, root_mean_square, spread_of
 from qtool.data.calibration import tokenizer_digest
 from qtool.data.corpora import Corpus
 from qtool.errors import QtoolError
 from qtool.evaluation.closeness import References
-from qtool.evaluation.paired import Paired, paired_ratios
 from qtool.evaluation.perplexity import PerplexityResult, measure_windows
 from qtool.evaluation.predictions import Reference, TokenValues, token_values
 from qtool.modeling.load import LoadedModel

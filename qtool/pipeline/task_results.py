@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from qtool.evaluation.paired import Paired, verdict
+from qtool.core.paired import Paired, verdict
 from qtool.evaluation.scores import Score, TaskFailure, TaskScores, compare_scores
 
 

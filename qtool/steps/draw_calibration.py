@@ -15,7 +15,7 @@ from qtool.data.mixture import Source, draw_mixture
 from qtool.data.special_tokens import SpecialTokens, count_special
 from qtool.errors import DataError, RecipeError
 from qtool.modeling.source import ModelSource
-from qtool.recipe.schema import CalibrationSection
+from qtool.recipe.calibration import CalibrationSection
 from qtool.steps.self_written import self_written
 
 HELD_OUT = 32

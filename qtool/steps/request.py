@@ -6,7 +6,8 @@ from typing import Literal
 
 from qtool.base import ModelAdapter
 from qtool.errors import RecipeError
-from qtool.recipe.schema import CalibrationSection, Recipe, TableSection, WeightsSection, resolve
+from qtool.recipe.calibration import CalibrationSection
+from qtool.recipe.schema import Recipe, TableSection, WeightsSection, resolve
 from qtool.steps.activation_ranges import check_inputs, has_static_inputs
 from qtool.steps.check_fold import check_fold
 from qtool.steps.method_choice import check_bits, check_tunable, load_method, methods_of

@@ -11,7 +11,7 @@ from qtool.base import Env, LayerProblem, LayerSolution, Notice
 from qtool.checkpoint.manifest import codec
 from qtool.core.affine import round_weight
 from qtool.core.moments import OutputErrors, added_error
-from qtool.recipe.schema import CalibrationSection
+from qtool.recipe.calibration import CalibrationSection
 from qtool.steps.plan import LayerPlan, load_method
 from qtool.walk.statistics import InputStatistics, raised
 

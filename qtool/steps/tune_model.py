@@ -14,7 +14,7 @@ from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.data.corpora import WRITTEN_BY_THE_MODEL
 from qtool.modeling.load import load_source, load_tokenizer
-from qtool.recipe.schema import CalibrationSection, SourceSection
+from qtool.recipe.calibration import CalibrationSection, SourceSection
 from qtool.recipe.tuning import EndToEndTuning
 from qtool.scheme import ActivationScheme
 from qtool.steps.draw_calibration import draw_for_tuning

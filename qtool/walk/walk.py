@@ -16,7 +16,7 @@ from qtool.base import Env, Notice, Progress
 from qtool.data.calibration import CalibrationSet, batches
 from qtool.errors import MethodError
 from qtool.modeling.source import ModelSource
-from qtool.recipe.schema import CalibrationSection
+from qtool.recipe.calibration import CalibrationSection
 from qtool.scheme import ActivationScheme, Shape2D
 from qtool.walk.blocks import Block, BlockModel
 from qtool.walk.statistics import (

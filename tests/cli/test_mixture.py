@@ -153,7 +153,7 @@ def test_few_samples_for_many_sources_and_a_short_source_are_warned_of(cli, llam
 def test_what_goes_on_is_told_once(llama, tmp_path):
     from qtool import pipeline
     from qtool.modeling.locate import Location
-    from qtool.recipe.schema import CalibrationSection
+    from qtool.recipe.calibration import CalibrationSection
 
     events: list[Any] = []
     section = CalibrationSection(dataset="wikitext2-valid", num_samples=4, sequence_length=16)

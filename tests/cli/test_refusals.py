@@ -13,7 +13,7 @@ from safetensors import torch as safetensors
 
 from qtool.cli.guess import guess_seconds
 from qtool.modeling.locate import Location, locate
-from qtool.recipe.schema import CalibrationSection
+from qtool.recipe.calibration import CalibrationSection
 from tests.cli.conftest import Cli
 
 SLOW = ("torch", "transformers", "lm_eval")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qtool.evaluation.paired import mcnemar_p
+from qtool.core.paired import mcnemar_p
 from tests.cli.conftest import Cli, cli
 
 __all__ = ["cli"]  # the fixture

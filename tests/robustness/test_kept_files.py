@@ -18,7 +18,7 @@ from qtool.evaluation.scores import Score, TaskScores
 from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location, locate
 from qtool.modeling.source import open_source
-from qtool.recipe.schema import CalibrationSection
+from qtool.recipe.calibration import CalibrationSection
 from qtool.storage.digests import SETTLED_NS, files_digest
 from qtool.storage.store import Store
 from tests.robustness.child import run_apart

@@ -16,7 +16,7 @@ from qtool.data.corpora import (
 )
 from qtool.data.documents import Collection
 from qtool.errors import DataError
-from qtool.recipe.schema import CalibrationSection
+from qtool.recipe.calibration import CalibrationSection
 
 
 @pytest.mark.parametrize(

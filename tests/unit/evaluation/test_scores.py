@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.evaluation.paired import Unit, paired_means, paired_ratios
+from qtool.core.paired import Unit, paired_means, paired_ratios
 from qtool.evaluation.scores import TaskScores, collect_scores, compare_scores, standard_error
 from qtool.pipeline.task_results import ModelTasks, score_rows
 

@@ -13,7 +13,7 @@ from qtool.errors import DataError
 from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
-from qtool.recipe.schema import CalibrationSection
+from qtool.recipe.calibration import CalibrationSection
 from qtool.steps import self_written as module
 from qtool.steps.self_written import self_written
 from tests.helpers import steps_in

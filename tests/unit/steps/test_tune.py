@@ -11,8 +11,9 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import QtoolError, RecipeError
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
+from qtool.recipe.calibration import CalibrationSection, SourceSection
 from qtool.recipe.load import recipe_from_mapping
-from qtool.recipe.schema import CalibrationSection, Recipe, SourceSection
+from qtool.recipe.schema import Recipe
 from qtool.recipe.tuning import EndToEndTuning
 from qtool.steps import tune_blocks, tune_model
 from qtool.training import divergence, end_to_end

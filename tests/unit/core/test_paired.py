@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.evaluation.paired import (
+from qtool.core.paired import (
     Paired,
     mcnemar_p,
     normal_p,
