@@ -21,7 +21,7 @@ from qtool import plugins, settings
 from qtool.base import Method
 from qtool.cli.app import COMMANDS
 from qtool.recipe.load import load_recipe
-from qtool.recipe.names import built_in, find_recipe
+from qtool.recipe.names import built_in, find_recipe, in_folders
 from qtool.steps.plan import load_method
 
 DOCS = Path(__file__).parent
@@ -56,8 +56,9 @@ def cli_page() -> str:
         "# Commands",
         "",
         NOTE,
-        "Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted; 3 is",
-        "reserved. Results go to stdout; progress and errors go to stderr.",
+        "Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 a gate of `run` or",
+        "a budget of a recipe's `check` failed, 130 interrupted. Results go to stdout; progress",
+        "and errors go to stderr.",
     ]
     for command in ("", *COMMANDS):
         lines += ["", f"## {' '.join(('qtool', command)).strip()}", ""]
@@ -177,7 +178,7 @@ def recipes_page() -> str:
         NOTE,
         "`--recipe NAME` takes these names. [recipes.md](recipes.md) explains the keys.",
     ]
-    for name in built_in():
+    for name in (*built_in(), *in_folders()):
         text = find_recipe(name).read_text(encoding="utf-8").strip("\n")
         parts += ["", f"## {name}", "", load_recipe(name).description, ""]
         parts += ["```yaml", text, "```"]

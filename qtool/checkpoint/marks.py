@@ -17,8 +17,18 @@ JOB_NAME = "job.json"
 CONFIG_NAME = "config.json"
 REPORT_NAME = "quantization_report.json"
 MARK = "the work of a run of qtool"
-WRITTEN_NAMES = (CONFIG_NAME, REPORT_NAME, "README.md", "model.safetensors.index.json")
+RUN_FOLDER = "run"
+RUN_NAMES = (
+    *("check.json", "text.json", "tasks.json", "bench.json"),
+    *("run.json", "junit.xml", "summary.md"),
+)
+"""What `qtool run` writes into a folder of a checkpoint: a file per step, and the verdict."""
+WRITTEN_NAMES = (
+    *(CONFIG_NAME, REPORT_NAME, "README.md", "model.safetensors.index.json"),
+    *(f"{RUN_FOLDER}/{name}" for name in RUN_NAMES),
+)
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+HALF_WRITTEN = re.compile(r"\.[0-9a-f]{12}\.partial$")
 OUR_METHOD = re.compile(rb'"quant_method"\s*:\s*"qtool"')
 
 
@@ -109,7 +119,12 @@ def foreign_entries(directory: Path) -> list[str]:
     if read_job(directory) is not None:
         ours.add(JOB_NAME)
     found = {path for path in paths_below(directory) if path not in ours}
-    return sorted({path for path in found if not WEIGHTS.fullmatch(path)})
+    return sorted({path for path in found if not (WEIGHTS.fullmatch(path) or _is_half(path))})
+
+
+def _is_half(path: str) -> bool:
+    """Return whether a run was killed while it wrote this, as `written_whole` calls it."""
+    return path.startswith(f"{RUN_FOLDER}/") and HALF_WRITTEN.sub("", path) in WRITTEN_NAMES
 
 
 def paths_below(directory: Path) -> Iterator[str]:

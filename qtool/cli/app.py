@@ -20,6 +20,7 @@ COMMANDS = {
     "quantize": "Quantize a model and write a checkpoint.",
     "eval": "Measure quality: tasks of lm-eval, or perplexity and closeness to the original.",
     "bench": "Time a checkpoint against its original, in one run, and print sizes and bits.",
+    "run": "Carry out a recipe: quantize, measure, and exit with 3 if a gate fails.",
     "inspect": "Check a checkpoint and print what it holds.",
     "methods": "List the methods and their options.",
     "recipes": "List the built-in recipes.",
@@ -31,6 +32,7 @@ FUNCTIONS = {
     "eval": "evaluate.evaluate",
     "methods": "inspect.methods",
     "recipes": "inspect.recipes",
+    "run": "run.run_recipe",
 }
 """Where a command is that isn't the function of its name in the file of its name."""
 
@@ -86,5 +88,5 @@ def options(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 a qtool error, 2 usage, 130 interrupted."""
+    """Run the command line. Exit codes: docs/cli.md."""
     run(app)

@@ -41,12 +41,14 @@ def inspect(
     check_targets([json_file, plot, plot_search])
     with progress() as emit:
         emit(Progress(f"opening {out_dir}"))
+        from qtool.checkpoint.marks import read_report
         from qtool.checkpoint.reader import CheckpointReader  # torch: slow
         from qtool.checkpoint.sizes import sizes_of
         from qtool.pipeline.inspect import memory_of
 
         reader = CheckpointReader(out_dir)
         sizes, memory = sizes_of(reader), memory_of(reader)
+        check = read_report(out_dir).get("check")
     manifest = reader.manifest
     verified = reader.verify() if verify else None
     _draw(out_dir, plot, plot_search)
@@ -57,6 +59,7 @@ def inspect(
         "header_bytes": sizes.header_bytes,
         "verified_tensors": verified,
         "on_a_card": memory and asdict(memory),
+        **({"check": check} if check else {}),
     }
     if not console.write_json({**manifest.to_config(), **figures}, json_file):
         return
@@ -65,12 +68,14 @@ def inspect(
         f" along {e.scheme.group_dim}, by {e.method}{_inputs(e)}"
         for e in manifest.layers.values()
     )
-    rows: list[tuple[str, ...]] = [(kind, str(count)) for kind, count in kinds.most_common()]
-    rows.append(("bits per weight, with scales", f"{manifest.average_bits():.2f}"))
     strict = sizes.strict_bits
-    rows.append(("bits per weight of the whole model, strict", f"{strict:.2f}"))
-    rows.append(("smaller than float16, float32", f"{16 / strict:.1f}, {32 / strict:.1f} times"))
-    rows.append(("size of the weights", gigabytes(sizes.num_bytes)))
+    rows: list[tuple[str, ...]] = [
+        *((kind, str(count)) for kind, count in kinds.most_common()),
+        ("bits per weight, with scales", f"{manifest.average_bits():.2f}"),
+        ("bits per weight of the whole model, strict", f"{strict:.2f}"),
+        ("smaller than float16, float32", f"{16 / strict:.1f}, {32 / strict:.1f} times"),
+        ("size of the weights", gigabytes(sizes.num_bytes)),
+    ]
     if memory is not None:
         rows.append(("weights on a card, by backend cuda", gigabytes(memory.weight_bytes)))
         cache = 1000 * memory.cache_bytes_per_token
@@ -79,6 +84,8 @@ def inspect(
     rows.append(("source", manifest.source or "a local model"))
     if verified is not None:
         rows.append(("verified", f"{verified} tensors are as they were written"))
+    if check:
+        rows.append(("check after writing", _verdict(check)))
     console.print_table(str(out_dir), ("", "value"), rows)
     _print_bytes(sizes)
     _print_classes(manifest.layers)
@@ -86,6 +93,11 @@ def inspect(
         columns = ("layer", ">shape", "format", ">bits", ">size")
         rows = [(name, *_cells(entry)) for name, entry in manifest.layers.items()]
         console.print_table("Layers", columns, rows)
+
+
+def _verdict(check: Mapping[str, Any]) -> str:
+    """Return what became of the budgets of the recipe that made it."""
+    return "passed" if check.get("passed") else f"FAILED: {'; '.join(check.get('failed', ()))}"
 
 
 def _print_bytes(sizes: "DiskSizes") -> None:

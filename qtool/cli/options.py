@@ -14,6 +14,8 @@ from qtool.cli.console import check_replaceable
 from qtool.errors import OutputError
 from qtool.wording import reason
 
+GATE_FAILED = 3
+"""Exit code of a run that was carried out, and failed by what the recipe allows."""
 PLOT_SUFFIXES = (".png", ".svg")
 ModelArgument = Annotated[
     str, typer.Argument(help="Directory, hub id, .gguf file, or demo:smollm2.")

@@ -10,7 +10,13 @@ import typer
 
 from qtool.cli import early
 from qtool.cli.guess import guess_seconds
-from qtool.cli.options import DeviceOption, ModelArgument, check_targets, in_panel
+from qtool.cli.options import (
+    GATE_FAILED,
+    DeviceOption,
+    ModelArgument,
+    check_targets,
+    in_panel,
+)
 from qtool.cli.progress import Told, progress
 from qtool.cli.tables.plans import print_plan
 from qtool.cli.tables.quantized import print_quantized
@@ -105,7 +111,7 @@ def quantize(
         chosen = chosen.model_copy(update={"tuning": chosen.tuning.only(tune.value)})
     check_targets([json_file])
     early.check_directory(calibration)
-    kept = "Nothing was written." if dry_run else KEPT
+    kept, passed = "Nothing was written." if dry_run else KEPT, True
     with progress(kept) as emit, early.opened([model], device, emit) as (where,):
         from qtool.steps.request import with_samples
 
@@ -138,7 +144,10 @@ def quantize(
                 where, out_dir, chosen, check=not no_check, emit=emit, **places
             )
             show = partial(print_quantized, result)
+            passed = all(line.passed for line in result.budgets)
     show(json_file)
+    if not passed:
+        raise typer.Exit(GATE_FAILED)
 
 
 def _overrides(

@@ -9,6 +9,7 @@ from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
 from qtool.pipeline.model_figures import ModelFigures
 from qtool.pipeline.quantize import explain, plan, quantize
 from qtool.pipeline.reports import QuantizeResult
+from qtool.pipeline.run import RunOptions, RunResult, check_measurable, run_recipe
 from qtool.pipeline.sweep import SweepResult, sweep
 
 __all__ = [
@@ -19,12 +20,16 @@ __all__ = [
     "GpuOptions",
     "ModelFigures",
     "QuantizeResult",
+    "RunOptions",
+    "RunResult",
     "SweepResult",
     "bench",
     "calibrate",
+    "check_measurable",
     "evaluate",
     "explain",
     "plan",
     "quantize",
+    "run_recipe",
     "sweep",
 ]

@@ -19,6 +19,7 @@ from qtool.modeling.device import default_device, default_dtype, free_memory, ro
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource
+from qtool.recipe.measuring import CheckSection
 from qtool.steps.memory import failures_of_the_machine
 from qtool.wording import gigabytes
 
@@ -34,9 +35,13 @@ CHATS_ARE_WORSE = 3.0
 """How many times the divergence on a text that on chats may be; it is smaller, as a rule."""
 LEAST = 0.02
 """Nats per token that are worth a warning."""
+AS_USUAL = CheckSection()
+"""Where the recipe has no section `check`."""
 
 
-def check_result(source: ModelSource, out_dir: Path, emit: Emit) -> Closeness | None:
+def check_result(
+    source: ModelSource, out_dir: Path, emit: Emit, section: CheckSection = AS_USUAL
+) -> Closeness | None:
     """Measure how closely a checkpoint follows its original, and warn if it doesn't.
 
     The two are loaded whole, one after the other, on the device that models run on. The checkpoint
@@ -46,7 +51,7 @@ def check_result(source: ModelSource, out_dir: Path, emit: Emit) -> Closeness | 
     free_memory()
     try:
         with failures_of_the_machine(str(device), out_dir):
-            found = _measure(source, out_dir, device, emit)
+            found = _measure(source, out_dir, device, emit, section)
     except QtoolError as error:
         emit(Notice(f"{out_dir} is complete, but wasn't compared with the original: {error}"))
         return None
@@ -68,13 +73,20 @@ def _check_room(source: ModelSource, device: torch.device) -> None:
         )
 
 
-def _measure(source: ModelSource, out_dir: Path, device: torch.device, emit: Emit) -> Closeness:
+def _measure(
+    source: ModelSource, out_dir: Path, device: torch.device, emit: Emit, section: CheckSection
+) -> Closeness:
     emit(Progress("checking the result"))
-    references = record_original(source, device, emit)
+    references = record_original(source, device, emit, section)
     return compare_closely(load_model(Location(out_dir)), references, emit)
 
 
-def record_original(source: ModelSource, device: torch.device, emit: Emit) -> References:
+def record_original(
+    source: ModelSource,
+    device: torch.device,
+    emit: Emit,
+    section: CheckSection = AS_USUAL,
+) -> References:
     """Write down what an original says of a little text and of chats, and let go of it.
 
     Raises:
@@ -82,11 +94,11 @@ def record_original(source: ModelSource, device: torch.device, emit: Emit) -> Re
         QtoolError: see `record_references`.
     """
     _check_room(source, device)
-    windows, length = _windows(source, device)
+    windows, length = _windows(source, device, section)
     original = load_model(Location(source.directory, source.public_name))
     references = record_references(
         original,
-        checked_text(source, device),
+        checked_text(source, device, section),
         CHATS,
         emit,
         context_length=length,
@@ -98,14 +110,18 @@ def record_original(source: ModelSource, device: torch.device, emit: Emit) -> Re
     return references
 
 
-def checked_text(source: ModelSource, device: torch.device) -> Corpus:
+def checked_text(
+    source: ModelSource, device: torch.device, section: CheckSection = AS_USUAL
+) -> Corpus:
     """Return the text that a result is compared on."""
-    windows, length = _windows(source, device)
+    windows, length = _windows(source, device, section)
     return Corpus(PLAIN, load_corpus(PLAIN).text[: CHARACTERS * windows * length])
 
 
-def _windows(source: ModelSource, device: torch.device) -> tuple[int, int]:
+def _windows(source: ModelSource, device: torch.device, section: CheckSection) -> tuple[int, int]:
+    """Return how many windows are read, and their tokens."""
     windows, length = WINDOWS_ON_CARD if device.type == "cuda" else WINDOWS
+    windows, length = section.windows or windows, section.context_length or length
     return windows, min(length, source.num_positions or length)
 
 

@@ -20,6 +20,7 @@ from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource, open_source
 from qtool.pipeline.check import check_result
+from qtool.pipeline.check_budgets import check_budgets
 from qtool.pipeline.reports import Decisions, QuantizeResult, result_of, write_result
 from qtool.recipe.schema import Recipe
 from qtool.steps.draw_calibration import check_samples, draw_calibration, wanted_lengths
@@ -85,8 +86,8 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
         samples: The same, read or drawn already.
         overwrite: Replace a checkpoint that is there, and drop an unfinished run.
         resume: Continue an unfinished run of the same recipe.
-        check: If there are samples, compare the result with the original at the end: it is loaded
-            whole, as far as memory allows.
+        check: If there are samples, or the recipe has a section `check`, compare the result with
+            the original at the end: it is loaded whole, as far as memory allows.
         emit: Is told of each layer and of what comes between, and warned.
 
     Raises:
@@ -94,6 +95,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
             `out_dir` stays as it was.
     """
     started = time.perf_counter()
+    budgets, recipe = recipe.check, recipe.without_measuring()
     place = find_place(out_dir, overwrite=overwrite, resume=resume)
     if model.path is not None:
         check_apart(place.out_dir, model.path)  # before anything is said of --overwrite
@@ -112,9 +114,13 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
     _check_room(place, layer_plan, run.stream_bytes())
     with failures_of_the_machine(env.device, place.out_dir):
         result = _carry_out(run, place, started)
-    if not check or samples is None:
+    if not check or (samples is None and budgets is None):
         return result
-    return replace(result, check=check_result(source, place.named, emit))
+    if budgets is None:
+        return replace(result, check=check_result(source, place.named, emit))
+    with failures_of_the_machine(env.device, place.out_dir):
+        found, lines = check_budgets(source, place.named, budgets, emit)
+    return replace(result, check=found, budgets=lines)
 
 
 def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:

@@ -19,6 +19,7 @@ from qtool.choosing.search.q_rater import Found
 from qtool.errors import CheckpointError
 from qtool.evaluation.closeness import Closeness
 from qtool.modeling.card import Provenance, model_card, read_licence
+from qtool.report.verdict import GateLine
 from qtool.steps.memory import peak_memory
 from qtool.steps.run import Run
 from qtool.steps.solve import LayerResult
@@ -49,6 +50,8 @@ class QuantizeResult:
     """What a search found, and how long it took; empty: there was none. See `Found.summary`."""
     check: Closeness | None = None
     """How closely the result follows its original, if it was compared."""
+    budgets: tuple[GateLine, ...] = ()
+    """What became of the budgets of the recipe's section `check`, if it was compared."""
 
 
 @dataclass(frozen=True, slots=True)

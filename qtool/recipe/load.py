@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from qtool.errors import RecipeError
 from qtool.plugins import describe_miss
 from qtool.recipe.document import MOST_DEPTH, Keys, PlacedValues, dotted, parse_value, read_document
+from qtool.recipe.gates import gate_problems
 from qtool.recipe.names import find_recipe
 from qtool.recipe.schema import Recipe
 from qtool.wording import quoted
@@ -157,10 +158,19 @@ def _assigned(values: Any, path: tuple[str, ...], value: Any, place: str) -> Any
 
 def _validate(document: PlacedValues, label: str) -> Recipe:
     try:
-        return Recipe.model_validate(document.values)
+        recipe = Recipe.model_validate(document.values)
     except ValidationError as error:
         first = _alternatives(error)
         raise RecipeError(_sentence(first, document, label), key=dotted(first["loc"])) from None
+    for path, problem in gate_problems(recipe):
+        raise RecipeError(f"{problem} ({_place(path, document, label)}).", key=dotted(path))
+    return recipe
+
+
+def _place(path: Keys, document: PlacedValues, label: str) -> str:
+    """Return where the value at a path comes from, or what holds it."""
+    known = (path[:length] for length in range(len(path), 0, -1))
+    return next((document.places[keys] for keys in known if keys in document.places), label)
 
 
 def _alternatives(error: ValidationError) -> dict[str, Any]:
@@ -189,10 +199,7 @@ def _keys(path: Keys) -> Keys:
 def _sentence(error: Mapping[str, Any], document: PlacedValues, label: str) -> str:
     """Return one line: path, value, rule, line, nearest known key."""
     path: Keys = error["loc"]
-    place = next(
-        (document.places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in document.places),
-        label,
-    )
+    place = _place(path, document, label)
     if error["type"] == "extra_forbidden":
         known = tuple(_fields_at(path[:-1]))
         if len(path) == 1 and path != ("extends",):  # gone by now, but a key that a file may have

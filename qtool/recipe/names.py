@@ -13,6 +13,13 @@ def built_in() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in resources.recipes_dir().glob("*.yaml")))
 
 
+def in_folders() -> tuple[str, ...]:
+    """Return the sorted names of those in folders, such as `ci/smoke`, which `qtool run` is for."""
+    root = resources.recipes_dir()
+    found = (path.relative_to(root).with_suffix("") for path in root.glob("*/*.yaml"))
+    return tuple(sorted(name.as_posix() for name in found))
+
+
 def find_recipe(name: str, *, relative_to: Path | None = None) -> Path:
     """Return the file of a recipe.
 
@@ -30,9 +37,10 @@ def find_recipe(name: str, *, relative_to: Path | None = None) -> Path:
         except DataError as error:
             raise RecipeError(str(error).replace("No file", "No recipe file"), file=path) from None
         return path
-    if name not in built_in():
+    known = in_folders() if "/" in name else built_in()
+    if name not in known:
         raise RecipeError(
-            describe_miss(name, built_in(), "built-in recipes")
+            describe_miss(name, known, "built-in recipes")
             + " A recipe of your own is given by its path, ending in .yaml."
         )
     return resources.recipes_dir() / f"{name}.yaml"

@@ -15,6 +15,13 @@ from pydantic import (
 from qtool.recipe.activations import ActivationsSection
 from qtool.recipe.choosing import ChoosingSection
 from qtool.recipe.folding import FoldSection
+from qtool.recipe.measuring import (
+    MEASURING,
+    BenchSection,
+    CheckSection,
+    EvalSection,
+    Limit,
+)
 from qtool.recipe.rows import RowsSection
 from qtool.recipe.schemes import SchemeSection, check_scheme_keys
 from qtool.recipe.search import SearchSection
@@ -230,15 +237,37 @@ class Recipe(Section):
     head: TableSection | None = None
     """Absent: the head stays in 16 bit."""
     seed: Annotated[WholeNumber, Field(ge=0, le=MOST_SEED)] = 0
+    model: Text | None = None
+    """What `qtool run` quantizes where the command line names nothing."""
+    check: CheckSection | None = None
+    """Absent: the check after writing warns, and fails nothing."""
+    eval: EvalSection | None = None
+    """Absent: `qtool run` measures no quality."""
+    bench: BenchSection | None = None
+    """Absent: it measures no speed."""
+    gates: Mapping[Name, Limit] = {}
+    """Limits by the name of a gate."""
+
+    @field_validator("gates", mode="before")
+    @classmethod
+    def _drop_gates(cls, value: Any) -> Any:  # noqa: ANN401
+        """Leave out gates without a limit, so that a recipe can lift those that it extends."""
+        if isinstance(value, Mapping):
+            return {name: limit for name, limit in value.items() if limit is not None}
+        return {} if value is None else value
 
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out sections that came later, where they are absent."""
         values: dict[str, Any] = handler(self)
-        for name in ("activations", "choosing", "fold", "search"):
-            if values.get(name) is None:
+        for name in ("activations", "choosing", "fold", "search", *MEASURING):
+            if values.get(name) in (None, {}):
                 values.pop(name, None)
         return values
+
+    def without_measuring(self) -> "Recipe":
+        """Return what decides a checkpoint: all but what is measured of it, and its limits."""
+        return self.model_copy(update={**dict.fromkeys(MEASURING), "gates": {}})
 
 
 def resolve(weights: WeightsSection, layer: str) -> WeightsSection | None:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 def print_quantized(result: "QuantizeResult", json_file: Path | None) -> None:
     """Print what a finished run reports."""
-    if not console.write_json(asdict(result), json_file):
+    report = asdict(result)
+    if not result.budgets:
+        del report["budgets"]
+    if not console.write_json(report, json_file):
         return
     rows = [
         ("layers", str(len(result.layers))),
@@ -34,6 +37,7 @@ def print_quantized(result: "QuantizeResult", json_file: Path | None) -> None:
             for what, (was, now) in result.tuning.items()
         ),
         *_check_rows(result),
+        *((line.name, ", ".join(line.cells()[1:])) for line in result.budgets),
         ("time", f"{result.seconds:.1f} s on {result.device}"),
         ("peak memory", gigabytes(result.peak_memory_bytes)),
     ]
