@@ -17,6 +17,7 @@ JOB_NAME = "job.json"
 CONFIG_NAME = "config.json"
 REPORT_NAME = "quantization_report.json"
 MARK = "the work of a run of qtool"
+PAGE_NAME = "report.html"
 RUN_FOLDER = "run"
 RUN_NAMES = (
     *("check.json", "text.json", "tasks.json", "bench.json"),
@@ -24,7 +25,7 @@ RUN_NAMES = (
 )
 """What `qtool run` writes into a folder of a checkpoint: a file per step, and the verdict."""
 WRITTEN_NAMES = (
-    *(CONFIG_NAME, REPORT_NAME, "README.md", "model.safetensors.index.json"),
+    *(CONFIG_NAME, REPORT_NAME, "README.md", "model.safetensors.index.json", PAGE_NAME),
     *(f"{RUN_FOLDER}/{name}" for name in RUN_NAMES),
 )
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")

@@ -8,6 +8,7 @@ from qtool.pipeline.calibrate import CalibrateResult, calibrate
 from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
 from qtool.pipeline.model_figures import ModelFigures
 from qtool.pipeline.quantize import explain, plan, quantize
+from qtool.pipeline.report import report
 from qtool.pipeline.reports import QuantizeResult
 from qtool.pipeline.run import RunOptions, RunResult, check_measurable, run_recipe
 from qtool.pipeline.sweep import SweepResult, sweep
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "plan",
     "quantize",
+    "report",
     "run_recipe",
     "sweep",
 ]

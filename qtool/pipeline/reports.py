@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 import qtool
+from qtool.base import Emit, Notice, Progress
 from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.checkpoint.marks import CONFIG_NAME, REPORT_NAME, read_report
 from qtool.checkpoint.place import Place
@@ -19,6 +20,7 @@ from qtool.choosing.search.q_rater import Found
 from qtool.errors import CheckpointError
 from qtool.evaluation.closeness import Closeness
 from qtool.modeling.card import Provenance, model_card, read_licence
+from qtool.pipeline.model_figures import versions
 from qtool.report.verdict import GateLine
 from qtool.steps.memory import peak_memory
 from qtool.steps.run import Run
@@ -62,6 +64,22 @@ class Decisions:
     found: Found | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How a run goes: passes events on, and keeps what it warns of."""
+
+    started: float
+    """In seconds of `perf_counter`."""
+    emit: Emit
+    notices: list[str] = field(default_factory=list)
+
+    def hear(self, event: Progress | Notice) -> None:
+        """Pass an event on; a warning is noted once."""
+        if isinstance(event, Notice) and event.message not in self.notices:
+            self.notices.append(event.message)
+        self.emit(event)
+
+
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 CURVES_NAME = "tuning.jsonl"
 TRIALS_NAME = "search.jsonl"
@@ -69,6 +87,7 @@ NUMBERS = ("average_bits", "weight_bytes", "source_bytes", "seconds", "peak_memo
 OF_SAMPLES = (
     *("dataset", "sources", "samples", "tokens"),
     *("special tokens", "special tokens missing"),
+    *("requested lengths", "used lengths"),
 )
 
 
@@ -77,10 +96,10 @@ def write_result(
     results: tuple[LayerResult, ...],
     curves: Curves,
     writer: CheckpointWriter,
-    started: float,
+    course: Course,
     decisions: Decisions,
 ) -> QuantizeResult:
-    """Write all files of a result, `started` in seconds of `perf_counter`, and give it its name.
+    """Write all files of a result, and give it its name.
 
     Raises:
         QtoolError: see `CheckpointWriter.finish`.
@@ -91,7 +110,7 @@ def write_result(
         average_bits=8 * stored / sum(prod(result.entry.shape) for result in results),
         weight_bytes=run.plan.kept_bytes + stored,
         source_bytes=run.plan.source_bytes,
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - course.started,
         peak_memory_bytes=peak_memory(run.env.device),
         device=run.env.device,
         layers=results,
@@ -109,7 +128,9 @@ def write_result(
         files[TRIALS_NAME] = _lines(decisions.found.lines())
     names = sorted({*files, REPORT_NAME, CONFIG_NAME})
     samples = run.calibration.provenance if run.calibration else {}
-    files[REPORT_NAME] = _report_bytes(result, samples, run=writer.run_digest, files=names)
+    files[REPORT_NAME] = _report_bytes(
+        result, samples, course.notices, run=writer.run_digest, files=names
+    )
     config = {key: value for key, value in run.source.config.items() if key != "_name_or_path"}
     writer.finish(files, {**config, "quantization_config": manifest.to_config()})
     return result
@@ -167,7 +188,12 @@ def _about(run: Run, result: QuantizeResult) -> Provenance:
 
 
 def _report_bytes(
-    result: QuantizeResult, samples: Mapping[str, Any], *, run: str, files: list[str]
+    result: QuantizeResult,
+    samples: Mapping[str, Any],
+    notices: Sequence[str],
+    *,
+    run: str,
+    files: list[str],
 ) -> bytes:
     """Return the content of the report.
 
@@ -192,6 +218,8 @@ def _report_bytes(
         "files": files,
         **{key: values[key] for key in NUMBERS},
         "calibration": {key: samples[key] for key in OF_SAMPLES if key in samples},
+        "notices": list(notices),
+        "versions": versions(),
         "tuning": values["tuning"],
         **{key: values[key] for key in ("choosing", "search") if values[key]},
         "layers": layers,

@@ -1,0 +1,52 @@
+"""The section on what didn't go as asked: fallbacks, warnings, layers worse than rounding."""
+
+from collections.abc import Iterator
+
+from qtool.report.page.evidence import Evidence
+from qtool.report.page.parts import Absent, Grid, Lines, Part, Section, Words
+from qtool.report.page.wordings import scientific
+
+TITLE = "Fallbacks and warnings"
+FIRST = 20
+
+
+def cautions_section(evidence: Evidence) -> Section | Absent:
+    """Return all that a reader of the numbers should know, or that there is nothing."""
+    if not evidence.report:
+        return Absent(TITLE, "quantization_report.json, which has them, is missing.")
+    parts = list(_parts(evidence))
+    return Section(TITLE, tuple(parts) or (Words("No layer fell back, and nothing was warned of."),))
+
+
+def _parts(evidence: Evidence) -> Iterator[Part]:
+    check = evidence.report.get("check") or {}
+    if check.get("failed"):
+        yield Words("The check after writing has failed:")
+        yield Lines(tuple(check["failed"]))
+    fallen = [layer for layer in evidence.layers if layer.get("fallback")]
+    if fallen:
+        title = f"Layers that were solved more simply than asked, {len(fallen)}"
+        rows = tuple((layer["name"], str(layer["fallback"])) for layer in fallen[:FIRST])
+        yield Grid(title, ("layer", "why"), rows)
+    worse = [
+        layer
+        for layer in evidence.layers
+        if (layer.get("output_error") or 0) > (layer.get("output_error_rounded") or float("inf"))
+    ]
+    if worse:
+        title = f"Layers that are worse than rounding on held-out samples, {len(worse)}"
+        rows = tuple(
+            (one["name"], scientific(one["output_error_rounded"]), scientific(one["output_error"]))
+            for one in worse[:FIRST]
+        )
+        yield Grid(title, ("layer", ">rounded", ">as solved"), rows)
+    notices = evidence.report.get("notices") or ()
+    if notices:
+        more = len(notices) - FIRST
+        lines = (*notices[:FIRST], *((f"and {more} more",) if more > 0 else ()))
+        yield Words("Warnings of the run:")
+        yield Lines(tuple(map(str, lines)))
+    missing = (evidence.report.get("calibration") or {}).get("special tokens missing")
+    if missing:
+        tokens = ", ".join(map(str, missing))
+        yield Words(f"Special tokens that are in no calibration sample: {tokens}.")

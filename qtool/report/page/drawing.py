@@ -1,0 +1,110 @@
+"""Drawings for the page: SVG text that takes its colours from the page, the same bytes each time.
+
+They are 4.8 inches wide, so that a telephone shows them at about their own size.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from qtool.errors import MissingExtraError
+from qtool.report.lengths import new_axes
+
+SIZE = (4.8, 3.2)
+"""In inches, 72 points each."""
+INK, LINE = "#f1e0f0", "#f1e0f1"
+SERIES = tuple(f"#f1e00{number}" for number in range(1, 8))
+"""Stand for colours of the style sheet, which has a set for a light page and one for a dark one."""
+COLORS = {
+    INK: "currentColor",
+    LINE: "var(--line)",
+    **{color: f"var(--s{number})" for number, color in enumerate(SERIES, 1)},
+}
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":")
+SETTINGS = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": LINE,
+    "axes.grid": True,
+    "grid.linewidth": 0.4,
+    "axes.axisbelow": True,
+}
+METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
+def style_of(number: int) -> dict[str, Any]:
+    """Return how the series of this number looks: colour, marker and dashes tell it from others."""
+    return {
+        "color": SERIES[number % len(SERIES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": DASHES[number // len(SERIES) % len(DASHES)],
+        "linewidth": 1.3,
+        "markersize": 4,
+    }
+
+
+def draw(key: str, title: str, paint: Callable[[Any], None]) -> str:
+    """Return a drawing as an SVG element whose ids begin with `key`.
+
+    Its name for those who can't see it is the title, its description the element `key`-words.
+
+    Args:
+        key: Of letters, digits and dashes; no other drawing of the page has it.
+        title: What is drawn, in a few words.
+        paint: Is given matplotlib's axes; colours are those above, each axis gets its unit.
+
+    Raises:
+        MissingExtraError: matplotlib isn't installed.
+    """
+    try:
+        from matplotlib import rc_context
+    except ImportError:
+        raise MissingExtraError("qtool report", "report") from None
+    with rc_context({**SETTINGS, "svg.hashsalt": key}):
+        axes = new_axes(Path("report.html"), SIZE)
+        axes.spines[["left", "bottom"]].set_color(LINE)
+        paint(axes)
+        labels = axes.get_legend_handles_labels()[1]
+        if labels:  # below the drawing, where nothing lies under it
+            longest = max(map(len, labels))
+            columns = max(1, min(len(labels), 56 // (longest + 7)))
+            axes.figure.legend(
+                loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+            )
+        buffer = io.StringIO()
+        axes.figure.savefig(buffer, format="svg", transparent=True, metadata=METADATA)
+    element = _for_a_page(buffer.getvalue(), key)
+    named = f'<svg role="img" aria-labelledby="{key}-title" aria-describedby="{key}-words"'
+    begin, _, rest = element.replace("<svg", named, 1).partition(">")
+    return f'{begin}><title id="{key}-title">{escape(title)}</title>{rest}'
+
+
+def _for_a_page(svg: str, key: str) -> str:
+    """Return the element alone: no namespaces, own ids, colours and fonts of the page."""
+    text = svg[svg.index("<svg") :]
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text, count=2)
+    text = re.sub(r'\s(width|height|version)="[^"]*"', "", text, count=3)
+    text = text.replace("xlink:href", "href")
+    text = re.sub(r'\bid="', f'id="{key}-', text)
+    text = re.sub(r'(href="|url\()#', rf"\1#{key}-", text)
+    text = re.sub(r"font: (?:\w+ )?([\d.]+px)[^;\"]*", r"font-size: \1", text)
+    text = re.sub(r"\s*<!--.*?-->", "", text, flags=re.DOTALL)
+    for color, value in COLORS.items():
+        text = text.replace(color, value)
+    return text.strip()
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int = 200) -> list[tuple[float, float]]:
+    """Return at most about `most` of the points, the last one among them."""
+    step = -(-len(points) // most) or 1
+    kept = list(points[::step])
+    return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
