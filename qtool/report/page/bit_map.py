@@ -36,13 +36,19 @@ def bit_map_section(evidence: Evidence) -> Section | Absent:
             (ranges(numbers), *(_cell(row.get(kind, ())) for kind in kinds))
             for row, numbers in _alike(blocks)
         )
-        columns = ("block", *(kind.replace(".", ".\u200b").replace("_", "_\u200b") for kind in kinds))
+        columns = ("block", *_short(kinds))
         parts.append(Grid("Bits of the codes, by block and kind of layer", columns, rows, dense=True))
     rows = tuple((name, _cell(widths)) for name, widths in others.items())
     if rows:
         parts.append(Grid("Outside of the blocks", ("layer", "bits"), rows, dense=True))
     parts.append(_bytes(evidence))
     return Section(TITLE, tuple(parts))
+
+
+def _short(kinds: Sequence[str]) -> list[str]:
+    """Return the last words of names, where these tell them apart."""
+    last = [kind.rpartition(".")[2] for kind in kinds]
+    return [word if last.count(word) == 1 else kind for word, kind in zip(last, kinds, strict=True)]
 
 
 def _about(blocks: dict[int, dict[str, Widths]]) -> str:

@@ -29,7 +29,10 @@ def calibration_section(evidence: Evidence) -> Section | Absent:
     lengths = {
         what: found for what in ("requested", "used") if (found := about.get(f"{what} lengths"))
     }
-    if lengths:
+    if lengths and all(found["p10"] == found["p90"] for found in lengths.values()):
+        said = ", ".join(f"{what} {found['median']} tokens" for what, found in lengths.items())
+        parts.append(Words(f"Samples are of one length: {said}."))
+    elif lengths:
         parts.append(_lengths(lengths))
     special = about.get("special tokens") or {}
     if special:

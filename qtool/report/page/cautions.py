@@ -25,7 +25,7 @@ def _parts(evidence: Evidence) -> Iterator[Part]:
         yield Lines(tuple(check["failed"]))
     fallen = [layer for layer in evidence.layers if layer.get("fallback")]
     if fallen:
-        title = f"Layers that were solved more simply than asked, {len(fallen)}"
+        title = f"Layers that were solved more simply than asked ({len(fallen)})"
         rows = tuple((layer["name"], str(layer["fallback"])) for layer in fallen[:FIRST])
         yield Grid(title, ("layer", "why"), rows)
     worse = [
@@ -34,7 +34,7 @@ def _parts(evidence: Evidence) -> Iterator[Part]:
         if (layer.get("output_error") or 0) > (layer.get("output_error_rounded") or float("inf"))
     ]
     if worse:
-        title = f"Layers that are worse than rounding on held-out samples, {len(worse)}"
+        title = f"Layers that are worse than rounding on held-out samples ({len(worse)})"
         rows = tuple(
             (one["name"], scientific(one["output_error_rounded"]), scientific(one["output_error"]))
             for one in worse[:FIRST]

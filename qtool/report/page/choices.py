@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from statistics import fmean
 from typing import Any
 
-from qtool.report.page.drawing import style_of, thinned
+from qtool.report.page.drawing import by_block, style_of, thinned
 from qtool.report.page.evidence import Evidence, Found
 from qtool.report.page.parts import Absent, Grid, Part, Picture, Section, Words
 from qtool.report.page.wordings import duration, place_of, text_of
@@ -74,18 +75,17 @@ def _strength(evidence: Evidence) -> Iterator[Part]:
     known = [(block, strength) for block, strength in points if block is not None]
     if not known:
         return
-    counts = Counter(round(strength, 2) for _, strength in known)
-    said = ", ".join(f"{strength:g} in {count}" for strength, count in sorted(counts.items()))
+    strengths = [strength for _, strength in known]
+    said = f"from {min(strengths):.2f} to {max(strengths):.2f}, {fmean(strengths):.2f} on average"
 
     def paint(axes: Any) -> None:  # noqa: ANN401
         axes.plot(*zip(*known, strict=True), **{**style_of(0), "linestyle": ""})
         axes.set_ylim(-0.05, 1.05)
-        axes.set_xlabel("number of the block")
         axes.set_ylabel("strength, share of the error")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        by_block(axes)
 
     title = "Correction of the inputs' error, a point per layer"
-    yield Picture(title, f"Strength, chosen on held-out samples: {said} layers.", paint)
+    yield Picture(title, f"Strength in {len(known)} layers: {said}; 0 corrects nothing, 1 all of it.", paint)
 
 
 def _options(evidence: Evidence) -> Iterator[Part]:

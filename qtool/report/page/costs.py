@@ -3,7 +3,7 @@
 from collections import defaultdict
 from typing import Any
 
-from qtool.report.page.drawing import style_of
+from qtool.report.page.drawing import by_block, style_of
 from qtool.report.page.evidence import Evidence
 from qtool.report.page.parts import Absent, Grid, Part, Picture, Section
 from qtool.report.page.wordings import duration, place_of
@@ -59,9 +59,8 @@ def _over_blocks(seconds: dict[int, float]) -> Picture:
     def paint(axes: Any) -> None:  # noqa: ANN401
         axes.plot(list(seconds), list(seconds.values()), **style_of(0))
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("number of the block")
         axes.set_ylabel("time of solving, s")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        by_block(axes)
 
     slowest = max(seconds, key=seconds.__getitem__)
     words = (

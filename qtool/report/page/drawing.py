@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qtool.errors import MissingExtraError
 from qtool.report.lengths import new_axes
@@ -50,6 +50,22 @@ def style_of(number: int) -> dict[str, Any]:
         "linewidth": 1.3,
         "markersize": 4,
     }
+
+
+def by_block(axes: Any) -> None:  # noqa: ANN401
+    """Let an x axis count blocks."""
+    axes.set_xlabel("number of the block")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def logarithmic(axes: Any, which: Literal["x", "y"]) -> None:  # noqa: ANN401
+    """Make an axis logarithmic, with numbers that are one text each."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
 
 def draw(key: str, title: str, paint: Callable[[Any], None]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from qtool.report.page.drawing import style_of
+from qtool.report.page.drawing import by_block, logarithmic, style_of
 from qtool.report.page.evidence import Evidence, Found
 from qtool.report.page.parts import Absent, Grid, Part, Picture, Section, Words
 from qtool.report.page.wordings import place_of, scientific
@@ -62,17 +62,16 @@ def _pictures(
         if 1 < len(kinds) <= MOST_KINDS:
             curves = {kind: _over_blocks(of_kind, after) for kind, of_kind in kinds.items()}
             title = "Loss over the blocks, by kind of layer"
-            yield Picture(title, _trend(curves), _paint(curves, unit))
+            yield Picture(title, _extremes(curves), _paint(curves, unit))
 
 
 def _paint(curves: Mapping[str, Placed], unit: str) -> Callable[[Any], None]:
     def paint(axes: Any) -> None:  # noqa: ANN401
         for number, (label, points) in enumerate(curves.items()):
             axes.plot(list(points), list(points.values()), label=label, **style_of(number))
-        axes.set_yscale("log")
-        axes.set_xlabel("number of the block")
+        logarithmic(axes, "y")
+        by_block(axes)
         axes.set_ylabel(unit.replace(", ", ",\n"))
-        axes.xaxis.get_major_locator().set_params(integer=True)
 
     return paint
 
@@ -107,6 +106,16 @@ def _trend(curves: Mapping[str, Placed]) -> str:
                 f"{top} with {points[top]:.1e}"
             )
     return "; ".join(said) + "."
+
+
+def _extremes(curves: Mapping[str, Placed]) -> str:
+    """Say which kinds lose most and least."""
+    means = {kind: fmean(points.values()) for kind, points in curves.items() if points}
+    most, least = (pick(means, key=means.__getitem__) for pick in (max, min))
+    return (
+        f"On average over the blocks {most} loses most, {means[most]:.1e}, and {least} least, "
+        f"{means[least]:.1e}."
+    )
 
 
 def _by_kind(layers: Sequence[Found], after: str, before: str) -> Grid:

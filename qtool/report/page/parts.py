@@ -16,6 +16,14 @@ class Cell:
     """Of the text."""
 
 
+MOST_LETTERS = 62
+"""Of a line of a table in half of a page."""
+
+
+def _text(cell: str | Cell) -> str:
+    return cell if isinstance(cell, str) else cell.text
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """A table; a column written as `>name` has its cells at the right."""
@@ -27,6 +35,13 @@ class Grid:
     """The first cell of each is its header."""
     dense: bool = False
     """Cells are small and stand close: a map."""
+
+    @property
+    def is_wide(self) -> bool:
+        """Return whether it doesn't fit beside another part."""
+        texts = [[_text(cell) for cell in row] for row in (self.columns, *self.rows)]
+        longest = [max(map(len, column)) for column in zip(*texts, strict=True)]
+        return sum(longest) + 2 * len(longest) > MOST_LETTERS
 
 
 @dataclass(frozen=True, slots=True)

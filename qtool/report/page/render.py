@@ -1,5 +1,6 @@
 """The page: sections of one run, or of several side by side, as one HTML file."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
@@ -36,6 +37,9 @@ BUILDERS: dict[str, Builder] = {
     "repeat": repeating_section,
 }
 """Sections in their order, by the name that links to them."""
+PIECES = re.compile(r"[^._/]+[._/]*|[._/]+")
+"""Of a name that may go on in the next line."""
+QUOTED, CODE = re.compile("`([^`]+)`"), r"<code>\1</code>"
 ODD = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError)
 """What a section raises where a file isn't as qtool writes it."""
 PAGE_MARK = b"<!DOCTYPE html>\n<!-- qtool report -->\n"
@@ -50,12 +54,14 @@ def page(many: Sequence[Evidence]) -> bytes:
     """
     try:
         import jinja2
-        from markupsafe import Markup
+        from markupsafe import Markup, escape
     except ImportError:
         raise MissingExtraError("qtool report", "report") from None
     folder = resources.files("qtool.report.page")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals["draw"] = lambda *given: Markup(draw(*given))
+    environment.globals["breakable"] = lambda text: Markup("<wbr>").join(PIECES.findall(text))
+    environment.globals["prose"] = lambda text: Markup(QUOTED.sub(CODE, str(escape(text))))
     template = environment.from_string((folder / "page.html.jinja").read_text(encoding="utf-8"))
     runs = [(evidence, *_sections(evidence)) for evidence in _told_apart(many)]
     text = template.render(

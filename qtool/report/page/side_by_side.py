@@ -6,7 +6,7 @@ from math import isfinite
 from typing import Any
 
 from qtool.recipe.gates import CHATS, TEXT
-from qtool.report.page.drawing import INK, style_of
+from qtool.report.page.drawing import INK, logarithmic, style_of
 from qtool.report.page.evidence import Evidence
 from qtool.report.page.parts import Grid, Part, Picture, Section, Words
 from qtool.report.page.wordings import duration, text_of
@@ -130,7 +130,7 @@ def _pareto(points: Sequence[tuple[str, float, float]], across: str, up: str) ->
             look = {**style_of(number), "linestyle": "", "markersize": 7}
             label = name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…"
             axes.plot([x], [y], label=label, **look)
-        axes.set_yscale("log")
+        logarithmic(axes, "y")
         axes.set_xlabel(across)
         axes.set_ylabel(up)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qtool.report.page.drawing import INK, style_of
+from qtool.report.page.drawing import INK, logarithmic, style_of
 from qtool.report.page.evidence import Evidence, Found
 from qtool.report.page.parts import Absent, Grid, Part, Picture, Section, Words
 from qtool.wording import gigabytes
@@ -70,8 +70,7 @@ def _roofline(layers: Sequence[Found], roof: float) -> Picture:
         for number, (label, points) in enumerate(series.items()):
             look = {**style_of(number), "linestyle": "", "markersize": 6}
             axes.plot(*zip(*points, strict=True), label=label, **look)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
+        logarithmic(axes, "x")
         axes.set_ylim(0, 1.08 * max(roof, *(y for points in series.values() for _, y in points)))
         axes.set_xlabel("weights, scales and offsets of a layer, MB")
         axes.set_ylabel("bandwidth at one token, GB/s")

@@ -1,8 +1,10 @@
 """The section that says in a minute what came out."""
 
+from collections.abc import Iterator, Sequence
+
 from qtool.recipe.gates import CHATS, TEXT
-from qtool.report.page.evidence import Evidence
-from qtool.report.page.parts import Absent, Grid, Section, Tiles
+from qtool.report.page.evidence import Evidence, Found
+from qtool.report.page.parts import Absent, Grid, Part, Section, Tiles, Words
 from qtool.report.page.wordings import duration, interval, text_of
 from qtool.wording import gigabytes
 
@@ -16,13 +18,30 @@ def summary_section(evidence: Evidence) -> Section | Absent:
     if not tiles:
         return Absent(TITLE, "There is no checkpoint and nothing was measured.")
     gates = evidence.verdict.get("gates") or ()
-    parts: list[Tiles | Grid] = [Tiles(tuple(tiles))]
+    parts: list[Part] = [*_about(evidence), Tiles((*_judged(gates), *tiles))]
     if gates:
-        failed = sum(not gate["passed"] for gate in gates)
-        parts[0] = Tiles((("gates", f"{failed} failed" if failed else "all passed", ""), *tiles))
-        columns = ("gate", ">limit", ">value", ">margin", "result")
+        columns = ("gate", "limit", ">value", ">margin", "result")
         parts.append(Grid("Gates of the recipe", columns, tuple(map(_gate, gates))))
     return Section(TITLE, tuple(parts))
+
+
+def _about(evidence: Evidence) -> Iterator[Words]:
+    """Yield what was made of what, in a sentence."""
+    manifest = evidence.manifest
+    if manifest is None:
+        return
+    methods = sorted({entry.method for entry in manifest.layers.values()})
+    said = str(manifest.recipe.get("description") or "")
+    yield Words(
+        f"{manifest.source or 'A local model'}: {len(manifest.layers)} layers quantized by "
+        f"{', '.join(methods)}. {said}"
+    )
+
+
+def _judged(gates: Sequence[Found]) -> Iterator[Tile]:
+    if gates:
+        failed = sum(not gate["passed"] for gate in gates)
+        yield "gates", f"{failed} of {len(gates)} failed" if failed else "all passed", ""
 
 
 def _sizes(evidence: Evidence) -> list[Tile]:
@@ -64,7 +83,7 @@ def _costs(evidence: Evidence) -> list[Tile]:
     return tiles
 
 
-def _gate(gate: dict[str, object]) -> tuple[str, ...]:
+def _gate(gate: Found) -> tuple[str, ...]:
     sign = "at least" if gate["at_least"] else "at most"
     unit = f" {gate['unit']}" if gate["unit"] else ""
     note = f": {gate['note']}" if gate["note"] else ""

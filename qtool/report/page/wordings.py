@@ -30,7 +30,8 @@ def interval(value: float | None, error: float | None, scale: float = 1.0) -> st
     if error is None:
         return f"{scale * value:.4g}"
     half = Z_95 * error * scale
-    digits = next((n for n in range(6) if half >= 10.0 ** -n), 6) + 1
+    exponent = int(f"{half:.1e}".partition("e")[2])
+    digits = min(max(1 - exponent, 0), 6)  # two that count
     return f"{scale * value:.{digits}f} ± {half:.{digits}f}"
 
 
