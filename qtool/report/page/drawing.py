@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from html import escape
+from math import log10
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,10 @@ COLORS = {
     LINE: "var(--line)",
     **{color: f"var(--s{number})" for number, color in enumerate(SERIES, 1)},
 }
+MOST_TICKS = 6
+"""On a linear x axis: more would touch each other."""
+MOST_DECADES = {"x": 1.3, "y": 3.0}
+"""Of an axis, as long as there is room for 2 and 5 between powers of ten."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 SETTINGS = {
@@ -59,13 +64,16 @@ def by_block(axes: Any) -> None:  # noqa: ANN401
 
 
 def logarithmic(axes: Any, which: Literal["x", "y"]) -> None:  # noqa: ANN401
-    """Make an axis logarithmic, with numbers that are one text each."""
-    from matplotlib.ticker import LogFormatter
-
+    """Make an axis logarithmic if what is drawn spans a decade, with numbers that are one text."""
+    low, high = getattr(axes.dataLim, f"interval{which}")
+    if not 0 < 10 * low <= high:
+        return
     axes.set(**{f"{which}scale": "log"})
-    axis = getattr(axes, f"{which}axis")
+    axis, labelled = getattr(axes, f"{which}axis"), log10(high / low) < MOST_DECADES[which]
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    axis.set_minor_formatter(
+        lambda value, _: f"{value:g}" if labelled and f"{value:.0e}"[0] in "25" else ""
+    )
 
 
 def draw(key: str, title: str, paint: Callable[[Any], None]) -> str:
@@ -89,6 +97,8 @@ def draw(key: str, title: str, paint: Callable[[Any], None]) -> str:
         axes = new_axes(Path("report.html"), SIZE)
         axes.spines[["left", "bottom"]].set_color(LINE)
         paint(axes)
+        if axes.get_xscale() == "linear":
+            axes.locator_params(axis="x", nbins=MOST_TICKS)
         labels = axes.get_legend_handles_labels()[1]
         if labels:  # below the drawing, where nothing lies under it
             longest = max(map(len, labels))

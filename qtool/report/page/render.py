@@ -40,6 +40,8 @@ BUILDERS: dict[str, Builder] = {
 PIECES = re.compile(r"[^._/]+[._/]*|[._/]+")
 """Of a name that may go on in the next line."""
 QUOTED, CODE = re.compile("`([^`]+)`"), r"<code>\1</code>"
+MOST_NAMED = 3
+"""Runs in the title."""
 ODD = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError)
 """What a section raises where a file isn't as qtool writes it."""
 PAGE_MARK = b"<!DOCTYPE html>\n<!-- qtool report -->\n"
@@ -66,11 +68,15 @@ def page(many: Sequence[Evidence]) -> bytes:
     runs = [(evidence, *_sections(evidence)) for evidence in _told_apart(many)]
     text = template.render(
         style=Markup((folder / "page.css").read_text(encoding="utf-8")),
-        title=", ".join(evidence.name for evidence, _, _ in runs),
+        title=_title([evidence.name for evidence, _, _ in runs]),
         together=side_by_side_section([one for one, _, _ in runs]) if len(runs) > 1 else None,
         runs=runs,
     )
     return PAGE_MARK + text.encode()
+
+
+def _title(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} runs"
 
 
 def _sections(evidence: Evidence) -> tuple[dict[str, Section], list[str]]:

@@ -14,7 +14,7 @@ from qtool.wording import gigabytes
 
 TITLE = "Side by side"
 ACROSS = (("decoder_bits", "bits per weight of the decoder"), ("megabytes", "size on disk, MB"))
-UP = (("kl_text", "KL on text, nats per token"), ("perplexity", "perplexity"))
+UP = (("kl_text", "divergence on text, nats per token"), ("perplexity", "perplexity per token"))
 LONGEST_LABEL = 40
 
 
@@ -136,4 +136,4 @@ def _pareto(points: Sequence[tuple[str, float, float]], across: str, up: str) ->
 
     names = ", ".join(name for name, _, _ in on_front)
     words = f"No other run is both smaller and better than {names}, along the dotted line."
-    return Picture(f"{up.split(',')[0]} over {across.split(',')[0]}", words, paint)
+    return Picture(f"{up.split(',')[0].capitalize()} over {across}", words, paint)
