@@ -40,4 +40,6 @@ def report(
         from qtool import pipeline  # torch: slow
 
         written = pipeline.report(out_dirs, output, measured or ())
-    console.print_lines([f"{written}: {written.stat().st_size / 1e3:,.0f} kB. Open it in a browser."])
+    console.print_lines(
+        [f"{written}: {written.stat().st_size / 1e3:,.0f} kB. Open it in a browser."]
+    )

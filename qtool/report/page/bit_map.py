@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from math import prod
 
 from qtool.checkpoint.sizes import IN_A_BLOCK
 from qtool.formats._dtypes import item_bytes
@@ -22,6 +21,7 @@ WIDE = "#d0d7de"
 BRIGHT = 0.179
 """Relative luminance above which black stands out more than white (WCAG 2.2)."""
 Widths = tuple[int, ...]
+Rows = tuple[tuple[str | Cell, ...], ...]
 
 
 def bit_map_section(evidence: Evidence) -> Section | Absent:
@@ -31,16 +31,20 @@ def bit_map_section(evidence: Evidence) -> Section | Absent:
     blocks, others = _widths(evidence)
     parts: list[Words | Grid] = [Words(_about(blocks))]
     if blocks:
-        kinds = tuple(dict.fromkeys(kind for row in blocks.values() for kind in row))
-        rows = tuple(
+        known = [place_of(name)[1] for name in evidence.manifest.layers]
+        here = {kind: None for row in blocks.values() for kind in row}
+        kinds = tuple(dict.fromkeys([*(kind for kind in known if kind in here), *here]))
+        rows: Rows = tuple(
             (ranges(numbers), *(_cell(row.get(kind, ())) for kind in kinds))
             for row, numbers in _alike(blocks)
         )
         columns = ("block", *_short(kinds))
-        parts.append(Grid("Bits of the codes, by block and kind of layer", columns, rows, dense=True))
-    rows = tuple((name, _cell(widths)) for name, widths in others.items())
-    if rows:
-        parts.append(Grid("Outside of the blocks", ("layer", "bits"), rows, dense=True))
+        parts.append(
+            Grid("Bits of the codes, by block and kind of layer", columns, rows, dense=True)
+        )
+    if others:
+        beside: Rows = tuple((name, _cell(widths)) for name, widths in others.items())
+        parts.append(Grid("Outside of the blocks", ("layer", "bits"), beside, dense=True))
     parts.append(_bytes(evidence))
     return Section(TITLE, tuple(parts))
 
@@ -65,7 +69,7 @@ def _widths(evidence: Evidence) -> tuple[dict[int, dict[str, Widths]], dict[str,
     for name, entry in evidence.manifest.layers.items():
         found[name] = set(entry.scheme.widths)
     for name, spec in evidence.unquantized.items():
-        if len(spec.shape) > 1 and prod(spec.shape):
+        if len(spec.shape) > 1:
             found[name.removesuffix(".weight")] = {8 * item_bytes(spec.dtype)}
     blocks: dict[int, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     others: dict[str, Widths] = {}

@@ -15,7 +15,9 @@ def cautions_section(evidence: Evidence) -> Section | Absent:
     if not evidence.report:
         return Absent(TITLE, "quantization_report.json, which has them, is missing.")
     parts = list(_parts(evidence))
-    return Section(TITLE, tuple(parts) or (Words("No layer fell back, and nothing was warned of."),))
+    return Section(
+        TITLE, tuple(parts) or (Words("No layer fell back, and nothing was warned of."),)
+    )
 
 
 def _parts(evidence: Evidence) -> Iterator[Part]:
@@ -26,8 +28,8 @@ def _parts(evidence: Evidence) -> Iterator[Part]:
     fallen = [layer for layer in evidence.layers if layer.get("fallback")]
     if fallen:
         title = f"Layers that were solved more simply than asked ({len(fallen)})"
-        rows = tuple((layer["name"], str(layer["fallback"])) for layer in fallen[:FIRST])
-        yield Grid(title, ("layer", "why"), rows)
+        why = tuple((layer["name"], str(layer["fallback"])) for layer in fallen[:FIRST])
+        yield Grid(title, ("layer", "why"), why)
     worse = [
         layer
         for layer in evidence.layers

@@ -49,8 +49,8 @@ def _of_layers(evidence: Evidence) -> Iterator[Part]:
         for kind in dict.fromkeys(place_of(layer["name"])[1] for layer in open_layers)
     ]
     yield Words(
-        "For each layer the alternative with the least error on held-out samples was taken; another "
-        "than the first only if it saves at least 1 % of what rounding adds. Groups along "
+        "For each layer the alternative with the least error on held-out samples was taken; "
+        "another than the first only if it saves at least 1 % of what rounding adds. Groups along "
         "out_features are AdaDim's."
     )
     yield Grid(
@@ -85,7 +85,9 @@ def _strength(evidence: Evidence) -> Iterator[Part]:
         by_block(axes)
 
     title = "Correction of the inputs' error, a point per layer"
-    yield Picture(title, f"Strength in {len(known)} layers: {said}; 0 corrects nothing, 1 all of it.", paint)
+    yield Picture(
+        title, f"Strength in {len(known)} layers: {said}; 0 corrects nothing, 1 all of it.", paint
+    )
 
 
 def _options(evidence: Evidence) -> Iterator[Part]:
@@ -95,8 +97,10 @@ def _options(evidence: Evidence) -> Iterator[Part]:
     weights = evidence.manifest.recipe.get("weights") or {}
     options = weights.get("options") or {}
     rows = [("method", str(weights.get("method")))]
-    rows += [(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
-             for key, value in options.items()]
+    rows += [
+        (key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for key, value in options.items()
+    ]
     yield Grid("Method and options that the recipe sets", ("option", "value"), tuple(rows))
 
 
@@ -146,7 +150,7 @@ def _search(evidence: Evidence) -> Iterator[Part]:
             if taken:
                 axes.plot(*zip(*taken, strict=True), label="taken", **style_of(1))
             axes.set_xlabel("number of the trial")
-            axes.set_ylabel("KL to the original,\nnats per token")
+            axes.set_ylabel("KL to the original, nats per token")
 
         words = f"{len(trials)} losses were measured; {len(taken)} values were taken."
         yield Picture("Losses that the search measured", words, paint)

@@ -18,8 +18,10 @@ def costs_section(evidence: Evidence) -> Section | Absent:
     rows = _totals(evidence)
     if not rows:
         return Absent(TITLE, "quantization_report.json, which has it, is missing.")
-    columns = ("what", ">time or memory")
-    parts: list[Part] = [Grid(f"Of the run, on {report.get('device')}", columns, tuple(rows))]
+    totals = Grid(
+        f"Of the run, on {report.get('device')}", ("what", ">time or memory"), tuple(rows)
+    )
+    parts: list[Part] = [totals]
     timed = [layer for layer in evidence.layers if layer.get("seconds")]
     by_kind: dict[str, float] = defaultdict(float)
     by_block: dict[int, float] = defaultdict(float)
@@ -45,7 +47,9 @@ def _totals(evidence: Evidence) -> list[tuple[str, str]]:
     steps = evidence.verdict.get("seconds") or {}
     if report.get("seconds") is not None:
         rows.append(("quantizing, from begin to end", duration(report["seconds"])))
-    rows += [(f"step {name}", duration(spent)) for name, spent in steps.items() if name != "quantize"]
+    rows += [
+        (f"step {name}", duration(spent)) for name, spent in steps.items() if name != "quantize"
+    ]
     if report.get("peak_memory_bytes") is not None:
         what = "memory of the process" if report.get("device") == "cpu" else "memory of the card"
         rows.append((f"peak {what}", gigabytes(report["peak_memory_bytes"])))
@@ -58,7 +62,7 @@ def _totals(evidence: Evidence) -> list[tuple[str, str]]:
 def _over_blocks(seconds: dict[int, float]) -> Picture:
     def paint(axes: Any) -> None:  # noqa: ANN401
         axes.plot(list(seconds), list(seconds.values()), **style_of(0))
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(seconds.values()))
         axes.set_ylabel("time of solving, s")
         by_block(axes)
 

@@ -5,6 +5,7 @@ They are 4.8 inches wide, so that a telephone shows them at about their own size
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from html import escape
 from math import log10
@@ -26,12 +27,15 @@ COLORS = {
 }
 MOST_TICKS = 6
 """On a linear x axis: more would touch each other."""
+LONGEST_UPRIGHT = 28
+"""Letters of a label beside a y axis; the unit of a longer one goes on a line of its own."""
 MOST_DECADES = {"x": 1.3, "y": 3.0}
 """Of an axis, as long as there is room for 2 and 5 between powers of ten."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 SETTINGS = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.size": 10,
     "axes.edgecolor": LINE,
     "axes.labelcolor": INK,
@@ -93,19 +97,20 @@ def draw(key: str, title: str, paint: Callable[[Any], None]) -> str:
         from matplotlib import rc_context
     except ImportError:
         raise MissingExtraError("qtool report", "report") from None
-    with rc_context({**SETTINGS, "svg.hashsalt": key}):
+    with rc_context({**SETTINGS, "svg.hashsalt": key}), warnings.catch_warnings():
         axes = new_axes(Path("report.html"), SIZE)
         axes.spines[["left", "bottom"]].set_color(LINE)
+        warnings.simplefilter("ignore")  # of letters that its own font lacks, and the page's has
         paint(axes)
         if axes.get_xscale() == "linear":
             axes.locator_params(axis="x", nbins=MOST_TICKS)
+        if len(axes.get_ylabel()) > LONGEST_UPRIGHT:
+            axes.set_ylabel(axes.get_ylabel().replace(", ", ",\n"))
         labels = axes.get_legend_handles_labels()[1]
         if labels:  # below the drawing, where nothing lies under it
             longest = max(map(len, labels))
             columns = max(1, min(len(labels), 56 // (longest + 7)))
-            axes.figure.legend(
-                loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-            )
+            axes.figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
         buffer = io.StringIO()
         axes.figure.savefig(buffer, format="svg", transparent=True, metadata=METADATA)
     element = _for_a_page(buffer.getvalue(), key)
@@ -122,7 +127,8 @@ def _for_a_page(svg: str, key: str) -> str:
     text = text.replace("xlink:href", "href")
     text = re.sub(r'\bid="', f'id="{key}-', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{key}-", text)
-    text = re.sub(r"font: (?:\w+ )?([\d.]+px)[^;\"]*", r"font-size: \1", text)
+    text = re.sub(r"font: (?:\w+ )?([\d.]+px)[^;\"]*", r"font-size: \1", text)  # of 3.8
+    text = re.sub(r"\s*font-family: [^;\"]*;?", "", text)
     text = re.sub(r"\s*<!--.*?-->", "", text, flags=re.DOTALL)
     for color, value in COLORS.items():
         text = text.replace(color, value)

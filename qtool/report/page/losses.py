@@ -23,8 +23,10 @@ Placed = Mapping[int, float]
 
 def losses_section(evidence: Evidence) -> Section | Absent:
     """Return losses over the blocks, by kind of layer, and the layers that lost most."""
-    measured = [(one, [layer for layer in evidence.layers if layer.get(one[0]) is not None])
-                for one in MEASURES]
+    measured = [
+        (one, [layer for layer in evidence.layers if layer.get(one[0]) is not None])
+        for one in MEASURES
+    ]
     (after, before, unit), layers = next((one for one in measured if one[1]), (MEASURES[0], []))
     if not layers:
         return Absent(TITLE, "quantization_report.json, which has it, is missing or names no loss.")
@@ -49,9 +51,7 @@ def _about(has_before: bool, unit: str) -> str:  # noqa: FBT001
     )
 
 
-def _pictures(
-    layers: Sequence[Found], after: str, before: str, unit: str
-) -> Iterable[Picture]:
+def _pictures(layers: Sequence[Found], after: str, before: str, unit: str) -> Iterable[Picture]:
     means = {"after": _over_blocks(layers, after)}
     if before:
         means = {"before": _over_blocks(layers, before), **means}
@@ -71,7 +71,7 @@ def _paint(curves: Mapping[str, Placed], unit: str) -> Callable[[Any], None]:
             axes.plot(list(points), list(points.values()), label=label, **style_of(number))
         logarithmic(axes, "y")
         by_block(axes)
-        axes.set_ylabel(unit.replace(", ", ",\n"))
+        axes.set_ylabel(unit)
 
     return paint
 
@@ -119,7 +119,7 @@ def _extremes(curves: Mapping[str, Placed]) -> str:
 
 
 def _by_kind(layers: Sequence[Found], after: str, before: str) -> Grid:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for kind, found in _kinds(layers).items():
         mean = fmean(layer[after] for layer in found)
         cells = (kind, str(len(found)))
@@ -129,7 +129,11 @@ def _by_kind(layers: Sequence[Found], after: str, before: str) -> Grid:
             rows.append((*cells, scientific(rounded), scientific(mean), gain))
         else:
             rows.append((*cells, scientific(mean)))
-    columns = ("kind of layer", ">layers", *((">before", ">after", ">change") if before else (">loss",)))
+    columns = (
+        "kind of layer",
+        ">layers",
+        *((">before", ">after", ">change") if before else (">loss",)),
+    )
     return Grid("Mean loss by kind of layer", columns, tuple(rows))
 
 

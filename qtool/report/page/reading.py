@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -36,30 +35,29 @@ def read_evidence(directory: Path, measured: Sequence[Path] = ()) -> Evidence:
     """
     if not directory.is_dir():
         raise OutputError(f"No directory {directory}. Give the OUT_DIR of a run.")
-    evidence = Evidence(name=shown(directory.resolve().name), report=read_report(directory))
-    if is_checkpoint(directory):
-        evidence = _with(evidence, "the checkpoint", lambda: _checkpoint(directory))
-    for name, key, read in (
-        (CURVES, "curves", read_curves),
-        (TRIALS, "trials", read_trials),
-    ):
-        if (path := directory / name).is_file():
-            evidence = _with(evidence, name, lambda path=path, key=key, read=read: {key: read(path)})
+    fields: dict[str, Any] = {}
+    gaps: list[str] = []
+    for name, read in READERS.items():
+        if (directory / name).is_file():
+            try:
+                fields |= read(directory)
+            except QtoolError as error:
+                gaps.append(f"{name} can't be used: {error}")
     for path in _candidates(directory):
-        evidence = replace(evidence, **_recognized(_json(path)))
+        fields |= _recognized(_json(path))
     for path in measured:
         found = _recognized(_json(path))
         if not found:
             raise OutputError(
-                f"{path} isn't a result of `qtool eval --json`, `qtool bench --json` or `qtool run`."
+                f"{path} isn't a result of `qtool eval`, `qtool bench` or `qtool run` in JSON."
             )
-        evidence = replace(evidence, **found)
-    if evidence == Evidence(name=evidence.name):
+        fields |= found
+    if not any(fields.values()) and not gaps:
         raise OutputError(
             f"{directory} has nothing of a run: no {CONFIG_NAME} of qtool's, no {REPORT_NAME}, no "
             "measurement. Give the OUT_DIR of `qtool quantize` or `qtool run`."
         )
-    return evidence
+    return Evidence(name=shown(directory.resolve().name), gaps=gaps, **fields)
 
 
 def swept(directory: Path) -> dict[Path, Found]:
@@ -71,15 +69,10 @@ def swept(directory: Path) -> dict[Path, Found]:
     return {path: row for path, row in named.items() if path.is_dir()}
 
 
-def _with(evidence: Evidence, what: str, read: Callable[[], dict[str, Any]]) -> Evidence:
-    """Add what can be read, else why it can't."""
-    try:
-        return replace(evidence, **read())
-    except QtoolError as error:
-        return replace(evidence, gaps=(*evidence.gaps, f"{what} can't be read: {error}"))
-
-
 def _checkpoint(directory: Path) -> dict[str, Any]:
+    """Return what config.json and the headers of the weights say; nothing of a foreign model's."""
+    if not is_checkpoint(directory):
+        return {}
     reader = CheckpointReader(directory)
     names = [name for name in reader.names() if name not in reader.manifest.layers]
     return {
@@ -87,6 +80,15 @@ def _checkpoint(directory: Path) -> dict[str, Any]:
         "sizes": sizes_of(reader),
         "unquantized": {name: reader.spec(name) for name in names},
     }
+
+
+READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    CONFIG_NAME: _checkpoint,
+    REPORT_NAME: lambda directory: {"report": read_report(directory)},
+    CURVES: lambda directory: {"curves": read_curves(directory / CURVES)},
+    TRIALS: lambda directory: {"trials": read_trials(directory / TRIALS)},
+}
+"""Of the files of a run, by their names: each gives fields of the evidence."""
 
 
 def _candidates(directory: Path) -> Iterator[Path]:
@@ -110,22 +112,25 @@ def _recognized(found: Any) -> dict[str, Found]:  # noqa: ANN401
     """Return which fields of the evidence a file fills, by the keys that it has."""
     if not isinstance(found, dict):
         return {}
-    if "made of" in found:  # of a step of `qtool run`
-        return _recognized(found.get("result"))
-    if "kernels" in found:
-        return _recognized(found["kernels"])
+    for wrapped in ("result", "kernels"):  # of a step of `qtool run`; of its bench on a card
+        if isinstance(found.get(wrapped), dict):
+            return _recognized(found[wrapped])
+    for field, keys in KEYS.items():
+        if keys <= found.keys():
+            return {field: found}
     figures = found.get("figures")
-    if {"gates", "passed", "seconds"} <= found.keys():
-        return {"verdict": found}
-    if "copy_gb_per_second" in found:
-        return {"kernels": found}
-    if isinstance(found.get("rows"), list) and "failures" in found:
-        return {"tasks": found}
-    if not isinstance(figures, list):
-        return {}
-    texts = any(isinstance(one, dict) and one.get("perplexity") for one in figures)
-    speeds = any(isinstance(one, dict) and one.get("speed") for one in figures)
+    listed = figures if isinstance(figures, list) else []
+    parts = {"texts": "perplexity", "speeds": "speed"}
     return {
-        **({"texts": found} if texts else {}),
-        **({"speeds": found} if speeds else {}),
+        field: found
+        for field, key in parts.items()
+        if any(isinstance(one, dict) and one.get(key) for one in listed)
     }
+
+
+KEYS = {
+    "verdict": {"gates", "passed", "seconds"},
+    "kernels": {"copy_gb_per_second", "layers"},
+    "tasks": {"rows", "failures"},
+}
+"""What only results of one kind have, by the field of the evidence."""

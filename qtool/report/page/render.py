@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import resources
 
 from qtool.errors import MissingExtraError
+from qtool.report.page import side_by_side
 from qtool.report.page.bit_map import bit_map_section
 from qtool.report.page.calibration import calibration_section
 from qtool.report.page.cautions import cautions_section
@@ -17,11 +19,13 @@ from qtool.report.page.losses import losses_section
 from qtool.report.page.parts import Absent, Section
 from qtool.report.page.repeating import repeating_section
 from qtool.report.page.scores import scores_section
-from qtool.report.page.side_by_side import side_by_side_section
 from qtool.report.page.speeds import speeds_section
 from qtool.report.page.summary import summary_section
 from qtool.report.page.tuning import tuning_section
+from qtool.wording import reason
 
+Chapter = Callable[..., str]
+"""Renders a section under a key, at a level of headings."""
 Builder = Callable[[Evidence], Section | Absent]
 BUILDERS: dict[str, Builder] = {
     "summary": summary_section,
@@ -37,15 +41,41 @@ BUILDERS: dict[str, Builder] = {
     "repeat": repeating_section,
 }
 """Sections in their order, by the name that links to them."""
-PIECES = re.compile(r"[^._/]+[._/]*|[._/]+")
+PIECES = re.compile(r"[^._]+[._]*|[._]+")
 """Of a name that may go on in the next line."""
 QUOTED, CODE = re.compile("`([^`]+)`"), r"<code>\1</code>"
 MOST_NAMED = 3
 """Runs in the title."""
-ODD = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError)
+ODD = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
 """What a section raises where a file isn't as qtool writes it."""
 PAGE_MARK = b"<!DOCTYPE html>\n<!-- qtool report -->\n"
 """How the page begins: a file that begins otherwise isn't replaced by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A run as the page shows it."""
+
+    key: str
+    name: str
+    titles: dict[str, str] = field(default_factory=dict)
+    """Of the chapters, by what links to them."""
+    chapters: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """Sentences on what there is nothing for."""
+
+    def add(self, key: str, make: Callable[[], Section | Absent], chapter: Chapter) -> None:
+        """Add a section, or a sentence that says why there is none."""
+        try:
+            made = make()
+            if isinstance(made, Section):
+                self.chapters.append(chapter(made, key))
+                self.titles[key] = made.title
+            else:
+                self.missing.append(f"{made.title}: {made.why}")
+        except ODD as error:
+            what = key.rpartition("-")[2].capitalize()
+            self.missing.append(f"{what}: a file isn't as qtool writes it: {reason(error)}.")
 
 
 def page(many: Sequence[Evidence]) -> bytes:
@@ -61,15 +91,28 @@ def page(many: Sequence[Evidence]) -> bytes:
         raise MissingExtraError("qtool report", "report") from None
     folder = resources.files("qtool.report.page")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals["draw"] = lambda *given: Markup(draw(*given))
-    environment.globals["breakable"] = lambda text: Markup("<wbr>").join(PIECES.findall(text))
-    environment.globals["prose"] = lambda text: Markup(QUOTED.sub(CODE, str(escape(text))))
+    environment.globals |= {
+        "draw": lambda *given: Markup(draw(*given)),
+        "prose": lambda text: Markup(QUOTED.sub(CODE, str(escape(text)))),
+        "breakable": lambda text: Markup("<wbr>").join(PIECES.findall(text)),
+    }
     template = environment.from_string((folder / "page.html.jinja").read_text(encoding="utf-8"))
-    runs = [(evidence, *_sections(evidence)) for evidence in _told_apart(many)]
+    chapter: Chapter = vars(template.module)["chapter"]
+    several = len(many) > 1
+    named = list(_told_apart(many))
+    runs = [Rendered(f"run{n}", one.name, missing=list(one.gaps)) for n, one in enumerate(named, 1)]
+    for evidence, run in zip(named, runs, strict=True):
+        for name, build in BUILDERS.items():
+            made = partial(build, evidence)
+            run.add(f"{run.key}-{name}", made, partial(chapter, level=3 if several else 2))
+    together = Rendered("together", side_by_side.TITLE)
+    if several:
+        compared = partial(side_by_side.side_by_side_section, named)
+        together.add("together", compared, partial(chapter, level=2))
     text = template.render(
         style=Markup((folder / "page.css").read_text(encoding="utf-8")),
-        title=_title([evidence.name for evidence, _, _ in runs]),
-        together=side_by_side_section([one for one, _, _ in runs]) if len(runs) > 1 else None,
+        title=_title([evidence.name for evidence in named]),
+        together=together,
         runs=runs,
     )
     return PAGE_MARK + text.encode()
@@ -77,26 +120,6 @@ def page(many: Sequence[Evidence]) -> bytes:
 
 def _title(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} runs"
-
-
-def _sections(evidence: Evidence) -> tuple[dict[str, Section], list[str]]:
-    """Return the sections that there is something for, and sentences on the others."""
-    found, missing = {}, list(evidence.gaps)
-    for name, build in BUILDERS.items():
-        made = _built(build, name, evidence)
-        if isinstance(made, Absent):
-            missing.append(f"{made.title}: {made.why}")
-        else:
-            found[name] = made
-    return found, missing
-
-
-def _built(build: Builder, name: str, evidence: Evidence) -> Section | Absent:
-    try:
-        return build(evidence)
-    except ODD as error:
-        title = name.capitalize()
-        return Absent(title, f"A file isn't as qtool writes it ({type(error).__name__}: {error}).")
 
 
 def _told_apart(many: Sequence[Evidence]) -> Iterator[Evidence]:

@@ -36,4 +36,3 @@ def repeating_section(evidence: Evidence) -> Section | Absent:
         Code(RECIPE_NAME, yaml.safe_dump(dict(manifest.recipe), sort_keys=False, width=80)),
     ]
     return Section(TITLE, tuple(parts))
-

@@ -24,8 +24,8 @@ def scores_section(evidence: Evidence) -> Section | Absent:
     if not parts:
         return Absent(
             TITLE,
-            "Nothing was evaluated: see `qtool eval OUT_DIR --baseline MODEL --json OUT_DIR/eval.json`, "
-            "or a recipe with a section `eval`.",
+            "Nothing was evaluated: see `qtool eval OUT_DIR --baseline MODEL --json "
+            "OUT_DIR/eval.json`, or a recipe with a section `eval`.",
         )
     return Section(TITLE, (Words(INTERVALS), *parts))
 
@@ -75,9 +75,22 @@ def _perplexities(evidence: Evidence) -> Iterator[Part]:
 def _tasks(evidence: Evidence) -> Iterator[Part]:
     rows = list(evidence.tasks.get("rows") or ())
     if rows:
-        columns = ("task", "metric", ">items", ">original", ">result", ">difference", ">p", "verdict")
+        columns = (
+            "task",
+            "metric",
+            ">items",
+            ">original",
+            ">result",
+            ">difference",
+            ">p",
+            "verdict",
+        )
         yield Grid("Scores of tasks", columns, tuple(map(_row, rows)))
-        drawn = [row for row in rows if row["headline"] and (row["paired"] or {}).get("standard_error")]
+        drawn = [
+            row
+            for row in rows
+            if row["headline"] and (row["paired"] or {}).get("standard_error") is not None
+        ]
         if drawn:
             yield _differences(drawn[:MOST_DRAWN])
     failures = evidence.tasks.get("failures") or ()

@@ -37,7 +37,15 @@ def _kernels(found: Found) -> Iterator[Part]:
     )
     yield _roofline(layers, found["copy_gb_per_second"])
     rows = tuple(cells for layer in layers for cells in _layer(layer))
-    columns = ("layer and kernel", "out x in", ">count", ">us", ">GB/s", ">of a copy", ">times fp16")
+    columns = (
+        "layer and kernel",
+        ">out x in",
+        ">count",
+        ">us",
+        ">GB/s",
+        ">of a copy",
+        ">times fp16",
+    )
     yield Grid("Kernels at one token", columns, rows)
     reasons = tuple((name, why) for name, why in (found.get("not_run") or {}).items())
     if reasons:

@@ -17,7 +17,13 @@ def tuning_section(evidence: Evidence) -> Section | Absent:
     parts: list[Part] = []
     if gains:
         rows = tuple(
-            (what, UNITS.get(what, ""), text_of(before), text_of(after), f"{after / before - 1:+.1%}")
+            (
+                what,
+                UNITS.get(what, ""),
+                text_of(before),
+                text_of(after),
+                f"{after / before - 1:+.1%}",
+            )
             for what, (before, after) in gains.items()
         )
         columns = ("what was tuned", "loss on held-out samples", ">before", ">after", ">change")
@@ -53,5 +59,8 @@ def _curves(curves: dict[str, Any]) -> Picture:
 
     lowest = {what: min(share for _, share in points) for what, points in shares.items()}
     best, least = (pick(lowest, key=lowest.__getitem__) for pick in (min, max))
-    words = f"The lowest of each curve: from {lowest[best]:.0f} % ({best}) to {lowest[least]:.0f} % ({least}) of the first."
+    words = (
+        f"The lowest of each curve: from {lowest[best]:.0f} % ({best}) to {lowest[least]:.0f} % "
+        f"({least}) of the first."
+    )
     return Picture("Held-out loss over the steps of tuning", words, paint)

@@ -42,6 +42,8 @@ def scientific(value: float | None) -> str:
 
 def duration(seconds: float) -> str:
     """Return a time as people say it."""
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
     if seconds < 60:  # noqa: PLR2004
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

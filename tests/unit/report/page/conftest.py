@@ -25,7 +25,8 @@ RECIPE = {
         "method": "rtn",
         "scheme": {"num_bits": 3, "group_size": 32},
         "choose": {"group_dim": ["in_features", "out_features"]},
-        "overrides": [{"match": "*.1.mlp.*", "scheme": {"num_bits": 2}},
+        "overrides": [
+            {"match": "*.1.mlp.*", "scheme": {"num_bits": 2}},
             {"match": "*.0.mlp.*", "skip": True},
         ],
     },
