@@ -21,7 +21,7 @@ from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource, open_source
 from qtool.pipeline.check import check_result
 from qtool.pipeline.check_budgets import check_budgets
-from qtool.pipeline.reports import Course, Decisions, QuantizeResult, result_of, write_result
+from qtool.pipeline.reports import Decisions, QuantizeResult, RunCourse, result_of, write_result
 from qtool.recipe.schema import Recipe
 from qtool.steps.draw_calibration import check_samples, draw_calibration, wanted_lengths
 from qtool.steps.fold import fold
@@ -94,7 +94,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
         QtoolError: see `qtool.errors`; finished layers are kept for `resume`, and what is at
             `out_dir` stays as it was.
     """
-    course = Course(time.perf_counter(), emit)
+    course = RunCourse(time.perf_counter(), emit)
     emit = course.hear
     budgets, recipe = recipe.check, recipe.without_measuring()
     place = find_place(out_dir, overwrite=overwrite, resume=resume)
@@ -124,7 +124,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
     return replace(result, check=found, budgets=lines)
 
 
-def _carry_out(run: Run, place: Place, course: Course) -> QuantizeResult:
+def _carry_out(run: Run, place: Place, course: RunCourse) -> QuantizeResult:
     """Solve and write, or take what an earlier run has left."""
     run.env.emit(Progress("reading the model's files"))
     writer = CheckpointWriter(place, run.fingerprint())

@@ -65,7 +65,7 @@ class Decisions:
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class RunCourse:
     """How a run goes: passes events on, and keeps what it warns of."""
 
     started: float
@@ -96,7 +96,7 @@ def write_result(
     results: tuple[LayerResult, ...],
     curves: Curves,
     writer: CheckpointWriter,
-    course: Course,
+    course: RunCourse,
     decisions: Decisions,
 ) -> QuantizeResult:
     """Write all files of a result, and give it its name.

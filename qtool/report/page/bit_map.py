@@ -7,10 +7,10 @@ from itertools import groupby
 from qtool.checkpoint.sizes import IN_A_BLOCK
 from qtool.formats._dtypes import item_bytes
 from qtool.report.page.evidence import Evidence
-from qtool.report.page.parts import Absent, Cell, Grid, Section, Words
+from qtool.report.page.parts import Absent, Cell, PageSection, PageTable, Words
 from qtool.report.page.wordings import place_of, ranges
 
-TITLE = "Bits of each layer"
+_TITLE = "Bits of each layer"
 # viridis, which grows lighter evenly and which colour-blind readers can follow
 SHADES = (
     *("#440154", "#46327e", "#365c8d", "#277f8e"),
@@ -24,12 +24,12 @@ Widths = tuple[int, ...]
 Rows = tuple[tuple[str | Cell, ...], ...]
 
 
-def bit_map_section(evidence: Evidence) -> Section | Absent:
+def bit_map_section(evidence: Evidence) -> PageSection | Absent:
     """Return a map of the blocks, whose equal neighbours share a row, and the bytes by kind."""
     if evidence.manifest is None or evidence.sizes is None:
-        return Absent(TITLE, "There is no checkpoint to look into.")
+        return Absent(_TITLE, "There is no checkpoint to look into.")
     blocks, others = _widths(evidence)
-    parts: list[Words | Grid] = [Words(_about(blocks))]
+    parts: list[Words | PageTable] = [Words(_about(blocks))]
     if blocks:
         known = [place_of(name)[1] for name in evidence.manifest.layers]
         here = {kind: None for row in blocks.values() for kind in row}
@@ -40,13 +40,13 @@ def bit_map_section(evidence: Evidence) -> Section | Absent:
         )
         columns = ("block", *_short(kinds))
         parts.append(
-            Grid("Bits of the codes, by block and kind of layer", columns, rows, dense=True)
+            PageTable("Bits of the codes, by block and kind of layer", columns, rows, dense=True)
         )
     if others:
         beside: Rows = tuple((name, _cell(widths)) for name, widths in others.items())
-        parts.append(Grid("Outside of the blocks", ("layer", "bits"), beside, dense=True))
+        parts.append(PageTable("Outside of the blocks", ("layer", "bits"), beside, dense=True))
     parts.append(_bytes(evidence))
-    return Section(TITLE, tuple(parts))
+    return PageSection(_TITLE, tuple(parts))
 
 
 def _short(kinds: Sequence[str]) -> list[str]:
@@ -107,7 +107,7 @@ def _is_bright(color: str) -> bool:
     return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True)) > BRIGHT
 
 
-def _bytes(evidence: Evidence) -> Grid:
+def _bytes(evidence: Evidence) -> PageTable:
     assert evidence.sizes is not None
     rows = [
         (each.kind, f"{each.num_weights:,}", f"{each.num_bytes / 1e6:,.2f}", f"{each.bits:.2f}")
@@ -118,4 +118,4 @@ def _bytes(evidence: Evidence) -> Grid:
     total = evidence.sizes.num_bytes / 1e6, evidence.sizes.strict_bits
     rows.append(("all", f"{evidence.sizes.num_weights:,}", f"{total[0]:,.2f}", f"{total[1]:.2f}"))
     columns = ("what is stored", ">weights", ">MB on disk", ">bits per weight")
-    return Grid("Bytes by what they are for", columns, tuple(rows))
+    return PageTable("Bytes by what they are for", columns, tuple(rows))

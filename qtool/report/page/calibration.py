@@ -5,17 +5,17 @@ from itertools import pairwise
 from typing import Any
 
 from qtool.report.page.drawing import SERIES
-from qtool.report.page.evidence import Evidence, Found
-from qtool.report.page.parts import Absent, Grid, Part, Picture, Section, Words
+from qtool.report.page.evidence import Evidence, Facts
+from qtool.report.page.parts import Absent, PageSection, PageTable, Part, Picture, Words
 
-TITLE = "Calibration data"
+_TITLE = "Calibration data"
 
 
-def calibration_section(evidence: Evidence) -> Section | Absent:
+def calibration_section(evidence: Evidence) -> PageSection | Absent:
     """Return sources, lengths and special tokens of the samples."""
-    about: Found = evidence.report.get("calibration") or {}
+    about: Facts = evidence.report.get("calibration") or {}
     if not about:
-        return Absent(TITLE, "No data were used, or quantization_report.json is missing.")
+        return Absent(_TITLE, "No data were used, or quantization_report.json is missing.")
     parts: list[Part] = [
         Words(
             f"{about.get('dataset')}: {about.get('samples')} samples, {about.get('tokens'):,} "
@@ -25,7 +25,7 @@ def calibration_section(evidence: Evidence) -> Section | Absent:
     if about.get("sources"):
         columns = ("source", ">share of the tokens asked for", ">samples", ">tokens", "written as")
         rows = tuple(map(_source, about["sources"]))
-        parts.append(Grid("Sources of the samples", columns, rows))
+        parts.append(PageTable("Sources of the samples", columns, rows))
     lengths = {
         what: found for what in ("requested", "used") if (found := about.get(f"{what} lengths"))
     }
@@ -37,11 +37,11 @@ def calibration_section(evidence: Evidence) -> Section | Absent:
     special = about.get("special tokens") or {}
     if special:
         rows = tuple((token, f"{count:,}") for token, count in special.items())
-        parts.append(Grid("Special tokens in the samples", ("token", ">times"), rows))
-    return Section(TITLE, tuple(parts))
+        parts.append(PageTable("Special tokens in the samples", ("token", ">times"), rows))
+    return PageSection(_TITLE, tuple(parts))
 
 
-def _source(source: Found) -> tuple[str, ...]:
+def _source(source: Facts) -> tuple[str, ...]:
     return (
         str(source["dataset"]),
         f"{source['share']:.0%}",
@@ -51,7 +51,7 @@ def _source(source: Found) -> tuple[str, ...]:
     )
 
 
-def _lengths(lengths: Mapping[str, Found]) -> Picture:
+def _lengths(lengths: Mapping[str, Facts]) -> Picture:
     said = [
         f"{what}: median {found['median']} tokens, 10th percentile {found['p10']}, 90th "
         f"{found['p90']}"

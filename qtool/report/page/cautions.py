@@ -3,20 +3,19 @@
 from collections.abc import Iterator
 
 from qtool.report.page.evidence import Evidence
-from qtool.report.page.parts import Absent, Grid, Lines, Part, Section, Words
+from qtool.report.page.parts import MOST_ROWS, Absent, Lines, PageSection, PageTable, Part, Words
 from qtool.report.page.wordings import scientific
 
-TITLE = "Fallbacks and warnings"
-FIRST = 20
+_TITLE = "Fallbacks and warnings"
 
 
-def cautions_section(evidence: Evidence) -> Section | Absent:
+def cautions_section(evidence: Evidence) -> PageSection | Absent:
     """Return all that a reader of the numbers should know, or that there is nothing."""
     if not evidence.report:
-        return Absent(TITLE, "quantization_report.json, which has them, is missing.")
+        return Absent(_TITLE, "quantization_report.json, which has them, is missing.")
     parts = list(_parts(evidence))
-    return Section(
-        TITLE, tuple(parts) or (Words("No layer fell back, and nothing was warned of."),)
+    return PageSection(
+        _TITLE, tuple(parts) or (Words("No layer fell back, and nothing was warned of."),)
     )
 
 
@@ -28,8 +27,8 @@ def _parts(evidence: Evidence) -> Iterator[Part]:
     fallen = [layer for layer in evidence.layers if layer.get("fallback")]
     if fallen:
         title = f"Layers that were solved more simply than asked ({len(fallen)})"
-        why = tuple((layer["name"], str(layer["fallback"])) for layer in fallen[:FIRST])
-        yield Grid(title, ("layer", "why"), why)
+        why = tuple((layer["name"], str(layer["fallback"])) for layer in fallen[:MOST_ROWS])
+        yield PageTable(title, ("layer", "why"), why)
     worse = [
         layer
         for layer in evidence.layers
@@ -39,13 +38,13 @@ def _parts(evidence: Evidence) -> Iterator[Part]:
         title = f"Layers that are worse than rounding on held-out samples ({len(worse)})"
         rows = tuple(
             (one["name"], scientific(one["output_error_rounded"]), scientific(one["output_error"]))
-            for one in worse[:FIRST]
+            for one in worse[:MOST_ROWS]
         )
-        yield Grid(title, ("layer", ">rounded", ">as solved"), rows)
+        yield PageTable(title, ("layer", ">rounded", ">as solved"), rows)
     notices = evidence.report.get("notices") or ()
     if notices:
-        more = len(notices) - FIRST
-        lines = (*notices[:FIRST], *((f"and {more} more",) if more > 0 else ()))
+        more = len(notices) - MOST_ROWS
+        lines = (*notices[:MOST_ROWS], *((f"and {more} more",) if more > 0 else ()))
         yield Words("Warnings of the run:")
         yield Lines(tuple(map(str, lines)))
     missing = (evidence.report.get("calibration") or {}).get("special tokens missing")

@@ -6,18 +6,16 @@ from statistics import fmean
 from typing import Any
 
 from qtool.report.page.drawing import by_block, style_of, thinned
-from qtool.report.page.evidence import Evidence, Found
-from qtool.report.page.parts import Absent, Grid, Part, Picture, Section, Words
+from qtool.report.page.evidence import Evidence, Facts
+from qtool.report.page.parts import MOST_ROWS, Absent, PageSection, PageTable, Part, Picture, Words
 from qtool.report.page.wordings import duration, place_of, text_of
 
-TITLE = "Choices"
+_TITLE = "Choices"
 ALTERNATIVE = "output_error_"
 NOT_ALTERNATIVES = ("output_error_rounded",)
-FIRST = 20
-"""Rows of a long table that are shown."""
 
 
-def choices_section(evidence: Evidence) -> Section | Absent:
+def choices_section(evidence: Evidence) -> PageSection | Absent:
     """Return all that was chosen for the recipe, and by how much that was better."""
     parts = [
         *_of_layers(evidence),
@@ -28,9 +26,9 @@ def choices_section(evidence: Evidence) -> Section | Absent:
     ]
     if not parts:
         return Absent(
-            TITLE, "The recipe left nothing open: see `weights.choose`, `choosing` and `search`."
+            _TITLE, "The recipe left nothing open: see `weights.choose`, `choosing` and `search`."
         )
-    return Section(TITLE, tuple(parts))
+    return PageSection(_TITLE, tuple(parts))
 
 
 def _of_layers(evidence: Evidence) -> Iterator[Part]:
@@ -53,14 +51,14 @@ def _of_layers(evidence: Evidence) -> Iterator[Part]:
         "another than the first only if it saves at least 1 % of what rounding adds. Groups along "
         "out_features are AdaDim's."
     )
-    yield Grid(
+    yield PageTable(
         "Layers by the alternative that was taken",
         ("kind of layer", *(f">{name}" for name in names)),
         tuple(rows),
     )
 
 
-def _alternatives(layer: Found) -> dict[str, float]:
+def _alternatives(layer: Facts) -> dict[str, float]:
     return {
         key.removeprefix(ALTERNATIVE): value
         for key, value in layer.items()
@@ -101,10 +99,10 @@ def _options(evidence: Evidence) -> Iterator[Part]:
         (key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
         for key, value in options.items()
     ]
-    yield Grid("Method and options that the recipe sets", ("option", "value"), tuple(rows))
+    yield PageTable("Method and options that the recipe sets", ("option", "value"), tuple(rows))
 
 
-def _budget(chosen: Found) -> Iterator[Part]:
+def _budget(chosen: Facts) -> Iterator[Part]:
     """Yield what was chosen for all layers under one budget."""
     layers = chosen.get("layers") or ()
     if not layers:
@@ -114,7 +112,7 @@ def _budget(chosen: Found) -> Iterator[Part]:
         f"the {chosen['average_bits_asked']:g} that may be, in {duration(chosen['seconds'])}. "
         f"Foretold divergence: {text_of(chosen['divergence'])} nats per token."
     )
-    dearest = sorted(layers, key=lambda row: -(row.get("price") or 0))[:FIRST]
+    dearest = sorted(layers, key=lambda row: -(row.get("price") or 0))[:MOST_ROWS]
     rows = tuple(
         (
             row["name"],
@@ -125,7 +123,7 @@ def _budget(chosen: Found) -> Iterator[Part]:
         for row in dearest
     )
     columns = ("layer", ">bits", ">MB", ">price in nats per token")
-    yield Grid(f"The {len(rows)} layers that cost most, of {len(layers)}", columns, rows)
+    yield PageTable(f"The {len(rows)} layers that cost most, of {len(layers)}", columns, rows)
 
 
 def _search(evidence: Evidence) -> Iterator[Part]:
@@ -139,8 +137,8 @@ def _search(evidence: Evidence) -> Iterator[Part]:
         )
         rows = tuple((key, str(value)) for key, value in (found.get("found") or {}).items())
         if rows:
-            title = f"What it found, the first {len(rows[:FIRST])} of {len(rows)}"
-            yield Grid(title, ("key", "value"), rows[:FIRST])
+            title = f"What it found, the first {len(rows[:MOST_ROWS])} of {len(rows)}"
+            yield PageTable(title, ("key", "value"), rows[:MOST_ROWS])
     if trials:
         tried = thinned([(number, one.loss) for number, one in enumerate(trials)])
         taken = [(number, one.loss) for number, one in enumerate(trials) if one.taken]

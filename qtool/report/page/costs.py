@@ -5,20 +5,20 @@ from typing import Any
 
 from qtool.report.page.drawing import by_block, style_of
 from qtool.report.page.evidence import Evidence
-from qtool.report.page.parts import Absent, Grid, Part, Picture, Section
+from qtool.report.page.parts import Absent, PageSection, PageTable, Part, Picture
 from qtool.report.page.wordings import duration, place_of
 from qtool.wording import gigabytes
 
-TITLE = "Time and memory"
+_TITLE = "Time and memory"
 
 
-def costs_section(evidence: Evidence) -> Section | Absent:
+def costs_section(evidence: Evidence) -> PageSection | Absent:
     """Return times and sizes."""
     report = evidence.report
     rows = _totals(evidence)
     if not rows:
-        return Absent(TITLE, "quantization_report.json, which has it, is missing.")
-    totals = Grid(
+        return Absent(_TITLE, "quantization_report.json, which has it, is missing.")
+    totals = PageTable(
         f"Of the run, on {report.get('device')}", ("what", ">time or memory"), tuple(rows)
     )
     parts: list[Part] = [totals]
@@ -38,8 +38,8 @@ def costs_section(evidence: Evidence) -> Section | Absent:
     )
     if cells:
         columns = ("kind of layer", ">time of solving", ">share")
-        parts.append(Grid("Solving, by kind of layer", columns, cells))
-    return Section(TITLE, tuple(parts))
+        parts.append(PageTable("Solving, by kind of layer", columns, cells))
+    return PageSection(_TITLE, tuple(parts))
 
 
 def _totals(evidence: Evidence) -> list[tuple[str, str]]:

@@ -33,7 +33,7 @@ MOST_DECADES = {"x": 1.3, "y": 3.0}
 """Of an axis, as long as there is room for 2 and 5 between powers of ten."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
-SETTINGS = {
+DRAWING_SETTINGS = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 10,
@@ -97,7 +97,7 @@ def draw(key: str, title: str, paint: Callable[[Any], None]) -> str:
         from matplotlib import rc_context
     except ImportError:
         raise MissingExtraError("qtool report", "report") from None
-    with rc_context({**SETTINGS, "svg.hashsalt": key}), warnings.catch_warnings():
+    with rc_context({**DRAWING_SETTINGS, "svg.hashsalt": key}), warnings.catch_warnings():
         axes = new_axes(Path("report.html"), SIZE)
         axes.spines[["left", "bottom"]].set_color(LINE)
         warnings.simplefilter("ignore")  # of letters that its own font lacks, and the page's has

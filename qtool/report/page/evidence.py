@@ -11,9 +11,9 @@ from qtool.recipe.gates import CHATS, TEXT
 from qtool.report.curves import HeldOut
 from qtool.report.trials import TrialLine
 
-Found = Mapping[str, Any]
+Facts = Mapping[str, Any]
 """A file of qtool's, as JSON has it."""
-NOTHING: Found = {}
+NOTHING: Facts = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,28 +25,28 @@ class Evidence:
     sizes: DiskSizes | None = None
     unquantized: Mapping[str, TensorSpec] = field(default_factory=dict)
     """Tensors that are as they were, by name."""
-    report: Found = field(default_factory=dict)
+    report: Facts = field(default_factory=dict)
     """quantization_report.json."""
     curves: Mapping[str, HeldOut] = field(default_factory=dict)
     """Of tuning.jsonl."""
     trials: Sequence[TrialLine] = ()
     """Of search.jsonl."""
-    texts: Found = field(default_factory=dict)
+    texts: Facts = field(default_factory=dict)
     """Perplexities and closeness, as `qtool eval --json` writes them."""
-    tasks: Found = field(default_factory=dict)
+    tasks: Facts = field(default_factory=dict)
     """Scores, as `qtool eval --tasks --json` writes them."""
-    speeds: Found = field(default_factory=dict)
+    speeds: Facts = field(default_factory=dict)
     """Tokens per second, as `qtool bench --json` writes them."""
-    kernels: Found = field(default_factory=dict)
+    kernels: Facts = field(default_factory=dict)
     """As `qtool bench --gpu --json` writes them."""
-    verdict: Found = field(default_factory=dict)
+    verdict: Facts = field(default_factory=dict)
     """run.json of `qtool run`."""
-    swept: Found = field(default_factory=dict)
+    swept: Facts = field(default_factory=dict)
     """Its row in the sweep.json of the directory above."""
     gaps: Sequence[str] = ()
 
     @property
-    def layers(self) -> Sequence[Found]:
+    def layers(self) -> Sequence[Facts]:
         """Return what the report says of each layer, in the order of the model."""
         return self.report.get("layers") or ()
 
@@ -58,7 +58,7 @@ class Evidence:
         weights = sum(each.num_weights for each in blocks)
         return 8 * sum(each.num_bytes for each in blocks) / weights if weights else None
 
-    def agreement(self, what: str) -> Found:
+    def agreement(self, what: str) -> Facts:
         """Return how closely the result follows its original on `text` or `chats`; or nothing.
 
         An evaluation says more than the check at the end of a run, which is shorter.
@@ -66,7 +66,7 @@ class Evidence:
         key = {TEXT: "agreement", CHATS: "chats"}[what]
         return self.texts.get(key) or (self.report.get("check") or NOTHING).get(what) or NOTHING
 
-    def perplexities(self) -> tuple[Found | None, Found | None]:
+    def perplexities(self) -> tuple[Facts | None, Facts | None]:
         """Return what was measured of the result, and of its original."""
         found = [one.get("perplexity") for one in self.texts.get("figures") or ()]
         return (found[-1] if found else None, found[0] if len(found) > 1 else None)

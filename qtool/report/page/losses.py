@@ -6,11 +6,11 @@ from statistics import fmean
 from typing import Any
 
 from qtool.report.page.drawing import by_block, logarithmic, style_of
-from qtool.report.page.evidence import Evidence, Found
-from qtool.report.page.parts import Absent, Grid, Part, Picture, Section, Words
+from qtool.report.page.evidence import Evidence, Facts
+from qtool.report.page.parts import Absent, PageSection, PageTable, Part, Picture, Words
 from qtool.report.page.wordings import place_of, scientific
 
-TITLE = "Loss of each layer"
+_TITLE = "Loss of each layer"
 MEASURES = (
     ("output_error", "output_error_rounded", "error of the outputs, share of their power"),
     ("nmse", "", "error of the weights, share of their power"),
@@ -21,7 +21,7 @@ MOST_KINDS = 7
 Placed = Mapping[int, float]
 
 
-def losses_section(evidence: Evidence) -> Section | Absent:
+def losses_section(evidence: Evidence) -> PageSection | Absent:
     """Return losses over the blocks, by kind of layer, and the layers that lost most."""
     measured = [
         (one, [layer for layer in evidence.layers if layer.get(one[0]) is not None])
@@ -29,13 +29,15 @@ def losses_section(evidence: Evidence) -> Section | Absent:
     ]
     (after, before, unit), layers = next((one for one in measured if one[1]), (MEASURES[0], []))
     if not layers:
-        return Absent(TITLE, "quantization_report.json, which has it, is missing or names no loss.")
+        return Absent(
+            _TITLE, "quantization_report.json, which has it, is missing or names no loss."
+        )
     has_before = bool(before) and all(layer.get(before) is not None for layer in layers)
     parts: list[Part] = [Words(_about(has_before, unit))]
     parts += _pictures(layers, after, before if has_before else "", unit)
     parts.append(_by_kind(layers, after, before if has_before else ""))
     parts.append(_worst(layers, after, before if has_before else ""))
-    return Section(TITLE, tuple(parts))
+    return PageSection(_TITLE, tuple(parts))
 
 
 def _about(has_before: bool, unit: str) -> str:  # noqa: FBT001
@@ -51,7 +53,7 @@ def _about(has_before: bool, unit: str) -> str:  # noqa: FBT001
     )
 
 
-def _pictures(layers: Sequence[Found], after: str, before: str, unit: str) -> Iterable[Picture]:
+def _pictures(layers: Sequence[Facts], after: str, before: str, unit: str) -> Iterable[Picture]:
     means = {"after": _over_blocks(layers, after)}
     if before:
         means = {"before": _over_blocks(layers, before), **means}
@@ -76,7 +78,7 @@ def _paint(curves: Mapping[str, Placed], unit: str) -> Callable[[Any], None]:
     return paint
 
 
-def _over_blocks(layers: Iterable[Found], measure: str) -> dict[int, float]:
+def _over_blocks(layers: Iterable[Facts], measure: str) -> dict[int, float]:
     """Return the mean of each block; a loss of 0 has no place on a logarithmic axis."""
     found = defaultdict(list)
     for layer in layers:
@@ -86,7 +88,7 @@ def _over_blocks(layers: Iterable[Found], measure: str) -> dict[int, float]:
     return {block: fmean(values) for block, values in sorted(found.items())}
 
 
-def _kinds(layers: Iterable[Found]) -> dict[str, list[Found]]:
+def _kinds(layers: Iterable[Facts]) -> dict[str, list[Facts]]:
     found = defaultdict(list)
     for layer in layers:
         block, kind = place_of(layer["name"])
@@ -118,7 +120,7 @@ def _extremes(curves: Mapping[str, Placed]) -> str:
     )
 
 
-def _by_kind(layers: Sequence[Found], after: str, before: str) -> Grid:
+def _by_kind(layers: Sequence[Facts], after: str, before: str) -> PageTable:
     rows: list[tuple[str, ...]] = []
     for kind, found in _kinds(layers).items():
         mean = fmean(layer[after] for layer in found)
@@ -134,10 +136,10 @@ def _by_kind(layers: Sequence[Found], after: str, before: str) -> Grid:
         ">layers",
         *((">before", ">after", ">change") if before else (">loss",)),
     )
-    return Grid("Mean loss by kind of layer", columns, tuple(rows))
+    return PageTable("Mean loss by kind of layer", columns, tuple(rows))
 
 
-def _worst(layers: Sequence[Found], after: str, before: str) -> Grid:
+def _worst(layers: Sequence[Facts], after: str, before: str) -> PageTable:
     chosen = sorted(layers, key=lambda layer: -layer[after])[:WORST]
     rows = [
         (
@@ -148,4 +150,4 @@ def _worst(layers: Sequence[Found], after: str, before: str) -> Grid:
         for layer in chosen
     ]
     columns = ("layer", *((">before", ">after") if before else (">loss",)))
-    return Grid(f"The {len(chosen)} layers that lost most", columns, tuple(rows))
+    return PageTable(f"The {len(chosen)} layers that lost most", columns, tuple(rows))

@@ -16,6 +16,8 @@ class Cell:
     """Of the text."""
 
 
+MOST_ROWS = 20
+"""Of a long table that are shown."""
 MOST_LETTERS = 62
 """Of a line of a table in half of a page."""
 
@@ -25,7 +27,7 @@ def _text(cell: str | Cell) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class PageTable:
     """A table; a column written as `>name` has its cells at the right."""
 
     kind: ClassVar[str] = "grid"
@@ -81,18 +83,18 @@ class Code:
 
 
 @dataclass(frozen=True, slots=True)
-class Tiles:
+class KeyNumbers:
     """A few figures that matter most: (name, value, what it is to be compared with)."""
 
     kind: ClassVar[str] = "tiles"
     items: tuple[tuple[str, str, str], ...]
 
 
-Part = Grid | Picture | Words | Lines | Code | Tiles
+Part = PageTable | Picture | Words | Lines | Code | KeyNumbers
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class PageSection:
     """Parts under a heading."""
 
     title: str

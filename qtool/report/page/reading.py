@@ -12,12 +12,12 @@ from qtool.checkpoint.sizes import sizes_of
 from qtool.errors import OutputError, QtoolError
 from qtool.modeling.digest import PATTERNS
 from qtool.report.curves import read_curves
-from qtool.report.page.evidence import Evidence, Found
+from qtool.report.page.evidence import Evidence, Facts
 from qtool.report.trials import read_trials
 from qtool.wording import shown
 
-CURVES, TRIALS, SWEEP = "tuning.jsonl", "search.jsonl", "sweep.json"
-MOST_BYTES = 2**24
+_CURVES, _TRIALS, _SWEEP = "tuning.jsonl", "search.jsonl", "sweep.json"
+MOST_RESULT_BYTES = 2**24
 """Of a file with measurements."""
 
 
@@ -60,9 +60,9 @@ def read_evidence(directory: Path, measured: Sequence[Path] = ()) -> Evidence:
     return Evidence(name=shown(directory.resolve().name), gaps=gaps, **fields)
 
 
-def swept(directory: Path) -> dict[Path, Found]:
+def swept(directory: Path) -> dict[Path, Facts]:
     """Return the directories of a sweep with what it measured of each; empty: it is none."""
-    table = _json(directory / SWEEP)
+    table = _json(directory / _SWEEP)
     sizes = table.get("sizes") if isinstance(table, dict) else None
     rows = [row for row in sizes or () if isinstance(row, dict)]
     named = {directory / Path(str(row.get("name"))).name: row for row in rows}
@@ -85,8 +85,8 @@ def _checkpoint(directory: Path) -> dict[str, Any]:
 READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     CONFIG_NAME: _checkpoint,
     REPORT_NAME: lambda directory: {"report": read_report(directory)},
-    CURVES: lambda directory: {"curves": read_curves(directory / CURVES)},
-    TRIALS: lambda directory: {"trials": read_trials(directory / TRIALS)},
+    _CURVES: lambda directory: {"curves": read_curves(directory / _CURVES)},
+    _TRIALS: lambda directory: {"trials": read_trials(directory / _TRIALS)},
 }
 """Of the files of a run, by their names: each gives fields of the evidence."""
 
@@ -96,7 +96,7 @@ def _candidates(directory: Path) -> Iterator[Path]:
     for folder in (directory, directory / RUN_FOLDER):
         for path in sorted(folder.glob("*.json")):
             own = path.name == REPORT_NAME or any(fnmatch(path.name, each) for each in PATTERNS)
-            if not own and path.is_file() and path.stat().st_size <= MOST_BYTES:
+            if not own and path.is_file() and path.stat().st_size <= MOST_RESULT_BYTES:
                 yield path
 
 
@@ -108,14 +108,14 @@ def _json(path: Path) -> Any:  # noqa: ANN401
         return None
 
 
-def _recognized(found: Any) -> dict[str, Found]:  # noqa: ANN401
+def _recognized(found: Any) -> dict[str, Facts]:  # noqa: ANN401
     """Return which fields of the evidence a file fills, by the keys that it has."""
     if not isinstance(found, dict):
         return {}
     for wrapped in ("result", "kernels"):  # of a step of `qtool run`; of its bench on a card
         if isinstance(found.get(wrapped), dict):
             return _recognized(found[wrapped])
-    for field, keys in KEYS.items():
+    for field, keys in RESULT_KEYS.items():
         if keys <= found.keys():
             return {field: found}
     figures = found.get("figures")
@@ -128,7 +128,7 @@ def _recognized(found: Any) -> dict[str, Found]:  # noqa: ANN401
     }
 
 
-KEYS = {
+RESULT_KEYS = {
     "verdict": {"gates", "passed", "seconds"},
     "kernels": {"copy_gb_per_second", "layers"},
     "tasks": {"rows", "failures"},

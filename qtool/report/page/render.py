@@ -7,7 +7,6 @@ from functools import partial
 from importlib import resources
 
 from qtool.errors import MissingExtraError
-from qtool.report.page import side_by_side
 from qtool.report.page.bit_map import bit_map_section
 from qtool.report.page.calibration import calibration_section
 from qtool.report.page.cautions import cautions_section
@@ -16,9 +15,10 @@ from qtool.report.page.costs import costs_section
 from qtool.report.page.drawing import draw
 from qtool.report.page.evidence import Evidence
 from qtool.report.page.losses import losses_section
-from qtool.report.page.parts import Absent, Section
+from qtool.report.page.parts import Absent, PageSection
 from qtool.report.page.repeating import repeating_section
 from qtool.report.page.scores import scores_section
+from qtool.report.page.side_by_side import SIDE_BY_SIDE, side_by_side_section
 from qtool.report.page.speeds import speeds_section
 from qtool.report.page.summary import summary_section
 from qtool.report.page.tuning import tuning_section
@@ -26,7 +26,7 @@ from qtool.wording import reason
 
 Chapter = Callable[..., str]
 """Renders a section under a key, at a level of headings."""
-Builder = Callable[[Evidence], Section | Absent]
+Builder = Callable[[Evidence], PageSection | Absent]
 BUILDERS: dict[str, Builder] = {
     "summary": summary_section,
     "evaluation": scores_section,
@@ -53,7 +53,7 @@ PAGE_MARK = b"<!DOCTYPE html>\n<!-- qtool report -->\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Rendered:
+class RenderedRun:
     """A run as the page shows it."""
 
     key: str
@@ -64,11 +64,11 @@ class Rendered:
     missing: list[str] = field(default_factory=list)
     """Sentences on what there is nothing for."""
 
-    def add(self, key: str, make: Callable[[], Section | Absent], chapter: Chapter) -> None:
+    def add(self, key: str, make: Callable[[], PageSection | Absent], chapter: Chapter) -> None:
         """Add a section, or a sentence that says why there is none."""
         try:
             made = make()
-            if isinstance(made, Section):
+            if isinstance(made, PageSection):
                 self.chapters.append(chapter(made, key))
                 self.titles[key] = made.title
             else:
@@ -100,14 +100,16 @@ def page(many: Sequence[Evidence]) -> bytes:
     chapter: Chapter = vars(template.module)["chapter"]
     several = len(many) > 1
     named = list(_told_apart(many))
-    runs = [Rendered(f"run{n}", one.name, missing=list(one.gaps)) for n, one in enumerate(named, 1)]
+    runs = [
+        RenderedRun(f"run{n}", one.name, missing=list(one.gaps)) for n, one in enumerate(named, 1)
+    ]
     for evidence, run in zip(named, runs, strict=True):
         for name, build in BUILDERS.items():
             made = partial(build, evidence)
             run.add(f"{run.key}-{name}", made, partial(chapter, level=3 if several else 2))
-    together = Rendered("together", side_by_side.TITLE)
+    together = RenderedRun("together", SIDE_BY_SIDE)
     if several:
-        compared = partial(side_by_side.side_by_side_section, named)
+        compared = partial(side_by_side_section, named)
         together.add("together", compared, partial(chapter, level=2))
     text = template.render(
         style=Markup((folder / "page.css").read_text(encoding="utf-8")),

@@ -5,17 +5,17 @@ import shlex
 import yaml
 
 from qtool.report.page.evidence import Evidence
-from qtool.report.page.parts import Absent, Code, Grid, Part, Section, Words
+from qtool.report.page.parts import Absent, Code, PageSection, PageTable, Part, Words
 
-TITLE = "Environment, and how to repeat this"
+_TITLE = "Environment, and how to repeat this"
 RECIPE_NAME = "recipe.yaml"
 
 
-def repeating_section(evidence: Evidence) -> Section | Absent:
+def repeating_section(evidence: Evidence) -> PageSection | Absent:
     """Return versions, command and recipe."""
     manifest, report = evidence.manifest, evidence.report
     if manifest is None:
-        return Absent(TITLE, "There is no checkpoint, whose config.json has the recipe.")
+        return Absent(_TITLE, "There is no checkpoint, whose config.json has the recipe.")
     rows = [
         ("original", manifest.source or "a local model, whose path isn't noted"),
         ("written by", f"qtool {manifest.tool_version}, format {manifest.format_version}"),
@@ -27,7 +27,7 @@ def repeating_section(evidence: Evidence) -> Section | Absent:
     model = manifest.source or "MODEL"
     words = ["qtool", "quantize", "--recipe", RECIPE_NAME, model, evidence.name]
     parts: list[Part] = [
-        Grid("What the numbers hold for", ("what", "value"), tuple(rows)),
+        PageTable("What the numbers hold for", ("what", "value"), tuple(rows)),
         Words(
             f"Save the recipe as {RECIPE_NAME}. If the samples came from a directory of `qtool "
             "calibrate`, add --calibration with it; config.json has their digest."
@@ -35,4 +35,4 @@ def repeating_section(evidence: Evidence) -> Section | Absent:
         Code("Command", shlex.join(words)),
         Code(RECIPE_NAME, yaml.safe_dump(dict(manifest.recipe), sort_keys=False, width=80)),
     ]
-    return Section(TITLE, tuple(parts))
+    return PageSection(_TITLE, tuple(parts))

@@ -5,29 +5,29 @@ from typing import Any
 
 from qtool.recipe.gates import CHATS, TEXT
 from qtool.report.page.drawing import INK, SERIES
-from qtool.report.page.evidence import Evidence, Found
-from qtool.report.page.parts import Absent, Grid, Part, Picture, Section, Words
+from qtool.report.page.evidence import Evidence, Facts
+from qtool.report.page.parts import Absent, PageSection, PageTable, Part, Picture, Words
 from qtool.report.page.wordings import Z_95, interval, text_of
 
-TITLE = "Evaluation"
-MOST_DRAWN = 24
-LONGEST_NAME = 24
+_TITLE = "Evaluation"
+MOST_TASKS = 24
+LONGEST_TICK = 24
 INTERVALS = (
     "± is half of a 95 % interval, 1.96 standard errors, which counts predictions and items as if "
     "they were independent."
 )
 
 
-def scores_section(evidence: Evidence) -> Section | Absent:
+def scores_section(evidence: Evidence) -> PageSection | Absent:
     """Return all that was measured of the quality, with intervals."""
     parts = [*_closeness(evidence), *_perplexities(evidence), *_tasks(evidence)]
     if not parts:
         return Absent(
-            TITLE,
+            _TITLE,
             "Nothing was evaluated: see `qtool eval OUT_DIR --baseline MODEL --json "
             "OUT_DIR/eval.json`, or a recipe with a section `eval`.",
         )
-    return Section(TITLE, (Words(INTERVALS), *parts))
+    return PageSection(_TITLE, (Words(INTERVALS), *parts))
 
 
 def _closeness(evidence: Evidence) -> Iterator[Part]:
@@ -51,7 +51,7 @@ def _closeness(evidence: Evidence) -> Iterator[Part]:
             *("text", ">predictions", ">KL, nats per token"),
             *(">99th percentile, nats", ">same likeliest token, %"),
         )
-        yield Grid("Closeness to the original", columns, tuple(rows))
+        yield PageTable("Closeness to the original", columns, tuple(rows))
     if equal is not None:
         yield Words(f"Greedy continuations: the first {equal:.0%} are equal on average.")
 
@@ -69,7 +69,7 @@ def _perplexities(evidence: Evidence) -> Iterator[Part]:
             f"{about['windows_in_dataset']} windows of {about['context_length']} tokens, "
             f"{about['dtype']} on {about['device']}"
         )
-        yield Grid(caption, ("model", ">perplexity", ">bits per weight"), tuple(rows))
+        yield PageTable(caption, ("model", ">perplexity", ">bits per weight"), tuple(rows))
 
 
 def _tasks(evidence: Evidence) -> Iterator[Part]:
@@ -85,21 +85,21 @@ def _tasks(evidence: Evidence) -> Iterator[Part]:
             ">p",
             "verdict",
         )
-        yield Grid("Scores of tasks", columns, tuple(map(_row, rows)))
+        yield PageTable("Scores of tasks", columns, tuple(map(_row, rows)))
         drawn = [
             row
             for row in rows
             if row["headline"] and (row["paired"] or {}).get("standard_error") is not None
         ]
         if drawn:
-            yield _differences(drawn[:MOST_DRAWN])
+            yield _differences(drawn[:MOST_TASKS])
     failures = evidence.tasks.get("failures") or ()
     if failures:
         cells = tuple((one["task"], one["model"], one["message"]) for one in failures)
-        yield Grid("Tasks that failed", ("task", "model", "why"), cells)
+        yield PageTable("Tasks that failed", ("task", "model", "why"), cells)
 
 
-def _row(row: Found) -> tuple[str, ...]:
+def _row(row: Facts) -> tuple[str, ...]:
     paired = row["paired"] or {}
     metric = row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"
     p_value = paired.get("p_value")
@@ -116,7 +116,7 @@ def _row(row: Found) -> tuple[str, ...]:
     )
 
 
-def _differences(rows: list[Found]) -> Picture:
+def _differences(rows: list[Facts]) -> Picture:
     def paint(axes: Any) -> None:  # noqa: ANN401
         places = range(len(rows))
         values = [row["paired"]["difference"] for row in rows]
@@ -133,6 +133,6 @@ def _differences(rows: list[Found]) -> Picture:
     return Picture("Differences to the original, item by item", words, paint)
 
 
-def _name(row: Found) -> str:
+def _name(row: Facts) -> str:
     name = f"{row['task']} {row['metric']}"
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+    return name if len(name) <= LONGEST_TICK else f"{name[: LONGEST_TICK - 1]}…"

@@ -8,13 +8,13 @@ from typing import Any
 from qtool.recipe.gates import CHATS, TEXT
 from qtool.report.page.drawing import INK, logarithmic, style_of
 from qtool.report.page.evidence import Evidence
-from qtool.report.page.parts import Grid, Part, Picture, Section, Words
+from qtool.report.page.parts import PageSection, PageTable, Part, Picture, Words
 from qtool.report.page.wordings import duration, text_of
 from qtool.wording import gigabytes
 
-TITLE = "Side by side"
-ACROSS = (("decoder_bits", "bits per weight of the decoder"), ("megabytes", "size on disk, MB"))
-UP = (("kl_text", "divergence on text, nats per token"), ("perplexity", "perplexity per token"))
+SIDE_BY_SIDE = "Side by side"
+_ACROSS = (("decoder_bits", "bits per weight of the decoder"), ("megabytes", "size on disk, MB"))
+_UP = (("kl_text", "divergence on text, nats per token"), ("perplexity", "perplexity per token"))
 LONGEST_LABEL = 40
 
 
@@ -36,10 +36,10 @@ class Standing:
     """What the quality holds for; only what is equal in this can be compared."""
 
 
-def side_by_side_section(many: Sequence[Evidence]) -> Section:
+def side_by_side_section(many: Sequence[Evidence]) -> PageSection:
     """Return a table of all runs, and what quality costs in bits and bytes."""
     standings = [standing(evidence) for evidence in many]
-    parts: list[Part] = [Grid("All runs", COLUMNS, tuple(map(_row, standings)))]
+    parts: list[Part] = [PageTable("All runs", RUN_COLUMNS, tuple(map(_row, standings)))]
     if len({one.conditions for one in standings if one.conditions}) > 1:
         parts.append(
             Words(
@@ -47,8 +47,8 @@ def side_by_side_section(many: Sequence[Evidence]) -> Section:
                 "divergences and perplexities can't be compared. Evaluate all of them alike."
             )
         )
-    for x, across in ACROSS:
-        for y, up in UP:
+    for x, across in _ACROSS:
+        for y, up in _UP:
             points = [
                 (one.name, getattr(one, x), getattr(one, y))
                 for one in standings
@@ -58,7 +58,7 @@ def side_by_side_section(many: Sequence[Evidence]) -> Section:
                 parts.append(_pareto(points, across, up))
     if len(parts) == 1:
         parts.append(Words("Fewer than two runs have both a size and a quality to be drawn."))
-    return Section(TITLE, tuple(parts))
+    return PageSection(SIDE_BY_SIDE, tuple(parts))
 
 
 def standing(evidence: Evidence) -> Standing:
@@ -84,7 +84,7 @@ def standing(evidence: Evidence) -> Standing:
 
 
 CONDITIONS = ("dataset", "context_length", "positions")
-COLUMNS = (
+RUN_COLUMNS = (
     *("run", "method", ">decoder, bits", ">strict, bits", ">size", ">KL, text, nats"),
     *(">KL, chats, nats", ">perplexity", ">quantized in", ">peak memory"),
 )

@@ -4,28 +4,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qtool.report.page.drawing import INK, logarithmic, style_of
-from qtool.report.page.evidence import Evidence, Found
-from qtool.report.page.parts import Absent, Grid, Part, Picture, Section, Words
+from qtool.report.page.evidence import Evidence, Facts
+from qtool.report.page.parts import Absent, PageSection, PageTable, Part, Picture, Words
 from qtool.wording import gigabytes
 
-TITLE = "Speed and kernels"
-Point = tuple[float, float]
+_TITLE = "Speed and kernels"
+RoofPoint = tuple[float, float]
 """Megabytes of a weight, GB/s."""
 
 
-def speeds_section(evidence: Evidence) -> Section | Absent:
+def speeds_section(evidence: Evidence) -> PageSection | Absent:
     """Return what kernels reach of the card, and how fast whole models are."""
     parts = [*_kernels(evidence.kernels), *_models(evidence)]
     if not parts:
         return Absent(
-            TITLE,
+            _TITLE,
             "Nothing was timed: see `qtool bench OUT_DIR --gpu --json OUT_DIR/bench.json`, or a "
             "recipe with a section `bench`.",
         )
-    return Section(TITLE, tuple(parts))
+    return PageSection(_TITLE, tuple(parts))
 
 
-def _kernels(found: Found) -> Iterator[Part]:
+def _kernels(found: Facts) -> Iterator[Part]:
     layers = found.get("layers") or ()
     if not layers:
         return
@@ -46,13 +46,13 @@ def _kernels(found: Found) -> Iterator[Part]:
         ">of a copy",
         ">times fp16",
     )
-    yield Grid("Kernels at one token", columns, rows)
+    yield PageTable("Kernels at one token", columns, rows)
     reasons = tuple((name, why) for name, why in (found.get("not_run") or {}).items())
     if reasons:
-        yield Grid("What wasn't timed", ("what", "why"), reasons)
+        yield PageTable("What wasn't timed", ("what", "why"), reasons)
 
 
-def _layer(layer: Found) -> Iterator[tuple[str, ...]]:
+def _layer(layer: Facts) -> Iterator[tuple[str, ...]]:
     for row in layer["rows"]:
         yield (
             f"{layer['name']}: {row['what']} {row['kernel']}".strip(),
@@ -65,8 +65,8 @@ def _layer(layer: Found) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _roofline(layers: Sequence[Found], roof: float) -> Picture:
-    series: dict[str, list[Point]] = {}
+def _roofline(layers: Sequence[Facts], roof: float) -> Picture:
+    series: dict[str, list[RoofPoint]] = {}
     for layer in layers:
         for row in layer["rows"]:
             label = f"{row['what']} {row['kernel']}".strip()
@@ -86,7 +86,7 @@ def _roofline(layers: Sequence[Found], roof: float) -> Picture:
     return Picture("Roofline of the kernels", _said(series, roof), paint)
 
 
-def _said(series: Mapping[str, Sequence[Point]], roof: float) -> str:
+def _said(series: Mapping[str, Sequence[RoofPoint]], roof: float) -> str:
     parts = [
         f"{label}: {min(y for _, y in points) / roof:.0%} to {max(y for _, y in points) / roof:.0%}"
         for label, points in series.items()
@@ -120,4 +120,4 @@ def _models(evidence: Evidence) -> Iterator[Part]:
         )
         last = ">peak memory" if memory else "backend"
         columns = ("model", ">prefill, tokens/s", ">decode, tokens/s", last)
-        yield Grid(caption, columns, rows)
+        yield PageTable(caption, columns, rows)

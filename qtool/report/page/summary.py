@@ -3,26 +3,26 @@
 from collections.abc import Iterator, Sequence
 
 from qtool.recipe.gates import CHATS, TEXT
-from qtool.report.page.evidence import Evidence, Found
-from qtool.report.page.parts import Absent, Grid, Part, Section, Tiles, Words
+from qtool.report.page.evidence import Evidence, Facts
+from qtool.report.page.parts import Absent, KeyNumbers, PageSection, PageTable, Part, Words
 from qtool.report.page.wordings import duration, interval, text_of
 from qtool.wording import gigabytes
 
-TITLE = "Summary"
+_TITLE = "Summary"
 Tile = tuple[str, str, str]
 
 
-def summary_section(evidence: Evidence) -> Section | Absent:
+def summary_section(evidence: Evidence) -> PageSection | Absent:
     """Return the figures that matter most, and how the run was judged."""
     tiles = [*_sizes(evidence), *_quality(evidence), *_costs(evidence)]
     if not tiles:
-        return Absent(TITLE, "There is no checkpoint and nothing was measured.")
+        return Absent(_TITLE, "There is no checkpoint and nothing was measured.")
     gates = evidence.verdict.get("gates") or ()
-    parts: list[Part] = [*_about(evidence), Tiles((*_judged(gates), *tiles))]
+    parts: list[Part] = [*_about(evidence), KeyNumbers((*_judged(gates), *tiles))]
     if gates:
         columns = ("gate", "limit", ">value", ">margin", "result")
-        parts.append(Grid("Gates of the recipe", columns, tuple(map(_gate, gates))))
-    return Section(TITLE, tuple(parts))
+        parts.append(PageTable("Gates of the recipe", columns, tuple(map(_gate, gates))))
+    return PageSection(_TITLE, tuple(parts))
 
 
 def _about(evidence: Evidence) -> Iterator[Words]:
@@ -38,7 +38,7 @@ def _about(evidence: Evidence) -> Iterator[Words]:
     )
 
 
-def _judged(gates: Sequence[Found]) -> Iterator[Tile]:
+def _judged(gates: Sequence[Facts]) -> Iterator[Tile]:
     if gates:
         failed = sum(not gate["passed"] for gate in gates)
         yield "gates", f"{failed} of {len(gates)} failed" if failed else "all passed", ""
@@ -83,7 +83,7 @@ def _costs(evidence: Evidence) -> list[Tile]:
     return tiles
 
 
-def _gate(gate: Found) -> tuple[str, ...]:
+def _gate(gate: Facts) -> tuple[str, ...]:
     sign = "at least" if gate["at_least"] else "at most"
     unit = f" {gate['unit']}" if gate["unit"] else ""
     note = f": {gate['note']}" if gate["note"] else ""

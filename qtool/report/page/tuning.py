@@ -4,14 +4,17 @@ from typing import Any
 
 from qtool.report.page.drawing import INK, SERIES, thinned
 from qtool.report.page.evidence import Evidence
-from qtool.report.page.parts import Absent, Grid, Part, Picture, Section
+from qtool.report.page.parts import Absent, PageSection, PageTable, Part, Picture
 from qtool.report.page.wordings import text_of
 
-TITLE = "Tuning"
-UNITS = {"blocks": "error of their outputs, share", "model": "KL to the original, nats per token"}
+_TITLE = "Tuning"
+LOSS_UNITS = {
+    "blocks": "error of their outputs, share",
+    "model": "KL to the original, nats per token",
+}
 
 
-def tuning_section(evidence: Evidence) -> Section | Absent:
+def tuning_section(evidence: Evidence) -> PageSection | Absent:
     """Return held-out losses before and after, and their curves."""
     gains = evidence.report.get("tuning") or {}
     parts: list[Part] = []
@@ -19,7 +22,7 @@ def tuning_section(evidence: Evidence) -> Section | Absent:
         rows = tuple(
             (
                 what,
-                UNITS.get(what, ""),
+                LOSS_UNITS.get(what, ""),
                 text_of(before),
                 text_of(after),
                 f"{after / before - 1:+.1%}",
@@ -27,13 +30,13 @@ def tuning_section(evidence: Evidence) -> Section | Absent:
             for what, (before, after) in gains.items()
         )
         columns = ("what was tuned", "loss on held-out samples", ">before", ">after", ">change")
-        parts.append(Grid("What tuning gained", columns, rows))
+        parts.append(PageTable("What tuning gained", columns, rows))
     curves = {what: points for what, points in evidence.curves.items() if len(points) > 1}
     if curves:
         parts.append(_curves(curves))
     if not parts:
-        return Absent(TITLE, "Nothing was tuned: see `qtool quantize --tune`.")
-    return Section(TITLE, tuple(parts))
+        return Absent(_TITLE, "Nothing was tuned: see `qtool quantize --tune`.")
+    return PageSection(_TITLE, tuple(parts))
 
 
 def _curves(curves: dict[str, Any]) -> Picture:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from qtool.scheme import WeightScheme
 from qtool.timing import gpu, workload
 from tests.unit.timing.rig import TINY, bench
 
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "description": "Everything at once.",
     "calibration": {"num_samples": 12, "sequence_length": 32},
     "weights": {

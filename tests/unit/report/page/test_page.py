@@ -16,8 +16,9 @@ from qtool.errors import OutputError
 from qtool.report.page import bit_map, render
 from qtool.report.page.drawing import COLORS
 from qtool.report.page.evidence import Evidence
-from qtool.report.page.parts import Picture, Section
+from qtool.report.page.parts import PageSection, Picture
 from qtool.report.page.reading import read_evidence
+from qtool.report.page.side_by_side import side_by_side_section
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -139,9 +140,9 @@ def test_every_axis_has_a_unit(evidence):
 
     seen = []
     built = [build(evidence) for build in render.BUILDERS.values()]
-    built.append(render.side_by_side.side_by_side_section([evidence] * 2))
+    built.append(side_by_side_section([evidence] * 2))
     for section in built:
-        assert isinstance(section, Section), section
+        assert isinstance(section, PageSection), section
         for part in section.parts:
             if isinstance(part, Picture):
                 axes = matplotlib.figure.Figure().add_subplot()

@@ -14,7 +14,7 @@ from qtool.report.page.cautions import cautions_section
 from qtool.report.page.choices import choices_section
 from qtool.report.page.evidence import Evidence
 from qtool.report.page.losses import losses_section
-from qtool.report.page.parts import Absent, Cell, Code, Grid, Lines, Picture, Section
+from qtool.report.page.parts import Absent, Cell, Code, Lines, PageSection, PageTable, Picture
 from qtool.report.page.reading import read_evidence
 from qtool.report.page.repeating import repeating_section
 from qtool.report.page.side_by_side import front, side_by_side_section
@@ -26,12 +26,12 @@ def evidence(whole) -> Evidence:
     return read_evidence(whole)
 
 
-def grid(section: Section | Absent, caption: str) -> Grid:
-    assert isinstance(section, Section)
+def grid(section: PageSection | Absent, caption: str) -> PageTable:
+    assert isinstance(section, PageSection)
     return next(
         part
         for part in section.parts
-        if isinstance(part, Grid) and part.caption.startswith(caption)
+        if isinstance(part, PageTable) and part.caption.startswith(caption)
     )
 
 
@@ -68,7 +68,7 @@ def test_choices_count_what_was_taken(evidence):
 
 def test_recipe_of_the_page_is_that_of_the_run(evidence):
     section = repeating_section(evidence)
-    assert isinstance(section, Section)
+    assert isinstance(section, PageSection)
     command, recipe = [part for part in section.parts if isinstance(part, Code)]
     assert command.text == "qtool quantize --recipe recipe.yaml demo:tiny whole"
     loaded = recipe_from_mapping(yaml.safe_load(recipe.text))
@@ -79,7 +79,7 @@ def test_warnings_and_lengths_of_a_run_are_kept(evidence):
     notices = evidence.report["notices"]
     assert any("calibration tokens are fewer" in message for message in notices)
     section = cautions_section(evidence)
-    assert isinstance(section, Section)
+    assert isinstance(section, PageSection)
     lines = [item for part in section.parts if isinstance(part, Lines) for item in part.items]
     assert set(notices) <= set(lines)
     assert evidence.report["calibration"]["used lengths"]["median"] == 32
@@ -90,7 +90,7 @@ def test_lengths_that_differ_are_drawn():
     lengths = {"median": 20, "p10": 10, "p90": 30, "edges": [10, 20, 31], "shares": [0.4, 0.6]}
     about = {"dataset": "a", "samples": 5, "tokens": 100, "used lengths": lengths}
     section = calibration_section(Evidence(name="a", report={"calibration": about}))
-    assert isinstance(section, Section)
+    assert isinstance(section, PageSection)
     assert [part.title for part in section.parts if isinstance(part, Picture)]
 
 
