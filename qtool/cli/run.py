@@ -10,13 +10,13 @@ from qtool.cli import console, early
 from qtool.cli.options import GATE_FAILED, DeviceOption, JsonOption, check_targets
 from qtool.cli.progress import progress
 from qtool.cli.tables.verdicts import print_gates, print_steps
-from qtool.errors import RecipeError
+from qtool.errors import QtoolError, RecipeError
 
 if TYPE_CHECKING:
     from qtool.pipeline import RunResult
     from qtool.recipe.schema import Recipe
 
-KEPT = "What is finished is kept: the same command goes on after it."
+STEPS_KEPT = "What is finished is kept: the same command goes on after it."
 
 
 def run_recipe(
@@ -72,7 +72,7 @@ def run_recipe(
     early.check_directory(calibration)
     if chosen.eval is not None and chosen.eval.tasks:
         early.check_spelling(chosen.eval.tasks)
-    kept = "Nothing was written." if dry_run else KEPT
+    kept = "Nothing was written." if dry_run else STEPS_KEPT
     with progress(kept) as emit, early.opened([name], device, emit) as (where,):
         if calibration is None:
             early.check_texts(chosen.calibration)
@@ -102,6 +102,7 @@ def _show_result(
 
     Raises:
         typer.Exit: a gate has failed.
+        QtoolError: no gate has, but a task gave no scores.
     """
     if junit is not None:
         console.write_text(result.junit(), junit)
@@ -112,6 +113,11 @@ def _show_result(
         print_gates(result)
     if not result.passed:
         raise typer.Exit(GATE_FAILED)
+    if result.failures:
+        raise QtoolError(
+            f"All gates passed, but tasks failed: {'; '.join(result.failures)} The same command "
+            "again runs only these."
+        )
 
 
 def _request(

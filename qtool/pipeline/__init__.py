@@ -10,7 +10,8 @@ from qtool.pipeline.model_figures import ModelFigures
 from qtool.pipeline.quantize import explain, plan, quantize
 from qtool.pipeline.report import report
 from qtool.pipeline.reports import QuantizeResult
-from qtool.pipeline.run import RunOptions, RunResult, check_measurable, run_recipe
+from qtool.pipeline.run import RunOptions, check_measurable, run_recipe
+from qtool.pipeline.run_result import RunResult
 from qtool.pipeline.sweep import SweepResult, sweep
 
 __all__ = [

@@ -18,7 +18,7 @@ from qtool.evaluation.closeness import Closeness
 from qtool.modeling.load import load_tokenizer
 from qtool.modeling.source import ModelSource
 from qtool.pipeline.check import check_result
-from qtool.recipe.gates import CHATS, TEXT
+from qtool.recipe.gates import ON_CHATS, ON_TEXT
 from qtool.recipe.measuring import CheckSection
 from qtool.report.verdict import GateLine, line_of
 from qtool.storage.plain_json import write_json_file
@@ -62,9 +62,9 @@ def budget_lines(
         chats = None if found is None else found.chats
         why = "" if found is None else found.no_chats or ""
         not_compared = "it wasn't compared with the original; the warning above says why"
-        lines.append(_kl_line(section.max_kl, TEXT, text, not_compared))
+        lines.append(_kl_line(section.max_kl, ON_TEXT, text, not_compared))
         if has_chats:
-            lines.append(_kl_line(section.max_kl, CHATS, chats, why or not_compared))
+            lines.append(_kl_line(section.max_kl, ON_CHATS, chats, why or not_compared))
     if section.max_fallbacks is not None:
         lines.append(line_of("check.max_fallbacks", "", section.max_fallbacks, fallbacks))
     return tuple(lines)
@@ -82,7 +82,7 @@ def _mark(
     lines: Sequence[GateLine],
 ) -> Mapping[str, Any]:
     """Return what the report says of a check."""
-    measured = {} if found is None else {TEXT: found.text, CHATS: found.chats}
+    measured = {} if found is None else {ON_TEXT: found.text, ON_CHATS: found.chats}
     return {
         "passed": all(line.passed for line in lines),
         "failed": [line.sentence() for line in lines if not line.passed],

@@ -9,14 +9,15 @@ from typing import Any
 
 from qtool.storage.plain_json import plain_json, write_json_file
 
-Result = Mapping[str, Any]
+StepResult = Mapping[str, Any]
+"""As JSON has it."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeptStep:
     """What a step has found out."""
 
-    result: Result
+    result: StepResult
     seconds: float
     is_reused: bool
     """An earlier run left it."""

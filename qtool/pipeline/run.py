@@ -4,7 +4,6 @@ Each step keeps what it has found in `OUT_DIR/run`, with all that decided it; a 
 goes on with the first step that is missing, and comes to the same verdict.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ import torch
 from qtool import settings
 from qtool.base import Emit, Progress, ignore_events
 from qtool.checkpoint.marks import RUN_FOLDER
-from qtool.checkpoint.reader import CheckpointReader
-from qtool.checkpoint.sizes import sizes_of
+from qtool.checkpoint.place import find_place
 from qtool.data.corpora import load_corpus, open_dataset
 from qtool.evaluation.kept import library_versions
 from qtool.evaluation.lm_eval.harness import Tasks
@@ -30,21 +28,11 @@ from qtool.pipeline.evaluate import EvalOptions, evaluate
 from qtool.pipeline.kept_steps import KeptStep, KeptSteps
 from qtool.pipeline.model_figures import versions
 from qtool.pipeline.quantize import quantize
-from qtool.pipeline.reports import QuantizeResult
-from qtool.pipeline.run_figures import (
-    bench_figures,
-    bench_report,
-    score_figures,
-    task_scores,
-    text_figures,
-    text_report,
-)
+from qtool.pipeline.run_figures import bench_report, task_scores, text_report
+from qtool.pipeline.run_result import RunResult, judged, write_verdict
 from qtool.recipe.measuring import EvalSection
 from qtool.recipe.schema import Recipe
-from qtool.report.verdict import Figures, GateLine, gates_junit, gates_markdown, judge
 from qtool.steps.memory import failures_of_the_machine
-from qtool.storage.plain_json import plain_json, write_json_file
-from qtool.storage.whole_files import written_whole
 from qtool.timing import machine
 
 
@@ -60,51 +48,6 @@ class RunOptions:
     """Run programs that the model writes."""
     overwrite: bool = False
     """Replace a checkpoint of another run; else go on with what is there."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunResult:
-    """What became of a recipe; `run.json` has it."""
-
-    title: str
-    out_dir: Path
-    gates: tuple[GateLine, ...]
-    figures: Figures
-    """All that was measured, as gates read it."""
-    seconds: Mapping[str, float]
-    """Of each step, when it was made."""
-    reused: tuple[str, ...]
-    """Steps that an earlier run had done."""
-    about: Mapping[str, str]
-    """Model, device and versions."""
-
-    @property
-    def passed(self) -> bool:
-        """Return whether no gate has failed."""
-        return all(line.passed for line in self.gates)
-
-    def markdown(self) -> str:
-        """Return a summary for people, such as a job's."""
-        times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
-        notes = [f"{name}: {value}" for name, value in self.about.items()]
-        return gates_markdown(self.title, self.gates, [*notes, f"time: {times}"])
-
-    def junit(self) -> str:
-        """Return a JUnit report."""
-        return gates_junit(self.title, self.gates, sum(self.seconds.values()))
-
-    def report(self) -> dict[str, Any]:
-        """Return all of it for machines."""
-        lines = [{**asdict(line), "name": line.name, "margin": line.margin} for line in self.gates]
-        return {
-            "title": self.title,
-            "passed": self.passed,
-            "gates": lines,
-            "figures": dict(self.figures),
-            "seconds": dict(self.seconds),
-            "reused": list(self.reused),
-            "about": dict(self.about),
-        }
 
 
 def run_recipe(
@@ -131,6 +74,7 @@ def run_recipe(
             first step; what was finished is kept.
     """
     check_measurable(recipe, options)
+    out_dir = find_place(out_dir).out_dir  # as it is when the result has replaced another
     made = quantize(
         model,
         out_dir,
@@ -141,10 +85,11 @@ def run_recipe(
         emit=emit,
     )
     free_memory()
+    about = {"model": model.name, "device": str(default_device())}
     steps = _Steps(model, out_dir, recipe, options, emit)
     with failures_of_the_machine(str(default_device()), out_dir):
-        result = _result(title, steps, made, steps.all())
-        _write(result)
+        result = judged(title, about, out_dir, recipe, made, steps.all())
+        write_verdict(result)
     return result
 
 
@@ -264,47 +209,3 @@ class _Steps:
         result = Location(self.out_dir)
         found = bench(result, options, baseline=self.model, emit=self.emit)
         return bench_report(found, result, self.model)
-
-
-def _result(
-    title: str, steps: _Steps, made: QuantizeResult, found: Mapping[str, KeptStep]
-) -> RunResult:
-    """Return the verdict on what was found."""
-    seconds = {"quantize": made.seconds, **{name: step.seconds for name, step in found.items()}}
-    sizes = sizes_of(CheckpointReader(steps.out_dir))
-    figures: dict[str, Any] = {
-        "size": {
-            "bytes": sizes.num_bytes,
-            "strict_bits": sizes.strict_bits,
-            "average_bits": made.average_bits,
-        },
-        "cost": {
-            "quantize_seconds": made.seconds,
-            "peak_memory_bytes": made.peak_memory_bytes,
-            "seconds": sum(seconds.values()),
-        },
-    }
-    readers = {"text": text_figures, "tasks": score_figures, "bench": bench_figures}
-    for name, read in readers.items():
-        figures |= read(found[name].result) if name in found else {}
-    budgets = found["check"].result["budgets"] if "check" in found else ()
-    lines = tuple(GateLine(**line) for line in budgets)
-    return RunResult(
-        title=title,
-        out_dir=steps.out_dir,
-        gates=lines + judge(steps.recipe, plain_json(figures)),
-        figures=figures,
-        seconds=seconds,
-        reused=tuple(name for name, step in found.items() if step.is_reused),
-        about={"model": steps.model.name, "device": str(default_device()), **versions()},
-    )
-
-
-def _write(result: RunResult) -> None:
-    """Write the verdict beside what it is of."""
-    folder = result.out_dir / RUN_FOLDER
-    folder.mkdir(exist_ok=True)
-    write_json_file(folder / "run.json", result.report())
-    for name, text in (("junit.xml", result.junit()), ("summary.md", result.markdown())):
-        with written_whole(folder / name) as file:
-            file.write((text + "\n").encode())

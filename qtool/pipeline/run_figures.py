@@ -1,17 +1,17 @@
 """The figures of a run, from what its steps have kept: what gates read, by dotted path."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from qtool.modeling.locate import Location
 from qtool.pipeline.evaluate import Comparison
+from qtool.pipeline.kept_steps import StepResult
 from qtool.pipeline.task_results import ModelTasks, TaskComparison
-from qtool.recipe.gates import CHATS, TEXT
+from qtool.recipe.gates import ON_CHATS, ON_TEXT
 
 OF_AGREEMENT = {"kl_mean": "kl_divergence", "kl_p99": "kl_p99", "same_token": "top1_agreement"}
 NOT_COMPARED = "The result wasn't compared with the original; the warning above says why."
-Kept = Mapping[str, Any]
 
 
 def text_report(found: Comparison) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def text_report(found: Comparison) -> dict[str, Any]:
     return {name: values[name] for name in ("figures", "agreement", "chats", "no_chats")}
 
 
-def text_figures(kept: Kept) -> dict[str, Any]:
+def text_figures(kept: StepResult) -> dict[str, Any]:
     """Return perplexity, its ratio to the original's, and closeness."""
     measured = [one["perplexity"]["perplexity"] for one in kept["figures"]]
     figures: dict[str, Any] = {"perplexity": {"value": measured[-1]}}
@@ -31,13 +31,13 @@ def text_figures(kept: Kept) -> dict[str, Any]:
     figures["ratios"] = {"perplexity": value / original if known else None}
     figures["perplexity"]["original"] = original
     figures["closeness"] = {
-        TEXT: _closeness(kept["agreement"], NOT_COMPARED),
-        CHATS: _closeness(kept["chats"], kept["no_chats"] or NOT_COMPARED),
+        ON_TEXT: _closeness(kept["agreement"], NOT_COMPARED),
+        ON_CHATS: _closeness(kept["chats"], kept["no_chats"] or NOT_COMPARED),
     }
     return figures
 
 
-def _closeness(agreement: Kept | None, why_not: str) -> dict[str, Any]:
+def _closeness(agreement: StepResult | None, why_not: str) -> dict[str, Any]:
     if agreement is None:
         return {"why": why_not}
     return {name: agreement[key] for name, key in OF_AGREEMENT.items()}
@@ -64,7 +64,12 @@ def _asked(models: Sequence[ModelTasks]) -> dict[str, str]:
     }
 
 
-def score_figures(kept: Kept) -> dict[str, Any]:
+def task_failures(kept: StepResult) -> tuple[str, ...]:
+    """Return a sentence for each task that gave no scores."""
+    return tuple(f"{one['task']} on {one['model']}: {one['message']}" for one in kept["failures"])
+
+
+def score_figures(kept: StepResult) -> dict[str, Any]:
     """Return what each score lost, by requested task and metric."""
     found: dict[str, Any] = {}
     for failure in kept["failures"]:
@@ -95,7 +100,7 @@ def bench_report(found: Comparison, result: Location, original: Location) -> dic
     return {"kernels": asdict(found.kernels), **called}
 
 
-def bench_figures(kept: Kept) -> dict[str, Any]:
+def bench_figures(kept: StepResult) -> dict[str, Any]:
     """Return speeds over those of the original, and what the kernels reach of the card."""
     kernels = kept.get("kernels")
     if kernels is None:
@@ -120,7 +125,7 @@ def bench_figures(kept: Kept) -> dict[str, Any]:
     }
 
 
-def _ratios(result: Kept, original: Kept) -> dict[str, Any]:
+def _ratios(result: StepResult, original: StepResult) -> dict[str, Any]:
     names = {name: f"{name}_tokens_per_second" for name in ("prefill", "decode")}
     speeds: dict[str, Any] = {key: result[key] for key in names.values()}
     return speeds | {f"{name}_ratio": result[key] / original[key] for name, key in names.items()}

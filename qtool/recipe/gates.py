@@ -14,7 +14,7 @@ from qtool.recipe.document import Keys, dotted
 from qtool.recipe.schema import Recipe
 
 EACH = "*"
-TEXT, CHATS = "text", "chats"
+ON_TEXT, ON_CHATS = "text", "chats"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +163,7 @@ def subjects(gate: Gate, recipe: Recipe) -> tuple[str, ...]:
         return ()
     if gate.tested:
         return section.tasks
-    return (TEXT, CHATS) if section.chats is not None else (TEXT,)
+    return (ON_TEXT, ON_CHATS) if section.chats is not None else (ON_TEXT,)
 
 
 def gate_problems(recipe: Recipe) -> Iterator[tuple[Keys, str]]:

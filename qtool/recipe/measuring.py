@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 from qtool.recipe.values import MOST_LENGTH, Name, Number, Section, Text, WholeNumber
 
 Count = Annotated[WholeNumber, Field(ge=1, le=MOST_LENGTH)]
-Tokens = Annotated[WholeNumber, Field(ge=2, le=MOST_LENGTH)]
+Length = Annotated[WholeNumber, Field(ge=2, le=MOST_LENGTH)]
 MOST_LIMITS = 1000
 MEASURING = ("model", "check", "eval", "bench", "gates")
 """Keys of a recipe that don't say what a checkpoint is."""
@@ -47,7 +47,7 @@ class CheckSection(Section):
     """Layers that a solver may do more simply than asked; null: any number."""
     windows: Count | None = None
     """Of the text, and of the chats; null: 2 on a CPU, 8 on a card."""
-    context_length: Tokens | None = None
+    context_length: Length | None = None
     """Tokens of each; null: 512 on a CPU, 1024 on a card."""
 
 
@@ -58,7 +58,7 @@ class EvalSection(Section):
     """Measure the original beside it, and how closely the result follows it."""
     dataset: Text | None = "wikitext2-test"
     """A bundled text, or the path of a .txt or .jsonl file; null: no text."""
-    context_length: Tokens = 2048
+    context_length: Length = 2048
     """Tokens of a window of the text."""
     windows: Count | None = None
     """The first ones only; null: all."""
@@ -74,7 +74,7 @@ class EvalSection(Section):
     """Examples in the prompt; null: the customary number."""
     batch_size: Literal["auto"] | Count = "auto"
     """Requests per batch."""
-    max_length: Tokens | None = None
+    max_length: Length | None = None
     """Tokens of prompt and answer; null: what the model has positions for."""
     chat_template: bool = False
     """Put the prompts of tasks in the model's chat template."""

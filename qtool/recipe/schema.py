@@ -261,7 +261,7 @@ class Recipe(Section):
         """Leave out sections that came later, where they are absent."""
         values: dict[str, Any] = handler(self)
         for name in ("activations", "choosing", "fold", "search", *MEASURING):
-            if values.get(name) in (None, {}):
+            if values.get(name) is None or (name == "gates" and not self.gates):
                 values.pop(name, None)
         return values
 

@@ -1,6 +1,7 @@
 """`qtool run` as a user calls it: exit codes, files, what is refused before anything is done."""
 
 import json
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -177,7 +178,11 @@ def test_kernels_are_timed_and_judged(cli: Cli, recipe, chat_llama, tmp_path, mo
 
 @pytest.mark.gpu
 def test_kernels_of_a_card_are_timed_and_judged(cli: Cli, recipe, tmp_path):
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "max_position_embeddings": 2048}
+    sizes: dict[str, Any] = {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "max_position_embeddings": 2048,
+    }
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4}
     model = families.build("llama", **sizes)
     model.save_pretrained(tmp_path / "model")

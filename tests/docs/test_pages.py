@@ -8,7 +8,7 @@ import pytest
 import qtool.methods
 from qtool import plugins
 from qtool.cli import app
-from qtool.recipe.names import built_in
+from qtool.recipe.names import built_in, in_folders
 from tests.docs.pages import (
     CURRENT,
     LINK,
@@ -53,7 +53,9 @@ def test_command_line_is_understood(line: Line):
     method, recipe = context.params.get("method"), context.params.get("recipe")
     made = {file.stem for file in MADE}
     assert method in {None, *plugins.names(qtool.methods), *made}
-    assert recipe is None or recipe in {*built_in(), *made} or recipe.endswith(".yaml")
+    assert (
+        recipe is None or recipe in {*built_in(), *in_folders(), *made} or recipe.endswith(".yaml")
+    )
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)

@@ -4,10 +4,14 @@ import pytest
 
 from qtool import pipeline
 from qtool.errors import DataError
+from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.pipeline import scoring
 from qtool.recipe.load import recipe_from_mapping
 from qtool.recipe.schema import Recipe
+from tests.cli.conftest import Cli, cli
+
+__all__ = ["cli"]
 
 
 def judged_by(tasks, limit, **section) -> Recipe:
@@ -56,7 +60,7 @@ def test_no_loss_at_all_is_asked_and_two_bits_are_shown_to_lose(run):
 
 
 def test_task_that_fails_fails_its_gate_and_is_run_anew(run, monkeypatch):
-    before = scoring.load_model
+    before = load_model
 
     def broken(location, **settings):
         if location.directory.name == "out":
@@ -69,6 +73,8 @@ def test_task_that_fails_fails_its_gate_and_is_run_anew(run, monkeypatch):
     assert not line.passed
     assert "arc_easy" in line.name
     assert "the disk is gone" in line.note
+    assert result.failures == (f"arc_easy on out: {line.note.partition('out: ')[2]}",)
+    assert "FAILED: arc_easy on out: " in result.markdown()
     monkeypatch.setattr(scoring, "load_model", before)
     again = run(judged_by(["arc_easy"], 1.0))
     assert again.passed
@@ -80,3 +86,18 @@ def test_unknown_task_and_programs_nobody_agreed_to_are_refused_first(run, tmp_p
     with pytest.raises(DataError, match=r"arc_easy|confirm-run-unsafe-code"):
         run(judged_by([task], 1.0))
     assert not (tmp_path / "out").exists()
+
+
+def test_task_that_fails_without_a_gate_is_an_error_at_the_end(
+    cli: Cli, long_llama, data, tmp_path, monkeypatch
+):
+    def broken(*_arguments, **_settings):
+        raise DataError("the disk is gone")
+
+    monkeypatch.setattr(scoring, "load_model", broken)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("weights: {method: rtn}\neval: {dataset: null, tasks: [arc_easy]}\n")
+    done = cli("run", recipe, long_llama, tmp_path / "out", "--data-dir", data)
+    assert done.code == 1
+    assert "All gates passed, but tasks failed: arc_easy on " in done.err
+    assert (tmp_path / "out" / "run" / "run.json").is_file()

@@ -23,6 +23,6 @@ def dry_run(recipe: str) -> None:
 
 
 if __name__ == "__main__":
-    for path in sorted(resources.recipes_dir().glob("*.yaml")):
+    for path in sorted(resources.recipes_dir().rglob("*.yaml")):
         dry_run(str(path))
         sys.stdout.write(f"{path.name} ok\n")

@@ -9,7 +9,7 @@ from qtool import pipeline, resources
 from qtool.folds import fold_names
 from qtool.modeling.locate import Location
 from qtool.recipe.load import load_recipe
-from qtool.recipe.names import built_in
+from qtool.recipe.names import built_in, in_folders
 
 FILES = sorted(resources.recipes_dir().rglob("*.yaml"))
 
@@ -28,7 +28,7 @@ def test_file_is_a_mapping_with_a_version_and_a_description(path):
     assert "\n" not in values["description"]
 
 
-@pytest.mark.parametrize("name", built_in())
+@pytest.mark.parametrize("name", [*built_in(), *in_folders()])
 def test_recipe_plans_on_a_tiny_model(name, tiny):
     recipe = load_recipe(name)
     plan = pipeline.plan(Location(tiny("llama", tied=recipe.head is None)), recipe)

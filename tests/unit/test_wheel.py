@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from qtool.recipe.names import built_in
+from qtool.recipe.names import built_in, in_folders
 from tests.helpers import ROOT, run_python
 
 pytestmark = pytest.mark.wheel
@@ -43,7 +43,7 @@ def test_wheel_holds_what_the_repository_has_outside_the_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     recipes = {name for name in names if name.startswith("qtool/_recipes/")}
-    assert {f"qtool/_recipes/{name}.yaml" for name in built_in()} <= recipes
+    assert {f"qtool/_recipes/{name}.yaml" for name in (*built_in(), *in_folders())} <= recipes
     assert [name for name in names if name.startswith("qtool/_kernels/")]
     assert [name for name in names if name.endswith("wikitext2-test.txt.xz")]
     assert [name for name in names if name.endswith("dialogues.jsonl.xz")]

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from qtool.recipe.load import recipe_from_mapping
 from qtool.report.verdict import judge
 
 running: Any = sys.modules["qtool.pipeline.run"]
+resulting: Any = sys.modules["qtool.pipeline.run_result"]
 quantizing: Any = sys.modules["qtool.pipeline.quantize"]
 checking: Any = sys.modules["qtool.pipeline.check_budgets"]
 TIMED = ("gates.seconds", "gates.quantize_seconds", "gates.peak_memory")
@@ -129,8 +131,8 @@ def raises_once(monkeypatch, module, name):
         (running, "evaluate", ("check",)),
         (running, "text_report", ("check",)),
         (running, "bench", ("check", "text")),
-        (running, "sizes_of", ("check", "text", "bench")),
-        (running, "_write", ("check", "text", "bench")),
+        (resulting, "sizes_of", ("check", "text", "bench")),
+        (running, "write_verdict", ("check", "text", "bench")),
     ],
 )
 def test_killed_anywhere_it_goes_on_to_the_same_verdict(
@@ -234,6 +236,8 @@ def test_check_marks_the_result_and_keeps_it(chat_llama, tmp_path, values, budge
     mark = read_report(out_dir)["check"]
     assert mark["passed"] == (not failed)
     assert len(mark["failed"]) == len(failed)
+    assert result.check is not None
+    assert result.check.text is not None
     assert mark["text"]["kl_divergence"] == result.check.text.kl_divergence
     assert mark["fallbacks"] == 0
     CheckpointReader(out_dir).verify()
@@ -323,3 +327,26 @@ def test_loss_of_a_score_has_the_sign_of_its_metric():
     scores = score_figures({"rows": rows, "failures": []})["scores"]
     losses = {name: one["loss"] for name, one in scores.items()}
     assert losses == pytest.approx({"arc acc": 0.1, "wiki ppl": 2.0, "g sub em strict": -0.1})
+
+
+def test_overwrite_replaces_what_a_run_left_and_nothing_else(llama, tmp_path, values):
+    quick = recipe_from_mapping({"weights": values["weights"]})
+    folder = tmp_path / "out" / RUN_FOLDER
+    run(llama, tmp_path / "out", quick)
+    half = folder / "text.json.0123456789ab.partial"
+    half.write_text("{")
+    assert foreign_entries(tmp_path / "out") == []
+    run(llama, tmp_path / "out", quick, overwrite=True)
+    assert not half.exists()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"didn't write: run/notes\.txt"):
+        run(llama, tmp_path / "out", quick, overwrite=True)
+    assert (folder / "notes.txt").is_file()
+
+
+def test_directory_that_one_stands_in_takes_a_run(llama, tmp_path, values, monkeypatch):
+    quick = recipe_from_mapping({"weights": values["weights"], "gates": {"average_bits": 5}})
+    monkeypatch.chdir(tmp_path)
+    for options in ({}, {}, {"overwrite": True}):
+        assert run(llama, Path(), quick, **options).passed
+        assert (tmp_path / RUN_FOLDER / "run.json").is_file()
