@@ -7,7 +7,7 @@ from typing import Any
 from qtool.checkpoint.manifest import Manifest
 from qtool.checkpoint.shards import TensorSpec
 from qtool.checkpoint.sizes import AS_THEY_WERE, QUANTIZED, DiskSizes
-from qtool.recipe.gates import CHATS, TEXT
+from qtool.recipe.gates import ON_CHATS, ON_TEXT
 from qtool.report.curves import HeldOut
 from qtool.report.trials import TrialLine
 
@@ -63,7 +63,7 @@ class Evidence:
 
         An evaluation says more than the check at the end of a run, which is shorter.
         """
-        key = {TEXT: "agreement", CHATS: "chats"}[what]
+        key = {ON_TEXT: "agreement", ON_CHATS: "chats"}[what]
         return self.texts.get(key) or (self.report.get("check") or NOTHING).get(what) or NOTHING
 
     def perplexities(self) -> tuple[Facts | None, Facts | None]:

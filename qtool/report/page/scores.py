@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from qtool.recipe.gates import CHATS, TEXT
+from qtool.recipe.gates import ON_CHATS, ON_TEXT
 from qtool.report.page.drawing import INK, SERIES
 from qtool.report.page.evidence import Evidence, Facts
 from qtool.report.page.parts import Absent, PageSection, PageTable, Part, Picture, Words
@@ -32,7 +32,7 @@ def scores_section(evidence: Evidence) -> PageSection | Absent:
 
 def _closeness(evidence: Evidence) -> Iterator[Part]:
     rows, equal = [], None
-    for what in (TEXT, CHATS):
+    for what in (ON_TEXT, ON_CHATS):
         found = evidence.agreement(what)
         if not found:
             continue

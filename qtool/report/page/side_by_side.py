@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from qtool.recipe.gates import CHATS, TEXT
+from qtool.recipe.gates import ON_CHATS, ON_TEXT
 from qtool.report.page.drawing import INK, logarithmic, style_of
 from qtool.report.page.evidence import Evidence
 from qtool.report.page.parts import PageSection, PageTable, Part, Picture, Words
@@ -64,7 +64,7 @@ def side_by_side_section(many: Sequence[Evidence]) -> PageSection:
 def standing(evidence: Evidence) -> Standing:
     """Return what is compared of a run; a sweep's own measurement where there is no other."""
     swept, sizes, manifest = evidence.swept, evidence.sizes, evidence.manifest
-    text, chats = evidence.agreement(TEXT), evidence.agreement(CHATS)
+    text, chats = evidence.agreement(ON_TEXT), evidence.agreement(ON_CHATS)
     quality = (evidence.perplexities()[0] or {}).get("perplexity")
     disk = sizes.num_bytes if sizes is not None else swept.get("disk_bytes")
     weights = (manifest.recipe.get("weights") or {}) if manifest is not None else {}

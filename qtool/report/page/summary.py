@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from qtool.recipe.gates import CHATS, TEXT
+from qtool.recipe.gates import ON_CHATS, ON_TEXT
 from qtool.report.page.evidence import Evidence, Facts
 from qtool.report.page.parts import Absent, KeyNumbers, PageSection, PageTable, Part, Words
 from qtool.report.page.wordings import duration, interval, text_of
@@ -20,7 +20,7 @@ def summary_section(evidence: Evidence) -> PageSection | Absent:
     gates = evidence.verdict.get("gates") or ()
     parts: list[Part] = [*_about(evidence), KeyNumbers((*_judged(gates), *tiles))]
     if gates:
-        columns = ("gate", "limit", ">value", ">margin", "result")
+        columns = ("gate", "result", "limit", ">value", ">margin")
         parts.append(PageTable("Gates of the recipe", columns, tuple(map(_gate, gates))))
     return PageSection(_TITLE, tuple(parts))
 
@@ -66,7 +66,7 @@ def _quality(evidence: Evidence) -> list[Tile]:
     if result is not None:
         beside = f"original {text_of(original.get('perplexity'))}" if original else ""
         tiles.append(("perplexity", text_of(result.get("perplexity")), beside))
-    for what in (TEXT, CHATS):
+    for what in (ON_TEXT, ON_CHATS):
         found = evidence.agreement(what)
         if found:
             value = interval(found["kl_divergence"], found["kl_standard_error"])
@@ -89,8 +89,8 @@ def _gate(gate: Facts) -> tuple[str, ...]:
     note = f": {gate['note']}" if gate["note"] else ""
     return (
         str(gate["name"]),
+        ("passed" if gate["passed"] else "FAILED") + note,
         f"{sign} {text_of(gate['limit'])}{unit}",
         text_of(gate["value"]),
         text_of(gate["margin"], "+"),
-        ("passed" if gate["passed"] else "FAILED") + note,
     )
