@@ -37,7 +37,7 @@ def read_evidence(directory: Path, measured: Sequence[Path] = ()) -> Evidence:
         raise OutputError(f"No directory {directory}. Give the OUT_DIR of a run.")
     fields: dict[str, Any] = {}
     gaps: list[str] = []
-    for name, read in READERS.items():
+    for name, read in FILE_READERS.items():
         if (directory / name).is_file():
             try:
                 fields |= read(directory)
@@ -82,7 +82,7 @@ def _checkpoint(directory: Path) -> dict[str, Any]:
     }
 
 
-READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+FILE_READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     CONFIG_NAME: _checkpoint,
     REPORT_NAME: lambda directory: {"report": read_report(directory)},
     _CURVES: lambda directory: {"curves": read_curves(directory / _CURVES)},
