@@ -1,6 +1,6 @@
 """The section on what was left open, and what was chosen: for layers, for bits, by a search."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
@@ -69,22 +69,28 @@ def _alternatives(layer: Facts) -> dict[str, float]:
 def _strength(evidence: Evidence) -> Iterator[Part]:
     """Yield how strongly weights were moved against the error that comes in with the inputs."""
     found = [layer for layer in evidence.layers if layer.get("input_error_strength") is not None]
-    points = [(place_of(one["name"])[0], one["input_error_strength"]) for one in found]
-    known = [(block, strength) for block, strength in points if block is not None]
-    if not known:
+    strengths = [layer["input_error_strength"] for layer in found]
+    placed: dict[tuple[int, str], list[float]] = defaultdict(list)
+    for layer in found:
+        block, kind = place_of(layer["name"])
+        if block is not None:
+            placed[block, kind].append(layer["input_error_strength"])
+    points = [(block, fmean(values)) for (block, _), values in placed.items()]
+    if not points:
         return
-    strengths = [strength for _, strength in known]
     said = f"from {min(strengths):.2f} to {max(strengths):.2f}, {fmean(strengths):.2f} on average"
 
     def paint(axes: Any) -> None:  # noqa: ANN401
-        axes.plot(*zip(*known, strict=True), **{**style_of(0), "linestyle": ""})
+        axes.plot(*zip(*points, strict=True), **{**style_of(0), "linestyle": ""})
         axes.set_ylim(-0.05, 1.05)
         axes.set_ylabel("strength, share of the error")
         by_block(axes)
 
-    title = "Correction of the inputs' error, a point per layer"
+    title = "Correction of the inputs' error, a point per block and kind of layer"
     yield Picture(
-        title, f"Strength in {len(known)} layers: {said}; 0 corrects nothing, 1 all of it.", paint
+        title,
+        f"Strength in {len(strengths)} layers: {said}; 0 corrects nothing, 1 all of it.",
+        paint,
     )
 
 

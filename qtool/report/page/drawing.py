@@ -17,6 +17,8 @@ from qtool.report.lengths import new_axes
 
 SIZE = (4.8, 3.2)
 """In inches, 72 points each."""
+LEGEND_ROW = 0.18
+"""Inches that each further row of a legend adds."""
 INK, LINE = "#f1e0f0", "#f1e0f1"
 SERIES = tuple(f"#f1e00{number}" for number in range(1, 8))
 """Stand for colours of the style sheet, which has a set for a light page and one for a dark one."""
@@ -110,6 +112,8 @@ def draw(key: str, title: str, paint: Callable[[Any], None]) -> str:
         if labels:  # below the drawing, where nothing lies under it
             longest = max(map(len, labels))
             columns = max(1, min(len(labels), 56 // (longest + 7)))
+            rows = -(-len(labels) // columns)
+            axes.figure.set_size_inches(SIZE[0], SIZE[1] + LEGEND_ROW * (rows - 1))
             axes.figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
         buffer = io.StringIO()
         axes.figure.savefig(buffer, format="svg", transparent=True, metadata=METADATA)

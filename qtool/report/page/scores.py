@@ -124,6 +124,7 @@ def _differences(rows: list[Facts]) -> Picture:
         axes.errorbar(values, places, xerr=errors, fmt="o", color=SERIES[0], capsize=2)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(places, [_name(row) for row in rows], fontsize=9)
+        axes.margins(y=0.2)
         axes.invert_yaxis()
         axes.set_xlabel("difference to the original, in the score's unit")
         axes.set_ylabel("task")

@@ -85,6 +85,18 @@ def test_page_is_alone_and_small(text):
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
 
 
+def test_page_of_many_experts_is_small_too(evidence):
+    kinds = [f"mlp.experts.{expert}.up_proj" for expert in range(128)]
+    names = [f"model.layers.{block}.{kind}" for block in range(60) for kind in kinds]
+    layer = evidence.layers[0]
+    report = {**evidence.report, "layers": [{**layer, "name": name} for name in names]}
+    entry = next(iter(evidence.manifest.layers.values()))
+    manifest = replace(evidence.manifest, layers=dict.fromkeys(names, entry))
+    curves = {name: [(step, 1.0) for step in range(1000)] for name in names[:60]}
+    many = replace(evidence, report=report, manifest=manifest, curves=curves)
+    assert len(render.page([many])) < 1_500_000
+
+
 def test_same_runs_give_the_same_bytes(evidence):
     assert render.page([evidence, evidence]) == render.page([evidence, evidence])
 
