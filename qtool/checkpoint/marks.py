@@ -19,6 +19,7 @@ CONFIG_NAME = "config.json"
 REPORT_NAME = "quantization_report.json"
 MARK = "the work of a run of qtool"
 CARD_NAME, MEASURED_NAME = "README.md", "measured.json"
+PAGE_NAME = "report.html"
 RUN_FOLDER = "run"
 RUN_NAMES = (
     *("check.json", "text.json", "tasks.json", "bench.json"),
@@ -26,7 +27,7 @@ RUN_NAMES = (
 )
 """What `qtool run` writes into a folder of a checkpoint: a file per step, and the verdict."""
 WRITTEN_NAMES = (
-    *(CONFIG_NAME, REPORT_NAME, CARD_NAME, MEASURED_NAME),
+    *(CONFIG_NAME, REPORT_NAME, CARD_NAME, MEASURED_NAME, PAGE_NAME),
     "model.safetensors.index.json",
     *(f"{RUN_FOLDER}/{name}" for name in RUN_NAMES),
 )

@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": "Time a checkpoint against its original, in one run, and print sizes and bits.",
     "compare": "Compare any number of models with the first: texts, KL divergence, tasks.",
     "run": "Carry out a recipe: quantize, measure, and exit with 3 if a gate fails.",
+    "report": "Show what runs have found out as one HTML page, which needs no network.",
     "inspect": "Check a checkpoint and print what it holds.",
     "methods": "List the methods and their options.",
     "recipes": "List the built-in recipes.",

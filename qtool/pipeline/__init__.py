@@ -9,6 +9,7 @@ from qtool.pipeline.compare import CompareOptions, ModelsCompared, compare
 from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
 from qtool.pipeline.model_figures import ModelFigures
 from qtool.pipeline.quantize import explain, plan, quantize
+from qtool.pipeline.report import report
 from qtool.pipeline.reports import QuantizeResult
 from qtool.pipeline.run import RunOptions, check_measurable, run_recipe
 from qtool.pipeline.run_result import RunResult
@@ -35,6 +36,7 @@ __all__ = [
     "explain",
     "plan",
     "quantize",
+    "report",
     "run_recipe",
     "sweep",
 ]

@@ -21,7 +21,7 @@ from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource, open_source
 from qtool.pipeline.check import check_result
 from qtool.pipeline.check_budgets import check_budgets
-from qtool.pipeline.reports import Decisions, QuantizeResult, result_of, write_result
+from qtool.pipeline.reports import Decisions, QuantizeResult, RunCourse, result_of, write_result
 from qtool.recipe.schema import Recipe
 from qtool.steps.draw_calibration import check_samples, draw_calibration, wanted_lengths
 from qtool.steps.fold import fold
@@ -94,7 +94,8 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
         QtoolError: see `qtool.errors`; finished layers are kept for `resume`, and what is at
             `out_dir` stays as it was.
     """
-    started = time.perf_counter()
+    course = RunCourse(time.perf_counter(), emit)
+    emit = course.hear
     budgets, recipe = recipe.check, recipe.without_measuring()
     place = find_place(out_dir, overwrite=overwrite, resume=resume)
     if model.path is not None:
@@ -113,7 +114,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
     run = Run(source, recipe, layer_plan, samples, env, samples_given=calib_dir is not None)
     _check_room(place, layer_plan, run.stream_bytes())
     with failures_of_the_machine(env.device, place.out_dir):
-        result = _carry_out(run, place, started)
+        result = _carry_out(run, place, course)
     if not check or (samples is None and budgets is None):
         return result
     if budgets is None:
@@ -123,7 +124,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
     return replace(result, check=found, budgets=lines)
 
 
-def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:
+def _carry_out(run: Run, place: Place, course: RunCourse) -> QuantizeResult:
     """Solve and write, or take what an earlier run has left."""
     run.env.emit(Progress("reading the model's files"))
     writer = CheckpointWriter(place, run.fingerprint())
@@ -139,7 +140,7 @@ def _carry_out(run: Run, place: Place, started: float) -> QuantizeResult:
         solved = solve(run, writer)
         curves = settle(run, writer, solved)
         run.env.emit(Progress("assembling the result"))
-        return write_result(run, solved, curves, writer, started, decisions)
+        return write_result(run, solved, curves, writer, course, decisions)
 
 
 def _decide(run: Run, writer: CheckpointWriter) -> tuple[Run, Decisions]:

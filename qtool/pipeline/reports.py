@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 import qtool
+from qtool.base import Emit, Notice, Progress
 from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.checkpoint.marks import CARD_NAME, CONFIG_NAME, REPORT_NAME, read_report
 from qtool.checkpoint.place import Place
@@ -19,6 +20,7 @@ from qtool.choosing.search.q_rater import Found
 from qtool.errors import CheckpointError
 from qtool.evaluation.closeness import Closeness
 from qtool.pipeline.card import written_card
+from qtool.pipeline.model_figures import versions
 from qtool.report.verdict import GateLine
 from qtool.steps.correct_biases import corrections
 from qtool.steps.memory import peak_memory
@@ -66,6 +68,22 @@ class Decisions:
     found: Found | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class RunCourse:
+    """How a run goes: passes events on, and keeps what it warns of."""
+
+    started: float
+    """In seconds of `perf_counter`."""
+    emit: Emit
+    notices: list[str] = field(default_factory=list)
+
+    def hear(self, event: Progress | Notice) -> None:
+        """Pass an event on; a warning is noted once."""
+        if isinstance(event, Notice) and event.message not in self.notices:
+            self.notices.append(event.message)
+        self.emit(event)
+
+
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 CURVES_NAME = "tuning.jsonl"
 TRIALS_NAME = "search.jsonl"
@@ -74,6 +92,7 @@ OPTIONAL = ("choosing", "search", "bias_correction")
 OF_SAMPLES = (
     *("dataset", "sources", "samples", "tokens"),
     *("special tokens", "special tokens missing"),
+    *("requested lengths", "used lengths"),
 )
 
 
@@ -82,10 +101,10 @@ def write_result(
     results: tuple[LayerResult, ...],
     curves: Curves,
     writer: CheckpointWriter,
-    started: float,
+    course: RunCourse,
     decisions: Decisions,
 ) -> QuantizeResult:
-    """Write all files of a result, `started` in seconds of `perf_counter`, and give it its name.
+    """Write all files of a result, and give it its name.
 
     Raises:
         QtoolError: see `CheckpointWriter.finish`.
@@ -96,7 +115,7 @@ def write_result(
         average_bits=8 * stored / sum(prod(result.entry.shape) for result in results),
         weight_bytes=run.plan.kept_bytes + stored,
         source_bytes=run.plan.source_bytes,
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - course.started,
         peak_memory_bytes=peak_memory(run.env.device),
         device=run.env.device,
         layers=results,
@@ -116,7 +135,9 @@ def write_result(
         files[TRIALS_NAME] = _lines(decisions.found.lines())
     names = sorted({*files, REPORT_NAME, CONFIG_NAME})
     samples = run.calibration.provenance if run.calibration else {}
-    files[REPORT_NAME] = _report_bytes(result, samples, run=writer.run_digest, files=names)
+    files[REPORT_NAME] = _report_bytes(
+        result, samples, course.notices, run=writer.run_digest, files=names
+    )
     config = {key: value for key, value in run.source.config.items() if key != "_name_or_path"}
     writer.finish(files, {**config, "quantization_config": manifest.to_config()})
     return result
@@ -157,7 +178,12 @@ def _manifest(run: Run, results: tuple[LayerResult, ...], digests: dict[str, str
 
 
 def _report_bytes(
-    result: QuantizeResult, samples: Mapping[str, Any], *, run: str, files: list[str]
+    result: QuantizeResult,
+    samples: Mapping[str, Any],
+    notices: Sequence[str],
+    *,
+    run: str,
+    files: list[str],
 ) -> bytes:
     """Return the content of the report.
 
@@ -182,6 +208,8 @@ def _report_bytes(
         "files": files,
         **{key: values[key] for key in NUMBERS},
         "calibration": {key: samples[key] for key in OF_SAMPLES if key in samples},
+        "notices": list(notices),
+        "versions": versions(),
         "tuning": values["tuning"],
         **{key: values[key] for key in OPTIONAL if values[key]},
         "layers": layers,

@@ -1,0 +1,1 @@
+"""The page of `qtool report`: one file per section, each a function from evidence to a section."""
