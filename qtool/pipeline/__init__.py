@@ -7,6 +7,7 @@ from qtool.pipeline.bench import BenchOptions, GpuOptions, bench
 from qtool.pipeline.calibrate import CalibrateResult, calibrate
 from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
 from qtool.pipeline.model_figures import ModelFigures
+from qtool.pipeline.preflight import preflight
 from qtool.pipeline.quantize import explain, plan, quantize
 from qtool.pipeline.reports import QuantizeResult
 from qtool.pipeline.run import RunOptions, check_measurable, run_recipe
@@ -30,6 +31,7 @@ __all__ = [
     "evaluate",
     "explain",
     "plan",
+    "preflight",
     "quantize",
     "run_recipe",
     "sweep",

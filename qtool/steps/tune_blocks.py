@@ -58,7 +58,7 @@ def tune_block_once(
     """
     device = run.env.device
     notes = writer.once(
-        block, partial(_tuned, run, section, writer, walk, block, entries), draft=TUNED_BLOCK
+        block, partial(tuned_block, run, section, writer, walk, block, entries), draft=TUNED_BLOCK
     )
     curve = notes["curve"]
     losses = [point["held_out"] for point in curve]
@@ -73,7 +73,7 @@ def tune_block_once(
         walk.put(name, SolvedLinear(partial(weight, name, entry), entry.activation))
 
 
-def _tuned(
+def tuned_block(
     run: Run,
     section: BlockTuning,
     writer: CheckpointWriter,
@@ -81,6 +81,7 @@ def _tuned(
     block: str,
     entries: Mapping[str, LayerEntry],
 ) -> Made:
+    """Tune a block; arguments as of `tune_block_once`."""
     device = run.env.device
     visit = walk.visit(int(block.rpartition(".")[2]))
     streams = visit.streams
