@@ -22,8 +22,7 @@ Statistic = Literal["hessian"]
 DType = Literal["int32", "float16", "bfloat16", "float32"]
 CausalModel = Any
 """A causal language model of transformers; what all of them have is in no type."""
-Tokenizer = Any
-"""A tokenizer of transformers, likewise."""
+Tokenizer = Any  # of transformers, likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +34,7 @@ class Progress:
     done: int = 0
     total: int | None = None
     """None: nothing is counted."""
-    detail: str = ""
-    """On what was done last."""
+    detail: str = ""  # on what was done last
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +42,11 @@ class Notice:
     """A warning: the work goes on, and the user should know."""
 
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback(Notice):
+    """Memory was full, and from now on the same is done in smaller parts."""
 
 
 Emit = Callable[[Progress | Notice], None]
@@ -213,6 +216,7 @@ class Env:
     emit: Emit = ignore_events
     work_dir: Path | None = None
     """Takes what is too large for memory, for as long as a step runs."""
+    parts: dict[str, int] = field(default_factory=dict)  # in how many, see `core.parts`
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,8 +250,7 @@ class KernelBackend(Protocol):
     What it prepares is a tensor, the weight itself, or has a method `dense` that returns it.
     """
 
-    name: str
-    """Its file name."""
+    name: str  # its file's
     priority: int
     """Of the backends that support a tensor, the one with the highest priority runs it."""
     owns_layout: bool

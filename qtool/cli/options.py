@@ -68,7 +68,12 @@ class Command(typer.core.TyperCommand):
             typer.BadParameter: an option is given twice, so that the first would be forgotten; or a
                 value is empty, which as a path would mean the current directory.
         """
-        options = {name for option in self.params if not getattr(option, "is_flag", True) for name in option.opts}
+        options = {
+            name
+            for option in self.params
+            if not getattr(option, "is_flag", True)
+            for name in option.opts
+        }
         args = [f"{arg}={BARE[arg]}" if arg in BARE and arg in options else arg for arg in args]
         values, _, given = self.make_parser(ctx).parse_args(args=list(args))
         for number, option in enumerate(given):

@@ -138,9 +138,7 @@ def _block_phases(found: _Found) -> Iterator[Phase]:
     planned = blocks.planned_blocks(run.source, run.plan)
     kinds = [[blocks.kind_of(run.source, layer) for layer in block] for block in planned]
     weights = {
-        blocks.kind_of(run.source, layer): prod(layer.shape)
-        for block in planned
-        for layer in block
+        blocks.kind_of(run.source, layer): prod(layer.shape) for block in planned for layer in block
     }
     costs = BlockCosts(
         layers={kind: meter.mean(kind) for kind in weights if kind in meter.names()},

@@ -21,6 +21,7 @@ from qtool.evaluation.closeness import Closeness
 from qtool.modeling.card import Provenance, model_card, read_licence
 from qtool.report.verdict import GateLine
 from qtool.steps.correct_biases import corrections
+from qtool.steps.fallbacks import kept_fallbacks
 from qtool.steps.memory import peak_memory
 from qtool.steps.run import Run
 from qtool.steps.solve import LayerResult
@@ -52,6 +53,8 @@ class QuantizeResult:
     bias_correction: Mapping[str, Any] = field(default_factory=dict)
     """By block, which biases were corrected, and the held-out error of its output before and after;
     empty: none were to be. See `Correction`."""
+    fallbacks: tuple[str, ...] = ()
+    """What was done in smaller parts because memory was full: a sentence each."""
     check: Closeness | None = None
     """How closely the result follows its original, if it was compared."""
     budgets: tuple[GateLine, ...] = ()
@@ -104,6 +107,7 @@ def write_result(
         choosing=decisions.allocation.summary() if decisions.allocation else {},
         search=decisions.found.summary() if decisions.found else {},
         bias_correction=corrections(run, writer),
+        fallbacks=kept_fallbacks(run, writer),
     )
     manifest = _manifest(run, results, writer.digests())
     files = run.source.companions()
@@ -199,7 +203,7 @@ def _report_bytes(
         **{key: values[key] for key in NUMBERS},
         "calibration": {key: samples[key] for key in OF_SAMPLES if key in samples},
         "tuning": values["tuning"],
-        **{key: values[key] for key in OPTIONAL if values[key]},
+        **{key: values[key] for key in (*OPTIONAL, "fallbacks") if values[key]},
         "layers": layers,
     }
     return (json_text(report) + "\n").encode()
@@ -220,6 +224,7 @@ def result_of(place: Place) -> QuantizeResult:
             out_dir=place.named,
             layers=layers,
             tuning=tuning,
+            fallbacks=tuple(report.get("fallbacks", ())),
             **{key: report.get(key, {}) for key in OPTIONAL},
             **numbers,
         )

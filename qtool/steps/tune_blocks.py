@@ -100,9 +100,9 @@ def tuned_block(
     )
     kind = torch.device(device).type
 
-    def forward(hidden: Tensor, batch: int) -> Tensor:
+    def forward(hidden: Tensor, batch: int, samples: slice | None = None) -> Tensor:
         with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu", cache_enabled=False):
-            return student.learn(hidden, batch)
+            return student.learn(hidden, batch, samples)
 
     schedule = Schedule(
         steps=section.steps,
@@ -112,7 +112,15 @@ def tuned_block(
     )
     alike = student.alike(streams.quantized[: streams.num_train])
     enough = kind != "cpu" and len(alike) >= MOST_OF_THEM * streams.num_train
-    lesson = Lesson(forward, streams.quantized, targets, streams.num_train, alike if enough else ())
+    lesson = Lesson(
+        forward,
+        streams.quantized,
+        targets,
+        streams.num_train,
+        alike if enough else (),
+        forward,
+        run.env,
+    )
     points = tune_block(learned, lesson, schedule, lambda _point: None)
     parts = {f"{block}.{name}": part for name, part in stored_parts(student.module)}
     return Made(parts, {"curve": [asdict(point) for point in points]})

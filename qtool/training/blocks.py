@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qtool.base import Env
+from qtool.core.parts import most_parts
 from qtool.training.descent import Learning, Point, Schedule, descend
 from qtool.training.student import LearnedLinear
 
@@ -30,6 +32,10 @@ class Lesson:
     alike: Sequence[int] = ()
     """Batches to learn from that are of one shape, and one to `forward`. On a card a step is one
     CUDA graph then, and others aren't learned from; empty: there is no such graph."""
+    part: Callable[[Tensor, int, slice], Tensor] | None = None
+    """As `forward`, of some samples of the batch; None: a batch is one."""
+    env: Env | None = None
+    """Is told where memory is full, and then batches are learned from in parts."""
 
 
 def tune_block(
@@ -71,12 +77,27 @@ def tune_block(
         error = (lesson.forward(hidden, batch).float() - target.float()).square()
         return (error * weight).sum(-1).mean()
 
+    def share(samples: slice) -> Tensor:
+        assert lesson.part is not None
+        hidden, target, weight = now
+        found = lesson.part(hidden, batch, samples).float()
+        error = (found - target[samples].float()).square()
+        return (error * weight[samples]).sum(-1).sum() / weight.numel()
+
     @torch.no_grad()
     def held_out() -> float:
         rest = list(enumerate(batches))[lesson.num_train :]
         return float(sum(loss(*each) for each in rest))
 
     what = Learning(
-        layers, (), feed, lambda: loss(batch, now), held_out, captured=bool(lesson.alike)
+        layers,
+        (),
+        feed,
+        lambda: loss(batch, now),
+        held_out,
+        captured=bool(lesson.alike),
+        share=None if lesson.part is None else share,
+        samples=lambda: most_parts(now[0]),
+        env=lesson.env,
     )
     return descend(what, schedule, report)

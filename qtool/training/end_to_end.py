@@ -11,12 +11,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qtool.base import CausalModel
+from qtool.base import CausalModel, Env
+from qtool.core.parts import in_parts, slices
 from qtool.training.descent import Learning, Memory, Point, Schedule, descend, unchanged
 from qtool.training.divergence import divergence
 from qtool.training.refinement import refine_codes
 from qtool.training.student import learned_layers
 
+LOOKS = "looks at held-out samples are taken"
+"""Where memory is full in parts: a sentence begins so."""
 REFINED_BY = 16
 """Batches whose gradients decide together which codes move."""
 
@@ -76,7 +79,7 @@ class Course:
     held_out: Sequence[Tensor]
     """Likewise, of any shapes."""
 
-    def learning(self, pair: Pair, code_share: float) -> Learning:
+    def learning(self, pair: Pair, code_share: float, env: Env | None = None) -> Learning:
         """Return what is learned, and by what loss: KL in nats per token."""
         device = next(pair.original.parameters()).device
         now = self.batches[0].to(device).clone()
@@ -88,8 +91,23 @@ class Course:
         @torch.no_grad()
         def on_held_out() -> float:
             total = sum(tokens.numel() for tokens in self.held_out)
-            losses = [pair.divergence(each.to(device)) * each.numel() for each in self.held_out]
+            losses = [of_held_out(each.to(device)) * each.numel() for each in self.held_out]
             return float(torch.stack(losses).sum()) / total
+
+        def of_held_out(tokens: Tensor) -> Tensor:
+            def looked(count: int) -> Tensor:
+                if count == 1:
+                    return pair.divergence(tokens)
+                parts = slices(len(tokens), count)
+                return torch.stack([share(tokens, part) for part in parts]).sum()
+
+            if env is None:
+                return looked(1)
+            return in_parts(env, LOOKS, looked, most=len(tokens))
+
+        def share(tokens: Tensor, samples: slice) -> Tensor:
+            some = tokens[samples]
+            return pair.divergence(some) * (len(some) / len(tokens))
 
         def refine(step: int, before: float) -> float:
             count = len(self.batches)
@@ -111,6 +129,9 @@ class Course:
             on_held_out,
             pair.captured,
             refine if code_share > 0 else None,
+            share=lambda samples: share(now, samples),
+            samples=lambda: len(now),
+            env=env,
         )
 
 
@@ -120,6 +141,7 @@ def tune_end_to_end(
     schedule: Schedule,
     report: Callable[[Point], None],
     memory: Memory | None = None,
+    env: Env | None = None,
 ) -> list[Point]:
     """Let a student follow the original; it ends where it was best on the held-out samples.
 
@@ -129,12 +151,17 @@ def tune_end_to_end(
         schedule: How long and how fast.
         report: Is told of each point; losses are KL in nats per token.
         memory: Lets it go on where it was stopped.
+        env: Is told where memory is full, and then batches are learned from in parts.
     """
-    return descend(course.learning(pair, schedule.code_share), schedule, report, memory)
+    return descend(course.learning(pair, schedule.code_share, env), schedule, report, memory)
 
 
 def best_rate(
-    pair: Pair, course: Course, schedule: Schedule, rates: Sequence[float]
+    pair: Pair,
+    course: Course,
+    schedule: Schedule,
+    rates: Sequence[float],
+    env: Env | None = None,
 ) -> dict[float, float]:
     """Try learning rates for a few steps each, from where the student is; it stays there.
 
@@ -142,7 +169,7 @@ def best_rate(
         Loss on the held-out samples at the end of each, by rate, the best one first; a rate at
         which it diverges is last.
     """
-    what = course.learning(pair, 0.0)
+    what = course.learning(pair, 0.0, env)
     found = {}
     for rate in rates:
         with unchanged(what):

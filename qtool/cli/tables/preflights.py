@@ -60,9 +60,12 @@ def _margins(found: "Preflight") -> str:
         "card": total.card_bytes,
         "disk": found.disk_bytes,
     }
-    return "; ".join(
-        f"{gigabytes(needed)} of {gigabytes(there[what])} {what}, "
-        f"{(there[what] - needed) / max(there[what], 1):.0%} left"
-        for what, needed in needs.items()
-        if needed
-    ) + "."
+    return (
+        "; ".join(
+            f"{gigabytes(needed)} of {gigabytes(there[what])} {what}, "
+            f"{(there[what] - needed) / max(there[what], 1):.0%} left"
+            for what, needed in needs.items()
+            if needed
+        )
+        + "."
+    )
