@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from qtool.core.parts import Parts
+
 Statistic = Literal["hessian"]
 DType = Literal["int32", "float16", "bfloat16", "float32"]
 CausalModel = Any
@@ -32,8 +34,7 @@ class Progress:
     what: str
     """One step of the work; the first with this text begins it."""
     done: int = 0
-    total: int | None = None
-    """None: nothing is counted."""
+    total: int | None = None  # nothing is counted
     detail: str = ""  # on what was done last
 
 
@@ -175,8 +176,7 @@ or of each head's; a product of its last rows with a gate; a function per channe
 class Producer:
     """What makes the inputs of linears and can divide them by a factor per channel."""
 
-    name: str
-    """Its dotted name in the block."""
+    name: str  # dotted, in the block
     through: Passage = "norm"
 
 
@@ -216,7 +216,7 @@ class Env:
     emit: Emit = ignore_events
     work_dir: Path | None = None
     """Takes what is too large for memory, for as long as a step runs."""
-    parts: dict[str, int] = field(default_factory=dict)  # in how many, see `core.parts`
+    parts: Parts | None = None  # that work is done in once memory was full
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from qtool.base import Env, Fallback
-
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """What torch's messages say; only a card's has a type of its own."""
 Result = TypeVar("Result")
@@ -40,11 +38,38 @@ def most_parts(batch: Tensor) -> int:
     return 1 if batch.shape[0] == batch.shape[1] else len(batch)
 
 
-def in_parts(env: Env, what: str, work: Callable[[int], Result], *, most: int) -> Result:
+class Parts:
+    """In how many parts things are done: one, until memory was full."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        """Begin with whole things.
+
+        Args:
+            tell: Is told in a sentence where that changes.
+        """
+        self._counts: dict[str, int] = {}
+        self._tell = tell
+
+    def of(self, what: str) -> int:
+        """Return in how many parts something is done."""
+        return self._counts.get(what, 1)
+
+    def double(self, what: str, most: int) -> None:
+        """Let go of what nobody needs, and do it in twice as many parts from now on."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        count = self._counts[what] = min(2 * min(self.of(what), most), most)
+        self._tell(
+            f"Memory was full: {what} in {count} parts from now on. The result is the same, and "
+            "takes longer."
+        )
+
+
+def in_parts(parts: Parts | None, what: str, work: Callable[[int], Result], *, most: int) -> Result:
     """Do something in as many parts as it took before; in twice as many if memory is full.
 
     Args:
-        env: Remembers the number of parts, and is told when it grows.
+        parts: Remembers how many; None: it is done whole, or not at all.
         what: What is done, as the beginning of a sentence: the same words, the same number.
         work: Does it in so many parts; has changed nothing if it fails.
         most: So many parts there can be at most.
@@ -52,15 +77,13 @@ def in_parts(env: Env, what: str, work: Callable[[int], Result], *, most: int) -
     Raises:
         MemoryError, RuntimeError: memory is full even so; whatever else `work` raises.
     """
+    if parts is None:
+        return work(1)
     while True:
-        count = min(env.parts.get(what, 1), max(most, 1))
+        count = min(parts.of(what), max(most, 1))
         try:
             return work(count)
         except (MemoryError, RuntimeError) as error:
             if count >= most or not memory_is_full(error):
                 raise
-        gc.collect()  # the error is gone, and with it what its frames held
-        torch.cuda.empty_cache()
-        env.parts[what] = count = min(2 * count, most)
-        message = f"Memory was full: {what} in {count} parts from now on. The result is the same, "
-        env.emit(Fallback(message + "and takes longer."))
+        parts.double(what, most)  # the error is gone, and with it what its frames held

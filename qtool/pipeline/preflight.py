@@ -25,6 +25,7 @@ from qtool.steps.memory import failures_of_the_machine
 from qtool.steps.plan import Plan, make_plan
 from qtool.steps.preflight import BlockCosts, Phase, Preflight, solving, stretched
 from qtool.steps.run import Run
+from qtool.steps.solve import block_of
 from qtool.steps.usage import NOTHING, Meter, Usage, machine_room
 
 OPEN, DRAW, READ, CHECK = "open", "draw calibration", "read files", "check"
@@ -168,7 +169,7 @@ def _passed(run: Run) -> int:
     if run.calibration is None:
         return 0
     last = blocks.planned_blocks(run.source, run.plan)[-1][0]
-    return int(blocks.block_of(run.source, last).rpartition(".")[2])
+    return int(block_of(run.source, last).rpartition(".")[2])
 
 
 def _table_phases(found: _Found) -> Iterator[Phase]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from qtool.base import Fallback, Notice, Progress
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
+from qtool.core.parts import Parts
 from qtool.steps.run import Run
 
 FALLBACKS = "fallbacks"
@@ -12,7 +13,7 @@ FALLBACKS = "fallbacks"
 
 
 def keeping_fallbacks(run: Run, writer: CheckpointWriter) -> Run:
-    """Return the run with events that are kept, if they tell of a fallback."""
+    """Return the run that does in parts what memory is full for, and keeps that it did."""
     emit, name = run.env.emit, run.source.adapter.blocks
 
     def keep(event: Progress | Notice) -> None:
@@ -21,7 +22,8 @@ def keeping_fallbacks(run: Run, writer: CheckpointWriter) -> Run:
             writer.keep(name, Made({}, {"sentences": list(sentences)}), draft=FALLBACKS)
         emit(event)
 
-    return replace(run, env=replace(run.env, emit=keep))
+    parts = Parts(lambda message: keep(Fallback(message)))
+    return replace(run, env=replace(run.env, emit=keep, parts=parts))
 
 
 def kept_fallbacks(run: Run, writer: CheckpointWriter) -> tuple[str, ...]:

@@ -135,7 +135,7 @@ class FoldSearch:
         run, section = self._run, self._run.recipe.calibration
         assert run.calibration is not None and section is not None
         run.env.emit(Progress("capturing the inputs of the first block"))
-        model = BlockModel(run.source, run.env.device, dtype=section.dtype, env=run.env)
+        model = BlockModel(run.source, run.env.device, dtype=section.dtype, parts=run.env.parts)
         train, _ = run.calibration.split(section.holdout)
         samples = some_samples(train.samples, self._section.tokens_seen)
         return model, model.capture(batches(samples, TOKENS_PER_RUN))

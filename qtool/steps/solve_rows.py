@@ -40,7 +40,7 @@ def solve_rows(method: Method, problem: LayerProblem, options: Any, env: Env) ->
         return joined([solve(part) for part in parts])
 
     what = f"weights of {rows} x {columns} are solved"
-    return in_parts(env, what, work, most=max(1, rows // unit))
+    return in_parts(env.parts, what, work, most=-(-rows // unit))
 
 
 def _unit(scheme: WeightScheme, rows: int) -> int:

@@ -119,7 +119,7 @@ def tuned_block(
         streams.num_train,
         alike if enough else (),
         forward,
-        run.env,
+        run.env.parts,
     )
     points = tune_block(learned, lesson, schedule, lambda _point: None)
     parts = {f"{block}.{name}": part for name, part in stored_parts(student.module)}

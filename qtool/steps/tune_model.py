@@ -120,7 +120,7 @@ def _tuned(
         check_every=max(1, section.steps // 10),
     )
     memory = _Memory(writer, run.source.adapter.blocks)
-    points = tune_end_to_end(pair, course, schedule, report, memory, env)
+    points = tune_end_to_end(pair, course, schedule, report, memory, env.parts)
     if min(point.held_out for point in points) == points[0].held_out:
         env.emit(Notice(_no_gain(points, schedule)))
     tensors = dict(stored_parts(pair.student))
@@ -158,7 +158,7 @@ def _rate(
 
     def tried() -> Made:
         run.env.emit(Progress(f"trying {len(TRIED_RATES)} learning rates"))
-        found = best_rate(pair, course, schedule, TRIED_RATES, run.env)
+        found = best_rate(pair, course, schedule, TRIED_RATES, run.env.parts)
         return Made({}, {"tried": [[rate, loss] for rate, loss in found.items()]})
 
     notes = writer.once(run.source.adapter.blocks, tried, draft=RATES)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtool.base import Env
-from qtool.core.parts import most_parts
+from qtool.core.parts import Parts, most_parts
 from qtool.training.descent import Learning, Point, Schedule, descend
 from qtool.training.student import LearnedLinear
 
@@ -34,8 +33,8 @@ class Lesson:
     CUDA graph then, and others aren't learned from; empty: there is no such graph."""
     part: Callable[[Tensor, int, slice], Tensor] | None = None
     """As `forward`, of some samples of the batch; None: a batch is one."""
-    env: Env | None = None
-    """Is told where memory is full, and then batches are learned from in parts."""
+    parts: Parts | None = None
+    """That batches are learned from in where memory is full; None: they are whole."""
 
 
 def tune_block(
@@ -98,6 +97,6 @@ def tune_block(
         captured=bool(lesson.alike),
         share=None if lesson.part is None else share,
         samples=lambda: most_parts(now[0]),
-        env=lesson.env,
+        parts=lesson.parts,
     )
     return descend(what, schedule, report)

@@ -10,8 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qtool.base import Env
-from qtool.core.parts import in_parts, memory_is_full, slices
+from qtool.core.parts import Parts, in_parts, memory_is_full, slices
 from qtool.training.student import LearnedLinear
 
 BETAS = (0.9, 0.95)
@@ -86,8 +85,8 @@ class Learning:
     with all at once, or not at all."""
     samples: Callable[[], int] = lambda: 1
     """How many were fed last."""
-    env: Env | None = None
-    """Is told where memory is full, so that the gradients of parts are accumulated."""
+    parts: Parts | None = None
+    """That a step is taken in where memory is full, their gradients summed; None: it is whole."""
 
 
 class Memory(Protocol):
@@ -189,16 +188,12 @@ class _Stepper:
 
     def _in_parts(self) -> bool:
         """Return whether memory was full before: then there is none for a graph."""
-        return self._what.env is not None and self._what.env.parts.get(STEPS, 1) > 1
+        return self._what.parts is not None and self._what.parts.of(STEPS) > 1
 
     def _take(self) -> Tensor:
         what = self._what
-        if what.env is None or what.share is None:
-            loss = self._gradients(1)
-        else:
-            most = what.samples()
-            loss = in_parts(what.env, STEPS, self._gradients, most=most)
-        return self._moved(loss)
+        most = 1 if what.share is None else what.samples()
+        return self._moved(in_parts(what.parts, STEPS, self._gradients, most=most))
 
     def _gradients(self, count: int) -> Tensor:
         """Set the gradients, summed over so many parts of the samples; return the loss."""
@@ -229,7 +224,7 @@ class _Stepper:
             with torch.cuda.graph(graph):
                 self._loss = self._moved(self._gradients(1))
         except RuntimeError as error:  # it waits for the card, reads from the host, or takes a lot
-            if memory_is_full(error) and what.env is None:
+            if memory_is_full(error) and what.parts is None:
                 raise
             self._captured = False
         if self._captured:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qtool.base import CausalModel, Env
-from qtool.core.parts import in_parts, slices
+from qtool.base import CausalModel
+from qtool.core.parts import Parts, in_parts, slices
 from qtool.training.descent import Learning, Memory, Point, Schedule, descend, unchanged
 from qtool.training.divergence import divergence
 from qtool.training.refinement import refine_codes
@@ -79,7 +79,7 @@ class Course:
     held_out: Sequence[Tensor]
     """Likewise, of any shapes."""
 
-    def learning(self, pair: Pair, code_share: float, env: Env | None = None) -> Learning:
+    def learning(self, pair: Pair, code_share: float, parts: Parts | None = None) -> Learning:
         """Return what is learned, and by what loss: KL in nats per token."""
         device = next(pair.original.parameters()).device
         now = self.batches[0].to(device).clone()
@@ -98,12 +98,10 @@ class Course:
             def looked(count: int) -> Tensor:
                 if count == 1:
                     return pair.divergence(tokens)
-                parts = slices(len(tokens), count)
-                return torch.stack([share(tokens, part) for part in parts]).sum()
+                some = slices(len(tokens), count)
+                return torch.stack([share(tokens, samples) for samples in some]).sum()
 
-            if env is None:
-                return looked(1)
-            return in_parts(env, LOOKS, looked, most=len(tokens))
+            return in_parts(parts, LOOKS, looked, most=len(tokens))
 
         def share(tokens: Tensor, samples: slice) -> Tensor:
             some = tokens[samples]
@@ -131,7 +129,7 @@ class Course:
             refine if code_share > 0 else None,
             share=lambda samples: share(now, samples),
             samples=lambda: len(now),
-            env=env,
+            parts=parts,
         )
 
 
@@ -141,7 +139,7 @@ def tune_end_to_end(
     schedule: Schedule,
     report: Callable[[Point], None],
     memory: Memory | None = None,
-    env: Env | None = None,
+    parts: Parts | None = None,
 ) -> list[Point]:
     """Let a student follow the original; it ends where it was best on the held-out samples.
 
@@ -151,9 +149,9 @@ def tune_end_to_end(
         schedule: How long and how fast.
         report: Is told of each point; losses are KL in nats per token.
         memory: Lets it go on where it was stopped.
-        env: Is told where memory is full, and then batches are learned from in parts.
+        parts: That batches are learned from in where memory is full; None: they are whole.
     """
-    return descend(course.learning(pair, schedule.code_share, env), schedule, report, memory)
+    return descend(course.learning(pair, schedule.code_share, parts), schedule, report, memory)
 
 
 def best_rate(
@@ -161,7 +159,7 @@ def best_rate(
     course: Course,
     schedule: Schedule,
     rates: Sequence[float],
-    env: Env | None = None,
+    parts: Parts | None = None,
 ) -> dict[float, float]:
     """Try learning rates for a few steps each, from where the student is; it stays there.
 
@@ -169,7 +167,7 @@ def best_rate(
         Loss on the held-out samples at the end of each, by rate, the best one first; a rate at
         which it diverges is last.
     """
-    what = course.learning(pair, 0.0, env)
+    what = course.learning(pair, 0.0, parts)
     found = {}
     for rate in rates:
         with unchanged(what):

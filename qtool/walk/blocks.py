@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.base import Env
+from qtool.core.parts import Parts
 from qtool.formats._dtypes import dtype_of
 from qtool.modeling.config import parse_config, transformers_failures
 from qtool.modeling.filling import empty_own, fill, fill_own, weightless
@@ -35,7 +35,7 @@ class BlockModel:
     """The empty model and what its blocks are called with."""
 
     def __init__(
-        self, source: ModelSource, device: str, *, dtype: str = "auto", env: Env | None = None
+        self, source: ModelSource, device: str, *, dtype: str = "auto", parts: Parts | None = None
     ) -> None:
         """Build the model without weights.
 
@@ -45,7 +45,7 @@ class BlockModel:
             dtype: In which they run. `auto`: in float32 on a CPU; on a card in bfloat16 if the
                 weights are stored so, because such a model's activations may leave the range of
                 float16, else in float16.
-            env: Is told where a batch has to be run in parts; None: nobody is.
+            parts: That batches are run in where memory is full; None: they are whole.
 
         Raises:
             ModelError: transformers can't build it.
@@ -60,7 +60,7 @@ class BlockModel:
         self._model = model.eval()
         self._blocks = model.get_submodule(source.adapter.blocks)
         self._calls = Calls()
-        self._env = env or Env(device)
+        self._parts = parts
 
     @torch.no_grad()
     def capture(self, batches: Sequence[Tensor]) -> list[Tensor]:
@@ -128,4 +128,4 @@ class BlockModel:
         block = deepcopy(self._blocks[index])
         prefix = f"{self.source.adapter.blocks}.{index}"
         fill(block, prefix, self.source, self.device)
-        return Block(block, prefix, self._calls.of(index), self._env)
+        return Block(block, prefix, self._calls.of(index), self._parts)

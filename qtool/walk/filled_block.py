@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qtool.base import Env
 from qtool.core.activations import fake_quantize
-from qtool.core.parts import in_parts, most_parts, slices
+from qtool.core.parts import Parts, in_parts, most_parts, slices
 from qtool.errors import ModelError
 from qtool.scheme import ActivationScheme
 from qtool.walk.calls import Call
@@ -37,14 +36,16 @@ def failures_of_its_code(what: str) -> Iterator[None]:
 class Block:
     """One filled decoder block."""
 
-    def __init__(self, module: nn.Module, name: str, calls: tuple[Call, ...], env: Env) -> None:
-        self._module, self._name, self._calls, self._env = module, name, calls, env
+    def __init__(
+        self, module: nn.Module, name: str, calls: tuple[Call, ...], parts: Parts | None
+    ) -> None:
+        self._module, self._name, self._calls, self._parts = module, name, calls, parts
         self._device = next(module.parameters()).device
         self._quantizing: dict[str, RemovableHandle] = {}
 
     def copy(self) -> "Block":
         """Return a block with weights of its own."""
-        return Block(deepcopy(self._module), self._name, self._calls, self._env)
+        return Block(deepcopy(self._module), self._name, self._calls, self._parts)
 
     @property
     def module(self) -> nn.Module:
@@ -98,7 +99,7 @@ class Block:
             ]
             return tuple(torch.cat(results) for results in zip(*found, strict=True))
 
-        return in_parts(self._env, "batches of samples are run", run, most=most_parts(hidden))
+        return in_parts(self._parts, "batches of samples are run", run, most=most_parts(hidden))
 
     def alike(self, inputs: Sequence[Tensor]) -> list[int]:
         """Return which batches could stand in for the first: one shape, and equal arguments.

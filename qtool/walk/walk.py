@@ -176,7 +176,7 @@ class Walk:
         train, held_out = self._samples.split(section.holdout)
         self._warn_of_few_tokens(train.num_tokens)
         env.emit(Progress("capturing the inputs of the first block"))
-        model = BlockModel(self._source, env.device, dtype=section.dtype, env=env)
+        model = BlockModel(self._source, env.device, dtype=section.dtype, parts=env.parts)
         limit = BATCH_TOKENS[torch.device(env.device).type]
         first, rest = batches(train.samples, limit), batches(held_out.samples, limit)
         # Nothing here keeps what was captured: it would stay in memory for the whole walk.

@@ -1,0 +1,93 @@
+"""`--dry-run=measure`: what a run would take, without one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Cli
+
+QUICK = ("--set", 'weights.options={"rounds": 1, "iterations": 1, "polish_rounds": 0}')
+
+
+def options(text: Path) -> list[str]:
+    return [
+        *("--method", "bcq", "--bits", "3", "--group-size", "32", *QUICK),
+        *("--set", f'calibration={{"dataset": "{text}", "num_samples": 6, "sequence_length": 24}}'),
+    ]
+
+
+def phases(report: dict) -> dict[str, dict]:
+    return {phase["name"]: phase for phase in report["phases"]}
+
+
+def test_every_phase_is_predicted_and_nothing_is_written(cli: Cli, llama, text_file, tmp_path):
+    out = tmp_path / "out"
+    command = ("quantize", *options(text_file), "--dry-run=measure", llama, out)
+    done = cli(*command, "--json", "-")
+    assert done.code == 0, done.err
+    found = phases(json.loads(done.out))
+    names = "open, draw calibration, read files, capture, solve blocks, write, check"
+    assert list(found) == names.split(", ")
+    assert all(phase["seconds"] > 0 for phase in found.values())
+    assert all(phase["memory_bytes"] > 50e6 for phase in found.values())
+    assert found["solve blocks"]["how"] == "1 of 2 blocks measured"
+    assert not list(tmp_path.iterdir())
+    table = cli(*command)
+    assert table.code == 0
+    assert "Preflight (nothing was written)" in table.out
+    assert "solve blocks" in table.out
+    assert "left" in table.out
+
+
+def test_tuning_tables_and_unlike_blocks_are_phases_of_it(cli: Cli, llama, text_file):
+    sections = [
+        *("--set", "tuning.blocks.steps=40"),
+        *("--set", "embedding.method=rtn", "--set", "head.method=rtn"),
+        *("--set", "embedding.scheme.group_size=32", "--set", "head.scheme.group_size=32"),
+        *("--set", 'weights.overrides=[{"match": "*.1.mlp.*", "scheme": {"num_bits": 2}}]'),
+    ]
+    command = ("quantize", *options(text_file), *sections, "--dry-run=measure", llama, "out")
+    done = cli(*command, "--json", "-")
+    assert done.code == 0, done.err
+    found = phases(json.loads(done.out))
+    assert found["solve blocks"]["how"] == "2 of 2 blocks measured"
+    assert found["tune blocks"]["how"] == "12 of 40 steps measured"
+    assert found["solve tables"]["how"] == "measured, whole"
+
+
+def test_without_data_there_is_no_walk(cli: Cli, llama):
+    command = ("quantize", "--method", "rtn", "--group-size", "32", "--no-calibration")
+    done = cli(*command, "--dry-run=measure", llama, "out", "--json", "-")
+    assert done.code == 0, done.err
+    assert list(phases(json.loads(done.out))) == ["open", "read files", "solve blocks", "write"]
+
+
+def test_what_will_not_fit_is_an_error_after_the_table(
+    cli: Cli, llama, text_file, tmp_path, monkeypatch
+):
+    from qtool.steps.usage import MachineRoom
+
+    monkeypatch.setattr(
+        "qtool.pipeline.preflight.machine_room", lambda *_: MachineRoom(10**6, 0, 10**12)
+    )
+    done = cli("quantize", *options(text_file), "--dry-run=measure", llama, tmp_path / "out")
+    assert done.code == 1
+    assert "Preflight" in done.out
+    assert "'solve blocks' needs" in done.err
+    assert "1 MB" in done.err
+    assert "calibration.num_samples" in done.err
+
+
+@pytest.mark.parametrize("word", ["more", "", "PLAN"])
+def test_other_words_are_refused(cli: Cli, llama, word):
+    done = cli("quantize", "--method", "rtn", f"--dry-run={word}", llama, "out")
+    assert done.code == 2
+    assert "measure" in done.err or "empty" in done.err
+
+
+def test_a_sweep_is_not_measured(cli: Cli, llama):
+    sweep = ("--sweep", "average_bits=3", "--dry-run=measure")
+    done = cli("quantize", *sweep, llama, "out")
+    assert done.code == 1
+    assert "--sweep and --dry-run exclude each other" in done.err
