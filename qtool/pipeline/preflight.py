@@ -20,7 +20,14 @@ from qtool.pipeline.quantize import open_samples
 from qtool.recipe.measuring import CheckSection
 from qtool.recipe.schema import Recipe
 from qtool.steps import measure_blocks as blocks
-from qtool.steps.measure_rest import COPY, measure_copying, measure_tables
+from qtool.steps.measure_rest import (
+    COPY,
+    STEPS_TAKEN,
+    end_to_end_costs,
+    measure_copying,
+    measure_end_to_end,
+    measure_tables,
+)
 from qtool.steps.memory import failures_of_the_machine
 from qtool.steps.plan import Plan, make_plan
 from qtool.steps.preflight import BlockCosts, Phase, Preflight, solving, stretched
@@ -89,7 +96,9 @@ def _measured(run: Run, meter: Meter) -> _Found:
             writer = CheckpointWriter(find_place(Path(folder, "result")), run.fingerprint())
         with writer:
             blocks.measure_fold(run, meter)
-            blocks.measure_blocks(run, writer, meter)
+            solved = blocks.measure_blocks(run, writer, meter)
+            measure_end_to_end(run, writer, solved, meter)
+            free_memory()
             tables = measure_tables(run, meter)
             return _Found(run, meter, measure_copying(run, writer, meter), tables)
 
@@ -127,8 +136,9 @@ def _phases(found: _Found, *, checked: bool) -> Iterator[Phase]:
         yield Phase("capture", meter.mean(blocks.CAPTURE), how=done)
     yield from _block_phases(found)
     yield from _table_phases(found)
-    if recipe.tuning.end_to_end is not None:
-        yield Phase("tune end to end", None, how=f"{NOT_KNOWN} tune")
+    if recipe.tuning.end_to_end is not None and run.calibration is not None:
+        how = f"{STEPS_TAKEN} of {recipe.tuning.end_to_end.steps} steps measured"
+        yield Phase("tune end to end", end_to_end_costs(run, meter), how=how)
     yield _writing(found)
     if checked:
         yield _checking(found, plan)

@@ -67,14 +67,18 @@ def _moved(source: ModelSource, layers: Sequence[LayerPlan], index: int) -> Iter
         yield replace(layer, name=f"{source.adapter.blocks}.{index}{inner}")
 
 
-def measure_blocks(run: Run, writer: CheckpointWriter, meter: Meter) -> None:
+def measure_blocks(run: Run, writer: CheckpointWriter, meter: Meter) -> dict[str, LayerResult]:
     """Capture, solve, correct and tune the blocks of `stand_ins`, and pass them.
 
     Args:
         run: The whole run.
         writer: Of a place that is thrown away.
         meter: Gets `CAPTURE`, `ADVANCE`, `BIASES`, layers by `kind_of`, and tuning by its steps.
+
+    Returns:
+        What was solved, by `kind_of`.
     """
+    found: dict[str, LayerResult] = {}
     blocks = stand_ins(run.source, run.plan)
     cut = replace(run, plan=replace(run.plan, layers=tuple(chain(*blocks))))
     tuning = run.recipe.tuning.blocks
@@ -87,6 +91,7 @@ def measure_blocks(run: Run, writer: CheckpointWriter, meter: Meter) -> None:
                 with meter.measuring(ADVANCE if number else CAPTURE):
                     walk.visit(index)
             results = [_solved(cut, writer, layer, walk, meter) for layer in layers]
+            found |= zip((kind_of(run.source, layer) for layer in layers), results, strict=True)
             if walk is not None and tuning is not None:
                 _tune(cut, tuning, writer, walk, results, meter)
             if walk is not None and block in biased:
@@ -95,6 +100,7 @@ def measure_blocks(run: Run, writer: CheckpointWriter, meter: Meter) -> None:
         if walk is not None and blocks and index + 1 < run.source.num_blocks:
             with meter.measuring(ADVANCE):
                 walk.visit(index + 1)
+    return found
 
 
 def _solved(

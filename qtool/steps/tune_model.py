@@ -104,7 +104,7 @@ def _tuned(
     env = run.env
     env.emit(Progress("loading the original"))
     original = load_source(run.source, env.device)
-    pair, vectors = _pair(run, section, original, solved)
+    pair, vectors = pair_of(run, section, original, solved)
     course = Course(*_batches(run, section))
     env.emit(_announced(original, solved.layers, course.batches[0], section))
 
@@ -129,7 +129,7 @@ def _tuned(
     return Made(tensors, {"curve": [asdict(point) for point in points]})
 
 
-def _pair(
+def pair_of(
     run: Run, section: EndToEndTuning, original: CausalModel, solved: SolvedModel
 ) -> tuple[Pair, dict[str, torch.nn.Parameter]]:
     """Return the student with its original, and its norms and biases that learn."""

@@ -112,7 +112,7 @@ def descend(
     A loss that isn't finite ends it early: what it did is taken back. With a memory it goes on
     where it was looked at last, to the same result.
     """
-    stepper = _Stepper(what, schedule)
+    stepper = Stepper(what, schedule)
     points = stepper.recall(memory)
     if not points:
         points = [Point(0, None, what.held_out(), schedule.learning_rate * schedule.factor(0))]
@@ -153,7 +153,7 @@ def unchanged(what: Learning) -> Iterator[None]:
                 value.copy_(was)
 
 
-class _Stepper:
+class Stepper:
     """One step of Adam; on a card, after the first few, a graph that is replayed."""
 
     def __init__(self, what: Learning, schedule: Schedule) -> None:

@@ -1,5 +1,6 @@
 """`--dry-run=measure`: what a run would take, without one."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def test_every_phase_is_predicted_and_nothing_is_written(cli: Cli, llama, text_f
 def test_tuning_tables_and_unlike_blocks_are_phases_of_it(cli: Cli, llama, text_file):
     sections = [
         *("--set", "tuning.blocks.steps=40"),
+        *("--set", "tuning.end_to_end.steps=50", "--set", "tuning.end_to_end.batch_size=2"),
         *("--set", "embedding.method=rtn", "--set", "head.method=rtn"),
         *("--set", "embedding.scheme.group_size=32", "--set", "head.scheme.group_size=32"),
         *("--set", 'weights.overrides=[{"match": "*.1.mlp.*", "scheme": {"num_bits": 2}}]'),
@@ -53,6 +55,8 @@ def test_tuning_tables_and_unlike_blocks_are_phases_of_it(cli: Cli, llama, text_
     found = phases(json.loads(done.out))
     assert found["solve blocks"]["how"] == "2 of 2 blocks measured"
     assert found["tune blocks"]["how"] == "12 of 40 steps measured"
+    assert found["tune end to end"]["how"] == "8 of 50 steps measured"
+    assert found["tune end to end"]["seconds"] > 0
     assert found["solve tables"]["how"] == "measured, whole"
 
 
@@ -68,9 +72,8 @@ def test_what_will_not_fit_is_an_error_after_the_table(
 ):
     from qtool.steps.usage import MachineRoom
 
-    monkeypatch.setattr(
-        "qtool.pipeline.preflight.machine_room", lambda *_: MachineRoom(10**6, 0, 10**12)
-    )
+    module = importlib.import_module("qtool.pipeline.preflight")
+    monkeypatch.setattr(module, "machine_room", lambda *_: MachineRoom(10**6, 0, 10**12))
     done = cli("quantize", *options(text_file), "--dry-run=measure", llama, tmp_path / "out")
     assert done.code == 1
     assert "Preflight" in done.out
@@ -91,3 +94,15 @@ def test_a_sweep_is_not_measured(cli: Cli, llama):
     done = cli("quantize", *sweep, llama, "out")
     assert done.code == 1
     assert "--sweep and --dry-run exclude each other" in done.err
+
+
+def test_run_predicts_what_quantizing_takes(cli: Cli, llama, text_file, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    calibration = f"{{dataset: {text_file}, num_samples: 6, sequence_length: 24}}"
+    weights = "{method: rtn, scheme: {num_bits: 4, group_size: 32}}"
+    recipe.write_text(f"version: 1\ncalibration: {calibration}\nweights: {weights}\n")
+    done = cli("run", recipe, llama, tmp_path / "out", "--dry-run=measure", "--json", "-")
+    assert done.code == 0, done.err
+    assert "solve blocks" in phases(json.loads(done.out))
+    assert "check" not in phases(json.loads(done.out))
+    assert list(tmp_path.iterdir()) == [recipe]

@@ -132,7 +132,7 @@ def test_tuning_accumulates_the_gradients_of_parts(llama, text_file, tmp_path, m
         section |= {"batch_size": 4, "sequence_length": 32}
     wanted = recipe(text_file, **{tuning: section})
     pipeline.quantize(Location(llama), tmp_path / "whole", wanted)
-    gradients = descent._Stepper._gradients
+    gradients = descent.Stepper._gradients
 
     def limited(self: Any, count: int) -> Any:
         if count < 2:
@@ -141,7 +141,7 @@ def test_tuning_accumulates_the_gradients_of_parts(llama, text_file, tmp_path, m
         return gradients(self, count)
 
     with monkeypatch.context() as patch:
-        patch.setattr(descent._Stepper, "_gradients", limited)
+        patch.setattr(descent.Stepper, "_gradients", limited)
         result = pipeline.quantize(Location(llama), tmp_path / "parts", wanted)
     assert "steps of tuning are taken in 2 parts" in " ".join(result.fallbacks)
     whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
