@@ -65,7 +65,9 @@ class Parts:
         )
 
 
-def in_parts(parts: Parts | None, what: str, work: Callable[[int], Result], *, most: int) -> Result:
+def within_memory(
+    parts: Parts | None, what: str, work: Callable[[int], Result], *, most: int
+) -> Result:
     """Do something in as many parts as it took before; in twice as many if memory is full.
 
     Args:

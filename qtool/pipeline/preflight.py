@@ -26,7 +26,7 @@ from qtool.steps.measure_rest import (
     end_to_end_costs,
     measure_copying,
     measure_end_to_end,
-    measure_tables,
+    time_tables,
 )
 from qtool.steps.memory import failures_of_the_machine
 from qtool.steps.plan import Plan, make_plan
@@ -99,7 +99,7 @@ def _measured(run: Run, meter: Meter) -> _Found:
             solved = blocks.measure_blocks(run, writer, meter)
             measure_end_to_end(run, writer, solved, meter)
             free_memory()
-            tables = measure_tables(run, meter)
+            tables = time_tables(run, meter)
             return _Found(run, meter, measure_copying(run, writer, meter), tables)
 
 

@@ -29,7 +29,7 @@ MOST_WEIGHTS = 2**24
 """Of a table are solved; the others take as long."""
 
 
-def measure_tables(run: Run, meter: Meter) -> dict[str, float]:
+def time_tables(run: Run, meter: Meter) -> dict[str, float]:
     """Solve the first rows of embedding and head, without data.
 
     Returns:

@@ -12,7 +12,7 @@ from qtool.core.affine import round_weight
 from qtool.core.moments import OutputErrors, added_error
 from qtool.recipe.schema import CalibrationSection
 from qtool.steps.plan import LayerPlan, load_method
-from qtool.steps.solve_rows import joined, solve_rows
+from qtool.steps.solve_rows import joined_rows, solve_rows
 from qtool.walk.statistics import InputStatistics, raised
 
 CLEARLY = 0.01
@@ -46,7 +46,7 @@ def solve_calibrated(
     strength = None if asked == "auto" else asked
     parts = [_Part.of(weight[each.rows], each, strength) for each in statistics]
     alternatives = layer.alternatives()
-    solutions = [joined([_solved(one, part, env) for part in parts]) for one in alternatives]
+    solutions = [joined_rows([_solved(one, part, env) for part in parts]) for one in alternatives]
     candidates = [_dequantized(solution) for solution in solutions]
     errors = [sum(part.error(each) for part in parts) for each in candidates]
     added = [sum(part.added(each) for part in parts) for each in candidates]

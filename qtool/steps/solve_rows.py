@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qtool.base import Env, LayerProblem, LayerSolution, Method
 from qtool.checkpoint.manifest import codec
-from qtool.core.parts import in_parts
+from qtool.core.parts import within_memory
 from qtool.scheme import WeightScheme
 
 
@@ -37,10 +37,10 @@ def solve_rows(method: Method, problem: LayerProblem, options: Any, env: Env) ->
 
     def work(count: int) -> LayerSolution:
         parts = _split(problem.weight, count, unit)
-        return joined([solve(part) for part in parts])
+        return joined_rows([solve(part) for part in parts])
 
     what = f"weights of {rows} x {columns} are solved"
-    return in_parts(env.parts, what, work, most=-(-rows // unit))
+    return within_memory(env.parts, what, work, most=-(-rows // unit))
 
 
 def _unit(scheme: WeightScheme, rows: int) -> int:
@@ -53,7 +53,7 @@ def _split(weight: Tensor, count: int, unit: int) -> Sequence[Tensor]:
     return weight.split(-(-units // count) * unit)
 
 
-def joined(solutions: Sequence[LayerSolution]) -> LayerSolution:
+def joined_rows(solutions: Sequence[LayerSolution]) -> LayerSolution:
     """Return the solutions of parts, in order, as one; its metrics are their means."""
     first, *others = solutions
     if not others:

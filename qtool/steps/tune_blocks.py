@@ -21,6 +21,8 @@ from qtool.training.student import (
     quantize_inputs,
     stored_parts,
 )
+from qtool.walk.filled_block import Block
+from qtool.walk.streams import Visit
 from qtool.walk.walk import SolvedLinear, Walk
 
 SOLVED, TUNED_BLOCK = "solved", "tuned"
@@ -86,18 +88,8 @@ def tuned_block(
     visit = walk.visit(int(block.rpartition(".")[2]))
     streams = visit.streams
     targets = [visit.original.run(hidden, i) for i, hidden in enumerate(streams.original)]
-    student = visit.quantized.copy()
-    student.module.requires_grad_(requires_grad=False)
-    layers = {
-        name.removeprefix(f"{block}."): draft_of(writer, name, entry, device)
-        for name, entry in entries.items()
-    }
-    install_layers(student.module, layers, moves_codes=section.code_rate > 0)
+    student = _student(run, section, writer, visit, block, entries)
     learned = [layer for _, layer in learned_layers(student.module)]
-    quantize_inputs(
-        student.module,
-        {name.removeprefix(f"{block}."): entry.activation for name, entry in entries.items()},
-    )
     kind = torch.device(device).type
 
     def forward(hidden: Tensor, batch: int, samples: slice | None = None) -> Tensor:
@@ -124,3 +116,26 @@ def tuned_block(
     points = tune_block(learned, lesson, schedule, lambda _point: None)
     parts = {f"{block}.{name}": part for name, part in stored_parts(student.module)}
     return Made(parts, {"curve": [asdict(point) for point in points]})
+
+
+def _student(
+    run: Run,
+    section: BlockTuning,
+    writer: CheckpointWriter,
+    visit: Visit,
+    block: str,
+    entries: Mapping[str, LayerEntry],
+) -> Block:
+    """Return the quantized block with layers that learn, as the solvers left them."""
+    student = visit.quantized.copy()
+    student.module.requires_grad_(requires_grad=False)
+    layers = {
+        name.removeprefix(f"{block}."): draft_of(writer, name, entry, run.env.device)
+        for name, entry in entries.items()
+    }
+    install_layers(student.module, layers, moves_codes=section.code_rate > 0)
+    quantize_inputs(
+        student.module,
+        {name.removeprefix(f"{block}."): entry.activation for name, entry in entries.items()},
+    )
+    return student

@@ -15,7 +15,7 @@ from qtool.checkpoint.place import nearest
 from qtool.steps.memory import peak_memory
 
 STATM, MEMINFO = Path("/proc/self/statm"), Path("/proc/meminfo")
-LIMITS = (
+CONTAINER_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
@@ -156,7 +156,7 @@ def _host_bytes() -> int:
         lines = MEMINFO.read_text().splitlines()
         line = next(line for line in lines if line.startswith("MemAvailable"))
         bounds.append(int(line.split()[1]) * 1024 + resident())
-    for file in LIMITS:
+    for file in CONTAINER_LIMITS:
         with contextlib.suppress(OSError, ValueError):
             bounds.append(int(file.read_text()))
     return min(bounds)

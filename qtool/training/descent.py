@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qtool.core.parts import Parts, in_parts, memory_is_full, slices
+from qtool.core.parts import Parts, memory_is_full, slices, within_memory
 from qtool.training.student import LearnedLinear
 
 BETAS = (0.9, 0.95)
@@ -193,7 +193,7 @@ class Stepper:
     def _take(self) -> Tensor:
         what = self._what
         most = 1 if what.share is None else what.samples()
-        return self._moved(in_parts(what.parts, STEPS, self._gradients, most=most))
+        return self._moved(within_memory(what.parts, STEPS, self._gradients, most=most))
 
     def _gradients(self, count: int) -> Tensor:
         """Set the gradients, summed over so many parts of the samples; return the loss."""

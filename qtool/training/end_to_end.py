@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.base import CausalModel
-from qtool.core.parts import Parts, in_parts, slices
+from qtool.core.parts import Parts, slices, within_memory
 from qtool.training.descent import Learning, Memory, Point, Schedule, descend, unchanged
 from qtool.training.divergence import divergence
 from qtool.training.refinement import refine_codes
@@ -43,6 +43,11 @@ class Pair:
     def divergence(self, tokens: Tensor) -> Tensor:
         """Return KL(original || student), nats per token, of tokens (samples, length) int64."""
         return divergence(self._predicted(tokens), self._wanted(tokens))
+
+    def share(self, tokens: Tensor, samples: slice) -> Tensor:
+        """Return what some samples make of that; those of all add up to it."""
+        some = tokens[samples]
+        return self.divergence(some) * (len(some) / len(tokens))
 
     def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Return the divergence, and the student's surprise at words drawn from what it predicts.
@@ -91,21 +96,10 @@ class Course:
         @torch.no_grad()
         def on_held_out() -> float:
             total = sum(tokens.numel() for tokens in self.held_out)
-            losses = [of_held_out(each.to(device)) * each.numel() for each in self.held_out]
+            losses = [
+                _looked(pair, each.to(device), parts) * each.numel() for each in self.held_out
+            ]
             return float(torch.stack(losses).sum()) / total
-
-        def of_held_out(tokens: Tensor) -> Tensor:
-            def looked(count: int) -> Tensor:
-                if count == 1:
-                    return pair.divergence(tokens)
-                some = slices(len(tokens), count)
-                return torch.stack([share(tokens, samples) for samples in some]).sum()
-
-            return in_parts(parts, LOOKS, looked, most=len(tokens))
-
-        def share(tokens: Tensor, samples: slice) -> Tensor:
-            some = tokens[samples]
-            return pair.divergence(some) * (len(some) / len(tokens))
 
         def refine(step: int, before: float) -> float:
             count = len(self.batches)
@@ -127,10 +121,22 @@ class Course:
             on_held_out,
             pair.captured,
             refine if code_share > 0 else None,
-            share=lambda samples: share(now, samples),
+            share=lambda samples: pair.share(now, samples),
             samples=lambda: len(now),
             parts=parts,
         )
+
+
+def _looked(pair: Pair, tokens: Tensor, parts: Parts | None) -> Tensor:
+    """Return the divergence of one batch that isn't learned from."""
+
+    def work(count: int) -> Tensor:
+        if count == 1:
+            return pair.divergence(tokens)
+        some = slices(len(tokens), count)
+        return torch.stack([pair.share(tokens, samples) for samples in some]).sum()
+
+    return within_memory(parts, LOOKS, work, most=len(tokens))
 
 
 def tune_end_to_end(

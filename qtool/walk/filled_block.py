@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qtool.core.activations import fake_quantize
-from qtool.core.parts import Parts, in_parts, most_parts, slices
+from qtool.core.parts import Parts, most_parts, slices, within_memory
 from qtool.errors import ModelError
 from qtool.scheme import ActivationScheme
 from qtool.walk.calls import Call
@@ -99,7 +99,9 @@ class Block:
             ]
             return tuple(torch.cat(results) for results in zip(*found, strict=True))
 
-        return in_parts(self._parts, "batches of samples are run", run, most=most_parts(hidden))
+        return within_memory(
+            self._parts, "batches of samples are run", run, most=most_parts(hidden)
+        )
 
     def alike(self, inputs: Sequence[Tensor]) -> list[int]:
         """Return which batches could stand in for the first: one shape, and equal arguments.

@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ def options(text: Path) -> list[str]:
     ]
 
 
-def phases(report: dict) -> dict[str, dict]:
+def phases(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {phase["name"]: phase for phase in report["phases"]}
 
 

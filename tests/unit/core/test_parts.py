@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.core.parts import Parts, in_parts, memory_is_full, most_parts, slices
+from qtool.core.parts import Parts, memory_is_full, most_parts, slices, within_memory
 
 ON_CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
 FULL = [MemoryError(), RuntimeError(ON_CPU), torch.OutOfMemoryError("CUDA out of memory.")]
@@ -26,12 +26,12 @@ def fails_below(parts: int, error: BaseException):
 def test_parts_double_until_there_is_room_and_stay(error):
     told: list[str] = []
     parts = Parts(told.append)
-    assert in_parts(parts, "things are done", fails_below(4, error), most=8) == 4
+    assert within_memory(parts, "things are done", fails_below(4, error), most=8) == 4
     assert [sentence.split(" in ")[1][:7] for sentence in told] == ["2 parts", "4 parts"]
     assert told[0].startswith("Memory was full: things are done in 2 parts")
-    assert in_parts(parts, "things are done", fails_below(1, error), most=8) == 4
-    assert in_parts(parts, "things are done", fails_below(1, error), most=3) == 3
-    assert in_parts(parts, "others are done", fails_below(1, error), most=8) == 1
+    assert within_memory(parts, "things are done", fails_below(1, error), most=8) == 4
+    assert within_memory(parts, "things are done", fails_below(1, error), most=3) == 3
+    assert within_memory(parts, "others are done", fails_below(1, error), most=8) == 1
     assert len(told) == 2
 
 
@@ -39,17 +39,17 @@ def test_parts_double_until_there_is_room_and_stay(error):
 def test_what_has_no_smaller_parts_is_an_error(error):
     parts = Parts(lambda _: None)
     with pytest.raises(type(error)):
-        in_parts(parts, "things are done", fails_below(6, error), most=5)
+        within_memory(parts, "things are done", fails_below(6, error), most=5)
     assert parts.of("things are done") == 5
     with pytest.raises(type(error)):
-        in_parts(None, "things are done", fails_below(2, error), most=5)
+        within_memory(None, "things are done", fails_below(2, error), most=5)
 
 
 def test_other_errors_are_not_answered():
     told: list[str] = []
     with pytest.raises(RuntimeError, match="shapes"):
         error = RuntimeError("shapes differ")
-        in_parts(Parts(told.append), "things are done", fails_below(2, error), most=5)
+        within_memory(Parts(told.append), "things are done", fails_below(2, error), most=5)
     assert not told
     assert not memory_is_full(ValueError("out of memory"))
 

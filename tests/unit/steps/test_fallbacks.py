@@ -3,13 +3,13 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from qtool import pipeline
-from qtool.base import Env, Fallback
+from qtool.base import Env, Fallback, QuantizedTensor
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.core.parts import Parts
 from qtool.errors import BackendError
@@ -64,7 +64,10 @@ def few_rows(patch: Any) -> None:
 
 def weights_of(directory: Any) -> dict[str, torch.Tensor]:
     reader = CheckpointReader(directory)
-    return {name: dequantized(reader.load(name)) for name in reader.manifest.layers}
+    return {
+        name: dequantized(cast("QuantizedTensor", reader.load(name)))
+        for name in reader.manifest.layers
+    }
 
 
 @pytest.mark.parametrize(
