@@ -2,15 +2,17 @@
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
-from qtool.base import Emit, Env, Progress, ignore_events
+from qtool.base import Emit, Env, Fallback, Progress, ignore_events
 from qtool.checkpoint.place import find_place
 from qtool.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
 from qtool.choosing.choose import check_choices
 from qtool.choosing.search.q_rater import check_search
+from qtool.core.parts import Parts
 from qtool.errors import BackendError
 from qtool.modeling.device import default_device, free_memory
 from qtool.modeling.locate import Location
@@ -22,6 +24,10 @@ from qtool.recipe.schema import Recipe
 from qtool.steps import measure_blocks as blocks
 from qtool.steps.measure_rest import (
     COPY,
+    FIRST_STEP,
+    LOAD,
+    LOOK,
+    STEP,
     STEPS_TAKEN,
     end_to_end_costs,
     measure_copying,
@@ -36,6 +42,17 @@ from qtool.steps.solve import block_of
 from qtool.steps.usage import NOTHING, Meter, Usage, machine_room
 
 OPEN, DRAW, READ, CHECK = "open", "draw calibration", "read files", "check"
+FOLD, CAPTURE, SOLVE, TUNE = "fold", "capture", "solve blocks", "tune blocks"
+WRITE, TUNE_MODEL = "write", "tune end to end"
+PHASES = {
+    **{name: name for name in (OPEN, DRAW, READ, CHECK)},
+    **dict.fromkeys((blocks.FIRST_FOLD, blocks.NEXT_FOLD), FOLD),
+    blocks.CAPTURE: CAPTURE,
+    **{blocks.tuning_for(steps): TUNE for steps in (blocks.FEW_STEPS, blocks.MORE_STEPS)},
+    **dict.fromkeys((LOAD, FIRST_STEP, STEP, LOOK), TUNE_MODEL),
+    COPY: WRITE,
+}
+"""By what is measured; the rest is `SOLVE`."""
 NOT_KNOWN = "not measured: it takes what it takes to"
 MODELS_CHECKED = 2
 
@@ -64,15 +81,26 @@ def preflight(
         check_search(source, recipe, plan)
     with meter.measuring(DRAW):
         samples = open_samples(source, recipe, calib_dir, emit)
-    env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
+    parts = Parts(lambda message: emit(Fallback(message)))
+    env = Env(device=str(default_device()), seed=recipe.seed, emit=emit, parts=parts)
     run = Run(source, recipe, plan, samples, env, samples_given=calib_dir is not None)
-    with failures_of_the_machine(env.device, out_dir):
+    with _naming(meter), failures_of_the_machine(env.device, out_dir):
         found = _measured(run, meter)
         wanted = check and (samples is not None or section is not None)
         if wanted:
             found = replace(found, unchecked=_measure_check(run, meter, section or AS_USUAL))
     phases = tuple(_phases(found, checked=wanted))
     return Preflight(phases, machine_room(env.device, out_dir))
+
+
+@contextmanager
+def _naming(meter: Meter) -> Iterator[None]:
+    """Say of an error of the machine in which phase it came."""
+    try:
+        yield
+    except BackendError as error:
+        phase = PHASES.get(meter.last, SOLVE)
+        raise BackendError(f"'{phase}' won't fit: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,18 +155,18 @@ def _phases(found: _Found, *, checked: bool) -> Iterator[Phase]:
     if recipe.fold is not None:
         others = meter.mean(blocks.NEXT_FOLD) * (run.source.num_blocks - 1)
         how = f"2 of {run.source.num_blocks} blocks measured"
-        yield Phase("fold", meter.mean(blocks.FIRST_FOLD) + others, how=how)
+        yield Phase(FOLD, meter.mean(blocks.FIRST_FOLD) + others, how=how)
     if recipe.choosing is not None:
         yield Phase("choose bits", None, how=f"{NOT_KNOWN} choose; --dry-run does it, and keeps it")
     if recipe.search is not None:
         yield Phase("search", None, how=f"{NOT_KNOWN} try every layer")
     if run.calibration is not None:
-        yield Phase("capture", meter.mean(blocks.CAPTURE), how=done)
+        yield Phase(CAPTURE, meter.mean(blocks.CAPTURE), how=done)
     yield from _block_phases(found)
     yield from _table_phases(found)
     if recipe.tuning.end_to_end is not None and run.calibration is not None:
         how = f"{STEPS_TAKEN} of {recipe.tuning.end_to_end.steps} steps measured"
-        yield Phase("tune end to end", end_to_end_costs(run, meter), how=how)
+        yield Phase(TUNE_MODEL, end_to_end_costs(run, meter), how=how)
     yield _writing(found)
     if checked:
         yield _checking(found, plan)
@@ -167,11 +195,11 @@ def _block_phases(found: _Found) -> Iterator[Phase]:
     spooled = sum(layer.num_bytes for layer in run.plan.in_blocks)
     drafts = 1 + run.recipe.tuning.is_on
     how = f"{measured} of {len(planned)} blocks measured"
-    yield Phase("solve blocks", solved, spooled * drafts + run.stream_bytes(), how)
+    yield Phase(SOLVE, solved, spooled * drafts + run.stream_bytes(), how)
     if section is not None and run.calibration is not None:
         disk = spooled * (drafts + 1) + run.stream_bytes()
         how = f"{blocks.MORE_STEPS} of {section.steps} steps measured"
-        yield Phase("tune blocks", tuning, disk, how)
+        yield Phase(TUNE, tuning, disk, how)
 
 
 def _passed(run: Run) -> int:
@@ -203,7 +231,7 @@ def _writing(found: _Found) -> Phase:
     quantized = plan.total_bytes - plan.kept_bytes
     disk = plan.total_bytes + min(plan.total_bytes, MAX_SHARD_BYTES) + drafts * quantized
     usage = found.meter.mean(COPY) * share
-    return Phase("write", usage, disk, f"{found.copied / 1e6:.0f} MB measured")
+    return Phase(WRITE, usage, disk, f"{found.copied / 1e6:.0f} MB measured")
 
 
 def _checking(found: _Found, plan: Plan) -> Phase:

@@ -82,6 +82,8 @@ class Meter:
     def __init__(self, device: str) -> None:
         self._device = device
         self._found: dict[str, list[Usage]] = {}
+        self.last = ""
+        """What is measured, or was last."""
 
     def mean(self, name: str) -> Usage:
         """Return what one piece of work of that name took, with the peak of all of them."""
@@ -95,7 +97,7 @@ class Meter:
     @contextlib.contextmanager
     def measuring(self, name: str) -> Iterator[None]:
         """Measure what is done inside the block."""
-        on_card = self._device.startswith("cuda")
+        self.last, on_card = name, self._device.startswith("cuda")
         if on_card:
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)

@@ -33,6 +33,10 @@ def failures_of_its_code(what: str) -> Iterator[None]:
         ) from error
 
 
+RUN = "batches of samples are run"
+"""Where memory is full in parts: a sentence begins so."""
+
+
 class Block:
     """One filled decoder block."""
 
@@ -99,9 +103,7 @@ class Block:
             ]
             return tuple(torch.cat(results) for results in zip(*found, strict=True))
 
-        return within_memory(
-            self._parts, "batches of samples are run", run, most=most_parts(hidden)
-        )
+        return within_memory(self._parts, RUN, run, most=most_parts(hidden))
 
     def alike(self, inputs: Sequence[Tensor]) -> list[int]:
         """Return which batches could stand in for the first: one shape, and equal arguments.
@@ -118,8 +120,16 @@ class Block:
 
     def rest_of_output(self, hidden: Tensor, call: Call) -> tuple[Any, ...] | None:
         """Return what the block returns beside the hidden states; None if it returns no tuple."""
-        output = self._call(hidden, call)
-        return output[1:] if isinstance(output, tuple) else None
+
+        def rest(count: int) -> tuple[Any, ...] | None:
+            if count == 1:
+                output = self._call(hidden, call)
+            else:
+                some = slices(len(hidden), count)[0]
+                output = self._call(hidden[some], call.of_samples(some, len(hidden)))
+            return output[1:] if isinstance(output, tuple) else None
+
+        return within_memory(self._parts, RUN, rest, most=most_parts(hidden))
 
     def _call(self, hidden: Tensor, call: Call) -> Any:  # noqa: ANN401
         call = call.on(self._device)

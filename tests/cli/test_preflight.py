@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from qtool.walk.filled_block import Block
 from tests.cli.conftest import Cli
 
 QUICK = ("--set", 'weights.options={"rounds": 1, "iterations": 1, "polish_rounds": 0}')
@@ -81,6 +82,45 @@ def test_what_will_not_fit_is_an_error_after_the_table(
     assert "'solve blocks' needs" in done.err
     assert "1 MB" in done.err
     assert "calibration.num_samples" in done.err
+
+
+def test_memory_that_is_full_in_the_part_is_answered_or_named(
+    cli: Cli, llama, text_file, monkeypatch
+):
+    output = Block.output
+
+    def limited(self: Block, hidden: Any, call: Any) -> Any:
+        if len(hidden) > 1:
+            raise MemoryError
+        return output(self, hidden, call)
+
+    command = ("quantize", *options(text_file), "--dry-run=measure", llama, "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "output", limited)
+        done = cli(*command)
+    assert done.code == 0, done.err
+    assert "batches of samples are run in" in " ".join(done.err.split())
+
+    def full(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(Block, "output", full)
+    done = cli(*command)
+    assert done.code == 1
+    assert "'solve blocks' won't fit: The memory of this machine is full" in done.err
+
+
+@pytest.mark.gpu
+def test_on_a_card_its_memory_is_predicted_too(cli: Cli, llama, text_file):
+    tuned = ("--set", "tuning.blocks.steps=40")
+    command = ("quantize", *options(text_file), *tuned, "--dry-run=measure", llama, "out")
+    done = cli(*command, "--json", "-")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    found = phases(report)
+    for name in ("solve blocks", "tune blocks"):
+        assert 0 < found[name]["card_bytes"] < report["room"]["card_bytes"], name
+        assert found[name]["margins"]["card"] > 0
 
 
 @pytest.mark.parametrize("word", ["more", "", "PLAN"])

@@ -173,3 +173,25 @@ def test_rows_that_share_a_group_stay_together(group_dim):
     assert torch.equal(dequantized(found.tensor), dequantized(wanted.tensor))
     if group_dim == "out_features":
         assert {size % 16 for size in sizes} <= {0, 72 % 16}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tuning", ["blocks", "end_to_end"])
+def test_a_card_without_room_for_a_graph_takes_steps_in_parts(
+    llama, text_file, tmp_path, monkeypatch, tuning
+):
+    section = {"steps": 12, "learning_rate": 1e-2}
+    if tuning == "end_to_end":
+        section |= {"batch_size": 4, "sequence_length": 32}
+    gradients = descent.Stepper._gradients
+
+    def limited(self: Any, count: int) -> Any:
+        if self._done > descent.EAGER_STEPS and count < 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return gradients(self, count)
+
+    monkeypatch.setattr(descent.Stepper, "_gradients", limited)
+    result = pipeline.quantize(
+        Location(llama), tmp_path / "o", recipe(text_file, **{tuning: section})
+    )
+    assert "steps of tuning are taken in 2 parts" in " ".join(result.fallbacks)
