@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from qtool.core.parts import Parts
+
 Statistic = Literal["hessian"]
 DType = Literal["int32", "float16", "bfloat16", "float32"]
 CausalModel = Any
 """A causal language model of transformers; what all of them have is in no type."""
-Tokenizer = Any
-"""A tokenizer of transformers, likewise."""
+Tokenizer = Any  # of transformers, likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +34,8 @@ class Progress:
     what: str
     """One step of the work; the first with this text begins it."""
     done: int = 0
-    total: int | None = None
-    """None: nothing is counted."""
-    detail: str = ""
-    """On what was done last."""
+    total: int | None = None  # nothing is counted
+    detail: str = ""  # on what was done last
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +43,11 @@ class Notice:
     """A warning: the work goes on, and the user should know."""
 
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback(Notice):
+    """Memory was full, and from now on the same is done in smaller parts."""
 
 
 Emit = Callable[[Progress | Notice], None]
@@ -172,8 +176,7 @@ or of each head's; a product of its last rows with a gate; a function per channe
 class Producer:
     """What makes the inputs of linears and can divide them by a factor per channel."""
 
-    name: str
-    """Its dotted name in the block."""
+    name: str  # dotted, in the block
     through: Passage = "norm"
 
 
@@ -213,6 +216,7 @@ class Env:
     emit: Emit = ignore_events
     work_dir: Path | None = None
     """Takes what is too large for memory, for as long as a step runs."""
+    parts: Parts | None = None  # that work is done in once memory was full
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,8 +250,7 @@ class KernelBackend(Protocol):
     What it prepares is a tensor, the weight itself, or has a method `dense` that returns it.
     """
 
-    name: str
-    """Its file name."""
+    name: str  # its file's
     priority: int
     """Of the backends that support a tensor, the one with the highest priority runs it."""
     owns_layout: bool

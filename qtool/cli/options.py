@@ -4,6 +4,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,16 @@ from qtool.cli.console import check_replaceable
 from qtool.errors import OutputError
 from qtool.wording import reason
 
+
+class DryRun(StrEnum):
+    """What --dry-run does; by itself it plans."""
+
+    PLAN = "plan"
+    MEASURE = "measure"
+
+
+BARE = {"--dry-run": DryRun.PLAN}
+"""Values of options that may be given without one; one is given with '='."""
 GATE_FAILED = 3
 """Exit code of a run that was carried out, and failed by what the recipe allows."""
 PLOT_SUFFIXES = (".png", ".svg")
@@ -57,6 +68,7 @@ class Command(typer.core.TyperCommand):
             typer.BadParameter: an option is given twice, so that the first would be forgotten; or a
                 value is empty, which as a path would mean the current directory.
         """
+        args = self._with_values(args)
         values, _, given = self.make_parser(ctx).parse_args(args=list(args))
         for number, option in enumerate(given):
             if values.get(option.name) == "":
@@ -74,6 +86,13 @@ class Command(typer.core.TyperCommand):
                 message = f"{option.opts[0]} is given twice. Give one value."
                 raise typer.BadParameter(message, ctx=ctx)
         return super().parse_args(ctx, args)
+
+    def _with_values(self, args: list[str]) -> list[str]:
+        """Give options that may be given without a value theirs, once."""
+        valued = [option for option in self.params if not getattr(option, "is_flag", True)]
+        bare = BARE.keys() & {name for option in valued for name in option.opts}
+        once = [arg for n, arg in enumerate(args) if arg not in bare or arg not in args[:n]]
+        return [f"{arg}={BARE[arg]}" if arg in bare else arg for arg in once]
 
 
 def torch_dtype(name: str | None) -> Any:  # noqa: ANN401

@@ -35,13 +35,13 @@ class Step:
 
     def state(self, now: float) -> str:
         """Return how far it is, since when, and how much time is left."""
-        spent = f"{_clock(now - self.begun)} so far"
+        spent = f"{clock(now - self.begun)} so far"
         if not self.total:
             return f"{self.done}, {spent}" if self.done else f"{spent}, {self.guess(now)}"
         left = self.guess(now)
         if self.done:
             seconds = (now - self.begun) / self.done * (self.total - self.done)
-            left = f"about {_clock(seconds)} left"
+            left = f"about {clock(seconds)} left"
         return f"{self.done} of {self.total}, {spent}, {left}"
 
     def line(self, now: float) -> str:
@@ -52,7 +52,7 @@ class Step:
         """Return what is said of the time left before anything is counted."""
         if self.ends is None or self.ends <= now:
             return "estimating the time left" if self.total else "time left not known yet"
-        return f"about {_clock(self.ends - now)} left by a first guess"
+        return f"about {clock(self.ends - now)} left by a first guess"
 
 
 class _Log:
@@ -173,7 +173,7 @@ def _renderer() -> Iterator[_Live | _Log]:
         watcher.join()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Return 75 as 1:15, and hours before."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -13,12 +13,14 @@ from qtool.cli.guess import guess_seconds
 from qtool.cli.options import (
     GATE_FAILED,
     DeviceOption,
+    DryRun,
     ModelArgument,
     check_targets,
     in_panel,
 )
 from qtool.cli.progress import Told, progress
 from qtool.cli.tables.plans import print_plan
+from qtool.cli.tables.preflights import print_preflight
 from qtool.cli.tables.quantized import print_quantized
 from qtool.cli.tables.sweeps import print_sweep
 from qtool.errors import RecipeError
@@ -87,7 +89,15 @@ def quantize(
         _how("--no-check", help="Don't compare the result with the original at the end."),
     ] = False,
     device: DeviceOption = None,
-    dry_run: Annotated[bool, _debug("--dry-run", help="Print bits and bytes, do nothing.")] = False,
+    dry_run: Annotated[
+        DryRun | None,
+        _debug(
+            "--dry-run",
+            metavar="[=measure]",
+            help="Print bits and bytes, do nothing. With =measure: solve one block, and predict "
+            "time, memory and disk of every phase.",
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, _debug("--json", help="Write the result as JSON; - is stdout.")
     ] = None,
@@ -104,7 +114,7 @@ def quantize(
 
       qtool quantize --average-bits 3.25 MODEL OUT_DIR
     """
-    sizes = _sizes(sweep, average_bits, dry_run=dry_run)
+    sizes = _sizes(sweep, average_bits, dry_run=dry_run is not None)
     overrides = _overrides(settings or [], calibration, sizes, no_calibration=no_calibration)
     chosen = choose_recipe(recipe, method, bits, group_size, overrides)
     if tune is not None:
@@ -132,7 +142,12 @@ def quantize(
             "overwrite": overwrite,
             "resume": resume,
         }
-        if dry_run:
+        if dry_run is DryRun.MEASURE:
+            predicted = pipeline.preflight(
+                where, out_dir, chosen, calib_dir=calibration, check=not no_check, emit=emit
+            )
+            show = partial(print_preflight, predicted)
+        elif dry_run:
             found = pipeline.explain(where, chosen, calib_dir=calibration, emit=emit)
             plan = pipeline.plan(where, chosen) if found is None else found.plan
             show = partial(print_plan, plan, found)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qtool.cli import console, early
-from qtool.cli.options import GATE_FAILED, DeviceOption, JsonOption, check_targets
+from qtool.cli.options import GATE_FAILED, DeviceOption, DryRun, JsonOption, check_targets
 from qtool.cli.progress import progress
+from qtool.cli.tables.preflights import print_preflight
 from qtool.cli.tables.verdicts import print_gates, print_steps
 from qtool.errors import QtoolError, RecipeError
 
@@ -49,8 +50,14 @@ def run_recipe(
     ] = False,
     device: DeviceOption = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check all, print steps and gates, do nothing.")
-    ] = False,
+        DryRun | None,
+        typer.Option(
+            "--dry-run",
+            metavar="[=measure]",
+            help="Check all, print steps and gates, do nothing. With =measure: predict what "
+            "quantizing takes, as `qtool quantize` does.",
+        ),
+    ] = None,
     json_file: JsonOption = None,
     junit: Annotated[Path | None, typer.Option(help="Write the gates as JUnit XML.")] = None,
     markdown: Annotated[
@@ -85,8 +92,19 @@ def run_recipe(
             confirm_unsafe=confirm_run_unsafe_code,
             overwrite=overwrite,
         )
-        if dry_run:
+        if dry_run is not None:
             pipeline.check_measurable(chosen, options)
+        if dry_run is DryRun.MEASURE:
+            found = pipeline.preflight(
+                where,
+                target,
+                chosen,
+                calib_dir=calibration,
+                check=chosen.check is not None,
+                emit=emit,
+            )
+            show = partial(print_preflight, found)
+        elif dry_run is DryRun.PLAN:
             show = partial(print_steps, chosen, pipeline.plan(where, chosen))
         else:
             title = Path(recipe).name

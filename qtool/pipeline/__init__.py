@@ -8,6 +8,7 @@ from qtool.pipeline.calibrate import CalibrateResult, calibrate
 from qtool.pipeline.compare import CompareOptions, ModelsCompared, compare
 from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
 from qtool.pipeline.model_figures import ModelFigures
+from qtool.pipeline.preflight import preflight
 from qtool.pipeline.quantize import explain, plan, quantize
 from qtool.pipeline.report import report
 from qtool.pipeline.reports import QuantizeResult
@@ -35,6 +36,7 @@ __all__ = [
     "evaluate",
     "explain",
     "plan",
+    "preflight",
     "quantize",
     "report",
     "run_recipe",

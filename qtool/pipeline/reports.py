@@ -23,6 +23,7 @@ from qtool.pipeline.card import written_card
 from qtool.pipeline.model_figures import versions
 from qtool.report.verdict import GateLine
 from qtool.steps.correct_biases import corrections
+from qtool.steps.fallbacks import kept_fallbacks
 from qtool.steps.memory import peak_memory
 from qtool.steps.run import Run
 from qtool.steps.solve import LayerResult
@@ -54,6 +55,8 @@ class QuantizeResult:
     bias_correction: Mapping[str, Any] = field(default_factory=dict)
     """By block, which biases were corrected, and the held-out error of its output before and after;
     empty: none were to be. See `Correction`."""
+    fallbacks: tuple[str, ...] = ()
+    """What was done in smaller parts because memory was full: a sentence each."""
     check: Closeness | None = None
     """How closely the result follows its original, if it was compared."""
     budgets: tuple[GateLine, ...] = ()
@@ -123,6 +126,7 @@ def write_result(
         choosing=decisions.allocation.summary() if decisions.allocation else {},
         search=decisions.found.summary() if decisions.found else {},
         bias_correction=corrections(run, writer),
+        fallbacks=kept_fallbacks(run, writer),
     )
     manifest = _manifest(run, results, writer.digests())
     files = run.source.companions()
@@ -211,7 +215,7 @@ def _report_bytes(
         "notices": list(notices),
         "versions": versions(),
         "tuning": values["tuning"],
-        **{key: values[key] for key in OPTIONAL if values[key]},
+        **{key: values[key] for key in (*OPTIONAL, "fallbacks") if values[key]},
         "layers": layers,
     }
     return (json_text(report) + "\n").encode()
@@ -232,6 +236,7 @@ def result_of(place: Place) -> QuantizeResult:
             out_dir=place.named,
             layers=layers,
             tuning=tuning,
+            fallbacks=tuple(report.get("fallbacks", ())),
             **{key: report.get(key, {}) for key in OPTIONAL},
             **numbers,
         )

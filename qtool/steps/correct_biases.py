@@ -20,7 +20,7 @@ from qtool.base import Notice, Progress
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.steps.run import Run
-from qtool.walk.blocks import Block
+from qtool.walk.filled_block import Block
 from qtool.walk.observe import observe_outputs
 from qtool.walk.streams import Visit
 from qtool.walk.walk import Walk

@@ -52,11 +52,11 @@ def fold(run: Run, writer: CheckpointWriter | None = None) -> Run:
     section, source = run.recipe.fold, run.source
     if section is None:
         return run
-    search = _Search(run, section)
+    search = FoldSearch(run, section)
     groups: list[FoldGroup] = []
     factors: dict[str, Tensor] = {}
     for index in range(source.num_blocks):
-        found = list(_wanted(source, section, index))
+        found = list(wanted_groups(source, section, index))
         factors |= _once(writer, f"{source.adapter.blocks}.{index}", partial(search, index, found))
         groups += found
     return replace(run, source=fold_source(source, groups, factors))
@@ -71,7 +71,7 @@ def _once(
     return writer.tensors(name, draft=FACTORS)
 
 
-def _wanted(source: ModelSource, section: FoldSection, index: int) -> Iterator[FoldGroup]:
+def wanted_groups(source: ModelSource, section: FoldSection, index: int) -> Iterator[FoldGroup]:
     """Yield the groups of a block that the recipe asks for."""
     depth = source.adapter.blocks.count(".") + 2
     for group in fold_groups(source, index):
@@ -80,7 +80,7 @@ def _wanted(source: ModelSource, section: FoldSection, index: int) -> Iterator[F
             yield group
 
 
-class _Search:
+class FoldSearch:
     """Goes through the blocks of the original as far as factors are asked for."""
 
     def __init__(self, run: Run, section: FoldSection) -> None:
@@ -135,7 +135,7 @@ class _Search:
         run, section = self._run, self._run.recipe.calibration
         assert run.calibration is not None and section is not None
         run.env.emit(Progress("capturing the inputs of the first block"))
-        model = BlockModel(run.source, run.env.device, dtype=section.dtype)
+        model = BlockModel(run.source, run.env.device, dtype=section.dtype, parts=run.env.parts)
         train, _ = run.calibration.split(section.holdout)
         samples = some_samples(train.samples, self._section.tokens_seen)
         return model, model.capture(batches(samples, TOKENS_PER_RUN))

@@ -10,11 +10,9 @@ from pathlib import Path
 import torch
 
 from qtool.checkpoint.place import describe
+from qtool.core.parts import memory_is_full
 from qtool.errors import FULL, BackendError, OutputError
 from qtool.wording import reason
-
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-"""What torch's messages say; only a card's has a type of its own."""
 
 
 def peak_memory(device: str) -> int:
@@ -37,8 +35,7 @@ def failures_of_the_machine(device: str, out_dir: Path) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         on_card = isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error)
-        named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not named and not any(words in str(error) for words in NO_MEMORY):
+        if not memory_is_full(error):
             raise
         where = f"The memory of {device}" if on_card else "The memory of this machine"
         raise BackendError(

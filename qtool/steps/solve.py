@@ -58,23 +58,14 @@ def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
             `calibration.strict` did something simpler.
     """
     results: list[LayerResult] = []
-    tuning, under = run.recipe.tuning, partial(hessian_of, run, writer)
+    tuning = run.recipe.tuning
 
     def finish(layer: LayerPlan, walk: Walk | None = None) -> LayerResult:
-        draft = SOLVED if layer.role == "block" and tuning.is_on else None
-        notes = writer.once(layer.name, partial(_solved, run, layer, walk, under), draft=draft)
-        _check_fallback(run, layer.name, notes["fallback"])
-        entry = _entry(layer, notes)
-        if walk is not None:
-            stored = partial(_stored_weight, run, writer, layer.name, entry, draft)
-            walk.put(layer.name, SolvedLinear(stored, entry.activation))
-        results.append(
-            LayerResult(layer.name, entry, notes["metrics"], notes["seconds"], notes["fallback"])
-        )
+        results.append(solve_layer_once(run, writer, layer, walk))
         _announce(run, results[-1], len(results))
         return results[-1]
 
-    with _walking(run, writer) as walk:
+    with walking(run, writer) as walk:
         biased = announced_biases(run)
         for block, layers in groupby(run.plan.in_blocks, partial(block_of, run.source)):
             entries = {layer.name: finish(layer, walk).entry for layer in layers}
@@ -86,6 +77,21 @@ def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
         if layer.role != "block":
             finish(layer)
     return tuple(results)
+
+
+def solve_layer_once(
+    run: Run, writer: CheckpointWriter, layer: LayerPlan, walk: Walk | None
+) -> LayerResult:
+    """Quantize one layer, unless an earlier run did, and tell the walk of it, if there is one."""
+    draft = SOLVED if layer.role == "block" and run.recipe.tuning.is_on else None
+    under = partial(hessian_of, run, writer)
+    notes = writer.once(layer.name, partial(_solved, run, layer, walk, under), draft=draft)
+    _check_fallback(run, layer.name, notes["fallback"])
+    entry = _entry(layer, notes)
+    if walk is not None:
+        stored = partial(_stored_weight, run, writer, layer.name, entry, draft)
+        walk.put(layer.name, SolvedLinear(stored, entry.activation))
+    return LayerResult(layer.name, entry, notes["metrics"], notes["seconds"], notes["fallback"])
 
 
 def _entry(layer: LayerPlan, notes: Mapping[str, Any]) -> LayerEntry:
@@ -137,7 +143,7 @@ def settle(
             writer.once(result.name, partial(_settled, drafts[result.name], result, learned))
     learned = {**corrected_biases(run, writer), **learned}
     for name in run.plan.kept:
-        made = partial(Made, learned[name]) if name in learned else partial(_copied, run, name)
+        made = partial(Made, learned[name]) if name in learned else partial(copied, run, name)
         writer.once(name, made)
     return _curves(run, writer)
 
@@ -168,7 +174,7 @@ def _settled(
 
 
 @contextmanager
-def _walking(run: Run, writer: CheckpointWriter) -> Iterator[Walk | None]:
+def walking(run: Run, writer: CheckpointWriter) -> Iterator[Walk | None]:
     """Give a walk through the blocks; None without samples."""
     section = run.recipe.calibration
     if section is None or run.calibration is None:
@@ -231,7 +237,7 @@ def _stored_weight(
     return codec(entry.format).dequantize(tensor, torch.float32)
 
 
-def _copied(run: Run, name: str) -> Made:
+def copied(run: Run, name: str) -> Made:
     """Read a tensor that isn't quantized; warns if it isn't finite."""
     values = run.source.read(name)
     if values.dtype in WIDE_FLOATS:  # of narrower ones torch can't say it

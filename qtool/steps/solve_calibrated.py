@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from qtool.core.affine import round_weight
 from qtool.core.moments import OutputErrors, added_error
 from qtool.recipe.calibration import CalibrationSection
 from qtool.steps.plan import LayerPlan, load_method
+from qtool.steps.solve_rows import joined_rows, solve_rows
 from qtool.walk.statistics import InputStatistics, raised
 
 CLEARLY = 0.01
@@ -46,7 +46,7 @@ def solve_calibrated(
     strength = None if asked == "auto" else asked
     parts = [_Part.of(weight[each.rows], each, strength) for each in statistics]
     alternatives = layer.alternatives()
-    solutions = [_joined([_solved(one, part, env) for part in parts]) for one in alternatives]
+    solutions = [joined_rows([_solved(one, part, env) for part in parts]) for one in alternatives]
     candidates = [_dequantized(solution) for solution in solutions]
     errors = [sum(part.error(each) for part in parts) for each in candidates]
     added = [sum(part.added(each) for part in parts) for each in candidates]
@@ -128,19 +128,7 @@ def _solved(layer: LayerPlan, part: _Part, env: Env) -> LayerSolution:
         statistics={"hessian": statistics.train.mean("xx")} if "hessian" in wanted else {},
         generator=torch.Generator(env.device).manual_seed(env.seed),
     )
-    return method.solve(problem, options)
-
-
-def _joined(solutions: Sequence[LayerSolution]) -> LayerSolution:
-    """Return the solutions of parts, in order, as one; its metrics are their means."""
-    first, *others = solutions
-    if not others:
-        return first
-    tensor = codec(first.tensor.format).cat([each.tensor for each in solutions], 0)
-    names = [name for name in first.metrics if all(name in each.metrics for each in others)]
-    metrics = {name: fmean(each.metrics[name] for each in solutions) for name in names}
-    fallbacks = (each.fallback for each in solutions if each.fallback is not None)
-    return LayerSolution(tensor, metrics, next(fallbacks, None))
+    return solve_rows(method, problem, options, env)
 
 
 def _dequantized(solution: LayerSolution) -> Tensor:

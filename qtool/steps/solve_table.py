@@ -15,6 +15,7 @@ from qtool.checkpoint.manifest import codec
 from qtool.core import metrics
 from qtool.formats.mixed_rows import encode_mixed
 from qtool.steps.plan import LayerPlan, load_method
+from qtool.steps.solve_rows import solve_rows
 
 WEIGHTS_AT_ONCE = 2**25
 """Of a table that is solved under a Hessian: a solver holds several copies in float32."""
@@ -69,7 +70,7 @@ def _solved_at_once(
         statistics={} if hessian is None else {"hessian": hessian},
         generator=torch.Generator(env.device).manual_seed(env.seed),
     )
-    return method.solve(problem, layer.options)
+    return solve_rows(method, problem, layer.options, env)
 
 
 def _as_one(

@@ -21,6 +21,8 @@ from qtool.training.student import (
     quantize_inputs,
     stored_parts,
 )
+from qtool.walk.filled_block import Block
+from qtool.walk.streams import Visit
 from qtool.walk.walk import SolvedLinear, Walk
 
 SOLVED, TUNED_BLOCK = "solved", "tuned"
@@ -58,7 +60,7 @@ def tune_block_once(
     """
     device = run.env.device
     notes = writer.once(
-        block, partial(_tuned, run, section, writer, walk, block, entries), draft=TUNED_BLOCK
+        block, partial(tuned_block, run, section, writer, walk, block, entries), draft=TUNED_BLOCK
     )
     curve = notes["curve"]
     losses = [point["held_out"] for point in curve]
@@ -73,7 +75,7 @@ def tune_block_once(
         walk.put(name, SolvedLinear(partial(weight, name, entry), entry.activation))
 
 
-def _tuned(
+def tuned_block(
     run: Run,
     section: BlockTuning,
     writer: CheckpointWriter,
@@ -81,27 +83,18 @@ def _tuned(
     block: str,
     entries: Mapping[str, LayerEntry],
 ) -> Made:
+    """Tune a block; arguments as of `tune_block_once`."""
     device = run.env.device
     visit = walk.visit(int(block.rpartition(".")[2]))
     streams = visit.streams
     targets = [visit.original.run(hidden, i) for i, hidden in enumerate(streams.original)]
-    student = visit.quantized.copy()
-    student.module.requires_grad_(requires_grad=False)
-    layers = {
-        name.removeprefix(f"{block}."): draft_of(writer, name, entry, device)
-        for name, entry in entries.items()
-    }
-    install_layers(student.module, layers, moves_codes=section.code_rate > 0)
+    student = _student(run, section, writer, visit, block, entries)
     learned = [layer for _, layer in learned_layers(student.module)]
-    quantize_inputs(
-        student.module,
-        {name.removeprefix(f"{block}."): entry.activation for name, entry in entries.items()},
-    )
     kind = torch.device(device).type
 
-    def forward(hidden: Tensor, batch: int) -> Tensor:
+    def forward(hidden: Tensor, batch: int, samples: slice | None = None) -> Tensor:
         with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu", cache_enabled=False):
-            return student.learn(hidden, batch)
+            return student.learn(hidden, batch, samples)
 
     schedule = Schedule(
         steps=section.steps,
@@ -111,7 +104,38 @@ def _tuned(
     )
     alike = student.alike(streams.quantized[: streams.num_train])
     enough = kind != "cpu" and len(alike) >= MOST_OF_THEM * streams.num_train
-    lesson = Lesson(forward, streams.quantized, targets, streams.num_train, alike if enough else ())
+    lesson = Lesson(
+        forward,
+        streams.quantized,
+        targets,
+        streams.num_train,
+        alike if enough else (),
+        forward,
+        run.env.parts,
+    )
     points = tune_block(learned, lesson, schedule, lambda _point: None)
     parts = {f"{block}.{name}": part for name, part in stored_parts(student.module)}
     return Made(parts, {"curve": [asdict(point) for point in points]})
+
+
+def _student(
+    run: Run,
+    section: BlockTuning,
+    writer: CheckpointWriter,
+    visit: Visit,
+    block: str,
+    entries: Mapping[str, LayerEntry],
+) -> Block:
+    """Return the quantized block with layers that learn, as the solvers left them."""
+    student = visit.quantized.copy()
+    student.module.requires_grad_(requires_grad=False)
+    layers = {
+        name.removeprefix(f"{block}."): draft_of(writer, name, entry, run.env.device)
+        for name, entry in entries.items()
+    }
+    install_layers(student.module, layers, moves_codes=section.code_rate > 0)
+    quantize_inputs(
+        student.module,
+        {name.removeprefix(f"{block}."): entry.activation for name, entry in entries.items()},
+    )
+    return student

@@ -104,7 +104,7 @@ def _tuned(
     env = run.env
     env.emit(Progress("loading the original"))
     original = load_source(run.source, env.device)
-    pair, vectors = _pair(run, section, original, solved)
+    pair, vectors = pair_of(run, section, original, solved)
     course = Course(*_batches(run, section))
     env.emit(_announced(original, solved.layers, course.batches[0], section))
 
@@ -120,7 +120,7 @@ def _tuned(
         check_every=max(1, section.steps // 10),
     )
     memory = _Memory(writer, run.source.adapter.blocks)
-    points = tune_end_to_end(pair, course, schedule, report, memory)
+    points = tune_end_to_end(pair, course, schedule, report, memory, env.parts)
     if min(point.held_out for point in points) == points[0].held_out:
         env.emit(Notice(_no_gain(points, schedule)))
     tensors = dict(stored_parts(pair.student))
@@ -129,7 +129,7 @@ def _tuned(
     return Made(tensors, {"curve": [asdict(point) for point in points]})
 
 
-def _pair(
+def pair_of(
     run: Run, section: EndToEndTuning, original: CausalModel, solved: SolvedModel
 ) -> tuple[Pair, dict[str, torch.nn.Parameter]]:
     """Return the student with its original, and its norms and biases that learn."""
@@ -158,7 +158,7 @@ def _rate(
 
     def tried() -> Made:
         run.env.emit(Progress(f"trying {len(TRIED_RATES)} learning rates"))
-        found = best_rate(pair, course, schedule, TRIED_RATES)
+        found = best_rate(pair, course, schedule, TRIED_RATES, run.env.parts)
         return Made({}, {"tried": [[rate, loss] for rate, loss in found.items()]})
 
     notes = writer.once(run.source.adapter.blocks, tried, draft=RATES)

@@ -10,11 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qtool.core.parts import Parts, memory_is_full, slices, within_memory
 from qtool.training.student import LearnedLinear
 
 BETAS = (0.9, 0.95)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What torch's Adam knows of each value."""
+STEPS = "steps of tuning are taken"
+"""Where memory is full in parts, whose gradients are summed: a sentence begins so."""
 EAGER_STEPS = 3
 """Before a step is captured: libraries set themselves up."""
 
@@ -77,6 +80,13 @@ class Learning:
     refine: Callable[[int, float], float] | None = None
     """At each look moves codes, if that helps: from the steps done, and the held-out loss, to what
     that is then."""
+    share: Callable[[slice], Tensor] | None = None
+    """Of the loss, what some samples make of it; those of all add up to it. None: a step is taken
+    with all at once, or not at all."""
+    samples: Callable[[], int] = lambda: 1
+    """How many were fed last."""
+    parts: Parts | None = None
+    """That a step is taken in where memory is full, their gradients summed; None: it is whole."""
 
 
 class Memory(Protocol):
@@ -102,7 +112,7 @@ def descend(
     A loss that isn't finite ends it early: what it did is taken back. With a memory it goes on
     where it was looked at last, to the same result.
     """
-    stepper = _Stepper(what, schedule)
+    stepper = Stepper(what, schedule)
     points = stepper.recall(memory)
     if not points:
         points = [Point(0, None, what.held_out(), schedule.learning_rate * schedule.factor(0))]
@@ -143,7 +153,7 @@ def unchanged(what: Learning) -> Iterator[None]:
                 value.copy_(was)
 
 
-class _Stepper:
+class Stepper:
     """One step of Adam; on a card, after the first few, a graph that is replayed."""
 
     def __init__(self, what: Learning, schedule: Schedule) -> None:
@@ -170,35 +180,59 @@ class _Stepper:
         self._done += 1
         if self._graph is not None:
             self._graph.replay()
-        elif self._captured and self._done > EAGER_STEPS:
+        elif self._captured and self._done > EAGER_STEPS and not self._in_parts():
             self._capture()
         else:
             self._loss = self._take()
         return self._loss.clone()
 
+    def _in_parts(self) -> bool:
+        """Return whether memory was full before: then there is none for a graph."""
+        return self._what.parts is not None and self._what.parts.of(STEPS) > 1
+
     def _take(self) -> Tensor:
+        what = self._what
+        most = 1 if what.share is None else what.samples()
+        return self._moved(within_memory(what.parts, STEPS, self._gradients, most=most))
+
+    def _gradients(self, count: int) -> Tensor:
+        """Set the gradients, summed over so many parts of the samples; return the loss."""
         self._optimizer.zero_grad(set_to_none=True)
-        loss = self._what.loss()
-        loss.backward()
+        what = self._what
+        if count == 1 or what.share is None:
+            loss = what.loss()
+            loss.backward()
+            return loss.detach()
+        total = torch.zeros_like(self._loss)
+        for samples in slices(what.samples(), count):
+            loss = what.share(samples)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _moved(self, loss: Tensor) -> Tensor:
         nn.utils.clip_grad_norm_(self._values, self._schedule.max_norm)
         self._optimizer.step()
-        return loss.detach()
+        return loss
 
     def _capture(self) -> None:
         """Record a step, and take it; one that can't be recorded is taken as it is, from now on."""
-        graph = torch.cuda.CUDAGraph()
+        what, graph = self._what, torch.cuda.CUDAGraph()
         self._optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         try:
             with torch.cuda.graph(graph):
-                self._loss = self._take()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # something in it waits for the card, or reads from the host
-            self._captured, self._loss = False, self._take()
-        else:
+                self._loss = self._moved(self._gradients(1))
+        except RuntimeError as error:  # it waits for the card, reads from the host, or takes a lot
+            if memory_is_full(error) and what.parts is None:
+                raise
+            self._captured = False
+        if self._captured:
             graph.replay()
             self._graph = graph
+        else:
+            del graph
+            self._loss = self._take()
 
     def set_best(self) -> None:
         """Keep what is learned as it is now."""

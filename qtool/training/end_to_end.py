@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from qtool.base import CausalModel
+from qtool.core.parts import Parts, slices, within_memory
 from qtool.training.descent import Learning, Memory, Point, Schedule, descend, unchanged
 from qtool.training.divergence import divergence
 from qtool.training.refinement import refine_codes
 from qtool.training.student import learned_layers
 
+LOOKS = "looks at held-out samples are taken"
+"""Where memory is full in parts: a sentence begins so."""
 REFINED_BY = 16
 """Batches whose gradients decide together which codes move."""
 
@@ -40,6 +43,11 @@ class Pair:
     def divergence(self, tokens: Tensor) -> Tensor:
         """Return KL(original || student), nats per token, of tokens (samples, length) int64."""
         return divergence(self._predicted(tokens), self._wanted(tokens))
+
+    def share(self, tokens: Tensor, samples: slice) -> Tensor:
+        """Return what some samples make of that; those of all add up to it."""
+        some = tokens[samples]
+        return self.divergence(some) * (len(some) / len(tokens))
 
     def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Return the divergence, and the student's surprise at words drawn from what it predicts.
@@ -76,7 +84,7 @@ class Course:
     held_out: Sequence[Tensor]
     """Likewise, of any shapes."""
 
-    def learning(self, pair: Pair, code_share: float) -> Learning:
+    def learning(self, pair: Pair, code_share: float, parts: Parts | None = None) -> Learning:
         """Return what is learned, and by what loss: KL in nats per token."""
         device = next(pair.original.parameters()).device
         now = self.batches[0].to(device).clone()
@@ -88,7 +96,9 @@ class Course:
         @torch.no_grad()
         def on_held_out() -> float:
             total = sum(tokens.numel() for tokens in self.held_out)
-            losses = [pair.divergence(each.to(device)) * each.numel() for each in self.held_out]
+            losses = [
+                _looked(pair, each.to(device), parts) * each.numel() for each in self.held_out
+            ]
             return float(torch.stack(losses).sum()) / total
 
         def refine(step: int, before: float) -> float:
@@ -111,7 +121,22 @@ class Course:
             on_held_out,
             pair.captured,
             refine if code_share > 0 else None,
+            share=lambda samples: pair.share(now, samples),
+            samples=lambda: len(now),
+            parts=parts,
         )
+
+
+def _looked(pair: Pair, tokens: Tensor, parts: Parts | None) -> Tensor:
+    """Return the divergence of one batch that isn't learned from."""
+
+    def work(count: int) -> Tensor:
+        if count == 1:
+            return pair.divergence(tokens)
+        some = slices(len(tokens), count)
+        return torch.stack([pair.share(tokens, samples) for samples in some]).sum()
+
+    return within_memory(parts, LOOKS, work, most=len(tokens))
 
 
 def tune_end_to_end(
@@ -120,6 +145,7 @@ def tune_end_to_end(
     schedule: Schedule,
     report: Callable[[Point], None],
     memory: Memory | None = None,
+    parts: Parts | None = None,
 ) -> list[Point]:
     """Let a student follow the original; it ends where it was best on the held-out samples.
 
@@ -129,12 +155,17 @@ def tune_end_to_end(
         schedule: How long and how fast.
         report: Is told of each point; losses are KL in nats per token.
         memory: Lets it go on where it was stopped.
+        parts: That batches are learned from in where memory is full; None: they are whole.
     """
-    return descend(course.learning(pair, schedule.code_share), schedule, report, memory)
+    return descend(course.learning(pair, schedule.code_share, parts), schedule, report, memory)
 
 
 def best_rate(
-    pair: Pair, course: Course, schedule: Schedule, rates: Sequence[float]
+    pair: Pair,
+    course: Course,
+    schedule: Schedule,
+    rates: Sequence[float],
+    parts: Parts | None = None,
 ) -> dict[float, float]:
     """Try learning rates for a few steps each, from where the student is; it stays there.
 
@@ -142,7 +173,7 @@ def best_rate(
         Loss on the held-out samples at the end of each, by rate, the best one first; a rate at
         which it diverges is last.
     """
-    what = course.learning(pair, 0.0)
+    what = course.learning(pair, 0.0, parts)
     found = {}
     for rate in rates:
         with unchanged(what):

@@ -20,6 +20,17 @@ class Call(NamedTuple):
         """Return the call with all tensors on a device."""
         return mapped(self, lambda _place, tensor: tensor.to(device, non_blocking=True))
 
+    def of_samples(self, samples: slice, count: int) -> "Call":
+        """Return the call for some of a batch's `count` samples.
+
+        What has two dimensions and more, and as many entries of the first, is of samples.
+        """
+
+        def some(_place: str, tensor: Tensor) -> Tensor:
+            return tensor[samples] if tensor.dim() > 1 and len(tensor) == count else tensor
+
+        return mapped(self, some)
+
     def likeness(self) -> Any:  # noqa: ANN401
         """Return what is equal for calls with the very same tensors, and equal other values."""
         return mapped(self, lambda _place, tensor: id(tensor))

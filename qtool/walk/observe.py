@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import ModelError
-from qtool.walk.blocks import Block
+from qtool.walk.calls import Call
+from qtool.walk.filled_block import Block
 
 
 @torch.no_grad()
@@ -47,6 +48,21 @@ def _observe(
     batch: int,
     choose: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[dict[str, Tensor], Tensor]:
+    def run(part: Tensor, call: Call) -> list[Tensor]:
+        seen, output = _seen(block, linears, part, call, choose)
+        return [*(seen[linear] for linear in linears), output]
+
+    *found, output = block.in_parts(run, hidden, batch)
+    return dict(zip(linears, found, strict=True)), output
+
+
+def _seen(
+    block: Block,
+    linears: Sequence[str],
+    hidden: Tensor,
+    call: Call,
+    choose: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[dict[str, Tensor], Tensor]:
     seen: dict[str, Tensor] = {}
 
     def noting(linear: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
@@ -58,7 +74,7 @@ def _observe(
         for linear in linears:
             module = block.module.get_submodule(linear)
             hooks.enter_context(module.register_forward_hook(noting(linear)))
-        output = block.run(hidden, batch)
+        output = block.output(hidden, call)
     for linear in linears:
         if linear not in seen:
             raise ModelError(f"{linear} was never called: nothing of it can be measured.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.base import CausalModel
-from qtool.walk.blocks import failures_of_its_code
+from qtool.walk.filled_block import failures_of_its_code
 from qtool.walk.stand_in import StandIn, Stop, as_output
 
 

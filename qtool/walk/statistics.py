@@ -13,7 +13,7 @@ from qtool.core.activations import fake_quantize
 from qtool.core.moments import Moments, Shifter, no_moments
 from qtool.modeling.source import ModelSource
 from qtool.scheme import ActivationScheme
-from qtool.walk.blocks import Block
+from qtool.walk.filled_block import Block
 from qtool.walk.streams import Visit
 
 FEW_TOKENS = 4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qtool.errors import OutputError
-from qtool.walk.blocks import Block
+from qtool.walk.filled_block import Block
 from qtool.wording import reason
 
 ZEROS = 2**24

@@ -18,7 +18,8 @@ from qtool.errors import MethodError
 from qtool.modeling.source import ModelSource
 from qtool.recipe.calibration import CalibrationSection
 from qtool.scheme import ActivationScheme, Shape2D
-from qtool.walk.blocks import Block, BlockModel
+from qtool.walk.blocks import BlockModel
+from qtool.walk.filled_block import Block
 from qtool.walk.statistics import (
     FEW_TOKENS,
     InputStatistics,
@@ -175,7 +176,7 @@ class Walk:
         train, held_out = self._samples.split(section.holdout)
         self._warn_of_few_tokens(train.num_tokens)
         env.emit(Progress("capturing the inputs of the first block"))
-        model = BlockModel(self._source, env.device, dtype=section.dtype)
+        model = BlockModel(self._source, env.device, dtype=section.dtype, parts=env.parts)
         limit = BATCH_TOKENS[torch.device(env.device).type]
         first, rest = batches(train.samples, limit), batches(held_out.samples, limit)
         # Nothing here keeps what was captured: it would stay in memory for the whole walk.

@@ -82,7 +82,7 @@ def test_linear_that_is_never_called_is_an_error(tiny, monkeypatch):
     walked = BlockModel(source, "cpu")
     hidden = walked.capture(tokens()[:1])
     block = walked.load(0)
-    monkeypatch.setattr(block, "run", lambda x, _batch: x)
+    monkeypatch.setattr(block, "output", lambda x, _call: x)
     with pytest.raises(ModelError, match="never called"):
         block.inputs_of("mlp.down_proj", hidden[0], 0)
 
