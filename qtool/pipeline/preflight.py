@@ -14,7 +14,9 @@ from qtool.choosing.choose import check_choices
 from qtool.choosing.search.q_rater import check_search
 from qtool.core.parts import Parts
 from qtool.errors import BackendError
+from qtool.evaluation.closeness import compare_closely
 from qtool.modeling.device import default_device, free_memory
+from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 from qtool.pipeline.check import AS_USUAL, record_original
@@ -39,9 +41,10 @@ from qtool.steps.plan import Plan, make_plan
 from qtool.steps.preflight import BlockCosts, Phase, Preflight, solving, stretched
 from qtool.steps.run import Run
 from qtool.steps.solve import block_of
-from qtool.steps.usage import NOTHING, Meter, Usage, machine_room
+from qtool.steps.usage import NOTHING, Meter, machine_room
 
 OPEN, DRAW, READ, CHECK = "open", "draw calibration", "read files", "check"
+COMPARE = "compare"
 FOLD, CAPTURE, SOLVE, TUNE = "fold", "capture", "solve blocks", "tune blocks"
 WRITE, TUNE_MODEL = "write", "tune end to end"
 PHASES = {
@@ -51,10 +54,10 @@ PHASES = {
     **{blocks.tuning_for(steps): TUNE for steps in (blocks.FEW_STEPS, blocks.MORE_STEPS)},
     **dict.fromkeys((LOAD, FIRST_STEP, STEP, LOOK), TUNE_MODEL),
     COPY: WRITE,
+    COMPARE: CHECK,
 }
 """By what is measured; the rest is `SOLVE`."""
 NOT_KNOWN = "not measured: it takes what it takes to"
-MODELS_CHECKED = 2
 
 
 def preflight(
@@ -132,11 +135,15 @@ def _measured(run: Run, meter: Meter) -> _Found:
 
 
 def _measure_check(run: Run, meter: Meter, section: CheckSection) -> str | None:
-    """Write down what the original says, half of the check; return why that can't be done."""
+    """Check the original in place of the result, or return why that can't be done."""
+    source, emit = run.source, run.env.emit
     free_memory()
     try:
         with meter.measuring(CHECK):
-            record_original(run.source, default_device(), run.env.emit, section)
+            references = record_original(source, default_device(), emit, section)
+        with meter.measuring(COMPARE):
+            model = load_model(Location(source.directory, source.public_name))
+            compare_closely(model, references, emit)
     except BackendError as error:
         return f"left out: {error}"
     finally:
@@ -238,8 +245,7 @@ def _checking(found: _Found, plan: Plan) -> Phase:
     """The result, run after the original, has its packed layers beside dense ones."""
     if found.unchecked is not None:
         return Phase(CHECK, NOTHING, how=found.unchecked)
-    half = found.meter.mean(CHECK)
-    both = half * MODELS_CHECKED
+    usage = found.meter.mean(CHECK) + found.meter.mean(COMPARE)
     packed = plan.total_bytes - plan.kept_bytes
-    usage = Usage(both.seconds, both.cpu_seconds, both.memory_bytes + packed, both.card_bytes)
-    return Phase(CHECK, usage, plan.total_bytes, how="the original measured")
+    usage = replace(usage, memory_bytes=usage.memory_bytes + packed)
+    return Phase(CHECK, usage, plan.total_bytes, how="the original measured, twice")
