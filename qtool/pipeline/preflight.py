@@ -41,7 +41,7 @@ from qtool.steps.plan import Plan, make_plan
 from qtool.steps.preflight import BlockCosts, Phase, Preflight, solving, stretched
 from qtool.steps.run import Run
 from qtool.steps.solve import block_of
-from qtool.steps.usage import NOTHING, Meter, machine_room
+from qtool.steps.usage import NO_USE, Meter, machine_room
 
 OPEN, DRAW, READ, CHECK = "open", "draw calibration", "read files", "check"
 COMPARE = "compare"
@@ -50,7 +50,7 @@ WRITE, TUNE_MODEL = "write", "tune end to end"
 PHASES = {
     **{name: name for name in (OPEN, DRAW, READ, CHECK)},
     **dict.fromkeys((blocks.FIRST_FOLD, blocks.NEXT_FOLD), FOLD),
-    blocks.CAPTURE: CAPTURE,
+    blocks.CAPTURED: CAPTURE,
     **{blocks.tuning_for(steps): TUNE for steps in (blocks.FEW_STEPS, blocks.MORE_STEPS)},
     **dict.fromkeys((LOAD, FIRST_STEP, STEP, LOOK), TUNE_MODEL),
     COPY: WRITE,
@@ -168,7 +168,7 @@ def _phases(found: _Found, *, checked: bool) -> Iterator[Phase]:
     if recipe.search is not None:
         yield Phase("search", None, how=f"{NOT_KNOWN} try every layer")
     if run.calibration is not None:
-        yield Phase(CAPTURE, meter.mean(blocks.CAPTURE), how=done)
+        yield Phase(CAPTURE, meter.mean(blocks.CAPTURED), how=done)
     yield from _block_phases(found)
     yield from _table_phases(found)
     if recipe.tuning.end_to_end is not None and run.calibration is not None:
@@ -192,7 +192,7 @@ def _block_phases(found: _Found) -> Iterator[Phase]:
         advance=meter.mean(blocks.ADVANCE),
         after=meter.mean(blocks.BIASES),
     )
-    section, tuned = run.recipe.tuning.blocks, NOTHING
+    section, tuned = run.recipe.tuning.blocks, NO_USE
     if section is not None and run.calibration is not None:
         steps = (blocks.FEW_STEPS, blocks.MORE_STEPS)
         few, more = (meter.mean(blocks.tuning_for(count)) for count in steps)
@@ -220,7 +220,7 @@ def _passed(run: Run) -> int:
 def _table_phases(found: _Found) -> Iterator[Phase]:
     if not found.tables:
         return
-    total, source = NOTHING, found.run.source
+    total, source = NO_USE, found.run.source
     for layer in found.run.plan.layers:
         times = found.tables.get(blocks.kind_of(source, layer))
         if times is not None:
@@ -244,7 +244,7 @@ def _writing(found: _Found) -> Phase:
 def _checking(found: _Found, plan: Plan) -> Phase:
     """The result, run after the original, has its packed layers beside dense ones."""
     if found.unchecked is not None:
-        return Phase(CHECK, NOTHING, how=found.unchecked)
+        return Phase(CHECK, NO_USE, how=found.unchecked)
     usage = found.meter.mean(CHECK) + found.meter.mean(COMPARE)
     packed = plan.total_bytes - plan.kept_bytes
     usage = replace(usage, memory_bytes=usage.memory_bytes + packed)

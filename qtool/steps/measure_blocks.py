@@ -18,11 +18,11 @@ from qtool.steps.tune_blocks import tuned_block
 from qtool.steps.usage import Meter
 from qtool.walk.walk import Walk
 
-CAPTURE, ADVANCE, BIASES = "capture", "advance", "biases"
+CAPTURED, ADVANCE, BIASES = "capture", "advance", "biases"
 FIRST_FOLD, NEXT_FOLD = "first fold", "next fold"
 FEW_STEPS, MORE_STEPS = 4, 12
 """Of block tuning, both with five looks at the held-out samples, as it has with all its steps."""
-MOST_KINDS = 3
+MEASURED_KINDS = 3
 """Of blocks are measured: the most frequent."""
 
 
@@ -48,7 +48,7 @@ def stand_ins(source: ModelSource, plan: Plan) -> list[tuple[LayerPlan, ...]]:
     kinds = [tuple(kind_of(source, layer) for layer in block) for block in blocks]
     examples = dict(zip(reversed(kinds), reversed(blocks), strict=True))
     names, found, start = set(source.block_linears()), list[tuple[LayerPlan, ...]](), 0
-    for kind, _ in Counter(kinds).most_common(MOST_KINDS):
+    for kind, _ in Counter(kinds).most_common(MEASURED_KINDS):
         for index in range(start, source.num_blocks):
             moved = tuple(_moved(source, examples[kind], index))
             if all(
@@ -73,7 +73,7 @@ def measure_blocks(run: Run, writer: CheckpointWriter, meter: Meter) -> dict[str
     Args:
         run: The whole run.
         writer: Of a place that is thrown away.
-        meter: Gets `CAPTURE`, `ADVANCE`, `BIASES`, layers by `kind_of`, and tuning by its steps.
+        meter: Gets `CAPTURED`, `ADVANCE`, `BIASES`, layers by `kind_of`, and tuning by its steps.
 
     Returns:
         What was solved, by `kind_of`.
@@ -88,7 +88,7 @@ def measure_blocks(run: Run, writer: CheckpointWriter, meter: Meter) -> dict[str
             block = block_of(run.source, layers[0])
             index = int(block.rpartition(".")[2])
             if walk is not None:
-                with meter.measuring(ADVANCE if number else CAPTURE):
+                with meter.measuring(ADVANCE if number else CAPTURED):
                     walk.visit(index)
             results = [_solved(cut, writer, layer, walk, meter) for layer in layers]
             found |= zip((kind_of(run.source, layer) for layer in layers), results, strict=True)

@@ -16,7 +16,7 @@ from qtool.steps.solve import LayerResult, copied
 from qtool.steps.solve_table import solve_alone
 from qtool.steps.tune_blocks import draft_of
 from qtool.steps.tune_model import TRIED_RATES, TRIED_STEPS, SolvedModel, pair_of
-from qtool.steps.usage import NOTHING, Meter, Usage
+from qtool.steps.usage import NO_USE, Meter, Usage
 from qtool.training.descent import Schedule, Stepper
 from qtool.training.end_to_end import REFINED_BY, Course
 
@@ -111,7 +111,7 @@ def end_to_end_costs(run: Run, meter: Meter) -> Usage:
     """Return what end-to-end tuning takes, from what was measured of it."""
     section = run.recipe.tuning.end_to_end
     if section is None:
-        return NOTHING
+        return NO_USE
     looks = min(section.steps, LOOKS_TAKEN) + 1
     batches = max(1, HELD_OUT // section.batch_size)
     steps = section.steps + (REFINED_BY * looks if section.code_share > 0 else 0)

@@ -61,7 +61,7 @@ class Usage:
         )
 
 
-NOTHING = Usage()
+NO_USE = Usage()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +87,8 @@ class Meter:
 
     def mean(self, name: str) -> Usage:
         """Return what one piece of work of that name took, with the peak of all of them."""
-        found = self._found.get(name, [NOTHING])
-        return sum(found, NOTHING) * (1 / len(found))
+        found = self._found.get(name, [NO_USE])
+        return sum(found, NO_USE) * (1 / len(found))
 
     def names(self) -> set[str]:
         """Return what was measured."""
