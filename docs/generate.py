@@ -190,7 +190,13 @@ def recipes_page() -> str:
 
 def decisions_page() -> str:
     """Return docs/adr/README.md: the decisions, by number."""
-    parts = ["# Decisions", "", NOTE, "Architecture decision records (ADR): what was decided, and why.", ""]
+    parts = [
+        "# Decisions",
+        "",
+        NOTE,
+        "Architecture decision records (ADR): what was decided, and why.",
+        "",
+    ]
     for page in sorted((DOCS / "adr").glob("[0-9]*.md")):
         title = page.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         parts.append(f"- [{title}]({page.name})")

@@ -129,7 +129,9 @@ def open_shape(title: str) -> tuple[ModelSource, Any]:
     values = empty_model(config, nowhere).state_dict()
     if config.tie_word_embeddings:
         del values["lm_head.weight"]
-    specs = {name: TensorSpec(nowhere, "BF16", tuple(value.shape)) for name, value in values.items()}
+    specs = {
+        name: TensorSpec(nowhere, "BF16", tuple(value.shape)) for name, value in values.items()
+    }
     source = ModelSource(
         directory=nowhere,
         public_name=shape.like,
