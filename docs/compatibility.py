@@ -82,7 +82,7 @@ def backends() -> tuple[str, ...]:
 
 
 BACKENDS = {
-    "cuda": "there is a CUDA card of compute capability 8.0 or newer, and CuPy (extra `gpu`, or `gpu12`)",
+    "cuda": "there is a CUDA card of compute capability 8.0 or newer, and CuPy",
     "dense": "always; each weight is dequantized at its first call, so memory is as in 16 bits",
     "reference": "always; the definition, dequantized at every call: slow",
 }
@@ -91,36 +91,41 @@ TOP = """# What works with what
 {note}
 ## Models
 
-Decoder-only causal language models of transformers, in float16, bfloat16 or float32, as a local directory, a hub id or a `.gguf` file. These
-have a file in `qtool/modeling/families`, so that calibration also compensates errors that the residual stream carries:
+Decoder-only causal language models of transformers, in float16, bfloat16 or float32, as a local
+directory, a hub id or a `.gguf` file. These have a file in `qtool/modeling/families`, so that
+calibration also compensates errors that the residual stream carries:
 """
 FAMILIES = """- *Folds*: `fold` in a recipe works ([folding.md](folding.md)).
-- *Decode runner*: `generate` on a card replays one CUDA graph per token; other families run transformers' own loop.
+- *Decode runner*: `generate` on a card replays one CUDA graph per token; other families run
+  transformers' own loop.
 
-Other model types are looked at by themselves: one list of like blocks made of linears is enough. 73 families opened so on
-transformers 5.23, with weights made at random (docs/log.md). To see whether yours does:
+Other model types are looked at by themselves: one list of like blocks made of linears is enough.
+73 families opened so on transformers 5.23, with weights made at random (docs/log.md). To see
+whether yours does:
 
 ```
 qtool quantize --method rtn --bits 4 MODEL OUT_DIR --dry-run
 ```
 
-Not supported: mixture of experts, convolutions (Mamba), hybrids, encoder-decoders, remote code, pickled weights, models that
-are quantized already. [limitations.md](limitations.md#models) has the whole list. A family of your own: [adding-a-model.md](adding-a-model.md).
+Not supported: mixture of experts, convolutions (Mamba), hybrids, encoder-decoders, remote code,
+pickled weights, models that are quantized already. [limitations.md](limitations.md#models) has
+the whole list. A family of your own: [adding-a-model.md](adding-a-model.md).
 
 ## Versions"""
-VERSIONS = """*Tested* are the versions of `constraints.txt`; the lowest allowed ones run the command line in CI (`make test-floors`), and
-transformers {old} loads and executes models (`make test-versions`). Linux and macOS.
+VERSIONS = """*Tested* are the versions of `constraints.txt`; the lowest allowed ones run the
+command line (`make test-floors`), and transformers {old} loads and executes models
+(`make test-versions`). Linux and macOS.
 
 ## Engines"""
 ENGINES = """| program | quantized model |
 |---|---|
-| transformers: `from_pretrained`, `generate` | yes, after `import qtool` ([quickstart.md](quickstart.md#load-it-from-python)) |
+| transformers: `from_pretrained`, `generate` | [yes](quickstart.md#load-it-from-python) |
 | transformers: `torch.compile` | yes; one node per linear |
 | transformers: training, adapters | no |
 | lm-eval | yes, through `qtool eval --tasks` ([evaluation.md](evaluation.md)) |
 | vLLM, llama.cpp, TensorRT-LLM, Ollama | no: nothing is exported to their formats yet |
 | several cards, `device_map` | not tested |
 
-Models that *other* tools have quantized (compressed-tensors, GPTQ, AWQ, bitsandbytes, GGUF) can be measured beside yours:
-[comparing.md](comparing.md).
+Models that *other* tools have quantized (compressed-tensors, GPTQ, AWQ, bitsandbytes, GGUF) can
+be measured beside yours: [comparing.md](comparing.md).
 """

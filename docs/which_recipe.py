@@ -4,7 +4,7 @@ Plans are those of `qtool quantize --dry-run`, bytes on a card those of `qtool i
 have shapes and no weights.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,7 +38,7 @@ RECIPES = {
     "bcq-w2g32-coded": "both",
     "bcq-w2g64-coded": "both",
 }
-"""By name, the `--tune` that they were measured with; the one that is closest to the original first."""
+"""By name, the `--tune` that they were measured with; the closest to the original first."""
 
 
 @dataclass(frozen=True)
@@ -230,10 +230,13 @@ def sizes(size: Size) -> str:
 TOP = """# Which recipe for which card
 
 {note}
-Find your model and the memory of your card. The cell names the built-in recipe that is closest to the original among those
-that fit, and how many tokens of context have room beside it (all requests together).
+Find your model and the memory of your card. The cell names the built-in recipe that is
+closest to the original among those that fit, and how many tokens of context have room beside it
+(all requests together).
 """
-MIDDLE = """*none*: not even the smallest recipe fits with 2,048 tokens. `*`: the original fits in 16 bits as well; quantize for speed, or for more context.
+MIDDLE = """\
+*none*: not even the smallest recipe fits with 2,048 tokens. `*`: the original
+fits in 16 bits as well; quantize for speed, or for more context.
 
 Then, with your model in place of MODEL:
 
@@ -242,26 +245,33 @@ qtool quantize --recipe bcq-w3g64-coded MODEL OUT_DIR --dry-run
 qtool quantize --recipe bcq-w3g64-coded MODEL OUT_DIR
 ```
 
-`--tune end-to-end` (4 bits) or `--tune both` (3 and 2 bits) brings the result closer to the original, and is what
-[results.md](results.md) has numbers of. End to end holds the original and the result on one card, so for a model that only
-fits quantized take `--tune blocks` ([tuning.md](tuning.md)).
+`--tune end-to-end` (4 bits) or `--tune both` (3 and 2 bits) brings the result closer to the
+original, and is what [results.md](results.md) has numbers of. End to end holds the original and
+the result on one card, so for a model that only fits quantized take `--tune blocks`
+([tuning.md](tuning.md)).
 
 ## What it is computed from
 
-GB (10^9 bytes) on disk / of weights on a card; bits per weight of the linears of the blocks, scales and offsets included, for 8B."""
-BOTTOM = """- Sizes are those of `qtool quantize --dry-run` and `qtool inspect`, for models of these shapes: layouts are those of the kernels, as
-  chosen for an H100. Embedding, head and norms stay in 16 bits. A card of 8 GB has 8 x 2^30 bytes here.
-- 1 GiB is left for the driver, CUDA graphs, activations and logits. That number is chosen, not measured.
-- Coded scales take the room of float16 scales on a card. That is why a recipe takes more there than on disk.
-- The order of the recipes is that of their KL divergence on one model of 135M parameters; larger ones aren't
-  measured yet. Measure yours: `qtool eval OUT_DIR --baseline MODEL`.
+GB (10^9 bytes) on disk / of weights on a card; bits per weight of the linears of the blocks,
+scales and offsets included, for 8B."""
+BOTTOM = """\
+- Sizes are those of `qtool quantize --dry-run` and `qtool inspect`, for models of these
+  shapes: layouts are those of the kernels, as chosen for an H100. Embedding, head and norms stay
+  in 16 bits. A card of 8 GB has 8 x 2^30 bytes here.
+- 1 GiB is left for the driver, CUDA graphs, activations and logits. That number is chosen, not
+  measured.
+- Coded scales take the room of float16 scales on a card. That is why a recipe takes more there
+  than on disk.
+- The order of the recipes is that of their KL divergence on one model of 135M parameters; larger
+  ones aren't measured yet. Measure yours: `qtool eval OUT_DIR --baseline MODEL`.
 - A card below compute capability 8.0 has no kernels: weights are then as large as in 16 bits
   ([limitations.md](limitations.md#execution)).
 
 ## What quantizing takes
 
-Blocks are solved one by one, so a card needs room for a block, not for the model. A model of the shape of 8B took 13 GB
-on an H100 (docs/log.md). A CPU works too: a 135M-parameter model takes half an hour on two cores. Where quantizing a table
-of embeddings or a head pays, [recipes.md](recipes.md#embedding-and-head) says how; where layers get bits of their own,
-[mixed-precision.md](mixed-precision.md).
+Blocks are solved one by one, so a card needs room for a block, not for the model. Three blocks of
+the shape of 8B, with 128 x 2048 tokens, took 12.8 GB on an H100 ([log.md](log.md)). A CPU works
+too: a 135M-parameter model takes half an hour on two cores. Where quantizing a table of
+embeddings or a head pays, [recipes.md](recipes.md#embedding-and-head) says how; where layers get
+bits of their own, [mixed-precision.md](mixed-precision.md).
 """

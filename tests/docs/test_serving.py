@@ -3,7 +3,6 @@
 import http.client
 import json
 import shlex
-import shutil
 import socket
 import threading
 
