@@ -119,7 +119,7 @@ command line (`make test-floors`), and transformers {old} loads and executes mod
 ## Engines"""
 ENGINES = """| program | quantized model |
 |---|---|
-| transformers: `from_pretrained`, `generate` | [yes](quickstart.md#load-it-from-python) |
+| transformers | [yes](quickstart.md#load-it-from-python), after `import qtool` |
 | transformers: `torch.compile` | yes; one node per linear |
 | transformers: training, adapters | no |
 | lm-eval | yes, through `qtool eval --tasks` ([evaluation.md](evaluation.md)) |

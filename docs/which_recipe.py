@@ -236,17 +236,18 @@ closest to the original among those that fit, and how many tokens of context hav
 """
 MIDDLE = """\
 *none*: not even the smallest recipe fits with 2,048 tokens. `*`: the original
-fits in 16 bits as well; quantize for speed, or for more context.
+fits in 16 bits as well; quantize for speed, or for more context. What 3 and
+2 bits lose is in [results.md](results.md#quality): look before you take them.
 
-Then, with your model in place of MODEL:
+Then, with your model in place of MODEL, and the recipe of the cell:
 
 ```
-qtool quantize --recipe bcq-w3g64-coded MODEL OUT_DIR --dry-run
-qtool quantize --recipe bcq-w3g64-coded MODEL OUT_DIR
+qtool quantize --recipe bcq-w4g64-coded MODEL OUT_DIR --dry-run
+qtool quantize --recipe bcq-w4g64-coded MODEL OUT_DIR
 ```
 
 `--tune end-to-end` (4 bits) or `--tune both` (3 and 2 bits) brings the result closer to the
-original, and is what [results.md](results.md) has numbers of. End to end holds the original and
+original, and is what these numbers are of. End to end holds the original and
 the result on one card, so for a model that only fits quantized take `--tune blocks`
 ([tuning.md](tuning.md)).
 
