@@ -84,8 +84,9 @@ types: $(VENV)/.dev ## Check the types
 layers: $(VENV)/.dev ## Check that imports only point down
 	$(BIN)/lint-imports
 
-docs: $(VENV)/.dev ## Write the generated pages: docs/cli.md, docs/methods.md, docs/recipes-list.md
+docs: $(VENV)/.dev ## Write the generated pages of docs/, and the site into build/site
 	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 docs-check: $(VENV)/.dev ## Check that the generated pages are fresh
 	$(BIN)/python docs/generate.py --check

@@ -1,4 +1,4 @@
-"""Write the pages of docs/ that come from the program: cli.md, methods.md, recipes-list.md.
+"""Write the pages of docs/ that come from the program: commands, methods, recipes, what fits where.
 
 `python docs/generate.py` writes them, `--check` only compares and exits with 1 if one is stale.
 The output depends on the code and on nothing else: not on terminal, locale or working directory.
@@ -15,6 +15,9 @@ import textwrap
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import compatibility
+import which_recipe
 
 import qtool.methods
 from qtool import plugins, settings
@@ -185,7 +188,29 @@ def recipes_page() -> str:
     return "\n".join(parts) + "\n"
 
 
-PAGES = {"cli.md": cli_page, "methods.md": methods_page, "recipes-list.md": recipes_page}
+def decisions_page() -> str:
+    """Return docs/adr/README.md: the decisions, by number."""
+    parts = [
+        "# Decisions",
+        "",
+        NOTE,
+        "Architecture decision records (ADR): what was decided, and why.",
+        "",
+    ]
+    for page in sorted((DOCS / "adr").glob("[0-9]*.md")):
+        title = page.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        parts.append(f"- [{title}]({page.name})")
+    return "\n".join(parts) + "\n"
+
+
+PAGES = {
+    "adr/README.md": decisions_page,
+    "cli.md": cli_page,
+    "compatibility.md": lambda: compatibility.page(NOTE),
+    "methods.md": methods_page,
+    "recipes-list.md": recipes_page,
+    "which-recipe.md": lambda: which_recipe.page(NOTE),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -51,6 +51,8 @@ def test_quickstart_works_from_top_to_bottom(cli: Cli, tiny, folder):
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/format.md"])
 def test_python_runs(page, llama, folder, capsys):
     for block in blocks(ROOT / page, "python"):
+        if "serve_forever" in block:
+            continue  # test_serving.py runs it
         text = block.replace("demo:smollm2", str(llama)).replace(
             '["weights.scheme.group_size=192"]',
             '["calibration.num_samples=4", "calibration.sequence_length=32"]',

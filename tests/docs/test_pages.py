@@ -105,21 +105,40 @@ def test_no_page_sends_anyone_to_an_index_for_qtool():
             assert not re.search(r"pip install [^\n]*\bqtool(?:-llm)?(?:\[|['\"\s]|$)", text), text
 
 
-NUMBER = re.compile(r"\d+\.\d+")
+NUMBER = re.compile(r"\d*\.\d+")
+TROUBLES = ROOT / "docs/troubleshooting.md"
 
 
-def test_results_of_the_readme_stand_in_the_log_or_with_the_kernels():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    results = readme.partition("## Results")[2].partition("\n## ")[0]
+def rows_with_numbers(text: str) -> set[str]:
+    """Return the numbers in the tables of a text, names of recipes and links left out."""
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    return {number for row in rows for number in NUMBER.findall(re.sub(r"\(#.*?\)", "", row))}
+
+
+@pytest.mark.parametrize(
+    ("page", "least"), [("README.md", 30), ("docs/results.md", 80)], ids=["readme", "results"]
+)
+def test_results_stand_in_the_log_or_with_the_kernels(page, least):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    results = text.partition("## Results")[2].partition("\n## ")[0] if page == "README.md" else text
     known = (ROOT / "docs/log.md").read_text(encoding="utf-8")
     known += (ROOT / "kernels/README.md").read_text(encoding="utf-8")
-    rows = [line for line in results.splitlines() if line.startswith("|")]
-    numbers = {number for row in rows for number in NUMBER.findall(row)}
-    assert len(numbers) > 30
-    measured = {float(number) for number in re.findall(r"\d+(?:\.\d+)?", known)}
+    numbers = rows_with_numbers(results)
+    assert len(numbers) > least
+    measured = {float(number) for number in re.findall(r"\d*\.?\d+", known)}
 
     def is_measured(number: str) -> bool:
         half = 0.5 * 10 ** -len(number.partition(".")[2]) + 1e-9
         return any(abs(float(number) - value) <= half for value in measured)
 
     assert [number for number in sorted(numbers) if not is_measured(number)] == []
+
+
+def test_messages_in_troubleshooting_are_those_of_the_program():
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "qtool").rglob("*.py")]
+    said = "\n".join(re.sub(r'"\s*(?:\+ )?f?"', "", source) for source in sources)
+    rows = [line for line in TROUBLES.read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
+    messages = [span for row in rows for span in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    pieces = [piece.strip() for message in messages for piece in message.split("...")]
+    assert len(pieces) > 30
+    assert [piece for piece in pieces if piece not in said] == []

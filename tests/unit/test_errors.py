@@ -22,7 +22,7 @@ EXTRAS = ("gpu", "gpu12", "eval", "data", "demo", "report", "search")
 
 def test_names_are_those_of_the_project():
     assert PROJECT["name"] == DISTRIBUTION
-    assert set(EXTRAS) == set(PROJECT["optional-dependencies"]) - {"dev", "all"}
+    assert set(EXTRAS) == set(PROJECT["optional-dependencies"]) - {"dev", "docs", "all"}
 
 
 def test_no_extra_brings_what_compiles_an_inference_engine():
