@@ -130,9 +130,8 @@ def write_result(
     )
     manifest = _manifest(run, results, writer.digests())
     files = run.source.companions()
-    files[CARD_NAME] = written_card(
-        run, results, manifest, (result.weight_bytes, result.source_bytes)
-    )
+    sizes = result.weight_bytes, result.source_bytes
+    files[CARD_NAME] = written_card(run, results, manifest, sizes)
     if curves:
         files[CURVES_NAME] = _curve_lines(curves)
     if decisions.found is not None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qtool.steps.usage import NOTHING, MachineRoom, Usage
+from qtool.steps.usage import NO_USE, MachineRoom, Usage
 from qtool.wording import gigabytes
 
 ROOMS = {"memory": "memory of this machine", "card": "memory of the card", "disk": "free disk"}
@@ -71,7 +71,7 @@ class Preflight:
     @property
     def total(self) -> Usage:
         """All phases that are known, one after the other."""
-        return sum((phase.usage or NOTHING for phase in self.phases), NOTHING)
+        return sum((phase.usage or NO_USE for phase in self.phases), NO_USE)
 
     @property
     def disk_bytes(self) -> int:
@@ -85,7 +85,7 @@ class Preflight:
 
     def needs(self, phase: Phase) -> dict[str, int]:
         """Return what a phase needs of each kind of room, in bytes."""
-        usage = phase.usage or NOTHING
+        usage = phase.usage or NO_USE
         return {
             "memory": usage.memory_bytes,
             "card": usage.card_bytes,
@@ -141,14 +141,14 @@ class BlockCosts:
     """By `measure_blocks.kind_of`, with the statistics that the first of a group waits for."""
     weights: Mapping[str, int]
     """How many each of these kinds has, and those that weren't measured."""
-    advance: Usage = NOTHING
+    advance: Usage = NO_USE
     """Running a block, original and quantized, over all samples; loading the next."""
-    after: Usage = NOTHING
+    after: Usage = NO_USE
     """What comes once a block is solved, beside tuning."""
 
 
 def solving(
-    costs: BlockCosts, blocks: Sequence[Sequence[str]], *, passed: int, tuned: Usage = NOTHING
+    costs: BlockCosts, blocks: Sequence[Sequence[str]], *, passed: int, tuned: Usage = NO_USE
 ) -> tuple[Usage, Usage]:
     """Return what solving and tuning all blocks takes.
 
@@ -169,7 +169,7 @@ def _priced(costs: BlockCosts, kind: str) -> Usage:
     """Return what a layer takes; one that wasn't measured as long as others per weight."""
     if kind in costs.layers:
         return costs.layers[kind]
-    measured = sum(costs.layers.values(), NOTHING)
+    measured = sum(costs.layers.values(), NO_USE)
     weights = sum(costs.weights[each] for each in costs.layers)
     return measured * (costs.weights[kind] / max(weights, 1))
 

@@ -33,7 +33,7 @@ def failures_of_its_code(what: str) -> Iterator[None]:
         ) from error
 
 
-RUN = "batches of samples are run"
+IN_BATCHES = "batches of samples are run"
 """Where memory is full in parts: a sentence begins so."""
 
 
@@ -103,7 +103,7 @@ class Block:
             ]
             return tuple(torch.cat(results) for results in zip(*found, strict=True))
 
-        return within_memory(self._parts, RUN, run, most=most_parts(hidden))
+        return within_memory(self._parts, IN_BATCHES, run, most=most_parts(hidden))
 
     def alike(self, inputs: Sequence[Tensor]) -> list[int]:
         """Return which batches could stand in for the first: one shape, and equal arguments.
@@ -129,7 +129,7 @@ class Block:
                 output = self._call(hidden[some], call.of_samples(some, len(hidden)))
             return output[1:] if isinstance(output, tuple) else None
 
-        return within_memory(self._parts, RUN, rest, most=most_parts(hidden))
+        return within_memory(self._parts, IN_BATCHES, rest, most=most_parts(hidden))
 
     def _call(self, hidden: Tensor, call: Call) -> Any:  # noqa: ANN401
         call = call.on(self._device)

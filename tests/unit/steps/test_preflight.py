@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.steps.preflight import BlockCosts, Phase, Preflight, solving, stretched
-from qtool.steps.usage import NOTHING, MachineRoom, Meter, Usage
+from qtool.steps.usage import NO_USE, MachineRoom, Meter, Usage
 
 ROOM = MachineRoom(memory_bytes=8 * 10**9, card_bytes=0, disk_bytes=10**9)
 sizes = st.integers(0, 2**40)
@@ -28,7 +28,7 @@ def near(first: Usage, second: Usage) -> bool:
 def test_times_add_up_and_peaks_do_not(first, second, third):
     assert near(first + second, second + first)
     assert near((first + second) + third, first + (second + third))
-    assert near(first + NOTHING, first)
+    assert near(first + NO_USE, first)
     assert near(first * 2, first + first)
     assert (first + second).memory_bytes == max(first.memory_bytes, second.memory_bytes)
 
@@ -43,7 +43,7 @@ def test_blocks_take_what_their_layers_take_and_passing_them():
     assert found.seconds == pytest.approx(3 * 1 + 10 + 2.2 + 2 * 0.5)
     assert found.cpu_seconds == pytest.approx(3 * 2 + 20 + 4.4 + 2 * 0.5)
     assert found.memory_bytes == 30
-    assert tuned == NOTHING
+    assert tuned == NO_USE
     _, tuned = solving(costs, [["a"], ["a"]], passed=1, tuned=Usage(4, 5, 6, 7))
     assert tuned == Usage(8, 10, 6, 7)
 
