@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.cli import console
 from qtool.cli.tables.divergences import BlockAndChange, block_rows, estimate_text
+from qtool.cli.tables.models import measured_on
 from qtool.wording import gigabytes, with_error
 
 if TYPE_CHECKING:
@@ -171,12 +172,8 @@ def _conditions(result: "ModelsCompared") -> list[str]:
     first, lines = result.models[0], []
     measured = next((one.texts.perplexity for one in result.models if one.texts), None)
     if measured is not None:
-        count = f"all {measured.windows} windows"
-        if measured.windows < measured.windows_in_dataset:
-            count = f"first {measured.windows} of {measured.windows_in_dataset} windows"
         lines.append(
-            f"Perplexity: {measured.dataset}, {count} of {measured.context_length} tokens, "
-            f"{measured.dtype} on {measured.device}; its errors take windows as independent, "
+            f"{measured_on(measured)}; its errors take windows as independent, "
             "those of KL and Δp predictions."
         )
         lines.append(
