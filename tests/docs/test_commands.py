@@ -51,7 +51,7 @@ NOT_RUN = {
 PLANNED = {
     "README.md: quantize ": "test_examples.py, in the quickstart",
     "docs/mixed-precision.md: quantize --average-bits 3.25": "tests/cli/test_mixed_precision.py",
-    "docs/tuning.md: quantize --recipe bcq-w3g64-coded --tune blocks": "the line below it, which runs",
+    "docs/tuning.md: quantize --recipe bcq-w3g64-coded --tune blocks": "the line below, which runs",
     "docs/mixed-precision.md: quantize --average-bits 4.25": "tests/cli/test_mixed_precision.py",
     "docs/results.md: quantize ": "docs/tuning.md and docs/folding.md, whose lines run",
     "docs/which-recipe.md: quantize ": "docs/tuning.md, whose lines run",
