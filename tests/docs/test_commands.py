@@ -28,7 +28,10 @@ ADDED = "it needs what the page adds, which is there in the process of test_addi
 CARD = "it needs a card; tests marked gpu run it"
 LONG = "the tiny model has too few positions; tests/cli/test_end_to_end.py runs such a command"
 SWEEP = "it makes eight checkpoints; tests/cli/test_mixed_precision.py runs a smaller one"
+SAME = "docs/evaluation.md has such a line, which runs"
 NOT_RUN = {
+    "docs/adding-a-model.md: eval OUT_DIR --baseline MODEL": SAME,
+    "docs/results.md: eval smollm2-w4 --baseline demo:smollm2 --windows": SAME,
     "README.md: eval smollm2-w3 --tasks": DATA,
     "docs/adding-a-backend.md: eval OUT_DIR --backend exact": ADDED,
     "docs/adding-a-method.md: quantize --method rtn_clip": ADDED,
@@ -46,6 +49,9 @@ NOT_RUN = {
 }
 """Why, by how a line of a page begins."""
 PLANNED = {
+    "README.md: quantize ": "test_examples.py, in the quickstart",
+    "docs/mixed-precision.md: quantize --average-bits 3.25": "tests/cli/test_mixed_precision.py",
+    "docs/tuning.md: quantize --recipe bcq-w3g64-coded --tune blocks": "the line below, which runs",
     "docs/mixed-precision.md: quantize --average-bits 4.25": "tests/cli/test_mixed_precision.py",
     "docs/results.md: quantize ": "docs/tuning.md and docs/folding.md, whose lines run",
     "docs/which-recipe.md: quantize ": "docs/tuning.md, whose lines run",
