@@ -1,6 +1,8 @@
 """How much memory the process has used, and what it means that there is too little."""
 
+import ctypes
 import errno
+import gc
 import resource
 import sys
 from collections.abc import Iterator
@@ -21,6 +23,17 @@ def peak_memory(device: str) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def give_back_memory() -> None:
+    """Give what was freed back to the system, where the C library (glibc) can.
+
+    After many blocks it keeps hundreds of megabytes, on top of which the next models would lie.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager
