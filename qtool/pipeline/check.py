@@ -21,7 +21,7 @@ from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource
 from qtool.pipeline.card import note_closeness
 from qtool.recipe.measuring import CheckSection
-from qtool.steps.memory import failures_of_the_machine
+from qtool.steps.memory import failures_of_the_machine, give_back_memory
 from qtool.wording import gigabytes
 
 WINDOWS, WINDOWS_ON_CARD = (2, 512), (8, 1024)
@@ -78,6 +78,7 @@ def _check_room(source: ModelSource, device: torch.device) -> None:
 def _measure(
     source: ModelSource, out_dir: Path, device: torch.device, emit: Emit, section: CheckSection
 ) -> Closeness:
+    give_back_memory()
     emit(Progress("checking the result"))
     references = record_original(source, device, emit, section)
     return compare_closely(load_model(Location(out_dir)), references, emit)

@@ -26,7 +26,7 @@ from qtool.recipe.schema import Recipe
 from qtool.steps.draw_calibration import check_samples, draw_calibration, wanted_lengths
 from qtool.steps.fallbacks import keeping_fallbacks
 from qtool.steps.fold import fold
-from qtool.steps.memory import failures_of_the_machine, give_back_memory
+from qtool.steps.memory import failures_of_the_machine
 from qtool.steps.plan import Plan, make_plan
 from qtool.steps.run import Run
 from qtool.steps.solve import settle, solve
@@ -118,7 +118,6 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
         result = _carry_out(run, place, course)
     if not check or (samples is None and budgets is None):
         return result
-    give_back_memory()
     if budgets is None:
         return replace(result, check=check_result(source, place.named, emit))
     with failures_of_the_machine(env.device, place.out_dir):
