@@ -24,7 +24,7 @@ from qtool.pipeline.check_budgets import check_budgets
 from qtool.pipeline.reports import Decisions, QuantizeResult, RunCourse, result_of, write_result
 from qtool.recipe.schema import Recipe
 from qtool.steps.draw_calibration import check_samples, draw_calibration, wanted_lengths
-from qtool.steps.fallbacks import keeping_fallbacks
+from qtool.steps.fallbacks import keeping_sentences
 from qtool.steps.fold import fold
 from qtool.steps.memory import failures_of_the_machine
 from qtool.steps.plan import Plan, make_plan
@@ -136,7 +136,7 @@ def _carry_out(run: Run, place: Place, course: RunCourse) -> QuantizeResult:
             writer.publish()
         if writer.is_sealed or writer.has_ended:
             return result_of(place)
-        run, decisions = _decide(keeping_fallbacks(run, writer), writer)
+        run, decisions = _decide(keeping_sentences(run, writer), writer)
         _check_room(place, run.plan)
         solved = solve(run, writer)
         curves = settle(run, writer, solved)

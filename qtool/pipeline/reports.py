@@ -23,7 +23,7 @@ from qtool.pipeline.card import written_card
 from qtool.pipeline.model_figures import versions
 from qtool.report.verdict import GateLine
 from qtool.steps.correct_biases import corrections
-from qtool.steps.fallbacks import kept_fallbacks
+from qtool.steps.fallbacks import kept_fallbacks, kept_warnings
 from qtool.steps.memory import peak_memory
 from qtool.steps.run import Run
 from qtool.steps.solve import LayerResult
@@ -138,9 +138,8 @@ def write_result(
         files[TRIALS_NAME] = _lines(decisions.found.lines())
     names = sorted({*files, REPORT_NAME, CONFIG_NAME})
     samples = run.calibration.provenance if run.calibration else {}
-    files[REPORT_NAME] = _report_bytes(
-        result, samples, course.notices, run=writer.run_digest, files=names
-    )
+    notices = _notices(course, kept_warnings(run, writer))
+    files[REPORT_NAME] = _report_bytes(result, samples, notices, run=writer.run_digest, files=names)
     config = {key: value for key, value in run.source.config.items() if key != "_name_or_path"}
     writer.finish(files, {**config, "quantization_config": manifest.to_config()})
     return result
@@ -178,6 +177,11 @@ def _manifest(run: Run, results: tuple[LayerResult, ...], digests: dict[str, str
         calibration=run.calibration.digest() if run.calibration else None,
         digests=digests,
     )
+
+
+def _notices(course: RunCourse, kept: Sequence[str]) -> list[str]:
+    """Return warnings in the order of a run that was never stopped: `kept` come last."""
+    return [*(message for message in course.notices if message not in kept), *kept]
 
 
 def _report_bytes(

@@ -1,4 +1,4 @@
-"""What a run did in smaller parts because memory was full, kept over a stop for its report."""
+"""What a run warned of, and did in smaller parts because memory was full: kept over a stop."""
 
 from dataclasses import replace
 
@@ -8,18 +8,23 @@ from qtool.checkpoint.writer import CheckpointWriter
 from qtool.core.parts import Parts
 from qtool.steps.run import Run
 
-FALLBACKS = "fallbacks"
-"""Draft: the sentences, under the name of the blocks."""
+FALLBACKS, WARNINGS = "fallbacks", "warnings"
+"""Drafts: the sentences, under the name of the blocks."""
 
 
-def keeping_fallbacks(run: Run, writer: CheckpointWriter) -> Run:
-    """Return the run that does in parts what memory is full for, and keeps that it did."""
+def keeping_sentences(run: Run, writer: CheckpointWriter) -> Run:
+    """Return the run that does in parts what memory is full for, and keeps what it says."""
     emit, name = run.env.emit, run.source.adapter.blocks
+
+    def add(message: str, draft: str) -> None:
+        sentences = dict.fromkeys([*_kept(run, writer, draft), message])
+        writer.keep(name, Made({}, {"sentences": list(sentences)}), draft=draft)
 
     def keep(event: Progress | Notice) -> None:
         if isinstance(event, Fallback):
-            sentences = dict.fromkeys([*kept_fallbacks(run, writer), event.message])
-            writer.keep(name, Made({}, {"sentences": list(sentences)}), draft=FALLBACKS)
+            add(event.message, FALLBACKS)
+        if isinstance(event, Notice):
+            add(event.message, WARNINGS)
         emit(event)
 
     parts = Parts(lambda message: keep(Fallback(message)))
@@ -28,5 +33,13 @@ def keeping_fallbacks(run: Run, writer: CheckpointWriter) -> Run:
 
 def kept_fallbacks(run: Run, writer: CheckpointWriter) -> tuple[str, ...]:
     """Return the sentences of this run and of what it resumed."""
-    notes = writer.notes(run.source.adapter.blocks, draft=FALLBACKS)
-    return tuple(notes.get("sentences", ()))
+    return _kept(run, writer, FALLBACKS)
+
+
+def kept_warnings(run: Run, writer: CheckpointWriter) -> tuple[str, ...]:
+    """Return what was warned of since layers were decided, by this run and what it resumed."""
+    return _kept(run, writer, WARNINGS)
+
+
+def _kept(run: Run, writer: CheckpointWriter, draft: str) -> tuple[str, ...]:
+    return tuple(writer.notes(run.source.adapter.blocks, draft=draft).get("sentences", ()))

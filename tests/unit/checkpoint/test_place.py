@@ -105,8 +105,10 @@ def test_closed_folder_is_refused(tmp_path):
 
 
 def test_mount_point_is_written_inside_and_replaced_file_by_file(
-    llama, checkpoint, tmp_path, monkeypatch
+    llama, tmp_path, tmp_path_factory, monkeypatch
 ):
+    checkpoint = tmp_path_factory.mktemp("elsewhere") / "out"
+    pipeline.quantize(Location(llama), checkpoint, recipe())
     out_dir = tmp_path.resolve() / "mnt"
     (out_dir / "lost+found").mkdir(parents=True)
     before = out_dir.stat().st_ino

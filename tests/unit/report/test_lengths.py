@@ -33,6 +33,6 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(
         MissingExtraError,
-        match=r"lengths\.png needs .*pip install 'matplotlib",
+        match=r"lengths\.png needs .*pip install .*'matplotlib",
     ):
         draw_lengths(tmp_path / "lengths.png", (3, 4))
