@@ -43,6 +43,10 @@ MAX_SHARD_BYTES = 4 * 2**30
 LAYERS = "layers"
 
 
+WARNINGS = "run", "warnings"
+"""Name and draft of what a run warned of: no finished work."""
+
+
 class CheckpointWriter:
     """Writes one checkpoint; use as a context manager, which holds the lock of OUT_DIR.
 
@@ -129,7 +133,7 @@ class CheckpointWriter:
             return ""
         if job.files is not None:
             return "All files of the result are"
-        count = len(self._spool)
+        count = len(self._spool) - (self._spool.notes(_key(*WARNINGS)) is not None)
         return f"{count} finished layers are" if count > 1 else "1 finished layer is" * count
 
     def _release(self) -> None:

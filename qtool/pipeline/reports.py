@@ -126,7 +126,7 @@ def write_result(
         choosing=decisions.allocation.summary() if decisions.allocation else {},
         search=decisions.found.summary() if decisions.found else {},
         bias_correction=corrections(run, writer),
-        fallbacks=kept_fallbacks(run, writer),
+        fallbacks=kept_fallbacks(writer),
     )
     manifest = _manifest(run, results, writer.digests())
     files = run.source.companions()
@@ -138,7 +138,7 @@ def write_result(
         files[TRIALS_NAME] = _lines(decisions.found.lines())
     names = sorted({*files, REPORT_NAME, CONFIG_NAME})
     samples = run.calibration.provenance if run.calibration else {}
-    notices = _notices(course, kept_warnings(run, writer))
+    notices = _notices(course, kept_warnings(writer))
     files[REPORT_NAME] = _report_bytes(result, samples, notices, run=writer.run_digest, files=names)
     config = {key: value for key, value in run.source.config.items() if key != "_name_or_path"}
     writer.finish(files, {**config, "quantization_config": manifest.to_config()})

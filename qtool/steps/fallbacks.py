@@ -4,21 +4,21 @@ from dataclasses import replace
 
 from qtool.base import Fallback, Notice, Progress
 from qtool.checkpoint.spool import Made
-from qtool.checkpoint.writer import CheckpointWriter
+from qtool.checkpoint.writer import WARNINGS, CheckpointWriter
 from qtool.core.parts import Parts
 from qtool.steps.run import Run
 
-FALLBACKS, WARNINGS = "fallbacks", "warnings"
-"""Drafts: the sentences, under the name of the blocks."""
+FALLBACKS = "run", "fallbacks"
+"""Name and draft, as `WARNINGS`: the sentences."""
 
 
 def keeping_sentences(run: Run, writer: CheckpointWriter) -> Run:
     """Return the run that does in parts what memory is full for, and keeps what it says."""
-    emit, name = run.env.emit, run.source.adapter.blocks
+    emit = run.env.emit
 
-    def add(message: str, draft: str) -> None:
-        sentences = dict.fromkeys([*_kept(run, writer, draft), message])
-        writer.keep(name, Made({}, {"sentences": list(sentences)}), draft=draft)
+    def add(message: str, kind: tuple[str, str]) -> None:
+        sentences = dict.fromkeys([*_kept(writer, kind), message])
+        writer.keep(kind[0], Made({}, {"sentences": list(sentences)}), draft=kind[1])
 
     def keep(event: Progress | Notice) -> None:
         if isinstance(event, Fallback):
@@ -31,15 +31,15 @@ def keeping_sentences(run: Run, writer: CheckpointWriter) -> Run:
     return replace(run, env=replace(run.env, emit=keep, parts=parts))
 
 
-def kept_fallbacks(run: Run, writer: CheckpointWriter) -> tuple[str, ...]:
+def kept_fallbacks(writer: CheckpointWriter) -> tuple[str, ...]:
     """Return the sentences of this run and of what it resumed."""
-    return _kept(run, writer, FALLBACKS)
+    return _kept(writer, FALLBACKS)
 
 
-def kept_warnings(run: Run, writer: CheckpointWriter) -> tuple[str, ...]:
+def kept_warnings(writer: CheckpointWriter) -> tuple[str, ...]:
     """Return what was warned of since layers were decided, by this run and what it resumed."""
-    return _kept(run, writer, WARNINGS)
+    return _kept(writer, WARNINGS)
 
 
-def _kept(run: Run, writer: CheckpointWriter, draft: str) -> tuple[str, ...]:
-    return tuple(writer.notes(run.source.adapter.blocks, draft=draft).get("sentences", ()))
+def _kept(writer: CheckpointWriter, kind: tuple[str, str]) -> tuple[str, ...]:
+    return tuple(writer.notes(kind[0], draft=kind[1]).get("sentences", ()))
