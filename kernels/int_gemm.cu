@@ -14,9 +14,6 @@
 // Compile-time: BITS (4: codes 0 to 15 less a zero point; 8: signed bytes), SPAN (blocks of a
 // group; 0: one group is the row), STAGES, CLUSTER (1, 2), ACTIVATION_BF16. 384 threads.
 #include "hopper.cuh"
-#ifndef TURNS
-#define TURNS 1
-#endif
 
 #define BLOCK 128
 #define X_BYTES (BLOCK * BLOCK)
@@ -223,7 +220,7 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
         sync_warp();
     } else {
         more_registers<232>();
-        if (TURNS && consumer == 1) give_turn(3);
+        if (consumer == 1) give_turn(3);
         int lane = thread % WARP, row = thread / WARP * 16 + lane / 4, column = lane % 4 * 2;
         u16 *staged = (u16 *)(memory + RING + consumer * Y_BYTES);
         for (int tile = (int)blockIdx.x / CLUSTER; tile < tiles; tile += clusters) {
@@ -242,9 +239,9 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
             int end = CHUNK > 0 && CHUNK < blocks ? CHUNK : blocks;
 #pragma unroll 1
             for (int block = 0; block < blocks; ++block) {
-                if (TURNS) take_turn(3 + consumer);
+                take_turn(3 + consumer);
                 multiply(sums, a, core_matrices(shared_address(here), ALONG, ACROSS));
-                if (TURNS) give_turn(4 - consumer);
+                give_turn(4 - consumer);
                 bool last = block + 1 == blocks, ends_chunk = block + 1 == end;
                 bool ends_group = SPAN == 1 || last || SPAN > 1 && block % (SPAN + !SPAN) == SPAN - 1;
                 float by[2] = {p.scales[0], p.scales[1]};
@@ -278,7 +275,7 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
             u16 *to = y + (u64)at.tokens * BLOCK * out_features + row_first;
             store_staged(staged, to, thread, out_features - row_first, tokens - at.tokens * BLOCK, out_features);
         }
-        if (TURNS && consumer == 0) take_turn(3);
+        if (consumer == 0) take_turn(3);
     }
     if (CLUSTER > 1) sync_cluster(); // others still copy to, and arrive at, this block
 }

@@ -29,6 +29,15 @@ class PerplexityResult:
     dtype: str
     device: str
 
+    @property
+    def conditions(self) -> str:
+        """Return on what text it was measured, and how, as people read it."""
+        count = f"all {self.windows} windows"
+        if self.windows < self.windows_in_dataset:
+            count = f"first {self.windows} of {self.windows_in_dataset} windows"
+        where = f"{self.dtype} on {self.device}"
+        return f"{self.dataset}, {count} of {self.context_length} tokens, {where}"
+
 
 def perplexity(
     model: LoadedModel,

@@ -134,15 +134,8 @@ def text_record(
 ) -> TextRecord:
     """Return what a card says of a measurement on texts."""
     found = [one for one in (closeness.text, closeness.chats) if one is not None]
-    conditions = ""
-    if result is not None:
-        count = f"all {result.windows} windows"
-        if result.windows < result.windows_in_dataset:
-            count = f"first {result.windows} of {result.windows_in_dataset} windows"
-        conditions = f"{result.dataset}, {count} of {result.context_length} tokens, {result.dtype}"
-        conditions += f" on {result.device}"
     return TextRecord(
-        conditions=conditions,
+        conditions=result.conditions if result is not None else "",
         perplexity=_finite(result.perplexity) if result is not None else None,
         original=_finite(original.perplexity) if original is not None else None,
         closeness=tuple(map(_close_record, found)),

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.cli import console
 from qtool.cli.tables.divergences import BlockAndChange, block_rows, estimate_text
-from qtool.cli.tables.models import measured_on
 from qtool.wording import gigabytes, with_error
 
 if TYPE_CHECKING:
@@ -173,7 +172,7 @@ def _conditions(result: "ModelsCompared") -> list[str]:
     measured = next((one.texts.perplexity for one in result.models if one.texts), None)
     if measured is not None:
         lines.append(
-            f"{measured_on(measured)}; its errors take windows as independent, "
+            f"Perplexity: {measured.conditions}; its errors take windows as independent, "
             "those of KL and Δp predictions."
         )
         lines.append(

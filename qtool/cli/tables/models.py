@@ -9,7 +9,6 @@ from qtool.wording import gigabytes
 
 if TYPE_CHECKING:
     from qtool.evaluation.agreement import Agreement
-    from qtool.evaluation.perplexity import PerplexityResult
     from qtool.pipeline import Comparison, ModelFigures
 
 TEXT_WIDTH = 100
@@ -86,23 +85,12 @@ def _cells(
     )
 
 
-def measured_on(quality: "PerplexityResult") -> str:
-    """Say on what text a perplexity was measured, and how."""
-    count = f"all {quality.windows} windows"
-    if quality.windows < quality.windows_in_dataset:
-        count = f"first {quality.windows} of {quality.windows_in_dataset} windows"
-    return (
-        f"Perplexity: {quality.dataset}, {count} of {quality.context_length} tokens, "
-        f"{quality.dtype} on {quality.device}"
-    )
-
-
 def _conditions(figures: tuple["ModelFigures", ...]) -> list[str]:
     """Return what the numbers hold for."""
     lines = []
     quality = next((f.perplexity for f in figures if f.perplexity), None)
     if quality is not None:
-        lines.append(f"{measured_on(quality)}.")
+        lines.append(f"Perplexity: {quality.conditions}.")
     speed = next((f.speed for f in figures if f.speed), None)
     if speed is not None:
         lines.append(

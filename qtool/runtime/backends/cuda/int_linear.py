@@ -24,14 +24,12 @@ SYSTEM_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class GemmTuning:
-    """How the product is launched; one block by turns was the fastest on an H200."""
+    """How the product is launched; single blocks were the fastest on an H200."""
 
     stages: int = 6
     """Of the ring in shared memory, at most."""
     cluster: int = 1
     """Blocks that fetch the same tokens together: 1, or 2 where the tiles of rows are even."""
-    turns: int = 1
-    """1: the two halves of a block multiply by turns."""
 
 
 def quantize_call(
@@ -82,7 +80,6 @@ def gemm_call(
         "SPAN": weight.span,
         "STAGES": stages,
         "CLUSTER": cluster,
-        "TURNS": tuning.turns,
     }
     blocks_at_once = min(tiles, card.multiprocessors) // cluster * cluster
     return KernelCall(
