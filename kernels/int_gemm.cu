@@ -46,10 +46,11 @@ DEVICE void next(turn &t) {
 // Four nibbles less the zero point, and 128: no byte carries into the next one. `middle` is 128 less the
 // zero point, four times.
 DEVICE u32 centered(u32 nibbles, u32 middle) { return (nibbles & 0x0f0f0f0fu) + middle; }
-// As signed bytes.
-DEVICE void finish(u32 (&a)[16], const u32 (&b)[16]) {
+// As signed bytes. `nothing` is 0, which the assembler can't know: were this a copy, it would give a and b the same
+// registers, and b is written while products still read a.
+DEVICE void finish(u32 (&a)[16], const u32 (&b)[16], u32 nothing) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) a[i] = BITS == 4 ? b[i] ^ 0x80808080u : b[i];
+    for (int i = 0; i < 16; ++i) a[i] = BITS == 4 ? b[i] ^ 0x80808080u : b[i] ^ (a[i] & nothing);
 }
 
 // Integer sums run on over the groups of a chunk, S_1, S_2, ..., so each y is the sum of (scale_g -
@@ -227,12 +228,12 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
             place at = place_of(tile, row_tiles, token_tiles);
             float products[64] = {}, first[2];
             int sums[64];
-            u32 a[16], b[16];
+            u32 a[16] = {}, b[16], nothing = (u32)blocks >> 31;
             unsigned char *here = memory + now.stage * STAGE;
             barrier_wait(full + now.stage, now.parity);
             part p = load_part(here + X_BYTES, consumer, thread, row);
             expand(b, p);
-            finish(a, b);
+            finish(a, b, nothing);
             first[0] = p.scales[0], first[1] = p.scales[1];
 #pragma unroll
             for (int i = 0; i < 64; ++i) sums[i] = ZERO;
@@ -265,7 +266,7 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
                     add_scaled(products, sums, by);
                 }
                 now = after;
-                finish(a, b);
+                finish(a, b, nothing);
             }
             sync_warpgroup(1 + consumer); // the last tile has been read
             const float *their_steps = steps + at.tokens * BLOCK;
