@@ -90,8 +90,22 @@ WEIGHTS = {
     "8 bits": weight((128, 640), 8, symmetric=True),
     "8 bits, groups of 384": weight((128, 1152), 8, group_size=384, symmetric=True),
     "8 bits, rows": weight((64, 256), 8, group_size=None, symmetric=True),
+    "8 bits, rows of many blocks": weight((64, 2432), 8, group_size=None, symmetric=True),
     "dint": weight((128, 256), 4, encode=dint.encode_dint),
 }
+
+
+def test_one_producer_or_two_and_any_number_of_blocks_ahead():
+    tensor, x = WEIGHTS["4 bits, groups of 256, the last short"], inputs(129, 640)
+    packed = int_tiles.tile_integers(tensor)
+    assert packed is not None
+    made = [
+        int_linear.int_linear(
+            x, packed, ActivationScheme(), Recorder(), Card(1, 227 * 1024), tuning
+        )
+        for tuning in (GemmTuning(), GemmTuning(stages=3, producers=2, ahead=2, turns=False))
+    ]
+    assert torch.equal(*made)
 
 
 @pytest.mark.parametrize("tokens", [1, 129])

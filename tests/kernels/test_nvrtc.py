@@ -107,11 +107,17 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
 ]
 
 HOPPER = "sm_90a"
-# Of a warpgroup that gives registers to others: those that it begins with.
+# Before warpgroups give registers to others.
 HOPPER_VARIANTS: list[tuple[str, dict[str, int], int]] = [
-    ("int_gemm", {"BITS": bits, "SPAN": span, "STAGES": 5, "CLUSTER": cluster, **more}, 168)
-    for bits, span in ((4, 0), (4, 1), (4, 2), (8, 0), (8, 1), (8, 4))
-    for cluster, more in ((1, {}), (2, {"ACTIVATION_BF16": 1}))
+    (
+        "int_gemm",
+        {"BITS": bits, "SPAN": span, "STAGES": 5, "PRODUCERS": producers, "AHEAD": ahead, **more},
+        168,
+    )
+    for bits, producers, ahead in ((4, 1, 4), (8, 1, 1))
+    for span in (0, 1, 2, 4)
+    for more in ({"TURNS": 1}, {"TURNS": 0, "ACTIVATION_BF16": 1})
+    if span in (0, 1) or (bits, span) in ((4, 2), (8, 4))
 ]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qtool.core.activations import SMALLEST_STEP
-from qtool.runtime.backends.cuda.int_tiles import INT_TILE, NUMBERS_BYTES, IntTiles
+from qtool.runtime.backends.cuda.int_tiles import INT_TILE, NIBBLE, IntTiles
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, WARP, Card, KernelCall, Launch, constants
 from qtool.scheme import ActivationScheme
 
@@ -16,20 +16,27 @@ QUANTIZED_TOGETHER, FEW_ENOUGH_INPUTS = 2, 28672
 """Tokens that a block quantizes, and inputs up to which it holds so many."""
 QUANTIZE_THREADS, INPUTS_AT_ONCE = 512, 16
 """Threads at most, and inputs that one writes at once."""
-GEMM_THREADS = 384
+CONSUMERS, WARPGROUP = 2, 128
+"""Warpgroups that multiply, and the threads of one."""
 Y_BYTES = 2 * INT_TILE * 72 * 2
 """Of shared memory, where outputs are turned round."""
+SCALES_BYTES, BARRIERS_BYTES = 4 * INT_TILE, 16
+"""Of a stage, beside a block of x and one of W."""
 SYSTEM_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class GemmTuning:
-    """How the product is launched; single blocks were the fastest on an H200."""
+    """How the product is launched."""
 
-    stages: int = 6
+    stages: int = 5
     """Of the ring in shared memory, at most."""
-    cluster: int = 1
-    """Blocks that fetch the same tokens together: 1, or 2 where the tiles of rows are even."""
+    producers: int = 1
+    """Warpgroups that unpack 4-bit codes: 1 or 2."""
+    ahead: int = 4
+    """Blocks of codes that are on their way to each of them."""
+    turns: bool = True
+    """Two warpgroups ask for products by turns."""
 
 
 def quantize_call(
@@ -72,22 +79,24 @@ def gemm_call(
     """Return the launch that multiplies codes by a weight."""
     row_tiles, blocks, _ = weight.tiles.shape
     tiles = row_tiles * _token_tiles(tokens)
-    cluster = tuning.cluster if row_tiles % tuning.cluster == 0 else 1
-    stage = INT_TILE * INT_TILE + INT_TILE * INT_TILE * weight.bits // 8 + NUMBERS_BYTES + 16
+    stage = 2 * INT_TILE * INT_TILE + SCALES_BYTES + BARRIERS_BYTES
     stages = min(tuning.stages, (card.shared_bytes - SYSTEM_BYTES - Y_BYTES) // stage)
+    unpacked = weight.bits == NIBBLE
+    producers, ahead = (tuning.producers, tuning.ahead) if unpacked else (1, 1)
     macros = {
         "BITS": weight.bits,
         "SPAN": weight.span,
         "STAGES": stages,
-        "CLUSTER": cluster,
+        "PRODUCERS": producers,
+        "AHEAD": ahead,
+        "TURNS": int(tuning.turns),
     }
-    blocks_at_once = min(tiles, card.multiprocessors) // cluster * cluster
     return KernelCall(
         file="int_gemm",
         kernel="int_gemm",
         constants=constants(dtype, **macros),
-        grid=(blocks_at_once, 1, 1),
-        threads=GEMM_THREADS,
+        grid=(min(tiles, card.multiprocessors), 1, 1),
+        threads=(producers + CONSUMERS) * WARPGROUP,
         shared_bytes=stages * stage + Y_BYTES,
         numbers=(weight.shape.out_features, tokens, row_tiles, _token_tiles(tokens), blocks),
         one_architecture=True,
