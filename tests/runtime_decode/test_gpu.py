@@ -173,7 +173,7 @@ def test_checkpoint_generates_through_kernels(checkpoint):
     assert all(each is decoder for each in decoders)
     assert isinstance(decoder, SharedRunner)
     assert isinstance(decoder.ops, KernelOps)
-    assert decoder.runner is not None and decoder.runner._captured is not None
+    assert decoder.runner is not None and decoder.runner.captured.recorded is not None
 
 
 def test_a_model_that_leaves_the_card_leaves_nothing_there(checkpoint):
