@@ -23,6 +23,8 @@ COMMANDS = {
     "compare": "Compare any number of models with the first: texts, KL divergence, tasks.",
     "run": "Carry out a recipe: quantize, measure, and exit with 3 if a gate fails.",
     "report": "Show what runs have found out as one HTML page, which needs no network.",
+    "serve": "Serve a model by the API that OpenAI's clients speak.",
+    "chat": "Talk with a model in the terminal, or send it the lines of a pipe.",
     "inspect": "Check a checkpoint and print what it holds.",
     "methods": "List the methods and their options.",
     "recipes": "List the built-in recipes.",

@@ -1,0 +1,32 @@
+"""Errors of the server, in the form of OpenAI's API."""
+
+from collections.abc import Mapping
+from typing import Any
+
+NOT_FOUND, TOO_MANY, UNAVAILABLE = 404, 429, 503
+KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+"""Type by status; others are requests that are wrong, from 500 on the server is."""
+
+
+class Refusal(Exception):
+    """A request isn't answered: status, what to say, and which part of it is wrong."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """Return what is sent."""
+        server = "server_error" if self.status >= 500 else "invalid_request_error"  # noqa: PLR2004
+        kind = KINDS.get(self.status, server)
+        about = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": about}
