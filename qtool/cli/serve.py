@@ -15,7 +15,9 @@ from qtool.wording import reason
 
 _of_limits = in_panel("Limits")
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
-SERVES = "Serving {0.name} at {0.url}: {0.slots} answers at a time, {0.max_length} tokens. Ctrl-C ends."
+SERVES = (
+    "Serving {0.name} at {0.url}: {0.slots} answers at a time, {0.max_length} tokens. Ctrl-C ends."
+)
 OPEN = (
     "It listens on {host} without --api-key: whoever reaches this machine can use the model. Give "
     "a key, or leave out --host."
@@ -105,7 +107,9 @@ def _key(text: str | None) -> str | None:
     try:
         key = Path(text[1:]).read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
-        raise DataError(f"The key of --api-key can't be read from {text[1:]}: {reason(error)}.")
+        raise DataError(
+            f"The key of --api-key can't be read from {text[1:]}: {reason(error)}."
+        ) from error
     if not key:
         raise DataError(f"{text[1:]}, which --api-key names, is empty. Write the key into it.")
     return key

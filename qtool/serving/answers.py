@@ -4,20 +4,21 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from qtool.base import Tokenizer
-from qtool.serving.text import HALF, Piece
+from qtool.serving.text import UNDECODED, TextPiece
 from qtool.serving.token_bytes import bytes_of
 from qtool.serving.tokens import Finish, TokenEvent
 
 LEAST_LOGPROB = -9999.0
 """What stands for minus infinity, which JSON hasn't."""
-Tokens = Sequence[tuple[TokenEvent, int]]
+ShownTokens = Sequence[tuple[TokenEvent, int]]
+Choices = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class TokenUsage:
     """Tokens that were read and written."""
 
     prompt_tokens: int
@@ -42,44 +43,48 @@ class Answer(Protocol):
         """Return the choice of a first chunk without text; None: there is none."""
         ...
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+    def chunk(self, index: int, piece: TextPiece) -> dict[str, Any]:
         """Return the choice of a chunk."""
         ...
 
-    def choice(self, index: int, text: str, tokens: Tokens, finish: Finish) -> dict[str, Any]:
+    def choice(self, index: int, text: str, tokens: ShownTokens, finish: Finish) -> dict[str, Any]:
         """Return a whole choice."""
         ...
 
-    def whole(self, choices: Sequence[Mapping[str, Any]], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Choices, usage: TokenUsage) -> dict[str, Any]:
         """Return the answer to a request without a stream."""
         ...
 
-    def event(self, choices: Sequence[Mapping[str, Any]], usage: Usage | None) -> dict[str, Any]:
+    def event(
+        self, choices: Sequence[Mapping[str, Any]], usage: TokenUsage | None
+    ) -> dict[str, Any]:
         """Return what one event of a stream carries."""
         ...
 
 
-@dataclass(slots=True)
+@dataclass
 class _Answer:
     """What both have."""
 
+    prefix: ClassVar[str]
+    whole_kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
     model: str
     tokenizer: Tokenizer
     with_logprobs: bool
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
-    prefix: str = "cmpl"
-    whole_kind: str = "text_completion"
-    chunk_kind: str = "text_completion"
 
     def __post_init__(self) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
 
-    def whole(self, choices: Sequence[Mapping[str, Any]], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Choices, usage: TokenUsage) -> dict[str, Any]:
         """Return the answer to a request without a stream."""
         return {**self._head(self.whole_kind), "choices": list(choices), "usage": usage.body()}
 
-    def event(self, choices: Sequence[Mapping[str, Any]], usage: Usage | None) -> dict[str, Any]:
+    def event(
+        self, choices: Sequence[Mapping[str, Any]], usage: TokenUsage | None
+    ) -> dict[str, Any]:
         """Return what one event of a stream carries."""
         head = {**self._head(self.chunk_kind), "choices": list(choices)}
         return head if usage is None else {**head, "usage": usage.body()}
@@ -94,11 +99,14 @@ class _Answer:
 class CompletionAnswer(_Answer):
     """Of /v1/completions."""
 
+    prefix, whole_kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
     def opening(self, index: int) -> dict[str, Any] | None:
         """Return None."""
         del index
+        return None
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+    def chunk(self, index: int, piece: TextPiece) -> dict[str, Any]:
         """Return the choice of a chunk."""
         logprobs = self._logprobs(piece.tokens) if self.with_logprobs else None
         return {
@@ -108,11 +116,11 @@ class CompletionAnswer(_Answer):
             "finish_reason": piece.finish,
         }
 
-    def choice(self, index: int, text: str, tokens: Tokens, finish: Finish) -> dict[str, Any]:
+    def choice(self, index: int, text: str, tokens: ShownTokens, finish: Finish) -> dict[str, Any]:
         """Return a whole choice, which is a single chunk."""
-        return self.chunk(index, Piece(text, tuple(tokens), finish))
+        return self.chunk(index, TextPiece(text, tuple(tokens), finish))
 
-    def _logprobs(self, tokens: Tokens) -> dict[str, Any]:
+    def _logprobs(self, tokens: ShownTokens) -> dict[str, Any]:
         known = [(event, start, event.logprobs) for event, start in tokens if event.logprobs]
         return {
             "tokens": [self._token_text(event.token) for event, _, _ in known],
@@ -128,12 +136,14 @@ class CompletionAnswer(_Answer):
 class ChatAnswer(_Answer):
     """Of /v1/chat/completions."""
 
+    prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
     def opening(self, index: int) -> dict[str, Any] | None:
         """Return the role of what comes."""
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+    def chunk(self, index: int, piece: TextPiece) -> dict[str, Any]:
         """Return the choice of a chunk."""
         return {
             "index": index,
@@ -142,7 +152,7 @@ class ChatAnswer(_Answer):
             "finish_reason": piece.finish,
         }
 
-    def choice(self, index: int, text: str, tokens: Tokens, finish: Finish) -> dict[str, Any]:
+    def choice(self, index: int, text: str, tokens: ShownTokens, finish: Finish) -> dict[str, Any]:
         """Return a whole choice."""
         return {
             "index": index,
@@ -151,7 +161,7 @@ class ChatAnswer(_Answer):
             "finish_reason": finish,
         }
 
-    def _logprobs(self, tokens: Tokens) -> dict[str, Any]:
+    def _logprobs(self, tokens: ShownTokens) -> dict[str, Any]:
         known = [(event, event.logprobs) for event, _ in tokens if event.logprobs]
         content = [
             {
@@ -164,7 +174,7 @@ class ChatAnswer(_Answer):
 
     def _described(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._token_text(token)
-        raw = bytes_of(self.tokenizer, token) if HALF in text else text.encode()
+        raw = bytes_of(self.tokenizer, token) if UNDECODED in text else text.encode()
         known = None if raw is None else list(raw)
         return {"token": text, "logprob": _finite(logprob), "bytes": known}
 
@@ -176,9 +186,7 @@ def completion_answer(model: str, tokenizer: Tokenizer, *, with_logprobs: bool) 
 
 def chat_answer(model: str, tokenizer: Tokenizer, *, with_logprobs: bool) -> Answer:
     """Return how a chat is answered."""
-    kinds = ("chatcmpl", "chat.completion", "chat.completion.chunk")
-    names = dict(zip(("prefix", "whole_kind", "chunk_kind"), kinds, strict=True))
-    return ChatAnswer(model, tokenizer, with_logprobs, **names)
+    return ChatAnswer(model, tokenizer, with_logprobs)
 
 
 def _finite(value: float) -> float:

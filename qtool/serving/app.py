@@ -14,9 +14,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from qtool.serving.bodies import ChatBody, CompletionBody
-from qtool.serving.connection import ClientGoneError, Gate, json_response, refusal_response
+from qtool.serving.connection import ClientGoneError, RequestGate, json_response, refusal_response
 from qtool.serving.prompts import BAD_REQUEST
-from qtool.serving.refusals import NOT_FOUND, UNAVAILABLE, Refusal
+from qtool.serving.refusals import NOT_FOUND, UNAVAILABLE, RefusalError
 from qtool.serving.responder import Responder
 
 
@@ -35,12 +35,12 @@ def make_app(
     """Return the application; its engine begins with it and ends with it."""
     app = FastAPI(title="qtool", lifespan=_lifespan(responder), docs_url=None, redoc_url=None)
     _add_routes(app, responder)
-    app.add_exception_handler(Refusal, _on_refusal)
+    app.add_exception_handler(RefusalError, _on_refusal)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(ClientGoneError, _on_gone)
     app.add_exception_handler(Exception, _on_bug)
-    return Gate(app, api_key, limits.max_body_bytes, limits.timeout_seconds)
+    return RequestGate(app, api_key, limits.max_body_bytes, limits.timeout_seconds)
 
 
 def _lifespan(responder: Responder) -> Any:  # noqa: ANN401
@@ -58,7 +58,10 @@ def _lifespan(responder: Responder) -> Any:  # noqa: ANN401
 def _add_routes(app: FastAPI, responder: Responder) -> None:
     engine, name, created = responder.engine, responder.model.name, int(time.time())
     model = {
-        **{"id": name, "object": "model", "created": created, "owned_by": "qtool"},
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "qtool",
         "max_model_len": engine.max_length,
     }
 
@@ -76,7 +79,7 @@ def _add_routes(app: FastAPI, responder: Responder) -> None:
     async def one_model(wanted: str) -> Response:
         if wanted != name:
             message = f"The model {wanted!r} isn't served here. This server has {name!r}."
-            raise Refusal(NOT_FOUND, message, param="model", code="model_not_found")
+            raise RefusalError(NOT_FOUND, message, param="model", code="model_not_found")
         return json_response(model)
 
     @app.post("/v1/completions")
@@ -89,7 +92,7 @@ def _add_routes(app: FastAPI, responder: Responder) -> None:
 
 
 async def _on_refusal(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
+    assert isinstance(error, RefusalError)
     return refusal_response(error)
 
 
@@ -100,23 +103,23 @@ async def _on_invalid(_request: Request, error: Exception) -> Response:
     if first["type"] == "json_invalid":
         why = first.get("ctx", {}).get("error", first["msg"])
         message = f"The body isn't JSON: {why}, at character {first['loc'][-1]}."
-        return refusal_response(Refusal(BAD_REQUEST, message, code="invalid_json"))
+        return refusal_response(RefusalError(BAD_REQUEST, message, code="invalid_json"))
     where = ".".join(map(str, first["loc"][1:]))
     if not where and first["type"] in ("missing", "model_attributes_type", "dict_type"):
         message = "The body must be a JSON object, sent as Content-Type: application/json."
-        return refusal_response(Refusal(BAD_REQUEST, message))
+        return refusal_response(RefusalError(BAD_REQUEST, message))
     what = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         what = "this server doesn't know it; leave it out"
     message = f"{where}: {what}" if where else what
-    return refusal_response(Refusal(BAD_REQUEST, message, param=where or None))
+    return refusal_response(RefusalError(BAD_REQUEST, message, param=where or None))
 
 
 async def _on_http(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     message = f"{error.detail}. This server has /v1/chat/completions, /v1/completions, /v1/models."
-    return refusal_response(Refusal(error.status_code, message, headers=headers))
+    return refusal_response(RefusalError(error.status_code, message, headers=headers))
 
 
 async def _on_gone(_request: Request, _error: Exception) -> Response:
@@ -125,4 +128,4 @@ async def _on_gone(_request: Request, _error: Exception) -> Response:
 
 async def _on_bug(_request: Request, error: Exception) -> Response:
     message = f"Internal error, a bug of qtool: {type(error).__name__}."
-    return refusal_response(Refusal(500, message, code="internal_error"))
+    return refusal_response(RefusalError(500, message, code="internal_error"))

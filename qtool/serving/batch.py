@@ -9,9 +9,9 @@ from torch import Tensor
 
 from qtool.serving.decoders import SlotDecoder
 from qtool.serving.sampling import PendingTokens, Sampler, next_tokens
-from qtool.serving.tokens import Event, FailureEvent, TokenEvent, TokenRequest
+from qtool.serving.tokens import Event, FailureEvent, Finish, TokenEvent, TokenRequest
 
-NO_MEMORY = "There is no memory for a prompt of {} tokens. Send a shorter one."
+NO_PROMPT_MEMORY = "There is no memory for a prompt of {} tokens. Send a shorter one."
 
 
 @dataclass(slots=True, eq=False)
@@ -105,7 +105,9 @@ class Batch:
             prompts = [one.request.prompt for one in chosen]
             logits = self.decoder.prefill(len(self._running), prompts)
         except torch.OutOfMemoryError:
-            return [FailureEvent(one.request.key, NO_MEMORY.format(longest)) for one in chosen]
+            return [
+                FailureEvent(one.request.key, NO_PROMPT_MEMORY.format(longest)) for one in chosen
+            ]
         first = self._choose(chosen, logits, logits.argmax(-1))
         self._tokens = first if self._tokens is None else torch.cat([self._tokens, first])
         self._running += chosen
@@ -138,7 +140,8 @@ class Batch:
                     continue
                 one.received += 1
                 full = one.received == one.request.max_tokens
-                finish = "stop" if token in one.request.stop_ids else "length" if full else None
+                finish: Finish | None = "length" if full else None
+                finish = "stop" if token in one.request.stop_ids else finish
                 one.done = finish is not None
                 events.append(TokenEvent(one.request.key, token, logprobs, finish))
             self._free()

@@ -1,10 +1,13 @@
-"""The bodies of requests as OpenAI's API has them; what would change an answer is known or refused."""
+"""The bodies of requests as OpenAI's API has them.
+
+What would change an answer is known, or refused.
+"""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MOST_CHOICES, MOST_STOPS, MOST_TOP_LOGPROBS = 128, 16, 20
+MOST_ANSWERS, MOST_STOPS, MOST_TOP_LOGPROBS = 128, 16, 20
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 NoneOrZero = Literal[0, None]
 Stops = Annotated[list[str], Field(max_length=MOST_STOPS)]
@@ -31,7 +34,7 @@ class GenerationBody(_Body):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
     seed: int | None = None
     stop: Stops | str | None = None
     stream: bool | None = None
@@ -65,9 +68,9 @@ class CompletionBody(GenerationBody):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_ANSWERS)]
         | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MOST_CHOICES)]
+        | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MOST_ANSWERS)]
     )
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     best_of: Literal[1, None] = None

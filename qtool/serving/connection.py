@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qtool.serving.refusals import Refusal
+from qtool.serving.refusals import RefusalError
 from qtool.storage.plain_json import json_text
 
-Result = TypeVar("Result")
+Finished = TypeVar("Finished")
 DEADLINE = "qtool.deadline"
 """Key of the ASGI scope: when the event loop's clock says that a request has taken too long."""
-TIMEOUT = Refusal(504, "The request took longer than the server allows.", code="timeout")
+TIMEOUT = RefusalError(504, "The request took longer than the server allows.", code="timeout")
 
 
 class ClientGoneError(Exception):
@@ -30,13 +30,13 @@ def json_response(body: Any, status: int = 200, headers: dict[str, str] | None =
     return Response(text, status, headers=headers, media_type="application/json")
 
 
-def refusal_response(refusal: Refusal) -> Response:
+def refusal_response(refusal: RefusalError) -> Response:
     """Return what a refused request gets."""
     return json_response(refusal.body(), refusal.status, refusal.headers)
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class RequestGate:
     """An ASGI application before another: it asks for the key, and reads bodies within limits."""
 
     app: ASGIApp
@@ -53,7 +53,7 @@ class Gate:
             self._check_key(scope)
             async with asyncio.timeout(self.timeout_seconds):
                 body = await self._body(scope, receive)
-        except Refusal as refusal:
+        except RefusalError as refusal:
             await refusal_response(refusal)(scope, receive, send)
             return
         except TimeoutError:
@@ -74,7 +74,7 @@ class Gate:
             return
         given = dict(scope["headers"]).get(b"authorization", b"")
         if not hmac.compare_digest(given, b"Bearer " + self.api_key.encode()):
-            raise Refusal(
+            raise RefusalError(
                 401,
                 "Wrong or missing API key. Send the header `Authorization: Bearer KEY`, with the "
                 "key that the server was started with.",
@@ -97,7 +97,7 @@ class Gate:
 
     def _check_size(self, size: int) -> None:
         if size > self.max_body_bytes:
-            raise Refusal(
+            raise RefusalError(
                 413,
                 f"The body has more than {self.max_body_bytes:,} bytes, which is the most that "
                 "this server reads.",
@@ -107,8 +107,8 @@ class Gate:
 
 
 async def while_connected(
-    receive: Receive, work: Coroutine[Any, Any, Result], deadline: float
-) -> Result:
+    receive: Receive, work: Coroutine[Any, Any, Finished], deadline: float
+) -> Finished:
     """Do something for a client, for as long as it is there and there is time.
 
     Raises:
@@ -158,7 +158,7 @@ class EventStream(Response):
             return
         except TimeoutError:
             refusal = TIMEOUT
-        except Refusal as error:
+        except RefusalError as error:
             refusal = error
         finally:
             self._close()

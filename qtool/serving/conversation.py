@@ -8,7 +8,7 @@ from qtool.errors import ModelError
 from qtool.serving.batch import Batch
 from qtool.serving.decoders import SlotDecoder
 from qtool.serving.prompts import PromptReader
-from qtool.serving.refusals import Refusal
+from qtool.serving.refusals import RefusalError
 from qtool.serving.served import ServedModel
 from qtool.serving.text import Detokenizer, SequenceText, decoder_of
 from qtool.serving.tokens import FailureEvent, SamplingOptions, TokenRequest
@@ -116,5 +116,5 @@ class Conversation:
     def _tokens(self, messages: list[dict[str, str]]) -> list[int]:
         try:
             return self._reader.conversation(messages)
-        except Refusal as refusal:
+        except RefusalError as refusal:
             raise ModelError(refusal.message) from refusal

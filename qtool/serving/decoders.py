@@ -129,8 +129,6 @@ class ForwardDecoder:
         self._caches[last] = None
 
     def _forward(self, slot: int, ids: Tensor) -> Tensor:
-        output = self._model(
-            ids, past_key_values=self._caches[slot], use_cache=True, **self._keep
-        )
+        output = self._model(ids, past_key_values=self._caches[slot], use_cache=True, **self._keep)
         self._caches[slot] = output.past_key_values
         return output.logits[:, -1].float()

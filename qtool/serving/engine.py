@@ -179,7 +179,7 @@ class Engine:
             with torch.cuda.device(self._device if on_card else -1), torch.no_grad():
                 while self._obey():
                     self._deliver(self._batch.advance())
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever it is, those who wait are told
             _LOG.exception("The model can't run any more")
             self.failure = BROKEN
             assert self._loop is not None
@@ -212,10 +212,10 @@ class Engine:
         self._is_scheduled = False
         while self._outbox:
             event = self._outbox.popleft()
-            number, key = event.key  # type: ignore[misc]
-            stream = self._streams.get(number)
+            key: Any = event.key
+            stream = self._streams.get(key[0])
             if stream is not None:
-                stream.put(replace(event, key=key))
+                stream.put(replace(event, key=key[1]))
 
     def _fail(self) -> None:
         self.abort(BROKEN)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from qtool.base import Tokenizer
 from qtool.serving.bodies import ChatBody, CompletionBody, Message
-from qtool.serving.refusals import Refusal
+from qtool.serving.refusals import RefusalError
 from qtool.storage.plain_json import HALF
 from qtool.wording import reason
 
@@ -30,18 +30,18 @@ class PromptReader:
         """Return the tokens of each prompt.
 
         Raises:
-            Refusal: there is none, or it isn't text.
+            RefusalError: there is none, or it isn't text.
         """
         prompts = body.prompt
         if isinstance(prompts, str) or isinstance(prompts[0], int):
-            prompts = [prompts]  # type: ignore[list-item,assignment]
+            prompts = [prompts]  # type: ignore[assignment]
         return [self._one(prompt) for prompt in prompts]  # type: ignore[arg-type]
 
     def chat(self, body: ChatBody) -> list[list[int]]:
         """Return the tokens of a conversation, up to where its answer begins.
 
         Raises:
-            Refusal: the tokenizer has no template, or the template doesn't take it.
+            RefusalError: the tokenizer has no template, or the template doesn't take it.
         """
         return [self.conversation(list(map(_as_template_has_it, body.messages)))]
 
@@ -49,18 +49,18 @@ class PromptReader:
         """Return the tokens of messages, up to where the next answer begins.
 
         Raises:
-            Refusal: as `chat`.
+            RefusalError: as `chat`.
         """
         if not getattr(self._tokenizer, "chat_template", None):
             message = NO_TEMPLATE.format(name=self._name)
-            raise Refusal(BAD_REQUEST, message, param="messages", code="no_chat_template")
+            raise RefusalError(BAD_REQUEST, message, param="messages", code="no_chat_template")
         try:
             with self._lock:
                 text = self._tokenizer.apply_chat_template(
                     list(messages), tokenize=False, add_generation_prompt=True
                 )
         except Exception as error:  # templates are programs, and raise what they like
-            raise Refusal(
+            raise RefusalError(
                 BAD_REQUEST,
                 f"The chat template of {self._name} doesn't take these messages: {reason(error)}.",
                 param="messages",
@@ -71,9 +71,9 @@ class PromptReader:
         if isinstance(prompt, str):
             return self._encoded(prompt, "prompt", special=True)
         if not prompt:
-            raise Refusal(BAD_REQUEST, "A prompt has no tokens.", param="prompt")
+            raise RefusalError(BAD_REQUEST, "A prompt has no tokens.", param="prompt")
         if max(prompt) >= self._vocab_size:
-            raise Refusal(
+            raise RefusalError(
                 BAD_REQUEST,
                 f"A prompt has token {max(prompt)}; the model has {self._vocab_size}.",
                 param="prompt",
@@ -83,11 +83,13 @@ class PromptReader:
     def _encoded(self, text: str, param: str, *, special: bool) -> list[int]:
         if HALF.search(text):
             message = "It has half of a surrogate pair, which is no character."
-            raise Refusal(BAD_REQUEST, message, param=param)
+            raise RefusalError(BAD_REQUEST, message, param=param)
         with self._lock:
             ids = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         if not ids:
-            raise Refusal(BAD_REQUEST, "The prompt is empty: no token to continue.", param=param)
+            raise RefusalError(
+                BAD_REQUEST, "The prompt is empty: no token to continue.", param=param
+            )
         return list(ids)
 
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 NOT_FOUND, TOO_MANY, UNAVAILABLE = 404, 429, 503
-KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 """Type by status; others are requests that are wrong, from 500 on the server is."""
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """A request isn't answered: status, what to say, and which part of it is wrong."""
 
     def __init__(
@@ -27,6 +27,6 @@ class Refusal(Exception):
     def body(self) -> dict[str, Any]:
         """Return what is sent."""
         server = "server_error" if self.status >= 500 else "invalid_request_error"  # noqa: PLR2004
-        kind = KINDS.get(self.status, server)
+        kind = ERROR_TYPES.get(self.status, server)
         about = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": about}

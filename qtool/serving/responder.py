@@ -9,7 +9,7 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from qtool.serving.answers import Answer, Tokens, Usage, chat_answer, completion_answer
+from qtool.serving.answers import Answer, ShownTokens, TokenUsage, chat_answer, completion_answer
 from qtool.serving.bodies import ChatBody, CompletionBody, GenerationBody
 from qtool.serving.connection import (
     DEADLINE,
@@ -22,9 +22,9 @@ from qtool.serving.connection import (
 )
 from qtool.serving.engine import Engine, EngineStoppedError, QueueFullError, TokenStream
 from qtool.serving.prompts import BAD_REQUEST, PromptReader
-from qtool.serving.refusals import NOT_FOUND, TOO_MANY, UNAVAILABLE, Refusal
+from qtool.serving.refusals import NOT_FOUND, TOO_MANY, UNAVAILABLE, RefusalError
 from qtool.serving.served import ServedModel
-from qtool.serving.text import Detokenizer, Piece, SequenceText, decoder_of
+from qtool.serving.text import Detokenizer, SequenceText, TextPiece, decoder_of
 from qtool.serving.tokens import FailureEvent, SamplingOptions, TokenEvent, TokenRequest
 
 _LOG = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Responder:
         """Answer /v1/completions.
 
         Raises:
-            Refusal: it can't be answered.
+            RefusalError: it can't be answered.
         """
         prompts = await self._prompts(body, self._reader.completions)
         most = body.max_tokens or COMPLETION_TOKENS
@@ -59,7 +59,7 @@ class Responder:
         """Answer /v1/chat/completions.
 
         Raises:
-            Refusal: it can't be answered.
+            RefusalError: it can't be answered.
         """
         prompts = await self._prompts(body, self._reader.chat)
         most = body.max_completion_tokens or body.max_tokens
@@ -72,7 +72,7 @@ class Responder:
         self, body: Body, read: Callable[[Body], list[list[int]]]
     ) -> list[list[int]]:
         if body.model not in (None, self.model.name):
-            raise Refusal(
+            raise RefusalError(
                 NOT_FOUND,
                 f"The model {body.model!r} isn't served here. This server has {self.model.name!r}.",
                 param="model",
@@ -109,10 +109,11 @@ class Responder:
         room = self.engine.max_length - len(prompt)
         if room < max(1, most or 1):
             asked = f" and {most} for the answer" if most else ""
-            raise Refusal(
+            raise RefusalError(
                 BAD_REQUEST,
                 f"This server's context has {self.engine.max_length} tokens, and the request wants "
-                f"more: {len(prompt)} in the prompt{asked}. Shorten the prompt or lower max_tokens.",
+                f"more: {len(prompt)} in the prompt{asked}. Shorten the prompt, or lower "
+                "max_tokens.",
                 param="messages" if isinstance(body, ChatBody) else "prompt",
                 code="context_length_exceeded",
             )
@@ -127,11 +128,11 @@ class Responder:
     def _submit(self, requests: Sequence[TokenRequest]) -> TokenStream:
         if len(requests) > self.engine.max_requests:
             message = f"This server takes {self.engine.max_requests} sequences at a time, not "
-            raise Refusal(BAD_REQUEST, f"{message}{len(requests)}.", param="n")
+            raise RefusalError(BAD_REQUEST, f"{message}{len(requests)}.", param="n")
         try:
             return self.engine.submit(requests)
         except QueueFullError:
-            raise Refusal(
+            raise RefusalError(
                 TOO_MANY,
                 f"The queue is full: {self.engine.max_requests} sequences run or wait. Try again "
                 "later.",
@@ -140,7 +141,7 @@ class Responder:
             ) from None
         except EngineStoppedError:
             message = self.engine.failure or "The server is being shut down."
-            raise Refusal(UNAVAILABLE, message, code="unavailable") from None
+            raise RefusalError(UNAVAILABLE, message, code="unavailable") from None
 
     async def _respond(
         self, job: "_Job", body: CompletionBody | ChatBody, request: Request
@@ -150,7 +151,9 @@ class Responder:
             return EventStream(job.events(with_usage=usage), job.close)
         try:
             work = job.whole()
-            return json_response(await while_connected(request.receive, work, request.scope[DEADLINE]))
+            return json_response(
+                await while_connected(request.receive, work, request.scope[DEADLINE])
+            )
         except TimeoutError:
             raise TIMEOUT from None
         finally:
@@ -168,12 +171,12 @@ class _Job:
 
     async def whole(self) -> dict[str, object]:
         """Return the answer, when all of it is there."""
-        parts: list[list[Piece]] = [[] for _ in self._texts]
+        parts: list[list[TextPiece]] = [[] for _ in self._texts]
         async for index, piece in self._pieces():
             parts[index].append(piece)
         choices = []
         for index, pieces in enumerate(parts):
-            tokens: Tokens = [pair for piece in pieces for pair in piece.tokens]
+            tokens: ShownTokens = [pair for piece in pieces for pair in piece.tokens]
             finish = self._texts[index].finish
             assert finish is not None
             text = "".join(piece.text for piece in pieces)
@@ -201,12 +204,12 @@ class _Job:
         tokens = f"{usage.prompt_tokens}+{usage.completion_tokens}"
         _LOG.info("%s: %s tokens, %.2f s, %s", self._answer.id, tokens, seconds, ends)
 
-    async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def _pieces(self) -> AsyncIterator[tuple[int, TextPiece]]:
         while any(text.finish is None for text in self._texts):
             grouped: dict[int, list[TokenEvent]] = {}
             for event in await self._stream.read():
                 if isinstance(event, FailureEvent):
-                    raise Refusal(UNAVAILABLE, event.message, code="unavailable")
+                    raise RefusalError(UNAVAILABLE, event.message, code="unavailable")
                 grouped.setdefault(event.key, []).append(event)  # type: ignore[arg-type]
             for index, events in grouped.items():
                 text = self._texts[index]
@@ -219,5 +222,5 @@ class _Job:
         body = self._answer.event([choice], None)
         return event_of({**body, "usage": None} if with_usage else body)
 
-    def _usage(self) -> Usage:
-        return Usage(self._prompt_tokens, sum(text.num_tokens for text in self._texts))
+    def _usage(self) -> TokenUsage:
+        return TokenUsage(self._prompt_tokens, sum(text.num_tokens for text in self._texts))

@@ -19,7 +19,7 @@ from qtool.wording import reason
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SWITCH_SECONDS = 5e-4
-"""How long a thread of Python waits for another at most: a step of a model takes a few times that."""
+"""How long a thread of Python waits for another at most: less than a step of a model takes."""
 SHUT_DOWN = "The server is being shut down, and the answer wasn't finished in time."
 LAST_SECONDS = 5
 """For clients to take what they were told."""
@@ -119,7 +119,7 @@ class _Server(uvicorn.Server):
         timer.cancel()
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         """Handle signals for as long as it runs."""
         if threading.current_thread() is not threading.main_thread():
             yield

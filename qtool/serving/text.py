@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from qtool.base import Tokenizer
 from qtool.serving.tokens import Finish, TokenEvent
 
-HALF = "\N{REPLACEMENT CHARACTER}"
+UNDECODED = "\N{REPLACEMENT CHARACTER}"
 """What a decoder makes of bytes that are no whole character."""
 CONTEXT_TOKENS = 6
 """Tokens before the first new one that may change how it is written, as a space does."""
@@ -28,9 +28,7 @@ def decoder_of(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
 class Detokenizer:
     """Makes text of tokens as they come; all pieces together are what the tokens are at once."""
 
-    def __init__(
-        self, decode: Callable[[Sequence[int]], str], context: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int] = ()) -> None:
         """Begin.
 
         Args:
@@ -45,7 +43,7 @@ class Detokenizer:
         """Return the text that is certain now."""
         self._ids += tokens
         text = self._decode(self._ids)
-        if len(text) <= len(self._known) or text.endswith(HALF):
+        if len(text) <= len(self._known) or text.endswith(UNDECODED):
             return ""
         return self._take(text)
 
@@ -94,7 +92,7 @@ class StopTexts:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextPiece:
     """Text of a sequence that is new."""
 
     text: str
@@ -117,7 +115,7 @@ class SequenceText:
         """Tokens that the text has taken."""
         self.finish: Finish | None = None
 
-    def add(self, events: Sequence[TokenEvent]) -> Piece:
+    def add(self, events: Sequence[TokenEvent]) -> TextPiece:
         """Return the new text; a text that ends it cancels nothing: `finish` says it has ended."""
         by_one = self._has_stops or self._keeps
         groups = [[event] for event in events] if by_one else [list(events)]
@@ -128,7 +126,7 @@ class SequenceText:
         else:
             ready = self._tokens
         self._tokens = self._tokens[len(ready) :]
-        return Piece(text, tuple(ready), self.finish)
+        return TextPiece(text, tuple(ready), self.finish)
 
     def _add(self, events: Sequence[TokenEvent]) -> str:
         last = events[-1].finish

@@ -5,13 +5,13 @@ import re
 
 from qtool.base import Tokenizer
 
-BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def bytes_of(tokenizer: Tokenizer, token: int) -> bytes | None:
-    """Return the bytes of a token of a byte-level vocabulary, or of a byte fallback; None: unknown."""
+    """Return the bytes of a token of a byte-level vocabulary or a byte fallback; None: unknown."""
     piece = str(tokenizer.convert_ids_to_tokens(token))
-    found = BYTE.fullmatch(piece)
+    found = FALLBACK_BYTE.fullmatch(piece)
     if found:
         return bytes([int(found[1], 16)])
     table = byte_table()

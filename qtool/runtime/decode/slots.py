@@ -15,7 +15,7 @@ from qtool.runtime.decode.weights import DecoderWeights
 class SlotRunner:
     """Runs the sequences of the first slots; how many run is decided anew for each step.
 
-    Running sequences have no gaps between them, so a step costs what one of the next `widths` costs.
+    Running sequences have no gaps between them: a step costs what one of the next `widths` costs.
     The caller counts how many tokens each slot holds: nothing here is read back from the device.
     """
 
