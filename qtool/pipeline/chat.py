@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from qtool.base import Emit, Progress, ignore_events
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
-from qtool.pipeline.serve import served_model
 from qtool.runtime.backends._choose import use_backend
 from qtool.serving.conversation import Conversation
-from qtool.serving.opening import DecoderOptions, open_decoder
+from qtool.serving.opening import DecoderOptions, open_decoder, served_model
 from qtool.serving.tokens import SamplingOptions
 
 

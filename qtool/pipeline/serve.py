@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from qtool.base import Emit, Progress, ignore_events
 from qtool.errors import MissingExtraError
-from qtool.modeling.load import LoadedModel, load_model
+from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.runtime.backends._choose import use_backend
-from qtool.serving.opening import DecoderOptions, open_decoder, stop_ids_of
-from qtool.serving.served import ServedModel
+from qtool.serving.opening import DecoderOptions, open_decoder, served_model
 
 if TYPE_CHECKING:
     from qtool.serving.server import ServerOptions
@@ -86,9 +85,3 @@ def check_servable() -> None:
     """
     if not all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")):
         raise MissingExtraError("`qtool serve`", "serve")
-
-
-def served_model(loaded: LoadedModel) -> ServedModel:
-    """Return what is said of a model to those who ask."""
-    vocabulary = int(loaded.model.config.get_text_config().vocab_size)
-    return ServedModel(loaded.name, loaded.tokenizer, stop_ids_of(loaded), vocabulary)

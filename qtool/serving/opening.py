@@ -14,6 +14,7 @@ from qtool.modeling.load import LoadedModel
 from qtool.runtime.decode.slots import SlotRunner
 from qtool.runtime.decode.weights import DecoderWeights
 from qtool.serving.decoders import ForwardDecoder, RunnerDecoder, SlotDecoder
+from qtool.serving.served import ServedModel
 from qtool.wording import gigabytes
 
 _LOG = logging.getLogger(__name__)
@@ -58,8 +59,13 @@ def open_decoder(loaded: LoadedModel, options: DecoderOptions = DecoderOptions()
     return RunnerDecoder(SlotRunner(runner.weights, runner.ops, max_length=length, slots=slots))
 
 
-def stop_ids_of(loaded: LoadedModel) -> frozenset[int]:
-    """Return the tokens that end an answer."""
+def served_model(loaded: LoadedModel) -> ServedModel:
+    """Return what is said of a model to those who ask."""
+    vocabulary = int(loaded.model.config.get_text_config().vocab_size)
+    return ServedModel(loaded.name, loaded.tokenizer, _stop_ids(loaded), vocabulary)
+
+
+def _stop_ids(loaded: LoadedModel) -> frozenset[int]:
     config: Any = getattr(loaded.model, "generation_config", None)
     told = getattr(config, "eos_token_id", None)
     if told is None:
