@@ -83,10 +83,13 @@ class Batch:
 
     @torch.no_grad()
     def advance(self) -> list[Event]:
-        """Begin what has room, take a step of all, and return the tokens that have arrived."""
+        """Begin what has room, or take a step of all; return the tokens that have arrived.
+
+        First tokens are returned before the next step, which takes long without a card.
+        """
         events = self._admit()
         events += self._read(self.decoder.lookahead if self._running else 0)
-        if self._running:
+        if self._running and not events:
             self._launch()
             events += self._read(self.decoder.lookahead if self._running else 0)
         return events

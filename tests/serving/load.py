@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -237,6 +237,21 @@ def resources(pid: int) -> dict[str, int]:
     return {"kB": int(memory[1]), "files": files, "threads": int(threads[1])}
 
 
+async def watched(pid: int, work: Coroutine[Any, Any, Report]) -> Report:
+    """Say every ten seconds what a process takes."""
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(10)
+            tell(resources(pid))
+
+    watching = asyncio.create_task(watch())
+    try:
+        return await work
+    finally:
+        watching.cancel()
+
+
 def tell(*what: object) -> None:
     sys.stdout.write(" ".join(map(str, what)) + "\n")
 
@@ -268,7 +283,9 @@ def main() -> None:
         asyncio.run(run(place, known, seconds=5, clients=options.clients))  # all is warm
         tell("before", resources(server.pid))
         seconds, clients = options.seconds, options.clients
-        report = asyncio.run(run(place, known, seconds=seconds, clients=clients))
+        report = asyncio.run(
+            watched(server.pid, run(place, known, seconds=seconds, clients=clients))
+        )
         time.sleep(6)  # connections that are kept alive end
         tell("after", resources(server.pid))
         tell(dict(report.counts), *report.wrong[:20])
