@@ -15,6 +15,8 @@ from qtool.serving.refusals import RefusalError
 from qtool.storage.plain_json import json_text
 
 Finished = TypeVar("Finished")
+OPEN_PATH = "/health"
+"""What is answered without a key."""
 DEADLINE = "qtool.deadline"
 """Key of the ASGI scope: when the event loop's clock says that a request has taken too long."""
 TIMEOUT = RefusalError(504, "The request took longer than the server allows.", code="timeout")
@@ -70,7 +72,7 @@ class RequestGate:
         await self.app(scope, replay, send)
 
     def _check_key(self, scope: Scope) -> None:
-        if self.api_key is None or not scope["path"].startswith("/v1"):
+        if self.api_key is None or scope["path"] == OPEN_PATH:
             return
         given = dict(scope["headers"]).get(b"authorization", b"")
         if not hmac.compare_digest(given, b"Bearer " + self.api_key.encode()):

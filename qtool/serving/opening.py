@@ -20,7 +20,7 @@ from qtool.wording import gigabytes
 _LOG = logging.getLogger(__name__)
 USUAL_LENGTH, RUNNER_SLOTS, FORWARD_SLOTS = 4096, 16, 4
 LENGTH_STEP = 64
-LEFT_FREE = 2**30
+LEFT_FREE = 2 * 2**30
 """Bytes of a card that prompts need while they are read."""
 
 

@@ -48,11 +48,12 @@ def next_tokens(logits: Tensor, likeliest: Tensor, samplers: Sequence[Sampler]) 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)[:, None]
 
-    temperatures = column([one.temperature or 1.0 for one in options])
-    probabilities = (logits.double() / temperatures).softmax(-1)
-    order = None
+    scores, order = logits.float(), None
     if any(one.top_p < 1 for one in options):
-        probabilities, order = probabilities.sort(descending=True, stable=True)
+        scores, order = scores.sort(descending=True, stable=True)
+    temperatures = column([one.temperature or 1.0 for one in options])
+    probabilities = (scores.double() / temperatures).softmax(-1)
+    if order is not None:
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities * (before < column([one.top_p for one in options]))
     cumulative = probabilities.cumsum(-1)
