@@ -7,6 +7,7 @@ import shlex
 import signal
 import socket
 import threading
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -79,7 +80,7 @@ def test_server_of_the_pages_answers(cli: Cli, chat_llama, port, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     starts = [line for page in PAGES for line in command_lines(page) if line.words[1] == "serve"]
     assert [line.words[1:] for line in starts] == [("serve", "smollm2-w3"), ("serve", "OUT_DIR")]
-    said: list = []
+    said: list[Any] = []
     thread = threading.Thread(target=when_ready, args=(port, ask, said))
     thread.start()
     done = cli("serve", "OUT_DIR", "--port", str(port))
@@ -100,14 +101,14 @@ def test_python_of_the_page_runs(cli: Cli, chat_llama, port, tmp_path):
     (block,) = blocks(PAGES[1], "python")
     assert block.count(f":{PORT}/") == 1
 
-    def run(port: int, _said: list) -> None:
+    def run(port: int, _said: list[Any]) -> None:
         code = compile(block.replace(f":{PORT}/", f":{port}/"), "docs/serve.md", "exec")
-        names: dict = {}
+        names: dict[str, Any] = {}
         exec(code, names)  # the page's own words
         names["stream"].close()
         names["client"].close()
 
-    said: list = []
+    said: list[Any] = []
     thread = threading.Thread(target=when_ready, args=(port, run, said))
     thread.start()
     done = cli("serve", str(tmp_path / "q"), "--port", str(port))

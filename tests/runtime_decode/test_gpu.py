@@ -105,7 +105,7 @@ def test_a_batch_on_a_card_gives_what_each_would_get_alone(temperature):
         TokenRequest(n, prompt(1, 2 + 5 * n, seed=n)[0].tolist(), 20, frozenset(), one)
         for n, one in enumerate(sampling)
     ]
-    alone_tokens = {}
+    alone_tokens: dict[object, list[int]] = {}
     for one in requests:
         alone_tokens |= finished(Batch(decoder), [one])[0]
     together, ends = finished(Batch(decoder), requests, each=2)

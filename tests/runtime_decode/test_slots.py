@@ -20,8 +20,9 @@ def alone(runner, ids, length):
 
 def in_slots(slots, ids, lengths):
     """Return the same of sequences that join one by one; the first ends early, the last moves."""
-    got = {row: [] for row in range(len(ids))}
-    running, used = [], {}
+    got: dict[int, list[torch.Tensor]] = {row: [] for row in range(len(ids))}
+    running: list[int] = []
+    used: dict[int, int] = {}
     while running or not all(got.values()):
         row = next((r for r in got if not got[r]), None)
         if row is not None and len(running) < slots.slots:

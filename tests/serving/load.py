@@ -56,7 +56,8 @@ def cases(model: Any, tokenizer: Any, count: int, seed: int = 0) -> list[Case]:
         length, most = generator.randint(1, 60), generator.randint(1, 40)
         words = " ".join(f"w{generator.randint(3, 95)}" for _ in range(length))
         chat = [{"role": "user", "content": words}]
-        path, asked = "/v1/completions", {"prompt": words}
+        path = "/v1/completions"
+        asked: dict[str, Any] = {"prompt": words}
         ids = tokenizer(words).input_ids
         if number % 2:
             path, asked = "/v1/chat/completions", {"messages": chat}

@@ -1,5 +1,7 @@
 """OpenAI's own client against the server."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -151,7 +153,7 @@ def test_logprobs_of_a_completion(client):
         assert all(len(top) == 2 for c in choices for top in c.logprobs.top_logprobs)
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str | None]] = {
     "temperature": ({"temperature": 3}, "temperature"),
     "penalty": ({"presence_penalty": 0.5}, "presence_penalty"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
@@ -170,7 +172,7 @@ WRONG = {
 def test_what_is_not_known_is_refused(client, name):
     change, param = WRONG[name]
     with pytest.raises(openai.BadRequestError) as error:
-        client.chat.completions.create(**{"model": MODEL, "messages": CHAT, **change})
+        client.chat.completions.create(**{"model": MODEL, "messages": CHAT} | change)
     assert (error.value.param or "").startswith(param or "")
     assert error.value.type == "invalid_request_error"
     assert error.value.body["message"]

@@ -1,6 +1,7 @@
 """The batch: whoever else is there, a sequence gets what it would get alone."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -36,13 +37,14 @@ def decoders(model):
 def request(key, *, prompt=None, most=8, stop=(), **sampling):
     generator = random.Random(f"{key}")
     prompt = prompt or [generator.randrange(3, VOCABULARY) for _ in range(1 + key % 17)]
-    sampling = SamplingOptions(**{"temperature": 0, **sampling})
-    return TokenRequest(key, prompt, most, frozenset(stop), sampling)
+    options = SamplingOptions(**{"temperature": 0, **sampling})
+    return TokenRequest(key, prompt, most, frozenset(stop), options)
 
 
 def finished(batch, requests=(), *, each=0):
     """Add requests, `each` before every step or all at once; return all tokens by key."""
-    waiting, tokens, ends = list(requests), {}, {}
+    waiting, ends = list(requests), {}
+    tokens: dict[Any, list[int]] = {}
     while waiting or not batch.is_idle:
         for one in waiting[: each or None]:
             batch.add(one)
@@ -97,7 +99,8 @@ STEPS = st.lists(
 @given(steps=STEPS, name=st.sampled_from(["runner", "forward"]))
 @settings(max_examples=25)
 def test_cancelling_some_changes_nothing_for_others(model, decoders, steps, name):
-    batch, key, gone, tokens = Batch(decoders[name]), 0, set(), {}
+    batch, key, gone = Batch(decoders[name]), 0, set()
+    tokens: dict[Any, list[int]] = {}
     for arrivals, cancelled in steps:
         for _ in range(arrivals):
             batch.add(request(key, most=1 + key * 3 % 9))
@@ -106,6 +109,7 @@ def test_cancelling_some_changes_nothing_for_others(model, decoders, steps, name
         batch.cancel(frozenset(cancelled))
         for event in batch.advance():
             assert event.key not in cancelled
+            assert isinstance(event, TokenEvent)
             tokens.setdefault(event.key, []).append(event.token)
     gone = {one for one in gone if one < key}
     rest, _ = finished(batch)
@@ -121,7 +125,7 @@ def test_cancelling_some_changes_nothing_for_others(model, decoders, steps, name
 @pytest.mark.parametrize("name", ["runner", "forward"])
 def test_seeds_give_the_same_alone_and_among_others(decoders, name):
     sampled = [request(key, most=12, temperature=0.9, top_p=0.8, seed=key) for key in range(4)]
-    alone = {}
+    alone: dict[Any, list[int]] = {}
     for one in sampled:
         alone |= finished(Batch(decoders[name]), [one])[0]
     others = [request(key, temperature=1.5, most=5 + key % 5) for key in range(20, 28)]
@@ -134,7 +138,8 @@ def test_seeds_give_the_same_alone_and_among_others(decoders, name):
 def test_logprobs_are_those_of_the_model(model, decoders):
     one = request(3, most=6, top_logprobs=4)
     for decoder in decoders.values():
-        batch, events = Batch(decoder), []
+        batch = Batch(decoder)
+        events: list[Any] = []
         batch.add(one)
         batch.add(request(4, most=9))
         while not batch.is_idle:
