@@ -10,6 +10,8 @@ UNDECODED = "\N{REPLACEMENT CHARACTER}"
 """What a decoder makes of bytes that are no whole character."""
 CONTEXT_TOKENS = 6
 """Tokens before the first new one that may change how it is written, as a space does."""
+MOST_HELD = 32
+"""Tokens that may be half a character: more are no character."""
 WINDOW_TOKENS = 24
 """Tokens that are decoded together, at most, unless they are half a character."""
 
@@ -43,7 +45,8 @@ class Detokenizer:
         """Return the text that is certain now."""
         self._ids += tokens
         text = self._decode(self._ids)
-        if len(text) <= len(self._known) or text.endswith(UNDECODED):
+        is_half = text.endswith(UNDECODED) and len(self._ids) - self._num_known <= MOST_HELD
+        if len(text) <= len(self._known) or is_half:
             return ""
         return self._take(text)
 

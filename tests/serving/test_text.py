@@ -100,6 +100,16 @@ def test_nothing_of_a_stop_gets_out(text, stops):
             assert not any(stop in out for stop in stops)
 
 
+def test_what_is_no_character_is_not_waited_for():
+    detokenizer, longest = Detokenizer(decoder_of(BYTES)), 0
+    text = "".join(detokenizer.add([0xA9]) for _ in range(500))
+    for _ in range(500):
+        text += detokenizer.add([0xA9])
+        longest = max(longest, len(detokenizer._ids))
+    assert set(text) == {"\ufffd"}
+    assert longest < 100
+
+
 def events(text, finish="length"):
     data = text.encode()
     ends = [None] * (len(data) - 1) + [finish]
