@@ -9,6 +9,8 @@ from torch import Tensor
 from qtool.base import CausalModel
 from qtool.runtime.decode.slots import SlotRunner
 
+WARM_LENGTHS = (1, 16, 64, 512)
+
 
 class SlotDecoder(Protocol):
     """Runs sequences in the slots 0 to running - 1, without gaps."""
@@ -61,9 +63,11 @@ class RunnerDecoder:
         return self._runner.device
 
     def prepare(self) -> None:
-        """Record the steps, and compile what prompts need."""
+        """Record the steps, and compile what prompts of usual lengths need."""
         self._runner.prepare()
-        self.prefill(0, [[0]])
+        for length in WARM_LENGTHS:
+            if length < self.max_length:
+                self.prefill(0, [[0] * length])
 
     def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read prompts of any lengths together."""
