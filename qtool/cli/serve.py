@@ -11,6 +11,7 @@ from qtool.cli import console, early
 from qtool.cli.options import BackendOption, DeviceOption, ModelArgument, in_panel
 from qtool.cli.progress import progress
 from qtool.errors import DataError
+from qtool.serving.installed import check_servable
 from qtool.wording import reason
 
 _of_limits = in_panel("Limits")
@@ -72,6 +73,7 @@ def serve(
 
       qtool serve OUT_DIR --port 8080 --max-model-len 8192
     """
+    check_servable()
     key = _key(api_key)
     early.check_backend(backend)
     with contextlib.ExitStack() as stack:
@@ -80,10 +82,8 @@ def serve(
                 emit(Notice(OPEN.format(host=host)))
             (where,) = stack.enter_context(early.opened([out_dir], device, emit))
             from qtool import pipeline
-            from qtool.serving.opening import DecoderOptions
-
-            pipeline.check_servable()
             from qtool.serving.app import RequestLimits
+            from qtool.serving.opening import DecoderOptions
             from qtool.serving.server import ServerOptions
 
             limits = RequestLimits(timeout_seconds=request_timeout, max_body_bytes=max_body)

@@ -15,7 +15,7 @@ from qtool.pipeline.report import report
 from qtool.pipeline.reports import QuantizeResult
 from qtool.pipeline.run import RunOptions, check_measurable, run_recipe
 from qtool.pipeline.run_result import RunResult
-from qtool.pipeline.serve import ServeOptions, check_servable, serve
+from qtool.pipeline.serve import ServeOptions, serve
 from qtool.pipeline.sweep import SweepResult, sweep
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "calibrate",
     "chat",
     "check_measurable",
-    "check_servable",
     "compare",
     "evaluate",
     "explain",

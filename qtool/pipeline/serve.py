@@ -1,16 +1,15 @@
 """`serve`: a model behind OpenAI's API."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qtool.base import Emit, Progress, ignore_events
-from qtool.errors import MissingExtraError
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.runtime.backends._choose import use_backend
+from qtool.serving.installed import check_servable
 from qtool.serving.opening import DecoderOptions, open_decoder, served_model
 
 if TYPE_CHECKING:
@@ -75,13 +74,3 @@ def serve(
             max_length=engine.max_length,
             run=lambda on_ready: run_server(responder, options.server, listening, on_ready),
         )
-
-
-def check_servable() -> None:
-    """Refuse where what `serve` needs isn't installed.
-
-    Raises:
-        MissingExtraError: it isn't.
-    """
-    if not all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")):
-        raise MissingExtraError("`qtool serve`", "serve")

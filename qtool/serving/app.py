@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 from qtool.serving.bodies import ChatBody, CompletionBody
 from qtool.serving.connection import ClientGoneError, RequestGate, json_response, refusal_response
 from qtool.serving.prompts import BAD_REQUEST
-from qtool.serving.refusals import NOT_FOUND, UNAVAILABLE, RefusalError
+from qtool.serving.refusals import NOT_FOUND, OWN_FAULT, UNAVAILABLE, RefusalError
 from qtool.serving.responder import Responder
 
 
@@ -128,4 +128,4 @@ async def _on_gone(_request: Request, _error: Exception) -> Response:
 
 async def _on_bug(_request: Request, error: Exception) -> Response:
     message = f"Internal error, a bug of qtool: {type(error).__name__}."
-    return refusal_response(RefusalError(500, message, code="internal_error"))
+    return refusal_response(RefusalError(OWN_FAULT, message, code="internal_error"))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-NOT_FOUND, TOO_MANY, UNAVAILABLE = 404, 429, 503
+NOT_FOUND, TOO_MANY, OWN_FAULT, UNAVAILABLE = 404, 429, 500, 503
 ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 """Type by status; others are requests that are wrong, from 500 on the server is."""
 
@@ -26,7 +26,7 @@ class RefusalError(Exception):
 
     def body(self) -> dict[str, Any]:
         """Return what is sent."""
-        server = "server_error" if self.status >= 500 else "invalid_request_error"  # noqa: PLR2004
-        kind = ERROR_TYPES.get(self.status, server)
+        usual = "server_error" if self.status >= OWN_FAULT else "invalid_request_error"
+        kind = ERROR_TYPES.get(self.status, usual)
         about = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": about}

@@ -188,10 +188,10 @@ class _Job:
         for index in range(len(self._texts)):
             opening = self._answer.opening(index)
             if opening is not None:
-                yield self._event(opening, with_usage)
+                yield self._event(opening, with_usage=with_usage)
         async for index, piece in self._pieces():
             if piece.text or piece.tokens or piece.finish:
-                yield self._event(self._answer.chunk(index, piece), with_usage)
+                yield self._event(self._answer.chunk(index, piece), with_usage=with_usage)
         if with_usage:
             yield event_of(self._answer.event([], self._usage()))
         yield LAST_EVENT
@@ -218,7 +218,7 @@ class _Job:
                 if text.finish is not None:
                     self._stream.stop(index)
 
-    def _event(self, choice: dict[str, object], with_usage: bool) -> bytes:  # noqa: FBT001
+    def _event(self, choice: dict[str, object], *, with_usage: bool) -> bytes:
         body = self._answer.event([choice], None)
         return event_of({**body, "usage": None} if with_usage else body)
 

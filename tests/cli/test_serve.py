@@ -27,6 +27,7 @@ def test_a_context_that_the_model_has_no_positions_for(cli: Cli, checkpoint):
 
 @pytest.mark.parametrize("text", [None, " \n"])
 def test_a_key_that_cannot_be_read(cli: Cli, checkpoint, tmp_path, text):
+    pytest.importorskip("fastapi", reason="the extra `serve` isn't installed")
     if text is not None:
         (tmp_path / "key").write_text(text)
     done = cli("serve", str(checkpoint), "--api-key", f"@{tmp_path / 'key'}")

@@ -59,7 +59,7 @@ def finished(batch, requests=(), *, each=0):
 
 def by_generate(model, one):
     output = model.generate(
-        torch.tensor([one.prompt]),
+        torch.tensor([one.prompt], device=model.device),
         max_new_tokens=one.max_tokens,
         do_sample=False,
         eos_token_id=None,

@@ -8,6 +8,8 @@ import torch
 
 from qtool.errors import BackendError
 from qtool.integrations.transformers.generate import use_runner
+from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location
 from qtool.serving import opening
 from qtool.serving.batch import Batch
 from qtool.serving.decoders import ForwardDecoder, RunnerDecoder
@@ -29,6 +31,20 @@ def test_the_runner_gives_the_same_tokens(loaded):
     decoder.prepare()
     tokens, _ = finished(Batch(decoder), requests, each=1)
     assert tokens == {one.key: by_generate(loaded.model, one) for one in requests}
+
+
+@pytest.mark.gpu
+def test_on_a_card_it_is_the_runner(chat_checkpoint):
+    """Tokens may part where two are as likely as each other, within rounding; most don't."""
+    pytest.importorskip("cupy")
+    on_card = load_model(Location(chat_checkpoint), device="cuda")
+    decoder = open_decoder(on_card, DecoderOptions(slots=4, max_length=64))
+    assert isinstance(decoder, RunnerDecoder)
+    decoder.prepare()
+    requests = [request(key, most=9) for key in range(12)]
+    tokens, _ = finished(Batch(decoder), requests, each=2)
+    alike = [tokens[one.key] == by_generate(on_card.model, one) for one in requests]
+    assert sum(alike) >= 8
 
 
 def test_a_context_longer_than_the_model_is_refused(loaded):
