@@ -17,13 +17,16 @@ COMPLETION = {"prompt": "w3 w4", "max_tokens": 3, "temperature": 0}
 
 
 class Slow(ForwardDecoder):
-    """Takes its time."""
+    """Takes no step while its gate is closed."""
 
-    seconds = 0.02
     broken = False
 
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.gate = threading.Event()
+
     def step(self, tokens):
-        time.sleep(self.seconds)
+        assert self.gate.wait(60)
         if self.broken:
             raise RuntimeError("the card has fallen off")
         return super().step(tokens)
@@ -31,7 +34,9 @@ class Slow(ForwardDecoder):
 
 @pytest.fixture
 def slow(loaded):
-    return Slow(loaded.model, max_length=LENGTH, slots=2)
+    decoder = Slow(loaded.model, max_length=LENGTH, slots=2)
+    yield decoder
+    decoder.gate.set()
 
 
 def request(running, path="/v1/completions", body=COMPLETION, method="POST", **headers):
@@ -52,7 +57,7 @@ def later(function, *arguments, **named):
     return thread, results
 
 
-def wait_for(truth, seconds=10.0):
+def wait_for(truth, seconds=30.0):
     end = time.monotonic() + seconds
     while not truth():
         assert time.monotonic() < end
@@ -117,7 +122,7 @@ def test_long_prompts_are_refused(running):
 
 def test_a_full_queue_says_when_to_come_again(serve, slow):
     with serve(slow, max_requests=2) as running:
-        body = {**COMPLETION, "max_tokens": 60}
+        body = {**COMPLETION, "max_tokens": 6}
         thread, results = later(request, running, body={**body, "n": 2})
         wait_for(lambda: running.engine.num_open == 2)
         status, answer, headers = request(running)
@@ -125,6 +130,7 @@ def test_a_full_queue_says_when_to_come_again(serve, slow):
         assert headers["Retry-After"] == "1"
         assert answer["error"]["type"] == "rate_limit_error"
         assert request(running, body={**body, "n": 3})[0] == 400
+        slow.gate.set()
         thread.join()
         assert results[0][0] == 200
         assert request(running)[0] == 200
@@ -133,7 +139,7 @@ def test_a_full_queue_says_when_to_come_again(serve, slow):
 def test_a_request_that_takes_too_long_is_told(serve, slow):
     from qtool.serving.app import RequestLimits
 
-    with serve(slow, limits=RequestLimits(timeout_seconds=0.5)) as running:
+    with serve(slow, limits=RequestLimits(timeout_seconds=1.0)) as running:
         body = {**COMPLETION, "max_tokens": 200}
         assert request(running, body=body)[0] == 504
         connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=30)
@@ -143,6 +149,7 @@ def test_a_request_that_takes_too_long_is_told(serve, slow):
         connection.close()
         last = json.loads(text.strip().split(b"\n\n")[-1].removeprefix(b"data: "))
         assert last["error"]["code"] == "timeout"
+        slow.gate.set()
         wait_for(lambda: running.engine.num_open == 0)
         assert request(running)[0] == 200
         half = http.client.HTTPConnection("127.0.0.1", running.port, timeout=30)
@@ -163,6 +170,7 @@ def test_who_goes_away_is_forgotten(serve, slow, stream):
         assert running.engine.load.waiting == 1
         connection.close()
         wait_for(lambda: running.engine.num_open == 0)
+        slow.gate.set()
         wait_for(lambda: running.engine._batch.is_idle)
         assert slow._caches == [None, None]
         assert request(running)[0] == 200
@@ -174,8 +182,10 @@ def test_running_requests_are_finished_before_it_ends(serve, slow):
         thread, results = later(request, running, body={**COMPLETION, "max_tokens": 30})
         wait_for(lambda: running.engine.load.running == 1)
         running.engine.on_failure()  # as a signal does
+        wait_for(lambda: not running.engine.is_ready)
+        slow.gate.set()
         thread.join()
-        running.thread.join(10)
+        running.thread.join(30)
         status, answer, _ = results[0]
         assert status == 200
         assert answer["usage"]["completion_tokens"] == 30
@@ -189,6 +199,7 @@ def test_who_is_not_finished_in_time_is_told(serve, slow):
         wait_for(lambda: running.engine.load.running == 1)
         running.engine.on_failure()
         thread.join()
+        slow.gate.set()
         status, answer, _ = results[0]
         assert status == 503
         assert "being shut down" in answer["error"]["message"]
@@ -199,9 +210,10 @@ def test_a_model_that_fails_ends_the_server(serve, slow):
         thread, results = later(request, running, body={**COMPLETION, "max_tokens": 200})
         wait_for(lambda: running.engine.load.running == 1)
         slow.broken = True
+        slow.gate.set()
         thread.join()
         assert results[0][0] == 503
-        running.thread.join(10)
+        running.thread.join(30)
         (error,) = running.server
         assert "can't run any more" in str(error)
 
@@ -213,10 +225,11 @@ def test_health_says_how_much_there_is_to_do(serve, slow):
             "running": 0,
             "waiting": 0,
         }
-        thread, _ = later(request, running, body={**COMPLETION, "max_tokens": 40, "n": 5})
+        thread, _ = later(request, running, body={**COMPLETION, "n": 5})
         wait_for(lambda: running.engine.load.running == 2)
         health = request(running, "/health", None, "GET")[1]
         assert health == {"status": "ok", "running": 2, "waiting": 3}
+        slow.gate.set()
         thread.join()
 
 
