@@ -20,6 +20,8 @@ COMMANDS = {
     "quantize": "Quantize a model and write a checkpoint.",
     "eval": "Measure quality: tasks of lm-eval, or perplexity and closeness to the original.",
     "bench": "Time a checkpoint against its original, in one run, and print sizes and bits.",
+    "serve": "Serve a model by the API that OpenAI's clients speak.",
+    "chat": "Talk with a model in the terminal, or send it the lines of a pipe.",
     "compare": "Compare any number of models with the first: texts, KL divergence, tasks.",
     "run": "Carry out a recipe: quantize, measure, and exit with 3 if a gate fails.",
     "report": "Show what runs have found out as one HTML page, which needs no network.",

@@ -25,6 +25,7 @@ EXTRAS = {
     "demo": "gguf",
     "report": "matplotlib",
     "search": "optuna",
+    "serve": "fastapi",
 }
 """What an extra is for: the module that stands for it."""
 

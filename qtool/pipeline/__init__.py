@@ -5,6 +5,7 @@ One file per command; what they share lies beside them.
 
 from qtool.pipeline.bench import BenchOptions, GpuOptions, bench
 from qtool.pipeline.calibrate import CalibrateResult, calibrate
+from qtool.pipeline.chat import ChatOptions, chat
 from qtool.pipeline.compare import CompareOptions, ModelsCompared, compare
 from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
 from qtool.pipeline.model_figures import ModelFigures
@@ -14,11 +15,13 @@ from qtool.pipeline.report import report
 from qtool.pipeline.reports import QuantizeResult
 from qtool.pipeline.run import RunOptions, check_measurable, run_recipe
 from qtool.pipeline.run_result import RunResult
+from qtool.pipeline.serve import ServeOptions, serve
 from qtool.pipeline.sweep import SweepResult, sweep
 
 __all__ = [
     "BenchOptions",
     "CalibrateResult",
+    "ChatOptions",
     "CompareOptions",
     "Comparison",
     "EvalOptions",
@@ -28,9 +31,11 @@ __all__ = [
     "QuantizeResult",
     "RunOptions",
     "RunResult",
+    "ServeOptions",
     "SweepResult",
     "bench",
     "calibrate",
+    "chat",
     "check_measurable",
     "compare",
     "evaluate",
@@ -40,5 +45,6 @@ __all__ = [
     "quantize",
     "report",
     "run_recipe",
+    "serve",
     "sweep",
 ]

@@ -18,7 +18,8 @@ ELSEWHERE = {"docs/quickstart.md": "test_examples.py", "docs/ci.md": "test_ci.py
 PYTHON = {
     "README.md": "test_examples.py",
     "docs/format.md": "test_examples.py",
-    "docs/quickstart.md": "test_examples.py and test_serving.py",
+    "docs/quickstart.md": "test_examples.py",
+    "docs/serve.md": "test_serving.py",
     **{f"docs/adding-a-{name}.md": "test_adding.py" for name in ("method", "format", "backend")},
     "docs/adding-a-model.md": "test_adding.py",
 }
@@ -29,7 +30,11 @@ CARD = "it needs a card; tests marked gpu run it"
 LONG = "the tiny model has too few positions; tests/cli/test_end_to_end.py runs such a command"
 SWEEP = "it makes eight checkpoints; tests/cli/test_mixed_precision.py runs a smaller one"
 SAME = "docs/evaluation.md has such a line, which runs"
+SERVER = "it ends by a signal; test_serving.py runs it"
+TYPED = "the tiny model has no chat template; tests/cli/test_chat.py runs such a command"
 NOT_RUN = {
+    "docs/serve.md: serve OUT_DIR": SERVER,
+    "docs/serve.md: chat OUT_DIR": TYPED,
     "docs/adding-a-model.md: eval OUT_DIR --baseline MODEL": SAME,
     "docs/results.md: eval smollm2-w4 --baseline demo:smollm2 --windows": SAME,
     "README.md: eval smollm2-w3 --tasks": DATA,
@@ -64,7 +69,6 @@ OTHER_PROGRAMS = {
     ".venv/bin/pip install ": "it installs the environment of these tests",
     "source ": "it is for a terminal",
     ".venv/bin/python -m pytest ": "test_adding.py runs it",
-    "python serve.py": "test_serving.py runs the file",
     "curl ": "test_serving.py sends the request",
 }
 MODELS = {"MODEL", "ORIGINAL", "demo:smollm2"}

@@ -17,10 +17,16 @@ from qtool.runtime.decode import step
 from qtool.runtime.decode.ops import DecodeState
 from qtool.runtime.decode.read_model import weights_of
 from qtool.runtime.decode.runner import DecodeRunner
+from qtool.runtime.decode.slots import SlotRunner
 from qtool.runtime.decode.torch_ops import OPS
+from qtool.serving.batch import Batch
+from qtool.serving.decoders import RunnerDecoder
+from qtool.serving.tokens import SamplingOptions, TokenRequest
 from tests.runtime_decode.models import KINDS, build, prompt
 from tests.runtime_decode.test_generate import CALLS, GREEDY, Streamer
 from tests.runtime_decode.test_kernels import CASES, Case, poisoned
+from tests.runtime_decode.test_slots import alone, in_slots
+from tests.serving.test_batch import finished
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.float16: 0.03, torch.bfloat16: 0.2}
@@ -71,6 +77,40 @@ def test_a_replayed_graph_is_the_step(with_kernels):
         assert torch.equal(graph.state.tokens, got.argmax(-1))
     assert graph.state.positions.tolist() == eager.state.positions.tolist() == [200, 200]
     torch.testing.assert_close(graph.state.keys, eager.state.keys, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("with_kernels", [True, False])
+@torch.no_grad()
+def test_sequences_in_slots_are_as_those_alone(with_kernels):
+    weights, ids = weights_of(build("llama", torch.float16).cuda()), prompt(6, 90).cuda()
+    lengths, ops = [80, 3, 70, 1, 85, 40], kernels() if with_kernels else OPS
+    one = DecodeRunner(weights, ops, max_length=96)
+    slots = SlotRunner(weights, ops, max_length=96, slots=3)
+    slots.prepare()
+    for _ in range(2):
+        got = in_slots(slots, ids, lengths)
+        for row, length in enumerate(lengths):
+            expected = alone(one, ids[row], length)
+            torch.testing.assert_close(got[row], expected, rtol=0, atol=TOLERANCE[torch.float16])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_batch_on_a_card_gives_what_each_would_get_alone(temperature):
+    """Tokens may part where two are as likely as each other, within rounding; most don't."""
+    model = build("llama", torch.float16).cuda()
+    decoder = RunnerDecoder(SlotRunner(weights_of(model), kernels(), max_length=96, slots=5))
+    decoder.prepare()
+    sampling = [SamplingOptions(temperature=temperature, top_p=0.9, seed=n) for n in range(12)]
+    requests = [
+        TokenRequest(n, prompt(1, 2 + 5 * n, seed=n)[0].tolist(), 20, frozenset(), one)
+        for n, one in enumerate(sampling)
+    ]
+    alone_tokens: dict[object, list[int]] = {}
+    for one in requests:
+        alone_tokens |= finished(Batch(decoder), [one])[0]
+    together, ends = finished(Batch(decoder), requests, each=2)
+    assert ends == dict.fromkeys(range(12), "length")
+    assert sum(together[n] == alone_tokens[n] for n in range(12)) >= 8
 
 
 def test_greedy_tokens_are_the_likeliest():
@@ -173,7 +213,7 @@ def test_checkpoint_generates_through_kernels(checkpoint):
     assert all(each is decoder for each in decoders)
     assert isinstance(decoder, SharedRunner)
     assert isinstance(decoder.ops, KernelOps)
-    assert decoder.runner is not None and decoder.runner._captured is not None
+    assert decoder.runner is not None and decoder.runner.captured.recorded is not None
 
 
 def test_a_model_that_leaves_the_card_leaves_nothing_there(checkpoint):

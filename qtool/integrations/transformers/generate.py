@@ -31,6 +31,7 @@ _LOG = logging.getLogger(__name__)
 
 GRAPHS_ON = "cuda"
 """Type of the devices on which a step of torch's operations costs no Python."""
+NOT_HERE = "the model isn't on a CUDA card."
 OWN_ARGUMENTS = {
     *("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"),
 }
@@ -160,18 +161,35 @@ def _empty(base: Any) -> Any:  # noqa: ANN401
     return object.__new__(_accelerated(base))
 
 
+def runner_for(model: CausalModel) -> SharedRunner | str:
+    """Return what runs a model's steps here, where that is worth it; or why `generate` hasn't it.
+
+    Made once for all who ask; whoever runs it takes weights and operations, or the lock.
+    """
+    off, elsewhere = _why_not_here(model, model.device)
+    if off or elsewhere:
+        return "it is switched off." if off else NOT_HERE
+    return _decoder(model)
+
+
+def _why_not_here(model: CausalModel, device: torch.device) -> tuple[bool, bool]:
+    """Return whether the runner is switched off, and whether it isn't worth it on a device."""
+    mode, backend = _MODE.get(), _backend_of(model)
+    worth_it = device.type == (GRAPHS_ON if backend is None else backend.decodes_on)
+    off = mode == "never" or (mode == "auto" and settings.runner_is_off())
+    return off, mode == "auto" and not worth_it
+
+
 def _why_not_call(model: CausalModel, input_ids: Tensor, kwargs: Mapping[str, Any]) -> str | None:
     """Return None where the runner can take this call, else a sentence."""
     config = kwargs["generation_config"]
     given = {key: value for key, value in kwargs.items() if value is not None}
     arguments = {key: given[key] for key in given.keys() - OWN_ARGUMENTS}
-    mode, backend = _MODE.get(), _backend_of(model)
-    worth_it = input_ids.device.type == (GRAPHS_ON if backend is None else backend.decodes_on)
-    off = mode == "never" or (mode == "auto" and settings.runner_is_off())
+    off, elsewhere = _why_not_here(model, input_ids.device)
     unknown = sorted(arguments.keys() - KNOWN_ARGUMENTS)
     reasons = {
         "it is switched off.": off,
-        "the model isn't on a CUDA card.": mode == "auto" and not worth_it,
+        NOT_HERE: elsewhere,
         "there is no prompt.": input_ids.numel() == 0,
         "processes are synchronized.": kwargs.get("synced_gpus", False),
         "more than the tokens is to be returned.": config.return_dict_in_generate,

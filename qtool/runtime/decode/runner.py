@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qtool.errors import BackendError
 from qtool.runtime.decode import step
+from qtool.runtime.decode.captured import CapturedStep
 from qtool.runtime.decode.ops import DecodeOps, new_state
 from qtool.runtime.decode.weights import DecoderWeights
 
@@ -38,7 +39,7 @@ class DecodeRunner:
         self.max_length, self.batch, self.length = max_length, batch, 0
         with torch.inference_mode(mode=False), torch.no_grad():  # may be changed in either mode
             self.state = new_state(weights, ops, max_length=max_length, batch=batch)
-        self._captured: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
+        self.captured = CapturedStep(weights, ops, self.state)
 
     @property
     def device(self) -> torch.device:
@@ -132,23 +133,6 @@ class DecodeRunner:
 
     def _advance(self) -> Tensor:
         """Run one step and count it."""
-        if self.device.type != "cuda":
-            logits = self._step()
-        else:
-            graph, logits = self._captured = self._captured or self._capture()
-            graph.replay()
+        logits = self.captured.run()
         self.length += 1
         return logits
-
-    def _step(self) -> Tensor:
-        logits = step.decode(self.weights, self.state, self.ops)
-        self.ops.choose(logits, self.state)
-        return logits
-
-    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Record the step; compiles kernels and sets their attributes first, on a side stream."""
-        with torch.cuda.device(self.device):
-            step.warm_up(self._step, self.state, self.device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                return graph, self._step()

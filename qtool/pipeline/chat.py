@@ -1,0 +1,52 @@
+"""`chat`: a conversation with a model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from qtool.base import Emit, Progress, ignore_events
+from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location
+from qtool.runtime.backends._choose import use_backend
+from qtool.serving.conversation import Conversation
+from qtool.serving.opening import DecoderOptions, open_decoder, served_model
+from qtool.serving.tokens import SamplingOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """How `chat` answers."""
+
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    system: str | None = None
+    """What is said first, by nobody."""
+    max_tokens: int | None = None
+    """Of an answer; None: as many as there is room for."""
+    max_length: int | None = None
+    """Tokens of the conversation."""
+    backend: str | None = None
+    """Runs the quantized layers; None: choose."""
+
+
+@contextmanager
+def chat(
+    model: Location, options: ChatOptions = ChatOptions(), *, emit: Emit = ignore_events
+) -> Iterator[Conversation]:
+    """Load a model, and give a conversation with it.
+
+    Raises:
+        ModelError: it has no chat template.
+        BackendError: it doesn't fit.
+    """
+    with use_backend(options.backend):
+        loaded = load_model(model)
+        emit(Progress(f"preparing {loaded.name}"))
+        decoder = open_decoder(loaded, DecoderOptions(slots=1, max_length=options.max_length))
+        decoder.prepare()
+        yield Conversation(
+            served_model(loaded),
+            decoder,
+            options.sampling,
+            max_tokens=options.max_tokens,
+            system=options.system,
+        )

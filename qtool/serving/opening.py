@@ -1,0 +1,98 @@
+"""What runs a loaded model's sequences, and how many of which length there is room for."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qtool.base import CausalModel
+from qtool.errors import BackendError
+from qtool.integrations.transformers.generate import runner_for
+from qtool.integrations.transformers.sampling import SharedRunner
+from qtool.modeling.load import LoadedModel
+from qtool.runtime.decode.slots import SlotRunner
+from qtool.runtime.decode.weights import DecoderWeights
+from qtool.serving.decoders import ForwardDecoder, RunnerDecoder, SlotDecoder
+from qtool.serving.served import ServedModel
+from qtool.wording import gigabytes
+
+_LOG = logging.getLogger(__name__)
+USUAL_LENGTH, RUNNER_SLOTS, FORWARD_SLOTS = 4096, 16, 4
+LENGTH_STEP = 64
+LEFT_FREE = 2 * 2**30
+"""Bytes of a card that prompts need while they are read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderOptions:
+    """How many sequences run together, and how long they may be."""
+
+    slots: int | None = None
+    """None: 16 by the decode runner, 4 by transformers."""
+    max_length: int | None = None
+    """Tokens of prompt and answer; None: 4096, or what the model has positions for."""
+
+
+def open_decoder(loaded: LoadedModel, options: DecoderOptions = DecoderOptions()) -> SlotDecoder:
+    """Return what runs sequences of a model.
+
+    Raises:
+        BackendError: the model has fewer positions, or there is no room for keys and values.
+    """
+    model = loaded.model
+    longest = _positions(model)
+    runner = runner_for(model)
+    if isinstance(runner, SharedRunner) and runner.weights.longest is not None:
+        longest = min(longest or runner.weights.longest, runner.weights.longest)
+    length = options.max_length or min(USUAL_LENGTH, longest or USUAL_LENGTH)
+    if longest is not None and length > longest:
+        raise BackendError(
+            f"{loaded.name} has {longest} positions, so a context of {length} tokens is too long. "
+            f"Give --max-model-len {longest} or less."
+        )
+    if not isinstance(runner, SharedRunner):
+        _LOG.info("sequences run one by one, without the decode runner: %s", runner)
+        return ForwardDecoder(model, max_length=length, slots=options.slots or FORWARD_SLOTS)
+    slots = options.slots or RUNNER_SLOTS
+    _check_room(runner.weights, slots, length)
+    return RunnerDecoder(SlotRunner(runner.weights, runner.ops, max_length=length, slots=slots))
+
+
+def served_model(loaded: LoadedModel) -> ServedModel:
+    """Return what is said of a model to those who ask."""
+    vocabulary = int(loaded.model.config.get_text_config().vocab_size)
+    return ServedModel(loaded.name, loaded.tokenizer, _stop_ids(loaded), vocabulary)
+
+
+def _stop_ids(loaded: LoadedModel) -> frozenset[int]:
+    config: Any = getattr(loaded.model, "generation_config", None)
+    told = getattr(config, "eos_token_id", None)
+    if told is None:
+        told = loaded.tokenizer.eos_token_id
+    every = told if isinstance(told, list | tuple) else [told]
+    return frozenset(int(token) for token in every if token is not None)
+
+
+def _positions(model: CausalModel) -> int | None:
+    """Return how many positions a model was made for, if its configuration says so."""
+    config = model.config.get_text_config()
+    told = getattr(config, "max_position_embeddings", None)
+    return int(told) if told else None
+
+
+def _check_room(weights: DecoderWeights, slots: int, length: int) -> None:
+    shape, device = weights.shape, weights.final_norm.device
+    if device.type != "cuda":
+        return
+    per_token = 2 * len(weights.layers) * shape.num_key_value_heads * shape.head_dim
+    per_token *= shape.dtype.itemsize
+    torch.cuda.empty_cache()
+    room = torch.cuda.mem_get_info(device)[0] - LEFT_FREE
+    if slots * length * per_token > room:
+        most = max(0, room // (slots * per_token)) // LENGTH_STEP * LENGTH_STEP
+        raise BackendError(
+            f"Keys and values of {slots} sequences of {length} tokens take "
+            f"{gigabytes(slots * length * per_token)}, and the card has {gigabytes(max(0, room))} "
+            f"for them. Give --max-model-len {most} or less, or fewer --slots."
+        )
