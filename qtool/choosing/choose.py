@@ -15,7 +15,6 @@ from qtool.checkpoint.writer import CheckpointWriter
 from qtool.choosing.candidates import Budget, OpenLayer, budget_of, chosen_plan, open_layers
 from qtool.choosing.layers import Margin, PricedLayer, allocate, margins
 from qtool.choosing.prices import Prices, measure_prices
-from qtool.choosing.probes import probes
 from qtool.modeling.source import ModelSource
 from qtool.recipe.choosing import ChoosingSection
 from qtool.recipe.schema import Recipe
@@ -188,9 +187,6 @@ def _digest(run: Run, section: ChoosingSection, layers: Sequence[OpenLayer]) -> 
         "recipe": [section.tokens, run.recipe.seed],
         "choices": [[repr(plan) for plan in layer.plans] for layer in layers],
     }
-    probed = [layer.name for layer in probes(layers, run.source.adapter.blocks)]
-    if probed:
-        decides = {**decides, "probed": probed}
     if run.recipe.fold is not None:
         decides = {
             **decides,

@@ -2,7 +2,6 @@
 
 A choice is solved by the layer's own method, without data, since all choices of all layers are
 solved only to be compared; where a method can't do without, rounding to nearest stands in for it.
-A few blocks are solved with data as well, and what that does to their prices goes for all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,25 +11,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qtool.base import CausalModel, Env, Progress, QuantizedTensor
+from qtool.base import Env, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.choosing.candidates import OpenLayer
-from qtool.choosing.probes import TOKENS_PER_PRICED, factors, input_hessians, learns, probes
-from qtool.data.calibration import CalibrationSet, batches, some_samples
+from qtool.data.calibration import CalibrationSet, batches
 from qtool.modeling.load import load_source
 from qtool.modeling.source import ModelSource
 from qtool.steps.plan import LayerPlan, load_method
 from qtool.steps.run import Run
 from qtool.steps.solve_table import solve_alone
 from qtool.training.foretold import foretold_divergences
-from qtool.walk.statistics import raised
 
 PIECE_TOKENS = 128
 """A sample is one draw of the gradient, so that there are to be many."""
 WEIGHED_AT_ONCE = 2048
 """What the logits of a batch, and their gradients, take grows with it."""
 SOLVING, WEIGHING = "solving choices", "weighing choices by gradients"
-PROBING = "solving choices with data"
 STAND_IN = "rtn"
 """For methods that can't do without data."""
 Prices = dict[str, tuple[float, ...]]
@@ -54,9 +50,6 @@ def measure_prices(run: Run, layers: Sequence[OpenLayer], num_tokens: int) -> Pr
     env.emit(Progress("loading the original"))
     model = load_source(source, env.device)
     parts = batches(pieces(samples, num_tokens), WEIGHED_AT_ONCE)
-    probed = probes(layers, source.adapter.blocks)
-    for name, tensors in _solved_with_data(run, model, probed, num_tokens):
-        solved[name] += tensors
     tied = source.adapter.head if source.head_is_tied else None
     found = foretold_divergences(
         model,
@@ -67,15 +60,7 @@ def measure_prices(run: Run, layers: Sequence[OpenLayer], num_tokens: int) -> Pr
         lambda done: env.emit(Progress(WEIGHING, done, len(parts))),
         tied_head=tied,
     )
-    prices = {name: values.tolist() for name, values in found.items()}
-    count = {layer.name: len(layer.plans) for layer in layers}
-    free = {name: values[: count[name]] for name, values in prices.items()}
-    calibrated = {layer.name: prices[layer.name][count[layer.name] :] for layer in probed}
-    factor = factors(layers, source.adapter.blocks, free, calibrated)
-    return {
-        name: tuple(a * b for a, b in zip(values, factor[name], strict=True))
-        for name, values in free.items()
-    }
+    return {name: tuple(values.tolist()) for name, values in found.items()}
 
 
 def pieces(samples: CalibrationSet, num_tokens: int) -> list[Tensor]:
@@ -104,55 +89,14 @@ def _solved(
         env.emit(Progress(SOLVING, done, len(layers), layer.name))
 
 
-def _solved_with_data(
-    run: Run, model: CausalModel, layers: Sequence[OpenLayer], num_tokens: int
-) -> Iterator[tuple[str, list[QuantizedTensor | None]]]:
-    """Yield the choices of a few layers, solved for the inputs that the original model has."""
-    samples, env = run.calibration, run.env
-    assert samples is not None
-    if not layers:
-        return
-    some = some_samples(samples.samples, TOKENS_PER_PRICED * num_tokens)
-    parts = batches(sorted(some, key=len), WEIGHED_AT_ONCE)
-    count = sum(tokens.numel() for tokens in parts)
-    hessians = input_hessians(model, layers, parts)
-    for done, layer in enumerate(layers, start=1):
-        weight = run.source.read_weight(layer.name).to(env.device)
-        hessian = hessians[layer.name].to(env.device)
-        yield (
-            layer.name,
-            [
-                _solution_with_data(plan, weight, hessian, count, env)
-                if learns(plan)
-                else _solution(plan, weight, env)
-                for plan in layer.plans
-            ],
-        )
-        env.emit(Progress(PROBING, done, len(layers), layer.name))
-
-
-def _solution_with_data(
-    plan: LayerPlan | None, weight: Tensor, hessian: Tensor, num_tokens: int, env: Env
-) -> QuantizedTensor:
-    assert plan is not None
-    options = plan.options
-    if hasattr(options, "damping"):
-        options = replace(options, damping=raised(options.damping, num_tokens / len(hessian)))
-    tensor = solve_alone(replace(plan, options=options), weight, env, hessian).tensor
-    return _off_device(tensor)
-
-
-def _off_device(tensor: QuantizedTensor) -> QuantizedTensor:
-    parts = {name: part.cpu() for name, part in tensor.parts.items()}
-    return QuantizedTensor(tensor.format, tensor.scheme, tensor.shape, parts)
-
-
 def _solution(plan: LayerPlan | None, weight: Tensor, env: Env) -> QuantizedTensor | None:
     if plan is None:
         return None
     if load_method(plan.method).needs:
         plan = replace(plan, method=STAND_IN, options=load_method(STAND_IN).options())
-    return _off_device(solve_alone(plan, weight, env).tensor)
+    tensor = solve_alone(plan, weight, env).tensor
+    parts = {name: part.cpu() for name, part in tensor.parts.items()}
+    return QuantizedTensor(tensor.format, tensor.scheme, tensor.shape, parts)
 
 
 def _errors(run: Run, name: str, choices: Sequence[QuantizedTensor | None]) -> list[Tensor]:
