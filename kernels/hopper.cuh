@@ -63,7 +63,7 @@ template <int PENDING> DEVICE void products_wait(int (&d)[64]) {
 DEVICE void written_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // D += A B for a 64x128x32 tile of a warpgroup: signed bytes, 32-bit sums. A and B in shared memory, see
-// `core_matrices`.
+// `core_matrices`; A could be in registers, but then the warps wait while the products before it are multiplied.
 #define MULTIPLY_64X128 "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 " \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1;"
 DEVICE void multiply_add(int (&d)[64], u64 a, u64 b) {

@@ -167,7 +167,7 @@ DEVICE void store_staged(const u16 *staged, u16 *y, int thread, int rows, int to
     }
 }
 
-// One thread of the producer copies x, and W unless that is to be unpacked.
+// One thread copies x, and W if that isn't to be unpacked; the others wait here for nothing.
 DEVICE void produce(unsigned char *memory, u64 *full, u64 *empty, const unsigned char *weight,
                     const unsigned char *codes, sizes of, int producer, int thread) {
     turn now = {0, 0};

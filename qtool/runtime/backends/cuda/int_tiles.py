@@ -19,7 +19,7 @@ from qtool.scheme import MAX_BITS, Shape2D
 
 INT_TILE = 128
 """Outputs, inputs and tokens of a tile."""
-INPUT_RUN = 16
+RUN = 16
 """Inputs that follow one another, of an output."""
 NIBBLE = 4
 """Bits up to which codes are unpacked on the card, and zero points are taken from them there."""
@@ -114,7 +114,7 @@ def _by_block(part: Tensor, more: int, span: int, blocks: int) -> Tensor:
 def _in_order(codes: Tensor, bits: int) -> Tensor:
     """Return bytes (rows, inputs) by tile, in the order of loads: (row tiles, blocks, bytes)."""
     row_tiles, blocks = codes.shape[0] // INT_TILE, codes.shape[1] // INT_TILE
-    runs = codes.view(row_tiles, INT_TILE, blocks, INT_TILE // INPUT_RUN, INPUT_RUN)
+    runs = codes.view(row_tiles, INT_TILE, blocks, INT_TILE // RUN, RUN)
     if bits == NIBBLE:
         runs = runs[..., ::2, :] | runs[..., 1::2, :] << NIBBLE
     return runs.permute(0, 2, 3, 1, 4).reshape(row_tiles, blocks, -1)
