@@ -1,8 +1,8 @@
 // y = step * sum over groups of scale * (integers of W x codes of x), for many tokens, on compute
 // capability 9.0. Both operands of wgmma are bytes in shared memory: x as quantize_rows.cu writes it, W in the
-// same order, unpacked there from 4 bits by warpgroups that do nothing else.
+// same order, unpacked there from 4 bits by a warpgroup that does nothing else.
 //
-// A block: PRODUCERS warpgroups, which fill stages in turn, and two consumers of 64 outputs x 128 tokens, of which one scales its sums while
+// A block: a producer warpgroup, and two consumers of 64 outputs x 128 tokens, of which one scales its sums while
 // the products of the other are on the tensor cores. Blocks take tile after tile.
 //
 // W: [tiles of 128 outputs][blocks of 128 inputs] of TILE bytes (qtool/runtime/backends/cuda/int_tiles.py): codes,
@@ -11,8 +11,8 @@
 // inputs][128 outputs][16].
 //
 // Compile-time: BITS (4: codes 0 to 15 less a zero point; 8: signed bytes), SPAN (blocks of a group; 0: one
-// group is the row), STAGES, PRODUCERS (1; 2: with 4 bits), AHEAD (blocks of 4-bit codes on their way to
-// registers, of each), TURNS (1: consumers ask for products by turns), ACTIVATION_BF16. (PRODUCERS + 2) * 128 threads.
+// group is the row), STAGES, AHEAD (blocks of 4-bit codes on their way to registers), TURNS (1: consumers ask for
+// products by turns), ACTIVATION_BF16. 384 threads.
 #include "hopper.cuh"
 
 #define BLOCK 128
@@ -25,9 +25,8 @@
 #define RING (STAGES * STAGE)
 #define ALONG 2048 // bytes between core matrices, see `core_matrices`
 #define ACROSS 128
-#define THREADS ((PRODUCERS + 2) * WARPGROUP)
-#define PRODUCER_REGISTERS (BITS == 8 ? 40 : PRODUCERS == 1 ? 120 : 88)
-#define CONSUMER_REGISTERS (BITS == 8 ? 232 : PRODUCERS == 1 ? 192 : 168)
+#define PRODUCER_REGISTERS (BITS == 4 ? 120 : 40)
+#define CONSUMER_REGISTERS (BITS == 4 ? 192 : 232)
 #define SUPER 16 // tiles of tokens that are multiplied before the next outputs
 
 // Which tile comes when: tokens first, so that weights are read from memory once.
@@ -169,10 +168,9 @@ DEVICE void store_staged(const u16 *staged, u16 *y, int thread, int rows, int to
 
 // One thread copies x, and W if that isn't to be unpacked; the others wait here for nothing.
 DEVICE void produce(unsigned char *memory, u64 *full, u64 *empty, const unsigned char *weight,
-                    const unsigned char *codes, sizes of, int producer, int thread) {
+                    const unsigned char *codes, sizes of, int thread) {
     turn now = {0, 0};
     walk here = begin(of);
-    if (producer == 1) advance(here, of), next(now);
 #if BITS == 4
     packed ahead[AHEAD];
     walk loads = here;
@@ -180,7 +178,7 @@ DEVICE void produce(unsigned char *memory, u64 *full, u64 *empty, const unsigned
     for (int i = 0; i < AHEAD; ++i) {
         if (!is_there(loads, of)) break;
         ahead[i] = load_packed(weight + ((u64)loads.at.rows * of.blocks + loads.block) * TILE, thread);
-        for (int n = 0; n < PRODUCERS; ++n) advance(loads, of);
+        advance(loads, of);
     }
 #endif
     wait_for_previous(); // weights don't wait for the codes
@@ -202,16 +200,15 @@ DEVICE void produce(unsigned char *memory, u64 *full, u64 *empty, const unsigned
             release(barrier, thread % WARP);
             if (is_there(loads, of)) {
                 ahead[i] = load_packed(weight + ((u64)loads.at.rows * of.blocks + loads.block) * TILE, thread);
-                for (int n = 0; n < PRODUCERS; ++n) advance(loads, of);
+                advance(loads, of);
             }
 #endif
-#pragma unroll
-            for (int n = 0; n < PRODUCERS; ++n) advance(here, of), next(now);
+            advance(here, of), next(now);
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
 int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
          const unsigned char *codes,  // [token_tiles][blocks][BYTES]
          const float *steps,          // [token_tiles * 128]
@@ -219,7 +216,7 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
          int out_features, int tokens, int row_tiles, int token_tiles, int blocks) {
     DYNAMIC_SHARED(memory);
     u64 *full = (u64 *)(memory + RING + 2 * Y_BYTES), *empty = full + STAGES;
-    int thread = (int)threadIdx.x % WARPGROUP, consumer = (int)threadIdx.x / WARPGROUP - PRODUCERS;
+    int thread = (int)threadIdx.x % WARPGROUP, consumer = (int)threadIdx.x / WARPGROUP - 1;
     let_next_start();
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
@@ -232,7 +229,7 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
     sizes of = {row_tiles, token_tiles, blocks};
     if (consumer < 0) {
         fewer_registers<PRODUCER_REGISTERS>();
-        produce(memory, full, empty, weight, codes, of, consumer + PRODUCERS, thread);
+        produce(memory, full, empty, weight, codes, of, thread);
     } else {
         more_registers<CONSUMER_REGISTERS>();
         wait_for_previous();

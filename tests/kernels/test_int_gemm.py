@@ -95,19 +95,6 @@ WEIGHTS = {
 }
 
 
-def test_one_producer_or_two_and_any_number_of_blocks_ahead():
-    tensor, x = WEIGHTS["4 bits, groups of 256, the last short"], inputs(129, 640)
-    packed = int_tiles.tile_integers(tensor)
-    assert packed is not None
-    made = [
-        int_linear.int_linear(
-            x, packed, ActivationScheme(), Recorder(), Card(1, 227 * 1024), tuning
-        )
-        for tuning in (GemmTuning(), GemmTuning(stages=3, producers=2, ahead=2, turns=False))
-    ]
-    assert torch.equal(*made)
-
-
 @pytest.mark.parametrize("tokens", [1, 129])
 @pytest.mark.parametrize("tensor", WEIGHTS.values(), ids=WEIGHTS)
 def test_products_agree_with_the_definition(tensor, tokens):

@@ -135,8 +135,7 @@ def test_a_card_multiplies_as_defined(shape, kind, dtype, scheme):
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
-    "tuning",
-    [GemmTuning(), GemmTuning(stages=2), GemmTuning(turns=False), GemmTuning(producers=2, ahead=2)],
+    "tuning", [GemmTuning(), GemmTuning(stages=2), GemmTuning(turns=False), GemmTuning(ahead=1)]
 )
 @pytest.mark.parametrize("kind", [{}, {"num_bits": 8, "symmetric": True, "group_size": None}])
 def test_rings_and_turns_give_the_same_bits(kind, tuning):

@@ -16,8 +16,7 @@ QUANTIZED_TOGETHER, FEW_ENOUGH_INPUTS = 2, 28672
 """Tokens that a block quantizes, and inputs up to which it holds so many."""
 QUANTIZE_THREADS, INPUTS_AT_ONCE = 512, 16
 """Threads at most, and inputs that one writes at once."""
-CONSUMERS, WARPGROUP = 2, 128
-"""Warpgroups that multiply, and the threads of one."""
+GEMM_THREADS = 384
 Y_BYTES = 2 * INT_TILE * 72 * 2
 """Of shared memory, where outputs are turned round."""
 SCALES_BYTES, BARRIERS_BYTES = 4 * INT_TILE, 16
@@ -31,10 +30,8 @@ class GemmTuning:
 
     stages: int = 5
     """Of the ring in shared memory, at most."""
-    producers: int = 1
-    """Warpgroups that unpack 4-bit codes: 1 or 2."""
-    ahead: int = 4
-    """Blocks of codes that are on their way to each of them."""
+    ahead: int = 3
+    """Blocks of 4-bit codes that are on their way to registers."""
     turns: bool = True
     """Two warpgroups ask for products by turns."""
 
@@ -81,14 +78,11 @@ def gemm_call(
     tiles = row_tiles * _token_tiles(tokens)
     stage = 2 * INT_TILE * INT_TILE + SCALES_BYTES + BARRIERS_BYTES
     stages = min(tuning.stages, (card.shared_bytes - SYSTEM_BYTES - Y_BYTES) // stage)
-    unpacked = weight.bits == NIBBLE
-    producers, ahead = (tuning.producers, tuning.ahead) if unpacked else (1, 1)
     macros = {
         "BITS": weight.bits,
         "SPAN": weight.span,
         "STAGES": stages,
-        "PRODUCERS": producers,
-        "AHEAD": ahead,
+        "AHEAD": tuning.ahead if weight.bits == NIBBLE else 1,
         "TURNS": int(tuning.turns),
     }
     return KernelCall(
@@ -96,7 +90,7 @@ def gemm_call(
         kernel="int_gemm",
         constants=constants(dtype, **macros),
         grid=(min(tiles, card.multiprocessors), 1, 1),
-        threads=(producers + CONSUMERS) * WARPGROUP,
+        threads=GEMM_THREADS,
         shared_bytes=stages * stage + Y_BYTES,
         numbers=(weight.shape.out_features, tokens, row_tiles, _token_tiles(tokens), blocks),
         one_architecture=True,
