@@ -7,15 +7,32 @@
 
 DEVICE u32 shared_address(const void *shared) { return (u32)__cvta_generic_to_shared(shared); }
 
+// Of the block in its cluster.
+DEVICE u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// All threads of all blocks of the cluster.
+DEVICE void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 DEVICE void barrier_init(u64 *barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-// Make new barriers visible to copies; a barrier of threads comes after it.
+// Make new barriers visible to copies and to other blocks; a barrier of threads comes after it.
 DEVICE void barriers_are_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // Arrive, and expect so many bytes of copies in this phase.
 DEVICE void barrier_expect(u64 *barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+// Arrive at the same barrier of one block of the cluster.
+DEVICE void barrier_arrive(u64 *barrier, u32 rank) {
+    asm volatile("{.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];}"
+                 ::"r"(shared_address(barrier)), "r"(rank) : "memory");
 }
 DEVICE void barrier_arrive(u64 *barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
@@ -33,6 +50,13 @@ DEVICE void copy_bulk(void *shared, const void *address, u32 bytes, u64 *barrier
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(shared_address(shared)), "l"(address), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
+// The same to the same place, and barrier, of all blocks of the cluster that `mask` names.
+DEVICE void copy_bulk_to(u16 mask, void *shared, const void *address, u32 bytes, u64 *barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1], %2, [%3], %4;"
+                 ::"r"(shared_address(shared)), "l"(address), "r"(bytes), "r"(shared_address(barrier)), "h"(mask) : "memory");
+}
+
 // Registers of each thread of a warpgroup, a multiple of 8.
 template <int COUNT> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 template <int COUNT> DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
@@ -59,15 +83,19 @@ DEVICE void end_of_products() { asm volatile("wgmma.commit_group.sync.aligned;" 
 template <int PENDING> DEVICE void products_wait(int (&d)[64]) {
     asm volatile("wgmma.wait_group.sync.aligned %64;" : REGISTERS_64(READ_WRITTEN, d) : "n"(PENDING) : "memory");
 }
-// What this thread has written to shared memory, products may read once a barrier has said so.
-DEVICE void written_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Registers that products read must stay as they are until these were waited for: say so after it.
+template <int COUNT> DEVICE void keep(const u32 (&a)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" ::"r"(a[i]));
+}
 
-// D += A B for a 64x128x32 tile of a warpgroup: signed bytes, 32-bit sums. A and B in shared memory, see
-// `core_matrices`; A could be in registers, but then the warps wait while the products before it are multiplied.
+// D += A B for a 64x128x32 tile of a warpgroup: signed bytes, 32-bit sums. A in registers, the fragment of
+// m64nNk32; B in shared memory, see `core_matrices`.
 #define MULTIPLY_64X128 "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 " \
-    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1;"
-DEVICE void multiply_add(int (&d)[64], u64 a, u64 b) {
-    asm volatile(MULTIPLY_64X128 : REGISTERS_64(READ_WRITTEN, d) : "l"(a), "l"(b));
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, "
+DEVICE void multiply_add(int (&d)[64], const u32 *a, u64 b) {
+    asm volatile(MULTIPLY_64X128 "1;" : REGISTERS_64(READ_WRITTEN, d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 #endif

@@ -1,32 +1,31 @@
 // y = step * sum over groups of scale * (integers of W x codes of x), for many tokens, on compute
-// capability 9.0. Both operands of wgmma are bytes in shared memory: x as quantize_rows.cu writes it, W in the
-// same order, unpacked there from 4 bits by a warpgroup that does nothing else.
+// capability 9.0. W is the A operand of wgmma, from registers, so 4-bit codes become bytes on their
+// way; x is the B operand, in shared memory as quantize_rows.cu writes it.
 //
-// A block: a producer warpgroup, and two consumers of 64 outputs x 128 tokens, of which one scales its sums while
-// the products of the other are on the tensor cores. Blocks take tile after tile.
+// A block: a producer warpgroup, of which one thread starts copies, and two consumers of 64 outputs
+// x 128 tokens, which ask for products by turns: while those of one are on the tensor cores, the sums
+// of the other are scaled. Blocks take tile after tile. CLUSTER blocks have
+// neighbouring outputs and the same tokens: each fetches a part of x for all.
 //
-// W: [tiles of 128 outputs][blocks of 128 inputs] of TILE bytes (qtool/runtime/backends/cuda/int_tiles.py): codes,
-// then 128 float scales, then 128 words, of bytes that are 128 less the zero point. Codes of 4 bits: [4 times 32
-// inputs][128 outputs][16 bytes], a byte has an input and, above it, the one 16 further on; of 8: [8 times 16
-// inputs][128 outputs][16].
+// W: [tiles of 128 outputs][blocks of 128 inputs] of TILE bytes (qtool/runtime/backends/cuda/int_tiles.py): for
+// each consumer, codes as its threads load them, then 128 float scales, then 128 words, of bytes
+// that are 128 less the zero point.
 //
-// Compile-time: BITS (4: codes 0 to 15 less a zero point; 8: signed bytes), SPAN (blocks of a group; 0: one
-// group is the row), STAGES, AHEAD (blocks of 4-bit codes on their way to registers), TURNS (1: consumers ask for
-// products by turns), ACTIVATION_BF16. 384 threads.
+// Compile-time: BITS (4: codes 0 to 15 less a zero point; 8: signed bytes), SPAN (blocks of a
+// group; 0: one group is the row), STAGES, CLUSTER (1, 2), ACTIVATION_BF16. 384 threads.
 #include "hopper.cuh"
 
 #define BLOCK 128
-#define BYTES (BLOCK * BLOCK) // of a block of x, or of W once unpacked
-#define CODES (BYTES * BITS / 8)
-#define TILE (CODES + 1024)
-#define STAGE (2 * BYTES + 512) // x, W, scales
+#define X_BYTES (BLOCK * BLOCK)
+#define CODES (64 * BLOCK * BITS / 8) // bytes of one consumer
+#define TILE (2 * CODES + 1024)
+#define STAGE (X_BYTES + TILE)
 #define Y_STRIDE 72 // outputs of a token in shared memory: 64, and as many as keep banks apart
 #define Y_BYTES (BLOCK * Y_STRIDE * 2)
 #define RING (STAGES * STAGE)
+#define SHARED (RING + 2 * Y_BYTES + 16 * STAGES)
 #define ALONG 2048 // bytes between core matrices, see `core_matrices`
 #define ACROSS 128
-#define PRODUCER_REGISTERS (BITS == 4 ? 120 : 40)
-#define CONSUMER_REGISTERS (BITS == 4 ? 192 : 232)
 #define SUPER 16 // tiles of tokens that are multiplied before the next outputs
 
 // Which tile comes when: tokens first, so that weights are read from memory once.
@@ -38,51 +37,20 @@ DEVICE place place_of(int tile, int row_tiles, int token_tiles) {
     return place{left / span, first + left % span};
 }
 
-// Blocks of inputs of all tiles of this block of threads, one after the other.
-struct walk { int tile, block; place at; };
-struct sizes { int row_tiles, token_tiles, blocks; };
-DEVICE walk begin(sizes of) { return walk{(int)blockIdx.x, 0, place_of((int)blockIdx.x, of.row_tiles, of.token_tiles)}; }
-DEVICE bool is_there(const walk &w, sizes of) { return w.tile < of.row_tiles * of.token_tiles; }
-DEVICE void advance(walk &w, sizes of) {
-    if (++w.block < of.blocks) return;
-    w.block = 0, w.tile += (int)gridDim.x;
-    w.at = place_of(w.tile, of.row_tiles, of.token_tiles);
-}
-
 // Where in the ring, and the parity of its turn.
 struct turn { int stage; u32 parity; };
 DEVICE void next(turn &t) {
     if (++t.stage == STAGES) t.stage = 0, t.parity ^= 1;
 }
 
-// What a thread of the producer unpacks: one output, 128 inputs.
-struct packed { quad codes[4]; float scale; u32 middle; };
-
-DEVICE packed load_packed(const unsigned char *tile, int row) {
-    packed p;
+// Four nibbles less the zero point, and 128: no byte carries into the next one. `middle` is 128 less the
+// zero point, four times.
+DEVICE u32 centered(u32 nibbles, u32 middle) { return (nibbles & 0x0f0f0f0fu) + middle; }
+// As signed bytes. `nothing` is 0, which the assembler can't know: were this a copy, it would give a and b the same
+// registers, and b is written while products still read a.
+DEVICE void finish(u32 (&a)[16], const u32 (&b)[16], u32 nothing) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) p.codes[i] = load_stream((const quad *)tile + i * BLOCK + row);
-    p.scale = ((const float *)(tile + CODES))[row];
-    p.middle = ((const u32 *)(tile + CODES + 512))[row];
-    return p;
-}
-
-// Four nibbles less the zero point, as signed bytes: 128 is added before, so no byte carries into the next one.
-// `middle` is 128 less the zero point, four times.
-DEVICE u32 centered(u32 nibbles, u32 middle) { return ((nibbles & 0x0f0f0f0fu) + middle) ^ 0x80808080u; }
-DEVICE quad centered(quad q, int bits, u32 middle) {
-    return quad{centered(q.x >> bits, middle), centered(q.y >> bits, middle), centered(q.z >> bits, middle),
-                centered(q.w >> bits, middle)};
-}
-
-DEVICE void unpack(unsigned char *bytes, const packed &p, int row) {
-    quad *to = (quad *)bytes + row;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        to[2 * i * BLOCK] = centered(p.codes[i], 0, p.middle);
-        to[(2 * i + 1) * BLOCK] = centered(p.codes[i], 4, p.middle);
-    }
-    ((float *)(bytes + BYTES))[row] = p.scale;
+    for (int i = 0; i < 16; ++i) a[i] = BITS == 4 ? b[i] ^ 0x80808080u : b[i] ^ (a[i] & nothing);
 }
 
 // Integer sums run on over the groups of a chunk, S_1, S_2, ..., so each y is the sum of (scale_g -
@@ -105,19 +73,41 @@ DEVICE float float_of(int sum) { return float_of_bits((u32)sum); }
 DEVICE float float_of(int sum) { return (float)sum; }
 #endif
 
-DEVICE void load_scales(float (&scales)[2], const unsigned char *stage, int row) {
-    const float *from = (const float *)(stage + 2 * BYTES) + row;
-    scales[0] = from[0] * UP, scales[1] = from[8] * UP;
+// What a consumer's thread needs of W for one block of inputs.
+struct part { quad codes[CODES / 2048]; float scales[2]; u32 middles[2]; };
+
+DEVICE part load_part(const unsigned char *tile, int consumer, int thread, int row) {
+    part p;
+    const quad *codes = (const quad *)(tile + consumer * CODES) + thread;
+#pragma unroll
+    for (int i = 0; i < CODES / 2048; ++i) p.codes[i] = codes[i * WARPGROUP];
+    const float *scales = (const float *)(tile + 2 * CODES) + consumer * 64 + row;
+    const u32 *middles = (const u32 *)(tile + 2 * CODES + 512) + consumer * 64 + row;
+    p.scales[0] = scales[0] * UP, p.scales[1] = scales[8] * UP;
+    p.middles[0] = middles[0], p.middles[1] = middles[8];
+    return p;
+}
+
+// The A fragments of four steps of 32 inputs.
+DEVICE void expand(u32 (&a)[16], const part &p) {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+        quad q = p.codes[BITS == 8 ? step : step / 2];
+        if (BITS == 8) {
+            a[4 * step] = q.x, a[4 * step + 1] = q.y, a[4 * step + 2] = q.z, a[4 * step + 3] = q.w;
+        } else {
+            u32 even = step % 2 ? q.z : q.x, odd = step % 2 ? q.w : q.y;
+            a[4 * step] = centered(even, p.middles[0]), a[4 * step + 2] = centered(even >> 4, p.middles[0]);
+            a[4 * step + 1] = centered(odd, p.middles[1]), a[4 * step + 3] = centered(odd >> 4, p.middles[1]);
+        }
+    }
 }
 
 // 64 outputs x 128 tokens x 128 inputs.
-DEVICE void multiply(int (&sums)[64], u64 w, u64 x) {
+DEVICE void multiply(int (&sums)[64], const u32 (&a)[16], u64 x) {
     products_begin();
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-        u64 further = step * 2 * ALONG >> 4;
-        multiply_add(sums, w + further, x + further);
-    }
+    for (int step = 0; step < 4; ++step) multiply_add(sums, a + 4 * step, x + (step * 2 * ALONG >> 4));
     end_of_products();
 }
 
@@ -136,10 +126,13 @@ DEVICE void add_last(float (&y)[64], int (&sums)[64], const float *by, const flo
     }
 }
 
-// What all warps of a consumer have read may be overwritten.
+// What all warps of a consumer have read may be overwritten, in all blocks of the cluster.
 DEVICE void release(u64 *barrier, int lane) {
     sync_warp();
-    if (lane == 0) barrier_arrive(barrier);
+    if (CLUSTER == 1 ? lane == 0 : lane < CLUSTER) {
+        if (CLUSTER == 1) barrier_arrive(barrier);
+        else barrier_arrive(barrier, (u32)lane);
+    }
 }
 
 // One consumer's outputs of a tile, by steps, rounded, to shared memory.
@@ -166,121 +159,124 @@ DEVICE void store_staged(const u16 *staged, u16 *y, int thread, int rows, int to
     }
 }
 
-// One thread copies x, and W if that isn't to be unpacked; the others wait here for nothing.
-DEVICE void produce(unsigned char *memory, u64 *full, u64 *empty, const unsigned char *weight,
-                    const unsigned char *codes, sizes of, int thread) {
-    turn now = {0, 0};
-    walk here = begin(of);
-#if BITS == 4
-    packed ahead[AHEAD];
-    walk loads = here;
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-        if (!is_there(loads, of)) break;
-        ahead[i] = load_packed(weight + ((u64)loads.at.rows * of.blocks + loads.block) * TILE, thread);
-        advance(loads, of);
-    }
+#if CLUSTER > 1
+#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTERED
 #endif
-    wait_for_previous(); // weights don't wait for the codes
-    while (true) {
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            if (!is_there(here, of)) return;
-            unsigned char *stage = memory + now.stage * STAGE;
-            u64 *barrier = full + now.stage;
-            if (BITS == 4 || thread == 0) barrier_wait(empty + now.stage, now.parity ^ 1);
-            if (thread == 0) {
-                barrier_expect(barrier, BYTES + (BITS == 8 ? CODES + 512 : 0));
-                copy_bulk(stage, codes + ((u64)here.at.tokens * of.blocks + here.block) * BYTES, BYTES, barrier);
-                if (BITS == 8) copy_bulk(stage + BYTES, weight + ((u64)here.at.rows * of.blocks + here.block) * TILE, CODES + 512, barrier);
-            }
-#if BITS == 4
-            unpack(stage + BYTES, ahead[i], thread);
-            written_for_products();
-            release(barrier, thread % WARP);
-            if (is_there(loads, of)) {
-                ahead[i] = load_packed(weight + ((u64)loads.at.rows * of.blocks + loads.block) * TILE, thread);
-                advance(loads, of);
-            }
-#endif
-            advance(here, of), next(now);
-        }
-    }
-}
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void CLUSTERED __launch_bounds__(384, 1)
 int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
-         const unsigned char *codes,  // [token_tiles][blocks][BYTES]
+         const unsigned char *codes,  // [token_tiles][blocks][X_BYTES]
          const float *steps,          // [token_tiles * 128]
          u16 *y,                      // [tokens][out_features]
          int out_features, int tokens, int row_tiles, int token_tiles, int blocks) {
     DYNAMIC_SHARED(memory);
     u64 *full = (u64 *)(memory + RING + 2 * Y_BYTES), *empty = full + STAGES;
     int thread = (int)threadIdx.x % WARPGROUP, consumer = (int)threadIdx.x / WARPGROUP - 1;
+    int rank = CLUSTER == 1 ? 0 : (int)cluster_rank(), clusters = (int)gridDim.x / CLUSTER;
     let_next_start();
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(full + stage, BITS == 4 ? 5 : 1); // who copies, and warps that unpack
-            barrier_init(empty + stage, 8);                // warps of the consumers
+            barrier_init(full + stage, 1);
+            barrier_init(empty + stage, 8 * CLUSTER); // warps of the consumers
         }
         barriers_are_ready();
     }
-    __syncthreads();
-    sizes of = {row_tiles, token_tiles, blocks};
+    if (CLUSTER == 1) __syncthreads();
+    else sync_cluster();
+    row_tiles /= CLUSTER; // of the cluster
+    int tiles = row_tiles * token_tiles, first_tile = (int)blockIdx.x / CLUSTER, ahead = 0;
+    if (threadIdx.x == 0 && first_tile < tiles) { // weights don't wait for the codes
+        const unsigned char *w = weight + (u64)(place_of(first_tile, row_tiles, token_tiles).rows * CLUSTER + rank) * blocks * TILE;
+        for (; ahead < STAGES && ahead < blocks; ++ahead) {
+            barrier_expect(full + ahead, STAGE);
+            copy_bulk(memory + ahead * STAGE + X_BYTES, w + (u64)ahead * TILE, TILE, full + ahead);
+        }
+    }
+    wait_for_previous();
+    turn now = {0, 0};
     if (consumer < 0) {
-        fewer_registers<PRODUCER_REGISTERS>();
-        produce(memory, full, empty, weight, codes, of, thread);
+        fewer_registers<40>();
+        if (thread == 0) {
+            for (int tile = (int)blockIdx.x / CLUSTER; tile < tiles; tile += clusters) {
+                place at = place_of(tile, row_tiles, token_tiles);
+                const unsigned char *w = weight + (u64)(at.rows * CLUSTER + rank) * blocks * TILE;
+                const unsigned char *x = codes + (u64)at.tokens * blocks * X_BYTES;
+                for (int block = 0; block < blocks; ++block, next(now)) {
+                    unsigned char *stage = memory + now.stage * STAGE;
+                    u64 *barrier = full + now.stage;
+                    if (tile != first_tile || block >= ahead) {
+                        barrier_wait(empty + now.stage, now.parity ^ 1);
+                        barrier_expect(barrier, STAGE);
+                        copy_bulk(stage + X_BYTES, w + (u64)block * TILE, TILE, barrier);
+                    }
+                    const u32 share = X_BYTES / CLUSTER, offset = rank * share;
+                    const unsigned char *from = x + (u64)block * X_BYTES + offset;
+                    if (CLUSTER == 1) copy_bulk(stage, from, share, barrier);
+                    else copy_bulk_to((1 << CLUSTER) - 1, stage + offset, from, share, barrier);
+                }
+            }
+        }
+        sync_warp();
     } else {
-        more_registers<CONSUMER_REGISTERS>();
-        wait_for_previous();
-        if (TURNS && consumer == 1) give_turn(3);
+        more_registers<232>();
+        if (consumer == 1) give_turn(3);
         int lane = thread % WARP, row = thread / WARP * 16 + lane / 4, column = lane % 4 * 2;
         u16 *staged = (u16 *)(memory + RING + consumer * Y_BYTES);
-        turn now = {0, 0};
-        for (int tile = (int)blockIdx.x; tile < row_tiles * token_tiles; tile += (int)gridDim.x) {
+        for (int tile = (int)blockIdx.x / CLUSTER; tile < tiles; tile += clusters) {
             place at = place_of(tile, row_tiles, token_tiles);
-            float products[64] = {}, scales[2], first[2];
+            float products[64] = {}, first[2];
             int sums[64];
+            u32 a[16] = {}, b[16], nothing = (u32)blocks >> 31;
+            unsigned char *here = memory + now.stage * STAGE;
             barrier_wait(full + now.stage, now.parity);
-            load_scales(scales, memory + now.stage * STAGE, consumer * 64 + row);
-            first[0] = scales[0], first[1] = scales[1];
+            part p = load_part(here + X_BYTES, consumer, thread, row);
+            expand(b, p);
+            finish(a, b, nothing);
+            first[0] = p.scales[0], first[1] = p.scales[1];
 #pragma unroll
             for (int i = 0; i < 64; ++i) sums[i] = ZERO;
             int end = CHUNK > 0 && CHUNK < blocks ? CHUNK : blocks;
 #pragma unroll 1
             for (int block = 0; block < blocks; ++block) {
-                u64 x = core_matrices(shared_address(memory + now.stage * STAGE), ALONG, ACROSS);
-                if (TURNS) take_turn(3 + consumer);
-                multiply(sums, x + (BYTES + consumer * 1024 >> 4), x);
-                if (TURNS) give_turn(4 - consumer);
+                take_turn(3 + consumer);
+                multiply(sums, a, core_matrices(shared_address(here), ALONG, ACROSS));
+                give_turn(4 - consumer);
                 bool last = block + 1 == blocks, ends_chunk = block + 1 == end;
                 bool ends_group = SPAN == 1 || last || SPAN > 1 && block % (SPAN + !SPAN) == SPAN - 1;
-                float by[2] = {scales[0], scales[1]};
+                float by[2] = {p.scales[0], p.scales[1]};
                 turn after = now;
                 next(after);
                 if (!last) {
+                    here = memory + after.stage * STAGE;
                     barrier_wait(full + after.stage, after.parity);
-                    load_scales(scales, memory + after.stage * STAGE, consumer * 64 + row);
+                    p = load_part(here + X_BYTES, consumer, thread, row);
+                    expand(b, p);
                 }
-                if (!ends_chunk) by[0] -= scales[0], by[1] -= scales[1];
+                if (!ends_chunk) by[0] -= p.scales[0], by[1] -= p.scales[1];
                 products_wait<0>(sums);
+                keep(a);
                 release(empty + now.stage, lane);
                 if (ends_chunk) {
                     add_last(products, sums, by, first);
-                    first[0] = scales[0], first[1] = scales[1];
+                    first[0] = p.scales[0], first[1] = p.scales[1];
                     end = end + CHUNK < blocks ? end + CHUNK : blocks;
                 } else if (ends_group) {
                     add_scaled(products, sums, by);
                 }
                 now = after;
+                finish(a, b, nothing);
             }
             sync_warpgroup(1 + consumer); // the last tile has been read
-            stage(staged, products, steps + at.tokens * BLOCK, row, column);
+            const float *their_steps = steps + at.tokens * BLOCK;
+            stage(staged, products, their_steps, row, column);
             sync_warpgroup(1 + consumer);
-            int row_first = (at.rows * 2 + consumer) * 64;
+            int row_first = ((at.rows * CLUSTER + rank) * 2 + consumer) * 64;
             u16 *to = y + (u64)at.tokens * BLOCK * out_features + row_first;
             store_staged(staged, to, thread, out_features - row_first, tokens - at.tokens * BLOCK, out_features);
         }
-        if (TURNS && consumer == 0) take_turn(3);
+        if (consumer == 0) take_turn(3);
     }
+    if (CLUSTER > 1) sync_cluster(); // others still copy to, and arrive at, this block
 }

@@ -52,22 +52,27 @@ void meet_warpgroup() { meet(warpgroup_meetings[current / 128], 128); }
 void ask_for(Product product) { products[current].back().push_back(product); }
 void end_products() { products[current].emplace_back(); }
 
-// A K-major matrix of bytes without swizzling: core matrices of 8 x 16 bytes; the descriptor has, over 16, its
-// address, the leading offset (to the next 16 inputs) and the stride offset (to the next 8 rows).
-static int byte_of(uint64_t matrix, int row, int input) {
-    unsigned address = (matrix & 0x3fff) << 4, leading = (matrix >> 16 & 0x3fff) << 4;
-    unsigned stride = (matrix >> 32 & 0x3fff) << 4;
-    if (matrix >> 46) throw std::runtime_error("a swizzled matrix");
-    return (signed char)shared[address + row / 8 * stride + row % 8 * 16 + input / 16 * leading + input % 16];
-}
-
-// wgmma.mma_async.m64nNk32 by the PTX manual: a warp has 16 rows, and D as the fragment C of mma.m16n8.
+// wgmma.mma_async.m64nNk32 by the PTX manual. A in registers: register r of lane 4 g + t has row
+// g + 8 (r % 2) of the warp's 16 and inputs 4 t .. 4 t + 3 + 16 (r / 2). B: K-major without swizzling, core
+// matrices of 8 x 16 bytes; the descriptor has, over 16, its address, the leading offset (to the next
+// 16 inputs) and the stride offset (to the next 8 columns). D as the fragment C of mma.m16n8.
 static void multiply(const Product &product) {
-    int lane = current % 32, warp = current % 128 / 32;
+    int lane = current % 32, g = lane / 4, t = lane % 4;
+    unsigned address = (product.b & 0x3fff) << 4, leading = (product.b >> 16 & 0x3fff) << 4;
+    unsigned stride = (product.b >> 32 & 0x3fff) << 4;
+    if (product.b >> 46) throw std::runtime_error("a swizzled matrix");
+    memcpy(box(lane), product.a, 16);
+    meet_warp();
     for (int i = 0; i < product.count; ++i) {
-        int row = warp * 16 + lane / 4 + (i & 2 ? 8 : 0), column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
-        for (int k = 0; k < 32; ++k) product.d[i] += byte_of(product.a, row, k) * byte_of(product.b, column, k);
+        int row = i & 2 ? 1 : 0, column = i / 4 * 8 + 2 * t + i % 2, sum = product.d[i];
+        const unsigned char *b = shared + address + column / 8 * stride + column % 8 * 16;
+        for (int k = 0; k < 32; ++k) {
+            uint32_t a = box(4 * g + k % 16 / 4)[row + 2 * (k / 16)];
+            sum += (int)(signed char)(a >> 8 * (k % 4)) * (int)(signed char)b[k / 16 * leading + k % 16];
+        }
+        product.d[i] = sum;
     }
+    meet_warp();
 }
 
 void finish_products(int pending) {

@@ -39,7 +39,7 @@ static int launch_kernel(dim3 grid, int threads, size_t bytes, Kernel kernel, Ar
 }
 
 // A product that a thread has asked for and that isn't there yet: as late as a card may be with it.
-struct Product { int *d; uint64_t a, b; int count; };
+struct Product { int *d; const unsigned *a; uint64_t b; int count; };
 void ask_for(Product product);
 void end_products();
 void finish_products(int pending); // all but the last groups
@@ -183,8 +183,10 @@ DEVICE void mma(float *d, const float *c, unsigned a0, unsigned a1, unsigned a2,
     host::meet_warp();
 }
 
-// kernels/hopper.cuh.
+// kernels/hopper.cuh, of one block alone.
 DEVICE unsigned shared_address(const void *place) { return (unsigned)((unsigned char *)place - host::shared); }
+DEVICE unsigned cluster_rank() { return 0; }
+DEVICE void sync_cluster() { host::meet_block(); }
 DEVICE void barrier_init(unsigned long long *place, unsigned arrivals) {
     host::Barrier made = {(uint8_t)arrivals, (uint8_t)arrivals, 0, 0};
     memcpy(place, &made, 8);
@@ -192,12 +194,16 @@ DEVICE void barrier_init(unsigned long long *place, unsigned arrivals) {
 DEVICE void barriers_are_ready() {}
 DEVICE void barrier_expect(unsigned long long *place, unsigned bytes) { host::change(place, 1, (int)bytes); }
 DEVICE void barrier_arrive(unsigned long long *place) { host::change(place, 1, 0); }
+DEVICE void barrier_arrive(unsigned long long *place, unsigned) { host::change(place, 1, 0); }
 DEVICE void barrier_wait(unsigned long long *place, unsigned parity) {
     while (((host::Barrier *)place)->phase == parity) host::yield();
 }
 DEVICE void copy_bulk(void *shared, const void *address, unsigned bytes, unsigned long long *barrier) {
     memcpy(shared, address, bytes);
     host::change(barrier, 0, -(int)bytes);
+}
+DEVICE void copy_bulk_to(unsigned short, void *shared, const void *address, unsigned bytes, unsigned long long *barrier) {
+    copy_bulk(shared, address, bytes, barrier);
 }
 template <int COUNT> DEVICE void fewer_registers() {}
 template <int COUNT> DEVICE void more_registers() {}
@@ -207,5 +213,5 @@ DEVICE void give_turn(int) {}
 DEVICE void products_begin() {}
 DEVICE void end_of_products() { host::end_products(); }
 template <int PENDING, int COUNT> DEVICE void products_wait(int (&)[COUNT]) { host::finish_products(PENDING); }
-DEVICE void written_for_products() {}
-template <int COUNT> DEVICE void multiply_add(int (&d)[COUNT], unsigned long long a, unsigned long long b) { host::ask_for({d, a, b, COUNT}); }
+template <int COUNT> DEVICE void keep(const unsigned (&)[COUNT]) {}
+template <int COUNT> DEVICE void multiply_add(int (&d)[COUNT], const unsigned *a, unsigned long long b) { host::ask_for({d, a, b, COUNT}); }

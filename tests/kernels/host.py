@@ -19,7 +19,7 @@ from qtool.runtime.backends.cuda.sources import kernel_source
 
 HERE = Path(__file__).parent
 KERNEL = re.compile(
-    r'extern "C" __global__\s+void\s*(?:__launch_bounds__\([\w, ]+\)\s*)?'
+    r'extern "C" __global__\s+void\s*(?:CLUSTERED\s*)?(?:__launch_bounds__\([\w, ]+\)\s*)?'
     r"(\w+)\((.*?)\)\s*\{",
     re.S,
 )

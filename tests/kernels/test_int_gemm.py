@@ -90,7 +90,6 @@ WEIGHTS = {
     "8 bits": weight((128, 640), 8, symmetric=True),
     "8 bits, groups of 384": weight((128, 1152), 8, group_size=384, symmetric=True),
     "8 bits, rows": weight((64, 256), 8, group_size=None, symmetric=True),
-    "8 bits, rows of many blocks": weight((64, 2432), 8, group_size=None, symmetric=True),
     "dint": weight((128, 256), 4, encode=dint.encode_dint),
 }
 

@@ -109,9 +109,9 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
 HOPPER = "sm_90a"
 # Of a warpgroup that gives registers to others: those that it begins with.
 HOPPER_VARIANTS: list[tuple[str, dict[str, int], int]] = [
-    ("int_gemm", {"BITS": bits, "SPAN": span, "STAGES": 5, "AHEAD": ahead, **more}, 168)
-    for bits, span, ahead in ((4, 0, 3), (4, 1, 3), (4, 2, 4), (8, 0, 1), (8, 1, 1), (8, 4, 1))
-    for more in ({"TURNS": 1}, {"TURNS": 0, "ACTIVATION_BF16": 1})
+    ("int_gemm", {"BITS": bits, "SPAN": span, "STAGES": 5, "CLUSTER": cluster, **more}, 168)
+    for bits, span in ((4, 0), (4, 1), (4, 2), (8, 0), (8, 1), (8, 4))
+    for cluster, more in ((1, {}), (2, {"ACTIVATION_BF16": 1}))
 ]
 
 

@@ -66,14 +66,20 @@ def test_elsewhere_than_on_a_card_weights_in_groups_have_no_integers():
     assert isinstance(product, integers.RowIntegers)
 
 
-@pytest.mark.parametrize(("rows", "tokens"), [(256, 513), (100, 1), (4096, 512)])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "cluster"), [(256, 513, 2), (100, 1, 2), (4096, 512, 1)]
+)
 @pytest.mark.parametrize("num_bits", [4, 5])
-def test_a_launch_fits_the_card(rows, tokens, num_bits):
+def test_a_launch_fits_the_card(rows, tokens, cluster, num_bits):
     packed = tiled(rounded((rows, 128), num_bits=num_bits))
-    call = int_linear.gemm_call(tokens, packed, torch.float16, H200, GemmTuning(stages=20))
+    tuning = GemmTuning(stages=20, cluster=cluster)
+    call = int_linear.gemm_call(tokens, packed, torch.float16, H200, tuning)
+    macros = dict(call.constants)
     assert call.one_architecture
     assert call.shared_bytes <= H200.shared_bytes - 1024
+    assert macros["CLUSTER"] == (cluster if rows > 128 else 1)
     assert 0 < call.grid[0] <= 132
+    assert call.grid[0] % macros["CLUSTER"] == 0
     quantize = int_linear.quantize_call(tokens, 128, torch.float16, ActivationScheme())
     assert quantize.grid[0] * dict(quantize.constants)["ROWS"] == -(-tokens // 128) * 128
 
@@ -134,16 +140,14 @@ def test_a_card_multiplies_as_defined(shape, kind, dtype, scheme):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize(
-    "tuning", [GemmTuning(), GemmTuning(stages=2), GemmTuning(turns=False), GemmTuning(ahead=1)]
-)
-@pytest.mark.parametrize("kind", [{}, {"num_bits": 8, "symmetric": True, "group_size": None}])
-def test_rings_and_turns_give_the_same_bits(kind, tuning):
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("stages", [2, 6])
+def test_rings_and_clusters_give_the_same_bits(stages, cluster):
     from qtool.runtime.backends.cuda import driver
 
-    tensor, x = rounded((4096, 2048), **kind), normal(700, 2048).half()
+    tensor, x = rounded((4096, 2048)), normal(700, 2048).half()
     packed, card = tiled(on_card(tensor)), driver.card_of(0)
-    scheme = ActivationScheme()
+    tuning, scheme = GemmTuning(stages=stages, cluster=cluster), ActivationScheme()
     first = int_linear.int_linear(x.cuda(), packed, scheme, driver.launch, card, tuning)
     assert_near(first, expected(x, scheme, tensor), torch.float16)
     for _ in range(20):

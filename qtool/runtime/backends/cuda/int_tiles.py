@@ -1,9 +1,9 @@
-"""Weights as kernels/int_gemm.cu reads them: integers in the order of its threads, and scales.
+"""Weights as kernels/int_gemm.cu reads them: integers in the order of its fragments, and scales.
 
-A tile is 128 outputs x 128 inputs: codes; then 128 float32 scales; then 128 words, of bytes that
-are 128 less a zero point. Codes of 8 bits are in the order of matrices for `wgmma` (PTX ISA,
-K-major without swizzling): 8 times 16 inputs of 128 outputs. A byte of 4-bit codes has an input
-and, above it, the one 16 further on; so they are 4 times 32 inputs of 128 outputs.
+A tile is 128 outputs x 128 inputs: for each half of the outputs the codes as 128 threads load them,
+16 bytes at a time; then 128 float32 scales; then 128 words, of bytes that are 128 less a zero
+point. Fragments are those of `wgmma.mma_async.m64nNk32` (PTX ISA, matrix A in registers): lane
+4 g + t of a warp has rows g and g + 8 of its 16, and inputs 4 t .. 4 t + 3 and those 16 further on.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,6 @@ from qtool.scheme import MAX_BITS, Shape2D
 
 INT_TILE = 128
 """Outputs, inputs and tokens of a tile."""
-RUN = 16
-"""Inputs that follow one another, of an output."""
 NIBBLE = 4
 """Bits up to which codes are unpacked on the card, and zero points are taken from them there."""
 MIDDLE = 128
@@ -84,7 +82,7 @@ def tile_integers(tensor: QuantizedTensor) -> IntTiles | None:
     more = -rows % INT_TILE
     codes = torch.nn.functional.pad(integers, (0, 0, 0, more))
     numbers = [_by_block(part, more, span, inputs // INT_TILE) for part in (scales, zeros)]
-    packed = _in_order(codes.view(torch.uint8), bits)
+    packed = _fragments(codes.view(torch.uint8), bits)
     tiles = torch.cat([packed, *(part.view(torch.uint8) for part in numbers)], dim=-1)
     return IntTiles(tiles.contiguous(), tensor.shape, bits, span)
 
@@ -111,10 +109,16 @@ def _by_block(part: Tensor, more: int, span: int, blocks: int) -> Tensor:
     return padded.view(-1, INT_TILE, blocks).transpose(1, 2).contiguous()
 
 
-def _in_order(codes: Tensor, bits: int) -> Tensor:
+def _fragments(codes: Tensor, bits: int) -> Tensor:
     """Return bytes (rows, inputs) by tile, in the order of loads: (row tiles, blocks, bytes)."""
     row_tiles, blocks = codes.shape[0] // INT_TILE, codes.shape[1] // INT_TILE
-    runs = codes.view(row_tiles, INT_TILE, blocks, INT_TILE // RUN, RUN)
+    # row tile, consumer, warp, + 8 rows, g; block, step, + 16 inputs, t, byte
+    split = codes.view(row_tiles, 2, 4, 2, 8, blocks, 4, 2, 4, 4)
     if bits == NIBBLE:
-        runs = runs[..., ::2, :] | runs[..., 1::2, :] << NIBBLE
-    return runs.permute(0, 2, 3, 1, 4).reshape(row_tiles, blocks, -1)
+        low, high = split.unbind(7)
+        joined = low | high << NIBBLE  # (R, consumer, warp, + 8, g, block, step, t, byte)
+        pairs = joined.unflatten(6, (2, 2))
+        ordered = pairs.permute(0, 5, 1, 6, 2, 4, 8, 7, 3, 9)
+    else:
+        ordered = split.permute(0, 5, 1, 6, 2, 4, 8, 7, 3, 9)
+    return ordered.reshape(row_tiles, blocks, -1)
