@@ -8,7 +8,9 @@ import time
 
 import pytest
 
+from qtool.integrations.transformers.generate import use_runner
 from qtool.serving.decoders import ForwardDecoder
+from qtool.serving.opening import DecoderOptions, open_decoder
 from tests.serving.conftest import LENGTH
 from tests.serving.load import BAD, Place, Report, bad, cases, run
 
@@ -233,11 +235,15 @@ def test_health_says_how_much_there_is_to_do(serve, slow):
         thread.join()
 
 
-def test_many_clients_good_and_bad(serve, loaded):
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_many_clients_good_and_bad(serve, loaded, mode):
+    """By the decode runner, and by transformers."""
+    with use_runner(mode):
+        decoder = open_decoder(loaded, DecoderOptions(slots=8))
     known = cases(loaded.model, loaded.tokenizer, 12)
     before = threading.active_count()
-    with serve(max_requests=24) as running:
-        report = asyncio.run(run(Place(running.port), known, seconds=4, clients=32))
+    with serve(decoder, max_requests=24) as running:
+        report = asyncio.run(run(Place(running.port), known, seconds=2.5, clients=64))
         assert report.wrong == []
         assert {"good", "good stream", "gone", "bad"} <= report.counts.keys()
         assert running.engine._streams == {}
