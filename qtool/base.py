@@ -117,6 +117,9 @@ class Codec:
     cat: Callable[[Sequence[QuantizedTensor], int], QuantizedTensor]
     """(weights, dimension) -> one below the other, or beside one another, to the bit, if need be in
     another format; raises `SchemeError` where a group would run on from one to the next."""
+    narrow: Callable[[QuantizedTensor, int, int, int], QuantizedTensor]
+    """(weight, dimension, start, length) -> that part of its rows (dimension 0) or columns, to the
+    bit; raises `SchemeError` where it would begin within a group and leave it."""
     trainable: Callable[[QuantizedTensor], Trainable] | None = None
     """Where learning starts from a weight; None: weights of this format can't be tuned."""
 
