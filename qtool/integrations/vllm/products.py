@@ -1,0 +1,119 @@
+"""The weights of one layer of vLLM, by the backend that runs them. No vLLM here.
+
+Queries, keys and values that agree in format, scheme and inputs become one weight, so that a layer
+is one product; others are multiplied one after the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool.base import KernelBackend, QuantizedTensor
+from qtool.checkpoint.manifest import codec
+from qtool.core.activations import multiply_quantized
+from qtool.errors import SchemeError
+from qtool.integrations.vllm.incoming import Piece
+from qtool.integrations.vllm.slices import Weight
+from qtool.runtime.backends._choose import choose_backend, wanted_backend
+from qtool.runtime.modules import finish_packing
+from qtool.scheme import ActivationScheme, Shape2D
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One weight in the layout of its backend."""
+
+    backend: KernelBackend | None
+    """None: it isn't quantized."""
+    prepared: Any
+    """What the backend made; a plain weight."""
+    activation: ActivationScheme | None
+    dtype: torch.dtype
+    """Of the activations."""
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return x @ W.T, of `x` quantized if the checkpoint says so, in the dtype of `x`.
+
+        Compilers that see it needn't know how many tokens there are.
+        """
+        if self.activation is None:
+            return self._multiply(x)
+        return multiply_quantized(x, self.activation, self._multiply)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        if self.backend is None:
+            return torch.nn.functional.linear(x, self.prepared)
+        return self.backend.matmul(x, self.prepared)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return the rows of W that `index` names, (*index.shape, in_features)."""
+        if self.backend is None:
+            return torch.nn.functional.embedding(index, self.prepared)
+        return self.backend.rows(index, self.prepared).to(self.dtype)
+
+
+def multiply_all(products: Sequence[Product], x: Tensor) -> Tensor:
+    """Return x @ W.T for weights that lie one below the other."""
+    parts = [product.multiply(x) for product in products]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def prepare_products(pieces: Sequence[Piece], dtype: torch.dtype) -> tuple[Product, ...]:
+    """Let a backend prepare the weights of a layer, as few as possible, for activations of `dtype`.
+
+    Raises:
+        BackendError: the backend that is asked for can't run them.
+    """
+    return tuple(_prepared(piece, dtype) for piece in merged(pieces))
+
+
+def merged(pieces: Sequence[Piece]) -> list[Piece]:
+    """Make one of neighbours that agree in all but their rows, to the bit."""
+    found: list[Piece] = []
+    for _, group in groupby(pieces, _kind):
+        alike = list(group)
+        joined = _joined([piece.weight for piece in alike])
+        found += alike if joined is None else [Piece(joined, alike[0].activation)]
+    return found
+
+
+def _kind(piece: Piece) -> object:
+    weight = piece.weight
+    if isinstance(weight, Tensor):
+        return (PLAIN_KIND, weight.dtype, weight.shape[1], piece.activation)
+    return (weight.format, weight.scheme, weight.shape.in_features, piece.activation)
+
+
+PLAIN_KIND = "plain"
+
+
+def _joined(weights: Sequence[Weight]) -> Weight | None:
+    """Return weights as one; None where groups would run on from one to the next."""
+    plain = [weight for weight in weights if isinstance(weight, Tensor)]
+    if plain:
+        return torch.cat(plain)
+    tensors = [weight for weight in weights if isinstance(weight, QuantizedTensor)]
+    try:
+        return codec(tensors[0].format).cat(tensors, 0)
+    except SchemeError:
+        return None
+
+
+def _prepared(piece: Piece, dtype: torch.dtype) -> Product:
+    weight = piece.weight
+    if isinstance(weight, Tensor):
+        return Product(None, weight.to(dtype), piece.activation, dtype)
+    device = next(iter(weight.parts.values())).device
+    backend = choose_backend(weight, device, wanted_backend())
+    prepared = backend.prepare(weight, dtype)
+    finish_packing(device)
+    return Product(backend, prepared, piece.activation, dtype)
+
+
+def shape_of(pieces: Sequence[Piece]) -> Shape2D:
+    """Return the shape of weights that lie one below the other."""
+    return Shape2D(sum(piece.weight.shape[0] for piece in pieces), pieces[0].weight.shape[1])
