@@ -163,7 +163,9 @@ def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> Quant
     narrowed(tensor, dim, start, length)
     narrow, (classes, _) = coded_scales.CODEC.narrow, split_rows(tensor)
     if dim == 1:
-        return encode_mixed([narrow(each, 1, start, length) for each in classes], row_bits_of(tensor))
+        return encode_mixed(
+            [narrow(each, 1, start, length) for each in classes], row_bits_of(tensor)
+        )
     row_bits = row_bits_of(tensor)
     kept = []
     for each in classes:  # rows of a class keep their order, so those of the part are neighbours

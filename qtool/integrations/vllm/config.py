@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -20,13 +19,14 @@ from qtool.checkpoint.manifest import QUANT_METHOD, LayerEntry, manifest_from_co
 from qtool.errors import BackendError
 from qtool.integrations.vllm.embedding import QuantizedTableMethod, TiedHeadMethod
 from qtool.integrations.vllm.linear import QuantizedLinearMethod
+from qtool.integrations.vllm.loading_parts import VllmLayer
 from qtool.integrations.vllm.slices import embedding_name, sources_of
 
 OLDEST_CARD = 80
 """Compute capability, as vLLM writes it: 8.0."""
 
 
-class VllmConfigOfQtool(QuantizationConfig):  # type: ignore[misc]
+class QtoolVllmConfig(QuantizationConfig):  # type: ignore[misc]
     """`quantization_config` of config.json, whose layers have the names that vLLM has for them."""
 
     def __init__(self, layers: Mapping[str, LayerEntry]) -> None:
@@ -34,7 +34,7 @@ class VllmConfigOfQtool(QuantizationConfig):  # type: ignore[misc]
         self.layers = dict(layers)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "VllmConfigOfQtool":
+    def from_config(cls, config: dict[str, Any]) -> "QtoolVllmConfig":
         """Parse it.
 
         Raises:
@@ -69,7 +69,7 @@ class VllmConfigOfQtool(QuantizationConfig):  # type: ignore[misc]
             for name, entry in self.layers.items()
         }
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: VllmLayer, prefix: str) -> QuantizeMethodBase | None:
         """Return what loads and runs a layer; None: vLLM's own, as for what isn't quantized.
 
         Raises:
@@ -89,7 +89,7 @@ class VllmConfigOfQtool(QuantizationConfig):  # type: ignore[misc]
             )
         return None
 
-    def _of_table(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def _of_table(self, layer: VllmLayer, prefix: str) -> QuantizeMethodBase | None:
         if not prefix and not isinstance(layer, ParallelLMHead):  # some models don't say
             shape = (layer.org_vocab_size, layer.embedding_dim)
             prefix = embedding_name(self.layers, shape) or prefix
@@ -99,6 +99,6 @@ class VllmConfigOfQtool(QuantizationConfig):  # type: ignore[misc]
         return TiedHeadMethod() if entry.shared_with else QuantizedTableMethod(prefix, entry)
 
 
-def _has_experts(layer: nn.Module) -> bool:
+def _has_experts(layer: VllmLayer) -> bool:
     """Return whether it is vLLM's layer of experts, whatever its version calls it."""
     return any("Experts" in kind.__name__ or "MoE" in kind.__name__ for kind in type(layer).mro())

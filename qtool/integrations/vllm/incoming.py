@@ -9,18 +9,19 @@ from torch import Tensor
 from qtool.base import PartSpec, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.checkpoint.reader import AGAIN, check_values
+from qtool.core.packing import codes_to_planes
 from qtool.errors import CheckpointError
 from qtool.formats._dtypes import dtype_of
-from qtool.integrations.vllm.slices import PLAIN, Source, Wanted, Weight, cut_for
+from qtool.integrations.vllm.slices import PLAIN_PART, AnyWeight, StoredLayer, Wanted, cut_for
 from qtool.scheme import ActivationScheme
 from qtool.wording import list_names
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class RankWeight:
     """A weight of a layer, on this rank, and how its inputs are quantized."""
 
-    weight: Weight
+    weight: AnyWeight
     activation: ActivationScheme | None
 
 
@@ -32,13 +33,13 @@ class Incoming:
     at a time.
     """
 
-    sources: Sequence[Source]
+    sources: Sequence[StoredLayer]
     wanted: Sequence[Wanted]
     """Per source."""
     device: torch.device
     """Where the weights go."""
     _parts: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    _pieces: dict[int, list[Piece]] = field(default_factory=dict)
+    _pieces: dict[int, list[RankWeight]] = field(default_factory=dict)
 
     def part_names(self) -> list[str]:
         """Return the names of all parts that may come, without repeats."""
@@ -60,10 +61,10 @@ class Incoming:
             pieces = cut_for(source, stored_weight(source, parts), self.wanted[number])
             activation = source.entry.activation if source.entry else None
             moved = [moved_to(self.device, piece) for piece in pieces]
-            self._pieces[number] = [Piece(weight, activation) for weight in moved]
+            self._pieces[number] = [RankWeight(weight, activation) for weight in moved]
             del self._parts[number]
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[RankWeight]:
         """Return all weights, in the order of vLLM's; they aren't held any longer.
 
         Raises:
@@ -83,7 +84,7 @@ class Incoming:
         return found
 
 
-def check_part(source: Source, part: str, values: Tensor) -> None:
+def check_part(source: StoredLayer, part: str, values: Tensor) -> None:
     """Hold a tensor against what the manifest says of it.
 
     Raises:
@@ -105,15 +106,15 @@ def check_part(source: Source, part: str, values: Tensor) -> None:
     check_values(name, spec, values)
 
 
-def stored_weight(source: Source, parts: Mapping[str, Tensor]) -> Weight:
+def stored_weight(source: StoredLayer, parts: Mapping[str, Tensor]) -> AnyWeight:
     """Return a stored layer as one value."""
     entry = source.entry
     if entry is None:
-        return parts[PLAIN]
+        return parts[PLAIN_PART]
     return QuantizedTensor(entry.format, entry.scheme, entry.shape, dict(parts))
 
 
-def moved_to(device: torch.device, weight: Weight) -> Weight:
+def moved_to(device: torch.device, weight: AnyWeight) -> AnyWeight:
     """Return a copy on a device: a loader may use the memory of its tensors again."""
     if isinstance(weight, Tensor):
         return weight.to(device, copy=True)
@@ -130,8 +131,6 @@ def dummy_parts(entry: LayerEntry) -> dict[str, Tensor]:
 
 
 def _dummy(spec: PartSpec) -> Tensor:
-    from qtool.core.packing import codes_to_planes
-
     if spec.counts:
         numbers = [number for number, count in enumerate(spec.counts) for _ in range(count)]
         codes = torch.tensor(numbers, dtype=torch.uint8)[None]

@@ -4,24 +4,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from qtool.integrations.vllm.incoming import Incoming
-from qtool.integrations.vllm.loading_parts import expect, take
+from qtool.integrations.vllm.loading_parts import VllmLayer, expect, take
 from qtool.integrations.vllm.products import multiply_all, prepare_products
-from qtool.integrations.vllm.slices import Rank, Source, wanted_of
+from qtool.integrations.vllm.slices import Rank, StoredLayer, wanted_of
 
 
 class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """Loads, prepares and multiplies the stored layers of which vLLM makes one."""
 
-    def __init__(self, name: str, sources: Sequence[Source]) -> None:
+    def __init__(self, name: str, sources: Sequence[StoredLayer]) -> None:
         self.name, self.sources = name, sources
 
-    def create_weights(  # noqa: PLR0913, PLR0917 - vLLM's signature
+    def create_weights(
         self,
-        layer: nn.Module,
+        layer: VllmLayer,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -40,7 +40,7 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         wanted = wanted_of(self.sources, sizes, totals, input_size_per_partition, rank)
         expect(layer, Incoming(self.sources, wanted, torch.empty(0).device), params_dtype)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: VllmLayer) -> None:
         """Bring the weights into the layout of the kernels.
 
         Raises:
@@ -48,14 +48,14 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """
         layer.qtool_products = prepare_products(take(layer), layer.params_dtype)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: VllmLayer, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x @ W.T + bias."""
         y = multiply_all(layer.qtool_products, x)
         return y if bias is None else y + bias
 
 
-def totals_of(layer: nn.Module) -> list[int]:
-    """Return the rows of the logical weights of a linear of vLLM, over all ranks, each counted once."""
+def totals_of(layer: VllmLayer) -> list[int]:
+    """Return the rows of the logical weights of a linear, over all ranks, each counted once."""
     heads = getattr(layer, "total_num_kv_heads", None)
     if heads is None:
         return list(getattr(layer, "output_sizes", [layer.output_size]))

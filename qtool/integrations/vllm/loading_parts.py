@@ -1,22 +1,24 @@
-"""Between vLLM's loader of weights and `Incoming`: empty parameters whose loaders collect tensors."""
+"""Between vLLM's loader and `Incoming`: empty parameters whose loaders collect tensors."""
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from qtool.errors import BackendError
 from qtool.formats._dtypes import dtype_of
-from qtool.integrations.vllm.incoming import Incoming, Piece, dummy_parts
+from qtool.integrations.vllm.incoming import Incoming, RankWeight, dummy_parts
 from qtool.integrations.vllm.slices import source_number
 
+VllmLayer = Any
+"""A module of vLLM's; what these have is in no type here."""
 DUMMY = "dummy"
 """vLLM's name for weights that no file is read for."""
 
 
-def expect(layer: nn.Module, incoming: Incoming, dtype: torch.dtype) -> None:
+def expect(layer: VllmLayer, incoming: Incoming, dtype: torch.dtype) -> None:
     """Give a layer of vLLM one empty parameter for each part that the checkpoint holds of it.
 
     vLLM finds them by the names of tensors, and hands these to their loaders as they are stored.
@@ -39,7 +41,7 @@ def expect(layer: nn.Module, incoming: Incoming, dtype: torch.dtype) -> None:
     layer.qtool_dummy = config is not None and config.load_config.load_format == DUMMY
 
 
-def take(layer: nn.Module) -> list[Piece]:
+def take(layer: VllmLayer) -> list[RankWeight]:
     """Return the weights that have come, and forget the parameters.
 
     Raises:

@@ -16,15 +16,15 @@ from qtool.base import KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.core.activations import multiply_quantized
 from qtool.errors import SchemeError
-from qtool.integrations.vllm.incoming import Piece
-from qtool.integrations.vllm.slices import Weight
+from qtool.integrations.vllm.incoming import RankWeight
+from qtool.integrations.vllm.slices import PLAIN_PART, AnyWeight
 from qtool.runtime.backends._choose import choose_backend, wanted_backend
 from qtool.runtime.modules import finish_packing
-from qtool.scheme import ActivationScheme, Shape2D
+from qtool.scheme import ActivationScheme
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class LayerProduct:
     """One weight in the layout of its backend."""
 
     backend: KernelBackend | None
@@ -56,13 +56,13 @@ class Product:
         return self.backend.rows(index, self.prepared).to(self.dtype)
 
 
-def multiply_all(products: Sequence[Product], x: Tensor) -> Tensor:
+def multiply_all(products: Sequence[LayerProduct], x: Tensor) -> Tensor:
     """Return x @ W.T for weights that lie one below the other."""
     parts = [product.multiply(x) for product in products]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def prepare_products(pieces: Sequence[Piece], dtype: torch.dtype) -> tuple[Product, ...]:
+def prepare_products(pieces: Sequence[RankWeight], dtype: torch.dtype) -> tuple[LayerProduct, ...]:
     """Let a backend prepare the weights of a layer, as few as possible, for activations of `dtype`.
 
     Raises:
@@ -71,27 +71,24 @@ def prepare_products(pieces: Sequence[Piece], dtype: torch.dtype) -> tuple[Produ
     return tuple(_prepared(piece, dtype) for piece in merged(pieces))
 
 
-def merged(pieces: Sequence[Piece]) -> list[Piece]:
+def merged(pieces: Sequence[RankWeight]) -> list[RankWeight]:
     """Make one of neighbours that agree in all but their rows, to the bit."""
-    found: list[Piece] = []
+    found: list[RankWeight] = []
     for _, group in groupby(pieces, _kind):
         alike = list(group)
         joined = _joined([piece.weight for piece in alike])
-        found += alike if joined is None else [Piece(joined, alike[0].activation)]
+        found += alike if joined is None else [RankWeight(joined, alike[0].activation)]
     return found
 
 
-def _kind(piece: Piece) -> object:
+def _kind(piece: RankWeight) -> object:
     weight = piece.weight
     if isinstance(weight, Tensor):
-        return (PLAIN_KIND, weight.dtype, weight.shape[1], piece.activation)
+        return (PLAIN_PART, weight.dtype, weight.shape[1], piece.activation)
     return (weight.format, weight.scheme, weight.shape.in_features, piece.activation)
 
 
-PLAIN_KIND = "plain"
-
-
-def _joined(weights: Sequence[Weight]) -> Weight | None:
+def _joined(weights: Sequence[AnyWeight]) -> AnyWeight | None:
     """Return weights as one; None where groups would run on from one to the next."""
     plain = [weight for weight in weights if isinstance(weight, Tensor)]
     if plain:
@@ -103,17 +100,12 @@ def _joined(weights: Sequence[Weight]) -> Weight | None:
         return None
 
 
-def _prepared(piece: Piece, dtype: torch.dtype) -> Product:
+def _prepared(piece: RankWeight, dtype: torch.dtype) -> LayerProduct:
     weight = piece.weight
     if isinstance(weight, Tensor):
-        return Product(None, weight.to(dtype), piece.activation, dtype)
+        return LayerProduct(None, weight.to(dtype), piece.activation, dtype)
     device = next(iter(weight.parts.values())).device
     backend = choose_backend(weight, device, wanted_backend())
     prepared = backend.prepare(weight, dtype)
     finish_packing(device)
-    return Product(backend, prepared, piece.activation, dtype)
-
-
-def shape_of(pieces: Sequence[Piece]) -> Shape2D:
-    """Return the shape of weights that lie one below the other."""
-    return Shape2D(sum(piece.weight.shape[0] for piece in pieces), pieces[0].weight.shape[1])
+    return LayerProduct(backend, prepared, piece.activation, dtype)

@@ -1,8 +1,8 @@
 """Which rows and columns of a stored layer one rank of vLLM holds. Needs no vLLM.
 
-vLLM spreads linears over ranks by rows (column-parallel, in its words) or by columns (row-parallel),
-and makes one of queries, keys and values, and of gate and up, which a checkpoint holds apart, or,
-as in Phi-3, together.
+vLLM spreads linears over ranks by rows (column-parallel, in its words) or by columns
+(row-parallel), and makes one of queries, keys and values, and of gate and up, which a checkpoint
+holds apart or, as in Phi-3, together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from qtool.checkpoint.manifest import LayerEntry, codec
 from qtool.errors import BackendError, SchemeError
 from qtool.wording import list_names
 
-Weight = QuantizedTensor | Tensor
+AnyWeight = QuantizedTensor | Tensor
 """A weight that is quantized, or one that isn't."""
-PLAIN = "weight"
+PLAIN_PART = "weight"
 """Name of the one tensor of a layer that isn't quantized."""
 
 
@@ -31,7 +31,7 @@ class Rank:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class StoredLayer:
     """A layer of the checkpoint."""
 
     name: str
@@ -40,12 +40,12 @@ class Source:
 
     def part_names(self) -> tuple[str, ...]:
         """Return the names of its tensors, without the layer's."""
-        return (PLAIN,) if self.entry is None else tuple(self.entry.layout())
+        return (PLAIN_PART,) if self.entry is None else tuple(self.entry.layout())
 
 
 def sources_of(
     name: str, packed: Mapping[str, Sequence[str]], layers: Mapping[str, LayerEntry]
-) -> tuple[Source, ...]:
+) -> tuple[StoredLayer, ...]:
     """Return the stored layers of which vLLM makes one.
 
     Args:
@@ -55,7 +55,7 @@ def sources_of(
     """
     parent, dot, own = name.rpartition(".")
     names = [f"{parent}{dot}{each}" for each in packed.get(own, (own,))]
-    return tuple(Source(each, layers.get(each)) for each in names)
+    return tuple(StoredLayer(each, layers.get(each)) for each in names)
 
 
 def embedding_name(layers: Mapping[str, LayerEntry], shape: tuple[int, int]) -> str | None:
@@ -86,7 +86,7 @@ def source_number(shard_id: object, count: int) -> int:
     number = "qkv".find(shard_id) if isinstance(shard_id, str) and shard_id else shard_id
     if isinstance(number, int) and 0 <= number < count:
         return number
-    raise BackendError(f"vLLM loads part {shard_id!r} of {count}; qtool can't say which that is.")
+    raise BackendError(f"vLLM loads part {shard_id!r} of {count}: which one isn't known.")
 
 
 def start_of(total: int, size: int, rank: Rank) -> int:
@@ -126,16 +126,7 @@ def linear_rows(
     return tuple(range(start, start + size) for start, size in starts)
 
 
-def cut(weight: Weight, rows: Sequence[range], columns: range) -> list[Weight]:
-    """Return parts of a stored weight: those rows, and of them these columns.
-
-    Raises:
-        SchemeError: a group would be cut.
-    """
-    return [narrow(narrow(weight, 0, part), 1, columns) for part in rows]
-
-
-def narrow(weight: Weight, dim: int, part: range) -> Weight:
+def narrow_to(weight: AnyWeight, dim: int, part: range) -> AnyWeight:
     """Return rows (dim 0) or columns of a weight."""
     if len(part) == weight.shape[dim] and part.start == 0:
         return weight
@@ -144,7 +135,7 @@ def narrow(weight: Weight, dim: int, part: range) -> Weight:
     return codec(weight.format).narrow(weight, dim, part.start, len(part))
 
 
-def cut_for(source: Source, weight: Weight, wanted: "Wanted") -> list[Weight]:
+def cut_for(source: StoredLayer, weight: AnyWeight, wanted: "Wanted") -> list[AnyWeight]:
     """Return what a rank holds of a stored layer.
 
     Raises:
@@ -155,7 +146,8 @@ def cut_for(source: Source, weight: Weight, wanted: "Wanted") -> list[Weight]:
     try:
         rows = wanted.rows_of(stored_rows)
         start = start_of(stored_columns, wanted.columns, rank)
-        return cut(weight, rows, range(start, start + wanted.columns))
+        columns = range(start, start + wanted.columns)
+        return [narrow_to(narrow_to(weight, 0, part), 1, columns) for part in rows]
     except (BackendError, SchemeError) as error:
         raise BackendError(
             f"{source.name}, {stored_rows} x {stored_columns}, can't be spread over {rank.count} "
@@ -185,7 +177,11 @@ class Wanted:
 
 
 def wanted_of(
-    sources: Sequence[Source], sizes: Sequence[int], totals: Sequence[int], columns: int, rank: Rank
+    sources: Sequence[StoredLayer],
+    sizes: Sequence[int],
+    totals: Sequence[int],
+    columns: int,
+    rank: Rank,
 ) -> tuple[Wanted, ...]:
     """Return what is wanted of each stored layer of a linear.
 
@@ -205,4 +201,4 @@ def wanted_of(
         known = tuple(totals)
         return (Wanted(columns=columns, rank=rank, sizes=tuple(sizes), totals=known),)
     names = list_names([source.name for source in sources])
-    raise BackendError(f"vLLM wants {len(sizes)} weights of {names}; qtool can't say which is which.")
+    raise BackendError(f"vLLM makes {len(sizes)} weights of {names}: which of which isn't known.")
