@@ -118,7 +118,7 @@ class Codec:
     """(weights, dimension) -> one below the other, or beside one another, to the bit, if need be in
     another format; raises `SchemeError` where a group would run on from one to the next."""
     narrow: Callable[[QuantizedTensor, int, int, int], QuantizedTensor]
-    """(weight, dimension, start, length) -> a part, to the bit; `SchemeError` if it cuts a group."""
+    """(weight, dimension, start, length) -> a part, to the bit; `SchemeError` if a group is cut."""
     trainable: Callable[[QuantizedTensor], Trainable] | None = None
     """Where learning starts from a weight; None: weights of this format can't be tuned."""
 
