@@ -90,6 +90,7 @@ class QtoolVllmConfig(QuantizationConfig):  # type: ignore[misc]
         return None
 
     def _of_table(self, layer: VllmLayer, prefix: str) -> QuantizeMethodBase | None:
+        prefix = prefix.lstrip(".")  # of a head whose model has no name
         if not prefix and not isinstance(layer, ParallelLMHead):  # some models don't say
             shape = (layer.org_vocab_size, layer.embedding_dim)
             prefix = embedding_name(self.layers, shape) or prefix

@@ -61,14 +61,18 @@ def sources_of(
 def embedding_name(layers: Mapping[str, LayerEntry], shape: tuple[int, int]) -> str | None:
     """Return the name of the embedding of a model; None: it isn't quantized.
 
-    It has as many rows as there are words and lies within the model, where a head lies beside it.
+    It has a row for each word and lies within the model, though in no block; a head lies beside it.
 
     Args:
         layers: The manifest's.
         shape: Words, and what each takes.
     """
-    alike = [name for name, entry in layers.items() if tuple(entry.shape) == shape]
-    return next((n for n in alike if "." in n and layers[n].shared_with is None), None)
+    for name, entry in layers.items():
+        parts = name.split(".")
+        outside = len(parts) > 1 and not any(part.isdigit() for part in parts)
+        if outside and tuple(entry.shape) == shape and entry.shared_with is None:
+            return name
+    return None
 
 
 def source_number(shard_id: object, count: int) -> int:
