@@ -4,6 +4,8 @@ Queries, keys and values that agree in format, scheme and inputs become one weig
 is one product; others are multiplied one after the other.
 """
 
+import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,9 +20,11 @@ from qtool.core.activations import multiply_quantized
 from qtool.errors import SchemeError
 from qtool.integrations.vllm.incoming import RankWeight
 from qtool.integrations.vllm.slices import PLAIN_PART, AnyWeight
-from qtool.runtime.backends._choose import choose_backend, wanted_backend
+from qtool.runtime.backends._choose import choose_backend, reasons_against, wanted_backend
 from qtool.runtime.modules import finish_packing
 from qtool.scheme import ActivationScheme
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,16 @@ class LayerProduct:
         if self.backend is None:
             return torch.nn.functional.embedding(index, self.prepared)
         return self.backend.rows(index, self.prepared).to(self.dtype)
+
+
+@functools.cache
+def _warn_once(reasons: str) -> None:
+    _LOG.warning("qtool's weights are as large here as if they weren't quantized. %s", reasons)
+
+
+def _warn_of_dense(weight: QuantizedTensor, device: torch.device) -> None:
+    against = reasons_against(weight, device)
+    _warn_once("; ".join(f"{name}: {reason}" for name, reason in against.items()))
 
 
 def multiply_all(products: Sequence[LayerProduct], x: Tensor) -> Tensor:
@@ -107,5 +121,7 @@ def _prepared(piece: RankWeight, dtype: torch.dtype) -> LayerProduct:
     device = next(iter(weight.parts.values())).device
     backend = choose_backend(weight, device, wanted_backend())
     prepared = backend.prepare(weight, dtype)
+    if isinstance(prepared, Tensor) and device.type != "cpu":
+        _warn_of_dense(weight, device)
     finish_packing(device)
     return LayerProduct(backend, prepared, piece.activation, dtype)

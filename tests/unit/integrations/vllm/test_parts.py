@@ -235,6 +235,17 @@ def test_dummy_weights_have_the_layout(name):
     assert product.rows(torch.arange(12)).dtype == torch.bfloat16
 
 
+def test_dequantized_weights_on_a_card_are_warned_of_once(caplog):
+    from qtool.integrations.vllm import products
+
+    tensor = random_tensor("affine", EIGHT, Shape2D(8, 16), 0)
+    for _ in range(2):
+        products._warn_of_dense(tensor, torch.device("meta"))
+    (record,) = caplog.records
+    assert "as large here" in record.message
+    assert "cuda: it needs a CUDA card" in record.message
+
+
 def test_qtool_alone_imports_no_vllm():
     code = "import sys, qtool, qtool.cli.app; print('vllm' in sys.modules, 'torch' in sys.modules)"
     assert run_python(code).strip() == "False False"
