@@ -148,7 +148,7 @@ class ParallelLMHead(VocabParallelEmbedding):
         return self.quant_method.tie_weights(self, embed_tokens)
 
 
-REGISTERED: dict[str, type] = {}
+REGISTERED: dict[str, Any] = {}
 
 
 def register_quantization_config(name: str) -> Any:
@@ -198,7 +198,7 @@ def parts_of_layer(tensors: dict[str, torch.Tensor], name: str) -> dict[str, tor
     return {full.removeprefix(start): t for full, t in tensors.items() if full.startswith(start)}
 
 
-def load(layer: nn.Module, tensors: dict[str, torch.Tensor], names: Sequence[str], shards: Any):
+def load(layer: Any, tensors: dict[str, torch.Tensor], names: Sequence[str], shards: Any):
     """Hand a layer the tensors of stored ones, as vLLM's loaders do, and let it prepare them."""
     for name, shard in zip(names, shards, strict=True):
         for part, values in parts_of_layer(tensors, name).items():

@@ -46,8 +46,8 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
     families.build("llama", tied=True, hidden_size=128).save_pretrained(folder / "original")
     families.save_tokenizer(folder / "original")
-    sections = {"method": "bcq", "num_bits": 3, "embedding": TABLE}
-    pipeline.quantize(Location(folder / "original"), folder / "OUT_DIR", recipe(**sections))
+    wanted = recipe("bcq", 3, embedding=TABLE)
+    pipeline.quantize(Location(folder / "original"), folder / "OUT_DIR", wanted)
     return folder / "OUT_DIR"
 
 

@@ -41,8 +41,8 @@ UNLIKE = {
 def vllm(monkeypatch):
     """Return vLLM's layers, or what stands in for them, of a rank that tests may set."""
     rank = SimpleNamespace(number=0, count=1)
+    known = set(sys.modules)
     if not HAVE_VLLM:
-        known = {name for name in sys.modules if name.startswith("qtool.integrations.vllm.")}
         for name, module in stand_in.modules().items():
             monkeypatch.setitem(sys.modules, name, module)
     for name in RANKED:
