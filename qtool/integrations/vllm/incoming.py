@@ -1,6 +1,7 @@
 """Tensors of a checkpoint as vLLM hands them over, until all of a layer are there. No vLLM here."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,18 @@ from qtool.formats._dtypes import dtype_of
 from qtool.integrations.vllm.slices import PLAIN_PART, AnyWeight, StoredLayer, Wanted, cut_for
 from qtool.scheme import ActivationScheme
 from qtool.wording import list_names
+
+
+@contextlib.contextmanager
+def torchs_own_defaults() -> Iterator[None]:
+    """Undo, while qtool works, that vLLM makes the dtype and device of the model the defaults."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +59,7 @@ class Incoming:
         names = [name for source in self.sources for name in source.part_names()]
         return list(dict.fromkeys(names))
 
+    @torchs_own_defaults()
     def add(self, number: int, part: str, values: Tensor) -> None:
         """Take a tensor of the stored layer of this number.
 

@@ -9,7 +9,12 @@ from vllm.model_executor.parameter import BasevLLMParameter
 
 from qtool.errors import BackendError
 from qtool.formats._dtypes import dtype_of
-from qtool.integrations.vllm.incoming import Incoming, RankWeight, dummy_parts
+from qtool.integrations.vllm.incoming import (
+    Incoming,
+    RankWeight,
+    dummy_parts,
+    torchs_own_defaults,
+)
 from qtool.integrations.vllm.slices import source_number
 
 VllmLayer = Any
@@ -67,5 +72,7 @@ def _fill(incoming: Incoming) -> None:
                 f"{source.name} isn't quantized and its neighbours are: vLLM's dummy weights can't "
                 "be of both kinds."
             )
-        for part, values in dummy_parts(source.entry).items():
+        with torchs_own_defaults():
+            parts = dummy_parts(source.entry)
+        for part, values in parts.items():
             incoming.add(number, part, values)

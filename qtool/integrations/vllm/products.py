@@ -18,7 +18,7 @@ from qtool.base import KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.core.activations import multiply_quantized
 from qtool.errors import SchemeError
-from qtool.integrations.vllm.incoming import RankWeight
+from qtool.integrations.vllm.incoming import RankWeight, torchs_own_defaults
 from qtool.integrations.vllm.slices import PLAIN_PART, AnyWeight
 from qtool.runtime.backends._choose import choose_backend, reasons_against, wanted_backend
 from qtool.runtime.modules import finish_packing
@@ -76,6 +76,7 @@ def multiply_all(products: Sequence[LayerProduct], x: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
+@torchs_own_defaults()
 def prepare_products(pieces: Sequence[RankWeight], dtype: torch.dtype) -> tuple[LayerProduct, ...]:
     """Let a backend prepare the weights of a layer, as few as possible, for activations of `dtype`.
 

@@ -109,6 +109,22 @@ def test_ranks_together_hold_what_is_stored_to_the_bit(name, count, seed, bits):
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_the_defaults_of_a_model_change_no_weight(name):
+    tensor = random_tensor(name, EIGHT, Shape2D(16, 32), 3)
+    source, found = stored("l.embed", tensor), []
+    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "meta")):
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                wanted = [Wanted(columns=16, rank=Rank(1, 2), table=range(4, 12))]
+                pieces = received([source], wanted, [tensor])
+                found.append(prepare_products(pieces, torch.float32)[0].prepared)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_columns_of_ranks_add_up(name):
     tensor = random_tensor(name, EIGHT, Shape2D(12, 32), 3)
     source, x, total = stored("l.o_proj", tensor), normal(3, 32), torch.zeros(3, 12)
