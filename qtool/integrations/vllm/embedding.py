@@ -34,7 +34,7 @@ class QuantizedTableMethod(QuantizeMethodBase):  # type: ignore[misc]
         del output_partition_sizes, input_size, output_size
         here = layer.shard_indices
         words = range(here.org_vocab_start_index, here.org_vocab_end_index)
-        rank = Rank(layer.tp_rank, layer.tp_size)
+        rank = Rank(count=layer.tp_size)  # any: all hold the same columns
         wanted = Wanted(columns=input_size_per_partition, rank=rank, table=words)
         expect(layer, Incoming([self.source], [wanted], torch.empty(0).device), params_dtype)
 
