@@ -123,7 +123,8 @@ ENGINES = """| program | quantized model |
 | transformers: `torch.compile` | yes; one node per linear |
 | transformers: training, adapters | no |
 | lm-eval | yes, through `qtool eval --tasks` ([evaluation.md](evaluation.md)) |
-| vLLM, llama.cpp, TensorRT-LLM, Ollama | no: nothing is exported to their formats yet |
+| vLLM | yes, by a plug-in that it finds by itself ([vllm.md](vllm.md)) |
+| llama.cpp, TensorRT-LLM, Ollama | no: nothing is exported to their formats yet |
 | several cards, `device_map` | not tested |
 
 Models that *other* tools have quantized (compressed-tensors, GPTQ, AWQ, bitsandbytes, GGUF) can

@@ -117,6 +117,8 @@ class Codec:
     cat: Callable[[Sequence[QuantizedTensor], int], QuantizedTensor]
     """(weights, dimension) -> one below the other, or beside one another, to the bit, if need be in
     another format; raises `SchemeError` where a group would run on from one to the next."""
+    narrow: Callable[[QuantizedTensor, int, int, int], QuantizedTensor]
+    """(weight, dimension, start, length) -> a part, to the bit; `SchemeError` if a group is cut."""
     trainable: Callable[[QuantizedTensor], Trainable] | None = None
     """Where learning starts from a weight; None: weights of this format can't be tuned."""
 
@@ -157,14 +159,12 @@ class Method:
     solve: Callable[[LayerProblem, Any], LayerSolution]
     layout: Callable[[WeightScheme, Shape2D, Any], Mapping[str, PartSpec]]
     """(scheme, shape, options) -> the parts that `solve` will return, for `--dry-run`."""
-    num_bits: range = range(1, 9)
-    """Bit widths that it supports."""
+    num_bits: range = range(1, 9)  # bit widths that it supports
     needs: frozenset[Statistic] = frozenset()
     """Statistics that it can't do without."""
     uses: frozenset[Statistic] = frozenset()
     """Statistics that it does better with."""
-    is_tunable: bool = True
-    """The format that it writes has `Codec.trainable`."""
+    is_tunable: bool = True  # the format that it writes has `Codec.trainable`
 
 
 Passage = Literal["norm", "attention", "heads", "gate", "activation"]

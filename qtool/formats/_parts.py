@@ -59,6 +59,46 @@ def cat_planes(tensors: Sequence[QuantizedTensor], name: str, dim: int) -> Tenso
     return pack_bits(torch.cat(bits, dim=-1))
 
 
+def narrowed(tensor: QuantizedTensor, dim: int, start: int, length: int) -> Shape2D:
+    """Return the shape of rows (dim 0) or columns of a weight, from `start` on.
+
+    The last group of a weight may be short, and so the part may end anywhere.
+
+    Raises:
+        SchemeError: the weight has no such part, or the part begins within a group and leaves it.
+    """
+    scheme, shape, name = tensor.scheme, tensor.shape, DIMS[dim]
+    if start < 0 or length < 1 or start + length > shape[dim]:
+        raise SchemeError(
+            f"A weight of {shape[dim]} {name} has no part {start} to {start + length}."
+        )
+    size = scheme.group_size or shape[dim]
+    if name == scheme.group_dim and start % size and start % size + length > size:
+        raise SchemeError(
+            f"{name} {start} to {start + length} begin within a group of {size}. A part has to "
+            "begin with a group, or to lie within one."
+        )
+    return shape._replace(**{name: length})
+
+
+def narrow_planes(planes: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """Return a part of planes (bits, out_features, words), packed along in_features."""
+    if dim == 0:
+        return planes.narrow(-2, start, length).contiguous()
+    return pack_bits(unpack_bits(planes, start + length)[..., start:])
+
+
+def narrow_parameters(
+    parameters: Tensor, tensor: QuantizedTensor, dim: int, start: int, length: int
+) -> Tensor:
+    """Return what a part of a weight has of parameters, stored as `grouping.spread` takes them."""
+    if DIMS[dim] == tensor.scheme.group_dim:
+        size = tensor.scheme.group_size or tensor.shape[dim]
+        start, end = start // size, -(-(start + length) // size)
+        length = end - start
+    return parameters.narrow(dim - 2, start, length).contiguous()
+
+
 def codes_in_groups(codes: Tensor, scheme: WeightScheme) -> Tensor:
     """Cut codes (out_features, in_features) into rows of groups (rows, num_groups, group_size)."""
     return grouping.split(grouping.to_rows(codes, scheme), scheme.group_size).contiguous()

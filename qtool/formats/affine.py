@@ -14,7 +14,15 @@ from qtool.core import affine, grouping
 from qtool.core.binary_coding import scales_from_affine
 from qtool.core.packing import codes_to_planes, num_words, planes_to_codes
 from qtool.errors import SchemeError
-from qtool.formats._parts import cat_planes, codes_in_groups, joined, refuse_classes
+from qtool.formats._parts import (
+    cat_planes,
+    codes_in_groups,
+    joined,
+    narrow_parameters,
+    narrow_planes,
+    narrowed,
+    refuse_classes,
+)
 from qtool.scheme import Shape2D, WeightScheme
 
 AFFINE = "affine"
@@ -85,6 +93,17 @@ def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
     return packed_affine(codes, scales, zeros, tensors[0].scheme, shape)
 
 
+def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> QuantizedTensor:
+    """Return a part of the rows (dim 0), or of the columns."""
+    shape = narrowed(tensor, dim, start, length)
+    codes = narrow_planes(tensor.parts["codes"], dim, start, length)
+    scales, zeros = (
+        narrow_parameters(part, tensor, dim, start, length)
+        for part in (tensor.parts["scales"], zero_points(tensor))
+    )
+    return packed_affine(codes, scales, zeros, tensor.scheme, shape)
+
+
 def packed_affine(
     codes: Tensor, scales: Tensor, zeros: Tensor, scheme: WeightScheme, shape: Shape2D
 ) -> QuantizedTensor:
@@ -121,4 +140,11 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
     )
 
 
-CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat, trainable=_trainable)
+CODEC = Codec(
+    version=1,
+    layout=_layout,
+    dequantize=_dequantize,
+    cat=_cat,
+    narrow=_narrow,
+    trainable=_trainable,
+)

@@ -10,7 +10,15 @@ from qtool.core import binary_coding, grouping, learned
 from qtool.core.packing import codes_to_planes, num_words, planes_to_codes, unpack_bits
 from qtool.errors import SchemeError
 from qtool.formats import affine as affine_format
-from qtool.formats._parts import cat_planes, codes_in_groups, joined, refuse_classes
+from qtool.formats._parts import (
+    cat_planes,
+    codes_in_groups,
+    joined,
+    narrow_parameters,
+    narrow_planes,
+    narrowed,
+    refuse_classes,
+)
 from qtool.scheme import Shape2D, WeightScheme
 
 BINARY_CODING = "binary_coding"
@@ -101,6 +109,15 @@ def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
     return QuantizedTensor(BINARY_CODING, tensors[0].scheme, shape, parts)
 
 
+def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> QuantizedTensor:
+    """Return a part of the rows (dim 0), or of the columns."""
+    shape = narrowed(tensor, dim, start, length)
+    parts = {"bit_planes": narrow_planes(tensor.parts["bit_planes"], dim, start, length)}
+    for name in tensor.parts.keys() - parts.keys():
+        parts[name] = narrow_parameters(tensor.parts[name], tensor, dim, start, length)
+    return QuantizedTensor(BINARY_CODING, tensor.scheme, shape, parts)
+
+
 def descending(scales: Tensor) -> Tensor:
     """Keep learned plane scales (num_bits, ...) as they must be: not negative, none above the last.
 
@@ -135,4 +152,11 @@ def trainable(tensor: QuantizedTensor) -> Trainable:
     )
 
 
-CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat, trainable=trainable)
+CODEC = Codec(
+    version=1,
+    layout=_layout,
+    dequantize=_dequantize,
+    cat=_cat,
+    narrow=_narrow,
+    trainable=trainable,
+)

@@ -10,7 +10,7 @@ from qtool.base import Codec, PartSpec, QuantizedTensor, Trainable
 from qtool.core import coded_scales, grouping, learned
 from qtool.core.packing import codes_to_planes, num_words, pack_bits, unpack_bits
 from qtool.formats import binary_coding
-from qtool.formats._parts import DIMS, cat_planes, joined
+from qtool.formats._parts import DIMS, cat_planes, joined, narrow_planes, narrowed
 from qtool.scheme import Shape2D, WeightScheme
 
 CODED_SCALES = "coded_scales"
@@ -110,6 +110,20 @@ def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
     return _packed(cat_planes(tensors, "bit_planes", dim), multiples, row_scales, scheme, shape)
 
 
+def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> QuantizedTensor:
+    """Return a part of the rows (dim 0), or of the columns."""
+    scheme, shape = tensor.scheme, narrowed(tensor, dim, start, length)
+    multiples, row_scales = _multiples(tensor), tensor.parts["row_scales"]
+    if DIMS[dim] == scheme.group_dim:
+        size = scheme.group_size or tensor.shape[dim]
+        multiples = multiples[:, start // size : -(-(start + length) // size)]
+    else:
+        multiples = multiples[start : start + length]
+        row_scales = row_scales[start : start + length]
+    planes = narrow_planes(tensor.parts["bit_planes"], dim, start, length)
+    return _packed(planes, multiples, row_scales.clone(), scheme, shape)
+
+
 def _trainable(tensor: QuantizedTensor) -> Trainable:
     """Let scales and offsets be learned, straight through their rounding; row scales stay."""
     plain, row_scales = binary_coding.trainable(to_binary(tensor)), tensor.parts["row_scales"]
@@ -133,4 +147,11 @@ def _trainable(tensor: QuantizedTensor) -> Trainable:
     )
 
 
-CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat, trainable=_trainable)
+CODEC = Codec(
+    version=1,
+    layout=_layout,
+    dequantize=_dequantize,
+    cat=_cat,
+    narrow=_narrow,
+    trainable=_trainable,
+)

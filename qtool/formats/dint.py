@@ -125,5 +125,10 @@ def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
     return replace(whole, format=DINT)
 
 
+def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> QuantizedTensor:
+    """Return a part of the rows (dim 0), or of the columns."""
+    return replace(affine_format.CODEC.narrow(tensor, dim, start, length), format=DINT)
+
+
 # Not trainable: learned codes move in planes, of which some sums are no levels here.
-CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat)
+CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat, narrow=_narrow)

@@ -14,7 +14,7 @@ from qtool.base import Codec, PartSpec, QuantizedTensor
 from qtool.core.packing import codes_to_planes, num_words, planes_to_codes
 from qtool.errors import SchemeError
 from qtool.formats import coded_scales
-from qtool.formats._parts import joined
+from qtool.formats._parts import joined, narrowed
 from qtool.scheme import Shape2D, WeightScheme
 
 MIXED_ROWS = "mixed_rows"
@@ -158,4 +158,21 @@ def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
     return encode_mixed(classes, torch.cat([row_bits_of(each) for each in tensors]))
 
 
-CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat)
+def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> QuantizedTensor:
+    """Return a part of the rows (dim 0), or of the columns: of each class what it has of them."""
+    narrowed(tensor, dim, start, length)
+    narrow, (classes, _) = coded_scales.CODEC.narrow, split_rows(tensor)
+    if dim == 1:
+        return encode_mixed(
+            [narrow(each, 1, start, length) for each in classes], row_bits_of(tensor)
+        )
+    row_bits = row_bits_of(tensor)
+    kept = []
+    for each in classes:  # rows of a class keep their order, so those of the part are neighbours
+        before = int((row_bits[:start] == each.scheme.num_bits).sum())
+        count = int((row_bits[start : start + length] == each.scheme.num_bits).sum())
+        kept += [narrow(each, 0, before, count)] if count else []
+    return encode_mixed(kept, row_bits[start : start + length])
+
+
+CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat, narrow=_narrow)

@@ -179,5 +179,31 @@ def test_weights_that_differ_are_not_joined(name):
 
 
 @EVERY_FORMAT
+@settings(max_examples=60)
+@given(scheme=schemes, shape=shapes, dim=st.integers(0, 1), data=st.data())
+def test_a_part_of_a_weight_is_that_to_the_bit_or_refused(name, scheme, shape, dim, data):
+    tensor = random_tensor(name, scheme, shape, data.draw(st.integers(0, 10_000)))
+    start = data.draw(st.integers(0, shape[dim] - 1))
+    length = data.draw(st.integers(1, shape[dim] - start))
+    size = tensor.scheme.group_size or shape[dim]
+    groups = {place // size for place in range(start, start + length)}
+    if dim == GROUPED[tensor.scheme.group_dim] and start % size and len(groups) > 1:
+        with pytest.raises(SchemeError, match="begin within a group"):
+            codec(name).narrow(tensor, dim, start, length)
+        return
+    exact = codec(name).dequantize(tensor, torch.float64)
+    check_is(codec(name).narrow(tensor, dim, start, length), exact.narrow(dim, start, length))
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize(("start", "length"), [(-1, 2), (0, 17), (16, 1), (3, 0)])
+def test_a_part_that_a_weight_does_not_have_is_refused(name, start, length):
+    tensor = random_tensor(name, WeightScheme(num_bits=3, group_size=4), Shape2D(16, 16), 0)
+    for dim in (0, 1):
+        with pytest.raises(SchemeError, match="has no part"):
+            codec(name).narrow(tensor, dim, start, length)
+
+
+@EVERY_FORMAT
 def test_version_is_a_positive_number(name):
     assert codec(name).version >= 1

@@ -22,6 +22,7 @@ PYTHON = {
     "docs/serve.md": "test_serving.py",
     **{f"docs/adding-a-{name}.md": "test_adding.py" for name in ("method", "format", "backend")},
     "docs/adding-a-model.md": "test_adding.py",
+    "docs/vllm.md": "tests/unit/integrations/vllm/test_engine.py, where vLLM is installed",
 }
 """Pages with blocks of Python, and what runs these."""
 DATA = "it downloads data; tests/evaluation_tasks runs such commands on data of its own"
@@ -70,6 +71,7 @@ OTHER_PROGRAMS = {
     "source ": "it is for a terminal",
     ".venv/bin/python -m pytest ": "test_adding.py runs it",
     "curl ": "test_serving.py sends the request",
+    "vllm serve ": "it needs vLLM; tests/unit/integrations/vllm runs its engine where it is",
 }
 MODELS = {"MODEL", "ORIGINAL", "demo:smollm2"}
 CHECKPOINT = re.compile(r"OUT_DIR|W\d_DIR|smollm2-[\w-]+")

@@ -49,6 +49,12 @@ def use_backend(name: str | None) -> Iterator[None]:
         _WANTED.reset(token)
 
 
+def reasons_against(tensor: QuantizedTensor, device: torch.device) -> dict[str, str]:
+    """Return why backends can't execute `tensor` on `device`, by their names."""
+    answers = {backend.name: backend.why_not(tensor, device) for backend in _all()}
+    return {name: reason for name, reason in answers.items() if reason is not None}
+
+
 def choose_backend(
     tensor: QuantizedTensor, device: torch.device, wanted: str | None
 ) -> KernelBackend:
