@@ -8,8 +8,9 @@ from torch import Tensor
 
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, codec
+from qtool.checkpoint.shards import open_shards
 from qtool.exchange import Compared, Departure, Exchange, LayerPlace
-from qtool.exchange._compare import OWN_READER, check_equal, stored
+from qtool.exchange._compare import OWN_READER, check_equal
 from qtool.exchange._directory import write_directory
 from qtool.formats._dtypes import dtype_of
 
@@ -53,7 +54,7 @@ def _write(departure: Departure, directory: Path) -> None:
 
 
 def _compare(departure: Departure, directory: Path) -> Compared:
-    shards, layers, others = stored(directory), 0, 0
+    shards, layers, others = open_shards(directory), 0, 0
     for name, tensors in _layers(departure):
         for full, expected in tensors.items():
             check_equal(directory, full, shards.read(full), expected)
