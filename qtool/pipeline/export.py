@@ -21,6 +21,7 @@ from qtool.exchange import (
     exchange_names,
     load_exchange,
 )
+from qtool.exchange._engines import Kernels, kernels_of, why_no_kernel
 from qtool.modeling.companions import read_companions
 from qtool.modeling.config import parse_config
 from qtool.modeling.discover import adapter_of
@@ -38,6 +39,7 @@ class ExportResult:
 
     dest: Path
     target: str
+    engine: str | None
     num_bytes: int
     compared: Compared
 
@@ -47,6 +49,7 @@ def export(
     dest: Path,
     target: str,
     *,
+    engine: str | None = None,
     dtype: str | None = None,
     emit: Emit = ignore_events,
 ) -> ExportResult:
@@ -56,20 +59,26 @@ def export(
         directory: The checkpoint.
         dest: Isn't there yet; appears only when it is complete and compared.
         target: Name of an exchange that can be written.
+        engine: Program that is to run it, as NAME or NAME@VERSION; what it has no kernels for is
+            refused. None: anybody.
         dtype: Of what has no codes; None: as the configuration has it.
         emit: Is told how far it is.
 
     Raises:
-        UnknownNameError: there is no such target.
+        UnknownNameError: there is no such target or engine.
         CheckpointError: the checkpoint is damaged, a layer can't be said in that format, or the
             result isn't equal; nothing is left at `dest`.
         OutputError: something is at `dest`, or it can't be written.
     """
     exchange = writable(target)
+    kernels = None if engine is None else kernels_of(engine, target)
     check_free(dest)
     check_apart(dest, directory)
     departure = open_departure(directory, dtype, emit)
+    emit(Progress("checking what is to be written"))
     check_expressible(departure, target, exchange)
+    if kernels is not None:
+        check_kernels(departure, str(engine), kernels)
     assert exchange.write is not None
     assert exchange.compare is not None
     work = dest.with_name(f".{dest.name}.partial")
@@ -83,7 +92,9 @@ def export(
             sync(dest.parent)
         finally:
             remove(work)
-        return ExportResult(dest=dest, target=target, num_bytes=size_of(dest), compared=compared)
+        return ExportResult(
+            dest=dest, target=target, engine=engine, num_bytes=size_of(dest), compared=compared
+        )
 
 
 def writable(target: str) -> Exchange:
@@ -177,8 +188,7 @@ def check_expressible(departure: Departure, target: str, exchange: Exchange) -> 
         if (reason := exchange.refuses(entry, departure.places[name])) is not None
     }
     if found:
-        reason = next(iter(found.values()))
-        alike = [name for name in found if found[name] == reason]
+        alike, reason = _first_reason(found)
         raise CheckpointError(
             f"{where}: {target} can't say {list_names(alike)}: {reason}. {_nearest(departure)}",
             layer=alike[0],
@@ -187,6 +197,34 @@ def check_expressible(departure: Departure, target: str, exchange: Exchange) -> 
     message = exchange.refuses_model(departure)
     if message is not None:
         raise CheckpointError(f"{where}: {message} {_nearest(departure)}")
+
+
+def check_kernels(departure: Departure, engine: str, kernels: Kernels) -> None:
+    """Check that an engine has kernels for all of a checkpoint.
+
+    Raises:
+        CheckpointError: it hasn't: names layers, and what it takes.
+    """
+    where, layers = departure.checkpoint.directory, departure.checkpoint.manifest.layers
+    found = {
+        name: reason
+        for name, entry in layers.items()
+        if (reason := why_no_kernel(kernels, entry)) is not None
+    }
+    if found:
+        alike, reason = _first_reason(found)
+        raise CheckpointError(
+            f"{where}: {engine} has no kernel for {list_names(alike)}: {reason}. Quantize it so, "
+            "leave out --engine, or give --target dense.",
+            layer=alike[0],
+            file=where / CONFIG_NAME,
+        )
+
+
+def _first_reason(found: Mapping[str, str]) -> tuple[list[str], str]:
+    """Return the first reason, and all layers that have it."""
+    reason = next(iter(found.values()))
+    return [name for name in found if found[name] == reason], reason
 
 
 def _nearest(departure: Departure) -> str:

@@ -1,0 +1,123 @@
+"""Which weights of a format an engine has kernels for.
+
+Sources: vLLM 0.33.0, `layers/quantization/auto_gptq.py`, `utils/{marlin,machete}_utils.py`,
+`kernels/linear/mixed_precision/*.py` and the schemes of `compressed_tensors`; read, not run.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qtool.checkpoint.manifest import LayerEntry
+from qtool.errors import UnknownNameError
+from qtool.plugins import check_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """What an engine takes of one format."""
+
+    symmetric: tuple[int, ...]
+    """Bits of weights without zero points."""
+    asymmetric: tuple[int, ...]
+    """Bits of weights with zero points."""
+    group_sizes: tuple[int | None, ...]
+    """None: one group per row."""
+    multiple: int = 1
+    """Of which in_features and out_features are."""
+    ordered: bool = False
+    """Takes inputs that are sorted by group."""
+    activations: bool = False
+    """Takes inputs of 8 bits, a step per token, with symmetric weights of 8 bits per row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """A program that serves models."""
+
+    version: str
+    """The one that was read; others may differ."""
+    formats: Mapping[str, Kernels] = field(default_factory=dict)
+    """By the name of the exchange; `dense` goes everywhere."""
+
+
+PER_ROW = None
+MARLIN = (PER_ROW, 32, 64, 128)
+ENGINES: Mapping[str, Engine] = {
+    "vllm": Engine(
+        version="0.33",
+        formats={
+            "gptq": Kernels(symmetric=(4, 8), asymmetric=(), group_sizes=MARLIN, multiple=64),
+            "compressed-tensors": Kernels(
+                symmetric=(4, 8),
+                asymmetric=(4,),
+                group_sizes=MARLIN,
+                multiple=64,
+                activations=True,
+            ),
+            "dense": Kernels(symmetric=(), asymmetric=(), group_sizes=()),
+        },
+    ),
+    "transformers": Engine(
+        version="5",
+        formats={
+            "gptq": Kernels(
+                symmetric=(2, 3, 4, 8),
+                asymmetric=(2, 3, 4, 8),
+                group_sizes=(PER_ROW, 16, 32, 64, 128, 256, 512, 1024),
+                multiple=32,
+                ordered=True,
+            ),
+            "compressed-tensors": Kernels(
+                symmetric=tuple(range(2, 9)),
+                asymmetric=tuple(range(2, 9)),
+                group_sizes=(PER_ROW, 16, 32, 64, 128, 256),
+                activations=True,
+            ),
+            "dense": Kernels(symmetric=(), asymmetric=(), group_sizes=()),
+        },
+    ),
+}
+EVERYTHING = "dense"
+
+
+def kernels_of(engine: str, target: str) -> Kernels:
+    """Return what an engine, as `--engine` names it, takes of a format.
+
+    Raises:
+        UnknownNameError: there is no such engine, it is known in another version, or doesn't read
+            the format.
+    """
+    name, _, version = engine.partition("@")
+    check_name(name, tuple(ENGINES), "engines")
+    known = ENGINES[name]
+    if version and not (version == known.version or version.startswith(f"{known.version}.")):
+        raise UnknownNameError(
+            f"What {name}@{version} takes isn't known; {name}@{known.version} is. Give that, or "
+            "leave out --engine."
+        )
+    check_name(target, tuple(known.formats), f"what {name} reads")
+    return known.formats[target]
+
+
+def why_no_kernel(kernels: Kernels, entry: LayerEntry) -> str | None:
+    """Return why no kernel takes a layer, as a clause, or None."""
+    scheme, shape = entry.scheme, entry.shape
+    if not kernels.group_sizes:
+        return None
+    bits = kernels.symmetric if scheme.symmetric else kernels.asymmetric
+    kind = "symmetric" if scheme.symmetric else "asymmetric"
+    if scheme.num_bits not in bits:
+        meant = ", ".join(map(str, bits)) or "none"
+        return f"it is {kind} with {scheme.num_bits} bits, of which {meant} are meant"
+    size = scheme.group_size
+    whole = size is None or shape.in_features % size == 0
+    if size not in kernels.group_sizes or not whole:
+        sizes = ", ".join("row" if one is None else str(one) for one in kernels.group_sizes)
+        return f"its groups have {size or 'a row'} of {shape.in_features} inputs; {sizes} are meant"
+    if any(length % kernels.multiple for length in shape):
+        return f"its shape is {tuple(shape)}; multiples of {kernels.multiple} are meant"
+    if "input_order" in entry.layout() and not kernels.ordered:
+        return "its inputs are sorted by group, and they must be as they come"
+    if entry.activation is not None and not kernels.activations:
+        return "its inputs are quantized"
+    return None
