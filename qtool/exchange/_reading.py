@@ -1,7 +1,8 @@
 """Tensors of a directory that another program wrote: checked by name, shape and dtype."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -53,6 +54,17 @@ class ForeignDirectory:
         if spec is None:
             raise CheckpointError(f"{self.path}: tensor {shown(name)} is missing. Copy it again.")
         return spec.shape
+
+    def matrix(self, name: str) -> tuple[int, int]:
+        """Return the shape of a stored matrix.
+
+        Raises:
+            CheckpointError: there is none of that name.
+        """
+        found = self.shape(name)
+        if len(found) != 2 or not min(found):  # noqa: PLR2004
+            raise CheckpointError(f"{self.path}: {shown(name)} has shape {found}, no matrix.")
+        return found[0], found[1]
 
     def read(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
         """Return a tensor, if it is what it must be.
@@ -120,3 +132,57 @@ def check_int(value: int, allowed: tuple[int, ...], key: str, where: str) -> int
         meant = ", ".join(map(str, allowed))
         raise CheckpointError(f"{where}: {key} is {quoted(value)}; {meant} are known.")
     return value
+
+
+def layers_named(directory: ForeignDirectory, part: str, *, optional: bool = False) -> list[str]:
+    """Return the names of layers that have a part.
+
+    Raises:
+        CheckpointError: none has, and that isn't optional.
+    """
+    end = f".{part}"
+    names = [name.removesuffix(end) for name in directory.shards.specs if name.endswith(end)]
+    if not names and not optional:
+        raise CheckpointError(
+            f"{directory.path}: no tensor is called {end}: nothing is quantized there."
+        )
+    return names
+
+
+def others(
+    directory: ForeignDirectory, layers: Iterable[str], parts: Iterable[str]
+) -> dict[str, Callable[[], Tensor]]:
+    """Return what reads each tensor that is no part of a layer."""
+    owned = {f"{name}.{part}" for name in layers for part in parts}
+    return {
+        name: partial(directory.shards.read, name)
+        for name in directory.shards.specs
+        if name not in owned
+    }
+
+
+def order_of_groups(g_idx: Tensor, group: int, where: str) -> Tensor | None:
+    """Return inputs sorted by group, (in_features,) int64; None where they are as they come.
+
+    Args:
+        g_idx: (in_features,) int64, the group of each.
+        group: Inputs of each group; the last may have fewer.
+        where: The tensor, for messages.
+
+    Raises:
+        CheckpointError: there is no such group, or one has another number of inputs.
+    """
+    usual = torch.arange(len(g_idx)) // group
+    if torch.equal(g_idx, usual):
+        return None
+    low, high, last = int(g_idx.min()), int(g_idx.max()), int(usual[-1])
+    if low < 0 or high > last:
+        raise CheckpointError(
+            f"{where} holds groups {low} to {high}; 0 to {last} are meant. Copy the model again."
+        )
+    order = g_idx.argsort(stable=True)
+    if not torch.equal(g_idx[order], usual):
+        raise CheckpointError(
+            f"{where} gives groups other than {group} inputs each, which no format of qtool holds."
+        )
+    return order

@@ -20,7 +20,14 @@ from qtool.exchange import Exchange, ForeignModel, LayerPlace
 from qtool.exchange._affine import FLOATS, Grid, why_not_affine
 from qtool.exchange._gptq_rules import Rule, rule_of
 from qtool.exchange._gptq_writing import compare_gptq, fields, write_gptq
-from qtool.exchange._reading import ForeignDirectory, check_int, open_foreign
+from qtool.exchange._reading import (
+    ForeignDirectory,
+    check_int,
+    layers_named,
+    open_foreign,
+    order_of_groups,
+    others,
+)
 from qtool.exchange._words import unpack_words, words_for
 from qtool.wording import shown
 
@@ -48,18 +55,13 @@ def _read(path: Path) -> ForeignModel:
     directory = open_foreign(path)
     default = _default_rule(directory)
     dynamic = directory.value("dynamic", dict, default={})
-    ends = tuple(f".{part}" for part in PARTS)
-    stored = directory.shards.specs
-    names = [name.removesuffix(ends[0]) for name in stored if name.endswith(ends[0])]
-    if not names:
-        raise CheckpointError(f"{path}: no tensor is called .qweight: nothing is quantized there.")
-    layers = {}
-    for name in names:
-        rule = rule_of(dynamic, name, default, directory.where)
-        layers[name] = partial(_load, directory, name, rule)
-    owned = {f"{name}{end}" for name in names for end in ends}
-    others = {name: partial(directory.shards.read, name) for name in stored if name not in owned}
-    return ForeignModel(config=directory.config, layers=layers, others=others)
+    names = layers_named(directory, PARTS[0])
+    rules = {name: rule_of(dynamic, name, default, directory.where) for name in names}
+    return ForeignModel(
+        config=directory.config,
+        layers={name: partial(_load, directory, name, rule) for name, rule in rules.items()},
+        others=others(directory, names, PARTS),
+    )
 
 
 def _default_rule(directory: ForeignDirectory) -> Rule:
@@ -82,13 +84,7 @@ def _default_rule(directory: ForeignDirectory) -> Rule:
 def _load(directory: ForeignDirectory, name: str, rule: Rule) -> QuantizedTensor:
     """Read a layer."""
     bits = check_int(rule.num_bits, BITS, f"bits of {shown(name)}", directory.where)
-    size = directory.shape(f"{name}.qweight")
-    if len(size) != 2 or not min(size) or size[0] * 32 % bits:  # noqa: PLR2004 - a matrix
-        raise CheckpointError(
-            f"{directory.path}: {shown(name)}.qweight has shape {size}, which is no matrix of "
-            f"{bits} bits."
-        )
-    rows, outputs = size[0], size[1]
+    rows, outputs = directory.matrix(f"{name}.qweight")
     inputs = _inputs(directory, name, rows * 32 // bits)
     group = rule.group_size if rule.group_size > 0 else inputs
     groups = -(-inputs // group)
@@ -97,7 +93,7 @@ def _load(directory: ForeignDirectory, name: str, rule: Rule) -> QuantizedTensor
     qzeros = directory.read(f"{name}.qzeros", (groups, columns), ints)
     scales = directory.read(f"{name}.scales", (groups, outputs), FLOATS)
     codes = unpack_words(qweight.T.contiguous(), bits, inputs)
-    order = _order(directory, name, group, groups, inputs)
+    order = _order(directory, name, group, inputs)
     grid = Grid(
         codes=codes if order is None else codes[:, order],
         scales=scales.T.contiguous(),
@@ -122,29 +118,13 @@ def _inputs(directory: ForeignDirectory, name: str, packed: int) -> int:
     return spec.shape[0]
 
 
-def _order(
-    directory: ForeignDirectory, name: str, group: int, groups: int, inputs: int
-) -> Tensor | None:
+def _order(directory: ForeignDirectory, name: str, group: int, inputs: int) -> Tensor | None:
     """Return inputs sorted by group, (in_features,) int64; None where they are as they come."""
     full = f"{name}.g_idx"
     if full not in directory.shards.specs:
         return None
     g_idx = directory.read(full, (inputs,), (torch.int32, torch.int64)).long()
-    usual = torch.arange(inputs) // group
-    if torch.equal(g_idx, usual):
-        return None
-    if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
-        raise CheckpointError(
-            f"{directory.path}: {shown(full)} holds groups {int(g_idx.min())} to "
-            f"{int(g_idx.max())}; 0 to {groups - 1} are meant."
-        )
-    order = g_idx.argsort(stable=True)
-    if not torch.equal(g_idx[order], usual):
-        raise CheckpointError(
-            f"{directory.path}: {shown(full)} gives groups other than {group} inputs each, which "
-            "no format of qtool holds."
-        )
-    return order
+    return order_of_groups(g_idx, group, f"{directory.path}: {shown(full)}")
 
 
 EXCHANGE = Exchange(

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.base import Emit, Progress, ignore_events
+from torch import nn
+
+from qtool.base import CausalModel, Emit, Progress, ignore_events
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.checkpoint.marks import CONFIG_NAME
@@ -148,12 +150,14 @@ def open_departure(directory: Path, dtype: str | None, emit: Emit) -> Departure:
     """
     checkpoint = CheckpointReader(directory)
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    places, transposed = layer_places(config, checkpoint.manifest.layers, directory)
+    skeleton = empty_model(parse_config(config, directory), directory)
+    places, transposed = layer_places(skeleton, config, checkpoint.manifest.layers)
     named = config.get("dtype") or config.get("torch_dtype")
     return Departure(
         checkpoint=checkpoint,
         places=places,
         transposed=transposed,
+        linears=tuple(n for n, part in skeleton.named_modules() if isinstance(part, nn.Linear)),
         files=read_companions(directory),
         dtype=dtype or (named if named in DTYPES_OF_EXPORTS else "float16"),
         emit=emit,
@@ -161,10 +165,9 @@ def open_departure(directory: Path, dtype: str | None, emit: Emit) -> Departure:
 
 
 def layer_places(
-    config: Mapping[str, object], layers: Mapping[str, LayerEntry], directory: Path
+    skeleton: CausalModel, config: Mapping[str, object], layers: Mapping[str, LayerEntry]
 ) -> tuple[dict[str, LayerPlace], frozenset[str]]:
     """Return where each layer stands, and which are stored as (in_features, out_features)."""
-    skeleton = empty_model(parse_config(config, directory), directory)
     family = str(config.get("model_type"))
     adapter = load_adapter(family) if family in families() else adapter_of(skeleton, family)
     tables: dict[str, LayerPlace] = {adapter.embedding: "embedding", adapter.head: "head"}

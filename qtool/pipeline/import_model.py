@@ -151,6 +151,7 @@ def _write_layers(
             scheme=WeightScheme(**notes["scheme"]),
             shape=Shape2D(*notes["shape"]),
             method=coming.name,
+            activation=foreign.activations.get(layer),
         )
         coming.emit(Progress(IMPORTING, number, len(foreign.layers), layer))
     shared = {
