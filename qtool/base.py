@@ -163,8 +163,8 @@ class Method:
     """Statistics that it can't do without."""
     uses: frozenset[Statistic] = frozenset()
     """Statistics that it does better with."""
-    is_tunable: bool = True
-    """The format that it writes has `Codec.trainable`."""
+    writes: Callable[[Any], str] = lambda _options: "affine"  # options -> format of the result
+    is_tunable: bool = True  # that has `Codec.trainable`
 
 
 Passage = Literal["norm", "attention", "heads", "gate", "activation"]

@@ -19,7 +19,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Grid:
+class ForeignGrid:
     """A weight as peers have it: scale * (code - zero point), groups along in_features."""
 
     codes: Tensor
@@ -60,12 +60,12 @@ class Grid:
         return plain if self.order is None else encode_ordered(plain, self.order)
 
 
-def grid_of(tensor: QuantizedTensor) -> Grid:
+def foreign_grid(tensor: QuantizedTensor) -> ForeignGrid:
     """Return a weight of format `affine` or `ordered_affine` as peers have it."""
     order = None
     if tensor.format == ORDERED_AFFINE:
         tensor, order = split_order(tensor)
-    return Grid(
+    return ForeignGrid(
         codes=planes_to_codes(tensor.parts["codes"], tensor.shape.in_features),
         scales=tensor.parts["scales"],
         zeros=zero_points(tensor),

@@ -13,12 +13,12 @@ from qtool.exchange._reading import ForeignDirectory, value_of
 from qtool.scheme import ActivationScheme
 from qtool.wording import quoted, shown
 
-PACKED = "pack-quantized"
-WHOLE = ("int-quantized", "naive-quantized")
+IN_WORDS = "pack-quantized"
+IN_BYTES = ("int-quantized", "naive-quantized")
 """Codes of a byte each."""
-MIXED = "mixed-precision"
+SEVERAL_FORMATS = "mixed-precision"
 PATTERN = "re:"
-GROUPED, PER_ROW, PER_TENSOR = "group", "channel", "tensor"
+BY_GROUP, BY_ROW, BY_TENSOR = "group", "channel", "tensor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ def read_groups(directory: ForeignDirectory) -> tuple[CtGroup, ...]:
     Raises:
         CheckpointError: one is damaged, or is of a kind that isn't read.
     """
-    kind = directory.value("format", str, default=PACKED)
+    kind = directory.value("format", str, default=IN_WORDS)
     if directory.section.get("kv_cache_scheme") not in (None, {}):
         raise CheckpointError(
             f"{directory.where}: kv_cache_scheme quantizes keys and values, which isn't imported."
@@ -65,8 +65,8 @@ def _group(key: str, value: object, kind: str, where: str) -> CtGroup:
     targets = value_of(value, "targets", list, where=where)
     weights = value_of(value, "weights", dict, where=where)
     own = value_of(value, "format", str, default=kind, where=where)
-    if own not in (PACKED, *WHOLE):
-        known = ", ".join((PACKED, *WHOLE))
+    if own not in (IN_WORDS, *IN_BYTES):
+        known = ", ".join((IN_WORDS, *IN_BYTES))
         raise CheckpointError(f"{where}: format is {shown(own)}; {known} are read.")
     within = f"{where}.weights"
     number = value_of(weights, "type", str, default="int", where=within)
@@ -77,9 +77,9 @@ def _group(key: str, value: object, kind: str, where: str) -> CtGroup:
         )
     size = value_of(weights, "group_size", int, default=-1, where=within)
     strategy = value_of(
-        weights, "strategy", str, default=GROUPED if size > 0 else PER_TENSOR, where=within
+        weights, "strategy", str, default=BY_GROUP if size > 0 else BY_TENSOR, where=within
     )
-    if strategy not in (GROUPED, PER_ROW, PER_TENSOR) or (strategy == GROUPED and size < 1):
+    if strategy not in (BY_GROUP, BY_ROW, BY_TENSOR) or (strategy == BY_GROUP and size < 1):
         raise CheckpointError(
             f"{within}: strategy is {shown(strategy)} with group_size {size}; group with a size, "
             "channel and tensor are read."
@@ -90,8 +90,8 @@ def _group(key: str, value: object, kind: str, where: str) -> CtGroup:
         num_bits=bits,
         symmetric=value_of(weights, "symmetric", bool, default=True, where=within),
         strategy=strategy,
-        group_size=size if strategy == GROUPED else None,
-        packed=own == PACKED,
+        group_size=size if strategy == BY_GROUP else None,
+        packed=own == IN_WORDS,
         activation=_activation(value.get("input_activations"), where),
     )
 
@@ -149,7 +149,7 @@ def weights_config(num_bits: int, group_size: int | None, *, symmetric: bool) ->
         "num_bits": num_bits,
         "type": "int",
         "symmetric": symmetric,
-        "strategy": PER_ROW if group_size is None else GROUPED,
+        "strategy": BY_ROW if group_size is None else BY_GROUP,
         "group_size": group_size,
         "block_structure": None,
         "dynamic": False,

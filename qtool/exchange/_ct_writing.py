@@ -14,9 +14,15 @@ from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, codec
 from qtool.checkpoint.shards import open_shards
 from qtool.exchange import Compared, Departure
-from qtool.exchange._affine import grid_of
+from qtool.exchange._affine import foreign_grid
 from qtool.exchange._compare import OWN_READER, check_equal
-from qtool.exchange._ct_config import MIXED, PACKED, WHOLE, inputs_config, weights_config
+from qtool.exchange._ct_config import (
+    IN_BYTES,
+    IN_WORDS,
+    SEVERAL_FORMATS,
+    inputs_config,
+    weights_config,
+)
 from qtool.exchange._directory import write_directory
 from qtool.exchange._words import pack_words
 from qtool.exchange.dense import plain
@@ -24,7 +30,7 @@ from qtool.scheme import ActivationScheme
 
 LAYOUT_VERSION = "0.18.0"
 """Since then codes of 3, 5, 6 and 7 bits run on from word to word."""
-PEER = "compressed_tensors"
+CT_LIBRARY = "compressed_tensors"
 BYTE_BITS = 8
 
 
@@ -49,7 +55,7 @@ def _is_whole(entry: LayerEntry) -> bool:
 
 def _packed(name: str, tensor: QuantizedTensor, entry: LayerEntry) -> dict[str, Tensor]:
     """Return the tensors of a layer by full name."""
-    grid, half = grid_of(tensor), 2 ** (entry.scheme.num_bits - 1)
+    grid, half = foreign_grid(tensor), 2 ** (entry.scheme.num_bits - 1)
     parts = {"weight_scale": grid.scales}
     if _is_whole(entry):
         parts["weight"] = (grid.codes.to(torch.int16) - half).to(torch.int8)
@@ -95,7 +101,7 @@ def _section(departure: Departure) -> dict[str, Any]:
         formats.add(value["format"])
     return {
         "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else MIXED,
+        "format": formats.pop() if len(formats) == 1 else SEVERAL_FORMATS,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [name for name in departure.linears if name not in layers],
@@ -112,14 +118,14 @@ def _group(entry: LayerEntry, targets: list[str]) -> dict[str, Any]:
         "weights": weights_config(scheme.num_bits, scheme.group_size, symmetric=scheme.symmetric),
         "input_activations": None if entry.activation is None else inputs_config(),
         "output_activations": None,
-        "format": WHOLE[0] if _is_whole(entry) else PACKED,
+        "format": IN_BYTES[0] if _is_whole(entry) else IN_WORDS,
     }
 
 
 @cache
 def _peer() -> Any:  # noqa: ANN401
     """Return compressed-tensors' decoders, packed and whole, and its scheme; None: not there."""
-    if importlib.util.find_spec(PEER) is None:
+    if importlib.util.find_spec(CT_LIBRARY) is None:
         return None
     try:
         from compressed_tensors.compressors import (
@@ -160,5 +166,5 @@ def compare_ct(departure: Departure, directory: Path) -> Compared:
         if found is not None:
             exact = codec(tensor.format).dequantize(tensor, torch.float32)
             check_equal(directory, name, found, exact)
-    by = f"compressed-tensors {importlib.metadata.version(PEER)}" if _peer() else OWN_READER
+    by = f"compressed-tensors {importlib.metadata.version(CT_LIBRARY)}" if _peer() else OWN_READER
     return Compared(layers=layers, tensors=len(list(checkpoint.names())) - layers, by=by)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.errors import UnknownNameError
 from qtool.plugins import check_name
+from qtool.scheme import WeightScheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +78,6 @@ ENGINES: Mapping[str, Engine] = {
         },
     ),
 }
-EVERYTHING = "dense"
 
 
 def kernels_of(engine: str, target: str) -> Kernels:
@@ -101,23 +101,37 @@ def kernels_of(engine: str, target: str) -> Kernels:
 
 def why_no_kernel(kernels: Kernels, entry: LayerEntry) -> str | None:
     """Return why no kernel takes a layer, as a clause, or None."""
-    scheme, shape = entry.scheme, entry.shape
     if not kernels.group_sizes:
         return None
+    reasons = (_wrong_bits(kernels, entry.scheme), _wrong_groups(kernels, entry))
+    found = next((reason for reason in reasons if reason is not None), None)
+    if found is not None:
+        return found
+    if "input_order" in entry.layout() and not kernels.ordered:
+        return "its inputs are sorted by group, and they must be as they come"
+    if entry.activation is not None and not kernels.activations:
+        return "its inputs are quantized"
+    return None
+
+
+def _wrong_bits(kernels: Kernels, scheme: WeightScheme) -> str | None:
     bits = kernels.symmetric if scheme.symmetric else kernels.asymmetric
+    if scheme.num_bits in bits:
+        return None
     kind = "symmetric" if scheme.symmetric else "asymmetric"
-    if scheme.num_bits not in bits:
-        meant = ", ".join(map(str, bits)) or "none"
-        return f"it is {kind} with {scheme.num_bits} bits, of which {meant} are meant"
-    size = scheme.group_size
+    other = ", ".join(map(str, kernels.symmetric))
+    meant = f"it takes {kind} ones of {', '.join(map(str, bits))} bits"
+    if not bits:
+        meant = f"it takes symmetric ones of {other} bits alone"
+    return f"it is {kind} with {scheme.num_bits} bits, and {meant}"
+
+
+def _wrong_groups(kernels: Kernels, entry: LayerEntry) -> str | None:
+    size, shape = entry.scheme.group_size, entry.shape
     whole = size is None or shape.in_features % size == 0
     if size not in kernels.group_sizes or not whole:
         sizes = ", ".join("row" if one is None else str(one) for one in kernels.group_sizes)
         return f"its groups have {size or 'a row'} of {shape.in_features} inputs; {sizes} are meant"
     if any(length % kernels.multiple for length in shape):
         return f"its shape is {tuple(shape)}; multiples of {kernels.multiple} are meant"
-    if "input_order" in entry.layout() and not kernels.ordered:
-        return "its inputs are sorted by group, and they must be as they come"
-    if entry.activation is not None and not kernels.activations:
-        return "its inputs are quantized"
     return None

@@ -14,13 +14,13 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.exchange._compare import OWN_READER
 
-PEER = "gptqmodel"
+GPTQ_LIBRARY = "gptqmodel"
 
 
 @cache
 def _peer() -> Any:  # noqa: ANN401
     """Return GPTQModel's linear and its conversion of version 1; None: it can't be imported."""
-    if importlib.util.find_spec(PEER) is None:
+    if importlib.util.find_spec(GPTQ_LIBRARY) is None:
         return None
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it greets
@@ -33,7 +33,7 @@ def _peer() -> Any:  # noqa: ANN401
 
 def peer_name() -> str:
     """Return whose functions decode."""
-    return f"{PEER} {importlib.metadata.version(PEER)}" if _peer() else OWN_READER
+    return f"{GPTQ_LIBRARY} {importlib.metadata.version(GPTQ_LIBRARY)}" if _peer() else OWN_READER
 
 
 def decode_gptq(

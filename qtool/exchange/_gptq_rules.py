@@ -13,7 +13,7 @@ from qtool.errors import CheckpointError
 from qtool.exchange._reading import value_of
 from qtool.wording import quoted, shown
 
-QUANTIZED, PLAIN = "+:", "-:"
+HAS_CODES, LEFT_PLAIN = "+:", "-:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,10 @@ def rule_of(dynamic: Mapping[str, Any], name: str, default: Rule, where: str) ->
 
 
 def _matches(pattern: str, name: str, where: str) -> bool:
-    if pattern.startswith(PLAIN):
+    if pattern.startswith(LEFT_PLAIN):
         return False
     try:
-        return re.match(pattern.removeprefix(QUANTIZED), name) is not None
+        return re.match(pattern.removeprefix(HAS_CODES), name) is not None
     except (re.error, RecursionError) as error:
         raise CheckpointError(
             f"{where}: dynamic has {quoted(pattern)}, no regular expression ({error})."
@@ -59,4 +59,4 @@ def _matches(pattern: str, name: str, where: str) -> bool:
 
 def exactly(name: str) -> str:
     """Return the key of a rule about one module."""
-    return f"{QUANTIZED}^{re.escape(name)}$"
+    return f"{HAS_CODES}^{re.escape(name)}$"

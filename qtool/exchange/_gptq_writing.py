@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import qtool
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.shards import open_shards
 from qtool.exchange import Compared, Departure
-from qtool.exchange._affine import grid_of
+from qtool.exchange._affine import foreign_grid
 from qtool.exchange._compare import check_equal
 from qtool.exchange._directory import write_directory
 from qtool.exchange._gptq_peer import decode_gptq, peer_name
@@ -40,7 +39,7 @@ def fields(qzeros: Tensor, num_bits: int, outputs: int, version: int) -> Tensor:
 
 def packed_layer(name: str, tensor: QuantizedTensor, version: int) -> dict[str, Tensor]:
     """Return the tensors of a layer by full name."""
-    grid = grid_of(tensor)
+    grid = foreign_grid(tensor)
     inputs = grid.codes.shape[1]
     codes, size = grid.codes, grid.group_size or inputs
     g_idx = torch.arange(inputs, dtype=torch.int32) // size
@@ -96,7 +95,7 @@ def _section(departure: Departure) -> dict[str, Any]:
         "lm_head": "head" in departure.places.values(),
         "pack_dtype": "int32",
         "modules_in_block_to_quantize": [_modules(departure)],
-        "meta": {"quantizer": [f"qtool:{qtool.__version__}"]},
+        "meta": {"quantizer": [f"qtool:{departure.checkpoint.manifest.tool_version}"]},
     }
     others = {
         exactly(name): _numbers(entry.scheme)

@@ -16,7 +16,7 @@ from qtool.errors import CheckpointError
 from qtool.formats._dtypes import DTYPES
 from qtool.wording import quoted, shown
 
-CONFIG = "config.json"
+CONFIG_FILE = "config.json"
 SECTION = "quantization_config"
 
 
@@ -42,7 +42,7 @@ class ForeignDirectory:
     @property
     def where(self) -> str:
         """How messages call the section."""
-        return f"{self.path / CONFIG}: {SECTION}"
+        return f"{self.path / CONFIG_FILE}: {SECTION}"
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a stored tensor.
@@ -112,11 +112,11 @@ def open_foreign(path: Path) -> ForeignDirectory:
     Raises:
         CheckpointError: files are missing or damaged.
     """
-    config = read_json(path / CONFIG)
+    config = read_json(path / CONFIG_FILE)
     section = config.pop(SECTION, None)
     if not isinstance(section, dict):
         raise CheckpointError(
-            f"{path / CONFIG}: {SECTION} is {quoted(section)}; an object is meant."
+            f"{path / CONFIG_FILE}: {SECTION} is {quoted(section)}; an object is meant."
         )
     config.pop("auto_map", None)
     return ForeignDirectory(path, config, section, open_shards(path))

@@ -14,7 +14,7 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.errors import CheckpointError
 from qtool.exchange import Exchange, ForeignModel
-from qtool.exchange._affine import FLOATS, Grid
+from qtool.exchange._affine import FLOATS, ForeignGrid
 from qtool.exchange._reading import ForeignDirectory, check_int, layers_named, open_foreign, others
 from qtool.exchange._words import unpack_words
 from qtool.wording import shown
@@ -22,24 +22,24 @@ from qtool.wording import shown
 NUM_BITS, PER_WORD = 4, 8
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which nibble of a word each of its eight columns is in."""
-PARTS = ("qweight", "qzeros", "scales")
+AWQ_PARTS = ("qweight", "qzeros", "scales")
 KIND = "gemm"
 
 
 def _read(path: Path) -> ForeignModel:
     directory = open_foreign(path)
     check_int(directory.value("bits", int, default=NUM_BITS), (NUM_BITS,), "bits", directory.where)
-    name = directory.value("version", str, default=directory.section.get("format"))
-    if name is not None and str(name).lower() != KIND:
+    name = directory.value("version", str, default=directory.section.get("format") or KIND)
+    if name.lower() != KIND:
         raise CheckpointError(
             f"{directory.where}: version is {shown(name)}; {KIND} is the layout that is known."
         )
     group_size = directory.value("group_size", int, default=128)
-    names = layers_named(directory, PARTS[0])
+    names = layers_named(directory, AWQ_PARTS[0])
     return ForeignModel(
         config=directory.config,
         layers={layer: partial(_load, directory, layer, group_size) for layer in names},
-        others=others(directory, names, PARTS),
+        others=others(directory, names, AWQ_PARTS),
     )
 
 
@@ -51,7 +51,7 @@ def _load(directory: ForeignDirectory, name: str, group_size: int) -> QuantizedT
     codes = directory.read(f"{name}.qweight", (inputs, words), ints)
     zeros = directory.read(f"{name}.qzeros", (groups, words), ints)
     scales = directory.read(f"{name}.scales", (groups, outputs), FLOATS)
-    grid = Grid(
+    grid = ForeignGrid(
         codes=_columns(codes, outputs).T.contiguous(),
         scales=scales.T.contiguous(),
         zeros=_columns(zeros, outputs).T.contiguous(),

@@ -17,8 +17,8 @@ from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.errors import CheckpointError
 from qtool.exchange import Exchange, ForeignModel, LayerPlace
-from qtool.exchange._affine import FLOATS, Grid, why_not_affine
-from qtool.exchange._ct_config import PER_TENSOR, CtGroup, group_of, read_groups
+from qtool.exchange._affine import FLOATS, ForeignGrid, why_not_affine
+from qtool.exchange._ct_config import BY_TENSOR, CtGroup, group_of, read_groups
 from qtool.exchange._ct_writing import compare_ct, is_usual, refuses_ct, write_ct
 from qtool.exchange._reading import (
     ForeignDirectory,
@@ -36,9 +36,9 @@ PACKED_PART, WHOLE_PART, SCALE, ZERO = (
     "weight_scale",
     "weight_zero_point",
 )
-PARTS = (PACKED_PART, SCALE, ZERO, "weight_shape", "weight_g_idx")
+CT_PARTS = (PACKED_PART, SCALE, ZERO, "weight_shape", "weight_g_idx")
 INTS, BYTES = (torch.int32,), (torch.int8,)
-BITS = range(2, 9)
+CT_BITS = range(2, 9)
 
 
 def _refuses(entry: LayerEntry, place: LayerPlace) -> str | None:
@@ -46,7 +46,7 @@ def _refuses(entry: LayerEntry, place: LayerPlace) -> str | None:
     if reason is not None:
         return reason
     scheme, size = entry.scheme, entry.scheme.group_size
-    if scheme.num_bits not in BITS:
+    if scheme.num_bits not in CT_BITS:
         return f"it has {scheme.num_bits} bits, and 2 to 8 are meant"
     if size is not None and entry.shape.in_features % size:
         return f"groups of {size} don't divide its {entry.shape.in_features} inputs"
@@ -76,7 +76,7 @@ def _read(path: Path) -> ForeignModel:
                 f"{'' if group.packed else 'not '}packed, and it is stored otherwise."
             )
     bytes_of = {f"{name}.{WHOLE_PART}" for name in whole}
-    plain = others(directory, names, PARTS)
+    plain = others(directory, names, CT_PARTS)
     return ForeignModel(
         config=directory.config,
         layers={name: partial(_load, directory, name, group) for name, group in found.items()},
@@ -97,7 +97,7 @@ def _load(directory: ForeignDirectory, name: str, group: CtGroup) -> QuantizedTe
             directory.read(f"{name}.{WHOLE_PART}", (outputs, inputs), BYTES), group.num_bits
         )
     order = _order(directory, name, size, inputs)
-    grid = Grid(
+    grid = ForeignGrid(
         codes=codes if order is None else codes[:, order],
         scales=_scales(directory, name, group, (outputs, groups)),
         zeros=_zeros(directory, name, group, (outputs, groups)),
@@ -148,7 +148,7 @@ def _scales(
     directory: ForeignDirectory, name: str, group: CtGroup, shape: tuple[int, int]
 ) -> Tensor:
     full = f"{name}.{SCALE}"
-    if group.strategy != PER_TENSOR:
+    if group.strategy != BY_TENSOR:
         return directory.read(full, shape, FLOATS)
     return directory.read(full, (1,), FLOATS).expand(shape).contiguous()
 
@@ -163,7 +163,7 @@ def _zeros(
     spec = directory.shards.specs.get(full)
     if spec is not None and spec.dtype == "I32":
         return _zeros_of_words(directory, full, bits, shape)
-    if group.strategy == PER_TENSOR:
+    if group.strategy == BY_TENSOR:
         return _from_bytes(directory.read(full, (1,), BYTES), bits).expand(shape).contiguous()
     return _from_bytes(directory.read(full, shape, BYTES), bits)
 

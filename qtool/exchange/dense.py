@@ -14,7 +14,7 @@ from qtool.exchange._compare import OWN_READER, check_equal
 from qtool.exchange._directory import write_directory
 from qtool.formats._dtypes import dtype_of
 
-WEIGHT = "weight"
+WEIGHT_PART = "weight"
 
 
 def _refuses(entry: LayerEntry, _place: LayerPlace) -> str | None:
@@ -30,7 +30,7 @@ def _layers(departure: Departure) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         if entry is None:
             yield name, {name: plain(departure, name)}
         elif entry.shared_with is None:
-            yield name, {f"{name}.{WEIGHT}": weight_of(departure, name)}
+            yield name, {f"{name}.{WEIGHT_PART}": rounded_weight(departure, name)}
 
 
 def plain(departure: Departure, name: str) -> Tensor:
@@ -40,7 +40,7 @@ def plain(departure: Departure, name: str) -> Tensor:
     return values.to(dtype_of(departure.dtype)) if values.is_floating_point() else values
 
 
-def weight_of(departure: Departure, name: str) -> Tensor:
+def rounded_weight(departure: Departure, name: str) -> Tensor:
     """Return what the codes of a layer mean, as its module stores it, rounded once."""
     tensor = departure.checkpoint.load(name)
     assert isinstance(tensor, QuantizedTensor)

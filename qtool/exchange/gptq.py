@@ -17,7 +17,7 @@ from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.errors import CheckpointError
 from qtool.exchange import Exchange, ForeignModel, LayerPlace
-from qtool.exchange._affine import FLOATS, Grid, why_not_affine
+from qtool.exchange._affine import FLOATS, ForeignGrid, why_not_affine
 from qtool.exchange._gptq_rules import Rule, rule_of
 from qtool.exchange._gptq_writing import compare_gptq, fields, write_gptq
 from qtool.exchange._reading import (
@@ -31,18 +31,19 @@ from qtool.exchange._reading import (
 from qtool.exchange._words import unpack_words, words_for
 from qtool.wording import shown
 
-BITS = (2, 3, 4, 8)
+FORMAT = "gptq"
+GPTQ_BITS = (2, 3, 4, 8)
 VERSIONS: Mapping[str, int] = {"gptq": 1, "gptq_v2": 2}
 """How `checkpoint_format` calls the two layouts of zero points."""
 ALIGNED = 32
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
+GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def _refuses(entry: LayerEntry, place: LayerPlace) -> str | None:
     reason = why_not_affine(entry, place, ordered=True)
     if reason is not None:
         return reason
-    if entry.scheme.num_bits not in BITS:
+    if entry.scheme.num_bits not in GPTQ_BITS:
         return f"it has {entry.scheme.num_bits} bits, and 2, 3, 4 or 8 are meant"
     if entry.activation is not None:
         return "its inputs are quantized while it runs, which this format has no word for"
@@ -55,19 +56,21 @@ def _read(path: Path) -> ForeignModel:
     directory = open_foreign(path)
     default = _default_rule(directory)
     dynamic = directory.value("dynamic", dict, default={})
-    names = layers_named(directory, PARTS[0])
+    names = layers_named(directory, GPTQ_PARTS[0])
     rules = {name: rule_of(dynamic, name, default, directory.where) for name in names}
     return ForeignModel(
         config=directory.config,
         layers={name: partial(_load, directory, name, rule) for name, rule in rules.items()},
-        others=others(directory, names, PARTS),
+        others=others(directory, names, GPTQ_PARTS),
     )
 
 
 def _default_rule(directory: ForeignDirectory) -> Rule:
     """Return what holds for layers that no `dynamic` rule is about."""
-    name = directory.value("checkpoint_format", str, default=directory.section.get("format"))
-    version = VERSIONS.get(name or "gptq")
+    name = directory.value(
+        "checkpoint_format", str, default=directory.section.get("format") or FORMAT
+    )
+    version = VERSIONS.get(name)
     if version is None:
         raise CheckpointError(
             f"{directory.where}: checkpoint_format is {shown(name)}; known are "
@@ -76,14 +79,14 @@ def _default_rule(directory: ForeignDirectory) -> Rule:
     packed = directory.value("pack_dtype", str, default="int32")
     if packed != "int32":
         raise CheckpointError(f"{directory.where}: pack_dtype is {shown(packed)}; int32 is meant.")
-    bits = check_int(directory.value("bits", int), BITS, "bits", directory.where)
+    bits = check_int(directory.value("bits", int), GPTQ_BITS, "bits", directory.where)
     size = directory.value("group_size", int, default=-1)
     return Rule(num_bits=bits, group_size=size, version=version)
 
 
 def _load(directory: ForeignDirectory, name: str, rule: Rule) -> QuantizedTensor:
     """Read a layer."""
-    bits = check_int(rule.num_bits, BITS, f"bits of {shown(name)}", directory.where)
+    bits = check_int(rule.num_bits, GPTQ_BITS, f"bits of {shown(name)}", directory.where)
     rows, outputs = directory.matrix(f"{name}.qweight")
     inputs = _inputs(directory, name, rows * 32 // bits)
     group = rule.group_size if rule.group_size > 0 else inputs
@@ -94,7 +97,7 @@ def _load(directory: ForeignDirectory, name: str, rule: Rule) -> QuantizedTensor
     scales = directory.read(f"{name}.scales", (groups, outputs), FLOATS)
     codes = unpack_words(qweight.T.contiguous(), bits, inputs)
     order = _order(directory, name, group, inputs)
-    grid = Grid(
+    grid = ForeignGrid(
         codes=codes if order is None else codes[:, order],
         scales=scales.T.contiguous(),
         zeros=fields(qzeros, bits, outputs, rule.version).T.contiguous(),

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 import qtool
 from qtool.base import Emit, Progress, QuantizedTensor, ignore_events
 from qtool.checkpoint.apart import check_apart
@@ -90,7 +92,7 @@ def import_model(
         coming = Coming(name=name, path=path, writer=writer, emit=emit)
         entries = _write_layers(foreign, shapes, coming)
         for full, load in foreign.others.items():
-            writer.once(full, lambda load=load: Made(load()))
+            writer.once(full, partial(_plain, load))
         manifest = Manifest(
             tool_version=qtool.__version__, recipe={}, layers=entries, digests=writer.digests()
         )
@@ -103,6 +105,10 @@ def import_model(
         weight_bytes=CheckpointReader(place.out_dir).weight_bytes(),
         seconds=time.perf_counter() - started,
     )
+
+
+def _plain(load: Callable[[], Tensor]) -> Made:
+    return Made(load())
 
 
 def path_of(model: Location) -> Path:
