@@ -1,4 +1,4 @@
-"""Format `ordered_affine`: an affine weight whose inputs are sorted by group. docs/format.md, section 14.
+"""Format `ordered_affine`: an affine weight whose inputs are sorted. docs/format.md, section 14.
 
     w[o, input_order[j]] = scale[o, j // group_size] * (code[o, j] - zero_point[o, j // group_size])
 
