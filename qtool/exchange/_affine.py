@@ -13,7 +13,6 @@ from qtool.exchange import LayerPlace
 from qtool.formats.affine import AFFINE, packed_affine, zero_points
 from qtool.formats.ordered_affine import ORDERED_AFFINE, encode_ordered, split_order
 from qtool.scheme import Shape2D, WeightScheme
-from qtool.wording import shown
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -34,8 +33,8 @@ class ForeignGrid:
     order: Tensor | None = None
     """(in_features,) int64, which input each column has; None: they are as they come."""
 
-    def to_tensor(self, name: str) -> QuantizedTensor:
-        """Return the same weight as one of ours; `name` is for messages.
+    def to_tensor(self, where: str) -> QuantizedTensor:
+        """Return the same weight as one of ours; `where` is for messages.
 
         A scale below zero, as AutoRound writes them, becomes the positive one of mirrored codes.
 
@@ -43,7 +42,7 @@ class ForeignGrid:
             CheckpointError: a scale isn't finite, or is no float16 number.
         """
         codes, zeros, top = self.codes, self.zeros, 2**self.num_bits - 1
-        scales = exact_half(self.scales, name)
+        scales = exact_half(self.scales, where)
         negative = scales < 0
         if bool(negative.any()):
             columns = torch.arange(codes.shape[1]) // (self.group_size or codes.shape[1])
@@ -90,7 +89,7 @@ def why_not_affine(entry: LayerEntry, place: LayerPlace, *, ordered: bool) -> st
     return None
 
 
-def exact_half(values: Tensor, name: str) -> Tensor:
+def exact_half(values: Tensor, where: str) -> Tensor:
     """Return scales in float16.
 
     Raises:
@@ -98,11 +97,11 @@ def exact_half(values: Tensor, name: str) -> Tensor:
     """
     half = values.to(torch.float16)
     if not bool(torch.isfinite(values).all()):
-        raise CheckpointError(f"{shown(name)} holds NaN or infinity. Copy the model again.")
+        raise CheckpointError(f"{where} holds NaN or infinity. Copy the model again.")
     inexact = int((half.to(values.dtype) != values).sum())
     if inexact:
         raise CheckpointError(
-            f"{shown(name)}: {inexact} of {values.numel()} {str(values.dtype)[6:]} values are no "
+            f"{where}: {inexact} of {values.numel()} {str(values.dtype)[6:]} values are no "
             "float16 numbers, in which qtool stores scales, and would be rounded."
         )
     return half

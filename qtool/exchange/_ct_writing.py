@@ -53,7 +53,7 @@ def _is_whole(entry: LayerEntry) -> bool:
     return entry.activation is not None and per_row
 
 
-def _packed(name: str, tensor: QuantizedTensor, entry: LayerEntry) -> dict[str, Tensor]:
+def packed_ct(name: str, tensor: QuantizedTensor, entry: LayerEntry) -> dict[str, Tensor]:
     """Return the tensors of a layer by full name."""
     grid, half = foreign_grid(tensor), 2 ** (entry.scheme.num_bits - 1)
     parts = {"weight_scale": grid.scales}
@@ -80,7 +80,7 @@ def _layers(departure: Departure) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         else:
             tensor = checkpoint.load(name)
             assert isinstance(tensor, QuantizedTensor)
-            yield name, _packed(name, tensor, entry)
+            yield name, packed_ct(name, tensor, entry)
 
 
 def write_ct(departure: Departure, directory: Path) -> None:
@@ -96,7 +96,7 @@ def _section(departure: Departure) -> dict[str, Any]:
         kinds.setdefault((entry.scheme, entry.activation), []).append(name)
     groups, formats = {}, set()
     for number, names in enumerate(kinds.values()):
-        value = _group(layers[names[0]], ["Linear"] if len(kinds) == 1 else names)
+        value = ct_group(layers[names[0]], ["Linear"] if len(kinds) == 1 else names)
         groups[f"group_{number}"] = value
         formats.add(value["format"])
     return {
@@ -111,7 +111,7 @@ def _section(departure: Departure) -> dict[str, Any]:
     }
 
 
-def _group(entry: LayerEntry, targets: list[str]) -> dict[str, Any]:
+def ct_group(entry: LayerEntry, targets: list[str]) -> dict[str, Any]:
     scheme = entry.scheme
     return {
         "targets": targets,
@@ -138,13 +138,13 @@ def _peer() -> Any:  # noqa: ANN401
     return PackedQuantizationCompressor, IntQuantizationCompressor, QuantizationScheme
 
 
-def _decode(parts: Mapping[str, Tensor], entry: LayerEntry) -> Tensor | None:
+def decode_ct(parts: Mapping[str, Tensor], entry: LayerEntry) -> Tensor | None:
     """Return a layer as compressed-tensors decodes it, float32; None: it isn't installed."""
     found = _peer()
     if found is None:
         return None
     packed, whole, scheme = found
-    group = scheme.model_validate(_group(entry, ["Linear"]))
+    group = scheme.model_validate(ct_group(entry, ["Linear"]))
     state = {n: v.float() if v.is_floating_point() else v for n, v in parts.items()}
     decoder = whole if _is_whole(entry) else packed
     return decoder.decompress(state, group)["weight"]
@@ -162,7 +162,7 @@ def compare_ct(departure: Departure, directory: Path) -> Compared:
         layers += 1
         tensor = checkpoint.load(name)
         assert isinstance(tensor, QuantizedTensor)
-        found = _decode({full.rpartition(".")[2]: shards.read(full) for full in tensors}, entry)
+        found = decode_ct({full.rpartition(".")[2]: shards.read(full) for full in tensors}, entry)
         if found is not None:
             exact = codec(tensor.format).dequantize(tensor, torch.float32)
             check_equal(directory, name, found, exact)

@@ -58,7 +58,7 @@ def _load(directory: ForeignDirectory, name: str, group_size: int) -> QuantizedT
         num_bits=NUM_BITS,
         group_size=group_size if group_size > 0 else None,
     )
-    return grid.to_tensor(f"{name}.scales")
+    return grid.to_tensor(f"{directory.path}: {shown(name)}.scales")
 
 
 def _columns(words: Tensor, outputs: int) -> Tensor:

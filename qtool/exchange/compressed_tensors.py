@@ -105,7 +105,7 @@ def _load(directory: ForeignDirectory, name: str, group: CtGroup) -> QuantizedTe
         group_size=group.group_size,
         order=order,
     )
-    return grid.to_tensor(f"{name}.{SCALE}")
+    return grid.to_tensor(f"{directory.path}: {shown(name)}.{SCALE}")
 
 
 def _shape(directory: ForeignDirectory, name: str, group: CtGroup) -> tuple[int, int]:

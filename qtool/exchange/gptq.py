@@ -105,7 +105,7 @@ def _load(directory: ForeignDirectory, name: str, rule: Rule) -> QuantizedTensor
         group_size=rule.group_size if rule.group_size > 0 else None,
         order=order,
     )
-    return grid.to_tensor(f"{name}.scales")
+    return grid.to_tensor(f"{directory.path}: {shown(name)}.scales")
 
 
 def _inputs(directory: ForeignDirectory, name: str, packed: int) -> int:
