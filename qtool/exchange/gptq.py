@@ -35,6 +35,8 @@ FORMAT = "gptq"
 GPTQ_BITS = (2, 3, 4, 8)
 VERSIONS: Mapping[str, int] = {"gptq": 1, "gptq_v2": 2}
 """How `checkpoint_format` calls the two layouts of zero points."""
+GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024, None)
+"""That GPTQModel decodes; None: one per row."""
 ALIGNED = 32
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -45,6 +47,9 @@ def _refuses(entry: LayerEntry, place: LayerPlace) -> str | None:
         return reason
     if entry.scheme.num_bits not in GPTQ_BITS:
         return f"it has {entry.scheme.num_bits} bits, and 2, 3, 4 or 8 are meant"
+    if entry.scheme.group_size not in GROUP_SIZES:
+        sizes = ", ".join(str(size or "row") for size in GROUP_SIZES)
+        return f"its groups have {entry.scheme.group_size} inputs, and {sizes} are meant"
     if entry.activation is not None:
         return "its inputs are quantized while it runs, which this format has no word for"
     if entry.shape.in_features % ALIGNED or entry.shape.out_features % ALIGNED:

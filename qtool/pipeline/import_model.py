@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 import qtool
-from qtool.base import Emit, Progress, QuantizedTensor, ignore_events
+from qtool.base import Emit, Notice, Progress, QuantizedTensor, ignore_events
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
 from qtool.checkpoint.manifest import LayerEntry, Manifest
@@ -87,11 +87,14 @@ def import_model(
         raise CheckpointError(_unknown(path))
     emit(Progress("opening the model"))
     foreign = read(path)
-    shapes = _expected_shapes(foreign, path)
+    shapes, stray = _expected_shapes(foreign, path)
     with CheckpointWriter(place, {"import": name, "model": str(path)}) as writer:
         coming = Coming(name=name, path=path, writer=writer, emit=emit)
         entries = _write_layers(foreign, shapes, coming)
         for full, load in foreign.others.items():
+            if full in stray:
+                _drop(full, load, emit)
+                continue
             writer.once(full, partial(_plain, load))
         manifest = Manifest(
             tool_version=qtool.__version__, recipe={}, layers=entries, digests=writer.digests()
@@ -121,8 +124,18 @@ def _unknown(path: Path) -> str:
     return f"{path} is in no format that qtool imports; these are {', '.join(known)}."
 
 
-def _expected_shapes(foreign: ForeignModel, path: Path) -> dict[str, tuple[int, ...]]:
+def _drop(full: str, load: Callable[[], Tensor], emit: Emit) -> None:
+    """Leave out a bias that the model doesn't add: AutoGPTQ wrote one of zeros for every linear."""
+    if bool(load().any()):
+        emit(Notice(f"{full} is left out: the model that config.json describes has no such bias."))
+
+
+def _expected_shapes(
+    foreign: ForeignModel, path: Path
+) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """Return the shape of each layer's weight in the model that transformers builds.
+
+    And the names of biases of layers that have none there.
 
     Raises:
         CheckpointError: the model needs what isn't stored, or hasn't what is quantized.
@@ -142,7 +155,8 @@ def _expected_shapes(foreign: ForeignModel, path: Path) -> dict[str, tuple[int, 
     missing = [name for name, value in wanted.items() if id(value) not in values]
     if missing:
         raise CheckpointError(missing_message(missing, there - wanted.keys(), path))
-    return {name: tuple(wanted[f"{name}.weight"].shape) for name in layers}
+    stray = {f"{name}.bias" for name in layers} & foreign.others.keys() - wanted.keys()
+    return {name: tuple(wanted[f"{name}.weight"].shape) for name in layers}, stray
 
 
 def _write_layers(

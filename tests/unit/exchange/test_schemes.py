@@ -16,12 +16,19 @@ from qtool.exchange._ct_writing import ct_group, decode_ct, packed_ct
 from qtool.exchange._engines import ENGINES, kernels_of, why_no_kernel
 from qtool.exchange._gptq_peer import decode_gptq
 from qtool.exchange._gptq_writing import packed_layer
-from qtool.scheme import ActivationScheme, Shape2D
-from tests.contract.test_codecs import random_tensor, schemes
+from qtool.scheme import ActivationScheme, Shape2D, WeightScheme
+from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized
 from tests.unit.exchange.foreign import GPTQ, directory
 from tests.unit.exchange.test_vectors import loaded
 
+schemes = st.builds(
+    WeightScheme,
+    num_bits=st.integers(1, 8),
+    group_size=st.sampled_from((None, 16, 32, 64, 64, 128, 7)),
+    group_dim=st.sampled_from(("in_features", "in_features", "in_features", "out_features")),
+    symmetric=st.booleans(),
+)
 sizes = st.sampled_from((1, 5, 16, 32, 33, 64, 96))
 formats = st.sampled_from(("affine", "affine", "ordered_affine", *plugins.names(qtool.formats)))
 activations = st.sampled_from((None, None, ActivationScheme(), ActivationScheme(num_bits=4)))
@@ -107,7 +114,7 @@ def test_compressed_tensors_is_exact_or_refused(
 @pytest.mark.parametrize("target", ["gptq", "compressed-tensors"])
 @pytest.mark.parametrize("place", ["embedding", "block", "head"])
 def test_layers_that_are_no_linears_are_refused(target, place):
-    tensor = drawn("affine", st_scheme(), Shape2D(32, 64), 0)
+    tensor = drawn("affine", usual_scheme(), Shape2D(32, 64), 0)
     refuses = load_exchange(target).refuses
     assert tensor is not None and refuses is not None
     assert (refuses(entry_of(tensor), place) is None) == (place != "embedding")
@@ -115,9 +122,7 @@ def test_layers_that_are_no_linears_are_refused(target, place):
     assert "shares the parts of one" in (refuses(tied, "head") or "")
 
 
-def st_scheme():
-    from qtool.scheme import WeightScheme
-
+def usual_scheme():
     return WeightScheme(num_bits=4, group_size=32, symmetric=True)
 
 
@@ -131,7 +136,7 @@ def st_scheme():
     ],
 )
 def test_engine_says_what_it_has_no_kernel_for(change, words):
-    scheme = replace(st_scheme(), **change)
+    scheme = replace(usual_scheme(), **change)
     entry = LayerEntry(format="affine", scheme=scheme, shape=Shape2D(64, 64), method="x")
     found = why_no_kernel(kernels_of("vllm@0.33", "gptq"), entry)
     assert (found is None) if words is None else words in (found or "")
