@@ -99,10 +99,10 @@ def check_export_target(target: str | None, *, alone: bool) -> None:
         UnknownNameError: there is none of that name.
         RecipeError: several results or a prediction are asked for.
     """
-    import qtool.exchange
-
     if target is None:
         return
+    import qtool.exchange  # torch: slow
+
     known = tuple(name.replace("_", "-") for name in plugins.names(qtool.exchange))
     plugins.check_name(target, known, "exchange")
     if not alone:

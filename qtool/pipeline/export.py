@@ -12,7 +12,7 @@ from qtool.base import CausalModel, Emit, Progress, ignore_events
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.checkpoint.marks import CONFIG_NAME
-from qtool.checkpoint.place import file_failures
+from qtool.checkpoint.place import file_failures, nearest
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import CheckpointError, OutputError
 from qtool.exchange import (
@@ -86,6 +86,7 @@ def export(
     work = dest.with_name(f".{dest.name}.partial")
     with file_failures(dest):
         remove(work)
+        work.parent.mkdir(parents=True, exist_ok=True)
         try:
             exchange.write(departure, work)
             emit(Progress("comparing with what was written"))
@@ -121,8 +122,7 @@ def check_free(dest: Path) -> None:
     with file_failures(dest):
         if os.path.lexists(dest):
             raise OutputError(f"{dest} exists, and export replaces nothing. Name another place.")
-        folder = dest.absolute().parent
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = nearest(dest.absolute().parent)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise OutputError(f"{folder} isn't a directory that can be written.")
 
