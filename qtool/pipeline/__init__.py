@@ -8,6 +8,8 @@ from qtool.pipeline.calibrate import CalibrateResult, calibrate
 from qtool.pipeline.chat import ChatOptions, chat
 from qtool.pipeline.compare import CompareOptions, ModelsCompared, compare
 from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
+from qtool.pipeline.export import ExportResult, export
+from qtool.pipeline.import_model import ImportResult, import_model
 from qtool.pipeline.model_figures import ModelFigures
 from qtool.pipeline.preflight import preflight
 from qtool.pipeline.quantize import explain, plan, quantize
@@ -25,7 +27,9 @@ __all__ = [
     "CompareOptions",
     "Comparison",
     "EvalOptions",
+    "ExportResult",
     "GpuOptions",
+    "ImportResult",
     "ModelFigures",
     "ModelsCompared",
     "QuantizeResult",
@@ -40,6 +44,8 @@ __all__ = [
     "compare",
     "evaluate",
     "explain",
+    "export",
+    "import_model",
     "plan",
     "preflight",
     "quantize",

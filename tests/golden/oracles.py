@@ -123,10 +123,21 @@ def dint(
     return weight
 
 
+def ordered_affine(
+    parts: Parts, num_bits: int, out: int, in_: int, group_size: int | None, group_dim: str
+) -> NDArray[np.float64]:
+    by_column = affine(parts, num_bits, out, in_, group_size, group_dim)
+    weight = np.zeros((out, in_))
+    for column in range(in_):
+        weight[:, int(parts["input_order"][column])] = by_column[:, column]
+    return weight
+
+
 ORACLES: dict[str, Oracle] = {
     "affine": affine,
     "binary_coding": binary_coding,
     "coded_scales": coded_scales,
     "dint": dint,
     "mixed_rows": mixed_rows,
+    "ordered_affine": ordered_affine,
 }
