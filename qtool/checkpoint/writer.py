@@ -9,7 +9,7 @@ complete.
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from qtool.base import QuantizedTensor
+from qtool.checkpoint.assemble import assemble
 from qtool.checkpoint.claim import can_lock, claim
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.checkpoint.marks import (
@@ -32,9 +33,7 @@ from qtool.checkpoint.marks import (
 from qtool.checkpoint.place import Place, check_target, file_failures
 from qtool.checkpoint.publish import empty_work, publish, remove_work
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.checkpoint.shards import INDEX_NAME, SINGLE_NAME
 from qtool.checkpoint.spool import Made, Spool
-from qtool.checkpoint.stream import Piece, write_shard
 from qtool.errors import CheckpointError, OutputError, QtoolError
 from qtool.storage.plain_json import write_json_file
 from qtool.storage.whole_files import written_whole
@@ -223,7 +222,7 @@ class CheckpointWriter:
             CheckpointError: what was written can't be read.
         """
         with file_failures(self.place.out_dir):
-            shards = self._assemble()
+            shards = assemble(self._spool, self._names, self.work_dir, MAX_SHARD_BYTES)
             ours = {name: content for name, content in files.items() if name != JOB_NAME}
             for name, content in ours.items():
                 with written_whole(self.work_dir / name, durable=True) as file:
@@ -247,24 +246,6 @@ class CheckpointWriter:
                 check_target(self.place)
             publish(self.place, self._job)
 
-    def _assemble(self) -> list[str]:
-        """Copy the spooled tensors into shards of bounded size; return the names of the files."""
-        shards = list(_fill_shards([self._spool.pieces(name) for name in self._names]))
-        digests = self.digests()
-        weight_map = {}
-        for number, shard in enumerate(shards, start=1):
-            file_name = SINGLE_NAME
-            if len(shards) > 1:
-                file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_shard(self.work_dir / file_name, shard, digests)
-            weight_map.update({piece.name: file_name for piece in shard})
-        if len(shards) == 1:
-            return [SINGLE_NAME]
-        total = sum(piece.num_bytes for shard in shards for piece in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json_file(self.work_dir / INDEX_NAME, index)
-        return [*dict.fromkeys(weight_map.values()), INDEX_NAME]
-
 
 def _key(name: str, draft: str | None) -> str:
     """Return under which name something is spooled; no tensor's has a space."""
@@ -279,17 +260,3 @@ def _check_same(job: Job, fingerprint: Mapping[str, Any], work_dir: Path) -> Non
             f"{work_dir} was started with another {' and '.join(changed)}; "
             "resuming would mix two runs. Start over with --overwrite."
         )
-
-
-def _fill_shards(layers: list[list[Piece]]) -> Iterator[list[Piece]]:
-    """Yield shards of bounded size; the parts of one layer stay together."""
-    shard: list[Piece] = []
-    size = 0
-    for layer in layers:
-        layer_bytes = sum(piece.num_bytes for piece in layer)
-        if shard and size + layer_bytes > MAX_SHARD_BYTES:
-            yield shard
-            shard, size = [], 0
-        shard += layer
-        size += layer_bytes
-    yield shard

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qtool import pipeline
-from qtool.checkpoint import spool, stream, writer
+from qtool.checkpoint import assemble, spool, stream, writer
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import BackendError, CheckpointError, OutputError
 from qtool.modeling.locate import Location
@@ -100,7 +100,7 @@ def test_interrupt_while_shards_are_assembled_resumes_to_the_same_bytes(
         write_shard(path, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(writer, "write_shard", interrupted)
+        patch.setattr(assemble, "write_shard", interrupted)
         pipeline.quantize(Location(llama), tmp_path / "out", recipe())
     with monkeypatch.context() as patch:  # what the first shard holds isn't solved again
         patch.setattr(solve_table, "load_method", None)
@@ -169,7 +169,7 @@ def full_disk(*_args, **_kwargs):
     [
         (spool, "save_file", 0),
         (writer, "write_job", 0),
-        (writer, "write_shard", 21),
+        (assemble, "write_shard", 21),
         (writer, "write_json_file", 21),
         (writer, "publish", 21),
     ],

@@ -1,0 +1,65 @@
+"""A directory as transformers lays it out, written one layer at a time."""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qtool.base import Progress
+from qtool.checkpoint.assemble import assemble
+from qtool.checkpoint.marks import CONFIG_NAME
+from qtool.checkpoint.place import file_failures
+from qtool.checkpoint.spool import Made, Spool
+from qtool.checkpoint.writer import MAX_SHARD_BYTES
+from qtool.exchange import Departure
+from qtool.storage.plain_json import write_json_file
+from qtool.storage.whole_files import written_whole
+
+SPOOL = ".layers"
+WRITING = "writing"
+
+
+def write_directory(
+    departure: Departure,
+    directory: Path,
+    layers: Iterable[tuple[str, Mapping[str, Tensor]]],
+    quantization: Mapping[str, Any] | None,
+) -> None:
+    """Write a model: shards, companions, and config.json last.
+
+    Args:
+        departure: What gives companions and configuration.
+        directory: Isn't there yet.
+        layers: Names, and tensors by full name; each is dropped before the next is made.
+        quantization: `quantization_config`; None: the model isn't quantized.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    with file_failures(directory):
+        directory.mkdir(parents=True)
+        spool = Spool(directory / SPOOL)
+        spool.open()
+        names = []
+        total = len(list(departure.checkpoint.names()))
+        for number, (name, tensors) in enumerate(layers, start=1):
+            spool.write(name, Made(tensors).tensors(name), {})
+            names.append(name)
+            departure.emit(Progress(WRITING, number, total, name))
+        assemble(spool, names, directory, MAX_SHARD_BYTES)
+        shutil.rmtree(spool.directory)
+        for path, content in departure.files.items():
+            with written_whole(directory / path, durable=True) as file:
+                file.write(content)
+        write_json_file(directory / CONFIG_NAME, foreign_config(departure, quantization))
+
+
+def foreign_config(departure: Departure, quantization: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return config.json of the result."""
+    ours = departure.checkpoint.config
+    config = {key: value for key, value in ours.items() if key != "quantization_config"}
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = departure.dtype
+    return config if quantization is None else {**config, "quantization_config": quantization}

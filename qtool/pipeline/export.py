@@ -1,0 +1,203 @@
+"""`export`: a checkpoint in the format of another program, proved by reading it back."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtool.base import Emit, Progress, ignore_events
+from qtool.checkpoint.apart import check_apart
+from qtool.checkpoint.manifest import LayerEntry
+from qtool.checkpoint.marks import CONFIG_NAME
+from qtool.checkpoint.place import file_failures
+from qtool.checkpoint.reader import CheckpointReader
+from qtool.errors import CheckpointError, OutputError
+from qtool.exchange import (
+    Compared,
+    Departure,
+    Exchange,
+    LayerPlace,
+    exchange_names,
+    load_exchange,
+)
+from qtool.modeling.companions import read_companions
+from qtool.modeling.config import parse_config
+from qtool.modeling.discover import adapter_of
+from qtool.modeling.families import families, load_adapter
+from qtool.modeling.skeleton import empty_model
+from qtool.storage.whole_files import sync
+from qtool.wording import list_names
+
+DTYPES_OF_EXPORTS = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportResult:
+    """What was written."""
+
+    dest: Path
+    target: str
+    num_bytes: int
+    compared: Compared
+
+
+def export(
+    directory: Path,
+    dest: Path,
+    target: str,
+    *,
+    dtype: str | None = None,
+    emit: Emit = ignore_events,
+) -> ExportResult:
+    """Write a checkpoint in the format of another program, and compare it bit by bit.
+
+    Args:
+        directory: The checkpoint.
+        dest: Isn't there yet; appears only when it is complete and compared.
+        target: Name of an exchange that can be written.
+        dtype: Of what has no codes; None: as the configuration has it.
+        emit: Is told how far it is.
+
+    Raises:
+        UnknownNameError: there is no such target.
+        CheckpointError: the checkpoint is damaged, a layer can't be said in that format, or the
+            result isn't equal; nothing is left at `dest`.
+        OutputError: something is at `dest`, or it can't be written.
+    """
+    exchange = writable(target)
+    check_free(dest)
+    check_apart(dest, directory)
+    departure = open_departure(directory, dtype, emit)
+    check_expressible(departure, target, exchange)
+    assert exchange.write is not None
+    assert exchange.compare is not None
+    work = dest.with_name(f".{dest.name}.partial")
+    with file_failures(dest):
+        remove(work)
+        try:
+            exchange.write(departure, work)
+            emit(Progress("comparing with what was written"))
+            compared = exchange.compare(departure, work)
+            work.rename(dest)
+            sync(dest.parent)
+        finally:
+            remove(work)
+        return ExportResult(dest=dest, target=target, num_bytes=size_of(dest), compared=compared)
+
+
+def writable(target: str) -> Exchange:
+    """Return an exchange that writes.
+
+    Raises:
+        CheckpointError: it only reads; or UnknownNameError, there is none.
+    """
+    exchange = load_exchange(target)
+    if exchange.write is None or exchange.refuses is None or exchange.compare is None:
+        able = [name for name in exchange_names() if load_exchange(name).write is not None]
+        raise CheckpointError(f"{target} is only read. Targets are {', '.join(able)}.")
+    return exchange
+
+
+def check_free(dest: Path) -> None:
+    """Check that nothing is where a result goes.
+
+    Raises:
+        OutputError: something is, or the folder can't be written.
+    """
+    with file_failures(dest):
+        if os.path.lexists(dest):
+            raise OutputError(f"{dest} exists, and export replaces nothing. Name another place.")
+        folder = dest.absolute().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError(f"{folder} isn't a directory that can be written.")
+
+
+def remove(path: Path) -> None:
+    """Remove what a run that failed has left."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a file, or of all files of a directory."""
+    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+    return sum(one.stat().st_size for one in files)
+
+
+def open_departure(directory: Path, dtype: str | None, emit: Emit) -> Departure:
+    """Open a checkpoint for writing it in another format.
+
+    Raises:
+        CheckpointError: it is damaged, or not ours.
+        ModelError: transformers can't build its model.
+    """
+    checkpoint = CheckpointReader(directory)
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    places, transposed = layer_places(config, checkpoint.manifest.layers, directory)
+    named = config.get("dtype") or config.get("torch_dtype")
+    return Departure(
+        checkpoint=checkpoint,
+        places=places,
+        transposed=transposed,
+        files=read_companions(directory),
+        dtype=dtype or (named if named in DTYPES_OF_EXPORTS else "float16"),
+        emit=emit,
+    )
+
+
+def layer_places(
+    config: Mapping[str, object], layers: Mapping[str, LayerEntry], directory: Path
+) -> tuple[dict[str, LayerPlace], frozenset[str]]:
+    """Return where each layer stands, and which are stored as (in_features, out_features)."""
+    skeleton = empty_model(parse_config(config, directory), directory)
+    family = str(config.get("model_type"))
+    adapter = load_adapter(family) if family in families() else adapter_of(skeleton, family)
+    tables: dict[str, LayerPlace] = {adapter.embedding: "embedding", adapter.head: "head"}
+    places: dict[str, LayerPlace] = {name: tables.get(name, "block") for name in layers}
+    inside = {name for name, place in places.items() if place == "block"}
+    return places, frozenset(inside if adapter.conv1d else ())
+
+
+def check_expressible(departure: Departure, target: str, exchange: Exchange) -> None:
+    """Check that all of a checkpoint can be said in a format.
+
+    Raises:
+        CheckpointError: it can't: names layers, and the formats that take them.
+    """
+    assert exchange.refuses is not None
+    where = departure.checkpoint.directory
+    layers = departure.checkpoint.manifest.layers
+    found = {
+        name: reason
+        for name, entry in layers.items()
+        if (reason := exchange.refuses(entry, departure.places[name])) is not None
+    }
+    if found:
+        reason = next(iter(found.values()))
+        alike = [name for name in found if found[name] == reason]
+        raise CheckpointError(
+            f"{where}: {target} can't say {list_names(alike)}: {reason}. {_nearest(departure)}",
+            layer=alike[0],
+            file=where / CONFIG_NAME,
+        )
+    message = exchange.refuses_model(departure)
+    if message is not None:
+        raise CheckpointError(f"{where}: {message} {_nearest(departure)}")
+
+
+def _nearest(departure: Departure) -> str:
+    """Say which targets take all of a checkpoint."""
+    layers = departure.checkpoint.manifest.layers
+    able = []
+    for name in exchange_names():
+        exchange = load_exchange(name)
+        refuses = exchange.refuses
+        if refuses is None or exchange.refuses_model(departure) is not None:
+            continue
+        if all(refuses(entry, departure.places[layer]) is None for layer, entry in layers.items()):
+            able.append(f"--target {name}")
+    return f"This checkpoint goes to: {', '.join(able)}." if able else "Nor does another target."
