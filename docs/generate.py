@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import compatibility
+import engines
 import which_recipe
 
 import qtool.methods
@@ -207,6 +208,7 @@ PAGES = {
     "adr/README.md": decisions_page,
     "cli.md": cli_page,
     "compatibility.md": lambda: compatibility.page(NOTE),
+    "engines.md": lambda: engines.page(NOTE),
     "methods.md": methods_page,
     "recipes-list.md": recipes_page,
     "which-recipe.md": lambda: which_recipe.page(NOTE),

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 Statistic = Literal["hessian"]
 DType = Literal["int32", "float16", "bfloat16", "float32"]
-CausalModel = Any
-"""A causal language model of transformers; what all of them have is in no type."""
+CausalModel = Any  # of transformers; what all of them have is in no type
 Tokenizer = Any  # of transformers, likewise
 
 
@@ -68,6 +67,7 @@ class PartSpec:
     """No stored value is below; none is infinite or NaN."""
     counts: tuple[int, ...] = ()
     """Of packed numbers (bits, words): how often 0, 1, ... occur; empty: anything may."""
+    is_order: bool = False  # each number from 0 on occurs once
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +163,8 @@ class Method:
     """Statistics that it can't do without."""
     uses: frozenset[Statistic] = frozenset()
     """Statistics that it does better with."""
-    is_tunable: bool = True
-    """The format that it writes has `Codec.trainable`."""
+    writes: Callable[[Any], str] = lambda _options: "affine"  # options -> format of the result
+    is_tunable: bool = True  # that has `Codec.trainable`
 
 
 Passage = Literal["norm", "attention", "heads", "gate", "activation"]

@@ -188,13 +188,18 @@ def _part_names() -> tuple[frozenset[str], frozenset[str]]:
 def check_values(name: str, spec: PartSpec, values: Tensor) -> None:
     """Refuse what no writer stores: scales and offsets that aren't finite, or scales below zero.
 
-    And classes of rows that aren't as large as their scheme says.
+    And classes of rows that aren't as large as their scheme says, and orders that are none.
 
     Raises:
         CheckpointError: a value is outside.
     """
     if spec.counts:
         _check_counts(name, spec.counts, values)
+    if spec.is_order and not torch.equal(values.sort().values.long(), torch.arange(len(values))):
+        raise CheckpointError(
+            f"{name} isn't an order: each number from 0 to {len(values) - 1} is meant to be there "
+            f"once. {AGAIN}"
+        )
     if not values.is_floating_point() or values.numel() == 0:
         return
     lowest, highest = (float(value) for value in values.aminmax())  # NaN if any is

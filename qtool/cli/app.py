@@ -23,6 +23,8 @@ COMMANDS = {
     "compare": "Compare any number of models with the first: texts, KL divergence, tasks.",
     "run": "Carry out a recipe: quantize, measure, and exit with 3 if a gate fails.",
     "report": "Show what runs have found out as one HTML page, which needs no network.",
+    "export": "Write a checkpoint in the format of another program, and compare it bit by bit.",
+    "import": "Import a model that another program has quantized, without loss.",
     "inspect": "Check a checkpoint and print what it holds.",
     "methods": "List the methods and their options.",
     "recipes": "List the built-in recipes.",
@@ -32,6 +34,7 @@ COMMANDS = {
 """What is said of each in `qtool --help`: the first line of its docstring."""
 FUNCTIONS = {
     "eval": "evaluate.evaluate",
+    "import": "import_model.import_model",
     "methods": "inspect.methods",
     "recipes": "inspect.recipes",
     "run": "run.run_recipe",

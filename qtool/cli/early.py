@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool import plugins
 from qtool.base import Emit, Progress
-from qtool.errors import DataError
+from qtool.errors import DataError, RecipeError
 from qtool.storage.jsonl import check_file
 
 if TYPE_CHECKING:
@@ -84,6 +84,29 @@ def check_backend(name: str | None) -> None:
 
     if name is not None:
         plugins.check_name(name, plugins.names(qtool.runtime.backends), "backends")
+
+
+def check_places(calib_dir: Path | None, target: str | None, *, alone: bool) -> None:
+    """Refuse a calibration directory that isn't there, and as `check_export_target`."""
+    check_directory(calib_dir)
+    check_export_target(target, alone=alone)
+
+
+def check_export_target(target: str | None, *, alone: bool) -> None:
+    """Refuse a target of `export` that doesn't exist, or that nobody would look at.
+
+    Raises:
+        UnknownNameError: there is none of that name.
+        RecipeError: several results or a prediction are asked for.
+    """
+    if target is None:
+        return
+    import qtool.exchange  # torch: slow
+
+    known = tuple(name.replace("_", "-") for name in plugins.names(qtool.exchange))
+    plugins.check_name(target, known, "exchange")
+    if not alone:
+        raise RecipeError("--target goes with one result, and with --dry-run. Leave it out.")
 
 
 def check_directory(calib_dir: Path | None) -> None:

@@ -74,6 +74,10 @@ def quantize(
     settings: Annotated[
         list[str] | None, _how("--set", help="Change a key of the recipe: a.b=value.")
     ] = None,
+    target: Annotated[
+        str | None,
+        _how(help="Refuse what `qtool export` couldn't write for this target, such as gptq."),
+    ] = None,
     calibration: Annotated[Path | None, _how(help="Calibration directory.")] = None,
     tune: Annotated[
         Tune | None, _how(help="What gradients improve: codes and scales of each block, or scales.")
@@ -120,7 +124,7 @@ def quantize(
     if tune is not None:
         chosen = chosen.model_copy(update={"tuning": chosen.tuning.only(tune.value)})
     check_targets([json_file])
-    early.check_directory(calibration)
+    early.check_places(calibration, target, alone=not sweep and dry_run is not DryRun.MEASURE)
     kept, passed = "Nothing was written." if dry_run else KEPT, True
     with progress(kept) as emit, early.opened([model], device, emit) as (where,):
         from qtool.steps.request import with_samples
@@ -149,14 +153,14 @@ def quantize(
             show = partial(print_preflight, predicted)
         elif dry_run:
             found = pipeline.explain(where, chosen, calib_dir=calibration, emit=emit)
-            plan = pipeline.plan(where, chosen) if found is None else found.plan
+            plan = pipeline.plan(where, chosen, target=target) if found is None else found.plan
             show = partial(print_plan, plan, found)
         elif sweep is not None:
             swept = pipeline.sweep(where, out_dir, chosen, sizes, emit=emit, **places)
             show = partial(print_sweep, swept)
         else:
             result = pipeline.quantize(
-                where, out_dir, chosen, check=not no_check, emit=emit, **places
+                where, out_dir, chosen, check=not no_check, target=target, emit=emit, **places
             )
             show = partial(print_quantized, result)
             passed = all(line.passed for line in result.budgets)

@@ -16,7 +16,7 @@ from qtool.base import Emit
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import read_json
-from qtool.errors import CheckpointError
+from qtool.scheme import ActivationScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,8 @@ class ForeignModel:
     Raises CheckpointError where its tensors are damaged."""
     others: "Mapping[str, Callable[[], Tensor]]"
     """By full name: reads any other tensor as it is."""
+    activations: Mapping[str, ActivationScheme] = field(default_factory=dict)
+    """How the inputs of layers are quantized, where they are."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Name of a head -> of the quantized embedding whose parts it uses."""
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -57,6 +59,8 @@ class Departure:
     transposed: frozenset[str] = frozenset()
     """Layers whose modules store (in_features, out_features), as GPT-2's do; what `load` gives is
     (out_features, in_features) all the same."""
+    linears: tuple[str, ...] = ()
+    """All linears of the model, quantized or not."""
     files: Mapping[str, bytes]
     """Companions by relative path: tokenizer, chat template, generation, licences."""
     dtype: str = "float16"
@@ -140,18 +144,11 @@ def exchange_of(path: Path) -> str | None:
 
 
 def quant_method_of(directory: Path) -> str | None:
-    """Return what config.json says of who has quantized a model; None: nobody.
+    """Return what config.json calls who has quantized a model; None: nobody, or it doesn't say.
 
     Raises:
-        CheckpointError: it is missing, or says something else than it may.
+        CheckpointError: it is missing or no JSON.
     """
     section = read_json(directory / "config.json").get("quantization_config")
-    if section in (None, {}):
-        return None
     method = section.get("quant_method") if isinstance(section, dict) else None
-    if not isinstance(method, str):
-        raise CheckpointError(
-            f"{directory / 'config.json'}: quantization_config names no quant_method, so nobody "
-            "can tell what its tensors mean."
-        )
-    return method
+    return method if isinstance(method, str) else None

@@ -5,16 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qtool.checkpoint.shards import Shards, open_shards
 from qtool.errors import CheckpointError
 from qtool.wording import shown
 
 OWN_READER = "qtool's own reader"
-
-
-def stored(directory: Path) -> Shards:
-    """Return the tensors of a result."""
-    return open_shards(directory)
 
 
 def check_equal(where: Path, name: str, found: Tensor, expected: Tensor) -> None:

@@ -18,7 +18,7 @@ from qtool.storage.plain_json import write_json_file
 from qtool.storage.whole_files import written_whole
 
 SPOOL = ".layers"
-WRITING = "writing"
+WRITING_FILES = "writing"
 
 
 def write_directory(
@@ -47,7 +47,7 @@ def write_directory(
         for number, (name, tensors) in enumerate(layers, start=1):
             spool.write(name, Made(tensors).tensors(name), {})
             names.append(name)
-            departure.emit(Progress(WRITING, number, total, name))
+            departure.emit(Progress(WRITING_FILES, number, total, name))
         assemble(spool, names, directory, MAX_SHARD_BYTES)
         shutil.rmtree(spool.directory)
         for path, content in departure.files.items():

@@ -33,9 +33,7 @@ def read_about(file: GgufFile) -> dict[str, Any]:
     import transformers
 
     with _reading(file.path):
-        found = transformers.AutoConfig.from_pretrained(
-            file.path.parent, gguf_file=file.path.name
-        )
+        found = transformers.AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
         mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         found.architectures = [mapping[type(found)].__name__]
         config: dict[str, Any] = json.loads(found.to_json_string(use_diff=True))

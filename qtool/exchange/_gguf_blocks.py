@@ -22,8 +22,8 @@ from qtool.formats.minima import encode_minima
 from qtool.formats.nested import encode_nested
 from qtool.scheme import Shape2D, WeightScheme
 
-LEGACY_SIZE, SUPER_SIZE = 32, 256
-WEIGHTS_AT_ONCE = 2**22
+LEGACY_SIZE, K_QUANT_SIZE = 32, 256
+DECODED_AT_ONCE = 2**22
 """While a block is taken apart, a weight takes some ten bytes."""
 Blocks = Tensor
 """(rows, blocks of a row, bytes of a block) uint8."""
@@ -120,7 +120,7 @@ def _nested(
     _finite(scales[1], *(minima[1:] if minima else ()))
     scheme = WeightScheme(
         num_bits=num_bits,
-        group_size=SUPER_SIZE // scales[0].shape[-1],
+        group_size=K_QUANT_SIZE // scales[0].shape[-1],
         symmetric=minima is None,
     )
     flat = (scales[0].flatten(1), scales[1])
@@ -184,7 +184,7 @@ DECODERS: Mapping[str, Callable[[Blocks], QuantizedTensor]] = {
 """(rows, blocks of a row, bytes of a block) uint8 -> the weight, to the bit, by the type's name."""
 
 
-def decode(rows: Tensor, kind: GgmlType) -> QuantizedTensor:
+def decode_blocks(rows: Tensor, kind: GgmlType) -> QuantizedTensor:
     """Return the weight whose blocks these are, to the bit.
 
     Args:
@@ -195,7 +195,7 @@ def decode(rows: Tensor, kind: GgmlType) -> QuantizedTensor:
         CheckpointError: a scale isn't finite; the message doesn't say of which tensor.
     """
     blocks = rows.unflatten(1, (-1, kind.block_bytes))
-    at_once = max(1, WEIGHTS_AT_ONCE // (blocks.shape[1] * kind.block_size) // 32) * 32
+    at_once = max(1, DECODED_AT_ONCE // (blocks.shape[1] * kind.block_size) // 32) * 32
     parts = [DECODERS[kind.name](chunk) for chunk in blocks.split(at_once)]
     if len({part.scheme for part in parts}) > 1:  # some have scales of one sign alone
         parts = [_with_zero_points(part) for part in parts]

@@ -1,4 +1,4 @@
-"""Weights of ours as blocks of GGUF, to the bit, or a reason why not. The inverse of `decode`.
+"""Weights of ours as blocks of GGUF, to the bit, or a reason why not. The inverse of `decode_blocks`.
 
 An affine weight is scale * (code - zero_point), and several types hold that whole number: the
 smallest that holds all that a scheme allows is taken, so that scheme and shape alone decide. Where
@@ -16,7 +16,7 @@ from qtool.checkpoint.manifest import LayerEntry
 from qtool.core import grouping
 from qtool.core.packing import planes_to_codes
 from qtool.errors import CheckpointError
-from qtool.exchange._gguf_blocks import LEGACY_SIZE, SUPER_SIZE
+from qtool.exchange._gguf_blocks import K_QUANT_SIZE, LEGACY_SIZE
 from qtool.formats import affine, minima, nested
 from qtool.scheme import Shape2D, WeightScheme
 
@@ -50,13 +50,13 @@ class AffineType:
 
 
 AFFINE_TYPES = (
-    AffineType("Q2_K", 2, SUPER_SIZE, raised=True),
-    AffineType("Q3_K", 3, SUPER_SIZE, raised=False),
+    AffineType("Q2_K", 2, K_QUANT_SIZE, raised=True),
+    AffineType("Q3_K", 3, K_QUANT_SIZE, raised=False),
     AffineType("Q4_0", 4, LEGACY_SIZE, raised=False),
-    AffineType("Q4_K", 4, SUPER_SIZE, raised=True),
+    AffineType("Q4_K", 4, K_QUANT_SIZE, raised=True),
     AffineType("Q5_0", 5, LEGACY_SIZE, raised=False),
-    AffineType("Q5_K", 5, SUPER_SIZE, raised=True),
-    AffineType("Q6_K", 6, SUPER_SIZE, raised=False),
+    AffineType("Q5_K", 5, K_QUANT_SIZE, raised=True),
+    AffineType("Q6_K", 6, K_QUANT_SIZE, raised=False),
     AffineType("Q8_0", 8, LEGACY_SIZE, raised=False),
 )
 """The smallest first."""
@@ -68,7 +68,7 @@ def _sizes(scheme: WeightScheme, shape: Shape2D) -> tuple[int, ...]:
     return (length,) if size is None or size >= length else (length, size)
 
 
-def why_not(entry: LayerEntry) -> str | None:
+def why_no_type(entry: LayerEntry) -> str | None:
     """Return why a layer has no type of blocks, as a clause; None: it has one."""
     if entry.activation is not None:
         return "its inputs are quantized while it runs, which GGUF can't say"
@@ -97,7 +97,7 @@ def why_not(entry: LayerEntry) -> str | None:
 
 
 def type_of(entry: LayerEntry) -> str:
-    """Return the name of the type of blocks that holds a layer; `why_not` has been asked."""
+    """Return the name of the type of blocks that holds a layer; `why_no_type` has been asked."""
     name = _type_name(entry)
     if name is None:
         raise CheckpointError(f"No type of GGUF holds a weight of {entry.scheme}.")
@@ -108,7 +108,7 @@ def _type_name(entry: LayerEntry) -> str | None:
     scheme, shape = entry.scheme, entry.shape
     if entry.format == nested.NESTED:
         name = NESTED_TYPES.get((scheme.num_bits, scheme.group_size or 0, scheme.symmetric))
-        return None if shape.in_features % SUPER_SIZE else name
+        return None if shape.in_features % K_QUANT_SIZE else name
     if entry.format == minima.MINIMA and not scheme.symmetric:
         return next((name for bits, name in MINIMA_TYPES if scheme.num_bits <= bits), None)
     if entry.format == affine.AFFINE:
@@ -173,7 +173,8 @@ def _packed_fields(codes: Tensor, width: int, run: int) -> Tensor:
 def _encode_minima(tensor: QuantizedTensor, name: str) -> Tensor:
     codes = _codes(tensor, LEGACY_SIZE)
     halves = [
-        _octets(_per_block(tensor.parts[part], tensor, LEGACY_SIZE)) for part in ("scales", "minima")
+        _octets(_per_block(tensor.parts[part], tensor, LEGACY_SIZE))
+        for part in ("scales", "minima")
     ]
     upper = [_packed_bits(codes >> 4)] if name == MINIMA_TYPES[1][1] else []
     return _joined(*halves, *upper, _paired(codes))
@@ -190,7 +191,7 @@ def _encode_affine(tensor: QuantizedTensor, kind: AffineType) -> Tensor:
         return SUPER_ENCODERS[kind.name](codes, (one, scales), (lowest, scales))
     middle = 2 ** (kind.num_bits - 1)
     raised = (codes.to(torch.int16) - zeros.unsqueeze(-1) + middle).to(torch.uint8)
-    if block == SUPER_SIZE:
+    if block == K_QUANT_SIZE:
         groups = NUM_GROUPS[kind.name]
         one = torch.full((*scales.shape, groups), 1 + SCALE_MIDDLES[kind.name], dtype=torch.uint8)
         return SUPER_ENCODERS[kind.name](raised, (one, scales), None)
@@ -208,7 +209,7 @@ def _encode_nested(tensor: QuantizedTensor, name: str) -> Tensor:
 
     lowest = None if tensor.scheme.symmetric else pair("minimum_codes", "super_minima")
     scales = pair("scale_codes", "super_scales")
-    return SUPER_ENCODERS[name](_codes(tensor, SUPER_SIZE), scales, lowest)
+    return SUPER_ENCODERS[name](_codes(tensor, K_QUANT_SIZE), scales, lowest)
 
 
 Pair = tuple[Tensor, Tensor]

@@ -18,17 +18,17 @@ from torch import Tensor
 from qtool.errors import CheckpointError
 from qtool.wording import reason, shown
 
-MAGIC = b"GGUF"
-VERSIONS = (2, 3)
-ALIGNMENT = 32
+GGUF_MAGIC = b"GGUF"
+GGUF_VERSIONS = (2, 3)
+GGUF_ALIGNMENT = 32
 STRING, ARRAY, BOOLEAN = 8, 9, 7
 SCALARS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f",
     BOOLEAN: "<?", 10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
 """How a value is stored, by the number of its type."""
-MOST_DIMENSIONS = 4
-LONGEST_KEY = 2**16
+GGML_DIMENSIONS = 4
+LONGEST_GGUF_NAME = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,22 +197,22 @@ class _Cursor:
 
 
 def _read(path: Path, cursor: _Cursor, size: int) -> GgufFile:
-    if size < len(MAGIC) or bytes(cursor.take(4)) != MAGIC:
+    if size < len(GGUF_MAGIC) or bytes(cursor.take(4)) != GGUF_MAGIC:
         raise _DamagedError("it doesn't begin with GGUF, so it is no GGUF file.")
     version = cursor.number("<I")
-    if version not in VERSIONS:
+    if version not in GGUF_VERSIONS:
         swapped = version & 0xFFFF == 0
         what = "is big-endian" if swapped else f"has version {version} of the format"
         raise _DamagedError(f"it {what}; qtool reads versions 2 and 3, little-endian.")
     num_tensors, num_values = cursor.number("<Q"), cursor.number("<Q")
     metadata = {}
     for _ in range(num_values):
-        key = cursor.text(LONGEST_KEY)
+        key = cursor.text(LONGEST_GGUF_NAME)
         metadata[key] = cursor.value(cursor.number("<I"))
     if not isinstance(metadata.get("general.architecture"), str):
         raise _DamagedError("its metadata have no general.architecture.")
     found = [_tensor_info(cursor) for _ in range(num_tensors)]
-    alignment = metadata.get("general.alignment", ALIGNMENT)
+    alignment = metadata.get("general.alignment", GGUF_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise _DamagedError(f"its alignment is {alignment!r}; a positive number is meant.")
     begin = -(-cursor.at // alignment) * alignment
@@ -225,8 +225,8 @@ def _read(path: Path, cursor: _Cursor, size: int) -> GgufFile:
 
 
 def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    name, dimensions = cursor.text(LONGEST_KEY), cursor.number("<I")
-    if not 1 <= dimensions <= MOST_DIMENSIONS:
+    name, dimensions = cursor.text(LONGEST_GGUF_NAME), cursor.number("<I")
+    if not 1 <= dimensions <= GGML_DIMENSIONS:
         raise _DamagedError(f"{shown(name)} has {dimensions} dimensions; 1 to 4 are meant.")
     shape = tuple(cursor.number("<Q") for _ in range(dimensions))[::-1]
     return name, shape, cursor.number("<I"), cursor.number("<Q")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 ROPE_FACTORS = "rope_freqs.weight"
-TABLES = {
+GGUF_TABLES = {
     EMBEDDING: ("model.embed_tokens.weight", ("vocabulary", "width")),
     HEAD: ("lm_head.weight", ("vocabulary", "width")),
     "output_norm.weight": ("model.norm.weight", ("width",)),
@@ -127,7 +127,7 @@ class NamedTensor:
 
 def tensors_of(architecture: Architecture, sizes: Dimensions) -> Iterator[NamedTensor]:
     """Yield all tensors that a model has or may have."""
-    for name, (full, dims) in TABLES.items():
+    for name, (full, dims) in GGUF_TABLES.items():
         yield NamedTensor(name, full, sizes.of(dims), name != HEAD)
     for block in range(sizes.blocks):
         for named, is_required in ((architecture.required, True), (architecture.optional, False)):

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from qtool.base import QuantizedTensor
 from qtool.errors import CheckpointError
-from qtool.exchange._gguf_blocks import decode
+from qtool.exchange._gguf_blocks import decode_blocks
 from qtool.exchange._gguf_file import PLAIN, GgufFile, GgufTensor
 from qtool.exchange._gguf_names import (
     ARCHITECTURES,
@@ -130,7 +129,7 @@ def read_layer(file: GgufFile, name: str) -> QuantizedTensor:
     if heads:
         rows = rows[to_halves(len(rows), heads)]
     try:
-        return decode(rows, tensor.type)
+        return decode_blocks(rows, tensor.type)
     except CheckpointError as error:
         raise CheckpointError(
             f"{file.path}: {name}: {error}. Download it again.", file=file.path
@@ -181,5 +180,3 @@ def read_float(file: GgufFile, name: str) -> Tensor:
         return read_plain(file, name).float()
     tensor = read_layer(file, name)
     return codec(tensor.format).dequantize(tensor, torch.float32)
-
-

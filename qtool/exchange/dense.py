@@ -8,12 +8,13 @@ from torch import Tensor
 
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, codec
+from qtool.checkpoint.shards import open_shards
 from qtool.exchange import Compared, Departure, Exchange, LayerPlace
-from qtool.exchange._compare import OWN_READER, check_equal, stored
+from qtool.exchange._compare import OWN_READER, check_equal
 from qtool.exchange._directory import write_directory
 from qtool.formats._dtypes import dtype_of
 
-WEIGHT = "weight"
+WEIGHT_PART = "weight"
 
 
 def _refuses(entry: LayerEntry, _place: LayerPlace) -> str | None:
@@ -29,7 +30,7 @@ def _layers(departure: Departure) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         if entry is None:
             yield name, {name: plain(departure, name)}
         elif entry.shared_with is None:
-            yield name, {f"{name}.{WEIGHT}": weight_of(departure, name)}
+            yield name, {f"{name}.{WEIGHT_PART}": rounded_weight(departure, name)}
 
 
 def plain(departure: Departure, name: str) -> Tensor:
@@ -39,7 +40,7 @@ def plain(departure: Departure, name: str) -> Tensor:
     return values.to(dtype_of(departure.dtype)) if values.is_floating_point() else values
 
 
-def weight_of(departure: Departure, name: str) -> Tensor:
+def rounded_weight(departure: Departure, name: str) -> Tensor:
     """Return what the codes of a layer mean, as its module stores it, rounded once."""
     tensor = departure.checkpoint.load(name)
     assert isinstance(tensor, QuantizedTensor)
@@ -53,7 +54,7 @@ def _write(departure: Departure, directory: Path) -> None:
 
 
 def _compare(departure: Departure, directory: Path) -> Compared:
-    shards, layers, others = stored(directory), 0, 0
+    shards, layers, others = open_shards(directory), 0, 0
     for name, tensors in _layers(departure):
         for full, expected in tensors.items():
             check_equal(directory, full, shards.read(full), expected)

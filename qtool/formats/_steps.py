@@ -19,7 +19,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def values(
+def step_values(
     codes: Tensor, steps: Tensor, minima: Tensor, scheme: WeightScheme, shape: Shape2D
 ) -> Tensor:
     """Return minimum + step * code, (out_features, in_features) in the dtype of the steps.
@@ -48,7 +48,7 @@ def binary_coded(
 
     Plane scales are exact, offsets rounded once. Where a step is negative the planes are inverted:
     minimum + step * code = minimum + step * (2^k - 1) + |step| * (2^k - 1 - code). Arguments are
-    those of `values`, in float32.
+    those of `step_values`, in float32.
     """
     bits = scheme.num_bits
     falls = pack_bits(grouping.spread(steps < 0, scheme, shape))
@@ -60,7 +60,5 @@ def binary_coded(
         "plane_scales": steps.abs() * powers[:, None, None],
         "plane_offsets": offsets.float(),
     }
-    plain = WeightScheme(
-        num_bits=bits, group_size=scheme.group_size, group_dim=scheme.group_dim
-    )
+    plain = WeightScheme(num_bits=bits, group_size=scheme.group_size, group_dim=scheme.group_dim)
     return QuantizedTensor(BINARY_CODING, plain, shape, parts)

@@ -99,7 +99,7 @@ def _parameters(tensor: QuantizedTensor, dtype: torch.dtype) -> tuple[Tensor, Te
     return steps, minima
 
 
-def to_binary(tensor: QuantizedTensor) -> QuantizedTensor:
+def nested_to_binary(tensor: QuantizedTensor) -> QuantizedTensor:
     """Return the same weight as a binary-coded one with float32 parameters, offsets rounded."""
     steps, minima = _parameters(tensor, torch.float32)
     codes, scheme, shape = tensor.parts["codes"], tensor.scheme, tensor.shape
@@ -110,7 +110,7 @@ def _dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Return the weight, (out_features, in_features) in `dtype`, rounded once from float32."""
     steps, minima = _parameters(tensor, _steps.working_dtype(dtype))
     codes, scheme, shape = tensor.parts["codes"], tensor.scheme, tensor.shape
-    return _steps.values(codes, steps, minima, scheme, shape).to(dtype)
+    return _steps.step_values(codes, steps, minima, scheme, shape).to(dtype)
 
 
 def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
@@ -136,9 +136,7 @@ def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
 
 def _below(tensors: Sequence[QuantizedTensor], name: str) -> Tensor:
     """Return codes of groups, packed along rows, as those of all rows."""
-    rows = [
-        planes_to_codes(each.parts[name], each.scheme.num_rows(each.shape)) for each in tensors
-    ]
+    rows = [planes_to_codes(each.parts[name], each.scheme.num_rows(each.shape)) for each in tensors]
     return codes_to_planes(torch.cat(rows, 1), len(tensors[0].parts[name]))
 
 

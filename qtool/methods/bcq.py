@@ -248,10 +248,17 @@ def _codec_of(options: BcqOptions) -> Codec:
     return coded_format.CODEC if options.scales == "coded" else binary_format.CODEC
 
 
+def _format_of(options: BcqOptions) -> str:
+    """Return the name of what is written."""
+    coded = options.scales == "coded"
+    return coded_format.CODED_SCALES if coded else binary_format.BINARY_CODING
+
+
 METHOD = Method(
     summary="Binary coding: an offset plus scaled sign planes, with or without calibration data.",
     options=BcqOptions,
     solve=quantize_bcq,
     layout=lambda scheme, shape, options: _codec_of(options).layout(scheme, shape),
     uses=frozenset({"hessian"}),
+    writes=_format_of,
 )

@@ -85,5 +85,6 @@ METHOD = Method(
     layout=lambda scheme, shape, _options: dint_format.CODEC.layout(scheme, shape),
     num_bits=range(dint.FEWEST_BITS, MAX_BITS + 1),
     uses=frozenset({"hessian"}),
+    writes=lambda _options: dint_format.DINT,
     is_tunable=False,  # a code that moved by one step would leave the levels
 )

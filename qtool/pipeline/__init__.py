@@ -7,6 +7,8 @@ from qtool.pipeline.bench import BenchOptions, GpuOptions, bench
 from qtool.pipeline.calibrate import CalibrateResult, calibrate
 from qtool.pipeline.compare import CompareOptions, ModelsCompared, compare
 from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
+from qtool.pipeline.export import ExportResult, export
+from qtool.pipeline.import_model import ImportResult, import_model
 from qtool.pipeline.model_figures import ModelFigures
 from qtool.pipeline.preflight import preflight
 from qtool.pipeline.quantize import explain, plan, quantize
@@ -22,7 +24,9 @@ __all__ = [
     "CompareOptions",
     "Comparison",
     "EvalOptions",
+    "ExportResult",
     "GpuOptions",
+    "ImportResult",
     "ModelFigures",
     "ModelsCompared",
     "QuantizeResult",
@@ -35,6 +39,8 @@ __all__ = [
     "compare",
     "evaluate",
     "explain",
+    "export",
+    "import_model",
     "plan",
     "preflight",
     "quantize",

@@ -11,6 +11,7 @@ from qtool.modeling.device import free_memory
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location, locate
 from qtool.pipeline.evaluate import Comparison, EvalOptions
+from qtool.pipeline.imported import as_ours
 from qtool.pipeline.model_figures import figures_of, versions
 from qtool.plugins import check_name
 from qtool.runtime.backends._choose import use_backend
@@ -69,7 +70,8 @@ def bench(
     if options.gpu is not None:
         return Comparison((), kernels=_kernels(model, options.gpu, baseline, emit))
     assert model is not None
-    baseline = baseline or _original(model)
+    model = as_ours(model, emit)
+    baseline = as_ours(baseline, emit) if baseline is not None else _original(model)
     quality = options.quality
     corpus = load_corpus(quality.dataset) if quality is not None else None
     models = [one for one in (baseline, model) if one is not None]
@@ -109,7 +111,8 @@ def _kernels(
             work = replace(work, quantized_inputs=input_cases(shape, options.inputs))
     else:
         assert model is not None
-        baseline = baseline or _original(model)
+        model = as_ours(model, emit)
+        baseline = as_ours(baseline, emit) if baseline is not None else _original(model)
         work = workload.checkpoint_workload(model, baseline, kernel, device)
     result = gpu.time_workload(
         work, gpu.on_card(device, kernel), versions(), with_peers=options.peers, emit=emit

@@ -17,6 +17,7 @@ from qtool.modeling.device import free_memory
 from qtool.modeling.load import foreign_method, load_model
 from qtool.modeling.locate import Location
 from qtool.pipeline.evaluate import EvalOptions
+from qtool.pipeline.imported import as_ours
 from qtool.pipeline.model_figures import ModelFigures, figures_of, strict_bits, versions
 from qtool.pipeline.model_texts import TextFigures, TextMeasure
 from qtool.pipeline.scoring import score_models
@@ -96,6 +97,7 @@ def compare(
     if tasks is not None:
         tasks.check()
     corpus = load_corpus(options.texts.dataset) if options.texts is not None else None
+    models = [as_ours(one, emit) for one in models]
     found = _described(models)
     measure = None
     if options.texts is not None and corpus is not None:

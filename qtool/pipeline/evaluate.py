@@ -25,6 +25,7 @@ from qtool.modeling.device import free_memory
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location
 from qtool.pipeline.card import note_evaluation
+from qtool.pipeline.imported import as_ours
 from qtool.pipeline.model_figures import ModelFigures, figures_of, versions
 from qtool.pipeline.scoring import score
 from qtool.pipeline.task_results import TaskComparison
@@ -114,6 +115,8 @@ def evaluate(
         QtoolError: before a model is loaded: one isn't there, or can't be executed here; or as
             `scoring.score`.
     """
+    model = as_ours(model, emit)
+    baseline = None if baseline is None else as_ours(baseline, emit)
     if options.tasks is not None:
         scored = Comparison((), tasks=score(model, options.tasks, baseline, backend, dtype, emit))
         note_evaluation(model, scored, emit)

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.base import Emit, Progress, ignore_events
+from torch import nn
+
+from qtool.base import CausalModel, Emit, Progress, ignore_events
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.checkpoint.marks import CONFIG_NAME
-from qtool.checkpoint.place import file_failures
+from qtool.checkpoint.place import file_failures, nearest
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import CheckpointError, OutputError
 from qtool.exchange import (
@@ -21,6 +23,7 @@ from qtool.exchange import (
     exchange_names,
     load_exchange,
 )
+from qtool.exchange._engines import Kernels, kernels_of, why_no_kernel
 from qtool.modeling.companions import read_companions
 from qtool.modeling.config import parse_config
 from qtool.modeling.discover import adapter_of
@@ -38,6 +41,7 @@ class ExportResult:
 
     dest: Path
     target: str
+    engine: str | None
     num_bytes: int
     compared: Compared
 
@@ -47,6 +51,7 @@ def export(
     dest: Path,
     target: str,
     *,
+    engine: str | None = None,
     dtype: str | None = None,
     emit: Emit = ignore_events,
 ) -> ExportResult:
@@ -56,25 +61,32 @@ def export(
         directory: The checkpoint.
         dest: Isn't there yet; appears only when it is complete and compared.
         target: Name of an exchange that can be written.
+        engine: Program that is to run it, as NAME or NAME@VERSION; what it has no kernels for is
+            refused. None: anybody.
         dtype: Of what has no codes; None: as the configuration has it.
         emit: Is told how far it is.
 
     Raises:
-        UnknownNameError: there is no such target.
+        UnknownNameError: there is no such target or engine.
         CheckpointError: the checkpoint is damaged, a layer can't be said in that format, or the
             result isn't equal; nothing is left at `dest`.
         OutputError: something is at `dest`, or it can't be written.
     """
     exchange = writable(target)
+    kernels = None if engine is None else kernels_of(engine, target)
     check_free(dest)
     check_apart(dest, directory)
     departure = open_departure(directory, dtype, emit)
+    emit(Progress("checking what is to be written"))
     check_expressible(departure, target, exchange)
+    if kernels is not None:
+        check_kernels(departure, str(engine), kernels)
     assert exchange.write is not None
     assert exchange.compare is not None
     work = dest.with_name(f".{dest.name}.partial")
     with file_failures(dest):
         remove(work)
+        work.parent.mkdir(parents=True, exist_ok=True)
         try:
             exchange.write(departure, work)
             emit(Progress("comparing with what was written"))
@@ -83,7 +95,9 @@ def export(
             sync(dest.parent)
         finally:
             remove(work)
-        return ExportResult(dest=dest, target=target, num_bytes=size_of(dest), compared=compared)
+        return ExportResult(
+            dest=dest, target=target, engine=engine, num_bytes=size_of(dest), compared=compared
+        )
 
 
 def writable(target: str) -> Exchange:
@@ -108,8 +122,7 @@ def check_free(dest: Path) -> None:
     with file_failures(dest):
         if os.path.lexists(dest):
             raise OutputError(f"{dest} exists, and export replaces nothing. Name another place.")
-        folder = dest.absolute().parent
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = nearest(dest.absolute().parent)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise OutputError(f"{folder} isn't a directory that can be written.")
 
@@ -137,12 +150,14 @@ def open_departure(directory: Path, dtype: str | None, emit: Emit) -> Departure:
     """
     checkpoint = CheckpointReader(directory)
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    places, transposed = layer_places(config, checkpoint.manifest.layers, directory)
+    skeleton = empty_model(parse_config(config, directory), directory)
+    places, transposed = layer_places(skeleton, config, checkpoint.manifest.layers)
     named = config.get("dtype") or config.get("torch_dtype")
     return Departure(
         checkpoint=checkpoint,
         places=places,
         transposed=transposed,
+        linears=tuple(n for n, part in skeleton.named_modules() if isinstance(part, nn.Linear)),
         files=read_companions(directory),
         dtype=dtype or (named if named in DTYPES_OF_EXPORTS else "float16"),
         emit=emit,
@@ -150,10 +165,9 @@ def open_departure(directory: Path, dtype: str | None, emit: Emit) -> Departure:
 
 
 def layer_places(
-    config: Mapping[str, object], layers: Mapping[str, LayerEntry], directory: Path
+    skeleton: CausalModel, config: Mapping[str, object], layers: Mapping[str, LayerEntry]
 ) -> tuple[dict[str, LayerPlace], frozenset[str]]:
     """Return where each layer stands, and which are stored as (in_features, out_features)."""
-    skeleton = empty_model(parse_config(config, directory), directory)
     family = str(config.get("model_type"))
     adapter = load_adapter(family) if family in families() else adapter_of(skeleton, family)
     tables: dict[str, LayerPlace] = {adapter.embedding: "embedding", adapter.head: "head"}
@@ -177,8 +191,7 @@ def check_expressible(departure: Departure, target: str, exchange: Exchange) -> 
         if (reason := exchange.refuses(entry, departure.places[name])) is not None
     }
     if found:
-        reason = next(iter(found.values()))
-        alike = [name for name in found if found[name] == reason]
+        alike, reason = _first_reason(found)
         raise CheckpointError(
             f"{where}: {target} can't say {list_names(alike)}: {reason}. {_nearest(departure)}",
             layer=alike[0],
@@ -187,6 +200,34 @@ def check_expressible(departure: Departure, target: str, exchange: Exchange) -> 
     message = exchange.refuses_model(departure)
     if message is not None:
         raise CheckpointError(f"{where}: {message} {_nearest(departure)}")
+
+
+def check_kernels(departure: Departure, engine: str, kernels: Kernels) -> None:
+    """Check that an engine has kernels for all of a checkpoint.
+
+    Raises:
+        CheckpointError: it hasn't: names layers, and what it takes.
+    """
+    where, layers = departure.checkpoint.directory, departure.checkpoint.manifest.layers
+    found = {
+        name: reason
+        for name, entry in layers.items()
+        if (reason := why_no_kernel(kernels, entry)) is not None
+    }
+    if found:
+        alike, reason = _first_reason(found)
+        raise CheckpointError(
+            f"{where}: {engine} has no kernel for {list_names(alike)}: {reason}. Quantize it so, "
+            "leave out --engine, or give --target dense.",
+            layer=alike[0],
+            file=where / CONFIG_NAME,
+        )
+
+
+def _first_reason(found: Mapping[str, str]) -> tuple[list[str], str]:
+    """Return the first reason, and all layers that have it."""
+    reason = next(iter(found.values()))
+    return [name for name in found if found[name] == reason], reason
 
 
 def _nearest(departure: Departure) -> str:

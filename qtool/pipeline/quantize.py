@@ -23,6 +23,7 @@ from qtool.pipeline.check import check_result
 from qtool.pipeline.check_budgets import check_budgets
 from qtool.pipeline.reports import Decisions, QuantizeResult, RunCourse, result_of, write_result
 from qtool.recipe.schema import Recipe
+from qtool.steps.check_exportable import check_exportable
 from qtool.steps.draw_calibration import check_samples, draw_calibration, wanted_lengths
 from qtool.steps.fallbacks import keeping_sentences
 from qtool.steps.fold import fold
@@ -38,9 +39,12 @@ NO_LOCKS = (
 )
 
 
-def plan(model: Location, recipe: Recipe) -> Plan:
+def plan(model: Location, recipe: Recipe, *, target: str | None = None) -> Plan:
     """Return what `quantize` would do, with bits and bytes per layer; reads no weights."""
-    return make_plan(open_source(model), recipe)
+    found = make_plan(open_source(model), recipe)
+    if target is not None:
+        check_exportable(found, target)
+    return found
 
 
 def explain(
@@ -65,7 +69,7 @@ def explain(
     return choose(choose_rows(fold(Run(source, recipe, layer_plan, samples, env))))
 
 
-def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
+def quantize(  # noqa: PLR0913 - what, where to, how, and six switches
     model: Location,
     out_dir: Path,
     recipe: Recipe,
@@ -75,6 +79,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
     overwrite: bool = False,
     resume: bool = False,
     check: bool = False,
+    target: str | None = None,
     emit: Emit = ignore_events,
 ) -> QuantizeResult:
     """Quantize a model and write a checkpoint.
@@ -89,6 +94,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
         resume: Continue an unfinished run of the same recipe.
         check: If there are samples, or the recipe has a section `check`, compare the result with
             the original at the end: it is loaded whole, as far as memory allows.
+        target: Format of another program that the result must be expressible in; None: any.
         emit: Is told of each layer and of what comes between, and warned.
 
     Raises:
@@ -105,9 +111,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
     emit(Progress("opening the model"))
     source = open_source(model)
     check_apart(place.out_dir, source.directory, _inputs(recipe, calib_dir))
-    layer_plan = make_plan(source, recipe)
-    check_choices(source, recipe, layer_plan)
-    check_search(source, recipe, layer_plan)
+    layer_plan = _planned(source, recipe, target)
     _check_room(place, layer_plan)
     _warn_of_few_bits(layer_plan, recipe, emit)
     samples = samples or open_samples(source, recipe, calib_dir, emit)
@@ -123,6 +127,16 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and five switches
     with failures_of_the_machine(env.device, place.out_dir):
         found, lines = check_budgets(source, place.named, budgets, emit)
     return replace(result, check=found, budgets=lines)
+
+
+def _planned(source: ModelSource, recipe: Recipe, target: str | None) -> Plan:
+    """Return a plan of which all that it leaves open, and what becomes of it, is checked."""
+    found = make_plan(source, recipe)
+    check_choices(source, recipe, found)
+    check_search(source, recipe, found)
+    if target is not None:
+        check_exportable(found, target)
+    return found
 
 
 def _carry_out(run: Run, place: Place, course: RunCourse) -> QuantizeResult:

@@ -12,6 +12,7 @@ from qtool import plugins
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.core.activations import quantize_activations
 from qtool.errors import BackendError
+from qtool.formats.ordered_affine import encode_ordered
 from qtool.runtime.backends._choose import choose_backend, load_backend, use_backend
 from qtool.runtime.decode.read_model import weights_of
 from qtool.runtime.decode.runner import DecodeRunner
@@ -58,6 +59,10 @@ def solved(format_name, scheme, shape, seed):
         widest = scheme.num_bits + 1
         row_bits = [widest - row % min(4, widest) for row in range(shape.out_features)]
         return solved_mixed(normal(*shape, seed=seed), row_bits, scheme.group_size)
+    if format_name == "ordered_affine":
+        plain = solved("affine", scheme, shape, seed)
+        order = torch.randperm(shape.in_features, generator=torch.Generator().manual_seed(seed))
+        return encode_ordered(plain, order)
     method_name, options = SOLVERS[format_name]
     method = load_method(method_name)
     given = problem(normal(*shape, seed=seed), scheme)

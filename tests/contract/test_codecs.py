@@ -47,12 +47,15 @@ def with_classes(scheme: WeightScheme, shape: Shape2D, seed: int) -> WeightSchem
 
 def random_tensor(name: str, scheme: WeightScheme, shape: Shape2D, seed: int) -> QuantizedTensor:
     """Return a weight with arbitrary bits and parameters in the layout of its format."""
-    if name == "affine" and scheme.symmetric and scheme.num_bits == 1:
+    is_affine = name in ("affine", "ordered_affine")
+    if is_affine and scheme.symmetric and scheme.num_bits == 1:
         scheme = WeightScheme(num_bits=2, symmetric=True, group_dim=scheme.group_dim)
     if name == "dint" and scheme.num_bits < 3:
         scheme = replace(scheme, num_bits=3)
     if name == "mixed_rows" and not scheme.rows:
         scheme = with_classes(scheme, shape, seed)
+    if name == "ordered_affine":
+        scheme = replace(scheme, group_dim="in_features")
     generator = torch.Generator().manual_seed(seed)
     parts = {}
     for part, spec in codec(name).layout(scheme, shape).items():
@@ -61,6 +64,8 @@ def random_tensor(name: str, scheme: WeightScheme, shape: Shape2D, seed: int) ->
             shuffled = torch.tensor(numbers)[torch.randperm(len(numbers), generator=generator)]
             width = spec.shape[0]
             drawn = codes_to_planes(shuffled.to(torch.uint8)[None], width).squeeze(1)
+        elif spec.is_order:
+            drawn = torch.randperm(spec.shape[0], generator=generator)
         elif spec.dtype == "int32":
             drawn = torch.randint(-(2**31), 2**31, spec.shape, generator=generator)
         else:  # few bits: sums of them are exact in float64 and float32
@@ -92,8 +97,10 @@ def test_dequantize_equals_the_independent_decoder(name, scheme, shape, seed):
 @EVERY_FORMAT
 @given(scheme=schemes, shape=shapes)
 def test_layout_has_whole_positive_sizes_and_known_dtypes(name, scheme, shape):
-    too_narrow = name == "dint" and scheme.num_bits < 3
-    if too_narrow or (name, scheme.symmetric, scheme.num_bits) == ("affine", True, 1):
+    impossible = name == "dint" and scheme.num_bits < 3
+    impossible |= name == "ordered_affine" and scheme.group_dim == "out_features"
+    is_affine = name in ("affine", "ordered_affine")
+    if impossible or (is_affine and scheme.symmetric and scheme.num_bits == 1):
         with pytest.raises(SchemeError):
             codec(name).layout(scheme, shape)
         return
@@ -162,6 +169,12 @@ def test_weights_are_joined_to_the_bit_or_refused(name, scheme, other, dim, leng
         with pytest.raises(SchemeError, match="Put them below one another"):
             codec(name).cat(tensors, dim)
         return
+    if name == "ordered_affine" and dim == 0:
+        orders = [each.parts["input_order"] for each in tensors]
+        if not all(torch.equal(order, orders[0]) for order in orders):
+            with pytest.raises(SchemeError, match="sorted in another order"):
+                codec(name).cat(tensors, dim)
+            return
     exact = [codec(name).dequantize(each, torch.float64) for each in tensors]
     check_is(codec(name).cat(tensors, dim), torch.cat(exact, dim))
 

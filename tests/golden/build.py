@@ -22,7 +22,7 @@ from qtool.checkpoint.place import find_place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
-from qtool.formats import affine, binary_coding, coded_scales, dint, mixed_rows
+from qtool.formats import affine, binary_coding, coded_scales, dint, mixed_rows, ordered_affine
 from qtool.scheme import ActivationScheme, Shape2D, WeightScheme
 from tests.golden.oracles import ORACLES
 
@@ -44,6 +44,12 @@ MIXED_SCHEMES: Mapping[str, WeightScheme] = {
 DINT_SCHEMES: Mapping[str, WeightScheme] = {
     **SCHEMES,
     "whole": WeightScheme(num_bits=6, group_size=None),
+}
+
+
+ORDERED_SCHEMES: Mapping[str, WeightScheme] = {
+    **SCHEMES,
+    "rows": WeightScheme(num_bits=5, group_size=4),
 }
 
 
@@ -69,6 +75,11 @@ def dint_weight(scheme: WeightScheme) -> QuantizedTensor:
     zeros = numbers(2**scheme.num_bits - 2, groups, rows).T.to(torch.uint8)
     scales = ((numbers(500, rows, groups) + 1) / 512).half()
     return dint.encode_dint(codes, scales, zeros, scheme, SHAPE)
+
+
+def ordered_weight(scheme: WeightScheme) -> QuantizedTensor:
+    order = (numbers(2**20, SHAPE.in_features)).argsort(stable=True)
+    return ordered_affine.encode_ordered(affine_weight(scheme), order)
 
 
 def binary_weight(scheme: WeightScheme) -> QuantizedTensor:
@@ -108,6 +119,7 @@ WEIGHTS: Mapping[str, Callable[[WeightScheme], QuantizedTensor]] = {
     "coded_scales": coded_weight,
     "dint": dint_weight,
     "mixed_rows": mixed_weight,
+    "ordered_affine": ordered_weight,
 }
 
 
@@ -123,7 +135,12 @@ GOLDEN = (*WEIGHTS, QUANTIZED_INPUTS)
 
 def schemes_of(format_name: str) -> Mapping[str, WeightScheme]:
     """Return the schemes of the layers of a golden checkpoint."""
-    return {"mixed_rows": MIXED_SCHEMES, "dint": DINT_SCHEMES}.get(format_name, SCHEMES)
+    special = {
+        "mixed_rows": MIXED_SCHEMES,
+        "dint": DINT_SCHEMES,
+        "ordered_affine": ORDERED_SCHEMES,
+    }
+    return special.get(format_name, SCHEMES)
 
 
 def write(golden: str, out_dir: Path) -> None:

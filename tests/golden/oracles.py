@@ -135,7 +135,9 @@ def minima(
             for plane in range(num_bits):
                 code = 2 * code + bit(parts["codes"][plane, o], i)
             lowest = float(parts["minima"][where]) if "minima" in parts else None
-            weight[o, i] = scale * code + (-scale * 2 ** (num_bits - 1) if lowest is None else lowest)
+            weight[o, i] = scale * code + (
+                -scale * 2 ** (num_bits - 1) if lowest is None else lowest
+            )
     return weight
 
 
@@ -164,6 +166,15 @@ def nested(
                 weight[o, i] = unit * (scale - 2 ** (width - 1)) * (code - 2 ** (num_bits - 1))
             else:
                 weight[o, i] = unit * scale * code - float(parts["super_minima"][above]) * lowest
+
+
+def ordered_affine(
+    parts: Parts, num_bits: int, out: int, in_: int, group_size: int | None, group_dim: str
+) -> NDArray[np.float64]:
+    by_column = affine(parts, num_bits, out, in_, group_size, group_dim)
+    weight = np.zeros((out, in_))
+    for column in range(in_):
+        weight[:, int(parts["input_order"][column])] = by_column[:, column]
     return weight
 
 
@@ -175,4 +186,5 @@ ORACLES: dict[str, Oracle] = {
     "minima": minima,
     "mixed_rows": mixed_rows,
     "nested": nested,
+    "ordered_affine": ordered_affine,
 }

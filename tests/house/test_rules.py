@@ -94,8 +94,8 @@ def is_device(node: ast.AST) -> bool:
 
 
 def is_tag(node: ast.AST, module: Module) -> bool:
-    """Return whether an operand is the tag of stored data, where data are read or executed."""
-    return dotted(node).endswith(".format") and module.folder in ("formats", "runtime")
+    """Return whether an operand is the tag of stored data, where these are read or executed."""
+    return dotted(node).endswith(".format") and module.folder in ("formats", "runtime", "exchange")
 
 
 def test_no_plugin_is_compared_by_name():

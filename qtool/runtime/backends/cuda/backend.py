@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from qtool.base import Fused, IntegerProduct, KernelBackend, QuantizedTensor
-from qtool.formats import affine, binary_coding, coded_scales, dint, mixed_rows
+from qtool.formats import (
+    affine,
+    binary_coding,
+    coded_scales,
+    dint,
+    mixed_rows,
+    ordered_affine,
+)
 from qtool.runtime.backends.cuda import (
     fusing,
     int_linear,
@@ -23,6 +30,7 @@ from qtool.runtime.backends.cuda.int_tiles import IntTiles
 from qtool.runtime.backends.cuda.launch import KERNEL_DTYPES
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.runtime.backends.cuda.mixed import MixedWeight
+from qtool.runtime.backends.cuda.ordered import OrderedWeight, prepare_any
 from qtool.runtime.backends.cuda.selection import STORED_KERNELS, wanted_kernel
 from qtool.runtime.backends.dense import BACKEND as DENSE
 from qtool.runtime.decode.ops import DecodeOps
@@ -35,8 +43,9 @@ FORMATS = (
     coded_scales.CODED_SCALES,
     dint.DINT,
     mixed_rows.MIXED_ROWS,
+    ordered_affine.ORDERED_AFFINE,
 )
-Prepared = KernelWeight | HalfWeight | MixedWeight | Tensor
+Prepared = KernelWeight | HalfWeight | MixedWeight | OrderedWeight | Tensor
 
 
 class CudaBackend:
@@ -59,12 +68,14 @@ class CudaBackend:
         """Return the re-laid weight."""
         if dtype not in KERNEL_DTYPES:
             return DENSE.prepare(tensor, dtype)
-        return mixed.prepare_weight(tensor, dtype)
+        return prepare_any(tensor, dtype)
 
     def matmul(self, x: Tensor, prepared: Prepared) -> Tensor:
         """Return x @ W.T."""
         if isinstance(prepared, Tensor):
             return DENSE.matmul(x, prepared)
+        if isinstance(prepared, OrderedWeight):
+            return self.matmul(prepared.sorted(x), prepared.weight)
         if isinstance(prepared, MixedWeight):
             run = operators.mixed_matmul_operator if prepared.is_tiled else _multiply_mixed
             return run(x, prepared)
@@ -80,6 +91,8 @@ class CudaBackend:
         """Return the rows that `index` names."""
         if isinstance(prepared, Tensor):
             return DENSE.rows(index, prepared)
+        if isinstance(prepared, OrderedWeight):
+            return self.rows(index, prepared.weight).index_select(-1, prepared.order.argsort())
         if isinstance(prepared, MixedWeight):
             run = operators.mixed_rows_operator if prepared.is_tiled else _gather_mixed
             return run(index, prepared)

@@ -10,6 +10,7 @@ from qtool.runtime.backends.cuda import linear_kernels
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.runtime.backends.cuda.mixed import MixedWeight, gather_mixed, multiply_mixed
+from qtool.runtime.backends.cuda.ordered import OrderedWeight
 from qtool.runtime.decode import torch_ops
 from qtool.runtime.decode.ops import DecodeState
 from qtool.runtime.decode.weights import DecoderLayer, DecoderShape, Projection, Projections
@@ -58,6 +59,8 @@ class KernelOps:
         if isinstance(projection, tuple):
             y = torch.cat([self.linear(x, part) for part in projection], dim=-1)
             return y if residual is None else y + residual
+        if isinstance(projection, OrderedWeight):
+            return self.linear(projection.sorted(x), projection.weight, residual)
         if isinstance(projection, KernelWeight):
             return linear_kernels.matmul(x, projection, self._launch, self._card, residual=residual)
         if isinstance(projection, MixedWeight):

@@ -15,11 +15,14 @@ from qtool.base import Fused, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.core.layout import RUN
 from qtool.formats.mixed_rows import MIXED_ROWS
+from qtool.formats.ordered_affine import ORDERED_AFFINE
 from qtool.runtime.backends.cuda.centers import planes_of
 from qtool.runtime.backends.cuda.linear_kernels import KernelWeight, is_tileable, prepare
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, Tiles
 from qtool.scheme import Shape2D
 
+APART = (MIXED_ROWS, ORDERED_AFFINE)
+"""Formats of which `fuse` makes nothing: classes of rows, inputs in an order of their own."""
 GATE_BITS = 0x55555555
 """Bits of a word of tiles that belong to the upper eight rows of a tile."""
 ROW_DIM = -2
@@ -58,7 +61,7 @@ def are_fusible(tensors: Sequence[QuantizedTensor], *, interleave: bool = False)
     """Return whether `fuse` makes one of weights; their parts aren't looked at."""
     first, rows = tensors[0], [tensor.shape.out_features for tensor in tensors]
     kinds = {(one.format, one.scheme, one.shape.in_features) for one in tensors}
-    if len(kinds) > 1 or first.format == MIXED_ROWS or not is_tileable(first):
+    if len(kinds) > 1 or first.format in APART or not is_tileable(first):
         return False
     return not interleave or (rows[0] == rows[1] and rows[0] % RUN == 0)
 

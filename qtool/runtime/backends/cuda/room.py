@@ -6,13 +6,15 @@ from math import prod
 
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import num_bytes
-from qtool.formats import binary_coding, mixed_rows
+from qtool.formats import affine, binary_coding, mixed_rows, ordered_affine
 from qtool.runtime.backends.cuda import fusing, linear_kernels, tiles
 from qtool.runtime.backends.cuda.centers import has_planes, scheme_of_planes
 from qtool.scheme import Shape2D
 
 DENSE_BYTES = 2
 """Per weight that runs dequantized, in 16 bits."""
+ORDER_BYTES = 8
+"""Per input: where it is among sorted ones."""
 ROW_NUMBERS = 8
 """Bytes per row: where the rows of a class belong, and in which class a row is."""
 
@@ -29,6 +31,11 @@ def card_bytes(tensor: QuantizedTensor, card_name: str = "", *, keep_stored: boo
         classes = [_class(tensor, *each) for each in tensor.scheme.classes(tensor.shape)]
         numbers = ROW_NUMBERS * tensor.shape.out_features
         return numbers + sum(card_bytes(each, card_name, keep_stored=False) for each in classes)
+    if tensor.format == ordered_affine.ORDERED_AFFINE:
+        inner = replace(tensor, format=affine.AFFINE)
+        return ORDER_BYTES * tensor.shape.in_features + card_bytes(
+            inner, card_name, keep_stored=keep_stored
+        )
     if not has_planes(tensor):
         return DENSE_BYTES * prod(tensor.shape)
     planes = replace(tensor, format=binary_coding.BINARY_CODING, scheme=scheme_of_planes(tensor))

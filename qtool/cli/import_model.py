@@ -1,0 +1,49 @@
+"""`qtool import`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtool.cli import console, early
+from qtool.cli.options import JsonOption, check_targets
+from qtool.cli.progress import progress
+from qtool.wording import gigabytes
+
+
+def import_model(
+    model: Annotated[
+        str, typer.Argument(help="Directory, hub id or file that another program has quantized.")
+    ],
+    out_dir: Annotated[Path, typer.Argument(help="Directory for the checkpoint.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT_DIR.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Import a model that another program has quantized, without loss.
+
+    [bold]Examples[/bold]
+
+      qtool import model-gptq OUT_DIR
+
+      qtool import TheBloke/Llama-2-7B-AWQ OUT_DIR
+    """
+    check_targets([json_file])
+    with progress("Nothing was written.") as emit, early.opened([model], "cpu", emit) as (where,):
+        from qtool import pipeline
+
+        result = pipeline.import_model(where, out_dir, overwrite=overwrite, emit=emit)
+    values = {
+        "out_dir": str(result.out_dir),
+        "format": result.format,
+        "layers": len(result.layers),
+        "average_bits": result.average_bits,
+        "weight_bytes": result.weight_bytes,
+        "seconds": result.seconds,
+    }
+    if console.write_json(values, json_file):
+        console.out.print(
+            f"{result.out_dir}: {len(result.layers)} layers of {result.format}, "
+            f"{result.average_bits:.3f} bits per weight, {gigabytes(result.weight_bytes)}.",
+            markup=False,
+            soft_wrap=True,
+        )

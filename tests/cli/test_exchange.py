@@ -1,0 +1,73 @@
+"""`qtool export` and `qtool import`: one line says what came of it, or what is wrong."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qtool import pipeline
+from qtool.modeling.locate import Location
+from qtool.recipe.load import recipe_from_mapping
+
+
+@pytest.fixture(scope="module")
+def exported(llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exchanged")
+    scheme = {"num_bits": 4, "group_size": 32, "symmetric": True}
+    wanted = recipe_from_mapping({"weights": {"method": "rtn", "scheme": scheme}})
+    pipeline.quantize(Location(llama), folder / "w4", wanted)
+    pipeline.export(folder / "w4", folder / "gptq", "gptq")
+    return folder
+
+
+def test_one_line_says_what_was_written_and_who_has_compared_it(cli, exported, tmp_path):
+    done = cli("export", exported / "w4", tmp_path / "dense", "--target", "dense")
+    assert done.code == 0, done.err
+    assert "14 layers and 7 other tensors read back to the bit by qtool's own reader" in done.out
+
+
+def test_json_says_what_was_done(cli, exported, tmp_path):
+    done = cli("import", exported / "gptq", tmp_path / "in", "--json", "-")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["format"] == "gptq"
+    target = ("--target", "compressed-tensors", "--json", "-")
+    done = cli("export", tmp_path / "in", tmp_path / "ct", *target)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["layers"] == 14
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("export", "w4", "out", "--target", "gtpq"), "Did you mean 'gptq'?"),
+        (("export", "w4", "out", "--target", "awq"), "awq is only read. Targets are"),
+        (("export", "w4", "out", "--target", "gptq", "--engine", "vllm@9"), "vllm@0.33 is"),
+        (("export", "gptq", "out", "--target", "dense"), "quant_method is 'gptq', not 'qtool'"),
+        (("export", "nowhere", "out", "--target", "dense"), "No checkpoint directory"),
+        (("export", "w4", "gptq", "--target", "gptq"), "export replaces nothing"),
+        (("import", "w4", "out"), "is in no format that qtool imports"),
+        (("import", "gptq", "w4"), "exists. Pass --overwrite to replace it."),
+        (("import", "gptq", "gptq/in"), "is the model that is read, or lies in it"),
+        (
+            ("quantize", "--target", "gptq", "--sweep", "average_bits=3", "m", "out"),
+            "--target goes",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_line(cli, exported, monkeypatch, arguments, words):
+    monkeypatch.chdir(exported)
+    done = cli(*arguments)
+    assert done.code == 1
+    assert words in done.err
+    assert not (exported / "out").exists()
+
+
+def test_damaged_model_is_one_line(cli, exported, tmp_path):
+    (tmp_path / "config.json").write_text((exported / "gptq" / "config.json").read_text())
+    save_file({"x.qweight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    for command in (("import", tmp_path, tmp_path.with_name("in")), ("eval", tmp_path)):
+        done = cli(*command)
+        assert done.code == 1
+        assert "x is quantized there, and the model" in done.err
+        assert "Traceback" not in done.err
