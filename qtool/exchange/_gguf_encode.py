@@ -1,4 +1,4 @@
-"""Weights of ours as blocks of GGUF, to the bit, or a reason why not. The inverse of `decode_blocks`.
+"""Weights of ours as blocks of GGUF, to the bit, or why not: the inverse of `decode_blocks`.
 
 An affine weight is scale * (code - zero_point), and several types hold that whole number: the
 smallest that holds all that a scheme allows is taken, so that scheme and shape alone decide. Where
@@ -68,7 +68,7 @@ def _sizes(scheme: WeightScheme, shape: Shape2D) -> tuple[int, ...]:
     return (length,) if size is None or size >= length else (length, size)
 
 
-def why_no_type(entry: LayerEntry) -> str | None:
+def why_no_type(entry: LayerEntry) -> str | None:  # noqa: PLR0911 - a reason each
     """Return why a layer has no type of blocks, as a clause; None: it has one."""
     if entry.activation is not None:
         return "its inputs are quantized while it runs, which GGUF can't say"
@@ -204,7 +204,7 @@ def _encode_nested(tensor: QuantizedTensor, name: str) -> Tensor:
     parts, rows = tensor.parts, tensor.shape.out_features
     groups = NUM_GROUPS[name]
 
-    def pair(coded: str, whole: str) -> Pair:
+    def pair(coded: str, whole: str) -> CodedPair:
         return planes_to_codes(parts[coded], rows).T.unflatten(1, (-1, groups)), parts[whole]
 
     lowest = None if tensor.scheme.symmetric else pair("minimum_codes", "super_minima")
@@ -212,17 +212,17 @@ def _encode_nested(tensor: QuantizedTensor, name: str) -> Tensor:
     return SUPER_ENCODERS[name](_codes(tensor, K_QUANT_SIZE), scales, lowest)
 
 
-Pair = tuple[Tensor, Tensor]
+CodedPair = tuple[Tensor, Tensor]
 """Codes (rows, blocks, groups) uint8, and what they are multiples of, (rows, blocks) float16."""
 
 
-def _q2_k(codes: Tensor, scales: Pair, lowest: Pair | None) -> Tensor:
+def _q2_k(codes: Tensor, scales: CodedPair, lowest: CodedPair | None) -> Tensor:
     assert lowest is not None
     both = scales[0] | (lowest[0] << 4)
     return _joined(both, _packed_fields(codes, 2, 32), _octets(scales[1]), _octets(lowest[1]))
 
 
-def _q3_k(codes: Tensor, scales: Pair, _lowest: Pair | None) -> Tensor:
+def _q3_k(codes: Tensor, scales: CodedPair, _lowest: CodedPair | None) -> Tensor:
     lower, upper = _paired(scales[0]), _packed_fields(scales[0] >> 4, 2, 4)
     high = _packed_fields(codes >> 2, 1, 32)
     return _joined(high, _packed_fields(codes, 2, 32), lower, upper, _octets(scales[1]))
@@ -235,27 +235,27 @@ def _six_bits(scales: Tensor, lowest: Tensor) -> Tensor:
     return torch.cat([first | ((later >> 4) << 6), least | ((last >> 4) << 6), rest], -1)
 
 
-def _q4_k(codes: Tensor, scales: Pair, lowest: Pair | None) -> Tensor:
+def _q4_k(codes: Tensor, scales: CodedPair, lowest: CodedPair | None) -> Tensor:
     assert lowest is not None
     coded = _six_bits(scales[0], lowest[0])
     return _joined(_octets(scales[1]), _octets(lowest[1]), coded, _packed_fields(codes, 4, 32))
 
 
-def _q5_k(codes: Tensor, scales: Pair, lowest: Pair | None) -> Tensor:
+def _q5_k(codes: Tensor, scales: CodedPair, lowest: CodedPair | None) -> Tensor:
     assert lowest is not None
     coded, upper = _six_bits(scales[0], lowest[0]), _packed_fields(codes >> 4, 1, 32)
     halves = _octets(scales[1]), _octets(lowest[1])
     return _joined(*halves, coded, upper, _packed_fields(codes, 4, 32))
 
 
-def _q6_k(codes: Tensor, scales: Pair, _lowest: Pair | None) -> Tensor:
+def _q6_k(codes: Tensor, scales: CodedPair, _lowest: CodedPair | None) -> Tensor:
     lower, upper = _packed_fields(codes, 4, 64), _packed_fields(codes >> 4, 2, 32)
     return _joined(lower, upper, scales[0] ^ 128, _octets(scales[1]))
 
 
 NUM_GROUPS = {"Q2_K": 16, "Q3_K": 16, "Q4_K": 8, "Q5_K": 8, "Q6_K": 16}
 SCALE_MIDDLES = {"Q3_K": 32, "Q6_K": 128}
-SUPER_ENCODERS: dict[str, Callable[[Tensor, Pair, Pair | None], Tensor]] = {
+SUPER_ENCODERS: dict[str, Callable[[Tensor, CodedPair, CodedPair | None], Tensor]] = {
     "Q2_K": _q2_k,
     "Q3_K": _q3_k,
     "Q4_K": _q4_k,

@@ -22,7 +22,7 @@ GGUF_MAGIC = b"GGUF"
 GGUF_VERSIONS = (2, 3)
 GGUF_ALIGNMENT = 32
 STRING, ARRAY, BOOLEAN = 8, 9, 7
-SCALARS = {
+GGUF_SCALARS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f",
     BOOLEAN: "<?", 10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
@@ -63,7 +63,7 @@ OTHER_TYPES = {
     29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
 }  # fmt: skip
 """Names of what ggml has besides, for messages."""
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+GGML_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class GgufFile:
     def plain(self, name: str) -> Tensor:
         """Return a tensor that isn't quantized: F32, F16 or BF16, as it is stored."""
         tensor = self.tensors[name]
-        return self.rows(name).view(PLAIN[tensor.type.name]).reshape(tensor.shape)
+        return self.rows(name).view(GGML_FLOATS[tensor.type.name]).reshape(tensor.shape)
 
 
 def open_gguf(path: Path) -> GgufFile:
@@ -177,19 +177,19 @@ class _Cursor:
         """Return the next value of a type; lists don't nest."""
         if kind == STRING:
             return self.text()
-        if kind in SCALARS:
-            return self.number(SCALARS[kind])
+        if kind in GGUF_SCALARS:
+            return self.number(GGUF_SCALARS[kind])
         if kind != ARRAY:
             raise _DamagedError(f"its metadata have a value of the unknown type {kind}.")
         of, count = self.number("<I"), self.number("<Q")
         if of == STRING:
             self._check_room(8 * count)
             return [self.text() for _ in range(count)]
-        if of not in SCALARS:
+        if of not in GGUF_SCALARS:
             raise _DamagedError(f"its metadata have a list of the unknown type {of}.")
-        width = struct.calcsize(SCALARS[of])
+        width = struct.calcsize(GGUF_SCALARS[of])
         self._check_room(width * count)
-        return np.frombuffer(self.take(width * count), np.dtype(SCALARS[of])).tolist()
+        return np.frombuffer(self.take(width * count), np.dtype(GGUF_SCALARS[of])).tolist()
 
     def _check_room(self, num_bytes: int) -> None:
         if num_bytes > len(self.data) - self.at:

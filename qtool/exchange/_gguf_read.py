@@ -10,7 +10,7 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.errors import CheckpointError
 from qtool.exchange._gguf_blocks import decode_blocks
-from qtool.exchange._gguf_file import PLAIN, GgufFile, GgufTensor
+from qtool.exchange._gguf_file import GGML_FLOATS, GgufFile, GgufTensor
 from qtool.exchange._gguf_names import (
     ARCHITECTURES,
     EMBEDDING,
@@ -112,7 +112,7 @@ def names_of(file: GgufFile) -> Mapping[str, str]:
 
 def is_quantized(tensor: GgufTensor) -> bool:
     """Return whether it is stored in blocks of codes."""
-    return tensor.type.name not in PLAIN
+    return tensor.type.name not in GGML_FLOATS
 
 
 def _heads(file: GgufFile, name: str) -> int | None:
