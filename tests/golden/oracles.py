@@ -166,6 +166,7 @@ def nested(
                 weight[o, i] = unit * (scale - 2 ** (width - 1)) * (code - 2 ** (num_bits - 1))
             else:
                 weight[o, i] = unit * scale * code - float(parts["super_minima"][above]) * lowest
+    return weight
 
 
 def ordered_affine(
