@@ -22,7 +22,7 @@ def _read(path: Path) -> ForeignModel:
 
 
 EXCHANGE = Exchange(
-    summary="One file for llama.cpp: Q4_0, Q4_1, Q8_0; also Q5_0, Q5_1, Q2_K to Q6_K are read.",
+    summary="One file of llama.cpp; Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q2_K to Q6_K are read.",
     suffix=".gguf",
     read=_read,
 )
