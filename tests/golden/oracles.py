@@ -163,7 +163,8 @@ def nested(
                     lowest = 2 * lowest + bit(parts["minimum_codes"][plane, group], row)
             unit = float(parts["super_scales"][above])
             if symmetric:
-                weight[o, i] = unit * (scale - 2 ** (width - 1)) * (code - 2 ** (num_bits - 1))
+                step = unit * (scale - 2 ** (width - 1))
+                weight[o, i] = step * (code - 2 ** (num_bits - 1)) + 0.0  # never minus zero
             else:
                 weight[o, i] = unit * scale * code - float(parts["super_minima"][above]) * lowest
     return weight
