@@ -99,6 +99,14 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 def _save_dequantized(path: Path, target: Path) -> None:
+    from qtool.modeling.gguf_streamed import save_streamed  # slow import
+
+    if not save_streamed(path, target):
+        _save_whole(path, target)
+
+
+def _save_whole(path: Path, target: Path) -> None:
+    """Let transformers dequantize what qtool doesn't read, all tensors at once."""
     import torch  # slow imports
     import transformers
     from safetensors import SafetensorError

@@ -9,7 +9,8 @@ import torch
 import qtool.formats
 import qtool.runtime.backends
 from qtool import plugins
-from qtool.checkpoint.manifest import LayerEntry
+from qtool.base import QuantizedTensor
+from qtool.checkpoint.manifest import LayerEntry, codec
 from qtool.core.activations import quantize_activations
 from qtool.errors import BackendError
 from qtool.formats.ordered_affine import encode_ordered
@@ -52,6 +53,18 @@ pytestmark = [
 ]
 
 
+def stepped(format_name, scheme, shape, seed):
+    """Return a weight of a format of imported models, which no method makes."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = {}
+    for part, spec in codec(format_name).layout(scheme, shape).items():
+        drawn = torch.randint(-(2**31), 2**31, spec.shape, generator=generator)
+        parts[part] = drawn.to(torch.int32)
+        if spec.dtype == "float16":
+            parts[part] = (torch.randn(spec.shape, generator=generator) / 64).half()
+    return QuantizedTensor(format_name, scheme, shape, parts)
+
+
 @functools.cache
 def solved(format_name, scheme, shape, seed):
     """Return a weight of a format as a method makes it."""
@@ -63,6 +76,8 @@ def solved(format_name, scheme, shape, seed):
         plain = solved("affine", scheme, shape, seed)
         order = torch.randperm(shape.in_features, generator=torch.Generator().manual_seed(seed))
         return encode_ordered(plain, order)
+    if format_name in ("minima", "nested"):
+        return stepped(format_name, scheme, shape, seed)
     method_name, options = SOLVERS[format_name]
     method = load_method(method_name)
     given = problem(normal(*shape, seed=seed), scheme)

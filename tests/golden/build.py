@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from qtool.base import QuantizedTensor
-from qtool.checkpoint.manifest import LayerEntry, Manifest
+from qtool.checkpoint.manifest import LayerEntry, Manifest, codec
 from qtool.checkpoint.place import find_place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
+from qtool.core.packing import codes_to_planes
 from qtool.formats import affine, binary_coding, coded_scales, dint, mixed_rows, ordered_affine
 from qtool.scheme import ActivationScheme, Shape2D, WeightScheme
 from tests.golden.oracles import ORACLES
@@ -113,12 +114,26 @@ def mixed_weight(scheme: WeightScheme) -> QuantizedTensor:
     return mixed_rows.encode_mixed(classes, bits)
 
 
+def stepped_weight(format_name: str, scheme: WeightScheme) -> QuantizedTensor:
+    parts = {}
+    for name, spec in codec(format_name).layout(scheme, SHAPE).items():
+        parts[name] = ((numbers(500, *spec.shape) - 100) / 512).half()
+        if spec.dtype == "int32":
+            width, count = spec.shape[:2]
+            length = SHAPE.in_features if name == "codes" else scheme.num_rows(SHAPE)
+            codes = numbers(2**width, count, length).to(torch.uint8)
+            parts[name] = codes_to_planes(codes, width)
+    return QuantizedTensor(format_name, scheme, SHAPE, parts)
+
+
 WEIGHTS: Mapping[str, Callable[[WeightScheme], QuantizedTensor]] = {
     "affine": affine_weight,
     "binary_coding": binary_weight,
     "coded_scales": coded_weight,
     "dint": dint_weight,
+    "minima": partial(stepped_weight, "minima"),
     "mixed_rows": mixed_weight,
+    "nested": partial(stepped_weight, "nested"),
     "ordered_affine": ordered_weight,
 }
 

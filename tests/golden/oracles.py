@@ -123,6 +123,53 @@ def dint(
     return weight
 
 
+def minima(
+    parts: Parts, num_bits: int, out: int, in_: int, group_size: int | None, group_dim: str
+) -> NDArray[np.float64]:
+    weight = np.zeros((out, in_))
+    for o in range(out):
+        for i in range(in_):
+            where = place(o, i, group_size, group_dim)
+            scale = float(parts["scales"][where])
+            code = 0
+            for plane in range(num_bits):
+                code = 2 * code + bit(parts["codes"][plane, o], i)
+            lowest = float(parts["minima"][where]) if "minima" in parts else None
+            weight[o, i] = scale * code + (
+                -scale * 2 ** (num_bits - 1) if lowest is None else lowest
+            )
+    return weight
+
+
+def nested(
+    parts: Parts, num_bits: int, out: int, in_: int, group_size: int | None, group_dim: str
+) -> NDArray[np.float64]:
+    width = 4 if num_bits <= 2 else 6 if num_bits <= 5 else 8
+    size = group_size or max(out, in_)
+    shared = size * max(1, 256 // size) if group_size else None
+    symmetric = "super_minima" not in parts
+    weight = np.zeros((out, in_))
+    for o in range(out):
+        for i in range(in_):
+            where = place(o, i, group_size, group_dim)
+            row, group = where if group_dim == "in_features" else (where[1], where[0])
+            above = place(o, i, shared, group_dim)
+            code = scale = lowest = 0
+            for plane in range(num_bits):
+                code = 2 * code + bit(parts["codes"][plane, o], i)
+            for plane in range(width):
+                scale = 2 * scale + bit(parts["scale_codes"][plane, group], row)
+                if not symmetric:
+                    lowest = 2 * lowest + bit(parts["minimum_codes"][plane, group], row)
+            unit = float(parts["super_scales"][above])
+            if symmetric:
+                step = unit * (scale - 2 ** (width - 1))
+                weight[o, i] = step * (code - 2 ** (num_bits - 1)) + 0.0  # never minus zero
+            else:
+                weight[o, i] = unit * scale * code - float(parts["super_minima"][above]) * lowest
+    return weight
+
+
 def ordered_affine(
     parts: Parts, num_bits: int, out: int, in_: int, group_size: int | None, group_dim: str
 ) -> NDArray[np.float64]:
@@ -138,6 +185,8 @@ ORACLES: dict[str, Oracle] = {
     "binary_coding": binary_coding,
     "coded_scales": coded_scales,
     "dint": dint,
+    "minima": minima,
     "mixed_rows": mixed_rows,
+    "nested": nested,
     "ordered_affine": ordered_affine,
 }

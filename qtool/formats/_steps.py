@@ -1,0 +1,64 @@
+"""Weights of equal steps above a lowest value: what codecs of such weights share.
+
+w = minimum + step * code, with a step and a minimum per group. The minimum needn't be a whole
+number of steps, as it is in an affine weight, and a step may be negative.
+"""
+
+import torch
+from torch import Tensor
+
+from qtool.base import QuantizedTensor
+from qtool.core import grouping
+from qtool.core.packing import pack_bits, planes_to_codes
+from qtool.formats.binary_coding import BINARY_CODING
+from qtool.scheme import Shape2D, WeightScheme
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return in what values of `dtype` are computed: float32 at least."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def step_values(
+    codes: Tensor, steps: Tensor, minima: Tensor, scheme: WeightScheme, shape: Shape2D
+) -> Tensor:
+    """Return minimum + step * code, (out_features, in_features) in the dtype of the steps.
+
+    Args:
+        codes: (num_bits, out_features, words) int32, packed planes.
+        steps: In the stored shape of group parameters.
+        minima: Likewise.
+        scheme: Bits and grouping.
+        shape: Shape of the weight.
+    """
+    found = planes_to_codes(codes, shape.in_features).to(steps.dtype)
+    found *= grouping.spread(steps, scheme, shape)
+    return found.add_(grouping.spread(minima, scheme, shape))
+
+
+def symmetric_minima(steps: Tensor, num_bits: int) -> Tensor:
+    """Return the minima of weights without any: half of all codes are below zero."""
+    return steps * -(2.0 ** (num_bits - 1))
+
+
+def binary_coded(
+    codes: Tensor, steps: Tensor, minima: Tensor, scheme: WeightScheme, shape: Shape2D
+) -> QuantizedTensor:
+    """Return the same weight as a binary-coded one, whose parameters are float32.
+
+    Plane scales are exact, offsets rounded once. Where a step is negative the planes are inverted:
+    minimum + step * code = minimum + step * (2^k - 1) + |step| * (2^k - 1 - code). Arguments are
+    those of `step_values`, in float32.
+    """
+    bits = scheme.num_bits
+    falls = pack_bits(grouping.spread(steps < 0, scheme, shape))
+    unused = pack_bits(torch.ones(shape.in_features, dtype=torch.uint8, device=codes.device))
+    powers = 2.0 ** (bits - 2 - torch.arange(bits, device=codes.device, dtype=torch.float32))
+    offsets = minima.double() + steps.double() * ((2**bits - 1) / 2)
+    parts = {
+        "bit_planes": (codes ^ falls) & unused,
+        "plane_scales": steps.abs() * powers[:, None, None],
+        "plane_offsets": offsets.float(),
+    }
+    plain = WeightScheme(num_bits=bits, group_size=scheme.group_size, group_dim=scheme.group_dim)
+    return QuantizedTensor(BINARY_CODING, plain, shape, parts)

@@ -1,0 +1,81 @@
+"""Format `minima`: w = minimum + scale * code. Specified in docs/format.md, section 14.
+
+As an affine weight whose zero point needn't be a whole number, nor lie among the codes: what GGUF's
+Q4_1 and Q5_1 are.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from qtool.base import Codec, PartSpec, QuantizedTensor
+from qtool.core.packing import codes_to_planes, num_words
+from qtool.formats import _steps
+from qtool.formats._parts import cat_planes, joined, refuse_classes
+from qtool.scheme import Shape2D, WeightScheme
+
+MINIMA = "minima"
+
+
+def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
+    """Return the parts of a weight: codes, scales and, unless symmetric, minima."""
+    refuse_classes(scheme)
+    bits, groups, rows = scheme.num_bits, scheme.num_groups(shape), scheme.num_rows(shape)
+    parameters = (rows, groups) if scheme.group_dim == "in_features" else (groups, rows)
+    parts = {
+        "codes": PartSpec("int32", (bits, shape.out_features, num_words(shape.in_features))),
+        "scales": PartSpec("float16", parameters),
+    }
+    if not scheme.symmetric:
+        parts["minima"] = PartSpec("float16", parameters)
+    return parts
+
+
+def encode_minima(
+    codes: Tensor, scales: Tensor, minima: Tensor, scheme: WeightScheme
+) -> QuantizedTensor:
+    """Pack a weight that isn't symmetric.
+
+    Args:
+        codes: (out_features, in_features) uint8.
+        scales: Float16 in the stored shape of group parameters.
+        minima: Likewise.
+        scheme: Bits and grouping.
+    """
+    planes = codes_to_planes(codes, scheme.num_bits)
+    parts = {"codes": planes, "scales": scales.contiguous(), "minima": minima.contiguous()}
+    return QuantizedTensor(MINIMA, scheme, Shape2D(*codes.shape), parts)
+
+
+def _parameters(tensor: QuantizedTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return steps and minima in their stored shape."""
+    steps = tensor.parts["scales"].to(dtype)
+    if tensor.scheme.symmetric:
+        return steps, _steps.symmetric_minima(steps, tensor.scheme.num_bits)
+    return steps, tensor.parts["minima"].to(dtype)
+
+
+def minima_to_binary(tensor: QuantizedTensor) -> QuantizedTensor:
+    """Return the same weight as a binary-coded one with float32 parameters, offsets rounded."""
+    steps, minima = _parameters(tensor, torch.float32)
+    codes, scheme, shape = tensor.parts["codes"], tensor.scheme, tensor.shape
+    return _steps.binary_coded(codes, steps, minima, scheme, shape)
+
+
+def _dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight, (out_features, in_features) in `dtype`, rounded once from float32."""
+    steps, minima = _parameters(tensor, _steps.working_dtype(dtype))
+    codes, scheme, shape = tensor.parts["codes"], tensor.scheme, tensor.shape
+    return _steps.step_values(codes, steps, minima, scheme, shape).to(dtype)
+
+
+def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
+    """Return weights below one another (dim 0), or beside one another."""
+    shape, parts = joined(tensors, dim), {"codes": cat_planes(tensors, "codes", dim)}
+    for name in tensors[0].parts.keys() - parts.keys():
+        parts[name] = torch.cat([tensor.parts[name] for tensor in tensors], dim)
+    return QuantizedTensor(MINIMA, tensors[0].scheme, shape, parts)
+
+
+CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat)
