@@ -68,8 +68,19 @@ def pick_binary(tables: Tables, column: int, values: Tensor) -> tuple[Tensor, Te
     """Return the nearest codes and levels, ties up; tables are levels, their codes, middles."""
     del column  # all columns of a block are of one group
     levels, codes, middles = tables
-    position = (values >= middles).sum(0, keepdim=True)
-    return codes.gather(0, position).squeeze(0), levels.gather(0, position).squeeze(0)
+    places = place_binary(middles, values, torch.empty_like(middles))
+    return codes.gather(0, places).squeeze(0), levels.gather(0, places).squeeze(0)
+
+
+def place_binary(middles: Tensor, values: Tensor, above: Tensor) -> Tensor:
+    """Return the places of the nearest levels, ties up, (1, rows) int64.
+
+    Args:
+        middles: Between neighbouring levels, (places - 1, rows) float32, ascending.
+        values: (rows,) or (1, rows) float32.
+        above: Like `middles`; overwritten. Written as bool the comparison takes four times as long.
+    """
+    return torch.ge(values, middles, out=above).sum(0, keepdim=True).long()
 
 
 @dataclass(slots=True)
