@@ -174,7 +174,8 @@ class BinaryGrid:
         """Return what the values are linear in, (unknowns, columns, rows): signs, and ones."""
         del group
         unknowns = self._table.shape[1] - int(not self.offset)
-        return self._table.T[:unknowns][:, codes.long()]
+        signs = self._table.T[:unknowns]
+        return signs.index_select(1, codes.flatten().int()).unflatten(1, codes.shape)
 
     def moved(self, group: int, normal: Tensor, right: Tensor) -> Tensor:
         """Return the best parameters of a group.
