@@ -43,8 +43,8 @@ def solve_spd(matrices: Tensor, right: Tensor, *, ridge: float) -> Tensor:
 def products_of_rows(left: Tensor, right: Tensor) -> Tensor:
     """Return a product of matrices for each row of a weight.
 
-    On a CPU `einsum` multiplies these matrices as they lie, askew if rows are contiguous, which takes
-    several times as long; the layouts here are those that give the same bits.
+    On a CPU `einsum` multiplies these matrices as they lie, askew where rows are contiguous, which
+    takes several times as long; the layouts here are those that give the same bits.
 
     (columns, m, rows) and (columns, n, rows) -> (rows, m, n).
     """

@@ -1,8 +1,8 @@
 """Rows of a weight solved side by side: a thread for each part of them.
 
 Solvers walk over columns, in steps that are too small for the threads that torch gives to one
-operation. A row is a problem of its own, so that parts of the rows keep a core busy each; torch lets
-go of the interpreter's lock while it computes. docs/log.md has what that is worth.
+operation. A row is a problem of its own, so that parts of the rows keep a core busy each; torch
+lets go of the interpreter's lock while it computes. docs/log.md has what that is worth.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ MOST_PARTS = 4
 FEWEST_ROWS = 96
 """Fewer take a part as long as twice as many."""
 ALIGNED_ROWS = 16
-"""Parts begin at multiples of a vector's length, where products have the same bits as in a whole."""
+"""Parts begin at multiples of a vector's length, so that products have the bits of the whole."""
 
 
 def num_parts(weight: Tensor) -> int:

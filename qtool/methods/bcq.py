@@ -132,14 +132,14 @@ def _data_free(
 def _side_by_side(
     problem: LayerProblem, solve: Callable[..., tuple[Tensor, ...]], *others: Tensor
 ) -> tuple[Tensor, ...]:
-    """Solve for parts of the rows, which are rows of `others` too, where groups lie within rows."""
+    """Solve for parts of the rows, if groups lie within rows; `others` have these rows too."""
+    if problem.scheme.group_dim == "out_features":
+        return solve(problem, *others)
 
     def work(rows: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
         return solve(replace(problem, weight=rows), *parts)
 
-    within_rows = problem.scheme.group_dim == "in_features"
-    each = by_rows if within_rows else lambda work, *tensors: work(*tensors)
-    return each(work, problem.weight, *others)
+    return by_rows(work, problem.weight, *others)
 
 
 def _nearest(problem: LayerProblem, theta: Tensor) -> Tensor:
@@ -246,7 +246,11 @@ def _coded(
     if factor is None:
         codes = _nearest(problem, theta)
     else:
-        theta, codes = _polished(problem, theta, codes, row_scales, factor, options)
+
+        def solve(part: LayerProblem, *of_rows: Tensor) -> tuple[Tensor, Tensor]:
+            return _polished(part, *of_rows, factor=factor, options=options)
+
+        theta, codes = _side_by_side(problem, solve, theta, codes, row_scales)
     shape = Shape2D(*problem.weight.shape)
     return coded_format.encode_coded(codes, theta, row_scales, problem.scheme, shape)
 
@@ -256,6 +260,7 @@ def _polished(
     theta: Tensor,
     codes: Tensor,
     row_scales: Tensor,
+    *,
     factor: Factor,
     options: BcqOptions,
 ) -> tuple[Tensor, Tensor]:
