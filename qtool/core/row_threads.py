@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-MOST_WEIGHTS = 2**22
+MOST_IN_THREADS = 2**22
 """Steps of a larger weight keep torch's own threads busy; nor would a stop wait for long parts."""
 MOST_PARTS = 4
 """With more threads the interpreter, which one of them has at a time, is what they wait for."""
-FEWEST_ROWS = 96
+FEWEST_IN_A_PART = 96
 """Fewer take a part as long as twice as many."""
 ALIGNED_ROWS = 16
 """Parts begin at multiples of a vector's length, so that products have the bits of the whole."""
@@ -23,9 +23,9 @@ ALIGNED_ROWS = 16
 
 def num_parts(weight: Tensor) -> int:
     """Return in how many parts the rows of a weight (rows, columns) are solved; one on a card."""
-    if weight.device.type != "cpu" or weight.numel() > MOST_WEIGHTS:
+    if weight.device.type != "cpu" or weight.numel() > MOST_IN_THREADS:
         return 1
-    return max(1, min(torch.get_num_threads(), MOST_PARTS, len(weight) // FEWEST_ROWS))
+    return max(1, min(torch.get_num_threads(), MOST_PARTS, len(weight) // FEWEST_IN_A_PART))
 
 
 def by_rows(

@@ -42,7 +42,7 @@ def test_threads_change_no_bit(calibrated, scales):
     alone = METHOD.solve(problem, options).tensor
     for threads in (2, 9):
         torch.set_num_threads(threads)
-        assert num_parts(problem.weight) == min(threads, 301 // row_threads.FEWEST_ROWS)
+        assert num_parts(problem.weight) == min(threads, 301 // row_threads.FEWEST_IN_A_PART)
         together = METHOD.solve(problem, options).tensor
         assert {name: part.shape for name, part in together.parts.items()} == {
             name: part.shape for name, part in alone.parts.items()
@@ -109,7 +109,7 @@ def test_small_and_large_weights_are_one_part(monkeypatch):
     assert num_parts(weight) == 2
     assert num_parts(weight[:191]) == 1
     assert num_parts(weight.to("meta")) == 1
-    monkeypatch.setattr(row_threads, "MOST_WEIGHTS", 1023)
+    monkeypatch.setattr(row_threads, "MOST_IN_THREADS", 1023)
     assert num_parts(weight) == 1
     assert by_rows(lambda part: (part,), weight)[0] is weight
 
