@@ -15,8 +15,8 @@ MOST_IN_THREADS = 2**22
 """Steps of a larger weight keep torch's own threads busy; nor would a stop wait for long parts."""
 MOST_PARTS = 4
 """With more threads the interpreter, which one of them has at a time, is what they wait for."""
-FEWEST_IN_A_PART = 96
-"""Fewer take a part as long as twice as many."""
+FEWEST_IN_A_PART = 384
+"""Operations on fewer rows are over before another thread gets the interpreter: nothing is gained."""
 ALIGNED_ROWS = 16
 """Parts begin at multiples of a vector's length, so that products have the bits of the whole."""
 

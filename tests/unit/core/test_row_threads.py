@@ -15,10 +15,12 @@ from qtool.methods.bcq import METHOD, BcqOptions
 from qtool.scheme import WeightScheme
 
 
-@pytest.fixture(autouse=True)
-def _threads_as_before():
+@pytest.fixture(autouse=True, scope="module")
+def _parts_of_few_rows():
     threads = torch.get_num_threads()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_threads, "FEWEST_IN_A_PART", 96)
+        yield
     torch.set_num_threads(threads)
 
 
