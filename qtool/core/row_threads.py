@@ -16,7 +16,7 @@ MOST_IN_THREADS = 2**22
 MOST_PARTS = 4
 """With more threads the interpreter, which one of them has at a time, is what they wait for."""
 FEWEST_IN_A_PART = 384
-"""Operations on fewer rows are over before another thread gets the interpreter: nothing is gained."""
+"""Fewer gain nothing: an operation is over before another thread gets the interpreter."""
 ALIGNED_ROWS = 16
 """Parts begin at multiples of a vector's length, so that products have the bits of the whole."""
 
