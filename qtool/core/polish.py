@@ -15,7 +15,7 @@ from torch import Tensor
 from qtool.core import grouping
 from qtool.core.column_loop import walk_columns
 from qtool.core.grids import AffineGrid, Grid, within_factor_two
-from qtool.core.linalg import RIDGE, TINY
+from qtool.core.linalg import RIDGE, TINY, products_of_rows, sums_of_rows
 
 CYCLES, SWEEPS = 2, 2
 """Coordinate descents, and refits, per round."""
@@ -61,8 +61,9 @@ class Descent:
         for group, here in enumerate(itertools.starmap(slice, itertools.pairwise(self.edges))):
             basis = grid.basis(group, self.codes[here])  # (unknowns, columns, rows)
             weighted = torch.einsum("cd,udr->ucr", self.hessian[here, here], basis)
-            normal = grid.span.pool(torch.einsum("ucr,vcr->ruv", basis, weighted).double())
-            right = torch.einsum("ucr,cr->ru", basis, self.gradient[here])
+            basis, weighted = basis.transpose(0, 1), weighted.transpose(0, 1)
+            normal = grid.span.pool(products_of_rows(basis, weighted).double())
+            right = sums_of_rows(basis, self.gradient[here])
             grid.set(group, grid.moved(group, normal, grid.span.pool(-right.double())))
             self._move(here, grid.values(group, self.codes[here]))
 

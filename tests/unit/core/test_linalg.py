@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.core.linalg import solve_spd
+from qtool.core.linalg import products_of_rows, solve_spd, sums_of_rows
 
 
 def gram(batch: int, n: int, rank: int, seed: int) -> torch.Tensor:
@@ -45,3 +45,29 @@ def test_scale_of_the_system_does_not_matter(scale):
     expected = solve_spd(matrices, right, ridge=1e-9)
     scaled = solve_spd(matrices * scale, right * scale, ridge=1e-9)
     torch.testing.assert_close(scaled, expected, rtol=1e-9, atol=0)
+
+
+@given(
+    columns=st.integers(1, 130),
+    sizes=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    rows=st.integers(1, 40),
+)
+def test_products_of_rows_are_those_of_each_row(columns, sizes, rows):
+    generator = torch.Generator().manual_seed(columns)
+    left, right = (torch.randn(columns, size, rows, generator=generator) for size in sizes)
+    expected = torch.stack([left[..., row].T @ right[..., row] for row in range(rows)])
+    torch.testing.assert_close(products_of_rows(left, right), expected, rtol=1e-4, atol=1e-4)
+    sums = sums_of_rows(left, right[:, 0])
+    torch.testing.assert_close(sums, expected[..., 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("unknowns", [2, 4, 5])
+@pytest.mark.parametrize("columns", [32, 64, 128])
+def test_products_of_rows_have_the_bits_of_einsum(columns, unknowns):
+    """Checkpoints of before were made with it; a processor where this fails makes others."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, columns, unknowns, 96, generator=generator)
+    expected = torch.einsum("cmr,cnr->rmn", left, right)
+    assert torch.equal(products_of_rows(left, right), expected)
+    expected = torch.einsum("cmr,cr->rm", left, right[:, 0])
+    assert torch.equal(sums_of_rows(left, right[:, 0].contiguous()), expected)
