@@ -59,10 +59,19 @@ def cat_planes(tensors: Sequence[QuantizedTensor], name: str, dim: int) -> Tenso
     return pack_bits(torch.cat(bits, dim=-1))
 
 
-def narrowed(tensor: QuantizedTensor, dim: int, start: int, length: int) -> Shape2D:
+def narrowed(
+    tensor: QuantizedTensor, dim: int, start: int, length: int, *, check_groups: bool = True
+) -> Shape2D:
     """Return the shape of rows (dim 0) or columns of a weight, from `start` on.
 
     The last group of a weight may be short, and so the part may end anywhere.
+
+    Args:
+        tensor: The weight.
+        dim: 0 or 1.
+        start: Of the part.
+        length: Of the part.
+        check_groups: Where inputs are sorted, groups aren't of neighbours.
 
     Raises:
         SchemeError: the weight has no such part, or the part begins within a group and leaves it.
@@ -72,13 +81,18 @@ def narrowed(tensor: QuantizedTensor, dim: int, start: int, length: int) -> Shap
         raise SchemeError(
             f"A weight of {shape[dim]} {name} has no part {start} to {start + length}."
         )
-    size = scheme.group_size or shape[dim]
-    if name == scheme.group_dim and start % size and start % size + length > size:
+    if check_groups and name == scheme.group_dim:
+        refuse_cut(name, scheme.group_size or shape[dim], start, length)
+    return shape._replace(**{name: length})
+
+
+def refuse_cut(name: str, size: int, start: int, length: int) -> None:
+    """Refuse a part that begins within a group of `size` and leaves it."""
+    if start % size and start % size + length > size:
         raise SchemeError(
             f"{name} {start} to {start + length} begin within a group of {size}. A part has to "
             "begin with a group, or to lie within one."
         )
-    return shape._replace(**{name: length})
 
 
 def narrow_planes(planes: Tensor, dim: int, start: int, length: int) -> Tensor:

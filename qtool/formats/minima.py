@@ -1,4 +1,4 @@
-"""Format `minima`: w = minimum + scale * code. Specified in docs/format.md, section 14.
+"""Format `minima`: w = minimum + scale * code. Specified in docs/format.md, section 15.
 
 As an affine weight whose zero point needn't be a whole number, nor lie among the codes: what GGUF's
 Q4_1 and Q5_1 are.
@@ -12,7 +12,14 @@ from torch import Tensor
 from qtool.base import Codec, PartSpec, QuantizedTensor
 from qtool.core.packing import codes_to_planes, num_words
 from qtool.formats import _steps
-from qtool.formats._parts import cat_planes, joined, refuse_classes
+from qtool.formats._parts import (
+    cat_planes,
+    joined,
+    narrow_parameters,
+    narrow_planes,
+    narrowed,
+    refuse_classes,
+)
 from qtool.scheme import Shape2D, WeightScheme
 
 MINIMA = "minima"
@@ -78,4 +85,13 @@ def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
     return QuantizedTensor(MINIMA, tensors[0].scheme, shape, parts)
 
 
-CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat)
+def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> QuantizedTensor:
+    """Return a part of the rows (dim 0), or of the columns."""
+    shape = narrowed(tensor, dim, start, length)
+    parts = {"codes": narrow_planes(tensor.parts["codes"], dim, start, length)}
+    for name in tensor.parts.keys() - parts.keys():
+        parts[name] = narrow_parameters(tensor.parts[name], tensor, dim, start, length)
+    return QuantizedTensor(MINIMA, tensor.scheme, shape, parts)
+
+
+CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat, narrow=_narrow)

@@ -2,7 +2,7 @@
 
     w = super_scale * scale_code * code - super_minimum * minimum_code
 
-The k-quants of GGUF to the bit, in as many bits. Specified in docs/format.md, section 15.
+The k-quants of GGUF to the bit, in as many bits. Specified in docs/format.md, section 16.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,15 @@ from qtool.base import Codec, PartSpec, QuantizedTensor
 from qtool.core.packing import codes_to_planes, num_words, planes_to_codes
 from qtool.errors import SchemeError
 from qtool.formats import _steps
-from qtool.formats._parts import DIMS, cat_planes, joined, refuse_classes
+from qtool.formats._parts import (
+    DIMS,
+    cat_planes,
+    joined,
+    narrow_planes,
+    narrowed,
+    refuse_classes,
+    refuse_cut,
+)
 from qtool.scheme import Shape2D, WeightScheme
 
 NESTED = "nested"
@@ -140,4 +148,25 @@ def _below(tensors: Sequence[QuantizedTensor], name: str) -> Tensor:
     return codes_to_planes(torch.cat(rows, 1), len(tensors[0].parts[name]))
 
 
-CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat)
+def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> QuantizedTensor:
+    """Return a part of the rows (dim 0), or of the columns."""
+    scheme, shape = tensor.scheme, narrowed(tensor, dim, start, length)
+    along, whole = DIMS[dim] == scheme.group_dim, tensor.shape[dim]
+    size, end = scheme.group_size or whole, start + length
+    shared = size * groups_per_super(scheme) if along else 1
+    if along:
+        refuse_cut(DIMS[dim], shared, start, length)
+    supers = slice(start // shared, -(-end // shared))
+    parts = {"codes": narrow_planes(tensor.parts["codes"], dim, start, length)}
+    for name in tensor.parts.keys() - parts.keys():
+        part = tensor.parts[name]
+        if name.startswith("super"):
+            parts[name] = part.narrow(dim, supers.start, supers.stop - supers.start).contiguous()
+        elif along:
+            parts[name] = part[:, start // size : -(-end // size)].contiguous()
+        else:
+            parts[name] = narrow_planes(part, 1, start, length)
+    return QuantizedTensor(NESTED, scheme, shape, parts)
+
+
+CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat, narrow=_narrow)

@@ -15,6 +15,7 @@ from torch import Tensor
 from qtool.base import Codec, PartSpec, QuantizedTensor
 from qtool.errors import SchemeError
 from qtool.formats import affine
+from qtool.formats._parts import narrowed
 from qtool.scheme import Shape2D, WeightScheme
 
 ORDERED_AFFINE = "ordered_affine"
@@ -70,4 +71,21 @@ def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
     return encode_ordered(whole, torch.cat(moved))
 
 
-CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat)
+def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> QuantizedTensor:
+    """Return a part of the rows (dim 0), or of the inputs, if these are neighbours once sorted."""
+    plain, order = split_order(tensor)
+    if dim == 0:
+        return encode_ordered(affine.CODEC.narrow(plain, dim, start, length), order)
+    narrowed(tensor, dim, start, length, check_groups=False)
+    places = ((order >= start) & (order < start + length)).nonzero().squeeze(1)
+    first = int(places[0])
+    if int(places[-1]) - first + 1 != length:
+        raise SchemeError(
+            f"in_features {start} to {start + length} aren't neighbours once they are sorted by "
+            "group, so they have no groups of their own. Split such a weight by rows."
+        )
+    part = affine.CODEC.narrow(plain, dim, first, length)
+    return encode_ordered(part, order[first : first + length] - start)
+
+
+CODEC = Codec(version=1, layout=_layout, dequantize=_dequantize, cat=_cat, narrow=_narrow)

@@ -201,9 +201,18 @@ def test_a_part_of_a_weight_is_that_to_the_bit_or_refused(name, scheme, shape, d
     tensor = random_tensor(name, scheme, shape, data.draw(st.integers(0, 10_000)))
     start = data.draw(st.integers(0, shape[dim] - 1))
     length = data.draw(st.integers(1, shape[dim] - start))
-    size = tensor.scheme.group_size or shape[dim]
-    groups = {place // size for place in range(start, start + length)}
-    if dim == GROUPED[tensor.scheme.group_dim] and start % size and len(groups) > 1:
+    sizes, first = [tensor.scheme.group_size or shape[dim]], start
+    if name == "nested":
+        sizes.append(sizes[0] * groups_per_super(tensor.scheme))
+    if name == "ordered_affine" and dim == 1:
+        order = tensor.parts["input_order"].tolist()
+        first = min(order.index(place) for place in range(start, start + length))
+        if sorted(order[first : first + length]) != list(range(start, start + length)):
+            with pytest.raises(SchemeError, match="aren't neighbours"):
+                codec(name).narrow(tensor, dim, start, length)
+            return
+    cut = any(first % size and first % size + length > size for size in sizes)
+    if dim == GROUPED[tensor.scheme.group_dim] and cut:
         with pytest.raises(SchemeError, match="begin within a group"):
             codec(name).narrow(tensor, dim, start, length)
         return
