@@ -32,7 +32,7 @@ class Kernels:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
+class ForeignEngine:
     """A program that serves models."""
 
     version: str
@@ -43,8 +43,8 @@ class Engine:
 
 PER_ROW = None
 MARLIN = (PER_ROW, 32, 64, 128)
-ENGINES: Mapping[str, Engine] = {
-    "vllm": Engine(
+ENGINES: Mapping[str, ForeignEngine] = {
+    "vllm": ForeignEngine(
         version="0.33",
         formats={
             "gptq": Kernels(symmetric=(4, 8), asymmetric=(), group_sizes=MARLIN, multiple=64),
@@ -58,7 +58,7 @@ ENGINES: Mapping[str, Engine] = {
             "dense": Kernels(symmetric=(), asymmetric=(), group_sizes=()),
         },
     ),
-    "transformers": Engine(
+    "transformers": ForeignEngine(
         version="5",
         formats={
             "gptq": Kernels(
