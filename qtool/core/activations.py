@@ -17,7 +17,8 @@ def step_sizes(x: Tensor, scheme: ActivationScheme) -> Tensor:
         step = max(scheme.scale, SMALLEST_STEP)
         return torch.full_like(x[..., :1], step, dtype=torch.float32)
     largest = x.abs().amax(-1, keepdim=True).float()
-    return (scheme.clip_ratio * largest / scheme.largest_code).clamp(min=SMALLEST_STEP)
+    codes = torch.full_like(largest, scheme.largest_code)  # a card would take a number's reciprocal
+    return (scheme.clip_ratio * largest / codes).clamp(min=SMALLEST_STEP)
 
 
 def quantize_activations(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:

@@ -107,3 +107,16 @@ def test_a_product_gets_codes_exactly_and_stays_in_range(dtype):
     assert torch.equal(seen[0].double() * 128, codes.double())
     exact = (codes.double() @ weight.double().T) * steps.double()
     torch.testing.assert_close(got.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "scheme", [ActivationScheme(), ActivationScheme(num_bits=6, clip_ratio=0.9, rounding=0.05)]
+)
+def test_a_card_finds_the_same_steps_and_codes(dtype, scheme):
+    x = torch.randn(513, 2432, generator=torch.Generator().manual_seed(0)).to(dtype)
+    codes, steps = quantize_activations(x.cuda(), scheme)
+    expected_codes, expected_steps = quantize_activations(x, scheme)
+    assert torch.equal(steps.cpu(), expected_steps)
+    assert torch.equal(codes.cpu(), expected_codes)
