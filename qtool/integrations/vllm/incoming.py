@@ -149,6 +149,8 @@ def _dummy(spec: PartSpec) -> Tensor:
         numbers = [number for number, count in enumerate(spec.counts) for _ in range(count)]
         codes = torch.tensor(numbers, dtype=torch.uint8)[None]
         return codes_to_planes(codes, spec.shape[0]).squeeze(1)
+    if spec.is_order:
+        return torch.arange(spec.shape[0], dtype=dtype_of(spec.dtype))
     if spec.dtype == "int32":
         return torch.randint(-(2**31), 2**31, spec.shape).to(torch.int32)
     return torch.full(spec.shape, 1 / 64, dtype=dtype_of(spec.dtype))

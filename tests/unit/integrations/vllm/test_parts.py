@@ -31,6 +31,7 @@ from tests.helpers import normal, run_python
 
 CPU = torch.device("cpu")
 FORMATS = plugins.names(qtool.formats)
+CUT_BY_INPUTS = [name for name in FORMATS if name != "ordered_affine"]
 EIGHT = WeightScheme(num_bits=4, group_size=8)
 
 
@@ -108,7 +109,7 @@ def test_ranks_together_hold_what_is_stored_to_the_bit(name, count, seed, bits):
         torch.testing.assert_close(torch.cat(parts, -1), expected, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", CUT_BY_INPUTS)
 def test_the_defaults_of_a_model_change_no_weight(name):
     tensor = random_tensor(name, EIGHT, Shape2D(16, 32), 3)
     source, found = stored("l.embed", tensor), []
@@ -124,7 +125,15 @@ def test_the_defaults_of_a_model_change_no_weight(name):
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+def test_inputs_that_are_sorted_by_group_stay_together():
+    tensor = random_tensor("ordered_affine", EIGHT, Shape2D(12, 32), 3)
+    source = stored("l.o_proj", tensor)
+    wanted = wanted_of([source], [12], [12], 8, Rank(1, 4))
+    with pytest.raises(BackendError, match=r"l\.o_proj, .* over 4 ranks: .*aren't neighbours"):
+        received([source], wanted, [tensor])
+
+
+@pytest.mark.parametrize("name", CUT_BY_INPUTS)
 def test_columns_of_ranks_add_up(name):
     tensor = random_tensor(name, EIGHT, Shape2D(12, 32), 3)
     source, x, total = stored("l.o_proj", tensor), normal(3, 32), torch.zeros(3, 12)
