@@ -50,7 +50,7 @@ def test_parameters_are_rounded_by_no_more_than_is_stated(
 
 @FORMATS
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(("num_bits", "group_size"), [(5, 32), (2, 64), (8, None)])
+@pytest.mark.parametrize(("num_bits", "group_size"), [(5, 32), (8, None)])
 @pytest.mark.parametrize("batch", [1, 5, 17])
 def test_products_are_those_of_the_definition(format_name, symmetric, num_bits, group_size, batch):
     scheme = WeightScheme(num_bits=num_bits, group_size=group_size, symmetric=symmetric)
