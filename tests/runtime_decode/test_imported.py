@@ -73,7 +73,9 @@ def imported(checkpoint, tmp_path_factory):
         for part in entry.layout():
             del tensors[f"{name}.{part}"]
         kind = next((kind for end, kind in KINDS.items() if name.endswith(end)), "Q4_K")
-        tensor = quantized(dequantized(reader.load(name)), kind)
+        was = reader.load(name)
+        assert isinstance(was, QuantizedTensor)
+        tensor = quantized(dequantized(was), kind)
         tensors |= {f"{name}.{part}": values for part, values in tensor.parts.items()}
         changed = {"format": tensor.format, "scheme": tensor.scheme.to_json()}
         section["layers"][name] |= changed

@@ -41,16 +41,16 @@ def is_tileable(tensor: QuantizedTensor) -> bool:
 def why_no_planes(tensor: QuantizedTensor) -> str | None:
     """Return why a weight isn't run as planes, a sentence; None: it is. Parts aren't looked at.
 
-    k-quants of 6 bits in groups of 16 would be 13 bits of planes and parameters, for a kernel that
-    is slower than 16-bit weights are.
+    k-quants of 6 bits in groups of 16 would be 13 bits of planes and parameters, for the kernel that
+    does all by the definition.
     """
-    kind, scheme = tensor.format, tensor.scheme
-    if kind == dint.DINT and scheme.num_bits == MAX_BITS:
-        return f"of {MAX_BITS} bits, a {kind} weight would be {MAX_BITS + 1} planes."
-    if kind in STEPPED and not is_tileable(tensor):
+    scheme = tensor.scheme
+    if tensor.format == dint.DINT and scheme.num_bits == MAX_BITS:
+        return f"of {MAX_BITS} bits, a {tensor.format} weight would be {MAX_BITS + 1} planes."
+    if tensor.format in STEPPED and not is_tileable(tensor):
         return (
-            f"it runs {kind} weights in groups of {FINEST_GROUP}, {2 * FINEST_GROUP} ... "
-            f"in_features, or whole rows; these are of {scheme.group_size} {scheme.group_dim}."
+            f"it runs {tensor.format} weights in groups of {FINEST_GROUP}, {2 * FINEST_GROUP} ... "
+            f"in_features, or whole rows; these are of {scheme.group_size or 'all'} {scheme.group_dim}."
         )
     return None
 
