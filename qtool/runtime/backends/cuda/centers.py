@@ -41,16 +41,17 @@ def is_tileable(tensor: QuantizedTensor) -> bool:
 def why_no_planes(tensor: QuantizedTensor) -> str | None:
     """Return why a weight isn't run as planes, a sentence; None: it is. Parts aren't looked at.
 
-    k-quants of 6 bits in groups of 16 would be 13 bits of planes and parameters, for the kernel that
-    does all by the definition.
+    k-quants of 6 bits in groups of 16 would be 13 bits of planes and parameters, for the kernel
+    that does all by the definition.
     """
     scheme = tensor.scheme
     if tensor.format == dint.DINT and scheme.num_bits == MAX_BITS:
         return f"of {MAX_BITS} bits, a {tensor.format} weight would be {MAX_BITS + 1} planes."
     if tensor.format in STEPPED and not is_tileable(tensor):
+        found = f"{scheme.group_size or 'all'} {scheme.group_dim}"
         return (
             f"it runs {tensor.format} weights in groups of {FINEST_GROUP}, {2 * FINEST_GROUP} ... "
-            f"in_features, or whole rows; these are of {scheme.group_size or 'all'} {scheme.group_dim}."
+            f"in_features, or whole rows; these are of {found}."
         )
     return None
 
