@@ -13,10 +13,12 @@ from torch import Tensor
 
 from qtool.base import LayerProblem, Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import codec
-from qtool.core import moments
+from qtool.core import grouping, moments
+from qtool.formats.minima import MINIMA, minima_to_binary
+from qtool.formats.nested import NESTED, nested_to_binary
 from qtool.recipe.load import recipe_from_mapping
 from qtool.recipe.schema import Recipe
-from qtool.scheme import WeightScheme
+from qtool.scheme import Shape2D, WeightScheme
 
 ROOT = Path(__file__).parents[1]
 QUICK_BCQ: Mapping[str, Any] = {
@@ -62,6 +64,30 @@ def problem(weight: Tensor, scheme: WeightScheme, needs: Iterable[str] = ()) -> 
 def dequantized(tensor: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the weight by the definition of its format."""
     return codec(tensor.format).dequantize(tensor, dtype)
+
+
+def stepped(format_name: str, scheme: WeightScheme, shape: Shape2D, seed: int) -> QuantizedTensor:
+    """Return a weight of a format of imported models, which no method makes."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = {}
+    for part, spec in codec(format_name).layout(scheme, shape).items():
+        drawn = torch.randint(-(2**31), 2**31, spec.shape, generator=generator)
+        parts[part] = drawn.to(torch.int32)
+        if spec.dtype == "float16":
+            parts[part] = (torch.randn(spec.shape, generator=generator) / 64).half()
+    return QuantizedTensor(format_name, scheme, shape, parts)
+
+
+def rounding_of_steps(tensor: QuantizedTensor) -> Tensor:
+    """Return by how much float16 parameters may change a `minima` or `nested` weight; float64."""
+    scheme, shape = tensor.scheme, tensor.shape
+    binary = (nested_to_binary if tensor.format == NESTED else minima_to_binary)(tensor)
+    offsets = grouping.spread(binary.parts["plane_offsets"].double(), scheme, shape)
+    weight = dequantized(tensor, torch.float64)
+    steps = weight if scheme.symmetric else weight - offsets
+    allowed = torch.zeros_like(weight) if tensor.format == MINIMA else steps.abs()
+    allowed += 0 if scheme.symmetric else offsets.abs()
+    return allowed * 2**-11 + (scheme.num_bits + 2) * 2.0**-25
 
 
 def recipe(

@@ -50,13 +50,14 @@ def binary_coded(
     minimum + step * code = minimum + step * (2^k - 1) + |step| * (2^k - 1 - code). Arguments are
     those of `step_values`, in float32.
     """
-    bits = scheme.num_bits
-    falls = pack_bits(grouping.spread(steps < 0, scheme, shape))
+    bits, falls = scheme.num_bits, steps < 0
+    if bool(falls.any()):
+        codes = codes ^ pack_bits(grouping.spread(falls, scheme, shape))
     unused = pack_bits(torch.ones(shape.in_features, dtype=torch.uint8, device=codes.device))
     powers = 2.0 ** (bits - 2 - torch.arange(bits, device=codes.device, dtype=torch.float32))
     offsets = minima.double() + steps.double() * ((2**bits - 1) / 2)
     parts = {
-        "bit_planes": (codes ^ falls) & unused,
+        "bit_planes": codes & unused,
         "plane_scales": steps.abs() * powers[:, None, None],
         "plane_offsets": offsets.float(),
     }

@@ -12,11 +12,14 @@ from qtool.modeling.locate import Location
 from qtool.pipeline.inspect import memory_of
 from qtool.runtime.backends.cuda import backend as cuda
 from qtool.runtime.backends.cuda import linear_kernels, mixed, room, selection, tiles
+from qtool.runtime.backends.cuda.centers import why_no_planes
 from qtool.runtime.decode.read_model import weights_of
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 
-FORMATS = st.sampled_from(["affine", "binary_coding", "coded_scales", "dint", "mixed_rows"])
+FORMATS = st.sampled_from(
+    ["affine", "binary_coding", "coded_scales", "dint", "minima", "mixed_rows", "nested"]
+)
 
 
 def tensors_in(value) -> dict[int, int]:
@@ -48,9 +51,11 @@ def test_bytes_are_those_of_what_is_prepared(
         num_bits=num_bits, group_size=group_size, group_dim=group_dim, symmetric=symmetric
     )
     tensor = random_tensor(name, scheme, Shape2D(*shape), 0)
-    if (name, num_bits) == ("dint", 8):  # there are no nine planes
+    reason = why_no_planes(tensor)
+    assert ("9 planes" in str(reason)) == ((name, num_bits) == ("dint", 8))
+    if reason is not None:
         assert room.card_bytes(tensor) == 2 * shape[0] * shape[1]
-        assert "9 planes" in str(cuda.BACKEND.why_not(tensor, torch.device("cpu")))
+        assert cuda.BACKEND.why_not(tensor, torch.device("cpu")) == reason
         return
     made = mixed.prepare_weight(tensor, torch.float16)
     unread = dataclasses.replace(tensor, parts={})

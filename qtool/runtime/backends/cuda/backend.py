@@ -11,7 +11,9 @@ from qtool.formats import (
     binary_coding,
     coded_scales,
     dint,
+    minima,
     mixed_rows,
+    nested,
     ordered_affine,
 )
 from qtool.runtime.backends.cuda import (
@@ -22,7 +24,7 @@ from qtool.runtime.backends.cuda import (
     mixed,
     operators,
 )
-from qtool.runtime.backends.cuda.centers import has_planes
+from qtool.runtime.backends.cuda.centers import why_no_planes
 from qtool.runtime.backends.cuda.decode_ops import HEAD_DIMS, KernelOps
 from qtool.runtime.backends.cuda.driver import card_of, launch, why_not_on
 from qtool.runtime.backends.cuda.fusing import HalfWeight
@@ -35,14 +37,16 @@ from qtool.runtime.backends.cuda.selection import STORED_KERNELS, wanted_kernel
 from qtool.runtime.backends.dense import BACKEND as DENSE
 from qtool.runtime.decode.ops import DecodeOps
 from qtool.runtime.decode.weights import DecoderWeights
-from qtool.scheme import MAX_BITS, ActivationScheme
+from qtool.scheme import ActivationScheme
 
 FORMATS = (
     affine.AFFINE,
     binary_coding.BINARY_CODING,
     coded_scales.CODED_SCALES,
     dint.DINT,
+    minima.MINIMA,
     mixed_rows.MIXED_ROWS,
+    nested.NESTED,
     ordered_affine.ORDERED_AFFINE,
 )
 Prepared = KernelWeight | HalfWeight | MixedWeight | OrderedWeight | Tensor
@@ -60,9 +64,7 @@ class CudaBackend:
         """Return None for a weight of planes on a card with CuPy, else what is missing."""
         if tensor.format not in FORMATS:
             return f"it runs {', '.join(FORMATS)} weights; this one is {tensor.format}."
-        if not has_planes(tensor):
-            return f"of {MAX_BITS} bits, a {tensor.format} weight would be {MAX_BITS + 1} planes."
-        return why_not_on(device)
+        return why_no_planes(tensor) or why_not_on(device)
 
     def prepare(self, tensor: QuantizedTensor, dtype: torch.dtype) -> Prepared:
         """Return the re-laid weight."""

@@ -14,7 +14,7 @@ from qtool.base import QuantizedTensor
 from qtool.core.layout import side_by_side
 from qtool.errors import BackendError
 from qtool.runtime.backends.cuda import lut, planes, tiles
-from qtool.runtime.backends.cuda.centers import CENTERS, planes_of, weight_of
+from qtool.runtime.backends.cuda.centers import CENTERS, is_tileable, planes_of, weight_of
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.selection import STORED_KERNELS, selection_for, wanted_kernel
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT, Tiles
@@ -22,8 +22,6 @@ from qtool.scheme import Shape2D, WeightScheme
 
 SIGN_FLIP_THREADS, SIGN_FLIP_ROWS = 256, 8
 DEQUANTIZE_THREADS, DEQUANTIZE_WARPS = 128, 4
-FINEST_GROUP = 32
-"""Inputs of the finest group that the tiled kernels take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,7 @@ class KernelWeight:
     stored: QuantizedTensor | None
     """The parts as stored, if they were to be kept or there are no tiles."""
     centered: bool = False
-    """It was affine: instead of offsets there are centers, see `centers`."""
+    """Instead of offsets there are centers, see `centers`."""
     fresh: bool = False
     """Made just now on the device: kernels may not read it ahead."""
 
@@ -64,17 +62,10 @@ class KernelWeight:
         return planes.Layout(self.scheme.num_bits, group, offset)
 
 
-def is_tileable(tensor: QuantizedTensor) -> bool:
-    """Return whether the tiled kernels can group the inputs of a weight."""
-    size = tensor.scheme.group_size or tensor.shape.in_features
-    whole = size % FINEST_GROUP == 0 or size >= tensor.shape.in_features
-    return tensor.scheme.group_dim == "in_features" and whole
-
-
 def prepare(
     tensor: QuantizedTensor, dtype: torch.dtype, *, keep_stored: bool | None = None
 ) -> KernelWeight:
-    """Re-lay a weight of format `binary_coding`, or of `affine`.
+    """Re-lay a weight of a format that `planes_of` makes planes of.
 
     Args:
         tensor: The weight, on the device that runs it.

@@ -8,7 +8,7 @@ from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import num_bytes
 from qtool.formats import affine, binary_coding, mixed_rows, ordered_affine
 from qtool.runtime.backends.cuda import fusing, linear_kernels, tiles
-from qtool.runtime.backends.cuda.centers import has_planes, scheme_of_planes
+from qtool.runtime.backends.cuda.centers import is_tileable, scheme_of_planes, why_no_planes
 from qtool.scheme import Shape2D
 
 DENSE_BYTES = 2
@@ -36,11 +36,11 @@ def card_bytes(tensor: QuantizedTensor, card_name: str = "", *, keep_stored: boo
         return ORDER_BYTES * tensor.shape.in_features + card_bytes(
             inner, card_name, keep_stored=keep_stored
         )
-    if not has_planes(tensor):
+    if why_no_planes(tensor) is not None:
         return DENSE_BYTES * prod(tensor.shape)
     planes = replace(tensor, format=binary_coding.BINARY_CODING, scheme=scheme_of_planes(tensor))
     stored = sum(map(num_bytes, binary_coding.CODEC.layout(planes.scheme, planes.shape).values()))
-    if not linear_kernels.is_tileable(planes):
+    if not is_tileable(planes):
         return stored
     doubled = keep_stored and linear_kernels.suits_tables(planes, card_name)
     return tiles.packed_bytes(planes.scheme, planes.shape) + doubled * stored
