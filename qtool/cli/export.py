@@ -13,7 +13,9 @@ from qtool.wording import gigabytes
 
 def export(
     out_dir: Annotated[Path, typer.Argument(help="Checkpoint that qtool has written.")],
-    dest: Annotated[Path, typer.Argument(help="What to write; isn't there yet. Of gguf a file that ends so.")],
+    dest: Annotated[
+        Path, typer.Argument(help="What to write; isn't there yet. Of gguf a file that ends so.")
+    ],
     target: Annotated[
         str, typer.Option(help="gptq, compressed-tensors, gguf or dense; see docs/exchange.md.")
     ],

@@ -30,14 +30,14 @@ from qtool.exchange._gguf_tokens import tokenizer_metadata, why_no_tokenizer
 from qtool.formats._dtypes import dtype_of
 from qtool.wording import list_names, shown
 
-KINDS = {kind.name: kind for kind in GGML_TYPES.values()}
+TYPES_BY_NAME = {kind.name: kind for kind in GGML_TYPES.values()}
 FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10,
     "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "BF16": 32,
 }  # fmt: skip
 """llama.cpp's number (`LLAMA_FTYPE_MOSTLY_`) for a file most of whose weights have a type."""
 QUANTIZATION_VERSION = 2
-WEIGHT = ".weight"
+WEIGHT_SUFFIX = ".weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ def _shapes(departure: Departure) -> dict[str, tuple[int, ...]]:
         if entry is None:
             found[name] = tuple(checkpoint.spec(name).shape)
         elif entry.shared_with is None:
-            found[f"{name}{WEIGHT}"] = tuple(entry.shape)
+            found[f"{name}{WEIGHT_SUFFIX}"] = tuple(entry.shape)
     return found
 
 
@@ -135,7 +135,7 @@ def _tensors(departure: Departure, model: DescribedModel) -> tuple[PlannedTensor
     found = []
     for each in tensors_of(model.architecture, model.sizes):
         if each.full in shapes:
-            layer = each.full.removesuffix(WEIGHT)
+            layer = each.full.removesuffix(WEIGHT_SUFFIX)
             of_layer = layer in layers
             kind = _layer_type(departure, layer) if of_layer else _plain_type(departure, each.full)
             heads = model.sizes.heads_of(each.gguf) if model.architecture.is_permuted else None
@@ -144,7 +144,7 @@ def _tensors(departure: Departure, model: DescribedModel) -> tuple[PlannedTensor
                     name=each.gguf,
                     source=layer if of_layer else each.full,
                     shape=each.shape,
-                    type=KINDS[kind],
+                    type=TYPES_BY_NAME[kind],
                     heads=heads,
                 )
             )

@@ -5,10 +5,11 @@ llama.cpp has its own code for each way to cut a text into words, and a name for
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qtool.storage.plain_json import json_text
 from qtool.wording import reason, shown
 
 TOKENIZER_NAME, SETTINGS_NAME = "tokenizer.json", "tokenizer_config.json"
@@ -17,8 +18,8 @@ _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3_WORDS = rf"{_ENGLISH}\p{{N}}{{1,3}}{_OTHERS}"
 QWEN2_WORDS = rf"{_ENGLISH}\p{{N}}{_OTHERS}"
-Step = tuple[str, Any]
-CUTS: Mapping[tuple[Step, ...], str] = {
+CutStep = tuple[str, Any]
+CUTS: Mapping[tuple[CutStep, ...], str] = {
     (("bytes", True),): "gpt-2",
     (("digits", True), ("bytes", True)): "smollm",
     (("split", LLAMA3_WORDS), ("bytes", False)): "llama-bpe",
@@ -29,6 +30,8 @@ WHOLE_WORDS_FIRST = ("llama-bpe",)
 """Where llama.cpp takes a word that is a token as it is (`ignore_merges`)."""
 NORMALIZED = ("qwen2",)
 """What llama.cpp's converter takes for it although tokenizer.json normalizes (NFC)."""
+BYTE_LEVEL = "gpt2"
+"""What GGUF calls byte-level BPE."""
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """What tokenizer_config.json and GGUF call special tokens."""
@@ -87,7 +90,7 @@ def _tokenizer(
             "its tokenizer puts other tokens around a text than one at its beginning and its end"
         )
     found = {
-        "model": "gpt2",
+        "model": BYTE_LEVEL,
         "pre": pre,
         "tokens": tokens,
         "token_type": kinds,
@@ -145,7 +148,7 @@ def _cut_of(tokenizer: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     return pre
 
 
-def _steps(pre: Mapping[str, Any]) -> list[Step]:
+def _steps(pre: Mapping[str, Any]) -> list[CutStep]:
     """Return what a `pre_tokenizer` does, one step after the other."""
     kind = pre.get("type")
     if kind == "Sequence":
@@ -214,3 +217,48 @@ def _merge(pair: str | list[str]) -> str:
     if isinstance(pair, str):
         return pair
     return " ".join(part.replace(" ", chr(ord(" ") + 256)) for part in pair)
+
+
+def with_known_cut(files: Mapping[str, bytes], metadata: Mapping[str, Any]) -> Mapping[str, bytes]:
+    """Return the files of a tokenizer that cuts a text as its GGUF file says.
+
+    transformers takes all of an architecture for alike; what `tokenizer.ggml.pre` says is lost.
+
+    Args:
+        files: What transformers has made of the file's tokenizer.
+        metadata: The file's.
+    """
+    pre = metadata.get("tokenizer.ggml.pre")
+    steps = next((steps for steps, name in CUTS.items() if name == pre), None)
+    if steps is None or metadata.get("tokenizer.ggml.model") != BYTE_LEVEL:
+        return files
+    tokenizer = _object(files, TOKENIZER_NAME)
+    whole = pre in WHOLE_WORDS_FIRST
+    found = tuple(_steps(tokenizer.get("pre_tokenizer") or {}))
+    if (found, bool(tokenizer["model"].get("ignore_merges"))) == (steps, whole):
+        return files
+    tokenizer["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [PRE_TOKENIZERS[kind](value) for kind, value in steps],
+    }
+    tokenizer["model"]["ignore_merges"] = whole
+    text = json_text(tokenizer, ascii_only=False)
+    return {**files, TOKENIZER_NAME: text.encode()}
+
+
+PRE_TOKENIZERS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
+    "bytes": lambda use_regex: {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+    },
+    "digits": lambda individual: {"type": "Digits", "individual_digits": individual},
+    "split": lambda words: {
+        "type": "Split",
+        "pattern": {"Regex": words},
+        "behavior": "Isolated",
+        "invert": False,
+    },
+}
+"""The inverse of `_steps`."""

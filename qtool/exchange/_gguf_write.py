@@ -19,8 +19,8 @@ from qtool.exchange._gguf_plan import GgufPlan, content_of, meant_values, plan_f
 from qtool.storage.whole_files import sync
 
 GGUF_LIBRARY = "gguf"
-WEIGHTS_AT_ONCE = 2**24
-"""While they are compared."""
+COMPARED_AT_ONCE = 2**24
+"""Weights."""
 
 
 def write_gguf(departure: Departure, path: Path) -> None:
@@ -99,7 +99,7 @@ def compare_gguf(departure: Departure, path: Path) -> Compared:
     layers = 0
     for each in plan.tensors:
         expected, kind = meant_values(departure, each), gguf.GGMLQuantizationType[each.type.name]
-        at_once = max(1, WEIGHTS_AT_ONCE // each.shape[-1])
+        at_once = max(1, COMPARED_AT_ONCE // each.shape[-1])
         for first, part in enumerate(expected.split(at_once)):
             rows = file.rows(each.name, first * at_once, len(part)) if part.ndim > 1 else None
             found = file.rows(each.name)[0] if rows is None else rows

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,13 @@ from qtool.exchange._gguf_blocks import decode_blocks
 from qtool.exchange._gguf_encode import encode, type_of, type_without_zero_points
 from qtool.exchange._gguf_file import open_gguf
 from qtool.exchange._gguf_plan import content_of, plan_file
-from qtool.exchange._gguf_tokens import LLAMA3_WORDS, QWEN2_WORDS, why_no_tokenizer
+from qtool.exchange._gguf_tokens import (
+    LLAMA3_WORDS,
+    QWEN2_WORDS,
+    tokenizer_metadata,
+    why_no_tokenizer,
+    with_known_cut,
+)
 from qtool.exchange._gguf_write import compare_gguf
 from qtool.modeling.locate import Location
 from qtool.pipeline.export import export, open_departure
@@ -29,7 +36,7 @@ SPECIAL = ["<pad>", "<s>", "</s>"]
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
-def split(words: str) -> dict:
+def split(words: str) -> dict[str, Any]:
     step = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [step, {**BYTES, "use_regex": False}]}
 
@@ -40,7 +47,7 @@ DIGITS = {
 }
 
 
-def save_tokenizer(directory: Path, pre: dict, *, ignore_merges: bool = False) -> None:
+def save_tokenizer(directory: Path, pre: dict[str, Any], *, ignore_merges: bool = False) -> None:
     """Write a tokenizer of letters and digits with two merges, that puts <s> before a text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
     from transformers import PreTrainedTokenizerFast
@@ -186,6 +193,22 @@ def test_ways_to_cut_a_text_are_known_or_refused(pre, ignore_merges, refused, tm
     assert "no tokenizer.json" in str(why_no_tokenizer({}, {}, 96))
     files["tokenizer.json"] = files["tokenizer.json"][:500]
     assert "can't be read" in str(why_no_tokenizer(files, {}, 96))
+
+
+@pytest.mark.parametrize(
+    ("pre", "ignore_merges", "name"),
+    [(DIGITS, False, "smollm"), (split(LLAMA3_WORDS), True, "llama-bpe")],
+)
+def test_the_way_to_cut_a_text_survives_an_import(pre, ignore_merges, name, tmp_path):
+    save_tokenizer(tmp_path, pre, ignore_merges=ignore_merges)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    whole = json.loads(files["tokenizer.json"])
+    whole["pre_tokenizer"], whole["model"]["ignore_merges"] = BYTES, False  # by transformers
+    blurred = {**files, "tokenizer.json": json.dumps(whole).encode()}
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name}
+    mended = with_known_cut(blurred, metadata)
+    assert tokenizer_metadata(mended, {}, 96) == tokenizer_metadata(files, {}, 96)
+    assert with_known_cut(blurred, {**metadata, "tokenizer.ggml.pre": "viking"}) == blurred
 
 
 @pytest.mark.parametrize(
