@@ -28,6 +28,7 @@ from qtool.exchange._gguf_model import (
 from qtool.exchange._gguf_names import GGUF_TABLES, tensors_of, to_pairs
 from qtool.exchange._gguf_tokens import tokenizer_metadata, why_no_tokenizer
 from qtool.formats._dtypes import dtype_of
+from qtool.formats.affine import AFFINE
 from qtool.wording import list_names, shown
 
 TYPES_BY_NAME = {kind.name: kind for kind in GGML_TYPES.values()}
@@ -165,7 +166,7 @@ def _plain_type(departure: Departure, full: str) -> str:
 def _layer_type(departure: Departure, layer: str) -> str:
     entry = departure.checkpoint.manifest.layers[layer]
     usual = type_of(entry)
-    if entry.scheme.symmetric:
+    if entry.scheme.symmetric or entry.format != AFFINE:
         return usual
     tensor = departure.checkpoint.load(layer)
     assert isinstance(tensor, QuantizedTensor)

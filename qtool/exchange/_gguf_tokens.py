@@ -203,8 +203,8 @@ def _added(text: str, tokens: list[str]) -> tuple[list[int], list[int]]:
 
     try:
         tokenizer = Tokenizer.from_str(text)
-        word = next(token for token in tokens if tokenizer.encode(token).ids)
-        bare = tokenizer.encode(word, add_special_tokens=False).ids
+        encoded = ((each, tokenizer.encode(each, add_special_tokens=False).ids) for each in tokens)
+        word, bare = next((each, ids) for each, ids in encoded if ids)
         whole = tokenizer.encode(word).ids
     except Exception as error:  # it raises nothing narrower
         raise _UnsaidError(f"{TOKENIZER_NAME} can't be read ({reason(error)})") from error
