@@ -13,7 +13,9 @@ from qtool.wording import gigabytes
 
 def export(
     out_dir: Annotated[Path, typer.Argument(help="Checkpoint that qtool has written.")],
-    dest: Annotated[Path, typer.Argument(help="What to write; isn't there yet.")],
+    dest: Annotated[
+        Path, typer.Argument(help="What to write; isn't there yet. Of gguf a file that ends so.")
+    ],
     target: Annotated[
         str, typer.Option(help="gptq, compressed-tensors, gguf or dense; see docs/exchange.md.")
     ],
@@ -39,6 +41,8 @@ def export(
       qtool export smollm2-w4 smollm2-gptq --target gptq
 
       qtool export smollm2-w4 smollm2-ct --target compressed-tensors --engine vllm@0.33
+
+      qtool export smollm2-w4 smollm2-w4.gguf --target gguf
 
       qtool export smollm2-w3 smollm2-dense --target dense --dtype bfloat16
     """

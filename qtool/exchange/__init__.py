@@ -65,6 +65,8 @@ class Departure:
     """Companions by relative path: tokenizer, chat template, generation, licences."""
     dtype: str = "float16"
     """Of what has no codes: float16, bfloat16 or float32."""
+    is_dtype_asked: bool = False
+    """Whether somebody has named it; a format that has floats of several dtypes keeps them else."""
     emit: Emit
 
 

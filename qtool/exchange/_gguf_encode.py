@@ -104,6 +104,29 @@ def type_of(entry: LayerEntry) -> str:
     return name
 
 
+def type_without_zero_points(tensor: QuantizedTensor) -> str | None:
+    """Return the type of blocks without zero points that holds an affine weight with them.
+
+    Where a zero point is one below the middle, as in Q4_0 with a scale below zero, codes count
+    from the other end. None: another zero point occurs, or the weight isn't affine.
+    """
+    scheme = tensor.scheme
+    if tensor.format != affine.AFFINE or any(
+        size % LEGACY_SIZE for size in _sizes(scheme, tensor.shape)
+    ):
+        return None
+    middle = 2 ** (scheme.num_bits - 1)
+    zeros = affine.zero_points(tensor)
+    if not bool(((zeros == middle) | (zeros == middle - 1)).all()):
+        return None
+    alike = (
+        each.name
+        for each in AFFINE_TYPES
+        if each.num_bits == scheme.num_bits and not each.raised and each.multiple == LEGACY_SIZE
+    )
+    return next(alike, None)
+
+
 def _type_name(entry: LayerEntry) -> str | None:
     scheme, shape = entry.scheme, entry.shape
     if entry.format == nested.NESTED:
@@ -190,6 +213,10 @@ def _encode_affine(tensor: QuantizedTensor, kind: AffineType) -> Tensor:
         lowest = zeros.unsqueeze(-1).expand(-1, -1, groups)
         return SUPER_ENCODERS[kind.name](codes, (one, scales), (lowest, scales))
     middle = 2 ** (kind.num_bits - 1)
+    if tensor.scheme.num_bits == kind.num_bits:
+        falls = zeros == middle - 1
+        codes = torch.where(falls.unsqueeze(-1), 2 * middle - 1 - codes, codes)
+        scales, zeros = torch.where(falls, -scales, scales), zeros.masked_fill(falls, middle)
     raised = (codes.to(torch.int16) - zeros.unsqueeze(-1) + middle).to(torch.uint8)
     if block == K_QUANT_SIZE:
         groups = NUM_GROUPS[kind.name]

@@ -59,7 +59,8 @@ def export(
 
     Args:
         directory: The checkpoint.
-        dest: Isn't there yet; appears only when it is complete and compared.
+        dest: Isn't there yet; appears only when it is complete and compared. A directory, or a file
+            where the target is of one, whose name ends as it must.
         target: Name of an exchange that can be written.
         engine: Program that is to run it, as NAME or NAME@VERSION; what it has no kernels for is
             refused. None: anybody.
@@ -74,6 +75,7 @@ def export(
     """
     exchange = writable(target)
     kernels = None if engine is None else kernels_of(engine, target)
+    check_suffix(dest, target, exchange)
     check_free(dest)
     check_apart(dest, directory)
     departure = open_departure(directory, dtype, emit)
@@ -111,6 +113,19 @@ def writable(target: str) -> Exchange:
         able = [name for name in exchange_names() if load_exchange(name).write is not None]
         raise CheckpointError(f"{target} is only read. Targets are {', '.join(able)}.")
     return exchange
+
+
+def check_suffix(dest: Path, target: str, exchange: Exchange) -> None:
+    """Check that the name of a file ends as its readers expect.
+
+    Raises:
+        OutputError: it doesn't.
+    """
+    suffix = exchange.suffix
+    if suffix is not None and not dest.name.endswith(suffix):
+        raise OutputError(
+            f"{dest}: {target} is one file whose name ends with {suffix}. Name {dest.name}{suffix}."
+        )
 
 
 def check_free(dest: Path) -> None:
@@ -160,6 +175,7 @@ def open_departure(directory: Path, dtype: str | None, emit: Emit) -> Departure:
         linears=tuple(n for n, part in skeleton.named_modules() if isinstance(part, nn.Linear)),
         files=read_companions(directory),
         dtype=dtype or (named if named in DTYPES_OF_EXPORTS else "float16"),
+        is_dtype_asked=dtype is not None,
         emit=emit,
     )
 
