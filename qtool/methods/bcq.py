@@ -6,8 +6,7 @@ Hessian says of each column, then codes and levels under error feedback, then a 
 under the Hessian (sources in `qtool.core.binary_feedback` and `qtool.core.polish`).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -28,7 +27,6 @@ from qtool.core.binary_feedback import solve_columns, solve_groups
 from qtool.core.grids import BinaryGrid, CodedGrid
 from qtool.core.hessian import Factor
 from qtool.core.polish import polish
-from qtool.core.row_threads import by_rows
 from qtool.errors import RecipeError
 from qtool.formats import binary_coding as binary_format
 from qtool.formats import coded_scales as coded_format
@@ -120,26 +118,9 @@ def _real(problem: LayerProblem) -> Tensor:
 def _data_free(
     problem: LayerProblem, options: BcqOptions, *, fallback: str | None = None
 ) -> LayerSolution:
-    def solve(part: LayerProblem) -> tuple[Tensor, Tensor]:
-        # Round the parameters first: codes must be nearest for the levels that are stored.
-        theta = _fit(part, _real(part), options).to(torch.float16)
-        return theta, _nearest(part, theta)
-
-    theta, codes = _side_by_side(problem, solve)
-    return _solution(problem, theta, codes, options, fallback=fallback)
-
-
-def _side_by_side(
-    problem: LayerProblem, solve: Callable[..., tuple[Tensor, ...]], *others: Tensor
-) -> tuple[Tensor, ...]:
-    """Solve for parts of the rows, if groups lie within rows; `others` have these rows too."""
-    if problem.scheme.group_dim == "out_features":
-        return solve(problem, *others)
-
-    def work(rows: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-        return solve(replace(problem, weight=rows), *parts)
-
-    return by_rows(work, problem.weight, *others)
+    # Round the parameters first: codes must be nearest for the levels that are stored.
+    theta = _fit(problem, _real(problem), options).to(torch.float16)
+    return _solution(problem, theta, _nearest(problem, theta), options, fallback=fallback)
 
 
 def _nearest(problem: LayerProblem, theta: Tensor) -> Tensor:
@@ -153,17 +134,6 @@ def _nearest(problem: LayerProblem, theta: Tensor) -> Tensor:
 def _calibrated(
     problem: LayerProblem, factor: Factor, order: Tensor, options: BcqOptions
 ) -> LayerSolution:
-    def solve(part: LayerProblem) -> tuple[Tensor, Tensor]:
-        return _under_hessian(part, factor, order, options)
-
-    theta, codes = _side_by_side(problem, solve)
-    return _solution(problem, theta, codes, options, factor)
-
-
-def _under_hessian(
-    problem: LayerProblem, factor: Factor, order: Tensor, options: BcqOptions
-) -> tuple[Tensor, Tensor]:
-    """Return parameters and codes, rows of groups."""
     scheme, shape = problem.scheme, Shape2D(*problem.weight.shape)
     edges, span = layout.edges_of(scheme, shape), layout.span_of(scheme, shape)
     columns = problem.weight.T.contiguous()
@@ -178,7 +148,7 @@ def _under_hessian(
         codes = codes[order.argsort()].contiguous()
     polish(grid, edges, columns, codes, factor.hessian, rounds=options.polish_rounds)
     theta = layout.to_columns(grid.parameters.transpose(1, 2), scheme)
-    return theta, layout.split_codes(codes, scheme)
+    return _solution(problem, theta, layout.split_codes(codes, scheme), options, factor)
 
 
 def _by_group(
@@ -246,11 +216,7 @@ def _coded(
     if factor is None:
         codes = _nearest(problem, theta)
     else:
-
-        def solve(part: LayerProblem, *of_rows: Tensor) -> tuple[Tensor, Tensor]:
-            return _polished(part, *of_rows, factor=factor, options=options)
-
-        theta, codes = _side_by_side(problem, solve, theta, codes, row_scales)
+        theta, codes = _polished(problem, theta, codes, row_scales, factor, options)
     shape = Shape2D(*problem.weight.shape)
     return coded_format.encode_coded(codes, theta, row_scales, problem.scheme, shape)
 
@@ -260,7 +226,6 @@ def _polished(
     theta: Tensor,
     codes: Tensor,
     row_scales: Tensor,
-    *,
     factor: Factor,
     options: BcqOptions,
 ) -> tuple[Tensor, Tensor]:
