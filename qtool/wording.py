@@ -1,6 +1,6 @@
 """How messages show what comes from elsewhere: on one line, printable, of bounded length."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 LONGEST_REASON = 300
 MOST_CHARACTERS = 200
@@ -38,6 +38,12 @@ def list_names(names: Iterable[str]) -> str:
     texts = [shown(name) for name in names]
     more = len(texts) - NUM_LISTED
     return ", ".join(texts[:NUM_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def first_alike(reasons: Mapping[str, str]) -> tuple[list[str], str]:
+    """Return, of reasons by name, the names that have the first one, and that."""
+    reason = next(iter(reasons.values()))
+    return [name for name in reasons if reasons[name] == reason], reason
 
 
 def gigabytes(num_bytes: float) -> str:

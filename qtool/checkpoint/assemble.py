@@ -1,12 +1,42 @@
 """Spooled layers -> safetensors files of bounded size, and their index."""
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from qtool.checkpoint.shards import INDEX_NAME, SINGLE_NAME
-from qtool.checkpoint.spool import Spool
+from qtool.checkpoint.spool import Made, Spool
 from qtool.checkpoint.stream import Piece, write_shard
 from qtool.storage.plain_json import write_json_file
+
+SPOOL = ".layers"
+
+
+def write_streamed(
+    directory: Path, layers: Iterable[tuple[str, Tensor | Mapping[str, Tensor]]], max_bytes: int
+) -> None:
+    """Write the weights of a directory in the memory of one layer.
+
+    Args:
+        directory: Is there.
+        layers: Names, and a tensor of that name or tensors by full name; each is dropped before
+            the next is made.
+        max_bytes: Of a file.
+
+    Raises:
+        OSError: one can't be written.
+    """
+    spool = Spool(directory / SPOOL)
+    spool.open()
+    names = []
+    for name, content in layers:
+        spool.write(name, Made(content).tensors(name), {})
+        names.append(name)
+        del content
+    assemble(spool, names, directory, max_bytes)
+    shutil.rmtree(spool.directory)
 
 
 def assemble(spool: Spool, names: list[str], directory: Path, max_bytes: int) -> list[str]:

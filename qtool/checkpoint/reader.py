@@ -54,6 +54,10 @@ class CheckpointReader:
         self._shards: Shards = open_shards(directory)
         check_headers(self.manifest, self._shards.specs, str(directory))
 
+    def plain_config(self) -> dict[str, Any]:
+        """Return config.json as if the model weren't quantized."""
+        return {key: value for key, value in self.config.items() if key != "quantization_config"}
+
     def names(self) -> Iterator[str]:
         """Yield the names of the quantized layers, then of all other tensors."""
         yield from self.manifest.layers

@@ -1,23 +1,20 @@
 """A directory as transformers lays it out, written one layer at a time."""
 
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from qtool.base import Progress
-from qtool.checkpoint.assemble import assemble
+from qtool.checkpoint.assemble import write_streamed
 from qtool.checkpoint.marks import CONFIG_NAME
 from qtool.checkpoint.place import file_failures
-from qtool.checkpoint.spool import Made, Spool
 from qtool.checkpoint.writer import MAX_SHARD_BYTES
 from qtool.exchange import Departure
 from qtool.storage.plain_json import write_json_file
 from qtool.storage.whole_files import written_whole
 
-SPOOL = ".layers"
 WRITING_FILES = "writing"
 
 
@@ -40,26 +37,27 @@ def write_directory(
     """
     with file_failures(directory):
         directory.mkdir(parents=True)
-        spool = Spool(directory / SPOOL)
-        spool.open()
-        names = []
-        total = len(list(departure.checkpoint.names()))
-        for number, (name, tensors) in enumerate(layers, start=1):
-            spool.write(name, Made(tensors).tensors(name), {})
-            names.append(name)
-            departure.emit(Progress(WRITING_FILES, number, total, name))
-        assemble(spool, names, directory, MAX_SHARD_BYTES)
-        shutil.rmtree(spool.directory)
+        write_streamed(directory, _told(departure, layers), MAX_SHARD_BYTES)
         for path, content in departure.files.items():
             with written_whole(directory / path, durable=True) as file:
                 file.write(content)
         write_json_file(directory / CONFIG_NAME, foreign_config(departure, quantization))
 
 
+def _told(
+    departure: Departure, layers: Iterable[tuple[str, Mapping[str, Tensor]]]
+) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Yield layers; tell of each once it is written."""
+    total = len(list(departure.checkpoint.names()))
+    for number, (name, tensors) in enumerate(layers, start=1):
+        yield name, tensors
+        del tensors
+        departure.emit(Progress(WRITING_FILES, number, total, name))
+
+
 def foreign_config(departure: Departure, quantization: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return config.json of the result."""
-    ours = departure.checkpoint.config
-    config = {key: value for key, value in ours.items() if key != "quantization_config"}
+    config = departure.checkpoint.plain_config()
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = departure.dtype
     return config if quantization is None else {**config, "quantization_config": quantization}

@@ -4,6 +4,8 @@ w = minimum + step * code, with a step and a minimum per group. The minimum need
 number of steps, as it is in an affine weight, and a step may be negative.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,24 @@ from qtool.core import grouping
 from qtool.core.packing import pack_bits, planes_to_codes
 from qtool.formats.binary_coding import BINARY_CODING
 from qtool.scheme import Shape2D, WeightScheme
+
+Parameters = Callable[[QuantizedTensor, torch.dtype], tuple[Tensor, Tensor]]
+"""Steps and minima of a format's weights in their stored shape, computed in a dtype."""
+
+
+def stepped_dequantize(
+    tensor: QuantizedTensor, dtype: torch.dtype, parameters: Parameters
+) -> Tensor:
+    """Return a weight, (out_features, in_features) in `dtype`, rounded once from float32."""
+    steps, minima = parameters(tensor, working_dtype(dtype))
+    codes, scheme, shape = tensor.parts["codes"], tensor.scheme, tensor.shape
+    return step_values(codes, steps, minima, scheme, shape).to(dtype)
+
+
+def stepped_to_binary(tensor: QuantizedTensor, parameters: Parameters) -> QuantizedTensor:
+    """Return the same weight as a binary-coded one with float32 parameters, offsets rounded."""
+    steps, minima = parameters(tensor, torch.float32)
+    return binary_coded(tensor.parts["codes"], steps, minima, tensor.scheme, tensor.shape)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

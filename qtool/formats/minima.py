@@ -65,16 +65,12 @@ def _parameters(tensor: QuantizedTensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 def minima_to_binary(tensor: QuantizedTensor) -> QuantizedTensor:
     """Return the same weight as a binary-coded one with float32 parameters, offsets rounded."""
-    steps, minima = _parameters(tensor, torch.float32)
-    codes, scheme, shape = tensor.parts["codes"], tensor.scheme, tensor.shape
-    return _steps.binary_coded(codes, steps, minima, scheme, shape)
+    return _steps.stepped_to_binary(tensor, _parameters)
 
 
 def _dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Return the weight, (out_features, in_features) in `dtype`, rounded once from float32."""
-    steps, minima = _parameters(tensor, _steps.working_dtype(dtype))
-    codes, scheme, shape = tensor.parts["codes"], tensor.scheme, tensor.shape
-    return _steps.step_values(codes, steps, minima, scheme, shape).to(dtype)
+    return _steps.stepped_dequantize(tensor, dtype, _parameters)
 
 
 def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:

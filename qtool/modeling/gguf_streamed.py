@@ -1,13 +1,11 @@
 """A GGUF file as a float16 directory, dequantized one tensor after the other."""
 
 import logging
-import shutil
 from pathlib import Path
 
 import torch
 
-from qtool.checkpoint.assemble import assemble
-from qtool.checkpoint.spool import Made, Spool
+from qtool.checkpoint.assemble import write_streamed
 from qtool.checkpoint.writer import MAX_SHARD_BYTES
 from qtool.errors import CheckpointError
 from qtool.exchange._gguf_about import read_about, read_tokenizer
@@ -57,10 +55,5 @@ def _save_config(config: dict[str, object], target: Path) -> None:
 
 
 def _save_weights(file: GgufFile, stored: dict[str, str], target: Path) -> None:
-    spool = Spool(target / ".tensors")
-    spool.open()
-    for full in sorted(stored):
-        weight = read_float(file, stored[full]).to(torch.float16)
-        spool.write(full, Made(weight).tensors(full), {})
-    assemble(spool, sorted(stored), target, MAX_SHARD_BYTES)
-    shutil.rmtree(spool.directory)
+    weights = ((full, read_float(file, stored[full]).half()) for full in sorted(stored))
+    write_streamed(target, weights, MAX_SHARD_BYTES)

@@ -30,7 +30,7 @@ from qtool.modeling.discover import adapter_of
 from qtool.modeling.families import families, load_adapter
 from qtool.modeling.skeleton import empty_model
 from qtool.storage.whole_files import sync
-from qtool.wording import list_names
+from qtool.wording import first_alike, list_names
 
 DTYPES_OF_EXPORTS = ("float16", "bfloat16", "float32")
 
@@ -164,7 +164,7 @@ def open_departure(directory: Path, dtype: str | None, emit: Emit) -> Departure:
         ModelError: transformers can't build its model.
     """
     checkpoint = CheckpointReader(directory)
-    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    config = checkpoint.plain_config()
     skeleton = empty_model(parse_config(config, directory), directory)
     places, transposed = layer_places(skeleton, config, checkpoint.manifest.layers)
     named = config.get("dtype") or config.get("torch_dtype")
@@ -207,7 +207,7 @@ def check_expressible(departure: Departure, target: str, exchange: Exchange) -> 
         if (reason := exchange.refuses(entry, departure.places[name])) is not None
     }
     if found:
-        alike, reason = _first_reason(found)
+        alike, reason = first_alike(found)
         raise CheckpointError(
             f"{where}: {target} can't say {list_names(alike)}: {reason}. {_nearest(departure)}",
             layer=alike[0],
@@ -231,19 +231,13 @@ def check_kernels(departure: Departure, engine: str, kernels: Kernels) -> None:
         if (reason := why_no_kernel(kernels, entry)) is not None
     }
     if found:
-        alike, reason = _first_reason(found)
+        alike, reason = first_alike(found)
         raise CheckpointError(
             f"{where}: {engine} has no kernel for {list_names(alike)}: {reason}. Quantize it so, "
             "leave out --engine, or give --target dense.",
             layer=alike[0],
             file=where / CONFIG_NAME,
         )
-
-
-def _first_reason(found: Mapping[str, str]) -> tuple[list[str], str]:
-    """Return the first reason, and all layers that have it."""
-    reason = next(iter(found.values()))
-    return [name for name in found if found[name] == reason], reason
 
 
 def _nearest(departure: Departure) -> str:

@@ -160,7 +160,7 @@ def _expected_shapes(
 
 
 def _write_layers(
-    foreign: ForeignModel, shapes: Mapping[str, tuple[int, ...]], coming: "Coming"
+    foreign: ForeignModel, shapes: Mapping[str, tuple[int, ...]], coming: Coming
 ) -> dict[str, LayerEntry]:
     """Read and write the quantized layers one by one; return what the manifest says of them."""
     entries = {}
@@ -198,7 +198,7 @@ def _loaded(
     return Made(tensor, notes)
 
 
-def _finish(foreign: ForeignModel, manifest: Manifest, coming: "Coming", seconds: float) -> None:
+def _finish(foreign: ForeignModel, manifest: Manifest, coming: Coming, seconds: float) -> None:
     """Write the files beside the weights, and give the result its name."""
     files = dict(foreign.files)
     if coming.path.is_dir():

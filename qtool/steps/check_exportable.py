@@ -9,7 +9,7 @@ from qtool.formats.mixed_rows import MIXED_ROWS
 from qtool.scheme import ActivationScheme
 from qtool.steps.method_choice import load_method
 from qtool.steps.plan import LayerPlan, Plan
-from qtool.wording import list_names
+from qtool.wording import first_alike, list_names
 
 SOME_STEP = ActivationScheme(granularity="tensor", scale=1.0)
 """Of inputs whose step only samples give."""
@@ -25,8 +25,7 @@ def check_exportable(plan: Plan, target: str) -> None:
     refused = _refused(plan, target)
     if not refused:
         return
-    reason = next(iter(refused.values()))
-    alike = [name for name in refused if refused[name] == reason]
+    alike, reason = first_alike(refused)
     able = [f"--target {name}" for name in targets() if not _refused(plan, name)]
     others = f"This plan goes to: {', '.join(able)}." if able else "Nor does another target."
     raise RecipeError(

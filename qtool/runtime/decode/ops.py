@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qtool.errors import BackendError
 from qtool.runtime.decode.weights import (
     DecoderLayer,
     DecoderShape,
@@ -65,7 +66,16 @@ class DecodeOps(Protocol):
 def new_state(
     weights: DecoderWeights, ops: DecodeOps, *, max_length: int, batch: int
 ) -> DecodeState:
-    """Return the buffers of empty sequences."""
+    """Return the buffers of empty sequences.
+
+    Raises:
+        BackendError: a sliding window would count within `max_length`.
+    """
+    if weights.longest is not None and max_length > weights.longest:
+        raise BackendError(
+            f"The model attends to a window of {weights.longest} positions, so the runner "
+            f"can't decode {max_length}. Lower max_length, or let transformers run the model."
+        )
     shape, device = weights.shape, weights.final_norm.device
     size = (len(weights.layers), batch, shape.num_key_value_heads, max_length, shape.head_dim)
     return DecodeState(

@@ -30,11 +30,6 @@ class DecodeRunner:
         Raises:
             BackendError: a sliding window would count within `max_length`.
         """
-        if weights.longest is not None and max_length > weights.longest:
-            raise BackendError(
-                f"The model attends to a window of {weights.longest} positions, so the runner "
-                f"can't decode {max_length}. Lower max_length, or let transformers run the model."
-            )
         self.weights, self.ops = weights, ops
         self.max_length, self.batch, self.length = max_length, batch, 0
         with torch.inference_mode(mode=False), torch.no_grad():  # may be changed in either mode

@@ -5,7 +5,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qtool.errors import BackendError
 from qtool.runtime.decode import step
 from qtool.runtime.decode.captured import CapturedStep
 from qtool.runtime.decode.ops import DecodeOps, DecodeState, new_state
@@ -27,11 +26,6 @@ class SlotRunner:
         Raises:
             BackendError: a sliding window would count within `max_length`.
         """
-        if weights.longest is not None and max_length > weights.longest:
-            raise BackendError(
-                f"The model attends to a window of {weights.longest} positions, so no sequence may "
-                f"have {max_length}. Lower the length, or let transformers run the model."
-            )
         self.weights, self.ops = weights, ops
         self.max_length, self.slots = max_length, slots
         with torch.inference_mode(mode=False), torch.no_grad():
