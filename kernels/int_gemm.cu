@@ -43,14 +43,15 @@ DEVICE void next(turn &t) {
     if (++t.stage == STAGES) t.stage = 0, t.parity ^= 1;
 }
 
-// Four nibbles less the zero point, and 128: no byte carries into the next one. `middle` is 128 less the
-// zero point, four times.
-DEVICE u32 centered(u32 nibbles, u32 middle) { return (nibbles & 0x0f0f0f0fu) + middle; }
-// As signed bytes. `nothing` is 0, which the assembler can't know: were this a copy, it would give a and b the same
-// registers, and b is written while products still read a.
+// Four nibbles less the zero point, as signed bytes. `middle` is 128 less the zero point, four times: no byte carries
+// into the next one.
+DEVICE u32 centered(u32 nibbles, u32 middle) { return (nibbles & 0x0f0f0f0fu) + middle ^ 0x80808080u; }
+// Codes to where products read them: a copy, which the assembler mustn't know. It would give a and b the same
+// registers, and b is written while products still read a; or, that of CUDA 13.0, put off work on b into the midst of
+// the products, which it then fences apart. `nothing` is 0.
 DEVICE void finish(u32 (&a)[16], const u32 (&b)[16], u32 nothing) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) a[i] = BITS == 4 ? b[i] ^ 0x80808080u : b[i] ^ (a[i] & nothing);
+    for (int i = 0; i < 16; ++i) a[i] = b[i] ^ (a[i] & nothing);
 }
 
 // Integer sums run on over the groups of a chunk, S_1, S_2, ..., so each y is the sum of (scale_g -
