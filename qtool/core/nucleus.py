@@ -1,10 +1,11 @@
 """Draw tokens from logits by temperature and nucleus (top_p), without sorting the vocabulary.
 
-Holtzman et al., The Curious Case of Neural Text Degeneration, 2019, arXiv 1904.09751: the likeliest tokens
-that together have the probability top_p, of tokens as likely as each other the first ones. Sorting finds
-where they end; so does a radix search: masses summed by the upper half of the logit's bits, then, within
-the half where the nucleus ends, by the lower half. Masses are whole numbers, so sums don't depend on
-their order, on the device, or on who else is in the batch. Nothing waits for the device.
+Holtzman et al., The Curious Case of Neural Text Degeneration, 2019, arXiv 1904.09751: the likeliest
+tokens that together have the probability top_p; of tokens as likely as each other the first ones.
+Sorting finds where they end; so does a radix search: masses are summed by the upper half of a
+logit's bits, then, within the half where the nucleus ends, by the lower half. Masses are whole
+numbers, so sums don't depend on their order, on the device, or on who else is in the batch. Nothing
+waits for the device.
 """
 
 import torch

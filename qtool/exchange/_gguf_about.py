@@ -106,8 +106,8 @@ def llama3_factors(head: int, base: float, scaling: Mapping[str, Any]) -> torch.
 def read_tokenizer(path: Path) -> dict[str, bytes]:
     """Return the files of a file's tokenizer by their names, as transformers saves them.
 
-    It cuts a text as llama.cpp does with this file, where that is known: transformers takes all
-    tokenizers of an architecture for alike, and counts the spaces before digits of SmolLM2 otherwise.
+    They cut a text as llama.cpp does with this file, where that is known: transformers takes all
+    tokenizers of an architecture for alike, and joins spaces before digits otherwise than SmolLM2.
 
     Raises:
         CheckpointError: transformers can't read it.

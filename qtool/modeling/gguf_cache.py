@@ -61,7 +61,9 @@ def convert_gguf(path: Path) -> Path:
 def _convert(path: Path, partial: Path, target: Path) -> None:
     """Make `target` anew, by way of `partial`; nobody else does at the same time."""
     if target.exists():
-        _LOG.warning("%s is damaged, incomplete or of an earlier version, and is made anew.", target)
+        _LOG.warning(
+            "%s is damaged, incomplete or of an earlier version, and is made anew.", target
+        )
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         partial.mkdir()
@@ -70,7 +72,11 @@ def _convert(path: Path, partial: Path, target: Path) -> None:
         for file in files:
             sync(file)
         names = [str(file.relative_to(partial)) for file in files]
-        about = {"conversion": CONVERSION, "files": names, "digest": files_digest(files, remember=False)}
+        about = {
+            "conversion": CONVERSION,
+            "files": names,
+            "digest": files_digest(files, remember=False),
+        }
         write_json_file(partial / WHOLE_NAME, about)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)

@@ -217,6 +217,13 @@ def test_the_way_to_cut_a_text_survives_an_import(pre, ignore_merges, name, tmp_
     assert with_known_cut(blurred, {**metadata, "tokenizer.ggml.pre": "viking"}) == blurred
 
 
+def test_comparing_tells_how_far_it_is(ours, tmp_path):
+    told = []
+    export(ours, tmp_path / "m.gguf", "gguf", emit=told.append)
+    compared = [one for one in told if one.what.startswith("comparing")]
+    assert (compared[-1].done, compared[-1].total) == (len(compared), len(compared))
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_converted_file_has_the_tokenizer_that_it_says(streamed, ours, tmp_path, monkeypatch):
     export(ours, tmp_path / "m.gguf", "gguf")

@@ -80,7 +80,7 @@ def test_damaged_cache_is_made_anew_with_a_warning(gguf, calls, caplog, name, da
     with caplog.at_level(logging.WARNING):
         assert convert_gguf(gguf) == directory
     assert len(calls) == 2
-    assert "is damaged, incomplete or of an earlier version" in caplog.text
+    assert "is damaged, incomplete or of an earlier version, and is made anew" in caplog.text
     assert (directory / "model.safetensors").read_bytes() == bytes(100)
     assert kept(directory.parent) == [directory.name]
 
