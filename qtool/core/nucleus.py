@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-DIGIT_BITS, BLOCK = 16, 256
+DIGIT_BITS, SUMMED_TOGETHER = 16, 256
 MASS_BITS = 44
 """The likeliest token's mass is 2 to this; 2^18 tokens as likely don't overflow."""
 BITS_OF = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -109,7 +109,7 @@ def _place(masses: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     block, before = _place_of_few(blocks.sum(2), wanted)
     rows = torch.arange(len(masses), device=masses.device)
     within, more = _place_of_few(blocks[rows, block[:, 0]], wanted - before)
-    return block * BLOCK + within, before + more
+    return block * SUMMED_TOGETHER + within, before + more
 
 
 def _place_of_few(masses: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,5 +119,7 @@ def _place_of_few(masses: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocked(masses: Tensor) -> Tensor:
-    """Return (rows, blocks, BLOCK)."""
-    return functional.pad(masses, (0, -masses.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    """Return (rows, blocks, SUMMED_TOGETHER)."""
+    return functional.pad(masses, (0, -masses.shape[1] % SUMMED_TOGETHER)).unflatten(
+        1, (-1, SUMMED_TOGETHER)
+    )

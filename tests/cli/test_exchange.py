@@ -1,6 +1,7 @@
 """`qtool export` and `qtool import`: one line says what came of it, or what is wrong."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_one_line_says_what_was_written_and_who_has_compared_it(cli, exported, t
 
 @pytest.mark.parametrize("target", ["gptq", "compressed-tensors", "dense"])
 def test_comparing_tells_how_far_it_is(target, exported, tmp_path):
-    told = []
+    told: list[Any] = []
     pipeline.export(exported / "w4", tmp_path / "out", target, emit=told.append)
     compared = [one for one in told if one.what.startswith("comparing")]
     assert len(compared) > 14

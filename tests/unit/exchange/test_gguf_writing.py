@@ -218,7 +218,7 @@ def test_the_way_to_cut_a_text_survives_an_import(pre, ignore_merges, name, tmp_
 
 
 def test_comparing_tells_how_far_it_is(ours, tmp_path):
-    told = []
+    told: list[Any] = []
     export(ours, tmp_path / "m.gguf", "gguf", emit=told.append)
     compared = [one for one in told if one.what.startswith("comparing")]
     assert (compared[-1].done, compared[-1].total) == (len(compared), len(compared))
