@@ -9,7 +9,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -21,6 +25,8 @@ from qtool.integrations.transformers.generate import accelerate
 
 KEYS = {"format_version", "tool_version", "source", "calibration", "recipe", "layers"}
 V4 = transformers.__version__.startswith("4.")
+
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)  # `FirstCheckpoint`
 
 
 @register_quantization_config(QUANT_METHOD)
