@@ -4,6 +4,8 @@ Only module replacement is used, which is stable from transformers 4.57 to 5.x. 
 module registers it.
 """
 
+import functools
+import importlib
 from typing import Any
 
 import torch
@@ -22,11 +24,15 @@ from qtool.checkpoint.manifest import QUANT_METHOD, Manifest, manifest_from_conf
 from qtool.errors import BackendError
 from qtool.integrations.transformers import install, loading
 from qtool.integrations.transformers.generate import accelerate
+from qtool.integrations.transformers.registration import when_imported
 
 KEYS = {"format_version", "tool_version", "source", "calibration", "recipe", "layers"}
 V4 = transformers.__version__.startswith("4.")
 
 AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)  # `FirstCheckpoint`
+when_imported(
+    "peft.tuners.lora.model", functools.partial(importlib.import_module, "qtool.integrations.peft")
+)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -105,5 +111,10 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Return False: codes have no gradient."""
-        return False
+        """Return True: codes have no gradient, but adapters and what isn't quantized have."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Return True: without, `Trainer` refuses even to evaluate a model that has no adapter."""
+        return True

@@ -9,7 +9,7 @@ costs as much as all else that `import qtool` does.
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -41,34 +41,48 @@ class FirstCheckpoint:
 
 
 class _Finder:
-    """Finds two modules: transformers' table of formats, and what loads models by it."""
+    """Finds the modules that something waits for."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, Callable[[], object]] = {}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in HOOKED:
+        if fullname not in self.calls:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
-            def run_and_register(module: ModuleType) -> None:
+            def run_and_call(module: ModuleType) -> None:
                 run(module)
-                _enter()
+                self.calls[fullname]()
 
-            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+            spec.loader.exec_module = run_and_call  # type: ignore[method-assign]
         return spec
+
+
+def when_imported(name: str, call: Callable[[], object]) -> None:
+    """Call as soon as a module has been imported, which may be now."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    if spec is not None and not getattr(spec, "_initializing", False):
+        call()
+        return
+    finder = next((each for each in sys.meta_path if isinstance(each, _Finder)), None)
+    if finder is None:
+        sys.meta_path.insert(0, finder := _Finder())
+    finder.calls[name] = call
 
 
 def register() -> None:
     """Register now if transformers' table is loaded, else as soon as it is; call as you like."""
-    if not _enter() and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    for name in HOOKED:
+        when_imported(name, _enter)
 
 
-def _enter() -> bool:
-    """Enter the format into transformers' table, and return whether it is there."""
+def _enter() -> None:
+    """Enter the format into transformers' table, if that is there."""
     table = getattr(sys.modules.get(TABLE), "AUTO_QUANTIZATION_CONFIG_MAPPING", None)
     if table is not None:
         table.setdefault(FORMAT, FirstCheckpoint)
-    return table is not None
