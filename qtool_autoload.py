@@ -1,8 +1,8 @@
 """What torch calls while it is imported: lets transformers find checkpoints without `import qtool`.
 
 The entry point `torch.backends` in pyproject.toml names it. It lies beside the package, and not in
-it, because torch stops with an error where an entry point can't be imported: a user's own `qtool.py`
-would be enough for that. TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns it off. See docs/adr/0020.
+it, because torch stops with an error where an entry point can't be imported, and a user's own
+`qtool.py` would be enough for that. TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns it off: docs/adr/0020.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""LoRA of PEFT (Hu et al., 2021, arXiv:2106.09685) beside quantized linears, which stay as they are.
+"""LoRA of PEFT (Hu et al., 2021, arXiv:2106.09685) beside quantized linears, which don't change.
 
 PEFT decides by a module's class what adapts it, and knows nothing of ours. Importing this module
 lets it; `integrations.transformers.quantizer` does so once PEFT and a checkpoint are both there.

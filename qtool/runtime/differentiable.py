@@ -9,7 +9,7 @@ from torch import Tensor
 from qtool.base import KernelBackend
 from qtool.scheme import Shape2D
 
-CHUNK = 2**26
+BACKWARD_CHUNK = 2**26
 """Elements of a weight that are dequantized at once on the way back."""
 
 
@@ -49,7 +49,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
         (backend, prepared), (rows, inputs) = ctx.weight, ctx.shape
-        index = torch.arange(rows, device=gradient.device).split(max(1, CHUNK // inputs))
+        index = torch.arange(rows, device=gradient.device).split(max(1, BACKWARD_CHUNK // inputs))
         parts = (
             part @ backend.rows(chosen, prepared).to(part.dtype)
             for chosen, part in zip(index, gradient.split(len(index[0]), -1), strict=True)

@@ -237,7 +237,7 @@ class QuantizedLinear(QuantizedWeight):
 
     @property
     def qweight(self) -> Tensor:
-        """Return nothing, where the weight is executed: adapters go to the device of a `qweight`."""
+        """Return nothing, where the weight is executed: PEFT puts adapters beside a `qweight`."""
         return torch.empty(0, dtype=torch.int32, device=self.device)
 
     def product_of(self, tokens: int) -> str:

@@ -240,7 +240,9 @@ def test_rows_equal_the_definition(name, device, format_name, dtype, group_size,
 def test_gradient_of_an_input_is_a_product_with_the_weight(
     name, device, format_name, dtype, monkeypatch
 ):
-    monkeypatch.setattr(differentiable, "CHUNK", 7 * 36)  # rows in eight parts, the last is short
+    monkeypatch.setattr(
+        differentiable, "BACKWARD_CHUNK", 7 * 36
+    )  # rows in eight parts, the last is short
     tensor = solved(format_name, WeightScheme(num_bits=3, group_size=16), Shape2D(50, 36), 4)
     with torch.inference_mode():  # a model may have answered before it has adapters
         backend, weight = prepared(name, tensor, device, dtype)
@@ -254,6 +256,7 @@ def test_gradient_of_an_input_is_a_product_with_the_weight(
     exact, wanted = dequantized(tensor, torch.float64), wanted.double().cpu()
     terms = wanted.abs() @ exact.abs()
     allowed = wanted.abs() @ rounding_of_parameters(name, tensor, dtype)
+    assert x.grad is not None
     error = (x.grad.double().cpu() - wanted @ exact).abs()
     assert bool((error <= (9 * torch.finfo(dtype).eps + 2**-20) * terms + 2 * allowed).all())
 

@@ -212,4 +212,4 @@ def outcome(use: Callable[[], None]) -> str:
 
 if __name__ == "__main__":
     outcomes = {name: outcome(USES[name]) for name in sys.argv[4:]}
-    print(json.dumps(outcomes))
+    sys.stdout.write(f"{json.dumps(outcomes)}\n")

@@ -14,9 +14,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-FORMAT = "qtool"
-TABLE = "transformers.quantizers.auto"
-HOOKED = (TABLE, "transformers.modeling_utils")
+FORMAT_NAME = "qtool"
+TABLE_OF_FORMATS = "transformers.quantizers.auto"
+HOOKED = (TABLE_OF_FORMATS, "transformers.modeling_utils")
 """The second is for programs that import the table before torch: torch calls us amid its import."""
 QUANTIZER = "qtool.integrations.transformers.quantizer"
 
@@ -31,13 +31,15 @@ class FirstCheckpoint:
         Raises:
             ImportError: it can't be imported, as nothing else may then load such a checkpoint.
         """
-        table = sys.modules[TABLE].AUTO_QUANTIZATION_CONFIG_MAPPING
+        table = sys.modules[TABLE_OF_FORMATS].AUTO_QUANTIZATION_CONFIG_MAPPING
         try:
             importlib.import_module(QUANTIZER)  # which registers it
         except BaseException:
-            table[FORMAT] = FirstCheckpoint  # without, transformers fills the layers with noise
+            table[FORMAT_NAME] = (
+                FirstCheckpoint  # without, transformers fills the layers with noise
+            )
             raise
-        return table[FORMAT].from_dict(values, **options)
+        return table[FORMAT_NAME].from_dict(values, **options)
 
 
 class _Finder:
@@ -83,6 +85,6 @@ def register() -> None:
 
 def _enter() -> None:
     """Enter the format into transformers' table, if that is there."""
-    table = getattr(sys.modules.get(TABLE), "AUTO_QUANTIZATION_CONFIG_MAPPING", None)
+    table = getattr(sys.modules.get(TABLE_OF_FORMATS), "AUTO_QUANTIZATION_CONFIG_MAPPING", None)
     if table is not None:
-        table.setdefault(FORMAT, FirstCheckpoint)
+        table.setdefault(FORMAT_NAME, FirstCheckpoint)
