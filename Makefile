@@ -13,10 +13,10 @@ DEMO_DIR ?= build/demo
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu test-old test-3.12 test-versions test-floors fuzz check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
+.PHONY: help setup demo test test-slow test-gpu test-old test-3-12 test-versions test-floors fuzz check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
 
 help: ## Print this list
-	@grep -hE '^[a-z0-9.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -65,10 +65,10 @@ test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA card
 test-old: .venv-4.57/.done ## Load, generate, save and score with transformers 4.57 (CI, in a minute)
 	.venv-4.57/bin/python -m pytest -q -m versions tests/found tests/unit/integrations
 
-test-3.12: ## Compile all with Python 3.12, and run what needs no torch (CI, in seconds)
+test-3-12: ## Compile all with Python 3.12, and run what needs no torch (CI, in seconds)
 	@if $(PYTHON_3_12) -c '' 2>/dev/null; then $(MAKE) --no-print-directory .venv-3.12/.done \
 		&& .venv-3.12/bin/python -W error tests/versions/without_torch.py; \
-	else echo 'Skipped test-3.12: there is no $(PYTHON_3_12).'; fi
+	else echo 'Skipped test-3-12: there is no $(PYTHON_3_12).'; fi
 
 test-versions: .venv-4.57/.done ## Run the tests of loading and executing models with transformers 4.57
 	.venv-4.57/bin/python -m pytest -q $(PARALLEL) tests/contract/test_families.py \
@@ -82,7 +82,7 @@ test-floors: .venv-floors/.done ## Run the command line with the lowest versions
 fuzz: $(VENV)/.dev ## Try 20,000 damaged, hostile and odd inputs
 	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -q $(PARALLEL) -m fuzz tests/robustness
 
-check: fmt-check lint types layers docs-check test recipes wheel-test test-old test-3.12 ## Everything that CI checks
+check: fmt-check lint types layers docs-check test recipes wheel-test test-old test-3-12 ## Everything that CI checks
 
 fmt: $(VENV)/.dev ## Format the code
 	$(BIN)/ruff format .

@@ -114,27 +114,31 @@ the whole list. A family of your own: [adding-a-model.md](adding-a-model.md).
 ## Versions"""
 VERSIONS = """*Tested* are the versions of `constraints.txt`; the lowest allowed ones run the
 command line (`make test-floors`), and transformers {old} loads and executes models
-(`make test-versions`). CI runs the newest and, for loading, generating, saving, adapters and lm-eval, transformers {old}
-(`make test-old`); with Python 3.12 it runs what needs no torch (`make test-3.12`). Linux and macOS.
+(`make test-versions`). CI runs all with the newest; with transformers {old} it loads, generates,
+saves, adapts and scores (`make test-old`); with Python 3.12 it runs what needs no torch
+(`make test-3-12`). Linux and macOS.
 
 ## Engines"""
 ENGINES = """| program | quantized model |
 |---|---|
-| transformers | [yes](quickstart.md#load-it-from-python): `from_pretrained` of `AutoModel` and `AutoModelForCausalLM`, `pipeline`, `dtype=`, `device_map`, `save_pretrained`, `push_to_hub`, assisted generation |
+| transformers | [yes](quickstart.md#load-it-from-python), without importing qtool |
+| ... in particular | `AutoModel`, `pipeline`, `dtype=`, `device_map`, assisted generation |
+| ... and back | `save_pretrained`, `push_to_hub` |
 | transformers: `torch.compile` | yes; one node per linear |
 | transformers: `Trainer` | `evaluate`; `train` of adapters and of what isn't quantized |
 | PEFT | LoRA (`get_peft_model`, `PeftModel`), `all-linear` too; merging is refused |
-| lm-eval | yes: `qtool eval --tasks` ([evaluation.md](evaluation.md)), and plain `lm_eval --model hf` |
+| lm-eval | yes: `qtool eval --tasks` ([evaluation.md](evaluation.md)), `lm_eval --model hf` |
 | vLLM | yes, by a plug-in that it finds by itself ([vllm.md](vllm.md)) |
 | llama.cpp, TensorRT-LLM, Ollama | no: nothing is exported to their formats yet |
 | several cards | not tested |
 
 ### Found without an import
 
-Where qtool is installed, `import torch` calls it, by the entry point that torch has for extensions. That takes a millisecond and
-sets an import hook, nothing else; when transformers meets the first checkpoint of qtool, the rest is imported. To turn it off
-set `TORCH_DEVICE_BACKEND_AUTOLOAD=0`; then `import qtool` in the program does the same, before or after transformers.
-[ADR 0020](adr/0020-found-without-an-import.md) has the reasons.
+Where qtool is installed, `import torch` calls it, by the entry point that torch has for
+extensions. That takes a millisecond and sets an import hook, nothing else; when transformers meets
+the first checkpoint of qtool, the rest is imported. To turn it off set
+`TORCH_DEVICE_BACKEND_AUTOLOAD=0`; then `import qtool` in the program does the same, before or after
+transformers. [ADR 0020](adr/0020-found-without-an-import.md) has the reasons.
 
 Models that *other* tools have quantized (compressed-tensors, GPTQ, AWQ, bitsandbytes, GGUF) can
 be measured beside yours: [comparing.md](comparing.md).

@@ -47,9 +47,10 @@ prompt = tokenizer("The capital of France is", return_tensors="pt").to(model.dev
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=8)[0]))
 ```
 
-transformers finds qtool where it is installed; without it, it ignores the quantization and loads random weights.
-`qtool inspect` prints the layers, `qtool eval` measures quality, `qtool bench` speed. Servers in Python
-that load models by transformers run it too; on a CUDA card `generate` runs qtool's kernels.
+Where qtool is installed transformers finds it; elsewhere it ignores the quantization and loads
+random weights. `qtool inspect` prints the layers, `qtool eval` measures quality, `qtool bench`
+speed. Servers in Python that load models by transformers run it too; on a CUDA card `generate`
+runs qtool's kernels.
 
 ## Repeat it
 

@@ -22,8 +22,8 @@ def main() -> None:
 
     from typer.testing import CliRunner
 
-    from qtool.cli.app import app
     from qtool import resources
+    from qtool.cli.app import app
     from qtool.recipe.load import load_recipe
 
     paths = sorted(resources.recipes_dir().rglob("*.yaml"))
