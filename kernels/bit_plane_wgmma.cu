@@ -11,7 +11,7 @@
 // in memory, and announced, before their owner asks for them. All sums have a fixed order.
 //
 // Compile-time: PLANES 1..8, GROUP, OFFSET as in bit_planes.cuh, COLUMNS (tokens of a block, a multiple of 16, at most
-// 256), GROUPS 1..4, W_STAGES, X_STAGES (2 or more), X_BLOCKS (1, 2, 4), EPILOGUE as in bit_planes.cuh, ACTIVATION_BF16.
+// 256), GROUPS 1..4, W_STAGES, X_STAGES (2 or more), X_BLOCKS (1, 2: with 4 the compiler serializes products), EPILOGUE as in bit_planes.cuh, ACTIVATION_BF16.
 // (GROUPS + 1) * 128 threads.
 #include "hopper.cuh"
 #include "half_products.cuh"

@@ -1,7 +1,5 @@
 """Products of many tokens: the kernels' own text, on the CPU, against the weight rounded once."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 
@@ -66,3 +64,23 @@ def test_products_are_those_of_the_weight_rounded_once(kind, dtype):
     weight, x = linear_kernels.prepare(tensor, dtype), normal(17, shape[1]).to(dtype)
     y, _ = multiplied(weight, x, WideTuning(columns=32, groups=1), ctas=2)
     close(y, x, weight)
+
+
+@pytest.mark.parametrize(
+    ("ctas", "tokens", "tuning"),
+    [
+        (1, 16, WideTuning(columns=16, groups=2, x_blocks=2)),
+        (3, 20, WideTuning(columns=16, groups=1, x_blocks=2)),  # tiles of tokens, parts of a half
+        (5, 33, WideTuning(columns=48, groups=2)),
+        (12, 9, WideTuning(columns=16, groups=1)),  # a tile is of several blocks
+        (99, 1, WideTuning(columns=16, groups=1, x_blocks=2)),  # no more blocks than units
+    ],
+)
+def test_any_number_of_blocks_shares_a_weight(ctas, tokens, tuning):
+    scheme, shape = WeightScheme(num_bits=3, group_size=128), Shape2D(140, 1200)
+    weight = linear_kernels.prepare(random_tensor("binary_coding", scheme, shape, 1), torch.float16)
+    x = normal(tokens, shape.in_features).half()
+    y, launch = multiplied(weight, x, tuning, ctas)
+    close(y, x, weight)
+    tiles = -(-shape.out_features // (64 * tuning.groups)) * -(-tokens // tuning.columns)
+    assert launch.calls[1].grid == (min(ctas, 5 * tiles), 1, 1)

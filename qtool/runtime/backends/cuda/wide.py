@@ -32,9 +32,7 @@ class WideTuning:
     groups: int = 2
     """Warpgroups of a CTA, each of 64 outputs."""
     x_blocks: int = 1
-    """Blocks of 64 inputs that are copied at once: 1, 2 or 4."""
-    ctas: int = 1
-    """That share a multiprocessor."""
+    """Blocks of 64 inputs that are copied at once: 1 or 2."""
 
 
 def table_bytes(planes: int) -> int:
@@ -65,7 +63,7 @@ def rings_for(layout: Layout, tuning: WideTuning, room: int) -> Rings | None:
     for of_weights in range(2, STAGES_OF_WEIGHTS + 1):
         left = room - fixed - of_weights * (weights + 16)
         of_x = min(STAGES_OF_X, left // (stage_of_x + 16))
-        if of_x < 2 or (best is not None and of_x < 4 // tuning.x_blocks):  # noqa: PLR2004
+        if of_x < 2 or (best is not None and of_x < 4):  # noqa: PLR2004
             break  # more of x are worth more than more of the weights
         shared = fixed + of_weights * (weights + 16) + of_x * (stage_of_x + 16)
         best = Rings(of_weights, of_x, shared)
@@ -103,8 +101,7 @@ def wide_call(
 ) -> KernelCall | None:
     """Return the launch of a product; None: a CTA has too little shared memory."""
     out_features, tokens, row_tiles, units, groups, width = sizes
-    room = (card.shared_bytes + 1024) // tuning.ctas - 1024
-    rings = rings_for(layout, tuning, room)
+    rings = rings_for(layout, tuning, card.shared_bytes)
     if rings is None:
         return None
     token_tiles = -(-tokens // tuning.columns)
@@ -117,7 +114,7 @@ def wide_call(
         "X_BLOCKS": tuning.x_blocks,
         "EPILOGUE": EPILOGUES[epilogue],
     }
-    ctas = min(stream, card.multiprocessors * tuning.ctas)
+    ctas = min(stream, card.multiprocessors)
     return KernelCall(
         file="bit_plane_wgmma",
         kernel="bit_plane_wgmma",
