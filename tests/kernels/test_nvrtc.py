@@ -90,6 +90,8 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
         64,
     ),
     ("sign_flip", {}, 128),
+    ("order_inputs", {"COLUMNS": 48, "ALIGNED": 1}, 64),
+    ("order_inputs", {"COLUMNS": 256, "ALIGNED": 0, "ACTIVATION_BF16": 1}, 64),
     ("add_splits", {"ACTIVATION_BF16": 1, "EPILOGUE": 2}, 128),
     ("greedy", {}, 64),
     ("rms_norm", {"HIDDEN": 4096, "THREADS": 512}, 64),
@@ -112,6 +114,22 @@ HOPPER_VARIANTS: list[tuple[str, dict[str, int], int]] = [
     ("int_gemm", {"BITS": bits, "SPAN": span, "STAGES": 5, "CLUSTER": cluster, **more}, 168)
     for bits, span in ((4, 0), (4, 1), (4, 2), (8, 0), (8, 1), (8, 4))
     for cluster, more in ((1, {}), (2, {"ACTIVATION_BF16": 1}))
+]
+RINGS = {"W_STAGES": 2, "X_STAGES": 4, "X_BLOCKS": 2, "EPILOGUE": 0}
+HOPPER_VARIANTS += [
+    (
+        "bit_plane_wgmma",
+        {**RINGS, **weight, "PLANES": planes, "COLUMNS": columns, "GROUPS": groups, **more},
+        most,
+    )
+    for weight, planes, columns, groups, more, most in (
+        (WEIGHT, 3, 32, 4, {}, 96),
+        (WEIGHT, 4, 64, 4, {}, 96),
+        (WEIGHT, 3, 96, 2, {"X_BLOCKS": 1, "ACTIVATION_BF16": 1}, 168),
+        (WEIGHT, 4, 256, 2, {"X_BLOCKS": 1, "EPILOGUE": 2}, 168),
+        (AFFINE, 8, 128, 2, {"X_BLOCKS": 1, "EPILOGUE": 1}, 168),
+        ({"GROUP": 96, "OFFSET": 1}, 2, 256, 2, {"X_BLOCKS": 1}, 168),
+    )
 ]
 
 

@@ -29,8 +29,8 @@ from qtool.runtime.backends.cuda.decode_ops import HEAD_DIMS, KernelOps
 from qtool.runtime.backends.cuda.driver import card_of, launch, why_not_on
 from qtool.runtime.backends.cuda.fusing import HalfWeight
 from qtool.runtime.backends.cuda.int_tiles import IntTiles
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import KERNEL_DTYPES
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.runtime.backends.cuda.mixed import MixedWeight
 from qtool.runtime.backends.cuda.ordered import OrderedWeight, prepare_any
 from qtool.runtime.backends.cuda.selection import STORED_KERNELS, wanted_kernel

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtool.runtime.backends.cuda import linear_kernels
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.runtime.backends.cuda.mixed import MixedWeight, gather_mixed, multiply_mixed
 from qtool.runtime.backends.cuda.ordered import OrderedWeight
 from qtool.runtime.decode import torch_ops

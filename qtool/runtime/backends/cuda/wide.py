@@ -1,38 +1,26 @@
 """Products of many tokens from bit planes on compute capability 9.0: kernels/bit_plane_wgmma.cu."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from qtool.runtime.backends.cuda.launch import Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.planes import EPILOGUES, Layout, Target
+from qtool.runtime.backends.cuda.selection import COLUMNS, WideTuning, selection_for
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT, Tiles
 from qtool.scheme import Shape2D
 
-CAPABILITY = (9, 0)
-"""The only one with `wgmma`."""
 WARPGROUP = 128
 ORDER_THREADS, INPUTS_OF_THREAD, BLOCK_INPUTS = 128, 32, 64
-MOST_COLUMNS, COLUMN_STEP = 256, 16
 LOW_PLANES = 4
 """Planes of the first table of kernels/bit_plane_lookup.cuh; the rest has one of its own."""
 Y_STRIDE = 72
 STAGES_OF_X, STAGES_OF_WEIGHTS = 8, 4
 """At most."""
-
-
-@dataclass(frozen=True, slots=True)
-class WideTuning:
-    """How a product of many tokens is launched; changes its time and nothing else."""
-
-    columns: int
-    """Tokens that a CTA multiplies at once: a multiple of 16, at most 256."""
-    groups: int = 2
-    """Warpgroups of a CTA, each of 64 outputs."""
-    x_blocks: int = 1
-    """Blocks of 64 inputs that are copied at once: 1 or 2."""
+MOST_UNITS = 2**30
+"""Of all tiles: the kernel counts them in 32 bits."""
 
 
 def table_bytes(planes: int) -> int:
@@ -52,7 +40,7 @@ class Rings:
 
 @functools.cache
 def rings_for(layout: Layout, tuning: WideTuning, room: int) -> Rings | None:
-    """Return the deepest rings that fit into `room` bytes of shared memory; None: two and two don't."""
+    """Return the deepest rings that fit into `room` bytes of shared memory; None: none do."""
     row_tiles = 4 * tuning.groups
     weights = row_tiles * layout.stage_bytes
     tables = row_tiles * layout.span * TILE_ROWS * table_bytes(layout.planes)
@@ -70,7 +58,25 @@ def rings_for(layout: Layout, tuning: WideTuning, room: int) -> Rings | None:
     return best
 
 
-def order_call(inputs: int, tokens: int, units: int, columns: int, dtype: torch.dtype) -> KernelCall:
+@functools.lru_cache(maxsize=4096)
+def tuned_wide(
+    tokens: int, out_features: int, units: int, layout: Layout, card: Card
+) -> WideTuning | None:
+    """Return how to launch: as the card's selection says, or as near to it as there is room.
+
+    None: the card has no `wgmma`, or too little shared memory.
+    """
+    asked = selection_for(card.name).wide_tuning(tokens, out_features)
+    fits = (c for c in reversed(COLUMNS) if c <= asked.columns)
+    tries = (replace(asked, columns=c, groups=g) for c in fits for g in (asked.groups, 2, 1))
+    roomy = (tuning for tuning in tries if rings_for(layout, tuning, card.shared_bytes))
+    stream = units * -(-tokens // asked.columns) * -(-out_features // 64)
+    return next(roomy, None) if card.warpgroups and stream < MOST_UNITS else None
+
+
+def order_call(
+    inputs: int, tokens: int, units: int, columns: int, dtype: torch.dtype
+) -> KernelCall:
     """Return the launch that orders the inputs of tokens."""
     token_tiles, blocks = -(-tokens // columns), units * UNIT // BLOCK_INPUTS
     threads = token_tiles * columns * blocks * BLOCK_INPUTS // INPUTS_OF_THREAD
@@ -90,14 +96,15 @@ Sizes = tuple[int, int, int, int, int, int]
 
 
 @functools.lru_cache(maxsize=4096)
-def wide_call(
+def wide_call(  # noqa: PLR0913 - a key of the cache
     sizes: Sizes,
     layout: Layout,
     dtype: torch.dtype,
     card: Card,
     tuning: WideTuning,
+    *,
     epilogue: str = "none",
-    dependent: bool = True,  # noqa: FBT001, FBT002 - a key of the cache
+    dependent: bool = True,
 ) -> KernelCall | None:
     """Return the launch of a product; None: a CTA has too little shared memory."""
     out_features, tokens, row_tiles, units, groups, width = sizes
@@ -136,9 +143,9 @@ def multiply_wide(  # noqa: PLR0913 - what, by what, where, how, and what comes 
     layout: Layout,
     launch: Launch,
     card: Card,
+    *,
     tuning: WideTuning,
     target: Target,
-    *,
     epilogue: str = "none",
     residual: Tensor | None = None,
     dependent: bool = True,
@@ -160,8 +167,17 @@ def multiply_wide(  # noqa: PLR0913 - what, by what, where, how, and what comes 
     """
     tokens, inputs = x.shape
     row_tiles, units, *_ = packed.planes.shape
-    sizes = (shape.out_features, tokens, row_tiles, units, packed.scales.shape[1], target.y.shape[1])
-    call = wide_call(sizes, layout, x.dtype, card, tuning, epilogue, dependent)
+    sizes = (
+        shape.out_features,
+        tokens,
+        row_tiles,
+        units,
+        packed.scales.shape[1],
+        target.y.shape[1],
+    )
+    call = wide_call(
+        *(sizes, layout, x.dtype, card, tuning), epilogue=epilogue, dependent=dependent
+    )
     assert call is not None
     padded = -(-tokens // tuning.columns) * tuning.columns
     ordered = x.new_empty(padded * units * UNIT)
