@@ -11,7 +11,9 @@
 // in memory, and announced, before their owner asks for them. All sums have a fixed order.
 //
 // Compile-time: PLANES 1..8, GROUP, OFFSET as in bit_planes.cuh, COLUMNS (tokens of a block, a multiple of 16, at most
-// 256), GROUPS 1..4, W_STAGES, X_STAGES (2 or more), X_BLOCKS (1, 2: with 4 the compiler serializes products), EPILOGUE as in bit_planes.cuh, ACTIVATION_BF16.
+// 256), GROUPS 1..4, W_STAGES, X_STAGES (2 or more), X_BLOCKS (1, 2: with 4 the compiler serializes products), EPILOGUE as in bit_planes.cuh, ACTIVATION_BF16,
+// TURNS (2 warpgroups or more ask for products by turns, so that one looks up while another multiplies), FINE
+// (look up what one product needs, not what four do, before it), MIRRORED (bit_plane_lookup.cuh).
 // (GROUPS + 1) * 128 threads.
 #include "hopper.cuh"
 #include "half_products.cuh"
@@ -26,7 +28,7 @@
 #define ROW_TILES (4 * GROUPS)
 #define CONSUMERS (WARPGROUP * GROUPS)
 #define THREADS (CONSUMERS + WARPGROUP)
-#define FEW_REGISTERS (GROUPS == 2 ? 40 : GROUPS == 3 ? 32 : 24) // of a producer's thread
+#define FEW_REGISTERS (GROUPS == 2 ? 40 : 32) // of a producer's thread
 #define MANY_REGISTERS (GROUPS == 2 ? 232 : GROUPS == 3 ? 160 : 112)
 #define PLANES_BYTES (PLANES * WARP * 16)         // of a row tile's unit
 #define SCALES_BYTES (SPAN * 32 * PARAMETERS)
@@ -43,6 +45,7 @@
 #define BARRIERS_AT (Y_AT + GROUPS * Y_BYTES)
 #define OUTPUTS (EPILOGUE == 2 ? 32 : 64)         // of a warpgroup
 #define CONSUMER_BARRIER 5                        // 1 to 4 are of warpgroups
+#define TURN_BARRIER 6                            // to 9
 
 struct Weight {
     const unsigned char *planes, *scales;
@@ -164,13 +167,25 @@ DEVICE void multiply_unit(float (&sums)[SUMS], Rings &rings, int unit, int tile,
     for (int block = 0; block < 4; ++block) {
         if (!REGULAR || block * 64 % GROUP == 0 || block == 0) group_tables(tables, mine, unit, block * 64, lane / 4);
         if (HALVED) group_tables(upper, mine, unit, block * 64 + 32, lane / 4);
-        expand_word(a[block % 2], words[block], tables, HALVED ? upper : tables);
+        WordIndices indices = word_indices(words[block]);
+        if (!FINE) {
+#pragma unroll
+            for (int step = 0; step < 4; ++step) expand_step(a[block % 2], indices, step, tables, HALVED ? upper : tables);
+        }
         if (block % X_BLOCKS == 0) barrier_wait(rings.x_full + rings.x.stage, rings.x.parity);
         u64 x = core_matrices(shared_address(rings.memory + X_RING + rings.x.stage * X_STAGE + block % X_BLOCKS * X_BLOCK), COLUMNS * 16, 128);
-        products_begin();
+        if (TURNS) take_turn(TURN_BARRIER + tile / 4);
+        if (!FINE) products_begin();
 #pragma unroll
-        for (int step = 0; step < 4; ++step) multiply_add_16<IS_BFLOAT>(sums, a[block % 2] + 4 * step, x + step * 2 * COLUMNS);
+        for (int step = 0; step < 4; ++step) {
+            if (FINE) {
+                expand_step(a[block % 2], indices, step, tables, HALVED ? upper : tables);
+                products_begin();
+            }
+            multiply_add_16<IS_BFLOAT>(sums, a[block % 2] + 4 * step, x + step * 2 * COLUMNS);
+        }
         end_of_products();
+        if (TURNS) give_turn(TURN_BARRIER + (tile / 4 + 1) % GROUPS);
         products_wait<1>(sums); // those before
         keep(a[1 - block % 2]);
         if (block % X_BLOCKS == 0 && rings.left) release(rings.left, lane);
@@ -249,6 +264,7 @@ DEVICE void consume(unsigned char *memory, u64 *w_full, u64 *x_full, const Weigh
     int units = weight.units;
     Rings rings = {memory, w_full, x_full, {0, 0}, {0, 0}, (u64 *)0};
     u32 a[2][16] = {};
+    if (TURNS && number == GROUPS - 1) give_turn(TURN_BARRIER);
     for (int at = 0; at < share.end - share.begin;) {
         Part part = part_at(share, at, units);
         at += part.count;
@@ -279,6 +295,7 @@ DEVICE void consume(unsigned char *memory, u64 *w_full, u64 *x_full, const Weigh
         int first = (part.tile / weight.token_tiles * GROUPS + number) * OUTPUTS;
         store_sums(sums, staged, target, first, part.tile % weight.token_tiles * COLUMNS, number);
     }
+    if (TURNS && number == 0) take_turn(TURN_BARRIER);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

@@ -46,15 +46,15 @@ def multiplied(weight, x, tuning, ctas, *, epilogue="none", residual=None, place
     return y, launch
 
 
-def close(y, x, weight):
+def close(y, x, weight, *, twice=False):
     """Compare with the product in float64 of the weight as dense backends have it.
 
     So all that differs are float32 sums and the cast of y, but for more than four planes, which are
     rounded twice.
     """
     expected, dense = x.double() @ weight.dense().double().T, weight.dense().double()
-    twice = 0.0 if weight.scheme.num_bits <= 4 else torch.finfo(x.dtype).eps
-    allowed = (1e-6 + twice) * (x.double().abs() @ dense.abs().T)
+    more = torch.finfo(x.dtype).eps if twice or weight.scheme.num_bits > 4 else 0.0
+    allowed = (1e-6 + more) * (x.double().abs() @ dense.abs().T)
     error = (y.double() - expected).abs()
     assert bool((error <= allowed + AFTER_CAST[y.dtype] * expected.abs()).all())
 
@@ -71,6 +71,22 @@ def test_products_are_those_of_the_weight_rounded_once(kind, dtype):
     close(y, x, weight)
 
 
+MIRRORED = {name: kind for name, kind in WEIGHTS.items() if kind[1] == 4}
+
+
+@pytest.mark.parametrize("kind", MIRRORED.values(), ids=MIRRORED)
+@pytest.mark.parametrize("dtype", AFTER_CAST)
+def test_four_planes_and_a_sign_are_rounded_once_more(kind, dtype):
+    name, bits, group_size, shape = kind
+    tensor = random_tensor(
+        name, WeightScheme(num_bits=bits, group_size=group_size), Shape2D(*shape), 0
+    )
+    weight, x = linear_kernels.prepare(tensor, dtype), normal(17, shape[1]).to(dtype)
+    tuning = WideTuning(columns=32, groups=1, fine=True, mirrored=True)
+    y, _ = multiplied(weight, x, tuning, ctas=2)
+    close(y, x, weight, twice=True)
+
+
 @pytest.mark.parametrize(
     ("ctas", "tokens", "tuning"),
     [
@@ -78,6 +94,8 @@ def test_products_are_those_of_the_weight_rounded_once(kind, dtype):
         (3, 20, WideTuning(columns=16, groups=1, x_blocks=2)),  # tiles of tokens, parts of a half
         (5, 33, WideTuning(columns=48, groups=2)),
         (12, 9, WideTuning(columns=16, groups=1)),  # a tile is of several blocks
+        (3, 20, WideTuning(columns=32, groups=2, turns=True)),
+        (2, 20, WideTuning(columns=32, groups=3, fine=True, turns=True)),
         (99, 1, WideTuning(columns=16, groups=1, x_blocks=2)),  # no more blocks than units
     ],
 )

@@ -52,6 +52,12 @@ class WideTuning:
     """Warpgroups of a CTA, each of 64 outputs."""
     x_blocks: int = 1
     """Blocks of 64 inputs that are copied at once: 1 or 2."""
+    turns: bool = False
+    """Warpgroups multiply by turns, so that one looks weights up while another multiplies."""
+    fine: bool = False
+    """Weights are looked up for one product at a time, not for four."""
+    mirrored: bool = False
+    """Four planes are looked up as three and a sign, then their center is added in 16 bit."""
 
 
 @dataclass(frozen=True, slots=True)

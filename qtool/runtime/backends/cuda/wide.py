@@ -120,6 +120,9 @@ def wide_call(  # noqa: PLR0913 - a key of the cache
         "X_STAGES": rings.of_x,
         "X_BLOCKS": tuning.x_blocks,
         "EPILOGUE": EPILOGUES[epilogue],
+        "TURNS": int(tuning.turns and tuning.groups > 1),
+        "FINE": int(tuning.fine),
+        "MIRRORED": int(tuning.mirrored),
     }
     ctas = min(stream, card.multiprocessors)
     return KernelCall(
