@@ -155,7 +155,8 @@ def test_products_of_warpgroups_stay_asynchronous(variant):
     compiled = compile_for(HOPPER, kernel_source(name, constants))
     assert compiled.spilled == 0
     assert compiled.registers <= registers
-    assert "wgmma" not in compiled.log, compiled.log  # "... instructions are serialized"
+    said = compiled.log.replace(name, "")
+    assert "wgmma" not in said, said  # "... instructions are serialized"
     assert "warpgroup.arrive" not in compiled.log, compiled.log  # "... is injected": fenced apart
     assert "setmaxnreg" not in compiled.log, compiled.log  # "... ignored"
 

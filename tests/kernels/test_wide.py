@@ -1,5 +1,7 @@
 """Products of many tokens: the kernels' own text, on the CPU, against the weight rounded once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -7,6 +9,7 @@ from torch.nn import functional
 from qtool.errors import BackendError
 from qtool.runtime.backends.cuda import driver, fusing, linear_kernels, mixed, selection, wide
 from qtool.runtime.backends.cuda.launch import Card
+from qtool.runtime.backends.cuda.mixed import MixedWeight
 from qtool.runtime.backends.cuda.planes import Layout, Target
 from qtool.runtime.backends.cuda.selection import WideTuning
 from qtool.scheme import Shape2D, WeightScheme
@@ -163,6 +166,7 @@ def test_classes_of_rows_go_to_their_places():
     scheme = WeightScheme(num_bits=4, group_size=64, rows=rows)
     tensor = random_tensor("mixed_rows", scheme, Shape2D(70, 320), 1)
     prepared, x = mixed.prepare_weight(tensor, torch.float16), normal(20, 320).half()
+    assert isinstance(prepared, MixedWeight)
     got = mixed.multiply_mixed(x, prepared, launch := Recorder(), HOPPER)
     assert launch.names == ["order_inputs", "bit_plane_wgmma"] * 2
     expected = x.double() @ dequantized(tensor, torch.float64).T
@@ -188,7 +192,8 @@ def test_products_on_a_card_are_those_of_the_weight_rounded_once(kind, dtype):
     name, bits, group_size, shape = kind
     scheme = WeightScheme(num_bits=bits, group_size=group_size)
     tensor = random_tensor(name, scheme, Shape2D(8 * shape[0], 3 * shape[1]), 0)
-    weight = linear_kernels.prepare(tensor.to("cuda"), dtype)
+    moved = replace(tensor, parts={part: values.cuda() for part, values in tensor.parts.items()})
+    weight = linear_kernels.prepare(moved, dtype)
     for tokens in (1, 40, 64, 129, 256, 300):
         x = normal(tokens, 3 * shape[1]).to("cuda", dtype)
         y, again = (
