@@ -19,7 +19,7 @@ sign_flip.cu."""
 BLOCK = 16
 """Tokens that one CTA multiplies at most."""
 
-COLUMNS = (16, 32, 48, 64, 96, 128, 192, 256)
+WIDE_COLUMNS = (16, 32, 48, 64, 96, 128, 192, 256)
 """Tokens that a CTA of bit_plane_wgmma.cu multiplies at once: one compiled kernel each."""
 
 FEW_INPUTS = 4096
@@ -107,8 +107,8 @@ class Selection:
 
     def wide_tuning(self, tokens: int, out_features: int) -> WideTuning:
         """Return how bit_plane_wgmma.cu is launched."""
-        tiles = -(-tokens // COLUMNS[-1])
-        columns = next(count for count in COLUMNS if count * tiles >= tokens)
+        tiles = -(-tokens // WIDE_COLUMNS[-1])
+        columns = next(count for count in WIDE_COLUMNS if count * tiles >= tokens)
         few = columns <= 64  # noqa: PLR2004 - more of x, and more sums, leave no room
         groups = 4 if few and out_features >= self.most_groups and columns != 48 else 2  # noqa: PLR2004
         return WideTuning(columns, groups, 2 if few else 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qtool.runtime.backends.cuda.launch import Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.planes import EPILOGUES, Layout, Target
-from qtool.runtime.backends.cuda.selection import COLUMNS, WideTuning, selection_for
+from qtool.runtime.backends.cuda.selection import WIDE_COLUMNS, WideTuning, selection_for
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT, Tiles
 from qtool.scheme import Shape2D
 
@@ -67,7 +67,7 @@ def tuned_wide(
     None: the card has no `wgmma`, or too little shared memory.
     """
     asked = selection_for(card.name).wide_tuning(tokens, out_features)
-    fits = (c for c in reversed(COLUMNS) if c <= asked.columns)
+    fits = (c for c in reversed(WIDE_COLUMNS) if c <= asked.columns)
     tries = (replace(asked, columns=c, groups=g) for c in fits for g in (asked.groups, 2, 1))
     roomy = (tuning for tuning in tries if rings_for(layout, tuning, card.shared_bytes))
     stream = units * -(-tokens // asked.columns) * -(-out_features // 64)
@@ -91,13 +91,13 @@ def order_call(
     )
 
 
-Sizes = tuple[int, int, int, int, int, int]
+WideSizes = tuple[int, int, int, int, int, int]
 """out_features, tokens, row tiles, units, groups and columns of the result."""
 
 
 @functools.lru_cache(maxsize=4096)
 def wide_call(  # noqa: PLR0913 - a key of the cache
-    sizes: Sizes,
+    sizes: WideSizes,
     layout: Layout,
     dtype: torch.dtype,
     card: Card,
