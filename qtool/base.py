@@ -203,8 +203,9 @@ class ModelAdapter:
     """True where the weights are stored as (in_features, out_features), as in GPT-2."""
     producers: tuple[Producer, ...] = ()
     """What makes the inputs of each tuple of `linears`, in their order; empty: nobody has said."""
-    norm_offset: float = 0.0
-    """What norms add to their stored weight: 1 in Gemma."""
+    norm_offset: float = 0.0  # what norms add to their stored weight: 1 in Gemma
+    sensitive: tuple[str, ...] = ()
+    """Of `linears`, those that stay in 16 bit unless an override of the recipe names them."""
 
 
 @dataclass(frozen=True, slots=True)

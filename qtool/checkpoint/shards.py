@@ -46,8 +46,12 @@ class Shards:
         """Return the size of all files."""
         return sum(file.stat().st_size for file in {spec.file for spec in self.specs.values()})
 
-    def read(self, name: str) -> "Tensor":
+    def read(self, name: str, *, expert: int | None = None) -> "Tensor":
         """Return one tensor, copied out of its file.
+
+        Args:
+            name: Of the tensor.
+            expert: Of its first dimension, the one entry to read; None: all.
 
         Raises:
             CheckpointError: there is no such tensor, or the file has become unreadable.
@@ -59,7 +63,8 @@ class Shards:
         spec = self.specs[name]
         try:
             with safe_open(spec.file, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name).clone(memory_format=torch.contiguous_format)
+                read = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
+                tensor: Tensor = read.clone(memory_format=torch.contiguous_format)
         except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{spec.file}: can't read {shown(name)}: {shown(str(error))}"

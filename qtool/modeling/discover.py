@@ -1,8 +1,11 @@
 """An adapter for a family that has no file of its own: look at the modules of the empty model."""
 
+from itertools import chain
+
 from torch import nn
 
 from qtool.base import CausalModel, ModelAdapter
+from qtool.core.experts import beside_experts
 from qtool.errors import ModelError
 
 LIMITS = "docs/limitations.md says what kinds of models qtool takes."
@@ -29,10 +32,11 @@ def adapter_of(model: CausalModel, family: str) -> ModelAdapter:
         )
     return ModelAdapter(
         blocks=blocks,
-        linears=tuple((name,) for name in _linears(module[0])),
+        linears=tuple((name,) for name in dict.fromkeys(chain(*map(_linears, module)))),
         embedding=names[embedding],
         head=names[head],
         base_prefix=model.base_model_prefix,
+        sensitive=tuple(dict.fromkeys(chain(*map(beside_experts, module)))),
     )
 
 
@@ -63,9 +67,9 @@ def _why_not(blocks: str, module: nn.ModuleList, family: str) -> str | None:
         odd = _odd_parameter(block)
         if odd is not None:
             return f"hold {odd} in {blocks}.{number}, which qtool doesn't quantize. {LIMITS}"
-    kinds = {(type(block).__name__, *sorted(_linears(block))) for block in module}
-    if len(kinds) > 1:
-        types = sorted({type(block).__name__ for block in module})
+    types = sorted({type(block).__name__ for block in module})
+    kinds = {tuple(sorted(_linears(block))) for block in module}
+    if len(types) > 1 or (len(kinds) > 1 and not any(map(beside_experts, module))):
         what = ", ".join(types) if len(types) > 1 else _difference(module)
         return f"aren't alike ({what}). {LIMITS}"
     if not _linears(module[0]):
@@ -84,8 +88,8 @@ def _difference(module: nn.ModuleList) -> str:
 def _odd_parameter(block: nn.Module) -> str | None:
     """Return what else than linears, norms and vectors a block is made of."""
     for name, part in block.named_modules():
-        if isinstance(part, nn.ModuleList) and _linears(part):
-            return f"lists of linears ({name}), such as experts"
+        if isinstance(part, nn.ModuleList) and _linears(part) and "expert" not in name:
+            return f"lists of linears ({name})"
         if isinstance(part, nn.modules.conv._ConvNd):
             return f"convolutions ({name})"
     for name, weight in block.named_parameters():

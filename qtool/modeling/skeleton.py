@@ -133,12 +133,10 @@ def _renamed(
 def _renaming(model: CausalModel, wanted: Mapping[str, Any]) -> Renaming:
     """Return what transformers does to a stored name: 5.x has tables, 4.57 a few rules."""
     try:
-        from transformers import conversion_mapping, core_model_loading
+        from transformers import core_model_loading
     except ImportError:
         return lambda name: (_prefixed(model, name, wanted), ())
-    transforms = conversion_mapping.get_model_conversion_mapping(model)
-    converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, core_model_loading.WeightConverter)]
+    renamings, converters = transforms_of(model)
     targets = {p: tuple(c.target_patterns) for c in converters for p in c.source_patterns}
 
     def rename(name: str) -> tuple[str, tuple[str, ...]]:
@@ -149,6 +147,16 @@ def _renaming(model: CausalModel, wanted: Mapping[str, Any]) -> Renaming:
         return renamed, tuple(renamed.replace(made[0], target) for target in made)
 
     return rename
+
+
+def transforms_of(model: CausalModel) -> tuple[list[Any], list[Any]]:
+    """Return what transformers 5 does to stored names, and to values on top of that."""
+    from transformers import conversion_mapping, core_model_loading
+
+    transforms = conversion_mapping.get_model_conversion_mapping(model)
+    converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, core_model_loading.WeightConverter)]
+    return renamings, converters
 
 
 def _prefixed(model: CausalModel, name: str, wanted: Mapping[str, Any]) -> str:

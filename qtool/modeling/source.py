@@ -11,10 +11,12 @@ from torch import Tensor
 
 from qtool.base import CausalModel, ModelAdapter
 from qtool.checkpoint.shards import Shards, TensorSpec, open_shards
+from qtool.core.experts import expert_name, separated
 from qtool.errors import CheckpointError, ModelError
 from qtool.modeling.companions import read_companions
 from qtool.modeling.config import check_original, parse_config, read_config
 from qtool.modeling.discover import adapter_of
+from qtool.modeling.experts import StoredExpert, find_experts
 from qtool.modeling.families import families, load_adapter
 from qtool.modeling.locate import Location
 from qtool.modeling.skeleton import FLOAT_DTYPES, dtype_message, empty_model, match_names
@@ -46,13 +48,27 @@ class ModelSource:
     """The adapter's `residual`, but for variants that normalize after the sum (OPT-350m)."""
     head_is_tied: bool
     """Whether the head uses the embedding's weight."""
+    experts: Mapping[str, StoredExpert]
+    """Weights of experts that the model fuses, each with a full name of its own."""
 
     def names(self) -> Iterator[str]:
-        """Yield the full names of all tensors, sorted."""
-        yield from sorted(self._full(name) for name in self.shards.specs)
+        """Yield the full names of all tensors, sorted; each weight of an expert is one."""
+        held = {name for expert in self.experts.values() for name in expert.names()}
+        others = (self._full(name) for name in self.shards.specs if name not in held)
+        yield from sorted((*others, *self.experts))
+
+    def stored_experts(self) -> Iterator[str]:
+        """Yield the full names of the tensors that the experts' weights are stored in."""
+        held = {name for expert in self.experts.values() for name in expert.names()}
+        yield from sorted(map(self._full, held))
 
     def stored_name(self, full: str) -> str:
-        """Return how a tensor is called in its file, by its full name or the model's."""
+        """Return how a tensor is called in its file, by its full name or the model's.
+
+        An expert's weight that isn't stored by itself keeps its full name.
+        """
+        if full in self.experts:
+            return full
         stored = full.removeprefix(self.prefix)
         if stored in self.shards.specs and self._full(stored) == full:
             return stored
@@ -60,14 +76,20 @@ class ModelSource:
 
     def has(self, name: str) -> bool:
         """Return whether a tensor of that name is stored."""
-        return self.stored_name(name) in self.shards.specs
+        return name in self.experts or self.stored_name(name) in self.shards.specs
 
     def spec(self, name: str) -> TensorSpec:
         """Return dtype, shape and file of a tensor by its full name."""
+        expert = self.experts.get(name)
+        if expert is not None:
+            first = self.shards.specs[next(expert.names())]
+            return TensorSpec(first.file, first.dtype, tuple(expert.shape))
         return self.shards.specs[self.stored_name(name)]
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor by its full name, as it is stored."""
+        """Return a tensor by its full name, as it is stored; an expert's as `read_weight` has it."""
+        if name in self.experts:
+            return self.experts[name].read(self.shards)
         return self.shards.read(self.stored_name(name))
 
     def read_exact(self, name: str) -> Tensor:
@@ -85,10 +107,20 @@ class ModelSource:
         return Shape2D(second, first) if self._is_transposed(layer) else Shape2D(first, second)
 
     def block_linears(self) -> Iterator[str]:
-        """Yield the dotted names of all linears of the decoder blocks, in order of execution."""
+        """Yield the dotted names of all linears of the decoder blocks, in order of execution.
+
+        Blocks need not be alike: some have experts, others don't.
+        """
         for block in range(self.num_blocks):
             for group in self.adapter.linears:
-                yield from (f"{self.adapter.blocks}.{block}.{name}" for name in group)
+                names = (f"{self.adapter.blocks}.{block}.{name}" for name in group)
+                yield from (name for name in names if self.has(f"{name}.weight"))
+
+    def sensitive_linears(self) -> Iterator[str]:
+        """Yield the dotted names of those linears that stay in 16 bit unless a recipe names them."""
+        for block in range(self.num_blocks):
+            for name in self.adapter.sensitive:
+                yield f"{self.adapter.blocks}.{block}.{name}"
 
     def block_tensors(self) -> Iterator[str]:
         """Yield the full names of all tensors of the decoder blocks, without blocks beyond them."""
@@ -107,7 +139,8 @@ class ModelSource:
         return read_companions(self.directory)
 
     def _is_transposed(self, layer: str) -> bool:
-        return self.adapter.conv1d and layer.startswith(self.adapter.blocks + ".")
+        in_blocks = layer.startswith(self.adapter.blocks + ".")
+        return self.adapter.conv1d and in_blocks and expert_name(layer) is None
 
     def _full(self, stored: str) -> str:
         return stored if stored.startswith(self.adapter.head + ".") else self.prefix + stored
@@ -128,10 +161,12 @@ def open_source(location: Location) -> ModelSource:
     _check_count(parsed, shards, directory)
     skeleton = empty_model(parsed, directory)
     family = str(config["model_type"])
-    adapter = load_adapter(family) if family in families() else adapter_of(skeleton, family)
+    apart = separated(skeleton)
+    adapter = load_adapter(family) if family in families() else adapter_of(apart, family)
     prefix = _missing_prefix(adapter, shards)
     num_blocks = _count_blocks(skeleton, adapter, shards, prefix, directory)
     aliases = match_names(skeleton, shards, directory)
+    experts = find_experts(skeleton, shards, directory)
     tied = _is_tied(skeleton, aliases, shards)
     found = (getattr(parsed, key, None) for key in POSITIONS)
     normalizes_after = getattr(parsed, "do_layer_norm_before", True) is False
@@ -147,6 +182,7 @@ def open_source(location: Location) -> ModelSource:
         num_positions=next((n for n in found if isinstance(n, int) and n > 0), None),
         residual=None if normalizes_after else adapter.residual,
         head_is_tied=tied,
+        experts=experts,
     )
     _check_linears(source)
     return source

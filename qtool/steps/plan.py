@@ -9,7 +9,7 @@ from qtool.checkpoint.manifest import num_bytes
 from qtool.errors import ModelError, RecipeError
 from qtool.formats._dtypes import item_bytes
 from qtool.modeling.source import ModelSource
-from qtool.recipe.schema import Recipe, TableSection, WeightsSection, resolve
+from qtool.recipe.schema import Recipe, TableSection, WeightsSection, is_named, resolve
 from qtool.scheme import GroupDim, InputScheme, Shape2D, WeightScheme
 from qtool.steps.activation_ranges import known_scheme
 from qtool.steps.beside import beside_linears, check_rest
@@ -135,6 +135,9 @@ def plan_of(source: ModelSource, layers: tuple[LayerPlan, ...]) -> Plan:
     replaced = [layer.name for layer in layers] + ([head] if tied else [])
     stored = {source.stored_name(f"{name}.weight") for name in replaced}
     kept = tuple(name for name in source.names() if source.stored_name(name) not in stored)
+    if not any(f"{name}.weight" in source.experts for name in replaced):
+        others = (name for name in kept if name not in source.experts)
+        kept = tuple(sorted((*others, *source.stored_experts())))
     _check_names(source, layers, kept)
     return Plan(
         layers=layers,
@@ -167,9 +170,10 @@ def _check_names(source: ModelSource, layers: tuple[LayerPlan, ...], kept: tuple
 
 
 def _layers(source: ModelSource, recipe: Recipe) -> Iterator[LayerPlan]:
+    sensitive = set(source.sensitive_linears())
     for name in source.block_linears():
         section = resolve(recipe.weights, name)
-        if section is not None:
+        if section is not None and (name not in sensitive or is_named(recipe.weights, name)):
             plan = _plan_layer(source, name, "block", section)
             yield replace(plan, activation=known_scheme(recipe))
     if recipe.embedding is not None:

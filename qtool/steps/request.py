@@ -1,12 +1,12 @@
 """What a recipe asks for, checked by the names of layers alone, before a model is built."""
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Literal
 
 from qtool.base import ModelAdapter
 from qtool.errors import RecipeError
 from qtool.recipe.calibration import CalibrationSection
+from qtool.recipe.matching import matches
 from qtool.recipe.schema import Recipe, TableSection, WeightsSection, resolve
 from qtool.steps.activation_ranges import check_inputs, has_static_inputs
 from qtool.steps.check_fold import check_fold
@@ -99,7 +99,7 @@ def _check_section(
 def _check_overrides(recipe: Recipe, names: Sequence[str], others: Sequence[str]) -> None:
     for number, override in enumerate(recipe.weights.overrides):
         known = (*names, *others) if override.skip else names
-        if not any(fnmatchcase(name, override.match) for name in known):
+        if not any(matches(name, override.match) for name in known):
             raise RecipeError(
                 f"weights.overrides.{number}.match is {override.match!r}, which matches none of "
                 f"the {len(names)} layers; the first is {names[0]}."

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtool.core.experts import separate_experts
 from qtool.core.parts import Parts
 from qtool.formats._dtypes import dtype_of
 from qtool.modeling.config import parse_config, transformers_failures
@@ -57,6 +58,7 @@ class BlockModel:
         config = parse_config(source.config, source.directory)
         with transformers_failures(f"transformers can't build {source.directory}"), weightless():
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=run_dtype)
+            separate_experts(model)
         self._model = model.eval()
         self._blocks = model.get_submodule(source.adapter.blocks)
         self._calls = Calls()
