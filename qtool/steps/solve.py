@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.base import Notice, Progress, QuantizedTensor
+from qtool.base import LayerSolution, Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, codec
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
+from qtool.core.experts import expert_name
 from qtool.errors import MethodError, about
 from qtool.modeling.source import ModelSource
-from qtool.scheme import ActivationScheme, WeightScheme
+from qtool.scheme import ActivationScheme, InputScheme, WeightScheme
 from qtool.steps.activation_ranges import input_scheme
 from qtool.steps.correct_biases import announced_biases, correct_biases_once, corrected_biases
 from qtool.steps.memory import peak_memory
 from qtool.steps.plan import LayerPlan
 from qtool.steps.run import Run
 from qtool.steps.solve_calibrated import solve_calibrated
+from qtool.steps.solve_expert import solve_expert
 from qtool.steps.solve_table import solve_alone
 from qtool.steps.table_statistics import hessian_of
 from qtool.steps.tune_blocks import SOLVED, TUNED_BLOCK, draft_of, tune_block_once
@@ -202,6 +204,8 @@ def _solved(
     run: Run, layer: LayerPlan, walk: Walk | None, under: Callable[[LayerPlan], Tensor | None]
 ) -> Made:
     """Solve one layer, with the statistics that the walk gives; a table under a Hessian."""
+    if walk is not None and expert_name(layer.name) is not None:
+        return _solved_expert(run, layer, walk)
     section, env = run.recipe.calibration, run.env
     statistics = None if walk is None else walk.statistics(layer.name)
     started = time.perf_counter()
@@ -212,7 +216,35 @@ def _solved(
             chosen, solution = layer, solve_alone(layer, weight, env, under(layer))
         else:
             chosen, solution = solve_calibrated(layer, weight, statistics, section, env)
-        tensor = solution.tensor
+    activation = layer.activation if statistics is None else statistics[0].activation
+    return _made(run, weight, started, chosen, solution, activation)
+
+
+def _solved_expert(run: Run, layer: LayerPlan, walk: Walk) -> Made:
+    """Solve a layer of one expert, and note for which tokens."""
+    section, statistics = run.recipe.calibration, walk.expert_statistics(layer.name)
+    assert section is not None
+    started = time.perf_counter()
+    with about(layer=layer.name):
+        weight = run.source.read_weight(layer.name).to(run.env.device)
+        _check_finite(layer.name, weight)
+        chosen, solution, tokens_from = solve_expert(layer, weight, statistics, section, run.env)
+    activation = next(iter(statistics.candidates.values())).activation
+    made = _made(run, weight, started, chosen, solution, activation)
+    return replace(made, notes={**made.notes, "tokens_from": tokens_from})
+
+
+def _made(
+    run: Run,
+    weight: Tensor,
+    started: float,
+    layer: LayerPlan,
+    solution: LayerSolution,
+    activation: InputScheme,
+) -> Made:
+    """Check a solution, and note what a resumed run and the report want to know of it."""
+    tensor = solution.tensor
+    with about(layer=layer.name):
         _check_stored(layer.name, tensor, weight)
         _check_fallback(run, layer.name, solution.fallback)
     notes = {
@@ -221,9 +253,8 @@ def _solved(
         "metrics": dict(solution.metrics),
         "fallback": solution.fallback,
         "seconds": time.perf_counter() - started,
-        "method": chosen.method,
+        "method": layer.method,
     }
-    activation = layer.activation if statistics is None else statistics[0].activation
     if isinstance(activation, ActivationScheme):
         notes["activation"] = activation.to_json()
     return Made(tensor, notes)
