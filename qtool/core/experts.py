@@ -104,11 +104,12 @@ class SeparateExperts(nn.Module):
             index: (tokens, k) int64, experts of each token; the number of experts means none.
             weights: (tokens, k), theirs.
         """
-        said = hidden.new_zeros(index.numel(), hidden.shape[-1])
+        dtype = torch.promote_types(hidden.dtype, weights.dtype)
+        said = hidden.new_zeros(index.numel(), hidden.shape[-1], dtype=dtype)
         for number, slots in chosen(index, self.num_experts):
             y = self.expert(number, hidden[slots // index.shape[-1]])
-            said[slots] = (y * weights.flatten()[slots].unsqueeze(-1)).to(said.dtype)
-        return said.view(*index.shape, -1).sum(1)
+            said[slots] = (y * weights.flatten()[slots].unsqueeze(-1)).to(dtype)
+        return said.view(*index.shape, -1).sum(1).to(hidden.dtype)
 
     def seen(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """Return what it is called with as tokens and their experts, for statistics.
