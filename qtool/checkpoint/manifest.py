@@ -9,14 +9,18 @@ from typing import Any
 import qtool.formats
 from qtool import plugins
 from qtool.base import Codec, PartSpec
+from qtool.core.experts import expert_name
 from qtool.errors import CheckpointError, QtoolError
 from qtool.formats._dtypes import dtype_of
 from qtool.scheme import ActivationScheme, Shape2D, WeightScheme
 from qtool.storage.plain_json import leaves
 from qtool.wording import quoted, shown
 
-FORMAT_VERSION = 2
-"""The newest. Version 2 has layers whose inputs are quantized; all else is written as version 1."""
+FORMAT_VERSION = 3
+"""The newest. Version 2 has layers whose inputs are quantized, version 3 those of single experts;
+all else is written as version 1."""
+NEW = {2: "whose inputs are quantized", 3: "of single experts"}
+"""What layers came with a version."""
 QUANT_METHOD = "qtool"
 ROWS = "rows"
 """Key of a scheme that only formats with classes of rows have."""
@@ -50,6 +54,8 @@ class LayerEntry:
     """Name of the layer whose parts this one uses: a head tied to its embedding."""
     activation: ActivationScheme | None = None
     """How the inputs are quantized while the layer runs; None: they aren't."""
+    tokens_from: str | None = None
+    """Of an expert that got few calibration tokens, which it was solved for; None: its own."""
 
     def layout(self) -> Mapping[str, PartSpec]:
         """Return the specs of its stored parts; none if they are stored with another layer."""
@@ -82,6 +88,8 @@ class Manifest:
     @property
     def format_version(self) -> int:
         """Return the oldest version that can say what is here."""
+        if any(expert_name(name) for name in self.layers):
+            return 3
         return 2 if any(entry.activation for entry in self.layers.values()) else 1
 
     def average_bits(self) -> float:
@@ -112,6 +120,8 @@ def _entry_to_json(entry: LayerEntry) -> dict[str, Any]:
         value["shared_with"] = entry.shared_with
     if entry.activation:
         value["activation"] = entry.activation.to_json()
+    if entry.tokens_from:
+        value["tokens_from"] = entry.tokens_from
     return value
 
 
@@ -146,9 +156,8 @@ def manifest_from_config(config: object, where: str) -> Manifest:
             digests=_digests(config),
         )
         if manifest.format_version > version:
-            raise CheckpointError(
-                f"version {version} of the format has no layers whose inputs are quantized"
-            )
+            new = NEW[manifest.format_version]
+            raise CheckpointError(f"version {version} of the format has no layers {new}")
     except CheckpointError as error:
         raise CheckpointError(
             f"{where}: quantization_config is damaged: {error}. Copy the checkpoint again."
@@ -178,6 +187,7 @@ def _entry_from_json(name: str, value: object) -> LayerEntry:
             method=_value(value, "method", str),
             shared_with=_value(value, "shared_with", str, NoneType),
             activation=_activation_from_json(_value(value, "activation", dict, NoneType)),
+            tokens_from=_value(value, "tokens_from", str, NoneType),
         )
         known, stored = codec(entry.format).version, _value(value, "codec_version", int)
         if not 1 <= stored <= known:

@@ -5,8 +5,8 @@ name of expert 7 of `mlp.experts.down_proj` is `mlp.experts.down_proj[7]`.
 """
 
 import re
-from copy import deepcopy
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -111,7 +111,7 @@ class SeparateExperts(nn.Module):
             said[slots] = (y * weights.flatten()[slots].unsqueeze(-1)).to(dtype)
         return said.view(*index.shape, -1).sum(1).to(hidden.dtype)
 
-    def seen(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def seen(self, *arguments: Tensor) -> tuple[Tensor, Tensor]:
         """Return what it is called with as tokens and their experts, for statistics.
 
         Returns:
@@ -167,7 +167,7 @@ class SeparateSlabs(SeparateExperts):
                 said[index, rows] = self.expert(index, slab[rows])
         return said.flatten(0, 1)
 
-    def seen(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def seen(self, *arguments: Tensor) -> tuple[Tensor, Tensor]:
         """Return what its experts see, token by token, and of each the expert."""
         hidden = arguments[0]
         slabs = hidden.view(self.num_experts, -1, hidden.shape[-1])
@@ -260,7 +260,7 @@ def separate_experts(model: nn.Module) -> Sequence[str]:
 
 
 def separated(model: nn.Module) -> nn.Module:
-    """Return a model with its experts apart: a copy, or the model itself if it has no fused ones."""
+    """Return a copy of a model with its experts apart, or the model itself if it fuses none."""
     if not any(is_fused(module) for module in model.modules()):
         return model
     copy = deepcopy(model)

@@ -43,9 +43,7 @@ class StoredExpert:
 
     def read(self, shards: Shards) -> Tensor:
         """Return the weight, (out_features, in_features), in the dtype that it is stored in."""
-        parts = {
-            pattern: shards.read(name, expert=index) for pattern, name, index in self.pieces
-        }
+        parts = {pattern: shards.read(name, expert=index) for pattern, name, index in self.pieces}
         if self.converter is None:
             (weight,) = parts.values()
         else:
@@ -63,9 +61,7 @@ class StoredExpert:
         return weight
 
 
-def find_experts(
-    model: CausalModel, shards: Shards, directory: Path
-) -> dict[str, StoredExpert]:
+def find_experts(model: CausalModel, shards: Shards, directory: Path) -> dict[str, StoredExpert]:
     """Find the weights of the experts that a model fuses, by the full names that qtool gives them.
 
     Args:

@@ -87,7 +87,7 @@ class ModelSource:
         return self.shards.specs[self.stored_name(name)]
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor by its full name, as it is stored; an expert's as `read_weight` has it."""
+        """Return a tensor by its full name, as it is stored; an expert's never transposed."""
         if name in self.experts:
             return self.experts[name].read(self.shards)
         return self.shards.read(self.stored_name(name))
@@ -117,7 +117,7 @@ class ModelSource:
                 yield from (name for name in names if self.has(f"{name}.weight"))
 
     def sensitive_linears(self) -> Iterator[str]:
-        """Yield the dotted names of those linears that stay in 16 bit unless a recipe names them."""
+        """Yield the dotted names of linears that stay in 16 bit unless a recipe names them."""
         for block in range(self.num_blocks):
             for name in self.adapter.sensitive:
                 yield f"{self.adapter.blocks}.{block}.{name}"

@@ -100,7 +100,10 @@ class RoutedTokens:
             found["all"] = moments(held_out=False, everyone=True)
             if expert.weight == _experts(visit.quantized, self.module).last:
                 found["pooled"] = self._pool(
-                    visit, expert, activation, lambda one: moments(held_out=False, everyone=False, one=one)
+                    visit,
+                    expert,
+                    activation,
+                    lambda one: moments(held_out=False, everyone=False, one=one),
                 )
         return ExpertStatistics(
             own.num_tokens,
@@ -134,7 +137,9 @@ class RoutedTokens:
         original = _experts(visit.original, self.module)
         quantized = _experts(visit.quantized, self.module)
         device = quantized.linear(expert.weight, expert.index).weight.device
-        reference, x = (part[batch].to(device, non_blocking=True) for part in (self.reference, self.inputs))
+        reference, x = (
+            part[batch].to(device, non_blocking=True) for part in (self.reference, self.inputs)
+        )
         if not everyone:
             rows = (self.index[batch] == expert.index).any(-1).nonzero().squeeze(-1).to(device)
             reference, x = reference[rows], x[rows]

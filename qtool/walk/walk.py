@@ -260,8 +260,8 @@ def _groups(
 ) -> Iterator[tuple[str, tuple[int, str]]]:
     """Yield each quantized linear with its block and the first quantized one that has its input.
 
-    With `apart` that is the linear itself: it weighs the tokens in its own way. So it is for a layer
-    of an expert, which sees tokens of its own.
+    With `apart` that is the linear itself: it weighs the tokens in its own way. So it is for
+    a layer of an expert, which sees tokens of its own.
     """
     adapter = source.adapter
     for index in range(source.num_blocks):

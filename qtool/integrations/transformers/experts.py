@@ -1,4 +1,4 @@
-"""Keep transformers 5 from joining, at load and at save, what holds the weights of single experts."""
+"""Keep transformers 5 from joining the weights of single experts, at load and at save."""
 
 from collections.abc import Sequence
 from typing import Any

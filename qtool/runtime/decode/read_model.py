@@ -26,6 +26,7 @@ from qtool.runtime.modules import (
 )
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *OF_EXPERTS)
+OF_MLP = ("gate_proj", "up_proj", "down_proj")
 ROTARY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions whose frequencies don't depend on the length."""
 
@@ -201,20 +202,25 @@ def _why_not_layers(model: CausalModel) -> str | None:
     head_dim = core.layers[0].self_attn.head_dim
     if 2 * len(core.rotary_emb.inv_freq) != head_dim:
         return "it rotates only a part of each head."
-    return next((reason for layer in core.layers if (reason := _why_not_layer(layer))), None)
+    checks = (_why_not_mlp, _why_not_layer)
+    reasons = (check(layer) for layer in core.layers for check in checks)
+    return next((reason for reason in reasons if reason), None)
+
+
+def _why_not_mlp(layer: Any) -> str | None:  # noqa: ANN401
+    if has_experts(layer.mlp):
+        return why_not_experts(layer.mlp)
+    if not all(hasattr(layer.mlp, name) for name in OF_MLP):
+        return "its MLP isn't one of gate, up and down."
+    return None
 
 
 def _why_not_layer(layer: Any) -> str | None:  # noqa: ANN401
     attention, mlp = layer.self_attn, layer.mlp
     inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
     others = [attention.o_proj]
-    if has_experts(mlp):
-        if (reason := why_not_experts(mlp)) is not None:
-            return reason
-    elif all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
-        others += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    else:
-        return "its MLP isn't one of gate, up and down."
+    if not has_experts(mlp):
+        others += [getattr(mlp, name) for name in OF_MLP]
     if any(type(module) not in (nn.Linear, QuantizedLinear) for module in [*inputs, *others]):
         return "a linear layer was replaced by a module that the decoder doesn't know."
     entries = [getattr(module, "entry", None) for module in [*inputs, *others]]
