@@ -39,9 +39,10 @@ class TorchOps:
         return silu_times(y if isinstance(gate_up, tuple | Tensor) else side_by_side(y))
 
     def experts(self, x: Tensor, experts: DecoderExperts) -> Tensor:
-        """Return the weighed sum; by gathered weights where all experts' are one."""
+        """Return the weighed sum; by gathered weights where tokens are few."""
         index, weights = routed(x, experts)
-        if isinstance(experts.all_gate_up, Tensor) and isinstance(experts.all_down, Tensor):
+        few = index.numel() <= len(experts.gate_up) or is_captured(x)
+        if few and isinstance(experts.all_gate_up, Tensor) and isinstance(experts.all_down, Tensor):
             said = _by_gathering(x, index, experts.all_gate_up, experts.all_down)
         else:
             said = one_by_one(self, x, index, experts)
@@ -110,6 +111,11 @@ def _by_gathering(x: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Te
     y = torch.bmm(gate_up.view(-1, 2 * width, hidden)[slots], inputs).squeeze(-1)
     y = torch.bmm(down.view(-1, hidden, width)[slots], silu_times(y).unsqueeze(-1))
     return y.view(*index.shape, hidden)
+
+
+def is_captured(x: Tensor) -> bool:
+    """Return whether what runs goes into a graph, so that the host may read nothing."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def weighed(said: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
