@@ -204,8 +204,7 @@ class ModelAdapter:
     producers: tuple[Producer, ...] = ()
     """What makes the inputs of each tuple of `linears`, in their order; empty: nobody has said."""
     norm_offset: float = 0.0  # what norms add to their stored weight: 1 in Gemma
-    sensitive: tuple[str, ...] = ()
-    """Of `linears`, those that stay in 16 bit unless an override of the recipe names them."""
+    sensitive: tuple[str, ...] = ()  # of `linears`, in 16 bit unless an override names them
 
 
 @dataclass(frozen=True, slots=True)

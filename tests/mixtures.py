@@ -28,8 +28,11 @@ MIXTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama4_text": (
         "llama4_text",
         {
-            **{**FOUR, "num_experts_per_tok": 1, "head_dim": 16},
-            **{"intermediate_size_mlp": 96, "interleave_moe_layer_step": 1},
+            **FOUR,
+            "num_experts_per_tok": 1,
+            "head_dim": 16,
+            "intermediate_size_mlp": 96,
+            "interleave_moe_layer_step": 1,
         },
     ),
 }

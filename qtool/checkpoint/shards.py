@@ -46,16 +46,23 @@ class Shards:
         """Return the size of all files."""
         return sum(file.stat().st_size for file in {spec.file for spec in self.specs.values()})
 
-    def read(self, name: str, *, expert: int | None = None) -> "Tensor":
+    def read(self, name: str) -> "Tensor":
         """Return one tensor, copied out of its file.
-
-        Args:
-            name: Of the tensor.
-            expert: Of its first dimension, the one entry to read; None: all.
 
         Raises:
             CheckpointError: there is no such tensor, or the file has become unreadable.
         """
+        return self._read(name, None)
+
+    def read_entry(self, name: str, index: int) -> "Tensor":
+        """Return one entry of a tensor's first dimension, without reading the others.
+
+        Raises:
+            CheckpointError: there is no such tensor, or the file has become unreadable.
+        """
+        return self._read(name, index)
+
+    def _read(self, name: str, index: int | None) -> "Tensor":
         import torch  # slow
 
         if name not in self.specs:
@@ -63,7 +70,7 @@ class Shards:
         spec = self.specs[name]
         try:
             with safe_open(spec.file, framework="pt") as file:
-                read = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
+                read = file.get_tensor(name) if index is None else file.get_slice(name)[index]
                 tensor: Tensor = read.clone(memory_format=torch.contiguous_format)
         except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(

@@ -5,9 +5,9 @@ name of expert 7 of `mlp.experts.down_proj` is `mlp.experts.down_proj[7]`.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ class ExpertName(NamedTuple):
     """Dotted name of the module that holds the experts."""
     weight: str
     """Of its weights, such as `down_proj`."""
-    index: int
-    """Number of the expert."""
+    number: int
+    """Of the expert."""
 
     @property
     def fused(self) -> str:
@@ -35,7 +35,7 @@ class ExpertName(NamedTuple):
         return f"{self.module}.{self.weight}" if self.module else self.weight
 
     def __str__(self) -> str:
-        return f"{self.fused}[{self.index}]"
+        return f"{self.fused}[{self.number}]"
 
 
 def expert_name(layer: str) -> ExpertName | None:
@@ -56,6 +56,8 @@ class SeparateExperts(nn.Module):
     first: str
     last: str
     num_experts: int
+    has_gate: bool
+    act_fn: nn.Module
 
     def __init__(self, fused: nn.Module) -> None:
         """Take the experts apart; those of `is_fused`."""
@@ -141,8 +143,8 @@ class SeparateExperts(nn.Module):
         if not self.has_gate:
             function: Tensor = self.act_fn(y)
             return function
-        gated: Tensor = self.kind._apply_gate(self, y)  # type: ignore[operator]
-        return gated
+        apply_gate: Callable[[nn.Module, Tensor], Tensor] = getattr(self.kind, "_apply_gate")  # noqa: B009
+        return apply_gate(self, y)
 
 
 class SeparateSlabs(SeparateExperts):

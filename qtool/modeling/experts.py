@@ -43,7 +43,10 @@ class StoredExpert:
 
     def read(self, shards: Shards) -> Tensor:
         """Return the weight, (out_features, in_features), in the dtype that it is stored in."""
-        parts = {pattern: shards.read(name, expert=index) for pattern, name, index in self.pieces}
+        parts = {
+            pattern: shards.read(name) if index is None else shards.read_entry(name, index)
+            for pattern, name, index in self.pieces
+        }
         if self.converter is None:
             (weight,) = parts.values()
         else:

@@ -32,9 +32,9 @@ def coverage(results: Iterable[_Result]) -> Coverage:
         if expert is None or tokens is None:
             continue
         part = found.setdefault(expert.module, {"tokens": {}, "starved": {}})
-        part["tokens"][expert.index] = int(tokens)
+        part["tokens"][expert.number] = int(tokens)
         if tokens < result.entry.shape.in_features:
-            layer = str(ExpertName("", expert.weight, expert.index))
+            layer = str(ExpertName("", expert.weight, expert.number))
             part["starved"][layer] = result.entry.tokens_from or "routed"
     for part in found.values():
         part["tokens"] = [part["tokens"][index] for index in sorted(part["tokens"])]

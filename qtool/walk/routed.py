@@ -124,9 +124,9 @@ class RoutedTokens:
         """Return the sums over all experts, made once."""
         if self._pooled is None or self._pooled[0] != activation:
             count = _experts(visit.quantized, self.module).num_experts
-            total = moments(expert._replace(index=0))
+            total = moments(expert._replace(number=0))
             for index in range(1, count):
-                total = total.merged(moments(expert._replace(index=index)))
+                total = total.merged(moments(expert._replace(number=index)))
             self._pooled = activation, total
         return self._pooled[1]
 
@@ -136,16 +136,16 @@ class RoutedTokens:
         """Return what a layer sees of a batch in the original and in the quantized model."""
         original = _experts(visit.original, self.module)
         quantized = _experts(visit.quantized, self.module)
-        device = quantized.linear(expert.weight, expert.index).weight.device
+        device = quantized.linear(expert.weight, expert.number).get_parameter("weight").device
         reference, x = (
             part[batch].to(device, non_blocking=True) for part in (self.reference, self.inputs)
         )
         if not everyone:
-            rows = (self.index[batch] == expert.index).any(-1).nonzero().squeeze(-1).to(device)
+            rows = (self.index[batch] == expert.number).any(-1).nonzero().squeeze(-1).to(device)
             reference, x = reference[rows], x[rows]
         if expert.weight == quantized.last:
-            reference = original.inner(expert.index, reference)
-            x = quantized.inner(expert.index, x)
+            reference = original.inner(expert.number, reference)
+            x = quantized.inner(expert.number, x)
         return reference, x
 
 

@@ -22,7 +22,7 @@ def without_experts(conversions: Sequence[Any], model: nn.Module) -> list[Any]:
 def keep_names(model: nn.Module) -> None:
     """Let a model whose experts are apart be saved under the names that it has."""
     if _tensors_of_experts(model):
-        model._weight_conversions = []
+        object.__setattr__(model, "_weight_conversions", [])
 
 
 def _takes(conversion: Any, name: str) -> bool:  # noqa: ANN401

@@ -10,7 +10,8 @@ from qtool.core.experts import SeparateExperts
 from qtool.runtime.decode.weights import DecoderExperts, Projection
 from qtool.runtime.modules import QuantizedLinear
 
-FAMILIES = ("mixtral", "qwen3_moe")
+OF_EXPERTS = ("mixtral", "qwen3_moe")
+"""Families whose experts the decoder runs."""
 
 
 class Reader(Protocol):

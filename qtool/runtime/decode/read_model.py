@@ -8,8 +8,12 @@ from torch import Tensor, nn
 
 from qtool.base import CausalModel, KernelBackend
 from qtool.errors import BackendError
-from qtool.runtime.decode.read_experts import FAMILIES as OF_EXPERTS
-from qtool.runtime.decode.read_experts import has_experts, read_experts, why_not_experts
+from qtool.runtime.decode.read_experts import (
+    OF_EXPERTS,
+    has_experts,
+    read_experts,
+    why_not_experts,
+)
 from qtool.runtime.decode.weights import (
     DecoderLayer,
     DecoderShape,

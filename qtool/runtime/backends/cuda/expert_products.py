@@ -65,7 +65,7 @@ def run_experts(
     return torch_ops.weighed(said, weights, x.dtype)
 
 
-def multiply_chosen(  # noqa: PLR0913 - as `linear_kernels.matmul`, and which weights
+def multiply_chosen(
     x: Tensor, weight: KernelWeight, chosen: Tensor, count: int, launch: Launch, card: Card
 ) -> Tensor:
     """Return each token times the weight of its expert.
@@ -109,7 +109,7 @@ def chosen_call(
     """
     rows, inputs, slots, *others = sizes
     share = card._replace(multiprocessors=max(1, card.multiprocessors // max(slots, 1)))
-    one = planes.call_for((rows, inputs, 1, *others), layout, dtype, share)  # type: ignore[arg-type]
+    one = planes.call_for((rows, inputs, 1, *others), layout, dtype, share)
     name = f"{one.file}_experts"
     return one._replace(
         file=name,
