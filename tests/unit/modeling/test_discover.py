@@ -70,7 +70,7 @@ def with_part(name: str, part: nn.Module | nn.Parameter) -> nn.Module:
     ("name", "part", "reason"),
     [
         ("experts", nn.Parameter(torch.zeros(2, 4, 4)), "experts stacked in one tensor"),
-        ("experts", nn.ModuleList([nn.Linear(4, 4)]), r"lists of linears \(experts\)"),
+        ("parts", nn.ModuleList([nn.Linear(4, 4)]), r"lists of linears \(parts\)"),
         ("conv", nn.Conv1d(4, 4, 2), r"convolutions \(conv\)"),
         ("decay", nn.Parameter(torch.zeros(1, 1, 4)), r"parameters of 3 dimensions \(decay\)"),
     ],
