@@ -82,6 +82,9 @@ class Manifest:
     """Digest of the calibration data."""
     recipe: Mapping[str, Any]
     layers: Mapping[str, LayerEntry]
+    unquantized: Mapping[str, str] = field(default_factory=dict)
+    """Why each weight of two dimensions and more that no layer here is stays as it was, by name;
+    empty: nobody noted it."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """sha256, in hex, of the bytes of each stored tensor by its name; empty: none were noted."""
 
@@ -103,8 +106,9 @@ class Manifest:
         versions = {"quant_method": QUANT_METHOD, "format_version": self.format_version}
         config = {**versions, **asdict(self)}
         config["layers"] = {name: _entry_to_json(entry) for name, entry in self.layers.items()}
-        if not self.digests:
-            del config["digests"]
+        for key in ("unquantized", "digests"):
+            if not config[key]:
+                del config[key]
         return config
 
 
@@ -153,7 +157,8 @@ def manifest_from_config(config: object, where: str) -> Manifest:
             },
             source=_value(config, "source", str, NoneType),
             calibration=_value(config, "calibration", str, NoneType),
-            digests=_digests(config),
+            unquantized=_texts(config, "unquantized", "names of tensors to reasons"),
+            digests=_texts(config, "digests", "names of tensors to text"),
         )
         if manifest.format_version > version:
             new = NEW[manifest.format_version]
@@ -252,11 +257,11 @@ def _shape_from_json(value: object) -> Shape2D:
     return Shape2D(*sizes)
 
 
-def _digests(config: Mapping[str, Any]) -> dict[str, str]:
-    digests = config.get("digests", {})
-    if not isinstance(digests, dict) or not all(type(hex_) is str for hex_ in digests.values()):
-        raise CheckpointError("digests must map names of tensors to text")
-    return digests
+def _texts(config: Mapping[str, Any], key: str, what: str) -> dict[str, str]:
+    found = config.get(key, {})
+    if not isinstance(found, dict) or not all(type(text) is str for text in found.values()):
+        raise CheckpointError(f"{key} must map {what}")
+    return found
 
 
 def _value(values: Mapping[str, Any], key: str, *kinds: type) -> Any:  # noqa: ANN401

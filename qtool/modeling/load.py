@@ -14,7 +14,7 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards
 from qtool.core.experts import separate_experts
 from qtool.errors import CheckpointError, ModelError
-from qtool.modeling.config import parse_config, read_config, transformers_failures
+from qtool.modeling.config import auto_class, parse_config, read_config, transformers_failures
 from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.locate import Location
 from qtool.modeling.skeleton import empty_model, match_names, missing_message
@@ -154,7 +154,7 @@ def _from_pretrained(
     logging.getLogger("transformers").setLevel(logging.ERROR)
     parsed = parse_config(config, directory)
     with transformers_failures(f"transformers can't load {directory}"):
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        model, loading = auto_class(parsed).from_pretrained(
             directory,
             config=parsed,
             dtype=dtype,

@@ -12,7 +12,7 @@ from qtool.base import CausalModel
 from qtool.checkpoint.shards import Shards, TensorSpec
 from qtool.errors import CheckpointError
 from qtool.formats._dtypes import DTYPES
-from qtool.modeling.config import transformers_failures
+from qtool.modeling.config import auto_class, transformers_failures
 from qtool.wording import list_names, shown
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
@@ -26,13 +26,9 @@ def empty_model(config: Any, directory: Path) -> CausalModel:  # noqa: ANN401
     Raises:
         ModelError: transformers can't build it.
     """
-    import transformers  # slow import
-
     what = f"{directory}: transformers can't build this model without remote code"
     with transformers_failures(what), torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
-        )
+        return auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def match_names(model: CausalModel, shards: Shards, directory: Path) -> dict[str, str]:

@@ -18,6 +18,8 @@ from qtool.modeling.config import check_original, parse_config, read_config
 from qtool.modeling.discover import adapter_of
 from qtool.modeling.experts import StoredExpert, find_experts
 from qtool.modeling.families import families, load_adapter
+from qtool.modeling.joined import Joined, find_joined
+from qtool.modeling.kinds_of_weights import PlainWeight, plain_weights
 from qtool.modeling.locate import Location
 from qtool.modeling.skeleton import FLOAT_DTYPES, dtype_message, empty_model, match_names
 from qtool.scheme import Shape2D
@@ -41,6 +43,12 @@ class ModelSource:
     """What stored names lack: checkpoints saved from the base model leave its name out."""
     aliases: Mapping[str, str]
     """Stored name by the name that the model, as transformers builds it, has for a tensor."""
+    full_names: Mapping[str, str]
+    """The other way round."""
+    joined: Mapping[str, Joined]
+    """What loading computes of several stored tensors, by the model's name."""
+    plain: Mapping[str, PlainWeight]
+    """Weights of two dimensions and more that no linear or table is made of, by full name."""
     num_blocks: int
     num_positions: int | None
     """How long a sequence may be; None if the configuration doesn't say."""
@@ -87,9 +95,14 @@ class ModelSource:
         return self.shards.specs[self.stored_name(name)]
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor by its full name, as it is stored; an expert's never transposed."""
+        """Return a tensor by its full name, as it is stored, or as loading computes it.
+
+        An expert's is never transposed.
+        """
         if name in self.experts:
             return self.experts[name].read(self.shards)
+        if name in self.joined and name not in self.shards.specs:
+            return self.joined[name].read(self.shards, name)
         return self.shards.read(self.stored_name(name))
 
     def read_exact(self, name: str) -> Tensor:
@@ -112,15 +125,15 @@ class ModelSource:
         Blocks need not be alike: some have experts, others don't.
         """
         for block in range(self.num_blocks):
-            for group in self.adapter.linears:
-                names = (f"{self.adapter.blocks}.{block}.{name}" for name in group)
-                yield from (name for name in names if self.has(f"{name}.weight"))
+            for name in (name for group in self.adapter.linears for name in group):
+                layer = f"{self.adapter.blocks}.{block}.{name}"
+                if self.has(f"{layer}.weight"):
+                    yield layer
 
-    def sensitive_linears(self) -> Iterator[str]:
-        """Yield the dotted names of linears that stay in 16 bit unless a recipe names them."""
-        for block in range(self.num_blocks):
-            for name in self.adapter.sensitive:
-                yield f"{self.adapter.blocks}.{block}.{name}"
+    def is_sensitive(self, layer: str) -> bool:
+        """Return whether a linear of the blocks stays in 16 bit unless it is asked for by name."""
+        depth = self.adapter.blocks.count(".") + 2
+        return ".".join(layer.split(".")[depth:]) in self.adapter.sensitive
 
     def block_tensors(self) -> Iterator[str]:
         """Yield the full names of all tensors of the decoder blocks, without blocks beyond them."""
@@ -143,6 +156,9 @@ class ModelSource:
         return self.adapter.conv1d and in_blocks and expert_name(layer) is None
 
     def _full(self, stored: str) -> str:
+        known = self.full_names.get(stored)
+        if known is not None:
+            return known
         return stored if stored.startswith(self.adapter.head + ".") else self.prefix + stored
 
 
@@ -167,6 +183,7 @@ def open_source(location: Location) -> ModelSource:
     num_blocks = _count_blocks(skeleton, adapter, shards, prefix, directory)
     aliases = match_names(skeleton, shards, directory)
     experts = find_experts(skeleton, shards, directory)
+    names = {stored: name for name, stored in reversed(aliases.items())}
     tied = _is_tied(skeleton, aliases, shards)
     found = (getattr(parsed, key, None) for key in POSITIONS)
     normalizes_after = getattr(parsed, "do_layer_norm_before", True) is False
@@ -178,6 +195,9 @@ def open_source(location: Location) -> ModelSource:
         shards=shards,
         prefix=prefix,
         aliases=aliases,
+        full_names=names,
+        joined=find_joined(skeleton, shards),
+        plain=plain_weights(skeleton),
         num_blocks=num_blocks,
         num_positions=next((n for n in found if isinstance(n, int) and n > 0), None),
         residual=None if normalizes_after else adapter.residual,
@@ -199,17 +219,12 @@ def _check_count(parsed: Any, shards: Shards, directory: Path) -> None:  # noqa:
 
 
 def _missing_prefix(adapter: ModelAdapter, shards: Shards) -> str:
-    """Return '' if stored names are full, else the prefix that they lack."""
+    """Return the prefix that stored names lack; '' if none, or if names differ by more than it."""
     if any(name.startswith(adapter.blocks + ".") for name in shards.specs):
         return ""
     prefix = adapter.base_prefix + "."
     short = adapter.blocks.removeprefix(prefix)
-    if any(name.startswith(short + ".") for name in shards.specs):
-        return prefix
-    raise ModelError(
-        f"No tensor starts with {adapter.blocks}, but {list_names(sorted(shards.specs))}: "
-        "config.json and weights don't belong together."
-    )
+    return prefix if any(name.startswith(short + ".") for name in shards.specs) else ""
 
 
 def _count_blocks(
@@ -227,7 +242,7 @@ def _count_blocks(
         name.removeprefix(start).split(".", 1)[0] for name in shards.specs if name.startswith(start)
     }
     missing = [str(block) for block in range(count) if str(block) not in numbers]
-    if missing:
+    if numbers and missing:
         raise CheckpointError(
             f"{directory}: config.json names {count} blocks, and no tensor of block "
             f"{list_names(missing)} is stored. Download it again."
@@ -259,7 +274,11 @@ def _is_tied(skeleton: CausalModel, aliases: Mapping[str, str], shards: Shards) 
 def _check_linears(source: ModelSource) -> None:
     """Check that what a recipe may quantize is there, as matrices of floats."""
     tables = [source.adapter.embedding, *([] if source.head_is_tied else [source.adapter.head])]
-    for layer in (*tables, *source.block_linears()):
+    linears = list(source.block_linears())
+    named = [name for group in source.adapter.linears for name in group]
+    nowhere = [name for name in named if not any(found.endswith("." + name) for found in linears)]
+    absent = [f"{source.adapter.blocks}.0.{name}" for name in nowhere]
+    for layer in (*tables, *absent, *linears):
         name = f"{layer}.weight"
         if not source.has(name):
             raise ModelError(

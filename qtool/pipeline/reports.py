@@ -22,6 +22,7 @@ from qtool.evaluation.closeness import Closeness
 from qtool.pipeline.card import written_card
 from qtool.pipeline.model_figures import versions
 from qtool.report.verdict import GateLine
+from qtool.steps.beside import unquantized
 from qtool.steps.correct_biases import corrections
 from qtool.steps.coverage import coverage
 from qtool.steps.fallbacks import kept_fallbacks, kept_warnings
@@ -179,6 +180,7 @@ def _manifest(run: Run, results: tuple[LayerResult, ...], digests: dict[str, str
         layers=layers,
         source=run.source.public_name,
         calibration=run.calibration.digest() if run.calibration else None,
+        unquantized=unquantized(run.source, run.recipe, run.plan.kept),
         digests=digests,
     )
 

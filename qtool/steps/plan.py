@@ -9,14 +9,14 @@ from qtool.checkpoint.manifest import num_bytes
 from qtool.errors import ModelError, RecipeError
 from qtool.formats._dtypes import item_bytes
 from qtool.modeling.source import ModelSource
-from qtool.recipe.schema import Recipe, TableSection, WeightsSection, is_named, resolve
+from qtool.recipe.schema import Recipe, TableSection, WeightsSection
 from qtool.scheme import GroupDim, InputScheme, Shape2D, WeightScheme
 from qtool.steps.activation_ranges import known_scheme
 from qtool.steps.beside import beside_linears, check_rest
 from qtool.steps.check_fold import check_folded
 from qtool.steps.method_choice import MethodChoice, methods_of
 from qtool.steps.method_choice import load_method as load_method
-from qtool.steps.request import Role, check_request
+from qtool.steps.request import Role, check_request, section_of
 from qtool.steps.table_rows import expected_scheme, parts_of
 
 
@@ -170,10 +170,9 @@ def _check_names(source: ModelSource, layers: tuple[LayerPlan, ...], kept: tuple
 
 
 def _layers(source: ModelSource, recipe: Recipe) -> Iterator[LayerPlan]:
-    sensitive = set(source.sensitive_linears())
     for name in source.block_linears():
-        section = resolve(recipe.weights, name)
-        if section is not None and (name not in sensitive or is_named(recipe.weights, name)):
+        section = section_of(recipe, name, is_sensitive=source.is_sensitive(name))
+        if section is not None:
             plan = _plan_layer(source, name, "block", section)
             yield replace(plan, activation=known_scheme(recipe))
     if recipe.embedding is not None:

@@ -74,7 +74,7 @@ class Block:
     def output(self, hidden: Tensor, call: Call) -> Tensor:
         """Return what comes out of it for samples and what it is called with for these."""
         output = self._call(hidden, call)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
     def learn(self, hidden: Tensor, batch: int, samples: slice | None = None) -> Tensor:
         """Return the same so that gradients can be taken; of some samples, if they are named."""
@@ -128,7 +128,7 @@ class Block:
             else:
                 some = slices(len(hidden), count)[0]
                 output = self._call(hidden[some], call.of_samples(some, len(hidden)))
-            return output[1:] if isinstance(output, tuple) else None
+            return tuple(output[1:]) if isinstance(output, tuple | list) else None
 
         return within_memory(self._parts, IN_BATCHES, rest, most=most_parts(hidden))
 

@@ -19,7 +19,7 @@ from qtool.errors import BackendError
 from qtool.integrations.transformers import experts, install, loading
 from qtool.integrations.transformers.generate import accelerate
 
-KEYS = {"format_version", "tool_version", "source", "calibration", "recipe", "layers"}
+KEYS = {"format_version", "tool_version", "source", "calibration", "recipe", "layers", "unquantized"}
 V4 = transformers.__version__.startswith("4.")
 
 
@@ -91,6 +91,7 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         config.layers = install.renamed_layers(config.layers, self._installed)
         model.config.quantization_config = config
+        model._weight_conversions = []  # saved again, layers keep the names that the manifest has
         del self._shards, self._installed
         return accelerate(model)
 
