@@ -1,6 +1,8 @@
 """An adapter for a family that has no file of its own: look at the modules of the empty model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from graphlib import CycleError, TopologicalSorter
+from itertools import chain
 
 from torch import nn
 
@@ -113,18 +115,16 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def in_order(lists: Iterable[Iterable[str]]) -> list[str]:
-    """Return all names of some lists once, each after those that stand before it in its list.
+def in_order(lists: Sequence[Sequence[str]]) -> list[str]:
+    """Return all names of some lists once, each after those that stand before it in any list.
 
-    What a later list has besides stands before the first name that it shares with earlier ones.
+    Where two lists contradict each other, in the order in which they occur.
     """
-    merged: list[str] = []
+    order: TopologicalSorter[str] = TopologicalSorter()
     for names in lists:
-        place = 0
-        for name in names:
-            if name in merged:
-                place = merged.index(name) + 1
-            else:
-                merged.insert(place, name)
-                place += 1
-    return merged
+        for index, name in enumerate(names):
+            order.add(name, *names[max(index - 1, 0) : index])
+    try:
+        return list(order.static_order())
+    except CycleError:
+        return list(dict.fromkeys(chain(*lists)))

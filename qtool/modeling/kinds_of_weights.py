@@ -1,10 +1,7 @@
 """What a weight of a model is, by the module that holds it: why one isn't quantized."""
 
-import inspect
 import re
-import sys
 from collections.abc import Iterator
-from functools import cache
 from typing import NamedTuple
 
 from torch import nn
@@ -12,7 +9,10 @@ from torch import nn
 FALCON = "FalconLinear"
 """The one class of transformers that says a linear's product in words of its own."""
 TO_ENCODER = re.compile(r"(^|\.)(encoder_?attn|cross_?att(n|ention)|EncDecAttention)(\.|$)", re.I)
-WEIGHT_READ = re.compile(r"\.(\w+)\.weight\b")
+READ_BY_CODE = re.compile(
+    r"(^|\.)(weights_proj|wg|classifier|feed_forward\.value|attention\.output)$"
+)
+"""Linears whose weight a model's code reads itself: of indexers, routers, and RWKV."""
 MATRIX = 2
 """Dimensions from which on a weight is worth a word."""
 ROUTER = re.compile(r"Router|Gate$|Gating|TopK")
@@ -44,23 +44,12 @@ def linears_of(block: nn.Module, *, transposed: bool = False) -> list[str]:
         block: A decoder block, or a whole model.
         transposed: Of those that are GPT-2's.
     """
-    wanted, named = is_conv1d if transposed else is_linear, _read_by_name(block)
+    wanted = is_conv1d if transposed else is_linear
     return [
         name
         for name, part in block.named_modules()
-        if wanted(part) and name.rpartition(".")[2] not in named and not TO_ENCODER.search(name)
+        if wanted(part) and not READ_BY_CODE.search(name) and not TO_ENCODER.search(name)
     ]
-
-
-def _read_by_name(block: nn.Module) -> set[str]:
-    """Return attributes whose weight the code of a model reads: there must be one to read."""
-    files = {type(part).__module__ for part in block.modules()}
-    return set().union(*(_weights_in(file) for file in files if file.startswith("transformers.")))
-
-
-@cache
-def _weights_in(file: str) -> frozenset[str]:
-    return frozenset(WEIGHT_READ.findall(inspect.getsource(sys.modules[file])))
 
 
 def is_convolution(module: nn.Module) -> bool:
@@ -98,19 +87,22 @@ def plain_weights(model: nn.Module) -> dict[str, PlainWeight]:
 
 def _why_plain(name: str, module: nn.Module, own: str, dimensions: int) -> PlainWeight:
     kind = type(module).__name__
-    if is_convolution(module):
-        return PlainWeight("a convolution", is_meant=True)
-    if is_recurrent(module):
-        return PlainWeight(f"a parameter of a recurrence ({kind})", is_meant=True)
-    if ROUTER.search(kind) or name.rpartition(".")[2] in ("router", "gate"):
-        return PlainWeight(f"what chooses experts ({kind})", is_meant=True)
-    if dimensions > MATRIX:
-        return PlainWeight(f"of {dimensions} dimensions ({kind})", is_meant=False)
-    if TO_ENCODER.search(name):
-        return PlainWeight("looks at an encoder, which isn't there", is_meant=True)
-    if is_linear(module):
-        return PlainWeight("the model's own code reads it", is_meant=False)
-    return PlainWeight(f"{own} of {kind}, which qtool takes for no linear", is_meant=False)
+    chooses = ROUTER.search(kind) or name.rpartition(".")[2] in ("router", "gate")
+    meant = (
+        (is_convolution(module), "a convolution"),
+        (is_recurrent(module), f"a parameter of a recurrence ({kind})"),
+        (chooses, f"what chooses experts ({kind})"),
+        (TO_ENCODER.search(name), "looks at an encoder, which isn't there"),
+    )
+    other = (
+        (dimensions > MATRIX, f"of {dimensions} dimensions ({kind})"),
+        (is_linear(module), "the model's own code reads it"),
+        (True, f"{own} of {kind}, which qtool takes for no linear"),
+    )
+    found = next((why for holds, why in meant if holds), None)
+    if found is not None:
+        return PlainWeight(found, is_meant=True)
+    return PlainWeight(next(why for holds, why in other if holds), is_meant=False)
 
 
 def sensitive_linears(block: nn.Module) -> set[str]:

@@ -1,26 +1,25 @@
 """Every causal language model that transformers has: quantized, loaded, run, saved again.
 
-`docs/families.py` writes what comes out here into a table: what is refused, and why.
+What is refused, and why, is recorded by `python -m tests.every_family`, for the table in docs.
 """
 
 import shutil
-from pathlib import Path
 
 import pytest
-import torch
 
 from tests import every_family, tiny
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # of models that nobody uses any more
-    pytest.mark.skipif(not every_family.IS_NEWEST, reason="the table is transformers 5's"),
-]
-CALIBRATED = (
-    *("bloom", "gemma3", "gpt2", "gptj", "llama", "opt"),
-    *("deepseek_v3", "gpt_oss", "mixtral", "qwen3_moe"),
-    *("bamba", "falcon_h1", "lfm2", "qwen3_next"),
+pytestmark = pytest.mark.filterwarnings("ignore")  # of models that nobody uses any more
+pytest.importorskip("transformers", minversion="5.0")
+
+RECORDED = every_family.recorded()
+WORKING = [name for name, found in RECORDED.items() if "share" in found]
+CALIBRATED = [name for name in WORKING if "without calibration" not in RECORDED[name]]
+MEANT = (
+    *("bloom", "gemma3", "gpt2", "gptj", "llama", "opt", "openai-gpt"),
+    *("deepseek_v3", "mixtral", "bamba", "lfm2", "qwen3_next"),
 )
-WORKING = tuple(f for f in tiny.families() if f not in every_family.REFUSED)
+"""Calibrated whenever tests run; the others take minutes."""
 
 
 @pytest.fixture
@@ -29,27 +28,26 @@ def place(tmp_path):
     shutil.rmtree(tmp_path)
 
 
+def test_every_family_of_the_installed_transformers_was_tried():
+    assert tuple(RECORDED) == tiny.families()
+    assert len(WORKING) >= 150
+
+
 @pytest.mark.parametrize("family", WORKING)
 def test_data_free_in_4_bits(family, place):
     every_family.check(family, "rtn", place)
 
 
-@pytest.mark.parametrize("family", [*CALIBRATED, *(
-    pytest.param(family, marks=pytest.mark.slow)
-    for family in WORKING if family not in CALIBRATED
-)])
+def few(family: str):
+    return pytest.param(family, marks=[] if family in MEANT else pytest.mark.slow)
+
+
 @pytest.mark.parametrize("method", ["gptq", "bcq"])
+@pytest.mark.parametrize("family", map(few, CALIBRATED))
 def test_calibrated_in_3_bits(family, method, place):
-    if family in every_family.WITHOUT_CALIBRATION:
-        pytest.skip(every_family.WITHOUT_CALIBRATION[family])
     every_family.check(family, method, place)
 
 
-@pytest.mark.parametrize("family", every_family.REFUSED)
-def test_what_is_refused_is_refused_for_the_reason_in_the_table(family, place):
-    assert every_family.why_not(family, place) is not None
-
-
-def test_enough_families_work_and_none_is_forgotten():
-    assert len(WORKING) >= 150
-    assert {*every_family.REFUSED, *every_family.WITHOUT_CALIBRATION} <= {*tiny.families()}
+@pytest.mark.parametrize("family", [name for name in RECORDED if "refused" in RECORDED[name]])
+def test_a_refusal_has_the_reason_that_is_recorded(family, place):
+    assert every_family.why_not(family, "rtn", place) == RECORDED[family]["refused"]

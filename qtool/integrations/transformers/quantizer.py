@@ -19,7 +19,15 @@ from qtool.errors import BackendError
 from qtool.integrations.transformers import experts, install, loading
 from qtool.integrations.transformers.generate import accelerate
 
-KEYS = {"format_version", "tool_version", "source", "calibration", "recipe", "layers", "unquantized"}
+KEYS = {
+    "format_version",
+    "tool_version",
+    "source",
+    "calibration",
+    "recipe",
+    "layers",
+    "unquantized",
+}
 V4 = transformers.__version__.startswith("4.")
 
 
