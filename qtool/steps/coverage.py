@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from qtool.base import Emit, Notice
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.core.experts import ExpertName, expert_name
+from qtool.wording import list_names
 
 
 class _Result(Protocol):
@@ -19,9 +20,11 @@ class _Result(Protocol):
     def metrics(self) -> Mapping[str, float]: ...
 
 
+WORSE = "worse_than_rounding"
 Coverage = Mapping[str, Mapping[str, Any]]
 """By dotted name of the experts: `tokens`, calibration tokens of each expert in order; `starved`,
-by layer that has fewer tokens than inputs, which tokens it was solved for."""
+by layer that has fewer tokens than inputs, which tokens it was solved for; `worse_than_rounding`,
+layers that are, on held-out tokens."""
 
 
 def coverage(results: Iterable[_Result]) -> Coverage:
@@ -31,18 +34,32 @@ def coverage(results: Iterable[_Result]) -> Coverage:
         expert, tokens = expert_name(result.name), result.metrics.get("tokens")
         if expert is None or tokens is None:
             continue
-        part = found.setdefault(expert.module, {"tokens": {}, "starved": {}})
+        empty: dict[str, Any] = {"tokens": {}, "starved": {}, WORSE: []}
+        part = found.setdefault(expert.module, empty)
+        layer = str(ExpertName("", expert.weight, expert.number))
         part["tokens"][expert.number] = int(tokens)
         if tokens < result.entry.shape.in_features:
-            layer = str(ExpertName("", expert.weight, expert.number))
             part["starved"][layer] = result.entry.tokens_from or "routed"
+        if result.metrics["output_error"] > result.metrics["output_error_rounded"]:
+            part[WORSE].append(layer)
     for part in found.values():
         part["tokens"] = [part["tokens"][index] for index in sorted(part["tokens"])]
     return found
 
 
-def warn_of_starved(found: Coverage, emit: Emit) -> None:
-    """Say once that experts got few tokens, and where it is worst."""
+def warn_of_experts(found: Coverage, emit: Emit) -> None:
+    """Say once that experts got few tokens, and once that solving them was no use."""
+    worse = [f"{module}.{layer}" for module, part in found.items() for layer in part[WORSE]]
+    if worse:
+        message = (
+            f"On held-out tokens {len(worse)} layers of experts are worse than rounding to "
+            f"nearest: {list_names(worse)}. Use more samples, or text that is more like the model's."
+        )
+        emit(Notice(message))
+    _warn_of_starved(found, emit)
+
+
+def _warn_of_starved(found: Coverage, emit: Emit) -> None:
     starved = [layer for part in found.values() for layer in part["starved"]]
     if not starved:
         return

@@ -19,7 +19,7 @@ from qtool.modeling.source import ModelSource
 from qtool.scheme import ActivationScheme, WeightScheme
 from qtool.steps.activation_ranges import input_scheme
 from qtool.steps.correct_biases import announced_biases, correct_biases_once, corrected_biases
-from qtool.steps.coverage import coverage, warn_of_starved
+from qtool.steps.coverage import coverage, warn_of_experts
 from qtool.steps.memory import peak_memory
 from qtool.steps.plan import LayerPlan
 from qtool.steps.run import Run
@@ -74,7 +74,7 @@ def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
     for layer in run.plan.layers:
         if layer.role != "block":
             finish(layer)
-    warn_of_starved(coverage(results), run.env.emit)
+    warn_of_experts(coverage(results), run.env.emit)
     return tuple(results)
 
 

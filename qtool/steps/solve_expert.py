@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
-from qtool.base import Env, LayerSolution
+from qtool.base import Env, LayerSolution, ignore_events
 from qtool.recipe.calibration import CalibrationSection
 from qtool.steps.plan import LayerPlan
 from qtool.steps.solve_calibrated import solve_calibrated
@@ -33,16 +32,13 @@ def solve_expert(
         The plan with what was chosen, its solution, and for which tokens that was solved: of those
         with the least error on held-out tokens.
     """
-    found: dict[TokensFrom, tuple[LayerPlan, LayerSolution]] = {}
-    told: dict[TokensFrom, list[Any]] = {}
-    for tokens_from, each in statistics.candidates.items():
-        notices = told.setdefault(tokens_from, [])
-        quiet = replace(env, emit=notices.append)
-        found[tokens_from] = solve_calibrated(layer, weight, (each,), section, quiet)
+    quiet = replace(env, emit=ignore_events)  # `coverage` tells of all experts at once
+    found: dict[TokensFrom, tuple[LayerPlan, LayerSolution]] = {
+        tokens_from: solve_calibrated(layer, weight, (each,), section, quiet)
+        for tokens_from, each in statistics.candidates.items()
+    }
     errors = {tokens_from: each[1].metrics["output_error"] for tokens_from, each in found.items()}
     best = min(errors, key=errors.__getitem__)
-    for event in told[best]:
-        env.emit(event)
     chosen, solution = found[best]
     tried: Mapping[str, float] = (
         {f"output_error_{tokens_from}": error for tokens_from, error in errors.items()}
