@@ -270,6 +270,11 @@ def separated(model: nn.Module) -> nn.Module:
     return copy
 
 
+def routes_tokens(model: nn.Module) -> bool:
+    """Return whether there are experts inside: the host reads which run, so no graph holds it."""
+    return any(isinstance(module, SeparateExperts) for module in model.modules())
+
+
 def beside_experts(block: nn.Module) -> list[str]:
     """Return the linears of a block that stand beside experts: routers, gates, shared experts.
 

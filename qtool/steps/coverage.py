@@ -53,7 +53,7 @@ def warn_of_experts(found: Coverage, emit: Emit) -> None:
     if worse:
         message = (
             f"On held-out tokens {len(worse)} layers of experts are worse than rounding to "
-            f"nearest: {list_names(worse)}. Use more samples, or text that is more like the model's."
+            f"nearest: {list_names(worse)}. Use more samples, or text more like the model's."
         )
         emit(Notice(message))
     _warn_of_starved(found, emit)
