@@ -34,8 +34,8 @@ def solve_expert(
     """
     quiet = replace(env, emit=ignore_events)  # `coverage` tells of all experts at once
     found: dict[TokensFrom, tuple[LayerPlan, LayerSolution]] = {
-        tokens_from: solve_calibrated(layer, weight, (each,), section, quiet)
-        for tokens_from, each in statistics.candidates.items()
+        tokens_from: solve_calibrated(layer, weight, (made(),), section, quiet)
+        for tokens_from, made in statistics.candidates.items()
     }
     errors = {tokens_from: each[1].metrics["output_error"] for tokens_from, each in found.items()}
     best = min(errors, key=errors.__getitem__)

@@ -60,8 +60,7 @@ def _solved_expert(run: Run, layer: LayerPlan, walk: Walk) -> Made:
         weight = run.source.read_weight(layer.name).to(run.env.device)
         _check_finite(layer.name, weight)
         chosen, solution, tokens_from = solve_expert(layer, weight, statistics, section, run.env)
-    activation = next(iter(statistics.candidates.values())).activation
-    made = _made(run, weight, started, chosen, solution, activation)
+    made = _made(run, weight, started, chosen, solution, statistics.activation)
     if tokens_from == "routed":
         return made
     return replace(made, notes={**made.notes, "tokens_from": tokens_from})

@@ -6,8 +6,9 @@ expert's own first layer makes of them. Tokens are those that the quantized mode
 expert; what they are in the original is taken whether the original routes them so or not.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -39,8 +40,13 @@ class ExpertStatistics:
     """Training tokens routed to it."""
     held_out: int
     """Held-out ones."""
-    candidates: dict[TokensFrom, InputStatistics]
-    """All judged by the same held-out tokens; one but for starved experts."""
+    activation: ActivationScheme | None
+    """How the inputs were quantized before they were measured; None: they weren't."""
+    is_finite: bool
+    """Whether no input left the range of its dtype."""
+    candidates: Mapping[TokensFrom, Callable[[], InputStatistics]]
+    """Each makes its own when it is called, for they are large. All are judged by the same held-out
+    tokens; there is one but for starved experts."""
 
 
 @dataclass(slots=True)
@@ -55,11 +61,6 @@ class RoutedTokens:
     num_train: int
     """Batches from this one on are held out."""
     _pooled: tuple[ActivationScheme | None, Moments] | None = field(default=None)
-
-    def counts(self, num_experts: int) -> list[int]:
-        """Return how many training tokens each expert gets."""
-        index = torch.cat([each.flatten() for each in self.index[: self.num_train]])
-        return torch.bincount(index.cpu(), minlength=num_experts).tolist()[:num_experts]
 
     def inputs_of(self, expert: ExpertName, visit: Visit) -> Iterator[Tensor]:
         """Yield what a layer sees of the training tokens routed to it, not yet quantized."""
@@ -92,43 +93,41 @@ class RoutedTokens:
         own = moments(held_out=False, everyone=False)
         judge = moments(held_out=True, everyone=False)
         held_out = judge.num_tokens
-        width = len(own.sums["xx"])
-        found: dict[TokensFrom, Moments] = {"routed": own} if own.num_tokens else {}
         if held_out < FEW_HELD_OUT:
             judge = moments(held_out=True, everyone=True)
-        if own.num_tokens < STARVED * width:
-            found["all"] = moments(held_out=False, everyone=True)
+        made: dict[TokensFrom, Callable[[], Moments]] = {}
+        if own.num_tokens:
+            made["routed"] = lambda: own
+        if own.num_tokens < STARVED * len(own.sums["xx"]):
+            made["all"] = lambda: moments(held_out=False, everyone=True)
             if expert.weight == _experts(visit.quantized, self.module).last:
-                found["pooled"] = self._pool(
-                    visit,
-                    expert,
-                    activation,
-                    lambda one: moments(held_out=False, everyone=False, one=one),
-                )
-        return ExpertStatistics(
-            own.num_tokens,
-            held_out,
-            {
-                tokens_from: InputStatistics(slice(None), each, judge, each.num_tokens, activation)
-                for tokens_from, each in found.items()
-            },
-        )
+                of_one = partial(moments, held_out=False, everyone=False)
+                made["pooled"] = lambda: self._pool(visit, expert, activation, of_one)
+
+        def statistics(train: Callable[[], Moments]) -> InputStatistics:
+            found = train()
+            return InputStatistics(slice(None), found, judge, found.num_tokens, activation)
+
+        candidates = {name: partial(statistics, train) for name, train in made.items()}
+        sums = (*own.sums.values(), *judge.sums.values())
+        is_finite = all(bool(torch.isfinite(total).all()) for total in sums)
+        return ExpertStatistics(own.num_tokens, held_out, activation, is_finite, candidates)
 
     def _pool(
         self,
         visit: Visit,
         expert: ExpertName,
         activation: ActivationScheme | None,
-        moments: Callable[[ExpertName], Moments],
+        moments: Callable[..., Moments],
     ) -> Moments:
-        """Return the sums over all experts, made once."""
+        """Return the sums over all experts; made once, and kept off the card."""
         if self._pooled is None or self._pooled[0] != activation:
             count = _experts(visit.quantized, self.module).num_experts
-            total = moments(expert._replace(number=0))
-            for index in range(1, count):
-                total = total.merged(moments(expert._replace(number=index)))
-            self._pooled = activation, total
-        return self._pooled[1]
+            total = moments(one=expert._replace(number=0))
+            for number in range(1, count):
+                total = total.merged(moments(one=expert._replace(number=number)))
+            self._pooled = activation, total.on("cpu")
+        return self._pooled[1].on(_device_of(visit))
 
     def _seen(
         self, expert: ExpertName, visit: Visit, batch: int, *, everyone: bool
@@ -136,7 +135,7 @@ class RoutedTokens:
         """Return what a layer sees of a batch in the original and in the quantized model."""
         original = _experts(visit.original, self.module)
         quantized = _experts(visit.quantized, self.module)
-        device = quantized.linear(expert.weight, expert.number).get_parameter("weight").device
+        device = _device_of(visit)
         reference, x = (
             part[batch].to(device, non_blocking=True) for part in (self.reference, self.inputs)
         )
@@ -195,3 +194,7 @@ def _experts(block: Block, module: str) -> SeparateExperts:
     found = block.module.get_submodule(module)
     assert isinstance(found, SeparateExperts)
     return found
+
+
+def _device_of(visit: Visit) -> torch.device:
+    return next(visit.quantized.module.parameters()).device

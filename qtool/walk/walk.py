@@ -131,7 +131,7 @@ class Walk:
             token_cap=self._section.token_cap,
             activation=self._rules.scheme(layer, tokens.inputs_of(expert, visit)),
         )
-        if not all(each.is_finite() for each in found.candidates.values()):
+        if not found.is_finite:
             raise self._not_finite(layer, visit.streams)
         return found
 
