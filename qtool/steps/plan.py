@@ -1,5 +1,6 @@
 """Plan a run without reading a weight: which layers, which scheme, how many bytes."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -18,6 +19,10 @@ from qtool.steps.method_choice import MethodChoice, methods_of
 from qtool.steps.method_choice import load_method as load_method
 from qtool.steps.request import Role, check_request, section_of
 from qtool.steps.table_rows import expected_scheme, parts_of
+
+
+IN_LIST = re.compile(r"\.experts\.\d+\.")
+"""In the name of a linear that is one of a list of experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,8 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
     check_rest(source, recipe, rest)
     check_folded(source, recipe)
     layers = tuple(_layers(source, recipe))
+    if recipe.calibration is not None:
+        _check_lists(source, layers)
     if not layers:
         raise RecipeError("The recipe skips every layer: nothing is left to quantize.")
     return plan_of(source, layers)
@@ -146,6 +153,17 @@ def plan_of(source: ModelSource, layers: tuple[LayerPlan, ...]) -> Plan:
         kept_bytes=sum(original_bytes(source, name) for name in kept),
         source_bytes=sum(original_bytes(source, name) for name in source.names()),
     )
+
+
+def _check_lists(source: ModelSource, layers: tuple[LayerPlan, ...]) -> None:
+    """Raise ModelError if experts stand in lists: what each of them sees isn't measured there."""
+    listed = next((layer.name for layer in layers if IN_LIST.search(layer.name)), None)
+    if listed is not None:
+        raise ModelError(
+            f"{source.directory}: {listed} is of an expert in a list, as transformers 4 keeps them, "
+            "and calibration takes experts as transformers 5 has them. Install transformers 5, or "
+            "quantize without calibration data."
+        )
 
 
 def original_bytes(source: ModelSource, name: str) -> int:
