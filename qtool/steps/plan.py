@@ -20,7 +20,6 @@ from qtool.steps.method_choice import load_method as load_method
 from qtool.steps.request import Role, check_request, section_of
 from qtool.steps.table_rows import expected_scheme, parts_of
 
-
 IN_LIST = re.compile(r"\.experts\.\d+\.")
 """In the name of a linear that is one of a list of experts."""
 
@@ -160,8 +159,8 @@ def _check_lists(source: ModelSource, layers: tuple[LayerPlan, ...]) -> None:
     listed = next((layer.name for layer in layers if IN_LIST.search(layer.name)), None)
     if listed is not None:
         raise ModelError(
-            f"{source.directory}: {listed} is of an expert in a list, as transformers 4 keeps them, "
-            "and calibration takes experts as transformers 5 has them. Install transformers 5, or "
+            f"{source.directory}: {listed} is of an expert in a list, as transformers 4 keeps "
+            "them, and calibration takes experts as transformers 5 has them. Install transformers 5, or "
             "quantize without calibration data."
         )
 
