@@ -160,8 +160,8 @@ def _check_lists(source: ModelSource, layers: tuple[LayerPlan, ...]) -> None:
     if listed is not None:
         raise ModelError(
             f"{source.directory}: {listed} is of an expert in a list, as transformers 4 keeps "
-            "them, and calibration takes experts as transformers 5 has them. Install transformers 5, or "
-            "quantize without calibration data."
+            "them, and calibration takes experts as transformers 5 has them. Install transformers "
+            "5, or quantize without calibration data."
         )
 
 

@@ -69,7 +69,7 @@ def test_weights_stay_where_they_are_until_they_are_replaced():
 
 
 def test_what_stands_beside_experts_is_found():
-    model = separated(mixtures.build("qwen2_moe"))
-    assert beside_experts(model.model.layers[0]) == []
+    blocks = separated(mixtures.build("qwen2_moe")).get_submodule("model.layers")
+    assert beside_experts(blocks.get_submodule("0")) == []
     shared = [f"mlp.shared_expert.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
-    assert beside_experts(model.model.layers[1]) == [*shared, "mlp.shared_expert_gate"]
+    assert beside_experts(blocks.get_submodule("1")) == [*shared, "mlp.shared_expert_gate"]
