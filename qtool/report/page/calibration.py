@@ -51,8 +51,8 @@ def calibration_section(evidence: Evidence) -> PageSection | Absent:
             ">most",
             "starved layers",
         )
-        rows = tuple(_experts(*each) for each in experts.items())
-        parts.append(PageTable("Calibration tokens that experts got", columns, rows))
+        found = tuple(_experts(*each) for each in experts.items())
+        parts.append(PageTable("Calibration tokens that experts got", columns, found))
     return PageSection(_TITLE, tuple(parts))
 
 

@@ -150,6 +150,7 @@ def test_tokens_of_experts_are_a_table():
     section = calibration_section(
         Evidence(name="a", report={"calibration": about, "experts": found})
     )
+    assert isinstance(section, PageSection)
     (table,) = [part for part in section.parts if isinstance(part, PageTable)]
     said = "down_proj[0]: all, down_proj[1]: all, down_proj[2]: all and 2 more"
     assert table.rows == (("m.experts", "4", "0", "9", "1,200", said),)
