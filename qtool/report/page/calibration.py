@@ -43,7 +43,7 @@ def calibration_section(evidence: Evidence) -> PageSection | Absent:
         parts.append(PageTable("Special tokens in the samples", ("token", ">times"), rows))
     experts = evidence.report.get("experts") or {}
     if experts:
-        columns = (
+        heads = (
             "experts of",
             ">how many",
             ">fewest tokens",
@@ -52,7 +52,7 @@ def calibration_section(evidence: Evidence) -> PageSection | Absent:
             "starved layers",
         )
         found = tuple(_experts(*each) for each in experts.items())
-        parts.append(PageTable("Calibration tokens that experts got", columns, found))
+        parts.append(PageTable("Calibration tokens that experts got", heads, found))
     return PageSection(_TITLE, tuple(parts))
 
 
