@@ -293,5 +293,5 @@ def test_layers_of_single_experts_make_it_version_3(tokens_from):
     assert again["format_version"] == 3
     assert again["layers"][name].get("tokens_from") == tokens_from
     config["format_version"] = 2
-    with pytest.raises(CheckpointError, match="version 2 .* has no layers of single experts"):
+    with pytest.raises(CheckpointError, match=r"version 2 .* has no layers of single experts"):
         manifest_from_config(config, "here")
