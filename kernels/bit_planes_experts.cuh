@@ -19,10 +19,11 @@ KERNEL(const quad *planes, // [experts][row_tiles][units][PLANES][32]
        int units_per_slab) {
     DYNAMIC_SHARED(shared);
     wait_for_previous(); // which weights are read is its result
-    u64 tiles = (u64)chosen[blockIdx.z] * row_tiles;
+    u32 tiles = (u32)(chosen[blockIdx.z] * row_tiles);
+    planes += (u64)tiles * (u32)(units * PLANES * 32), scales += (u64)tiles * (u32)(groups * 8 * PARAMETERS);
     exchange += ((u64)blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x * WARPS * PART;
-    multiply({planes + tiles * units * PLANES * 32, scales + tiles * groups * 8 * PARAMETERS, x,
-              (const u16 *)0, y, (const int *)0, partial, exchange, out_features, in_features, slots,
-              row_tiles, units, groups, width, units_per_slab, (int)blockIdx.x, (int)gridDim.x},
+    multiply({planes, scales, x, (const u16 *)0, y, (const int *)0, partial, exchange, out_features,
+              in_features, slots, row_tiles, units, groups, width, units_per_slab, (int)blockIdx.x,
+              (int)gridDim.x},
              shared);
 }
