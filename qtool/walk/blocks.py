@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtool.core.experts import separate_experts
 from qtool.core.parts import Parts
+from qtool.errors import ModelError
 from qtool.formats._dtypes import dtype_of
-from qtool.modeling.config import parse_config, transformers_failures
+from qtool.modeling.config import auto_class, parse_config, transformers_failures
 from qtool.modeling.filling import empty_own, fill, fill_own, weightless
 from qtool.modeling.source import ModelSource
 from qtool.walk.calls import Call, Calls, Note, Recorder
@@ -50,13 +52,12 @@ class BlockModel:
         Raises:
             ModelError: transformers can't build it.
         """
-        import transformers  # slow
-
         self.source, self.device = source, device
         run_dtype = _walk_dtype(source, device, dtype)
         config = parse_config(source.config, source.directory)
         with transformers_failures(f"transformers can't build {source.directory}"), weightless():
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=run_dtype)
+            model = auto_class(config).from_config(config, dtype=run_dtype)
+            separate_experts(model)
         self._model = model.eval()
         self._blocks = model.get_submodule(source.adapter.blocks)
         self._calls = Calls()
@@ -89,6 +90,11 @@ class BlockModel:
                     calls.clear()
                     with failures_of_its_code(str(self.source.directory)):
                         self._model.base_model(tokens.to(self.device), use_cache=False)
+                    if not calls:
+                        raise ModelError(
+                            f"{self.source.adapter.blocks} of {self.source.directory} is never "
+                            "called. Quantize it without calibration data."
+                        )
                     hidden.append(calls[0][0].cpu())
                     self._calls.add([call for _, call in calls])
         return hidden

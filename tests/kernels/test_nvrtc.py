@@ -44,6 +44,8 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
     ),
     ("bit_plane_imma", {**WEIGHT, **GRID, "PLANES": 4, "COLUMNS": 2, "EPILOGUE": 2}, 128),
     ("bit_plane_imma", {**GRID, "GROUP": 192, "OFFSET": 0, "PLANES": 3, "COLUMNS": 2}, 128),
+    ("bit_plane_imma_experts", {**WEIGHT, **PAIR, "PLANES": 4, "COLUMNS": 1}, 128),
+    ("bit_plane_mma_experts", {**AFFINE, **GRID, "PLANES": 3, "COLUMNS": 1}, 128),
     ("bit_plane_classes", classes_of((4, 3, 2, 1), 1, PAIR), 128),
     ("bit_plane_classes", classes_of((4, 2), 1, GRID), 128),
     ("bit_plane_classes", classes_of((8, 4, 3), 1, ALONE, ACTIVATION_BF16=1), 255),

@@ -63,8 +63,11 @@ def _hidden(
     for index, layer in enumerate(weights.layers):
         qkv = ops.linear(ops.rms_norm(x, layer.input_norm, eps), layer.qkv)
         x = ops.linear(attend(qkv, layer, index), layer.output, x)
-        y = ops.gated(ops.rms_norm(x, layer.mlp_norm, eps), layer.gate_up)
-        x = ops.linear(y, layer.down, x)
+        normed = ops.rms_norm(x, layer.mlp_norm, eps)
+        if layer.experts is not None:
+            x = x + ops.experts(normed, layer.experts)
+        elif layer.down is not None:
+            x = ops.linear(ops.gated(normed, layer.gate_up), layer.down, x)
     return x
 
 

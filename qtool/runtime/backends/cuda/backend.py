@@ -27,6 +27,7 @@ from qtool.runtime.backends.cuda import (
 from qtool.runtime.backends.cuda.centers import why_no_planes
 from qtool.runtime.backends.cuda.decode_ops import HEAD_DIMS, KernelOps
 from qtool.runtime.backends.cuda.driver import card_of, launch, why_not_on
+from qtool.runtime.backends.cuda.expert_products import can_capture
 from qtool.runtime.backends.cuda.fusing import HalfWeight
 from qtool.runtime.backends.cuda.int_tiles import IntTiles
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
@@ -124,6 +125,8 @@ class CudaBackend:
         if shape.dtype not in KERNEL_DTYPES:
             return DENSE.decode_ops(weights)
         if shape.head_dim not in HEAD_DIMS or why_not_on(device) is not None:
+            return None
+        if not all(can_capture(layer.experts) for layer in weights.layers if layer.experts):
             return None
         return KernelOps(launch, card_of(device.index or 0))
 
