@@ -74,7 +74,9 @@ class PlainWeight(NamedTuple):
 def plain_weights(model: nn.Module) -> dict[str, PlainWeight]:
     """Return what a model has of two dimensions and more beside linears and tables, by name."""
     linears = {*linears_of(model), *linears_of(model, transposed=True)}
-    return {
+    computed = PlainWeight("a buffer, which isn't learned", is_meant=True)
+    buffers = {name: computed for name, values in model.named_buffers() if values.dim() >= MATRIX}
+    return buffers | {
         f"{name}.{own}".lstrip("."): _why_plain(name, module, own, parameter.dim())
         for name, module in model.named_modules()
         for own, parameter in module._parameters.items()

@@ -48,6 +48,12 @@ def test_calibrated_in_3_bits(family, method, place):
     every_family.check(family, method, place)
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("family", tiny.MULTIMODAL)
+def test_whole_multimodal_models_answer_on_text(family, method, place):
+    every_family.check(family, method, place)
+
+
 @pytest.mark.parametrize("family", [name for name in RECORDED if "refused" in RECORDED[name]])
 def test_a_refusal_has_the_reason_that_is_recorded(family, place):
     assert every_family.why_not(family, "rtn", place) == RECORDED[family]["refused"]
