@@ -144,7 +144,9 @@ def why_not(family: str, method: str, place: Path) -> str | None:
     try:
         quantize(family, method, place)
     except QtoolError as error:
-        return re.sub(rf"{re.escape(str(place))}/\w+(: )?", "", str(error)).partition(". ")[0]
+        path = rf"{re.escape(str(place))}/\w+"
+        found = re.sub(path, "the model", re.sub(f"{path}: ", "", str(error)))
+        return found.partition(". ")[0]
     return None
 
 

@@ -43,7 +43,7 @@ def few(family: str):
 
 
 @pytest.mark.parametrize("method", ["gptq", "bcq"])
-@pytest.mark.parametrize("family", map(few, CALIBRATED))
+@pytest.mark.parametrize("family", [few(name) for name in CALIBRATED])
 def test_calibrated_in_3_bits(family, method, place):
     every_family.check(family, method, place)
 
