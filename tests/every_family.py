@@ -1,7 +1,7 @@
 """What must hold for every family: one tiny copy, quantized, loaded, run, saved again.
 
-`python -m tests.every_family` tries all (or those named) that transformers has, and records what is refused, and
-why: docs/compatibility.md shows it.
+`python -m tests.every_family` tries all that transformers has, or those named, and records what is
+refused, and why: docs/compatibility.md shows it.
 """
 
 import json
