@@ -98,6 +98,7 @@ def _why_plain(name: str, module: nn.Module, own: str, dimensions: int) -> Plain
         (is_convolution(module), "a convolution"),
         (is_recurrent(module), f"a parameter of a recurrence ({kind})"),
         (chooses, f"what chooses experts ({kind})"),
+        ("shared_expert" in name, "shared experts, which every token passes"),
         (TO_ENCODER.search(name), "looks at an encoder, which isn't there"),
     )
     other = (
