@@ -145,6 +145,9 @@ def open_shape(title: str) -> tuple[ModelSource, Any]:
         residual=None,
         head_is_tied=config.tie_word_embeddings,
         experts={},
+        full_names={},
+        joined={},
+        plain={},
     )
     return source, config
 

@@ -191,8 +191,7 @@ class ModelAdapter:
     blocks: str
     """Dotted name of the list of decoder blocks, such as `model.layers`."""
     linears: tuple[tuple[str, ...], ...]
-    """Linears of a block in the order of execution; a tuple holds those sharing an input. Where
-    blocks differ, those that any of them has."""
+    """Of any block, in the order of execution; a tuple holds those sharing an input."""
     embedding: str
     head: str = "lm_head"
     base_prefix: str = "model"

@@ -1,7 +1,7 @@
 """What must hold for every family: one tiny copy, quantized, loaded, run, saved again.
 
-`python -m tests.every_family` tries all that transformers has, and records what is refused, and
-why: docs/compatibility.md shows it.
+`python -m tests.every_family` tries all that transformers has, or those named, and records what is
+refused, and why: docs/compatibility.md shows it.
 """
 
 import json
@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,9 @@ def why_not(family: str, method: str, place: Path) -> str | None:
     try:
         quantize(family, method, place)
     except QtoolError as error:
-        return re.sub(rf"{re.escape(str(place))}/\w+(: )?", "", str(error)).partition(". ")[0]
+        path = rf"{re.escape(str(place))}/\w+"
+        found = re.sub(path, "the model", re.sub(f"{path}: ", "", str(error)))
+        return found.partition(". ")[0]
     return None
 
 
@@ -157,14 +159,15 @@ def has_copy(family: str) -> str | None:
     return None
 
 
-def record() -> None:
-    """Try all families and write `RECORDED`; takes a few minutes."""
-    found: dict[str, dict[str, Any]] = {}
-    for family in tiny.families():
+def record(families_to_try: Sequence[str]) -> None:
+    """Try families and write what is found into `RECORDED`; all take a few minutes."""
+    found = recorded() if RECORDED.exists() else {}
+    for family in families_to_try:
         with tempfile.TemporaryDirectory() as folder:
             found[family] = _tried(family, Path(folder))
         sys.stderr.write(f"{family} {found[family]}\n")
-    RECORDED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    ordered = {name: found[name] for name in tiny.families() if name in found}
+    RECORDED.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
 
 
 def _tried(family: str, folder: Path) -> dict[str, Any]:
@@ -184,4 +187,4 @@ def _tried(family: str, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    record()
+    record(sys.argv[1:] or tiny.families())

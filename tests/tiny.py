@@ -53,6 +53,7 @@ SMALL: Mapping[str, Any] = {
     "o_groups": 2,
     "o_lora_rank": 16,
     "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
     "swa_head_dim": 16,
     # recurrences
     "linear_num_value_heads": 4,

@@ -13,7 +13,7 @@ READ_BY_CODE = re.compile(
     r"(^|\.)(weights_proj|wg|classifier|feed_forward\.value|attention\.output)$"
 )
 """Linears whose weight a model's code reads itself: of indexers, routers, and RWKV."""
-MATRIX = 2
+FEWEST_DIMENSIONS = 2
 """Dimensions from which on a weight is worth a word."""
 ROUTER = re.compile(r"Router|Gate$|Gating|TopK")
 """Classes of what chooses experts."""
@@ -74,12 +74,18 @@ class PlainWeight(NamedTuple):
 def plain_weights(model: nn.Module) -> dict[str, PlainWeight]:
     """Return what a model has of two dimensions and more beside linears and tables, by name."""
     linears = {*linears_of(model), *linears_of(model, transposed=True)}
-    return {
+    computed = PlainWeight("a buffer, which isn't learned", is_meant=True)
+    buffers = {
+        name: computed
+        for name, values in model.named_buffers()
+        if values.dim() >= FEWEST_DIMENSIONS
+    }
+    return buffers | {
         f"{name}.{own}".lstrip("."): _why_plain(name, module, own, parameter.dim())
         for name, module in model.named_modules()
         for own, parameter in module._parameters.items()
         if parameter is not None
-        and parameter.dim() >= MATRIX
+        and parameter.dim() >= FEWEST_DIMENSIONS
         and name not in linears
         and not isinstance(module, nn.Embedding)
     }
@@ -92,10 +98,11 @@ def _why_plain(name: str, module: nn.Module, own: str, dimensions: int) -> Plain
         (is_convolution(module), "a convolution"),
         (is_recurrent(module), f"a parameter of a recurrence ({kind})"),
         (chooses, f"what chooses experts ({kind})"),
+        ("shared_expert" in name, "shared experts, which every token passes"),
         (TO_ENCODER.search(name), "looks at an encoder, which isn't there"),
     )
     other = (
-        (dimensions > MATRIX, f"of {dimensions} dimensions ({kind})"),
+        (dimensions > FEWEST_DIMENSIONS, f"of {dimensions} dimensions ({kind})"),
         (is_linear(module), "the model's own code reads it"),
         (True, f"{own} of {kind}, which qtool takes for no linear"),
     )

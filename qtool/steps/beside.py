@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from qtool.errors import ModelError
-from qtool.modeling.kinds_of_weights import MATRIX, PlainWeight
+from qtool.modeling.kinds_of_weights import FEWEST_DIMENSIONS, PlainWeight
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import Recipe, resolve
 from qtool.steps.request import section_of
@@ -60,7 +60,7 @@ def unquantized(source: ModelSource, recipe: Recipe, kept: Sequence[str]) -> dic
     linears, blocks = frozenset(source.block_linears()), frozenset(source.block_tensors())
     found = {}
     for name in kept:
-        if len(source.spec(name).shape) >= MATRIX:
+        if len(source.spec(name).shape) >= FEWEST_DIMENSIONS:
             layer = name.removesuffix(".weight")
             if layer in linears:
                 found[name] = _why_linear(source, recipe, layer)

@@ -43,8 +43,14 @@ def few(family: str):
 
 
 @pytest.mark.parametrize("method", ["gptq", "bcq"])
-@pytest.mark.parametrize("family", map(few, CALIBRATED))
+@pytest.mark.parametrize("family", [few(name) for name in CALIBRATED])
 def test_calibrated_in_3_bits(family, method, place):
+    every_family.check(family, method, place)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("family", tiny.MULTIMODAL)
+def test_whole_multimodal_models_answer_on_text(family, method, place):
     every_family.check(family, method, place)
 
 
