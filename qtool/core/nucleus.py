@@ -2,124 +2,143 @@
 
 Holtzman et al., The Curious Case of Neural Text Degeneration, 2019, arXiv 1904.09751: the likeliest
 tokens that together have the probability top_p; of tokens as likely as each other the first ones.
-Sorting finds where they end; so does a radix search: masses are summed by the upper half of a
-logit's bits, then, within the half where the nucleus ends, by the lower half. Masses are whole
-numbers, so sums don't depend on their order, on the device, or on who else is in the batch. Nothing
-waits for the device.
+Sorting finds where they end, and which of them a random number stands for; so does a search among
+the sums of the tokens that have the same logit, of which 16 bits have 65,536. Those of 32 bits are
+searched by their upper half, then, within it, by the lower. Masses are whole numbers, so sums don't
+depend on their order, on the device, or on who else is in the batch. Nothing waits for the device.
 """
+
+import functools
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 DIGIT_BITS, SUMMED_TOGETHER = 16, 256
+DIGITS = 2**DIGIT_BITS
 MASS_BITS = 44
 """The likeliest token's mass is 2 to this; 2^18 tokens as likely don't overflow."""
-BITS_OF = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 def sample_nucleus(
-    logits: Tensor, likeliest: Tensor, temperatures: Tensor, top_p: Tensor | None, draws: Tensor
+    logits: Tensor, likeliest: Tensor, temperatures: Tensor, top_p: Tensor, draws: Tensor
 ) -> Tensor:
     """Return one token of each row, drawn by the inverse of a cumulative distribution.
 
-    Tokens likelier than the least likely of the nucleus come first, by number; then those as likely
-    as it. A row with top_p of 1 or more has all tokens, by number, whatever other rows have.
+    Likelier tokens come first; of tokens as likely as each other the first ones.
 
     Args:
         logits: (rows, vocab_size) float16, bfloat16 or float32.
         likeliest: (rows,) int64, their maxima.
         temperatures: (rows, 1) float64, above 0.
-        top_p: (rows, 1) float64; None: all 1.
+        top_p: (rows, 1) float64, above 0; from 1 on all tokens.
         draws: (rows, 1) float64 in [0, 1).
 
     Returns:
         (rows,) int64.
     """
     best = logits.gather(1, likeliest[:, None])
-    masses = _masses(logits, best, temperatures)
-    total = _blocked(masses).sum((1, 2))[:, None]
-    if top_p is None:
-        found, _ = _place(masses, _share(draws, total))
-    else:
-        found = _within(_descending_keys(logits), masses, total, top_p, draws)
+    search = (_OfWhole if logits.dtype == torch.float32 else _OfHalf)(logits, best, temperatures)
+    total = search.total
+    wanted = (top_p * total.double()).ceil().long().clamp(min=1).minimum(total)
+    wanted = torch.where(top_p < 1, wanted, total)
+    _, before, each = search.find(wanted - 1)
+    end = before + -(-(wanted - before) // each) * each
+    drawn = (draws * end.double()).long().minimum(end - 1)  # the product may be rounded up
+    key, before, each = search.find(drawn)
+    alike = (search.keys == key).view(torch.uint8)
+    found, _ = _place(_Sums(alike), (drawn - before) // each)
     return found.clamp(max=logits.shape[1] - 1).squeeze(1)  # no device fails for logits of NaN
 
 
-def _within(keys: Tensor, masses: Tensor, total: Tensor, top_p: Tensor, draws: Tensor) -> Tensor:
-    """Return tokens (rows, 1) of the nuclei."""
-    wanted = (top_p * total.double()).ceil().long().clamp(min=1).minimum(total)
-    cutoff, before = _cutoff(keys, masses, wanted)
-    whole = top_p >= 1
-    cutoff = cutoff.masked_fill(whole, torch.iinfo(torch.int64).max)
-    before = torch.where(whole, total, before)
-    ties = keys == cutoff
-    each = (masses * ties).amax(1, keepdim=True)  # all have the same
-    end = before + -(-(wanted - before) // each.clamp(min=1)) * each
-    drawn = _share(draws, end)
-    is_tie = drawn >= before
-    chosen = torch.where(is_tie, ties, keys < cutoff) * masses
-    return _place(chosen, torch.where(is_tie, drawn - before, drawn))[0]
+class _OfHalf:
+    """Logits of 16 bits: tokens are counted by value."""
+
+    def __init__(self, logits: Tensor, best: Tensor, temperatures: Tensor) -> None:
+        self.keys = (logits + 0.0).view(torch.int16)  # -0.0 is 0.0
+        self._bits, values = _descending(logits.dtype, logits.device)
+        self._masses = _masses(values, best, temperatures)
+        ones = torch.ones((), dtype=torch.int32, device=logits.device).expand(logits.shape)
+        counts = torch.zeros(len(logits), DIGITS, dtype=torch.int32, device=logits.device)
+        counts.scatter_add_(1, self.keys.long() + DIGITS // 2, ones)
+        self._sums = _Sums(self._masses * counts[:, self._bits.long() + DIGITS // 2])
+        self.total = self._sums.total
+
+    def find(self, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the key of the token at which masses exceed a number, and two masses.
+
+        Of the tokens that are likelier, and of each token as likely: (rows, 1) all three.
+        """
+        place, before = _place(self._sums, number)
+        return self._bits[place], before, self._masses.gather(1, place).clamp(min=1)
 
 
-def _share(draws: Tensor, total: Tensor) -> Tensor:
-    """Return whole numbers from 0 to below the total; the product may be rounded up to it."""
-    return (draws * total.double()).long().minimum(total - 1).clamp(min=0)
+@functools.lru_cache(maxsize=8)
+def _descending(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the bits, int16, of all numbers of 16 bits, the largest first, and the numbers.
+
+    NaN is the last, as numbers that no token has.
+    """
+    with torch.inference_mode(mode=False):
+        bits = torch.arange(-(DIGITS // 2), DIGITS // 2).short()
+        values = bits.view(dtype).double()
+        values = torch.where(values.isnan(), -torch.inf, values)
+        values, order = values.sort(descending=True, stable=True)
+        return bits[order].to(device), values.to(device)
+
+
+class _OfWhole:
+    """Logits of 32 bits: masses are added by halves of the bits."""
+
+    def __init__(self, logits: Tensor, best: Tensor, temperatures: Tensor) -> None:
+        bits = (logits + 0.0).view(torch.int32)  # -0.0 is 0.0
+        self.keys = ~(bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max))  # the likeliest first
+        self._upper = (self.keys >> DIGIT_BITS).long() + DIGITS // 2
+        self._lower = (self.keys & (DIGITS - 1)).long()
+        self._masses = _masses(logits.double(), best, temperatures)
+        self._sums = _Sums(_by_digit(self._upper, self._masses))
+        self.total = self._sums.total
+
+    def find(self, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `_OfHalf.find` returns."""
+        upper, before = _place(self._sums, number)
+        inside = _by_digit(self._lower, self._masses * (self._upper == upper))
+        lower, more = _place(_Sums(inside), number - before)
+        key = ((upper - DIGITS // 2) << DIGIT_BITS) | lower
+        each = (self._masses * (self.keys == key)).amax(1, keepdim=True)  # all have the same
+        return key, before + more, each.clamp(min=1)
 
 
 def _masses(logits: Tensor, best: Tensor, temperatures: Tensor) -> Tensor:
-    """Return (rows, vocab_size) int64, in proportion to probabilities."""
-    exponents = (logits.double() - best.double()).div_(temperatures)
+    """Return whole numbers (rows, n) int64, in proportion to probabilities."""
+    exponents = (logits - best.double()).div_(temperatures)
     return exponents.exp_().mul_(2.0**MASS_BITS).long()
 
 
-def _descending_keys(logits: Tensor) -> Tensor:
-    """Return integers of the logits' width that are smaller for likelier tokens."""
-    kind = BITS_OF[logits.dtype]
-    bits = (logits + 0.0).view(kind)  # -0.0 is 0.0
-    sign = torch.iinfo(kind).bits - 1
-    return ~(bits ^ ((bits >> sign) & torch.iinfo(kind).max))
-
-
-def _cutoff(keys: Tensor, masses: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the key of the nucleus's last token, and the mass of those before it: (rows, 1)."""
-    half = 2 ** (DIGIT_BITS - 1)
-    upper = keys if keys.dtype == torch.int16 else keys >> DIGIT_BITS
-    place, before = _place(_by_digit(upper.long() + half, masses), wanted - 1)
-    first = place - half
-    if keys.dtype == torch.int16:
-        return first, before
-    inside = masses * (upper == first)
-    lower = (keys & (2**DIGIT_BITS - 1)).long()
-    place, more = _place(_by_digit(lower, inside), wanted - 1 - before)
-    return (first << DIGIT_BITS) | place, before + more
-
-
 def _by_digit(digits: Tensor, masses: Tensor) -> Tensor:
-    sums = masses.new_zeros(len(masses), 2**DIGIT_BITS)
-    return sums.scatter_add_(1, digits, masses)
+    return masses.new_zeros(len(masses), DIGITS).scatter_add_(1, digits, masses)
 
 
-def _place(masses: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where the sum from the left on exceeds a number, and the sum before: (rows, 1).
+class _Sums:
+    """Numbers of each row, and their sums by blocks: a cumulative sum of all is slow on a card."""
 
-    Sums of blocks first: a cumulative sum of a whole row is slow on a card.
-    """
-    blocks = _blocked(masses)
-    block, before = _place_of_few(blocks.sum(2), wanted)
-    rows = torch.arange(len(masses), device=masses.device)
-    within, more = _place_of_few(blocks[rows, block[:, 0]], wanted - before)
+    def __init__(self, numbers: Tensor) -> None:
+        padded = functional.pad(numbers, (0, -numbers.shape[1] % SUMMED_TOGETHER))
+        self.blocks = padded.unflatten(1, (-1, SUMMED_TOGETHER))
+        self.of_blocks = self.blocks.sum(2)
+        self.until = self.of_blocks.cumsum(1)
+        self.total = self.until[:, -1:]
+        self.rows = torch.arange(len(numbers), device=numbers.device)
+
+
+def _place(sums: _Sums, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where the sum from the left on exceeds a number, and the sum before: (rows, 1)."""
+    block, before = _place_of_few(sums.of_blocks, sums.until, wanted)
+    few = sums.blocks[sums.rows, block[:, 0]]
+    within, more = _place_of_few(few, few.cumsum(1), wanted - before)
     return block * SUMMED_TOGETHER + within, before + more
 
 
-def _place_of_few(masses: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    sums = masses.cumsum(1)
-    place = torch.searchsorted(sums, wanted, right=True).clamp(max=masses.shape[1] - 1)
-    return place, sums.gather(1, place) - masses.gather(1, place)
-
-
-def _blocked(masses: Tensor) -> Tensor:
-    """Return (rows, blocks, SUMMED_TOGETHER)."""
-    return functional.pad(masses, (0, -masses.shape[1] % SUMMED_TOGETHER)).unflatten(
-        1, (-1, SUMMED_TOGETHER)
-    )
+def _place_of_few(numbers: Tensor, until: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    place = torch.searchsorted(until, wanted, right=True).clamp(max=numbers.shape[1] - 1)
+    return place, until.gather(1, place) - numbers.gather(1, place)

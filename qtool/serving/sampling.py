@@ -51,8 +51,7 @@ def next_tokens(logits: Tensor, likeliest: Tensor, samplers: Sequence[Sampler]) 
     ]
     numbers = torch.tensor(rows, dtype=torch.float64).to(logits.device, non_blocking=True)
     temperatures, top_p, drawn, likely = numbers.split(1, dim=1)
-    nuclei = top_p if any(one.top_p < 1 for one in options) else None
-    sampled = sample_nucleus(logits, likeliest, temperatures, nuclei, drawn)
+    sampled = sample_nucleus(logits, likeliest, temperatures, top_p, drawn)
     return torch.where(likely[:, 0] > 0, likeliest, sampled)
 
 
