@@ -56,12 +56,12 @@ class _OfHalf:
 
     def __init__(self, logits: Tensor, best: Tensor, temperatures: Tensor) -> None:
         self.keys = (logits + 0.0).view(torch.int16)  # -0.0 is 0.0
-        self._bits, values = _descending(logits.dtype, logits.device)
+        self._bits, order, values, offset = _descending(logits.dtype, logits.device)
         self._masses = _masses(values, best, temperatures)
         ones = torch.ones((), dtype=torch.int32, device=logits.device).expand(logits.shape)
         counts = torch.zeros(len(logits), DIGITS, dtype=torch.int32, device=logits.device)
-        counts.scatter_add_(1, self.keys.long() + DIGITS // 2, ones)
-        self._sums = _Sums(self._masses * counts[:, self._bits.long() + DIGITS // 2])
+        counts.scatter_add_(1, self.keys + offset, ones)
+        self._sums = _Sums(self._masses * counts[:, order])
         self.total = self._sums.total
 
     def find(self, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,18 +73,21 @@ class _OfHalf:
         return self._bits[place], before, self._masses.gather(1, place).clamp(min=1)
 
 
-@functools.lru_cache(maxsize=8)
-def _descending(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the bits, int16, of all numbers of 16 bits, the largest first, and the numbers.
+@functools.cache  # graphs read them: they are never freed
+def _descending(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Return all numbers of 16 bits, the largest first: bits, their places by bits, values.
 
-    NaN is the last, as numbers that no token has.
+    And what makes a place of bits, (1,) int64.
+
+    NaN is the last, as if it were no token's.
     """
     with torch.inference_mode(mode=False):
         bits = torch.arange(-(DIGITS // 2), DIGITS // 2).short()
         values = bits.view(dtype).double()
         values = torch.where(values.isnan(), -torch.inf, values)
         values, order = values.sort(descending=True, stable=True)
-        return bits[order].to(device), values.to(device)
+        offset = torch.tensor([DIGITS // 2])
+        return tuple(part.to(device) for part in (bits[order], order, values, offset))
 
 
 class _OfWhole:
