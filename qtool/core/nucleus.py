@@ -2,10 +2,11 @@
 
 Holtzman et al., The Curious Case of Neural Text Degeneration, 2019, arXiv 1904.09751: the likeliest
 tokens that together have the probability top_p; of tokens as likely as each other the first ones.
-Sorting finds where they end, and which of them a random number stands for; so does a search among
-the sums of the tokens that have the same logit, of which 16 bits have 65,536. Those of 32 bits are
-searched by their upper half, then, within it, by the lower. Masses are whole numbers, so sums don't
-depend on their order, on the device, or on who else is in the batch. Nothing waits for the device.
+Sorting finds where they end; so does a search among sums of masses by the logits' bits. Logits of
+16 bits have 65,536 values, of which tokens are counted; those of 32 bits are searched by their
+upper half, then, within the half where the nucleus ends, by the lower. Masses are whole numbers, so
+sums don't depend on their order, on the device, or on who else is in the batch. Nothing waits for
+the device.
 """
 
 import functools
@@ -21,41 +22,61 @@ MASS_BITS = 44
 
 
 def sample_nucleus(
-    logits: Tensor, likeliest: Tensor, temperatures: Tensor, top_p: Tensor, draws: Tensor
+    logits: Tensor, likeliest: Tensor, temperatures: Tensor, top_p: Tensor | None, draws: Tensor
 ) -> Tensor:
     """Return one token of each row, drawn by the inverse of a cumulative distribution.
 
-    Likelier tokens come first; of tokens as likely as each other the first ones.
+    Of 16 bits, likelier tokens come first, then the first ones. Of 32 bits, those likelier than the
+    least likely of the nucleus come first, by number, then those as likely as it; where top_p is 1
+    or more all are in one row, by number. Other rows change nothing in either.
 
     Args:
         logits: (rows, vocab_size) float16, bfloat16 or float32.
         likeliest: (rows,) int64, their maxima.
         temperatures: (rows, 1) float64, above 0.
-        top_p: (rows, 1) float64, above 0; from 1 on all tokens.
+        top_p: (rows, 1) float64; None: all 1.
         draws: (rows, 1) float64 in [0, 1).
 
     Returns:
         (rows,) int64.
     """
     best = logits.gather(1, likeliest[:, None])
-    search = (_OfWhole if logits.dtype == torch.float32 else _OfHalf)(logits, best, temperatures)
-    total = search.total
+    logits = logits + 0.0  # -0.0 is 0.0
+    if logits.dtype == torch.float32:
+        return _by_halves(logits, _masses(logits.double(), best, temperatures), top_p, draws)
+    search = _Values(logits, best, temperatures)
+    end = search.total
+    if top_p is not None:
+        _, _, end = search.find(_wanted(top_p, search.total) - 1)
+    key, rank, _ = search.find(_share(draws, end))
+    return _place(_Sums((search.keys == key).view(torch.uint8)), rank)[0].squeeze(1)
+
+
+def _wanted(top_p: Tensor, total: Tensor) -> Tensor:
+    """Return the mass that a nucleus has at least."""
     wanted = (top_p * total.double()).ceil().long().clamp(min=1).minimum(total)
-    wanted = torch.where(top_p < 1, wanted, total)
-    _, before, each = search.find(wanted - 1)
-    end = before + -(-(wanted - before) // each) * each
-    drawn = (draws * end.double()).long().minimum(end - 1)  # the product may be rounded up
-    key, before, each = search.find(drawn)
-    alike = (search.keys == key).view(torch.uint8)
-    found, _ = _place(_Sums(alike), (drawn - before) // each)
-    return found.clamp(max=logits.shape[1] - 1).squeeze(1)  # no device fails for logits of NaN
+    return torch.where(top_p < 1, wanted, total)
 
 
-class _OfHalf:
+def _share(draws: Tensor, total: Tensor) -> Tensor:
+    """Return whole numbers from 0 to below the total; the product may be rounded up to it."""
+    return (draws * total.double()).long().minimum(total - 1)
+
+
+def _masses(logits: Tensor, best: Tensor, temperatures: Tensor) -> Tensor:
+    """Return whole numbers (rows, n) int64, in proportion to probabilities.
+
+    The best have the greatest mass also where they are infinite or NaN, so no device fails.
+    """
+    exponents = (logits - best.double()).div_(temperatures).nan_to_num_(nan=0.0)
+    return exponents.exp_().mul_(2.0**MASS_BITS).long()
+
+
+class _Values:
     """Logits of 16 bits: tokens are counted by value."""
 
     def __init__(self, logits: Tensor, best: Tensor, temperatures: Tensor) -> None:
-        self.keys = (logits + 0.0).view(torch.int16)  # -0.0 is 0.0
+        self.keys = logits.view(torch.int16)
         self._bits, order, values, offset = _descending(logits.dtype, logits.device)
         self._masses = _masses(values, best, temperatures)
         ones = torch.ones((), dtype=torch.int32, device=logits.device).expand(logits.shape)
@@ -65,12 +86,18 @@ class _OfHalf:
         self.total = self._sums.total
 
     def find(self, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the key of the token at which masses exceed a number, and two masses.
+        """Return at which token the sum of masses exceeds a number: (rows, 1) all three.
 
-        Of the tokens that are likelier, and of each token as likely: (rows, 1) all three.
+        Its key, how many as likely are before it, and the sum with it.
         """
         place, before = _place(self._sums, number)
-        return self._bits[place], before, self._masses.gather(1, place).clamp(min=1)
+        return self._bits[place], *_among(self._masses.gather(1, place), before, number)
+
+
+def _among(each: Tensor, before: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many of equal masses come before a number, and the sum with the next."""
+    rank = (number - before) // each
+    return rank, before + (rank + 1) * each
 
 
 @functools.cache  # graphs read them: they are never freed
@@ -90,32 +117,35 @@ def _descending(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         return tuple(part.to(device) for part in (bits[order], order, values, offset))
 
 
-class _OfWhole:
-    """Logits of 32 bits: masses are added by halves of the bits."""
-
-    def __init__(self, logits: Tensor, best: Tensor, temperatures: Tensor) -> None:
-        bits = (logits + 0.0).view(torch.int32)  # -0.0 is 0.0
-        self.keys = ~(bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max))  # the likeliest first
-        self._upper = (self.keys >> DIGIT_BITS).long() + DIGITS // 2
-        self._lower = (self.keys & (DIGITS - 1)).long()
-        self._masses = _masses(logits.double(), best, temperatures)
-        self._sums = _Sums(_by_digit(self._upper, self._masses))
-        self.total = self._sums.total
-
-    def find(self, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `_OfHalf.find` returns."""
-        upper, before = _place(self._sums, number)
-        inside = _by_digit(self._lower, self._masses * (self._upper == upper))
-        lower, more = _place(_Sums(inside), number - before)
-        key = ((upper - DIGITS // 2) << DIGIT_BITS) | lower
-        each = (self._masses * (self.keys == key)).amax(1, keepdim=True)  # all have the same
-        return key, before + more, each.clamp(min=1)
+def _by_halves(logits: Tensor, masses: Tensor, top_p: Tensor | None, draws: Tensor) -> Tensor:
+    """Return tokens (rows,) of logits of 32 bits."""
+    every = _Sums(masses)
+    if top_p is None:
+        return _place(every, _share(draws, every.total))[0].squeeze(1)
+    bits = logits.view(torch.int32)
+    keys = ~(bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max))  # the likeliest first
+    wanted = _wanted(top_p, every.total)
+    cutoff, before = _cutoff(keys, masses, wanted)
+    cutoff = cutoff.masked_fill(top_p >= 1, torch.iinfo(torch.int64).max)
+    before = torch.where(top_p < 1, before, every.total)
+    ties = keys == cutoff
+    each = (masses * ties).amax(1, keepdim=True).clamp(min=1)  # all have the same
+    end = before + -(-(wanted - before) // each) * each
+    drawn = _share(draws, end)
+    is_tie = drawn >= before
+    chosen = torch.where(is_tie, ties, keys < cutoff) * masses
+    return _place(_Sums(chosen), torch.where(is_tie, drawn - before, drawn))[0].squeeze(1)
 
 
-def _masses(logits: Tensor, best: Tensor, temperatures: Tensor) -> Tensor:
-    """Return whole numbers (rows, n) int64, in proportion to probabilities."""
-    exponents = (logits - best.double()).div_(temperatures)
-    return exponents.exp_().mul_(2.0**MASS_BITS).long()
+def _cutoff(keys: Tensor, masses: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the key of the nucleus's last token, and the mass of those before it: (rows, 1)."""
+    upper = keys >> DIGIT_BITS
+    place, before = _place(_Sums(_by_digit(upper.long() + DIGITS // 2, masses)), wanted - 1)
+    first = place - DIGITS // 2
+    inside = masses * (upper == first)
+    lower = (keys & (DIGITS - 1)).long()
+    place, more = _place(_Sums(_by_digit(lower, inside)), wanted - 1 - before)
+    return (first << DIGIT_BITS) | place, before + more
 
 
 def _by_digit(digits: Tensor, masses: Tensor) -> Tensor:
@@ -126,22 +156,24 @@ class _Sums:
     """Numbers of each row, and their sums by blocks: a cumulative sum of all is slow on a card."""
 
     def __init__(self, numbers: Tensor) -> None:
-        padded = functional.pad(numbers, (0, -numbers.shape[1] % SUMMED_TOGETHER))
+        short = -numbers.shape[1] % SUMMED_TOGETHER
+        padded = functional.pad(numbers, (0, short)) if short else numbers
         self.blocks = padded.unflatten(1, (-1, SUMMED_TOGETHER))
-        self.of_blocks = self.blocks.sum(2)
-        self.until = self.of_blocks.cumsum(1)
+        of_blocks = self.blocks.sum(2)
+        self.until = of_blocks.cumsum(1)
+        self.before = self.until - of_blocks
         self.total = self.until[:, -1:]
-        self.rows = torch.arange(len(numbers), device=numbers.device)
 
 
 def _place(sums: _Sums, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where the sum from the left on exceeds a number, and the sum before: (rows, 1)."""
-    block, before = _place_of_few(sums.of_blocks, sums.until, wanted)
-    few = sums.blocks[sums.rows, block[:, 0]]
-    within, more = _place_of_few(few, few.cumsum(1), wanted - before)
+    """Return where the sum from the left on exceeds a number, and the sum before: (rows, 1).
+
+    The number is from 0 to below the total.
+    """
+    block = torch.searchsorted(sums.until, wanted, right=True)
+    before = sums.before.gather(1, block)
+    few = sums.blocks.gather(1, block[:, :, None].expand(-1, -1, SUMMED_TOGETHER)).squeeze(1)
+    until = few.cumsum(1)
+    within = torch.searchsorted(until, wanted - before, right=True)
+    more = (until - few).gather(1, within)
     return block * SUMMED_TOGETHER + within, before + more
-
-
-def _place_of_few(numbers: Tensor, until: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    place = torch.searchsorted(until, wanted, right=True).clamp(max=numbers.shape[1] - 1)
-    return place, until.gather(1, place) - numbers.gather(1, place)
