@@ -45,9 +45,7 @@ def draw_tokens(logits: Tensor, likeliest: Tensor, options: Tensor) -> Tensor:
     without = on_host and not bool((options[:, 1] < 1).any())
     moved = options.to(logits.device, non_blocking=True)
     temperatures, top_p, numbers, likely = moved.split(1, dim=1)
-    sampled = sample_nucleus(
-        logits, likeliest, temperatures, None if without else top_p, numbers
-    )
+    sampled = sample_nucleus(logits, likeliest, temperatures, None if without else top_p, numbers)
     return torch.where(likely[:, 0] > 0, likeliest, sampled)
 
 
