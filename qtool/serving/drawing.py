@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class TokenDrawer:
             empty = torch.zeros(rows, logits.shape[1], dtype=logits.dtype, device=self._device)
             return _Buffers(empty, zeros, ones, zeros.clone())
 
-    def _record(self, buffers: _Buffers, rows: int, pool: tuple[int, int]) -> None:
+    def _record(self, buffers: _Buffers, rows: int, pool: Any) -> None:  # noqa: ANN401
         warm_up(lambda: buffers.draw(rows), self._device)
         graph, _ = recorded(lambda: buffers.draw(rows), self._device, pool)
         self._graphs[rows] = graph

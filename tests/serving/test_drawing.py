@@ -21,8 +21,8 @@ class Replayed:
 def drawer(request, monkeypatch):
     if request.param == "card":
         return TokenDrawer(SLOTS, torch.device("cuda", 0))
-    monkeypatch.setattr(drawing, "warm_up", lambda run, device: run())
-    monkeypatch.setattr(drawing, "recorded", lambda run, device, pool: (Replayed(run), run()))
+    monkeypatch.setattr(drawing, "warm_up", lambda run, _: run())
+    monkeypatch.setattr(drawing, "recorded", lambda run, *_: (Replayed(run), run()))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     made = TokenDrawer(SLOTS, torch.device("cpu"))
     made.on_card = True

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,9 @@ def warm_up(run: Callable[[], object], device: torch.device) -> None:
 
 
 def recorded(
-    run: Callable[[], Tensor], device: torch.device, pool: tuple[int, int] | None = None
+    run: Callable[[], Tensor],
+    device: torch.device,
+    pool: Any = None,  # noqa: ANN401
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """Return a graph of what was warmed up, and what each replay writes its result to.
 
