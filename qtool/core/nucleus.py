@@ -104,9 +104,7 @@ def _among(each: Tensor, before: Tensor, number: Tensor) -> tuple[Tensor, Tensor
 def _descending(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """Return all numbers of 16 bits, the largest first: bits, their places by bits, values.
 
-    And what makes a place of bits, (1,) int64.
-
-    NaN is the last, as if it were no token's.
+    NaN is the last, as if it were no token's. And what makes a place of bits, (1,) int64.
     """
     with torch.inference_mode(mode=False):
         bits = torch.arange(-(DIGITS // 2), DIGITS // 2).short()
