@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qtool.runtime.backends.cuda import expert_products, fusing
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import Card
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal

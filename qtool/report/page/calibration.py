@@ -10,7 +10,7 @@ from qtool.report.page.evidence import Evidence, Facts
 from qtool.report.page.parts import Absent, PageSection, PageTable, Part, Picture, Words
 
 _TITLE = "Calibration data"
-MOST_NAMED = 3
+MOST_EXPERTS_NAMED = 3
 """Starved layers of a block that are named, with the tokens that they were solved for."""
 
 
@@ -59,9 +59,13 @@ def calibration_section(evidence: Evidence) -> PageSection | Absent:
 def _experts(module: str, found: Facts) -> tuple[str, ...]:
     tokens, starved = found["tokens"], found["starved"]
     said = [f"{layer}: {chosen}" for layer, chosen in starved.items()]
-    more = f" and {len(said) - MOST_NAMED} more" if len(said) > MOST_NAMED else ""
+    more = f" and {len(said) - MOST_EXPERTS_NAMED} more" if len(said) > MOST_EXPERTS_NAMED else ""
     counts = (len(tokens), min(tokens), median_low(tokens), max(tokens))
-    return (module, *(f"{count:,}" for count in counts), ", ".join(said[:MOST_NAMED]) + more)
+    return (
+        module,
+        *(f"{count:,}" for count in counts),
+        ", ".join(said[:MOST_EXPERTS_NAMED]) + more,
+    )
 
 
 def _source(source: Facts) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qtool.runtime.backends.cuda import planes
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, KernelCall, Launch
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 from qtool.runtime.decode import torch_ops
 from qtool.runtime.decode.ops import DecodeOps
