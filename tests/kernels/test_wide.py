@@ -218,4 +218,4 @@ def test_products_on_a_card_are_those_of_the_weight_rounded_once_or_of_a_sign_tw
             linear_kernels.matmul(x, weight, driver.launch, card, kernel="wide") for _ in range(2)
         )
         assert torch.equal(y, again)
-        close(y, x, weight, twice=bits == 4 and tokens <= 64)  # noqa: PLR2004 - mirrored
+        close(y, x, weight, twice=bits == 4 and tokens <= 64)
