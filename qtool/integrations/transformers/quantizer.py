@@ -119,7 +119,7 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> Any:  # noqa: ANN401
         """Return what transformers 5 does to stored tensors: nothing to those of single experts.
 
-        Versions of 5 before 5.2x don't say of which model: it is the one that is being loaded.
+        Not every version of 5 says of which model (5.17 does not): it is the one that is being loaded.
         """
         loaded = model or (self._loading,)
         kept = experts.without_experts(weight_conversions, *loaded)
