@@ -9,12 +9,10 @@ import torch
 
 from qtool import pipeline
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.errors import ModelError
 from qtool.modeling.discover import adapter_of
 from qtool.modeling.families import families as known_families
 from qtool.modeling.families import load_adapter
 from qtool.modeling.locate import Location
-from qtool.modeling.source import open_source
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead
 from tests import families
 from tests.helpers import dequantized, recipe
@@ -155,14 +153,3 @@ def test_adapter_agrees_with_what_the_modules_say(name):
     assert (adapter.blocks, adapter.embedding) == (found.blocks, found.embedding)
     assert adapter.base_prefix == found.base_prefix
     assert sorted(sum(adapter.linears, ())) == sorted(sum(found.linears, ()))
-
-
-def test_family_whose_blocks_hold_no_linears_is_refused_with_advice():
-    with pytest.raises(ModelError, match=r"hold no linears \(Conv1D.*families/gpt2\.py"):
-        adapter_of(families.build("gpt2"), "gpt2")
-
-
-def test_experts_are_refused_with_the_reason(tmp_path):
-    families.build("qwen2_moe").save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"qwen2_moe.*experts.*limitations\.md"):
-        open_source(Location(tmp_path))

@@ -60,13 +60,9 @@ def renamed_layers(layers: Mapping[str, Any], installed: Mapping[str, str]) -> d
 
     Such a model lacks the prefix of its own part, or has more before it, and may have no head.
     """
-    targets = {name: target for target, name in installed.items() if _ends_alike(name, target)}
+    targets = {name: target for target, name in installed.items()}
     kept = [name for name in layers if name in installed.values()]
     return {targets.get(name, name): _renamed(layers[name], targets) for name in kept}
-
-
-def _ends_alike(name: str, target: str) -> bool:
-    return f".{name}".endswith(f".{target}") or f".{target}".endswith(f".{name}")
 
 
 def _renamed(entry: Mapping[str, Any], targets: Mapping[str, str]) -> dict[str, Any]:
