@@ -2,6 +2,8 @@
    and positions, and they wait for one another where one needs what another has made. */
 #include "decode.h"
 
+#include <time.h>
+
 #include "attention.h"
 #include "product.h"
 
@@ -28,7 +30,23 @@ typedef struct {
     qt_team *team;
     int64_t thread, threads;
     float *own;
+    double since; /* when the span that runs began */
 } qt_worker;
+
+static double now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+/* A span has ended, and the next one begins. */
+static void told(qt_worker *w, int span) {
+    double *seconds = w->step->state->seconds;
+    if (!seconds || w->thread > 0) return;
+    double time = now();
+    seconds[span] += time - w->since;
+    w->since = time;
+}
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -181,18 +199,24 @@ static void gate(const qt_worker *w) {
     wait_for_all(w);
 }
 
-static void run_layer(const qt_worker *w, int64_t index) {
+static void run_layer(qt_worker *w, int64_t index) {
     const qt_layer *layer = w->step->decoder->layers + index;
     const qt_room *room = &w->step->room;
     normalized(w, layer->input_norm, w->own);
     multiply(w, w->own, &layer->qkv, room->qkv, 0);
+    told(w, QT_QKV);
     attend(w, layer, index);
+    told(w, QT_ATTEND);
     merge(w, w->own);
     multiply(w, w->own, &layer->output, room->x, 1);
+    told(w, QT_OUTPUT);
     normalized(w, layer->mlp_norm, w->own);
     multiply(w, w->own, &layer->gate_up, room->gate_up, 0);
+    told(w, QT_GATE_UP);
     gate(w);
+    told(w, QT_GATE);
     multiply(w, room->inner, &layer->down, room->x, 1);
+    told(w, QT_DOWN);
 }
 
 /* The likeliest tokens become the next ones. */
@@ -226,14 +250,18 @@ static void choose(const qt_worker *w) {
 static void work(void *argument, qt_team *team, int64_t thread, int64_t threads) {
     const qt_step *step = argument;
     const qt_decoder *d = step->decoder;
-    qt_worker worker = {step, team, thread, threads, step->room.own + thread * step->room.own_floats};
+    qt_worker worker = {step, team, thread, threads, step->room.own + thread * step->room.own_floats, 0};
+    if (step->state->seconds && thread == 0) worker.since = now();
     for (int64_t b = thread; b < step->state->batch; b += threads)
         qt_row(&d->embedding.parts[0], step->state->tokens[b], step->room.x + b * d->hidden);
     wait_for_all(&worker);
+    told(&worker, QT_EMBED);
     for (int64_t index = 0; index < d->num_layers; index++) run_layer(&worker, index);
     normalized(&worker, d->final_norm, worker.own);
     multiply(&worker, worker.own, &d->head, step->state->logits, 0);
+    told(&worker, QT_HEAD);
     choose(&worker);
+    told(&worker, QT_CHOOSE);
 }
 
 void qt_decode_step(const qt_decoder *decoder, const qt_state *state, int64_t threads) {

@@ -34,6 +34,9 @@ typedef struct {
     qt_projections embedding, head;
 } qt_decoder;
 
+/* What the time of a step is told of, in the order in which `seconds` has them. */
+enum { QT_EMBED, QT_QKV, QT_ATTEND, QT_OUTPUT, QT_GATE_UP, QT_GATE, QT_DOWN, QT_HEAD, QT_CHOOSE, QT_NUM_SPANS };
+
 /* Where a batch of sequences stands; `DecodeState` says what each buffer is. */
 typedef struct {
     int64_t batch, max_length, cache_dtype;
@@ -46,6 +49,7 @@ typedef struct {
     int32_t *steps;
     float *logits; /* (batch, vocab): what a step returns */
     char *room;    /* qt_decode_room bytes, aligned to 64 */
+    double *seconds; /* (QT_NUM_SPANS) to add the time of each span to, or NULL */
 } qt_state;
 
 /* Bytes of `room` for steps by that many threads. */

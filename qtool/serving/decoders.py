@@ -50,12 +50,15 @@ class SlotDecoder(Protocol):
 
 
 class RunnerDecoder:
-    """The decode runner: one graph for all sequences."""
+    """The decode runner: one graph, or call, for all sequences."""
 
-    lookahead, prefill_tokens = 1, 8192
+    prefill_tokens = 8192
 
     def __init__(self, runner: SlotRunner) -> None:
         self._runner, self.slots, self.max_length = runner, runner.slots, runner.max_length
+        self.lookahead = int(
+            runner.device.type == "cuda"
+        )  # elsewhere a step ends before it returns
 
     @property
     def device(self) -> torch.device:

@@ -1,5 +1,6 @@
 """What a decoding step is made of: the operations, and the buffers they read and write."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,6 +62,15 @@ class DecodeOps(Protocol):
         self, shape: DecoderShape, batch: int, max_length: int, device: torch.device
     ) -> Tensor | None:
         """Return zeros for what `attend` shares among blocks, if it needs that."""
+
+    def whole_step(
+        self, weights: DecoderWeights, state: DecodeState
+    ) -> Callable[[], Tensor] | None:
+        """Return one call that is a step over these buffers, `choose` and all; None: there is none.
+
+        It returns logits (batch, vocab_size), in float32 or the dtype of the weights, which the
+        next call overwrites.
+        """
 
 
 def new_state(

@@ -1,12 +1,20 @@
 """The operations of a decoding step in plain torch: their definition, and what a CPU runs."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from qtool.core.layout import side_by_side
 from qtool.runtime.decode.ops import DecodeOps, DecodeState
-from qtool.runtime.decode.weights import DecoderLayer, DecoderShape, Projection, Projections
+from qtool.runtime.decode.weights import (
+    DecoderLayer,
+    DecoderShape,
+    DecoderWeights,
+    Projection,
+    Projections,
+)
 
 
 class TorchOps:
@@ -62,6 +70,13 @@ class TorchOps:
     ) -> Tensor | None:
         """Return None: nothing is shared."""
         del shape, batch, max_length, device
+        return None
+
+    def whole_step(
+        self, weights: DecoderWeights, state: DecodeState
+    ) -> Callable[[], Tensor] | None:
+        """Return None: a step is the operations one by one."""
+        del weights, state
         return None
 
 

@@ -1,7 +1,8 @@
 """A whole decoding step as one call into the library: weights and buffers as it wants them."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ctypes import Structure, c_double, c_int64, c_void_p
 from typing import Any, ClassVar
 
@@ -13,16 +14,16 @@ from qtool.runtime.decode.weights import DecoderLayer, DecoderWeights, Projectio
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Of dense weights and caches, by their number in the library."""
+SPANS = ("embed", "qkv", "attend", "output", "gate_up", "gate", "down", "head", "choose")
+"""Parts of a step, in the order in which the library has their times."""
 MOST_PARTS = 3
 ALIGNMENT = 64
-
-Fields = ClassVar[list[tuple[str, Any]]]
 
 
 class ProjectionText(Structure):
     """`qt_projection`."""
 
-    _fields_: Fields = [
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
         *((name, c_int64) for name in ("rows", "inputs")),
         *((name, c_void_p) for name in ("packed", "dense")),
         ("dtype", c_int64),
@@ -32,7 +33,10 @@ class ProjectionText(Structure):
 class ProjectionsText(Structure):
     """`qt_projections`."""
 
-    _fields_: Fields = [("count", c_int64), ("parts", ProjectionText * MOST_PARTS)]
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("count", c_int64),
+        ("parts", ProjectionText * MOST_PARTS),
+    ]
 
 
 NORMS = ("input_norm", "qkv_bias", "query_norm", "key_norm", "mlp_norm")
@@ -42,7 +46,7 @@ LINEARS = ("qkv", "output", "gate_up", "down")
 class LayerText(Structure):
     """`qt_layer`."""
 
-    _fields_: Fields = [
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
         *((name, c_void_p) for name in NORMS),
         *((name, ProjectionsText) for name in LINEARS),
     ]
@@ -51,7 +55,7 @@ class LayerText(Structure):
 class DecoderText(Structure):
     """`qt_decoder`."""
 
-    _fields_: Fields = [
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
         *((name, c_int64) for name in ("num_layers", "hidden", "num_heads", "num_kv_heads")),
         *((name, c_int64) for name in ("head_dim", "intermediate", "vocab")),
         *((name, c_double) for name in ("norm_eps", "attention_scale")),
@@ -63,11 +67,11 @@ class DecoderText(Structure):
 class StateText(Structure):
     """`qt_state`."""
 
-    _fields_: Fields = [
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
         *((name, c_int64) for name in ("batch", "max_length", "cache_dtype")),
         *((name, c_int64) for name in ("layer_stride", "sequence_stride", "history_stride")),
         *((name, c_void_p) for name in ("keys", "values", "rotary", "tokens", "positions")),
-        *((name, c_void_p) for name in ("history", "steps", "logits", "room")),
+        *((name, c_void_p) for name in ("history", "steps", "logits", "room", "seconds")),
     ]
 
 
@@ -170,6 +174,17 @@ class NativeStep:
         decoder, state = ctypes.byref(self._table.text), ctypes.byref(self._text)
         self._library.qt_decode_step(decoder, state, threads)
         return self._logits
+
+    @contextmanager
+    def timed(self) -> Iterator[dict[str, float]]:
+        """Sum up the seconds of each of SPANS; the dictionary is filled when the block ends."""
+        seconds, found = torch.zeros(len(SPANS), dtype=torch.float64), dict[str, float]()
+        self._text.seconds = seconds.data_ptr()
+        try:
+            yield found
+        finally:
+            self._text.seconds = None
+            found.update(zip(SPANS, seconds.tolist(), strict=True))
 
     def _make_room(self, threads: int) -> None:
         decoder = ctypes.byref(self._table.text)

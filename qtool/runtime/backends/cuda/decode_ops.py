@@ -1,5 +1,6 @@
 """The operations of a decoding step by the kernels; what launches is passed in."""
 
+from collections.abc import Callable
 from math import e, log2
 
 import torch
@@ -13,7 +14,13 @@ from qtool.runtime.backends.cuda.mixed import MixedWeight, gather_mixed, multipl
 from qtool.runtime.backends.cuda.ordered import OrderedWeight
 from qtool.runtime.decode import torch_ops
 from qtool.runtime.decode.ops import DecodeState
-from qtool.runtime.decode.weights import DecoderLayer, DecoderShape, Projection, Projections
+from qtool.runtime.decode.weights import (
+    DecoderLayer,
+    DecoderShape,
+    DecoderWeights,
+    Projection,
+    Projections,
+)
 
 GREEDY_THREADS = 1024
 MOST_NORM_THREADS = 1024
@@ -122,6 +129,13 @@ class KernelOps:
         splits = splits_for(self._card, rows * batch, max_length)
         size = (batch, rows, splits, heads * (shape.head_dim + 2))
         return torch.zeros(size, dtype=torch.int64, device=device)
+
+    def whole_step(
+        self, weights: DecoderWeights, state: DecodeState
+    ) -> Callable[[], Tensor] | None:
+        """Return None: a step is a graph of the operations."""
+        del weights, state
+        return None
 
 
 def heads_per_block(group: int, head_dim: int) -> int:
