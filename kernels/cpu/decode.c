@@ -13,7 +13,8 @@ typedef struct {
     qt_part *parts;            /* (threads, batch, heads) */
     float *sums;               /* (threads, batch, heads, head_dim) */
     float *own;                /* (threads, own_floats): what one thread alone sees */
-    char *tables;              /* of the input of the projections that run */
+    char *tables;              /* of the input of the projections that run, where they are shared */
+    char *own_tables;          /* (threads, QT_OWN_TABLES) */
     int64_t *best;             /* (threads, batch) */
     float *best_logits;
     int64_t own_floats, num_bytes;
@@ -62,6 +63,23 @@ static int64_t rows_of(const qt_projections *all) {
     return rows;
 }
 
+static int64_t table_bytes(const qt_projections *all) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < all->count; i++)
+        if (all->parts[i].packed) most = larger(most, qt_table_bytes(all->parts[i].packed));
+    return most;
+}
+
+static int64_t most_table_bytes(const qt_decoder *d) {
+    int64_t most = table_bytes(&d->head);
+    for (int64_t i = 0; i < d->num_layers; i++) {
+        const qt_layer *layer = d->layers + i;
+        most = larger(most, larger(table_bytes(&layer->qkv), table_bytes(&layer->output)));
+        most = larger(most, larger(table_bytes(&layer->gate_up), table_bytes(&layer->down)));
+    }
+    return most;
+}
+
 static qt_room cut_room(const qt_decoder *d, int64_t batch, int64_t threads, char *base) {
     qt_room room;
     int64_t used = 0, heads = d->num_heads * d->head_dim;
@@ -76,7 +94,8 @@ static qt_room cut_room(const qt_decoder *d, int64_t batch, int64_t threads, cha
     room.parts = (qt_part *)take(base, &used, each * (int64_t)sizeof(qt_part));
     room.sums = (float *)take(base, &used, each * d->head_dim * 4);
     room.own = (float *)take(base, &used, threads * room.own_floats * 4);
-    room.tables = take(base, &used, qt_input_bytes(widest, batch));
+    room.tables = take(base, &used, batch * most_table_bytes(d));
+    room.own_tables = take(base, &used, threads * QT_OWN_TABLES);
     room.best = (int64_t *)take(base, &used, threads * batch * 8);
     room.best_logits = (float *)take(base, &used, threads * batch * 4);
     room.num_bytes = used;
@@ -95,17 +114,39 @@ static void share(const qt_worker *w, int64_t count, int64_t *begin, int64_t *en
     *end = count * (w->thread + 1) / w->threads;
 }
 
+/* Tables of x (batch, inputs): a thread's own, or, where these are much work, shared ones. */
+static const char *make_tables(const qt_worker *w, const qt_planes *weight, const float *x) {
+    int64_t batch = w->step->state->batch, apart = qt_table_bytes(weight), first = 0, step = 1;
+    int is_shared = batch * apart > QT_OWN_TABLES;
+    char *place = is_shared ? w->step->room.tables : w->step->room.own_tables + w->thread * QT_OWN_TABLES;
+    if (is_shared) {
+        wait_for_all(w); /* others may still read what is there */
+        first = w->thread, step = w->threads;
+    }
+    for (int64_t b = first; b < batch; b += step)
+        qt_make_tables(weight, x + b * weight->inputs, place + b * apart);
+    if (is_shared) wait_for_all(w);
+    return place;
+}
+
 /* y (batch, rows of all) = x (batch, inputs) @ W.T, added to y if `add`; all threads have the same
    numbers in x. Afterwards all threads have come here. */
 static void multiply(const qt_worker *w, const float *x, const qt_projections *all, float *y, int add) {
-    int64_t batch = w->step->state->batch, stride = rows_of(all);
-    qt_input input = {x, w->step->room.tables, all->parts[0].inputs, batch};
-    if (qt_input_is_shared(all->parts, all->count)) {
-        qt_input_make(&input, w->thread, w->threads);
-        wait_for_all(w);
+    int64_t batch = w->step->state->batch, stride = rows_of(all), begin, end, grouped = 0;
+    const char *tables = NULL;
+    for (int64_t i = 0; i < all->count; y += all->parts[i].rows, i++) {
+        const qt_projection *part = &all->parts[i];
+        const qt_planes *planes = part->packed;
+        if (!planes) {
+            share(w, part->rows, &begin, &end);
+            qt_multiply_dense(part, x, batch, y, stride, add, begin, end);
+            continue;
+        }
+        if (planes->group_size != grouped) tables = make_tables(w, planes, x);
+        grouped = planes->group_size;
+        share(w, (part->rows + QT_TILE_ROWS - 1) / QT_TILE_ROWS, &begin, &end);
+        qt_multiply_planes(planes, tables, qt_table_bytes(planes), batch, y, stride, add, begin, end);
     }
-    for (int64_t i = 0; i < all->count; y += all->parts[i].rows, i++)
-        qt_multiply(&input, &all->parts[i], y, stride, add, w->thread, w->threads);
     wait_for_all(w);
 }
 
@@ -262,6 +303,25 @@ static void work(void *argument, qt_team *team, int64_t thread, int64_t threads)
     told(&worker, QT_HEAD);
     choose(&worker);
     told(&worker, QT_CHOOSE);
+}
+
+int64_t qt_planes_size(qt_planes *w) {
+    w->num_groups = (w->inputs + w->group_size - 1) / w->group_size;
+    w->chunks = (w->group_size + QT_CHUNK - 1) / QT_CHUNK;
+    w->tile_bytes = 0;
+    for (int64_t g = 0; g < w->num_groups; g++)
+        w->tile_bytes += qt_bytes_of_group(w, qt_group_chunks(w, g));
+    return (w->rows + QT_TILE_ROWS - 1) / QT_TILE_ROWS * w->tile_bytes;
+}
+
+void qt_planes_pack(const qt_planes *w, const uint32_t *bit_planes, const uint16_t *scales,
+                    const uint16_t *offsets) {
+    int64_t tiles = (w->rows + QT_TILE_ROWS - 1) / QT_TILE_ROWS;
+    qt_pack_tiles(w, bit_planes, scales, offsets, 0, tiles, (uint8_t *)w->stream);
+}
+
+void qt_planes_rows(const qt_planes *w, const int64_t *rows, int64_t count, float *y) {
+    for (int64_t i = 0; i < count; i++) qt_planes_row(w, rows[i], y + i * w->inputs);
 }
 
 void qt_decode_step(const qt_decoder *decoder, const qt_state *state, int64_t threads) {

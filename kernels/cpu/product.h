@@ -1,24 +1,13 @@
-/* Products of a decoding step: packed weights by `linear.h`, dense ones by dot products. */
+/* Products of a decoding step: weights of planes by tables, dense ones by dot products. */
 #ifndef QT_PRODUCT_H
 #define QT_PRODUCT_H
 
 #include "decode.h"
+#include "planes.h"
 #include "team.h"
-#include "vectors.h"
 
-#define QT_ROWS 4 /* of a dense weight that read x together */
-
-typedef struct {
-    const float *x; /* (batch, inputs) */
-    char *tables;
-    int64_t inputs, batch;
-} qt_input;
-
-static int64_t qt_input_bytes(int64_t inputs, int64_t batch) { (void)inputs; (void)batch; return 64; }
-static int qt_input_is_shared(const qt_projection *parts, int64_t count) { (void)parts; (void)count; return 0; }
-static void qt_input_make(const qt_input *input, int64_t thread, int64_t threads) {
-    (void)input; (void)thread; (void)threads;
-}
+#define QT_MOST_TOKENS 4  /* that read a tile together */
+#define QT_OWN_TABLES 65536 /* bytes of tables that each thread sooner makes than waits for */
 
 QT_INLINE float qt_dot_with(const void *row, qt_dtype dtype, const float *x, int64_t n) {
     if (dtype == QT_FLOAT32) return qt_dot(row, x, n);
@@ -31,26 +20,59 @@ QT_INLINE float qt_dot_with(const void *row, qt_dtype dtype, const float *x, int
     return total;
 }
 
-static void qt_multiply_dense(const qt_input *in, const qt_projection *w, float *y, int64_t stride,
-                              int add, int64_t begin, int64_t end) {
+/* Rows begin .. end - 1 of a dense weight times x (batch, inputs). */
+static void qt_multiply_dense(const qt_projection *w, const float *x, int64_t batch, float *y,
+                              int64_t stride, int add, int64_t begin, int64_t end) {
     int64_t item = w->dtype == QT_FLOAT32 ? 4 : 2;
     for (int64_t row = begin; row < end; row++) {
         const char *weights = (const char *)w->dense + row * w->inputs * item;
-        for (int64_t b = 0; b < in->batch; b++) {
-            float value = qt_dot_with(weights, (qt_dtype)w->dtype, in->x + b * w->inputs, w->inputs);
+        for (int64_t b = 0; b < batch; b++) {
+            float value = qt_dot_with(weights, (qt_dtype)w->dtype, x + b * w->inputs, w->inputs);
             y[b * stride + row] = add ? y[b * stride + row] + value : value;
         }
     }
 }
 
-static void qt_multiply(const qt_input *in, const qt_projection *w, float *y, int64_t stride, int add,
-                        int64_t thread, int64_t threads) {
-    qt_multiply_dense(in, w, y, stride, add, w->rows * thread / threads, w->rows * (thread + 1) / threads);
+QT_INLINE void qt_put_tile(const qt_floats (*tile)[2], int64_t count, int64_t batch, float *y,
+                           int64_t stride, int add) {
+    for (int64_t b = 0; b < batch; b++) {
+        float values[QT_TILE_ROWS], *row = y + b * stride;
+        qt_store(values, tile[b][0]), qt_store(values + QT_LANES, tile[b][1]);
+        for (int64_t i = 0; i < count; i++) row[i] = add ? row[i] + values[i] : values[i];
+    }
 }
 
+/* Tiles begin .. end - 1 of a weight of planes, by tables `apart` bytes apart. */
+static void qt_multiply_planes(const qt_planes *w, const char *place, int64_t apart, int64_t batch,
+                               float *y, int64_t stride, int add, int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; tile++) {
+        const uint8_t *stream = w->stream + tile * w->tile_bytes;
+        int64_t row = tile * QT_TILE_ROWS, left = w->rows - row;
+        int64_t count = left < QT_TILE_ROWS ? left : QT_TILE_ROWS;
+        for (int64_t b = 0; b < batch;) {
+            qt_tables tables[QT_MOST_TOKENS];
+            qt_floats values[QT_MOST_TOKENS][2];
+            int64_t tokens = batch - b >= 4 ? 4 : batch - b >= 2 ? 2 : 1;
+            for (int64_t i = 0; i < tokens; i++) tables[i] = qt_tables_at(w, place + (b + i) * apart);
+            if (tokens == 1)
+                qt_multiply_tile(w, stream, tables, 1, values);
+            else if (tokens == 2)
+                qt_multiply_tile(w, stream, tables, 2, values);
+            else
+                qt_multiply_tile(w, stream, tables, 4, values);
+            qt_put_tile(values, count, tokens, y + b * stride + row, stride, add);
+            b += tokens;
+        }
+    }
+}
+
+/* Row `row` of a weight, (inputs) floats. */
 static void qt_row(const qt_projection *w, int64_t row, float *y) {
     int64_t item = w->dtype == QT_FLOAT32 ? 4 : 2;
-    qt_widen((const char *)w->dense + row * w->inputs * item, (qt_dtype)w->dtype, w->inputs, y);
+    if (w->packed)
+        qt_planes_row(w->packed, row, y);
+    else
+        qt_widen((const char *)w->dense + row * w->inputs * item, (qt_dtype)w->dtype, w->inputs, y);
 }
 
 #endif
