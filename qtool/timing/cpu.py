@@ -22,7 +22,7 @@ class CpuProtocol:
 
     prompt_tokens: int = 512
     context_tokens: int = 16
-    decode_tokens: int = 64
+    decode_tokens: int = 32
     repeats: int = 3
     """That count; one more warms up."""
 
