@@ -183,11 +183,10 @@ static void store_new(const qt_worker *w, const qt_layer *layer, int64_t index, 
     }
 }
 
-/* Whose positions begin .. end - 1 of a sequence are: whole tiles, the last thread has the last. */
+/* Which positions begin .. end - 1 of a sequence are this thread's, in runs of 16. */
 static void positions_of(const qt_worker *w, int64_t count, int64_t *begin, int64_t *end) {
-    int64_t tiles = (count + QT_TILE - 1) / QT_TILE;
-    share(w, tiles, begin, end);
-    *begin *= QT_TILE, *end *= QT_TILE;
+    share(w, (count + QT_LANES - 1) / QT_LANES, begin, end);
+    *begin *= QT_LANES, *end *= QT_LANES;
     if (*end > count) *end = count;
 }
 

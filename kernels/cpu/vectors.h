@@ -5,6 +5,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #define QT_LANES 16
 typedef float qt_floats __attribute__((vector_size(64)));
@@ -23,11 +26,22 @@ QT_INLINE qt_floats qt_all(float value) { return value - (qt_floats){0}; }
 
 /* The sum of all lanes. */
 QT_INLINE float qt_sum(qt_floats v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX__)
+    float wide[QT_LANES];
+    memcpy(wide, &v, sizeof v);
+    __m256 eight = _mm256_add_ps(_mm256_loadu_ps(wide), _mm256_loadu_ps(wide + 8));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+#else
     float parts[QT_LANES];
     memcpy(parts, &v, sizeof v);
     for (int half = QT_LANES / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++) parts[i] += parts[i + half];
     return parts[0];
+#endif
 }
 
 /* exp(x), relative error below 2e-7; x below -87 gives what is next to nothing, above 88 a lot. */

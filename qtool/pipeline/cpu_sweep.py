@@ -11,7 +11,7 @@ from qtool.modeling.device import default_device, free_memory
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location
 from qtool.timing.cpu import CpuBench, CpuResult, CpuSpans, CpuSpeed, protocol_for
-from qtool.timing.llama_cpp import python_with_llama, time_gguf
+from qtool.timing.gguf_peers import python_with_llama, time_gguf
 from qtool.timing.processor import describe_processor, thread_counts, usable_cores
 
 

@@ -8,7 +8,7 @@ import torch
 from qtool.errors import BackendError
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
-from qtool.timing import llama_cpp
+from qtool.timing import gguf_peers
 from qtool.timing.cpu import CpuBench, CpuProtocol, protocol_for
 from qtool.timing.processor import (
     Processor,
@@ -88,7 +88,7 @@ def fake_python(tmp_path, decode: int) -> str:
 
 def test_a_gguf_file_is_timed_by_another_python(tmp_path):
     path = tmp_path / "m.gguf"
-    speeds = llama_cpp.time_gguf(path, fake_python(tmp_path, 0), BENCH)
+    speeds = gguf_peers.time_gguf(path, fake_python(tmp_path, 0), BENCH)
     assert [(one.name, one.by, one.threads) for one in speeds] == [
         ("m.gguf", "llama.cpp, 0.0.7", threads) for threads in (1, 2)
     ]
@@ -97,13 +97,13 @@ def test_a_gguf_file_is_timed_by_another_python(tmp_path):
 
 def test_what_llama_cpp_says_last_is_told(tmp_path):
     with pytest.raises(BackendError, match=r"doesn't run .*m.gguf: llama.cpp can't decode"):
-        llama_cpp.time_gguf(tmp_path / "m.gguf", fake_python(tmp_path, 1), BENCH)
+        gguf_peers.time_gguf(tmp_path / "m.gguf", fake_python(tmp_path, 1), BENCH)
     with pytest.raises(BackendError, match="can't be run by"):
-        llama_cpp.time_gguf(tmp_path / "m.gguf", str(tmp_path / "absent"), BENCH)
+        gguf_peers.time_gguf(tmp_path / "m.gguf", str(tmp_path / "absent"), BENCH)
 
 
 def test_without_llama_cpp_an_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(llama_cpp, "MODULE", "no_such_module")
+    monkeypatch.setattr(gguf_peers, "MODULE", "no_such_module")
     with pytest.raises(BackendError, match=r"pip install llama-cpp-python.*--llama-python"):
-        llama_cpp.python_with_llama(None)
-    assert llama_cpp.python_with_llama("other") == "other"
+        gguf_peers.python_with_llama(None)
+    assert gguf_peers.python_with_llama("other") == "other"

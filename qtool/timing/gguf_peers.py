@@ -42,7 +42,8 @@ def time_gguf(path: Path, python: str, bench: CpuBench) -> list[CpuSpeed]:
     """
     protocol, threads = bench.protocol, list(bench.processor.read_bandwidth)
     numbers = (protocol.prompt_tokens, protocol.context_tokens, protocol.decode_tokens)
-    program = [python, str(Path(llama_cpp_child.__file__)), str(path)]
+    text = Path(llama_cpp_child.__file__).read_text(encoding="utf-8")  # -c: nothing shadows imports
+    program = [python, "-c", text, str(path)]
     arguments = [",".join(map(str, threads)), *map(str, numbers), str(protocol.repeats)]
     told = _run([*program, *arguments], path)
     size = int(told["weight_bytes"])
