@@ -50,6 +50,8 @@ QT_INLINE int64_t qt_bytes_of_group(const qt_planes *w, int64_t chunks) {
     return w->num_bits * chunks * 2 * QT_BLOCK + (w->num_bits + 1) * QT_TILE_ROWS * 2;
 }
 
+QT_INLINE int64_t qt_tiles(const qt_planes *w) { return (w->rows + QT_TILE_ROWS - 1) / QT_TILE_ROWS; }
+
 /* Bytes of the tables of one input vector, a multiple of 64. */
 QT_INLINE int64_t qt_table_bytes(const qt_planes *w) {
     return qt_all_chunks(w) * QT_CHUNK_TABLE + (w->num_groups * 8 + 63) / 64 * 64;
@@ -77,12 +79,12 @@ QT_INLINE void qt_make_set(const float *x, float inverse, int8_t *lower) {
     memcpy(lower + 64, &high, 16);
 }
 
-/* Tables of x (inputs) for a weight's groups. */
-QT_INLINE void qt_make_tables(const qt_planes *w, const float *x, char *place) {
+/* Tables of x (inputs) for a weight's groups begin .. end - 1. */
+QT_INLINE void qt_make_tables(const qt_planes *w, const float *x, int64_t begin, int64_t end, char *place) {
     qt_tables tables = qt_tables_at(w, place);
-    int8_t *entries = (int8_t *)place;
+    int8_t *entries = (int8_t *)place + begin * w->chunks * QT_CHUNK_TABLE;
     float *scales = (float *)tables.scales, *sums = (float *)tables.sums;
-    for (int64_t g = 0; g < w->num_groups; g++) {
+    for (int64_t g = begin; g < end; g++) {
         int64_t count = qt_group_inputs(w, g), chunks = qt_group_chunks(w, g);
         const float *inputs = x + g * w->group_size;
         float filled[QT_CHUNK], most = 0.0f, sum = 0.0f;
@@ -202,7 +204,7 @@ QT_INLINE void qt_multiply_tile(const qt_planes *w, const uint8_t *stream, const
 
    bit_planes (num_bits, rows, words) of 32 signs; scales (num_bits, rows, groups) and offsets (rows,
    groups), or NULL, float16. */
-static void qt_pack_tiles(const qt_planes *w, const uint32_t *bit_planes, const uint16_t *scales,
+static inline void qt_pack_tiles(const qt_planes *w, const uint32_t *bit_planes, const uint16_t *scales,
                           const uint16_t *offsets, int64_t begin, int64_t end, uint8_t *stream) {
     int64_t words = (w->inputs + 31) / 32, groups = w->num_groups;
     memset(stream + begin * w->tile_bytes, 0, (size_t)((end - begin) * w->tile_bytes));
