@@ -66,7 +66,9 @@ class RunnerDecoder:
         return self._runner.device
 
     def prepare(self) -> None:
-        """Record the steps, and compile what prompts of usual lengths need."""
+        """Record the steps, and compile what prompts of usual lengths need, on a card."""
+        if self.device.type != "cuda":
+            return
         self._runner.prepare()
         for length in WARM_LENGTHS:
             if length < self.max_length:

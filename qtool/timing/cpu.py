@@ -8,13 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qtool.integrations.transformers.generate import runner_for
-from qtool.integrations.transformers.sampling import SharedRunner
 from qtool.modeling.load import LoadedModel
 from qtool.runtime.backends.cpu.decode_step import NativeStep
-from qtool.runtime.decode.runner import DecodeRunner
-from qtool.timing.cpu_runs import ForwardRuns, RunnerRuns, Runs, span_bytes
 from qtool.timing.processor import Processor, num_threads
+from qtool.timing.runs import RunnerRuns, Runs, runs_of, span_bytes
 from qtool.timing.synthetic import generator_on
 from qtool.timing.timing import time_tokens
 
@@ -25,7 +22,7 @@ class CpuProtocol:
 
     prompt_tokens: int = 512
     context_tokens: int = 16
-    decode_tokens: int = 64
+    decode_tokens: int = 32
     repeats: int = 3
     """That count; one more warms up."""
 
@@ -131,12 +128,9 @@ class CpuBench:
         return CpuSpan(name, 1e6 * each, size, share if name in sizes else None)
 
     def _runs(self, loaded: LoadedModel) -> Runs:
-        decoder, protocol = runner_for(loaded.model), self.protocol
-        if not isinstance(decoder, SharedRunner):
-            return ForwardRuns(loaded, protocol.decode_tokens)
+        protocol = self.protocol
         room = max(protocol.prompt_tokens, protocol.context_tokens + protocol.decode_tokens)
-        runner = DecodeRunner(decoder.weights, decoder.ops, max_length=room)
-        return RunnerRuns(runner, "qtool", protocol.decode_tokens)
+        return runs_of(loaded, protocol.decode_tokens, room=room)
 
     def _speed(self, runs: Runs, name: str, prompts: Sequence[Tensor], threads: int) -> CpuSpeed:
         protocol, bandwidth = self.protocol, self.processor.read_bandwidth[threads]

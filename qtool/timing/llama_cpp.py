@@ -74,6 +74,6 @@ def _run(command: list[str], path: Path) -> dict[str, Any]:
         raise BackendError(f"llama.cpp can't be run by {shown(command[0])}: {error}") from error
     if done.returncode != 0:
         lines = (done.stderr.strip() or "no message").splitlines()
-        raise BackendError(f"llama.cpp doesn't run {shown(path)}: {shown(lines[-1])}.")
+        raise BackendError(f"llama.cpp doesn't run {shown(str(path))}: {shown(lines[-1])}.")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result

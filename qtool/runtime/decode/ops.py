@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,8 +91,8 @@ def new_state(
     shape, device = weights.shape, weights.final_norm.device
     size = (len(weights.layers), batch, shape.num_key_value_heads, max_length, shape.head_dim)
     return DecodeState(
-        keys=torch.zeros(size, dtype=shape.dtype, device=device),
-        values=torch.zeros(size, dtype=shape.dtype, device=device),
+        keys=_cache(size, shape.dtype, device),
+        values=_cache(size, shape.dtype, device),
         rotary=rotary_table(weights, max_length),
         tokens=torch.zeros(batch, dtype=torch.int64, device=device),
         positions=torch.zeros(batch, dtype=torch.int32, device=device),
@@ -98,6 +100,14 @@ def new_state(
         steps=torch.zeros(1, dtype=torch.int32, device=device),
         scratch=ops.scratch(shape, batch, max_length, device),
     )
+
+
+def _cache(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros; on a CPU numpy's, which take memory only where something is written."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    octets = np.zeros(prod(size) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(octets).view(dtype).view(size)
 
 
 def rotary_table(weights: DecoderWeights, max_length: int) -> Tensor:

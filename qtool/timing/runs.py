@@ -1,9 +1,11 @@
-"""How a model is run on the CPU to be timed: by the decode runner, or by transformers."""
+"""How a model is run to be timed: by the decode runner or, where it has none, by transformers."""
 
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from qtool.integrations.transformers.generate import runner_for
+from qtool.integrations.transformers.sampling import SharedRunner
 from qtool.modeling.load import LoadedModel
 from qtool.runtime.decode.runner import DecodeRunner
 from qtool.runtime.decode.weights import DecoderWeights, Projections
@@ -16,10 +18,13 @@ if TYPE_CHECKING:
 class Runs(Protocol):
     """A model that reads prompts of one sequence, and tokens after them."""
 
-    by: str
-    """What runs it."""
     weight_bytes: int
     """Read for each token."""
+
+    @property
+    def by(self) -> str:
+        """Return what runs it."""
+        ...
 
     def prefill(self, ids: Tensor) -> Any:  # noqa: ANN401
         """Read a prompt (1, length) int64; what it returns `decode` takes."""
@@ -33,8 +38,10 @@ class Runs(Protocol):
 class RunnerRuns:
     """The decode runner."""
 
-    def __init__(self, runner: DecodeRunner, by: str, tokens: int) -> None:
-        self.runner, self.by, self._tokens = runner, by, tokens
+    by = "qtool"
+
+    def __init__(self, runner: DecodeRunner, tokens: int) -> None:
+        self.runner, self._tokens = runner, tokens
         self.weight_bytes = sum(span_bytes(runner.weights).values())
 
     def prefill(self, ids: Tensor) -> Tensor:
@@ -68,6 +75,21 @@ class ForwardRuns:
             token = output.logits[:, -1:].argmax(-1)
             cache = output.past_key_values
             output = self._model(token, past_key_values=cache, use_cache=True, **self._keep)
+
+
+def runs_of(loaded: LoadedModel, tokens: int, *, room: int) -> Runs:
+    """Return what runs a model as `generate` does.
+
+    Args:
+        loaded: The model.
+        tokens: How many `decode` chooses.
+        room: The longest prompt with all that follows it.
+    """
+    decoder = runner_for(loaded.model)
+    if not isinstance(decoder, SharedRunner) or room > (decoder.weights.longest or room):
+        return ForwardRuns(loaded, tokens)
+    runner = DecodeRunner(decoder.weights, decoder.ops, max_length=room)
+    return RunnerRuns(runner, tokens)
 
 
 def span_bytes(weights: DecoderWeights) -> dict[str, int]:
