@@ -6,7 +6,6 @@
 #include "planes.h"
 #include "team.h"
 
-#define QT_MOST_TOKENS 4  /* that read a tile together */
 #define QT_OWN_TABLES 65536 /* bytes of tables that each thread sooner makes than waits for */
 
 QT_INLINE float qt_dot_with(const void *row, qt_dtype dtype, const float *x, int64_t n) {
