@@ -116,15 +116,16 @@ static void share(const qt_worker *w, int64_t count, int64_t *begin, int64_t *en
 
 /* Tables of x (batch, inputs): a thread's own, or, where these are much work, shared ones. */
 static const char *make_tables(const qt_worker *w, const qt_planes *weight, const float *x) {
-    int64_t batch = w->step->state->batch, apart = qt_table_bytes(weight), first = 0, step = 1;
+    int64_t batch = w->step->state->batch, apart = qt_table_bytes(weight);
+    int64_t begin = 0, end = weight->num_groups;
     int is_shared = batch * apart > QT_OWN_TABLES;
     char *place = is_shared ? w->step->room.tables : w->step->room.own_tables + w->thread * QT_OWN_TABLES;
     if (is_shared) {
         wait_for_all(w); /* others may still read what is there */
-        first = w->thread, step = w->threads;
+        share(w, weight->num_groups, &begin, &end);
     }
-    for (int64_t b = first; b < batch; b += step)
-        qt_make_tables(weight, x + b * weight->inputs, place + b * apart);
+    for (int64_t b = 0; b < batch; b++)
+        qt_make_tables(weight, x + b * weight->inputs, begin, end, place + b * apart);
     if (is_shared) wait_for_all(w);
     return place;
 }
@@ -144,7 +145,7 @@ static void multiply(const qt_worker *w, const float *x, const qt_projections *a
         }
         if (planes->group_size != grouped) tables = make_tables(w, planes, x);
         grouped = planes->group_size;
-        share(w, (part->rows + QT_TILE_ROWS - 1) / QT_TILE_ROWS, &begin, &end);
+        share(w, qt_tiles(planes), &begin, &end);
         qt_multiply_planes(planes, tables, qt_table_bytes(planes), batch, y, stride, add, begin, end);
     }
     wait_for_all(w);
@@ -302,25 +303,6 @@ static void work(void *argument, qt_team *team, int64_t thread, int64_t threads)
     told(&worker, QT_HEAD);
     choose(&worker);
     told(&worker, QT_CHOOSE);
-}
-
-int64_t qt_planes_size(qt_planes *w) {
-    w->num_groups = (w->inputs + w->group_size - 1) / w->group_size;
-    w->chunks = (w->group_size + QT_CHUNK - 1) / QT_CHUNK;
-    w->tile_bytes = 0;
-    for (int64_t g = 0; g < w->num_groups; g++)
-        w->tile_bytes += qt_bytes_of_group(w, qt_group_chunks(w, g));
-    return (w->rows + QT_TILE_ROWS - 1) / QT_TILE_ROWS * w->tile_bytes;
-}
-
-void qt_planes_pack(const qt_planes *w, const uint32_t *bit_planes, const uint16_t *scales,
-                    const uint16_t *offsets) {
-    int64_t tiles = (w->rows + QT_TILE_ROWS - 1) / QT_TILE_ROWS;
-    qt_pack_tiles(w, bit_planes, scales, offsets, 0, tiles, (uint8_t *)w->stream);
-}
-
-void qt_planes_rows(const qt_planes *w, const int64_t *rows, int64_t count, float *y) {
-    for (int64_t i = 0; i < count; i++) qt_planes_row(w, rows[i], y + i * w->inputs);
 }
 
 void qt_decode_step(const qt_decoder *decoder, const qt_state *state, int64_t threads) {

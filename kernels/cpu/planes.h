@@ -1,22 +1,18 @@
 /* Weights of bit planes, and products with them by tables of partial sums (BiQGEMM).
 
    A stream per weight, read once from front to back: for each tile of 32 rows, for each group of inputs,
-   for each plane, for each chunk of 32 inputs, two blocks of 64 bytes (rows 0 .. 15, 16 .. 31); then, per
-   group, 32 float16 scales of each plane and 32 float16 offsets. Byte 4 r + q of a block has the keys of
-   row r: the signs of inputs 4 q .. 4 q + 3 of its chunk in the lower four bits, those of inputs
-   16 + 4 q .. in the upper ones. A short group is filled up with inputs that are zero.
+   for each plane, for each chunk of 32 inputs, 128 bytes; then, per group, 32 float16 scales of each plane
+   and 32 float16 offsets. Byte `qt_key_place(r, q)` of a chunk has the keys of row r: the signs of inputs
+   4 q .. 4 q + 3 in the lower four bits, those of inputs 16 + 4 q .. in the upper ones. A short group is
+   filled up with inputs that are zero.
 
-   Of each input vector, a table has per chunk eight entries' sets of 16 sums +-x0 +-x1 +-x2 +-x3 in 16 bits,
-   lower bytes and upper bytes apart: 256 bytes; and per group a scale of these, and the sum of its inputs. */
+   Of each input vector, a table has per chunk eight sets of 16 sums +-x0 +-x1 +-x2 +-x3 in 16 bits, lower
+   bytes and upper bytes apart: 256 bytes; and per group a scale of these, and the sum of its inputs. */
 #ifndef QT_PLANES_H
 #define QT_PLANES_H
 
-#include "vectors.h"
+#include "sums.h"
 
-#define QT_TILE_ROWS 32
-#define QT_CHUNK 32
-#define QT_BLOCK 64
-#define QT_CHUNK_TABLE 256
 #define QT_MOST_BITS 8
 
 typedef struct {
@@ -47,8 +43,10 @@ QT_INLINE int64_t qt_all_chunks(const qt_planes *w) {
 }
 
 QT_INLINE int64_t qt_bytes_of_group(const qt_planes *w, int64_t chunks) {
-    return w->num_bits * chunks * 2 * QT_BLOCK + (w->num_bits + 1) * QT_TILE_ROWS * 2;
+    return w->num_bits * chunks * QT_CHUNK_BYTES + (w->num_bits + 1) * QT_TILE_ROWS * 2;
 }
+
+QT_INLINE int64_t qt_tiles(const qt_planes *w) { return (w->rows + QT_TILE_ROWS - 1) / QT_TILE_ROWS; }
 
 /* Bytes of the tables of one input vector, a multiple of 64. */
 QT_INLINE int64_t qt_table_bytes(const qt_planes *w) {
@@ -72,17 +70,18 @@ QT_INLINE void qt_make_set(const float *x, float inverse, int8_t *lower) {
     typedef int8_t bytes __attribute__((vector_size(16)));
     qt_floats sums = (x[0] * s0 + x[1] * s1 + x[2] * s2 + x[3] * s3) * inverse;
     qt_ints whole = (qt_ints)(sums + 12582912.0f) - 0x4B400000; /* rounded to the nearest */
-    bytes low = __builtin_convertvector(whole, bytes), high = __builtin_convertvector(whole >> 8, bytes);
+    bytes low = __builtin_convertvector(whole, bytes);
+    bytes high = __builtin_convertvector((whole >> 8) + QT_HIGH_BIAS, bytes);
     memcpy(lower, &low, 16);
     memcpy(lower + 64, &high, 16);
 }
 
-/* Tables of x (inputs) for a weight's groups. */
-QT_INLINE void qt_make_tables(const qt_planes *w, const float *x, char *place) {
+/* Tables of x (inputs) for a weight's groups begin .. end - 1. */
+QT_INLINE void qt_make_tables(const qt_planes *w, const float *x, int64_t begin, int64_t end, char *place) {
     qt_tables tables = qt_tables_at(w, place);
-    int8_t *entries = (int8_t *)place;
+    int8_t *entries = (int8_t *)place + begin * w->chunks * QT_CHUNK_TABLE;
     float *scales = (float *)tables.scales, *sums = (float *)tables.sums;
-    for (int64_t g = 0; g < w->num_groups; g++) {
+    for (int64_t g = begin; g < end; g++) {
         int64_t count = qt_group_inputs(w, g), chunks = qt_group_chunks(w, g);
         const float *inputs = x + g * w->group_size;
         float filled[QT_CHUNK], most = 0.0f, sum = 0.0f;
@@ -107,93 +106,35 @@ QT_INLINE void qt_make_tables(const qt_planes *w, const float *x, char *place) {
     }
 }
 
-QT_INLINE qt_floats qt_halves(const uint8_t *source) {
-    float wide[QT_LANES];
-    qt_widen(source, QT_FLOAT16, QT_LANES, wide);
-    return qt_load(wide);
-}
-
-/* Sums over the chunks of one plane of a group, for 32 rows, of `batch` tables. */
-#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
-#include <immintrin.h>
-QT_INLINE void qt_sum_plane(const uint8_t *blocks, int64_t chunks, const int8_t *const *entries,
-                            const int64_t batch, qt_floats (*sums)[2]) {
-    const __m512i nibble = _mm512_set1_epi8(15), lanes = _mm512_set1_epi32(0x30201000);
-    const __m512i ones = _mm512_set1_epi8(1);
-    __m512i low[4][2], high[4][2];
-    for (int64_t b = 0; b < batch; b++)
-        for (int half = 0; half < 2; half++) low[b][half] = high[b][half] = _mm512_setzero_si512();
-    for (int64_t c = 0; c < chunks; c++, blocks += 2 * QT_BLOCK)
-        for (int half = 0; half < 2; half++) {
-            __m512i keys = _mm512_loadu_si512(blocks + half * QT_BLOCK);
-            __m512i first = _mm512_ternarylogic_epi32(keys, nibble, lanes, 0xea);
-            __m512i second = _mm512_ternarylogic_epi32(_mm512_srli_epi32(keys, 4), nibble, lanes, 0xea);
-            for (int64_t b = 0; b < batch; b++) {
-                const int8_t *table = entries[b] + c * QT_CHUNK_TABLE;
-                __m512i v = _mm512_permutexvar_epi8(first, _mm512_load_si512(table));
-                low[b][half] = _mm512_dpbusd_epi32(low[b][half], v, ones);
-                v = _mm512_permutexvar_epi8(first, _mm512_load_si512(table + 64));
-                high[b][half] = _mm512_dpbusd_epi32(high[b][half], ones, v);
-                v = _mm512_permutexvar_epi8(second, _mm512_load_si512(table + 128));
-                low[b][half] = _mm512_dpbusd_epi32(low[b][half], v, ones);
-                v = _mm512_permutexvar_epi8(second, _mm512_load_si512(table + 192));
-                high[b][half] = _mm512_dpbusd_epi32(high[b][half], ones, v);
-            }
-        }
-    for (int64_t b = 0; b < batch; b++)
-        for (int half = 0; half < 2; half++)
-            sums[b][half] = (qt_floats)_mm512_cvtepi32_ps(
-                _mm512_add_epi32(low[b][half], _mm512_slli_epi32(high[b][half], 8)));
-}
-#else
-QT_INLINE void qt_sum_plane(const uint8_t *blocks, int64_t chunks, const int8_t *const *entries,
-                            const int64_t batch, qt_floats (*sums)[2]) {
-    int32_t all[4][QT_TILE_ROWS];
-    memset(all, 0, sizeof all);
-    for (int64_t c = 0; c < chunks; c++, blocks += 2 * QT_BLOCK)
-        for (int64_t b = 0; b < batch; b++) {
-            const int8_t *table = entries[b] + c * QT_CHUNK_TABLE;
-            for (int row = 0; row < QT_TILE_ROWS; row++)
-                for (int q = 0; q < 4; q++) {
-                    int key = blocks[4 * row + q], first = 16 * q + (key & 15), second = 16 * q + (key >> 4);
-                    all[b][row] += (uint8_t)table[first] + 256 * table[first + 64];
-                    all[b][row] += (uint8_t)table[second + 128] + 256 * table[second + 192];
-                }
-        }
-    for (int64_t b = 0; b < batch; b++)
-        for (int row = 0; row < QT_TILE_ROWS; row++) sums[b][row / 16][row % 16] = (float)all[b][row];
-}
-#endif
-
-/* y[b] (rows) of one tile, of `batch` (1 .. 4) tables. */
+/* y[b] (rows) of one tile, of `batch` (1 .. QT_MOST_TOKENS) tables. */
 QT_INLINE void qt_multiply_tile(const qt_planes *w, const uint8_t *stream, const qt_tables *tables,
-                                const int64_t batch, qt_floats (*y)[2]) {
-    const int8_t *entries[4];
+                                const int batch, qt_floats (*y)[2]) {
+    const int8_t *entries[QT_MOST_TOKENS];
     float per_center = ldexpf(1.0f, 2 - (int)w->num_bits);
-    for (int64_t b = 0; b < batch; b++) {
+    for (int b = 0; b < batch; b++) {
         entries[b] = tables[b].entries;
         y[b][0] = y[b][1] = (qt_floats){0};
     }
     for (int64_t g = 0; g < w->num_groups; g++) {
         int64_t chunks = g + 1 < w->num_groups ? w->chunks : qt_group_chunks(w, g);
-        const uint8_t *scales = stream + w->num_bits * chunks * 2 * QT_BLOCK;
-        qt_floats total[4][2] = {{{0}}}, sums[4][2], scale[2], first[2] = {{0}};
-        for (int64_t p = 0; p < w->num_bits; p++, stream += chunks * 2 * QT_BLOCK, scales += 64) {
+        const uint8_t *scales = stream + w->num_bits * chunks * QT_CHUNK_BYTES;
+        qt_floats total[QT_MOST_TOKENS][2] = {{{0}}}, sums[QT_MOST_TOKENS][2], scale[2], first[2] = {{0}};
+        for (int64_t p = 0; p < w->num_bits; p++, stream += chunks * QT_CHUNK_BYTES, scales += 64) {
             __builtin_prefetch(stream + 4096), __builtin_prefetch(stream + 4096 + 64);
             qt_sum_plane(stream, chunks, entries, batch, sums);
             scale[0] = qt_halves(scales), scale[1] = qt_halves(scales + 32);
             if (p == 0) first[0] = scale[0], first[1] = scale[1];
-            for (int64_t b = 0; b < batch; b++)
+            for (int b = 0; b < batch; b++)
                 for (int half = 0; half < 2; half++)
                     total[b][half] += sums[b][half] * scale[half];
         }
         for (int half = 0; half < 2; half++) {
             qt_floats offset = qt_halves(scales + 32 * half);
             if (w->centered) offset *= first[half] * per_center;
-            for (int64_t b = 0; b < batch; b++)
+            for (int b = 0; b < batch; b++)
                 y[b][half] += total[b][half] * tables[b].scales[g] + offset * tables[b].sums[g];
         }
-        for (int64_t b = 0; b < batch; b++) entries[b] += chunks * QT_CHUNK_TABLE;
+        for (int b = 0; b < batch; b++) entries[b] += chunks * QT_CHUNK_TABLE;
         stream = scales + 64;
     }
 }
@@ -202,7 +143,7 @@ QT_INLINE void qt_multiply_tile(const qt_planes *w, const uint8_t *stream, const
 
    bit_planes (num_bits, rows, words) of 32 signs; scales (num_bits, rows, groups) and offsets (rows,
    groups), or NULL, float16. */
-static void qt_pack_tiles(const qt_planes *w, const uint32_t *bit_planes, const uint16_t *scales,
+static inline void qt_pack_tiles(const qt_planes *w, const uint32_t *bit_planes, const uint16_t *scales,
                           const uint16_t *offsets, int64_t begin, int64_t end, uint8_t *stream) {
     int64_t words = (w->inputs + 31) / 32, groups = w->num_groups;
     memset(stream + begin * w->tile_bytes, 0, (size_t)((end - begin) * w->tile_bytes));
@@ -211,7 +152,7 @@ static void qt_pack_tiles(const qt_planes *w, const uint32_t *bit_planes, const 
         int64_t in_tile = row % QT_TILE_ROWS;
         for (int64_t g = 0; g < groups; g++) {
             int64_t chunks = qt_group_chunks(w, g), count = qt_group_inputs(w, g);
-            for (int64_t p = 0; p < w->num_bits; p++, to += chunks * 2 * QT_BLOCK) {
+            for (int64_t p = 0; p < w->num_bits; p++, to += chunks * QT_CHUNK_BYTES) {
                 const uint32_t *signs = bit_planes + (p * w->rows + row) * words;
                 for (int64_t i = 0; i < count; i += 4) {
                     uint32_t key = 0;
@@ -219,7 +160,7 @@ static void qt_pack_tiles(const qt_planes *w, const uint32_t *bit_planes, const 
                         int64_t input = g * w->group_size + j;
                         key |= (signs[input / 32] >> input % 32 & 1) << (j - i);
                     }
-                    to[i / QT_CHUNK * 2 * QT_BLOCK + 4 * in_tile + i % 16 / 4] |=
+                    to[i / QT_CHUNK * QT_CHUNK_BYTES + qt_key_place(in_tile, i % 16 / 4)] |=
                         (uint8_t)(key << i % QT_CHUNK / 16 * 4);
                 }
             }
@@ -238,18 +179,18 @@ QT_INLINE void qt_planes_row(const qt_planes *w, int64_t row, float *y) {
     int64_t in_tile = row % QT_TILE_ROWS;
     for (int64_t g = 0; g < w->num_groups; g++) {
         int64_t chunks = qt_group_chunks(w, g), count = qt_group_inputs(w, g);
-        const uint8_t *numbers = stream + w->num_bits * chunks * 2 * QT_BLOCK;
+        const uint8_t *numbers = stream + w->num_bits * chunks * QT_CHUNK_BYTES;
         float scales[QT_MOST_BITS + 1];
         for (int64_t p = 0; p <= w->num_bits; p++)
             qt_widen(numbers + 64 * p + 2 * in_tile, QT_FLOAT16, 1, scales + p);
         float offset = scales[w->num_bits];
         if (w->centered) offset *= scales[0] * ldexpf(1.0f, 2 - (int)w->num_bits);
         for (int64_t i = 0; i < count; i++) {
-            int64_t at = i / QT_CHUNK * 2 * QT_BLOCK + 4 * in_tile + i % 16 / 4;
+            int64_t at = i / QT_CHUNK * QT_CHUNK_BYTES + qt_key_place(in_tile, i % 16 / 4);
             int shift = (int)(i % QT_CHUNK / 16 * 4 + i % 4);
             float value = offset;
             for (int64_t p = 0; p < w->num_bits; p++) {
-                int bit = stream[p * chunks * 2 * QT_BLOCK + at] >> shift & 1;
+                int bit = stream[p * chunks * QT_CHUNK_BYTES + at] >> shift & 1;
                 value += bit ? scales[p] : -scales[p];
             }
             *y++ = value;

@@ -6,7 +6,6 @@
 #include "planes.h"
 #include "team.h"
 
-#define QT_MOST_TOKENS 4  /* that read a tile together */
 #define QT_OWN_TABLES 65536 /* bytes of tables that each thread sooner makes than waits for */
 
 QT_INLINE float qt_dot_with(const void *row, qt_dtype dtype, const float *x, int64_t n) {
@@ -21,8 +20,8 @@ QT_INLINE float qt_dot_with(const void *row, qt_dtype dtype, const float *x, int
 }
 
 /* Rows begin .. end - 1 of a dense weight times x (batch, inputs). */
-static void qt_multiply_dense(const qt_projection *w, const float *x, int64_t batch, float *y,
-                              int64_t stride, int add, int64_t begin, int64_t end) {
+static inline void qt_multiply_dense(const qt_projection *w, const float *x, int64_t batch, float *y,
+                                     int64_t stride, int add, int64_t begin, int64_t end) {
     int64_t item = w->dtype == QT_FLOAT32 ? 4 : 2;
     for (int64_t row = begin; row < end; row++) {
         const char *weights = (const char *)w->dense + row * w->inputs * item;
@@ -43,7 +42,7 @@ QT_INLINE void qt_put_tile(const qt_floats (*tile)[2], int64_t count, int64_t ba
 }
 
 /* Tiles begin .. end - 1 of a weight of planes, by tables `apart` bytes apart. */
-static void qt_multiply_planes(const qt_planes *w, const char *place, int64_t apart, int64_t batch,
+static inline void qt_multiply_planes(const qt_planes *w, const char *place, int64_t apart, int64_t batch,
                                float *y, int64_t stride, int add, int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; tile++) {
         const uint8_t *stream = w->stream + tile * w->tile_bytes;
@@ -67,7 +66,7 @@ static void qt_multiply_planes(const qt_planes *w, const char *place, int64_t ap
 }
 
 /* Row `row` of a weight, (inputs) floats. */
-static void qt_row(const qt_projection *w, int64_t row, float *y) {
+static inline void qt_row(const qt_projection *w, int64_t row, float *y) {
     int64_t item = w->dtype == QT_FLOAT32 ? 4 : 2;
     if (w->packed)
         qt_planes_row(w->packed, row, y);

@@ -153,18 +153,31 @@ QT_INLINE uint16_t qt_float_to_brain(float value) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+/* Sixteen float16 numbers. */
+QT_INLINE qt_floats qt_halves(const void *source) {
+    qt_floats wide;
+#if defined(__AVX512F__)
+    wide = (qt_floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)source));
+#elif defined(__F16C__)
+    const __m128i *halves = source;
+    __m256 first = _mm256_cvtph_ps(_mm_loadu_si128(halves)), second = _mm256_cvtph_ps(_mm_loadu_si128(halves + 1));
+    memcpy(&wide, &first, 32), memcpy((char *)&wide + 32, &second, 32);
+#else
+    const uint16_t *halves = source;
+    for (int i = 0; i < QT_LANES; i++) wide[i] = qt_half_to_float(halves[i]);
+#endif
+    return wide;
+}
+
 /* n numbers of a dtype as floats. */
 QT_INLINE void qt_widen(const void *source, qt_dtype dtype, int64_t n, float *target) {
     const uint16_t *words = source;
     if (dtype == QT_FLOAT32) {
         memcpy(target, source, (size_t)n * sizeof *target);
     } else if (dtype == QT_FLOAT16) {
-#if defined(__FLT16_MAX__) && (defined(__F16C__) || defined(__ARM_FP16_FORMAT_IEEE))
-        const _Float16 *halves = source;
-        for (int64_t i = 0; i < n; i++) target[i] = (float)halves[i];
-#else
-        for (int64_t i = 0; i < n; i++) target[i] = qt_half_to_float(words[i]);
-#endif
+        int64_t i = 0;
+        for (; i + QT_LANES <= n; i += QT_LANES) qt_store(target + i, qt_halves(words + i));
+        for (; i < n; i++) target[i] = qt_half_to_float(words[i]);
     } else {
         for (int64_t i = 0; i < n; i++) target[i] = qt_brain_to_float(words[i]);
     }
