@@ -11,7 +11,7 @@
 #ifndef QT_PLANES_H
 #define QT_PLANES_H
 
-#include "sums.h"
+#include "widen.h"
 
 #define QT_MOST_BITS 8
 /* Tiles of a block where tables are large: those of a group then stay in the first cache for all of
@@ -198,16 +198,8 @@ QT_INLINE void qt_planes_row(const qt_planes *w, int64_t row, float *y) {
             qt_widen(numbers + 64 * p + 2 * in_tile, QT_FLOAT16, 1, scales + p);
         float offset = scales[w->num_bits];
         if (w->centered) offset *= scales[0] * ldexpf(1.0f, 2 - (int)w->num_bits);
-        for (int64_t i = 0; i < count; i++) {
-            int64_t at = i / QT_CHUNK * QT_CHUNK_BYTES + qt_key_place(in_tile, i % 16 / 4);
-            int shift = (int)(i % QT_CHUNK / 16 * 4 + i % 4);
-            float value = offset;
-            for (int64_t p = 0; p < w->num_bits; p++) {
-                int bit = stream[p * chunks * QT_CHUNK_BYTES + at] >> shift & 1;
-                value += bit ? scales[p] : -scales[p];
-            }
-            *y++ = value;
-        }
+        qt_widen_group(stream, chunks, w->num_bits, in_tile, scales, offset, count, y);
+        y += count;
     }
 }
 
