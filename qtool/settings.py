@@ -11,7 +11,7 @@ from pathlib import Path
 VARIABLES = {
     "QTOOL_BACKEND": "run quantized layers with this backend; default: the best that can",
     "QTOOL_KERNEL": "run them with this kernel of `cuda`; default: by the measured table",
-    "QTOOL_CPU_LEVEL": "compile `cpu` for these instructions: avx512, avx2 or plain; default: the best",
+    "QTOOL_CPU_LEVEL": "instructions that `cpu` uses: avx512, avx2 or plain; default: the best",
     "QTOOL_RUNNER": "0: `generate` through transformers' own loop, on a card as well",
     "QTOOL_DEPENDENT_LAUNCHES": "0: a kernel begins when the one before it has ended",
     "QTOOL_CACHE": "folder of converted models, answers and scores; default: ~/.cache/qtool",

@@ -115,9 +115,8 @@ def rounding_of_parameters(name, tensor, dtype):
 def rounding_of_tables(name, exact, x):
     """Return by how much sums of four inputs in 16 bits may change a product.
 
-    A step is at most 4 max|x| / 32767; each of in_features / 4 sums is off by half of one, times the
-    sum of a group's plane scales, which is at most half of what its weights span and no more than
-    the largest.
+    A step is at most 4 max|x| / 32767; each of in_features / 4 sums is off by half of one, times
+    the sum of a group's plane scales, which is half of what weights may span there.
     """
     if name not in TABLES:
         return 0.0

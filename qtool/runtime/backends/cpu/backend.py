@@ -125,8 +125,8 @@ def _why_not_groups(tensor: QuantizedTensor) -> str | None:
     if scheme.group_dim == "in_features" and size >= min(FINEST_GROUP, inputs) and not uncut:
         return None
     return (
-        f"it runs groups of {FINEST_GROUP} in_features and more, above {LARGEST_GROUP} in multiples "
-        f"of 32; these are of {scheme.group_size or 'all'} {scheme.group_dim}."
+        f"it runs groups of {FINEST_GROUP} in_features and more, above {LARGEST_GROUP} in "
+        f"multiples of 32; these are of {scheme.group_size or 'all'} {scheme.group_dim}."
     )
 
 

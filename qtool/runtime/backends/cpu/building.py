@@ -22,7 +22,7 @@ X86: Mapping[str, tuple[str, ...]] = {
     "plain": (),
 }
 NEEDED = {
-    "avx512": ("avx2", "f16c", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi", "avx512_vnni"),
+    "avx512": ("avx2", "f16c", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni"),
     "avx2": ("avx2", "fma", "f16c", "bmi1", "bmi2"),
 }
 """What Linux must list of a processor."""
