@@ -56,6 +56,7 @@ int64_t qt_planes_size(qt_planes *w) {
     w->tile_bytes = 0;
     for (int64_t g = 0; g < w->num_groups; g++)
         w->tile_bytes += qt_bytes_of_group(w, qt_group_chunks(w, g));
+    w->together = qt_table_bytes(w) > QT_FEW_TABLES ? QT_TOGETHER : 1;
     return qt_tiles(w) * w->tile_bytes;
 }
 

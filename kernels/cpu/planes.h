@@ -1,7 +1,7 @@
 /* Weights of bit planes, and products with them by tables of partial sums (BiQGEMM).
 
-   A stream per weight, read once from front to back: for each tile of 32 rows, for each group of inputs,
-   for each plane, for each chunk of 32 inputs, 128 bytes; then, per group, 32 float16 scales of each plane
+   A stream per weight, read once from front to back: for each block of `together` tiles of 32 rows, for
+   each group of inputs, for each tile, for each plane, for each chunk of 32 inputs, 128 bytes; then, per group, 32 float16 scales of each plane
    and 32 float16 offsets. Byte `qt_key_place(r, q)` of a chunk has the keys of row r: the signs of inputs
    4 q .. 4 q + 3 in the lower four bits, those of inputs 16 + 4 q .. in the upper ones. A short group is
    filled up with inputs that are zero.
@@ -14,12 +14,16 @@
 #include "widen.h"
 
 #define QT_MOST_BITS 8
+/* Tiles of a block where tables are large: those of a group then stay in the first cache for all of
+   them. Prefetching by instructions makes it slower on all that was measured. */
+#define QT_TOGETHER 64
+#define QT_FEW_TABLES 10000 /* bytes of them that stay there beside a stream */
 
 typedef struct {
     int64_t rows, inputs, group_size, num_bits;
     int64_t num_groups, chunks; /* per whole group */
     int64_t centered;           /* offsets are centers: of steps, in halves */
-    int64_t tile_bytes;
+    int64_t tile_bytes, together; /* tiles of a block, the last one may have fewer */
     const uint8_t *stream;
 } qt_planes;
 
@@ -47,6 +51,14 @@ QT_INLINE int64_t qt_bytes_of_group(const qt_planes *w, int64_t chunks) {
 }
 
 QT_INLINE int64_t qt_tiles(const qt_planes *w) { return (w->rows + QT_TILE_ROWS - 1) / QT_TILE_ROWS; }
+
+/* Where group `g` of a tile begins. */
+QT_INLINE int64_t qt_group_place(const qt_planes *w, int64_t tile, int64_t g) {
+    int64_t first = tile / w->together * w->together, left = qt_tiles(w) - first;
+    int64_t count = left < w->together ? left : w->together;
+    int64_t before = g * count * qt_bytes_of_group(w, w->chunks);
+    return first * w->tile_bytes + before + (tile - first) * qt_bytes_of_group(w, qt_group_chunks(w, g));
+}
 
 /* Bytes of the tables of one input vector, a multiple of 64. */
 QT_INLINE int64_t qt_table_bytes(const qt_planes *w) {
@@ -106,51 +118,53 @@ QT_INLINE void qt_make_tables(const qt_planes *w, const float *x, int64_t begin,
     }
 }
 
-/* y[b] (rows) of one tile, of `batch` (1 .. QT_MOST_TOKENS) tables. */
-QT_INLINE void qt_multiply_tile(const qt_planes *w, const uint8_t *stream, const qt_tables *tables,
-                                const int batch, qt_floats (*y)[2]) {
+/* Adds a group of a tile times `batch` (1 .. QT_MOST_TOKENS) tables to y[b] (rows); returns where the
+   next group begins. */
+QT_INLINE const uint8_t *qt_add_group(const qt_planes *w, const uint8_t *stream, int64_t g,
+                                      const qt_tables *tables, const int batch, qt_floats (*y)[2]) {
     const int8_t *entries[QT_MOST_TOKENS];
-    float per_center = ldexpf(1.0f, 2 - (int)w->num_bits);
-    for (int b = 0; b < batch; b++) {
-        entries[b] = tables[b].entries;
-        y[b][0] = y[b][1] = (qt_floats){0};
+    int64_t chunks = g + 1 < w->num_groups ? w->chunks : qt_group_chunks(w, g);
+    const uint8_t *scales = stream + w->num_bits * chunks * QT_CHUNK_BYTES;
+    qt_floats total[QT_MOST_TOKENS][2] = {{{0}}}, sums[QT_MOST_TOKENS][2], scale[2], first[2] = {{0}};
+    for (int b = 0; b < batch; b++) entries[b] = tables[b].entries + g * w->chunks * QT_CHUNK_TABLE;
+    for (int64_t p = 0; p < w->num_bits; p++, stream += chunks * QT_CHUNK_BYTES, scales += 64) {
+        qt_sum_plane(stream, chunks, entries, batch, sums);
+        scale[0] = qt_halves(scales), scale[1] = qt_halves(scales + 32);
+        if (p == 0) first[0] = scale[0], first[1] = scale[1];
+        for (int b = 0; b < batch; b++)
+            for (int half = 0; half < 2; half++) total[b][half] += sums[b][half] * scale[half];
     }
+    for (int half = 0; half < 2; half++) {
+        qt_floats offset = qt_halves(scales + 32 * half);
+        if (w->centered) offset *= first[half] * ldexpf(1.0f, 2 - (int)w->num_bits);
+        for (int b = 0; b < batch; b++)
+            y[b][half] += total[b][half] * tables[b].scales[g] + offset * tables[b].sums[g];
+    }
+    return scales + 64;
+}
+
+/* y[tile * batch + b] (rows) of `count` tiles of one block. */
+QT_INLINE void qt_multiply_tiles(const qt_planes *w, int64_t first, int64_t count, const qt_tables *tables,
+                                 const int batch, qt_floats (*y)[2]) {
+    memset(y, 0, (size_t)(count * batch) * sizeof *y);
     for (int64_t g = 0; g < w->num_groups; g++) {
-        int64_t chunks = g + 1 < w->num_groups ? w->chunks : qt_group_chunks(w, g);
-        const uint8_t *scales = stream + w->num_bits * chunks * QT_CHUNK_BYTES;
-        qt_floats total[QT_MOST_TOKENS][2] = {{{0}}}, sums[QT_MOST_TOKENS][2], scale[2], first[2] = {{0}};
-        for (int64_t p = 0; p < w->num_bits; p++, stream += chunks * QT_CHUNK_BYTES, scales += 64) {
-            __builtin_prefetch(stream + 4096), __builtin_prefetch(stream + 4096 + 64);
-            qt_sum_plane(stream, chunks, entries, batch, sums);
-            scale[0] = qt_halves(scales), scale[1] = qt_halves(scales + 32);
-            if (p == 0) first[0] = scale[0], first[1] = scale[1];
-            for (int b = 0; b < batch; b++)
-                for (int half = 0; half < 2; half++)
-                    total[b][half] += sums[b][half] * scale[half];
-        }
-        for (int half = 0; half < 2; half++) {
-            qt_floats offset = qt_halves(scales + 32 * half);
-            if (w->centered) offset *= first[half] * per_center;
-            for (int b = 0; b < batch; b++)
-                y[b][half] += total[b][half] * tables[b].scales[g] + offset * tables[b].sums[g];
-        }
-        for (int b = 0; b < batch; b++) entries[b] += chunks * QT_CHUNK_TABLE;
-        stream = scales + 64;
+        const uint8_t *stream = w->stream + qt_group_place(w, first, g);
+        for (int64_t t = 0; t < count; t++) stream = qt_add_group(w, stream, g, tables, batch, y + t * batch);
     }
 }
 
-/* Lays a weight out as a stream of tiles `begin` .. `end` - 1; rows that aren't there are zero.
+/* Lays a weight out as a stream of tiles `begin` .. `end` - 1; the stream is zero before, and
+   stays so for rows that aren't there.
 
    bit_planes (num_bits, rows, words) of 32 signs; scales (num_bits, rows, groups) and offsets (rows,
    groups), or NULL, float16. */
 static inline void qt_pack_tiles(const qt_planes *w, const uint32_t *bit_planes, const uint16_t *scales,
                           const uint16_t *offsets, int64_t begin, int64_t end, uint8_t *stream) {
     int64_t words = (w->inputs + 31) / 32, groups = w->num_groups;
-    memset(stream + begin * w->tile_bytes, 0, (size_t)((end - begin) * w->tile_bytes));
     for (int64_t row = begin * QT_TILE_ROWS; row < end * QT_TILE_ROWS && row < w->rows; row++) {
-        uint8_t *to = stream + row / QT_TILE_ROWS * w->tile_bytes;
         int64_t in_tile = row % QT_TILE_ROWS;
         for (int64_t g = 0; g < groups; g++) {
+            uint8_t *to = stream + qt_group_place(w, row / QT_TILE_ROWS, g);
             int64_t chunks = qt_group_chunks(w, g), count = qt_group_inputs(w, g);
             for (int64_t p = 0; p < w->num_bits; p++, to += chunks * QT_CHUNK_BYTES) {
                 const uint32_t *signs = bit_planes + (p * w->rows + row) * words;
@@ -168,16 +182,15 @@ static inline void qt_pack_tiles(const qt_planes *w, const uint32_t *bit_planes,
             for (int64_t p = 0; p < w->num_bits; p++)
                 numbers[p * QT_TILE_ROWS] = scales[(p * w->rows + row) * groups + g];
             if (offsets) numbers[w->num_bits * QT_TILE_ROWS] = offsets[row * groups + g];
-            to += (w->num_bits + 1) * QT_TILE_ROWS * 2;
         }
     }
 }
 
 /* Row `row` of the weight, (inputs) floats. */
 QT_INLINE void qt_planes_row(const qt_planes *w, int64_t row, float *y) {
-    const uint8_t *stream = w->stream + row / QT_TILE_ROWS * w->tile_bytes;
     int64_t in_tile = row % QT_TILE_ROWS;
     for (int64_t g = 0; g < w->num_groups; g++) {
+        const uint8_t *stream = w->stream + qt_group_place(w, row / QT_TILE_ROWS, g);
         int64_t chunks = qt_group_chunks(w, g), count = qt_group_inputs(w, g);
         const uint8_t *numbers = stream + w->num_bits * chunks * QT_CHUNK_BYTES;
         float scales[QT_MOST_BITS + 1];
@@ -187,7 +200,6 @@ QT_INLINE void qt_planes_row(const qt_planes *w, int64_t row, float *y) {
         if (w->centered) offset *= scales[0] * ldexpf(1.0f, 2 - (int)w->num_bits);
         qt_widen_group(stream, chunks, w->num_bits, in_tile, scales, offset, count, y);
         y += count;
-        stream = numbers + (w->num_bits + 1) * 64;
     }
 }
 

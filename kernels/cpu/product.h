@@ -43,24 +43,26 @@ QT_INLINE void qt_put_tile(const qt_floats (*tile)[2], int64_t count, int64_t ba
 
 /* Tiles begin .. end - 1 of a weight of planes, by tables `apart` bytes apart. */
 static inline void qt_multiply_planes(const qt_planes *w, const char *place, int64_t apart, int64_t batch,
-                               float *y, int64_t stride, int add, int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; tile++) {
-        const uint8_t *stream = w->stream + tile * w->tile_bytes;
-        int64_t row = tile * QT_TILE_ROWS, left = w->rows - row;
-        int64_t count = left < QT_TILE_ROWS ? left : QT_TILE_ROWS;
-        for (int64_t b = 0; b < batch;) {
-            qt_tables tables[QT_MOST_TOKENS];
-            qt_floats values[QT_MOST_TOKENS][2];
-            int64_t tokens = batch - b >= 4 ? 4 : batch - b >= 2 ? 2 : 1;
+                                      float *y, int64_t stride, int add, int64_t begin, int64_t end) {
+    qt_tables tables[QT_MOST_TOKENS];
+    qt_floats values[QT_TOGETHER * QT_MOST_TOKENS][2];
+    for (int64_t tile = begin, count; tile < end; tile += count) {
+        count = w->together - tile % w->together; /* to the end of the block */
+        count = end - tile < count ? end - tile : count;
+        for (int64_t b = 0, tokens; b < batch; b += tokens) {
+            tokens = batch - b >= 4 ? 4 : batch - b >= 2 ? 2 : 1;
             for (int64_t i = 0; i < tokens; i++) tables[i] = qt_tables_at(w, place + (b + i) * apart);
             if (tokens == 1)
-                qt_multiply_tile(w, stream, tables, 1, values);
+                qt_multiply_tiles(w, tile, count, tables, 1, values);
             else if (tokens == 2)
-                qt_multiply_tile(w, stream, tables, 2, values);
+                qt_multiply_tiles(w, tile, count, tables, 2, values);
             else
-                qt_multiply_tile(w, stream, tables, 4, values);
-            qt_put_tile(values, count, tokens, y + b * stride + row, stride, add);
-            b += tokens;
+                qt_multiply_tiles(w, tile, count, tables, 4, values);
+            for (int64_t t = 0; t < count; t++) {
+                int64_t row = (tile + t) * QT_TILE_ROWS, left = w->rows - row;
+                qt_put_tile(values + t * tokens, left < QT_TILE_ROWS ? left : QT_TILE_ROWS, tokens,
+                            y + b * stride + row, stride, add);
+            }
         }
     }
 }
