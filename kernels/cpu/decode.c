@@ -145,8 +145,10 @@ static void multiply(const qt_worker *w, const float *x, const qt_projections *a
         }
         if (planes->group_size != grouped) tables = make_tables(w, planes, x);
         grouped = planes->group_size;
-        share(w, qt_tiles(planes), &begin, &end);
-        qt_multiply_planes(planes, tables, qt_table_bytes(planes), batch, y, stride, add, begin, end);
+        for (; planes; planes = planes->next) {
+            share(w, qt_tiles(planes), &begin, &end);
+            qt_multiply_planes(planes, tables, qt_table_bytes(planes), batch, y, stride, add, begin, end);
+        }
     }
     wait_for_all(w);
 }

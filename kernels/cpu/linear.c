@@ -12,13 +12,15 @@ typedef struct {
 static void multiply(void *argument, qt_team *team, int64_t thread, int64_t threads) {
     const qt_call *call = argument;
     const qt_planes *w = call->weight;
-    int64_t apart = qt_table_bytes(w), tiles = qt_tiles(w);
+    int64_t apart = qt_table_bytes(w), stride = 0;
     int64_t first = w->num_groups * thread / threads, last = w->num_groups * (thread + 1) / threads;
     for (int64_t b = 0; b < call->batch; b++)
         qt_make_tables(w, call->x + b * w->inputs, first, last, call->tables + b * apart);
     qt_team_wait(team);
-    qt_multiply_planes(w, call->tables, apart, call->batch, call->y, w->rows, 0, tiles * thread / threads,
-                       tiles * (thread + 1) / threads);
+    for (const qt_planes *class = w; class; class = class->next) stride += class->rows;
+    for (; w; w = w->next)
+        qt_multiply_planes(w, call->tables, apart, call->batch, call->y, stride, 0,
+                           qt_tiles(w) * thread / threads, qt_tiles(w) * (thread + 1) / threads);
 }
 
 typedef struct {
@@ -79,3 +81,9 @@ void qt_planes_multiply(const qt_planes *w, const float *x, int64_t batch, char 
     qt_call call = {w, x, batch, room, y};
     qt_team_run(threads, multiply, &call);
 }
+
+#ifndef QT_FINGERPRINT
+#define QT_FINGERPRINT "none"
+#endif
+/* Of the text and the flags that this was made of. */
+const char *qt_fingerprint(void) { return QT_FINGERPRINT; }

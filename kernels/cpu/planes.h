@@ -19,12 +19,16 @@
 #define QT_TOGETHER 64
 #define QT_FEW_TABLES 10000 /* bytes of them that stay there beside a stream */
 
-typedef struct {
+typedef struct qt_planes {
     int64_t rows, inputs, group_size, num_bits;
     int64_t num_groups, chunks; /* per whole group */
     int64_t centered;           /* offsets are centers: of steps, in halves */
     int64_t tile_bytes, together; /* tiles of a block, the last one may have fewer */
     const uint8_t *stream;
+    /* A weight whose rows have bits of their own is a list of classes of rows. */
+    const struct qt_planes *next; /* of the same inputs and groups, or NULL */
+    const int64_t *places;        /* (rows) of this class: which rows of the whole they are; NULL: all */
+    const int64_t *numbers;       /* of the first class: where each row is in the classes, stacked */
 } qt_planes;
 
 /* Tables of one input vector. */
@@ -188,6 +192,8 @@ static inline void qt_pack_tiles(const qt_planes *w, const uint32_t *bit_planes,
 
 /* Row `row` of the weight, (inputs) floats. */
 QT_INLINE void qt_planes_row(const qt_planes *w, int64_t row, float *y) {
+    if (w->numbers) row = w->numbers[row];
+    for (; row >= w->rows; w = w->next) row -= w->rows;
     int64_t in_tile = row % QT_TILE_ROWS;
     for (int64_t g = 0; g < w->num_groups; g++) {
         const uint8_t *stream = w->stream + qt_group_place(w, row / QT_TILE_ROWS, g);

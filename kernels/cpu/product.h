@@ -32,12 +32,16 @@ static inline void qt_multiply_dense(const qt_projection *w, const float *x, int
     }
 }
 
-QT_INLINE void qt_put_tile(const qt_floats (*tile)[2], int64_t count, int64_t batch, float *y,
-                           int64_t stride, int add) {
-    for (int64_t b = 0; b < batch; b++) {
-        float values[QT_TILE_ROWS], *row = y + b * stride;
+/* Writes rows row .. row + count - 1 of a tile, or adds them, for each of a batch. */
+QT_INLINE void qt_put_tile(const qt_planes *w, const qt_floats (*tile)[2], int64_t row, int64_t count,
+                           int64_t batch, float *y, int64_t stride, int add) {
+    for (int64_t b = 0; b < batch; b++, y += stride) {
+        float values[QT_TILE_ROWS];
         qt_store(values, tile[b][0]), qt_store(values + QT_LANES, tile[b][1]);
-        for (int64_t i = 0; i < count; i++) row[i] = add ? row[i] + values[i] : values[i];
+        for (int64_t i = 0; i < count; i++) {
+            float *place = y + (w->places ? w->places[row + i] : row + i);
+            *place = add ? *place + values[i] : values[i];
+        }
     }
 }
 
@@ -60,8 +64,8 @@ static inline void qt_multiply_planes(const qt_planes *w, const char *place, int
                 qt_multiply_tiles(w, tile, count, tables, 4, values);
             for (int64_t t = 0; t < count; t++) {
                 int64_t row = (tile + t) * QT_TILE_ROWS, left = w->rows - row;
-                qt_put_tile(values + t * tokens, left < QT_TILE_ROWS ? left : QT_TILE_ROWS, tokens,
-                            y + b * stride + row, stride, add);
+                qt_put_tile(w, values + t * tokens, row, left < QT_TILE_ROWS ? left : QT_TILE_ROWS, tokens,
+                            y + b * stride, stride, add);
             }
         }
     }
