@@ -13,7 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 COMPILERS = ("cc", "gcc", "clang")
-COMMON = ("-O3", "-std=c11", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared", "-pthread")
+COMMON = (
+    "-O3",
+    "-std=c11",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+)
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")
 AVX512 = tuple(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vnni"))
 X86: Mapping[str, tuple[str, ...]] = {
@@ -22,7 +31,7 @@ X86: Mapping[str, tuple[str, ...]] = {
     "plain": (),
 }
 NEEDED = {
-    "avx512": ("avx2", "f16c", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi", "avx512_vnni"),
+    "avx512": ("avx2", "f16c", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni"),
     "avx2": ("avx2", "fma", "f16c", "bmi1", "bmi2"),
 }
 """What Linux must list of a processor."""
