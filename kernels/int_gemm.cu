@@ -43,16 +43,9 @@ DEVICE void next(turn &t) {
     if (++t.stage == STAGES) t.stage = 0, t.parity ^= 1;
 }
 
-// Four nibbles less the zero point, and 128: no byte carries into the next one. `middle` is 128 less the
-// zero point, four times.
-DEVICE u32 centered(u32 nibbles, u32 middle) { return (nibbles & 0x0f0f0f0fu) + middle; }
-// As signed bytes. `nothing` is 0, which the assembler can't know: were this a copy, it would give a and b the same
-// registers, and b is written while products still read a.
-DEVICE void finish(u32 (&a)[16], const u32 (&b)[16], u32 nothing) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) a[i] = BITS == 4 ? b[i] ^ 0x80808080u : b[i] ^ (a[i] & nothing);
-}
-
+// Four nibbles less the zero point, as signed bytes. `middle` is 128 less the zero point, four times: no byte carries
+// into the next one.
+DEVICE u32 centered(u32 nibbles, u32 middle) { return (nibbles & 0x0f0f0f0fu) + middle ^ 0x80808080u; }
 // Integer sums run on over the groups of a chunk, S_1, S_2, ..., so each y is the sum of (scale_g -
 // scale_(g + 1)) S_g, the last with its whole scale. Where these stay small (15 * 127 or 128 * 127 times the
 // inputs) they begin with ZERO, so are positive, and as the bits of a float, a subnormal one, they are 2^-149 of
@@ -228,18 +221,19 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
             place at = place_of(tile, row_tiles, token_tiles);
             float products[64] = {}, first[2];
             int sums[64];
-            u32 a[16] = {}, b[16], nothing = (u32)blocks >> 31;
+            u32 even[16], odd[16];
             unsigned char *here = memory + now.stage * STAGE;
             barrier_wait(full + now.stage, now.parity);
             part p = load_part(here + X_BYTES, consumer, thread, row);
-            expand(b, p);
-            finish(a, b, nothing);
+            expand(even, p);
             first[0] = p.scales[0], first[1] = p.scales[1];
 #pragma unroll
             for (int i = 0; i < 64; ++i) sums[i] = ZERO;
-            int end = CHUNK > 0 && CHUNK < blocks ? CHUNK : blocks;
-#pragma unroll 1
-            for (int block = 0; block < blocks; ++block) {
+            int end = CHUNK > 0 && CHUNK < blocks ? CHUNK : blocks, block = 0;
+            // Multiplies a block by the codes in `a`, and meanwhile expands those of the next into `b`. Two sets of
+            // registers by turns: a copy from one to the other would be between products, or the assembler gives
+            // both the same registers, and fences products apart that still read them.
+            auto multiply_block = [&](const u32 (&a)[16], u32 (&b)[16]) __attribute__((always_inline)) {
                 take_turn(3 + consumer);
                 multiply(sums, a, core_matrices(shared_address(here), ALONG, ACROSS));
                 give_turn(4 - consumer);
@@ -266,7 +260,14 @@ int_gemm(const unsigned char *weight, // [row_tiles][blocks][TILE]
                     add_scaled(products, sums, by);
                 }
                 now = after;
-                finish(a, b, nothing);
+                ++block;
+            };
+#pragma unroll 1
+            while (true) {
+                multiply_block(even, odd);
+                if (block == blocks) break;
+                multiply_block(odd, even);
+                if (block == blocks) break;
             }
             sync_warpgroup(1 + consumer); // the last tile has been read
             const float *their_steps = steps + at.tokens * BLOCK;

@@ -123,7 +123,10 @@ def manifest_from_config(config: object, where: str) -> Manifest:
     """
     if not isinstance(config, Mapping) or config.get("quant_method") != QUANT_METHOD:
         found = config.get("quant_method") if isinstance(config, Mapping) else config
-        raise CheckpointError(f"{where}: quant_method is {quoted(found)}, not 'qtool'.")
+        raise CheckpointError(
+            f"{where}: quant_method is {quoted(found)}, not 'qtool'. What other programs have "
+            "quantized becomes a checkpoint by `qtool import`."
+        )
     version = config.get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(

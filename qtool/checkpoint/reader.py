@@ -42,7 +42,10 @@ class CheckpointReader:
             CheckpointError: it is missing, incomplete, damaged, or not qtool's.
         """
         if not os.path.isdir(directory):  # noqa: PTH112 - says no to what can't be a path
-            raise CheckpointError(f"No checkpoint directory {directory}.")
+            raise CheckpointError(
+                f"No checkpoint directory {directory}. Give one that `qtool quantize` or `qtool "
+                "import` has written."
+            )
         self.directory = directory
         self.config: dict[str, Any] = read_json(directory / "config.json")
         if self.config.get("quantization_config") is None:

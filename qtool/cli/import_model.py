@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from qtool.cli import console, early
-from qtool.cli.options import JsonOption, check_targets
+from qtool.cli.options import KEPT, JsonOption, check_targets
 from qtool.cli.progress import progress
 from qtool.wording import gigabytes
 
@@ -17,6 +17,7 @@ def import_model(
     ],
     out_dir: Annotated[Path, typer.Argument(help="Directory for the checkpoint.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT_DIR.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped import.")] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Import a model that another program has quantized, without loss.
@@ -28,10 +29,12 @@ def import_model(
       qtool import TheBloke/Llama-2-7B-AWQ OUT_DIR
     """
     check_targets([json_file])
-    with progress("Nothing was written.") as emit, early.opened([model], "cpu", emit) as (where,):
+    with progress(KEPT) as emit, early.opened([model], "cpu", emit) as (where,):
         from qtool import pipeline
 
-        result = pipeline.import_model(where, out_dir, overwrite=overwrite, emit=emit)
+        result = pipeline.import_model(
+            where, out_dir, overwrite=overwrite, resume=resume, emit=emit
+        )
     values = {
         "out_dir": str(result.out_dir),
         "format": result.format,

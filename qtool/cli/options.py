@@ -27,6 +27,7 @@ BARE = {"--dry-run": DryRun.PLAN}
 """Values of options that may be given without one; one is given with '='."""
 GATE_FAILED = 3
 """Exit code of a run that was carried out, and failed by what the recipe allows."""
+KEPT = "Finished layers are kept: the same command with --resume goes on after them."
 PLOT_SUFFIXES = (".png", ".svg")
 ModelArgument = Annotated[
     str, typer.Argument(help="Directory, hub id, .gguf file, or demo:smollm2.")

@@ -12,6 +12,7 @@ from qtool.cli import early
 from qtool.cli.guess import guess_seconds
 from qtool.cli.options import (
     GATE_FAILED,
+    KEPT,
     DeviceOption,
     DryRun,
     ModelArgument,
@@ -41,7 +42,6 @@ class Tune(StrEnum):
     BOTH = "both"
 
 
-KEPT = "Finished layers are kept: the same command with --resume goes on after them."
 _what, _how = in_panel("What"), in_panel("How")
 _where_to, _debug = in_panel("Where"), in_panel("Debug")
 

@@ -1,6 +1,7 @@
 """`qtool serve`."""
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -102,14 +103,21 @@ def serve(
 
 def _key(text: str | None) -> str | None:
     """Return the key that was given, or stands in the file that was."""
-    if text is None or not text.startswith("@"):
-        return text
-    try:
-        key = Path(text[1:]).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
+    if text is None:
+        return None
+    key = text
+    if text.startswith("@"):
+        try:
+            key = Path(text[1:]).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"The key of --api-key can't be read from {text[1:]}: {reason(error)}."
+            ) from error
+        if not key:
+            raise DataError(f"{text[1:]}, which --api-key names, is empty. Write the key into it.")
+    if not re.fullmatch(r"[!-~]+", key):
         raise DataError(
-            f"The key of --api-key can't be read from {text[1:]}: {reason(error)}."
-        ) from error
-    if not key:
-        raise DataError(f"{text[1:]}, which --api-key names, is empty. Write the key into it.")
+            "--api-key has spaces or characters beyond ASCII, which clients can't send. Take "
+            "letters, digits and punctuation."
+        )
     return key

@@ -23,7 +23,7 @@ from qtool.exchange._ct_config import (
     inputs_config,
     weights_config,
 )
-from qtool.exchange._directory import write_directory
+from qtool.exchange._directory import COMPARING_FILES, told, write_directory
 from qtool.exchange._words import pack_words
 from qtool.exchange.dense import plain
 from qtool.scheme import ActivationScheme
@@ -153,7 +153,7 @@ def decode_ct(parts: Mapping[str, Tensor], entry: LayerEntry) -> Tensor | None:
 def compare_ct(departure: Departure, directory: Path) -> Compared:
     """Compare what was stored, and what compressed-tensors decodes it to."""
     shards, checkpoint, layers = open_shards(directory), departure.checkpoint, 0
-    for name, tensors in _layers(departure):
+    for name, tensors in told(departure, _layers(departure), COMPARING_FILES):
         for full, expected in tensors.items():
             check_equal(directory, full, shards.read(full), expected)
         entry = checkpoint.manifest.layers.get(name)

@@ -16,6 +16,7 @@ from qtool.storage.plain_json import write_json_file
 from qtool.storage.whole_files import written_whole
 
 WRITING_FILES = "writing"
+COMPARING_FILES = "comparing with what was written"
 
 
 def write_directory(
@@ -37,22 +38,30 @@ def write_directory(
     """
     with file_failures(directory):
         directory.mkdir(parents=True)
-        write_streamed(directory, _told(departure, layers), MAX_SHARD_BYTES)
+        write_streamed(directory, told(departure, layers), MAX_SHARD_BYTES)
         for path, content in departure.files.items():
             with written_whole(directory / path, durable=True) as file:
                 file.write(content)
         write_json_file(directory / CONFIG_NAME, foreign_config(departure, quantization))
 
 
-def _told(
-    departure: Departure, layers: Iterable[tuple[str, Mapping[str, Tensor]]]
+def told(
+    departure: Departure,
+    layers: Iterable[tuple[str, Mapping[str, Tensor]]],
+    what: str = WRITING_FILES,
 ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-    """Yield layers; tell of each once it is written."""
+    """Yield layers, as `write_directory` takes them; tell of each once it is done with.
+
+    Args:
+        departure: Is told.
+        layers: Names, and tensors by full name.
+        what: Is done with them.
+    """
     total = len(list(departure.checkpoint.names()))
     for number, (name, tensors) in enumerate(layers, start=1):
         yield name, tensors
         del tensors
-        departure.emit(Progress(WRITING_FILES, number, total, name))
+        departure.emit(Progress(what, number, total, name))
 
 
 def foreign_config(departure: Departure, quantization: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from qtool.errors import CheckpointError, MissingExtraError
-from qtool.exchange._gguf_file import GgufFile
+from qtool.exchange._gguf_file import GgufFile, read_gguf_metadata
 from qtool.exchange._gguf_names import HEAD, ROPE_FACTORS
 from qtool.exchange._gguf_read import dimensions_of
+from qtool.exchange._gguf_tokens import with_known_cut
 from qtool.wording import reason, shown
 
 LLAMA3_FACTORS = (8.0, 32.0)
@@ -102,8 +103,11 @@ def llama3_factors(head: int, base: float, scaling: Mapping[str, Any]) -> torch.
     return torch.tensor(found, dtype=torch.float32)
 
 
-def read_tokenizer(file: GgufFile) -> dict[str, bytes]:
-    """Return the files of a tokenizer by their names, as transformers saves them.
+def read_tokenizer(path: Path) -> dict[str, bytes]:
+    """Return the files of a file's tokenizer by their names, as transformers saves them.
+
+    They cut a text as llama.cpp does with this file, where that is known: transformers takes all
+    tokenizers of an architecture for alike, and joins spaces before digits otherwise than SmolLM2.
 
     Raises:
         CheckpointError: transformers can't read it.
@@ -111,12 +115,11 @@ def read_tokenizer(file: GgufFile) -> dict[str, bytes]:
     """
     import transformers
 
-    with _reading(file.path), tempfile.TemporaryDirectory() as folder:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            file.path.parent, gguf_file=file.path.name
-        )
+    with _reading(path), tempfile.TemporaryDirectory() as folder:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+        files = {each.name: each.read_bytes() for each in sorted(Path(folder).iterdir())}
+        return dict(with_known_cut(files, read_gguf_metadata(path)))
 
 
 @contextlib.contextmanager

@@ -4,8 +4,9 @@ Specified in ggml/docs/gguf.md of llama.cpp; versions 2 and 3, little-endian. A 
 read when they are asked for, so that a file of any size takes the memory of one tensor.
 """
 
+import contextlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -134,13 +135,30 @@ def open_gguf(path: Path) -> GgufFile:
     Raises:
         CheckpointError: it isn't a GGUF file that qtool reads, or it is damaged.
     """
+    with _cursor(path) as cursor:
+        num_tensors, metadata = _read_metadata(cursor)
+        return GgufFile(path, metadata, _read_tensors(cursor, num_tensors, metadata))
+
+
+def read_gguf_metadata(path: Path) -> Mapping[str, Any]:
+    """Read what the header of a file says of its model, whatever its tensors are.
+
+    Raises:
+        CheckpointError: it isn't a GGUF file, or it is damaged.
+    """
+    with _cursor(path) as cursor:
+        return _read_metadata(cursor)[1]
+
+
+@contextlib.contextmanager
+def _cursor(path: Path) -> Iterator["_Cursor"]:
+    """Open a file; what is found to be wrong with it is told with its name."""
     try:
-        size = path.stat().st_size
-        mapped = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
+        mapped = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read: {reason(error)}.", file=path) from error
     try:
-        return _read(path, _Cursor(memoryview(mapped)), size)  # type: ignore[arg-type]
+        yield _Cursor(memoryview(mapped))  # type: ignore[arg-type]
     except _DamagedError as error:
         raise CheckpointError(f"{path}: {error}", file=path) from None
 
@@ -196,8 +214,9 @@ class _Cursor:
             raise _DamagedError("the file ends within its header. Download it again.")
 
 
-def _read(path: Path, cursor: _Cursor, size: int) -> GgufFile:
-    if size < len(GGUF_MAGIC) or bytes(cursor.take(4)) != GGUF_MAGIC:
+def _read_metadata(cursor: _Cursor) -> tuple[int, dict[str, Any]]:
+    """Return the number of tensors, and the metadata."""
+    if len(cursor.data) < len(GGUF_MAGIC) or bytes(cursor.take(4)) != GGUF_MAGIC:
         raise _DamagedError("it doesn't begin with GGUF, so it is no GGUF file.")
     version = cursor.number("<I")
     if version not in GGUF_VERSIONS:
@@ -211,6 +230,12 @@ def _read(path: Path, cursor: _Cursor, size: int) -> GgufFile:
         metadata[key] = cursor.value(cursor.number("<I"))
     if not isinstance(metadata.get("general.architecture"), str):
         raise _DamagedError("its metadata have no general.architecture.")
+    return num_tensors, metadata
+
+
+def _read_tensors(
+    cursor: _Cursor, num_tensors: int, metadata: Mapping[str, Any]
+) -> dict[str, GgufTensor]:
     found = [_tensor_info(cursor) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", GGUF_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
@@ -220,8 +245,8 @@ def _read(path: Path, cursor: _Cursor, size: int) -> GgufFile:
     for name, shape, kind, offset in found:
         if name in tensors:
             raise _DamagedError(f"it has two tensors {shown(name)}.")
-        tensors[name] = _checked(name, shape, kind, begin + offset, size)
-    return GgufFile(path, metadata, tensors)
+        tensors[name] = _checked(name, shape, kind, begin + offset, len(cursor.data))
+    return tensors
 
 
 def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

@@ -26,6 +26,8 @@ CUTS: Mapping[tuple[CutStep, ...], str] = {
     (("split", QWEN2_WORDS), ("bytes", False)): "qwen2",
 }
 """llama.cpp's name by the steps of a `pre_tokenizer`."""
+OTHER_CUT_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+"""Names that files have for the same way."""
 WHOLE_WORDS_FIRST = ("llama-bpe",)
 """Where llama.cpp takes a word that is a token as it is (`ignore_merges`)."""
 NORMALIZED = ("qwen2",)
@@ -228,7 +230,8 @@ def with_known_cut(files: Mapping[str, bytes], metadata: Mapping[str, Any]) -> M
         files: What transformers has made of the file's tokenizer.
         metadata: The file's.
     """
-    pre = metadata.get("tokenizer.ggml.pre")
+    said = metadata.get("tokenizer.ggml.pre")
+    pre = OTHER_CUT_NAMES.get(str(said), said)
     steps = next((steps for steps, name in CUTS.items() if name == pre), None)
     if steps is None or metadata.get("tokenizer.ggml.model") != BYTE_LEVEL:
         return files

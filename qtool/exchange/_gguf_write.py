@@ -12,7 +12,7 @@ from qtool.checkpoint.place import file_failures
 from qtool.errors import CheckpointError, MissingExtraError
 from qtool.exchange import Compared, Departure
 from qtool.exchange._compare import check_equal
-from qtool.exchange._directory import WRITING_FILES
+from qtool.exchange._directory import COMPARING_FILES, WRITING_FILES
 from qtool.exchange._gguf_file import open_gguf
 from qtool.exchange._gguf_names import ROPE_FACTORS
 from qtool.exchange._gguf_plan import GgufPlan, content_of, meant_values, plan_file
@@ -97,7 +97,7 @@ def compare_gguf(departure: Departure, path: Path) -> Compared:
     if names != file.tensors.keys():
         raise CheckpointError(f"{path} has other tensors than were written. Export it again.")
     layers = 0
-    for each in plan.tensors:
+    for number, each in enumerate(plan.tensors, start=1):
         expected, kind = meant_values(departure, each), gguf.GGMLQuantizationType[each.type.name]
         at_once = max(1, COMPARED_AT_ONCE // each.shape[-1])
         for first, part in enumerate(expected.split(at_once)):
@@ -106,6 +106,7 @@ def compare_gguf(departure: Departure, path: Path) -> Compared:
             values = torch.from_numpy(gguf.quants.dequantize(found.numpy(), kind))
             check_equal(path, each.name, values, part)
         layers += each.source in departure.checkpoint.manifest.layers
+        departure.emit(Progress(COMPARING_FILES, number, len(plan.tensors), each.name))
     tied = sum(1 for one in departure.checkpoint.manifest.layers.values() if one.shared_with)
     version = importlib.metadata.version(GGUF_LIBRARY)
     return Compared(

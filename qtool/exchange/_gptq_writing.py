@@ -14,7 +14,7 @@ from qtool.checkpoint.shards import open_shards
 from qtool.exchange import Compared, Departure
 from qtool.exchange._affine import foreign_grid
 from qtool.exchange._compare import check_equal
-from qtool.exchange._directory import write_directory
+from qtool.exchange._directory import COMPARING_FILES, told, write_directory
 from qtool.exchange._gptq_peer import decode_gptq, peer_name
 from qtool.exchange._gptq_rules import exactly
 from qtool.exchange._words import pack_words, unpack_words
@@ -137,7 +137,7 @@ def compare_gptq(departure: Departure, directory: Path) -> Compared:
         departure.checkpoint,
     )
     layers = 0
-    for name, tensors in _layers(departure):
+    for name, tensors in told(departure, _layers(departure), COMPARING_FILES):
         for full, expected in tensors.items():
             check_equal(directory, full, shards.read(full), expected)
         if name not in checkpoint.manifest.layers:

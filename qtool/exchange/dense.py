@@ -11,7 +11,7 @@ from qtool.checkpoint.manifest import LayerEntry, codec
 from qtool.checkpoint.shards import open_shards
 from qtool.exchange import Compared, Departure, Exchange, LayerPlace
 from qtool.exchange._compare import OWN_READER, check_equal
-from qtool.exchange._directory import write_directory
+from qtool.exchange._directory import COMPARING_FILES, told, write_directory
 from qtool.formats._dtypes import dtype_of
 
 WEIGHT_PART = "weight"
@@ -55,7 +55,7 @@ def _write(departure: Departure, directory: Path) -> None:
 
 def _compare(departure: Departure, directory: Path) -> Compared:
     shards, layers, others = open_shards(directory), 0, 0
-    for name, tensors in _layers(departure):
+    for name, tensors in told(departure, _layers(departure), COMPARING_FILES):
         for full, expected in tensors.items():
             check_equal(directory, full, shards.read(full), expected)
         layers += name in departure.checkpoint.manifest.layers

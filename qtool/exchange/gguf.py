@@ -9,7 +9,6 @@ from qtool.exchange._gguf_encode import why_no_type
 from qtool.exchange._gguf_file import open_gguf
 from qtool.exchange._gguf_plan import why_no_file
 from qtool.exchange._gguf_read import names_of, readers
-from qtool.exchange._gguf_tokens import with_known_cut
 from qtool.exchange._gguf_write import compare_gguf, write_gguf
 
 
@@ -22,7 +21,7 @@ def _read(path: Path) -> ForeignModel:
         layers=layers,
         others=others,
         tied=tied,
-        files=with_known_cut(read_tokenizer(file), file.metadata),
+        files=read_tokenizer(path),
     )
 
 

@@ -20,6 +20,8 @@ from qtool.storage.plain_json import write_json_file
 from qtool.storage.whole_files import sync
 from qtool.wording import reason
 
+CONVERSION = 2
+"""Of what is made of a file; 1 took transformers' word for how texts are cut into tokens."""
 WHOLE_NAME = "WHOLE"
 """The list; without a suffix, so that nobody takes it for a part of the model."""
 _LOG = logging.getLogger(__name__)
@@ -59,7 +61,9 @@ def convert_gguf(path: Path) -> Path:
 def _convert(path: Path, partial: Path, target: Path) -> None:
     """Make `target` anew, by way of `partial`; nobody else does at the same time."""
     if target.exists():
-        _LOG.warning("%s is damaged or incomplete, and is made anew.", target)
+        _LOG.warning(
+            "%s is damaged, incomplete or of an earlier version, and is made anew.", target
+        )
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         partial.mkdir()
@@ -68,7 +72,11 @@ def _convert(path: Path, partial: Path, target: Path) -> None:
         for file in files:
             sync(file)
         names = [str(file.relative_to(partial)) for file in files]
-        about = {"files": names, "digest": files_digest(files, remember=False)}
+        about = {
+            "conversion": CONVERSION,
+            "files": names,
+            "digest": files_digest(files, remember=False),
+        }
         write_json_file(partial / WHOLE_NAME, about)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
@@ -82,7 +90,8 @@ def _is_whole(directory: Path) -> bool:
     try:
         about = json.loads((directory / WHOLE_NAME).read_text(encoding="utf-8"))
         files = [directory / name for name in about["files"]]
-        return bool(files) and about["digest"] == files_digest(files)
+        current = about["conversion"] == CONVERSION and bool(files)
+        return current and about["digest"] == files_digest(files)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False
 
@@ -112,6 +121,8 @@ def _save_whole(path: Path, target: Path) -> None:
     from safetensors import SafetensorError
     from transformers import modeling_gguf_pytorch_utils as reading
 
+    from qtool.exchange._gguf_about import read_tokenizer
+
     transformers.utils.logging.disable_progress_bar()
     reading.tqdm = lambda tensors, **_: tensors  # a bar that heeds no switch of transformers
     quantization = {}
@@ -126,13 +137,14 @@ def _save_whole(path: Path, target: Path) -> None:
         # A fresh model: the loaded one refuses to be saved, being marked as quantized.
         model = transformers.AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float16)
         model.load_state_dict(loaded.state_dict(), strict=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = read_tokenizer(path)
     except Exception as error:  # transformers and gguf raise many unrelated types
         raise ModelError(
             f"{path}: transformers can't read this GGUF file: {reason(error)}"
         ) from error
     try:
         model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        for name, content in tokenizer.items():
+            (target / name).write_bytes(content)
     except SafetensorError as error:  # a full disk, in words of its own
         raise OSError(reason(error)) from error

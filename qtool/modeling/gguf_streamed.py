@@ -32,7 +32,7 @@ def save_streamed(path: Path, target: Path) -> bool:
     try:
         file = open_gguf(path)
         names, config = names_of(file), read_about(file)
-        tokenizer = read_tokenizer(file)
+        tokenizer = read_tokenizer(path)
     except CheckpointError as error:
         _LOG.info("transformers has to read this file: %s", error)
         return False

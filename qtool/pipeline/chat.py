@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from qtool.base import Emit, Progress, ignore_events
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
+from qtool.pipeline.imported import as_ours
 from qtool.runtime.backends._choose import use_backend
 from qtool.serving.conversation import Conversation
 from qtool.serving.opening import DecoderOptions, open_decoder, served_model
@@ -39,7 +40,7 @@ def chat(
         BackendError: it doesn't fit.
     """
     with use_backend(options.backend):
-        loaded = load_model(model)
+        loaded = load_model(as_ours(model, emit))
         emit(Progress(f"preparing {loaded.name}"))
         decoder = open_decoder(loaded, DecoderOptions(slots=1, max_length=options.max_length))
         decoder.prepare()

@@ -91,7 +91,6 @@ def export(
         work.parent.mkdir(parents=True, exist_ok=True)
         try:
             exchange.write(departure, work)
-            emit(Progress("comparing with what was written"))
             compared = exchange.compare(departure, work)
             work.rename(dest)
             sync(dest.parent)

@@ -21,11 +21,14 @@ from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import CheckpointError
 from qtool.exchange import ForeignModel, exchange_names, exchange_of, load_exchange
 from qtool.modeling.companions import read_companions
-from qtool.modeling.config import parse_config
+from qtool.modeling.config import parse_config, read_config
+from qtool.modeling.digest import model_states
+from qtool.modeling.load import foreign_method
 from qtool.modeling.locate import Location
 from qtool.modeling.skeleton import empty_model, missing_message
 from qtool.pipeline.model_figures import versions
 from qtool.scheme import Shape2D, WeightScheme
+from qtool.storage.digests import State, state_of
 from qtool.storage.plain_json import json_text
 from qtool.wording import list_names, shown
 
@@ -61,6 +64,7 @@ def import_model(
     out_dir: Path,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     emit: Emit = ignore_events,
 ) -> ImportResult:
     """Write a checkpoint that means to the bit what a model of another program means.
@@ -68,7 +72,8 @@ def import_model(
     Args:
         model: A directory, or a file, that an exchange reads.
         out_dir: Where the checkpoint goes; appears only when it is complete.
-        overwrite: Replace a checkpoint that is there.
+        overwrite: Replace a checkpoint that is there, and drop an unfinished import.
+        resume: Continue an unfinished import of the same files.
         emit: Is told of each layer.
 
     Raises:
@@ -77,7 +82,7 @@ def import_model(
         OutputError: something is at `out_dir`, or it can't be written.
     """
     started = time.perf_counter()
-    place = find_place(out_dir, overwrite=overwrite)
+    place = find_place(out_dir, overwrite=overwrite, resume=resume)
     path = path_of(model)
     check_apart(place.out_dir, path)
     look(place)
@@ -85,29 +90,45 @@ def import_model(
     read = None if name is None else load_exchange(name).read
     if name is None or read is None:
         raise CheckpointError(_unknown(path))
-    emit(Progress("opening the model"))
-    foreign = read(path)
-    shapes, stray = _expected_shapes(foreign, path)
-    with CheckpointWriter(place, {"import": name, "model": str(path)}) as writer:
-        coming = Coming(name=name, path=path, writer=writer, emit=emit)
-        entries = _write_layers(foreign, shapes, coming)
-        for full, load in foreign.others.items():
-            if full in stray:
-                _drop(full, load, emit)
-                continue
-            writer.once(full, partial(_plain, load))
-        manifest = Manifest(
-            tool_version=qtool.__version__, recipe={}, layers=entries, digests=writer.digests()
-        )
-        _finish(foreign, manifest, coming, time.perf_counter() - started)
+    about = {"import": name, "model": str(path), "files": _states(path)}
+    with CheckpointWriter(place, about) as writer:
+        if writer.is_sealed:
+            writer.publish()
+        elif not writer.has_ended:
+            emit(Progress("opening the model"))
+            _import(read(path), Coming(name=name, path=path, writer=writer, emit=emit), started)
+    result = CheckpointReader(place.out_dir)
     return ImportResult(
         out_dir=place.named,
         format=name,
-        layers=entries,
-        average_bits=manifest.average_bits(),
-        weight_bytes=CheckpointReader(place.out_dir).weight_bytes(),
+        layers=result.manifest.layers,
+        average_bits=result.manifest.average_bits(),
+        weight_bytes=result.weight_bytes(),
         seconds=time.perf_counter() - started,
     )
+
+
+def _states(path: Path) -> Mapping[str, State]:
+    """Return what changes whenever a model's files do, by their names."""
+    return model_states(path) if path.is_dir() else {path.name: state_of(path)}
+
+
+def _import(foreign: ForeignModel, coming: Coming, started: float) -> None:
+    """Store what isn't stored yet, and give the result its name."""
+    shapes, stray = _expected_shapes(foreign, coming.path)
+    entries = _write_layers(foreign, shapes, coming)
+    for full, load in foreign.others.items():
+        if full in stray:
+            _drop(full, load, coming.emit)
+            continue
+        coming.writer.once(full, partial(_plain, load))
+    manifest = Manifest(
+        tool_version=qtool.__version__,
+        recipe={},
+        layers=entries,
+        digests=coming.writer.digests(),
+    )
+    _finish(foreign, manifest, coming, time.perf_counter() - started)
 
 
 def _plain(load: Callable[[], Tensor]) -> Made:
@@ -120,6 +141,12 @@ def path_of(model: Location) -> Path:
 
 
 def _unknown(path: Path) -> str:
+    if path.is_dir():
+        config = read_config(path)
+        if config.get("quantization_config") is None:
+            return f"{path} isn't quantized: there is nothing to import. Use it as it is."
+        if foreign_method(config) is None:
+            return f"{path} is a checkpoint of qtool already: use it as it is."
     known = [name for name in exchange_names() if load_exchange(name).read is not None]
     return f"{path} is in no format that qtool imports; these are {', '.join(known)}."
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qtool.base import Emit, Progress, ignore_events
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
+from qtool.pipeline.imported import as_ours
 from qtool.runtime.backends._choose import use_backend
 from qtool.serving.installed import check_servable
 from qtool.serving.opening import DecoderOptions, open_decoder, served_model
@@ -60,7 +61,7 @@ def serve(
     from qtool.serving.server import bound_socket, run_server
 
     with bound_socket(options.server) as listening, use_backend(options.backend):
-        loaded = load_model(model)
+        loaded = load_model(as_ours(model, emit))
         emit(Progress(f"preparing {loaded.name}"))
         decoder = open_decoder(loaded, options.decoder)
         decoder.prepare()

@@ -111,6 +111,8 @@ async def _on_invalid(_request: Request, error: Exception) -> Response:
     what = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         what = "this server doesn't know it; leave it out"
+    elif first["type"] == "none_required" or first.get("ctx", {}).get("max_length") == 0:
+        what = "this server doesn't have that; leave it out"
     message = f"{where}: {what}" if where else what
     return refusal_response(RefusalError(BAD_REQUEST, message, param=where or None))
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qtool.core.nucleus import sample_nucleus
 from qtool.serving.tokens import SamplingOptions, TokenLogprobs
 
 
@@ -43,25 +44,16 @@ def next_tokens(logits: Tensor, likeliest: Tensor, samplers: Sequence[Sampler]) 
     greedy = [sampler.is_greedy for sampler in samplers]
     if all(greedy):
         return likeliest.clone()
-    options, device = [sampler.options for sampler in samplers], logits.device
-
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)[:, None]
-
-    scores, order = logits.float(), None
-    if any(one.top_p < 1 for one in options):
-        scores, order = scores.sort(descending=True, stable=True)
-    temperatures = column([one.temperature or 1.0 for one in options])
-    probabilities = (scores.double() / temperatures).softmax(-1)
-    if order is not None:
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities * (before < column([one.top_p for one in options]))
-    cumulative = probabilities.cumsum(-1)
-    wanted = column(draws) * cumulative[:, -1:]
-    places = torch.searchsorted(cumulative, wanted, right=True)
-    places = places.clamp(max=logits.shape[1] - 1)
-    sampled = (places if order is None else order.gather(1, places)).squeeze(1)
-    return torch.where(torch.tensor(greedy).to(device, non_blocking=True), likeliest, sampled)
+    options = [sampler.options for sampler in samplers]
+    rows = [
+        (one.temperature or 1.0, one.top_p, draw, is_greedy)
+        for one, draw, is_greedy in zip(options, draws, greedy, strict=True)
+    ]
+    numbers = torch.tensor(rows, dtype=torch.float64).to(logits.device, non_blocking=True)
+    temperatures, top_p, drawn, likely = numbers.split(1, dim=1)
+    nuclei = top_p if any(one.top_p < 1 for one in options) else None
+    sampled = sample_nucleus(logits, likeliest, temperatures, nuclei, drawn)
+    return torch.where(likely[:, 0] > 0, likeliest, sampled)
 
 
 class PendingTokens:

@@ -1,7 +1,7 @@
 """GGUF files by llama.cpp, timed beside ours: a process of its own, by any Python that has it."""
 
+import ast
 import importlib.util
-import json
 import statistics
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from qtool.timing.cpu import CpuBench, CpuSpeed
 from qtool.wording import shown
 
 MODULE = "llama_cpp"
-PATIENCE_SECONDS = 1800
+CHILD_SECONDS = 1800
 
 
 def python_with_llama(wanted: str | None) -> str:
@@ -49,7 +49,7 @@ def time_gguf(path: Path, python: str, bench: CpuBench) -> list[CpuSpeed]:
     size = int(told["weight_bytes"])
     speeds = []
     for count in threads:
-        read, decode = (statistics.median(told[what][str(count)]) for what in ("prefill", "decode"))
+        read, decode = (statistics.median(told[what][count]) for what in ("prefill", "decode"))
         rate = protocol.decode_tokens / decode
         speeds.append(
             CpuSpeed(
@@ -69,12 +69,12 @@ def _run(command: list[str], path: Path) -> dict[str, Any]:
     """Return what the child prints."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
+            command, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BackendError(f"llama.cpp can't be run by {shown(command[0])}: {error}") from error
     if done.returncode != 0:
         lines = (done.stderr.strip() or "no message").splitlines()
         raise BackendError(f"llama.cpp doesn't run {shown(str(path))}: {shown(lines[-1])}.")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = ast.literal_eval(done.stdout.splitlines()[-1])
     return result

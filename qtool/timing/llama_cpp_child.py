@@ -1,21 +1,20 @@
 """A program of its own: times a GGUF file by llama-cpp-python, under any Python that has it.
 
 Arguments: file, threads (comma-separated), tokens of the prompt, of the context, to decode, and
-repeats. Prints one line of JSON: per number of threads the seconds of each repeat, and the bytes of
-the weights.
+repeats. Prints one line, a literal of Python: per number of threads the seconds of each repeat, and
+the bytes of the weights.
 """
 
 import ctypes
-import json
 import sys
 import time
 from typing import Any
 
-FIRST, STEP = 500, 7919
+_FIRST, _STEP = 500, 7919
 """Token ids: any will do, spread over the vocabulary."""
 
 
-class Timed:
+class _Timed:
     """A model of llama.cpp, and one context."""
 
     def __init__(self, library: Any, path: str, room: int, threads: int) -> None:  # noqa: ANN401
@@ -34,7 +33,7 @@ class Timed:
 
     def seconds(self, count: int) -> float:
         """Read `count` tokens at once."""
-        ids = [(FIRST + index * STEP) % self.vocabulary for index in range(count)]
+        ids = [(_FIRST + index * _STEP) % self.vocabulary for index in range(count)]
         tokens = (self.library.llama_token * count)(*ids)  # named: the batch only points to it
         batch = self.library.llama_batch_get_one(tokens, count)
         begin = time.perf_counter()
@@ -56,7 +55,7 @@ class Timed:
         self.library.llama_memory_clear(memory, True)  # noqa: FBT003
 
 
-def main(path: str, threads: str, *numbers: str) -> None:
+def _main(path: str, threads: str, *numbers: str) -> None:
     """Time one file."""
     import llama_cpp as library
 
@@ -66,14 +65,14 @@ def main(path: str, threads: str, *numbers: str) -> None:
     prompt, context, decode, repeats = map(int, numbers)
     result: dict[str, Any] = {"version": library.__version__, "prefill": {}, "decode": {}}
     for count in map(int, threads.split(",")):
-        timed = Timed(library, path, prompt + decode, count)
+        timed = _Timed(library, path, prompt + decode, count)
         pairs = [timed.repeat(prompt, context, decode) for _ in range(repeats + 1)][1:]
         result["prefill"][count], result["decode"][count] = zip(*pairs, strict=True)
         result["weight_bytes"] = int(library.llama_model_size(timed.model))
         library.llama_free(timed.context)
         library.llama_model_free(timed.model)
-    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.write(f"{result!r}\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    _main(*sys.argv[1:])

@@ -8,7 +8,7 @@ from qtool.integrations.transformers.generate import runner_for
 from qtool.integrations.transformers.sampling import SharedRunner
 from qtool.modeling.load import LoadedModel
 from qtool.runtime.decode.runner import DecodeRunner
-from qtool.runtime.decode.weights import DecoderWeights, Projections
+from qtool.runtime.decode.weights import DecoderWeights, Projection, Projections
 from qtool.runtime.modules import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -104,7 +104,15 @@ def span_bytes(weights: DecoderWeights) -> dict[str, int]:
 
 def _projection_bytes(projections: Projections) -> int:
     parts = projections if isinstance(projections, tuple) else (projections,)
-    return sum(int(getattr(part, "nbytes", 0)) for part in parts)
+    return sum(map(_part_bytes, parts))
+
+
+def _part_bytes(part: Projection) -> int:
+    """Return the bytes of what a backend has prepared, if it says so."""
+    if isinstance(part, Tensor):
+        return part.nbytes
+    told = getattr(part, "num_bytes", 0)
+    return int(told() if callable(told) else told)
 
 
 def _bytes_per_token(model: Any) -> int:  # noqa: ANN401

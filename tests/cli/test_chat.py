@@ -120,3 +120,17 @@ def test_what_was_stopped_is_remembered_as_far_as_it_was_written(talking):
         assert list(conversation.answer("w7"))
         with pytest.raises(ModelError, match="/reset begins a new one"):
             list(conversation.answer("w3 " * 600))
+
+
+def test_what_another_program_has_quantized_is_imported_first(
+    cli: Cli, talking, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "cache"))
+    pipeline.export(talking, tmp_path / "theirs", "gptq")
+    said = []
+    for model in (talking, tmp_path / "theirs"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("w3 w4\n"))
+        done = cli("chat", str(model), "--temperature", "0", "--max-tokens", "4")
+        assert done.code == 0, done.err
+        said.append(done.out)
+    assert said[0] == said[1]

@@ -1,6 +1,7 @@
 """`qtool export` and `qtool import`: one line says what came of it, or what is wrong."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,15 @@ def test_one_line_says_what_was_written_and_who_has_compared_it(cli, exported, t
     assert "14 layers and 7 other tensors read back to the bit by qtool's own reader" in done.out
 
 
+@pytest.mark.parametrize("target", ["gptq", "compressed-tensors", "dense"])
+def test_comparing_tells_how_far_it_is(target, exported, tmp_path):
+    told: list[Any] = []
+    pipeline.export(exported / "w4", tmp_path / "out", target, emit=told.append)
+    compared = [one for one in told if one.what.startswith("comparing")]
+    assert len(compared) > 14
+    assert (compared[-1].done, compared[-1].total) == (len(compared), len(compared))
+
+
 def test_json_says_what_was_done(cli, exported, tmp_path):
     done = cli("import", exported / "gptq", tmp_path / "in", "--json", "-")
     assert done.code == 0, done.err
@@ -43,10 +53,10 @@ def test_json_says_what_was_done(cli, exported, tmp_path):
         (("export", "w4", "out", "--target", "gtpq"), "Did you mean 'gptq'?"),
         (("export", "w4", "out", "--target", "awq"), "awq is only read. Targets are"),
         (("export", "w4", "out", "--target", "gptq", "--engine", "vllm@9"), "vllm@0.33 is"),
-        (("export", "gptq", "out", "--target", "dense"), "quant_method is 'gptq', not 'qtool'"),
+        (("export", "gptq", "out", "--target", "dense"), "becomes a checkpoint by `qtool import`"),
         (("export", "nowhere", "out", "--target", "dense"), "No checkpoint directory"),
         (("export", "w4", "gptq", "--target", "gptq"), "export replaces nothing"),
-        (("import", "w4", "out"), "is in no format that qtool imports"),
+        (("import", "w4", "out"), "is a checkpoint of qtool already"),
         (("import", "gptq", "w4"), "exists. Pass --overwrite to replace it."),
         (("import", "gptq", "gptq/in"), "is the model that is read, or lies in it"),
         (

@@ -25,6 +25,14 @@ def test_a_context_that_the_model_has_no_positions_for(cli: Cli, checkpoint):
     assert "has 512 positions" in done.err
 
 
+@pytest.mark.parametrize("key", ["schl\u00fcssel", "two words"])
+def test_a_key_that_no_client_can_send(cli: Cli, checkpoint, key):
+    pytest.importorskip("fastapi", reason="the extra `serve` isn't installed")
+    done = cli("serve", str(checkpoint), "--api-key", key)
+    assert done.code == 1
+    assert "which clients can't send" in done.err
+
+
 @pytest.mark.parametrize("text", [None, " \n"])
 def test_a_key_that_cannot_be_read(cli: Cli, checkpoint, tmp_path, text):
     pytest.importorskip("fastapi", reason="the extra `serve` isn't installed")

@@ -137,6 +137,7 @@ def test_products_of_warpgroups_stay_asynchronous(variant):
     assert compiled.spilled == 0
     assert compiled.registers <= registers
     assert "wgmma" not in compiled.log, compiled.log  # "... instructions are serialized"
+    assert "warpgroup.arrive" not in compiled.log, compiled.log  # "... is injected": fenced apart
     assert "setmaxnreg" not in compiled.log, compiled.log  # "... ignored"
 
 

@@ -24,6 +24,7 @@ from qtool.exchange._gguf_tokens import (
     with_known_cut,
 )
 from qtool.exchange._gguf_write import compare_gguf
+from qtool.modeling.gguf_cache import convert_gguf
 from qtool.modeling.locate import Location
 from qtool.pipeline.export import export, open_departure
 from tests import families
@@ -197,7 +198,12 @@ def test_ways_to_cut_a_text_are_known_or_refused(pre, ignore_merges, refused, tm
 
 @pytest.mark.parametrize(
     ("pre", "ignore_merges", "name"),
-    [(DIGITS, False, "smollm"), (split(LLAMA3_WORDS), True, "llama-bpe")],
+    [
+        (DIGITS, False, "smollm"),
+        (split(LLAMA3_WORDS), True, "llama-bpe"),
+        (split(LLAMA3_WORDS), True, "llama-v3"),
+        (split(QWEN2_WORDS), False, "deepseek-r1-qwen"),
+    ],
 )
 def test_the_way_to_cut_a_text_survives_an_import(pre, ignore_merges, name, tmp_path):
     save_tokenizer(tmp_path, pre, ignore_merges=ignore_merges)
@@ -209,6 +215,24 @@ def test_the_way_to_cut_a_text_survives_an_import(pre, ignore_merges, name, tmp_
     mended = with_known_cut(blurred, metadata)
     assert tokenizer_metadata(mended, {}, 96) == tokenizer_metadata(files, {}, 96)
     assert with_known_cut(blurred, {**metadata, "tokenizer.ggml.pre": "viking"}) == blurred
+
+
+def test_comparing_tells_how_far_it_is(ours, tmp_path):
+    told: list[Any] = []
+    export(ours, tmp_path / "m.gguf", "gguf", emit=told.append)
+    compared = [one for one in told if one.what.startswith("comparing")]
+    assert (compared[-1].done, compared[-1].total) == (len(compared), len(compared))
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_converted_file_has_the_tokenizer_that_it_says(streamed, ours, tmp_path, monkeypatch):
+    export(ours, tmp_path / "m.gguf", "gguf")
+    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "cache"))
+    if not streamed:
+        monkeypatch.setattr("qtool.modeling.gguf_streamed.save_streamed", lambda *_: False)
+    converted = convert_gguf(tmp_path / "m.gguf")
+    found, meant = (json.loads((one / "tokenizer.json").read_text()) for one in (converted, ours))
+    assert found["pre_tokenizer"] == meant["pre_tokenizer"] == DIGITS
 
 
 @pytest.mark.parametrize(

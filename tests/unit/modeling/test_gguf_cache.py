@@ -1,6 +1,7 @@
 """The cache of dequantized GGUF files: whole or not there, and never trusted blindly."""
 
 import importlib.util
+import json
 import logging
 import os
 import threading
@@ -79,9 +80,18 @@ def test_damaged_cache_is_made_anew_with_a_warning(gguf, calls, caplog, name, da
     with caplog.at_level(logging.WARNING):
         assert convert_gguf(gguf) == directory
     assert len(calls) == 2
-    assert "is damaged or incomplete, and is made anew" in caplog.text
+    assert "is damaged, incomplete or of an earlier version, and is made anew" in caplog.text
     assert (directory / "model.safetensors").read_bytes() == bytes(100)
     assert kept(directory.parent) == [directory.name]
+
+
+def test_what_an_earlier_version_made_is_made_anew(gguf, calls):
+    directory = convert_gguf(gguf)
+    about = json.loads((directory / WHOLE_NAME).read_text())
+    del about["conversion"]  # the first had none
+    (directory / WHOLE_NAME).write_text(json.dumps(about))
+    assert convert_gguf(gguf) == directory
+    assert len(calls) == 2
 
 
 @pytest.mark.usefixtures("calls")

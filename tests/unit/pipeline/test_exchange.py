@@ -221,8 +221,17 @@ def test_configuration_of_another_model_is_refused(symmetric, tmp_path):
 
 
 def test_no_exchange_reads_an_original(llama, symmetric, tmp_path):
-    for model in (llama, symmetric):
-        with pytest.raises(CheckpointError, match="is in no format that qtool imports; these are"):
+    fp8 = tmp_path / "fp8"
+    shutil.copytree(llama, fp8)
+    config = json.loads((fp8 / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (fp8 / "config.json").write_text(json.dumps(config))
+    for model, words in (
+        (llama, "isn't quantized: there is nothing to import"),
+        (symmetric, "is a checkpoint of qtool already"),
+        (fp8, "is in no format that qtool imports; these are"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
             pipeline.import_model(Location(model), tmp_path / "in")
     assert LAYER.startswith("model.layers.0")
 
@@ -238,3 +247,43 @@ def test_biases_that_the_model_does_not_add_are_left_out(value, symmetric, tmp_p
     pipeline.import_model(Location(tmp_path / "theirs"), tmp_path / "in", emit=told.append)
     assert torch.equal(logits(symmetric), logits(tmp_path / "in"))
     assert len(warnings_in(told)) == (value != 0)
+
+
+def test_an_import_that_failed_goes_on(symmetric, tmp_path):
+    pipeline.export(symmetric, tmp_path / "theirs", "gptq")
+    model, out_dir = Location(tmp_path / "theirs"), tmp_path / "in"
+    told: list[Any] = []
+
+    def fail(event):
+        told.append(event)
+        if event.what == "importing" and event.done == 3:
+            raise OutputError("The disk is full.")
+
+    with pytest.raises(OutputError, match=r"3 finished layers are kept .* --resume goes on"):
+        pipeline.import_model(model, out_dir, emit=fail)
+    with pytest.raises(OutputError, match="holds an unfinished run"):
+        pipeline.import_model(model, out_dir)
+    resumed = pipeline.import_model(model, out_dir, resume=True)
+    whole = pipeline.import_model(model, tmp_path / "whole")
+    digests = [CheckpointReader(one.out_dir).manifest.digests for one in (resumed, whole)]
+    assert digests[0] == digests[1]
+    told.clear()
+    again = pipeline.import_model(model, out_dir, resume=True, emit=told.append)  # nothing to do
+    assert told == []
+    assert again.layers == resumed.layers
+
+
+def test_an_import_does_not_go_on_with_other_files(symmetric, tmp_path):
+    pipeline.export(symmetric, tmp_path / "theirs", "gptq")
+    model = Location(tmp_path / "theirs")
+
+    def fail(event):
+        if event.what == "importing":
+            raise OutputError("The disk is full.")
+
+    with pytest.raises(OutputError, match="1 finished layer is kept"):
+        pipeline.import_model(model, tmp_path / "in", emit=fail)
+    path = tmp_path / "theirs" / "config.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(OutputError, match="--overwrite"):
+        pipeline.import_model(model, tmp_path / "in", resume=True)

@@ -13,7 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 COMPILERS = ("cc", "gcc", "clang")
-COMMON = ("-O3", "-std=c11", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared", "-pthread")
+COMMON = (
+    "-O3",
+    "-std=c11",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+)
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")
 AVX512 = tuple(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vnni"))
 X86: Mapping[str, tuple[str, ...]] = {

@@ -12,12 +12,12 @@ from torch import Tensor
 from qtool.runtime.decode.ops import DecodeState
 from qtool.runtime.decode.weights import DecoderLayer, DecoderWeights, Projection, Projections
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Of dense weights and caches, by their number in the library."""
 SPANS = ("embed", "qkv", "attend", "output", "gate_up", "gate", "down", "head", "choose")
 """Parts of a step, in the order in which the library has their times."""
 MOST_PARTS = 3
-ALIGNMENT = 64
+ROOM_ALIGNMENT = 64
 
 
 class ProjectionText(Structure):
@@ -131,7 +131,7 @@ class DecoderTable:
             return ProjectionText(rows, inputs, self._packed(projection), None, 0)
         weight = projection.contiguous()
         self._kept.append(weight)
-        number = DTYPES.index(weight.dtype)
+        number = NATIVE_DTYPES.index(weight.dtype)
         return ProjectionText(*weight.shape, None, weight.data_ptr(), number)
 
 
@@ -152,7 +152,7 @@ class NativeStep:
         self._text = StateText(
             batch=keys.shape[1],
             max_length=keys.shape[3],
-            cache_dtype=DTYPES.index(keys.dtype),
+            cache_dtype=NATIVE_DTYPES.index(keys.dtype),
             layer_stride=keys.stride(0),
             sequence_stride=keys.stride(1),
             history_stride=state.history.stride(0),
@@ -189,7 +189,7 @@ class NativeStep:
     def _make_room(self, threads: int) -> None:
         decoder = ctypes.byref(self._table.text)
         size = self._library.qt_decode_room(decoder, self._text.batch, threads)
-        self._room = torch.zeros(size + ALIGNMENT, dtype=torch.uint8)
+        self._room = torch.zeros(size + ROOM_ALIGNMENT, dtype=torch.uint8)
         address = self._room.data_ptr()
-        self._text.room = address + -address % ALIGNMENT
+        self._text.room = address + -address % ROOM_ALIGNMENT
         self._sized = threads

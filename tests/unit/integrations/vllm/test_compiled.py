@@ -48,6 +48,8 @@ def test_one_graph_serves_all_numbers_of_tokens(activation):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # and its advice
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("activation", INPUTS, ids=["floats", "per token", "per tensor"])
 @pytest.mark.parametrize("name", FORMATS)
