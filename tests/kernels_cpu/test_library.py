@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -87,7 +88,7 @@ def test_the_name_follows_text_flags_and_machine(tmp_path, monkeypatch):
     text = building.file_name(tmp_path, "plain")
     monkeypatch.setattr(building, "COMMON", (*building.COMMON, "-g"))
     flags = building.file_name(tmp_path, "plain")
-    monkeypatch.setattr(building.platform, "system", lambda: "Elsewhere")
+    monkeypatch.setattr(platform, "system", lambda: "Elsewhere")
     assert len({first, text, flags, building.file_name(tmp_path, "plain")}) == 4
 
 
@@ -103,7 +104,7 @@ def test_the_name_follows_text_flags_and_machine(tmp_path, monkeypatch):
 def test_level_is_what_the_processor_lists(cpu_info, level, tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text(cpu_info)
     monkeypatch.setattr(library, "CPU_INFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(building.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert library.best_level() == level
 
@@ -182,8 +183,9 @@ def two_threads(monkeypatch):
 
 
 @needs_compiler
-def test_two_threads_may_multiply_at_once(two_threads):
-    expected, wrong = {seed: product(seed) for seed in range(2)}, []
+@pytest.mark.usefixtures("two_threads")
+def test_two_threads_may_multiply_at_once():
+    expected, wrong = {seed: product(seed) for seed in range(2)}, list[int]()
 
     def run(seed):
         wrong.extend(i for i in range(30) if not torch.equal(product(seed), expected[seed]))
@@ -203,7 +205,8 @@ def _in_a_child(expected, queue):
 @needs_compiler
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_child_that_was_forked_after_threads_were_made_multiplies(two_threads):
+@pytest.mark.usefixtures("two_threads")
+def test_a_child_that_was_forked_after_threads_were_made_multiplies():
     expected = product(0)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()

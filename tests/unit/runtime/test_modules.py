@@ -17,8 +17,11 @@ from tests.helpers import dequantized, normal
 
 CPU = torch.device("cpu")
 SCHEME = WeightScheme(num_bits=3, group_size=16)
-NEAR = {"rtol": 1e-4, "atol": 2e-3}
-"""The backend that is chosen may look up sums of inputs in 16 bits."""
+
+
+def assert_near(got, expected):
+    """Compare numbers; the backend that is chosen may look up sums of inputs in 16 bits."""
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-3)
 
 
 def entry(shape: tuple[int, int] = (12, 40), **changes) -> LayerEntry:
@@ -40,7 +43,7 @@ def test_linear_adds_the_bias_to_the_product():
     assert linear.bias is not None
     linear.bias.data = bias
     x = normal(2, 5, 40)
-    torch.testing.assert_close(linear(x), nn.functional.linear(x, weight, bias), **NEAR)
+    assert_near(linear(x), nn.functional.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("factor", [1.0, 8.0])
@@ -55,7 +58,7 @@ def test_tied_head_uses_the_table_and_holds_nothing_of_its_own():
     table, weight = filled(QuantizedEmbedding(entry(), torch.float32))
     head = TiedHead(table)
     x = normal(3, 40)
-    torch.testing.assert_close(head(x), x @ weight.T, **NEAR)
+    assert_near(head(x), x @ weight.T)
     assert list(head.state_dict()) == []
 
 
@@ -68,7 +71,7 @@ def test_cast_of_the_model_leaves_the_parts_in_their_dtypes(convert):
         assert part.dtype == before[name].dtype
         assert torch.equal(part, before[name])
     x = normal(3, 40)
-    torch.testing.assert_close(linear(x), x @ weight.T, **NEAR)
+    assert_near(linear(x), x @ weight.T)
 
 
 def test_activations_of_another_dtype_are_prepared_anew():
@@ -76,7 +79,7 @@ def test_activations_of_another_dtype_are_prepared_anew():
     x = normal(3, 40)
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         assert linear(x.to(dtype)).dtype == dtype
-    torch.testing.assert_close(linear(x), x @ weight.T, **NEAR)
+    assert_near(linear(x), x @ weight.T)
 
 
 def test_other_parts_that_are_loaded_after_a_call_are_used():
@@ -85,7 +88,7 @@ def test_other_parts_that_are_loaded_after_a_call_are_used():
     linear(x)
     other, weight = filled(QuantizedLinear(entry(), None), seed=1)
     linear.load_state_dict(other.state_dict())
-    torch.testing.assert_close(linear(x), x @ weight.T, **NEAR)
+    assert_near(linear(x), x @ weight.T)
 
 
 def test_a_move_that_changes_nothing_keeps_the_layout_and_others_forget_it():

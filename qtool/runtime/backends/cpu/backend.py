@@ -86,6 +86,7 @@ class CpuBackend:
     def integer_product(self, tensor: QuantizedTensor, dtype: torch.dtype) -> IntegerProduct | None:
         """Return None: tables are of floats."""
         del tensor, dtype
+        return None
 
     def fuse(
         self, tensors: Sequence[QuantizedTensor], dtype: torch.dtype, *, interleave: bool = False

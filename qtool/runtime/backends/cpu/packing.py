@@ -5,7 +5,6 @@ import sys
 import weakref
 from collections.abc import Sequence
 from ctypes import Structure, c_int64, c_void_p
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -185,10 +184,3 @@ def _repeated(parameters: Tensor, times: int, groups: int) -> Tensor:
     if times > 1:
         parameters = parameters.repeat_interleave(times, dim=-1)[..., :groups]
     return parameters.half().contiguous()
-
-
-def class_of(tensor: QuantizedTensor) -> QuantizedTensor:
-    """Return the first class of rows of a weight, or the weight: it stands for all."""
-    if tensor.format != MIXED_ROWS:
-        return tensor
-    return replace(split_rows(tensor)[0][0])
