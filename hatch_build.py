@@ -24,7 +24,7 @@ class CompiledKernels(BuildHookInterface):  # type: ignore[type-arg]
         root = Path(self.root)
         building, kernels = runpy.run_path(str(root / BUILDING)), root / "kernels" / "cpu"
         self._folder = tempfile.TemporaryDirectory()
-        for level in building["levels"]():
+        for level in building["instruction_levels"]():
             name = building["file_name"](kernels, level)
             target = Path(self._folder.name) / name
             complaint = building["compile_library"](kernels, level, target)

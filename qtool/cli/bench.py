@@ -162,7 +162,8 @@ def _check_usage(context: typer.Context) -> None:
         {"--synthetic", "--gpu"} if "synthetic" in given else {f"--{n}" for n in given & {"gpu"}}
     )
     messages = []
-    if modes and context.params["device"] == "cpu":
+    device = context.params["device"]
+    if modes and device == "cpu":
         messages.append("--device cpu doesn't go with --gpu.")
     if not given & {"out_dir", "synthetic"}:
         messages.append("Give OUT_DIR or, for shapes without weights, --synthetic NAME.")

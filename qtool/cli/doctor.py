@@ -54,7 +54,7 @@ def _found() -> dict[str, Any]:
     import qtool.runtime.backends
     from qtool import plugins
     from qtool.runtime.backends.cpu.library import found_library
-    from qtool.runtime.backends.cpu.threads import num_threads
+    from qtool.runtime.backends.cpu.threads import library_threads
     from qtool.runtime.backends.cuda.selection import selection_for, wanted_kernel
 
     device, card, size = torch.device("cpu"), "", "none that torch can use"
@@ -64,7 +64,9 @@ def _found() -> dict[str, Any]:
         size = f"{card}, {gigabytes(properties.total_memory)}"
     wanted, chosen = wanted_kernel(), str(selection_for(card))
     given, library = settings.given(), found_library()
-    native = library if isinstance(library, str) else f"{library.level}, {num_threads()} threads"
+    native = (
+        library if isinstance(library, str) else f"{library.level}, {library_threads()} threads"
+    )
     return {
         "installed": {
             "qtool": qtool.__version__,

@@ -90,10 +90,12 @@ def tuned_block(
     targets = [visit.original.run(hidden, i) for i, hidden in enumerate(streams.original)]
     student = _student(run, section, writer, visit, block, entries)
     learned = [layer for _, layer in learned_layers(student.module)]
-    kind = torch.device(device).type
+    runs_on = torch.device(device)
 
     def forward(hidden: Tensor, batch: int, samples: slice | None = None) -> Tensor:
-        with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu", cache_enabled=False):
+        with torch.autocast(
+            runs_on.type, torch.bfloat16, enabled=runs_on.type != "cpu", cache_enabled=False
+        ):
             return student.learn(hidden, batch, samples)
 
     schedule = Schedule(
@@ -103,7 +105,7 @@ def tuned_block(
         check_every=max(1, section.steps // 4),
     )
     alike = student.alike(streams.quantized[: streams.num_train])
-    enough = kind != "cpu" and len(alike) >= MOST_OF_THEM * streams.num_train
+    enough = runs_on.type != "cpu" and len(alike) >= MOST_OF_THEM * streams.num_train
     lesson = Lesson(
         forward,
         streams.quantized,

@@ -54,7 +54,7 @@ def test_without_a_compiler_dense_runs_and_the_reason_is_said(empty_cache, monke
 @needs_compiler
 def test_what_does_not_compile_is_said_in_one_sentence(complaint, empty_cache, monkeypatch):
     if complaint == "broken":
-        monkeypatch.setattr(building, "COMMON", ("--no-such-flag",))
+        monkeypatch.setattr(building, "COMMON_FLAGS", ("--no-such-flag",))
     else:
         empty_cache.parent.mkdir(exist_ok=True)
         empty_cache.write_text("a file where a folder should be")
@@ -86,7 +86,7 @@ def test_the_name_follows_text_flags_and_machine(tmp_path, monkeypatch):
     first = building.file_name(tmp_path, "plain")
     (tmp_path / "a.c").write_text("int b;")
     text = building.file_name(tmp_path, "plain")
-    monkeypatch.setattr(building, "COMMON", (*building.COMMON, "-g"))
+    monkeypatch.setattr(building, "COMMON_FLAGS", (*building.COMMON_FLAGS, "-g"))
     flags = building.file_name(tmp_path, "plain")
     monkeypatch.setattr(platform, "system", lambda: "Elsewhere")
     assert len({first, text, flags, building.file_name(tmp_path, "plain")}) == 4
@@ -103,7 +103,7 @@ def test_the_name_follows_text_flags_and_machine(tmp_path, monkeypatch):
 )
 def test_level_is_what_the_processor_lists(cpu_info, level, tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text(cpu_info)
-    monkeypatch.setattr(library, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(library, "PROCESSOR_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert library.best_level() == level
@@ -117,15 +117,17 @@ def test_unknown_level_is_refused(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("level", list(building.levels()))
+@pytest.mark.parametrize("level", list(building.instruction_levels()))
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_error_of_tables_is_small_at_every_level(level, num_threads, monkeypatch):
-    if list(building.levels()).index(level) < list(building.levels()).index(library.best_level()):
+    if list(building.instruction_levels()).index(level) < list(building.instruction_levels()).index(
+        library.best_level()
+    ):
         pytest.skip("this processor has no such instructions")
     monkeypatch.setenv("QTOOL_CPU_LEVEL", level)
     backend, before = load_backend("cpu"), torch.get_num_threads()
-    monkeypatch.setattr(threads, "num_threads", lambda: num_threads)
-    monkeypatch.setattr("qtool.runtime.backends.cpu.packing.num_threads", lambda: num_threads)
+    monkeypatch.setattr(threads, "library_threads", lambda: num_threads)
+    monkeypatch.setattr("qtool.runtime.backends.cpu.packing.library_threads", lambda: num_threads)
     for num_bits in range(1, 9):
         tensor = weight(seed=num_bits, num_bits=num_bits)
         x = normal(3, 1300)
@@ -158,13 +160,15 @@ def test_threads_are_those_of_torch_and_no_more_than_cores(monkeypatch):
     cores = len(os.sched_getaffinity(0))
     for count in (1, cores, cores + 7):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
-        assert threads.num_threads() == min(count, cores)
+        assert threads.library_threads() == min(count, cores)
     monkeypatch.setattr(threads, "_quota", lambda: 1)
-    assert threads.num_threads() == 1
+    assert threads.library_threads() == 1
 
 
 def test_omp_num_threads_is_obeyed():
-    line = "from qtool.runtime.backends.cpu.threads import num_threads; print(num_threads())"
+    line = (
+        "from qtool.runtime.backends.cpu.threads import library_threads; print(library_threads())"
+    )
     told = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", line], env=told, capture_output=True, text=True, check=True
@@ -179,7 +183,7 @@ def product(seed):
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    monkeypatch.setattr("qtool.runtime.backends.cpu.packing.num_threads", lambda: 2)
+    monkeypatch.setattr("qtool.runtime.backends.cpu.packing.library_threads", lambda: 2)
 
 
 @needs_compiler

@@ -10,7 +10,7 @@ from qtool.runtime.backends.cpu import building
 from qtool.runtime.backends.cpu.library import best_level
 
 DRIVER = Path(__file__).parent / "driver.c"
-LEVELS = list(building.levels())
+LEVELS = list(building.instruction_levels())
 CHECKS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g", "-Wall")
 OPEN = ("-std=c11", "-pthread", "-Wno-psabi", "-D_GNU_SOURCE", "-Werror")
 
@@ -22,7 +22,7 @@ def test_sanitizers_find_nothing(level, tmp_path):
         pytest.skip("this processor has no such instructions")
     kernels, program = resources.kernels_dir() / "cpu", tmp_path / "driver"
     sources = [str(kernels / name) for name in ("team.c", "linear.c")]
-    flags = (*OPEN, *CHECKS, *building.levels()[level], f"-I{kernels}")
+    flags = (*OPEN, *CHECKS, *building.instruction_levels()[level], f"-I{kernels}")
     command = [str(building.compiler()), *flags, str(DRIVER), *sources, "-o", str(program), "-lm"]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if "asan" in made.stderr and "cannot find" in made.stderr:

@@ -55,7 +55,7 @@ def test_wheel_holds_what_the_repository_has_outside_the_package(wheel):
 def test_wheel_has_a_library_for_each_level_and_names_its_platform(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    for level in building.levels():
+    for level in building.instruction_levels():
         assert f"qtool/_native/{building.file_name(ROOT / 'kernels' / 'cpu', level)}" in names
     assert wheel.stem.split("-")[-3:-1] == ["py3", "none"] and not wheel.stem.endswith("any")
 

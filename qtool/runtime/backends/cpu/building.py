@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 COMPILERS = ("cc", "gcc", "clang")
-COMMON = (
+COMMON_FLAGS = (
     "-O3",
     "-std=c11",
     "-ffp-contract=fast",
@@ -41,7 +41,7 @@ TIMEOUT_S = 300
 LONGEST_COMPLAINT = 300
 
 
-def levels() -> Mapping[str, tuple[str, ...]]:
+def instruction_levels() -> Mapping[str, tuple[str, ...]]:
     """Return the flags of each level of instructions of this kind of machine, the best first."""
     return MACHINES.get(platform.machine(), {"plain": ()})
 
@@ -54,7 +54,12 @@ def file_name(kernels: Path, level: str) -> str:
 def fingerprint(kernels: Path, level: str) -> str:
     """Return a digest of the text in a folder, the flags of a level and the kind of machine."""
     made_of = hashlib.sha256()
-    for word in (*COMMON, *levels()[level], platform.system(), platform.machine()):
+    for word in (
+        *COMMON_FLAGS,
+        *instruction_levels()[level],
+        platform.system(),
+        platform.machine(),
+    ):
         made_of.update(f"{word}\n".encode())
     for path in sorted(kernels.glob("*.[ch]")):
         made_of.update(path.name.encode() + b"\n" + path.read_bytes() + b"\n")
@@ -91,7 +96,7 @@ def _arguments(kernels: Path, level: str) -> list[str]:
     """Return what a compiler is told, but for the result."""
     name = f'-DQT_FINGERPRINT="{fingerprint(kernels, level)}"'
     files = [str(kernels / file) for file in SOURCES]
-    return [*COMMON, *levels()[level], "-D_GNU_SOURCE", name, *files]
+    return [*COMMON_FLAGS, *instruction_levels()[level], "-D_GNU_SOURCE", name, *files]
 
 
 def _run(command: list[str]) -> str | None:

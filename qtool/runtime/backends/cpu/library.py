@@ -13,17 +13,17 @@ from qtool import resources, settings
 from qtool.plugins import check_name
 from qtool.runtime.backends.cpu import building
 
-CPU_INFO = Path("/proc/cpuinfo")
-POINTER, NUMBER = c_void_p, c_int64
+PROCESSOR_INFO = Path("/proc/cpuinfo")
+POINTER, INTEGER = c_void_p, c_int64
 SIGNATURES = {
     "qt_fingerprint": (c_char_p, ()),
-    "qt_planes_size": (NUMBER, (POINTER,)),
-    "qt_planes_pack": (None, (POINTER, POINTER, POINTER, POINTER, NUMBER)),
-    "qt_planes_rows": (None, (POINTER, POINTER, NUMBER, NUMBER, POINTER, NUMBER)),
-    "qt_planes_room": (NUMBER, (POINTER, NUMBER)),
-    "qt_planes_multiply": (None, (POINTER, POINTER, NUMBER, POINTER, POINTER, NUMBER)),
-    "qt_decode_room": (NUMBER, (POINTER, NUMBER, NUMBER)),
-    "qt_decode_step": (None, (POINTER, POINTER, NUMBER)),
+    "qt_planes_size": (INTEGER, (POINTER,)),
+    "qt_planes_pack": (None, (POINTER, POINTER, POINTER, POINTER, INTEGER)),
+    "qt_planes_rows": (None, (POINTER, POINTER, INTEGER, INTEGER, POINTER, INTEGER)),
+    "qt_planes_room": (INTEGER, (POINTER, INTEGER)),
+    "qt_planes_multiply": (None, (POINTER, POINTER, INTEGER, POINTER, POINTER, INTEGER)),
+    "qt_decode_room": (INTEGER, (POINTER, INTEGER, INTEGER)),
+    "qt_decode_step": (None, (POINTER, POINTER, INTEGER)),
 }
 _LOCK = threading.Lock()
 
@@ -44,17 +44,19 @@ def found_library() -> Library | str:
         UnknownNameError: $QTOOL_CPU_LEVEL isn't a level of this kind of machine.
     """
     level = settings.cpu_level() or best_level()
-    check_name(level, tuple(building.levels()), "levels of instructions")
+    check_name(level, tuple(building.instruction_levels()), "levels of instructions")
     with _LOCK:
         return _library(resources.kernels_dir() / "cpu", level, settings.cache_dir() / "native")
 
 
 def best_level() -> str:
     """Return the level of the instructions that this processor has."""
-    flags = _flags(CPU_INFO.read_text() if CPU_INFO.exists() else "")
+    flags = _flags(PROCESSOR_INFO.read_text() if PROCESSOR_INFO.exists() else "")
     if not flags and torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"}:
         flags = frozenset(building.NEEDED["avx2"])
-    able = (n for n in building.levels() if flags.issuperset(building.NEEDED.get(n, ())))
+    able = (
+        n for n in building.instruction_levels() if flags.issuperset(building.NEEDED.get(n, ()))
+    )
     return next(able)  # `plain` needs nothing
 
 

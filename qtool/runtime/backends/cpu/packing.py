@@ -15,14 +15,14 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.formats.mixed_rows import MIXED_ROWS, split_rows
 from qtool.runtime.backends.cpu.library import Library
-from qtool.runtime.backends.cpu.threads import num_threads
+from qtool.runtime.backends.cpu.threads import library_threads
 from qtool.runtime.backends.cuda.centers import CENTERS, planes_of
 from qtool.scheme import Shape2D
 
 MOST_GROUPED = 512
 """Inputs that share a scale of tables: more would be rounded to coarser steps."""
 SPLITS = (512, 256, 128, 64, 32)
-ALIGNMENT, HUGE_PAGE = 64, 2**21
+STREAM_ALIGNMENT, HUGE_PAGE = 64, 2**21
 HUGE_PAGES = 14  # MADV_HUGEPAGE
 BLOCK_ROWS = 1024
 """That are dequantized at once."""
@@ -39,7 +39,7 @@ class PlanesText(Structure):
     ]
 
 
-PACKED: "weakref.WeakValueDictionary[int, PackedWeight]" = weakref.WeakValueDictionary()
+PACKED_WEIGHTS: "weakref.WeakValueDictionary[int, PackedWeight]" = weakref.WeakValueDictionary()
 """All weights there are, by the address of what the library has of them."""
 
 
@@ -68,7 +68,7 @@ class PackedWeight:
         self.address = ctypes.addressof(self._texts[0])
         self.handle = torch.tensor([self.address])
         """A tensor, so that graphs of a compiler hold for all weights of a shape."""
-        PACKED[self.address] = self
+        PACKED_WEIGHTS[self.address] = self
 
     @property
     def num_bytes(self) -> int:
@@ -80,10 +80,12 @@ class PackedWeight:
         x = x.float().contiguous()
         y = torch.empty(len(x), self.shape.out_features)
         calls = self._library.calls
-        room = torch.empty(calls.qt_planes_room(self.address, len(x)) + ALIGNMENT, dtype=torch.int8)
-        place = room.data_ptr() + -room.data_ptr() % ALIGNMENT
+        room = torch.empty(
+            calls.qt_planes_room(self.address, len(x)) + STREAM_ALIGNMENT, dtype=torch.int8
+        )
+        place = room.data_ptr() + -room.data_ptr() % STREAM_ALIGNMENT
         pointers = (x.data_ptr(), len(x), place, y.data_ptr())
-        calls.qt_planes_multiply(self.address, *pointers, num_threads())
+        calls.qt_planes_multiply(self.address, *pointers, library_threads())
         return y
 
     def rows(self, index: Tensor) -> Tensor:
@@ -100,14 +102,14 @@ class PackedWeight:
                 f"{self.shape[0] - 1}."
             )
         pointers = (index.data_ptr(), 0, index.numel(), found.data_ptr())
-        self._library.calls.qt_planes_rows(self.address, *pointers, num_threads())
+        self._library.calls.qt_planes_rows(self.address, *pointers, library_threads())
         return found.to(self.dtype)
 
     def block(self, first: int, count: int) -> Tensor:
         """Return rows first .. first + count - 1 of W, in the dtype of the activations."""
         found = torch.empty(count, self.shape.in_features)
         pointers = (None, first, count, found.data_ptr())
-        self._library.calls.qt_planes_rows(self.address, *pointers, num_threads())
+        self._library.calls.qt_planes_rows(self.address, *pointers, library_threads())
         return found.to(self.dtype)
 
     def dense(self) -> Tensor:
@@ -136,7 +138,7 @@ class PackedWeight:
         ]
         planes = tensor.parts["bit_planes"].contiguous()
         pointers = [None if part is None else part.data_ptr() for part in (planes, *spread)]
-        calls.qt_planes_pack(address, *pointers, num_threads())
+        calls.qt_planes_pack(address, *pointers, library_threads())
         self._kept.append(stream)
         return text
 
@@ -162,7 +164,7 @@ def split_size(size: int, inputs: int) -> int:
 
 def empty_stream(num_bytes: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     """Return zeros, in huge pages where the system gives some: a stream is read much faster."""
-    alignment = HUGE_PAGE if num_bytes >= HUGE_PAGE else ALIGNMENT
+    alignment = HUGE_PAGE if num_bytes >= HUGE_PAGE else STREAM_ALIGNMENT
     whole = np.zeros(num_bytes + alignment, np.uint8)  # its pages aren't there before they're used
     first = -whole.ctypes.data % alignment
     stream = whole[first : first + num_bytes]

@@ -10,7 +10,7 @@ import torch
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def num_threads() -> int:
+def library_threads() -> int:
     """Return the number: what torch was told ($OMP_NUM_THREADS, `set_num_threads`), within limits.
 
     Limits are the cores that this process may run on and the share of them that its control group
