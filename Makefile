@@ -5,16 +5,18 @@ BIN := $(VENV)/bin
 # pip compiles on one core, for a minute. What can't be compiled is of a newer Python.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+# pyenv shows a version that isn't its chosen one only by this name.
+PYTHON_3_12 ?= $(shell python3.12 -c 'print("python3.12")' 2>/dev/null || echo "$$(pyenv prefix 3.12 2>/dev/null)/bin/python3.12")
 DEMO_DIR ?= build/demo
 # A file's tests share fixtures, so one process has them all. In the order of the files: xdist's own ends
 # with those of few tests, which take long, so that one core waits for the other.
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu test-versions test-floors fuzz check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
+.PHONY: help setup demo test test-slow test-gpu test-old test-3-12 test-versions test-floors fuzz check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
 
 help: ## Print this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,11 +50,25 @@ test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA card
 	$(BIN)/python tests/versions/environment.py .venv-4.57 --no-deps -r $<
 	@touch $@
 
+.venv-3.12/.done: pyproject.toml constraints.txt
+	$(PYTHON_3_12) -m venv --clear .venv-3.12
+	.venv-3.12/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		-c constraints.txt pydantic pyyaml rich typer
+	@touch $@
+
 .venv-floors/.done: tests/versions/floors.py pyproject.toml $(VENV)/.dev
 	@mkdir -p build
 	$(BIN)/python $< > build/floors.txt
 	$(BIN)/python tests/versions/environment.py .venv-floors -r build/floors.txt
 	@touch $@
+
+test-old: .venv-4.57/.done ## Load, generate, save and score with transformers 4.57 (CI, in a minute)
+	.venv-4.57/bin/python -m pytest -q -m versions tests/found tests/unit/integrations
+
+test-3-12: ## Compile all with Python 3.12, and run what needs no torch (CI, in seconds)
+	@if $(PYTHON_3_12) -c '' 2>/dev/null; then $(MAKE) --no-print-directory .venv-3.12/.done \
+		&& .venv-3.12/bin/python -W error tests/versions/without_torch.py; \
+	else echo 'Skipped test-3-12: there is no $(PYTHON_3_12).'; fi
 
 test-versions: .venv-4.57/.done ## Run the tests of loading and executing models with transformers 4.57
 	.venv-4.57/bin/python -m pytest -q $(PARALLEL) tests/contract/test_families.py \
@@ -66,7 +82,7 @@ test-floors: .venv-floors/.done ## Run the command line with the lowest versions
 fuzz: $(VENV)/.dev ## Try 20,000 damaged, hostile and odd inputs
 	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -q $(PARALLEL) -m fuzz tests/robustness
 
-check: fmt-check lint types layers docs-check test recipes wheel-test ## Everything that CI checks
+check: fmt-check lint types layers docs-check test recipes wheel-test test-old test-3-12 ## Everything that CI checks
 
 fmt: $(VENV)/.dev ## Format the code
 	$(BIN)/ruff format .
@@ -101,4 +117,4 @@ cov: $(VENV)/.dev ## Measure the coverage of the tests
 	$(BIN)/python -m pytest -q --cov --cov-report=term-missing
 
 clean: ## Remove what was built
-	rm -rf build dist .venv .venv-4.57 .venv-floors .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf build dist .venv .venv-3.12 .venv-4.57 .venv-floors .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

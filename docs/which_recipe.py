@@ -144,6 +144,10 @@ def open_shape(title: str) -> tuple[ModelSource, Any]:
         num_positions=None,
         residual=None,
         head_is_tied=config.tie_word_embeddings,
+        experts={},
+        full_names={},
+        joined={},
+        plain={},
     )
     return source, config
 

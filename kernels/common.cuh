@@ -102,6 +102,18 @@ DEVICE u32 multiply_half2(u32 a, u32 b) {
     return product;
 }
 
+// Two pairs of 16-bit numbers, added and rounded.
+DEVICE u32 add_half2(u32 a, u32 b) {
+    u32 sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+DEVICE u32 add_bfloat2(u32 a, u32 b) { // sm_80 has no addition of these
+    u32 sum;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
+    return sum;
+}
+
 // 2^x and 1/x, to a few units in the last place.
 DEVICE float exp2_fast(float x) {
     float value;
@@ -191,9 +203,11 @@ DEVICE u16 float_to_bfloat(float value) {
 #ifdef ACTIVATION_BF16
 #define load_activation bfloat_to_float
 #define store_activation float_to_bfloat
+#define add_pairs add_bfloat2
 #else
 #define load_activation half_to_float
 #define store_activation float_to_half
+#define add_pairs add_half2
 #endif
 
 DEVICE float silu(float x) { return x * reciprocal(1.0f + exp2_fast(-1.44269504f * x)); }

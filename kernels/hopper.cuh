@@ -57,12 +57,32 @@ DEVICE void copy_bulk_to(u16 mask, void *shared, const void *address, u32 bytes,
                  ::"r"(shared_address(shared)), "l"(address), "r"(bytes), "r"(shared_address(barrier)), "h"(mask) : "memory");
 }
 
+// What blocks of a grid tell one another, past L1: all threads write and call `write_through`, then meet, then one
+// announces; one awaits that, which makes it 0 again, then all meet and read.
+DEVICE void store_quad(float *to, const float *from) {
+    asm volatile("st.global.cg.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3]) : "memory");
+}
+DEVICE void load_quad(float *to, const float *from) {
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]) : "l"(from) : "memory");
+}
+DEVICE void write_through() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+DEVICE void announce(u64 *flag) { asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(flag), "l"(1ull) : "memory"); }
+DEVICE void await(u64 *flag) {
+    u64 seen;
+    do asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(seen) : "l"(flag) : "memory");
+    while (seen == 0);
+    *flag = 0;
+}
+
 // Registers of each thread of a warpgroup, a multiple of 8.
 template <int COUNT> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 template <int COUNT> DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
-// Only a warpgroup; `number` is 1 or 2.
+// Only a warpgroup; `number` is 1 to 4.
 DEVICE void sync_warpgroup(int number) { asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory"); }
+
+// Only COUNT threads of a block, whole warps.
+template <int COUNT> DEVICE void sync_threads(int number) { asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(COUNT) : "memory"); }
 
 // Two warpgroups take turns.
 DEVICE void take_turn(int number) { asm volatile("bar.sync %0, 256;" ::"r"(number) : "memory"); }

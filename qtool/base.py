@@ -191,7 +191,7 @@ class ModelAdapter:
     blocks: str
     """Dotted name of the list of decoder blocks, such as `model.layers`."""
     linears: tuple[tuple[str, ...], ...]
-    """Linears of one block in the order of execution; a tuple holds those sharing an input."""
+    """Of any block, in the order of execution; a tuple holds those sharing an input."""
     embedding: str
     head: str = "lm_head"
     base_prefix: str = "model"
@@ -203,8 +203,8 @@ class ModelAdapter:
     """True where the weights are stored as (in_features, out_features), as in GPT-2."""
     producers: tuple[Producer, ...] = ()
     """What makes the inputs of each tuple of `linears`, in their order; empty: nobody has said."""
-    norm_offset: float = 0.0
-    """What norms add to their stored weight: 1 in Gemma."""
+    norm_offset: float = 0.0  # what norms add to their stored weight: 1 in Gemma
+    sensitive: tuple[str, ...] = ()  # of `linears`, in 16 bit unless an override names them
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,18 @@ from typing import Any
 import qtool.formats
 from qtool import plugins
 from qtool.base import Codec, PartSpec
+from qtool.core.experts import expert_name
 from qtool.errors import CheckpointError, QtoolError
 from qtool.formats._dtypes import dtype_of
 from qtool.scheme import ActivationScheme, Shape2D, WeightScheme
 from qtool.storage.plain_json import leaves
 from qtool.wording import quoted, shown
 
-FORMAT_VERSION = 2
-"""The newest. Version 2 has layers whose inputs are quantized; all else is written as version 1."""
+FORMAT_VERSION = 3
+"""The newest. Version 2 has layers whose inputs are quantized, version 3 those of single experts;
+all else is written as version 1."""
+NEW = {2: "whose inputs are quantized", 3: "of single experts"}
+"""What layers came with a version."""
 QUANT_METHOD = "qtool"
 ROWS = "rows"
 """Key of a scheme that only formats with classes of rows have."""
@@ -50,6 +54,8 @@ class LayerEntry:
     """Name of the layer whose parts this one uses: a head tied to its embedding."""
     activation: ActivationScheme | None = None
     """How the inputs are quantized while the layer runs; None: they aren't."""
+    tokens_from: str | None = None
+    """Of an expert that got few calibration tokens, which it was solved for; None: its own."""
 
     def layout(self) -> Mapping[str, PartSpec]:
         """Return the specs of its stored parts; none if they are stored with another layer."""
@@ -76,12 +82,17 @@ class Manifest:
     """Digest of the calibration data."""
     recipe: Mapping[str, Any]
     layers: Mapping[str, LayerEntry]
+    unquantized: Mapping[str, str] = field(default_factory=dict)
+    """Why each weight of two dimensions and more that no layer here is stays as it was, by name;
+    empty: nobody noted it."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """sha256, in hex, of the bytes of each stored tensor by its name; empty: none were noted."""
 
     @property
     def format_version(self) -> int:
         """Return the oldest version that can say what is here."""
+        if any(expert_name(name) for name in self.layers):
+            return 3
         return 2 if any(entry.activation for entry in self.layers.values()) else 1
 
     def average_bits(self) -> float:
@@ -95,8 +106,9 @@ class Manifest:
         versions = {"quant_method": QUANT_METHOD, "format_version": self.format_version}
         config = {**versions, **asdict(self)}
         config["layers"] = {name: _entry_to_json(entry) for name, entry in self.layers.items()}
-        if not self.digests:
-            del config["digests"]
+        for key in ("unquantized", "digests"):
+            if not config[key]:
+                del config[key]
         return config
 
 
@@ -112,6 +124,8 @@ def _entry_to_json(entry: LayerEntry) -> dict[str, Any]:
         value["shared_with"] = entry.shared_with
     if entry.activation:
         value["activation"] = entry.activation.to_json()
+    if entry.tokens_from:
+        value["tokens_from"] = entry.tokens_from
     return value
 
 
@@ -143,12 +157,12 @@ def manifest_from_config(config: object, where: str) -> Manifest:
             },
             source=_value(config, "source", str, NoneType),
             calibration=_value(config, "calibration", str, NoneType),
-            digests=_digests(config),
+            unquantized=_texts(config, "unquantized", "names of tensors to reasons"),
+            digests=_texts(config, "digests", "names of tensors to text"),
         )
         if manifest.format_version > version:
-            raise CheckpointError(
-                f"version {version} of the format has no layers whose inputs are quantized"
-            )
+            new = NEW[manifest.format_version]
+            raise CheckpointError(f"version {version} of the format has no layers {new}")
     except CheckpointError as error:
         raise CheckpointError(
             f"{where}: quantization_config is damaged: {error}. Copy the checkpoint again."
@@ -178,6 +192,7 @@ def _entry_from_json(name: str, value: object) -> LayerEntry:
             method=_value(value, "method", str),
             shared_with=_value(value, "shared_with", str, NoneType),
             activation=_activation_from_json(_value(value, "activation", dict, NoneType)),
+            tokens_from=_value(value, "tokens_from", str, NoneType),
         )
         known, stored = codec(entry.format).version, _value(value, "codec_version", int)
         if not 1 <= stored <= known:
@@ -242,11 +257,11 @@ def _shape_from_json(value: object) -> Shape2D:
     return Shape2D(*sizes)
 
 
-def _digests(config: Mapping[str, Any]) -> dict[str, str]:
-    digests = config.get("digests", {})
-    if not isinstance(digests, dict) or not all(type(hex_) is str for hex_ in digests.values()):
-        raise CheckpointError("digests must map names of tensors to text")
-    return digests
+def _texts(config: Mapping[str, Any], key: str, what: str) -> dict[str, str]:
+    found = config.get(key, {})
+    if not isinstance(found, dict) or not all(type(text) is str for text in found.values()):
+        raise CheckpointError(f"{key} must map {what}")
+    return found
 
 
 def _value(values: Mapping[str, Any], key: str, *kinds: type) -> Any:  # noqa: ANN401

@@ -52,6 +52,17 @@ class Shards:
         Raises:
             CheckpointError: there is no such tensor, or the file has become unreadable.
         """
+        return self._read(name, None)
+
+    def read_entry(self, name: str, index: int) -> "Tensor":
+        """Return one entry of a tensor's first dimension, without reading the others.
+
+        Raises:
+            CheckpointError: there is no such tensor, or the file has become unreadable.
+        """
+        return self._read(name, index)
+
+    def _read(self, name: str, index: int | None) -> "Tensor":
         import torch  # slow
 
         if name not in self.specs:
@@ -59,7 +70,8 @@ class Shards:
         spec = self.specs[name]
         try:
             with safe_open(spec.file, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name).clone(memory_format=torch.contiguous_format)
+                read = file.get_tensor(name) if index is None else file.get_slice(name)[index]
+                tensor: Tensor = read.clone(memory_format=torch.contiguous_format)
         except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{spec.file}: can't read {shown(name)}: {shown(str(error))}"

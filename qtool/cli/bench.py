@@ -81,9 +81,7 @@ def bench(
     ] = None,
     kernel: Annotated[
         str | None,
-        _of_gpu(
-            help="Run planes, lut, dequantize or sign_flip; default: the one chosen for a layer."
-        ),
+        _of_gpu(help="Run planes, lut, wide, dequantize or sign_flip; default: a layer's own."),
     ] = None,
     peers: Annotated[
         bool,

@@ -57,6 +57,12 @@ class Moments:
         sums = {product: total + other.sums[product] for product, total in self.sums.items()}
         return Moments(sums, self.num_tokens + other.num_tokens)
 
+    def on(self, device: torch.device | str) -> "Moments":
+        """Return the same with the sums on a device."""
+        return Moments(
+            {name: total.to(device) for name, total in self.sums.items()}, self.num_tokens
+        )
+
     def mean(self, product: MomentName) -> Tensor:
         """Return the mean of a product over all tokens, float32."""
         return self.sums[product] / max(self.num_tokens, 1)

@@ -19,7 +19,9 @@ ABOVE_ZERO = (
 )
 SHARES = ("partial_rotary_factor", "rotary_pct")
 """Of a head that turns with the position: above zero, at most all of it."""
-CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
+CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|ModelWithLMHead|GenerationDecoder)$")
+MULTIMODAL = re.compile(r"ForConditionalGeneration$")
+"""With a `text_config`: a text decoder and what makes tokens of images or sound."""
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -90,11 +92,14 @@ def check_original(config: Mapping[str, Any], directory: Path, families: tuple[s
             "names, such as ['LlamaForCausalLM']."
         )
     causal = any(CAUSAL.search(name) for name in names) or (family in families and not names)
+    if isinstance(config.get("text_config"), dict):
+        causal = causal or any(MULTIMODAL.search(name) for name in names)
     if not causal or config.get("is_encoder_decoder"):
         what = shown(", ".join(names) or family or "of unknown type")
         raise ModelError(
             f"{directory} is no causal language model ({what}). qtool quantizes decoder-only "
-            "models, whose architecture ends in ForCausalLM or LMHeadModel."
+            "models, whose architecture ends in ForCausalLM or LMHeadModel, and text decoders of "
+            "multimodal ones."
         )
     if family is None:
         raise ModelError(f"{directory}: config.json has no model_type, so the family is unknown.")
@@ -129,6 +134,24 @@ def parse_config(config: Mapping[str, Any], directory: Path) -> Any:  # noqa: AN
     _check_rope(parsed, directory)
     parsed._name_or_path = str(directory)
     return parsed
+
+
+def auto_class(config: Any) -> Any:  # noqa: ANN401
+    """Return the class of transformers that builds and loads the model of a configuration.
+
+    That is `AutoModelForCausalLM`, unless the configuration names the whole of a multimodal model.
+    """
+    import transformers  # slow import
+
+    auto, whole = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    named, kind = getattr(config, "architectures", None) or (), type(config)
+
+    def is_named(one: Any) -> bool:  # noqa: ANN401
+        found = one._model_mapping.get(kind, None)
+        return found is not None and found.__name__ in named
+
+    is_whole = is_named(whole) and not is_named(auto)
+    return whole if is_whole or kind not in auto._model_mapping else auto
 
 
 def _check_numbers(config: Mapping[str, Any], parsed: Any, directory: Path) -> None:  # noqa: ANN401

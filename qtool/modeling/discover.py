@@ -1,39 +1,68 @@
 """An adapter for a family that has no file of its own: look at the modules of the empty model."""
 
+from collections.abc import Iterator, Sequence
+from graphlib import CycleError, TopologicalSorter
+from itertools import chain
+
 from torch import nn
 
 from qtool.base import CausalModel, ModelAdapter
+from qtool.core.experts import beside_experts
 from qtool.errors import ModelError
+from qtool.modeling.kinds_of_weights import is_linear, linears_of, sensitive_linears
 
+NEXT = 0.1
+"""A list of more than this share of the largest one's parameters is one to be walked, too."""
 LIMITS = "docs/limitations.md says what kinds of models qtool takes."
 
 
 def adapter_of(model: CausalModel, family: str) -> ModelAdapter:
     """Return the adapter of a model object; only names and types of its modules are looked at.
 
+    Blocks may differ, as those of hybrids do: `linears` holds what any of them has.
+
     Raises:
-        ModelError: it has no single list of like blocks made of linears.
+        ModelError: it has no list of blocks with linears.
     """
-    found = _largest_list(model)
-    if found is None:
-        raise ModelError(f"No list of decoder blocks in a {family!r} model. {_advice(family)}")
-    blocks, module = found
-    reason = _why_not(blocks, module, family)
-    if reason is not None:
-        raise ModelError(f"The blocks of a {family!r} model {reason}")
     names = {part: name for name, part in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding not in names or head not in names:
         raise ModelError(
             f"A {family!r} model has no plain token embedding and output head. {_advice(family)}"
         )
+    found = _blocks(model, names[embedding])
+    if found is None:
+        raise ModelError(f"No list of decoder blocks in a {family!r} model. {_advice(family)}")
+    blocks, module = found
+    shared = [name for name in _tied(model) if name.startswith(blocks + ".")]
+    if shared:
+        raise ModelError(
+            f"The blocks of a {family!r} model share weights ({shared[0]} and others), which qtool "
+            f"doesn't do. {LIMITS}"
+        )
+    transposed = not any(map(is_linear, module.modules()))
+    linears = in_order([linears_of(block, transposed=transposed) for block in module])
+    if not linears:
+        types = sorted({type(part).__name__ for part in module.modules() if part._parameters})
+        raise ModelError(
+            f"The blocks of a {family!r} model ({blocks}) hold no linears ({', '.join(types)}). "
+            f"{LIMITS} {_advice(family)}"
+        )
+    sensitive = set().union(*map(sensitive_linears, module), *map(beside_experts, module))
     return ModelAdapter(
         blocks=blocks,
-        linears=tuple((name,) for name in _linears(module[0])),
+        linears=tuple((name,) for name in linears),
         embedding=names[embedding],
         head=names[head],
         base_prefix=model.base_model_prefix,
+        conv1d=transposed,
+        sensitive=tuple(name for name in linears if name in sensitive),
     )
+
+
+def _tied(model: nn.Module) -> list[str]:
+    """Return the parameters that are others by another name, as transformers 5 says."""
+    return sorted(getattr(model, "all_tied_weights_keys", None) or ())
 
 
 def _advice(family: str) -> str:
@@ -43,54 +72,59 @@ def _advice(family: str) -> str:
     )
 
 
-def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """Return the list with the most parameters; lists inside it are parts of the blocks."""
-    lists = [
-        (name, part)
-        for name, part in model.named_modules()
-        if isinstance(part, nn.ModuleList) and len(part)
+def _blocks(model: nn.Module, embedding: str) -> tuple[str, nn.ModuleList] | None:
+    """Return the list with the most parameters of the part that the embedding belongs to.
+
+    Of a multimodal model that is the text decoder. Lists that lie deeper are parts of the blocks,
+    or of an encoder.
+    """
+    part = embedding
+    while part:
+        part = part.rpartition(".")[0]
+        found = list(_lists(model, part))
+        if found:
+            depth = min(name.count(".") for name, _ in found)
+            level = [item for item in found if item[0].count(".") == depth]
+            return _only(sorted(level, key=lambda item: _size(item[1]), reverse=True))
+    return None
+
+
+def _only(found: list[tuple[str, nn.ModuleList]]) -> tuple[str, nn.ModuleList]:
+    """Return the largest of some lists, if there is no other one about as large."""
+    (blocks, module), *rest = found
+    others = [
+        name
+        for name, other in rest
+        if _size(other) > NEXT * _size(module) and not any(map(is_linear, other))
     ]
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()), default=None)
+    if others:
+        raise ModelError(
+            f"The model has several lists of blocks ({', '.join([blocks, *others])}), of which "
+            f"qtool would walk only one. {LIMITS}"
+        )
+    return blocks, module
 
 
-def _linears(block: nn.Module) -> list[str]:
-    return [name for name, part in block.named_modules() if isinstance(part, nn.Linear)]
+def _lists(model: nn.Module, part: str) -> Iterator[tuple[str, nn.ModuleList]]:
+    for name, module in model.get_submodule(part).named_modules(prefix=part):
+        if isinstance(module, nn.ModuleList) and len(module):
+            yield name, module
 
 
-def _why_not(blocks: str, module: nn.ModuleList, family: str) -> str | None:
-    """Return what qtool can't do with a list of blocks; None if nothing."""
-    for number, block in enumerate(module):
-        odd = _odd_parameter(block)
-        if odd is not None:
-            return f"hold {odd} in {blocks}.{number}, which qtool doesn't quantize. {LIMITS}"
-    kinds = {(type(block).__name__, *sorted(_linears(block))) for block in module}
-    if len(kinds) > 1:
-        types = sorted({type(block).__name__ for block in module})
-        what = ", ".join(types) if len(types) > 1 else _difference(module)
-        return f"aren't alike ({what}). {LIMITS}"
-    if not _linears(module[0]):
-        types = sorted({type(part).__name__ for part in module[0].modules() if part._parameters})
-        return f"hold no linears ({', '.join(types)}). {_advice(family)}"
-    return None
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _difference(module: nn.ModuleList) -> str:
-    """Name a linear that one block has and another hasn't."""
-    first, *rest = (set(_linears(block)) for block in module)
-    number, other = next((n, o) for n, o in enumerate(rest, start=1) if o != first)
-    return f"{min(first ^ other)} is in only one of blocks 0 and {number}"
+def in_order(lists: Sequence[Sequence[str]]) -> list[str]:
+    """Return all names of some lists once, each after those that stand before it in any list.
 
-
-def _odd_parameter(block: nn.Module) -> str | None:
-    """Return what else than linears, norms and vectors a block is made of."""
-    for name, part in block.named_modules():
-        if isinstance(part, nn.ModuleList) and _linears(part):
-            return f"lists of linears ({name}), such as experts"
-        if isinstance(part, nn.modules.conv._ConvNd):
-            return f"convolutions ({name})"
-    for name, weight in block.named_parameters():
-        if weight.dim() > 2 and "expert" in name:  # noqa: PLR2004
-            return f"the weights of experts stacked in one tensor ({name})"
-        if weight.dim() > 2:  # noqa: PLR2004
-            return f"parameters of {weight.dim()} dimensions ({name}), no linears,"
-    return None
+    Where two lists contradict each other, in the order in which they occur.
+    """
+    order: TopologicalSorter[str] = TopologicalSorter()
+    for names in lists:
+        for index, name in enumerate(names):
+            order.add(name, *names[max(index - 1, 0) : index])
+    try:
+        return list(order.static_order())
+    except CycleError:
+        return list(dict.fromkeys(chain(*lists)))

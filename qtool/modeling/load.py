@@ -12,8 +12,9 @@ from qtool.base import CausalModel, Tokenizer
 from qtool.checkpoint.manifest import QUANT_METHOD
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards
+from qtool.core.experts import separate_experts
 from qtool.errors import CheckpointError, ModelError
-from qtool.modeling.config import parse_config, read_config, transformers_failures
+from qtool.modeling.config import auto_class, parse_config, read_config, transformers_failures
 from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.locate import Location
 from qtool.modeling.skeleton import empty_model, match_names, missing_message
@@ -93,7 +94,7 @@ def _check_foreign(section: Mapping[str, Any], directory: Path) -> None:
 
 
 def load_original(directory: Path, device: str) -> CausalModel:
-    """Load an unquantized model as it is stored, for tuning; in float32 on a CPU.
+    """Load an unquantized model as it is stored, experts apart, for tuning; in float32 on a CPU.
 
     Raises:
         ModelError: transformers can't load it.
@@ -101,7 +102,9 @@ def load_original(directory: Path, device: str) -> CausalModel:
     """
     config = read_config(directory)
     dtype = "auto" if torch.device(device).type == "cuda" else torch.float32
-    return _from_pretrained(directory, config, dtype).to(device).eval()
+    model = _from_pretrained(directory, config, dtype).to(device).eval()
+    separate_experts(model)
+    return model
 
 
 def load_source(source: ModelSource, device: str) -> CausalModel:
@@ -151,7 +154,7 @@ def _from_pretrained(
     logging.getLogger("transformers").setLevel(logging.ERROR)
     parsed = parse_config(config, directory)
     with transformers_failures(f"transformers can't load {directory}"):
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        model, loading = auto_class(parsed).from_pretrained(
             directory,
             config=parsed,
             dtype=dtype,

@@ -12,7 +12,7 @@ from qtool.base import CausalModel
 from qtool.checkpoint.shards import Shards, TensorSpec
 from qtool.errors import CheckpointError
 from qtool.formats._dtypes import DTYPES
-from qtool.modeling.config import transformers_failures
+from qtool.modeling.config import auto_class, transformers_failures
 from qtool.wording import list_names, shown
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
@@ -26,13 +26,9 @@ def empty_model(config: Any, directory: Path) -> CausalModel:  # noqa: ANN401
     Raises:
         ModelError: transformers can't build it.
     """
-    import transformers  # slow import
-
     what = f"{directory}: transformers can't build this model without remote code"
     with transformers_failures(what), torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
-        )
+        return auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def match_names(model: CausalModel, shards: Shards, directory: Path) -> dict[str, str]:
@@ -133,12 +129,10 @@ def _renamed(
 def _renaming(model: CausalModel, wanted: Mapping[str, Any]) -> Renaming:
     """Return what transformers does to a stored name: 5.x has tables, 4.57 a few rules."""
     try:
-        from transformers import conversion_mapping, core_model_loading
+        from transformers import core_model_loading
     except ImportError:
         return lambda name: (_prefixed(model, name, wanted), ())
-    transforms = conversion_mapping.get_model_conversion_mapping(model)
-    converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, core_model_loading.WeightConverter)]
+    renamings, converters = transforms_of(model)
     targets = {p: tuple(c.target_patterns) for c in converters for p in c.source_patterns}
 
     def rename(name: str) -> tuple[str, tuple[str, ...]]:
@@ -149,6 +143,16 @@ def _renaming(model: CausalModel, wanted: Mapping[str, Any]) -> Renaming:
         return renamed, tuple(renamed.replace(made[0], target) for target in made)
 
     return rename
+
+
+def transforms_of(model: CausalModel) -> tuple[list[Any], list[Any]]:
+    """Return what transformers 5 does to stored names, and to values on top of that."""
+    from transformers import conversion_mapping, core_model_loading
+
+    transforms = conversion_mapping.get_model_conversion_mapping(model)
+    converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, core_model_loading.WeightConverter)]
+    return renamings, converters
 
 
 def _prefixed(model: CausalModel, name: str, wanted: Mapping[str, Any]) -> str:

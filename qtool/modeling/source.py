@@ -11,11 +11,15 @@ from torch import Tensor
 
 from qtool.base import CausalModel, ModelAdapter
 from qtool.checkpoint.shards import Shards, TensorSpec, open_shards
+from qtool.core.experts import expert_name, separated
 from qtool.errors import CheckpointError, ModelError
 from qtool.modeling.companions import read_companions
 from qtool.modeling.config import check_original, parse_config, read_config
 from qtool.modeling.discover import adapter_of
+from qtool.modeling.experts import StoredExpert, find_experts
 from qtool.modeling.families import families, load_adapter
+from qtool.modeling.joined import Joined, find_joined
+from qtool.modeling.kinds_of_weights import PlainWeight, plain_weights
 from qtool.modeling.locate import Location
 from qtool.modeling.skeleton import FLOAT_DTYPES, dtype_message, empty_model, match_names
 from qtool.scheme import Shape2D
@@ -39,6 +43,12 @@ class ModelSource:
     """What stored names lack: checkpoints saved from the base model leave its name out."""
     aliases: Mapping[str, str]
     """Stored name by the name that the model, as transformers builds it, has for a tensor."""
+    full_names: Mapping[str, str]
+    """The other way round."""
+    joined: Mapping[str, Joined]
+    """What loading computes of several stored tensors, by the model's name."""
+    plain: Mapping[str, PlainWeight]
+    """Weights of two dimensions and more that no linear or table is made of, by full name."""
     num_blocks: int
     num_positions: int | None
     """How long a sequence may be; None if the configuration doesn't say."""
@@ -46,13 +56,27 @@ class ModelSource:
     """The adapter's `residual`, but for variants that normalize after the sum (OPT-350m)."""
     head_is_tied: bool
     """Whether the head uses the embedding's weight."""
+    experts: Mapping[str, StoredExpert]
+    """Weights of experts that the model fuses, each with a full name of its own."""
 
     def names(self) -> Iterator[str]:
-        """Yield the full names of all tensors, sorted."""
-        yield from sorted(self._full(name) for name in self.shards.specs)
+        """Yield the full names of all tensors, sorted; each weight of an expert is one."""
+        held = {name for expert in self.experts.values() for name in expert.names()}
+        others = (self._full(name) for name in self.shards.specs if name not in held)
+        yield from sorted((*others, *self.experts))
+
+    def stored_experts(self) -> Iterator[str]:
+        """Yield the full names of the tensors that the experts' weights are stored in."""
+        held = {name for expert in self.experts.values() for name in expert.names()}
+        yield from sorted(map(self._full, held))
 
     def stored_name(self, full: str) -> str:
-        """Return how a tensor is called in its file, by its full name or the model's."""
+        """Return how a tensor is called in its file, by its full name or the model's.
+
+        An expert's weight that isn't stored by itself keeps its full name.
+        """
+        if full in self.experts:
+            return full
         stored = full.removeprefix(self.prefix)
         if stored in self.shards.specs and self._full(stored) == full:
             return stored
@@ -60,14 +84,25 @@ class ModelSource:
 
     def has(self, name: str) -> bool:
         """Return whether a tensor of that name is stored."""
-        return self.stored_name(name) in self.shards.specs
+        return name in self.experts or self.stored_name(name) in self.shards.specs
 
     def spec(self, name: str) -> TensorSpec:
         """Return dtype, shape and file of a tensor by its full name."""
+        expert = self.experts.get(name)
+        if expert is not None:
+            first = self.shards.specs[next(expert.names())]
+            return TensorSpec(first.file, first.dtype, tuple(expert.shape))
         return self.shards.specs[self.stored_name(name)]
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor by its full name, as it is stored."""
+        """Return a tensor by its full name, as it is stored, or as loading computes it.
+
+        An expert's is never transposed.
+        """
+        if name in self.experts:
+            return self.experts[name].read(self.shards)
+        if name in self.joined and name not in self.shards.specs:
+            return self.joined[name].read(self.shards, name)
         return self.shards.read(self.stored_name(name))
 
     def read_exact(self, name: str) -> Tensor:
@@ -85,10 +120,20 @@ class ModelSource:
         return Shape2D(second, first) if self._is_transposed(layer) else Shape2D(first, second)
 
     def block_linears(self) -> Iterator[str]:
-        """Yield the dotted names of all linears of the decoder blocks, in order of execution."""
+        """Yield the dotted names of all linears of the decoder blocks, in order of execution.
+
+        Blocks need not be alike: some have experts, others don't.
+        """
         for block in range(self.num_blocks):
-            for group in self.adapter.linears:
-                yield from (f"{self.adapter.blocks}.{block}.{name}" for name in group)
+            for name in (name for group in self.adapter.linears for name in group):
+                layer = f"{self.adapter.blocks}.{block}.{name}"
+                if self.has(f"{layer}.weight"):
+                    yield layer
+
+    def is_sensitive(self, layer: str) -> bool:
+        """Return whether a linear of the blocks stays in 16 bit unless it is asked for by name."""
+        depth = self.adapter.blocks.count(".") + 2
+        return ".".join(layer.split(".")[depth:]) in self.adapter.sensitive
 
     def block_tensors(self) -> Iterator[str]:
         """Yield the full names of all tensors of the decoder blocks, without blocks beyond them."""
@@ -107,9 +152,13 @@ class ModelSource:
         return read_companions(self.directory)
 
     def _is_transposed(self, layer: str) -> bool:
-        return self.adapter.conv1d and layer.startswith(self.adapter.blocks + ".")
+        in_blocks = layer.startswith(self.adapter.blocks + ".")
+        return self.adapter.conv1d and in_blocks and expert_name(layer) is None
 
     def _full(self, stored: str) -> str:
+        known = self.full_names.get(stored)
+        if known is not None:
+            return known
         return stored if stored.startswith(self.adapter.head + ".") else self.prefix + stored
 
 
@@ -128,10 +177,13 @@ def open_source(location: Location) -> ModelSource:
     _check_count(parsed, shards, directory)
     skeleton = empty_model(parsed, directory)
     family = str(config["model_type"])
-    adapter = load_adapter(family) if family in families() else adapter_of(skeleton, family)
+    apart = separated(skeleton)
+    adapter = load_adapter(family) if family in families() else adapter_of(apart, family)
     prefix = _missing_prefix(adapter, shards)
     num_blocks = _count_blocks(skeleton, adapter, shards, prefix, directory)
     aliases = match_names(skeleton, shards, directory)
+    experts = find_experts(skeleton, shards, directory)
+    names = {stored: name for name, stored in reversed(aliases.items())}
     tied = _is_tied(skeleton, aliases, shards)
     found = (getattr(parsed, key, None) for key in POSITIONS)
     normalizes_after = getattr(parsed, "do_layer_norm_before", True) is False
@@ -143,10 +195,14 @@ def open_source(location: Location) -> ModelSource:
         shards=shards,
         prefix=prefix,
         aliases=aliases,
+        full_names=names,
+        joined=find_joined(skeleton, shards),
+        plain=plain_weights(skeleton),
         num_blocks=num_blocks,
         num_positions=next((n for n in found if isinstance(n, int) and n > 0), None),
         residual=None if normalizes_after else adapter.residual,
         head_is_tied=tied,
+        experts=experts,
     )
     _check_linears(source)
     return source
@@ -163,17 +219,12 @@ def _check_count(parsed: Any, shards: Shards, directory: Path) -> None:  # noqa:
 
 
 def _missing_prefix(adapter: ModelAdapter, shards: Shards) -> str:
-    """Return '' if stored names are full, else the prefix that they lack."""
+    """Return the prefix that stored names lack; '' if none, or if names differ by more than it."""
     if any(name.startswith(adapter.blocks + ".") for name in shards.specs):
         return ""
     prefix = adapter.base_prefix + "."
     short = adapter.blocks.removeprefix(prefix)
-    if any(name.startswith(short + ".") for name in shards.specs):
-        return prefix
-    raise ModelError(
-        f"No tensor starts with {adapter.blocks}, but {list_names(sorted(shards.specs))}: "
-        "config.json and weights don't belong together."
-    )
+    return prefix if any(name.startswith(short + ".") for name in shards.specs) else ""
 
 
 def _count_blocks(
@@ -191,7 +242,7 @@ def _count_blocks(
         name.removeprefix(start).split(".", 1)[0] for name in shards.specs if name.startswith(start)
     }
     missing = [str(block) for block in range(count) if str(block) not in numbers]
-    if missing:
+    if numbers and missing:
         raise CheckpointError(
             f"{directory}: config.json names {count} blocks, and no tensor of block "
             f"{list_names(missing)} is stored. Download it again."
@@ -223,7 +274,11 @@ def _is_tied(skeleton: CausalModel, aliases: Mapping[str, str], shards: Shards) 
 def _check_linears(source: ModelSource) -> None:
     """Check that what a recipe may quantize is there, as matrices of floats."""
     tables = [source.adapter.embedding, *([] if source.head_is_tied else [source.adapter.head])]
-    for layer in (*tables, *source.block_linears()):
+    linears = list(source.block_linears())
+    named = [name for group in source.adapter.linears for name in group]
+    nowhere = [name for name in named if not any(found.endswith("." + name) for found in linears)]
+    absent = [f"{source.adapter.blocks}.0.{name}" for name in nowhere]
+    for layer in (*tables, *absent, *linears):
         name = f"{layer}.weight"
         if not source.has(name):
             raise ModelError(

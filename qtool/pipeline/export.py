@@ -14,6 +14,7 @@ from qtool.checkpoint.manifest import LayerEntry
 from qtool.checkpoint.marks import CONFIG_NAME
 from qtool.checkpoint.place import file_failures, nearest
 from qtool.checkpoint.reader import CheckpointReader
+from qtool.core.experts import expert_name, separated
 from qtool.errors import CheckpointError, OutputError
 from qtool.exchange import (
     Compared,
@@ -29,6 +30,7 @@ from qtool.modeling.config import parse_config
 from qtool.modeling.discover import adapter_of
 from qtool.modeling.families import families, load_adapter
 from qtool.modeling.skeleton import empty_model
+from qtool.steps.check_exportable import NO_EXPERTS
 from qtool.storage.whole_files import sync
 from qtool.wording import first_alike, list_names
 
@@ -159,13 +161,16 @@ def open_departure(directory: Path, dtype: str | None, emit: Emit) -> Departure:
     """Open a checkpoint for writing it in another format.
 
     Raises:
-        CheckpointError: it is damaged, or not ours.
+        CheckpointError: it is damaged, or not ours, or has layers of single experts.
         ModelError: transformers can't build its model.
     """
     checkpoint = CheckpointReader(directory)
+    expert = next((name for name in checkpoint.manifest.layers if expert_name(name)), None)
+    if expert is not None:
+        raise CheckpointError(f"{directory}: {NO_EXPERTS.format(layer=expert)}", layer=expert)
     config = checkpoint.plain_config()
     skeleton = empty_model(parse_config(config, directory), directory)
-    places, transposed = layer_places(skeleton, config, checkpoint.manifest.layers)
+    places, transposed = layer_places(separated(skeleton), config, checkpoint.manifest.layers)
     named = config.get("dtype") or config.get("torch_dtype")
     return Departure(
         checkpoint=checkpoint,

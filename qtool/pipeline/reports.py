@@ -22,7 +22,9 @@ from qtool.evaluation.closeness import Closeness
 from qtool.pipeline.card import written_card
 from qtool.pipeline.model_figures import versions
 from qtool.report.verdict import GateLine
+from qtool.steps.beside import unquantized
 from qtool.steps.correct_biases import corrections
+from qtool.steps.coverage import coverage
 from qtool.steps.fallbacks import kept_fallbacks, kept_warnings
 from qtool.steps.memory import peak_memory
 from qtool.steps.run import Run
@@ -55,6 +57,8 @@ class QuantizeResult:
     bias_correction: Mapping[str, Any] = field(default_factory=dict)
     """By block, which biases were corrected, and the held-out error of its output before and after;
     empty: none were to be. See `Correction`."""
+    experts: Mapping[str, Any] = field(default_factory=dict)
+    """Calibration tokens of each expert; empty: there are none. See `coverage`."""
     fallbacks: tuple[str, ...] = ()
     """What was done in smaller parts because memory was full: a sentence each."""
     check: Closeness | None = None
@@ -91,7 +95,7 @@ Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 CURVES_NAME = "tuning.jsonl"
 TRIALS_NAME = "search.jsonl"
 NUMBERS = ("average_bits", "weight_bytes", "source_bytes", "seconds", "peak_memory_bytes", "device")
-OPTIONAL = ("choosing", "search", "bias_correction")
+OPTIONAL = ("choosing", "search", "bias_correction", "experts")
 OF_SAMPLES = (
     *("dataset", "sources", "samples", "tokens"),
     *("special tokens", "special tokens missing"),
@@ -126,6 +130,7 @@ def write_result(
         choosing=decisions.allocation.summary() if decisions.allocation else {},
         search=decisions.found.summary() if decisions.found else {},
         bias_correction=corrections(run, writer),
+        experts=coverage(results),
         fallbacks=kept_fallbacks(writer),
     )
     manifest = _manifest(run, results, writer.digests())
@@ -175,6 +180,7 @@ def _manifest(run: Run, results: tuple[LayerResult, ...], digests: dict[str, str
         layers=layers,
         source=run.source.public_name,
         calibration=run.calibration.digest() if run.calibration else None,
+        unquantized=unquantized(run.source, run.recipe, run.plan.kept),
         digests=digests,
     )
 

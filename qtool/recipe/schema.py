@@ -1,7 +1,6 @@
 """The shape of a recipe: fixed optional sections, frozen, strict. An absent section doesn't run."""
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -16,6 +15,7 @@ from qtool.recipe.activations import ActivationsSection
 from qtool.recipe.calibration import CalibrationSection
 from qtool.recipe.choosing import ChoosingSection
 from qtool.recipe.folding import FoldSection
+from qtool.recipe.matching import matches
 from qtool.recipe.measuring import (
     MEASURING,
     BenchSection,
@@ -172,7 +172,7 @@ class Recipe(Section):
 def resolve(weights: WeightsSection, layer: str) -> WeightsSection | None:
     """Return the section that holds for one layer, None if it is skipped; overrides applied."""
     for override in weights.overrides:
-        if not fnmatchcase(layer, override.match):
+        if not matches(layer, override.match):
             continue
         if override.skip:
             return None
@@ -193,6 +193,11 @@ def resolve(weights: WeightsSection, layer: str) -> WeightsSection | None:
 def fixes_scheme(weights: WeightsSection, layer: str) -> bool:
     """Return whether an override says itself what a layer's scheme is, so that none is chosen."""
     for override in weights.overrides:
-        if fnmatchcase(layer, override.match):
+        if matches(layer, override.match):
             return override.skip or bool(override.scheme)
     return False
+
+
+def is_named(weights: WeightsSection, layer: str) -> bool:
+    """Return whether an override holds for a layer."""
+    return any(matches(layer, override.match) for override in weights.overrides)

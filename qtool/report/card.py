@@ -39,7 +39,6 @@ pip install -e .    # in a checkout of qtool
 ```
 
 ```python
-import qtool  # registers the format with transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
@@ -48,10 +47,10 @@ prompt = tokenizer("The capital of France is", return_tensors="pt").to(model.dev
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=8)[0]))
 ```
 
-Without `import qtool` transformers ignores the quantization and loads random weights.
-`qtool inspect` prints the layers, `qtool eval` measures quality, `qtool bench` speed. To serve it,
-let a server in Python that loads models by transformers import qtool first; on a CUDA card
-`generate` then runs qtool's kernels.
+Where qtool is installed transformers finds it; elsewhere it ignores the quantization and loads
+random weights. `qtool inspect` prints the layers, `qtool eval` measures quality, `qtool bench`
+speed. Servers in Python that load models by transformers run it too; on a CUDA card `generate`
+runs qtool's kernels.
 
 ## Repeat it
 

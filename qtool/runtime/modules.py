@@ -14,6 +14,7 @@ from qtool.checkpoint.manifest import LayerEntry
 from qtool.core.activations import multiply_quantized
 from qtool.formats._dtypes import dtype_of
 from qtool.runtime.backends._choose import choose_backend, definition, wanted_backend
+from qtool.runtime.differentiable import multiply_differentiably
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +216,12 @@ class QuantizedLinear(QuantizedWeight):
         """
         x = as_autocast(x)
         backend, prepared = self.prepare(x.dtype)
-        y = self._multiply(x, backend, prepared)
+        y = multiply_differentiably(
+            x,
+            lambda inputs: self._multiply(inputs, backend, prepared),
+            (backend, prepared),
+            self.entry.shape,
+        )
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _multiply(self, x: Tensor, backend: KernelBackend, prepared: Any) -> Tensor:  # noqa: ANN401
@@ -228,6 +234,11 @@ class QuantizedLinear(QuantizedWeight):
             return multiply_quantized(x, scheme, lambda codes: backend.matmul(codes, prepared))
         y = integers.linear(x.flatten(0, -2), scheme)
         return y.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def qweight(self) -> Tensor:
+        """Return nothing, where the weight is executed: PEFT puts adapters beside a `qweight`."""
+        return torch.empty(0, dtype=torch.int32, device=self.device)
 
     def product_of(self, tokens: int) -> str:
         """Return what multiplies so many tokens, once it has run: integers, or floats."""
@@ -278,5 +289,10 @@ class TiedHead(nn.Module):
         """
         x, table = as_autocast(x), self._embedding[0]
         backend, prepared = table.prepare(table.dtype)
-        y = backend.matmul(x.to(table.dtype), prepared).to(x.dtype)
+        y = multiply_differentiably(
+            x.to(table.dtype),
+            lambda inputs: backend.matmul(inputs, prepared),
+            (backend, prepared),
+            table.entry.shape,
+        ).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)

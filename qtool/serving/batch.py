@@ -127,7 +127,7 @@ class Batch:
     def _choose(self, sequences: list[_Sequence], logits: Tensor, likeliest: Tensor) -> Tensor:
         """Choose a token for each, and send them on their way."""
         samplers = [one.sampler for one in sequences]
-        tokens = next_tokens(logits, likeliest, samplers)
+        tokens = next_tokens(logits, likeliest, samplers, self.decoder.draw)
         self._steps.append(_Step(sequences, PendingTokens(tokens, logits, samplers)))
         for one in sequences:
             one.launched += 1

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from qtool.base import CausalModel
 from qtool.runtime.decode.slots import SlotRunner
+from qtool.serving.drawing import TokenDrawer
+from qtool.serving.sampling import draw_tokens
 
 WARM_LENGTHS = (1, 16, 64, 512)
 
@@ -44,6 +46,10 @@ class SlotDecoder(Protocol):
         """
         ...
 
+    def draw(self, logits: Tensor, likeliest: Tensor, options: Tensor) -> Tensor:
+        """Return a new tensor of tokens (rows,) as `draw_tokens` does."""
+        ...
+
     def remove(self, slot: int, last: int, length: int) -> None:
         """End the sequence of a slot: that of slot `last`, of `length` tokens, takes its place."""
         ...
@@ -56,9 +62,8 @@ class RunnerDecoder:
 
     def __init__(self, runner: SlotRunner) -> None:
         self._runner, self.slots, self.max_length = runner, runner.slots, runner.max_length
-        self.lookahead = int(
-            runner.device.type == "cuda"
-        )  # elsewhere a step ends before it returns
+        self.lookahead = int(runner.device.type == "cuda")  # elsewhere a step ends in its call
+        self._drawer = TokenDrawer(runner.slots, runner.device)
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +77,8 @@ class RunnerDecoder:
         self._runner.prepare()
         for length in WARM_LENGTHS:
             if length < self.max_length:
-                self.prefill(0, [[0] * length])
+                logits = self.prefill(0, [[0] * length])
+                self._drawer.prepare(logits)
 
     def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read prompts of any lengths together."""
@@ -85,6 +91,10 @@ class RunnerDecoder:
     def step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step of all."""
         return self._runner.step(tokens)
+
+    def draw(self, logits: Tensor, likeliest: Tensor, options: Tensor) -> Tensor:
+        """Draw on the device: by a graph on a card."""
+        return self._drawer(logits, likeliest, options)
 
     def remove(self, slot: int, last: int, length: int) -> None:
         """Copy the last sequence into the gap."""
@@ -130,6 +140,10 @@ class ForwardDecoder:
         rows = [self._forward(slot, token.view(1, 1)) for slot, token in enumerate(tokens)]
         logits = torch.cat(rows)
         return logits, logits.argmax(-1)
+
+    def draw(self, logits: Tensor, likeliest: Tensor, options: Tensor) -> Tensor:
+        """Draw on the device."""
+        return draw_tokens(logits, likeliest, options)
 
     def remove(self, slot: int, last: int, length: int) -> None:
         """Let go of a cache."""

@@ -6,7 +6,7 @@ device nor who else is in the batch changes what a seed gives, but for rounding 
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,28 +32,44 @@ class Sampler:
         return 0.0 if self.is_greedy else self._random.random()
 
 
-def next_tokens(logits: Tensor, likeliest: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+def draw_tokens(logits: Tensor, likeliest: Tensor, options: Tensor) -> Tensor:
+    """Return tokens (rows,) int64: drawn, or the likeliest where a row wants that.
+
+    Args:
+        logits: (rows, vocab_size).
+        likeliest: (rows,) int64, their maxima.
+        options: (rows, 4) float64 on any device: temperature, top_p, a number in [0, 1), and 1 for
+            the likeliest, else 0.
+    """
+    on_host = options.device.type == "cpu"
+    without = on_host and not bool((options[:, 1] < 1).any())
+    moved = options.to(logits.device, non_blocking=True)
+    temperatures, top_p, numbers, likely = moved.split(1, dim=1)
+    sampled = sample_nucleus(logits, likeliest, temperatures, None if without else top_p, numbers)
+    return torch.where(likely[:, 0] > 0, likeliest, sampled)
+
+
+Draw = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def next_tokens(
+    logits: Tensor, likeliest: Tensor, samplers: Sequence[Sampler], draw: Draw = draw_tokens
+) -> Tensor:
     """Return the tokens (rows,) int64 that follow.
 
     Args:
         logits: (rows, vocab_size).
         likeliest: (rows,) int64, their maxima.
         samplers: Of each row; each draws a number.
+        draw: Does what `draw_tokens` does.
     """
-    draws = [sampler.draw() for sampler in samplers]
-    greedy = [sampler.is_greedy for sampler in samplers]
-    if all(greedy):
-        return likeliest.clone()
-    options = [sampler.options for sampler in samplers]
     rows = [
-        (one.temperature or 1.0, one.top_p, draw, is_greedy)
-        for one, draw, is_greedy in zip(options, draws, greedy, strict=True)
+        (one.options.temperature or 1.0, one.options.top_p, one.draw(), one.is_greedy)
+        for one in samplers
     ]
-    numbers = torch.tensor(rows, dtype=torch.float64).to(logits.device, non_blocking=True)
-    temperatures, top_p, drawn, likely = numbers.split(1, dim=1)
-    nuclei = top_p if any(one.top_p < 1 for one in options) else None
-    sampled = sample_nucleus(logits, likeliest, temperatures, nuclei, drawn)
-    return torch.where(likely[:, 0] > 0, likeliest, sampled)
+    if all(sampler.is_greedy for sampler in samplers):
+        return likeliest.clone()
+    return draw(logits, likeliest, torch.tensor(rows, dtype=torch.float64))
 
 
 class PendingTokens:

@@ -1,12 +1,14 @@
-"""What the blocks of a model are made of beside linears: it stays as it is."""
+"""What stays in 16 bit, and why: what blocks hold beside linears, and what a recipe leaves."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from qtool.errors import ModelError
+from qtool.modeling.kinds_of_weights import FEWEST_DIMENSIONS, PlainWeight
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import Recipe, resolve
+from qtool.steps.request import section_of
 from qtool.wording import list_names
 
 MOST_LEFT = 0.1
@@ -25,7 +27,7 @@ def beside_linears(source: ModelSource) -> Mapping[str, int]:
 
 
 def check_rest(source: ModelSource, recipe: Recipe, rest: Mapping[str, int]) -> None:
-    """Check that what stays as it is without being asked for is little: norms and biases.
+    """Check that what stays as it is without being asked for, or being meant to, is little.
 
     Raises:
         ModelError: it is more than a tenth.
@@ -34,7 +36,7 @@ def check_rest(source: ModelSource, recipe: Recipe, rest: Mapping[str, int]) -> 
     total = linears + sum(rest.values())
     left: Counter[str] = Counter()
     for name, size in rest.items():
-        if resolve(recipe.weights, name) is not None:
+        if resolve(recipe.weights, name) is not None and not _is_meant(source, name):
             left[name.removeprefix(source.adapter.blocks + ".").partition(".")[2]] += size
     if left.total() <= MOST_LEFT * total:
         return
@@ -45,3 +47,51 @@ def check_rest(source: ModelSource, recipe: Recipe, rest: Mapping[str, int]) -> 
         f"doesn't quantize {list_names(names)}. If that is what you want, say so for each in "
         f"weights.overrides: {{match: '*.{names[0]}', skip: true}}."
     )
+
+
+def unquantized(source: ModelSource, recipe: Recipe, kept: Sequence[str]) -> dict[str, str]:
+    """Return why each weight of two dimensions and more stays as it is.
+
+    Args:
+        source: The original.
+        recipe: What was asked for.
+        kept: Full names of the tensors that are copied unchanged; `Plan.kept`.
+    """
+    linears, blocks = frozenset(source.block_linears()), frozenset(source.block_tensors())
+    found = {}
+    for name in kept:
+        if len(source.spec(name).shape) >= FEWEST_DIMENSIONS:
+            layer = name.removesuffix(".weight")
+            if layer in linears:
+                found[name] = _why_linear(source, recipe, layer)
+            else:
+                found[name] = _why_other(source, name, in_blocks=name in blocks)
+    return found
+
+
+def _why_linear(source: ModelSource, recipe: Recipe, layer: str) -> str:
+    if resolve(recipe.weights, layer) is None:
+        return "weights.overrides skips it"
+    is_sensitive = source.is_sensitive(layer)
+    if section_of(recipe, layer, is_sensitive=is_sensitive) is None:
+        return "sensitive: an override in weights.overrides that matches it quantizes it"
+    return "choosing left it"
+
+
+def _why_other(source: ModelSource, name: str, *, in_blocks: bool) -> str:
+    for table, section in ((source.adapter.embedding, "embedding"), (source.adapter.head, "head")):
+        if name == f"{table}.weight":
+            return f"the recipe has no section {section!r}"
+    plain = source.plain.get(name)
+    if not in_blocks:
+        return "outside of the decoder blocks" + ("" if plain is None else f": {plain.why}")
+    return "no weight that the model has by that name" if plain is None else plain.why
+
+
+def _plain(source: ModelSource, name: str) -> PlainWeight | None:
+    return source.plain.get(f"{name}.weight") or source.plain.get(name)
+
+
+def _is_meant(source: ModelSource, name: str) -> bool:
+    plain = _plain(source, name)
+    return plain is not None and plain.is_meant

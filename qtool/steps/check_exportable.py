@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from qtool.checkpoint.manifest import LayerEntry
+from qtool.core.experts import expert_name
 from qtool.errors import RecipeError
 from qtool.exchange import load_exchange, targets
 from qtool.formats.mixed_rows import MIXED_ROWS
@@ -11,6 +12,10 @@ from qtool.steps.method_choice import load_method
 from qtool.steps.plan import LayerPlan, Plan
 from qtool.wording import first_alike, list_names
 
+NO_EXPERTS = (
+    "{layer} is a layer of one expert, and no exchange can say these yet. transformers and qtool "
+    "run the checkpoint as it is; overrides that skip '*.experts.*' leave something to export."
+)
 SOME_STEP = ActivationScheme(granularity="tensor", scale=1.0)
 """Of inputs whose step only samples give."""
 
@@ -22,6 +27,10 @@ def check_exportable(plan: Plan, target: str) -> None:
         UnknownNameError: there is no such target.
         RecipeError: it can't: names layers, why, and targets that take all.
     """
+    load_exchange(target)
+    expert = next((layer.name for layer in plan.layers if expert_name(layer.name)), None)
+    if expert is not None:
+        raise RecipeError(NO_EXPERTS.format(layer=expert), layer=expert)
     refused = _refused(plan, target)
     if not refused:
         return

@@ -1,5 +1,6 @@
 """Plan a run without reading a weight: which layers, which scheme, how many bytes."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -9,15 +10,18 @@ from qtool.checkpoint.manifest import num_bytes
 from qtool.errors import ModelError, RecipeError
 from qtool.formats._dtypes import item_bytes
 from qtool.modeling.source import ModelSource
-from qtool.recipe.schema import Recipe, TableSection, WeightsSection, resolve
+from qtool.recipe.schema import Recipe, TableSection, WeightsSection
 from qtool.scheme import GroupDim, InputScheme, Shape2D, WeightScheme
 from qtool.steps.activation_ranges import known_scheme
 from qtool.steps.beside import beside_linears, check_rest
 from qtool.steps.check_fold import check_folded
 from qtool.steps.method_choice import MethodChoice, methods_of
 from qtool.steps.method_choice import load_method as load_method
-from qtool.steps.request import Role, check_request
+from qtool.steps.request import Role, check_request, section_of
 from qtool.steps.table_rows import expected_scheme, parts_of
+
+IN_LIST = re.compile(r"\.experts\.\d+\.")
+"""In the name of a linear that is one of a list of experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,8 @@ def make_plan(source: ModelSource, recipe: Recipe) -> Plan:
     check_rest(source, recipe, rest)
     check_folded(source, recipe)
     layers = tuple(_layers(source, recipe))
+    if recipe.calibration is not None:
+        _check_lists(source, layers)
     if not layers:
         raise RecipeError("The recipe skips every layer: nothing is left to quantize.")
     return plan_of(source, layers)
@@ -135,6 +141,9 @@ def plan_of(source: ModelSource, layers: tuple[LayerPlan, ...]) -> Plan:
     replaced = [layer.name for layer in layers] + ([head] if tied else [])
     stored = {source.stored_name(f"{name}.weight") for name in replaced}
     kept = tuple(name for name in source.names() if source.stored_name(name) not in stored)
+    if not any(f"{name}.weight" in source.experts for name in replaced):
+        others = (name for name in kept if name not in source.experts)
+        kept = tuple(sorted((*others, *source.stored_experts())))
     _check_names(source, layers, kept)
     return Plan(
         layers=layers,
@@ -143,6 +152,17 @@ def plan_of(source: ModelSource, layers: tuple[LayerPlan, ...]) -> Plan:
         kept_bytes=sum(original_bytes(source, name) for name in kept),
         source_bytes=sum(original_bytes(source, name) for name in source.names()),
     )
+
+
+def _check_lists(source: ModelSource, layers: tuple[LayerPlan, ...]) -> None:
+    """Raise ModelError if experts stand in lists: what each of them sees isn't measured there."""
+    listed = next((layer.name for layer in layers if IN_LIST.search(layer.name)), None)
+    if listed is not None:
+        raise ModelError(
+            f"{source.directory}: {listed} is of an expert in a list, as transformers 4 keeps "
+            "them, and calibration takes experts as transformers 5 has them. Install transformers "
+            "5, or quantize without calibration data."
+        )
 
 
 def original_bytes(source: ModelSource, name: str) -> int:
@@ -168,7 +188,7 @@ def _check_names(source: ModelSource, layers: tuple[LayerPlan, ...], kept: tuple
 
 def _layers(source: ModelSource, recipe: Recipe) -> Iterator[LayerPlan]:
     for name in source.block_linears():
-        section = resolve(recipe.weights, name)
+        section = section_of(recipe, name, is_sensitive=source.is_sensitive(name))
         if section is not None:
             plan = _plan_layer(source, name, "block", section)
             yield replace(plan, activation=known_scheme(recipe))

@@ -1,13 +1,13 @@
 """What a recipe asks for, checked by the names of layers alone, before a model is built."""
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Literal
 
 from qtool.base import ModelAdapter
 from qtool.errors import RecipeError
 from qtool.recipe.calibration import CalibrationSection
-from qtool.recipe.schema import Recipe, TableSection, WeightsSection, resolve
+from qtool.recipe.matching import matches
+from qtool.recipe.schema import Recipe, TableSection, WeightsSection, is_named, resolve
 from qtool.steps.activation_ranges import check_inputs, has_static_inputs
 from qtool.steps.check_fold import check_fold
 from qtool.steps.method_choice import check_bits, check_tunable, load_method, methods_of
@@ -61,7 +61,12 @@ def check_request(
             )
     check_inputs(recipe)
     check_fold(recipe, adapter)
-    blocks = ((name, "block", resolve(recipe.weights, name)) for name in linears)
+    depth, sensitive = adapter.blocks.count(".") + 2, frozenset(adapter.sensitive)
+    blocks = (
+        (name, "block", section_of(recipe, name, is_sensitive=inner in sensitive))
+        for name in linears
+        if (inner := ".".join(name.split(".")[depth:]))
+    )
     tables = (
         (adapter.embedding, "embedding", recipe.embedding),
         (adapter.head, "head", recipe.head),
@@ -69,6 +74,16 @@ def check_request(
     for name, role, layer in (*blocks, *tables):
         if layer is not None:
             _check_section(name, role, layer, recipe)
+
+
+def section_of(recipe: Recipe, layer: str, *, is_sensitive: bool) -> WeightsSection | None:
+    """Return how a linear of the blocks is quantized; None: it stays in 16 bit.
+
+    A sensitive one stays so unless an override that isn't `skip` matches its name.
+    """
+    if is_sensitive and not is_named(recipe.weights, layer):
+        return None
+    return resolve(recipe.weights, layer)
 
 
 def _check_section(
@@ -99,7 +114,7 @@ def _check_section(
 def _check_overrides(recipe: Recipe, names: Sequence[str], others: Sequence[str]) -> None:
     for number, override in enumerate(recipe.weights.overrides):
         known = (*names, *others) if override.skip else names
-        if not any(fnmatchcase(name, override.match) for name in known):
+        if not any(matches(name, override.match) for name in known):
             raise RecipeError(
                 f"weights.overrides.{number}.match is {override.match!r}, which matches none of "
                 f"the {len(names)} layers; the first is {names[0]}."

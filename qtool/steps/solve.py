@@ -1,7 +1,6 @@
 """Quantize a model layer by layer, each read, solved, written and dropped before the next."""
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,16 +15,15 @@ from qtool.base import Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, codec
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
-from qtool.errors import MethodError, about
 from qtool.modeling.source import ModelSource
 from qtool.scheme import ActivationScheme, WeightScheme
 from qtool.steps.activation_ranges import input_scheme
 from qtool.steps.correct_biases import announced_biases, correct_biases_once, corrected_biases
+from qtool.steps.coverage import coverage, warn_of_experts
 from qtool.steps.memory import peak_memory
 from qtool.steps.plan import LayerPlan
 from qtool.steps.run import Run
-from qtool.steps.solve_calibrated import solve_calibrated
-from qtool.steps.solve_table import solve_alone
+from qtool.steps.solve_layer import check_fallback, solved_layer
 from qtool.steps.table_statistics import hessian_of
 from qtool.steps.tune_blocks import SOLVED, TUNED_BLOCK, draft_of, tune_block_once
 from qtool.steps.tune_model import MODEL, SolvedModel, tune_model_once
@@ -76,6 +74,7 @@ def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
     for layer in run.plan.layers:
         if layer.role != "block":
             finish(layer)
+    warn_of_experts(coverage(results), run.env.emit)
     return tuple(results)
 
 
@@ -85,8 +84,8 @@ def solve_layer_once(
     """Quantize one layer, unless an earlier run did, and tell the walk of it, if there is one."""
     draft = SOLVED if layer.role == "block" and run.recipe.tuning.is_on else None
     under = partial(hessian_of, run, writer)
-    notes = writer.once(layer.name, partial(_solved, run, layer, walk, under), draft=draft)
-    _check_fallback(run, layer.name, notes["fallback"])
+    notes = writer.once(layer.name, partial(solved_layer, run, layer, walk, under), draft=draft)
+    check_fallback(run, layer.name, notes["fallback"])
     entry = _entry(layer, notes)
     if walk is not None:
         stored = partial(_stored_weight, run, writer, layer.name, entry, draft)
@@ -103,6 +102,7 @@ def _entry(layer: LayerPlan, notes: Mapping[str, Any]) -> LayerEntry:
         shape=layer.shape,
         method=notes.get("method", layer.method),  # older runs noted none
         activation=None if inputs is None else ActivationScheme(**inputs),
+        tokens_from=notes.get("tokens_from"),
     )
 
 
@@ -198,37 +198,6 @@ def walking(run: Run, writer: CheckpointWriter) -> Iterator[Walk | None]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _solved(
-    run: Run, layer: LayerPlan, walk: Walk | None, under: Callable[[LayerPlan], Tensor | None]
-) -> Made:
-    """Solve one layer, with the statistics that the walk gives; a table under a Hessian."""
-    section, env = run.recipe.calibration, run.env
-    statistics = None if walk is None else walk.statistics(layer.name)
-    started = time.perf_counter()
-    with about(layer=layer.name):
-        weight = run.source.read_weight(layer.name).to(env.device)
-        _check_finite(layer.name, weight)
-        if statistics is None or section is None:
-            chosen, solution = layer, solve_alone(layer, weight, env, under(layer))
-        else:
-            chosen, solution = solve_calibrated(layer, weight, statistics, section, env)
-        tensor = solution.tensor
-        _check_stored(layer.name, tensor, weight)
-        _check_fallback(run, layer.name, solution.fallback)
-    notes = {
-        "format": tensor.format,
-        "scheme": tensor.scheme.to_json(),
-        "metrics": dict(solution.metrics),
-        "fallback": solution.fallback,
-        "seconds": time.perf_counter() - started,
-        "method": chosen.method,
-    }
-    activation = layer.activation if statistics is None else statistics[0].activation
-    if isinstance(activation, ActivationScheme):
-        notes["activation"] = activation.to_json()
-    return Made(tensor, notes)
-
-
 def _stored_weight(
     run: Run, writer: CheckpointWriter, name: str, entry: LayerEntry, draft: str | None
 ) -> Tensor:
@@ -258,34 +227,3 @@ def _announce(run: Run, result: LayerResult, done: int) -> None:
     env.emit(Progress("quantize", done, total, detail))
     if result.fallback is not None:
         env.emit(Notice(f"{result.name}: {result.fallback}"))
-
-
-def _check_fallback(run: Run, name: str, fallback: str | None) -> None:
-    """Raise MethodError if a solver did something simpler than asked, and that is forbidden."""
-    section = run.recipe.calibration
-    if section is not None and section.strict and fallback is not None:
-        raise MethodError(
-            f"{name}: {fallback} (calibration.strict). Without it, or --strict, the layer is taken "
-            "as it is.",
-            layer=name,
-        )
-
-
-def _check_finite(name: str, weight: Tensor) -> None:
-    """Raise MethodError if a weight holds NaN or infinity."""
-    finite = torch.isfinite(weight)
-    if not bool(finite.all()):
-        raise MethodError(
-            f"{name}: {int((~finite).sum())} of {weight.numel()} weights are NaN or infinite. The "
-            "file is damaged, or the model overflowed when it was saved; check the original."
-        )
-
-
-def _check_stored(name: str, tensor: QuantizedTensor, weight: Tensor) -> None:
-    """Raise MethodError if a stored parameter overflowed its dtype."""
-    for part, values in tensor.parts.items():
-        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            raise MethodError(
-                f"{name}: {part} doesn't fit float16; the largest weight is "
-                f"{float(weight.abs().max()):.3g}. Skip this layer with an override."
-            )

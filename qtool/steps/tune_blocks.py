@@ -11,6 +11,7 @@ from qtool.base import Progress, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, codec
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
+from qtool.core.experts import routes_tokens
 from qtool.recipe.tuning import BlockTuning
 from qtool.steps.run import Run
 from qtool.training.blocks import Lesson, tune_block
@@ -106,6 +107,7 @@ def tuned_block(
     )
     alike = student.alike(streams.quantized[: streams.num_train])
     enough = runs_on.type != "cpu" and len(alike) >= MOST_OF_THEM * streams.num_train
+    enough = enough and not routes_tokens(student.module)
     lesson = Lesson(
         forward,
         streams.quantized,

@@ -12,6 +12,7 @@ from qtool.base import CausalModel, Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
+from qtool.core.experts import routes_tokens
 from qtool.data.corpora import WRITTEN_BY_THE_MODEL
 from qtool.modeling.load import load_source, load_tokenizer
 from qtool.recipe.calibration import CalibrationSection, SourceSection
@@ -142,7 +143,8 @@ def pair_of(
     vectors = free_vectors(student, run.plan.kept if section.norms else ())
     on_card = torch.device(run.env.device).type == "cuda"
     dtype = torch.bfloat16 if on_card else None
-    pair = Pair(student, original, list(vectors.values()), dtype, captured=on_card and not large)
+    captured = on_card and not large and not routes_tokens(student)
+    pair = Pair(student, original, list(vectors.values()), dtype, captured=captured)
     return pair, vectors
 
 

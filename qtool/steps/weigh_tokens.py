@@ -9,6 +9,7 @@ from torch import Tensor
 from qtool.base import Progress
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
+from qtool.core.experts import expert_name
 from qtool.data.calibration import batches
 from qtool.modeling.load import load_source
 from qtool.steps.plan import LayerPlan, load_method
@@ -34,7 +35,11 @@ def weigh_tokens_once(run: Run, writer: CheckpointWriter, groups: int) -> dict[s
         MethodError: a linear doesn't see every token once, or a gradient isn't finite.
     """
     name = run.source.adapter.blocks
-    edges = {layer.name: row_edges(layer, groups) for layer in run.plan.in_blocks}
+    edges = {
+        layer.name: row_edges(layer, groups)
+        for layer in run.plan.in_blocks
+        if expert_name(layer.name) is None  # those see tokens of their own
+    }
     writer.once(name, partial(_weighed, run, edges), draft=OF_TOKENS)
     weights = writer.tensors(name, draft=OF_TOKENS)
     return {layer: RowGroups(ends, weights[layer]) for layer, ends in edges.items()}

@@ -10,8 +10,8 @@ from torch import Tensor
 from qtool.checkpoint.manifest import num_bytes
 from qtool.formats import binary_coding
 from qtool.runtime.backends.cuda import linear_kernels
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import Card, Launch
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.runtime.backends.cuda.mixed import MixedWeight, kernels_for, multiply_mixed
 from qtool.scheme import Shape2D
 from qtool.timing.peers import CUBLAS, Peer

@@ -9,7 +9,7 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.formats import binary_coding
 from qtool.runtime.backends.cuda import linear_kernels
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.mixed import MixedWeight, joined_classes
 from qtool.runtime.decode.weights import DecoderLayer, DecoderShape, DecoderWeights, Projection
 from qtool.scheme import Shape2D, WeightScheme

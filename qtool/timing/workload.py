@@ -125,7 +125,8 @@ def _fused(decoder: DecoderWeights) -> Iterator[tuple[str, Timeable]]:
     named: list[tuple[str, Projections]] = []
     for layer in decoder.layers:
         named += [("qkv", layer.qkv), ("o", layer.output)]
-        named += [("gate_up", layer.gate_up), ("down", layer.down)]
+        if layer.down is not None:
+            named += [("gate_up", layer.gate_up), ("down", layer.down)]
     for name, projection in [*named, ("lm_head", decoder.head)]:
         parts = projection if isinstance(projection, tuple) else (projection,)
         yield from ((name, part) for part in parts if isinstance(part, Timeable))

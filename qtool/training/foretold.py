@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.base import CausalModel
+from qtool.core.experts import expert_name
 from qtool.errors import MethodError
 from qtool.training.output_gradients import open_to_gradients
 
@@ -67,8 +68,8 @@ def foretold_divergences(  # noqa: PLR0913 - a model, what is weighed, and on wh
         for done, tokens in enumerate(batches, start=1):
             found.begin(len(tokens))
             _pass_back(model, tokens.to(model.device), generator)
-            for name in errors:
-                squares = found.of(name).double().square().sum(1).cpu()
+            for name, made in errors.items():
+                squares = found.of(name, made).double().square().sum(1).cpu()
                 sums[name] = sums[name] + squares if name in sums else squares
             report(done)
     num_tokens = sum(tokens.numel() for tokens in batches)
@@ -145,16 +146,23 @@ class _Products:
         inputs: Tensor,
         gradients: Tensor,
     ) -> None:
-        """Add what a module has seen; some models give their linears all samples in one."""
-        by_sample = gradients.float().reshape(self._samples, -1, gradients.shape[-1])
+        """Add what a module has seen; some models give their linears all samples in one.
+
+        An expert's tokens are those of any samples, and are taken for one: what is drawn for two
+        samples is independent, so that the mean of the square is the same.
+        """
+        samples = self._samples if expert_name(name) is None else 1
+        by_sample = gradients.float().reshape(samples, -1, gradients.shape[-1])
         features = inputs.shape[gradients.dim() - 1 :]  # none where the inputs are tokens
         inputs = inputs.reshape(*by_sample.shape[:2], *features)
         products = weigh(errors(), inputs, by_sample)
         self._found[name] = self._found[name] + products if name in self._found else products
 
-    def of(self, name: str) -> Tensor:
-        """Return the products of a layer, (errors, samples) float32."""
+    def of(self, name: str, errors: Callable[[], Sequence[Tensor]]) -> Tensor:
+        """Return the products of a layer, (errors, samples) float32; 0 of an expert not chosen."""
         if name not in self._found:
+            if expert_name(name) is not None:
+                return torch.zeros(len(errors()), 1)
             raise MethodError(
                 f"{name} gets no gradients: choosing takes layers that see every token. Give it an "
                 "override with a scheme of its own.",

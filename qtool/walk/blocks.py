@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtool.core.experts import separate_experts
 from qtool.core.parts import Parts
+from qtool.errors import ModelError
 from qtool.formats._dtypes import dtype_of
-from qtool.modeling.config import parse_config, transformers_failures
+from qtool.modeling.config import auto_class, parse_config, transformers_failures
 from qtool.modeling.filling import empty_own, fill, fill_own, weightless
 from qtool.modeling.source import ModelSource
-from qtool.walk.calls import Call, Calls, Note, Recorder
+from qtool.walk.calls import Call, Calls, Note, Recorder, mapped
 from qtool.walk.filled_block import Block, failures_of_its_code
 
 
@@ -50,13 +52,12 @@ class BlockModel:
         Raises:
             ModelError: transformers can't build it.
         """
-        import transformers  # slow
-
         self.source, self.device = source, device
         run_dtype = _walk_dtype(source, device, dtype)
         config = parse_config(source.config, source.directory)
         with transformers_failures(f"transformers can't build {source.directory}"), weightless():
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=run_dtype)
+            model = auto_class(config).from_config(config, dtype=run_dtype)
+            separate_experts(model)
         self._model = model.eval()
         self._blocks = model.get_submodule(source.adapter.blocks)
         self._calls = Calls()
@@ -81,6 +82,7 @@ class BlockModel:
                 if not rest:  # what a block returns is seen once, on a block that runs
                     rest.append(first.rest_of_output(hidden, call))
                 calls.append((hidden, call))
+                self._check_alone(call, rest[0])
                 return rest[0]
 
             hidden = []
@@ -89,9 +91,28 @@ class BlockModel:
                     calls.clear()
                     with failures_of_its_code(str(self.source.directory)):
                         self._model.base_model(tokens.to(self.device), use_cache=False)
+                    if not calls:
+                        raise ModelError(
+                            f"{self.source.adapter.blocks} of {self.source.directory} is never "
+                            "called. Quantize it without calibration data."
+                        )
                     hidden.append(calls[0][0].cpu())
                     self._calls.add([call for _, call in calls])
         return hidden
+
+    def _check_alone(self, call: Call, rest: tuple[Any, ...] | None) -> None:
+        """Raise ModelError if a block is given what the one before returned beside its output.
+
+        What stands in for blocks returns the same of these for all batches.
+        """
+        returned, given = set[int](), set[int]()
+        mapped(rest, lambda _place, tensor: returned.add(id(tensor)))
+        mapped(call, lambda _place, tensor: given.add(id(tensor)))
+        if returned & given:
+            raise ModelError(
+                f"The blocks of {self.source.directory} hand on more than hidden states, and "
+                "can't be run one by one. Quantize it without calibration data."
+            )
 
     @contextmanager
     def _recorded(self, note: Note) -> Iterator[None]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qtool.core.activations import fake_quantize
+from qtool.core.experts import SeparateExperts
 from qtool.core.parts import Parts, most_parts, slices, within_memory
 from qtool.errors import ModelError
 from qtool.scheme import ActivationScheme
@@ -73,7 +74,7 @@ class Block:
     def output(self, hidden: Tensor, call: Call) -> Tensor:
         """Return what comes out of it for samples and what it is called with for these."""
         output = self._call(hidden, call)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
     def learn(self, hidden: Tensor, batch: int, samples: slice | None = None) -> Tensor:
         """Return the same so that gradients can be taken; of some samples, if they are named."""
@@ -127,7 +128,7 @@ class Block:
             else:
                 some = slices(len(hidden), count)[0]
                 output = self._call(hidden[some], call.of_samples(some, len(hidden)))
-            return output[1:] if isinstance(output, tuple) else None
+            return tuple(output[1:]) if isinstance(output, tuple | list) else None
 
         return within_memory(self._parts, IN_BATCHES, rest, most=most_parts(hidden))
 
@@ -150,18 +151,48 @@ class Block:
         return inputs
 
     def _inputs_of(self, linear: str, hidden: Tensor, call: Call) -> tuple[Tensor]:
-        seen: list[Tensor] = []
+        (arguments,) = self._stopped(linear, hidden, call)
+        return (arguments[0].flatten(0, -2),)
+
+    @torch.no_grad()
+    def tokens_of(self, experts: str, hidden: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """Run the block until experts are called; return their tokens, and who gets which.
+
+        Args:
+            experts: Dotted name of the module, in the block.
+            hidden: Input of the block, (samples, length, width).
+            batch: Which of the captured batches it is.
+
+        Returns:
+            (tokens, width), and (tokens, k) int64: as `SeparateExperts.seen` gives them.
+
+        Raises:
+            ModelError: the experts were never called.
+        """
+        module = self._module.get_submodule(experts)
+        assert isinstance(module, SeparateExperts)
+
+        def run(part: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+            (arguments,) = self._stopped(experts, part, call)
+            return module.seen(*arguments)
+
+        tokens, index = self.in_parts(run, hidden, batch)
+        return tokens, index
+
+    def _stopped(self, name: str, hidden: Tensor, call: Call) -> list[tuple[Any, ...]]:
+        """Run the block until a module is called; return what it is called with."""
+        seen: list[tuple[Any, ...]] = []
 
         def stop(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            seen.append(arguments[0])
+            seen.append(arguments)
             raise Stop
 
-        module = self._module.get_submodule(linear)
+        module = self._module.get_submodule(name)
         with module.register_forward_pre_hook(stop, prepend=True), suppress(Stop):
             self.output(hidden, call)
         if not seen:
-            raise ModelError(f"{linear} was never called: its inputs can't be measured.")
-        return (seen[0].flatten(0, -2),)
+            raise ModelError(f"{name} was never called: its inputs can't be measured.")
+        return seen
 
     @torch.no_grad()
     def around(self, linear: str, hidden: Tensor, batch: int) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ class PartialRuns:
 
         def note(_block: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:  # noqa: ANN401
             seen.append(arguments[0] if arguments else keywords["hidden_states"])
-            self._rest = output[1:] if isinstance(output, tuple) else None
+            self._rest = tuple(output[1:]) if isinstance(output, tuple | list) else None
             raise Stop
 
         with self._blocks[0].register_forward_hook(note, with_kwargs=True), suppress(Stop):
@@ -59,7 +59,7 @@ class PartialRuns:
         seen: list[Tensor] = []
 
         def note(_block: nn.Module, _arguments: Any, output: Any) -> None:  # noqa: ANN401
-            seen.append(output[0] if isinstance(output, tuple) else output)
+            seen.append(output[0] if isinstance(output, tuple | list) else output)
             raise Stop
 
         block = self._blocks[index]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qtool.base import Env, Notice, Progress
+from qtool.core.experts import expert_name
 from qtool.data.calibration import CalibrationSet, batches
 from qtool.errors import MethodError
 from qtool.modeling.source import ModelSource
@@ -20,6 +21,7 @@ from qtool.recipe.calibration import CalibrationSection
 from qtool.scheme import ActivationScheme, Shape2D
 from qtool.walk.blocks import BlockModel
 from qtool.walk.filled_block import Block
+from qtool.walk.routed import ExpertStatistics, RoutedTokens, route
 from qtool.walk.statistics import (
     FEW_TOKENS,
     InputStatistics,
@@ -93,6 +95,7 @@ class Walk:
         self._blocks: tuple[Block, Block] | None = None
         """The block as it was, and as far as it is quantized."""
         self._measured: tuple[tuple[int, str], tuple[InputStatistics, ...]] | None = None
+        self._routed: tuple[tuple[int, str], RoutedTokens] | None = None
 
     def statistics(self, layer: str) -> tuple[InputStatistics, ...]:
         """Return what a linear of the blocks sees, for each group of its output channels.
@@ -107,6 +110,30 @@ class Walk:
             self._measured = None  # its memory is needed
             self._measured = (group, self._measure(*group))
         return self._measured[1]
+
+    def expert_statistics(self, layer: str) -> ExpertStatistics:
+        """Return what a layer of one expert, by its name, can be solved for.
+
+        Raises:
+            MethodError: its inputs aren't finite.
+        """
+        index, inner = self._groups[layer]
+        visit = self.visit(index)
+        expert = expert_name(inner)
+        assert expert is not None
+        if self._routed is None or self._routed[0] != (index, expert.module):
+            self._routed = None  # its memory is needed
+            self._routed = (index, expert.module), route(visit, expert.module)
+        tokens = self._routed[1]
+        found = tokens.measure(
+            expert,
+            visit,
+            token_cap=self._section.token_cap,
+            activation=self._rules.scheme(layer, tokens.inputs_of(expert, visit)),
+        )
+        if not found.is_finite:
+            raise self._not_finite(layer, visit.streams)
+        return found
 
     def visit(self, index: int) -> Visit:
         """Return a block with all that its linears' solutions are judged by: for tuning.
@@ -134,7 +161,7 @@ class Walk:
 
     def end(self) -> None:
         """Let go of all that is large."""
-        self._route = self._blocks = self._measured = None
+        self._route = self._blocks = self._measured = self._routed = None
 
     def _measure(self, index: int, linear: str) -> tuple[InputStatistics, ...]:
         model, streams = self._route = self._route or self._begin()
@@ -200,6 +227,7 @@ class Walk:
                 for layer in self._solved[self._index]:
                     self._set(layer)
             if self._index < index:
+                self._routed = None
                 streams.advance(*self._blocks)
                 del self._solved[self._index]
                 self._blocks, self._index = None, self._index + 1
@@ -232,11 +260,13 @@ def _groups(
 ) -> Iterator[tuple[str, tuple[int, str]]]:
     """Yield each quantized linear with its block and the first quantized one that has its input.
 
-    With `apart` that is the linear itself: it weighs the tokens in its own way.
+    With `apart` that is the linear itself: it weighs the tokens in its own way. So it is for
+    a layer of an expert, which sees tokens of its own.
     """
     adapter = source.adapter
     for index in range(source.num_blocks):
         for names in adapter.linears:
             found = [name for name in names if f"{adapter.blocks}.{index}.{name}" in layers]
             for name in found:
-                yield f"{adapter.blocks}.{index}.{name}", (index, name if apart else found[0])
+                alone = apart or expert_name(name) is not None
+                yield f"{adapter.blocks}.{index}.{name}", (index, name if alone else found[0])

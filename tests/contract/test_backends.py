@@ -13,6 +13,7 @@ from qtool.checkpoint.manifest import LayerEntry
 from qtool.core.activations import quantize_activations
 from qtool.errors import BackendError
 from qtool.formats.ordered_affine import encode_ordered
+from qtool.runtime import differentiable
 from qtool.runtime.backends._choose import choose_backend, load_backend, use_backend
 from qtool.runtime.backends.cuda.fusing import APART
 from qtool.runtime.decode.read_model import weights_of
@@ -251,6 +252,32 @@ def test_rows_equal_the_definition(name, device, format_name, dtype, group_size,
     rounding = 2**-22 * expected.abs().max()  # a weight is a sum in float32, or better
     rounding = rounding + 1.01 * rounding_of_parameters(name, tensor, dtype)[index]
     assert bool((error <= torch.finfo(dtype).eps * expected.abs() + rounding).all())
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradient_of_an_input_is_a_product_with_the_weight(
+    name, device, format_name, dtype, monkeypatch
+):
+    monkeypatch.setattr(
+        differentiable, "BACKWARD_CHUNK", 7 * 36
+    )  # rows in eight parts, the last is short
+    tensor = solved(format_name, WeightScheme(num_bits=3, group_size=16), Shape2D(50, 36), 4)
+    with torch.inference_mode():  # a model may have answered before it has adapters
+        backend, weight = prepared(name, tensor, device, dtype)
+    x = normal(2, 3, 36).to(device, dtype).requires_grad_()
+    y = differentiable.multiply_differentiably(
+        x, lambda inputs: backend.matmul(inputs, weight), (backend, weight), tensor.shape
+    )
+    wanted = normal(2, 3, 50, seed=1).to(device, dtype)
+    y.backward(wanted)
+    assert torch.equal(y.detach(), backend.matmul(x.detach(), weight))
+    exact, wanted = dequantized(tensor, torch.float64), wanted.double().cpu()
+    terms = wanted.abs() @ exact.abs()
+    allowed = wanted.abs() @ rounding_of_parameters(name, tensor, dtype)
+    assert x.grad is not None
+    error = (x.grad.double().cpu() - wanted @ exact).abs()
+    assert bool((error <= (9 * torch.finfo(dtype).eps + 2**-20) * terms + 2 * allowed).all())
 
 
 MIXED = [[3] * 70, [4] + [2] * 69, [8, 4, 3, 2, 4] * 14, [5, 4, 3, 2, 1] * 13 + [1] * 5]

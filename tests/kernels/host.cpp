@@ -22,7 +22,7 @@ static std::vector<Fiber> fibers;
 static std::vector<unsigned char> shared_bytes;
 static std::vector<uint32_t> letters;
 static jmp_buf scheduler;
-static Meeting block_meeting;
+static Meeting block_meeting, some_meetings[16];
 static std::vector<Meeting> warp_meetings, warpgroup_meetings;
 static std::vector<std::vector<std::vector<Product>>> products; // by thread: groups, the last still open
 static void (*body)(void *);
@@ -47,15 +47,22 @@ static void meet(Meeting &meeting, int size) {
 
 void meet_block() { meet(block_meeting, (int)blockDim.x); }
 void meet_warp() { meet(warp_meetings[current / 32], 32); }
+// The first threads of a block, so many: as many meetings as there are numbers.
+void meet_some(int threads, int number) { meet(some_meetings[number], threads); }
 void meet_warpgroup() { meet(warpgroup_meetings[current / 128], 128); }
 
 void ask_for(Product product) { products[current].back().push_back(product); }
 void end_products() { products[current].emplace_back(); }
 
-// wgmma.mma_async.m64nNk32 by the PTX manual. A in registers: register r of lane 4 g + t has row
-// g + 8 (r % 2) of the warp's 16 and inputs 4 t .. 4 t + 3 + 16 (r / 2). B: K-major without swizzling, core
-// matrices of 8 x 16 bytes; the descriptor has, over 16, its address, the leading offset (to the next
-// 16 inputs) and the stride offset (to the next 8 columns). D as the fragment C of mma.m16n8.
+static double number(unsigned bits, int kind) {
+    return kind == BFLOATS ? float_of_bits(bits << 16) : half_to_float((unsigned short)bits);
+}
+
+// wgmma.mma_async.m64nNk32 of bytes, m64nNk16 of 16-bit numbers, by the PTX manual. A in registers: register r of
+// lane 4 g + t has row g + 8 (r % 2) of the warp's 16 and 4 bytes of inputs from byte 4 t + 16 (r / 2) on. B:
+// K-major without swizzling, core matrices of 8 x 16 bytes; the descriptor has, over 16, its address, the leading
+// offset (to the next 16 bytes of inputs) and the stride offset (to the next 8 columns). D as the fragment C of
+// mma.m16n8.
 static void multiply(const Product &product) {
     int lane = current % 32, g = lane / 4, t = lane % 4;
     unsigned address = (product.b & 0x3fff) << 4, leading = (product.b >> 16 & 0x3fff) << 4;
@@ -64,13 +71,17 @@ static void multiply(const Product &product) {
     memcpy(box(lane), product.a, 16);
     meet_warp();
     for (int i = 0; i < product.count; ++i) {
-        int row = i & 2 ? 1 : 0, column = i / 4 * 8 + 2 * t + i % 2, sum = product.d[i];
+        int row = i & 2 ? 1 : 0, column = i / 4 * 8 + 2 * t + i % 2, sum = 0;
+        double real = 0;
         const unsigned char *b = shared + address + column / 8 * stride + column % 8 * 16;
-        for (int k = 0; k < 32; ++k) {
+        for (int k = 0; k < 32; ++k) { // bytes
             uint32_t a = box(4 * g + k % 16 / 4)[row + 2 * (k / 16)];
-            sum += (int)(signed char)(a >> 8 * (k % 4)) * (int)(signed char)b[k / 16 * leading + k % 16];
+            const unsigned char *at = b + k / 16 * leading + k % 16;
+            if (product.kind == BYTES) sum += (int)(signed char)(a >> 8 * (k % 4)) * (int)(signed char)*at;
+            else if (k % 2 == 0) real += number(a >> 8 * (k % 4) & 0xffff, product.kind) * number(at[0] | at[1] << 8, product.kind);
         }
-        product.d[i] = sum;
+        if (product.kind == BYTES) ((int *)product.d)[i] += sum;
+        else ((float *)product.d)[i] += (float)real;
     }
     meet_warp();
 }
@@ -121,6 +132,7 @@ static void run_block(int threads, size_t bytes) {
     shared_bytes.assign(bytes, 0xff); // poison: NaN wherever nothing was staged
     shared = shared_bytes.data();
     block_meeting = {};
+    for (auto &meeting : some_meetings) meeting = {};
     warp_meetings.assign(threads / 32, {});
     warpgroup_meetings.assign((threads + 127) / 128, {});
     products.assign(threads, {1, std::vector<Product>()});

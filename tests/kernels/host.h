@@ -26,6 +26,7 @@ extern int current; // fiber
 void meet_block();
 void meet_warp();
 void meet_warpgroup();
+void meet_some(int threads, int number);
 void yield(); // to the other threads of the block
 void wait_for_previous();
 int launch(dim3 grid, int threads, size_t bytes, void (*thread)(void *), void *arguments);
@@ -39,7 +40,8 @@ static int launch_kernel(dim3 grid, int threads, size_t bytes, Kernel kernel, Ar
 }
 
 // A product that a thread has asked for and that isn't there yet: as late as a card may be with it.
-struct Product { int *d; const unsigned *a; uint64_t b; int count; };
+struct Product { void *d; const unsigned *a; uint64_t b; int count; int kind; }; // of BYTES, HALVES, BFLOATS
+enum { BYTES, HALVES, BFLOATS };
 void ask_for(Product product);
 void end_products();
 void finish_products(int pending); // all but the last groups
@@ -131,12 +133,26 @@ DEVICE unsigned multiply_half2(unsigned a, unsigned b) {
                                          half_to_float((unsigned short)(b >> 16))) << 16;
 }
 
+DEVICE unsigned add_half2(unsigned a, unsigned b) {
+    unsigned low = float_to_half(half_to_float((unsigned short)a) + half_to_float((unsigned short)b));
+    return low | (unsigned)float_to_half(half_to_float((unsigned short)(a >> 16)) +
+                                         half_to_float((unsigned short)(b >> 16))) << 16;
+}
+DEVICE unsigned add_bfloat2(unsigned a, unsigned b) { // not of NaN
+    unsigned high = bits_of_float(float_of_bits(a & 0xffff0000u) + float_of_bits(b & 0xffff0000u));
+    unsigned low = bits_of_float(float_of_bits(a << 16) + float_of_bits(b << 16));
+    high += 0x7fffu + (high >> 16 & 1), low += 0x7fffu + (low >> 16 & 1);
+    return (high & 0xffff0000u) | low >> 16;
+}
 DEVICE float multiply_rounded(float a, float b) { return a * b; }
 DEVICE unsigned permute_bytes(unsigned a, unsigned b, unsigned pick) {
     unsigned long long both = (unsigned long long)b << 32 | a;
     unsigned result = 0;
-    for (int i = 0; i < 4; ++i)
-        result |= (unsigned)(both >> (8 * (pick >> (4 * i) & 7)) & 255) << (8 * i);
+    for (int i = 0; i < 4; ++i) {
+        unsigned byte = (unsigned)(both >> (8 * (pick >> (4 * i) & 7)) & 255);
+        if (pick >> (4 * i) & 8) byte = byte & 128 ? 255 : 0; // its sign, eight times
+        result |= byte << (8 * i);
+    }
     return result;
 }
 
@@ -213,5 +229,18 @@ DEVICE void give_turn(int) {}
 DEVICE void products_begin() {}
 DEVICE void end_of_products() { host::end_products(); }
 template <int PENDING, int COUNT> DEVICE void products_wait(int (&)[COUNT]) { host::finish_products(PENDING); }
+template <int PENDING, int COUNT> DEVICE void products_wait(float (&)[COUNT]) { host::finish_products(PENDING); }
 template <int COUNT> DEVICE void keep(const unsigned (&)[COUNT]) {}
-template <int COUNT> DEVICE void multiply_add(int (&d)[COUNT], const unsigned *a, unsigned long long b) { host::ask_for({d, a, b, COUNT}); }
+template <int COUNT> DEVICE void multiply_add(int (&d)[COUNT], const unsigned *a, unsigned long long b) { host::ask_for({d, a, b, COUNT, host::BYTES}); }
+template <int IS_BFLOAT, int COUNT> DEVICE void multiply_add_16(float (&d)[COUNT], const unsigned *a, unsigned long long b) {
+    host::ask_for({d, a, b, COUNT, IS_BFLOAT ? host::BFLOATS : host::HALVES});
+}
+template <int COUNT> DEVICE void sync_threads(int number) { host::meet_some(COUNT, number); }
+DEVICE void store_quad(float *to, const float *from) { memcpy(to, from, 16); }
+DEVICE void load_quad(float *to, const float *from) { memcpy(to, from, 16); }
+DEVICE void write_through() {}
+DEVICE void announce(unsigned long long *flag) { *flag = 1; }
+DEVICE void await(unsigned long long *flag) {
+    while (*flag == 0) host::yield();
+    *flag = 0;
+}

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 
-from tests import families
+from qtool.core.experts import separate_experts
+from tests import families, mixtures
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -26,7 +28,7 @@ def rotary(kind: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_parameters" if new else "rope_scaling": dict(kind)}
 
 
-KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+KINDS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tied": True}),
     "llama-all-heads": ("llama", {"num_key_value_heads": 4}),
@@ -38,15 +40,22 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2-bias": ("qwen2", {}),
     "qwen3-norms": ("qwen3", {"head_dim": 32}),
 }
+if transformers.__version__ >= "5":  # before, experts are lists, which the decoder doesn't know
+    KINDS |= {
+        "mixtral": mixtures.MIXTURES["mixtral"],
+        "qwen3-experts": mixtures.MIXTURES["qwen3_moe"],
+    }
 
 
 def build(kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a random model of one of KINDS."""
+    """Return a random model of one of KINDS, experts apart as in a checkpoint of qtool's."""
     family, changes = KINDS[kind]
     changes = dict(changes)
     if "rotary" in changes:
         changes |= rotary(changes.pop("rotary"))
-    return families.build(family, **{"tied": False, **changes}).to(dtype)
+    model = families.build(family, **{"tied": False, **changes}).to(dtype)
+    separate_experts(model)
+    return model
 
 
 def prompt(batch: int, length: int, seed: int = 0) -> torch.Tensor:

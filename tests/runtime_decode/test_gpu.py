@@ -12,7 +12,7 @@ from qtool.integrations.transformers.sampling import SharedRunner
 from qtool.runtime.backends._choose import use_backend
 from qtool.runtime.backends.cuda import driver
 from qtool.runtime.backends.cuda.decode_ops import KernelOps
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.decode import step
 from qtool.runtime.decode.ops import DecodeState
 from qtool.runtime.decode.read_model import weights_of

@@ -18,8 +18,8 @@ from qtool.runtime.backends._choose import use_backend
 from qtool.runtime.backends.cuda import backend as cuda
 from qtool.runtime.backends.cuda import driver
 from qtool.runtime.backends.cuda.decode_ops import KernelOps
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import Card
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.runtime.decode.read_model import weights_of
 from qtool.runtime.decode.runner import DecodeRunner
 from qtool.scheme import WeightScheme

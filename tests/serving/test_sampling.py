@@ -53,10 +53,11 @@ def test_very_small_temperatures_and_ties_are_sound():
         assert 0 <= token < 7
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("other", [0.0, 0.5, 1.0])
-def test_who_else_is_in_the_batch_changes_nothing(other):
+def test_who_else_is_in_the_batch_changes_nothing(other, dtype):
     torch.manual_seed(0)
-    logits = torch.randn(2, 300)
+    logits = torch.randn(2, 300).to(dtype)
 
     def first_tokens(rows, options):
         sampler = Sampler(SamplingOptions(seed=4, top_p=1.0))

@@ -63,10 +63,18 @@ def test_wheel_has_a_library_for_each_level_and_names_its_platform(wheel):
 def test_wheel_holds_nothing_of_tests_caches_or_this_machine(wheel):
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            assert name.startswith(("qtool/", "qtool_llm-"))
+            assert name.startswith(("qtool/", "qtool_autoload.py", "qtool_llm-"))
             assert "__pycache__" not in name
             if not name.endswith(".xz"):
                 assert str(ROOT).encode() not in archive.read(name)
+
+
+def test_torch_finds_the_unpacked_wheel(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = "import sys, torch; print(sys.modules['qtool'].__file__)"
+    printed = run_python(code, cwd=tmp_path, environment={"PYTHONPATH": str(tmp_path)})
+    assert printed.startswith(str(tmp_path))
 
 
 def test_recipes_load_from_the_unpacked_wheel(wheel, tmp_path):

@@ -1,5 +1,6 @@
 """The tables of `quantize --dry-run`: what would happen to each layer, and why."""
 
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,8 @@ from qtool.cli import console
 from qtool.wording import gigabytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from qtool.choosing.choose import Allocation, ChosenLayer
     from qtool.steps.plan import LayerPlan, Plan
 
@@ -35,7 +38,7 @@ def print_plan(plan: "Plan", allocation: "Allocation | None", json_file: Path | 
     if not console.write_json({"layers": rows, **total, **reasons}, json_file):
         return
     columns = ("layer", ">shape", "method", ">bits", ">group", ">average bits", ">size")
-    console.print_table("Plan (nothing was written)", columns, map(_cells, plan.layers))
+    console.print_table("Plan (nothing was written)", columns, _rows(plan.layers))
     console.out.print(
         f"{len(plan.layers)} layers at {plan.average_bits:.3f} bits: "
         f"{gigabytes(plan.total_bytes - plan.kept_bytes)}, "
@@ -45,6 +48,23 @@ def print_plan(plan: "Plan", allocation: "Allocation | None", json_file: Path | 
     )
     if allocation is not None:
         _print_reasons(allocation)
+
+
+def _rows(layers: "Iterable[LayerPlan]") -> "Iterator[tuple[str, ...]]":
+    """Yield the cells of each layer; experts that are alike, one after the other, are one row."""
+    from qtool.core.experts import expert_name
+
+    def kind(cells: tuple[str, ...]) -> tuple[str, ...]:
+        expert = expert_name(cells[0])
+        return (expert.fused if expert else cells[0], *cells[1:])
+
+    for same, alike in groupby(map(_cells, layers), kind):
+        first, *others = (cells[0] for cells in alike)
+        if not others:
+            yield (first, *same[1:])
+            continue
+        begin, end = (str(name).rpartition("[")[2].rstrip("]") for name in (first, others[-1]))
+        yield (f"{same[0]}[{begin} to {end}]", *same[1:-1], f"{1 + len(others)} x {same[-1]}")
 
 
 def _cells(layer: "LayerPlan") -> tuple[str, ...]:

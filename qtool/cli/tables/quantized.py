@@ -32,6 +32,7 @@ def print_quantized(result: "QuantizeResult", json_file: Path | None) -> None:
         *_choosing_rows(result),
         *_search_rows(result),
         *_error_rows(result),
+        *_expert_rows(result),
         *(
             (f"tuned {what}", f"{was:.3g} -> {now:.3g}")
             for what, (was, now) in result.tuning.items()
@@ -83,6 +84,19 @@ def _error_rows(result: "QuantizeResult") -> list[tuple[str, str]]:
     if key == "added_error":
         value += f"; rounding to nearest adds {_mean(measured, 'added_error_rounded'):.2e}"
     return [(what, value), ("worst layer", f"{worst.name}, {worst.metrics[key]:.2e}")]
+
+
+def _expert_rows(result: "QuantizeResult") -> list[tuple[str, str]]:
+    """Return how many calibration tokens experts got, if there are any."""
+    counts = [count for part in result.experts.values() for count in part["tokens"]]
+    if not counts:
+        return []
+    starved = sum(len(part["starved"]) for part in result.experts.values())
+    said = f"{sorted(counts)[len(counts) // 2]} (median), {min(counts)} to {max(counts)}"
+    return [
+        ("calibration tokens of an expert", said),
+        ("layers with fewer than inputs", f"{starved}, see the report"),
+    ]
 
 
 def _check_rows(result: "QuantizeResult") -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from qtool.base import CausalModel
 from qtool.checkpoint.manifest import LayerEntry, Manifest
+from qtool.core.experts import expert_name, separate_experts
 from qtool.errors import BackendError, CheckpointError
 from qtool.integrations.transformers.loading import is_another_class
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead
@@ -24,6 +25,8 @@ def install_modules(model: CausalModel, manifest: Manifest) -> dict[str, str]:
     Raises:
         CheckpointError: the model has no such layer, or one of another shape.
     """
+    if any(expert_name(name) for name in manifest.layers):
+        separate_experts(model)
     modules = dict(model.named_modules())
     head = next((n for n, part in modules.items() if part is model.get_output_embeddings()), None)
     installed: dict[str, str] = {}

@@ -4,23 +4,43 @@ Only module replacement is used, which is stable from transformers 4.57 to 5.x. 
 module registers it.
 """
 
+import functools
+import importlib
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtool.base import CausalModel
 from qtool.checkpoint.manifest import QUANT_METHOD, Manifest, manifest_from_config
 from qtool.errors import BackendError
-from qtool.integrations.transformers import install, loading
+from qtool.integrations.transformers import experts, install, loading
 from qtool.integrations.transformers.generate import accelerate
+from qtool.integrations.transformers.registration import when_imported
 
-KEYS = {"format_version", "tool_version", "source", "calibration", "recipe", "layers"}
+KEYS = {
+    "format_version",
+    "tool_version",
+    "source",
+    "calibration",
+    "recipe",
+    "layers",
+    "unquantized",
+}
 V4 = transformers.__version__.startswith("4.")
+
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)  # `FirstCheckpoint`
+when_imported(
+    "peft.tuners.lora.model", functools.partial(importlib.import_module, "qtool.integrations.peft")
+)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -87,11 +107,18 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: CausalModel, **_kwargs: Any) -> Any:  # noqa: ANN401
         install.remove_stand_ins(model)
         loading.check_loaded(model, self._installed, self._shards)
+        experts.keep_names(model)
         config = self.quantization_config
         config.layers = install.renamed_layers(config.layers, self._installed)
         model.config.quantization_config = config
+        model._weight_conversions = []  # saved again, layers keep the names that the manifest has
         del self._shards, self._installed
         return accelerate(model)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> Any:  # noqa: ANN401
+        """Return what transformers 5 does to stored tensors: nothing to those of single experts."""
+        kept = experts.without_experts(weight_conversions, model)
+        return super().update_weight_conversions(kept, model)
 
     def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:  # noqa: ANN401
         """Return True: the parts are buffers and are saved as they were loaded."""
@@ -99,5 +126,10 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Return False: codes have no gradient."""
-        return False
+        """Return True: codes have no gradient, but adapters and what isn't quantized have."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Return True: without, `Trainer` refuses even to evaluate a model that has no adapter."""
+        return True

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import pairwise
+from statistics import median_low
 from typing import Any
 
 from qtool.report.page.drawing import SERIES
@@ -9,6 +10,8 @@ from qtool.report.page.evidence import Evidence, Facts
 from qtool.report.page.parts import Absent, PageSection, PageTable, Part, Picture, Words
 
 _TITLE = "Calibration data"
+MOST_EXPERTS_NAMED = 3
+"""Starved layers of a block that are named, with the tokens that they were solved for."""
 
 
 def calibration_section(evidence: Evidence) -> PageSection | Absent:
@@ -38,7 +41,31 @@ def calibration_section(evidence: Evidence) -> PageSection | Absent:
     if special:
         rows = tuple((token, f"{count:,}") for token, count in special.items())
         parts.append(PageTable("Special tokens in the samples", ("token", ">times"), rows))
+    experts = evidence.report.get("experts") or {}
+    if experts:
+        heads = (
+            "experts of",
+            ">how many",
+            ">fewest tokens",
+            ">median",
+            ">most",
+            "starved layers",
+        )
+        found = tuple(_experts(*each) for each in experts.items())
+        parts.append(PageTable("Calibration tokens that experts got", heads, found))
     return PageSection(_TITLE, tuple(parts))
+
+
+def _experts(module: str, found: Facts) -> tuple[str, ...]:
+    tokens, starved = found["tokens"], found["starved"]
+    said = [f"{layer}: {chosen}" for layer, chosen in starved.items()]
+    more = f" and {len(said) - MOST_EXPERTS_NAMED} more" if len(said) > MOST_EXPERTS_NAMED else ""
+    counts = (len(tokens), min(tokens), median_low(tokens), max(tokens))
+    return (
+        module,
+        *(f"{count:,}" for count in counts),
+        ", ".join(said[:MOST_EXPERTS_NAMED]) + more,
+    )
 
 
 def _source(source: Facts) -> tuple[str, ...]:

@@ -1,5 +1,9 @@
 """A decoding step over fixed buffers: on a card one CUDA graph, elsewhere one call if there is."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,9 +44,46 @@ class CapturedStep:
         return logits
 
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Record the step; compiles kernels and sets their attributes first, on a side stream."""
-        with torch.cuda.device(self._device):
-            step.warm_up(self._eager, self.state, self._device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                return graph, self._eager()
+        """Record the step; sequences stay where they are."""
+        tokens, positions = self.state.tokens.clone(), self.state.positions.clone()
+
+        def restored() -> None:
+            self._eager()
+            self.state.tokens.copy_(tokens)
+            self.state.positions.copy_(positions)
+
+        warm_up(restored, self._device)
+        return recorded(self._eager, self._device)
+
+
+def warm_up(run: Callable[[], object], device: torch.device) -> None:
+    """Run twice on a side stream, as capture wants: kernels are compiled, their attributes set."""
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.device(device), torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    current.wait_stream(side)
+
+
+def recorded(
+    run: Callable[[], Tensor],
+    device: torch.device,
+    pool: Any = None,  # noqa: ANN401
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Return a graph of what was warmed up, and what each replay writes its result to.
+
+    Graphs of one `pool` share their memory: a replay may overwrite the results of the others.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with (
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+    ):
+        return graph, run()
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the same stream each time: workspaces are kept per stream, and never freed."""
+    return torch.cuda.Stream(device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qtool.errors import BackendError
 from qtool.runtime.decode.weights import (
+    DecoderExperts,
     DecoderLayer,
     DecoderShape,
     DecoderWeights,
@@ -51,6 +52,9 @@ class DecodeOps(Protocol):
 
     def gated(self, x: Tensor, gate_up: Projections) -> Tensor:
         """Return silu(x @ gate.T) * (x @ up.T)."""
+
+    def experts(self, x: Tensor, experts: DecoderExperts) -> Tensor:
+        """Return what the chosen experts of each token say, weighed and summed."""
 
     def attend(
         self, qkv: Tensor, layer: DecoderLayer, index: int, shape: DecoderShape, state: DecodeState

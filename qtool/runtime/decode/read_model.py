@@ -1,5 +1,6 @@
 """Read the weights of a loaded transformers model of Llama's kind."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,12 @@ from torch import Tensor, nn
 
 from qtool.base import CausalModel, KernelBackend
 from qtool.errors import BackendError
+from qtool.runtime.decode.read_experts import (
+    OF_EXPERTS,
+    has_experts,
+    read_experts,
+    why_not_experts,
+)
 from qtool.runtime.decode.weights import (
     DecoderLayer,
     DecoderShape,
@@ -22,7 +29,8 @@ from qtool.runtime.modules import (
     finish_packing,
 )
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *OF_EXPERTS)
+OF_MLP = ("gate_proj", "up_proj", "down_proj")
 ROTARY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions whose frequencies don't depend on the length."""
 
@@ -91,6 +99,7 @@ def _layer(layer: Any, read: "_Reader") -> DecoderLayer:  # noqa: ANN401
     attention, mlp = layer.self_attn, layer.mlp
     members = (attention.q_proj, attention.k_proj, attention.v_proj)
     biases = [member.bias for member in members]
+    experts = read_experts(mlp, read) if has_experts(mlp) else None
     return DecoderLayer(
         input_norm=layer.input_layernorm.weight.detach(),
         qkv=read.fused(*members),
@@ -99,8 +108,9 @@ def _layer(layer: Any, read: "_Reader") -> DecoderLayer:  # noqa: ANN401
         key_norm=_norm_weight(attention, "k_norm"),
         output=read.single(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=read.fused(mlp.gate_proj, mlp.up_proj, interleave=True),
-        down=read.single(mlp.down_proj),
+        gate_up=() if experts else read.fused(mlp.gate_proj, mlp.up_proj, interleave=True),
+        down=None if experts else read.single(mlp.down_proj),
+        experts=experts,
     )
 
 
@@ -140,6 +150,15 @@ class _Reader:
             if part is not None and backend is member.choose_backend():
                 member.adopt(part, self.dtype)
         return fused.prepared
+
+    def stacked(self, members: Sequence[Any]) -> tuple[Projection | None, tuple[Projection, ...]]:
+        """Return linears of one shape as one, if what runs them puts them so, and each of them."""
+        whole = self.fused(*members)
+        if isinstance(whole, tuple):
+            return None, whole
+        if isinstance(whole, Tensor):
+            return whole, whole.split(len(whole) // len(members))
+        return whole, tuple(map(self.single, members))
 
     def _backend_of(self, module: Any) -> KernelBackend | None:  # noqa: ANN401
         """Return what runs a module's weight; None: it isn't quantized."""
@@ -187,15 +206,25 @@ def _why_not_layers(model: CausalModel) -> str | None:
     head_dim = core.layers[0].self_attn.head_dim
     if 2 * len(core.rotary_emb.inv_freq) != head_dim:
         return "it rotates only a part of each head."
-    return next((reason for layer in core.layers if (reason := _why_not_layer(layer))), None)
+    checks = (_why_not_mlp, _why_not_layer)
+    reasons = (check(layer) for layer in core.layers for check in checks)
+    return next((reason for reason in reasons if reason), None)
+
+
+def _why_not_mlp(layer: Any) -> str | None:  # noqa: ANN401
+    if has_experts(layer.mlp):
+        return why_not_experts(layer.mlp)
+    if not all(hasattr(layer.mlp, name) for name in OF_MLP):
+        return "its MLP isn't one of gate, up and down."
+    return None
 
 
 def _why_not_layer(layer: Any) -> str | None:  # noqa: ANN401
     attention, mlp = layer.self_attn, layer.mlp
     inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
-    if not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
-        return "its MLP isn't one of gate, up and down."
-    others = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    others = [attention.o_proj]
+    if not has_experts(mlp):
+        others += [getattr(mlp, name) for name in OF_MLP]
     if any(type(module) not in (nn.Linear, QuantizedLinear) for module in [*inputs, *others]):
         return "a linear layer was replaced by a module that the decoder doesn't know."
     entries = [getattr(module, "entry", None) for module in [*inputs, *others]]

@@ -1,6 +1,5 @@
 """A decoding step and a prefill: functions of weights, buffers and operations."""
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -63,29 +62,13 @@ def _hidden(
     for index, layer in enumerate(weights.layers):
         qkv = ops.linear(ops.rms_norm(x, layer.input_norm, eps), layer.qkv)
         x = ops.linear(attend(qkv, layer, index), layer.output, x)
-        y = ops.gated(ops.rms_norm(x, layer.mlp_norm, eps), layer.gate_up)
-        x = ops.linear(y, layer.down, x)
+        normed = ops.rms_norm(x, layer.mlp_norm, eps)
+        if layer.experts is not None:
+            x = x + ops.experts(normed, layer.experts)
+        elif layer.down is not None:
+            x = ops.linear(ops.gated(normed, layer.gate_up), layer.down, x)
     return x
 
 
 def _logits(x: Tensor, weights: DecoderWeights, ops: DecodeOps) -> Tensor:
     return ops.linear(ops.rms_norm(x, weights.final_norm, weights.shape.norm_eps), weights.head)
-
-
-def warm_up(step: Callable[[], Tensor], state: DecodeState, device: torch.device) -> None:
-    """Run a step on a side stream, as capture wants, and leave the sequences where they were."""
-    tokens, positions = state.tokens.clone(), state.positions.clone()
-    current, side = torch.cuda.current_stream(device), _side_stream(device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-            state.tokens.copy_(tokens)
-            state.positions.copy_(positions)
-    current.wait_stream(side)
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the same stream each time: workspaces are kept per stream, and never freed."""
-    return torch.cuda.Stream(device)

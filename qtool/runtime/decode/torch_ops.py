@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qtool.core.experts import chosen
 from qtool.core.layout import side_by_side
 from qtool.runtime.decode.ops import DecodeOps, DecodeState
 from qtool.runtime.decode.weights import (
+    DecoderExperts,
     DecoderLayer,
     DecoderShape,
     DecoderWeights,
@@ -38,6 +40,16 @@ class TorchOps:
         """Return silu(x @ gate.T) * (x @ up.T)."""
         y = self.linear(x, gate_up)
         return silu_times(y if isinstance(gate_up, tuple | Tensor) else side_by_side(y))
+
+    def experts(self, x: Tensor, experts: DecoderExperts) -> Tensor:
+        """Return the weighed sum; by gathered weights where tokens are few."""
+        index, weights = routed(x, experts)
+        few = index.numel() <= len(experts.gate_up) or is_captured(x)
+        if few and isinstance(experts.all_gate_up, Tensor) and isinstance(experts.all_down, Tensor):
+            said = _by_gathering(x, index, experts.all_gate_up, experts.all_down)
+        else:
+            said = one_by_one(self, x, index, experts)
+        return weighed(said, weights, x.dtype)
 
     def attend(
         self, qkv: Tensor, layer: DecoderLayer, index: int, shape: DecoderShape, state: DecodeState
@@ -78,6 +90,47 @@ class TorchOps:
         """Return None: a step is the operations one by one."""
         del weights, state
         return None
+
+
+def routed(x: Tensor, experts: DecoderExperts) -> tuple[Tensor, Tensor]:
+    """Return the experts of tokens and their weights: (tokens, k) int64, and floats."""
+    logits = functional.linear(x, experts.router)
+    weights, index = torch.softmax(logits, dim=-1, dtype=torch.float32).topk(experts.per_token)
+    if experts.sums_to_one:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return index, weights.to(experts.weights_dtype)
+
+
+def one_by_one(ops: DecodeOps, x: Tensor, index: Tensor, experts: DecoderExperts) -> Tensor:
+    """Return what each token's experts say, (tokens, k, hidden), by one expert after the other.
+
+    Reads on the host who is chosen, so no graph can hold it.
+    """
+    said = x.new_empty(index.numel(), x.shape[-1])
+    for number, slots in chosen(index, len(experts.gate_up)):
+        y = silu_times(ops.linear(x[slots // index.shape[-1]], experts.gate_up[number]))
+        said[slots] = ops.linear(y, experts.down[number])
+    return said.view(*index.shape, -1)
+
+
+def _by_gathering(x: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Do the same by the weights of the chosen experts, copied for each token: few are meant."""
+    slots, hidden = index.flatten(), x.shape[-1]
+    inputs = x.repeat_interleave(index.shape[-1], 0).unsqueeze(-1)
+    width = down.shape[-1]
+    y = torch.bmm(gate_up.view(-1, 2 * width, hidden)[slots], inputs).squeeze(-1)
+    y = torch.bmm(down.view(-1, hidden, width)[slots], silu_times(y).unsqueeze(-1))
+    return y.view(*index.shape, hidden)
+
+
+def is_captured(x: Tensor) -> bool:
+    """Return whether what runs goes into a graph, so that the host may read nothing."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def weighed(said: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weighed sum over (tokens, k, hidden): (tokens, hidden)."""
+    return (said * weights.unsqueeze(-1)).sum(1).to(dtype)
 
 
 def dense(projection: Projection) -> Tensor:

@@ -40,6 +40,25 @@ class DecoderShape:
 
 
 @dataclass(frozen=True, slots=True)
+class DecoderExperts:
+    """Experts in the place of an MLP, and what chooses among them."""
+
+    router: Tensor  # (experts, hidden_size)
+    per_token: int
+    """Experts of a token."""
+    sums_to_one: bool
+    """Weights of the chosen experts are scaled so that they do."""
+    weights_dtype: torch.dtype
+    """Of these weights, when they meet what the experts say."""
+    gate_up: tuple[Projection, ...]
+    """Of each expert, gate and up one below the other."""
+    down: tuple[Projection, ...]
+    all_gate_up: Projection | None = None
+    """Those of all experts one below the other, the same memory; None: they are apart."""
+    all_down: Projection | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderLayer:
     """One block."""
 
@@ -54,8 +73,10 @@ class DecoderLayer:
     mlp_norm: Tensor
     gate_up: Projections
     """Both as two, or one below the other in a tensor; or prepared: rows of gate and of up then
-    alternate in runs of `core.layout.RUN`."""
-    down: Projection
+    alternate in runs of `core.layout.RUN`. Empty where there are experts."""
+    down: Projection | None
+    """None where there are experts."""
+    experts: DecoderExperts | None = None
 
 
 @dataclass(frozen=True, slots=True)

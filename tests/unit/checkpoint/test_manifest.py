@@ -280,3 +280,18 @@ def test_quantized_inputs_come_back_as_they_were_and_make_it_version_2():
 def test_odd_quantized_inputs_are_refused(version, changes, match):
     with pytest.raises(CheckpointError, match=match):
         manifest_from_config(_with_activation(version, **changes), "here")
+
+
+@pytest.mark.parametrize("tokens_from", [None, "all", "pooled"])
+def test_layers_of_single_experts_make_it_version_3(tokens_from):
+    name, config = "model.layers.0.mlp.experts.down_proj[7]", _with_activation(3)
+    said = {} if tokens_from is None else {"tokens_from": tokens_from}
+    config["layers"] = {name: {**ENTRY, **said}}
+    manifest = manifest_from_config(config, "here")
+    assert manifest.layers[name].tokens_from == tokens_from
+    again = manifest.to_config()
+    assert again["format_version"] == 3
+    assert again["layers"][name].get("tokens_from") == tokens_from
+    config["format_version"] = 2
+    with pytest.raises(CheckpointError, match=r"version 2 .* has no layers of single experts"):
+        manifest_from_config(config, "here")

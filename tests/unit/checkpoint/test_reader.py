@@ -133,10 +133,10 @@ def test_part_of_another_shape_or_dtype_is_refused(copy, change):
     refused(copy, rf"{LAYER}\.scales is .*; its scheme needs F16 \(64, 2\)")
 
 
-@pytest.mark.parametrize("version", [3, 0, -1, 1.0, "1", None, [1]])
+@pytest.mark.parametrize("version", [4, 0, -1, 1.0, "1", None, [1]])
 def test_unknown_format_version_is_refused(copy, version):
     edit_config(copy, lambda q: q.update(format_version=version))
-    refused(copy, "format_version is .*this qtool reads 1 to 2. Upgrade qtool")
+    refused(copy, "format_version is .*this qtool reads 1 to 3. Upgrade qtool")
 
 
 def test_newer_codec_is_refused(copy):

@@ -73,9 +73,12 @@ def test_of_tokens_as_likely_the_first_are_kept():
     assert set(sampled(torch.zeros(10), 1.0, 1.0, draws).tolist()) == set(range(10))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_logits_that_are_no_numbers_give_tokens_all_the_same(value):
+def test_logits_that_are_no_numbers_give_tokens_all_the_same(value, dtype):
     draws = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    for top_p in (0.5, 1.0):
-        tokens = sampled(torch.full((300,), value), 1.0, top_p, draws)
+    for top_p, among in ((0.5, value), (1.0, value), (0.0, 1.0)):
+        logits = torch.full((300,), value, dtype=dtype)
+        logits[7] = among
+        tokens = sampled(logits, 1.0, top_p, draws)
         assert bool(((tokens >= 0) & (tokens < 300)).all())

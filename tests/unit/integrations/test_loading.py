@@ -19,6 +19,8 @@ from qtool.runtime.modules import QuantizedWeight
 from tests import families
 from tests.helpers import recipe
 
+pytestmark = pytest.mark.versions
+
 LAYER = "model.layers.0.self_attn.q_proj"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROMPT = torch.arange(3, 23).unsqueeze(0)
@@ -131,7 +133,11 @@ def test_damaged_checkpoint_is_refused_in_one_line(damaged, damage):
 def test_norm_of_no_floats_is_named(damaged):
     change = {"model.norm.weight": torch.ones(64, dtype=torch.int16)}
     with_tensors(lambda t: t.update(change))(damaged)
-    with pytest.raises(QtoolError, match=r"model\.norm\.weight is stored as torch\.int16"):
+    import transformers
+
+    by_itself = transformers.__version__.startswith("4.")  # refuses such a parameter
+    message = "floating point" if by_itself else r"model\.norm\.weight is stored as torch\.int16"
+    with pytest.raises(RuntimeError if by_itself else QtoolError, match=message):
         load(damaged)
 
 

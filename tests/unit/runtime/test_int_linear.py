@@ -8,7 +8,7 @@ import torch
 from qtool.core.activations import quantize_activations
 from qtool.runtime.backends.cuda import int_linear, int_tiles, integers
 from qtool.runtime.backends.cuda.int_linear import GemmTuning
-from qtool.runtime.backends.cuda.launch import Card
+from qtool.runtime.backends.cuda.launch import WARPGROUPS, Card
 from qtool.scheme import ActivationScheme, WeightScheme
 from qtool.steps.plan import load_method
 from tests.helpers import dequantized, normal, problem
@@ -114,7 +114,7 @@ def assert_near(y, wanted, dtype):
 
 @pytest.fixture
 def hopper():
-    if torch.cuda.get_device_capability() != int_linear.CAPABILITY:
+    if torch.cuda.get_device_capability() != WARPGROUPS:
         pytest.skip("the kernel is for compute capability 9.0")
 
 

@@ -11,7 +11,7 @@ from qtool.errors import BackendError, CheckpointError, UnknownNameError
 from qtool.integrations.transformers.install import install_modules
 from qtool.runtime.backends._choose import choose_backend, load_backend, use_backend, wanted_backend
 from qtool.runtime.modules import Held, QuantizedEmbedding, QuantizedLinear, TiedHead
-from qtool.scheme import Shape2D, WeightScheme
+from qtool.scheme import ActivationScheme, Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal
 
@@ -60,6 +60,22 @@ def test_tied_head_uses_the_table_and_holds_nothing_of_its_own():
     x = normal(3, 40)
     assert_near(head(x), x @ weight.T)
     assert list(head.state_dict()) == []
+
+
+@pytest.mark.parametrize("backend", ["dense", "reference"])
+@pytest.mark.parametrize("scheme", [None, ActivationScheme(num_bits=8)])
+def test_what_lies_below_a_layer_learns_through_it(backend, scheme):
+    with use_backend(backend):
+        linear, weight = filled(QuantizedLinear(entry(activation=scheme), normal(12)))
+        table, rows = filled(QuantizedEmbedding(entry(), torch.float32))
+    x, wanted = normal(5, 40).requires_grad_(), normal(5, 12, seed=1)
+    for module, expected in ((linear, wanted @ weight), (TiedHead(table), wanted @ rows)):
+        x.grad = None
+        module(x).backward(wanted)
+        torch.testing.assert_close(x.grad, expected)
+    assert linear.bias is not None
+    torch.testing.assert_close(linear.bias.grad, wanted.sum(0))
+    assert not module(x.detach()).requires_grad
 
 
 @pytest.mark.parametrize("convert", ["half", "bfloat16", "double", "float"])

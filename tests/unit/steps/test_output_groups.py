@@ -14,7 +14,7 @@ from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 from qtool.recipe.load import recipe_from_mapping
 from qtool.scheme import Shape2D, WeightScheme
-from qtool.steps import solve, weigh_tokens
+from qtool.steps import solve_layer, weigh_tokens
 from qtool.steps.draw_calibration import draw_calibration
 from qtool.steps.plan import LayerPlan, load_method
 from qtool.steps.solve_calibrated import solve_calibrated
@@ -155,7 +155,7 @@ def test_each_group_has_the_hessian_that_its_channels_gradients_weigh(
         kept[plan.name] = [(each.rows, each.train.mean("xx")) for each in statistics]
         return real(plan, weight, statistics, *rest)
 
-    monkeypatch.setattr(solve, "solve_calibrated", spy)
+    monkeypatch.setattr(solve_layer, "solve_calibrated", spy)
     pipeline.quantize(Location(llama), tmp_path / "out", chosen)
     x, gradients = by_hand(llama, chosen.calibration, name)
     rows = gradients.shape[1]

@@ -15,7 +15,7 @@ from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
 from qtool.runtime.decode.read_model import why_not
 from qtool.scheme import ActivationScheme
-from qtool.steps import solve
+from qtool.steps import solve_layer
 from qtool.steps.solve_calibrated import solve_calibrated
 from qtool.training.student import LearnedLinear
 from tests.helpers import dequantized, file_hashes
@@ -127,7 +127,7 @@ def test_layers_are_measured_and_walked_with_quantized_inputs(
         measured.append((layer.name, statistics[0]))
         return original(layer, weight, statistics, *rest)
 
-    monkeypatch.setattr(solve, "solve_calibrated", spy)
+    monkeypatch.setattr(solve_layer, "solve_calibrated", spy)
     plain = recipe(text_file, method="gptq").model_copy(update={"activations": None})
     pipeline.quantize(Location(llama), tmp_path / "plain", plain)
     before, measured = dict(measured), []
@@ -156,7 +156,7 @@ def test_resumed_run_gives_the_bytes_of_an_unbroken_one(
         return original(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(solve, "solve_calibrated", stop)
+        patch.setattr(solve_layer, "solve_calibrated", stop)
         pipeline.quantize(Location(llama), tmp_path / "out", wanted)
     pipeline.quantize(Location(llama), tmp_path / "out", wanted, resume=True)
     whole, out = (file_hashes(tmp_path / name) for name in ("whole", "out"))

@@ -8,7 +8,7 @@ from qtool.errors import BackendError, MissingExtraError, OutputError, UnknownNa
 from qtool.modeling.locate import Location, locate
 from qtool.plugins import check_name
 from qtool.report.roofline import check_plot, draw_roofline, series
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.selection import KERNELS
 from qtool.runtime.decode.torch_ops import TorchOps
 from qtool.scheme import WeightScheme

@@ -5,7 +5,7 @@ import torch
 
 from qtool.errors import UnknownNameError
 from qtool.runtime.backends.cuda import linear_kernels
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.scheme import WeightScheme
 from qtool.timing import shapes, synthetic
 from qtool.timing.shapes import MODELS

@@ -33,7 +33,9 @@ class NativeOps(TorchOps):
     """Of one model; what isn't prepared by the backend is dense."""
 
     def __init__(self, weights: DecoderWeights, calls: NativeCalls) -> None:
-        self._calls, self._table = calls, DecoderTable(weights, calls.packed)
+        self._calls = calls
+        dense = all(layer.experts is None for layer in weights.layers)
+        self._table = DecoderTable(weights, calls.packed) if dense else None
 
     def embed(self, tokens: Tensor, table: Projection) -> Tensor:
         """Return the rows of the tokens."""
@@ -52,9 +54,11 @@ class NativeOps(TorchOps):
         """Return silu(x @ gate.T) * (x @ up.T)."""
         return silu_times(self.linear(x, gate_up))
 
-    def whole_step(self, weights: DecoderWeights, state: DecodeState) -> NativeStep:
-        """Return the native step."""
+    def whole_step(self, weights: DecoderWeights, state: DecodeState) -> NativeStep | None:
+        """Return the native step; None: it knows no experts."""
         del weights
+        if self._table is None:
+            return None
         return NativeStep(self._table, state, self._calls.library, self._calls.threads)
 
     def _multiplied(self, x: Tensor, projection: Projection) -> Tensor:

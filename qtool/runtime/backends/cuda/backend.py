@@ -27,10 +27,11 @@ from qtool.runtime.backends.cuda import (
 from qtool.runtime.backends.cuda.centers import why_no_planes
 from qtool.runtime.backends.cuda.decode_ops import HEAD_DIMS, KernelOps
 from qtool.runtime.backends.cuda.driver import card_of, launch, why_not_on
+from qtool.runtime.backends.cuda.expert_products import can_capture
 from qtool.runtime.backends.cuda.fusing import HalfWeight
 from qtool.runtime.backends.cuda.int_tiles import IntTiles
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import KERNEL_DTYPES
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.runtime.backends.cuda.mixed import MixedWeight
 from qtool.runtime.backends.cuda.ordered import OrderedWeight, prepare_any
 from qtool.runtime.backends.cuda.selection import STORED_KERNELS, wanted_kernel
@@ -124,6 +125,8 @@ class CudaBackend:
         if shape.dtype not in KERNEL_DTYPES:
             return DENSE.decode_ops(weights)
         if shape.head_dim not in HEAD_DIMS or why_not_on(device) is not None:
+            return None
+        if not all(can_capture(layer.experts) for layer in weights.layers if layer.experts):
             return None
         return KernelOps(launch, card_of(device.index or 0))
 

@@ -8,13 +8,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtool.runtime.backends.cuda import linear_kernels
+from qtool.runtime.backends.cuda.expert_products import are_tiled, run_experts
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
 from qtool.runtime.backends.cuda.mixed import MixedWeight, gather_mixed, multiply_mixed
 from qtool.runtime.backends.cuda.ordered import OrderedWeight
 from qtool.runtime.decode import torch_ops
 from qtool.runtime.decode.ops import DecodeState
 from qtool.runtime.decode.weights import (
+    DecoderExperts,
     DecoderLayer,
     DecoderShape,
     DecoderWeights,
@@ -81,6 +83,12 @@ class KernelOps:
         if isinstance(gate_up, KernelWeight):
             return linear_kernels.matmul(x, gate_up, self._launch, self._card, gated=True)
         return torch_ops.silu_times(self.linear(x, gate_up))
+
+    def experts(self, x: Tensor, experts: DecoderExperts) -> Tensor:
+        """Return what the chosen experts of each token say, weighed and summed."""
+        if are_tiled(experts):
+            return run_experts(x, experts, self, self._launch, self._card)
+        return torch_ops.OPS.experts(x, experts)
 
     def attend(
         self, qkv: Tensor, layer: DecoderLayer, index: int, shape: DecoderShape, state: DecodeState

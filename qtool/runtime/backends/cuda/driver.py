@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qtool import settings
 from qtool.errors import BackendError, install_line
-from qtool.runtime.backends.cuda.launch import OLDEST, Card, KernelCall
+from qtool.runtime.backends.cuda.launch import OLDEST, WARPGROUPS, Card, KernelCall
 from qtool.runtime.backends.cuda.sources import kernel_source
 
 OPTIONS = ("--std=c++17",)
@@ -56,7 +56,8 @@ def card_of(index: int) -> Card:
     """Return what decides a grid on one card."""
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
-    return Card(properties.multi_processor_count, shared, properties.name)
+    warpgroups = torch.cuda.get_device_capability(index) == WARPGROUPS
+    return Card(properties.multi_processor_count, shared, properties.name, warpgroups)
 
 
 class _Attribute(ctypes.Structure):

@@ -17,7 +17,8 @@ from qtool.core.layout import RUN
 from qtool.formats.mixed_rows import MIXED_ROWS
 from qtool.formats.ordered_affine import ORDERED_AFFINE
 from qtool.runtime.backends.cuda.centers import is_tileable, planes_of
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight, prepare
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
+from qtool.runtime.backends.cuda.linear_kernels import prepare
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, Tiles
 from qtool.scheme import Shape2D
 

@@ -10,8 +10,6 @@ from qtool.runtime.backends.cuda.int_tiles import INT_TILE, NUMBERS_BYTES, IntTi
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, WARP, Card, KernelCall, Launch, constants
 from qtool.scheme import ActivationScheme
 
-CAPABILITY = (9, 0)
-"""The only one with `wgmma`."""
 QUANTIZED_TOGETHER, FEW_ENOUGH_INPUTS = 2, 28672
 """Tokens that a block quantizes, and inputs up to which it holds so many."""
 QUANTIZE_THREADS, INPUTS_AT_ONCE = 512, 16

@@ -14,9 +14,8 @@ from qtool.base import QuantizedTensor
 from qtool.core.activations import quantize_activations
 from qtool.core.packing import planes_to_codes
 from qtool.formats import affine
-from qtool.runtime.backends.cuda.int_linear import CAPABILITY
 from qtool.runtime.backends.cuda.int_tiles import INT_TILE, IntTiles, tile_bytes, tile_integers
-from qtool.runtime.backends.cuda.launch import KERNEL_DTYPES
+from qtool.runtime.backends.cuda.launch import KERNEL_DTYPES, WARPGROUPS
 from qtool.runtime.backends.cuda.operators import int_linear_operator
 from qtool.scheme import ActivationScheme, Shape2D
 
@@ -80,7 +79,7 @@ def integer_product(
     device = next(iter(tensor.parts.values())).device
     tiles = None
     if device.type == "cuda" and dtype in KERNEL_DTYPES:
-        able = torch.cuda.get_device_capability(device) == CAPABILITY
+        able = torch.cuda.get_device_capability(device) == WARPGROUPS
         tiles = tile_integers(tensor) if able else None
     return row_integers(tensor) if tiles is None else TiledIntegers(tiles)
 

@@ -53,6 +53,9 @@ LOAD_BYTES = 16
 WARP = 32
 """Threads that run together."""
 
+WARPGROUPS = (9, 0)
+"""Compute capability: the only one with `wgmma`."""
+
 OLDEST = (8, 0)
 """Compute capability: `mma.m16n8k16` came with it."""
 
@@ -65,3 +68,5 @@ class Card(NamedTuple):
     """Of shared memory that a block may take, at most."""
     name: str = ""
     """What `selection` knows it by."""
+    warpgroups: bool = False
+    """It has `wgmma`: compute capability 9.0, and no other."""

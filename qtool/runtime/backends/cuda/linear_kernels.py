@@ -5,7 +5,6 @@ tests/kernels/host.py launches the same text on a CPU.
 """
 
 import functools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,53 +12,20 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.core.layout import side_by_side
 from qtool.errors import BackendError
-from qtool.runtime.backends.cuda import lut, planes, tiles
-from qtool.runtime.backends.cuda.centers import CENTERS, is_tileable, planes_of, weight_of
+from qtool.runtime.backends.cuda import lut, planes, tiles, wide
+from qtool.runtime.backends.cuda.centers import CENTERS, is_tileable, planes_of
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, KernelCall, Launch, constants
-from qtool.runtime.backends.cuda.selection import STORED_KERNELS, selection_for, wanted_kernel
-from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT, Tiles
-from qtool.scheme import Shape2D, WeightScheme
+from qtool.runtime.backends.cuda.selection import (
+    STORED_KERNELS,
+    WideTuning,
+    selection_for,
+    wanted_kernel,
+)
+from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 
 SIGN_FLIP_THREADS, SIGN_FLIP_ROWS = 256, 8
 DEQUANTIZE_THREADS, DEQUANTIZE_WARPS = 128, 4
-
-
-@dataclass(frozen=True, slots=True)
-class KernelWeight:
-    """A binary-coded weight, ready for the kernels."""
-
-    scheme: WeightScheme
-    shape: Shape2D
-    dtype: torch.dtype
-    """Of the activations."""
-    tiles: Tiles | None
-    """None: the tiled kernels can't group its inputs."""
-    stored: QuantizedTensor | None
-    """The parts as stored, if they were to be kept or there are no tiles."""
-    centered: bool = False
-    """Instead of offsets there are centers, see `centers`."""
-    fresh: bool = False
-    """Made just now on the device: kernels may not read it ahead."""
-
-    def dense(self) -> Tensor:
-        """Return W by the definition of its format, in torch: (out_features, in_features)."""
-        if self.tiles is None:
-            assert self.stored is not None
-            return weight_of(self.stored).to(self.dtype)
-        parameters, signs = tiles.unpack(self.tiles, self.shape, self.layout.group)
-        offset = parameters[len(signs) :].sum(0)
-        if self.centered:
-            offset = offset * (parameters[0] * 2.0 ** (2 - len(signs)))
-        return ((signs * parameters[: len(signs)]).sum(0) + offset).to(self.dtype)
-
-    @property
-    def layout(self) -> planes.Layout:
-        """Return what the tiled kernels are compiled for."""
-        inputs = self.shape.in_features
-        size = self.scheme.group_size or inputs
-        group = size if size < inputs else -(-inputs // UNIT) * UNIT
-        offset = 2 if self.centered else int(not self.scheme.symmetric)
-        return planes.Layout(self.scheme.num_bits, group, offset)
 
 
 def prepare(
@@ -101,6 +67,9 @@ def kernel_for(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = F
         return wanted
     shape, num_bits = weight.shape, weight.scheme.num_bits
     weights = shape.out_features * shape.in_features
+    is_wide = selection_for(card.name).is_wide(num_bits, tokens, weights)
+    if is_wide and wide_tuning(weight, tokens, card) is not None:
+        return "wide"
     if tokens > selection_for(card.name).most_tokens(num_bits, weights):
         return "dequantize"
     if weight.tiles is None:
@@ -110,6 +79,14 @@ def kernel_for(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = F
     row_tiles, units, *_ = weight.tiles.planes.shape
     room = planes.tuned_plan(row_tiles, units, tokens or 1, weight.layout, card=card)
     return "dequantize" if room is None else "planes"
+
+
+def wide_tuning(weight: KernelWeight, tokens: int, card: Card) -> WideTuning | None:
+    """Return how bit_plane_wgmma.cu multiplies so many tokens; None: it can't."""
+    if weight.tiles is None or tokens == 0:
+        return None
+    (row_tiles, units, *_), layout = weight.tiles.planes.shape, weight.layout
+    return wide.tuned_wide(tokens, row_tiles * TILE_ROWS, units, layout, card)
 
 
 def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
@@ -145,6 +122,8 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         x = x.clone()
     if kernel == "planes" and weight.tiles is not None and tokens > 0:
         return by_planes(x, weight, launch, card, residual=residual, gated=gated)
+    if kernel == "wide" and tokens > 0:
+        return by_wide(x, weight, launch, card, residual=residual, gated=gated)
     if kernel == "lut" and tokens > 0:
         y = lut.multiply_by_tables(x, _stored(weight, kernel), launch, card, residual)
         residual = None
@@ -187,6 +166,40 @@ def by_planes(  # noqa: PLR0913 - as `matmul`
     if partial is not None:
         planes.add_splits(partial, target, launch, epilogue=epilogue, residual=residual)
     return y
+
+
+def by_wide(  # noqa: PLR0913 - as `matmul`
+    x: Tensor,
+    weight: KernelWeight,
+    launch: Launch,
+    card: Card,
+    *,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    target: planes.Target | None = None,
+) -> Tensor:
+    """Do `matmul` of many tokens by warpgroups; the arguments are those of `by_planes`.
+
+    Raises:
+        BackendError: the card or the weight isn't one for this kernel.
+    """
+    tuning = wide_tuning(weight, len(x), card)
+    if tuning is None or weight.tiles is None:
+        raise BackendError(
+            f"Kernel 'wide' needs compute capability 9.0 and a weight in tiles ({weight.scheme}); "
+            "dequantize multiplies many tokens anywhere."
+        )
+    rows = weight.shape.out_features // (2 if gated else 1)
+    target = target or planes.Target(x.new_empty(len(x), rows))
+    wide.multiply_wide(
+        *(x, weight.tiles, weight.shape, weight.layout, launch, card),
+        tuning=tuning,
+        target=target,
+        epilogue="gated" if gated else "none" if residual is None else "residual",
+        residual=residual,
+        dependent=not weight.fresh,
+    )
+    return target.y
 
 
 def _plain(x: Tensor, weight: KernelWeight, launch: Launch, kernel: str) -> Tensor:

@@ -15,9 +15,10 @@ from qtool.base import QuantizedTensor
 from qtool.formats import mixed_rows
 from qtool.runtime.backends.cuda import linear_kernels
 from qtool.runtime.backends.cuda.classes import by_classes
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, Launch
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
-from qtool.runtime.backends.cuda.selection import wanted_kernel
+from qtool.runtime.backends.cuda.planes import Target
+from qtool.runtime.backends.cuda.selection import BLOCK, wanted_kernel
 from qtool.scheme import Shape2D, WeightScheme
 
 
@@ -85,8 +86,14 @@ def joined_classes(classes: Sequence[KernelWeight], numbers: Tensor) -> MixedWei
 def kernels_for(weight: KernelWeight | MixedWeight, tokens: int, card: Card) -> str:
     """Return the names of the kernels that multiply so many tokens, each once."""
     parts = weight.classes if isinstance(weight, MixedWeight) else (weight,)
-    chosen = [linear_kernels.kernel_for(part, tokens, card) for part in parts]
-    return ", ".join(dict.fromkeys(chosen))
+    choose = linear_kernels.kernel_for if len(parts) == 1 else _kernel_of_class
+    return ", ".join(dict.fromkeys(choose(part, tokens, card) for part in parts))
+
+
+def _kernel_of_class(part: KernelWeight, tokens: int, card: Card) -> str:
+    """Return the kernel of one of several: up to a block of tokens the planes run all at once."""
+    chosen = linear_kernels.kernel_for(part, tokens, card)
+    return "planes" if chosen == "wide" and tokens <= BLOCK and not wanted_kernel() else chosen
 
 
 def multiply_mixed(
@@ -112,9 +119,11 @@ def multiply_mixed(
         x = x.clone()
     by_tiles = []
     for part, places in zip(weight.classes, weight.places, strict=True):
-        chosen = kernel or linear_kernels.kernel_for(part, len(x), card)
+        chosen = kernel or _kernel_of_class(part, len(x), card)
         if chosen == "planes" and part.tiles is not None and len(x) > 0:
             by_tiles.append((part, places))
+        elif chosen == "wide" and len(x) > 0:
+            linear_kernels.by_wide(x, part, launch, card, target=Target(y, places))
         else:
             product = linear_kernels.matmul(x, part, launch, card, kernel=chosen)
             y.index_copy_(1, places.long(), product)

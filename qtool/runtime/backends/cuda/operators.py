@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qtool.runtime.backends.cuda.int_tiles import IntTiles
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.mixed import MixedWeight
 from qtool.runtime.backends.cuda.tiles import Tiles
 from qtool.scheme import ActivationScheme, Shape2D, WeightScheme

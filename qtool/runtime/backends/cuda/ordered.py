@@ -8,7 +8,7 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.formats.ordered_affine import ORDERED_AFFINE, split_order
 from qtool.runtime.backends.cuda import mixed
-from qtool.runtime.backends.cuda.linear_kernels import KernelWeight
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.mixed import MixedWeight
 
 

@@ -47,15 +47,18 @@ class Layout(NamedTuple):
         return self.planes + (self.offset != 0)
 
     @property
+    def span(self) -> int:
+        """Return how many groups a unit may touch."""
+        if self.group % UNIT == 0:
+            return 1
+        if UNIT % self.group == 0:
+            return UNIT // self.group
+        return (self.group - 32 + UNIT - 1) // self.group + 1
+
+    @property
     def stage_bytes(self) -> int:
         """Return what one unit takes: planes, and the scales of all groups that it touches."""
-        if self.group % UNIT == 0:
-            span = 1
-        elif UNIT % self.group == 0:
-            span = UNIT // self.group
-        else:
-            span = (self.group - 32 + UNIT - 1) // self.group + 1
-        return self.planes * WARP * 16 + span * 32 * self.parameters
+        return self.planes * WARP * 16 + self.span * 32 * self.parameters
 
 
 @dataclass(frozen=True, slots=True)

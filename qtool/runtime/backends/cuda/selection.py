@@ -12,11 +12,15 @@ from qtool import settings
 from qtool.plugins import check_name
 from qtool.scheme import Shape2D
 
-KERNELS = ("planes", "lut", "dequantize", "sign_flip")
-"""bit_plane_*.cu; lut_gemm.cu; dequantize.cu and torch's product; sign_flip.cu."""
+KERNELS = ("planes", "lut", "wide", "dequantize", "sign_flip")
+"""bit_plane_*.cu; lut_gemm.cu; bit_plane_wgmma.cu; dequantize.cu and torch's product;
+sign_flip.cu."""
 
 BLOCK = 16
 """Tokens that one CTA multiplies at most."""
+
+WIDE_COLUMNS = (16, 32, 48, 64, 96, 128, 192, 256)
+"""Tokens that a CTA of bit_plane_wgmma.cu multiplies at once: one compiled kernel each."""
 
 FEW_INPUTS = 4096
 """Up to which a token is staged soon enough for what is tried there."""
@@ -39,6 +43,24 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True)
+class WideTuning:
+    """What changes the time of bit_plane_wgmma.cu and nothing else."""
+
+    columns: int
+    """Tokens that a CTA multiplies at once: a multiple of 16, at most 256."""
+    groups: int = 2
+    """Warpgroups of a CTA, each of 64 outputs."""
+    x_blocks: int = 1
+    """Blocks of 64 inputs that are copied at once: 1 or 2."""
+    turns: bool = False
+    """Warpgroups multiply by turns, so that one looks weights up while another multiplies."""
+    fine: bool = False
+    """Weights are looked up for one product at a time, not for four."""
+    mirrored: bool = False
+    """Four planes are looked up as three and a sign, then their center is added in 16 bit."""
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
     """What was fastest on one card; how it was measured: kernels/README.md."""
 
@@ -51,6 +73,13 @@ class Selection:
     tables: range
     """Weights from which on the LUT kernel multiplies one token sooner than the bit planes, and
     bits up to which it does; of two planes and more."""
+    wide: tuple[range, ...]
+    """Tokens that bit_plane_wgmma.cu multiplies sooner than all others do, by planes: of 1, of 2,
+    and so on, the last of more. Beyond, one dequantized weight serves many tokens."""
+    wide_of_few: tuple[range, ...]
+    """The same for fewer than `least_weights`."""
+    most_groups: int
+    """Outputs from which on four warpgroups are worth more than two, up to 64 tokens."""
     alone: Tuning
     pairs: Tuning
     """Two CTAs cover for one another where inputs are few, so staged soon, and weights are many."""
@@ -71,14 +100,29 @@ class Selection:
         blocks = self.most_products // planes // BLOCK if weights >= self.least_weights else 1
         return max(BLOCK, blocks * BLOCK)
 
+    def is_wide(self, planes: int, tokens: int, weights: int) -> bool:
+        """Return whether bit_plane_wgmma.cu is the fastest, on a card that runs it."""
+        measured = self.wide if weights >= self.least_weights else self.wide_of_few
+        return tokens in measured[min(planes, len(measured)) - 1]
+
+    def wide_tuning(self, tokens: int, out_features: int) -> WideTuning:
+        """Return how bit_plane_wgmma.cu is launched."""
+        tiles = -(-tokens // WIDE_COLUMNS[-1])
+        columns = next(count for count in WIDE_COLUMNS if count * tiles >= tokens)
+        few = columns <= 64  # noqa: PLR2004 - more of x, and more sums, leave no room
+        groups = 4 if few and out_features >= self.most_groups and columns != 48 else 2  # noqa: PLR2004
+        return WideTuning(columns, groups, 2 if few else 1)
+
     def __str__(self) -> str:
         """Say what is chosen, for people."""
+        three, four = (f"{r.start} to {r.stop - 1}" for r in self.wide[2:4])
         weights, bits = self.tables.start / 1e6, self.tables.stop / 1e6
         return (
             f"planes up to {BLOCK} tokens, and from {self.least_weights // 10**6} million weights "
             f"on up to {self.most_tokens(2)} / {self.most_tokens(3)} / {self.most_tokens(4)} at "
             f"2 / 3 / 4 bits; lut for one token of {weights:.0f} million weights and more, "
-            f"{bits:.0f} million bits at most; dequantize beyond (measured on {self.measured_on})"
+            f"{bits:.0f} million bits at most; with wgmma, wide for {three} / {four} tokens "
+            f"at 3 / 4 bits; dequantize beyond (measured on {self.measured_on})"
         )
 
 
@@ -87,6 +131,9 @@ H100 = Selection(
     most_products=160,
     least_weights=2**25,
     tables=range(2**24, 2**26),
+    wide=(range(17, 513), range(17, 513), range(9, 513), range(17, 385), range(17, 65)),
+    wide_of_few=(range(17, 257), range(17, 257), range(9, 257), range(17, 193), range(17, 33)),
+    most_groups=24576,
     alone=Tuning(warps=16, stages=3),
     pairs=Tuning(warps=8, stages=4, per_multiprocessor=2),
 )

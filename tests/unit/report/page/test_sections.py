@@ -141,3 +141,16 @@ def test_names_and_numbers_in_words():
         "2 min 5 s",
         "2 h 2 min",
     ]
+
+
+def test_tokens_of_experts_are_a_table():
+    starved = {f"down_proj[{index}]": "all" for index in range(5)}
+    found = {"m.experts": {"tokens": [9, 1200, 0, 40], "starved": starved}}
+    about = {"dataset": "d", "samples": 1, "tokens": 9}
+    section = calibration_section(
+        Evidence(name="a", report={"calibration": about, "experts": found})
+    )
+    assert isinstance(section, PageSection)
+    (table,) = [part for part in section.parts if isinstance(part, PageTable)]
+    said = "down_proj[0]: all, down_proj[1]: all, down_proj[2]: all and 2 more"
+    assert table.rows == (("m.experts", "4", "0", "9", "1,200", said),)

@@ -1,0 +1,337 @@
+// y = x W^T from bit planes for 16 tokens and more, on compute capability 9.0. Planes become the A operand of
+// wgmma in registers, by tables (bit_plane_lookup.cuh), so W meets shared memory once and packed; x is the B operand, in
+// shared memory as order_inputs.cu writes it.
+//
+// A block: a producer warpgroup, of which one thread starts copies, and GROUPS warpgroups of 64 outputs x COLUMNS
+// tokens. Two rings: of W by units of 256 inputs, and of x by X_BLOCKS blocks of 64 inputs. While one block of
+// inputs is multiplied, the next one's weights are looked up.
+//
+// Blocks share W as those of bit_planes.cuh do: the units of all tiles are one stream, cut into equal shares. The tile that
+// a block begins and doesn't end belongs to a later block, and is done first: its sums (a *part*) are
+// in memory, and announced, before their owner asks for them. All sums have a fixed order.
+//
+// Compile-time: PLANES 1..8, GROUP, OFFSET as in bit_planes.cuh, COLUMNS (tokens of a block, a multiple of 16, at most
+// 256), GROUPS 1..4, W_STAGES, X_STAGES (2 or more), X_BLOCKS (1, 2: with 4 the compiler serializes products), EPILOGUE as in bit_planes.cuh, ACTIVATION_BF16,
+// TURNS (2 warpgroups or more ask for products by turns, so that one looks up while another multiplies), FINE
+// (look up what one product needs, not what four do, before it), MIRRORED (bit_plane_lookup.cuh).
+// (GROUPS + 1) * 128 threads.
+#include "hopper.cuh"
+#include "half_products.cuh"
+
+#define PARAMETERS (PLANES + (OFFSET != 0))
+#define REGULAR (GROUP % UNIT == 0 || UNIT % GROUP == 0)
+#define SPAN (GROUP % UNIT == 0 ? 1 : UNIT % GROUP == 0 ? UNIT / GROUP : (GROUP - 32 + UNIT - 1) / GROUP + 1)
+
+#include "bit_plane_lookup.cuh"
+
+#define ROWS (64 * GROUPS)
+#define ROW_TILES (4 * GROUPS)
+#define CONSUMERS (WARPGROUP * GROUPS)
+#define THREADS (CONSUMERS + WARPGROUP)
+#define FEW_REGISTERS (GROUPS == 2 ? 40 : 32) // of a producer's thread
+#define MANY_REGISTERS (GROUPS == 2 ? 232 : GROUPS == 3 ? 160 : 112)
+#define PLANES_BYTES (PLANES * WARP * 16)         // of a row tile's unit
+#define SCALES_BYTES (SPAN * 32 * PARAMETERS)
+#define W_STAGE (ROW_TILES * (PLANES_BYTES + SCALES_BYTES))
+#define X_BLOCK (COLUMNS * 128)                   // of 64 inputs
+#define X_STAGE (X_BLOCKS * X_BLOCK)
+#define TABLES_BYTES (SPAN * TILE_ROWS * TABLE_BYTES) // of a warp
+#define AT_ONCE (COLUMNS % 32 == 0 ? 32 : 16)     // tokens that are turned round together
+#define Y_STRIDE 72                               // outputs of a token there: 64, and what keeps banks apart
+#define Y_BYTES (AT_ONCE * Y_STRIDE * 2)
+#define X_RING (W_STAGES * W_STAGE)
+#define TABLES_AT (X_RING + X_STAGES * X_STAGE)
+#define Y_AT (TABLES_AT + ROW_TILES * TABLES_BYTES)
+#define BARRIERS_AT (Y_AT + GROUPS * Y_BYTES)
+#define OUTPUTS (EPILOGUE == 2 ? 32 : 64)         // of a warpgroup
+#define CONSUMER_BARRIER 5                        // 1 to 4 are of warpgroups
+#define TURN_BARRIER 6                            // to 9
+
+struct Weight {
+    const unsigned char *planes, *scales;
+    int row_tiles, units, groups, token_tiles;
+};
+
+// Units [begin, end) of the stream of `total`; the last `given` of them are of a tile that a later block ends.
+struct Share { int begin, end, given, total; };
+// Units [first, first + count) of a tile.
+struct Part { int tile, first, count; bool given; };
+
+DEVICE int begin_of(int block, int total) { return (int)((long long)total * block / (int)gridDim.x); }
+
+DEVICE Share share_of(int block, int total, int units) {
+    Share share = {begin_of(block, total), begin_of(block + 1, total), 0, total};
+    int tile = share.end / units * units;
+    share.given = share.end - (share.begin > tile ? share.begin : tile);
+    return share;
+}
+
+// The part that comes after `at` units of work.
+DEVICE Part part_at(const Share &share, int at, int units) {
+    bool given = at < share.given;
+    int begin = given ? share.end - share.given : share.begin + at - share.given;
+    Part part = {begin / units, begin % units, 0, given};
+    part.count = given ? share.given : units - part.first;
+    return part;
+}
+
+// Where in a ring, and the parity of its turn.
+struct turn { int stage; u32 parity; };
+DEVICE void next(turn &t, int stages) {
+    if (++t.stage == stages) t.stage = 0, t.parity ^= 1;
+}
+
+// Start copying a unit of a tile's weights.
+DEVICE void copy_weights(unsigned char *stage, u64 *barrier, const Weight &weight, int tile, int unit) {
+    int first = tile / weight.token_tiles * ROW_TILES, group = unit * UNIT / GROUP;
+    int count = weight.row_tiles - first < ROW_TILES ? weight.row_tiles - first : ROW_TILES;
+    int span = !REGULAR && weight.groups - group < SPAN ? weight.groups - group : SPAN;
+    u32 bytes = (u32)span * 32 * PARAMETERS;
+    barrier_expect(barrier, (u32)count * (PLANES_BYTES + bytes));
+    for (int i = 0; i < count; ++i) {
+        u64 row_tile = (u64)(first + i);
+        copy_bulk(stage + i * PLANES_BYTES, weight.planes + (row_tile * weight.units + unit) * PLANES_BYTES, PLANES_BYTES, barrier);
+        copy_bulk(stage + ROW_TILES * PLANES_BYTES + i * SCALES_BYTES,
+                  weight.scales + (row_tile * weight.groups + group) * 32 * PARAMETERS, bytes, barrier);
+    }
+}
+
+// The producer: one thread.
+DEVICE void produce(unsigned char *memory, u64 *w_full, u64 *x_full, const Weight &weight, const unsigned char *x, const Share &share) {
+    u64 *w_empty = w_full + W_STAGES, *x_empty = x_full + X_STAGES;
+    int size = share.end - share.begin, ahead = 0;
+    // Weights are on their way before the inputs exist.
+    Part first = part_at(share, 0, weight.units);
+    for (; ahead < W_STAGES && ahead < first.count && ahead < size; ++ahead)
+        copy_weights(memory + ahead * W_STAGE, w_full + ahead, weight, first.tile, first.first + ahead);
+    wait_for_previous();
+    turn w = {0, 0}, now = {0, 0};
+    for (int at = 0; at < size;) {
+        Part part = part_at(share, at, weight.units);
+        const unsigned char *from = x + ((u64)(part.tile % weight.token_tiles) * weight.units + part.first) * 4 * X_BLOCK;
+        for (int i = 0; i < part.count; ++i, ++at, next(w, W_STAGES)) {
+            if (at >= ahead) {
+                barrier_wait(w_empty + w.stage, w.parity ^ 1);
+                copy_weights(memory + w.stage * W_STAGE, w_full + w.stage, weight, part.tile, part.first + i);
+            }
+            for (int block = 0; block < 4; block += X_BLOCKS, next(now, X_STAGES)) {
+                barrier_wait(x_empty + now.stage, now.parity ^ 1);
+                barrier_expect(x_full + now.stage, X_STAGE);
+                copy_bulk(memory + X_RING + now.stage * X_STAGE, from, X_STAGE, x_full + now.stage);
+                from += X_STAGE;
+            }
+        }
+    }
+}
+
+// What all warps have read may be overwritten.
+DEVICE void release(u64 *barrier, int lane) {
+    sync_warp();
+    if (lane == 0) barrier_arrive(barrier);
+}
+
+DEVICE void group_tables(Tables &tables, const unsigned char *mine, int unit, int k, int g) { // k: in the unit
+    int group = REGULAR ? k / GROUP : (unit * UNIT + k) / GROUP - unit * UNIT / GROUP;
+    tables = load_tables(mine + group * TILE_ROWS * TABLE_BYTES, g);
+}
+
+struct Rings {
+    unsigned char *memory;
+    u64 *w_full, *x_full;
+    turn w, x;
+    u64 *left; // the barrier of the x that is still being multiplied, null: none
+};
+
+// sums += one unit's product of a warp's row tile, number `tile` of the block's. The last is still under way afterwards.
+DEVICE void multiply_unit(float (&sums)[SUMS], Rings &rings, int unit, int tile, int lane, u32 (&a)[2][16]) {
+    unsigned char *mine = rings.memory + TABLES_AT + tile * TABLES_BYTES, *stage = rings.memory + rings.w.stage * W_STAGE;
+    u32 words[4][PLANES];
+    barrier_wait(rings.w_full + rings.w.stage, rings.w.parity);
+#pragma unroll
+    for (int plane = 0; plane < PLANES; ++plane) {
+        quad v = *(const quad *)(stage + tile * PLANES_BYTES + plane * WARP * 16 + lane * 16);
+        words[0][plane] = v.x, words[1][plane] = v.y, words[2][plane] = v.z, words[3][plane] = v.w;
+    }
+    const u32 *scales = (const u32 *)(stage + ROW_TILES * PLANES_BYTES + tile * SCALES_BYTES);
+    sync_warp(); // all lanes have read the tables before
+#pragma unroll
+    for (int first = 0; first < SPAN * TILE_ROWS; first += WARP) {
+        int index = first + lane, row = index % TILE_ROWS;
+        if (index < SPAN * TILE_ROWS)
+            make_tables(mine + index * TABLE_BYTES, scales + (index / TILE_ROWS * 8 + row % 8) * PARAMETERS, row / 8);
+    }
+    release(rings.w_full + W_STAGES + rings.w.stage, lane);
+    next(rings.w, W_STAGES);
+    Tables tables, upper;
+#pragma unroll
+    for (int block = 0; block < 4; ++block) {
+        if (!REGULAR || block * 64 % GROUP == 0 || block == 0) group_tables(tables, mine, unit, block * 64, lane / 4);
+        if (HALVED) group_tables(upper, mine, unit, block * 64 + 32, lane / 4);
+        WordIndices indices = word_indices(words[block]);
+        if (!FINE) {
+#pragma unroll
+            for (int step = 0; step < 4; ++step) expand_step(a[block % 2], indices, step, tables, HALVED ? upper : tables);
+        }
+        if (block % X_BLOCKS == 0) barrier_wait(rings.x_full + rings.x.stage, rings.x.parity);
+        u64 x = core_matrices(shared_address(rings.memory + X_RING + rings.x.stage * X_STAGE + block % X_BLOCKS * X_BLOCK), COLUMNS * 16, 128);
+        if (TURNS) take_turn(TURN_BARRIER + tile / 4);
+        if (!FINE) products_begin();
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+            if (FINE) {
+                expand_step(a[block % 2], indices, step, tables, HALVED ? upper : tables);
+                products_begin();
+            }
+            multiply_add_16<IS_BFLOAT>(sums, a[block % 2] + 4 * step, x + step * 2 * COLUMNS);
+        }
+        end_of_products();
+        if (TURNS) give_turn(TURN_BARRIER + (tile / 4 + 1) % GROUPS);
+        products_wait<1>(sums); // those before
+        keep(a[1 - block % 2]);
+        if (block % X_BLOCKS == 0 && rings.left) release(rings.left, lane);
+        if (block % X_BLOCKS == X_BLOCKS - 1) {
+            rings.left = rings.x_full + X_STAGES + rings.x.stage;
+            next(rings.x, X_STAGES);
+        }
+    }
+}
+
+// A part to where its tile's owner finds it: [COLUMNS / 8][CONSUMERS] of four sums.
+DEVICE void give(float *to, const float (&sums)[SUMS]) {
+#pragma unroll
+    for (int i = 0; i < SUMS; i += 4)
+        store_quad(to + (i / 4 * CONSUMERS + (int)threadIdx.x) * 4, sums + i);
+}
+DEVICE void take(float (&sums)[SUMS], const float *from) {
+#pragma unroll
+    for (int i = 0; i < SUMS; i += 4) {
+        float part[4];
+        load_quad(part, from + (i / 4 * CONSUMERS + (int)threadIdx.x) * 4);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) sums[i + n] += part[n];
+    }
+}
+
+struct Target {
+    const u16 *residual;
+    u16 *y;
+    const int *places;
+    int outputs, batch, width; // outputs: of all blocks
+};
+
+// A warpgroup's outputs of a tile, through shared memory: y has an output's neighbours beside it, a thread a token's.
+DEVICE void store_sums(const float (&sums)[SUMS], u16 *staged, const Target &to, int first, int token0, int number) {
+    int thread = (int)threadIdx.x % WARPGROUP, lane = thread % WARP, g = lane / 4;
+    int row = EPILOGUE == 2 ? thread / WARP * 8 + g : thread / WARP * 16 + g;
+#pragma unroll
+    for (int base = 0; base < COLUMNS; base += AT_ONCE) {
+        sync_warpgroup(1 + number); // what was staged has been read
+#pragma unroll
+        for (int i = 0; i < AT_ONCE / 2; ++i) {
+            int token = i / 4 * 8 + lane % 4 * 2 + i % 2, above = i / 2 % 2 * 8;
+            float value = sums[base / 2 + i];
+            if (EPILOGUE == 2) {
+                if (above) continue; // these are up, those are gate
+                value = silu(value) * sums[base / 2 + i + (EPILOGUE == 2 ? 2 : 0)];
+            }
+            if (EPILOGUE == 1) {
+                int out = first + row + above;
+                if (token0 + base + token < to.batch && out < to.outputs)
+                    value += load_activation(to.residual[(u64)(token0 + base + token) * to.width + (to.places ? to.places[out] : out)]);
+            }
+            staged[token * Y_STRIDE + row + above] = store_activation(value);
+        }
+        sync_warpgroup(1 + number);
+        for (int i = thread; i < AT_ONCE * OUTPUTS / 8; i += WARPGROUP) {
+            int token = i / (OUTPUTS / 8), at = i % (OUTPUTS / 8) * 8, out = first + at;
+            if (token0 + base + token >= to.batch) break;
+            const u16 *from = staged + token * Y_STRIDE + at;
+            u16 *row_of_y = to.y + (u64)(token0 + base + token) * to.width;
+            if (!to.places && to.width % 8 == 0 && out + 8 <= to.outputs) {
+                *(quad *)(row_of_y + out) = *(const quad *)from;
+            } else {
+                for (int n = 0; n < 8 && out + n < to.outputs; ++n)
+                    row_of_y[to.places ? to.places[out + n] : out + n] = from[n];
+            }
+        }
+    }
+}
+
+// A consumer's thread.
+DEVICE void consume(unsigned char *memory, u64 *w_full, u64 *x_full, const Weight &weight, const Share &share,
+                    const Target &target, float *parts, u64 *announced) {
+    int number = (int)threadIdx.x / WARPGROUP, lane = (int)threadIdx.x % WARP, tile = (int)threadIdx.x / WARP;
+    int units = weight.units;
+    Rings rings = {memory, w_full, x_full, {0, 0}, {0, 0}, (u64 *)0};
+    u32 a[2][16] = {};
+    if (TURNS && number == GROUPS - 1) give_turn(TURN_BARRIER);
+    for (int at = 0; at < share.end - share.begin;) {
+        Part part = part_at(share, at, units);
+        at += part.count;
+        float sums[SUMS];
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
+#pragma unroll 1
+        for (int unit = part.first; unit < part.first + part.count; ++unit)
+            multiply_unit(sums, rings, unit, tile, lane, a);
+        products_wait<0>(sums);
+        keep(a[1]);
+        release(rings.left, lane);
+        rings.left = (u64 *)0;
+        if (part.given) {
+            give(parts + (u64)blockIdx.x * SUMS * CONSUMERS, sums);
+            write_through();
+            sync_threads<CONSUMERS>(CONSUMER_BARRIER);
+            if (threadIdx.x == 0) announce(announced + blockIdx.x);
+            continue;
+        }
+        for (int block = (int)blockIdx.x - 1; part.first > 0; --block) {
+            if (threadIdx.x == 0) await(announced + block);
+            sync_threads<CONSUMERS>(CONSUMER_BARRIER);
+            take(sums, parts + (u64)block * SUMS * CONSUMERS);
+            if (begin_of(block, share.total) <= part.tile * units) break;
+        }
+        u16 *staged = (u16 *)(memory + Y_AT + number * Y_BYTES);
+        int first = (part.tile / weight.token_tiles * GROUPS + number) * OUTPUTS;
+        store_sums(sums, staged, target, first, part.tile % weight.token_tiles * COLUMNS, number);
+    }
+    if (TURNS && number == 0) take_turn(TURN_BARRIER);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+bit_plane_wgmma(const unsigned char *planes, // [row_tiles][units][PLANES][32] of 16 bytes
+                const unsigned char *scales, // [row_tiles][groups][8][PARAMETERS], rows g and g + 8
+                const unsigned char *x,      // of order_inputs.cu
+                const u16 *residual,         // [batch][width], or null
+                u16 *y,                      // [batch][width]: out_features wide; EPILOGUE 2: half as many
+                const int *places,           // [out_features], the columns of y; null: as they come
+                float *parts,                // [blocks][COLUMNS / 8][CONSUMERS][4]
+                u64 *announced,              // [blocks], zeros
+                int out_features, int batch, int row_tiles, int units, int groups, int width, int token_tiles) {
+    DYNAMIC_SHARED(memory);
+    u64 *w_full = (u64 *)(memory + BARRIERS_AT), *x_full = w_full + 2 * W_STAGES;
+    int number = (int)threadIdx.x / WARPGROUP;
+    if (threadIdx.x == CONSUMERS) {
+        for (int stage = 0; stage < W_STAGES; ++stage)
+            barrier_init(w_full + stage, 1), barrier_init(w_full + W_STAGES + stage, ROW_TILES);
+        for (int stage = 0; stage < X_STAGES; ++stage)
+            barrier_init(x_full + stage, 1), barrier_init(x_full + X_STAGES + stage, ROW_TILES);
+        barriers_are_ready();
+    }
+    __syncthreads();
+    let_next_start();
+    Weight weight = {planes, scales, row_tiles, units, groups, token_tiles};
+    int total = (row_tiles + ROW_TILES - 1) / ROW_TILES * token_tiles * units;
+    Share share = share_of((int)blockIdx.x, total, units);
+    if (number == GROUPS) {
+        if (GROUPS > 1) fewer_registers<FEW_REGISTERS>();
+        if (threadIdx.x == CONSUMERS) produce(memory, w_full, x_full, weight, x, share);
+        else wait_for_previous();
+        sync_warp();
+    } else {
+        if (GROUPS > 1) more_registers<MANY_REGISTERS>();
+        wait_for_previous();
+        Target target = {residual, y, places, EPILOGUE == 2 ? out_features / 2 : out_features, batch, width};
+        consume(memory, w_full, x_full, weight, share, target, parts, announced);
+    }
+}

@@ -1,0 +1,51 @@
+// x as bit_plane_wgmma.cu reads it: the B operands of its products, in the order of its inputs. A product is
+// of 16 inputs that a lane's nibbles hold (common.cuh says which bit is which weight), so of each
+// 64 inputs 32 u + 8 t + 4 e + 2 q + h comes at 32 q + 16 h + 8 u + 2 t + e. Core matrices are
+// 8 tokens x 8 of these; a block of 64 inputs x COLUMNS tokens is together. What is beyond the last
+// token or input is zero.
+//
+// Compile-time: COLUMNS (tokens of a block), ALIGNED (1: in_features is a multiple of 8), ACTIVATION_BF16.
+// A thread takes 32 inputs of a token.
+
+#define THREADS 128
+
+DEVICE quad eight_of(const u16 *row, int k, int in_features) {
+#if ALIGNED
+    return k < in_features ? *(const quad *)(row + k) : quad{0, 0, 0, 0};
+#else
+    u32 pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        u32 low = k + 2 * i < in_features ? row[k + 2 * i] : 0;
+        u32 high = k + 2 * i + 1 < in_features ? row[k + 2 * i + 1] : 0;
+        pairs[i] = low | high << 16;
+    }
+    return quad{pairs[0], pairs[1], pairs[2], pairs[3]};
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+order_inputs(const u16 *x, // [batch][in_features]
+             quad *ordered, // [token tiles][blocks of 64 inputs][8][COLUMNS]
+             int in_features, int batch, int token_tiles, int blocks) {
+    let_next_start();
+    wait_for_previous();
+    int index = (int)(blockIdx.x * THREADS + threadIdx.x), padded = token_tiles * COLUMNS;
+    int token = index % padded, part = index / padded, block = part / 2, u = part % 2;
+    if (block >= blocks) return;
+    quad v[4] = {};
+    if (token < batch) {
+        const u16 *row = x + (u64)token * in_features;
+#pragma unroll
+        for (int t = 0; t < 4; ++t) v[t] = eight_of(row, block * 64 + u * 32 + t * 8, in_features);
+    }
+    quad *to = ordered + (((u64)(token / COLUMNS) * blocks + block) * 8 + u) * COLUMNS + token % COLUMNS;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        u32 pick = half ? 0x7632u : 0x5410u;
+        to[2 * half * COLUMNS] = quad{permute_bytes(v[0].x, v[0].z, pick), permute_bytes(v[1].x, v[1].z, pick),
+                                      permute_bytes(v[2].x, v[2].z, pick), permute_bytes(v[3].x, v[3].z, pick)};
+        to[(4 + 2 * half) * COLUMNS] = quad{permute_bytes(v[0].y, v[0].w, pick), permute_bytes(v[1].y, v[1].w, pick),
+                                            permute_bytes(v[2].y, v[2].w, pick), permute_bytes(v[3].y, v[3].w, pick)};
+    }
+}

@@ -1,0 +1,191 @@
+"""Products of many tokens from bit planes on compute capability 9.0: kernels/bit_plane_wgmma.cu."""
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qtool.runtime.backends.cuda.launch import Card, KernelCall, Launch, constants
+from qtool.runtime.backends.cuda.planes import EPILOGUES, Layout, Target
+from qtool.runtime.backends.cuda.selection import WIDE_COLUMNS, WideTuning, selection_for
+from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT, Tiles
+from qtool.scheme import Shape2D
+
+WARPGROUP = 128
+ORDER_THREADS, INPUTS_OF_THREAD, BLOCK_INPUTS = 128, 32, 64
+LOW_PLANES = 4
+"""Planes of the first table of kernels/bit_plane_lookup.cuh; the rest has one of its own."""
+Y_STRIDE = 72
+STAGES_OF_X, STAGES_OF_WEIGHTS = 8, 4
+"""At most."""
+MOST_UNITS = 2**30
+"""Of all tiles: the kernel counts them in 32 bits."""
+
+
+def table_bytes(planes: int) -> int:
+    """Return what the tables of one row and group take of shared memory."""
+    low, more = min(planes, LOW_PLANES), max(0, planes - LOW_PLANES)
+    return sum(8 * {4: 4, 3: 2}.get(count, 1) for count in (low, more) if count)
+
+
+@dataclass(frozen=True, slots=True)
+class Rings:
+    """How many stages a CTA has, and what it takes of shared memory."""
+
+    of_weights: int
+    of_x: int
+    shared_bytes: int
+
+
+@functools.cache
+def rings_for(layout: Layout, tuning: WideTuning, room: int) -> Rings | None:
+    """Return the deepest rings that fit into `room` bytes of shared memory; None: none do."""
+    row_tiles = 4 * tuning.groups
+    weights = row_tiles * layout.stage_bytes
+    tables = row_tiles * layout.span * TILE_ROWS * table_bytes(layout.planes)
+    at_once = 32 if tuning.columns % 32 == 0 else 16
+    fixed = tables + tuning.groups * at_once * Y_STRIDE * 2
+    stage_of_x = tuning.x_blocks * tuning.columns * BLOCK_INPUTS * 2
+    best = None
+    for of_weights in range(2, STAGES_OF_WEIGHTS + 1):
+        left = room - fixed - of_weights * (weights + 16)
+        of_x = min(STAGES_OF_X, left // (stage_of_x + 16))
+        if of_x < 2 or (best is not None and of_x < 4):  # noqa: PLR2004
+            break  # more of x are worth more than more of the weights
+        shared = fixed + of_weights * (weights + 16) + of_x * (stage_of_x + 16)
+        best = Rings(of_weights, of_x, shared)
+    return best
+
+
+@functools.lru_cache(maxsize=4096)
+def tuned_wide(
+    tokens: int, out_features: int, units: int, layout: Layout, card: Card
+) -> WideTuning | None:
+    """Return how to launch: as the card's selection says, or as near to it as there is room.
+
+    None: the card has no `wgmma`, or too little shared memory.
+    """
+    asked = selection_for(card.name).wide_tuning(tokens, out_features)
+    fits = (c for c in reversed(WIDE_COLUMNS) if c <= asked.columns)
+    tries = (replace(asked, columns=c, groups=g) for c in fits for g in (asked.groups, 2, 1))
+    roomy = (tuning for tuning in tries if rings_for(layout, tuning, card.shared_bytes))
+    stream = units * -(-tokens // asked.columns) * -(-out_features // 64)
+    return next(roomy, None) if card.warpgroups and stream < MOST_UNITS else None
+
+
+def order_call(
+    inputs: int, tokens: int, units: int, columns: int, dtype: torch.dtype
+) -> KernelCall:
+    """Return the launch that orders the inputs of tokens."""
+    token_tiles, blocks = -(-tokens // columns), units * UNIT // BLOCK_INPUTS
+    threads = token_tiles * columns * blocks * BLOCK_INPUTS // INPUTS_OF_THREAD
+    return KernelCall(
+        file="order_inputs",
+        kernel="order_inputs",
+        constants=constants(dtype, COLUMNS=columns, ALIGNED=int(inputs % 8 == 0)),
+        grid=(-(-threads // ORDER_THREADS), 1, 1),
+        threads=ORDER_THREADS,
+        shared_bytes=0,
+        numbers=(inputs, tokens, token_tiles, blocks),
+    )
+
+
+WideSizes = tuple[int, int, int, int, int, int]
+"""out_features, tokens, row tiles, units, groups and columns of the result."""
+
+
+@functools.lru_cache(maxsize=4096)
+def wide_call(  # noqa: PLR0913 - a key of the cache
+    sizes: WideSizes,
+    layout: Layout,
+    dtype: torch.dtype,
+    card: Card,
+    tuning: WideTuning,
+    *,
+    epilogue: str = "none",
+    dependent: bool = True,
+) -> KernelCall | None:
+    """Return the launch of a product; None: a CTA has too little shared memory."""
+    out_features, tokens, row_tiles, units, groups, width = sizes
+    rings = rings_for(layout, tuning, card.shared_bytes)
+    if rings is None:
+        return None
+    token_tiles = -(-tokens // tuning.columns)
+    stream = -(-row_tiles // (4 * tuning.groups)) * token_tiles * units
+    macros = {
+        "COLUMNS": tuning.columns,
+        "GROUPS": tuning.groups,
+        "W_STAGES": rings.of_weights,
+        "X_STAGES": rings.of_x,
+        "X_BLOCKS": tuning.x_blocks,
+        "EPILOGUE": EPILOGUES[epilogue],
+        "TURNS": int(tuning.turns and tuning.groups > 1),
+        "FINE": int(tuning.fine),
+        "MIRRORED": int(tuning.mirrored),
+    }
+    ctas = min(stream, card.multiprocessors)
+    return KernelCall(
+        file="bit_plane_wgmma",
+        kernel="bit_plane_wgmma",
+        constants=constants(dtype, **layout.macros, **macros),
+        grid=(ctas, 1, 1),
+        threads=(tuning.groups + 1) * WARPGROUP,
+        shared_bytes=rings.shared_bytes,
+        numbers=(out_features, tokens, row_tiles, units, groups, width, token_tiles),
+        zeros=ctas,
+        dependent=dependent,
+        one_architecture=True,
+    )
+
+
+def multiply_wide(  # noqa: PLR0913 - what, by what, where, how, and what comes after
+    x: Tensor,
+    packed: Tiles,
+    shape: Shape2D,
+    layout: Layout,
+    launch: Launch,
+    card: Card,
+    *,
+    tuning: WideTuning,
+    target: Target,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
+    dependent: bool = True,
+) -> None:
+    """Write x @ W.T to a target.
+
+    Args:
+        x: (tokens, in_features) float16 or bfloat16, contiguous, aligned to 16 bytes.
+        packed: W.
+        shape: Of W.
+        layout: Of W.
+        launch: Runs a kernel.
+        card: Where.
+        tuning: How.
+        target: (tokens, width), and where each row goes.
+        epilogue: Of `planes.EPILOGUES`.
+        residual: As `target`, added to the product.
+        dependent: Weights may be read before the launch before has ended.
+    """
+    tokens, inputs = x.shape
+    row_tiles, units, *_ = packed.planes.shape
+    sizes = (
+        shape.out_features,
+        tokens,
+        row_tiles,
+        units,
+        packed.scales.shape[1],
+        target.y.shape[1],
+    )
+    call = wide_call(
+        *(sizes, layout, x.dtype, card, tuning), epilogue=epilogue, dependent=dependent
+    )
+    assert call is not None
+    padded = -(-tokens // tuning.columns) * tuning.columns
+    ordered = x.new_empty(padded * units * UNIT)
+    launch(order_call(inputs, tokens, units, tuning.columns, x.dtype), (x, ordered))
+    sums = call.grid[0] * tuning.columns * 64 * tuning.groups
+    parts = x.new_empty(sums, dtype=torch.float32)
+    tensors = (packed.planes, packed.scales, ordered, residual, target.y, target.places, parts)
+    launch(call, tensors)

@@ -1,0 +1,123 @@
+"""Solve one layer of a plan: read it, choose what it is solved for, check what comes out."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qtool.base import LayerSolution, QuantizedTensor
+from qtool.checkpoint.spool import Made
+from qtool.core.experts import expert_name
+from qtool.errors import MethodError, about
+from qtool.scheme import ActivationScheme, InputScheme
+from qtool.steps.plan import LayerPlan
+from qtool.steps.run import Run
+from qtool.steps.solve_calibrated import solve_calibrated
+from qtool.steps.solve_expert import solve_expert
+from qtool.steps.solve_table import solve_alone
+from qtool.walk.walk import Walk
+
+
+def solved_layer(
+    run: Run, layer: LayerPlan, walk: Walk | None, under: Callable[[LayerPlan], Tensor | None]
+) -> Made:
+    """Solve one layer, with the statistics that the walk gives; a table under a Hessian.
+
+    Args:
+        run: Which model, and where it is computed.
+        layer: What to do with it.
+        walk: Where it stands; None: there are no samples.
+        under: Gives the Hessian of a table, if there is one.
+
+    Raises:
+        MethodError: a weight or an input isn't finite, or a method refused the layer, or with
+            `calibration.strict` did something simpler.
+    """
+    if walk is not None and expert_name(layer.name) is not None:
+        return _solved_expert(run, layer, walk)
+    section, env = run.recipe.calibration, run.env
+    statistics = None if walk is None else walk.statistics(layer.name)
+    started = time.perf_counter()
+    with about(layer=layer.name):
+        weight = run.source.read_weight(layer.name).to(env.device)
+        _check_finite(layer.name, weight)
+        if statistics is None or section is None:
+            chosen, solution = layer, solve_alone(layer, weight, env, under(layer))
+        else:
+            chosen, solution = solve_calibrated(layer, weight, statistics, section, env)
+    activation = layer.activation if statistics is None else statistics[0].activation
+    return _made(run, weight, started, chosen, solution, activation)
+
+
+def _solved_expert(run: Run, layer: LayerPlan, walk: Walk) -> Made:
+    """Solve a layer of one expert, and note for which tokens."""
+    section, statistics = run.recipe.calibration, walk.expert_statistics(layer.name)
+    assert section is not None
+    started = time.perf_counter()
+    with about(layer=layer.name):
+        weight = run.source.read_weight(layer.name).to(run.env.device)
+        _check_finite(layer.name, weight)
+        chosen, solution, tokens_from = solve_expert(layer, weight, statistics, section, run.env)
+    made = _made(run, weight, started, chosen, solution, statistics.activation)
+    if tokens_from == "routed":
+        return made
+    return replace(made, notes={**made.notes, "tokens_from": tokens_from})
+
+
+def _made(
+    run: Run,
+    weight: Tensor,
+    started: float,
+    layer: LayerPlan,
+    solution: LayerSolution,
+    activation: InputScheme,
+) -> Made:
+    """Check a solution, and note what a resumed run and the report want to know of it."""
+    tensor = solution.tensor
+    with about(layer=layer.name):
+        _check_stored(layer.name, tensor, weight)
+        check_fallback(run, layer.name, solution.fallback)
+    notes = {
+        "format": tensor.format,
+        "scheme": tensor.scheme.to_json(),
+        "metrics": dict(solution.metrics),
+        "fallback": solution.fallback,
+        "seconds": time.perf_counter() - started,
+        "method": layer.method,
+    }
+    if isinstance(activation, ActivationScheme):
+        notes["activation"] = activation.to_json()
+    return Made(tensor, notes)
+
+
+def check_fallback(run: Run, name: str, fallback: str | None) -> None:
+    """Raise MethodError if a solver did something simpler than asked, and that is forbidden."""
+    section = run.recipe.calibration
+    if section is not None and section.strict and fallback is not None:
+        raise MethodError(
+            f"{name}: {fallback} (calibration.strict). Without it, or --strict, the layer is taken "
+            "as it is.",
+            layer=name,
+        )
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    """Raise MethodError if a weight holds NaN or infinity."""
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        raise MethodError(
+            f"{name}: {int((~finite).sum())} of {weight.numel()} weights are NaN or infinite. The "
+            "file is damaged, or the model overflowed when it was saved; check the original."
+        )
+
+
+def _check_stored(name: str, tensor: QuantizedTensor, weight: Tensor) -> None:
+    """Raise MethodError if a stored parameter overflowed its dtype."""
+    for part, values in tensor.parts.items():
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            raise MethodError(
+                f"{name}: {part} doesn't fit float16; the largest weight is "
+                f"{float(weight.abs().max()):.3g}. Skip this layer with an override."
+            )
