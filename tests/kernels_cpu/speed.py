@@ -1,6 +1,7 @@
-"""How fast packed weights are multiplied, beside what as many threads read: `python -m tests.kernels_cpu.speed`.
+"""How fast packed weights are multiplied, beside what as many threads read.
 
-Rounds alternate, the fastest of each counts; a machine that others use gives nonsense for two threads.
+`python -m tests.kernels_cpu.speed`. Rounds alternate, the fastest of each counts; a machine that
+others use gives nonsense for two threads.
 """
 
 import sys
