@@ -155,7 +155,9 @@ def bench(
 
 def _check_usage(context: typer.Context) -> None:
     """Refuse options that would do nothing together."""
-    given = {name for name, value in context.params.items() if value not in (None, False, 0, [])}
+    given = {
+        name for name, value in context.params.items() if value not in (None, False, 0, [], ())
+    }
     modes = (
         {"--synthetic", "--gpu"} if "synthetic" in given else {f"--{n}" for n in given & {"gpu"}}
     )
