@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from qtool import resources, settings
 from qtool.errors import UnknownNameError
 from qtool.runtime.backends._choose import choose_backend, load_backend
-from qtool.runtime.backends.cpu import building, library, threads
+from qtool.runtime.backends.cpu import building, library, operators, threads
 from qtool.runtime.backends.cpu.library import Library, found_library
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
@@ -238,3 +239,30 @@ def test_a_gradient_goes_through_to_the_inputs():
     backend.matmul(x, backend.prepare(weight(), torch.float32)).sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad[0], dequantized(weight()).sum(0), rtol=1e-4, atol=1e-3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_by_tables_and_by_blocks_of_rows_are_the_same(dtype, monkeypatch):
+    backend, tensor, x = load_backend("cpu"), weight(rows=1100), normal(70, 1300).to(dtype)
+    prepared, exact = backend.prepare(tensor, dtype), x.double() @ dequantized(tensor).double().T
+    for chosen in (True, False):
+        monkeypatch.setattr(operators, "prefers_tables", lambda *_args, chosen=chosen: chosen)
+        error = (backend.matmul(x, prepared) - exact).norm() / exact.norm()
+        assert error <= (1e-4 if dtype == torch.float32 else 5e-3)
+
+
+def test_costs_decide_between_tables_and_blocks():
+    def of(num_bits, level):
+        return SimpleNamespace(planes_per_row=num_bits, level=level)
+
+    few, many = of(2, "avx512"), of(8, "avx512")
+    decided = [
+        operators.prefers_tables(each, tokens, dtype)
+        for each in (few, many)
+        for tokens in (16, 100, 20_000)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert decided[:6] == [True, True, True, True, True, False]
+    assert decided[6:] == [True, True, True, False, False, False]
+    assert not operators.prefers_tables(of(2, "plain"), 17, torch.float32)

@@ -75,6 +75,16 @@ class PackedWeight:
         """Return what the streams take."""
         return sum(each.nbytes for each in self._kept)
 
+    @property
+    def level(self) -> str:
+        """Return of which level of instructions what runs it is."""
+        return self._library.level
+
+    @property
+    def planes_per_row(self) -> float:
+        """Return how many planes a row has, on average."""
+        return sum(text.rows * text.num_bits for text in self._texts) / self.shape.out_features
+
     def multiply(self, x: Tensor) -> Tensor:
         """Return x @ W.T by tables: (tokens, in_features) -> (tokens, out_features) float32."""
         x = x.float().contiguous()
