@@ -120,7 +120,7 @@ def _solved(groups: Sequence[_Group], budget: int) -> list[int]:
     unit = gcd(*map(int, extra)) or 1
     room = (budget - sum(int(each.num_bytes.min()) for each in groups)) // unit
     extra = extra // unit
-    one_each = block_diag([np.ones((1, len(each.prices))) for each in groups])
+    one_each = block_diag([csr_array(np.ones((1, len(each.prices)))) for each in groups])
     rows = vstack([one_each, csr_array(extra[None].astype(np.float64))])
     ends = np.cumsum([len(each.prices) for each in groups])[:-1]
     scaled = prices * (LARGEST_PRICE / (prices.max() or 1.0))

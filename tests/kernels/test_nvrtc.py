@@ -126,12 +126,14 @@ HOPPER_VARIANTS += [
         most,
     )
     for weight, planes, columns, groups, more, most in (
-        (WEIGHT, 3, 32, 4, {}, 96),
-        (WEIGHT, 4, 64, 4, {}, 96),
+        (WEIGHT, 3, 32, 4, {"TURNS": 1}, 96),
+        (WEIGHT, 4, 64, 4, {"FINE": 1, "MIRRORED": 1}, 96),
+        (WEIGHT, 4, 48, 2, {"MIRRORED": 1, "ACTIVATION_BF16": 1}, 168),
+        (WEIGHT, 8, 32, 4, {"FINE": 1}, 96),
         (WEIGHT, 3, 96, 2, {"X_BLOCKS": 1, "ACTIVATION_BF16": 1}, 168),
         (WEIGHT, 4, 256, 2, {"X_BLOCKS": 1, "EPILOGUE": 2}, 168),
         (AFFINE, 8, 128, 2, {"X_BLOCKS": 1, "EPILOGUE": 1}, 168),
-        ({"GROUP": 96, "OFFSET": 1}, 2, 256, 2, {"X_BLOCKS": 1}, 168),
+        ({"GROUP": 96, "OFFSET": 1}, 2, 128, 2, {"X_BLOCKS": 1}, 168),
     )
 ]
 

@@ -100,6 +100,7 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
         files = loading.noted_files() if V4 else kwargs["checkpoint_files"]
         self._shards = loading.checked_files(files, manifest, str(model.config.name_or_path))
         self._installed = install.install_modules(model, manifest)
+        self._loading = model
         if not V4:
             loading.watch_missing(model)
         return model
@@ -112,13 +113,17 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
         config.layers = install.renamed_layers(config.layers, self._installed)
         model.config.quantization_config = config
         model._weight_conversions = []  # saved again, layers keep the names that the manifest has
-        del self._shards, self._installed
+        del self._shards, self._installed, self._loading
         return accelerate(model)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> Any:  # noqa: ANN401
-        """Return what transformers 5 does to stored tensors: nothing to those of single experts."""
-        kept = experts.without_experts(weight_conversions, model)
-        return super().update_weight_conversions(kept, model)
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> Any:  # noqa: ANN401
+        """Return what transformers 5 does to stored tensors: nothing to those of single experts.
+
+        Not every version of 5 says of which model (5.17 does not): it is the one that is being loaded.
+        """
+        loaded = model or (self._loading,)
+        kept = experts.without_experts(weight_conversions, *loaded)
+        return super().update_weight_conversions(kept, *model)
 
     def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:  # noqa: ANN401
         """Return True: the parts are buffers and are saved as they were loaded."""

@@ -66,9 +66,10 @@ def tuned_wide(
 
     None: the card has no `wgmma`, or too little shared memory.
     """
-    asked = selection_for(card.name).wide_tuning(tokens, out_features)
+    asked = selection_for(card.name).wide_tuning(tokens, out_features, layout.planes)
     fits = (c for c in reversed(WIDE_COLUMNS) if c <= asked.columns)
-    tries = (replace(asked, columns=c, groups=g) for c in fits for g in (asked.groups, 2, 1))
+    fewer = [asked, *(replace(asked, groups=g, turns=False, fine=False) for g in (2, 1))]
+    tries = (replace(tuning, columns=c) for c in fits for tuning in fewer)
     roomy = (tuning for tuning in tries if rings_for(layout, tuning, card.shared_bytes))
     stream = units * -(-tokens // asked.columns) * -(-out_features // 64)
     return next(roomy, None) if card.warpgroups and stream < MOST_UNITS else None
