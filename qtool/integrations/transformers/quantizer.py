@@ -119,7 +119,7 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> Any:  # noqa: ANN401
         """Return what transformers 5 does to stored tensors: nothing to those of single experts.
 
-        Not every version of 5 says of which model (5.17 does not): it is the one that is being loaded.
+        Some versions of 5 (5.17) don't say of which model: it is the one that is being loaded.
         """
         loaded = model or (self._loading,)
         kept = experts.without_experts(weight_conversions, *loaded)
