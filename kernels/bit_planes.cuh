@@ -127,22 +127,6 @@ DEVICE void load_words(u32 (*words)[4], const unsigned char *stage, int lane) {
     }
 }
 
-// Eight inputs as they stand in memory; beyond the end: zero.
-DEVICE quad load_inputs(const u16 *row, int k, int in_features) {
-#if ALIGNED
-    return k < in_features ? *(const quad *)(row + k) : quad{0, 0, 0, 0};
-#else
-    u32 pairs[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        u32 low = k + 2 * i < in_features ? row[k + 2 * i] : 0;
-        u32 high = k + 2 * i + 1 < in_features ? row[k + 2 * i + 1] : 0;
-        pairs[i] = low | high << 16;
-    }
-    return quad{pairs[0], pairs[1], pairs[2], pairs[3]};
-#endif
-}
-
 // The largest magnitude among a warp's inputs of a unit, as the bits of a float: as numbers, NaN is
 // larger than infinity, and that than the rest.
 DEVICE u32 largest_of(quad v) {

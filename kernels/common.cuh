@@ -216,3 +216,19 @@ DEVICE float silu(float x) { return x * reciprocal(1.0f + exp2_fast(-1.44269504f
 // inputs / 32 lanes. Lane 4 g + t has rows g and g + 8 and, in each half of 32 inputs, inputs
 // 8 t .. 8 t + 7. Bit 16 h + 2 i + r belongs to row g + 8 r and to input
 // 32 (i >> 2) + 8 t + 2 (i & 3) + h.
+
+// Eight inputs as they stand in memory; beyond the end: zero. ALIGNED (1: in_features is a multiple of 8) is the kernel's.
+DEVICE quad load_inputs(const u16 *row, int k, int in_features) {
+#if ALIGNED
+    return k < in_features ? *(const quad *)(row + k) : quad{0, 0, 0, 0};
+#else
+    u32 pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        u32 low = k + 2 * i < in_features ? row[k + 2 * i] : 0;
+        u32 high = k + 2 * i + 1 < in_features ? row[k + 2 * i + 1] : 0;
+        pairs[i] = low | high << 16;
+    }
+    return quad{pairs[0], pairs[1], pairs[2], pairs[3]};
+#endif
+}

@@ -9,21 +9,6 @@
 
 #define THREADS 128
 
-DEVICE quad eight_of(const u16 *row, int k, int in_features) {
-#if ALIGNED
-    return k < in_features ? *(const quad *)(row + k) : quad{0, 0, 0, 0};
-#else
-    u32 pairs[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        u32 low = k + 2 * i < in_features ? row[k + 2 * i] : 0;
-        u32 high = k + 2 * i + 1 < in_features ? row[k + 2 * i + 1] : 0;
-        pairs[i] = low | high << 16;
-    }
-    return quad{pairs[0], pairs[1], pairs[2], pairs[3]};
-#endif
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS)
 order_inputs(const u16 *x, // [batch][in_features]
              quad *ordered, // [token tiles][blocks of 64 inputs][8][COLUMNS]
@@ -37,7 +22,7 @@ order_inputs(const u16 *x, // [batch][in_features]
     if (token < batch) {
         const u16 *row = x + (u64)token * in_features;
 #pragma unroll
-        for (int t = 0; t < 4; ++t) v[t] = eight_of(row, block * 64 + u * 32 + t * 8, in_features);
+        for (int t = 0; t < 4; ++t) v[t] = load_inputs(row, block * 64 + u * 32 + t * 8, in_features);
     }
     quad *to = ordered + (((u64)(token / COLUMNS) * blocks + block) * 8 + u) * COLUMNS + token % COLUMNS;
 #pragma unroll
