@@ -29,10 +29,11 @@ NAMES = [name for group in GROUPS for name in group]
 
 
 def recipe(dataset, method="rtn", *, sections=None, **calibration):
+    # dint by rows: in groups of 32 its errors are so small that some processors correct none
     section = {"dataset": str(dataset), "num_samples": 8, "sequence_length": 48, **calibration}
     weights = {
         "method": method,
-        "scheme": SCHEME if method != "dint" else {**SCHEME, "num_bits": 4},
+        "scheme": SCHEME if method != "dint" else {"num_bits": 4, "group_size": None},
         "options": OPTIONS[method],
     }
     return recipe_from_mapping({"calibration": section, "weights": weights, **(sections or {})})
@@ -138,7 +139,7 @@ def test_the_checkpoint_has_them_and_gives_what_the_walk_saw(
     assert len(report) == 2  # blocks
     assert all(each["after"] <= each["before"] for each in report.values())
     corrected = [name for each in report.values() for name in each["biases"]]
-    assert corrected or method == "dint"  # whose errors at 4 bits leave little to correct
+    assert corrected
     source, reader = open_source(Location(model)), CheckpointReader(tmp_path / "out")
     loaded = load_model(Location(tmp_path / "out")).model
     for name in (one for one in source.names() if one.endswith(".bias")):
