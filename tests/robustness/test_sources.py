@@ -19,6 +19,7 @@ from tests.robustness.fuzzing import Change, fuzz, sizes
 from tests.robustness.safetensors_files import damaged_safetensors
 from tests.robustness.values import changed_trees, damaged, json_bytes, one_of_two
 
+ADAPTER = "adapter_config.json"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PROMPT = torch.arange(3, 23).unsqueeze(0)
 FAMILIES = ("llama", "gpt2", "stablelm")
@@ -64,6 +65,9 @@ def quantized(change: Change, good: Path, target: Path) -> str | None:
     if config.get("quantization_config") == {}:  # transformers stumbles over it
         del config["quantization_config"]
         (source / CONFIG).write_text(json.dumps(config))
+    (source / ADAPTER).unlink(
+        missing_ok=True
+    )  # with PEFT installed, transformers wants its weights
     try:
         expected = logits(source)
     except Exception as error:  # noqa: BLE001 - transformers raises many unrelated types
@@ -137,7 +141,7 @@ def layouts(draw: st.DrawFn, good: Path, single: bytes) -> Change:
                 (INDEX, None),
                 (WEIGHTS, single),
                 (WEIGHTS, b""),
-                ("adapter_config.json", b'{"peft_type": "LORA"}'),
+                (ADAPTER, b'{"peft_type": "LORA"}'),
                 ("adapter_model.safetensors", single),
                 ("consolidated.safetensors", single),
                 ("pytorch_model.bin", b"\x80\x02}q\x00."),
