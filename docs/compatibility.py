@@ -115,6 +115,8 @@ WHAT = {
 }
 BACKENDS = {
     "cuda": "there is a CUDA card of compute capability 8.0 or newer, and CuPy",
+    "cpu": "the model is on the CPU, and there is a C compiler at the first call, or was one where "
+    "the wheel was built; weights stay packed (bit planes in groups of 16 inputs and more)",
     "dense": "always; each weight is dequantized at its first call, so memory is as in 16 bits",
     "reference": "always; the definition, dequantized at every call: slow",
 }

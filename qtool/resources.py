@@ -17,8 +17,13 @@ def recipes_dir() -> Path:
 
 
 def kernels_dir() -> Path:
-    """Return the folder of the CUDA sources."""
+    """Return the folder of the CUDA sources, and of C in `cpu`."""
     return _find("kernels")
+
+
+def native_dir() -> Path:
+    """Return the folder of libraries that a wheel was built with; there need be none."""
+    return _PACKAGE / "_native"
 
 
 def prompts_dir() -> Path:

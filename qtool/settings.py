@@ -11,13 +11,20 @@ from pathlib import Path
 VARIABLES = {
     "QTOOL_BACKEND": "run quantized layers with this backend; default: the best that can",
     "QTOOL_KERNEL": "run them with this kernel of `cuda`; default: by the measured table",
+    "QTOOL_CPU_LEVEL": "instructions that `cpu` uses: avx512, avx2 or plain; default: the best",
     "QTOOL_RUNNER": "0: `generate` through transformers' own loop, on a card as well",
     "QTOOL_DEPENDENT_LAUNCHES": "0: a kernel begins when the one before it has ended",
     "QTOOL_CACHE": "folder of converted models, answers and scores; default: ~/.cache/qtool",
     "QTOOL_LOG": "debug, info or warning: log to stderr, with tracebacks of errors under debug",
 }
 """All of them, and what each does."""
-EXECUTION = ("QTOOL_BACKEND", "QTOOL_KERNEL", "QTOOL_RUNNER", "QTOOL_DEPENDENT_LAUNCHES")
+EXECUTION = (
+    "QTOOL_BACKEND",
+    "QTOOL_KERNEL",
+    "QTOOL_CPU_LEVEL",
+    "QTOOL_RUNNER",
+    "QTOOL_DEPENDENT_LAUNCHES",
+)
 """Those that change how a model is executed, and so its results."""
 
 
@@ -34,6 +41,11 @@ def backend() -> str | None:
 def kernel() -> str | None:
     """Return the name of the kernel that `cuda` is to launch, unchecked; None: choose."""
     return os.environ.get("QTOOL_KERNEL") or None
+
+
+def cpu_level() -> str | None:
+    """Return the instructions that `cpu` is to be compiled for, unchecked; None: the best."""
+    return os.environ.get("QTOOL_CPU_LEVEL") or None
 
 
 def runner_is_off() -> bool:

@@ -96,7 +96,7 @@ def check(family: str, method: str, place: Path) -> None:
     put(original, weights)
     said, expected = logits(quantized), logits(original)
     assert bool(torch.isfinite(said).all())
-    torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)  # sums in 16 bits on a CPU
     check_generation(quantized)
     quantized.save_pretrained(place / "again")
     torch.testing.assert_close(logits(load(place / "again")), said, rtol=1e-5, atol=1e-6)

@@ -18,6 +18,7 @@ from qtool.cli.options import (
 from qtool.cli.progress import progress
 from qtool.cli.tables.kernels import gpu_report, print_gpu_result
 from qtool.cli.tables.models import comparison_report, print_comparison
+from qtool.cli.tables.processors import print_cpu_result
 from qtool.scheme import ActivationScheme, WeightScheme
 
 DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 128
@@ -30,8 +31,12 @@ NEEDING = {
     "--gpu": ("kernel", "peers", "plot"),
     "--synthetic": ("bits", "group_size", "input_bits"),
 }
-CLASHES = {"--gpu": ("backend", "perplexity_windows"), "--synthetic": ("baseline", "out_dir")}
+CLASHES = {
+    "--gpu": ("backend", "perplexity_windows", "gguf", "llama_python"),
+    "--synthetic": ("baseline", "out_dir"),
+}
 _of_gpu = in_panel("With --gpu")
+_of_cpu = in_panel("On the CPU")
 SHAPES = "llama3-8b, llama2-7b, llama2-70b-layer, opt-175b-layer or llama3-8b-heads"
 
 
@@ -83,6 +88,16 @@ def bench(
         _of_gpu("--peers", help="Also time torchao, GemLite and bitsandbytes, where installed."),
     ] = False,
     plot: Annotated[Path | None, _of_gpu(help="Draw the roofline: .png or .svg.")] = None,
+    gguf: Annotated[
+        list[Path] | None,
+        _of_cpu(metavar="FILE", help="Time this file too, by llama.cpp; may be given repeatedly."),
+    ] = None,
+    llama_python: Annotated[
+        str | None,
+        _of_cpu(
+            metavar="PYTHON", help="It has llama-cpp-python; default: the one that runs qtool."
+        ),
+    ] = None,
 ) -> None:
     """Time a checkpoint against its original, in one run, and print sizes and bits.
 
@@ -91,6 +106,8 @@ def bench(
       qtool bench OUT_DIR --baseline MODEL
 
       qtool bench OUT_DIR --backend reference --json result.json
+
+      qtool bench OUT_DIR --gguf model.Q4_0.gguf --llama-python /path/to/python
 
       qtool bench OUT_DIR --gpu --peers --plot roofline.svg
 
@@ -118,7 +135,10 @@ def bench(
             )
         elif perplexity_windows:
             quality = pipeline.EvalOptions(max_windows=perplexity_windows)
-        options = pipeline.BenchOptions(backend=backend, quality=quality, gpu=kernels)
+        beside = pipeline.CpuOptions(gguf_files=tuple(gguf or ()), llama_python=llama_python)
+        options = pipeline.BenchOptions(
+            backend=backend, quality=quality, gpu=kernels, cpu=None if kernels else beside
+        )
         result = pipeline.bench(where, options, baseline=original, emit=emit)
     report = gpu_report(result.kernels) if result.kernels else comparison_report(result)
     if not console.write_json(report, json_file):
@@ -127,18 +147,23 @@ def bench(
         print_gpu_result(result.kernels)
         return
     print_comparison(result)
+    if result.cpu is not None:
+        print_cpu_result(result.cpu)
     if len(result.figures) == 1:
         console.out.print(NO_ORIGINAL, markup=False, soft_wrap=True)
 
 
 def _check_usage(context: typer.Context) -> None:
     """Refuse options that would do nothing together."""
-    given = {name for name, value in context.params.items() if value not in (None, False, 0)}
+    given = {
+        name for name, value in context.params.items() if value not in (None, False, 0, [], ())
+    }
     modes = (
         {"--synthetic", "--gpu"} if "synthetic" in given else {f"--{n}" for n in given & {"gpu"}}
     )
     messages = []
-    if modes and context.params["device"] == "cpu":
+    device = context.params["device"]
+    if modes and device == "cpu":
         messages.append("--device cpu doesn't go with --gpu.")
     if not given & {"out_dir", "synthetic"}:
         messages.append("Give OUT_DIR or, for shapes without weights, --synthetic NAME.")

@@ -53,6 +53,8 @@ def _found() -> dict[str, Any]:
     import qtool
     import qtool.runtime.backends
     from qtool import plugins
+    from qtool.runtime.backends.cpu.library import found_library
+    from qtool.runtime.backends.cpu.threads import library_threads
     from qtool.runtime.backends.cuda.selection import selection_for, wanted_kernel
 
     device, card, size = torch.device("cpu"), "", "none that torch can use"
@@ -61,7 +63,10 @@ def _found() -> dict[str, Any]:
         device, card = torch.device("cuda"), properties.name
         size = f"{card}, {gigabytes(properties.total_memory)}"
     wanted, chosen = wanted_kernel(), str(selection_for(card))
-    given = settings.given()
+    given, library = settings.given(), found_library()
+    native = (
+        library if isinstance(library, str) else f"{library.level}, {library_threads()} threads"
+    )
     return {
         "installed": {
             "qtool": qtool.__version__,
@@ -70,6 +75,7 @@ def _found() -> dict[str, Any]:
             "cpu": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads",
             "gpu": size,
             "kernels": chosen if wanted is None else f"{wanted}, as $QTOOL_KERNEL says",
+            "native": native,
             "cache": str(settings.cache_dir()),
         },
         "extras": {

@@ -54,7 +54,7 @@ def room(device: torch.device) -> int:
 
 
 def _card(name: str | None) -> contextlib.AbstractContextManager[None]:
-    if name is None or name == "cpu":
+    if name is None or torch.device(name).type == "cpu":
         return contextlib.nullcontext()
     count = torch.cuda.device_count()
     index = int(name.partition(":")[2] or 0)

@@ -3,7 +3,7 @@
 One file per command; what they share lies beside them.
 """
 
-from qtool.pipeline.bench import BenchOptions, GpuOptions, bench
+from qtool.pipeline.bench import BenchOptions, CpuOptions, GpuOptions, bench
 from qtool.pipeline.calibrate import CalibrateResult, calibrate
 from qtool.pipeline.chat import ChatOptions, chat
 from qtool.pipeline.compare import CompareOptions, ModelsCompared, compare
@@ -26,6 +26,7 @@ __all__ = [
     "ChatOptions",
     "CompareOptions",
     "Comparison",
+    "CpuOptions",
     "EvalOptions",
     "ExportResult",
     "GpuOptions",

@@ -10,6 +10,7 @@ from qtool.data.corpora import load_corpus
 from qtool.modeling.device import free_memory
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location, locate
+from qtool.pipeline.cpu_sweep import open_sweep
 from qtool.pipeline.evaluate import Comparison, EvalOptions
 from qtool.pipeline.imported import as_ours
 from qtool.pipeline.model_figures import figures_of, versions
@@ -41,6 +42,16 @@ class GpuOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CpuOptions:
+    """What `bench` times on the CPU beside the model and its original."""
+
+    gguf_files: tuple[Path, ...] = ()
+    """By llama.cpp."""
+    llama_python: str | None = None
+    """A Python that has llama-cpp-python; None: this one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
     """What `bench` times."""
 
@@ -50,6 +61,8 @@ class BenchOptions:
     """Measure the perplexity too."""
     gpu: GpuOptions | None = None
     """The GPU kernels layer by layer, then the whole model on them; None: the model alone."""
+    cpu: CpuOptions | None = None
+    """Where models run on the CPU: by threads, as a share of the read bandwidth, beside others."""
 
 
 def bench(
@@ -76,6 +89,9 @@ def bench(
     corpus = load_corpus(quality.dataset) if quality is not None else None
     models = [one for one in (baseline, model) if one is not None]
     subjects = [figures_of(one) for one in models]
+    sweep = None
+    if options.cpu is not None:
+        sweep = open_sweep(model, options.cpu.gguf_files, options.cpu.llama_python)
     figures = []
     with use_backend(options.backend):
         for one, subject in zip(models, subjects, strict=True):
@@ -84,9 +100,14 @@ def bench(
                 measured = quality.measure(loaded, corpus, emit)
             emit(Progress(f"time {loaded.name}"))
             figures.append(replace(subject, perplexity=measured, speed=time_model(loaded)))
+            if sweep is not None:
+                sweep.add(loaded, emit, is_last=one is model)
             del loaded
             free_memory()  # else two models would be alive while the second is loaded
-    return Comparison(tuple(figures), versions=versions())
+            if sweep is not None and one is baseline:
+                sweep.add_rounded(one, emit)
+    swept = sweep.result(emit) if sweep is not None else None
+    return Comparison(tuple(figures), versions=versions(), cpu=swept)
 
 
 def _kernels(

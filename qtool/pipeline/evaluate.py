@@ -32,6 +32,7 @@ from qtool.pipeline.task_results import TaskComparison
 from qtool.runtime.backends._choose import use_backend
 
 if TYPE_CHECKING:
+    from qtool.timing.cpu import CpuResult
     from qtool.timing.gpu import GpuResult
 
 PROMPTS = 4
@@ -52,6 +53,8 @@ class Comparison:
     """If tasks were asked for, in place of all above."""
     kernels: "GpuResult | None" = None
     """If kernels were timed, likewise."""
+    cpu: "CpuResult | None" = None
+    """If models were timed on the CPU, by threads and beside others."""
     chats: Agreement | None = None
     """How closely the checkpoint follows its original on chats."""
     no_chats: str | None = None

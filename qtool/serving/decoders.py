@@ -56,12 +56,13 @@ class SlotDecoder(Protocol):
 
 
 class RunnerDecoder:
-    """The decode runner: one graph for all sequences."""
+    """The decode runner: one graph, or call, for all sequences."""
 
-    lookahead, prefill_tokens = 1, 8192
+    prefill_tokens = 8192
 
     def __init__(self, runner: SlotRunner) -> None:
         self._runner, self.slots, self.max_length = runner, runner.slots, runner.max_length
+        self.lookahead = int(runner.device.type == "cuda")  # elsewhere a step ends in its call
         self._drawer = TokenDrawer(runner.slots, runner.device)
 
     @property
@@ -70,7 +71,9 @@ class RunnerDecoder:
         return self._runner.device
 
     def prepare(self) -> None:
-        """Record the steps, and compile what prompts of usual lengths need."""
+        """Record the steps, and compile what prompts of usual lengths need, on a card."""
+        if self.device.type != "cuda":
+            return
         self._runner.prepare()
         for length in WARM_LENGTHS:
             if length < self.max_length:

@@ -18,7 +18,7 @@ from qtool.serving.served import ServedModel
 from qtool.wording import gigabytes
 
 _LOG = logging.getLogger(__name__)
-USUAL_LENGTH, RUNNER_SLOTS, FORWARD_SLOTS = 4096, 16, 4
+USUAL_LENGTH, RUNNER_SLOTS, CPU_SLOTS = 4096, 16, 4
 LENGTH_STEP = 64
 LEFT_FREE = 2 * 2**30
 """Bytes of a card that prompts need while they are read."""
@@ -29,7 +29,7 @@ class DecoderOptions:
     """How many sequences run together, and how long they may be."""
 
     slots: int | None = None
-    """None: 16 by the decode runner, 4 by transformers."""
+    """None: 16 by the decode runner on a card, else 4."""
     max_length: int | None = None
     """Tokens of prompt and answer; None: 4096, or what the model has positions for."""
 
@@ -53,8 +53,9 @@ def open_decoder(loaded: LoadedModel, options: DecoderOptions = DecoderOptions()
         )
     if not isinstance(runner, SharedRunner):
         _LOG.info("sequences run one by one, without the decode runner: %s", runner)
-        return ForwardDecoder(model, max_length=length, slots=options.slots or FORWARD_SLOTS)
-    slots = options.slots or RUNNER_SLOTS
+        return ForwardDecoder(model, max_length=length, slots=options.slots or CPU_SLOTS)
+    on_card = runner.weights.final_norm.device.type == "cuda"
+    slots = options.slots or (RUNNER_SLOTS if on_card else CPU_SLOTS)
     _check_room(runner.weights, slots, length)
     return RunnerDecoder(SlotRunner(runner.weights, runner.ops, max_length=length, slots=slots))
 

@@ -85,16 +85,16 @@ def tuned_block(
     entries: Mapping[str, LayerEntry],
 ) -> Made:
     """Tune a block; arguments as of `tune_block_once`."""
-    device = run.env.device
+    device = torch.device(run.env.device)
     visit = walk.visit(int(block.rpartition(".")[2]))
     streams = visit.streams
     targets = [visit.original.run(hidden, i) for i, hidden in enumerate(streams.original)]
     student = _student(run, section, writer, visit, block, entries)
     learned = [layer for _, layer in learned_layers(student.module)]
-    kind = torch.device(device).type
 
     def forward(hidden: Tensor, batch: int, samples: slice | None = None) -> Tensor:
-        with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu", cache_enabled=False):
+        narrow = device.type != "cpu"
+        with torch.autocast(device.type, torch.bfloat16, enabled=narrow, cache_enabled=False):
             return student.learn(hidden, batch, samples)
 
     schedule = Schedule(
@@ -104,7 +104,7 @@ def tuned_block(
         check_every=max(1, section.steps // 4),
     )
     alike = student.alike(streams.quantized[: streams.num_train])
-    enough = kind != "cpu" and len(alike) >= MOST_OF_THEM * streams.num_train
+    enough = device.type != "cpu" and len(alike) >= MOST_OF_THEM * streams.num_train
     enough = enough and not routes_tokens(student.module)
     lesson = Lesson(
         forward,

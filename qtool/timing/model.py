@@ -1,17 +1,14 @@
-"""Time prefill and decoding of a loaded model through transformers."""
+"""Time prefill and decoding of a loaded model, by what `generate` uses."""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
 from qtool.modeling.load import LoadedModel
 from qtool.timing.machine import Clock
+from qtool.timing.runs import runs_of
 from qtool.timing.timing import time_tokens
-
-if TYPE_CHECKING:
-    from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +37,9 @@ def time_model(
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(model.device)
 
-    def decode(output: "CausalLMOutputWithPast") -> None:
-        token = output.logits[:, -1:].argmax(-1)
-        for _ in range(decode_tokens):
-            output = model.model(token, past_key_values=output.past_key_values, use_cache=True)
-            token = output.logits[:, -1:].argmax(-1)
-
-    prefill, now = partial(model.model, prompt, use_cache=True), Clock(model.device).seconds
-    prompt_seconds, decode_seconds = time_tokens(prefill, decode, now, repeats)
+    runs = runs_of(model, decode_tokens, room=prompt_tokens + decode_tokens)
+    prefill, now = partial(runs.prefill, prompt), Clock(model.device).seconds
+    prompt_seconds, decode_seconds = time_tokens(prefill, runs.decode, now, repeats)
     backends = {
         module.backend.name
         for module in model.model.modules()

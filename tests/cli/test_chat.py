@@ -87,6 +87,7 @@ def test_an_interrupt_ends_the_answer_and_nothing_else(talk, by_generate, monkey
             signal.raise_signal(signal.SIGINT)
         return step(self, tokens)
 
+    monkeypatch.setenv("QTOOL_RUNNER", "0")
     monkeypatch.setattr(ForwardDecoder, "step", interrupted)
     done = talk("w5\n/reset\nw5\n", "--max-tokens", "12")
     assert done.code == 0

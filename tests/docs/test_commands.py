@@ -31,6 +31,7 @@ CARD = "it needs a card; tests marked gpu run it"
 LONG = "the tiny model has too few positions; tests/cli/test_end_to_end.py runs such a command"
 SWEEP = "it makes eight checkpoints; tests/cli/test_mixed_precision.py runs a smaller one"
 SAME = "docs/evaluation.md has such a line, which runs"
+PEER = "it needs llama.cpp; tests/unit/timing/test_cpu.py runs one that isn't real"
 SERVER = "it ends by a signal; test_serving.py runs it"
 TYPED = "the tiny model has no chat template; tests/cli/test_chat.py runs such a command"
 BLANKS = (
@@ -38,6 +39,7 @@ BLANKS = (
 )
 NOT_RUN = {
     "docs/gguf.md: export": BLANKS,
+    "docs/cpu.md: bench OUT_DIR --gguf": PEER,
     "docs/serve.md: serve OUT_DIR": SERVER,
     "docs/serve.md: chat OUT_DIR": TYPED,
     "docs/adding-a-model.md: eval OUT_DIR --baseline MODEL": SAME,

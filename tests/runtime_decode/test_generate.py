@@ -14,7 +14,7 @@ import torch
 from qtool.integrations.transformers import generate, sampling
 from qtool.integrations.transformers.generate import accelerate, use_runner
 from qtool.integrations.transformers.sampling import SharedRunner
-from qtool.runtime.backends._choose import load_backend
+from qtool.runtime.backends._choose import load_backend, use_backend
 from qtool.runtime.decode import read_model as llama
 from qtool.runtime.decode.torch_ops import OPS
 from tests import families
@@ -264,7 +264,9 @@ def test_switches(monkeypatch, count):
 def test_a_backend_says_on_which_devices_it_decodes(monkeypatch, checkpoint, count):
     from transformers import AutoModelForCausalLM
 
-    model, ids = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), prompt(1, 5)
+    with use_backend("dense"):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    ids = prompt(1, 5)
     expected = model.generate(ids, pad_token_id=0, **GREEDY)
     assert not count
     monkeypatch.setattr(type(load_backend("dense")), "decodes_on", "cpu")

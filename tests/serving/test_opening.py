@@ -10,6 +10,8 @@ from qtool.errors import BackendError
 from qtool.integrations.transformers.generate import use_runner
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
+from qtool.runtime.backends._choose import load_backend
+from qtool.runtime.modules import QuantizedLinear
 from qtool.serving import opening
 from qtool.serving.batch import Batch
 from qtool.serving.decoders import ForwardDecoder, RunnerDecoder
@@ -17,10 +19,19 @@ from qtool.serving.opening import DecoderOptions, open_decoder, served_model
 from tests.serving.test_batch import by_generate, finished, request
 
 
-def test_without_a_card_transformers_runs_it(loaded):
-    decoder = open_decoder(loaded)
-    assert isinstance(decoder, ForwardDecoder)
+@pytest.mark.parametrize("runs_steps", [True, False])
+def test_without_a_card_the_backend_decides_what_runs_it(loaded, runs_steps):
+    with use_runner("auto" if runs_steps else "never"):
+        decoder = open_decoder(loaded)
+    native = load_backend("cpu").why_not(quantized_in(loaded.model).tensor(), loaded.model.device)
+    expected = RunnerDecoder if runs_steps and native is None else ForwardDecoder
+    assert isinstance(decoder, expected)
     assert (decoder.slots, decoder.max_length) == (4, 512)
+
+
+def quantized_in(model):
+    """Return a quantized linear of a model."""
+    return next(module for module in model.modules() if isinstance(module, QuantizedLinear))
 
 
 def test_the_runner_gives_the_same_tokens(loaded):

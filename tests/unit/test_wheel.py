@@ -7,6 +7,7 @@ import zipfile
 import pytest
 
 from qtool.recipe.names import built_in, in_folders
+from qtool.runtime.backends.cpu import building
 from tests.helpers import ROOT, run_python
 
 pytestmark = pytest.mark.wheel
@@ -48,6 +49,15 @@ def test_wheel_holds_what_the_repository_has_outside_the_package(wheel):
     assert [name for name in names if name.endswith("wikitext2-test.txt.xz")]
     assert [name for name in names if name.endswith("dialogues.jsonl.xz")]
     assert [name for name in names if name.endswith("LICENSE-texts.md")]
+
+
+@pytest.mark.skipif(building.compiler() is None, reason="there is no C compiler")
+def test_wheel_has_a_library_for_each_level_and_names_its_platform(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    for level in building.instruction_levels():
+        assert f"qtool/_native/{building.file_name(ROOT / 'kernels' / 'cpu', level)}" in names
+    assert wheel.stem.split("-")[-3:-1] == ["py3", "none"] and not wheel.stem.endswith("any")
 
 
 def test_wheel_holds_nothing_of_tests_caches_or_this_machine(wheel):

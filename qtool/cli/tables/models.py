@@ -20,7 +20,8 @@ COLUMNS += [">prefill tokens/s", ">decode tokens/s", "backend"]
 def comparison_report(result: "Comparison") -> dict[str, Any]:
     """Return figures and agreement for machines."""
     report = asdict(result)
-    return {name: report[name] for name in ("figures", "agreement", "chats", "versions")}
+    names = ("figures", "agreement", "chats", "versions")
+    return {name: report[name] for name in (*names, *(["cpu"] if result.cpu else []))}
 
 
 def print_comparison(result: "Comparison") -> None:

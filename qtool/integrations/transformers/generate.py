@@ -31,7 +31,7 @@ _LOG = logging.getLogger(__name__)
 
 GRAPHS_ON = "cuda"
 """Type of the devices on which a step of torch's operations costs no Python."""
-NOT_HERE = "the model isn't on a CUDA card."
+NOT_HERE = "what runs the model's weights has no faster steps on this device."
 OWN_ARGUMENTS = {
     *("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"),
 }
@@ -47,7 +47,8 @@ KNOWN_ARGUMENTS = {
 def use_runner(mode: Mode) -> Iterator[None]:
     """Say inside the block whether `generate` uses the runner.
 
-    "auto": on a card, unless $QTOOL_RUNNER is 0; "always": on a CPU as well, by torch; "never".
+    "auto": where a step costs no Python, on a card or by the `cpu` backend, unless $QTOOL_RUNNER is
+    0; "always": on a CPU by torch as well; "never".
     """
     token = _MODE.set(mode)
     try:

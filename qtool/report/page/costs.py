@@ -51,7 +51,8 @@ def _totals(evidence: Evidence) -> list[tuple[str, str]]:
         (f"step {name}", duration(spent)) for name, spent in steps.items() if name != "quantize"
     ]
     if report.get("peak_memory_bytes") is not None:
-        what = "memory of the process" if report.get("device") == "cpu" else "memory of the card"
+        device = report.get("device")
+        what = "memory of the process" if device == "cpu" else "memory of the card"
         rows.append((f"peak {what}", gigabytes(report["peak_memory_bytes"])))
     for key, what in (("weight_bytes", "weights, written"), ("source_bytes", "weights, read")):
         if report.get(key) is not None:

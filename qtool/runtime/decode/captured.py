@@ -1,4 +1,4 @@
-"""A decoding step over fixed buffers: on a card one CUDA graph, which is replayed."""
+"""A decoding step over fixed buffers: on a card one CUDA graph, elsewhere one call if there is."""
 
 import functools
 from collections.abc import Callable
@@ -19,9 +19,12 @@ class CapturedStep:
         self.state, self._weights, self._ops = state, weights, ops
         self._device = state.keys.device
         self.recorded: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
+        self.whole = ops.whole_step(weights, state)
 
     def run(self) -> Tensor:
         """Take one step; return its logits (batch, vocab_size), which the next one overwrites."""
+        if self.whole is not None:
+            return self.whole()
         if self._device.type != "cuda":
             return self._eager()
         self.prepare()

@@ -1,8 +1,11 @@
 """What a decoding step is made of: the operations, and the buffers they read and write."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +69,15 @@ class DecodeOps(Protocol):
     ) -> Tensor | None:
         """Return zeros for what `attend` shares among blocks, if it needs that."""
 
+    def whole_step(
+        self, weights: DecoderWeights, state: DecodeState
+    ) -> Callable[[], Tensor] | None:
+        """Return one call that is a step over these buffers, `choose` and all; None: there is none.
+
+        It returns logits (batch, vocab_size), in float32 or the dtype of the weights, which the
+        next call overwrites.
+        """
+
 
 def new_state(
     weights: DecoderWeights, ops: DecodeOps, *, max_length: int, batch: int
@@ -83,8 +95,8 @@ def new_state(
     shape, device = weights.shape, weights.final_norm.device
     size = (len(weights.layers), batch, shape.num_key_value_heads, max_length, shape.head_dim)
     return DecodeState(
-        keys=torch.zeros(size, dtype=shape.dtype, device=device),
-        values=torch.zeros(size, dtype=shape.dtype, device=device),
+        keys=_cache(size, shape.dtype, device),
+        values=_cache(size, shape.dtype, device),
         rotary=rotary_table(weights, max_length),
         tokens=torch.zeros(batch, dtype=torch.int64, device=device),
         positions=torch.zeros(batch, dtype=torch.int32, device=device),
@@ -92,6 +104,14 @@ def new_state(
         steps=torch.zeros(1, dtype=torch.int32, device=device),
         scratch=ops.scratch(shape, batch, max_length, device),
     )
+
+
+def _cache(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros; on a CPU numpy's, which take memory only where something is written."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    octets = np.zeros(prod(size) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(octets).view(dtype).view(size)
 
 
 def rotary_table(weights: DecoderWeights, max_length: int) -> Tensor:

@@ -1,5 +1,7 @@
 """The operations of a decoding step in plain torch: their definition, and what a CPU runs."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -11,6 +13,7 @@ from qtool.runtime.decode.weights import (
     DecoderExperts,
     DecoderLayer,
     DecoderShape,
+    DecoderWeights,
     Projection,
     Projections,
 )
@@ -79,6 +82,13 @@ class TorchOps:
     ) -> Tensor | None:
         """Return None: nothing is shared."""
         del shape, batch, max_length, device
+        return None
+
+    def whole_step(
+        self, weights: DecoderWeights, state: DecodeState
+    ) -> Callable[[], Tensor] | None:
+        """Return None: a step is the operations one by one."""
+        del weights, state
         return None
 
 

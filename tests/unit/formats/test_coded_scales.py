@@ -82,7 +82,8 @@ def test_a_model_is_written_as_planned_and_read_back(llama, tmp_path):
     name = plan.layers[0].name
     stored, x = reader.load(name), normal(3, plan.layers[0].shape.in_features)
     assert isinstance(stored, QuantizedTensor)
-    torch.testing.assert_close(model.get_submodule(name)(x), x @ dequantized(stored).T)
+    got, expected = model.get_submodule(name)(x), x @ dequantized(stored).T
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @given(num_bits=st.integers(1, 8), symmetric=st.booleans(), seed=st.integers(0, 10_000))

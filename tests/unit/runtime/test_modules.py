@@ -19,6 +19,11 @@ CPU = torch.device("cpu")
 SCHEME = WeightScheme(num_bits=3, group_size=16)
 
 
+def assert_near(got, expected):
+    """Compare numbers; the backend that is chosen may look up sums of inputs in 16 bits."""
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-3)
+
+
 def entry(shape: tuple[int, int] = (12, 40), **changes) -> LayerEntry:
     values = {"format": "binary_coding", "scheme": SCHEME, "method": "bcq", **changes}
     return LayerEntry(shape=Shape2D(*shape), **values)
@@ -38,7 +43,7 @@ def test_linear_adds_the_bias_to_the_product():
     assert linear.bias is not None
     linear.bias.data = bias
     x = normal(2, 5, 40)
-    torch.testing.assert_close(linear(x), nn.functional.linear(x, weight, bias))
+    assert_near(linear(x), nn.functional.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("factor", [1.0, 8.0])
@@ -53,7 +58,7 @@ def test_tied_head_uses_the_table_and_holds_nothing_of_its_own():
     table, weight = filled(QuantizedEmbedding(entry(), torch.float32))
     head = TiedHead(table)
     x = normal(3, 40)
-    torch.testing.assert_close(head(x), x @ weight.T)
+    assert_near(head(x), x @ weight.T)
     assert list(head.state_dict()) == []
 
 
@@ -82,7 +87,7 @@ def test_cast_of_the_model_leaves_the_parts_in_their_dtypes(convert):
         assert part.dtype == before[name].dtype
         assert torch.equal(part, before[name])
     x = normal(3, 40)
-    torch.testing.assert_close(linear(x), x @ weight.T)
+    assert_near(linear(x), x @ weight.T)
 
 
 def test_activations_of_another_dtype_are_prepared_anew():
@@ -90,7 +95,7 @@ def test_activations_of_another_dtype_are_prepared_anew():
     x = normal(3, 40)
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         assert linear(x.to(dtype)).dtype == dtype
-    torch.testing.assert_close(linear(x), x @ weight.T)
+    assert_near(linear(x), x @ weight.T)
 
 
 def test_other_parts_that_are_loaded_after_a_call_are_used():
@@ -99,7 +104,7 @@ def test_other_parts_that_are_loaded_after_a_call_are_used():
     linear(x)
     other, weight = filled(QuantizedLinear(entry(), None), seed=1)
     linear.load_state_dict(other.state_dict())
-    torch.testing.assert_close(linear(x), x @ weight.T)
+    assert_near(linear(x), x @ weight.T)
 
 
 def test_a_move_that_changes_nothing_keeps_the_layout_and_others_forget_it():
@@ -145,6 +150,8 @@ def test_copies_have_the_parts_at_home_and_no_layout():
 
 def test_pickles_hold_the_parts_alone_and_predict_the_same(tmp_path):
     linear, _ = filled(QuantizedLinear(entry(), normal(12)))
+    assert linear.bias is not None
+    linear.bias.data = normal(12)
     x, before = normal(3, 40), len(pickle.dumps(linear))
     expected = linear(x)
     assert len(pickle.dumps(linear)) < before + 100
@@ -205,6 +212,7 @@ def test_representation_tells_shape_and_scheme():
 def test_best_backend_is_chosen_unless_one_is_asked_for(monkeypatch):
     tensor = random_tensor("binary_coding", SCHEME, Shape2D(4, 32), 0)
     dense, reference = load_backend("dense"), load_backend("reference")
+    monkeypatch.setattr(type(load_backend("cpu")), "why_not", lambda *_args: "No compiler.")
     assert choose_backend(tensor, CPU, None) is dense
     with monkeypatch.context() as patch:
         patch.setattr(type(reference), "priority", dense.priority + 1)

@@ -1,5 +1,6 @@
 """The operations of a decoding step by the kernels; what launches is passed in."""
 
+from collections.abc import Callable
 from math import e, log2
 
 import torch
@@ -18,6 +19,7 @@ from qtool.runtime.decode.weights import (
     DecoderExperts,
     DecoderLayer,
     DecoderShape,
+    DecoderWeights,
     Projection,
     Projections,
 )
@@ -135,6 +137,13 @@ class KernelOps:
         splits = splits_for(self._card, rows * batch, max_length)
         size = (batch, rows, splits, heads * (shape.head_dim + 2))
         return torch.zeros(size, dtype=torch.int64, device=device)
+
+    def whole_step(
+        self, weights: DecoderWeights, state: DecodeState
+    ) -> Callable[[], Tensor] | None:
+        """Return None: a step is a graph of the operations."""
+        del weights, state
+        return None
 
 
 def heads_per_block(group: int, head_dim: int) -> int:

@@ -1,0 +1,89 @@
+/* Weights of planes for a caller: their layout, single rows, and products with few inputs. */
+#include "product.h"
+
+typedef struct {
+    const qt_planes *weight;
+    const float *x;
+    int64_t batch;
+    char *tables;
+    float *y;
+} qt_call;
+
+static void multiply(void *argument, qt_team *team, int64_t thread, int64_t threads) {
+    const qt_call *call = argument;
+    const qt_planes *w = call->weight;
+    int64_t apart = qt_table_bytes(w), stride = 0;
+    int64_t first = w->num_groups * thread / threads, last = w->num_groups * (thread + 1) / threads;
+    for (int64_t b = 0; b < call->batch; b++)
+        qt_make_tables(w, call->x + b * w->inputs, first, last, call->tables + b * apart);
+    qt_team_wait(team);
+    for (const qt_planes *class = w; class; class = class->next) stride += class->rows;
+    for (; w; w = w->next)
+        qt_multiply_planes(w, call->tables, apart, call->batch, call->y, stride, 0,
+                           qt_tiles(w) * thread / threads, qt_tiles(w) * (thread + 1) / threads);
+}
+
+typedef struct {
+    const qt_planes *weight;
+    const uint32_t *bit_planes;
+    const uint16_t *scales, *offsets;
+} qt_packing;
+
+static void pack(void *argument, qt_team *team, int64_t thread, int64_t threads) {
+    const qt_packing *p = argument;
+    int64_t tiles = qt_tiles(p->weight);
+    (void)team;
+    qt_pack_tiles(p->weight, p->bit_planes, p->scales, p->offsets, tiles * thread / threads,
+                  tiles * (thread + 1) / threads, (uint8_t *)p->weight->stream);
+}
+
+typedef struct {
+    const qt_planes *weight;
+    const int64_t *rows;
+    int64_t first, count;
+    float *y;
+} qt_rows_call;
+
+static void widen(void *argument, qt_team *team, int64_t thread, int64_t threads) {
+    const qt_rows_call *call = argument;
+    (void)team;
+    for (int64_t i = call->count * thread / threads; i < call->count * (thread + 1) / threads; i++)
+        qt_planes_row(call->weight, call->rows ? call->rows[i] : call->first + i,
+                      call->y + i * call->weight->inputs);
+}
+
+int64_t qt_planes_size(qt_planes *w) {
+    w->num_groups = (w->inputs + w->group_size - 1) / w->group_size;
+    w->chunks = (w->group_size + QT_CHUNK - 1) / QT_CHUNK;
+    w->tile_bytes = 0;
+    for (int64_t g = 0; g < w->num_groups; g++)
+        w->tile_bytes += qt_bytes_of_group(w, qt_group_chunks(w, g));
+    w->together = qt_table_bytes(w) > QT_FEW_TABLES ? QT_TOGETHER : 1;
+    return qt_tiles(w) * w->tile_bytes;
+}
+
+void qt_planes_pack(const qt_planes *w, const uint32_t *bit_planes, const uint16_t *scales,
+                    const uint16_t *offsets, int64_t threads) {
+    qt_packing packing = {w, bit_planes, scales, offsets};
+    qt_team_run(threads, pack, &packing);
+}
+
+void qt_planes_rows(const qt_planes *w, const int64_t *rows, int64_t first, int64_t count, float *y,
+                    int64_t threads) {
+    qt_rows_call call = {w, rows, first, count, y};
+    qt_team_run(threads, widen, &call);
+}
+
+int64_t qt_planes_room(const qt_planes *w, int64_t batch) { return batch * qt_table_bytes(w); }
+
+void qt_planes_multiply(const qt_planes *w, const float *x, int64_t batch, char *room, float *y,
+                        int64_t threads) {
+    qt_call call = {w, x, batch, room, y};
+    qt_team_run(threads, multiply, &call);
+}
+
+#ifndef QT_FINGERPRINT
+#define QT_FINGERPRINT "none"
+#endif
+/* Of the text and the flags that this was made of. */
+const char *qt_fingerprint(void) { return QT_FINGERPRINT; }

@@ -1,0 +1,83 @@
+/* Products of a decoding step: weights of planes by tables, dense ones by dot products. */
+#ifndef QT_PRODUCT_H
+#define QT_PRODUCT_H
+
+#include "decode.h"
+#include "planes.h"
+#include "team.h"
+
+#define QT_OWN_TABLES 65536 /* bytes of tables that each thread sooner makes than waits for */
+
+QT_INLINE float qt_dot_with(const void *row, qt_dtype dtype, const float *x, int64_t n) {
+    if (dtype == QT_FLOAT32) return qt_dot(row, x, n);
+    float wide[8 * QT_LANES], total = 0.0f;
+    for (int64_t i = 0; i < n; i += 8 * QT_LANES) {
+        int64_t count = n - i < 8 * QT_LANES ? n - i : 8 * QT_LANES;
+        qt_widen((const char *)row + 2 * i, dtype, count, wide);
+        total += qt_dot(wide, x + i, count);
+    }
+    return total;
+}
+
+/* Rows begin .. end - 1 of a dense weight times x (batch, inputs). */
+static inline void qt_multiply_dense(const qt_projection *w, const float *x, int64_t batch, float *y,
+                                     int64_t stride, int add, int64_t begin, int64_t end) {
+    int64_t item = w->dtype == QT_FLOAT32 ? 4 : 2;
+    for (int64_t row = begin; row < end; row++) {
+        const char *weights = (const char *)w->dense + row * w->inputs * item;
+        for (int64_t b = 0; b < batch; b++) {
+            float value = qt_dot_with(weights, (qt_dtype)w->dtype, x + b * w->inputs, w->inputs);
+            y[b * stride + row] = add ? y[b * stride + row] + value : value;
+        }
+    }
+}
+
+/* Writes rows row .. row + count - 1 of a tile, or adds them, for each of a batch. */
+QT_INLINE void qt_put_tile(const qt_planes *w, const qt_floats (*tile)[2], int64_t row, int64_t count,
+                           int64_t batch, float *y, int64_t stride, int add) {
+    for (int64_t b = 0; b < batch; b++, y += stride) {
+        float values[QT_TILE_ROWS];
+        qt_store(values, tile[b][0]), qt_store(values + QT_LANES, tile[b][1]);
+        for (int64_t i = 0; i < count; i++) {
+            float *place = y + (w->places ? w->places[row + i] : row + i);
+            *place = add ? *place + values[i] : values[i];
+        }
+    }
+}
+
+/* Tiles begin .. end - 1 of a weight of planes, by tables `apart` bytes apart. */
+static inline void qt_multiply_planes(const qt_planes *w, const char *place, int64_t apart, int64_t batch,
+                                      float *y, int64_t stride, int add, int64_t begin, int64_t end) {
+    qt_tables tables[QT_MOST_TOKENS];
+    qt_floats values[QT_TOGETHER * QT_MOST_TOKENS][2];
+    for (int64_t tile = begin, count; tile < end; tile += count) {
+        count = w->together - tile % w->together; /* to the end of the block */
+        count = end - tile < count ? end - tile : count;
+        for (int64_t b = 0, tokens; b < batch; b += tokens) {
+            tokens = batch - b >= 4 ? 4 : batch - b >= 2 ? 2 : 1;
+            for (int64_t i = 0; i < tokens; i++) tables[i] = qt_tables_at(w, place + (b + i) * apart);
+            if (tokens == 1)
+                qt_multiply_tiles(w, tile, count, tables, 1, values);
+            else if (tokens == 2)
+                qt_multiply_tiles(w, tile, count, tables, 2, values);
+            else
+                qt_multiply_tiles(w, tile, count, tables, 4, values);
+            for (int64_t t = 0; t < count; t++) {
+                int64_t row = (tile + t) * QT_TILE_ROWS, left = w->rows - row;
+                qt_put_tile(w, values + t * tokens, row, left < QT_TILE_ROWS ? left : QT_TILE_ROWS, tokens,
+                            y + b * stride, stride, add);
+            }
+        }
+    }
+}
+
+/* Row `row` of a weight, (inputs) floats. */
+static inline void qt_row(const qt_projection *w, int64_t row, float *y) {
+    int64_t item = w->dtype == QT_FLOAT32 ? 4 : 2;
+    if (w->packed)
+        qt_planes_row(w->packed, row, y);
+    else
+        qt_widen((const char *)w->dense + row * w->inputs * item, (qt_dtype)w->dtype, w->inputs, y);
+}
+
+#endif

@@ -1,0 +1,67 @@
+"""Decoding on the CPU: a step is one native call, a prompt is read through torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool.runtime.backends.cpu.decode_step import DecoderTable, NativeStep
+from qtool.runtime.decode.ops import DecodeState
+from qtool.runtime.decode.torch_ops import TorchOps, silu_times
+from qtool.runtime.decode.weights import DecoderWeights, Projection, Projections
+
+
+@dataclass(frozen=True, slots=True)
+class NativeCalls:
+    """What the backend has for weights that it has prepared, and its library."""
+
+    library: Any
+    """With `qt_decode_step` and `qt_decode_room`."""
+    packed: Callable[[Any], int]
+    """Returns the address of what the library has of a weight."""
+    multiply: Callable[[Tensor, Any], Tensor]
+    """(..., in_features), weight -> (..., out_features)."""
+    rows: Callable[[Tensor, Any], Tensor]
+    """(...) int64, weight -> (..., in_features)."""
+    threads: Callable[[], int]
+    """Returns by how many threads a step runs."""
+
+
+class NativeOps(TorchOps):
+    """Of one model; what isn't prepared by the backend is dense."""
+
+    def __init__(self, weights: DecoderWeights, calls: NativeCalls) -> None:
+        self._calls = calls
+        dense = all(layer.experts is None for layer in weights.layers)
+        self._table = DecoderTable(weights, calls.packed) if dense else None
+
+    def embed(self, tokens: Tensor, table: Projection) -> Tensor:
+        """Return the rows of the tokens."""
+        if isinstance(table, Tensor):
+            return super().embed(tokens, table)
+        return self._calls.rows(tokens, table)
+
+    def linear(self, x: Tensor, projection: Projections, residual: Tensor | None = None) -> Tensor:
+        """Return x @ W.T + residual."""
+        parts = projection if isinstance(projection, tuple) else (projection,)
+        y = [self._multiplied(x, part) for part in parts]
+        both = y[0] if len(y) == 1 else torch.cat(y, dim=-1)
+        return both if residual is None else residual + both
+
+    def gated(self, x: Tensor, gate_up: Projections) -> Tensor:
+        """Return silu(x @ gate.T) * (x @ up.T)."""
+        return silu_times(self.linear(x, gate_up))
+
+    def whole_step(self, weights: DecoderWeights, state: DecodeState) -> NativeStep | None:
+        """Return the native step; None: it knows no experts."""
+        del weights
+        if self._table is None:
+            return None
+        return NativeStep(self._table, state, self._calls.library, self._calls.threads)
+
+    def _multiplied(self, x: Tensor, projection: Projection) -> Tensor:
+        if isinstance(projection, Tensor):
+            return torch.nn.functional.linear(x, projection)
+        return self._calls.multiply(x, projection)

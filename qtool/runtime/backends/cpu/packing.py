@@ -1,0 +1,198 @@
+"""Weights as the library reads them, one stream each: kernels/cpu/planes.h says what is in it."""
+
+import ctypes
+import sys
+import weakref
+from collections.abc import Sequence
+from ctypes import Structure, c_int64, c_void_p
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qtool.base import QuantizedTensor
+from qtool.formats.mixed_rows import MIXED_ROWS, split_rows
+from qtool.runtime.backends.cpu.library import Library
+from qtool.runtime.backends.cpu.threads import library_threads
+from qtool.runtime.backends.cuda.centers import CENTERS, planes_of
+from qtool.scheme import Shape2D
+
+MOST_GROUPED = 512
+"""Inputs that share a scale of tables: more would be rounded to coarser steps."""
+SPLITS = (512, 256, 128, 64, 32)
+STREAM_ALIGNMENT, HUGE_PAGE = 64, 2**21
+HUGE_PAGES = 14  # MADV_HUGEPAGE
+BLOCK_ROWS = 1024
+"""That are dequantized at once."""
+
+
+class PlanesText(Structure):
+    """`qt_planes`."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        *((name, c_int64) for name in ("rows", "inputs", "group_size", "num_bits")),
+        *((name, c_int64) for name in ("num_groups", "chunks", "centered", "tile_bytes")),
+        ("together", c_int64),
+        *((name, c_void_p) for name in ("stream", "next", "places", "numbers")),
+    ]
+
+
+PACKED_WEIGHTS: "weakref.WeakValueDictionary[int, PackedWeight]" = weakref.WeakValueDictionary()
+"""All weights there are, by the address of what the library has of them."""
+
+
+class PackedWeight:
+    """A weight of planes, ready for the library; nothing else of it need be in memory."""
+
+    def __init__(self, tensor: QuantizedTensor, dtype: torch.dtype, library: Library) -> None:
+        """Lay a weight out.
+
+        Args:
+            tensor: Of a format that `planes_of` makes planes of, or whose classes of rows are.
+            dtype: Of the activations.
+            library: Runs it.
+        """
+        self.shape, self.dtype, self._library = Shape2D(*tensor.shape), dtype, library
+        self._kept: list[Any] = []
+        classes: Sequence[QuantizedTensor] = (tensor,)
+        numbers = None
+        if tensor.format == MIXED_ROWS:
+            classes, numbers = split_rows(tensor)
+        self._texts = [self._text(planes_of(part)) for part in classes]
+        for text, after in pairwise(self._texts):
+            text.next = ctypes.addressof(after)
+        if numbers is not None:
+            self._name_rows(numbers.contiguous())
+        self.address = ctypes.addressof(self._texts[0])
+        self.handle = torch.tensor([self.address])
+        """A tensor, so that graphs of a compiler hold for all weights of a shape."""
+        PACKED_WEIGHTS[self.address] = self
+
+    @property
+    def num_bytes(self) -> int:
+        """Return what the streams take."""
+        return sum(each.nbytes for each in self._kept)
+
+    @property
+    def level(self) -> str:
+        """Return of which level of instructions what runs it is."""
+        return self._library.level
+
+    @property
+    def planes_per_row(self) -> float:
+        """Return how many planes a row has, on average."""
+        return sum(text.rows * text.num_bits for text in self._texts) / self.shape.out_features
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return x @ W.T by tables: (tokens, in_features) -> (tokens, out_features) float32."""
+        x = x.float().contiguous()
+        y = torch.empty(len(x), self.shape.out_features)
+        calls = self._library.calls
+        room = torch.empty(
+            calls.qt_planes_room(self.address, len(x)) + STREAM_ALIGNMENT, dtype=torch.int8
+        )
+        place = room.data_ptr() + -room.data_ptr() % STREAM_ALIGNMENT
+        pointers = (x.data_ptr(), len(x), place, y.data_ptr())
+        calls.qt_planes_multiply(self.address, *pointers, library_threads())
+        return y
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return rows of W, index.shape + (in_features,), in the dtype of the activations.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        index = index.long().contiguous()
+        found = torch.empty(*index.shape, self.shape.in_features)
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.shape[0]:
+            raise IndexError(
+                f"Rows {int(index.min())} .. {int(index.max())} are asked for; the weight has 0 .. "
+                f"{self.shape[0] - 1}."
+            )
+        pointers = (index.data_ptr(), 0, index.numel(), found.data_ptr())
+        self._library.calls.qt_planes_rows(self.address, *pointers, library_threads())
+        return found.to(self.dtype)
+
+    def block(self, first: int, count: int) -> Tensor:
+        """Return rows first .. first + count - 1 of W, in the dtype of the activations."""
+        found = torch.empty(count, self.shape.in_features)
+        pointers = (None, first, count, found.data_ptr())
+        self._library.calls.qt_planes_rows(self.address, *pointers, library_threads())
+        return found.to(self.dtype)
+
+    def dense(self) -> Tensor:
+        """Return W: (out_features, in_features)."""
+        dense = torch.empty(self.shape, dtype=self.dtype)
+        for first in range(0, len(dense), BLOCK_ROWS):
+            part = dense[first : first + BLOCK_ROWS]
+            part.copy_(self.block(first, len(part)))
+        return dense
+
+    def _text(self, tensor: QuantizedTensor) -> PlanesText:
+        """Lay out one class of rows."""
+        centered = CENTERS in tensor.parts
+        scales, offsets = tensor.parts["plane_scales"], tensor.parts.get("plane_offsets")
+        offsets = tensor.parts[CENTERS] if centered else offsets
+        size = min(tensor.scheme.group_size or tensor.shape.in_features, tensor.shape.in_features)
+        parts = split_size(size, tensor.shape.in_features)
+        groups = -(-tensor.shape.in_features // parts)
+        text = PlanesText(*tensor.shape, parts, tensor.scheme.num_bits, centered=centered)
+        calls, address = self._library.calls, ctypes.addressof(text)
+        stream = empty_stream(calls.qt_planes_size(address))
+        text.stream = stream.ctypes.data
+        spread = [
+            None if part is None else _repeated(part, -(-size // parts), groups)
+            for part in (scales, offsets)
+        ]
+        planes = tensor.parts["bit_planes"].contiguous()
+        pointers = [None if part is None else part.data_ptr() for part in (planes, *spread)]
+        calls.qt_planes_pack(address, *pointers, library_threads())
+        self._kept.append(stream)
+        return text
+
+    def _name_rows(self, numbers: Tensor) -> None:
+        """Say where the rows of classes belong."""
+        places = numbers.argsort()
+        first = 0
+        for text in self._texts:
+            text.places = places.data_ptr() + first * places.element_size()
+            first += text.rows
+        self._texts[0].numbers = numbers.data_ptr()
+        self._named = (places, numbers)
+
+
+def split_size(size: int, inputs: int) -> int:
+    """Return the inputs of a group as the library has it, of groups of `size`: all, or a part."""
+    if size <= MOST_GROUPED:
+        return size
+    if size >= inputs:
+        return MOST_GROUPED
+    return next((part for part in SPLITS if size % part == 0), size)
+
+
+def empty_stream(num_bytes: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """Return zeros, in huge pages where the system gives some: a stream is read much faster."""
+    alignment = HUGE_PAGE if num_bytes >= HUGE_PAGE else STREAM_ALIGNMENT
+    whole = np.zeros(num_bytes + alignment, np.uint8)  # its pages aren't there before they're used
+    first = -whole.ctypes.data % alignment
+    stream = whole[first : first + num_bytes]
+    if alignment == HUGE_PAGE and (advise := _advise()) is not None:
+        advise(c_void_p(stream.ctypes.data), ctypes.c_size_t(num_bytes), HUGE_PAGES)
+    return stream
+
+
+def _advise() -> Any:  # noqa: ANN401
+    """Return madvise, where the system is Linux."""
+    try:
+        return ctypes.CDLL(None).madvise if sys.platform == "linux" else None
+    except (OSError, AttributeError):
+        return None
+
+
+def _repeated(parameters: Tensor, times: int, groups: int) -> Tensor:
+    """Return parameters (..., groups) of groups that are cut into `times` each."""
+    if times > 1:
+        parameters = parameters.repeat_interleave(times, dim=-1)[..., :groups]
+    return parameters.half().contiguous()

@@ -1,0 +1,63 @@
+/* Runs the library on weights of odd shapes, for a compiler's sanitizers to watch; prints nothing. */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "product.h"
+
+int64_t qt_planes_size(qt_planes *w);
+void qt_planes_pack(const qt_planes *, const uint32_t *, const uint16_t *, const uint16_t *, int64_t);
+void qt_planes_rows(const qt_planes *, const int64_t *, int64_t, int64_t, float *, int64_t);
+int64_t qt_planes_room(const qt_planes *, int64_t);
+void qt_planes_multiply(const qt_planes *, const float *, int64_t, char *, float *, int64_t);
+
+static uint32_t state = 1;
+static uint32_t some(void) { return state = state * 1664525u + 1013904223u; }
+
+/* Exactly as many bytes as are needed, so that a read beyond them is found. */
+static void *exactly(int64_t bytes) {
+    void *place = NULL;
+    if (posix_memalign(&place, 64, (size_t)bytes)) abort();
+    memset(place, 0, (size_t)bytes);
+    return place;
+}
+
+static int run(int64_t rows, int64_t inputs, int64_t group, int64_t bits, int64_t batch, int64_t threads) {
+    qt_planes w = {.rows = rows, .inputs = inputs, .group_size = group, .num_bits = bits};
+    w.centered = batch % 2;
+    uint8_t *stream = exactly(qt_planes_size(&w));
+    w.stream = stream;
+    int64_t words = (inputs + 31) / 32, groups = (inputs + group - 1) / group, wrong = 0;
+    uint32_t *planes = exactly(bits * rows * words * 4);
+    uint16_t *scales = exactly(bits * rows * groups * 2), *offsets = exactly(rows * groups * 2);
+    for (int64_t i = 0; i < bits * rows * words; i++) planes[i] = some();
+    for (int64_t i = 0; i < bits * rows * groups; i++) scales[i] = qt_float_to_half((float)(some() % 99) / 99);
+    for (int64_t i = 0; i < rows * groups; i++) offsets[i] = qt_float_to_half((float)(some() % 9) / 2);
+    qt_planes_pack(&w, planes, scales, batch % 3 ? offsets : NULL, threads);
+    float *x = exactly(batch * inputs * 4), *y = exactly(batch * rows * 4), *dense = exactly(rows * inputs * 4);
+    for (int64_t i = 0; i < batch * inputs; i++) x[i] = (float)(some() >> 8) / 8388608.0f - 1;
+    char *room = exactly(qt_planes_room(&w, batch));
+    qt_planes_multiply(&w, x, batch, room, y, threads);
+    qt_planes_rows(&w, NULL, 0, rows, dense, threads);
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t row = 0; row < rows; row++) {
+            double sum = 0, terms = 0;
+            for (int64_t i = 0; i < inputs; i++) {
+                double term = (double)dense[row * inputs + i] * x[b * inputs + i];
+                sum += term, terms += fabs(term);
+            }
+            wrong += !(fabs(y[b * rows + row] - sum) <= 1e-4 * (terms + 1));
+        }
+    free(stream), free(planes), free(scales), free(offsets), free(x), free(y), free(dense), free(room);
+    return wrong > 0;
+}
+
+int main(void) {
+    int wrong = 0;
+    wrong += run(1, 1, 1, 1, 1, 1);
+    wrong += run(31, 31, 31, 8, 2, 2);
+    wrong += run(33, 65, 64, 3, 3, 3);
+    wrong += run(100, 576, 128, 4, 5, 2);
+    wrong += run(2100, 1300, 512, 2, 1, 2);
+    wrong += run(70, 2048, 16, 3, 7, 1);
+    return wrong;
+}
