@@ -13,6 +13,7 @@ from qtool.modeling.discover import adapter_of
 from qtool.modeling.families import families as known_families
 from qtool.modeling.families import load_adapter
 from qtool.modeling.locate import Location
+from qtool.runtime.backends._choose import use_backend
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead
 from tests import families
 from tests.helpers import dequantized, recipe
@@ -23,10 +24,12 @@ TABLE = {"method": "rtn", "scheme": {"num_bits": 8, "group_size": 32}}
 PROMPT = torch.arange(3, 23).unsqueeze(0)
 
 
-def load(directory: Path, dtype: torch.dtype = torch.float32):
+def load(directory: Path, dtype: torch.dtype = torch.float32, backend: str | None = "dense"):
+    """Load a model whose products are torch's: what is compared is what was loaded."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    with use_backend(backend):
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
 
 
 @torch.inference_mode()
@@ -96,6 +99,11 @@ def test_logits_equal_those_of_the_original_with_dequantized_weights(case):
             target = modules[name].weight
             target.copy_(weight.T if type(modules[name]).__name__ == "Conv1D" else weight)
     torch.testing.assert_close(logits(case.reloaded), logits(case.original), rtol=1e-4, atol=1e-5)
+
+
+def test_the_backend_chosen_for_a_cpu_says_nearly_the_same(case):
+    said, expected = logits(load(case.out_dir, backend=None)), logits(case.reloaded)
+    assert float((said - expected).norm()) <= 1e-3 * float(expected.norm())
 
 
 def test_logits_are_close_to_those_of_the_original(case):

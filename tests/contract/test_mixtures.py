@@ -12,6 +12,7 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.core.experts import expert_name
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
+from qtool.runtime.backends._choose import use_backend
 from qtool.runtime.modules import QuantizedLinear, QuantizedWeight
 from tests import families, mixtures
 from tests.helpers import QUICK_BCQ, dequantized
@@ -22,8 +23,11 @@ PROMPT = torch.arange(3, 23).unsqueeze(0)
 BY_BCQ = ("qwen3_moe", "gpt_oss")
 
 
-def load(directory):
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+def load(directory, backend="dense"):
+    """Load a model whose products are torch's: what is compared is what was loaded."""
+    with use_backend(backend):
+        kind = transformers.AutoModelForCausalLM
+        return kind.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 @torch.inference_mode()
@@ -73,6 +77,11 @@ def test_logits_equal_those_of_transformers_own_experts_with_dequantized_weights
             weight = dequantized(case.reader.load(name))
             mixtures.fused_weight(case.original, name).copy_(weight)
     torch.testing.assert_close(logits(case.quantized), logits(case.original), rtol=1e-4, atol=1e-5)
+
+
+def test_the_backend_chosen_for_a_cpu_says_nearly_the_same(case):
+    said, expected = logits(load(case.out, backend=None)), logits(case.quantized)
+    assert float((said - expected).norm()) <= 1e-3 * float(expected.norm())
 
 
 def test_every_expert_is_a_layer_and_what_stands_beside_them_is_not(case):
