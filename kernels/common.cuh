@@ -82,6 +82,22 @@ DEVICE void mma(float *d, const float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0
           "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
+// The same of bfloat16.
+DEVICE void mma_bfloat(float *d, const float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1),
+          "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// An 8x8 matrix of 16-bit numbers: lane 4 g + t gives row g, columns 2 t and 2 t + 1, and gets column g.
+DEVICE u32 transpose_pairs(u32 pair) {
+    u32 column;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(column) : "r"(pair));
+    return column;
+}
+
 // The same on bytes, 16x8x32: A unsigned, B signed, C and D 32-bit integers.
 DEVICE void mma_bytes(int *d, const int *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "

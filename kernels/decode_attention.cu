@@ -8,105 +8,229 @@
 // It waits for blocks of lower index only, which have started before it, and sees that a part is there by
 // its mark: no step and layer share one. The order of all sums is fixed.
 //
-// Within a block each group of ROW_LANES lanes reads one position at a time, eight dimensions per lane,
-// with a maximum and a sum of its own; those are merged within the warp, then among the warps.
+// Within a block each warp takes 16 positions, or twice as many, at a time to the tensor cores: scores are
+// keys (16 positions x 16 dimensions) times queries (16 x 8 heads), sums are values (16 dimensions x
+// 16 positions) times powers (16 x 8 heads). Which dimension is which row or column of a product is free,
+// so lanes load 16 bytes straight into the operands; what is one product's result and the other's operand is
+// transposed within the warp. Each warp has maxima and totals of its own, merged in the end.
 //
-// Compile-time: HEAD_DIM (a multiple of 8, up to 256), HEADS, BLOCKS (HEADS * BLOCKS query heads per
-// key-value head), QK_NORM, SHORTEST (positions of a part, at least), ACTIVATION_BF16.
-// Shared: HEADS * HEAD_DIM floats, 2 * HEAD_DIM halves, WARPS * HEADS * (HEAD_DIM + 2) floats.
+// An int8 cache holds codes -127 to 127, and a scale per position and key-value head: the largest
+// magnitude over 127. Codes become float16, exactly; scales multiply scores and powers.
+//
+// Compile-time: HEAD_DIM (a multiple of 8, up to 256; of 16 with INT8_CACHE), HEADS (up to 8), BLOCKS
+// (HEADS * BLOCKS query heads per key-value head), QK_NORM, SHORTEST (positions of a part, at least),
+// INT8_CACHE, ACTIVATION_BF16.
+// Shared: HEADS * QUERY_STRIDE halves, 2 * HEAD_DIM halves, 4 floats, WARPS * HEADS * PART floats.
 
 #define THREADS 256
 #define WARPS (THREADS / WARP)
-#define VECTORS (HEAD_DIM / 8)
-#define ROW_LANES (VECTORS > 16 ? 32 : VECTORS > 8 ? 16 : VECTORS > 4 ? 8 : VECTORS > 2 ? 4 : VECTORS)
-#define ROWS (WARP / ROW_LANES)        // positions that a warp reads at once
-#define MOST (HEADS > 4 ? 2 : 4)       // what registers hold
-#define AT_ONCE (8 / ROWS > MOST ? MOST : 8 / ROWS > 0 ? 8 / ROWS : 1)
+#if INT8_CACHE
+#define STORED signed char
+#else
+#define STORED u16
+#endif
+#define PER_LOAD (16 / (int)sizeof(STORED))               // numbers that a lane loads at once
+#define PAIRS_LOADED (PER_LOAD / 2)
+#define KEY_LOADS ((HEAD_DIM + 4 * PER_LOAD - 1) / (4 * PER_LOAD))   // of a row by 4 lanes
+#define VALUE_LOADS ((HEAD_DIM + 8 * PER_LOAD - 1) / (8 * PER_LOAD)) // of a row by 8 lanes
+#define TILE 16                                           // positions of a product
+#define TILES (HEAD_DIM * (int)sizeof(STORED) > 128 ? 1 : 2) // at a time: what registers hold
+#define QUERY_STRIDE (KEY_LOADS * 4 * PER_LOAD / 64 * 64 + 32) // lanes' loads then hit other banks
 #define HALF (HEAD_DIM / 2)
 #define PAIRS ((HALF + WARP - 1) / WARP)                 // rotated together, per lane
 #define ROUNDS ((HEADS + 2 + WARPS - 1) / WARPS)         // rows of queries, key, value per warp
 #define PART (HEAD_DIM + 2)            // sums, maximum, total
 #define SPLITS_AT_ONCE 8
 #define NOTHING (-1e30f)
+#define POWERS 64.0f                   // with scales of values, that small ones stay normal in float16
 
-// What a group of lanes has attended to: of each head the maximum of the scores (base 2), the total of
-// their powers, and the values weighted by them, this lane's dimensions.
-struct Attended { float most[HEADS], total[HEADS], sum[HEADS][8]; };
+#if INT8_CACHE || !defined(ACTIVATION_BF16)
+#define multiply_tile mma
+#define operand float_to_half
+#else
+#define multiply_tile mma_bfloat
+#define operand float_to_bfloat
+#endif
 
-DEVICE void eight(quad v, float *values) {
-    u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = load_activation((u16)(words[i / 2] >> (16 * (i & 1))));
-}
+// Lane 4 g + t has of keys the positions g and g + 8 and of each 4 * PER_LOAD dimensions those from
+// PER_LOAD * t on; of values the positions 2 t, 2 t + 1, 2 t + 8, 2 t + 9 and of each 8 * PER_LOAD
+// dimensions those from PER_LOAD * g on; scales of the positions g and g + 8.
+struct Keys { quad row[TILES][2][KEY_LOADS]; float scale[TILES][2]; };
+struct Values { quad row[TILES][4][VALUE_LOADS]; float scale[TILES][2]; };
+
+// What a warp has attended to: lane 4 g + t has of heads 2 t and 2 t + 1 the maximum of the scores (base
+// 2), its share of the total of their powers, and the values weighted by them: of the dimensions
+// PER_LOAD * (8 i + g) + 2 k and the next one.
+struct Attended { float most[2], total[2], sum[VALUE_LOADS][PAIRS_LOADED][4]; };
 
 DEVICE float rounded(float value) { return load_activation(store_activation(value)); }
 
-// Attend to N positions; what isn't there has key and value zero.
-template <int N>
-DEVICE void attend(Attended &so_far, const float (&query)[HEADS][8], const quad (&key)[N],
-                   const quad (&value)[N], const bool (&there)[N]) {
-    float score[N][HEADS];
+// One side of the cache, of a sequence and a key-value head.
+struct Side { const STORED *rows; const float *scales; };
+
+// Sixteen bytes of a row; zeros for what isn't there.
+DEVICE quad load_row(const Side &side, int position, int end, int dimension) {
+    bool there = position < end && dimension < HEAD_DIM;
+    return there ? *(const quad *)(side.rows + (u64)position * HEAD_DIM + dimension) : quad{0, 0, 0, 0};
+}
+DEVICE float load_scale(const Side &side, int position, int end) {
+    return INT8_CACHE && position < end ? side.scales[position] : 0.0f;
+}
+
+DEVICE void load_keys(Keys &keys, const Side &side, int first, int end, int g, int t) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-        float k[8];
-        eight(key[n], k);
+    for (int n = 0; n < TILES; ++n)
 #pragma unroll
-        for (int h = 0; h < HEADS; ++h) {
-            score[n][h] = 0.0f;
+        for (int r = 0; r < 2; ++r) {
+            int position = first + TILE * n + 8 * r + g;
+            keys.scale[n][r] = load_scale(side, position, end);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) score[n][h] += query[h][i] * k[i];
+            for (int i = 0; i < KEY_LOADS; ++i)
+                keys.row[n][r][i] = load_row(side, position, end, PER_LOAD * (4 * i + t));
         }
-    }
+}
+
+DEVICE void load_values(Values &values, const Side &side, int first, int end, int g, int t) {
 #pragma unroll
-    for (int lanes = ROW_LANES / 2; lanes > 0; lanes /= 2)
+    for (int n = 0; n < TILES; ++n) {
 #pragma unroll
-        for (int n = 0; n < N; ++n)
+        for (int r = 0; r < 2; ++r)
+            values.scale[n][r] = load_scale(side, first + TILE * n + 8 * r + g, end);
 #pragma unroll
-            for (int h = 0; h < HEADS; ++h) score[n][h] += shuffle_xor(score[n][h], lanes);
+        for (int m = 0; m < 4; ++m) {
+            int position = first + TILE * n + m / 2 * 8 + 2 * t + m % 2;
 #pragma unroll
-    for (int h = 0; h < HEADS; ++h) {
-        float most = so_far.most[h];
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-            if (there[n] && !(score[n][h] <= most)) most = score[n][h];
-        float factor = exp2_fast(so_far.most[h] - most);
-        so_far.most[h] = most;
-        so_far.total[h] *= factor;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) so_far.sum[h][i] *= factor;
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-            score[n][h] = there[n] ? exp2_fast(score[n][h] - most) : 0.0f;
-            so_far.total[h] += score[n][h];
+            for (int i = 0; i < VALUE_LOADS; ++i)
+                values.row[n][m][i] = load_row(side, position, end, PER_LOAD * (8 * i + g));
         }
-    }
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-        float v[8];
-        eight(value[n], v);
-#pragma unroll
-        for (int h = 0; h < HEADS; ++h)
-#pragma unroll
-            for (int i = 0; i < 8; ++i) so_far.sum[h][i] += score[n][h] * v[i];
     }
 }
 
-// Add what the groups of a warp have attended to.
-DEVICE void merge_groups(Attended &so_far) {
+#if INT8_CACHE
+// Two of four codes + 128, as float16: 0x6400 | c is 1024 + c.
+DEVICE u32 codes_to_halves(u32 codes, u32 pick) {
+    return add_half2(permute_bytes(codes, 0x64646464u, pick), 0xe480e480u); // - 1152
+}
+#endif
+
+// Pairs of neighbouring dimensions.
+DEVICE void unpack(const quad &loaded, u32 (&pairs)[PAIRS_LOADED]) {
+    u32 words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
 #pragma unroll
-    for (int lanes = ROW_LANES; lanes < WARP; lanes *= 2)
+    for (int k = 0; k < PAIRS_LOADED; ++k) {
+#if INT8_CACHE
+        pairs[k] = codes_to_halves(words[k / 2] ^ 0x80808080u, k % 2 ? 0x4342u : 0x4140u);
+#else
+        pairs[k] = words[k];
+#endif
+    }
+}
+
+// Of two rows the dimensions 2 k and 2 k + 1: of each a pair of positions.
+DEVICE void transpose_pair(const quad &first, const quad &second, int k, u32 &lower, u32 &upper) {
+    u32 ones[4] = {first.x, first.y, first.z, first.w};
+    u32 others[4] = {second.x, second.y, second.z, second.w};
+#if INT8_CACHE
+    u32 codes = permute_bytes(ones[k / 2], others[k / 2], k % 2 ? 0x7362u : 0x5140u) ^ 0x80808080u;
+    lower = codes_to_halves(codes, 0x4140u), upper = codes_to_halves(codes, 0x4342u);
+#else
+    lower = permute_bytes(ones[k], others[k], 0x5410u);
+    upper = permute_bytes(ones[k], others[k], 0x7632u);
+#endif
+}
+
+// score[n][2 r + j]: of position g + 8 r of tile n and head 2 t + j.
+DEVICE void multiply_keys(float (&score)[TILES][4], const Keys &keys, const u16 *query) {
+    float odd[TILES][4];
 #pragma unroll
-        for (int h = 0; h < HEADS; ++h) {
-            float other = shuffle_xor(so_far.most[h], lanes);
-            float most = so_far.most[h] > other ? so_far.most[h] : other;
-            float mine = exp2_fast(so_far.most[h] - most), theirs = exp2_fast(other - most);
-            so_far.most[h] = most;
-            so_far.total[h] = so_far.total[h] * mine + shuffle_xor(so_far.total[h], lanes) * theirs;
+    for (int n = 0; n < TILES; ++n)
 #pragma unroll
-            for (int i = 0; i < 8; ++i)
-                so_far.sum[h][i] =
-                    so_far.sum[h][i] * mine + shuffle_xor(so_far.sum[h][i], lanes) * theirs;
+        for (int k = 0; k < 4; ++k) score[n][k] = odd[n][k] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < KEY_LOADS; ++i) {
+        u32 q[PAIRS_LOADED];
+#pragma unroll
+        for (int k = 0; k < PAIRS_LOADED; k += 4) {
+            quad four = *(const quad *)(query + 4 * PER_LOAD * i + 2 * k);
+            q[k] = four.x, q[k + 1] = four.y, q[k + 2] = four.z, q[k + 3] = four.w;
         }
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+            u32 a[PAIRS_LOADED], b[PAIRS_LOADED];
+            unpack(keys.row[n][0][i], a);
+            unpack(keys.row[n][1][i], b);
+#pragma unroll
+            for (int k = 0; k < PAIRS_LOADED; k += 2) { // two chains of dependent products
+                float *d = k & 2 ? odd[n] : score[n];
+                multiply_tile(d, d, a[k], b[k], a[k + 1], b[k + 1], q[k], q[k + 1]);
+            }
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) score[n][k] += odd[n][k];
+}
+
+// Turn scores into powers, relative to the maximum with them. What isn't there has none.
+DEVICE void weigh(Attended &so_far, float (&score)[TILES][4], const Keys &keys, int first, int end,
+                  int g, float scale) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+        float most = so_far.most[j], total = 0.0f;
+#pragma unroll
+        for (int n = 0; n < TILES; ++n)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float &x = score[n][2 * r + j];
+                x *= INT8_CACHE ? scale * keys.scale[n][r] : scale;
+                if (first + TILE * n + 8 * r + g < end && !(x <= most)) most = x;
+            }
+#pragma unroll
+        for (int lanes = 4; lanes < WARP; lanes *= 2) {
+            float other = shuffle_xor(most, lanes);
+            if (!(other <= most)) most = other;
+        }
+        float factor = exp2_fast(so_far.most[j] - most);
+        so_far.most[j] = most;
+#pragma unroll
+        for (int n = 0; n < TILES; ++n)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float &x = score[n][2 * r + j];
+                x = first + TILE * n + 8 * r + g < end ? exp2_fast(x - most) : 0.0f;
+                total += x;
+            }
+        so_far.total[j] = so_far.total[j] * factor + total;
+#pragma unroll
+        for (int i = 0; i < VALUE_LOADS; ++i)
+#pragma unroll
+            for (int k = 0; k < PAIRS_LOADED; ++k)
+                so_far.sum[i][k][j] *= factor, so_far.sum[i][k][2 + j] *= factor;
+    }
+}
+
+DEVICE void add_values(Attended &so_far, const float (&power)[TILES][4], const Values &values) {
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+        u32 b[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float scale = INT8_CACHE ? POWERS * values.scale[n][r] : 1.0f;
+            u32 pair = operand(power[n][2 * r] * scale) | (u32)operand(power[n][2 * r + 1] * scale) << 16;
+            b[r] = transpose_pairs(pair);
+        }
+#pragma unroll
+        for (int i = 0; i < VALUE_LOADS; ++i)
+#pragma unroll
+            for (int k = 0; k < PAIRS_LOADED; ++k) {
+                u32 a[4];
+                transpose_pair(values.row[n][0][i], values.row[n][1][i], k, a[0], a[1]);
+                transpose_pair(values.row[n][2][i], values.row[n][3][i], k, a[2], a[3]);
+                float *d = so_far.sum[i][k];
+                multiply_tile(d, d, a[0], a[1], a[2], a[3], b[0], b[1]);
+            }
+    }
 }
 
 // Of a head and two neighbouring dimensions.
@@ -145,6 +269,17 @@ DEVICE void merge_parts(Two &so_far, const u64 *parts, int head, int dimension, 
     }
 }
 
+DEVICE float magnitude(float value) { return float_of_bits(bits_of_float(value) & 0x7fffffffu); }
+
+// A number as the cache has it: rounded to even as an integer, by the bits of 1.5 * 2^23 + x.
+DEVICE STORED stored(float value, float per_code) {
+#if INT8_CACHE
+    return (STORED)(bits_of_float(multiply_rounded(value, per_code) + 12582912.0f) & 255u);
+#else
+    return store_activation(value);
+#endif
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
 decode_attention(const u16 *qkv,        // [batch][(heads + 2 kv_heads) * HEAD_DIM]
                  const u16 *bias,       // [(heads + 2 kv_heads) * HEAD_DIM] or null
@@ -153,16 +288,19 @@ decode_attention(const u16 *qkv,        // [batch][(heads + 2 kv_heads) * HEAD_D
                  const float *rotary,   // [max_length][HEAD_DIM]: cosines, then sines
                  const int *positions,  // [batch]
                  const u32 *steps,      // [1]
-                 u16 *keys,             // [batch][kv_heads][max_length][HEAD_DIM]
-                 u16 *values,           // the same
+                 STORED *keys,          // [batch][kv_heads][max_length][HEAD_DIM]
+                 STORED *values,        // the same
+                 float *key_scales,     // [batch][kv_heads][max_length], if INT8_CACHE
+                 float *value_scales,   // the same
                  u64 *parts,            // [batch][kv_heads * BLOCKS][splits][HEADS][PART]
                  u16 *output,           // [batch][heads * HEAD_DIM]
                  float scale, float eps, int kv_heads, int max_length, int layer, int layers) {
     DYNAMIC_SHARED(memory);
-    float *queries = (float *)memory;                       // [HEADS][HEAD_DIM], scaled
-    u16 *new_key = (u16 *)(queries + HEADS * HEAD_DIM);     // [HEAD_DIM]
-    u16 *new_value = new_key + HEAD_DIM;                    // [HEAD_DIM]
-    float *of_warps = (float *)(new_value + HEAD_DIM);      // [WARPS][HEADS][PART]
+    u16 *queries = (u16 *)memory;                                // [HEADS][QUERY_STRIDE]
+    STORED *new_key = (STORED *)(queries + HEADS * QUERY_STRIDE); // [HEAD_DIM]
+    STORED *new_value = new_key + HEAD_DIM;                      // [HEAD_DIM]
+    float *new_scales = (float *)(queries + HEADS * QUERY_STRIDE + 2 * HEAD_DIM); // [2], of 4
+    float *of_warps = new_scales + 4;                            // [WARPS][HEADS][PART]
     let_next_start();
     int thread = (int)threadIdx.x, warp = thread / WARP, lane = thread % WARP;
     int split = (int)blockIdx.x, splits = (int)gridDim.x, sequence = (int)blockIdx.z;
@@ -198,23 +336,19 @@ decode_attention(const u16 *qkv,        // [batch][(heads + 2 kv_heads) * HEAD_D
     if (split >= active) return;
     bool last = split == active - 1;
     int begin = split * length, end = last ? position : begin + length; // of what the cache holds
-    u64 cached = ((u64)sequence * kv_heads + kv_head) * max_length * HEAD_DIM;
+    u64 first_row = ((u64)sequence * kv_heads + kv_head) * max_length;
+    Side key_side = {keys + first_row * HEAD_DIM, key_scales + (INT8_CACHE ? first_row : 0)};
+    Side value_side = {values + first_row * HEAD_DIM, value_scales + (INT8_CACHE ? first_row : 0)};
 
     // The first keys and values are on their way while the queries are made.
-    int vector = lane % ROW_LANES;
-    int place = begin + warp * ROWS * AT_ONCE + lane / ROW_LANES;
-    quad key[AT_ONCE], value[AT_ONCE];
-    bool there[AT_ONCE];
-#pragma unroll
-    for (int n = 0; n < AT_ONCE; ++n) {
-        int from = place + n * ROWS;
-        there[n] = from < end;
-        bool mine = there[n] && vector < VECTORS;
-        u64 offset = cached + (u64)from * HEAD_DIM + 8 * vector;
-        key[n] = mine ? *(const quad *)(keys + offset) : quad{0, 0, 0, 0};
-        value[n] = mine ? *(const quad *)(values + offset) : quad{0, 0, 0, 0};
-    }
+    int g = lane / 4, t = lane % 4, place = begin + warp * TILE * TILES;
+    Keys some_keys;
+    Values some_values;
+    load_keys(some_keys, key_side, place, end, g, t);
+    load_values(some_values, value_side, place, end, g, t);
 
+    for (int i = HEAD_DIM + thread; i < HEADS * QUERY_STRIDE; i += THREADS) // dimensions that aren't there
+        if (i % QUERY_STRIDE >= HEAD_DIM) queries[i] = 0;
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {
         int row = round * WARPS + warp;
@@ -229,78 +363,102 @@ decode_attention(const u16 *qkv,        // [batch][(heads + 2 kv_heads) * HEAD_D
             inverse = inverse_root(sum * (1.0f / HEAD_DIM) + eps);
         }
         const u16 *weight = row < HEADS ? query_norm : key_norm;
+        bool is_key = row == HEADS;
+        float a[PAIRS], b[PAIRS], largest = 0.0f;
 #pragma unroll
         for (int pair = 0; pair < PAIRS; ++pair) {
             int i = pair * WARP + lane;
-            if (i >= HALF || row >= HEADS + 2) continue;
-            float x = lower[round][pair], y = upper[round][pair];
-            if (QK_NORM && row <= HEADS) {
+            float x = a[pair] = lower[round][pair], y = b[pair] = upper[round][pair];
+            if (i >= HALF || row > HEADS) continue; // values stay what they are
+            if (QK_NORM) {
                 x = rounded(rounded(x * inverse) * load_activation(weight[i]));
                 y = rounded(rounded(y * inverse) * load_activation(weight[i + HALF]));
             }
             const float *angle = rotary + (u64)position * HEAD_DIM + i;
             float cosine = angle[0], sine = angle[HALF];
-            float turned_x = x * cosine - y * sine, turned_y = y * cosine + x * sine;
-            if (row < HEADS) {
-                queries[row * HEAD_DIM + i] = turned_x * scale;
-                queries[row * HEAD_DIM + i + HALF] = turned_y * scale;
-            } else if (last) {
-                bool is_key = row == HEADS;
-                u16 a = store_activation(is_key ? turned_x : x), b = store_activation(is_key ? turned_y : y);
-                u16 *fresh = is_key ? new_key : new_value;
-                fresh[i] = a, fresh[i + HALF] = b;
-                u16 *kept = (is_key ? keys : values) + cached + (u64)position * HEAD_DIM;
-                if (block == 0) kept[i] = a, kept[i + HALF] = b;
+            a[pair] = rounded(x * cosine - y * sine), b[pair] = rounded(y * cosine + x * sine);
+        }
+        if (row >= HEADS + 2 || (row >= HEADS && !last)) continue;
+        if (INT8_CACHE && row >= HEADS) {
+#pragma unroll
+            for (int pair = 0; pair < PAIRS; ++pair) {
+                float x = magnitude(a[pair]), y = magnitude(b[pair]);
+                if (!(x <= largest)) largest = x; // NaN stays
+                if (!(y <= largest)) largest = y;
             }
+#pragma unroll
+            for (int lanes = 16; lanes > 0; lanes /= 2) {
+                float other = shuffle_xor(largest, lanes);
+                if (!(other <= largest)) largest = other;
+            }
+            if (lane == 0) {
+                float *kept = is_key ? key_scales : value_scales;
+                new_scales[is_key ? 0 : 1] = largest / 127.0f;
+                if (block == 0) kept[first_row + position] = largest / 127.0f;
+            }
+        }
+        float per_code = largest == 0.0f ? 0.0f : 127.0f / largest;
+#pragma unroll
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            int i = pair * WARP + lane;
+            if (i >= HALF) continue;
+            if (row < HEADS) {
+                queries[row * QUERY_STRIDE + i] = operand(a[pair]);
+                queries[row * QUERY_STRIDE + i + HALF] = operand(b[pair]);
+                continue;
+            }
+            STORED lower_one = stored(a[pair], per_code), upper_one = stored(b[pair], per_code);
+            STORED *fresh = is_key ? new_key : new_value;
+            fresh[i] = lower_one, fresh[i + HALF] = upper_one;
+            STORED *kept = (is_key ? keys : values) + (first_row + position) * HEAD_DIM;
+            if (block == 0) kept[i] = lower_one, kept[i + HALF] = upper_one;
         }
     }
     __syncthreads();
 
-    float query[HEADS][8];
     Attended so_far;
 #pragma unroll
-    for (int h = 0; h < HEADS; ++h) {
-        so_far.most[h] = NOTHING, so_far.total[h] = 0.0f;
+    for (int j = 0; j < 2; ++j) so_far.most[j] = NOTHING, so_far.total[j] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            so_far.sum[h][i] = 0.0f;
-            query[h][i] = vector < VECTORS ? queries[h * HEAD_DIM + 8 * vector + i] : 0.0f;
-        }
-    }
-    for (int at = begin; at < end; at += WARPS * ROWS * AT_ONCE) {
-        place += WARPS * ROWS * AT_ONCE;
-        quad next_key[AT_ONCE], next_value[AT_ONCE];
-        bool next_there[AT_ONCE];
+    for (int i = 0; i < VALUE_LOADS; ++i)
 #pragma unroll
-        for (int n = 0; n < AT_ONCE; ++n) {
-            int from = place + n * ROWS;
-            next_there[n] = from < end;
-            bool mine = next_there[n] && vector < VECTORS;
-            u64 offset = cached + (u64)from * HEAD_DIM + 8 * vector;
-            next_key[n] = mine ? *(const quad *)(keys + offset) : quad{0, 0, 0, 0};
-            next_value[n] = mine ? *(const quad *)(values + offset) : quad{0, 0, 0, 0};
-        }
-        attend<AT_ONCE>(so_far, query, key, value, there);
-#pragma unroll
-        for (int n = 0; n < AT_ONCE; ++n)
-            key[n] = next_key[n], value[n] = next_value[n], there[n] = next_there[n];
+        for (int k = 0; k < 4 * PAIRS_LOADED; ++k) so_far.sum[i][k / 4][k % 4] = 0.0f;
+    // Columns of the products without a head repeat the last one.
+    const u16 *query = queries + (g < HEADS ? g : HEADS - 1) * QUERY_STRIDE + PER_LOAD * t;
+    float score[TILES][4];
+    for (; place < end; place += WARPS * TILE * TILES) {
+        int next = place + WARPS * TILE * TILES;
+        multiply_keys(score, some_keys, query);
+        weigh(so_far, score, some_keys, place, end, g, scale);
+        load_keys(some_keys, key_side, next, end, g, t);
+        add_values(so_far, score, some_values);
+        load_values(some_values, value_side, next, end, g, t);
     }
     if (last && warp == WARPS - 1) { // the new token; the last warp has the fewest others
-        bool mine = vector < VECTORS;
-        quad fresh_key[1] = {mine ? *(const quad *)(new_key + 8 * vector) : quad{0, 0, 0, 0}};
-        quad fresh_value[1] = {mine ? *(const quad *)(new_value + 8 * vector) : quad{0, 0, 0, 0}};
-        bool once[1] = {lane < ROW_LANES};
-        attend<1>(so_far, query, fresh_key, fresh_value, once);
+        Side fresh_key = {new_key, new_scales}, fresh_value = {new_value, new_scales + 1};
+        load_keys(some_keys, fresh_key, 0, 1, g, t);
+        load_values(some_values, fresh_value, 0, 1, g, t);
+        multiply_keys(score, some_keys, query);
+        weigh(so_far, score, some_keys, 0, 1, g, scale);
+        add_values(so_far, score, some_values);
     }
-    merge_groups(so_far);
-    if (lane < VECTORS) {
 #pragma unroll
-        for (int h = 0; h < HEADS; ++h) {
-            float *mine = of_warps + (warp * HEADS + h) * PART;
+    for (int j = 0; j < 2; ++j) {
 #pragma unroll
-            for (int i = 0; i < 8; ++i) mine[8 * lane + i] = so_far.sum[h][i];
-            if (lane == 0) mine[HEAD_DIM] = so_far.most[h], mine[HEAD_DIM + 1] = so_far.total[h];
-        }
+        for (int lanes = 4; lanes < WARP; lanes *= 2)
+            so_far.total[j] += shuffle_xor(so_far.total[j], lanes);
+        int head = 2 * t + j;
+        if (head >= HEADS) continue;
+        float *mine = of_warps + (warp * HEADS + head) * PART;
+#pragma unroll
+        for (int i = 0; i < VALUE_LOADS; ++i)
+#pragma unroll
+            for (int k = 0; k < PAIRS_LOADED; ++k) {
+                int dimension = PER_LOAD * (8 * i + g) + 2 * k;
+                if (dimension >= HEAD_DIM) continue;
+                mine[dimension] = so_far.sum[i][k][j], mine[dimension + 1] = so_far.sum[i][k][2 + j];
+            }
+        if (g == 0) mine[HEAD_DIM] = so_far.most[j], mine[HEAD_DIM + 1] = so_far.total[j];
     }
     __syncthreads();
 
@@ -324,7 +482,7 @@ decode_attention(const u16 *qkv,        // [batch][(heads + 2 kv_heads) * HEAD_D
             continue;
         }
         merge_parts(mine, of_splits, head, dimension, split, mark);
-        float inverse = 1.0f / mine.total;
+        float inverse = 1.0f / ((INT8_CACHE ? POWERS : 1.0f) * mine.total);
         u32 pair = store_activation(mine.a * inverse) | (u32)store_activation(mine.b * inverse) << 16;
         *(u32 *)(output + ((u64)sequence * heads + first_head + head) * HEAD_DIM + dimension) = pair;
     }

@@ -13,6 +13,7 @@ VARIABLES = {
     "QTOOL_KERNEL": "run them with this kernel of `cuda`; default: by the measured table",
     "QTOOL_CPU_LEVEL": "instructions that `cpu` uses: avx512, avx2 or plain; default: the best",
     "QTOOL_RUNNER": "0: `generate` through transformers' own loop, on a card as well",
+    "QTOOL_KV_CACHE": "int8: keep keys and values as int8; default: in the model's dtype",
     "QTOOL_DEPENDENT_LAUNCHES": "0: a kernel begins when the one before it has ended",
     "QTOOL_CACHE": "folder of converted models, answers and scores; default: ~/.cache/qtool",
     "QTOOL_LOG": "debug, info or warning: log to stderr, with tracebacks of errors under debug",
@@ -23,6 +24,7 @@ EXECUTION = (
     "QTOOL_KERNEL",
     "QTOOL_CPU_LEVEL",
     "QTOOL_RUNNER",
+    "QTOOL_KV_CACHE",
     "QTOOL_DEPENDENT_LAUNCHES",
 )
 """Those that change how a model is executed, and so its results."""
@@ -51,6 +53,11 @@ def cpu_level() -> str | None:
 def runner_is_off() -> bool:
     """Return whether `generate` is to leave the decode runner alone."""
     return os.environ.get("QTOOL_RUNNER") == "0"
+
+
+def kv_cache() -> str | None:
+    """Return how keys and values are to be kept, unchecked; None: as the command says."""
+    return os.environ.get("QTOOL_KV_CACHE") or None
 
 
 def dependent_launches() -> bool:

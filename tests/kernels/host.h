@@ -177,8 +177,9 @@ DEVICE void mma_bytes(int *d, const int *c, unsigned a0, unsigned a1, unsigned a
 }
 
 // The fragments of the PTX manual: A row-major 16x16, B column-major 16x8, C and D 16x8.
-DEVICE void mma(float *d, const float *c, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                unsigned b0, unsigned b1) {
+template <float (*NUMBER)(unsigned short)>
+DEVICE void multiply_fragments(float *d, const float *c, unsigned a0, unsigned a1, unsigned a2,
+                               unsigned a3, unsigned b0, unsigned b1) {
     float results[4];
     int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
     unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
@@ -190,13 +191,31 @@ DEVICE void mma(float *d, const float *c, unsigned a0, unsigned a1, unsigned a2,
         for (int k = 0; k < 16; ++k) {
             unsigned a = host::box(row % 8 * 4 + k % 8 / 2)[(row / 8) + 2 * (k / 8)];
             unsigned b = host::box(column * 4 + k % 8 / 2)[4 + k / 8];
-            sum += (double)half_to_float((unsigned short)(a >> 16 * (k & 1))) *
-                   (double)half_to_float((unsigned short)(b >> 16 * (k & 1)));
+            sum += (double)NUMBER((unsigned short)(a >> 16 * (k & 1))) *
+                   (double)NUMBER((unsigned short)(b >> 16 * (k & 1)));
         }
         results[i] = (float)sum;
     }
     memcpy(d, results, sizeof results);
     host::meet_warp();
+}
+DEVICE float number_of_bfloat(unsigned short bits) { return float_of_bits((unsigned)bits << 16); }
+DEVICE void mma(float *d, const float *c, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                unsigned b0, unsigned b1) {
+    multiply_fragments<half_to_float>(d, c, a0, a1, a2, a3, b0, b1);
+}
+DEVICE void mma_bfloat(float *d, const float *c, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                       unsigned b0, unsigned b1) {
+    multiply_fragments<number_of_bfloat>(d, c, a0, a1, a2, a3, b0, b1);
+}
+
+DEVICE unsigned transpose_pairs(unsigned pair) {
+    int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    host::box(lane)[0] = pair;
+    host::meet_warp();
+    unsigned low = host::box(4 * (2 * t) + g / 2)[0], high = host::box(4 * (2 * t + 1) + g / 2)[0];
+    host::meet_warp();
+    return (low >> 16 * (g & 1) & 0xffffu) | (high >> 16 * (g & 1) & 0xffffu) << 16;
 }
 
 // kernels/hopper.cuh, of one block alone.

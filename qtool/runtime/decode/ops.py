@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qtool.errors import BackendError
+from qtool.runtime.decode.cache import BUFFERS, SCALES, KvCache
 from qtool.runtime.decode.weights import (
     DecoderExperts,
     DecoderLayer,
@@ -27,7 +28,7 @@ class DecodeState:
     All that changes from step to step is here, on the device, so that a step can be a CUDA graph.
     """
 
-    keys: Tensor  # (layers, batch, key-value heads, max_length, head_dim)
+    keys: Tensor  # (layers, batch, key-value heads, max_length, head_dim); int8 codes with scales
     values: Tensor  # the same
     rotary: Tensor  # (max_length, head_dim) float32: of each position cosines, then sines
     tokens: Tensor  # (batch,) int64: what the next step reads
@@ -36,6 +37,13 @@ class DecodeState:
     steps: Tensor  # (1,) int32: taken ever; never falls, so partial results can be told apart
     scratch: Tensor | None
     """What `DecodeOps.scratch` gave."""
+    key_scales: Tensor | None = None  # (layers, batch, key-value heads, max_length) float32
+    value_scales: Tensor | None = None  # the same; both None where the cache has no codes
+
+    def cached(self) -> dict[str, Tensor]:
+        """Return the buffers of the cache, by name: each begins as `keys` does."""
+        buffers = {name: getattr(self, name) for name in BUFFERS}
+        return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
 
 class DecodeOps(Protocol):
@@ -80,7 +88,12 @@ class DecodeOps(Protocol):
 
 
 def new_state(
-    weights: DecoderWeights, ops: DecodeOps, *, max_length: int, batch: int
+    weights: DecoderWeights,
+    ops: DecodeOps,
+    *,
+    max_length: int,
+    batch: int,
+    kv_cache: KvCache = "auto",
 ) -> DecodeState:
     """Return the buffers of empty sequences.
 
@@ -94,9 +107,17 @@ def new_state(
         )
     shape, device = weights.shape, weights.final_norm.device
     size = (len(weights.layers), batch, shape.num_key_value_heads, max_length, shape.head_dim)
+    dtype = torch.int8 if kv_cache == "int8" else shape.dtype
+    keys, values = (_cache(size, dtype, device) for _ in range(2))
+    scales = {
+        name: _cache(size[:-1], torch.float32, device)
+        for name in SCALES
+        if kv_cache == "int8"
+    }
     return DecodeState(
-        keys=_cache(size, shape.dtype, device),
-        values=_cache(size, shape.dtype, device),
+        keys=keys,
+        values=values,
+        **scales,
         rotary=rotary_table(weights, max_length),
         tokens=torch.zeros(batch, dtype=torch.int64, device=device),
         positions=torch.zeros(batch, dtype=torch.int32, device=device),

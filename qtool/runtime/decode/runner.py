@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qtool.errors import BackendError
 from qtool.runtime.decode import step
+from qtool.runtime.decode.cache import KvCache
 from qtool.runtime.decode.captured import CapturedStep
 from qtool.runtime.decode.ops import DecodeOps, new_state
 from qtool.runtime.decode.weights import DecoderWeights
@@ -23,7 +24,13 @@ class DecodeRunner:
     """
 
     def __init__(
-        self, weights: DecoderWeights, ops: DecodeOps, *, max_length: int, batch: int = 1
+        self,
+        weights: DecoderWeights,
+        ops: DecodeOps,
+        *,
+        max_length: int,
+        batch: int = 1,
+        kv_cache: KvCache = "auto",
     ) -> None:
         """Allocate the cache.
 
@@ -32,8 +39,11 @@ class DecodeRunner:
         """
         self.weights, self.ops = weights, ops
         self.max_length, self.batch, self.length = max_length, batch, 0
+        self.kv_cache: KvCache = kv_cache
         with torch.inference_mode(mode=False), torch.no_grad():  # may be changed in either mode
-            self.state = new_state(weights, ops, max_length=max_length, batch=batch)
+            self.state = new_state(
+                weights, ops, max_length=max_length, batch=batch, kv_cache=kv_cache
+            )
         self.captured = CapturedStep(weights, ops, self.state)
 
     @property
@@ -108,12 +118,18 @@ class DecodeRunner:
 
     def grown(self, max_length: int) -> "DecodeRunner":
         """Return a runner with room for more that goes on where this one stands."""
-        larger = DecodeRunner(self.weights, self.ops, max_length=max_length, batch=self.batch)
+        larger = DecodeRunner(
+            self.weights,
+            self.ops,
+            max_length=max_length,
+            batch=self.batch,
+            kv_cache=self.kv_cache,
+        )
         larger.length = used = self.length
         old, new = self.state, larger.state
         with torch.no_grad():
-            new.keys[..., :used, :] = old.keys[..., :used, :]
-            new.values[..., :used, :] = old.values[..., :used, :]
+            for name, buffer in old.cached().items():
+                new.cached()[name][:, :, :, :used] = buffer[:, :, :, :used]
             new.history[:, : used + 1] = old.history[:, : used + 1]
             new.tokens.copy_(old.tokens)
             new.positions.copy_(old.positions)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qtool.runtime.decode import step
+from qtool.runtime.decode.cache import KvCache
 from qtool.runtime.decode.captured import CapturedStep
 from qtool.runtime.decode.ops import DecodeOps, DecodeState, new_state
 from qtool.runtime.decode.weights import DecoderWeights
@@ -19,7 +20,13 @@ class SlotRunner:
     """
 
     def __init__(
-        self, weights: DecoderWeights, ops: DecodeOps, *, max_length: int, slots: int
+        self,
+        weights: DecoderWeights,
+        ops: DecodeOps,
+        *,
+        max_length: int,
+        slots: int,
+        kv_cache: KvCache = "auto",
     ) -> None:
         """Allocate the cache.
 
@@ -29,7 +36,9 @@ class SlotRunner:
         self.weights, self.ops = weights, ops
         self.max_length, self.slots = max_length, slots
         with torch.inference_mode(mode=False), torch.no_grad():
-            self.state = new_state(weights, ops, max_length=max_length, batch=slots)
+            self.state = new_state(
+                weights, ops, max_length=max_length, batch=slots, kv_cache=kv_cache
+            )
             steps = {width: self._first(width) for width in widths(slots)}
         self._steps = {w: CapturedStep(weights, ops, state) for w, state in steps.items()}
 
@@ -61,8 +70,7 @@ class SlotRunner:
         state = self.state
         part = replace(
             state,
-            keys=state.keys[:, places],
-            values=state.values[:, places],
+            **{name: buffer[:, places] for name, buffer in state.cached().items()},
             positions=state.positions[places],
             scratch=None,
         )
@@ -92,8 +100,8 @@ class SlotRunner:
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a sequence of `length` tokens to another slot."""
         state = self.state
-        for cache in (state.keys, state.values):
-            cache[:, target, :, :length] = cache[:, source, :, :length]
+        for buffer in state.cached().values():
+            buffer[:, target, :, :length] = buffer[:, source, :, :length]
         state.positions[target] = state.positions[source]
 
     def _first(self, width: int) -> DecodeState:
@@ -101,8 +109,7 @@ class SlotRunner:
         state, shape = self.state, self.weights.shape
         return replace(
             state,
-            keys=state.keys[:, :width],
-            values=state.values[:, :width],
+            **{name: buffer[:, :width] for name, buffer in state.cached().items()},
             tokens=state.tokens[:width],
             positions=state.positions[:width],
             history=state.history[:width],

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qtool.runtime.decode.cache import write_cache
 from qtool.runtime.decode.ops import DecodeOps, DecodeState
 from qtool.runtime.decode.torch_ops import heads_of
 from qtool.runtime.decode.weights import DecoderLayer, DecoderWeights
@@ -31,12 +32,12 @@ def prefill(weights: DecoderWeights, ids: Tensor, state: DecodeState, ops: Decod
         ops: What runs.
     """
     shape, (batch, length) = weights.shape, ids.shape
+    places = torch.arange(length, device=ids.device).expand(batch, -1)
 
     def attend(qkv: Tensor, layer: DecoderLayer, index: int) -> Tensor:
         parts = heads_of(qkv.view(batch, length, -1), layer, shape, state.rotary[:length])
         query, key, value = (part.transpose(1, 2) for part in parts)
-        state.keys[index, :, :, :length] = key
-        state.values[index, :, :, :length] = value
+        key, value = write_cache(state, index, places, key, value)
         attended = functional.scaled_dot_product_attention(
             *(query, key, value),
             is_causal=length > 1,

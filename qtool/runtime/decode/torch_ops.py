@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from qtool.core.experts import chosen
 from qtool.core.layout import side_by_side
+from qtool.runtime.decode.cache import read_cache, write_cache
 from qtool.runtime.decode.ops import DecodeOps, DecodeState
 from qtool.runtime.decode.weights import (
     DecoderExperts,
@@ -57,10 +58,8 @@ class TorchOps:
         """Attend over the whole cache; what lies beyond the positions weighs nothing."""
         positions = state.positions.long()
         query, key, value = heads_of(qkv, layer, shape, state.rotary[positions])
-        keys, values = state.keys[index], state.values[index]
-        place = positions[:, None, None, None].expand(-1, keys.shape[1], 1, keys.shape[3])
-        keys.scatter_(2, place, key[:, :, None])
-        values.scatter_(2, place, value[:, :, None])
+        write_cache(state, index, positions[:, None], key[:, :, None], value[:, :, None])
+        keys, values = read_cache(state, index, qkv.dtype)
         seen = torch.arange(keys.shape[2], device=qkv.device) <= positions[:, None]
         attended = functional.scaled_dot_product_attention(
             query[:, :, None],

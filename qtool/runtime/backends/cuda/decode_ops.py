@@ -10,7 +10,7 @@ from torch.nn import functional
 from qtool.runtime.backends.cuda import linear_kernels
 from qtool.runtime.backends.cuda.expert_products import are_tiled, run_experts
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
-from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
+from qtool.runtime.backends.cuda.launch import LOAD_BYTES, WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.mixed import MixedWeight, gather_mixed, multiply_mixed
 from qtool.runtime.backends.cuda.ordered import OrderedWeight
 from qtool.runtime.decode import torch_ops
@@ -99,23 +99,25 @@ class KernelOps:
         blocks, splits = state.scratch.shape[1] // shape.num_key_value_heads, state.scratch.shape[2]
         heads, dim = shape.group // blocks, shape.head_dim
         output = qkv.new_empty(batch, shape.num_heads * dim)
-        shared = 4 * heads * dim + 4 * dim + 4 * ATTENTION_WARPS * heads * (dim + 2)
+        is_int8 = int(state.keys.dtype == torch.int8)
         macros = {"HEAD_DIM": dim, "HEADS": heads, "BLOCKS": blocks, "SHORTEST": SHORTEST_PART}
+        macros |= {"INT8_CACHE": is_int8, "QK_NORM": int(layer.query_norm is not None)}
         call = KernelCall(
             file="decode_attention",
             kernel="decode_attention",
-            constants=constants(qkv.dtype, **macros, QK_NORM=int(layer.query_norm is not None)),
+            constants=constants(qkv.dtype, **macros),
             grid=(splits, shape.num_key_value_heads * blocks, batch),
             threads=ATTENTION_THREADS,
-            shared_bytes=shared,
+            shared_bytes=attention_bytes(heads, dim, state.keys.dtype),
             numbers=(
                 *(shape.attention_scale * log2(e), float(shape.norm_eps)),
                 *(shape.num_key_value_heads, max_length, index, len(state.keys)),
             ),
         )
+        sides = (state.keys, state.values, state.key_scales, state.value_scales)
         norms = (qkv, layer.qkv_bias, layer.query_norm, layer.key_norm)
         places = (state.rotary, state.positions, state.steps)
-        cache = (state.keys[index], state.values[index])
+        cache = [None if one is None else one[index] for one in sides]
         self._launch(call, (*norms, *places, *cache, state.scratch, output))
         return output
 
@@ -150,6 +152,14 @@ def heads_per_block(group: int, head_dim: int) -> int:
     """Return how many query heads of a key-value head a block takes: as many as fit."""
     most = min(MOST_HEADS, MOST_DIMENSIONS // head_dim)
     return max(heads for heads in range(1, most + 1) if group % heads == 0)
+
+
+def attention_bytes(heads: int, head_dim: int, stored: torch.dtype) -> int:
+    """Return the shared memory of a block: queries, the new token, what its warps have summed."""
+    per_load = LOAD_BYTES // stored.itemsize
+    padded = -(-head_dim // (4 * per_load)) * 4 * per_load
+    queries = 2 * heads * (padded // 64 * 64 + 32)
+    return queries + 4 * head_dim + 16 + 4 * ATTENTION_WARPS * heads * (head_dim + 2)
 
 
 def splits_for(card: Card, blocks: int, max_length: int) -> int:
