@@ -34,7 +34,12 @@
 #define KEY_LOADS ((HEAD_DIM + 4 * PER_LOAD - 1) / (4 * PER_LOAD))   // of a row by 4 lanes
 #define VALUE_LOADS ((HEAD_DIM + 8 * PER_LOAD - 1) / (8 * PER_LOAD)) // of a row by 8 lanes
 #define TILE 16                                           // positions of a product
+#ifndef TILES
 #define TILES (HEAD_DIM * (int)sizeof(STORED) > 128 ? 1 : 2) // at a time: what registers hold
+#endif
+#ifndef RESIDENT
+#define RESIDENT 1
+#endif
 #define QUERY_STRIDE (KEY_LOADS * 4 * PER_LOAD / 64 * 64 + 32) // lanes' loads then hit other banks
 #define HALF (HEAD_DIM / 2)
 #define PAIRS ((HALF + WARP - 1) / WARP)                 // rotated together, per lane
@@ -280,7 +285,7 @@ DEVICE STORED stored(float value, float per_code) {
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 decode_attention(const u16 *qkv,        // [batch][(heads + 2 kv_heads) * HEAD_DIM]
                  const u16 *bias,       // [(heads + 2 kv_heads) * HEAD_DIM] or null
                  const u16 *query_norm, // [HEAD_DIM], if QK_NORM

@@ -68,8 +68,9 @@ def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes int8 (..., head_dim) and scales float32 (...) of x (..., head_dim)."""
     wide = x.float()
     largest = wide.abs().amax(-1, keepdim=True)
-    codes = (wide * torch.where(largest == 0, 0.0, LARGEST_CODE / largest)).round()
-    return codes.to(torch.int8), largest.squeeze(-1) / LARGEST_CODE
+    most = torch.full_like(largest, LARGEST_CODE)  # by a number torch divides with two roundings
+    codes = (wide * torch.where(largest == 0, 0.0, most / largest)).round()
+    return codes.to(torch.int8), (largest / most).squeeze(-1)
 
 
 def dequantized_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
