@@ -25,6 +25,7 @@ _LAZY = {
     "load_recipe": "qtool.recipe.load",
     "quantize": "qtool.pipeline",
     "use_backend": "qtool.runtime.backends._choose",
+    "use_kv_cache": "qtool.runtime.decode.cache",
 }
 
 _OF_MODELS = ("bench", "evaluate", "load_model", "quantize")

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 VARIABLES = {
     "QTOOL_BACKEND": "run quantized layers with this backend; default: the best that can",
@@ -19,6 +20,8 @@ VARIABLES = {
     "QTOOL_LOG": "debug, info or warning: log to stderr, with tracebacks of errors under debug",
 }
 """All of them, and what each does."""
+KvCache = Literal["auto", "int8"]
+"""How keys and values of a sequence are kept; auto: in the dtype of the model's activations."""
 EXECUTION = (
     "QTOOL_BACKEND",
     "QTOOL_KERNEL",

@@ -11,6 +11,7 @@ from qtool.cli.options import (
     BackendOption,
     DeviceOption,
     JsonOption,
+    KvCacheOption,
     check_targets,
     in_panel,
     wrong_plot_name,
@@ -28,7 +29,7 @@ NO_ORIGINAL = (
     "Give it with --baseline MODEL."
 )
 NEEDING = {
-    "--gpu": ("kernel", "peers", "plot"),
+    "--gpu": ("kernel", "peers", "plot", "kv_cache"),
     "--synthetic": ("bits", "group_size", "input_bits"),
 }
 CLASHES = {
@@ -58,6 +59,7 @@ def bench(
     ] = 0,
     device: DeviceOption = None,
     backend: BackendOption = None,
+    kv_cache: KvCacheOption = None,
     json_file: JsonOption = None,
     synthetic: Annotated[
         str | None, _of_gpu(help=f"Random weights of known shapes: {SHAPES}. Implies --gpu.")
@@ -132,6 +134,7 @@ def bench(
                 kernel=kernel,
                 peers=peers,
                 plot=plot,
+                kv_cache=kv_cache,
             )
         elif perplexity_windows:
             quality = pipeline.EvalOptions(max_windows=perplexity_windows)

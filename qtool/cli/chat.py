@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qtool.cli import early
-from qtool.cli.options import BackendOption, DeviceOption, ModelArgument
+from qtool.cli.options import BackendOption, DeviceOption, KvCacheOption, ModelArgument
 from qtool.cli.outcome import print_error
 from qtool.cli.progress import progress
 from qtool.errors import ModelError
@@ -42,6 +42,7 @@ def chat(
     ] = None,
     device: DeviceOption = None,
     backend: BackendOption = None,
+    kv_cache: KvCacheOption = None,
 ) -> None:
     """Talk with a model in the terminal, or send it the lines of a pipe.
 
@@ -64,6 +65,7 @@ def chat(
                 max_tokens=max_tokens,
                 max_length=max_model_len,
                 backend=backend,
+                kv_cache=kv_cache,
             )
             conversation = stack.enter_context(pipeline.chat(where, options, emit=emit))
         _talk(conversation)

@@ -11,6 +11,7 @@ from qtool.cli.options import (
     DeviceOption,
     DTypeOption,
     JsonOption,
+    KvCacheOption,
     check_targets,
     in_panel,
     torch_dtype,
@@ -55,6 +56,7 @@ def evaluate(
     dtype: DTypeOption = None,
     device: DeviceOption = None,
     backend: BackendOption = None,
+    kv_cache: KvCacheOption = None,
     json_file: JsonOption = None,
     markdown: Annotated[
         Path | None, typer.Option(help="Write the table as Markdown; - is stdout.")
@@ -128,6 +130,7 @@ def evaluate(
                 context_length=context_length,
                 max_windows=windows,
                 texts=not no_texts,
+                kv_cache=kv_cache,
                 **({"chats": None} if no_chats else {}),
             )
             result = pipeline.evaluate(

@@ -13,6 +13,7 @@ import typer.core
 
 from qtool.cli.console import check_replaceable
 from qtool.errors import OutputError
+from qtool.settings import KvCache
 from qtool.wording import reason
 
 
@@ -36,6 +37,10 @@ JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write the result as JSON; - is stdout.")
 ]
 BackendOption = Annotated[str | None, typer.Option(help="Run quantized layers with this backend.")]
+KvCacheOption = Annotated[
+    KvCache | None,
+    typer.Option(help="Keep keys and values in the model's dtype, or as int8; default: auto."),
+]
 DTypeOption = Annotated[
     str | None,
     typer.Option(help="float16, bfloat16 or float32; default: float16 on a card, else float32."),

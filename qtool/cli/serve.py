@@ -9,7 +9,7 @@ import typer
 
 from qtool.base import Notice
 from qtool.cli import console, early
-from qtool.cli.options import BackendOption, DeviceOption, ModelArgument, in_panel
+from qtool.cli.options import BackendOption, DeviceOption, KvCacheOption, ModelArgument, in_panel
 from qtool.cli.progress import progress
 from qtool.errors import DataError
 from qtool.serving.installed import check_servable
@@ -65,6 +65,7 @@ def serve(
     ] = 30.0,
     device: DeviceOption = None,
     backend: BackendOption = None,
+    kv_cache: KvCacheOption = None,
 ) -> None:
     """Serve a model by the API that OpenAI's clients speak.
 
@@ -96,6 +97,7 @@ def serve(
                 decoder=DecoderOptions(slots=slots, max_length=max_model_len),
                 max_requests=max_requests,
                 backend=backend,
+                kv_cache=kv_cache,
             )
             service = stack.enter_context(pipeline.serve(where, options, emit=emit))
         service.run(lambda: console.err.print(SERVES.format(service), markup=False, soft_wrap=True))

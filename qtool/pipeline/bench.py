@@ -16,7 +16,9 @@ from qtool.pipeline.imported import as_ours
 from qtool.pipeline.model_figures import figures_of, versions
 from qtool.plugins import check_name
 from qtool.runtime.backends._choose import use_backend
+from qtool.runtime.decode.cache import use_kv_cache
 from qtool.scheme import ActivationScheme, WeightScheme
+from qtool.settings import KvCache
 from qtool.timing.model import time_model
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class GpuOptions:
     """Also time kernels of other libraries, where they are installed."""
     plot: Path | None = None
     """Where the roofline goes, .png or .svg."""
+    kv_cache: KvCache | None = None
+    """How whole models keep keys and values; None: by $QTOOL_KV_CACHE, else in their dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +139,10 @@ def _kernels(
         model = as_ours(model, emit)
         baseline = as_ours(baseline, emit) if baseline is not None else _original(model)
         work = workload.checkpoint_workload(model, baseline, kernel, device)
-    result = gpu.time_workload(
-        work, gpu.on_card(device, kernel), versions(), with_peers=options.peers, emit=emit
-    )
+    with use_kv_cache(options.kv_cache):
+        result = gpu.time_workload(
+            work, gpu.on_card(device, kernel), versions(), with_peers=options.peers, emit=emit
+        )
     if options.plot is not None:
         plots.draw_roofline(options.plot, result)
     return result

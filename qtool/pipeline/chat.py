@@ -9,9 +9,11 @@ from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.pipeline.imported import as_ours
 from qtool.runtime.backends._choose import use_backend
+from qtool.runtime.decode.cache import use_kv_cache
 from qtool.serving.conversation import Conversation
 from qtool.serving.opening import DecoderOptions, open_decoder, served_model
 from qtool.serving.tokens import SamplingOptions
+from qtool.settings import KvCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,8 @@ class ChatOptions:
     """Tokens of the conversation."""
     backend: str | None = None
     """Runs the quantized layers; None: choose."""
+    kv_cache: KvCache | None = None
+    """How keys and values are kept; None: by $QTOOL_KV_CACHE, else as the model's activations."""
 
 
 @contextmanager
@@ -39,7 +43,7 @@ def chat(
         ModelError: it has no chat template.
         BackendError: it doesn't fit.
     """
-    with use_backend(options.backend):
+    with use_backend(options.backend), use_kv_cache(options.kv_cache):
         loaded = load_model(as_ours(model, emit))
         emit(Progress(f"preparing {loaded.name}"))
         decoder = open_decoder(loaded, DecoderOptions(slots=1, max_length=options.max_length))

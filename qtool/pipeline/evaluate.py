@@ -21,15 +21,18 @@ from qtool.evaluation.closeness import (
 )
 from qtool.evaluation.lm_eval.options import TaskOptions
 from qtool.evaluation.perplexity import PerplexityResult, perplexity
+from qtool.integrations.transformers.int8_cache import keep_as_wanted
 from qtool.modeling.device import free_memory
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location
 from qtool.pipeline.card import note_evaluation
 from qtool.pipeline.imported import as_ours
 from qtool.pipeline.model_figures import ModelFigures, figures_of, versions
-from qtool.pipeline.scoring import score
+from qtool.pipeline.scoring import kv_caches, score
 from qtool.pipeline.task_results import TaskComparison
 from qtool.runtime.backends._choose import use_backend
+from qtool.runtime.decode.cache import use_kv_cache
+from qtool.settings import KvCache
 
 if TYPE_CHECKING:
     from qtool.timing.cpu import CpuResult
@@ -75,6 +78,9 @@ class EvalOptions:
     """Also compare greedy continuations with those of the baseline."""
     chats: str | None = CHATS
     """Chats to compare on as well: bundled, or the path of a `.jsonl` file; None: none."""
+    kv_cache: KvCache | None = None
+    """How the model, not its baseline, keeps keys and values; None: by $QTOOL_KV_CACHE, else in
+    the dtype of its activations."""
 
     def measure(self, model: LoadedModel, corpus: Corpus, emit: Emit) -> PerplexityResult:
         """Return the perplexity of a loaded model on the corpus of these options."""
@@ -121,7 +127,9 @@ def evaluate(
     model = as_ours(model, emit)
     baseline = None if baseline is None else as_ours(baseline, emit)
     if options.tasks is not None:
-        scored = Comparison((), tasks=score(model, options.tasks, baseline, backend, dtype, emit))
+        with use_kv_cache(options.kv_cache):
+            tasks = score(model, options.tasks, baseline, backend, dtype, emit)
+        scored = Comparison((), tasks=tasks)
         note_evaluation(model, scored, emit)
         return scored
     corpus = load_corpus(options.dataset)
@@ -129,9 +137,12 @@ def evaluate(
     models = [one for one in (baseline, model) if one is not None]
     figures: list[ModelFigures] = []
     references, close = None, Closeness()
-    with use_backend(backend):
-        for one in models:
+    with use_kv_cache(options.kv_cache):
+        caches = kv_caches(len(models))
+    for one, kind in zip(models, caches, strict=True):
+        with use_backend(backend), use_kv_cache(kind):
             loaded = load_model(one, dtype=dtype)
+            keep_as_wanted(loaded.model)
             measured = options.measure(loaded, corpus, emit)
             figures.append(replace(subjects[one], perplexity=measured))
             with _if_possible(emit):

@@ -16,6 +16,7 @@ from qtool.evaluation.lm_eval.hooks import quiet
 from qtool.evaluation.lm_eval.options import TaskOptions
 from qtool.evaluation.lm_eval.run import explained, run_tasks
 from qtool.evaluation.scores import TaskFailure, TaskScores
+from qtool.integrations.transformers.int8_cache import keep_as_wanted
 from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.digest import model_digest, model_states
 from qtool.modeling.load import LoadedModel, load_model
@@ -24,7 +25,9 @@ from qtool.pipeline.model_figures import ModelFigures, figures_of, versions
 from qtool.pipeline.sample_file import row_file
 from qtool.pipeline.task_results import ModelTasks, TaskComparison, score_rows
 from qtool.runtime.backends._choose import use_backend, wanted_backend
+from qtool.runtime.decode.cache import use_kv_cache, wanted_kv_cache
 from qtool.sandbox.run import protections
+from qtool.settings import KvCache
 from qtool.wording import reason
 
 TOO_LARGE = "It needs a larger card, or fewer bytes for each weight."
@@ -100,8 +103,10 @@ def score_models(
         OutputError, ModelError, CheckpointError: as `score`.
     """
     options, dtype = tasks.options, dtype or default_dtype(default_device())
+    caches = kv_caches(len(models))
     subjects = [
-        _subject(one, dtype, backend, remember=options.cache, foreign=foreign) for one in models
+        _subject(one, dtype, backend, kv_cache=cache, remember=options.cache, foreign=foreign)
+        for one, cache in zip(models, caches, strict=True)
     ]
     measured = []
     with use_backend(backend), row_file(options.samples) as rows_of:
@@ -109,9 +114,16 @@ def score_models(
             load = partial(_load, subject, dtype, remember=options.cache)
             begin = {"model": subject.figures.name, "baseline": number == 0 < len(models) - 1}
             add_rows = rows_of(begin) if rows_of is not None else None
-            outcomes = run_tasks(load, subject.settings, tasks, emit, add_rows)
+            with use_kv_cache(caches[number]):
+                outcomes = run_tasks(load, subject.settings, tasks, emit, add_rows)
             measured.append(_model_tasks(subject.figures, outcomes))
     return measured
+
+
+def kv_caches(models: int) -> list[KvCache]:
+    """Return how each of several models keeps keys and values: the first, a baseline, as ever."""
+    wanted = wanted_kv_cache()
+    return ["auto" if number == 0 < models - 1 else wanted for number in range(models)]
 
 
 def _model_tasks(figures: ModelFigures, outcomes: Sequence[TaskScores | TaskFailure]) -> ModelTasks:
@@ -125,7 +137,13 @@ def _model_tasks(figures: ModelFigures, outcomes: Sequence[TaskScores | TaskFail
 
 
 def _subject(
-    location: Location, dtype: torch.dtype, backend: str | None, *, remember: bool, foreign: bool
+    location: Location,
+    dtype: torch.dtype,
+    backend: str | None,
+    *,
+    kv_cache: KvCache,
+    remember: bool,
+    foreign: bool,
 ) -> _Subject:
     name = location.name
     try:
@@ -143,9 +161,16 @@ def _subject(
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "backend": backend or wanted_backend(),
-        "switches": environment.given(environment.EXECUTION),
+        "switches": _switches(kv_cache),
     }
     return _Subject(location, figures, settings, states)
+
+
+def _switches(kv_cache: KvCache) -> dict[str, str]:
+    """Return the switches that a model runs under: an option counts as the switch it stands for."""
+    given = environment.given(environment.EXECUTION)
+    given.pop("QTOOL_KV_CACHE", None)
+    return given if kv_cache == "auto" else {**given, "QTOOL_KV_CACHE": kv_cache}
 
 
 def _load(subject: _Subject, dtype: torch.dtype, *, remember: bool) -> LoadedModel:
@@ -153,6 +178,7 @@ def _load(subject: _Subject, dtype: torch.dtype, *, remember: bool) -> LoadedMod
     name, directory = subject.figures.name, subject.location.directory
     with explained(f"{name} can't be loaded", full=TOO_LARGE, other=DAMAGED), quiet():
         loaded = load_model(subject.location, dtype=dtype)
+        keep_as_wanted(loaded.model)
         same = model_states(directory) == subject.states or (
             model_digest(directory, remember=remember) == subject.settings["digest"]
         )

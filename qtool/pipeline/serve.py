@@ -10,8 +10,10 @@ from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.pipeline.imported import as_ours
 from qtool.runtime.backends._choose import use_backend
+from qtool.runtime.decode.cache import use_kv_cache
 from qtool.serving.installed import check_servable
 from qtool.serving.opening import DecoderOptions, open_decoder, served_model
+from qtool.settings import KvCache
 
 if TYPE_CHECKING:
     from qtool.serving.server import ServerOptions
@@ -27,6 +29,8 @@ class ServeOptions:
     """Sequences that run or wait, at most."""
     backend: str | None = None
     """Runs the quantized layers; None: choose."""
+    kv_cache: KvCache | None = None
+    """How keys and values are kept; None: by $QTOOL_KV_CACHE, else as the model's activations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,8 @@ def serve(
     from qtool.serving.responder import Responder
     from qtool.serving.server import bound_socket, run_server
 
-    with bound_socket(options.server) as listening, use_backend(options.backend):
+    executed = use_backend(options.backend), use_kv_cache(options.kv_cache)
+    with bound_socket(options.server) as listening, executed[0], executed[1]:
         loaded = load_model(as_ours(model, emit))
         emit(Progress(f"preparing {loaded.name}"))
         decoder = open_decoder(loaded, options.decoder)

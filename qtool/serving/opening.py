@@ -9,12 +9,15 @@ import torch
 from qtool.base import CausalModel
 from qtool.errors import BackendError
 from qtool.integrations.transformers.generate import runner_for
+from qtool.integrations.transformers.int8_cache import keep_as_wanted
 from qtool.integrations.transformers.sampling import SharedRunner
 from qtool.modeling.load import LoadedModel
+from qtool.runtime.decode.cache import bytes_per_token, wanted_kv_cache
 from qtool.runtime.decode.slots import SlotRunner
 from qtool.runtime.decode.weights import DecoderWeights
 from qtool.serving.decoders import ForwardDecoder, RunnerDecoder, SlotDecoder
 from qtool.serving.served import ServedModel
+from qtool.settings import KvCache
 from qtool.wording import gigabytes
 
 _LOG = logging.getLogger(__name__)
@@ -51,13 +54,18 @@ def open_decoder(loaded: LoadedModel, options: DecoderOptions = DecoderOptions()
             f"{loaded.name} has {longest} positions, so a context of {length} tokens is too long. "
             f"Give --max-model-len {longest} or less."
         )
+    kind = wanted_kv_cache()
     if not isinstance(runner, SharedRunner):
+        keep_as_wanted(model)
         _LOG.info("sequences run one by one, without the decode runner: %s", runner)
         return ForwardDecoder(model, max_length=length, slots=options.slots or CPU_SLOTS)
     on_card = runner.weights.final_norm.device.type == "cuda"
     slots = options.slots or (RUNNER_SLOTS if on_card else CPU_SLOTS)
-    _check_room(runner.weights, slots, length)
-    return RunnerDecoder(SlotRunner(runner.weights, runner.ops, max_length=length, slots=slots))
+    _check_room(runner.weights, slots, length, kind)
+    slot_runner = SlotRunner(
+        runner.weights, runner.ops, max_length=length, slots=slots, kv_cache=kind
+    )
+    return RunnerDecoder(slot_runner)
 
 
 def served_model(loaded: LoadedModel) -> ServedModel:
@@ -82,18 +90,18 @@ def _positions(model: CausalModel) -> int | None:
     return int(told) if told else None
 
 
-def _check_room(weights: DecoderWeights, slots: int, length: int) -> None:
-    shape, device = weights.shape, weights.final_norm.device
+def _check_room(weights: DecoderWeights, slots: int, length: int, kind: KvCache = "auto") -> None:
+    device = weights.final_norm.device
     if device.type != "cuda":
         return
-    per_token = 2 * len(weights.layers) * shape.num_key_value_heads * shape.head_dim
-    per_token *= shape.dtype.itemsize
+    per_token = bytes_per_token(weights, kind)
     torch.cuda.empty_cache()
     room = torch.cuda.mem_get_info(device)[0] - LEFT_FREE
     if slots * length * per_token > room:
         most = max(0, room // (slots * per_token)) // LENGTH_STEP * LENGTH_STEP
+        less = ", or --kv-cache int8" if kind == "auto" else ""
         raise BackendError(
             f"Keys and values of {slots} sequences of {length} tokens take "
             f"{gigabytes(slots * length * per_token)}, and the card has {gigabytes(max(0, room))} "
-            f"for them. Give --max-model-len {most} or less, or fewer --slots."
+            f"for them. Give --max-model-len {most} or less, or fewer --slots{less}."
         )

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
+from qtool.runtime.decode.cache import bytes_per_token, wanted_kv_cache
 from qtool.runtime.decode.ops import DecodeOps
 from qtool.runtime.decode.runner import DecodeRunner
 from qtool.runtime.decode.weights import DecoderWeights
+from qtool.settings import KvCache
 from qtool.timing.machine import Clock
 from qtool.timing.synthetic import generator_on
 from qtool.timing.timing import time_tokens
@@ -36,6 +38,9 @@ class EndToEndResult:
     repeats: int
     peak_memory_bytes: int
     """Weights, cache and activations while it ran; not what loading took for a moment."""
+    kv_cache: KvCache = "auto"
+    """How keys and values were kept."""
+    kv_cache_bytes_per_token: int = 0
 
 
 @torch.no_grad()
@@ -47,7 +52,8 @@ def time_decoder(model: EndToEnd, ops: DecodeOps, clock: Clock) -> EndToEndResul
     """
     before = clock.memory()
     weights = model.load()
-    runner = DecodeRunner(weights, ops, max_length=PROMPT_TOKENS + DECODE_TOKENS)
+    kind, length = wanted_kv_cache(), PROMPT_TOKENS + DECODE_TOKENS
+    runner = DecodeRunner(weights, ops, max_length=length, kv_cache=kind)
     device = weights.final_norm.device
     prompt = torch.randint(
         weights.shape.vocab_size, (1, PROMPT_TOKENS), device=device, generator=generator_on(device)
@@ -67,4 +73,6 @@ def time_decoder(model: EndToEnd, ops: DecodeOps, clock: Clock) -> EndToEndResul
         decode_tokens=DECODE_TOKENS,
         repeats=REPEATS,
         peak_memory_bytes=clock.peak_memory() - before,
+        kv_cache=kind,
+        kv_cache_bytes_per_token=bytes_per_token(weights, kind),
     )

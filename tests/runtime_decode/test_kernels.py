@@ -8,12 +8,13 @@ import torch
 from qtool.runtime.backends.cuda import decode_ops as kernel_ops
 from qtool.runtime.backends.cuda.decode_ops import KernelOps
 from qtool.runtime.backends.cuda.launch import Card
-from qtool.runtime.decode.cache import KvCache, quantized_rows
+from qtool.runtime.decode.cache import quantized_rows
 from qtool.runtime.decode.ops import DecodeState
 from qtool.runtime.decode.read_model import weights_of
 from qtool.runtime.decode.runner import DecodeRunner
 from qtool.runtime.decode.torch_ops import OPS, heads_of
 from qtool.runtime.decode.weights import DecoderLayer, DecoderShape
+from qtool.settings import KvCache
 from tests.helpers import normal
 from tests.kernels.host import Recorder
 from tests.runtime_decode.models import build, prompt

@@ -90,13 +90,18 @@ def _print_sweep(layer: "LayerTimes") -> None:
 
 
 def _print_end_to_end(result: "GpuResult") -> None:
-    columns = ("model", ">prefill tokens/s", ">decode tokens/s", ">peak memory")
+    columns = (
+        *("model", ">prefill tokens/s", ">decode tokens/s", ">peak memory"),
+        *("key-value cache", ">bytes per token"),
+    )
     rows = [
         (
             model.name,
             f"{model.prefill_tokens_per_second:,.0f}",
             f"{model.decode_tokens_per_second:.1f}",
             gigabytes(model.peak_memory_bytes),
+            model.kv_cache,
+            f"{model.kv_cache_bytes_per_token:,}",
         )
         for model in result.end_to_end
     ]

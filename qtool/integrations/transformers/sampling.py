@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtool.runtime.decode.cache import wanted_kv_cache
 from qtool.runtime.decode.ops import DecodeOps
 from qtool.runtime.decode.runner import DecodeRunner
 from qtool.runtime.decode.weights import DecoderWeights
@@ -46,12 +47,20 @@ class SharedRunner:
 
     def begin(self, batch: int, length: int, limit: int) -> DecodeRunner:
         """Return a runner with room for prompts and some more: the last one if it will do."""
-        room = self._rounded(min(limit, length + FIRST_ROOM))
-        if self.runner is None or self.runner.batch != batch or self.runner.max_length < room:
+        room, kind, runner = (
+            self._rounded(min(limit, length + FIRST_ROOM)),
+            wanted_kv_cache(),
+            self.runner,
+        )
+        fits = runner is not None and (runner.batch, runner.kv_cache) == (batch, kind)
+        if runner is None or not fits or runner.max_length < room:
             self._finish()
-            self.runner = None  # frees its cache before the new one is made
-            self.runner = DecodeRunner(self.weights, self.ops, max_length=room, batch=batch)
-        return self.runner
+            self.runner = runner = None  # frees its cache before the new one is made
+            runner = DecodeRunner(
+                self.weights, self.ops, max_length=room, batch=batch, kv_cache=kind
+            )
+            self.runner = runner
+        return runner
 
     def go_on(self, limit: int) -> DecodeRunner:
         """Return a runner that can take a step: a larger one where the last is full."""

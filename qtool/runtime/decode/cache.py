@@ -1,4 +1,4 @@
-"""What the cache holds of keys and values: as they are, or int8 codes and a scale per head and token.
+"""What the cache holds: keys and values as they are, or int8 codes and scales per head and token.
 
 A scale is the largest magnitude of a head's key, or value, over 127; a code the nearest integer to
 the number over the scale. Rows of both are written once and never changed: no later token alters
@@ -8,19 +8,19 @@ what an earlier one has left, so neither batching nor moving a sequence changes 
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
 from qtool import settings
 from qtool.errors import BackendError
+from qtool.runtime.decode.weights import DecoderWeights
+from qtool.settings import KvCache
 
 if TYPE_CHECKING:
     from qtool.runtime.decode.ops import DecodeState
 
-KvCache = Literal["auto", "int8"]
-"""auto: in the dtype of the model's activations."""
 LARGEST_CODE = 127
 SCALES = ("key_scales", "value_scales")
 BUFFERS = ("keys", "values", *SCALES)
@@ -55,13 +55,18 @@ def _checked(kind: str) -> KvCache:
     for known in get_args(KvCache):
         if kind == known:
             return known
-    raise BackendError(f"There is no key-value cache {kind!r}. Take {' or '.join(get_args(KvCache))}.")
+    raise BackendError(
+        f"There is no key-value cache {kind!r}. Take {' or '.join(get_args(KvCache))}."
+    )
 
 
-def bytes_per_token(heads: int, head_dim: int, dtype: torch.dtype, kind: KvCache) -> int:
-    """Return what keys and values of one token take in one layer of `heads` key-value heads."""
-    row = head_dim * dtype.itemsize if kind == "auto" else head_dim + torch.float32.itemsize
-    return 2 * heads * row
+def bytes_per_token(weights: DecoderWeights, kind: KvCache) -> int:
+    """Return what keys and values of one token take in all layers."""
+    shape = weights.shape
+    row = shape.head_dim * shape.dtype.itemsize
+    if kind == "int8":
+        row = shape.head_dim + torch.float32.itemsize
+    return 2 * len(weights.layers) * shape.num_key_value_heads * row
 
 
 def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qtool.errors import BackendError
-from qtool.runtime.decode.cache import BUFFERS, SCALES, KvCache
+from qtool.runtime.decode.cache import BUFFERS, SCALES
 from qtool.runtime.decode.weights import (
     DecoderExperts,
     DecoderLayer,
@@ -19,6 +19,7 @@ from qtool.runtime.decode.weights import (
     Projection,
     Projections,
 )
+from qtool.settings import KvCache
 
 
 @dataclass(frozen=True, slots=True)

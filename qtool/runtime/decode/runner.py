@@ -7,10 +7,10 @@ from torch import Tensor
 
 from qtool.errors import BackendError
 from qtool.runtime.decode import step
-from qtool.runtime.decode.cache import KvCache
 from qtool.runtime.decode.captured import CapturedStep
 from qtool.runtime.decode.ops import DecodeOps, new_state
 from qtool.runtime.decode.weights import DecoderWeights
+from qtool.settings import KvCache
 
 CHECK_EVERY = 16
 """Tokens between two looks of the host at whether all have ended; each waits for the device."""

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from qtool.runtime.decode import step
-from qtool.runtime.decode.cache import KvCache
 from qtool.runtime.decode.captured import CapturedStep
 from qtool.runtime.decode.ops import DecodeOps, DecodeState, new_state
 from qtool.runtime.decode.weights import DecoderWeights
+from qtool.settings import KvCache
 
 
 class SlotRunner:
