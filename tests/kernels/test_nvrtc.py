@@ -108,6 +108,19 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
         {**HEADS, "HEAD_DIM": 128, "HEADS": 8, "BLOCKS": 2, "QK_NORM": 1, "ACTIVATION_BF16": 1},
         255,
     ),
+    *(
+        (
+            "decode_attention",
+            {**HEADS, "HEAD_DIM": dim, "HEADS": heads, "INT8_CACHE": 1, **more},
+            255,
+        )
+        for dim, heads, more in (
+            (64, 3, {}),
+            (128, 4, {}),
+            (128, 8, {"QK_NORM": 1, "ACTIVATION_BF16": 1}),
+            (256, 4, {}),
+        )
+    ),
 ]
 
 HOPPER = "sm_90a"
