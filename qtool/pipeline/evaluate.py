@@ -137,9 +137,7 @@ def evaluate(
     models = [one for one in (baseline, model) if one is not None]
     figures: list[ModelFigures] = []
     references, close = None, Closeness()
-    with use_kv_cache(options.kv_cache):
-        caches = kv_caches(len(models))
-    for one, kind in zip(models, caches, strict=True):
+    for one, kind in zip(models, kv_caches(len(models), options.kv_cache), strict=True):
         with use_backend(backend), use_kv_cache(kind):
             loaded = load_model(one, dtype=dtype)
             keep_as_wanted(loaded.model)

@@ -120,9 +120,9 @@ def score_models(
     return measured
 
 
-def kv_caches(models: int) -> list[KvCache]:
+def kv_caches(models: int, kind: KvCache | None = None) -> list[KvCache]:
     """Return how each of several models keeps keys and values: the first, a baseline, as ever."""
-    wanted = wanted_kv_cache()
+    wanted = kind or wanted_kv_cache()
     return ["auto" if number == 0 < models - 1 else wanted for number in range(models)]
 
 
