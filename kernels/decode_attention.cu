@@ -17,9 +17,9 @@
 // An int8 cache holds codes -127 to 127, and a scale per position and key-value head: the largest
 // magnitude over 127. Codes become float16, exactly; scales multiply scores and powers.
 //
-// Compile-time: HEAD_DIM (a multiple of 8, up to 256; of 16 with INT8_CACHE), HEADS (up to 8), BLOCKS
-// (HEADS * BLOCKS query heads per key-value head), QK_NORM, SHORTEST (positions of a part, at least),
-// INT8_CACHE, ACTIVATION_BF16.
+// Compile-time: HEAD_DIM (a multiple of 8, up to 256), HEADS (up to 8), BLOCKS (HEADS * BLOCKS query
+// heads per key-value head), QK_NORM, SHORTEST (positions of a part, at least), INT8_CACHE,
+// ACTIVATION_BF16.
 // Shared: HEADS * QUERY_STRIDE halves, 2 * HEAD_DIM halves, 4 floats, WARPS * HEADS * PART floats.
 
 #define THREADS 256
@@ -75,8 +75,15 @@ struct Side { const STORED *rows; const float *scales; };
 
 // Sixteen bytes of a row; zeros for what isn't there.
 DEVICE quad load_row(const Side &side, int position, int end, int dimension) {
+    const STORED *row = side.rows + (u64)position * HEAD_DIM + dimension;
     bool there = position < end && dimension < HEAD_DIM;
-    return there ? *(const quad *)(side.rows + (u64)position * HEAD_DIM + dimension) : quad{0, 0, 0, 0};
+#if INT8_CACHE && HEAD_DIM % 16 // a row may end after eight of them, and lies at a multiple of eight
+    u64 low = there ? ((const u64 *)row)[0] : 0, high = 0;
+    if (there && dimension + 8 < HEAD_DIM) high = ((const u64 *)row)[1];
+    return quad{(u32)low, (u32)(low >> 32), (u32)high, (u32)(high >> 32)};
+#else
+    return there ? *(const quad *)row : quad{0, 0, 0, 0};
+#endif
 }
 DEVICE float load_scale(const Side &side, int position, int end) {
     return INT8_CACHE && position < end ? side.scales[position] : 0.0f;

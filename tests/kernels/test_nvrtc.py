@@ -116,6 +116,7 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
         )
         for dim, heads, more in (
             (64, 3, {}),
+            (120, 4, {}),
             (128, 4, {}),
             (128, 8, {"QK_NORM": 1, "ACTIVATION_BF16": 1}),
             (256, 4, {}),

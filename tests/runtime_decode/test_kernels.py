@@ -116,7 +116,10 @@ CASES = [
 ]
 
 
-INT8_CASES = [replace(case, kv_cache="int8") for case in CASES if case.head_dim % 16 == 0]
+INT8_CASES = [
+    replace(case, kv_cache="int8")
+    for case in (*CASES, Case(4, 2, 72, bias=True), Case(4, 1, 120, splits=2))
+]
 
 
 def poisoned(state: DecodeState) -> DecodeState:
