@@ -83,17 +83,26 @@ def dequantized_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
     return (codes.float() * scales.unsqueeze(-1)).to(dtype)
 
 
-def write_cache(
-    state: "DecodeState", layer: int, places: Tensor, key: Tensor, value: Tensor
+def write_cache(  # noqa: PLR0913 - of what, where, and what
+    state: "DecodeState", layer: int, slots: Tensor, places: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Store keys and values (batch, heads, tokens, head_dim) at places (batch, tokens) int64.
+    """Store keys and values (tokens, heads, head_dim) of tokens, which may be of any sequences.
+
+    Args:
+        state: Whose cache.
+        layer: Of the cache.
+        slots: (tokens,) int64: the sequence of each.
+        places: (tokens,) int64: its position, no two the same of one sequence.
+        key: In the dtype of activations.
+        value: The same.
 
     Returns:
         Both as the cache holds them, in the dtype that they came in.
     """
+    where = slots, places
     return (
-        _write(state.keys[layer], _of(state.key_scales, layer), places, key),
-        _write(state.values[layer], _of(state.value_scales, layer), places, value),
+        _write(state.keys[layer], _of(state.key_scales, layer), where, key),
+        _write(state.values[layer], _of(state.value_scales, layer), where, value),
     )
 
 
@@ -111,12 +120,13 @@ def _of(scales: Tensor | None, layer: int) -> Tensor | None:
     return None if scales is None else scales[layer]
 
 
-def _write(rows: Tensor, scales: Tensor | None, places: Tensor, x: Tensor) -> Tensor:
-    where = places[:, None, :].expand(x.shape[:-1])
+def _write(
+    rows: Tensor, scales: Tensor | None, where: tuple[Tensor, Tensor], x: Tensor
+) -> Tensor:
+    slots, places = where
     if scales is None:
-        rows.scatter_(2, where[..., None].expand(x.shape), x)
+        rows[slots, :, places] = x
         return x
     codes, each = quantized_rows(x)
-    rows.scatter_(2, where[..., None].expand(x.shape), codes)
-    scales.scatter_(2, where, each)
+    rows[slots, :, places], scales[slots, :, places] = codes, each
     return dequantized_rows(codes, each, x.dtype)

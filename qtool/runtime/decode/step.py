@@ -32,12 +32,16 @@ def prefill(weights: DecoderWeights, ids: Tensor, state: DecodeState, ops: Decod
         ops: What runs.
     """
     shape, (batch, length) = weights.shape, ids.shape
-    places = torch.arange(length, device=ids.device).expand(batch, -1)
+    slots, places = torch.cartesian_prod(
+        *(torch.arange(count, device=ids.device) for count in (batch, length))
+    ).unbind(1)
 
     def attend(qkv: Tensor, layer: DecoderLayer, index: int) -> Tensor:
-        parts = heads_of(qkv.view(batch, length, -1), layer, shape, state.rotary[:length])
-        query, key, value = (part.transpose(1, 2) for part in parts)
-        key, value = write_cache(state, index, places, key, value)
+        query, key, value = heads_of(qkv, layer, shape, state.rotary[places])
+        held = write_cache(state, index, slots, places, key, value)
+        query, key, value = (
+            part.unflatten(0, (batch, length)).transpose(1, 2) for part in (query, *held)
+        )
         attended = functional.scaled_dot_product_attention(
             *(query, key, value),
             is_causal=length > 1,

@@ -58,7 +58,8 @@ class TorchOps:
         """Attend over the whole cache; what lies beyond the positions weighs nothing."""
         positions = state.positions.long()
         query, key, value = heads_of(qkv, layer, shape, state.rotary[positions])
-        write_cache(state, index, positions[:, None], key[:, :, None], value[:, :, None])
+        slots = torch.arange(len(positions), device=qkv.device)
+        write_cache(state, index, slots, positions, key, value)
         keys, values = read_cache(state, index, qkv.dtype)
         seen = torch.arange(keys.shape[2], device=qkv.device) <= positions[:, None]
         attended = functional.scaled_dot_product_attention(
