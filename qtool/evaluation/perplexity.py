@@ -28,6 +28,8 @@ class PerplexityResult:
     windows_in_dataset: int
     dtype: str
     device: str
+    kv_cache: str = "auto"
+    """How keys and values were seen: in the dtype, or as an int8 cache holds them."""
 
     @property
     def conditions(self) -> str:

@@ -126,12 +126,27 @@ def evaluate(
     """
     model = as_ours(model, emit)
     baseline = None if baseline is None else as_ours(baseline, emit)
-    if options.tasks is not None:
-        with use_kv_cache(options.kv_cache):
-            tasks = score(model, options.tasks, baseline, backend, dtype, emit)
-        scored = Comparison((), tasks=tasks)
-        note_evaluation(model, scored, emit)
-        return scored
+    cache = kv_caches(1, options.kv_cache)[0]
+    if options.tasks is None:
+        result = _on_texts(model, options, baseline, backend, dtype, emit)
+    else:
+        with use_kv_cache(cache):
+            result = Comparison(
+                (), tasks=score(model, options.tasks, baseline, backend, dtype, emit)
+            )
+    if cache == "auto":  # a card tells of the checkpoint as others will run it
+        note_evaluation(model, result, emit)
+    return result
+
+
+def _on_texts(  # noqa: PLR0913 - as `evaluate`
+    model: Location,
+    options: EvalOptions,
+    baseline: Location | None,
+    backend: str | None,
+    dtype: torch.dtype | None,
+    emit: Emit,
+) -> Comparison:
     corpus = load_corpus(options.dataset)
     subjects = {one: figures_of(one) for one in (model, baseline) if one is not None}
     models = [one for one in (baseline, model) if one is not None]
@@ -142,6 +157,7 @@ def evaluate(
             loaded = load_model(one, dtype=dtype)
             keep_as_wanted(loaded.model)
             measured = options.measure(loaded, corpus, emit)
+            measured = replace(measured, kv_cache=kind)
             figures.append(replace(subjects[one], perplexity=measured))
             with _if_possible(emit):
                 if len(figures) < len(models):
@@ -150,11 +166,9 @@ def evaluate(
                     close = compare_closely(loaded, references, emit)
             del loaded
             free_memory()
-    result = Comparison(
+    return Comparison(
         tuple(figures), close.text, versions(), chats=close.chats, no_chats=close.no_chats
     )
-    note_evaluation(model, result, emit)
-    return result
 
 
 @contextmanager

@@ -41,6 +41,7 @@ def test_without_a_card_one_line_says_what_to_do(cli: Cli, checkpoint, shape):
         (["out", "--gpu", "--input-bits", 8], "--input-bits needs --synthetic"),
         (["out", "--kernel", "lut"], "--kernel needs --gpu"),
         (["out", "--peers"], "--peers needs --gpu"),
+        (["out", "--kv-cache", "int8"], "--kv-cache needs --gpu"),
         (["out", "--plot", "a.png"], "--plot needs --gpu"),
         (["out", "--gpu", "--plot", "a.pdf"], ".png or .svg"),
         (["out", "--gpu", "--backend", "cuda"], "--backend doesn't go"),

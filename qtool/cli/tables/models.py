@@ -92,6 +92,9 @@ def _conditions(figures: tuple["ModelFigures", ...]) -> list[str]:
     quality = next((f.perplexity for f in figures if f.perplexity), None)
     if quality is not None:
         lines.append(f"Perplexity: {quality.conditions}.")
+    last = figures[-1].perplexity
+    if last is not None and last.kv_cache != "auto":
+        lines.append(f"The last model sees its keys and values as {last.kv_cache}.")
     speed = next((f.speed for f in figures if f.speed), None)
     if speed is not None:
         lines.append(

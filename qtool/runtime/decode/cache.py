@@ -120,9 +120,7 @@ def _of(scales: Tensor | None, layer: int) -> Tensor | None:
     return None if scales is None else scales[layer]
 
 
-def _write(
-    rows: Tensor, scales: Tensor | None, where: tuple[Tensor, Tensor], x: Tensor
-) -> Tensor:
+def _write(rows: Tensor, scales: Tensor | None, where: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
     slots, places = where
     if scales is None:
         rows[slots, :, places] = x
