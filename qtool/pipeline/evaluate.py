@@ -139,7 +139,7 @@ def evaluate(
     return result
 
 
-def _on_texts(  # noqa: PLR0913 - as `evaluate`
+def _on_texts(
     model: Location,
     options: EvalOptions,
     baseline: Location | None,

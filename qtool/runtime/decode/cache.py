@@ -83,7 +83,7 @@ def dequantized_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
     return (codes.float() * scales.unsqueeze(-1)).to(dtype)
 
 
-def write_cache(  # noqa: PLR0913 - of what, where, and what
+def write_cache(
     state: "DecodeState", layer: int, slots: Tensor, places: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Store keys and values (tokens, heads, head_dim) of tokens, which may be of any sequences.
