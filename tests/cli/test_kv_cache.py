@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from qtool.integrations.transformers import int8_cache
-from qtool.runtime.decode.cache import wanted_kv_cache
+from qtool.runtime.decode.cache import quantized_rows, wanted_kv_cache
 from tests.cli.conftest import Cli
 from tests.cli.test_bench_gpu import SMALL, _imagined_card  # noqa: F401 - a fixture
 from tests.unit.timing.rig import TINY
@@ -42,6 +42,7 @@ def test_bench_says_what_a_token_takes(cli: Cli):
     done = cli("bench", "--synthetic", "llama3-8b", *options)
     assert done.code == 0, done.err
     sizes = TINY.decoder
+    assert sizes is not None
     numbers = 2 * sizes.num_layers * sizes.num_key_value_heads
     for model in json.loads(done.out)["end_to_end"]:
         assert model["kv_cache"] == "int8"
@@ -50,8 +51,12 @@ def test_bench_says_what_a_token_takes(cli: Cli):
 
 def test_chat_talks_with_it(cli: Cli, chat_llama, monkeypatch):
     seen = []
-    plain = int8_cache.quantized_rows
-    monkeypatch.setattr(int8_cache, "quantized_rows", lambda x: seen.append(x.shape) or plain(x))
+
+    def rows(x):
+        seen.append(x.shape)
+        return quantized_rows(x)
+
+    monkeypatch.setattr(int8_cache, "quantized_rows", rows)
     for options, used in ((["--kv-cache", "int8"], True), ([], False)):
         monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
         done = cli("chat", chat_llama, "--max-tokens", 2, *options)

@@ -9,6 +9,7 @@ from qtool.errors import BackendError
 from qtool.integrations.transformers import generate
 from qtool.integrations.transformers.generate import accelerate, use_runner
 from qtool.integrations.transformers.int8_cache import keep_as_wanted
+from qtool.integrations.transformers.sampling import SharedRunner
 from qtool.runtime.decode.cache import (
     bytes_per_token,
     dequantized_rows,
@@ -91,6 +92,13 @@ def test_a_cache_takes_what_is_foretold():
     assert taken["int8"] * 2 * head_dim == taken["auto"] * (head_dim + 4)
 
 
+def kind_made_for(model):
+    decoder = generate._MADE[model].decoder
+    assert isinstance(decoder, SharedRunner)
+    assert decoder.runner is not None
+    return decoder.runner.kv_cache
+
+
 def test_generate_keeps_keys_and_values_as_wanted(monkeypatch):
     model, ids = accelerate(build("llama")), prompt(2, 9)
     kinds = []
@@ -98,10 +106,10 @@ def test_generate_keeps_keys_and_values_as_wanted(monkeypatch):
         for wanted in (None, "int8", "auto"):
             with use_kv_cache(wanted):
                 model.generate(ids, pad_token_id=0, **GREEDY)
-            kinds.append(generate._MADE[model].decoder.runner.kv_cache)
+            kinds.append(kind_made_for(model))
         monkeypatch.setenv("QTOOL_KV_CACHE", "int8")
         model.generate(ids, pad_token_id=0, **GREEDY)
-        kinds.append(generate._MADE[model].decoder.runner.kv_cache)
+        kinds.append(kind_made_for(model))
     assert kinds == ["auto", "int8", "auto", "int8"]
 
 

@@ -75,13 +75,13 @@ def pair(kind: str, dtype: torch.dtype = torch.float32, **changes):
     return models
 
 
-def runner_of(model, *, max_length=64, batch=1, slots=None):
+def runner_of(model, *, max_length=64, batch=1, slots=None, kv_cache="auto"):
     weights = weights_of(model)
     module = next(one for one in model.modules() if isinstance(one, QuantizedLinear))
     ops = module.choose_backend().decode_ops(weights)
     if slots is not None:
         return SlotRunner(weights, ops, max_length=max_length, slots=slots)
-    return DecodeRunner(weights, ops, max_length=max_length, batch=batch)
+    return DecodeRunner(weights, ops, max_length=max_length, batch=batch, kv_cache=kv_cache)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,6 +96,16 @@ def test_greedy_tokens_are_those_of_the_definition(kind):
         chosen.append(torch.cat([first[:, None], runner.greedy(first, 40)], 1))
         assert runner.state.positions.tolist() == [49]
         assert runner.state.steps.tolist() == [40]
+    assert torch.equal(*chosen)
+
+
+def test_codes_in_the_cache_are_no_native_step():
+    reference, native = (runner_of(model, kv_cache="int8") for model in pair("llama"))
+    assert native.captured.whole is None
+    chosen = []
+    for runner in (reference, native):
+        first = runner.prefill(prompt(1, 9)).argmax(-1)
+        chosen.append(torch.cat([first[:, None], runner.greedy(first, 12)], 1))
     assert torch.equal(*chosen)
 
 

@@ -111,9 +111,7 @@ def new_state(
     dtype = torch.int8 if kv_cache == "int8" else shape.dtype
     keys, values = (_cache(size, dtype, device) for _ in range(2))
     scales = {
-        name: _cache(size[:-1], torch.float32, device)
-        for name in SCALES
-        if kv_cache == "int8"
+        name: _cache(size[:-1], torch.float32, device) for name in SCALES if kv_cache == "int8"
     }
     return DecodeState(
         keys=keys,

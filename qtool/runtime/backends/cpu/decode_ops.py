@@ -55,9 +55,9 @@ class NativeOps(TorchOps):
         return silu_times(self.linear(x, gate_up))
 
     def whole_step(self, weights: DecoderWeights, state: DecodeState) -> NativeStep | None:
-        """Return the native step; None: it knows no experts."""
+        """Return the native step; None: it knows neither experts nor codes in the cache."""
         del weights
-        if self._table is None:
+        if self._table is None or state.key_scales is not None:
             return None
         return NativeStep(self._table, state, self._calls.library, self._calls.threads)
 
