@@ -61,6 +61,26 @@ DEVICE u32 load_marked(const u64 *place, float *value) {
     return (u32)(word >> 32);
 }
 
+// What several threads add to, here or in other blocks. Not of sums whose rounding depends on an order.
+DEVICE void add_to(u64 *place, u64 value) { atomicAdd(place, value); }
+DEVICE void add_to(u32 *place, u32 value) { atomicAdd(place, value); }
+// Of one thread, after all of its block have met: count the block, and see what counted ones have written.
+DEVICE u64 take_ticket(u64 *place) {
+    __threadfence();
+    u64 ticket = atomicAdd(place, 1ull);
+    __threadfence();
+    return ticket;
+}
+// From where blocks meet, past L1.
+DEVICE u64 load_through(const u64 *place) {
+    u64 word;
+    asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(word) : "l"(place) : "memory");
+    return word;
+}
+
+// e^x, to one unit in the last place.
+DEVICE double power_of_e(double x) { return exp(x); }
+
 DEVICE float half_to_float(u16 bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));

@@ -101,7 +101,7 @@ QT_INLINE void qt_merge_parts(const qt_part *parts, const float *sums, int64_t c
         total += factor * parts[i * stride].total;
         for (int64_t j = 0; j < dim; j++) output[j] += factor * sums[i * stride * dim + j];
     }
-    for (int64_t j = 0; j < dim; j++) output[j] /= total;
+    for (int64_t j = 0; j < dim && total > 0.0f; j++) output[j] /= total; /* nobody there: zeros */
 }
 
 #endif

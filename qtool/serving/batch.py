@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qtool.serving.decoders import SlotDecoder
+from qtool.serving.decoders import PromptPart, SlotDecoder
 from qtool.serving.sampling import PendingTokens, Sampler, next_tokens
 from qtool.serving.tokens import Event, FailureEvent, Finish, TokenEvent, TokenRequest
 
@@ -20,6 +20,10 @@ class _Sequence:
 
     request: TokenRequest
     sampler: Sampler
+    slot: int = 0
+    """Where its prompt is read."""
+    read: int = 0
+    """Tokens of the prompt whose reading the device was told."""
     launched: int = 0
     """Tokens whose choice the device was told."""
     received: int = 0
@@ -48,6 +52,10 @@ class Batch:
     _waiting: deque[_Sequence] = field(default_factory=deque)
     _running: list[_Sequence] = field(default_factory=list)
     """By slot."""
+    _partly_read: _Sequence | None = None
+    """In a slot after the running ones: they go on while a long prompt is read."""
+    _read_since_step: int = 0
+    """Tokens of prompts."""
     _tokens: Tensor | None = None
     """(running,) the last of each, on the device."""
     _steps: deque[_Step] = field(default_factory=deque)
@@ -59,13 +67,13 @@ class Batch:
 
     @property
     def num_waiting(self) -> int:
-        """Return how many sequences wait for a slot."""
-        return len(self._waiting)
+        """Return how many sequences don't run yet."""
+        return len(self._waiting) + (self._partly_read is not None)
 
     @property
     def is_idle(self) -> bool:
         """Return whether there is nothing to do."""
-        return not (self._waiting or self._running or self._steps)
+        return not (self.num_waiting or self._running or self._steps)
 
     def add(self, request: TokenRequest) -> None:
         """Let a sequence wait for its slot."""
@@ -75,6 +83,8 @@ class Batch:
         """Forget sequences, wherever they are; nothing more is said of them."""
         alive = [one for one in self._waiting if one.request.key not in keys]
         self._waiting = deque(alive)
+        if self._partly_read is not None and self._partly_read.request.key in keys:
+            self._partly_read = None
         unread = [one for step in self._steps for one in step.sequences]
         for one in [*self._running, *unread]:
             if one.request.key in keys:
@@ -83,39 +93,55 @@ class Batch:
 
     @torch.no_grad()
     def advance(self) -> list[Event]:
-        """Begin what has room, or take a step of all; return the tokens that have arrived.
-
-        First tokens are returned before the next step, which takes long without a card.
-        """
-        events = self._admit()
-        events += self._read(self.decoder.lookahead if self._running else 0)
-        if self._running and not events:
+        """Read prompts, so much between two steps, or take a step of all; return what arrived."""
+        failures, steps = list[Event](), len(self._steps)
+        if not self._running:
+            self._read_since_step = 0  # nobody waits for a step
+        budget = self.decoder.prompt_tokens(len(self._running)) - self._read_since_step
+        if self.num_waiting and len(self._running) < self.decoder.slots and budget > 0:
+            failures = self._read_prompts(budget)
+        elif self._running:
+            self._read_since_step = 0
             self._launch()
-            events += self._read(self.decoder.lookahead if self._running else 0)
-        return events
+        is_ahead = self._running and len(self._steps) > steps
+        return failures + self._receive(self.decoder.lookahead if is_ahead else 0)
 
-    def _admit(self) -> list[Event]:
-        """Read the prompts of those that wait, as many at once as the decoder takes."""
-        free, chosen, longest = self.decoder.slots - len(self._running), list[_Sequence](), 0
-        while self._waiting and len(chosen) < free:
-            longest = max(longest, len(self._waiting[0].request.prompt))
-            if chosen and longest * (len(chosen) + 1) > self.decoder.prefill_tokens:
-                break
-            chosen.append(self._waiting.popleft())
-        if not chosen:
-            return []
+    def _read_prompts(self, budget: int) -> list[Event]:
+        """Read so many tokens of prompts, or fewer; sequences whose prompts are read then run."""
+        taken = self._next_parts(budget)
+        self._read_since_step += sum(len(part.tokens) for _, part in taken)
         try:
-            prompts = [one.request.prompt for one in chosen]
-            logits = self.decoder.prefill(len(self._running), prompts)
+            logits = self.decoder.read([part for _, part in taken])
         except torch.OutOfMemoryError:
-            return [
-                FailureEvent(one.request.key, NO_PROMPT_MEMORY.format(longest)) for one in chosen
-            ]
-        first = self._choose(chosen, logits, logits.argmax(-1))
-        self._tokens = first if self._tokens is None else torch.cat([self._tokens, first])
-        self._running += chosen
-        self._free()
+            longest = max(len(one.request.prompt) for one, _ in taken)
+            message = NO_PROMPT_MEMORY.format(longest)
+            return [FailureEvent(one.request.key, message) for one, _ in taken]
+        ended = [one for one, _ in taken if one.read == len(one.request.prompt)]
+        if len(ended) < len(taken):
+            self._partly_read = taken[-1][0]
+        if ended:
+            logits = logits[: len(ended)]
+            first = self._choose(ended, logits, logits.argmax(-1))
+            self._tokens = first if self._tokens is None else torch.cat([self._tokens, first])
+            self._running += ended
+            self._free()
         return []
+
+    def _next_parts(self, budget: int) -> list[tuple[_Sequence, PromptPart]]:
+        """Return what to read, in slots after the running ones; all but the last to their ends."""
+        slot = len(self._running)
+        end = min(self.decoder.slots, slot + self.decoder.prompts_at_once)
+        taken: list[tuple[_Sequence, PromptPart]] = []
+        while self.num_waiting and slot < end and budget > 0:
+            one = self._partly_read or self._waiting.popleft()
+            if one is self._partly_read and one.slot != slot:  # others have ended since
+                self.decoder.remove(slot, one.slot, one.read)
+            self._partly_read = None
+            part = one.request.prompt[one.read : one.read + budget]
+            taken.append((one, PromptPart(slot, one.read, part)))
+            one.slot, one.read = slot, one.read + len(part)
+            budget, slot = budget - len(part), slot + 1
+        return taken
 
     def _launch(self) -> None:
         """Take a step of all that run."""
@@ -133,7 +159,7 @@ class Batch:
             one.launched += 1
         return tokens
 
-    def _read(self, keep: int) -> list[Event]:
+    def _receive(self, keep: int) -> list[Event]:
         """Return the tokens of all steps but the last few."""
         events: list[Event] = []
         while len(self._steps) > keep:

@@ -1,17 +1,32 @@
 """What runs sequences in slots: the decode runner of a card, or transformers' forward anywhere."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qtool.base import CausalModel
+from qtool.runtime.decode.prompts import PromptSpan
 from qtool.runtime.decode.slots import SlotRunner
 from qtool.serving.drawing import TokenDrawer
 from qtool.serving.sampling import draw_tokens
 
-WARM_LENGTHS = (1, 16, 64, 512)
+WARM_LENGTHS = (1, 16, 32, 48, 64, 96, 128, 192, 256, 2048)
+"""Of prompts: each has kernels of its own."""
+PROMPT_TOKENS_ALONE, PROMPT_TOKENS_BESIDE = 2048, 512
+"""The second is what a step of the others waits for at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPart:
+    """Tokens of a prompt that follow one another."""
+
+    slot: int
+    begin: int
+    """How many tokens of the prompt were read before."""
+    tokens: Sequence[int]
 
 
 class SlotDecoder(Protocol):
@@ -22,9 +37,8 @@ class SlotDecoder(Protocol):
     """Tokens of a sequence, prompt and answer."""
     lookahead: int
     """Steps to launch before the tokens of the one before are read."""
-    prefill_tokens: int
-    """Most tokens of prompts that are read at once, the longest counted for all; one prompt may
-    have more."""
+    prompts_at_once: int
+    """Prompts that one call reads."""
 
     @property
     def device(self) -> torch.device:
@@ -35,8 +49,12 @@ class SlotDecoder(Protocol):
         """Do what would make the first requests wait."""
         ...
 
-    def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Begin sequences in slots from `first` on; return (prompts, vocab_size) logits."""
+    def prompt_tokens(self, running: int) -> int:
+        """Return how many tokens of prompts to read between two steps of so many sequences."""
+        ...
+
+    def read(self, parts: Sequence[PromptPart]) -> Tensor:
+        """Read parts of prompts; return the logits after each, (parts, vocab_size)."""
         ...
 
     def step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,11 +76,10 @@ class SlotDecoder(Protocol):
 class RunnerDecoder:
     """The decode runner: one graph, or call, for all sequences."""
 
-    prefill_tokens = 8192
-
     def __init__(self, runner: SlotRunner) -> None:
         self._runner, self.slots, self.max_length = runner, runner.slots, runner.max_length
         self.lookahead = int(runner.device.type == "cuda")  # elsewhere a step ends in its call
+        self.prompts_at_once = runner.slots
         self._drawer = TokenDrawer(runner.slots, runner.device)
 
     @property
@@ -77,24 +94,27 @@ class RunnerDecoder:
         self._runner.prepare()
         for length in WARM_LENGTHS:
             if length < self.max_length:
-                logits = self.prefill(0, [[0] * length])
-                self._drawer.prepare(logits)
+                logits = self.read([PromptPart(0, 0, [0] * length)])
+                self.draw(logits, logits.argmax(-1), torch.ones(1, 4, dtype=torch.float64))
 
-    def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read prompts of any lengths together."""
-        longest = max(map(len, prompts))
-        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-        ids = torch.tensor(padded).to(self.device, non_blocking=True)  # the host goes on
-        lengths = torch.tensor(list(map(len, prompts))).to(self.device, non_blocking=True)
-        return self._runner.prefill(first, ids, lengths)
+    def prompt_tokens(self, running: int) -> int:
+        """Return more if nobody waits for the next step."""
+        return PROMPT_TOKENS_BESIDE if running else PROMPT_TOKENS_ALONE
+
+    def read(self, parts: Sequence[PromptPart]) -> Tensor:
+        """Read parts of any lengths together."""
+        spans = [PromptSpan(part.slot, part.begin, len(part.tokens)) for part in parts]
+        tokens = torch.tensor([token for part in parts for token in part.tokens])
+        return self._runner.read(spans, tokens.to(self.device, non_blocking=True))
 
     def step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step of all."""
         return self._runner.step(tokens)
 
     def draw(self, logits: Tensor, likeliest: Tensor, options: Tensor) -> Tensor:
-        """Draw on the device: by a graph on a card."""
-        return self._drawer(logits, likeliest, options)
+        """Draw on the device: on a card by a kernel, or else by a graph."""
+        drawn = self._runner.ops.draw(logits, likeliest, options)
+        return self._drawer(logits, likeliest, options) if drawn is None else drawn
 
     def remove(self, slot: int, last: int, length: int) -> None:
         """Copy the last sequence into the gap."""
@@ -108,7 +128,7 @@ class ForwardDecoder:
     Each slot has a cache of its own, so what comes out doesn't depend on who else is there.
     """
 
-    lookahead, prefill_tokens = 0, 0
+    lookahead, prompts_at_once = 0, 1
 
     def __init__(self, model: CausalModel, *, max_length: int, slots: int) -> None:
         self._model: Any = model
@@ -125,13 +145,20 @@ class ForwardDecoder:
     def prepare(self) -> None:
         """Do nothing."""
 
+    def prompt_tokens(self, running: int) -> int:
+        """Return as many as a prompt may have."""
+        del running
+        return self.max_length
+
     @torch.inference_mode()
-    def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read prompts one after the other."""
+    def read(self, parts: Sequence[PromptPart]) -> Tensor:
+        """Read one after the other."""
         rows = []
-        for slot, prompt in enumerate(prompts, first):
-            self._caches[slot] = None
-            rows.append(self._forward(slot, torch.tensor([list(prompt)], device=self.device)))
+        for part in parts:
+            if part.begin == 0:
+                self._caches[part.slot] = None
+            ids = torch.tensor([list(part.tokens)], device=self.device)
+            rows.append(self._forward(part.slot, ids))
         return torch.cat(rows)
 
     @torch.inference_mode()

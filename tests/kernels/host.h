@@ -84,6 +84,11 @@ DEVICE unsigned load_marked(const unsigned long long *place, float *value) {
     *value = float_of_bits((unsigned)*place);
     return (unsigned)(*place >> 32);
 }
+DEVICE void add_to(unsigned long long *place, unsigned long long value) { *place += value; }
+DEVICE void add_to(unsigned *place, unsigned value) { *place += value; }
+DEVICE unsigned long long take_ticket(unsigned long long *place) { return (*place)++; }
+DEVICE unsigned long long load_through(const unsigned long long *place) { return *place; }
+DEVICE double power_of_e(double x) { return exp(x); }
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float reciprocal(float x) { return 1.0f / x; }
 DEVICE float inverse_root(float x) { return 1.0f / sqrtf(x); }

@@ -10,6 +10,7 @@ from qtool.runtime.backends.cuda.decode_ops import KernelOps
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.runtime.decode.cache import quantized_rows
 from qtool.runtime.decode.ops import DecodeState
+from qtool.runtime.decode.prompts import PromptSpan, packed
 from qtool.runtime.decode.read_model import weights_of
 from qtool.runtime.decode.runner import DecodeRunner
 from qtool.runtime.decode.torch_ops import OPS, heads_of
@@ -188,6 +189,53 @@ def test_attention_is_that_of_float64_over_what_the_cache_holds(case):
     expected = torch.einsum("bhgl,bhld->bhgd", weights, values).flatten(1)
     eps = torch.finfo(case.dtype).eps
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=float(4 * eps))
+
+
+@pytest.mark.parametrize("case", [replace(case, batch=3) for case in CASES], ids=str)
+def test_heads_of_prompts(case):
+    spans, shape, layer = (
+        [PromptSpan(2, 0, 5), PromptSpan(0, 7, 1), PromptSpan(1, 3, 4)],
+        case.shape,
+        case.layer(),
+    )
+    qkv = normal(10, case.rows, seed=9).to(case.dtype)
+    mine, theirs = case.state([0, 7, 3], None), case.state([0, 7, 3], None)
+    prompts, launch = packed(spans, mine.keys), Recorder()
+    ops = KernelOps(launch, card())
+    got = ops.attend_prompts(qkv.clone(), layer, 1, shape, mine, prompts)
+    expected = OPS.attend_prompts(qkv, layer, 1, shape, theirs, prompts)
+    eps = torch.finfo(case.dtype).eps
+    torch.testing.assert_close(got, expected, rtol=0, atol=16 * eps)
+    before = case.state([0, 7, 3], None)
+    for name in ("keys", "values"):
+        new, old, clean = (getattr(each, name) for each in (mine, theirs, before))
+        torch.testing.assert_close(new, old, rtol=0, atol=8 * eps * float(old.abs().max()))
+        changed = (new != clean).any(-1).any(2)
+        assert changed.nonzero().tolist() == [
+            [1, span.slot, position]
+            for span in sorted(spans, key=lambda one: one.slot)
+            for position in range(span.begin, span.end)
+        ]
+    assert launch.names == ["prompt_heads"]
+
+
+def test_where_nobody_is_nothing_is_stored():
+    case = replace(CASES[0], batch=3)
+    ops = KernelOps(Recorder(), card())
+    scratch = ops.scratch(case.shape, 3, case.max_length, torch.device("cpu"))
+    qkv = normal(3, case.rows, seed=9).to(case.dtype)
+    mine, theirs = case.state([5, -1, 9], scratch), case.state([5, -1, 9], None)
+    got = ops.attend(qkv, case.layer(), 1, case.shape, mine)
+    expected = OPS.attend(qkv, case.layer(), 1, case.shape, theirs)
+    torch.testing.assert_close(got[[0, 2]], expected[[0, 2]], rtol=0, atol=0.01)
+    clean = case.state([5, -1, 9], None)
+    for state in (mine, theirs):
+        last = case.max_length - 1  # no prompt has it
+        assert torch.equal(state.keys[1, 1, :, :last], clean.keys[1, 1, :, :last])
+        assert torch.equal(state.values[1, 1, :, :last], clean.values[1, 1, :, :last])
+        assert not torch.equal(state.values[1, 0], clean.values[1, 0])
+    ops.choose(normal(3, 96).half(), mine)
+    assert mine.positions.tolist() == [6, 0, 10]
 
 
 def test_parts_of_an_earlier_step_or_layer_are_not_taken():

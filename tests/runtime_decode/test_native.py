@@ -14,6 +14,7 @@ from qtool.integrations.transformers import generate, sampling
 from qtool.integrations.transformers.generate import accelerate, use_runner
 from qtool.runtime.backends._choose import load_backend, use_backend
 from qtool.runtime.backends.cpu.decode_step import SPANS, NativeStep
+from qtool.runtime.decode.prompts import PromptSpan
 from qtool.runtime.decode.read_model import weights_of
 from qtool.runtime.decode.runner import DecodeRunner
 from qtool.runtime.decode.slots import SlotRunner
@@ -167,13 +168,14 @@ def test_schemes(changes):
 
 
 def test_slots_that_begin_and_move():
-    reference, native = (runner_of(model, slots=3) for model in pair("llama"))
+    reference, native = (runner_of(model, slots=5) for model in pair("llama"))
     ids, logits = prompt(3, 6), []
     for runner in (reference, native):
-        runner.prefill(0, ids[:2], torch.tensor([6, 2]))
+        runner.read([PromptSpan(0, 0, 6), PromptSpan(1, 0, 2)], torch.cat([ids[0], ids[1, :2]]))
         each = [runner.step(torch.tensor([5, 6]))[0].clone()]
-        runner.prefill(2, ids[2:], torch.tensor([4]))
-        each += [runner.step(torch.tensor([7, 8, 9]))[0].clone()]
+        runner.read([PromptSpan(2, 0, 4), PromptSpan(3, 0, 2)], ids[2])
+        each += [runner.step(torch.tensor([7, 8, 9]))[0].clone()]  # slot 3 is half read
+        each += [runner.read([PromptSpan(3, 2, 4)], ids[2, 2:])]
         runner.move(2, 0, 5)
         each += [runner.step(torch.tensor([3, 4]))[0].clone()]
         logits.append(torch.cat(each))

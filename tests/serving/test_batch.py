@@ -1,6 +1,7 @@
 """The batch: whoever else is there, a sequence gets what it would get alone."""
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -76,6 +77,69 @@ def test_greedy_tokens_are_those_of_generate(model, decoders, name, each):
     for one in requests:
         assert tokens[one.key] == by_generate(model, one)
     assert ends == {one.key: "length" for one in requests}
+
+
+@pytest.mark.parametrize("budgets", [(1, 1), (7, 3), (40, 5)])
+@pytest.mark.parametrize("each", [0, 1])
+def test_long_prompts_are_read_in_parts_while_others_go_on(
+    model, decoders, monkeypatch, budgets, each
+):
+    decoder = decoders["runner"]
+    log: list[Any] = []
+    plain_read, plain_step = decoder.read, decoder.step
+
+    def prompt_tokens(running):
+        log.append(running)
+        return budgets[running > 0]
+
+    def read(parts):
+        log.append([len(part.tokens) for part in parts])
+        return plain_read(parts)
+
+    def step(tokens):
+        log.append("step")
+        return plain_step(tokens)
+
+    monkeypatch.setattr(decoder, "prompt_tokens", prompt_tokens)
+    monkeypatch.setattr(decoder, "read", read)
+    monkeypatch.setattr(decoder, "step", step)
+    lengths = [4, 30, 2, 17, 9, 25, 1, 12]
+    requests = [
+        request(key, prompt=[3 + (key * 7 + i) % 90 for i in range(length)], most=3 + key * 5 % 11)
+        for key, length in enumerate(lengths)
+    ]
+    tokens, _ = finished(Batch(decoder), requests, each=each)
+    for one in requests:
+        assert tokens[one.key] == by_generate(model, one)
+    reads = [one for one in log if isinstance(one, list)]
+    assert sum(map(sum, reads)) == sum(lengths)
+    assert max(map(sum, reads)) <= max(budgets)
+    beside = [0]  # between two steps
+    for running, now in pairwise(log):
+        if now == "step":
+            beside.append(0)
+        elif isinstance(now, list) and running:
+            beside[-1] += sum(now)
+    assert 0 < max(beside) <= budgets[1], "more than that makes others wait"
+    assert sum(count > 0 for count in beside) > 5
+
+
+def test_cancelled_in_the_middle_of_its_prompt(model, decoders, monkeypatch):
+    decoder = decoders["runner"]
+    monkeypatch.setattr(decoder, "prompt_tokens", lambda _: 4)
+    batch = Batch(decoder)
+    tokens: dict[Any, list[int]] = {}
+    first, long, last = (request(k, prompt=[5 + k] * n) for k, n in ((0, 2), (1, 30), (2, 6)))
+    for one in (first, long, last):
+        batch.add(one)
+    for turn in range(40):
+        if turn == 5:
+            batch.cancel(frozenset([1]))
+        for event in batch.advance():
+            assert isinstance(event, TokenEvent)
+            tokens.setdefault(event.key, []).append(event.token)
+    assert batch.is_idle
+    assert tokens == {one.key: by_generate(model, one) for one in (first, last)}
 
 
 @pytest.mark.parametrize("name", ["runner", "forward"])
@@ -156,14 +220,14 @@ def test_logprobs_are_those_of_the_model(model, decoders):
 
 
 def test_a_prompt_without_memory_fails_alone(decoders, monkeypatch):
-    decoder, plain = decoders["forward"], decoders["forward"].prefill
+    decoder, plain = decoders["forward"], decoders["forward"].read
 
-    def prefill(first, prompts):
-        if len(prompts[0]) == 13:
+    def read(parts):
+        if len(parts[0].tokens) == 13:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(first, prompts)
+        return plain(parts)
 
-    monkeypatch.setattr(decoder, "prefill", prefill)
+    monkeypatch.setattr(decoder, "read", read)
     batch, events = Batch(decoder), []
     for key in (5, 12, 6):
         batch.add(request(key))

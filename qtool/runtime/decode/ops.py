@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qtool.errors import BackendError
 from qtool.runtime.decode.cache import BUFFERS, SCALES
+from qtool.runtime.decode.prompts import PackedPrompts
 from qtool.runtime.decode.weights import (
     DecoderExperts,
     DecoderLayer,
@@ -68,10 +69,38 @@ class DecodeOps(Protocol):
     def attend(
         self, qkv: Tensor, layer: DecoderLayer, index: int, shape: DecoderShape, state: DecodeState
     ) -> Tensor:
-        """Store the keys and values of the new tokens and return (batch, heads * head_dim)."""
+        """Store the keys and values of the new tokens and return (batch, heads * head_dim).
+
+        A position of -1 says that nobody is there: nothing is stored that
+        counts, and anything returned.
+        """
+
+    def attend_prompts(
+        self,
+        qkv: Tensor,
+        layer: DecoderLayer,
+        index: int,
+        shape: DecoderShape,
+        state: DecodeState,
+        prompts: PackedPrompts,
+    ) -> Tensor:
+        """Store keys and values of tokens of prompts and return (tokens, heads * head_dim).
+
+        May write to `qkv`.
+        """
 
     def choose(self, logits: Tensor, state: DecodeState) -> None:
         """End a step: the likeliest tokens are the next ones, one position further."""
+
+    def draw(self, logits: Tensor, likeliest: Tensor, options: Tensor) -> Tensor | None:
+        """Return tokens (rows,) as `core.nucleus` defines them; None: not by an operation of these.
+
+        Args:
+            logits: (rows, vocab_size).
+            likeliest: (rows,) int64, their maxima.
+            options: (rows, 4) float64 on any device: temperature, top_p, a number in [0, 1), and 1
+                for the likeliest, else 0.
+        """
 
     def scratch(
         self, shape: DecoderShape, batch: int, max_length: int, device: torch.device

@@ -9,6 +9,7 @@ from qtool.errors import BackendError
 from qtool.runtime.decode import step
 from qtool.runtime.decode.captured import CapturedStep
 from qtool.runtime.decode.ops import DecodeOps, new_state
+from qtool.runtime.decode.prompts import PromptSpan, packed
 from qtool.runtime.decode.weights import DecoderWeights
 from qtool.settings import KvCache
 
@@ -72,7 +73,12 @@ class DecodeRunner:
         else:
             self.state.positions.copy_(lengths)
         self.length = length
-        return step.prefill(self.weights, ids, self.state, self.ops)
+        # What follows a shorter prompt is read too, and seen by nothing: attention is causal, and
+        # each step writes over it before it looks there.
+        spans = [PromptSpan(row, 0, length) for row in range(batch)]
+        prompts = packed(spans, self.state.keys)
+        last = prompts.starts[:-1] + self.state.positions - 1
+        return step.prefill(self.weights, ids.flatten(), prompts, last, self.state, self.ops)
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:

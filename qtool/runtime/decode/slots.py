@@ -1,5 +1,6 @@
 """Sequences that begin and end at different times, decoded together: one cache, many slots."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from qtool.runtime.decode import step
 from qtool.runtime.decode.captured import CapturedStep
 from qtool.runtime.decode.ops import DecodeOps, DecodeState, new_state
+from qtool.runtime.decode.prompts import PromptSpan, packed
 from qtool.runtime.decode.weights import DecoderWeights
 from qtool.settings import KvCache
 
@@ -54,28 +56,24 @@ class SlotRunner:
             one.prepare()
 
     @torch.no_grad()
-    def prefill(self, first: int, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Begin sequences in slots from `first` on; return the logits after their prompts.
+    def read(self, spans: Sequence[PromptSpan], tokens: Tensor) -> Tensor:
+        """Read prompts, or parts of prompts, together; return the logits after each.
+
+        Those of the running sequences are read at once; others may be read part by part while steps
+        are taken, in slots after the running ones, which leave them alone; such a prompt has fewer
+        tokens than `max_length`.
 
         Args:
-            first: The slot of the first prompt; the others follow.
-            ids: (prompts, longest) int64, each from the left on; what follows a shorter one doesn't
-                matter.
-            lengths: (prompts,) of the prompts, 1 to longest, on the same device.
+            spans: Of what tokens; each begins where its slot's sequence has got to, 0 begins anew.
+            tokens: (tokens,) int64, those of the first span, then of the next.
 
         Returns:
-            (prompts, vocab_size).
+            (spans, vocab_size).
         """
-        places = slice(first, first + len(ids))
-        state = self.state
-        part = replace(
-            state,
-            **{name: buffer[:, places] for name, buffer in state.cached().items()},
-            positions=state.positions[places],
-            scratch=None,
-        )
-        part.positions.copy_(lengths)
-        return step.prefill(self.weights, ids, part, self.ops)
+        prompts = packed(spans, self.state.keys)
+        self.state.positions[prompts.slots_of_spans] = prompts.ends
+        last = prompts.last
+        return step.prefill(self.weights, tokens, prompts, last, self.state, self.ops)
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +90,7 @@ class SlotRunner:
         width = next(width for width in self._steps if width >= count)
         self.state.tokens[:count] = tokens
         if width > count:
-            self.state.positions[count:width] = 0  # nobody is there; its position would grow
+            self.state.positions[count:width] = -1  # nobody is there, or a prompt half read
         logits = self._steps[width].run()
         return logits[:count], self.state.tokens[:count]
 

@@ -2,13 +2,10 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
-from qtool.runtime.decode.cache import write_cache
 from qtool.runtime.decode.ops import DecodeOps, DecodeState
-from qtool.runtime.decode.torch_ops import heads_of
+from qtool.runtime.decode.prompts import PackedPrompts
 from qtool.runtime.decode.weights import DecoderLayer, DecoderWeights
 
 
@@ -21,39 +18,32 @@ def decode(weights: DecoderWeights, state: DecodeState, ops: DecodeOps) -> Tenso
     return _logits(_hidden(weights, state.tokens, ops, attend), weights, ops)
 
 
-def prefill(weights: DecoderWeights, ids: Tensor, state: DecodeState, ops: DecodeOps) -> Tensor:
-    """Read whole prompts into an empty cache; return the logits after them.
+def prefill(
+    weights: DecoderWeights,
+    tokens: Tensor,
+    prompts: PackedPrompts,
+    last: Tensor,
+    state: DecodeState,
+    ops: DecodeOps,
+) -> Tensor:
+    """Read tokens of prompts, after what is cached of them; return logits after some of the tokens.
 
     Args:
         weights: Of the model.
-        ids: (batch, length) int64; what follows a shorter prompt is read too, and seen by nothing:
-            attention is causal, and each step writes over it before it looks there.
-        state: Its keys and values are written; its positions are the lengths of the prompts.
+        tokens: (tokens,) int64.
+        prompts: Whose they are.
+        last: (n,) int32: after which of them.
+        state: Its keys and values are written.
         ops: What runs.
+
+    Returns:
+        (n, vocab_size).
     """
-    shape, (batch, length) = weights.shape, ids.shape
-    slots, places = torch.cartesian_prod(
-        *(torch.arange(count, device=ids.device) for count in (batch, length))
-    ).unbind(1)
 
     def attend(qkv: Tensor, layer: DecoderLayer, index: int) -> Tensor:
-        query, key, value = heads_of(qkv, layer, shape, state.rotary[places])
-        held = write_cache(state, index, slots, places, key, value)
-        query, key, value = (
-            part.unflatten(0, (batch, length)).transpose(1, 2) for part in (query, *held)
-        )
-        attended = functional.scaled_dot_product_attention(
-            *(query, key, value),
-            is_causal=length > 1,
-            scale=shape.attention_scale,
-            enable_gqa=shape.group > 1,
-        )
-        return attended.transpose(1, 2).reshape(batch * length, -1)
+        return ops.attend_prompts(qkv, layer, index, weights.shape, state, prompts)
 
-    x = _hidden(weights, ids.flatten(), ops, attend)
-    sequences = torch.arange(batch, device=x.device)
-    last = x.view(batch, length, -1)[sequences, state.positions.long() - 1]
-    return _logits(last, weights, ops)
+    return _logits(_hidden(weights, tokens, ops, attend)[last], weights, ops)
 
 
 def _hidden(

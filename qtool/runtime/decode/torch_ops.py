@@ -10,6 +10,7 @@ from qtool.core.experts import chosen
 from qtool.core.layout import side_by_side
 from qtool.runtime.decode.cache import read_cache, write_cache
 from qtool.runtime.decode.ops import DecodeOps, DecodeState
+from qtool.runtime.decode.prompts import PackedPrompts, attend_to_cache, cache_of_prompts
 from qtool.runtime.decode.weights import (
     DecoderExperts,
     DecoderLayer,
@@ -55,7 +56,11 @@ class TorchOps:
     def attend(
         self, qkv: Tensor, layer: DecoderLayer, index: int, shape: DecoderShape, state: DecodeState
     ) -> Tensor:
-        """Attend over the whole cache; what lies beyond the positions weighs nothing."""
+        """Attend over the whole cache; what lies beyond the positions weighs nothing.
+
+        Where nobody is the last position is written to: no prompt is so long, and a step writes
+        there before it looks.
+        """
         positions = state.positions.long()
         query, key, value = heads_of(qkv, layer, shape, state.rotary[positions])
         slots = torch.arange(len(positions), device=qkv.device)
@@ -70,12 +75,33 @@ class TorchOps:
         )
         return attended.flatten(1)
 
+    def attend_prompts(
+        self,
+        qkv: Tensor,
+        layer: DecoderLayer,
+        index: int,
+        shape: DecoderShape,
+        state: DecodeState,
+        prompts: PackedPrompts,
+    ) -> Tensor:
+        """Store keys and values, and attend."""
+        positions = prompts.positions.long()
+        query, key, value = heads_of(qkv, layer, shape, state.rotary[positions])
+        write_cache(state, index, prompts.slots.long(), positions, key, value)
+        cache = cache_of_prompts(state, index, prompts, qkv.dtype)
+        return attend_to_cache(query, *cache, shape.attention_scale)
+
     def choose(self, logits: Tensor, state: DecodeState) -> None:
         """Take the likeliest tokens and move on."""
         state.tokens.copy_(logits.argmax(-1))
         state.positions.add_(1)
         state.history.scatter_(1, state.positions.long()[:, None], state.tokens[:, None])
         state.steps.add_(1)
+
+    def draw(self, logits: Tensor, likeliest: Tensor, options: Tensor) -> Tensor | None:
+        """Return None: `core.nucleus` is in torch as well."""
+        del logits, likeliest, options
+        return None
 
     def scratch(
         self, shape: DecoderShape, batch: int, max_length: int, device: torch.device

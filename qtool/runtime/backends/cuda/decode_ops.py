@@ -10,11 +10,20 @@ from torch.nn import functional
 from qtool.runtime.backends.cuda import linear_kernels
 from qtool.runtime.backends.cuda.expert_products import are_tiled, run_experts
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
-from qtool.runtime.backends.cuda.launch import LOAD_BYTES, WARP, Card, KernelCall, Launch, constants
+from qtool.runtime.backends.cuda.launch import (
+    KERNEL_DTYPES,
+    LOAD_BYTES,
+    WARP,
+    Card,
+    KernelCall,
+    Launch,
+    constants,
+)
 from qtool.runtime.backends.cuda.mixed import MixedWeight, gather_mixed, multiply_mixed
 from qtool.runtime.backends.cuda.ordered import OrderedWeight
 from qtool.runtime.decode import torch_ops
 from qtool.runtime.decode.ops import DecodeState
+from qtool.runtime.decode.prompts import PackedPrompts, attend_to_cache
 from qtool.runtime.decode.weights import (
     DecoderExperts,
     DecoderLayer,
@@ -27,6 +36,11 @@ from qtool.runtime.decode.weights import (
 GREEDY_THREADS = 1024
 MOST_NORM_THREADS = 1024
 ATTENTION_THREADS, ATTENTION_WARPS = 256, 8
+NUCLEUS_THREADS, NUCLEUS_BYTES, NUCLEUS_BINS = 1024, 41472, 2048
+TOKENS_OF_BLOCK = 8 * NUCLEUS_THREADS
+MOST_TOKENS_DRAWN_FROM = 32 * TOKENS_OF_BLOCK
+HEADS_OF_BLOCK = 4
+"""Of kernels/prompt_heads.cu: one of each warp."""
 MOST_HEADS = 8
 """Query heads of a block, at most: their sums fill the registers."""
 MOST_DIMENSIONS = 1024
@@ -121,6 +135,37 @@ class KernelOps:
         self._launch(call, (*norms, *places, *cache, state.scratch, output))
         return output
 
+    def attend_prompts(
+        self,
+        qkv: Tensor,
+        layer: DecoderLayer,
+        index: int,
+        shape: DecoderShape,
+        state: DecodeState,
+        prompts: PackedPrompts,
+    ) -> Tensor:
+        """Turn queries in place, store keys and values, attend; by torch over an int8 cache."""
+        if state.key_scales is not None:
+            return torch_ops.OPS.attend_prompts(qkv, layer, index, shape, state, prompts)
+        tokens, dim, kv_heads = len(qkv), shape.head_dim, shape.num_key_value_heads
+        norms = (qkv, layer.qkv_bias, layer.query_norm, layer.key_norm)
+        places = (state.rotary, prompts.positions, prompts.slots)
+        keys, values = state.keys[index], state.values[index]
+        heads = shape.num_heads + 2 * kv_heads
+        macros = {"HEAD_DIM": dim, "QK_NORM": int(layer.query_norm is not None)}
+        call = KernelCall(
+            file="prompt_heads",
+            kernel="prompt_heads",
+            constants=constants(qkv.dtype, **macros),
+            grid=(tokens, -(-heads // HEADS_OF_BLOCK), 1),
+            threads=HEADS_OF_BLOCK * WARP,
+            shared_bytes=0,
+            numbers=(float(shape.norm_eps), shape.num_heads, kv_heads, keys.shape[2]),
+        )
+        self._launch(call, (*norms, *places, keys, values))
+        query = qkv.view(tokens, heads, dim)[:, : shape.num_heads]
+        return attend_to_cache(query, keys, values, prompts, shape.attention_scale)
+
     def choose(self, logits: Tensor, state: DecodeState) -> None:
         """Take the likeliest tokens and move on."""
         buffers = (state.tokens, state.positions, state.history, state.steps)
@@ -129,6 +174,26 @@ class KernelOps:
         numbers = (logits.shape[1], state.history.shape[1])
         call = KernelCall("greedy", "greedy", macros, grid, threads, shared, numbers)
         self._launch(call, (logits, *buffers))
+
+    def draw(self, logits: Tensor, likeliest: Tensor, options: Tensor) -> Tensor | None:
+        """Return tokens of logits of 16 bits; None for others."""
+        rows, vocabulary = logits.shape
+        if logits.dtype not in KERNEL_DTYPES or vocabulary > MOST_TOKENS_DRAWN_FROM:
+            return None
+        tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+        call = KernelCall(
+            file="nucleus",
+            kernel="nucleus",
+            constants=constants(logits.dtype),
+            grid=(-(-vocabulary // TOKENS_OF_BLOCK), rows, 1),
+            threads=NUCLEUS_THREADS,
+            shared_bytes=NUCLEUS_BYTES,
+            numbers=(vocabulary,),
+            zeros=rows * (NUCLEUS_BINS + 1),
+        )
+        moved = options.to(logits.device, non_blocking=True)
+        self._launch(call, (logits.contiguous(), likeliest.contiguous(), moved, tokens))
+        return tokens
 
     def scratch(
         self, shape: DecoderShape, batch: int, max_length: int, device: torch.device
