@@ -10,6 +10,8 @@ from torch import Tensor
 
 FLOAT64_LIMIT = 8192
 """Up to this width the factorization runs in float64, which is affordable; above, in float32."""
+STRIP = 4096
+"""Rows of a matrix that are looked at together."""
 MIN_DAMPING, MAX_DAMPING = 1e-8, 1.0
 """Less is lost in rounding; more says that nothing is known of the inputs."""
 
@@ -70,7 +72,8 @@ def cholesky(damped: Tensor) -> Tensor | None:
     """
     dtype = torch.float64 if len(damped) <= FLOAT64_LIMIT else torch.float32
     lower, info = torch.linalg.cholesky_ex(damped.to(dtype))
-    if int(info) != 0 or not bool(torch.isfinite(lower).all()):
+    # In strips: what `isfinite` computes on the way is as large as what it is given.
+    if int(info) != 0 or not all(bool(torch.isfinite(part).all()) for part in lower.split(STRIP)):
         return None
     return lower
 
@@ -80,17 +83,28 @@ def solve_right(lower: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right.T.to(lower.dtype), lower).T.float()
 
 
-def factor_inverse(damped: Tensor) -> Tensor | None:
+def factor_inverse(damped: Tensor, order: Tensor | None = None) -> Tensor | None:
     """Return U with H^-1 = U^T U, (n, n) float32 upper triangular; None if H isn't positive.
 
     With the exchange matrix J, chol(J H J) = L gives U = J L^-1 J: one Cholesky and one
-    triangular solve.
+    triangular solve. No more than three such matrices are alive at once beside H, which for the
+    widest layers are the most memory that a run takes.
+
+    Args:
+        damped: H, (n, n) float32, in natural order.
+        order: (n,) order of rows and columns in which U is that of H; None: as they are.
     """
-    lower = cholesky(damped.flip(0, 1))
+    if order is None:
+        lower = cholesky(damped.flip(0, 1))
+    else:
+        backwards = order.flip(0)
+        lower = cholesky(damped[backwards.unsqueeze(1), backwards])
     if lower is None:
         return None
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    inverse = torch.linalg.solve_triangular(
+        lower, torch.eye(len(lower), dtype=lower.dtype, device=lower.device), upper=False
+    )
+    del lower
     return inverse.flip(0, 1).float().contiguous()
 
 
@@ -108,8 +122,7 @@ def factorize(hessian: Tensor, *, damping: float, order: Tensor | None = None) -
     tried = 0.0
     while damping > tried:
         damped = damp(hessian, damping)
-        ordered = damped if order is None else damped[order][:, order]
-        upper = factor_inverse(ordered)
+        upper = factor_inverse(damped, order)
         if upper is not None:
             return Factor(damped, upper, damping)
         tried, damping = damping, min(10 * damping, MAX_DAMPING)

@@ -57,6 +57,10 @@ class Moments:
         sums = {product: total + other.sums[product] for product, total in self.sums.items()}
         return Moments(sums, self.num_tokens + other.num_tokens)
 
+    def keep(self, *products: MomentName) -> None:
+        """Let go of all sums but some, in place."""
+        self.sums = {name: total for name, total in self.sums.items() if name in products}
+
     def on(self, device: torch.device | str) -> "Moments":
         """Return the same with the sums on a device."""
         return Moments(

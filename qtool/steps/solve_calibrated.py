@@ -100,7 +100,7 @@ class _Part:
 
     @staticmethod
     def of(weight: Tensor, statistics: InputStatistics, strength: float | None) -> "_Part":
-        target, used = statistics.shifter.shift(weight, strength)
+        target, used = statistics.shifted(weight, strength)
         measure = OutputErrors(statistics.held_out, weight)
         return _Part(statistics, weight, target, used, measure)
 

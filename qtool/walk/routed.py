@@ -45,8 +45,8 @@ class ExpertStatistics:
     is_finite: bool
     """Whether no input left the range of its dtype."""
     candidates: Mapping[TokensFrom, Callable[[], InputStatistics]]
-    """Each makes its own when it is called, for they are large. All are judged by the same held-out
-    tokens; there is one but for starved experts."""
+    """Each makes its own when it is called, once, for they are large. All are judged by the same
+    held-out tokens; there is one but for starved experts."""
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ class RoutedTokens:
             judge = moments(held_out=True, everyone=True)
         made: dict[TokensFrom, Callable[[], Moments]] = {}
         if own.num_tokens:
-            made["routed"] = lambda: own
+            made["routed"] = [own].pop  # nobody else has it then
         if own.num_tokens < STARVED * len(own.sums["xx"]):
             made["all"] = lambda: moments(held_out=False, everyone=True)
             if expert.weight == _experts(visit.quantized, self.module).last:
@@ -106,7 +106,10 @@ class RoutedTokens:
 
         def statistics(train: Callable[[], Moments]) -> InputStatistics:
             found = train()
-            return InputStatistics(slice(None), found, judge, found.num_tokens, activation)
+            count = found.num_tokens
+            return InputStatistics(
+                slice(None), found, judge, count, activation, is_for_one=True
+            )
 
         candidates = {name: partial(statistics, train) for name, train in made.items()}
         sums = (*own.sums.values(), *judge.sums.values())
@@ -136,12 +139,13 @@ class RoutedTokens:
         original = _experts(visit.original, self.module)
         quantized = _experts(visit.quantized, self.module)
         device = _device_of(visit)
+        rows = slice(None)
+        if not everyone:  # most tokens needn't go to the card
+            rows = (self.index[batch] == expert.number).any(-1).nonzero().squeeze(-1)
         reference, x = (
-            part[batch].to(device, non_blocking=True) for part in (self.reference, self.inputs)
+            part[batch][rows].to(device, non_blocking=True)
+            for part in (self.reference, self.inputs)
         )
-        if not everyone:
-            rows = (self.index[batch] == expert.number).any(-1).nonzero().squeeze(-1).to(device)
-            reference, x = reference[rows], x[rows]
         if expert.weight == quantized.last:
             reference = original.inner(expert.number, reference)
             x = quantized.inner(expert.number, x)

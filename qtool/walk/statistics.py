@@ -61,6 +61,8 @@ class InputStatistics:
     """Training tokens, of equal weight, that say as much as those that there are."""
     activation: ActivationScheme | None = None
     """How the inputs were quantized before they were measured; None: they weren't."""
+    is_for_one: bool = False
+    """They are of one linear: once its weight is shifted, what that took can go."""
 
     @property
     def tokens_per_input(self) -> float:
@@ -82,6 +84,19 @@ class InputStatistics:
         damping = raised(DEFAULT_DAMPING, self.tokens_per_input)
         lower = hessian.cholesky(hessian.damp(self.train.mean("xx"), damping))
         return Shifter(self.train, self.held_out, lower)
+
+    def shifted(self, weight: Tensor, strength: float | None) -> tuple[Tensor, float]:
+        """Return a weight for these inputs, as `Shifter.shift` does; of one linear only once.
+
+        Args:
+            weight: (rows, in_features) float32.
+            strength: Of the shift, in [0, 1]; None: the best on the held-out tokens.
+        """
+        found = self.shifter.shift(weight, strength)
+        if self.is_for_one:  # for the widest layers each matrix is a gigabyte, or three
+            self.train.keep("xx")
+            del self.__dict__["shifter"]
+        return found
 
 
 def raised(damping: float, tokens_per_input: float) -> float:
@@ -125,6 +140,7 @@ def measure_inputs(
     token_cap: float | None,
     groups: RowGroups | None = None,
     activation: ActivationScheme | None = None,
+    is_for_one: bool = False,
 ) -> tuple[InputStatistics, ...]:
     """Run the block, as it was and as it is, up to `linear` on every batch.
 
@@ -137,6 +153,7 @@ def measure_inputs(
         groups: Of output channels, each measured with its weights of the tokens, drifts too;
             None: all channels are one, and so are all weights.
         activation: How the inputs are quantized; what that costs is a part of the drift.
+        is_for_one: No other linear has this input.
     """
     sums: dict[tuple[int, bool], Moments] = {}
     start, rows = 0, dict[int, slice]()
@@ -166,6 +183,7 @@ def measure_inputs(
             sums[group, True],
             num_train if groups is None else groups.effective(group, num_train),
             activation,
+            is_for_one,
         )
         for group in rows
     )

@@ -5,7 +5,7 @@ catches up with the layers that are solved by then. So a run that goes on after 
 is left to solve, and need not know what was solved before.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -87,6 +87,7 @@ class Walk:
         self._source, self._samples = source, samples
         self._section, self._env = section, env
         self._groups = dict(_groups(source, layers, apart=rules.weigh is not None))
+        self._sharing = Counter(self._groups.values())
         self._rules, self._weighed = rules, dict[str, RowGroups]()
         self._shapes = {name: layers[name] for name in self._groups}
         self._solved: dict[int, dict[str, SolvedLinear]] = defaultdict(dict)
@@ -106,10 +107,13 @@ class Walk:
             MethodError: its inputs aren't finite.
         """
         group = self._groups[layer]
-        if self._measured is None or self._measured[0] != group:
-            self._measured = None  # its memory is needed
-            self._measured = (group, self._measure(*group))
-        return self._measured[1]
+        if self._measured is not None and self._measured[0] == group:
+            return self._measured[1]
+        self._measured = None  # its memory is needed
+        found = self._measure(*group)
+        if self._sharing[group] > 1:
+            self._measured = (group, found)
+        return found
 
     def expert_statistics(self, layer: str) -> ExpertStatistics:
         """Return what a layer of one expert, by its name, can be solved for.
@@ -177,6 +181,7 @@ class Walk:
             token_cap=section.token_cap,
             groups=self._weighed.get(name),
             activation=self._rules.scheme(name, self._inputs(name, linear, visit)),
+            is_for_one=self._sharing[index, linear] == 1,
         )
         if not all(each.is_finite() for each in statistics):
             raise self._not_finite(name, streams)

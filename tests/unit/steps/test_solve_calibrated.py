@@ -245,7 +245,7 @@ def test_damping_is_raised_only_where_tokens_are_few_and_never_above_one():
 
 
 def test_strict_run_fails_where_a_solver_falls_back(llama, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("qtool.core.hessian.factor_inverse", lambda _damped: None)
+    monkeypatch.setattr("qtool.core.hessian.factor_inverse", lambda _damped, _order: None)
     loose = pipeline.quantize(Location(llama), tmp_path / "loose", recipe("gptq", text_file))
     assert all(layer.fallback for layer in loose.layers)
     with pytest.raises(QtoolError, match="can't be factored"):
