@@ -13,6 +13,7 @@ from qtool.base import Method, Progress
 from qtool.cli import console
 from qtool.cli.options import JsonOption, check_targets, wrong_plot_name
 from qtool.cli.progress import progress
+from qtool.cli.tables.kept import print_kept
 from qtool.wording import gigabytes
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def inspect(
         rows.append(("check after writing", _verdict(check)))
     console.print_table(str(out_dir), ("", "value"), rows)
     _print_bytes(sizes)
+    print_kept(manifest.unquantized, lambda name: "x".join(map(str, reader.spec(name).shape)))
     _print_classes(manifest.layers)
     if layers:
         columns = ("layer", ">shape", "format", ">bits", ">size")

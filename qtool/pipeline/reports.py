@@ -59,6 +59,8 @@ class QuantizeResult:
     empty: none were to be. See `Correction`."""
     experts: Mapping[str, Any] = field(default_factory=dict)
     """Calibration tokens of each expert; empty: there are none. See `coverage`."""
+    unquantized: Mapping[str, str] = field(default_factory=dict)
+    """Why each other weight of two dimensions and more isn't quantized, by its full name."""
     fallbacks: tuple[str, ...] = ()
     """What was done in smaller parts because memory was full: a sentence each."""
     check: Closeness | None = None
@@ -95,7 +97,7 @@ Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 CURVES_NAME = "tuning.jsonl"
 TRIALS_NAME = "search.jsonl"
 NUMBERS = ("average_bits", "weight_bytes", "source_bytes", "seconds", "peak_memory_bytes", "device")
-OPTIONAL = ("choosing", "search", "bias_correction", "experts")
+OPTIONAL = ("choosing", "search", "bias_correction", "experts", "unquantized")
 OF_SAMPLES = (
     *("dataset", "sources", "samples", "tokens"),
     *("special tokens", "special tokens missing"),
@@ -131,9 +133,10 @@ def write_result(
         search=decisions.found.summary() if decisions.found else {},
         bias_correction=corrections(run, writer),
         experts=coverage(results),
+        unquantized=unquantized(run.source, run.recipe, run.plan.kept),
         fallbacks=kept_fallbacks(writer),
     )
-    manifest = _manifest(run, results, writer.digests())
+    manifest = _manifest(run, result, writer.digests())
     files = run.source.companions()
     sizes = result.weight_bytes, result.source_bytes
     files[CARD_NAME] = written_card(run, results, manifest, sizes)
@@ -169,8 +172,8 @@ def _lines(values: Sequence[Mapping[str, Any]]) -> bytes:
     return "".join(json_text(value, indent=None) + "\n" for value in values).encode()
 
 
-def _manifest(run: Run, results: tuple[LayerResult, ...], digests: dict[str, str]) -> Manifest:
-    layers = {result.name: result.entry for result in results}
+def _manifest(run: Run, made: QuantizeResult, digests: dict[str, str]) -> Manifest:
+    layers = {layer.name: layer.entry for layer in made.layers}
     if run.plan.tied_head is not None:
         embedding = run.source.adapter.embedding
         layers[run.plan.tied_head] = replace(layers[embedding], shared_with=embedding)
@@ -180,7 +183,7 @@ def _manifest(run: Run, results: tuple[LayerResult, ...], digests: dict[str, str
         layers=layers,
         source=run.source.public_name,
         calibration=run.calibration.digest() if run.calibration else None,
-        unquantized=unquantized(run.source, run.recipe, run.plan.kept),
+        unquantized=made.unquantized,
         digests=digests,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from qtool.checkpoint.kept_kinds import kept_kinds
 from qtool.checkpoint.manifest import Manifest
 from qtool.modeling.demo import DEMO_MODELS
 from qtool.report.measured import Measured
@@ -22,7 +23,7 @@ scales and offsets{strict}.
 
 {table}
 
-What each layer lost stands in `quantization_report.json`.
+What each layer lost stands in `quantization_report.json`.{kept}
 
 ## Calibration
 
@@ -129,6 +130,7 @@ def model_card(manifest: Manifest, source: str | None, about: Provenance | None 
         bits=manifest.average_bits(),
         strict=strict,
         table=_table(_rows(manifest, base, licence, about)),
+        kept=_kept(manifest),
         calibration=_calibration(about),
         measured=measured_section(about.measured),
         calibration_option=" --calibration CALIB_DIR" if about.samples_given else "",
@@ -188,6 +190,15 @@ def _rows(
 def _table(rows: Sequence[tuple[str, str]]) -> str:
     cells = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows]
     return "\n".join(["| | |", "|---|---|", *cells])
+
+
+def _kept(manifest: Manifest) -> str:
+    """Return the table of what isn't quantized, after an empty line; nothing if all is."""
+    rows = [(one.kind, one.why, str(len(one.names))) for one in kept_kinds(manifest.unquantized)]
+    if not rows:
+        return ""
+    table = markdown_table(["not quantized", "why", "tensors"], rows, left=2)
+    return f"\n\nStored as they were:\n\n{table}"
 
 
 def _calibration(about: Provenance) -> str:

@@ -107,9 +107,7 @@ class RoutedTokens:
         def statistics(train: Callable[[], Moments]) -> InputStatistics:
             found = train()
             count = found.num_tokens
-            return InputStatistics(
-                slice(None), found, judge, count, activation, is_for_one=True
-            )
+            return InputStatistics(slice(None), found, judge, count, activation, is_for_one=True)
 
         candidates = {name: partial(statistics, train) for name, train in made.items()}
         sums = (*own.sums.values(), *judge.sums.values())

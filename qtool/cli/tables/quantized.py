@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qtool.cli import console
+from qtool.cli.tables.kept import print_kept
 from qtool.wording import gigabytes
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def print_quantized(result: "QuantizeResult", json_file: Path | None) -> None:
     if fallbacks:
         rows.append(("solved more simply than asked", f"{fallbacks} layers, see the report"))
     console.print_table(str(result.out_dir), ("", "value"), rows)
+    print_kept(result.unquantized)
 
 
 def _choosing_rows(result: "QuantizeResult") -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+from qtool.checkpoint.kept_kinds import kept_kinds
 from qtool.checkpoint.sizes import IN_A_BLOCK
 from qtool.formats._dtypes import item_bytes
 from qtool.report.page.evidence import Evidence
@@ -46,6 +47,10 @@ def bit_map_section(evidence: Evidence) -> PageSection | Absent:
         beside: Rows = tuple((name, _cell(widths)) for name, widths in others.items())
         parts.append(PageTable("Outside of the blocks", ("layer", "bits"), beside, dense=True))
     parts.append(_bytes(evidence))
+    kept = kept_kinds(evidence.manifest.unquantized)
+    if kept:
+        reasons: Rows = tuple((one.kind, str(len(one.names)), one.why) for one in kept)
+        parts.append(PageTable("Not quantized", ("weights", ">tensors", "why"), reasons))
     return PageSection(_TITLE, tuple(parts))
 
 
