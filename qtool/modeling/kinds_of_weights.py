@@ -102,6 +102,7 @@ def _why_plain(name: str, module: nn.Module, own: str, dimensions: int) -> Plain
         (TO_ENCODER.search(name), "looks at an encoder, which isn't there"),
     )
     other = (
+        ("expert" in kind.lower(), f"experts that qtool can't take apart ({kind})"),
         (dimensions > FEWEST_DIMENSIONS, f"of {dimensions} dimensions ({kind})"),
         (is_linear(module), "the model's own code reads it"),
         (True, f"{own} of {kind}, which qtool takes for no linear"),

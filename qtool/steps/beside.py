@@ -14,6 +14,7 @@ from qtool.wording import list_names
 MOST_LEFT = 0.1
 """More of the blocks' weights than this doesn't stay unquantized unless a recipe says so."""
 TO_NAME = 0.01
+NO_NAME = "no weight that the model has by that name"
 
 
 def beside_linears(source: ModelSource) -> Mapping[str, int]:
@@ -35,16 +36,21 @@ def check_rest(source: ModelSource, recipe: Recipe, rest: Mapping[str, int]) -> 
     linears = sum(prod(source.weight_shape(name)) for name in source.block_linears())
     total = linears + sum(rest.values())
     left: Counter[str] = Counter()
+    reasons: dict[str, str] = {}
     for name, size in rest.items():
-        if resolve(recipe.weights, name) is not None and not _is_meant(source, name):
-            left[name.removeprefix(source.adapter.blocks + ".").partition(".")[2]] += size
+        plain = _plain(source, name)
+        if resolve(recipe.weights, name) is not None and (plain is None or not plain.is_meant):
+            kind = name.removeprefix(source.adapter.blocks + ".").partition(".")[2]
+            left[kind] += size
+            reasons[kind] = NO_NAME if plain is None else plain.why
     if left.total() <= MOST_LEFT * total:
         return
     sizes = left.most_common()
     names = [name for name, size in sizes if size > TO_NAME * total or name == sizes[0][0]]
     raise ModelError(
         f"{left.total() / total:.0%} of the weights of the blocks would stay as they are: qtool "
-        f"doesn't quantize {list_names(names)}. If that is what you want, say so for each in "
+        f"doesn't quantize {list_names(names)}: {reasons[names[0]]}. If that is what you want, say "
+        "so for each in "
         f"weights.overrides: {{match: '*.{names[0]}', skip: true}}."
     )
 
@@ -82,16 +88,19 @@ def _why_other(source: ModelSource, name: str, *, in_blocks: bool) -> str:
     for table, section in ((source.adapter.embedding, "embedding"), (source.adapter.head, "head")):
         if name == f"{table}.weight":
             return f"the recipe has no section {section!r}"
-    plain = source.plain.get(name)
+    plain = _plain(source, name)
     if not in_blocks:
         return "outside of the decoder blocks" + ("" if plain is None else f": {plain.why}")
-    return "no weight that the model has by that name" if plain is None else plain.why
+    return NO_NAME if plain is None else plain.why
 
 
 def _plain(source: ModelSource, name: str) -> PlainWeight | None:
-    return source.plain.get(f"{name}.weight") or source.plain.get(name)
-
-
-def _is_meant(source: ModelSource, name: str) -> bool:
-    plain = _plain(source, name)
-    return plain is not None and plain.is_meant
+    """Return what is known of a weight, with or without `.weight`, or of what it is joined to."""
+    for full in (f"{name}.weight", name):
+        if full in source.plain:
+            return source.plain[full]
+        stored = source.stored_name(full)
+        for made, joined in source.joined.items():
+            if made in source.plain and any(piece == stored for _, piece in joined.pieces):
+                return source.plain[made]
+    return None
