@@ -54,6 +54,8 @@ class Departure:
 
     checkpoint: CheckpointReader
     """`names`, `load` and `spec` of its tensors, `manifest.layers` and `config`."""
+    parsed: Any
+    """Its configuration as transformers understands it, with its defaults."""
     places: Mapping[str, LayerPlace]
     """Of each layer of the manifest."""
     transposed: frozenset[str] = frozenset()

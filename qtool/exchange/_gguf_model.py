@@ -34,16 +34,12 @@ def model_types() -> tuple[str, ...]:
     return tuple(kind for each in ARCHITECTURES.values() for kind in each.model_types)
 
 
-def described(config: Mapping[str, Any]) -> DescribedModel | None:
-    """Return what llama.cpp calls the model of a config.json; None: it has no name here."""
-    import transformers
-
-    kind = str(config.get("model_type"))
+def described(parsed: Any) -> DescribedModel | None:  # noqa: ANN401
+    """Return what llama.cpp calls a model, by transformers' configuration; None: nothing here."""
+    kind = parsed.model_type
     name = next((name for name, each in ARCHITECTURES.items() if kind in each.model_types), None)
     if name is None:
         return None
-    kept = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config")}
-    parsed: Any = transformers.AutoConfig.for_model(kind, **kept)
     heads = parsed.num_attention_heads
     sizes = Dimensions(
         blocks=parsed.num_hidden_layers,

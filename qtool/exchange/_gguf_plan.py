@@ -74,9 +74,9 @@ class GgufPlan:
 def why_no_file(departure: Departure) -> str | None:
     """Return why a model can't be written, as a sentence; None: it can."""
     config = departure.checkpoint.config
-    model = described(config)
+    model = described(departure.parsed)
     if model is None:
-        kind = shown(config.get("model_type"))
+        kind = shown(departure.parsed.model_type)
         return f"gguf can't say a model of type {kind}; it can say {', '.join(model_types())}."
     clause = (
         why_computed_otherwise(model)
@@ -118,7 +118,7 @@ def plan_file(departure: Departure) -> GgufPlan:
 
     Reads no tensors but those that may do without their zero points.
     """
-    model = described(departure.checkpoint.config)
+    model = described(departure.parsed)
     assert model is not None
     tensors = _tensors(departure, model)
     metadata = {

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from qtool.base import Producer
 from qtool.errors import ModelError
-from qtool.modeling.config import parse_config
 from qtool.modeling.source import ModelSource
 
 HOMOGENEOUS = ("relu", "leaky_relu", "linear")
@@ -40,7 +39,7 @@ class FoldGroup:
 
 def fold_groups(source: ModelSource, block: int) -> Iterator[FoldGroup]:
     """Yield what can be folded in one block; for what can't, see `why_not_foldable`."""
-    parsed = parse_config(source.config, source.directory)
+    parsed = source.parsed
     shared: dict[str, FoldGroup] = {}
     for names, producer in _pairs(source):
         linears = tuple(f"{source.adapter.blocks}.{block}.{name}" for name in names)
@@ -64,15 +63,14 @@ def why_not_foldable(source: ModelSource, linear: str) -> str | None:
     parts = linear.split(".")
     block, inner = ".".join(parts[:start]), ".".join(parts[start:])
     if not source.adapter.producers:
-        family = source.config.get("model_type")
+        family = source.parsed.model_type
         return (
             f"{linear}: nobody has said what makes its inputs in a {family!r} model. Leave out the "
             "section 'fold', or add `producers` to the file of its family."
         )
     for names, producer in _pairs(source):
         if inner in names:
-            parsed = parse_config(source.config, source.directory)
-            reason = _reason(source, producer, parsed, int(block.rpartition(".")[2]))
+            reason = _reason(source, producer, source.parsed, int(block.rpartition(".")[2]))
             return None if reason is None else f"{linear}: {reason}"
     return f"{linear} is no linear of the blocks."
 

@@ -36,6 +36,7 @@ def glance(directory: Path) -> Glance | None:
     full = [name if name.startswith(base) else base + name for name in stored]
     inside = [name.removesuffix(".weight") for name in full if name.startswith(start)]
     numbers = {name.removeprefix(start).partition(".")[0] for name in inside}
+    # Where it has another name only the class knows it; blocks beyond it match overrides as others.
     limit = config.get("num_hidden_layers", len(numbers))
     linears = tuple(
         f"{start}{block}.{name}"

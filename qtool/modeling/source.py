@@ -37,6 +37,8 @@ class ModelSource:
     config: Mapping[str, Any]
     """config.json as a checkpoint may have it: no code is named, and whether the head is tied is
     said."""
+    parsed: Any
+    """The same as transformers understands it, with its defaults: read once, not to be changed."""
     adapter: ModelAdapter
     shards: Shards
     prefix: str
@@ -187,10 +189,12 @@ def open_source(location: Location) -> ModelSource:
     tied = _is_tied(skeleton, aliases, shards)
     found = (getattr(parsed, key, None) for key in POSITIONS)
     normalizes_after = getattr(parsed, "do_layer_norm_before", True) is False
+    named = {**config, "tie_word_embeddings": tied}
     source = ModelSource(
         directory=directory,
         public_name=location.public_name,
-        config={**config, "tie_word_embeddings": tied},
+        config=named,
+        parsed=parse_config(named, directory) if named != config else parsed,
         adapter=adapter,
         shards=shards,
         prefix=prefix,

@@ -168,12 +168,14 @@ def open_departure(directory: Path, dtype: str | None, emit: Emit) -> Departure:
     expert = next((name for name in checkpoint.manifest.layers if expert_name(name)), None)
     if expert is not None:
         raise CheckpointError(f"{directory}: {NO_EXPERTS.format(layer=expert)}", layer=expert)
-    config = checkpoint.plain_config()
-    skeleton = empty_model(parse_config(config, directory), directory)
-    places, transposed = layer_places(separated(skeleton), config, checkpoint.manifest.layers)
-    named = config.get("dtype") or config.get("torch_dtype")
+    parsed = parse_config(checkpoint.plain_config(), directory)
+    skeleton = empty_model(parsed, directory)
+    family = parsed.model_type
+    places, transposed = layer_places(separated(skeleton), family, checkpoint.manifest.layers)
+    named = str(parsed.dtype).removeprefix("torch.")
     return Departure(
         checkpoint=checkpoint,
+        parsed=parsed,
         places=places,
         transposed=transposed,
         linears=tuple(n for n, part in skeleton.named_modules() if isinstance(part, nn.Linear)),
@@ -185,10 +187,9 @@ def open_departure(directory: Path, dtype: str | None, emit: Emit) -> Departure:
 
 
 def layer_places(
-    skeleton: CausalModel, config: Mapping[str, object], layers: Mapping[str, LayerEntry]
+    skeleton: CausalModel, family: str, layers: Mapping[str, LayerEntry]
 ) -> tuple[dict[str, LayerPlace], frozenset[str]]:
     """Return where each layer stands, and which are stored as (in_features, out_features)."""
-    family = str(config.get("model_type"))
     adapter = load_adapter(family) if family in families() else adapter_of(skeleton, family)
     tables: dict[str, LayerPlace] = {adapter.embedding: "embedding", adapter.head: "head"}
     places: dict[str, LayerPlace] = {name: tables.get(name, "block") for name in layers}

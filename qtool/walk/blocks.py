@@ -16,7 +16,7 @@ from qtool.core.experts import separate_experts
 from qtool.core.parts import Parts
 from qtool.errors import ModelError
 from qtool.formats._dtypes import dtype_of
-from qtool.modeling.config import auto_class, parse_config, transformers_failures
+from qtool.modeling.config import auto_class, transformers_failures
 from qtool.modeling.filling import empty_own, fill, fill_own, weightless
 from qtool.modeling.source import ModelSource
 from qtool.walk.calls import Call, Calls, Note, Recorder, mapped
@@ -54,9 +54,8 @@ class BlockModel:
         """
         self.source, self.device = source, device
         run_dtype = _walk_dtype(source, device, dtype)
-        config = parse_config(source.config, source.directory)
         with transformers_failures(f"transformers can't build {source.directory}"), weightless():
-            model = auto_class(config).from_config(config, dtype=run_dtype)
+            model = auto_class(source.parsed).from_config(deepcopy(source.parsed), dtype=run_dtype)
             separate_experts(model)
         self._model = model.eval()
         self._blocks = model.get_submodule(source.adapter.blocks)

@@ -137,13 +137,11 @@ class RoutedTokens:
         original = _experts(visit.original, self.module)
         quantized = _experts(visit.quantized, self.module)
         device = _device_of(visit)
-        rows = slice(None)
+        parts = self.reference[batch], self.inputs[batch]
         if not everyone:  # most tokens needn't go to the card
             rows = (self.index[batch] == expert.number).any(-1).nonzero().squeeze(-1)
-        reference, x = (
-            part[batch][rows].to(device, non_blocking=True)
-            for part in (self.reference, self.inputs)
-        )
+            parts = parts[0][rows], parts[1][rows]
+        reference, x = (part.to(device, non_blocking=True) for part in parts)
         if expert.weight == quantized.last:
             reference = original.inner(expert.number, reference)
             x = quantized.inner(expert.number, x)

@@ -140,7 +140,6 @@ def measure_inputs(
     token_cap: float | None,
     groups: RowGroups | None = None,
     activation: ActivationScheme | None = None,
-    is_for_one: bool = False,
 ) -> tuple[InputStatistics, ...]:
     """Run the block, as it was and as it is, up to `linear` on every batch.
 
@@ -153,7 +152,6 @@ def measure_inputs(
         groups: Of output channels, each measured with its weights of the tokens, drifts too;
             None: all channels are one, and so are all weights.
         activation: How the inputs are quantized; what that costs is a part of the drift.
-        is_for_one: No other linear has this input.
     """
     sums: dict[tuple[int, bool], Moments] = {}
     start, rows = 0, dict[int, slice]()
@@ -183,7 +181,6 @@ def measure_inputs(
             sums[group, True],
             num_train if groups is None else groups.effective(group, num_train),
             activation,
-            is_for_one,
         )
         for group in rows
     )

@@ -111,8 +111,9 @@ class Walk:
             return self._measured[1]
         self._measured = None  # its memory is needed
         found = self._measure(*group)
-        if self._sharing[group] > 1:
-            self._measured = (group, found)
+        if self._sharing[group] == 1:
+            return tuple(replace(each, is_for_one=True) for each in found)
+        self._measured = (group, found)
         return found
 
     def expert_statistics(self, layer: str) -> ExpertStatistics:
@@ -181,7 +182,6 @@ class Walk:
             token_cap=section.token_cap,
             groups=self._weighed.get(name),
             activation=self._rules.scheme(name, self._inputs(name, linear, visit)),
-            is_for_one=self._sharing[index, linear] == 1,
         )
         if not all(each.is_finite() for each in statistics):
             raise self._not_finite(name, streams)

@@ -1,4 +1,4 @@
-"""What solving one wide linear takes, in matrices as large as its Hessian: on a card all there is."""
+"""What solving one wide linear takes, in matrices as large as its Hessian: the most of a run."""
 
 import json
 
@@ -24,12 +24,13 @@ def wide_statistics() -> InputStatistics:
     """Return those of an expert's last layer, whose inputs nothing else has."""
     sums = []
     for seed, for_errors in ((0, False), (1, True)):
-        moments = no_moments(WIDTH, None, device="cpu", for_errors=for_errors)
+        moments = no_moments(WIDTH, None, device=torch.device("cpu"), for_errors=for_errors)
         for batch in range(32):
             x = normal(WIDTH // 8, WIDTH, seed=2 * batch + seed)
             moments.add(x, 0.1 * x.roll(1, 0), None)
         sums.append(moments)
-    return InputStatistics(slice(None), *sums, 4 * WIDTH, is_for_one=True)
+    train, held_out = sums
+    return InputStatistics(slice(None), train, held_out, 4 * WIDTH, is_for_one=True)
 
 
 def peak_of(work, path) -> int:
