@@ -91,6 +91,8 @@ class Exchange:
     """One sentence for documentation and messages: what it is and what it takes."""
     quant_method: str | None = None
     """What `quantization_config` of a directory in this format is marked with; None: it is none."""
+    takes_floats: bool = False
+    """It writes weights as floats, so that it takes experts that files hold in one tensor."""
     suffix: str | None = None
     """What the name of a file in this format ends with, such as `.gguf`; None: it is a directory,
     and so is what `write` writes."""

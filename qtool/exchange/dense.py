@@ -65,6 +65,7 @@ def _compare(departure: Departure, directory: Path) -> Compared:
 
 EXCHANGE = Exchange(
     summary="An unquantized model; takes every weight, and rounds it once to --dtype.",
+    takes_floats=True,
     refuses=_refuses,
     write=_write,
     compare=_compare,

@@ -30,7 +30,8 @@ from qtool.modeling.config import parse_config
 from qtool.modeling.discover import adapter_of
 from qtool.modeling.families import families, load_adapter
 from qtool.modeling.skeleton import empty_model
-from qtool.steps.check_exportable import NO_EXPERTS
+from qtool.pipeline.expert_export import ExpertCheckpoint
+from qtool.steps.check_exportable import JOINED_EXPERTS
 from qtool.storage.whole_files import sync
 from qtool.wording import first_alike, list_names
 
@@ -161,15 +162,14 @@ def open_departure(directory: Path, dtype: str | None, emit: Emit) -> Departure:
     """Open a checkpoint for writing it in another format.
 
     Raises:
-        CheckpointError: it is damaged, or not ours, or has layers of single experts.
+        CheckpointError: it is damaged, or not ours.
         ModelError: transformers can't build its model.
     """
     checkpoint = CheckpointReader(directory)
-    expert = next((name for name in checkpoint.manifest.layers if expert_name(name)), None)
-    if expert is not None:
-        raise CheckpointError(f"{directory}: {NO_EXPERTS.format(layer=expert)}", layer=expert)
     parsed = parse_config(checkpoint.plain_config(), directory)
     skeleton = empty_model(parsed, directory)
+    if any(map(expert_name, checkpoint.manifest.layers)):
+        checkpoint = ExpertCheckpoint(directory, skeleton)
     family = parsed.model_type
     places, transposed = layer_places(separated(skeleton), family, checkpoint.manifest.layers)
     named = str(parsed.dtype).removeprefix("torch.")
@@ -178,12 +178,19 @@ def open_departure(directory: Path, dtype: str | None, emit: Emit) -> Departure:
         parsed=parsed,
         places=places,
         transposed=transposed,
-        linears=tuple(n for n, part in skeleton.named_modules() if isinstance(part, nn.Linear)),
+        linears=_linears(skeleton, checkpoint),
         files=read_companions(directory),
         dtype=dtype or (named if named in DTYPES_OF_EXPORTS else "float16"),
         is_dtype_asked=dtype is not None,
         emit=emit,
     )
+
+
+def _linears(skeleton: CausalModel, checkpoint: CheckpointReader) -> tuple[str, ...]:
+    """Return all linears of a model; those of experts as files have them."""
+    own = (name for name, part in skeleton.named_modules() if isinstance(part, nn.Linear))
+    apart = checkpoint.linears() if isinstance(checkpoint, ExpertCheckpoint) else ()
+    return (*own, *apart)
 
 
 def layer_places(
@@ -205,6 +212,10 @@ def check_expressible(departure: Departure, target: str, exchange: Exchange) -> 
     """
     assert exchange.refuses is not None
     where = departure.checkpoint.directory
+    if isinstance(departure.checkpoint, ExpertCheckpoint) and not exchange.takes_floats:
+        joined = departure.checkpoint.joined
+        if joined is not None:
+            raise CheckpointError(f"{where}: {JOINED_EXPERTS.format(target=target, name=joined)}")
     layers = departure.checkpoint.manifest.layers
     found = {
         name: reason

@@ -41,9 +41,10 @@ NO_LOCKS = (
 
 def plan(model: Location, recipe: Recipe, *, target: str | None = None) -> Plan:
     """Return what `quantize` would do, with bits and bytes per layer; reads no weights."""
-    found = make_plan(open_source(model), recipe)
+    source = open_source(model)
+    found = make_plan(source, recipe)
     if target is not None:
-        check_exportable(found, target)
+        check_exportable(source, found, target)
     return found
 
 
@@ -135,7 +136,7 @@ def _planned(source: ModelSource, recipe: Recipe, target: str | None) -> Plan:
     check_choices(source, recipe, found)
     check_search(source, recipe, found)
     if target is not None:
-        check_exportable(found, target)
+        check_exportable(source, found, target)
     return found
 
 

@@ -7,30 +7,32 @@ from qtool.core.experts import expert_name
 from qtool.errors import RecipeError
 from qtool.exchange import load_exchange, targets
 from qtool.formats.mixed_rows import MIXED_ROWS
+from qtool.modeling.expert_layout import expert_layouts
+from qtool.modeling.skeleton import empty_model
+from qtool.modeling.source import ModelSource
 from qtool.scheme import ActivationScheme
 from qtool.steps.method_choice import load_method
 from qtool.steps.plan import LayerPlan, Plan
 from qtool.wording import first_alike, list_names
 
-NO_EXPERTS = (
-    "{layer} is a layer of one expert, and no exchange can say these yet. transformers and qtool "
-    "run the checkpoint as it is; overrides that skip '*.experts.*' leave something to export."
+JOINED_EXPERTS = (
+    "{target} can't say the experts of this family: files hold them in one tensor, such as {name}. "
+    "--target dense takes them; overrides that skip '*.experts.*' leave something to export."
 )
 SOME_STEP = ActivationScheme(granularity="tensor", scale=1.0)
 """Of inputs whose step only samples give."""
 
 
-def check_exportable(plan: Plan, target: str) -> None:
-    """Check that what a plan will make can be exported.
+def check_exportable(source: ModelSource, plan: Plan, target: str) -> None:
+    """Check that what a plan will make of a model can be exported.
 
     Raises:
         UnknownNameError: there is no such target.
         RecipeError: it can't: names layers, why, and targets that take all.
     """
-    load_exchange(target)
-    expert = next((layer.name for layer in plan.layers if expert_name(layer.name)), None)
-    if expert is not None:
-        raise RecipeError(NO_EXPERTS.format(layer=expert), layer=expert)
+    joined = None if load_exchange(target).takes_floats else _joined_experts(source, plan)
+    if joined is not None:
+        raise RecipeError(JOINED_EXPERTS.format(target=target, name=joined))
     refused = _refused(plan, target)
     if not refused:
         return
@@ -42,6 +44,16 @@ def check_exportable(plan: Plan, target: str) -> None:
         f"or skip them with an override. {others}",
         layer=alike[0],
     )
+
+
+def _joined_experts(source: ModelSource, plan: Plan) -> str | None:
+    """Return a tensor of all experts in files, if layers of these are quantized."""
+    names = [expert for layer in plan.layers if (expert := expert_name(layer.name)) is not None]
+    if not names:
+        return None
+    layouts = expert_layouts(empty_model(source.parsed, source.directory))
+    wanted = (layouts[expert.fused] for expert in names)
+    return next((layout.fused for layout in wanted if not layout.pieces), None)
 
 
 def _refused(plan: Plan, target: str) -> dict[str, str]:

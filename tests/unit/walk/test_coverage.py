@@ -53,7 +53,9 @@ def with_overrides(*overrides: dict[str, Any]):
 
 def test_experts_that_would_stay_are_named_with_the_way_to_ask_for_it(experts):
     with pytest.raises(
-        ModelError, match=r"66% .*quantize ffn\.experts\.mlp\.\w+, [^ ]+, [^ ]+: experts that .* \(Dbrx\w+\)\. If .*skip: true"
+        ModelError,
+        match=r"66% .*quantize ffn\.experts\.mlp\.\w+, [^ ]+, [^ ]+: experts that .* "
+        r"\(Dbrx\w+\)\. If .*skip: true",
     ) as caught:
         make_plan(experts, recipe())
     assert "\n" not in str(caught.value)
