@@ -136,6 +136,7 @@ def open_shape(title: str) -> tuple[ModelSource, Any]:
         directory=nowhere,
         public_name=shape.like,
         config=config.to_dict(),
+        parsed=config,
         adapter=load_adapter("llama"),
         shards=Shards(specs),
         prefix="",

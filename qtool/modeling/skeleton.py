@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ def empty_model(config: Any, directory: Path) -> CausalModel:  # noqa: ANN401
     """
     what = f"{directory}: transformers can't build this model without remote code"
     with transformers_failures(what), torch.device("meta"):
-        return auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
+        # A copy: the model notes its dtype in the configuration that it is built of.
+        own = deepcopy(config)
+        return auto_class(own).from_config(own, dtype=torch.float32, trust_remote_code=False)
 
 
 def match_names(model: CausalModel, shards: Shards, directory: Path) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """`qtool export` and `qtool import`: one line says what came of it, or what is wrong."""
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from qtool import pipeline
+from qtool.checkpoint.shards import open_shards
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
 
@@ -26,6 +29,18 @@ def test_one_line_says_what_was_written_and_who_has_compared_it(cli, exported, t
     done = cli("export", exported / "w4", tmp_path / "dense", "--target", "dense")
     assert done.code == 0, done.err
     assert "14 layers and 7 other tensors read back to the bit by qtool's own reader" in done.out
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_without_a_dtype_floats_are_those_of_the_configuration(stored, exported, tmp_path):
+    copy = Path(shutil.copytree(exported / "w4", tmp_path / "w4"))
+    config = json.loads((copy / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    (copy / "config.json").write_text(json.dumps({**config, "dtype": stored}))
+    pipeline.export(copy, tmp_path / "dense", "dense")
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["dtype"] == stored
+    kinds = {spec.dtype for spec in open_shards(tmp_path / "dense").specs.values()}
+    assert kinds == {{"float16": "F16", "bfloat16": "BF16"}[stored]}
 
 
 @pytest.mark.parametrize("target", ["gptq", "compressed-tensors", "dense"])
