@@ -10,7 +10,7 @@ from torch import Tensor
 
 FLOAT64_LIMIT = 8192
 """Up to this width the factorization runs in float64, which is affordable; above, in float32."""
-STRIP = 4096
+LOOKED_AT = 4096
 """Rows of a matrix that are looked at together."""
 MIN_DAMPING, MAX_DAMPING = 1e-8, 1.0
 """Less is lost in rounding; more says that nothing is known of the inputs."""
@@ -73,7 +73,9 @@ def cholesky(damped: Tensor) -> Tensor | None:
     dtype = torch.float64 if len(damped) <= FLOAT64_LIMIT else torch.float32
     lower, info = torch.linalg.cholesky_ex(damped.to(dtype))
     # In strips: what `isfinite` computes on the way is as large as what it is given.
-    if int(info) != 0 or not all(bool(torch.isfinite(part).all()) for part in lower.split(STRIP)):
+    if int(info) != 0 or not all(
+        bool(torch.isfinite(part).all()) for part in lower.split(LOOKED_AT)
+    ):
         return None
     return lower
 

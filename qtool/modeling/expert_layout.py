@@ -13,7 +13,7 @@ from qtool.base import CausalModel
 from qtool.core.experts import fused_shapes
 from qtool.modeling.config import transformers_failures
 
-MATRIX = 2
+_DIMENSIONS = 2
 """Dimensions of a weight that is stored by itself."""
 
 
@@ -103,7 +103,7 @@ def _piece(name: str, values: Tensor, rows: int) -> tuple[int, ExpertPiece]:
     numbers = values.flatten()
     start = int(numbers[0])
     is_run = torch.equal(numbers, torch.arange(start, start + len(numbers), dtype=torch.int32))
-    if values.dim() != MATRIX or not is_run:
+    if values.dim() != _DIMENSIONS or not is_run:
         raise ValueError(f"{name} isn't made of neighbouring rows of one expert")
     return start // rows, ExpertPiece(name, start % rows, len(numbers))
 

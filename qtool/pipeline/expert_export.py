@@ -14,7 +14,7 @@ from qtool.core.experts import ExpertName, expert_name
 from qtool.modeling.expert_layout import ExpertLayout, ExpertPiece, expert_layouts, name_in_files
 from qtool.scheme import Shape2D
 
-SUFFIX = ".weight"
+_WEIGHT = ".weight"
 
 
 class ExpertCheckpoint(CheckpointReader):
@@ -49,7 +49,7 @@ class ExpertCheckpoint(CheckpointReader):
         layers: dict[str, LayerEntry] = {}
         for name in self._own.names():
             entry = self._own.manifest.layers.get(name)
-            expert = expert_name(name if entry is not None else name.removesuffix(SUFFIX))
+            expert = expert_name(name if entry is not None else name.removesuffix(_WEIGHT))
             if expert is None:
                 there = self._named(model, name, is_layer=entry is not None)
                 self._names.append(there)
@@ -64,9 +64,9 @@ class ExpertCheckpoint(CheckpointReader):
 
     def _named(self, model: CausalModel, name: str, *, is_layer: bool) -> str:
         """Return and note what files call something that isn't of an expert."""
-        full = f"{name}{SUFFIX}" if is_layer else name
+        full = f"{name}{_WEIGHT}" if is_layer else name
         found = name_in_files(model, full)
-        there = found.removesuffix(SUFFIX) if is_layer else found
+        there = found.removesuffix(_WEIGHT) if is_layer else found
         if there != name:
             self._renamed[there] = name
         return there
@@ -78,7 +78,7 @@ class ExpertCheckpoint(CheckpointReader):
 
     def linears(self) -> tuple[str, ...]:
         """Return the experts' linears by the names that files have."""
-        return tuple(name.removesuffix(SUFFIX) for name in self._pieces)
+        return tuple(name.removesuffix(_WEIGHT) for name in self._pieces)
 
     def _placed(
         self, name: str, expert: ExpertName, layout: ExpertLayout, *, is_layer: bool
@@ -90,7 +90,7 @@ class ExpertCheckpoint(CheckpointReader):
             self._whole[layout.fused] = expert.fused, layout
             return
         for piece in layout.pieces[expert.number]:
-            own = piece.name.removesuffix(SUFFIX) if is_layer else piece.name
+            own = piece.name.removesuffix(_WEIGHT) if is_layer else piece.name
             self._pieces[own] = name, piece
             yield own
 
@@ -126,7 +126,7 @@ class ExpertCheckpoint(CheckpointReader):
 
     def _weight(self, layer: str) -> Tensor:
         if layer not in self._own.manifest.layers:
-            kept = self._own.load(layer + SUFFIX)
+            kept = self._own.load(layer + _WEIGHT)
             assert isinstance(kept, Tensor)
             return kept.float()
         tensor = self._own.load(layer)

@@ -136,8 +136,7 @@ def write_result(
         unquantized=unquantized(run.source, run.recipe, run.plan.kept),
         fallbacks=kept_fallbacks(writer),
     )
-    manifest = _manifest(run, result, writer.digests())
-    files = run.source.companions()
+    manifest, files = _manifest(run, result, writer.digests()), run.source.companions()
     sizes = result.weight_bytes, result.source_bytes
     files[CARD_NAME] = written_card(run, results, manifest, sizes)
     if curves:

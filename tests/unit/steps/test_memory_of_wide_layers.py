@@ -46,7 +46,7 @@ def peak_of(work, path) -> int:
 @pytest.fixture
 def as_wide_as_14336(monkeypatch):
     monkeypatch.setattr(hessian, "FLOAT64_LIMIT", 0)
-    monkeypatch.setattr(hessian, "STRIP", 64)
+    monkeypatch.setattr(hessian, "LOOKED_AT", 64)
 
 
 def layer() -> LayerPlan:
