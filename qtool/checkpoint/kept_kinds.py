@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+OUTSIDE_BLOCKS = "outside of the decoder blocks"
+"""How the reason of a weight begins that is neither in a block nor embedding or head."""
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from math import prod
 
+from qtool.checkpoint.kept_kinds import OUTSIDE_BLOCKS
 from qtool.checkpoint.manifest import LayerEntry, num_bytes
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.formats._dtypes import item_bytes
@@ -11,7 +12,9 @@ from qtool.formats.mixed_rows import class_layouts
 
 QUANTIZED, AS_THEY_WERE = "linears of the blocks, quantized", "matrices of the blocks, as they were"
 TABLES, VECTORS = "embedding and head", "norms and biases"
-KINDS = (QUANTIZED, AS_THEY_WERE, TABLES, VECTORS)
+BESIDE = "matrices outside of the blocks"
+"""Such as those of an encoder of images."""
+KINDS = (QUANTIZED, AS_THEY_WERE, TABLES, BESIDE, VECTORS)
 IN_A_BLOCK = re.compile(r"\.\d+\.")
 """In the name of a tensor: of a list of modules."""
 
@@ -99,6 +102,8 @@ def sizes_of(reader: CheckpointReader) -> DiskSizes:
         spec = reader.spec(name)
         matrix = len(spec.shape) > 1
         kind = (AS_THEY_WERE if in_a_block else TABLES) if matrix else VECTORS
+        if reader.manifest.unquantized.get(name, "").startswith(OUTSIDE_BLOCKS):
+            kind = BESIDE
         weights[kind] += prod(spec.shape)
         stored[kind] += prod(spec.shape) * item_bytes(spec.dtype)
     kinds = tuple(KindSize(kind, weights[kind], stored[kind]) for kind in KINDS if weights[kind])

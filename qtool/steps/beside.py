@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
 
+from qtool.checkpoint.kept_kinds import OUTSIDE_BLOCKS
 from qtool.errors import ModelError
 from qtool.modeling.kinds_of_weights import FEWEST_DIMENSIONS, PlainWeight
 from qtool.modeling.source import ModelSource
@@ -90,7 +91,7 @@ def _why_other(source: ModelSource, name: str, *, in_blocks: bool) -> str:
             return f"the recipe has no section {section!r}"
     plain = _plain(source, name)
     if not in_blocks:
-        return "outside of the decoder blocks" + ("" if plain is None else f": {plain.why}")
+        return OUTSIDE_BLOCKS + ("" if plain is None else f": {plain.why}")
     return NO_NAME if plain is None else plain.why
 
 

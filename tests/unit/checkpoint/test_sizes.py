@@ -10,6 +10,7 @@ from qtool.checkpoint import writer
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.sizes import (
     AS_THEY_WERE,
+    BESIDE,
     QUANTIZED,
     TABLES,
     VECTORS,
@@ -19,6 +20,7 @@ from qtool.checkpoint.sizes import (
 from qtool.modeling.load import load_original
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
+from tests import every_family
 
 SIZES = {"I32": 4, "F16": 2}
 RTN = {"method": "rtn", "scheme": {"num_bits": 3, "group_size": 32}}
@@ -75,3 +77,14 @@ def test_sizes_of_rows_of_unlike_bits_add_up_to_the_bytes_on_disk(mixed_tables):
         stored = sum(each.num_bytes for each in classes) + numbers
         parts = [reader.spec(f"{name}.{part}") for part in entry.layout()]
         assert stored == entry.num_bytes() == sum(prod(p.shape) * SIZES[p.dtype] for p in parts)
+
+
+def test_an_encoder_of_images_is_no_part_of_the_blocks(tmp_path):
+    pytest.importorskip("transformers", minversion="5.0")
+    sizes = written(every_family.save("gemma3", tmp_path / "model"), tmp_path / "out")
+    by_kind = {each.kind: each for each in sizes.kinds}
+    reader = CheckpointReader(tmp_path / "out")
+    encoder = [n for n in reader.names() if "vision_tower" in n or "projector" in n]
+    matrices = [prod(reader.spec(n).shape) for n in encoder if len(reader.spec(n).shape) > 1]
+    assert by_kind[BESIDE].num_weights == sum(matrices)
+    assert AS_THEY_WERE not in by_kind
