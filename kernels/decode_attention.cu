@@ -11,19 +11,20 @@
 // Within a block each warp takes 16 positions, or twice as many, at a time to the tensor cores: scores are
 // keys (16 positions x 16 dimensions) times queries (16 x 8 heads), sums are values (16 dimensions x
 // 16 positions) times powers (16 x 8 heads). Which dimension is which row or column of a product is free,
-// so lanes load 16 bytes straight into the operands; what is one product's result and the other's operand is
-// transposed within the warp. Each warp has maxima and totals of its own, merged in the end.
+// so 16 bytes of shared memory are operands of a lane; what is one product's result and the other's operand is
+// transposed within the warp. Each warp has maxima and totals of its own, merged in the end, and a ring of
+// its own, which it fills STAGES tiles ahead: no barrier but those of the warp.
 //
 // An int8 cache holds codes -127 to 127, and a scale per position and key-value head: the largest
 // magnitude over 127. Codes become float16, exactly; scales multiply scores and powers.
 //
 // Compile-time: HEAD_DIM (a multiple of 8, up to 256), HEADS (up to 8), BLOCKS (HEADS * BLOCKS query
-// heads per key-value head), QK_NORM, SHORTEST (positions of a part, at least), INT8_CACHE,
-// ACTIVATION_BF16.
-// Shared: HEADS * QUERY_STRIDE halves, 2 * HEAD_DIM halves, 4 floats, WARPS * HEADS * PART floats.
+// heads per key-value head), QK_NORM, SHORTEST (positions of a part, at least), INT8_CACHE, WARPS, STAGES,
+// TILES (of positions, at once), RESIDENT (blocks of a multiprocessor), ACTIVATION_BF16.
+// Shared: HEADS * QUERY_STRIDE halves, 2 * HEAD_DIM halves, 4 floats, and the larger of WARPS * STAGES
+// stages and WARPS * HEADS * PART floats.
 
-#define THREADS 256
-#define WARPS (THREADS / WARP)
+#define THREADS (WARPS * WARP)
 #if INT8_CACHE
 #define STORED signed char
 #else
@@ -34,18 +35,17 @@
 #define KEY_LOADS ((HEAD_DIM + 4 * PER_LOAD - 1) / (4 * PER_LOAD))   // of a row by 4 lanes
 #define VALUE_LOADS ((HEAD_DIM + 8 * PER_LOAD - 1) / (8 * PER_LOAD)) // of a row by 8 lanes
 #define TILE 16                                           // positions of a product
-#ifndef TILES
-#define TILES (HEAD_DIM * (int)sizeof(STORED) > 128 ? 1 : 2) // at a time: what registers hold
-#endif
-#ifndef RESIDENT
-#define RESIDENT 1
-#endif
+#define ROW_BYTES (HEAD_DIM * (int)sizeof(STORED))
+#define FETCHED (ROW_BYTES % 16 ? 8 : 16)                 // bytes at once; rows lie at multiples of them
+#define FETCHES (ROW_BYTES / FETCHED)                     // of a row
+#define SLOT (TILES * TILE * (ROW_BYTES + (INT8_CACHE ? 4 : 0))) // bytes of one side: rows, then scales
+#define STEP (WARPS * TILE * TILES)
 #define QUERY_STRIDE (KEY_LOADS * 4 * PER_LOAD / 64 * 64 + 32) // lanes' loads then hit other banks
 #define HALF (HEAD_DIM / 2)
 #define PAIRS ((HALF + WARP - 1) / WARP)                 // rotated together, per lane
 #define ROUNDS ((HEADS + 2 + WARPS - 1) / WARPS)         // rows of queries, key, value per warp
 #define PART (HEAD_DIM + 2)            // sums, maximum, total
-#define SPLITS_AT_ONCE 8
+#define SPLITS_AT_ONCE 16
 #define NOTHING (-1e30f)
 #define POWERS 64.0f                   // with scales of values, that small ones stay normal in float16
 
@@ -73,9 +73,15 @@ DEVICE float rounded(float value) { return load_activation(store_activation(valu
 // One side of the cache, of a sequence and a key-value head.
 struct Side { const STORED *rows; const float *scales; };
 
+// In shared memory sixteen bytes of a row change places, where rows would meet in the same banks: eight
+// lanes that load together take two neighbouring keys, or every second value of eight.
+DEVICE int keys_turned(int position) { return ROW_BYTES % 128 ? 0 : position % 2 * 4; }
+DEVICE int values_turned(int position) { return ROW_BYTES % 128 ? 0 : position % 8 / 2 * 2; }
+
 // Sixteen bytes of a row; zeros for what isn't there.
-DEVICE quad load_row(const Side &side, int position, int end, int dimension) {
-    const STORED *row = side.rows + (u64)position * HEAD_DIM + dimension;
+DEVICE quad load_row(const Side &side, int position, int end, int sixteenth, int turned) {
+    int dimension = PER_LOAD * sixteenth;
+    const STORED *row = side.rows + position * HEAD_DIM + PER_LOAD * (sixteenth ^ turned);
     bool there = position < end && dimension < HEAD_DIM;
 #if INT8_CACHE && HEAD_DIM % 16 // a row may end after eight of them, and lies at a multiple of eight
     u64 low = there ? ((const u64 *)row)[0] : 0, high = 0;
@@ -89,33 +95,56 @@ DEVICE float load_scale(const Side &side, int position, int end) {
     return INT8_CACHE && position < end ? side.scales[position] : 0.0f;
 }
 
-DEVICE void load_keys(Keys &keys, const Side &side, int first, int end, int g, int t) {
+// Of the positions 0 to `end` of a slot, or of the new token alone.
+DEVICE void load_keys(Keys &keys, const Side &side, int end, int g, int t) {
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            int position = first + TILE * n + 8 * r + g;
+            int position = TILE * n + 8 * r + g;
             keys.scale[n][r] = load_scale(side, position, end);
 #pragma unroll
             for (int i = 0; i < KEY_LOADS; ++i)
-                keys.row[n][r][i] = load_row(side, position, end, PER_LOAD * (4 * i + t));
+                keys.row[n][r][i] = load_row(side, position, end, 4 * i + t, keys_turned(position));
         }
 }
 
-DEVICE void load_values(Values &values, const Side &side, int first, int end, int g, int t) {
+DEVICE void load_values(Values &values, const Side &side, int end, int g, int t) {
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-            values.scale[n][r] = load_scale(side, first + TILE * n + 8 * r + g, end);
+            values.scale[n][r] = load_scale(side, TILE * n + 8 * r + g, end);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
-            int position = first + TILE * n + m / 2 * 8 + 2 * t + m % 2;
+            int position = TILE * n + m / 2 * 8 + 2 * t + m % 2;
 #pragma unroll
             for (int i = 0; i < VALUE_LOADS; ++i)
-                values.row[n][m][i] = load_row(side, position, end, PER_LOAD * (8 * i + g));
+                values.row[n][m][i] = load_row(side, position, end, 8 * i + g, values_turned(position));
         }
     }
+}
+
+// Ask for one side of the positions from `first` on; what isn't there stays what it was.
+template <bool VALUES>
+DEVICE void fetch_slot(unsigned char *slot, const Side &side, int first, int end, int lane) {
+    const unsigned char *from = (const unsigned char *)(side.rows + (u64)first * HEAD_DIM);
+#pragma unroll
+    for (int k = 0; k < (TILES * TILE * FETCHES + WARP - 1) / WARP; ++k) {
+        int i = k * WARP + lane, part = i % FETCHES;
+        int row = WARP % FETCHES ? i / FETCHES : k * (WARP / FETCHES) + lane / FETCHES;
+        if (first + row >= end || row >= TILES * TILE) continue;
+        int turned = VALUES ? values_turned(row) : keys_turned(row);
+        fetch<FETCHED>(slot + row * ROW_BYTES + FETCHED * (part ^ turned), from + row * ROW_BYTES + FETCHED * part);
+    }
+#if INT8_CACHE
+    if (lane < TILES * TILE && first + lane < end)
+        fetch<4>(slot + TILES * TILE * ROW_BYTES + 4 * lane, side.scales + first + lane);
+#endif
+    end_of_fetches();
+}
+DEVICE Side side_of(const unsigned char *slot) {
+    return {(const STORED *)slot, (const float *)(slot + TILES * TILE * ROW_BYTES)};
 }
 
 #if INT8_CACHE
@@ -312,7 +341,8 @@ decode_attention(const u16 *qkv,        // [batch][(heads + 2 kv_heads) * HEAD_D
     STORED *new_key = (STORED *)(queries + HEADS * QUERY_STRIDE); // [HEAD_DIM]
     STORED *new_value = new_key + HEAD_DIM;                      // [HEAD_DIM]
     float *new_scales = (float *)(queries + HEADS * QUERY_STRIDE + 2 * HEAD_DIM); // [2], of 4
-    float *of_warps = new_scales + 4;                            // [WARPS][HEADS][PART]
+    unsigned char *rings = (unsigned char *)(new_scales + 4);    // [WARPS][STAGES][keys, values][SLOT]
+    float *of_warps = (float *)rings;                            // [WARPS][HEADS][PART], in the end
     let_next_start();
     int thread = (int)threadIdx.x, warp = thread / WARP, lane = thread % WARP;
     int split = (int)blockIdx.x, splits = (int)gridDim.x, sequence = (int)blockIdx.z;
@@ -354,10 +384,13 @@ decode_attention(const u16 *qkv,        // [batch][(heads + 2 kv_heads) * HEAD_D
 
     // The first keys and values are on their way while the queries are made.
     int g = lane / 4, t = lane % 4, place = begin + warp * TILE * TILES;
-    Keys some_keys;
-    Values some_values;
-    load_keys(some_keys, key_side, place, end, g, t);
-    load_values(some_values, value_side, place, end, g, t);
+    unsigned char *ring = rings + warp * STAGES * 2 * SLOT;
+#pragma unroll
+    for (int stage = 0; stage < STAGES; ++stage) {
+        unsigned char *slot = ring + stage * 2 * SLOT;
+        fetch_slot<false>(slot, key_side, place + stage * STEP, end, lane);
+        fetch_slot<true>(slot + SLOT, value_side, place + stage * STEP, end, lane);
+    }
 
     for (int i = HEAD_DIM + thread; i < HEADS * QUERY_STRIDE; i += THREADS) // dimensions that aren't there
         if (i % QUERY_STRIDE >= HEAD_DIM) queries[i] = 0;
@@ -438,22 +471,32 @@ decode_attention(const u16 *qkv,        // [batch][(heads + 2 kv_heads) * HEAD_D
     // Columns of the products without a head repeat the last one.
     const u16 *query = queries + (g < HEADS ? g : HEADS - 1) * QUERY_STRIDE + PER_LOAD * t;
     float score[TILES][4];
-    for (; place < end; place += WARPS * TILE * TILES) {
-        int next = place + WARPS * TILE * TILES;
+    Keys some_keys;
+    Values some_values;
+    for (int stage = 0; place < end; place += STEP, stage = stage + 1 < STAGES ? stage + 1 : 0) {
+        unsigned char *slot = ring + stage * 2 * SLOT;
+        int next = place + STAGES * STEP;
+        fetched<2 * STAGES - 1>(), sync_warp(); // of all lanes
+        load_keys(some_keys, side_of(slot), end - place, g, t);
         multiply_keys(score, some_keys, query);
+        sync_warp(); // no lane reads them any more
+        fetch_slot<false>(slot, key_side, next, end, lane);
         weigh(so_far, score, some_keys, place, end, g, scale);
-        load_keys(some_keys, key_side, next, end, g, t);
+        fetched<2 * STAGES - 1>(), sync_warp();
+        load_values(some_values, side_of(slot + SLOT), end - place, g, t);
         add_values(so_far, score, some_values);
-        load_values(some_values, value_side, next, end, g, t);
+        sync_warp();
+        fetch_slot<true>(slot + SLOT, value_side, next, end, lane);
     }
     if (last && warp == WARPS - 1) { // the new token; the last warp has the fewest others
         Side fresh_key = {new_key, new_scales}, fresh_value = {new_value, new_scales + 1};
-        load_keys(some_keys, fresh_key, 0, 1, g, t);
-        load_values(some_values, fresh_value, 0, 1, g, t);
+        load_keys(some_keys, fresh_key, 1, g, t);
+        load_values(some_values, fresh_value, 1, g, t);
         multiply_keys(score, some_keys, query);
         weigh(so_far, score, some_keys, 0, 1, g, scale);
         add_values(so_far, score, some_values);
     }
+    __syncthreads(); // the rings become room for sums
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
 #pragma unroll

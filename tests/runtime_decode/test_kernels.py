@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from qtool.runtime.backends.cuda import decode_ops as kernel_ops
+from qtool.runtime.backends.cuda import attention_grid
 from qtool.runtime.backends.cuda.decode_ops import KernelOps
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.runtime.decode.cache import quantized_rows
@@ -24,7 +24,7 @@ DTYPES = [torch.float16, torch.bfloat16]
 
 
 def card(multiprocessors=2):
-    return Card(multiprocessors=multiprocessors, shared_bytes=48 * 1024)
+    return Card(multiprocessors=multiprocessors, shared_bytes=99 * 1024)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,7 +141,7 @@ def _poisoned(buffer, late):
 def test_attention(case, position):
     shape, layer = case.shape, case.layer()
     qkv = normal(case.batch, case.rows, seed=9).to(case.dtype)
-    heads = kernel_ops.heads_per_block(shape.group, shape.head_dim)
+    heads = attention_grid.heads_per_block(shape.group, shape.head_dim)
     blocks = case.kv_heads * shape.group // heads * case.batch
     launch = Recorder()
     ops = KernelOps(launch, card(case.splits * blocks))
@@ -275,13 +275,13 @@ def test_choice_of_the_next_tokens(vocabulary, dtype):
     [(4, 128, 4), (8, 128, 8), (8, 256, 4), (12, 64, 6), (7, 128, 7)],
 )
 def test_blocks_take_as_many_heads_as_fit(group, head_dim, heads):
-    assert kernel_ops.heads_per_block(group, head_dim) == heads
+    assert attention_grid.heads_per_block(group, head_dim) == heads
 
 
 def test_splits_fill_the_card_and_follow_the_context():
-    assert kernel_ops.splits_for(card(132), 8, 4096) == 16
-    assert kernel_ops.splits_for(card(132), 8, 256) == 4
-    assert kernel_ops.splits_for(card(132), 256, 4096) == 1
+    assert attention_grid.splits_for(card(132), 8, 4096) == 16
+    assert attention_grid.splits_for(card(132), 8, 256) == 4
+    assert attention_grid.splits_for(card(132), 256, 4096) == 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2-bias", "qwen3-norms"])
