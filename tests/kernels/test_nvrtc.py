@@ -16,7 +16,7 @@ ALONE = {**PAIR, "BLOCKS": 1}
 TABLES = {"INPUTS": 14336, "KEYS": 4, "THREADS": 1024}
 SMALL_TABLES = {"INPUTS": 1000, "KEYS": 2, "THREADS": 512, "OFFSET": 0}
 HEADS = {"BLOCKS": 1, "QK_NORM": 0, "SHORTEST": 64, "INT8_CACHE": 0}
-HEADS |= {"WARPS": 8, "TILES": 1, "STAGES": 3, "RESIDENT": 1}
+HEADS |= {"BULK": 0, "WARPS": 8, "TILES": 1, "STAGES": 3, "RESIDENT": 1}
 
 
 def classes_of(bits: tuple[int, ...], columns: int, grid: dict[str, int], **more: int):

@@ -13,6 +13,8 @@ MOST_DIMENSIONS = 1024
 SHORTEST_PART = 64
 """Positions of a part of the context, at least: fewer aren't worth a merge."""
 MOST_SPLITS = 64
+BARRIERS = 16
+"""Bytes, of a stage."""
 TILE = 16
 """Positions of a product of tensor cores."""
 
@@ -27,6 +29,8 @@ class AttentionTuning(NamedTuple):
     """Of a warp's ring, each of that many tiles of keys and of values."""
     resident: int
     """Blocks of a multiprocessor."""
+    bulk: bool = False
+    """The copy engine fills the rings, where the card has one."""
 
 
 TUNED = {2: AttentionTuning(8, 1, 3, 1), 1: AttentionTuning(8, 1, 6, 1)}
@@ -51,7 +55,7 @@ def attention_grid(card: Card, heads: int, head_dim: int, stored: torch.dtype) -
     """
     size = stored.itemsize
     tuning = TUNED[size]
-    stage = 2 * tuning.tiles * TILE * (head_dim * size + (4 if size == 1 else 0))
+    stage = 2 * tuning.tiles * TILE * (head_dim * size + (4 if size == 1 else 0)) + BARRIERS
     padded = -(-head_dim * size // (4 * LOAD_BYTES)) * 4 * LOAD_BYTES // size
     staged = 2 * heads * (padded // 64 * 64 + 32) + 4 * head_dim + 16
     room = (card.shared_bytes + RESERVED_BYTES) // tuning.resident - RESERVED_BYTES - staged
@@ -61,6 +65,7 @@ def attention_grid(card: Card, heads: int, head_dim: int, stored: torch.dtype) -
     sums = 4 * warps * heads * (head_dim + 2)
     macros = {"HEAD_DIM": head_dim, "HEADS": heads, "SHORTEST": SHORTEST_PART, "WARPS": warps}
     macros |= {"TILES": tuning.tiles, "STAGES": stages, "RESIDENT": tuning.resident}
+    macros["BULK"] = int(tuning.bulk and card.warpgroups and head_dim * size % LOAD_BYTES == 0)
     return AttentionGrid(macros, warps, staged + max(warps * stages * stage, sums))
 
 
