@@ -49,7 +49,7 @@
 #define PAIRS ((HALF + WARP - 1) / WARP)                 // rotated together, per lane
 #define ROUNDS ((HEADS + 2 + WARPS - 1) / WARPS)         // rows of queries, key, value per warp
 #define PART (HEAD_DIM + 2)            // sums, maximum, total
-#define SPLITS_AT_ONCE (RESIDENT > 1 ? 8 : 16)
+#define SPLITS_AT_ONCE (RESIDENT * WARPS > 8 ? 8 : 16)
 #define NOTHING (-1e30f)
 #define POWERS 64.0f                   // with scales of values, that small ones stay normal in float16
 
@@ -394,7 +394,7 @@ decode_attention(const u16 *qkv,        // [batch][(heads + 2 kv_heads) * HEAD_D
     // The first keys and values are on their way while the queries are made.
     int g = lane / 4, t = lane % 4, place = begin + warp * TILE * TILES;
     unsigned char *ring = rings + warp * STAGES * 2 * SLOT;
-#pragma unroll
+#pragma unroll 1
     for (int stage = 0; stage < STAGES; ++stage) {
         unsigned char *slot = ring + stage * 2 * SLOT;
         fetch_slot<false>(slot, key_side, place + stage * STEP, end, lane, full + 2 * stage);

@@ -135,6 +135,10 @@ HOPPER_VARIANTS: list[tuple[str, dict[str, int], int]] = [
     for bits, span in ((4, 0), (4, 1), (4, 2), (8, 0), (8, 1), (8, 4))
     for cluster, more in ((1, {}), (2, {"ACTIVATION_BF16": 1}))
 ]
+HOPPER_VARIANTS += [
+    ("decode_attention", {**HEADS, "HEAD_DIM": 128, "HEADS": 4, "BULK": 1, **more}, 255)
+    for more in ({}, {"INT8_CACHE": 1, "STAGES": 6}, {"HEAD_DIM": 256, "WARPS": 4})
+]
 CHOSEN = {"TURNS": 0, "FINE": 0, "MIRRORED": 0}
 RINGS = {**CHOSEN, "W_STAGES": 2, "X_STAGES": 4, "X_BLOCKS": 2, "EPILOGUE": 0}
 HOPPER_VARIANTS += [

@@ -15,6 +15,8 @@ SHORTEST_PART = 64
 MOST_SPLITS = 64
 BARRIERS = 16
 """Bytes, of a stage."""
+BEGIN_AND_END = 176
+"""What a block takes beside its positions, as so many of them: about 3 us of an H200."""
 TILE = 16
 """Positions of a product of tensor cores."""
 
@@ -26,7 +28,7 @@ class AttentionTuning(NamedTuple):
     tiles: int
     """That a warp takes at a time."""
     stages: int
-    """Of a warp's ring, each of that many tiles of keys and of values."""
+    """Of a warp's ring, each of that many tiles of keys and of values, of 128 dimensions."""
     resident: int
     """Blocks of a multiprocessor."""
     bulk: bool = False
@@ -35,7 +37,7 @@ class AttentionTuning(NamedTuple):
 
 TUNED = {2: AttentionTuning(8, 1, 3, 1), 1: AttentionTuning(8, 1, 6, 1)}
 """By the bytes of a number in the cache."""
-FEWEST_WARPS = 4
+FEWEST_WARPS, MOST_STAGES, MEASURED_DIM = 4, 12, 128
 
 
 class AttentionGrid(NamedTuple):
@@ -50,8 +52,10 @@ def attention_grid(card: Card, heads: int, head_dim: int, stored: torch.dtype) -
     """Return the block for a cache of `stored`: rings as long as the card's shared memory allows.
 
     Args:
+        card: Whose shared memory and copy engine there are.
         heads: Query heads of a block.
         head_dim: Dimensions of a head.
+        stored: Of the cache: float16, bfloat16 or int8.
     """
     size = stored.itemsize
     tuning = TUNED[size]
@@ -60,8 +64,9 @@ def attention_grid(card: Card, heads: int, head_dim: int, stored: torch.dtype) -
     staged = 2 * heads * (padded // 64 * 64 + 32) + 4 * head_dim + 16
     room = (card.shared_bytes + RESERVED_BYTES) // tuning.resident - RESERVED_BYTES - staged
     # Where a warp couldn't ask ahead, fewer of them share the room.
-    warps = tuning.warps if room >= 2 * tuning.warps * stage else FEWEST_WARPS
-    stages = max(1, min(tuning.stages * tuning.warps // warps, room // (warps * stage)))
+    warps = tuning.warps if room >= min(2, tuning.stages) * tuning.warps * stage else FEWEST_WARPS
+    most = min(tuning.stages * tuning.warps * MEASURED_DIM // (warps * head_dim), MOST_STAGES)
+    stages = max(1, min(most, room // (warps * stage)))
     sums = 4 * warps * heads * (head_dim + 2)
     macros = {"HEAD_DIM": head_dim, "HEADS": heads, "SHORTEST": SHORTEST_PART, "WARPS": warps}
     macros |= {"TILES": tuning.tiles, "STAGES": stages, "RESIDENT": tuning.resident}
@@ -76,6 +81,12 @@ def heads_per_block(group: int, head_dim: int) -> int:
 
 
 def splits_for(card: Card, blocks: int, max_length: int) -> int:
-    """Return into how many parts a context is cut: enough for the card, and no empty ones."""
+    """Return into how many parts a context is cut: whole waves of blocks, and no empty ones."""
+
+    def positions(splits: int) -> float:
+        """Of a multiprocessor, one after the other."""
+        waves = -(-splits * blocks // card.multiprocessors)
+        return waves * (max_length / splits + BEGIN_AND_END)
+
     useful = min(MOST_SPLITS, -(-max_length // SHORTEST_PART))
-    return max(1, min(useful, card.multiprocessors // blocks))
+    return min(range(1, useful + 1), key=positions)
