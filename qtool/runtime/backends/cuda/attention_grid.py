@@ -17,7 +17,7 @@ BARRIERS = 16
 """Bytes, of a stage."""
 BEGIN_AND_END = 176
 """What a block takes beside its positions, as so many of them: about 3 us of an H200."""
-TILE = 16
+TILE_POSITIONS = 16
 """Positions of a product of tensor cores."""
 
 
@@ -59,7 +59,9 @@ def attention_grid(card: Card, heads: int, head_dim: int, stored: torch.dtype) -
     """
     size = stored.itemsize
     tuning = TUNED[size]
-    stage = 2 * tuning.tiles * TILE * (head_dim * size + (4 if size == 1 else 0)) + BARRIERS
+    stage = (
+        2 * tuning.tiles * TILE_POSITIONS * (head_dim * size + (4 if size == 1 else 0)) + BARRIERS
+    )
     padded = -(-head_dim * size // (4 * LOAD_BYTES)) * 4 * LOAD_BYTES // size
     staged = 2 * heads * (padded // 64 * 64 + 32) + 4 * head_dim + 16
     room = (card.shared_bytes + RESERVED_BYTES) // tuning.resident - RESERVED_BYTES - staged
