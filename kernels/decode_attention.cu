@@ -11,19 +11,24 @@
 // Within a block each warp takes 16 positions, or twice as many, at a time to the tensor cores: scores are
 // keys (16 positions x 16 dimensions) times queries (16 x 8 heads), sums are values (16 dimensions x
 // 16 positions) times powers (16 x 8 heads). Which dimension is which row or column of a product is free,
-// so lanes load 16 bytes straight into the operands; what is one product's result and the other's operand is
-// transposed within the warp. Each warp has maxima and totals of its own, merged in the end.
+// so 16 bytes of shared memory are operands of a lane; what is one product's result and the other's operand is
+// transposed within the warp. Each warp has maxima and totals of its own, merged in the end, and a ring of
+// its own, which it fills STAGES tiles ahead: no barrier but those of the warp.
 //
 // An int8 cache holds codes -127 to 127, and a scale per position and key-value head: the largest
 // magnitude over 127. Codes become float16, exactly; scales multiply scores and powers.
 //
 // Compile-time: HEAD_DIM (a multiple of 8, up to 256), HEADS (up to 8), BLOCKS (HEADS * BLOCKS query
-// heads per key-value head), QK_NORM, SHORTEST (positions of a part, at least), INT8_CACHE,
-// ACTIVATION_BF16.
-// Shared: HEADS * QUERY_STRIDE halves, 2 * HEAD_DIM halves, 4 floats, WARPS * HEADS * PART floats.
+// heads per key-value head), QK_NORM, SHORTEST (positions of a part, at least), INT8_CACHE, WARPS, STAGES,
+// BULK (copies by the copy engine, of rows of a multiple of 16 bytes), TILES (of positions, at once), RESIDENT (blocks of a multiprocessor), ACTIVATION_BF16.
+// Shared: HEADS * QUERY_STRIDE halves, 2 * HEAD_DIM halves, 4 floats, and the larger of WARPS * STAGES
+// stages, with two barriers each, and WARPS * HEADS * PART floats.
 
-#define THREADS 256
-#define WARPS (THREADS / WARP)
+#if BULK
+#include "hopper.cuh"
+#endif
+
+#define THREADS (WARPS * WARP)
 #if INT8_CACHE
 #define STORED signed char
 #else
@@ -34,18 +39,17 @@
 #define KEY_LOADS ((HEAD_DIM + 4 * PER_LOAD - 1) / (4 * PER_LOAD))   // of a row by 4 lanes
 #define VALUE_LOADS ((HEAD_DIM + 8 * PER_LOAD - 1) / (8 * PER_LOAD)) // of a row by 8 lanes
 #define TILE 16                                           // positions of a product
-#ifndef TILES
-#define TILES (HEAD_DIM * (int)sizeof(STORED) > 128 ? 1 : 2) // at a time: what registers hold
-#endif
-#ifndef RESIDENT
-#define RESIDENT 1
-#endif
+#define ROW_BYTES (HEAD_DIM * (int)sizeof(STORED))
+#define FETCHED (ROW_BYTES % 16 ? 8 : 16)                 // bytes at once; rows lie at multiples of them
+#define FETCHES (ROW_BYTES / FETCHED)                     // of a row
+#define SLOT (TILES * TILE * (ROW_BYTES + (INT8_CACHE ? 4 : 0))) // bytes of one side: rows, then scales
+#define STEP (WARPS * TILE * TILES)
 #define QUERY_STRIDE (KEY_LOADS * 4 * PER_LOAD / 64 * 64 + 32) // lanes' loads then hit other banks
 #define HALF (HEAD_DIM / 2)
 #define PAIRS ((HALF + WARP - 1) / WARP)                 // rotated together, per lane
 #define ROUNDS ((HEADS + 2 + WARPS - 1) / WARPS)         // rows of queries, key, value per warp
 #define PART (HEAD_DIM + 2)            // sums, maximum, total
-#define SPLITS_AT_ONCE 8
+#define SPLITS_AT_ONCE (RESIDENT * WARPS > 8 ? 8 : 16)
 #define NOTHING (-1e30f)
 #define POWERS 64.0f                   // with scales of values, that small ones stay normal in float16
 
@@ -57,12 +61,6 @@
 #define operand float_to_bfloat
 #endif
 
-// Lane 4 g + t has of keys the positions g and g + 8 and of each 4 * PER_LOAD dimensions those from
-// PER_LOAD * t on; of values the positions 2 t, 2 t + 1, 2 t + 8, 2 t + 9 and of each 8 * PER_LOAD
-// dimensions those from PER_LOAD * g on; scales of the positions g and g + 8.
-struct Keys { quad row[TILES][2][KEY_LOADS]; float scale[TILES][2]; };
-struct Values { quad row[TILES][4][VALUE_LOADS]; float scale[TILES][2]; };
-
 // What a warp has attended to: lane 4 g + t has of heads 2 t and 2 t + 1 the maximum of the scores (base
 // 2), its share of the total of their powers, and the values weighted by them: of the dimensions
 // PER_LOAD * (8 i + g) + 2 k and the next one.
@@ -73,9 +71,15 @@ DEVICE float rounded(float value) { return load_activation(store_activation(valu
 // One side of the cache, of a sequence and a key-value head.
 struct Side { const STORED *rows; const float *scales; };
 
+// In shared memory sixteen bytes of a row change places, where rows would meet in the same banks: eight
+// lanes that load together take two neighbouring keys, or every second value of eight.
+DEVICE int keys_turned(int position) { return BULK || ROW_BYTES % 128 ? 0 : position % 2 * 4; }
+DEVICE int values_turned(int position) { return BULK || ROW_BYTES % 128 ? 0 : position % 8 / 2 * 2; }
+
 // Sixteen bytes of a row; zeros for what isn't there.
-DEVICE quad load_row(const Side &side, int position, int end, int dimension) {
-    const STORED *row = side.rows + (u64)position * HEAD_DIM + dimension;
+DEVICE quad load_row(const Side &side, int position, int end, int sixteenth, int turned) {
+    int dimension = PER_LOAD * sixteenth;
+    const STORED *row = side.rows + position * HEAD_DIM + PER_LOAD * (sixteenth ^ turned);
     bool there = position < end && dimension < HEAD_DIM;
 #if INT8_CACHE && HEAD_DIM % 16 // a row may end after eight of them, and lies at a multiple of eight
     u64 low = there ? ((const u64 *)row)[0] : 0, high = 0;
@@ -89,33 +93,44 @@ DEVICE float load_scale(const Side &side, int position, int end) {
     return INT8_CACHE && position < end ? side.scales[position] : 0.0f;
 }
 
-DEVICE void load_keys(Keys &keys, const Side &side, int first, int end, int g, int t) {
-#pragma unroll
-    for (int n = 0; n < TILES; ++n)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            int position = first + TILE * n + 8 * r + g;
-            keys.scale[n][r] = load_scale(side, position, end);
-#pragma unroll
-            for (int i = 0; i < KEY_LOADS; ++i)
-                keys.row[n][r][i] = load_row(side, position, end, PER_LOAD * (4 * i + t));
-        }
-}
-
-DEVICE void load_values(Values &values, const Side &side, int first, int end, int g, int t) {
-#pragma unroll
-    for (int n = 0; n < TILES; ++n) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-            values.scale[n][r] = load_scale(side, first + TILE * n + 8 * r + g, end);
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-            int position = first + TILE * n + m / 2 * 8 + 2 * t + m % 2;
-#pragma unroll
-            for (int i = 0; i < VALUE_LOADS; ++i)
-                values.row[n][m][i] = load_row(side, position, end, PER_LOAD * (8 * i + g));
-        }
+// Ask for one side of the positions from `first` on; what isn't there stays what it was.
+template <bool VALUES>
+DEVICE void fetch_slot(unsigned char *slot, const Side &side, int first, int end, int lane, u64 *full) {
+    const unsigned char *from = (const unsigned char *)(side.rows + (u64)first * HEAD_DIM);
+#if BULK
+    int count = end - first < TILES * TILE ? end - first : TILES * TILE;
+    if (lane == 0 && count > 0) {
+        barrier_expect(full, count * ROW_BYTES);
+        copy_bulk(slot, from, count * ROW_BYTES, full);
     }
+#else
+#pragma unroll 4
+    for (int k = 0; k < (TILES * TILE * FETCHES + WARP - 1) / WARP; ++k) {
+        int i = k * WARP + lane, part = i % FETCHES;
+        int row = WARP % FETCHES ? i / FETCHES : k * (WARP / FETCHES) + lane / FETCHES;
+        if (first + row >= end || row >= TILES * TILE) continue;
+        int turned = VALUES ? values_turned(row) : keys_turned(row);
+        fetch<FETCHED>(slot + row * ROW_BYTES + FETCHED * (part ^ turned), from + row * ROW_BYTES + FETCHED * part);
+    }
+#endif
+#if INT8_CACHE
+    if (lane < TILES * TILE && first + lane < end)
+        fetch<4>(slot + TILES * TILE * ROW_BYTES + 4 * lane, side.scales + first + lane);
+#endif
+    end_of_fetches();
+}
+// Wait for the oldest slot that was asked for, of all lanes; the barrier's phase has this parity.
+DEVICE void wait_for_slot(u64 *full, int parity) {
+#if BULK
+    barrier_wait(full, (u32)parity);
+#endif
+#if INT8_CACHE || !BULK
+    fetched<2 * STAGES - 1>();
+#endif
+    sync_warp();
+}
+DEVICE Side side_of(const unsigned char *slot) {
+    return {(const STORED *)slot, (const float *)(slot + TILES * TILE * ROW_BYTES)};
 }
 
 #if INT8_CACHE
@@ -151,8 +166,14 @@ DEVICE void transpose_pair(const quad &first, const quad &second, int k, u32 &lo
 #endif
 }
 
-// score[n][2 r + j]: of position g + 8 r of tile n and head 2 t + j.
-DEVICE void multiply_keys(float (&score)[TILES][4], const Keys &keys, const u16 *query) {
+// Lane 4 g + t has of keys the positions g and g + 8 and of each 4 * PER_LOAD dimensions those from
+// PER_LOAD * t on; of values the positions 2 t, 2 t + 1, 2 t + 8, 2 t + 9 and of each 8 * PER_LOAD
+// dimensions those from PER_LOAD * g on; scales of the positions g and g + 8.
+
+// score[n][2 r + j]: of position g + 8 r of tile n and head 2 t + j. Of a slot, or of the new token alone, the
+// positions from 0 to `end`.
+DEVICE void multiply_keys(float (&score)[TILES][4], const Side &side, int end, const u16 *query, int g, int t,
+                          float scale) {
     float odd[TILES][4];
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
@@ -169,8 +190,9 @@ DEVICE void multiply_keys(float (&score)[TILES][4], const Keys &keys, const u16 
 #pragma unroll
         for (int n = 0; n < TILES; ++n) {
             u32 a[PAIRS_LOADED], b[PAIRS_LOADED];
-            unpack(keys.row[n][0][i], a);
-            unpack(keys.row[n][1][i], b);
+            int lower = TILE * n + g, upper = lower + 8;
+            unpack(load_row(side, lower, end, 4 * i + t, keys_turned(lower)), a);
+            unpack(load_row(side, upper, end, 4 * i + t, keys_turned(upper)), b);
 #pragma unroll
             for (int k = 0; k < PAIRS_LOADED; k += 2) { // two chains of dependent products
                 float *d = k & 2 ? odd[n] : score[n];
@@ -181,12 +203,15 @@ DEVICE void multiply_keys(float (&score)[TILES][4], const Keys &keys, const u16 
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
 #pragma unroll
-        for (int k = 0; k < 4; ++k) score[n][k] += odd[n][k];
+        for (int r = 0; r < 2; ++r) {
+            float factor = INT8_CACHE ? scale * load_scale(side, TILE * n + 8 * r + g, end) : scale;
+#pragma unroll
+            for (int k = 2 * r; k < 2 * r + 2; ++k) score[n][k] = (score[n][k] + odd[n][k]) * factor;
+        }
 }
 
 // Turn scores into powers, relative to the maximum with them. What isn't there has none.
-DEVICE void weigh(Attended &so_far, float (&score)[TILES][4], const Keys &keys, int first, int end,
-                  int g, float scale) {
+DEVICE void weigh(Attended &so_far, float (&score)[TILES][4], int end, int g) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
         float most = so_far.most[j], total = 0.0f;
@@ -194,9 +219,8 @@ DEVICE void weigh(Attended &so_far, float (&score)[TILES][4], const Keys &keys, 
         for (int n = 0; n < TILES; ++n)
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                float &x = score[n][2 * r + j];
-                x *= INT8_CACHE ? scale * keys.scale[n][r] : scale;
-                if (first + TILE * n + 8 * r + g < end && !(x <= most)) most = x;
+                float x = score[n][2 * r + j];
+                if (TILE * n + 8 * r + g < end && !(x <= most)) most = x;
             }
 #pragma unroll
         for (int lanes = 4; lanes < WARP; lanes *= 2) {
@@ -210,7 +234,7 @@ DEVICE void weigh(Attended &so_far, float (&score)[TILES][4], const Keys &keys, 
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 float &x = score[n][2 * r + j];
-                x = first + TILE * n + 8 * r + g < end ? exp2_fast(x - most) : 0.0f;
+                x = TILE * n + 8 * r + g < end ? exp2_fast(x - most) : 0.0f;
                 total += x;
             }
         so_far.total[j] = so_far.total[j] * factor + total;
@@ -222,26 +246,33 @@ DEVICE void weigh(Attended &so_far, float (&score)[TILES][4], const Keys &keys, 
     }
 }
 
-DEVICE void add_values(Attended &so_far, const float (&power)[TILES][4], const Values &values) {
+DEVICE void add_values(Attended &so_far, const float (&power)[TILES][4], const Side &side, int end, int g, int t) {
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
         u32 b[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float scale = INT8_CACHE ? POWERS * values.scale[n][r] : 1.0f;
+            float scale = INT8_CACHE ? POWERS * load_scale(side, TILE * n + 8 * r + g, end) : 1.0f;
             u32 pair = operand(power[n][2 * r] * scale) | (u32)operand(power[n][2 * r + 1] * scale) << 16;
             b[r] = transpose_pairs(pair);
         }
 #pragma unroll
-        for (int i = 0; i < VALUE_LOADS; ++i)
+        for (int i = 0; i < VALUE_LOADS; ++i) {
+            quad row[4];
+#pragma unroll
+            for (int m = 0; m < 4; ++m) {
+                int position = TILE * n + m / 2 * 8 + 2 * t + m % 2;
+                row[m] = load_row(side, position, end, 8 * i + g, values_turned(position));
+            }
 #pragma unroll
             for (int k = 0; k < PAIRS_LOADED; ++k) {
                 u32 a[4];
-                transpose_pair(values.row[n][0][i], values.row[n][1][i], k, a[0], a[1]);
-                transpose_pair(values.row[n][2][i], values.row[n][3][i], k, a[2], a[3]);
+                transpose_pair(row[0], row[1], k, a[0], a[1]);
+                transpose_pair(row[2], row[3], k, a[2], a[3]);
                 float *d = so_far.sum[i][k];
                 multiply_tile(d, d, a[0], a[1], a[2], a[3], b[0], b[1]);
             }
+        }
     }
 }
 
@@ -312,13 +343,23 @@ decode_attention(const u16 *qkv,        // [batch][(heads + 2 kv_heads) * HEAD_D
     STORED *new_key = (STORED *)(queries + HEADS * QUERY_STRIDE); // [HEAD_DIM]
     STORED *new_value = new_key + HEAD_DIM;                      // [HEAD_DIM]
     float *new_scales = (float *)(queries + HEADS * QUERY_STRIDE + 2 * HEAD_DIM); // [2], of 4
-    float *of_warps = new_scales + 4;                            // [WARPS][HEADS][PART]
+    unsigned char *rings = (unsigned char *)(new_scales + 4);    // [WARPS][STAGES][keys, values][SLOT]
+    float *of_warps = (float *)rings;                            // [WARPS][HEADS][PART], in the end
+    u64 *full = (u64 *)(rings + WARPS * STAGES * 2 * SLOT);      // [WARPS][STAGES][keys, values], if BULK
     let_next_start();
     int thread = (int)threadIdx.x, warp = thread / WARP, lane = thread % WARP;
     int split = (int)blockIdx.x, splits = (int)gridDim.x, sequence = (int)blockIdx.z;
     int kv_head = (int)blockIdx.y / BLOCKS, block = (int)blockIdx.y % BLOCKS;
     int heads = kv_heads * HEADS * BLOCKS, first_head = (int)blockIdx.y * HEADS;
+#if BULK
+    full += warp * STAGES * 2;
+    if (lane < STAGES * 2) barrier_init(full + lane, 1);
+    barriers_are_ready();
+    sync_warp();
+#endif
     wait_for_previous();
+    int position = positions[sequence], count = position + 1;
+    u32 mark = steps[0] * (u32)layers + (u32)layer + 1u;
 
     // Rows of the new token: queries, then the key, then the value. Loaded before anything is known.
     float lower[ROUNDS][PAIRS], upper[ROUNDS][PAIRS];
@@ -340,8 +381,6 @@ decode_attention(const u16 *qkv,        // [batch][(heads + 2 kv_heads) * HEAD_D
             }
         }
     }
-    int position = positions[sequence], count = position + 1;
-    u32 mark = steps[0] * (u32)layers + (u32)layer + 1u;
     int length = ((count + splits - 1) / splits + WARP - 1) / WARP * WARP;
     if (length < SHORTEST) length = SHORTEST;
     int active = (count + length - 1) / length;
@@ -354,10 +393,13 @@ decode_attention(const u16 *qkv,        // [batch][(heads + 2 kv_heads) * HEAD_D
 
     // The first keys and values are on their way while the queries are made.
     int g = lane / 4, t = lane % 4, place = begin + warp * TILE * TILES;
-    Keys some_keys;
-    Values some_values;
-    load_keys(some_keys, key_side, place, end, g, t);
-    load_values(some_values, value_side, place, end, g, t);
+    unsigned char *ring = rings + warp * STAGES * 2 * SLOT;
+#pragma unroll 1
+    for (int stage = 0; stage < STAGES; ++stage) {
+        unsigned char *slot = ring + stage * 2 * SLOT;
+        fetch_slot<false>(slot, key_side, place + stage * STEP, end, lane, full + 2 * stage);
+        fetch_slot<true>(slot + SLOT, value_side, place + stage * STEP, end, lane, full + 2 * stage + 1);
+    }
 
     for (int i = HEAD_DIM + thread; i < HEADS * QUERY_STRIDE; i += THREADS) // dimensions that aren't there
         if (i % QUERY_STRIDE >= HEAD_DIM) queries[i] = 0;
@@ -438,22 +480,27 @@ decode_attention(const u16 *qkv,        // [batch][(heads + 2 kv_heads) * HEAD_D
     // Columns of the products without a head repeat the last one.
     const u16 *query = queries + (g < HEADS ? g : HEADS - 1) * QUERY_STRIDE + PER_LOAD * t;
     float score[TILES][4];
-    for (; place < end; place += WARPS * TILE * TILES) {
-        int next = place + WARPS * TILE * TILES;
-        multiply_keys(score, some_keys, query);
-        weigh(so_far, score, some_keys, place, end, g, scale);
-        load_keys(some_keys, key_side, next, end, g, t);
-        add_values(so_far, score, some_values);
-        load_values(some_values, value_side, next, end, g, t);
+    for (int stage = 0, parity = 0; place < end; place += STEP) {
+        unsigned char *slot = ring + stage * 2 * SLOT;
+        int next = place + STAGES * STEP;
+        wait_for_slot(full + 2 * stage, parity);
+        multiply_keys(score, side_of(slot), end - place, query, g, t, scale);
+        sync_warp(); // no lane reads them any more
+        fetch_slot<false>(slot, key_side, next, end, lane, full + 2 * stage);
+        weigh(so_far, score, end - place, g);
+        wait_for_slot(full + 2 * stage + 1, parity);
+        add_values(so_far, score, side_of(slot + SLOT), end - place, g, t);
+        sync_warp();
+        fetch_slot<true>(slot + SLOT, value_side, next, end, lane, full + 2 * stage + 1);
+        if (++stage == STAGES) stage = 0, parity ^= 1;
     }
     if (last && warp == WARPS - 1) { // the new token; the last warp has the fewest others
         Side fresh_key = {new_key, new_scales}, fresh_value = {new_value, new_scales + 1};
-        load_keys(some_keys, fresh_key, 0, 1, g, t);
-        load_values(some_values, fresh_value, 0, 1, g, t);
-        multiply_keys(score, some_keys, query);
-        weigh(so_far, score, some_keys, 0, 1, g, scale);
-        add_values(so_far, score, some_values);
+        multiply_keys(score, fresh_key, 1, query, g, t, scale);
+        weigh(so_far, score, 1, g);
+        add_values(so_far, score, fresh_value, 1, g, t);
     }
+    __syncthreads(); // the rings become room for sums
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
 #pragma unroll

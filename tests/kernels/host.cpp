@@ -25,6 +25,8 @@ static jmp_buf scheduler;
 static Meeting block_meeting, some_meetings[16];
 static std::vector<Meeting> warp_meetings, warpgroup_meetings;
 static std::vector<std::vector<std::vector<Product>>> products; // by thread: groups, the last still open
+struct Fetch { void *shared; const void *address; int bytes; };
+static std::vector<std::vector<std::vector<Fetch>>> fetches; // the same
 static void (*body)(void *);
 static void *body_arguments;
 
@@ -94,6 +96,19 @@ void finish_products(int pending) {
     }
 }
 
+void fetch(void *shared, const void *address, int bytes) {
+    if ((uintptr_t)shared % bytes || (uintptr_t)address % bytes) throw std::runtime_error("a fetch from an odd place");
+    fetches[current].back().push_back({shared, address, bytes});
+}
+void end_fetches() { fetches[current].emplace_back(); }
+void finish_fetches(int pending) {
+    auto &mine = fetches[current];
+    while ((int)mine.size() - 1 > pending) {
+        for (const auto &one : mine.front()) memcpy(one.shared, one.address, one.bytes);
+        mine.erase(mine.begin());
+    }
+}
+
 static void enter() {
     body(body_arguments);
     fibers[current].done = true;
@@ -136,6 +151,7 @@ static void run_block(int threads, size_t bytes) {
     warp_meetings.assign(threads / 32, {});
     warpgroup_meetings.assign((threads + 127) / 128, {});
     products.assign(threads, {1, std::vector<Product>()});
+    fetches.assign(threads, {1, std::vector<Fetch>()});
     letters.assign((size_t)threads * 8, 0);
     mailbox = letters.data();
     fibers.resize(threads);

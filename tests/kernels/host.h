@@ -46,6 +46,11 @@ void ask_for(Product product);
 void end_products();
 void finish_products(int pending); // all but the last groups
 
+// The same of copies into shared memory.
+void fetch(void *shared, const void *address, int bytes);
+void end_fetches();
+void finish_fetches(int pending);
+
 // An mbarrier.
 struct Barrier { uint8_t arrivals, left; uint16_t phase; int32_t bytes; };
 static inline void change(unsigned long long *place, int arrived, int bytes) {
@@ -73,9 +78,10 @@ DEVICE unsigned short float_to_half(float value) {
 DEVICE float float_of_bits(unsigned bits) { float v; memcpy(&v, &bits, 4); return v; }
 DEVICE unsigned bits_of_float(float value) { unsigned b; memcpy(&b, &value, 4); return b; }
 DEVICE quad load_stream(const quad *address) { return *address; }
-DEVICE void fetch(void *shared, const void *address) { memcpy(shared, address, 16); }
-DEVICE void end_of_fetches() {}
-template <int PENDING> DEVICE void fetched() {}
+template <int BYTES> DEVICE void fetch(void *shared, const void *address) { host::fetch(shared, address, BYTES); }
+DEVICE void fetch(void *shared, const void *address) { fetch<16>(shared, address); }
+DEVICE void end_of_fetches() { host::end_fetches(); }
+template <int PENDING> DEVICE void fetched() { host::finish_fetches(PENDING); }
 DEVICE void let_next_start() {}
 DEVICE void store_marked(unsigned long long *place, float value, unsigned mark) {
     *place = (unsigned long long)mark << 32 | bits_of_float(value);

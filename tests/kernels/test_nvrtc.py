@@ -16,6 +16,7 @@ ALONE = {**PAIR, "BLOCKS": 1}
 TABLES = {"INPUTS": 14336, "KEYS": 4, "THREADS": 1024}
 SMALL_TABLES = {"INPUTS": 1000, "KEYS": 2, "THREADS": 512, "OFFSET": 0}
 HEADS = {"BLOCKS": 1, "QK_NORM": 0, "SHORTEST": 64, "INT8_CACHE": 0}
+HEADS |= {"BULK": 0, "WARPS": 8, "TILES": 1, "STAGES": 3, "RESIDENT": 1}
 
 
 def classes_of(bits: tuple[int, ...], columns: int, grid: dict[str, int], **more: int):
@@ -133,6 +134,10 @@ HOPPER_VARIANTS: list[tuple[str, dict[str, int], int]] = [
     ("int_gemm", {"BITS": bits, "SPAN": span, "STAGES": 5, "CLUSTER": cluster, **more}, 168)
     for bits, span in ((4, 0), (4, 1), (4, 2), (8, 0), (8, 1), (8, 4))
     for cluster, more in ((1, {}), (2, {"ACTIVATION_BF16": 1}))
+]
+HOPPER_VARIANTS += [
+    ("decode_attention", {**HEADS, "HEAD_DIM": 128, "HEADS": 4, "BULK": 1, **more}, 255)
+    for more in ({}, {"INT8_CACHE": 1, "STAGES": 6}, {"HEAD_DIM": 256, "WARPS": 4})
 ]
 CHOSEN = {"TURNS": 0, "FINE": 0, "MIRRORED": 0}
 RINGS = {**CHOSEN, "W_STAGES": 2, "X_STAGES": 4, "X_BLOCKS": 2, "EPILOGUE": 0}

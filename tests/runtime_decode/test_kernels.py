@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from qtool.runtime.backends.cuda import decode_ops as kernel_ops
+from qtool.runtime.backends.cuda import attention_grid
+from qtool.runtime.backends.cuda.attention_grid import AttentionTuning
 from qtool.runtime.backends.cuda.decode_ops import KernelOps
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.runtime.decode.cache import quantized_rows
@@ -24,7 +25,14 @@ DTYPES = [torch.float16, torch.bfloat16]
 
 
 def card(multiprocessors=2):
-    return Card(multiprocessors=multiprocessors, shared_bytes=48 * 1024)
+    return Card(multiprocessors=multiprocessors, shared_bytes=99 * 1024)
+
+
+HOPPER = Card(multiprocessors=2, shared_bytes=227 * 1024, warpgroups=True)
+TUNINGS = [
+    AttentionTuning(warps=8, tiles=1, stages=2, resident=1, bulk=True),
+    AttentionTuning(warps=4, tiles=2, stages=3, resident=2),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,7 +149,7 @@ def _poisoned(buffer, late):
 def test_attention(case, position):
     shape, layer = case.shape, case.layer()
     qkv = normal(case.batch, case.rows, seed=9).to(case.dtype)
-    heads = kernel_ops.heads_per_block(shape.group, shape.head_dim)
+    heads = attention_grid.heads_per_block(shape.group, shape.head_dim)
     blocks = case.kv_heads * shape.group // heads * case.batch
     launch = Recorder()
     ops = KernelOps(launch, card(case.splits * blocks))
@@ -238,6 +246,20 @@ def test_where_nobody_is_nothing_is_stored():
     assert mine.positions.tolist() == [6, 0, 10]
 
 
+@pytest.mark.parametrize("tuning", TUNINGS, ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], INT8_CASES[0], INT8_CASES[-2]], ids=str)
+def test_attention_by_other_rings(case, tuning, monkeypatch):
+    monkeypatch.setitem(attention_grid.TUNED, case.dtype.itemsize, tuning)
+    monkeypatch.setitem(attention_grid.TUNED, 1, tuning)
+    case = replace(case, max_length=1000)
+    ops, layer = KernelOps(Recorder(), HOPPER), case.layer()
+    scratch = ops.scratch(case.shape, 1, case.max_length, torch.device("cpu"))
+    qkv, clean = normal(1, case.rows, seed=9).to(case.dtype), case.state([937], None)
+    got = ops.attend(qkv, layer, 1, case.shape, replace(poisoned(clean), scratch=scratch))
+    expected = OPS.attend(qkv, layer, 1, case.shape, clean)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0.01)
+
+
 def test_parts_of_an_earlier_step_or_layer_are_not_taken():
     case = Case(2, 1, 64, splits=4)
     ops = KernelOps(Recorder(), card(4))
@@ -275,13 +297,14 @@ def test_choice_of_the_next_tokens(vocabulary, dtype):
     [(4, 128, 4), (8, 128, 8), (8, 256, 4), (12, 64, 6), (7, 128, 7)],
 )
 def test_blocks_take_as_many_heads_as_fit(group, head_dim, heads):
-    assert kernel_ops.heads_per_block(group, head_dim) == heads
+    assert attention_grid.heads_per_block(group, head_dim) == heads
 
 
 def test_splits_fill_the_card_and_follow_the_context():
-    assert kernel_ops.splits_for(card(132), 8, 4096) == 16
-    assert kernel_ops.splits_for(card(132), 8, 256) == 4
-    assert kernel_ops.splits_for(card(132), 256, 4096) == 1
+    assert attention_grid.splits_for(card(132), 8, 4096) == 16
+    assert attention_grid.splits_for(card(132), 8, 256) == 4
+    assert attention_grid.splits_for(card(132), 256, 4096) == 1
+    assert attention_grid.splits_for(card(132), 96, 4096) == 4  # three waves, almost full
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2-bias", "qwen3-norms"])

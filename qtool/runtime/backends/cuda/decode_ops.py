@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtool.runtime.backends.cuda import linear_kernels
+from qtool.runtime.backends.cuda.attention_grid import attention_grid, heads_per_block, splits_for
 from qtool.runtime.backends.cuda.expert_products import are_tiled, run_experts
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import (
     KERNEL_DTYPES,
-    LOAD_BYTES,
     WARP,
     Card,
     KernelCall,
@@ -35,19 +35,11 @@ from qtool.runtime.decode.weights import (
 
 GREEDY_THREADS = 1024
 MOST_NORM_THREADS = 1024
-ATTENTION_THREADS, ATTENTION_WARPS = 256, 8
 NUCLEUS_THREADS, NUCLEUS_BYTES, NUCLEUS_BINS = 1024, 41472, 2048
 TOKENS_OF_BLOCK = 8 * NUCLEUS_THREADS
 MOST_TOKENS_DRAWN_FROM = 32 * TOKENS_OF_BLOCK
 HEADS_OF_BLOCK = 4
 """Of kernels/prompt_heads.cu: one of each warp."""
-MOST_HEADS = 8
-"""Query heads of a block, at most: their sums fill the registers."""
-MOST_DIMENSIONS = 1024
-"""Of all heads of a block: their sums fill the shared memory."""
-SHORTEST_PART = 64
-"""Positions of a part of the context, at least: fewer aren't worth a merge."""
-MOST_SPLITS = 64
 HEAD_DIMS = range(8, 257, 8)
 
 
@@ -114,15 +106,19 @@ class KernelOps:
         heads, dim = shape.group // blocks, shape.head_dim
         output = qkv.new_empty(batch, shape.num_heads * dim)
         is_int8 = int(state.keys.dtype == torch.int8)
-        macros = {"HEAD_DIM": dim, "HEADS": heads, "BLOCKS": blocks, "SHORTEST": SHORTEST_PART}
-        macros |= {"INT8_CACHE": is_int8, "QK_NORM": int(layer.query_norm is not None)}
+        grid = attention_grid(self._card, heads, dim, state.keys.dtype)
+        macros = {
+            "BLOCKS": blocks,
+            "INT8_CACHE": is_int8,
+            "QK_NORM": int(layer.query_norm is not None),
+        }
         call = KernelCall(
             file="decode_attention",
             kernel="decode_attention",
-            constants=constants(qkv.dtype, **macros),
+            constants=constants(qkv.dtype, **macros, **grid.macros),
             grid=(splits, shape.num_key_value_heads * blocks, batch),
-            threads=ATTENTION_THREADS,
-            shared_bytes=attention_bytes(heads, dim, state.keys.dtype),
+            threads=grid.warps * WARP,
+            shared_bytes=grid.shared_bytes,
             numbers=(
                 *(shape.attention_scale * log2(e), float(shape.norm_eps)),
                 *(shape.num_key_value_heads, max_length, index, len(state.keys)),
@@ -211,23 +207,3 @@ class KernelOps:
         """Return None: a step is a graph of the operations."""
         del weights, state
         return None
-
-
-def heads_per_block(group: int, head_dim: int) -> int:
-    """Return how many query heads of a key-value head a block takes: as many as fit."""
-    most = min(MOST_HEADS, MOST_DIMENSIONS // head_dim)
-    return max(heads for heads in range(1, most + 1) if group % heads == 0)
-
-
-def attention_bytes(heads: int, head_dim: int, stored: torch.dtype) -> int:
-    """Return the shared memory of a block: queries, the new token, what its warps have summed."""
-    per_load = LOAD_BYTES // stored.itemsize
-    padded = -(-head_dim // (4 * per_load)) * 4 * per_load
-    queries = 2 * heads * (padded // 64 * 64 + 32)
-    return queries + 4 * head_dim + 16 + 4 * ATTENTION_WARPS * heads * (head_dim + 2)
-
-
-def splits_for(card: Card, blocks: int, max_length: int) -> int:
-    """Return into how many parts a context is cut: enough for the card, and no empty ones."""
-    useful = min(MOST_SPLITS, -(-max_length // SHORTEST_PART))
-    return max(1, min(useful, card.multiprocessors // blocks))

@@ -53,6 +53,9 @@ LOAD_BYTES = 16
 WARP = 32
 """Threads that run together."""
 
+RESERVED_BYTES = 1024
+"""Of shared memory, that the system takes for each block."""
+
 WARPGROUPS = (9, 0)
 """Compute capability: the only one with `wgmma`."""
 

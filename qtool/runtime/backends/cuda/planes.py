@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from qtool.errors import BackendError
-from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
+from qtool.runtime.backends.cuda.launch import (
+    RESERVED_BYTES,
+    WARP,
+    Card,
+    KernelCall,
+    Launch,
+    constants,
+)
 from qtool.runtime.backends.cuda.selection import Tuning, selection_for
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT
 
 BLOCKS_PER_UNIT = 8
 NUMBER = 4
 """Bytes of a float32 in shared memory."""
-RESERVED_BYTES = 1024
-"""Of shared memory, that the system takes for each CTA."""
 MAX_UNITS = 2**21
 """Of a slab: the kernel divides their numbers in float32."""
 MOST_IN_PAIRS = 2
