@@ -14,6 +14,7 @@ from qtool.errors import CheckpointError, OutputError, RecipeError
 from qtool.exchange._directory import write_directory
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
+from qtool.runtime.backends._choose import use_backend
 from qtool.settings import cache_dir
 from tests.helpers import recipe, warnings_in
 from tests.unit.exchange.foreign import LAYER
@@ -132,7 +133,8 @@ def test_dense_is_what_the_codes_mean(tiny, tmp_path):
         folder = tmp_path / family
         pipeline.quantize(Location(tiny(family)), folder / "w4", wanted())
         pipeline.export(folder / "w4", folder / "dense", "dense", dtype="float32")
-        torch.testing.assert_close(logits(folder / "dense"), logits(folder / "w4"))
+        with use_backend("dense"):  # what the codes mean, not what a CPU's tables make of it
+            torch.testing.assert_close(logits(folder / "dense"), logits(folder / "w4"))
 
 
 def test_nothing_is_replaced_and_nothing_is_left(symmetric, tmp_path):

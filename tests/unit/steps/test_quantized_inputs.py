@@ -13,6 +13,7 @@ from qtool.errors import RecipeError
 from qtool.modeling.load import load_model, load_original
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
+from qtool.runtime.backends._choose import use_backend
 from qtool.runtime.decode.read_model import why_not
 from qtool.scheme import ActivationScheme
 from qtool.steps import solve_layer
@@ -167,7 +168,8 @@ def test_resumed_run_gives_the_bytes_of_an_unbroken_one(
 @pytest.mark.parametrize("activations", [{}, STATIC], ids=["token", "tensor"])
 def test_a_loaded_model_runs_as_its_entries_say(llama, text_file, tmp_path, activations):
     pipeline.quantize(Location(llama), tmp_path / "out", recipe(text_file, **activations))
-    model = load_model(Location(tmp_path / "out"), dtype=torch.float32).model
+    with use_backend("dense"):  # the entries' meaning, not what a CPU's tables make of it
+        model = load_model(Location(tmp_path / "out"), dtype=torch.float32).model
     reason = why_not(model)
     assert reason is not None
     assert "inputs of its linear layers are quantized" in reason
