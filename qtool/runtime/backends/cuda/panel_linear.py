@@ -5,17 +5,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qtool.errors import BackendError
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
-from qtool.runtime.backends.cuda.panels import PanelLayout, Panels
+from qtool.runtime.backends.cuda.panels import PanelLayout
 from qtool.runtime.backends.cuda.planes import EPILOGUES, MAX_UNITS, NUMBER, room_of
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 
 PLANE_BYTES, LIMB_BYTES = 512, 1024
 """Of a plane of 16 rows x 256 inputs; of 256 numbers as four bytes each."""
-FEW_TOKENS = 2
+MOST_AS_BYTES = 2
 """That are multiplied as bytes."""
+DEQUANTIZE_THREADS, DEQUANTIZE_WARPS = 128, 4
 RINGS = ((16, 3, 1), (16, 2, 1), (12, 3, 1), (12, 2, 1), (8, 3, 1), (8, 2, 1), (4, 2, 1), (2, 2, 1))
 """Warps, tiles of a warp in shared memory, CTAs that share a multiprocessor: the best first."""
 
@@ -45,7 +48,7 @@ class PanelPlan(NamedTuple):
 
 def panel_products(batch: int, layout: PanelLayout) -> tuple[PanelProduct, ...]:
     """Return the kernels that multiply so many tokens, the best first."""
-    if batch <= FEW_TOKENS:
+    if batch <= MOST_AS_BYTES:
         operands = layout.planes * batch * LIMB_BYTES + 16
         return (PanelProduct("bit_panel_imma", batch, operands),)
     scales = (layout.planes + (layout.offset != 0)) * PLANE_BYTES
@@ -76,14 +79,14 @@ def plan_panels(
     return None
 
 
-Sizes = tuple[int, int, int, int, int, int, int, int]
+PanelSizes = tuple[int, int, int, int, int, int, int, int]
 """out_features of a set, in_features, tokens, panels, units, columns of the result, rows of a group
 and panels of a group, as the kernels take them."""
 
 
 @functools.lru_cache(maxsize=4096)
 def panel_call(
-    sizes: Sizes, layout: PanelLayout, dtype: torch.dtype, card: Card, epilogue: str = "none"
+    sizes: PanelSizes, layout: PanelLayout, dtype: torch.dtype, card: Card, epilogue: str = "none"
 ) -> KernelCall:
     """Return the launch of a product, decided once for all weights of one shape.
 
@@ -118,38 +121,97 @@ def panel_call(
     )
 
 
-def multiply_panels(  # noqa: PLR0913 - what, by what, where, and what comes after
+def panel_kernel(weight: KernelWeight, tokens: int, card: Card) -> str:
+    """Return the name of the kernel that multiplies so many tokens, few enough for planes."""
+    assert weight.panels is not None
+    panels, units = weight.panels.planes.shape[:2]
+    planned = plan_panels(panels, units, tokens or 1, weight.panel_layout, card=card)
+    return "dequantize" if planned is None else "planes"
+
+
+def by_panels(
     x: Tensor,
-    packed: Panels,
-    layout: PanelLayout,
-    out_features: int,
+    weight: KernelWeight,
     launch: Launch,
     card: Card,
     *,
     residual: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
-    """Return x @ W.T, or silu(gate) * up of rows that alternate.
-
-    Args:
-        x: (tokens, in_features) float16 or bfloat16, contiguous, aligned to 16 bytes.
-        packed: W.
-        layout: What the kernels are compiled for.
-        out_features: Of the result: of a set, where there are two.
-        launch: Runs a kernel.
-        card: Where.
-        residual: (tokens, out_features), added to the product of one set.
-
-    Returns:
-        (tokens, out_features) in the dtype of `x`.
+    """Do `linear_kernels.matmul` by planes; x is aligned to 16 bytes.
 
     Raises:
         BackendError: a CTA has too little shared memory.
     """
-    y = x.new_empty(len(x), out_features)
+    packed, rows = weight.panels, weight.shape.out_features
+    assert packed is not None
+    outputs = rows // packed.sets
+    y = x.new_empty(len(x), outputs)
     panels, units = packed.planes.shape[:2]
-    sizes = (out_features, x.shape[1], len(x), panels, units, out_features)
-    epilogue = "gated" if packed.sets > 1 else "none" if residual is None else "residual"
-    rows = (packed.group_rows, packed.of_group)
-    call = panel_call((*sizes, *rows), layout, x.dtype, card, epilogue)
-    launch(call, (packed.planes, packed.scales, x, residual, y))
+    sizes = (outputs, x.shape[1], len(x), panels, units, outputs)
+    epilogue = "gated" if gated else "none" if residual is None else "residual"
+    cut = (packed.group_rows, packed.of_group)
+    call = panel_call((*sizes, *cut), weight.panel_layout, x.dtype, card, epilogue)
+    tensors = (packed.planes, packed.scales, x, residual, y)
+    launch(call._replace(dependent=False) if weight.fresh else call, tensors)
     return y
+
+
+def by_dense_panels(
+    x: Tensor,
+    weight: KernelWeight,
+    launch: Launch,
+    card: Card,
+    *,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """Do `linear_kernels.matmul` by a dequantized weight and torch's product."""
+    del card
+    y = functional.linear(x, dense_panels(weight, launch))
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        return functional.silu(gate) * up
+    return y if residual is None else y + residual
+
+
+PANEL_KERNELS = {"planes": by_panels, "dequantize": by_dense_panels}
+"""What runs panels, by the names that `selection` has for kernels."""
+
+
+def dense_panels(weight: KernelWeight, launch: Launch) -> Tensor:
+    """Return W, (out_features, in_features) in the dtype of the activations.
+
+    Of gate and up, all rows of gate come first.
+    """
+    packed, (rows, inputs) = weight.panels, weight.shape
+    assert packed is not None
+    panels, units, sets, count = packed.planes.shape[:4]
+    dense = torch.empty(rows, inputs, dtype=weight.dtype, device=packed.planes.device)
+    sizes = (rows // sets, inputs, panels, units, packed.group_rows, packed.of_group)
+    blocks = -(-panels * units * sets * count // DEQUANTIZE_WARPS)
+    call = _dense_call("panel_dequantize", sizes, blocks, weight.panel_layout, weight.dtype)
+    tensors = (packed.planes, packed.scales, dense)
+    launch(call._replace(dependent=False) if weight.fresh else call, tensors)
+    return dense
+
+
+def rows_of_panels(index: Tensor, weight: KernelWeight, launch: Launch) -> Tensor:
+    """Return the rows that `index` names: (*index.shape, in_features); NaN where there is none."""
+    packed, (rows, inputs) = weight.panels, weight.shape
+    assert packed is not None
+    flat = index.flatten().to(torch.int64).contiguous()
+    found = torch.empty(len(flat), inputs, dtype=weight.dtype, device=flat.device)
+    sizes = (rows, inputs, packed.planes.shape[1], packed.group_rows, packed.of_group)
+    call = _dense_call("panel_rows", sizes, len(flat), weight.panel_layout, weight.dtype)
+    if len(flat):
+        launch(call, (packed.planes, packed.scales, flat, found))
+    return found.view(*index.shape, inputs)
+
+
+@functools.lru_cache(1024)  # not all lengths of prompts for ever
+def _dense_call(
+    kernel: str, sizes: tuple[int, ...], blocks: int, layout: PanelLayout, dtype: torch.dtype
+) -> KernelCall:
+    macros, grid = constants(dtype, **layout.macros), (blocks, 1, 1)
+    return KernelCall("panel_dequantize", kernel, macros, grid, DEQUANTIZE_THREADS, 0, sizes)

@@ -29,7 +29,7 @@ from qtool.scheme import Shape2D, WeightScheme
 
 MOST_TILES = 8
 """Of a panel: rows that one staging serves, and sums that a warp has."""
-FEWEST_ROWS = TILE_ROWS // 2
+LEAST_ROWS = TILE_ROWS // 2
 """Of a group: of fewer, padding would be more than half of the planes."""
 
 
@@ -79,7 +79,7 @@ def paneling(scheme: WeightScheme, out_features: int) -> Paneling:
 def is_panelable(tensor: QuantizedTensor) -> bool:
     """Return whether the panel kernels take the groups of a weight of planes."""
     rows = tensor.scheme.group_size or tensor.shape.out_features
-    return tensor.scheme.group_dim == "out_features" and rows >= FEWEST_ROWS
+    return tensor.scheme.group_dim == "out_features" and rows >= LEAST_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ def unpack_panels(packed: Panels, shape: Shape2D) -> tuple[Tensor, Tensor]:
     """
     planes, (rows, inputs), sets = packed.planes, shape, packed.sets
     groups, rows = len(packed.scales), rows // sets
-    # (sets, panels, tiles, units, num_bits, 32, 4)
+    # sets, panels and tiles first, then units
     tiled = planes.permute(2, 0, 3, 1, 4, 5, 6).flatten(0, 2)
     bits = unpack_planes(tiled)  # (num_bits, sets * groups * padded rows, inputs)
     by_group = bits.unflatten(1, (sets, groups, -1))[:, :, :, : packed.group_rows, :inputs]
