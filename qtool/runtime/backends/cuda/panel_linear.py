@@ -1,6 +1,7 @@
 """The grid, the shared memory and the arguments of the kernels for groups along out_features."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from qtool.errors import BackendError
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.panels import PanelLayout
-from qtool.runtime.backends.cuda.planes import EPILOGUES, MAX_UNITS, NUMBER, room_of
+from qtool.runtime.backends.cuda.planes import EPILOGUES, MORE_WAVES, NUMBER, room_of
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 
 PLANE_BYTES, LIMB_BYTES = 512, 1024
@@ -19,8 +20,12 @@ PLANE_BYTES, LIMB_BYTES = 512, 1024
 MOST_AS_BYTES = 2
 """That are multiplied as bytes."""
 DEQUANTIZE_THREADS, DEQUANTIZE_WARPS = 128, 4
-RINGS = ((16, 3, 1), (16, 2, 1), (12, 3, 1), (12, 2, 1), (8, 3, 1), (8, 2, 1), (4, 2, 1), (2, 2, 1))
+MOST_STEPS = 2**24
+"""Tiles times units: the kernel divides their numbers in float32."""
+RINGS = ((16, 3, 1), (16, 2, 1), (12, 3, 1), (12, 2, 1), (8, 3, 1), (8, 2, 1))
 """Warps, tiles of a warp in shared memory, CTAs that share a multiprocessor: the best first."""
+SHORT_RINGS = ((4, 2, 1), (2, 2, 1))
+"""For cards, or weights, that those leave no room for."""
 
 
 class PanelProduct(NamedTuple):
@@ -64,18 +69,22 @@ def plan_panels(
     panels: int, units: int, batch: int, layout: PanelLayout, *, card: Card
 ) -> PanelPlan | None:
     """Choose a grid that fills a card once; None: a CTA has too little shared memory."""
-    steps = panels * units * layout.sets * layout.tiles
-    for product in panel_products(batch, layout):
+    of_panel = units * layout.sets * layout.tiles
+    steps = panels * of_panel
+    if steps >= MOST_STEPS:
+        return None
+    products = panel_products(batch, layout)
+    ways = (itertools.product(MORE_WAVES, products, rings) for rings in (RINGS, SHORT_RINGS))
+    for waves, product, ring in itertools.chain.from_iterable(ways):
         part = layout.sets * layout.tiles * TILE_ROWS * product.columns
-        for warps, stages, per in RINGS:
-            ctas = max(1, min(card.multiprocessors * per, steps))
-            share = -(-steps // ctas)
-            own = -(-share // (units * layout.sets * layout.tiles)) + 1
-            ring = warps * (stages * layout.planes * PLANE_BYTES + product.operand_bytes)
-            shared = ring + (1 + own + warps) * part * NUMBER + own * NUMBER
-            if shared <= room_of(card, per) and steps < MAX_UNITS * 8:
-                words = -(-batch // product.columns) * ctas * warps * part
-                return PanelPlan(product, warps, stages, per, ctas, shared, words)
+        warps, stages, per = ring
+        ctas = max(1, min(card.multiprocessors * per * waves, steps))
+        own = -(-steps // (ctas * of_panel)) + 1
+        of_warp = stages * layout.planes * PLANE_BYTES + product.operand_bytes
+        shared = warps * of_warp + (1 + own + warps) * part * NUMBER + own * NUMBER
+        if shared <= room_of(card, per):
+            words = -(-batch // product.columns) * ctas * warps * part
+            return PanelPlan(product, warps, stages, per, ctas, shared, words)
     return None
 
 
