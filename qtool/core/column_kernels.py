@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtool.core.column_grids import pick_columns
 from qtool.core.dint import pick_dint
 from qtool.core.grids import Pick, Tables, pick_affine, pick_binary
 
@@ -26,8 +27,10 @@ TILE = 4096
 ROWS_AT_ONCE = 32
 """Rows per program, at most."""
 NUM_WARPS = 4
-_OF_COLUMNS: tuple[Pick, ...] = (pick_affine, pick_dint)
-"""Picks whose tables are scales and zero points of each column, and a code."""
+_GRIDS: dict[Pick, int] = {pick_binary: 0, pick_affine: 1, pick_dint: 2, pick_columns: 3}
+"""What the kernel knows grids by."""
+_LEVELS_DIM: dict[Pick, int] = {pick_binary: 0, pick_columns: 1}
+"""Of tables of levels; others are scales and zero points of each column, and a code."""
 
 
 _T: TypeAlias = tl.tensor
@@ -140,7 +143,8 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
     columns: tl.tensor,
     rows: tl.tensor,
     num_levels: tl.tensor,
-    GRIDS: tl.constexpr,  # one plus the place of the pick in _OF_COLUMNS; 0: binary
+    size: tl.tensor,  # rows that share levels, where each column has its own
+    GRIDS: tl.constexpr,  # of _GRIDS
     DESCENDS: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,  # of a tile: powers of two, at least as many as there are
     NUM_LEVELS: tl.constexpr,  # that are held; others are found in STEPS
@@ -160,7 +164,14 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
         old = value
         if DESCENDS:
             value, old = _descended(value, old_pointer + here, matrix_pointer + square, there)
-        if GRIDS > 0:
+        if GRIDS == 3:  # noqa: PLR2004 - as above: tables are (columns, places, groups of rows)
+            groups = tl.cdiv(rows, size)
+            own, between = column * groups << STEPS, column * groups * ((1 << STEPS) - 1)
+            levels_here, codes_here, middles_here = first + own, second + own, third + between
+            code, level = _searched(
+                value, row // size, groups, there, levels_here, codes_here, middles_here, STEPS
+            )
+        elif GRIDS > 0:
             code, level = _of_column(value, first, second, third, here, there, GRIDS)
         elif STEPS > 0:
             code, level = _searched(value, row, rows, there, first, second, third, STEPS)
@@ -174,9 +185,10 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
 
 def supports(pick: Pick, work: Tensor, tables: Tables) -> bool:
     """Return whether `walk` can do a block: `work` (columns, rows), with its tables for `pick`."""
-    binary = pick is pick_binary and len(tables[0]).bit_count() == 1  # all signs of all planes
+    dim = _LEVELS_DIM.get(pick)
+    whole = dim is None or tables[0].shape[dim].bit_count() == 1  # all signs of all planes
     fits = 0 < len(work) <= MAX_COLUMNS and 0 < work.numel() < 2**31  # offsets are int32
-    return (binary or pick in _OF_COLUMNS) and fits and work.dtype == torch.float32
+    return pick in _GRIDS and whole and fits and work.dtype == torch.float32
 
 
 def walk(
@@ -186,14 +198,14 @@ def walk(
     columns, rows = work.shape
     work = work.contiguous()
     old = work if levels is None else levels.contiguous()
-    first, second, third = (table.contiguous() for table in tables)
+    first, second, third = (table.contiguous() for table in tables[:3])
     codes = torch.empty((columns, rows), dtype=torch.uint8, device=work.device)
     chosen = torch.empty_like(work)
-    is_affine = pick in _OF_COLUMNS
+    dim = _LEVELS_DIM.get(pick)
     tile_columns = max(16, triton.next_power_of_2(columns))
     tile_rows = min(ROWS_AT_ONCE, TILE // tile_columns)
-    num_levels = 0 if is_affine else len(first)
-    is_held = num_levels <= HELD_LEVELS
+    num_levels = 0 if dim is None else first.shape[dim]
+    is_held = num_levels <= HELD_LEVELS and pick is not pick_columns
     with torch.cuda.device_of(work):  # Triton launches on the current device
         _walk[(triton.cdiv(rows, tile_rows),)](
             work,
@@ -207,7 +219,8 @@ def walk(
             columns,
             rows,
             num_levels if is_held else 0,
-            GRIDS=1 + _OF_COLUMNS.index(pick) if is_affine else 0,
+            int(tables[3]) if pick is pick_columns else 1,
+            GRIDS=_GRIDS[pick],
             DESCENDS=levels is not None,
             NUM_COLUMNS=tile_columns,
             NUM_LEVELS=max(num_levels, 1) if is_held else 1,

@@ -89,7 +89,9 @@ TOKENS = (3, 8, 9, 16, 5, 23)
 
 @pytest.mark.parametrize(("tokens", "case"), [*zip(TOKENS, PRODUCTS, strict=True)], ids=str)
 def test_more_tokens_are_multiplied_by_weights_rounded_per_plane(monkeypatch, case, tokens):
-    monkeypatch.setenv("QTOOL_KERNEL", "planes")  # two blocks of tokens, though such a weight is small
+    monkeypatch.setenv(
+        "QTOOL_KERNEL", "planes"
+    )  # two blocks of tokens, though such a weight is small
     shape, num_bits, group_size, multiprocessors = case
     tensor, card = weight_of(shape, num_bits, group_size), Card(multiprocessors, SHARED)
     dtype, launch = torch.float16 if tokens % 2 else torch.bfloat16, Recorder()
