@@ -51,11 +51,19 @@ def _later(matrix: _T, index: _T, column: _T, columns: _T) -> _T:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _descended(gradient: _T, old: _T, diagonal: _T, there: _T) -> tuple[_T, _T]:
-    """Load the levels so far; return the values where the loss is least, and them."""
-    before = tl.load(old, mask=there, other=0.0)
-    curvature = tl.load(diagonal) + tl.zeros_like(gradient)
-    return before - tl.div_rn(gradient, curvature), before
+def _descended(
+    value: _T, old: _T, diagonal: _T, there: _T, DESCENDS: tl.constexpr
+) -> tuple[_T, _T]:
+    """Return values to quantize, and what steps are measured from.
+
+    Descending, `value` is the gradient: where the loss is least, and the levels so far.
+    """
+    before = value
+    if DESCENDS:
+        before = tl.load(old, mask=there, other=0.0)
+        curvature = tl.load(diagonal) + tl.zeros_like(value)
+        value = before - tl.div_rn(value, curvature)
+    return value, before
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -120,6 +128,26 @@ def _searched(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _own(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
+    value: _T,
+    row: _T,
+    rows: _T,
+    size: _T,
+    column: _T,
+    there: _T,
+    levels: _T,  # (columns, places, groups of rows), as `codes`; middles: a place less
+    codes: _T,
+    middles: _T,
+    STEPS: tl.constexpr,
+) -> tuple[_T, _T]:
+    """Do what `_searched` does with the levels of a column, which `size` rows share."""
+    group, groups = row // size, tl.cdiv(rows, size)
+    first, between = column * groups << STEPS, column * groups * ((1 << STEPS) - 1)
+    levels, codes, middles = levels + first, codes + first, middles + between
+    return _searched(value, group, groups, there, levels, codes, middles, STEPS)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _held(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
     levels: _T, codes: _T, middles: _T, row: _T, rows: _T, count: _T, NUM_LEVELS: tl.constexpr
 ) -> tuple[_T, _T, _T, _T]:
@@ -152,8 +180,7 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
     NUM_ROWS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0) * NUM_ROWS + tl.arange(0, NUM_ROWS)
-    there = row < rows
-    index = tl.arange(0, NUM_COLUMNS)
+    there, index = row < rows, tl.arange(0, NUM_COLUMNS)
     work = _tile(work_pointer, index, row, columns, rows)
     # Only binary grids use these; otherwise the compiler drops them.
     place, levels, codes, middles = _held(first, second, third, row, rows, num_levels, NUM_LEVELS)
@@ -161,16 +188,10 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
     for column in range(columns):
         here, square = column * rows + row, column * columns + column
         value = tl.sum(tl.where(index[:, None] == column, work, 0.0), axis=0)
-        old = value
-        if DESCENDS:
-            value, old = _descended(value, old_pointer + here, matrix_pointer + square, there)
-        if GRIDS == 3:  # noqa: PLR2004 - as above: tables are (columns, places, groups of rows)
-            groups = tl.cdiv(rows, size)
-            own, between = column * groups << STEPS, column * groups * ((1 << STEPS) - 1)
-            levels_here, codes_here, middles_here = first + own, second + own, third + between
-            code, level = _searched(
-                value, row // size, groups, there, levels_here, codes_here, middles_here, STEPS
-            )
+        levels_here, own = old_pointer + here, matrix_pointer + square
+        value, old = _descended(value, levels_here, own, there, DESCENDS)
+        if GRIDS == 3:  # noqa: PLR2004 - as above
+            code, level = _own(value, row, rows, size, column, there, first, second, third, STEPS)
         elif GRIDS > 0:
             code, level = _of_column(value, first, second, third, here, there, GRIDS)
         elif STEPS > 0:
@@ -179,8 +200,7 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
             code, level = _binary(value, place, levels, codes, middles, num_levels - 1)
         tl.store(codes_pointer + here, code.to(tl.uint8), mask=there)
         tl.store(levels_pointer + here, level, mask=there)
-        shares = _later(matrix_pointer, index, column, columns)
-        work += shares[:, None] * (level - old)[None, :]
+        work += _later(matrix_pointer, index, column, columns)[:, None] * (level - old)[None, :]
 
 
 def supports(pick: Pick, work: Tensor, tables: Tables) -> bool:

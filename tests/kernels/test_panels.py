@@ -60,8 +60,8 @@ def test_packing_loses_nothing(format_name, num_bits, shape, group_size, symmetr
     assert lost >= packed.scales.nbytes
 
 
-# Rows x inputs, bits, rows of a group, multiprocessors: shares that begin and end within panels, panels of
-# several blocks, blocks of several panels, more warps than tiles.
+# Rows x inputs, bits, rows of a group, multiprocessors: shares that begin and end within panels,
+# panels of several blocks, blocks of several panels, more warps than tiles.
 PRODUCTS = [
     ((256, 512), 3, 128, 3),
     ((300, 700), 2, 100, 7),
