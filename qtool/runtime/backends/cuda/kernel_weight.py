@@ -52,6 +52,11 @@ class KernelWeight:
         return weight
 
     @property
+    def is_packed(self) -> bool:
+        """Return whether there are tiles or panels."""
+        return self.tiles is not None or self.panels is not None
+
+    @property
     def offset(self) -> int:
         """Return what is beside the scales, as `planes.Layout` says."""
         return 2 if self.centered else int(not self.scheme.symmetric)
