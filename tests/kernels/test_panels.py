@@ -65,10 +65,10 @@ def test_packing_loses_nothing(format_name, num_bits, shape, group_size, symmetr
 PRODUCTS = [
     ((256, 512), 3, 128, 3),
     ((300, 700), 2, 100, 7),
-    ((600, 301), 4, None, 2),
+    ((1200, 301), 4, None, 2),
     ((40, 300), 3, 16, 1),
     ((130, 520), 8, 24, 5),
-    ((2100, 256), 1, 64, 4),
+    ((2100, 256), 1, 64, 2),
 ]
 
 
@@ -199,3 +199,16 @@ def test_every_card_has_room_for_panels(kilobytes, num_bits, sets, tokens):
         assert planned.shared_bytes <= kilobytes * 1024
         if kilobytes == 227 and sets == 1:  # else they may follow one another
             assert planned.ctas <= 132 and planned.warps >= 8
+
+
+@pytest.mark.parametrize(
+    ("case", "columns", "warps"), [((224, 16), 16, 8), ((32, 56), 16, 8), ((32, 16), 8, 8)]
+)
+def test_small_weights_are_multiplied_by_more_and_smaller_blocks(case, columns, warps):
+    card, layout = Card(132, SHARED), panels.PanelLayout(3, 8, 1)
+    planned = panel_linear.plan_panels(*case, 16, layout, card=card)
+    assert planned is not None
+    assert (planned.product.columns, planned.warps) == (columns, warps)
+    one = panel_linear.plan_panels(*case, 1, layout, card=card)
+    assert one is not None
+    assert (one.warps, one.stages) == ((12, 3) if case[0] == 224 else (8, 4))

@@ -101,7 +101,11 @@ def on_cpu(monkeypatch):
 def test_tiles_and_panels_are_multiplied_and_gathered(made, kept, compiled):
     tensor, _ = made()
     prepared = linear_kernels.prepare(tensor, torch.float16, keep_stored=kept)
-    exact, x, index = dequantized(tensor, torch.float64), normal(1, 320).half(), torch.tensor([3, 47])
+    exact, x, index = (
+        dequantized(tensor, torch.float64),
+        normal(1, 320).half(),
+        torch.tensor([3, 47]),
+    )
 
     def run(x, index):
         return cuda.BACKEND.matmul(x, prepared), cuda.BACKEND.rows(index, prepared)

@@ -92,9 +92,7 @@ def _scheme(
     symmetric: bool,  # noqa: FBT001 - a key of the cache
     group_dim: GroupDim = "in_features",
 ) -> WeightScheme:
-    return WeightScheme(
-        num_bits=bits, group_size=group, group_dim=group_dim, symmetric=symmetric
-    )
+    return WeightScheme(num_bits=bits, group_size=group, group_dim=group_dim, symmetric=symmetric)
 
 
 FlatMixed = tuple[

@@ -22,8 +22,13 @@ MOST_AS_BYTES = 2
 DEQUANTIZE_THREADS, DEQUANTIZE_WARPS = 128, 4
 MOST_STEPS = 2**24
 """Tiles times units: the kernel divides their numbers in float32."""
-RINGS = ((16, 3, 1), (16, 2, 1), (12, 3, 1), (12, 2, 1), (8, 3, 1), (8, 2, 1))
+RINGS = ((12, 3, 1), (16, 2, 1), (12, 2, 1), (8, 3, 1), (8, 2, 1))
 """Warps, tiles of a warp in shared memory, CTAs that share a multiprocessor: the best first."""
+SMALL_STEPS, SMALL_RINGS = 160, ((8, 4, 1), (8, 3, 1), (8, 2, 1))
+"""Of tiles times units per multiprocessor: with fewer, what warps exchange costs more than they
+hide."""
+SMALLEST_STEPS = 64
+"""With fewer, a second CTA takes tokens nine to sixteen."""
 SHORT_RINGS = ((4, 2, 1), (2, 2, 1))
 """For cards, or weights, that those leave no room for."""
 
@@ -51,13 +56,19 @@ class PanelPlan(NamedTuple):
     exchange_words: int
 
 
-def panel_products(batch: int, layout: PanelLayout) -> tuple[PanelProduct, ...]:
-    """Return the kernels that multiply so many tokens, the best first."""
+def panel_products(batch: int, layout: PanelLayout, *, each: int) -> tuple[PanelProduct, ...]:
+    """Return the kernels that multiply so many tokens, the best first.
+
+    Args:
+        batch: Tokens.
+        layout: Of the weight.
+        each: Tiles times units per multiprocessor.
+    """
     if batch <= MOST_AS_BYTES:
         operands = layout.planes * batch * LIMB_BYTES + 16
         return (PanelProduct("bit_panel_imma", batch, operands),)
     scales = (layout.planes + (layout.offset != 0)) * PLANE_BYTES
-    wanted = (8,) if batch <= 8 else (16, 8)  # noqa: PLR2004 - tiles of eight columns
+    wanted = (8,) if batch <= 8 or each < SMALLEST_STEPS else (16, 8)  # noqa: PLR2004 - a tile's
     return tuple(
         PanelProduct("bit_panel_mma", columns, columns * (PLANE_BYTES + NUMBER) + scales)
         for columns in wanted
@@ -73,8 +84,10 @@ def plan_panels(
     steps = panels * of_panel
     if steps >= MOST_STEPS:
         return None
-    products = panel_products(batch, layout)
-    ways = (itertools.product(MORE_WAVES, products, rings) for rings in (RINGS, SHORT_RINGS))
+    each = steps // card.multiprocessors
+    products = panel_products(batch, layout, each=each)
+    best = SMALL_RINGS if each < SMALL_STEPS else RINGS
+    ways = (itertools.product(MORE_WAVES, products, rings) for rings in (best, SHORT_RINGS))
     for waves, product, ring in itertools.chain.from_iterable(ways):
         part = layout.sets * layout.tiles * TILE_ROWS * product.columns
         warps, stages, per = ring
