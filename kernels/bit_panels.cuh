@@ -48,10 +48,7 @@ DEVICE float column_offset(float last, float first) {
     return OFFSET == 0 ? 0.0f : OFFSET == 1 ? last : last * (first * per_center(PLANES));
 }
 
-DEVICE float half_at(const quad &v, int i) { // 0 .. 7, known to the compiler
-    u32 pair = i < 2 ? v.x : i < 4 ? v.y : i < 6 ? v.z : v.w;
-    return half_to_float((u16)(i % 2 ? pair >> 16 : pair & 0xffffu));
-}
+DEVICE float half_at(const quad &v, int i) { return half_to_float(bits_at(v, i)); }
 
 DEVICE void stage_item(const Ahead &ahead, const u16 *x, int first, int in_features, int columns, int lane,
                        unsigned char *operands);

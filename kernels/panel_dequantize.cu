@@ -41,28 +41,41 @@ panel_dequantize(const quad *planes, // [panels][units][SETS][TILES][PLANES][32]
         quad v = load_stream(source + plane * WARP);
         words[plane][0] = v.x, words[plane][1] = v.y, words[plane][2] = v.z, words[plane][3] = v.w;
     }
-    for (int r = 0; r < 2; ++r) {
-        int of_group = ((panel - group * panels_per_group) * TILES + tile) * TILE_ROWS + g + 8 * r;
-        int row = group * group_rows + of_group;
-        if (of_group >= group_rows || row >= out_features) continue; // padding
-        u16 *target = weight + ((u64)set * out_features + row) * in_features;
+    int of_group = ((panel - group * panels_per_group) * TILES + tile) * TILE_ROWS + g;
 #pragma unroll
-        for (int block = 0; block < BLOCKS_PER_UNIT; ++block) {
-            int in_unit = block * 32 + 8 * t, first = unit * UNIT + in_unit;
+    for (int block = 0; block < BLOCKS_PER_UNIT; ++block) {
+        int first = unit * UNIT + block * 32 + 8 * t; // of this lane's eight inputs
+        quad columns[PARAMETERS];
+#pragma unroll
+        for (int i = 0; i < PARAMETERS; ++i)
+            columns[i] = ((const quad *)(parameters + i * UNIT))[block * 4 + t];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            int row = group * group_rows + of_group + 8 * r;
+            u32 packed[4] = {0, 0, 0, 0};
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
+                u16 of_column[PARAMETERS];
                 u32 signs = 0;
+#pragma unroll
+                for (int j = 0; j < PARAMETERS; ++j) of_column[j] = bits_at(columns[j], i);
 #pragma unroll
                 for (int plane = 0; plane < PLANES; ++plane)
                     signs |= (words[plane][block / 2] >> (16 * (i & 1) + 8 * (block & 1) + (i & 6) + r) & 1u) << plane;
-                float value = weight_of(parameters + in_unit + i, UNIT, signs);
-                if (first + i < in_features) target[first + i] = store_activation(value);
+                packed[i / 2] |= (u32)store_activation(weight_of(of_column, 1, signs)) << (16 * (i & 1));
+            }
+            if (of_group + 8 * r >= group_rows || row >= out_features) continue; // padding
+            u16 *target = weight + ((u64)set * out_features + row) * in_features + first;
+            if (in_features % 8 == 0) {
+                if (first < in_features) *(quad *)target = quad{packed[0], packed[1], packed[2], packed[3]};
+            } else {
+                for (int i = 0; i < 8; ++i)
+                    if (first + i < in_features) target[i] = (u16)(packed[i / 2] >> (16 * (i & 1)));
             }
         }
     }
 }
 
-// The rows of the first set that `index` names: [tokens][in_features]. One block per token.
 extern "C" __global__ void __launch_bounds__(THREADS)
 panel_rows(const u32 *planes, // the same words, one by one
            const u16 *scales, const long long *index, u16 *rows, int out_features, int in_features,
