@@ -8,45 +8,21 @@
 
 #define ACCUMULATORS 2
 #define ROW_POWER (-5)
-#define LIMBS 4
-#define X_BYTES 128 // of a 32-input block, as half of a word's 64 inputs: [limb][t][16 bytes]
-#define WORD_BYTES (2 * X_BYTES)
-#define UNIT_BYTES (4 * WORD_BYTES)
-#define MAGIC 0x4b400000u // 1.5 * 2^23 as a float: integers added to it can be read off its bits
+#include "byte_limbs.cuh"
 
-// The four signed bytes of an integer, lowest first: value = sum of byte_i * 256^i.
-DEVICE u32 signed_bytes(u32 value) { return (value + 0x80808080u) ^ 0x80808080u; }
-
-// The B operands of all words, and the sum of x over each segment. Of a word's 64 inputs, lane t has
-// 8 t .. 8 t + 7 in each half; pair r of them, of both halves, is register r. x becomes an integer of
-// 23 bits, read off the bits of a float: see MAGIC.
+// The B operands of all words, and the sum of x over each segment.
 DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &weight, int lane,
                        unsigned char *operands, float *starts, float *factors) {
     int exponent = exponent_of(v);
     float factor = power_of_two(21 - exponent); // magnitudes below 2^22
-    bool upper = lane / 4 & 1; // half of a word's inputs
-    u32 pairs[4] = {v.x, v.y, v.z, v.w}, kept[4], received[4], sum = 0;
+    u32 pairs[4] = {v.x, v.y, v.z, v.w};
+    float values[8];
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-        u32 a = bits_of_float(load_activation((u16)(pairs[r] & 0xffffu)) * factor + 12582912.0f);
-        u32 b = bits_of_float(load_activation((u16)(pairs[r] >> 16)) * factor + 12582912.0f);
-        sum += a + b;
-        a = signed_bytes((a - MAGIC) << (6 - 2 * r)), b = signed_bytes((b - MAGIC) << (6 - 2 * r));
-        // Lanes of the lower half take limbs 0 and 1 of both halves, those of the upper 2 and 3.
-        kept[r] = permute_bytes(a, b, upper ? 0x7362u : 0x5140u);
-        received[r] = shuffle_xor(permute_bytes(a, b, upper ? 0x5140u : 0x7362u), 4);
+        values[2 * r] = load_activation((u16)(pairs[r] & 0xffffu));
+        values[2 * r + 1] = load_activation((u16)(pairs[r] >> 16));
     }
-    unsigned char *place = operands + (column * units + unit) * UNIT_BYTES + lane / 8 * WORD_BYTES +
-                           (upper ? 128 : 0) + lane % 4 * 16;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        // Lanes of the upper half store their second limb first: to other banks. Of the lower half's
-        // pair, the upper's, then the second of each.
-        u32 pick = upper ? (i ? 0x1504u : 0x3726u) : (i ? 0x7362u : 0x5140u);
-        *(quad *)(place + (upper ? 1 - i : i) * 64) =
-            quad{permute_bytes(kept[0], received[0], pick), permute_bytes(kept[1], received[1], pick),
-                 permute_bytes(kept[2], received[2], pick), permute_bytes(kept[3], received[3], pick)};
-    }
+    u32 sum = put_limbs(values, factor, operands + (column * units + unit) * UNIT_BYTES, lane);
     float total = (float)(int)segment_total(sum - 8u * MAGIC, weight.first + unit, lane);
     if (lane % 4 == 0) starts[(unit * BLOCKS_PER_UNIT + lane / 4) * COLUMNS + column] = total * 32.0f;
     if (lane == 0)

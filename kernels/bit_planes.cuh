@@ -23,47 +23,10 @@
 #define REGULAR (GROUP % UNIT == 0 || UNIT % GROUP == 0)
 // Groups that a unit may touch.
 #define SPAN (GROUP % UNIT == 0 ? 1 : UNIT % GROUP == 0 ? UNIT / GROUP : (GROUP - 32 + UNIT - 1) / GROUP + 1)
-#define PLANE_BYTES (WARP * 16)
 #define LOADS 4 // of inputs, that a lane has under way
 #define STAGE_BYTES (PLANES * PLANE_BYTES + SPAN * 32 * PARAMETERS)
 
-// A block's share [begin, begin + size) of the stream. Its first `given` units, in the order of work,
-// are the end of the share: the tile that a later block ends.
-struct Share { int begin, size, given; };
-
-// a / b for 0 <= a < 2^24: an integer division takes five times as long, and a block has four.
-DEVICE int divide(int a, int b) {
-    int quotient = (int)((float)a * reciprocal((float)b)), rest = a - quotient * b;
-    return quotient + (rest >= b) - (rest < 0);
-}
-
-// `each` units for every block, one more for the first `more`; what is given has to be filled in.
-DEVICE Share share_of(int block, int each, int more) {
-    Share share;
-    share.begin = block * each + (block < more ? block : more);
-    share.size = each + (block < more);
-    share.given = 0;
-    return share;
-}
-// How many units are given if the share's last tile, which begins at unit `tile`, is a later block's.
-DEVICE int given_of(const Share &share, int tile) {
-    return share.begin + share.size - (share.begin > tile ? share.begin : tile);
-}
-
-DEVICE int first_of_warp(int warp, int size) { return size * warp / WARPS; }
-
-// In a share of few units, some warps have none.
-DEVICE bool is_idle(int warp, int size) {
-    return first_of_warp(warp, size) == first_of_warp(warp + 1, size);
-}
-
-// The warp that does work `work`.
-DEVICE int warp_of(int work, int size) {
-    int warp = divide(work * WARPS + WARPS - 1, size);
-    while (first_of_warp(warp, size) > work) --warp;
-    while (first_of_warp(warp + 1, size) <= work) ++warp;
-    return warp;
-}
+#include "bit_planes_share.cuh"
 
 // A unit of the stream, and where it is in memory.
 struct Place {
@@ -116,30 +79,6 @@ DEVICE void request(unsigned char *stage, const Place &place, const Weight &weig
     for (int piece = 0; piece < SPAN * 2 * PARAMETERS; piece += WARP)
         if (piece + lane < pieces)
             fetch(stage + PLANES * PLANE_BYTES + (piece + lane) * 16, source + piece + lane);
-}
-
-// A lane's words of all planes of a unit, each of 64 inputs.
-DEVICE void load_words(u32 (*words)[4], const unsigned char *stage, int lane) {
-#pragma unroll
-    for (int plane = 0; plane < PLANES; ++plane) {
-        quad v = *(const quad *)(stage + plane * PLANE_BYTES + lane * 16);
-        words[plane][0] = v.x, words[plane][1] = v.y, words[plane][2] = v.z, words[plane][3] = v.w;
-    }
-}
-
-// The largest magnitude among a warp's inputs of a unit, as the bits of a float: as numbers, NaN is
-// larger than infinity, and that than the rest.
-DEVICE u32 largest_of(quad v) {
-    u32 pair = larger_magnitudes(larger_magnitudes(v.x, v.y), larger_magnitudes(v.z, v.w));
-    u32 shifted = pair << 16; // what is below the larger half decides nothing
-    u32 largest = warp_largest(pair > shifted ? pair : shifted);
-    return bits_of_float(load_activation((u16)(largest >> 16)));
-}
-
-// Its exponent, or -100 where that is less; of what isn't finite: 128.
-DEVICE int exponent_of(quad v) {
-    int exponent = (int)(largest_of(v) >> 23) - 127;
-    return exponent < -100 ? -100 : exponent;
 }
 
 // Stage one unit of one column, of which each lane has eight inputs: operands, the sums over segments

@@ -9,49 +9,6 @@
 // The kernel that calls `multiply` is in bit_planes_kernel.cuh, or bit_plane_classes.cu for several
 // weights beside one another.
 
-// For each own tile, the first and the last warp that have a part of it.
-DEVICE void find_spans(u32 *spans, int tiles, int start, int count, const Share &share) {
-    for (int tile = (int)threadIdx.x; tile < tiles; tile += THREADS) {
-        int from = start + tile * count - share.begin, to = from + count;
-        int low = warp_of(share.given + (from < 0 ? 0 : from), share.size);
-        spans[tile] = (u32)(low | warp_of(share.given + to - 1, share.size) << 16);
-    }
-}
-
-DEVICE bool has_given(int warp, const Share &share) {
-    return first_of_warp(warp, share.size) < share.given && !is_idle(warp, share.size);
-}
-
-// The sum of what lower blocks have given of this block's first tile, which begins at unit `from`. All
-// are asked before the first is waited for.
-DEVICE void take_given(u64 *exchange, int own, int each, int more, int from, float *given) {
-    int lowest = own - 1;
-    while (share_of(lowest, each, more).begin > from) --lowest;
-    for (int index = (int)threadIdx.x; index < PART; index += THREADS) {
-        float sum = 0.0f;
-        for (int block = lowest; block < own; ++block) {
-            Share share = share_of(block, each, more);
-            share.given = given_of(share, from);
-            u64 *place = exchange + (u64)block * WARPS * PART + index;
-            float value[WARPS];
-            u32 mark[WARPS];
-#pragma unroll
-            for (int warp = 0; warp < WARPS; ++warp) {
-                mark[warp] = 1, value[warp] = 0.0f;
-                if (has_given(warp, share)) mark[warp] = load_marked(place + warp * PART, &value[warp]);
-            }
-#pragma unroll
-            for (int warp = 0; warp < WARPS; ++warp) {
-                while (mark[warp] == 0) mark[warp] = load_marked(place + warp * PART, &value[warp]);
-                sum += value[warp];
-                if (has_given(warp, share)) // as the next launch wants to find it
-                    store_marked(place + warp * PART, 0.0f, 0);
-            }
-        }
-        given[index] = sum;
-    }
-}
-
 // A weight, by what it is multiplied, and the blocks that share it.
 struct Product {
     const quad *planes;  // [row_tiles][units][PLANES][32]

@@ -259,6 +259,12 @@ DEVICE float silu(float x) { return x * reciprocal(1.0f + exp2_fast(-1.44269504f
 // 8 t .. 8 t + 7. Bit 16 h + 2 i + r belongs to row g + 8 r and to input
 // 32 (i >> 2) + 8 t + 2 (i & 3) + h.
 
+// One of eight halves.
+DEVICE u16 bits_at(const quad &v, int i) { // 0 .. 7, known to the compiler
+    u32 pair = i < 2 ? v.x : i < 4 ? v.y : i < 6 ? v.z : v.w;
+    return (u16)(i % 2 ? pair >> 16 : pair & 0xffffu);
+}
+
 // Eight inputs as they stand in memory; beyond the end: zero. ALIGNED (1: in_features is a multiple of 8) is the kernel's.
 DEVICE quad load_inputs(const u16 *row, int k, int in_features) {
 #if ALIGNED

@@ -100,6 +100,13 @@ def bench(
             metavar="PYTHON", help="It has llama-cpp-python; default: the one that runs qtool."
         ),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Measure which kernels are fastest on this card, and use that from now on.",
+        ),
+    ] = False,
 ) -> None:
     """Time a checkpoint against its original, in one run, and print sizes and bits.
 
@@ -114,9 +121,14 @@ def bench(
       qtool bench OUT_DIR --gpu --peers --plot roofline.svg
 
       qtool bench --synthetic llama3-8b --bits 2
+
+      qtool bench --tune
     """
     _check_usage(context)
     check_targets([json_file, plot])
+    if tune:
+        _tune(json_file)
+        return
     early.check_backend(backend)
     opened = partial(early.opened, [out_dir, baseline], device)
     with progress(NOT_KEPT) as emit, opened(emit) as (where, original):
@@ -156,6 +168,17 @@ def bench(
         console.out.print(NO_ORIGINAL, markup=False, soft_wrap=True)
 
 
+def _tune(json_file: Path | None) -> None:
+    """Write the tuning table of this card, and show it."""
+    with progress(NOT_KEPT) as emit:
+        from qtool import pipeline
+        from qtool.cli.tables.tuning import print_tuned, tuned_report
+
+        tuned = pipeline.tune_card(emit)
+    if console.write_json(tuned_report(tuned), json_file):
+        print_tuned(tuned)
+
+
 def _check_usage(context: typer.Context) -> None:
     """Refuse options that would do nothing together."""
     given = {
@@ -168,10 +191,13 @@ def _check_usage(context: typer.Context) -> None:
     device = context.params["device"]
     if modes and device == "cpu":
         messages.append("--device cpu doesn't go with --gpu.")
-    if not given & {"out_dir", "synthetic"}:
+    if "tune" in given:
+        others = sorted(given - {"tune", "json_file"}, key=lambda name: name != "out_dir")
+        messages += [f"{_option(name)} doesn't go with --tune." for name in others]
+    elif not given & {"out_dir", "synthetic"}:
         messages.append("Give OUT_DIR or, for shapes without weights, --synthetic NAME.")
-    for name in sorted(given):
-        option = "OUT_DIR" if name == "out_dir" else f"--{name.replace('_', '-')}"
+    for name in sorted(given if "tune" not in given else ()):
+        option = _option(name)
         for mode in ("--gpu", "--synthetic"):
             if name in NEEDING[mode] and mode not in modes:
                 messages.append(f"{option} needs {mode}.")
@@ -180,3 +206,8 @@ def _check_usage(context: typer.Context) -> None:
     messages += wrong_plot_name(context.params["plot"])
     if messages:
         raise typer.BadParameter(" ".join(messages), ctx=context)
+
+
+def _option(name: str) -> str:
+    """Return what a user types for a parameter."""
+    return "OUT_DIR" if name == "out_dir" else f"--{name.replace('_', '-')}"

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qtool.core.column_grids import ColumnGrid
 from qtool.core.error_feedback import encode_columns, feed_forward, scaled_errors
-from qtool.core.grids import BinaryGrid, Tables
+from qtool.core.grids import BinaryGrid
 from qtool.core.linalg import RIDGE, solve_spd
 
 
@@ -55,48 +56,64 @@ def solve_groups(
 
 
 def solve_columns(
-    weight: Tensor, upper: Tensor, grid: BinaryGrid, order: Tensor, *, column_block: int
+    weight: Tensor, upper: Tensor, grid: ColumnGrid, order: Tensor, *, iterations: int
 ) -> Tensor:
-    """Find the codes of a layer whose groups run along out_features.
+    """Find the levels and codes of a layer whose groups run along out_features.
 
-    A group never crosses columns, so its levels can follow the compensated values: at each column
-    one round of nearest codes, least squares, nearest codes.
+    A group never crosses columns, but under feedback the levels of one column decide what the next
+    ones are to hold: those of a block are fitted together.
 
     Args:
         weight: (n, rows) float32 in the order in which columns are solved; overwritten.
         upper: (n, n) in the same order.
         grid: Levels of each column in the original order; adapted.
         order: (n,) original column at each position.
-        column_block: Columns between two updates of all later ones.
+        iterations: How often codes and levels alternate within a block.
 
     Returns:
         Codes (n, rows) uint8, in the order of `weight`.
     """
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    edges = [*range(0, len(weight), column_block), len(weight)]
-    columns = order.tolist()
+    edges = [*range(0, len(weight), grid.at_once), len(weight)]
 
     def solve(start: int, stop: int, block: Tensor, factor: Tensor) -> Tensor:
-        def adapt(_tables: Tables, column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-            group = columns[start + column]
-            first, _ = grid.pick(grid.tables([group]), 0, values)
-            grid.set(group, _column_fit(grid, group, first, values))
-            return grid.pick(grid.tables([group]), 0, values)
-
-        codes[start:stop], levels = encode_columns(block, factor, (), adapt)
-        return scaled_errors(block, levels, factor)
+        found = _solve_block(block, factor, grid, order[start:stop], iterations)
+        codes[start:stop], errors = found
+        return errors
 
     feed_forward(weight, upper, edges, solve)
     return codes
 
 
-def _column_fit(grid: BinaryGrid, group: int, codes: Tensor, values: Tensor) -> Tensor:
-    """Return the parameters of one column's groups that fit its values best, codes fixed."""
-    basis = grid.basis(group, codes.unsqueeze(0)).squeeze(1)  # (unknowns, rows)
-    normal = grid.span.pool(torch.einsum("ur,vr->ruv", basis, basis).double())
-    right = grid.span.pool((basis * values).T.double())
-    solved = solve_spd(normal, right, ridge=RIDGE).T.float()
-    return torch.nn.functional.pad(solved, (0, 0, 0, grid.parameters.shape[1] - len(solved)))
+def _solve_block(
+    weight: Tensor, upper: Tensor, grid: ColumnGrid, columns: Tensor, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Alternate codes and levels of columns; keep the best of each group of rows in the grid.
+
+    Returns:
+        Codes (columns, rows) uint8, and scaled errors.
+    """
+    matrix, span, groups = torch.cholesky_inverse(upper, upper=True), grid.span, columns.tolist()
+    best_parameters = grid.parameters[columns]
+    best_codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
+    best_errors = torch.zeros_like(weight)
+    best_loss = torch.full_like(best_parameters[0, 0], torch.inf)  # (row_groups,)
+    for _ in range(iterations):
+        codes, levels = encode_columns(weight, upper, grid.tables(groups), grid.pick)
+        for refits in (False, True):
+            if refits:
+                grid.refit(columns, codes, matrix, matrix @ (levels - weight))
+                levels = grid.values_of(columns, codes)
+            errors = scaled_errors(weight, levels, upper)
+            loss = span.pool(errors.square().sum(0))
+            better = loss < best_loss
+            rows = span.expand(better)
+            best_loss = torch.where(better, loss, best_loss)
+            best_codes = torch.where(rows, codes, best_codes)
+            best_errors = torch.where(rows, errors, best_errors)
+            best_parameters = torch.where(better, grid.parameters[columns], best_parameters)
+    grid.put(columns, best_parameters)
+    return best_codes, best_errors
 
 
 def _solve_group(

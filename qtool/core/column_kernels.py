@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtool.core.column_grids import pick_columns
 from qtool.core.dint import pick_dint
 from qtool.core.grids import Pick, Tables, pick_affine, pick_binary
 
@@ -26,8 +27,10 @@ TILE = 4096
 ROWS_AT_ONCE = 32
 """Rows per program, at most."""
 NUM_WARPS = 4
-_OF_COLUMNS: tuple[Pick, ...] = (pick_affine, pick_dint)
-"""Picks whose tables are scales and zero points of each column, and a code."""
+_GRIDS: dict[Pick, int] = {pick_binary: 0, pick_affine: 1, pick_dint: 2, pick_columns: 3}
+"""What the kernel knows grids by."""
+_LEVELS_DIM: dict[Pick, int] = {pick_binary: 0, pick_columns: 1}
+"""Of tables of levels; others are scales and zero points of each column, and a code."""
 
 
 _T: TypeAlias = tl.tensor
@@ -48,11 +51,19 @@ def _later(matrix: _T, index: _T, column: _T, columns: _T) -> _T:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _descended(gradient: _T, old: _T, diagonal: _T, there: _T) -> tuple[_T, _T]:
-    """Load the levels so far; return the values where the loss is least, and them."""
-    before = tl.load(old, mask=there, other=0.0)
-    curvature = tl.load(diagonal) + tl.zeros_like(gradient)
-    return before - tl.div_rn(gradient, curvature), before
+def _descended(
+    value: _T, old: _T, diagonal: _T, there: _T, DESCENDS: tl.constexpr
+) -> tuple[_T, _T]:
+    """Return values to quantize, and what steps are measured from.
+
+    Descending, `value` is the gradient: where the loss is least, and the levels so far.
+    """
+    before = value
+    if DESCENDS:
+        before = tl.load(old, mask=there, other=0.0)
+        curvature = tl.load(diagonal) + tl.zeros_like(value)
+        value = before - tl.div_rn(value, curvature)
+    return value, before
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -117,6 +128,26 @@ def _searched(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _own(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
+    value: _T,
+    row: _T,
+    rows: _T,
+    size: _T,
+    column: _T,
+    there: _T,
+    levels: _T,  # (columns, places, groups of rows), as `codes`; middles: a place less
+    codes: _T,
+    middles: _T,
+    STEPS: tl.constexpr,
+) -> tuple[_T, _T]:
+    """Do what `_searched` does with the levels of a column, which `size` rows share."""
+    group, groups = row // size, tl.cdiv(rows, size)
+    first, between = column * groups << STEPS, column * groups * ((1 << STEPS) - 1)
+    levels, codes, middles = levels + first, codes + first, middles + between
+    return _searched(value, group, groups, there, levels, codes, middles, STEPS)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _held(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
     levels: _T, codes: _T, middles: _T, row: _T, rows: _T, count: _T, NUM_LEVELS: tl.constexpr
 ) -> tuple[_T, _T, _T, _T]:
@@ -140,7 +171,8 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
     columns: tl.tensor,
     rows: tl.tensor,
     num_levels: tl.tensor,
-    GRIDS: tl.constexpr,  # one plus the place of the pick in _OF_COLUMNS; 0: binary
+    size: tl.tensor,  # rows that share levels, where each column has its own
+    GRIDS: tl.constexpr,  # of _GRIDS
     DESCENDS: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,  # of a tile: powers of two, at least as many as there are
     NUM_LEVELS: tl.constexpr,  # that are held; others are found in STEPS
@@ -148,8 +180,7 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
     NUM_ROWS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0) * NUM_ROWS + tl.arange(0, NUM_ROWS)
-    there = row < rows
-    index = tl.arange(0, NUM_COLUMNS)
+    there, index = row < rows, tl.arange(0, NUM_COLUMNS)
     work = _tile(work_pointer, index, row, columns, rows)
     # Only binary grids use these; otherwise the compiler drops them.
     place, levels, codes, middles = _held(first, second, third, row, rows, num_levels, NUM_LEVELS)
@@ -157,10 +188,11 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
     for column in range(columns):
         here, square = column * rows + row, column * columns + column
         value = tl.sum(tl.where(index[:, None] == column, work, 0.0), axis=0)
-        old = value
-        if DESCENDS:
-            value, old = _descended(value, old_pointer + here, matrix_pointer + square, there)
-        if GRIDS > 0:
+        levels_here, own = old_pointer + here, matrix_pointer + square
+        value, old = _descended(value, levels_here, own, there, DESCENDS)
+        if GRIDS == 3:  # noqa: PLR2004 - as above
+            code, level = _own(value, row, rows, size, column, there, first, second, third, STEPS)
+        elif GRIDS > 0:
             code, level = _of_column(value, first, second, third, here, there, GRIDS)
         elif STEPS > 0:
             code, level = _searched(value, row, rows, there, first, second, third, STEPS)
@@ -168,15 +200,15 @@ def _walk(  # noqa: PLR0913, PLR0917 - a kernel's arguments are flat
             code, level = _binary(value, place, levels, codes, middles, num_levels - 1)
         tl.store(codes_pointer + here, code.to(tl.uint8), mask=there)
         tl.store(levels_pointer + here, level, mask=there)
-        shares = _later(matrix_pointer, index, column, columns)
-        work += shares[:, None] * (level - old)[None, :]
+        work += _later(matrix_pointer, index, column, columns)[:, None] * (level - old)[None, :]
 
 
 def supports(pick: Pick, work: Tensor, tables: Tables) -> bool:
     """Return whether `walk` can do a block: `work` (columns, rows), with its tables for `pick`."""
-    binary = pick is pick_binary and len(tables[0]).bit_count() == 1  # all signs of all planes
+    dim = _LEVELS_DIM.get(pick)
+    whole = dim is None or tables[0].shape[dim].bit_count() == 1  # all signs of all planes
     fits = 0 < len(work) <= MAX_COLUMNS and 0 < work.numel() < 2**31  # offsets are int32
-    return (binary or pick in _OF_COLUMNS) and fits and work.dtype == torch.float32
+    return pick in _GRIDS and whole and fits and work.dtype == torch.float32
 
 
 def walk(
@@ -186,14 +218,14 @@ def walk(
     columns, rows = work.shape
     work = work.contiguous()
     old = work if levels is None else levels.contiguous()
-    first, second, third = (table.contiguous() for table in tables)
+    first, second, third = (table.contiguous() for table in tables[:3])
     codes = torch.empty((columns, rows), dtype=torch.uint8, device=work.device)
     chosen = torch.empty_like(work)
-    is_affine = pick in _OF_COLUMNS
+    dim = _LEVELS_DIM.get(pick)
     tile_columns = max(16, triton.next_power_of_2(columns))
     tile_rows = min(ROWS_AT_ONCE, TILE // tile_columns)
-    num_levels = 0 if is_affine else len(first)
-    is_held = num_levels <= HELD_LEVELS
+    num_levels = 0 if dim is None else first.shape[dim]
+    is_held = num_levels <= HELD_LEVELS and pick is not pick_columns
     with torch.cuda.device_of(work):  # Triton launches on the current device
         _walk[(triton.cdiv(rows, tile_rows),)](
             work,
@@ -207,7 +239,8 @@ def walk(
             columns,
             rows,
             num_levels if is_held else 0,
-            GRIDS=1 + _OF_COLUMNS.index(pick) if is_affine else 0,
+            int(tables[3]) if pick is pick_columns else 1,
+            GRIDS=_GRIDS[pick],
             DESCENDS=levels is not None,
             NUM_COLUMNS=tile_columns,
             NUM_LEVELS=max(num_levels, 1) if is_held else 1,

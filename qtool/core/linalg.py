@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from qtool.core import grouping
 from qtool.core.kernel_modules import usable_kernels
 
 RIDGE = 1e-6
@@ -63,3 +64,32 @@ def sums_of_rows(left: Tensor, right: Tensor) -> Tensor:
         return torch.einsum("cmr,cr->rm", left, right)
     first, second = left.permute(2, 1, 0).contiguous(), right.T.contiguous()
     return (second.unsqueeze(1) @ first.transpose(1, 2)).squeeze(1)
+
+
+def fit_together(basis: Tensor, matrix: Tensor, right: Tensor, size: int) -> Tensor:
+    """Return the steps of parameters of several columns that are best together.
+
+    Args:
+        basis: (columns, unknowns, rows) float32, what a column's values are linear in.
+        matrix: (columns, columns) float32, positive definite, of the quadratic loss.
+        right: (columns, rows) float32, minus half its gradient.
+        size: Rows that share parameters; the last of them may be fewer.
+
+    Returns:
+        (columns, unknowns, row_groups) float32.
+    """
+    columns, unknowns, _ = basis.shape
+    split = grouping.split(basis, size).permute(2, 0, 1, 3).flatten(1, 2)  # (groups, all, size)
+    normal = (split @ split.transpose(1, 2)).double().unflatten(1, (columns, unknowns))
+    normal = normal.unflatten(3, (columns, unknowns)) * matrix.double().view(columns, 1, columns, 1)
+    normal = normal.flatten(3, 4).flatten(1, 2)
+    slopes = (split * _repeated(grouping.split(right, size), unknowns)).sum(-1).double()
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal += RIDGE * diagonal.mean(-1, keepdim=True) + TINY
+    solved = torch.linalg.solve(normal, slopes.unsqueeze(-1)).squeeze(-1)
+    return solved.T.unflatten(0, (columns, unknowns)).float()
+
+
+def _repeated(split: Tensor, unknowns: int) -> Tensor:
+    """Return (columns, groups, size) for each unknown of a column: (groups, all, size)."""
+    return split.transpose(0, 1).repeat_interleave(unknowns, dim=1)

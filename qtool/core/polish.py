@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qtool.core import grouping
+from qtool.core.column_grids import ColumnGrid
 from qtool.core.column_loop import walk_columns
 from qtool.core.grids import AffineGrid, Grid, within_factor_two
 from qtool.core.linalg import RIDGE, TINY, products_of_rows, sums_of_rows
@@ -54,6 +55,12 @@ class Descent:
     def refit(self) -> None:
         """Move the parameters of each group to the optimum given all others."""
         grid = self.grid
+        if isinstance(grid, ColumnGrid):
+            for here, groups in self._blocks():
+                columns, matrix = _index(groups, self.codes), self.hessian[here, here]
+                grid.refit(columns, self.codes[here], matrix, self.gradient[here])
+                self._move(here, grid.values_of(columns, self.codes[here]))
+            return
         if isinstance(grid, AffineGrid) and grid.span.size > 1:
             for here, _ in self._blocks():
                 self._move(here, self._refitted(grid, here))
@@ -74,12 +81,14 @@ class Descent:
         where the grid has tables for that, because a column alone is too little work.
         """
         spans = list(itertools.pairwise(self.edges))
-        if self.grid.span.size == 1 or not isinstance(self.grid, AffineGrid):
+        of_columns = isinstance(self.grid, ColumnGrid | AffineGrid)
+        if self.grid.span.size == 1 or not of_columns:
             for group, (start, stop) in enumerate(spans):
                 yield slice(start, stop), [group] * (stop - start)
             return
-        for start in range(0, len(spans), COLUMNS_AT_ONCE):
-            stop = min(start + COLUMNS_AT_ONCE, len(spans))
+        count = self.grid.at_once if isinstance(self.grid, ColumnGrid) else COLUMNS_AT_ONCE
+        for start in range(0, len(spans), count):
+            stop = min(start + count, len(spans))
             yield slice(start, stop), list(range(start, stop))
 
     def _move(self, here: slice, values: Tensor) -> None:
@@ -107,6 +116,10 @@ class Descent:
         step *= (change < 0).float()
         grid.scales[here] = old + step
         return grid.span.expand(grid.scales[here]) * basis
+
+
+def _index(groups: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(groups, device=like.device)
 
 
 def polish(
@@ -137,6 +150,9 @@ def polish(
 
 def all_values(grid: Grid, edges: list[int], codes: Tensor) -> Tensor:
     """Return the levels of all codes, (n, rows) float32."""
+    if isinstance(grid, ColumnGrid):
+        every = torch.arange(len(codes), device=codes.device).split(grid.at_once)
+        return torch.cat([grid.values_of(columns, codes[columns]) for columns in every])
     spans = itertools.pairwise(edges)
     parts = [grid.values(k, codes[start:stop]) for k, (start, stop) in enumerate(spans)]
     return torch.cat(parts)

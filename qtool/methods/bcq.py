@@ -24,6 +24,7 @@ from qtool.core import (
     metrics,
 )
 from qtool.core.binary_feedback import solve_columns, solve_groups
+from qtool.core.column_grids import ColumnGrid
 from qtool.core.grids import BinaryGrid, CodedGrid
 from qtool.core.hessian import Factor
 from qtool.core.polish import polish
@@ -32,8 +33,6 @@ from qtool.formats import binary_coding as binary_format
 from qtool.formats import coded_scales as coded_format
 from qtool.recipe.values import Number, WholeNumber
 from qtool.scheme import Shape2D
-
-COLUMN_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,9 +141,9 @@ def _calibrated(
         grid = BinaryGrid(parameters, offset=not scheme.symmetric)
     else:
         start = _fit(problem, _real(problem), options).transpose(1, 2).contiguous()
-        grid = BinaryGrid(start, offset=not scheme.symmetric, span=span)
-        work = columns[order]
-        codes = solve_columns(work, factor.upper, grid, order, column_block=COLUMN_BLOCK)
+        grid = ColumnGrid(start, offset=not scheme.symmetric, span=span)
+        iterations = options.iterations
+        codes = solve_columns(columns[order], factor.upper, grid, order, iterations=iterations)
         codes = codes[order.argsort()].contiguous()
     polish(grid, edges, columns, codes, factor.hessian, rounds=options.polish_rounds)
     theta = layout.to_columns(grid.parameters.transpose(1, 2), scheme)

@@ -19,10 +19,12 @@ from qtool.pipeline.run import RunOptions, check_measurable, run_recipe
 from qtool.pipeline.run_result import RunResult
 from qtool.pipeline.serve import ServeOptions, serve
 from qtool.pipeline.sweep import SweepResult, sweep
+from qtool.pipeline.tune_card import CardTuned, tune_card
 
 __all__ = [
     "BenchOptions",
     "CalibrateResult",
+    "CardTuned",
     "ChatOptions",
     "CompareOptions",
     "Comparison",
@@ -54,4 +56,5 @@ __all__ = [
     "run_recipe",
     "serve",
     "sweep",
+    "tune_card",
 ]

@@ -2,15 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
+from qtool.runtime.backends.cuda.selection import selection_for
 from qtool.scheme import Shape2D
-from qtool.timing import decode, gpu, machine, quantized_inputs, shapes
+from qtool.timing import decode, gpu, machine, quantized_inputs, shapes, tune
 from tests.cli.conftest import Cli
 from tests.cli.test_errors import one_line
-from tests.unit.timing.rig import TINY, bench
+from tests.unit.timing.rig import MACHINE, TINY, bench
 
 SMALL = ("--bits", 2, "--group-size", 32)
 
@@ -47,6 +49,7 @@ def test_without_a_card_one_line_says_what_to_do(cli: Cli, checkpoint, shape):
         (["out", "--gpu", "--backend", "cuda"], "--backend doesn't go"),
         (["out", "--gpu", "--perplexity-windows", 2], "--perplexity-windows doesn't go"),
         (["--synthetic", "llama3-8b", "--bits", 9], "--bits"),
+        (["out", "--tune", "--peers"], "OUT_DIR doesn't go with --tune. --peers doesn't go"),
     ],
 )
 def test_options_that_do_nothing_together_are_usage_errors(cli: Cli, arguments, word):
@@ -67,6 +70,31 @@ def test_shapes_are_timed_without_weights(cli: Cli):
         *("Imagined 1, SM 1755 of 1980 MHz, driver 580.1, torch 2.13, CUDA 13.0"),
     ):
         assert text in done.out
+
+
+@pytest.mark.usefixtures("_imagined_card")
+def test_a_card_is_tuned_and_its_table_is_used(cli: Cli, monkeypatch, tmp_path):
+    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path))
+    one = bench()
+    named = replace(one.rig, card=one.rig.card._replace(name=MACHINE.card))
+    monkeypatch.setattr(gpu, "on_card", lambda _device, _kernel: replace(one, rig=named))
+    for name in ("MANY_WEIGHTS", "MANY_INPUTS", "FEW_WEIGHTS"):
+        monkeypatch.setattr(tune, name, Shape2D(32, 256))
+    monkeypatch.setattr(tune, "TABLE_SHAPES", (Shape2D(32, 256),))
+    monkeypatch.setattr(tune, "BLOCKS", (2,))
+    done = cli("bench", "--tune")
+    path = tmp_path / "tuning" / "imagined-1.json"
+    assert done.code == 0, done.err
+    for text in ("Timed for the tuning table", "32 x 256", "dequantize", "Imagined 1"):
+        assert text in done.out
+    assert str(path) in done.out.replace("\n", "")
+    assert selection_for("Imagined 1").measured_on == "Imagined 1"
+    done = cli("bench", "--tune", "--json", "-")
+    report = json.loads(done.out)
+    assert report["path"] == str(path)
+    saved = json.loads(path.read_text())
+    assert report["selection"] == {key: saved[key] for key in saved.keys() - {"version"}}
+    assert {trial["kernel"] for trial in report["trials"]} == {"planes", "lut", "dequantize"}
 
 
 @pytest.mark.usefixtures("_imagined_card")

@@ -111,7 +111,7 @@ def _print_end_to_end(result: "GpuResult") -> None:
 def _conditions(result: "GpuResult") -> list[str]:
     """Return what the numbers hold for."""
     lines = [
-        f"{_card(result.machine)}. Copy of 1 GiB: {result.copy_gb_per_second:,.0f} GB/s.",
+        f"{card_line(result.machine)}. Copy of 1 GiB: {result.copy_gb_per_second:,.0f} GB/s.",
         "Kernels: graph replays over weights that L2 doesn't hold, median of 15; GB/s counts "
         "weights, scales and offsets.",
     ]
@@ -124,7 +124,8 @@ def _conditions(result: "GpuResult") -> list[str]:
     return lines
 
 
-def _card(machine: "Machine") -> str:
+def card_line(machine: "Machine") -> str:
+    """Return what was measured on."""
     parts = [machine.card]
     if machine.sm_clock_mhz is not None:
         parts.append(f"SM {machine.sm_clock_mhz} of {machine.max_sm_clock_mhz} MHz")

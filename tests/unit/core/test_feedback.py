@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from qtool.core import dint, grouping, hessian, polish
+from qtool.core.binary_feedback import solve_columns
+from qtool.core.column_grids import ColumnGrid
 from qtool.core.error_feedback import encode_columns, feed_forward, scaled_errors
 from qtool.core.grids import AffineGrid, BinaryGrid, Span
 
@@ -121,7 +123,8 @@ def test_no_step_of_the_polish_raises_the_loss_of_any_row(layer, kind):
 
 
 @pytest.mark.parametrize("size", [2, 3, 7])
-def test_polish_of_single_column_groups_never_raises_the_loss(layer, size):
+@pytest.mark.parametrize("binary", [False, True])
+def test_polish_of_single_column_groups_never_raises_the_loss(layer, size, binary):
     weight, matrix = layer
     factor = factorized(matrix, 0.01)
     span = Span(size, ROWS)
@@ -129,6 +132,7 @@ def test_polish_of_single_column_groups_never_raises_the_loss(layer, size):
     low, high = padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
     scales = (high - low).clamp(min=1e-3) / 3
     grid = AffineGrid(scales, (-low / scales).round().clamp(0, 3), 2, span)
+    grid = column_grid(weight, size) if binary else grid
     edges = list(range(COLUMNS + 1))
     tables = grid.tables(list(range(COLUMNS)))
     codes = torch.stack([grid.pick(tables, c, weight[c])[0] for c in range(COLUMNS)])
@@ -144,6 +148,66 @@ def test_polish_of_single_column_groups_never_raises_the_loss(layer, size):
         assert float(drift.abs().max()) < 1e-3
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(losses))
     assert losses[-1] < 0.9 * losses[0]
+
+
+def column_grid(weight, size, *, offset=True):
+    """Return two planes per column and `size` rows, whatever they are worth."""
+    groups = grouping.split(weight, size)
+    scale, middle = groups.abs().amax(-1), groups.mean(-1) * offset
+    return ColumnGrid(
+        torch.stack([scale / 2, scale / 4, middle], dim=1), offset=offset, span=Span(size, ROWS)
+    )
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 9])
+def test_the_nearest_levels_of_a_column_are_picked(layer, size):
+    weight, grid = layer[0], column_grid(layer[0], size)
+    tables = grid.tables([5, 2])
+    for place, column in enumerate((5, 2)):
+        codes, levels = grid.pick(tables, place, weight[column])
+        every = torch.arange(4, dtype=torch.uint8).unsqueeze(-1).expand(-1, ROWS)
+        possible = grid.values_of(torch.full((4,), column), every)
+        distance = (possible - weight[column]).abs()
+        torch.testing.assert_close((levels - weight[column]).abs(), distance.min(0).values)
+        torch.testing.assert_close(levels, possible.gather(0, codes.long().unsqueeze(0))[0])
+
+
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_columns_that_are_fitted_together_are_at_the_minimum(layer, size, offset):
+    weight, matrix = layer
+    factor = factorized(matrix, 0.01)
+    grid, columns = column_grid(weight, size, offset=offset), torch.arange(COLUMNS)
+    codes = torch.randint(0, 4, weight.shape, dtype=torch.uint8)
+    before = grid.values_of(columns, codes)
+    grid.refit(columns, codes, factor.hessian, polish.residual(weight, before, factor.hessian))
+    after = grid.values_of(columns, codes)
+    gradient = polish.residual(weight, after, factor.hessian)
+    slopes = grid.span.pool((grid.basis(0, codes) * gradient).permute(2, 0, 1))
+    assert float(slopes.abs().max()) < 1e-3 * float(gradient.abs().max())
+    losses = [loss_per_row(weight, levels, factor.hessian).sum() for levels in (before, after)]
+    assert losses[1] < 0.7 * losses[0]
+    assert offset or not bool(grid.parameters[:, -1].any())
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_levels_of_columns_fitted_under_feedback_beat_those_of_the_start(layer, size):
+    weight, matrix = layer
+    factor = factorized(matrix, 0.01)
+    order = torch.arange(COLUMNS).flip(0)
+    reordered = hessian.factorize(matrix, damping=0.01, order=order)
+    assert reordered is not None
+    losses = []
+    for iterations in (1, 5):
+        grid = column_grid(weight, size)
+        work = weight[order].contiguous()
+        codes = solve_columns(work, reordered.upper, grid, order, iterations=iterations)
+        levels = grid.values_of(torch.arange(COLUMNS), codes[order.argsort()])
+        losses.append(float(loss_per_row(weight, levels, factor.hessian).sum()))
+    nearest = column_grid(weight, size)
+    picked = [nearest.pick(nearest.tables([c]), 0, weight[c])[1] for c in range(COLUMNS)]
+    plain = float(loss_per_row(weight, torch.stack(picked), factor.hessian).sum())
+    assert losses[1] <= losses[0] < 0.8 * plain
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 10])

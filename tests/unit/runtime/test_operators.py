@@ -8,23 +8,33 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qtool.runtime.backends.cuda import backend as cuda
 from qtool.runtime.backends.cuda import driver, linear_kernels, operators, selection
+from qtool.runtime.backends.cuda.launch import Card
 from qtool.runtime.backends.cuda.mixed import MixedWeight, prepare_weight
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal
+from tests.kernels.host import Recorder
 
 
-def weight(device="cpu"):
-    scheme = WeightScheme(num_bits=3, group_size=64)
+def weight(device="cpu", group_dim="in_features"):
+    scheme = WeightScheme(num_bits=3, group_size=32, group_dim=group_dim)
     tensor = random_tensor("binary_coding", scheme, Shape2D(48, 320), 1)
     parts = {name: part.to(device) for name, part in tensor.parts.items()}
     moved = type(tensor)(tensor.format, scheme, tensor.shape, parts)
     return tensor, linear_kernels.prepare(moved, torch.float16)
 
 
+def paneled_weight(device="cpu"):
+    return weight(device, "out_features")
+
+
+LAYOUTS = pytest.mark.parametrize("made", [weight, paneled_weight])
+
+
+@LAYOUTS
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3), (0,)])
-def test_shapes_and_dtypes_are_known_without_running(leading):
-    _, prepared = weight()
+def test_shapes_and_dtypes_are_known_without_running(leading, made):
+    _, prepared = made()
     with FakeTensorMode(allow_non_fake_inputs=True):
         y = operators.matmul_operator(torch.empty((*leading, 320), dtype=torch.float16), prepared)
         found = operators.rows_operator(torch.empty(leading, dtype=torch.int64), prepared)
@@ -56,7 +66,58 @@ def test_shapes_of_rows_of_unlike_bits_are_known_without_running(leading):
     assert (found.shape, found.dtype) == ((*leading, 320), torch.float16)
 
 
-def test_operators_pass_all_that_a_weight_is():
+@LAYOUTS
+def test_operators_pass_all_that_a_weight_is(made):
+    _, prepared = made()
+    again = operators._weight(torch.float16, operators._flat(prepared))
+    assert again.shape == prepared.shape and again.dtype == prepared.dtype
+    assert again.scheme == prepared.scheme
+    assert torch.equal(again.dense(), prepared.dense())
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Run the operators on the CPU, where the kernels are emulated."""
+    monkeypatch.setattr(cuda, "launch", Recorder())
+    monkeypatch.setattr(cuda, "card_of", lambda _index: Card(2, 227 * 1024))
+    library = torch.library.Library("qtool", "IMPL")
+
+    def matmul(x, *flat):
+        return cuda._matmul(x, operators._weight(x.dtype, flat))
+
+    def rows(index, dtype, *flat):
+        return cuda._rows(index, operators._weight(dtype, flat))
+
+    library.impl("matmul", matmul, "CPU")
+    library.impl("rows", rows, "CPU")
+    yield
+    library._destroy()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.usefixtures("on_cpu")
+def test_tiles_and_panels_are_multiplied_and_gathered(made, kept, compiled):
+    tensor, _ = made()
+    prepared = linear_kernels.prepare(tensor, torch.float16, keep_stored=kept)
+    exact, x, index = (
+        dequantized(tensor, torch.float64),
+        normal(1, 320).half(),
+        torch.tensor([3, 47]),
+    )
+
+    def run(x, index):
+        return cuda.BACKEND.matmul(x, prepared), cuda.BACKEND.rows(index, prepared)
+
+    if compiled:
+        run = torch.compile(run, fullgraph=True, backend="eager")
+    y, found = run(x, index)
+    torch.testing.assert_close(y.double(), x.double() @ exact.T, rtol=1e-2, atol=0.1)
+    assert torch.equal(found, exact.half()[index])
+
+
+def test_operators_pass_all_that_rows_of_unlike_bits_are():
     _, prepared = mixed_weight()
     again = operators._mixed_weight(torch.float16, operators._flat_mixed(prepared))
     assert again.shape == prepared.shape and again.dtype == prepared.dtype
@@ -81,8 +142,9 @@ def test_operators_of_rows_of_unlike_bits_keep_what_they_promise():
 
 
 @pytest.mark.gpu
-def test_operators_keep_what_they_promise():
-    tensor, prepared = weight("cuda")
+@LAYOUTS
+def test_operators_keep_what_they_promise(made):
+    tensor, prepared = made("cuda")
     flat = operators._flat(prepared)
     x, index = normal(2, 320).half().cuda(), torch.tensor([3, 47]).cuda()
     tests = ("test_schema", "test_faketensor")
@@ -96,7 +158,7 @@ def test_operators_keep_what_they_promise():
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
-@pytest.mark.parametrize("made", [weight, mixed_weight])
+@pytest.mark.parametrize("made", [weight, paneled_weight, mixed_weight])
 def test_a_compiled_function_is_one_graph_for_prefill_and_decoding(made):
     _, prepared = made("cuda")
 

@@ -84,9 +84,8 @@ class CudaBackend:
             return run(x, prepared)
         if isinstance(prepared, HalfWeight):
             prepared = prepared.weight()
-        # An operator, which a compiler knows, reads tiles alone.
-        tiled = prepared.tiles is not None and torch.compiler.is_compiling()
-        if prepared.stored is None or tiled:
+        # An operator, which a compiler knows, doesn't read what is stored.
+        if prepared.stored is None or (prepared.is_packed and torch.compiler.is_compiling()):
             return operators.matmul_operator(x, prepared)
         return _matmul(x, prepared)
 
@@ -101,7 +100,7 @@ class CudaBackend:
             return run(index, prepared)
         if isinstance(prepared, HalfWeight):
             prepared = prepared.weight()
-        if prepared.tiles is not None:
+        if prepared.is_packed:
             return operators.rows_operator(index, prepared)
         return _rows(index, prepared)
 

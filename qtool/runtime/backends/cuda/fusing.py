@@ -19,6 +19,7 @@ from qtool.formats.ordered_affine import ORDERED_AFFINE
 from qtool.runtime.backends.cuda.centers import is_tileable, planes_of
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.linear_kernels import prepare
+from qtool.runtime.backends.cuda.panels import Panels, is_panelable
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, Tiles
 from qtool.scheme import Shape2D
 
@@ -26,6 +27,8 @@ APART = (MIXED_ROWS, ORDERED_AFFINE)
 """Formats of which `fuse` makes nothing: classes of rows, inputs in an order of their own."""
 GATE_BITS = 0x55555555
 """Bits of a word of tiles that belong to the upper eight rows of a tile."""
+SET_DIM = 2
+"""Of the parts of panels: gate and up."""
 ROW_DIM = -2
 """Of every part of planes whose groups run along in_features."""
 
@@ -42,6 +45,8 @@ class HalfWeight:
 
         Of this copy the kernels may read nothing before they have waited: it is fresh.
         """
+        if self.fused.panels is not None:
+            return replace(_half_of_panels(self.fused, self.fused.panels, self.half), fresh=True)
         assert self.fused.tiles is not None
         low, high = _pairs(self.fused.tiles.planes)
         if self.half == 0:
@@ -62,7 +67,13 @@ def are_fusible(tensors: Sequence[QuantizedTensor], *, interleave: bool = False)
     """Return whether `fuse` makes one of weights; their parts aren't looked at."""
     first, rows = tensors[0], [tensor.shape.out_features for tensor in tensors]
     kinds = {(one.format, one.scheme, one.shape.in_features) for one in tensors}
-    if len(kinds) > 1 or first.format in APART or not is_tileable(first):
+    if len(kinds) > 1 or first.format in APART:
+        return False
+    if is_panelable(first):
+        size = first.scheme.group_size
+        whole = size is not None and not any(count % size for count in rows[:-1])
+        return rows[0] == rows[1] and rows[0] % RUN == 0 if interleave else whole
+    if not is_tileable(first):
         return False
     return not interleave or (rows[0] == rows[1] and rows[0] % RUN == 0)
 
@@ -77,6 +88,9 @@ def fuse(
     if not are_fusible(tensors, interleave=interleave):
         return None
     first, rows = tensors[0], [tensor.shape.out_features for tensor in tensors]
+    if interleave and is_panelable(first):
+        fused = _alternating(*(prepare(one, dtype, keep_stored=False) for one in tensors))
+        return Fused(fused, (HalfWeight(fused, 0), HalfWeight(fused, 1)))
     whole = planes_of(codec(first.format).cat(tensors, 0))
     if interleave:
         order = interleaved_order(rows[0]).to(first.parts[next(iter(first.parts))].device)
@@ -96,11 +110,45 @@ def interleaved_order(rows: int) -> Tensor:
 def rows_of(fused: KernelWeight, first: int, count: int) -> KernelWeight | None:
     """Return a view of some rows; None where they don't begin and end with a tile."""
     last = first + count
+    if fused.panels is not None:
+        return _groups_of_panels(fused, fused.panels, first, count)
     ends = last % TILE_ROWS == 0 or last == fused.shape.out_features
     if fused.tiles is None or first % TILE_ROWS or not ends:
         return None
     part = slice(first // TILE_ROWS, -(-last // TILE_ROWS))
     return _with_tiles(fused, count, Tiles(fused.tiles.planes[part], fused.tiles.scales[part]))
+
+
+def _alternating(gate: KernelWeight, up: KernelWeight) -> KernelWeight:
+    """Return two weights of panels as one whose panels alternate."""
+    assert gate.panels is not None
+    assert up.panels is not None
+    both, rows = (gate.panels, up.panels), 2 * gate.shape.out_features
+    planes = torch.cat([each.planes for each in both], dim=SET_DIM)
+    scales = torch.cat([each.scales for each in both], dim=SET_DIM)
+    packed = Panels(planes, scales, gate.panels.group_rows)
+    return replace(gate, shape=gate.shape._replace(out_features=rows), panels=packed)
+
+
+def _half_of_panels(fused: KernelWeight, packed: Panels, half: int) -> KernelWeight:
+    planes, scales = (
+        each[:, :, half : half + 1].contiguous() for each in (packed.planes, packed.scales)
+    )
+    shape = fused.shape._replace(out_features=fused.shape.out_features // packed.sets)
+    return replace(fused, shape=shape, panels=Panels(planes, scales, packed.group_rows))
+
+
+def _groups_of_panels(
+    fused: KernelWeight, packed: Panels, first: int, count: int
+) -> KernelWeight | None:
+    """Return a view of whole groups of rows; None: a group begins before them."""
+    if first % packed.group_rows:
+        return None
+    groups = slice(first // packed.group_rows, -(-(first + count) // packed.group_rows))
+    panels = slice(groups.start * packed.of_group, groups.stop * packed.of_group)
+    view = Panels(packed.planes[panels], packed.scales[groups], packed.group_rows)
+    shape = fused.shape._replace(out_features=count)
+    return replace(fused, shape=shape, panels=view, stored=None)
 
 
 def _pairs(tiles: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from qtool.base import QuantizedTensor
+from qtool.core.layout import RUN
 from qtool.runtime.backends.cuda import planes, tiles
 from qtool.runtime.backends.cuda.centers import weight_of
+from qtool.runtime.backends.cuda.panels import PanelLayout, Panels, unpack_panels
 from qtool.runtime.backends.cuda.tiles import UNIT, Tiles
 from qtool.scheme import Shape2D, WeightScheme
 
@@ -21,24 +23,50 @@ class KernelWeight:
     dtype: torch.dtype
     """Of the activations."""
     tiles: Tiles | None
-    """None: the tiled kernels can't group its inputs."""
+    """Of groups along in_features; None: they run along out_features, or the kernels can't group
+    the inputs."""
     stored: QuantizedTensor | None
-    """The parts as stored, if they were to be kept or there are no tiles."""
+    """The parts as stored, if they were to be kept or there are neither tiles nor panels."""
     centered: bool = False
     """Instead of offsets there are centers, see `centers`."""
     fresh: bool = False
     """Made just now on the device: kernels may not read it ahead."""
+    panels: Panels | None = None
+    """Of groups along out_features."""
 
     def dense(self) -> Tensor:
         """Return W by the definition of its format, in torch: (out_features, in_features)."""
-        if self.tiles is None:
+        if self.tiles is not None:
+            parameters, signs = tiles.unpack(self.tiles, self.shape, self.layout.group)
+        elif self.panels is not None:
+            parameters, signs = unpack_panels(self.panels, self.shape)
+        else:
             assert self.stored is not None
             return weight_of(self.stored).to(self.dtype)
-        parameters, signs = tiles.unpack(self.tiles, self.shape, self.layout.group)
         offset = parameters[len(signs) :].sum(0)
         if self.centered:
             offset = offset * (parameters[0] * 2.0 ** (2 - len(signs)))
-        return ((signs * parameters[: len(signs)]).sum(0) + offset).to(self.dtype)
+        weight = ((signs * parameters[: len(signs)]).sum(0) + offset).to(self.dtype)
+        if self.panels is not None and self.panels.sets > 1:  # as rows of tiles alternate
+            return weight.unflatten(0, (self.panels.sets, -1, RUN)).transpose(0, 1).flatten(0, 2)
+        return weight
+
+    @property
+    def is_packed(self) -> bool:
+        """Return whether there are tiles or panels."""
+        return self.tiles is not None or self.panels is not None
+
+    @property
+    def offset(self) -> int:
+        """Return what is beside the scales, as `planes.Layout` says."""
+        return 2 if self.centered else int(not self.scheme.symmetric)
+
+    @property
+    def panel_layout(self) -> PanelLayout:
+        """Return what the kernels of panels are compiled for."""
+        assert self.panels is not None
+        _, _, sets, count, num_bits, *_ = self.panels.planes.shape
+        return PanelLayout(num_bits, count, self.offset, sets)
 
     @property
     def layout(self) -> planes.Layout:
@@ -46,5 +74,4 @@ class KernelWeight:
         inputs = self.shape.in_features
         size = self.scheme.group_size or inputs
         group = size if size < inputs else -(-inputs // UNIT) * UNIT
-        offset = 2 if self.centered else int(not self.scheme.symmetric)
-        return planes.Layout(self.scheme.num_bits, group, offset)
+        return planes.Layout(self.scheme.num_bits, group, self.offset)

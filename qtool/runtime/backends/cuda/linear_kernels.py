@@ -12,10 +12,11 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.core.layout import side_by_side
 from qtool.errors import BackendError
-from qtool.runtime.backends.cuda import lut, planes, tiles, wide
+from qtool.runtime.backends.cuda import lut, panel_linear, planes, tiles, wide
 from qtool.runtime.backends.cuda.centers import CENTERS, is_tileable, planes_of
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, KernelCall, Launch, constants
+from qtool.runtime.backends.cuda.panels import is_panelable, pack_panels
 from qtool.runtime.backends.cuda.selection import (
     STORED_KERNELS,
     WideTuning,
@@ -25,7 +26,6 @@ from qtool.runtime.backends.cuda.selection import (
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 
 SIGN_FLIP_THREADS, SIGN_FLIP_ROWS = 256, 8
-DEQUANTIZE_THREADS, DEQUANTIZE_WARPS = 128, 4
 
 
 def prepare(
@@ -44,13 +44,15 @@ def prepare(
         wanted, device = wanted_kernel(), tensor.parts["bit_planes"].device
         card_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         keep_stored = wanted in STORED_KERNELS if wanted else suits_tables(tensor, card_name)
+    tiled, paneled = is_tileable(tensor), is_panelable(tensor)
     return KernelWeight(
         scheme=tensor.scheme,
         shape=tensor.shape,
         dtype=dtype,
-        tiles=tiles.pack(tensor) if is_tileable(tensor) else None,
-        stored=tensor if keep_stored or not is_tileable(tensor) else None,
+        tiles=tiles.pack(tensor) if tiled else None,
+        stored=tensor if keep_stored or not (tiled or paneled) else None,
         centered=CENTERS in tensor.parts,
+        panels=pack_panels(tensor) if paneled else None,
     )
 
 
@@ -73,7 +75,7 @@ def kernel_for(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = F
     if tokens > selection_for(card.name).most_tokens(num_bits, weights):
         return "dequantize"
     if weight.tiles is None:
-        return "sign_flip"
+        return "sign_flip" if not weight.panels else panel_linear.panel_kernel(weight, tokens, card)
     if tokens == 1 and not gated and weight.stored and suits_tables(weight.stored, card.name):
         return "lut"
     row_tiles, units, *_ = weight.tiles.planes.shape
@@ -120,6 +122,9 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     kernel = kernel or kernel_for(weight, tokens, card, gated=gated)
     if x.data_ptr() % LOAD_BYTES != 0:  # a slice of something
         x = x.clone()
+    if kernel in panel_linear.PANEL_KERNELS and weight.panels is not None and tokens > 0:
+        run = panel_linear.PANEL_KERNELS[kernel]
+        return run(x, weight, launch, card, residual=residual, gated=gated)
     if kernel == "planes" and weight.tiles is not None and tokens > 0:
         return by_planes(x, weight, launch, card, residual=residual, gated=gated)
     if kernel == "wide" and tokens > 0:
@@ -254,18 +259,20 @@ def dequantize_call(
 ) -> KernelCall:
     """Return a launch of kernels/dequantize.cu, made once for all weights of one shape."""
     macros, grid = constants(dtype, **layout.macros), (blocks, 1, 1)
-    return KernelCall("dequantize", kernel, macros, grid, DEQUANTIZE_THREADS, 0, sizes)
+    return KernelCall("dequantize", kernel, macros, grid, panel_linear.DEQUANTIZE_THREADS, 0, sizes)
 
 
 def dense_weight(weight: KernelWeight, launch: Launch) -> Tensor:
     """Return W, (out_features, in_features) in the dtype of the activations."""
+    if weight.panels is not None:
+        return panel_linear.dense_panels(weight, launch)
     if weight.tiles is None:
         return weight.dense()
     packed, (rows, inputs) = weight.tiles, weight.shape
     row_tiles, units, *_ = packed.planes.shape
     dense = torch.empty(rows, inputs, dtype=weight.dtype, device=packed.planes.device)
     sizes = (rows, inputs, row_tiles, units, packed.scales.shape[1])
-    blocks = -(-row_tiles * units // DEQUANTIZE_WARPS)
+    blocks = -(-row_tiles * units // panel_linear.DEQUANTIZE_WARPS)
     call = dequantize_call("dequantize", sizes, blocks, weight.layout, weight.dtype)
     tensors = (packed.planes, packed.scales, dense)
     launch(call._replace(dependent=False) if weight.fresh else call, tensors)
@@ -275,6 +282,8 @@ def dense_weight(weight: KernelWeight, launch: Launch) -> Tensor:
 def rows(index: Tensor, weight: KernelWeight, launch: Launch) -> Tensor:
     """Return the rows that `index` names: (*index.shape, in_features)."""
     inputs = weight.shape.in_features
+    if weight.panels is not None:
+        return panel_linear.rows_of_panels(index, weight, launch)
     if weight.tiles is None:
         return dense_weight(weight, launch)[index]
     if index.numel() == 0:

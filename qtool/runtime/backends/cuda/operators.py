@@ -13,12 +13,13 @@ from torch import Tensor
 from qtool.runtime.backends.cuda.int_tiles import IntTiles
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.mixed import MixedWeight
+from qtool.runtime.backends.cuda.panels import Panels
 from qtool.runtime.backends.cuda.tiles import Tiles
-from qtool.scheme import ActivationScheme, Shape2D, WeightScheme
+from qtool.scheme import ActivationScheme, GroupDim, Shape2D, WeightScheme
 
 WEIGHT = (
-    "Tensor planes, Tensor scales, int rows, int inputs, int bits, int? group, bool symmetric, "
-    "bool centered, bool fresh"
+    "Tensor planes, Tensor scales, int rows, int inputs, int group_rows, int bits, int? group, "
+    "bool symmetric, bool centered, bool fresh"
 )
 LIBRARY = torch.library.Library("qtool", "DEF")
 LIBRARY.define(f"matmul(Tensor x, {WEIGHT}) -> Tensor")
@@ -36,12 +37,12 @@ LIBRARY.define(
 
 
 def matmul_operator(x: Tensor, weight: KernelWeight) -> Tensor:
-    """Return x @ W.T for a weight of tiles, shaped (..., out_features), in the dtype of `x`."""
+    """Return x @ W.T for tiles or panels, shaped (..., out_features), in the dtype of `x`."""
     return torch.ops.qtool.matmul(x, *_flat(weight))
 
 
 def rows_operator(index: Tensor, weight: KernelWeight) -> Tensor:
-    """Return the rows of a weight of tiles that `index` names."""
+    """Return the rows of a weight of tiles or panels that `index` names."""
     return torch.ops.qtool.rows(index, weight.dtype, *_flat(weight))
 
 
@@ -63,27 +64,35 @@ def int_linear_operator(x: Tensor, weight: IntTiles, scheme: ActivationScheme) -
     )
 
 
-Flat = tuple[Tensor, Tensor, int, int, int, int | None, bool, bool, bool]
+Flat = tuple[Tensor, Tensor, int, int, int, int, int | None, bool, bool, bool]
 
 
 def _flat(weight: KernelWeight) -> Flat:
-    scheme, shape, packed = weight.scheme, weight.shape, weight.tiles
+    scheme, shape, packed = weight.scheme, weight.shape, weight.tiles or weight.panels
     assert packed is not None
-    numbers = (shape.out_features, shape.in_features, scheme.num_bits)
+    group_rows = packed.group_rows if isinstance(packed, Panels) else 0
+    numbers = (shape.out_features, shape.in_features, group_rows, scheme.num_bits)
     grouping = (scheme.group_size, scheme.symmetric)
     return (packed.planes, packed.scales, *numbers, *grouping, weight.centered, weight.fresh)
 
 
 def _weight(dtype: torch.dtype, flat: Flat) -> KernelWeight:
-    planes, scales, out_features, in_features, *grouping, centered, fresh = flat
+    planes, scales, out_features, in_features, group_rows, *grouping, centered, fresh = flat
     shape = Shape2D(out_features, in_features)
-    scheme, packed = _scheme(*grouping), Tiles(planes, scales)
-    return KernelWeight(scheme, shape, dtype, packed, None, centered, fresh)
+    panels = Panels(planes, scales, group_rows) if group_rows else None
+    packed = None if panels else Tiles(planes, scales)
+    scheme = _scheme(*grouping, "out_features" if panels else "in_features")
+    return KernelWeight(scheme, shape, dtype, packed, None, centered, fresh, panels)
 
 
 @functools.cache
-def _scheme(bits: int, group: int | None, symmetric: bool) -> WeightScheme:  # noqa: FBT001
-    return WeightScheme(num_bits=bits, group_size=group, symmetric=symmetric)
+def _scheme(
+    bits: int,
+    group: int | None,
+    symmetric: bool,  # noqa: FBT001 - a key of the cache
+    group_dim: GroupDim = "in_features",
+) -> WeightScheme:
+    return WeightScheme(num_bits=bits, group_size=group, group_dim=group_dim, symmetric=symmetric)
 
 
 FlatMixed = tuple[

@@ -9,6 +9,7 @@ from qtool.checkpoint.manifest import num_bytes
 from qtool.formats import affine, binary_coding, mixed_rows, ordered_affine
 from qtool.runtime.backends.cuda import fusing, linear_kernels, tiles
 from qtool.runtime.backends.cuda.centers import is_tileable, scheme_of_planes, why_no_planes
+from qtool.runtime.backends.cuda.panels import is_panelable, panels_bytes
 from qtool.scheme import Shape2D
 
 DENSE_BYTES = 2
@@ -40,6 +41,8 @@ def card_bytes(tensor: QuantizedTensor, card_name: str = "", *, keep_stored: boo
         return DENSE_BYTES * prod(tensor.shape)
     planes = replace(tensor, format=binary_coding.BINARY_CODING, scheme=scheme_of_planes(tensor))
     stored = sum(map(num_bytes, binary_coding.CODEC.layout(planes.scheme, planes.shape).values()))
+    if is_panelable(planes):
+        return panels_bytes(planes.scheme, planes.shape)
     if not is_tileable(planes):
         return stored
     doubled = keep_stored and linear_kernels.suits_tables(planes, card_name)
@@ -52,6 +55,8 @@ def fused_bytes(
     """Return what weights that share an input take as one; None: they stay apart."""
     if not fusing.are_fusible(tensors, interleave=interleave):
         return None
+    if interleave and is_panelable(tensors[0]):
+        return sum(card_bytes(each, card_name, keep_stored=False) for each in tensors)
     rows = sum(each.shape.out_features for each in tensors)
     whole = replace(tensors[0], shape=tensors[0].shape._replace(out_features=rows))
     return card_bytes(whole, card_name, keep_stored=not interleave)

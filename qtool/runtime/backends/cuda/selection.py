@@ -1,7 +1,8 @@
 """Which kernel runs how many tokens, and how it is tuned: measured, per card.
 
-A card that isn't here is run as the first that is. Which selection is in use stands in
-`qtool doctor` and in what `qtool bench --gpu` prints; $QTOOL_KERNEL and `--kernel` override it.
+What `qtool bench --tune` found on a card comes first (`selection_file`). A card that wasn't
+measured is run as the first that is here. Which selection is in use stands in `qtool doctor` and in
+what `qtool bench --gpu` prints; $QTOOL_KERNEL and `--kernel` override it.
 """
 
 import functools
@@ -149,11 +150,30 @@ H100 = Selection(
 SELECTIONS = (H100,)
 
 
+_TRIED: dict[str, Selection] = {}
+
+
+def card_to_try(name: str, selection: Selection) -> str:
+    """Return a name for a card that is run by `selection`, whatever its own name would give."""
+    tried = f"{name} (trial {len(_TRIED) + 1})"
+    _TRIED[tried] = selection
+    return tried
+
+
 @functools.cache
 def selection_for(card_name: str) -> Selection:
-    """Return the selection of a card; of one that wasn't measured, the first."""
+    """Return the selection of a card; of one that wasn't measured, the first.
+
+    Raises:
+        BackendError: the card's tuning table can't be read.
+    """
+    from qtool.runtime.backends.cuda.selection_file import read_selection
+
+    if card_name in _TRIED:
+        return _TRIED[card_name]
+    found = read_selection(card_name) if card_name else None
     known = (s for s in SELECTIONS if s.measured_on == card_name)
-    return next(known, SELECTIONS[0])
+    return found or next(known, SELECTIONS[0])
 
 
 def wanted_kernel() -> str | None:

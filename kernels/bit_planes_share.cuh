@@ -1,0 +1,110 @@
+// What kernels over streams of bit planes share: how blocks and warps divide a stream, how sums of what
+// they divide meet, how a lane reads words and inputs. The file that includes this has defined PLANES,
+// THREADS, WARPS and PART, the floats of a tile's sums.
+
+#define PLANE_BYTES (WARP * 16) // of 16 rows x 256 inputs
+
+// A block's share [begin, begin + size) of the stream. Its first `given` units, in the order of work,
+// are the end of the share: the tile that a later block ends.
+struct Share { int begin, size, given; };
+
+// a / b for 0 <= a < 2^24: an integer division takes five times as long, and a block has four.
+DEVICE int divide(int a, int b) {
+    int quotient = (int)((float)a * reciprocal((float)b)), rest = a - quotient * b;
+    return quotient + (rest >= b) - (rest < 0);
+}
+
+// `each` units for every block, one more for the first `more`; what is given has to be filled in.
+DEVICE Share share_of(int block, int each, int more) {
+    Share share;
+    share.begin = block * each + (block < more ? block : more);
+    share.size = each + (block < more);
+    share.given = 0;
+    return share;
+}
+// How many units are given if the share's last tile, which begins at unit `tile`, is a later block's.
+DEVICE int given_of(const Share &share, int tile) {
+    return share.begin + share.size - (share.begin > tile ? share.begin : tile);
+}
+
+DEVICE int first_of_warp(int warp, int size) { return size * warp / WARPS; }
+
+// In a share of few units, some warps have none.
+DEVICE bool is_idle(int warp, int size) {
+    return first_of_warp(warp, size) == first_of_warp(warp + 1, size);
+}
+
+// The warp that does work `work`.
+DEVICE int warp_of(int work, int size) {
+    int warp = divide(work * WARPS + WARPS - 1, size);
+    while (first_of_warp(warp, size) > work) --warp;
+    while (first_of_warp(warp + 1, size) <= work) ++warp;
+    return warp;
+}
+
+// For each own tile, the first and the last warp that have a part of it.
+DEVICE void find_spans(u32 *spans, int tiles, int start, int count, const Share &share) {
+    for (int tile = (int)threadIdx.x; tile < tiles; tile += THREADS) {
+        int from = start + tile * count - share.begin, to = from + count;
+        int low = warp_of(share.given + (from < 0 ? 0 : from), share.size);
+        spans[tile] = (u32)(low | warp_of(share.given + to - 1, share.size) << 16);
+    }
+}
+
+DEVICE bool has_given(int warp, const Share &share) {
+    return first_of_warp(warp, share.size) < share.given && !is_idle(warp, share.size);
+}
+
+// The sum of what lower blocks have given of this block's first tile, which begins at unit `from`. All
+// are asked before the first is waited for.
+DEVICE void take_given(u64 *exchange, int own, int each, int more, int from, float *given) {
+    int lowest = own - 1;
+    while (share_of(lowest, each, more).begin > from) --lowest;
+    for (int index = (int)threadIdx.x; index < PART; index += THREADS) {
+        float sum = 0.0f;
+        for (int block = lowest; block < own; ++block) {
+            Share share = share_of(block, each, more);
+            share.given = given_of(share, from);
+            u64 *place = exchange + (u64)block * WARPS * PART + index;
+            float value[WARPS];
+            u32 mark[WARPS];
+#pragma unroll
+            for (int warp = 0; warp < WARPS; ++warp) {
+                mark[warp] = 1, value[warp] = 0.0f;
+                if (has_given(warp, share)) mark[warp] = load_marked(place + warp * PART, &value[warp]);
+            }
+#pragma unroll
+            for (int warp = 0; warp < WARPS; ++warp) {
+                while (mark[warp] == 0) mark[warp] = load_marked(place + warp * PART, &value[warp]);
+                sum += value[warp];
+                if (has_given(warp, share)) // as the next launch wants to find it
+                    store_marked(place + warp * PART, 0.0f, 0);
+            }
+        }
+        given[index] = sum;
+    }
+}
+
+// A lane's words of all planes of a unit, each of 64 inputs.
+DEVICE void load_words(u32 (*words)[4], const unsigned char *stage, int lane) {
+#pragma unroll
+    for (int plane = 0; plane < PLANES; ++plane) {
+        quad v = *(const quad *)(stage + plane * PLANE_BYTES + lane * 16);
+        words[plane][0] = v.x, words[plane][1] = v.y, words[plane][2] = v.z, words[plane][3] = v.w;
+    }
+}
+
+// The largest magnitude among a warp's inputs of a unit, as the bits of a float: as numbers, NaN is
+// larger than infinity, and that than the rest.
+DEVICE u32 largest_of(quad v) {
+    u32 pair = larger_magnitudes(larger_magnitudes(v.x, v.y), larger_magnitudes(v.z, v.w));
+    u32 shifted = pair << 16; // what is below the larger half decides nothing
+    u32 largest = warp_largest(pair > shifted ? pair : shifted);
+    return bits_of_float(load_activation((u16)(largest >> 16)));
+}
+
+// Its exponent, or -100 where that is less; of what isn't finite: 128.
+DEVICE int exponent_of(quad v) {
+    int exponent = (int)(largest_of(v) >> 23) - 127;
+    return exponent < -100 ? -100 : exponent;
+}
