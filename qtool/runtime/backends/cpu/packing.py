@@ -1,7 +1,6 @@
 """Weights as the library reads them, one stream each: kernels/cpu/planes.h says what is in it."""
 
 import ctypes
-import sys
 import weakref
 from collections.abc import Sequence
 from ctypes import Structure, c_int64, c_void_p
@@ -17,13 +16,13 @@ from qtool.formats.mixed_rows import MIXED_ROWS, split_rows
 from qtool.runtime.backends.cpu.library import Library
 from qtool.runtime.backends.cpu.threads import library_threads
 from qtool.runtime.backends.cuda.centers import CENTERS, planes_of
+from qtool.runtime.host_memory import advise_huge_pages
 from qtool.scheme import Shape2D
 
 MOST_GROUPED = 512
 """Inputs that share a scale of tables: more would be rounded to coarser steps."""
 SPLITS = (512, 256, 128, 64, 32)
 STREAM_ALIGNMENT, HUGE_PAGE = 64, 2**21
-HUGE_PAGES = 14  # MADV_HUGEPAGE
 BLOCK_ROWS = 1024
 """That are dequantized at once."""
 
@@ -178,17 +177,9 @@ def empty_stream(num_bytes: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     whole = np.zeros(num_bytes + alignment, np.uint8)  # its pages aren't there before they're used
     first = -whole.ctypes.data % alignment
     stream = whole[first : first + num_bytes]
-    if alignment == HUGE_PAGE and (advise := _advise()) is not None:
-        advise(c_void_p(stream.ctypes.data), ctypes.c_size_t(num_bytes), HUGE_PAGES)
+    if alignment == HUGE_PAGE:
+        advise_huge_pages(stream.ctypes.data, num_bytes)
     return stream
-
-
-def _advise() -> Any:  # noqa: ANN401
-    """Return madvise, where the system is Linux."""
-    try:
-        return ctypes.CDLL(None).madvise if sys.platform == "linux" else None
-    except (OSError, AttributeError):
-        return None
 
 
 def _repeated(parameters: Tensor, times: int, groups: int) -> Tensor:
