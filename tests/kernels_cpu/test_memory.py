@@ -62,7 +62,7 @@ def test_a_weight_is_there_once(tmp_path, backend):
     parts = random_tensor("binary_coding", SCHEME, SHAPE, 0).parts
     save_file(dict(parts), tmp_path / "weight.safetensors")
     entry = LayerEntry(format="binary_coding", scheme=SCHEME, shape=SHAPE, method="rtn")
-    x, results = torch.randn(3, SHAPE.in_features), {}
+    x, results, linear = torch.randn(3, SHAPE.in_features), {}, QuantizedLinear(entry, None)
     for name in ("reference", backend):
         with use_backend(name), safe_open(tmp_path / "weight.safetensors", "pt") as file:
             linear = QuantizedLinear(entry, None)
