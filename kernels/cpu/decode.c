@@ -3,6 +3,13 @@
 #include "decode.h"
 
 #include <time.h>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define QT_GUARD 64 /* bytes behind each part of the room that nobody may touch */
+#else
+#define QT_GUARD 0
+#define ASAN_POISON_MEMORY_REGION(place, bytes) ((void)(place), (void)(bytes))
+#endif
 
 #include "attention.h"
 #include "product.h"
@@ -53,7 +60,8 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static char *take(char *base, int64_t *used, int64_t bytes) {
     char *place = base ? base + *used : NULL;
-    *used += (bytes + 63) / 64 * 64;
+    *used += (bytes + 63) / 64 * 64 + QT_GUARD;
+    if (base) ASAN_POISON_MEMORY_REGION(place + bytes, base + *used - place - bytes);
     return place;
 }
 

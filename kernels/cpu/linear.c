@@ -41,15 +41,17 @@ typedef struct {
     const qt_planes *weight;
     const int64_t *rows;
     int64_t first, count;
-    float *y;
+    qt_dtype dtype;
+    char *y;
 } qt_rows_call;
 
 static void widen(void *argument, qt_team *team, int64_t thread, int64_t threads) {
     const qt_rows_call *call = argument;
+    int64_t bytes = call->weight->inputs * (call->dtype == QT_FLOAT32 ? 4 : 2);
     (void)team;
     for (int64_t i = call->count * thread / threads; i < call->count * (thread + 1) / threads; i++)
-        qt_planes_row(call->weight, call->rows ? call->rows[i] : call->first + i,
-                      call->y + i * call->weight->inputs);
+        qt_planes_row(call->weight, call->rows ? call->rows[i] : call->first + i, call->dtype,
+                      call->y + i * bytes);
 }
 
 int64_t qt_planes_size(qt_planes *w) {
@@ -68,9 +70,9 @@ void qt_planes_pack(const qt_planes *w, const uint32_t *bit_planes, const uint16
     qt_team_run(threads, pack, &packing);
 }
 
-void qt_planes_rows(const qt_planes *w, const int64_t *rows, int64_t first, int64_t count, float *y,
-                    int64_t threads) {
-    qt_rows_call call = {w, rows, first, count, y};
+void qt_planes_rows(const qt_planes *w, const int64_t *rows, int64_t first, int64_t count,
+                    int64_t dtype, char *y, int64_t threads) {
+    qt_rows_call call = {w, rows, first, count, (qt_dtype)dtype, y};
     qt_team_run(threads, widen, &call);
 }
 

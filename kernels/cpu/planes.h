@@ -14,6 +14,7 @@
 #include "widen.h"
 
 #define QT_MOST_BITS 8
+#define QT_MOST_GROUPED 1024 /* inputs of a group */
 /* Tiles of a block where tables are large: those of a group then stay in the first cache for all of
    them. Prefetching by instructions makes it slower on all that was measured. */
 #define QT_TOGETHER 64
@@ -190,8 +191,9 @@ static inline void qt_pack_tiles(const qt_planes *w, const uint32_t *bit_planes,
     }
 }
 
-/* Row `row` of the weight, (inputs) floats. */
-QT_INLINE void qt_planes_row(const qt_planes *w, int64_t row, float *y) {
+/* Row `row` of the weight, (inputs) numbers of a dtype. */
+QT_INLINE void qt_planes_row(const qt_planes *w, int64_t row, qt_dtype dtype, char *y) {
+    float wide[QT_MOST_GROUPED];
     if (w->numbers) row = w->numbers[row];
     for (; row >= w->rows; w = w->next) row -= w->rows;
     int64_t in_tile = row % QT_TILE_ROWS;
@@ -204,8 +206,10 @@ QT_INLINE void qt_planes_row(const qt_planes *w, int64_t row, float *y) {
             qt_widen(numbers + 64 * p + 2 * in_tile, QT_FLOAT16, 1, scales + p);
         float offset = scales[w->num_bits];
         if (w->centered) offset *= scales[0] * ldexpf(1.0f, 2 - (int)w->num_bits);
-        qt_widen_group(stream, chunks, w->num_bits, in_tile, scales, offset, count, y);
-        y += count;
+        float *numbers_of_group = dtype == QT_FLOAT32 ? (float *)y : wide;
+        qt_widen_group(stream, chunks, w->num_bits, in_tile, scales, offset, count, numbers_of_group);
+        if (dtype != QT_FLOAT32) qt_narrow(wide, dtype, count, y);
+        y += count * (dtype == QT_FLOAT32 ? 4 : 2);
     }
 }
 

@@ -75,7 +75,7 @@ static inline void qt_multiply_planes(const qt_planes *w, const char *place, int
 static inline void qt_row(const qt_projection *w, int64_t row, float *y) {
     int64_t item = w->dtype == QT_FLOAT32 ? 4 : 2;
     if (w->packed)
-        qt_planes_row(w->packed, row, y);
+        qt_planes_row(w->packed, row, QT_FLOAT32, (char *)y);
     else
         qt_widen((const char *)w->dense + row * w->inputs * item, (qt_dtype)w->dtype, w->inputs, y);
 }

@@ -186,12 +186,30 @@ QT_INLINE void qt_widen(const void *source, qt_dtype dtype, int64_t n, float *ta
 /* n floats as numbers of a dtype, rounded to the nearest. */
 QT_INLINE void qt_narrow(const float *source, qt_dtype dtype, int64_t n, void *target) {
     uint16_t *words = target;
-    if (dtype == QT_FLOAT32)
+    int64_t i = 0;
+    if (dtype == QT_FLOAT32) {
         memcpy(target, source, (size_t)n * sizeof *source);
-    else if (dtype == QT_FLOAT16)
-        for (int64_t i = 0; i < n; i++) words[i] = qt_float_to_half(source[i]);
-    else
-        for (int64_t i = 0; i < n; i++) words[i] = qt_float_to_brain(source[i]);
+    } else if (dtype == QT_FLOAT16) {
+#if defined(__AVX512F__)
+        for (; i + QT_LANES <= n; i += QT_LANES)
+            _mm256_storeu_si256((__m256i *)(words + i), _mm512_cvtps_ph(_mm512_loadu_ps(source + i), 0));
+#elif defined(__F16C__)
+        for (; i + 8 <= n; i += 8)
+            _mm_storeu_si128((__m128i *)(words + i), _mm256_cvtps_ph(_mm256_loadu_ps(source + i), 0));
+#endif
+        for (; i < n; i++) words[i] = qt_float_to_half(source[i]);
+    } else {
+        for (; i + QT_LANES <= n; i += QT_LANES) {
+            typedef uint16_t halves __attribute__((vector_size(32)));
+            qt_floats value = qt_load(source + i);
+            qt_ints bits = (qt_ints)value, none = value != value;
+            bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+            bits = (bits & ~none) | (none & 0x7fc0);
+            halves narrow = __builtin_convertvector(bits, halves);
+            memcpy(words + i, &narrow, sizeof narrow);
+        }
+        for (; i < n; i++) words[i] = qt_float_to_brain(source[i]);
+    }
 }
 
 #endif

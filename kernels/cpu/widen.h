@@ -6,11 +6,18 @@
 
 /* The lower four bits of each byte, one after the other. */
 QT_INLINE int32_t qt_lower_halves(uint32_t four) {
+#if defined(__AVX512F__) && defined(__BMI2__)
+    return (int32_t)_pext_u32(four, 0x0f0f0f0f);
+#endif
     return (int32_t)((four & 0xf) | (four >> 4 & 0xf0) | (four >> 8 & 0xf00) | (four >> 12 & 0xf000));
 }
 
 /* sum + scale where a bit of `signs` is one, sum - scale elsewhere. */
 QT_INLINE qt_floats qt_add_signed(qt_floats sum, int32_t signs, float scale) {
+#if defined(__AVX512F__)
+    __m512 all = _mm512_set1_ps(scale), old = (__m512)sum;
+    return (qt_floats)_mm512_mask_add_ps(_mm512_sub_ps(old, all), (__mmask16)signs, old, all);
+#endif
     const qt_ints bit = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
     qt_ints minus = ((bit & signs) == 0) & INT32_MIN;
     return sum + (qt_floats)((qt_ints)qt_all(scale) ^ minus);

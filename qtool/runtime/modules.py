@@ -15,6 +15,7 @@ from qtool.core.activations import multiply_quantized
 from qtool.formats._dtypes import dtype_of
 from qtool.runtime.backends._choose import choose_backend, definition, wanted_backend
 from qtool.runtime.differentiable import multiply_differentiably
+from qtool.runtime.host_memory import let_go_of_pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,8 @@ class QuantizedWeight(nn.Module):
     The backend is chosen and its layout prepared at the first call, when the device and the dtype
     of the activations are known; again when the module has moved, other parts were loaded, or
     activations of another dtype come. If the backend needs no more than its own layout, the buffers
-    then wait in the host's memory, for saving and for moves: a card holds a weight once. Copies and
-    pickles have the parts where the weight is executed, and no layout.
+    then wait in the host's memory, or in the file they are mapped from, for saving and for moves: a
+    weight is there once. Copies and pickles have the parts where it is executed, and no layout.
 
     Buffers that are written to in place after the first call aren't read again; use
     `load_state_dict`.
@@ -114,7 +115,8 @@ class QuantizedWeight(nn.Module):
         held = self._held = Held(backend, prepared, dtype, home, integers)
         self._number = None
         if home is not None:  # after the line above: `device` stays what it is
-            self._buffers.update(self._parts(torch.device("cpu")))
+            self._buffers.update(waiting := self._parts(torch.device("cpu")))
+            let_go_of_pages(waiting.values())
         return held
 
     def _parts(self, device: torch.device) -> dict[str, Tensor]:

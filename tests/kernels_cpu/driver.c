@@ -6,7 +6,7 @@
 
 int64_t qt_planes_size(qt_planes *w);
 void qt_planes_pack(const qt_planes *, const uint32_t *, const uint16_t *, const uint16_t *, int64_t);
-void qt_planes_rows(const qt_planes *, const int64_t *, int64_t, int64_t, float *, int64_t);
+void qt_planes_rows(const qt_planes *, const int64_t *, int64_t, int64_t, int64_t, char *, int64_t);
 int64_t qt_planes_room(const qt_planes *, int64_t);
 void qt_planes_multiply(const qt_planes *, const float *, int64_t, char *, float *, int64_t);
 
@@ -37,7 +37,17 @@ static int run(int64_t rows, int64_t inputs, int64_t group, int64_t bits, int64_
     for (int64_t i = 0; i < batch * inputs; i++) x[i] = (float)(some() >> 8) / 8388608.0f - 1;
     char *room = exactly(qt_planes_room(&w, batch));
     qt_planes_multiply(&w, x, batch, room, y, threads);
-    qt_planes_rows(&w, NULL, 0, rows, dense, threads);
+    qt_planes_rows(&w, NULL, 0, rows, QT_FLOAT32, (char *)dense, threads);
+    for (int64_t dtype = QT_FLOAT16; dtype <= QT_BFLOAT16; dtype++) {
+        char *narrow = exactly(rows * inputs * 2);
+        float wide;
+        qt_planes_rows(&w, NULL, 0, rows, dtype, narrow, threads);
+        for (int64_t i = 0; i < rows * inputs; i++) {
+            qt_widen(narrow + 2 * i, (qt_dtype)dtype, 1, &wide);
+            wrong += !(fabsf(wide - dense[i]) <= 0.004f * fabsf(dense[i]) + 1e-7f);
+        }
+        free(narrow);
+    }
     for (int64_t b = 0; b < batch; b++)
         for (int64_t row = 0; row < rows; row++) {
             double sum = 0, terms = 0;
@@ -51,8 +61,10 @@ static int run(int64_t rows, int64_t inputs, int64_t group, int64_t bits, int64_
     return wrong > 0;
 }
 
+int decode_steps(void); /* decode_driver.c */
+
 int main(void) {
-    int wrong = 0;
+    int wrong = decode_steps();
     wrong += run(1, 1, 1, 1, 1, 1);
     wrong += run(31, 31, 31, 8, 2, 2);
     wrong += run(33, 65, 64, 3, 3, 3);

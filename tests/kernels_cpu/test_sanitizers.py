@@ -9,9 +9,9 @@ from qtool import resources
 from qtool.runtime.backends.cpu import building
 from qtool.runtime.backends.cpu.library import best_level
 
-DRIVER = Path(__file__).parent / "driver.c"
+DRIVERS = [str(Path(__file__).parent / name) for name in ("driver.c", "decode_driver.c")]
 LEVELS = list(building.instruction_levels())
-CHECKS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g", "-Wall")
+CHECKS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0", "-g", "-Wall")
 OPEN = ("-std=c11", "-pthread", "-Wno-psabi", "-D_GNU_SOURCE", "-Werror")
 
 
@@ -21,9 +21,9 @@ def test_sanitizers_find_nothing(level, tmp_path):
     if LEVELS.index(level) < LEVELS.index(best_level()):
         pytest.skip("this processor has no such instructions")
     kernels, program = resources.kernels_dir() / "cpu", tmp_path / "driver"
-    sources = [str(kernels / name) for name in ("team.c", "linear.c")]
+    sources = [str(kernels / name) for name in building.SOURCES]
     flags = (*OPEN, *CHECKS, *building.instruction_levels()[level], f"-I{kernels}")
-    command = [str(building.compiler()), *flags, str(DRIVER), *sources, "-o", str(program), "-lm"]
+    command = [str(building.compiler()), *flags, *DRIVERS, *sources, "-o", str(program), "-lm"]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if "asan" in made.stderr and "cannot find" in made.stderr:
         pytest.skip("the compiler has no sanitizers")

@@ -52,7 +52,10 @@ class NativeOps(TorchOps):
 
     def gated(self, x: Tensor, gate_up: Projections) -> Tensor:
         """Return silu(x @ gate.T) * (x @ up.T)."""
-        return silu_times(self.linear(x, gate_up))
+        if not isinstance(gate_up, tuple) or len(gate_up) != 2:  # noqa: PLR2004 - gate and up
+            return silu_times(self.linear(x, gate_up))
+        gate, up = (self._multiplied(x, part) for part in gate_up)
+        return torch.nn.functional.silu(gate).mul_(up)
 
     def whole_step(self, weights: DecoderWeights, state: DecodeState) -> NativeStep | None:
         """Return the native step; None: it knows neither experts nor codes in the cache."""

@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from qtool.runtime.backends.cpu.library import NATIVE_DTYPES
 from qtool.runtime.decode.ops import DecodeState
 from qtool.runtime.decode.weights import DecoderLayer, DecoderWeights, Projection, Projections
 
-NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Of dense weights and caches, by their number in the library."""
 SPANS = ("embed", "qkv", "attend", "output", "gate_up", "gate", "down", "head", "choose")
 """Parts of a step, in the order in which the library has their times."""
 MOST_PARTS = 3

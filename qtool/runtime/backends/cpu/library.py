@@ -15,11 +15,13 @@ from qtool.runtime.backends.cpu import building
 
 PROCESSOR_INFO = Path("/proc/cpuinfo")
 POINTER, INTEGER = c_void_p, c_int64
+NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Of dense weights, single rows and caches, by their number in the library."""
 SIGNATURES = {
     "qt_fingerprint": (c_char_p, ()),
     "qt_planes_size": (INTEGER, (POINTER,)),
     "qt_planes_pack": (None, (POINTER, POINTER, POINTER, POINTER, INTEGER)),
-    "qt_planes_rows": (None, (POINTER, POINTER, INTEGER, INTEGER, POINTER, INTEGER)),
+    "qt_planes_rows": (None, (POINTER, POINTER, INTEGER, INTEGER, INTEGER, POINTER, INTEGER)),
     "qt_planes_room": (INTEGER, (POINTER, INTEGER)),
     "qt_planes_multiply": (None, (POINTER, POINTER, INTEGER, POINTER, POINTER, INTEGER)),
     "qt_decode_room": (INTEGER, (POINTER, INTEGER, INTEGER)),

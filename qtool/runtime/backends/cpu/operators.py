@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qtool.runtime.backends.cpu.packing import BLOCK_ROWS, PACKED_WEIGHTS, PackedWeight
+from qtool.runtime.backends.cpu.packing import PACKED_WEIGHTS, PackedWeight
 
 OPERATORS = torch.library.Library("qtool_cpu", "DEF")
 OPERATORS.define("matmul(Tensor x, Tensor handle, int rows) -> Tensor")
@@ -11,6 +11,8 @@ OPERATORS.define("rows(Tensor index, Tensor handle, int inputs, ScalarType dtype
 OPERATORS.define("dense(Tensor handle, int rows, int inputs, ScalarType dtype) -> Tensor")
 MOST_TABLES = 64
 """Of tokens, that are in memory."""
+BLOCK_ROWS, BLOCK_ELEMENTS = 1024, 2**21
+"""Of a weight, that are dequantized at once: as many rows, or more if they have few elements."""
 FEW_BY_TABLES = 16
 TABLE_COST = {"avx512": 0.037, "avx2": 0.2}
 """Of a token and a plane by tables: milliseconds of 4096 x 4096 weights, two threads of a Zen 4, of
@@ -51,10 +53,13 @@ def _matmul(x: Tensor, handle: Tensor, rows: int) -> Tensor:
         for part, target in zip(tokens.split(MOST_TABLES), y.split(MOST_TABLES), strict=True):
             target.copy_(weight.multiply(part))
         return y.view(*x.shape[:-1], rows)
-    for first in range(0, rows, BLOCK_ROWS):
-        count = min(BLOCK_ROWS, rows - first)
-        block = weight.block(first, count).to(x.dtype)
-        y[:, first : first + count] = tokens @ block.T
+    most = max(BLOCK_ROWS, BLOCK_ELEMENTS // x.shape[-1])
+    if rows <= most:
+        torch.mm(tokens, weight.block(0, rows).to(x.dtype).T, out=y)
+        return y.view(*x.shape[:-1], rows)
+    for first in range(0, rows, most):
+        block = weight.block(first, min(most, rows - first)).to(x.dtype)
+        y[:, first : first + most] = tokens @ block.T
     return y.view(*x.shape[:-1], rows)
 
 

@@ -1,7 +1,6 @@
 """Weights as the library reads them, one stream each: kernels/cpu/planes.h says what is in it."""
 
 import ctypes
-import sys
 import weakref
 from collections.abc import Sequence
 from ctypes import Structure, c_int64, c_void_p
@@ -14,18 +13,16 @@ from torch import Tensor
 
 from qtool.base import QuantizedTensor
 from qtool.formats.mixed_rows import MIXED_ROWS, split_rows
-from qtool.runtime.backends.cpu.library import Library
+from qtool.runtime.backends.cpu.library import NATIVE_DTYPES, Library
 from qtool.runtime.backends.cpu.threads import library_threads
 from qtool.runtime.backends.cuda.centers import CENTERS, planes_of
+from qtool.runtime.host_memory import advise_huge_pages
 from qtool.scheme import Shape2D
 
 MOST_GROUPED = 512
 """Inputs that share a scale of tables: more would be rounded to coarser steps."""
 SPLITS = (512, 256, 128, 64, 32)
 STREAM_ALIGNMENT, HUGE_PAGE = 64, 2**21
-HUGE_PAGES = 14  # MADV_HUGEPAGE
-BLOCK_ROWS = 1024
-"""That are dequantized at once."""
 
 
 class PlanesText(Structure):
@@ -105,30 +102,29 @@ class PackedWeight:
             IndexError: there is no such row.
         """
         index = index.long().contiguous()
-        found = torch.empty(*index.shape, self.shape.in_features)
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.shape[0]:
             raise IndexError(
                 f"Rows {int(index.min())} .. {int(index.max())} are asked for; the weight has 0 .. "
                 f"{self.shape[0] - 1}."
             )
-        pointers = (index.data_ptr(), 0, index.numel(), found.data_ptr())
-        self._library.calls.qt_planes_rows(self.address, *pointers, library_threads())
-        return found.to(self.dtype)
+        found = torch.empty(*index.shape, self.shape.in_features, dtype=self.dtype)
+        return self._dequantized(found, index.data_ptr(), 0)
 
     def block(self, first: int, count: int) -> Tensor:
         """Return rows first .. first + count - 1 of W, in the dtype of the activations."""
-        found = torch.empty(count, self.shape.in_features)
-        pointers = (None, first, count, found.data_ptr())
-        self._library.calls.qt_planes_rows(self.address, *pointers, library_threads())
-        return found.to(self.dtype)
+        found = torch.empty(count, self.shape.in_features, dtype=self.dtype)
+        return self._dequantized(found, None, first)
 
     def dense(self) -> Tensor:
         """Return W: (out_features, in_features)."""
-        dense = torch.empty(self.shape, dtype=self.dtype)
-        for first in range(0, len(dense), BLOCK_ROWS):
-            part = dense[first : first + BLOCK_ROWS]
-            part.copy_(self.block(first, len(part)))
-        return dense
+        return self.block(0, self.shape.out_features)
+
+    def _dequantized(self, found: Tensor, index: int | None, first: int) -> Tensor:
+        """Fill in rows: those whose numbers are at an address, else from `first` on."""
+        count, dtype = found.shape[:-1].numel(), NATIVE_DTYPES.index(found.dtype)
+        pointers = (index, first, count, dtype, found.data_ptr())
+        self._library.calls.qt_planes_rows(self.address, *pointers, library_threads())
+        return found
 
     def _text(self, tensor: QuantizedTensor) -> PlanesText:
         """Lay out one class of rows."""
@@ -178,17 +174,9 @@ def empty_stream(num_bytes: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     whole = np.zeros(num_bytes + alignment, np.uint8)  # its pages aren't there before they're used
     first = -whole.ctypes.data % alignment
     stream = whole[first : first + num_bytes]
-    if alignment == HUGE_PAGE and (advise := _advise()) is not None:
-        advise(c_void_p(stream.ctypes.data), ctypes.c_size_t(num_bytes), HUGE_PAGES)
+    if alignment == HUGE_PAGE:
+        advise_huge_pages(stream.ctypes.data, num_bytes)
     return stream
-
-
-def _advise() -> Any:  # noqa: ANN401
-    """Return madvise, where the system is Linux."""
-    try:
-        return ctypes.CDLL(None).madvise if sys.platform == "linux" else None
-    except (OSError, AttributeError):
-        return None
 
 
 def _repeated(parameters: Tensor, times: int, groups: int) -> Tensor:
