@@ -7,9 +7,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qtool.runtime.backends.cuda import backend as cuda
-from qtool.runtime.backends.cuda import driver, linear_kernels, operators, selection
+from qtool.runtime.backends.cuda import driver, linear_kernels, operators, room, selection
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.runtime.backends.cuda.mixed import MixedWeight, prepare_weight
+from qtool.runtime.backends.cuda.ordered import OrderedWeight
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal
@@ -115,6 +116,30 @@ def test_tiles_and_panels_are_multiplied_and_gathered(made, kept, compiled):
     y, found = run(x, index)
     torch.testing.assert_close(y.double(), x.double() @ exact.T, rtol=1e-2, atol=0.1)
     assert torch.equal(found, exact.half()[index])
+
+
+@pytest.mark.parametrize("format_name", ["binary_coding", "affine", "ordered_affine"])
+@pytest.mark.parametrize(("group_size", "columns"), [(16, 640), (24, 448), (100, 512)])
+@pytest.mark.usefixtures("on_cpu")
+def test_groups_are_padded_to_what_the_kernels_take(format_name, group_size, columns):
+    scheme = WeightScheme(num_bits=3, group_size=group_size)
+    tensor = random_tensor(format_name, scheme, Shape2D(48, 320), 1)
+    prepared = cuda.BACKEND.prepare(tensor, torch.float16)
+    assert isinstance(prepared, OrderedWeight)
+    assert prepared.weight.shape == (48, columns)
+    assert prepared.weight.tiles is not None
+    exact, x, index = (
+        dequantized(tensor, torch.float64),
+        normal(2, 320).half(),
+        torch.tensor([3, 47]),
+    )
+    y = cuda.BACKEND.matmul(x, prepared)
+    torch.testing.assert_close(y.double(), x.double() @ exact.T, rtol=1e-2, atol=0.1)
+    torch.testing.assert_close(prepared.dense().double(), exact, rtol=2e-3, atol=2e-3)
+    found = cuda.BACKEND.rows(index, prepared).double()
+    torch.testing.assert_close(found, exact[index], rtol=2e-3, atol=2e-3)
+    packed = (prepared.weight.tiles.planes, prepared.weight.tiles.scales, prepared.order)
+    assert room.card_bytes(tensor) == sum(part.nbytes for part in packed)
 
 
 def test_operators_pass_all_that_rows_of_unlike_bits_are():

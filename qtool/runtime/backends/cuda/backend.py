@@ -94,7 +94,7 @@ class CudaBackend:
         if isinstance(prepared, Tensor):
             return DENSE.rows(index, prepared)
         if isinstance(prepared, OrderedWeight):
-            return self.rows(index, prepared.weight).index_select(-1, prepared.order.argsort())
+            return prepared.in_place(self.rows(index, prepared.weight))
         if isinstance(prepared, MixedWeight):
             run = operators.mixed_rows_operator if prepared.is_tiled else _gather_mixed
             return run(index, prepared)

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from qtool.base import QuantizedTensor
-from qtool.formats import affine, binary_coding, coded_scales, dint, minima, nested
+from qtool.formats import (
+    affine,
+    binary_coding,
+    coded_scales,
+    dint,
+    minima,
+    mixed_rows,
+    nested,
+)
 from qtool.scheme import MAX_BITS, WeightScheme
 
 CENTERS = "plane_centers"
@@ -36,6 +44,20 @@ def is_tileable(tensor: QuantizedTensor) -> bool:
     size = tensor.scheme.group_size or tensor.shape.in_features
     whole = size % FINEST_GROUP == 0 or size >= tensor.shape.in_features
     return tensor.scheme.group_dim == "in_features" and whole
+
+
+def padded_group(tensor: QuantizedTensor) -> int | None:
+    """Return to how many inputs groups are padded for the tiled kernels; None: they aren't.
+
+    Padding is at most half of what a kernel reads. Neither rows of unlike bits nor imported weights
+    are padded.
+    """
+    size, found = tensor.scheme.group_size, tensor.format
+    if found in (mixed_rows.MIXED_ROWS, *STEPPED) or tensor.scheme.group_dim != "in_features":
+        return None
+    if size is None or 2 * size < FINEST_GROUP or is_tileable(tensor):
+        return None
+    return -(-size // FINEST_GROUP) * FINEST_GROUP
 
 
 def why_no_planes(tensor: QuantizedTensor) -> str | None:

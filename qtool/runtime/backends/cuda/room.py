@@ -8,14 +8,19 @@ from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import num_bytes
 from qtool.formats import affine, binary_coding, mixed_rows, ordered_affine
 from qtool.runtime.backends.cuda import fusing, linear_kernels, tiles
-from qtool.runtime.backends.cuda.centers import is_tileable, scheme_of_planes, why_no_planes
+from qtool.runtime.backends.cuda.centers import (
+    is_tileable,
+    padded_group,
+    scheme_of_planes,
+    why_no_planes,
+)
 from qtool.runtime.backends.cuda.panels import is_panelable, panels_bytes
 from qtool.scheme import Shape2D
 
 DENSE_BYTES = 2
 """Per weight that runs dequantized, in 16 bits."""
 ORDER_BYTES = 8
-"""Per input: where it is among sorted ones."""
+"""Per column of sorted or padded inputs: which input it has."""
 ROW_NUMBERS = 8
 """Bytes per row: where the rows of a class belong, and in which class a row is."""
 
@@ -34,12 +39,24 @@ def card_bytes(tensor: QuantizedTensor, card_name: str = "", *, keep_stored: boo
         return numbers + sum(card_bytes(each, card_name, keep_stored=False) for each in classes)
     if tensor.format == ordered_affine.ORDERED_AFFINE:
         inner = replace(tensor, format=affine.AFFINE)
-        return ORDER_BYTES * tensor.shape.in_features + card_bytes(
-            inner, card_name, keep_stored=keep_stored
-        )
+        sorts = 0 if padded_group(inner) else ORDER_BYTES * tensor.shape.in_features
+        return sorts + card_bytes(inner, card_name, keep_stored=keep_stored)
     if why_no_planes(tensor) is not None:
         return DENSE_BYTES * prod(tensor.shape)
     planes = replace(tensor, format=binary_coding.BINARY_CODING, scheme=scheme_of_planes(tensor))
+    return _bytes_of_planes(planes, card_name, padded_group(tensor), keep_stored=keep_stored)
+
+
+def _bytes_of_planes(
+    planes: QuantizedTensor, card_name: str, padded: int | None, *, keep_stored: bool
+) -> int:
+    """Return what is held of a weight of planes, whose groups may be padded to so many inputs."""
+    if padded is not None:
+        columns = planes.scheme.num_groups(planes.shape) * padded
+        scheme = replace(planes.scheme, group_size=padded)
+        shape = planes.shape._replace(in_features=columns)
+        whole = replace(planes, scheme=scheme, shape=shape)
+        return ORDER_BYTES * columns + card_bytes(whole, card_name, keep_stored=keep_stored)
     stored = sum(map(num_bytes, binary_coding.CODEC.layout(planes.scheme, planes.shape).values()))
     if is_panelable(planes):
         return panels_bytes(planes.scheme, planes.shape)
