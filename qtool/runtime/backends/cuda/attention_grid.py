@@ -84,10 +84,11 @@ def heads_per_block(group: int, head_dim: int) -> int:
 
 def splits_for(card: Card, blocks: int, max_length: int) -> int:
     """Return into how many parts a context is cut: whole waves of blocks, and no empty ones."""
+    at_once = card.multiprocessors * min(tuning.resident for tuning in TUNED.values())
 
     def positions(splits: int) -> float:
         """Of a multiprocessor, one after the other."""
-        waves = -(-splits * blocks // card.multiprocessors)
+        waves = -(-splits * blocks // at_once)
         return waves * (max_length / splits + BEGIN_AND_END)
 
     useful = min(MOST_SPLITS, -(-max_length // SHORTEST_PART))
