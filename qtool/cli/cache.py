@@ -21,7 +21,11 @@ IN_STORE = {
     "prices": "of the bits of each layer, for --average-bits",
     "digests": "of files, so that models aren't read again to be told apart",
 }
-FOLDERS = {"gguf": "models of GGUF files, as float16", "demo": "the demo model's file"}
+FOLDERS = {
+    "gguf": "models of GGUF files, as float16",
+    "demo": "the demo model's file",
+    "cuda": "kernels compiled for a card, that CuPy doesn't keep",
+}
 ALL = IN_STORE | FOLDERS
 UNITS = {"days": 86_400, "hours": 3_600, "minutes": 60}
 

@@ -91,11 +91,11 @@ class RunnerDecoder:
         """Record the steps, and compile what prompts of usual lengths need, on a card."""
         if self.device.type != "cuda":
             return
-        self._runner.prepare()
-        for length in WARM_LENGTHS:
-            if length < self.max_length:
-                logits = self.read([PromptPart(0, 0, [0] * length)])
-                self.draw(logits, logits.argmax(-1), torch.ones(1, 4, dtype=torch.float64))
+        lengths = [length for length in WARM_LENGTHS if length < self.max_length]
+        self._runner.prepare(lengths)
+        for length in lengths:
+            logits = self.read([PromptPart(0, 0, [0] * length)])
+            self.draw(logits, logits.argmax(-1), torch.ones(1, 4, dtype=torch.float64))
 
     def prompt_tokens(self, running: int) -> int:
         """Return more if nobody waits for the next step."""

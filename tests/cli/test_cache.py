@@ -17,6 +17,8 @@ def cache(tmp_path, monkeypatch):
     (tmp_path / "cache/gguf/abc").mkdir(parents=True)
     (tmp_path / "cache/gguf/abc/model.safetensors").write_bytes(bytes(5000))
     (tmp_path / "cache/gguf/abc.lock").touch()
+    (tmp_path / "cache/cuda").mkdir()
+    (tmp_path / "cache/cuda/abc.cubin").write_bytes(bytes(70))
     return tmp_path / "cache"
 
 
@@ -28,7 +30,7 @@ def kept(cli: Cli, *arguments: str) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.usefixtures("cache")
 def test_all_that_is_kept_is_listed(cli: Cli):
-    assert kept(cli) == {"answers": (2, 2), "digests": (1, 6), "gguf": (1, 5000)}
+    assert kept(cli) == {"answers": (2, 2), "digests": (1, 6), "gguf": (1, 5000), "cuda": (1, 70)}
     assert kept(cli, "gguf", "scores") == {"gguf": (1, 5000)}
     done = cli("cache")
     assert "of tasks that didn't end" in done.out
@@ -50,14 +52,15 @@ def test_age_is_that_of_the_oldest_and_the_newest(cli: Cli, monkeypatch):
 
 def test_clear_removes_what_is_named(cli: Cli, cache):
     assert kept(cli, "--clear", "answers") == {}
-    assert kept(cli) == {"digests": (1, 6), "gguf": (1, 5000)}
-    assert kept(cli, "--clear", "gguf") == {}
+    assert kept(cli) == {"digests": (1, 6), "gguf": (1, 5000), "cuda": (1, 70)}
+    assert kept(cli, "--clear", "gguf", "cuda") == {}
     assert not (cache / "gguf").exists()
+    assert not (cache / "cuda").exists()
 
 
 @pytest.mark.usefixtures("cache")
 def test_clear_alone_leaves_models(cli: Cli):
-    assert kept(cli, "--clear") == {"gguf": (1, 5000)}
+    assert kept(cli, "--clear") == {"gguf": (1, 5000), "cuda": (1, 70)}
 
 
 @pytest.mark.usefixtures("cache")

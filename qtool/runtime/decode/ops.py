@@ -51,6 +51,12 @@ class DecodeState:
 class DecodeOps(Protocol):
     """Runs the operations of a step: (batch, features) in and out, in the dtype of the weights."""
 
+    def compile_ahead(self, run: "Callable[[DecodeOps], object]") -> None:
+        """Compile what `run` will need, faster than as it comes; results of `run` are arbitrary.
+
+        `run` is called with operations that compute nothing, or not at all.
+        """
+
     def embed(self, tokens: Tensor, table: Projection) -> Tensor:
         """Return the rows of (batch,) int64 tokens."""
 

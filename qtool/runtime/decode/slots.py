@@ -50,10 +50,26 @@ class SlotRunner:
         return self.state.keys.device
 
     @torch.no_grad()
-    def prepare(self) -> None:
-        """Record the steps of all widths, on a card, so that no request waits for that."""
+    def prepare(self, lengths: Sequence[int] = ()) -> None:
+        """Record the steps of all widths, on a card, so that no request waits for that.
+
+        Before that it compiles what they need, and prompts of `lengths`, each below `max_length`.
+        The sequences end.
+        """
+        self.ops.compile_ahead(lambda ops: self._run_all(lengths, ops))
+        self.state.positions.zero_()
         for one in self._steps.values():
             one.prepare()
+
+    def _run_all(self, lengths: Sequence[int], ops: DecodeOps) -> None:
+        """Take a step of each width, read a prompt of each length, and draw."""
+        for one in self._steps.values():
+            logits = step.decode(self.weights, one.state, ops)
+            ops.choose(logits, one.state)
+        for length in lengths:
+            tokens = torch.zeros(length, dtype=torch.int64, device=self.device)
+            logits = self._read([PromptSpan(0, 0, length)], tokens, ops)
+            ops.draw(logits, logits.argmax(-1), torch.ones(1, 4, dtype=torch.float64))
 
     @torch.no_grad()
     def read(self, spans: Sequence[PromptSpan], tokens: Tensor) -> Tensor:
@@ -70,10 +86,12 @@ class SlotRunner:
         Returns:
             (spans, vocab_size).
         """
+        return self._read(spans, tokens, self.ops)
+
+    def _read(self, spans: Sequence[PromptSpan], tokens: Tensor, ops: DecodeOps) -> Tensor:
         prompts = packed(spans, self.state.keys)
         self.state.positions[prompts.slots_of_spans] = prompts.ends
-        last = prompts.last
-        return step.prefill(self.weights, tokens, prompts, last, self.state, self.ops)
+        return step.prefill(self.weights, tokens, prompts, prompts.last, self.state, ops)
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,9 @@ from qtool.runtime.decode.weights import (
 class TorchOps:
     """Rounds where transformers does; reads no number back, so it can be captured as well."""
 
+    def compile_ahead(self, run: Callable[[DecodeOps], object]) -> None:
+        """Do nothing: torch has what it needs."""
+
     def embed(self, tokens: Tensor, table: Projection) -> Tensor:
         """Return the rows of the tokens."""
         return functional.embedding(tokens, dense(table))

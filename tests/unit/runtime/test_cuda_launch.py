@@ -46,7 +46,7 @@ class Driver:
 def driver(monkeypatch):
     made = Driver()
     monkeypatch.setattr(cuda_driver, "_driver", lambda: made)
-    monkeypatch.setattr(cuda_driver, "_function", lambda *_: 1234)
+    monkeypatch.setattr(cuda_driver, "compiled_function", lambda *_: 1234)
     monkeypatch.setattr(cuda_driver, "_has_dependent_launches", lambda _: True)
     monkeypatch.setattr(cuda_driver, "_ALLOWED", {})
     return made

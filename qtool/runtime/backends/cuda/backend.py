@@ -25,6 +25,7 @@ from qtool.runtime.backends.cuda import (
     operators,
 )
 from qtool.runtime.backends.cuda.centers import why_no_planes
+from qtool.runtime.backends.cuda.compiling import compile_ahead
 from qtool.runtime.backends.cuda.decode_ops import HEAD_DIMS, KernelOps
 from qtool.runtime.backends.cuda.driver import card_of, launch, why_not_on
 from qtool.runtime.backends.cuda.expert_products import can_capture
@@ -127,7 +128,8 @@ class CudaBackend:
             return None
         if not all(can_capture(layer.experts) for layer in weights.layers if layer.experts):
             return None
-        return KernelOps(launch, card_of(device.index or 0))
+        index = device.index or 0
+        return KernelOps(launch, card_of(index), lambda calls: compile_ahead(calls, index))
 
 
 def _matmul(x: Tensor, weight: KernelWeight) -> Tensor:

@@ -1,6 +1,6 @@
 """The operations of a decoding step by the kernels; what launches is passed in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import e, log2
 
 import torch
@@ -22,7 +22,7 @@ from qtool.runtime.backends.cuda.launch import (
 from qtool.runtime.backends.cuda.mixed import MixedWeight, gather_mixed, multiply_mixed
 from qtool.runtime.backends.cuda.ordered import OrderedWeight
 from qtool.runtime.decode import torch_ops
-from qtool.runtime.decode.ops import DecodeState
+from qtool.runtime.decode.ops import DecodeOps, DecodeState
 from qtool.runtime.decode.prompts import PackedPrompts, attend_to_cache
 from qtool.runtime.decode.weights import (
     DecoderExperts,
@@ -46,8 +46,20 @@ HEAD_DIMS = range(8, 257, 8)
 class KernelOps:
     """Runs on one card, in float16 or bfloat16; dense projections go through torch."""
 
-    def __init__(self, launch: Launch, card: Card) -> None:
-        self._launch, self._card = launch, card
+    def __init__(
+        self,
+        launch: Launch,
+        card: Card,
+        compile_calls: Callable[[Iterable[KernelCall]], None] | None = None,
+    ) -> None:
+        self._launch, self._card, self._compile = launch, card, compile_calls
+
+    def compile_ahead(self, run: Callable[[DecodeOps], object]) -> None:
+        """List what `run` launches, and compile that side by side."""
+        if self._compile is not None:
+            calls: list[KernelCall] = []
+            run(KernelOps(lambda call, _: calls.append(call), self._card))
+            self._compile(calls)
 
     def embed(self, tokens: Tensor, table: Projection) -> Tensor:
         """Return the rows of the tokens."""

@@ -1,7 +1,7 @@
-"""Launches through the CUDA driver: kernels/*.cu, compiled by CuPy. Alone imports it.
+"""Launches through the CUDA driver: kernels/*.cu, as `compiling` has them.
 
-CuPy compiles and keeps the results; a launch goes straight to the driver, for CuPy can't mark one
-as dependent: the next kernel then starts while the last one ends, and reads its weights ahead.
+A launch goes straight to the driver, for CuPy can't mark one as dependent: the next kernel then
+starts while the last one ends, and reads its weights ahead.
 """
 
 import ctypes
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from qtool import settings
 from qtool.errors import BackendError, install_line
+from qtool.runtime.backends.cuda.compiling import compiled_function, source_of
 from qtool.runtime.backends.cuda.launch import OLDEST, WARPGROUPS, Card, KernelCall
-from qtool.runtime.backends.cuda.sources import kernel_source
 
-OPTIONS = ("--std=c++17",)
 DEPENDENT_LAUNCHES = (9, 0)
 STREAM_SERIALIZATION = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"""
@@ -86,7 +85,7 @@ class _PreparedCall:
     """A call on one card with all that the driver takes: a launch fills in pointers and stream."""
 
     def __init__(self, call: KernelCall, device: int, num_tensors: int) -> None:
-        function = _function(call.file, call.kernel, call.constants, device, call.one_architecture)
+        function = compiled_function(source_of(call), device)
         _allow_shared_bytes(function, call.shared_bytes)
         self._call = call
         self._config = config = _Config(call.grid, (call.threads, 1, 1), call.shared_bytes)
@@ -225,55 +224,3 @@ def _allow_shared_bytes(function: int, shared_bytes: int) -> None:
         # All of it, so that the next launch's blocks find room beside these.
         set_to(ctypes.c_void_p(function), carveout, 100)
         _ALLOWED[function] = shared_bytes
-
-
-@functools.cache
-def _function(
-    file: str,
-    kernel: str,
-    constants: tuple[tuple[str, int], ...],
-    device: int,
-    one_architecture: bool,  # noqa: FBT001 - a key of the cache
-) -> int:
-    """Compile a kernel for one card; CuPy keeps the result on disk, by source and architecture."""
-    import cupy
-
-    with torch.cuda.device(device), cupy.cuda.Device(device):
-        source = kernel_source(file, dict(constants))
-        if one_architecture:
-            module = cupy.cuda.function.Module()
-            module.load(_machine_code(source, device))
-            compiled = module.get_function(kernel)
-        else:
-            module = cupy.RawModule(code=source, options=OPTIONS)
-            compiled = module.get_function(kernel).kernel
-    _MODULES.append(module)  # a function lives as long as its module
-    return int(compiled.ptr)
-
-
-_MODULES: list[Any] = []
-
-
-def _machine_code(source: str, device: int) -> bytes:
-    """Compile for the card's architecture alone: CuPy's modules know no `sm_90a`.
-
-    Each process does it anew: half a second per kernel.
-
-    Raises:
-        BackendError: the compiler doesn't take it.
-    """
-    from cupy.cuda import nvrtc
-
-    major, minor = torch.cuda.get_device_capability(device)
-    program = nvrtc.createProgram(source, "kernel.cu", (), ())
-    try:
-        nvrtc.compileProgram(program, (*OPTIONS, f"-arch=sm_{major}{minor}a"))
-        return bytes(nvrtc.getCUBIN(program))
-    except nvrtc.NVRTCError as error:
-        log = " ".join(nvrtc.getProgramLog(program).split())
-        raise BackendError(
-            f"A kernel wasn't compiled for sm_{major}{minor}a: {error}: {log} "
-            "QTOOL_BACKEND=dense runs the model through torch."
-        ) from error
-    finally:
-        nvrtc.destroyProgram(program)
