@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from qtool import settings
 from qtool.base import CausalModel, KernelBackend
 from qtool.integrations.transformers.sampling import SharedRunner, sample
+from qtool.runtime.backends.dense import BACKEND as DENSE
 from qtool.runtime.decode import read_model as llama
-from qtool.runtime.decode import torch_ops
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedWeight
 
 Mode = Literal["auto", "always", "never"]
@@ -250,7 +250,7 @@ def _decoder(model: CausalModel) -> SharedRunner | str:
             if decoder is None:
                 weights = llama.weights_of(model)
                 backend = _backend_of(model)
-                ops = torch_ops.OPS if backend is None else backend.decode_ops(weights)
+                ops = (backend or DENSE).decode_ops(weights)
                 decoder = SharedRunner(weights, ops) if ops else "the kernels can't run its heads."
             made = _MADE[model] = _Made(fingerprint, decoder)
         return made.decoder

@@ -37,6 +37,7 @@ from qtool.runtime.backends.cuda.ordered import OrderedWeight, prepare_any
 from qtool.runtime.backends.cuda.selection import STORED_KERNELS, wanted_kernel
 from qtool.runtime.backends.dense import BACKEND as DENSE
 from qtool.runtime.decode.ops import DecodeOps
+from qtool.runtime.decode.parallel import spread_ops
 from qtool.runtime.decode.weights import DecoderWeights
 from qtool.scheme import ActivationScheme
 
@@ -128,7 +129,7 @@ class CudaBackend:
             return None
         if not all(can_capture(layer.experts) for layer in weights.layers if layer.experts):
             return None
-        return KernelOps(launch, card_of(device.index or 0))
+        return spread_ops(KernelOps(launch, card_of(device.index or 0)), weights)
 
 
 def _matmul(x: Tensor, weight: KernelWeight) -> Tensor:

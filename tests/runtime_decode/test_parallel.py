@@ -1,0 +1,98 @@
+"""Two processes that share a model say what one says."""
+
+import pytest
+import torch
+
+from qtool.base import CausalModel
+from qtool.checkpoint.manifest import LayerEntry
+from qtool.errors import BackendError
+from qtool.runtime.backends.dense import BACKEND
+from qtool.runtime.decode.read_model import weights_of
+from qtool.runtime.decode.runner import DecodeRunner
+from qtool.runtime.modules import QuantizedLinear
+from qtool.runtime.spread import spread_model
+from qtool.scheme import Shape2D, WeightScheme
+from tests import families
+from tests.contract.test_codecs import random_tensor
+from tests.runtime_decode.models import build, prompt
+from tests.runtime_decode.ranks import TensorParallel, on_ranks
+from tests.runtime_decode.test_runner import stepwise
+
+KINDS = ("llama", "llama-tied", "llama-all-heads", "qwen2-bias", "qwen3-norms")
+BLOCKS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+
+
+def quantized(kind: str = "llama", group_size: int | None = 16, **changes) -> CausalModel:
+    """Return a model of random binary-coded linears."""
+    model = build(kind)
+    for name, module in list(model.named_modules()):
+        parent, _, own = name.rpartition(".")
+        if own in BLOCKS:
+            shape = Shape2D(*module.weight.shape)
+            scheme = WeightScheme(**{"num_bits": 3, "group_size": group_size, **changes})
+            tensor = random_tensor("binary_coding", scheme, shape, len(name))
+            entry = LayerEntry(format="binary_coding", scheme=scheme, shape=shape, method="bcq")
+            new = QuantizedLinear(entry, module.bias)
+            small = {n: p * 0.1 if p.is_floating_point() else p for n, p in tensor.parts.items()}
+            new.load_state_dict(small, strict=False)
+            new.bias = module.bias
+            setattr(model.get_submodule(parent), own, new)
+    return model.eval()
+
+
+def says(group: TensorParallel | None, model: CausalModel, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Return logits by the runner and by transformers' forward, greedy tokens, and counts."""
+    spread_model(model, group)
+    weights = weights_of(model)
+    runner = DecodeRunner(weights, BACKEND.decode_ops(weights), max_length=64, batch=len(ids))
+    logits = stepwise(runner, ids, 10)
+    greedy = runner.greedy(runner.prefill(ids).argmax(-1), 20)
+    with torch.no_grad():
+        whole = model(ids).logits
+    shape = weights.shape
+    return [logits, whole, greedy, torch.tensor([shape.num_heads, shape.num_key_value_heads])]
+
+
+def check(model: CausalModel, heads: list[list[int]], batch: int = 2) -> None:
+    ids = prompt(batch, 14)
+    found = on_ranks(says, model, ids)
+    logits, whole, greedy, _ = says(None, model, ids)
+    for rank, mine in enumerate(found):
+        torch.testing.assert_close(mine[0], logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(mine[1], whole, rtol=0, atol=1e-5)
+        assert torch.equal(mine[2], greedy)
+        assert torch.equal(mine[0], found[0][0])
+        assert mine[3].tolist() == heads[rank]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_say_what_one_says(kind):
+    kv = 2 if kind == "llama-all-heads" else 1
+    check(build(kind), [[2, kv], [2, kv]])
+
+
+@pytest.mark.parametrize("changes", [{}, {"group_size": None}, {"group_size": 32}], ids=str)
+def test_quantized_weights_are_cut_at_their_groups(changes):
+    check(quantized(**changes), [[2, 1], [2, 1]])
+
+
+def test_heads_that_do_not_divide_are_spread_unevenly():
+    changes = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
+
+    check(families.build("llama", **changes).float(), [[4, 2], [2, 1]], batch=1)
+
+
+def refusal(group: TensorParallel, model: CausalModel) -> str:
+    with pytest.raises(BackendError) as caught:
+        spread_model(model, group)
+    return str(caught.value)
+
+
+def test_too_few_heads_are_refused():
+    for text in on_ranks(refusal, build("llama-one-kv")):
+        assert text.startswith("Layer 0 has 1 key-value heads: too few for 2 ranks.")
+
+
+def test_groups_too_wide_are_refused():
+    for text in on_ranks(refusal, quantized(group_size=56, kind="llama-all-heads")):
+        assert "key-value heads, which groups of weights keep together by 7" in text
