@@ -38,7 +38,7 @@ CLASHES = {
 }
 _of_gpu = in_panel("With --gpu")
 _of_cpu = in_panel("On the CPU")
-SHAPES = "llama3-8b, llama2-7b, llama2-70b-layer, opt-175b-layer or llama3-8b-heads"
+SHAPES = "llama3-8b, llama2-7b, llama2-70b, llama2-70b-layer, opt-175b-layer or llama3-8b-heads"
 
 
 def bench(

@@ -4,6 +4,7 @@ Every process is a rank of one `TensorParallel`: each has a part of the rows or 
 linears, and the same activations between them.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from qtool import settings
 from qtool.errors import BackendError
 from qtool.runtime.watched_ranks import RankWatch
 
+GRACE_SECONDS = 1
 JOIN_SECONDS = 120
 """For all ranks to meet; each imports torch and finds its card before."""
 
@@ -26,7 +28,7 @@ _GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_
 """Under its name since torch 2.13, and before."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TensorParallel:
     """This process among those that share a model."""
 
@@ -172,6 +174,7 @@ def _said(group: TensorParallel) -> Iterator[None]:
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
+        time.sleep(GRACE_SECONDS)  # if one has ended, the watch says so and ends this process
         text = " ".join(str(error).split("\n")[0].split())
         others = ", ".join(str(n) for n in range(group.world_size) if n != group.rank)
         raise BackendError(

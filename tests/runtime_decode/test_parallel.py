@@ -1,5 +1,8 @@
 """Two processes that share a model say what one says."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -96,3 +99,37 @@ def test_too_few_heads_are_refused():
 def test_groups_too_wide_are_refused():
     for text in on_ranks(refusal, quantized(group_size=56, kind="llama-all-heads")):
         assert "key-value heads, which groups of weights keep together by 7" in text
+
+
+STUCK = """
+import sys, torch
+from qtool.runtime.tensor_parallel import joined
+rank, store = int(sys.argv[1]), sys.argv[2]
+with joined(rank=rank, world_size=2, device=torch.device("cpu"), init_method=store) as group:
+    print("joined", flush=True)
+    if rank == 1:
+        sys.stdin.read()
+    while True:
+        {wait}
+"""
+WAITS = {"a sum": "group.all_reduce(torch.ones(4))", "no collective": "sys.stdin.read()"}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_rank_that_is_killed_ends_the_other_with_a_sentence(wait, tmp_path):
+    code, store = STUCK.format(wait=WAITS[wait]), f"file://{tmp_path}/store"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code, str(n), store], text=True, **pipes)
+        for n in range(2)
+    ]
+    try:
+        assert all(rank.stdout.readline() == "joined\n" for rank in ranks)
+        ranks[1].kill()
+        status, told = ranks[0].wait(30), ranks[0].stderr.read()
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert status == 1
+    assert told.splitlines()[-1].startswith("Error: rank 1 of 2 has ended, so rank 0 can't go on")

@@ -34,6 +34,7 @@ from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import KERNEL_DTYPES
 from qtool.runtime.backends.cuda.mixed import MixedWeight
 from qtool.runtime.backends.cuda.ordered import OrderedWeight, prepare_any
+from qtool.runtime.backends.cuda.peer_sum import sum_over_peers
 from qtool.runtime.backends.cuda.selection import STORED_KERNELS, wanted_kernel
 from qtool.runtime.backends.dense import BACKEND as DENSE
 from qtool.runtime.decode.ops import DecodeOps
@@ -129,7 +130,8 @@ class CudaBackend:
             return None
         if not all(can_capture(layer.experts) for layer in weights.layers if layer.experts):
             return None
-        return spread_ops(KernelOps(launch, card_of(device.index or 0)), weights)
+        ops, group = KernelOps(launch, card_of(device.index or 0)), weights.group
+        return spread_ops(ops, weights, group and sum_over_peers(group, launch))
 
 
 def _matmul(x: Tensor, weight: KernelWeight) -> Tensor:
