@@ -1,6 +1,7 @@
 """Start the ranks of a tensor-parallel group from one process, and take what rank 0 returns."""
 
 import multiprocessing
+import pickle
 import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool.errors import BackendError, QtoolError
-from qtool.runtime.tensor_parallel import joined, rank_device
+from qtool.runtime.tensor_parallel import join_ranks, rank_device
 
 LEAVE_SECONDS = 30
 """For ranks to end after one of them has failed, before they are killed."""
@@ -53,7 +54,7 @@ def _result(pipes: list[Connection], ranks: list[Any]) -> Any:  # noqa: ANN401
         for ready in wait([pipe for n, pipe in enumerate(pipes) if n not in said]):
             number = pipes.index(ready)  # type: ignore[arg-type]
             try:
-                error, said[number] = pipes[number].recv()
+                error, said[number] = pickle.loads(pipes[number].recv_bytes())
             except EOFError:
                 ranks[number].join()
                 error = f"its exit status is {ranks[number].exitcode}."
@@ -63,14 +64,22 @@ def _result(pipes: list[Connection], ranks: list[Any]) -> Any:  # noqa: ANN401
 
 
 def _rank(
-    number: int, count: int, store: str, pipe: Connection, run: Callable[..., Any], given: Any
+    number: int,
+    count: int,
+    store: str,
+    pipe: Connection,
+    run: Callable[..., Any],
+    given: tuple[Any, ...],
 ) -> None:
     """Be one rank."""
+    answer: tuple[str | None, Any]
     try:
         device = rank_device(number, count)
-        with joined(rank=number, world_size=count, device=device, init_method=store) as group:
+        with join_ranks(rank=number, world_size=count, device=device, init_method=store) as group:
             result = run(group, *given)
-        pipe.send((None, result if group.leads else None))
+        answer = (None, result if group.leads else None)
     except QtoolError as error:
-        pipe.send((str(error), None))
-        raise SystemExit(1) from None
+        answer = (str(error), None)
+    pipe.send_bytes(pickle.dumps(answer))  # by value: this process may end before it is read
+    if answer[0] is not None:
+        raise SystemExit(1)

@@ -22,6 +22,8 @@ from qtool.runtime.tensor_parallel import TensorParallel, even_parts
 
 ROW_UNIT = 16
 """Rows that are kept together where heads don't say how many: a tile of the kernels."""
+GROUP = "_qtool_ranks"
+"""Attribute of a model that is spread."""
 AnyWeight = QuantizedTensor | Tensor
 """A weight that is quantized, or one that isn't."""
 
@@ -43,8 +45,7 @@ def narrow_to(weight: AnyWeight, dim: int, part: range) -> AnyWeight:
 def spread_model(model: CausalModel, group: TensorParallel | None) -> CausalModel:
     """Leave of a model what this rank has, and bring that to the rank's device.
 
-    Its forward and `generate` then are collective: every rank calls them alike. Ranks draw random
-    numbers alike from now on: rank 0's seed is set on all.
+    Its forward and `generate` then are collective: every rank calls them alike.
 
     Args:
         model: Loaded, in evaluation mode, whole on each rank; best on the CPU.
@@ -70,9 +71,19 @@ def spread_model(model: CausalModel, group: TensorParallel | None) -> CausalMode
         cut.mlp(layer.mlp)
     if not _is_tied(model):
         _Cut(group, "The head").head(model)
-    seed = torch.tensor([torch.initial_seed() % 2**62], device=group.device)
-    torch.manual_seed(int(group.broadcast(seed)))
+    setattr(model, GROUP, group)
     return model.to(group.device)
+
+
+def draw_alike(model: CausalModel) -> None:
+    """Let ranks that share a model draw the same random numbers: rank 0's; others change nothing.
+
+    `generate` does so as it begins: ranks that choose other tokens would wait for one another.
+    """
+    group = getattr(model, GROUP, None)
+    if group is not None:
+        seed = torch.randint(2**62, (1,)).to(group.device)
+        torch.manual_seed(int(group.broadcast(seed)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,10 @@ from qtool import settings
 from qtool.errors import BackendError
 from qtool.runtime.watched_ranks import RankWatch
 
-GRACE_SECONDS = 1
-JOIN_SECONDS = 120
-"""For all ranks to meet; each imports torch and finds its card before."""
+NOTICE_SECONDS = 1
+"""For the watch to say that a rank has ended, before the error that follows is told."""
+PATIENCE, IDLE = timedelta(minutes=10), timedelta(days=365)
+"""For ranks to meet, and for one another's devices; and for what rank 0 has to tell."""
 
 _GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """Under its name since torch 2.13, and before."""
@@ -72,9 +73,16 @@ class TensorParallel:
             dist.all_gather_object(found, mine, group=_hosts())
         return found
 
+    def of_leader(self, value: Any = None) -> Any:  # noqa: ANN401
+        """Return what rank 0 gives, which others wait for as long as it takes."""
+        told = [value]
+        with _said(self):
+            dist.broadcast_object_list(told, 0, group=_hosts())
+        return told[0]
+
 
 @contextmanager
-def joined(
+def join_ranks(
     *,
     rank: int,
     world_size: int,
@@ -105,7 +113,7 @@ def joined(
             init_method=init_method,
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=JOIN_SECONDS),
+            timeout=PATIENCE,
             device_id=device if on_card else None,
         )
     watch = RankWatch(rank, group.gather_objects(RankWatch.own_process()))
@@ -138,7 +146,7 @@ def launched() -> Iterator[TensorParallel | None]:
             f"{told.local_world_size}. Start all with torchrun --standalone on one host."
         )
     device = rank_device(told.local_rank, told.world_size)
-    with joined(rank=told.rank, world_size=told.world_size, device=device) as group:
+    with join_ranks(rank=told.rank, world_size=told.world_size, device=device) as group:
         yield group
 
 
@@ -164,7 +172,7 @@ _LATER: list[Any] = []
 def _hosts() -> Any:  # noqa: ANN401
     """Return the group through which hosts talk, whatever the device: made once, by all ranks."""
     if not _LATER:
-        _LATER.append(dist.new_group(backend="gloo"))
+        _LATER.append(dist.new_group(backend="gloo", timeout=IDLE))
     return _LATER[0]
 
 
@@ -174,7 +182,7 @@ def _said(group: TensorParallel) -> Iterator[None]:
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        time.sleep(GRACE_SECONDS)  # if one has ended, the watch says so and ends this process
+        time.sleep(NOTICE_SECONDS)  # if one has ended, the watch says so and ends this process
         text = " ".join(str(error).split("\n")[0].split())
         others = ", ".join(str(n) for n in range(group.world_size) if n != group.rank)
         raise BackendError(

@@ -138,7 +138,7 @@ def _head(
     generator: torch.Generator,
     group: TensorParallel | None,
 ) -> Projection:
-    parts = group and even_parts(table.out_features, TILE_ROWS, group.world_size)
+    parts = even_parts(table.out_features, TILE_ROWS, group.world_size) if group else None
     if group is None or parts is None:
         return _projection(table, scheme, generator)
     rows = tuple(map(len, parts))

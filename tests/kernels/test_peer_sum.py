@@ -16,7 +16,9 @@ def inputs(rank: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [normal(*size, seed=10 * index + rank).to(dtype) for index, size in enumerate(SIZES)]
 
 
-def sums(group: TensorParallel, boxes: list[torch.Tensor], dtype: torch.dtype) -> list:
+def sums(
+    group: TensorParallel, boxes: list[torch.Tensor], dtype: torch.dtype
+) -> list[torch.Tensor]:
     recorder = Recorder()
     addresses = torch.tensor([box.data_ptr() for box in boxes])
     add = PeerSum(group, recorder, addresses)
@@ -35,8 +37,8 @@ def test_sums_are_rounded_once_and_alike_on_all_ranks(ranks, dtype):
     found = on_ranks(sums, shared, dtype, count=ranks)
     for mine in found:
         for index, y in enumerate(mine):
-            wide = sum(inputs(rank, dtype)[index].float() for rank in range(ranks))
-            assert torch.equal(y, wide.to(dtype))
+            wide = torch.stack([inputs(rank, dtype)[index].float() for rank in range(ranks)])
+            assert torch.equal(y, wide.sum(0).to(dtype))
             assert torch.equal(y, found[0][index])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qtool.runtime.tensor_parallel import TensorParallel, joined
+from qtool.runtime.tensor_parallel import TensorParallel, join_ranks
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def _rank(number: int, count: int, store: str, run: Callable[..., Any], given: Any) -> Any:
     torch.set_num_threads(1)
     try:
-        with joined(rank=number, world_size=count, device=CPU, init_method=store) as group:
+        with join_ranks(rank=number, world_size=count, device=CPU, init_method=store) as group:
             return run(group, *given)
     except BaseException:
         traceback.print_exc()

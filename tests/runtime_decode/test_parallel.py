@@ -9,12 +9,15 @@ import torch
 from qtool.base import CausalModel
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.errors import BackendError
+from qtool.integrations.transformers.generate import accelerate, use_runner
 from qtool.runtime.backends.dense import BACKEND
 from qtool.runtime.decode.read_model import weights_of
 from qtool.runtime.decode.runner import DecodeRunner
 from qtool.runtime.modules import QuantizedLinear
 from qtool.runtime.spread import spread_model
 from qtool.scheme import Shape2D, WeightScheme
+from qtool.serving.decoders import ForwardDecoder, SlotDecoder
+from qtool.serving.shared_decoder import LeadingDecoder, follow
 from tests import families
 from tests.contract.test_codecs import random_tensor
 from tests.runtime_decode.models import build, prompt
@@ -80,9 +83,14 @@ def test_quantized_weights_are_cut_at_their_groups(changes):
 
 
 def test_heads_that_do_not_divide_are_spread_unevenly():
-    changes = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
 
-    check(families.build("llama", **changes).float(), [[4, 2], [2, 1]], batch=1)
+    check(
+        families.build(
+            "llama", hidden_size=96, num_attention_heads=6, num_key_value_heads=3
+        ).float(),
+        [[4, 2], [2, 1]],
+        batch=1,
+    )
 
 
 def refusal(group: TensorParallel, model: CausalModel) -> str:
@@ -103,24 +111,22 @@ def test_groups_too_wide_are_refused():
 
 STUCK = """
 import sys, torch
-from qtool.runtime.tensor_parallel import joined
+from qtool.runtime.tensor_parallel import join_ranks
 rank, store = int(sys.argv[1]), sys.argv[2]
-with joined(rank=rank, world_size=2, device=torch.device("cpu"), init_method=store) as group:
+with join_ranks(rank=rank, world_size=2, device=torch.device("cpu"), init_method=store) as group:
     print("joined", flush=True)
     if rank == 1:
         sys.stdin.read()
     while True:
-        {wait}
+        group.all_reduce(torch.ones(4))
 """
-WAITS = {"a sum": "group.all_reduce(torch.ones(4))", "no collective": "sys.stdin.read()"}
 
 
-@pytest.mark.parametrize("wait", WAITS)
-def test_a_rank_that_is_killed_ends_the_other_with_a_sentence(wait, tmp_path):
-    code, store = STUCK.format(wait=WAITS[wait]), f"file://{tmp_path}/store"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+def test_a_rank_that_is_killed_ends_the_other_with_a_sentence(tmp_path):
+    code, store = STUCK, f"file://{tmp_path}/store"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     ranks = [
-        subprocess.Popen([sys.executable, "-c", code, str(n), store], text=True, **pipes)
+        subprocess.Popen([sys.executable, "-c", code, str(n), store], text=True, **pipes)  # type: ignore[call-overload]
         for n in range(2)
     ]
     try:
@@ -133,3 +139,39 @@ def test_a_rank_that_is_killed_ends_the_other_with_a_sentence(wait, tmp_path):
             rank.communicate()
     assert status == 1
     assert told.splitlines()[-1].startswith("Error: rank 1 of 2 has ended, so rank 0 can't go on")
+
+
+def served(group: TensorParallel | None, model: CausalModel) -> list[torch.Tensor]:
+    """Return logits of two sequences, of which the first ends first; of rank 0."""
+    decoder: SlotDecoder = ForwardDecoder(spread_model(model, group), max_length=32, slots=2)
+    if group is not None and not group.leads:
+        follow(decoder, group)
+        return []
+    leading = decoder if group is None else LeadingDecoder(decoder, group)
+    said = [leading.prefill(0, [[5, 6, 7], [8, 9]])]
+    said.append(leading.step(said[-1].argmax(-1))[0])
+    leading.remove(0, 1, 3)
+    said.append(leading.step(said[-1].argmax(-1)[1:])[0])
+    if isinstance(leading, LeadingDecoder):
+        leading.end()
+    return said
+
+
+def test_other_ranks_follow_the_one_that_serves():
+    found, followed = on_ranks(served, build("llama"))
+    assert followed == []
+    for mine, expected in zip(found, served(None, build("llama")), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-5)
+
+
+def draws(group: TensorParallel, model: CausalModel) -> torch.Tensor:
+    torch.manual_seed(group.rank)
+    spread_model(accelerate(model), group)
+    return model.generate(prompt(1, 5), max_new_tokens=12, do_sample=True, pad_token_id=0)
+
+
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_ranks_of_other_seeds_draw_the_same_tokens(mode):
+    with use_runner(mode):
+        first, second = on_ranks(draws, build("llama"))
+    assert torch.equal(first, second)

@@ -111,8 +111,6 @@ def sample(decoder: SharedRunner, input_ids: Tensor, arguments: Mapping[str, Any
         scores = processors(input_ids, logits.to(copy=True, dtype=torch.float32))
         if config.do_sample:
             tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-            if decoder.weights.group is not None:  # ranks may draw differently
-                tokens = decoder.weights.group.broadcast(tokens)
         else:
             tokens = torch.argmax(scores, dim=-1)
         if ends:

@@ -73,6 +73,10 @@ class ParallelOps:
         """Return what the operations of this rank share among blocks."""
         return self._ops.scratch(shape, batch, max_length, device)
 
+    def whole_step(self, weights: DecoderWeights, state: DecodeState) -> None:
+        """Return None: sums come between the operations."""
+        del weights, state
+
 
 def spread_ops(
     ops: DecodeOps, weights: DecoderWeights, sum_over_ranks: Sum | None = None

@@ -131,7 +131,7 @@ class CudaBackend:
         if not all(can_capture(layer.experts) for layer in weights.layers if layer.experts):
             return None
         ops, group = KernelOps(launch, card_of(device.index or 0)), weights.group
-        return spread_ops(ops, weights, group and sum_over_peers(group, launch))
+        return spread_ops(ops, weights, sum_over_peers(group, launch) if group else None)
 
 
 def _matmul(x: Tensor, weight: KernelWeight) -> Tensor:
