@@ -22,7 +22,7 @@ from qtool.runtime.watched_ranks import RankWatch
 
 NOTICE_SECONDS = 1
 """For the watch to say that a rank has ended, before the error that follows is told."""
-PATIENCE, IDLE = timedelta(minutes=10), timedelta(days=365)
+COLLECTIVE_TIMEOUT, LEADER_TIMEOUT = timedelta(minutes=10), timedelta(days=365)
 """For ranks to meet, and for one another's devices; and for what rank 0 has to tell."""
 
 _GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -113,7 +113,7 @@ def join_ranks(
             init_method=init_method,
             rank=rank,
             world_size=world_size,
-            timeout=PATIENCE,
+            timeout=COLLECTIVE_TIMEOUT,
             device_id=device if on_card else None,
         )
     watch = RankWatch(rank, group.gather_objects(RankWatch.own_process()))
@@ -172,7 +172,7 @@ _LATER: list[Any] = []
 def _hosts() -> Any:  # noqa: ANN401
     """Return the group through which hosts talk, whatever the device: made once, by all ranks."""
     if not _LATER:
-        _LATER.append(dist.new_group(backend="gloo", timeout=IDLE))
+        _LATER.append(dist.new_group(backend="gloo", timeout=LEADER_TIMEOUT))
     return _LATER[0]
 
 

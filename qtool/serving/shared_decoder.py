@@ -1,4 +1,4 @@
-"""Sequences of a model that ranks share: rank 0 decides, the others repeat what its decoder does."""
+"""Sequences of a model that ranks share: rank 0 decides, the others repeat what it does."""
 
 import signal
 import threading
