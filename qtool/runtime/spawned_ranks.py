@@ -13,7 +13,7 @@ from qtool.runtime.tensor_parallel import join_ranks, rank_device
 
 START_METHOD = "spawn"
 """A forked process couldn't use a card that this one has used."""
-LEAVE_SECONDS = 30
+END_SECONDS = 30
 """For ranks to end after one of them has failed, before they are killed."""
 
 
@@ -29,7 +29,7 @@ def on_ranks(count: int, run: Callable[..., Any], *given: Any) -> Any:  # noqa: 
         BackendError: a rank failed, with what it said, or ended without a word.
     """
     rank_device(0, count)
-    context = multiprocessing.get_context(START_METHOD)
+    context: Any = multiprocessing.get_context(START_METHOD)
     with tempfile.TemporaryDirectory(prefix="qtool-ranks-") as folder:
         store = (Path(folder) / "store").as_uri()
         pipes = [context.Pipe(duplex=False) for _ in range(count)]
@@ -44,7 +44,7 @@ def on_ranks(count: int, run: Callable[..., Any], *given: Any) -> Any:  # noqa: 
             return _result([ours for ours, _ in pipes], ranks)
         finally:
             for rank in ranks:
-                rank.join(LEAVE_SECONDS)
+                rank.join(END_SECONDS)
                 if rank.is_alive():
                     rank.kill()
 

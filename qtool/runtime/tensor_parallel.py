@@ -4,6 +4,8 @@ Every process is a rank of one `TensorParallel`: each has a part of the rows or 
 linears, and the same activations between them.
 """
 
+import gc
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from qtool import settings
 from qtool.errors import BackendError
 from qtool.runtime.watched_ranks import RankWatch
 
+LEAVE_SECONDS = 5
 NOTICE_SECONDS = 1
 """For the watch to say that a rank has ended, before the error that follows is told."""
 COLLECTIVE_TIMEOUT, LEADER_TIMEOUT = timedelta(minutes=10), timedelta(days=365)
@@ -124,7 +127,15 @@ def join_ranks(
         watch.stop()
     finally:
         _LATER.clear()
-        dist.destroy_process_group()
+        _leave()
+
+
+def _leave() -> None:
+    """Let go of the group; not for ever, as NCCL waits for what failed and for living graphs."""
+    gc.collect()
+    leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    leaving.start()
+    leaving.join(LEAVE_SECONDS)
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 #pragma once
 #define QTOOL_HOST
 #include <algorithm>
+#include <sched.h>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -95,7 +96,8 @@ DEVICE void store_far(quad *place, quad v) { // of another process: halves of 8 
         __atomic_store_n((uint64_t *)place + i, both, __ATOMIC_RELAXED);
     }
 }
-DEVICE quad load_far(const quad *place) {
+DEVICE quad load_far(const quad *place) { // who asks may wait for that process
+    sched_yield();
     uint64_t both[2] = {__atomic_load_n((const uint64_t *)place, __ATOMIC_RELAXED),
                         __atomic_load_n((const uint64_t *)place + 1, __ATOMIC_RELAXED)};
     return quad{(unsigned)both[0], (unsigned)(both[0] >> 32), (unsigned)both[1], (unsigned)(both[1] >> 32)};

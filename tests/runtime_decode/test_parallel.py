@@ -10,6 +10,7 @@ from qtool.base import CausalModel
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.errors import BackendError
 from qtool.integrations.transformers.generate import accelerate, use_runner
+from qtool.runtime.backends._choose import use_backend
 from qtool.runtime.backends.dense import BACKEND
 from qtool.runtime.decode.read_model import weights_of
 from qtool.runtime.decode.runner import DecodeRunner
@@ -29,7 +30,7 @@ BLOCKS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def quantized(kind: str = "llama", group_size: int | None = 16, **changes) -> CausalModel:
-    """Return a model of random binary-coded linears."""
+    """Return a model of random binary-coded linears, multiplied by torch."""
     model = build(kind)
     for name, module in list(model.named_modules()):
         parent, _, own = name.rpartition(".")
@@ -38,7 +39,8 @@ def quantized(kind: str = "llama", group_size: int | None = 16, **changes) -> Ca
             scheme = WeightScheme(**{"num_bits": 3, "group_size": group_size, **changes})
             tensor = random_tensor("binary_coding", scheme, shape, len(name))
             entry = LayerEntry(format="binary_coding", scheme=scheme, shape=shape, method="bcq")
-            new = QuantizedLinear(entry, module.bias)
+            with use_backend("dense"):
+                new = QuantizedLinear(entry, module.bias)
             small = {n: p * 0.1 if p.is_floating_point() else p for n, p in tensor.parts.items()}
             new.load_state_dict(small, strict=False)
             new.bias = module.bias

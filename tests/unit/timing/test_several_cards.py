@@ -14,11 +14,14 @@ from qtool.runtime.tensor_parallel import TensorParallel
 from qtool.scheme import WeightScheme
 from qtool.timing import synthetic, workload
 from tests.runtime_decode.ranks import on_ranks
-from tests.unit.timing.test_shapes import CPU, TINY
+from tests.unit.timing.rig import TINY
+
+assert TINY.decoder is not None
+SIZES, CPU = TINY.decoder, torch.device("cpu")
 
 
 def said(group: TensorParallel, scheme: WeightScheme | None) -> tuple[list[int], torch.Tensor]:
-    weights = synthetic.random_decoder(TINY.decoder, scheme, CPU, group)
+    weights = synthetic.random_decoder(SIZES, scheme, CPU, group)
     runner = DecodeRunner(weights, ParallelOps(OPS, group.all_reduce), max_length=16)
     logits = runner.prefill(torch.tensor([[1, 2, 3]]))
     shape = weights.shape
@@ -28,7 +31,7 @@ def said(group: TensorParallel, scheme: WeightScheme | None) -> tuple[list[int],
 @pytest.mark.parametrize("scheme", [None, WeightScheme(num_bits=2, group_size=32)], ids=str)
 def test_ranks_have_their_heads_and_choose_alike(scheme):
     first, second = on_ranks(said, scheme)
-    half = [TINY.decoder.num_heads // 2, TINY.decoder.num_key_value_heads // 2]
+    half = [SIZES.num_heads // 2, SIZES.num_key_value_heads // 2]
     assert first[0] == second[0] == half
     assert torch.equal(first[1], second[1])
 
@@ -36,7 +39,7 @@ def test_ranks_have_their_heads_and_choose_alike(scheme):
 def test_more_cards_than_heads_are_refused():
     group = TensorParallel(0, 64, CPU)
     with pytest.raises(BackendError, match="key-value heads are too few for 64 cards"):
-        synthetic.random_decoder(TINY.decoder, None, CPU, group)
+        synthetic.random_decoder(SIZES, None, CPU, group)
 
 
 def test_models_can_be_handed_to_another_process():
@@ -44,7 +47,7 @@ def test_models_can_be_handed_to_another_process():
     models = workload.synthetic_workload("tiny", TINY, scheme, None, CPU).models
     again = pickle.loads(pickle.dumps(models))
     assert [model.name for model in again] == [model.name for model in models]
-    assert len(again[0].load().layers) == TINY.decoder.num_layers
+    assert len(again[0].load().layers) == SIZES.num_layers
 
 
 def answered(group: TensorParallel, fails: bool) -> float:

@@ -56,8 +56,7 @@ class NativeOps(TorchOps):
         return silu_times(self.linear(x, gate_up))
 
     def whole_step(self, weights: DecoderWeights, state: DecodeState) -> NativeStep | None:
-        """Return the native step; None: it knows neither experts nor codes in the cache,
-        nor other ranks."""
+        """Return the native step; None where there are experts, codes in the cache, ranks."""
         del weights
         if self._table is None or state.key_scales is not None:
             return None
