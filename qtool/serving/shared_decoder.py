@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qtool.runtime.tensor_parallel import TensorParallel
-from qtool.serving.decoders import SlotDecoder
+from qtool.serving.decoders import PromptPart, SlotDecoder
 
 
 class LeadingDecoder:
@@ -17,7 +17,7 @@ class LeadingDecoder:
     def __init__(self, decoder: SlotDecoder, group: TensorParallel) -> None:
         self._decoder, self._group = decoder, group
         self.slots, self.max_length = decoder.slots, decoder.max_length
-        self.lookahead, self.prefill_tokens = decoder.lookahead, decoder.prefill_tokens
+        self.lookahead, self.prompts_at_once = decoder.lookahead, decoder.prompts_at_once
 
     @property
     def device(self) -> torch.device:
@@ -28,10 +28,14 @@ class LeadingDecoder:
         """Do what would make the first requests wait; the others do it by themselves."""
         self._decoder.prepare()
 
-    def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Begin sequences on all ranks."""
-        self._group.of_leader(("prefill", first, [list(prompt) for prompt in prompts]))
-        return self._decoder.prefill(first, prompts)
+    def prompt_tokens(self, running: int) -> int:
+        """Return what this rank's decoder says: the others read what it reads."""
+        return self._decoder.prompt_tokens(running)
+
+    def read(self, parts: Sequence[PromptPart]) -> Tensor:
+        """Read parts of prompts on all ranks."""
+        self._group.of_leader(("read", list(parts)))
+        return self._decoder.read(parts)
 
     def step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Append tokens on all ranks, which get them from this one's device."""
@@ -59,8 +63,8 @@ def follow(decoder: SlotDecoder, group: TensorParallel) -> None:
             signal.signal(number, signal.SIG_IGN)
     while True:
         match group.of_leader():
-            case ("prefill", first, prompts):
-                decoder.prefill(first, prompts)
+            case ("read", parts):
+                decoder.read(parts)
             case ("step", running):
                 tokens = torch.empty(running, dtype=torch.int64, device=decoder.device)
                 decoder.step(group.broadcast(tokens))

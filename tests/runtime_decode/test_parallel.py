@@ -17,7 +17,7 @@ from qtool.runtime.decode.runner import DecodeRunner
 from qtool.runtime.modules import QuantizedLinear
 from qtool.runtime.spread import spread_model
 from qtool.scheme import Shape2D, WeightScheme
-from qtool.serving.decoders import ForwardDecoder, SlotDecoder
+from qtool.serving.decoders import ForwardDecoder, PromptPart, SlotDecoder
 from qtool.serving.shared_decoder import LeadingDecoder, follow
 from tests import families
 from tests.contract.test_codecs import random_tensor
@@ -150,7 +150,7 @@ def served(group: TensorParallel | None, model: CausalModel) -> list[torch.Tenso
         follow(decoder, group)
         return []
     leading = decoder if group is None else LeadingDecoder(decoder, group)
-    said = [leading.prefill(0, [[5, 6, 7], [8, 9]])]
+    said = [leading.read([PromptPart(0, 0, [5, 6, 7]), PromptPart(1, 0, [8, 9])])]
     said.append(leading.step(said[-1].argmax(-1))[0])
     leading.remove(0, 1, 3)
     said.append(leading.step(said[-1].argmax(-1)[1:])[0])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qtool.runtime.decode.ops import DecodeOps, DecodeState
+from qtool.runtime.decode.prompts import PackedPrompts
 from qtool.runtime.decode.weights import (
     DecoderExperts,
     DecoderLayer,
@@ -62,6 +63,22 @@ class ParallelOps:
     ) -> Tensor:
         """Attend by this rank's heads."""
         return self._ops.attend(qkv, layer, index, shape, state)
+
+    def attend_prompts(
+        self,
+        qkv: Tensor,
+        layer: DecoderLayer,
+        index: int,
+        shape: DecoderShape,
+        state: DecodeState,
+        prompts: PackedPrompts,
+    ) -> Tensor:
+        """Attend within prompts by this rank's heads."""
+        return self._ops.attend_prompts(qkv, layer, index, shape, state, prompts)
+
+    def draw(self, logits: Tensor, likeliest: Tensor, options: Tensor) -> Tensor | None:
+        """Draw tokens: of logits that are whole on all ranks."""
+        return self._ops.draw(logits, likeliest, options)
 
     def choose(self, logits: Tensor, state: DecodeState) -> None:
         """Take the likeliest tokens: the same on all ranks, whose logits are."""
