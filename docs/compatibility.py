@@ -184,7 +184,7 @@ ENGINES = """| program | quantized model |
 | lm-eval | yes: `qtool eval --tasks` ([evaluation.md](evaluation.md)), `lm_eval --model hf` |
 | vLLM | yes, by a plug-in that it finds by itself ([vllm.md](vllm.md)) |
 | llama.cpp, TensorRT-LLM, Ollama | no: nothing is exported to their formats yet |
-| several cards | not tested |
+| several cards | [under `torchrun`](several-cards.md); `device_map` isn't tested |
 
 ### Found without an import
 

@@ -87,6 +87,18 @@ DEVICE u64 load_through(const u64 *place) {
 // e^x, to one unit in the last place.
 DEVICE double power_of_e(double x) { return exp(x); }
 
+// 16 bytes that another card reads or writes; each half of 8 bytes comes as a whole.
+DEVICE void store_far(quad *place, quad v) {
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1,%2,%3,%4};"
+                 :: "l"(place), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+DEVICE quad load_far(const quad *place) {
+    quad v;
+    asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(place) : "memory");
+    return v;
+}
+
 DEVICE float half_to_float(u16 bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));

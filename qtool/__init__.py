@@ -20,10 +20,12 @@ _LAZY = {
     "WeightScheme": "qtool.scheme",
     "bench": "qtool.pipeline",
     "evaluate": "qtool.pipeline",
+    "launched": "qtool.runtime.tensor_parallel",
     "load_model": "qtool.modeling.load",
     "locate": "qtool.modeling.locate",
     "load_recipe": "qtool.recipe.load",
     "quantize": "qtool.pipeline",
+    "spread_model": "qtool.runtime.spread",
     "use_backend": "qtool.runtime.backends._choose",
     "use_kv_cache": "qtool.runtime.decode.cache",
 }

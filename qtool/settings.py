@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 VARIABLES = {
     "QTOOL_BACKEND": "run quantized layers with this backend; default: the best that can",
@@ -88,3 +88,19 @@ def cache_dir() -> Path:
         return Path.home() / ".cache" / "qtool"
     except RuntimeError:
         return Path(tempfile.gettempdir()) / "qtool-cache"
+
+
+class LaunchedRank(NamedTuple):
+    """What `torchrun` tells each process that it starts."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def launched_rank() -> LaunchedRank | None:
+    """Return which of the processes that `torchrun` started this one is; None: it wasn't."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    told = [os.environ.get(name, "") for name in names]
+    return LaunchedRank(*map(int, told)) if all(map(str.isdecimal, told)) else None

@@ -29,7 +29,7 @@ NO_ORIGINAL = (
     "Give it with --baseline MODEL."
 )
 NEEDING = {
-    "--gpu": ("kernel", "peers", "plot", "kv_cache"),
+    "--gpu": ("kernel", "peers", "plot", "kv_cache", "gpus"),
     "--synthetic": ("bits", "group_size", "input_bits"),
 }
 CLASHES = {
@@ -38,7 +38,7 @@ CLASHES = {
 }
 _of_gpu = in_panel("With --gpu")
 _of_cpu = in_panel("On the CPU")
-SHAPES = "llama3-8b, llama2-7b, llama2-70b-layer, opt-175b-layer or llama3-8b-heads"
+SHAPES = "llama3-8b, llama2-7b, llama2-70b, llama2-70b-layer, opt-175b-layer or llama3-8b-heads"
 
 
 def bench(
@@ -89,6 +89,10 @@ def bench(
         bool,
         _of_gpu("--peers", help="Also time torchao, GemLite and bitsandbytes, where installed."),
     ] = False,
+    gpus: Annotated[
+        int,
+        _of_gpu("--gpus", metavar="N", min=1, help="Also decode on N cards that share each layer."),
+    ] = 1,
     plot: Annotated[Path | None, _of_gpu(help="Draw the roofline: .png or .svg.")] = None,
     gguf: Annotated[
         list[Path] | None,
@@ -123,6 +127,8 @@ def bench(
       qtool bench --synthetic llama3-8b --bits 2
 
       qtool bench --tune
+
+      qtool bench --synthetic llama2-70b --bits 3 --gpus 2
     """
     _check_usage(context)
     check_targets([json_file, plot])
@@ -145,6 +151,7 @@ def bench(
                 inputs=ActivationScheme(num_bits=input_bits) if input_bits else None,
                 kernel=kernel,
                 peers=peers,
+                gpus=gpus,
                 plot=plot,
                 kv_cache=kv_cache,
             )
@@ -184,6 +191,8 @@ def _check_usage(context: typer.Context) -> None:
     given = {
         name for name, value in context.params.items() if value not in (None, False, 0, [], ())
     }
+    if context.params["gpus"] == 1:
+        given.discard("gpus")
     modes = (
         {"--synthetic", "--gpu"} if "synthetic" in given else {f"--{n}" for n in given & {"gpu"}}
     )

@@ -39,6 +39,8 @@ class GpuOptions:
     """The kernel to run; None: the one chosen for each layer and batch size."""
     peers: bool = False
     """Also time kernels of other libraries, where they are installed."""
+    gpus: int = 1
+    """Also run the whole models on so many cards, which share each layer."""
     plot: Path | None = None
     """Where the roofline goes, .png or .svg."""
     kv_cache: KvCache | None = None
@@ -120,12 +122,14 @@ def _kernels(
     """Time kernels, of a checkpoint or of shapes."""
     from qtool.report import roofline as plots
     from qtool.runtime.backends.cuda.selection import KERNELS
-    from qtool.timing import gpu, machine, shapes, workload
+    from qtool.runtime.tensor_parallel import rank_device
+    from qtool.timing import gpu, machine, several_cards, shapes, workload
     from qtool.timing.quantized_inputs import input_cases
 
     kernel, device = options.kernel, machine.require_card()
     if kernel is not None:
         check_name(kernel, KERNELS, "kernels")
+    rank_device(0, options.gpus)
     if options.plot is not None:
         plots.check_plot(options.plot)
     if options.synthetic is not None:
@@ -143,6 +147,10 @@ def _kernels(
         result = gpu.time_workload(
             work, gpu.on_card(device, kernel), versions(), with_peers=options.peers, emit=emit
         )
+    if options.gpus > 1 and work.models:
+        emit(Progress(f"time models on {options.gpus} cards"))
+        several = several_cards.time_on_cards(work.models, options.gpus, options.kv_cache)
+        result = replace(result, several_cards=several)
     if options.plot is not None:
         plots.draw_roofline(options.plot, result)
     return result

@@ -1,18 +1,23 @@
 """`serve`: a model behind OpenAI's API."""
 
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qtool.base import Emit, Progress, ignore_events
-from qtool.modeling.load import load_model
+from qtool.modeling.load import LoadedModel
 from qtool.modeling.locate import Location
-from qtool.pipeline.imported import as_ours
+from qtool.pipeline.shared_model import load_shared
 from qtool.runtime.backends._choose import use_backend
 from qtool.runtime.decode.cache import use_kv_cache
+from qtool.runtime.tensor_parallel import launched
+from qtool.serving.decoders import SlotDecoder
 from qtool.serving.installed import check_servable
 from qtool.serving.opening import DecoderOptions, open_decoder, served_model
+from qtool.serving.shared_decoder import LeadingDecoder, follow
 from qtool.settings import KvCache
 
 if TYPE_CHECKING:
@@ -54,29 +59,53 @@ def serve(
 ) -> Iterator[Service]:
     """Load a model, and give what serves it.
 
+    Under `torchrun` ranks share it: rank 0 answers, the others only run their parts.
+
     Raises:
         MissingExtraError: FastAPI or uvicorn isn't installed.
         OutputError: the port is taken.
         BackendError: the model doesn't fit; by `run`: it couldn't run any more.
     """
     check_servable()
-    from qtool.serving.engine import Engine
-    from qtool.serving.responder import Responder
-    from qtool.serving.server import bound_socket, run_server
+    from qtool.serving.server import bound_socket
 
-    executed = use_backend(options.backend), use_kv_cache(options.kv_cache)
-    with bound_socket(options.server) as listening, executed[0], executed[1]:
-        loaded = load_model(as_ours(model, emit))
+    with ExitStack() as stack:
+        group = stack.enter_context(launched())
+        leads = group is None or group.leads
+        listening = stack.enter_context(bound_socket(options.server)) if leads else None
+        stack.enter_context(use_backend(options.backend))
+        stack.enter_context(use_kv_cache(options.kv_cache))
+        loaded = load_shared(model, group, emit)
         emit(Progress(f"preparing {loaded.name}"))
         decoder = open_decoder(loaded, options.decoder)
         decoder.prepare()
-        engine = Engine(decoder, max_requests=options.max_requests)
-        responder = Responder(served_model(loaded), engine)
-        host, port = listening.getsockname()[:2]
-        yield Service(
-            name=loaded.name,
-            url=f"http://{f'[{host}]' if ':' in host else host}:{port}/v1",
-            slots=engine.slots,
-            max_length=engine.max_length,
-            run=lambda on_ready: run_server(responder, options.server, listening, on_ready),
-        )
+        if listening is None:
+            assert group is not None
+            run = partial(follow, decoder, group)
+            yield Service(loaded.name, "", decoder.slots, decoder.max_length, lambda _: run())
+        elif group is None:
+            yield _service(loaded, decoder, options, listening)
+        else:
+            leading = LeadingDecoder(decoder, group)
+            yield _service(loaded, leading, options, listening)
+            leading.end()
+
+
+def _service(
+    loaded: LoadedModel, decoder: SlotDecoder, options: ServeOptions, listening: socket.socket
+) -> Service:
+    """Return what answers requests."""
+    from qtool.serving.engine import Engine
+    from qtool.serving.responder import Responder
+    from qtool.serving.server import run_server
+
+    engine = Engine(decoder, max_requests=options.max_requests)
+    responder = Responder(served_model(loaded), engine)
+    host, port = listening.getsockname()[:2]
+    return Service(
+        name=loaded.name,
+        url=f"http://{f'[{host}]' if ':' in host else host}:{port}/v1",
+        slots=engine.slots,
+        max_length=engine.max_length,
+        run=lambda on_ready: run_server(responder, options.server, listening, on_ready),
+    )

@@ -9,6 +9,7 @@ from qtool.runtime.decode.cache import bytes_per_token, wanted_kv_cache
 from qtool.runtime.decode.ops import DecodeOps
 from qtool.runtime.decode.runner import DecodeRunner
 from qtool.runtime.decode.weights import DecoderWeights
+from qtool.runtime.tensor_parallel import TensorParallel
 from qtool.settings import KvCache
 from qtool.timing.machine import Clock
 from qtool.timing.synthetic import generator_on
@@ -23,7 +24,8 @@ class EndToEnd:
     """A model to be run as a whole."""
 
     name: str
-    load: Callable[[], DecoderWeights]
+    load: Callable[..., DecoderWeights]
+    """Takes the group of ranks that share the model, if any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +46,18 @@ class EndToEndResult:
 
 
 @torch.no_grad()
-def time_decoder(model: EndToEnd, ops: DecodeOps, clock: Clock) -> EndToEndResult:
+def time_decoder(
+    model: EndToEnd, ops: DecodeOps, clock: Clock, group: TensorParallel | None = None
+) -> EndToEndResult:
     """Load a model, run prompts and greedy decoding after them, and let go of it.
+
+    Of a group, every rank does so at once.
 
     Raises:
         QtoolError: the runner can't run it; the message says why.
     """
     before = clock.memory()
-    weights = model.load()
+    weights = model.load() if group is None else model.load(group)
     kind, length = wanted_kv_cache(), PROMPT_TOKENS + DECODE_TOKENS
     runner = DecodeRunner(weights, ops, max_length=length, kv_cache=kind)
     device = weights.final_norm.device

@@ -17,6 +17,7 @@ from qtool.timing.decode import EndToEndResult, time_decoder
 from qtool.timing.kernels import LayerTimes, Rig, time_layer
 from qtool.timing.machine import Clock, Machine, describe_card, l2_bytes
 from qtool.timing.quantized_inputs import InputTimes, time_quantized_inputs
+from qtool.timing.several_cards import SeveralCards
 from qtool.timing.timing import CudaTimer, copies, copy_bandwidth
 from qtool.timing.workload import Workload
 
@@ -46,6 +47,8 @@ class GpuResult:
     versions: dict[str, str]
     quantized_inputs: tuple[InputTimes, ...] = ()
     """Linears whose inputs are quantized, where that was asked for."""
+    several_cards: SeveralCards | None = None
+    """The models on several cards, where that was asked for."""
 
 
 def on_card(device: torch.device, kernel: str | None) -> Bench:

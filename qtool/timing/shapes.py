@@ -110,6 +110,16 @@ MODELS: dict[str, ModelShape] = {
         )
     ),
     "llama2-7b": _whole(LLAMA2_7B),
+    "llama2-70b": _whole(
+        replace(
+            LLAMA2_7B,
+            num_layers=80,
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_heads=64,
+            num_key_value_heads=8,
+        )
+    ),
     "llama2-70b-layer": _one_layer(
         qkv=(10240, 8192), o=(8192, 8192), gate_up=(57344, 8192), down=(8192, 28672)
     ),

@@ -1,17 +1,26 @@
 """Random weights made on the device: the speed of a kernel doesn't depend on what they hold."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import sqrt
 
 import torch
 from torch import Tensor
 
 from qtool.base import QuantizedTensor
+from qtool.errors import BackendError
 from qtool.formats import binary_coding
 from qtool.runtime.backends.cuda import linear_kernels
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.mixed import MixedWeight, joined_classes
-from qtool.runtime.decode.weights import DecoderLayer, DecoderShape, DecoderWeights, Projection
+from qtool.runtime.backends.cuda.tiles import TILE_ROWS
+from qtool.runtime.decode.weights import (
+    DecoderLayer,
+    DecoderShape,
+    DecoderWeights,
+    Projection,
+    RankPart,
+)
+from qtool.runtime.tensor_parallel import TensorParallel, even_parts
 from qtool.scheme import Shape2D, WeightScheme
 from qtool.timing.shapes import HEAD_BITS, DecoderSizes
 
@@ -74,26 +83,79 @@ def random_weight(
 
 
 def random_decoder(
-    decoder: DecoderSizes, scheme: WeightScheme | None, device: torch.device
+    decoder: DecoderSizes,
+    scheme: WeightScheme | None,
+    device: torch.device,
+    group: TensorParallel | None = None,
 ) -> DecoderWeights:
-    """Return a whole random model; the embedding is dense, without a scheme all else is too."""
-    generator = generator_on(device)
+    """Return a whole random model; the embedding is dense, without a scheme all else is too.
+
+    Of a group, what its rank has of a model, on the rank's device: parts of all ranks are as alike
+    as their sizes.
+
+    Raises:
+        BackendError: the model has too few heads for the ranks.
+    """
+    generator = generator_on(device if group is None else group.device)
     table = Shape2D(decoder.vocab_size, decoder.hidden_size)
     head_scheme = scheme and WeightScheme(num_bits=HEAD_BITS, group_size=scheme.group_size)
-    head = _projection(table, head_scheme, generator)  # first: packing it takes most room
+    head = _head(table, head_scheme, generator, group)  # first: packing it takes most room
     embedding = random_dense(table, DTYPE, generator)
-    layers = tuple(_layer(decoder, scheme, generator) for _ in range(decoder.num_layers))
+    if group is not None:
+        decoder = _of_rank(decoder, scheme, group)
+    layers = tuple(_layer(decoder, scheme, generator, group) for _ in range(decoder.num_layers))
     norm = _norm(decoder.hidden_size, generator)
-    powers = torch.arange(0, decoder.head_dim, 2, dtype=torch.float32, device=device)
+    powers = torch.arange(0, decoder.head_dim, 2, dtype=torch.float32, device=generator.device)
     frequencies = decoder.rope_theta ** (-powers / decoder.head_dim)
-    return DecoderWeights(_shape(decoder), embedding, layers, norm, head, frequencies)
+    shape = _shape(decoder)
+    return DecoderWeights(shape, embedding, layers, norm, head, frequencies, group=group)
+
+
+def _of_rank(
+    decoder: DecoderSizes, scheme: WeightScheme | None, group: TensorParallel
+) -> DecoderSizes:
+    """Return the sizes of what a rank has."""
+    unit = (scheme and scheme.group_size) or 1
+    heads = even_parts(decoder.num_key_value_heads, 1, group.world_size)
+    inner = even_parts(decoder.intermediate_size, unit, group.world_size)
+    if heads is None or inner is None:
+        raise BackendError(
+            f"{decoder.num_key_value_heads} key-value heads are too few for {group.world_size} "
+            "cards. Time fewer."
+        )
+    own, queries = len(heads[group.rank]), decoder.num_heads // decoder.num_key_value_heads
+    return replace(
+        decoder,
+        num_key_value_heads=own,
+        num_heads=own * queries,
+        intermediate_size=len(inner[group.rank]),
+    )
+
+
+def _head(
+    table: Shape2D,
+    scheme: WeightScheme | None,
+    generator: torch.Generator,
+    group: TensorParallel | None,
+) -> Projection:
+    parts = even_parts(table.out_features, TILE_ROWS, group.world_size) if group else None
+    if group is None or parts is None:
+        return _projection(table, scheme, generator)
+    rows = tuple(map(len, parts))
+    own = table._replace(out_features=rows[group.rank])
+    return RankPart(_projection(own, scheme, generator), group, rows)
 
 
 def _layer(
-    decoder: DecoderSizes, scheme: WeightScheme | None, generator: torch.Generator
+    decoder: DecoderSizes,
+    scheme: WeightScheme | None,
+    generator: torch.Generator,
+    group: TensorParallel | None,
 ) -> DecoderLayer:
     shapes = decoder.linears().items()
     linears = {name: _projection(shape, scheme, generator) for name, shape in shapes}
+    if group is not None:
+        linears |= {name: RankPart(linears[name], group) for name in ("o", "down")}
     return DecoderLayer(
         input_norm=_norm(decoder.hidden_size, generator),
         qkv=linears["qkv"],

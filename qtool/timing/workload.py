@@ -16,6 +16,8 @@ from qtool.runtime.backends.cuda.selection import STORED_KERNELS
 from qtool.runtime.decode.read_model import weights_of, why_not
 from qtool.runtime.decode.weights import DecoderWeights, Projections
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, TiedHead
+from qtool.runtime.spread import spread_model
+from qtool.runtime.tensor_parallel import TensorParallel
 from qtool.scheme import WeightScheme
 from qtool.timing.decode import EndToEnd
 from qtool.timing.kernels import Layer, Timeable
@@ -79,10 +81,16 @@ def checkpoint_workload(
 
 
 def _whole(model: Location, device: torch.device) -> EndToEnd:
-    def load() -> DecoderWeights:
-        return weights_of(load_model(model, device=device, dtype=DTYPE).model, backend=cuda.BACKEND)
+    return EndToEnd(model.public_name or str(model.path), partial(_load, model, device))
 
-    return EndToEnd(model.public_name or str(model.path), load)
+
+def _load(
+    model: Location, device: torch.device, group: TensorParallel | None = None
+) -> DecoderWeights:
+    """Load a model; of a group, each rank loads it whole into the host's memory first."""
+    first = device if group is None else torch.device("cpu")
+    loaded = load_model(model, device=first, dtype=DTYPE).model
+    return weights_of(spread_model(loaded, group), backend=cuda.BACKEND)
 
 
 def distinct(

@@ -22,12 +22,14 @@ PYTHON = {
     "docs/serve.md": "test_serving.py",
     **{f"docs/adding-a-{name}.md": "test_adding.py" for name in ("method", "format", "backend")},
     "docs/adding-a-model.md": "test_adding.py",
+    "docs/several-cards.md": "test_several_cards.py",
     "docs/vllm.md": "tests/unit/integrations/vllm/test_engine.py, where vLLM is installed",
 }
 """Pages with blocks of Python, and what runs these."""
 DATA = "it downloads data; tests/evaluation_tasks runs such commands on data of its own"
 ADDED = "it needs what the page adds, which is there in the process of test_adding.py alone"
 CARD = "it needs a card; tests marked gpu run it"
+CARDS = "it needs two cards; tests/unit/timing/test_several_cards.py does on CPUs what it does"
 LONG = "the tiny model has too few positions; tests/cli/test_end_to_end.py runs such a command"
 SWEEP = "it makes eight checkpoints; tests/cli/test_mixed_precision.py runs a smaller one"
 SAME = "docs/evaluation.md has such a line, which runs"
@@ -57,6 +59,7 @@ NOT_RUN = {
     "docs/mixed-precision.md: quantize --recipe bcq-w3g64-coded --sweep": SWEEP,
     "docs/results.md: eval smollm2-w4 --baseline demo:smollm2 --tasks": DATA,
     "docs/results.md: bench --synthetic": CARD,
+    "docs/several-cards.md: bench ": CARDS,
     "docs/results.md: bench build/demo": LONG,
 }
 """Why, by how a line of a page begins."""
@@ -77,6 +80,7 @@ OTHER_PROGRAMS = {
     "source ": "it is for a terminal",
     ".venv/bin/python -m pytest ": "test_adding.py runs it",
     "curl ": "test_serving.py sends the request",
+    "torchrun ": "test_several_cards.py runs a script so, and a server on its decoders",
     "vllm serve ": "it needs vLLM; tests/unit/integrations/vllm runs its engine where it is",
 }
 MODELS = {"MODEL", "ORIGINAL", "demo:smollm2"}

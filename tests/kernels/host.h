@@ -4,6 +4,7 @@
 #pragma once
 #define QTOOL_HOST
 #include <algorithm>
+#include <sched.h>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -95,6 +96,18 @@ DEVICE void add_to(unsigned *place, unsigned value) { *place += value; }
 DEVICE unsigned long long take_ticket(unsigned long long *place) { return (*place)++; }
 DEVICE unsigned long long load_through(const unsigned long long *place) { return *place; }
 DEVICE double power_of_e(double x) { return exp(x); }
+DEVICE void store_far(quad *place, quad v) { // of another process: halves of 8 bytes, each as a whole
+    for (int i = 0; i < 2; ++i) {
+        uint64_t both = (uint64_t)(&v.x)[2 * i + 1] << 32 | (&v.x)[2 * i];
+        __atomic_store_n((uint64_t *)place + i, both, __ATOMIC_RELAXED);
+    }
+}
+DEVICE quad load_far(const quad *place) { // who asks may wait for that process
+    sched_yield();
+    uint64_t both[2] = {__atomic_load_n((const uint64_t *)place, __ATOMIC_RELAXED),
+                        __atomic_load_n((const uint64_t *)place + 1, __ATOMIC_RELAXED)};
+    return quad{(unsigned)both[0], (unsigned)(both[0] >> 32), (unsigned)both[1], (unsigned)(both[1] >> 32)};
+}
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float reciprocal(float x) { return 1.0f / x; }
 DEVICE float inverse_root(float x) { return 1.0f / sqrtf(x); }

@@ -123,6 +123,8 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
     *(("nucleus", more, 64) for more in ({}, {"ACTIVATION_BF16": 1})),
     ("prompt_heads", {"HEAD_DIM": 128, "QK_NORM": 0}, 64),
     ("prompt_heads", {"HEAD_DIM": 256, "QK_NORM": 1, "ACTIVATION_BF16": 1}, 64),
+    ("peer_sum", {"RANKS": 2}, 64),
+    ("peer_sum", {"RANKS": 8, "ACTIVATION_BF16": 1}, 64),
     ("rms_norm", {"HIDDEN": 4096, "THREADS": 512}, 64),
     ("rms_norm", {"HIDDEN": 16384, "THREADS": 1024, "ACTIVATION_BF16": 1}, 64),
     ("rms_norm", {"HIDDEN": 100, "THREADS": 32}, 64),

@@ -1,5 +1,6 @@
 """The tables of `qtool bench --gpu`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -7,9 +8,11 @@ from qtool.cli import console
 from qtool.wording import gigabytes
 
 if TYPE_CHECKING:
+    from qtool.timing.decode import EndToEndResult
     from qtool.timing.gpu import GpuResult
     from qtool.timing.kernels import LayerTimes
     from qtool.timing.machine import Machine
+    from qtool.timing.several_cards import SeveralCards
 
 
 def print_gpu_result(result: "GpuResult") -> None:
@@ -20,7 +23,12 @@ def print_gpu_result(result: "GpuResult") -> None:
     if result.quantized_inputs:
         _print_quantized_inputs(result)
     if result.end_to_end:
-        _print_end_to_end(result)
+        _print_end_to_end("End to end at batch 1", result.end_to_end)
+    several = result.several_cards
+    if several is not None:
+        _print_end_to_end(f"End to end on {several.cards} cards at batch 1", several.models)
+        _print_sums(several)
+        console.print_lines(f"Not timed: {name}: {why}" for name, why in several.not_run.items())
     console.print_lines(f"Not timed: {name}: {why}" for name, why in result.not_run.items())
     for layer in result.layers:
         where = f"Not timed on {layer.name}"
@@ -29,10 +37,11 @@ def print_gpu_result(result: "GpuResult") -> None:
 
 
 def gpu_report(result: "GpuResult") -> dict[str, Any]:
-    """Return the JSON form; `quantized_inputs` is there if such linears were timed."""
+    """Return the JSON form; without what wasn't asked for."""
     report = asdict(result)
-    if not result.quantized_inputs:
-        del report["quantized_inputs"]
+    for name in ("quantized_inputs", "several_cards"):
+        if not report[name]:
+            del report[name]
     return report
 
 
@@ -89,7 +98,7 @@ def _print_sweep(layer: "LayerTimes") -> None:
     console.out.print(f"Break-even, the first batch at which fp16 is faster: {at}.")
 
 
-def _print_end_to_end(result: "GpuResult") -> None:
+def _print_end_to_end(title: str, models: "Sequence[EndToEndResult]") -> None:
     columns = (
         *("model", ">prefill tokens/s", ">decode tokens/s", ">peak memory"),
         *("key-value cache", ">bytes per token"),
@@ -103,9 +112,18 @@ def _print_end_to_end(result: "GpuResult") -> None:
             model.kv_cache,
             f"{model.kv_cache_bytes_per_token:,}",
         )
-        for model in result.end_to_end
+        for model in models
     ]
-    console.print_table("End to end at batch 1", columns, rows)
+    console.print_table(title, columns, rows)
+
+
+def _print_sums(several: "SeveralCards") -> None:
+    columns = (">bytes", ">us", ">us by NCCL")
+    rows = [
+        (f"{one.num_bytes:,}", f"{one.microseconds:.1f}", f"{one.nccl_microseconds:.1f}")
+        for one in several.sums
+    ]
+    console.print_table(f"Sums over cards, by {several.sums_by}", columns, rows)
 
 
 def _conditions(result: "GpuResult") -> list[str]:

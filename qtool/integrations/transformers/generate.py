@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from qtool import settings
 from qtool.base import CausalModel, KernelBackend
 from qtool.integrations.transformers.sampling import SharedRunner, sample
+from qtool.runtime.backends.dense import BACKEND as DENSE
 from qtool.runtime.decode import read_model as llama
-from qtool.runtime.decode import torch_ops
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedWeight
+from qtool.runtime.spread import draw_alike
 
 Mode = Literal["auto", "always", "never"]
 _MODE: ContextVar[Mode] = ContextVar("qtool_runner", default="auto")
@@ -118,6 +119,7 @@ def _generation(base: Any) -> dict[str, Any]:  # noqa: ANN401
 
     @functools.wraps(base.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        draw_alike(self)
         if kwargs.get("past_key_values") is None:
             return base.generate(self, *args, **kwargs)
         with use_runner("never"):  # the caller's cache is to be filled
@@ -250,7 +252,7 @@ def _decoder(model: CausalModel) -> SharedRunner | str:
             if decoder is None:
                 weights = llama.weights_of(model)
                 backend = _backend_of(model)
-                ops = torch_ops.OPS if backend is None else backend.decode_ops(weights)
+                ops = (backend or DENSE).decode_ops(weights)
                 decoder = SharedRunner(weights, ops) if ops else "the kernels can't run its heads."
             made = _MADE[model] = _Made(fingerprint, decoder)
         return made.decoder

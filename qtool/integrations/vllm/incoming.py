@@ -13,7 +13,8 @@ from qtool.checkpoint.reader import AGAIN, check_values
 from qtool.core.packing import codes_to_planes
 from qtool.errors import CheckpointError
 from qtool.formats._dtypes import dtype_of
-from qtool.integrations.vllm.slices import PLAIN_PART, AnyWeight, StoredLayer, Wanted, cut_for
+from qtool.integrations.vllm.slices import PLAIN_PART, StoredLayer, Wanted, cut_for
+from qtool.runtime.spread import AnyWeight
 from qtool.scheme import ActivationScheme
 from qtool.wording import list_names
 

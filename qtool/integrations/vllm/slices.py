@@ -9,15 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from torch import Tensor
-
-from qtool.base import QuantizedTensor
-from qtool.checkpoint.manifest import LayerEntry, codec
+from qtool.checkpoint.manifest import LayerEntry
 from qtool.errors import BackendError, SchemeError
+from qtool.runtime.spread import AnyWeight, narrow_to
 from qtool.wording import list_names
 
-AnyWeight = QuantizedTensor | Tensor
-"""A weight that is quantized, or one that isn't."""
 PLAIN_PART = "weight"
 """Name of the one tensor of a layer that isn't quantized."""
 
@@ -128,15 +124,6 @@ def linear_rows(
     parts = zip(begins, totals, sizes, strict=True)
     starts = [(begin + start_of(total, size, rank), size) for begin, total, size in parts]
     return tuple(range(start, start + size) for start, size in starts)
-
-
-def narrow_to(weight: AnyWeight, dim: int, part: range) -> AnyWeight:
-    """Return rows (dim 0) or columns of a weight."""
-    if len(part) == weight.shape[dim] and part.start == 0:
-        return weight
-    if isinstance(weight, Tensor):
-        return weight.narrow(dim, part.start, len(part)).contiguous()
-    return codec(weight.format).narrow(weight, dim, part.start, len(part))
 
 
 def cut_for(source: StoredLayer, weight: AnyWeight, wanted: "Wanted") -> list[AnyWeight]:

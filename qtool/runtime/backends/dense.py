@@ -9,6 +9,7 @@ from qtool.base import Fused, IntegerProduct, KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.runtime.decode import torch_ops
 from qtool.runtime.decode.ops import DecodeOps
+from qtool.runtime.decode.parallel import spread_ops
 from qtool.runtime.decode.weights import DecoderWeights, Projection
 
 
@@ -52,8 +53,7 @@ class DenseBackend:
 
     def decode_ops(self, weights: DecoderWeights) -> DecodeOps:
         """Return the operations in torch."""
-        del weights
-        return torch_ops.OPS
+        return spread_ops(torch_ops.OPS, weights)
 
 
 BACKEND: KernelBackend = DenseBackend()

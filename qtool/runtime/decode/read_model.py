@@ -20,6 +20,7 @@ from qtool.runtime.decode.weights import (
     DecoderWeights,
     Projection,
     Projections,
+    RankPart,
 )
 from qtool.runtime.modules import (
     QuantizedEmbedding,
@@ -28,6 +29,7 @@ from qtool.runtime.modules import (
     TiedHead,
     finish_packing,
 )
+from qtool.runtime.rank_modules import SpreadLinear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *OF_EXPERTS)
 OF_MLP = ("gate_proj", "up_proj", "down_proj")
@@ -77,8 +79,8 @@ def _weights(model: CausalModel, read: "_Reader") -> DecoderWeights:
     head = model.lm_head
     return DecoderWeights(
         shape=DecoderShape(
-            num_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
+            num_heads=attention.q_proj.out_features // attention.head_dim,
+            num_key_value_heads=attention.k_proj.out_features // attention.head_dim,
             head_dim=attention.head_dim,
             vocab_size=config.vocab_size,
             norm_eps=core.norm.variance_epsilon,
@@ -92,6 +94,7 @@ def _weights(model: CausalModel, read: "_Reader") -> DecoderWeights:
         inverse_frequencies=rotary.inv_freq.detach().float(),
         rotary_scale=float(rotary.attention_scaling),
         longest=_window(config),
+        group=getattr(attention.o_proj, "group", None),
     )
 
 
@@ -127,6 +130,8 @@ class _Reader:
 
     def single(self, module: Any) -> Projection:  # noqa: ANN401
         """Return a weight that isn't fused: the module's own layout where that will do."""
+        if isinstance(module, SpreadLinear):
+            return RankPart(self.single(module.inner), module.group, module.rows)
         backend = self._backend_of(module)
         if backend is None:
             return module.weight.detach()
@@ -225,6 +230,7 @@ def _why_not_layer(layer: Any) -> str | None:  # noqa: ANN401
     others = [attention.o_proj]
     if not has_experts(mlp):
         others += [getattr(mlp, name) for name in OF_MLP]
+    others = [getattr(module, "inner", module) for module in others]
     if any(type(module) not in (nn.Linear, QuantizedLinear) for module in [*inputs, *others]):
         return "a linear layer was replaced by a module that the decoder doesn't know."
     entries = [getattr(module, "entry", None) for module in [*inputs, *others]]
@@ -243,6 +249,6 @@ def _why_not_ends(model: CausalModel) -> str | None:
         return "its embedding is a module that the decoder doesn't know."
     if isinstance(embedding, QuantizedEmbedding) and embedding.factor != 1.0:
         return "its embedding has a factor."
-    if type(head) not in (nn.Linear, QuantizedLinear, TiedHead):
+    if type(getattr(head, "inner", head)) not in (nn.Linear, QuantizedLinear, TiedHead):
         return "its head is a module that the decoder doesn't know."
     return "its head has a bias." if getattr(head, "bias", None) is not None else None

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qtool.runtime.tensor_parallel import TensorParallel
+
 
 class PreparedWeight(Protocol):
     """What a backend has prepared, for its own operations."""
@@ -21,8 +23,23 @@ Projections = Projection | tuple[Projection, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class RankPart:
+    """What one rank has of a weight; `decode.parallel` puts together what ranks make of theirs."""
+
+    weight: Projection
+    """Some of the columns: outputs are summed; or, where there are `rows`, some of the rows."""
+    group: TensorParallel
+    rows: tuple[int, ...] = ()
+    """Of each rank."""
+
+    def dense(self) -> Tensor:
+        """Return this part by the definition of its format."""
+        return self.weight if isinstance(self.weight, Tensor) else self.weight.dense()
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """Numbers that the step is specialized for."""
+    """Numbers that the step is specialized for; of this rank's heads, where ranks share a model."""
 
     num_heads: int
     num_key_value_heads: int
@@ -94,3 +111,5 @@ class DecoderWeights:
     """Factor on cosines and sines."""
     longest: int | None = None
     """Positions that a sequence may have, if a sliding window would begin to count beyond."""
+    group: TensorParallel | None = None
+    """The ranks that share the model: `output`, `down` and a head that is no table are parts."""

@@ -74,13 +74,15 @@ def test_code_of_one_architecture_is_compiled_once_for_all_processes(nvrtc, tmp_
     assert len(list((tmp_path / "cache/cuda").glob("*.cubin"))) == 4
 
 
-def test_what_cant_be_kept_is_compiled_anew(nvrtc, tmp_path):
+@pytest.mark.usefixtures("nvrtc")
+def test_what_cant_be_kept_is_compiled_anew(tmp_path):
     (tmp_path / "cache").write_text("a file in the way")
     assert compiling.machine_code("text", "sm_90a") == b"code of text 1"
     assert compiling.machine_code("text", "sm_90a") == b"code of text 2"
 
 
-def test_what_isnt_compiled_says_why_and_isnt_kept(nvrtc, tmp_path):
+@pytest.mark.usefixtures("nvrtc")
+def test_what_isnt_compiled_says_why_and_isnt_kept(tmp_path):
     with pytest.raises(BackendError, match=r"-arch=sm_90a\): NVRTC_ERROR_COMPILATION: line 1: no"):
         compiling.machine_code("wrong", "sm_90a")
     assert not (tmp_path / "cache").exists()
@@ -109,10 +111,16 @@ LENGTHS = (1, 3, 16, 40, 100, 200)
 @pytest.mark.parametrize("num_bits", [2, 4])
 @torch.no_grad()
 def test_all_that_a_server_launches_is_compiled_ahead_and_nothing_else(num_bits):
+    decoder_sizes = find_shapes("llama3-8b").decoder
+    assert decoder_sizes is not None
     sizes = replace(
-        find_shapes("llama3-8b").decoder,
-        **{"num_layers": 1, "vocab_size": 300, "hidden_size": 512, "intermediate_size": 640},
-        **{"num_heads": 4, "num_key_value_heads": 2},
+        decoder_sizes,
+        num_layers=1,
+        vocab_size=300,
+        hidden_size=512,
+        intermediate_size=640,
+        num_heads=4,
+        num_key_value_heads=2,
     )
     scheme, card = WeightScheme(num_bits=num_bits, group_size=64), Card(132, 227 * 1024, "", True)
     weights = random_decoder(sizes, scheme, torch.device("cpu"))

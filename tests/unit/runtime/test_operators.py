@@ -10,6 +10,7 @@ from qtool.runtime.backends.cuda import backend as cuda
 from qtool.runtime.backends.cuda import driver, linear_kernels, operators, room, selection
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.runtime.backends.cuda.mixed import MixedWeight, prepare_weight
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.ordered import OrderedWeight
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
@@ -126,6 +127,7 @@ def test_groups_are_padded_to_what_the_kernels_take(format_name, group_size, col
     tensor = random_tensor(format_name, scheme, Shape2D(48, 320), 1)
     prepared = cuda.BACKEND.prepare(tensor, torch.float16)
     assert isinstance(prepared, OrderedWeight)
+    assert isinstance(prepared.weight, KernelWeight)
     assert prepared.weight.shape == (48, columns)
     assert prepared.weight.tiles is not None
     exact, x, index = (

@@ -24,6 +24,7 @@ from qtool.runtime.backends.cpu.threads import library_threads
 from qtool.runtime.backends.cuda.centers import why_no_planes
 from qtool.runtime.backends.dense import BACKEND as DENSE
 from qtool.runtime.decode.ops import DecodeOps
+from qtool.runtime.decode.parallel import spread_ops
 from qtool.runtime.decode.weights import DecoderWeights
 
 PACKABLE_FORMATS = (
@@ -101,16 +102,14 @@ class CpuBackend:
         if weights.shape.dtype not in PACKED_DTYPES:
             return DENSE.decode_ops(weights)
         library = _library()
-        return NativeOps(
-            weights,
-            NativeCalls(
-                library=library.calls,
-                packed=lambda prepared: prepared.address,
-                multiply=self.matmul,
-                rows=self.rows,
-                threads=library_threads,
-            ),
+        calls = NativeCalls(
+            library=library.calls,
+            packed=lambda prepared: prepared.address,
+            multiply=self.matmul,
+            rows=self.rows,
+            threads=library_threads,
         )
+        return spread_ops(NativeOps(weights, calls), weights)
 
 
 def _library() -> Library:

@@ -35,7 +35,8 @@ class NativeOps(TorchOps):
     def __init__(self, weights: DecoderWeights, calls: NativeCalls) -> None:
         self._calls = calls
         dense = all(layer.experts is None for layer in weights.layers)
-        self._table = DecoderTable(weights, calls.packed) if dense else None
+        alone = weights.group is None
+        self._table = DecoderTable(weights, calls.packed) if dense and alone else None
 
     def embed(self, tokens: Tensor, table: Projection) -> Tensor:
         """Return the rows of the tokens."""
@@ -58,7 +59,7 @@ class NativeOps(TorchOps):
         return torch.nn.functional.silu(gate).mul_(up)
 
     def whole_step(self, weights: DecoderWeights, state: DecodeState) -> NativeStep | None:
-        """Return the native step; None: it knows neither experts nor codes in the cache."""
+        """Return the native step; None where there are experts, codes in the cache, ranks."""
         del weights
         if self._table is None or state.key_scales is not None:
             return None

@@ -35,9 +35,11 @@ from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import KERNEL_DTYPES
 from qtool.runtime.backends.cuda.mixed import MixedWeight
 from qtool.runtime.backends.cuda.ordered import OrderedWeight, prepare_any
+from qtool.runtime.backends.cuda.peer_sum import sum_over_peers
 from qtool.runtime.backends.cuda.selection import STORED_KERNELS, wanted_kernel
 from qtool.runtime.backends.dense import BACKEND as DENSE
 from qtool.runtime.decode.ops import DecodeOps
+from qtool.runtime.decode.parallel import spread_ops
 from qtool.runtime.decode.weights import DecoderWeights
 from qtool.scheme import ActivationScheme
 
@@ -128,8 +130,9 @@ class CudaBackend:
             return None
         if not all(can_capture(layer.experts) for layer in weights.layers if layer.experts):
             return None
-        index = device.index or 0
-        return KernelOps(launch, card_of(index), lambda calls: compile_ahead(calls, index))
+        index, group = device.index or 0, weights.group
+        ops = KernelOps(launch, card_of(index), lambda calls: compile_ahead(calls, index))
+        return spread_ops(ops, weights, sum_over_peers(group, launch) if group else None)
 
 
 def _matmul(x: Tensor, weight: KernelWeight) -> Tensor:

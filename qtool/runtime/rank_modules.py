@@ -1,0 +1,24 @@
+"""A linear of which each rank of a group has a part; its outputs are whole."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from qtool.runtime.tensor_parallel import TensorParallel
+
+
+class SpreadLinear(nn.Module):
+    """Stands in for a linear without bias; `inner` is this rank's part of it."""
+
+    bias = None
+
+    def __init__(self, inner: Any, group: TensorParallel, rows: tuple[int, ...] = ()) -> None:  # noqa: ANN401
+        super().__init__()
+        self.inner, self.group = inner, group
+        self.rows = rows
+        """Of each rank; empty: ranks have columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs, (..., out_features): those of ranks side by side, or their sum."""
+        y = self.inner(x)
+        return self.group.all_gather(y, self.rows) if self.rows else self.group.all_reduce(y)
