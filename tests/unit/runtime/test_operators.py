@@ -8,9 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qtool.runtime.backends.cuda import backend as cuda
 from qtool.runtime.backends.cuda import driver, linear_kernels, operators, room, selection
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.runtime.backends.cuda.mixed import MixedWeight, prepare_weight
-from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.ordered import OrderedWeight
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
