@@ -115,6 +115,6 @@ def chosen_call(
         file=name,
         kernel=name,
         grid=(*one.grid[:2], slots),
-        numbers=(*sizes, one.numbers[-1]),
+        numbers=(*sizes, one.numbers[len(sizes)]),  # and units per slab, but no norm's eps
         zeros=one.zeros * slots,
     )

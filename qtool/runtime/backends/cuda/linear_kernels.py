@@ -24,6 +24,7 @@ from qtool.runtime.backends.cuda.selection import (
     wanted_kernel,
 )
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
+from qtool.runtime.decode.ops import Norm
 
 SIGN_FLIP_THREADS, SIGN_FLIP_ROWS = 256, 8
 
@@ -83,6 +84,16 @@ def kernel_for(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = F
     return "dequantize" if room is None else "planes"
 
 
+def can_norm(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = False) -> bool:
+    """Return whether `matmul` of so many tokens can norm them itself."""
+    if tokens == 0 or weight.tiles is None:
+        return False
+    if kernel_for(weight, tokens, card, gated=gated) != "planes":
+        return False
+    row_tiles, units, *_ = weight.tiles.planes.shape
+    return planes.normed_units(row_tiles, units, tokens, weight.layout, card=card) > 0
+
+
 def wide_tuning(weight: KernelWeight, tokens: int, card: Card) -> WideTuning | None:
     """Return how bit_plane_wgmma.cu multiplies so many tokens; None: it can't."""
     if weight.tiles is None or tokens == 0:
@@ -100,6 +111,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     kernel: str | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
+    norm: Norm | None = None,
 ) -> Tensor:
     """Return x @ W.T.
 
@@ -111,6 +123,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         kernel: One of KERNELS; None: `kernel_for`.
         residual: (tokens, out_features), added to the product.
         gated: Rows of W alternate, see `fusing`: return silu(gate) * up.
+        norm: Of x, done by the launch; only where `can_norm`.
 
     Returns:
         (tokens, out_features) in the dtype of `x`; half as wide if gated.
@@ -126,7 +139,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         run = panel_linear.PANEL_KERNELS[kernel]
         return run(x, weight, launch, card, residual=residual, gated=gated)
     if kernel == "planes" and weight.tiles is not None and tokens > 0:
-        return by_planes(x, weight, launch, card, residual=residual, gated=gated)
+        return by_planes(x, weight, launch, card, residual=residual, gated=gated, norm=norm)
     if kernel == "wide" and tokens > 0:
         return by_wide(x, weight, launch, card, residual=residual, gated=gated)
     if kernel == "lut" and tokens > 0:
@@ -149,6 +162,7 @@ def by_planes(  # noqa: PLR0913 - as `matmul`
     residual: Tensor | None = None,
     gated: bool = False,
     target: planes.Target | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
     """Do `matmul` by the tiles: in slabs where the inputs don't fit into shared memory.
 
@@ -163,11 +177,13 @@ def by_planes(  # noqa: PLR0913 - as `matmul`
     y, places = target.y, target.places
     sizes = (rows, inputs, batch, row_tiles, units, packed.scales.shape[1], y.shape[1])
     epilogue = "gated" if gated else "none" if residual is None else "residual"
-    call = planes.call_for(sizes, weight.layout, x.dtype, card, epilogue, not weight.fresh)
+    gains, eps = norm or (None, None)
+    around = planes.Around(epilogue, not weight.fresh, eps)
+    call = planes.call_for(sizes, weight.layout, x.dtype, card, around)
     slabs, partial = call.grid[1], None
     if slabs > 1:
         partial = x.new_empty(slabs, batch, row_tiles * TILE_ROWS, dtype=torch.float32)
-    launch(call, (packed.planes, packed.scales, x, residual, y, places, partial))
+    launch(call, (packed.planes, packed.scales, x, residual, y, places, partial, gains))
     if partial is not None:
         planes.add_splits(partial, target, launch, epilogue=epilogue, residual=residual)
     return y
