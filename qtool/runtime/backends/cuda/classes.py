@@ -16,7 +16,7 @@ from torch import Tensor
 from qtool.runtime.backends.cuda import planes
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
-from qtool.runtime.backends.cuda.linear_kernels import by_planes
+from qtool.runtime.backends.cuda.plane_products import by_planes
 from qtool.runtime.backends.cuda.planes import Layout, Product, Target
 from qtool.runtime.backends.cuda.selection import Tuning
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS

@@ -17,6 +17,7 @@ from qtool.runtime.backends.cuda.centers import CENTERS, is_tileable, planes_of
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.panels import is_panelable, pack_panels
+from qtool.runtime.backends.cuda.plane_products import by_planes
 from qtool.runtime.backends.cuda.selection import (
     STORED_KERNELS,
     WideTuning,
@@ -151,42 +152,6 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         gate, up = side_by_side(y).chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
     return y if residual is None else y + residual
-
-
-def by_planes(  # noqa: PLR0913 - as `matmul`
-    x: Tensor,
-    weight: KernelWeight,
-    launch: Launch,
-    card: Card,
-    *,
-    residual: Tensor | None = None,
-    gated: bool = False,
-    target: planes.Target | None = None,
-    norm: Norm | None = None,
-) -> Tensor:
-    """Do `matmul` by the tiles: in slabs where the inputs don't fit into shared memory.
-
-    The first five arguments are those of `matmul`, and x is aligned; `target` takes the product in
-    place of a new tensor, if it isn't gated.
-    """
-    assert weight.tiles is not None
-    (batch, inputs), rows, packed = x.shape, weight.shape.out_features, weight.tiles
-    row_tiles, units, *_ = packed.planes.shape
-    if target is None:
-        target = planes.Target(x.new_empty(batch, rows // 2 if gated else rows), None)
-    y, places = target.y, target.places
-    sizes = (rows, inputs, batch, row_tiles, units, packed.scales.shape[1], y.shape[1])
-    epilogue = "gated" if gated else "none" if residual is None else "residual"
-    gains, eps = norm or (None, None)
-    around = planes.Around(epilogue, not weight.fresh, eps)
-    call = planes.call_for(sizes, weight.layout, x.dtype, card, around)
-    slabs, partial = call.grid[1], None
-    if slabs > 1:
-        partial = x.new_empty(slabs, batch, row_tiles * TILE_ROWS, dtype=torch.float32)
-    launch(call, (packed.planes, packed.scales, x, residual, y, places, partial, gains))
-    if partial is not None:
-        planes.add_splits(partial, target, launch, epilogue=epilogue, residual=residual)
-    return y
 
 
 def by_wide(  # noqa: PLR0913 - as `matmul`

@@ -5,10 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from qtool.errors import BackendError
 from qtool.runtime.backends.cuda.launch import (
     RESERVED_BYTES,
     WARP,
@@ -227,70 +225,6 @@ def normed_units(row_tiles: int, units: int, batch: int, layout: Layout, *, card
 Sizes = tuple[int, int, int, int, int, int, int]
 """out_features, in_features, tokens, row tiles, units, groups and columns of the result, as the
 kernels take them."""
-
-
-class Around(NamedTuple):
-    """What a launch does before and after its product."""
-
-    epilogue: str = "none"
-    """A key of EPILOGUES."""
-    dependent: bool = True
-    """It may start, and read its weight, before the launch before it has ended."""
-    norm_eps: float | None = None
-    """Of the norm of its inputs; None: they are as they are multiplied."""
-
-
-NOTHING_AROUND = Around()
-
-
-@functools.lru_cache(maxsize=4096)
-def call_for(
-    sizes: Sizes,
-    layout: Layout,
-    dtype: torch.dtype,
-    card: Card,
-    around: Around = NOTHING_AROUND,
-) -> KernelCall:
-    """Return the launch of a product, decided once for all weights of one shape.
-
-    Raises:
-        BackendError: a CTA has too little shared memory.
-    """
-    _, in_features, batch, row_tiles, units, *_ = sizes
-    picked = tuned_plan(row_tiles, units, batch, layout, card=card)
-    if picked is None:
-        raise BackendError(
-            f"A block of this card has {card.shared_bytes} bytes of shared memory: too few for a "
-            f"weight of {layout.planes} planes and groups of {layout.group}. "
-            "QTOOL_KERNEL=dequantize runs it."
-        )
-    product, (tuning, chosen) = product_for(batch, layout), picked
-    norm, eps = 0, around.norm_eps
-    if eps is not None:
-        norm = normed_units(row_tiles, units, batch, layout, card=card)
-    loads = -(-product.columns * chosen.units_per_slab // tuning.warps)
-    grid = {
-        "COLUMNS": product.columns,
-        "WARPS": tuning.warps,
-        "STAGES": chosen.stages,
-        "BLOCKS": chosen.per_multiprocessor,
-        "ALIGNED": int(in_features % 8 == 0),
-        "WHOLE": int(chosen.whole),
-        "NORM": norm,
-        "LOADS": min(MOST_LOADS, loads),
-        "EPILOGUE": EPILOGUES[around.epilogue] if chosen.slabs == 1 else 0,
-    }
-    return KernelCall(
-        file=product.name,
-        kernel=product.name,
-        constants=constants(dtype, **layout.macros, **grid),
-        grid=(chosen.ctas, chosen.slabs, chosen.column_blocks),
-        threads=tuning.warps * WARP,
-        shared_bytes=chosen.shared_bytes,
-        numbers=(*sizes, chosen.units_per_slab, eps or 0.0),
-        zeros=chosen.exchange_words,
-        dependent=around.dependent,
-    )
 
 
 @dataclass(frozen=True, slots=True)
