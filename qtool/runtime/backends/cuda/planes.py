@@ -32,7 +32,7 @@ FEWER_WARPS, MORE_WAVES = (7, 3), (1, 2, 4, 8)
 PLAIN_LAUNCH = {"WHOLE": 0, "NORM": 0, "LOADS": MOST_LOADS}
 """Constants of a launch whose CTAs share tiles, and know x as it is multiplied."""
 MOST_IDLE = 8
-"""Units that a CTA may have too few of, on average, so that each has whole tiles: an exchange costs
+"""Units that a multiprocessor may lack, on average, so that CTAs have whole tiles: an exchange costs
 about a microsecond, half as much as they do at 3 planes and one token."""
 EPILOGUES = {"none": 0, "residual": 1, "gated": 2}
 
@@ -141,7 +141,7 @@ def plan_launch(
         shortest = units - (slabs - 1) * count
         for stages, ctas_per in _rings(tuning):
             most = card.multiprocessors * ctas_per * tuning.waves // slabs
-            ctas, share, whole = shares_of(row_tiles, count, shortest, most)
+            ctas, share, whole = shares_of(row_tiles, count, shortest, most, ctas_per)
             ring = warps * stages * layout.stage_bytes
             shared = ring + product.shared_bytes(share, count, warps)
             if shared <= room_of(card, ctas_per):
@@ -151,7 +151,9 @@ def plan_launch(
     return None
 
 
-def shares_of(row_tiles: int, count: int, shortest: int, most: int) -> tuple[int, int, bool]:
+def shares_of(
+    row_tiles: int, count: int, shortest: int, most: int, beside: int = 1
+) -> tuple[int, int, bool]:
     """Return how many CTAs, of `most`, share a slab, units of the largest share, and if it's tiles.
 
     Args:
@@ -159,10 +161,11 @@ def shares_of(row_tiles: int, count: int, shortest: int, most: int) -> tuple[int
         count: Units of a tile, in the longest slab.
         shortest: The same in the shortest one.
         most: CTAs.
+        beside: CTAs on a multiprocessor.
     """
     most = max(1, most)
     tiles = -(-row_tiles // most)
-    if tiles * count - row_tiles * count / most <= MOST_IDLE:
+    if beside * (tiles * count - row_tiles * count / most) <= MOST_IDLE:
         return -(-row_tiles // tiles), tiles * count, True
     ctas = min(most, row_tiles * shortest)
     return ctas, -(-row_tiles * count // ctas), False
