@@ -32,8 +32,8 @@ FEWER_WARPS, MORE_WAVES = (7, 3), (1, 2, 4, 8)
 PLAIN_LAUNCH = {"WHOLE": 0, "NORM": 0, "LOADS": MOST_LOADS}
 """Constants of a launch whose CTAs share tiles, and know x as it is multiplied."""
 MOST_IDLE = 8
-"""Units that a multiprocessor may lack, on average, so that CTAs have whole tiles: an exchange costs
-about a microsecond, half as much as they do at 3 planes and one token."""
+"""Units that a multiprocessor may lack, on average, so that CTAs have whole tiles: an exchange
+costs about a microsecond, twice what they do at 3 planes and one token."""
 EPILOGUES = {"none": 0, "residual": 1, "gated": 2}
 
 
