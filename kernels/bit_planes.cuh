@@ -6,7 +6,10 @@
 // beside the scales; 2: the center of an affine weight, see per_center), WARPS, BLOCKS
 // (that share a multiprocessor), STAGES (units of a warp in shared memory, 2 or more), COLUMNS (tokens
 // of a block), EPILOGUE (0: y; 1: y + residual; 2: silu(gate) * up, rows of a tile are 8 of gate, 8 of
-// up), ALIGNED (1: in_features is a multiple of 8), ACTIVATION_BF16.
+// up), ALIGNED (1: in_features is a multiple of 8), WHOLE (1: a block has whole tiles of a slab and gives
+// nothing; 0), NORM (units of x that a warp norms before it stages them, all of them; 0: x is as it is
+// multiplied), LOADS (of eight inputs each, that a lane has under way before it stages the first: 1 to
+// 4), ACTIVATION_BF16.
 //
 // The units of a slab of inputs, row tile by row tile, are one stream that is cut into equal shares,
 // one per block, and these into equal shares, one per warp: no rounding to tiles, no idle warp. What
@@ -14,7 +17,8 @@
 // in shared memory. The tile that a block begins and doesn't end belongs to a later block: it is
 // taken *first*, so that its sum has reached global memory (a float and a mark in one word: no fence,
 // no counter) long before the owner asks for it. A block waits for lower ones only, and those are
-// begun no later: no deadlock. All sums have a fixed order.
+// begun no later: no deadlock. All sums have a fixed order. Where tiles come out even (WHOLE), shares end
+// with them: few units per warp hide no exchange.
 
 #define THREADS (WARPS * WARP)
 #define PARAMETERS (PLANES + (OFFSET != 0))
@@ -23,7 +27,6 @@
 #define REGULAR (GROUP % UNIT == 0 || UNIT % GROUP == 0)
 // Groups that a unit may touch.
 #define SPAN (GROUP % UNIT == 0 ? 1 : UNIT % GROUP == 0 ? UNIT / GROUP : (GROUP - 32 + UNIT - 1) / GROUP + 1)
-#define LOADS 4 // of inputs, that a lane has under way
 #define STAGE_BYTES (PLANES * PLANE_BYTES + SPAN * 32 * PARAMETERS)
 
 #include "bit_planes_share.cuh"

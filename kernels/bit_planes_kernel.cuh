@@ -10,12 +10,13 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
        u16 *y,               // [batch][width]: out_features wide; EPILOGUE 2: of half as many
        const int *places,    // [out_features], the columns of y; null: as they come
        float *partial,       // [slabs][batch][row_tiles * 16]; null: one slab, write y
+       const u16 *norm,      // [in_features], if NORM
        u64 *exchange,        // [blocks of columns][slabs][blocks][WARPS][16][COLUMNS], zeros
        int out_features, int in_features, int batch, int row_tiles, int units, int groups,
-       int width, int units_per_slab) {
+       int width, int units_per_slab, float eps) {
     DYNAMIC_SHARED(shared);
     exchange += ((u64)blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x * WARPS * PART;
     multiply({planes, scales, x, residual, y, places, partial, exchange, out_features, in_features, batch,
-              row_tiles, units, groups, width, units_per_slab, (int)blockIdx.x, (int)gridDim.x},
+              row_tiles, units, groups, width, units_per_slab, (int)blockIdx.x, (int)gridDim.x, norm, eps},
              shared);
 }

@@ -9,6 +9,10 @@
 // The kernel that calls `multiply` is in bit_planes_kernel.cuh, or bit_plane_classes.cu for several
 // weights beside one another.
 
+#if NORM
+#include "bit_planes_norm.cuh"
+#endif
+
 // A weight, by what it is multiplied, and the blocks that share it.
 struct Product {
     const quad *planes;  // [row_tiles][units][PLANES][32]
@@ -21,6 +25,8 @@ struct Product {
     u64 *exchange;       // [blocks][WARPS][16][COLUMNS], zeros, of this slab and block of columns
     int out_features, in_features, batch, row_tiles, units, groups, width, units_per_slab;
     int block, blocks;
+    const u16 *norm;     // [in_features], if NORM
+    float eps;
 };
 
 // One block's work: of slab blockIdx.y and block of columns blockIdx.z.
@@ -31,11 +37,15 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
     if (its.units - first_unit < weight.count) weight.count = its.units - first_unit;
     int column0 = (int)blockIdx.z * COLUMNS;
     int columns = its.batch - column0 < COLUMNS ? its.batch - column0 : COLUMNS;
-    int total = its.row_tiles * weight.count, each = divide(total, its.blocks);
+    int total = WHOLE ? its.row_tiles : its.row_tiles * weight.count, each = divide(total, its.blocks);
     int more = total - each * its.blocks;
     Share share = share_of(its.block, each, more);
-    int last = divide(share.begin + share.size, weight.count) * weight.count;
-    if (last < share.begin + share.size) share.given = given_of(share, last);
+    if (WHOLE) {
+        share.begin *= weight.count, share.size *= weight.count;
+    } else {
+        int last = divide(share.begin + share.size, weight.count) * weight.count;
+        if (last < share.begin + share.size) share.given = given_of(share, last);
+    }
     int begin = first_of_warp(warp, share.size), end = first_of_warp(warp + 1, share.size);
 
     unsigned char *ring = shared + warp * STAGES * STAGE_BYTES;
@@ -62,12 +72,19 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
     int tiles = kept == 0 ? 0 : divide(share.begin + kept - 1, weight.count) + 1 - own;
     u32 *spans = (u32 *)(parts + (tiles + WARPS) * PART);
     find_spans(spans, tiles, start, weight.count, share);
-    wait_for_previous();
-    stage_inputs(its.x + (u64)column0 * its.in_features, its.in_features, weight, columns,
-                 units_per_slab, operands, starts, factors);
-
     // The next kernel is to ask for its weights when all of these have been asked for.
     int all_asked = end - STAGES + 1;
+    const u16 *x = its.x + (u64)column0 * its.in_features;
+#if NORM
+    Gains gains = load_gains(its.norm, its.in_features, weight);
+    wait_for_previous();
+    stage_normed(x, its.in_features, weight, columns, units_per_slab, operands, starts, factors, gains,
+                 its.eps, given);
+#else
+    wait_for_previous();
+    stage_inputs(x, its.in_features, weight, columns, units_per_slab, operands, starts, factors);
+#endif
+
     if (begin >= all_asked) let_next_start();
     float acc[ACCUMULATORS] = {};
     int stage = 0, free = STAGES - 1;
@@ -84,9 +101,9 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
                       weight, lane);
         free = stage;
         stage = stage + 1 == STAGES ? 0 : stage + 1;
-        bool last_given = work + 1 == share.given;
+        bool last_given = !WHOLE && work + 1 == share.given;
         if (++unit == weight.count || last_given || work + 1 == end) {
-            if (work < share.given)
+            if (!WHOLE && work < share.given)
                 put_part(acc, (float *)0, its.exchange + ((u64)its.block * WARPS + warp) * PART, lane);
             else
                 put_part(acc, parts + (tile - own + warp) * PART, (u64 *)0, lane);
@@ -102,7 +119,7 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
         }
     }
     if (kept == 0) return;
-    bool shared_tile = start < share.begin; // the first: others have had parts of it
+    bool shared_tile = !WHOLE && start < share.begin; // the first: others have had parts of it
     if (shared_tile) take_given(its.exchange, its.block, each, more, start, given);
     __syncthreads();
     const int rows = EPILOGUE == 2 ? TILE_ROWS / 2 : TILE_ROWS;

@@ -1,7 +1,7 @@
 """Every kernel's own text, run on the CPU, against the definition of the format in float64."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,11 +11,13 @@ from qtool.core import grouping
 from qtool.core.packing import unpack_bits
 from qtool.formats import binary_coding
 from qtool.runtime.backends.cuda import planes, tiles
+from qtool.runtime.decode.torch_ops import rms_norm
 from qtool.scheme import Shape2D, WeightScheme
 from tests.helpers import dequantized
 from tests.kernels.host import Recorder, host_kernels
 
 THREADS = 256
+EPS = 1e-5
 BEFORE_CAST = 1e-6
 AFTER_CAST = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
@@ -106,14 +108,23 @@ def test_packing_loses_nothing(case):
     assert not bool(bits[:, rows:].any()) and not bool(bits[:, :, inputs:].any())
 
 
-def multiply(case, packed, x, y, partial, product, *, ctas, slabs, warps, stages):
+def multiply(
+    case, packed, x, y, partial, product, *, ctas, slabs, warps, stages, whole=0, norm=None
+):
     """Launch one grid, whatever would be chosen."""
     columns, layout = product.columns, case.layout()
     row_tiles, units = packed.planes.shape[:2]
     per_slab, blocks = -(-units // slabs), -(-case.batch // columns)
     grid = {"WARPS": warps, "STAGES": stages, "BLOCKS": 1, "COLUMNS": columns}
     aligned = int(case.shape[1] % 8 == 0)
-    constants = case.constants(**grid, EPILOGUE=0, ALIGNED=aligned)
+    constants = case.constants(
+        **grid,
+        EPILOGUE=0,
+        LOADS=1 + warps % 4,
+        ALIGNED=aligned,
+        WHOLE=whole,
+        NORM=0 if norm is None else -(-units * columns // warps),
+    )
     x_bytes = per_slab * columns * (8 * (product.x_bytes + 4) + 4)
     parts = (row_tiles + 2 * warps) * 16 * columns * 4 + row_tiles * 4
     exchange = torch.zeros(blocks * slabs * ctas * warps * 16 * columns, dtype=torch.int64)
@@ -121,9 +132,10 @@ def multiply(case, packed, x, y, partial, product, *, ctas, slabs, warps, stages
         (ctas, slabs, blocks),
         warps * 32,
         warps * stages * layout.stage_bytes + x_bytes + parts,
-        *(packed.planes, packed.scales, x, None, y, None, partial, exchange),
+        *(packed.planes, packed.scales, x, None, y, None, partial, norm, exchange),
         *(case.shape[0], case.shape[1], case.batch),
         *(row_tiles, units, packed.scales.shape[1], case.shape[0], per_slab),
+        EPS,
     )
     assert not bool(exchange.any())
 
@@ -158,6 +170,38 @@ def test_bit_planes_agree_before_and_after_the_cast(case, grid, product):
     assert error(partial.sum(0)[:, : case.shape[0]], case, tensor) < BEFORE_CAST
     if case.splits > 1:
         planes.add_splits(partial, planes.Target(y), Recorder())
+    assert error(y, case, tensor) < AFTER_CAST[case.dtype]
+
+
+@pytest.mark.parametrize("dtype", AFTER_CAST)
+@pytest.mark.parametrize(("product", "columns"), [("bytes", 1), ("bytes", 2), ("floats", 1)])
+@pytest.mark.parametrize("warps", [2, 3])
+def test_a_norm_is_that_of_its_own_kernel(product, columns, dtype, warps):
+    case = Case(2, (24, 700), 64, batch=columns, dtype=dtype)
+    x, packed, y = 3 * case.inputs(), tiles.pack(case.weight()), case.output()
+    norm = (torch.rand(700, generator=torch.Generator().manual_seed(3)) + 0.5).to(dtype)
+    by = replace(PRODUCTS[product], columns=columns)
+    sizes = {"ctas": 2, "slabs": 1, "warps": warps, "stages": 2}
+    multiply(case, packed, x, y, None, by, **sizes, norm=norm)
+    alone = case.output()
+    multiply(case, packed, rms_norm(x, norm, EPS), alone, None, by, **sizes)
+    assert float((y.double() - alone.double()).norm() / alone.double().norm()) < AFTER_CAST[dtype]
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(("batch", "slabs"), [(1, 1), (2, 1), (1, 2)])
+def test_shares_of_whole_tiles_agree(grid, product, batch, slabs):
+    case = Case(3, (57, 700), 64, batch=batch)
+    tensor, y = case.weight(), case.output()
+    packed, (ctas, warps, stages) = tiles.pack(tensor), grid
+    ctas, x = min(ctas, len(packed.planes)), case.inputs()
+    partial = torch.full((slabs, batch, len(packed.planes) * 16), float("nan"))
+    sizes = {"ctas": ctas, "slabs": slabs, "warps": warps, "stages": stages}
+    given = partial if slabs > 1 else None
+    multiply(case, packed, x, y, given, PRODUCTS[product], **sizes, whole=1)
+    if slabs > 1:
+        y = partial.sum(0)[:, : case.shape[0]]
     assert error(y, case, tensor) < AFTER_CAST[case.dtype]
 
 

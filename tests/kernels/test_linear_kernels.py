@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qtool.errors import BackendError
 from qtool.runtime.backends.cuda import fusing, linear_kernels, planes, selection
@@ -86,11 +88,23 @@ def test_the_selection_asks_for_what_was_measured():
     def tuning(row_tiles, units, batch=1):
         found = planes.tuned_plan(row_tiles, units, batch, layout, card=card)
         assert found is not None
-        return found[0]
+        return found[0], found[1].whole
 
-    assert tuning(1792, 16) == selection.H100.pairs
-    assert tuning(1792, 16, batch=8) == tuning(3584, 32, batch=8) == selection.H100.alone
-    assert tuning(256, 16) == tuning(256, 56) == tuning(3584, 32) == selection.H100.alone
+    alone, pairs = selection.H100.alone, selection.H100.pairs
+    whole = [(256, 16), (384, 16), (256, 56), (1792, 16), (8016, 16)]
+    assert {tuning(*size, batch) for size in whole for batch in (1, 2, 8)} == {(alone, True)}
+    assert tuning(1728, 16) == (pairs, False), "14 tiles for 124 CTAs leave 8 of 132 without work"
+    assert tuning(1728, 16, batch=8) == tuning(3584, 32) == (alone, False)
+
+
+@given(row_tiles=st.integers(1, 3000), count=st.integers(1, 120), most=st.integers(1, 264))
+def test_shares_hold_all_units_and_are_tiles_only_where_few_would_be_idle(row_tiles, count, most):
+    ctas, share, whole = planes.shares_of(row_tiles, count, count, most)
+    units = row_tiles * count
+    assert 1 <= ctas <= most and units <= ctas * share
+    assert whole == (-(-row_tiles // most) * count - units / most <= planes.MOST_IDLE)
+    if whole:
+        assert share % count == 0 and row_tiles > (ctas - 1) * share // count, "no CTA is empty"
 
 
 def test_more_planes_leave_the_bit_planes_fewer_tokens():
@@ -214,10 +228,14 @@ def test_weights_of_one_input_are_fused_if_their_schemes_agree():
 
 
 def test_tables_run_one_token_where_they_were_measured_to_be_faster():
-    def faster(rows, inputs, planes):
-        return selection.H100.prefers_tables(planes, Shape2D(rows, inputs))
+    def faster_with(tables):
+        given = replace(selection.H100, tables=tables)
+        return lambda rows, inputs, planes: given.prefers_tables(planes, Shape2D(rows, inputs))
 
-    # kernels/README.md: at 4096 x 4096 with 2, 3 and 4 planes, at 6144 x 4096 with 2
+    assert not any(map(selection.H100.prefers_tables, range(1, 9), [Shape2D(4096, 4096)] * 8))
+    assert "lut" not in str(selection.H100)
+    # before CTAs had whole tiles: at 4096 x 4096 with 2, 3 and 4 planes, at 6144 x 4096 with 2
+    faster = faster_with(range(2**24, 2**26))
     assert [faster(4096, 4096, planes) for planes in range(1, 6)] == [
         False,
         True,

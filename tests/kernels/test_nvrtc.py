@@ -3,6 +3,7 @@
 import pytest
 
 from qtool import resources
+from qtool.runtime.backends.cuda.planes import PLAIN_LAUNCH
 from qtool.runtime.backends.cuda.sources import kernel_source
 from tests.kernels.nvrtc import compile_for
 
@@ -11,7 +12,7 @@ NOT_TIMED = ("sm_89", "sm_100", "sm_120")
 BETWEEN = [pytest.param(name, marks=pytest.mark.slow) for name in ("sm_86", "sm_89")]
 WEIGHT = {"GROUP": 128, "OFFSET": 1}
 AFFINE = {"GROUP": 128, "OFFSET": 2}
-GRID = {"WARPS": 16, "STAGES": 3, "BLOCKS": 1, "EPILOGUE": 0, "ALIGNED": 1}
+GRID = {"WARPS": 16, "STAGES": 3, "BLOCKS": 1, "EPILOGUE": 0, "ALIGNED": 1, **PLAIN_LAUNCH}
 PAIR = {**GRID, "WARPS": 8, "STAGES": 4, "BLOCKS": 2}
 ALONE = {**PAIR, "BLOCKS": 1}
 PANELS = {**GRID, "OFFSET": 1, "TILES": 8, "SETS": 1}

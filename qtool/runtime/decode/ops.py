@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -48,6 +48,13 @@ class DecodeState:
         return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
 
+class Norm(NamedTuple):
+    """x / rms(x) * weight, rounded before and after the weight, as transformers does."""
+
+    weight: Tensor  # (features,)
+    eps: float
+
+
 class DecodeOps(Protocol):
     """Runs the operations of a step: (batch, features) in and out, in the dtype of the weights."""
 
@@ -63,11 +70,17 @@ class DecodeOps(Protocol):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return x / rms(x) * weight, rounded before and after the weight, as transformers does."""
 
-    def linear(self, x: Tensor, projection: Projections, residual: Tensor | None = None) -> Tensor:
-        """Return x @ W.T + residual; of several projections the outputs side by side."""
+    def linear(
+        self,
+        x: Tensor,
+        projection: Projections,
+        residual: Tensor | None = None,
+        norm: Norm | None = None,
+    ) -> Tensor:
+        """Return x @ W.T + residual, of x normed; of several projections outputs side by side."""
 
-    def gated(self, x: Tensor, gate_up: Projections) -> Tensor:
-        """Return silu(x @ gate.T) * (x @ up.T)."""
+    def gated(self, x: Tensor, gate_up: Projections, norm: Norm | None = None) -> Tensor:
+        """Return silu(x @ gate.T) * (x @ up.T), of x normed."""
 
     def experts(self, x: Tensor, experts: DecoderExperts) -> Tensor:
         """Return what the chosen experts of each token say, weighed and summed."""

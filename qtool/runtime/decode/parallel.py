@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qtool.runtime.decode.ops import DecodeOps, DecodeState
+from qtool.runtime.decode.ops import DecodeOps, DecodeState, Norm
 from qtool.runtime.decode.prompts import PackedPrompts
 from qtool.runtime.decode.weights import (
     DecoderExperts,
@@ -44,19 +44,26 @@ class ParallelOps:
         """Return x / rms(x) * weight."""
         return self._ops.rms_norm(x, weight, eps)
 
-    def linear(self, x: Tensor, projection: Projections, residual: Tensor | None = None) -> Tensor:
-        """Return x @ W.T + residual, of all ranks' parts."""
+    def linear(
+        self,
+        x: Tensor,
+        projection: Projections,
+        residual: Tensor | None = None,
+        norm: Norm | None = None,
+    ) -> Tensor:
+        """Return x @ W.T + residual, of all ranks' parts, of x normed."""
         if not isinstance(projection, RankPart):
-            return self._ops.linear(x, projection, residual)
+            return self._ops.linear(x, projection, residual, norm)
         group, weight = projection.group, projection.weight
         if projection.rows:
-            y = group.all_gather(self._ops.linear(x, weight), projection.rows)
+            y = group.all_gather(self._ops.linear(x, weight, norm=norm), projection.rows)
             return y if residual is None else y + residual
+        assert norm is None, "a rank has a part of x"
         return self._sum(self._ops.linear(x, weight, residual if group.leads else None))
 
-    def gated(self, x: Tensor, gate_up: Projections) -> Tensor:
-        """Return silu(x @ gate.T) * (x @ up.T) of this rank's rows."""
-        return self._ops.gated(x, gate_up)
+    def gated(self, x: Tensor, gate_up: Projections, norm: Norm | None = None) -> Tensor:
+        """Return silu(x @ gate.T) * (x @ up.T) of this rank's rows, of x normed."""
+        return self._ops.gated(x, gate_up, norm)
 
     def experts(self, x: Tensor, experts: DecoderExperts) -> Tensor:
         """Return what the chosen experts say."""

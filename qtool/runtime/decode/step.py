@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from qtool.runtime.decode.ops import DecodeOps, DecodeState
+from qtool.runtime.decode.ops import DecodeOps, DecodeState, Norm
 from qtool.runtime.decode.prompts import PackedPrompts
 from qtool.runtime.decode.weights import DecoderLayer, DecoderWeights
 
@@ -55,15 +55,16 @@ def _hidden(
     """Return what the blocks make of tokens (n,): (n, hidden_size)."""
     x, eps = ops.embed(tokens, weights.embedding), weights.shape.norm_eps
     for index, layer in enumerate(weights.layers):
-        qkv = ops.linear(ops.rms_norm(x, layer.input_norm, eps), layer.qkv)
+        qkv = ops.linear(x, layer.qkv, norm=Norm(layer.input_norm, eps))
         x = ops.linear(attend(qkv, layer, index), layer.output, x)
-        normed = ops.rms_norm(x, layer.mlp_norm, eps)
+        norm = Norm(layer.mlp_norm, eps)
         if layer.experts is not None:
-            x = x + ops.experts(normed, layer.experts)
+            x = x + ops.experts(ops.rms_norm(x, *norm), layer.experts)
         elif layer.down is not None:
-            x = ops.linear(ops.gated(normed, layer.gate_up), layer.down, x)
+            x = ops.linear(ops.gated(x, layer.gate_up, norm), layer.down, x)
     return x
 
 
 def _logits(x: Tensor, weights: DecoderWeights, ops: DecodeOps) -> Tensor:
-    return ops.linear(ops.rms_norm(x, weights.final_norm, weights.shape.norm_eps), weights.head)
+    norm = Norm(weights.final_norm, weights.shape.norm_eps)
+    return ops.linear(x, weights.head, norm=norm)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from qtool.core.experts import chosen
 from qtool.core.layout import side_by_side
 from qtool.runtime.decode.cache import read_cache, write_cache
-from qtool.runtime.decode.ops import DecodeOps, DecodeState
+from qtool.runtime.decode.ops import DecodeOps, DecodeState, Norm
 from qtool.runtime.decode.prompts import PackedPrompts, attend_to_cache, cache_of_prompts
 from qtool.runtime.decode.weights import (
     DecoderExperts,
@@ -35,15 +35,26 @@ class TorchOps:
         """Return x / rms(x) * weight."""
         return rms_norm(x, weight, eps)
 
-    def linear(self, x: Tensor, projection: Projections, residual: Tensor | None = None) -> Tensor:
-        """Return x @ W.T + residual."""
+    def linear(
+        self,
+        x: Tensor,
+        projection: Projections,
+        residual: Tensor | None = None,
+        norm: Norm | None = None,
+    ) -> Tensor:
+        """Return x @ W.T + residual, of x normed."""
+        x = x if norm is None else self.rms_norm(x, *norm)
         parts = projection if isinstance(projection, tuple) else (projection,)
-        y = torch.cat([functional.linear(x, dense(part)) for part in parts], dim=-1)
+        several = [self._multiplied(x, part) for part in parts]
+        y = several[0] if len(several) == 1 else torch.cat(several, dim=-1)
         return y if residual is None else residual + y
 
-    def gated(self, x: Tensor, gate_up: Projections) -> Tensor:
-        """Return silu(x @ gate.T) * (x @ up.T)."""
-        y = self.linear(x, gate_up)
+    def _multiplied(self, x: Tensor, projection: Projection) -> Tensor:
+        return functional.linear(x, dense(projection))
+
+    def gated(self, x: Tensor, gate_up: Projections, norm: Norm | None = None) -> Tensor:
+        """Return silu(x @ gate.T) * (x @ up.T), of x normed."""
+        y = self.linear(x, gate_up, norm=norm)
         return silu_times(y if isinstance(gate_up, tuple | Tensor) else side_by_side(y))
 
     def experts(self, x: Tensor, experts: DecoderExperts) -> Tensor:

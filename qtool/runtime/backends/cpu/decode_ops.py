@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qtool.runtime.backends.cpu.decode_step import DecoderTable, NativeStep
-from qtool.runtime.decode.ops import DecodeState
+from qtool.runtime.decode.ops import DecodeState, Norm
 from qtool.runtime.decode.torch_ops import TorchOps, silu_times
 from qtool.runtime.decode.weights import DecoderWeights, Projection, Projections
 
@@ -44,17 +44,11 @@ class NativeOps(TorchOps):
             return super().embed(tokens, table)
         return self._calls.rows(tokens, table)
 
-    def linear(self, x: Tensor, projection: Projections, residual: Tensor | None = None) -> Tensor:
-        """Return x @ W.T + residual."""
-        parts = projection if isinstance(projection, tuple) else (projection,)
-        y = [self._multiplied(x, part) for part in parts]
-        both = y[0] if len(y) == 1 else torch.cat(y, dim=-1)
-        return both if residual is None else residual + both
-
-    def gated(self, x: Tensor, gate_up: Projections) -> Tensor:
-        """Return silu(x @ gate.T) * (x @ up.T)."""
+    def gated(self, x: Tensor, gate_up: Projections, norm: Norm | None = None) -> Tensor:
+        """Return silu(x @ gate.T) * (x @ up.T), of x normed."""
         if not isinstance(gate_up, tuple) or len(gate_up) != 2:  # noqa: PLR2004 - gate and up
-            return silu_times(self.linear(x, gate_up))
+            return silu_times(self.linear(x, gate_up, norm=norm))
+        x = x if norm is None else self.rms_norm(x, *norm)
         gate, up = (self._multiplied(x, part) for part in gate_up)
         return torch.nn.functional.silu(gate).mul_(up)
 

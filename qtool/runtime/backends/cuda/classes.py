@@ -16,7 +16,7 @@ from torch import Tensor
 from qtool.runtime.backends.cuda import planes
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
-from qtool.runtime.backends.cuda.linear_kernels import by_planes
+from qtool.runtime.backends.cuda.plane_products import by_planes
 from qtool.runtime.backends.cuda.planes import Layout, Product, Target
 from qtool.runtime.backends.cuda.selection import Tuning
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
@@ -151,7 +151,7 @@ def classes_call(
     first, tuning = classes[0].layout, planned.tuning
     product = planes.product_for(sizes.batch, first)
     macros = {"GROUP": first.group, "CLASSES": len(classes), "COLUMNS": product.columns}
-    macros |= {"BYTES": int(product.name == "bit_plane_imma"), "EPILOGUE": 0}
+    macros |= {"BYTES": int(product.name == "bit_plane_imma"), "EPILOGUE": 0, **planes.PLAIN_LAUNCH}
     macros |= {"WARPS": tuning.warps, "BLOCKS": tuning.per_multiprocessor}
     for number, (its, stages) in enumerate(zip(classes, planned.stages, strict=True)):
         own = {"PLANES": its.layout.planes, "OFFSET": its.layout.offset, "STAGES": stages}

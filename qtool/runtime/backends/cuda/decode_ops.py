@@ -22,7 +22,7 @@ from qtool.runtime.backends.cuda.launch import (
 from qtool.runtime.backends.cuda.mixed import MixedWeight, gather_mixed, multiply_mixed
 from qtool.runtime.backends.cuda.ordered import OrderedWeight
 from qtool.runtime.decode import torch_ops
-from qtool.runtime.decode.ops import DecodeOps, DecodeState
+from qtool.runtime.decode.ops import DecodeOps, DecodeState, Norm
 from qtool.runtime.decode.prompts import PackedPrompts, attend_to_cache
 from qtool.runtime.decode.weights import (
     DecoderExperts,
@@ -81,26 +81,45 @@ class KernelOps:
             self._launch(call, (x, weight, y))
         return y
 
-    def linear(self, x: Tensor, projection: Projections, residual: Tensor | None = None) -> Tensor:
-        """Return x @ W.T + residual."""
+    def linear(
+        self,
+        x: Tensor,
+        projection: Projections,
+        residual: Tensor | None = None,
+        norm: Norm | None = None,
+    ) -> Tensor:
+        """Return x @ W.T + residual, of x normed."""
+        if isinstance(projection, KernelWeight):
+            x, norm = self._normed(x, projection, norm)
+            where = (self._launch, self._card)
+            return linear_kernels.matmul(x, projection, *where, residual=residual, norm=norm)
+        x = x if norm is None else self.rms_norm(x, *norm)
         if isinstance(projection, tuple):
             y = torch.cat([self.linear(x, part) for part in projection], dim=-1)
             return y if residual is None else y + residual
         if isinstance(projection, OrderedWeight):
             return self.linear(projection.sorted(x), projection.weight, residual)
-        if isinstance(projection, KernelWeight):
-            return linear_kernels.matmul(x, projection, self._launch, self._card, residual=residual)
         if isinstance(projection, MixedWeight):
             y = multiply_mixed(x, projection, self._launch, self._card)
         else:
             y = functional.linear(x, torch_ops.dense(projection))
         return y if residual is None else y.add_(residual)
 
-    def gated(self, x: Tensor, gate_up: Projections) -> Tensor:
-        """Return silu(x @ gate.T) * (x @ up.T)."""
+    def gated(self, x: Tensor, gate_up: Projections, norm: Norm | None = None) -> Tensor:
+        """Return silu(x @ gate.T) * (x @ up.T), of x normed."""
         if isinstance(gate_up, KernelWeight):
-            return linear_kernels.matmul(x, gate_up, self._launch, self._card, gated=True)
-        return torch_ops.silu_times(self.linear(x, gate_up))
+            x, norm = self._normed(x, gate_up, norm, gated=True)
+            where = (self._launch, self._card)
+            return linear_kernels.matmul(x, gate_up, *where, gated=True, norm=norm)
+        return torch_ops.silu_times(self.linear(x, gate_up, norm=norm))
+
+    def _normed(
+        self, x: Tensor, weight: KernelWeight, norm: Norm | None, *, gated: bool = False
+    ) -> tuple[Tensor, Norm | None]:
+        """Return what a product takes: x and a norm that it does itself, or x normed."""
+        if norm is None or linear_kernels.can_norm(weight, len(x), self._card, gated=gated):
+            return x, norm
+        return self.rms_norm(x, *norm), None
 
     def experts(self, x: Tensor, experts: DecoderExperts) -> Tensor:
         """Return what the chosen experts of each token say, weighed and summed."""

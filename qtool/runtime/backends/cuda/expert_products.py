@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from qtool.runtime.backends.cuda import planes
+from qtool.runtime.backends.cuda import plane_products, planes
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, KernelCall, Launch
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
@@ -109,12 +109,12 @@ def chosen_call(
     """
     rows, inputs, slots, *others = sizes
     share = card._replace(multiprocessors=max(1, card.multiprocessors // max(slots, 1)))
-    one = planes.call_for((rows, inputs, 1, *others), layout, dtype, share)
+    one = plane_products.call_for((rows, inputs, 1, *others), layout, dtype, share)
     name = f"{one.file}_experts"
     return one._replace(
         file=name,
         kernel=name,
         grid=(*one.grid[:2], slots),
-        numbers=(*sizes, one.numbers[-1]),
+        numbers=(*sizes, one.numbers[len(sizes)]),  # and units per slab, but no norm's eps
         zeros=one.zeros * slots,
     )

@@ -17,6 +17,7 @@ from qtool.runtime.backends.cuda.centers import CENTERS, is_tileable, planes_of
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.panels import is_panelable, pack_panels
+from qtool.runtime.backends.cuda.plane_products import by_planes
 from qtool.runtime.backends.cuda.selection import (
     STORED_KERNELS,
     WideTuning,
@@ -24,6 +25,7 @@ from qtool.runtime.backends.cuda.selection import (
     wanted_kernel,
 )
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
+from qtool.runtime.decode.ops import Norm
 
 SIGN_FLIP_THREADS, SIGN_FLIP_ROWS = 256, 8
 
@@ -83,6 +85,16 @@ def kernel_for(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = F
     return "dequantize" if room is None else "planes"
 
 
+def can_norm(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = False) -> bool:
+    """Return whether `matmul` of so many tokens can norm them itself."""
+    if tokens == 0 or weight.tiles is None:
+        return False
+    if kernel_for(weight, tokens, card, gated=gated) != "planes":
+        return False
+    row_tiles, units, *_ = weight.tiles.planes.shape
+    return planes.normed_units(row_tiles, units, tokens, weight.layout, card=card) > 0
+
+
 def wide_tuning(weight: KernelWeight, tokens: int, card: Card) -> WideTuning | None:
     """Return how bit_plane_wgmma.cu multiplies so many tokens; None: it can't."""
     if weight.tiles is None or tokens == 0:
@@ -100,6 +112,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     kernel: str | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
+    norm: Norm | None = None,
 ) -> Tensor:
     """Return x @ W.T.
 
@@ -111,6 +124,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         kernel: One of KERNELS; None: `kernel_for`.
         residual: (tokens, out_features), added to the product.
         gated: Rows of W alternate, see `fusing`: return silu(gate) * up.
+        norm: Of x, done by the launch; only where `can_norm`.
 
     Returns:
         (tokens, out_features) in the dtype of `x`; half as wide if gated.
@@ -126,7 +140,7 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         run = panel_linear.PANEL_KERNELS[kernel]
         return run(x, weight, launch, card, residual=residual, gated=gated)
     if kernel == "planes" and weight.tiles is not None and tokens > 0:
-        return by_planes(x, weight, launch, card, residual=residual, gated=gated)
+        return by_planes(x, weight, launch, card, residual=residual, gated=gated, norm=norm)
     if kernel == "wide" and tokens > 0:
         return by_wide(x, weight, launch, card, residual=residual, gated=gated)
     if kernel == "lut" and tokens > 0:
@@ -138,39 +152,6 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
         gate, up = side_by_side(y).chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
     return y if residual is None else y + residual
-
-
-def by_planes(  # noqa: PLR0913 - as `matmul`
-    x: Tensor,
-    weight: KernelWeight,
-    launch: Launch,
-    card: Card,
-    *,
-    residual: Tensor | None = None,
-    gated: bool = False,
-    target: planes.Target | None = None,
-) -> Tensor:
-    """Do `matmul` by the tiles: in slabs where the inputs don't fit into shared memory.
-
-    The first five arguments are those of `matmul`, and x is aligned; `target` takes the product in
-    place of a new tensor, if it isn't gated.
-    """
-    assert weight.tiles is not None
-    (batch, inputs), rows, packed = x.shape, weight.shape.out_features, weight.tiles
-    row_tiles, units, *_ = packed.planes.shape
-    if target is None:
-        target = planes.Target(x.new_empty(batch, rows // 2 if gated else rows), None)
-    y, places = target.y, target.places
-    sizes = (rows, inputs, batch, row_tiles, units, packed.scales.shape[1], y.shape[1])
-    epilogue = "gated" if gated else "none" if residual is None else "residual"
-    call = planes.call_for(sizes, weight.layout, x.dtype, card, epilogue, not weight.fresh)
-    slabs, partial = call.grid[1], None
-    if slabs > 1:
-        partial = x.new_empty(slabs, batch, row_tiles * TILE_ROWS, dtype=torch.float32)
-    launch(call, (packed.planes, packed.scales, x, residual, y, places, partial))
-    if partial is not None:
-        planes.add_splits(partial, target, launch, epilogue=epilogue, residual=residual)
-    return y
 
 
 def by_wide(  # noqa: PLR0913 - as `matmul`

@@ -5,10 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from qtool.errors import BackendError
 from qtool.runtime.backends.cuda.launch import (
     RESERVED_BYTES,
     WARP,
@@ -23,12 +21,19 @@ from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT
 BLOCKS_PER_UNIT = 8
 NUMBER = 4
 """Bytes of a float32 in shared memory."""
+MOST_NORMED = MOST_LOADS = 4
+"""Units of inputs that a warp holds in registers."""
 MAX_UNITS = 2**21
 """Of a slab: the kernel divides their numbers in float32."""
 MOST_IN_PAIRS = 2
 """Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
 FEWER_WARPS, MORE_WAVES = (7, 3), (1, 2, 4, 8)
 """For cards, or weights, that the measured ones leave no room for."""
+PLAIN_LAUNCH = {"WHOLE": 0, "NORM": 0, "LOADS": MOST_LOADS}
+"""Constants of a launch whose CTAs share tiles, and know x as it is multiplied."""
+MOST_IDLE = 8
+"""Units that a multiprocessor may lack, on average, so that CTAs have whole tiles: an exchange
+costs about a microsecond, twice what they do at 3 planes and one token."""
 EPILOGUES = {"none": 0, "residual": 1, "gated": 2}
 
 
@@ -108,6 +113,8 @@ class LaunchPlan:
     per_multiprocessor: int
     shared_bytes: int
     exchange_words: int
+    whole: bool
+    """CTAs have whole tiles, the same number but for the last ones, and exchange nothing."""
 
 
 def room_of(card: Card, ctas: int) -> int:
@@ -134,13 +141,34 @@ def plan_launch(
         shortest = units - (slabs - 1) * count
         for stages, ctas_per in _rings(tuning):
             most = card.multiprocessors * ctas_per * tuning.waves // slabs
-            ctas = max(1, min(most, row_tiles * shortest))
+            ctas, share, whole = shares_of(row_tiles, count, shortest, most, ctas_per)
             ring = warps * stages * layout.stage_bytes
-            shared = ring + product.shared_bytes(-(-row_tiles * count // ctas), count, warps)
+            shared = ring + product.shared_bytes(share, count, warps)
             if shared <= room_of(card, ctas_per):
                 words = blocks * slabs * ctas * warps * TILE_ROWS * columns
-                return LaunchPlan(blocks, ctas, slabs, count, stages, ctas_per, shared, words)
+                sizes = (blocks, ctas, slabs, count, stages, ctas_per, shared, words)
+                return LaunchPlan(*sizes, whole)
     return None
+
+
+def shares_of(
+    row_tiles: int, count: int, shortest: int, most: int, beside: int = 1
+) -> tuple[int, int, bool]:
+    """Return how many CTAs, of `most`, share a slab, units of the largest share, and if it's tiles.
+
+    Args:
+        row_tiles: Of the weight.
+        count: Units of a tile, in the longest slab.
+        shortest: The same in the shortest one.
+        most: CTAs.
+        beside: CTAs on a multiprocessor.
+    """
+    most = max(1, most)
+    tiles = -(-row_tiles // most)
+    if beside * (tiles * count - row_tiles * count / most) <= MOST_IDLE:
+        return -(-row_tiles // tiles), tiles * count, True
+    ctas = min(most, row_tiles * shortest)
+    return ctas, -(-row_tiles * count // ctas), False
 
 
 def _rings(tuning: Tuning) -> Iterator[tuple[int, int]]:
@@ -181,59 +209,25 @@ def tunings_for(row_tiles: int, units: int, card: Card, *, few: bool) -> tuple[T
     """Return what the card's selection says, then what is as near to it; `few` tokens or not."""
     selection = selection_for(card.name)
     asked = selection.alone
-    if few:
+    if few and not shares_of(row_tiles, units, units, card.multiprocessors)[2]:
         asked = selection.tuning(units * UNIT, row_tiles * units // card.multiprocessors)
     fewer = [replace(selection.alone, warps=warps) for warps in FEWER_WARPS]
     return tuple(dict.fromkeys((asked, selection.alone, *fewer)))
 
 
+def normed_units(row_tiles: int, units: int, batch: int, layout: Layout, *, card: Card) -> int:
+    """Return how many units of x each warp norms in a launch that does so; 0: none can."""
+    picked = tuned_plan(row_tiles, units, batch, layout, card=card)
+    columns = product_for(batch, layout).columns
+    if picked is None or picked[1].slabs > 1 or columns > MOST_IN_PAIRS:
+        return 0
+    each = -(-units * columns // picked[0].warps)
+    return each if each <= MOST_NORMED else 0
+
+
 Sizes = tuple[int, int, int, int, int, int, int]
 """out_features, in_features, tokens, row tiles, units, groups and columns of the result, as the
 kernels take them."""
-
-
-@functools.lru_cache(maxsize=4096)
-def call_for(
-    sizes: Sizes,
-    layout: Layout,
-    dtype: torch.dtype,
-    card: Card,
-    epilogue: str = "none",
-    dependent: bool = True,  # noqa: FBT001, FBT002 - a key of the cache
-) -> KernelCall:
-    """Return the launch of a product, decided once for all weights of one shape.
-
-    Raises:
-        BackendError: a CTA has too little shared memory.
-    """
-    _, in_features, batch, row_tiles, units, *_ = sizes
-    picked = tuned_plan(row_tiles, units, batch, layout, card=card)
-    if picked is None:
-        raise BackendError(
-            f"A block of this card has {card.shared_bytes} bytes of shared memory: too few for a "
-            f"weight of {layout.planes} planes and groups of {layout.group}. "
-            "QTOOL_KERNEL=dequantize runs it."
-        )
-    product, (tuning, chosen) = product_for(batch, layout), picked
-    grid = {
-        "COLUMNS": product.columns,
-        "WARPS": tuning.warps,
-        "STAGES": chosen.stages,
-        "BLOCKS": chosen.per_multiprocessor,
-        "ALIGNED": int(in_features % 8 == 0),
-        "EPILOGUE": EPILOGUES[epilogue] if chosen.slabs == 1 else 0,
-    }
-    return KernelCall(
-        file=product.name,
-        kernel=product.name,
-        constants=constants(dtype, **layout.macros, **grid),
-        grid=(chosen.ctas, chosen.slabs, chosen.column_blocks),
-        threads=tuning.warps * WARP,
-        shared_bytes=chosen.shared_bytes,
-        numbers=(*sizes, chosen.units_per_slab),
-        zeros=chosen.exchange_words,
-        dependent=dependent,
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ class Selection:
     """Of fewer, the dequantized one stays in the L2 cache: more than one block isn't worth it."""
     tables: range
     """Weights from which on the LUT kernel multiplies one token sooner than the bit planes, and
-    bits up to which it does; of two planes and more."""
+    bits up to which it does; of two planes and more. Empty: it never does."""
     wide: tuple[range, ...]
     """Tokens that bit_plane_wgmma.cu multiplies sooner than all others do, by planes: of 1, of 2,
     and so on, the last of more. Beyond, one dequantized weight serves many tokens."""
@@ -92,7 +92,7 @@ class Selection:
 
     def prefers_tables(self, planes: int, shape: Shape2D) -> bool:
         """Return whether the LUT kernel is the fastest for one token; it isn't with many inputs."""
-        if planes == 1 or shape.in_features > FEW_INPUTS:
+        if not self.tables or planes == 1 or shape.in_features > FEW_INPUTS:
             return False
         return self.tables.start <= prod(shape) <= self.tables.stop // planes
 
@@ -123,13 +123,18 @@ class Selection:
 
     def __str__(self) -> str:
         """Say what is chosen, for people."""
+        tables = ""
+        if self.tables:
+            weights, bits = self.tables.start / 1e6, self.tables.stop / 1e6
+            tables = (
+                f"lut for one token of {weights:.0f} million weights and more, {bits:.0f} million "
+                "bits at most; "
+            )
         three, four = (f"{r.start} to {r.stop - 1}" for r in self.wide[2:4])
-        weights, bits = self.tables.start / 1e6, self.tables.stop / 1e6
         return (
             f"planes up to {BLOCK} tokens, and from {self.least_weights // 10**6} million weights "
             f"on up to {self.most_tokens(2)} / {self.most_tokens(3)} / {self.most_tokens(4)} at "
-            f"2 / 3 / 4 bits; lut for one token of {weights:.0f} million weights and more, "
-            f"{bits:.0f} million bits at most; with wgmma, wide for {three} / {four} tokens "
+            f"2 / 3 / 4 bits; {tables}with wgmma, wide for {three} / {four} tokens "
             f"at 3 / 4 bits; dequantize beyond (measured on {self.measured_on})"
         )
 
@@ -138,7 +143,7 @@ H100 = Selection(
     measured_on="NVIDIA H100 80GB HBM3",
     most_products=160,
     least_weights=2**25,
-    tables=range(2**24, 2**26),
+    tables=range(1, 1),  # none, since blocks have whole tiles
     # Timed on an NVIDIA H200 at 2, 3, 4 and 8 planes. Reckoned: 1 as 2 from 17 tokens on, 5 to 7
     # as 8.
     wide=(range(17, 1025), range(16, 1025), range(9, 1025), range(9, 513), range(16, 513)),

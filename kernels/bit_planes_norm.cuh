@@ -1,0 +1,78 @@
+// How a block norms x where it stages it: each warp holds its share of the units in registers, for one
+// or two tokens whose inputs are one slab.
+
+// What an RMS norm multiplies a lane's inputs by, unit by unit: a weight, so it may be read early.
+struct Gains { quad of[NORM]; };
+
+DEVICE Gains load_gains(const u16 *norm, int in_features, const Weight &weight) {
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    Gains gains;
+#pragma unroll
+    for (int i = 0; i < NORM; ++i)
+        gains.of[i] = load_inputs(norm, (warp + i * WARPS) / COLUMNS * UNIT + lane * 8, in_features);
+    return gains;
+}
+
+DEVICE u32 normed(u32 pair, float inverse, u32 gains) {
+    u16 low = store_activation(load_activation((u16)(pair & 0xffffu)) * inverse);
+    u16 high = store_activation(load_activation((u16)(pair >> 16)) * inverse);
+    low = store_activation(load_activation(low) * load_activation((u16)(gains & 0xffffu)));
+    high = store_activation(load_activation(high) * load_activation((u16)(gains >> 16)));
+    return low | (u32)high << 16;
+}
+
+// As `stage_inputs`, of x / sqrt(mean x^2 + eps), rounded, times the gains, rounded: as rms_norm.cu. The
+// inputs are in one slab. `sums` has room for a float per warp and column.
+DEVICE void stage_normed(const u16 *x, int in_features, const Weight &weight, int columns, int units,
+                         unsigned char *operands, float *starts, float *factors, const Gains &gains,
+                         float eps, float *sums) {
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    quad v[NORM];
+    float inverse[COLUMNS] = {};
+#pragma unroll
+    for (int i = 0; i < NORM; ++i) {
+        int unit = (warp + i * WARPS) / COLUMNS, column = (warp + i * WARPS) % COLUMNS;
+        v[i] = quad{0, 0, 0, 0};
+        if (unit < weight.count && column < columns)
+            v[i] = load_inputs(x + (u64)column * in_features, unit * UNIT + lane * 8, in_features);
+    }
+#pragma unroll
+    for (int i = 0; i < NORM; ++i) {
+        u32 pairs[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
+        float square = 0.0f;
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            float low = load_activation((u16)(pairs[r] & 0xffffu));
+            float high = load_activation((u16)(pairs[r] >> 16));
+            square += low * low + high * high;
+        }
+#pragma unroll
+        for (int column = 0; column < COLUMNS; ++column)
+            if ((warp + i * WARPS) % COLUMNS == column) inverse[column] += square;
+    }
+#pragma unroll
+    for (int column = 0; column < COLUMNS; ++column) {
+#pragma unroll
+        for (int lanes = 16; lanes > 0; lanes /= 2) inverse[column] += shuffle_xor(inverse[column], lanes);
+        if (lane == 0) sums[warp * COLUMNS + column] = inverse[column];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int column = 0; column < COLUMNS; ++column) {
+        float total = 0.0f;
+#pragma unroll
+        for (int of = 0; of < WARPS; ++of) total += sums[of * COLUMNS + column];
+        inverse[column] = inverse_root(total / (float)in_features + eps);
+    }
+#pragma unroll
+    for (int i = 0; i < NORM; ++i) {
+        int unit = (warp + i * WARPS) / COLUMNS, column = (warp + i * WARPS) % COLUMNS;
+        if (unit >= weight.count || column >= columns) continue;
+        float factor = column == 0 ? inverse[0] : inverse[COLUMNS - 1];
+        quad gain = gains.of[i];
+        quad value = {normed(v[i].x, factor, gain.x), normed(v[i].y, factor, gain.y),
+                      normed(v[i].z, factor, gain.z), normed(v[i].w, factor, gain.w)};
+        stage_unit(value, unit, column, units, weight, lane, operands, starts, factors);
+    }
+    __syncthreads();
+}
