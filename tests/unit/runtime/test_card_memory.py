@@ -11,8 +11,9 @@ from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.pipeline.inspect import memory_of
 from qtool.runtime.backends.cuda import backend as cuda
-from qtool.runtime.backends.cuda import linear_kernels, mixed, room, selection, tiles
+from qtool.runtime.backends.cuda import linear_kernels, room, selection, tiles
 from qtool.runtime.backends.cuda.centers import why_no_planes
+from qtool.runtime.backends.cuda.ordered import prepare_any
 from qtool.runtime.decode.read_model import weights_of
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
@@ -39,7 +40,7 @@ def tensors_in(value) -> dict[int, int]:
 @given(
     name=FORMATS,
     num_bits=st.integers(1, 8),
-    group_size=st.sampled_from([16, 32, 64, 192, None]),
+    group_size=st.sampled_from([8, 16, 24, 32, 64, 192, None]),
     group_dim=st.sampled_from(GROUP_DIMS),
     symmetric=st.booleans(),
     shape=st.tuples(st.integers(1, 50), st.integers(1, 600)),
@@ -57,7 +58,7 @@ def test_bytes_are_those_of_what_is_prepared(
         assert room.card_bytes(tensor) == 2 * shape[0] * shape[1]
         assert cuda.BACKEND.why_not(tensor, torch.device("cpu")) == reason
         return
-    made = mixed.prepare_weight(tensor, torch.float16)
+    made = prepare_any(tensor, torch.float16)
     unread = dataclasses.replace(tensor, parts={})
     assert room.card_bytes(unread) == sum(tensors_in(made).values())
 
