@@ -31,10 +31,10 @@ DEVICE void fetch(void *shared, const void *address) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(address) : "memory");
 }
 // Or 4 or 8 bytes.
-template <int BYTES> DEVICE void fetch(void *shared, const void *address) {
-    if (BYTES == 16) return fetch(shared, address);
+template <int SIZE> DEVICE void fetch(void *shared, const void *address) {
+    if (SIZE == 16) return fetch(shared, address);
     u32 target = (u32)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(address), "n"(BYTES) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(address), "n"(SIZE) : "memory");
 }
 DEVICE void end_of_fetches() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Wait until all but the last PENDING groups of this thread's fetches are there.
