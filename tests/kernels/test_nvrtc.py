@@ -13,6 +13,7 @@ BETWEEN = [pytest.param(name, marks=pytest.mark.slow) for name in ("sm_86", "sm_
 WEIGHT = {"GROUP": 128, "OFFSET": 1}
 AFFINE = {"GROUP": 128, "OFFSET": 2}
 GRID = {"WARPS": 16, "STAGES": 3, "BLOCKS": 1, "EPILOGUE": 0, "ALIGNED": 1, **PLAIN_LAUNCH}
+NORMED = {"WHOLE": 1, "LOADS": 1, "EPILOGUE": 2}
 PAIR = {**GRID, "WARPS": 8, "STAGES": 4, "BLOCKS": 2}
 ALONE = {**PAIR, "BLOCKS": 1}
 PANELS = {**GRID, "OFFSET": 1, "TILES": 8, "SETS": 1}
@@ -48,6 +49,11 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
     ),
     ("bit_plane_imma", {**WEIGHT, **GRID, "PLANES": 4, "COLUMNS": 2, "EPILOGUE": 2}, 128),
     ("bit_plane_imma", {**GRID, "GROUP": 192, "OFFSET": 0, "PLANES": 3, "COLUMNS": 2}, 128),
+    *(
+        ("bit_plane_imma", {**WEIGHT, **GRID, **NORMED, "PLANES": 4, "COLUMNS": n, "NORM": n}, 128)
+        for n in (1, 2)
+    ),
+    ("bit_plane_mma", {**AFFINE, **GRID, **NORMED, "PLANES": 4, "COLUMNS": 1, "NORM": 4}, 128),
     ("bit_plane_imma_experts", {**WEIGHT, **PAIR, "PLANES": 4, "COLUMNS": 1}, 128),
     ("bit_plane_mma_experts", {**AFFINE, **GRID, "PLANES": 3, "COLUMNS": 1}, 128),
     ("bit_plane_classes", classes_of((4, 3, 2, 1), 1, PAIR), 128),

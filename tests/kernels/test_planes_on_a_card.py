@@ -1,0 +1,75 @@
+"""Bit planes on a card: blocks that have whole tiles or share them, and norms in a product."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from qtool.runtime.backends.cuda import driver, linear_kernels, plane_products, planes
+from qtool.runtime.backends.cuda.decode_ops import KernelOps
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
+from qtool.runtime.decode.ops import Norm
+from qtool.runtime.decode.torch_ops import rms_norm
+from qtool.scheme import Shape2D, WeightScheme
+from qtool.timing.synthetic import generator_on, random_weight
+from tests.helpers import normal
+
+pytestmark = pytest.mark.gpu
+EPS = 1e-5
+CACHED = [(planes, "plan_launch"), (planes, "tuned_plan"), (plane_products, "call_for")]
+
+
+def weight(num_bits, shape):
+    scheme = WeightScheme(num_bits=num_bits, group_size=128)
+    made = random_weight(Shape2D(*shape), scheme, generator_on(torch.device("cuda")))
+    assert isinstance(made, KernelWeight)
+    return made
+
+
+@pytest.mark.parametrize("idle", [-1, 10_000], ids=["shared tiles", "whole tiles"])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16])
+@pytest.mark.parametrize("shape", [(4096, 4096), (6000, 4096), (100, 14336)])
+@torch.no_grad()
+def test_products_are_those_of_the_dequantized_weight(shape, tokens, idle, monkeypatch):
+    monkeypatch.setattr(planes, "MOST_IDLE", idle)
+    for module, name in CACHED:
+        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
+    card, made = driver.card_of(0), weight(3, shape)
+    exact = linear_kernels.dense_weight(made, driver.launch).double()
+    for seed in range(3):
+        x = normal(tokens, shape[1], seed=seed).half().cuda()
+        y = linear_kernels.matmul(x, made, driver.launch, card, kernel="planes").double()
+        expected = x.double() @ exact.T
+        assert float((y - expected).norm() / expected.norm()) < 5e-4
+
+
+@pytest.mark.parametrize("num_bits", [2, 4])
+@pytest.mark.parametrize("tokens", [1, 2])
+@torch.no_grad()
+def test_replays_of_products_that_norm_read_what_the_one_before_wrote(num_bits, tokens):
+    card = driver.card_of(0)
+    made = [weight(num_bits, (4096, 4096)) for _ in range(2)]
+    exact = [linear_kernels.dense_weight(one, driver.launch).double() for one in made]
+    norm = Norm(torch.rand(4096, device="cuda").half() + 0.5, EPS)
+    assert linear_kernels.can_norm(made[0], tokens, card)
+    ops, x = KernelOps(driver.launch, card), normal(tokens, 4096).half().cuda()
+
+    def chain():
+        ys = [x]
+        for index in range(6):
+            ys.append(ops.linear(ys[-1], made[index % 2], norm=norm))
+        return ys
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        chain()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = chain()
+    for seed in range(5):
+        x.copy_(normal(tokens, 4096, seed=seed))
+        graph.replay()
+        for index, (given, y) in enumerate(pairwise(captured)):
+            expected = rms_norm(given, *norm).double() @ exact[index % 2].T
+            assert float((y.double() - expected).norm() / expected.norm()) < 6e-4
