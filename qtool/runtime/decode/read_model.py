@@ -22,12 +22,12 @@ from qtool.runtime.decode.weights import (
     Projections,
     RankPart,
 )
+from qtool.runtime.held import finish_packing
 from qtool.runtime.modules import (
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedWeight,
     TiedHead,
-    finish_packing,
 )
 from qtool.runtime.rank_modules import SpreadLinear
 

@@ -1,0 +1,65 @@
+"""What an adapter says of a quantized layer, and what becomes of that layer's weight.
+
+An adapter never touches planes. Of a layer it has some of these parts:
+
+- `plane_scales` (count, *parameters) float16: of its first planes, in the place of their own;
+- `plane_offsets` (*parameters) float16: in the place of its own;
+- `down` (rank, in_features) and `up` (out_features, rank) float16: x @ down.T @ up.T is added to
+  what the layer makes of x.
+
+`parameters` are as the format `binary_coding` stores them. A weight of another format is taken as
+the binary-coded one that it is (docs/format.md, section 10).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qtool.base import QuantizedTensor
+from qtool.checkpoint.manifest import codec
+from qtool.errors import SchemeError
+from qtool.formats.binary_coding import BINARY_CODING, encode_binary
+from qtool.scheme import WeightScheme
+
+SCALES, OFFSETS, DOWN, UP = "plane_scales", "plane_offsets", "down", "up"
+ADAPTER_PARTS = (SCALES, OFFSETS, DOWN, UP)
+LayerAdapter = Mapping[str, Tensor]
+"""What an adapter says of one layer, by part."""
+
+
+def in_planes(tensor: QuantizedTensor) -> QuantizedTensor:
+    """Return a weight in binary coding: itself, or one that means the same to float16's rounding.
+
+    Raises:
+        SchemeError: its format doesn't say what its planes are.
+    """
+    if tensor.format == BINARY_CODING:
+        return tensor
+    trainable, old = codec(tensor.format).trainable, tensor.scheme
+    if trainable is None:
+        raise SchemeError(
+            f"Weights of format {tensor.format} have no scales that an adapter could replace. Use "
+            "low-rank adapters (lora, ra-lora), or a checkpoint of another method."
+        )
+    start = trainable(tensor)
+    scales, offsets = (each.to(torch.float16) for each in start.planes(start.parameters))
+    scheme = WeightScheme(num_bits=old.num_bits, group_size=old.group_size, group_dim=old.group_dim)
+    return encode_binary(start.codes, scales.permute(1, 2, 0), offsets, scheme, tensor.shape)
+
+
+def rescaled(tensor: QuantizedTensor, changes: LayerAdapter) -> QuantizedTensor:
+    """Return a weight with the scales and offsets of an adapter; its planes are the same tensor.
+
+    A weight of which the adapter replaces nothing is returned as it is.
+    """
+    if SCALES not in changes and OFFSETS not in changes:
+        return tensor
+    binary = in_planes(tensor)
+    parts = dict(binary.parts)
+    if SCALES in changes:
+        new = changes[SCALES].to(parts[SCALES].device)
+        parts[SCALES] = torch.cat([new, parts[SCALES][len(new) :]])
+    if OFFSETS in changes:
+        parts[OFFSETS] = changes[OFFSETS].to(parts[SCALES].device)
+    return QuantizedTensor(BINARY_CODING, binary.scheme, binary.shape, parts)

@@ -1,0 +1,179 @@
+"""`adapt`: train an adapter on a checkpoint, whose planes stay as they are."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import qtool
+from qtool.base import Emit, Notice, Progress, ignore_events
+from qtool.checkpoint.adapter_files import (
+    Adapter,
+    check_adapter_place,
+    drop_unfinished,
+    replace_adapter,
+    write_adapter,
+)
+from qtool.checkpoint.apart import check_apart
+from qtool.data.corpora import check_tokens
+from qtool.data.exercises import Learned, cut_to, read_exercises, tokenized
+from qtool.errors import DataError, OutputError
+from qtool.modeling.adapters import digest_of_base
+from qtool.modeling.load import LoadedModel, load_model
+from qtool.modeling.locate import Location
+from qtool.steps.adapt_model import AdaptOptions, UnfinishedRun, adapt_model, split_off
+from qtool.storage.digests import files_digest
+from qtool.training.adapters import load_kind
+from qtool.training.adapting import Curriculum
+
+HELD_OUT_SHARE, MOST_HELD_OUT = 0.05, 512
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptResult:
+    """What `adapt` has made."""
+
+    directory: Path
+    kind: str
+    num_parameters: int
+    """How many numbers learned."""
+    num_bytes: int
+    """Of the adapter's tensors."""
+    first_loss: float
+    """On the held-out exercises, nats per learned token, before."""
+    best_loss: float
+    steps: int
+    tokens_per_second: float
+    seconds: float
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptRequest:
+    """What is adapted to what, and where the adapter goes."""
+
+    model: Location
+    data: Path
+    directory: Path
+    kind: str = "alpha"
+    validation: Path | None = None
+    """Exercises to look at; None: some of `data` are held out."""
+    options: AdaptOptions = field(default_factory=AdaptOptions)
+    overwrite: bool = False
+    resume: bool = False
+
+
+def adapt(request: AdaptRequest, *, emit: Emit = ignore_events) -> AdaptResult:
+    """Train an adapter and write it.
+
+    Raises:
+        OutputError: before anything is read: the place isn't free.
+        DataError: the data can't be read, or teach nothing.
+        ModelError: the model isn't a checkpoint of qtool.
+        QtoolError: the kind of adapter doesn't go on it.
+    """
+    begun, kind = time.perf_counter(), load_kind(request.kind)
+    directory, files = request.directory, [request.data, *filter(None, [request.validation])]
+    check_adapter_place(directory, overwrite=request.overwrite)
+    check_apart(directory, request.model.directory, files)
+    loaded = load_model(request.model)
+    base = digest_of_base(loaded.model)
+    job = {
+        "kind": request.kind,
+        "base": base,
+        "data": files_digest(files),
+        "options": asdict(request.options),
+        "version": qtool.__version__,
+    }
+    unfinished = _opened_run(request, job)
+    curriculum = _curriculum(request, loaded, emit)
+    done = adapt_model(loaded, kind, request.options, curriculum, unfinished, emit)
+    best = min(point.held_out for point in done.points)
+    if best == done.points[0].held_out:
+        emit(Notice("Nothing was gained: the adapter changes nothing. Try another learning rate."))
+    about = {
+        "tool_version": qtool.__version__,
+        "base_name": loaded.name,
+        "options": asdict(request.options),
+        "num_parameters": done.installed.num_parameters,
+        "losses": {"before": done.points[0].held_out, "after": best},
+        **done.installed.notes,
+    }
+    adapter = Adapter(kind=request.kind, base=base, layers=_stored(done.installed), about=about)
+    write_adapter(unfinished.directory, adapter)
+    unfinished.forget()
+    replace_adapter(unfinished.directory, directory)
+    return AdaptResult(
+        directory=directory,
+        kind=request.kind,
+        num_parameters=done.installed.num_parameters,
+        num_bytes=adapter.num_bytes(),
+        first_loss=done.points[0].held_out,
+        best_loss=best,
+        steps=done.points[-1].step,
+        tokens_per_second=done.tokens_per_second,
+        seconds=time.perf_counter() - begun,
+        notes=done.installed.notes,
+    )
+
+
+def _stored(installed: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401
+    return {
+        name: {part: tensor.cpu() for part, tensor in parts.items()}
+        for name, parts in installed.stored().items()
+    }
+
+
+def _opened_run(request: AdaptRequest, job: Mapping[str, Any]) -> UnfinishedRun:
+    """Return the folder of the run: a new one, or that of the same job that was stopped.
+
+    Raises:
+        OutputError: one is there, and nobody said what is to become of it, or it is another job's.
+    """
+    folder = request.directory.with_name(f"{request.directory.resolve().name}.partial")
+    unfinished = UnfinishedRun(folder, job)
+    if folder.exists() and unfinished.kept_job() is None:
+        raise OutputError(
+            f"{folder}, where the work would go, isn't the work of `qtool adapt`, and is left "
+            "alone. Move it away, or name another ADAPTER_DIR."
+        )
+    if folder.exists() and request.resume and not unfinished.is_same():
+        raise OutputError(
+            f"{folder} is the unfinished run of other options, data or another base. Start over "
+            "with --overwrite."
+        )
+    if folder.exists() and not (request.resume or request.overwrite):
+        raise OutputError(
+            f"{folder} holds an unfinished run. Continue it with --resume, or start over with "
+            "--overwrite."
+        )
+    if not request.resume:
+        drop_unfinished(folder)
+    unfinished.begin()
+    return unfinished
+
+
+def _curriculum(request: AdaptRequest, loaded: LoadedModel, emit: Emit) -> Curriculum:
+    options, tokenizer = request.options, loaded.tokenizer
+    emit(Progress(f"reading {request.data.name}"))
+    learned = _pieces(request.data, loaded, options)
+    if request.validation is not None:
+        held_out = _pieces(request.validation, loaded, options)[:MOST_HELD_OUT]
+    else:
+        learned, held_out = split_off(learned, HELD_OUT_SHARE, MOST_HELD_OUT, options.seed)
+    fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    filler = next(token for token in fillers if token is not None)
+    return Curriculum(learned, held_out, options.batch_size, options.seed, filler)
+
+
+def _pieces(path: Path, loaded: LoadedModel, options: AdaptOptions) -> list[Learned]:
+    exercises = read_exercises(path, loaded.tokenizer)
+    whole = [tokenized(loaded.tokenizer, exercise) for exercise in exercises]
+    pieces = cut_to(whole, options.max_length)
+    if not pieces:
+        raise DataError(f"{path} has nothing to learn from. Give lines as docs/adapters.md says.")
+    rows = loaded.model.config.get_text_config().vocab_size
+    for piece in pieces:
+        check_tokens(piece.tokens, rows, path.name)
+    return pieces

@@ -1,0 +1,226 @@
+"""Adapt a loaded checkpoint: install what learns, let it learn, and go on where it was stopped."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.base import Emit, Fallback, Progress
+from qtool.checkpoint.adapter_files import CURVE_NAME
+from qtool.checkpoint.place import file_failures
+from qtool.core.experts import routes_tokens
+from qtool.core.parts import Parts
+from qtool.data.exercises import IGNORED, Learned
+from qtool.errors import DataError
+from qtool.modeling.load import LoadedModel
+from qtool.runtime.modules import QuantizedLinear
+from qtool.storage.plain_json import json_text, write_json_file
+from qtool.storage.whole_files import written_whole
+from qtool.training.adapters import Adaptable, AdapterKind, Installed
+from qtool.training.adapting import Curriculum, Pupil, adapt_to
+from qtool.training.schedule import Point, Schedule
+
+STATE_NAME, JOB_NAME_OF_ADAPTER = "state.safetensors", "job.json"
+RUN_MARK = "an unfinished adapter of qtool"
+LOOKS = 20
+"""At the held-out exercises, over a whole run."""
+LARGE_MODEL = 10**9
+"""Parameters from which a step isn't captured as a graph, which takes its memory once more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptOptions:
+    """How a model is adapted."""
+
+    epochs: float = 3.0
+    batch_size: int = 16
+    learning_rate: float | None = None
+    """None: as the kind of adapter has it."""
+    weight_decay: float = 0.0
+    warmup_share: float = 0.05
+    """Of the steps."""
+    label_smoothing: float = 0.0
+    max_length: int = 512
+    """Tokens of an exercise; longer ones are cut."""
+    patience: int | None = None
+    """Looks at the held-out exercises without a gain after which it ends; None: it doesn't."""
+    seed: int = 0
+    kind_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def schedule(self, kind: AdapterKind, steps_per_epoch: int) -> Schedule:
+        """Return how long and how fast."""
+        steps = max(1, math.ceil(self.epochs * steps_per_epoch))
+        return Schedule(
+            steps=steps,
+            learning_rate=self.learning_rate or kind.learning_rate,
+            warmup=math.ceil(self.warmup_share * steps),
+            floor=0.0,
+            falls="line",
+            weight_decay=self.weight_decay,
+            patience=self.patience,
+            check_every=max(1, steps // LOOKS),
+        )
+
+
+class UnfinishedRun:
+    """A folder that has how far a run is: its curve, and all that its next step depends on."""
+
+    def __init__(self, directory: Path, job: Mapping[str, Any]) -> None:
+        """Name the folder.
+
+        Args:
+            directory: The folder.
+            job: What decides the result: an unfinished run goes on only for the same.
+        """
+        self.directory = directory
+        self._job = json.loads(json_text({"this is": RUN_MARK, **job}))
+
+    def kept_job(self) -> Mapping[str, Any] | None:
+        """Return the job of what lies there; None: it isn't the work of such a run."""
+        try:
+            kept = json.loads((self.directory / JOB_NAME_OF_ADAPTER).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+        return kept if isinstance(kept, dict) and kept.get("this is") == RUN_MARK else None
+
+    def is_same(self) -> bool:
+        """Return whether what lies there is of the same job."""
+        return self.kept_job() == self._job
+
+    def begin(self) -> None:
+        """Write down which job it is."""
+        with file_failures(self.directory):
+            write_json_file(self.directory / JOB_NAME_OF_ADAPTER, self._job)
+
+    def recall(self) -> tuple[Mapping[str, Tensor], Sequence[Point]] | None:
+        """Return state and curve; None: there are none that are whole."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.directory / STATE_NAME, "pt") as file:
+                lines = (file.metadata() or {})["curve"].splitlines()
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError):
+            return None
+        return state, [Point(**json.loads(line)) for line in lines]
+
+    def keep(self, state: Mapping[str, Tensor], points: Sequence[Point]) -> None:
+        """Take the place of what was kept before."""
+        from safetensors.torch import save
+
+        lines = "\n".join(json_text(asdict(point), indent=None) for point in points)
+        found = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        target = self.directory / STATE_NAME
+        with file_failures(self.directory), written_whole(target, durable=True) as file:
+            file.write(save(found, {"curve": lines}))
+
+    def forget(self) -> None:
+        """Remove all that only serves to go on."""
+        for name in (STATE_NAME, JOB_NAME_OF_ADAPTER):
+            (self.directory / name).unlink(missing_ok=True)
+
+    def write_curve(self, points: Sequence[Point]) -> None:
+        """Write the curve as JSON lines."""
+        lines = "".join(json_text(asdict(point), indent=None) + "\n" for point in points)
+        with file_failures(self.directory), written_whole(self.directory / CURVE_NAME) as file:
+            file.write(lines.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """What a run has come to."""
+
+    points: Sequence[Point]
+    installed: Installed
+    tokens_per_second: float
+    """Of those that are learned, over the steps of this run."""
+
+
+def adapt_model(
+    loaded: LoadedModel,
+    kind: AdapterKind,
+    options: AdaptOptions,
+    curriculum: Curriculum,
+    unfinished: UnfinishedRun,
+    emit: Emit,
+) -> Adapted:
+    """Train an adapter; the model has it installed afterwards.
+
+    Raises:
+        DataError: nothing is left to learn from, or to look at.
+        QtoolError: the kind of adapter doesn't go on this model.
+    """
+    model = loaded.model
+    model.requires_grad_(requires_grad=False)
+    what = Adaptable(model=model, linears=linears_of(model), seed=options.seed)
+    installed = kind.install(what, kind.options(**options.kind_options))
+    schedule = options.schedule(kind, curriculum.steps_per_epoch)
+    on_card = loaded.device.type == "cuda"
+    small = model.num_parameters() < LARGE_MODEL and not routes_tokens(model)
+    pupil = Pupil(
+        model,
+        installed.parameters,
+        autocast=torch.bfloat16 if on_card else None,
+        captured=on_card and small,
+        smoothing=options.label_smoothing,
+    )
+    pace = _Pace(curriculum, schedule, emit)
+    parts = Parts(lambda sentence: emit(Fallback(sentence)))
+    points = adapt_to(pupil, curriculum, schedule, pace.report, unfinished, parts)
+    unfinished.write_curve(points)
+    return Adapted(points, installed, pace.tokens_per_second)
+
+
+def linears_of(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """Return the quantized linears of a model by name, in its order."""
+    named = model.named_modules()
+    return {name: one for name, one in named if isinstance(one, QuantizedLinear)}
+
+
+def split_off(
+    pieces: Sequence[Learned], share: float, most: int, seed: int
+) -> tuple[list[Learned], list[Learned]]:
+    """Return what is learned from, and what is held out: a share of all, at most so many.
+
+    Raises:
+        DataError: there are fewer than two.
+    """
+    if len(pieces) < 2:  # noqa: PLR2004 - one to learn from, one to look at
+        raise DataError(
+            f"The data has {len(pieces)} exercises that teach something; at least 2 are needed."
+        )
+    count = min(most, max(1, round(share * len(pieces))))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(pieces), generator=generator).tolist()
+    chosen = sorted(order[:count])
+    rest = sorted(order[count:])
+    return [pieces[index] for index in rest], [pieces[index] for index in chosen]
+
+
+class _Pace:
+    """Tells how far a run is, and how fast."""
+
+    def __init__(self, curriculum: Curriculum, schedule: Schedule, emit: Emit) -> None:
+        learned = sum(int((one.labels != IGNORED).sum()) for one in curriculum.exercises)
+        self._per_step = learned / len(curriculum.exercises) * curriculum.batch
+        self._schedule, self._emit = schedule, emit
+        self._begun: tuple[int, float] | None = None
+        self.tokens_per_second = 0.0
+
+    def report(self, point: Point) -> None:
+        """Take up a point of the curve."""
+        now = time.perf_counter()
+        if self._begun is None:
+            self._begun = point.step, now
+        steps, seconds = point.step - self._begun[0], now - self._begun[1]
+        detail = f"loss {point.held_out:.4f} on held-out exercises"
+        if steps and seconds:
+            self.tokens_per_second = steps * self._per_step / seconds
+            detail += f", {self.tokens_per_second:,.0f} tokens/s"
+        self._emit(Progress("adapt", point.step, self._schedule.steps, detail))
