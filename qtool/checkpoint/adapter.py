@@ -18,6 +18,8 @@ from torch import Tensor
 
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import codec
+from qtool.core import grouping
+from qtool.core.binary_coding import assign
 from qtool.errors import SchemeError
 from qtool.formats.binary_coding import BINARY_CODING, encode_binary
 from qtool.scheme import WeightScheme
@@ -46,6 +48,30 @@ def in_planes(tensor: QuantizedTensor) -> QuantizedTensor:
     scales, offsets = (each.to(torch.float16) for each in start.planes(start.parameters))
     scheme = WeightScheme(num_bits=old.num_bits, group_size=old.group_size, group_dim=old.group_dim)
     return encode_binary(start.codes, scales.permute(1, 2, 0), offsets, scheme, tensor.shape)
+
+
+def merged(tensor: QuantizedTensor, changes: LayerAdapter) -> QuantizedTensor:
+    """Return a weight with an adapter in it; exact, but for what is of low rank.
+
+    With that, each weight takes the nearest level there is: small changes are lost.
+
+    Raises:
+        SchemeError: as `in_planes`.
+    """
+    new = rescaled(tensor, changes)
+    if UP not in changes:
+        return new
+    binary = in_planes(new)
+    scheme, shape, parts = binary.scheme, binary.shape, binary.parts
+    wanted = codec(BINARY_CODING).dequantize(binary, torch.float32)
+    wanted = wanted + changes[UP].float() @ changes[DOWN].float()
+    groups = grouping.split(grouping.to_rows(wanted, scheme), scheme.group_size)
+    scales = grouping.to_stored(parts[SCALES], scheme).permute(1, 2, 0)
+    offsets = torch.zeros_like(scales[..., 0])
+    if OFFSETS in parts:
+        offsets = grouping.to_stored(parts[OFFSETS], scheme)
+    codes = assign(groups.flatten(0, 1), scales.flatten(0, 1), offsets.flatten())
+    return encode_binary(codes.view(groups.shape), scales, offsets, scheme, shape)
 
 
 def rescaled(tensor: QuantizedTensor, changes: LayerAdapter) -> QuantizedTensor:

@@ -47,12 +47,24 @@ class Adapter:
 
 
 def base_digest(weights: Iterable[QuantizedTensor]) -> str:
-    """Return one digest, sha256 in hex, of the stored parts of all quantized weights of a model."""
-    whole = hashlib.sha256()
-    for weight in weights:
-        for part in sorted(weight.parts):
-            whole.update(f"{part} {tensor_digest(weight.parts[part])}\n".encode())
-    return whole.hexdigest()
+    """Return one digest, sha256 in hex, of the stored parts of all quantized weights of a model.
+
+    Their order doesn't matter, nor do their names, which classes of a model write differently.
+    """
+    lines = (
+        " ".join(f"{part} {tensor_digest(weight.parts[part])}" for part in sorted(weight.parts))
+        for weight in weights
+    )
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def adapter_digest(directory: Path) -> str:
+    """Return what tells an adapter from every other: its manifest has the digests of its tensors.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    return hashlib.sha256((directory / MANIFEST_NAME).read_bytes()).hexdigest()
 
 
 def check_adapter_place(directory: Path, *, overwrite: bool) -> None:

@@ -7,6 +7,7 @@ import typer
 
 from qtool.cli import console, early
 from qtool.cli.options import (
+    AdapterOption,
     BackendOption,
     DeviceOption,
     DTypeOption,
@@ -53,6 +54,7 @@ def evaluate(
     baseline: Annotated[
         str | None, typer.Option(help="Model to measure beside it, such as the original.")
     ] = None,
+    adapter: AdapterOption = None,
     dtype: DTypeOption = None,
     device: DeviceOption = None,
     backend: BackendOption = None,
@@ -108,7 +110,7 @@ def evaluate(
     batch = read_batch_size(batch_size)
     with progress("Nothing was kept." if tasks is None or no_cache else ANSWERS_KEPT) as emit:
         check_tasks(tasks, data_dir, emit)
-        with early.opened([model, baseline], device, emit) as (where, original):
+        with early.opened([model, baseline], device, emit, adapter) as (where, original):
             from qtool import pipeline
 
             values = {

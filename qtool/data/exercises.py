@@ -124,8 +124,8 @@ def _chat_exercise(
         if not (whole.startswith(after) and after.startswith(before)):
             raise DataError(
                 f"{place}: the model's chat template writes earlier turns otherwise once later "
-                "ones follow, so it isn't known which tokens are the assistant's. Give 'prompt' and "
-                "'completion' instead."
+                "ones follow, so it isn't known which tokens are the assistant's. Give "
+                "'prompt' and 'completion' instead."
             )
         learned.append((len(before), len(after)))
     return Exercise(whole, tuple(learned), place, is_chat=True)

@@ -62,19 +62,23 @@ def load_adapter(model: CausalModel, directory: Path | str, name: str | None = N
     adapter = read_adapter(directory)
     base = digest_of_base(model)
     if adapter.base != base:
-        of = adapter.about.get("base_name")
-        raise CheckpointError(
-            f"{directory} is an adapter of another base"
-            f"{f', {shown(of)}' if isinstance(of, str) else ''}: the digest of its weights is "
-            f"{adapter.base[:12]}, that of this model's {base[:12]}. Give the checkpoint that it "
-            "was trained on, or train one with `qtool adapt`."
-        )
+        raise CheckpointError(another_base(adapter, directory, base))
     _check_fits(adapter, quantized_modules(model), directory)
     known = _LOADED.setdefault(model, {})
     name = name or directory.resolve().name
     known[name] = adapter
     set_adapter(model, name)
     return name
+
+
+def another_base(adapter: Adapter, where: Path, base: str) -> str:
+    """Return what is said of an adapter that doesn't belong to a base of that digest."""
+    of = adapter.about.get("base_name")
+    return (
+        f"{where} is an adapter of another base{f', {shown(of)}' if isinstance(of, str) else ''}: "
+        f"the digest of its weights is {adapter.base[:12]}, that of this model's {base[:12]}. Give "
+        "the checkpoint that it was trained on, or train one with `qtool adapt`."
+    )
 
 
 def set_adapter(model: CausalModel, name: str) -> None:

@@ -75,6 +75,7 @@ def adapt(request: AdaptRequest, *, emit: Emit = ignore_events) -> AdaptResult:
     """
     begun, kind = time.perf_counter(), load_kind(request.kind)
     directory, files = request.directory, [request.data, *filter(None, [request.validation])]
+    request.options.checked(kind)
     check_adapter_place(directory, overwrite=request.overwrite)
     check_apart(directory, request.model.directory, files)
     loaded = load_model(request.model)

@@ -20,6 +20,7 @@ from qtool.data.exercises import IGNORED, Learned
 from qtool.errors import DataError
 from qtool.modeling.load import LoadedModel
 from qtool.runtime.modules import QuantizedLinear
+from qtool.steps.options import read_options
 from qtool.storage.plain_json import json_text, write_json_file
 from qtool.storage.whole_files import written_whole
 from qtool.training.adapters import Adaptable, AdapterKind, Installed
@@ -52,6 +53,14 @@ class AdaptOptions:
     """Looks at the held-out exercises without a gain after which it ends; None: it doesn't."""
     seed: int = 0
     kind_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def checked(self, kind: AdapterKind) -> Any:  # noqa: ANN401
+        """Return the options of the kind itself.
+
+        Raises:
+            RecipeError: unknown key, wrong type or impossible value.
+        """
+        return read_options("adapt", kind.options, self.kind_options, "--set")
 
     def schedule(self, kind: AdapterKind, steps_per_epoch: int) -> Schedule:
         """Return how long and how fast."""
@@ -152,6 +161,14 @@ def adapt_model(
 ) -> Adapted:
     """Train an adapter; the model has it installed afterwards.
 
+    Args:
+        loaded: A checkpoint of qtool.
+        kind: Of adapter.
+        options: How long, how fast, and those of the kind.
+        curriculum: What is learned.
+        unfinished: Takes how far it is, and has it if it was stopped.
+        emit: Is told of it.
+
     Raises:
         DataError: nothing is left to learn from, or to look at.
         QtoolError: the kind of adapter doesn't go on this model.
@@ -159,7 +176,7 @@ def adapt_model(
     model = loaded.model
     model.requires_grad_(requires_grad=False)
     what = Adaptable(model=model, linears=linears_of(model), seed=options.seed)
-    installed = kind.install(what, kind.options(**options.kind_options))
+    installed = kind.install(what, options.checked(kind))
     schedule = options.schedule(kind, curriculum.steps_per_epoch)
     on_card = loaded.device.type == "cuda"
     small = model.num_parameters() < LARGE_MODEL and not routes_tokens(model)

@@ -8,9 +8,10 @@ offsets, or one change for a whole row.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -19,8 +20,8 @@ from qtool.core import grouping
 from qtool.core.activations import fake_quantize
 from qtool.core.learned import mean_gaps, planes_sums, planes_values, with_gradient
 from qtool.core.packing import planes_to_codes
-from qtool.errors import MethodError
 from qtool.formats._parts import codes_in_groups
+from qtool.scheme import MAX_BITS
 from qtool.training.adapters import Adaptable, AdapterKind, Installed
 
 
@@ -28,7 +29,7 @@ from qtool.training.adapters import Adaptable, AdapterKind, Installed
 class AlphaOptions:
     """What learns of each weight."""
 
-    planes: int = 1
+    planes: Annotated[int, Field(ge=1, le=MAX_BITS)] = 1
     """Scales of so many planes, from the first on; more than there are means all."""
     offsets: bool = False
     """Offsets learn too, where the format has them."""
@@ -124,7 +125,7 @@ class _Rescaled(torch.autograd.Function):
         return nn.functional.linear(x, layer.dense(scales, offsets, layer.codes()).to(x.dtype))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # noqa: ANN401
         (x, scales, offsets), layer = ctx.saved_tensors, ctx.layer
         codes, into = layer.codes(), None
@@ -137,8 +138,6 @@ class _Rescaled(torch.autograd.Function):
 
 
 def _install(what: Adaptable, options: AlphaOptions) -> Installed:
-    if options.planes < 1:
-        raise MethodError(f"planes is {options.planes}; at least the first one's scales learn.")
     layers = {name: RescaledLinear(linear, options) for name, linear in what.linears.items()}
     for name, layer in layers.items():
         _put(what.model, name, layer)
