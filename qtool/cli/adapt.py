@@ -37,6 +37,10 @@ def adapt(
     validation: Annotated[
         Path | None, typer.Option(help="Lines to look at; default: 5 % of DATA are held out.")
     ] = None,
+    original: Annotated[
+        str | None,
+        typer.Option(help="What was quantized, for ra-lora; default: the source, if it is public."),
+    ] = None,
     epochs: Annotated[float, _of_training(min=0.001, help="Times that each line is seen.")] = 3.0,
     batch_size: Annotated[int, _of_training(metavar="N", min=1, help="Lines of a step.")] = 16,
     learning_rate: Annotated[
@@ -78,7 +82,13 @@ def adapt(
         early.check_adapter(data)
     else:
         _check_lines(data, validation)
-    with progress(KEPT_SO_FAR) as emit, early.opened([out_dir], device, emit) as (where,):
+    with (
+        progress(KEPT_SO_FAR) as emit,
+        early.opened([out_dir, original], device, emit) as (
+            where,
+            before,
+        ),
+    ):
         if merge:
             values, line = _merge(where, data, adapter_dir, emit, overwrite=overwrite)
         else:
@@ -103,6 +113,7 @@ def adapt(
                 directory=adapter_dir,
                 kind=method,
                 validation=validation,
+                original=before,
                 options=options,
                 overwrite=overwrite,
                 resume=resume,

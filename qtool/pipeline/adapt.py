@@ -1,10 +1,12 @@
 """`adapt`: train an adapter on a checkpoint, whose planes stay as they are."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 import qtool
 from qtool.base import Emit, Notice, Progress, ignore_events
@@ -16,13 +18,15 @@ from qtool.checkpoint.adapter_files import (
     write_adapter,
 )
 from qtool.checkpoint.apart import check_apart
+from qtool.checkpoint.reader import CheckpointReader
 from qtool.data.corpora import check_tokens
 from qtool.data.exercises import Learned, cut_to, read_exercises, tokenized
-from qtool.errors import DataError, OutputError
+from qtool.errors import DataError, ModelError, OutputError
 from qtool.modeling.adapters import digest_of_base
 from qtool.modeling.load import LoadedModel, load_model
-from qtool.modeling.locate import Location
-from qtool.steps.adapt_model import AdaptOptions, UnfinishedRun, adapt_model, split_off
+from qtool.modeling.locate import Location, locate
+from qtool.modeling.source import open_source
+from qtool.steps.adapt_model import AdaptOptions, Base, UnfinishedRun, adapt_model, split_off
 from qtool.storage.digests import files_digest
 from qtool.training.adapters import load_kind
 from qtool.training.adapting import Curriculum
@@ -59,6 +63,8 @@ class AdaptRequest:
     kind: str = "alpha"
     validation: Path | None = None
     """Exercises to look at; None: some of `data` are held out."""
+    original: Location | None = None
+    """What was quantized; None: what the checkpoint names as its source, if anything."""
     options: AdaptOptions = field(default_factory=AdaptOptions)
     overwrite: bool = False
     resume: bool = False
@@ -89,10 +95,11 @@ def adapt(request: AdaptRequest, *, emit: Emit = ignore_events) -> AdaptResult:
     }
     unfinished = _opened_run(request, job)
     curriculum = _curriculum(request, loaded, emit)
-    done = adapt_model(loaded, kind, request.options, curriculum, unfinished, emit)
+    subject = Base(loaded, _original(request))
+    done = adapt_model(subject, kind, request.options, curriculum, unfinished, emit)
     best = min(point.held_out for point in done.points)
     if best == done.points[0].held_out:
-        emit(Notice("Nothing was gained: the adapter changes nothing. Try another learning rate."))
+        emit(Notice("Learning gained nothing: the adapter is as it began. Try --learning-rate."))
     about = {
         "tool_version": qtool.__version__,
         "base_name": loaded.name,
@@ -117,6 +124,28 @@ def adapt(request: AdaptRequest, *, emit: Emit = ignore_events) -> AdaptResult:
         seconds=time.perf_counter() - begun,
         notes=done.installed.notes,
     )
+
+
+def _original(request: AdaptRequest) -> Callable[[str], Tensor] | None:
+    """Return what reads weights of the original; None: nobody knows where it is.
+
+    Raises:
+        ModelError: it isn't there, or factors were folded into it before it was quantized.
+    """
+    manifest = CheckpointReader(request.model.directory).manifest
+    location = request.original
+    if location is None and manifest.source is not None:
+        location = locate(manifest.source)
+    if location is None:
+        return None
+    if manifest.recipe.get("fold"):
+        if request.original is None:
+            return None
+        raise ModelError(
+            "The original can't be compared with this checkpoint: factors were folded into its "
+            "weights first. Leave out --original."
+        )
+    return open_source(location).read_weight
 
 
 def _stored(installed: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401

@@ -3,8 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ STATE_NAME, JOB_NAME_OF_ADAPTER = "state.safetensors", "job.json"
 RUN_MARK = "an unfinished adapter of qtool"
 LOOKS = 20
 """At the held-out exercises, over a whole run."""
+ANALYSED = 64
+"""Exercises that a kind of adapter may look at before it is installed."""
 LARGE_MODEL = 10**9
 """Parameters from which a step isn't captured as a graph, which takes its memory once more."""
 
@@ -142,6 +144,17 @@ class UnfinishedRun:
 
 
 @dataclass(frozen=True, slots=True)
+class Base:
+    """What an adapter goes on."""
+
+    loaded: LoadedModel
+    """A checkpoint of qtool."""
+    original: Callable[[str], Tensor] | None
+    """(layer) -> its weight before it was quantized, (out_features, in_features) float32; None:
+    nobody has it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Adapted:
     """What a run has come to."""
 
@@ -152,7 +165,7 @@ class Adapted:
 
 
 def adapt_model(
-    loaded: LoadedModel,
+    base: Base,
     kind: AdapterKind,
     options: AdaptOptions,
     curriculum: Curriculum,
@@ -162,7 +175,7 @@ def adapt_model(
     """Train an adapter; the model has it installed afterwards.
 
     Args:
-        loaded: A checkpoint of qtool.
+        base: What it goes on.
         kind: Of adapter.
         options: How long, how fast, and those of the kind.
         curriculum: What is learned.
@@ -173,20 +186,29 @@ def adapt_model(
         DataError: nothing is left to learn from, or to look at.
         QtoolError: the kind of adapter doesn't go on this model.
     """
-    model = loaded.model
+    loaded, model = base.loaded, base.loaded.model
     model.requires_grad_(requires_grad=False)
-    what = Adaptable(model=model, linears=linears_of(model), seed=options.seed)
-    installed = kind.install(what, options.checked(kind))
-    schedule = options.schedule(kind, curriculum.steps_per_epoch)
     on_card = loaded.device.type == "cuda"
     small = model.num_parameters() < LARGE_MODEL and not routes_tokens(model)
     pupil = Pupil(
         model,
-        installed.parameters,
+        (),
         autocast=torch.bfloat16 if on_card else None,
         captured=on_card and small,
         smoothing=options.label_smoothing,
     )
+    what = Adaptable(
+        model=model,
+        linears=linears_of(model),
+        original=base.original,
+        exercises=curriculum.some(ANALYSED, loaded.device),
+        surprise=pupil.surprise,
+        tell=lambda text: emit(Progress(text)),
+        seed=options.seed,
+    )
+    installed = kind.install(what, options.checked(kind))
+    pupil = replace(pupil, parameters=installed.parameters)
+    schedule = options.schedule(kind, curriculum.steps_per_epoch)
     pace = _Pace(curriculum, schedule, emit)
     parts = Parts(lambda sentence: emit(Fallback(sentence)))
     points = adapt_to(pupil, curriculum, schedule, pace.report, unfinished, parts)

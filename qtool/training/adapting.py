@@ -50,6 +50,12 @@ class Curriculum:
         chosen = [order[(place * self.batch + n) % len(order)] for n in range(self.batch)]
         return padded([self.exercises[index] for index in chosen], self.length, self.filler)
 
+    def some(self, count: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Return a few exercises one by one, not padded: tokens and labels, (1, length) each."""
+        every = max(1, len(self.exercises) // count)
+        chosen = self.exercises[::every][:count]
+        return [(one.tokens[None].to(device), one.labels[None].to(device)) for one in chosen]
+
     def held_out_batches(self) -> list[tuple[Tensor, Tensor]]:
         """Return what is looked at, in batches of the same shape but for the last."""
         groups = (

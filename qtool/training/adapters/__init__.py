@@ -28,9 +28,12 @@ class Adaptable:
     original: Callable[[str], Tensor] | None = None
     """(name) -> the weight that was quantized, (out_features, in_features) float32; None: nobody
     has given the original."""
-    moments: Callable[[str], Tensor] | None = None
-    """(name) -> second moments of the layer's inputs, (in_features, in_features) float32; None:
-    they weren't measured."""
+    exercises: Sequence[tuple[Tensor, Tensor]] = ()
+    """Some of what will be learned: tokens and labels, each (1, length) int64, not padded."""
+    surprise: Callable[[Tensor, Tensor], Tensor]
+    """(tokens, labels) -> the loss, summed, in nats."""
+    tell: Callable[[str], None] = lambda _text: None
+    """Is told what goes on before learning begins."""
     seed: int = 0
 
 

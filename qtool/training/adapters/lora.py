@@ -70,7 +70,7 @@ def install_lora(
     def remove() -> None:
         for name, layer in layers.items():
             parent, _, child = name.rpartition(".")
-            setattr(what.model.get_submodule(parent), child, layer.get_base_layer())  # type: ignore[operator]
+            setattr(what.model.get_submodule(parent), child, layer.get_base_layer())
 
     return Installed(
         parameters=[parameter for layer in layers.values() for parameter in _learned(layer)],
@@ -89,7 +89,7 @@ def _begin(layer: Any, start: LayerAdapter | None, scale: float) -> None:  # noq
     down, up = _learned(layer)
     for parameter in (down, up):
         parameter.data = parameter.data.to(layer.get_base_layer().device).float()
-        parameter.requires_grad_(requires_grad=True)
+        parameter.requires_grad_()
     if start is not None:
         down.copy_(start[DOWN])
         up.copy_(start[UP] / scale)
