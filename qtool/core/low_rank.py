@@ -69,6 +69,8 @@ def allot_ranks(
 ) -> dict[str, int]:
     """Return the rank of each layer: what takes away the most for its parameters gets the next.
 
+    Of equal ones it is the layer that has the least.
+
     Args:
         energies: By layer, (ranks,) what each rank takes away, falling.
         costs: Parameters of one rank of a layer.
@@ -78,18 +80,18 @@ def allot_ranks(
     lowest, highest, step = limits
     ranks = {name: min(lowest, len(found)) for name, found in energies.items()}
     left = budget - sum(costs[name] * rank for name, rank in ranks.items())
-    waiting: list[tuple[float, str]] = []
+    waiting: list[tuple[float, int, str]] = []
 
     def offer(name: str) -> None:
         first, last = ranks[name], min(ranks[name] + step, highest, len(energies[name]))
         if last > first:
             gain = float(energies[name][first:last].sum()) / (costs[name] * (last - first))
-            heapq.heappush(waiting, (-gain, name))
+            heapq.heappush(waiting, (-gain, first, name))
 
     for name in energies:
         offer(name)
     while waiting:
-        _, name = heapq.heappop(waiting)
+        *_, name = heapq.heappop(waiting)
         more = min(step, highest - ranks[name], len(energies[name]) - ranks[name])
         if more * costs[name] <= left:
             ranks[name] += more
