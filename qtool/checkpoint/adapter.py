@@ -20,37 +20,16 @@ from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.core import grouping
 from qtool.core.binary_coding import assign
-from qtool.errors import SchemeError
+from qtool.formats._in_planes import in_planes
 from qtool.formats.binary_coding import BINARY_CODING, encode_binary
-from qtool.scheme import WeightScheme
 
-SCALES, OFFSETS, DOWN, UP = "plane_scales", "plane_offsets", "down", "up"
-ADAPTER_PARTS = (SCALES, OFFSETS, DOWN, UP)
+SCALES, OFFSETS, RANK_DOWN, RANK_UP = "plane_scales", "plane_offsets", "down", "up"
+ADAPTER_PARTS = (SCALES, OFFSETS, RANK_DOWN, RANK_UP)
 LayerAdapter = Mapping[str, Tensor]
 """What an adapter says of one layer, by part."""
 
 
-def in_planes(tensor: QuantizedTensor) -> QuantizedTensor:
-    """Return a weight in binary coding: itself, or one that means the same to float16's rounding.
-
-    Raises:
-        SchemeError: its format doesn't say what its planes are.
-    """
-    if tensor.format == BINARY_CODING:
-        return tensor
-    trainable, old = codec(tensor.format).trainable, tensor.scheme
-    if trainable is None:
-        raise SchemeError(
-            f"Weights of format {tensor.format} have no scales that an adapter could replace. Use "
-            "low-rank adapters (lora, ra-lora), or a checkpoint of another method."
-        )
-    start = trainable(tensor)
-    scales, offsets = (each.to(torch.float16) for each in start.planes(start.parameters))
-    scheme = WeightScheme(num_bits=old.num_bits, group_size=old.group_size, group_dim=old.group_dim)
-    return encode_binary(start.codes, scales.permute(1, 2, 0), offsets, scheme, tensor.shape)
-
-
-def merged(tensor: QuantizedTensor, changes: LayerAdapter) -> QuantizedTensor:
+def with_adapter(tensor: QuantizedTensor, changes: LayerAdapter) -> QuantizedTensor:
     """Return a weight with an adapter in it; exact, but for what is of low rank.
 
     With that, each weight takes the nearest level there is: small changes are lost.
@@ -59,12 +38,12 @@ def merged(tensor: QuantizedTensor, changes: LayerAdapter) -> QuantizedTensor:
         SchemeError: as `in_planes`.
     """
     new = rescaled(tensor, changes)
-    if UP not in changes:
+    if RANK_UP not in changes:
         return new
     binary = in_planes(new)
     scheme, shape, parts = binary.scheme, binary.shape, binary.parts
     wanted = codec(BINARY_CODING).dequantize(binary, torch.float32)
-    wanted = wanted + changes[UP].float() @ changes[DOWN].float()
+    wanted = wanted + changes[RANK_UP].float() @ changes[RANK_DOWN].float()
     groups = grouping.split(grouping.to_rows(wanted, scheme), scheme.group_size)
     scales = grouping.to_stored(parts[SCALES], scheme).permute(1, 2, 0)
     offsets = torch.zeros_like(scales[..., 0])

@@ -135,8 +135,7 @@ def _check_merging(context: typer.Context) -> None:
         parameter.opts[0]
         for parameter in context.command.params
         if parameter.name not in {*meant, "json_file"}
-        and context.get_parameter_source(str(parameter.name)) is not None
-        and context.params.get(str(parameter.name)) != parameter.default
+        and getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
     ]
     if useless:
         raise typer.BadParameter(f"{', '.join(useless)}: --merge trains nothing.", ctx=context)

@@ -16,7 +16,7 @@ from qtool.core.hessian import damp
 FULL_SVD = 2048
 """Up to this size all singular values are computed; above, the first by random projections (Halko
 et al. 2011, arXiv 0909.4061)."""
-MORE, PASSES = 16, 4
+MORE, POWER_PASSES = 16, 4
 """Of these projections: directions beyond those that are asked for, and power iterations."""
 
 
@@ -56,7 +56,7 @@ def _svd(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
         left, strengths, right = torch.linalg.svd(matrix, full_matrices=False)
     else:
         count = min(most + MORE, *matrix.shape)
-        left, strengths, right = torch.svd_lowrank(matrix, count, niter=PASSES)
+        left, strengths, right = torch.svd_lowrank(matrix, count, niter=POWER_PASSES)
         right = right.T
     return left[:, :most], strengths[:most], right[:most]
 

@@ -19,7 +19,7 @@ from qtool.errors import DataError
 from qtool.storage.jsonl import json_lines
 from qtool.wording import quoted, reason
 
-IGNORED = -100
+NOT_LEARNED = -100
 """Label of a token that isn't learned, as torch's cross entropy has it."""
 SEPARATOR = " || "
 """Between triples of WebNLG, and before what is to be written: ours."""
@@ -41,6 +41,10 @@ class Exercise:
         """What is given before the first stretch that is learned."""
         return self.text[: self.learned[0][0]]
 
+    def teaches(self, character: int) -> bool:
+        """Return whether a character is learned."""
+        return any(first <= character < last for first, last in self.learned)
+
 
 @dataclass(frozen=True, slots=True)
 class Learned:
@@ -48,7 +52,7 @@ class Learned:
 
     tokens: Tensor  # (length,) int64
     labels: Tensor
-    """(length,) int64: the token itself, or `IGNORED`."""
+    """(length,) int64: the token itself, or `NOT_LEARNED`."""
 
 
 def read_exercises(path: Path, tokenizer: Tokenizer) -> Iterator[Exercise]:
@@ -166,7 +170,7 @@ def tokenized(tokenizer: Tokenizer, exercise: Exercise) -> Learned:
     )
     tokens, begins = list(found["input_ids"]), found["offset_mapping"]
     labels = [
-        token if any(first <= begin < last for first, last in exercise.learned) and end else IGNORED
+        token if end and exercise.teaches(begin) else NOT_LEARNED
         for token, (begin, end) in zip(tokens, begins, strict=True)
     ]
     eos = tokenizer.eos_token_id
@@ -185,7 +189,7 @@ def cut_to(pieces: Sequence[Learned], length: int) -> list[Learned]:
             piece.tokens.split(length), piece.labels.split(length), strict=True
         )
     )
-    return [piece for piece in cut if bool((piece.labels[1:] != IGNORED).any())]
+    return [piece for piece in cut if bool((piece.labels[1:] != NOT_LEARNED).any())]
 
 
 def padded(pieces: Sequence[Learned], length: int, filler: int) -> tuple[Tensor, Tensor]:
@@ -194,7 +198,7 @@ def padded(pieces: Sequence[Learned], length: int, filler: int) -> tuple[Tensor,
     Causal models see nothing of what follows, so no mask is needed.
     """
     tokens = torch.full((len(pieces), length), filler)
-    labels = torch.full((len(pieces), length), IGNORED)
+    labels = torch.full((len(pieces), length), NOT_LEARNED)
     for row, piece in enumerate(pieces):
         tokens[row, : len(piece.tokens)] = piece.tokens
         labels[row, : len(piece.labels)] = piece.labels

@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from qtool.base import CausalModel
-from qtool.checkpoint.adapter import DOWN, OFFSETS, SCALES, UP, LayerAdapter, in_planes
+from qtool.checkpoint.adapter import OFFSETS, RANK_DOWN, RANK_UP, SCALES, LayerAdapter
 from qtool.checkpoint.adapter_files import Adapter, base_digest, read_adapter
 from qtool.errors import CheckpointError, ModelError
+from qtool.formats._in_planes import in_planes
 from qtool.wording import list_names, shown
 
 _LOADED: "weakref.WeakKeyDictionary[nn.Module, dict[str, Adapter]]" = weakref.WeakKeyDictionary()
@@ -113,10 +114,13 @@ def _check_fits(adapter: Adapter, modules: Mapping[str, Any], where: Path) -> No
         raise CheckpointError(f"{where}: the model has no layer {list_names(unknown)}.")
     for name, parts in adapter.layers.items():
         outputs, inputs = modules[name].entry.shape
-        fits = (DOWN in parts) == (UP in parts)
-        if DOWN in parts and fits:
-            rank = len(parts[DOWN])
-            fits = parts[DOWN].shape == (rank, inputs) and parts[UP].shape == (outputs, rank)
+        fits = (RANK_DOWN in parts) == (RANK_UP in parts)
+        if RANK_DOWN in parts and fits:
+            rank = len(parts[RANK_DOWN])
+            fits = parts[RANK_DOWN].shape == (rank, inputs) and parts[RANK_UP].shape == (
+                outputs,
+                rank,
+            )
         if fits and (SCALES in parts or OFFSETS in parts):
             own = in_planes(modules[name].stored()).parts
             new, old = parts.get(SCALES, own[SCALES]), own[SCALES]

@@ -13,7 +13,6 @@ from qtool.base import Emit, Notice, Progress, ignore_events
 from qtool.checkpoint.adapter_files import (
     Adapter,
     check_adapter_place,
-    drop_unfinished,
     replace_adapter,
     write_adapter,
 )
@@ -21,14 +20,15 @@ from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.data.corpora import check_tokens
 from qtool.data.exercises import Learned, cut_to, read_exercises, tokenized
-from qtool.errors import DataError, ModelError, OutputError
+from qtool.errors import DataError, ModelError
 from qtool.modeling.adapters import digest_of_base
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location, locate
 from qtool.modeling.source import open_source
-from qtool.steps.adapt_model import AdaptOptions, Base, UnfinishedRun, adapt_model, split_off
+from qtool.steps.adapt_model import Adapted, AdaptOptions, Base, adapt_model, split_off
+from qtool.steps.unfinished_adapter import open_unfinished
 from qtool.storage.digests import files_digest
-from qtool.training.adapters import load_kind
+from qtool.training.adapters import Installed, load_kind
 from qtool.training.adapting import Curriculum
 
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.05, 512
@@ -85,30 +85,21 @@ def adapt(request: AdaptRequest, *, emit: Emit = ignore_events) -> AdaptResult:
     check_adapter_place(directory, overwrite=request.overwrite)
     check_apart(directory, request.model.directory, files)
     loaded = load_model(request.model)
+    about = {"tool_version": qtool.__version__, "options": asdict(request.options)}
     base = digest_of_base(loaded.model)
-    job = {
-        "kind": request.kind,
-        "base": base,
-        "data": files_digest(files),
-        "options": asdict(request.options),
-        "version": qtool.__version__,
-    }
-    unfinished = _opened_run(request, job)
+    job = {"kind": request.kind, "base": base, "data": files_digest(files), **about}
+    unfinished = open_unfinished(directory, job, overwrite=request.overwrite, resume=request.resume)
     curriculum = _curriculum(request, loaded, emit)
     subject = Base(loaded, _original(request))
     done = adapt_model(subject, kind, request.options, curriculum, unfinished, emit)
-    best = min(point.held_out for point in done.points)
-    if best == done.points[0].held_out:
+    adapter = Adapter(
+        kind=request.kind,
+        base=base,
+        layers=_stored(done.installed),
+        about={**about, "base_name": loaded.name, **_found(done)},
+    )
+    if done.best_loss == done.points[0].held_out:
         emit(Notice("Learning gained nothing: the adapter is as it began. Try --learning-rate."))
-    about = {
-        "tool_version": qtool.__version__,
-        "base_name": loaded.name,
-        "options": asdict(request.options),
-        "num_parameters": done.installed.num_parameters,
-        "losses": {"before": done.points[0].held_out, "after": best},
-        **done.installed.notes,
-    }
-    adapter = Adapter(kind=request.kind, base=base, layers=_stored(done.installed), about=about)
     write_adapter(unfinished.directory, adapter)
     unfinished.forget()
     replace_adapter(unfinished.directory, directory)
@@ -118,12 +109,21 @@ def adapt(request: AdaptRequest, *, emit: Emit = ignore_events) -> AdaptResult:
         num_parameters=done.installed.num_parameters,
         num_bytes=adapter.num_bytes(),
         first_loss=done.points[0].held_out,
-        best_loss=best,
+        best_loss=done.best_loss,
         steps=done.points[-1].step,
         tokens_per_second=done.tokens_per_second,
         seconds=time.perf_counter() - begun,
         notes=done.installed.notes,
     )
+
+
+def _found(done: Adapted) -> dict[str, Any]:
+    """Return what a manifest says of a run."""
+    return {
+        "num_parameters": done.installed.num_parameters,
+        "losses": {"before": done.points[0].held_out, "after": done.best_loss},
+        **done.installed.notes,
+    }
 
 
 def _original(request: AdaptRequest) -> Callable[[str], Tensor] | None:
@@ -148,40 +148,11 @@ def _original(request: AdaptRequest) -> Callable[[str], Tensor] | None:
     return open_source(location).read_weight
 
 
-def _stored(installed: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401
+def _stored(installed: Installed) -> dict[str, dict[str, Tensor]]:
     return {
         name: {part: tensor.cpu() for part, tensor in parts.items()}
         for name, parts in installed.stored().items()
     }
-
-
-def _opened_run(request: AdaptRequest, job: Mapping[str, Any]) -> UnfinishedRun:
-    """Return the folder of the run: a new one, or that of the same job that was stopped.
-
-    Raises:
-        OutputError: one is there, and nobody said what is to become of it, or it is another job's.
-    """
-    folder = request.directory.with_name(f"{request.directory.resolve().name}.partial")
-    unfinished = UnfinishedRun(folder, job)
-    if folder.exists() and unfinished.kept_job() is None:
-        raise OutputError(
-            f"{folder}, where the work would go, isn't the work of `qtool adapt`, and is left "
-            "alone. Move it away, or name another ADAPTER_DIR."
-        )
-    if folder.exists() and request.resume and not unfinished.is_same():
-        raise OutputError(
-            f"{folder} is the unfinished run of other options, data or another base. Start over "
-            "with --overwrite."
-        )
-    if folder.exists() and not (request.resume or request.overwrite):
-        raise OutputError(
-            f"{folder} holds an unfinished run. Continue it with --resume, or start over with "
-            "--overwrite."
-        )
-    if not request.resume:
-        drop_unfinished(folder)
-    unfinished.begin()
-    return unfinished
 
 
 def _curriculum(request: AdaptRequest, loaded: LoadedModel, emit: Emit) -> Curriculum:

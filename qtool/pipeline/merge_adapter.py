@@ -9,7 +9,7 @@ from torch import Tensor
 
 import qtool
 from qtool.base import Emit, Notice, Progress, QuantizedTensor, ignore_events
-from qtool.checkpoint.adapter import DOWN, UP, LayerAdapter, merged
+from qtool.checkpoint.adapter import RANK_DOWN, RANK_UP, LayerAdapter, with_adapter
 from qtool.checkpoint.adapter_files import Adapter, base_digest, read_adapter
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
@@ -136,8 +136,8 @@ def _merged(
 ) -> QuantizedTensor | Tensor:
     if not isinstance(weight, QuantizedTensor) or not changes:
         return weight
-    new = merged(weight, changes)
-    if UP in changes:
+    new = with_adapter(weight, changes)
+    if RANK_UP in changes:
         old, now = (codec(one.format).dequantize(one, torch.float32) for one in (weight, new))
-        lost.add(old, now, changes[UP].float() @ changes[DOWN].float())
+        lost.add(old, now, changes[RANK_UP].float() @ changes[RANK_DOWN].float())
     return new

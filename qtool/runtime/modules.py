@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.base import KernelBackend, QuantizedTensor
-from qtool.checkpoint.adapter import DOWN, UP, LayerAdapter, rescaled
+from qtool.checkpoint.adapter import RANK_DOWN, RANK_UP, LayerAdapter, rescaled
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.core.activations import multiply_quantized
 from qtool.formats._dtypes import dtype_of
@@ -204,13 +204,13 @@ class QuantizedLinear(QuantizedWeight):
             (backend, prepared),
             self.entry.shape,
         )
-        if UP in self.adapter:
+        if RANK_UP in self.adapter:
             y = y + self._low_rank(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _low_rank(self, x: Tensor) -> Tensor:
         """Return what the low-rank part of an adapter adds."""
-        down, up = (self.adapter[part].to(x.device, x.dtype) for part in (DOWN, UP))
+        down, up = (self.adapter[part].to(x.device, x.dtype) for part in (RANK_DOWN, RANK_UP))
         return x @ down.T @ up.T
 
     def _multiply(self, x: Tensor, backend: KernelBackend, prepared: Any) -> Tensor:  # noqa: ANN401

@@ -1,35 +1,28 @@
 """Adapt a loaded checkpoint: install what learns, let it learn, and go on where it was stopped."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qtool.base import Emit, Fallback, Progress
-from qtool.checkpoint.adapter_files import CURVE_NAME
-from qtool.checkpoint.place import file_failures
 from qtool.core.experts import routes_tokens
 from qtool.core.parts import Parts
-from qtool.data.exercises import IGNORED, Learned
+from qtool.data.exercises import NOT_LEARNED, Learned
 from qtool.errors import DataError
 from qtool.modeling.load import LoadedModel
 from qtool.runtime.modules import QuantizedLinear
 from qtool.steps.options import read_options
-from qtool.storage.plain_json import json_text, write_json_file
-from qtool.storage.whole_files import written_whole
+from qtool.steps.unfinished_adapter import UnfinishedAdapter
 from qtool.training.adapters import Adaptable, AdapterKind, Installed
 from qtool.training.adapting import Curriculum, Pupil, adapt_to
 from qtool.training.schedule import Point, Schedule
 
-STATE_NAME, JOB_NAME_OF_ADAPTER = "state.safetensors", "job.json"
-RUN_MARK = "an unfinished adapter of qtool"
-LOOKS = 20
+LOOKS_OF_A_RUN = 20
 """At the held-out exercises, over a whole run."""
 ANALYSED = 64
 """Exercises that a kind of adapter may look at before it is installed."""
@@ -75,72 +68,8 @@ class AdaptOptions:
             falls="line",
             weight_decay=self.weight_decay,
             patience=self.patience,
-            check_every=max(1, steps // LOOKS),
+            check_every=max(1, steps // LOOKS_OF_A_RUN),
         )
-
-
-class UnfinishedRun:
-    """A folder that has how far a run is: its curve, and all that its next step depends on."""
-
-    def __init__(self, directory: Path, job: Mapping[str, Any]) -> None:
-        """Name the folder.
-
-        Args:
-            directory: The folder.
-            job: What decides the result: an unfinished run goes on only for the same.
-        """
-        self.directory = directory
-        self._job = json.loads(json_text({"this is": RUN_MARK, **job}))
-
-    def kept_job(self) -> Mapping[str, Any] | None:
-        """Return the job of what lies there; None: it isn't the work of such a run."""
-        try:
-            kept = json.loads((self.directory / JOB_NAME_OF_ADAPTER).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return None
-        return kept if isinstance(kept, dict) and kept.get("this is") == RUN_MARK else None
-
-    def is_same(self) -> bool:
-        """Return whether what lies there is of the same job."""
-        return self.kept_job() == self._job
-
-    def begin(self) -> None:
-        """Write down which job it is."""
-        with file_failures(self.directory):
-            write_json_file(self.directory / JOB_NAME_OF_ADAPTER, self._job)
-
-    def recall(self) -> tuple[Mapping[str, Tensor], Sequence[Point]] | None:
-        """Return state and curve; None: there are none that are whole."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.directory / STATE_NAME, "pt") as file:
-                lines = (file.metadata() or {})["curve"].splitlines()
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError):
-            return None
-        return state, [Point(**json.loads(line)) for line in lines]
-
-    def keep(self, state: Mapping[str, Tensor], points: Sequence[Point]) -> None:
-        """Take the place of what was kept before."""
-        from safetensors.torch import save
-
-        lines = "\n".join(json_text(asdict(point), indent=None) for point in points)
-        found = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        target = self.directory / STATE_NAME
-        with file_failures(self.directory), written_whole(target, durable=True) as file:
-            file.write(save(found, {"curve": lines}))
-
-    def forget(self) -> None:
-        """Remove all that only serves to go on."""
-        for name in (STATE_NAME, JOB_NAME_OF_ADAPTER):
-            (self.directory / name).unlink(missing_ok=True)
-
-    def write_curve(self, points: Sequence[Point]) -> None:
-        """Write the curve as JSON lines."""
-        lines = "".join(json_text(asdict(point), indent=None) + "\n" for point in points)
-        with file_failures(self.directory), written_whole(self.directory / CURVE_NAME) as file:
-            file.write(lines.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +92,18 @@ class Adapted:
     tokens_per_second: float
     """Of those that are learned, over the steps of this run."""
 
+    @property
+    def best_loss(self) -> float:
+        """Return the least loss on held-out exercises, which the adapter has."""
+        return min(point.held_out for point in self.points)
+
 
 def adapt_model(
     base: Base,
     kind: AdapterKind,
     options: AdaptOptions,
     curriculum: Curriculum,
-    unfinished: UnfinishedRun,
+    unfinished: UnfinishedAdapter,
     emit: Emit,
 ) -> Adapted:
     """Train an adapter; the model has it installed afterwards.
@@ -199,7 +133,7 @@ def adapt_model(
     )
     what = Adaptable(
         model=model,
-        linears=linears_of(model),
+        linears=quantized_linears(model),
         original=base.original,
         exercises=curriculum.some(ANALYSED, loaded.device),
         surprise=pupil.surprise,
@@ -216,7 +150,7 @@ def adapt_model(
     return Adapted(points, installed, pace.tokens_per_second)
 
 
-def linears_of(model: nn.Module) -> dict[str, QuantizedLinear]:
+def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Return the quantized linears of a model by name, in its order."""
     named = model.named_modules()
     return {name: one for name, one in named if isinstance(one, QuantizedLinear)}
@@ -246,7 +180,7 @@ class _Pace:
     """Tells how far a run is, and how fast."""
 
     def __init__(self, curriculum: Curriculum, schedule: Schedule, emit: Emit) -> None:
-        learned = sum(int((one.labels != IGNORED).sum()) for one in curriculum.exercises)
+        learned = sum(int((one.labels != NOT_LEARNED).sum()) for one in curriculum.exercises)
         self._per_step = learned / len(curriculum.exercises) * curriculum.batch
         self._schedule, self._emit = schedule, emit
         self._begun: tuple[int, float] | None = None

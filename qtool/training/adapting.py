@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qtool.base import CausalModel
 from qtool.core.parts import Parts, slices, within_memory
-from qtool.data.exercises import IGNORED, Learned, padded
+from qtool.data.exercises import NOT_LEARNED, Learned, padded
 from qtool.training.descent import Learning, Memory, descend
 from qtool.training.schedule import Point, Schedule
 
@@ -83,7 +83,7 @@ class Pupil:
 
         Args:
             tokens: (samples, length) int64.
-            labels: The same; where they are `IGNORED`, nothing is asked.
+            labels: The same; where they are `NOT_LEARNED`, nothing is asked.
             smoothing: Share of the label that goes to all tokens alike.
         """
         on, kind = self.autocast is not None, tokens.device.type
@@ -92,7 +92,7 @@ class Pupil:
         return nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(),
             labels[:, 1:].flatten(),
-            ignore_index=IGNORED,
+            ignore_index=NOT_LEARNED,
             reduction="sum",
             label_smoothing=smoothing,
         )
@@ -124,14 +124,14 @@ def learning_of(pupil: Pupil, curriculum: Curriculum, parts: Parts | None = None
     device = pupil.parameters[0].device
     tokens, labels = (each.to(device) for each in curriculum.of_step(0))
     looks = [(a.to(device), b.to(device)) for a, b in curriculum.held_out_batches()]
-    total = sum(int((wanted[:, 1:] != IGNORED).sum()) for _, wanted in looks)
+    total = sum(int((wanted[:, 1:] != NOT_LEARNED).sum()) for _, wanted in looks)
 
     def feed(step: int) -> None:
         for old, new in zip((tokens, labels), curriculum.of_step(step), strict=True):
             old.copy_(new)
 
     def share(samples: slice) -> Tensor:
-        count = (labels[:, 1:] != IGNORED).sum()
+        count = (labels[:, 1:] != NOT_LEARNED).sum()
         return pupil.surprise(tokens[samples], labels[samples], pupil.smoothing) / count
 
     @torch.no_grad()

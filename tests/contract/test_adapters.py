@@ -237,7 +237,7 @@ def test_a_damaged_adapter_is_refused_in_a_sentence(trained, damage, tmp_path):
     elif damage == "not JSON":
         manifest.write_text("{")
     else:
-        changes = {
+        changes: dict[str, dict[str, Any]] = {
             "another version": {"adapter_version": 7},
             "not ours": {"this is": "mine"},
             "no digests": {"digests": None},

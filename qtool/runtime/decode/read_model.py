@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.base import CausalModel, KernelBackend
-from qtool.checkpoint.adapter import UP
+from qtool.checkpoint.adapter import RANK_UP
 from qtool.errors import BackendError
 from qtool.runtime.decode.read_experts import (
     OF_EXPERTS,
@@ -195,7 +195,7 @@ def _why_not_state(model: CausalModel) -> str | None:
         module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
         for module in model.modules()
     )
-    if any(UP in module.adapter for module in quantized):
+    if any(RANK_UP in module.adapter for module in quantized):
         return "an adapter of low rank is set, and the decoder knows those of scales."
     if any(hooked):
         return "a forward hook is registered on one of its modules, and the decoder calls none."

@@ -15,11 +15,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qtool.checkpoint.adapter import OFFSETS, SCALES, LayerAdapter, in_planes
+from qtool.checkpoint.adapter import OFFSETS, SCALES, LayerAdapter
 from qtool.core import grouping
 from qtool.core.activations import fake_quantize
 from qtool.core.learned import mean_gaps, planes_sums, planes_values, with_gradient
 from qtool.core.packing import planes_to_codes
+from qtool.formats._in_planes import in_planes
 from qtool.formats._parts import codes_in_groups
 from qtool.scheme import MAX_BITS
 from qtool.training.adapters import Adaptable, AdapterKind, Installed

@@ -13,12 +13,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qtool.checkpoint.adapter import DOWN, UP, LayerAdapter
+from qtool.checkpoint.adapter import RANK_DOWN, RANK_UP, LayerAdapter
 from qtool.errors import MissingExtraError
 from qtool.recipe.values import Number
 from qtool.training.adapters import Adaptable, AdapterKind, Installed
 
-OURS = "qtool"
+IN_PEFT = "qtool"
 """What PEFT calls the adapter while it learns."""
 
 
@@ -62,7 +62,7 @@ def install_lora(
     )
     with torch.random.fork_rng():
         torch.manual_seed(what.seed)
-        inject_adapter_in_model(config, what.model, OURS)
+        inject_adapter_in_model(config, what.model, IN_PEFT)
     layers = {name: what.model.get_submodule(name) for name in chosen}
     for name, layer in layers.items():
         _begin(layer, starts.get(name), scale)
@@ -81,7 +81,7 @@ def install_lora(
 
 
 def _learned(layer: Any) -> list[nn.Parameter]:  # noqa: ANN401
-    return [layer.lora_A[OURS].weight, layer.lora_B[OURS].weight]
+    return [layer.lora_A[IN_PEFT].weight, layer.lora_B[IN_PEFT].weight]
 
 
 @torch.no_grad()
@@ -91,14 +91,14 @@ def _begin(layer: Any, start: LayerAdapter | None, scale: float) -> None:  # noq
         parameter.data = parameter.data.to(layer.get_base_layer().device).float()
         parameter.requires_grad_()
     if start is not None:
-        down.copy_(start[DOWN])
-        up.copy_(start[UP] / scale)
+        down.copy_(start[RANK_DOWN])
+        up.copy_(start[RANK_UP] / scale)
 
 
 @torch.no_grad()
 def _stored(layer: Any, scale: float) -> dict[str, Tensor]:  # noqa: ANN401
     down, up = _learned(layer)
-    return {DOWN: down.half(), UP: (up * scale).half()}
+    return {RANK_DOWN: down.half(), RANK_UP: (up * scale).half()}
 
 
 def _install(what: Adaptable, options: LoraOptions) -> Installed:

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool.checkpoint.adapter import DOWN, UP, LayerAdapter
+from qtool.checkpoint.adapter import RANK_DOWN, RANK_UP, LayerAdapter
 from qtool.checkpoint.manifest import codec
 from qtool.core.low_rank import Directions, allot_ranks, best_directions
 from qtool.errors import MethodError
@@ -67,7 +67,7 @@ def _install(what: Adaptable, options: RankAdaptiveOptions) -> Installed:
     begun: dict[str, LayerAdapter] = {}
     if options.start == "error" and not by_gradient:
         begun = {
-            name: {DOWN: found.down[: ranks[name]], UP: found.up[:, : ranks[name]]}
+            name: {RANK_DOWN: found.down[: ranks[name]], RANK_UP: found.up[:, : ranks[name]]}
             for name, found in starts.items()
         }
     return install_lora(what, ranks, 1.0, begun)

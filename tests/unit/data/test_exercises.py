@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.data.exercises import IGNORED, Learned, cut_to, padded, read_exercises, tokenized
+from qtool.data.exercises import NOT_LEARNED, Learned, cut_to, padded, read_exercises, tokenized
 from qtool.errors import DataError
 from qtool.modeling.load import load_tokenizer
 
@@ -35,7 +35,7 @@ def learned(tokenizer, tmp_path):
         return [
             (
                 tokenizer.decode(one.tokens),
-                tokenizer.decode(one.labels[one.labels != IGNORED]),
+                tokenizer.decode(one.labels[one.labels != NOT_LEARNED]),
             )
             for one in found
         ]
@@ -98,14 +98,14 @@ def test_cutting_and_filling_up_lose_no_label(rows, length):
     pieces = []
     for row in rows:
         tokens = torch.arange(1, len(row) + 1)
-        labels = torch.where(torch.tensor(row, dtype=torch.bool), tokens, IGNORED)
+        labels = torch.where(torch.tensor(row, dtype=torch.bool), tokens, NOT_LEARNED)
         pieces.append(Learned(tokens, labels))
     cut = cut_to(pieces, length)
     assert all(0 < len(one.tokens) <= length for one in cut)
-    assert all(bool((one.labels[1:] != IGNORED).any()) for one in cut)
+    assert all(bool((one.labels[1:] != NOT_LEARNED).any()) for one in cut)
     tokens, labels = padded(cut, length, filler=0)
     assert tokens.shape == labels.shape == (len(cut), length)
     for row, one in enumerate(cut):
         assert torch.equal(tokens[row, : len(one.tokens)], one.tokens)
         assert torch.equal(labels[row, : len(one.labels)], one.labels)
-        assert bool((labels[row, len(one.labels) :] == IGNORED).all())
+        assert bool((labels[row, len(one.labels) :] == NOT_LEARNED).all())
