@@ -57,6 +57,9 @@ def adapt(
         _of_training(metavar="N", min=1, help="End after N looks without a gain; 20 are taken."),
     ] = None,
     seed: Annotated[int, _of_training(help="Of the order of lines.")] = 0,
+    targets: Annotated[
+        str | None, _of_training(help="Linears, as globs with commas between; default: all.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         _of_training("--set", metavar="KEY=VALUE", help="Option of the method; can be repeated."),
@@ -105,6 +108,7 @@ def adapt(
                 max_length=max_length,
                 patience=patience,
                 seed=seed,
+                targets=tuple((targets or "*").split(",")),
                 kind_options=_parsed(settings or []),
             )
             request = AdaptRequest(

@@ -13,14 +13,16 @@ from qtool.base import Emit, Fallback, Progress
 from qtool.core.experts import routes_tokens
 from qtool.core.parts import Parts
 from qtool.data.exercises import NOT_LEARNED, Learned
-from qtool.errors import DataError
+from qtool.errors import DataError, RecipeError
 from qtool.modeling.load import LoadedModel
+from qtool.recipe.matching import matches
 from qtool.runtime.modules import QuantizedLinear
 from qtool.steps.options import read_options
 from qtool.steps.unfinished_adapter import UnfinishedAdapter
 from qtool.training.adapters import Adaptable, AdapterKind, Installed
 from qtool.training.adapting import Curriculum, Pupil, adapt_to
 from qtool.training.schedule import Point, Schedule
+from qtool.wording import shown
 
 LOOKS_OF_A_RUN = 20
 """At the held-out exercises, over a whole run."""
@@ -47,6 +49,8 @@ class AdaptOptions:
     patience: int | None = None
     """Looks at the held-out exercises without a gain after which it ends; None: it doesn't."""
     seed: int = 0
+    targets: tuple[str, ...] = ("*",)
+    """Globs of the linears that get adapters, by dotted name."""
     kind_options: Mapping[str, Any] = field(default_factory=dict)
 
     def checked(self, kind: AdapterKind) -> Any:  # noqa: ANN401
@@ -133,7 +137,7 @@ def adapt_model(
     )
     what = Adaptable(
         model=model,
-        linears=quantized_linears(model),
+        linears=quantized_linears(model, options.targets),
         original=base.original,
         exercises=curriculum.some(ANALYSED, loaded.device),
         surprise=pupil.surprise,
@@ -150,10 +154,22 @@ def adapt_model(
     return Adapted(points, installed, pace.tokens_per_second)
 
 
-def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """Return the quantized linears of a model by name, in its order."""
+def quantized_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, QuantizedLinear]:
+    """Return the quantized linears of a model that a glob names, in its order.
+
+    Raises:
+        RecipeError: a glob names none.
+    """
     named = model.named_modules()
-    return {name: one for name, one in named if isinstance(one, QuantizedLinear)}
+    known = {name: one for name, one in named if isinstance(one, QuantizedLinear)}
+    for glob in targets:
+        if not any(matches(name, glob) for name in known):
+            first = next(iter(known), "none")
+            raise RecipeError(
+                f"--targets {shown(glob)} is no quantized linear's name; they are called such as "
+                f"{first}, and * stands for anything."
+            )
+    return {name: one for name, one in known.items() if any(matches(name, t) for t in targets)}
 
 
 def split_off(

@@ -185,3 +185,24 @@ def test_what_is_refused_is_one_sentence(cli: Cli, folder, chat_llama, name, mon
     assert not (folder / "x").exists()
     if code == 1:
         assert len(done.said) == 1
+
+
+def test_answers_are_compared_with_what_people_wrote(cli: Cli, folder, adapter):
+    pytest.importorskip("sacrebleu")
+    file = folder / "asked.jsonl"
+    pairs = [("w3 w4", " w5 w7"), ("w3 w4", " w6 w7"), ("w8", " w9 w7")]
+    lines = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = cli(
+        *("eval", folder / "w3", "--baseline", folder / "w3", "--adapter", adapter),
+        *("--pairs", file, "--answer-tokens", "3", "--json", "-"),
+    )
+    assert done.code == 0, done.err
+    plain, adapted = json.loads(done.out)["models"]
+    assert (plain["name"], adapted["name"]) == ("w3", "w3 with sevens")
+    assert plain["answers"] != adapted["answers"]
+    assert (plain["scores"]["prompts"], plain["scores"]["references"]) == (2, 3)
+    done = cli("eval", folder / "w3", "--pairs", file, "--windows", "2")
+    assert (done.code, "--windows goes without --pairs" in done.err) == (2, True)
+    done = cli("eval", folder / "w3", "--prompts", "2")
+    assert (done.code, "--prompts needs --pairs" in done.err) == (2, True)
