@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import qtool
@@ -22,6 +23,7 @@ from qtool.data.corpora import check_tokens
 from qtool.data.exercises import Learned, cut_to, read_exercises, tokenized
 from qtool.errors import DataError, ModelError
 from qtool.modeling.adapters import digest_of_base
+from qtool.modeling.device import default_device
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location, locate
 from qtool.modeling.source import open_source
@@ -84,7 +86,9 @@ def adapt(request: AdaptRequest, *, emit: Emit = ignore_events) -> AdaptResult:
     request.options.checked(kind)
     check_adapter_place(directory, overwrite=request.overwrite)
     check_apart(directory, request.model.directory, files)
-    loaded = load_model(request.model)
+    # float16 has too little range for gradients
+    on_card = default_device().type == "cuda"
+    loaded = load_model(request.model, dtype=torch.bfloat16 if on_card else None)
     about = {"tool_version": qtool.__version__, "options": asdict(request.options)}
     base = digest_of_base(loaded.model)
     job = {"kind": request.kind, "base": base, "data": files_digest(files), **about}
