@@ -53,12 +53,17 @@ def with_adapter(tensor: QuantizedTensor, changes: LayerAdapter) -> QuantizedTen
     return encode_binary(codes.view(groups.shape), scales, offsets, scheme, shape)
 
 
+def has_scales(changes: LayerAdapter) -> bool:
+    """Return whether an adapter has scales or offsets of a layer."""
+    return SCALES in changes or OFFSETS in changes
+
+
 def rescaled(tensor: QuantizedTensor, changes: LayerAdapter) -> QuantizedTensor:
     """Return a weight with the scales and offsets of an adapter; its planes are the same tensor.
 
     A weight of which the adapter replaces nothing is returned as it is.
     """
-    if SCALES not in changes and OFFSETS not in changes:
+    if not has_scales(changes):
         return tensor
     binary = in_planes(tensor)
     parts = dict(binary.parts)

@@ -6,11 +6,16 @@ from pathlib import Path
 import torch
 
 from qtool.base import Emit
-from qtool.evaluation.written import WrittenScores, read_questions, score_answers, write_answers
 from qtool.modeling.device import free_memory
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.pipeline.imported import as_ours
+from qtool.pipeline.written_scores import (
+    WrittenScores,
+    read_questions,
+    score_answers,
+    write_answers,
+)
 from qtool.runtime.backends._choose import use_backend
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from qtool.base import KernelBackend, QuantizedTensor
-from qtool.checkpoint.adapter import RANK_DOWN, RANK_UP, LayerAdapter, rescaled
+from qtool.checkpoint.adapter import RANK_DOWN, RANK_UP, LayerAdapter, has_scales, rescaled
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.core.activations import multiply_quantized
 from qtool.formats._dtypes import dtype_of
 from qtool.runtime.backends._choose import choose_backend, definition, wanted_backend
 from qtool.runtime.differentiable import as_autocast, multiply_differentiably
-from qtool.runtime.held import Held, finish_packing
+from qtool.runtime.held import Held, finish_packing, takes_over
 from qtool.runtime.host_memory import let_go_of_pages
 
 
@@ -40,6 +40,8 @@ class QuantizedWeight(nn.Module):
         self._number: int | None = None
         self.adapter: LayerAdapter = {}
         """What is set, see `adapt`."""
+        self.is_copied = False
+        """A decoder has this weight once more, in memory of its own."""
         self.contents = object()
         """Another object whenever the parts were loaded or moved."""
         self._join()
@@ -63,15 +65,27 @@ class QuantizedWeight(nn.Module):
         """Return the weight as data, on its device, with the scales of an adapter that is set."""
         return rescaled(self.stored(), self.adapter)
 
-    def stored(self) -> QuantizedTensor:
-        """Return the weight as the checkpoint has it, on its device."""
-        entry = self.entry
-        return QuantizedTensor(entry.format, entry.scheme, entry.shape, self._parts(self.device))
+    def stored(self, device: torch.device | None = None) -> QuantizedTensor:
+        """Return the weight as the checkpoint has it, on a device; None: on its own."""
+        entry, parts = self.entry, self._parts(device or self.device)
+        return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
 
     def adapt(self, adapter: LayerAdapter) -> None:
-        """Run as an adapter has it from now on; an empty one gives the weight as it was stored."""
-        self._reset()
+        """Run as an adapter has it from now on; an empty one gives the weight as it was stored.
+
+        What is prepared takes over new scales in place, if it can (`rescale`): planes stay where
+        they are, and so do decoders that read them. Otherwise it is prepared anew.
+        """
+        before, held = self.adapter, self._held
         self.adapter = {name: part.to(self.device) for name, part in adapter.items()}
+        rescales = has_scales(before) or has_scales(adapter)
+        if held is not None and rescales and not takes_over(held, self._rescaled):
+            self._reset()
+        elif self.is_copied or RANK_UP in before or RANK_UP in adapter:
+            self.contents = object()
+
+    def _rescaled(self) -> QuantizedTensor:
+        return rescaled(self.stored(torch.device("cpu")), self.adapter)
 
     def choose_backend(self) -> KernelBackend:
         """Return the backend that runs the weight, or would."""
@@ -122,7 +136,7 @@ class QuantizedWeight(nn.Module):
     def _reset(self) -> None:
         """Bring the parts to where the weight is executed, and forget its layout."""
         self._buffers.update(self._parts(self.device))
-        self.contents = object()
+        self.contents, self.is_copied = object(), False
         self._join()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401

@@ -138,6 +138,7 @@ class _Reader:
             return module.weight.detach()
         if backend is module.choose_backend():
             return module.prepare(self.dtype)[1]
+        module.is_copied = True
         return backend.prepare(module.tensor(), self.dtype)
 
     def fused(self, *members: Any, interleave: bool = False) -> Projections:  # noqa: ANN401
@@ -155,6 +156,8 @@ class _Reader:
         for member, part in zip(members, fused.parts, strict=True):
             if part is not None and backend is member.choose_backend():
                 member.adopt(part, self.dtype)
+            else:
+                member.is_copied = True
         return fused.prepared
 
     def stacked(self, members: Sequence[Any]) -> tuple[Projection | None, tuple[Projection, ...]]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qtool.evaluation.written import Question, score_answers
+from qtool.pipeline.written_scores import Question, score_answers
 
 pytest.importorskip("sacrebleu")
 QUESTIONS = [
