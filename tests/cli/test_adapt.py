@@ -12,8 +12,9 @@ from qtool.modeling.adapters import disable_adapter, load_adapter
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
+from qtool.runtime.backends._choose import use_backend
 from tests.cli.conftest import Cli
-from tests.helpers import QUICK_BCQ, recipe
+from tests.helpers import QUICK_BCQ, normal, recipe
 
 FAST = ("--epochs", "2", "--batch-size", "8", "--learning-rate", "0.05")
 
@@ -80,7 +81,33 @@ def test_from_chats_to_answers_with_three_commands(cli: Cli, folder, monkeypatch
     assert len(said.out.split()) == 3
 
 
-def test_the_decode_runner_runs_an_adapter_of_scales(folder, adapter):
+@pytest.fixture(scope="module")
+def low_rank(folder):
+    """Return an adapter of low rank that says something else than the base, on some linears."""
+    from qtool.checkpoint.adapter_files import Adapter, write_adapter
+    from qtool.modeling.adapters import digest_of_base, quantized_modules
+
+    model = load_model(Location(folder / "w3"), device="cpu").model
+    layers = {}
+    for seed, (name, module) in enumerate(quantized_modules(model).items()):
+        if name.endswith(("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")):
+            outputs, inputs = module.entry.shape
+            down, up = normal(3, inputs, seed=seed) / 8, normal(outputs, 3, seed=99 + seed) / 4
+            layers[name] = {"down": down.half(), "up": up.half()}
+    made = Adapter(kind="lora", base=digest_of_base(model), layers=layers)
+    write_adapter(folder / "made", made)
+    return folder / "made"
+
+
+@pytest.mark.parametrize("backend", ["dense", "reference"])
+@pytest.mark.parametrize("kind", ["adapter", "low_rank"])
+def test_the_decode_runner_runs_adapters(folder, kind, backend, request):
+    adapter = request.getfixturevalue(kind)
+    with use_backend(backend):
+        _compare_runner(folder, adapter)
+
+
+def _compare_runner(folder, adapter):
     model = load_model(Location(folder / "w3"), device="cpu").model
     ids = torch.arange(3, 15).view(2, 6)
     wanted = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}

@@ -23,6 +23,7 @@ from qtool.base import CausalModel, KernelBackend
 from qtool.integrations.transformers.sampling import SharedRunner, sample
 from qtool.runtime.backends.dense import BACKEND as DENSE
 from qtool.runtime.decode import read_model as llama
+from qtool.runtime.decode.beside import LowRankOps, has_low_rank
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedWeight
 from qtool.runtime.spread import draw_alike
 
@@ -253,6 +254,7 @@ def _decoder(model: CausalModel) -> SharedRunner | str:
                 weights = llama.weights_of(model)
                 backend = _backend_of(model)
                 ops = (backend or DENSE).decode_ops(weights)
+                ops = LowRankOps(ops) if ops and has_low_rank(weights) else ops
                 decoder = SharedRunner(weights, ops) if ops else "the kernels can't run its heads."
             made = _MADE[model] = _Made(fingerprint, decoder)
         return made.decoder

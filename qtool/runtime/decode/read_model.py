@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from qtool.base import CausalModel, KernelBackend
-from qtool.checkpoint.adapter import RANK_UP
 from qtool.errors import BackendError
+from qtool.runtime.decode.beside import low_rank_beside
 from qtool.runtime.decode.read_experts import (
     OF_EXPERTS,
     has_experts,
@@ -130,9 +130,14 @@ class _Reader:
         self.dtype, self._backend = dtype, backend
 
     def single(self, module: Any) -> Projection:  # noqa: ANN401
-        """Return a weight that isn't fused: the module's own layout where that will do."""
+        """Return a weight that isn't fused, with what an adapter has beside it."""
+        weight = self._alone(module)
+        return low_rank_beside(weight, (module,), self.dtype) or weight
+
+    def _alone(self, module: Any) -> Projection:  # noqa: ANN401
+        """Return a weight: the module's own layout where that will do."""
         if isinstance(module, SpreadLinear):
-            return RankPart(self.single(module.inner), module.group, module.rows)
+            return RankPart(self._alone(module.inner), module.group, module.rows)
         backend = self._backend_of(module)
         if backend is None:
             return module.weight.detach()
@@ -142,6 +147,11 @@ class _Reader:
         return backend.prepare(module.tensor(), self.dtype)
 
     def fused(self, *members: Any, interleave: bool = False) -> Projections:  # noqa: ANN401
+        """Return linears that share an input, with what an adapter has beside them."""
+        weights = self._together(*members, interleave=interleave)
+        return low_rank_beside(weights, members, self.dtype) or weights
+
+    def _together(self, *members: Any, interleave: bool) -> Projections:  # noqa: ANN401
         """Return linears that share an input as one, or apart if what runs them leaves them so."""
         backends = {self._backend_of(member) for member in members}
         backend = next(iter(backends))
@@ -152,7 +162,7 @@ class _Reader:
             tensors = [member.tensor() for member in members]
             fused = backend.fuse(tensors, self.dtype, interleave=interleave)
         if fused is None:
-            return tuple(map(self.single, members))
+            return tuple(map(self._alone, members))
         for member, part in zip(members, fused.parts, strict=True):
             if part is not None and backend is member.choose_backend():
                 member.adopt(part, self.dtype)
@@ -198,8 +208,6 @@ def _why_not_state(model: CausalModel) -> str | None:
         module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
         for module in model.modules()
     )
-    if any(RANK_UP in module.adapter for module in quantized):
-        return "an adapter of low rank is set, and the decoder knows those of scales."
     if any(hooked):
         return "a forward hook is registered on one of its modules, and the decoder calls none."
     dtypes = {parameter.dtype for parameter in model.parameters()}

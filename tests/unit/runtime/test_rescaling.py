@@ -1,4 +1,4 @@
-"""Switching adapters: what is prepared takes over scales in place, and planes stay where they are."""
+"""Switching adapters: what is prepared takes over scales in place, and planes stay."""
 
 from dataclasses import replace
 
@@ -7,6 +7,7 @@ import torch
 
 from qtool.checkpoint.adapter import SCALES, rescaled
 from qtool.checkpoint.manifest import LayerEntry
+from qtool.formats._in_planes import in_planes
 from qtool.runtime.backends._choose import load_backend
 from qtool.runtime.backends.cuda.fusing import fuse
 from qtool.runtime.backends.cuda.linear_kernels import prepare
@@ -21,8 +22,7 @@ CPU = torch.device("cpu")
 
 
 def changes(tensor, seed, planes=1):
-    scales = tensor.parts[SCALES] if SCALES in tensor.parts else None
-    shape = scales.shape[1:] if scales is not None else tensor.parts["scales"].shape
+    shape = in_planes(tensor).parts[SCALES].shape[1:]
     return {SCALES: normal(planes, *shape, seed=seed).abs().half()}
 
 
