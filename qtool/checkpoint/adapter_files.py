@@ -20,8 +20,7 @@ from qtool.storage.whole_files import written_whole
 from qtool.wording import list_names, quoted, reason, shown
 
 MANIFEST_NAME, TENSORS_NAME, CURVE_NAME = "adapter.json", "adapter.safetensors", "curve.jsonl"
-CURVE_PICTURE = "curve.png"
-ADAPTER_FILES = (MANIFEST_NAME, TENSORS_NAME, CURVE_NAME, CURVE_PICTURE)
+ADAPTER_FILES = (MANIFEST_NAME, TENSORS_NAME, CURVE_NAME)
 ADAPTER_MARK = "an adapter of qtool"
 ADAPTER_VERSION = 1
 TRAIN_AGAIN = "Copy the adapter again, or train it again with `qtool adapt`."

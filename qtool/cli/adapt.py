@@ -8,7 +8,7 @@ import yaml
 
 from qtool.base import Emit
 from qtool.cli import console, early
-from qtool.cli.options import DeviceOption, JsonOption, check_targets, in_panel
+from qtool.cli.options import DeviceOption, JsonOption, check_targets, in_panel, wrong_plot_name
 from qtool.cli.progress import progress
 from qtool.storage.jsonl import check_file
 from qtool.wording import gigabytes
@@ -68,6 +68,9 @@ def adapt(
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
     device: DeviceOption = None,
     json_file: JsonOption = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the loss on held-out lines: .png or .svg.")
+    ] = None,
 ) -> None:
     """Adapt a checkpoint to a task: planes stay, an adapter of a few numbers is trained.
 
@@ -79,7 +82,9 @@ def adapt(
 
       qtool adapt OUT_DIR my-adapter MERGED_DIR --merge
     """
-    check_targets([json_file])
+    check_targets([json_file, plot])
+    if wrong := wrong_plot_name(plot):
+        raise typer.BadParameter(wrong[0], ctx=context)
     if merge:
         _check_merging(context)
         early.check_adapter(data)
@@ -122,7 +127,14 @@ def adapt(
                 overwrite=overwrite,
                 resume=resume,
             )
+            if plot is not None:
+                from qtool.report.curves import draw_curves, read_curves
+                from qtool.report.roofline import check_plot
+
+                check_plot(plot)
             values, line = _report(adapt(request, emit=emit))
+            if plot is not None:
+                draw_curves(plot, read_curves(adapter_dir / "curve.jsonl"))
     if console.write_json(values, json_file):
         console.out.print(line, markup=False, soft_wrap=True)
 

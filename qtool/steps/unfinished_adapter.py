@@ -75,8 +75,9 @@ class UnfinishedAdapter:
             (self.directory / name).unlink(missing_ok=True)
 
     def write_curve(self, points: Sequence[Point]) -> None:
-        """Write the curve as JSON lines."""
-        lines = "".join(json_text(asdict(point), indent=None) + "\n" for point in points)
+        """Write the curve as JSON lines, as that of tuning a whole model."""
+        values = ({"of": "model", **asdict(point)} for point in points)
+        lines = "".join(json_text(value, indent=None) + "\n" for value in values)
         with file_failures(self.directory), written_whole(self.directory / CURVE_NAME) as file:
             file.write(lines.encode())
 

@@ -54,10 +54,11 @@ def adapter(folder):
 def test_from_chats_to_answers_with_three_commands(cli: Cli, folder, monkeypatch):
     done = cli(
         *("adapt", folder / "w3", folder / "chats.jsonl", folder / "mine"),
-        *(*FAST, "--json", folder / "result.json"),
+        *(*FAST, "--json", folder / "result.json", "--plot", folder / "curve.svg"),
     )
     assert done.code == 0, done.err
     assert "numbers learned" in done.out
+    assert "<svg" in (folder / "curve.svg").read_text()
     result = json.loads((folder / "result.json").read_text())
     assert result["loss"] < result["loss_before"]
     assert result["trainable_parameters"] * 2 == result["adapter_bytes"]

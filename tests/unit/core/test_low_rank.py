@@ -1,9 +1,11 @@
 """Ranks and where they begin: errors fall by what is promised, and budgets hold."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qtool.core import low_rank
 from qtool.core.low_rank import allot_ranks, best_directions
 from tests.helpers import normal
 
@@ -16,14 +18,16 @@ def left_over(matrix, found, rank):
     return float((X @ rest.T).double().square().sum() / len(X))
 
 
-def test_energies_are_what_each_rank_takes_away():
-    matrix = normal(16, 24)
+@pytest.mark.parametrize("shape", [(16, 24), (40, 24)])
+def test_energies_are_what_each_rank_takes_away(shape):
+    matrix = normal(*shape)
     found = best_directions(matrix, MOMENTS, 16, 1e-8)
+    full = best_directions(matrix, MOMENTS, 24, 1e-8)
     errors = [left_over(matrix, found, rank) for rank in range(17)]
     for rank in range(16):
         expected = float(found.energies[rank])
         assert abs(errors[rank] - errors[rank + 1] - expected) < 1e-3 * errors[0]
-    assert errors[16] < 1e-4 * errors[0]
+    assert left_over(matrix, full, 24) < 1e-4 * errors[0]
     plain = best_directions(matrix, None, 4, 1e-8)
     assert left_over(matrix, found, 4) < 0.9 * left_over(matrix, plain, 4)
 
@@ -52,6 +56,16 @@ def test_ranks_keep_budget_and_bounds(layers, lowest, more, step, average):
     for name, rank in ranks.items():  # nobody who could have more has less
         more_of = min(step, highest - rank, len(energies[name]) - rank)
         assert more_of <= 0 or spent + more_of * costs[name] > budget
+
+
+def test_large_matrices_are_projected_to_nearly_the_same(monkeypatch):
+    matrix = normal(60, 24, seed=2)
+    exact = best_directions(matrix, MOMENTS, 4, 1e-3)
+    monkeypatch.setattr(low_rank, "FULL_SVD", 8)
+    torch.manual_seed(0)
+    near = best_directions(matrix, MOMENTS, 4, 1e-3)
+    torch.testing.assert_close(near.energies, exact.energies, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(near.up @ near.down, exact.up @ exact.down, rtol=1e-2, atol=2e-2)
 
 
 def test_equal_spectra_give_equal_ranks_and_more_energy_more():
