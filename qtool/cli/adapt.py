@@ -56,6 +56,10 @@ def adapt(
         int | None,
         _of_training(metavar="N", min=1, help="End after N looks without a gain; 20 are taken."),
     ] = None,
+    recompute: Annotated[
+        bool,
+        _of_training("--recompute", help="Keep less for the way back; large models always do."),
+    ] = False,
     seed: Annotated[int, _of_training(help="Of the order of lines.")] = 0,
     targets: Annotated[
         str | None, _of_training(help="Linears, as globs with commas between; default: all.")
@@ -112,6 +116,7 @@ def adapt(
                 label_smoothing=label_smoothing,
                 max_length=max_length,
                 patience=patience,
+                recompute=recompute,
                 seed=seed,
                 targets=tuple((targets or "*").split(",")),
                 kind_options=_parsed(settings or []),
@@ -127,10 +132,10 @@ def adapt(
                 overwrite=overwrite,
                 resume=resume,
             )
-            if plot is not None:
-                from qtool.report.curves import draw_curves, read_curves
-                from qtool.report.roofline import check_plot
+            from qtool.report.curves import draw_curves, read_curves
+            from qtool.report.roofline import check_plot
 
+            if plot is not None:
                 check_plot(plot)
             values, line = _report(adapt(request, emit=emit))
             if plot is not None:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from qtool.data.exercises import NOT_LEARNED, Learned
 from qtool.errors import DataError, RecipeError
 from qtool.modeling.load import LoadedModel
 from qtool.recipe.matching import matches
-from qtool.runtime.modules import QuantizedLinear
+from qtool.runtime.modules import QuantizedLinear, QuantizedWeight
 from qtool.steps.options import read_options
 from qtool.steps.unfinished_adapter import UnfinishedAdapter
 from qtool.training.adapters import Adaptable, AdapterKind, Installed
 from qtool.training.adapting import Curriculum, Pupil, adapt_to
 from qtool.training.schedule import Point, Schedule
+from qtool.training.student import recompute_blocks
 from qtool.wording import shown
 
 LOOKS_OF_A_RUN = 20
@@ -29,7 +31,8 @@ LOOKS_OF_A_RUN = 20
 ANALYSED = 64
 """Exercises that a kind of adapter may look at before it is installed."""
 LARGE_MODEL = 10**9
-"""Parameters from which a step isn't captured as a graph, which takes its memory once more."""
+"""Weights from which blocks are recomputed, and a step isn't captured as a graph, which takes its
+memory once more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,9 @@ class AdaptOptions:
     """Tokens of an exercise; longer ones are cut."""
     patience: int | None = None
     """Looks at the held-out exercises without a gain after which it ends; None: it doesn't."""
+    recompute: bool = False
+    """Run each block once more on the way back in place of keeping what it computed: a third
+    slower, the memory of one block. Large models do it anyway."""
     seed: int = 0
     targets: tuple[str, ...] = ("*",)
     """Globs of the linears that get adapters, by dotted name."""
@@ -127,7 +133,10 @@ def adapt_model(
     loaded, model = base.loaded, base.loaded.model
     model.requires_grad_(requires_grad=False)
     on_card = loaded.device.type == "cuda"
-    small = model.num_parameters() < LARGE_MODEL and not routes_tokens(model)
+    large = num_weights(model) >= LARGE_MODEL
+    if options.recompute or large:
+        recompute_blocks(model, blocks_of(model))
+    small = not (options.recompute or large or routes_tokens(model))
     pupil = Pupil(
         model,
         (),
@@ -152,6 +161,19 @@ def adapt_model(
     points = adapt_to(pupil, curriculum, schedule, pace.report, unfinished, parts)
     unfinished.write_curve(points)
     return Adapted(points, installed, pace.tokens_per_second)
+
+
+def num_weights(model: nn.Module) -> int:
+    """Return how many weights a model has, quantized ones too."""
+    quantized = (prod(m.entry.shape) for m in model.modules() if isinstance(m, QuantizedWeight))
+    return sum(quantized) + sum(parameter.numel() for parameter in model.parameters())
+
+
+def blocks_of(model: nn.Module) -> str:
+    """Return the dotted name of the list of blocks: the one with the most quantized linears."""
+    lists = (name for name, one in model.named_modules() if isinstance(one, nn.ModuleList))
+    names = [n for n, one in model.named_modules() if isinstance(one, QuantizedLinear)]
+    return max(lists, key=lambda name: sum(n.startswith(f"{name}.") for n in names))
 
 
 def quantized_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, QuantizedLinear]:

@@ -170,6 +170,13 @@ def test_an_interrupted_run_resumes_to_the_same_curve(trained, base, llama, data
             assert torch.equal(stored[part], tensor)
 
 
+def test_recomputing_blocks_changes_nothing(trained, base, llama, data, tmp_path, monkeypatch):
+    kind, result = trained
+    monkeypatch.setattr(steps, "LARGE_MODEL", 1)
+    again = run(kind, base, llama, data, tmp_path / "a")
+    assert again.best_loss == pytest.approx(result.best_loss, abs=1e-5)
+
+
 def test_another_run_is_neither_resumed_nor_lost(base, llama, data, tmp_path):
     folder = tmp_path / "a.partial"
     folder.mkdir()
