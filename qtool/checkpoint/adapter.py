@@ -23,8 +23,8 @@ from qtool.core.binary_coding import assign
 from qtool.formats._in_planes import in_planes
 from qtool.formats.binary_coding import BINARY_CODING, encode_binary
 
-SCALES, OFFSETS, RANK_DOWN, RANK_UP = "plane_scales", "plane_offsets", "down", "up"
-ADAPTER_PARTS = (SCALES, OFFSETS, RANK_DOWN, RANK_UP)
+PLANE_SCALES, PLANE_OFFSETS, RANK_DOWN, RANK_UP = "plane_scales", "plane_offsets", "down", "up"
+ADAPTER_PARTS = (PLANE_SCALES, PLANE_OFFSETS, RANK_DOWN, RANK_UP)
 LayerAdapter = Mapping[str, Tensor]
 """What an adapter says of one layer, by part."""
 
@@ -45,17 +45,17 @@ def with_adapter(tensor: QuantizedTensor, changes: LayerAdapter) -> QuantizedTen
     wanted = codec(BINARY_CODING).dequantize(binary, torch.float32)
     wanted = wanted + changes[RANK_UP].float() @ changes[RANK_DOWN].float()
     groups = grouping.split(grouping.to_rows(wanted, scheme), scheme.group_size)
-    scales = grouping.to_stored(parts[SCALES], scheme).permute(1, 2, 0)
+    scales = grouping.to_stored(parts[PLANE_SCALES], scheme).permute(1, 2, 0)
     offsets = torch.zeros_like(scales[..., 0])
-    if OFFSETS in parts:
-        offsets = grouping.to_stored(parts[OFFSETS], scheme)
+    if PLANE_OFFSETS in parts:
+        offsets = grouping.to_stored(parts[PLANE_OFFSETS], scheme)
     codes = assign(groups.flatten(0, 1), scales.flatten(0, 1), offsets.flatten())
     return encode_binary(codes.view(groups.shape), scales, offsets, scheme, shape)
 
 
 def has_scales(changes: LayerAdapter) -> bool:
     """Return whether an adapter has scales or offsets of a layer."""
-    return SCALES in changes or OFFSETS in changes
+    return PLANE_SCALES in changes or PLANE_OFFSETS in changes
 
 
 def rescaled(tensor: QuantizedTensor, changes: LayerAdapter) -> QuantizedTensor:
@@ -67,9 +67,9 @@ def rescaled(tensor: QuantizedTensor, changes: LayerAdapter) -> QuantizedTensor:
         return tensor
     binary = in_planes(tensor)
     parts = dict(binary.parts)
-    if SCALES in changes:
-        new = changes[SCALES].to(parts[SCALES].device)
-        parts[SCALES] = torch.cat([new, parts[SCALES][len(new) :]])
-    if OFFSETS in changes:
-        parts[OFFSETS] = changes[OFFSETS].to(parts[SCALES].device)
+    if PLANE_SCALES in changes:
+        new = changes[PLANE_SCALES].to(parts[PLANE_SCALES].device)
+        parts[PLANE_SCALES] = torch.cat([new, parts[PLANE_SCALES][len(new) :]])
+    if PLANE_OFFSETS in changes:
+        parts[PLANE_OFFSETS] = changes[PLANE_OFFSETS].to(parts[PLANE_SCALES].device)
     return QuantizedTensor(BINARY_CODING, binary.scheme, binary.shape, parts)

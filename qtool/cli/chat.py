@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qtool.cli import early
-from qtool.cli.options import AdapterOption, BackendOption, DeviceOption, KvCacheOption, ModelArgument
+from qtool.cli.options import (
+    AdapterOption,
+    BackendOption,
+    DeviceOption,
+    KvCacheOption,
+    ModelArgument,
+)
 from qtool.cli.outcome import print_error
 from qtool.cli.progress import progress
 from qtool.errors import ModelError

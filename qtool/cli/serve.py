@@ -9,7 +9,14 @@ import typer
 
 from qtool.base import Notice
 from qtool.cli import console, early
-from qtool.cli.options import AdapterOption, BackendOption, DeviceOption, KvCacheOption, ModelArgument, in_panel
+from qtool.cli.options import (
+    AdapterOption,
+    BackendOption,
+    DeviceOption,
+    KvCacheOption,
+    ModelArgument,
+    in_panel,
+)
 from qtool.cli.progress import progress
 from qtool.errors import DataError
 from qtool.serving.installed import check_servable

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from qtool.base import CausalModel
-from qtool.checkpoint.adapter import OFFSETS, RANK_DOWN, RANK_UP, SCALES, LayerAdapter
+from qtool.checkpoint.adapter import PLANE_OFFSETS, PLANE_SCALES, RANK_DOWN, RANK_UP, LayerAdapter
 from qtool.checkpoint.adapter_files import Adapter, base_digest, read_adapter
 from qtool.errors import CheckpointError, ModelError
 from qtool.formats._in_planes import in_planes
@@ -121,10 +121,12 @@ def _check_fits(adapter: Adapter, modules: Mapping[str, Any], where: Path) -> No
                 outputs,
                 rank,
             )
-        if fits and (SCALES in parts or OFFSETS in parts):
+        if fits and (PLANE_SCALES in parts or PLANE_OFFSETS in parts):
             own = in_planes(modules[name].stored()).parts
-            new, old = parts.get(SCALES, own[SCALES]), own[SCALES]
+            new, old = parts.get(PLANE_SCALES, own[PLANE_SCALES]), own[PLANE_SCALES]
             fits = new.shape[1:] == old.shape[1:] and len(new) <= len(old)
-            fits = fits and (OFFSETS not in parts or parts[OFFSETS].shape == own[OFFSETS].shape)
+            fits = fits and (
+                PLANE_OFFSETS not in parts or parts[PLANE_OFFSETS].shape == own[PLANE_OFFSETS].shape
+            )
         if not fits:
             raise CheckpointError(f"{where}: {shown(name)} has parts that don't fit its layer.")

@@ -100,7 +100,7 @@ def low_rank(folder):
     return folder / "made"
 
 
-@pytest.mark.parametrize("backend", ["dense", "reference"])
+@pytest.mark.parametrize("backend", [None, "dense", "reference"])
 @pytest.mark.parametrize("kind", ["adapter", "low_rank"])
 def test_the_decode_runner_runs_adapters(folder, kind, backend, request):
     adapter = request.getfixturevalue(kind)
@@ -166,6 +166,8 @@ def test_an_adapter_of_another_base_is_refused_everywhere(cli: Cli, folder, adap
     commands = (
         ("eval", folder / "w4", "--adapter", adapter, "--no-chats"),
         ("chat", folder / "w4", "--adapter", adapter),
+        ("serve", folder / "w4", "--adapter", adapter, "--port", "0"),
+        ("bench", folder / "w4", "--adapter", adapter),
         ("adapt", folder / "w4", adapter, folder / "never", "--merge"),
     )
     for command in commands:

@@ -52,7 +52,7 @@ def base(llama, tmp_path_factory) -> Path:
 
 def run(kind: str, base: Path, original: Path, data: Path, directory: Path, **more: Any) -> Any:
     options = AdaptOptions(
-        epochs=4, batch_size=8, learning_rate=0.02, kind_options=OPTIONS.get(kind, {})
+        epochs=2, batch_size=8, learning_rate=0.04, kind_options=OPTIONS.get(kind, {})
     )
     request = AdaptRequest(
         model=Location(base),
@@ -150,7 +150,7 @@ def test_an_interrupted_run_resumes_to_the_same_curve(trained, base, llama, data
     kind, result = trained
 
     def stop(event: Progress | Notice) -> None:
-        if isinstance(event, Progress) and event.what == "adapt" and event.done >= 9:
+        if isinstance(event, Progress) and event.what == "adapt" and event.done >= 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -161,7 +161,7 @@ def test_an_interrupted_run_resumes_to_the_same_curve(trained, base, llama, data
     told: list[Progress | Notice] = []
     run(kind, base, llama, data, tmp_path / "a", resume=True, emit=told.append)
     first = next(event for event in told if isinstance(event, Progress) and event.what == "adapt")
-    assert first.done >= 7
+    assert first.done >= 4
     curve = (result.directory / "curve.jsonl").read_text()
     assert (tmp_path / "a" / "curve.jsonl").read_text() == curve
     assert read_adapter(tmp_path / "a").about == read_adapter(result.directory).about

@@ -1,5 +1,7 @@
 """Low-rank parts beside fused weights: as if they were in them."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ OPS_BESIDE = LowRankOps(OPS)
 def test_gate_and_up_with_low_rank_are_those_of_their_sums(way):
     weights = [solved("binary_coding", normal(24, 96, seed=n) / 8, SCHEME) for n in (0, 1)]
     gate, up = (dequantized(weight).half() for weight in weights)
-    known = {"apart": (gate, up), "below one another": torch.cat([gate, up])}
+    known: dict[str, Any] = {"apart": (gate, up), "below one another": torch.cat([gate, up])}
     if way == "alternating":
         fused = fuse(weights, torch.float16, interleave=True)
         assert fused is not None

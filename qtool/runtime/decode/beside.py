@@ -1,7 +1,7 @@
 """Low-rank parts of an adapter in a decoding step: beside any weight, over any operations."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,25 @@ def has_low_rank(weights: DecoderWeights) -> bool:
     return any(isinstance(part, LowRankBeside) for part in (weights.head, *found))
 
 
+def without_low_rank(weights: DecoderWeights) -> DecoderWeights:
+    """Return what backends know: the same weights, nothing beside them."""
+    layers = (
+        replace(
+            layer,
+            qkv=_plain(layer.qkv),
+            output=_plain(layer.output),
+            gate_up=_plain(layer.gate_up),
+            down=None if layer.down is None else _plain(layer.down),
+        )
+        for layer in weights.layers
+    )
+    return replace(weights, layers=tuple(layers), head=_plain(weights.head))
+
+
+def _plain(weights: Any) -> Any:  # noqa: ANN401
+    return weights.weights if isinstance(weights, LowRankBeside) else weights
+
+
 class LowRankOps:
     """Operations that add low-rank parts to what others multiply."""
 
@@ -110,6 +129,13 @@ class LowRankOps:
     ) -> Tensor | None:
         """Return what `attend` needs."""
         return self._inner.scratch(shape, batch, max_length, device)
+
+    def whole_step(
+        self, weights: DecoderWeights, state: DecodeState
+    ) -> Callable[[], Tensor] | None:
+        """Return None: no step that is one call knows what is beside its weights."""
+        del weights, state
+        return None
 
 
 def _added(x: Tensor, projection: LowRankBeside) -> Tensor:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qtool.checkpoint.adapter import OFFSETS, SCALES, LayerAdapter
+from qtool.checkpoint.adapter import PLANE_OFFSETS, PLANE_SCALES, LayerAdapter
 from qtool.core import grouping
 from qtool.core.activations import fake_quantize
 from qtool.core.learned import mean_gaps, planes_sums, planes_values, with_gradient
@@ -60,15 +60,15 @@ class RescaledLinear(nn.Module):
         self.activation = linear.entry.activation
         """How inputs are quantized while the layer runs; gradients pass as if they weren't."""
         self.planes = weight.parts["bit_planes"]
-        scales = grouping.to_stored(weight.parts[SCALES].float(), self.scheme)
+        scales = grouping.to_stored(weight.parts[PLANE_SCALES].float(), self.scheme)
         self.scales, self.offsets = scales, torch.zeros_like(scales[0])
-        if OFFSETS in weight.parts:
-            self.offsets = grouping.to_stored(weight.parts[OFFSETS].float(), self.scheme)
+        if PLANE_OFFSETS in weight.parts:
+            self.offsets = grouping.to_stored(weight.parts[PLANE_OFFSETS].float(), self.scheme)
         count = min(options.planes, len(scales))
         width = 1 if options.per_row else scales.shape[2]
         self.moves = nn.Parameter(scales.new_zeros(count, scales.shape[1], width))
         """(planes, rows, groups, or 1): relative changes of scales."""
-        learns_offsets = options.offsets and OFFSETS in weight.parts
+        learns_offsets = options.offsets and PLANE_OFFSETS in weight.parts
         shifts = torch.zeros_like(self.offsets[:, :width]) if learns_offsets else None
         self.shifts = None if shifts is None else nn.Parameter(shifts)
         """(rows, groups, or 1): changes of offsets, in mean distances of levels."""
@@ -110,9 +110,9 @@ class RescaledLinear(nn.Module):
     def adapter(self) -> LayerAdapter:
         """Return what an adapter stores: the learned scales and offsets, float16."""
         scales = self.scales_now()[: len(self.moves)].half()
-        found = {SCALES: grouping.to_stored(scales, self.scheme)}
+        found = {PLANE_SCALES: grouping.to_stored(scales, self.scheme)}
         if self.shifts is not None:
-            found[OFFSETS] = grouping.to_stored(self.offsets_now().half(), self.scheme)
+            found[PLANE_OFFSETS] = grouping.to_stored(self.offsets_now().half(), self.scheme)
         return found
 
 

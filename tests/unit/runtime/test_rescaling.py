@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qtool.checkpoint.adapter import SCALES, rescaled
+from qtool.checkpoint.adapter import PLANE_SCALES, rescaled
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.formats._in_planes import in_planes
 from qtool.runtime.backends._choose import load_backend
@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 
 
 def changes(tensor, seed, planes=1):
-    shape = in_planes(tensor).parts[SCALES].shape[1:]
-    return {SCALES: normal(planes, *shape, seed=seed).abs().half()}
+    shape = in_planes(tensor).parts[PLANE_SCALES].shape[1:]
+    return {PLANE_SCALES: normal(planes, *shape, seed=seed).abs().half()}
 
 
 def test_a_weight_takes_over_scales_and_keeps_its_planes():
@@ -101,7 +101,7 @@ def test_a_module_switches_without_preparing_anew(linear):
     assert made.contents is contents  # a decoder that reads it has the new scales too
     new = prepare(rescaled(weight, adapter), torch.float16, keep_stored=False)
     assert torch.equal(held.prepared.dense(), new.dense())
-    assert torch.equal(made.tensor().parts[SCALES][:1], adapter[SCALES])
+    assert torch.equal(made.tensor().parts[PLANE_SCALES][:1], adapter[PLANE_SCALES])
     assert all(torch.equal(made.stored().parts[name], part) for name, part in weight.parts.items())
     made.adapt({})
     assert made._held is held

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.checkpoint.adapter import OFFSETS, SCALES, rescaled, with_adapter
+from qtool.checkpoint.adapter import PLANE_OFFSETS, PLANE_SCALES, rescaled, with_adapter
 from qtool.checkpoint.manifest import codec
 from qtool.core import grouping
 from qtool.errors import SchemeError
@@ -91,13 +91,13 @@ def test_merging_is_exact_and_shares_the_planes(name, planes):
     with torch.no_grad():
         layer.moves.add_(0.05 * normal(*layer.moves.shape, seed=1))
     adapter = layer.adapter()
-    assert adapter.keys() == {SCALES, OFFSETS}
-    assert len(adapter[SCALES]) == planes
+    assert adapter.keys() == {PLANE_SCALES, PLANE_OFFSETS}
+    assert len(adapter[PLANE_SCALES]) == planes
     new = with_adapter(weight, adapter)
     binary = in_planes(weight)
     assert new.parts["bit_planes"] is not binary.parts["bit_planes"] or name == "binary_coding"
     assert torch.equal(new.parts["bit_planes"], binary.parts["bit_planes"])
-    assert torch.equal(new.parts[SCALES][planes:], binary.parts[SCALES][planes:])
+    assert torch.equal(new.parts[PLANE_SCALES][planes:], binary.parts[PLANE_SCALES][planes:])
     dense = layer.dense(layer.scales_now(), layer.offsets_now(), layer.codes())
     torch.testing.assert_close(dequantized(new), dense.detach(), rtol=1e-6, atol=1e-7)
 
@@ -126,7 +126,7 @@ def test_a_format_without_planes_is_refused_in_a_sentence():
     with pytest.raises(
         SchemeError, match=r"no scales that an adapter could replace\. Use low-rank"
     ):
-        rescaled(tensor, {SCALES: torch.ones(1, 8, 2).half()})
+        rescaled(tensor, {PLANE_SCALES: torch.ones(1, 8, 2).half()})
     assert rescaled(tensor, {}) is tensor
     assert codec(tensor.format).trainable is None
 
@@ -136,10 +136,10 @@ def test_low_rank_merges_to_the_nearest_level():
     up, down = 0.3 * normal(16, 2, seed=1).half(), normal(2, 64, seed=2).half()
     wanted = dequantized(weight) + up.float() @ down.float()
     new = with_adapter(weight, {"up": up, "down": down})
-    assert torch.equal(new.parts[SCALES], weight.parts[SCALES])
+    assert torch.equal(new.parts[PLANE_SCALES], weight.parts[PLANE_SCALES])
     missed = (dequantized(new) - wanted).abs()
     for codes in range(8):  # no level of a group is nearer
         planes = torch.tensor([[1.0 if codes >> (2 - i) & 1 else -1.0] for i in range(3)])
-        level = (weight.parts[SCALES].float() * planes[:, :, None]).sum(0)
-        level = level + weight.parts[OFFSETS].float()
+        level = (weight.parts[PLANE_SCALES].float() * planes[:, :, None]).sum(0)
+        level = level + weight.parts[PLANE_OFFSETS].float()
         assert bool((missed <= (level.repeat_interleave(16, 1) - wanted).abs() + 1e-4).all())
