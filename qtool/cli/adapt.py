@@ -56,6 +56,10 @@ def adapt(
         int | None,
         _of_training(metavar="N", min=1, help="End after N looks without a gain; 20 are taken."),
     ] = None,
+    packing: Annotated[
+        bool,
+        _of_training("--packing", help="Several lines in a row of a batch, unseen by each other."),
+    ] = False,
     recompute: Annotated[
         bool,
         _of_training("--recompute", help="Keep less for the way back; large models always do."),
@@ -116,6 +120,7 @@ def adapt(
                 label_smoothing=label_smoothing,
                 max_length=max_length,
                 patience=patience,
+                packing=packing,
                 recompute=recompute,
                 seed=seed,
                 targets=tuple((targets or "*").split(",")),

@@ -53,6 +53,8 @@ class Learned:
     tokens: Tensor  # (length,) int64
     labels: Tensor
     """(length,) int64: the token itself, or `NOT_LEARNED`."""
+    lengths: tuple[int, ...] = ()
+    """Of exercises that stand behind one another and mustn't see each other; empty: it is one."""
 
 
 def read_exercises(path: Path, tokenizer: Tokenizer) -> Iterator[Exercise]:
@@ -190,6 +192,45 @@ def cut_to(pieces: Sequence[Learned], length: int) -> list[Learned]:
         )
     )
     return [piece for piece in cut if bool((piece.labels[1:] != NOT_LEARNED).any())]
+
+
+def packed(pieces: Sequence[Learned], length: int) -> list[Learned]:
+    """Return exercises behind one another in rows of at most `length` tokens, the longest first.
+
+    Each goes into the first row that has room for it. Nothing is asked of the first token of one:
+    what comes before it is another's.
+    """
+    order = sorted(range(len(pieces)), key=lambda index: -len(pieces[index].tokens))
+    rows, room = list[list[Learned]](), list[int]()
+    for piece in (pieces[index] for index in order):
+        size = len(piece.tokens)
+        row = next((n for n, free in enumerate(room) if free >= size), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[row].append(piece)
+        room[row] -= size
+    return [_row(row) for row in rows]
+
+
+def _row(pieces: Sequence[Learned]) -> Learned:
+    nothing = torch.tensor([NOT_LEARNED])
+    labels = torch.cat([torch.cat([nothing, piece.labels[1:]]) for piece in pieces])
+    tokens = torch.cat([piece.tokens for piece in pieces])
+    return Learned(tokens, labels, tuple(len(piece.tokens) for piece in pieces))
+
+
+def owners(pieces: Sequence[Learned], length: int) -> Tensor:
+    """Return which exercise of its row each token belongs to, (pieces, length) int64.
+
+    What fills a row up is one of its own.
+    """
+    found = torch.zeros(len(pieces), length, dtype=torch.int64)
+    for row, piece in enumerate(pieces):
+        sizes = torch.tensor(piece.lengths or (len(piece.tokens),))
+        numbers = torch.arange(1, len(sizes) + 1).repeat_interleave(sizes)
+        found[row, : len(numbers)] = numbers
+    return found
 
 
 def padded(pieces: Sequence[Learned], length: int, filler: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qtool.base import Emit, Fallback, Progress
 from qtool.core.experts import routes_tokens
 from qtool.core.parts import Parts
-from qtool.data.exercises import NOT_LEARNED, Learned
+from qtool.data.exercises import NOT_LEARNED, Learned, owners
 from qtool.errors import DataError, RecipeError
 from qtool.modeling.load import LoadedModel
 from qtool.recipe.matching import matches
@@ -21,13 +21,15 @@ from qtool.runtime.modules import QuantizedLinear, QuantizedWeight
 from qtool.steps.options import read_options
 from qtool.steps.unfinished_adapter import UnfinishedAdapter
 from qtool.training.adapters import Adaptable, AdapterKind, Installed
-from qtool.training.adapting import Curriculum, Pupil, adapt_to
+from qtool.training.adapting import Batch, Curriculum, Pupil, adapt_to
 from qtool.training.schedule import Point, Schedule
 from qtool.training.student import recompute_blocks
 from qtool.wording import shown
 
 LOOKS_OF_A_RUN = 20
 """At the held-out exercises, over a whole run."""
+SAME_LOGITS = 0.05
+"""What rounding may change, in bfloat16, of their norm."""
 ANALYSED = 64
 """Exercises that a kind of adapter may look at before it is installed."""
 LARGE_MODEL = 10**9
@@ -51,6 +53,8 @@ class AdaptOptions:
     """Tokens of an exercise; longer ones are cut."""
     patience: int | None = None
     """Looks at the held-out exercises without a gain after which it ends; None: it doesn't."""
+    packing: bool = False
+    """Put exercises behind one another in rows of `max_length` tokens, unseen by each other."""
     recompute: bool = False
     """Run each block once more on the way back in place of keeping what it computed: a third
     slower, the memory of one block. Large models do it anyway."""
@@ -144,6 +148,8 @@ def adapt_model(
         captured=on_card and small,
         smoothing=options.label_smoothing,
     )
+    if options.packing:
+        check_packing(pupil, curriculum, loaded.device)
     what = Adaptable(
         model=model,
         linears=quantized_linears(model, options.targets),
@@ -161,6 +167,25 @@ def adapt_model(
     points = adapt_to(pupil, curriculum, schedule, pace.report, unfinished, parts)
     unfinished.write_curve(points)
     return Adapted(points, installed, pace.tokens_per_second)
+
+
+@torch.no_grad()
+def check_packing(pupil: Pupil, curriculum: Curriculum, device: torch.device) -> None:
+    """Refuse a model in which exercises of one row see each other, whatever they are told.
+
+    Raises:
+        DataError: it is one.
+    """
+    row = max(curriculum.exercises, key=lambda one: len(one.lengths))
+    whole = owners([row], len(row.tokens))
+    together = pupil.predicted(Batch(row.tokens[None], row.labels[None], whole).to(device))
+    each = (Batch(tokens[None], tokens[None]) for tokens in row.tokens.split(row.lengths))
+    alone = torch.cat([pupil.predicted(batch.to(device)) for batch in each], dim=1)
+    if float((together - alone).norm() / alone.norm()) > SAME_LOGITS:
+        raise DataError(
+            f"Lines can't be packed for this model: it says something else of {len(row.lengths)} "
+            "lines in one row than of each by itself. Leave out --packing."
+        )
 
 
 def num_weights(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qtool.base import CausalModel
 from qtool.core.parts import Parts, slices, within_memory
-from qtool.data.exercises import NOT_LEARNED, Learned, padded
+from qtool.data.exercises import NOT_LEARNED, Learned, owners, padded
 from qtool.training.descent import Learning, Memory, descend
 from qtool.training.schedule import Point, Schedule
 
@@ -17,6 +17,51 @@ LOOKS_AT_EXERCISES = "looks at held-out exercises are taken"
 """Where memory is full in parts: a sentence begins so."""
 ROUND_TO = 8
 """Lengths of batches are multiples of it, as tensor cores like them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What is learned at once."""
+
+    tokens: Tensor  # (samples, length) int64
+    labels: Tensor
+    """The same; where they are `NOT_LEARNED`, nothing is asked."""
+    owners: Tensor | None = None
+    """The same: which exercise of its row a token belongs to; None: there is one in each."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return it on a device."""
+        owners = None if self.owners is None else self.owners.to(device)
+        return Batch(self.tokens.to(device), self.labels.to(device), owners)
+
+    def part(self, samples: slice) -> "Batch":
+        """Return some samples."""
+        owners = None if self.owners is None else self.owners[samples]
+        return Batch(self.tokens[samples], self.labels[samples], owners)
+
+    def take(self, other: "Batch") -> None:
+        """Become another one, in place."""
+        self.tokens.copy_(other.tokens)
+        self.labels.copy_(other.labels)
+        if self.owners is not None and other.owners is not None:
+            self.owners.copy_(other.owners)
+
+    def num_learned(self) -> Tensor:
+        """Return how many tokens are asked for."""
+        return (self.labels[:, 1:] != NOT_LEARNED).sum()
+
+    def apart(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return what lets exercises of a row not see each other: a mask, and positions."""
+        if self.owners is None:
+            return {}
+        length = self.owners.shape[1]
+        place = torch.arange(length, device=self.owners.device)
+        same = self.owners[:, None, :] == self.owners[:, :, None]
+        seen = same & (place <= place[:, None])
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        mask = mask.masked_fill(~seen, torch.finfo(dtype).min)
+        begins = torch.where(same, place, length).amin(-1)
+        return {"attention_mask": mask[:, None], "position_ids": place - begins}
 
 
 @dataclass(frozen=True)
@@ -30,6 +75,8 @@ class Curriculum:
     seed: int = 0
     filler: int = 0
     """Any token: stands where an exercise is shorter than the batch."""
+    is_packed: bool = False
+    """Rows may have several exercises, which don't see each other."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -42,27 +89,39 @@ class Curriculum:
         longest = max(len(one.tokens) for one in (*self.exercises, *self.held_out))
         return -(-longest // ROUND_TO) * ROUND_TO
 
-    def of_step(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return tokens and labels of a step, each (batch, length) int64."""
+    def of_step(self, step: int) -> Batch:
+        """Return what is learned in a step."""
         epoch, place = divmod(step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.exercises), generator=generator).tolist()
         chosen = [order[(place * self.batch + n) % len(order)] for n in range(self.batch)]
-        return padded([self.exercises[index] for index in chosen], self.length, self.filler)
+        return self._batch([self.exercises[index] for index in chosen])
 
-    def some(self, count: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Return a few exercises one by one, not padded: tokens and labels, (1, length) each."""
+    def _batch(self, pieces: Sequence[Learned]) -> Batch:
+        tokens, labels = padded(pieces, self.length, self.filler)
+        return Batch(tokens, labels, owners(pieces, self.length) if self.is_packed else None)
+
+    def some(self, count: int, device: torch.device) -> list[Batch]:
+        """Return a few rows one by one, not filled up."""
         every = max(1, len(self.exercises) // count)
         chosen = self.exercises[::every][:count]
-        return [(one.tokens[None].to(device), one.labels[None].to(device)) for one in chosen]
+        found = (
+            Batch(
+                one.tokens[None],
+                one.labels[None],
+                owners([one], len(one.tokens)) if self.is_packed else None,
+            )
+            for one in chosen
+        )
+        return [one.to(device) for one in found]
 
-    def held_out_batches(self) -> list[tuple[Tensor, Tensor]]:
+    def held_out_batches(self) -> list[Batch]:
         """Return what is looked at, in batches of the same shape but for the last."""
         groups = (
             self.held_out[first : first + self.batch]
             for first in range(0, len(self.held_out), self.batch)
         )
-        return [padded(group, self.length, self.filler) for group in groups]
+        return [self._batch(group) for group in groups]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +137,24 @@ class Pupil:
     smoothing: float = 0.0
     """Of labels (Szegedy et al. 2015, arXiv 1512.00567), while it learns."""
 
-    def surprise(self, tokens: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    def predicted(self, batch: Batch) -> Tensor:
+        """Return logits, (samples, length, vocab_size)."""
+        on, kind = self.autocast is not None, batch.tokens.device.type
+        with torch.autocast(kind, self.autocast, enabled=on, cache_enabled=False):
+            apart = batch.apart(self.model.dtype)
+            logits: Tensor = self.model(batch.tokens, use_cache=False, **apart).logits
+        return logits
+
+    def surprise(self, batch: Batch, smoothing: float = 0.0) -> Tensor:
         """Return the cross entropy of the labels, summed, in nats.
 
         Args:
-            tokens: (samples, length) int64.
-            labels: The same; where they are `NOT_LEARNED`, nothing is asked.
+            batch: Tokens and labels.
             smoothing: Share of the label that goes to all tokens alike.
         """
-        on, kind = self.autocast is not None, tokens.device.type
-        with torch.autocast(kind, self.autocast, enabled=on, cache_enabled=False):
-            logits: Tensor = self.model(tokens, use_cache=False).logits
         return nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            labels[:, 1:].flatten(),
+            self.predicted(batch)[:, :-1].flatten(0, 1).float(),
+            batch.labels[:, 1:].flatten(),
             ignore_index=NOT_LEARNED,
             reduction="sum",
             label_smoothing=smoothing,
@@ -122,41 +185,36 @@ def adapt_to(
 def learning_of(pupil: Pupil, curriculum: Curriculum, parts: Parts | None = None) -> Learning:
     """Return what is learned, and by what loss."""
     device = pupil.parameters[0].device
-    tokens, labels = (each.to(device) for each in curriculum.of_step(0))
-    looks = [(a.to(device), b.to(device)) for a, b in curriculum.held_out_batches()]
-    total = sum(int((wanted[:, 1:] != NOT_LEARNED).sum()) for _, wanted in looks)
-
-    def feed(step: int) -> None:
-        for old, new in zip((tokens, labels), curriculum.of_step(step), strict=True):
-            old.copy_(new)
+    now = curriculum.of_step(0).to(device)
+    looks = [batch.to(device) for batch in curriculum.held_out_batches()]
+    total = sum(int(batch.num_learned()) for batch in looks)
 
     def share(samples: slice) -> Tensor:
-        count = (labels[:, 1:] != NOT_LEARNED).sum()
-        return pupil.surprise(tokens[samples], labels[samples], pupil.smoothing) / count
+        return pupil.surprise(now.part(samples), pupil.smoothing) / now.num_learned()
 
     @torch.no_grad()
     def held_out() -> float:
-        return float(torch.stack([_looked(pupil, *pair, parts) for pair in looks]).sum()) / total
+        return float(torch.stack([_looked(pupil, batch, parts) for batch in looks]).sum()) / total
 
     return Learning(
         layers=(),
         vectors=(),
-        feed=feed,
+        feed=lambda step: now.take(curriculum.of_step(step)),
         loss=lambda: share(slice(None)),
         held_out=held_out,
         captured=pupil.captured,
         share=share,
-        samples=lambda: len(tokens),
+        samples=lambda: len(now.tokens),
         parts=parts,
         parameters=pupil.parameters,
     )
 
 
-def _looked(pupil: Pupil, tokens: Tensor, labels: Tensor, parts: Parts | None) -> Tensor:
+def _looked(pupil: Pupil, batch: Batch, parts: Parts | None) -> Tensor:
     """Return the summed surprise of a batch that isn't learned from."""
 
     def work(count: int) -> Tensor:
-        some = slices(len(tokens), count)
-        return torch.stack([pupil.surprise(tokens[one], labels[one]) for one in some]).sum()
+        some = slices(len(batch.tokens), count)
+        return torch.stack([pupil.surprise(batch.part(one)) for one in some]).sum()
 
-    return within_memory(parts, LOOKS_AT_EXERCISES, work, most=len(tokens))
+    return within_memory(parts, LOOKS_AT_EXERCISES, work, most=len(batch.tokens))

@@ -54,7 +54,7 @@ def adapter(folder):
 def test_from_chats_to_answers_with_three_commands(cli: Cli, folder, monkeypatch):
     done = cli(
         *("adapt", folder / "w3", folder / "chats.jsonl", folder / "mine"),
-        *(*FAST, "--json", folder / "result.json", "--plot", folder / "curve.svg"),
+        *(*FAST, "--json", folder / "result.json", "--plot", folder / "curve.svg", "--packing"),
     )
     assert done.code == 0, done.err
     assert "numbers learned" in done.out

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qtool import plugins
 from qtool.base import CausalModel
 from qtool.checkpoint.adapter import LayerAdapter
+from qtool.training.adapting import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +29,10 @@ class Adaptable:
     original: Callable[[str], Tensor] | None = None
     """(name) -> the weight that was quantized, (out_features, in_features) float32; None: nobody
     has given the original."""
-    exercises: Sequence[tuple[Tensor, Tensor]] = ()
-    """Some of what will be learned: tokens and labels, each (1, length) int64, not padded."""
-    surprise: Callable[[Tensor, Tensor], Tensor]
-    """(tokens, labels) -> the loss, summed, in nats."""
+    exercises: Sequence[Batch] = ()
+    """Some of what will be learned, one by one, not filled up."""
+    surprise: Callable[[Batch], Tensor]
+    """The loss, summed, in nats."""
     tell: Callable[[str], None] = lambda _text: None
     """Is told what goes on before learning begins."""
     seed: int = 0

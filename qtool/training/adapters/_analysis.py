@@ -55,8 +55,8 @@ def _pass(what: Adaptable, chunk: Mapping[str, Any], gradients: bool) -> dict[st
         stack.callback(table.register_forward_hook(_let_learn).remove)
         for name, linear in chunk.items():
             stack.callback(linear.register_forward_hook(_watch(found[name])).remove)
-        for tokens, labels in what.exercises:
-            what.surprise(tokens, labels).backward()
+        for batch in what.exercises:
+            what.surprise(batch).backward()
     return found
 
 

@@ -1,5 +1,6 @@
 """What is learned of a line of JSON, and nothing else."""
 
+import itertools
 import json
 
 import pytest
@@ -7,7 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.data.exercises import NOT_LEARNED, Learned, cut_to, padded, read_exercises, tokenized
+from qtool.data.exercises import (
+    NOT_LEARNED,
+    Learned,
+    cut_to,
+    owners,
+    packed,
+    padded,
+    read_exercises,
+    tokenized,
+)
 from qtool.errors import DataError
 from qtool.modeling.load import load_tokenizer
 
@@ -91,6 +101,24 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(learned, tokenizer, m
     turns = [{"role": role, "content": "w3"} for role in ("user", "assistant") * 2]
     with pytest.raises(DataError, match="writes earlier turns otherwise"):
         learned({"messages": turns})
+
+
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=12), st.integers(9, 30))
+def test_packing_keeps_all_exercises_and_the_width(sizes, length):
+    pieces = [
+        Learned(torch.full((n,), i + 1), torch.full((n,), i + 1)) for i, n in enumerate(sizes)
+    ]
+    rows = packed(pieces, length)
+    assert all(len(row.tokens) == sum(row.lengths) <= length for row in rows)
+    assert sorted(n for row in rows for n in row.lengths) == sorted(sizes)
+    learned = sum(int((row.labels != NOT_LEARNED).sum()) for row in rows)
+    assert learned == sum(sizes) - len(sizes)  # not the first of each
+    for row, found in zip(rows, owners(rows, length), strict=True):
+        starts = [0, *torch.tensor(row.lengths).cumsum(0).tolist()]
+        for number, (first, last) in enumerate(itertools.pairwise(starts), 1):
+            assert bool((found[first:last] == number).all())
+            assert len(set(row.tokens[first:last].tolist())) == 1
+        assert bool((found[starts[-1] :] == 0).all())
 
 
 @given(st.lists(st.lists(st.booleans(), max_size=20), max_size=5), st.integers(2, 9))
