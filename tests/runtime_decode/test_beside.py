@@ -1,19 +1,20 @@
 """Low-rank parts beside fused weights: as if they were in them."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from qtool.runtime.backends.cuda.fusing import fuse
 from qtool.runtime.decode.beside import LowRankBeside, LowRankOps
+from qtool.runtime.decode.ops import DecodeOps
 from qtool.runtime.decode.torch_ops import OPS
 from qtool.scheme import WeightScheme
 from tests.helpers import dequantized, normal
 from tests.unit.training.solved import solved
 
 SCHEME = WeightScheme(num_bits=3, group_size=32)
-OPS_BESIDE = LowRankOps(OPS)
+OPS_BESIDE = cast("DecodeOps", LowRankOps(OPS))
 
 
 @pytest.mark.parametrize("way", ["apart", "below one another", "alternating"])
@@ -42,3 +43,8 @@ def test_a_residual_is_added_once():
     found = OPS_BESIDE.linear(x, beside, residual)
     torch.testing.assert_close(found, residual + x @ (weight + high @ low).T)
     torch.testing.assert_close(beside.dense(), weight + high @ low)
+
+
+def test_every_operation_is_there():
+    for name in (name for name in vars(DecodeOps) if not name.startswith("_")):
+        assert callable(getattr(OPS_BESIDE, name)), name

@@ -12,11 +12,7 @@ from qtool.core.layout import side_by_side
 from qtool.runtime.decode.ops import DecodeOps, DecodeState
 from qtool.runtime.decode.torch_ops import dense, silu_times
 from qtool.runtime.decode.weights import (
-    DecoderExperts,
-    DecoderLayer,
-    DecoderShape,
     DecoderWeights,
-    Projection,
     Projections,
 )
 
@@ -83,10 +79,14 @@ def _plain(weights: Any) -> Any:  # noqa: ANN401
 
 
 class LowRankOps:
-    """Operations that add low-rank parts to what others multiply."""
+    """Operations that add low-rank parts to what others multiply; all else is theirs."""
 
     def __init__(self, inner: DecodeOps) -> None:
         self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Return an operation that multiplies by no weight of a layer."""
+        return getattr(self._inner, name)
 
     def linear(self, x: Tensor, projection: Projections, residual: Tensor | None = None) -> Tensor:
         """Return x @ W.T + residual."""
@@ -101,34 +101,6 @@ class LowRankOps:
         y = self._inner.linear(x, gate_up.weights)
         y = y if isinstance(gate_up.weights, tuple | Tensor) else side_by_side(y)
         return silu_times(y + _added(x, gate_up))
-
-    def embed(self, tokens: Tensor, table: Projection) -> Tensor:
-        """Return the rows of the tokens."""
-        return self._inner.embed(tokens, table)
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Return x / rms(x) * weight."""
-        return self._inner.rms_norm(x, weight, eps)
-
-    def experts(self, x: Tensor, experts: DecoderExperts) -> Tensor:
-        """Return what the chosen experts say."""
-        return self._inner.experts(x, experts)
-
-    def attend(
-        self, qkv: Tensor, layer: DecoderLayer, index: int, shape: DecoderShape, state: DecodeState
-    ) -> Tensor:
-        """Attend to all until these tokens."""
-        return self._inner.attend(qkv, layer, index, shape, state)
-
-    def choose(self, logits: Tensor, state: DecodeState) -> None:
-        """End a step."""
-        self._inner.choose(logits, state)
-
-    def scratch(
-        self, shape: DecoderShape, batch: int, max_length: int, device: torch.device
-    ) -> Tensor | None:
-        """Return what `attend` needs."""
-        return self._inner.scratch(shape, batch, max_length, device)
 
     def whole_step(
         self, weights: DecoderWeights, state: DecodeState
