@@ -194,7 +194,7 @@ def cut_to(pieces: Sequence[Learned], length: int) -> list[Learned]:
     return [piece for piece in cut if bool((piece.labels[1:] != NOT_LEARNED).any())]
 
 
-def packed(pieces: Sequence[Learned], length: int) -> list[Learned]:
+def in_packed_rows(pieces: Sequence[Learned], length: int) -> list[Learned]:
     """Return exercises behind one another in rows of at most `length` tokens, the longest first.
 
     Each goes into the first row that has room for it. Nothing is asked of the first token of one:

@@ -20,7 +20,7 @@ from qtool.checkpoint.adapter_files import (
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.data.corpora import check_tokens
-from qtool.data.exercises import Learned, cut_to, packed, read_exercises, tokenized
+from qtool.data.exercises import Learned, cut_to, in_packed_rows, read_exercises, tokenized
 from qtool.errors import DataError, ModelError
 from qtool.modeling.adapters import digest_of_base
 from qtool.modeling.device import default_device
@@ -170,7 +170,9 @@ def _curriculum(request: AdaptRequest, loaded: LoadedModel, emit: Emit) -> Curri
     fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     filler = next(token for token in fillers if token is not None)
     if options.packing:
-        learned, held_out = (packed(some, options.max_length) for some in (learned, held_out))
+        learned, held_out = (
+            in_packed_rows(some, options.max_length) for some in (learned, held_out)
+        )
     return Curriculum(
         learned, held_out, options.batch_size, options.seed, filler, is_packed=options.packing
     )

@@ -21,7 +21,7 @@ from qtool.runtime.modules import QuantizedLinear, QuantizedWeight
 from qtool.steps.options import read_options
 from qtool.steps.unfinished_adapter import UnfinishedAdapter
 from qtool.training.adapters import Adaptable, AdapterKind, Installed
-from qtool.training.adapting import Batch, Curriculum, Pupil, adapt_to
+from qtool.training.adapting import Curriculum, ExerciseBatch, Pupil, adapt_to
 from qtool.training.schedule import Point, Schedule
 from qtool.training.student import recompute_blocks
 from qtool.wording import shown
@@ -136,18 +136,7 @@ def adapt_model(
     """
     loaded, model = base.loaded, base.loaded.model
     model.requires_grad_(requires_grad=False)
-    on_card = loaded.device.type == "cuda"
-    large = num_weights(model) >= LARGE_MODEL
-    if options.recompute or large:
-        recompute_blocks(model, blocks_of(model))
-    small = not (options.recompute or large or routes_tokens(model))
-    pupil = Pupil(
-        model,
-        (),
-        autocast=torch.bfloat16 if on_card else None,
-        captured=on_card and small,
-        smoothing=options.label_smoothing,
-    )
+    pupil = _pupil(loaded, options)
     if options.packing:
         check_packing(pupil, curriculum, loaded.device)
     what = Adaptable(
@@ -169,6 +158,23 @@ def adapt_model(
     return Adapted(points, installed, pace.tokens_per_second)
 
 
+def _pupil(loaded: LoadedModel, options: AdaptOptions) -> Pupil:
+    """Return how a model runs while it learns; what of it learns isn't known yet."""
+    model = loaded.model
+    on_card = loaded.device.type == "cuda"
+    large = num_weights(model) >= LARGE_MODEL
+    if options.recompute or large:
+        recompute_blocks(model, blocks_of(model))
+    small = not (options.recompute or large or routes_tokens(model))
+    return Pupil(
+        model,
+        (),
+        autocast=torch.bfloat16 if on_card else None,
+        captured=on_card and small,
+        smoothing=options.label_smoothing,
+    )
+
+
 @torch.no_grad()
 def check_packing(pupil: Pupil, curriculum: Curriculum, device: torch.device) -> None:
     """Refuse a model in which exercises of one row see each other, whatever they are told.
@@ -178,8 +184,8 @@ def check_packing(pupil: Pupil, curriculum: Curriculum, device: torch.device) ->
     """
     row = max(curriculum.exercises, key=lambda one: len(one.lengths))
     whole = owners([row], len(row.tokens))
-    together = pupil.predicted(Batch(row.tokens[None], row.labels[None], whole).to(device))
-    each = (Batch(tokens[None], tokens[None]) for tokens in row.tokens.split(row.lengths))
+    together = pupil.predicted(ExerciseBatch(row.tokens[None], row.labels[None], whole).to(device))
+    each = (ExerciseBatch(tokens[None], tokens[None]) for tokens in row.tokens.split(row.lengths))
     alone = torch.cat([pupil.predicted(batch.to(device)) for batch in each], dim=1)
     if float((together - alone).norm() / alone.norm()) > SAME_LOGITS:
         raise DataError(

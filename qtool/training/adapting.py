@@ -20,7 +20,7 @@ ROUND_TO = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class ExerciseBatch:
     """What is learned at once."""
 
     tokens: Tensor  # (samples, length) int64
@@ -29,17 +29,17 @@ class Batch:
     owners: Tensor | None = None
     """The same: which exercise of its row a token belongs to; None: there is one in each."""
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> "ExerciseBatch":
         """Return it on a device."""
         owners = None if self.owners is None else self.owners.to(device)
-        return Batch(self.tokens.to(device), self.labels.to(device), owners)
+        return ExerciseBatch(self.tokens.to(device), self.labels.to(device), owners)
 
-    def part(self, samples: slice) -> "Batch":
+    def part(self, samples: slice) -> "ExerciseBatch":
         """Return some samples."""
         owners = None if self.owners is None else self.owners[samples]
-        return Batch(self.tokens[samples], self.labels[samples], owners)
+        return ExerciseBatch(self.tokens[samples], self.labels[samples], owners)
 
-    def take(self, other: "Batch") -> None:
+    def take(self, other: "ExerciseBatch") -> None:
         """Become another one, in place."""
         self.tokens.copy_(other.tokens)
         self.labels.copy_(other.labels)
@@ -89,7 +89,7 @@ class Curriculum:
         longest = max(len(one.tokens) for one in (*self.exercises, *self.held_out))
         return -(-longest // ROUND_TO) * ROUND_TO
 
-    def of_step(self, step: int) -> Batch:
+    def of_step(self, step: int) -> ExerciseBatch:
         """Return what is learned in a step."""
         epoch, place = divmod(step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -97,16 +97,18 @@ class Curriculum:
         chosen = [order[(place * self.batch + n) % len(order)] for n in range(self.batch)]
         return self._batch([self.exercises[index] for index in chosen])
 
-    def _batch(self, pieces: Sequence[Learned]) -> Batch:
+    def _batch(self, pieces: Sequence[Learned]) -> ExerciseBatch:
         tokens, labels = padded(pieces, self.length, self.filler)
-        return Batch(tokens, labels, owners(pieces, self.length) if self.is_packed else None)
+        return ExerciseBatch(
+            tokens, labels, owners(pieces, self.length) if self.is_packed else None
+        )
 
-    def some(self, count: int, device: torch.device) -> list[Batch]:
+    def some(self, count: int, device: torch.device) -> list[ExerciseBatch]:
         """Return a few rows one by one, not filled up."""
         every = max(1, len(self.exercises) // count)
         chosen = self.exercises[::every][:count]
         found = (
-            Batch(
+            ExerciseBatch(
                 one.tokens[None],
                 one.labels[None],
                 owners([one], len(one.tokens)) if self.is_packed else None,
@@ -115,7 +117,7 @@ class Curriculum:
         )
         return [one.to(device) for one in found]
 
-    def held_out_batches(self) -> list[Batch]:
+    def held_out_batches(self) -> list[ExerciseBatch]:
         """Return what is looked at, in batches of the same shape but for the last."""
         groups = (
             self.held_out[first : first + self.batch]
@@ -137,7 +139,7 @@ class Pupil:
     smoothing: float = 0.0
     """Of labels (Szegedy et al. 2015, arXiv 1512.00567), while it learns."""
 
-    def predicted(self, batch: Batch) -> Tensor:
+    def predicted(self, batch: ExerciseBatch) -> Tensor:
         """Return logits, (samples, length, vocab_size)."""
         on, kind = self.autocast is not None, batch.tokens.device.type
         with torch.autocast(kind, self.autocast, enabled=on, cache_enabled=False):
@@ -145,7 +147,7 @@ class Pupil:
             logits: Tensor = self.model(batch.tokens, use_cache=False, **apart).logits
         return logits
 
-    def surprise(self, batch: Batch, smoothing: float = 0.0) -> Tensor:
+    def surprise(self, batch: ExerciseBatch, smoothing: float = 0.0) -> Tensor:
         """Return the cross entropy of the labels, summed, in nats.
 
         Args:
@@ -210,7 +212,7 @@ def learning_of(pupil: Pupil, curriculum: Curriculum, parts: Parts | None = None
     )
 
 
-def _looked(pupil: Pupil, batch: Batch, parts: Parts | None) -> Tensor:
+def _looked(pupil: Pupil, batch: ExerciseBatch, parts: Parts | None) -> Tensor:
     """Return the summed surprise of a batch that isn't learned from."""
 
     def work(count: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qtool import plugins
 from qtool.base import CausalModel
 from qtool.checkpoint.adapter import LayerAdapter
-from qtool.training.adapting import Batch
+from qtool.training.adapting import ExerciseBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +29,9 @@ class Adaptable:
     original: Callable[[str], Tensor] | None = None
     """(name) -> the weight that was quantized, (out_features, in_features) float32; None: nobody
     has given the original."""
-    exercises: Sequence[Batch] = ()
+    exercises: Sequence[ExerciseBatch] = ()
     """Some of what will be learned, one by one, not filled up."""
-    surprise: Callable[[Batch], Tensor]
+    surprise: Callable[[ExerciseBatch], Tensor]
     """The loss, summed, in nats."""
     tell: Callable[[str], None] = lambda _text: None
     """Is told what goes on before learning begins."""

@@ -12,8 +12,8 @@ from qtool.data.exercises import (
     NOT_LEARNED,
     Learned,
     cut_to,
+    in_packed_rows,
     owners,
-    packed,
     padded,
     read_exercises,
     tokenized,
@@ -108,7 +108,7 @@ def test_packing_keeps_all_exercises_and_the_width(sizes, length):
     pieces = [
         Learned(torch.full((n,), i + 1), torch.full((n,), i + 1)) for i, n in enumerate(sizes)
     ]
-    rows = packed(pieces, length)
+    rows = in_packed_rows(pieces, length)
     assert all(len(row.tokens) == sum(row.lengths) <= length for row in rows)
     assert sorted(n for row in rows for n in row.lengths) == sorted(sizes)
     learned = sum(int((row.labels != NOT_LEARNED).sum()) for row in rows)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qtool.data.exercises import NOT_LEARNED, Learned, packed
+from qtool.data.exercises import NOT_LEARNED, Learned, in_packed_rows
 from qtool.errors import DataError
 from qtool.steps.adapt_model import check_packing
 from qtool.training.adapting import Curriculum, Pupil, learning_of
@@ -29,7 +29,7 @@ def test_packed_rows_have_the_loss_of_their_exercises(family):
     pupil = Pupil(model, [model.get_input_embeddings().weight])
     pieces = exercises(10)
     alone = Curriculum(pieces, pieces, batch=4)
-    together = packed(pieces, 20)
+    together = in_packed_rows(pieces, 20)
     assert len(together) < len(pieces) / 2
     rows = Curriculum(together, together, batch=2, is_packed=True)
     expected = learning_of(pupil, alone).held_out()
@@ -46,7 +46,7 @@ def test_a_model_that_mixes_exercises_is_refused():
         def forward(self, tokens, **_others):
             return model(tokens, use_cache=False)
 
-    rows = Curriculum(packed(exercises(6), 20), (), batch=2, is_packed=True)
+    rows = Curriculum(in_packed_rows(exercises(6), 20), (), batch=2, is_packed=True)
     pupil = Pupil(Blind(), ())
     with pytest.raises(DataError, match=r"can't be packed for this model.*Leave out --packing"):
         check_packing(pupil, rows, CPU)
