@@ -73,8 +73,7 @@ class QuantizedWeight(nn.Module):
     def adapt(self, adapter: LayerAdapter) -> None:
         """Run as an adapter has it from now on; an empty one gives the weight as it was stored.
 
-        What is prepared takes over new scales in place, if it can (`rescale`): planes stay where
-        they are, and so do decoders that read them. Otherwise it is prepared anew.
+        What is prepared takes over new scales in place if it can, so planes and decoders stay.
         """
         before, held = self.adapter, self._held
         self.adapter = {name: part.to(self.device) for name, part in adapter.items()}
