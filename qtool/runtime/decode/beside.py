@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qtool.checkpoint.adapter import RANK_DOWN, RANK_UP
 from qtool.core.layout import side_by_side
-from qtool.runtime.decode.ops import DecodeOps, DecodeState
+from qtool.runtime.decode.ops import DecodeOps, DecodeState, Norm
 from qtool.runtime.decode.torch_ops import dense, silu_times
 from qtool.runtime.decode.weights import (
     DecoderWeights,
@@ -88,16 +88,24 @@ class LowRankOps:
         """Return an operation that multiplies by no weight of a layer."""
         return getattr(self._inner, name)
 
-    def linear(self, x: Tensor, projection: Projections, residual: Tensor | None = None) -> Tensor:
-        """Return x @ W.T + residual."""
+    def linear(
+        self,
+        x: Tensor,
+        projection: Projections,
+        residual: Tensor | None = None,
+        norm: Norm | None = None,
+    ) -> Tensor:
+        """Return x @ W.T + residual, of x normed."""
         if not isinstance(projection, LowRankBeside):
-            return self._inner.linear(x, projection, residual)
+            return self._inner.linear(x, projection, residual, norm)
+        x = x if norm is None else self._inner.rms_norm(x, *norm)
         return self._inner.linear(x, projection.weights, residual) + _added(x, projection)
 
-    def gated(self, x: Tensor, gate_up: Projections) -> Tensor:
-        """Return silu(x @ gate.T) * (x @ up.T)."""
+    def gated(self, x: Tensor, gate_up: Projections, norm: Norm | None = None) -> Tensor:
+        """Return silu(x @ gate.T) * (x @ up.T), of x normed."""
         if not isinstance(gate_up, LowRankBeside):
-            return self._inner.gated(x, gate_up)
+            return self._inner.gated(x, gate_up, norm)
+        x = x if norm is None else self._inner.rms_norm(x, *norm)
         y = self._inner.linear(x, gate_up.weights)
         y = y if isinstance(gate_up.weights, tuple | Tensor) else side_by_side(y)
         return silu_times(y + _added(x, gate_up))
