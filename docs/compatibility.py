@@ -8,7 +8,7 @@ from typing import Any
 
 import qtool.runtime.backends
 from qtool import plugins
-from qtool.modeling.families import families, load_adapter
+from qtool.modeling.families import families, load_family
 from qtool.runtime.backends._choose import load_backend
 from qtool.runtime.decode.read_model import FAMILIES as DECODED
 
@@ -32,7 +32,7 @@ def page(note: str) -> str:
 
 def family_row(name: str) -> str:
     """Return what works with one model type."""
-    adapter = load_adapter(name)
+    adapter = load_family(name)
     cells = (yes(adapter.producers), yes(name in DECODED))
     return f"| `{name}` | " + " | ".join(cells) + " |"
 

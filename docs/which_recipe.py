@@ -15,7 +15,7 @@ import qtool.formats
 from qtool import plugins
 from qtool.checkpoint.manifest import LayerEntry, codec
 from qtool.checkpoint.shards import Shards, TensorSpec
-from qtool.modeling.families import load_adapter
+from qtool.modeling.families import load_family
 from qtool.modeling.skeleton import empty_model
 from qtool.modeling.source import ModelSource
 from qtool.recipe.load import load_recipe
@@ -137,7 +137,7 @@ def open_shape(title: str) -> tuple[ModelSource, Any]:
         public_name=shape.like,
         config=config.to_dict(),
         parsed=config,
-        adapter=load_adapter("llama"),
+        adapter=load_family("llama"),
         shards=Shards(specs),
         prefix="",
         aliases={name: name for name in specs},

@@ -8,6 +8,7 @@ import typer
 
 from qtool.cli import console, early
 from qtool.cli.options import (
+    AdapterOption,
     BackendOption,
     DeviceOption,
     JsonOption,
@@ -57,6 +58,7 @@ def bench(
     perplexity_windows: Annotated[
         int, typer.Option(metavar="N", min=0, help="Also measure perplexity on this many windows.")
     ] = 0,
+    adapter: AdapterOption = None,
     device: DeviceOption = None,
     backend: BackendOption = None,
     kv_cache: KvCacheOption = None,
@@ -136,8 +138,8 @@ def bench(
         _tune(json_file)
         return
     early.check_backend(backend)
-    opened = partial(early.opened, [out_dir, baseline], device)
-    with progress(NOT_KEPT) as emit, opened(emit) as (where, original):
+    opened = partial(early.opened, [out_dir, baseline], device, adapter=adapter)
+    with progress(NOT_KEPT) as emit, opened(emit=emit) as (where, original):
         from qtool import pipeline
 
         kernels = quality = None

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qtool.cli import early
-from qtool.cli.options import BackendOption, DeviceOption, KvCacheOption, ModelArgument
+from qtool.cli.options import (
+    AdapterOption,
+    BackendOption,
+    DeviceOption,
+    KvCacheOption,
+    ModelArgument,
+)
 from qtool.cli.outcome import print_error
 from qtool.cli.progress import progress
 from qtool.errors import ModelError
@@ -40,6 +46,7 @@ def chat(
     seed: Annotated[
         int | None, typer.Option(help="The same answers each time; default: others.")
     ] = None,
+    adapter: AdapterOption = None,
     device: DeviceOption = None,
     backend: BackendOption = None,
     kv_cache: KvCacheOption = None,
@@ -55,7 +62,7 @@ def chat(
     early.check_backend(backend)
     with contextlib.ExitStack() as stack:
         with progress() as emit:
-            (where,) = stack.enter_context(early.opened([out_dir], device, emit))
+            (where,) = stack.enter_context(early.opened([out_dir], device, emit, adapter))
             from qtool import pipeline
             from qtool.serving.tokens import SamplingOptions
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pydantic", "typer", "rich")
 EXTRAS = {
     "gpu": "cupy",
+    "adapt": "peft",
     "eval": "lm_eval",
     "data": "datasets",
     "demo": "gguf",

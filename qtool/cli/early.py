@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from qtool.recipe.calibration import CalibrationSection
 from qtool.recipe.schema import Recipe
 
-SAMPLES = "samples.safetensors"
+SAMPLES, ADAPTER_MANIFEST = "samples.safetensors", "adapter.json"
 TASK_NAMES = re.compile(
     rb"^[ \t]*(?:- )?[\"']?(?:task|group|tag)[\"']?[ \t]*:[ \t]*[\"']?([\w.+:-]+)", re.MULTILINE
 )
@@ -29,16 +30,21 @@ TASK_DATASET = re.compile(
 
 
 @contextlib.contextmanager
-def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iterator[list[Any]]:
+def opened(
+    models: Sequence[str | None], device: str | None, emit: Emit, adapter: Path | None = None
+) -> Iterator[list[Any]]:
     """Say what is opened, look at each config.json, fetch the demo model, choose the device.
 
     Gives a `Location` for each name, None for None: the only place where a string means a model.
+    An adapter goes on the first.
 
     Raises:
         ModelError: a model isn't there or says nothing of itself, or can't be fetched.
         CheckpointError: its config.json isn't JSON.
         BackendError: torch doesn't have the device.
+        DataError: the adapter isn't there.
     """
+    check_adapter(adapter)
     from qtool.modeling.config import read_config
     from qtool.modeling.demo import demo_file
     from qtool.modeling.locate import locate
@@ -49,6 +55,8 @@ def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iter
         if model.startswith("demo:"):
             demo_file(model, emit)
     found = [locate(model) if model else None for model in models]
+    if adapter is not None and found[0] is not None:
+        found[0] = replace(found[0], adapter=adapter)
     for location in filter(None, found):
         if (directory := location.config_directory()) is not None:
             read_config(directory)
@@ -56,6 +64,21 @@ def opened(models: Sequence[str | None], device: str | None, emit: Emit) -> Iter
 
     with use_device(device):
         yield found
+
+
+def check_adapter(adapter: Path | None) -> None:
+    """Refuse an adapter that isn't there, before a model is opened.
+
+    Raises:
+        DataError: the directory has no manifest of one.
+    """
+    if adapter is not None:
+        try:
+            check_file(adapter / ADAPTER_MANIFEST)
+        except DataError as error:
+            raise DataError(
+                f"{adapter} is no adapter: {error} `qtool adapt OUT_DIR DATA {adapter}` makes one."
+            ) from error
 
 
 def check_recipe(model: "Location", recipe: "Recipe") -> None:

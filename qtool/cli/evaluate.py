@@ -7,6 +7,7 @@ import typer
 
 from qtool.cli import console, early
 from qtool.cli.options import (
+    AdapterOption,
     BackendOption,
     DeviceOption,
     DTypeOption,
@@ -19,6 +20,7 @@ from qtool.cli.options import (
 from qtool.cli.progress import progress
 from qtool.cli.tables.models import comparison_report, print_comparison
 from qtool.cli.tables.tasks import print_tasks, raise_failures, task_report, write_markdown
+from qtool.cli.tables.written import show_written
 from qtool.cli.task_options import (
     ANSWERS_KEPT,
     WITH,
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 
 WITHOUT = "Without --tasks"
 _of_perplexity = in_panel(WITHOUT)
+WITH_PAIRS = "With --pairs"
+_of_pairs = in_panel(WITH_PAIRS)
 
 
 def evaluate(
@@ -53,6 +57,7 @@ def evaluate(
     baseline: Annotated[
         str | None, typer.Option(help="Model to measure beside it, such as the original.")
     ] = None,
+    adapter: AdapterOption = None,
     dtype: DTypeOption = None,
     device: DeviceOption = None,
     backend: BackendOption = None,
@@ -78,6 +83,16 @@ def evaluate(
     no_chats: Annotated[
         bool, _of_perplexity("--no-chats", help="Compare on the text only, not on chats as well.")
     ] = False,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines with prompts: answer them, and compare by BLEU and ROUGE."),
+    ] = None,
+    answer_tokens: Annotated[
+        int, _of_pairs(metavar="N", min=1, help="Of an answer, at most.")
+    ] = 128,
+    prompts: Annotated[
+        int | None, _of_pairs(metavar="N", min=1, help="The first prompts only.")
+    ] = None,
     data_dir: DataDirOption = None,
     limit: LimitOption = None,
     num_fewshot: FewShotOption = None,
@@ -99,8 +114,10 @@ def evaluate(
       qtool eval OUT_DIR --tasks humaneval --confirm-run-unsafe-code --data-dir DIR
 
       qtool eval OUT_DIR --baseline MODEL --windows 8 --json result.json
+
+      qtool eval OUT_DIR --adapter ADAPTER_DIR --pairs test.jsonl
     """
-    _check_usage(context, with_tasks=tasks is not None)
+    _check_usage(context, with_tasks=tasks is not None, with_pairs=pairs is not None)
     if str(samples) == "-":
         raise typer.BadParameter("--samples takes the name of a file.")
     check_targets([json_file, markdown, samples])
@@ -108,9 +125,17 @@ def evaluate(
     batch = read_batch_size(batch_size)
     with progress("Nothing was kept." if tasks is None or no_cache else ANSWERS_KEPT) as emit:
         check_tasks(tasks, data_dir, emit)
-        with early.opened([model, baseline], device, emit) as (where, original):
+        with early.opened([model, baseline], device, emit, adapter) as (where, original):
             from qtool import pipeline
 
+            if pairs is not None:
+                models = tuple(one for one in (original, where) if one is not None)
+                asked_for = pipeline.PairOptions(
+                    file=pairs, max_tokens=answer_tokens, limit=prompts
+                )
+                written = pipeline.write_pairs(models, asked_for, backend, torch_dtype(dtype), emit)
+                show_written(written, json_file)
+                return
             values = {
                 "data_dir": data_dir,
                 "num_fewshot": num_fewshot,
@@ -155,11 +180,18 @@ def _show_tasks(scored: "TaskComparison", json_file: Path | None, markdown: Path
     raise_failures(scored)
 
 
-def _check_usage(context: typer.Context, *, with_tasks: bool) -> None:
+def _check_usage(context: typer.Context, *, with_tasks: bool, with_pairs: bool) -> None:
     """Raise a usage error for options that would be ignored, as their panel in the help says."""
-    ignored, needed = (WITHOUT, "goes without") if with_tasks else (WITH, "needs")
+    if with_tasks and with_pairs:
+        raise typer.BadParameter("--pairs goes without --tasks.")
+    if with_pairs:
+        ignored = {WITHOUT: "goes without --pairs", WITH: "needs --tasks"}
+    elif with_tasks:
+        ignored = {WITHOUT: "goes without --tasks", WITH_PAIRS: "needs --pairs"}
+    else:
+        ignored = {WITH: "needs --tasks", WITH_PAIRS: "needs --pairs"}
     for option in sorted(context.command.params, key=lambda option: option.name or ""):
         panel = WITH if option.name == "markdown" else getattr(option, "rich_help_panel", None)
         source = context.get_parameter_source(option.name or "")
-        if panel == ignored and source is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter(f"{option.opts[0]} {needed} --tasks.")
+        if panel in ignored and source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"{option.opts[0]} {ignored[panel]}.")

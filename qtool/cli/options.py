@@ -41,6 +41,9 @@ KvCacheOption = Annotated[
     KvCache | None,
     typer.Option(help="Keep keys and values in the model's dtype, or as int8; default: auto."),
 ]
+AdapterOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Set an adapter that qtool adapt has made.")
+]
 DTypeOption = Annotated[
     str | None,
     typer.Option(help="float16, bfloat16 or float32; default: float16 on a card, else float32."),

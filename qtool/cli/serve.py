@@ -9,7 +9,14 @@ import typer
 
 from qtool.base import Notice
 from qtool.cli import console, early
-from qtool.cli.options import BackendOption, DeviceOption, KvCacheOption, ModelArgument, in_panel
+from qtool.cli.options import (
+    AdapterOption,
+    BackendOption,
+    DeviceOption,
+    KvCacheOption,
+    ModelArgument,
+    in_panel,
+)
 from qtool.cli.progress import progress
 from qtool.errors import DataError
 from qtool.serving.installed import check_servable
@@ -63,6 +70,7 @@ def serve(
     grace: Annotated[
         float, _of_limits(metavar="SECONDS", min=0, help="For running requests after Ctrl-C.")
     ] = 30.0,
+    adapter: AdapterOption = None,
     device: DeviceOption = None,
     backend: BackendOption = None,
     kv_cache: KvCacheOption = None,
@@ -82,7 +90,7 @@ def serve(
         with progress() as emit:
             if key is None and host not in LOCAL_HOSTS:
                 emit(Notice(OPEN.format(host=host)))
-            (where,) = stack.enter_context(early.opened([out_dir], device, emit))
+            (where,) = stack.enter_context(early.opened([out_dir], device, emit, adapter))
             from qtool import pipeline
             from qtool.serving.app import RequestLimits
             from qtool.serving.opening import DecoderOptions

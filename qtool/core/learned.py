@@ -80,6 +80,14 @@ def planes_values(
     return values
 
 
+def planes_sums(grad: Tensor, codes: Tensor, num_bits: int) -> Tensor:
+    """Return what `sums_of` does, the fastest way that the device has."""
+    kernels = _kernels_for(codes.device)
+    compute = sums_of if kernels is None else kernels.sums
+    found: Tensor = compute(grad.contiguous(), codes, num_bits)
+    return found
+
+
 def with_gradient(values: Tensor, source: Tensor) -> Tensor:
     """Return the values as they are; their gradient goes to `source` too: straight through.
 
@@ -106,9 +114,7 @@ class _Planes(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:  # noqa: ANN401
         codes, gaps = ctx.saved_tensors
-        kernels = _kernels_for(codes.device)
-        compute = sums_of if kernels is None else kernels.sums
-        sums = compute(grads[0].contiguous(), codes, ctx.num_bits)
+        sums = planes_sums(grads[0], codes, ctx.num_bits)
         shifted = None if gaps is None else grads[0] * gaps.unsqueeze(-1)
         return sums[:-1], sums[-1], None, shifted
 

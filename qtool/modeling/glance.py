@@ -6,7 +6,7 @@ from typing import NamedTuple
 from qtool.base import ModelAdapter
 from qtool.checkpoint.shards import open_shards
 from qtool.modeling.config import check_original, read_config
-from qtool.modeling.families import families, load_adapter
+from qtool.modeling.families import families, load_family
 
 
 class Glance(NamedTuple):
@@ -31,7 +31,7 @@ def glance(directory: Path) -> Glance | None:
     stored = open_shards(directory).specs
     if config["model_type"] not in families():
         return None
-    adapter = load_adapter(config["model_type"])
+    adapter = load_family(config["model_type"])
     start, base = adapter.blocks + ".", adapter.base_prefix + "."
     full = [name if name.startswith(base) else base + name for name in stored]
     inside = [name.removesuffix(".weight") for name in full if name.startswith(start)]

@@ -14,6 +14,7 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards
 from qtool.core.experts import separate_experts
 from qtool.errors import CheckpointError, ModelError
+from qtool.modeling.adapters import load_adapter
 from qtool.modeling.config import auto_class, parse_config, read_config, transformers_failures
 from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.locate import Location
@@ -46,7 +47,7 @@ def load_model(
     What another tool has quantized is loaded as transformers does it, which needs that tool.
 
     Args:
-        location: Of the model, quantized or not.
+        location: Of the model, quantized or not; its adapter, if it has one, is set.
         device: None: the first CUDA card, else the CPU.
         dtype: Of activations and unquantized weights; None: by device.
 
@@ -69,6 +70,8 @@ def load_model(
         loaded = _from_pretrained(location.directory, config, dtype).to(device)
     tokenizer = load_tokenizer(location.directory)
     on_device = loaded.eval()
+    if location.adapter is not None:
+        load_adapter(on_device, location.adapter)
     return LoadedModel(location.name, location.directory, on_device, tokenizer, device, dtype)
 
 

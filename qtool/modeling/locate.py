@@ -31,6 +31,8 @@ class Location:
     """Directory or GGUF file; None: the hub has it."""
     public_name: str | None = None
     """Hub id or demo name; None for local files, whose paths are nobody's business."""
+    adapter: Path | None = None
+    """Directory of an adapter that is set when the model is loaded; None: the model as it is."""
 
     @cached_property
     def directory(self) -> Path:
@@ -59,7 +61,8 @@ class Location:
     @property
     def name(self) -> str:
         """What to call it in results: public name, else the directory's own name."""
-        return self.public_name or self.directory.resolve().name
+        name = self.public_name or self.directory.resolve().name
+        return name if self.adapter is None else f"{name} with {self.adapter.resolve().name}"
 
 
 def locate(model: str) -> Location:

@@ -20,6 +20,7 @@ from qtool.pipeline.run_result import RunResult
 from qtool.pipeline.serve import ServeOptions, serve
 from qtool.pipeline.sweep import SweepResult, sweep
 from qtool.pipeline.tune_card import CardTuned, tune_card
+from qtool.pipeline.written import ModelWritten, PairOptions, write_pairs
 
 __all__ = [
     "BenchOptions",
@@ -34,7 +35,9 @@ __all__ = [
     "GpuOptions",
     "ImportResult",
     "ModelFigures",
+    "ModelWritten",
     "ModelsCompared",
+    "PairOptions",
     "QuantizeResult",
     "RunOptions",
     "RunResult",
@@ -57,4 +60,5 @@ __all__ = [
     "serve",
     "sweep",
     "tune_card",
+    "write_pairs",
 ]

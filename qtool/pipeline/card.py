@@ -85,10 +85,10 @@ def note_evaluation(model: Location, found: "Comparison", emit: Emit) -> None:
     """Keep what was measured of a checkpoint beside it, and put it into its card.
 
     Nothing is done for other models, nor for one in the hub's cache; a card that somebody has
-    edited stays as it is. What can't be written is a warning.
+    edited stays as it is. What can't be written is a warning. With an adapter it is another model.
     """
     directory = model.path
-    if directory is None or not is_checkpoint(directory):
+    if directory is None or model.adapter is not None or not is_checkpoint(directory):
         return
     kept = read_measured(directory)
     if found.tasks is not None:

@@ -39,7 +39,7 @@ def as_ours(model: Location, emit: Emit) -> Location:
     target = cache_dir() / IMPORTED / files_digest(files)[:32] / name
     if not _is_checkpoint(target):
         import_model(Location(directory), target, overwrite=True, emit=emit)
-    return Location(target, model.public_name)
+    return Location(target, model.public_name, model.adapter)
 
 
 def _is_checkpoint(directory: Path) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from qtool import settings as environment
 from qtool.base import Emit
+from qtool.checkpoint.adapter_files import adapter_digest
 from qtool.errors import ModelError
 from qtool.evaluation.kept import library_versions
 from qtool.evaluation.lm_eval.harness import Tasks
@@ -156,7 +157,9 @@ def _subject(
             "files are all there, and yours to read."
         ) from error
     device = default_device()
+    of_adapter = {} if location.adapter is None else {"adapter": adapter_digest(location.adapter)}
     settings = {
+        **of_adapter,
         "digest": digest,
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

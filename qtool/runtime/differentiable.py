@@ -13,6 +13,17 @@ BACKWARD_CHUNK = 2**26
 """Elements of a weight that are dequantized at once on the way back."""
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """Return the input of a linear in the dtype that autocast wants, if it is on."""
+    kind = x.device.type
+    if x.dtype == torch.float64:
+        return x
+    # Compilers before torch 2.12 can't ask whether it is available; what they compile for has it.
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def multiply_differentiably(
     x: Tensor,
     multiply: Callable[[Tensor], Tensor],

@@ -3,34 +3,20 @@
 import itertools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qtool.base import IntegerProduct, KernelBackend, QuantizedTensor
+from qtool.base import KernelBackend, QuantizedTensor
+from qtool.checkpoint.adapter import RANK_DOWN, RANK_UP, LayerAdapter, has_scales, rescaled
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.core.activations import multiply_quantized
 from qtool.formats._dtypes import dtype_of
 from qtool.runtime.backends._choose import choose_backend, definition, wanted_backend
-from qtool.runtime.differentiable import multiply_differentiably
+from qtool.runtime.differentiable import as_autocast, multiply_differentiably
+from qtool.runtime.held import Held, finish_packing, takes_over
 from qtool.runtime.host_memory import let_go_of_pages
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What runs a weight; one object, so that other threads see all of it or nothing."""
-
-    backend: KernelBackend
-    prepared: Any
-    """What the backend made."""
-    dtype: torch.dtype
-    """Of the activations."""
-    home: torch.device | None
-    """Where the weight is executed while its parts wait in the host's memory; None: they don't."""
-    integers: IntegerProduct | None = None
-    """Runs inputs that are quantized, if there are enough; None: the backend's `matmul` does."""
 
 
 class QuantizedWeight(nn.Module):
@@ -52,6 +38,10 @@ class QuantizedWeight(nn.Module):
         self.wanted = wanted_backend()
         self._held: Held | None = None
         self._number: int | None = None
+        self.adapter: LayerAdapter = {}
+        """What is set, see `adapt`."""
+        self.is_copied = False
+        """A decoder has this weight once more, in memory of its own."""
         self.contents = object()
         """Another object whenever the parts were loaded or moved."""
         self._join()
@@ -72,9 +62,29 @@ class QuantizedWeight(nn.Module):
         return None if self._held is None else self._held.backend
 
     def tensor(self) -> QuantizedTensor:
-        """Return the weight as data, on its device."""
-        entry = self.entry
-        return QuantizedTensor(entry.format, entry.scheme, entry.shape, self._parts(self.device))
+        """Return the weight as data, on its device, with the scales of an adapter that is set."""
+        return rescaled(self.stored(), self.adapter)
+
+    def stored(self, device: torch.device | None = None) -> QuantizedTensor:
+        """Return the weight as the checkpoint has it, on a device; None: on its own."""
+        entry, parts = self.entry, self._parts(device or self.device)
+        return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
+
+    def adapt(self, adapter: LayerAdapter) -> None:
+        """Run as an adapter has it from now on; an empty one gives the weight as it was stored.
+
+        What is prepared takes over new scales in place if it can, so planes and decoders stay.
+        """
+        before, held = self.adapter, self._held
+        self.adapter = {name: part.to(self.device) for name, part in adapter.items()}
+        rescales = has_scales(before) or has_scales(adapter)
+        if held is not None and rescales and not takes_over(held, self._rescaled):
+            self._reset()
+        elif self.is_copied or RANK_UP in before or RANK_UP in adapter:
+            self.contents = object()
+
+    def _rescaled(self) -> QuantizedTensor:
+        return rescaled(self.stored(torch.device("cpu")), self.adapter)
 
     def choose_backend(self) -> KernelBackend:
         """Return the backend that runs the weight, or would."""
@@ -125,7 +135,7 @@ class QuantizedWeight(nn.Module):
     def _reset(self) -> None:
         """Bring the parts to where the weight is executed, and forget its layout."""
         self._buffers.update(self._parts(self.device))
-        self.contents = object()
+        self.contents, self.is_copied = object(), False
         self._join()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -185,23 +195,6 @@ def _made_ready(number: int, dtype: torch.dtype) -> bool:
     return True
 
 
-def finish_packing(device: torch.device) -> None:
-    """Wait until a weight is there: kernels read weights before they wait for what came before."""
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        torch.cuda.current_stream(device).synchronize()
-
-
-def as_autocast(x: Tensor) -> Tensor:
-    """Return the input of a linear in the dtype that autocast wants, if it is on."""
-    kind = x.device.type
-    if x.dtype == torch.float64:
-        return x
-    # Compilers before torch 2.12 can't ask whether it is available; what they compile for has it.
-    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
 class QuantizedLinear(QuantizedWeight):
     """Stands in for nn.Linear, and for GPT-2's Conv1D."""
 
@@ -224,7 +217,14 @@ class QuantizedLinear(QuantizedWeight):
             (backend, prepared),
             self.entry.shape,
         )
+        if RANK_UP in self.adapter:
+            y = y + self._low_rank(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _low_rank(self, x: Tensor) -> Tensor:
+        """Return what the low-rank part of an adapter adds."""
+        down, up = (self.adapter[part].to(x.device, x.dtype) for part in (RANK_DOWN, RANK_UP))
+        return x @ down.T @ up.T
 
     def _multiply(self, x: Tensor, backend: KernelBackend, prepared: Any) -> Tensor:  # noqa: ANN401
         """Return x @ W.T, of `x` quantized if the layer's entry says so."""

@@ -17,8 +17,9 @@ from qtool.steps.solve_table import solve_alone
 from qtool.steps.tune_blocks import draft_of
 from qtool.steps.tune_model import TRIED_RATES, TRIED_STEPS, SolvedModel, pair_of
 from qtool.steps.usage import NO_USE, Meter, Usage
-from qtool.training.descent import Schedule, Stepper
+from qtool.training.descent import Stepper
 from qtool.training.end_to_end import REFINED_BY, Course
+from qtool.training.schedule import Schedule
 
 COPY, LOAD, FIRST_STEP, STEP, LOOK = "copy", "load", "first step", "step", "look"
 STEPS_TAKEN = 8

@@ -15,7 +15,7 @@ from qtool.core.experts import routes_tokens
 from qtool.recipe.tuning import BlockTuning
 from qtool.steps.run import Run
 from qtool.training.blocks import Lesson, tune_block
-from qtool.training.descent import Schedule
+from qtool.training.schedule import Schedule
 from qtool.training.student import (
     install_layers,
     learned_layers,

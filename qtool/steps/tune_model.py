@@ -20,8 +20,8 @@ from qtool.recipe.tuning import EndToEndTuning
 from qtool.scheme import ActivationScheme
 from qtool.steps.draw_calibration import draw_for_tuning
 from qtool.steps.run import Run
-from qtool.training.descent import Point, Schedule
 from qtool.training.end_to_end import Course, Pair, best_rate, tune_end_to_end
+from qtool.training.schedule import Point, Schedule
 from qtool.training.student import (
     free_vectors,
     make_student,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qtool.core.parts import Parts, most_parts
-from qtool.training.descent import Learning, Point, Schedule, descend
+from qtool.training.descent import Learning, descend
+from qtool.training.schedule import Point, Schedule
 from qtool.training.student import LearnedLinear
 
 Weighed = tuple[Tensor, Tensor, Tensor]

@@ -1,4 +1,4 @@
-"""The one loop that all tuning goes through: Adam along a cosine, and the best state is kept."""
+"""The one loop that all tuning goes through: Adam along a falling rate; the best state is kept."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.core.parts import Parts, memory_is_full, slices, within_memory
+from qtool.training.schedule import Point, Schedule, is_over
 from qtool.training.student import LearnedLinear
 
 BETAS = (0.9, 0.95)
@@ -20,46 +21,6 @@ STEPS = "steps of tuning are taken"
 """Where memory is full in parts, whose gradients are summed: a sentence begins so."""
 EAGER_STEPS = 3
 """Before a step is captured: libraries set themselves up."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """How long and how fast."""
-
-    steps: int
-    learning_rate: float
-    """Of parameters, in their units: what a first step moves them by. Norms and biases have the
-    same part of their size as a code has of a layer's range."""
-    code_rate: float = 0.0
-    """Of latent values, in steps of codes; 0: codes stay."""
-    code_share: float = 0.0
-    """Of a layer's codes, may move at each look, whatever their latent values; 0: none."""
-    warmup: int = 20
-    floor: float = 0.05
-    """The rates fall along a cosine to this share."""
-    max_norm: float = 1.0
-    """The gradient is shortened to it."""
-    check_every: int = 50
-    """Steps between two looks at the held-out samples."""
-
-    def factor(self, step: int) -> float:
-        """Return what the rates are multiplied by in a step."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * done)) / 2
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One line of a curve."""
-
-    step: int
-    trained: float | None
-    """Mean loss since the last point; None at the first."""
-    held_out: float
-    rate: float
-    """Of the parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +48,8 @@ class Learning:
     """How many were fed last."""
     parts: Parts | None = None
     """That a step is taken in where memory is full, their gradients summed; None: it is whole."""
+    parameters: Sequence[nn.Parameter] = ()
+    """Whatever else learns, at the learning rate as it is."""
 
 
 class Memory(Protocol):
@@ -119,6 +82,8 @@ def descend(
         report(points[0])
     losses = list[Tensor]()
     for step in range(points[-1].step, schedule.steps):
+        if is_over(points, schedule):
+            break
         what.feed(step)
         losses.append(stepper.step(schedule.factor(step)))
         if (step + 1) % schedule.check_every and step + 1 < schedule.steps:
@@ -170,7 +135,13 @@ class Stepper:
         self._loss = torch.zeros((), device=device)
         for group in groups:
             group["lr"] = torch.tensor(group["lr"], device=device)
-        self._optimizer = torch.optim.Adam(groups, betas=BETAS, fused=on_card, capturable=on_card)
+        self._optimizer = torch.optim.AdamW(
+            groups,
+            betas=BETAS,
+            weight_decay=schedule.weight_decay,
+            fused=on_card,
+            capturable=on_card,
+        )
         self.set_best()
 
     def step(self, factor: float) -> Tensor:
@@ -274,11 +245,12 @@ def _values(what: Learning) -> list[nn.Parameter]:
     """Return all that Adam moves, in the order of its groups."""
     moves = [move for layer in what.layers for move in layer.moves.values()]
     shifts = [layer.shifts for layer in what.layers if layer.shifts is not None]
-    return [*moves, *what.vectors, *shifts]
+    return [*moves, *what.parameters, *what.vectors, *shifts]
 
 
 def _groups(what: Learning, schedule: Schedule) -> list[dict[str, Any]]:
     moves = [move for layer in what.layers for move in layer.moves.values()]
+    moves += what.parameters
     groups: list[dict[str, Any]] = [{"params": moves, "lr": schedule.learning_rate}]
     steps = [2 / (2**layer.scheme.num_bits - 1) for layer in what.layers]
     coarseness = fmean(steps) if steps else 1.0

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from qtool.base import CausalModel
 from qtool.core.parts import Parts, slices, within_memory
-from qtool.training.descent import Learning, Memory, Point, Schedule, descend, unchanged
+from qtool.training.descent import Learning, Memory, descend, unchanged
 from qtool.training.divergence import divergence
 from qtool.training.refinement import refine_codes
+from qtool.training.schedule import Point, Schedule
 from qtool.training.student import learned_layers
 
 LOOKS = "looks at held-out samples are taken"

@@ -11,7 +11,7 @@ from qtool import pipeline
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.modeling.discover import adapter_of
 from qtool.modeling.families import families as known_families
-from qtool.modeling.families import load_adapter
+from qtool.modeling.families import load_family
 from qtool.modeling.locate import Location
 from qtool.runtime.backends._choose import use_backend
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead
@@ -151,13 +151,13 @@ def test_half_precision_runs_and_survives_being_saved_again(case, tmp_path):
 
 
 def with_linears(name: str) -> bool:
-    return not load_adapter(name).conv1d
+    return not load_family(name).conv1d
 
 
 @pytest.mark.parametrize("name", [*filter(with_linears, ADAPTERS)])
 def test_adapter_agrees_with_what_the_modules_say(name):
     found = adapter_of(families.build(name), name)
-    adapter = load_adapter(name)
+    adapter = load_family(name)
     assert (adapter.blocks, adapter.embedding) == (found.blocks, found.embedding)
     assert adapter.base_prefix == found.base_prefix
     assert sorted(sum(adapter.linears, ())) == sorted(sum(found.linears, ()))

@@ -17,6 +17,7 @@ ELSEWHERE = {"docs/quickstart.md": "test_examples.py", "docs/ci.md": "test_ci.py
 """Pages whose lines another test runs."""
 PYTHON = {
     "README.md": "test_examples.py",
+    "docs/adapters.md": "test_lines_of_a_page_run, after its commands",
     "docs/format.md": "test_examples.py",
     "docs/quickstart.md": "test_examples.py",
     "docs/serve.md": "test_serving.py",
@@ -43,6 +44,7 @@ NOT_RUN = {
     "docs/gguf.md: export": BLANKS,
     "docs/cpu.md: bench OUT_DIR --gguf": PEER,
     "docs/serve.md: serve OUT_DIR": SERVER,
+    "docs/adapters.md: serve OUT_DIR --adapter": SERVER,
     "docs/serve.md: chat OUT_DIR": TYPED,
     "docs/adding-a-model.md: eval OUT_DIR --baseline MODEL": SAME,
     "docs/results.md: eval smollm2-w4 --baseline demo:smollm2 --windows": SAME,
@@ -119,7 +121,7 @@ def small(line: Line, model: Path) -> list[str]:
     """Return the command for a tiny model, with less to do."""
     command, *rest = [str(model) if word in MODELS else word for word in line.words[1:]]
     text = key(line)
-    if command in ("eval", "compare"):
+    if command in ("eval", "compare") and "--pairs" not in rest:
         return [command, *rest, "--context-length", "32", "--no-chats"]
     if command != "quantize":
         return [command, *rest]
@@ -136,6 +138,8 @@ def test_lines_of_a_page_run(cli: Cli, page, chat_llama, checkpoint, tmp_path, m
     monkeypatch.chdir(tmp_path)
     if page.stem == "recipes":
         Path("mine.yaml").write_text(blocks(page, "yaml")[0], encoding="utf-8")
+    if page.stem == "adapters":
+        Path("chats.jsonl").write_text(blocks(page, "json")[0], encoding="utf-8")
     for line in command_lines(page):
         if begins_with(key(line), NOT_RUN):
             continue
@@ -146,6 +150,8 @@ def test_lines_of_a_page_run(cli: Cli, page, chat_llama, checkpoint, tmp_path, m
                 shutil.copytree(checkpoint, word)
         done = cli(*small(line, chat_llama))
         assert done.code == 0, f"{line}: {done.err}"
+    if page.stem == "adapters":
+        exec(blocks(page, "python")[0], {})
 
 
 def test_lists_of_what_is_not_run_are_up_to_date():

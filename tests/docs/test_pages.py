@@ -9,6 +9,7 @@ import qtool.methods
 from qtool import plugins
 from qtool.cli import app
 from qtool.recipe.names import built_in, in_folders
+from qtool.training.adapters import kind_names
 from tests.docs.pages import (
     CURRENT,
     LINK,
@@ -52,7 +53,8 @@ def test_command_line_is_understood(line: Line):
     context = COMMANDS[name].make_context(name, list(arguments))
     method, recipe = context.params.get("method"), context.params.get("recipe")
     made = {file.stem for file in MADE}
-    assert method in {None, *plugins.names(qtool.methods), *made}
+    known = kind_names() if name == "adapt" else plugins.names(qtool.methods)
+    assert method in {None, *known, *made}
     assert (
         recipe is None or recipe in {*built_in(), *in_folders(), *made} or recipe.endswith(".yaml")
     )

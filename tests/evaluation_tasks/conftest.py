@@ -80,10 +80,12 @@ def evaluate(long_llama: Path, data: Path) -> Evaluate:
     """Return a function that runs tasks on the tiny llama: (tasks, model, options of either)."""
 
     def run(*tasks: str, model: Path = long_llama, **options: Any) -> TaskComparison:
+        adapter = options.pop("adapter", None)
         names = ("baseline", "backend", "dtype", "emit")
         others = {key: options.pop(key) for key in names if key in options}
         asked = TaskOptions(tasks=tasks, **{"data_dir": data, **options})
-        result = pipeline.evaluate(Location(model), pipeline.EvalOptions(tasks=asked), **others)
+        where = Location(model, adapter=adapter)
+        result = pipeline.evaluate(where, pipeline.EvalOptions(tasks=asked), **others)
         assert result.tasks is not None
         return result.tasks
 

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from qtool.base import CausalModel, KernelBackend
 from qtool.integrations.transformers.sampling import SharedRunner, sample
 from qtool.runtime.backends.dense import BACKEND as DENSE
 from qtool.runtime.decode import read_model as llama
+from qtool.runtime.decode.beside import LowRankOps, has_low_rank, without_low_rank
+from qtool.runtime.decode.ops import DecodeOps
+from qtool.runtime.decode.weights import DecoderWeights
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedWeight
 from qtool.runtime.spread import draw_alike
 
@@ -252,10 +255,19 @@ def _decoder(model: CausalModel) -> SharedRunner | str:
             if decoder is None:
                 weights = llama.weights_of(model)
                 backend = _backend_of(model)
-                ops = (backend or DENSE).decode_ops(weights)
+                ops = _ops_of(backend, weights)
                 decoder = SharedRunner(weights, ops) if ops else "the kernels can't run its heads."
             made = _MADE[model] = _Made(fingerprint, decoder)
         return made.decoder
+
+
+def _ops_of(backend: KernelBackend | None, weights: DecoderWeights) -> DecodeOps | None:
+    """Return what runs these weights, and what adapters have beside them; None: nothing does."""
+    runs = backend or DENSE
+    if not has_low_rank(weights):
+        return runs.decode_ops(weights)
+    ops = runs.decode_ops(without_low_rank(weights))
+    return None if ops is None else cast("DecodeOps", LowRankOps(ops))
 
 
 def _backend_of(model: CausalModel) -> KernelBackend | None:

@@ -21,7 +21,7 @@ from qtool.errors import SchemeError
 from qtool.integrations.vllm.incoming import RankWeight, torchs_own_defaults
 from qtool.integrations.vllm.slices import PLAIN_PART
 from qtool.runtime.backends._choose import choose_backend, reasons_against, wanted_backend
-from qtool.runtime.modules import finish_packing
+from qtool.runtime.held import finish_packing
 from qtool.runtime.spread import AnyWeight
 from qtool.scheme import ActivationScheme
 

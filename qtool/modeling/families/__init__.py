@@ -14,7 +14,7 @@ def families() -> tuple[str, ...]:
     return tuple(sorted({*plugins.names(sys.modules[__name__]), *ALIKE}))
 
 
-def load_adapter(family: str) -> ModelAdapter:
+def load_family(family: str) -> ModelAdapter:
     """Return the adapter of one of `families`."""
     name = ALIKE.get(family, family)
     return plugins.load(sys.modules[__name__], name, "ADAPTER", ModelAdapter)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from qtool.checkpoint.adapter import RANK_UP
 from qtool.core.experts import SeparateExperts
 from qtool.runtime.decode.weights import DecoderExperts, Projection
 from qtool.runtime.modules import QuantizedLinear
@@ -43,6 +44,8 @@ def why_not_experts(mlp: Any) -> str | None:  # noqa: ANN401
             return "an expert was replaced by a module that the decoder doesn't know."
         if getattr(getattr(module, "entry", None), "activation", None) is not None:
             return "inputs of its experts are quantized, and the decoder takes them as they are."
+        if RANK_UP in getattr(module, "adapter", ()):
+            return "an adapter of low rank is set on its experts."
     return None
 
 

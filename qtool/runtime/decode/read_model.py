@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qtool.base import CausalModel, KernelBackend
 from qtool.errors import BackendError
+from qtool.runtime.decode.beside import low_rank_beside
 from qtool.runtime.decode.read_experts import (
     OF_EXPERTS,
     has_experts,
@@ -22,12 +23,12 @@ from qtool.runtime.decode.weights import (
     Projections,
     RankPart,
 )
+from qtool.runtime.held import finish_packing
 from qtool.runtime.modules import (
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedWeight,
     TiedHead,
-    finish_packing,
 )
 from qtool.runtime.rank_modules import SpreadLinear
 
@@ -129,17 +130,28 @@ class _Reader:
         self.dtype, self._backend = dtype, backend
 
     def single(self, module: Any) -> Projection:  # noqa: ANN401
-        """Return a weight that isn't fused: the module's own layout where that will do."""
+        """Return a weight that isn't fused, with what an adapter has beside it."""
+        weight = self._alone(module)
+        return low_rank_beside(weight, (module,), self.dtype) or weight
+
+    def _alone(self, module: Any) -> Projection:  # noqa: ANN401
+        """Return a weight: the module's own layout where that will do."""
         if isinstance(module, SpreadLinear):
-            return RankPart(self.single(module.inner), module.group, module.rows)
+            return RankPart(self._alone(module.inner), module.group, module.rows)
         backend = self._backend_of(module)
         if backend is None:
             return module.weight.detach()
         if backend is module.choose_backend():
             return module.prepare(self.dtype)[1]
+        module.is_copied = True
         return backend.prepare(module.tensor(), self.dtype)
 
     def fused(self, *members: Any, interleave: bool = False) -> Projections:  # noqa: ANN401
+        """Return linears that share an input, with what an adapter has beside them."""
+        weights = self._together(*members, interleave=interleave)
+        return low_rank_beside(weights, members, self.dtype) or weights
+
+    def _together(self, *members: Any, interleave: bool) -> Projections:  # noqa: ANN401
         """Return linears that share an input as one, or apart if what runs them leaves them so."""
         backends = {self._backend_of(member) for member in members}
         backend = next(iter(backends))
@@ -150,10 +162,12 @@ class _Reader:
             tensors = [member.tensor() for member in members]
             fused = backend.fuse(tensors, self.dtype, interleave=interleave)
         if fused is None:
-            return tuple(map(self.single, members))
+            return tuple(map(self._alone, members))
         for member, part in zip(members, fused.parts, strict=True):
             if part is not None and backend is member.choose_backend():
                 member.adopt(part, self.dtype)
+            else:
+                member.is_copied = True
         return fused.prepared
 
     def stacked(self, members: Sequence[Any]) -> tuple[Projection | None, tuple[Projection, ...]]:

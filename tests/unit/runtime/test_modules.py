@@ -10,7 +10,8 @@ from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.errors import BackendError, CheckpointError, UnknownNameError
 from qtool.integrations.transformers.install import install_modules
 from qtool.runtime.backends._choose import choose_backend, load_backend, use_backend, wanted_backend
-from qtool.runtime.modules import Held, QuantizedEmbedding, QuantizedLinear, TiedHead
+from qtool.runtime.held import Held
+from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, TiedHead
 from qtool.scheme import ActivationScheme, Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal

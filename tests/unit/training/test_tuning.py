@@ -12,10 +12,11 @@ from qtool.base import CausalModel, QuantizedTensor
 from qtool.core.packing import planes_to_codes
 from qtool.scheme import WeightScheme
 from qtool.training.blocks import Lesson, tune_block
-from qtool.training.descent import Learning, Point, Schedule, descend
+from qtool.training.descent import Learning, descend
 from qtool.training.divergence import divergence
 from qtool.training.end_to_end import Course, Pair, best_rate, tune_end_to_end
 from qtool.training.refinement import refine_codes
+from qtool.training.schedule import Point, Schedule
 from qtool.training.student import (
     LearnedLinear,
     free_vectors,

@@ -9,7 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from qtool.errors import ModelError
-from qtool.modeling.families import families, load_adapter
+from qtool.modeling.families import families, load_family
 from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 from qtool.walk.blocks import BlockModel
@@ -89,7 +89,7 @@ def test_linear_that_is_never_called_is_an_error(tiny, monkeypatch):
 
 def with_residual():
     """Return the families whose adapter says what is added to the residual stream."""
-    return [f for f in families() if load_adapter(f).residual is not None]
+    return [f for f in families() if load_family(f).residual is not None]
 
 
 def first_block(directory):
@@ -103,7 +103,7 @@ def first_block(directory):
 def test_residual_linears_are_all_that_a_block_adds_to_its_input(tiny, family):
     block, hidden = first_block(tiny(family))
     assert not torch.equal(block.run(hidden, 0), hidden)
-    for linear in load_adapter(family).residual or ():
+    for linear in load_family(family).residual or ():
         for parameter in block._module.get_submodule(linear).parameters():
             parameter.zero_()
     torch.testing.assert_close(block.run(hidden, 0), hidden)
@@ -112,7 +112,7 @@ def test_residual_linears_are_all_that_a_block_adds_to_its_input(tiny, family):
 @pytest.mark.parametrize("family", with_residual())
 def test_output_of_the_last_linear_is_added_to_what_around_returns(tiny, family):
     block, hidden = first_block(tiny(family))
-    _, linear = load_adapter(family).residual or ("", "")
+    _, linear = load_family(family).residual or ("", "")
     inputs, residual = block.around(linear, hidden, 0)
     torch.testing.assert_close(inputs, block.inputs_of(linear, hidden, 0))
     module = block._module.get_submodule(linear)

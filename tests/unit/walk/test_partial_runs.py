@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qtool.modeling.discover import adapter_of
-from qtool.modeling.families import families, load_adapter
+from qtool.modeling.families import families, load_family
 from qtool.modeling.load import load_original
 from qtool.walk.partial_runs import PartialRuns
 from tests.families import VOCABULARY
@@ -15,7 +15,7 @@ TOKENS = torch.randint(3, VOCABULARY, (2, 17), generator=torch.Generator().manua
 
 def opened(tiny, family: str) -> tuple[PartialRuns, list[nn.Module]]:
     model = load_original(tiny(family), "cpu")
-    adapter = load_adapter(family) if family in families() else adapter_of(model, family)
+    adapter = load_family(family) if family in families() else adapter_of(model, family)
     return PartialRuns(model, adapter.blocks), list(model.get_submodule(adapter.blocks))
 
 

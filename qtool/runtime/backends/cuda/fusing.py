@@ -16,11 +16,11 @@ from qtool.checkpoint.manifest import codec
 from qtool.core.layout import RUN
 from qtool.formats.mixed_rows import MIXED_ROWS
 from qtool.formats.ordered_affine import ORDERED_AFFINE
-from qtool.runtime.backends.cuda.centers import is_tileable, planes_of
+from qtool.runtime.backends.cuda.centers import CENTERS, is_tileable, planes_of
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.linear_kernels import prepare
 from qtool.runtime.backends.cuda.panels import Panels, is_panelable
-from qtool.runtime.backends.cuda.tiles import TILE_ROWS, Tiles
+from qtool.runtime.backends.cuda.tiles import TILE_ROWS, Tiles, pack_parameters
 from qtool.scheme import Shape2D
 
 APART = (MIXED_ROWS, ORDERED_AFFINE)
@@ -57,6 +57,19 @@ class HalfWeight:
         scales = torch.stack([first[..., self.half], second[..., self.half]], dim=-1)
         rows = self.fused.shape.out_features // 2
         return replace(_with_tiles(self.fused, rows, Tiles(planes, scales)), fresh=True)
+
+    def rescale(self, tensor: QuantizedTensor) -> bool:
+        """Do what `KernelWeight.rescale` does, for this half."""
+        fused, new = self.fused, planes_of(tensor)
+        if fused.tiles is None or fused.centered or CENTERS in new.parts:
+            return False
+        packed = pack_parameters(new)
+        first, second = fused.tiles.scales[0::2], fused.tiles.scales[1::2]
+        if packed.shape != (len(first), *first.shape[1:]):
+            return False
+        first[..., self.half].copy_(packed[..., 0])
+        second[..., self.half].copy_(packed[: len(second), ..., 1])
+        return True
 
     def dense(self) -> Tensor:
         """Return it by the definition of its format."""

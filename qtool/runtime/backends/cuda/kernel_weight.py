@@ -8,7 +8,7 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.core.layout import RUN
 from qtool.runtime.backends.cuda import planes, tiles
-from qtool.runtime.backends.cuda.centers import weight_of
+from qtool.runtime.backends.cuda.centers import CENTERS, planes_of, weight_of
 from qtool.runtime.backends.cuda.panels import PanelLayout, Panels, unpack_panels
 from qtool.runtime.backends.cuda.tiles import UNIT, Tiles
 from qtool.scheme import Shape2D, WeightScheme
@@ -67,6 +67,25 @@ class KernelWeight:
         assert self.panels is not None
         _, _, sets, count, num_bits, *_ = self.panels.planes.shape
         return PanelLayout(num_bits, count, self.offset, sets)
+
+    def rescale(self, tensor: QuantizedTensor) -> bool:
+        """Take over scales and offsets of a weight with these planes, in place; False: it can't.
+
+        So graphs and fused weights that read them have the new ones too.
+        """
+        new = planes_of(tensor)
+        if self.tiles is None or self.centered or CENTERS in new.parts:
+            return False
+        if self.stored is not None and not self.tiles.scales.is_cuda:
+            return False  # on a CPU these parts may be those of the checkpoint
+        packed = tiles.pack_parameters(new)
+        if packed.shape != self.tiles.scales.shape:
+            return False
+        self.tiles.scales.copy_(packed)
+        if self.stored is not None:
+            for name in new.parts.keys() - {"bit_planes"}:
+                self.stored.parts[name].copy_(new.parts[name])
+        return True
 
     @property
     def layout(self) -> planes.Layout:

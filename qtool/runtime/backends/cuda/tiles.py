@@ -45,7 +45,7 @@ def pack(tensor: QuantizedTensor) -> Tiles:
     tiles_at_once = max(1, BITS_AT_ONCE // (tensor.scheme.num_bits * inputs * TILE_ROWS))
     planes = tensor.parts["bit_planes"].split(tiles_at_once * TILE_ROWS, dim=1)
     packed = [pack_planes(_padded(unpack_bits(rows, inputs))) for rows in planes]
-    return Tiles(packed[0] if len(packed) == 1 else torch.cat(packed), _pack_parameters(tensor))
+    return Tiles(packed[0] if len(packed) == 1 else torch.cat(packed), pack_parameters(tensor))
 
 
 def packed_bytes(scheme: WeightScheme, shape: Shape2D) -> int:
@@ -68,7 +68,7 @@ def _padded(bits: Tensor) -> Tensor:
     return torch.nn.functional.pad(bits, (0, -bits.shape[2] % UNIT, 0, -bits.shape[1] % TILE_ROWS))
 
 
-def _pack_parameters(tensor: QuantizedTensor) -> Tensor:
+def pack_parameters(tensor: QuantizedTensor) -> Tensor:
     """Re-lay scales, then offsets or centers, each (out_features, num_groups), by tiles."""
     rows = tensor.shape.out_features
     listed = list(tensor.parts["plane_scales"])

@@ -1,0 +1,190 @@
+"""`adapt`: train an adapter on a checkpoint, whose planes stay as they are."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qtool
+from qtool.base import Emit, Notice, Progress, ignore_events
+from qtool.checkpoint.adapter_files import (
+    Adapter,
+    check_adapter_place,
+    replace_adapter,
+    write_adapter,
+)
+from qtool.checkpoint.apart import check_apart
+from qtool.checkpoint.reader import CheckpointReader
+from qtool.data.corpora import check_tokens
+from qtool.data.exercises import Learned, cut_to, in_packed_rows, read_exercises, tokenized
+from qtool.errors import DataError, ModelError
+from qtool.modeling.adapters import digest_of_base
+from qtool.modeling.device import default_device
+from qtool.modeling.load import LoadedModel, load_model
+from qtool.modeling.locate import Location, locate
+from qtool.modeling.source import open_source
+from qtool.steps.adapt_model import Adapted, AdaptOptions, Base, adapt_model, split_off
+from qtool.steps.unfinished_adapter import open_unfinished
+from qtool.storage.digests import files_digest
+from qtool.training.adapters import Installed, load_kind
+from qtool.training.adapting import Curriculum
+
+HELD_OUT_SHARE, MOST_HELD_OUT = 0.05, 512
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptResult:
+    """What `adapt` has made."""
+
+    directory: Path
+    kind: str
+    num_parameters: int
+    """How many numbers learned."""
+    num_bytes: int
+    """Of the adapter's tensors."""
+    first_loss: float
+    """On the held-out exercises, nats per learned token, before."""
+    best_loss: float
+    steps: int
+    tokens_per_second: float
+    seconds: float
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptRequest:
+    """What is adapted to what, and where the adapter goes."""
+
+    model: Location
+    data: Path
+    directory: Path
+    kind: str = "alpha"
+    validation: Path | None = None
+    """Exercises to look at; None: some of `data` are held out."""
+    original: Location | None = None
+    """What was quantized; None: what the checkpoint names as its source, if anything."""
+    options: AdaptOptions = field(default_factory=AdaptOptions)
+    overwrite: bool = False
+    resume: bool = False
+
+
+def adapt(request: AdaptRequest, *, emit: Emit = ignore_events) -> AdaptResult:
+    """Train an adapter and write it.
+
+    Raises:
+        OutputError: before anything is read: the place isn't free.
+        DataError: the data can't be read, or teach nothing.
+        ModelError: the model isn't a checkpoint of qtool.
+        QtoolError: the kind of adapter doesn't go on it.
+    """
+    begun, kind = time.perf_counter(), load_kind(request.kind)
+    directory, files = request.directory, [request.data, *filter(None, [request.validation])]
+    request.options.checked(kind)
+    check_adapter_place(directory, overwrite=request.overwrite)
+    check_apart(directory, request.model.directory, files)
+    # float16 has too little range for gradients
+    on_card = default_device().type == "cuda"
+    loaded = load_model(request.model, dtype=torch.bfloat16 if on_card else None)
+    about = {"tool_version": qtool.__version__, "options": asdict(request.options)}
+    base = digest_of_base(loaded.model)
+    job = {"kind": request.kind, "base": base, "data": files_digest(files), **about}
+    unfinished = open_unfinished(directory, job, overwrite=request.overwrite, resume=request.resume)
+    curriculum = _curriculum(request, loaded, emit)
+    subject = Base(loaded, _original(request))
+    done = adapt_model(subject, kind, request.options, curriculum, unfinished, emit)
+    adapter = Adapter(
+        kind=request.kind,
+        base=base,
+        layers=_stored(done.installed),
+        about={**about, "base_name": loaded.name, **_found(done)},
+    )
+    if done.best_loss == done.points[0].held_out:
+        emit(Notice("Learning gained nothing: the adapter is as it began. Try --learning-rate."))
+    write_adapter(unfinished.directory, adapter)
+    unfinished.forget()
+    replace_adapter(unfinished.directory, directory)
+    return AdaptResult(
+        directory=directory,
+        kind=request.kind,
+        num_parameters=done.installed.num_parameters,
+        num_bytes=adapter.num_bytes(),
+        first_loss=done.points[0].held_out,
+        best_loss=done.best_loss,
+        steps=done.points[-1].step,
+        tokens_per_second=done.tokens_per_second,
+        seconds=time.perf_counter() - begun,
+        notes=done.installed.notes,
+    )
+
+
+def _found(done: Adapted) -> dict[str, Any]:
+    """Return what a manifest says of a run."""
+    return {
+        "num_parameters": done.installed.num_parameters,
+        "losses": {"before": done.points[0].held_out, "after": done.best_loss},
+        **done.installed.notes,
+    }
+
+
+def _original(request: AdaptRequest) -> Callable[[str], Tensor] | None:
+    """Return what reads weights of the original; None: nobody knows where it is.
+
+    Raises:
+        ModelError: it isn't there, or factors were folded into it before it was quantized.
+    """
+    manifest = CheckpointReader(request.model.directory).manifest
+    location = request.original
+    if location is None and manifest.source is not None:
+        location = locate(manifest.source)
+    if location is None:
+        return None
+    if manifest.recipe.get("fold"):
+        if request.original is None:
+            return None
+        raise ModelError(
+            "The original can't be compared with this checkpoint: factors were folded into its "
+            "weights first. Leave out --original."
+        )
+    return open_source(location).read_weight
+
+
+def _stored(installed: Installed) -> dict[str, dict[str, Tensor]]:
+    return {
+        name: {part: tensor.cpu() for part, tensor in parts.items()}
+        for name, parts in installed.stored().items()
+    }
+
+
+def _curriculum(request: AdaptRequest, loaded: LoadedModel, emit: Emit) -> Curriculum:
+    options, tokenizer = request.options, loaded.tokenizer
+    emit(Progress(f"reading {request.data.name}"))
+    learned = _pieces(request.data, loaded, options)
+    if request.validation is not None:
+        held_out = _pieces(request.validation, loaded, options)[:MOST_HELD_OUT]
+    else:
+        learned, held_out = split_off(learned, HELD_OUT_SHARE, MOST_HELD_OUT, options.seed)
+    fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    filler = next(token for token in fillers if token is not None)
+    if options.packing:
+        learned, held_out = (
+            in_packed_rows(some, options.max_length) for some in (learned, held_out)
+        )
+    return Curriculum(
+        learned, held_out, options.batch_size, options.seed, filler, is_packed=options.packing
+    )
+
+
+def _pieces(path: Path, loaded: LoadedModel, options: AdaptOptions) -> list[Learned]:
+    exercises = read_exercises(path, loaded.tokenizer)
+    whole = [tokenized(loaded.tokenizer, exercise) for exercise in exercises]
+    pieces = cut_to(whole, options.max_length)
+    if not pieces:
+        raise DataError(f"{path} has nothing to learn from. Give lines as docs/adapters.md says.")
+    rows = loaded.model.config.get_text_config().vocab_size
+    for piece in pieces:
+        check_tokens(piece.tokens, rows, path.name)
+    return pieces
