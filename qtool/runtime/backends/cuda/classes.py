@@ -6,7 +6,7 @@ that all begin and end together (kernels/bit_plane_classes.cu; how blocks are sh
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -27,8 +27,11 @@ UNIT_WORK = 512
 """What a unit takes besides its bytes, as bytes: 128256 x 4096 at 2, 3 and 4 planes took 49, 64 and
 78 us on an H200, so all that a unit has in common takes as long as a plane of it, 576 bytes."""
 LEAST_STAGES = 2
-"""Of a class. With more for all, one block per multiprocessor beats two: 128256 x 4096 on an H200,
-rows of 4/2 bits, 58 us against 63; 4/3/2/1 bits 46 against 49; not 8/4/3/2, 71 against 67."""
+"""Of a class. With CLASS_STAGES for all, one block per multiprocessor beats two: 128256 x 4096 on
+an H200, rows of 4/2 bits, 58 us against 63; 4/3/2/1 bits 46 against 49; not 8/4/3/2, 71 against
+67."""
+CLASS_STAGES = 3
+"""Of a class where there is room: what classes were timed with, whatever one weight takes."""
 
 
 class RowClass(NamedTuple):
@@ -112,7 +115,8 @@ def plan_classes(
         for tuning in planes.tunings_for(tiles, units, card, few=few)
         if tuning.warps * tuning.per_multiprocessor >= warps
     ]
-    planned = [_fitted(classes, units, product, card, tuning) for tuning in tunings]
+    deep = [replace(tuning, stages=max(tuning.stages, CLASS_STAGES)) for tuning in tunings]
+    planned = [_fitted(classes, units, product, card, tuning) for tuning in deep]
     possible = [found for found in planned if found is not None]
     alone = [found for found in possible if found.is_alone and min(found.stages) > LEAST_STAGES]
     return next(iter(alone or possible), None)
