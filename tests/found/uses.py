@@ -138,8 +138,18 @@ def use_compile() -> None:
     """A compiled model has the same logits, and so has one that learns."""
     model = load()
     expected = logits(load())
-    compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(logits(compiled), expected, rtol=1e-4, atol=1e-5)
+    error = (logits(torch.compile(model, fullgraph=True)) - expected).norm() / expected.norm()
+    assert error < 1e-3, (
+        error
+    )  # a CPU's tables are of rounded inputs, which a compiler sums otherwise
+    os.environ["QTOOL_BACKEND"] = "dense"
+    torch.compiler.reset()
+    try:
+        torch.testing.assert_close(
+            logits(torch.compile(load(), fullgraph=True)), logits(load()), rtol=1e-4, atol=1e-5
+        )
+    finally:
+        del os.environ["QTOOL_BACKEND"]
 
 
 def use_trainer_evaluate() -> None:
