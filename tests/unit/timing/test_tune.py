@@ -108,7 +108,7 @@ DAMAGED = {
     "a number below what can be": lambda text: text.replace('"warps": 16', '"warps": 0'),
     "a number that is none": lambda text: text.replace('"warps": 16', '"warps": "16"'),
     "something unknown": lambda text: text.replace("most_groups", "least_groups"),
-    "a ring of one": lambda text: text.replace('"stages": 3', '"stages": 1'),
+    "a ring of one": lambda text: text.replace('"stages": 4', '"stages": 1'),
 }
 
 

@@ -112,7 +112,7 @@ def plan_classes(
     tiles = sum(its.row_tiles for its in classes)
     tunings = [
         tuning
-        for tuning in planes.tunings_for(tiles, units, card, few=few)
+        for tuning in planes.tunings_for(tiles, units, card, few=few, whole=False)
         if tuning.warps * tuning.per_multiprocessor >= warps
     ]
     deep = [replace(tuning, stages=max(tuning.stages, CLASS_STAGES)) for tuning in tunings]

@@ -205,11 +205,16 @@ def tuned_plan(
     return None
 
 
-def tunings_for(row_tiles: int, units: int, card: Card, *, few: bool) -> tuple[Tuning, ...]:
-    """Return what the card's selection says, then what is as near to it; `few` tokens or not."""
+def tunings_for(
+    row_tiles: int, units: int, card: Card, *, few: bool, whole: bool = True
+) -> tuple[Tuning, ...]:
+    """Return what the card's selection says, then what is as near to it; `few` tokens or not.
+
+    `whole`: CTAs may have whole tiles, which two beside one another don't improve.
+    """
     selection = selection_for(card.name)
     asked = selection.alone
-    if few and not shares_of(row_tiles, units, units, card.multiprocessors)[2]:
+    if few and not (whole and shares_of(row_tiles, units, units, card.multiprocessors)[2]):
         asked = selection.tuning(units * UNIT, row_tiles * units // card.multiprocessors)
     fewer = [replace(selection.alone, warps=warps) for warps in FEWER_WARPS]
     return tuple(dict.fromkeys((asked, selection.alone, *fewer)))
