@@ -149,7 +149,7 @@ H100 = Selection(
     wide=(range(17, 1025), range(16, 1025), range(9, 1025), range(9, 513), range(16, 513)),
     wide_of_few=(range(17, 129), range(16, 129), range(9, 193), range(9, 193), range(16, 257)),
     most_groups=24576,
-    alone=Tuning(warps=16, stages=3),
+    alone=Tuning(warps=16, stages=2),
     pairs=Tuning(warps=8, stages=4, per_multiprocessor=2),
 )
 SELECTIONS = (H100,)
