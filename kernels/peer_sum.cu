@@ -20,21 +20,26 @@ peer_sum(const u16 *x,      // [count], a multiple of four
     u32 round = (u32)rounds[block] + 1u;
     u64 place = ((u64)block * 2 + (round & 1u)) * RANKS * THREADS + thread;
     int first = 4 * (block * THREADS + thread);
+    u32 low = 0, high = 0;
+    if (first < count) low = *(const u32 *)(x + first), high = *(const u32 *)(x + first + 2);
+    quad *box[RANKS]; // asked for with the round and x, so that all of it comes after one wait
+#pragma unroll
+    for (int other = 0; other < RANKS; ++other) box[other] = (quad *)boxes[other];
     __syncthreads(); // all have read the round
     if (thread == 0) rounds[block] = (int)round;
     if (first >= count) return;
-    u32 low = *(const u32 *)(x + first), high = *(const u32 *)(x + first + 2);
+    const quad *mine = (const quad *)boxes[rank];
     float sum[4] = {};
 #pragma unroll
     for (int other = 0; other < RANKS; ++other) {
         if (other != rank)
-            store_far((quad *)boxes[other] + place + rank * THREADS, quad{low, round, high, round});
+            store_far(box[other] + place + rank * THREADS, quad{low, round, high, round});
     }
 #pragma unroll
     for (int from = 0; from < RANKS; ++from) {
         quad got = {low, round, high, round};
         if (from != rank) {
-            do got = load_far((const quad *)boxes[rank] + place + from * THREADS);
+            do got = load_far(mine + place + from * THREADS);
             while (got.y != round || got.w != round);
         }
         sum[0] += load_activation((u16)(got.x & 0xffffu)), sum[1] += load_activation((u16)(got.x >> 16));
