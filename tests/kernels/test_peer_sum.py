@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from qtool.runtime.backends.cuda.peer_sum import PER_BLOCK, PeerSum, box_bytes
+from qtool.runtime.backends.cuda import peer_sum
+from qtool.runtime.backends.cuda.peer_sum import (
+    MOST_BLOCKS,
+    MOST_ROUNDS,
+    PER_BLOCK,
+    PeerSum,
+    box_bytes,
+)
 from qtool.runtime.tensor_parallel import TensorParallel
 from tests.helpers import normal
 from tests.kernels.host import Recorder, host_kernels
@@ -19,6 +26,7 @@ def inputs(rank: int, dtype: torch.dtype) -> list[torch.Tensor]:
 def sums(
     group: TensorParallel, boxes: list[torch.Tensor], dtype: torch.dtype
 ) -> list[torch.Tensor]:
+    peer_sum.MOST_BLOCKS = 2  # in this process, which ends: so that a block has several rounds
     recorder = Recorder()
     addresses = torch.tensor([box.data_ptr() for box in boxes])
     add = PeerSum(group, recorder, addresses)
@@ -48,7 +56,7 @@ def test_many_tokens_go_through_the_group():
             return x + 1
 
     add = PeerSum(Group(0, 2, torch.device("cpu")), Recorder(), torch.zeros(2, dtype=torch.int64))
-    wide = torch.zeros(128, PER_BLOCK + 8, dtype=torch.float16)
+    wide = torch.zeros(MOST_ROUNDS * MOST_BLOCKS, PER_BLOCK + 8, dtype=torch.float16)
     odd = torch.zeros(1, 3, dtype=torch.float16)
     for x in (wide, odd, torch.zeros(1, 4)):
         assert torch.equal(add(x), x + 1)

@@ -1,4 +1,4 @@
-"""Sums over ranks by a kernel that writes into other cards' memory: for a few tokens.
+"""Sums over ranks by a kernel that writes into other cards' memory.
 
 NCCL's all-reduce of 16 KB takes several times as long as these bytes travel, twice per block.
 """
@@ -20,13 +20,15 @@ PER_THREAD = 4
 PER_BLOCK = THREADS * PER_THREAD
 MOST_BLOCKS = 128
 """All of them wait for other cards at once, so all must have a place on this one."""
+MOST_ROUNDS = 32
+"""Of a block; beyond, NCCL moves the bytes faster than these come and go."""
 MOST_RANKS = 8
 SLOT_BYTES = 2 * 16
 """Of a thread and a sender, in a box: two rounds."""
 
 
 class PeerSum:
-    """The sum over ranks; of many tokens by the group's own, which moves large blocks faster."""
+    """The sum over ranks; of very many numbers by the group's own."""
 
     def __init__(self, group: TensorParallel, launch: Launch, boxes: Tensor) -> None:
         """Begin at round 0, on all ranks.
@@ -42,8 +44,9 @@ class PeerSum:
     def __call__(self, x: Tensor) -> Tensor:
         """Return the sum of x (tokens, features), the same bits on all ranks."""
         count, group = x.numel(), self._group
-        blocks = -(-count // PER_BLOCK)
-        if count % PER_THREAD or not 0 < blocks <= MOST_BLOCKS or x.dtype not in KERNEL_DTYPES:
+        blocks = min(-(-count // PER_BLOCK), MOST_BLOCKS)
+        most = MOST_ROUNDS * MOST_BLOCKS * PER_BLOCK
+        if count % PER_THREAD or not 0 < count <= most or x.dtype not in KERNEL_DTYPES:
             return group.all_reduce(x)
         macros, numbers = constants(x.dtype, RANKS=group.world_size), (group.rank, count)
         call = KernelCall("peer_sum", "peer_sum", macros, (blocks, 1, 1), THREADS, 0, numbers)
