@@ -85,8 +85,8 @@ def heads_per_block(group: int, head_dim: int) -> int:
 def splits_for(card: Card, blocks: int, max_length: int) -> int:
     """Return into how many parts a context is cut: whole waves of blocks, and no empty ones.
 
-    Waves are of one block per multiprocessor, although two fit: a multiprocessor's second block took
-    more for its beginning, end and merge than it won (78 us beside 73 at 65,536 positions, H200).
+    Waves are of one block per multiprocessor, although two fit: a second one took more for its
+    beginning, end and merge than it won (78 us beside 73 at 65,536 positions, H200).
     """
 
     def positions(splits: int) -> float:
