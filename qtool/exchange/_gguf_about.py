@@ -15,7 +15,7 @@ from qtool.errors import CheckpointError, MissingExtraError
 from qtool.exchange._gguf_file import GgufFile, read_gguf_metadata
 from qtool.exchange._gguf_names import HEAD, ROPE_FACTORS
 from qtool.exchange._gguf_read import dimensions_of
-from qtool.exchange._gguf_tokens import with_known_cut
+from qtool.exchange._gguf_tokenizer import as_metadata_say
 from qtool.wording import reason, shown
 
 LLAMA3_FACTORS = (8.0, 32.0)
@@ -106,8 +106,7 @@ def llama3_factors(head: int, base: float, scaling: Mapping[str, Any]) -> torch.
 def read_tokenizer(path: Path) -> dict[str, bytes]:
     """Return the files of a file's tokenizer by their names, as transformers saves them.
 
-    They cut a text as llama.cpp does with this file, where that is known: transformers takes all
-    tokenizers of an architecture for alike, and joins spaces before digits otherwise than SmolLM2.
+    Special tokens are the file's, and a text is cut as llama.cpp does, where that is known.
 
     Raises:
         CheckpointError: transformers can't read it.
@@ -119,7 +118,7 @@ def read_tokenizer(path: Path) -> dict[str, bytes]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer.save_pretrained(folder)
         files = {each.name: each.read_bytes() for each in sorted(Path(folder).iterdir())}
-        return dict(with_known_cut(files, read_gguf_metadata(path)))
+        return as_metadata_say(files, read_gguf_metadata(path))
 
 
 @contextlib.contextmanager

@@ -5,11 +5,10 @@ llama.cpp has its own code for each way to cut a text into words, and a name for
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qtool.storage.plain_json import json_text
 from qtool.wording import reason, shown
 
 TOKENIZER_NAME, SETTINGS_NAME = "tokenizer.json", "tokenizer_config.json"
@@ -108,7 +107,7 @@ def _tokenizer(
 def _read(files: Mapping[str, bytes]) -> _Files:
     if TOKENIZER_NAME not in files:
         raise _UnsaidError(f"a file has its tokenizer in it, and there is no {TOKENIZER_NAME}")
-    settings = _object(files, SPECIAL_NAME) | _object(files, SETTINGS_NAME)
+    settings = json_object(files, SPECIAL_NAME) | json_object(files, SETTINGS_NAME)
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = {each.get("name"): each.get("template") for each in template}
@@ -116,14 +115,14 @@ def _read(files: Mapping[str, bytes]) -> _Files:
     if TEMPLATE_NAME in files:
         template = files[TEMPLATE_NAME].decode(errors="replace")
     return _Files(
-        tokenizer=_object(files, TOKENIZER_NAME),
+        tokenizer=json_object(files, TOKENIZER_NAME),
         settings=settings,
         text=files[TOKENIZER_NAME].decode(errors="replace"),
         template=template if isinstance(template, str) else None,
     )
 
 
-def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     try:
         found = json.loads(files.get(name, b"{}").decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -133,7 +132,7 @@ def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 def _cut_of(tokenizer: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     """Return llama.cpp's name for how a text is cut."""
-    steps = tuple(_steps(tokenizer.get("pre_tokenizer") or {}))
+    steps = tuple(cut_steps(tokenizer.get("pre_tokenizer") or {}))
     pre = CUTS.get(steps)
     if pre is None:
         raise _UnsaidError(
@@ -150,11 +149,11 @@ def _cut_of(tokenizer: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     return pre
 
 
-def _steps(pre: Mapping[str, Any]) -> list[CutStep]:
+def cut_steps(pre: Mapping[str, Any]) -> list[CutStep]:
     """Return what a `pre_tokenizer` does, one step after the other."""
     kind = pre.get("type")
     if kind == "Sequence":
-        return [step for each in pre.get("pretokenizers", []) for step in _steps(each)]
+        return [step for each in pre.get("pretokenizers", []) for step in cut_steps(each)]
     if kind == "ByteLevel" and not pre.get("add_prefix_space", True):
         return [("bytes", pre.get("use_regex", True))]
     if kind == "Digits":
@@ -219,49 +218,3 @@ def _merge(pair: str | list[str]) -> str:
     if isinstance(pair, str):
         return pair
     return " ".join(part.replace(" ", chr(ord(" ") + 256)) for part in pair)
-
-
-def with_known_cut(files: Mapping[str, bytes], metadata: Mapping[str, Any]) -> Mapping[str, bytes]:
-    """Return the files of a tokenizer that cuts a text as its GGUF file says.
-
-    transformers takes all of an architecture for alike; what `tokenizer.ggml.pre` says is lost.
-
-    Args:
-        files: What transformers has made of the file's tokenizer.
-        metadata: The file's.
-    """
-    said = metadata.get("tokenizer.ggml.pre")
-    pre = OTHER_CUT_NAMES.get(str(said), said)
-    steps = next((steps for steps, name in CUTS.items() if name == pre), None)
-    if steps is None or metadata.get("tokenizer.ggml.model") != BYTE_LEVEL:
-        return files
-    tokenizer = _object(files, TOKENIZER_NAME)
-    whole = pre in WHOLE_WORDS_FIRST
-    found = tuple(_steps(tokenizer.get("pre_tokenizer") or {}))
-    if (found, bool(tokenizer["model"].get("ignore_merges"))) == (steps, whole):
-        return files
-    tokenizer["pre_tokenizer"] = {
-        "type": "Sequence",
-        "pretokenizers": [PRE_TOKENIZERS[kind](value) for kind, value in steps],
-    }
-    tokenizer["model"]["ignore_merges"] = whole
-    text = json_text(tokenizer, ascii_only=False)
-    return {**files, TOKENIZER_NAME: text.encode()}
-
-
-PRE_TOKENIZERS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
-    "bytes": lambda use_regex: {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": use_regex,
-    },
-    "digits": lambda individual: {"type": "Digits", "individual_digits": individual},
-    "split": lambda words: {
-        "type": "Split",
-        "pattern": {"Regex": words},
-        "behavior": "Isolated",
-        "invert": False,
-    },
-}
-"""The inverse of `_steps`."""

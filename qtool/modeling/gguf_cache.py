@@ -20,8 +20,9 @@ from qtool.storage.plain_json import write_json_file
 from qtool.storage.whole_files import sync
 from qtool.wording import reason
 
-CONVERSION = 2
-"""Of what is made of a file; 1 took transformers' word for how texts are cut into tokens."""
+CONVERSION = 3
+"""Of what is made of a file; 1 took transformers' word for how texts are cut into tokens, 2 for
+special tokens."""
 WHOLE_NAME = "WHOLE"
 """The list; without a suffix, so that nobody takes it for a part of the model."""
 _LOG = logging.getLogger(__name__)

@@ -16,12 +16,12 @@ from qtool.exchange._gguf_blocks import decode_blocks
 from qtool.exchange._gguf_encode import encode, type_of, type_without_zero_points
 from qtool.exchange._gguf_file import open_gguf
 from qtool.exchange._gguf_plan import content_of, plan_file
+from qtool.exchange._gguf_tokenizer import as_metadata_say
 from qtool.exchange._gguf_tokens import (
     LLAMA3_WORDS,
     QWEN2_WORDS,
     tokenizer_metadata,
     why_no_tokenizer,
-    with_known_cut,
 )
 from qtool.exchange._gguf_write import compare_gguf
 from qtool.modeling.gguf_cache import convert_gguf
@@ -205,16 +205,27 @@ def test_ways_to_cut_a_text_are_known_or_refused(pre, ignore_merges, refused, tm
         (split(QWEN2_WORDS), False, "deepseek-r1-qwen"),
     ],
 )
-def test_the_way_to_cut_a_text_survives_an_import(pre, ignore_merges, name, tmp_path):
+def test_a_tokenizer_survives_an_import(pre, ignore_merges, name, tmp_path):
     save_tokenizer(tmp_path, pre, ignore_merges=ignore_merges)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    whole = json.loads(files["tokenizer.json"])
-    whole["pre_tokenizer"], whole["model"]["ignore_merges"] = BYTES, False  # by transformers
-    blurred = {**files, "tokenizer.json": json.dumps(whole).encode()}
-    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name}
-    mended = with_known_cut(blurred, metadata)
-    assert tokenizer_metadata(mended, {}, 96) == tokenizer_metadata(files, {}, 96)
-    assert with_known_cut(blurred, {**metadata, "tokenizer.ggml.pre": "viking"}) == blurred
+    metadata = tokenizer_metadata(files, {}, 96)
+    mended = as_metadata_say(blurred(files), {**metadata, "tokenizer.ggml.pre": name})
+    assert tokenizer_metadata(mended, {}, 96) == metadata
+    assert "eos_token_id" not in json.loads(mended["tokenizer_config.json"])
+    other = as_metadata_say(blurred(files), {**metadata, "tokenizer.ggml.pre": "viking"})
+    assert other["tokenizer.json"] == blurred(files)["tokenizer.json"]
+    assert json.loads(other["tokenizer_config.json"])["eos_token"] == "</s>"
+
+
+def blurred(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Return what transformers 5.17 makes of the metadata of a tokenizer."""
+    whole, settings = (json.loads(files[f"{one}.json"]) for one in ("tokenizer", "tokenizer_config"))
+    whole["pre_tokenizer"], whole["model"]["ignore_merges"] = BYTES, False
+    whole["model"]["byte_fallback"], whole["post_processor"] = True, None
+    whole["added_tokens"] = [one for one in whole["added_tokens"] if one["content"] != "</s>"]
+    wrong = {"eos_token": "<s>", "eos_token_id": 1, "pad_token": None}
+    changed = {"tokenizer.json": whole, "tokenizer_config.json": settings | wrong}
+    return files | {name: json.dumps(values).encode() for name, values in changed.items()}
 
 
 def test_comparing_tells_how_far_it_is(ours, tmp_path):
@@ -226,6 +237,8 @@ def test_comparing_tells_how_far_it_is(ours, tmp_path):
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_converted_file_has_the_tokenizer_that_it_says(streamed, ours, tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
     export(ours, tmp_path / "m.gguf", "gguf")
     monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "cache"))
     if not streamed:
@@ -233,6 +246,11 @@ def test_a_converted_file_has_the_tokenizer_that_it_says(streamed, ours, tmp_pat
     converted = convert_gguf(tmp_path / "m.gguf")
     found, meant = (json.loads((one / "tokenizer.json").read_text()) for one in (converted, ours))
     assert found["pre_tokenizer"] == meant["pre_tokenizer"] == DIGITS
+    here, there = (AutoTokenizer.from_pretrained(one) for one in (ours, converted))
+    assert (there.bos_token, there.eos_token, there.pad_token) == ("<s>", "</s>", "<pad>")
+    text = "the 12 others\nquux then</s>the"
+    assert there(text).input_ids == here(text).input_ids
+    assert there.decode(there(text).input_ids) == here.decode(here(text).input_ids)
 
 
 @pytest.mark.parametrize(
