@@ -150,10 +150,15 @@ def _written(
         ) from error
 
 
-def tokenized(tokenizer: Tokenizer, exercise: Exercise) -> Learned:
-    """Return the tokens of an exercise; a text or completion ends with eos, which is learned.
+def tokenized(tokenizer: Tokenizer, exercise: Exercise, end: int | None) -> Learned:
+    """Return the tokens of an exercise; a text or completion ends with `end`, which is learned.
 
     A token that begins in a stretch that is learned is learned.
+
+    Args:
+        tokenizer: Of the model.
+        exercise: What is learned.
+        end: The token that the model stops writing at; None: it has none.
 
     Raises:
         DataError: the tokenizer can't say where its tokens begin.
@@ -175,10 +180,9 @@ def tokenized(tokenizer: Tokenizer, exercise: Exercise) -> Learned:
         token if end and exercise.teaches(begin) else NOT_LEARNED
         for token, (begin, end) in zip(tokens, begins, strict=True)
     ]
-    eos = tokenizer.eos_token_id
-    if not exercise.is_chat and eos is not None and (not tokens or tokens[-1] != eos):
-        tokens.append(eos)
-        labels.append(eos)
+    if not exercise.is_chat and end is not None and (not tokens or tokens[-1] != end):
+        tokens.append(end)
+        labels.append(end)
     return Learned(torch.tensor(tokens), torch.tensor(labels))
 
 

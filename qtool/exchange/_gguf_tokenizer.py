@@ -24,7 +24,7 @@ from qtool.exchange._gguf_tokens import (
 )
 from qtool.storage.plain_json import json_text
 
-Said = Mapping[str, Any]
+_Said = Mapping[str, Any]
 """What the keys `tokenizer.ggml.*` say, without that in front."""
 
 
@@ -73,7 +73,7 @@ WHOLE = {"tokens", "token_type", "merges"}
 """Keys that a byte-level tokenizer is made of."""
 
 
-def _special_tokens(said: Said) -> dict[str, str]:
+def _special_tokens(said: _Said) -> dict[str, str]:
     """Return special tokens by transformers' names for them."""
     tokens, found = said.get("tokens", []), {}
     for name, key in SPECIAL_KEYS.items():
@@ -92,7 +92,7 @@ def _with_special_tokens(settings: dict[str, Any], special: Mapping[str, str]) -
     return json_text(settings, ascii_only=False).encode()
 
 
-def _added_tokens(said: Said) -> list[dict[str, Any]]:
+def _added_tokens(said: _Said) -> list[dict[str, Any]]:
     never = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return [
         {"id": number, "content": token, **never, "special": kind == CONTROL}
@@ -101,7 +101,7 @@ def _added_tokens(said: Said) -> list[dict[str, Any]]:
     ]
 
 
-def _merging(said: Said, special: Container[str], *, whole: bool) -> dict[str, Any]:
+def _merging(said: _Said, special: Container[str], *, whole: bool) -> dict[str, Any]:
     """Return tokens and how they come to be; rows that no token has stay without."""
     kinds = enumerate(zip(said["tokens"], said["token_type"], strict=True))
     vocabulary = {
@@ -121,12 +121,13 @@ def _merging(said: Said, special: Container[str], *, whole: bool) -> dict[str, A
     }
 
 
-def _around(said: Said, special: Mapping[str, str], there: Any) -> Any:  # noqa: ANN401
+def _around(said: _Said, special: Mapping[str, str], there: Any) -> Any:  # noqa: ANN401
     """Return what puts tokens before and after a text; `there`, where the file doesn't say."""
     if "add_bos_token" not in said and "add_eos_token" not in said:
         return there
     before, after = (
-        [special[f"{name}_token"]] if said.get(f"add_{name}_token") and f"{name}_token" in special
+        [special[f"{name}_token"]]
+        if said.get(f"add_{name}_token") and f"{name}_token" in special
         else []
         for name in ("bos", "eos")
     )

@@ -35,6 +35,21 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Return the tokens that what it writes ends with: those of its generation config."""
+        told = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        if told is None:
+            told = self.tokenizer.eos_token_id
+        every = told if isinstance(told, list | tuple) else [told]
+        return tuple(int(token) for token in every if token is not None)
+
+    @property
+    def end(self) -> int | None:
+        """Return the token that ends a text that is learned: one that ends what it writes."""
+        own, stops = self.tokenizer.eos_token_id, self.stop_ids
+        return own if own in stops else next(iter(stops), None)
+
 
 def load_model(
     location: Location,

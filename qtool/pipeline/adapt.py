@@ -180,7 +180,7 @@ def _curriculum(request: AdaptRequest, loaded: LoadedModel, emit: Emit) -> Curri
 
 def _pieces(path: Path, loaded: LoadedModel, options: AdaptOptions) -> list[Learned]:
     exercises = read_exercises(path, loaded.tokenizer)
-    whole = [tokenized(loaded.tokenizer, exercise) for exercise in exercises]
+    whole = [tokenized(loaded.tokenizer, exercise, loaded.end) for exercise in exercises]
     pieces = cut_to(whole, options.max_length)
     if not pieces:
         raise DataError(f"{path} has nothing to learn from. Give lines as docs/adapters.md says.")

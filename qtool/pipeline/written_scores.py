@@ -5,7 +5,7 @@ the same tokens; ROUGE is the F-measure of rouge-score, the best reference of ea
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +96,7 @@ def write_answers(
     fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     filler = next(token for token in fillers if token is not None)
     answers, count = [""] * len(prompts), 0
+    stops = [*model.stop_ids] or None
     for first in range(0, len(order), WRITING_BATCH):
         chosen = order[first : first + WRITING_BATCH]
         width = len(prompts[chosen[-1]])
@@ -110,12 +111,20 @@ def write_answers(
             max_new_tokens=max_tokens,
             do_sample=False,
             pad_token_id=filler,
+            eos_token_id=stops,
         )[:, width:].cpu()
         for row, index in enumerate(chosen):
-            answers[index] = tokenizer.decode(written[row], skip_special_tokens=True)
-            count += int((written[row] != filler).sum())
+            answer = _until_stop(written[row].tolist(), stops or [])
+            answers[index] = tokenizer.decode(answer, skip_special_tokens=True)
+            count += len(answer)
         emit(Progress("write", first + len(chosen), len(order)))
     return answers, count
+
+
+def _until_stop(written: list[int], stops: Collection[int]) -> list[int]:
+    """Return an answer with the token that ends it; what fills it up may be the same."""
+    ends = (place for place, token in enumerate(written) if token in stops)
+    return written[: next(ends, len(written)) + 1]
 
 
 def _tokens(model: LoadedModel, question: Question) -> list[int]:

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -71,16 +70,7 @@ def open_decoder(loaded: LoadedModel, options: DecoderOptions = DecoderOptions()
 def served_model(loaded: LoadedModel) -> ServedModel:
     """Return what is said of a model to those who ask."""
     vocabulary = int(loaded.model.config.get_text_config().vocab_size)
-    return ServedModel(loaded.name, loaded.tokenizer, _stop_ids(loaded), vocabulary)
-
-
-def _stop_ids(loaded: LoadedModel) -> frozenset[int]:
-    config: Any = getattr(loaded.model, "generation_config", None)
-    told = getattr(config, "eos_token_id", None)
-    if told is None:
-        told = loaded.tokenizer.eos_token_id
-    every = told if isinstance(told, list | tuple) else [told]
-    return frozenset(int(token) for token in every if token is not None)
+    return ServedModel(loaded.name, loaded.tokenizer, frozenset(loaded.stop_ids), vocabulary)
 
 
 def _positions(model: CausalModel) -> int | None:

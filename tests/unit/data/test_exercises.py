@@ -41,7 +41,8 @@ def learned(tokenizer, tmp_path):
     def read(*rows):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        found = [tokenized(tokenizer, one) for one in read_exercises(path, tokenizer)]
+        exercises = read_exercises(path, tokenizer)
+        found = [tokenized(tokenizer, one, tokenizer.eos_token_id) for one in exercises]
         return [
             (
                 tokenizer.decode(one.tokens),

@@ -219,7 +219,9 @@ def test_a_tokenizer_survives_an_import(pre, ignore_merges, name, tmp_path):
 
 def blurred(files: dict[str, bytes]) -> dict[str, bytes]:
     """Return what transformers 5.17 makes of the metadata of a tokenizer."""
-    whole, settings = (json.loads(files[f"{one}.json"]) for one in ("tokenizer", "tokenizer_config"))
+    whole, settings = (
+        json.loads(files[f"{one}.json"]) for one in ("tokenizer", "tokenizer_config")
+    )
     whole["pre_tokenizer"], whole["model"]["ignore_merges"] = BYTES, False
     whole["model"]["byte_fallback"], whole["post_processor"] = True, None
     whole["added_tokens"] = [one for one in whole["added_tokens"] if one["content"] != "</s>"]

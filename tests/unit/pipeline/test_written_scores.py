@@ -1,8 +1,15 @@
 """Scores of what was written: what is equal is perfect, and any of the references will do."""
 
-import pytest
+import json
 
-from qtool.pipeline.written_scores import Question, score_answers
+import pytest
+import torch
+
+from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location
+from qtool.pipeline.adapt import _pieces
+from qtool.pipeline.written_scores import Question, score_answers, write_answers
+from qtool.steps.adapt_model import AdaptOptions
 
 pytest.importorskip("sacrebleu")
 QUESTIONS = [
@@ -26,3 +33,39 @@ def test_half_an_answer_is_worth_less_and_nonsense_nothing():
     assert 10 < half.bleu < 90
     nothing = score_answers(["x", ""], QUESTIONS, 1)
     assert nothing.bleu == nothing.rouge1 == nothing.rouge_l == 0
+
+
+def other_ends(loaded, told):
+    """Return a model whose configuration names other ends than its tokenizer."""
+    loaded.model.generation_config.eos_token_id = told
+    return loaded
+
+
+@pytest.mark.parametrize(("told", "end"), [(2, 2), ([5, 2], 2), (5, 5), ([5, 7], 5), (None, 2)])
+def test_what_is_learned_ends_where_writing_ends(told, end, llama, tmp_path):
+    loaded = other_ends(load_model(Location(llama)), told)
+    assert loaded.tokenizer.eos_token_id == 2
+    rows = [{"prompt": "w3 w4", "completion": " w6"}, {"text": "w3 w4"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pieces = _pieces(path, loaded, AdaptOptions())
+    assert {(int(one.tokens[-1]), int(one.labels[-1])) for one in pieces} == {(end, end)}
+    assert end in loaded.stop_ids
+
+
+@pytest.mark.parametrize(("told", "ends"), [(None, {2}), (9, {9}), ([9, 4], {9, 4})])
+def test_answers_end_at_any_end_and_are_counted_with_it(told, ends, llama):
+    loaded = other_ends(load_model(Location(llama)), told)
+    first = min(ends)
+    written = torch.tensor([[11, first, 2, 2], [12, 13, 14, 15]])
+
+    def generate(ids, **how):
+        assert set(how["eos_token_id"]) == ends
+        return torch.cat([ids.cpu(), written], dim=1)
+
+    loaded.model.generate = generate
+    questions = [Question("w3", ("w4",), is_chat=False)] * 2
+    answers, count = write_answers(loaded, questions, 4, lambda _: None)
+    assert answers[1] == "w12 w13 w14 w15"
+    assert answers[0].split()[0] == "w11"
+    assert count == 6
