@@ -1,6 +1,7 @@
 """GGUF files that are written: read by transformers and by us, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qtool.exchange._gguf_tokens import (
     why_no_tokenizer,
 )
 from qtool.exchange._gguf_write import compare_gguf
+from qtool.modeling.config import parse_config
 from qtool.modeling.gguf_cache import convert_gguf
 from qtool.modeling.locate import Location
 from qtool.pipeline.export import export, open_departure
@@ -267,6 +269,8 @@ def test_a_converted_file_has_the_tokenizer_that_it_says(streamed, ours, tmp_pat
 def test_what_llama_cpp_would_compute_otherwise_is_refused(family, changes, said, ours):
     departure = open_departure(ours, None, lambda _event: None)
     departure.checkpoint.config.update({"model_type": family, **changes})
+    parsed = parse_config(departure.checkpoint.plain_config(), ours)
+    departure = replace(departure, parsed=parsed)
     reason = str(load_exchange("gguf").refuses_model(departure))
     assert reason.startswith("gguf can't say ")
     assert said in reason
