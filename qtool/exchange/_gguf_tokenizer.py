@@ -43,7 +43,7 @@ def as_metadata_say(files: Mapping[str, bytes], metadata: Mapping[str, Any]) -> 
     found, special = dict(files), _special_tokens(said)
     for name in (SETTINGS_NAME, SPECIAL_NAME):
         if name in files:
-            found[name] = _with_special_tokens(json_object(files, name), special)
+            found[name] = _with_special_tokens(json_object(files, name), special, said)
     pre = OTHER_CUT_NAMES.get(str(said.get("pre")), said.get("pre"))
     steps = next((steps for steps, name in CUTS.items() if name == pre), None)
     if said.get("model") != BYTE_LEVEL or steps is None or not said.keys() >= WHOLE:
@@ -83,7 +83,12 @@ def _special_tokens(said: _Said) -> dict[str, str]:
     return found
 
 
-def _with_special_tokens(settings: dict[str, Any], special: Mapping[str, str]) -> bytes:
+def _with_special_tokens(
+    settings: dict[str, Any], special: Mapping[str, str], said: _Said
+) -> bytes:
+    for name in ("add_bos_token", "add_eos_token"):  # classes of transformers 4 heed them
+        if name in settings and name in said:
+            settings[name] = bool(said[name])
     for name, token in special.items():
         settings.pop(f"{name}_id", None)  # some releases save it, maybe of another token
         there = settings.get(name)

@@ -213,7 +213,9 @@ def test_a_tokenizer_survives_an_import(pre, ignore_merges, name, tmp_path):
     metadata = tokenizer_metadata(files, {}, 96)
     mended = as_metadata_say(blurred(files), {**metadata, "tokenizer.ggml.pre": name})
     assert tokenizer_metadata(mended, {}, 96) == metadata
-    assert "eos_token_id" not in json.loads(mended["tokenizer_config.json"])
+    settings = json.loads(mended["tokenizer_config.json"])
+    assert "eos_token_id" not in settings
+    assert settings["add_bos_token"] is True  # which classes of transformers 4 heed
     other = as_metadata_say(blurred(files), {**metadata, "tokenizer.ggml.pre": "viking"})
     assert other["tokenizer.json"] == blurred(files)["tokenizer.json"]
     assert json.loads(other["tokenizer_config.json"])["eos_token"] == "</s>"
@@ -227,7 +229,7 @@ def blurred(files: dict[str, bytes]) -> dict[str, bytes]:
     whole["pre_tokenizer"], whole["model"]["ignore_merges"] = BYTES, False
     whole["model"]["byte_fallback"], whole["post_processor"] = True, None
     whole["added_tokens"] = [one for one in whole["added_tokens"] if one["content"] != "</s>"]
-    wrong = {"eos_token": "<s>", "eos_token_id": 1, "pad_token": None}
+    wrong = {"eos_token": "<s>", "eos_token_id": 1, "pad_token": None, "add_bos_token": False}
     changed = {"tokenizer.json": whole, "tokenizer_config.json": settings | wrong}
     return files | {name: json.dumps(values).encode() for name, values in changed.items()}
 
