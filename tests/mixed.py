@@ -41,6 +41,7 @@ def mixed_checkpoint(source: Path, out_dir: Path, row_bits: Sequence[int], group
     for name in names[: 1 if config["tie_word_embeddings"] else 2]:
         tensor = solved_mixed(tensors.pop(f"{name}.weight").float(), row_bits, group_size)
         tensors |= {f"{name}.{part}": values for part, values in tensor.parts.items()}
+        config["quantization_config"]["unquantized"].pop(f"{name}.weight")
         entries[name] = {
             "format": tensor.format,
             "codec_version": 1,

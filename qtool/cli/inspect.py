@@ -89,7 +89,9 @@ def inspect(
         rows.append(("check after writing", _verdict(check)))
     console.print_table(str(out_dir), ("", "value"), rows)
     _print_bytes(sizes)
-    print_kept(manifest.unquantized, lambda name: "x".join(map(str, reader.spec(name).shape)))
+    stored = set(reader.names())  # a manifest may have been changed by hand
+    kept = {name: why for name, why in manifest.unquantized.items() if name in stored}
+    print_kept(kept, lambda name: "x".join(map(str, reader.spec(name).shape)))
     _print_classes(manifest.layers)
     if layers:
         columns = ("layer", ">shape", "format", ">bits", ">size")

@@ -79,7 +79,11 @@ def test_server_of_the_pages_answers(cli: Cli, chat_llama, port, tmp_path, monke
         pipeline.quantize(Location(chat_llama), tmp_path / name, recipe())
     monkeypatch.chdir(tmp_path)
     starts = [line for page in PAGES for line in command_lines(page) if line.words[1] == "serve"]
-    assert [line.words[1:] for line in starts] == [("serve", "smollm2-w3"), ("serve", "OUT_DIR")]
+    assert [line.words[1:3] for line in starts] == [
+        ("serve", "smollm2-w3"),
+        ("serve", "OUT_DIR"),
+        ("serve", "OUT_DIR"),
+    ]
     said: list[Any] = []
     thread = threading.Thread(target=when_ready, args=(port, ask, said))
     thread.start()

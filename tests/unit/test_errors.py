@@ -17,7 +17,7 @@ REQUIRES = [
     "qtool-no-such-package>=1; extra == 'demo'",
 ]
 
-EXTRAS = ("gpu", "gpu12", "eval", "data", "demo", "report", "search", "serve", "export")
+EXTRAS = ("gpu", "gpu12", "eval", "data", "demo", "report", "search", "serve", "export", "adapt")
 
 
 def test_names_are_those_of_the_project():
