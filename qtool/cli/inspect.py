@@ -18,6 +18,7 @@ from qtool.wording import gigabytes
 
 if TYPE_CHECKING:
     from qtool.checkpoint.manifest import LayerEntry
+    from qtool.checkpoint.reader import CheckpointReader
     from qtool.checkpoint.sizes import DiskSizes
     from qtool.folds import Fold
 
@@ -89,14 +90,18 @@ def inspect(
         rows.append(("check after writing", _verdict(check)))
     console.print_table(str(out_dir), ("", "value"), rows)
     _print_bytes(sizes)
-    stored = set(reader.names())  # a manifest may have been changed by hand
-    kept = {name: why for name, why in manifest.unquantized.items() if name in stored}
-    print_kept(kept, lambda name: "x".join(map(str, reader.spec(name).shape)))
+    _print_kept(reader)
     _print_classes(manifest.layers)
     if layers:
         columns = ("layer", ">shape", "format", ">bits", ">size")
         rows = [(name, *_cells(entry)) for name, entry in manifest.layers.items()]
         console.print_table("Layers", columns, rows)
+
+
+def _print_kept(reader: "CheckpointReader") -> None:
+    stored = {*reader.names()}  # a manifest may have been changed by hand
+    kept = {name: why for name, why in reader.manifest.unquantized.items() if name in stored}
+    print_kept(kept, lambda name: "x".join(map(str, reader.spec(name).shape)))
 
 
 def _verdict(check: Mapping[str, Any]) -> str:
