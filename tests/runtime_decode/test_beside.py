@@ -1,6 +1,6 @@
 """Low-rank parts beside fused weights: as if they were in them."""
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -8,13 +8,13 @@ import torch
 from qtool.runtime.backends.cuda.fusing import fuse
 from qtool.runtime.decode.beside import LowRankBeside, LowRankOps
 from qtool.runtime.decode.ops import DecodeOps
-from qtool.runtime.decode.torch_ops import OPS
+from qtool.runtime.decode.torch_ops import OPS, TorchOps
 from qtool.scheme import WeightScheme
 from tests.helpers import dequantized, normal
 from tests.unit.training.solved import solved
 
 SCHEME = WeightScheme(num_bits=3, group_size=32)
-OPS_BESIDE = cast("DecodeOps", LowRankOps(OPS))
+OPS_BESIDE = LowRankOps(OPS)
 
 
 @pytest.mark.parametrize("way", ["apart", "below one another", "alternating"])
@@ -48,3 +48,16 @@ def test_a_residual_is_added_once():
 def test_every_operation_is_there():
     for name in (name for name in vars(DecodeOps) if not name.startswith("_")):
         assert callable(getattr(OPS_BESIDE, name)), name
+
+
+class Foreseeing(TorchOps):
+    """Operations that run ahead what they are given, as those of a card do."""
+
+    def compile_ahead(self, run):
+        run(OPS)
+
+
+def test_what_is_beside_runs_ahead_as_well():
+    ran: list[DecodeOps] = []
+    LowRankOps(Foreseeing()).compile_ahead(ran.append)
+    assert [type(ops) for ops in ran] == [LowRankOps]

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -267,7 +267,7 @@ def _ops_of(backend: KernelBackend | None, weights: DecoderWeights) -> DecodeOps
     if not has_low_rank(weights):
         return runs.decode_ops(weights)
     ops = runs.decode_ops(without_low_rank(weights))
-    return None if ops is None else cast("DecodeOps", LowRankOps(ops))
+    return None if ops is None else LowRankOps(ops)
 
 
 def _backend_of(model: CausalModel) -> KernelBackend | None:

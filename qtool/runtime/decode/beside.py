@@ -1,6 +1,6 @@
 """Low-rank parts of an adapter in a decoding step: beside any weight, over any operations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qtool.checkpoint.adapter import RANK_DOWN, RANK_UP
 from qtool.core.layout import side_by_side
-from qtool.runtime.decode.ops import DecodeOps, DecodeState, Norm
+from qtool.runtime.decode.around import OpsAround
+from qtool.runtime.decode.ops import DecodeOps, Norm
 from qtool.runtime.decode.torch_ops import dense, silu_times
 from qtool.runtime.decode.weights import (
     DecoderWeights,
@@ -78,15 +79,12 @@ def _plain(weights: Any) -> Any:  # noqa: ANN401
     return weights.weights if isinstance(weights, LowRankBeside) else weights
 
 
-class LowRankOps:
+class LowRankOps(OpsAround):
     """Operations that add low-rank parts to what others multiply; all else is theirs."""
 
-    def __init__(self, inner: DecodeOps) -> None:
-        self._inner = inner
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        """Return an operation that multiplies by no weight of a layer."""
-        return getattr(self._inner, name)
+    def around(self, ops: DecodeOps) -> DecodeOps:
+        """Return the same around other operations."""
+        return LowRankOps(ops)
 
     def linear(
         self,
@@ -97,25 +95,18 @@ class LowRankOps:
     ) -> Tensor:
         """Return x @ W.T + residual, of x normed."""
         if not isinstance(projection, LowRankBeside):
-            return self._inner.linear(x, projection, residual, norm)
-        x = x if norm is None else self._inner.rms_norm(x, *norm)
-        return self._inner.linear(x, projection.weights, residual) + _added(x, projection)
+            return self._ops.linear(x, projection, residual, norm)
+        x = x if norm is None else self._ops.rms_norm(x, *norm)
+        return self._ops.linear(x, projection.weights, residual) + _added(x, projection)
 
     def gated(self, x: Tensor, gate_up: Projections, norm: Norm | None = None) -> Tensor:
         """Return silu(x @ gate.T) * (x @ up.T), of x normed."""
         if not isinstance(gate_up, LowRankBeside):
-            return self._inner.gated(x, gate_up, norm)
-        x = x if norm is None else self._inner.rms_norm(x, *norm)
-        y = self._inner.linear(x, gate_up.weights)
+            return self._ops.gated(x, gate_up, norm)
+        x = x if norm is None else self._ops.rms_norm(x, *norm)
+        y = self._ops.linear(x, gate_up.weights)
         y = y if isinstance(gate_up.weights, tuple | Tensor) else side_by_side(y)
         return silu_times(y + _added(x, gate_up))
-
-    def whole_step(
-        self, weights: DecoderWeights, state: DecodeState
-    ) -> Callable[[], Tensor] | None:
-        """Return None: no step that is one call knows what is beside its weights."""
-        del weights, state
-        return None
 
 
 def _added(x: Tensor, projection: LowRankBeside) -> Tensor:
