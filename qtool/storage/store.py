@@ -26,9 +26,11 @@ CREATE TABLE IF NOT EXISTS kept (
   kind TEXT, owner TEXT, key BLOB, value BLOB, at REAL, checksum INTEGER,
   PRIMARY KEY (kind, owner, key)
 )"""
-OF_THE_PLACE = {3, 5, 6, 7, 8, 10, 13, 14, 15, 18, 22}
-"""Results of SQLite that say something of the disk and not of what is in the file: PERM, BUSY,
-LOCKED, NOMEM, READONLY, IOERR, FULL, CANTOPEN, PROTOCOL, TOOBIG, NOLFS."""
+HELD_BY_OTHERS = {5, 6, 15}
+"""BUSY, LOCKED, PROTOCOL: who tries again may get it."""
+OF_THE_PLACE = HELD_BY_OTHERS | {3, 7, 8, 10, 13, 14, 18, 22}
+"""Results of SQLite that say something of the disk and not of what is in the file: also PERM, NOMEM,
+READONLY, IOERR, FULL, CANTOPEN, TOOBIG, NOLFS."""
 _T = TypeVar("_T")
 _LOG = logging.getLogger(__name__)
 
@@ -122,7 +124,7 @@ class Store:
         except sqlite3.ProgrammingError:  # our own mistake
             raise
         except sqlite3.DatabaseError as error:
-            if _is_of_the_place(error):
+            if _has_result(error, OF_THE_PLACE):
                 raise OSError(str(error)) from error
             self._move_aside(error)
         try:
@@ -139,13 +141,15 @@ class Store:
     def _opened(self) -> sqlite3.Connection:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
-            self._inode = self.path.stat().st_ino
-            return _connection(str(self.path))
+            # Made by SQLite alone: whoever else opens and closes the file drops the locks that this
+            # process has on it (https://sqlite.org/howtocorrupt.html, 2.2).
+            with contextlib.suppress(FileNotFoundError):
+                self._inode = self.path.stat().st_ino
+            return _waited_for(str(self.path))
         except (sqlite3.OperationalError, OSError) as error:
-            if isinstance(error, sqlite3.Error) and not _is_of_the_place(error):
+            if isinstance(error, sqlite3.Error) and not _has_result(error, OF_THE_PLACE):
                 raise
-            if not self.path.is_file():
+            if not self.path.is_file() or _has_result(error, HELD_BY_OTHERS):
                 raise
             # A folder that can't be written: what was finished there can still be read.
             place = f"{self.path.resolve().as_uri()}?mode=ro&immutable=1"
@@ -162,6 +166,18 @@ class Store:
                 self.path.replace(self.path.with_suffix(".damaged"))
                 for end in ("-wal", "-shm", "-journal"):
                     self.path.with_name(self.path.name + end).unlink(missing_ok=True)
+
+
+def _waited_for(place: str) -> sqlite3.Connection:
+    """Open or make the file; SQLite itself doesn't wait where several make it at once."""
+    end = time.monotonic() + WAIT_SECONDS
+    while True:
+        try:
+            return _connection(place)
+        except sqlite3.OperationalError as error:
+            if not _has_result(error, HELD_BY_OTHERS) or time.monotonic() > end:
+                raise
+            time.sleep(0.001)
 
 
 def _connection(place: str) -> sqlite3.Connection:
@@ -188,8 +204,8 @@ def _connection(place: str) -> sqlite3.Connection:
     return connection
 
 
-def _is_of_the_place(error: sqlite3.Error) -> bool:
-    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in OF_THE_PLACE
+def _has_result(error: Exception, results: set[int]) -> bool:
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in results
 
 
 def _checksum(kind: str, owner: str, key: Any, value: Any) -> int:  # noqa: ANN401

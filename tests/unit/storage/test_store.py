@@ -226,6 +226,33 @@ def test_many_threads_add_at_once():
     assert len(read()) == 40
 
 
+def test_many_threads_make_the_file_at_once(tmp_path, monkeypatch, caplog):
+    with ThreadPoolExecutor(8) as pool:
+        for place in range(100):
+            monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / f"{place}"))
+            list(pool.map(add_one, range(12)))
+            assert len(read()) == 12
+    assert not caplog.records
+
+
+def test_file_that_is_held_while_it_is_opened_is_waited_for(monkeypatch):
+    path = add(a=b"1")
+    shipped, tries = store_module._connection, []
+
+    def busy_at_first(place: str) -> sqlite3.Connection:
+        tries.append(place)
+        if len(tries) < 3:
+            error = sqlite3.OperationalError("database is locked")
+            error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+            raise error
+        return shipped(place)
+
+    monkeypatch.setattr(store_module, "_connection", busy_at_first)
+    add(b=b"2")
+    assert tries == [str(path)] * 3
+    assert len(read()) == 2
+
+
 def test_many_processes_add_at_once():
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         pool.map(add_one, range(12))
