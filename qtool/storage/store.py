@@ -29,8 +29,8 @@ CREATE TABLE IF NOT EXISTS kept (
 HELD_BY_OTHERS = {5, 6, 15}
 """BUSY, LOCKED, PROTOCOL: who tries again may get it."""
 OF_THE_PLACE = HELD_BY_OTHERS | {3, 7, 8, 10, 13, 14, 18, 22}
-"""Results of SQLite that say something of the disk and not of what is in the file: also PERM, NOMEM,
-READONLY, IOERR, FULL, CANTOPEN, TOOBIG, NOLFS."""
+"""Results of SQLite that say something of the disk and not of what is in the file: these, PERM,
+NOMEM, READONLY, IOERR, FULL, CANTOPEN, TOOBIG, NOLFS."""
 _T = TypeVar("_T")
 _LOG = logging.getLogger(__name__)
 
