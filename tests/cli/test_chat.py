@@ -79,7 +79,17 @@ def test_a_conversation_that_is_too_long_can_be_reset(talk, by_generate):
     assert sum("/reset begins a new one" in line for line in done.said) == 1
 
 
-def test_an_interrupt_ends_the_answer_and_nothing_else(talk, by_generate, monkeypatch):
+@pytest.fixture
+def python_interrupt():
+    """Give the test Python's own handler: what a shell starts in the background has none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_the_answer_and_nothing_else(
+    talk, by_generate, monkeypatch, python_interrupt
+):
     step, count = ForwardDecoder.step, iter(range(1000))
 
     def interrupted(self, tokens):
@@ -95,7 +105,7 @@ def test_an_interrupt_ends_the_answer_and_nothing_else(talk, by_generate, monkey
     assert whole == by_generate("w5", most=12)
     assert whole.startswith(part)
     assert len(part.split()) == 6
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is python_interrupt
 
 
 def test_a_model_without_a_template_is_refused(cli: Cli, checkpoint, monkeypatch):
