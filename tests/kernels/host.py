@@ -48,11 +48,14 @@ def compiled(*arguments: str | Path) -> None:
 
 @functools.cache
 def host_folder() -> tempfile.TemporaryDirectory[str]:
-    """Return a folder with host.h and host.o, compiled: they take longer than a kernel itself."""
+    """Return a folder with host.h and host.so, compiled: they take longer than a kernel itself.
+
+    All kernels share the one library: the stacks of a thousand fibers are 64 MB.
+    """
     folder = tempfile.TemporaryDirectory()
     header = Path(shutil.copy(HERE / "host.h", folder.name))
     compiled("-x", "c++-header", header, "-o", f"{header}.gch")
-    compiled("-c", HERE / "host.cpp", "-o", Path(folder.name) / "host.o")
+    compiled("-shared", HERE / "host.cpp", "-o", Path(folder.name) / "host.so")
     return folder
 
 
@@ -125,7 +128,7 @@ def host_kernels(name: str, constants: tuple[tuple[str, int], ...]) -> dict[str,
         file, library = Path(directory) / "kernel.cpp", Path(directory) / "kernel.so"
         file.write_text(text + glue)
         host = Path(host_folder().name)
-        compiled("-shared", "-I", host, file, host / "host.o", "-o", library)
+        compiled("-shared", "-I", host, file, host / "host.so", "-o", library)
         loaded = ctypes.CDLL(str(library))
     return {name: HostKernel(loaded, name, parts) for name, parts in found.items()}
 

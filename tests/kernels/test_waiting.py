@@ -1,5 +1,7 @@
 """The host notices a kernel that doesn't wait for the launch before it, as every kernel must."""
 
+import functools
+
 import pytest
 import torch
 
@@ -16,16 +18,18 @@ WAIT = "    wait_for_previous();\n"
 WRITE = "    y[place] = store_activation(value);\n"
 
 
-def add_splits(monkeypatch, text):
-    """Add two splits with a changed kernel, compiled anew."""
+def change(monkeypatch, text):
+    """Let kernels be compiled from changed text; those that are there are kept for other tests."""
     source = sources.kernel_source
     monkeypatch.setattr(host, "kernel_source", lambda *given: text(source(*given)))
-    host.host_kernels.cache_clear()
-    try:
-        y = torch.zeros(1, 128, dtype=torch.float16)
-        planes.add_splits(torch.ones(2, 1, 128), planes.Target(y), Recorder())
-    finally:
-        host.host_kernels.cache_clear()
+    monkeypatch.setattr(host, "host_kernels", functools.cache(host.host_kernels.__wrapped__))
+
+
+def add_splits(monkeypatch, text):
+    """Add two splits with a changed kernel, compiled anew."""
+    change(monkeypatch, text)
+    y = torch.zeros(1, 128, dtype=torch.float16)
+    planes.add_splits(torch.ones(2, 1, 128), planes.Target(y), Recorder())
     return y
 
 
@@ -43,16 +47,11 @@ def test_classes_that_never_wait_are_found(monkeypatch):
     tensor = random_tensor("mixed_rows", scheme, Shape2D(32, 256), 1)
     weight = mixed.prepare_weight(tensor, torch.float16)
     assert isinstance(weight, mixed.MixedWeight)
-    source = sources.kernel_source
-    monkeypatch.setattr(host, "kernel_source", lambda *given: source(*given).replace(WAIT, ""))
-    host.host_kernels.cache_clear()
+    change(monkeypatch, lambda text: text.replace(WAIT, ""))
     parts = list(zip(weight.classes, weight.places, strict=True))
     y = torch.zeros(64, dtype=torch.float16)[32:].view(1, 32)  # places that are hidden are -1
-    try:
-        with pytest.raises(AssertionError, match=FAILURES[2]):
-            by_classes(normal(1, 256).half(), parts, y, Recorder(), Card(2, 144 * 1024))
-    finally:
-        host.host_kernels.cache_clear()
+    with pytest.raises(AssertionError, match=FAILURES[2]):
+        by_classes(normal(1, 256).half(), parts, y, Recorder(), Card(2, 144 * 1024))
 
 
 def test_a_kernel_that_reads_and_writes_before_it_waits_is_found(monkeypatch):
