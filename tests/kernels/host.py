@@ -27,8 +27,8 @@ NAME = re.compile(r"\w+")
 NUMBER = re.compile(r"_\d+$")  # of a class, where a kernel takes several weights
 ALIAS = re.compile(r"#define KERNEL (\w+)")
 COMMENT = re.compile(r"//[^\n]*")
-# More optimization takes longer than it saves: most libraries run a few small launches.
-FLAGS = ("-Og", "-w", "-fPIC", "-std=c++17", "-ffp-contract=off")
+# Any optimization takes longer than it saves: most libraries run a few small launches.
+FLAGS = ("-O0", "-w", "-fPIC", "-std=c++17", "-ffp-contract=off")
 
 
 def compiler() -> str:
