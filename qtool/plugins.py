@@ -7,6 +7,7 @@ A module whose name starts with an underscore is no plug-in.
 import difflib
 import importlib
 import pkgutil
+import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TypeVar
@@ -37,9 +38,11 @@ def load(package: ModuleType, name: str, constant: str, kind: type[Constant]) ->
         UnknownNameError: there is no such plug-in; the message suggests the nearest.
         TypeError: the module doesn't define the constant (a mistake of the plug-in's author).
     """
-    known = names(package)
-    check_name(name, known, package.__name__.rsplit(".", 1)[-1])
-    value = getattr(importlib.import_module(f"{package.__name__}.{name}"), constant, None)
+    path = f"{package.__name__}.{name}"
+    # A manifest asks for its layers' codecs thousands of times: the folder is read once for each.
+    if name.startswith("_") or path not in sys.modules:
+        check_name(name, names(package), package.__name__.rsplit(".", 1)[-1])
+    value = getattr(importlib.import_module(path), constant, None)
     if not isinstance(value, kind):
         raise TypeError(f"{package.__name__}.{name} must define {constant}: {kind.__name__}")
     return value
