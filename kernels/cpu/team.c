@@ -1,7 +1,9 @@
 /* Threads that run a job together: the caller and helpers that wait for the next one.
 
-   Callers in several threads have a team each; a team is kept for the next caller. A child of a fork has
-   no threads but one, so it begins with no teams. */
+   The helpers are those of an OpenMP that the caller names, as torch has them: helpers of two kinds, each
+   awake for a while after its work, would stand in each other's way. Else they are our own: callers in
+   several threads have a team each; a team is kept for the next caller. A child of a fork has no threads
+   but one, so it begins with no teams, and without the pool of OpenMP, which would wait for what is gone. */
 #include "team.h"
 
 #include <pthread.h>
@@ -22,7 +24,7 @@ typedef struct {
 struct qt_team {
     qt_signal start, gate;
     _Alignas(64) atomic_int arrived; /* at the gate */
-    int64_t threads;                 /* the caller and the helpers */
+    _Atomic int64_t threads;         /* the caller and the helpers */
     qt_job job;
     void *argument;
     qt_team *next;
@@ -36,6 +38,8 @@ typedef struct {
 static pthread_mutex_t free_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static qt_team *free_teams;
+static _Atomic qt_parallel parallel; /* NULL: helpers are our own */
+static qt_number number_of_thread, number_of_threads;
 
 static void pause_for_a_moment(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -101,6 +105,7 @@ static void unlock_teams(void) { pthread_mutex_unlock(&free_lock); }
 static void forget_teams(void) {
     pthread_mutex_init(&free_lock, NULL);
     free_teams = NULL;
+    parallel = NULL;
 }
 
 static void follow_forks(void) { pthread_atfork(lock_teams, unlock_teams, forget_teams); }
@@ -121,7 +126,6 @@ static int add_helper(qt_team *team) {
 
 /* A team of that many threads that nobody has, else a new one; NULL if there is no memory. */
 static qt_team *take_team(int64_t threads) {
-    pthread_once(&once, follow_forks);
     lock_teams();
     qt_team **place = &free_teams, *team;
     while (*place && (*place)->threads != threads) place = &(*place)->next;
@@ -139,8 +143,31 @@ static qt_team *take_team(int64_t threads) {
     return team; /* of fewer threads where the system has no more */
 }
 
+void qt_team_borrow(qt_parallel run, qt_number thread, qt_number threads) {
+    pthread_once(&once, follow_forks);
+    number_of_thread = thread, number_of_threads = threads;
+    parallel = run;
+}
+
+/* What each thread of a pool runs: they may be fewer than were asked for. */
+static void take_part(void *argument) {
+    qt_team *team = argument;
+    int64_t threads = number_of_threads();
+    atomic_store(&team->threads, threads);
+    team->job(team->argument, team, number_of_thread(), threads);
+}
+
 void qt_team_run(int64_t threads, qt_job job, void *argument) {
-    qt_team alone = {.threads = 1}, *team = threads > 1 ? take_team(threads) : NULL;
+    qt_team alone = {.threads = 1}, *team = NULL;
+    pthread_once(&once, follow_forks);
+    qt_parallel run = threads > 1 ? parallel : NULL;
+    if (run) {
+        signal_make(&alone.gate);
+        alone.job = job, alone.argument = argument;
+        run(take_part, &alone, (unsigned)threads, 0);
+        return;
+    }
+    if (threads > 1) team = take_team(threads);
     if (!team) {
         job(argument, &alone, 0, 1);
         return;

@@ -19,6 +19,7 @@ NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Of dense weights, single rows and caches, by their number in the library."""
 SIGNATURES = {
     "qt_fingerprint": (c_char_p, ()),
+    "qt_team_borrow": (None, (POINTER, POINTER, POINTER)),
     "qt_planes_size": (INTEGER, (POINTER,)),
     "qt_planes_pack": (None, (POINTER, POINTER, POINTER, POINTER, INTEGER)),
     "qt_planes_rows": (None, (POINTER, POINTER, INTEGER, INTEGER, INTEGER, POINTER, INTEGER)),
@@ -27,6 +28,8 @@ SIGNATURES = {
     "qt_decode_room": (INTEGER, (POINTER, INTEGER, INTEGER)),
     "qt_decode_step": (None, (POINTER, POINTER, INTEGER)),
 }
+POOL = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+"""Of OpenMP, GCC's or LLVM's: what runs a part in each thread, and who a thread is."""
 _LOCK = threading.Lock()
 
 
@@ -96,5 +99,17 @@ def _loaded(path: Path, kernels: Path, level: str) -> Library | None:
         made_of = calls.qt_fingerprint().decode()
     except (OSError, AttributeError, UnicodeDecodeError):
         return None
-    known = building.fingerprint(kernels, level)
-    return Library(level, path, calls) if made_of == known else None
+    if made_of != building.fingerprint(kernels, level):
+        return None
+    _share_threads(calls)
+    return Library(level, path, calls)
+
+
+def _share_threads(calls: CDLL) -> None:
+    """Give the library torch's own threads: those of two pools would wait awake side by side."""
+    try:
+        torch_calls = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        pool = [ctypes.cast(getattr(torch_calls, name), c_void_p) for name in POOL]
+    except (OSError, AttributeError):
+        return  # a torch with other threads than OpenMP's
+    calls.qt_team_borrow(*pool)
