@@ -65,6 +65,14 @@ QT_INLINE int64_t qt_group_place(const qt_planes *w, int64_t tile, int64_t g) {
     return first * w->tile_bytes + before + (tile - first) * qt_bytes_of_group(w, qt_group_chunks(w, g));
 }
 
+/* What centers count, as a part of the first plane's scale: 2^(2 - bits). */
+QT_INLINE float qt_center_unit(const qt_planes *w) {
+    int32_t bits = (int32_t)(127 + 2 - w->num_bits) << 23; /* a call in the innermost loops would cost */
+    float unit;
+    memcpy(&unit, &bits, sizeof unit);
+    return unit;
+}
+
 /* Bytes of the tables of one input vector, a multiple of 64. */
 QT_INLINE int64_t qt_table_bytes(const qt_planes *w) {
     return qt_all_chunks(w) * QT_CHUNK_TABLE + (w->num_groups * 8 + 63) / 64 * 64;
@@ -141,7 +149,7 @@ QT_INLINE const uint8_t *qt_add_group(const qt_planes *w, const uint8_t *stream,
     }
     for (int half = 0; half < 2; half++) {
         qt_floats offset = qt_halves(scales + 32 * half);
-        if (w->centered) offset *= first[half] * ldexpf(1.0f, 2 - (int)w->num_bits);
+        if (w->centered) offset *= first[half] * qt_center_unit(w);
         for (int b = 0; b < batch; b++)
             y[b][half] += total[b][half] * tables[b].scales[g] + offset * tables[b].sums[g];
     }
@@ -196,16 +204,19 @@ QT_INLINE void qt_planes_row(const qt_planes *w, int64_t row, qt_dtype dtype, ch
     float wide[QT_MOST_GROUPED];
     if (w->numbers) row = w->numbers[row];
     for (; row >= w->rows; w = w->next) row -= w->rows;
-    int64_t in_tile = row % QT_TILE_ROWS;
+    int64_t tile = row / QT_TILE_ROWS, in_tile = row % QT_TILE_ROWS, whole = qt_bytes_of_group(w, w->chunks);
+    int64_t in_block = tile % w->together, left = qt_tiles(w) - tile + in_block;
+    const uint8_t *block = w->stream + (tile - in_block) * w->tile_bytes;
     for (int64_t g = 0; g < w->num_groups; g++) {
-        const uint8_t *stream = w->stream + qt_group_place(w, row / QT_TILE_ROWS, g);
         int64_t chunks = qt_group_chunks(w, g), count = qt_group_inputs(w, g);
+        const uint8_t *stream = block + in_block * qt_bytes_of_group(w, chunks);
         const uint8_t *numbers = stream + w->num_bits * chunks * QT_CHUNK_BYTES;
+        block += (left < w->together ? left : w->together) * whole;
         float scales[QT_MOST_BITS + 1];
         for (int64_t p = 0; p <= w->num_bits; p++)
             qt_widen(numbers + 64 * p + 2 * in_tile, QT_FLOAT16, 1, scales + p);
         float offset = scales[w->num_bits];
-        if (w->centered) offset *= scales[0] * ldexpf(1.0f, 2 - (int)w->num_bits);
+        if (w->centered) offset *= scales[0] * qt_center_unit(w);
         float *numbers_of_group = dtype == QT_FLOAT32 ? (float *)y : wide;
         qt_widen_group(stream, chunks, w->num_bits, in_tile, scales, offset, count, numbers_of_group);
         if (dtype != QT_FLOAT32) qt_narrow(wide, dtype, count, y);

@@ -106,6 +106,9 @@ QT_INLINE void qt_rotate(float *x, const float *turn, int64_t n) {
 typedef enum { QT_FLOAT32, QT_FLOAT16, QT_BFLOAT16 } qt_dtype;
 
 QT_INLINE float qt_half_to_float(uint16_t half) {
+#if defined(__F16C__)
+    return _cvtsh_ss(half);
+#endif
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff, bits;
     if (rest >= 0x7c00) {
         bits = 0x7f800000u | (rest & 0x3ff) << 13;

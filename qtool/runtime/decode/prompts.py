@@ -1,6 +1,7 @@
 """Prompts, or parts of them, that are read at once: packed one after the other, of any lengths."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_HEAD_DIMS = range(8, 257, 8)
+CPU_TOKENS = 64
+"""That attend together."""
 OLDEST_FOR_FLASH = (8, 0)
 """Compute capability."""
 
@@ -124,7 +127,23 @@ def attend_to_cache(
 
 
 def _alone(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Attend from the last tokens (tokens, heads, head_dim) of one sequence to all of it."""
+    """Attend from the last tokens (tokens, heads, head_dim) of one sequence to all of it.
+
+    On a CPU some tokens at a time: torch's kernel there multiplies by 512 keys even where all but
+    a few of them are of later tokens.
+    """
+    before = keys.shape[1] - len(query)
+    parts = query.split(CPU_TOKENS if query.device.type == "cpu" else len(query))
+    ends = itertools.accumulate(map(len, parts), initial=before)
+    attended = [
+        _at_once(part, keys[:, :end], values[:, :end], scale)
+        for part, end in zip(parts, itertools.islice(ends, 1, None), strict=True)
+    ]
+    return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+
+def _at_once(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Attend from the last tokens (tokens, heads, head_dim) of a sequence to all of it."""
     count, length = len(query), keys.shape[1]
     mask = None
     if 1 < count < length:
