@@ -1,7 +1,6 @@
 """Prompts, or parts of them, that are read at once: packed one after the other, of any lengths."""
 
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -132,25 +131,30 @@ def _alone(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     On a CPU some tokens at a time: torch's kernel there multiplies by 512 keys even where all but
     a few of them are of later tokens.
     """
-    before = keys.shape[1] - len(query)
-    parts = query.split(CPU_TOKENS if query.device.type == "cpu" else len(query))
-    ends = itertools.accumulate(map(len, parts), initial=before)
-    attended = [
-        _at_once(part, keys[:, :end], values[:, :end], scale)
-        for part, end in zip(parts, itertools.islice(ends, 1, None), strict=True)
-    ]
-    return attended[0] if len(attended) == 1 else torch.cat(attended)
+    step = CPU_TOKENS if query.device.type == "cpu" else len(query)
+    if len(query) <= step:
+        return _at_once(query, keys, values, scale, _mask(query, keys.shape[1]))
+    end, mask = keys.shape[1] - len(query), _mask(query[:step], keys.shape[1])
+    attended = []
+    for part in query.split(step):
+        end += len(part)
+        seen = mask[step - len(part) :, keys.shape[1] - end :]
+        attended.append(_at_once(part, keys[:, :end], values[:, :end], scale, seen))
+    return torch.cat(attended)
 
 
-def _at_once(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def _mask(query: Tensor, length: int) -> Tensor:
+    """Return what is added to scores (tokens, length): each of the last tokens sees no later one."""
+    hidden = query.new_full((len(query), length), -torch.inf)
+    return hidden.triu(length - len(query) + 1)
+
+
+def _at_once(query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor) -> Tensor:
     """Attend from the last tokens (tokens, heads, head_dim) of a sequence to all of it."""
     count, length = len(query), keys.shape[1]
-    mask = None
-    if 1 < count < length:
-        mask = torch.ones(count, length, dtype=torch.bool, device=query.device)
-        mask = mask.tril(length - count)
     attended = functional.scaled_dot_product_attention(
-        *(query.transpose(0, 1)[None], keys[None], values[None], mask),
+        *(query.transpose(0, 1)[None], keys[None], values[None]),
+        attn_mask=mask if 1 < count < length else None,
         is_causal=count == length > 1,
         scale=scale,
         enable_gqa=query.shape[1] > keys.shape[0],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qtool.runtime.backends.cpu.decode_step import DecoderTable, NativeStep
+from qtool.runtime.backends.cpu.library import NATIVE_DTYPES
 from qtool.runtime.decode.ops import DecodeState, Norm
 from qtool.runtime.decode.torch_ops import TorchOps, silu_times
 from qtool.runtime.decode.weights import DecoderWeights, Projection, Projections
@@ -49,8 +50,23 @@ class NativeOps(TorchOps):
         if not isinstance(gate_up, tuple) or len(gate_up) != 2:  # noqa: PLR2004 - gate and up
             return silu_times(self.linear(x, gate_up, norm=norm))
         x = x if norm is None else self.rms_norm(x, *norm)
-        gate, up = (self._multiplied(x, part) for part in gate_up)
-        return torch.nn.functional.silu(gate).mul_(up)
+        gate, up = (self._multiplied(x, part).contiguous() for part in gate_up)
+        pointers, shape = (gate.data_ptr(), up.data_ptr()), gate.view(-1, gate.shape[-1]).shape
+        dtype = NATIVE_DTYPES.index(gate.dtype)
+        threads = self._calls.threads()
+        self._calls.library.qt_gate_rows(*pointers, *shape, dtype, gate.data_ptr(), threads)
+        return gate
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Return x / rms(x) * weight, rounded before the weight and after it."""
+        if weight.dtype != x.dtype or x.dtype not in NATIVE_DTYPES:
+            return super().rms_norm(x, weight, eps)
+        x, weight = x.contiguous(), weight.contiguous()
+        y, shape = torch.empty_like(x), x.view(-1, x.shape[-1]).shape
+        pointers, dtype = (x.data_ptr(), weight.data_ptr()), NATIVE_DTYPES.index(x.dtype)
+        threads = self._calls.threads()
+        self._calls.library.qt_norm_rows(*pointers, eps, *shape, dtype, y.data_ptr(), threads)
+        return y
 
     def whole_step(self, weights: DecoderWeights, state: DecodeState) -> NativeStep | None:
         """Return the native step; None where there are experts, codes in the cache, ranks."""

@@ -3,7 +3,7 @@
 import ctypes
 import functools
 import threading
-from ctypes import CDLL, c_char_p, c_int64, c_void_p
+from ctypes import CDLL, c_char_p, c_double, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,11 @@ SIGNATURES = {
     "qt_planes_rows": (None, (POINTER, POINTER, INTEGER, INTEGER, INTEGER, POINTER, INTEGER)),
     "qt_planes_room": (INTEGER, (POINTER, INTEGER)),
     "qt_planes_multiply": (None, (POINTER, POINTER, INTEGER, POINTER, POINTER, INTEGER)),
+    "qt_norm_rows": (
+        None,
+        (POINTER, POINTER, c_double, INTEGER, INTEGER, INTEGER, POINTER, INTEGER),
+    ),
+    "qt_gate_rows": (None, (POINTER, POINTER, INTEGER, INTEGER, INTEGER, POINTER, INTEGER)),
     "qt_decode_room": (INTEGER, (POINTER, INTEGER, INTEGER)),
     "qt_decode_step": (None, (POINTER, POINTER, INTEGER)),
 }
