@@ -61,6 +61,29 @@ static int run(int64_t rows, int64_t inputs, int64_t group, int64_t bits, int64_
     return wrong > 0;
 }
 
+void qt_norm_rows(const char *x, const char *weight, double eps, int64_t rows, int64_t inputs,
+                  int64_t dtype, char *y, int64_t threads);
+void qt_gate_rows(const char *gate, const char *up, int64_t rows, int64_t inputs, int64_t dtype, char *y,
+                  int64_t threads);
+
+/* What stands between products of prompts: a row of ones normed, and gated by what it is. */
+static int run_rows(int64_t rows, int64_t inputs, int64_t dtype, int64_t threads) {
+    int wrong = 0;
+    int64_t item = dtype == QT_FLOAT32 ? 4 : 2, all = rows * inputs;
+    float one = 1.0f, value;
+    char *x = exactly(all * item), *weight = exactly(inputs * item), *y = exactly(all * item);
+    for (int64_t i = 0; i < all; i++) qt_narrow(&one, (qt_dtype)dtype, 1, x + i * item);
+    memcpy(weight, x, (size_t)(inputs * item));
+    qt_norm_rows(x, weight, 0.0, rows, inputs, dtype, y, threads);
+    qt_gate_rows(x, y, rows, inputs, dtype, x, threads);
+    for (int64_t i = 0; i < all; i++) {
+        qt_widen(x + i * item, (qt_dtype)dtype, 1, &value);
+        wrong += !(fabsf(value - 0.731f) <= 4e-3f);
+    }
+    free(x), free(weight), free(y);
+    return wrong > 0;
+}
+
 int decode_steps(void); /* decode_driver.c */
 
 int main(void) {
@@ -71,5 +94,6 @@ int main(void) {
     wrong += run(100, 576, 128, 4, 5, 2);
     wrong += run(2100, 1300, 512, 2, 1, 2);
     wrong += run(70, 2048, 16, 3, 7, 1);
+    for (int64_t dtype = QT_FLOAT32; dtype <= QT_BFLOAT16; dtype++) wrong += run_rows(5, 257, dtype, 2);
     return wrong;
 }

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -201,6 +202,28 @@ def test_two_threads_may_multiply_at_once():
     for runner in runners:
         runner.join()
     assert wrong == []
+
+
+THREADS_OF_TORCH = """
+import os, torch
+from tests.kernels_cpu.test_library import product
+torch.set_num_threads(3)
+torch.randn(999, 999) @ torch.randn(999, 999)
+before = len(os.listdir("/proc/self/task"))
+import qtool.runtime.backends.cpu.packing as packing
+packing.library_threads = lambda: 3
+product(0)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads aren't listed here")
+def test_the_helpers_are_the_threads_that_torch_has():
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS_OF_TORCH], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "0"
 
 
 def _in_a_child(expected, queue):

@@ -124,7 +124,7 @@ def test_logits_of_sequences_of_unlike_lengths(kind, threads):
             logits.append(torch.stack(each))
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=2e-4)
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=4e-4)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 16])

@@ -144,7 +144,7 @@ def _alone(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
 
 
 def _mask(query: Tensor, length: int) -> Tensor:
-    """Return what is added to scores (tokens, length): each of the last tokens sees no later one."""
+    """Return what is added to scores (tokens, length), so that no later one is seen."""
     hidden = query.new_full((len(query), length), -torch.inf)
     return hidden.triu(length - len(query) + 1)
 
