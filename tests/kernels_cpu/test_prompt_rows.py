@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtool.runtime.backends.cpu import building
-from qtool.runtime.backends.cpu.library import NATIVE_DTYPES, found_library
+from qtool.runtime.backends.cpu.library import NATIVE_DTYPES, Library, found_library
 from qtool.runtime.decode import prompts
 from qtool.runtime.decode.torch_ops import rms_norm, silu_times
 from tests.helpers import normal
@@ -27,7 +27,9 @@ def assert_rounded_alike(found, expected):
 @settings(max_examples=25, deadline=None)
 @given(dtype=st.sampled_from(NATIVE_DTYPES), rows=st.integers(1, 9), size=SIZES, threads=SIZES)
 def test_norms_and_gates_round_where_torch_does(dtype, rows, size, threads):
-    calls, number, threads = found_library().calls, NATIVE_DTYPES.index(dtype), 1 + threads % 3
+    library = found_library()
+    assert isinstance(library, Library)
+    calls, number, threads = library.calls, NATIVE_DTYPES.index(dtype), 1 + threads % 3
     x, other = (normal(rows, size, seed=seed).mul(4).to(dtype) for seed in range(2))
     y = torch.empty_like(x)
     pointers = (x.data_ptr(), other.data_ptr())
