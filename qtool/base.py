@@ -121,6 +121,9 @@ class Codec:
     """(weight, dimension, start, length) -> a part, to the bit; `SchemeError` if a group is cut."""
     trainable: Callable[[QuantizedTensor], Trainable] | None = None
     """Where learning starts from a weight; None: weights of this format can't be tuned."""
+    opened: Callable[[QuantizedTensor], QuantizedTensor] | None = None
+    """The same weight, to the bit, in the format in which backends run it, made when a model is
+    loaded; None: they run it as it is stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
