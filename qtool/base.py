@@ -122,8 +122,7 @@ class Codec:
     trainable: Callable[[QuantizedTensor], Trainable] | None = None
     """Where learning starts from a weight; None: weights of this format can't be tuned."""
     opened: Callable[[QuantizedTensor], QuantizedTensor] | None = None
-    """The same weight, to the bit, in the format in which backends run it, made when a model is
-    loaded; None: they run it as it is stored."""
+    """The same weight, to the bit, in the format that backends run; None: in this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,8 +162,7 @@ class Method:
     layout: Callable[[WeightScheme, Shape2D, Any], Mapping[str, PartSpec]]
     """(scheme, shape, options) -> the parts that `solve` will return, for `--dry-run`."""
     num_bits: range = range(1, 9)  # bit widths that it supports
-    needs: frozenset[Statistic] = frozenset()
-    """Statistics that it can't do without."""
+    needs: frozenset[Statistic] = frozenset()  # statistics that it can't do without
     uses: frozenset[Statistic] = frozenset()  # statistics that it does better with
     writes: Callable[[Any], str] = lambda _options: "affine"  # options -> format of the result
     is_tunable: bool = True  # that has `Codec.trainable`

@@ -17,7 +17,7 @@ from qtool.core.place_codes import decode_places, encode_places, place_widths
 from qtool.core.xor_networks import pack_network, unpack_network
 from qtool.errors import SchemeError
 from qtool.formats import binary_coding
-from qtool.formats._parts import narrowed, refuse_classes
+from qtool.formats._parts import narrowed, refuse_keys
 from qtool.scheme import MAX_BITS, BitCode, Shape2D, WeightScheme
 
 SPARSE_PLANES = "sparse_planes"
@@ -51,7 +51,7 @@ def _code(scheme: WeightScheme, shape: Shape2D) -> BitCode:
 
 def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     """Return the parts of a weight."""
-    refuse_classes(scheme)
+    refuse_keys(scheme.plain())
     code, numel = _code(scheme, shape), shape.out_features * shape.in_features
     steps = sequential_code.num_steps(scheme.num_bits * num_words(numel), code.num_outputs)
     network = (code.num_outputs, num_words(code.num_seen))

@@ -13,7 +13,6 @@ from qtool.checkpoint.adapter import RANK_DOWN, RANK_UP, LayerAdapter, has_scale
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.core.activations import multiply_quantized
 from qtool.formats._dtypes import dtype_of
-from qtool.formats._in_planes import opened
 from qtool.runtime.backends._choose import choose_backend, definition, wanted_backend
 from qtool.runtime.differentiable import as_autocast, multiply_differentiably
 from qtool.runtime.held import Held, finish_packing, takes_over
@@ -63,8 +62,8 @@ class QuantizedWeight(nn.Module):
         return None if self._held is None else self._held.backend
 
     def tensor(self) -> QuantizedTensor:
-        """Return the weight as data that backends run, with the scales of an adapter that is set."""
-        return rescaled(opened(self.stored()), self.adapter)
+        """Return the weight as data, on its device, with the scales of an adapter that is set."""
+        return rescaled(self.stored(), self.adapter)
 
     def stored(self, device: torch.device | None = None) -> QuantizedTensor:
         """Return the weight as the checkpoint has it, on a device; None: on its own."""
