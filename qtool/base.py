@@ -74,8 +74,7 @@ class PartSpec:
 class QuantizedTensor:
     """A quantized weight: exactly what a checkpoint stores, and nothing else."""
 
-    format: str
-    """Name of the codec, such as `binary_coding`."""
+    format: str  # name of the codec, such as `binary_coding`
     scheme: WeightScheme
     shape: Shape2D
     parts: Mapping[str, Tensor]
@@ -122,7 +121,7 @@ class Codec:
     trainable: Callable[[QuantizedTensor], Trainable] | None = None
     """Where learning starts from a weight; None: weights of this format can't be tuned."""
     opened: Callable[[QuantizedTensor], QuantizedTensor] | None = None
-    """The same weight, to the bit, in the format that backends run; None: in this one."""
+    """To the bit the same, in the format that backends run; None: in this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ all else is written as version 1."""
 NEW = {2: "whose inputs are quantized", 3: "of single experts"}
 """What layers came with a version."""
 QUANT_METHOD = "qtool"
-ROWS, CODE = "rows", "code"
+ROWS, BIT_CODE = "rows", "code"
 """Keys of a scheme that only formats with classes of rows have, or with networks of XOR gates."""
 MAX_SIZE = 2**31 - 1
 """Of a dimension or a group: what 32 bits hold."""
@@ -206,9 +206,9 @@ def _entry_from_json(name: str, value: object) -> LayerEntry:
 
 
 def _scheme_from_json(value: Mapping[str, Any]) -> WeightScheme:
-    keys = {field.name for field in fields(WeightScheme)} - {ROWS, CODE}
-    if value.keys() - {ROWS, CODE} != keys:
-        wrong = sorted((value.keys() - {ROWS, CODE}) ^ keys)[0]
+    keys = {field.name for field in fields(WeightScheme)} - {ROWS, BIT_CODE}
+    if value.keys() - {ROWS, BIT_CODE} != keys:
+        wrong = sorted((value.keys() - {ROWS, BIT_CODE}) ^ keys)[0]
         state = "unknown" if wrong in value else "missing"
         raise CheckpointError(f"the key {quoted(wrong)} of scheme is {state}")
     scheme = WeightScheme(
@@ -251,9 +251,9 @@ def _rows_from_json(value: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
 
 def _code_from_json(value: Mapping[str, Any]) -> BitCode | None:
     """Return what is there only if planes are stored in fewer bits than they have."""
-    if CODE not in value:
+    if BIT_CODE not in value:
         return None
-    found, names = _value(value, CODE, dict), [field.name for field in fields(BitCode)]
+    found, names = _value(value, BIT_CODE, dict), [field.name for field in fields(BitCode)]
     if found.keys() != set(names):
         wrong = sorted(found.keys() ^ set(names))[0]
         state = "unknown" if wrong in found else "missing"

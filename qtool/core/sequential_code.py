@@ -140,7 +140,7 @@ class _Search:
                 made = np.zeros(between.shape, np.uint8)
                 for at in taps.nonzero()[0]:
                     made ^= (between >> at).astype(np.uint8) & 1
-                self.outputs.append((made, made ^ 1))  # what is wrong where a 0, a 1 is wanted
+                self.outputs.append((made, made ^ np.uint8(1)))  # what is wrong where a 0, a 1 is wanted
 
     def best(self, bits: Octets, cares: Octets) -> Octets:
         """Return the bits that one lane takes, those that fill the registers first."""

@@ -96,9 +96,7 @@ def _drawn(num_outputs: int, num_inputs: int, taps: int, generator: torch.Genera
     return network
 
 
-def _others(
-    count: int, num_inputs: int, taps: int, generator: torch.Generator
-) -> list[list[int]]:
+def _others(count: int, num_inputs: int, taps: int, generator: torch.Generator) -> list[list[int]]:
     """Return sets of inputs, none twice before all of pairs have been there once."""
     if taps != 2:  # noqa: PLR2004 - there are too many
         draw = (torch.randperm(num_inputs, generator=generator)[:taps] for _ in range(count))

@@ -54,9 +54,7 @@ def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     }
 
 
-def encode_encrypted(
-    encrypted: Tensor, networks: Tensor, like: QuantizedTensor
-) -> QuantizedTensor:
+def encode_encrypted(encrypted: Tensor, networks: Tensor, like: QuantizedTensor) -> QuantizedTensor:
     """Store planes by what makes them.
 
     Args:
@@ -93,7 +91,7 @@ def encrypted_slices(rows: Tensor, num_outputs: int) -> Tensor:
     return functional.pad(rows, (0, 0, 0, missing)).unflatten(-2, (-1, num_outputs))
 
 
-def to_binary(tensor: QuantizedTensor) -> QuantizedTensor:
+def decrypted(tensor: QuantizedTensor) -> QuantizedTensor:
     """Return the same weight, to the bit, in format `binary_coding`."""
     code, parts = _code(tensor.scheme), dict(tensor.parts)
     networks = unpack_network(parts.pop("xor_networks"), code.num_inputs)
@@ -108,19 +106,19 @@ def to_binary(tensor: QuantizedTensor) -> QuantizedTensor:
 
 def _dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Return the weight, (out_features, in_features) in `dtype`."""
-    return binary_coding.CODEC.dequantize(to_binary(tensor), dtype)
+    return binary_coding.CODEC.dequantize(decrypted(tensor), dtype)
 
 
 def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
     """Return weights below one another (dim 0), or beside one another, binary-coded."""
-    return binary_coding.CODEC.cat([to_binary(tensor) for tensor in tensors], dim)
+    return binary_coding.CODEC.cat([decrypted(tensor) for tensor in tensors], dim)
 
 
 def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> QuantizedTensor:
     """Return a part of the rows (dim 0), or of the columns; binary-coded if a slice is cut."""
     shape, size = narrowed(tensor, dim, start, length), _code(tensor.scheme).num_outputs
     if dim == 0 and start % size:
-        return binary_coding.CODEC.narrow(to_binary(tensor), dim, start, length)
+        return binary_coding.CODEC.narrow(decrypted(tensor), dim, start, length)
     encrypted = tensor.parts["encrypted_planes"]
     if dim == 1:
         cut = narrow_planes(encrypted, dim, start, length)
@@ -138,5 +136,5 @@ CODEC = Codec(
     dequantize=_dequantize,
     cat=_cat,
     narrow=_narrow,
-    opened=to_binary,
+    opened=decrypted,
 )

@@ -20,8 +20,8 @@ from qtool.formats._parts import (
     joined,
     narrow_planes,
     narrowed,
-    refuse_keys,
     refuse_cut,
+    refuse_keys,
 )
 from qtool.scheme import Shape2D, WeightScheme
 

@@ -142,7 +142,7 @@ def signs_of(tensor: QuantizedTensor) -> Tensor:
     return bits.view(scheme.num_bits, *shape)
 
 
-def to_binary(tensor: QuantizedTensor) -> QuantizedTensor:
+def in_twin_planes(tensor: QuantizedTensor) -> QuantizedTensor:
     """Return the same weight, to the bit, in format `binary_coding`: two planes of each."""
     signs, kept = signs_of(tensor), kept_of(tensor)
     both = torch.stack([signs, signs ^ (~kept).to(torch.uint8)], 1).flatten(0, 1)
@@ -156,18 +156,18 @@ def to_binary(tensor: QuantizedTensor) -> QuantizedTensor:
 
 def _dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Return the weight, (out_features, in_features) in `dtype`."""
-    return binary_coding.CODEC.dequantize(to_binary(tensor), dtype)
+    return binary_coding.CODEC.dequantize(in_twin_planes(tensor), dtype)
 
 
 def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:
     """Return weights below one another (dim 0), or beside one another, binary-coded."""
-    return binary_coding.CODEC.cat([to_binary(tensor) for tensor in tensors], dim)
+    return binary_coding.CODEC.cat([in_twin_planes(tensor) for tensor in tensors], dim)
 
 
 def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> QuantizedTensor:
     """Return a part of the rows (dim 0), or of the columns, binary-coded."""
     narrowed(tensor, dim, start, length)
-    return binary_coding.CODEC.narrow(to_binary(tensor), dim, start, length)
+    return binary_coding.CODEC.narrow(in_twin_planes(tensor), dim, start, length)
 
 
 CODEC = Codec(
@@ -176,7 +176,7 @@ CODEC = Codec(
     dequantize=_dequantize,
     cat=_cat,
     narrow=_narrow,
-    opened=to_binary,
+    opened=in_twin_planes,
 )
 
 

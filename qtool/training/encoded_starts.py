@@ -5,21 +5,19 @@ from torch import Tensor
 
 from qtool.base import QuantizedTensor
 from qtool.core import alternating, binary_coding, grouping
+from qtool.core.packing import pack_bits, unpack_bits
 from qtool.core.xor_networks import nearest_inputs, through_network
 from qtool.errors import SchemeError
 from qtool.formats import binary_coding as binary_format
 from qtool.formats.encrypted_planes import encode_encrypted, encrypted_slices
 from qtool.formats.sparse_planes import encode_sparse
-from qtool.core.packing import pack_bits, unpack_bits
 from qtool.scheme import Shape2D, WeightScheme
 
-MOST_INPUTS = 16
+MOST_TRIED_INPUTS = 16
 """Stored bits of a slice of which all values are tried."""
 
 
-def encrypted_start(
-    weight: Tensor, networks: Tensor, scheme: WeightScheme
-) -> QuantizedTensor:
+def encrypted_start(weight: Tensor, networks: Tensor, scheme: WeightScheme) -> QuantizedTensor:
     """Return the encrypted weight that is nearest, plane after plane.
 
     Args:
@@ -30,10 +28,10 @@ def encrypted_start(
     Raises:
         SchemeError: slices have too many stored bits.
     """
-    if networks.shape[2] > MOST_INPUTS:
+    if networks.shape[2] > MOST_TRIED_INPUTS:
         raise SchemeError(
             f"A slice of {networks.shape[2]} stored bits is more than can be tried; 1 to "
-            f"{MOST_INPUTS} are meant. Take smaller slices of the same ratio."
+            f"{MOST_TRIED_INPUTS} are meant. Take smaller slices of the same ratio."
         )
     shape, left = Shape2D(*weight.shape), weight
     offsets = _means(weight, scheme)

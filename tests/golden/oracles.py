@@ -208,7 +208,9 @@ def sequential(
         registers = registers[: num_registers + 1]
         if len(registers) > num_registers:
             seen = [each for word in registers for each in word]
-            given.append([sum(seen[at] & bit(row, at) for at in range(len(seen))) % 2 for row in network])
+            given.append(
+                [sum(seen[at] & bit(row, at) for at in range(len(seen))) % 2 for row in network]
+            )
     return given
 
 
@@ -238,7 +240,8 @@ def _places(parts: Parts, limit: int) -> list[int]:
     """Return the numbers of the bits that are corrected."""
     if "correction_places" not in parts:
         return []
-    lows, unary = parts.get("correction_lows", []), parts["correction_places"][0]
+    unary = parts["correction_places"][0]
+    lows: list[NDArray[np.generic]] = list(parts.get("correction_lows", ()))
     found: list[int] = []
     rest = at = 0
     while at < 32 * len(unary):
