@@ -20,7 +20,7 @@ from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.core import grouping
 from qtool.core.binary_coding import assign
-from qtool.formats._in_planes import in_planes, opened
+from qtool.formats._in_planes import in_planes, opened_weight
 from qtool.formats.binary_coding import BINARY_CODING, encode_binary
 
 PLANE_SCALES, PLANE_OFFSETS, RANK_DOWN, RANK_UP = "plane_scales", "plane_offsets", "down", "up"
@@ -65,7 +65,7 @@ def rescaled(tensor: QuantizedTensor, changes: LayerAdapter) -> QuantizedTensor:
     nothing is returned as it is, but for that.
     """
     if not has_scales(changes):
-        return opened(tensor)
+        return opened_weight(tensor)
     binary = in_planes(tensor)
     parts = dict(binary.parts)
     if PLANE_SCALES in changes:

@@ -184,8 +184,9 @@ def _part_names() -> tuple[frozenset[str], frozenset[str]]:
         (WeightScheme(num_bits=MAX_BITS, rows=rows), Shape2D(MAX_BITS, 1)),
     ]
     inputs = BitCode(num_inputs=1, num_outputs=1)
-    for code in (inputs, replace(inputs, registers=1, kept=1, corrections=1)):
-        kinds.append((WeightScheme(num_bits=2, symmetric=True, code=code), Shape2D(1, 1)))
+    codes = inputs, replace(inputs, registers=1, kept=1, corrections=1)
+    encoded = (WeightScheme(num_bits=2, symmetric=True, code=code) for code in codes)
+    kinds.extend((scheme, Shape2D(1, 1)) for scheme in encoded)
     layouts = []
     for (scheme, shape), name in itertools.product(kinds, plugins.names(qtool.formats)):
         with contextlib.suppress(SchemeError):  # not all have classes of rows, or codes
@@ -225,5 +226,6 @@ def _check_counts(name: str, counts: tuple[int, ...], values: Tensor) -> None:
     found = planes_to_codes(values.unsqueeze(1), sum(counts)).flatten().bincount()
     if found.tolist() != list(counts):
         raise CheckpointError(
-            f"{name} has {found.tolist()} of its numbers, from 0 on; {list(counts)} are meant. {AGAIN}"
+            f"{name} has {found.tolist()} of its numbers, from 0 on; {list(counts)} are meant. "
+            f"{AGAIN}"
         )

@@ -1,13 +1,13 @@
 """Bits that a decoder with shift registers makes of few, and the search for these (Viterbi).
 
-Sequential encryption of sparse weights (arXiv 2105.01869): at each step of a clock the decoder takes
-N_in bits and gives N_out, by an XOR network that also sees the N_in bits of N_s earlier steps.
-Bits of pruned weights may be anything, so N_in can be about N_out times the share of the others.
-32 decoders run side by side, one per bit of the words.
+Sequential encryption of sparse weights (arXiv 2105.01869): at each step of a clock the decoder
+takes N_in bits and gives N_out, by an XOR network that also sees the N_in bits of N_s earlier
+steps. Bits of pruned weights may be anything, so N_in can be about N_out times the share of the
+others. 32 decoders run side by side, one per bit of the words.
 
-The paper's network is random. Ours takes its N_in bits one after the other, and each output sees the
-newest and the oldest bit of its own N_in N_s + 1 (so is a convolutional code, punctured): a third
-fewer wrong bits, and a search that is N_in times shorter.
+The paper's network is random. Ours takes its N_in bits one after the other, and each output sees
+the newest and the oldest bit of its own N_in N_s + 1 (so is a convolutional code, punctured): fewer
+wrong bits, and a search that is shorter. A decoder takes any network.
 """
 
 from itertools import pairwise
@@ -60,7 +60,12 @@ def serial_network(
     Raises:
         SchemeError: the registers hold too few bits, or too many to be searched.
     """
-    memory = num_inputs * registers
+    memory, most = num_inputs * registers, -(-num_outputs // num_inputs)
+    if most > DEAREST:
+        raise SchemeError(
+            f"{num_outputs} outputs of {num_inputs} inputs are {most} per stored bit; up to "
+            f"{DEAREST} are searched. Take more inputs."
+        )
     if memory not in MEMORY:
         raise SchemeError(
             f"{registers} registers of {num_inputs} bits hold {memory}; {MEMORY[0]} to "
@@ -133,14 +138,14 @@ class _Search:
         self.turns, self.num_outputs = _turns(len(network), num_inputs), len(network)
         self.most_outputs = max(last - first for first, last in pairwise(self.turns))
         between = np.arange(2 ** (self.memory - 1))
-        self.outputs: list[tuple[Octets, Octets]] = []
+        self.outputs: list[tuple[Octets, Octets]] = []  # wrong where a 0, where a 1 is wanted
         for turn, (first, last) in enumerate(pairwise(self.turns)):
             columns = _columns(turn, num_inputs, self.memory)[1:-1]
             for taps in network[first:last, columns].numpy():
                 made = np.zeros(between.shape, np.uint8)
                 for at in taps.nonzero()[0]:
                     made ^= (between >> at).astype(np.uint8) & 1
-                self.outputs.append((made, made ^ np.uint8(1)))  # what is wrong where a 0, a 1 is wanted
+                self.outputs.append((made, made ^ np.uint8(1)))
 
     def best(self, bits: Octets, cares: Octets) -> Octets:
         """Return the bits that one lane takes, those that fill the registers first."""
@@ -192,7 +197,7 @@ class _Search:
             np.add(pairs, wide, out=pairs)
             ways.append(way)
             costs = pairs.view(np.uint8)  # of next states: before a 0, before a 1
-            pairs, spare = spare, pairs
+            pairs, spare = spare, pairs  # the costs lie in one of the two
             if turn % often == 0:
                 costs -= costs.min()
                 np.minimum(costs, DEAREST, out=costs)

@@ -1,7 +1,7 @@
 """Format `sparse_planes`: planes of pruned weights, in about the bits that are left of them.
 
-docs/format.md, section 19; sequential encryption (arXiv 2105.01869). When a model is loaded two planes
-of `binary_coding` become of each: where a weight is zero they have unlike signs.
+docs/format.md, section 19; sequential encryption (arXiv 2105.01869). When a model is loaded two
+planes of `binary_coding` become of each: where a weight is zero they have unlike signs.
 """
 
 from collections.abc import Mapping, Sequence

@@ -113,6 +113,8 @@ def test_every_output_sees_the_newest_and_the_oldest_bit_of_its_turn():
 def test_registers_that_hold_too_little_or_too_much_are_refused(inputs, registers):
     with pytest.raises(SchemeError, match="Take other registers"):
         network_of(8, inputs, registers)
+    with pytest.raises(SchemeError, match="Take more inputs"):
+        network_of(300, 2, 3)
 
 
 @given(limit=st.integers(1, 3000), data=st.data())

@@ -17,7 +17,7 @@ from qtool.core.sequential_code import serial_network
 from qtool.core.xor_networks import tapped_network
 from qtool.errors import CheckpointError, SchemeError
 from qtool.formats import binary_coding, encrypted_planes, sparse_planes
-from qtool.formats._in_planes import in_planes, opened
+from qtool.formats._in_planes import in_planes, opened_weight
 from qtool.runtime.backends._choose import load_backend, use_backend
 from qtool.runtime.modules import QuantizedLinear
 from qtool.scheme import BitCode, Shape2D, WeightScheme
@@ -70,7 +70,7 @@ def test_signs_of_all_that_is_kept_come_back_for_any_mask(seed, sparsity, num_bi
 @pytest.mark.parametrize("backend", plugins.names(qtool.runtime.backends))
 def test_a_model_runs_to_the_bit_what_it_would_of_planes_stored_as_they_are(name, backend):
     tensor = MAKERS[name](normal(40, 64), SCHEME)
-    plain = opened(tensor)
+    plain = opened_weight(tensor)
     assert plain.format == "binary_coding"
     reason = load_backend(backend).why_not(plain, torch.device("cpu"))
     if reason is not None:
@@ -118,7 +118,7 @@ def test_an_identity_network_stores_the_planes_themselves():
     networks = torch.eye(4, dtype=torch.uint8).expand(2, 4, 4)
     stored = plain.parts["bit_planes"].unflatten(1, (3, 4))
     tensor = encrypted_planes.encode_encrypted(stored, networks, plain)
-    assert torch.equal(opened(tensor).parts["bit_planes"], plain.parts["bit_planes"])
+    assert torch.equal(opened_weight(tensor).parts["bit_planes"], plain.parts["bit_planes"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -174,4 +174,4 @@ def test_bits_are_counted_apart_on_disk_and_when_it_runs():
     assert sum(bits.values()) == pytest.approx(8 * stored / tensor.shape.out_features / 320)
     assert bits["mask"] == 1
     assert 0.8 < bits["code"] < 0.9  # two fifths of two planes, and what fills registers
-    assert opened(tensor).parts["bit_planes"].nbytes * 8 == 4 * 64 * 320
+    assert opened_weight(tensor).parts["bit_planes"].nbytes * 8 == 4 * 64 * 320
