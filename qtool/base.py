@@ -121,7 +121,7 @@ class Codec:
     trainable: Callable[[QuantizedTensor], Trainable] | None = None
     """Where learning starts from a weight; None: weights of this format can't be tuned."""
     opened: Callable[[QuantizedTensor], QuantizedTensor] | None = None
-    """To the bit the same, in the format that backends run; None: in this one."""
+    """To the bit the same in a format that backends run; no parts if it has none. None: in this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -92,16 +92,14 @@ def encrypted_slices(rows: Tensor, num_outputs: int) -> Tensor:
 
 
 def decrypted(tensor: QuantizedTensor) -> QuantizedTensor:
-    """Return the same weight, to the bit, in format `binary_coding`."""
+    """Return the same weight, to the bit, in format `binary_coding`; without parts, without."""
     code, parts = _code(tensor.scheme), dict(tensor.parts)
-    networks = unpack_network(parts.pop("xor_networks"), code.num_inputs)
-    planes = decrypt(parts.pop("encrypted_planes"), networks, tensor.shape.out_features)
-    return QuantizedTensor(
-        binary_coding.BINARY_CODING,
-        tensor.scheme.plain(),
-        tensor.shape,
-        {"bit_planes": planes, **parts},
-    )
+    if parts:
+        networks = unpack_network(parts.pop("xor_networks"), code.num_inputs)
+        encrypted = parts.pop("encrypted_planes")
+        parts["bit_planes"] = decrypt(encrypted, networks, tensor.shape.out_features)
+    plain = tensor.scheme.plain()
+    return QuantizedTensor(binary_coding.BINARY_CODING, plain, tensor.shape, parts)
 
 
 def _dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:

@@ -143,14 +143,17 @@ def signs_of(tensor: QuantizedTensor) -> Tensor:
 
 
 def in_twin_planes(tensor: QuantizedTensor) -> QuantizedTensor:
-    """Return the same weight, to the bit, in format `binary_coding`: two planes of each."""
-    signs, kept = signs_of(tensor), kept_of(tensor)
-    both = torch.stack([signs, signs ^ (~kept).to(torch.uint8)], 1).flatten(0, 1)
+    """Return the same weight, to the bit, in format `binary_coding`: two planes of each.
+
+    Without parts, without.
+    """
     scheme = replace(tensor.scheme.plain(), num_bits=2 * tensor.scheme.num_bits)
-    parts = {
-        "bit_planes": pack_bits(both),
-        "plane_scales": tensor.parts["plane_scales"].repeat_interleave(2, 0),
-    }
+    parts = {}
+    if tensor.parts:
+        signs, zeros = signs_of(tensor), (~kept_of(tensor)).to(torch.uint8)
+        twins = torch.stack([signs, signs ^ zeros], 1).flatten(0, 1)
+        scales = tensor.parts["plane_scales"].repeat_interleave(2, 0)
+        parts = {"bit_planes": pack_bits(twins), "plane_scales": scales}
     return QuantizedTensor(binary_coding.BINARY_CODING, scheme, tensor.shape, parts)
 
 

@@ -175,3 +175,10 @@ def test_bits_are_counted_apart_on_disk_and_when_it_runs():
     assert bits["mask"] == 1
     assert 0.8 < bits["code"] < 0.9  # two fifths of two planes, and what fills registers
     assert opened_weight(tensor).parts["bit_planes"].nbytes * 8 == 4 * 64 * 320
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_runs_is_known_without_parts(name):
+    tensor = MAKERS[name](normal(40, 64), SCHEME)
+    bare, whole = opened_weight(replace(tensor, parts={})), opened_weight(tensor)
+    assert (bare.format, bare.scheme, bare.parts) == (whole.format, whole.scheme, {})
