@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qtool.base import Codec, PartSpec, QuantizedTensor
 from qtool.core import sequential_code
-from qtool.core.packing import num_words, pack_bits, unpack_bits
+from qtool.core.packing import WORD_BITS, num_words, pack_bits, unpack_bits
 from qtool.core.place_codes import decode_places, encode_places, place_widths
 from qtool.core.xor_networks import pack_network, unpack_network
 from qtool.errors import SchemeError
@@ -127,19 +127,51 @@ def kept_of(tensor: QuantizedTensor) -> Tensor:
 
 def signs_of(tensor: QuantizedTensor) -> Tensor:
     """Return the planes, (num_bits, out_features, in_features) uint8; of zeros, anything."""
+    shape = tensor.shape
+    flat = unpack_bits(_sign_words(tensor), shape.out_features * shape.in_features)
+    return flat.view(-1, *shape)
+
+
+def _sign_words(tensor: QuantizedTensor) -> Tensor:
+    """Return the planes, flat and packed, (num_bits, words) int32."""
     scheme, parts, shape = tensor.scheme, tensor.parts, tensor.shape
-    code, numel = _code(scheme, shape), shape.out_features * shape.in_features
+    code, words = _code(scheme, shape), num_words(shape.out_features * shape.in_features)
     network = unpack_network(parts["xor_network"], code.num_seen)
     given = sequential_code.decoded(parts["code_words"], network).flatten()
-    bits = unpack_bits(given[: scheme.num_bits * num_words(numel)].view(scheme.num_bits, -1), numel)
-    if code.corrections:
-        limit = scheme.num_bits * code.kept
-        lows = parts.get("correction_lows", parts["correction_places"])
-        places = decode_places(lows, parts["correction_places"][0], code.corrections, limit)
-        flips = places[places < limit].bincount(minlength=limit).remainder(2)
-        kept = kept_of(tensor).flatten().expand(scheme.num_bits, -1)
-        bits[kept] ^= flips.to(torch.uint8)
-    return bits.view(scheme.num_bits, *shape)
+    signs = given[: scheme.num_bits * words].view(scheme.num_bits, words)
+    if not code.corrections:
+        return signs
+    limit = scheme.num_bits * code.kept
+    lows = parts.get("correction_lows", parts["correction_places"])
+    places = decode_places(lows, parts["correction_places"][0], code.corrections, limit)
+    flips = _bits_at(places[places < limit], parts["kept_weights"], code.kept, scheme.num_bits)
+    return signs ^ flips
+
+
+def _bits_at(places: Tensor, kept: Tensor, count: int, num_bits: int) -> Tensor:
+    """Return planes whose ones are at places among the weights that are kept.
+
+    Args:
+        places: (n,) int64, below num_bits * count; what is there twice is no one.
+        kept: (1, words) int32, `count` ones.
+        count: How many weights are kept.
+        num_bits: Planes.
+
+    Returns:
+        (num_bits, words) int32.
+    """
+    found, times = places.unique(return_counts=True)
+    found = found[times % 2 == 1]
+    planes, ranks = found // count, found % count
+    octets = unpack_bits(kept[0][:, None], WORD_BITS)  # the bits of each word
+    ends = octets.sum(1, dtype=torch.int32).cumsum(0)
+    words = torch.searchsorted(ends, ranks, right=True)
+    behind = octets[words].flip(1).cumsum(1).flip(1)  # ones from each bit on
+    is_it = (behind == (ends[words] - ranks)[:, None]) & (octets[words] == 1)
+    bits = torch.ones_like(words, dtype=torch.int32) << is_it.to(torch.uint8).argmax(1)
+    flips = torch.zeros(num_bits * len(ends), dtype=torch.int32, device=kept.device)
+    flips.index_add_(0, planes * len(ends) + words, bits.to(torch.int32))
+    return flips.view(num_bits, len(ends))
 
 
 def in_twin_planes(tensor: QuantizedTensor) -> QuantizedTensor:
@@ -150,11 +182,18 @@ def in_twin_planes(tensor: QuantizedTensor) -> QuantizedTensor:
     scheme = replace(tensor.scheme.plain(), num_bits=2 * tensor.scheme.num_bits)
     parts = {}
     if tensor.parts:
-        signs, zeros = signs_of(tensor), (~kept_of(tensor)).to(torch.uint8)
-        twins = torch.stack([signs, signs ^ zeros], 1).flatten(0, 1)
+        signs, kept = _sign_words(tensor), tensor.parts["kept_weights"]
+        twins = torch.stack([signs, signs ^ ~kept], 1).flatten(0, 1)
         scales = tensor.parts["plane_scales"].repeat_interleave(2, 0)
-        parts = {"bit_planes": pack_bits(twins), "plane_scales": scales}
+        parts = {"bit_planes": _in_rows(twins, tensor.shape), "plane_scales": scales}
     return QuantizedTensor(binary_coding.BINARY_CODING, scheme, tensor.shape, parts)
+
+
+def _in_rows(flat: Tensor, shape: Shape2D) -> Tensor:
+    """Pack planes by rows: (planes, words) int32 -> (planes, out_features, words) int32."""
+    if shape.in_features % WORD_BITS == 0:
+        return flat.unflatten(1, (shape.out_features, -1)).contiguous()
+    return pack_bits(unpack_bits(flat, shape.out_features * shape.in_features).view(-1, *shape))
 
 
 def _dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
