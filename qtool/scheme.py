@@ -56,11 +56,6 @@ class BitCode:
                 f"{quoted(self.kept)} and {quoted(self.corrections)}; 0 and more are meant."
             )
 
-    @property
-    def num_seen(self) -> int:
-        """Return the bits that the network sees at once: of this step, and of the registers."""
-        return self.num_inputs * (self.registers + 1)
-
     def with_found(self, kept: int, corrections: int) -> "BitCode":
         """Return the same network with the numbers of what it was fitted to."""
         return replace(self, kept=kept, corrections=corrections)

@@ -35,17 +35,20 @@ def decoded(words: Tensor, network: Tensor) -> Tensor:
     """Return what decoders give.
 
     Args:
-        words: (num_inputs, steps + registers) int32: bit b of word t is what lane b takes at step
-            t; the first `registers` steps only fill the registers.
+        words: (num_inputs, steps) int32: bit b of word t is what lane b takes at step t. At first
+            its registers hold what lane b - 1 took last, and those of lane 0 zeros: the lanes are
+            one stream.
         network: (num_outputs, num_inputs * (registers + 1)) uint8: sees the inputs of now, then
             those of a step ago, and so on.
 
     Returns:
         (steps, num_outputs) int32: one after the other, the words that were encoded.
     """
-    registers = network.shape[1] // len(words) - 1
-    steps = words.shape[1] - registers
-    seen = [words[:, registers - age : registers - age + steps] for age in range(registers + 1)]
+    registers, steps = network.shape[1] // len(words) - 1, words.shape[1]
+    laps = [words << lap for lap in range(-(-registers // steps), -1, -1)]
+    stream = torch.cat(laps, 1)
+    first = stream.shape[1] - steps
+    seen = [stream[:, first - age : first - age + steps] for age in range(registers + 1)]
     return through_network(torch.cat(seen), network).T.contiguous()
 
 
@@ -105,19 +108,16 @@ def encoded(wanted: Tensor, kept: Tensor, network: Tensor, num_inputs: int) -> T
         num_inputs: Bits that a decoder takes at each step.
 
     Returns:
-        (num_inputs, steps + registers) int32.
+        (num_inputs, steps) int32.
     """
     search, size = _Search(network, num_inputs), len(network)
-    steps = num_steps(len(wanted), size)
+    missing = -len(wanted) % size
     bits, cares = (
-        unpack_bits(
-            torch.nn.functional.pad(words, (0, steps * size - len(words)))[:, None], WORD_BITS
-        ).numpy()
+        unpack_bits(torch.nn.functional.pad(words, (0, missing))[:, None], WORD_BITS).T.flatten()
         for words in (wanted, kept)
-    )  # (steps * size, lanes)
-    lanes = [search.best(bits[:, lane], cares[:, lane]) for lane in range(WORD_BITS)]
-    found = np.stack(lanes, 1).reshape(-1, num_inputs, WORD_BITS)
-    return pack_bits(torch.from_numpy(found)).squeeze(-1).T.contiguous()
+    )  # lane after lane
+    found = search.best(bits.numpy(), cares.numpy()).reshape(WORD_BITS, -1, num_inputs)
+    return pack_bits(torch.from_numpy(found).permute(2, 1, 0)).squeeze(-1)
 
 
 def num_steps(num_words: int, num_outputs: int) -> int:
@@ -139,7 +139,9 @@ class _Search:
         self.most_outputs = max(last - first for first, last in pairwise(self.turns))
         between = np.arange(2 ** (self.memory - 1))
         self.outputs: list[tuple[Octets, Octets]] = []  # wrong where a 0, where a 1 is wanted
+        self.turn_of: list[int] = []  # by output
         for turn, (first, last) in enumerate(pairwise(self.turns)):
+            self.turn_of += [turn] * (last - first)
             columns = _columns(turn, num_inputs, self.memory)[1:-1]
             for taps in network[first:last, columns].numpy():
                 made = np.zeros(between.shape, np.uint8)
@@ -148,32 +150,31 @@ class _Search:
                 self.outputs.append((made, made ^ np.uint8(1)))
 
     def best(self, bits: Octets, cares: Octets) -> Octets:
-        """Return the bits that one lane takes, those that fill the registers first."""
-        wrong = self._by_turn(bits, cares)
-        costs = np.zeros(2**self.memory, np.uint8)
-        found = np.zeros(self.memory + len(wrong), np.uint8)
-        ahead, start = 12 * self.memory, 0
-        while start < len(wrong):
-            end = len(wrong) if start + WINDOW + ahead >= len(wrong) else start + WINDOW
-            ways, costs = self._forward(costs, wrong[start : end + ahead])
-            state = self._back(ways[end - start :], int(costs.argmin()))[0]
-            costs = np.full_like(costs, DEAREST)
+        """Return the bits that are taken, one per turn."""
+        size, per_step = self.num_outputs, len(self.turns) - 1
+        steps, ahead = len(bits) // size, 1 + 12 * self.memory // per_step
+        window = max(1, WINDOW // per_step)
+        found, start, state = [], 0, 0
+        while start < steps:
+            end = steps if start + window + ahead >= steps else start + window
+            part = slice(start * size, (end + ahead) * size)
+            costs = np.full(2**self.memory, DEAREST, np.uint8)
             costs[state] = 0
-            first, taken = self._back(ways[: end - start], state)
-            found[self.memory + start : self.memory + end] = taken
-            if start == 0:
-                found[: self.memory] = [first >> age & 1 for age in reversed(range(self.memory))]
+            ways, costs = self._forward(costs, self._by_turn(bits[part], cares[part]))
+            taken = self._back(ways, int(costs.argmin()))[: (end - start) * per_step]
+            for bit in taken[-self.memory :]:
+                state = (2 * state + bit) % 2**self.memory
+            found += taken
             start = end
-        return found
+        return np.array(found, np.uint8)
 
     def _by_turn(self, bits: Octets, cares: Octets) -> list[list[Octets]]:
         """Return of each turn what is wrong by state, one array per output that matters."""
         per_step = len(self.turns) - 1
         wrong: list[list[Octets]] = [[] for _ in range(len(bits) // self.num_outputs * per_step)]
-        turn_of = np.searchsorted(self.turns, np.arange(self.num_outputs), side="right") - 1
         for at in cares.nonzero()[0].tolist():
             step, output = divmod(at, self.num_outputs)
-            wrong[step * per_step + int(turn_of[output])].append(self.outputs[output][bits[at]])
+            wrong[step * per_step + self.turn_of[output]].append(self.outputs[output][bits[at]])
         return wrong
 
     def _forward(self, costs: Octets, wrong: list[list[Octets]]) -> tuple[list[Ways], Octets]:
@@ -203,14 +204,14 @@ class _Search:
                 np.minimum(costs, DEAREST, out=costs)
         return ways, costs
 
-    def _back(self, ways: list[Ways], state: int) -> tuple[int, list[int]]:
-        """Follow ways back from a state: to where they began, and the bits that were taken."""
+    def _back(self, ways: list[Ways], state: int) -> list[int]:
+        """Follow ways back from a state, and return the bits that were taken."""
         taken = []
         for way in reversed(ways):
             newest, between = state & 1, state >> 1
             taken.append(newest)
             state = int(way[newest, between]) << (self.memory - 1) | between
-        return state, taken[::-1]
+        return taken[::-1]
 
 
 def _added(arrays: list[Octets], out: Octets) -> None:

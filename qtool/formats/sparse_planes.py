@@ -54,9 +54,9 @@ def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     refuse_keys(scheme.plain())
     code, numel = _code(scheme, shape), shape.out_features * shape.in_features
     steps = sequential_code.num_steps(scheme.num_bits * num_words(numel), code.num_outputs)
-    network = (code.num_outputs, num_words(code.num_seen))
+    network = (code.registers + 1, code.num_outputs, num_words(code.num_inputs))
     parts = {
-        "code_words": PartSpec("int32", (code.num_inputs, steps + code.registers)),
+        "code_words": PartSpec("int32", (code.num_inputs, steps)),
         "xor_network": PartSpec("int32", network),
         "kept_weights": PartSpec(
             "int32", (1, num_words(numel)), counts=(numel - code.kept, code.kept)
@@ -104,7 +104,7 @@ def encode_sparse(
     code = scheme.code.with_found(int(kept.sum()), len(places))
     parts = {
         "code_words": words,
-        "xor_network": pack_network(network),
+        "xor_network": pack_network(network.unflatten(1, (-1, len(words))).transpose(0, 1)),
         "kept_weights": pack_bits(kept.flatten()[None]),
         "plane_scales": scales.contiguous(),
     }
@@ -136,7 +136,7 @@ def _sign_words(tensor: QuantizedTensor) -> Tensor:
     """Return the planes, flat and packed, (num_bits, words) int32."""
     scheme, parts, shape = tensor.scheme, tensor.parts, tensor.shape
     code, words = _code(scheme, shape), num_words(shape.out_features * shape.in_features)
-    network = unpack_network(parts["xor_network"], code.num_seen)
+    network = unpack_network(parts["xor_network"], code.num_inputs).transpose(0, 1).flatten(1)
     given = sequential_code.decoded(parts["code_words"], network).flatten()
     signs = given[: scheme.num_bits * words].view(scheme.num_bits, words)
     if not code.corrections:

@@ -198,30 +198,30 @@ def encrypted_planes(
 
 
 def sequential(
-    words: NDArray[np.generic], network: NDArray[np.generic], lane: int, num_registers: int
-) -> list[list[int]]:
-    """Return what one decoder gives, clock by clock: shift registers before XOR gates."""
-    registers: list[list[int]] = []
-    given = []
-    for column in words.T:
-        registers = [[bit(column[at:], lane) for at in range(len(column))], *registers]
-        registers = registers[: num_registers + 1]
-        if len(registers) > num_registers:
-            seen = [each for word in registers for each in word]
-            given.append(
-                [sum(seen[at] & bit(row, at) for at in range(len(seen))) % 2 for row in network]
-            )
-    return given
+    words: NDArray[np.generic], network: NDArray[np.generic]
+) -> list[list[list[int]]]:
+    """Return what the decoder gives, lane after lane, clock by clock: registers before XOR gates."""
+    registers = [[0] * len(words) for _ in network]  # of now, of a step ago, ...
+    lanes = []
+    for lane in range(32):
+        given = []
+        for column in words.T:
+            registers = [[bit(column[at:], lane) for at in range(len(column))], *registers[:-1]]
+            outputs = [0] * network.shape[1]
+            for word, taps in zip(registers, network, strict=True):
+                for output, row in enumerate(taps):
+                    outputs[output] ^= sum(b & bit(row, at) for at, b in enumerate(word)) % 2
+            given.append(outputs)
+        lanes.append(given)
+    return lanes
 
 
 def sparse_planes(
     parts: Parts, num_bits: int, out: int, in_: int, group_size: int | None, group_dim: str
 ) -> NDArray[np.float64]:
     network, numel = parts["xor_network"], out * in_
-    num_outputs, num_words = len(network), -(-numel // 32)
-    steps = -(-num_bits * num_words // num_outputs)
-    registers = parts["code_words"].shape[1] - steps
-    lanes = [sequential(parts["code_words"], network, lane, registers) for lane in range(32)]
+    num_outputs, num_words = network.shape[1], -(-numel // 32)
+    lanes = sequential(parts["code_words"], network)
     kept = [at for at in range(numel) if bit(parts["kept_weights"][0], at)]
     flipped = _places(parts, num_bits * len(kept))
     weight = np.zeros((out, in_))
