@@ -197,10 +197,8 @@ def encrypted_planes(
     return binary_coding(plain, num_bits, out, in_, group_size, group_dim)
 
 
-def sequential(
-    words: NDArray[np.generic], network: NDArray[np.generic]
-) -> list[list[list[int]]]:
-    """Return what the decoder gives, lane after lane, clock by clock: registers before XOR gates."""
+def sequential(words: NDArray[np.generic], network: NDArray[np.generic]) -> list[list[list[int]]]:
+    """Return what decoders give, one after the other, by the clock: registers, then XOR gates."""
     registers = [[0] * len(words) for _ in network]  # of now, of a step ago, ...
     lanes = []
     for lane in range(32):
