@@ -74,8 +74,7 @@ class PartSpec:
 class QuantizedTensor:
     """A quantized weight: exactly what a checkpoint stores, and nothing else."""
 
-    format: str
-    """Name of the codec, such as `binary_coding`."""
+    format: str  # name of the codec, such as `binary_coding`
     scheme: WeightScheme
     shape: Shape2D
     parts: Mapping[str, Tensor]
@@ -121,6 +120,8 @@ class Codec:
     """(weight, dimension, start, length) -> a part, to the bit; `SchemeError` if a group is cut."""
     trainable: Callable[[QuantizedTensor], Trainable] | None = None
     """Where learning starts from a weight; None: weights of this format can't be tuned."""
+    opened: Callable[[QuantizedTensor], QuantizedTensor] | None = None
+    """To the bit the same in a format that backends run; no parts if it has none. None: in this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,8 +161,7 @@ class Method:
     layout: Callable[[WeightScheme, Shape2D, Any], Mapping[str, PartSpec]]
     """(scheme, shape, options) -> the parts that `solve` will return, for `--dry-run`."""
     num_bits: range = range(1, 9)  # bit widths that it supports
-    needs: frozenset[Statistic] = frozenset()
-    """Statistics that it can't do without."""
+    needs: frozenset[Statistic] = frozenset()  # statistics that it can't do without
     uses: frozenset[Statistic] = frozenset()  # statistics that it does better with
     writes: Callable[[Any], str] = lambda _options: "affine"  # options -> format of the result
     is_tunable: bool = True  # that has `Codec.trainable`

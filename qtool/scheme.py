@@ -24,6 +24,44 @@ class Shape2D(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BitCode:
+    """How planes are stored in fewer bits than they have; hashable.
+
+    A network of XOR gates makes `num_outputs` bits of `num_inputs`, at every step of its clock.
+
+    Raises:
+        SchemeError: a field is outside what a network can be.
+    """
+
+    num_inputs: int
+    """Stored bits per step, N_in: 1 and more."""
+    num_outputs: int
+    """Bits of planes per step, N_out: `num_inputs` and more."""
+    registers: int = 0
+    """Earlier inputs that the network sees as well, N_s."""
+    kept: int = 0
+    """Weights that aren't zero; 0: none is forced to be."""
+    corrections: int = 0
+    """Bits that the network doesn't give and whose places are stored."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_inputs <= self.num_outputs:
+            raise SchemeError(
+                f"{quoted(self.num_inputs)} bits become {quoted(self.num_outputs)} by an XOR "
+                "network; 1 and more, and no fewer than they were, are meant."
+            )
+        if min(self.registers, self.kept, self.corrections) < 0:
+            raise SchemeError(
+                f"registers, kept and corrections of a code are {quoted(self.registers)}, "
+                f"{quoted(self.kept)} and {quoted(self.corrections)}; 0 and more are meant."
+            )
+
+    def with_found(self, kept: int, corrections: int) -> "BitCode":
+        """Return the same network with the numbers of what it was fitted to."""
+        return replace(self, kept=kept, corrections=corrections)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightScheme:
     """Bits and grouping of one weight; hashable, written into recipes and checkpoints.
 
@@ -42,6 +80,8 @@ class WeightScheme:
     rows: tuple[tuple[int, int], ...] = field(default=(), repr=False)
     """Classes of rows with bits of their own: (num_bits, number of rows), the highest first, which
     is the scheme's `num_bits`; empty: all rows have `num_bits`."""
+    code: BitCode | None = field(default=None, repr=False)
+    """How the planes are stored; None: as they are."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_bits <= MAX_BITS:
@@ -86,11 +126,16 @@ class WeightScheme:
         """Return the same grouping with one width for all rows."""
         return replace(self, num_bits=num_bits, rows=())
 
+    def plain(self) -> "WeightScheme":
+        """Return the same bits and grouping of planes that are stored as they are."""
+        return replace(self, code=None)
+
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON form; `rows` is there if there are any."""
+        """Return the JSON form; `rows` and `code` are there if there are any."""
         values = asdict(self)
-        if not self.rows:
-            del values["rows"]
+        for key in ("rows", "code"):
+            if not values[key]:
+                del values[key]
         return values
 
     def grouped_length(self, shape: Shape2D) -> int:

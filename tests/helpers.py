@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch import Tensor
 from qtool.base import LayerProblem, Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.core import grouping, moments
+from qtool.core.sequential_code import serial_network
+from qtool.core.xor_networks import tapped_network
 from qtool.formats.minima import MINIMA, minima_to_binary
 from qtool.formats.nested import NESTED, nested_to_binary
 from qtool.recipe.load import recipe_from_mapping
 from qtool.recipe.schema import Recipe
-from qtool.scheme import Shape2D, WeightScheme
+from qtool.scheme import BitCode, Shape2D, WeightScheme
+from qtool.training.encoded_starts import encrypted_start, sparse_start
 
 ROOT = Path(__file__).parents[1]
 QUICK_BCQ: Mapping[str, Any] = {
@@ -76,6 +80,22 @@ def stepped(format_name: str, scheme: WeightScheme, shape: Shape2D, seed: int) -
         if spec.dtype == "float16":
             parts[part] = (torch.randn(spec.shape, generator=generator) / 64).half()
     return QuantizedTensor(format_name, scheme, shape, parts)
+
+
+def encrypted(weight: Tensor, scheme: WeightScheme) -> QuantizedTensor:
+    """Return a weight whose planes 3 of 4 bits say: those nearest to it, plane after plane."""
+    generator = torch.Generator().manual_seed(0)
+    networks = torch.stack([tapped_network(4, 3, 2, generator) for _ in range(scheme.num_bits)])
+    return encrypted_start(weight, networks, scheme)
+
+
+def sparse(weight: Tensor, scheme: WeightScheme) -> QuantizedTensor:
+    """Return a weight of which the smaller six of ten are zero."""
+    code = BitCode(num_inputs=2, num_outputs=5, registers=3)
+    network = serial_network(5, 2, 3, torch.Generator().manual_seed(0))
+    scheme = replace(scheme, num_bits=min(scheme.num_bits, 4), symmetric=True, code=code)
+    kept = weight.abs() >= weight.abs().flatten().quantile(0.6)
+    return sparse_start(weight, kept, network, scheme)
 
 
 def rounding_of_steps(tensor: QuantizedTensor) -> Tensor:

@@ -20,7 +20,7 @@ from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.core import grouping
 from qtool.core.binary_coding import assign
-from qtool.formats._in_planes import in_planes
+from qtool.formats._in_planes import in_planes, opened_weight
 from qtool.formats.binary_coding import BINARY_CODING, encode_binary
 
 PLANE_SCALES, PLANE_OFFSETS, RANK_DOWN, RANK_UP = "plane_scales", "plane_offsets", "down", "up"
@@ -59,12 +59,13 @@ def has_scales(changes: LayerAdapter) -> bool:
 
 
 def rescaled(tensor: QuantizedTensor, changes: LayerAdapter) -> QuantizedTensor:
-    """Return a weight with the scales and offsets of an adapter; its planes are the same tensor.
+    """Return a weight as backends run it, with the scales and offsets of an adapter.
 
-    A weight of which the adapter replaces nothing is returned as it is.
+    Its planes are the same tensor, unless they are encoded. A weight of which the adapter replaces
+    nothing is returned as it is, but for that.
     """
     if not has_scales(changes):
-        return tensor
+        return opened_weight(tensor)
     binary = in_planes(tensor)
     parts = dict(binary.parts)
     if PLANE_SCALES in changes:

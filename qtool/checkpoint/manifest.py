@@ -12,7 +12,7 @@ from qtool.base import Codec, PartSpec
 from qtool.core.experts import expert_name
 from qtool.errors import CheckpointError, QtoolError
 from qtool.formats._dtypes import dtype_of
-from qtool.scheme import ActivationScheme, Shape2D, WeightScheme
+from qtool.scheme import ActivationScheme, BitCode, Shape2D, WeightScheme
 from qtool.storage.plain_json import leaves
 from qtool.wording import quoted, shown
 
@@ -22,8 +22,8 @@ all else is written as version 1."""
 NEW = {2: "whose inputs are quantized", 3: "of single experts"}
 """What layers came with a version."""
 QUANT_METHOD = "qtool"
-ROWS = "rows"
-"""Key of a scheme that only formats with classes of rows have."""
+ROWS, BIT_CODE = "rows", "code"
+"""Keys of a scheme that only formats with classes of rows have, or with networks of XOR gates."""
 MAX_SIZE = 2**31 - 1
 """Of a dimension or a group: what 32 bits hold."""
 JSON_NAMES = {
@@ -206,9 +206,9 @@ def _entry_from_json(name: str, value: object) -> LayerEntry:
 
 
 def _scheme_from_json(value: Mapping[str, Any]) -> WeightScheme:
-    keys = {field.name for field in fields(WeightScheme)} - {ROWS}
-    if value.keys() - {ROWS} != keys:
-        wrong = sorted((value.keys() - {ROWS}) ^ keys)[0]
+    keys = {field.name for field in fields(WeightScheme)} - {ROWS, BIT_CODE}
+    if value.keys() - {ROWS, BIT_CODE} != keys:
+        wrong = sorted((value.keys() - {ROWS, BIT_CODE}) ^ keys)[0]
         state = "unknown" if wrong in value else "missing"
         raise CheckpointError(f"the key {quoted(wrong)} of scheme is {state}")
     scheme = WeightScheme(
@@ -217,6 +217,7 @@ def _scheme_from_json(value: Mapping[str, Any]) -> WeightScheme:
         group_dim=_value(value, "group_dim", str),
         symmetric=_value(value, "symmetric", bool),
         rows=_rows_from_json(value),
+        code=_code_from_json(value),
     )
     if scheme.group_size is not None and scheme.group_size > MAX_SIZE:
         raise CheckpointError(f"group_size is {quoted(scheme.group_size)}, beyond {MAX_SIZE}")
@@ -246,6 +247,21 @@ def _rows_from_json(value: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     if rows == []:
         raise CheckpointError(f"{ROWS} is []; without classes of rows, no such key is meant")
     return tuple(rows or ())
+
+
+def _code_from_json(value: Mapping[str, Any]) -> BitCode | None:
+    """Return what is there only if planes are stored in fewer bits than they have."""
+    if BIT_CODE not in value:
+        return None
+    found, names = _value(value, BIT_CODE, dict), [field.name for field in fields(BitCode)]
+    if found.keys() != set(names):
+        wrong = sorted(found.keys() ^ set(names))[0]
+        state = "unknown" if wrong in found else "missing"
+        raise CheckpointError(f"the key {quoted(wrong)} of code is {state}")
+    numbers = {name: _value(found, name, int) for name in names}
+    if max(numbers.values()) > MAX_SIZE:
+        raise CheckpointError(f"code is {quoted(found)}, beyond {MAX_SIZE}")
+    return BitCode(**numbers)
 
 
 def _shape_from_json(value: object) -> Shape2D:

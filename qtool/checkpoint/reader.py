@@ -26,7 +26,7 @@ from qtool.checkpoint.shards import Shards, TensorSpec, open_shards, read_json
 from qtool.core.packing import planes_to_codes
 from qtool.errors import CheckpointError, SchemeError
 from qtool.formats._dtypes import stored_name
-from qtool.scheme import MAX_BITS, Shape2D, WeightScheme
+from qtool.scheme import MAX_BITS, BitCode, Shape2D, WeightScheme
 from qtool.wording import list_names, shown
 
 AGAIN = "Copy the checkpoint again."
@@ -183,9 +183,13 @@ def _part_names() -> tuple[frozenset[str], frozenset[str]]:
         (WeightScheme(num_bits=2), Shape2D(1, 1)),
         (WeightScheme(num_bits=MAX_BITS, rows=rows), Shape2D(MAX_BITS, 1)),
     ]
+    inputs = BitCode(num_inputs=1, num_outputs=1)
+    codes = inputs, replace(inputs, registers=1, kept=1, corrections=1)
+    encoded = (WeightScheme(num_bits=2, symmetric=True, code=code) for code in codes)
+    kinds.extend((scheme, Shape2D(1, 1)) for scheme in encoded)
     layouts = []
     for (scheme, shape), name in itertools.product(kinds, plugins.names(qtool.formats)):
-        with contextlib.suppress(SchemeError):  # not all have classes of rows
+        with contextlib.suppress(SchemeError):  # not all have classes of rows, or codes
             layouts.append(codec(name).layout(scheme, shape))
     packed = {n for parts in layouts for n, spec in parts.items() if spec.dtype == "int32"}
     # A plain weight beside them is what the layer was before it was quantized.
@@ -195,7 +199,8 @@ def _part_names() -> tuple[frozenset[str], frozenset[str]]:
 def check_values(name: str, spec: PartSpec, values: Tensor) -> None:
     """Refuse what no writer stores: scales and offsets that aren't finite, or scales below zero.
 
-    And classes of rows that aren't as large as their scheme says, and orders that are none.
+    And classes of rows, or of kept weights, that aren't as large as their scheme says, and orders
+    that are none.
 
     Raises:
         CheckpointError: a value is outside.
@@ -221,5 +226,6 @@ def _check_counts(name: str, counts: tuple[int, ...], values: Tensor) -> None:
     found = planes_to_codes(values.unsqueeze(1), sum(counts)).flatten().bincount()
     if found.tolist() != list(counts):
         raise CheckpointError(
-            f"{name} has {found.tolist()} rows in its classes; {list(counts)} are meant. {AGAIN}"
+            f"{name} has {found.tolist()} of its numbers, from 0 on; {list(counts)} are meant. "
+            f"{AGAIN}"
         )

@@ -10,12 +10,19 @@ from qtool.formats.binary_coding import BINARY_CODING, encode_binary
 from qtool.scheme import WeightScheme
 
 
+def opened_weight(tensor: QuantizedTensor) -> QuantizedTensor:
+    """Return a weight in the format in which backends run it: itself, unless it is encoded."""
+    codec = plugins.load(qtool.formats, tensor.format, "CODEC", Codec)
+    return tensor if codec.opened is None else codec.opened(tensor)
+
+
 def in_planes(tensor: QuantizedTensor) -> QuantizedTensor:
     """Return a weight in binary coding: itself, or one that means the same to float16's rounding.
 
     Raises:
         SchemeError: its format doesn't say what its planes are.
     """
+    tensor = opened_weight(tensor)
     if tensor.format == BINARY_CODING:
         return tensor
     codec = plugins.load(qtool.formats, tensor.format, "CODEC", Codec)

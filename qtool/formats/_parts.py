@@ -14,12 +14,17 @@ from qtool.scheme import Shape2D, WeightScheme
 DIMS = ("out_features", "in_features")
 
 
-def refuse_classes(scheme: WeightScheme) -> None:
-    """Refuse a scheme whose rows have bits of their own.
+def refuse_keys(scheme: WeightScheme) -> None:
+    """Refuse a scheme with what only single formats have.
 
     Raises:
-        SchemeError: it has classes of rows.
+        SchemeError: it has classes of rows, or its planes are encoded.
     """
+    if scheme.code:
+        raise SchemeError(
+            f"Planes of this format are stored as they are; code is {scheme.code}. Formats "
+            "encrypted_planes and sparse_planes hold such a weight."
+        )
     if scheme.rows:
         raise SchemeError(
             f"All rows of this format have the same bits; rows is {scheme.rows}. Format mixed_rows "

@@ -21,7 +21,7 @@ from qtool.formats._parts import (
     narrow_parameters,
     narrow_planes,
     narrowed,
-    refuse_classes,
+    refuse_keys,
 )
 from qtool.scheme import Shape2D, WeightScheme
 
@@ -30,7 +30,7 @@ AFFINE = "affine"
 
 def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     """Return the parts of a weight: codes, scales and, unless symmetric, zero points."""
-    refuse_classes(scheme)
+    refuse_keys(scheme)
     if scheme.symmetric and scheme.num_bits == 1:
         raise SchemeError(
             "A symmetric affine weight needs 2 bits: one bit would hold only 0 and -scale. "

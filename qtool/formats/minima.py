@@ -18,7 +18,7 @@ from qtool.formats._parts import (
     narrow_parameters,
     narrow_planes,
     narrowed,
-    refuse_classes,
+    refuse_keys,
 )
 from qtool.scheme import Shape2D, WeightScheme
 
@@ -27,7 +27,7 @@ MINIMA = "minima"
 
 def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     """Return the parts of a weight: codes, scales and, unless symmetric, minima."""
-    refuse_classes(scheme)
+    refuse_keys(scheme)
     bits, groups, rows = scheme.num_bits, scheme.num_groups(shape), scheme.num_rows(shape)
     parameters = (rows, groups) if scheme.group_dim == "in_features" else (groups, rows)
     parts = {

@@ -20,8 +20,8 @@ from qtool.formats._parts import (
     joined,
     narrow_planes,
     narrowed,
-    refuse_classes,
     refuse_cut,
+    refuse_keys,
 )
 from qtool.scheme import Shape2D, WeightScheme
 
@@ -39,7 +39,7 @@ def groups_per_super(scheme: WeightScheme) -> int:
 
 def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     """Return the parts of a weight: codes, scales of two levels, minima likewise."""
-    refuse_classes(scheme)
+    refuse_keys(scheme)
     bits, groups, rows = scheme.num_bits, scheme.num_groups(shape), scheme.num_rows(shape)
     supers = -(-groups // groups_per_super(scheme))
     coded = PartSpec("int32", (CODE_BITS[bits - 1], groups, num_words(rows)))

@@ -15,6 +15,7 @@ import torch
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.checkpoint.reader import CheckpointReader
+from qtool.formats._in_planes import opened_weight
 from qtool.runtime.backends.cuda.integers import integer_bytes
 from qtool.runtime.backends.cuda.room import card_bytes, fused_bytes
 from qtool.runtime.decode.read_model import FAMILIES
@@ -69,7 +70,7 @@ def _layer_bytes(layers: Mapping[str, LayerEntry], *, fuses: bool) -> Iterator[i
 
 
 def _without_parts(entry: LayerEntry) -> QuantizedTensor:
-    return QuantizedTensor(entry.format, entry.scheme, entry.shape, {})
+    return opened_weight(QuantizedTensor(entry.format, entry.scheme, entry.shape, {}))
 
 
 def cache_bytes(config: Any, dtype: torch.dtype) -> int:  # noqa: ANN401

@@ -21,7 +21,15 @@ from qtool.runtime.decode.runner import DecodeRunner
 from qtool.runtime.modules import QuantizedLinear
 from qtool.scheme import GROUP_DIMS, ActivationScheme, Shape2D, WeightScheme
 from qtool.steps.plan import load_method
-from tests.helpers import dequantized, normal, problem, rounding_of_steps, stepped
+from tests.helpers import (
+    dequantized,
+    encrypted,
+    normal,
+    problem,
+    rounding_of_steps,
+    sparse,
+    stepped,
+)
 from tests.mixed import solved_mixed
 
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,6 +40,7 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FORMATS = plugins.names(qtool.formats)
 STEPPED = ("minima", "nested")
+ENCODED = {"encrypted_planes": encrypted, "sparse_planes": sparse}
 ROUNDING = {"cuda": STEPPED, "cpu": STEPPED}
 """Of backends, formats of whose weights it rounds parameters to float16."""
 ROUNDS_FLOAT32 = ("cpu",)
@@ -80,6 +89,8 @@ def solved(format_name, scheme, shape, seed):
         return encode_ordered(plain, order)
     if format_name in STEPPED:
         return stepped(format_name, scheme, shape, seed)
+    if format_name in ENCODED:
+        return ENCODED[format_name](normal(*shape, seed=seed), scheme)
     method_name, options = SOLVERS[format_name]
     method = load_method(method_name)
     given = problem(normal(*shape, seed=seed), scheme)

@@ -16,7 +16,7 @@ from qtool.core.packing import codes_to_planes
 from qtool.errors import SchemeError
 from qtool.formats._dtypes import DTYPES, dtype_of, stored_name
 from qtool.formats.nested import groups_per_super
-from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
+from qtool.scheme import GROUP_DIMS, BitCode, Shape2D, WeightScheme
 from tests.golden.oracles import ORACLES
 
 FORMATS = plugins.names(qtool.formats)
@@ -45,6 +45,29 @@ def with_classes(scheme: WeightScheme, shape: Shape2D, seed: int) -> WeightSchem
     return replace(scheme, group_dim="in_features", rows=rows)
 
 
+CODED = ("encrypted_planes", "sparse_planes")
+"""Formats whose planes networks of XOR gates make."""
+
+
+def with_code(name: str, scheme: WeightScheme, shape: Shape2D, seed: int) -> WeightScheme:
+    """Return a scheme with a network, of weights of a format that has one."""
+    draw = np.random.default_rng(seed)
+    inputs = int(draw.integers(1, 6))
+    outputs = inputs + int(draw.integers(0, 40))
+    if name == "encrypted_planes":
+        return replace(scheme, code=BitCode(num_inputs=inputs, num_outputs=outputs))
+    scheme = replace(scheme, num_bits=min(scheme.num_bits, 4), symmetric=True)
+    kept = int(draw.integers(1, shape.out_features * shape.in_features + 1))
+    code = BitCode(
+        num_inputs=inputs,
+        num_outputs=outputs,
+        registers=int(draw.integers(1, 4)),
+        kept=kept,
+        corrections=int(draw.integers(0, scheme.num_bits * kept + 1) // draw.integers(1, 9)),
+    )
+    return replace(scheme, code=code)
+
+
 def random_tensor(name: str, scheme: WeightScheme, shape: Shape2D, seed: int) -> QuantizedTensor:
     """Return a weight with arbitrary bits and parameters in the layout of its format."""
     is_affine = name in ("affine", "ordered_affine")
@@ -56,6 +79,8 @@ def random_tensor(name: str, scheme: WeightScheme, shape: Shape2D, seed: int) ->
         scheme = with_classes(scheme, shape, seed)
     if name == "ordered_affine":
         scheme = replace(scheme, group_dim="in_features")
+    if name in CODED and scheme.code is None:
+        scheme = with_code(name, scheme, shape, seed)
     generator = torch.Generator().manual_seed(seed)
     parts = {}
     for part, spec in codec(name).layout(scheme, shape).items():
@@ -106,6 +131,10 @@ def test_layout_has_whole_positive_sizes_and_known_dtypes(name, scheme, shape):
         return
     if name == "mixed_rows":
         scheme = with_classes(scheme, shape, 0)
+    if name in CODED:
+        with pytest.raises(SchemeError, match="code of"):
+            codec(name).layout(scheme, shape)
+        scheme = with_code(name, scheme, shape, 0)
     layout = codec(name).layout(scheme, shape)
     assert layout
     for spec in layout.values():

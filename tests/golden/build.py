@@ -22,9 +22,18 @@ from qtool.checkpoint.place import find_place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
-from qtool.core.packing import codes_to_planes
-from qtool.formats import affine, binary_coding, coded_scales, dint, mixed_rows, ordered_affine
-from qtool.scheme import ActivationScheme, Shape2D, WeightScheme
+from qtool.core.packing import codes_to_planes, pack_bits
+from qtool.core.place_codes import encode_places
+from qtool.formats import (
+    affine,
+    binary_coding,
+    coded_scales,
+    dint,
+    encrypted_planes,
+    mixed_rows,
+    ordered_affine,
+)
+from qtool.scheme import ActivationScheme, BitCode, Shape2D, WeightScheme
 from tests.golden.oracles import ORACLES
 
 HERE = Path(__file__).parent
@@ -51,6 +60,24 @@ DINT_SCHEMES: Mapping[str, WeightScheme] = {
 ORDERED_SCHEMES: Mapping[str, WeightScheme] = {
     **SCHEMES,
     "rows": WeightScheme(num_bits=5, group_size=4),
+}
+CODES = {
+    "columns": BitCode(num_inputs=4, num_outputs=5),
+    "rows": BitCode(num_inputs=2, num_outputs=5),
+    "whole": BitCode(num_inputs=3, num_outputs=3),
+    "symmetric": BitCode(num_inputs=8, num_outputs=40),
+}
+ENCRYPTED_SCHEMES: Mapping[str, WeightScheme] = {
+    name: replace(scheme, code=CODES[name]) for name, scheme in SCHEMES.items()
+}
+SPARSE_SCHEMES: Mapping[str, WeightScheme] = {
+    name: replace(
+        scheme,
+        num_bits=min(scheme.num_bits, 4),
+        symmetric=True,
+        code=replace(CODES[name], registers=count, corrections=5 * count),
+    )
+    for count, (name, scheme) in enumerate(SCHEMES.items(), 1)
 }
 
 
@@ -126,15 +153,53 @@ def stepped_weight(format_name: str, scheme: WeightScheme) -> QuantizedTensor:
     return QuantizedTensor(format_name, scheme, SHAPE, parts)
 
 
+def numbered_network(num_outputs: int, num_inputs: int) -> Tensor:
+    """Return a network each of whose outputs sees the newest input."""
+    network = numbers(2, num_outputs, num_inputs).to(torch.uint8)
+    network[:, 0] = 1
+    return network
+
+
+def encrypted_weight(scheme: WeightScheme) -> QuantizedTensor:
+    assert scheme.code is not None
+    num_outputs, num_inputs = scheme.code.num_outputs, scheme.code.num_inputs
+    slices = -(-SHAPE.out_features // num_outputs)
+    stored = numbers(2, scheme.num_bits, slices, num_inputs, SHAPE.in_features).to(torch.uint8)
+    networks = numbered_network(scheme.num_bits * num_outputs, num_inputs)
+    networks = networks.view(scheme.num_bits, num_outputs, num_inputs)
+    like = binary_weight(scheme.plain())
+    return encrypted_planes.encode_encrypted(pack_bits(stored), networks, like)
+
+
+def sparse_weight(scheme: WeightScheme) -> QuantizedTensor:
+    """Return a weight whose code words and corrections nobody has searched for."""
+    kept = numbers(10, *SHAPE) >= 6
+    assert scheme.code is not None
+    counted = scheme.code.with_found(int(kept.sum()), scheme.code.corrections)
+    scheme = replace(scheme, code=counted)
+    parts = {}
+    for name, spec in codec("sparse_planes").layout(scheme, SHAPE).items():
+        if spec.dtype == "int32":
+            parts[name] = numbers(2**32, *spec.shape).sub(2**31).to(torch.int32)
+    places = numbers(scheme.num_bits * counted.kept, counted.corrections).sort().values
+    lows, unary = encode_places(places, scheme.num_bits * counted.kept)
+    parts |= {"kept_weights": pack_bits(kept.flatten()[None]), "correction_places": unary[None]}
+    parts["correction_lows"] = lows
+    scales = binary_weight(scheme.plain()).parts["plane_scales"]
+    return QuantizedTensor("sparse_planes", scheme, SHAPE, {**parts, "plane_scales": scales})
+
+
 WEIGHTS: Mapping[str, Callable[[WeightScheme], QuantizedTensor]] = {
     "affine": affine_weight,
     "binary_coding": binary_weight,
     "coded_scales": coded_weight,
     "dint": dint_weight,
+    "encrypted_planes": encrypted_weight,
     "minima": partial(stepped_weight, "minima"),
     "mixed_rows": mixed_weight,
     "nested": partial(stepped_weight, "nested"),
     "ordered_affine": ordered_weight,
+    "sparse_planes": sparse_weight,
 }
 
 
@@ -154,6 +219,8 @@ def schemes_of(format_name: str) -> Mapping[str, WeightScheme]:
         "mixed_rows": MIXED_SCHEMES,
         "dint": DINT_SCHEMES,
         "ordered_affine": ORDERED_SCHEMES,
+        "encrypted_planes": ENCRYPTED_SCHEMES,
+        "sparse_planes": SPARSE_SCHEMES,
     }
     return special.get(format_name, SCHEMES)
 

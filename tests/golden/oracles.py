@@ -180,13 +180,87 @@ def ordered_affine(
     return weight
 
 
+def encrypted_planes(
+    parts: Parts, num_bits: int, out: int, in_: int, group_size: int | None, group_dim: str
+) -> NDArray[np.float64]:
+    num_outputs, num_inputs = parts["xor_networks"].shape[1], parts["encrypted_planes"].shape[2]
+    planes = np.zeros((num_bits, out, -(-in_ // 32)), np.int64)
+    for plane in range(num_bits):
+        for o in range(out):
+            taps, stored = parts["xor_networks"][plane, o % num_outputs], o // num_outputs
+            for i in range(in_):
+                made = 0
+                for at in range(num_inputs):
+                    made ^= bit(taps, at) & bit(parts["encrypted_planes"][plane, stored, at], i)
+                planes[plane, o, i // 32] |= made << (i % 32)
+    plain = {**parts, "bit_planes": planes}
+    return binary_coding(plain, num_bits, out, in_, group_size, group_dim)
+
+
+def sequential(words: NDArray[np.generic], network: NDArray[np.generic]) -> list[list[list[int]]]:
+    """Return what decoders give, one after the other, by the clock: registers, then XOR gates."""
+    registers = [[0] * len(words) for _ in network]  # of now, of a step ago, ...
+    lanes = []
+    for lane in range(32):
+        given = []
+        for column in words.T:
+            registers = [[bit(column[at:], lane) for at in range(len(column))], *registers[:-1]]
+            outputs = [0] * network.shape[1]
+            for word, taps in zip(registers, network, strict=True):
+                for output, row in enumerate(taps):
+                    outputs[output] ^= sum(b & bit(row, at) for at, b in enumerate(word)) % 2
+            given.append(outputs)
+        lanes.append(given)
+    return lanes
+
+
+def sparse_planes(
+    parts: Parts, num_bits: int, out: int, in_: int, group_size: int | None, group_dim: str
+) -> NDArray[np.float64]:
+    network, numel = parts["xor_network"], out * in_
+    num_outputs, num_words = network.shape[1], -(-numel // 32)
+    lanes = sequential(parts["code_words"], network)
+    kept = [at for at in range(numel) if bit(parts["kept_weights"][0], at)]
+    flipped = _places(parts, num_bits * len(kept))
+    weight = np.zeros((out, in_))
+    for plane in range(num_bits):
+        for number, at in enumerate(kept):
+            step, output = divmod(plane * num_words + at // 32, num_outputs)
+            sign = lanes[at % 32][step][output]
+            sign ^= flipped.count(plane * len(kept) + number) % 2
+            where = place(at // in_, at % in_, group_size, group_dim)
+            scale = 2 * float(parts["plane_scales"][plane][where])
+            weight[at // in_, at % in_] += scale if sign else -scale
+    return weight
+
+
+def _places(parts: Parts, limit: int) -> list[int]:
+    """Return the numbers of the bits that are corrected."""
+    if "correction_places" not in parts:
+        return []
+    unary = parts["correction_places"][0]
+    lows: list[NDArray[np.generic]] = list(parts.get("correction_lows", ()))
+    found: list[int] = []
+    rest = at = 0
+    while at < 32 * len(unary):
+        if bit(unary, at):
+            low = sum(bit(row, len(found)) << (len(lows) - 1 - n) for n, row in enumerate(lows))
+            found.append((rest << len(lows)) + low)
+        else:
+            rest += 1
+        at += 1
+    return [each for each in found if each < limit]
+
+
 ORACLES: dict[str, Oracle] = {
     "affine": affine,
     "binary_coding": binary_coding,
     "coded_scales": coded_scales,
     "dint": dint,
+    "encrypted_planes": encrypted_planes,
     "minima": minima,
     "mixed_rows": mixed_rows,
     "nested": nested,
     "ordered_affine": ordered_affine,
+    "sparse_planes": sparse_planes,
 }

@@ -18,6 +18,7 @@ from qtool.base import KernelBackend, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.core.activations import multiply_quantized
 from qtool.errors import SchemeError
+from qtool.formats._in_planes import opened_weight
 from qtool.integrations.vllm.incoming import RankWeight, torchs_own_defaults
 from qtool.integrations.vllm.slices import PLAIN_PART
 from qtool.runtime.backends._choose import choose_backend, reasons_against, wanted_backend
@@ -121,6 +122,7 @@ def _prepared(piece: RankWeight, dtype: torch.dtype) -> LayerProduct:
     if isinstance(weight, Tensor):
         return LayerProduct(None, weight.to(dtype), piece.activation, dtype)
     device = next(iter(weight.parts.values())).device
+    weight = opened_weight(weight)
     backend = choose_backend(weight, device, wanted_backend())
     prepared = backend.prepare(weight, dtype)
     if isinstance(prepared, Tensor) and device.type != "cpu":
