@@ -87,6 +87,10 @@ class BackendError(QtoolError):
     """No backend can execute a tensor here."""
 
 
+class EngineError(QtoolError):
+    """Workers can't be had, or end again and again."""
+
+
 class UnknownNameError(QtoolError):
     """No plug-in of that name."""
 

@@ -14,6 +14,7 @@ Sources: QEP (arXiv 2504.09629), GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505
 d; that e can be compensated in the same way is output matching as in LoaQ (arXiv 2509.06297).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,6 +71,22 @@ class Moments:
     def mean(self, product: MomentName) -> Tensor:
         """Return the mean of a product over all tokens, float32."""
         return self.sums[product] / max(self.num_tokens, 1)
+
+
+def merged_in_order(parts: Sequence[Moments]) -> Moments:
+    """Return the moments of all tokens: sums of float64 in the order given, rounded once.
+
+    So it doesn't matter who summed which part. One part is returned as it is.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    sums: dict[MomentName, Tensor] = {}
+    for product, first in parts[0].sums.items():
+        total = first.double()
+        for part in parts[1:]:
+            total += part.sums[product].to(total.device)
+        sums[product] = total.float()
+    return Moments(sums, sum(part.num_tokens for part in parts))
 
 
 def no_moments(

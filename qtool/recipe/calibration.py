@@ -84,6 +84,12 @@ class CalibrationSection(Section):
     """In which the blocks run; auto: on a card as stored, on a CPU in float32."""
     cache: Literal["memory", "disk"] = "memory"
     """Where the inputs of the next block wait."""
+    prefix: Literal["linears", "block", "original"] = "linears"
+    """Which model a linear's inputs come from: all linears before it are quantized; only those of
+    the blocks before its own; none is."""
+    chunks: Annotated[WholeNumber, Field(ge=1, le=1024)] | None = None
+    """Parts of the samples whose sums are added up in float64: so many workers can share them;
+    null: there is one, and with an engine 8."""
     strict: bool = False
     """Fail where a solver would fall back to something simpler."""
 
@@ -123,6 +129,10 @@ class CalibrationSection(Section):
             values.pop("output_groups", None)
         if not self.bias_correction:
             values.pop("bias_correction", None)
+        if self.prefix == "linears":
+            values.pop("prefix", None)
+        if self.chunks is None:
+            values.pop("chunks", None)
         for source in values.get("mixture", ()):
             if (rendering := source.pop("rendering", None)) is not None:
                 source["as"] = rendering

@@ -24,14 +24,26 @@ class Streams:
     quantized: tuple[Tensor, ...]  # the same in the quantized model
     num_train: int
     """Batches from this one on are held out."""
+    chunks: tuple[int, ...] = ()
+    """Of the samples, which one each batch is of; empty: there is one."""
+
+    def chunk_of(self, batch: int) -> int:
+        """Return of which chunk of the samples a batch is."""
+        return self.chunks[batch] if self.chunks else 0
 
     def advance(self, original: Block, quantized: Block) -> None:
         """Replace all block inputs by the block's outputs."""
-        for block, batches in ((original, self.original), (quantized, self.quantized)):
+        both = [(original, self.original), (quantized, self.quantized)]
+        for block, batches in both[: 1 if self.are_one else 2]:
             for index, batch in enumerate(batches):
                 batch.copy_(block.run(batch, index), non_blocking=True)
-        if batches[0].is_pinned():
+        if self.original[0].is_pinned():
             torch.cuda.synchronize()
+
+    @property
+    def are_one(self) -> bool:
+        """Whether the quantized model is taken to carry what the original does."""
+        return self.quantized is self.original
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +59,12 @@ class Visit:
 
 
 def make_streams(
-    hidden: Sequence[Tensor], num_train: int, *, device: str, directory: Path | None
+    hidden: Sequence[Tensor],
+    num_train: int,
+    *,
+    device: str,
+    directory: Path | None,
+    as_one: bool = False,
 ) -> Streams:
     """Copy the inputs of the first block into buffers for both models.
 
@@ -57,13 +74,14 @@ def make_streams(
         device: Where blocks run. For a card the buffers are page-locked: copies to and from them
             are several times faster, and don't make the CPU wait.
         directory: Keep the buffers in two files there, mapped into memory; None: in memory.
+        as_one: The quantized model carries what the original does.
 
     Raises:
         OutputError: the disk has no room for them.
     """
     pinned = device.startswith("cuda") and directory is None
     both = []
-    for name in ("original", "quantized"):
+    for name in ("original", "quantized")[: 1 if as_one else 2]:
         total = sum(batch.numel() for batch in hidden)
         if directory is not None:
             path = directory / f"{name}.stream"
@@ -76,13 +94,13 @@ def make_streams(
         for view, batch in zip(views, hidden, strict=True):
             view.copy_(batch)
         both.append(views)
-    return Streams(both[0], both[1], num_train)
+    return Streams(both[0], both[-1], num_train)
 
 
 def _allocate(path: Path, num_bytes: int) -> None:
     """Make a file whose blocks are really there: a write to one that isn't would be a SIGBUS."""
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, num_bytes)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.base import Env, Notice, Progress
 from qtool.core.experts import expert_name
+from qtool.core.moments import Moments
 from qtool.data.calibration import CalibrationSet, batches
 from qtool.errors import MethodError
 from qtool.modeling.source import ModelSource
@@ -22,11 +23,14 @@ from qtool.scheme import ActivationScheme, Shape2D
 from qtool.walk.blocks import BlockModel
 from qtool.walk.filled_block import Block
 from qtool.walk.routed import ExpertStatistics, RoutedTokens, route
+from qtool.walk.shares import Share
 from qtool.walk.statistics import (
     FEW_TOKENS,
     InputStatistics,
+    Place,
     RowGroups,
     measure_inputs,
+    sum_inputs,
     why_not_finite,
 )
 from qtool.walk.streams import Streams, Visit, make_streams
@@ -73,6 +77,7 @@ class Walk:
         section: CalibrationSection,
         env: Env,
         rules: InputRules = InputRules(),
+        share: Share = Share(),
     ) -> None:
         """Begin before the first block.
 
@@ -83,9 +88,10 @@ class Walk:
             section: How the recipe uses them.
             env: Where blocks run; its `work_dir` takes their inputs if the recipe says so.
             rules: What the recipe does with the inputs of linears.
+            share: The chunks of the samples that this walk is for.
         """
         self._source, self._samples = source, samples
-        self._section, self._env = section, env
+        self._section, self._env, self._share = section, env, share
         self._groups = dict(_groups(source, layers, apart=rules.weigh is not None))
         self._sharing = Counter(self._groups.values())
         self._rules, self._weighed = rules, dict[str, RowGroups]()
@@ -156,7 +162,8 @@ class Walk:
         """Take a linear, by its name, that is solved: those after it are to see what it does."""
         index, _ = self._groups[layer]
         self._solved[index][layer] = solved
-        if self._blocks is not None and index == self._index:
+        in_place = self._section.prefix == "linears"
+        if in_place and self._blocks is not None and index == self._index:
             self._set(layer)
 
     def correct(self, layer: str, bias: Tensor) -> None:
@@ -187,6 +194,19 @@ class Walk:
             raise self._not_finite(name, streams)
         return statistics
 
+    def sums(self, layer: str) -> dict[Place, Moments]:
+        """Return the sums of each chunk of the share for what a linear of the blocks sees."""
+        index, linear = self._groups[layer]
+        visit = self.visit(index)
+        section = self._section
+        return sum_inputs(
+            linear,
+            visit,
+            residual=self._source.residual if section.residual_error else None,
+            token_cap=section.token_cap,
+            activation=self._rules.scheme(layer, self._inputs(layer, linear, visit)),
+        )
+
     def _inputs(self, name: str, linear: str, visit: Visit) -> Iterator[Tensor]:
         """Yield what a linear of the quantized block sees of the samples that aren't held out."""
         streams = visit.streams
@@ -206,18 +226,22 @@ class Walk:
         if self._rules.weigh is not None:
             self._weighed = dict(self._rules.weigh())
         train, held_out = self._samples.split(section.holdout)
-        self._warn_of_few_tokens(train.num_tokens)
+        self.warn_of_few_tokens(train.num_tokens)
         env.emit(Progress("capturing the inputs of the first block"))
         model = BlockModel(self._source, env.device, dtype=section.dtype, parts=env.parts)
         limit = BATCH_TOKENS[torch.device(env.device).type]
-        first, rest = batches(train.samples, limit), batches(held_out.samples, limit)
+        chunks = section.chunks or 1
+        first = self._share.of(batches(train.samples, limit), chunks)
+        rest = self._share.of(batches(held_out.samples, limit), chunks)
         # Nothing here keeps what was captured: it would stay in memory for the whole walk.
         streams = make_streams(
-            model.capture([*first, *rest]),
-            len(first),
+            model.capture([*first.batches, *rest.batches]),
+            len(first.batches),
             device=env.device,
             directory=env.work_dir if section.cache == "disk" else None,
+            as_one=section.prefix == "original",
         )
+        streams = replace(streams, chunks=(*first.chunks, *rest.chunks))
         env.emit(Progress("solving"))
         return model, streams
 
@@ -229,13 +253,19 @@ class Walk:
             if self._blocks is None:
                 original = model.load(self._index)
                 self._blocks = original, original.copy()
-                for layer in self._solved[self._index]:
-                    self._set(layer)
+                if self._section.prefix == "linears":
+                    self._set_all()
             if self._index < index:
                 self._routed = None
+                if self._section.prefix == "block":
+                    self._set_all()
                 streams.advance(*self._blocks)
                 del self._solved[self._index]
                 self._blocks, self._index = None, self._index + 1
+
+    def _set_all(self) -> None:
+        for layer in self._solved[self._index]:
+            self._set(layer)
 
     def _set(self, layer: str) -> None:
         assert self._blocks is not None
@@ -247,7 +277,7 @@ class Walk:
         if solved.bias is not None:
             self._blocks[1].set_bias(inner, solved.bias)
 
-    def _warn_of_few_tokens(self, num_tokens: int) -> None:
+    def warn_of_few_tokens(self, num_tokens: int) -> None:
         """Say once, before anything is solved, that there is too little data for some layers."""
         widths = sorted({shape.in_features for shape in self._shapes.values()})
         starved = [width for width in widths if num_tokens < FEW_TOKENS * width]

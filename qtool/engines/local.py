@@ -1,0 +1,215 @@
+"""This machine: one worker is this process; several are processes, one per card or core.
+
+concurrent.futures gives up all of its processes when one ends, and has no place for a task that
+finds its worker's memory again; so the processes are ours.
+"""
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from qtool.engines import Engine, Pool, Shared, Task, Workers
+from qtool.engines._scheduling import Told, scheduled
+from qtool.engines._worker import THREADS, outcome, threads_of_torch
+
+CARDS = "CUDA_VISIBLE_DEVICES"
+
+
+@contextmanager
+def _open(workers: Workers) -> Iterator[Pool]:
+    count = workers.count or _count(workers)
+    with threads_of_torch(workers.threads):
+        if count == 1:
+            yield _Here()
+            return
+        with tempfile.TemporaryDirectory(prefix="qtool-shared-") as folder:
+            pool = _Processes(count, workers, Path(folder))
+            try:
+                yield pool
+            finally:
+                pool.end()
+
+
+def _count(workers: Workers) -> int:
+    if workers.device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.device_count()
+    return max(1, len(os.sched_getaffinity(0)) // workers.threads)
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """A value of this process."""
+
+    value: Any
+
+    def get(self) -> Any:  # noqa: ANN401
+        return self.value
+
+
+class _Here:
+    """One worker, which is this process."""
+
+    count = 1
+
+    def map(
+        self,
+        function: Callable[[Any], Any],
+        tasks: Sequence[Task],
+        *,
+        in_place: bool = False,  # noqa: ARG002 - there is one place
+    ) -> Iterator[Any]:
+        for task in tasks:
+            yield function(task.argument)
+
+    @contextmanager
+    def share(self, value: Any) -> Iterator[Shared]:  # noqa: ANN401
+        yield _Value(value)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A value in a file."""
+
+    path: Path
+
+    def get(self) -> Any:  # noqa: ANN401
+        return pickle.loads(self.path.read_bytes())
+
+
+@dataclass(slots=True)
+class _Process:
+    """A worker, and our end of its pipe."""
+
+    process: Any
+    pipe: Connection
+    is_busy: bool = False
+
+
+class _Processes:
+    """Workers that are processes; a seat whose process ends gets another one at once."""
+
+    patience = 600.0
+
+    def __init__(self, count: int, workers: Workers, folder: Path) -> None:
+        self.count = count
+        self._workers, self._folder = workers, folder
+        self._shared = 0
+        self._context: Any = multiprocessing.get_context("spawn")  # a fork couldn't use a card
+        self._seats = [self._start(seat) for seat in range(count)]
+
+    def _start(self, seat: int) -> _Process:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(
+            target=_serve, args=(theirs, self._workers.threads), daemon=True
+        )
+        with _environment(seat, self._workers):
+            process.start()
+        theirs.close()
+        return _Process(process, ours)
+
+    def map(
+        self, function: Callable[[Any], Any], tasks: Sequence[Task], *, in_place: bool = False
+    ) -> Iterator[Any]:
+        try:
+            yield from scheduled(
+                self, function, tasks, in_place=in_place, tries=self._workers.tries
+            )
+        finally:
+            for seat, worker in enumerate(self._seats):
+                if worker.is_busy:  # nobody waits for it any more
+                    self._replace(seat)
+
+    def taken(self) -> set[int]:
+        return {seat for seat, worker in enumerate(self._seats) if not worker.is_busy}
+
+    def send(self, seat: int, function: Callable[[Any], Any], argument: Any) -> None:  # noqa: ANN401
+        worker = self._seats[seat]
+        worker.is_busy = True
+        with suppress(BrokenPipeError, ConnectionResetError):  # `listen` finds that it has ended
+            worker.pipe.send_bytes(pickle.dumps((function, argument), protocol=5))
+
+    def listen(self, timeout: float | None) -> Told | None:
+        pipes = {id(worker.pipe): seat for seat, worker in enumerate(self._seats)}
+        ready = wait([w.pipe for w in self._seats if w.is_busy], timeout)
+        if not ready:
+            return None
+        seat = pipes[id(ready[0])]
+        try:
+            value, error = pickle.loads(self._seats[seat].pipe.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            return Told(seat, lost=self._replace(seat))
+        self._seats[seat].is_busy = False
+        return Told(seat, value, error)
+
+    def _replace(self, seat: int) -> str:
+        """Put another process in the place of one; return how that ended."""
+        worker = self._seats[seat]
+        worker.pipe.close()
+        if worker.process.is_alive():
+            worker.process.join(1)
+        if worker.process.is_alive():
+            worker.process.kill()
+        worker.process.join()
+        self._seats[seat] = self._start(seat)
+        return f"with exit status {worker.process.exitcode}"
+
+    @contextmanager
+    def share(self, value: Any) -> Iterator[Shared]:  # noqa: ANN401
+        self._shared += 1
+        path = self._folder / f"{self._shared}.pickle"
+        path.write_bytes(pickle.dumps(value, protocol=5))
+        try:
+            yield _File(path)
+        finally:
+            path.unlink()
+
+    def end(self) -> None:
+        """End all of them."""
+        for worker in self._seats:
+            worker.pipe.close()
+            worker.process.kill()
+            worker.process.join()
+
+
+@contextmanager
+def _environment(seat: int, workers: Workers) -> Iterator[None]:
+    """Set what a new process is to find, and put back what this one had."""
+    wanted = dict.fromkeys(THREADS, str(workers.threads))
+    if workers.device.startswith("cuda"):
+        seen = os.environ.get(CARDS)
+        cards = seen.split(",") if seen else [str(card) for card in range(_count(workers))]
+        wanted[CARDS] = cards[seat % len(cards)]
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _serve(pipe: Connection, threads: int) -> None:
+    """Do what comes through a pipe until nobody is at its other end."""
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
+        while True:
+            function, argument = pickle.loads(pipe.recv_bytes())
+            with threads_of_torch(threads):
+                answer = outcome(function, argument)
+            pipe.send_bytes(pickle.dumps(answer, protocol=5))
+
+
+ENGINE = Engine(
+    summary="This machine: processes, one per card, or per core without a card.", open=_open
+)

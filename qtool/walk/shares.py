@@ -1,0 +1,32 @@
+"""Chunks of the samples, and who has which: the chunks decide sums, and who has them doesn't."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class SharedBatches(NamedTuple):
+    """The batches of a share, in order."""
+
+    batches: tuple[Tensor, ...]
+    chunks: tuple[int, ...]
+    """Of the samples, the chunk that each is of."""
+
+
+class Share(NamedTuple):
+    """One of so many equal parts of the samples."""
+
+    number: int = 0
+    count: int = 1
+
+    def of(self, batches: Sequence[Tensor], num_chunks: int) -> SharedBatches:
+        """Return the batches of this share; a chunk is never divided.
+
+        Args:
+            batches: All there are, each (samples, length) int64.
+            num_chunks: That they are cut into.
+        """
+        placed = [(batch, n * num_chunks // len(batches)) for n, batch in enumerate(batches)]
+        own = [each for each in placed if each[1] * self.count // num_chunks == self.number]
+        return SharedBatches(tuple(batch for batch, _ in own), tuple(chunk for _, chunk in own))
