@@ -9,8 +9,9 @@ complete.
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from qtool.checkpoint.place import Place, check_target, file_failures
 from qtool.checkpoint.publish import empty_work, publish, remove_work
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.spool import Made, Spool
+from qtool.checkpoint.stored_layer import StoredLayer
 from qtool.errors import CheckpointError, OutputError, QtoolError
 from qtool.storage.plain_json import write_json_file
 from qtool.storage.whole_files import written_whole
@@ -171,6 +173,26 @@ class CheckpointWriter:
             self._names.append(name)
         return notes
 
+    def once_each(
+        self, names: Sequence[str], make: Callable[[Sequence[str]], Iterator[Made]]
+    ) -> Iterator[Mapping[str, Any]]:
+        """Store what `make` makes of all names that no earlier run did; as `once`, one by one.
+
+        Args:
+            names: Of layers.
+            make: Yields what those that are missing become, in their order.
+
+        Yields:
+            The notes of what is stored, of each name.
+
+        Raises:
+            OutputError: see `once`.
+        """
+        missing = [name for name in names if self._spool.notes(_key(name)) is None]
+        made = make(missing) if missing else iter(())
+        for name in names:
+            yield self.once(name, partial(next, made))
+
     def keep(self, name: str, made: Made, *, draft: str) -> None:
         """Store a draft, in the place of one that is there.
 
@@ -198,10 +220,12 @@ class CheckpointWriter:
         within: str | None = None,
     ) -> QuantizedTensor:
         """Return a layer that is stored, on a device; `within` names a draft of several layers."""
-        names = {part: f"{name}.{part}" for part in entry.layout()}
-        tensors = self._spool.tensors(_key(within or name, draft), names.values())
-        parts = {part: tensors[full].to(device) for part, full in names.items()}
-        return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
+        key = _key(within or name, draft)
+        return StoredLayer(self._spool.directory, key, name, entry).load(device)
+
+    def stored(self, name: str, entry: LayerEntry, *, draft: str | None = None) -> StoredLayer:
+        """Return where a layer is stored."""
+        return StoredLayer(self._spool.directory, _key(name, draft), name, entry)
 
     def digests(self) -> dict[str, str]:
         """Return sha256 of the stored bytes of every tensor so far, by name."""
@@ -247,7 +271,7 @@ class CheckpointWriter:
             publish(self.place, self._job)
 
 
-def _key(name: str, draft: str | None) -> str:
+def _key(name: str, draft: str | None = None) -> str:
     """Return under which name something is spooled; no tensor's has a space."""
     return name if draft is None else f"{draft} of {name}"
 

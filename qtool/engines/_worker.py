@@ -5,8 +5,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-"""Variables that libraries read when they are loaded."""
+KEPT = 2
+"""Shared values that a worker keeps: one of the run, and one of what it works at."""
+
+
+class Remembered:
+    """The shared values that a worker has read last."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+
+    def get(self, key: str, read: Callable[[], Any]) -> Any:  # noqa: ANN401
+        """Return a value, read if it isn't known."""
+        value = self._values.pop(key) if key in self._values else read()
+        self._values[key] = value
+        while len(self._values) > KEPT:
+            del self._values[next(iter(self._values))]
+        return value
+
+
+def use_card(number: int | None) -> None:
+    """Let this process compute on one of the cards that it sees; None: it needs none."""
+    if number is not None:
+        import torch
+
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
 @contextmanager

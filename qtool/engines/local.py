@@ -6,7 +6,6 @@ finds its worker's memory again; so the processes are ours.
 
 import multiprocessing
 import os
-import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from qtool.engines import Engine, Pool, Shared, Task, Workers
+from qtool.engines._pickling import dumps, loads
 from qtool.engines._scheduling import Told, scheduled
-from qtool.engines._worker import THREADS, outcome, threads_of_torch
-
-CARDS = "CUDA_VISIBLE_DEVICES"
+from qtool.engines._worker import Remembered, outcome, threads_of_torch, use_card
 
 
 @contextmanager
@@ -82,7 +80,10 @@ class _File:
     path: Path
 
     def get(self) -> Any:  # noqa: ANN401
-        return pickle.loads(self.path.read_bytes())
+        return _seen.get(str(self.path), lambda: loads(self.path.read_bytes()))
+
+
+_seen = Remembered()
 
 
 @dataclass(slots=True)
@@ -108,11 +109,12 @@ class _Processes:
 
     def _start(self, seat: int) -> _Process:
         ours, theirs = self._context.Pipe()
+        workers = self._workers
+        card = seat if workers.device.startswith("cuda") else None
         process = self._context.Process(
-            target=_serve, args=(theirs, self._workers.threads), daemon=True
+            target=_serve, args=(theirs, workers.threads, card), daemon=True
         )
-        with _environment(seat, self._workers):
-            process.start()
+        process.start()
         theirs.close()
         return _Process(process, ours)
 
@@ -135,7 +137,7 @@ class _Processes:
         worker = self._seats[seat]
         worker.is_busy = True
         with suppress(BrokenPipeError, ConnectionResetError):  # `listen` finds that it has ended
-            worker.pipe.send_bytes(pickle.dumps((function, argument), protocol=5))
+            worker.pipe.send_bytes(dumps((function, argument)))
 
     def listen(self, timeout: float | None) -> Told | None:
         pipes = {id(worker.pipe): seat for seat, worker in enumerate(self._seats)}
@@ -144,7 +146,7 @@ class _Processes:
             return None
         seat = pipes[id(ready[0])]
         try:
-            value, error = pickle.loads(self._seats[seat].pipe.recv_bytes())
+            value, error = loads(self._seats[seat].pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
             return Told(seat, lost=self._replace(seat))
         self._seats[seat].is_busy = False
@@ -166,7 +168,7 @@ class _Processes:
     def share(self, value: Any) -> Iterator[Shared]:  # noqa: ANN401
         self._shared += 1
         path = self._folder / f"{self._shared}.pickle"
-        path.write_bytes(pickle.dumps(value, protocol=5))
+        path.write_bytes(dumps(value))
         try:
             yield _File(path)
         finally:
@@ -180,34 +182,15 @@ class _Processes:
             worker.process.join()
 
 
-@contextmanager
-def _environment(seat: int, workers: Workers) -> Iterator[None]:
-    """Set what a new process is to find, and put back what this one had."""
-    wanted = dict.fromkeys(THREADS, str(workers.threads))
-    if workers.device.startswith("cuda"):
-        seen = os.environ.get(CARDS)
-        cards = seen.split(",") if seen else [str(card) for card in range(_count(workers))]
-        wanted[CARDS] = cards[seat % len(cards)]
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _serve(pipe: Connection, threads: int) -> None:
+def _serve(pipe: Connection, threads: int, card: int | None) -> None:
     """Do what comes through a pipe until nobody is at its other end."""
+    use_card(card)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         while True:
-            function, argument = pickle.loads(pipe.recv_bytes())
+            function, argument = loads(pipe.recv_bytes())
             with threads_of_torch(threads):
                 answer = outcome(function, argument)
-            pipe.send_bytes(pickle.dumps(answer, protocol=5))
+            pipe.send_bytes(dumps(answer))
 
 
 ENGINE = Engine(

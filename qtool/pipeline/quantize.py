@@ -21,6 +21,7 @@ from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource, open_source
 from qtool.pipeline.check import check_result
 from qtool.pipeline.check_budgets import check_budgets
+from qtool.pipeline.engine import EngineOptions, in_chunks, with_workers
 from qtool.pipeline.reports import Decisions, QuantizeResult, RunCourse, result_of, write_result
 from qtool.recipe.schema import Recipe
 from qtool.steps.check_exportable import check_exportable
@@ -81,6 +82,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and six switches
     resume: bool = False,
     check: bool = False,
     target: str | None = None,
+    engine: EngineOptions | None = None,
     emit: Emit = ignore_events,
 ) -> QuantizeResult:
     """Quantize a model and write a checkpoint.
@@ -96,6 +98,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and six switches
         check: If there are samples, or the recipe has a section `check`, compare the result with
             the original at the end: it is loaded whole, as far as memory allows.
         target: Format of another program that the result must be expressible in; None: any.
+        engine: Workers that share the work; None: this process does it.
         emit: Is told of each layer and of what comes between, and warned.
 
     Raises:
@@ -105,6 +108,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and six switches
     course = RunCourse(time.perf_counter(), emit)
     emit = course.hear
     budgets, recipe = recipe.check, recipe.without_measuring()
+    recipe = recipe if engine is None else in_chunks(recipe)
     place = find_place(out_dir, overwrite=overwrite, resume=resume)
     if model.path is not None:
         check_apart(place.out_dir, model.path)  # before anything is said of --overwrite
@@ -119,7 +123,10 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and six switches
     env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
     run = Run(source, recipe, layer_plan, samples, env, samples_given=calib_dir is not None)
     _check_room(place, layer_plan, run.stream_bytes())
-    with failures_of_the_machine(env.device, place.out_dir):
+    with (
+        failures_of_the_machine(env.device, place.out_dir),
+        with_workers(run, engine, emit) as run,
+    ):
         result = _carry_out(run, place, course)
     if not check or (samples is None and budgets is None):
         return result

@@ -7,6 +7,7 @@ from typing import Any
 import qtool
 from qtool.base import Env
 from qtool.data.calibration import CalibrationSet
+from qtool.engines import Pool
 from qtool.modeling.source import ModelSource
 from qtool.recipe.schema import Recipe
 from qtool.steps.plan import Plan
@@ -24,6 +25,8 @@ class Run:
     env: Env
     samples_given: bool = False
     """They are of the user's directory: tuning draws no others."""
+    pool: Pool | None = None
+    """Workers that share the work; None: this process does it. It decides nothing of the result."""
 
     def fingerprint(self) -> dict[str, Any]:
         """Return all that decides the output: a resumed run must agree on it.

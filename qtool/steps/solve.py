@@ -14,21 +14,24 @@ from torch import Tensor
 from qtool.base import Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, codec
 from qtool.checkpoint.spool import Made
+from qtool.checkpoint.stored_layer import StoredLayer
 from qtool.checkpoint.writer import CheckpointWriter
+from qtool.engines import Shared
 from qtool.modeling.source import ModelSource
 from qtool.scheme import ActivationScheme, WeightScheme
-from qtool.steps.activation_ranges import input_scheme
 from qtool.steps.correct_biases import announced_biases, correct_biases_once, corrected_biases
 from qtool.steps.coverage import coverage, warn_of_experts
 from qtool.steps.memory import peak_memory
 from qtool.steps.plan import LayerPlan
 from qtool.steps.run import Run
+from qtool.steps.shared_walk import SharedWalk, plain_walk, shared_run
+from qtool.steps.solve_apart import made_apart, together
 from qtool.steps.solve_layer import check_fallback, solved_layer
 from qtool.steps.table_statistics import hessian_of
 from qtool.steps.tune_blocks import SOLVED, TUNED_BLOCK, draft_of, tune_block_once
 from qtool.steps.tune_model import MODEL, SolvedModel, tune_model_once
 from qtool.steps.weigh_tokens import weigh_tokens_once
-from qtool.walk.walk import InputRules, SolvedLinear, Walk
+from qtool.walk.walk import SolvedLinear, Walk
 from qtool.wording import gigabytes
 
 WIDE_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -63,8 +66,10 @@ def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
         _announce(run, results[-1], len(results))
         return results[-1]
 
-    with walking(run, writer) as walk:
+    with shared_run(run) as shared, walking(run, writer, shared) as walk:
         biased = announced_biases(run)
+        if shared is not None:
+            return _solve_apart(run, writer, walk, shared)
         for block, layers in groupby(run.plan.in_blocks, partial(block_of, run.source)):
             entries = {layer.name: finish(layer, walk).entry for layer in layers}
             if walk is not None and tuning.blocks is not None:
@@ -85,12 +90,35 @@ def solve_layer_once(
     draft = SOLVED if layer.role == "block" and run.recipe.tuning.is_on else None
     under = partial(hessian_of, run, writer)
     notes = writer.once(layer.name, partial(solved_layer, run, layer, walk, under), draft=draft)
+    return _result(run, writer, layer, walk, notes)
+
+
+def _result(
+    run: Run, writer: CheckpointWriter, layer: LayerPlan, walk: Walk | None, notes: Mapping[str, Any]
+) -> LayerResult:
+    """Return what became of a layer that is stored, and tell the walk of it."""
     check_fallback(run, layer.name, notes["fallback"])
     entry = _entry(layer, notes)
-    if walk is not None:
-        stored = partial(_stored_weight, run, writer, layer.name, entry, draft)
-        walk.put(layer.name, SolvedLinear(stored, entry.activation))
+    if walk is not None and layer.role == "block":
+        draft = SOLVED if run.recipe.tuning.is_on else None
+        stored = writer.stored(layer.name, entry, draft=draft)
+        weight = partial(_stored_weight, stored, run.env.device)
+        walk.put(layer.name, SolvedLinear(weight, entry.activation))
     return LayerResult(layer.name, entry, notes["metrics"], notes["seconds"], notes["fallback"])
+
+
+def _solve_apart(
+    run: Run, writer: CheckpointWriter, walk: Walk | None, shared: Shared
+) -> tuple[LayerResult, ...]:
+    """Solve all layers on workers: those at once that don't wait for one another."""
+    results: list[LayerResult] = []
+    for layers in together(run, walk):
+        make = partial(made_apart, run, writer, walk, shared, layers)
+        names = [layer.name for layer in layers]
+        for layer, notes in zip(layers, writer.once_each(names, make), strict=True):
+            results.append(_result(run, writer, layer, walk, notes))
+            _announce(run, results[-1], len(results))
+    return tuple(results)
 
 
 def _entry(layer: LayerPlan, notes: Mapping[str, Any]) -> LayerEntry:
@@ -174,23 +202,24 @@ def _settled(
 
 
 @contextmanager
-def walking(run: Run, writer: CheckpointWriter) -> Iterator[Walk | None]:
-    """Give a walk through the blocks; None without samples."""
+def walking(
+    run: Run, writer: CheckpointWriter, shared: Shared | None = None
+) -> Iterator[Walk | None]:
+    """Give a walk through the blocks; None without samples.
+
+    `shared` is the run as workers have it, if they measure what linears see.
+    """
     section = run.recipe.calibration
     if section is None or run.calibration is None:
         yield None
         return
     directory = writer.work_dir / "streams"  # of the blocks' inputs
     shutil.rmtree(directory, ignore_errors=True)  # of an attempt that failed
-    layers = {layer.name: layer.shape for layer in run.plan.layers}
-    env = replace(run.env, work_dir=directory)
     groups = section.output_groups
-    planned = {layer.name: layer.activation for layer in run.plan.layers}
-    rules = InputRules(
-        weigh=None if groups is None else partial(weigh_tokens_once, run, writer, groups),
-        scheme=partial(input_scheme, run.recipe.activations, planned),
-    )
-    walk = Walk(run.source, layers, run.calibration, section, env, rules)
+    weigh = None if groups is None else partial(weigh_tokens_once, run, writer, groups)
+    walk = plain_walk(run, directory, weigh=weigh)
+    if run.pool is not None and shared is not None:
+        walk = SharedWalk(run, run.pool, shared, directory)
     try:
         yield walk
     finally:
@@ -198,12 +227,9 @@ def walking(run: Run, writer: CheckpointWriter) -> Iterator[Walk | None]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _stored_weight(
-    run: Run, writer: CheckpointWriter, name: str, entry: LayerEntry, draft: str | None
-) -> Tensor:
+def _stored_weight(stored: StoredLayer, device: str) -> Tensor:
     """Return what a stored layer means, (out_features, in_features) float32."""
-    tensor = writer.load(name, entry, run.env.device, draft=draft)
-    return codec(entry.format).dequantize(tensor, torch.float32)
+    return codec(stored.entry.format).dequantize(stored.load(device), torch.float32)
 
 
 def copied(run: Run, name: str) -> Made:

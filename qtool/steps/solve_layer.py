@@ -1,7 +1,7 @@
 """Solve one layer of a plan: read it, choose what it is solved for, check what comes out."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from qtool.steps.run import Run
 from qtool.steps.solve_calibrated import solve_calibrated
 from qtool.steps.solve_expert import solve_expert
 from qtool.steps.solve_table import solve_alone
+from qtool.walk.statistics import InputStatistics
 from qtool.walk.walk import Walk
 
 
@@ -37,8 +38,18 @@ def solved_layer(
     """
     if walk is not None and expert_name(layer.name) is not None:
         return _solved_expert(run, layer, walk)
-    section, env = run.recipe.calibration, run.env
     statistics = None if walk is None else walk.statistics(layer.name)
+    return solved_for(run, layer, statistics, under)
+
+
+def solved_for(
+    run: Run,
+    layer: LayerPlan,
+    statistics: Sequence[InputStatistics] | None,
+    under: Callable[[LayerPlan], Tensor | None],
+) -> Made:
+    """Solve one layer with statistics of its inputs; None: it has none. Otherwise as above."""
+    section, env = run.recipe.calibration, run.env
     started = time.perf_counter()
     with about(layer=layer.name):
         weight = run.source.read_weight(layer.name).to(env.device)

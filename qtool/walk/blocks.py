@@ -23,7 +23,8 @@ from qtool.walk.calls import Call, Calls, Note, Recorder, mapped
 from qtool.walk.filled_block import Block, failures_of_its_code
 
 
-def _walk_dtype(source: ModelSource, device: str, dtype: str) -> torch.dtype:
+def walk_dtype(source: ModelSource, device: str, dtype: str) -> torch.dtype:
+    """Return in which dtype blocks run, as `BlockModel` is told."""
     if dtype != "auto":
         return dtype_of(dtype)
     if not device.startswith("cuda"):
@@ -53,7 +54,7 @@ class BlockModel:
             ModelError: transformers can't build it.
         """
         self.source, self.device = source, device
-        run_dtype = _walk_dtype(source, device, dtype)
+        run_dtype = walk_dtype(source, device, dtype)
         with transformers_failures(f"transformers can't build {source.directory}"), weightless():
             model = auto_class(source.parsed).from_config(deepcopy(source.parsed), dtype=run_dtype)
             separate_experts(model)

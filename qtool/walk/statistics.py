@@ -1,7 +1,7 @@
 """What a group of linears that share an input sees: one pass over the cached block inputs."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -78,6 +78,10 @@ class InputStatistics:
             for product, total in part.sums.items()
             if product in ("xx", "dx", "ex")
         )
+
+    def on(self, device: torch.device | str) -> "InputStatistics":
+        """Return the same with the moments on a device."""
+        return replace(self, train=self.train.on(device), held_out=self.held_out.on(device))
 
     @cached_property
     def shifter(self) -> Shifter:

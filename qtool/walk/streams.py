@@ -79,6 +79,8 @@ def make_streams(
     Raises:
         OutputError: the disk has no room for them.
     """
+    if not hidden:
+        return Streams((), (), 0)
     pinned = device.startswith("cuda") and directory is None
     both = []
     for name in ("original", "quantized")[: 1 if as_one else 2]:

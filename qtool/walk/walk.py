@@ -104,6 +104,10 @@ class Walk:
         self._measured: tuple[tuple[int, str], tuple[InputStatistics, ...]] | None = None
         self._routed: tuple[tuple[int, str], RoutedTokens] | None = None
 
+    def group(self, layer: str) -> tuple[int, str]:
+        """Return the block of a linear and the first one there that has its input."""
+        return self._groups[layer]
+
     def statistics(self, layer: str) -> tuple[InputStatistics, ...]:
         """Return what a linear of the blocks sees, for each group of its output channels.
 
@@ -194,18 +198,27 @@ class Walk:
             raise self._not_finite(name, streams)
         return statistics
 
-    def sums(self, layer: str) -> dict[Place, Moments]:
-        """Return the sums of each chunk of the share for what a linear of the blocks sees."""
+    def sums(self, layer: str) -> tuple[dict[Place, Moments], ActivationScheme | None]:
+        """Return the sums of each chunk of the share for what a linear of the blocks sees.
+
+        And how its inputs were quantized. Nothing, if the share has no samples.
+        """
+        model, streams = self._route = self._route or self._begin()
+        if not streams.original:
+            return {}, None
         index, linear = self._groups[layer]
-        visit = self.visit(index)
-        section = self._section
-        return sum_inputs(
+        self._go_to(index, model, streams)
+        assert self._blocks is not None
+        section, visit = self._section, Visit(*self._blocks, streams)
+        scheme = self._rules.scheme(layer, self._inputs(layer, linear, visit))
+        sums = sum_inputs(
             linear,
             visit,
             residual=self._source.residual if section.residual_error else None,
             token_cap=section.token_cap,
-            activation=self._rules.scheme(layer, self._inputs(layer, linear, visit)),
+            activation=scheme,
         )
+        return sums, scheme
 
     def _inputs(self, name: str, linear: str, visit: Visit) -> Iterator[Tensor]:
         """Yield what a linear of the quantized block sees of the samples that aren't held out."""
@@ -260,7 +273,7 @@ class Walk:
                 if self._section.prefix == "block":
                     self._set_all()
                 streams.advance(*self._blocks)
-                del self._solved[self._index]
+                self._solved.pop(self._index, None)
                 self._blocks, self._index = None, self._index + 1
 
     def _set_all(self) -> None:

@@ -1,0 +1,36 @@
+"""Values as bytes: tensors as plain arrays, which is several times faster than torch's own way."""
+
+import io
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:  # noqa: ANN401
+        """Turn a tensor, wherever it lies, into bytes on the CPU."""
+        if type(value) is not Tensor or value.requires_grad:
+            return NotImplemented
+        flat = value.detach().cpu().contiguous()
+        array = flat.flatten().view(torch.uint8).numpy() if flat.numel() else None
+        return _tensor, (array, flat.dtype, tuple(flat.shape))
+
+
+def _tensor(array: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:  # noqa: ANN401
+    if array is None:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(array).view(dtype).view(shape)
+
+
+def dumps(value: Any) -> bytes:  # noqa: ANN401
+    """Return a value as bytes."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=5).dump(value)
+    return buffer.getvalue()
+
+
+def loads(content: bytes) -> Any:  # noqa: ANN401
+    """Return the value that bytes of `dumps` stand for; tensors are on the CPU."""
+    return pickle.loads(content)

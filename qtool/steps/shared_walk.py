@@ -1,0 +1,163 @@
+"""The walk with many workers: each takes its chunks of the samples through the blocks.
+
+A worker has a walk of its own, which catches up with the layers that are solved by then, as that of
+a run that was stopped does. So one that takes another's place needs nothing but what is stored.
+"""
+
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from qtool.base import ignore_events
+from qtool.core.moments import Moments
+from qtool.engines import Pool, Shared, Task
+from qtool.errors import MethodError
+from qtool.scheme import ActivationScheme
+from qtool.steps.activation_ranges import input_scheme
+from qtool.steps.run import Run
+from qtool.walk.blocks import walk_dtype
+from qtool.walk.shares import Share
+from qtool.walk.statistics import (
+    InputStatistics,
+    Place,
+    RowGroups,
+    statistics_of,
+    why_not_finite,
+)
+from qtool.walk.walk import InputRules, SolvedLinear, Walk
+
+
+def plain_walk(
+    run: Run,
+    directory: Path,
+    share: Share = Share(),
+    weigh: Callable[[], Mapping[str, RowGroups]] | None = None,
+) -> Walk:
+    """Return a walk of one process for a share of the samples.
+
+    Args:
+        run: With samples.
+        directory: For the blocks' inputs, if the recipe says so.
+        share: The chunks that it is for.
+        weigh: See `InputRules`.
+    """
+    section, samples = run.recipe.calibration, run.calibration
+    assert section is not None
+    assert samples is not None
+    planned = {layer.name: layer.activation for layer in run.plan.layers}
+    rules = InputRules(weigh, partial(input_scheme, run.recipe.activations, planned))
+    layers = {layer.name: layer.shape for layer in run.plan.layers}
+    env = replace(run.env, work_dir=directory)
+    return Walk(run.source, layers, samples, section, env, rules, share)
+
+
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """What a worker is to measure: the argument of `measure_share`."""
+
+    run: Shared
+    walk: str
+    """Tells the walk from those of other runs."""
+    share: Share
+    layer: str
+    solved: Mapping[str, SolvedLinear]
+    """All that is, so far."""
+    directory: Path
+
+
+Sums = tuple[dict[Place, Moments], ActivationScheme | None]
+_walks: dict[tuple[str, Share], tuple[Walk, set[str]]] = {}
+"""Of this worker, with the layers that each knows of: what saves it going through all blocks."""
+
+
+def measure_share(asked: Measuring) -> Sums:
+    """Return the sums of a share's chunks for what a linear of the blocks sees."""
+    key = (asked.walk, asked.share)
+    if key not in _walks:
+        for other in [known for known in _walks if known[0] != asked.walk]:
+            _walks.pop(other)[0].end()
+        run: Run = asked.run.get()
+        place = asked.directory / f"{asked.share.number}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        _walks[key] = plain_walk(run, place, asked.share), set()
+    walk, known = _walks[key]
+    for name, solved in asked.solved.items():
+        if name not in known:
+            walk.put(name, solved)
+            known.add(name)
+    return walk.sums(asked.layer)
+
+
+class SharedWalk(Walk):
+    """A walk whose statistics many workers measure; it runs no block itself."""
+
+    def __init__(self, run: Run, pool: Pool, shared: Shared, directory: Path) -> None:
+        """Begin before the first block.
+
+        Args:
+            run: With samples, as this process has it.
+            pool: The workers.
+            shared: The same run as they see it.
+            directory: Of shared storage, for the blocks' inputs if the recipe says so.
+        """
+        section, samples = run.recipe.calibration, run.calibration
+        assert section is not None
+        assert samples is not None
+        layers = {layer.name: layer.shape for layer in run.plan.layers}
+        super().__init__(run.source, layers, samples, section, run.env)
+        self._run, self._pool, self._shared = run, pool, shared
+        self._directory, self._name = directory, uuid.uuid4().hex
+        self._done: dict[str, SolvedLinear] = {}
+        self._train = samples.split(section.holdout)[0].num_tokens
+
+    def put(self, layer: str, solved: SolvedLinear) -> None:
+        """Take a linear that is solved; see `Walk.put`."""
+        self._done[layer] = solved
+
+    def end(self) -> None:
+        """Let go of all that is large."""
+        super().end()
+        for key in [known for known in _walks if known[0] == self._name]:
+            _walks.pop(key)[0].end()
+
+    def _measure(self, index: int, linear: str) -> tuple[InputStatistics, ...]:
+        if self._measured is None and self._train:
+            self.warn_of_few_tokens(self._train)
+            self._train = 0  # once
+        name = f"{self._run.source.adapter.blocks}.{index}.{linear}"
+        shares = [Share(number, self._pool.count) for number in range(self._pool.count)]
+        solved = {} if self._section.prefix == "original" else dict(self._done)
+        tasks = [
+            Task(
+                f"share {share.number + 1} of {share.count} of the samples, at {name}",
+                Measuring(self._shared, self._name, share, name, solved, self._directory),
+            )
+            for share in shares
+        ]
+        sums: dict[Place, Moments] = {}
+        activation: ActivationScheme | None = None
+        for found, scheme in self._pool.map(measure_share, tasks, in_place=True):
+            sums |= found
+            activation = scheme or activation
+        statistics = statistics_of(sums, None, activation, self._env.device)
+        if not all(each.is_finite() for each in statistics):
+            dtype = walk_dtype(self._run.source, self._env.device, self._section.dtype)
+            raise MethodError(why_not_finite(self._run.source, name, dtype), layer=name)
+        return statistics
+
+
+@contextmanager
+def shared_run(run: Run) -> Iterator[Shared | None]:
+    """Give a run as other processes can have it, without what belongs to this one.
+
+    None: there are no workers.
+    """
+    if run.pool is None:
+        yield None
+        return
+    env = replace(run.env, emit=ignore_events, work_dir=None, parts=None)
+    with run.pool.share(replace(run, env=env, pool=None)) as shared:
+        yield shared

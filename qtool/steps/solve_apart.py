@@ -1,0 +1,128 @@
+"""Layers that don't wait for one another are solved on workers: a map over layers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from torch import Tensor
+
+from qtool.base import Notice, Progress
+from qtool.checkpoint.spool import Made
+from qtool.checkpoint.writer import CheckpointWriter
+from qtool.core.experts import expert_name
+from qtool.engines import Shared, Task
+from qtool.errors import RecipeError
+from qtool.steps.activation_ranges import has_static_inputs
+from qtool.steps.plan import LayerPlan
+from qtool.steps.run import Run
+from qtool.steps.solve_layer import solved_for
+from qtool.steps.table_statistics import hessian_of
+from qtool.walk.statistics import InputStatistics
+from qtool.walk.walk import Walk
+
+
+def check_shareable(run: Run) -> None:
+    """Refuse what one process has to do alone.
+
+    Raises:
+        RecipeError: the recipe tunes, corrects biases, weighs tokens, has static inputs, or samples
+            of a model with experts.
+    """
+    section, recipe = run.recipe.calibration, run.recipe
+    experts = any(expert_name(layer.name) is not None for layer in run.plan.in_blocks)
+    alone = {
+        "tuning": recipe.tuning.is_on,
+        "activations.granularity: tensor": has_static_inputs(recipe),
+        "calibration.bias_correction": section is not None and section.bias_correction,
+        "calibration.output_groups": section is not None and section.output_groups is not None,
+        "calibration of experts": section is not None and experts,
+    }
+    found = [key for key, is_asked in alone.items() if is_asked]
+    if found:
+        raise RecipeError(
+            f"{' and '.join(found)} can't be shared among workers yet. Leave out --engine, or that."
+        )
+
+
+def together(run: Run, walk: Walk | None) -> Iterator[tuple[LayerPlan, ...]]:
+    """Yield layers that can be solved at the same time, in the order of the plan.
+
+    Those of the blocks see what is quantized before them, as `calibration.prefix` says.
+    """
+    section = run.recipe.calibration
+    if walk is None or section is None:
+        yield run.plan.layers
+        return
+    in_blocks = list(run.plan.in_blocks)
+    for _, layers in groupby(
+        in_blocks,
+        lambda layer: walk.group(layer.name)[: 2 if section.prefix == "linears" else 1],
+    ):
+        yield tuple(layers)
+    yield tuple(layer for layer in run.plan.layers if layer.role != "block")
+
+
+@dataclass(frozen=True, slots=True)
+class Solving:
+    """A layer to solve: the argument of `solve_one`."""
+
+    run: Shared
+    layer: LayerPlan
+    statistics: Shared | None
+    """Of its inputs; None: there are none."""
+    under: Shared | None
+    """The Hessian of a table; None: there is none."""
+
+
+def solve_one(asked: Solving) -> tuple[Made, list[Progress | Notice]]:
+    """Return what a layer becomes, and what is to be told of it."""
+    run: Run = asked.run.get()
+    told: list[Progress | Notice] = []
+    device = run.env.device
+    run = replace(run, env=replace(run.env, emit=told.append))
+    statistics: tuple[InputStatistics, ...] | None = None
+    if asked.statistics is not None:
+        statistics = asked.statistics.get()
+        if device != "cpu":
+            statistics = tuple(each.on(device) for each in statistics)
+    under: Tensor | None = None if asked.under is None else asked.under.get().to(device)
+    return solved_for(run, asked.layer, statistics, lambda _layer: under), told
+
+
+def made_apart(
+    run: Run,
+    writer: CheckpointWriter,
+    walk: Walk | None,
+    shared: Shared,
+    layers: Sequence[LayerPlan],
+    names: Sequence[str],
+) -> Iterator[Made]:
+    """Yield what some of the layers become, in their order, solved by the workers of a run."""
+    pool = run.pool
+    assert pool is not None
+    with ExitStack() as stack:
+        seen: dict[int, Shared] = {}  # linears that share an input have one object
+
+        def share(value: object) -> Shared:
+            if id(value) not in seen:
+                seen[id(value)] = stack.enter_context(pool.share(value))
+            return seen[id(value)]
+
+        tasks, kept = [], []
+        for layer in (layer for layer in layers if layer.name in names):
+            of_block = walk is not None and layer.role == "block"
+            statistics = walk.statistics(layer.name) if walk is not None and of_block else None
+            under = None if layer.role == "block" else hessian_of(run, writer, layer)
+            kept.append((statistics, under))  # so that no other object gets its number
+            asked = Solving(
+                shared,
+                layer,
+                None if statistics is None else share(statistics),
+                None if under is None else share(under),
+            )
+            tasks.append(Task(layer.name, asked))
+        for made, told in pool.map(solve_one, tasks):
+            for event in told:
+                run.env.emit(event)
+            yield made
