@@ -37,6 +37,8 @@ class Workers:
     """Of each: `cpu`, or `cuda` for a card of its own."""
     address: str | None = None
     """Of a cluster that runs already; None: this machine alone."""
+    modules: tuple[str, ...] = ()
+    """That workers import before the first task, to save time."""
     tries: int = 5
     """How often a task is begun before the run ends because of it."""
 

@@ -1,9 +1,11 @@
 """What a worker does with a task, in whatever process it runs."""
 
-import os
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from qtool.engines._pickling import dumps, loads
 
 KEPT = 2
 """Shared values that a worker keeps: one of the run, and one of what it works at."""
@@ -22,6 +24,12 @@ class Remembered:
         while len(self._values) > KEPT:
             del self._values[next(iter(self._values))]
         return value
+
+
+def import_ahead(modules: Iterable[str]) -> None:
+    """Import what tasks will need."""
+    for name in modules:
+        importlib.import_module(name)
 
 
 def use_card(number: int | None) -> None:
@@ -45,10 +53,26 @@ def threads_of_torch(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def outcome(function: Callable[[Any], Any], argument: Any) -> tuple[Any, Exception | None]:  # noqa: ANN401
-    """Return what a function returns, and what it raised, of which one is None."""
+def answer(content: bytes, threads: int) -> bytes:
+    """Return what came of a call: (what it returned, what it raised), of which one is None.
+
+    Args:
+        content: The function and its argument, as `dumps` has them.
+        threads: That torch may use.
+    """
     try:
-        return function(argument), None
+        with threads_of_torch(threads):
+            function, argument = loads(content)
+            return dumps((function(argument), None))
     except Exception as error:  # noqa: BLE001 - whatever it is, who asked for it is told
-        error.add_note(f"in the worker {os.getpid()}")
-        return None, error
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        return _failure(error)
+
+
+def _failure(error: Exception) -> bytes:
+    try:
+        content = dumps((None, error))
+        loads(content)
+    except Exception:  # noqa: BLE001 - an error of some library that no other process can have
+        content = dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
+    return content

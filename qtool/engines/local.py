@@ -17,7 +17,7 @@ from typing import Any
 from qtool.engines import Engine, Pool, Shared, Task, Workers
 from qtool.engines._pickling import dumps, loads
 from qtool.engines._scheduling import Told, scheduled
-from qtool.engines._worker import Remembered, outcome, threads_of_torch, use_card
+from qtool.engines._worker import Remembered, answer, threads_of_torch, use_card
 
 
 @contextmanager
@@ -104,7 +104,8 @@ class _Processes:
         self.count = count
         self._workers, self._folder = workers, folder
         self._shared = 0
-        self._context: Any = multiprocessing.get_context("spawn")  # a fork couldn't use a card
+        self._context: Any = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(workers.modules))  # imported once for all
         self._seats = [self._start(seat) for seat in range(count)]
 
     def _start(self, seat: int) -> _Process:
@@ -187,10 +188,7 @@ def _serve(pipe: Connection, threads: int, card: int | None) -> None:
     use_card(card)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         while True:
-            function, argument = loads(pipe.recv_bytes())
-            with threads_of_torch(threads):
-                answer = outcome(function, argument)
-            pipe.send_bytes(dumps(answer))
+            pipe.send_bytes(answer(pipe.recv_bytes(), threads))
 
 
 ENGINE = Engine(

@@ -12,6 +12,8 @@ from qtool.steps.solve_apart import check_shareable
 
 CHUNKS = 8
 """Of the samples, where the recipe doesn't say: so many workers can measure at once."""
+AHEAD = ("qtool.steps.solve_apart", "transformers.models.auto.modeling_auto")
+"""What workers import first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ def with_workers(run: Run, options: EngineOptions | None, emit: Emit) -> Iterato
         threads=options.threads,
         device=run.env.device,
         address=options.address,
+        modules=AHEAD,
     )
     with engine.open(workers) as pool:
         yield replace(run, pool=pool)
