@@ -35,7 +35,7 @@ from qtool.checkpoint.place import Place, check_target, file_failures
 from qtool.checkpoint.publish import empty_work, publish, remove_work
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.spool import Made, Spool
-from qtool.checkpoint.stored_layer import StoredLayer
+from qtool.checkpoint.spooled_layer import SpooledLayer
 from qtool.errors import CheckpointError, OutputError, QtoolError
 from qtool.storage.plain_json import write_json_file
 from qtool.storage.whole_files import written_whole
@@ -221,11 +221,11 @@ class CheckpointWriter:
     ) -> QuantizedTensor:
         """Return a layer that is stored, on a device; `within` names a draft of several layers."""
         key = _key(within or name, draft)
-        return StoredLayer(self._spool.directory, key, name, entry).load(device)
+        return SpooledLayer(self._spool.directory, key, name, entry).load(device)
 
-    def stored(self, name: str, entry: LayerEntry, *, draft: str | None = None) -> StoredLayer:
+    def stored(self, name: str, entry: LayerEntry, *, draft: str | None = None) -> SpooledLayer:
         """Return where a layer is stored."""
-        return StoredLayer(self._spool.directory, _key(name, draft), name, entry)
+        return SpooledLayer(self._spool.directory, _key(name, draft), name, entry)
 
     def digests(self) -> dict[str, str]:
         """Return sha256 of the stored bytes of every tensor so far, by name."""

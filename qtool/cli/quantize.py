@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtool.cli import early
+from qtool.cli.engine_options import (
+    AddressOption,
+    EngineOption,
+    ThreadsOption,
+    WorkersOption,
+    engine_options,
+)
 from qtool.cli.guess import guess_seconds
 from qtool.cli.options import (
     GATE_FAILED,
@@ -93,6 +100,10 @@ def quantize(
         _how("--no-check", help="Don't compare the result with the original at the end."),
     ] = False,
     device: DeviceOption = None,
+    engine: EngineOption = None,
+    workers: WorkersOption = None,
+    threads: ThreadsOption = None,
+    address: AddressOption = None,
     dry_run: Annotated[
         DryRun | None,
         _debug(
@@ -145,6 +156,7 @@ def quantize(
             "calib_dir": calibration,
             "overwrite": overwrite,
             "resume": resume,
+            "engine": engine_options(engine, workers, threads, address),
         }
         if dry_run is DryRun.MEASURE:
             predicted = pipeline.preflight(

@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qtool.cli import console, early
+from qtool.cli.engine_options import (
+    AddressOption,
+    EngineOption,
+    ThreadsOption,
+    WorkersOption,
+    engine_options,
+)
 from qtool.cli.options import GATE_FAILED, DeviceOption, DryRun, JsonOption, check_targets
 from qtool.cli.progress import progress
 from qtool.cli.tables.preflights import print_preflight
@@ -49,6 +56,10 @@ def run_recipe(
         bool, typer.Option("--overwrite", help="Replace OUT_DIR, and begin anew.")
     ] = False,
     device: DeviceOption = None,
+    engine: EngineOption = None,
+    workers: WorkersOption = None,
+    threads: ThreadsOption = None,
+    address: AddressOption = None,
     dry_run: Annotated[
         DryRun | None,
         typer.Option(
@@ -76,6 +87,7 @@ def run_recipe(
     """
     chosen, name, target = _request(recipe, model, out_dir, settings or [], calibration)
     check_targets([json_file, junit, markdown])
+    shared = engine_options(engine, workers, threads, address)
     early.check_directory(calibration)
     if chosen.eval is not None and chosen.eval.tasks:
         early.check_spelling(chosen.eval.tasks)
@@ -91,6 +103,7 @@ def run_recipe(
             data_dir=data_dir,
             confirm_unsafe=confirm_run_unsafe_code,
             overwrite=overwrite,
+            engine=shared,
         )
         if dry_run is not None:
             pipeline.check_measurable(chosen, options)

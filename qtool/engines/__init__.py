@@ -43,6 +43,14 @@ class Workers:
     """How often a task is begun before the run ends because of it."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Which engine, and what workers a user asks it for."""
+
+    name: str
+    workers: Workers = Workers()
+
+
 class Shared(Protocol):
     """A value that many tasks need; picklable, and small as a part of their arguments."""
 
@@ -82,11 +90,13 @@ class Pool(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
+class WorkEngine:
     """The extension point: one file in `qtool/engines` with the constant ENGINE."""
 
     summary: str
     """One sentence for the documentation."""
+    check: Callable[[Workers], None]
+    """Raises `QtoolError` if there can't be such workers: found before anything is begun."""
     open: Callable[[Workers], AbstractContextManager[Pool]]
     """Starts workers, and ends them when the block is left."""
 
@@ -96,10 +106,10 @@ def engine_names() -> tuple[str, ...]:
     return plugins.names(sys.modules[__name__])
 
 
-def load_engine(name: str) -> Engine:
+def load_engine(name: str) -> WorkEngine:
     """Return an engine by name.
 
     Raises:
         UnknownNameError: there is none of that name.
     """
-    return plugins.load(sys.modules[__name__], name, "ENGINE", Engine)
+    return plugins.load(sys.modules[__name__], name, "ENGINE", WorkEngine)

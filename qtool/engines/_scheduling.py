@@ -17,7 +17,7 @@ OF_ONE_MACHINE = (OSError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class SeatNews:
     """What became of a seat."""
 
     seat: int
@@ -46,7 +46,7 @@ class Seats(Protocol):
         """Give a worker that waits something to do."""
         ...
 
-    def listen(self, timeout: float | None) -> Told | None:
+    def listen(self, timeout: float | None) -> SeatNews | None:
         """Wait for the next thing to be told; None: nothing was, in so many seconds."""
         ...
 
@@ -106,7 +106,7 @@ class _Course:
         lost = (number for number, home in homes.items() if home not in living)
         return next(own, next(lost, None))
 
-    def take(self, told: Told | None) -> None:
+    def take(self, told: SeatNews | None) -> None:
         """Note what was told."""
         if told is None:
             names = ", ".join(self.tasks[number].name for number in self.waiting[:3])
@@ -126,7 +126,7 @@ class _Course:
         if self.begun[number] >= self.tries:
             raise EngineError(self._given_up(number, told)) from told.error
 
-    def _given_up(self, number: int, told: Told) -> str:
+    def _given_up(self, number: int, told: SeatNews) -> str:
         name, times = self.tasks[number].name, f"{self.begun[number]} times"
         if told.error is not None:
             what = reason(told.error) if isinstance(told.error, OSError) else str(told.error)

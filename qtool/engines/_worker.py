@@ -7,7 +7,7 @@ from typing import Any
 
 from qtool.engines._pickling import dumps, loads
 
-KEPT = 2
+VALUES_KEPT = 2
 """Shared values that a worker keeps: one of the run, and one of what it works at."""
 
 
@@ -21,7 +21,7 @@ class Remembered:
         """Return a value, read if it isn't known."""
         value = self._values.pop(key) if key in self._values else read()
         self._values[key] = value
-        while len(self._values) > KEPT:
+        while len(self._values) > VALUES_KEPT:
             del self._values[next(iter(self._values))]
         return value
 

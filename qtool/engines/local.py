@@ -14,10 +14,19 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from qtool.engines import Engine, Pool, Shared, Task, Workers
+from qtool.engines import Pool, Shared, Task, WorkEngine, Workers
 from qtool.engines._pickling import dumps, loads
-from qtool.engines._scheduling import Told, scheduled
+from qtool.engines._scheduling import SeatNews, scheduled
 from qtool.engines._worker import Remembered, answer, threads_of_torch, use_card
+from qtool.errors import EngineError
+
+
+def _check(workers: Workers) -> None:
+    if workers.address is not None:
+        raise EngineError(
+            "--address is of a cluster, and the engine 'local' has none. Use --engine ray, or "
+            "leave it out."
+        )
 
 
 @contextmanager
@@ -140,7 +149,7 @@ class _Processes:
         with suppress(BrokenPipeError, ConnectionResetError):  # `listen` finds that it has ended
             worker.pipe.send_bytes(dumps((function, argument)))
 
-    def listen(self, timeout: float | None) -> Told | None:
+    def listen(self, timeout: float | None) -> SeatNews | None:
         pipes = {id(worker.pipe): seat for seat, worker in enumerate(self._seats)}
         ready = wait([w.pipe for w in self._seats if w.is_busy], timeout)
         if not ready:
@@ -149,9 +158,9 @@ class _Processes:
         try:
             value, error = loads(self._seats[seat].pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
-            return Told(seat, lost=self._replace(seat))
+            return SeatNews(seat, lost=self._replace(seat))
         self._seats[seat].is_busy = False
-        return Told(seat, value, error)
+        return SeatNews(seat, value, error)
 
     def _replace(self, seat: int) -> str:
         """Put another process in the place of one; return how that ended."""
@@ -191,6 +200,8 @@ def _serve(pipe: Connection, threads: int, card: int | None) -> None:
             pipe.send_bytes(answer(pipe.recv_bytes(), threads))
 
 
-ENGINE = Engine(
-    summary="This machine: processes, one per card, or per core without a card.", open=_open
+ENGINE = WorkEngine(
+    summary="This machine: processes, one per card, or per core without a card.",
+    check=_check,
+    open=_open,
 )

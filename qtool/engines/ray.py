@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from qtool.engines import Engine, Pool, Shared, Task, Workers
+from qtool.engines import Pool, Shared, Task, WorkEngine, Workers
 from qtool.engines._pickling import dumps, loads
-from qtool.engines._scheduling import Told, scheduled
+from qtool.engines._scheduling import SeatNews, scheduled
 from qtool.engines._worker import Remembered, answer, import_ahead, threads_of_torch
 from qtool.errors import EngineError, MissingExtraError
 
@@ -35,7 +35,7 @@ def _open(workers: Workers) -> Iterator[Pool]:
     if began:
         try:
             ray.init(address=workers.address, log_to_driver=False, include_dashboard=None)
-        except Exception as error:  # noqa: BLE001 - of a node that doesn't start Ray raises just that
+        except Exception as error:
             where = workers.address or "this machine"
             raise EngineError(
                 f"Ray can't be had at {where}: {' '.join(str(error).split())[:200]} Start it with "
@@ -149,7 +149,7 @@ class _Actors:
         reference = self._actors[seat].call.remote(content, list(self._shared.values()))
         self._expected[reference] = seat
 
-    def listen(self, timeout: float | None) -> Told | None:
+    def listen(self, timeout: float | None) -> SeatNews | None:
         ready, _ = self._ray.wait(list(self._expected), num_returns=1, timeout=timeout)
         if not ready:
             return None
@@ -160,8 +160,8 @@ class _Actors:
             found = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
             self._start(seat)
-            return Told(seat, lost=f"with {type(error).__name__}", is_new=is_new)
-        return Told(seat, is_new=True) if is_new else Told(seat, *loads(found))
+            return SeatNews(seat, lost=f"with {type(error).__name__}", is_new=is_new)
+        return SeatNews(seat, is_new=True) if is_new else SeatNews(seat, *loads(found))
 
     @contextmanager
     def share(self, value: Any) -> Iterator[Shared]:  # noqa: ANN401
@@ -180,7 +180,8 @@ class _Actors:
                 self._ray.kill(actor)
 
 
-ENGINE = Engine(
+ENGINE = WorkEngine(
     summary="Ray: this machine, or with --address all nodes of a cluster; needs the extra `ray`.",
+    check=lambda _workers: _ray() and None,
     open=_open,
 )

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from qtool.base import Emit, Progress
-from qtool.engines import Workers, load_engine
+from qtool.base import Progress
+from qtool.engines import EngineOptions, load_engine
 from qtool.recipe.schema import Recipe
+from qtool.steps.plan import Plan
 from qtool.steps.run import Run
 from qtool.steps.solve_apart import check_shareable
 
@@ -16,52 +17,40 @@ AHEAD = ("qtool.steps.solve_apart", "transformers.models.auto.modeling_auto")
 """What workers import first."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """Which engine, and how many workers it has."""
-
-    name: str
-    """Of the engine."""
-    workers: int | None = None
-    """None: one per card, or per core without one."""
-    threads: int = 1
-    """Of each worker on a CPU; another number gives another result, in its last bits."""
-    address: str | None = None
-    """Of a cluster; None: this machine."""
-
-
-def in_chunks(recipe: Recipe) -> Recipe:
-    """Return a recipe whose samples are summed in chunks, so that workers can share them."""
+def in_chunks(recipe: Recipe, options: EngineOptions | None) -> Recipe:
+    """Return a recipe whose samples are summed in chunks, if workers are to share them."""
     section = recipe.calibration
-    if section is None or section.chunks is not None:
+    if options is None or section is None or section.chunks is not None:
         return recipe
-    return recipe.model_copy(
-        update={"calibration": section.model_copy(update={"chunks": CHUNKS})}
-    )
+    return recipe.model_copy(update={"calibration": section.model_copy(update={"chunks": CHUNKS})})
+
+
+def check_engine(options: EngineOptions | None, recipe: Recipe, plan: Plan) -> None:
+    """Refuse workers that there can't be, and work that can't be shared among them.
+
+    Raises:
+        EngineError: the engine can't have such workers.
+        MissingExtraError: it isn't installed.
+        RecipeError: something that the recipe asks for can't be shared.
+        UnknownNameError: there is no such engine.
+    """
+    if options is not None:
+        load_engine(options.name).check(options.workers)
+        check_shareable(recipe, plan)
 
 
 @contextmanager
-def with_workers(run: Run, options: EngineOptions | None, emit: Emit) -> Iterator[Run]:
+def with_workers(run: Run, options: EngineOptions | None) -> Iterator[Run]:
     """Give a run the workers that are asked for; None: it keeps to this process.
 
     Raises:
-        RecipeError: something that the recipe asks for can't be shared.
         EngineError: there are no workers to be had.
-        MissingExtraError: the engine isn't installed.
-        UnknownNameError: there is no such engine.
     """
     if options is None:
         yield run
         return
-    check_shareable(run)
     engine = load_engine(options.name)
-    emit(Progress("starting workers"))
-    workers = Workers(
-        count=options.workers,
-        threads=options.threads,
-        device=run.env.device,
-        address=options.address,
-        modules=AHEAD,
-    )
+    run.env.emit(Progress("starting workers"))
+    workers = replace(options.workers, device=run.env.device, modules=AHEAD)
     with engine.open(workers) as pool:
         yield replace(run, pool=pool)

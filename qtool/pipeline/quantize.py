@@ -15,14 +15,16 @@ from qtool.choosing.choose_rows import choose_rows
 from qtool.choosing.search.q_rater import check_search, search_layers
 from qtool.data.calibration import CalibrationSet
 from qtool.data.calibration_files import load_calibration
+from qtool.engines import EngineOptions
 from qtool.modeling.device import default_device
 from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource, open_source
 from qtool.pipeline.check import check_result
 from qtool.pipeline.check_budgets import check_budgets
-from qtool.pipeline.engine import EngineOptions, in_chunks, with_workers
+from qtool.pipeline.engine import check_engine, in_chunks, with_workers
 from qtool.pipeline.reports import Decisions, QuantizeResult, RunCourse, result_of, write_result
+from qtool.recipe.measuring import CheckSection
 from qtool.recipe.schema import Recipe
 from qtool.steps.check_exportable import check_exportable
 from qtool.steps.draw_calibration import check_samples, draw_calibration, wanted_lengths
@@ -108,7 +110,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and six switches
     course = RunCourse(time.perf_counter(), emit)
     emit = course.hear
     budgets, recipe = recipe.check, recipe.without_measuring()
-    recipe = recipe if engine is None else in_chunks(recipe)
+    recipe = in_chunks(recipe, engine)
     place = find_place(out_dir, overwrite=overwrite, resume=resume)
     if model.path is not None:
         check_apart(place.out_dir, model.path)  # before anything is said of --overwrite
@@ -117,23 +119,32 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and six switches
     source = open_source(model)
     check_apart(place.out_dir, source.directory, _inputs(recipe, calib_dir))
     layer_plan = _planned(source, recipe, target)
+    check_engine(engine, recipe, layer_plan)
     _check_room(place, layer_plan)
     _warn_of_few_bits(layer_plan, recipe, emit)
     samples = samples or open_samples(source, recipe, calib_dir, emit)
     env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
     run = Run(source, recipe, layer_plan, samples, env, samples_given=calib_dir is not None)
     _check_room(place, layer_plan, run.stream_bytes())
-    with (
-        failures_of_the_machine(env.device, place.out_dir),
-        with_workers(run, engine, emit) as run,
-    ):
+    with failures_of_the_machine(env.device, place.out_dir), with_workers(run, engine) as run:
         result = _carry_out(run, place, course)
     if not check or (samples is None and budgets is None):
         return result
+    with failures_of_the_machine(env.device, place.out_dir):
+        return _compared(result, source, place, budgets, emit)
+
+
+def _compared(
+    result: QuantizeResult,
+    source: ModelSource,
+    place: Place,
+    budgets: CheckSection | None,
+    emit: Emit,
+) -> QuantizeResult:
+    """Return the result with how close it is to the original."""
     if budgets is None:
         return replace(result, check=check_result(source, place.named, emit))
-    with failures_of_the_machine(env.device, place.out_dir):
-        found, lines = check_budgets(source, place.named, budgets, emit)
+    found, lines = check_budgets(source, place.named, budgets, emit)
     return replace(result, check=found, budgets=lines)
 
 

@@ -15,6 +15,7 @@ from qtool.base import Emit, Progress, ignore_events
 from qtool.checkpoint.marks import RUN_FOLDER
 from qtool.checkpoint.place import find_place
 from qtool.data.corpora import load_corpus, open_dataset
+from qtool.engines import EngineOptions
 from qtool.evaluation.kept import library_versions
 from qtool.evaluation.lm_eval.harness import Tasks
 from qtool.evaluation.lm_eval.options import TaskOptions
@@ -48,6 +49,8 @@ class RunOptions:
     """Run programs that the model writes."""
     overwrite: bool = False
     """Replace a checkpoint of another run; else go on with what is there."""
+    engine: EngineOptions | None = None
+    """Workers that share the quantizing; None: this process does it."""
 
 
 def run_recipe(
@@ -82,6 +85,7 @@ def run_recipe(
         calib_dir=options.calib_dir,
         overwrite=options.overwrite,
         resume=not options.overwrite,
+        engine=options.engine,
         emit=emit,
     )
     free_memory()

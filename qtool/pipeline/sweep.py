@@ -18,6 +18,7 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.sizes import AS_THEY_WERE, QUANTIZED, sizes_of
 from qtool.choosing.choose import check_choices
 from qtool.data.corpora import Corpus
+from qtool.engines import EngineOptions
 from qtool.errors import MissingExtraError, OutputError, QtoolError, RecipeError
 from qtool.evaluation.closeness import References, compare_closely
 from qtool.evaluation.perplexity import perplexity
@@ -57,6 +58,7 @@ def sweep(  # noqa: PLR0913 - as quantize, with sizes
     calib_dir: Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    engine: EngineOptions | None = None,
     emit: Emit = ignore_events,
 ) -> SweepResult:
     """Quantize a model to several sizes, and to each choice alone, and compare them.
@@ -72,6 +74,7 @@ def sweep(  # noqa: PLR0913 - as quantize, with sizes
         calib_dir: As all that follows, see `quantize`.
         overwrite: For each size.
         resume: For each size; those that are finished are only measured.
+        engine: Workers that share the work of each size.
         emit: Is told of all.
 
     Raises:
@@ -97,6 +100,7 @@ def sweep(  # noqa: PLR0913 - as quantize, with sizes
                 samples=samples,
                 overwrite=overwrite,
                 resume=resume,
+                engine=engine,
                 emit=emit,
             )
     finished = [name for name in recipes if name not in failures]

@@ -20,21 +20,22 @@ from qtool.scheme import ActivationScheme
 from qtool.steps.activation_ranges import input_scheme
 from qtool.steps.run import Run
 from qtool.walk.blocks import walk_dtype
-from qtool.walk.shares import Share
+from qtool.walk.shares import WHOLE, Share
+from qtool.walk.solved import InputRules, SolvedLinear
 from qtool.walk.statistics import (
     InputStatistics,
-    Place,
     RowGroups,
+    SumPlace,
     statistics_of,
     why_not_finite,
 )
-from qtool.walk.walk import InputRules, SolvedLinear, Walk
+from qtool.walk.walk import Walk
 
 
 def plain_walk(
     run: Run,
     directory: Path,
-    share: Share = Share(),
+    share: Share = WHOLE,
     weigh: Callable[[], Mapping[str, RowGroups]] | None = None,
 ) -> Walk:
     """Return a walk of one process for a share of the samples.
@@ -49,10 +50,10 @@ def plain_walk(
     assert section is not None
     assert samples is not None
     planned = {layer.name: layer.activation for layer in run.plan.layers}
-    rules = InputRules(weigh, partial(input_scheme, run.recipe.activations, planned))
+    rules = InputRules(weigh, partial(input_scheme, run.recipe.activations, planned), share)
     layers = {layer.name: layer.shape for layer in run.plan.layers}
     env = replace(run.env, work_dir=directory)
-    return Walk(run.source, layers, samples, section, env, rules, share)
+    return Walk(run.source, layers, samples, section, env, rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class Measuring:
     directory: Path
 
 
-Sums = tuple[dict[Place, Moments], ActivationScheme | None]
+Sums = tuple[dict[SumPlace, Moments], ActivationScheme | None]
 _walks: dict[tuple[str, Share], tuple[Walk, set[str]]] = {}
 """Of this worker, with the layers that each knows of: what saves it going through all blocks."""
 
@@ -137,7 +138,7 @@ class SharedWalk(Walk):
             )
             for share in shares
         ]
-        sums: dict[Place, Moments] = {}
+        sums: dict[SumPlace, Moments] = {}
         activation: ActivationScheme | None = None
         for found, scheme in self._pool.map(measure_share, tasks, in_place=True):
             sums |= found

@@ -14,7 +14,7 @@ from torch import Tensor
 from qtool.base import Notice, Progress, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, codec
 from qtool.checkpoint.spool import Made
-from qtool.checkpoint.stored_layer import StoredLayer
+from qtool.checkpoint.spooled_layer import SpooledLayer
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.engines import Shared
 from qtool.modeling.source import ModelSource
@@ -31,7 +31,8 @@ from qtool.steps.table_statistics import hessian_of
 from qtool.steps.tune_blocks import SOLVED, TUNED_BLOCK, draft_of, tune_block_once
 from qtool.steps.tune_model import MODEL, SolvedModel, tune_model_once
 from qtool.steps.weigh_tokens import weigh_tokens_once
-from qtool.walk.walk import SolvedLinear, Walk
+from qtool.walk.solved import SolvedLinear
+from qtool.walk.walk import Walk
 from qtool.wording import gigabytes
 
 WIDE_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -94,7 +95,11 @@ def solve_layer_once(
 
 
 def _result(
-    run: Run, writer: CheckpointWriter, layer: LayerPlan, walk: Walk | None, notes: Mapping[str, Any]
+    run: Run,
+    writer: CheckpointWriter,
+    layer: LayerPlan,
+    walk: Walk | None,
+    notes: Mapping[str, Any],
 ) -> LayerResult:
     """Return what became of a layer that is stored, and tell the walk of it."""
     check_fallback(run, layer.name, notes["fallback"])
@@ -227,7 +232,7 @@ def walking(
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _stored_weight(stored: StoredLayer, device: str) -> Tensor:
+def _stored_weight(stored: SpooledLayer, device: str) -> Tensor:
     """Return what a stored layer means, (out_features, in_features) float32."""
     return codec(stored.entry.format).dequantize(stored.load(device), torch.float32)
 

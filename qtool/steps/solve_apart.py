@@ -13,8 +13,9 @@ from qtool.checkpoint.writer import CheckpointWriter
 from qtool.core.experts import expert_name
 from qtool.engines import Shared, Task
 from qtool.errors import RecipeError
+from qtool.recipe.schema import Recipe
 from qtool.steps.activation_ranges import has_static_inputs
-from qtool.steps.plan import LayerPlan
+from qtool.steps.plan import LayerPlan, Plan
 from qtool.steps.run import Run
 from qtool.steps.solve_layer import solved_for
 from qtool.steps.table_statistics import hessian_of
@@ -22,15 +23,15 @@ from qtool.walk.statistics import InputStatistics
 from qtool.walk.walk import Walk
 
 
-def check_shareable(run: Run) -> None:
+def check_shareable(recipe: Recipe, plan: Plan) -> None:
     """Refuse what one process has to do alone.
 
     Raises:
         RecipeError: the recipe tunes, corrects biases, weighs tokens, has static inputs, or samples
             of a model with experts.
     """
-    section, recipe = run.recipe.calibration, run.recipe
-    experts = any(expert_name(layer.name) is not None for layer in run.plan.in_blocks)
+    section = recipe.calibration
+    experts = any(expert_name(layer.name) is not None for layer in plan.in_blocks)
     alone = {
         "tuning": recipe.tuning.is_on,
         "activations.granularity: tensor": has_static_inputs(recipe),

@@ -23,8 +23,9 @@ from qtool.training.student import (
     stored_parts,
 )
 from qtool.walk.filled_block import Block
+from qtool.walk.solved import SolvedLinear
 from qtool.walk.streams import Visit
-from qtool.walk.walk import SolvedLinear, Walk
+from qtool.walk.walk import Walk
 
 SOLVED, TUNED_BLOCK = "solved", "tuned"
 """Drafts: of a layer before gradients, and of all layers of a block after block tuning."""

@@ -1,6 +1,7 @@
 """Chunks of the samples, and who has which: the chunks decide sums, and who has them doesn't."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,7 +15,8 @@ class SharedBatches(NamedTuple):
     """Of the samples, the chunk that each is of."""
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Share:
     """One of so many equal parts of the samples."""
 
     number: int = 0
@@ -30,3 +32,7 @@ class Share(NamedTuple):
         placed = [(batch, n * num_chunks // len(batches)) for n, batch in enumerate(batches)]
         own = [each for each in placed if each[1] * self.count // num_chunks == self.number]
         return SharedBatches(tuple(batch for batch, _ in own), tuple(chunk for _, chunk in own))
+
+
+WHOLE = Share()
+"""All samples."""

@@ -170,7 +170,7 @@ def measure_inputs(
     return statistics_of(sums, groups, activation, last.sums["xx"].device)
 
 
-class Place(NamedTuple):
+class SumPlace(NamedTuple):
     """Which tokens a sum is over; sums are added up in this order."""
 
     group: int
@@ -181,7 +181,7 @@ class Place(NamedTuple):
 
 
 def statistics_of(
-    sums: Mapping[Place, Moments],
+    sums: Mapping[SumPlace, Moments],
     groups: RowGroups | None,
     activation: ActivationScheme | None,
     device: torch.device | str,
@@ -219,12 +219,12 @@ def sum_inputs(
     token_cap: float | None,
     groups: RowGroups | None = None,
     activation: ActivationScheme | None = None,
-) -> dict[Place, Moments]:
+) -> dict[SumPlace, Moments]:
     """Return the sums of each chunk of the samples; see `measure_inputs`.
 
     Of several chunks those that are complete wait off the card.
     """
-    sums: dict[Place, Moments] = {}
+    sums: dict[SumPlace, Moments] = {}
     start, streams = 0, visit.streams
     for index, (first, second) in enumerate(zip(streams.original, streams.quantized, strict=True)):
         reference, meant = _see(visit.original, linear, first, index, residual)
@@ -238,7 +238,7 @@ def sum_inputs(
         tokens = slice(start, start := start + len(x))
         found = ALL_ALIKE if groups is None else groups.among(tokens, x.device)
         for group, (rows, root) in enumerate(found):
-            key, part = Place(group, held_out, streams.chunk_of(index)), None
+            key, part = SumPlace(group, held_out, streams.chunk_of(index)), None
             if lost is not None:
                 part = lost[:, rows]
             if key not in sums:
@@ -251,7 +251,7 @@ def sum_inputs(
     return sums
 
 
-def _set_aside(sums: dict[Place, Moments], new: Place) -> None:
+def _set_aside(sums: dict[SumPlace, Moments], new: SumPlace) -> None:
     """Move the sums of the chunk before a new one off the card: they are complete."""
     for place, total in sums.items():
         if place.group == new.group and place != new:

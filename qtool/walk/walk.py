@@ -6,8 +6,8 @@ is left to solve, and need not know what was solved before.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,12 +23,12 @@ from qtool.scheme import ActivationScheme, Shape2D
 from qtool.walk.blocks import BlockModel
 from qtool.walk.filled_block import Block
 from qtool.walk.routed import ExpertStatistics, RoutedTokens, route
-from qtool.walk.shares import Share
+from qtool.walk.solved import NO_RULES, InputRules, SolvedLinear
 from qtool.walk.statistics import (
     FEW_TOKENS,
     InputStatistics,
-    Place,
     RowGroups,
+    SumPlace,
     measure_inputs,
     sum_inputs,
     why_not_finite,
@@ -36,34 +36,6 @@ from qtool.walk.statistics import (
 from qtool.walk.streams import Streams, Visit, make_streams
 
 BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
-
-
-def _never(_layer: str, _inputs: Iterable[Tensor]) -> None:
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class InputRules:
-    """What a recipe does with the inputs of linears."""
-
-    weigh: Callable[[], Mapping[str, RowGroups]] | None = None
-    """Gives groups of output channels of each layer, with their weights of the tokens; None: there
-    are none."""
-    scheme: Callable[[str, Iterable[Tensor]], ActivationScheme | None] = _never
-    """(layer, what it sees of the training samples, each (tokens, in_features)) -> how its inputs
-    are quantized; None: they aren't."""
-
-
-@dataclass(frozen=True, slots=True)
-class SolvedLinear:
-    """What becomes of a linear of the blocks."""
-
-    weight: Callable[[], Tensor]
-    """Gives its dequantized weight, (out_features, in_features) float32."""
-    activation: ActivationScheme | None = None
-    """How its inputs are quantized; None: they aren't."""
-    bias: Tensor | None = None
-    """Its bias, (out_features,); None: it has the original's, or none."""
 
 
 class Walk:
@@ -76,8 +48,7 @@ class Walk:
         samples: CalibrationSet,
         section: CalibrationSection,
         env: Env,
-        rules: InputRules = InputRules(),
-        share: Share = Share(),
+        rules: InputRules = NO_RULES,
     ) -> None:
         """Begin before the first block.
 
@@ -88,10 +59,9 @@ class Walk:
             section: How the recipe uses them.
             env: Where blocks run; its `work_dir` takes their inputs if the recipe says so.
             rules: What the recipe does with the inputs of linears.
-            share: The chunks of the samples that this walk is for.
         """
         self._source, self._samples = source, samples
-        self._section, self._env, self._share = section, env, share
+        self._section, self._env, self._share = section, env, rules.share
         self._groups = dict(_groups(source, layers, apart=rules.weigh is not None))
         self._sharing = Counter(self._groups.values())
         self._rules, self._weighed = rules, dict[str, RowGroups]()
@@ -198,7 +168,7 @@ class Walk:
             raise self._not_finite(name, streams)
         return statistics
 
-    def sums(self, layer: str) -> tuple[dict[Place, Moments], ActivationScheme | None]:
+    def sums(self, layer: str) -> tuple[dict[SumPlace, Moments], ActivationScheme | None]:
         """Return the sums of each chunk of the share for what a linear of the blocks sees.
 
         And how its inputs were quantized. Nothing, if the share has no samples.

@@ -19,8 +19,9 @@ from qtool.modeling.source import open_source
 from qtool.recipe.load import recipe_from_mapping
 from qtool.steps.correct_biases import correct_block, mean_outputs
 from qtool.walk.observe import observe_outputs
+from qtool.walk.solved import SolvedLinear
 from qtool.walk.streams import Visit
-from qtool.walk.walk import SolvedLinear, Walk
+from qtool.walk.walk import Walk
 from tests.helpers import QUICK_BCQ, file_hashes, warnings_in
 
 SCHEME = {"num_bits": 2, "group_size": 32}

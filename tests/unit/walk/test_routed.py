@@ -14,7 +14,8 @@ from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 from qtool.recipe.calibration import CalibrationSection
 from qtool.recipe.load import recipe_from_mapping
-from qtool.walk.walk import SolvedLinear, Walk
+from qtool.walk.solved import SolvedLinear
+from qtool.walk.walk import Walk
 from tests import families, mixtures
 
 transformers = pytest.importorskip("transformers", minversion="5.0")

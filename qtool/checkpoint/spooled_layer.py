@@ -9,7 +9,7 @@ from qtool.checkpoint.spool import Spool
 
 
 @dataclass(frozen=True, slots=True)
-class StoredLayer:
+class SpooledLayer:
     """A layer that is stored; picklable."""
 
     directory: Path
