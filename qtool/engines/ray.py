@@ -17,7 +17,7 @@ from qtool.engines._worker import Remembered, answer, import_ahead, threads_of_t
 from qtool.errors import EngineError, MissingExtraError
 
 FIRST_PATIENCE = 300.0
-"""Seconds for the first worker to come."""
+"""Seconds for the first workers to come."""
 
 
 def _ray() -> Any:  # noqa: ANN401
@@ -99,8 +99,9 @@ class _Actors:
         on_cards = workers.device.startswith("cuda")
         there = ray.cluster_resources().get("GPU" if on_cards else "CPU", 0)
         each = 1 if on_cards else workers.threads
-        self.count = workers.count or max(1, int(there) // each)
-        if there < each:
+        most = int(there) // each
+        self.count = min(workers.count or most, most)
+        if not most:
             what = "cards" if on_cards else "cores"
             raise EngineError(
                 f"A worker takes {each} {what}, and Ray has {there:g}. Give it more, or use "
@@ -120,6 +121,9 @@ class _Actors:
         """Of these, the signs of life of workers that are being started."""
         for seat in range(self.count):
             self._start(seat)
+        there, _ = ray.wait(list(self._new), num_returns=self.count, timeout=FIRST_PATIENCE)
+        for sign in there:  # so that the first tasks in place find theirs
+            self._note(sign)
 
     def _start(self, seat: int) -> None:
         workers = self._workers
@@ -153,7 +157,10 @@ class _Actors:
         ready, _ = self._ray.wait(list(self._expected), num_returns=1, timeout=timeout)
         if not ready:
             return None
-        (reference,) = ready
+        return self._note(ready[0])
+
+    def _note(self, reference: Any) -> SeatNews:  # noqa: ANN401
+        """Return what has come."""
         seat, is_new = self._expected.pop(reference), reference in self._new
         self._new.discard(reference)
         try:

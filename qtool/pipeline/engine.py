@@ -13,7 +13,11 @@ from qtool.steps.solve_apart import check_shareable
 
 CHUNKS = 8
 """Of the samples, where the recipe doesn't say: so many workers can measure at once."""
-AHEAD = ("qtool.steps.solve_apart", "transformers.models.auto.modeling_auto")
+AHEAD = (
+    "qtool.steps.solve_apart",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+)
 """What workers import first."""
 
 

@@ -18,7 +18,8 @@ from tests.ray_cluster import two_nodes
 def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
     with ExitStack() as stack:
         address = stack.enter_context(two_nodes()) if request.param == "ray" else None
-        workers = Workers(count=2, address=address, tries=3)
+        ahead = ("tests.engine_tasks",)
+        workers = Workers(count=2, address=address, tries=3, modules=ahead)
         engine = load_engine(request.param)
         engine.check(workers)
         yield stack.enter_context(engine.open(workers))
