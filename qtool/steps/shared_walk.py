@@ -20,7 +20,7 @@ from qtool.scheme import ActivationScheme
 from qtool.steps.activation_ranges import input_scheme
 from qtool.steps.run import Run
 from qtool.walk.blocks import walk_dtype
-from qtool.walk.shares import WHOLE, Share
+from qtool.walk.shares import ALL_SAMPLES, Share
 from qtool.walk.solved import InputRules, SolvedLinear
 from qtool.walk.statistics import (
     InputStatistics,
@@ -35,7 +35,7 @@ from qtool.walk.walk import Walk
 def plain_walk(
     run: Run,
     directory: Path,
-    share: Share = WHOLE,
+    share: Share = ALL_SAMPLES,
     weigh: Callable[[], Mapping[str, RowGroups]] | None = None,
 ) -> Walk:
     """Return a walk of one process for a share of the samples.

@@ -34,5 +34,5 @@ class Share:
         return SharedBatches(tuple(batch for batch, _ in own), tuple(chunk for _, chunk in own))
 
 
-WHOLE = Share()
+ALL_SAMPLES = Share()
 """All samples."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qtool.scheme import ActivationScheme
-from qtool.walk.shares import WHOLE, Share
+from qtool.walk.shares import ALL_SAMPLES, Share
 from qtool.walk.statistics import RowGroups
 
 
@@ -24,7 +24,7 @@ class InputRules:
     scheme: Callable[[str, Iterable[Tensor]], ActivationScheme | None] = _never
     """(layer, what it sees of the training samples, each (tokens, in_features)) -> how its inputs
     are quantized; None: they aren't."""
-    share: Share = WHOLE
+    share: Share = ALL_SAMPLES
     """The samples whose inputs are looked at."""
 
 
