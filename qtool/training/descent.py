@@ -50,6 +50,8 @@ class Learning:
     """That a step is taken in where memory is full, their gradients summed; None: it is whole."""
     parameters: Sequence[nn.Parameter] = ()
     """Whatever else learns, at the learning rate as it is."""
+    after: Callable[[int], None] | None = None
+    """Called after each step with how many are done; may change what learns, in place."""
 
 
 class Memory(Protocol):
@@ -72,6 +74,8 @@ def descend(
 ) -> list[Point]:
     """Learn; what is learned ends where the held-out loss was least, which may be the start.
 
+    Or where it was looked at last, if the schedule keeps that.
+
     A loss that isn't finite ends it early: what it did is taken back. With a memory it goes on
     where it was looked at last, to the same result.
     """
@@ -86,6 +90,8 @@ def descend(
             break
         what.feed(step)
         losses.append(stepper.step(schedule.factor(step)))
+        if what.after is not None:
+            what.after(step + 1)
         if (step + 1) % schedule.check_every and step + 1 < schedule.steps:
             continue
         trained, found = float(torch.stack(losses).mean()), what.held_out()
@@ -99,6 +105,8 @@ def descend(
         losses.clear()
         if not math.isfinite(trained) or not math.isfinite(found):
             break
+        if schedule.keeps == "last":
+            stepper.set_best()
         if memory is not None:
             memory.keep(stepper.state(), points)
     stepper.go_to_best()
