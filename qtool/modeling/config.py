@@ -10,7 +10,7 @@ from typing import Any
 
 from qtool.checkpoint.shards import read_json
 from qtool.errors import ModelError, QtoolError
-from qtool.modeling.encoders import CLASSIFIER, encoder_adapter
+from qtool.modeling.encoders import encoder_adapter
 from qtool.storage.plain_json import json_line, leaves
 from qtool.wording import quoted, reason, shown
 
@@ -148,7 +148,7 @@ def auto_class(config: Any) -> Any:  # noqa: ANN401
 
     auto, whole = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
     named, kind = getattr(config, "architectures", None) or (), type(config)
-    if any(CLASSIFIER.search(name) for name in named):
+    if encoder_adapter({"model_type": config.model_type, "architectures": named}) is not None:
         return transformers.AutoModelForSequenceClassification
 
     def is_named(one: Any) -> bool:  # noqa: ANN401

@@ -67,9 +67,7 @@ class Lessons:
     def on(self, device: torch.device) -> "Lessons":
         """Return the same on a device."""
         held_out = [lesson.to(device) for lesson in self.held_out]
-        return replace(
-            self, of_step=lambda step: self.of_step(step).to(device), held_out=held_out
-        )
+        return replace(self, of_step=lambda step: self.of_step(step).to(device), held_out=held_out)
 
 
 def causal_lessons(curriculum: Curriculum) -> Lessons:
@@ -110,7 +108,9 @@ class LabelledTexts:
         epoch, place = divmod(step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.learned), generator=generator).tolist()
-        return self.lesson([order[(place * self.batch + n) % len(order)] for n in range(self.batch)])
+        return self.lesson(
+            [order[(place * self.batch + n) % len(order)] for n in range(self.batch)]
+        )
 
     def in_order(self) -> list[Lesson]:
         """Return all texts, those of about one length together."""

@@ -1,6 +1,6 @@
 """The student that recipes over `Codec.trainable` share: layers, tables, norms and biases."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qtool.base import CausalModel, QuantizedTensor
+from qtool.base import QuantizedTensor
 from qtool.errors import ModelError
 from qtool.training.following import Following
 from qtool.training.recipes import Trainee
@@ -86,8 +86,8 @@ def begin_student(trainee: Trainee, options: FollowOptions, *, taps: bool = Fals
         raise ModelError("No linear of the model's blocks is quantized: there is nothing to train.")
     student = make_student(trainee.original, trainee.layers, moves_codes=options.code_rate > 0)
     fill_tables(student, trainee.tables)
-    vectors = free_vectors(student, trainee.kept if options.norms else ())
-    _take_kept(student, trainee.kept)
+    vectors = free_vectors(student, trainee.kept)
+    _take_kept(vectors, trainee.kept)
     signals = options.signals()
     both = [
         tap_blocks(model, trainee.places) if signals or taps else []
@@ -100,22 +100,19 @@ def begin_student(trainee: Trainee, options: FollowOptions, *, taps: bool = Fals
     following = Following(
         trainee.original, student, signals, options.logits, *both, autocast=trainee.autocast
     )
-    return Follower(trainee, following, vectors)
+    for vector in () if options.norms else vectors.values():
+        vector.requires_grad_(requires_grad=False)
+    return Follower(trainee, following, vectors if options.norms else {})
 
 
 @torch.no_grad()
-def _take_kept(student: CausalModel, kept: Mapping[str, Tensor]) -> None:
+def _take_kept(vectors: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor]) -> None:
     """Give norms and biases the values of the checkpoint, in which they may have been tuned."""
-    named = dict(student.named_parameters())
-    for name, value in kept.items():
-        mine = named.get(name)
-        if mine is not None and mine.dim() == 1 and mine.requires_grad:
-            mine.copy_(value)
+    for name, vector in vectors.items():
+        vector.copy_(kept[name])
 
 
-def schedule_of(
-    trainee: Trainee, options: FollowOptions, steps: int, **more: object
-) -> Schedule:
+def schedule_of(trainee: Trainee, options: FollowOptions, steps: int, **more: object) -> Schedule:
     """Return how long and how fast a stage is: up, and along a line down to nothing."""
     values: dict[str, object] = {
         "steps": steps,
@@ -128,6 +125,3 @@ def schedule_of(
         **more,
     }
     return Schedule(**values)  # type: ignore[arg-type]
-
-
-Feed = Callable[[int], None]

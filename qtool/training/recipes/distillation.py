@@ -12,9 +12,7 @@ def _prepare(trainee: Trainee, options: FollowOptions) -> Prepared:
     stage = Stage(
         name="train", learning=learning, schedule=schedule_of(trainee, options, trainee.steps)
     )
-    return Prepared(
-        student=follower.following.student, stages=[stage], results=follower.results
-    )
+    return Prepared(student=follower.following.student, stages=[stage], results=follower.results)
 
 
 TRAINING = Training(
