@@ -1,4 +1,4 @@
-"""`train`: a checkpoint learns to follow its original, by a training recipe, and is written anew."""
+"""`train`: a checkpoint learns, by a training recipe, to follow its original."""
 
 import time
 from collections.abc import Mapping
@@ -91,8 +91,8 @@ def train(request: TrainRequest, *, emit: Emit = ignore_events) -> TrainResult:
     check_apart(place.out_dir, request.model.directory, files)
     look(place)
     if kind.writes == "dense":
-        done = train_dense(kind, own, request, emit)
-        return replace(TrainResult(**done), recipe=request.recipe)
+        made = train_dense(kind, own, request, emit)
+        return replace(TrainResult(**made), recipe=request.recipe)
     reader = CheckpointReader(request.model.directory)
     source = _original(request, reader)
     job = {
@@ -233,7 +233,8 @@ def _stored(
     reader: CheckpointReader, blocks: str, device: torch.device
 ) -> tuple[dict[str, QuantizedTensor], dict[str, QuantizedTensor], dict[str, Tensor]]:
     """Return the quantized layers of blocks, those beyond them, and all other tensors."""
-    layers, tables, kept = {}, {}, {}
+    layers, tables = dict[str, QuantizedTensor](), dict[str, QuantizedTensor]()
+    kept = dict[str, Tensor]()
     for name in reader.names():
         entry = reader.manifest.layers.get(name)
         if entry is not None and entry.shared_with is not None:

@@ -88,10 +88,7 @@ def descend(
     for step in range(points[-1].step, schedule.steps):
         if is_over(points, schedule):
             break
-        what.feed(step)
-        losses.append(stepper.step(schedule.factor(step)))
-        if what.after is not None:
-            what.after(step + 1)
+        losses.append(_step(what, stepper, schedule, step))
         if (step + 1) % schedule.check_every and step + 1 < schedule.steps:
             continue
         trained, found = float(torch.stack(losses).mean()), what.held_out()
@@ -111,6 +108,14 @@ def descend(
             memory.keep(stepper.state(), points)
     stepper.go_to_best()
     return points
+
+
+def _step(what: Learning, stepper: "Stepper", schedule: Schedule, step: int) -> Tensor:
+    what.feed(step)
+    loss = stepper.step(schedule.factor(step))
+    if what.after is not None:
+        what.after(step + 1)
+    return loss
 
 
 @contextmanager

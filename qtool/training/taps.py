@@ -119,8 +119,6 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
     **options: Any,  # noqa: ANN401
 ) -> tuple[Tensor, Tensor]:
     """Attend as `eager` does, each (batch, heads, tokens, head_dim); signals go through the tap."""
@@ -132,6 +130,7 @@ def _attend(
     tap: Tap = getattr(module, "qtool_tap", None) or Tap()
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scaling = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = query @ key.transpose(2, 3) * scale
     if attention_mask is None:
@@ -142,7 +141,6 @@ def _attend(
     tap.pass_on("scores", clean)
     chances = masked.softmax(-1, dtype=torch.float32).to(query.dtype)
     chances = tap.pass_on("map", chances)
-    chances = nn.functional.dropout(chances, p=dropout, training=module.training)
     context = tap.pass_on("context", chances @ value)
     return context.transpose(1, 2).contiguous(), chances
 

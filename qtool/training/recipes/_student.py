@@ -98,10 +98,16 @@ def begin_student(trainee: Trainee, options: FollowOptions, *, taps: bool = Fals
     if trainee.recompute:
         recompute_blocks(student, trainee.places.blocks)
     following = Following(
-        trainee.original, student, signals, options.logits, *both, autocast=trainee.autocast
+        trainee.original,
+        student,
+        signals,
+        options.logits,
+        taps=both[0],
+        sources=both[1],
+        autocast=trainee.autocast,
     )
     for vector in () if options.norms else vectors.values():
-        vector.requires_grad_(requires_grad=False)
+        vector.requires_grad = False
     return Follower(trainee, following, vectors if options.norms else {})
 
 

@@ -7,11 +7,13 @@ the MLP, and of both, are ours, for decoders.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from qtool.training.descent import Learning
 from qtool.training.recipes import Prepared, Stage, Trainee, Training
 from qtool.training.recipes._student import FollowOptions, begin_student, schedule_of
 from qtool.training.taps import Signal, intervene
@@ -66,19 +68,19 @@ def _prepare(trainee: Trainee, options: InterventionOptions) -> Prepared:
     def begin_alone() -> None:
         intervene(following.taps, frozenset())
 
-    def learn(feed: object) -> object:
-        return following.learning(trainee.lessons, vectors, feed, trainee.parts)  # type: ignore[arg-type]
+    def learn(feed: Callable[[int], None]) -> Learning:
+        return following.learning(trainee.lessons, vectors, feed, trainee.parts)
 
     stages = [
         Stage(
             name="intervention",
-            learning=learn(intervened),  # type: ignore[arg-type]
+            learning=learn(intervened),
             schedule=schedule_of(trainee, options, first, keeps="last"),
             begin=lambda: intervened(0),
         ),
         Stage(
             name="train",
-            learning=learn(lambda _step: None),  # type: ignore[arg-type]
+            learning=learn(lambda _step: None),
             schedule=schedule_of(trainee, options, max(1, trainee.steps - first)),
             begin=begin_alone,
         ),
