@@ -234,8 +234,9 @@ class Stepper:
         for index, (value, best) in enumerate(zip(self._kept, self._best, strict=True)):
             found |= {f"{index}.value": value.detach(), f"{index}.best": best}
         for index, value in enumerate(self._values):
-            moments = self._optimizer.state[value]
-            found |= {f"{index}.{name}": moments[name] for name in MOMENTS}
+            # What has had no gradient yet, as a norm before a signal of the original's, has none.
+            moments = self._optimizer.state.get(value, {})
+            found |= {f"{index}.{name}": moments[name] for name in MOMENTS if name in moments}
         return found
 
     @torch.no_grad()
@@ -249,8 +250,9 @@ class Stepper:
             value.copy_(state[f"{index}.value"])
             best.copy_(state[f"{index}.best"])
         for index, value in enumerate(self._values):
-            moments = {name: state[f"{index}.{name}"].to(value.device) for name in MOMENTS}
-            self._optimizer.state[value] = moments
+            if f"{index}.{MOMENTS[0]}" in state:
+                moments = {name: state[f"{index}.{name}"].to(value.device) for name in MOMENTS}
+                self._optimizer.state[value] = moments
         return list(points)
 
 
