@@ -1,4 +1,4 @@
-"""Every training recipe: what it writes opens, goes on where it was stopped, and spares no state."""
+"""Every training recipe: what it writes opens, goes on where it was stopped, keeps a good state."""
 
 import json
 from pathlib import Path
@@ -127,7 +127,7 @@ def test_blocks_that_run_once_more_on_the_way_back_learn_the_same(run, tmp_path)
     assert again.best_loss == pytest.approx(whole.best_loss, rel=1e-3)
 
 
-def test_what_diverges_keeps_the_last_good_state(run, base):
+def test_what_diverges_keeps_the_last_good_state(run):
     """No weight that is written is worse than what it began with."""
     done, events = run("distillation", learning_rate=1e30)
     said = [event.message for event in events if isinstance(event, Notice)]
@@ -137,7 +137,7 @@ def test_what_diverges_keeps_the_last_good_state(run, base):
     assert torch.isfinite(logits).all()
 
 
-def test_what_is_impossible_is_said_at_once(run, base, llama, tmp_path):
+def test_what_is_impossible_is_said_at_once(run, base, tmp_path):
     with pytest.raises(RecipeError, match="code_rate"):
         run("distillation", kind_options={"code_rate": -1})
     with pytest.raises(RecipeError, match="Did you mean 'hidden'"):
@@ -242,5 +242,5 @@ def test_one_class_alone_teaches_nothing(encoder, tmp_path):
     request = TrainRequest(
         model=Location(encoder), data=data, out_dir=tmp_path / "out", recipe="finetune"
     )
-    with pytest.raises(DataError, match="All 3 lines .* have the label 1"):
+    with pytest.raises(DataError, match=r"All 3 lines .* have the label 1"):
         train(request)
