@@ -19,7 +19,7 @@ from qtool.wording import quoted
 
 TEXTS = (("sentence1", "sentence2"), ("sentence",), ("text",))
 """Keys of texts; the first that a line has all of."""
-MOST_CLASSES = 1000
+MOST_LABELS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def _line(row: object, place: str, num_classes: int | None) -> Labelled:
             "aren't empty."
         )
     label = values.get("label")
-    limit = num_classes or MOST_CLASSES
+    limit = num_classes or MOST_LABELS
     if type(label) is not int or not 0 <= label < limit:
         allowed = f"a whole number from 0 to {limit - 1}"
         raise DataError(f"{place} has the label {quoted(label)}; {allowed} is meant.")

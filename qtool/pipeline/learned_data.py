@@ -15,7 +15,7 @@ from qtool.steps.adapt_model import split_off
 from qtool.training.adapting import Curriculum
 from qtool.training.lessons import LabelledTexts, Lessons
 
-LOOKED_AT = 128
+TEXTS_LOOKED_AT = 128
 """Texts at once that nothing is learned from."""
 HELD_OUT_SHARE, MOST_HELD_OUT, MOST_LABELLED = 0.05, 512, 2000
 
@@ -119,7 +119,9 @@ def class_lessons(
     learned, held_out = (
         LabelledTexts(
             *labelled_tokens(tokenizer, some, options.max_length),
-            batch=options.batch_size if some is rows[0] else max(options.batch_size, LOOKED_AT),
+            batch=options.batch_size
+            if some is rows[0]
+            else max(options.batch_size, TEXTS_LOOKED_AT),
             seed=options.seed,
             filler=_filler(tokenizer),
         )

@@ -34,7 +34,7 @@ from qtool.storage.digests import files_digest
 from qtool.training.classified import class_scores
 from qtool.training.descent import STEPS
 from qtool.training.lessons import Lessons, causal_lessons
-from qtool.training.recipes import Prepared, Trainee, Training, load_training
+from qtool.training.recipes import PreparedTraining, Trainee, Training, load_training
 
 WRITING_TRAINED = "writing what was learned"
 
@@ -90,7 +90,7 @@ def train(request: TrainRequest, *, emit: Emit = ignore_events) -> TrainResult:
     place = find_place(request.out_dir, overwrite=request.overwrite, resume=request.resume)
     check_apart(place.out_dir, request.model.directory, files)
     look(place)
-    if kind.writes == "dense":
+    if kind.is_dense:
         made = train_dense(kind, own, request, emit)
         return replace(TrainResult(**made), recipe=request.recipe)
     reader = CheckpointReader(request.model.directory)
@@ -124,7 +124,7 @@ def train(request: TrainRequest, *, emit: Emit = ignore_events) -> TrainResult:
 
 def _result(
     request: TrainRequest,
-    prepared: Prepared,
+    prepared: PreparedTraining,
     trainee: Trainee,
     done: StagesDone,
     before: Mapping[str, Mapping[str, float]],
@@ -146,7 +146,7 @@ def _result(
     )
 
 
-def _scores(prepared: Prepared, lessons: Lessons) -> dict[str, dict[str, float]]:
+def _scores(prepared: PreparedTraining, lessons: Lessons) -> dict[str, dict[str, float]]:
     """Return how well a classifier does now, by itself; nothing of a decoder."""
     if not lessons.held_out[0].classifies:
         return {}
@@ -252,7 +252,7 @@ def _stored(
 def _write(
     reader: CheckpointReader,
     writer: CheckpointWriter,
-    prepared: Prepared,
+    prepared: PreparedTraining,
     result: TrainResult,
     emit: Emit,
 ) -> None:

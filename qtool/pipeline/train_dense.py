@@ -34,7 +34,7 @@ def train_dense(kind: Training, own: Any, request: "TrainRequest", emit: Emit) -
         RecipeError: it is to go on where a run was stopped: such a run keeps nothing.
         ModelError: the model is no encoder of a known family, or is quantized.
     """
-    directory, options, begun = request.model.directory, request.options, time.perf_counter()
+    directory, begun = request.model.directory, time.perf_counter()
     if request.resume:
         raise RecipeError(f"{request.recipe} keeps nothing halfway. Leave out --resume.")
     if request.out_dir.exists():
@@ -43,7 +43,25 @@ def train_dense(kind: Training, own: Any, request: "TrainRequest", emit: Emit) -
         raise ModelError(
             f"{directory} is no dense encoder that qtool knows, such as BERT or MiniLM. Give one."
         )
-    device = default_device()
+    trainee = _trainee_of(kind, request, emit)
+    prepared = kind.prepare(trainee, own)
+    looks = trainee.lessons.held_out
+    before = class_scores(trainee.original, looks)
+    done = train_stages(prepared, lambda _stage: None, emit)
+    _save(trainee.original, directory, request.out_dir)
+    return {
+        "out_dir": request.out_dir,
+        "recipe": "",
+        "first_loss": done.last[0].held_out,
+        "best_loss": min(point.held_out for point in done.last),
+        "steps": done.last[-1].step,
+        "seconds": time.perf_counter() - begun,
+        "scores": {"before": before, "after": class_scores(trainee.original, looks)},
+    }
+
+
+def _trainee_of(kind: Training, request: "TrainRequest", emit: Emit) -> Trainee:
+    directory, options, device = request.model.directory, request.options, default_device()
     known = _num_classes(directory)
     rows = read_classes(request.data, request.validation, known, options.seed)
     classes = known or max(row.label for some in rows for row in some) + 1
@@ -55,7 +73,7 @@ def train_dense(kind: Training, own: Any, request: "TrainRequest", emit: Emit) -
     assert adapter is not None
     parts = Parts(lambda sentence: emit(Fallback(sentence)))
     parts.begin_with(STEPS, options.accumulate)
-    trainee = Trainee(
+    return Trainee(
         original=model,
         lessons=lessons,
         places=adapter,
@@ -66,19 +84,6 @@ def train_dense(kind: Training, own: Any, request: "TrainRequest", emit: Emit) -
         parts=parts,
         seed=options.seed,
     )
-    prepared = kind.prepare(trainee, own)
-    before = class_scores(model, lessons.held_out)
-    done = train_stages(prepared, lambda _stage: None, emit)
-    _save(model, directory, request.out_dir)
-    return {
-        "out_dir": request.out_dir,
-        "recipe": "",
-        "first_loss": done.last[0].held_out,
-        "best_loss": min(point.held_out for point in done.last),
-        "steps": done.last[-1].step,
-        "seconds": time.perf_counter() - begun,
-        "scores": {"before": before, "after": class_scores(model, lessons.held_out)},
-    }
 
 
 def _num_classes(directory: Path) -> int | None:

@@ -10,7 +10,7 @@ from qtool.base import Emit, Notice, Progress
 from qtool.errors import ModelError
 from qtool.steps.options import read_options
 from qtool.training.descent import Memory, descend
-from qtool.training.recipes import Prepared, Stage, Training
+from qtool.training.recipes import PreparedTraining, Training, TrainingStage
 from qtool.training.schedule import Point
 
 
@@ -68,7 +68,7 @@ class StagesDone:
 
 
 def train_stages(
-    prepared: Prepared, memory: Callable[[str], Memory | None], emit: Emit
+    prepared: PreparedTraining, memory: Callable[[str], Memory | None], emit: Emit
 ) -> StagesDone:
     """Let a student learn, one stage after the other; it ends as the last stage keeps it.
 
@@ -89,7 +89,7 @@ def train_stages(
     return StagesDone(curves, time.perf_counter() - begun)
 
 
-def _reporter(stage: Stage, emit: Emit) -> Callable[[Point], None]:
+def _reporter(stage: TrainingStage, emit: Emit) -> Callable[[Point], None]:
     def report(point: Point) -> None:
         detail = f"loss {point.held_out:.4f} on held-out texts"
         emit(Progress(stage.name, point.step, stage.schedule.steps, detail))
@@ -97,7 +97,7 @@ def _reporter(stage: Stage, emit: Emit) -> Callable[[Point], None]:
     return report
 
 
-def _check_curve(stage: Stage, points: Sequence[Point], emit: Emit) -> None:
+def _check_curve(stage: TrainingStage, points: Sequence[Point], emit: Emit) -> None:
     if not math.isfinite(points[0].held_out):
         raise ModelError(
             f"The loss is {points[0].held_out} on held-out texts before anything is learned: the "

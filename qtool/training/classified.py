@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from qtool.base import CausalModel
-from qtool.training.lessons import Lesson
+from qtool.training.lessons import LessonBatch
 
 
 @torch.no_grad()
-def class_scores(model: CausalModel, lessons: Sequence[Lesson]) -> dict[str, float]:
+def class_scores(model: CausalModel, lessons: Sequence[LessonBatch]) -> dict[str, float]:
     """Return `accuracy`, and Matthews' correlation (`matthews`, of which CoLA's score is).
 
     Args:

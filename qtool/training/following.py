@@ -14,7 +14,7 @@ from qtool.base import CausalModel
 from qtool.core.parts import Parts, slices, within_memory
 from qtool.training.descent import Learning
 from qtool.training.divergence import divergence
-from qtool.training.lessons import Lesson, Lessons
+from qtool.training.lessons import LessonBatch, Lessons
 from qtool.training.student import learned_layers
 from qtool.training.taps import Signal, Tap, errors_of
 
@@ -31,7 +31,7 @@ class Following:
     weights: dict[Signal, float] = field(default_factory=dict)
     """Of the errors inside blocks; empty: predictions alone."""
     logits: float = 1.0
-    """Weight of KL(original || student)."""
+    """LossWeight of KL(original || student)."""
     taps: Sequence[Tap] = ()
     """Of the student's blocks; empty: nothing inside them is looked at."""
     sources: Sequence[Tap] = ()
@@ -40,7 +40,7 @@ class Following:
     extra: Callable[[], Tensor] | None = None
     """Any other term of the loss, once a step, whatever is learned from."""
 
-    def distance(self, lesson: Lesson, share: slice | None = None) -> Tensor:
+    def distance(self, lesson: LessonBatch, share: slice | None = None) -> Tensor:
         """Return the loss of a lesson; or what some of its samples make of it, which adds up.
 
         Args:
@@ -100,13 +100,13 @@ class Following:
         )
 
     @torch.no_grad()
-    def held_out(self, lessons: Sequence[Lesson], parts: Parts | None = None) -> float:
+    def held_out(self, lessons: Sequence[LessonBatch], parts: Parts | None = None) -> float:
         """Return the mean loss over lessons, by samples."""
         total = sum(lesson.num_samples for lesson in lessons)
         losses = [self._looked(lesson, parts) * lesson.num_samples for lesson in lessons]
         return float(torch.stack(losses).sum()) / total
 
-    def _looked(self, lesson: Lesson, parts: Parts | None) -> Tensor:
+    def _looked(self, lesson: LessonBatch, parts: Parts | None) -> Tensor:
         def work(count: int) -> Tensor:
             some = slices(lesson.num_samples, count)
             return torch.stack([self.distance(lesson, one) for one in some]).sum()
@@ -114,7 +114,7 @@ class Following:
         return within_memory(parts, LOOKS_AT_LESSONS, work, most=lesson.num_samples)
 
 
-def _logits(model: CausalModel, lesson: Lesson, autocast: torch.dtype | None) -> Tensor:
+def _logits(model: CausalModel, lesson: LessonBatch, autocast: torch.dtype | None) -> Tensor:
     more = {} if lesson.classifies else {"use_cache": False}
     kind = lesson.labels.device.type
     with torch.autocast(kind, autocast, enabled=autocast is not None, cache_enabled=False):

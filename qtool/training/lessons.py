@@ -11,7 +11,7 @@ from qtool.training.adapting import Curriculum, ExerciseBatch
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class LessonBatch:
     """What is learned from at once."""
 
     inputs: Mapping[str, Tensor]
@@ -22,15 +22,15 @@ class Lesson:
     seen: Tensor
     """(samples, length) bool: what isn't there only to fill up."""
 
-    def to(self, device: torch.device) -> "Lesson":
+    def to(self, device: torch.device) -> "LessonBatch":
         """Return it on a device."""
         inputs = {name: value.to(device) for name, value in self.inputs.items()}
-        return Lesson(inputs, self.labels.to(device), self.seen.to(device))
+        return LessonBatch(inputs, self.labels.to(device), self.seen.to(device))
 
-    def part(self, samples: slice) -> "Lesson":
+    def part(self, samples: slice) -> "LessonBatch":
         """Return some samples."""
         inputs = {name: value[samples] for name, value in self.inputs.items()}
-        return Lesson(inputs, self.labels[samples], self.seen[samples])
+        return LessonBatch(inputs, self.labels[samples], self.seen[samples])
 
     @property
     def num_samples(self) -> int:
@@ -58,8 +58,8 @@ class Lesson:
 class Lessons:
     """All that is learned from, in an order that is the same wherever a run begins."""
 
-    of_step: Callable[[int], Lesson]
-    held_out: Sequence[Lesson]
+    of_step: Callable[[int], LessonBatch]
+    held_out: Sequence[LessonBatch]
     """What is looked at; nothing is learned from it."""
     steps_per_epoch: int
     """So many steps see everything once."""
@@ -79,11 +79,11 @@ def causal_lessons(curriculum: Curriculum) -> Lessons:
     )
 
 
-def _causal(batch: ExerciseBatch) -> Lesson:
+def _causal(batch: ExerciseBatch) -> LessonBatch:
     """Return what each token is followed by; decoders see nothing of what fills a row up."""
     nothing = torch.full_like(batch.labels[:, :1], NOT_LEARNED)
     labels = torch.cat([batch.labels[:, 1:], nothing], 1)
-    return Lesson({"input_ids": batch.tokens}, labels, batch.labels != NOT_LEARNED)
+    return LessonBatch({"input_ids": batch.tokens}, labels, batch.labels != NOT_LEARNED)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class LabelledTexts:
         """Return how many steps see each text once; the last begins again to be full."""
         return -(-len(self.learned) // self.batch)
 
-    def of_step(self, step: int) -> Lesson:
+    def of_step(self, step: int) -> LessonBatch:
         """Return what is learned in a step: all texts in a new order each time."""
         epoch, place = divmod(step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -112,13 +112,13 @@ class LabelledTexts:
             [order[(place * self.batch + n) % len(order)] for n in range(self.batch)]
         )
 
-    def in_order(self) -> list[Lesson]:
+    def in_order(self) -> list[LessonBatch]:
         """Return all texts, those of about one length together."""
         order = sorted(range(len(self.learned)), key=lambda n: len(self.learned[n].tokens))
         starts = range(0, len(order), self.batch)
         return [self.lesson(order[start : start + self.batch]) for start in starts]
 
-    def lesson(self, numbers: Sequence[int]) -> Lesson:
+    def lesson(self, numbers: Sequence[int]) -> LessonBatch:
         """Return some texts."""
         pieces = [self.learned[number] for number in numbers]
         length = max(len(piece.tokens) for piece in pieces)
@@ -129,4 +129,4 @@ class LabelledTexts:
             tokens[row, :count], seen[row, :count] = piece.tokens, 1
             types[row, self.second[number] : count] = 1
         inputs = {"input_ids": tokens, "attention_mask": seen, "token_type_ids": types}
-        return Lesson(inputs, torch.cat([piece.labels for piece in pieces]), seen.bool())
+        return LessonBatch(inputs, torch.cat([piece.labels for piece in pieces]), seen.bool())

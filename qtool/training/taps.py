@@ -18,7 +18,7 @@ from qtool.errors import ModelError
 Signal = Literal["scores", "map", "context", "attention", "mlp", "block"]
 """Of a block: Q K^T before and after softmax (`map`), what the map gathers of the values, what
 attention and the MLP add to the stream, and the block's output."""
-TAPPED, PLAIN = "qtool_tapped", "eager"
+TAPPED, UNTAPPED = "qtool_tapped", "eager"
 HIDDEN = -1e2
 """What is added to scores that are below it is a mask: such scores count as zero."""
 
@@ -75,7 +75,7 @@ def _attend_here(model: CausalModel) -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     AttentionInterface.register(TAPPED, _attend)
-    AttentionMaskInterface.register(TAPPED, ALL_MASK_ATTENTION_FUNCTIONS[PLAIN])
+    AttentionMaskInterface.register(TAPPED, ALL_MASK_ATTENTION_FUNCTIONS[UNTAPPED])
     model.set_attn_implementation(TAPPED)
     if getattr(model.config, "_attn_implementation", None) != TAPPED:
         raise ModelError(

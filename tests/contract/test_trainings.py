@@ -20,7 +20,7 @@ from qtool.training.recipes import load_training, training_names
 from tests import families
 from tests.helpers import QUICK_BCQ, file_hashes
 
-TRAININGS = [name for name in training_names() if load_training(name).writes == "checkpoint"]
+TRAININGS = [name for name in training_names() if not load_training(name).is_dense]
 WEIGHTS = {
     "weights": {
         "method": "bcq",

@@ -2,14 +2,14 @@
 
 One file per recipe, constant TRAINING; the command line calls it by the file's name, with `-` for
 `_`. A recipe makes a student of what it is given (`Trainee`), says in which stages, by which losses
-and rates it learns (`Stage`), and what a checkpoint stores of it (`Prepared`). The loop, its memory
+and rates it learns (`TrainingStage`), and what a checkpoint stores of it (`PreparedTraining`). The loop, its memory
 of a run that was stopped, and the writing are the same for all: `steps.train_model`,
 `training.descent`.
 
 What a recipe has at hand:
 
 - `training.student.make_student` puts layers that learn, over `Codec.trainable`, in the place of
-  linears; a recipe may put modules of its own there (see `Stage.learning.parameters`);
+  linears; a recipe may put modules of its own there (`Learning.parameters`);
 - `Learning.feed(step)` is called before each step, `Learning.after(step)` after each: schedules of
   anything live there. Both must depend on the step alone, so that a run that was stopped goes on to
   the same result;
@@ -17,7 +17,7 @@ What a recipe has at hand:
   attention; any other term is added in `Learning.loss`;
 - several stages begin Adam anew; each ends with what was best on the held-out lessons, or with
   what came last (`Schedule.keeps`);
-- `Prepared.results` names what is stored: `QuantizedTensor`s of any format by layer, other tensors
+- `PreparedTraining.results` names what is stored: `QuantizedTensor`s of any format by layer, other tensors
   by full name. What it doesn't name stays as it was.
 """
 
@@ -71,7 +71,7 @@ class Trainee:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
+class TrainingStage:
     """One descent; Adam begins anew in each."""
 
     name: str
@@ -83,12 +83,12 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class PreparedTraining:
     """A student, ready to learn."""
 
     student: CausalModel
     """What is scored at the end."""
-    stages: Sequence[Stage]
+    stages: Sequence[TrainingStage]
     results: Callable[[], Mapping[str, QuantizedTensor | Tensor]]
     """What is stored of it now: weights by layer, other tensors by full name."""
     notes: Callable[[], Mapping[str, Any]] = dict
@@ -103,11 +103,11 @@ class Training:
     """One sentence for `qtool train --help`."""
     options: type
     """Frozen dataclass of what can be set."""
-    prepare: Callable[[Trainee, Any], Prepared]
+    prepare: Callable[[Trainee, Any], PreparedTraining]
     learning_rate: float
     """If nobody says another."""
-    writes: str = "checkpoint"
-    """What it learns from, and writes: a quantized `checkpoint`, or a `dense` model."""
+    is_dense: bool = False
+    """It begins at a dense model, and writes one; else at a checkpoint, and writes that."""
 
 
 def training_names() -> tuple[str, ...]:

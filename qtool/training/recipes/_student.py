@@ -22,23 +22,23 @@ from qtool.training.student import (
 )
 from qtool.training.taps import Signal, tap_blocks
 
-Weight = Annotated[float, Field(ge=0, le=1e6)]
+LossWeight = Annotated[float, Field(ge=0, le=1e6)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FollowOptions:
     """What counts, and what learns."""
 
-    logits: Weight = 1.0
-    """Weight of KL to the original's predictions, in nats."""
-    hidden: Weight = 1.0
-    """Weight of the relative error of each block's output."""
-    scores: Weight = 1.0
-    """Weight of the relative error of attention before its softmax."""
-    attention: Weight = 1.0
-    """Weight of the relative error of what attention adds to the stream."""
-    mlp: Weight = 0.0
-    """Weight of the relative error of what the MLP adds to it."""
+    logits: LossWeight = 1.0
+    """LossWeight of KL to the original's predictions, in nats."""
+    hidden: LossWeight = 1.0
+    """LossWeight of the relative error of each block's output."""
+    scores: LossWeight = 1.0
+    """LossWeight of the relative error of attention before its softmax."""
+    attention: LossWeight = 1.0
+    """LossWeight of the relative error of what attention adds to the stream."""
+    mlp: LossWeight = 0.0
+    """LossWeight of the relative error of what the MLP adds to it."""
     code_rate: Annotated[float, Field(ge=0, le=1)] = 5e-3
     """What a first step moves latent codes by, in steps of codes; 0: codes stay."""
     norms: bool = True

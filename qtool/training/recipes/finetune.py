@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from qtool.core.parts import slices, within_memory
 from qtool.training.descent import Learning
 from qtool.training.following import LOOKS_AT_LESSONS
-from qtool.training.lessons import Lesson
-from qtool.training.recipes import Prepared, Stage, Trainee, Training
+from qtool.training.lessons import LessonBatch
+from qtool.training.recipes import PreparedTraining, Trainee, Training, TrainingStage
 from qtool.training.schedule import Schedule
 
 
@@ -22,37 +22,45 @@ class FinetuneOptions:
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
 
 
-def _prepare(trainee: Trainee, options: FinetuneOptions) -> Prepared:
-    model, lessons = trainee.original, trainee.lessons
-    model.requires_grad_(requires_grad=True)
-    now = [lessons.of_step(0)]
+@dataclass(slots=True)
+class _Labels:
+    """A model, and the labels that it learns."""
 
-    def feed(step: int) -> None:
-        now[0] = lessons.of_step(step)
+    trainee: Trainee
+    now: LessonBatch
 
-    def surprise(lesson: Lesson) -> Tensor:
+    def feed(self, step: int) -> None:
+        self.now = self.trainee.lessons.of_step(step)
+
+    def surprise(self, lesson: LessonBatch) -> Tensor:
         """Return the cross entropy of labels, summed, in nats."""
-        kind, dtype = lesson.labels.device.type, trainee.autocast
+        kind, dtype = lesson.labels.device.type, self.trainee.autocast
         with torch.autocast(kind, dtype, enabled=dtype is not None, cache_enabled=False):
-            found, labels = lesson.asked(model(**lesson.inputs).logits)
+            found, labels = lesson.asked(self.trainee.original(**lesson.inputs).logits)
         return nn.functional.cross_entropy(found.float(), labels, reduction="sum")
 
-    def share(samples: slice) -> Tensor:
-        return surprise(now[0].part(samples)) / len(now[0].asked(now[0].labels)[0])
+    def share(self, samples: slice) -> Tensor:
+        return self.surprise(self.now.part(samples)) / len(self.now.asked(self.now.labels)[0])
 
     @torch.no_grad()
-    def held_out() -> float:
-        total = sum(len(lesson.asked(lesson.labels)[0]) for lesson in lessons.held_out)
+    def held_out(self) -> float:
+        lessons = self.trainee.lessons.held_out
+        total = sum(len(lesson.asked(lesson.labels)[0]) for lesson in lessons)
+        return float(torch.stack([self._looked(lesson) for lesson in lessons]).sum()) / total
 
-        def looked(lesson: Lesson) -> Tensor:
-            def work(count: int) -> Tensor:
-                some = slices(lesson.num_samples, count)
-                return torch.stack([surprise(lesson.part(one)) for one in some]).sum()
+    def _looked(self, lesson: LessonBatch) -> Tensor:
+        def work(count: int) -> Tensor:
+            some = slices(lesson.num_samples, count)
+            return torch.stack([self.surprise(lesson.part(one)) for one in some]).sum()
 
-            return within_memory(trainee.parts, LOOKS_AT_LESSONS, work, most=lesson.num_samples)
+        parts = self.trainee.parts
+        return within_memory(parts, LOOKS_AT_LESSONS, work, most=lesson.num_samples)
 
-        return float(torch.stack([looked(lesson) for lesson in lessons.held_out]).sum()) / total
 
+def _prepare(trainee: Trainee, options: FinetuneOptions) -> PreparedTraining:
+    model = trainee.original
+    model.requires_grad_(requires_grad=True)
+    labels = _Labels(trainee, trainee.lessons.of_step(0))
     schedule = Schedule(
         steps=trainee.steps,
         learning_rate=trainee.learning_rate,
@@ -65,17 +73,17 @@ def _prepare(trainee: Trainee, options: FinetuneOptions) -> Prepared:
     learning = Learning(
         layers=(),
         vectors=(),
-        feed=feed,
-        loss=lambda: share(slice(None)),
-        held_out=held_out,
-        share=share,
-        samples=lambda: now[0].num_samples,
+        feed=labels.feed,
+        loss=lambda: labels.share(slice(None)),
+        held_out=labels.held_out,
+        share=labels.share,
+        samples=lambda: labels.now.num_samples,
         parts=trainee.parts,
         parameters=list(model.parameters()),
     )
-    return Prepared(
+    return PreparedTraining(
         student=model,
-        stages=[Stage(name="train", learning=learning, schedule=schedule)],
+        stages=[TrainingStage(name="train", learning=learning, schedule=schedule)],
         results=lambda: {name: value.detach() for name, value in model.named_parameters()},
     )
 
@@ -85,5 +93,5 @@ TRAINING = Training(
     options=FinetuneOptions,
     prepare=_prepare,
     learning_rate=5e-5,
-    writes="dense",
+    is_dense=True,
 )

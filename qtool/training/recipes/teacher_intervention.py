@@ -14,12 +14,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from qtool.training.descent import Learning
-from qtool.training.recipes import Prepared, Stage, Trainee, Training
+from qtool.training.recipes import PreparedTraining, Trainee, Training, TrainingStage
 from qtool.training.recipes._student import FollowOptions, begin_student, schedule_of
 from qtool.training.taps import Signal, intervene
 
-Mode = Literal["attention-output", "context", "map", "mlp-output", "both"]
-MODES: dict[Mode, tuple[frozenset[Signal], frozenset[int]]] = {
+Intervention = Literal["attention-output", "context", "map", "mlp-output", "both"]
+MODES: dict[Intervention, tuple[frozenset[Signal], frozenset[int]]] = {
     "attention-output": (frozenset({"attention"}), frozenset({0, 1, 2})),
     "context": (frozenset({"context"}), frozenset({0, 1, 2})),
     "map": (frozenset({"map"}), frozenset({0, 1})),
@@ -28,7 +28,7 @@ MODES: dict[Mode, tuple[frozenset[Signal], frozenset[int]]] = {
 }
 """What is the original's; and which of queries, keys and values, in this order, pass no gradient on
 to the block's input, so that they learn from the losses of their own attention alone."""
-GRADUAL: tuple[tuple[Mode, float], ...] = (
+GRADUAL: tuple[tuple[Intervention, float], ...] = (
     ("attention-output", 1 / 6),
     ("context", 1 / 3),
     ("map", 1.0),
@@ -40,14 +40,14 @@ GRADUAL: tuple[tuple[Mode, float], ...] = (
 class InterventionOptions(FollowOptions):
     """What counts, what learns, and where the original intervenes."""
 
-    mode: Literal["gradual"] | Mode = "gradual"
+    mode: Literal["gradual"] | Intervention = "gradual"
     """What is the original's in the first stage; gradual: attention's output for a sixth of it,
     then what the map gathers for another, then the map."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Of all steps, in the first stage."""
 
 
-def mode_at(options: InterventionOptions, step: int, steps: int) -> Mode:
+def mode_at(options: InterventionOptions, step: int, steps: int) -> Intervention:
     """Return the mode of a step of the first stage, which has so many.
 
     Gradual: the two switches are at the first steps from 1/6 and 1/3 on.
@@ -57,7 +57,7 @@ def mode_at(options: InterventionOptions, step: int, steps: int) -> Mode:
     return next(mode for mode, until in GRADUAL if step < until * steps)
 
 
-def _prepare(trainee: Trainee, options: InterventionOptions) -> Prepared:
+def _prepare(trainee: Trainee, options: InterventionOptions) -> PreparedTraining:
     follower = begin_student(trainee, options, taps=True)
     following, vectors = follower.following, list(follower.vectors.values())
     first = max(1, math.ceil(options.share * trainee.steps))
@@ -72,20 +72,20 @@ def _prepare(trainee: Trainee, options: InterventionOptions) -> Prepared:
         return following.learning(trainee.lessons, vectors, feed, trainee.parts)
 
     stages = [
-        Stage(
+        TrainingStage(
             name="intervention",
             learning=learn(intervened),
             schedule=schedule_of(trainee, options, first, keeps="last"),
             begin=lambda: intervened(0),
         ),
-        Stage(
+        TrainingStage(
             name="train",
             learning=learn(lambda _step: None),
             schedule=schedule_of(trainee, options, max(1, trainee.steps - first)),
             begin=begin_alone,
         ),
     ]
-    return Prepared(student=following.student, stages=stages, results=follower.results)
+    return PreparedTraining(student=following.student, stages=stages, results=follower.results)
 
 
 TRAINING = Training(

@@ -8,7 +8,7 @@ import torch
 from qtool.errors import ModelError
 from qtool.modeling.encoders import encoder_adapter
 from qtool.modeling.families import load_family
-from qtool.training.lessons import Lesson
+from qtool.training.lessons import LessonBatch
 from qtool.training.recipes.teacher_intervention import (
     MODES,
     InterventionOptions,
@@ -163,7 +163,7 @@ def test_a_family_whose_sums_nobody_knows_is_refused():
 
 
 def test_a_lesson_asks_what_has_labels():
-    lesson = Lesson({"input_ids": TOKENS}, torch.where(TOKENS < 50, -100, TOKENS), TOKENS > 0)
+    lesson = LessonBatch({"input_ids": TOKENS}, torch.where(TOKENS < 50, -100, TOKENS), TOKENS > 0)
     logits, labels = lesson.asked(torch.zeros(3, 9, 96))
     assert len(logits) == len(labels) == int((TOKENS >= 50).sum())
     assert lesson.part(slice(1, 3)).num_samples == 2
