@@ -2,9 +2,9 @@
 
 One file per recipe, constant TRAINING; the command line calls it by the file's name, with `-` for
 `_`. A recipe makes a student of what it is given (`Trainee`), says in which stages, by which losses
-and rates it learns (`TrainingStage`), and what a checkpoint stores of it (`PreparedTraining`). The loop, its memory
-of a run that was stopped, and the writing are the same for all: `steps.train_model`,
-`training.descent`.
+and rates it learns (`TrainingStage`), and what a checkpoint stores of it (`PreparedTraining`). The
+loop, its memory of a run that was stopped, and the writing are the same for all:
+`steps.train_model`, `training.descent`.
 
 What a recipe has at hand:
 
@@ -14,11 +14,11 @@ What a recipe has at hand:
   anything live there. Both must depend on the step alone, so that a run that was stopped goes on to
   the same result;
 - `training.following` has the losses that follow the original: predictions, hidden states,
-  attention; any other term is added in `Learning.loss`;
+  attention; any other term is `Following.extra`;
 - several stages begin Adam anew; each ends with what was best on the held-out lessons, or with
   what came last (`Schedule.keeps`);
-- `PreparedTraining.results` names what is stored: `QuantizedTensor`s of any format by layer, other tensors
-  by full name. What it doesn't name stays as it was.
+- `PreparedTraining.results` names what is stored: `QuantizedTensor`s of any format by layer, other
+  tensors by full name. What it doesn't name stays as it was.
 """
 
 import sys
