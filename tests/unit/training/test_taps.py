@@ -14,7 +14,7 @@ from qtool.training.recipes.teacher_intervention import (
     InterventionOptions,
     mode_at,
 )
-from qtool.training.taps import errors_of, intervene, relative_error, tap_blocks
+from qtool.training.taps import Signal, errors_of, intervene, relative_error, tap_blocks
 from tests import families
 
 TOKENS = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -134,7 +134,7 @@ def test_errors_add_up_over_samples_and_count_no_filler(pair):
     _, _, original, student, taps, sources, inputs = pair
     seen = torch.ones(TOKENS.shape, dtype=torch.bool)
     seen[1, 6:] = False
-    weights = {"block": 1.0, "scores": 0.5, "attention": 2.0}
+    weights: dict[Signal, float] = {"block": 1.0, "scores": 0.5, "attention": 2.0}
 
     @torch.no_grad()
     def errors(some: slice) -> torch.Tensor:
