@@ -27,6 +27,7 @@ from qtool.exchange import (
 from qtool.exchange._engines import Kernels, kernels_of, why_no_kernel
 from qtool.modeling.companions import read_companions
 from qtool.modeling.config import parse_config
+from qtool.modeling.discover import known_adapter
 from qtool.modeling.skeleton import empty_model
 from qtool.pipeline.expert_export import ExpertCheckpoint
 from qtool.steps.check_exportable import JOINED_EXPERTS
