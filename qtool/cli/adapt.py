@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from qtool.base import Emit
 from qtool.cli import console, early
 from qtool.cli.options import DeviceOption, JsonOption, check_targets, in_panel, wrong_plot_name
 from qtool.cli.progress import progress
+from qtool.cli.settings_of import parsed_settings
 from qtool.storage.jsonl import check_file
 from qtool.wording import gigabytes
 
@@ -124,7 +124,7 @@ def adapt(
                 recompute=recompute,
                 seed=seed,
                 targets=tuple((targets or "*").split(",")),
-                kind_options=_parsed(settings or []),
+                kind_options=parsed_settings(settings or []),
             )
             request = AdaptRequest(
                 model=where,
@@ -165,20 +165,6 @@ def _check_merging(context: typer.Context) -> None:
     ]
     if useless:
         raise typer.BadParameter(f"{', '.join(useless)}: --merge trains nothing.", ctx=context)
-
-
-def _parsed(settings: list[str]) -> dict[str, Any]:
-    """Return options of a method: values as YAML has them."""
-    found = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not key or not equals:
-            raise typer.BadParameter(f"--set takes KEY=VALUE, not {setting!r}.")
-        try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise typer.BadParameter(f"--set {key}: {value!r} isn't a value.") from error
-    return found
 
 
 def _merge(

@@ -23,6 +23,7 @@ COMMANDS = {
     "serve": "Serve a model by the API that OpenAI's clients speak.",
     "chat": "Talk with a model in the terminal, or send it the lines of a pipe.",
     "adapt": "Adapt a checkpoint to a task: planes stay, an adapter of a few numbers is trained.",
+    "train": "Train a checkpoint to follow its original: quantization-aware training.",
     "compare": "Compare any number of models with the first: texts, KL divergence, tasks.",
     "run": "Carry out a recipe: quantize, measure, and exit with 3 if a gate fails.",
     "report": "Show what runs have found out as one HTML page, which needs no network.",

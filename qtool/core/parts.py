@@ -54,6 +54,10 @@ class Parts:
         """Return in how many parts something is done."""
         return self._counts.get(what, 1)
 
+    def begin_with(self, what: str, count: int) -> None:
+        """Do something in so many parts from the start."""
+        self._counts[what] = count
+
     def double(self, what: str, most: int) -> None:
         """Let go of what nobody needs, and do it in twice as many parts from now on."""
         gc.collect()

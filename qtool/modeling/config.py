@@ -10,6 +10,7 @@ from typing import Any
 
 from qtool.checkpoint.shards import read_json
 from qtool.errors import ModelError, QtoolError
+from qtool.modeling.encoders import encoder_adapter
 from qtool.storage.plain_json import json_line, leaves
 from qtool.wording import quoted, reason, shown
 
@@ -94,6 +95,7 @@ def check_original(config: Mapping[str, Any], directory: Path, families: tuple[s
     causal = any(CAUSAL.search(name) for name in names) or (family in families and not names)
     if isinstance(config.get("text_config"), dict):
         causal = causal or any(MULTIMODAL.search(name) for name in names)
+    causal = causal or encoder_adapter(config) is not None
     if not causal or config.get("is_encoder_decoder"):
         what = shown(", ".join(names) or family or "of unknown type")
         raise ModelError(
@@ -139,12 +141,15 @@ def parse_config(config: Mapping[str, Any], directory: Path) -> Any:  # noqa: AN
 def auto_class(config: Any) -> Any:  # noqa: ANN401
     """Return the class of transformers that builds and loads the model of a configuration.
 
-    That is `AutoModelForCausalLM`, unless the configuration names the whole of a multimodal model.
+    That is `AutoModelForCausalLM`, unless the configuration names the whole of a multimodal model,
+    or a classifier.
     """
     import transformers  # slow import
 
     auto, whole = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
     named, kind = getattr(config, "architectures", None) or (), type(config)
+    if encoder_adapter({"model_type": config.model_type, "architectures": named}) is not None:
+        return transformers.AutoModelForSequenceClassification
 
     def is_named(one: Any) -> bool:  # noqa: ANN401
         found = one._model_mapping.get(kind, None)

@@ -9,11 +9,17 @@ from torch import nn
 from qtool.base import CausalModel, ModelAdapter
 from qtool.core.experts import beside_experts
 from qtool.errors import ModelError
+from qtool.modeling.families import families, load_family
 from qtool.modeling.kinds_of_weights import is_linear, linears_of, sensitive_linears
 
 NEXT = 0.1
 """A list of more than this share of the largest one's parameters is one to be walked, too."""
 LIMITS = "docs/limitations.md says what kinds of models qtool takes."
+
+
+def known_adapter(model: CausalModel, family: str) -> ModelAdapter:
+    """Return the adapter of a family's file, or that of a model object, as `adapter_of`."""
+    return load_family(family) if family in families() else adapter_of(model, family)
 
 
 def adapter_of(model: CausalModel, family: str) -> ModelAdapter:

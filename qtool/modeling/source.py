@@ -15,9 +15,10 @@ from qtool.core.experts import expert_name, separated
 from qtool.errors import CheckpointError, ModelError
 from qtool.modeling.companions import read_companions
 from qtool.modeling.config import check_original, parse_config, read_config
-from qtool.modeling.discover import adapter_of
+from qtool.modeling.discover import known_adapter
+from qtool.modeling.encoders import encoder_adapter
 from qtool.modeling.experts import StoredExpert, find_experts
-from qtool.modeling.families import families, load_family
+from qtool.modeling.families import families
 from qtool.modeling.joined import Joined, find_joined
 from qtool.modeling.kinds_of_weights import PlainWeight, plain_weights
 from qtool.modeling.locate import Location
@@ -180,7 +181,7 @@ def open_source(location: Location) -> ModelSource:
     skeleton = empty_model(parsed, directory)
     family = str(config["model_type"])
     apart = separated(skeleton)
-    adapter = load_family(family) if family in families() else adapter_of(apart, family)
+    adapter = encoder_adapter(config) or known_adapter(apart, family)
     prefix = _missing_prefix(adapter, shards)
     num_blocks = _count_blocks(skeleton, adapter, shards, prefix, directory)
     aliases = match_names(skeleton, shards, directory)

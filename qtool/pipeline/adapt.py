@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import qtool
-from qtool.base import Emit, Notice, Progress, ignore_events
+from qtool.base import Emit, Notice, ignore_events
 from qtool.checkpoint.adapter_files import (
     Adapter,
     check_adapter_place,
@@ -19,21 +19,17 @@ from qtool.checkpoint.adapter_files import (
 )
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.data.corpora import check_tokens
-from qtool.data.exercises import Learned, cut_to, in_packed_rows, read_exercises, tokenized
-from qtool.errors import DataError, ModelError
+from qtool.errors import ModelError
 from qtool.modeling.adapters import digest_of_base
 from qtool.modeling.device import default_device
-from qtool.modeling.load import LoadedModel, load_model
+from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location, locate
 from qtool.modeling.source import open_source
-from qtool.steps.adapt_model import Adapted, AdaptOptions, Base, adapt_model, split_off
+from qtool.pipeline.learned_data import read_curriculum
+from qtool.steps.adapt_model import Adapted, AdaptOptions, Base, adapt_model
 from qtool.steps.unfinished_adapter import open_unfinished
 from qtool.storage.digests import files_digest
 from qtool.training.adapters import Installed, load_kind
-from qtool.training.adapting import Curriculum
-
-HELD_OUT_SHARE, MOST_HELD_OUT = 0.05, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +89,7 @@ def adapt(request: AdaptRequest, *, emit: Emit = ignore_events) -> AdaptResult:
     base = digest_of_base(loaded.model)
     job = {"kind": request.kind, "base": base, "data": files_digest(files), **about}
     unfinished = open_unfinished(directory, job, overwrite=request.overwrite, resume=request.resume)
-    curriculum = _curriculum(request, loaded, emit)
+    curriculum = read_curriculum(request.data, request.validation, loaded, request.options, emit)
     subject = Base(loaded, _original(request))
     done = adapt_model(subject, kind, request.options, curriculum, unfinished, emit)
     adapter = Adapter(
@@ -157,34 +153,3 @@ def _stored(installed: Installed) -> dict[str, dict[str, Tensor]]:
         name: {part: tensor.cpu() for part, tensor in parts.items()}
         for name, parts in installed.stored().items()
     }
-
-
-def _curriculum(request: AdaptRequest, loaded: LoadedModel, emit: Emit) -> Curriculum:
-    options, tokenizer = request.options, loaded.tokenizer
-    emit(Progress(f"reading {request.data.name}"))
-    learned = _pieces(request.data, loaded, options)
-    if request.validation is not None:
-        held_out = _pieces(request.validation, loaded, options)[:MOST_HELD_OUT]
-    else:
-        learned, held_out = split_off(learned, HELD_OUT_SHARE, MOST_HELD_OUT, options.seed)
-    fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    filler = next(token for token in fillers if token is not None)
-    if options.packing:
-        learned, held_out = (
-            in_packed_rows(some, options.max_length) for some in (learned, held_out)
-        )
-    return Curriculum(
-        learned, held_out, options.batch_size, options.seed, filler, is_packed=options.packing
-    )
-
-
-def _pieces(path: Path, loaded: LoadedModel, options: AdaptOptions) -> list[Learned]:
-    exercises = read_exercises(path, loaded.tokenizer)
-    whole = [tokenized(loaded.tokenizer, exercise, loaded.end) for exercise in exercises]
-    pieces = cut_to(whole, options.max_length)
-    if not pieces:
-        raise DataError(f"{path} has nothing to learn from. Give lines as docs/adapters.md says.")
-    rows = loaded.model.config.get_text_config().vocab_size
-    for piece in pieces:
-        check_tokens(piece.tokens, rows, path.name)
-    return pieces

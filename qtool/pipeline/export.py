@@ -27,8 +27,7 @@ from qtool.exchange import (
 from qtool.exchange._engines import Kernels, kernels_of, why_no_kernel
 from qtool.modeling.companions import read_companions
 from qtool.modeling.config import parse_config
-from qtool.modeling.discover import adapter_of
-from qtool.modeling.families import families, load_family
+from qtool.modeling.discover import known_adapter
 from qtool.modeling.skeleton import empty_model
 from qtool.pipeline.expert_export import ExpertCheckpoint
 from qtool.steps.check_exportable import JOINED_EXPERTS
@@ -197,7 +196,7 @@ def layer_places(
     skeleton: CausalModel, family: str, layers: Mapping[str, LayerEntry]
 ) -> tuple[dict[str, LayerPlace], frozenset[str]]:
     """Return where each layer stands, and which are stored as (in_features, out_features)."""
-    adapter = load_family(family) if family in families() else adapter_of(skeleton, family)
+    adapter = known_adapter(skeleton, family)
     tables: dict[str, LayerPlace] = {adapter.embedding: "embedding", adapter.head: "head"}
     places: dict[str, LayerPlace] = {name: tables.get(name, "block") for name in layers}
     inside = {name for name, place in places.items() if place == "block"}

@@ -1,30 +1,24 @@
 """`adapt --merge`: a checkpoint that is its base with an adapter."""
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import qtool
-from qtool.base import Emit, Notice, Progress, QuantizedTensor, ignore_events
+from qtool.base import Emit, Notice, QuantizedTensor, ignore_events
 from qtool.checkpoint.adapter import RANK_DOWN, RANK_UP, LayerAdapter, with_adapter
 from qtool.checkpoint.adapter_files import Adapter, base_digest, read_adapter
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
-from qtool.checkpoint.manifest import LayerEntry, codec
-from qtool.checkpoint.marks import CONFIG_NAME, REPORT_NAME
+from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.place import find_place
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import CheckpointError
 from qtool.modeling.adapters import another_base
-from qtool.modeling.companions import read_companions
 from qtool.modeling.locate import Location
-from qtool.pipeline.model_figures import versions
-from qtool.storage.plain_json import json_text
+from qtool.pipeline.rewritten import rewrite
 from qtool.wording import list_names
 
 MERGING = "merging"
@@ -66,7 +60,15 @@ def merge_adapter(
     _check_base(reader, adapter, adapter_dir)
     lost = _Lost()
     with CheckpointWriter(place, {"merge": adapter.base, "of": adapter.kind}) as writer:
-        _write(reader, adapter, writer, lost, emit)
+        changes = adapter.layers
+        rewrite(
+            reader,
+            writer,
+            lambda name, weight: _merged(weight, changes.get(name, {}), lost),
+            {"merged adapter": adapter.kind},
+            emit,
+            MERGING,
+        )
     if lost.share is not None:
         emit(Notice(LOST.format(lost.share)))
     return MergeResult(place.named, len(adapter.layers), lost.share)
@@ -81,38 +83,6 @@ def _check_base(reader: CheckpointReader, adapter: Adapter, where: Path) -> None
     unknown = sorted(adapter.layers.keys() - layers.keys())
     if unknown:
         raise CheckpointError(f"{where}: the checkpoint has no layer {list_names(unknown)}.")
-
-
-def _write(
-    reader: CheckpointReader, adapter: Adapter, writer: CheckpointWriter, lost: "_Lost", emit: Emit
-) -> None:
-    manifest, entries = reader.manifest, dict[str, LayerEntry]()
-    names = list(reader.names())
-    for number, name in enumerate(names, 1):
-        emit(Progress(MERGING, number, len(names), name))
-        entry = manifest.layers.get(name)
-        if entry is not None and entry.shared_with is not None:
-            entries[name] = entry
-            continue
-        made = _merged(reader.load(name), adapter.layers.get(name, {}), lost)
-        writer.once(name, partial(Made, made))
-        if entry is not None and isinstance(made, QuantizedTensor):
-            entries[name] = replace(entry, format=made.format, scheme=made.scheme)
-    new = replace(
-        manifest, layers=entries, digests=writer.digests(), tool_version=qtool.__version__
-    )
-    files = read_companions(reader.directory)
-    report = {
-        "version of qtool": qtool.__version__,
-        "run": writer.run_digest,
-        "files": sorted({*files, REPORT_NAME, CONFIG_NAME}),
-        "merged adapter": adapter.kind,
-        "average_bits": new.average_bits(),
-        "versions": versions(),
-        "layers": [],
-    }
-    files[REPORT_NAME] = (json_text(report) + "\n").encode()
-    writer.finish(files, {**reader.plain_config(), "quantization_config": new.to_config()})
 
 
 class _Lost:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from qtool.base import CausalModel, Notice, Progress, QuantizedTensor
-from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.core.experts import routes_tokens
@@ -19,10 +18,12 @@ from qtool.recipe.calibration import CalibrationSection, SourceSection
 from qtool.recipe.tuning import EndToEndTuning
 from qtool.scheme import ActivationScheme
 from qtool.steps.draw_calibration import draw_for_tuning
+from qtool.steps.halfway import Halfway
 from qtool.steps.run import Run
 from qtool.training.end_to_end import Course, Pair, best_rate, tune_end_to_end
 from qtool.training.schedule import Point, Schedule
 from qtool.training.student import (
+    fill_tables,
     free_vectors,
     make_student,
     quantize_inputs,
@@ -80,25 +81,6 @@ def tune_model_once(
     return writer.tensors(name, draft=MODEL)
 
 
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """How far tuning is, as a draft that each look at the held-out samples replaces."""
-
-    writer: CheckpointWriter
-    name: str
-
-    def recall(self) -> tuple[Mapping[str, Tensor], Sequence[Point]] | None:
-        notes = self.writer.notes(self.name, draft=HALFWAY)
-        if not notes:
-            return None
-        points = [Point(**point) for point in notes["curve"]]
-        return self.writer.tensors(self.name, draft=HALFWAY), points
-
-    def keep(self, state: Mapping[str, Tensor], points: Sequence[Point]) -> None:
-        notes = {"curve": [asdict(point) for point in points]}
-        self.writer.keep(self.name, Made(state, notes), draft=HALFWAY)
-
-
 def _tuned(
     run: Run, section: EndToEndTuning, writer: CheckpointWriter, solved: SolvedModel
 ) -> Made:
@@ -120,7 +102,7 @@ def _tuned(
         code_share=section.code_share,
         check_every=max(1, section.steps // 10),
     )
-    memory = _Memory(writer, run.source.adapter.blocks)
+    memory = Halfway(writer, run.source.adapter.blocks, HALFWAY)
     points = tune_end_to_end(pair, course, schedule, report, memory, env.parts)
     if min(point.held_out for point in points) == points[0].held_out:
         env.emit(Notice(_no_gain(points, schedule)))
@@ -136,7 +118,7 @@ def pair_of(
     """Return the student with its original, and its norms and biases that learn."""
     student = make_student(original, solved.layers, moves_codes=section.code_rate > 0)
     quantize_inputs(student, solved.activations)
-    _fill_tables(student, solved.tables)
+    fill_tables(student, solved.tables)
     large = original.num_parameters() >= LARGE
     if section.recompute is True or (section.recompute == "auto" and large):
         recompute_blocks(student, run.source.adapter.blocks)
@@ -192,17 +174,6 @@ def _no_gain(points: Sequence[Point], schedule: Schedule) -> str:
         f"and came to {points[-1].held_out:.4f}. The result is as it was before. Lower "
         f"tuning.end_to_end.learning_rate, {schedule.learning_rate:g} now, or use more texts."
     )
-
-
-def _fill_tables(student: CausalModel, tables: Mapping[str, QuantizedTensor]) -> None:
-    """Give the student the quantized embedding and head, as dense weights of its own."""
-    for name, tensor in tables.items():
-        module = student.get_submodule(name)
-        values = codec(tensor.format).dequantize(tensor, torch.float32).to(module.weight)
-        was = module.weight
-        for other in student.modules():  # a tied head has the same parameter
-            if getattr(other, "weight", None) is was:
-                other.weight = torch.nn.Parameter(values, requires_grad=False)
 
 
 def _batches(run: Run, section: EndToEndTuning) -> tuple[list[Tensor], list[Tensor]]:

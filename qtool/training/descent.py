@@ -50,6 +50,8 @@ class Learning:
     """That a step is taken in where memory is full, their gradients summed; None: it is whole."""
     parameters: Sequence[nn.Parameter] = ()
     """Whatever else learns, at the learning rate as it is."""
+    after: Callable[[int], None] | None = None
+    """Called after each step with how many are done; may change what learns, in place."""
 
 
 class Memory(Protocol):
@@ -72,6 +74,8 @@ def descend(
 ) -> list[Point]:
     """Learn; what is learned ends where the held-out loss was least, which may be the start.
 
+    Or where it was looked at last, if the schedule keeps that.
+
     A loss that isn't finite ends it early: what it did is taken back. With a memory it goes on
     where it was looked at last, to the same result.
     """
@@ -84,8 +88,7 @@ def descend(
     for step in range(points[-1].step, schedule.steps):
         if is_over(points, schedule):
             break
-        what.feed(step)
-        losses.append(stepper.step(schedule.factor(step)))
+        losses.append(_step(what, stepper, schedule, step))
         if (step + 1) % schedule.check_every and step + 1 < schedule.steps:
             continue
         trained, found = float(torch.stack(losses).mean()), what.held_out()
@@ -99,10 +102,20 @@ def descend(
         losses.clear()
         if not math.isfinite(trained) or not math.isfinite(found):
             break
+        if schedule.keeps == "last":
+            stepper.set_best()
         if memory is not None:
             memory.keep(stepper.state(), points)
     stepper.go_to_best()
     return points
+
+
+def _step(what: Learning, stepper: "Stepper", schedule: Schedule, step: int) -> Tensor:
+    what.feed(step)
+    loss = stepper.step(schedule.factor(step))
+    if what.after is not None:
+        what.after(step + 1)
+    return loss
 
 
 @contextmanager
@@ -221,8 +234,9 @@ class Stepper:
         for index, (value, best) in enumerate(zip(self._kept, self._best, strict=True)):
             found |= {f"{index}.value": value.detach(), f"{index}.best": best}
         for index, value in enumerate(self._values):
-            moments = self._optimizer.state[value]
-            found |= {f"{index}.{name}": moments[name] for name in MOMENTS}
+            # What has had no gradient yet, as a norm before a signal of the original's, has none.
+            moments = self._optimizer.state.get(value, {})
+            found |= {f"{index}.{name}": moments[name] for name in MOMENTS if name in moments}
         return found
 
     @torch.no_grad()
@@ -236,8 +250,9 @@ class Stepper:
             value.copy_(state[f"{index}.value"])
             best.copy_(state[f"{index}.best"])
         for index, value in enumerate(self._values):
-            moments = {name: state[f"{index}.{name}"].to(value.device) for name in MOMENTS}
-            self._optimizer.state[value] = moments
+            if f"{index}.{MOMENTS[0]}" in state:
+                moments = {name: state[f"{index}.{name}"].to(value.device) for name in MOMENTS}
+                self._optimizer.state[value] = moments
         return list(points)
 
 

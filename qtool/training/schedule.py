@@ -31,6 +31,8 @@ class Schedule:
     """The gradient is shortened to it."""
     check_every: int = 50
     """Steps between two looks at the held-out samples."""
+    keeps: Literal["best", "last"] = "best"
+    """Where it ends: at the least loss on the held-out samples, or at the last that was finite."""
 
     def factor(self, step: int) -> float:
         """Return what the rates are multiplied by in a step."""

@@ -170,3 +170,14 @@ def free_vectors(student: nn.Module, names: Container[str]) -> dict[str, nn.Para
             setattr(student.get_submodule(path), key, mine)
             found[name] = mine
     return found
+
+
+def fill_tables(student: CausalModel, tables: Mapping[str, QuantizedTensor]) -> None:
+    """Give the student the quantized embedding and head, as dense weights of its own."""
+    for name, tensor in tables.items():
+        module = student.get_submodule(name)
+        values = codec(tensor.format).dequantize(tensor, torch.float32).to(module.weight)
+        was = module.weight
+        for other in student.modules():  # a tied head has the same parameter
+            if getattr(other, "weight", None) is was:
+                other.weight = nn.Parameter(values, requires_grad=False)

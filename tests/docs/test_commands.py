@@ -101,6 +101,8 @@ LESS = {
     "w3-q-rater": ("search.clip_ratios=[1.0,0.9]", "search.roundings=[0]"),
 }
 """Settings by what a command has in it."""
+WORDS = "".join(f'{{"text": "w{n} w{n + 1} w{n + 2}"}}\n' for n in range(3, 20))
+"""Texts in the words that the tiny model knows."""
 RUN_HERE = [
     page
     for page in CURRENT
@@ -140,6 +142,8 @@ def test_lines_of_a_page_run(cli: Cli, page, chat_llama, checkpoint, tmp_path, m
         Path("mine.yaml").write_text(blocks(page, "yaml")[0], encoding="utf-8")
     if page.stem == "adapters":
         Path("chats.jsonl").write_text(blocks(page, "json")[0], encoding="utf-8")
+    if page.stem == "training":
+        Path("texts.jsonl").write_text(WORDS, encoding="utf-8")
     for line in command_lines(page):
         if begins_with(key(line), NOT_RUN):
             continue

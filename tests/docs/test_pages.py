@@ -10,6 +10,7 @@ from qtool import plugins
 from qtool.cli import app
 from qtool.recipe.names import built_in, in_folders
 from qtool.training.adapters import kind_names
+from qtool.training.recipes import training_names
 from tests.docs.pages import (
     CURRENT,
     LINK,
@@ -56,7 +57,10 @@ def test_command_line_is_understood(line: Line):
     known = kind_names() if name == "adapt" else plugins.names(qtool.methods)
     assert method in {None, *known, *made}
     assert (
-        recipe is None or recipe in {*built_in(), *in_folders(), *made} or recipe.endswith(".yaml")
+        recipe is None
+        or recipe in {*built_in(), *in_folders(), *made}
+        or recipe.endswith(".yaml")
+        or (name == "train" and recipe in training_names())
     )
 
 

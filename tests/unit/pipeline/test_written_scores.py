@@ -7,7 +7,7 @@ import torch
 
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
-from qtool.pipeline.adapt import _pieces
+from qtool.pipeline.learned_data import _pieces
 from qtool.pipeline.written_scores import Question, score_answers, write_answers
 from qtool.steps.adapt_model import AdaptOptions
 

@@ -1,0 +1,131 @@
+"""`qtool train`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qtool.cli import console, early
+from qtool.cli.options import KEPT, DeviceOption, JsonOption, check_targets, in_panel
+from qtool.cli.progress import progress
+from qtool.cli.settings_of import parsed_settings
+from qtool.storage.jsonl import check_file
+
+if TYPE_CHECKING:
+    from qtool.pipeline.train import TrainResult
+
+_of_training = in_panel("Training")
+
+
+def train(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint that qtool has quantized; for finetune an encoder.")
+    ],
+    data: Annotated[Path, typer.Argument(help="JSON lines to learn from.")],
+    out_dir: Annotated[Path, typer.Argument(help="Directory for what was trained.")],
+    recipe: Annotated[
+        str, typer.Option(help="distillation, teacher-intervention, finetune.")
+    ] = "distillation",
+    original: Annotated[
+        str | None,
+        typer.Option(help="What was quantized, and is followed; default: the source, if public."),
+    ] = None,
+    validation: Annotated[
+        Path | None, typer.Option(help="Lines to look at; default: 5 % of DATA are held out.")
+    ] = None,
+    steps: Annotated[
+        int | None, _of_training(metavar="N", min=1, help="Default: as --epochs says.")
+    ] = None,
+    epochs: Annotated[float, _of_training(min=0.001, help="Times that each line is seen.")] = 3.0,
+    batch_size: Annotated[int, _of_training(metavar="N", min=1, help="Lines of a step.")] = 16,
+    accumulate: Annotated[
+        int, _of_training(metavar="N", min=1, help="Learn from a batch in N parts: less memory.")
+    ] = 1,
+    learning_rate: Annotated[
+        float | None, _of_training(min=0, help="At its highest; default: by recipe.")
+    ] = None,
+    warmup: Annotated[float, _of_training(min=0, max=1, help="Share of the steps.")] = 0.1,
+    max_length: Annotated[
+        int, _of_training(metavar="N", min=8, help="Tokens of a line; longer ones are cut.")
+    ] = 512,
+    recompute: Annotated[
+        bool, _of_training("--recompute", help="Keep less for the way back, and take longer.")
+    ] = False,
+    checks: Annotated[
+        int, _of_training(metavar="N", min=1, help="Looks at the held-out lines.")
+    ] = 20,
+    seed: Annotated[int, _of_training(help="Of the order of lines.")] = 0,
+    settings: Annotated[
+        list[str] | None,
+        _of_training("--set", metavar="KEY=VALUE", help="Option of the recipe; can be repeated."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT_DIR.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Train a checkpoint to follow its original: quantization-aware training.
+
+    [bold]Examples[/bold]
+
+      qtool train OUT_DIR texts.jsonl TRAINED_DIR --recipe teacher-intervention
+
+      qtool train ENCODER labelled.jsonl DENSE_DIR --recipe finetune
+    """
+    check_targets([json_file])
+    for file in filter(None, (data, validation)):
+        check_file(file)
+    with (
+        progress(KEPT) as emit,
+        early.opened([model, original], device, emit) as (where, before),
+    ):
+        from qtool.pipeline.train import TrainRequest, train
+        from qtool.steps.train_model import TrainOptions
+
+        options = TrainOptions(
+            steps=steps,
+            epochs=epochs,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            learning_rate=learning_rate,
+            warmup_share=warmup,
+            max_length=max_length,
+            recompute=recompute,
+            checks=checks,
+            seed=seed,
+            kind_options=parsed_settings(settings or []),
+        )
+        request = TrainRequest(
+            model=where,
+            data=data,
+            out_dir=out_dir,
+            recipe=recipe,
+            validation=validation,
+            original=before,
+            options=options,
+            overwrite=overwrite,
+            resume=resume,
+        )
+        values, line = _report(train(request, emit=emit))
+    if console.write_json(values, json_file):
+        console.out.print(line, markup=False, soft_wrap=True)
+
+
+def _report(done: "TrainResult") -> tuple[dict[str, Any], str]:
+    values = {
+        "out_dir": str(done.out_dir),
+        "recipe": done.recipe,
+        "loss_before": done.first_loss,
+        "loss": done.best_loss,
+        "steps": done.steps,
+        "seconds": done.seconds,
+        "scores": {name: dict(scores) for name, scores in done.scores.items()},
+        **done.notes,
+    }
+    line = (
+        f"{done.out_dir}: held-out loss {done.first_loss:.4f} -> {done.best_loss:.4f} in "
+        f"{done.steps} steps, {done.seconds:,.0f} s."
+    )
+    for name, scores in done.scores.items():
+        line += f" {name}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
+    return values, line

@@ -1,0 +1,269 @@
+"""`train`: a checkpoint learns, by a training recipe, to follow its original."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qtool
+from qtool.base import CausalModel, Emit, Fallback, Notice, QuantizedTensor, ignore_events
+from qtool.checkpoint.adapter_files import base_digest
+from qtool.checkpoint.apart import check_apart
+from qtool.checkpoint.claim import look
+from qtool.checkpoint.place import find_place
+from qtool.checkpoint.reader import CheckpointReader
+from qtool.checkpoint.writer import CheckpointWriter
+from qtool.core.parts import Parts
+from qtool.errors import ModelError
+from qtool.modeling.classifiers import is_encoder
+from qtool.modeling.device import default_device
+from qtool.modeling.load import LoadedModel, load_source, load_tokenizer
+from qtool.modeling.locate import Location, locate
+from qtool.modeling.source import ModelSource, open_source
+from qtool.pipeline.learned_data import class_lessons, read_classes, read_curriculum
+from qtool.pipeline.rewritten import rewrite
+from qtool.pipeline.train_dense import train_dense
+from qtool.steps.halfway import Halfway
+from qtool.steps.memory import failures_of_the_machine
+from qtool.steps.train_model import StagesDone, TrainOptions, train_stages
+from qtool.storage.digests import files_digest
+from qtool.training.classified import class_scores
+from qtool.training.descent import STEPS
+from qtool.training.lessons import Lessons, causal_lessons
+from qtool.training.recipes import PreparedTraining, Trainee, Training, load_training
+
+WRITING_TRAINED = "writing what was learned"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What `train` has made."""
+
+    out_dir: Path
+    recipe: str
+    first_loss: float
+    """On the held-out texts, before the last stage."""
+    best_loss: float
+    steps: int
+    """Of all stages."""
+    seconds: float
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Of classifiers, on the held-out texts: of the `original`, `before`, and `after`."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRequest:
+    """What is trained on what, and where it goes."""
+
+    model: Location
+    data: Path
+    out_dir: Path
+    recipe: str
+    validation: Path | None = None
+    """Texts to look at; None: some of `data` are held out."""
+    original: Location | None = None
+    """What was quantized, and is followed; None: what the checkpoint names as its source."""
+    options: TrainOptions = field(default_factory=TrainOptions)
+    overwrite: bool = False
+    resume: bool = False
+
+
+def train(request: TrainRequest, *, emit: Emit = ignore_events) -> TrainResult:
+    """Train a checkpoint by a recipe, and write the result as a checkpoint.
+
+    A recipe that writes dense models begins at one.
+
+    Raises:
+        OutputError: before anything is read: the place isn't free.
+        DataError: the data can't be read, teach nothing, or have labels that are none.
+        ModelError: the model isn't a checkpoint of qtool, or nobody knows its original.
+        QtoolError: the recipe doesn't go on it.
+    """
+    kind = load_training(request.recipe)
+    own = request.options.checked(kind)
+    files = [request.data, *filter(None, [request.validation])]
+    place = find_place(request.out_dir, overwrite=request.overwrite, resume=request.resume)
+    check_apart(place.out_dir, request.model.directory, files)
+    look(place)
+    if kind.is_dense:
+        made = train_dense(kind, own, request, emit)
+        return replace(TrainResult(**made), recipe=request.recipe)
+    reader = CheckpointReader(request.model.directory)
+    source = _original(request, reader)
+    job = {
+        "recipe": request.recipe,
+        "base": _base_of(reader),
+        "original": source.directory.name,
+        "data": files_digest(files),
+        "options": asdict(request.options),
+    }
+    device = default_device()
+    writer = CheckpointWriter(place, {"train": job, "version of qtool": qtool.__version__})
+    with writer, failures_of_the_machine(str(device), place.out_dir):
+        if writer.is_sealed:
+            writer.publish()
+        begun = time.perf_counter()
+        trainee = _trainee(request, kind, reader, source, device, emit)
+        prepared = kind.prepare(trainee, own)
+        before = _scores(prepared, trainee.lessons)
+        done = train_stages(prepared, lambda stage: Halfway(writer, stage, "half-trained"), emit)
+        result = _result(request, prepared, trainee, done, before)
+        result = replace(result, seconds=time.perf_counter() - begun)
+        if done.last[0].held_out <= result.best_loss:
+            emit(
+                Notice("The last stage gained nothing. Try another --learning-rate, or more steps.")
+            )
+        _write(reader, writer, prepared, result, emit)
+    return result
+
+
+def _result(
+    request: TrainRequest,
+    prepared: PreparedTraining,
+    trainee: Trainee,
+    done: StagesDone,
+    before: Mapping[str, Mapping[str, float]],
+) -> TrainResult:
+    after = _scores(prepared, trainee.lessons)
+    scores = {}
+    if after:
+        whole = class_scores(trainee.original, trainee.lessons.held_out)
+        scores = {"original": whole, "before": before["now"], "after": after["now"]}
+    return TrainResult(
+        out_dir=request.out_dir,
+        recipe=request.recipe,
+        first_loss=done.last[0].held_out,
+        best_loss=min(point.held_out for point in done.last),
+        steps=sum(points[-1].step for points in done.curves.values()),
+        seconds=done.seconds,
+        scores=scores,
+        notes=prepared.notes(),
+    )
+
+
+def _scores(prepared: PreparedTraining, lessons: Lessons) -> dict[str, dict[str, float]]:
+    """Return how well a classifier does now, by itself; nothing of a decoder."""
+    if not lessons.held_out[0].classifies:
+        return {}
+    prepared.stages[-1].begin()
+    return {"now": class_scores(prepared.student, lessons.held_out)}
+
+
+def _base_of(reader: CheckpointReader) -> str:
+    layers = reader.manifest.layers
+    weights = (reader.load(name) for name, entry in layers.items() if entry.shared_with is None)
+    return base_digest(weight for weight in weights if isinstance(weight, QuantizedTensor))
+
+
+def _original(request: TrainRequest, reader: CheckpointReader) -> ModelSource:
+    """Return the model that was quantized.
+
+    Raises:
+        ModelError: nobody knows where it is.
+    """
+    location = request.original
+    if location is None and reader.manifest.source is not None:
+        location = locate(reader.manifest.source)
+    if location is None:
+        raise ModelError(
+            f"{reader.directory} doesn't say what was quantized: its original was no public model. "
+            "Give it with --original."
+        )
+    return open_source(location)
+
+
+def _trainee(
+    request: TrainRequest,
+    kind: Training,
+    reader: CheckpointReader,
+    source: ModelSource,
+    device: torch.device,
+    emit: Emit,
+) -> Trainee:
+    options = request.options
+    original = load_source(source, str(device))
+    lessons = _lessons(request, original, source, device, emit).on(device)
+    steps = options.num_steps(lessons.steps_per_epoch)
+    layers, tables, kept = _stored(reader, source.adapter.blocks, device)
+    parts = Parts(lambda sentence: emit(Fallback(sentence)))
+    parts.begin_with(STEPS, options.accumulate)
+    return Trainee(
+        original=original,
+        layers=layers,
+        tables=tables,
+        kept=kept,
+        lessons=lessons,
+        places=source.adapter,
+        steps=steps,
+        learning_rate=options.learning_rate or kind.learning_rate,
+        warmup=max(1, round(options.warmup_share * steps)),
+        checks=options.checks,
+        autocast=torch.bfloat16 if device.type == "cuda" else None,
+        recompute=options.recompute,
+        parts=parts,
+        seed=options.seed,
+    )
+
+
+def _lessons(
+    request: TrainRequest,
+    original: CausalModel,
+    source: ModelSource,
+    device: torch.device,
+    emit: Emit,
+) -> Lessons:
+    options, tokenizer = request.options, load_tokenizer(source.directory)
+    if is_encoder(source.directory):
+        classes = int(original.config.num_labels)
+        rows = read_classes(request.data, request.validation, classes, options.seed)
+        return class_lessons(rows, tokenizer, options)
+    loaded = LoadedModel(
+        source.directory.name, source.directory, original, tokenizer, device, original.dtype
+    )
+    curriculum = read_curriculum(request.data, request.validation, loaded, options, emit)
+    return causal_lessons(curriculum)
+
+
+def _stored(
+    reader: CheckpointReader, blocks: str, device: torch.device
+) -> tuple[dict[str, QuantizedTensor], dict[str, QuantizedTensor], dict[str, Tensor]]:
+    """Return the quantized layers of blocks, those beyond them, and all other tensors."""
+    layers, tables = dict[str, QuantizedTensor](), dict[str, QuantizedTensor]()
+    kept = dict[str, Tensor]()
+    for name in reader.names():
+        entry = reader.manifest.layers.get(name)
+        if entry is not None and entry.shared_with is not None:
+            continue
+        value = reader.load(name)
+        if isinstance(value, QuantizedTensor):
+            parts = {part: tensor.to(device) for part, tensor in value.parts.items()}
+            place = layers if name.startswith(f"{blocks}.") else tables
+            place[name] = replace(value, parts=parts)
+        else:
+            kept[name] = value.to(device)
+    return layers, tables, kept
+
+
+def _write(
+    reader: CheckpointReader,
+    writer: CheckpointWriter,
+    prepared: PreparedTraining,
+    result: TrainResult,
+    emit: Emit,
+) -> None:
+    learned = prepared.results()
+
+    def make(name: str, was: QuantizedTensor | Tensor) -> QuantizedTensor | Tensor:
+        now = learned.get(name, was)
+        if isinstance(now, QuantizedTensor):
+            return replace(now, parts={part: each.cpu() for part, each in now.parts.items()})
+        return now.cpu().to(was.dtype) if isinstance(was, Tensor) else now.cpu()
+
+    values = asdict(result)
+    about = {key: values[key] for key in ("recipe", "first_loss", "best_loss", "steps", "scores")}
+    rewrite(reader, writer, make, {"trained": about}, emit, WRITING_TRAINED)

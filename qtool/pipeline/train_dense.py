@@ -1,0 +1,106 @@
+"""`train` by a recipe that writes a dense model: what other recipes take as their original."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qtool.base import CausalModel, Emit, Fallback
+from qtool.checkpoint.place import file_failures
+from qtool.core.parts import Parts
+from qtool.errors import ModelError, OutputError, RecipeError
+from qtool.modeling.classifiers import is_encoder, load_encoder
+from qtool.modeling.companions import read_companions
+from qtool.modeling.config import read_config
+from qtool.modeling.device import default_device
+from qtool.modeling.encoders import encoder_adapter
+from qtool.modeling.load import load_tokenizer
+from qtool.pipeline.learned_data import class_lessons, read_classes
+from qtool.steps.train_model import train_stages
+from qtool.training.classified import class_scores
+from qtool.training.descent import STEPS
+from qtool.training.recipes import Trainee, Training
+
+if TYPE_CHECKING:
+    from qtool.pipeline.train import TrainRequest
+
+
+def train_dense(kind: Training, own: Any, request: "TrainRequest", emit: Emit) -> dict[str, Any]:  # noqa: ANN401
+    """Let an encoder learn labels; return the fields of a `TrainResult`.
+
+    Raises:
+        RecipeError: it is to go on where a run was stopped: such a run keeps nothing.
+        ModelError: the model is no encoder of a known family, or is quantized.
+    """
+    directory, begun = request.model.directory, time.perf_counter()
+    if request.resume:
+        raise RecipeError(f"{request.recipe} keeps nothing halfway. Leave out --resume.")
+    if request.out_dir.exists():
+        raise OutputError(f"{request.out_dir} is there. Name another OUT_DIR, or move it away.")
+    if not is_encoder(directory) or "quantization_config" in read_config(directory):
+        raise ModelError(
+            f"{directory} is no dense encoder that qtool knows, such as BERT or MiniLM. Give one."
+        )
+    trainee = _trainee_of(kind, request, emit)
+    prepared = kind.prepare(trainee, own)
+    looks = trainee.lessons.held_out
+    before = class_scores(trainee.original, looks)
+    done = train_stages(prepared, lambda _stage: None, emit)
+    _save(trainee.original, directory, request.out_dir)
+    return {
+        "out_dir": request.out_dir,
+        "recipe": "",
+        "first_loss": done.last[0].held_out,
+        "best_loss": min(point.held_out for point in done.last),
+        "steps": done.last[-1].step,
+        "seconds": time.perf_counter() - begun,
+        "scores": {"before": before, "after": class_scores(trainee.original, looks)},
+    }
+
+
+def _trainee_of(kind: Training, request: "TrainRequest", emit: Emit) -> Trainee:
+    directory, options, device = request.model.directory, request.options, default_device()
+    known = _num_classes(directory)
+    rows = read_classes(request.data, request.validation, known, options.seed)
+    classes = known or max(row.label for some in rows for row in some) + 1
+    torch.manual_seed(options.seed)  # of a head that isn't stored
+    model = load_encoder(directory, device, classes)
+    lessons = class_lessons(rows, load_tokenizer(directory), options).on(device)
+    steps = options.num_steps(lessons.steps_per_epoch)
+    adapter = encoder_adapter({**model.config.to_dict(), "architectures": [type(model).__name__]})
+    assert adapter is not None
+    parts = Parts(lambda sentence: emit(Fallback(sentence)))
+    parts.begin_with(STEPS, options.accumulate)
+    return Trainee(
+        original=model,
+        lessons=lessons,
+        places=adapter,
+        steps=steps,
+        learning_rate=options.learning_rate or kind.learning_rate,
+        warmup=max(1, round(options.warmup_share * steps)),
+        checks=options.checks,
+        parts=parts,
+        seed=options.seed,
+    )
+
+
+def _num_classes(directory: Path) -> int | None:
+    """Return how many classes a model tells apart; None: it has no head yet."""
+    config = read_config(directory)
+    if encoder_adapter(config) is None:
+        return None
+    return len(config.get("id2label") or ()) or 2
+
+
+def _save(model: CausalModel, source: Path, out_dir: Path) -> None:
+    """Write a dense model with the small files of what it comes of; its name comes last."""
+    partial = out_dir.with_name(f"{out_dir.name}.partial")
+    with file_failures(out_dir):
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        for name, content in read_companions(source).items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(content)
+        partial.rename(out_dir)

@@ -1,0 +1,246 @@
+"""Every training recipe: what it writes opens, goes on where it was stopped, keeps a good state."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qtool import pipeline
+from qtool.base import Notice, Progress
+from qtool.checkpoint.reader import CheckpointReader
+from qtool.errors import DataError, ModelError, OutputError, RecipeError
+from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location
+from qtool.pipeline.train import TrainRequest, TrainResult, train
+from qtool.recipe.load import recipe_from_mapping
+from qtool.steps.train_model import TrainOptions
+from qtool.training.recipes import load_training, training_names
+from tests import families
+from tests.helpers import QUICK_BCQ, file_hashes
+
+TRAININGS = [name for name in training_names() if not load_training(name).is_dense]
+WEIGHTS = {
+    "weights": {
+        "method": "bcq",
+        "options": QUICK_BCQ,
+        "scheme": {"num_bits": 2, "group_size": 32},
+    }
+}
+IDS = torch.arange(3, 27).view(2, 12)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    lines = [{"text": families.text(12, seed)} for seed in range(40)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(llama, tmp_path_factory) -> Path:
+    out_dir = tmp_path_factory.mktemp("base") / "w2"
+    pipeline.quantize(Location(llama), out_dir, recipe_from_mapping(WEIGHTS))
+    return out_dir
+
+
+@pytest.fixture
+def run(base, llama, texts, tmp_path):
+    """Return what trains: (recipe, emit, **options) -> result, events."""
+
+    def go(recipe: str, emit: Any = None, **more: Any) -> tuple[TrainResult, list[Any]]:
+        events: list[Any] = []
+        own = {"steps": 8, "batch_size": 4, "checks": 4, "learning_rate": 0.01}
+        switches = {key: more.pop(key) for key in ("resume", "overwrite") if key in more}
+        out_dir = more.pop("out_dir", tmp_path / "out")
+        request = TrainRequest(
+            model=Location(more.pop("model", base)),
+            original=Location(more.pop("original", llama)),
+            data=more.pop("data", texts),
+            out_dir=out_dir,
+            recipe=recipe,
+            options=TrainOptions(**{**own, **more}),
+            **switches,
+        )
+
+        def hear(event: Any) -> None:
+            events.append(event)
+            if emit is not None:
+                emit(event)
+
+        return train(request, emit=hear), events
+
+    return go
+
+
+@pytest.mark.parametrize("recipe", TRAININGS)
+def test_what_is_trained_is_an_ordinary_checkpoint(recipe, run, base, llama):
+    before = file_hashes(base), file_hashes(llama)
+    done, _ = run(recipe)
+    assert (file_hashes(base), file_hashes(llama)) == before
+    assert done.best_loss < done.first_loss
+    reader = CheckpointReader(done.out_dir)
+    assert reader.verify() > 0
+    assert set(reader.manifest.layers) == set(CheckpointReader(base).manifest.layers)
+    with torch.no_grad():
+        was, now = (
+            load_model(Location(where), device="cpu").model(IDS).logits
+            for where in (base, done.out_dir)
+        )
+    assert torch.isfinite(now).all()
+    assert not torch.equal(was, now)
+
+
+@pytest.mark.parametrize("recipe", TRAININGS)
+def test_a_run_that_was_stopped_goes_on_to_the_same_result(recipe, run, tmp_path):
+    whole, _ = run(recipe)
+
+    def stop(event: Any) -> None:
+        if isinstance(event, Progress) and event.what == "train" and event.done == 4:
+            raise KeyboardInterrupt
+
+    where = tmp_path / "again"
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, stop, out_dir=where)
+    assert not where.exists()
+    with pytest.raises(OutputError, match="--resume"):
+        run(recipe, out_dir=where)
+    again, events = run(recipe, out_dir=where, resume=True)
+    points = [e.done for e in events if isinstance(e, Progress) and e.what == "train"]
+    assert 0 not in points, "what was done is done again"
+    (weights,) = (path.name for path in where.glob("*.safetensors"))
+    assert file_hashes(where)[weights] == file_hashes(whole.out_dir)[weights]
+    assert again.best_loss == pytest.approx(whole.best_loss, abs=1e-9)
+
+
+def test_parts_of_a_batch_are_learned_from_as_the_whole(run, tmp_path):
+    whole, _ = run("distillation", steps=3)
+    parts, _ = run("distillation", steps=3, accumulate=4, out_dir=tmp_path / "parts")
+    assert parts.best_loss == pytest.approx(whole.best_loss, rel=1e-3)
+
+
+def test_blocks_that_run_once_more_on_the_way_back_learn_the_same(run, tmp_path):
+    whole, _ = run("teacher-intervention", steps=4)
+    again, _ = run("teacher-intervention", steps=4, recompute=True, out_dir=tmp_path / "again")
+    assert again.best_loss == pytest.approx(whole.best_loss, rel=1e-3)
+
+
+def test_what_diverges_keeps_the_last_good_state(run):
+    """No weight that is written is worse than what it began with."""
+    done, events = run("distillation", learning_rate=1e30)
+    said = [event.message for event in events if isinstance(event, Notice)]
+    assert any("diverged" in one and "last good state" in one for one in said)
+    assert done.best_loss <= done.first_loss
+    logits = load_model(Location(done.out_dir), device="cpu").model(IDS).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_what_is_impossible_is_said_at_once(run, base, tmp_path):
+    with pytest.raises(RecipeError, match="code_rate"):
+        run("distillation", kind_options={"code_rate": -1})
+    with pytest.raises(RecipeError, match="Did you mean 'hidden'"):
+        run("distillation", kind_options={"hiden": 1})
+    short = tmp_path / "short.jsonl"
+    short.write_text(json.dumps({"text": "w3 w4 w5"}) + "\n")
+    with pytest.raises(DataError, match="at least 2"):
+        run("distillation", data=short)
+    with pytest.raises(ModelError, match="no dense encoder"):
+        run("finetune", model=base)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    from transformers import BertModel
+
+    directory = tmp_path_factory.mktemp("bert") / "bert"
+    torch.manual_seed(0)
+    BertModel(families.configuration("bert", tied=False)).save_pretrained(directory)
+    families.save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory) -> Path:
+    """Return texts whose class is whether they begin with `w3`."""
+    path = tmp_path_factory.mktemp("classes") / "classes.jsonl"
+    rows = [
+        {"sentence": f"{'w3' if seed % 2 else 'w4'} {families.text(4, seed)}", "label": seed % 2}
+        for seed in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def classifier(encoder, classes, tmp_path_factory) -> tuple[Path, Path]:
+    """Return a dense classifier, and the same in two bits."""
+    folder = tmp_path_factory.mktemp("classifier")
+    options = TrainOptions(steps=40, learning_rate=3e-3, checks=4)
+    request = TrainRequest(
+        model=Location(encoder),
+        data=classes,
+        out_dir=folder / "dense",
+        recipe="finetune",
+        validation=classes,
+        options=options,
+    )
+    done = train(request)
+    assert done.scores["after"]["accuracy"] > 0.95
+    pipeline.quantize(Location(folder / "dense"), folder / "w2", recipe_from_mapping(WEIGHTS))
+    return folder / "dense", folder / "w2"
+
+
+def test_a_classifier_is_made_quantized_and_trained(classifier, classes, tmp_path):
+    dense, quantized = classifier
+    request = TrainRequest(
+        model=Location(quantized),
+        original=Location(dense),
+        data=classes,
+        validation=classes,
+        out_dir=tmp_path / "trained",
+        recipe="teacher-intervention",
+        options=TrainOptions(steps=12, learning_rate=0.01, checks=3),
+    )
+    done = train(request)
+    assert done.best_loss < done.first_loss
+    assert done.scores["after"]["accuracy"] >= done.scores["before"]["accuracy"] - 0.05
+    model = load_model(Location(tmp_path / "trained"), device="cpu").model
+    assert type(model).__name__ == "BertForSequenceClassification"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"sentence": "w3", "label": 2}, r"line 1 .*label 2; a whole number from 0 to 1"),
+        ({"sentence": "w3", "label": "yes"}, "label 'yes'"),
+        ({"sentence": "w3", "label": True}, "label True"),
+        ({"label": 1}, "has no text"),
+        ({"sentence1": "w3", "sentence2": "", "label": 1}, "has no text"),
+    ],
+)
+def test_labels_that_are_none_are_refused(row, said, classifier, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    dense, quantized = classifier
+    request = TrainRequest(
+        model=Location(quantized),
+        original=Location(dense),
+        data=data,
+        out_dir=tmp_path / "out",
+        recipe="distillation",
+    )
+    with pytest.raises(DataError, match=said):
+        train(request)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_class_alone_teaches_nothing(encoder, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"sentence": "w3", "label": 1}\n' * 3)
+    request = TrainRequest(
+        model=Location(encoder), data=data, out_dir=tmp_path / "out", recipe="finetune"
+    )
+    with pytest.raises(DataError, match=r"All 3 lines .* have the label 1"):
+        train(request)
