@@ -13,6 +13,7 @@ VARIABLES = {
     "QTOOL_BACKEND": "run quantized layers with this backend; default: the best that can",
     "QTOOL_KERNEL": "run them with this kernel of `cuda`; default: by the measured table",
     "QTOOL_CPU_LEVEL": "instructions that `cpu` uses: avx512, avx2 or plain; default: the best",
+    "QTOOL_CPU_TABLES": "of `cpu`: int16; int8, faster and coarser; or float32, which round nothing",
     "QTOOL_RUNNER": "0: `generate` through transformers' own loop, on a card as well",
     "QTOOL_KV_CACHE": "int8: keep keys and values as int8; default: in the model's dtype",
     "QTOOL_DEPENDENT_LAUNCHES": "0: a kernel begins when the one before it has ended",
@@ -26,6 +27,7 @@ EXECUTION = (
     "QTOOL_BACKEND",
     "QTOOL_KERNEL",
     "QTOOL_CPU_LEVEL",
+    "QTOOL_CPU_TABLES",
     "QTOOL_RUNNER",
     "QTOOL_KV_CACHE",
     "QTOOL_DEPENDENT_LAUNCHES",
@@ -51,6 +53,11 @@ def kernel() -> str | None:
 def cpu_level() -> str | None:
     """Return the instructions that `cpu` is to be compiled for, unchecked; None: the best."""
     return os.environ.get("QTOOL_CPU_LEVEL") or None
+
+
+def cpu_tables() -> str | None:
+    """Return what the tables of `cpu` are to have, unchecked; None: int16."""
+    return os.environ.get("QTOOL_CPU_TABLES") or None
 
 
 def runner_is_off() -> bool:

@@ -23,6 +23,7 @@
 typedef struct qt_planes {
     int64_t rows, inputs, group_size, num_bits;
     int64_t num_groups, chunks; /* per whole group */
+    int64_t tables;             /* a qt_table_kind */
     int64_t centered;           /* offsets are centers: of steps, in halves */
     int64_t tile_bytes, together; /* tiles of a block, the last one may have fewer */
     const uint8_t *stream;
@@ -34,7 +35,7 @@ typedef struct qt_planes {
 
 /* Tables of one input vector. */
 typedef struct {
-    const int8_t *entries;             /* (all chunks, QT_CHUNK_TABLE) */
+    const int8_t *entries;             /* (all chunks, qt_chunk_table) */
     const float *scales, *sums;        /* (groups) */
 } qt_tables;
 
@@ -73,28 +74,38 @@ QT_INLINE float qt_center_unit(const qt_planes *w) {
     return unit;
 }
 
+/* Bytes of the tables of a chunk. */
+QT_INLINE int64_t qt_chunk_table(const qt_planes *w) {
+    return w->tables == QT_FLOAT32_TABLES ? 128 * 4 : QT_CHUNK_TABLE;
+}
+
 /* Bytes of the tables of one input vector, a multiple of 64. */
 QT_INLINE int64_t qt_table_bytes(const qt_planes *w) {
-    return qt_all_chunks(w) * QT_CHUNK_TABLE + (w->num_groups * 8 + 63) / 64 * 64;
+    return qt_all_chunks(w) * qt_chunk_table(w) + (w->num_groups * 8 + 63) / 64 * 64;
 }
 
 QT_INLINE qt_tables qt_tables_at(const qt_planes *w, const char *place) {
     qt_tables tables;
     tables.entries = (const int8_t *)place;
-    tables.scales = (const float *)(place + qt_all_chunks(w) * QT_CHUNK_TABLE);
+    tables.scales = (const float *)(place + qt_all_chunks(w) * qt_chunk_table(w));
     tables.sums = tables.scales + w->num_groups;
     return tables;
 }
 
-/* Sixteen sums of four inputs, in units of a scale, as lower and upper bytes 64 apart. */
-QT_INLINE void qt_make_set(const float *x, float inverse, int8_t *lower) {
+/* Sixteen sums of four inputs. */
+QT_INLINE qt_floats qt_sums_of_four(const float *x) {
     static const qt_floats s0 = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
     static const qt_floats s1 = {-1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1};
     static const qt_floats s2 = {-1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1};
     static const qt_floats s3 = {-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1, 1};
+    return x[0] * s0 + x[1] * s1 + x[2] * s2 + x[3] * s3;
+}
+
+/* Sums in units of a scale, times 2^shift, as lower and upper bytes 64 apart. */
+QT_INLINE void qt_put_set(qt_floats sums, int shift, int8_t *lower) {
     typedef int8_t bytes __attribute__((vector_size(16)));
-    qt_floats sums = (x[0] * s0 + x[1] * s1 + x[2] * s2 + x[3] * s3) * inverse;
     qt_ints whole = (qt_ints)(sums + 12582912.0f) - 0x4B400000; /* rounded to the nearest */
+    whole <<= shift;
     bytes low = __builtin_convertvector(whole, bytes);
     bytes high = __builtin_convertvector((whole >> 8) + QT_HIGH_BIAS, bytes);
     memcpy(lower, &low, 16);
@@ -104,7 +115,9 @@ QT_INLINE void qt_make_set(const float *x, float inverse, int8_t *lower) {
 /* Tables of x (inputs) for a weight's groups begin .. end - 1. */
 QT_INLINE void qt_make_tables(const qt_planes *w, const float *x, int64_t begin, int64_t end, char *place) {
     qt_tables tables = qt_tables_at(w, place);
-    int8_t *entries = (int8_t *)place + begin * w->chunks * QT_CHUNK_TABLE;
+    int8_t *entries = (int8_t *)place + begin * w->chunks * qt_chunk_table(w);
+    const int shift = w->tables == QT_INT8_TABLES ? 8 : 0, is_float = w->tables == QT_FLOAT32_TABLES;
+    const float largest = shift ? 127.0f : 32767.0f;
     float *scales = (float *)tables.scales, *sums = (float *)tables.sums;
     for (int64_t g = begin; g < end; g++) {
         int64_t count = qt_group_inputs(w, g), chunks = qt_group_chunks(w, g);
@@ -115,18 +128,23 @@ QT_INLINE void qt_make_tables(const qt_planes *w, const float *x, int64_t begin,
             for (int64_t j = i; j < i + 4 && j < count; j++) four += fabsf(inputs[j]), sum += inputs[j];
             most = four > most ? four : most;
         }
-        float inverse = most > 0.0f ? 32767.0f / most : 0.0f;
-        scales[g] = most / 32767.0f;
+        float inverse = most > 0.0f ? largest / most : 0.0f;
+        scales[g] = is_float ? 1.0f : most / (largest * (float)(1 << shift));
         sums[g] = sum;
-        for (int64_t c = 0; c < chunks; c++, entries += QT_CHUNK_TABLE) {
+        for (int64_t c = 0; c < chunks; c++, entries += qt_chunk_table(w)) {
             const float *four = inputs + c * QT_CHUNK;
             if (count - c * QT_CHUNK < QT_CHUNK) {
                 memset(filled, 0, sizeof filled);
                 memcpy(filled, four, (size_t)(count - c * QT_CHUNK) * 4);
                 four = filled;
             }
-            for (int64_t set = 0; set < 8; set++)
-                qt_make_set(four + 4 * set, inverse, entries + set / 4 * 128 + set % 4 * 16);
+            for (int64_t set = 0; set < 8; set++) {
+                qt_floats all = qt_sums_of_four(four + 4 * set);
+                if (is_float)
+                    qt_store((float *)entries + 16 * set, all);
+                else
+                    qt_put_set(all * inverse, shift, entries + set / 4 * 128 + set % 4 * 16);
+            }
         }
     }
 }
@@ -134,14 +152,19 @@ QT_INLINE void qt_make_tables(const qt_planes *w, const float *x, int64_t begin,
 /* Adds a group of a tile times `batch` (1 .. QT_MOST_TOKENS) tables to y[b] (rows); returns where the
    next group begins. */
 QT_INLINE const uint8_t *qt_add_group(const qt_planes *w, const uint8_t *stream, int64_t g,
-                                      const qt_tables *tables, const int batch, qt_floats (*y)[2]) {
+                                      const qt_tables *tables, const int batch, const int kind,
+                                      qt_floats (*y)[2]) {
     const int8_t *entries[QT_MOST_TOKENS];
     int64_t chunks = g + 1 < w->num_groups ? w->chunks : qt_group_chunks(w, g);
+    const int64_t table = kind == QT_FLOAT32_TABLES ? 128 * 4 : QT_CHUNK_TABLE;
     const uint8_t *scales = stream + w->num_bits * chunks * QT_CHUNK_BYTES;
     qt_floats total[QT_MOST_TOKENS][2] = {{{0}}}, sums[QT_MOST_TOKENS][2], scale[2], first[2] = {{0}};
-    for (int b = 0; b < batch; b++) entries[b] = tables[b].entries + g * w->chunks * QT_CHUNK_TABLE;
+    for (int b = 0; b < batch; b++) entries[b] = tables[b].entries + g * w->chunks * table;
     for (int64_t p = 0; p < w->num_bits; p++, stream += chunks * QT_CHUNK_BYTES, scales += 64) {
-        qt_sum_plane(stream, chunks, entries, batch, sums);
+        if (kind == QT_FLOAT32_TABLES)
+            for (int b = 0; b < batch; b++) qt_add_floats(stream, chunks, (const float *)entries[b], sums[b]);
+        else
+            qt_sum_plane(stream, chunks, entries, batch, kind, sums);
         scale[0] = qt_halves(scales), scale[1] = qt_halves(scales + 32);
         if (p == 0) first[0] = scale[0], first[1] = scale[1];
         for (int b = 0; b < batch; b++)
@@ -158,11 +181,12 @@ QT_INLINE const uint8_t *qt_add_group(const qt_planes *w, const uint8_t *stream,
 
 /* y[tile * batch + b] (rows) of `count` tiles of one block. */
 QT_INLINE void qt_multiply_tiles(const qt_planes *w, int64_t first, int64_t count, const qt_tables *tables,
-                                 const int batch, qt_floats (*y)[2]) {
+                                 const int batch, const int kind, qt_floats (*y)[2]) {
     memset(y, 0, (size_t)(count * batch) * sizeof *y);
     for (int64_t g = 0; g < w->num_groups; g++) {
         const uint8_t *stream = w->stream + qt_group_place(w, first, g);
-        for (int64_t t = 0; t < count; t++) stream = qt_add_group(w, stream, g, tables, batch, y + t * batch);
+        for (int64_t t = 0; t < count; t++) 
+            stream = qt_add_group(w, stream, g, tables, batch, kind, y + t * batch);
     }
 }
 

@@ -45,6 +45,25 @@ QT_INLINE void qt_put_tile(const qt_planes *w, const qt_floats (*tile)[2], int64
     }
 }
 
+/* `count` tiles of one block times `batch` tables, by code for that number and what they have. */
+static inline void qt_multiply_some(const qt_planes *w, int64_t first, int64_t count, const qt_tables *tables,
+                                    int64_t batch, qt_floats (*y)[2]) {
+    if (w->tables == QT_INT16_TABLES && batch == 1)
+        qt_multiply_tiles(w, first, count, tables, 1, QT_INT16_TABLES, y);
+    else if (w->tables == QT_INT16_TABLES && batch == 2)
+        qt_multiply_tiles(w, first, count, tables, 2, QT_INT16_TABLES, y);
+    else if (w->tables == QT_INT16_TABLES)
+        qt_multiply_tiles(w, first, count, tables, 4, QT_INT16_TABLES, y);
+    else if (w->tables == QT_INT8_TABLES && batch == 1)
+        qt_multiply_tiles(w, first, count, tables, 1, QT_INT8_TABLES, y);
+    else if (w->tables == QT_INT8_TABLES && batch == 2)
+        qt_multiply_tiles(w, first, count, tables, 2, QT_INT8_TABLES, y);
+    else if (w->tables == QT_INT8_TABLES)
+        qt_multiply_tiles(w, first, count, tables, 4, QT_INT8_TABLES, y);
+    else
+        qt_multiply_tiles(w, first, count, tables, 1, QT_FLOAT32_TABLES, y);
+}
+
 /* Tiles begin .. end - 1 of a weight of planes, by tables `apart` bytes apart. */
 static inline void qt_multiply_planes(const qt_planes *w, const char *place, int64_t apart, int64_t batch,
                                       float *y, int64_t stride, int add, int64_t begin, int64_t end) {
@@ -55,13 +74,9 @@ static inline void qt_multiply_planes(const qt_planes *w, const char *place, int
         count = end - tile < count ? end - tile : count;
         for (int64_t b = 0, tokens; b < batch; b += tokens) {
             tokens = batch - b >= 4 ? 4 : batch - b >= 2 ? 2 : 1;
+            if (w->tables == QT_FLOAT32_TABLES) tokens = 1;
             for (int64_t i = 0; i < tokens; i++) tables[i] = qt_tables_at(w, place + (b + i) * apart);
-            if (tokens == 1)
-                qt_multiply_tiles(w, tile, count, tables, 1, values);
-            else if (tokens == 2)
-                qt_multiply_tiles(w, tile, count, tables, 2, values);
-            else
-                qt_multiply_tiles(w, tile, count, tables, 4, values);
+            qt_multiply_some(w, tile, count, tables, tokens, values);
             for (int64_t t = 0; t < count; t++) {
                 int64_t row = (tile + t) * QT_TILE_ROWS, left = w->rows - row;
                 qt_put_tile(w, values + t * tokens, row, left < QT_TILE_ROWS ? left : QT_TILE_ROWS, tokens,

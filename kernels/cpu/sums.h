@@ -11,6 +11,10 @@
 #define QT_CHUNK_TABLE 256 /* bytes of a chunk's tables: of inputs 0 .. 15 lower bytes, upper ones; of 16 .. */
 #define QT_MOST_TOKENS 4   /* that read keys together */
 
+/* What tables have: sums of 16 bits; of 8, which are those of 16 whose lower bytes are zero and aren't
+   read; or floats, 32 of them per pair of sets, which round nothing and take no part in what is below. */
+typedef enum { QT_INT16_TABLES, QT_INT8_TABLES, QT_FLOAT32_TABLES } qt_table_kind;
+
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
 
@@ -19,7 +23,7 @@
 QT_INLINE int64_t qt_key_place(int64_t row, int64_t q) { return 4 * row + q; }
 
 QT_INLINE void qt_sum_plane(const uint8_t *keys, int64_t chunks, const int8_t *const *entries,
-                            const int batch, qt_floats (*sums)[2]) {
+                            const int batch, const int kind, qt_floats (*sums)[2]) {
     const __m512i nibble = _mm512_set1_epi8(15), quarter = _mm512_set1_epi32(0x30201000);
     const __m512i ones = _mm512_set1_epi8(1);
     __m512i low[QT_MOST_TOKENS][2], high[QT_MOST_TOKENS][2];
@@ -36,12 +40,15 @@ QT_INLINE void qt_sum_plane(const uint8_t *keys, int64_t chunks, const int8_t *c
 #pragma GCC unroll 4
             for (int b = 0; b < batch; b++) {
                 const int8_t *table = entries[b] + c * QT_CHUNK_TABLE;
-                __m512i v = _mm512_permutexvar_epi8(first, _mm512_load_si512(table));
-                low[b][half] = _mm512_dpbusd_epi32(low[b][half], v, ones);
+                __m512i v;
+                if (kind == QT_INT16_TABLES) {
+                    v = _mm512_permutexvar_epi8(first, _mm512_load_si512(table));
+                    low[b][half] = _mm512_dpbusd_epi32(low[b][half], v, ones);
+                    v = _mm512_permutexvar_epi8(second, _mm512_load_si512(table + 128));
+                    low[b][half] = _mm512_dpbusd_epi32(low[b][half], v, ones);
+                }
                 v = _mm512_permutexvar_epi8(first, _mm512_load_si512(table + 64));
                 high[b][half] = _mm512_dpbusd_epi32(high[b][half], ones, v);
-                v = _mm512_permutexvar_epi8(second, _mm512_load_si512(table + 128));
-                low[b][half] = _mm512_dpbusd_epi32(low[b][half], v, ones);
                 v = _mm512_permutexvar_epi8(second, _mm512_load_si512(table + 192));
                 high[b][half] = _mm512_dpbusd_epi32(high[b][half], ones, v);
             }
@@ -100,7 +107,7 @@ QT_INLINE void qt_join_pairs(qt_pairs low, qt_pairs high, int64_t bias, float *s
 }
 
 QT_INLINE void qt_sum_plane(const uint8_t *keys, int64_t chunks, const int8_t *const *entries,
-                            const int batch, qt_floats (*sums)[2]) {
+                            const int batch, const int kind, qt_floats (*sums)[2]) {
     const __m256i nibble = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
     qt_pairs low[QT_MOST_TOKENS], high[QT_MOST_TOKENS];
 #pragma GCC unroll 4
@@ -114,9 +121,11 @@ QT_INLINE void qt_sum_plane(const uint8_t *keys, int64_t chunks, const int8_t *c
 #pragma GCC unroll 4
             for (int b = 0; b < batch; b++) {
                 const int8_t *table = entries[b] + c * QT_CHUNK_TABLE + 16 * q;
-                low[b] = qt_add_entries(low[b], table, first);
+                if (kind == QT_INT16_TABLES) {
+                    low[b] = qt_add_entries(low[b], table, first);
+                    low[b] = qt_add_entries(low[b], table + 128, second);
+                }
                 high[b] = qt_add_entries(high[b], table + 64, first);
-                low[b] = qt_add_entries(low[b], table + 128, second);
                 high[b] = qt_add_entries(high[b], table + 192, second);
             }
         }
@@ -155,7 +164,8 @@ QT_INLINE void qt_sum_rows(const uint8_t *keys, int64_t chunks, const int8_t *ta
 }
 
 QT_INLINE void qt_sum_plane(const uint8_t *keys, int64_t chunks, const int8_t *const *entries,
-                            const int batch, qt_floats (*sums)[2]) {
+                            const int batch, const int kind, qt_floats (*sums)[2]) {
+    (void)kind;
     for (int b = 0; b < batch; b++)
         for (int half = 0; half < 2; half++)
             qt_sum_rows(keys + 16 * half, chunks, entries[b], (float *)&sums[b][half]);
@@ -167,8 +177,9 @@ QT_INLINE void qt_sum_plane(const uint8_t *keys, int64_t chunks, const int8_t *c
 QT_INLINE int64_t qt_key_place(int64_t row, int64_t q) { return 32 * q + row; }
 
 QT_INLINE void qt_sum_plane(const uint8_t *keys, int64_t chunks, const int8_t *const *entries,
-                            const int batch, qt_floats (*sums)[2]) {
+                            const int batch, const int kind, qt_floats (*sums)[2]) {
     int32_t all[QT_MOST_TOKENS][QT_TILE_ROWS];
+    (void)kind;
     memset(all, 0, sizeof all);
     for (int64_t c = 0; c < chunks; c++, keys += QT_CHUNK_BYTES)
         for (int b = 0; b < batch; b++)
@@ -188,5 +199,27 @@ QT_INLINE void qt_sum_plane(const uint8_t *keys, int64_t chunks, const int8_t *c
         for (int row = 0; row < QT_TILE_ROWS; row++) sums[b][row / 16][row % 16] = (float)all[b][row];
 }
 #endif
+
+/* Sums of floats, of one input vector: of each chunk eight sets of 16, those of inputs 0 .. 15 first. */
+QT_INLINE void qt_add_floats(const uint8_t *keys, int64_t chunks, const float *entries, qt_floats *sums) {
+    sums[0] = sums[1] = qt_all(0.0f);
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+    for (int64_t c = 0; c < chunks; c++, keys += QT_CHUNK_BYTES, entries += 128)
+        for (int half = 0; half < 2; half++) {
+            __m512i both = _mm512_loadu_si512(keys + 64 * half);
+            for (int set = 0; set < 8; set++) { /* a lookup sees four bits of a lane alone */
+                __m512i key = _mm512_srlv_epi32(both, _mm512_set1_epi32(set % 4 * 8 + set / 4 * 4));
+                sums[half] += (qt_floats)_mm512_permutexvar_ps(key, _mm512_loadu_ps(entries + 16 * set));
+            }
+        }
+#else
+    for (int64_t c = 0; c < chunks; c++, keys += QT_CHUNK_BYTES, entries += 128)
+        for (int q = 0; q < 4; q++)
+            for (int row = 0; row < QT_TILE_ROWS; row++) {
+                int both = keys[qt_key_place(row, q)];
+                sums[row / 16][row % 16] += entries[16 * q + (both & 15)] + entries[64 + 16 * q + (both >> 4)];
+            }
+#endif
+}
 
 #endif

@@ -40,7 +40,7 @@ def packed_dense(weight: PackedWeight) -> Tensor:
 
 def prefers_tables(weight: PackedWeight, tokens: int, dtype: torch.dtype) -> bool:
     """Return whether tables are sooner done than a dequantized weight and torch's product."""
-    if tokens <= FEW_BY_TABLES or weight.level not in TABLE_COST:
+    if tokens <= FEW_BY_TABLES or weight.level not in TABLE_COST or weight.tables == "float32":
         return tokens <= FEW_BY_TABLES
     once, each = BLOCK_COSTS.get(dtype, NARROW_COSTS)
     return TABLE_COST[weight.level] * weight.planes_per_row * tokens <= once + each * tokens

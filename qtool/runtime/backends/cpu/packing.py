@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qtool import settings
 from qtool.base import QuantizedTensor
 from qtool.formats.mixed_rows import MIXED_ROWS, split_rows
+from qtool.plugins import check_name
 from qtool.runtime.backends.cpu.library import NATIVE_DTYPES, Library
 from qtool.runtime.backends.cpu.threads import library_threads
 from qtool.runtime.backends.cuda.centers import CENTERS, planes_of
@@ -23,6 +25,8 @@ MOST_GROUPED = 512
 """Inputs that share a scale of tables: more would be rounded to coarser steps."""
 SPLITS = (512, 256, 128, 64, 32)
 STREAM_ALIGNMENT, HUGE_PAGE = 64, 2**21
+TABLE_KINDS = ("int16", "int8", "float32")
+"""Of tables, by their number in the library; the first one is the default."""
 
 
 class PlanesText(Structure):
@@ -30,8 +34,8 @@ class PlanesText(Structure):
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         *((name, c_int64) for name in ("rows", "inputs", "group_size", "num_bits")),
-        *((name, c_int64) for name in ("num_groups", "chunks", "centered", "tile_bytes")),
-        ("together", c_int64),
+        *((name, c_int64) for name in ("num_groups", "chunks", "tables", "centered")),
+        *((name, c_int64) for name in ("tile_bytes", "together")),
         *((name, c_void_p) for name in ("stream", "next", "places", "numbers")),
     ]
 
@@ -50,8 +54,13 @@ class PackedWeight:
             tensor: Of a format that `planes_of` makes planes of, or whose classes of rows are.
             dtype: Of the activations.
             library: Runs it.
+
+        Raises:
+            UnknownNameError: $QTOOL_CPU_TABLES is no kind of tables.
         """
         self.shape, self.dtype, self._library = Shape2D(*tensor.shape), dtype, library
+        self.tables = settings.cpu_tables() or TABLE_KINDS[0]
+        check_name(self.tables, TABLE_KINDS, "kinds of tables")
         self._kept: list[Any] = []
         classes: Sequence[QuantizedTensor] = (tensor,)
         numbers = None
@@ -135,6 +144,7 @@ class PackedWeight:
         parts = split_size(size, tensor.shape.in_features)
         groups = -(-tensor.shape.in_features // parts)
         text = PlanesText(*tensor.shape, parts, tensor.scheme.num_bits, centered=centered)
+        text.tables = TABLE_KINDS.index(self.tables)
         calls, address = self._library.calls, ctypes.addressof(text)
         stream = empty_stream(calls.qt_planes_size(address))
         text.stream = stream.ctypes.data
