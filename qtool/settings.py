@@ -13,7 +13,7 @@ VARIABLES = {
     "QTOOL_BACKEND": "run quantized layers with this backend; default: the best that can",
     "QTOOL_KERNEL": "run them with this kernel of `cuda`; default: by the measured table",
     "QTOOL_CPU_LEVEL": "instructions that `cpu` uses: avx512, avx2 or plain; default: the best",
-    "QTOOL_CPU_TABLES": "of `cpu`: int16; int8, faster and coarser; or float32, which round nothing",
+    "QTOOL_CPU_TABLES": "of `cpu`: int16, int8 (coarser) or float32 (exact); default: int16",
     "QTOOL_RUNNER": "0: `generate` through transformers' own loop, on a card as well",
     "QTOOL_KV_CACHE": "int8: keep keys and values as int8; default: in the model's dtype",
     "QTOOL_DEPENDENT_LAUNCHES": "0: a kernel begins when the one before it has ended",
