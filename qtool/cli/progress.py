@@ -122,8 +122,9 @@ class Told:
         now = time.monotonic()
         if event.total is None:
             self._step = Step(event.what, now, ends=self._step.ends)
-        elif event.what != self._step.label:  # at work since the last event; no guess is needed
-            self._step = Step(event.what, self._last, total=event.total)
+        elif event.what != self._step.label:  # no guess is needed
+            begun = self._last if event.done else now  # what is done was done since the last event
+            self._step = Step(event.what, begun, total=event.total)
         self._last = now
         self._step.done, self._step.detail = event.done, event.detail
         self._view.show(self._step)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qtool.base import Emit, Notice, QuantizedTensor, ignore_events
+from qtool.base import Emit, Notice, QuantizedTensor, ignore_events, Progress
 from qtool.checkpoint.adapter import RANK_DOWN, RANK_UP, LayerAdapter, with_adapter
 from qtool.checkpoint.adapter_files import Adapter, base_digest, read_adapter
 from qtool.checkpoint.apart import check_apart
@@ -57,6 +57,7 @@ def merge_adapter(
     check_apart(place.out_dir, model.directory, [adapter_dir])
     look(place)
     reader, adapter = CheckpointReader(model.directory), read_adapter(adapter_dir)
+    emit(Progress("comparing the base with the adapter's"))
     _check_base(reader, adapter, adapter_dir)
     lost = _Lost()
     with CheckpointWriter(place, {"merge": adapter.base, "of": adapter.kind}) as writer:

@@ -40,7 +40,7 @@ def rewrite(
     manifest, entries = reader.manifest, dict[str, LayerEntry]()
     names = list(reader.names())
     for number, name in enumerate(names, 1):
-        emit(Progress(what, number, len(names), name))
+        emit(Progress(what, number - 1, len(names), name))
         entry = manifest.layers.get(name)
         if entry is not None and entry.shared_with is not None:
             entries[name] = entry

@@ -261,7 +261,7 @@ class _Pace:
         if self._begun is None:
             self._begun = point.step, now
         steps, seconds = point.step - self._begun[0], now - self._begun[1]
-        detail = f"loss {point.held_out:.4f} on held-out exercises"
+        detail = f"loss {point.held_out:.4f} on held-out lines"
         if steps and seconds:
             self.tokens_per_second = steps * self._per_step / seconds
             detail += f", {self.tokens_per_second:,.0f} tokens/s"

@@ -52,6 +52,17 @@ def test_a_log_gets_time_and_time_left_after_seconds_then_now_and_then(clock, ca
     ]
 
 
+def test_what_came_before_counting_is_not_its_work(clock, capsys):
+    with progress() as emit:
+        emit(Progress("comparing"))
+        clock[0] += 50  # nothing is counted, and 0 of 4 says that nothing is done
+        emit(Progress("merging", 0, 4))
+        lines(capsys)
+        clock[0] += 40
+        emit(Progress("merging", 1, 4))
+    assert lines(capsys) == ["merging: 1 of 4, 0:40 so far, about 2:00 left"]
+
+
 def test_time_left_counts_from_when_the_work_began_not_from_its_first_result(clock):
     step = Step("solve", begun=clock[0], total=4, done=1)
     assert step.state(clock[0] + 60) == "1 of 4, 1:00 so far, about 3:00 left"

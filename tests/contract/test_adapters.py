@@ -70,8 +70,11 @@ def run(kind: str, base: Path, original: Path, data: Path, directory: Path, **mo
 def trained(request, base, llama, data, tmp_path_factory) -> Iterator[tuple[str, AdaptResult]]:
     directory = tmp_path_factory.mktemp("adapters") / request.param
     before = file_hashes(base)
-    result = run(request.param, base, llama, data, directory)
+    said: list[Any] = []
+    result = run(request.param, base, llama, data, directory, emit=said.append)
     assert file_hashes(base) == before
+    told = {event.what for event in said if isinstance(event, Progress)}
+    assert len(told) <= 5, "a layer is no step: each step is a line where no terminal is"
     yield request.param, result
 
 

@@ -51,8 +51,8 @@ def _install(what: Adaptable, options: RankAdaptiveOptions) -> Installed:
     energies, starts = dict[str, Tensor](), dict[str, Directions]()
     costs = {name: sum(linear.entry.shape) for name, linear in what.linears.items()}
     by_gradient = options.analysis == "gradient"
+    what.tell("analysing layers")
     for name, seen in passes(what, gradients=by_gradient):
-        what.tell(f"analysing {name}")
         if seen.gradient is not None:
             found = best_directions(seen.gradient, None, options.max_rank, options.damping)
             energies[name] = found.energies.cpu()
