@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qtool.base import Emit, Notice, QuantizedTensor, ignore_events, Progress
+from qtool.base import Emit, Notice, Progress, QuantizedTensor, ignore_events
 from qtool.checkpoint.adapter import RANK_DOWN, RANK_UP, LayerAdapter, with_adapter
 from qtool.checkpoint.adapter_files import Adapter, base_digest, read_adapter
 from qtool.checkpoint.apart import check_apart
