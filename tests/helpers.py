@@ -22,7 +22,7 @@ from qtool.formats.nested import NESTED, nested_to_binary
 from qtool.recipe.load import recipe_from_mapping
 from qtool.recipe.schema import Recipe
 from qtool.scheme import BitCode, Shape2D, WeightScheme
-from qtool.training.encoded_starts import encrypted_start, sparse_start
+from qtool.formats._encoded_starts import encrypted_start, sparse_start
 
 ROOT = Path(__file__).parents[1]
 QUICK_BCQ: Mapping[str, Any] = {

@@ -17,7 +17,7 @@ from qtool.base import QuantizedTensor
 from qtool.core.xor_networks import tapped_network
 from qtool.errors import SchemeError
 from qtool.formats.encrypted_planes import ENCRYPTED_PLANES
-from qtool.training.encoded_starts import MOST_TRIED_INPUTS, encrypted_start
+from qtool.formats._encoded_starts import MOST_TRIED_INPUTS, encrypted_start
 from qtool.training.recipes import PreparedTraining, Trainee, Training, TrainingStage
 from qtool.training.recipes._student import FollowOptions, begin_student, schedule_of
 from qtool.training.student import learned_layers

@@ -21,7 +21,7 @@ from qtool.formats._in_planes import in_planes, opened_weight
 from qtool.runtime.backends._choose import load_backend, use_backend
 from qtool.runtime.modules import QuantizedLinear
 from qtool.scheme import BitCode, Shape2D, WeightScheme
-from qtool.training.encoded_starts import encrypted_start
+from qtool.formats._encoded_starts import encrypted_start
 from tests.golden.build import HERE
 from tests.helpers import dequantized, encrypted, normal, sparse
 from tests.unit.checkpoint.test_manifest import edit_tensors
