@@ -9,37 +9,42 @@ import torch
 from torch import Tensor
 
 from qtool.core import alternating, binary_coding, grouping
-from qtool.scheme import WeightScheme
+from qtool.scheme import Shape2D, WeightScheme
 
 ROUNDS = 3
 """Of alternation between codes and scales: compressing often mustn't be dear."""
 
 
-def in_planes_of(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor, Tensor]:
+def in_planes_of(
+    weight: Tensor, scheme: WeightScheme, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the codes and levels nearest to a weight, and what they make.
 
     Args:
         weight: (out_features, in_features) float32.
         scheme: Bits and grouping.
+        kept: (out_features, in_features) bool, what isn't zero; None: all.
 
     Returns:
         Codes (rows, num_groups, group_size) uint8; scales, descending, with the offset last,
         (rows, num_groups, num_bits + 1) float16; the weight that they make.
     """
     groups = grouping.split(grouping.to_rows(weight, scheme), scheme.group_size)
-    length = scheme.grouped_length(_shape(weight))
-    real = grouping.valid(length, scheme.group_size, weight.device).float()
+    length, flat = scheme.grouped_length(Shape2D(*weight.shape)), groups.flatten(0, 1)
+    matters = torch.ones_like(weight) if kept is None else kept.float()
+    matters = grouping.split(grouping.to_rows(matters, scheme), scheme.group_size).flatten(0, 1)
     options = alternating.FitOptions(
         num_bits=scheme.num_bits, offset=not scheme.symmetric, rounds=ROUNDS, clip_ratios=(1.0,)
     )
-    flat = groups.flatten(0, 1)
-    found, offsets, _ = alternating.fit(flat, real.repeat(len(groups), 1), options)
+    found, offsets, _ = alternating.fit(flat, matters, options)
     scales = found.abs().sort(-1, descending=True).values
     theta = torch.cat([scales, offsets.unsqueeze(-1)], -1).to(torch.float16)
-    codes = binary_coding.assign(flat, theta[:, :-1].float(), theta[:, -1].float())
-    signs = binary_coding.design(codes, scheme.num_bits).float()
-    made = (signs @ theta.float().unsqueeze(-1)).squeeze(-1).view(groups.shape)
+    stored = theta.float()
+    codes = binary_coding.assign(flat, stored[:, :-1], stored[:, -1])
+    levels = binary_coding.levels(stored[:, :-1], stored[:, -1])
+    made = levels.gather(-1, codes.long()).view(groups.shape)
     back = grouping.to_rows(grouping.join(made, length), scheme)
+    back = back if kept is None else back * kept
     return codes.view(groups.shape), theta.unflatten(0, groups.shape[:2]), back
 
 
