@@ -94,7 +94,7 @@ class Trainable:
     """For each parameter, broadcastable to it, the change that moves a group's outermost level by
     about the distance between two levels: then one learning rate suits all widths."""
     codes: Tensor
-    """(rows, num_groups, group_size) uint8, the last group filled up; or what `signs` are made of."""
+    """(rows, num_groups, group_size) uint8, the last group filled up; or what makes `signs`."""
     planes: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]]
     """(parameters) -> plane scales (num_bits, rows, num_groups), not negative and descending, and
     offsets (rows, num_groups), float32, differentiable in the parameters: with the codes what

@@ -250,12 +250,10 @@ class _Search:
         """Write how many outputs of a turn are wrong, by lane and state; return how many count."""
         step, place = divmod(turn, len(self.turns) - 1)
         asked = wanted[step, self.turns[place] : self.turns[place + 1]]
-        counts = asked < ANYTHING
+        counts: Ways = asked < ANYTHING
         out[:] = 0
-        for table, bits, any_counts in zip(
-            self.outputs[place], asked, counts.any(1).tolist(), strict=True
-        ):
-            if any_counts:
+        for table, bits, count in zip(self.outputs[place], asked, list(counts), strict=True):
+            if count.any():
                 np.add(out, np.take(table, bits, 0, out=spare, mode="clip"), out=out)
         return counts.sum(0, dtype=np.uint8)[:, None]
 

@@ -17,9 +17,9 @@ from qtool.checkpoint.manifest import codec
 from qtool.core import metrics
 from qtool.core.sequential_code import MEMORY, serial_network
 from qtool.formats import sparse_planes
+from qtool.formats._encoded_starts import sparse_start
 from qtool.recipe.values import Number, WholeNumber
 from qtool.scheme import BitCode, Shape2D, WeightScheme
-from qtool.formats._encoded_starts import sparse_start
 
 CODE_SHARE = 0.94
 """Stored bits for each sign that is kept: somewhat fewer, and more corrections, is least in all."""

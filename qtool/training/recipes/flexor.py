@@ -16,8 +16,8 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.core.xor_networks import tapped_network
 from qtool.errors import SchemeError
-from qtool.formats.encrypted_planes import ENCRYPTED_PLANES
 from qtool.formats._encoded_starts import MOST_TRIED_INPUTS, encrypted_start
+from qtool.formats.encrypted_planes import ENCRYPTED_PLANES
 from qtool.training.recipes import PreparedTraining, Trainee, Training, TrainingStage
 from qtool.training.recipes._student import FollowOptions, begin_student, schedule_of
 from qtool.training.student import learned_layers
@@ -82,7 +82,9 @@ def _starts(trainee: Trainee, options: FlexorOptions) -> dict[str, QuantizedTens
 
 def _notes(starts: Mapping[str, QuantizedTensor]) -> dict[str, Any]:
     """Return what planes take where they are stored, and where they run, in bits per weight."""
-    weights = sum(tensor.shape.out_features * tensor.shape.in_features for tensor in starts.values())
+    weights = sum(
+        tensor.shape.out_features * tensor.shape.in_features for tensor in starts.values()
+    )
     stored = sum(8 * tensor.parts["encrypted_planes"].nbytes for tensor in starts.values())
     running = sum(
         tensor.scheme.num_bits * tensor.shape.out_features * tensor.shape.in_features

@@ -141,7 +141,9 @@ def _free_student(trainee: Trainee) -> tuple[CausalModel, dict[str, FreeLinear]]
 
 def _prepare(trainee: Trainee, options: PnrOptions) -> PreparedTraining:
     student, free = _free_student(trainee)
-    plain = {name: replace(each.scheme, rows=(), code=None) for name, each in trainee.layers.items()}
+    plain = {
+        name: replace(each.scheme, rows=(), code=None) for name, each in trainee.layers.items()
+    }
     layers = _Layers(options, free, plain)
     follower = begin_student(trainee, options, student=student)
     vectors = list(follower.vectors.values())
