@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.base import QuantizedTensor
+from qtool.checkpoint.manifest import codec
 from qtool.core.xor_networks import tapped_network
 from qtool.errors import SchemeError
 from qtool.formats._encoded_starts import MOST_TRIED_INPUTS, encrypted_start
-from qtool.formats.encrypted_planes import ENCRYPTED_PLANES
 from qtool.training.recipes import PreparedTraining, Trainee, Training, TrainingStage
 from qtool.training.recipes._student import FollowOptions, begin_student, schedule_of
 from qtool.training.student import learned_layers
@@ -69,7 +69,7 @@ def _starts(trainee: Trainee, options: FlexorOptions) -> dict[str, QuantizedTens
     """Return where layers begin: encrypted ones as they are, of others the nearest."""
     networks, starts = _networks(options, trainee.seed), dict[str, QuantizedTensor]()
     for name, tensor in trainee.layers.items():
-        if tensor.format == ENCRYPTED_PLANES:
+        if tensor.scheme.code is not None and codec(tensor.format).trainable is not None:
             starts[name] = tensor
             continue
         weight = trainee.original.get_submodule(name).get_parameter("weight").detach()

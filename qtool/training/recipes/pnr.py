@@ -22,7 +22,7 @@ from qtool.training.recipes import PreparedTraining, Trainee, Training, Training
 from qtool.training.recipes._student import FollowOptions, begin_student, schedule_of
 from qtool.training.student import make_student
 
-CODE = BitCode(num_inputs=8, num_outputs=28, registers=1)
+PRUNED_CODE = BitCode(num_inputs=8, num_outputs=28, registers=1)
 """Of pruned results; `sparse_bcq` has others."""
 
 
@@ -100,9 +100,9 @@ class _Layers:
         shape = Shape2D(*weight.shape)
         if self.options.compression == "prune":
             sparse = pruned(weight, self.options.sparsity).cpu()
-            size = CODE.num_outputs, CODE.num_inputs, CODE.registers
+            size = PRUNED_CODE.num_outputs, PRUNED_CODE.num_inputs, PRUNED_CODE.registers
             network = serial_network(*size, torch.Generator().manual_seed(0))
-            code = replace(scheme, code=CODE, symmetric=True)
+            code = replace(scheme, code=PRUNED_CODE, symmetric=True)
             return sparse_start(sparse, sparse != 0, network, code)
         codes, theta, _ = in_planes_of(weight, scheme)
         return encode_binary(codes, theta[..., :-1], theta[..., -1], scheme, shape)
