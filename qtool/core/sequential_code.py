@@ -158,8 +158,10 @@ class _Search:
     def best(self, bits: Octets, cares: Octets) -> Octets:
         """Return the bits that are taken, one per turn."""
         per_step, steps = len(self.turns) - 1, len(bits) // self.num_outputs
-        lanes = max(1, min(MOST_LANES, LANE_STATES >> self.memory, steps * per_step // WINDOW))
-        length, ahead = -(-steps // lanes), 1 + 12 * self.memory // per_step
+        ahead = 1 + 12 * self.memory // per_step
+        shortest = max(WINDOW // per_step, 4 * ahead)  # places where lanes meet stay apart
+        lanes = max(1, min(MOST_LANES, LANE_STATES >> self.memory, steps // shortest))
+        length = -(-steps // lanes)
         before = ahead if lanes > 1 else 0
         after = lanes * length - steps + before
         wanted = np.where(cares > 0, bits, ANYTHING).reshape(steps, self.num_outputs)
