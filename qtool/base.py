@@ -91,17 +91,17 @@ class Trainable:
     parameters: Mapping[str, Tensor]
     """By part name, (..., rows, num_groups) float32: where learning starts."""
     units: Mapping[str, Tensor]
-    """For each parameter, broadcastable to it, the change that moves a group's outermost level by
-    about the distance between two levels: then one learning rate suits all widths."""
+    """Broadcastable to each parameter: what moves a group's outermost level by about one step."""
     codes: Tensor
-    """(rows, num_groups, group_size) uint8, the last group filled up."""
+    """(rows, num_groups, group_size) uint8, the last group filled up; or what makes `signs`."""
     planes: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]]
     """(parameters) -> plane scales (num_bits, rows, num_groups), not negative and descending, and
     offsets (rows, num_groups), float32, differentiable in the parameters: with the codes what
-    `Codec.dequantize` gives, but for rounding to float16. Coarser rounding is passed straight
-    through."""
+    `Codec.dequantize` gives, but for rounding to float16; coarser rounding is passed through."""
     stored: Callable[[Mapping[str, Tensor], Tensor], QuantizedTensor]
     """(parameters, codes) -> the weight as a checkpoint stores it."""
+    signs: Callable[[Tensor, float], Tensor] | None = None
+    """Of codes that are stored bits: (latent values, sharpness) -> (num_bits, *rows of groups)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,18 @@ from qtool.errors import SchemeError
 
 Octets = NDArray[np.uint8]
 Ways = NDArray[np.bool_]
+Numbers = NDArray[np.intp]
 MEMORY = range(2, 19)
 """Bits that the registers may hold: below none is left between newest and oldest."""
 DEAREST = 120
 """Wrong bits beyond the fewest, from which on a state isn't told from worse ones."""
 WINDOW = 1024
 """Bits that are searched at once; their ways lie in memory."""
+MOST_LANES, LANE_STATES = 128, 2**16
+"""Parts of a long stream are searched side by side, of so many states in all: calls on short arrays
+would take all the time."""
+ANYTHING = 2
+"""What is wanted of a bit that doesn't matter."""
 
 
 def decoded(words: Tensor, network: Tensor) -> Tensor:
@@ -138,54 +144,92 @@ class _Search:
         self.turns, self.num_outputs = _turns(len(network), num_inputs), len(network)
         self.most_outputs = max(last - first for first, last in pairwise(self.turns))
         between = np.arange(2 ** (self.memory - 1))
-        self.outputs: list[tuple[Octets, Octets]] = []  # wrong where a 0, where a 1 is wanted
-        self.turn_of: list[int] = []  # by output
+        self.outputs: list[list[Octets]] = []
+        """By turn and output (3, states): what is wrong where a 0, a 1, anything is wanted."""
         for turn, (first, last) in enumerate(pairwise(self.turns)):
-            self.turn_of += [turn] * (last - first)
-            columns = _columns(turn, num_inputs, self.memory)[1:-1]
+            columns, tables = _columns(turn, num_inputs, self.memory)[1:-1], []
             for taps in network[first:last, columns].numpy():
                 made = np.zeros(between.shape, np.uint8)
                 for at in taps.nonzero()[0]:
                     made ^= (between >> at).astype(np.uint8) & 1
-                self.outputs.append((made, made ^ np.uint8(1)))
+                tables.append(np.stack([made, made ^ np.uint8(1), np.zeros_like(made)]))
+            self.outputs.append(tables)
 
     def best(self, bits: Octets, cares: Octets) -> Octets:
         """Return the bits that are taken, one per turn."""
-        size, per_step = self.num_outputs, len(self.turns) - 1
-        steps, ahead = len(bits) // size, 1 + 12 * self.memory // per_step
-        window = max(1, WINDOW // per_step)
-        found, start, state = [], 0, 0
+        per_step, steps = len(self.turns) - 1, len(bits) // self.num_outputs
+        ahead = 1 + 12 * self.memory // per_step
+        shortest = max(WINDOW // per_step, 4 * ahead)  # places where lanes meet stay apart
+        lanes = max(1, min(MOST_LANES, LANE_STATES >> self.memory, steps // shortest))
+        length = -(-steps // lanes)
+        before = ahead if lanes > 1 else 0
+        after = lanes * length - steps + before
+        wanted = np.where(cares > 0, bits, ANYTHING).reshape(steps, self.num_outputs)
+        wanted = np.pad(wanted, ((before, after), (0, 0)), constant_values=ANYTHING)
+        by_lane = _beside(wanted, np.arange(lanes) * length, length + 2 * before)
+        costs = np.zeros((lanes, 2**self.memory), np.uint8)
+        if before:  # what comes before says in which state a part may begin
+            costs = self._forward(costs, by_lane[:before])[1]
+        costs[0] = DEAREST
+        costs[0, 0] = 0
+        stream = self._taken(by_lane[before:], costs, length, ahead).T.reshape(-1)
+        if lanes > 1:
+            meets = np.arange(1, lanes) * length
+            self._mend(stream, _beside(wanted, before + meets - ahead, 2 * ahead), meets - ahead)
+        return stream[: steps * per_step]
+
+    def _mend(self, stream: Octets, wanted: Numbers, steps: Numbers) -> None:
+        """Search again where lanes meet, from a state of the one to a state of the next.
+
+        Args:
+            stream: (turns,), changed in place.
+            wanted: (steps, num_outputs, lanes), around these places.
+            steps: (lanes,), where that begins.
+        """
+        per_step, ages = len(self.turns) - 1, np.arange(self.memory)
+        first, count = steps * per_step, len(wanted) * per_step
+        begun, ended = (
+            (stream[turn[:, None] - 1 - ages].astype(np.intp) << ages).sum(1)
+            for turn in (first, first + count)
+        )
+        costs = np.full((len(steps), 2**self.memory), DEAREST, np.uint8)
+        costs[np.arange(len(steps)), begun] = 0
+        ways = self._forward(costs, wanted)[0]
+        stream[first + np.arange(count)[:, None]] = self._back(ways, ended)
+
+    def _taken(self, wanted: Numbers, costs: Octets, steps: int, ahead: int) -> Octets:
+        """Return the bits of so many steps of each lane, (turns, lanes).
+
+        Args:
+            wanted: (steps and some that follow, num_outputs, lanes): 0, 1, or 2 for anything.
+            costs: (lanes, states), of where each begins.
+            steps: That are asked for.
+            ahead: Steps that are looked at beyond a window.
+        """
+        per_step, start, found = len(self.turns) - 1, 0, []
+        window, state = max(1, WINDOW // per_step), np.zeros(len(costs), np.intp)
         while start < steps:
             end = steps if start + window + ahead >= steps else start + window
-            part = slice(start * size, (end + ahead) * size)
-            costs = np.full(2**self.memory, DEAREST, np.uint8)
-            costs[state] = 0
-            ways, costs = self._forward(costs, self._by_turn(bits[part], cares[part]))
-            taken = self._back(ways, int(costs.argmin()))[: (end - start) * per_step]
-            for bit in taken[-self.memory :]:
-                state = (2 * state + bit) % 2**self.memory
-            found += taken
+            ways, last = self._forward(costs, wanted[start : end + ahead])
+            taken = self._back(ways, last.argmin(1))[: (end - start) * per_step]
+            for bits in taken[-self.memory :]:
+                state = (2 * state + bits) % 2**self.memory
+            costs = np.full_like(costs, DEAREST)
+            costs[np.arange(len(costs)), state] = 0
+            found.append(taken)
             start = end
-        return np.array(found, np.uint8)
+        return np.concatenate(found)
 
-    def _by_turn(self, bits: Octets, cares: Octets) -> list[list[Octets]]:
-        """Return of each turn what is wrong by state, one array per output that matters."""
-        per_step = len(self.turns) - 1
-        wrong: list[list[Octets]] = [[] for _ in range(len(bits) // self.num_outputs * per_step)]
-        for at in cares.nonzero()[0].tolist():
-            step, output = divmod(at, self.num_outputs)
-            wrong[step * per_step + self.turn_of[output]].append(self.outputs[output][bits[at]])
-        return wrong
-
-    def _forward(self, costs: Octets, wrong: list[list[Octets]]) -> tuple[list[Ways], Octets]:
+    def _forward(self, costs: Octets, wanted: Numbers) -> tuple[list[Ways], Octets]:
         """Return of each turn the oldest bit that is best before a 0 and before a 1, by state."""
-        half, ways, often = len(costs) // 2, [], max(1, DEAREST // self.most_outputs)
-        some, others, stay, come = (np.empty(half, np.uint8) for _ in range(4))
-        pairs, spare, wide = (np.empty(half, np.uint16) for _ in range(3))
-        for turn, arrays in enumerate(wrong):
-            young, old, way = costs[:half], costs[half:], np.empty((2, half), np.bool_)
-            _added(arrays, some)
-            np.subtract(len(arrays), some, out=others)
+        lanes, half = len(costs), costs.shape[1] // 2
+        ways, often = list[Ways](), max(1, DEAREST // self.most_outputs)
+        some, others, stay, come, spare = (np.empty((lanes, half), np.uint8) for _ in range(5))
+        pairs, next_pairs, wide = (np.empty((lanes, half), np.uint16) for _ in range(3))
+        for turn in range(len(wanted) * (len(self.turns) - 1)):
+            number = self._wrong(wanted, turn, some, spare)
+            young, old, way = costs[:, :half], costs[:, half:], np.empty((2, lanes, half), np.bool_)
+            np.subtract(number, some, out=others)
             np.add(young, others, out=stay)
             np.add(old, some, out=come)
             np.less(come, stay, out=way[1])
@@ -198,27 +242,34 @@ class _Search:
             np.add(pairs, wide, out=pairs)
             ways.append(way)
             costs = pairs.view(np.uint8)  # of next states: before a 0, before a 1
-            pairs, spare = spare, pairs  # the costs lie in one of the two
+            pairs, next_pairs = next_pairs, pairs  # the costs lie in one of the two
             if turn % often == 0:
-                costs -= costs.min()
+                costs -= costs.min(1, keepdims=True)
                 np.minimum(costs, DEAREST, out=costs)
         return ways, costs
 
-    def _back(self, ways: list[Ways], state: int) -> list[int]:
-        """Follow ways back from a state, and return the bits that were taken."""
-        taken = []
-        for way in reversed(ways):
+    def _wrong(self, wanted: Numbers, turn: int, out: Octets, spare: Octets) -> Octets:
+        """Write how many outputs of a turn are wrong, by lane and state; return how many count."""
+        step, place = divmod(turn, len(self.turns) - 1)
+        asked = wanted[step, self.turns[place] : self.turns[place + 1]]
+        counts: Ways = asked < ANYTHING
+        out[:] = 0
+        for table, bits, count in zip(self.outputs[place], asked, list(counts), strict=True):
+            if count.any():
+                np.add(out, np.take(table, bits, 0, out=spare, mode="clip"), out=out)
+        return counts.sum(0, dtype=np.uint8)[:, None]
+
+    def _back(self, ways: list[Ways], state: Numbers) -> Octets:
+        """Follow ways back from states, one by lane, and return the bits that were taken."""
+        lanes, taken = np.arange(len(state)), np.zeros((len(ways), len(state)), np.uint8)
+        for turn in reversed(range(len(ways))):
             newest, between = state & 1, state >> 1
-            taken.append(newest)
-            state = int(way[newest, between]) << (self.memory - 1) | between
-        return taken[::-1]
+            taken[turn] = newest
+            oldest = ways[turn][newest, lanes, between].astype(np.intp)
+            state = oldest << (self.memory - 1) | between
+        return taken
 
 
-def _added(arrays: list[Octets], out: Octets) -> None:
-    """Write the sum of arrays."""
-    if len(arrays) > 1:
-        np.add(arrays[0], arrays[1], out=out)
-    else:
-        out[:] = arrays[0] if arrays else 0
-    for each in arrays[2:]:
-        out += each
+def _beside(wanted: Octets, starts: Numbers, steps: int) -> Numbers:
+    """Return so many steps from each start on, (steps, num_outputs, starts)."""
+    return wanted[starts + np.arange(steps)[:, None]].transpose(0, 2, 1).astype(np.intp)

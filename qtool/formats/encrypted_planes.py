@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qtool.base import Codec, PartSpec, QuantizedTensor
-from qtool.core.packing import num_words
+from qtool.base import Codec, PartSpec, QuantizedTensor, Trainable
+from qtool.core import grouping
+from qtool.core.packing import num_words, pack_bits, unpack_bits
+from qtool.core.xor_gradients import xor_signs
 from qtool.core.xor_networks import pack_network, through_network, unpack_network
 from qtool.errors import SchemeError
 from qtool.formats import binary_coding
@@ -128,11 +130,35 @@ def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> Quant
     return QuantizedTensor(ENCRYPTED_PLANES, tensor.scheme, shape, parts)
 
 
+def _trainable(tensor: QuantizedTensor) -> Trainable:
+    """Let scales and offsets of a weight be learned, and its stored bits."""
+    plain, scheme, shape = decrypted(tensor), tensor.scheme, tensor.shape
+    learned = binary_coding.trainable(plain)
+    networks = unpack_network(tensor.parts["xor_networks"], _code(scheme).num_inputs)
+    gates = networks.float().unsqueeze(1)
+
+    def signs(latent: Tensor, sharpness: float) -> Tensor:
+        planes = xor_signs(latent, gates, sharpness).flatten(1, 2)[:, : shape.out_features]
+        rows = [grouping.to_rows(plane, scheme) for plane in planes]
+        return torch.stack([grouping.split(each, scheme.group_size) for each in rows])
+
+    def stored(values: Mapping[str, Tensor], codes: Tensor) -> QuantizedTensor:
+        found, offsets = (each.to(torch.float16) for each in learned.planes(values))
+        parts = {**plain.parts, "plane_scales": grouping.to_stored(found, scheme)}
+        if not scheme.symmetric:
+            parts["plane_offsets"] = grouping.to_stored(offsets, scheme)
+        return encode_encrypted(pack_bits(codes), networks, replace(plain, parts=parts))
+
+    codes = unpack_bits(tensor.parts["encrypted_planes"], shape.in_features)
+    return replace(learned, codes=codes, stored=stored, signs=signs)
+
+
 CODEC = Codec(
     version=1,
     layout=_layout,
     dequantize=_dequantize,
     cat=_cat,
     narrow=_narrow,
+    trainable=_trainable,
     opened=decrypted,
 )

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qtool.base import CausalModel, QuantizedTensor
+from qtool.base import CausalModel, QuantizedTensor, Trainable
 from qtool.checkpoint.manifest import codec
 from qtool.core import grouping
 from qtool.core.activations import fake_quantize
 from qtool.core.learned import moved_codes, planes_values
 from qtool.errors import SchemeError
 from qtool.scheme import ActivationScheme
+
+LATENT_START = 0.1
+"""How far from zero the latent value of a stored bit begins: the slope of tanh is felt there."""
 
 
 class LearnedLinear(nn.Module):
@@ -46,9 +49,12 @@ class LearnedLinear(nn.Module):
         zeros = {name: torch.zeros_like(value) for name, value in start.parameters.items()}
         self.moves = nn.ParameterDict({name: nn.Parameter(zero) for name, zero in zeros.items()})
         """How far each parameter has moved, in its units."""
-        shifts = torch.zeros(self.codes.shape, device=self.codes.device) if moves_codes else None
+        self.sharpness = 10.0
+        """Of the slope that latent values of stored bits have."""
+        shifts = _latent_start(start) if moves_codes else None
         self.shifts = None if shifts is None else nn.Parameter(shifts)
-        """How far each latent value is from the level where it began, in steps of codes."""
+        """How far each latent value is from the level where it began, in steps of codes; of stored
+        bits, of which signs are made: the latent value itself."""
 
     def parameters_now(self) -> dict[str, Tensor]:
         """Return the learned parameters as the codec knows them."""
@@ -60,16 +66,28 @@ class LearnedLinear(nn.Module):
         """Return the codes: those of the levels nearest to the latent values."""
         if self.shifts is None:
             return self.codes
+        if self.start.signs is not None:
+            return (self.shifts >= 0).to(torch.uint8)
         return moved_codes(scales, offsets, self.codes, self.shifts)
 
     def weight(self) -> Tensor:
         """Return the weight, (out_features, in_features) float32, differentiable."""
         now = self.start.planes(self.parameters_now())
-        values = planes_values(
-            *now, self.codes_now(*now), self.shifts if self.watched is None else self.watched
-        )
+        if self.start.signs is not None:
+            values = self._made_values(*now)
+        else:
+            values = planes_values(
+                *now, self.codes_now(*now), self.shifts if self.watched is None else self.watched
+            )
         joined = grouping.join(values, self.scheme.grouped_length(self.shape))
         return grouping.to_rows(joined, self.scheme)
+
+    def _made_values(self, scales: Tensor, offsets: Tensor) -> Tensor:
+        """Return what signs make that are made of stored bits."""
+        assert self.start.signs is not None
+        latent = self.codes.float() - 0.5 if self.shifts is None else self.shifts
+        signs = self.start.signs(latent, self.sharpness)
+        return offsets.unsqueeze(-1) + (signs * scales.unsqueeze(-1)).sum(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ W.T + bias: (..., in_features) -> (..., out_features)."""
@@ -85,6 +103,13 @@ class LearnedLinear(nn.Module):
         """Return the weight as a checkpoint stores it."""
         now = self.parameters_now()
         return self.start.stored(now, self.codes_now(*self.start.planes(now)))
+
+
+def _latent_start(start: Trainable) -> Tensor:
+    """Return where latent values begin."""
+    if start.signs is None:
+        return torch.zeros(start.codes.shape, device=start.codes.device)
+    return (start.codes.float() * 2 - 1) * LATENT_START
 
 
 def make_student(

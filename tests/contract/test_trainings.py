@@ -10,7 +10,7 @@ import torch
 from qtool import pipeline
 from qtool.base import Notice, Progress
 from qtool.checkpoint.reader import CheckpointReader
-from qtool.errors import DataError, ModelError, OutputError, RecipeError
+from qtool.errors import DataError, ModelError, OutputError, RecipeError, SchemeError
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.pipeline.train import TrainRequest, TrainResult, train
@@ -125,6 +125,25 @@ def test_blocks_that_run_once_more_on_the_way_back_learn_the_same(run, tmp_path)
     whole, _ = run("teacher-intervention", steps=4)
     again, _ = run("teacher-intervention", steps=4, recompute=True, out_dir=tmp_path / "again")
     assert again.best_loss == pytest.approx(whole.best_loss, rel=1e-3)
+
+
+def test_stored_bits_of_flexor_are_counted_apart_from_what_runs(run):
+    done, _ = run("flexor", steps=2)
+    reader = CheckpointReader(done.out_dir)
+    assert {entry.format for entry in reader.manifest.layers.values()} == {"encrypted_planes"}
+    assert done.notes["plane_bits_running"] == 2
+    assert 1.6 <= done.notes["plane_bits_stored"] < 2  # rows that end within a slice
+    with pytest.raises(SchemeError, match="no more inputs than outputs"):
+        run("flexor", kind_options={"inputs": 12}, out_dir=done.out_dir.with_name("other"))
+
+
+@pytest.mark.parametrize("compression", ["prune", "decay"])
+def test_every_regularization_is_stored(compression, run):
+    own = {"compression": compression, "period": 2}
+    done, _ = run("pnr", steps=4, learning_rate=1e-3, kind_options=own)
+    formats = {entry.format for entry in CheckpointReader(done.out_dir).manifest.layers.values()}
+    assert formats == {"sparse_planes" if compression == "prune" else "binary_coding"}
+    assert torch.isfinite(load_model(Location(done.out_dir), device="cpu").model(IDS).logits).all()
 
 
 def test_what_diverges_keeps_the_last_good_state(run):

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qtool.base import QuantizedTensor
+from qtool.base import CausalModel, QuantizedTensor
 from qtool.errors import ModelError
 from qtool.training.following import Following
 from qtool.training.recipes import Trainee
@@ -70,13 +70,20 @@ class Follower:
         return {name: layer.stored() for name, layer in layers} | vectors
 
 
-def begin_student(trainee: Trainee, options: FollowOptions, *, taps: bool = False) -> Follower:
+def begin_student(
+    trainee: Trainee,
+    options: FollowOptions,
+    *,
+    taps: bool = False,
+    student: CausalModel | None = None,
+) -> Follower:
     """Return a student over `Codec.trainable` that begins at a checkpoint, and follows.
 
     Args:
         trainee: What a recipe was given.
         options: What counts, and what learns.
         taps: Blocks are tapped even if no loss looks at them.
+        student: Of the recipe's own making; None: layers over `Codec.trainable`.
 
     Raises:
         ModelError: nothing is quantized, or blocks can't be tapped.
@@ -84,7 +91,9 @@ def begin_student(trainee: Trainee, options: FollowOptions, *, taps: bool = Fals
     """
     if not trainee.layers:
         raise ModelError("No linear of the model's blocks is quantized: there is nothing to train.")
-    student = make_student(trainee.original, trainee.layers, moves_codes=options.code_rate > 0)
+    if student is None:
+        moves = options.code_rate > 0
+        student = make_student(trainee.original, trainee.layers, moves_codes=moves)
     fill_tables(student, trainee.tables)
     vectors = free_vectors(student, trainee.kept)
     _take_kept(vectors, trainee.kept)

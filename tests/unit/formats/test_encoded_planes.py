@@ -17,11 +17,11 @@ from qtool.core.sequential_code import serial_network
 from qtool.core.xor_networks import tapped_network
 from qtool.errors import CheckpointError, SchemeError
 from qtool.formats import binary_coding, encrypted_planes, sparse_planes
+from qtool.formats._encoded_starts import encrypted_start
 from qtool.formats._in_planes import in_planes, opened_weight
 from qtool.runtime.backends._choose import load_backend, use_backend
 from qtool.runtime.modules import QuantizedLinear
 from qtool.scheme import BitCode, Shape2D, WeightScheme
-from qtool.training.encoded_starts import encrypted_start
 from tests.golden.build import HERE
 from tests.helpers import dequantized, encrypted, normal, sparse
 from tests.unit.checkpoint.test_manifest import edit_tensors

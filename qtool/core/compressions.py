@@ -1,0 +1,62 @@
+"""What is done to a weight every p steps, so that it learns to bear it: C, then D, of DeepTwist.
+
+Modulated regularization frequency (Lee et al. 2021, arXiv 2105.01875; its predecessor, DeepTwist,
+arXiv 1810.12823): a weight learns as it is, and every p steps becomes what its compressed form
+would be. p says how strong that is, together with the compression.
+"""
+
+import torch
+from torch import Tensor
+
+from qtool.core import alternating, binary_coding, grouping
+from qtool.scheme import Shape2D, WeightScheme
+
+ROUNDS = 3
+"""Of alternation between codes and scales: compressing often mustn't be dear."""
+
+
+def in_planes_of(
+    weight: Tensor, scheme: WeightScheme, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the codes and levels nearest to a weight, and what they make.
+
+    Args:
+        weight: (out_features, in_features) float32.
+        scheme: Bits and grouping.
+        kept: (out_features, in_features) bool, what isn't zero; None: all.
+
+    Returns:
+        Codes (rows, num_groups, group_size) uint8; scales, descending, with the offset last,
+        (rows, num_groups, num_bits + 1) float16; the weight that they make.
+    """
+    groups = grouping.split(grouping.to_rows(weight, scheme), scheme.group_size)
+    length, flat = scheme.grouped_length(Shape2D(*weight.shape)), groups.flatten(0, 1)
+    matters = torch.ones_like(weight) if kept is None else kept.float()
+    matters = grouping.split(grouping.to_rows(matters, scheme), scheme.group_size).flatten(0, 1)
+    options = alternating.FitOptions(
+        num_bits=scheme.num_bits, offset=not scheme.symmetric, rounds=ROUNDS, clip_ratios=(1.0,)
+    )
+    found, offsets, _ = alternating.fit(flat, matters, options)
+    scales = found.abs().sort(-1, descending=True).values
+    theta = torch.cat([scales, offsets.unsqueeze(-1)], -1).to(torch.float16)
+    stored = theta.float()
+    codes = binary_coding.assign(flat, stored[:, :-1], stored[:, -1])
+    levels = binary_coding.levels(stored[:, :-1], stored[:, -1])
+    made = levels.gather(-1, codes.long()).view(groups.shape)
+    back = grouping.to_rows(grouping.join(made, length), scheme)
+    back = back if kept is None else back * kept
+    return codes.view(groups.shape), theta.unflatten(0, groups.shape[:2]), back
+
+
+def pruned(weight: Tensor, sparsity: float) -> Tensor:
+    """Return a weight whose smallest values, this share of them, are zero."""
+    count = round(sparsity * weight.numel())
+    if not count:
+        return weight.clone()
+    bound = weight.abs().flatten().kthvalue(count).values
+    return torch.where(weight.abs() > bound, weight, 0.0)
+
+
+def decayed(weight: Tensor, rate: float, period: int) -> Tensor:
+    """Return a weight that has decayed by this rate in so many steps."""
+    return weight * (1 - rate) ** period

@@ -1,0 +1,98 @@
+"""Recipes flexor and pnr: what their schedules say, and what learns by them."""
+
+import pytest
+import torch
+
+from qtool.checkpoint.manifest import codec
+from qtool.core.compressions import decayed, in_planes_of, pruned
+from qtool.core.xor_networks import tapped_network
+from qtool.formats._encoded_starts import encrypted_start
+from qtool.formats.binary_coding import encode_binary
+from qtool.scheme import Shape2D, WeightScheme
+from qtool.training.recipes.flexor import FlexorOptions, sharpness_at
+from qtool.training.recipes.pnr import FreeLinear
+from qtool.training.student import LearnedLinear
+from tests.helpers import dequantized, encrypted, normal
+
+SCHEMES = [
+    WeightScheme(num_bits=2, group_size=16),
+    WeightScheme(num_bits=1, group_size=None, symmetric=True),
+    WeightScheme(num_bits=2, group_size=8, group_dim="out_features", symmetric=True),
+]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_encrypted_weight_that_learns_is_what_it_will_be_stored_as(scheme):
+    tensor = encrypted(normal(21, 40), scheme)
+    layer = LearnedLinear(tensor, None, moves_codes=True)
+    assert torch.allclose(layer.weight(), dequantized(tensor), atol=1e-6)
+    assert layer.shifts is not None
+    with torch.no_grad():  # some stored bits turn, and scales move
+        layer.shifts[..., ::3] *= -1
+        for move in layer.moves.values():
+            move += 0.1
+    stored = layer.stored()
+    assert stored.format == "encrypted_planes"
+    assert not torch.equal(stored.parts["encrypted_planes"], tensor.parts["encrypted_planes"])
+    assert torch.allclose(layer.weight(), dequantized(stored), atol=2e-3)
+    again = codec(stored.format).layout(stored.scheme, stored.shape)
+    assert {name: tuple(part.shape) for name, part in stored.parts.items()} == {
+        name: spec.shape for name, spec in again.items()
+    }
+
+
+def test_stored_bits_learn_to_come_nearer_than_by_scales_alone():
+    weight, generator = normal(40, 32), torch.Generator().manual_seed(0)
+    scheme = WeightScheme(num_bits=1, group_size=None, symmetric=True)
+    network = tapped_network(10, 8, 2, generator)[None]
+    wrong = encrypted_start(-weight, network, scheme)
+
+    def learned(*, bits: bool) -> float:
+        layer = LearnedLinear(wrong, None, moves_codes=bits)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+        for _ in range(100):
+            optimizer.zero_grad()
+            (layer.weight() - weight).square().mean().backward()
+            optimizer.step()
+        return float((dequantized(layer.stored()) - weight).square().mean())
+
+    assert learned(bits=True) < 0.7 * learned(bits=False)
+
+
+def test_sharpness_rises_along_a_line_and_stays():
+    options = FlexorOptions(first_sharpness=5, sharpness=10, sharpening=0.2)
+    found = [sharpness_at(options, step, 100) for step in (0, 10, 20, 99)]
+    assert found == pytest.approx([5, 7.5, 10, 10])
+    assert sharpness_at(FlexorOptions(sharpening=0), 0, 100) == FlexorOptions().sharpness
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_what_compression_makes_is_what_is_stored(scheme):
+    weight = normal(24, 40)
+    codes, theta, made = in_planes_of(weight, scheme)
+    shape = Shape2D(24, 40)
+    stored = encode_binary(codes, theta[..., :-1], theta[..., -1], scheme, shape)
+    assert torch.allclose(dequantized(stored), made, atol=1e-6)
+    assert float((made - weight).square().mean()) < 0.6
+    again = in_planes_of(made, scheme)[2]
+    assert torch.allclose(again, made, atol=2e-3), "compressing twice is compressing once"
+
+
+def test_pruned_and_decayed_weights():
+    weight = normal(10, 10)
+    sparse = pruned(weight, 0.7)
+    assert int((sparse == 0).sum()) == 70
+    assert torch.equal(sparse[sparse != 0], weight[sparse != 0])
+    assert torch.equal(pruned(sparse, 0.7), sparse)
+    kept = sparse != 0
+    assert not in_planes_of(weight, SCHEMES[1], kept)[2][~kept].any()
+    twice = decayed(decayed(weight, 0.1, 5), 0.1, 5)
+    assert torch.allclose(decayed(weight, 0.1, 10), twice)
+
+
+def test_a_free_layer_is_a_linear_that_can_become_another():
+    weight, bias, x = normal(6, 8), normal(1, 6)[0], normal(3, 8)
+    layer = FreeLinear(weight, bias)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, weight, bias))
+    layer.become(2 * weight)
+    assert torch.allclose(layer.weight(), 2 * weight, atol=1e-6)
