@@ -36,7 +36,9 @@ def train(
     out_dir: Annotated[Path, typer.Argument(help="Directory for what was trained.")],
     recipe: Annotated[
         str,
-        typer.Option(help="distillation, teacher-intervention, finetune; or a recipe to quantize by."),
+        typer.Option(
+            help="distillation, teacher-intervention, finetune; or a recipe to quantize by."
+        ),
     ] = "distillation",
     original: Annotated[
         str | None,

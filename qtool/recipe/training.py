@@ -1,4 +1,4 @@
-"""The section `training` of a recipe: how `qtool train` goes on once it is quantized. Torch-free."""
+"""The section `training` of a recipe: how `qtool train` goes on from there. Torch-free."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any

@@ -83,7 +83,9 @@ def descend(
     stepper = Stepper(what, schedule)
     points = stepper.recall(memory)
     if not points:
-        points = [Point(0, None, agreed(what.held_out()), schedule.learning_rate * schedule.factor(0))]
+        points = [
+            Point(0, None, agreed(what.held_out()), schedule.learning_rate * schedule.factor(0))
+        ]
         report(points[0])
     losses = list[Tensor]()
     for step in range(points[-1].step, schedule.steps):

@@ -24,7 +24,7 @@ def meeting() -> Iterator[None]:
 
     With cards each process takes the one of its local rank.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
         yield
         return
     cards = torch.cuda.is_available()

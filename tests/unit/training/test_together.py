@@ -26,7 +26,9 @@ WEIGHTS = {
 }
 
 
-def _request(base: Path, original: Path, data: Path, out_dir: Path, accumulate: int) -> TrainRequest:
+def _request(
+    base: Path, original: Path, data: Path, out_dir: Path, accumulate: int
+) -> TrainRequest:
     options = TrainOptions(
         steps=4, batch_size=4, checks=2, learning_rate=0.01, accumulate=accumulate
     )
