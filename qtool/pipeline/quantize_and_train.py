@@ -59,8 +59,14 @@ def _quantized(recipe: Recipe, request: TrainRequest, emit: Emit) -> TrainReques
             emit(Notice("Encoders write no texts to calibrate on: it is quantized without data."))
     if is_first():
         look(find_place(request.out_dir, overwrite=request.overwrite, resume=request.resume))
-        switches = {"overwrite": request.overwrite, "resume": request.resume}
-        quantize(request.model, base, recipe, **switches, emit=emit)
+        quantize(
+            request.model,
+            base,
+            recipe,
+            overwrite=request.overwrite,
+            resume=request.resume,
+            emit=emit,
+        )
     if fellows() > 1:
         distributed.barrier()
     return replace(request, model=Location(base), original=request.original or request.model)

@@ -261,6 +261,26 @@ def test_a_classifier_is_made_quantized_and_trained(classifier, classes, tmp_pat
     assert type(model).__name__ == "BertForSequenceClassification"
 
 
+def test_a_dense_classifier_is_quantized_without_data_and_trained(classifier, classes, tmp_path):
+    dense, _ = classifier
+    weights = {**WEIGHTS["weights"], "method": "rtn", "options": {}}
+    values = {"calibration": {}, "weights": weights, "training": {"name": "distillation"}}
+    events: list[Any] = []
+    request = TrainRequest(
+        model=Location(dense),
+        data=classes,
+        validation=classes,
+        out_dir=tmp_path / "out",
+        recipe="",
+        options=TrainOptions(steps=6, learning_rate=0.01, checks=1),
+    )
+    done = quantize_and_train(recipe_from_mapping(values), request, emit=events.append)
+    assert done.best_loss < done.first_loss
+    assert done.scores["original"]["accuracy"] > 0.95
+    said = [event.message for event in events if isinstance(event, Notice)]
+    assert any("without data" in one for one in said)
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
