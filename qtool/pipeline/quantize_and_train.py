@@ -17,7 +17,7 @@ from qtool.recipe.schema import Recipe
 from qtool.training.recipes import load_training
 from qtool.training.together import fellows, is_first, meeting
 
-BESIDE = ".quantized"
+QUANTIZED_BESIDE = ".quantized"
 """What the name of the checkpoint that training begins at adds to OUT_DIR."""
 
 
@@ -52,7 +52,7 @@ def _quantized(recipe: Recipe, request: TrainRequest, emit: Emit) -> TrainReques
     directory = request.model.directory
     if "quantization_config" in read_config(directory):
         return request
-    base = request.out_dir.with_name(request.out_dir.name + BESIDE)
+    base = request.out_dir.with_name(request.out_dir.name + QUANTIZED_BESIDE)
     if is_encoder(directory) and recipe.calibration is not None:
         recipe = recipe.model_copy(update={"calibration": None})
         if is_first():

@@ -87,13 +87,13 @@ def train(request: TrainRequest, *, emit: Emit = ignore_events) -> TrainResult:
         QtoolError: the recipe doesn't go on it.
     """
     with meeting():
+        _check_batch(request.options)
         return _train(request, emit if is_first() else ignore_events)
 
 
 def _train(request: TrainRequest, emit: Emit) -> TrainResult:
     kind = load_training(request.recipe)
     own = request.options.checked(kind)
-    _check_batch(request.options)
     files = [request.data, *filter(None, [request.validation])]
     place = find_place(request.out_dir, overwrite=request.overwrite, resume=request.resume)
     check_apart(place.out_dir, request.model.directory, files)
@@ -112,8 +112,7 @@ def _train(request: TrainRequest, emit: Emit) -> TrainResult:
         "options": asdict(request.options),
     }
     device = default_device()
-    facts = {"train": job, "version of qtool": qtool.__version__}
-    with _writing(place, facts) as writer, failures_of_the_machine(str(device), place.out_dir):
+    with _writing(place, job) as writer, failures_of_the_machine(str(device), place.out_dir):
         if writer is not None and writer.is_sealed:
             writer.publish()
         begun = time.perf_counter()
@@ -137,10 +136,12 @@ def _train(request: TrainRequest, emit: Emit) -> TrainResult:
 
 
 def _writing(
-    place: Place, facts: dict[str, Any]
+    place: Place, job: dict[str, Any]
 ) -> contextlib.AbstractContextManager[CheckpointWriter | None]:
     """Return what writes; None in all processes that train together but the first."""
-    return CheckpointWriter(place, facts) if is_first() else contextlib.nullcontext()
+    if not is_first():
+        return contextlib.nullcontext()
+    return CheckpointWriter(place, {"train": job, "version of qtool": qtool.__version__})
 
 
 def _check_batch(options: TrainOptions) -> None:

@@ -4,7 +4,6 @@ As `torchrun` starts them. All hold the same model, and take the same steps; the
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from qtool import settings
 from qtool.training.schedule import Point
 
 PATIENCE_OF_FELLOWS = timedelta(days=1)
@@ -24,12 +24,12 @@ def meeting() -> Iterator[None]:
 
     With cards each process takes the one of its local rank.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+    if settings.launched().total == 1 or distributed.is_initialized():
         yield
         return
     cards = torch.cuda.is_available()
     if cards:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(settings.launched().local_rank)
     backend = "cpu:gloo,cuda:nccl" if cards else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE_OF_FELLOWS)
     try:
@@ -45,7 +45,7 @@ def fellows() -> int:
 
 def is_first() -> bool:
     """Return whether this process is the one that says and writes things."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return settings.launched().rank == 0
 
 
 def own_samples(count: int) -> slice:
