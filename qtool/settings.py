@@ -80,20 +80,6 @@ def log_level() -> str:
     return os.environ.get("QTOOL_LOG", "").lower()
 
 
-class Launched(NamedTuple):
-    """Which of several processes this is, as `torchrun` tells them."""
-
-    rank: int
-    local_rank: int
-    total: int
-
-
-def launched() -> Launched:
-    """Return which process this is; the only one, where `torchrun` hasn't started it."""
-    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    return Launched(*(int(os.environ.get(name, alone)) for name, alone in names.items()))
-
-
 def cache_dir() -> Path:
     """Return where converted models, digests and scores are kept.
 

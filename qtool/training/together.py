@@ -24,12 +24,13 @@ def meeting() -> Iterator[None]:
 
     With cards each process takes the one of its local rank.
     """
-    if settings.launched().total == 1 or distributed.is_initialized():
+    told = settings.launched_rank()
+    if told is None or told.world_size == 1 or distributed.is_initialized():
         yield
         return
     cards = torch.cuda.is_available()
     if cards:
-        torch.cuda.set_device(settings.launched().local_rank)
+        torch.cuda.set_device(told.local_rank)
     backend = "cpu:gloo,cuda:nccl" if cards else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE_OF_FELLOWS)
     try:
@@ -45,7 +46,8 @@ def fellows() -> int:
 
 def is_first() -> bool:
     """Return whether this process is the one that says and writes things."""
-    return settings.launched().rank == 0
+    told = settings.launched_rank()
+    return told is None or told.rank == 0
 
 
 def own_samples(count: int) -> slice:
