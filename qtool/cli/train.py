@@ -1,5 +1,6 @@
 """`qtool train`."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,8 @@ from qtool.cli import console, early
 from qtool.cli.options import KEPT, DeviceOption, JsonOption, check_targets, in_panel
 from qtool.cli.progress import progress
 from qtool.cli.settings_of import parsed_settings
+from qtool.recipe.load import load_recipe
+from qtool.recipe.names import built_in
 from qtool.storage.jsonl import check_file
 
 if TYPE_CHECKING:
@@ -17,14 +20,25 @@ if TYPE_CHECKING:
 _of_training = in_panel("Training")
 
 
+class Precision(StrEnum):
+    """Choices of --precision, as `steps.train_model.TrainOptions`."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 def train(
     model: Annotated[
-        str, typer.Argument(help="Checkpoint that qtool has quantized; for finetune an encoder.")
+        str, typer.Argument(help="What qtool has quantized; dense for recipes that quantize first.")
     ],
     data: Annotated[Path, typer.Argument(help="JSON lines to learn from.")],
     out_dir: Annotated[Path, typer.Argument(help="Directory for what was trained.")],
     recipe: Annotated[
-        str, typer.Option(help="distillation, teacher-intervention, finetune.")
+        str,
+        typer.Option(
+            help="distillation, teacher-intervention, finetune; or a recipe to quantize by."
+        ),
     ] = "distillation",
     original: Annotated[
         str | None,
@@ -51,6 +65,9 @@ def train(
     recompute: Annotated[
         bool, _of_training("--recompute", help="Keep less for the way back, and take longer.")
     ] = False,
+    precision: Annotated[
+        Precision, _of_training(help="Of products; auto: bfloat16 on a card.")
+    ] = Precision.AUTO,
     checks: Annotated[
         int, _of_training(metavar="N", min=1, help="Looks at the held-out lines.")
     ] = 20,
@@ -70,6 +87,8 @@ def train(
 
       qtool train OUT_DIR texts.jsonl TRAINED_DIR --recipe teacher-intervention
 
+      qtool train MODEL texts.jsonl TRAINED_DIR --recipe train-w2-teacher-intervention
+
       qtool train ENCODER labelled.jsonl DENSE_DIR --recipe finetune
     """
     check_targets([json_file])
@@ -79,8 +98,10 @@ def train(
         progress(KEPT) as emit,
         early.opened([model, original], device, emit) as (where, before),
     ):
+        from qtool.pipeline.quantize_and_train import quantize_and_train
         from qtool.pipeline.train import TrainRequest, train
         from qtool.steps.train_model import TrainOptions
+        from qtool.training.together import is_first
 
         options = TrainOptions(
             steps=steps,
@@ -91,6 +112,7 @@ def train(
             warmup_share=warmup,
             max_length=max_length,
             recompute=recompute,
+            precision=precision.value,
             checks=checks,
             seed=seed,
             kind_options=parsed_settings(settings or []),
@@ -106,8 +128,12 @@ def train(
             overwrite=overwrite,
             resume=resume,
         )
-        values, line = _report(train(request, emit=emit))
-    if console.write_json(values, json_file):
+        if recipe.endswith((".yaml", ".yml")) or recipe in built_in():
+            done = quantize_and_train(load_recipe(recipe), request, emit=emit)
+        else:
+            done = train(request, emit=emit)
+        values, line = _report(done)
+    if is_first() and console.write_json(values, json_file):
         console.out.print(line, markup=False, soft_wrap=True)
 
 

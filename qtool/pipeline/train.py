@@ -1,5 +1,6 @@
 """`train`: a checkpoint learns, by a training recipe, to follow its original."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -14,11 +15,11 @@ from qtool.base import CausalModel, Emit, Fallback, Notice, QuantizedTensor, ign
 from qtool.checkpoint.adapter_files import base_digest
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
-from qtool.checkpoint.place import find_place
+from qtool.checkpoint.place import Place, find_place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.core.parts import Parts
-from qtool.errors import ModelError
+from qtool.errors import ModelError, RecipeError
 from qtool.modeling.classifiers import is_encoder
 from qtool.modeling.device import default_device
 from qtool.modeling.load import LoadedModel, load_source, load_tokenizer
@@ -35,6 +36,7 @@ from qtool.training.classified import class_scores
 from qtool.training.descent import STEPS
 from qtool.training.lessons import Lessons, causal_lessons
 from qtool.training.recipes import PreparedTraining, Trainee, Training, load_training
+from qtool.training.together import fellows, is_first, meeting
 
 WRITING_TRAINED = "writing what was learned"
 
@@ -84,12 +86,19 @@ def train(request: TrainRequest, *, emit: Emit = ignore_events) -> TrainResult:
         ModelError: the model isn't a checkpoint of qtool, or nobody knows its original.
         QtoolError: the recipe doesn't go on it.
     """
+    with meeting():
+        _check_batch(request.options)
+        return _train(request, emit if is_first() else ignore_events)
+
+
+def _train(request: TrainRequest, emit: Emit) -> TrainResult:
     kind = load_training(request.recipe)
     own = request.options.checked(kind)
     files = [request.data, *filter(None, [request.validation])]
     place = find_place(request.out_dir, overwrite=request.overwrite, resume=request.resume)
     check_apart(place.out_dir, request.model.directory, files)
-    look(place)
+    if is_first():
+        look(place)
     if kind.is_dense:
         made = train_dense(kind, own, request, emit)
         return replace(TrainResult(**made), recipe=request.recipe)
@@ -103,23 +112,44 @@ def train(request: TrainRequest, *, emit: Emit = ignore_events) -> TrainResult:
         "options": asdict(request.options),
     }
     device = default_device()
-    writer = CheckpointWriter(place, {"train": job, "version of qtool": qtool.__version__})
-    with writer, failures_of_the_machine(str(device), place.out_dir):
-        if writer.is_sealed:
+    with _writing(place, job) as writer, failures_of_the_machine(str(device), place.out_dir):
+        if writer is not None and writer.is_sealed:
             writer.publish()
         begun = time.perf_counter()
         trainee = _trainee(request, kind, reader, source, device, emit)
         prepared = kind.prepare(trainee, own)
         before = _scores(prepared, trainee.lessons)
-        done = train_stages(prepared, lambda stage: Halfway(writer, stage, "half-trained"), emit)
+
+        def memory(stage: str) -> Halfway | None:
+            return None if writer is None else Halfway(writer, stage, "half-trained")
+
+        done = train_stages(prepared, memory, emit)
         result = _result(request, prepared, trainee, done, before)
         result = replace(result, seconds=time.perf_counter() - begun)
         if done.last[0].held_out <= result.best_loss:
             emit(
                 Notice("The last stage gained nothing. Try another --learning-rate, or more steps.")
             )
-        _write(reader, writer, prepared, result, emit)
+        if writer is not None:
+            _write(reader, writer, prepared, result, emit)
     return result
+
+
+def _writing(
+    place: Place, job: dict[str, Any]
+) -> contextlib.AbstractContextManager[CheckpointWriter | None]:
+    """Return what writes; None in all processes that train together but the first."""
+    if not is_first():
+        return contextlib.nullcontext()
+    return CheckpointWriter(place, {"train": job, "version of qtool": qtool.__version__})
+
+
+def _check_batch(options: TrainOptions) -> None:
+    if options.batch_size < fellows():
+        raise RecipeError(
+            f"{fellows()} processes can't share steps of {options.batch_size} lines. Give a "
+            "--batch-size of at least one line for each."
+        )
 
 
 def _result(
@@ -203,7 +233,7 @@ def _trainee(
         learning_rate=options.learning_rate or kind.learning_rate,
         warmup=max(1, round(options.warmup_share * steps)),
         checks=options.checks,
-        autocast=torch.bfloat16 if device.type == "cuda" else None,
+        autocast=options.autocast(device),
         recompute=options.recompute,
         parts=parts,
         seed=options.seed,

@@ -22,6 +22,7 @@ from qtool.steps.train_model import train_stages
 from qtool.training.classified import class_scores
 from qtool.training.descent import STEPS
 from qtool.training.recipes import Trainee, Training
+from qtool.training.together import is_first
 
 if TYPE_CHECKING:
     from qtool.pipeline.train import TrainRequest
@@ -37,7 +38,7 @@ def train_dense(kind: Training, own: Any, request: "TrainRequest", emit: Emit) -
     directory, begun = request.model.directory, time.perf_counter()
     if request.resume:
         raise RecipeError(f"{request.recipe} keeps nothing halfway. Leave out --resume.")
-    if request.out_dir.exists():
+    if request.out_dir.exists() and is_first():
         raise OutputError(f"{request.out_dir} is there. Name another OUT_DIR, or move it away.")
     if not is_encoder(directory) or "quantization_config" in read_config(directory):
         raise ModelError(
@@ -48,7 +49,8 @@ def train_dense(kind: Training, own: Any, request: "TrainRequest", emit: Emit) -
     looks = trainee.lessons.held_out
     before = class_scores(trainee.original, looks)
     done = train_stages(prepared, lambda _stage: None, emit)
-    _save(trainee.original, directory, request.out_dir)
+    if is_first():
+        _save(trainee.original, directory, request.out_dir)
     return {
         "out_dir": request.out_dir,
         "recipe": "",
@@ -81,6 +83,7 @@ def _trainee_of(kind: Training, request: "TrainRequest", emit: Emit) -> Trainee:
         learning_rate=options.learning_rate or kind.learning_rate,
         warmup=max(1, round(options.warmup_share * steps)),
         checks=options.checks,
+        autocast=options.autocast(device),
         parts=parts,
         seed=options.seed,
     )

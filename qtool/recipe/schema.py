@@ -26,6 +26,7 @@ from qtool.recipe.measuring import (
 from qtool.recipe.rows import RowsSection
 from qtool.recipe.schemes import SchemeSection, check_scheme_keys
 from qtool.recipe.search import SearchSection
+from qtool.recipe.training import TrainingSection
 from qtool.recipe.tuning import TuningSection
 from qtool.recipe.values import (
     MOST_SEED,
@@ -35,6 +36,9 @@ from qtool.recipe.values import (
     WholeNumber,
 )
 from qtool.scheme import GroupDim
+
+LATER = ("training", *MEASURING)
+"""Keys that say what is done with a checkpoint, not what it is."""
 
 
 class Override(Section):
@@ -126,6 +130,8 @@ class Recipe(Section):
     head: TableSection | None = None
     """Absent: the head stays in 16 bit."""
     seed: Annotated[WholeNumber, Field(ge=0, le=MOST_SEED)] = 0
+    training: TrainingSection | None = None
+    """How `qtool train` goes on; other commands leave it aside."""
     model: Text | None = None
     """What `qtool run` quantizes where the command line names nothing."""
     check: CheckSection | None = None
@@ -159,14 +165,14 @@ class Recipe(Section):
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out sections that came later, where they are absent."""
         values: dict[str, Any] = handler(self)
-        for name in ("activations", "choosing", "fold", "search", *MEASURING):
+        for name in ("activations", "choosing", "fold", "search", *LATER):
             if values.get(name) is None or (name == "gates" and not self.gates):
                 values.pop(name, None)
         return values
 
     def without_measuring(self) -> "Recipe":
-        """Return what decides a checkpoint: all but what is measured of it, and its limits."""
-        return self.model_copy(update={**dict.fromkeys(MEASURING), "gates": {}})
+        """Return what decides a checkpoint: all but what is done with it, and its limits."""
+        return self.model_copy(update={**dict.fromkeys(LATER), "gates": {}})
 
 
 def resolve(weights: WeightsSection, layer: str) -> WeightsSection | None:

@@ -4,7 +4,9 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from qtool.base import Emit, Notice, Progress
 from qtool.errors import ModelError
@@ -12,6 +14,7 @@ from qtool.steps.options import read_options
 from qtool.training.descent import Memory, descend
 from qtool.training.recipes import PreparedTraining, Training, TrainingStage
 from qtool.training.schedule import Point
+from qtool.training.together import SharedMemory, fellows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,8 @@ class TrainOptions:
     """Never: lessons are whole rows."""
     recompute: bool = False
     """Run each block once more on the way back in place of keeping what it computed."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """In which the student multiplies; auto: bfloat16 on a card."""
     checks: int = 20
     """So often the held-out texts are looked at."""
     seed: int = 0
@@ -47,6 +52,11 @@ class TrainOptions:
             RecipeError: unknown key, wrong type or impossible value.
         """
         return read_options("train", kind.options, self.kind_options, "--set")
+
+    def autocast(self, device: torch.device) -> torch.dtype | None:
+        """Return in which dtype the student multiplies; None: as it is."""
+        mixed = self.precision == "bfloat16" or (self.precision == "auto" and device.type == "cuda")
+        return torch.bfloat16 if mixed else None
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Return how many steps are taken."""
@@ -83,7 +93,8 @@ def train_stages(
     begun, curves = time.perf_counter(), dict[str, Sequence[Point]]()
     for stage in prepared.stages:
         stage.begin()
-        points = descend(stage.learning, stage.schedule, _reporter(stage, emit), memory(stage.name))
+        recalled = memory(stage.name) if fellows() == 1 else SharedMemory(memory(stage.name))
+        points = descend(stage.learning, stage.schedule, _reporter(stage, emit), recalled)
         _check_curve(stage, points, emit)
         curves[stage.name] = points
     return StagesDone(curves, time.perf_counter() - begun)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qtool.core.parts import Parts, memory_is_full, slices, within_memory
 from qtool.training.schedule import Point, Schedule, is_over
 from qtool.training.student import LearnedLinear
+from qtool.training.together import add_up, agreed, fellows, own_samples
 
 BETAS = (0.9, 0.95)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -82,7 +83,9 @@ def descend(
     stepper = Stepper(what, schedule)
     points = stepper.recall(memory)
     if not points:
-        points = [Point(0, None, what.held_out(), schedule.learning_rate * schedule.factor(0))]
+        points = [
+            Point(0, None, agreed(what.held_out()), schedule.learning_rate * schedule.factor(0))
+        ]
         report(points[0])
     losses = list[Tensor]()
     for step in range(points[-1].step, schedule.steps):
@@ -91,7 +94,7 @@ def descend(
         losses.append(_step(what, stepper, schedule, step))
         if (step + 1) % schedule.check_every and step + 1 < schedule.steps:
             continue
-        trained, found = float(torch.stack(losses).mean()), what.held_out()
+        trained, found = float(torch.stack(losses).mean()), agreed(what.held_out())
         if what.refine is not None and math.isfinite(found):
             found = what.refine(step + 1, found)
         if found < min(point.held_out for point in points):
@@ -183,18 +186,23 @@ class Stepper:
         """Set the gradients, summed over so many parts of the samples; return the loss."""
         self._optimizer.zero_grad(set_to_none=True)
         what = self._what
-        if count == 1 or what.share is None:
+        if what.share is None or (count == 1 and fellows() == 1):
             loss = what.loss()
             loss.backward()
             return loss.detach()
         total = torch.zeros_like(self._loss)
-        for samples in slices(what.samples(), count):
-            loss = what.share(samples)
+        own = own_samples(what.samples())
+        for some in slices(own.stop - own.start, count):
+            if some.start == some.stop:
+                continue
+            loss = what.share(slice(own.start + some.start, own.start + some.stop))
             loss.backward()
             total += loss.detach()
         return total
 
     def _moved(self, loss: Tensor) -> Tensor:
+        if self._what.share is not None:
+            loss = add_up(loss, self._values)
         nn.utils.clip_grad_norm_(self._values, self._schedule.max_norm)
         self._optimizer.step()
         return loss

@@ -1,6 +1,8 @@
 """Every training recipe: what it writes opens, goes on where it was stopped, keeps a good state."""
 
+import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ from qtool import pipeline
 from qtool.base import Notice, Progress
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import DataError, ModelError, OutputError, RecipeError, SchemeError
-from qtool.modeling.load import load_model
+from qtool.modeling.load import load_model, load_source
 from qtool.modeling.locate import Location
+from qtool.pipeline.quantize_and_train import quantize_and_train
 from qtool.pipeline.train import TrainRequest, TrainResult, train
 from qtool.recipe.load import recipe_from_mapping
 from qtool.steps.train_model import TrainOptions
@@ -113,6 +116,54 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(recipe, run, tmp_path
     (weights,) = (path.name for path in where.glob("*.safetensors"))
     assert file_hashes(where)[weights] == file_hashes(whole.out_dir)[weights]
     assert again.best_loss == pytest.approx(whole.best_loss, abs=1e-9)
+
+
+@pytest.mark.parametrize("recipe", TRAININGS)
+def test_the_original_stays_what_it_is(recipe, run, monkeypatch):
+    module, seen = importlib.import_module("qtool.pipeline.train"), []
+
+    def keep(*given: Any) -> Any:
+        model = load_source(*given)
+        seen.append((model, {name: value.clone() for name, value in model.state_dict().items()}))
+        return model
+
+    monkeypatch.setattr(module, "load_source", keep)
+    run(recipe, steps=3)
+    ((model, before),) = seen
+    after = model.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(value.grad is None for value in model.parameters())
+
+
+def test_products_in_bfloat16_learn_nearly_the_same(run, tmp_path):
+    whole, _ = run("teacher-intervention")
+    mixed, _ = run("teacher-intervention", precision="bfloat16", out_dir=tmp_path / "mixed")
+    assert mixed.best_loss < mixed.first_loss
+    assert mixed.best_loss != whole.best_loss, "nothing ran in bfloat16"
+    assert mixed.best_loss == pytest.approx(whole.best_loss, rel=0.05)
+
+
+def test_a_dense_model_is_quantized_and_trained_at_once(llama, texts, tmp_path):
+    weights = {**WEIGHTS["weights"], "method": "rtn", "options": {}}
+    training = {"name": "teacher-intervention", "learning_rate": 0.01, "options": {"share": 0.5}}
+    recipe = recipe_from_mapping({"weights": weights, "training": training})
+    own = TrainOptions(steps=4, batch_size=4, checks=1, kind_options={"hidden": 0.5})
+    request = TrainRequest(
+        model=Location(llama), data=texts, out_dir=tmp_path / "out", recipe="", options=own
+    )
+    done = quantize_and_train(recipe, request)
+    assert done.best_loss < done.first_loss
+    assert done.recipe == "teacher-intervention"
+    begun = CheckpointReader(tmp_path / "out.quantized")
+    assert set(CheckpointReader(done.out_dir).manifest.layers) == set(begun.manifest.layers)
+    with pytest.raises(OutputError, match="out"):
+        quantize_and_train(recipe, request)
+    again = replace(request, model=Location(begun.directory), original=Location(llama))
+    other = quantize_and_train(recipe, replace(again, out_dir=tmp_path / "again"))
+    assert other.best_loss == done.best_loss
+    with pytest.raises(RecipeError, match="no section `training`"):
+        quantize_and_train(recipe_from_mapping(WEIGHTS), request)
 
 
 def test_parts_of_a_batch_are_learned_from_as_the_whole(run, tmp_path):
@@ -227,6 +278,26 @@ def test_a_classifier_is_made_quantized_and_trained(classifier, classes, tmp_pat
     assert done.scores["after"]["accuracy"] >= done.scores["before"]["accuracy"] - 0.05
     model = load_model(Location(tmp_path / "trained"), device="cpu").model
     assert type(model).__name__ == "BertForSequenceClassification"
+
+
+def test_a_dense_classifier_is_quantized_without_data_and_trained(classifier, classes, tmp_path):
+    dense, _ = classifier
+    weights = {**WEIGHTS["weights"], "method": "rtn", "options": {}}
+    values = {"calibration": {}, "weights": weights, "training": {"name": "distillation"}}
+    events: list[Any] = []
+    request = TrainRequest(
+        model=Location(dense),
+        data=classes,
+        validation=classes,
+        out_dir=tmp_path / "out",
+        recipe="",
+        options=TrainOptions(steps=6, learning_rate=0.01, checks=1),
+    )
+    done = quantize_and_train(recipe_from_mapping(values), request, emit=events.append)
+    assert done.best_loss < done.first_loss
+    assert done.scores["original"]["accuracy"] > 0.95
+    said = [event.message for event in events if isinstance(event, Notice)]
+    assert any("without data" in one for one in said)
 
 
 @pytest.mark.parametrize(

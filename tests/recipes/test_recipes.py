@@ -10,6 +10,7 @@ from qtool.folds import fold_names
 from qtool.modeling.locate import Location
 from qtool.recipe.load import load_recipe
 from qtool.recipe.names import built_in, in_folders
+from qtool.training.recipes import training_names
 
 FILES = sorted(resources.recipes_dir().rglob("*.yaml"))
 
@@ -53,7 +54,27 @@ def test_name_tells_widths_of_weights_and_activations_and_the_fold(name):
         assert recipe.fold.name == found[3]
 
 
-@pytest.mark.parametrize("name", [name for name in built_in() if not name.startswith("w")])
+@pytest.mark.parametrize("name", [name for name in built_in() if name.startswith("train-")])
+def test_name_tells_width_and_how_it_is_trained(name):
+    _, width, trained = name.split("-", 2)
+    recipe = load_recipe(name)
+    assert recipe.weights.scheme.num_bits == int(width.removeprefix("w"))
+    assert recipe.training is not None
+    assert recipe.training.name == trained
+    assert recipe.training.name in training_names()
+
+
+@pytest.mark.parametrize("name", [name for name in built_in() if name.startswith("sparse-")])
+def test_name_tells_the_zeros_of_a_sparse_weight(name):
+    _, zeros, _ = name.split("-")
+    weights = load_recipe(name).weights
+    assert weights.method == "sparse_bcq"
+    assert weights.options["zeros"] == int(zeros) / 100
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in built_in() if not name.startswith(("w", "train", "sparse"))]
+)
 def test_name_tells_method_width_and_group(name):
     method, _, scheme = name.partition("-w")
     weights = load_recipe(name).weights
