@@ -24,7 +24,7 @@ IN_THIS_PROCESS = EngineOptions("local")
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class GridCell:
     """One recipe for one model: the argument of `run_cell`."""
 
     model: Location
@@ -57,7 +57,7 @@ class CellResult:
     """Why there is no result, or not all of it."""
 
 
-def run_cell(cell: Cell) -> CellResult:
+def run_cell(cell: GridCell) -> CellResult:
     """Carry out a cell; what fails in it is a part of what is returned."""
     found = CellResult(cell.model.name, cell.title, cell.out_dir.name, passed=False)
     try:
@@ -81,7 +81,7 @@ def grid(
     models: Sequence[Location],
     recipes: Mapping[str, Recipe],
     out_dir: Path,
-    options: RunOptions = RunOptions(),
+    options: RunOptions,
     *,
     engine: EngineOptions | None = None,
     emit: Emit = ignore_events,
@@ -123,7 +123,7 @@ def grid(
 
 def _cells(
     models: Sequence[Location], recipes: Mapping[str, Recipe], out_dir: Path, options: RunOptions
-) -> list[Cell]:
+) -> list[GridCell]:
     """Return all cells, each model's together."""
     if is_checkpoint(out_dir):
         raise OutputError(
@@ -134,7 +134,7 @@ def _cells(
         raise RecipeError(f"Two models would share a directory: {', '.join(folders)}. Rename one.")
     device = str(default_device())
     return [
-        Cell(model, title, recipe, out_dir / _folder(model) / Path(title).stem, options, device)
+        GridCell(model, title, recipe, out_dir / _folder(model) / Path(title).stem, options, device)
         for model in models
         for title, recipe in recipes.items()
     ]

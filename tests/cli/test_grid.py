@@ -15,7 +15,11 @@ def test_a_grid_keeps_its_cells_and_compare_reads_it(cli: Cli, chat_llama, text_
     recipes = []
     for bits in (4, 2):
         weights = {"method": "rtn", "scheme": {"num_bits": bits, "group_size": 32}}
-        values = {"weights": weights, "eval": measured, "gates": {"kl_mean": 1e-9 if bits == 2 else 9}}
+        values = {
+            "weights": weights,
+            "eval": measured,
+            "gates": {"kl_mean": 1e-9 if bits == 2 else 9},
+        }
         recipes.append(tmp_path / f"w{bits}.yaml")
         recipes[-1].write_text(yaml.safe_dump({"version": 1, **values}))
     out = tmp_path / "grid"
