@@ -87,6 +87,7 @@ OTHER_PROGRAMS = {
     "source ": "it is for a terminal",
     ".venv/bin/python -m pytest ": "test_adding.py runs it",
     "curl ": "test_serving.py sends the request",
+    "ray start ": "tests/ray_cluster.py starts nodes likewise, where Ray is installed",
     "torchrun ": "test_several_cards.py runs a script so, and a server on its decoders",
     "vllm serve ": "it needs vLLM; tests/unit/integrations/vllm runs its engine where it is",
 }
