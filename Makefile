@@ -13,7 +13,7 @@ DEMO_DIR ?= build/demo
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu test-old test-3-12 test-versions test-floors fuzz check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
+.PHONY: help setup demo test test-slow test-ray test-gpu test-old test-3-12 test-versions test-floors fuzz check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
 
 help: ## Print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -42,6 +42,10 @@ test: $(VENV)/.dev ## Run the tests that need neither card, network nor real mod
 
 test-slow: $(VENV)/.dev ## Run the tests on the real demo model, and the long ones
 	$(BIN)/python -m pytest -q -m slow
+
+test-ray: $(VENV)/.dev ## Run the tests on a Ray cluster of two local nodes (installs the extra)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[ray]"
+	$(BIN)/python -m pytest -q tests/contract/test_engines.py tests/unit/pipeline/test_shared_work.py -k "ray or cluster"
 
 test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA card
 	$(BIN)/python -m pytest -q -m gpu

@@ -17,6 +17,12 @@ def squared(number: int) -> int:
     return number * number
 
 
+def when(_number: int) -> float:
+    began = time.monotonic()
+    time.sleep(0.05)
+    return began
+
+
 def who(_number: int) -> int:
     return os.getpid()
 

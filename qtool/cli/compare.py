@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from qtool.checkpoint.grids import with_grids
 from qtool.cli import console, early
 from qtool.cli.options import (
     BackendOption,
@@ -49,7 +50,7 @@ def compare(
         list[str],
         typer.Argument(
             help="Two models or more, the original first: directories, hub ids, .gguf files. Also "
-            "what other tools have quantized, if transformers loads it."
+            "what other tools have quantized, if transformers loads it; or GRID/MODEL of `grid`."
         ),
     ],
     tasks: TasksOption = None,
@@ -93,6 +94,7 @@ def compare(
 
       qtool compare MODEL W4_DIR OTHER_TOOLS_W4 --tasks arc_easy,gsm8k --markdown table.md
     """
+    models = with_grids(models)
     _check_request(context, models, with_tasks=tasks is not None)
     if str(samples) == "-":
         raise typer.BadParameter("--samples takes the name of a file.")

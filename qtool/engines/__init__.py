@@ -22,6 +22,8 @@ class Task:
     """Of what is done, for messages: a layer, or a share of the samples."""
     argument: Any
     """What the function is called with; picklable."""
+    cost: float = 0.0
+    """In any unit: what costs most is begun first, so that nobody waits for it at the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

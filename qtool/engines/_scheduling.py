@@ -84,7 +84,7 @@ class _Course:
     """How often each was."""
 
     def __post_init__(self) -> None:
-        self.waiting = list(range(len(self.tasks)))
+        self.waiting = sorted(range(len(self.tasks)), key=lambda n: -self.tasks[n].cost)
 
     def hand_out(self, function: Callable[[Any], Any]) -> None:
         """Give all that wait something to do, if there is something for them."""

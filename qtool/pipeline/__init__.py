@@ -9,6 +9,7 @@ from qtool.pipeline.chat import ChatOptions, chat
 from qtool.pipeline.compare import CompareOptions, ModelsCompared, compare
 from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
 from qtool.pipeline.export import ExportResult, export
+from qtool.pipeline.grid import CellResult, grid
 from qtool.pipeline.import_model import ImportResult, import_model
 from qtool.pipeline.model_figures import ModelFigures
 from qtool.pipeline.preflight import preflight
@@ -26,6 +27,7 @@ __all__ = [
     "BenchOptions",
     "CalibrateResult",
     "CardTuned",
+    "CellResult",
     "ChatOptions",
     "CompareOptions",
     "Comparison",
@@ -51,6 +53,7 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "grid",
     "import_model",
     "plan",
     "preflight",

@@ -161,6 +161,25 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_prefix(self) -> "Recipe":
+        """Refuse what works on a block as it is quantized, where linears see another."""
+        section = self.calibration
+        if section is None or section.prefix == "linears":
+            return self
+        wants = {
+            "tuning.blocks": self.tuning.blocks is not None,
+            "calibration.bias_correction": section.bias_correction,
+        }
+        for key, is_asked in wants.items():
+            if is_asked:
+                raise ValueError(
+                    f"{key} goes on with a block whose linears are quantized, and with "
+                    f"calibration.prefix '{section.prefix}' the walk has none: set prefix to "
+                    f"'linears', or leave {key} out"
+                )
+        return self
+
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out sections that came later, where they are absent."""

@@ -122,7 +122,8 @@ def made_apart(
                 None if statistics is None else share(statistics),
                 None if under is None else share(under),
             )
-            tasks.append(Task(layer.name, asked))
+            rows, columns = layer.shape
+            tasks.append(Task(layer.name, asked, cost=float(rows) * columns * columns))
         for made, told in pool.map(solve_one, tasks):
             for event in told:
                 run.env.emit(event)

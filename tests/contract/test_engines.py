@@ -33,6 +33,13 @@ def test_results_come_in_the_order_of_the_tasks(pool):
     assert list(pool.map(do.squared, tasks(*range(7)))) == [0, 1, 4, 9, 16, 25, 36]
 
 
+def test_what_costs_most_is_begun_first(pool):
+    costs = [1.0, 5.0, 2.0, 9.0]
+    asked = [Task(f"task {n}", n, cost=cost) for n, cost in enumerate(costs)]
+    begun = list(pool.map(do.when, asked))
+    assert max(begun[3], begun[1]) <= min(begun[2], begun[0])
+
+
 def test_nothing_is_mapped_to_nothing(pool):
     assert list(pool.map(do.squared, [])) == []
 

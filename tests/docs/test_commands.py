@@ -31,6 +31,8 @@ DATA = "it downloads data; tests/evaluation_tasks runs such commands on data of 
 ADDED = "it needs what the page adds, which is there in the process of test_adding.py alone"
 CARD = "it needs a card; tests marked gpu run it"
 CARDS = "it needs two cards; tests/unit/timing/test_several_cards.py does on CPUs what it does"
+WORKERS = "it starts workers; tests/unit/pipeline/test_shared_work.py does what it does"
+GRID = "tests/cli/test_grid.py runs such commands"
 LONG = "the tiny model has too few positions; tests/cli/test_end_to_end.py runs such a command"
 SWEEP = "it makes eight checkpoints; tests/cli/test_mixed_precision.py runs a smaller one"
 SAME = "docs/evaluation.md has such a line, which runs"
@@ -62,6 +64,9 @@ NOT_RUN = {
     "docs/results.md: eval smollm2-w4 --baseline demo:smollm2 --tasks": DATA,
     "docs/results.md: bench --synthetic": CARD,
     "docs/several-cards.md: bench ": CARDS,
+    "docs/several-machines.md: quantize ": WORKERS,
+    "docs/several-machines.md: grid ": GRID,
+    "docs/several-machines.md: compare ": GRID,
     "docs/results.md: bench build/demo": LONG,
 }
 """Why, by how a line of a page begins."""
@@ -82,6 +87,7 @@ OTHER_PROGRAMS = {
     "source ": "it is for a terminal",
     ".venv/bin/python -m pytest ": "test_adding.py runs it",
     "curl ": "test_serving.py sends the request",
+    "ray start ": "tests/ray_cluster.py starts nodes likewise, where Ray is installed",
     "torchrun ": "test_several_cards.py runs a script so, and a server on its decoders",
     "vllm serve ": "it needs vLLM; tests/unit/integrations/vllm runs its engine where it is",
 }

@@ -69,7 +69,7 @@ def test_name_tells_the_zeros_of_a_sparse_weight(name):
     _, zeros, _ = name.split("-")
     weights = load_recipe(name).weights
     assert weights.method == "sparse_bcq"
-    assert weights.options["zeros"] == int(zeros) / 100
+    assert weights.options["sparsity"] == int(zeros) / 100
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,17 @@ def alone(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-@pytest.mark.parametrize("prefix", ["linears", "block", "original"])
-@pytest.mark.parametrize("method", ["gptq", "bcq"])
+@pytest.mark.parametrize(
+    ("method", "prefix"),
+    [
+        ("gptq", "linears"),
+        ("gptq", "original"),
+        ("bcq", "linears"),
+        pytest.param("gptq", "block", marks=pytest.mark.slow),
+        pytest.param("bcq", "block", marks=pytest.mark.slow),
+        pytest.param("bcq", "original", marks=pytest.mark.slow),
+    ],
+)
 def test_two_workers_write_what_one_process_writes(alone, llama, tmp_path, method, prefix):
     wanted = recipe(method, prefix=prefix, chunks=8)
     quantize(Location(llama), tmp_path / "two", wanted, engine=TWO)

@@ -329,3 +329,18 @@ def test_error_of_a_recipe_has_its_file(tmp_path):
     with pytest.raises(RecipeError) as caught:
         load_recipe(str(file))
     assert caught.value.file == file
+
+
+@pytest.mark.parametrize("prefix", ["block", "original"])
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ("tuning.blocks.steps=4", "tuning.blocks"),
+        ("calibration.bias_correction=true", "calibration.bias_correction"),
+    ],
+)
+def test_a_prefix_without_a_quantized_block_leaves_nothing_to_go_on_with(prefix, setting, key):
+    settings = [f"calibration.prefix={prefix}", setting]
+    with pytest.raises(RecipeError, match=rf"{key} goes on .* '{prefix}' .* or leave {key} out"):
+        recipe_from_mapping({"weights": {"method": "gptq"}}, settings)
+    recipe_from_mapping({"weights": {"method": "gptq"}}, ["calibration.prefix=linears", setting])

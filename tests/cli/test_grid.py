@@ -1,0 +1,59 @@
+"""`qtool grid`: recipes x models, shared among workers."""
+
+import json
+import shutil
+
+import yaml
+
+from tests.cli.conftest import Cli
+
+
+def test_a_grid_keeps_its_cells_and_compare_reads_it(cli: Cli, chat_llama, text_file, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(chat_llama, other)
+    measured = {"dataset": str(text_file), "windows": 2, "context_length": 40, "chats": None}
+    recipes = []
+    for bits in (4, 2):
+        weights = {"method": "rtn", "scheme": {"num_bits": bits, "group_size": 32}}
+        values = {
+            "weights": weights,
+            "eval": measured,
+            "gates": {"kl_mean": 1e-9 if bits == 2 else 9},
+        }
+        recipes.append(tmp_path / f"w{bits}.yaml")
+        recipes[-1].write_text(yaml.safe_dump({"version": 1, **values}))
+    out = tmp_path / "grid"
+    command = ["grid", out, "--model", chat_llama, "--model", other, "--engine", "local"]
+    command += ["--workers", "2", "--recipe", recipes[0], "--recipe", recipes[1], "--json", "-"]
+    done = cli(*command)
+    assert done.code == 3, done.err
+    cells = json.loads(done.out)["cells"]
+    names = [(cell["model"], cell["recipe"], cell["passed"]) for cell in cells]
+    models = (chat_llama.name, "other")
+    assert names == [(m, f"w{b}.yaml", b == 4) for m in models for b in (4, 2)]
+    assert json.loads((out / "grid.json").read_text())["cells"] == cells
+
+    written = (out / "other" / "w4" / "run" / "text.json").stat().st_mtime_ns
+    assert cli(*command).code == 3
+    assert (out / "other" / "w4" / "run" / "text.json").stat().st_mtime_ns == written
+
+    options = ("--windows", "2", "--context-length", "40", "--no-chats", "--dataset", text_file)
+    compared = cli("compare", out / "other", *options, "--json", "-")
+    assert compared.code == 0, compared.err
+    assert len(json.loads(compared.out)["models"]) == 3
+    assert "Give the folder of a model" in cli("compare", out).err
+
+
+def test_a_cell_that_fails_leaves_the_others(cli: Cli, chat_llama, tmp_path):
+    fine = tmp_path / "fine.yaml"
+    fine.write_text("version: 1\nweights: {method: rtn, scheme: {num_bits: 4, group_size: 32}}\n")
+    blocked = tmp_path / "grid" / chat_llama.name / "blocked"
+    blocked.mkdir(parents=True)
+    (blocked / "letter.txt").write_text("mine")
+    shutil.copy(fine, tmp_path / "blocked.yaml")
+    command = ("grid", tmp_path / "grid", "--model", chat_llama)
+    done = cli(*command, "--recipe", tmp_path / "blocked.yaml", "--recipe", fine)
+    assert done.code == 1
+    assert "1 of 2 cells failed" in done.err
+    assert (tmp_path / "grid" / chat_llama.name / "fine" / "config.json").is_file()
+    assert (blocked / "letter.txt").read_text() == "mine"
