@@ -187,7 +187,7 @@ def _entry_from_json(name: str, value: object) -> LayerEntry:
             raise CheckpointError(f"it is {quoted(value)}, no object")
         entry = LayerEntry(
             format=_value(value, "format", str),
-            scheme=_scheme_from_json(_value(value, "scheme", dict)),
+            scheme=scheme_from_json(_value(value, "scheme", dict)),
             shape=_shape_from_json(value.get("shape")),
             method=_value(value, "method", str),
             shared_with=_value(value, "shared_with", str, NoneType),
@@ -205,7 +205,12 @@ def _entry_from_json(name: str, value: object) -> LayerEntry:
     return entry
 
 
-def _scheme_from_json(value: Mapping[str, Any]) -> WeightScheme:
+def scheme_from_json(value: Mapping[str, Any]) -> WeightScheme:
+    """Return the scheme that `WeightScheme.to_json` wrote.
+
+    Raises:
+        CheckpointError: a key is missing or unknown, or its value is none that it can have.
+    """
     keys = {field.name for field in fields(WeightScheme)} - {ROWS, BIT_CODE}
     if value.keys() - {ROWS, BIT_CODE} != keys:
         wrong = sorted((value.keys() - {ROWS, BIT_CODE}) ^ keys)[0]

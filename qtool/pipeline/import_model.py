@@ -12,7 +12,7 @@ import qtool
 from qtool.base import Emit, Notice, Progress, QuantizedTensor, ignore_events
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
-from qtool.checkpoint.manifest import LayerEntry, Manifest
+from qtool.checkpoint.manifest import LayerEntry, Manifest, scheme_from_json
 from qtool.checkpoint.marks import CONFIG_NAME, REPORT_NAME
 from qtool.checkpoint.place import find_place
 from qtool.checkpoint.reader import CheckpointReader
@@ -27,7 +27,7 @@ from qtool.modeling.load import foreign_method
 from qtool.modeling.locate import Location
 from qtool.modeling.skeleton import empty_model, missing_message
 from qtool.pipeline.model_figures import versions
-from qtool.scheme import Shape2D, WeightScheme
+from qtool.scheme import Shape2D
 from qtool.storage.digests import State, state_of
 from qtool.storage.plain_json import json_text
 from qtool.wording import list_names, shown
@@ -195,7 +195,7 @@ def _write_layers(
         notes = coming.writer.once(layer, partial(_loaded, layer, load, shapes[layer], coming.path))
         entries[layer] = LayerEntry(
             format=notes["format"],
-            scheme=WeightScheme(**notes["scheme"]),
+            scheme=scheme_from_json(notes["scheme"]),
             shape=Shape2D(*notes["shape"]),
             method=coming.name,
             activation=foreign.activations.get(layer),

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from qtool.base import Notice, Progress, QuantizedTensor
-from qtool.checkpoint.manifest import LayerEntry, codec
+from qtool.checkpoint.manifest import LayerEntry, codec, scheme_from_json
 from qtool.checkpoint.spool import Made
 from qtool.checkpoint.spooled_layer import SpooledLayer
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.engines import Shared
 from qtool.modeling.source import ModelSource
-from qtool.scheme import ActivationScheme, WeightScheme
+from qtool.scheme import ActivationScheme
 from qtool.steps.correct_biases import announced_biases, correct_biases_once, corrected_biases
 from qtool.steps.coverage import coverage, warn_of_experts
 from qtool.steps.memory import peak_memory
@@ -131,7 +131,7 @@ def _entry(layer: LayerPlan, notes: Mapping[str, Any]) -> LayerEntry:
     inputs = notes.get("activation")
     return LayerEntry(
         format=notes["format"],
-        scheme=WeightScheme(**notes["scheme"]),
+        scheme=scheme_from_json(notes["scheme"]),
         shape=layer.shape,
         method=notes.get("method", layer.method),  # older runs noted none
         activation=None if inputs is None else ActivationScheme(**inputs),

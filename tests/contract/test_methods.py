@@ -8,11 +8,14 @@ import pytest
 import torch
 
 import qtool.methods
-from qtool import plugins
+from qtool import pipeline, plugins
 from qtool.base import Method, Statistic
 from qtool.checkpoint.manifest import codec
+from qtool.checkpoint.reader import CheckpointReader
 from qtool.core.hessian import relative_loss
 from qtool.errors import QtoolError, SchemeError
+from qtool.modeling.locate import Location
+from qtool.recipe.load import recipe_from_mapping
 from qtool.scheme import GROUP_DIMS, GroupDim, Shape2D, WeightScheme
 from qtool.steps.method_choice import load_method, parse_options
 from tests.helpers import dequantized, normal, problem, statistics
@@ -347,3 +350,27 @@ def test_permuted_inputs_give_the_permuted_weight(variant):
         for q, p in ((plain, given), (permuted, other))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=0.04)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if not load_method(name).needs])
+def test_model_is_quantized_stopped_gone_on_with_and_read(name, llama, tmp_path):
+    method, out_dir = load_method(name), tmp_path / "out"
+    widths = [bits for bits in (2, BEST_BITS) if bits in method.num_bits]
+    scheme = next(s for s in schemes(method) if s.num_bits in widths and s.group_size)
+    fields_of_users = {key: value for key, value in scheme.to_json().items() if key != "code"}
+    recipe = recipe_from_mapping(
+        {"version": 1, "weights": {"method": name, "scheme": fields_of_users}}
+    )
+
+    def stop(*_):
+        if len(list(tmp_path.glob("*/layers/*"))) > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.quantize(Location(llama), out_dir, recipe, emit=stop)
+    pipeline.quantize(Location(llama), out_dir, recipe, resume=True)
+    reader = CheckpointReader(out_dir)
+    assert reader.manifest.layers
+    for layer, entry in reader.manifest.layers.items():
+        assert reader.load(layer).scheme == entry.scheme
+        assert entry.scheme.plain() == scheme
