@@ -9,7 +9,7 @@ import torch
 
 import qtool.methods
 from qtool import pipeline, plugins
-from qtool.base import Method, Statistic
+from qtool.base import Method, QuantizedTensor, Statistic
 from qtool.checkpoint.manifest import codec
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.core.hessian import relative_loss
@@ -372,5 +372,7 @@ def test_model_is_quantized_stopped_gone_on_with_and_read(name, llama, tmp_path)
     reader = CheckpointReader(out_dir)
     assert reader.manifest.layers
     for layer, entry in reader.manifest.layers.items():
-        assert reader.load(layer).scheme == entry.scheme
+        loaded = reader.load(layer)
+        assert isinstance(loaded, QuantizedTensor)
+        assert loaded.scheme == entry.scheme
         assert entry.scheme.plain() == scheme
