@@ -161,6 +161,8 @@ class _Search:
         ahead = 1 + 12 * self.memory // per_step
         shortest = max(WINDOW // per_step, 4 * ahead)  # places where lanes meet stay apart
         lanes = max(1, min(MOST_LANES, LANE_STATES >> self.memory, steps // shortest))
+        if self.num_outputs <= per_step:  # each bit decides an input, so that ways never meet
+            lanes = 1
         length = -(-steps // lanes)
         before = ahead if lanes > 1 else 0
         after = lanes * length - steps + before

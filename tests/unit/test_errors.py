@@ -17,7 +17,10 @@ REQUIRES = [
     "qtool-no-such-package>=1; extra == 'demo'",
 ]
 
-EXTRAS = ("gpu", "gpu12", "eval", "data", "demo", "report", "search", "serve", "export", "adapt")
+EXTRAS = {
+    *("gpu", "gpu12", "eval", "data", "demo", "report", "search", "serve", "export", "adapt"),
+    "ray",
+}
 
 
 def test_names_are_those_of_the_project():

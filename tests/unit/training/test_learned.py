@@ -25,7 +25,9 @@ schemes = st.builds(
 )
 shapes = st.builds(Shape2D, st.integers(2, 30), st.integers(2, 30))
 THAT_LEARN = [name for name in plugins.names(qtool.formats) if codec(name).trainable is not None]
-EVERY_FORMAT = pytest.mark.parametrize("name", THAT_LEARN)
+BY_STORED_BITS = {"encrypted_planes"}
+"""Their codes aren't those of levels: test_compressed_training has them."""
+EVERY_FORMAT = pytest.mark.parametrize("name", sorted(set(THAT_LEARN) - BY_STORED_BITS))
 
 
 def dense(tensor: QuantizedTensor, values: torch.Tensor) -> torch.Tensor:
@@ -54,7 +56,7 @@ def moved(start: Trainable, shifts: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_format_that_learns_has_a_solver_here():
-    assert set(SOLVERS) == set(THAT_LEARN)
+    assert set(SOLVERS) | BY_STORED_BITS == set(THAT_LEARN)
 
 
 @EVERY_FORMAT
