@@ -133,6 +133,7 @@ class WeightScheme:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form; `rows` and `code` are there if there are any."""
         values = asdict(self)
+        values["rows"] = [list(each) for each in self.rows]
         for key in ("rows", "code"):
             if not values[key]:
                 del values[key]
