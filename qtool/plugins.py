@@ -48,6 +48,25 @@ def load(package: ModuleType, name: str, constant: str, kind: type[Constant]) ->
     return value
 
 
+def command_names(package: ModuleType) -> tuple[str, ...]:
+    """Return the sorted names of the plug-ins as the command line writes them, with hyphens."""
+    return tuple(name.replace("_", "-") for name in names(package))
+
+
+def load_command(
+    package: ModuleType, name: str, constant: str, kind: type[Constant], where: str
+) -> Constant:
+    """Return the constant of the plug-in that the command line calls `name`; see `load`.
+
+    `where` says what the plug-ins are, for a message.
+
+    Raises:
+        UnknownNameError: there is no such plug-in; the message suggests the nearest.
+    """
+    check_name(name, command_names(package), where)
+    return load(package, name.replace("-", "_"), constant, kind)
+
+
 def check_name(name: str, known: Sequence[str], where: str) -> None:
     """Raise UnknownNameError unless `where`, such as 'kernels', has something of that name."""
     if name not in known:

@@ -124,10 +124,9 @@ def check_export_target(target: str | None, *, alone: bool) -> None:
     """
     if target is None:
         return
-    import qtool.exchange  # torch: slow
+    from qtool.exchange import exchange_names  # torch: slow
 
-    known = tuple(name.replace("_", "-") for name in plugins.names(qtool.exchange))
-    plugins.check_name(target, known, "exchange")
+    plugins.check_name(target, exchange_names(), "exchange")
     if not alone:
         raise RecipeError("--target goes with one result, and with --dry-run. Leave it out.")
 

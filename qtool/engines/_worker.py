@@ -1,10 +1,10 @@
 """What a worker does with a task, in whatever process it runs."""
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from qtool.core.threads import num_threads
 from qtool.engines._pickling import dumps, loads
 
 VALUES_KEPT = 2
@@ -40,19 +40,6 @@ def use_card(number: int | None) -> None:
         torch.cuda.set_device(number % torch.cuda.device_count())
 
 
-@contextmanager
-def threads_of_torch(count: int) -> Iterator[None]:
-    """Let torch use so many threads: their number decides in which order it sums."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def answer(content: bytes, threads: int) -> bytes:
     """Return what came of a call: (what it returned, what it raised), of which one is None.
 
@@ -61,7 +48,7 @@ def answer(content: bytes, threads: int) -> bytes:
         threads: That torch may use.
     """
     try:
-        with threads_of_torch(threads):
+        with num_threads(threads):
             function, argument = loads(content)
             return dumps((function(argument), None))
     except Exception as error:  # noqa: BLE001 - whatever it is, who asked for it is told

@@ -14,10 +14,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from qtool.core.threads import num_threads
 from qtool.engines import Pool, Shared, Task, WorkEngine, Workers
 from qtool.engines._pickling import dumps, loads
 from qtool.engines._scheduling import SeatNews, scheduled
-from qtool.engines._worker import Remembered, answer, threads_of_torch, use_card
+from qtool.engines._worker import Remembered, answer, use_card
 from qtool.errors import EngineError
 
 
@@ -32,7 +33,7 @@ def _check(workers: Workers) -> None:
 @contextmanager
 def _open(workers: Workers) -> Iterator[Pool]:
     count = workers.count or _count(workers)
-    with threads_of_torch(workers.threads):
+    with num_threads(workers.threads):
         if count == 1:
             yield _Here()
             return

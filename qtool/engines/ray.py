@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from qtool.core.threads import num_threads
 from qtool.engines import Pool, Shared, Task, WorkEngine, Workers
 from qtool.engines._pickling import dumps, loads
 from qtool.engines._scheduling import SeatNews, scheduled
-from qtool.engines._worker import Remembered, answer, import_ahead, threads_of_torch
+from qtool.engines._worker import Remembered, answer, import_ahead
 from qtool.errors import EngineError, MissingExtraError
 
 FIRST_PATIENCE = 300.0
@@ -43,7 +44,7 @@ def _open(workers: Workers) -> Iterator[Pool]:
             ) from error
     pool = None
     try:
-        with threads_of_torch(workers.threads):
+        with num_threads(workers.threads):
             pool = _Actors(ray, workers)
             yield pool
     finally:

@@ -114,7 +114,7 @@ class Exchange:
 
 def exchange_names() -> tuple[str, ...]:
     """Return the sorted names of all exchanges, as `--target` takes them."""
-    return tuple(name.replace("_", "-") for name in plugins.names(sys.modules[__name__]))
+    return plugins.command_names(sys.modules[__name__])
 
 
 def load_exchange(name: str) -> Exchange:
@@ -123,8 +123,7 @@ def load_exchange(name: str) -> Exchange:
     Raises:
         UnknownNameError: there is none of that name.
     """
-    plugins.check_name(name, exchange_names(), "exchange")
-    return plugins.load(sys.modules[__name__], name.replace("-", "_"), "EXCHANGE", Exchange)
+    return plugins.load_command(sys.modules[__name__], name, "EXCHANGE", Exchange, "exchange")
 
 
 def targets() -> Iterator[str]:

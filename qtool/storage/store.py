@@ -143,9 +143,10 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Made by SQLite alone: whoever else opens and closes the file drops the locks that this
             # process has on it (https://sqlite.org/howtocorrupt.html, 2.2).
-            with contextlib.suppress(FileNotFoundError):
-                self._inode = self.path.stat().st_ino
-            return _waited_for(str(self.path))
+            self._inode = self._inode_now()  # known although opening it may find damage
+            connection = _waited_for(str(self.path))
+            self._inode = self._inode or self._inode_now()
+            return connection
         except (sqlite3.OperationalError, OSError) as error:
             if isinstance(error, sqlite3.Error) and not _has_result(error, OF_THE_PLACE):
                 raise
@@ -162,10 +163,17 @@ class Store:
         _LOG.warning("%s is damaged (%s) and is begun anew.", self.path, error)
         self.__exit__()
         with contextlib.suppress(FileNotFoundError):
-            if self.path.stat().st_ino == self._inode:  # else another process was faster
+            if self._inode_now() == self._inode:  # else another process was faster
                 self.path.replace(self.path.with_suffix(".damaged"))
                 for end in ("-wal", "-shm", "-journal"):
                     self.path.with_name(self.path.name + end).unlink(missing_ok=True)
+
+    def _inode_now(self) -> int:
+        """Return that of the file; 0 if there is none."""
+        try:
+            return self.path.stat().st_ino
+        except FileNotFoundError:
+            return 0
 
 
 def _waited_for(place: str) -> sqlite3.Connection:

@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from qtool.core.threads import num_threads
 from qtool.modeling.load import LoadedModel
 from qtool.runtime.backends.cpu.decode_step import NativeStep
-from qtool.timing.processor import Processor, num_threads
+from qtool.timing.processor import Processor
 from qtool.timing.runs import RunnerRuns, Runs, runs_of, span_bytes
 from qtool.timing.synthetic import generator_on
 from qtool.timing.timing import time_tokens

@@ -4,12 +4,12 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from qtool.core.threads import num_threads
 
 BANDWIDTH_FLOATS = 2**26
 """Of a buffer that no cache holds, 256 MiB."""
@@ -40,17 +40,6 @@ def usable_cores() -> int:
 def thread_counts(cores: int) -> list[int]:
     """Return the numbers of threads to time: powers of two, and all cores."""
     return [*(2**power for power in range(cores.bit_length()) if 2**power < cores), cores]
-
-
-@contextmanager
-def num_threads(count: int) -> Iterator[None]:
-    """Run the block by that many threads of torch, and what follows it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def describe_processor(counts: list[int]) -> Processor:

@@ -71,7 +71,7 @@ class AdapterKind:
 
 def kind_names() -> tuple[str, ...]:
     """Return the sorted names of all kinds, as the command line writes them."""
-    return tuple(name.replace("_", "-") for name in plugins.names(sys.modules[__name__]))
+    return plugins.command_names(sys.modules[__name__])
 
 
 def load_kind(name: str) -> AdapterKind:
@@ -80,5 +80,4 @@ def load_kind(name: str) -> AdapterKind:
     Raises:
         UnknownNameError: there is none of that name.
     """
-    plugins.check_name(name, kind_names(), "adapters")
-    return plugins.load(sys.modules[__name__], name.replace("-", "_"), "ADAPTER", AdapterKind)
+    return plugins.load_command(sys.modules[__name__], name, "ADAPTER", AdapterKind, "adapters")

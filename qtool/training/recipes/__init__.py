@@ -112,7 +112,7 @@ class Training:
 
 def training_names() -> tuple[str, ...]:
     """Return the sorted names of all recipes, as the command line writes them."""
-    return tuple(name.replace("_", "-") for name in plugins.names(sys.modules[__name__]))
+    return plugins.command_names(sys.modules[__name__])
 
 
 def load_training(name: str) -> Training:
@@ -121,5 +121,6 @@ def load_training(name: str) -> Training:
     Raises:
         UnknownNameError: there is none of that name.
     """
-    plugins.check_name(name, training_names(), "training recipes")
-    return plugins.load(sys.modules[__name__], name.replace("-", "_"), "TRAINING", Training)
+    return plugins.load_command(
+        sys.modules[__name__], name, "TRAINING", Training, "training recipes"
+    )

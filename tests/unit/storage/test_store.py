@@ -113,6 +113,17 @@ def test_page_that_is_damaged_is_found_late_and_survived():
     assert read() == {b"b": b"2"}
 
 
+def test_damage_to_a_file_that_this_store_made_is_survived(cache):
+    with Store() as store:
+        store.add("kind", "owner", {b"a": b"1"})
+        with sqlite3.connect(store.path) as other:
+            other.execute("DROP TABLE kept")
+        other.close()
+        store.add("kind", "owner", {b"b": b"2"})
+        assert store.read("kind", "owner") == {b"b": b"2"}
+    assert len(list(cache.glob("*.damaged"))) == 1
+
+
 def test_changed_bit_costs_one_row():
     path = add(a=b"first value", b=b"second value")
     content = path.read_bytes()

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from qtool.core.threads import num_threads
 from qtool.errors import BackendError
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
@@ -13,7 +14,6 @@ from qtool.timing.cpu import CpuBench, CpuProtocol, protocol_for
 from qtool.timing.processor import (
     Processor,
     describe_processor,
-    num_threads,
     processor_name,
     thread_counts,
     usable_cores,
