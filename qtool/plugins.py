@@ -53,7 +53,7 @@ def command_names(package: ModuleType) -> tuple[str, ...]:
     return tuple(name.replace("_", "-") for name in names(package))
 
 
-def load_command(
+def load_named(
     package: ModuleType, name: str, constant: str, kind: type[Constant], where: str
 ) -> Constant:
     """Return the constant of the plug-in that the command line calls `name`; see `load`.

@@ -7,9 +7,19 @@ import typer
 
 from qtool.base import Emit
 from qtool.cli import console, early
-from qtool.cli.options import DeviceOption, JsonOption, check_targets, in_panel, wrong_plot_name
+from qtool.cli.options import DeviceOption, JsonOption, check_targets, wrong_plot_name
 from qtool.cli.progress import progress
 from qtool.cli.settings_of import parsed_settings
+from qtool.cli.training_options import (
+    BatchOption,
+    EpochsOption,
+    LineLengthOption,
+    LineOrderOption,
+    ResumeOption,
+    ValidationOption,
+    WarmupOption,
+    of_training,
+)
 from qtool.storage.jsonl import check_file
 from qtool.wording import gigabytes
 
@@ -18,7 +28,6 @@ if TYPE_CHECKING:
     from qtool.pipeline.adapt import AdaptResult
 
 KEPT_SO_FAR = "What was learned is kept: the same command with --resume goes on."
-_of_training = in_panel("Training")
 
 
 def adapt(
@@ -34,46 +43,42 @@ def adapt(
     merge: Annotated[
         bool, typer.Option("--merge", help="Write OUT_DIR with the adapter DATA in it instead.")
     ] = False,
-    validation: Annotated[
-        Path | None, typer.Option(help="Lines to look at; default: 5 % of DATA are held out.")
-    ] = None,
+    validation: ValidationOption = None,
     original: Annotated[
         str | None,
         typer.Option(help="What was quantized, for ra-lora; default: the source, if it is public."),
     ] = None,
-    epochs: Annotated[float, _of_training(min=0.001, help="Times that each line is seen.")] = 3.0,
-    batch_size: Annotated[int, _of_training(metavar="N", min=1, help="Lines of a step.")] = 16,
+    epochs: EpochsOption = 3.0,
+    batch_size: BatchOption = 16,
     learning_rate: Annotated[
-        float | None, _of_training(min=0, help="At its highest; default: by method.")
+        float | None, of_training(min=0, help="At its highest; default: by method.")
     ] = None,
-    weight_decay: Annotated[float, _of_training(min=0, help="Pulls to the base.")] = 0.0,
-    warmup: Annotated[float, _of_training(min=0, max=1, help="Share of the steps.")] = 0.05,
-    label_smoothing: Annotated[float, _of_training(min=0, max=0.5, help="Of labels.")] = 0.0,
-    max_length: Annotated[
-        int, _of_training(metavar="N", min=8, help="Tokens of a line; longer ones are cut.")
-    ] = 512,
+    weight_decay: Annotated[float, of_training(min=0, help="Pulls to the base.")] = 0.0,
+    warmup: WarmupOption = 0.05,
+    label_smoothing: Annotated[float, of_training(min=0, max=0.5, help="Of labels.")] = 0.0,
+    max_length: LineLengthOption = 512,
     patience: Annotated[
         int | None,
-        _of_training(metavar="N", min=1, help="End after N looks without a gain; 20 are taken."),
+        of_training(metavar="N", min=1, help="End after N looks without a gain; 20 are taken."),
     ] = None,
     packing: Annotated[
         bool,
-        _of_training("--packing", help="Several lines in a row of a batch, unseen by each other."),
+        of_training("--packing", help="Several lines in a row of a batch, unseen by each other."),
     ] = False,
     recompute: Annotated[
         bool,
-        _of_training("--recompute", help="Keep less for the way back; large models always do."),
+        of_training("--recompute", help="Keep less for the way back; large models always do."),
     ] = False,
-    seed: Annotated[int, _of_training(help="Of the order of lines.")] = 0,
+    seed: LineOrderOption = 0,
     targets: Annotated[
-        str | None, _of_training(help="Linears, as globs with commas between; default: all.")
+        str | None, of_training(help="Linears, as globs with commas between; default: all.")
     ] = None,
     settings: Annotated[
         list[str] | None,
-        _of_training("--set", metavar="KEY=VALUE", help="Option of the method; can be repeated."),
+        of_training("--set", metavar="KEY=VALUE", help="Option of the method; can be repeated."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace ADAPTER_DIR.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
+    resume: ResumeOption = False,
     device: DeviceOption = None,
     json_file: JsonOption = None,
     plot: Annotated[

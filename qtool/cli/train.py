@@ -7,17 +7,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtool.cli import console, early
-from qtool.cli.options import KEPT, DeviceOption, JsonOption, check_targets, in_panel
+from qtool.cli.options import KEPT, DeviceOption, JsonOption, check_targets
 from qtool.cli.progress import progress
 from qtool.cli.settings_of import parsed_settings
+from qtool.cli.training_options import (
+    BatchOption,
+    EpochsOption,
+    LineLengthOption,
+    LineOrderOption,
+    ResumeOption,
+    ValidationOption,
+    WarmupOption,
+    of_training,
+)
 from qtool.recipe.load import load_recipe
 from qtool.recipe.names import built_in
 from qtool.storage.jsonl import check_file
 
 if TYPE_CHECKING:
-    from qtool.pipeline.train import TrainResult
-
-_of_training = in_panel("Training")
+    from qtool.pipeline.train_request import TrainResult
 
 
 class Precision(StrEnum):
@@ -44,40 +52,36 @@ def train(
         str | None,
         typer.Option(help="What was quantized, and is followed; default: the source, if public."),
     ] = None,
-    validation: Annotated[
-        Path | None, typer.Option(help="Lines to look at; default: 5 % of DATA are held out.")
-    ] = None,
+    validation: ValidationOption = None,
     steps: Annotated[
-        int | None, _of_training(metavar="N", min=1, help="Default: as --epochs says.")
+        int | None, of_training(metavar="N", min=1, help="Default: as --epochs says.")
     ] = None,
-    epochs: Annotated[float, _of_training(min=0.001, help="Times that each line is seen.")] = 3.0,
-    batch_size: Annotated[int, _of_training(metavar="N", min=1, help="Lines of a step.")] = 16,
+    epochs: EpochsOption = 3.0,
+    batch_size: BatchOption = 16,
     accumulate: Annotated[
-        int, _of_training(metavar="N", min=1, help="Learn from a batch in N parts: less memory.")
+        int, of_training(metavar="N", min=1, help="Learn from a batch in N parts: less memory.")
     ] = 1,
     learning_rate: Annotated[
-        float | None, _of_training(min=0, help="At its highest; default: by recipe.")
+        float | None, of_training(min=0, help="At its highest; default: by recipe.")
     ] = None,
-    warmup: Annotated[float, _of_training(min=0, max=1, help="Share of the steps.")] = 0.1,
-    max_length: Annotated[
-        int, _of_training(metavar="N", min=8, help="Tokens of a line; longer ones are cut.")
-    ] = 512,
+    warmup: WarmupOption = 0.1,
+    max_length: LineLengthOption = 512,
     recompute: Annotated[
-        bool, _of_training("--recompute", help="Keep less for the way back, and take longer.")
+        bool, of_training("--recompute", help="Keep less for the way back, and take longer.")
     ] = False,
     precision: Annotated[
-        Precision, _of_training(help="Of products; auto: bfloat16 on a card.")
+        Precision, of_training(help="Of products; auto: bfloat16 on a card.")
     ] = Precision.AUTO,
     checks: Annotated[
-        int, _of_training(metavar="N", min=1, help="Looks at the held-out lines.")
+        int, of_training(metavar="N", min=1, help="Looks at the held-out lines.")
     ] = 20,
-    seed: Annotated[int, _of_training(help="Of the order of lines.")] = 0,
+    seed: LineOrderOption = 0,
     settings: Annotated[
         list[str] | None,
-        _of_training("--set", metavar="KEY=VALUE", help="Option of the recipe; can be repeated."),
+        of_training("--set", metavar="KEY=VALUE", help="Option of the recipe; can be repeated."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT_DIR.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
+    resume: ResumeOption = False,
     device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -99,7 +103,8 @@ def train(
         early.opened([model, original], device, emit) as (where, before),
     ):
         from qtool.pipeline.quantize_and_train import quantize_and_train
-        from qtool.pipeline.train import TrainRequest, train
+        from qtool.pipeline.train import train
+        from qtool.pipeline.train_request import TrainRequest
         from qtool.steps.train_model import TrainOptions
         from qtool.training.together import is_first
 

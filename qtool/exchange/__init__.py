@@ -123,7 +123,7 @@ def load_exchange(name: str) -> Exchange:
     Raises:
         UnknownNameError: there is none of that name.
     """
-    return plugins.load_command(sys.modules[__name__], name, "EXCHANGE", Exchange, "exchange")
+    return plugins.load_named(sys.modules[__name__], name, "EXCHANGE", Exchange, "exchange")
 
 
 def targets() -> Iterator[str]:

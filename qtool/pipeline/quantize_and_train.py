@@ -12,7 +12,8 @@ from qtool.modeling.classifiers import is_encoder
 from qtool.modeling.config import read_config
 from qtool.modeling.locate import Location
 from qtool.pipeline.quantize import quantize
-from qtool.pipeline.train import TrainRequest, TrainResult, train
+from qtool.pipeline.train import train
+from qtool.pipeline.train_request import TrainRequest, TrainResult
 from qtool.recipe.schema import Recipe
 from qtool.training.recipes import load_training
 from qtool.training.together import fellows, is_first, meeting

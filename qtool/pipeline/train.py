@@ -3,76 +3,40 @@
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import qtool
-from qtool.base import CausalModel, Emit, Fallback, Notice, QuantizedTensor, ignore_events
+from qtool.base import CausalModel, Emit, Notice, QuantizedTensor, ignore_events
 from qtool.checkpoint.adapter_files import base_digest
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
 from qtool.checkpoint.place import Place, find_place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter
-from qtool.core.parts import Parts
 from qtool.errors import ModelError, RecipeError
 from qtool.modeling.classifiers import is_encoder
 from qtool.modeling.device import default_device
 from qtool.modeling.load import LoadedModel, load_source, load_tokenizer
-from qtool.modeling.locate import Location, locate
+from qtool.modeling.locate import locate
 from qtool.modeling.source import ModelSource, open_source
 from qtool.pipeline.learned_data import class_lessons, read_classes, read_curriculum
 from qtool.pipeline.rewritten import rewrite
 from qtool.pipeline.train_dense import train_dense
+from qtool.pipeline.train_request import TrainRequest, TrainResult
 from qtool.steps.halfway import Halfway
 from qtool.steps.memory import failures_of_the_machine
 from qtool.steps.train_model import StagesDone, TrainOptions, train_stages
 from qtool.storage.digests import files_digest
 from qtool.training.classified import class_scores
-from qtool.training.descent import STEPS
 from qtool.training.lessons import Lessons, causal_lessons
 from qtool.training.recipes import PreparedTraining, Trainee, Training, load_training
 from qtool.training.together import fellows, is_first, meeting
 
 WRITING_TRAINED = "writing what was learned"
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """What `train` has made."""
-
-    out_dir: Path
-    recipe: str
-    first_loss: float
-    """On the held-out texts, before the last stage."""
-    best_loss: float
-    steps: int
-    """Of all stages."""
-    seconds: float
-    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Of classifiers, on the held-out texts: of the `original`, `before`, and `after`."""
-    notes: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainRequest:
-    """What is trained on what, and where it goes."""
-
-    model: Location
-    data: Path
-    out_dir: Path
-    recipe: str
-    validation: Path | None = None
-    """Texts to look at; None: some of `data` are held out."""
-    original: Location | None = None
-    """What was quantized, and is followed; None: what the checkpoint names as its source."""
-    options: TrainOptions = field(default_factory=TrainOptions)
-    overwrite: bool = False
-    resume: bool = False
 
 
 def train(request: TrainRequest, *, emit: Emit = ignore_events) -> TrainResult:
@@ -100,8 +64,7 @@ def _train(request: TrainRequest, emit: Emit) -> TrainResult:
     if is_first():
         look(place)
     if kind.is_dense:
-        made = train_dense(kind, own, request, emit)
-        return replace(TrainResult(**made), recipe=request.recipe)
+        return train_dense(kind, own, request, emit)
     reader = CheckpointReader(request.model.directory)
     source = _original(request, reader)
     job = {
@@ -218,26 +181,9 @@ def _trainee(
     options = request.options
     original = load_source(source, str(device))
     lessons = _lessons(request, original, source, device, emit).on(device)
-    steps = options.num_steps(lessons.steps_per_epoch)
     layers, tables, kept = _stored(reader, source.adapter.blocks, device)
-    parts = Parts(lambda sentence: emit(Fallback(sentence)))
-    parts.begin_with(STEPS, options.accumulate)
-    return Trainee(
-        original=original,
-        layers=layers,
-        tables=tables,
-        kept=kept,
-        lessons=lessons,
-        places=source.adapter,
-        steps=steps,
-        learning_rate=options.learning_rate or kind.learning_rate,
-        warmup=max(1, round(options.warmup_share * steps)),
-        checks=options.checks,
-        autocast=options.autocast(device),
-        recompute=options.recompute,
-        parts=parts,
-        seed=options.seed,
-    )
+    begun = options.trainee(kind, original, lessons, source.adapter, emit)
+    return replace(begun, layers=layers, tables=tables, kept=kept)
 
 
 def _lessons(

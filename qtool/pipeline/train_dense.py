@@ -3,13 +3,12 @@
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from qtool.base import CausalModel, Emit, Fallback
+from qtool.base import CausalModel, Emit
 from qtool.checkpoint.place import file_failures
-from qtool.core.parts import Parts
 from qtool.errors import ModelError, OutputError, RecipeError
 from qtool.modeling.classifiers import is_encoder, load_encoder
 from qtool.modeling.companions import read_companions
@@ -18,18 +17,15 @@ from qtool.modeling.device import default_device
 from qtool.modeling.encoders import encoder_adapter
 from qtool.modeling.load import load_tokenizer
 from qtool.pipeline.learned_data import class_lessons, read_classes
+from qtool.pipeline.train_request import TrainRequest, TrainResult
 from qtool.steps.train_model import train_stages
 from qtool.training.classified import class_scores
-from qtool.training.descent import STEPS
 from qtool.training.recipes import Trainee, Training
 from qtool.training.together import is_first
 
-if TYPE_CHECKING:
-    from qtool.pipeline.train import TrainRequest
 
-
-def train_dense(kind: Training, own: Any, request: "TrainRequest", emit: Emit) -> dict[str, Any]:  # noqa: ANN401
-    """Let an encoder learn labels; return the fields of a `TrainResult`.
+def train_dense(kind: Training, own: Any, request: TrainRequest, emit: Emit) -> TrainResult:  # noqa: ANN401
+    """Let an encoder learn labels.
 
     Raises:
         RecipeError: it is to go on where a run was stopped: such a run keeps nothing.
@@ -51,18 +47,18 @@ def train_dense(kind: Training, own: Any, request: "TrainRequest", emit: Emit) -
     done = train_stages(prepared, lambda _stage: None, emit)
     if is_first():
         _save(trainee.original, directory, request.out_dir)
-    return {
-        "out_dir": request.out_dir,
-        "recipe": "",
-        "first_loss": done.last[0].held_out,
-        "best_loss": min(point.held_out for point in done.last),
-        "steps": done.last[-1].step,
-        "seconds": time.perf_counter() - begun,
-        "scores": {"before": before, "after": class_scores(trainee.original, looks)},
-    }
+    return TrainResult(
+        out_dir=request.out_dir,
+        recipe=request.recipe,
+        first_loss=done.last[0].held_out,
+        best_loss=min(point.held_out for point in done.last),
+        steps=done.last[-1].step,
+        seconds=time.perf_counter() - begun,
+        scores={"before": before, "after": class_scores(trainee.original, looks)},
+    )
 
 
-def _trainee_of(kind: Training, request: "TrainRequest", emit: Emit) -> Trainee:
+def _trainee_of(kind: Training, request: TrainRequest, emit: Emit) -> Trainee:
     directory, options, device = request.model.directory, request.options, default_device()
     known = _num_classes(directory)
     rows = read_classes(request.data, request.validation, known, options.seed)
@@ -70,23 +66,9 @@ def _trainee_of(kind: Training, request: "TrainRequest", emit: Emit) -> Trainee:
     torch.manual_seed(options.seed)  # of a head that isn't stored
     model = load_encoder(directory, device, classes)
     lessons = class_lessons(rows, load_tokenizer(directory), options).on(device)
-    steps = options.num_steps(lessons.steps_per_epoch)
     adapter = encoder_adapter({**model.config.to_dict(), "architectures": [type(model).__name__]})
     assert adapter is not None
-    parts = Parts(lambda sentence: emit(Fallback(sentence)))
-    parts.begin_with(STEPS, options.accumulate)
-    return Trainee(
-        original=model,
-        lessons=lessons,
-        places=adapter,
-        steps=steps,
-        learning_rate=options.learning_rate or kind.learning_rate,
-        warmup=max(1, round(options.warmup_share * steps)),
-        checks=options.checks,
-        autocast=options.autocast(device),
-        parts=parts,
-        seed=options.seed,
-    )
+    return options.trainee(kind, model, lessons, adapter, emit)
 
 
 def _num_classes(directory: Path) -> int | None:

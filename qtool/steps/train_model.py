@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import torch
 
-from qtool.base import Emit, Notice, Progress
+from qtool.base import CausalModel, Emit, Fallback, ModelAdapter, Notice, Progress
+from qtool.core.parts import Parts
 from qtool.errors import ModelError
 from qtool.steps.options import read_options
-from qtool.training.descent import Memory, descend
-from qtool.training.recipes import PreparedTraining, Training, TrainingStage
+from qtool.training.descent import STEPS, Memory, descend
+from qtool.training.lessons import Lessons
+from qtool.training.recipes import PreparedTraining, Trainee, Training, TrainingStage
 from qtool.training.schedule import Point
 from qtool.training.together import SharedMemory, fellows
 
@@ -61,6 +63,32 @@ class TrainOptions:
     def num_steps(self, steps_per_epoch: int) -> int:
         """Return how many steps are taken."""
         return self.steps or max(1, math.ceil(self.epochs * steps_per_epoch))
+
+    def trainee(
+        self,
+        kind: Training,
+        original: CausalModel,
+        lessons: Lessons,
+        places: ModelAdapter,
+        emit: Emit,
+    ) -> Trainee:
+        """Return what a recipe is given to begin with, of a model of which nothing is quantized."""
+        steps = self.num_steps(lessons.steps_per_epoch)
+        parts = Parts(lambda sentence: emit(Fallback(sentence)))
+        parts.begin_with(STEPS, self.accumulate)
+        return Trainee(
+            original=original,
+            lessons=lessons,
+            places=places,
+            steps=steps,
+            learning_rate=self.learning_rate or kind.learning_rate,
+            warmup=max(1, round(self.warmup_share * steps)),
+            checks=self.checks,
+            autocast=self.autocast(next(original.parameters()).device),
+            recompute=self.recompute,
+            parts=parts,
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True, slots=True)

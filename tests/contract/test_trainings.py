@@ -16,7 +16,8 @@ from qtool.errors import DataError, ModelError, OutputError, RecipeError, Scheme
 from qtool.modeling.load import load_model, load_source
 from qtool.modeling.locate import Location
 from qtool.pipeline.quantize_and_train import quantize_and_train
-from qtool.pipeline.train import TrainRequest, TrainResult, train
+from qtool.pipeline.train import train
+from qtool.pipeline.train_request import TrainRequest, TrainResult
 from qtool.recipe.load import recipe_from_mapping
 from qtool.steps.train_model import TrainOptions
 from qtool.training.recipes import load_training, training_names

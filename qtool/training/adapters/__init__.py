@@ -80,4 +80,4 @@ def load_kind(name: str) -> AdapterKind:
     Raises:
         UnknownNameError: there is none of that name.
     """
-    return plugins.load_command(sys.modules[__name__], name, "ADAPTER", AdapterKind, "adapters")
+    return plugins.load_named(sys.modules[__name__], name, "ADAPTER", AdapterKind, "adapters")

@@ -66,7 +66,6 @@ class Trainee:
     """Run each block once more on the way back, in place of keeping what it computed."""
     parts: Parts | None = None
     """That batches are learned from in where memory is full, or where a step is accumulated."""
-    tell: Callable[[str], None] = lambda _text: None
     seed: int = 0
 
 
@@ -121,6 +120,4 @@ def load_training(name: str) -> Training:
     Raises:
         UnknownNameError: there is none of that name.
     """
-    return plugins.load_command(
-        sys.modules[__name__], name, "TRAINING", Training, "training recipes"
-    )
+    return plugins.load_named(sys.modules[__name__], name, "TRAINING", Training, "training recipes")

@@ -12,7 +12,8 @@ from torch import distributed
 from qtool import pipeline
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.modeling.locate import Location
-from qtool.pipeline.train import TrainRequest, train
+from qtool.pipeline.train import train
+from qtool.pipeline.train_request import TrainRequest
 from qtool.recipe.load import recipe_from_mapping
 from qtool.steps.train_model import TrainOptions
 from qtool.training import together
