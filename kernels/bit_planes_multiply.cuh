@@ -12,6 +12,9 @@
 #if NORM
 #include "bit_planes_norm.cuh"
 #endif
+#if RANKS > 1
+#include "peer_boxes.cuh"
+#endif
 
 // A weight, by what it is multiplied, and the blocks that share it.
 struct Product {
@@ -27,6 +30,9 @@ struct Product {
     int block, blocks;
     const u16 *norm;     // [in_features], if NORM
     float eps;
+#if RANKS > 1
+    Peers peers;         // with whom y is summed: EPILOGUE 0 or 1, no places, one slab
+#endif
 };
 
 // One block's work: of slab blockIdx.y and block of columns blockIdx.z.
@@ -82,9 +88,16 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
                  its.eps, given);
 #else
     wait_for_previous();
+#if RANKS > 1
+    Round round = begin_round(its.peers);
+    u32 turn = 0;
+#endif
     stage_inputs(x, its.in_features, weight, columns, units_per_slab, operands, starts, factors);
 #endif
 
+#if RANKS > 1
+    if (threadIdx.x == 0) turn = take_turn(its.peers);
+#endif
     if (begin >= all_asked) let_next_start();
     float acc[ACCUMULATORS] = {};
     int stage = 0, free = STAGES - 1;
@@ -118,6 +131,9 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
             }
         }
     }
+#if RANKS > 1
+    if (threadIdx.x == 0) end_turn(its.peers, round, turn);
+#endif
     if (kept == 0) return;
     bool shared_tile = !WHOLE && start < share.begin; // the first: others have had parts of it
     if (shared_tile) take_given(its.exchange, its.block, each, more, start, given);
@@ -147,8 +163,21 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
         } else if (out < outputs) {
             if (EPILOGUE == 2) value = silu(value) * (other * power_of_two(ROW_POWER - 1));
             u64 to_write = token * its.width + (its.places ? its.places[out] : out);
+#if RANKS > 1
+            give_peers(round, (int)to_write, value); // all of them, before the first is waited for
+#else
             if (EPILOGUE == 1) value += load_activation(its.residual[to_write]);
             its.y[to_write] = store_activation(value);
+#endif
         }
     }
+#if RANKS > 1
+    for (int index = (int)threadIdx.x; index < tiles * rows * COLUMNS; index += THREADS) {
+        int out = own * rows + index / COLUMNS, column = index % COLUMNS;
+        if (column >= columns || out >= outputs) continue;
+        u64 to_write = (u64)(column0 + column) * its.width + out;
+        float rest = EPILOGUE == 1 ? load_activation(its.residual[to_write]) : 0.0f;
+        its.y[to_write] = store_activation(sum_of_peers(round, (int)to_write) + rest);
+    }
+#endif
 }

@@ -70,6 +70,8 @@ DEVICE u32 load_marked(const u64 *place, float *value) {
 // What several threads add to, here or in other blocks. Not of sums whose rounding depends on an order.
 DEVICE void add_to(u64 *place, u64 value) { atomicAdd(place, value); }
 DEVICE void add_to(u32 *place, u32 value) { atomicAdd(place, value); }
+// Of a counter: what it was, and nothing about what others have written.
+DEVICE u32 count_up(u32 *place) { return atomicAdd(place, 1u); }
 // Of one thread, after all of its block have met: count the block, and see what counted ones have written.
 DEVICE u64 take_ticket(u64 *place) {
     __threadfence();
@@ -97,6 +99,18 @@ DEVICE quad load_far(const quad *place) {
     asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(place) : "memory");
     return v;
+}
+
+// A float and a mark, as above, that another card reads or writes.
+DEVICE void store_marked_far(u64 *place, float value, u32 mark) {
+    u64 word = (u64)mark << 32 | (u32)__float_as_int(value);
+    asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(place), "l"(word) : "memory");
+}
+DEVICE u32 load_marked_far(const u64 *place, float *value) {
+    u64 word;
+    asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(word) : "l"(place) : "memory");
+    *value = __int_as_float((int)(u32)word);
+    return (u32)(word >> 32);
 }
 
 DEVICE float half_to_float(u16 bits) {

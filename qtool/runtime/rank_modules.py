@@ -12,11 +12,20 @@ class SpreadLinear(nn.Module):
 
     bias = None
 
-    def __init__(self, inner: Any, group: TensorParallel, rows: tuple[int, ...] = ()) -> None:  # noqa: ANN401
+    def __init__(  # noqa: ANN401
+        self,
+        inner: Any,
+        group: TensorParallel,
+        rows: tuple[int, ...] = (),
+        *,
+        is_even: bool = False,
+    ) -> None:
         super().__init__()
         self.inner, self.group = inner, group
         self.rows = rows
         """Of each rank; empty: ranks have columns."""
+        self.is_even = is_even
+        """All ranks have as many columns."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs, (..., out_features): those of ranks side by side, or their sum."""

@@ -102,10 +102,10 @@ class _Cut:
         units = [_unit(getattr(attention, name), 0) for name in sizes]
         each = [*zip(units, sizes.values(), strict=True), (_unit(output, 1), queries)]
         unit = lcm(*(size // gcd(size, width) for size, width in each))
-        heads = self._part(kv_heads, unit, "key-value heads")
+        heads = self._parts(kv_heads, unit, "key-value heads")
         for name, size in sizes.items():
-            self._rows(attention, name, _times(heads, size))
-        self._columns(attention, "o_proj", _times(heads, queries))
+            self._rows(attention, name, _times(heads[self.group.rank], size))
+        self._columns(attention, "o_proj", tuple(_times(part, queries) for part in heads))
 
     def mlp(self, mlp: Any) -> None:  # noqa: ANN401
         """Cut by what lies between gate, up and down."""
@@ -114,10 +114,10 @@ class _Cut:
         width = mlp.down_proj.in_features
         if -(-width // unit) < self.group.world_size:  # whole tiles are a matter of speed
             unit = lcm(_unit(mlp.down_proj, 1), _unit(mlp.gate_proj, 0), _unit(mlp.up_proj, 0))
-        part = self._part(width, unit, "columns of down_proj")
-        self._rows(mlp, "gate_proj", part)
-        self._rows(mlp, "up_proj", part)
-        self._columns(mlp, "down_proj", part)
+        parts = self._parts(width, unit, "columns of down_proj")
+        self._rows(mlp, "gate_proj", parts[self.group.rank])
+        self._rows(mlp, "up_proj", parts[self.group.rank])
+        self._columns(mlp, "down_proj", parts)
 
     def head(self, model: Any) -> None:  # noqa: ANN401
         """Cut by words."""
@@ -129,7 +129,7 @@ class _Cut:
         self._rows(model, "lm_head", parts[self.group.rank])
         model.lm_head = SpreadLinear(model.lm_head, self.group, tuple(map(len, parts)))
 
-    def _part(self, total: int, unit: int, what: str) -> range:
+    def _parts(self, total: int, unit: int, what: str) -> tuple[range, ...]:
         parts = even_parts(total, unit, self.group.world_size)
         if parts is None:
             apart = "" if unit == 1 else f", which groups of weights keep together by {unit}"
@@ -137,14 +137,15 @@ class _Cut:
                 f"{self.place} has {total} {what}{apart}: too few for {self.group.world_size} "
                 "ranks. Start fewer, or quantize with a smaller group_size."
             )
-        return parts[self.group.rank]
+        return parts
 
     def _rows(self, parent: Any, name: str, part: range) -> None:  # noqa: ANN401
         setattr(parent, name, self._narrowed(getattr(parent, name), 0, part))
 
-    def _columns(self, parent: Any, name: str, part: range) -> None:  # noqa: ANN401
-        inner = self._narrowed(getattr(parent, name), 1, part)
-        setattr(parent, name, SpreadLinear(inner, self.group))
+    def _columns(self, parent: Any, name: str, parts: tuple[range, ...]) -> None:  # noqa: ANN401
+        inner = self._narrowed(getattr(parent, name), 1, parts[self.group.rank])
+        is_even = len(set(map(len, parts))) == 1
+        setattr(parent, name, SpreadLinear(inner, self.group, is_even=is_even))
 
     def _narrowed(self, module: Any, dim: int, part: range) -> nn.Module:  # noqa: ANN401
         bias = module.bias

@@ -9,6 +9,7 @@ from qtool.errors import QtoolError
 from qtool.modeling.device import free_memory
 from qtool.runtime.backends.cuda import driver
 from qtool.runtime.backends.cuda.decode_ops import KernelOps
+from qtool.runtime.backends.cuda.peer_products import peers_of
 from qtool.runtime.backends.cuda.peer_sum import PeerSum, sum_over_peers
 from qtool.runtime.decode.cache import use_kv_cache
 from qtool.runtime.decode.parallel import ParallelOps, Sum
@@ -66,7 +67,8 @@ def time_on_rank(
 ) -> SeveralCards:
     """Be one rank of `time_on_cards`."""
     add = sum_over_peers(group, driver.launch)
-    ops = ParallelOps(KernelOps(driver.launch, driver.card_of(group.device.index)), add)
+    card = driver.card_of(group.device.index)
+    ops = ParallelOps(KernelOps(driver.launch, card, peers=peers_of(group, card)), add)
     results, not_run = [], {}
     for model in models:
         name = f"{model.name}, {group.world_size} cards"

@@ -1,6 +1,8 @@
 """Random weights made on the device: the speed of a kernel doesn't depend on what they hold."""
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from math import sqrt
 
 import torch
@@ -101,9 +103,12 @@ def random_decoder(
     head_scheme = scheme and WeightScheme(num_bits=HEAD_BITS, group_size=scheme.group_size)
     head = _head(table, head_scheme, generator, group)  # first: packing it takes most room
     embedding = random_dense(table, DTYPE, generator)
+    as_part = None
     if group is not None:
-        decoder = _of_rank(decoder, scheme, group)
-    layers = tuple(_layer(decoder, scheme, generator, group) for _ in range(decoder.num_layers))
+        own = [_of_rank(decoder, scheme, rank, group) for rank in range(group.world_size)]
+        decoder, is_even = own[group.rank], len(set(own)) == 1
+        as_part = partial(RankPart, group=group, is_even=is_even)
+    layers = tuple(_layer(decoder, scheme, generator, as_part) for _ in range(decoder.num_layers))
     norm = _norm(decoder.hidden_size, generator)
     powers = torch.arange(0, decoder.head_dim, 2, dtype=torch.float32, device=generator.device)
     frequencies = decoder.rope_theta ** (-powers / decoder.head_dim)
@@ -112,9 +117,9 @@ def random_decoder(
 
 
 def _of_rank(
-    decoder: DecoderSizes, scheme: WeightScheme | None, group: TensorParallel
+    decoder: DecoderSizes, scheme: WeightScheme | None, rank: int, group: TensorParallel
 ) -> DecoderSizes:
-    """Return the sizes of what a rank has."""
+    """Return the sizes of what a rank of a group has."""
     unit = (scheme and scheme.group_size) or 1
     heads = even_parts(decoder.num_key_value_heads, 1, group.world_size)
     inner = even_parts(decoder.intermediate_size, unit, group.world_size)
@@ -123,12 +128,12 @@ def _of_rank(
             f"{decoder.num_key_value_heads} key-value heads are too few for {group.world_size} "
             "cards. Time fewer."
         )
-    own, queries = len(heads[group.rank]), decoder.num_heads // decoder.num_key_value_heads
+    own, queries = len(heads[rank]), decoder.num_heads // decoder.num_key_value_heads
     return replace(
         decoder,
         num_key_value_heads=own,
         num_heads=own * queries,
-        intermediate_size=len(inner[group.rank]),
+        intermediate_size=len(inner[rank]),
     )
 
 
@@ -150,12 +155,12 @@ def _layer(
     decoder: DecoderSizes,
     scheme: WeightScheme | None,
     generator: torch.Generator,
-    group: TensorParallel | None,
+    as_part: Callable[[Projection], RankPart] | None,
 ) -> DecoderLayer:
     shapes = decoder.linears().items()
     linears = {name: _projection(shape, scheme, generator) for name, shape in shapes}
-    if group is not None:
-        linears |= {name: RankPart(linears[name], group) for name in ("o", "down")}
+    if as_part is not None:
+        linears |= {name: as_part(linears[name]) for name in ("o", "down")}
     return DecoderLayer(
         input_norm=_norm(decoder.hidden_size, generator),
         qkv=linears["qkv"],

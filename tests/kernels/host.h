@@ -93,6 +93,7 @@ DEVICE unsigned load_marked(const unsigned long long *place, float *value) {
 }
 DEVICE void add_to(unsigned long long *place, unsigned long long value) { *place += value; }
 DEVICE void add_to(unsigned *place, unsigned value) { *place += value; }
+DEVICE unsigned count_up(unsigned *place) { return (*place)++; }
 DEVICE unsigned long long take_ticket(unsigned long long *place) { return (*place)++; }
 DEVICE unsigned long long load_through(const unsigned long long *place) { return *place; }
 DEVICE double power_of_e(double x) { return exp(x); }
@@ -107,6 +108,15 @@ DEVICE quad load_far(const quad *place) { // who asks may wait for that process
     uint64_t both[2] = {__atomic_load_n((const uint64_t *)place, __ATOMIC_RELAXED),
                         __atomic_load_n((const uint64_t *)place + 1, __ATOMIC_RELAXED)};
     return quad{(unsigned)both[0], (unsigned)(both[0] >> 32), (unsigned)both[1], (unsigned)(both[1] >> 32)};
+}
+DEVICE void store_marked_far(unsigned long long *place, float value, unsigned mark) {
+    __atomic_store_n((uint64_t *)place, (uint64_t)mark << 32 | bits_of_float(value), __ATOMIC_RELAXED);
+}
+DEVICE unsigned load_marked_far(const unsigned long long *place, float *value) {
+    sched_yield();
+    uint64_t word = __atomic_load_n((const uint64_t *)place, __ATOMIC_RELAXED);
+    *value = float_of_bits((unsigned)word);
+    return (unsigned)(word >> 32);
 }
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float reciprocal(float x) { return 1.0f / x; }

@@ -59,6 +59,15 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
     ),
     ("bit_plane_mma", {**AFFINE, **GRID, **NORMED, "PLANES": 4, "COLUMNS": 1, "NORM": 4}, 128),
     ("bit_plane_imma_experts", {**WEIGHT, **PAIR, "PLANES": 4, "COLUMNS": 1}, 128),
+    *(
+        ("bit_plane_imma_ranks", {**WEIGHT, **GRID, "PLANES": p, "COLUMNS": n, "RANKS": r}, 128)
+        for p, n, r in ((3, 1, 2), (4, 2, 2), (3, 1, 8))
+    ),
+    (
+        "bit_plane_mma_ranks",
+        {**AFFINE, **GRID, "PLANES": 3, "COLUMNS": 8, "EPILOGUE": 1, "RANKS": 2},
+        128,
+    ),
     ("bit_plane_mma_experts", {**AFFINE, **GRID, "PLANES": 3, "COLUMNS": 1}, 128),
     ("bit_plane_classes", classes_of((4, 3, 2, 1), 1, PAIR), 128),
     ("bit_plane_classes", classes_of((4, 2), 1, GRID), 128),

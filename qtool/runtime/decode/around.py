@@ -14,6 +14,7 @@ from qtool.runtime.decode.weights import (
     DecoderWeights,
     Projection,
     Projections,
+    RankPart,
 )
 
 
@@ -48,6 +49,10 @@ class OpsAround:
     ) -> Tensor:
         """Return x @ W.T + residual, of x normed."""
         return self._ops.linear(x, projection, residual, norm)
+
+    def summed(self, x: Tensor, part: RankPart, residual: Tensor | None = None) -> Tensor | None:
+        """Return the sum over ranks of x @ W.T + residual, if that is one launch."""
+        return self._ops.summed(x, part, residual)
 
     def gated(self, x: Tensor, gate_up: Projections, norm: Norm | None = None) -> Tensor:
         """Return silu(x @ gate.T) * (x @ up.T) of x normed."""

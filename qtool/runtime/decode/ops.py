@@ -19,6 +19,7 @@ from qtool.runtime.decode.weights import (
     DecoderWeights,
     Projection,
     Projections,
+    RankPart,
 )
 from qtool.settings import KvCache
 
@@ -78,6 +79,12 @@ class DecodeOps(Protocol):
         norm: Norm | None = None,
     ) -> Tensor:
         """Return x @ W.T + residual, of x normed; of several projections outputs side by side."""
+
+    def summed(self, x: Tensor, part: RankPart, residual: Tensor | None = None) -> Tensor | None:
+        """Return the sum over ranks of x @ W.T, of their columns, + residual, by one launch.
+
+        All ranks call it alike, with the same residual. None, on all of them: it isn't one launch.
+        """
 
     def gated(self, x: Tensor, gate_up: Projections, norm: Norm | None = None) -> Tensor:
         """Return silu(x @ gate.T) * (x @ up.T), of x normed."""

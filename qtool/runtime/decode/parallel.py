@@ -48,6 +48,9 @@ class ParallelOps(OpsAround):
             y = self._side_by_side(self._ops.linear(x, weight, norm=norm), projection)
             return y if residual is None else y + residual
         assert norm is None, "a rank has a part of x"
+        summed = self._ops.summed(x, projection, residual)
+        if summed is not None:
+            return summed
         return self._sum(self._ops.linear(x, weight, residual if group.leads else None))
 
     def _side_by_side(self, y: Tensor, part: RankPart) -> Tensor:

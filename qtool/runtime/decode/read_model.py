@@ -137,7 +137,8 @@ class _Reader:
     def _alone(self, module: Any) -> Projection:  # noqa: ANN401
         """Return a weight: the module's own layout where that will do."""
         if isinstance(module, SpreadLinear):
-            return RankPart(self._alone(module.inner), module.group, module.rows)
+            inner = self._alone(module.inner)
+            return RankPart(inner, module.group, module.rows, is_even=module.is_even)
         backend = self._backend_of(module)
         if backend is None:
             return module.weight.detach()

@@ -18,6 +18,7 @@ from qtool.runtime.decode.weights import (
     DecoderWeights,
     Projection,
     Projections,
+    RankPart,
 )
 
 
@@ -51,6 +52,11 @@ class TorchOps:
 
     def _multiplied(self, x: Tensor, projection: Projection) -> Tensor:
         return functional.linear(x, dense(projection))
+
+    def summed(self, x: Tensor, part: RankPart, residual: Tensor | None = None) -> Tensor | None:
+        """Return None: a product and a sum are two things."""
+        del x, part, residual
+        return None
 
     def gated(self, x: Tensor, gate_up: Projections, norm: Norm | None = None) -> Tensor:
         """Return silu(x @ gate.T) * (x @ up.T), of x normed."""

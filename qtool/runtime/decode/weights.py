@@ -31,6 +31,8 @@ class RankPart:
     group: TensorParallel
     rows: tuple[int, ...] = ()
     """Of each rank."""
+    is_even: bool = False
+    """All ranks have as many columns, so what is decided by a shape is decided alike."""
 
     def dense(self) -> Tensor:
         """Return this part by the definition of its format."""

@@ -35,6 +35,7 @@ from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import KERNEL_DTYPES
 from qtool.runtime.backends.cuda.mixed import MixedWeight
 from qtool.runtime.backends.cuda.ordered import OrderedWeight, prepare_any
+from qtool.runtime.backends.cuda.peer_products import peers_of
 from qtool.runtime.backends.cuda.peer_sum import sum_over_peers
 from qtool.runtime.backends.cuda.selection import STORED_KERNELS, wanted_kernel
 from qtool.runtime.backends.dense import BACKEND as DENSE
@@ -131,7 +132,8 @@ class CudaBackend:
         if not all(can_capture(layer.experts) for layer in weights.layers if layer.experts):
             return None
         index, group = device.index or 0, weights.group
-        ops = KernelOps(launch, card_of(index), lambda calls: compile_ahead(calls, index))
+        peers = peers_of(group, card_of(index)) if group else None
+        ops = KernelOps(launch, card_of(index), lambda calls: compile_ahead(calls, index), peers)
         return spread_ops(ops, weights, sum_over_peers(group, launch) if group else None)
 
 

@@ -21,6 +21,7 @@ from qtool.runtime.backends.cuda.launch import (
 )
 from qtool.runtime.backends.cuda.mixed import MixedWeight, gather_mixed, multiply_mixed
 from qtool.runtime.backends.cuda.ordered import OrderedWeight
+from qtool.runtime.backends.cuda.peer_products import Peers, summed_product
 from qtool.runtime.decode import torch_ops
 from qtool.runtime.decode.ops import DecodeOps, DecodeState, Norm
 from qtool.runtime.decode.prompts import PackedPrompts, attend_to_cache
@@ -31,6 +32,7 @@ from qtool.runtime.decode.weights import (
     DecoderWeights,
     Projection,
     Projections,
+    RankPart,
 )
 
 GREEDY_THREADS = 1024
@@ -51,14 +53,16 @@ class KernelOps:
         launch: Launch,
         card: Card,
         compile_calls: Callable[[Iterable[KernelCall]], None] | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self._launch, self._card, self._compile = launch, card, compile_calls
+        self._peers = peers
 
     def compile_ahead(self, run: Callable[[DecodeOps], object]) -> None:
         """List what `run` launches, and compile that side by side."""
         if self._compile is not None:
             calls: list[KernelCall] = []
-            run(KernelOps(lambda call, _: calls.append(call), self._card))
+            run(KernelOps(lambda call, _: calls.append(call), self._card, peers=self._peers))
             self._compile(calls)
 
     def embed(self, tokens: Tensor, table: Projection) -> Tensor:
@@ -104,6 +108,13 @@ class KernelOps:
         else:
             y = functional.linear(x, torch_ops.dense(projection))
         return y if residual is None else y.add_(residual)
+
+    def summed(self, x: Tensor, part: RankPart, residual: Tensor | None = None) -> Tensor | None:
+        """Return the sum over ranks of x @ W.T + residual, of few tokens and even parts."""
+        weight = part.weight
+        if self._peers is None or not part.is_even or not isinstance(weight, KernelWeight):
+            return None
+        return summed_product(x, weight, self._launch, self._card, self._peers, residual)
 
     def gated(self, x: Tensor, gate_up: Projections, norm: Norm | None = None) -> Tensor:
         """Return silu(x @ gate.T) * (x @ up.T), of x normed."""
