@@ -12,9 +12,9 @@ class SpreadLinear(nn.Module):
 
     bias = None
 
-    def __init__(  # noqa: ANN401
+    def __init__(
         self,
-        inner: Any,
+        inner: Any,  # noqa: ANN401
         group: TensorParallel,
         rows: tuple[int, ...] = (),
         *,

@@ -1,7 +1,7 @@
-"""Products of which ranks have some of the columns, summed over ranks by the launch that makes them.
+"""Products of ranks' columns, summed over ranks by the launch that makes them.
 
 A sum of its own begins when the product has ended, and ends before the next begins: that takes
-longer than a token's sums travel. So here a block gives the others what it has as soon as it has it.
+longer than a token's sums travel. So a block gives the others what it has as soon as it has it.
 """
 
 import functools
@@ -57,7 +57,7 @@ def peers_of(group: TensorParallel, card: Card) -> Peers | None:
     return Peers(group.rank, boxes, torch.zeros(2, dtype=torch.int32, device=group.device))
 
 
-def summed_product(  # noqa: PLR0913 - as `linear_kernels.matmul`
+def summed_product(
     x: Tensor,
     weight: KernelWeight,
     launch: Launch,
