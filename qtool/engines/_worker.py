@@ -32,12 +32,20 @@ def import_ahead(modules: Iterable[str]) -> None:
         importlib.import_module(name)
 
 
+def card_of_seat(seat: int, cards: int, own: int) -> int:
+    """Return the card of a worker: the first has this process's `own`, others those after it.
+
+    More workers than cards share them as evenly as they can.
+    """
+    return (own + seat) % cards
+
+
 def use_card(number: int | None) -> None:
-    """Let this process compute on one of the cards that it sees; None: it needs none."""
+    """Let this process compute on a card, which `cuda` means from now on; None: it needs none."""
     if number is not None:
         import torch
 
-        torch.cuda.set_device(number % torch.cuda.device_count())
+        torch.cuda.set_device(number)
 
 
 def answer(content: bytes, threads: int) -> bytes:

@@ -18,7 +18,7 @@ from qtool.core.threads import num_threads
 from qtool.engines import Pool, Shared, Task, WorkEngine, Workers
 from qtool.engines._pickling import dumps, loads
 from qtool.engines._scheduling import SeatNews, scheduled
-from qtool.engines._worker import Remembered, answer, use_card
+from qtool.engines._worker import Remembered, answer, card_of_seat, use_card
 from qtool.errors import EngineError
 
 
@@ -43,6 +43,13 @@ def _open(workers: Workers) -> Iterator[Pool]:
                 yield pool
             finally:
                 pool.end()
+
+
+def _card(seat: int) -> int:
+    """Return the card of a worker; this process may have been told to use another than 0."""
+    import torch
+
+    return card_of_seat(seat, torch.cuda.device_count(), torch.cuda.current_device())
 
 
 def _count(workers: Workers) -> int:
@@ -121,7 +128,7 @@ class _Processes:
     def _start(self, seat: int) -> _Process:
         ours, theirs = self._context.Pipe()
         workers = self._workers
-        card = seat if workers.device.startswith("cuda") else None
+        card = _card(seat) if workers.device.startswith("cuda") else None
         process = self._context.Process(
             target=_serve, args=(theirs, workers.threads, card), daemon=True
         )
