@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -55,7 +55,7 @@ def load_model(
     location: Location,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
 ) -> LoadedModel:
     """Load a model for evaluation; weights of another dtype are cast.
 
@@ -64,7 +64,8 @@ def load_model(
     Args:
         location: Of the model, quantized or not; its adapter, if it has one, is set.
         device: None: the first CUDA card, else the CPU.
-        dtype: Of activations and unquantized weights; None: by device.
+        dtype: Of activations and unquantized weights; None: by device; `auto`: as they are stored,
+            so that on the CPU they stay where the file is mapped.
 
     Raises:
         ModelError: transformers can't load it.
@@ -87,6 +88,7 @@ def load_model(
     on_device = loaded.eval()
     if location.adapter is not None:
         load_adapter(on_device, location.adapter)
+    dtype = on_device.dtype if dtype == "auto" else dtype
     return LoadedModel(location.name, location.directory, on_device, tokenizer, device, dtype)
 
 

@@ -12,7 +12,9 @@ from qtool.runtime.tensor_parallel import TensorParallel
 
 
 def load_shared(model: Location, group: TensorParallel | None, emit: Emit) -> LoadedModel:
-    """Return a model, of a group this rank's part of it; each rank loads all into the host first.
+    """Return a model, of a group this rank's part of it; the host has no more of it for long.
+
+    What is stored as it is used is mapped from the files, of which ranks see the same pages.
 
     Raises:
         BackendError: it can't be spread over the ranks.
@@ -25,5 +27,6 @@ def load_shared(model: Location, group: TensorParallel | None, emit: Emit) -> Lo
         as_ours(model, emit)
     group.gather_objects(None)  # what is converted is kept, and then found by all
     dtype = default_dtype(group.device)
-    loaded = load_model(as_ours(model, emit), device="cpu", dtype=dtype)
-    return replace(loaded, model=spread_model(loaded.model, group), device=group.device)
+    loaded = load_model(as_ours(model, emit), device="cpu", dtype="auto")
+    own = spread_model(loaded.model, group, dtype=dtype)
+    return replace(loaded, model=own, device=group.device, dtype=dtype)

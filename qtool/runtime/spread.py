@@ -42,14 +42,17 @@ def narrow_to(weight: AnyWeight, dim: int, part: range) -> AnyWeight:
 
 
 @torch.no_grad()
-def spread_model(model: CausalModel, group: TensorParallel | None) -> CausalModel:
-    """Leave of a model what this rank has, and bring that to the rank's device.
+def spread_model(
+    model: CausalModel, group: TensorParallel | None, *, dtype: torch.dtype | None = None
+) -> CausalModel:
+    """Leave of a model what this rank has, and bring that to the rank's device, layer by layer.
 
     Its forward and `generate` then are collective: every rank calls them alike.
 
     Args:
         model: Loaded, in evaluation mode, whole on each rank; best on the CPU.
         group: Of `tensor_parallel.launched`; None: one process, which has it all.
+        dtype: Of activations and what isn't quantized; None: as it is loaded.
 
     Returns:
         The model.
@@ -69,10 +72,12 @@ def spread_model(model: CausalModel, group: TensorParallel | None) -> CausalMode
         cut = _Cut(group, f"Layer {index}")
         cut.attention(layer.self_attn)
         cut.mlp(layer.mlp)
+        _settle(layer, group.device, dtype)
     if not _is_tied(model):
         _Cut(group, "The head").head(model)
     setattr(model, GROUP, group)
-    return model.to(group.device)
+    _settle(model, group.device, dtype)
+    return model
 
 
 def draw_alike(model: CausalModel) -> None:
@@ -159,6 +164,16 @@ class _Cut:
             raise BackendError(
                 f"{self.place} can't be spread over {self.group.world_size} ranks: {error}"
             ) from error
+
+
+def _settle(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Bring a module to a device, its parameters in a dtype; positions keep that of their buffers.
+
+    On a card at once, for what is cut out of columns takes memory of the host until then.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    module.to(device)
 
 
 def _is_tied(model: Any) -> bool:  # noqa: ANN401

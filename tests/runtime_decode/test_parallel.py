@@ -1,7 +1,9 @@
 """Two processes that share a model say what one says."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +12,14 @@ from qtool.base import CausalModel
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.errors import BackendError
 from qtool.integrations.transformers.generate import accelerate, use_runner
+from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location
+from qtool.pipeline.shared_model import load_shared
 from qtool.runtime.backends._choose import use_backend
 from qtool.runtime.backends.dense import BACKEND
 from qtool.runtime.decode.read_model import weights_of
 from qtool.runtime.decode.runner import DecodeRunner
+from qtool.runtime.decode.weights import RankPart
 from qtool.runtime.modules import QuantizedLinear
 from qtool.runtime.spread import spread_model
 from qtool.scheme import Shape2D, WeightScheme
@@ -93,6 +99,46 @@ def test_heads_that_do_not_divide_are_spread_unevenly():
         [[4, 2], [2, 1]],
         batch=1,
     )
+
+
+def parts(group: TensorParallel, model: CausalModel) -> list[object]:
+    spread_model(model, group, dtype=torch.bfloat16)
+    layer = weights_of(model).layers[0]
+    assert isinstance(layer.output, RankPart)
+    assert isinstance(layer.down, RankPart)
+    floats = {parameter.dtype for parameter in model.parameters()}
+    buffers = {buffer.dtype for name, buffer in model.named_buffers() if "inv_freq" in name}
+    return [layer.output.is_even, layer.down.is_even, floats, buffers]
+
+
+def test_ranks_know_whether_their_parts_are_even_and_cast_them_but_not_positions():
+    only = ({torch.bfloat16}, {torch.float32})
+    changes = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
+    uneven = families.build("llama", **changes).float()
+    for model, even in ((build("llama"), True), (uneven, False)):
+        for found in on_ranks(parts, model):
+            assert found == [even, True, *only]
+
+
+def loaded_parts(group: TensorParallel, place: Path) -> list[object]:
+    loaded = load_shared(Location(place), group, lambda _event: None)
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        logits = loaded.model(ids).logits
+    weight = loaded.model.model.layers[0].mlp.down_proj.inner.weight
+    return [loaded.dtype, weight.dtype, tuple(weight.shape), logits]
+
+
+def test_ranks_load_what_is_stored_and_cast_their_own_part(llama, tmp_path):
+    place = Path(shutil.copytree(llama, tmp_path / "half"))
+    whole = load_model(Location(llama), device="cpu", dtype=torch.float16).model
+    whole.save_pretrained(place)
+    with torch.no_grad():
+        logits = whole.float()(torch.arange(3, 15)[None]).logits
+    hidden, inner = whole.model.layers[0].mlp.down_proj.weight.shape
+    for dtype, stored, shape, found in on_ranks(loaded_parts, place):
+        assert (dtype, stored, shape) == (torch.float32, torch.float32, (hidden, inner // 2))
+        torch.testing.assert_close(found, logits, rtol=0, atol=1e-5)
 
 
 def refusal(group: TensorParallel, model: CausalModel) -> str:
