@@ -113,8 +113,9 @@ def parts(group: TensorParallel, model: CausalModel) -> list[object]:
 
 def test_ranks_know_whether_their_parts_are_even_and_cast_them_but_not_positions():
     only = ({torch.bfloat16}, {torch.float32})
-    changes = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
-    uneven = families.build("llama", **changes).float()
+    uneven = families.build(
+        "llama", hidden_size=96, num_attention_heads=6, num_key_value_heads=3
+    ).float()
     for model, even in ((build("llama"), True), (uneven, False)):
         for found in on_ranks(parts, model):
             assert found == [even, True, *only]

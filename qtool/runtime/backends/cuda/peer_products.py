@@ -14,6 +14,7 @@ from qtool.runtime.backends.cuda import peer_memory, planes
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import Card, KernelCall, Launch
 from qtool.runtime.backends.cuda.linear_kernels import kernel_for
+from qtool.runtime.backends.cuda.peer_sum import MOST_RANKS
 from qtool.runtime.backends.cuda.plane_products import Around, call_for
 from qtool.runtime.backends.cuda.selection import wanted_kernel
 from qtool.runtime.tensor_parallel import TensorParallel
@@ -22,7 +23,6 @@ MOST_NUMBERS = 2**17
 """Of a result: sixteen tokens of 8192."""
 NUMBER_BYTES = 8
 """A float and a mark."""
-MOST_RANKS = 8
 
 
 @dataclass(frozen=True, slots=True)
