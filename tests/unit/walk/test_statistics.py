@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from qtool.walk.statistics import RowGroups, measure_inputs
+from qtool.walk.statistics import RowGroups
+from qtool.walk.sums import measure_inputs
 from qtool.walk.streams import Visit, make_streams
 from tests.helpers import normal
 
