@@ -67,6 +67,18 @@ class Moments:
             {name: total.to(device) for name, total in self.sums.items()}, self.num_tokens
         )
 
+    def of_rows(self, rows: slice) -> "Moments":
+        """Return those that are of some rows of the linear; the errors of all parts add up.
+
+        What isn't of a row is of the part that begins at zero.
+        """
+        sums = dict(self.sums)
+        for product in sums.keys() & {"ex", "ed"}:
+            sums[product] = sums[product][rows]
+        if "ee" in sums and rows.start:
+            sums["ee"] = torch.zeros_like(sums["ee"])
+        return Moments(sums, self.num_tokens)
+
     def mean(self, product: MomentName) -> Tensor:
         """Return the mean of a product over all tokens, float32."""
         return self.sums[product] / max(self.num_tokens, 1)

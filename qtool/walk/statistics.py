@@ -79,12 +79,18 @@ class InputStatistics:
         """Return the same with the moments on a device."""
         return replace(self, train=self.train.on(device), held_out=self.held_out.on(device))
 
+    def of_rows(self, rows: slice) -> "InputStatistics":
+        """Return them for some rows of a linear that is solved in parts."""
+        train, held_out = self.train.of_rows(rows), self.held_out.of_rows(rows)
+        part = replace(self, rows=rows, train=train, held_out=held_out, is_for_one=False)
+        part.__dict__["lower"] = self.lower  # it is the same, and dear
+        return part
+
     @cached_property
-    def shifter(self) -> Shifter:
-        """What shifts the weights of all linears with this input."""
+    def lower(self) -> Tensor | None:
+        """Cholesky factor of the damped Hessian, by which weights are shifted; None: has none."""
         damping = raised(DEFAULT_DAMPING, self.tokens_per_input)
-        lower = hessian.cholesky(hessian.damp(self.train.mean("xx"), damping))
-        return Shifter(self.train, self.held_out, lower)
+        return hessian.cholesky(hessian.damp(self.train.mean("xx"), damping))
 
     def shifted(self, weight: Tensor, strength: float | None) -> tuple[Tensor, float]:
         """Return a weight for these inputs, as `Shifter.shift` does; of one linear only once.
@@ -93,10 +99,10 @@ class InputStatistics:
             weight: (rows, in_features) float32.
             strength: Of the shift, in [0, 1]; None: the best on the held-out tokens.
         """
-        found = self.shifter.shift(weight, strength)
+        found = Shifter(self.train, self.held_out, self.lower).shift(weight, strength)
         if self.is_for_one:  # for the widest layers each matrix is a gigabyte, or three
             self.train.keep("xx")
-            del self.__dict__["shifter"]
+            del self.__dict__["lower"]
         return found
 
 

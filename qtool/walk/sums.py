@@ -1,4 +1,4 @@
-"""What the tokens of the samples say of a linear's inputs: sums, chunk by chunk, added up in order."""
+"""Sums over the tokens that a linear sees: chunk by chunk of the samples, added up in order."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -111,9 +111,8 @@ def sum_inputs(
     token_cap: float | None,
     groups: RowGroups | None = None,
     activation: ActivationScheme | None = None,
-    chunk: int | None = None,
 ) -> Iterator[tuple[SumPlace, Moments]]:
-    """Yield the sums of each chunk of the samples, or of one, in order; see `measure_inputs`.
+    """Yield the sums of each chunk of the samples, in order; arguments as of `measure_inputs`.
 
     All but the last are off the card.
     """
@@ -121,7 +120,7 @@ def sum_inputs(
     start, streams = 0, visit.streams
     for index, (first, second) in enumerate(zip(streams.original, streams.quantized, strict=True)):
         number, held_out = streams.chunk_of(index), index >= streams.num_train
-        if chunk not in (None, number):
+        if visit.chunk not in (None, number):
             continue
         if SumPlace(0, held_out, number) not in sums:
             for place in list(sums):  # they are complete

@@ -179,7 +179,7 @@ class Walk:
         index, linear = self._groups[layer]
         self._go_to(index, model, streams)
         assert self._blocks is not None
-        section, visit = self._section, Visit(*self._blocks, streams)
+        section, visit = self._section, Visit(*self._blocks, streams, chunk)
         scheme = self._rules.scheme(layer, self._inputs(layer, linear, visit))
         sums = sum_inputs(
             linear,
@@ -187,7 +187,6 @@ class Walk:
             residual=self._source.residual if section.residual_error else None,
             token_cap=section.token_cap,
             activation=scheme,
-            chunk=chunk,
         )
         return dict(sums), scheme
 

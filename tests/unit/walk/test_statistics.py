@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qtool.walk.statistics import RowGroups
-from qtool.walk.sums import measure_inputs
 from qtool.walk.streams import Visit, make_streams
+from qtool.walk.sums import measure_inputs
 from tests.helpers import normal
 
 WIDTH, INPUTS = 6, 9
