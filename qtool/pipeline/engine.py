@@ -25,7 +25,7 @@ PART_ROWS = 1024
 """Likewise of a linear's rows, on a CPU: a card solves more rows in about the same time."""
 
 
-def in_parts(recipe: Recipe, options: EngineOptions | None, device: str) -> Recipe:
+def divided_for(recipe: Recipe, options: EngineOptions | None, device: str) -> Recipe:
     """Return a recipe whose samples and rows are divided, if workers are to share them."""
     section = recipe.calibration
     if options is None or section is None:
