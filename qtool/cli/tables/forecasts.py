@@ -38,8 +38,8 @@ def _lines(found: "Forecast") -> list[str]:
     card = found.worker_card_bytes
     on_card = f", {gigabytes(card)} of its card" if card else ""
     return [
-        f"Nodes: {there.nodes}, workers: {there.workers}. About {clock(found.seconds)}; one worker: "
-        f"{clock(found.one_worker)}.",
+        f"Nodes: {there.nodes}, workers: {there.workers}. About {clock(found.seconds)}; with one "
+        f"worker {clock(found.one_worker)}.",
         f"A worker takes {gigabytes(found.worker_bytes)} of memory{on_card}; the command "
         f"{gigabytes(found.driver_bytes)}; its node, with {there.crowd} workers, "
         f"{gigabytes(found.node_bytes)} of {gigabytes(there.memory_bytes)}.",
