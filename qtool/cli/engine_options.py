@@ -1,5 +1,6 @@
 """Options of commands whose work can be shared among workers."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from qtool.cli.options import in_panel
@@ -7,8 +8,11 @@ from qtool.errors import RecipeError
 
 if TYPE_CHECKING:
     from qtool.engines import EngineOptions
+    from qtool.steps.cluster import Cluster
 
 MOST_WORKERS = 4096
+TEN_GIGABIT = 1.25
+"""GB/s."""
 _engine = in_panel("Workers")
 
 
@@ -41,6 +45,53 @@ ThreadsOption = Annotated[
 AddressOption = Annotated[
     str | None, _engine(help="Of a cluster of Ray: auto, or host:port; default: this machine.")
 ]
+
+NodesOption = Annotated[
+    int | None, _engine(min=1, max=MOST_WORKERS, help="Of the cluster that --dry-run=cluster has.")
+]
+NodeMemoryOption = Annotated[
+    float | None, _engine(min=0.001, help="GB of each of these nodes; default: as this one.")
+]
+NetworkOption = Annotated[
+    float | None, _engine(min=0.001, help="GB/s in or out of each; default: 1.25, 10 Gbit/s.")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterOptions:
+    """What --dry-run=cluster is asked for."""
+
+    nodes: int | None
+    memory: float | None
+    network: float | None
+
+    def check(self, *, is_asked: bool) -> None:
+        """Refuse them without --dry-run=cluster.
+
+        Raises:
+            RecipeError: one is given.
+        """
+        others = {
+            "--nodes": self.nodes,
+            "--node-memory": self.memory,
+            "--network": self.network,
+        }
+        given = [name for name, value in others.items() if value is not None]
+        if given and not is_asked:
+            raise RecipeError(f"{' and '.join(given)} need --dry-run=cluster. Add it.")
+
+    def cluster(self, workers: int | None, threads: int) -> "Cluster":
+        """Return the cluster: nodes like this machine, but for what is given."""
+        from qtool import pipeline
+
+        nodes = self.nodes or 1
+        return pipeline.cluster_like_this(
+            nodes,
+            workers,
+            threads,
+            memory_bytes=None if self.memory is None else int(self.memory * 1e9),
+            network=(self.network or TEN_GIGABIT) * 1e9,
+        )
 
 
 def engine_options(

@@ -24,6 +24,14 @@ class DryRun(StrEnum):
     MEASURE = "measure"
 
 
+class RecipeDryRun(StrEnum):
+    """Likewise of a recipe's run."""
+
+    PLAN = "plan"
+    MEASURE = "measure"
+    CLUSTER = "cluster"
+
+
 BARE = {"--dry-run": DryRun.PLAN}
 """Values of options that may be given without one; one is given with '='."""
 GATE_FAILED = 3

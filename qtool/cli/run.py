@@ -9,13 +9,24 @@ import typer
 from qtool.cli import console, early
 from qtool.cli.engine_options import (
     AddressOption,
+    ClusterOptions,
     EngineOption,
+    NetworkOption,
+    NodeMemoryOption,
+    NodesOption,
     ThreadsOption,
     WorkersOption,
     engine_options,
 )
-from qtool.cli.options import GATE_FAILED, DeviceOption, DryRun, JsonOption, check_targets
+from qtool.cli.options import (
+    GATE_FAILED,
+    DeviceOption,
+    JsonOption,
+    RecipeDryRun,
+    check_targets,
+)
 from qtool.cli.progress import progress
+from qtool.cli.tables.forecasts import print_forecast
 from qtool.cli.tables.preflights import print_preflight
 from qtool.cli.tables.verdicts import print_gates, print_steps
 from qtool.errors import QtoolError, RecipeError
@@ -60,13 +71,16 @@ def run_recipe(
     workers: WorkersOption = None,
     threads: ThreadsOption = None,
     address: AddressOption = None,
+    nodes: NodesOption = None,
+    node_memory: NodeMemoryOption = None,
+    network: NetworkOption = None,
     dry_run: Annotated[
-        DryRun | None,
+        RecipeDryRun | None,
         typer.Option(
             "--dry-run",
-            metavar="[=measure]",
+            metavar="[=measure|=cluster]",
             help="Check all, print steps and gates, do nothing. With =measure: predict what "
-            "quantizing takes, as `qtool quantize` does.",
+            "quantizing takes, as `qtool quantize` does; with =cluster: on many machines.",
         ),
     ] = None,
     json_file: JsonOption = None,
@@ -84,10 +98,14 @@ def run_recipe(
       qtool run mine.yaml MODEL OUT_DIR --junit gates.xml --markdown summary.md
 
       qtool run mine.yaml MODEL OUT_DIR --set gates.kl_mean=0.1 --dry-run
+
+      qtool run mine.yaml MODEL --dry-run=cluster --nodes 4 --node-memory 64
     """
     chosen, name, target = _request(recipe, model, out_dir, settings or [], calibration)
     check_targets([json_file, junit, markdown])
-    shared = engine_options(engine, workers, threads, address)
+    asked, on_paper = ClusterOptions(nodes, node_memory, network), dry_run is RecipeDryRun.CLUSTER
+    asked.check(is_asked=on_paper)
+    shared = None if on_paper else engine_options(engine, workers, threads, address)
     early.check_directory(calibration)
     if chosen.eval is not None and chosen.eval.tasks:
         early.check_spelling(chosen.eval.tasks)
@@ -107,17 +125,25 @@ def run_recipe(
         )
         if dry_run is not None:
             pipeline.check_measurable(chosen, options)
-        if dry_run is DryRun.MEASURE:
-            found = pipeline.preflight(
-                where,
-                target,
-                chosen,
-                calib_dir=calibration,
-                check=chosen.check is not None,
-                emit=emit,
+        if dry_run is RecipeDryRun.CLUSTER:
+            there = asked.cluster(workers, threads or 1)
+            found = pipeline.foresee(
+                where, chosen, there, threads=threads or 1, calib_dir=calibration, emit=emit
             )
-            show = partial(print_preflight, found)
-        elif dry_run is DryRun.PLAN:
+            show = partial(print_forecast, found)
+        elif dry_run is RecipeDryRun.MEASURE:
+            show = partial(
+                print_preflight,
+                pipeline.preflight(
+                    where,
+                    target,
+                    chosen,
+                    calib_dir=calibration,
+                    check=chosen.check is not None,
+                    emit=emit,
+                ),
+            )
+        elif dry_run is RecipeDryRun.PLAN:
             show = partial(print_steps, chosen, pipeline.plan(where, chosen))
         else:
             title = Path(recipe).name

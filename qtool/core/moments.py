@@ -14,8 +14,7 @@ Sources: QEP (arXiv 2504.09629), GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505
 d; that e can be compensated in the same way is output matching as in LoaQ (arXiv 2509.06297).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -68,25 +67,53 @@ class Moments:
             {name: total.to(device) for name, total in self.sums.items()}, self.num_tokens
         )
 
+    def of_rows(self, rows: slice) -> "Moments":
+        """Return those that are of some rows of the linear; the errors of all parts add up.
+
+        What isn't of a row is of the part that begins at zero.
+        """
+        sums = dict(self.sums)
+        for product in sums.keys() & {"ex", "ed"}:
+            sums[product] = sums[product][rows]
+        if "ee" in sums and rows.start:
+            sums["ee"] = torch.zeros_like(sums["ee"])
+        return Moments(sums, self.num_tokens)
+
     def mean(self, product: MomentName) -> Tensor:
         """Return the mean of a product over all tokens, float32."""
         return self.sums[product] / max(self.num_tokens, 1)
 
 
-def merged_in_order(parts: Sequence[Moments]) -> Moments:
-    """Return the moments of all tokens: sums of float64 in the order given, rounded once.
+@dataclass(slots=True)
+class OrderedTotal:
+    """The moments of all tokens, from those of parts that come in order; of at least one.
 
-    So it doesn't matter who summed which part. One part is returned as it is.
+    Sums of float64, rounded once: so it doesn't matter who summed which part. One part stays as it
+    is. A part isn't kept, so there is one at a time beside the total.
     """
-    if len(parts) == 1:
-        return parts[0]
-    sums: dict[MomentName, Tensor] = {}
-    for product, first in parts[0].sums.items():
-        total = first.double()
-        for part in parts[1:]:
+
+    _only: Moments | None = None
+    _sums: dict[MomentName, Tensor] = field(default_factory=dict)
+    _num_tokens: int = 0
+
+    def add(self, part: Moments) -> None:
+        """Add the next part; its place is that of the first."""
+        self._num_tokens += part.num_tokens
+        if self._only is None and not self._sums:
+            self._only = part
+            return
+        if self._only is not None:
+            first, self._only = self._only.sums, None
+            self._sums = {product: first.pop(product).double() for product in list(first)}
+        for product, total in self._sums.items():
             total += part.sums[product].to(total.device)
-        sums[product] = total.float()
-    return Moments(sums, sum(part.num_tokens for part in parts))
+
+    def moments(self) -> Moments:
+        """Return the total, float32; it is asked for once, at the end."""
+        if self._only is not None:
+            return self._only
+        rounded = {product: self._sums.pop(product).float() for product in list(self._sums)}
+        return Moments(rounded, self._num_tokens)
 
 
 def no_moments(

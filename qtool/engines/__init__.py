@@ -77,7 +77,8 @@ class Pool(Protocol):
                 returns is picklable.
             tasks: What to call it for.
             in_place: The n-th task of every such call goes to the same worker, as long as that
-                lives: it may keep what saves it time.
+                lives: it may keep what saves it time. It is given another when its result has been
+                yielded, so that large results wait with workers.
 
         Raises:
             EngineError: a task's worker ended again and again, or no worker is left.

@@ -46,8 +46,11 @@ class Seats(Protocol):
         """Give a worker that waits something to do."""
         ...
 
-    def listen(self, timeout: float | None) -> SeatNews | None:
-        """Wait for the next thing to be told; None: nothing was, in so many seconds."""
+    def listen(self, timeout: float | None, only: int | None = None) -> SeatNews | None:
+        """Wait for the next thing to be told; None: nothing was, in so many seconds.
+
+        With `only`, what that seat tells of its task, and of others that their workers are new.
+        """
         ...
 
 
@@ -64,7 +67,8 @@ def scheduled(
     for number in range(len(tasks)):
         while number not in state.results:
             state.hand_out(function)
-            state.take(seats.listen(None if state.running else seats.patience))
+            only = state.whose(number) if in_place else None
+            state.take(seats.listen(None if state.running else seats.patience, only))
         yield state.results.pop(number)
 
 
@@ -105,6 +109,10 @@ class _Course:
         own = (number for number, home in homes.items() if home == seat)
         lost = (number for number, home in homes.items() if home not in living)
         return next(own, next(lost, None))
+
+    def whose(self, wanted: int) -> int | None:
+        """Return the seat that has a task; None: nobody has."""
+        return next((seat for seat, number in self.running.items() if number == wanted), None)
 
     def take(self, told: SeatNews | None) -> None:
         """Note what was told."""

@@ -157,9 +157,10 @@ class _Processes:
         with suppress(BrokenPipeError, ConnectionResetError):  # `listen` finds that it has ended
             worker.pipe.send_bytes(dumps((function, argument)))
 
-    def listen(self, timeout: float | None) -> SeatNews | None:
+    def listen(self, timeout: float | None, only: int | None = None) -> SeatNews | None:
         pipes = {id(worker.pipe): seat for seat, worker in enumerate(self._seats)}
-        ready = wait([w.pipe for w in self._seats if w.is_busy], timeout)
+        asked = self._seats if only is None else [self._seats[only]]
+        ready = wait([worker.pipe for worker in asked if worker.is_busy], timeout)
         if not ready:
             return None
         seat = pipes[id(ready[0])]

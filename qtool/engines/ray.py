@@ -154,8 +154,13 @@ class _Actors:
         reference = self._actors[seat].call.remote(content, list(self._shared.values()))
         self._expected[reference] = seat
 
-    def listen(self, timeout: float | None) -> SeatNews | None:
-        ready, _ = self._ray.wait(list(self._expected), num_returns=1, timeout=timeout)
+    def listen(self, timeout: float | None, only: int | None = None) -> SeatNews | None:
+        asked = [
+            reference
+            for reference, seat in self._expected.items()
+            if only in (None, seat) or reference in self._new
+        ]
+        ready, _ = self._ray.wait(asked, num_returns=1, timeout=timeout, fetch_local=only is None)
         if not ready:
             return None
         return self._note(ready[0])

@@ -6,6 +6,7 @@ One file per command; what they share lies beside them.
 from qtool.pipeline.bench import BenchOptions, CpuOptions, GpuOptions, bench
 from qtool.pipeline.calibrate import CalibrateResult, calibrate
 from qtool.pipeline.chat import ChatOptions, chat
+from qtool.pipeline.cluster import cluster_like_this, foresee
 from qtool.pipeline.compare import CompareOptions, ModelsCompared, compare
 from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
 from qtool.pipeline.export import ExportResult, export
@@ -49,10 +50,12 @@ __all__ = [
     "calibrate",
     "chat",
     "check_measurable",
+    "cluster_like_this",
     "compare",
     "evaluate",
     "explain",
     "export",
+    "foresee",
     "grid",
     "import_model",
     "plan",

@@ -22,7 +22,7 @@ from qtool.modeling.locate import Location
 from qtool.modeling.source import ModelSource, open_source
 from qtool.pipeline.check import check_result
 from qtool.pipeline.check_budgets import check_budgets
-from qtool.pipeline.engine import check_engine, in_chunks, with_workers
+from qtool.pipeline.engine import check_engine, divided_for, with_workers
 from qtool.pipeline.reports import Decisions, QuantizeResult, RunCourse, result_of, write_result
 from qtool.recipe.measuring import CheckSection
 from qtool.recipe.schema import Recipe
@@ -110,7 +110,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and six switches
     course = RunCourse(time.perf_counter(), emit)
     emit = course.hear
     budgets, recipe = recipe.check, recipe.without_measuring()
-    recipe = in_chunks(recipe, engine)
+    recipe = divided_for(recipe, engine, str(default_device()))
     place = find_place(out_dir, overwrite=overwrite, resume=resume)
     if model.path is not None:
         check_apart(place.out_dir, model.path)  # before anything is said of --overwrite

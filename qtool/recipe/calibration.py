@@ -1,7 +1,7 @@
 """The section `calibration` of a recipe: which samples the solvers see. Torch-free."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -90,6 +90,9 @@ class CalibrationSection(Section):
     chunks: Annotated[WholeNumber, Field(ge=1, le=1024)] | None = None
     """Parts of the samples whose sums are added up in float64: so many workers can share them;
     null: there is one, and with an engine 8."""
+    part_rows: Annotated[WholeNumber, Field(ge=1, le=MOST_LENGTH)] | None = None
+    """Rows of a linear that are solved as one problem, at most; null: all, and with an engine on a
+    CPU 1024."""
     strict: bool = False
     """Fail where a solver would fall back to something simpler."""
 
@@ -112,6 +115,12 @@ class CalibrationSection(Section):
             raise ValueError("mixture is empty; name its sources, or leave it out")
         return given if "dataset" in given else {"mixture": MIXTURE, **given}
 
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if self.part_rows is not None and self.output_groups is not None:
+            raise ValueError("output_groups divides the rows already; leave out part_rows")
+        return self
+
     @field_validator("mixture")
     @classmethod
     def _check_shares(cls, value: tuple[SourceSection, ...]) -> tuple[SourceSection, ...]:
@@ -131,8 +140,9 @@ class CalibrationSection(Section):
             values.pop("bias_correction", None)
         if self.prefix == "linears":
             values.pop("prefix", None)
-        if self.chunks is None:
-            values.pop("chunks", None)
+        for name in ("chunks", "part_rows"):
+            if getattr(self, name) is None:
+                values.pop(name, None)
         for source in values.get("mixture", ()):
             if (rendering := source.pop("rendering", None)) is not None:
                 source["as"] = rendering

@@ -7,7 +7,13 @@ from typing import Any
 from qtool.steps.usage import NO_USE, MachineRoom, Usage
 from qtool.wording import gigabytes
 
-ROOMS = {"memory": "memory of this machine", "card": "memory of the card", "disk": "free disk"}
+ROOMS = {
+    "memory": "memory of this machine",
+    "card": "memory of the card",
+    "disk": "free disk",
+    "node": "memory of a node",
+    "worker's card": "memory of its card",
+}
 FEWER_SAMPLES = "use fewer samples (calibration.num_samples) or shorter ones (sequence_length)"
 ADVICE = {
     ("capture", "memory"): f"{FEWER_SAMPLES}, or calibration.cache=disk",
@@ -26,6 +32,8 @@ ANY = {
     "memory": "end other programs, or choose a larger machine",
     "card": "end other programs that use the card, or choose a larger one",
     "disk": "free some space, or choose another disk for OUT_DIR",
+    "node": "use fewer workers on a node, or nodes with more memory",
+    "worker's card": "use larger cards",
 }
 
 

@@ -22,13 +22,8 @@ from qtool.steps.run import Run
 from qtool.walk.blocks import walk_dtype
 from qtool.walk.shares import ALL_SAMPLES, Share
 from qtool.walk.solved import InputRules, SolvedLinear
-from qtool.walk.statistics import (
-    InputStatistics,
-    RowGroups,
-    SumPlace,
-    statistics_of,
-    why_not_finite,
-)
+from qtool.walk.statistics import InputStatistics, RowGroups, why_not_finite
+from qtool.walk.sums import SumPlace, Totals
 from qtool.walk.walk import Walk
 
 
@@ -58,12 +53,14 @@ def plain_walk(
 
 @dataclass(frozen=True, slots=True)
 class Measuring:
-    """What a worker is to measure: the argument of `measure_share`."""
+    """What a worker is to measure: the argument of `measure_chunk`."""
 
     run: Shared
     walk: str
     """Tells the walk from those of other runs."""
     share: Share
+    chunk: int
+    """Of the share."""
     layer: str
     solved: Mapping[str, SolvedLinear]
     """All that is, so far."""
@@ -75,8 +72,8 @@ _walks: dict[tuple[str, Share], tuple[Walk, set[str]]] = {}
 """Of this worker, with the layers that each knows of: what saves it going through all blocks."""
 
 
-def measure_share(asked: Measuring) -> Sums:
-    """Return the sums of a share's chunks for what a linear of the blocks sees."""
+def measure_chunk(asked: Measuring) -> Sums:
+    """Return the sums of a chunk for what a linear of the blocks sees."""
     key = (asked.walk, asked.share)
     if key not in _walks:
         for other in [known for known in _walks if known[0] != asked.walk]:
@@ -89,7 +86,7 @@ def measure_share(asked: Measuring) -> Sums:
         if name not in known:
             walk.put(name, solved)
             known.add(name)
-    return walk.sums(asked.layer)
+    return walk.sums(asked.layer, asked.chunk)
 
 
 class SharedWalk(Walk):
@@ -129,21 +126,29 @@ class SharedWalk(Walk):
             self.warn_of_few_tokens(self._train)
             self._train = 0  # once
         name = f"{self._run.source.adapter.blocks}.{index}.{linear}"
-        shares = [Share(number, self._pool.count) for number in range(self._pool.count)]
         solved = {} if self._section.prefix == "original" else dict(self._done)
+        chunks, count = self._section.chunks or 1, self._pool.count
         tasks = [
             Task(
-                f"share {share.number + 1} of {share.count} of the samples, at {name}",
-                Measuring(self._shared, self._name, share, name, solved, self._directory),
+                f"chunk {chunk + 1} of {chunks} of the samples, at {name}",
+                Measuring(
+                    self._shared,
+                    self._name,
+                    Share(chunk % count, count),
+                    chunk,
+                    name,
+                    solved,
+                    self._directory,
+                ),
             )
-            for share in shares
+            for chunk in range(chunks)
         ]
-        sums: dict[SumPlace, Moments] = {}
-        activation: ActivationScheme | None = None
-        for found, scheme in self._pool.map(measure_share, tasks, in_place=True):
-            sums |= found
+        totals, activation = Totals(), None
+        for found, scheme in self._pool.map(measure_chunk, tasks, in_place=True):
+            for place in list(found):
+                totals.add(place, found.pop(place))
             activation = scheme or activation
-        statistics = statistics_of(sums, None, activation, self._env.device)
+        statistics = totals.statistics(None, activation, self._env.device)
         if not all(each.is_finite() for each in statistics):
             dtype = walk_dtype(self._run.source, self._env.device, self._section.dtype)
             raise MethodError(why_not_finite(self._run.source, name, dtype), layer=name)

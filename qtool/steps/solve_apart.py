@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 
 from torch import Tensor
 
@@ -16,8 +16,10 @@ from qtool.errors import RecipeError
 from qtool.recipe.schema import Recipe
 from qtool.steps.activation_ranges import has_static_inputs
 from qtool.steps.plan import LayerPlan, Plan
+from qtool.steps.row_edges import row_parts
 from qtool.steps.run import Run
-from qtool.steps.solve_layer import solved_for
+from qtool.steps.solve_calibrated import SolvedPart
+from qtool.steps.solve_layer import joined_for, part_for, solved_for
 from qtool.steps.table_statistics import hessian_of
 from qtool.walk.statistics import InputStatistics
 from qtool.walk.walk import Walk
@@ -66,18 +68,24 @@ def together(run: Run, walk: Walk | None) -> Iterator[tuple[LayerPlan, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class Solving:
-    """A layer to solve: the argument of `solve_one`."""
+    """A layer to solve, or a part of its rows: the argument of `solve_one`."""
 
     run: Shared
     layer: LayerPlan
+    rows: slice | None
+    """None: all."""
     statistics: Shared | None
     """Of its inputs; None: there are none."""
     under: Shared | None
     """The Hessian of a table; None: there is none."""
 
 
-def solve_one(asked: Solving) -> tuple[Made, list[Progress | Notice]]:
-    """Return what a layer becomes, and what is to be told of it."""
+Solved = Made | tuple[SolvedPart, float]
+"""A whole layer, or a part with the seconds that it took."""
+
+
+def solve_one(asked: Solving) -> tuple[Solved, list[Progress | Notice]]:
+    """Return what a layer or a part of it becomes, and what is to be told of it."""
     run: Run = asked.run.get()
     told: list[Progress | Notice] = []
     device = run.env.device
@@ -87,6 +95,9 @@ def solve_one(asked: Solving) -> tuple[Made, list[Progress | Notice]]:
         statistics = asked.statistics.get()
         if device != "cpu":
             statistics = tuple(each.on(device) for each in statistics)
+    if asked.rows is not None:
+        assert statistics is not None
+        return part_for(run, asked.layer, asked.rows, statistics), told
     under: Tensor | None = None if asked.under is None else asked.under.get().to(device)
     return solved_for(run, asked.layer, statistics, lambda _layer: under), told
 
@@ -105,26 +116,60 @@ def made_apart(
     with ExitStack() as stack:
         seen: dict[int, Shared] = {}  # linears that share an input have one object
 
-        def share(value: object) -> Shared:
-            if id(value) not in seen:
+        def share(value: object) -> Shared | None:
+            if value is not None and id(value) not in seen:
                 seen[id(value)] = stack.enter_context(pool.share(value))
-            return seen[id(value)]
+            return seen.get(id(value))
 
-        tasks, kept = [], []
+        tasks, kept = list[Task](), []
         for layer in (layer for layer in layers if layer.name in names):
             of_block = walk is not None and layer.role == "block"
             statistics = walk.statistics(layer.name) if walk is not None and of_block else None
             under = None if layer.role == "block" else hessian_of(run, writer, layer)
-            kept.append((statistics, under))  # so that no other object gets its number
-            asked = Solving(
-                shared,
-                layer,
-                None if statistics is None else share(statistics),
-                None if under is None else share(under),
-            )
-            rows, columns = layer.shape
-            tasks.append(Task(layer.name, asked, cost=float(rows) * columns * columns))
-        for made, told in pool.map(solve_one, tasks):
-            for event in told:
-                run.env.emit(event)
-            yield made
+            own = _tasks(run, shared, layer, share(statistics), share(under))
+            tasks += own
+            kept.append((layer, len(own), statistics, under))  # nothing else gets their numbers
+        found = pool.map(solve_one, tasks)
+        for layer, count, statistics, _ in kept:
+            parts = []
+            for part, told in islice(found, count):
+                parts.append(part)
+                for event in told:
+                    run.env.emit(event)
+            yield _whole(run, layer, parts, statistics)
+
+
+def _tasks(
+    run: Run, shared: Shared, layer: LayerPlan, statistics: Shared | None, under: Shared | None
+) -> list[Task]:
+    """Return the tasks that solve a layer."""
+    section = run.recipe.calibration
+    parts: list[slice] = []
+    if section is not None and statistics is not None:
+        parts = row_parts(layer, section.part_rows)
+    rows, columns = layer.shape
+    if len(parts) <= 1:
+        asked = Solving(shared, layer, None, statistics, under)
+        return [Task(layer.name, asked, cost=float(rows) * columns * columns)]
+    return [
+        Task(
+            f"rows {part.start} to {part.stop} of {layer.name}",
+            Solving(shared, layer, part, statistics, under),
+            cost=float(part.stop - part.start) * columns * columns,
+        )
+        for part in parts
+    ]
+
+
+def _whole(
+    run: Run,
+    layer: LayerPlan,
+    parts: Sequence[Solved],
+    statistics: Sequence[InputStatistics] | None,
+) -> Made:
+    """Return a layer of its parts."""
+    if isinstance(parts[0], Made):
+        return parts[0]
+    assert statistics is not None
+    found = [part for part in parts if not isinstance(part, Made)]
+    return joined_for(run, layer, found, statistics[0].activation)

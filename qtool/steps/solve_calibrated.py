@@ -11,7 +11,9 @@ from qtool.checkpoint.manifest import codec
 from qtool.core.affine import round_weight
 from qtool.core.moments import OutputErrors, added_error
 from qtool.recipe.calibration import CalibrationSection
+from qtool.scheme import WeightScheme
 from qtool.steps.plan import LayerPlan, load_method
+from qtool.steps.row_edges import row_parts
 from qtool.steps.solve_rows import joined_rows, solve_rows
 from qtool.walk.statistics import InputStatistics, raised
 
@@ -30,7 +32,8 @@ def solve_calibrated(
     """Quantize one linear of the blocks; warns if that is worse than rounding.
 
     Each group of rows is a problem of its own: shifted, solved and measured by its own moments.
-    They share method and scheme, chosen by the sum of their errors.
+    They share method and scheme, chosen by the sum of their errors. So is each of the parts that
+    `calibration.part_rows` makes of a linear; their moments are the same.
 
     Args:
         layer: What to do with it.
@@ -42,19 +45,75 @@ def solve_calibrated(
     Returns:
         The plan with what was chosen, and its solution.
     """
+    parts = row_parts(layer, section.part_rows)
+    if len(parts) > 1:
+        (whole,) = statistics  # the recipe has no groups then
+        solved = [
+            solve_part(layer, weight[rows], whole.of_rows(rows), section, env) for rows in parts
+        ]
+    else:
+        solved = [solve_part(layer, weight[each.rows], each, section, env) for each in statistics]
+    return joined_parts(layer, solved, env)
+
+
+@dataclass(frozen=True, slots=True)
+class SolvedPart:
+    """Rows of a weight, solved in each way that the recipe lets qtool choose from."""
+
+    solutions: tuple[LayerSolution, ...]
+    errors: tuple[float, ...]
+    """Of the output on held-out tokens, by solution."""
+    added: tuple[float, ...]
+    """What rounding adds to it, likewise."""
+    rounded: tuple[tuple[float, float], ...]
+    """Both of plain rounding to each one's scheme."""
+    power: float
+    """Of the output."""
+    strength: float
+    """Of the shift."""
+    tokens_per_input: float
+
+
+def solve_part(
+    layer: LayerPlan,
+    weight: Tensor,
+    statistics: InputStatistics,
+    section: CalibrationSection,
+    env: Env,
+) -> SolvedPart:
+    """Quantize some rows of a linear, (rows, in_features) float32, for what they see."""
     asked = section.input_error
-    strength = None if asked == "auto" else asked
-    parts = [_Part.of(weight[each.rows], each, strength) for each in statistics]
-    alternatives = layer.alternatives()
-    solutions = [joined_rows([_solved(one, part, env) for part in parts]) for one in alternatives]
+    target, used = statistics.shifted(weight, None if asked == "auto" else asked)
+    measure, held_out = OutputErrors(statistics.held_out, weight), statistics.held_out
+    tokens_per_input, alternatives = statistics.tokens_per_input, layer.alternatives()
+    solutions = [_solved(one, target, statistics, env) for one in alternatives]
     candidates = [_dequantized(solution) for solution in solutions]
-    errors = [sum(part.error(each) for part in parts) for each in candidates]
-    added = [sum(part.added(each) for part in parts) for each in candidates]
+    rounded: dict[WeightScheme, tuple[float, float]] = {}
+    for scheme in (one.scheme for one in alternatives):
+        if scheme not in rounded:
+            nearest = round_weight(weight, scheme)
+            rounded[scheme] = measure.of(nearest), added_error(held_out, weight, nearest)
+    return SolvedPart(
+        solutions=tuple(solutions),
+        errors=tuple(measure.of(each) for each in candidates),
+        added=tuple(added_error(held_out, target, each) for each in candidates),
+        rounded=tuple(rounded[one.scheme] for one in alternatives),
+        power=measure.power,
+        strength=used,
+        tokens_per_input=tokens_per_input,
+    )
+
+
+def joined_parts(
+    layer: LayerPlan, parts: Sequence[SolvedPart], env: Env
+) -> tuple[LayerPlan, LayerSolution]:
+    """Choose for all parts of a layer together, in order; warns if that is worse than rounding."""
+    alternatives = layer.alternatives()
+    errors = [sum(each) for each in zip(*(part.errors for part in parts), strict=True)]
+    added = [sum(each) for each in zip(*(part.added for part in parts), strict=True)]
     best = best_of(errors, clearly=CLEARLY * added[0])
-    nearest = round_weight(weight, alternatives[best].scheme)
-    rounded = sum(part.error(nearest) for part in parts)
-    added_rounded = sum(part.added(nearest, shifted=False) for part in parts)
-    power = sum(part.measure.power for part in parts)
+    rounded, added_rounded = (sum(part.rounded[best][n] for part in parts) for n in (0, 1))
+    power = sum(part.power for part in parts)
     if errors[best] > rounded:
         message = (
             f"{layer.name}: on held-out samples the solution is worse than rounding to nearest "
@@ -62,19 +121,20 @@ def solve_calibrated(
             "that is more like the model's."
         )
         env.emit(Notice(message))
+    solution = joined_rows([part.solutions[best] for part in parts])
     metrics = {
-        **solutions[best].metrics,
+        **solution.metrics,
         "output_error": errors[best] / power,
         "output_error_rounded": rounded / power,
         "added_error": added[best] / power,
         "added_error_rounded": added_rounded / power,
         "input_error_strength": sum(part.strength for part in parts) / len(parts),
-        "tokens_per_input": min(each.tokens_per_input for each in statistics),
+        "tokens_per_input": min(part.tokens_per_input for part in parts),
     }
     if len(errors) > 1:
         pairs = zip(_names(alternatives), errors, strict=True)
         metrics |= {f"output_error_{name}": error / power for name, error in pairs}
-    return alternatives[best], replace(solutions[best], metrics=metrics)
+    return alternatives[best], replace(solution, metrics=metrics)
 
 
 def _names(alternatives: Sequence[LayerPlan]) -> list[str]:
@@ -88,42 +148,18 @@ def _names(alternatives: Sequence[LayerPlan]) -> list[str]:
     return [f"{method}_{dim}" for method, dim in zip(methods, dims, strict=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Rows of a weight that are solved as a problem of their own."""
-
-    statistics: InputStatistics
-    weight: Tensor  # (rows, in_features)
-    target: Tensor  # the same, shifted
-    strength: float
-    measure: OutputErrors
-
-    @staticmethod
-    def of(weight: Tensor, statistics: InputStatistics, strength: float | None) -> "_Part":
-        target, used = statistics.shifted(weight, strength)
-        measure = OutputErrors(statistics.held_out, weight)
-        return _Part(statistics, weight, target, used, measure)
-
-    def error(self, quantized: Tensor) -> float:
-        """Return what becomes of the output, of the whole weight's quantized one."""
-        return self.measure.of(quantized[self.statistics.rows])
-
-    def added(self, quantized: Tensor, *, shifted: bool = True) -> float:
-        """Return what rounding adds to it."""
-        meant = self.target if shifted else self.weight
-        return added_error(self.statistics.held_out, meant, quantized[self.statistics.rows])
-
-
-def _solved(layer: LayerPlan, part: _Part, env: Env) -> LayerSolution:
+def _solved(
+    layer: LayerPlan, target: Tensor, statistics: InputStatistics, env: Env
+) -> LayerSolution:
     """Solve with one of the schemes that the recipe lets qtool choose from."""
-    method, statistics = load_method(layer.method), part.statistics
+    method = load_method(layer.method)
     options = layer.options
     if hasattr(options, "damping"):
         options = replace(options, damping=raised(options.damping, statistics.tokens_per_input))
     wanted = method.needs | method.uses
     problem = LayerProblem(
         name=layer.name,
-        weight=part.target,
+        weight=target,
         scheme=layer.scheme,
         statistics={"hessian": statistics.train.mean("xx")} if "hessian" in wanted else {},
         generator=torch.Generator(env.device).manual_seed(env.seed),

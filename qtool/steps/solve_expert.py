@@ -33,6 +33,7 @@ def solve_expert(
         with the least error on held-out tokens.
     """
     quiet = replace(env, emit=ignore_events)  # `coverage` tells of all experts at once
+    section = section.model_copy(update={"part_rows": None})  # experts are apart already
     found: dict[TokensFrom, tuple[LayerPlan, LayerSolution]] = {
         tokens_from: solve_calibrated(layer, weight, (made(),), section, quiet)
         for tokens_from, made in statistics.candidates.items()

@@ -14,7 +14,7 @@ from qtool.errors import MethodError, about
 from qtool.scheme import ActivationScheme, InputScheme
 from qtool.steps.plan import LayerPlan
 from qtool.steps.run import Run
-from qtool.steps.solve_calibrated import solve_calibrated
+from qtool.steps.solve_calibrated import SolvedPart, joined_parts, solve_calibrated, solve_part
 from qtool.steps.solve_expert import solve_expert
 from qtool.steps.solve_table import solve_alone
 from qtool.walk.statistics import InputStatistics
@@ -59,7 +59,33 @@ def solved_for(
         else:
             chosen, solution = solve_calibrated(layer, weight, statistics, section, env)
     activation = layer.activation if statistics is None else statistics[0].activation
-    return _made(run, weight, started, chosen, solution, activation)
+    return _made(run, time.perf_counter() - started, chosen, solution, activation)
+
+
+def part_for(
+    run: Run, layer: LayerPlan, rows: slice, statistics: Sequence[InputStatistics]
+) -> tuple[SolvedPart, float]:
+    """Solve some rows of a layer, and return how many seconds that took. Otherwise as above."""
+    section, started = run.recipe.calibration, time.perf_counter()
+    assert section is not None
+    (whole,) = statistics
+    with about(layer=layer.name):
+        weight = run.source.read_weight(layer.name)[rows].to(run.env.device)
+        _check_finite(layer.name, weight)
+        part = solve_part(layer, weight, whole.of_rows(rows), section, run.env)
+    return part, time.perf_counter() - started
+
+
+def joined_for(
+    run: Run,
+    layer: LayerPlan,
+    parts: Sequence[tuple[SolvedPart, float]],
+    activation: InputScheme,
+) -> Made:
+    """Return what a layer becomes of whose rows all parts are solved, in order."""
+    with about(layer=layer.name):
+        chosen, solution = joined_parts(layer, [part for part, _ in parts], run.env)
+    return _made(run, sum(seconds for _, seconds in parts), chosen, solution, activation)
 
 
 def _solved_expert(run: Run, layer: LayerPlan, walk: Walk) -> Made:
@@ -71,7 +97,8 @@ def _solved_expert(run: Run, layer: LayerPlan, walk: Walk) -> Made:
         weight = run.source.read_weight(layer.name).to(run.env.device)
         _check_finite(layer.name, weight)
         chosen, solution, tokens_from = solve_expert(layer, weight, statistics, section, run.env)
-    made = _made(run, weight, started, chosen, solution, statistics.activation)
+    seconds = time.perf_counter() - started
+    made = _made(run, seconds, chosen, solution, statistics.activation)
     if tokens_from == "routed":
         return made
     return replace(made, notes={**made.notes, "tokens_from": tokens_from})
@@ -79,8 +106,7 @@ def _solved_expert(run: Run, layer: LayerPlan, walk: Walk) -> Made:
 
 def _made(
     run: Run,
-    weight: Tensor,
-    started: float,
+    seconds: float,
     layer: LayerPlan,
     solution: LayerSolution,
     activation: InputScheme,
@@ -88,14 +114,14 @@ def _made(
     """Check a solution, and note what a resumed run and the report want to know of it."""
     tensor = solution.tensor
     with about(layer=layer.name):
-        _check_stored(layer.name, tensor, weight)
+        _check_stored(run, layer.name, tensor)
         check_fallback(run, layer.name, solution.fallback)
     notes = {
         "format": tensor.format,
         "scheme": tensor.scheme.to_json(),
         "metrics": dict(solution.metrics),
         "fallback": solution.fallback,
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
         "method": layer.method,
     }
     if isinstance(activation, ActivationScheme):
@@ -124,11 +150,12 @@ def _check_finite(name: str, weight: Tensor) -> None:
         )
 
 
-def _check_stored(name: str, tensor: QuantizedTensor, weight: Tensor) -> None:
+def _check_stored(run: Run, name: str, tensor: QuantizedTensor) -> None:
     """Raise MethodError if a stored parameter overflowed its dtype."""
     for part, values in tensor.parts.items():
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            largest = float(run.source.read_weight(name).abs().max())
             raise MethodError(
                 f"{name}: {part} doesn't fit float16; the largest weight is "
-                f"{float(weight.abs().max()):.3g}. Skip this layer with an override."
+                f"{largest:.3g}. Skip this layer with an override."
             )

@@ -12,7 +12,7 @@ from qtool.checkpoint.writer import CheckpointWriter
 from qtool.core.experts import expert_name
 from qtool.data.calibration import batches
 from qtool.modeling.load import load_source
-from qtool.steps.plan import LayerPlan, load_method
+from qtool.steps.row_edges import row_edges
 from qtool.steps.run import Run
 from qtool.training.output_gradients import squared_gradients
 from qtool.walk.statistics import RowGroups
@@ -43,29 +43,6 @@ def weigh_tokens_once(run: Run, writer: CheckpointWriter, groups: int) -> dict[s
     writer.once(name, partial(_weighed, run, edges), draft=OF_TOKENS)
     weights = writer.tensors(name, draft=OF_TOKENS)
     return {layer: RowGroups(ends, weights[layer]) for layer, ends in edges.items()}
-
-
-def row_edges(layer: LayerPlan, groups: int) -> tuple[int, ...]:
-    """Return where the row groups of a layer begin, and last its out_features.
-
-    No boundary cuts a group of scales, whatever scheme is chosen. There are fewer groups where
-    there are fewer such boundaries, and one where all rows share a stored number.
-    """
-    rows = layer.shape.out_features
-    unit = max(_unit(each) for each in layer.alternatives())
-    units = -(-rows // unit)
-    count = min(groups, units)
-    return (*(unit * (index * units // count) for index in range(count)), rows)
-
-
-def _unit(layer: LayerPlan) -> int:
-    """Return of how many rows at least a layer can be put together."""
-    scheme, shape, layout = layer.scheme, layer.shape, load_method(layer.method).layout
-    tall = shape._replace(out_features=64 * shape.out_features)
-    parts, more = (layout(scheme, each, layer.options) for each in (shape, tall))
-    if any(more[name].shape == part.shape for name, part in parts.items()):
-        return shape.out_features  # that part is of all rows
-    return scheme.group_size or 1 if scheme.group_dim == "out_features" else 1
 
 
 def _weighed(run: Run, edges: Mapping[str, tuple[int, ...]]) -> Made:

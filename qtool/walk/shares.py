@@ -23,14 +23,14 @@ class Share:
     count: int = 1
 
     def of(self, batches: Sequence[Tensor], num_chunks: int) -> SharedBatches:
-        """Return the batches of this share; a chunk is never divided.
+        """Return the batches of this share; every so-manieth chunk, as a whole.
 
         Args:
             batches: All there are, each (samples, length) int64.
             num_chunks: That they are cut into.
         """
         placed = [(batch, n * num_chunks // len(batches)) for n, batch in enumerate(batches)]
-        own = [each for each in placed if each[1] * self.count // num_chunks == self.number]
+        own = [each for each in placed if each[1] % self.count == self.number]
         return SharedBatches(tuple(batch for batch, _ in own), tuple(chunk for _, chunk in own))
 
 

@@ -56,6 +56,8 @@ class Visit:
     """As far as it is quantized."""
     streams: Streams
     """Its inputs."""
+    chunk: int | None = None
+    """Of the samples, the only one that is looked at; None: all are."""
 
 
 def make_streams(

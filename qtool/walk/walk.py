@@ -28,12 +28,10 @@ from qtool.walk.statistics import (
     FEW_TOKENS,
     InputStatistics,
     RowGroups,
-    SumPlace,
-    measure_inputs,
-    sum_inputs,
     why_not_finite,
 )
 from qtool.walk.streams import Streams, Visit, make_streams
+from qtool.walk.sums import SumPlace, measure_inputs, sum_inputs
 
 BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
 
@@ -168,8 +166,10 @@ class Walk:
             raise self._not_finite(name, streams)
         return statistics
 
-    def sums(self, layer: str) -> tuple[dict[SumPlace, Moments], ActivationScheme | None]:
-        """Return the sums of each chunk of the share for what a linear of the blocks sees.
+    def sums(
+        self, layer: str, chunk: int
+    ) -> tuple[dict[SumPlace, Moments], ActivationScheme | None]:
+        """Return the sums of a chunk of the share for what a linear of the blocks sees.
 
         And how its inputs were quantized. Nothing, if the share has no samples.
         """
@@ -179,7 +179,7 @@ class Walk:
         index, linear = self._groups[layer]
         self._go_to(index, model, streams)
         assert self._blocks is not None
-        section, visit = self._section, Visit(*self._blocks, streams)
+        section, visit = self._section, Visit(*self._blocks, streams, chunk)
         scheme = self._rules.scheme(layer, self._inputs(layer, linear, visit))
         sums = sum_inputs(
             linear,
@@ -188,7 +188,7 @@ class Walk:
             token_cap=section.token_cap,
             activation=scheme,
         )
-        return sums, scheme
+        return dict(sums), scheme
 
     def _inputs(self, name: str, linear: str, visit: Visit) -> Iterator[Tensor]:
         """Yield what a linear of the quantized block sees of the samples that aren't held out."""

@@ -147,3 +147,29 @@ def test_run_predicts_what_quantizing_takes(cli: Cli, llama, text_file, tmp_path
     assert "solve blocks" in phases(json.loads(done.out))
     assert "check" not in phases(json.loads(done.out))
     assert list(tmp_path.iterdir()) == [recipe]
+
+
+def test_run_predicts_what_a_cluster_would_take(cli: Cli, llama, text_file, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    calibration = f"{{dataset: {text_file}, num_samples: 6, sequence_length: 24}}"
+    weights = "{method: rtn, scheme: {num_bits: 4, group_size: 32}}"
+    recipe.write_text(f"version: 1\ncalibration: {calibration}\nweights: {weights}\n")
+    command = ("run", recipe, llama, tmp_path / "out", "--dry-run=cluster", "--nodes", "3")
+    done = cli(*command, "--workers", "6", "--node-memory", "64", "--json", "-")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    found = phases(report)
+    assert found["measure"]["seconds"] > 0
+    assert found["measure"]["network_bytes"] > 0
+    assert report["cluster"]["memory_bytes"] == 64e9
+    assert report["node_bytes"] >= 2 * report["worker_bytes"]
+    assert list(tmp_path.iterdir()) == [recipe]
+    small = cli(*command, "--node-memory", "0.01")
+    assert small.code == 1
+    assert "memory of a node" in small.err
+
+
+def test_a_cluster_is_only_of_a_run_on_paper(cli: Cli, llama):
+    done = cli("run", "ci/smoke", llama, "out", "--nodes", "3", "--network", "1")
+    assert done.code == 1
+    assert "--nodes and --network need --dry-run=cluster" in done.err

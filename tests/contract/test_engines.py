@@ -50,6 +50,14 @@ def test_a_task_in_place_goes_to_the_same_worker(pool):
     assert len(set(first)) == 2
 
 
+def test_results_in_place_wait_with_their_workers(pool, tmp_path: Path):
+    asked = tasks(*((str(tmp_path / str(number)), 0.5 * (not number)) for number in range(6)))
+    results = pool.map(do.marked, asked, in_place=True)
+    next(results)  # the second worker has had time for three
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+    assert len(list(results)) == 5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 def test_tensors_go_there_and_back(pool, dtype):
     value = torch.arange(6, dtype=dtype).view(2, 3).T  # not contiguous

@@ -32,6 +32,7 @@ ADDED = "it needs what the page adds, which is there in the process of test_addi
 CARD = "it needs a card; tests marked gpu run it"
 CARDS = "it needs two cards; tests/unit/timing/test_several_cards.py does on CPUs what it does"
 WORKERS = "it starts workers; tests/unit/pipeline/test_shared_work.py does what it does"
+CLUSTER = "tests/cli/test_preflight.py runs such a command"
 GRID = "tests/cli/test_grid.py runs such commands"
 LONG = "the tiny model has too few positions; tests/cli/test_end_to_end.py runs such a command"
 SWEEP = "it makes eight checkpoints; tests/cli/test_mixed_precision.py runs a smaller one"
@@ -65,6 +66,7 @@ NOT_RUN = {
     "docs/results.md: bench --synthetic": CARD,
     "docs/several-cards.md: bench ": CARDS,
     "docs/several-machines.md: quantize ": WORKERS,
+    "docs/several-machines.md: run mine.yaml MODEL --dry-run=cluster ": CLUSTER,
     "docs/several-machines.md: grid ": GRID,
     "docs/several-machines.md: compare ": GRID,
     "docs/results.md: bench build/demo": LONG,

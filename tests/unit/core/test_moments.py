@@ -135,3 +135,26 @@ def test_moments_of_two_shards_add_up_to_those_of_all_tokens(with_residual):
     assert merged.sums.keys() == whole.sums.keys()
     for product in whole.sums:
         torch.testing.assert_close(merged.mean(product), whole.mean(product), rtol=1e-4, atol=1e-5)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6))
+def test_parts_are_added_in_float64_and_rounded_once(counts):
+    parts = [summed(*tokens(seed, count)) for seed, count in enumerate(counts)]
+    total = moments.OrderedTotal()
+    for part in parts:
+        total.add(moments.Moments(dict(part.sums), part.num_tokens))
+    found = total.moments()
+    assert found.num_tokens == sum(counts)
+    for product, values in found.sums.items():
+        assert torch.equal(values, sum(part.sums[product].double() for part in parts).float())
+
+
+@given(seed=st.integers(0, 20), cut=st.integers(1, OUTPUTS - 1))
+def test_errors_of_parts_of_the_rows_add_up(seed, cut):
+    total, weight = summed(*tokens(seed)), normal(OUTPUTS, INPUTS, seed=7)
+    quantized = weight + 0.1 * normal(OUTPUTS, INPUTS, seed=8)
+    parts = [
+        moments.OutputErrors(total.of_rows(rows), weight[rows]).of(quantized[rows])
+        for rows in (slice(0, cut), slice(cut, OUTPUTS))
+    ]
+    assert sum(parts) == pytest.approx(moments.OutputErrors(total, weight).of(quantized), rel=1e-4)

@@ -30,6 +30,7 @@ def recipe(method: str = "gptq", **calibration: Any) -> Recipe:
                 "num_samples": 6,
                 "sequence_length": 48,
                 "holdout": 0.34,
+                "part_rows": 1024,  # as an engine divides them
                 **calibration,
             },
         },
@@ -78,10 +79,18 @@ def test_two_workers_write_what_one_process_writes(alone, llama, tmp_path, metho
     assert weights(tmp_path / "two") == alone(wanted)
 
 
-def test_an_engine_takes_eight_chunks_unless_the_recipe_says(alone, llama, tmp_path):
+def test_an_engine_divides_samples_and_rows_unless_the_recipe_says(alone, llama, tmp_path):
     one = EngineOptions("local", Workers(count=1))
-    quantize(Location(llama), tmp_path / "one", recipe(), engine=one)
+    quantize(Location(llama), tmp_path / "one", recipe(part_rows=None), engine=one)
     assert weights(tmp_path / "one") == alone(recipe(chunks=8))
+
+
+@pytest.mark.parametrize("method", ["gptq", pytest.param("bcq", marks=pytest.mark.slow)])
+def test_rows_are_solved_apart_wherever_that_is(alone, llama, tmp_path, method):
+    wanted = recipe(method, chunks=8, part_rows=16)
+    quantize(Location(llama), tmp_path / "two", wanted, engine=TWO)
+    assert weights(tmp_path / "two") == alone(wanted)
+    assert weights(tmp_path / "two") != alone(recipe(method, chunks=8))
 
 
 def test_layers_without_data_are_shared_too(llama, tmp_path):
@@ -139,7 +148,7 @@ def test_a_run_whose_workers_always_end_goes_on_with_other_workers(
 
 
 def test_what_cannot_be_shared_is_refused_before_anything_is_written(llama, tmp_path):
-    wanted = recipe(output_groups=2)
+    wanted = recipe(output_groups=2, part_rows=None)
     with pytest.raises(RecipeError, match=r"calibration\.output_groups can't be shared"):
         quantize(Location(llama), tmp_path / "out", wanted, engine=TWO)
     assert not list(tmp_path.iterdir())

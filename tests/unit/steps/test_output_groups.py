@@ -17,8 +17,9 @@ from qtool.scheme import Shape2D, WeightScheme
 from qtool.steps import solve_layer, weigh_tokens
 from qtool.steps.draw_calibration import draw_calibration
 from qtool.steps.plan import LayerPlan, load_method
+from qtool.steps.row_edges import row_edges
 from qtool.steps.solve_calibrated import solve_calibrated
-from qtool.steps.weigh_tokens import row_edges, scaled
+from qtool.steps.weigh_tokens import scaled
 from qtool.walk.statistics import RowGroups
 from tests.helpers import QUICK_BCQ, file_hashes
 

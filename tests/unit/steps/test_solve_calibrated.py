@@ -12,7 +12,7 @@ from qtool.errors import QtoolError
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
-from qtool.walk import statistics, walk
+from qtool.walk import sums, walk
 from qtool.walk.statistics import FEW_TOKENS, raised
 from tests.helpers import QUICK_BCQ, file_hashes, warnings_in
 
@@ -84,7 +84,7 @@ def test_resumed_run_measures_only_what_is_left(
 
     def counted(*arguments, **keywords):
         calls.append(arguments)
-        return statistics.measure_inputs(*arguments, **keywords)
+        return sums.measure_inputs(*arguments, **keywords)
 
     monkeypatch.setattr(walk, "measure_inputs", counted)
     if not measured:

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from qtool.walk.statistics import RowGroups, measure_inputs
+from qtool.walk.statistics import RowGroups
 from qtool.walk.streams import Visit, make_streams
+from qtool.walk.sums import measure_inputs
 from tests.helpers import normal
 
 WIDTH, INPUTS = 6, 9
