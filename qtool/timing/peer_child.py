@@ -64,8 +64,8 @@ def measured(
         yield {"tokens": count, **measures}
 
 
-def _stands_for(weight: PeerWeight, dense: Tensor) -> Tensor | None:
-    """Return what the codes of a peer stand for, in float64; None: it doesn't tell."""
+def _stands_for(weight: PeerWeight, dense: Tensor) -> Tensor:
+    """Return what the codes of a peer stand for, in float64; the weight, if it doesn't tell."""
     if weight.dense is None:
         return dense.double()
     found = weight.dense().double().view_as(dense)
@@ -101,32 +101,32 @@ def on_host(calls: Sequence[Timed]) -> Sequence[float]:
     return [time.perf_counter() - begin]
 
 
-def told(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     """Return an error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 @torch.no_grad()
-def run(peer: Peer, request: dict[str, Any], tell: Callable[[dict[str, Any]], object]) -> None:
+def tell_all(peer: Peer, request: dict[str, Any], tell: Callable[[dict[str, Any]], object]) -> None:
     """Tell what a peer does on each shape of a request; one that it fails ends no other."""
     device = torch.device(request["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timer = CudaTimer(device) if device.type == "cuda" else on_host
-    for rows, inputs in request["shapes"]:
-        shape = Shape2D(rows, inputs)
+    for size in request["shapes"]:
+        shape = Shape2D(*size)
         try:
             for measure in measured(peer, shape, request["tokens"], request["l2_bytes"], timer):
                 tell({"shape": shape, **measure})
         except Exception as error:  # noqa: BLE001 - other people's code
-            tell({"shape": shape, "failed": told(error)})
+            tell({"shape": shape, "failed": in_one_line(error)})
 
 
 def _main(module: str, name: str) -> None:
     output = os.dup(1)
     os.dup2(2, 1)  # what a library prints isn't a result
     peer = next(one for one in import_module(module).PEERS if one.name == name)
-    run(peer, json.load(sys.stdin), lambda line: os.write(output, json_line(line) + b"\n"))
+    tell_all(peer, json.load(sys.stdin), lambda line: os.write(output, json_line(line) + b"\n"))
 
 
 if __name__ == "__main__":

@@ -97,6 +97,6 @@ def of_groups(codes: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
     return groups.mul_(scales.float().unsqueeze(-1)).add_(shifts.float().unsqueeze(-1)).flatten(1)
 
 
-def bytes_of(*tensors: Tensor) -> int:
+def stored_size(*tensors: Tensor) -> int:
     """Return what tensors take together."""
     return sum(tensor.nbytes for tensor in tensors)

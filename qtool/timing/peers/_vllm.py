@@ -12,11 +12,11 @@ from torch import Tensor
 
 from qtool.errors import BackendError
 
-LIBRARY = "_C_stable_libtorch.abi3.so"
+VLLM_LIBRARY = "_C_stable_libtorch.abi3.so"
 """Built for the stable interface of torch: later ones load it too."""
 UINT4_MIDDLE_8 = 4 << 8 | 8 << 17 | 1 << 50
 """Their number for 4 bits without a sign whose 8 means zero: mantissa bits, bias, IEEE's NaN."""
-CODES_PER_WORD, BITS = 8, 4
+CODES_PER_WORD, NIBBLE = 8, 4
 
 
 def vllm_operators() -> Any:  # noqa: ANN401 - operators of torch have no type
@@ -27,9 +27,9 @@ def vllm_operators() -> Any:  # noqa: ANN401 - operators of torch have no type
     """
     spec = importlib.util.find_spec("vllm")
     folders = spec.submodule_search_locations if spec else None
-    found = [path for each in folders or () if (path := Path(each, LIBRARY)).is_file()]
+    found = [path for each in folders or () if (path := Path(each, VLLM_LIBRARY)).is_file()]
     if not found:
-        raise BackendError(f"vllm has no {LIBRARY}. Install vllm 0.33 or one that has it.")
+        raise BackendError(f"vllm has no {VLLM_LIBRARY}. Install vllm 0.33 or one that has it.")
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
@@ -42,6 +42,8 @@ def packed_inputs(codes: Tensor) -> Tensor:
 
     Eight inputs are a word, the first lowest, as GPTQ packs them.
     """
-    shifts = torch.arange(0, CODES_PER_WORD * BITS, BITS, device=codes.device, dtype=torch.int32)
+    shifts = torch.arange(
+        0, CODES_PER_WORD * NIBBLE, NIBBLE, device=codes.device, dtype=torch.int32
+    )
     words = codes.T.unflatten(0, (-1, CODES_PER_WORD)).int() << shifts.view(1, -1, 1)
     return words.sum(1, dtype=torch.int32)

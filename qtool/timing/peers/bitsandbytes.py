@@ -4,17 +4,17 @@ from functools import partial
 
 from torch import Tensor
 
-from qtool.timing.peers._peer import FLOAT16, Peer, PeerWeight, bytes_of
+from qtool.timing.peers._peer import FLOAT16, Peer, PeerWeight, stored_size
 
-BLOCK = 64
+NF4_BLOCK = 64
 
 
 def bitsandbytes(weight: Tensor, code: str) -> PeerWeight:
     """Use one of its codes, nf4 or fp4."""
     import bitsandbytes as library
 
-    packed, state = library.functional.quantize_4bit(weight, blocksize=BLOCK, quant_type=code)
-    product, stored = library.matmul_4bit, bytes_of(packed, state.absmax)
+    packed, state = library.functional.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type=code)
+    product, stored = library.matmul_4bit, stored_size(packed, state.absmax)
     return PeerWeight(
         lambda x: product(x, packed.t(), quant_state=state),
         stored,
@@ -28,7 +28,7 @@ PEERS = tuple(
         partial(bitsandbytes, code=code),
         FLOAT16,
         "bitsandbytes",
-        multiple=BLOCK,
+        multiple=NF4_BLOCK,
     )
     for code in ("nf4", "fp4")
 )

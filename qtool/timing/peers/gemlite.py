@@ -10,7 +10,7 @@ from qtool.timing.peers._peer import (
     Peer,
     PeerWeight,
     affine_codes,
-    bytes_of,
+    stored_size,
     of_groups,
 )
 
@@ -27,7 +27,7 @@ def gemlite(weight: Tensor, num_bits: int) -> PeerWeight:
     packed_bytes = codes.numel() * num_bits // 8
     return PeerWeight(
         made,
-        packed_bytes + bytes_of(steps, zeros),
+        packed_bytes + stored_size(steps, zeros),
         lambda: of_groups(codes, steps, -zeros.float() * steps.float()),
     )
 

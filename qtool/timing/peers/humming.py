@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qtool.timing.peers._peer import FLOAT16, GROUP_SIZE, Peer, PeerWeight, bytes_of
+from qtool.timing.peers._peer import FLOAT16, GROUP_SIZE, Peer, PeerWeight, stored_size
 
 PARTS = ("weight", "weight_scale")
 
@@ -24,7 +24,7 @@ def humming(weight: Tensor, num_bits: int) -> PeerWeight:
     layer.transform()  # re-lays both
     return PeerWeight(
         layer,
-        bytes_of(*(getattr(layer, name) for name in PARTS)),
+        stored_size(*(getattr(layer, name) for name in PARTS)),
         lambda: schema.dequant_tensors(stored),
     )
 

@@ -7,17 +7,17 @@ from qtool.timing.peers._peer import (
     GROUP_SIZE,
     Peer,
     PeerWeight,
-    bytes_of,
+    stored_size,
     of_groups,
     symmetric_codes,
 )
-from qtool.timing.peers._vllm import BITS, UINT4_MIDDLE_8, packed_inputs, vllm_operators
+from qtool.timing.peers._vllm import NIBBLE, UINT4_MIDDLE_8, packed_inputs, vllm_operators
 
 
 def machete(weight: Tensor) -> PeerWeight:
     """Use `machete_mm`, which chooses its own schedule."""
     library = vllm_operators()
-    codes, scales = symmetric_codes(weight, BITS)
+    codes, scales = symmetric_codes(weight, NIBBLE)
     words = packed_inputs(codes).t().contiguous().t()  # it reads columns
     packed = library.machete_prepack_B(words, FLOAT16, UINT4_MIDDLE_8, FLOAT16)
     by_group = scales.T.contiguous()
@@ -29,7 +29,7 @@ def machete(weight: Tensor) -> PeerWeight:
 
     return PeerWeight(
         product,
-        bytes_of(packed, by_group),
+        stored_size(packed, by_group),
         lambda: of_groups(codes, scales, -8 * scales.float()),
     )
 

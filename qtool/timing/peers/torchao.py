@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.timing.peers._peer import GROUP_SIZE, Peer, PeerWeight, bytes_of
+from qtool.timing.peers._peer import GROUP_SIZE, Peer, PeerWeight, stored_size
 
 
 def torchao(weight: Tensor) -> PeerWeight:
@@ -20,7 +20,7 @@ def torchao(weight: Tensor) -> PeerWeight:
     )
     quantize_(linear, config)
     stored: Any = linear.weight
-    return PeerWeight(linear, bytes_of(stored.qdata, stored.scale_and_zero))
+    return PeerWeight(linear, stored_size(stored.qdata, stored.scale_and_zero))
 
 
 PEERS = (Peer("torchao int4 g128", torchao, torch.bfloat16, "torchao", multiple=GROUP_SIZE),)

@@ -1,6 +1,7 @@
 """Peers that need no card: one that is right, and ways to be wrong."""
 
 import os
+import sys
 
 import torch
 
@@ -9,7 +10,7 @@ from qtool.timing.peers._peer import Peer, PeerWeight
 
 def right(weight):
     rounded = weight.mul(64).round().div(64)
-    print("a library says something")
+    sys.stdout.write("a library says something\n")
     return PeerWeight(lambda x: x @ rounded.T, 500, lambda: rounded)
 
 

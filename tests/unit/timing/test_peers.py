@@ -1,5 +1,7 @@
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from qtool.scheme import Shape2D, WeightScheme
 from qtool.timing import gpu, kernels, workload
 from qtool.timing.kernels import Layer
-from qtool.timing.peer_child import TOLERANCE, measured, run
+from qtool.timing.peer_child import TOLERANCE, measured, tell_all
 from qtool.timing.peer_runs import PeerRequest, every_peer, run_peer
 from qtool.timing.peers import _peer, _vllm
 from qtool.timing.synthetic import random_weight
@@ -23,9 +25,9 @@ ALL = [peer for _, peer in every_peer()]
 
 
 def told(name, shapes=(LARGE,)):
-    lines = []
+    lines: list[Any] = []
     request = {"shapes": shapes, "tokens": [1, 4], "l2_bytes": 1000, "device": "cpu"}
-    run(FAKES[name], request, lines.append)
+    tell_all(FAKES[name], request, lines.append)
     return lines
 
 
@@ -45,12 +47,17 @@ def test_a_peer_is_checked_at_every_number_of_tokens_and_timed_on_copies():
         assert 0 < one["error"] < TOLERANCE
 
 
-def test_peers_get_one_weight_and_one_input(monkeypatch):
+def test_peers_get_one_weight_and_one_input():
     seen = []
 
     def build(weight):
         seen.append(weight.clone())
-        return _peer.PeerWeight(lambda x: seen.append(x) or x @ weight.T, 10**6)
+
+        def product(x):
+            seen.append(x)
+            return x @ weight.T
+
+        return _peer.PeerWeight(product, 10**6)
 
     for name in ("one", "other"):
         list(measured(_peer.Peer(name, build), SMALL, (2,), 1000, CountingTimer()))
@@ -96,8 +103,8 @@ def test_a_process_tells_what_it_measured_before_it_crashed():
 def test_a_peer_that_hangs_is_stopped_with_all_that_it_started():
     hangs = (
         "import subprocess, sys, time; sys.stdin.read()\n"
-        "print('{\"shape\": [64, 32], \"tokens\": 1, \"seconds\": 1e-6, \"num_bytes\": 5, "
-        '"error\": 0.001}\', flush=True)\n'
+        'print(\'{"shape": [64, 32], "tokens": 1, "seconds": 1e-6, "num_bytes": 5, '
+        '"error": 0.001}\', flush=True)\n'
         "print('{\"shape\": [64, ', end='', flush=True)\n"
         "child = subprocess.Popen(['sleep', '60']); print(child.pid, file=sys.stderr, flush=True)\n"
         "time.sleep(60)"
@@ -115,10 +122,10 @@ def test_a_peer_that_hangs_is_stopped_with_all_that_it_started():
 
 def _is_alive(pid):
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
         return False
+    return text.rpartition(")")[2].split()[0] != "Z"
 
 
 def test_a_program_that_does_not_start_is_a_failure_with_its_last_line():
