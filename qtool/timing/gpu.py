@@ -111,7 +111,7 @@ def _beside_peers(
     shapes = dict.fromkeys(Shape2D(one.out_features, one.in_features) for one in layers)
     request = PeerRequest(tuple(shapes), BATCHES, rig.l2_bytes, rig.device)
     for module, peer in every_peer():
-        if not (asked or peer.module == "torch"):
+        if not (asked or peer.is_in_torch):
             continue
         reason = peer.why_not(rig.device)
         if reason is not None:

@@ -7,9 +7,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, BinaryIO
 
 import torch
@@ -20,8 +19,6 @@ from qtool.storage.plain_json import json_line
 from qtool.timing import peers
 from qtool.timing.peers._peer import Peer
 
-ALWAYS = "tinygemm"
-"""Inside torch, so it is timed without being asked for."""
 PEER_SECONDS = 240
 """Of a peer, all its shapes together; some compile a kernel for each."""
 PROGRAM = (sys.executable, "-m", "qtool.timing.peer_child")
@@ -57,11 +54,14 @@ class PeerRequest:
     device: torch.device
 
 
-def every_peer(package: ModuleType = peers) -> Iterator[tuple[str, Peer]]:
-    """Yield peers with the module that has each, those inside torch first."""
-    for name in sorted(names(package), key=lambda name: name != ALWAYS):
-        for peer in load(package, name, "PEERS", tuple):
-            yield f"{package.__name__}.{name}", peer
+def every_peer() -> list[tuple[str, Peer]]:
+    """Return peers with the module that has each, those inside torch first."""
+    found = [
+        (f"{peers.__name__}.{name}", peer)
+        for name in names(peers)
+        for peer in load(peers, name, "PEERS", tuple)
+    ]
+    return sorted(found, key=lambda one: not one[1].is_in_torch)
 
 
 def run_peer(

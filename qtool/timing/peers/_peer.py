@@ -44,6 +44,11 @@ class Peer:
     only: tuple[int, int] | None = None
     """The one compute capability that it is compiled for; None: all that ours take."""
 
+    @property
+    def is_in_torch(self) -> bool:
+        """Return whether it is always there, so that it is timed without being asked for."""
+        return self.module == "torch"
+
     def why_not(self, device: torch.device) -> str | None:
         """Return None if it can be timed on a device, else what is missing."""
         if importlib.util.find_spec(self.module) is None:

@@ -16,7 +16,7 @@ VLLM_LIBRARY = "_C_stable_libtorch.abi3.so"
 """Built for the stable interface of torch: later ones load it too."""
 UINT4_MIDDLE_8 = 4 << 8 | 8 << 17 | 1 << 50
 """Their number for 4 bits without a sign whose 8 means zero: mantissa bits, bias, IEEE's NaN."""
-CODES_PER_WORD, NIBBLE = 8, 4
+CODES_PER_WORD, MARLIN_BITS = 8, 4
 
 
 def vllm_operators() -> Any:  # noqa: ANN401 - operators of torch have no type
@@ -43,7 +43,7 @@ def packed_inputs(codes: Tensor) -> Tensor:
     Eight inputs are a word, the first lowest, as GPTQ packs them.
     """
     shifts = torch.arange(
-        0, CODES_PER_WORD * NIBBLE, NIBBLE, device=codes.device, dtype=torch.int32
+        0, CODES_PER_WORD * MARLIN_BITS, MARLIN_BITS, device=codes.device, dtype=torch.int32
     )
     words = codes.T.unflatten(0, (-1, CODES_PER_WORD)).int() << shifts.view(1, -1, 1)
     return words.sum(1, dtype=torch.int32)

@@ -10,8 +10,8 @@ from qtool.timing.peers._peer import (
     Peer,
     PeerWeight,
     affine_codes,
-    stored_size,
     of_groups,
+    stored_size,
 )
 
 

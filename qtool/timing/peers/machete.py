@@ -7,17 +7,17 @@ from qtool.timing.peers._peer import (
     GROUP_SIZE,
     Peer,
     PeerWeight,
-    stored_size,
     of_groups,
+    stored_size,
     symmetric_codes,
 )
-from qtool.timing.peers._vllm import NIBBLE, UINT4_MIDDLE_8, packed_inputs, vllm_operators
+from qtool.timing.peers._vllm import MARLIN_BITS, UINT4_MIDDLE_8, packed_inputs, vllm_operators
 
 
 def machete(weight: Tensor) -> PeerWeight:
     """Use `machete_mm`, which chooses its own schedule."""
     library = vllm_operators()
-    codes, scales = symmetric_codes(weight, NIBBLE)
+    codes, scales = symmetric_codes(weight, MARLIN_BITS)
     words = packed_inputs(codes).t().contiguous().t()  # it reads columns
     packed = library.machete_prepack_B(words, FLOAT16, UINT4_MIDDLE_8, FLOAT16)
     by_group = scales.T.contiguous()

@@ -8,11 +8,11 @@ from qtool.timing.peers._peer import (
     GROUP_SIZE,
     Peer,
     PeerWeight,
-    stored_size,
     of_groups,
+    stored_size,
     symmetric_codes,
 )
-from qtool.timing.peers._vllm import NIBBLE, UINT4_MIDDLE_8, packed_inputs, vllm_operators
+from qtool.timing.peers._vllm import MARLIN_BITS, UINT4_MIDDLE_8, packed_inputs, vllm_operators
 
 SCALE_ORDER = [row + 8 * column for row in range(8) for column in range(8)]
 """In which order the kernel reads the scales of 64 outputs."""
@@ -21,8 +21,8 @@ SCALE_ORDER = [row + 8 * column for row in range(8) for column in range(8)]
 def marlin(weight: Tensor) -> PeerWeight:
     """Use `marlin_gemm` on weights that `gptq_marlin_repack` has laid out."""
     library, (rows, inputs) = vllm_operators(), weight.shape
-    codes, scales = symmetric_codes(weight, NIBBLE)
-    packed = library.gptq_marlin_repack(packed_inputs(codes), inputs, rows, NIBBLE, False)  # noqa: FBT003 - inputs aren't 8 bit
+    codes, scales = symmetric_codes(weight, MARLIN_BITS)
+    packed = library.gptq_marlin_repack(packed_inputs(codes), inputs, rows, MARLIN_BITS, False)  # noqa: FBT003 - inputs aren't 8 bit
     ordered = scales.T.reshape(-1, len(SCALE_ORDER))[:, SCALE_ORDER].reshape(-1, rows).contiguous()
     blocks = torch.cuda.get_device_properties(weight.device).multi_processor_count
     locks = torch.zeros(4 * blocks, dtype=torch.int32, device=weight.device)
