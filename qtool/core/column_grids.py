@@ -86,9 +86,7 @@ class ColumnGrid(BinaryGrid):
 class CodedColumnGrid(ColumnGrid):
     """A column grid whose parameters are multiples of one unit per column, see `coded_scales`."""
 
-    def __init__(
-        self, parameters: Tensor, row_scales: Tensor, *, offset: bool, span: Span
-    ) -> None:
+    def __init__(self, parameters: Tensor, row_scales: Tensor, *, offset: bool, span: Span) -> None:
         """Sort the levels; row scales are (columns, row_groups) float16, as of a coded grid."""
         super().__init__(parameters, offset=offset, span=span)
         self.row_scales = row_scales

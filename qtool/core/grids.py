@@ -22,7 +22,6 @@ from qtool.core.linalg import RIDGE, solve_spd
 from qtool.core.multiples import best_in_turn
 
 
-
 @dataclass(frozen=True, slots=True)
 class Span:
     """How the rows of a layer share parameters: `size` neighbours each, the last group short."""

@@ -60,10 +60,9 @@ def test_many_parameters_are_rounded_in_turn_as_without_a_card(batch, unknowns):
     bounds = torch.full((unknowns,), -32.0), torch.full((unknowns,), 31.0)
 
     def moved(device: str) -> torch.Tensor:
-        given = (matrices, 0.1 * right, old, units)
-        own = [each.to(device) for each in given]
-        limits = (bounds[0].to(device), bounds[1].to(device))
-        return multiples.best_in_turn(*own, limits).cpu()
+        system = matrices.to(device), 0.1 * right.to(device)
+        limits = bounds[0].to(device), bounds[1].to(device)
+        return multiples.best_in_turn(*system, old.to(device), units.to(device), limits).cpu()
 
     found, expected = moved("cuda"), moved("cpu")
     assert not torch.equal(expected, old)
