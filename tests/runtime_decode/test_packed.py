@@ -174,7 +174,7 @@ def test_neighbours_of_one_scheme_stay_one_product(bcq):
         assert isinstance(both, KernelWeight) and isinstance(value, KernelWeight)
         assert (both.tiles is None, value.panels is None) == (False, False)
         assert both.shape.out_features == 2 * value.shape.out_features + 32
-    logits, launch = [], Recorder()
+    logits, launch, begin = [], Recorder(), 0
     for ops in (OPS, KernelOps(launch, CARD)):
         runner = DecodeRunner(weights, ops, max_length=40)
         runner.prefill(ids[:, :11])
