@@ -89,7 +89,7 @@ def bench(
     ] = None,
     peers: Annotated[
         bool,
-        _of_gpu("--peers", help="Also time torchao, GemLite and bitsandbytes, where installed."),
+        _of_gpu("--peers", help="Also time kernels of other libraries, where installed."),
     ] = False,
     gpus: Annotated[
         int,

@@ -7,9 +7,10 @@ fitted together, and the column loop reads those of the column where it is.
 import torch
 from torch import Tensor
 
-from qtool.core import grouping
+from qtool.core import coded_scales, grouping
 from qtool.core.grids import BinaryGrid, Span, Tables
-from qtool.core.linalg import fit_together
+from qtool.core.linalg import equations_together, fit_together
+from qtool.core.multiples import best_in_turn
 
 UNKNOWNS_AT_ONCE = 128
 """Of columns that are fitted together: one system of equations per group of rows."""
@@ -80,3 +81,30 @@ class ColumnGrid(BinaryGrid):
         levels, codes, middles = self._sorted(parameters)
         self._levels[columns], self._codes[columns] = levels, codes
         self._middles[columns] = middles
+
+
+class CodedColumnGrid(ColumnGrid):
+    """A column grid whose parameters are multiples of one unit per column, see `coded_scales`."""
+
+    def __init__(self, parameters: Tensor, row_scales: Tensor, *, offset: bool, span: Span) -> None:
+        """Sort the levels; row scales are (columns, row_groups) float16, as of a coded grid."""
+        super().__init__(parameters, offset=offset, span=span)
+        self.row_scales = row_scales
+
+    def refit(self, columns: Tensor, codes: Tensor, matrix: Tensor, gradient: Tensor) -> None:
+        """Move each parameter of columns in turn to the best multiple; else as of a column grid."""
+        basis = self.basis(0, codes).transpose(0, 1)  # (columns, unknowns, rows)
+        normal, right = equations_together(basis, matrix, -gradient, self.span.size)
+        (count, unknowns), num_bits = basis.shape[:2], self.parameters.shape[1] - 1
+        units = coded_scales.units_of(self.row_scales[columns], num_bits)
+        bounds = coded_scales.bounds_of(num_bits, right.device)
+        lowest, highest = (bound[:unknowns].repeat(count) for bound in bounds)
+        parameters = self.parameters[columns]
+        old = parameters[:, :unknowns].flatten(0, 1)  # (columns * unknowns, row_groups)
+        every = units.repeat_interleave(unknowns, 0)
+        new = best_in_turn(normal, right, old, every, (lowest, highest))
+        parameters[:, :unknowns] = new.unflatten(0, (count, unknowns))
+        self.put(columns, parameters)
+
+    def round(self) -> None:
+        """Do nothing: the parameters are rounded."""

@@ -18,11 +18,8 @@ from torch import Tensor
 
 from qtool.core import coded_scales, grouping
 from qtool.core.binary_coding import design
-from qtool.core.kernel_modules import usable_kernels
-from qtool.core.linalg import RIDGE, TINY, solve_spd
-
-PASSES = 2
-"""Over the parameters of a group that are multiples: one at a time they aren't best at once."""
+from qtool.core.linalg import RIDGE, solve_spd
+from qtool.core.multiples import best_in_turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,28 +213,13 @@ class CodedGrid(BinaryGrid):
         """
         super().__init__(parameters, offset=offset, span=span)
         self.row_scales = row_scales
-        self._limits = coded_scales.limits(parameters.shape[1] - 1)
 
     def moved(self, group: int, normal: Tensor, right: Tensor) -> Tensor:
         """Return better parameters of a group: each in turn is the best multiple given the rest."""
-        old, row_scales = self.parameters[group], self.row_scales[group]
-        new, num_bits, unknowns = old.clone(), len(old) - 1, right.shape[1]
-        kernels = usable_kernels("small_kernels", "try_systems", right.device)
-        if kernels is not None and unknowns <= kernels.MOST_UNKNOWNS:
-            units = coded_scales.units_of(row_scales, num_bits)
-            bounds = coded_scales.bounds_of(num_bits, right.device)
-            found: Tensor = kernels.round_in_turn(
-                normal, right, old, units, bounds, passes=PASSES, tiny=TINY
-            )
-            return found
-        for unknown in [*range(unknowns)] * PASSES:
-            step = (new - old)[:unknowns].T.double()
-            slope = right[:, unknown] - (normal[:, unknown] * step).sum(-1)
-            wanted = new[unknown] + (slope / (normal[:, unknown, unknown] + TINY)).float()
-            bounds = self._limits[unknown]
-            multiples = coded_scales.to_multiples(wanted, row_scales, num_bits, bounds)
-            new[unknown] = coded_scales.from_multiples(multiples, row_scales, num_bits)
-        return new
+        old, num_bits = self.parameters[group], self.parameters.shape[1] - 1
+        units = coded_scales.units_of(self.row_scales[group], num_bits)
+        bounds = coded_scales.bounds_of(num_bits, right.device)
+        return best_in_turn(normal, right, old, units.expand(right.shape[1], -1), bounds)
 
     def round(self) -> None:
         """Do nothing: the parameters are rounded."""

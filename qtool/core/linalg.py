@@ -78,16 +78,28 @@ def fit_together(basis: Tensor, matrix: Tensor, right: Tensor, size: int) -> Ten
     Returns:
         (columns, unknowns, row_groups) float32.
     """
+    normal, slopes = equations_together(basis, matrix, right, size)
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal += RIDGE * diagonal.mean(-1, keepdim=True) + TINY
+    solved = torch.linalg.solve(normal, slopes.unsqueeze(-1)).squeeze(-1)
+    return solved.T.unflatten(0, basis.shape[:2]).float()
+
+
+def equations_together(
+    basis: Tensor, matrix: Tensor, right: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Return the normal equations that `fit_together` solves.
+
+    The arguments are its own; matrices are (row_groups, columns * unknowns, columns * unknowns)
+    float64, right sides (row_groups, columns * unknowns).
+    """
     columns, unknowns, _ = basis.shape
     split = grouping.split(basis, size).permute(2, 0, 1, 3).flatten(1, 2)  # (groups, all, size)
     normal = (split @ split.transpose(1, 2)).double().unflatten(1, (columns, unknowns))
     normal = normal.unflatten(3, (columns, unknowns)) * matrix.double().view(columns, 1, columns, 1)
     normal = normal.flatten(3, 4).flatten(1, 2)
     slopes = (split * _repeated(grouping.split(right, size), unknowns)).sum(-1).double()
-    diagonal = normal.diagonal(dim1=1, dim2=2)
-    diagonal += RIDGE * diagonal.mean(-1, keepdim=True) + TINY
-    solved = torch.linalg.solve(normal, slopes.unsqueeze(-1)).squeeze(-1)
-    return solved.T.unflatten(0, (columns, unknowns)).float()
+    return normal, slopes
 
 
 def _repeated(split: Tensor, unknowns: int) -> Tensor:

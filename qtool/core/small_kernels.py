@@ -16,7 +16,9 @@ from torch import Tensor
 
 MOST_UNKNOWNS = 9
 SYSTEMS = 32
-"""Per program."""
+"""Per program, at most."""
+MOST_VALUES = 512
+"""Of all systems of a program that rounds, for each thing that it keeps of them."""
 
 _T: TypeAlias = tl.tensor
 
@@ -63,8 +65,8 @@ def _round_in_turn(  # noqa: PLR0913, PLR0917
     normal: _T,  # (batch, N, N) float64
     right: _T,  # (batch, N) float64
     old: _T,  # (parameters, batch) float32
-    units: _T,  # (batch,) float32
-    lowest: _T,  # (parameters,) float32: multiples
+    units: _T,  # (N, batch) float32
+    lowest: _T,  # (N,) or more, float32: multiples
     highest: _T,
     out: _T,  # (parameters, batch) float32; the first N are written
     batch: _T,
@@ -74,18 +76,19 @@ def _round_in_turn(  # noqa: PLR0913, PLR0917
     PASSES: tl.constexpr,
     SYSTEMS: tl.constexpr,
 ) -> None:
-    """Move as `CodedGrid.moved` does."""
+    """Do what `round_in_turn` says."""
     system = tl.program_id(0) * SYSTEMS + tl.arange(0, SYSTEMS)
     row = tl.arange(0, ROWS)[:, None]
     inside = system < batch
     there = (row < N) & inside[None, :]
     before = tl.load(old + row * batch + system[None, :], mask=there, other=0.0)
     wished = tl.load(right + system[None, :] * N + row, mask=there, other=0.0)
-    unit = tl.load(units + system, mask=inside, other=0.0)
-    divisor = tl.where(unit > 0.0, unit, float("inf"))
+    own_units = tl.load(units + row * batch + system[None, :], mask=there, other=0.0)
     now = before
-    for turn in tl.static_range(N * PASSES):
+    for turn in range(N * PASSES):
         k = turn % N
+        unit = tl.sum(tl.where(row == k, own_units, 0.0), axis=0)
+        divisor = tl.where(unit > 0.0, unit, float("inf"))
         weights = tl.load(normal + (system[None, :] * N + k) * N + row, mask=there, other=0.0)
         step = (now - before).to(tl.float64)
         slope = tl.sum(tl.where(row == k, wished, 0.0), axis=0) - tl.sum(weights * step, axis=0)
@@ -130,21 +133,23 @@ def round_in_turn(  # noqa: PLR0913
     passes: int,
     tiny: float,
 ) -> Tensor:
-    """Do what `CodedGrid.moved` does.
+    """Do what `multiples.best_in_turn` does.
 
     Args:
-        normal: (batch, unknowns, unknowns) float64, at most `MOST_UNKNOWNS`.
+        normal: (batch, unknowns, unknowns) float64.
         right: (batch, unknowns) float64.
         old: (parameters, batch) float32, the unknowns first.
-        units: (batch,) float32.
+        units: (unknowns, batch) float32.
         bounds: Lowest and highest multiples, (parameters,) float32 each.
         passes: Over all unknowns.
         tiny: Added to the curvatures.
     """
     batch, n = right.shape
     out = old.clone()
+    rows = triton.next_power_of_2(n)
+    systems = max(1, min(SYSTEMS, MOST_VALUES // rows))
     with torch.cuda.device_of(right):
-        _round_in_turn[(triton.cdiv(batch, SYSTEMS),)](
+        _round_in_turn[(triton.cdiv(batch, systems),)](
             normal.contiguous(),
             right.contiguous(),
             old.contiguous(),
@@ -154,9 +159,9 @@ def round_in_turn(  # noqa: PLR0913
             batch,
             TINY=tiny,
             N=n,
-            ROWS=triton.next_power_of_2(n),
+            ROWS=rows,
             PASSES=passes,
-            SYSTEMS=SYSTEMS,
+            SYSTEMS=systems,
         )
     return out
 

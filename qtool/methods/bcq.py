@@ -24,7 +24,7 @@ from qtool.core import (
     metrics,
 )
 from qtool.core.binary_feedback import solve_columns, solve_groups
-from qtool.core.column_grids import ColumnGrid
+from qtool.core.column_grids import CodedColumnGrid, ColumnGrid
 from qtool.core.grids import BinaryGrid, CodedGrid
 from qtool.core.hessian import Factor
 from qtool.core.polish import polish
@@ -233,7 +233,9 @@ def _polished(
     of_groups = layout.to_columns(row_scales.unsqueeze(1).expand(theta.shape[:2]), scheme)
     parameters = layout.to_columns(theta, scheme).transpose(1, 2).contiguous()
     span = layout.span_of(scheme, shape)
-    grid = CodedGrid(parameters, of_groups, offset=not scheme.symmetric, span=span)
+    along_rows = scheme.group_dim == "in_features"
+    kind = CodedGrid if along_rows else CodedColumnGrid
+    grid = kind(parameters, of_groups, offset=not scheme.symmetric, span=span)
     by_row = grouping.join(codes, scheme.grouped_length(shape))
     columns = grouping.to_rows(by_row, scheme).T.contiguous()
     weight, edges = problem.weight.T.contiguous(), layout.edges_of(scheme, shape)

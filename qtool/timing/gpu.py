@@ -12,10 +12,11 @@ from qtool.modeling.device import free_memory
 from qtool.runtime.backends.cuda import driver
 from qtool.runtime.backends.cuda.decode_ops import KernelOps
 from qtool.runtime.decode.ops import DecodeOps
-from qtool.timing import peers
+from qtool.scheme import Shape2D
 from qtool.timing.decode import EndToEndResult, time_decoder
-from qtool.timing.kernels import LayerTimes, Rig, time_layer
+from qtool.timing.kernels import BATCHES, LayerTimes, Rig, time_layer, with_peer
 from qtool.timing.machine import Clock, Machine, describe_card, l2_bytes
+from qtool.timing.peer_runs import PeerRequest, every_peer, run_peer
 from qtool.timing.quantized_inputs import InputTimes, time_quantized_inputs
 from qtool.timing.several_cards import SeveralCards
 from qtool.timing.timing import CudaTimer, copies, copy_bandwidth
@@ -75,16 +76,15 @@ def time_workload(
     emit: Emit = ignore_events,
 ) -> GpuResult:
     """Time all of a workload, and with peers also other libraries that are installed."""
-    wanted = (*peers.IN_TORCH, *(peers.OTHER_LIBRARIES if with_peers else ()))
-    reasons = {peer.name: peer.why_not(bench.rig.device) for peer in wanted}
-    others = [peer for peer in wanted if reasons[peer.name] is None]
-    not_run = {name: reason for name, reason in reasons.items() if reason is not None}
+    not_run: dict[str, str] = {}
     machine = bench.machine()
-    layers, end_to_end = [], []
+    layers: list[LayerTimes] = []
+    end_to_end = []
     for layer in workload.layers:
         emit(Progress(f"time {layer.name}"))
         with _alone(layer.name, not_run):
-            layers.append(time_layer(layer, bench.rig, others))
+            layers.append(time_layer(layer, bench.rig))
+    layers = _beside_peers(layers, bench.rig, not_run, emit, asked=with_peers)
     quantized = tuple(_quantized_inputs(workload, bench, not_run, emit))
     if workload.no_models:
         not_run["end to end"] = workload.no_models
@@ -102,6 +102,25 @@ def time_workload(
         versions=versions,
         quantized_inputs=quantized,
     )
+
+
+def _beside_peers(
+    layers: list[LayerTimes], rig: Rig, not_run: dict[str, str], emit: Emit, *, asked: bool
+) -> list[LayerTimes]:
+    """Return layers with the times of peers, each of which has the card for itself meanwhile."""
+    shapes = dict.fromkeys(Shape2D(one.out_features, one.in_features) for one in layers)
+    request = PeerRequest(tuple(shapes), BATCHES, rig.l2_bytes, rig.device)
+    for module, peer in every_peer():
+        if not (asked or peer.is_in_torch):
+            continue
+        reason = peer.why_not(rig.device)
+        if reason is not None:
+            not_run[peer.name] = reason
+        elif layers:
+            emit(Progress(f"time {peer.name}"))
+            run = run_peer(module, peer.name, request)
+            layers = [with_peer(one, peer.name, run, rig.copy_bandwidth) for one in layers]
+    return layers
 
 
 def _quantized_inputs(

@@ -1,7 +1,7 @@
 """One layer's kernels side by side, and the batch up to which ours is the fastest."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -14,12 +14,12 @@ from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import Card, Launch
 from qtool.runtime.backends.cuda.mixed import MixedWeight, kernels_for, multiply_mixed
 from qtool.scheme import Shape2D
-from qtool.timing.peers import CUBLAS, Peer
+from qtool.timing.peer_runs import PeerRun, PeerTime
 from qtool.timing.synthetic import DTYPE, generator_on, random_dense
-from qtool.timing.timing import Timer, clones, copies_needed, rotation, time_calls
+from qtool.timing.timing import Timer, clones, rotation, time_calls
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-OURS = "qtool"
+OURS, CUBLAS = "qtool", "fp16 cuBLAS"
 ACTIVATION_BYTES = 2
 
 
@@ -101,6 +101,8 @@ class LayerTimes:
     """Peers that didn't run this layer, and why."""
     row_bits: tuple[int, ...] = ()
     """Widths of the rows, descending, where they have bits of their own."""
+    peers: Mapping[str, Sequence[PeerTime]] = field(default_factory=dict)
+    """Other libraries at the batch sizes of the sweep, by name."""
 
 
 def kernel_row(  # noqa: PLR0913 - what was measured, and what it is compared with
@@ -139,8 +141,8 @@ def stored_bytes(weight: Timeable) -> int:
     return sum(map(num_bytes, binary_coding.CODEC.layout(weight.scheme, weight.shape).values()))
 
 
-def time_layer(layer: Layer, rig: Rig, others: Sequence[Peer] = ()) -> LayerTimes:
-    """Time a layer at every batch size, and at one token beside others: one that fails is named."""
+def time_layer(layer: Layer, rig: Rig) -> LayerTimes:
+    """Time a layer at every batch size, ours and float16."""
     weight = layer.load()
     shape, scheme = weight.shape, weight.scheme
     dense = random_dense(shape, DTYPE, generator_on(rig.device))
@@ -150,14 +152,6 @@ def time_layer(layer: Layer, rig: Rig, others: Sequence[Peer] = ()) -> LayerTime
         (OURS, sweep[0].kernel, sweep[0].microseconds / 1e6, stored_bytes(weight)),
         (CUBLAS, "", fp16_seconds, dense.nbytes),
     ]
-    del weight
-    failed = {}
-    for peer in others:
-        try:
-            seconds, weight_bytes = time_peer(peer, dense, rig)
-            measured.append((peer.name, "", seconds, weight_bytes))
-        except Exception as error:  # noqa: BLE001 - other people's code must not end our run
-            failed[peer.name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     rows = tuple(
         kernel_row(*values, shape, copy_bandwidth=rig.copy_bandwidth, fp16_seconds=fp16_seconds)
         for values in measured
@@ -173,7 +167,7 @@ def time_layer(layer: Layer, rig: Rig, others: Sequence[Peer] = ()) -> LayerTime
         rows=rows,
         sweep=sweep,
         break_even=break_even(sweep),
-        failed=failed,
+        failed={},
         row_bits=tuple(num_bits for num_bits, _ in scheme.rows),
     )
 
@@ -202,14 +196,25 @@ def inputs(tokens: int, in_features: int, dtype: torch.dtype, device: torch.devi
     return torch.randn(tokens, in_features, dtype=dtype, device=device, generator=generator)
 
 
-def time_peer(peer: Peer, dense: Tensor, rig: Rig) -> tuple[float, int]:
-    """Return the seconds of a peer at one token, and the bytes of its weight."""
-    in_features = dense.shape[1]
-    if in_features % peer.multiple:
-        raise ValueError(f"needs a multiple of {peer.multiple} inputs")
-    first = peer.build(dense)
-    copies = copies_needed(first.num_bytes, rig.l2_bytes)
-    weights = [first, *(peer.build(dense) for _ in range(copies - 1))]
-    x = inputs(1, in_features, peer.dtype, rig.device)
-    calls = [partial(weight.matmul, x) for weight in rotation(weights)]
-    return time_calls(calls, rig.timer), first.num_bytes
+def with_peer(layer: LayerTimes, name: str, run: PeerRun, copy_bandwidth: float) -> LayerTimes:
+    """Return a layer's times with those of a peer, and what it failed at."""
+    shape = Shape2D(layer.out_features, layer.in_features)
+    times = tuple(run.times.get(shape, ()))
+    fp16_seconds = layer.sweep[0].fp16_microseconds / 1e6
+    rows = [
+        kernel_row(
+            *(name, "", one.microseconds / 1e6, one.weight_bytes, shape),
+            copy_bandwidth=copy_bandwidth,
+            fp16_seconds=fp16_seconds,
+        )
+        for one in times
+        if one.tokens == layer.sweep[0].tokens
+    ]
+    failed = {name: run.failed[shape]} if shape in run.failed else {}
+    peers = {name: times} if times else {}
+    return replace(
+        layer,
+        rows=(*layer.rows, *rows),
+        failed={**layer.failed, **failed},
+        peers={**layer.peers, **peers},
+    )

@@ -14,7 +14,7 @@ from tests.helpers import ROOT
 from tests.house.source import MODULES, PLUGINS, Module, dotted, lines_of_code
 
 PLUGIN_CONSTANTS = {
-    *("METHOD", "CODEC", "BACKEND", "ADAPTER", "FOLD", "TRAINING", "EXCHANGE", "ENGINE"),
+    *("METHOD", "CODEC", "BACKEND", "ADAPTER", "FOLD", "TRAINING", "EXCHANGE", "ENGINE", "PEERS"),
 }
 COMMANDS = {"cli", "pipeline"}
 """A command and what it calls have one name."""

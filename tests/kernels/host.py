@@ -97,15 +97,21 @@ class HostKernel:
             name = NUMBER.sub("", NAME.findall(parameter)[-1])
             is_constant = parameter.startswith("const") and name in CONSTANTS
             if isinstance(argument, Tensor) and not is_constant:
-                size = ctypes.c_size_t(argument.numel() * argument.element_size())
+                size = ctypes.c_size_t(_span(argument) * argument.element_size())
                 place, is_output = ctypes.c_void_p(argument.data_ptr()), "const" not in parameter
                 self._library.host_region(place, size, int(is_output))
+
+
+def _span(tensor: Tensor) -> int:
+    """Return how many elements lie from the first to the last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((count - 1) * stride for count, stride in steps) if tensor.numel() else 0
 
 
 def _value(argument: Any, parameter: str):
     if isinstance(argument, Tensor):
         assert "*" in parameter, parameter
-        assert argument.is_contiguous()
+        assert argument.is_contiguous() or parameter.endswith("*y"), parameter  # columns of more
         return ctypes.c_void_p(argument.data_ptr())
     if argument is None:
         return ctypes.c_void_p(None)

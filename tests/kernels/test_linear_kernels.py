@@ -300,3 +300,17 @@ def test_what_torch_and_the_kernels_make_of_an_affine_weight_is_the_same():
     for got in (weight.dense(), linear_kernels.dense_weight(weight, Recorder())):
         torch.testing.assert_close(got, exact, rtol=2**-10, atol=0)
         assert (got != exact).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("group_dim", GROUP_DIMS)
+@pytest.mark.parametrize("shape", [(40, 300), (33, 2000)], ids=str)
+@pytest.mark.parametrize("batch", [0, 1, 3, 20])
+def test_a_product_fills_its_columns_of_something_wider(group_dim, shape, batch):
+    scheme = WeightScheme(num_bits=3, group_size=32, group_dim=group_dim)
+    tensor = random_tensor("binary_coding", scheme, Shape2D(*shape), 0)
+    weight, x = linear_kernels.prepare(tensor, torch.float16), normal(batch, shape[1]).half()
+    whole = torch.full((batch, 7 + shape[0] + 5), torch.nan, dtype=torch.float16)
+    own = whole[:, 7:-5]
+    linear_kernels.matmul_into(own, x, weight, Recorder(), SMALL, None)
+    assert torch.equal(own, linear_kernels.matmul(x, weight, Recorder(), SMALL))
+    assert bool(whole[:, :7].isnan().all()) and bool(whole[:, -5:].isnan().all())

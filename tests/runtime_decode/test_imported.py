@@ -99,7 +99,7 @@ def check_kinds(weights):
     first, second = weights.layers
     tiled = [first.output, first.gate_up, second.qkv, second.gate_up, second.down]
     assert all(isinstance(each, KernelWeight) and each.tiles is not None for each in tiled)
-    assert [isinstance(each, KernelWeight) for each in first.qkv] == [True, True, False]
+    assert [isinstance(each, KernelWeight) for each in first.qkv] == [True, False]
     assert isinstance(first.down, torch.Tensor)
 
 

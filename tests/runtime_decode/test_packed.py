@@ -164,6 +164,27 @@ def test_layers_of_different_bits_run_apart(bcq):
     torch.testing.assert_close(*logits, rtol=0, atol=0.02)
 
 
+def test_neighbours_of_one_scheme_stay_one_product(bcq):
+    rules = [{"match": "*.v_proj", "scheme": {"group_dim": "out_features"}}]
+    model, ids = load(bcq(overrides=rules)), prompt(1, 12)
+    weights = weights_of(model, backend=cuda.BACKEND)
+    for layer in weights.layers:
+        assert isinstance(layer.qkv, tuple)
+        both, value = layer.qkv
+        assert isinstance(both, KernelWeight) and isinstance(value, KernelWeight)
+        assert (both.tiles is None, value.panels is None) == (False, False)
+        assert both.shape.out_features == 2 * value.shape.out_features + 32
+    logits, launch, begin = [], Recorder(), 0
+    for ops in (OPS, KernelOps(launch, CARD)):
+        runner = DecodeRunner(weights, ops, max_length=40)
+        runner.prefill(ids[:, :11])
+        begin = len(launch.names)
+        logits.append(runner.step(ids[:, 11]).clone())
+    torch.testing.assert_close(*logits, rtol=0, atol=0.02)
+    attended = launch.names.index("decode_attention", begin)
+    assert launch.names[attended - 3 : attended] == ["rms_norm", "bit_plane_mma", "bit_panel_imma"]
+
+
 def test_a_kernel_that_reads_stored_parts_gets_each_weight_as_stored(bcq, monkeypatch):
     directory, ids = bcq(), prompt(1, 12)
     expected = load(directory, torch.float32)(ids).logits[:, -1]

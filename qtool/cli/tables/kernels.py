@@ -96,6 +96,25 @@ def _print_sweep(layer: "LayerTimes") -> None:
     last = layer.sweep[-1].tokens
     at = f"none up to {last}" if layer.break_even is None else f"{layer.break_even} tokens"
     console.out.print(f"Break-even, the first batch at which fp16 is faster: {at}.")
+    if layer.peers:
+        _print_peers(layer)
+
+
+def _print_peers(layer: "LayerTimes") -> None:
+    """Print microseconds by batch size, ours, float16 and those of other libraries."""
+    tokens = [point.tokens for point in layer.sweep]
+    times = {
+        "qtool": {point.tokens: point.microseconds for point in layer.sweep},
+        "fp16 cuBLAS": {point.tokens: point.fp16_microseconds for point in layer.sweep},
+    }
+    for name, points in layer.peers.items():
+        times[name] = {point.tokens: point.microseconds for point in points}
+    rows = [
+        (name, *(f"{found[count]:.1f}" if count in found else "" for count in tokens))
+        for name, found in times.items()
+    ]
+    title = f"Microseconds by tokens: {layer.name}, {layer.out_features} x {layer.in_features}"
+    console.print_table(title, ("kernel", *(f">{count}" for count in tokens)), rows)
 
 
 def _print_end_to_end(title: str, models: "Sequence[EndToEndResult]") -> None:

@@ -1,6 +1,7 @@
 """Read the weights of a loaded transformers model of Llama's kind."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -163,13 +164,24 @@ class _Reader:
             tensors = [member.tensor() for member in members]
             fused = backend.fuse(tensors, self.dtype, interleave=interleave)
         if fused is None:
-            return tuple(map(self._alone, members))
+            return self._in_runs(members)
         for member, part in zip(members, fused.parts, strict=True):
             if part is not None and backend is member.choose_backend():
                 member.adopt(part, self.dtype)
             else:
                 member.is_copied = True
         return fused.prepared
+
+    def _in_runs(self, members: Sequence[Any]) -> tuple[Projection, ...]:
+        """Return linears apart, but neighbours of one format and scheme as one."""
+        runs = [list(run) for _, run in groupby(members, _format_and_scheme)]
+        if len(runs) == 1 or len(runs) == len(members):
+            return tuple(map(self._alone, members))
+        found: list[Projection] = []
+        for run in runs:
+            one = self._together(*run, interleave=False) if len(run) > 1 else self._alone(run[0])
+            found += one if isinstance(one, tuple) else (one,)
+        return tuple(found)
 
     def stacked(self, members: Sequence[Any]) -> tuple[Projection | None, tuple[Projection, ...]]:
         """Return linears of one shape as one, if what runs them puts them so, and each of them."""
@@ -185,6 +197,11 @@ class _Reader:
         if not isinstance(module, QuantizedWeight):
             return None
         return self._backend or module.choose_backend()
+
+
+def _format_and_scheme(module: Any) -> object:  # noqa: ANN401
+    """Return what neighbours must have in common; None: it isn't quantized."""
+    return (module.entry.format, module.entry.scheme) if hasattr(module, "entry") else None
 
 
 def _window(config: Any) -> int | None:  # noqa: ANN401

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qtool.core import coded_scales, grids, linalg
+from qtool.core import coded_scales, grids, linalg, multiples
 from tests.helpers import normal
 
 pytestmark = pytest.mark.gpu
@@ -49,3 +49,22 @@ def test_parameters_are_rounded_in_turn_as_without_a_card(num_bits, offset):
     found, expected = moved("cuda"), moved("cpu")
     assert not torch.equal(expected, parameters[1])
     assert float((found != expected).float().mean()) < 1e-3  # a tie may fall to the other side
+
+
+@pytest.mark.parametrize(("batch", "unknowns"), [(1, 10), (9, 96), (64, 128)])
+def test_many_parameters_are_rounded_in_turn_as_without_a_card(batch, unknowns):
+    matrices, right = systems(batch, unknowns)
+    units = normal(unknowns, batch, seed=2).abs() / 8
+    units[0] = 0
+    old = (normal(unknowns, batch, seed=3).sign() * units).half().float()
+    bounds = torch.full((unknowns,), -32.0), torch.full((unknowns,), 31.0)
+
+    def moved(device: str) -> torch.Tensor:
+        system = matrices.to(device), 0.1 * right.to(device)
+        limits = bounds[0].to(device), bounds[1].to(device)
+        return multiples.best_in_turn(*system, old.to(device), units.to(device), limits).cpu()
+
+    found, expected = moved("cuda"), moved("cpu")
+    assert not torch.equal(expected, old)
+    assert not bool(found[0].any())
+    assert float((found != expected).float().mean()) < 1e-2  # a tie moves those after it

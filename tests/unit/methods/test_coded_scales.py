@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from qtool.core import coded_scales
-from qtool.core.grids import CodedGrid
+from qtool.core.column_grids import CodedColumnGrid
+from qtool.core.grids import CodedGrid, Span
 from qtool.core.hessian import relative_loss
 from qtool.core.polish import Descent, all_values, residual
 from qtool.formats import coded_scales as coded_format
@@ -65,16 +66,32 @@ def test_constant_weights_stay_constant(weight, needs):
     assert bool(((found - weight).abs() <= weight.abs() / 32).all())
 
 
-def test_refits_never_raise_the_loss_and_stay_multiples():
+def along_rows(theta, row_scales):
+    """Return a grid of groups along in_features, and the boundaries of its groups."""
+    parameters = theta.permute(2, 0, 1).contiguous()
+    return CodedGrid(parameters, row_scales.expand(3, -1), offset=True), [0, 16, 32, 48]
+
+
+def along_columns(theta, row_scales):
+    """Return the same of groups along out_features."""
+    parameters, of_groups = theta.permute(2, 0, 1).contiguous(), row_scales[:, None].expand(-1, 2)
+    grid = CodedColumnGrid(parameters, of_groups, offset=True, span=Span(16, 32))
+    return grid, [*range(49)]
+
+
+@pytest.mark.parametrize(
+    ("group_dim", "made"), [("in_features", along_rows), ("out_features", along_columns)]
+)
+def test_refits_never_raise_the_loss_and_stay_multiples(group_dim, made):
     weight, hessian = normal(32, 48), statistics(["hessian"], 48)["hessian"]
-    scheme = WeightScheme(num_bits=3, group_size=16)
+    scheme = WeightScheme(num_bits=3, group_size=16, group_dim=group_dim)
     given = problem(weight, scheme)
     tensor = METHOD.solve(given, BcqOptions(scales="coded", polish_rounds=0)).tensor
     row_scales = tensor.parts["row_scales"]
     parts = coded_format.to_binary(tensor).parts
     theta = torch.cat([parts["plane_scales"], parts["plane_offsets"][None]]).float()
-    grid = CodedGrid(theta.permute(2, 0, 1).contiguous(), row_scales.expand(3, -1), offset=True)
-    edges, columns = [0, 16, 32, 48], weight.T.contiguous()
+    grid, edges = made(theta, row_scales)
+    columns = weight.T.contiguous()
     codes = torch.randint(
         0, 8, columns.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -87,7 +104,7 @@ def test_refits_never_raise_the_loss_and_stay_multiples():
         losses.append(relative_loss((levels - columns).T, weight, hessian))
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(losses))
     assert losses[-1] < 0.5 * losses[0]
-    by_row = grid.parameters.permute(2, 0, 1)
+    by_row = grid.parameters.permute(2, 0, 1) if made is along_rows else grid.parameters.mT
     assert torch.equal(coded_scales.rounded(by_row, row_scales), by_row)
 
 

@@ -5,9 +5,8 @@ import torch
 
 from qtool.runtime.backends.cuda import linear_kernels
 from qtool.scheme import Shape2D, WeightScheme
-from qtool.timing import kernels, peers
+from qtool.timing import kernels
 from qtool.timing.kernels import BATCHES, Layer, SweepPoint, break_even, kernel_row
-from qtool.timing.peers import Peer, PeerWeight
 from qtool.timing.synthetic import generator_on, random_tensor, random_weight
 from tests.unit.timing.rig import COPY_BANDWIDTH, CountingTimer, rig
 
@@ -77,66 +76,10 @@ def test_the_kernel_asked_for_is_the_one_that_is_launched():
     assert {p.kernel for p in result.sweep} == {"sign_flip"}
 
 
-def test_a_peer_is_timed_on_copies_of_its_own_and_one_that_fails_is_named():
-    built = []
-
-    def build(weight):
-        built.append(weight.clone())
-        return PeerWeight(lambda x: x @ built[0].T, 500)
-
-    def fail(_weight):
-        raise RuntimeError("no\nkernel image")
-
-    others = (Peer("good", build), Peer("bad", fail), Peer("wide", build, multiple=128))
-    result = kernels.time_layer(layer(), rig(), others=others)
-    assert [row.what for row in result.rows] == ["qtool", "fp16 cuBLAS", "good"]
-    assert result.rows[-1].weight_bytes == 500
-    assert len(built) == 6
-    assert result.failed == {
-        "bad": "RuntimeError: no kernel image",
-        "wide": "ValueError: needs a multiple of 128 inputs",
-    }
-
-
 def test_inputs_are_random_and_the_same_in_every_run():
     x = kernels.inputs(4, 64, torch.float16, CPU)
     assert bool((x != 0).any(1).all())
     assert torch.equal(x, kernels.inputs(4, 64, torch.float16, CPU))
-
-
-def test_affine_codes_of_peers_fit_their_bits_and_restore_the_weight():
-    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)).half()
-    for bits, worst in ((4, 0.3), (2, 1.4)):
-        codes, steps, low = peers._affine(weight, bits)
-        assert codes.max() == 2**bits - 1
-        back = codes.unflatten(1, (-1, 128)) * steps.unsqueeze(-1) + low.unsqueeze(-1)
-        assert (back.flatten(1) - weight).abs().max() < worst
-
-
-def test_missing_peers_say_how_to_install_them(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "torch" or None)
-    for peer in peers.OTHER_LIBRARIES:
-        assert peer.why_not(CPU) == f"isn't installed: pip install {peer.module}"
-    for peer in peers.IN_TORCH:
-        assert "CUDA" in str(peer.why_not(CPU))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("peer", [*peers.IN_TORCH, *peers.OTHER_LIBRARIES], ids=lambda p: p.name)
-def test_a_peer_multiplies_by_the_weight(peer):
-    device = torch.device("cuda", 0)
-    reason = peer.why_not(device)
-    if reason is not None:
-        pytest.skip(reason)
-    generator = generator_on(device)
-    weight = torch.randn(512, 1024, device=device, generator=generator).half()
-    x = kernels.inputs(1, 1024, peer.dtype, device)
-    with torch.no_grad():
-        got = peer.build(weight).matmul(x)
-    assert isinstance(got, torch.Tensor)
-    exact = x.float() @ weight.float().T
-    error = (got.float().view_as(exact) - exact).norm() / exact.norm()
-    assert error < (0.6 if "2 bit" in peer.name else 0.2)
 
 
 def test_a_head_of_unlike_rows_is_timed_by_the_bytes_of_its_classes():

@@ -97,10 +97,10 @@ class KernelOps:
             x, norm = self._normed(x, projection, norm)
             where = (self._launch, self._card)
             return linear_kernels.matmul(x, projection, *where, residual=residual, norm=norm)
-        x = x if norm is None else self.rms_norm(x, *norm)
         if isinstance(projection, tuple):
-            y = torch.cat([self.linear(x, part) for part in projection], dim=-1)
+            y = self._side_by_side(x, projection, norm)
             return y if residual is None else y + residual
+        x = x if norm is None else self.rms_norm(x, *norm)
         if isinstance(projection, OrderedWeight):
             return self.linear(projection.sorted(x), projection.weight, residual)
         if isinstance(projection, MixedWeight):
@@ -115,6 +115,22 @@ class KernelOps:
         if self._peers is None or not part.is_even or not isinstance(weight, KernelWeight):
             return None
         return summed_product(x, weight, self._launch, self._card, self._peers, residual)
+
+    def _side_by_side(self, x: Tensor, parts: tuple[Projection, ...], norm: Norm | None) -> Tensor:
+        """Return the outputs of several projections of x normed; each writes to its place."""
+        kept = [part for part in parts if isinstance(part, KernelWeight)]
+        whole = len(kept) == len(parts)
+        if norm is not None and not (
+            whole and all(linear_kernels.can_norm(part, len(x), self._card) for part in kept)
+        ):
+            x, norm = self.rms_norm(x, *norm), None
+        if not whole:
+            return torch.cat([self.linear(x, part) for part in parts], dim=-1)
+        rows = [part.shape.out_features for part in kept]
+        y = x.new_empty(len(x), sum(rows))
+        for part, own in zip(kept, y.split(rows, dim=1), strict=True):
+            linear_kernels.matmul_into(own, x, part, self._launch, self._card, norm)
+        return y
 
     def gated(self, x: Tensor, gate_up: Projections, norm: Norm | None = None) -> Tensor:
         """Return silu(x @ gate.T) * (x @ up.T), of x normed."""

@@ -154,6 +154,19 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     return y if residual is None else y + residual
 
 
+def matmul_into(
+    y: Tensor, x: Tensor, weight: KernelWeight, launch: Launch, card: Card, norm: Norm | None
+) -> None:
+    """Do `matmul` and write to `y`, (tokens, out_features), which may be columns of a wider one."""
+    target, kernel = planes.Target(y), kernel_for(weight, len(x), card)
+    if kernel != "planes" or len(x) == 0 or x.data_ptr() % LOAD_BYTES != 0:
+        y.copy_(matmul(x, weight, launch, card, norm=norm))
+    elif weight.panels is not None:
+        panel_linear.by_panels(x, weight, launch, card, target=target)
+    else:
+        by_planes(x, weight, launch, card, target=target, norm=norm)
+
+
 def by_wide(  # noqa: PLR0913 - as `matmul`
     x: Tensor,
     weight: KernelWeight,

@@ -12,7 +12,7 @@ from qtool.errors import BackendError
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.panels import PanelLayout
-from qtool.runtime.backends.cuda.planes import EPILOGUES, MORE_WAVES, NUMBER, room_of
+from qtool.runtime.backends.cuda.planes import EPILOGUES, MORE_WAVES, NUMBER, Target, room_of
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 
 PLANE_BYTES, LIMB_BYTES = 512, 1024
@@ -151,7 +151,7 @@ def panel_kernel(weight: KernelWeight, tokens: int, card: Card) -> str:
     return "dequantize" if planned is None else "planes"
 
 
-def by_panels(
+def by_panels(  # noqa: PLR0913 - as `linear_kernels.matmul`
     x: Tensor,
     weight: KernelWeight,
     launch: Launch,
@@ -159,8 +159,9 @@ def by_panels(
     *,
     residual: Tensor | None = None,
     gated: bool = False,
+    target: Target | None = None,
 ) -> Tensor:
-    """Do `linear_kernels.matmul` by planes; x is aligned to 16 bytes.
+    """Do `linear_kernels.matmul` by planes; x is aligned to 16 bytes. `target` has no places.
 
     Raises:
         BackendError: a CTA has too little shared memory.
@@ -168,15 +169,15 @@ def by_panels(
     packed, rows = weight.panels, weight.shape.out_features
     assert packed is not None
     outputs = rows // packed.sets
-    y = x.new_empty(len(x), outputs)
+    target = target or Target(x.new_empty(len(x), outputs))
     panels, units = packed.planes.shape[:2]
-    sizes = (outputs, x.shape[1], len(x), panels, units, outputs)
+    sizes = (outputs, x.shape[1], len(x), panels, units, target.width)
     epilogue = "gated" if gated else "none" if residual is None else "residual"
     cut = (packed.group_rows, packed.of_group)
     call = panel_call((*sizes, *cut), weight.panel_layout, x.dtype, card, epilogue)
-    tensors = (packed.planes, packed.scales, x, residual, y)
+    tensors = (packed.planes, packed.scales, x, residual, target.y)
     launch(call._replace(dependent=False) if weight.fresh else call, tensors)
-    return y
+    return target.y
 
 
 def by_dense_panels(

@@ -98,7 +98,7 @@ def by_planes(  # noqa: PLR0913 - as `linear_kernels.matmul`
     if target is None:
         target = planes.Target(x.new_empty(batch, rows // 2 if gated else rows), None)
     y, places = target.y, target.places
-    sizes = (rows, inputs, batch, row_tiles, units, packed.scales.shape[1], y.shape[1])
+    sizes = (rows, inputs, batch, row_tiles, units, packed.scales.shape[1], target.width)
     epilogue = "gated" if gated else "none" if residual is None else "residual"
     gains, eps = norm or (None, None)
     around = Around(epilogue, not weight.fresh, eps)

@@ -239,8 +239,13 @@ kernels take them."""
 class Target:
     """Where a product goes."""
 
-    y: Tensor  # (tokens, width), in the dtype of the activations
+    y: Tensor  # (tokens, columns), in the dtype of the activations; may be columns of a wider one
     places: Tensor | None = None  # (rows of the weight,) int32: their columns of y; None: all
+
+    @property
+    def width(self) -> int:
+        """Return how far apart the outputs of two tokens lie."""
+        return self.y.stride(0)
 
 
 def add_splits(
@@ -253,12 +258,11 @@ def add_splits(
 ) -> None:
     """Write the sum of (splits, tokens, padded rows) float32 to a target, through the epilogue."""
     (splits, batch, padded), y, places = partial.shape, target.y, target.places
-    threads, width = 128, y.shape[1]
-    outputs = width if places is None else len(places)
+    threads, outputs = 128, y.shape[1] if places is None else len(places)
     macros, grid = (
         constants(y.dtype, EPILOGUE=EPILOGUES[epilogue]),
         (-(-outputs // threads), batch, 1),
     )
-    numbers = (outputs, padded, batch, splits, width)
+    numbers = (outputs, padded, batch, splits, target.width)
     call = KernelCall("add_splits", "add_splits", macros, grid, threads, 0, numbers)
     launch(call, (partial, residual, y, places))

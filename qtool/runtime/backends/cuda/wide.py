@@ -177,7 +177,7 @@ def multiply_wide(  # noqa: PLR0913 - what, by what, where, how, and what comes 
         row_tiles,
         units,
         packed.scales.shape[1],
-        target.y.shape[1],
+        target.width,
     )
     call = wide_call(
         *(sizes, layout, x.dtype, card, tuning), epilogue=epilogue, dependent=dependent

@@ -1,0 +1,1 @@
+"""Kernels of other libraries that `qtool bench` times beside ours: one library per file, PEERS."""
