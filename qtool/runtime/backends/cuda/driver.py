@@ -145,6 +145,8 @@ def launch(call: KernelCall, tensors: Sequence[Tensor | None]) -> None:
     pointers = [None if t is None else t.data_ptr() for t in tensors]
     if call.zeros:
         pointers.append(_zeros(call.zeros, device, stream).data_ptr())
+    if call.words:
+        pointers.append(_zeros(call.words, device, stream, call.kernel).data_ptr())
     _prepared(call, device, len(tensors)).launch(pointers, stream)
 
 
@@ -159,29 +161,30 @@ def _bind_thread(device: int) -> None:
         _BOUND.device = device
 
 
-_ZEROS: dict[tuple[int, int, int], Tensor] = {}
-_SPARE: dict[int, Tensor] = {}
+_ZEROS: dict[tuple[str, int, int, int], Tensor] = {}
+_SPARE: dict[tuple[str, int], Tensor] = {}
 _KEPT: list[Tensor] = []
 
 
-def _zeros(words: int, device: int, stream: int) -> Tensor:
-    """Return zeros that nothing else uses at the same time.
+def _zeros(words: int, device: int, stream: int, owner: str = "") -> Tensor:
+    """Return zeros that nothing else uses at the same time, or what `owner` has made of them.
 
     One tensor per stream; one per capture, for a graph may be replayed beside the stream it was
     captured on. That one was made before the capture began: memory of the graph's own pool would
     have to be zeroed at every replay. As nobody says when a graph has gone, it is never freed.
     """
     capture = _capture_of(stream) if torch.cuda.is_current_stream_capturing() else 0
-    found = _ZEROS.get((device, stream, capture))
+    found = _ZEROS.get((owner, device, stream, capture))
     if found is None or found.numel() < words:
         if found is not None:
             _KEPT.append(found)  # launches that were captured still use it
-        found = _SPARE.pop(device, None) if capture else None
+        found = _SPARE.pop((owner, device), None) if capture else None
         if found is None or found.numel() < words:
             found = torch.zeros(words, dtype=torch.int64, device=f"cuda:{device}")
-        _ZEROS[device, stream, capture] = found
-    if not capture and (device not in _SPARE or _SPARE[device].numel() < words):
-        _SPARE[device] = torch.zeros(words, dtype=torch.int64, device=f"cuda:{device}")
+        _ZEROS[owner, device, stream, capture] = found
+    spare = _SPARE.get((owner, device))
+    if not capture and (spare is None or spare.numel() < words):
+        _SPARE[owner, device] = torch.zeros(words, dtype=torch.int64, device=f"cuda:{device}")
     return found
 
 
