@@ -18,7 +18,9 @@ from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.planes import BLOCKS_PER_UNIT, NUMBER, Layout
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT
+from qtool.runtime.backends.cuda.selection import selection_for, wanted_kernel
 from qtool.runtime.decode.ops import Norm
+from qtool.runtime.decode.weights import DecoderLayer
 
 MOST_LINKS, WARPS = 4, 16
 MOST_STAGES, LEAST_STAGES = 8, 3
@@ -152,3 +154,26 @@ def run_chain(
     tensors += [None] * (4 * (MOST_LINKS - len(links)))
     launch(call, (x, residual, *tensors))
     return made
+
+
+def is_chained(card: Card) -> bool:
+    """Return whether a card is known to be faster by chains, and nobody asked for a kernel."""
+    return wanted_kernel() is None and selection_for(card.name).chained
+
+
+def links_after_attention(
+    layer: DecoderLayer, following: DecoderLayer | None, eps: float
+) -> list[Link] | None:
+    """Return the products from a block's attention to the next one's; None: not all are planes."""
+    projections = [layer.output, layer.gate_up, layer.down, *([following.qkv] if following else [])]
+    weights = [one for one in projections if isinstance(one, KernelWeight) and one.tiles]
+    if len(weights) < len(projections):
+        return None
+    links = [
+        Link(weights[0], residual=GIVEN),
+        Link(weights[1], Norm(layer.mlp_norm, eps), gated=True),
+        Link(weights[2], residual=2, wanted=True),
+    ]
+    if following is not None:
+        links.append(Link(weights[3], Norm(following.input_norm, eps), wanted=True))
+    return links
