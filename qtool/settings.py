@@ -75,6 +75,11 @@ def dependent_launches() -> bool:
     return os.environ.get("QTOOL_DEPENDENT_LAUNCHES", "1") != "0"
 
 
+def chains() -> bool:
+    """Return whether products that follow one another may be one launch; not by itself as yet."""
+    return os.environ.get("QTOOL_CHAINS", "0") != "0"
+
+
 def log_level() -> str:
     """Return the level of the log in small letters, unchecked; empty: no log."""
     return os.environ.get("QTOOL_LOG", "").lower()

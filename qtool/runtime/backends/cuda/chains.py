@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qtool import settings
 from qtool.runtime.backends.cuda import planes
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.planes import BLOCKS_PER_UNIT, NUMBER, Layout
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT
-from qtool.runtime.backends.cuda.selection import selection_for, wanted_kernel
+from qtool.runtime.backends.cuda.selection import wanted_kernel
 from qtool.runtime.decode.ops import Norm
 from qtool.runtime.decode.weights import DecoderLayer
 
@@ -156,9 +157,9 @@ def run_chain(
     return made
 
 
-def is_chained(card: Card) -> bool:
-    """Return whether a card is known to be faster by chains, and nobody asked for a kernel."""
-    return wanted_kernel() is None and selection_for(card.name).chained
+def is_chained() -> bool:
+    """Return whether a decoding step runs by chains where it can; not if a kernel was asked for."""
+    return wanted_kernel() is None and settings.chains()
 
 
 def links_after_attention(

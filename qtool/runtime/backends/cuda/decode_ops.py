@@ -171,7 +171,7 @@ class KernelOps:
         eps: float,
     ) -> tuple[Tensor, Tensor | None] | None:
         """Return what four products make of one token, in one launch; None: not of these."""
-        if len(x) != 1 or not chains.is_chained(self._card):
+        if len(x) != 1 or not chains.is_chained():
             return None
         links = chains.links_after_attention(layer, following, eps)
         if links is None:

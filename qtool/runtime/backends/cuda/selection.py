@@ -84,8 +84,6 @@ class Selection:
     alone: Tuning
     pairs: Tuning
     """Two CTAs cover for one another where inputs are few, so staged soon, and weights are many."""
-    chained: bool = False
-    """What one token is multiplied by between two attentions is one launch."""
 
     def tuning(self, in_features: int, units: int) -> Tuning:
         """Return how the bit-plane kernels are launched; each multiprocessor does so many units."""
