@@ -73,6 +73,7 @@ class OpsAround:
     ) -> tuple[Tensor, Tensor | None] | None:
         """Return None: what comes between the operations would be missed."""
         del attended, x, layer, following, eps
+        return None
 
     def attend_prompts(
         self,

@@ -115,6 +115,7 @@ class TorchOps:
     ) -> tuple[Tensor, Tensor | None] | None:
         """Return None: these are operations one by one."""
         del attended, x, layer, following, eps
+        return None
 
     def choose(self, logits: Tensor, state: DecodeState) -> None:
         """Take the likeliest tokens and move on."""

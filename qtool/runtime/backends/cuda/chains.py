@@ -18,13 +18,14 @@ from qtool.runtime.backends.cuda import planes
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.planes import BLOCKS_PER_UNIT, NUMBER, Layout
-from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT
 from qtool.runtime.backends.cuda.selection import wanted_kernel
+from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT
 from qtool.runtime.decode.ops import Norm
 from qtool.runtime.decode.weights import DecoderLayer
 
 MOST_LINKS, WARPS = 4, 16
-MOST_STAGES, LEAST_STAGES = 8, 3
+CHAIN_STAGES, FEWEST_STAGES = 8, 3
+"""Units of a warp in shared memory, at most and at least."""
 HELD = 0
 """Stages that are asked for only when the inputs of a product are there."""
 LINK_BYTES = 72
@@ -82,15 +83,15 @@ def plan_chain(sizes: tuple[LinkSizes, ...], layout: Layout, card: Card) -> Chai
     sums = (most_tiles + WARPS) * TILE_ROWS * NUMBER + len(sizes) * most_tiles * NUMBER
     rest = -(-LINK_BYTES * len(sizes) // 16) * 16 + inputs + sums
     stage = WARPS * layout.stage_bytes
-    stages = min(MOST_STAGES, (planes.room_of(card, 1) - rest) // stage)
-    if stages < LEAST_STAGES:
+    stages = min(CHAIN_STAGES, (planes.room_of(card, 1) - rest) // stage)
+    if stages < FEWEST_STAGES:
         return None
     stride = -(-max(its.outputs for its in sizes) // UNIT) * (UNIT // 2)
     return ChainPlan(stages, loads, most_tiles, stride, rest + stages * stage)
 
 
 @functools.lru_cache(maxsize=4096)
-def chain_call(  # noqa: PLR0913 - a key of the cache
+def chain_call(  # noqa: PLR0913, PLR0917 - a key of the cache
     sizes: tuple[LinkSizes, ...],
     in_features: int,
     layout: Layout,
