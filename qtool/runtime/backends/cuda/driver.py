@@ -22,6 +22,11 @@ from qtool.runtime.backends.cuda.launch import OLDEST, WARPGROUPS, Card, KernelC
 DEPENDENT_LAUNCHES = (9, 0)
 STREAM_SERIALIZATION = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"""
+COOPERATIVE = 2
+"""CU_LAUNCH_ATTRIBUTE_COOPERATIVE: all blocks begin together, or none; two such launches never
+hold a part of the card each. The driver refuses what doesn't fit."""
+TOO_LARGE = 720
+"""CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE"""
 
 
 def why_not_on(device: torch.device) -> str | None:
@@ -78,7 +83,10 @@ class _Config(ctypes.Structure):
     )
 
 
-_DEPENDENT = _Attribute(STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
+def _attributes(call: KernelCall, device: int) -> list[int]:
+    """Return what the driver is to know of a launch."""
+    dependent = call.dependent and _has_dependent_launches(device)
+    return [COOPERATIVE] * bool(call.words) + [STREAM_SERIALIZATION] * dependent
 
 
 class _PreparedCall:
@@ -89,9 +97,13 @@ class _PreparedCall:
         _allow_shared_bytes(function, call.shared_bytes)
         self._call = call
         self._config = config = _Config(call.grid, (call.threads, 1, 1), call.shared_bytes)
-        if call.dependent and _has_dependent_launches(device):
-            config.attributes, config.num_attributes = ctypes.pointer(_DEPENDENT), 1
-        self._pointers = (ctypes.c_void_p * (num_tensors + bool(call.zeros)))()
+        names = _attributes(call, device)
+        self._attributes = (_Attribute * len(names))(
+            *[_Attribute(name, 0, (ctypes.c_int * 16)(1)) for name in names]
+        )
+        config.attributes, config.num_attributes = self._attributes, len(names)
+        pointers = num_tensors + bool(call.zeros) + bool(call.words)
+        self._pointers = (ctypes.c_void_p * pointers)()
         self._numbers = [
             ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value)
             for value in call.numbers
@@ -111,6 +123,12 @@ class _PreparedCall:
             status = _driver().cuLaunchKernelEx(*self._passed)
         if status != 0:
             call = self._call
+            if status == TOO_LARGE:
+                raise BackendError(
+                    f"The {call.grid[0]} blocks of kernel {call.kernel} wait for one another, and "
+                    "the card has no room for all at once: another process may have a part of it "
+                    "(MPS). QTOOL_CHAINS=0 runs its products one by one."
+                )
             raise BackendError(
                 f"Kernel {call.kernel} wasn't launched: CUDA error {status}, grid {call.grid}, "
                 f"{call.threads} threads, {call.shared_bytes} bytes of shared memory. "

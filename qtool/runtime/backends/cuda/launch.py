@@ -30,7 +30,8 @@ class KernelCall(NamedTuple):
     """It may start before the launch before it has ended; not if that makes the weight."""
     words: int = 0
     """Of 64 bits, a stream's and of kernels of this name alone: zeros at first, then as the launch
-    before has left them. They come after `zeros`."""
+    before has left them. They come after `zeros`. Blocks wait for one another through them, so all
+    are on the card together, or the launch is refused."""
     one_architecture: bool = False
     """It has instructions of this card's architecture that no later one has: sm_90a, not sm_90."""
 
