@@ -77,7 +77,7 @@ def test_blocks_that_wait_for_one_another_are_on_the_card_together(driver):
     both = [cuda_driver.COOPERATIVE, cuda_driver.STREAM_SERIALIZATION]
     assert driver.seen[0].attributes == both
     assert driver.seen[0].values[:3] == [1, 2, 3]
-    driver.status = cuda_driver.TOO_LARGE
+    driver.status = cuda_driver.COOPERATIVE_TOO_LARGE
     with pytest.raises(BackendError, match=r"no room for all at once.*QTOOL_CHAINS=0"):
         cuda_driver._PreparedCall(call, 0, 2).launch([1, 2, 3], 0)
 

@@ -25,7 +25,7 @@ STREAM_SERIALIZATION = 6
 COOPERATIVE = 2
 """CU_LAUNCH_ATTRIBUTE_COOPERATIVE: all blocks begin together, or none; two such launches never
 hold a part of the card each. The driver refuses what doesn't fit."""
-TOO_LARGE = 720
+COOPERATIVE_TOO_LARGE = 720
 """CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE"""
 
 
@@ -123,7 +123,7 @@ class _PreparedCall:
             status = _driver().cuLaunchKernelEx(*self._passed)
         if status != 0:
             call = self._call
-            if status == TOO_LARGE:
+            if status == COOPERATIVE_TOO_LARGE:
                 raise BackendError(
                     f"The {call.grid[0]} blocks of kernel {call.kernel} wait for one another, and "
                     "the card has no room for all at once: another process may have a part of it "
