@@ -48,7 +48,7 @@ class Definition:
         self.links, self.dense = links, [one.double() for one in dense]
 
     def __call__(self, x, residual):
-        made = []
+        made: list[torch.Tensor] = []
         for link, dense in zip(self.links, self.dense, strict=True):
             x = x if link.norm is None else rms_norm(x, *link.norm)
             y = x.double() @ dense.T
@@ -115,12 +115,14 @@ def test_chains_on_two_streams_end(priority):
     """Each takes the whole card: were their blocks mixed, neither would ever have all its own."""
     links, card = links_of(3), driver.card_of(0)
     exact, streams = Definition(links), [torch.cuda.Stream(), torch.cuda.Stream(priority=priority)]
-    given, got = [inputs(seed) for seed in (1, 5)], [[], []]
+    given = [inputs(seed) for seed in (1, 5)]
+    got: list[list[torch.Tensor]] = [[], []]
     torch.cuda.synchronize()
     for _ in range(200):
         for index, stream in enumerate(streams):
+            x, residual = given[index]
             with torch.cuda.stream(stream):
-                got[index] = chains.run_chain(*given[index], links, driver.launch, card) or []
+                got[index] = chains.run_chain(x, residual, links, driver.launch, card) or []
     torch.cuda.synchronize()
     for mine, one in zip(got, given, strict=True):
         for y, expected in zip(mine, exact(*one), strict=True):
