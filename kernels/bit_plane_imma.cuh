@@ -1,12 +1,13 @@
-// y = x W^T for a binary-coded W with groups of a multiple of 64 along in_features, 1 or 2 tokens
-// (COLUMNS). Raw bit planes are the A operand of mma.m16n8k32 on bytes: a bit at position p of a byte
+// y = x W^T for a binary-coded W with groups of a multiple of 64 along in_features, 1, 2, 4 or 8
+// tokens (COLUMNS). Raw bit planes are the A operand of mma.m16n8k32 on bytes: a bit at position p of a byte
 // is 2^p, so one AND per register makes an operand of *four* bits, half as many as in
 // bit_plane_mma.cuh. x becomes an integer of 23 bits, shifted left so that the positions cancel, and
 // its four signed bytes are four columns of B: all sums of a group are exact integers. What turns
 // {0, 1} into {-1, +1} is a product with the sum of x, beside the offset's.
 #include "bit_planes.cuh"
 
-#define ACCUMULATORS 2
+#define PAIRS (COLUMNS > 2 ? COLUMNS / 2 : 1) // of tokens, that a product has columns for
+#define ACCUMULATORS (2 * PAIRS)
 #define ROW_POWER (-5)
 #include "byte_limbs.cuh"
 
@@ -65,53 +66,62 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
     const u32 *scales = (const u32 *)(stage + PLANES * PLANE_BYTES) + g * PARAMETERS, *current = scales;
     const unsigned char *row = operands + (token * units + unit) * UNIT_BYTES + g % LIMBS * 64 + t * 16;
     const int zeros[4] = {0, 0, 0, 0};
-    int c[PLANES][4];
-    float sum = 0.0f, sums[2] = {0.0f, 0.0f};
+    int c[PAIRS][PLANES][4];
+    float sum[PAIRS] = {}, sums[ACCUMULATORS] = {};
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
         int k = (weight.first + unit) * UNIT + word * 64;
         bool begins = word == 0 || (REGULAR ? word * 64 % GROUP == 0 : k % GROUP == 0);
         if (begins) {
-            if (word > 0) flush(sums, c, sum, current);
+#pragma unroll
+            for (int pair = 0; pair < PAIRS; ++pair)
+                if (word > 0) flush(sums + 2 * pair, c[pair], sum[pair], current);
             current = scales + (REGULAR ? word * 64 / GROUP
                                         : k / GROUP - (k - word * 64) / GROUP) * 8 * PARAMETERS;
-            // Columns 2 t and 2 t + 1 are limbs of one token; its lowest are lane t = 0 or 2's.
-            sum = starts[(unit * BLOCKS_PER_UNIT + word * 2) * COLUMNS + (COLUMNS == 1 ? 0 : t / 2)];
-            if (t & 1) sum = 0.0f;
-            if (!REGULAR)
 #pragma unroll
-                for (int plane = 0; plane < PLANES; ++plane)
+            for (int pair = 0; pair < PAIRS; ++pair) {
+                // Columns 2 t and 2 t + 1 are limbs of one token; its lowest are lane t = 0 or 2's.
+                const float *start = starts + (unit * BLOCKS_PER_UNIT + word * 2) * COLUMNS + 2 * pair;
+                sum[pair] = t & 1 ? 0.0f : start[COLUMNS == 1 ? 0 : t / 2];
+                if (!REGULAR)
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) c[plane][i] = 0;
+                    for (int plane = 0; plane < PLANES; ++plane)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) c[pair][plane][i] = 0;
+            }
         }
-        quad b = *(const quad *)(row + word * WORD_BYTES);
 #pragma unroll
-        for (int plane = 0; plane < PLANES; ++plane) {
-            u32 w = words[plane][word];
-            int *d = c[plane];
-            mma_bytes(d, begins && REGULAR ? zeros : d, w & 0x01010101u, w & 0x02020202u,
-                      w & 0x04040404u, w & 0x08080808u, b.x, b.y);
-            mma_bytes(d, d, w & 0x10101010u, w & 0x20202020u, w & 0x40404040u, w & 0x80808080u, b.z,
-                      b.w);
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            quad b = *(const quad *)(row + pair * 2 * units * UNIT_BYTES + word * WORD_BYTES);
+#pragma unroll
+            for (int plane = 0; plane < PLANES; ++plane) {
+                u32 w = words[plane][word];
+                int *d = c[pair][plane];
+                mma_bytes(d, begins && REGULAR ? zeros : d, w & 0x01010101u, w & 0x02020202u,
+                          w & 0x04040404u, w & 0x08080808u, b.x, b.y);
+                mma_bytes(d, d, w & 0x10101010u, w & 0x20202020u, w & 0x40404040u, w & 0x80808080u,
+                          b.z, b.w);
+            }
         }
     }
-    flush(sums, c, sum, current);
-    float factor = factors[unit * COLUMNS + (COLUMNS == 1 ? 0 : t / 2)];
-    acc[0] += sums[0] * factor;
-    acc[1] += sums[1] * factor;
+#pragma unroll
+    for (int pair = 0; pair < PAIRS; ++pair) {
+        flush(sums + 2 * pair, c[pair], sum[pair], current);
+        float factor = factors[unit * COLUMNS + 2 * pair + (COLUMNS == 1 ? 0 : t / 2)];
+        acc[2 * pair] += sums[2 * pair] * factor;
+        acc[2 * pair + 1] += sums[2 * pair + 1] * factor;
+    }
 }
 
 // What a warp has of a tile, its limbs put together: [16 rows][COLUMNS], as floats or marked floats.
 DEVICE void put_part(const float *acc, float *shared, u64 *exchange, int lane) {
     int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        float value = acc[half] + 65536.0f * shuffle_xor(acc[half], 1); // of use where t is even
-        int index = (g + 8 * half) * COLUMNS + t / 2;
-        if (t % 2 == 1 || t / 2 >= COLUMNS) continue;
+    for (int i = 0; i < ACCUMULATORS; ++i) {
+        float value = acc[i] + 65536.0f * shuffle_xor(acc[i], 1); // of use where t is even
+        int column = i / 2 * 2 + t / 2, index = (g + i % 2 * 8) * COLUMNS + column;
+        if (t % 2 == 1 || column >= COLUMNS) continue;
         if (exchange) store_marked(exchange + index, value, 1);
         else shared[index] = value;
     }
 }
-
-#include "bit_planes_multiply.cuh"

@@ -283,3 +283,16 @@ def test_inputs_that_are_all_as_large_as_can_be_do_not_overflow(product, group, 
     expected = x.double() @ dequantized(tensor, torch.float64).T
     terms = x.double().abs() @ dequantized(tensor, torch.float64).abs().T
     assert bool(((partial[0].double() - expected).abs() < BEFORE_CAST * terms).all())
+
+
+@pytest.mark.parametrize("columns", [4, 8])
+@pytest.mark.parametrize(("batch", "offset"), [(3, True), (7, False)])
+def test_more_tokens_as_bytes_agree(columns, batch, offset):
+    case = Case(3, (57, 700), 64, batch=batch, symmetric=not offset)
+    tensor, x, y = case.weight(), case.inputs(), case.output()
+    packed, by = tiles.pack(tensor), replace(BYTES, columns=columns)
+    partial = torch.full((1, batch, len(packed.planes) * 16), torch.nan)
+    for target in (partial, None):
+        multiply(case, packed, x, y, target, by, ctas=3, slabs=1, warps=4, stages=3)
+    assert error(partial.sum(0)[:, :57], case, tensor) < BEFORE_CAST
+    assert error(y, case, tensor) < AFTER_CAST[case.dtype]
