@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -34,7 +35,7 @@ WORK = ClusterWork(
 )
 
 
-def seconds(work: ClusterWork, **there: object) -> dict[str, float]:
+def seconds(work: ClusterWork, **there: Any) -> dict[str, float]:
     found = forecast(work, replace(HERE, **there))
     return {phase.name: phase.seconds for phase in found.phases}
 
