@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qtool.base import CausalModel
 from qtool.core.parts import Parts, slices, within_memory
+from qtool.data.exercises import NOT_LEARNED
 from qtool.training.descent import Learning
 from qtool.training.divergence import divergence
 from qtool.training.lessons import LessonBatch, Lessons
@@ -37,6 +38,8 @@ class Following:
     sources: Sequence[Tap] = ()
     """Of the original's."""
     autocast: torch.dtype | None = None
+    captured: bool = False
+    """On a card a step is one CUDA graph, where lessons have one shape."""
     extra: Callable[[], Tensor] | None = None
     """Any other term of the loss, once a step, whatever is learned from."""
 
@@ -52,7 +55,11 @@ class Following:
             wanted = _logits(self.original, part, None)
         found = _logits(self.student, part, self.autocast)
         total = torch.zeros((), device=lesson.labels.device)
-        if self.logits:
+        if self.logits and self.captured:  # nothing whose size depends on values
+            shares = (part.labels != NOT_LEARNED) / (lesson.labels != NOT_LEARNED).sum()
+            error = divergence(found.flatten(0, -2), wanted.flatten(0, -2), shares.flatten())
+            total = total + self.logits * error
+        elif self.logits:
             (given, _), (target, _) = part.asked(found), part.asked(wanted)
             if len(given):
                 count = len(lesson.asked(lesson.labels)[0])
@@ -81,7 +88,10 @@ class Following:
 
         def give(step: int) -> None:
             feed(step)
-            now[0] = lessons.of_step(step)
+            if self.captured:
+                now[0].take(lessons.of_step(step))
+            else:
+                now[0] = lessons.of_step(step)
 
         def share(samples: slice | None) -> Tensor:
             loss = self.distance(now[0], samples)
@@ -94,6 +104,7 @@ class Following:
             feed=give,
             loss=lambda: share(None),
             held_out=lambda: self.held_out(lessons.held_out, parts),
+            captured=self.captured,
             share=share,
             samples=lambda: now[0].num_samples,
             parts=parts,

@@ -32,6 +32,13 @@ class LessonBatch:
         inputs = {name: value[samples] for name, value in self.inputs.items()}
         return LessonBatch(inputs, self.labels[samples], self.seen[samples])
 
+    def take(self, other: "LessonBatch") -> None:
+        """Become another one of the same shape, in place."""
+        for name, value in self.inputs.items():
+            value.copy_(other.inputs[name])
+        self.labels.copy_(other.labels)
+        self.seen.copy_(other.seen)
+
     @property
     def num_samples(self) -> int:
         """Return how many there are."""
@@ -63,6 +70,8 @@ class Lessons:
     """What is looked at; nothing is learned from it."""
     steps_per_epoch: int
     """So many steps see everything once."""
+    one_shape: bool = False
+    """All of `of_step` have one, so that a step can be one CUDA graph."""
 
     def on(self, device: torch.device) -> "Lessons":
         """Return the same on a device."""
@@ -76,6 +85,7 @@ def causal_lessons(curriculum: Curriculum) -> Lessons:
         lambda step: _causal(curriculum.of_step(step)),
         [_causal(batch) for batch in curriculum.held_out_batches()],
         curriculum.steps_per_epoch,
+        one_shape=True,
     )
 
 

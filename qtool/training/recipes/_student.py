@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qtool.base import CausalModel, QuantizedTensor
+from qtool.core.experts import routes_tokens
 from qtool.errors import ModelError
 from qtool.training.following import Following
 from qtool.training.recipes import Trainee
@@ -22,6 +23,8 @@ from qtool.training.student import (
 )
 from qtool.training.taps import Signal, tap_blocks
 
+LARGE = 1_000_000_000
+"""Parameters: from so many on a step is bound by memory, not by its launches."""
 LossWeight = Annotated[float, Field(ge=0, le=1e6)]
 
 
@@ -75,6 +78,7 @@ def begin_student(
     options: FollowOptions,
     *,
     taps: bool = False,
+    steady: bool = False,
     student: CausalModel | None = None,
 ) -> Follower:
     """Return a student over `Codec.trainable` that begins at a checkpoint, and follows.
@@ -83,6 +87,7 @@ def begin_student(
         trainee: What a recipe was given.
         options: What counts, and what learns.
         taps: Blocks are tapped even if no loss looks at them.
+        steady: Each step does what the last one did, so that a card may record it.
         student: Of the recipe's own making; None: layers over `Codec.trainable`.
 
     Raises:
@@ -114,10 +119,20 @@ def begin_student(
         taps=both[0],
         sources=both[1],
         autocast=trainee.autocast,
+        captured=steady and _is_captured(trainee, signals),
     )
     for vector in () if options.norms else vectors.values():
         vector.requires_grad = False
     return Follower(trainee, following, vectors if options.norms else {})
+
+
+def _is_captured(trainee: Trainee, signals: Mapping[Signal, float]) -> bool:
+    """Return whether a step can be one CUDA graph, and is bound by its launches otherwise."""
+    original = trainee.original
+    on_card = next(original.parameters()).device.type == "cuda"
+    small = sum(value.numel() for value in original.parameters()) < LARGE
+    plain = not signals and not trainee.recompute and not routes_tokens(original)
+    return on_card and small and plain and trainee.lessons.one_shape
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from qtool.training.recipes._student import FollowOptions, begin_student, schedu
 
 
 def _prepare(trainee: Trainee, options: FollowOptions) -> PreparedTraining:
-    follower = begin_student(trainee, options)
+    follower = begin_student(trainee, options, steady=True)
     learning = follower.following.learning(
         trainee.lessons, list(follower.vectors.values()), lambda _step: None, trainee.parts
     )
