@@ -48,13 +48,33 @@ def in_planes_of(
     return codes.view(groups.shape), theta.unflatten(0, groups.shape[:2]), back
 
 
-def pruned(weight: Tensor, sparsity: float) -> Tensor:
-    """Return a weight whose smallest values, this share of them, are zero."""
+def pruned(weight: Tensor, sparsity: float, saliency: Tensor | None = None) -> Tensor:
+    """Return a weight whose least values, this share of them, are zero.
+
+    Args:
+        weight: Any shape, float.
+        sparsity: The share.
+        saliency: How much each value matters, in the weight's shape; None: its magnitude (Han et
+            al. 2015, arXiv 1506.02626).
+    """
     count = round(sparsity * weight.numel())
     if not count:
         return weight.clone()
-    bound = weight.abs().flatten().kthvalue(count).values
-    return torch.where(weight.abs() > bound, weight, 0.0)
+    matters = weight.abs() if saliency is None else saliency
+    bound = matters.flatten().kthvalue(count).values
+    return torch.where(matters > bound, weight, 0.0)
+
+
+def movement(weight: Tensor, grad: Tensor) -> Tensor:
+    """Return what a step adds to the saliency of each value: positive where it leaves zero.
+
+    Sanh et al. 2020 (arXiv 2005.07683): -w dL/dw, summed over steps.
+
+    Args:
+        weight: Any shape, float.
+        grad: Of the loss with respect to it.
+    """
+    return -weight * grad
 
 
 def decayed(weight: Tensor, rate: float, period: int) -> Tensor:

@@ -189,6 +189,39 @@ def test_stored_bits_of_flexor_are_counted_apart_from_what_runs(run):
         run("flexor", kind_options={"inputs": 12}, out_dir=done.out_dir.with_name("other"))
 
 
+def test_networks_of_flexor_differ_by_layer_where_that_is_asked(run):
+    own = {"planes": 1, "overrides": [{"match": "*.down_proj", "planes": 2, "inputs": 4}]}
+    done, _ = run("flexor", steps=2, kind_options=own)
+    layers = CheckpointReader(done.out_dir).manifest.layers
+    found = {name: entry.scheme for name, entry in layers.items()}
+    assert {one.num_bits for name, one in found.items() if name.endswith("down_proj")} == {2}
+    assert {one.num_bits for name, one in found.items() if name.endswith("up_proj")} == {1}
+    with pytest.raises(RecipeError, match=r"'\*\.dwn' matches no"):
+        run("flexor", kind_options={"overrides": [{"match": "*.dwn"}]}, overwrite=True)
+
+
+def test_pruning_by_movement_goes_on_to_the_same_result(run, tmp_path):
+    own = {"compression": "prune", "saliency": "movement", "period": 2}
+    whole, _ = run("pnr", learning_rate=1e-3, kind_options=own)
+    other, _ = run(
+        "pnr",
+        learning_rate=1e-3,
+        out_dir=tmp_path / "largest",
+        kind_options=own | {"saliency": "magnitude"},
+    )
+    assert other.best_loss != whole.best_loss
+
+    def stop(event: Any) -> None:
+        if isinstance(event, Progress) and event.what == "train" and event.done == 4:
+            raise KeyboardInterrupt
+
+    where = tmp_path / "again"
+    with pytest.raises(KeyboardInterrupt):
+        run("pnr", stop, learning_rate=1e-3, kind_options=own, out_dir=where)
+    again, _ = run("pnr", learning_rate=1e-3, kind_options=own, out_dir=where, resume=True)
+    assert again.best_loss == pytest.approx(whole.best_loss, abs=1e-9)
+
+
 @pytest.mark.parametrize("compression", ["prune", "decay"])
 def test_every_regularization_is_stored(compression, run):
     own = {"compression": compression, "period": 2}

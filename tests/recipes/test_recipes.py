@@ -10,7 +10,8 @@ from qtool.folds import fold_names
 from qtool.modeling.locate import Location
 from qtool.recipe.load import load_recipe
 from qtool.recipe.names import built_in, in_folders
-from qtool.training.recipes import training_names
+from qtool.steps.options import read_options
+from qtool.training.recipes import load_training, training_names
 
 FILES = sorted(resources.recipes_dir().rglob("*.yaml"))
 
@@ -58,9 +59,13 @@ def test_name_tells_widths_of_weights_and_activations_and_the_fold(name):
 def test_name_tells_width_and_how_it_is_trained(name):
     _, width, trained = name.split("-", 2)
     recipe = load_recipe(name)
-    assert recipe.weights.scheme.num_bits == int(width.removeprefix("w"))
     assert recipe.training is not None
     assert recipe.training.name == trained
+    own = read_options(trained, load_training(trained).options, recipe.training.options, "options")
+    bits = recipe.weights.scheme.num_bits
+    if trained == "flexor":
+        bits = own.planes * own.inputs / own.outputs
+    assert bits == float(width.removeprefix("w"))
     assert recipe.training.name in training_names()
 
 

@@ -6,7 +6,7 @@ the original, and has scales of groups, is ours: the paper learns labels from ra
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
 import torch
@@ -16,24 +16,48 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.core.xor_networks import tapped_network
-from qtool.errors import SchemeError
+from qtool.errors import RecipeError, SchemeError
 from qtool.formats._encoded_starts import MOST_TRIED_INPUTS, encrypted_start
+from qtool.recipe.matching import matches
 from qtool.training.recipes import PreparedTraining, Trainee, Training, TrainingStage
 from qtool.training.recipes._student import FollowOptions, begin_student, schedule_of
 from qtool.training.student import learned_layers
+from qtool.wording import list_names
+
+SHOWN = 3
+"""Layers that an error names."""
+
+
+Planes = Annotated[int, Field(ge=1, le=8)]
+Inputs = Annotated[int, Field(ge=1, le=MOST_TRIED_INPUTS)]
+Outputs = Annotated[int, Field(ge=1, le=1024)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkOverride:
+    """What differs for the layers whose dotted name matches."""
+
+    match: str
+    """Glob on the layer's dotted name, such as '*.down_proj'; the first match wins."""
+    planes: Planes | None = None
+    inputs: Inputs | None = None
+    outputs: Outputs | None = None
+    taps: Inputs | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlexorOptions(FollowOptions):
     """What is stored, what counts, and what learns."""
 
-    planes: Annotated[int, Field(ge=1, le=8)] = 2
-    inputs: Annotated[int, Field(ge=1, le=MOST_TRIED_INPUTS)] = 8
+    planes: Planes = 2
+    inputs: Inputs = 8
     """Stored bits of a slice, N_in."""
-    outputs: Annotated[int, Field(ge=1, le=1024)] = 10
+    outputs: Outputs = 10
     """Bits of a plane that they make, N_out: planes * inputs / outputs bits per weight."""
-    taps: Annotated[int, Field(ge=1, le=MOST_TRIED_INPUTS)] = 2
+    taps: Inputs = 2
     """Inputs that an output is the XOR of, N_tap."""
+    overrides: tuple[NetworkOverride, ...] = ()
+    """Of single layers, by their names."""
     first_sharpness: Annotated[float, Field(gt=0, le=1e4)] = 5.0
     """S_tanh in the first step."""
     sharpness: Annotated[float, Field(gt=0, le=1e4)] = 10.0
@@ -49,32 +73,69 @@ def sharpness_at(options: FlexorOptions, step: int, steps: int) -> float:
     return options.first_sharpness + (options.sharpness - options.first_sharpness) * done
 
 
-def _networks(options: FlexorOptions, seed: int) -> Tensor:
-    """Return a network of each plane, the same for all layers: (planes, outputs, inputs) uint8.
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """Of the networks of a layer, one for each plane."""
+
+    planes: int
+    inputs: int
+    outputs: int
+    taps: int
+
+    def networks(self, seed: int) -> Tensor:
+        """Return them, (planes, outputs, inputs) uint8: the same for all layers of this size.
+
+        Raises:
+            SchemeError: there is none like that.
+        """
+        if self.inputs > self.outputs or self.taps > self.inputs:
+            raise SchemeError(
+                f"{self.taps} taps into {self.inputs} inputs make {self.outputs} outputs; no more "
+                "taps than inputs, and no more inputs than outputs, are meant."
+            )
+        generator = torch.Generator().manual_seed(seed)
+        size = self.outputs, self.inputs, self.taps
+        return torch.stack([tapped_network(*size, generator) for _ in range(self.planes)])
+
+
+def size_of(layer: str, options: FlexorOptions) -> _Size:
+    """Return what the networks of a layer are, by its dotted name."""
+    found = next((one for one in options.overrides if matches(layer, one.match)), None)
+
+    def value(key: str) -> int:
+        own = getattr(found, key, None)
+        return int(getattr(options, key) if own is None else own)
+
+    return _Size(*(value(key.name) for key in fields(_Size)))
+
+
+def _checked_sizes(trainee: Trainee, options: FlexorOptions) -> dict[str, _Size]:
+    """Return the networks' sizes of all layers.
 
     Raises:
-        SchemeError: there is none like that.
+        RecipeError: an override matches none.
     """
-    if options.inputs > options.outputs or options.taps > options.inputs:
-        raise SchemeError(
-            f"{options.taps} taps into {options.inputs} inputs make {options.outputs} outputs; no "
-            "more taps than inputs, and no more inputs than outputs, are meant."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    size = options.outputs, options.inputs, options.taps
-    return torch.stack([tapped_network(*size, generator) for _ in range(options.planes)])
+    for one in options.overrides:
+        if not any(matches(layer, one.match) for layer in trainee.layers):
+            some = list_names(list(trainee.layers)[:SHOWN])
+            raise RecipeError(
+                f"--set overrides: {one.match!r} matches no quantized layer. Layers are {some} ..."
+            )
+    return {layer: size_of(layer, options) for layer in trainee.layers}
 
 
 def _starts(trainee: Trainee, options: FlexorOptions) -> dict[str, QuantizedTensor]:
     """Return where layers begin: encrypted ones as they are, of others the nearest."""
-    networks, starts = _networks(options, trainee.seed), dict[str, QuantizedTensor]()
+    sizes, starts = _checked_sizes(trainee, options), dict[str, QuantizedTensor]()
+    networks = {size: size.networks(trainee.seed) for size in sizes.values()}
     for name, tensor in trainee.layers.items():
         if tensor.scheme.code is not None and codec(tensor.format).trainable is not None:
             starts[name] = tensor
             continue
         weight = trainee.original.get_submodule(name).get_parameter("weight").detach()
-        scheme = replace(tensor.scheme, num_bits=options.planes, rows=(), code=None)
-        found = encrypted_start(weight.float().cpu(), networks, scheme)
+        size = sizes[name]
+        scheme = replace(tensor.scheme, num_bits=size.planes, rows=(), code=None)
+        found = encrypted_start(weight.float().cpu(), networks[size], scheme)
         parts = {part: value.to(weight.device) for part, value in found.parts.items()}
         starts[name] = replace(found, parts=parts)
     return starts

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qtool.base import CausalModel, QuantizedTensor
-from qtool.core.compressions import decayed, in_planes_of, pruned
+from qtool.core.compressions import decayed, in_planes_of, movement, pruned
 from qtool.core.sequential_code import serial_network
 from qtool.formats._encoded_starts import sparse_start
 from qtool.formats.binary_coding import encode_binary
@@ -37,6 +37,9 @@ class PnrOptions(FollowOptions):
     weights shrink. What is stored has the checkpoint's planes; of pruned weights, sparse ones."""
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.7
     """Share that pruning makes zero."""
+    saliency: Literal["magnitude", "movement"] = "magnitude"
+    """Which weights pruning leaves: the largest, or those that have most moved away from zero
+    (movement pruning); before anything has moved, the largest."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     """Of a weight, in one step; p steps at once have p times of it."""
 
@@ -44,15 +47,41 @@ class PnrOptions(FollowOptions):
 class FreeLinear(nn.Module):
     """Stands in for a linear: a dense weight that learns, in units of its own size."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, watched: bool = False) -> None:
+        """Begin at a weight.
+
+        Args:
+            weight: (out_features, in_features).
+            bias: Of the linear that is replaced.
+            watched: How its values move is summed up.
+        """
         super().__init__()
         self.begun, self.bias = weight.detach().float(), bias
         self.unit = float(self.begun.square().mean().sqrt()) or 1.0
         self.move = nn.Parameter(torch.zeros_like(self.begun))
+        score = nn.Parameter(torch.zeros_like(self.begun), requires_grad=False)
+        self.score = score if watched else None
+        """What has moved; a parameter, so that a run that was stopped finds it again."""
 
     def weight(self) -> Tensor:
         """Return the weight, (out_features, in_features) float32."""
         return self.begun + self.unit * self.move
+
+    def state(self) -> list[nn.Parameter]:
+        """Return what a run that was stopped has to find again."""
+        return [self.move] if self.score is None else [self.move, self.score]
+
+    @torch.no_grad()
+    def watch(self) -> None:
+        """Sum up how a step has moved the values, before its gradient is gone."""
+        if self.score is not None and self.move.grad is not None:
+            self.score += movement(self.weight() / self.unit, self.move.grad)
+
+    @torch.no_grad()
+    def pruned(self, sparsity: float) -> Tensor:
+        """Return the weight without what matters least."""
+        moved = self.score is not None and bool(self.score.any())
+        return pruned(self.weight(), sparsity, self.score if moved else None)
 
     @torch.no_grad()
     def become(self, weight: Tensor) -> None:
@@ -90,7 +119,7 @@ class _Layers:
             if self.options.compression == "decay":
                 layer.become(decayed(weight, self.options.decay, self.options.period))
             elif self.options.compression == "prune":
-                layer.become(pruned(weight, self.options.sparsity))
+                layer.become(layer.pruned(self.options.sparsity))
             else:
                 layer.become(in_planes_of(weight, self.schemes[name])[2])
 
@@ -99,7 +128,7 @@ class _Layers:
         weight, scheme = self.layers[name].weight().detach(), self.schemes[name]
         shape = Shape2D(*weight.shape)
         if self.options.compression == "prune":
-            sparse = pruned(weight, self.options.sparsity).cpu()
+            sparse = self.layers[name].pruned(self.options.sparsity).cpu()
             size = PRUNED_CODE.num_outputs, PRUNED_CODE.num_inputs, PRUNED_CODE.registers
             network = serial_network(*size, torch.Generator().manual_seed(0))
             code = replace(scheme, code=PRUNED_CODE, symmetric=True)
@@ -112,7 +141,7 @@ class _Layers:
         weight, scheme = self.layers[name].weight().detach(), self.schemes[name]
         if self.options.compression != "prune":
             return in_planes_of(weight, scheme)[2]
-        sparse = pruned(weight, self.options.sparsity)
+        sparse = self.layers[name].pruned(self.options.sparsity)
         return in_planes_of(sparse, replace(scheme, symmetric=True), sparse != 0)[2]
 
     def as_stored(self, look: Callable[[], float]) -> float:
@@ -127,20 +156,24 @@ class _Layers:
                     layer.move.copy_(before[name])
 
 
-def _free_student(trainee: Trainee) -> tuple[CausalModel, dict[str, FreeLinear]]:
+def _free_student(
+    trainee: Trainee, options: PnrOptions
+) -> tuple[CausalModel, dict[str, FreeLinear]]:
     """Return a student whose quantized layers are dense again, and learn."""
     student = make_student(trainee.original, {}, moves_codes=False)
+    watched = options.compression == "prune" and options.saliency == "movement"
     layers = {}
     for name in trainee.layers:
         linear = student.get_submodule(name)
-        layers[name] = FreeLinear(linear.get_parameter("weight"), getattr(linear, "bias", None))
+        weight, bias = linear.get_parameter("weight"), getattr(linear, "bias", None)
+        layers[name] = FreeLinear(weight, bias, watched=watched)
         parent, _, child = name.rpartition(".")
         setattr(student.get_submodule(parent), child, layers[name])
     return student, layers
 
 
 def _prepare(trainee: Trainee, options: PnrOptions) -> PreparedTraining:
-    student, free = _free_student(trainee)
+    student, free = _free_student(trainee, options)
     plain = {
         name: replace(each.scheme, rows=(), code=None) for name, each in trainee.layers.items()
     }
@@ -153,13 +186,15 @@ def _prepare(trainee: Trainee, options: PnrOptions) -> PreparedTraining:
     look = learning.held_out
 
     def after(step: int) -> None:
+        for layer in free.values():
+            layer.watch()
         if step % options.period == 0:
             layers.compress()
 
     learning = replace(
         learning,
         held_out=lambda: layers.as_stored(look),
-        parameters=[layer.move for layer in free.values()],
+        parameters=[one for layer in free.values() for one in layer.state()],
         after=after,
     )
     stage = TrainingStage(

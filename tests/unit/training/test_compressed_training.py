@@ -1,15 +1,20 @@
 """Recipes flexor and pnr: what their schedules say, and what learns by them."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from qtool.checkpoint.manifest import codec
-from qtool.core.compressions import decayed, in_planes_of, pruned
+from qtool.core.compressions import decayed, in_planes_of, movement, pruned
 from qtool.core.xor_networks import tapped_network
 from qtool.formats._encoded_starts import encrypted_start
 from qtool.formats.binary_coding import encode_binary
 from qtool.scheme import Shape2D, WeightScheme
-from qtool.training.recipes.flexor import FlexorOptions, sharpness_at
+from qtool.steps.options import read_options
+from qtool.training.recipes.flexor import FlexorOptions, sharpness_at, size_of
 from qtool.training.recipes.pnr import FreeLinear
 from qtool.training.student import LearnedLinear
 from tests.helpers import dequantized, encrypted, normal
@@ -88,6 +93,35 @@ def test_pruned_and_decayed_weights():
     assert not in_planes_of(weight, SCHEMES[1], kept)[2][~kept].any()
     twice = decayed(decayed(weight, 0.1, 5), 0.1, 5)
     assert torch.allclose(decayed(weight, 0.1, 10), twice)
+
+
+@given(
+    weight=arrays(np.float32, (3, 5), elements=st.floats(-2, 2, width=32)),
+    target=arrays(np.float32, (3, 5), elements=st.floats(-2, 2, width=32)),
+)
+def test_movement_is_what_brings_weights_away_from_zero(weight, target):
+    """Of a loss whose gradient points from a target to the weight, so a step goes to the target."""
+    w, t = torch.from_numpy(weight).double(), torch.from_numpy(target).double()
+    moved = movement(w, w - t)
+    farther = (w + 1e-6 * (t - w)).abs() - w.abs()
+    sure = (farther.abs() > 1e-9) & (w.abs() > 1e-3)  # it doesn't step across zero
+    assert torch.equal((moved > 0)[sure], (farther > 0)[sure])
+    assert not moved[w == 0].any()
+
+
+def test_pruning_by_movement_keeps_what_grows_not_what_is_large():
+    layer = FreeLinear(torch.tensor([[1.0, -0.9, 0.2, -0.1]]), None, watched=True)
+    assert torch.equal(layer.pruned(0.5) != 0, torch.tensor([[True, True, False, False]]))
+    layer.move.grad = torch.tensor([[1.0, -1.0, -1.0, 1.0]])  # shrinks the large, grows the small
+    layer.watch()
+    assert torch.equal(layer.pruned(0.5) != 0, torch.tensor([[False, False, True, True]]))
+
+
+def test_networks_of_layers_are_told_apart_by_name():
+    own = {"planes": 1, "overrides": [{"match": "*.down_proj", "inputs": 4, "outputs": 6}]}
+    options = read_options("flexor", FlexorOptions, own, "--set")
+    found = [size_of(name, options) for name in ("a.up_proj", "a.down_proj")]
+    assert [(one.planes, one.inputs, one.outputs) for one in found] == [(1, 8, 10), (1, 4, 6)]
 
 
 def test_a_free_layer_is_a_linear_that_can_become_another():
