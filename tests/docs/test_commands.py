@@ -64,6 +64,7 @@ NOT_RUN = {
     "docs/mixed-precision.md: quantize --recipe bcq-w3g64-coded --sweep": SWEEP,
     "docs/results.md: eval smollm2-w4 --baseline demo:smollm2 --tasks": DATA,
     "docs/results.md: bench --synthetic": CARD,
+    "docs/teacher-intervention.md: train MODEL texts.jsonl": "docs/training.md has it, and it runs",
     "docs/several-cards.md: bench ": CARDS,
     "docs/several-machines.md: quantize ": WORKERS,
     "docs/several-machines.md: run mine.yaml MODEL --dry-run=cluster ": CLUSTER,
@@ -150,7 +151,7 @@ def test_lines_of_a_page_run(cli: Cli, page, chat_llama, checkpoint, tmp_path, m
         Path("mine.yaml").write_text(blocks(page, "yaml")[0], encoding="utf-8")
     if page.stem == "adapters":
         Path("chats.jsonl").write_text(blocks(page, "json")[0], encoding="utf-8")
-    if page.stem == "training":
+    if page.stem in ("training", "flexor", "pnr"):
         Path("texts.jsonl").write_text(WORDS, encoding="utf-8")
     for line in command_lines(page):
         if begins_with(key(line), NOT_RUN):
