@@ -23,6 +23,7 @@ from qtool.steps.run import Run
 from qtool.training.end_to_end import Course, Pair, best_rate, tune_end_to_end
 from qtool.training.schedule import Point, Schedule
 from qtool.training.student import (
+    MEMORY_BOUND,
     fill_tables,
     free_vectors,
     make_student,
@@ -32,9 +33,6 @@ from qtool.training.student import (
 )
 from qtool.wording import gigabytes
 
-LARGE = 1_000_000_000
-"""Parameters. A step of fewer is bound by its launches, and is captured; of more by memory, and
-blocks are recomputed."""
 TRIED_RATES, TRIED_STEPS = (5e-4, 1.5e-3, 4.5e-3), 60
 LEARNED_BYTES, LATENT_BYTES = 3, 16
 """Of a weight: its code, and as what it is multiplied; what a latent code takes with Adam."""
@@ -119,7 +117,7 @@ def pair_of(
     student = make_student(original, solved.layers, moves_codes=section.code_rate > 0)
     quantize_inputs(student, solved.activations)
     fill_tables(student, solved.tables)
-    large = original.num_parameters() >= LARGE
+    large = original.num_parameters() >= MEMORY_BOUND
     if section.recompute is True or (section.recompute == "auto" and large):
         recompute_blocks(student, run.source.adapter.blocks)
     vectors = free_vectors(student, run.plan.kept if section.norms else ())

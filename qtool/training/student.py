@@ -16,6 +16,9 @@ from qtool.core.learned import moved_codes, planes_values
 from qtool.errors import SchemeError
 from qtool.scheme import ActivationScheme
 
+MEMORY_BOUND = 1_000_000_000
+"""Parameters. A step of fewer is bound by its launches, and is captured; of more by memory, and
+blocks are recomputed."""
 LATENT_START = 0.1
 """How far from zero the latent value of a stored bit begins: the slope of tanh is felt there."""
 

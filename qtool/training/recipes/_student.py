@@ -15,6 +15,7 @@ from qtool.training.following import Following
 from qtool.training.recipes import Trainee
 from qtool.training.schedule import Schedule
 from qtool.training.student import (
+    MEMORY_BOUND,
     fill_tables,
     free_vectors,
     learned_layers,
@@ -23,8 +24,6 @@ from qtool.training.student import (
 )
 from qtool.training.taps import Signal, tap_blocks
 
-LARGE = 1_000_000_000
-"""Parameters: from so many on a step is bound by memory, not by its launches."""
 LossWeight = Annotated[float, Field(ge=0, le=1e6)]
 
 
@@ -130,7 +129,7 @@ def _is_captured(trainee: Trainee, signals: Mapping[Signal, float]) -> bool:
     """Return whether a step can be one CUDA graph, and is bound by its launches otherwise."""
     original = trainee.original
     on_card = next(original.parameters()).device.type == "cuda"
-    small = sum(value.numel() for value in original.parameters()) < LARGE
+    small = sum(value.numel() for value in original.parameters()) < MEMORY_BOUND
     plain = not signals and not trainee.recompute and not routes_tokens(original)
     return on_card and small and plain and trainee.lessons.one_shape
 

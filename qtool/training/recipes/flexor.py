@@ -24,7 +24,7 @@ from qtool.training.recipes._student import FollowOptions, begin_student, schedu
 from qtool.training.student import learned_layers
 from qtool.wording import list_names
 
-SHOWN = 3
+LAYERS_SHOWN = 3
 """Layers that an error names."""
 
 
@@ -98,7 +98,7 @@ class _Size:
         return torch.stack([tapped_network(*size, generator) for _ in range(self.planes)])
 
 
-def size_of(layer: str, options: FlexorOptions) -> _Size:
+def network_size(layer: str, options: FlexorOptions) -> _Size:
     """Return what the networks of a layer are, by its dotted name."""
     found = next((one for one in options.overrides if matches(layer, one.match)), None)
 
@@ -117,11 +117,11 @@ def _checked_sizes(trainee: Trainee, options: FlexorOptions) -> dict[str, _Size]
     """
     for one in options.overrides:
         if not any(matches(layer, one.match) for layer in trainee.layers):
-            some = list_names(list(trainee.layers)[:SHOWN])
+            some = list_names(list(trainee.layers)[:LAYERS_SHOWN])
             raise RecipeError(
                 f"--set overrides: {one.match!r} matches no quantized layer. Layers are {some} ..."
             )
-    return {layer: size_of(layer, options) for layer in trainee.layers}
+    return {layer: network_size(layer, options) for layer in trainee.layers}
 
 
 def _starts(trainee: Trainee, options: FlexorOptions) -> dict[str, QuantizedTensor]:

@@ -75,7 +75,7 @@ class FreeLinear(nn.Module):
     def watch(self) -> None:
         """Sum up how a step has moved the values, before its gradient is gone."""
         if self.score is not None and self.move.grad is not None:
-            self.score += movement(self.weight() / self.unit, self.move.grad)
+            self.score.add_(movement(self.weight() / self.unit, self.move.grad))
 
     @torch.no_grad()
     def pruned(self, sparsity: float) -> Tensor:

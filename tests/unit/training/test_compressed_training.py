@@ -14,7 +14,7 @@ from qtool.formats._encoded_starts import encrypted_start
 from qtool.formats.binary_coding import encode_binary
 from qtool.scheme import Shape2D, WeightScheme
 from qtool.steps.options import read_options
-from qtool.training.recipes.flexor import FlexorOptions, sharpness_at, size_of
+from qtool.training.recipes.flexor import FlexorOptions, sharpness_at, network_size
 from qtool.training.recipes.pnr import FreeLinear
 from qtool.training.student import LearnedLinear
 from tests.helpers import dequantized, encrypted, normal
@@ -120,7 +120,7 @@ def test_pruning_by_movement_keeps_what_grows_not_what_is_large():
 def test_networks_of_layers_are_told_apart_by_name():
     own = {"planes": 1, "overrides": [{"match": "*.down_proj", "inputs": 4, "outputs": 6}]}
     options = read_options("flexor", FlexorOptions, own, "--set")
-    found = [size_of(name, options) for name in ("a.up_proj", "a.down_proj")]
+    found = [network_size(name, options) for name in ("a.up_proj", "a.down_proj")]
     assert [(one.planes, one.inputs, one.outputs) for one in found] == [(1, 8, 10), (1, 4, 6)]
 
 
