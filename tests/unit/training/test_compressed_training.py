@@ -14,7 +14,7 @@ from qtool.formats._encoded_starts import encrypted_start
 from qtool.formats.binary_coding import encode_binary
 from qtool.scheme import Shape2D, WeightScheme
 from qtool.steps.options import read_options
-from qtool.training.recipes.flexor import FlexorOptions, sharpness_at, network_size
+from qtool.training.recipes.flexor import FlexorOptions, network_size, sharpness_at
 from qtool.training.recipes.pnr import FreeLinear
 from qtool.training.student import LearnedLinear
 from tests.helpers import dequantized, encrypted, normal
