@@ -18,6 +18,7 @@ from pathlib import Path
 
 import compatibility
 import engines
+import pnr_chart
 import which_recipe
 
 import qtool.methods
@@ -211,6 +212,7 @@ PAGES = {
     "engines.md": lambda: engines.page(NOTE),
     "methods.md": methods_page,
     "recipes-list.md": recipes_page,
+    "images/pnr.svg": pnr_chart.chart,
     "which-recipe.md": lambda: which_recipe.page(NOTE),
 }
 
