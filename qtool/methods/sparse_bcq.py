@@ -21,10 +21,10 @@ from qtool.formats._encoded_starts import sparse_start
 from qtool.recipe.values import Number, WholeNumber
 from qtool.scheme import BitCode, Shape2D, WeightScheme
 
-CODE_SHARE = 0.94
+CODE_SHARE = 0.88
 """Stored bits for each sign that is kept: somewhat fewer, and more corrections, is least in all."""
 EXPECTED_WRONG = 0.02
-"""Share of the kept signs that is corrected, for plans: with 1,024 states and random signs."""
+"""Share of the kept signs that is corrected, for plans: with 2^14 states and random signs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
