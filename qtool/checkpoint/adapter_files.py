@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.adapter import ADAPTER_PARTS, LayerAdapter
+from qtool.checkpoint.manifest import Manifest
 from qtool.checkpoint.place import file_failures
 from qtool.checkpoint.reader import tensor_digest
 from qtool.errors import CheckpointError, OutputError
@@ -54,6 +55,24 @@ def base_digest(weights: Iterable[QuantizedTensor]) -> str:
         " ".join(f"{part} {tensor_digest(weight.parts[part])}" for part in sorted(weight.parts))
         for weight in weights
     )
+    return _of_lines(lines)
+
+
+def noted_base(manifest: Manifest) -> str | None:
+    """Return the same of a checkpoint that isn't loaded; None: its manifest has no digests."""
+    layers = {name: each for name, each in manifest.layers.items() if each.shared_with is None}
+    parts = {name: sorted(entry.layout()) for name, entry in layers.items()}
+    noted = manifest.digests
+    if not all(f"{name}.{part}" in noted for name, known in parts.items() for part in known):
+        return None
+    lines = (
+        " ".join(f"{part} {noted[f'{name}.{part}']}" for part in known)
+        for name, known in parts.items()
+    )
+    return _of_lines(lines)
+
+
+def _of_lines(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 

@@ -43,6 +43,7 @@ def opened(
         CheckpointError: its config.json isn't JSON.
         BackendError: torch doesn't have the device.
         DataError: the adapter isn't there.
+        CheckpointError: it is damaged, or of another base.
     """
     check_adapter(adapter)
     from qtool.modeling.config import read_config
@@ -63,6 +64,10 @@ def opened(
     from qtool.modeling.device import use_device  # torch: slow
 
     with use_device(device):
+        if adapter is not None and found[0] is not None:
+            from qtool.modeling.adapters import check_belonging
+
+            check_belonging(found[0])
         yield found
 
 

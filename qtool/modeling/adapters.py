@@ -12,11 +12,18 @@ from torch import nn
 
 from qtool.base import CausalModel
 from qtool.checkpoint.adapter import PLANE_OFFSETS, PLANE_SCALES, RANK_DOWN, RANK_UP, LayerAdapter
-from qtool.checkpoint.adapter_files import Adapter, base_digest, read_adapter
+from qtool.checkpoint.adapter_files import Adapter, base_digest, noted_base, read_adapter
+from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import CheckpointError, ModelError
 from qtool.formats._in_planes import in_planes
+from qtool.modeling.config import read_config
+from qtool.modeling.locate import Location
 from qtool.wording import list_names, shown
 
+NOT_QUANTIZED = (
+    "Adapters go on checkpoints of qtool; in this model nothing is quantized. Give the OUT_DIR of "
+    "`qtool quantize`."
+)
 _LOADED: "weakref.WeakKeyDictionary[nn.Module, dict[str, Adapter]]" = weakref.WeakKeyDictionary()
 _BASES: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 
@@ -36,10 +43,7 @@ def digest_of_base(model: CausalModel) -> str:
     if model not in _BASES:
         modules = quantized_modules(model)
         if not modules:
-            raise ModelError(
-                "Adapters go on checkpoints of qtool; in this model nothing is quantized. Give the "
-                "OUT_DIR of `qtool quantize`."
-            )
+            raise ModelError(NOT_QUANTIZED)
         _BASES[model] = base_digest(module.stored() for module in modules.values())
     return _BASES[model]
 
@@ -70,6 +74,25 @@ def load_adapter(model: CausalModel, directory: Path | str, name: str | None = N
     known[name] = adapter
     set_adapter(model, name)
     return name
+
+
+def check_belonging(location: Location) -> None:
+    """Refuse an adapter that can't go on its model, before weights are read.
+
+    Of a checkpoint whose manifest has no digests that is found when it is loaded.
+
+    Raises:
+        CheckpointError: it is damaged, of another version, or of another base.
+        ModelError: the model isn't quantized.
+    """
+    if location.adapter is None:
+        return
+    adapter, where = read_adapter(location.adapter), location.config_directory()
+    if where is None or "quantization_config" not in read_config(where):
+        raise ModelError(NOT_QUANTIZED)
+    base = noted_base(CheckpointReader(location.directory).manifest)
+    if base is not None and base != adapter.base:
+        raise CheckpointError(another_base(adapter, location.adapter, base))
 
 
 def another_base(adapter: Adapter, where: Path, base: str) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -161,21 +162,35 @@ def test_merging_low_rank_says_what_is_lost(cli: Cli, folder):
     assert "of the change is lost" in done.err
 
 
-def test_an_adapter_of_another_base_is_refused_everywhere(cli: Cli, folder, adapter, chat_llama):
-    pipeline.quantize(Location(chat_llama), folder / "w4", recipe())
-    commands = (
-        ("eval", folder / "w4", "--adapter", adapter, "--no-chats"),
-        ("chat", folder / "w4", "--adapter", adapter),
-        ("serve", folder / "w4", "--adapter", adapter, "--port", "0"),
-        ("bench", folder / "w4", "--adapter", adapter),
-        ("adapt", folder / "w4", adapter, folder / "never", "--merge"),
-    )
+@pytest.mark.parametrize("fault", ["another base", "a damaged byte", "no base"])
+def test_an_adapter_that_cant_be_set_is_refused_before_a_model_is_loaded(
+    fault, cli: Cli, folder, adapter, chat_llama, tmp_path, monkeypatch
+):
+    base, said = tmp_path / "w4", "isn't what was written"
+    if fault == "another base":
+        pipeline.quantize(Location(chat_llama), base, recipe())
+        said = "is an adapter of another base, w3"
+    elif fault == "no base":
+        base, said = chat_llama, "in this model nothing is quantized"
+    else:
+        base, adapter = folder / "w3", shutil.copytree(adapter, tmp_path / "damaged")
+        content = (adapter / "adapter.safetensors").read_bytes()
+        (adapter / "adapter.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    monkeypatch.setattr("qtool.modeling.load._from_pretrained", None)
+    commands = [
+        ("eval", base, "--adapter", adapter, "--no-chats"),
+        ("chat", base, "--adapter", adapter),
+        ("serve", base, "--adapter", adapter, "--port", "0"),
+        ("bench", base, "--adapter", adapter, "--baseline", chat_llama),
+    ]
+    if fault != "no base":
+        commands.append(("adapt", base, adapter, tmp_path / "never", "--merge"))
     for command in commands:
         done = cli(*command)
         assert done.code == 1
         assert len(done.said) == 1, done.err
-        assert "is an adapter of another base, w3" in done.err
-    assert not (folder / "never").exists()
+        assert said in done.err
+    assert not (tmp_path / "never").exists()
 
 
 REFUSED = {
