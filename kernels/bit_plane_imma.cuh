@@ -125,3 +125,5 @@ DEVICE void put_part(const float *acc, float *shared, u64 *exchange, int lane) {
         else shared[index] = value;
     }
 }
+
+#include "bit_planes_multiply.cuh"

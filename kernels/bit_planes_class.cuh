@@ -2,7 +2,6 @@
 namespace IN_CLASS(class_) {
 #if BYTES
 #include "bit_plane_imma.cuh"
-#include "bit_planes_multiply.cuh"
 #else
 #include "bit_plane_mma.cuh"
 #endif

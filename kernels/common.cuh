@@ -79,8 +79,6 @@ DEVICE u64 take_ticket(u64 *place) {
     __threadfence();
     return ticket;
 }
-// Between two looks for what another block is to write.
-DEVICE void let_others_run() {}
 // From where blocks meet, past L1.
 DEVICE u64 load_through(const u64 *place) {
     u64 word;

@@ -17,7 +17,6 @@ VARIABLES = {
     "QTOOL_RUNNER": "0: `generate` through transformers' own loop, on a card as well",
     "QTOOL_KV_CACHE": "int8: keep keys and values as int8; default: in the model's dtype",
     "QTOOL_DEPENDENT_LAUNCHES": "0: a kernel begins when the one before it has ended",
-    "QTOOL_CHAINS": "1: what one token is multiplied by between attentions is one launch",
     "QTOOL_CACHE": "folder of converted models, answers and scores; default: ~/.cache/qtool",
     "QTOOL_LOG": "debug, info or warning: log to stderr, with tracebacks of errors under debug",
 }
@@ -32,7 +31,6 @@ EXECUTION = (
     "QTOOL_RUNNER",
     "QTOOL_KV_CACHE",
     "QTOOL_DEPENDENT_LAUNCHES",
-    "QTOOL_CHAINS",
 )
 """Those that change how a model is executed, and so its results."""
 
@@ -75,11 +73,6 @@ def kv_cache() -> str | None:
 def dependent_launches() -> bool:
     """Return whether a kernel may begin before the one before it has ended."""
     return os.environ.get("QTOOL_DEPENDENT_LAUNCHES", "1") != "0"
-
-
-def chains() -> bool:
-    """Return whether products that follow one another may be one launch; not by itself as yet."""
-    return os.environ.get("QTOOL_CHAINS", "0") != "0"
 
 
 def log_level() -> str:

@@ -1,5 +1,4 @@
-// What host.h promises: the threads of a block as fibers in turn, blocks one after the other or, where they
-// wait for one another, all in turn.
+// What host.h promises: blocks one after the other, the threads of a block as fibers in turn.
 #include "host.h"
 
 #include <setjmp.h>
@@ -16,26 +15,18 @@ struct Meeting { int arrived = 0, round = 0; };
 // Only the first switch to a fiber is of contexts: those ask the system for the mask of signals.
 struct Fiber { ucontext_t context; jmp_buf place; std::vector<char> stack; bool begun, done; };
 
-struct Fetch { void *shared; const void *address; int bytes; };
-struct Block {
-    dim3 index;
-    std::vector<Fiber> fibers;
-    std::vector<unsigned char> shared_bytes;
-    std::vector<uint32_t> letters;
-    Meeting meeting, some_meetings[16];
-    std::vector<Meeting> warp_meetings, warpgroup_meetings;
-    std::vector<std::vector<std::vector<Product>>> products; // by thread: groups, the last still open
-    std::vector<std::vector<std::vector<Fetch>>> fetches;    // the same
-};
-
 unsigned char *shared;
 uint32_t *mailbox;
 int current;
-static std::vector<Block> blocks(1); // that are there together
-static Block *here;
-static Meeting all_meeting;
-static int together;
+static std::vector<Fiber> fibers;
+static std::vector<unsigned char> shared_bytes;
+static std::vector<uint32_t> letters;
 static jmp_buf scheduler;
+static Meeting block_meeting, some_meetings[16];
+static std::vector<Meeting> warp_meetings, warpgroup_meetings;
+static std::vector<std::vector<std::vector<Product>>> products; // by thread: groups, the last still open
+struct Fetch { void *shared; const void *address; int bytes; };
+static std::vector<std::vector<std::vector<Fetch>>> fetches; // the same
 static void (*body)(void *);
 static void *body_arguments;
 
@@ -46,7 +37,7 @@ static std::vector<Region> inputs, outputs;
 static bool waited, too_early;
 
 void yield() {
-    if (!_setjmp(here->fibers[current].place)) _longjmp(scheduler, 1);
+    if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
     threadIdx.x = (unsigned)current;
 }
 
@@ -56,14 +47,14 @@ static void meet(Meeting &meeting, int size) {
     while (meeting.round == round) yield();
 }
 
-void meet_block() { meet(here->meeting, (int)blockDim.x); }
-void meet_warp() { meet(here->warp_meetings[current / 32], 32); }
+void meet_block() { meet(block_meeting, (int)blockDim.x); }
+void meet_warp() { meet(warp_meetings[current / 32], 32); }
 // The first threads of a block, so many: as many meetings as there are numbers.
-void meet_some(int threads, int number) { meet(here->some_meetings[number], threads); }
-void meet_warpgroup() { meet(here->warpgroup_meetings[current / 128], 128); }
+void meet_some(int threads, int number) { meet(some_meetings[number], threads); }
+void meet_warpgroup() { meet(warpgroup_meetings[current / 128], 128); }
 
-void ask_for(Product product) { here->products[current].back().push_back(product); }
-void end_products() { here->products[current].emplace_back(); }
+void ask_for(Product product) { products[current].back().push_back(product); }
+void end_products() { products[current].emplace_back(); }
 
 static double number(unsigned bits, int kind) {
     return kind == BFLOATS ? float_of_bits(bits << 16) : half_to_float((unsigned short)bits);
@@ -98,7 +89,7 @@ static void multiply(const Product &product) {
 }
 
 void finish_products(int pending) {
-    auto &mine = here->products[current];
+    auto &mine = products[current];
     while ((int)mine.size() - 1 > pending) {
         for (const auto &product : mine.front()) multiply(product);
         mine.erase(mine.begin());
@@ -107,11 +98,11 @@ void finish_products(int pending) {
 
 void fetch(void *shared, const void *address, int bytes) {
     if ((uintptr_t)shared % bytes || (uintptr_t)address % bytes) throw std::runtime_error("a fetch from an odd place");
-    here->fetches[current].back().push_back({shared, address, bytes});
+    fetches[current].back().push_back({shared, address, bytes});
 }
-void end_fetches() { here->fetches[current].emplace_back(); }
+void end_fetches() { fetches[current].emplace_back(); }
 void finish_fetches(int pending) {
-    auto &mine = here->fetches[current];
+    auto &mine = fetches[current];
     while ((int)mine.size() - 1 > pending) {
         for (const auto &one : mine.front()) memcpy(one.shared, one.address, one.bytes);
         mine.erase(mine.begin());
@@ -120,7 +111,7 @@ void finish_fetches(int pending) {
 
 static void enter() {
     body(body_arguments);
-    here->fibers[current].done = true;
+    fibers[current].done = true;
     _longjmp(scheduler, 1);
 }
 
@@ -146,22 +137,25 @@ static void show() {
 
 // Every thread has to wait, so it is a meeting; who comes back first shows what was hidden.
 void wait_for_previous() {
-    meet(all_meeting, (int)(blockDim.x * blocks.size()));
+    meet_block();
     if (!waited) show();
 }
 
-static void prepare(Block &block, dim3 index, int threads, size_t bytes) {
-    block.index = index;
-    block.shared_bytes.assign(bytes, 0xff); // poison: NaN wherever nothing was staged
-    block.meeting = {};
-    for (auto &meeting : block.some_meetings) meeting = {};
-    block.warp_meetings.assign(threads / 32, {});
-    block.warpgroup_meetings.assign((threads + 127) / 128, {});
-    block.products.assign(threads, {1, std::vector<Product>()});
-    block.fetches.assign(threads, {1, std::vector<Fetch>()});
-    block.letters.assign((size_t)threads * 8, 0);
-    block.fibers.resize(threads);
-    for (auto &fiber : block.fibers) {
+// Runs one block; throws if its threads wait for one another for ever.
+static void run_block(int threads, size_t bytes) {
+    hide();
+    shared_bytes.assign(bytes, 0xff); // poison: NaN wherever nothing was staged
+    shared = shared_bytes.data();
+    block_meeting = {};
+    for (auto &meeting : some_meetings) meeting = {};
+    warp_meetings.assign(threads / 32, {});
+    warpgroup_meetings.assign((threads + 127) / 128, {});
+    products.assign(threads, {1, std::vector<Product>()});
+    fetches.assign(threads, {1, std::vector<Fetch>()});
+    letters.assign((size_t)threads * 8, 0);
+    mailbox = letters.data();
+    fibers.resize(threads);
+    for (auto &fiber : fibers) {
         fiber.stack.resize(1 << 16);
         fiber.begun = fiber.done = false;
         getcontext(&fiber.context);
@@ -169,25 +163,15 @@ static void prepare(Block &block, dim3 index, int threads, size_t bytes) {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, enter, 0);
     }
-}
-
-// Runs the blocks that are there; throws if threads wait for one another for ever.
-static void run_blocks(int threads) {
-    hide();
-    all_meeting = {};
     for (int alive = threads, turns = 0; alive > 0; ++turns) {
         if (turns > 1 << 20) throw std::runtime_error("deadlock");
         alive = 0;
-        for (auto &block : blocks) {
-            here = &block, blockIdx = block.index;
-            shared = block.shared_bytes.data(), mailbox = block.letters.data();
-            for (current = 0; current < threads; ++current)
-                if (!block.fibers[current].done) {
-                    threadIdx.x = (unsigned)current;
-                    go_on(block.fibers[current]);
-                    alive += !block.fibers[current].done;
-                }
-        }
+        for (current = 0; current < threads; ++current)
+            if (!fibers[current].done) {
+                threadIdx.x = (unsigned)current;
+                go_on(fibers[current]);
+                alive += !fibers[current].done;
+            }
     }
 }
 
@@ -196,14 +180,13 @@ int launch(dim3 grid, int threads, size_t bytes, void (*thread)(void *), void *a
     blockDim = {(unsigned)threads, 1, 1};
     body = thread, body_arguments = arguments;
     try {
-        unsigned count = grid.x * grid.y * grid.z, at_once = together ? count : 1;
-        blocks.resize(at_once);
-        for (unsigned first = 0; first < count; first += at_once) {
-            for (unsigned i = first; i < first + at_once; ++i)
-                prepare(blocks[i - first], {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y}, threads, bytes);
-            run_blocks(threads);
-            if (!waited) { show(); return 2; }
-        }
+        for (unsigned z = 0; z < grid.z; ++z)
+            for (unsigned y = 0; y < grid.y; ++y)
+                for (unsigned x = 0; x < grid.x; ++x) {
+                    blockIdx = {x, y, z};
+                    run_block(threads, bytes);
+                    if (!waited) { show(); return 2; }
+                }
     } catch (const std::exception &) { show(); return 1; }
     return too_early ? 3 : 0;
 }
@@ -215,4 +198,3 @@ extern "C" void host_region(void *place, size_t bytes, int is_output) {
     auto *first = (char *)place;
     (is_output ? host::outputs : host::inputs).push_back({first, {first, first + bytes}});
 }
-extern "C" void host_together(int blocks_are) { host::together = blocks_are; }

@@ -95,7 +95,6 @@ DEVICE void add_to(unsigned long long *place, unsigned long long value) { *place
 DEVICE void add_to(unsigned *place, unsigned value) { *place += value; }
 DEVICE unsigned count_up(unsigned *place) { return (*place)++; }
 DEVICE unsigned long long take_ticket(unsigned long long *place) { return (*place)++; }
-DEVICE void let_others_run() { host::yield(); }
 DEVICE unsigned long long load_through(const unsigned long long *place) { return *place; }
 DEVICE double power_of_e(double x) { return exp(x); }
 DEVICE void store_far(quad *place, quad v) { // of another process: halves of 8 bytes, each as a whole

@@ -76,8 +76,6 @@ class HostKernel:
     def __init__(self, library: ctypes.CDLL, name: str, parameters: list[str]) -> None:
         self._library, self._parameters = library, parameters
         self._function = getattr(library, f"launch_{name}")
-        self.blocks_wait = False
-        """For one another, so all of a grid run at once."""
 
     def __call__(self, grid, threads: int, shared: int, *arguments: Tensor | float | None) -> None:
         """Run it to the end; raises where threads hang, or touch what they have to wait for.
@@ -90,7 +88,6 @@ class HostKernel:
         for argument, parameter in zip(arguments, self._parameters, strict=True):
             values.append(_value(argument, parameter))
         self._hide(arguments)
-        self._library.host_together(int(self.blocks_wait))
         status = self._function(*values)
         self._library.host_forget()
         assert status == 0, FAILURES[status]
@@ -158,14 +155,6 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[KernelCall] = []
         self.tensors: list[Sequence[Tensor | None]] = []
-        self._words: dict[str, Tensor] = {}
-
-    def _words_of(self, call: KernelCall) -> Tensor:
-        """Return what the kernel's launch before this one has left, zeros at first."""
-        kept = self._words.get(call.kernel)
-        if kept is None or len(kept) < call.words:
-            kept = self._words[call.kernel] = torch.zeros(call.words, dtype=torch.int64)
-        return kept
 
     def __call__(self, call: KernelCall, tensors: Sequence[Tensor | None]) -> None:
         """Run a kernel; what it must leave as zeros has to be zeros."""
@@ -173,10 +162,7 @@ class Recorder:
         self.tensors.append(tensors)
         kernel = host_kernels(call.file, call.constants)[call.kernel]
         zeros = [torch.zeros(call.zeros, dtype=torch.int64)] if call.zeros else []
-        words = [self._words_of(call)] if call.words else []
-        kernel.blocks_wait = bool(words)
-        buffers = (*tensors, *zeros, *words)
-        kernel(call.grid, call.threads, call.shared_bytes, *buffers, *call.numbers)
+        kernel(call.grid, call.threads, call.shared_bytes, *tensors, *zeros, *call.numbers)
         assert not any(bool(zero.any()) for zero in zeros)
 
     @property

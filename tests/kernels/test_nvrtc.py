@@ -20,8 +20,6 @@ GRID = {"WARPS": 16, "STAGES": 3, "BLOCKS": 1, "EPILOGUE": 0, "ALIGNED": 1, **PL
 NORMED = {"WHOLE": 1, "LOADS": 1, "EPILOGUE": 2}
 PAIR = {**GRID, "WARPS": 8, "STAGES": 4, "BLOCKS": 2}
 ALONE = {**PAIR, "BLOCKS": 1}
-CHAIN = {"WARPS": 16, "BLOCKS": 1, "COLUMNS": 1, "ALIGNED": 1, "LINKS": 4, "LOADS": 4}
-CHAIN |= {"NORM": 4, "HELD": 0, "MOST_TILES": 14}
 PANELS = {**GRID, "OFFSET": 1, "TILES": 8, "SETS": 1}
 TABLES = {"INPUTS": 14336, "KEYS": 4, "THREADS": 1024}
 SMALL_TABLES = {"INPUTS": 1000, "KEYS": 2, "THREADS": 512, "OFFSET": 0}
@@ -97,15 +95,6 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
     ),
     ("panel_dequantize", {"PLANES": 3, "OFFSET": 1, "TILES": 8, "SETS": 2}, 128),
     ("panel_dequantize", {"PLANES": 8, "OFFSET": 2, "TILES": 3, "SETS": 1}, 255),
-    *(
-        ("bit_plane_chain", {**WEIGHT, **CHAIN, "PLANES": planes, "STAGES": stages, **more}, 128)
-        for planes, stages, more in (
-            (2, 8, {}),
-            (3, 5, {"ACTIVATION_BF16": 1}),
-            # With 4 planes and units enough for 4 loads it spills 12 to 20 bytes, at staging.
-            (4, 3, {"LINKS": 2, "LOADS": 1, "NORM": 1, "HELD": 1, "OFFSET": 2}),
-        )
-    ),
     *(("dequantize", {**WEIGHT, "PLANES": planes}, 128) for planes in (2, 4)),
     ("dequantize", {**WEIGHT, "PLANES": 8, "ACTIVATION_BF16": 1}, 255),
     *(

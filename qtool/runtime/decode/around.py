@@ -68,18 +68,6 @@ class OpsAround:
         """Attend to the cache."""
         return self._ops.attend(qkv, layer, index, shape, state)
 
-    def after_attention(
-        self,
-        attended: Tensor,
-        x: Tensor,
-        layer: DecoderLayer,
-        following: DecoderLayer | None,
-        eps: float,
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Return None: what comes between the operations would be missed."""
-        del attended, x, layer, following, eps
-        return None
-
     def attend_prompts(
         self,
         qkv: Tensor,

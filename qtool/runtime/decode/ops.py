@@ -115,27 +115,6 @@ class DecodeOps(Protocol):
         May write to `qkv`.
         """
 
-    def after_attention(
-        self,
-        attended: Tensor,
-        x: Tensor,
-        layer: DecoderLayer,
-        following: DecoderLayer | None,
-        eps: float,
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Return what follows attention, in one operation; None: there is none, so one by one.
-
-        Args:
-            attended: What `attend` returned.
-            x: (batch, hidden_size), the inputs of the block.
-            layer: The block.
-            following: The one after it; None: it is the last.
-            eps: Of norms.
-
-        Returns:
-            The outputs of the block, and queries, keys and values of the one that follows.
-        """
-
     def choose(self, logits: Tensor, state: DecodeState) -> None:
         """End a step: the likeliest tokens are the next ones, one position further."""
 

@@ -54,26 +54,15 @@ def _hidden(
 ) -> Tensor:
     """Return what the blocks make of tokens (n,): (n, hidden_size)."""
     x, eps = ops.embed(tokens, weights.embedding), weights.shape.norm_eps
-    qkv = None
     for index, layer in enumerate(weights.layers):
-        if qkv is None:
-            qkv = ops.linear(x, layer.qkv, norm=Norm(layer.input_norm, eps))
-        attended = attend(qkv, layer, index)
-        following = weights.layers[index + 1] if index + 1 < len(weights.layers) else None
-        found = ops.after_attention(attended, x, layer, following, eps)
-        x, qkv = found or (_after_attention(attended, x, layer, eps, ops), None)
+        qkv = ops.linear(x, layer.qkv, norm=Norm(layer.input_norm, eps))
+        x = ops.linear(attend(qkv, layer, index), layer.output, x)
+        norm = Norm(layer.mlp_norm, eps)
+        if layer.experts is not None:
+            x = x + ops.experts(ops.rms_norm(x, *norm), layer.experts)
+        elif layer.down is not None:
+            x = ops.linear(ops.gated(x, layer.gate_up, norm), layer.down, x)
     return x
-
-
-def _after_attention(
-    attended: Tensor, x: Tensor, layer: DecoderLayer, eps: float, ops: DecodeOps
-) -> Tensor:
-    x, norm = ops.linear(attended, layer.output, x), Norm(layer.mlp_norm, eps)
-    if layer.experts is not None:
-        return x + ops.experts(ops.rms_norm(x, *norm), layer.experts)
-    if layer.down is None:
-        return x
-    return ops.linear(ops.gated(x, layer.gate_up, norm), layer.down, x)
 
 
 def _logits(x: Tensor, weights: DecoderWeights, ops: DecodeOps) -> Tensor:

@@ -111,18 +111,6 @@ class TorchOps:
         cache = cache_of_prompts(state, index, prompts, qkv.dtype)
         return attend_to_cache(query, *cache, shape.attention_scale)
 
-    def after_attention(
-        self,
-        attended: Tensor,
-        x: Tensor,
-        layer: DecoderLayer,
-        following: DecoderLayer | None,
-        eps: float,
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Return None: these are operations one by one."""
-        del attended, x, layer, following, eps
-        return None
-
     def choose(self, logits: Tensor, state: DecodeState) -> None:
         """Take the likeliest tokens and move on."""
         state.tokens.copy_(logits.argmax(-1))

@@ -71,23 +71,6 @@ def test_a_launch_that_makes_a_weight_ahead_is_not_dependent(driver):
     assert driver.seen[0].attributes == []
 
 
-def test_blocks_that_wait_for_one_another_are_on_the_card_together(driver):
-    call = CALL._replace(zeros=0, words=40)
-    cuda_driver._PreparedCall(call, 0, 2).launch([1, 2, 3], 0)
-    both = [cuda_driver.COOPERATIVE, cuda_driver.STREAM_SERIALIZATION]
-    assert driver.seen[0].attributes == both
-    assert driver.seen[0].values[:3] == [1, 2, 3]
-    driver.status = cuda_driver.COOPERATIVE_TOO_LARGE
-    with pytest.raises(BackendError, match=r"no room for all at once.*QTOOL_CHAINS=0"):
-        cuda_driver._PreparedCall(call, 0, 2).launch([1, 2, 3], 0)
-
-
-def test_a_launch_may_have_zeros_and_words(driver):
-    prepared = cuda_driver._PreparedCall(CALL._replace(words=40), 0, 1)
-    prepared.launch([1, 2, 3], 0)  # a tensor, zeros, words
-    assert driver.seen[0].values[:3] == [1, 2, 3]
-
-
 def test_a_launch_that_is_refused_says_what_it_was(driver):
     driver.status = 701
     with pytest.raises(BackendError, match=r"kernel wasn't launched: CUDA error 701, grid \(5, 2"):

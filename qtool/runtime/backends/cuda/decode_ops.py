@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qtool.runtime.backends.cuda import chains, linear_kernels
+from qtool.runtime.backends.cuda import linear_kernels
 from qtool.runtime.backends.cuda.attention_grid import attention_grid, heads_per_block, splits_for
 from qtool.runtime.backends.cuda.expert_products import are_tiled, run_experts
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
@@ -188,25 +188,6 @@ class KernelOps:
         cache = [None if one is None else one[index] for one in sides]
         self._launch(call, (*norms, *places, *cache, state.scratch, output))
         return output
-
-    def after_attention(
-        self,
-        attended: Tensor,
-        x: Tensor,
-        layer: DecoderLayer,
-        following: DecoderLayer | None,
-        eps: float,
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Return what four products make of one token, in one launch; None: not of these."""
-        if len(x) != 1 or not chains.is_chained():
-            return None
-        links = chains.links_after_attention(layer, following, eps)
-        if links is None:
-            return None
-        made = chains.run_chain(attended, x, links, self._launch, self._card)
-        if made is None:
-            return None
-        return made[0], made[1] if following is not None else None
 
     def attend_prompts(
         self,

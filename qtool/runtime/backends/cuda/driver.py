@@ -22,11 +22,6 @@ from qtool.runtime.backends.cuda.launch import OLDEST, WARPGROUPS, Card, KernelC
 DEPENDENT_LAUNCHES = (9, 0)
 STREAM_SERIALIZATION = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"""
-COOPERATIVE = 2
-"""CU_LAUNCH_ATTRIBUTE_COOPERATIVE: all blocks begin together, or none; two such launches never
-hold a part of the card each. The driver refuses what doesn't fit."""
-COOPERATIVE_TOO_LARGE = 720
-"""CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE"""
 
 
 def why_not_on(device: torch.device) -> str | None:
@@ -83,10 +78,7 @@ class _Config(ctypes.Structure):
     )
 
 
-def _attributes(call: KernelCall, device: int) -> list[int]:
-    """Return what the driver is to know of a launch."""
-    dependent = call.dependent and _has_dependent_launches(device)
-    return [COOPERATIVE] * bool(call.words) + [STREAM_SERIALIZATION] * dependent
+_DEPENDENT = _Attribute(STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
 
 
 class _PreparedCall:
@@ -97,13 +89,9 @@ class _PreparedCall:
         _allow_shared_bytes(function, call.shared_bytes)
         self._call = call
         self._config = config = _Config(call.grid, (call.threads, 1, 1), call.shared_bytes)
-        names = _attributes(call, device)
-        self._attributes = (_Attribute * len(names))(
-            *[_Attribute(name, 0, (ctypes.c_int * 16)(1)) for name in names]
-        )
-        config.attributes, config.num_attributes = self._attributes, len(names)
-        pointers = num_tensors + bool(call.zeros) + bool(call.words)
-        self._pointers = (ctypes.c_void_p * pointers)()
+        if call.dependent and _has_dependent_launches(device):
+            config.attributes, config.num_attributes = ctypes.pointer(_DEPENDENT), 1
+        self._pointers = (ctypes.c_void_p * (num_tensors + bool(call.zeros)))()
         self._numbers = [
             ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value)
             for value in call.numbers
@@ -123,12 +111,6 @@ class _PreparedCall:
             status = _driver().cuLaunchKernelEx(*self._passed)
         if status != 0:
             call = self._call
-            if status == COOPERATIVE_TOO_LARGE:
-                raise BackendError(
-                    f"The {call.grid[0]} blocks of kernel {call.kernel} wait for one another, and "
-                    "the card has no room for all at once: another process may have a part of it "
-                    "(MPS). QTOOL_CHAINS=0 runs its products one by one."
-                )
             raise BackendError(
                 f"Kernel {call.kernel} wasn't launched: CUDA error {status}, grid {call.grid}, "
                 f"{call.threads} threads, {call.shared_bytes} bytes of shared memory. "
@@ -163,8 +145,6 @@ def launch(call: KernelCall, tensors: Sequence[Tensor | None]) -> None:
     pointers = [None if t is None else t.data_ptr() for t in tensors]
     if call.zeros:
         pointers.append(_zeros(call.zeros, device, stream).data_ptr())
-    if call.words:
-        pointers.append(_zeros(call.words, device, stream, call.kernel).data_ptr())
     _prepared(call, device, len(tensors)).launch(pointers, stream)
 
 
@@ -179,30 +159,29 @@ def _bind_thread(device: int) -> None:
         _BOUND.device = device
 
 
-_ZEROS: dict[tuple[str, int, int, int], Tensor] = {}
-_SPARE: dict[tuple[str, int], Tensor] = {}
+_ZEROS: dict[tuple[int, int, int], Tensor] = {}
+_SPARE: dict[int, Tensor] = {}
 _KEPT: list[Tensor] = []
 
 
-def _zeros(words: int, device: int, stream: int, owner: str = "") -> Tensor:
-    """Return zeros that nothing else uses at the same time, or what `owner` has made of them.
+def _zeros(words: int, device: int, stream: int) -> Tensor:
+    """Return zeros that nothing else uses at the same time.
 
     One tensor per stream; one per capture, for a graph may be replayed beside the stream it was
     captured on. That one was made before the capture began: memory of the graph's own pool would
     have to be zeroed at every replay. As nobody says when a graph has gone, it is never freed.
     """
     capture = _capture_of(stream) if torch.cuda.is_current_stream_capturing() else 0
-    found = _ZEROS.get((owner, device, stream, capture))
+    found = _ZEROS.get((device, stream, capture))
     if found is None or found.numel() < words:
         if found is not None:
             _KEPT.append(found)  # launches that were captured still use it
-        found = _SPARE.pop((owner, device), None) if capture else None
+        found = _SPARE.pop(device, None) if capture else None
         if found is None or found.numel() < words:
             found = torch.zeros(words, dtype=torch.int64, device=f"cuda:{device}")
-        _ZEROS[owner, device, stream, capture] = found
-    spare = _SPARE.get((owner, device))
-    if not capture and (spare is None or spare.numel() < words):
-        _SPARE[owner, device] = torch.zeros(words, dtype=torch.int64, device=f"cuda:{device}")
+        _ZEROS[device, stream, capture] = found
+    if not capture and (device not in _SPARE or _SPARE[device].numel() < words):
+        _SPARE[device] = torch.zeros(words, dtype=torch.int64, device=f"cuda:{device}")
     return found
 
 

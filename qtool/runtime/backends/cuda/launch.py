@@ -10,8 +10,7 @@ from torch import Tensor
 class KernelCall(NamedTuple):
     """One launch but for its tensors: a value, so that what it takes is made once.
 
-    The arguments of a kernel are pointers to tensors, to `zeros` and `words` if there are any, and
-    `numbers`.
+    The arguments of a kernel are pointers to tensors, to `zeros` if there are any, and `numbers`.
     """
 
     file: str
@@ -28,10 +27,6 @@ class KernelCall(NamedTuple):
     """Words of 64 bits that are zero when the kernel starts, and that it leaves so: a stream's."""
     dependent: bool = True
     """It may start before the launch before it has ended; not if that makes the weight."""
-    words: int = 0
-    """Of 64 bits, a stream's and of kernels of this name alone: zeros at first, then as the launch
-    before has left them. They come after `zeros`. Blocks wait for one another through them, so all
-    are on the card together, or the launch is refused."""
     one_architecture: bool = False
     """It has instructions of this card's architecture that no later one has: sm_90a, not sm_90."""
 
