@@ -44,7 +44,7 @@ def test_every_shape_and_grouping_is_multiplied(format_name, group_dim, size):
     check(tensor, normal(5, shape[1]).half())
 
 
-@pytest.mark.parametrize("batch", [1, 2, 8, 9, 16])
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 9, 16])
 @pytest.mark.parametrize("card", [SMALL, WIDE], ids=["small", "wide"])
 def test_few_tokens_go_through_the_planes_in_one_launch(batch, card):
     tensor = random_tensor(
@@ -53,6 +53,22 @@ def test_few_tokens_go_through_the_planes_in_one_launch(batch, card):
     launch = check(tensor, normal(batch, 1280).half(), card)
     assert launch.names == [planes.product_for(batch, planes.Layout(2, 128, 1)).name]
     assert launch.calls[0].shared_bytes <= card.shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("batch", "num_bits", "group", "name", "columns"),
+    [
+        *((batch, 4, 128, "bit_plane_imma", 4) for batch in (3, 4)),
+        (3, 3, 192, "bit_plane_imma", 4),
+        (5, 3, 128, "bit_plane_mma", 8),
+        (3, 3, 96, "bit_plane_mma", 8),  # half a word of 64 inputs
+        (3, 5, 128, "bit_plane_mma", 8),  # no registers for more planes
+        (2, 8, 128, "bit_plane_imma", 2),
+    ],
+)
+def test_few_tokens_are_multiplied_as_bytes(batch, num_bits, group, name, columns):
+    found = planes.product_for(batch, planes.Layout(num_bits, group, 1))
+    assert (found.name, found.columns) == (name, columns)
 
 
 def test_inputs_that_do_not_fit_into_shared_memory_are_cut_into_slabs():
@@ -68,7 +84,7 @@ def test_inputs_that_do_not_fit_into_shared_memory_are_cut_into_slabs():
 @pytest.mark.parametrize("kilobytes", [99, 163, 227])
 @pytest.mark.parametrize("num_bits", range(1, 9))
 @pytest.mark.parametrize("group_size", [32, 64, 128, 192, 14336])
-@pytest.mark.parametrize("batch", [1, 2, 8, 16])
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16])
 def test_every_card_has_room_for_every_weight(kilobytes, num_bits, group_size, batch):
     card, layout = Card(132, kilobytes * 1024), planes.Layout(num_bits, group_size, 1)
     for row_tiles, units in ((8016, 16), (256, 56), (3584, 32)):
@@ -180,7 +196,7 @@ def test_a_kernel_that_needs_what_was_not_kept_says_so():
         linear_kernels.matmul(x, weight, Recorder(), SMALL, kernel="sign_flip")
 
 
-@pytest.mark.parametrize("batch", [1, 5, 20])
+@pytest.mark.parametrize("batch", [1, 4, 5, 20])
 @pytest.mark.parametrize("slabs", [False, True])
 def test_a_residual_is_added(batch, slabs):
     inputs = 9216 if slabs else 320
@@ -193,7 +209,7 @@ def test_a_residual_is_added(batch, slabs):
     assert torch.allclose(got.double(), expected, 2e-3, 0.05)
 
 
-@pytest.mark.parametrize("batch", [1, 5, 20])
+@pytest.mark.parametrize("batch", [1, 3, 5, 20])
 @pytest.mark.parametrize("slabs", [False, True])
 def test_gate_and_up_are_multiplied_where_their_rows_alternate(batch, slabs):
     inputs = 9216 if slabs else 320

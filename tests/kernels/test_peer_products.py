@@ -20,7 +20,7 @@ SCHEME = WeightScheme(num_bits=2, group_size=64)
 CARD = Card(3, 99 * 1024)
 SHARING = Card(3, 99 * 1024, "blocks share tiles")
 # Rows, tokens, whether there is a residual: one block and several, a last tile that is not full.
-CASES = ((40, 1, True), (200, 2, False), (40, 1, True), (64, 3, True))
+CASES = ((40, 1, True), (200, 3, False), (40, 1, True), (64, 5, True))
 
 
 def weight_of(rank: int, rows: int, dtype: torch.dtype) -> KernelWeight:

@@ -27,7 +27,7 @@ def weight(num_bits, shape):
 
 
 @pytest.mark.parametrize("idle", [-1, 10_000], ids=["shared tiles", "whole tiles"])
-@pytest.mark.parametrize("tokens", [1, 2, 7, 16])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 16])
 @pytest.mark.parametrize("shape", [(4096, 4096), (6000, 4096), (100, 14336)])
 @torch.no_grad()
 def test_products_are_those_of_the_dequantized_weight(shape, tokens, idle, monkeypatch):

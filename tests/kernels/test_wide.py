@@ -126,7 +126,7 @@ HOPPER = Card(4, ROOM, selection.H100.measured_on, warpgroups=True)
 @pytest.mark.parametrize("group", [32, 64, 96, 128, 192, 14336])
 def test_there_is_room_for_every_weight_and_as_asked_for_those_measured(num_bits, group):
     layout = Layout(num_bits, group, 1)
-    for tokens, rows in ((1, 64), (64, 28672), (256, 28672), (4000, 4096)):
+    for tokens, rows in ((1, 64), (64, 28672), (128, 28672), (256, 28672), (4000, 4096)):
         asked = selection.H100.wide_tuning(tokens, rows, num_bits)
         found = wide.tuned_wide(tokens, rows, 16, layout, HOPPER)
         assert found is not None and found.columns <= asked.columns
@@ -135,13 +135,18 @@ def test_there_is_room_for_every_weight_and_as_asked_for_those_measured(num_bits
 
 
 def test_tokens_choose_the_product_of_many_where_it_was_measured_to_be_faster():
-    large, small = 28672 * 4096, 4096 * 4096
+    large, small = Shape2D(28672, 4096), Shape2D(4096, 4096)
     chosen = {
         bits: [t for t in (8, 9, 16, 17, 64, 256, 2000) if selection.H100.is_wide(bits, t, large)]
         for bits in (2, 3, 4, 8)
     }
-    many = [16, 17, 64, 256]
-    assert chosen == {2: many, 3: [9, *many], 4: [9, *many], 8: many}
+    many = [17, 64, 256]
+    assert chosen == {2: many, 3: [9, 16, *many], 4: [9, 16, *many], 8: [16, *many]}
+    assert not selection.H100.is_wide(3, 16, Shape2D(4096, 14336)), "too few tiles of outputs"
+    assert selection.H100.is_wide(3, 17, Shape2D(4096, 14336))
+    assert selection.H100.is_wide(4, 16, Shape2D(4096, 14336))
+    assert selection.H100.is_wide(3, 16, Shape2D(6144, 4096))
+    assert not selection.H100.is_wide(3, 16, small)
     assert selection.H100.is_wide(3, 1024, large) and not selection.H100.is_wide(4, 1024, large)
     assert selection.H100.is_wide(4, 192, small) and not selection.H100.is_wide(4, 256, small)
     tuning = selection.H100.wide_tuning
@@ -150,6 +155,10 @@ def test_tokens_choose_the_product_of_many_where_it_was_measured_to_be_faster():
     assert tuning(64, 28672, 4) == WideTuning(64, 4, 2, fine=True, mirrored=True)
     assert tuning(64, 4096, 4) == WideTuning(64, 2, 2, mirrored=True)
     assert tuning(64, 4096, 2) == WideTuning(64, 2, 2)
+    assert tuning(65, 28672, 3) == WideTuning(96, 2, 2)
+    assert tuning(128, 4096, 4) == WideTuning(128, 2, 2)
+    assert tuning(128, 4096, 8) == WideTuning(128, 2, 1)
+    assert tuning(256, 28672, 3) == WideTuning(256, 2, 1)
     assert tuning(300, 28672, 4) == WideTuning(192, 2, 1), "two tiles, as little empty as can be"
 
 

@@ -71,7 +71,7 @@ def kernel_for(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = F
         return wanted
     shape, num_bits = weight.shape, weight.scheme.num_bits
     weights = shape.out_features * shape.in_features
-    is_wide = selection_for(card.name).is_wide(num_bits, tokens, weights)
+    is_wide = selection_for(card.name).is_wide(num_bits, tokens, shape)
     if is_wide and wide_tuning(weight, tokens, card) is not None:
         return "wide"
     if tokens > selection_for(card.name).most_tokens(num_bits, weights):

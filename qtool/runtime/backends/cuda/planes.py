@@ -25,8 +25,9 @@ MOST_NORMED = MOST_LOADS = 4
 """Units of inputs that a warp holds in registers."""
 MAX_UNITS = 2**21
 """Of a slab: the kernel divides their numbers in float32."""
-MOST_AS_LIMBS = 2
-"""Tokens up to which x is multiplied as bytes, four per input; bit_plane_imma.cuh takes 8."""
+MOST_AS_LIMBS, MOST_PLANES_OF_MORE = 4, 4
+"""Tokens up to which x is multiplied as bytes, four per input, as timed: bit_plane_imma.cuh takes
+8. More than two tokens of more planes don't fit into registers."""
 MOST_IN_PAIRS = 2
 """Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
 FEWER_WARPS, MORE_WAVES = (7, 3), (1, 2, 4, 8)
@@ -96,7 +97,8 @@ class Product:
 
 def product_for(batch: int, layout: Layout) -> Product:
     """Return the kernel with the least arithmetic: bytes for few tokens, else float16."""
-    if batch <= MOST_AS_LIMBS and layout.group % 64 == 0:
+    most = MOST_AS_LIMBS if layout.planes <= MOST_PLANES_OF_MORE else 2
+    if batch <= most and layout.group % 64 == 0:
         return Product("bit_plane_imma", 1 << (batch - 1).bit_length(), 128)
     columns = 1 if batch == 1 else 8 if batch <= 8 else 16  # noqa: PLR2004 - tiles of eight columns
     return Product("bit_plane_mma", columns, 64)

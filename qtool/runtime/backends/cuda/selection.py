@@ -23,6 +23,9 @@ BLOCK = 16
 WIDE_COLUMNS = (16, 32, 48, 64, 96, 128, 192, 256)
 """Tokens that a CTA of bit_plane_wgmma.cu multiplies at once: one compiled kernel each."""
 
+FEW_OUTPUTS = 4096
+"""Up to which three planes of one block of tokens are no work for bit_plane_wgmma.cu yet."""
+
 FEW_INPUTS = 4096
 """Up to which a token is staged soon enough for what is tried there."""
 
@@ -101,21 +104,24 @@ class Selection:
         blocks = self.most_products // planes // BLOCK if weights >= self.least_weights else 1
         return max(BLOCK, blocks * BLOCK)
 
-    def is_wide(self, planes: int, tokens: int, weights: int) -> bool:
+    def is_wide(self, planes: int, tokens: int, shape: Shape2D) -> bool:
         """Return whether bit_plane_wgmma.cu is the fastest, on a card that runs it."""
-        measured = self.wide if weights >= self.least_weights else self.wide_of_few
+        if planes == 3 and tokens <= BLOCK and shape.out_features <= FEW_OUTPUTS:  # noqa: PLR2004
+            return False
+        measured = self.wide if prod(shape) >= self.least_weights else self.wide_of_few
         return tokens in measured[min(planes, len(measured)) - 1]
 
     def wide_tuning(self, tokens: int, out_features: int, planes: int) -> WideTuning:
         """Return how bit_plane_wgmma.cu is launched; more than four planes weren't all timed."""
         tiles = -(-tokens // WIDE_COLUMNS[-1])
         columns = next(count for count in WIDE_COLUMNS if count * tiles >= tokens)
-        few = columns <= 64  # noqa: PLR2004 - more of x, and more sums, leave no room
+        few = columns <= 64  # noqa: PLR2004 - more sums leave no room
+        roomy = columns <= (128 if planes <= 4 else 64)  # noqa: PLR2004 - for two blocks of x
         groups = 4 if few and out_features >= self.most_groups and columns != 48 else 2  # noqa: PLR2004
         return WideTuning(
             columns,
             groups,
-            x_blocks=2 if few else 1,
+            x_blocks=2 if roomy else 1,
             turns=groups == 4 and planes == 3,  # noqa: PLR2004
             fine=groups == 4 and planes >= 4,  # noqa: PLR2004
             mirrored=few and planes == 4,  # noqa: PLR2004 - with more tokens, products take longer
@@ -146,8 +152,8 @@ H100 = Selection(
     tables=range(1, 1),  # none, since blocks have whole tiles
     # Timed on an NVIDIA H200 at 2, 3, 4 and 8 planes. Reckoned: 1 as 2 from 17 tokens on, 5 to 7
     # as 8.
-    wide=(range(17, 1025), range(16, 1025), range(9, 1025), range(9, 513), range(16, 513)),
-    wide_of_few=(range(17, 129), range(16, 129), range(9, 193), range(9, 193), range(16, 257)),
+    wide=(range(17, 1025), range(17, 1025), range(9, 1025), range(9, 513), range(16, 513)),
+    wide_of_few=(range(17, 129), range(17, 129), range(9, 193), range(9, 193), range(16, 257)),
     most_groups=24576,
     alone=Tuning(warps=16, stages=2),
     pairs=Tuning(warps=8, stages=4, per_multiprocessor=2),
