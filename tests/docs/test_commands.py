@@ -107,6 +107,7 @@ LESS = {
     "--tune blocks": ("tuning.blocks.steps=2",),
     "--tune both": ("tuning.blocks.steps=2", "tuning.end_to_end.steps=2"),
     "search={}": ("search.clip_ratios=[1.0,0.9]", "search.roundings=[0]"),
+    "sparse-70": ("weights.options.memory=8",),
     "w3-q-rater": ("search.clip_ratios=[1.0,0.9]", "search.roundings=[0]"),
 }
 """Settings by what a command has in it."""
