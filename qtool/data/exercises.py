@@ -35,6 +35,8 @@ class Exercise:
     place: str
     is_chat: bool = False
     """A template wrote it, with all special tokens."""
+    reply: str = ""
+    """Of a chat, the last answer as it stands in the line, without what ends its turn."""
 
     @property
     def prompt(self) -> str:
@@ -134,7 +136,9 @@ def _chat_exercise(
                 "'prompt' and 'completion' instead."
             )
         learned.append((len(before), len(after)))
-    return Exercise(whole, tuple(learned), place, is_chat=True)
+    said = turns[answers[-1]]["content"]
+    reply = said if isinstance(said, str) else ""
+    return Exercise(whole, tuple(learned), place, is_chat=True, reply=reply)
 
 
 def _written(

@@ -77,9 +77,9 @@ def read_questions(path: Path, model: LoadedModel, limit: int | None = None) -> 
 
 
 def _last(exercise: Exercise) -> tuple[str, str]:
-    """Return what comes before the last stretch that is learned, and that."""
+    """Return what comes before the last stretch that is learned, and that without its end."""
     first, last = exercise.learned[-1]
-    return exercise.text[:first], exercise.text[first:last]
+    return exercise.text[:first], exercise.reply or exercise.text[first:last]
 
 
 @torch.no_grad()

@@ -167,5 +167,5 @@ ADAPTER = AdapterKind(
     summary="AlphaTuning: the scales of the first plane learn; merging is exact.",
     options=AlphaOptions,
     install=_install,
-    learning_rate=3e-3,
+    learning_rate=1e-2,
 )

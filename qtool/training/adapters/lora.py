@@ -110,5 +110,5 @@ ADAPTER = AdapterKind(
     summary="LoRA through PEFT: one rank for all linears; the baseline.",
     options=LoraOptions,
     install=_install,
-    learning_rate=3e-4,
+    learning_rate=1e-3,
 )

@@ -86,5 +86,5 @@ ADAPTER = AdapterKind(
     summary="Rank-adaptive LoRA: ranks, and where they begin, by the quantization error.",
     options=RankAdaptiveOptions,
     install=_install,
-    learning_rate=3e-4,
+    learning_rate=1e-3,
 )

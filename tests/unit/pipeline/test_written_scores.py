@@ -8,7 +8,12 @@ import torch
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.pipeline.learned_data import _pieces
-from qtool.pipeline.written_scores import Question, score_answers, write_answers
+from qtool.pipeline.written_scores import (
+    Question,
+    read_questions,
+    score_answers,
+    write_answers,
+)
 from qtool.steps.adapt_model import AdaptOptions
 
 pytest.importorskip("sacrebleu")
@@ -69,3 +74,13 @@ def test_answers_end_at_any_end_and_are_counted_with_it(told, ends, llama):
     assert answers[1] == "w12 w13 w14 w15"
     assert answers[0].split()[0] == "w11"
     assert count == 6
+
+
+def test_a_chat_is_compared_with_what_was_said_without_the_end_of_its_turn(chat_llama, tmp_path):
+    said = "w5 w6 w7 w8 w9"
+    turns = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": said}]
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": turns}) + "\n")
+    (question,) = read_questions(file, load_model(Location(chat_llama), device="cpu"))
+    assert question.references == (said,)
+    assert score_answers([said], [question], 5).bleu == pytest.approx(100)
