@@ -13,6 +13,8 @@ class _Pickler(pickle.Pickler):
         """Turn a tensor, wherever it lies, into bytes on the CPU."""
         if type(value) is not Tensor or value.requires_grad:
             return NotImplemented
+        if value.is_meta:
+            return _shape_alone, (value.dtype, tuple(value.shape))
         flat = value.detach().cpu().contiguous()
         array = flat.flatten().view(torch.uint8).numpy() if flat.numel() else None
         return _tensor, (array, flat.dtype, tuple(flat.shape))
@@ -24,6 +26,10 @@ def _tensor(array: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:  
     return torch.from_numpy(array).view(dtype).view(shape)
 
 
+def _shape_alone(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def dumps(value: Any) -> bytes:  # noqa: ANN401
     """Return a value as bytes."""
     buffer = io.BytesIO()
@@ -32,5 +38,5 @@ def dumps(value: Any) -> bytes:  # noqa: ANN401
 
 
 def loads(content: bytes) -> Any:  # noqa: ANN401
-    """Return the value that bytes of `dumps` stand for; tensors are on the CPU."""
+    """Return the value that bytes of `dumps` stand for; tensors are on the CPU, or still `meta`."""
     return pickle.loads(content)
