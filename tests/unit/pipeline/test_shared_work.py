@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -167,6 +168,21 @@ def test_killed_workers_change_nothing(alone, llama, tmp_path):
     quantize(Location(llama), tmp_path / "killed", wanted, engine=options, emit=kill)
     assert len(killed) >= 3
     assert weights(tmp_path / "killed") == alone(wanted)
+
+
+def test_a_worker_that_stands_still_for_a_while_changes_nothing(alone, llama, tmp_path):
+    wanted, stopped = recipe(chunks=8), list[int]()
+
+    def stop(event: Progress | Notice) -> None:
+        """Let one of the workers stand still for a second."""
+        if isinstance(event, Progress) and event.what == "quantize" and event.done == 3:
+            stopped.append(workers_of(os.getpid())[0])
+            os.kill(stopped[0], signal.SIGSTOP)
+            Timer(1, os.kill, (stopped[0], signal.SIGCONT)).start()
+
+    quantize(Location(llama), tmp_path / "slow", wanted, engine=TWO, emit=stop)
+    assert stopped
+    assert weights(tmp_path / "slow") == alone(wanted)
 
 
 def test_a_run_whose_workers_always_end_goes_on_with_other_workers(
