@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,18 @@ def dumps(value: Any) -> bytes:  # noqa: ANN401
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=5).dump(value)
     return buffer.getvalue()
+
+
+def write_pickle(value: Any, path: Path) -> None:  # noqa: ANN401
+    """Put a value into a file, which takes no memory for its bytes."""
+    with path.open("wb") as file:
+        _Pickler(file, protocol=5).dump(value)
+
+
+def read_pickle(path: Path) -> Any:  # noqa: ANN401
+    """Return the value of a file of `write_pickle`; tensors as from `loads`."""
+    with path.open("rb") as file:
+        return pickle.load(file)
 
 
 def loads(content: bytes) -> Any:  # noqa: ANN401
