@@ -42,6 +42,10 @@ def twice(value: torch.Tensor) -> torch.Tensor:
     return 2 * value
 
 
+def device_of(value: torch.Tensor) -> tuple[str, torch.dtype, tuple[int, ...]]:
+    return value.device.type, value.dtype, tuple(value.shape)
+
+
 def refused(name: str) -> None:
     raise MethodError(f"{name} is refused.", layer=name)
 

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ class _Pickler(pickle.Pickler):
         """Turn a tensor, wherever it lies, into bytes on the CPU."""
         if type(value) is not Tensor or value.requires_grad:
             return NotImplemented
+        if value.is_meta:
+            return _shape_alone, (value.dtype, tuple(value.shape))
         flat = value.detach().cpu().contiguous()
         array = flat.flatten().view(torch.uint8).numpy() if flat.numel() else None
         return _tensor, (array, flat.dtype, tuple(flat.shape))
@@ -24,6 +27,10 @@ def _tensor(array: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:  
     return torch.from_numpy(array).view(dtype).view(shape)
 
 
+def _shape_alone(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def dumps(value: Any) -> bytes:  # noqa: ANN401
     """Return a value as bytes."""
     buffer = io.BytesIO()
@@ -31,6 +38,18 @@ def dumps(value: Any) -> bytes:  # noqa: ANN401
     return buffer.getvalue()
 
 
+def write_pickle(value: Any, path: Path) -> None:  # noqa: ANN401
+    """Put a value into a file, which takes no memory for its bytes."""
+    with path.open("wb") as file:
+        _Pickler(file, protocol=5).dump(value)
+
+
+def read_pickle(path: Path) -> Any:  # noqa: ANN401
+    """Return the value of a file of `write_pickle`; tensors as from `loads`."""
+    with path.open("rb") as file:
+        return pickle.load(file)
+
+
 def loads(content: bytes) -> Any:  # noqa: ANN401
-    """Return the value that bytes of `dumps` stand for; tensors are on the CPU."""
+    """Return the value that bytes of `dumps` stand for; tensors are on the CPU, or still `meta`."""
     return pickle.loads(content)

@@ -16,7 +16,7 @@ from typing import Any
 
 from qtool.core.threads import num_threads
 from qtool.engines import Pool, Shared, Task, WorkEngine, Workers
-from qtool.engines._pickling import dumps, loads
+from qtool.engines._pickling import dumps, loads, read_pickle, write_pickle
 from qtool.engines._scheduling import SeatNews, scheduled
 from qtool.engines._worker import Remembered, answer, card_of_seat, use_card
 from qtool.errors import EngineError
@@ -97,7 +97,7 @@ class _File:
     path: Path
 
     def get(self) -> Any:  # noqa: ANN401
-        return _seen.get(str(self.path), lambda: loads(self.path.read_bytes()))
+        return _seen.get(str(self.path), lambda: read_pickle(self.path))
 
 
 _seen = Remembered()
@@ -187,11 +187,11 @@ class _Processes:
     def share(self, value: Any) -> Iterator[Shared]:  # noqa: ANN401
         self._shared += 1
         path = self._folder / f"{self._shared}.pickle"
-        path.write_bytes(dumps(value))
         try:
+            write_pickle(value, path)
             yield _File(path)
         finally:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def end(self) -> None:
         """End all of them."""

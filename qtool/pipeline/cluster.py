@@ -14,8 +14,10 @@ import torch
 from qtool.base import Emit, Env, Progress, ignore_events
 from qtool.checkpoint.place import find_place
 from qtool.checkpoint.writer import CheckpointWriter
+from qtool.core.experts import expert_name
 from qtool.core.threads import num_threads
 from qtool.engines import EngineOptions, Workers
+from qtool.errors import RecipeError
 from qtool.modeling.device import default_device
 from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
@@ -27,7 +29,7 @@ from qtool.steps import measure_blocks as blocks
 from qtool.steps.cluster import BlockWork, Cluster, ClusterWork, Forecast, InputGroup, forecast
 from qtool.steps.measure_rest import COPY, measure_copying, time_tables
 from qtool.steps.memory import failures_of_the_machine
-from qtool.steps.plan import LayerPlan, make_plan, original_bytes
+from qtool.steps.plan import LayerPlan, Plan, make_plan, original_bytes
 from qtool.steps.row_edges import row_parts
 from qtool.steps.run import Run
 from qtool.steps.shared_walk import plain_walk
@@ -88,7 +90,7 @@ def foresee(
         emit: Is told of each step.
 
     Raises:
-        RecipeError: something that the recipe asks for can't be shared.
+        RecipeError: something that the recipe asks for can't be shared, or foreseen.
         QtoolError: as `quantize`.
     """
     device, recipe = str(default_device()), recipe.without_measuring()
@@ -97,13 +99,22 @@ def foresee(
     with meter.measuring(OPEN):
         source = open_source(model)
         plan = make_plan(source, recipe)
-    check_shareable(recipe, plan)
+    check_shareable(recipe)
+    _check_foreseeable(recipe, plan)
     with meter.measuring(DRAW):
         samples = open_samples(source, recipe, calib_dir, emit)
     env = Env(device=device, seed=recipe.seed, emit=emit)
     run = Run(source, recipe, plan, samples, env, samples_given=calib_dir is not None)
     with num_threads(threads), failures_of_the_machine(device, Path()):
         return forecast(_measured(run, meter, base), cluster)
+
+
+def _check_foreseeable(recipe: Recipe, plan: Plan) -> None:
+    if recipe.calibration is not None and any(expert_name(each.name) for each in plan.in_blocks):
+        raise RecipeError(
+            "--dry-run=cluster can't foresee samples of a model with experts: which tokens go to "
+            "which is known only when they are run. Leave out calibration, or --dry-run=cluster."
+        )
 
 
 def _measured(run: Run, meter: Meter, base: int) -> ClusterWork:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from qtool.base import Progress
 from qtool.engines import EngineOptions, load_engine
 from qtool.recipe.schema import Recipe
-from qtool.steps.plan import Plan
 from qtool.steps.run import Run
 from qtool.steps.solve_apart import check_shareable
 
@@ -38,7 +37,7 @@ def divided_for(recipe: Recipe, options: EngineOptions | None, device: str) -> R
     return recipe.model_copy(update={"calibration": section.model_copy(update=update)})
 
 
-def check_engine(options: EngineOptions | None, recipe: Recipe, plan: Plan) -> None:
+def check_engine(options: EngineOptions | None, recipe: Recipe) -> None:
     """Refuse workers that there can't be, and work that can't be shared among them.
 
     Raises:
@@ -49,7 +48,7 @@ def check_engine(options: EngineOptions | None, recipe: Recipe, plan: Plan) -> N
     """
     if options is not None:
         load_engine(options.name).check(options.workers)
-        check_shareable(recipe, plan)
+        check_shareable(recipe)
 
 
 @contextmanager

@@ -52,19 +52,27 @@ def plain_walk(
 
 
 @dataclass(frozen=True, slots=True)
+class WalkPlace:
+    """What walks of one run have in common, whichever worker has them."""
+
+    name: str
+    """Tells them from those of other runs."""
+    directory: Path
+    """Of shared storage, for the blocks' inputs if the recipe says so."""
+
+
+@dataclass(frozen=True, slots=True)
 class Measuring:
     """What a worker is to measure: the argument of `measure_chunk`."""
 
     run: Shared
-    walk: str
-    """Tells the walk from those of other runs."""
+    walk: WalkPlace
     share: Share
     chunk: int
     """Of the share."""
     layer: str
     solved: Mapping[str, SolvedLinear]
     """All that is, so far."""
-    directory: Path
 
 
 Sums = tuple[dict[SumPlace, Moments], ActivationScheme | None]
@@ -72,20 +80,27 @@ _walks: dict[tuple[str, Share], tuple[Walk, set[str]]] = {}
 """Of this worker, with the layers that each knows of: what saves it going through all blocks."""
 
 
+def worker_walk(
+    run: Run, place: WalkPlace, share: Share, solved: Mapping[str, SolvedLinear]
+) -> tuple[Walk, set[str]]:
+    """Return this worker's walk for a share, told of all that is solved, and what it knows of."""
+    key = (place.name, share)
+    if key not in _walks:
+        for other in [known for known in _walks if known[0] != place.name]:
+            _walks.pop(other)[0].end()
+        own = place.directory / f"{share.number}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        _walks[key] = plain_walk(run, own, share), set()
+    walk, known = _walks[key]
+    for name, linear in solved.items():
+        if name not in known:
+            walk.put(name, linear)
+            known.add(name)
+    return walk, known
+
+
 def measure_chunk(asked: Measuring) -> Sums:
     """Return the sums of a chunk for what a linear of the blocks sees."""
-    key = (asked.walk, asked.share)
-    if key not in _walks:
-        for other in [known for known in _walks if known[0] != asked.walk]:
-            _walks.pop(other)[0].end()
-        run: Run = asked.run.get()
-        place = asked.directory / f"{asked.share.number}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        _walks[key] = plain_walk(run, place, asked.share), set()
-    walk, known = _walks[key]
-    for name, solved in asked.solved.items():
-        if name not in known:
-            walk.put(name, solved)
-            known.add(name)
+    walk, _ = worker_walk(asked.run.get(), asked.walk, asked.share, asked.solved)
     return walk.sums(asked.layer, asked.chunk)
 
 
@@ -107,7 +122,7 @@ class SharedWalk(Walk):
         layers = {layer.name: layer.shape for layer in run.plan.layers}
         super().__init__(run.source, layers, samples, section, run.env)
         self._run, self._pool, self._shared = run, pool, shared
-        self._directory, self._name = directory, uuid.uuid4().hex
+        self.place = WalkPlace(uuid.uuid4().hex, directory)
         self._done: dict[str, SolvedLinear] = {}
         self._train = samples.split(section.holdout)[0].num_tokens
 
@@ -115,10 +130,14 @@ class SharedWalk(Walk):
         """Take a linear that is solved; see `Walk.put`."""
         self._done[layer] = solved
 
+    def seen_by_workers(self) -> dict[str, SolvedLinear]:
+        """Return what is solved, by name, if anything that is solved later sees it."""
+        return {} if self._section.prefix == "original" else dict(self._done)
+
     def end(self) -> None:
         """Let go of all that is large."""
         super().end()
-        for key in [known for known in _walks if known[0] == self._name]:
+        for key in [known for known in _walks if known[0] == self.place.name]:
             _walks.pop(key)[0].end()
 
     def _measure(self, index: int, linear: str) -> tuple[InputStatistics, ...]:
@@ -126,19 +145,18 @@ class SharedWalk(Walk):
             self.warn_of_few_tokens(self._train)
             self._train = 0  # once
         name = f"{self._run.source.adapter.blocks}.{index}.{linear}"
-        solved = {} if self._section.prefix == "original" else dict(self._done)
+        solved = self.seen_by_workers()
         chunks, count = self._section.chunks or 1, self._pool.count
         tasks = [
             Task(
                 f"chunk {chunk + 1} of {chunks} of the samples, at {name}",
                 Measuring(
                     self._shared,
-                    self._name,
+                    self.place,
                     Share(chunk % count, count),
                     chunk,
                     name,
                     solved,
-                    self._directory,
                 ),
             )
             for chunk in range(chunks)

@@ -70,6 +70,7 @@ def solve(run: Run, writer: CheckpointWriter) -> tuple[LayerResult, ...]:
     with shared_run(run) as shared, walking(run, writer, shared) as walk:
         biased = announced_biases(run)
         if shared is not None:
+            assert walk is None or isinstance(walk, SharedWalk)
             return _solve_apart(run, writer, walk, shared)
         for block, layers in groupby(run.plan.in_blocks, partial(block_of, run.source)):
             entries = {layer.name: finish(layer, walk).entry for layer in layers}
@@ -113,7 +114,7 @@ def _result(
 
 
 def _solve_apart(
-    run: Run, writer: CheckpointWriter, walk: Walk | None, shared: Shared
+    run: Run, writer: CheckpointWriter, walk: SharedWalk | None, shared: Shared
 ) -> tuple[LayerResult, ...]:
     """Solve all layers on workers: those at once that don't wait for one another."""
     results: list[LayerResult] = []
@@ -123,6 +124,7 @@ def _solve_apart(
         for layer, notes in zip(layers, writer.once_each(names, make), strict=True):
             results.append(_result(run, writer, layer, walk, notes))
             _announce(run, results[-1], len(results))
+    warn_of_experts(coverage(results), run.env.emit)
     return tuple(results)
 
 

@@ -15,31 +15,30 @@ from qtool.engines import Shared, Task
 from qtool.errors import RecipeError
 from qtool.recipe.schema import Recipe
 from qtool.steps.activation_ranges import has_static_inputs
-from qtool.steps.plan import LayerPlan, Plan
+from qtool.steps.plan import LayerPlan
 from qtool.steps.row_edges import row_parts
 from qtool.steps.run import Run
+from qtool.steps.shared_walk import SharedWalk
 from qtool.steps.solve_calibrated import SolvedPart
+from qtool.steps.solve_experts import experts_apart
 from qtool.steps.solve_layer import joined_for, part_for, solved_for
 from qtool.steps.table_statistics import hessian_of
 from qtool.walk.statistics import InputStatistics
 from qtool.walk.walk import Walk
 
 
-def check_shareable(recipe: Recipe, plan: Plan) -> None:
+def check_shareable(recipe: Recipe) -> None:
     """Refuse what one process has to do alone.
 
     Raises:
-        RecipeError: the recipe tunes, corrects biases, weighs tokens, has static inputs, or samples
-            of a model with experts.
+        RecipeError: the recipe tunes, corrects biases, weighs tokens, or has static inputs.
     """
     section = recipe.calibration
-    experts = any(expert_name(layer.name) is not None for layer in plan.in_blocks)
     alone = {
         "tuning": recipe.tuning.is_on,
         "activations.granularity: tensor": has_static_inputs(recipe),
         "calibration.bias_correction": section is not None and section.bias_correction,
         "calibration.output_groups": section is not None and section.output_groups is not None,
-        "calibration of experts": section is not None and experts,
     }
     found = [key for key, is_asked in alone.items() if is_asked]
     if found:
@@ -58,10 +57,14 @@ def together(run: Run, walk: Walk | None) -> Iterator[tuple[LayerPlan, ...]]:
         yield run.plan.layers
         return
     in_blocks = list(run.plan.in_blocks)
-    for _, layers in groupby(
-        in_blocks,
-        lambda layer: walk.group(layer.name)[: 2 if section.prefix == "linears" else 1],
-    ):
+
+    def alike(layer: LayerPlan) -> tuple[int | str, ...]:
+        block, linear = walk.group(layer.name)
+        if expert_name(layer.name) is not None:
+            return block, "experts"
+        return (block, linear) if section.prefix == "linears" else (block,)
+
+    for _, layers in groupby(in_blocks, alike):
         yield tuple(layers)
     yield tuple(layer for layer in run.plan.layers if layer.role != "block")
 
@@ -105,7 +108,7 @@ def solve_one(asked: Solving) -> tuple[Solved, list[Progress | Notice]]:
 def made_apart(
     run: Run,
     writer: CheckpointWriter,
-    walk: Walk | None,
+    walk: SharedWalk | None,
     shared: Shared,
     layers: Sequence[LayerPlan],
     names: Sequence[str],
@@ -113,6 +116,9 @@ def made_apart(
     """Yield what some of the layers become, in their order, solved by the workers of a run."""
     pool = run.pool
     assert pool is not None
+    if walk is not None and expert_name(layers[0].name) is not None:
+        yield from experts_apart(run, walk, shared, layers, names)
+        return
     with ExitStack() as stack:
         seen: dict[int, Shared] = {}  # linears that share an input have one object
 

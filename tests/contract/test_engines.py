@@ -66,6 +66,11 @@ def test_tensors_go_there_and_back(pool, dtype):
     assert torch.equal(found, 2 * value)
 
 
+def test_a_tensor_without_values_stays_one(pool):
+    value = torch.empty(2, 3, dtype=torch.float16, device="meta")  # of a model's outline
+    assert list(pool.map(do.device_of, tasks(value))) == [("meta", torch.float16, (2, 3))]
+
+
 def test_a_shared_value_is_seen_by_all(pool):
     with pool.share(torch.ones(3, 2, dtype=torch.bfloat16)) as shared:
         found = list(pool.map(do.summed, tasks(shared, shared, shared)))

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from qtool.modeling.locate import Location
 from qtool.pipeline.quantize import quantize
 from qtool.recipe.load import recipe_from_mapping
 from qtool.recipe.schema import Recipe
+from tests import families
 from tests.helpers import file_hashes
 from tests.ray_cluster import two_nodes
 
@@ -51,11 +53,11 @@ def alone(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a function that gives what one process makes of a recipe, made once."""
     made: dict[str, Mapping[str, str]] = {}
 
-    def make(wanted: Recipe) -> Mapping[str, str]:
-        key = wanted.model_dump_json()
+    def make(wanted: Recipe, model: Location | None = None) -> Mapping[str, str]:
+        key = f"{model}{wanted.model_dump_json()}"
         if key not in made:
             out = tmp_path_factory.mktemp("alone") / "out"
-            quantize(Location(llama), out, wanted)
+            quantize(model or Location(llama), out, wanted)
             made[key] = weights(out)
         return made[key]
 
@@ -93,6 +95,48 @@ def test_rows_are_solved_apart_wherever_that_is(alone, llama, tmp_path, method):
     assert weights(tmp_path / "two") != alone(recipe(method, chunks=8))
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Location:
+    directory = tmp_path_factory.mktemp("experts")
+    families.build("qwen2_moe", num_experts_per_tok=2).save_pretrained(directory)
+    families.save_tokenizer(directory)
+    return Location(directory)
+
+
+@pytest.mark.parametrize("prefix", ["linears", pytest.param("original", marks=pytest.mark.slow)])
+def test_experts_are_tasks_of_their_own(alone, experts, tmp_path, prefix):
+    wanted, told = recipe(prefix=prefix, chunks=2, num_samples=3), list[str]()
+
+    def tell(event: Progress | Notice) -> None:
+        if isinstance(event, Notice):
+            told.append(event.message)
+
+    quantize(experts, tmp_path / "two", wanted, engine=TWO, emit=tell)
+    assert weights(tmp_path / "two") == alone(wanted, experts)
+    assert any("experts got fewer calibration tokens" in message for message in told)
+
+
+def test_a_run_that_stopped_between_layers_of_experts_goes_on(
+    alone, experts, tmp_path, monkeypatch
+):
+    from qtool.steps import solve
+
+    wanted, before = recipe(chunks=2, num_samples=3), solve._announce
+    one = EngineOptions("local", Workers(count=1))
+
+    def stop(run: Any, result: Any, done: int) -> None:
+        before(run, result, done)
+        if result.name.endswith("0.mlp.experts.down_proj[1]"):
+            raise EngineError("Stopped.")
+
+    monkeypatch.setattr(solve, "_announce", stop)
+    with pytest.raises(EngineError, match="Stopped"):
+        quantize(experts, tmp_path / "out", wanted, engine=one)
+    monkeypatch.undo()
+    quantize(experts, tmp_path / "out", wanted, engine=one, resume=True)
+    assert weights(tmp_path / "out") == alone(wanted, experts)
+
+
 def test_layers_without_data_are_shared_too(llama, tmp_path):
     wanted = recipe_from_mapping({"weights": {"method": "rtn"}}, [])
     quantize(Location(llama), tmp_path / "one", wanted)
@@ -124,6 +168,21 @@ def test_killed_workers_change_nothing(alone, llama, tmp_path):
     quantize(Location(llama), tmp_path / "killed", wanted, engine=options, emit=kill)
     assert len(killed) >= 3
     assert weights(tmp_path / "killed") == alone(wanted)
+
+
+def test_a_worker_that_stands_still_for_a_while_changes_nothing(alone, llama, tmp_path):
+    wanted, stopped = recipe(chunks=8), list[int]()
+
+    def stop(event: Progress | Notice) -> None:
+        """Let one of the workers stand still for a second."""
+        if isinstance(event, Progress) and event.what == "quantize" and event.done == 3:
+            stopped.append(workers_of(os.getpid())[0])
+            os.kill(stopped[0], signal.SIGSTOP)
+            Timer(1, os.kill, (stopped[0], signal.SIGCONT)).start()
+
+    quantize(Location(llama), tmp_path / "slow", wanted, engine=TWO, emit=stop)
+    assert stopped
+    assert weights(tmp_path / "slow") == alone(wanted)
 
 
 def test_a_run_whose_workers_always_end_goes_on_with_other_workers(
@@ -161,7 +220,14 @@ def test_local_workers_have_no_address(llama, tmp_path):
 
 
 def test_two_nodes_of_a_cluster_write_the_same(alone, llama, tmp_path):
+    asked = [
+        recipe(method, prefix=prefix, chunks=2)
+        for method in ("gptq", "bcq")
+        for prefix in ("linears", "original")
+    ]
     with two_nodes() as address:
         options = EngineOptions("ray", Workers(count=2, address=address))
-        quantize(Location(llama), tmp_path / "ray", recipe(chunks=8), engine=options)
-    assert weights(tmp_path / "ray") == alone(recipe(chunks=8))
+        for number, wanted in enumerate(asked):
+            quantize(Location(llama), tmp_path / str(number), wanted, engine=options)
+    for number, wanted in enumerate(asked):
+        assert weights(tmp_path / str(number)) == alone(wanted)
