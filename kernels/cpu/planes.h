@@ -16,8 +16,8 @@
 #define QT_MOST_BITS 8
 #define QT_MOST_GROUPED 1024 /* inputs of a group */
 /* Tiles of a block where tables are large: those of a group then stay in the first cache for all of
-   them. Prefetching by instructions makes it slower on all that was measured. */
-#define QT_TOGETHER 64
+   them. Few, so that a thread has blocks of its own: threads that take turns in one read at half the pace. */
+#define QT_TOGETHER 8
 #define QT_FEW_TABLES 10000 /* bytes of them that stay there beside a stream */
 
 typedef struct qt_planes {
