@@ -7,7 +7,6 @@ from ctypes import Structure, c_int64, c_void_p
 from itertools import pairwise
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 

@@ -17,8 +17,8 @@ SHELF_BYTES = 2**26
 class Shelves:
     """Hands out places for streams; a shelf goes with the last of its streams.
 
-    A decoding step reads weights in the order in which a model's modules are made. Short streams share
-    huge pages this way, and a processor that reads ahead of one finds the next.
+    A decoding step reads weights in the order in which a model's modules are made. Short streams
+    share huge pages this way, and a processor that reads ahead of one finds the next.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Shelves:
         self._used = 0
 
     def empty(self, num_bytes: int) -> Bytes:
-        """Return zeros (num_bytes,) uint8, aligned to 64, in huge pages where the system gives some."""
+        """Return zeros (num_bytes,) uint8, aligned to 64, in huge pages where there are any."""
         with self._lock:
             shelf = self._shelf() if self._shelf is not None else None
             if shelf is None or self._used + num_bytes > len(shelf):
