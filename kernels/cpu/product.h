@@ -45,8 +45,9 @@ QT_INLINE void qt_put_tile(const qt_planes *w, const qt_floats (*tile)[2], int64
     }
 }
 
-/* `count` tiles of one block times `batch` tables, by code for that number and what they have. */
-static inline void qt_multiply_some(const qt_planes *w, int64_t first, int64_t count, const qt_tables *tables,
+/* `count` tiles of one block times `batch` tables, by code for that number and what they have. Never inlined:
+   gcc keeps sums differently where it sees that they're a caller's own, and loses 15 % at 4 planes. */
+static __attribute__((noinline, unused)) void qt_multiply_some(const qt_planes *w, int64_t first, int64_t count, const qt_tables *tables,
                                     int64_t batch, qt_floats (*y)[2]) {
     if (w->tables == QT_INT16_TABLES && batch == 1)
         qt_multiply_tiles(w, first, count, tables, 1, QT_INT16_TABLES, y);
