@@ -2,6 +2,7 @@
    and positions, and they wait for one another where one needs what another has made. */
 #include "decode.h"
 
+#include <stdatomic.h>
 #include <time.h>
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -14,6 +15,13 @@
 #include "attention.h"
 #include "product.h"
 
+#define QT_SHARES 8 /* parts in which a thread takes its blocks, at most */
+
+/* Of one thread's blocks in one pass: how many somebody has taken. */
+typedef struct {
+    _Alignas(64) _Atomic int64_t blocks;
+} qt_taken;
+
 typedef struct {
     float *x;                  /* (batch, hidden): what goes from block to block */
     float *qkv, *inner, *gate_up;
@@ -22,9 +30,10 @@ typedef struct {
     float *own;                /* (threads, own_floats): what one thread alone sees */
     char *tables;              /* of the input of the projections that run, where they are shared */
     char *own_tables;          /* (threads, QT_OWN_TABLES) */
+    qt_taken *taken;           /* (passes, threads) */
     int64_t *best;             /* (threads, batch) */
     float *best_logits;
-    int64_t own_floats, num_bytes;
+    int64_t own_floats, taken_bytes, num_bytes;
 } qt_room;
 
 typedef struct {
@@ -36,7 +45,7 @@ typedef struct {
 typedef struct {
     const qt_step *step;
     qt_team *team;
-    int64_t thread, threads;
+    int64_t thread, threads, passes;
     float *own;
     double since; /* when the span that runs began */
 } qt_worker;
@@ -88,6 +97,15 @@ static int64_t most_table_bytes(const qt_decoder *d) {
     return most;
 }
 
+/* Of all products of a step, each of parts that may all want tables of their own. */
+static int64_t most_passes(const qt_decoder *d) {
+    int64_t passes = d->head.count;
+    for (int64_t i = 0; i < d->num_layers; i++)
+        passes += d->layers[i].qkv.count + d->layers[i].output.count + d->layers[i].gate_up.count +
+                  d->layers[i].down.count;
+    return passes;
+}
+
 static qt_room cut_room(const qt_decoder *d, int64_t batch, int64_t threads, char *base) {
     qt_room room;
     int64_t used = 0, heads = d->num_heads * d->head_dim;
@@ -104,6 +122,8 @@ static qt_room cut_room(const qt_decoder *d, int64_t batch, int64_t threads, cha
     room.own = (float *)take(base, &used, threads * room.own_floats * 4);
     room.tables = take(base, &used, batch * most_table_bytes(d));
     room.own_tables = take(base, &used, threads * QT_OWN_TABLES);
+    room.taken_bytes = most_passes(d) * threads * (int64_t)sizeof(qt_taken);
+    room.taken = (qt_taken *)take(base, &used, room.taken_bytes);
     room.best = (int64_t *)take(base, &used, threads * batch * 8);
     room.best_logits = (float *)take(base, &used, threads * batch * 4);
     room.num_bytes = used;
@@ -138,25 +158,35 @@ static const char *make_tables(const qt_worker *w, const qt_planes *weight, cons
     return place;
 }
 
+/* Blocks of a thread are a run of their own; who has done his takes others' from theirs. */
+static void run_products(qt_worker *w, const qt_products *products, int64_t blocks, int64_t together) {
+    qt_taken *taken = w->step->room.taken + w->passes++ * w->threads;
+    int64_t each = blocks / (QT_SHARES * w->threads), most = QT_TOGETHER / together;
+    each = each < 1 ? 1 : each > most ? most : each;
+    for (int64_t i = 0; i < w->threads; i++) {
+        int64_t whose = (w->thread + i) % w->threads, first;
+        int64_t begin = blocks * whose / w->threads, end = blocks * (whose + 1) / w->threads;
+        while ((first = begin + atomic_fetch_add_explicit(&taken[whose].blocks, each, memory_order_relaxed)) < end)
+            qt_multiply_products(products, first, first + each < end ? first + each : end);
+    }
+}
+
 /* y (batch, rows of all) = x (batch, inputs) @ W.T, added to y if `add`; all threads have the same
    numbers in x. Afterwards all threads have come here. */
-static void multiply(const qt_worker *w, const float *x, const qt_projections *all, float *y, int add) {
-    int64_t batch = w->step->state->batch, stride = rows_of(all), begin, end, grouped = 0;
-    const char *tables = NULL;
-    for (int64_t i = 0; i < all->count; y += all->parts[i].rows, i++) {
-        const qt_projection *part = &all->parts[i];
-        const qt_planes *planes = part->packed;
-        if (!planes) {
-            share(w, part->rows, &begin, &end);
-            qt_multiply_dense(part, x, batch, y, stride, add, begin, end);
-            continue;
+static void multiply(qt_worker *w, const float *x, const qt_projections *all, float *y, int add) {
+    qt_products p = {NULL, 0, w->step->state->batch, rows_of(all), x, NULL, y, add};
+    for (int64_t i = 0; i < all->count; i += p.count) {
+        const qt_planes *first = all->parts[i].packed;
+        int64_t blocks = 0;
+        p.parts = all->parts + i, p.count = 0;
+        for (int64_t j = i; j < all->count; j++, p.count++) { /* those of the same tables */
+            const qt_planes *planes = all->parts[j].packed;
+            if (!planes != !first || (first && planes->group_size != first->group_size)) break;
+            blocks += qt_projection_blocks(all->parts + j);
         }
-        if (planes->group_size != grouped) tables = make_tables(w, planes, x);
-        grouped = planes->group_size;
-        for (; planes; planes = planes->next) {
-            share(w, qt_tiles(planes), &begin, &end);
-            qt_multiply_planes(planes, tables, qt_table_bytes(planes), batch, y, stride, add, begin, end);
-        }
+        if (first) p.tables = make_tables(w, first, x);
+        run_products(w, &p, blocks, first ? first->together : 1);
+        for (int64_t j = 0; j < p.count; j++) p.y += p.parts[j].rows;
     }
     wait_for_all(w);
 }
@@ -301,7 +331,7 @@ static void choose(const qt_worker *w) {
 static void work(void *argument, qt_team *team, int64_t thread, int64_t threads) {
     const qt_step *step = argument;
     const qt_decoder *d = step->decoder;
-    qt_worker worker = {step, team, thread, threads, step->room.own + thread * step->room.own_floats, 0};
+    qt_worker worker = {step, team, thread, threads, 0, step->room.own + thread * step->room.own_floats, 0};
     if (step->state->seconds && thread == 0) worker.since = now();
     for (int64_t b = thread; b < step->state->batch; b += threads)
         qt_row(&d->embedding.parts[0], step->state->tokens[b], step->room.x + b * d->hidden);
@@ -317,5 +347,6 @@ static void work(void *argument, qt_team *team, int64_t thread, int64_t threads)
 
 void qt_decode_step(const qt_decoder *decoder, const qt_state *state, int64_t threads) {
     qt_step step = {decoder, state, cut_room(decoder, state->batch, threads, state->room)};
+    memset(step.room.taken, 0, (size_t)step.room.taken_bytes);
     qt_team_run(threads, work, &step);
 }

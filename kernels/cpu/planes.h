@@ -16,8 +16,8 @@
 #define QT_MOST_BITS 8
 #define QT_MOST_GROUPED 1024 /* inputs of a group */
 /* Tiles of a block where tables are large: those of a group then stay in the first cache for all of
-   them. Prefetching by instructions makes it slower on all that was measured. */
-#define QT_TOGETHER 64
+   them. Few, so that a thread has blocks of its own: threads that take turns in one read at half the pace. */
+#define QT_TOGETHER 8
 #define QT_FEW_TABLES 10000 /* bytes of them that stay there beside a stream */
 
 typedef struct qt_planes {
@@ -112,6 +112,27 @@ QT_INLINE void qt_put_set(qt_floats sums, int shift, int8_t *lower) {
     memcpy(lower + 64, &high, 16);
 }
 
+/* The largest sum of magnitudes of four inputs, and the sum of all. */
+QT_INLINE float qt_look_at_inputs(const float *x, int64_t count, float *sum) {
+    qt_floats most = {0}, all = {0};
+    float lanes[QT_LANES] = {0}, largest = 0.0f;
+    for (int64_t i = 0; i < count; i += QT_LANES) {
+        qt_floats v;
+        if (count - i < QT_LANES) memcpy(lanes, x + i, (size_t)(count - i) * 4);
+        v = qt_load(count - i < QT_LANES ? lanes : x + i);
+        all += v;
+        v = (qt_floats)((qt_ints)v & 0x7fffffff);
+        v += qt_shuffled(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+        v += qt_shuffled(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+        qt_ints more = v > most;
+        most = (qt_floats)(((qt_ints)v & more) | ((qt_ints)most & ~more));
+    }
+    *sum = qt_sum(all);
+    qt_store(lanes, most);
+    for (int i = 0; i < QT_LANES; i += 4) largest = lanes[i] > largest ? lanes[i] : largest;
+    return largest;
+}
+
 /* Tables of x (inputs) for a weight's groups begin .. end - 1. */
 QT_INLINE void qt_make_tables(const qt_planes *w, const float *x, int64_t begin, int64_t end, char *place) {
     qt_tables tables = qt_tables_at(w, place);
@@ -122,15 +143,9 @@ QT_INLINE void qt_make_tables(const qt_planes *w, const float *x, int64_t begin,
     for (int64_t g = begin; g < end; g++) {
         int64_t count = qt_group_inputs(w, g), chunks = qt_group_chunks(w, g);
         const float *inputs = x + g * w->group_size;
-        float filled[QT_CHUNK], most = 0.0f, sum = 0.0f;
-        for (int64_t i = 0; i < count; i += 4) {
-            float four = 0.0f;
-            for (int64_t j = i; j < i + 4 && j < count; j++) four += fabsf(inputs[j]), sum += inputs[j];
-            most = four > most ? four : most;
-        }
+        float filled[QT_CHUNK], most = qt_look_at_inputs(inputs, count, sums + g);
         float inverse = most > 0.0f ? largest / most : 0.0f;
         scales[g] = is_float ? 1.0f : most / (largest * (float)(1 << shift));
-        sums[g] = sum;
         for (int64_t c = 0; c < chunks; c++, entries += qt_chunk_table(w)) {
             const float *four = inputs + c * QT_CHUNK;
             if (count - c * QT_CHUNK < QT_CHUNK) {

@@ -45,8 +45,9 @@ QT_INLINE void qt_put_tile(const qt_planes *w, const qt_floats (*tile)[2], int64
     }
 }
 
-/* `count` tiles of one block times `batch` tables, by code for that number and what they have. */
-static inline void qt_multiply_some(const qt_planes *w, int64_t first, int64_t count, const qt_tables *tables,
+/* `count` tiles of one block times `batch` tables, by code for that number and what they have. Never inlined:
+   gcc keeps sums differently where it sees that they're a caller's own, and loses 15 % at 4 planes. */
+static __attribute__((noinline, unused)) void qt_multiply_some(const qt_planes *w, int64_t first, int64_t count, const qt_tables *tables,
                                     int64_t batch, qt_floats (*y)[2]) {
     if (w->tables == QT_INT16_TABLES && batch == 1)
         qt_multiply_tiles(w, first, count, tables, 1, QT_INT16_TABLES, y);
@@ -82,6 +83,48 @@ static inline void qt_multiply_planes(const qt_planes *w, const char *place, int
                 qt_put_tile(w, values + t * tokens, row, left < QT_TILE_ROWS ? left : QT_TILE_ROWS, tokens,
                             y + b * stride, stride, add);
             }
+        }
+    }
+}
+
+QT_INLINE int64_t qt_blocks(const qt_planes *w) { return (qt_tiles(w) + w->together - 1) / w->together; }
+
+/* Blocks of a projection: of its classes one after the other; of a dense one, as many rows as a tile has. */
+QT_INLINE int64_t qt_projection_blocks(const qt_projection *w) {
+    if (!w->packed) return (w->rows + QT_TILE_ROWS - 1) / QT_TILE_ROWS;
+    int64_t blocks = 0;
+    for (const qt_planes *class = w->packed; class; class = class->next) blocks += qt_blocks(class);
+    return blocks;
+}
+
+/* Products of one input with weights that share their tables, and whose rows are one below the other. */
+typedef struct {
+    const qt_projection *parts;
+    int64_t count, batch, stride;
+    const float *x;
+    const char *tables;
+    float *y;
+    int add;
+} qt_products;
+
+/* Blocks first .. last - 1, counted over all parts. */
+static inline void qt_multiply_products(const qt_products *p, int64_t first, int64_t last) {
+    float *y = p->y;
+    for (int64_t i = 0; i < p->count && last > 0; y += p->parts[i++].rows) {
+        const qt_projection *part = p->parts + i;
+        const qt_planes *w = part->packed;
+        int64_t blocks = qt_projection_blocks(part);
+        int64_t begin = first > 0 ? first : 0, end = last < blocks ? last : blocks;
+        first -= blocks, last -= blocks;
+        if (begin >= end) continue;
+        if (!w) {
+            int64_t rows = end * QT_TILE_ROWS < part->rows ? end * QT_TILE_ROWS : part->rows;
+            qt_multiply_dense(part, p->x, p->batch, y, p->stride, p->add, begin * QT_TILE_ROWS, rows);
+        }
+        for (; w && end > 0; begin -= qt_blocks(w), end -= qt_blocks(w), w = w->next) {
+            int64_t from = begin > 0 ? begin * w->together : 0, to = end * w->together;
+            to = to < qt_tiles(w) ? to : qt_tiles(w);
+            qt_multiply_planes(w, p->tables, qt_table_bytes(w), p->batch, y, p->stride, p->add, from, to);
         }
     }
 }

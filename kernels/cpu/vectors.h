@@ -24,6 +24,13 @@ QT_INLINE void qt_store(float *p, qt_floats v) { memcpy(p, &v, sizeof v); }
 
 QT_INLINE qt_floats qt_all(float value) { return value - (qt_floats){0}; }
 
+/* Lanes by their numbers. */
+#if defined(__clang__)
+#define qt_shuffled(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define qt_shuffled(v, ...) __builtin_shuffle(v, (qt_ints){__VA_ARGS__})
+#endif
+
 /* The sum of all lanes. */
 QT_INLINE float qt_sum(qt_floats v) {
 #if defined(__AVX512F__)

@@ -142,6 +142,7 @@ int decode_steps(void) {
         wrong += run((shape){2, 64, 4, 2, 16, 96, 130, 3, 20, QT_FLOAT16, 1, 0}, seed);
         wrong += run((shape){1, 65, 2, 2, 34, 31, 40, 2, 70, QT_BFLOAT16, 1, 1}, seed);
         wrong += run((shape){1, 2, 1, 1, 2, 1, 2, 1, 1, QT_FLOAT32, 0, 0}, seed);
+        wrong += run((shape){1, 600, 1, 1, 6, 1300, 2, 1, 1, QT_FLOAT32, 0, 0}, seed); /* blocks of tiles */
     }
     return wrong;
 }

@@ -7,7 +7,6 @@ from ctypes import Structure, c_int64, c_void_p
 from itertools import pairwise
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,15 +15,14 @@ from qtool.base import QuantizedTensor
 from qtool.formats.mixed_rows import MIXED_ROWS, split_rows
 from qtool.plugins import check_name
 from qtool.runtime.backends.cpu.library import NATIVE_DTYPES, Library
+from qtool.runtime.backends.cpu.streams import STREAM_ALIGNMENT, STREAMS
 from qtool.runtime.backends.cpu.threads import library_threads
 from qtool.runtime.backends.cuda.centers import CENTERS, planes_of
-from qtool.runtime.host_memory import advise_huge_pages
 from qtool.scheme import Shape2D
 
 MOST_GROUPED = 512
 """Inputs that share a scale of tables: more would be rounded to coarser steps."""
 SPLITS = (512, 256, 128, 64, 32)
-STREAM_ALIGNMENT, HUGE_PAGE = 64, 2**21
 TABLE_KINDS = ("int16", "int8", "float32")
 """Of tables, by their number in the library; the first one is the default."""
 
@@ -146,7 +144,7 @@ class PackedWeight:
         text = PlanesText(*tensor.shape, parts, tensor.scheme.num_bits, centered=centered)
         text.tables = TABLE_KINDS.index(self.tables)
         calls, address = self._library.calls, ctypes.addressof(text)
-        stream = empty_stream(calls.qt_planes_size(address))
+        stream = STREAMS.empty(calls.qt_planes_size(address))
         text.stream = stream.ctypes.data
         spread = [
             None if part is None else _repeated(part, -(-size // parts), groups)
@@ -176,17 +174,6 @@ def split_size(size: int, inputs: int) -> int:
     if size >= inputs:
         return MOST_GROUPED
     return next((part for part in SPLITS if size % part == 0), size)
-
-
-def empty_stream(num_bytes: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """Return zeros, in huge pages where the system gives some: a stream is read much faster."""
-    alignment = HUGE_PAGE if num_bytes >= HUGE_PAGE else STREAM_ALIGNMENT
-    whole = np.zeros(num_bytes + alignment, np.uint8)  # its pages aren't there before they're used
-    first = -whole.ctypes.data % alignment
-    stream = whole[first : first + num_bytes]
-    if alignment == HUGE_PAGE:
-        advise_huge_pages(stream.ctypes.data, num_bytes)
-    return stream
 
 
 def _repeated(parameters: Tensor, times: int, groups: int) -> Tensor:
