@@ -10,7 +10,8 @@ from qtool.pipeline.cluster import cluster_like_this, foresee
 from qtool.pipeline.compare import CompareOptions, ModelsCompared, compare
 from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
 from qtool.pipeline.export import ExportResult, export
-from qtool.pipeline.grid import CellResult, grid
+from qtool.pipeline.grid import CellResult, GridResult, grid
+from qtool.pipeline.grid_scores import GridScores, ScoreResult
 from qtool.pipeline.import_model import ImportResult, import_model
 from qtool.pipeline.model_figures import ModelFigures
 from qtool.pipeline.preflight import preflight
@@ -36,6 +37,8 @@ __all__ = [
     "EvalOptions",
     "ExportResult",
     "GpuOptions",
+    "GridResult",
+    "GridScores",
     "ImportResult",
     "ModelFigures",
     "ModelWritten",
@@ -44,6 +47,7 @@ __all__ = [
     "QuantizeResult",
     "RunOptions",
     "RunResult",
+    "ScoreResult",
     "ServeOptions",
     "SweepResult",
     "bench",

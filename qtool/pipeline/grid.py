@@ -1,7 +1,7 @@
 """Many recipes for many models: each pair is a cell, carried out by whichever worker is free.
 
 A cell is a run as `qtool run` does it, in a directory of its own; so what is finished is kept, and
-the same command goes on with the rest.
+the same command goes on with the rest. Then tasks x all of these models, see `grid_scores`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,23 @@ from typing import Any
 from qtool.base import Emit, Notice, Progress, ignore_events
 from qtool.checkpoint.grids import GRID_NAME
 from qtool.checkpoint.marks import is_checkpoint
-from qtool.engines import EngineOptions, Task, load_engine
+from qtool.engines import EngineOptions, Pool, Task, Workers, load_engine
 from qtool.errors import OutputError, QtoolError, RecipeError
 from qtool.modeling.device import default_device, free_memory, use_device
 from qtool.modeling.locate import Location
+from qtool.pipeline.grid_scores import (
+    SCORES_FOLDER,
+    GridScores,
+    ScoreResult,
+    run_score,
+    score_cells,
+)
 from qtool.pipeline.run import RunOptions, check_measurable, run_recipe
 from qtool.recipe.schema import Recipe
 from qtool.storage.plain_json import plain_json, write_json_file
 
-IN_THIS_PROCESS = EngineOptions("local")
+IN_THIS_PROCESS = EngineOptions("local", Workers(count=1))
+NO_SCORES = GridScores()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +85,31 @@ def run_cell(cell: GridCell) -> CellResult:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class GridResult:
+    """All cells of a grid."""
+
+    cells: Sequence[CellResult]
+    scores: Sequence[ScoreResult] = ()
+
+    def failures(self) -> list[str]:
+        """Return a sentence for each cell that gave no result."""
+        found = [(f"{one.model}, {one.recipe}", one.failure) for one in self.cells]
+        for one in self.scores:
+            words = (one.model, one.recipe, one.measured)
+            found.append((", ".join(word for word in words if word is not None), one.failure))
+        return [f"{name}: {failure}" for name, failure in found if failure is not None]
+
+
 def grid(
     models: Sequence[Location],
     recipes: Mapping[str, Recipe],
     out_dir: Path,
     options: RunOptions,
     *,
-    engine: EngineOptions | None = None,
+    scores: GridScores = NO_SCORES,
     emit: Emit = ignore_events,
-) -> tuple[CellResult, ...]:
+) -> GridResult:
     """Carry out all recipes for all models, and keep a table of what is done so far.
 
     Results are `out_dir`/MODEL/RECIPE, the table `out_dir`/grid.json; each model's folder has the
@@ -95,30 +119,46 @@ def grid(
         models: Originals, of different names.
         recipes: By their titles.
         out_dir: Gets a directory for each model.
-        options: For every cell; its engine must be None, for a cell is one worker's.
-        engine: Workers that cells are shared among; None: this process does one after the other.
+        options: For every cell. Its engine shares cells among workers, each cell being one
+            worker's; None: this process does one after the other.
+        scores: What is measured of the models, and of what was made of them.
         emit: Is told of each cell that is done.
 
     Raises:
         RecipeError: two models or recipes would share a directory.
         OutputError: `out_dir` is a checkpoint.
-        QtoolError: what a recipe measures can't be measured here; or as `Pool.map`.
+        QtoolError: what is to be measured can't be measured here; or as `Pool.map`.
     """
-    cells = _cells(models, recipes, out_dir, options)
+    cells = _cells(models, recipes, out_dir, replace(options, engine=None))
     for recipe in recipes.values():
         check_measurable(recipe, options)
-    chosen = engine or replace(IN_THIS_PROCESS, workers=replace(IN_THIS_PROCESS.workers, count=1))
+    scores.check()
+    chosen = options.engine or IN_THIS_PROCESS
     workers = replace(chosen.workers, device=str(default_device()), modules=(__name__,))
     opened = load_engine(chosen.name)
     opened.check(workers)
+    table = _Table(out_dir, models, len(cells), emit)
     emit(Progress("starting workers"))
-    done: list[CellResult] = []
     with opened.open(workers) as pool:
-        for found in pool.map(run_cell, [Task(cell.name, cell) for cell in cells]):
-            done.append(found)
-            _tell(found, emit, len(done), len(cells))
-            _write(out_dir, models, done, len(cells))
-    return tuple(done)
+        return _filled(table, pool, cells, scores)
+
+
+def _filled(
+    table: "_Table", pool: Pool, cells: Sequence[GridCell], scores: GridScores
+) -> GridResult:
+    """Carry out all cells, and then the scores of what they have made."""
+    made: list[tuple[str, str, Path]] = []
+    tasks = [Task(cell.name, cell) for cell in cells]
+    for cell, found in zip(cells, pool.map(run_cell, tasks), strict=True):
+        table.add(found)
+        if is_checkpoint(cell.out_dir):
+            made.append((_folder(cell.model), cell.title, cell.out_dir))
+    models = {_folder(model): model for model in table.models}
+    wanted = score_cells(scores, models, made, table.out_dir)
+    table.num_cells += len(wanted)
+    for result in pool.map(run_score, [Task(one.name, one) for one in wanted]):
+        table.add(result)
+    return GridResult(tuple(table.cells), tuple(table.scores))
 
 
 def _cells(
@@ -132,6 +172,10 @@ def _cells(
     folders = [_folder(model) for model in models]
     if len(set(folders)) < len(folders):
         raise RecipeError(f"Two models would share a directory: {', '.join(folders)}. Rename one.")
+    if any(Path(title).stem == SCORES_FOLDER for title in recipes):
+        raise RecipeError(
+            f"A grid has a folder {SCORES_FOLDER} of its own. Give that recipe another name."
+        )
     device = str(default_device())
     return [
         GridCell(model, title, recipe, out_dir / _folder(model) / Path(title).stem, options, device)
@@ -144,22 +188,44 @@ def _folder(model: Location) -> str:
     return model.name.rstrip("/").rpartition("/")[2].replace(":", "-")
 
 
-def _tell(found: CellResult, emit: Emit, number: int, total: int) -> None:
-    if found.failure is not None:
-        emit(Notice(f"{found.model}, {found.recipe}: {found.failure}"))
-    emit(Progress("grid", number, total, f"{found.model}, {found.recipe}"))
+@dataclass(slots=True)
+class _Table:
+    """What is done so far, as the files have it."""
 
+    out_dir: Path
+    models: Sequence[Location]
+    num_cells: int
+    emit: Emit
+    cells: list[CellResult] = field(default_factory=list)
+    scores: list[ScoreResult] = field(default_factory=list)
 
-def _write(
-    out_dir: Path, models: Sequence[Location], done: Sequence[CellResult], total: int
-) -> None:
-    """Write the table so far, and each model's own."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    cells = [asdict(each) for each in done]
-    write_json_file(out_dir / GRID_NAME, {"cells": cells, "num_cells": total})
-    for model in models:
-        own = [cell for cell in cells if cell["model"] == model.name]
-        folder = out_dir / _folder(model)
-        if own and folder.is_dir():
-            original = model.name if model.path is None else str(model.directory)
-            write_json_file(folder / GRID_NAME, {"original": original, "cells": own})
+    def add(self, found: CellResult | ScoreResult) -> None:
+        """Tell of a cell, and write the table so far and each model's own."""
+        words = [found.model, found.recipe]
+        if isinstance(found, ScoreResult):
+            self.scores.append(found)
+            words.append(found.measured)
+        else:
+            self.cells.append(found)
+        name = ", ".join(word for word in words if word is not None)
+        if found.failure is not None:
+            self.emit(Notice(f"{name}: {found.failure}"))
+        self.emit(Progress("grid", len(self.cells) + len(self.scores), self.num_cells, name))
+        self.write()
+
+    def write(self) -> None:
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        kept = {
+            "cells": [asdict(one) for one in self.cells],
+            "scores": [plain_json(asdict(one)) for one in self.scores],
+        }
+        write_json_file(self.out_dir / GRID_NAME, {**kept, "num_cells": self.num_cells})
+        for model in self.models:
+            own = {
+                name: [one for one in rows if one["model"] == model.name]
+                for name, rows in kept.items()
+            }
+            folder = self.out_dir / _folder(model)
+            if any(own.values()) and folder.is_dir():
+                original = model.name if model.path is None else str(model.directory)
+                write_json_file(folder / GRID_NAME, {"original": original, **own})

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 import yaml
 
 from tests.cli.conftest import Cli
@@ -57,3 +58,17 @@ def test_a_cell_that_fails_leaves_the_others(cli: Cli, chat_llama, tmp_path):
     assert "1 of 2 cells failed" in done.err
     assert (tmp_path / "grid" / chat_llama.name / "fine" / "config.json").is_file()
     assert (blocked / "letter.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "nothing is asked for"),
+        (["--dataset", "wikitext2-test", "--limit", "3"], "--limit needs --tasks"),
+        (["--tasks", "arc_easy", "--windows", "3"], "--windows needs --dataset"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(cli: Cli, chat_llama, tmp_path, options, said):
+    done = cli("grid", tmp_path / "grid", "--model", chat_llama, *options)
+    assert done.code == 2
+    assert said in done.err
