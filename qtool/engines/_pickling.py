@@ -2,9 +2,11 @@
 
 import io
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +38,18 @@ def dumps(value: Any) -> bytes:  # noqa: ANN401
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=5).dump(value)
     return buffer.getvalue()
+
+
+def dumps_apart(value: Any) -> tuple[bytes, list[Any]]:  # noqa: ANN401
+    """Return a value as bytes and, not copied, the (n,) uint8 arrays of its tensors."""
+    buffer, parts = io.BytesIO(), list[pickle.PickleBuffer]()
+    _Pickler(buffer, protocol=5, buffer_callback=parts.append).dump(value)
+    return buffer.getvalue(), [np.frombuffer(part.raw(), np.uint8) for part in parts]
+
+
+def loads_apart(content: bytes, arrays: Iterable[Any]) -> Any:  # noqa: ANN401
+    """Return the value of `dumps_apart`, whose tensors may be changed: arrays are copied once."""
+    return pickle.loads(content, buffers=[bytearray(array.data) for array in arrays])
 
 
 def write_pickle(value: Any, path: Path) -> None:  # noqa: ANN401

@@ -2,11 +2,12 @@
 
 import importlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from qtool.core.threads import num_threads
 from qtool.engines._pickling import dumps, loads
 
+Packed = TypeVar("Packed")
 VALUES_KEPT = 2
 """Shared values that a worker keeps: one of the run, and one of what it works at."""
 
@@ -48,26 +49,26 @@ def use_card(number: int | None) -> None:
         torch.cuda.set_device(number)
 
 
-def answer(content: bytes, threads: int) -> bytes:
+def answer(read: Callable[[], Any], threads: int, write: Callable[[Any], Packed]) -> Packed:
     """Return what came of a call: (what it returned, what it raised), of which one is None.
 
     Args:
-        content: The function and its argument, as `dumps` has them.
+        read: Gives the function and its argument.
         threads: That torch may use.
+        write: Makes of a value what goes back.
     """
     try:
         with num_threads(threads):
-            function, argument = loads(content)
-            return dumps((function(argument), None))
+            function, argument = read()
+            return write((function(argument), None))
     except Exception as error:  # noqa: BLE001 - whatever it is, who asked for it is told
         error.__traceback__ = error.__cause__ = error.__context__ = None
-        return _failure(error)
+        return write((None, _that_can_be_told(error)))
 
 
-def _failure(error: Exception) -> bytes:
+def _that_can_be_told(error: Exception) -> Exception:
     try:
-        content = dumps((None, error))
-        loads(content)
+        loads(dumps(error))
     except Exception:  # noqa: BLE001 - an error of some library that no other process can have
-        content = dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
-    return content
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,8 @@ def _serve(pipe: Connection, threads: int, card: int | None) -> None:
     use_card(card)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         while True:
-            pipe.send_bytes(answer(pipe.recv_bytes(), threads))
+            content = pipe.recv_bytes()
+            pipe.send_bytes(answer(partial(loads, content), threads, dumps))
 
 
 ENGINE = WorkEngine(

@@ -1,18 +1,20 @@
 """Many machines: an actor of Ray per worker, on this machine or on a cluster that runs already.
 
 Ray's own retries begin a task anew somewhere and forget what its worker had; so workers are actors,
-and who does what is decided as for `local`. Values go through Ray's object store.
+and who does what is decided as for `local`. Values go through Ray's object store,
+tensors as arrays, which it copies once into its memory and we once out of it.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from qtool.core.threads import num_threads
 from qtool.engines import Pool, Shared, Task, WorkEngine, Workers
-from qtool.engines._pickling import dumps, loads
+from qtool.engines._pickling import dumps_apart, loads_apart
 from qtool.engines._scheduling import SeatNews, scheduled
 from qtool.engines._worker import Remembered, answer, import_ahead
 from qtool.errors import EngineError, MissingExtraError
@@ -64,7 +66,7 @@ class _Stored:
     number: str
 
     def get(self) -> Any:  # noqa: ANN401
-        return _seen.get(self.number, lambda: loads(_ray().get(_references[self.number])))
+        return _seen.get(self.number, lambda: loads_apart(*_ray().get(_references[self.number])))
 
 
 _seen = Remembered()
@@ -83,11 +85,13 @@ class _Worker:
         """Return that the actor has begun."""
         return True
 
-    def call(self, content: bytes, references: list[Any]) -> bytes:
+    def call(
+        self, content: bytes, arrays: list[Any], references: list[Any]
+    ) -> tuple[bytes, list[Any]]:
         """Return what came of a function and its argument; see `answer`."""
         _references.clear()
         _references.update((reference.hex(), reference) for reference in references)
-        return answer(content, self._threads)
+        return answer(partial(loads_apart, content, arrays), self._threads, dumps_apart)
 
 
 class _Actors:
@@ -150,8 +154,9 @@ class _Actors:
         return set(range(self.count)) - set(self._expected.values())
 
     def send(self, seat: int, function: Callable[[Any], Any], argument: Any) -> None:  # noqa: ANN401
-        content = dumps((function, argument))
-        reference = self._actors[seat].call.remote(content, list(self._shared.values()))
+        content, arrays = dumps_apart((function, argument))
+        shared = list(self._shared.values())
+        reference = self._actors[seat].call.remote(content, arrays, shared)
         self._expected[reference] = seat
 
     def listen(self, timeout: float | None, only: int | None = None) -> SeatNews | None:
@@ -174,11 +179,11 @@ class _Actors:
         except self._ray.exceptions.RayError as error:
             self._start(seat)
             return SeatNews(seat, lost=f"with {type(error).__name__}", is_new=is_new)
-        return SeatNews(seat, is_new=True) if is_new else SeatNews(seat, *loads(found))
+        return SeatNews(seat, is_new=True) if is_new else SeatNews(seat, *loads_apart(*found))
 
     @contextmanager
     def share(self, value: Any) -> Iterator[Shared]:  # noqa: ANN401
-        reference = self._ray.put(dumps(value))
+        reference = self._ray.put(dumps_apart(value))
         number = reference.hex()
         self._shared[number] = reference
         try:

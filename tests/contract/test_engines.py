@@ -64,6 +64,7 @@ def test_tensors_go_there_and_back(pool, dtype):
     (found,) = pool.map(do.twice, tasks(value))
     assert found.dtype == dtype
     assert torch.equal(found, 2 * value)
+    assert torch.equal(found.add_(1), 2 * value + 1), "it is ours to change"
 
 
 def test_a_tensor_without_values_stays_one(pool):
