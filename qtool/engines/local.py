@@ -195,8 +195,9 @@ class _Processes:
             path.unlink(missing_ok=True)
 
     def end(self) -> None:
-        """End all of them."""
-        for worker in self._seats:
+        """End all of them; a map that an error has left then finds nobody to replace."""
+        seats, self._seats = self._seats, []
+        for worker in seats:
             worker.pipe.close()
             worker.process.kill()
             worker.process.join()

@@ -192,7 +192,8 @@ class _Actors:
             del self._shared[number]
 
     def end(self) -> None:
-        """End all of them."""
+        """End all of them; a map that an error has left then finds nobody to replace."""
+        self._expected.clear()
         for actor in self._actors:
             with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
                 self._ray.kill(actor)

@@ -22,7 +22,12 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
         workers = Workers(count=2, address=address, tries=3, modules=ahead)
         engine = load_engine(request.param)
         engine.check(workers)
-        yield stack.enter_context(engine.open(workers))
+        opened: Any = stack.enter_context(engine.open(workers))
+        yield opened
+        left = opened.map(do.squared, tasks(*range(4)))
+        next(left)
+    opened._start = None  # a map that an error has left begins no workers after the end
+    left.close()
 
 
 def tasks(*arguments: Any) -> list[Task]:
