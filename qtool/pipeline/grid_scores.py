@@ -27,7 +27,7 @@ from qtool.storage.plain_json import plain_json
 
 SCORES_FOLDER = "scores"
 """Of a model in a grid: what was measured of it, and of what was made of it."""
-TEXT = "text"
+TEXT_CELL = "text"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class GridScores:
 
     def asked(self) -> dict[str, EvalOptions]:
         """Return what each cell of a model measures, by its name."""
-        found = {} if self.text is None else {TEXT: self.text}
+        found = {} if self.text is None else {TEXT_CELL: self.text}
         if self.tasks is not None:
             for task in self.tasks.tasks:
                 found[task] = EvalOptions(tasks=replace(self.tasks, tasks=(task,)))
