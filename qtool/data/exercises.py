@@ -95,10 +95,8 @@ def _pairs(row: Mapping[str, Any], place: str) -> Iterator[tuple[str, str]]:
     if given is None or isinstance(row.get("text"), str):
         return
     wanted = row.get(PAIRS[given])
-    if given == "triples" and isinstance(wanted, list):
-        triples = [" : ".join(map(str, triple)) for triple in row[given]]
-        for one in wanted:
-            yield SEPARATOR.join(triples) + SEPARATOR.rstrip(), f" {one}"
+    if given == "triples":
+        yield from _described(row[given], wanted, place)
         return
     if not isinstance(row[given], str) or not isinstance(wanted, str) or not wanted:
         raise DataError(
@@ -109,6 +107,19 @@ def _pairs(row: Mapping[str, Any], place: str) -> Iterator[tuple[str, str]]:
         yield row[given] + SEPARATOR.rstrip(), f" {wanted}"
     else:
         yield row[given], wanted
+
+
+def _described(triples: object, texts: object, place: str) -> Iterator[tuple[str, str]]:
+    """Yield the facts of a row of WebNLG with each of the texts that say them."""
+    if not (isinstance(triples, list) and triples and isinstance(texts, list) and texts):
+        raise DataError(f"{place} has 'triples', and must have it and 'lexs' as lists with items.")
+    if not all(isinstance(fact, list) and len(fact) == 3 for fact in triples):  # noqa: PLR2004
+        raise DataError(f"{place}: each of 'triples' must be [subject, property, object].")
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise DataError(f"{place}: each of 'lexs' must be a string with something in it.")
+    facts = SEPARATOR.join(" : ".join(map(str, fact)) for fact in triples)
+    for text in texts:
+        yield facts + SEPARATOR.rstrip(), f" {text}"
 
 
 def _chat_exercise(

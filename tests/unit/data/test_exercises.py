@@ -85,6 +85,12 @@ BAD = {
     "no completion": ({"prompt": "w3"}, "must have it and 'completion' as strings"),
     "empty completion": ({"prompt": "w3", "completion": ""}, "the second not empty"),
     "nothing known": ({"words": "w3"}, "'text', a string, or with 'messages'"),
+    "facts without texts": ({"triples": [["w3", "w4", "w5"]]}, "and 'lexs' as lists"),
+    "no facts": ({"triples": None, "lexs": ["w6"]}, "and 'lexs' as lists"),
+    "half a fact": ({"triples": [["w3", "w4"]], "lexs": ["w6"]}, "subject, property, object"),
+    "a fact in one string": ({"triples": ["abc"], "lexs": ["w6"]}, "subject, property, object"),
+    "an empty text": ({"triples": [["w3", "w4", "w5"]], "lexs": ["w6", ""]}, "each of 'lexs'"),
+    "a text that isn't": ({"triples": [["w3", "w4", "w5"]], "lexs": [None]}, "each of 'lexs'"),
     "a number": ({"prompt": 3, "completion": "w4"}, "as strings"),
 }
 
