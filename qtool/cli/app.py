@@ -26,7 +26,7 @@ COMMANDS = {
     "train": "Train a checkpoint to follow its original: quantization-aware training.",
     "compare": "Compare any number of models with the first: texts, KL divergence, tasks.",
     "run": "Carry out a recipe: quantize, measure, and exit with 3 if a gate fails.",
-    "grid": "Carry out each recipe for each model, shared among workers; a table grows.",
+    "grid": "Recipes x models, and tasks x these and what was made of them, shared among workers.",
     "report": "Show what runs have found out as one HTML page, which needs no network.",
     "export": "Write a checkpoint in the format of another program, and compare it bit by bit.",
     "import": "Import a model that another program has quantized, without loss.",

@@ -78,7 +78,7 @@ def run_recipe(
         RecipeDryRun | None,
         typer.Option(
             "--dry-run",
-            metavar="[=measure|=cluster]",
+            metavar="[=KIND]",
             help="Check all, print steps and gates, do nothing. With =measure: predict what "
             "quantizing takes, as `qtool quantize` does; with =cluster: on many machines.",
         ),

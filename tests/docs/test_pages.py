@@ -53,7 +53,8 @@ def test_command_line_is_understood(line: Line):
     assert name in COMMANDS
     context = COMMANDS[name].make_context(name, list(arguments))
     method, recipe = context.params.get("method"), context.params.get("recipe")
-    recipe = recipe[-1] if isinstance(recipe, list) else recipe  # those of `grid`
+    if isinstance(recipe, list | tuple):  # those of `grid`, which may be none
+        recipe = recipe[-1] if recipe else None
     made = {file.stem for file in MADE}
     known = kind_names() if name == "adapt" else plugins.names(qtool.methods)
     assert method in {None, *known, *made}
