@@ -64,6 +64,11 @@ class CellResult:
     failure: str | None = None
     """Why there is no result, or not all of it."""
 
+    @property
+    def name(self) -> str:
+        """Model and recipe."""
+        return f"{self.model}, {self.recipe}"
+
 
 def run_cell(cell: GridCell) -> CellResult:
     """Carry out a cell; what fails in it is a part of what is returned."""
@@ -94,11 +99,8 @@ class GridResult:
 
     def failures(self) -> list[str]:
         """Return a sentence for each cell that gave no result."""
-        found = [(f"{one.model}, {one.recipe}", one.failure) for one in self.cells]
-        for one in self.scores:
-            words = (one.model, one.recipe, one.measured)
-            found.append((", ".join(word for word in words if word is not None), one.failure))
-        return [f"{name}: {failure}" for name, failure in found if failure is not None]
+        found: tuple[CellResult | ScoreResult, ...] = (*self.cells, *self.scores)
+        return [f"{one.name}: {one.failure}" for one in found if one.failure is not None]
 
 
 def grid(
@@ -201,16 +203,13 @@ class _Table:
 
     def add(self, found: CellResult | ScoreResult) -> None:
         """Tell of a cell, and write the table so far and each model's own."""
-        words = [found.model, found.recipe]
         if isinstance(found, ScoreResult):
             self.scores.append(found)
-            words.append(found.measured)
         else:
             self.cells.append(found)
-        name = ", ".join(word for word in words if word is not None)
         if found.failure is not None:
-            self.emit(Notice(f"{name}: {found.failure}"))
-        self.emit(Progress("grid", len(self.cells) + len(self.scores), self.num_cells, name))
+            self.emit(Notice(f"{found.name}: {found.failure}"))
+        self.emit(Progress("grid", len(self.cells) + len(self.scores), self.num_cells, found.name))
         self.write()
 
     def write(self) -> None:

@@ -79,8 +79,7 @@ class ScoreCell:
     @property
     def name(self) -> str:
         """Model, recipe and what is measured."""
-        words = (self.original.name, self.recipe, self.measured)
-        return ", ".join(word for word in words if word is not None)
+        return _name(self.original.name, self.recipe, self.measured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +98,15 @@ class ScoreResult:
     seconds: float = 0.0
     failure: str | None = None
     """Why there is no result."""
+
+    @property
+    def name(self) -> str:
+        """As of its cell."""
+        return _name(self.model, self.recipe, self.measured)
+
+
+def _name(*words: str | None) -> str:
+    return ", ".join(word for word in words if word is not None)
 
 
 def score_cells(

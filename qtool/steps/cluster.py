@@ -199,7 +199,7 @@ class _Paper:
         for block in self.work.blocks:
             for name, seconds, network in self._block(block):
                 found[name] = found[name].more(block.count * seconds, block.count * network)
-        tables = self._solved([(0, seconds) for seconds in self.work.tables])
+        tables = self._solved(self.work.tables)
         found["solve tables"] = found["solve tables"].more(tables)
         found["write"] = found["write"].more(self.work.after)
         return tuple(found.values())
@@ -221,7 +221,7 @@ class _Paper:
                     network = work.chunks * group.sums_bytes * (cluster.nodes - 1) / cluster.nodes
                     yield "measure", self._measured(group), network
             sums = sum(group.sums_bytes for group in groups) if work.chunks else 0
-            tasks = [part for group in groups for part in group.parts]
+            tasks = [seconds for group in groups for _, seconds in group.parts]
             sent = self._sent(sums) * cluster.nodes if cluster.workers > 1 else 0.0
             yield "solve", sent + self._solved(tasks), sums * (cluster.nodes - 1)
 
@@ -243,9 +243,9 @@ class _Paper:
             added += adding
         return added
 
-    def _solved(self, tasks: Sequence[tuple[int, float]]) -> float:
-        """Return when all tasks are done, the longest begun first."""
+    def _solved(self, tasks: Sequence[float]) -> float:
+        """Return when tasks of so many seconds are done, the longest begun first."""
         free = [0.0] * self.cluster.workers
-        for _, seconds in sorted(tasks, key=lambda task: -task[1]):
+        for seconds in sorted(tasks, reverse=True):
             heapq.heappush(free, heapq.heappop(free) + seconds)
         return max(free)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import codec
@@ -47,14 +46,11 @@ def solve_expert_apart(asked: SolvingExpert) -> list[Made]:
         assert isinstance(made.value, QuantizedTensor)
         inputs = made.notes.get("activation")
         activation = None if inputs is None else ActivationScheme(**inputs)
-        walk.put(layer.name, SolvedLinear(partial(_dequantized, made.value), activation))
+        weight = partial(codec(made.value.format).dequantize, made.value, torch.float32)
+        walk.put(layer.name, SolvedLinear(weight, activation))
         known.add(layer.name)
         found.append(made)
     return found
-
-
-def _dequantized(tensor: QuantizedTensor) -> Tensor:
-    return codec(tensor.format).dequantize(tensor, torch.float32)
 
 
 def experts_apart(

@@ -20,9 +20,11 @@ def print_forecast(found: "Forecast", json_file: Path | None) -> None:
     """
     if console.write_json(found.to_json(), json_file):
         rows = [
-            (phase.name, clock(phase.seconds), gigabytes(phase.network_bytes))
-            if phase.network_bytes
-            else (phase.name, clock(phase.seconds), "")
+            (
+                phase.name,
+                clock(phase.seconds),
+                gigabytes(size) if (size := phase.network_bytes) else "",
+            )
             for phase in found.phases
         ]
         columns = ("phase", ">time", ">over the network")

@@ -4,6 +4,7 @@ Source: vllm 0.33, `_custom_ops.py` and `kernels/linear/mixed_precision`.
 """
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qtool.errors import BackendError
+from qtool.timing.peers._peer import PeerWeight, of_groups, stored_size
 
 VLLM_LIBRARY = "_C_stable_libtorch.abi3.so"
 """Built for the stable interface of torch: later ones load it too."""
@@ -47,3 +49,25 @@ def packed_inputs(codes: Tensor) -> Tensor:
     )
     words = codes.T.unflatten(0, (-1, CODES_PER_WORD)).int() << shifts.view(1, -1, 1)
     return words.sum(1, dtype=torch.int32)
+
+
+def symmetric_weight(
+    matmul: Callable[[Tensor], object],
+    packed: tuple[Tensor, Tensor],
+    codes: Tensor,
+    scales: Tensor,
+) -> PeerWeight:
+    """Return a weight of 4-bit codes of which 8 means zero.
+
+    Args:
+        matmul: Multiplies by it.
+        packed: Words and scales as the kernel keeps them.
+        codes: (out_features, in_features), as `symmetric_codes` returns them.
+        scales: (out_features, groups), likewise.
+    """
+    middle = 2 ** (MARLIN_BITS - 1)
+    return PeerWeight(
+        matmul,
+        stored_size(*packed),
+        lambda: of_groups(codes, scales, -middle * scales.float()),
+    )

@@ -2,16 +2,14 @@
 
 from torch import Tensor
 
-from qtool.timing.peers._peer import (
-    FLOAT16,
-    GROUP_SIZE,
-    Peer,
-    PeerWeight,
-    of_groups,
-    stored_size,
-    symmetric_codes,
+from qtool.timing.peers._peer import FLOAT16, GROUP_SIZE, Peer, PeerWeight, symmetric_codes
+from qtool.timing.peers._vllm import (
+    MARLIN_BITS,
+    UINT4_MIDDLE_8,
+    packed_inputs,
+    symmetric_weight,
+    vllm_operators,
 )
-from qtool.timing.peers._vllm import MARLIN_BITS, UINT4_MIDDLE_8, packed_inputs, vllm_operators
 
 
 def machete(weight: Tensor) -> PeerWeight:
@@ -27,11 +25,7 @@ def machete(weight: Tensor) -> PeerWeight:
             *(x, packed, UINT4_MIDDLE_8, None, by_group, None, GROUP_SIZE, None, None, None)
         )
 
-    return PeerWeight(
-        product,
-        stored_size(packed, by_group),
-        lambda: of_groups(codes, scales, -8 * scales.float()),
-    )
+    return symmetric_weight(product, (packed, by_group), codes, scales)
 
 
 PEERS = (

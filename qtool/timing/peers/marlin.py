@@ -3,16 +3,14 @@
 import torch
 from torch import Tensor
 
-from qtool.timing.peers._peer import (
-    FLOAT16,
-    GROUP_SIZE,
-    Peer,
-    PeerWeight,
-    of_groups,
-    stored_size,
-    symmetric_codes,
+from qtool.timing.peers._peer import FLOAT16, GROUP_SIZE, Peer, PeerWeight, symmetric_codes
+from qtool.timing.peers._vllm import (
+    MARLIN_BITS,
+    UINT4_MIDDLE_8,
+    packed_inputs,
+    symmetric_weight,
+    vllm_operators,
 )
-from qtool.timing.peers._vllm import MARLIN_BITS, UINT4_MIDDLE_8, packed_inputs, vllm_operators
 
 SCALE_ORDER = [row + 8 * column for row in range(8) for column in range(8)]
 """In which order the kernel reads the scales of 64 outputs."""
@@ -33,11 +31,7 @@ def marlin(weight: Tensor) -> PeerWeight:
             *(len(x), rows, inputs, False, True, False),  # sums in float32, no atomic additions
         )
 
-    return PeerWeight(
-        product,
-        stored_size(packed, ordered),
-        lambda: of_groups(codes, scales, -8 * scales.float()),
-    )
+    return symmetric_weight(product, (packed, ordered), codes, scales)
 
 
 PEERS = (Peer("Marlin int4 g128", marlin, FLOAT16, "vllm", multiple=GROUP_SIZE, row_multiple=64),)
