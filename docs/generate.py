@@ -5,13 +5,11 @@ The output depends on the code and on nothing else: not on terminal, locale or w
 """
 
 import argparse
-import ast
 import dataclasses
 import inspect
 import os
 import subprocess
 import sys
-import textwrap
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -124,7 +122,7 @@ def method_section(name: str, method: Method) -> list[str]:
     types = typing.get_type_hints(method.options)  # without bounds
     if not options:
         return [*lines, "It has no options."]
-    documented = attribute_docstrings(method.options)
+    documented = plugins.attribute_docstrings(method.options)
     lines += ["| Option | Type | Default | Meaning |", "|---|---|---|---|"]
     for option in options:
         cells = (
@@ -155,24 +153,6 @@ def default_of(option: "dataclasses.Field[object]") -> str:
     if option.default_factory is not dataclasses.MISSING:
         return f"`{option.default_factory()!r}`"
     return "required"
-
-
-def attribute_docstrings(owner: type) -> dict[str, str]:
-    """Return the strings that stand below the fields of a class, by name of the field."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-    if not isinstance(definition, ast.ClassDef):
-        raise TypeError(f"{owner} isn't defined by a class statement")
-    found = {}
-    for field, text in zip(definition.body, definition.body[1:], strict=False):
-        if (
-            isinstance(field, ast.AnnAssign)
-            and isinstance(field.target, ast.Name)
-            and isinstance(text, ast.Expr)
-            and isinstance(text.value, ast.Constant)
-            and isinstance(text.value.value, str)
-        ):
-            found[field.target.id] = " ".join(text.value.value.split())
-    return found
 
 
 def recipes_page() -> str:

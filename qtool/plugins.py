@@ -4,10 +4,13 @@ No registry and no decorator: listing names imports nothing, loading one imports
 A module whose name starts with an underscore is no plug-in.
 """
 
+import ast
 import difflib
 import importlib
+import inspect
 import pkgutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TypeVar
@@ -79,3 +82,24 @@ def describe_miss(name: str, known: Sequence[str], where: str) -> str:
     near = difflib.get_close_matches(shown, known, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return f"No '{shown}' in {where}.{hint} Known: {', '.join(known)}."
+
+
+def attribute_docstrings(owner: type) -> dict[str, str]:
+    """Return the strings that stand below the fields of a class, by name of the field.
+
+    They are read from its source: of the options of a plug-in they are what a user is told.
+    """
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+    if not isinstance(definition, ast.ClassDef):
+        raise TypeError(f"{owner} isn't defined by a class statement")
+    found = {}
+    for field, text in zip(definition.body, definition.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+            and isinstance(text.value.value, str)
+        ):
+            found[field.target.id] = " ".join(text.value.value.split())
+    return found

@@ -24,6 +24,8 @@ EXTRAS = {
     "eval": "lm_eval",
     "data": "datasets",
     "demo": "gguf",
+    "export": "gguf",
+    "ray": "ray",
     "report": "matplotlib",
     "search": "optuna",
     "serve": "fastapi",
@@ -39,12 +41,13 @@ def doctor(
     with progress() as emit, early.opened([], None, emit):
         found = _found()
     if console.write_json(found, json_file):
-        columns, given = ("what", ""), found["settings"]
-        console.print_table("Installed", columns, found["installed"].items())
-        console.print_table("Extras", columns, found["extras"].items())
+        given = found["settings"]
+        console.print_table("Installed", ("what", "version"), found["installed"].items())
+        console.print_table("Extras", ("extra", "installed"), found["extras"].items())
         rows = [(name, given[name] or "", text) for name, text in settings.VARIABLES.items()]
         console.print_table("Settings", ("variable", "set to", "what it does"), rows)
-        console.print_table(f"Backends on {found['device']}", columns, found["backends"].items())
+        rows = list(found["backends"].items())
+        console.print_table(f"Backends on {found['device']}", ("backend", "runs here"), rows)
 
 
 def _found() -> dict[str, Any]:
@@ -73,7 +76,7 @@ def _found() -> dict[str, Any]:
             "qtool": qtool.__version__,
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},
-            "cpu": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads",
+            "cpu": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} of them",
             "gpu": size,
             "kernels": chosen if wanted is None else f"{wanted}, as $QTOOL_KERNEL says",
             "native": native,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qtool import plugins
 from qtool.base import Method, Progress
 from qtool.cli import console
 from qtool.cli.options import JsonOption, check_targets, wrong_plot_name
@@ -37,7 +38,14 @@ def inspect(
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Check a checkpoint and print what it holds."""
+    """Check a checkpoint and print what it holds.
+
+    [bold]Examples[/bold]
+
+      qtool inspect OUT_DIR
+
+      qtool inspect OUT_DIR --layers --verify
+    """
     if wrong := [*wrong_plot_name(plot), *wrong_plot_name(plot_search)]:
         raise typer.BadParameter(wrong[0])
     check_targets([json_file, plot, plot_search])
@@ -172,7 +180,7 @@ def _cells(entry: "LayerEntry") -> tuple[str, ...]:
 def methods(json_file: JsonOption = None) -> None:
     """List the methods and their options."""
     import qtool.methods
-    from qtool import folds, plugins
+    from qtool import folds
 
     with progress() as emit:
         emit(Progress("opening the methods"))
@@ -185,19 +193,20 @@ def methods(json_file: JsonOption = None) -> None:
         return
     for name, about in described.items():
         low, high = about["num_bits"]
-        needs = ", ".join(about["needs"]) or "no data"
-        title = f"{name}: {about['summary']} {low} to {high} bits; needs {needs}."
-        _print_options(title, about["options"])
+        needs = "needs" if about["needs"] else "takes" if about["uses"] else "ignores"
+        title = f"{name}: {about['summary']} {low} to {high} bits; {needs} calibration data."
+        _print_options(title, known[name])
     for name, fold in before.items():
-        _print_options(f"fold {name}: {fold.summary}", _defaults(fold))
+        _print_options(f"fold {name}: {fold.summary}", fold)
 
 
-def _print_options(title: str, options: Mapping[str, Any]) -> None:
+def _print_options(title: str, plugin: "Method | Fold") -> None:
+    meanings = plugins.attribute_docstrings(plugin.options)
     rows = [
-        (option, "required" if default is MISSING else repr(default))
-        for option, default in options.items()
+        (option, "required" if default is MISSING else repr(default), meanings.get(option, ""))
+        for option, default in _defaults(plugin).items()
     ]
-    console.print_table(title, ("option", "default"), rows)
+    console.print_table(title, ("option", "default", "meaning"), rows)
 
 
 def _defaults(plugin: "Method | Fold") -> dict[str, Any]:

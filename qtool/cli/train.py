@@ -45,7 +45,8 @@ def train(
     recipe: Annotated[
         str,
         typer.Option(
-            help="distillation, teacher-intervention, finetune; or a recipe to quantize by."
+            help="distillation, teacher-intervention, flexor, pnr or finetune; or a recipe with "
+            "a section 'training', which quantizes first: train-w2-pnr, mine.yaml."
         ),
     ] = "distillation",
     original: Annotated[

@@ -46,7 +46,7 @@ def quantize_rtn(problem: LayerProblem, options: RtnOptions) -> LayerSolution:
 
 
 METHOD = Method(
-    summary="Round to nearest on a uniform grid (affine); needs no data.",
+    summary="Round to nearest on a uniform grid (affine).",
     options=RtnOptions,
     solve=quantize_rtn,
     layout=lambda scheme, shape, _options: affine_format.CODEC.layout(scheme, shape),

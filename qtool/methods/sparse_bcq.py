@@ -89,7 +89,7 @@ def quantize_sparse(problem: LayerProblem, options: SparseBcqOptions) -> LayerSo
 
 
 METHOD = Method(
-    summary="Pruned binary coding whose signs a sequential decoder makes; needs no data.",
+    summary="Pruned binary coding whose signs a sequential decoder makes.",
     options=SparseBcqOptions,
     solve=quantize_sparse,
     layout=lambda scheme, shape, options: sparse_planes.CODEC.layout(

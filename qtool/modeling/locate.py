@@ -110,5 +110,7 @@ def _download(model: str, files: Sequence[str] = (*HUB_FILES, *HUB_ALSO)) -> Pat
     except Exception as error:  # the hub client raises many unrelated types
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
-            f"No local directory {model!r}, and the hub didn't give a model of that id: {first}"
+            f"No local directory {model!r}, and the hub didn't give a model of that id: "
+            f"{first.removeprefix('Got: ').rstrip('.')}. Look at the spelling, and at the network; "
+            "allowed are a directory, a hub id, a .gguf file, and demo:smollm2."
         ) from error

@@ -276,9 +276,9 @@ def test_bench_prints_its_conditions(cli: Cli, checkpoint):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("methods", ["rtn:", "bcq:", "clip_ratio"]),
+        ("methods", ["rtn:", "meaning", "8 bits; takes calibra", "Fraction of the group"]),
         ("recipes", ["rtn-w4g128", "bcq-w3g128"]),
-        ("doctor", ["torch", "reference", "runs, priority", "Extras"]),
+        ("doctor", ["torch", "reference", "runs, priority", "Extras", "ray"]),
     ],
 )
 def test_lists_are_printed(cli: Cli, command, words):

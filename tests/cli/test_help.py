@@ -8,6 +8,9 @@ import sys
 import pytest
 
 import qtool
+import qtool.training.adapters
+import qtool.training.recipes
+from qtool import plugins, training
 from qtool.cli.app import COMMANDS, load_command
 from tests.cli.conftest import Cli
 from tests.helpers import run_python
@@ -50,9 +53,17 @@ def test_every_command_summarises_itself_in_a_sentence(cli: Cli, command):
     assert re.search(r"Usage: \S+ \S+.*? [A-Z][^.]+\.", text)
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "bench"])
-def test_help_shows_examples(cli: Cli, command):
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"methods", "recipes", "doctor"}))
+def test_help_of_whatever_takes_arguments_shows_examples(cli: Cli, command):
     assert f"qtool {command}" in cli(command, "--help").out.split("Examples")[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "folder"), [("train", training.recipes), ("adapt", training.adapters)]
+)
+def test_help_names_all_that_a_command_can_be_asked_for(cli: Cli, command, folder):
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", cli(command, "--help").out).split())
+    assert all(name in shown for name in plugins.command_names(folder))
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["--version"]])

@@ -42,7 +42,7 @@ def test_passed_run_exits_with_0_and_writes_what_is_asked(cli: Cli, recipe, tmp_
     done = cli("run", recipe({"kl_mean": 1, "average_bits": 5}), *options)
     assert done.code == 0, done.err
     assert (tmp_path / "mine" / "config.json").is_file(), "OUT_DIR is named as the recipe"
-    for word in ("gates.kl_mean (chats)", "at most 5", "passed"):
+    for word in ("gates.kl_mean (chats)", "at most 5", "passed", "all 3 gates. All results are in"):
         assert word in done.out
     assert json.loads((tmp_path / "r.json").read_text())["passed"] is True
     assert len(ElementTree.parse(tmp_path / "r.xml").findall(".//testcase")) == 3

@@ -33,6 +33,10 @@ def print_gates(result: "RunResult") -> None:
     failed = [line.name for line in result.gates if not line.passed]
     if failed:
         lines.append(f"Failed: {', '.join(failed)}. All results are kept in {result.out_dir}.")
+    elif result.gates:
+        lines.append(f"Passed: all {len(result.gates)} gates. All results are in {result.out_dir}.")
+    else:
+        lines.append(f"All results are in {result.out_dir}. No gate judges them.")
     console.print_lines(lines)
 
 

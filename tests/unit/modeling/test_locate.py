@@ -43,7 +43,7 @@ def test_failed_download_is_one_line(monkeypatch):
         raise RuntimeError("404\nand a long story\nof many lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ModelError, match=r"No local directory 'someone/model', .*: 404$"):
+    with pytest.raises(ModelError, match=r"No local directory 'someone/model', .*: 404\. Look at"):
         _ = locate("someone/model").directory
 
 
