@@ -11,6 +11,7 @@ import typer
 
 from qtool.cli import early
 from qtool.cli.options import (
+    MOST_SEED,
     AdapterOption,
     BackendOption,
     DeviceOption,
@@ -44,7 +45,10 @@ def chat(
         float, typer.Option(min=0.01, max=1, help="Only tokens that together are this likely.")
     ] = 0.95,
     seed: Annotated[
-        int | None, typer.Option(help="The same answers each time; default: others.")
+        int | None,
+        typer.Option(
+            metavar="N", min=0, max=MOST_SEED, help="The same answers each time; default: others."
+        ),
     ] = None,
     adapter: AdapterOption = None,
     device: DeviceOption = None,

@@ -8,7 +8,7 @@ import typer
 
 from qtool.base import Emit, Progress
 from qtool.cli import early
-from qtool.cli.options import in_panel
+from qtool.cli.options import MOST_SEED, in_panel
 
 if TYPE_CHECKING:
     from qtool.evaluation.lm_eval.options import TaskOptions
@@ -40,7 +40,10 @@ MaxLengthOption = Annotated[
 ChatTemplateOption = Annotated[
     bool, _of_tasks("--apply-chat-template", help="Ask as the model was trained.")
 ]
-SeedOption = Annotated[int | None, _of_tasks(metavar="N", help="Default: lm-eval's seeds.")]
+SeedOption = Annotated[
+    int | None,
+    _of_tasks(metavar="N", min=0, max=MOST_SEED, help="Default: lm-eval's seeds."),
+]
 SamplesOption = Annotated[
     Path | None,
     _of_tasks(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qtool.cli.options import in_panel
+from qtool.cli.options import MOST_SEED, in_panel
 
 of_training = in_panel("Training")
 
@@ -18,5 +18,7 @@ WarmupOption = Annotated[float, of_training(min=0, max=1, help="Share of the ste
 LineLengthOption = Annotated[
     int, of_training(metavar="N", min=8, help="Tokens of a line; longer ones are cut.")
 ]
-LineOrderOption = Annotated[int, of_training(help="Of the order of lines.")]
+LineOrderOption = Annotated[
+    int, of_training(metavar="N", min=0, max=MOST_SEED, help="Of the order of lines.")
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")]

@@ -6,15 +6,18 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.core import alternating, binary_coding, grouping
 from qtool.core.packing import pack_bits, unpack_bits
+from qtool.core.sequential_code import MEMORY
 from qtool.core.xor_networks import nearest_inputs, through_network
 from qtool.errors import SchemeError
 from qtool.formats import binary_coding as binary_format
 from qtool.formats.encrypted_planes import encode_encrypted, encrypted_slices
 from qtool.formats.sparse_planes import encode_sparse
-from qtool.scheme import Shape2D, WeightScheme
+from qtool.scheme import BitCode, Shape2D, WeightScheme
 
 MOST_TRIED_INPUTS = 16
 """Stored bits of a slice of which all values are tried."""
+CODE_SHARE = 0.88
+"""Stored bits for each sign that is kept: somewhat fewer, and more corrections, is least in all."""
 
 
 def encrypted_start(weight: Tensor, networks: Tensor, scheme: WeightScheme) -> QuantizedTensor:
@@ -73,6 +76,19 @@ def _means(values: Tensor, scheme: WeightScheme) -> Tensor:
 
 def _spread(parameters: Tensor, scheme: WeightScheme, shape: Shape2D) -> Tensor:
     return grouping.spread(grouping.to_stored(parameters, scheme), scheme, shape)
+
+
+def sparse_code(sparsity: float, memory: int) -> BitCode:
+    """Return what a decoder takes and gives, in the least stored bits, corrections counted.
+
+    Args:
+        sparsity: Share of the weights that are zero, at random places; of 0 no sign is lost.
+        memory: Bits that the registers hold, in `core.sequential_code.MEMORY`.
+    """
+    if not sparsity:
+        return BitCode(num_inputs=1, num_outputs=1, registers=MEMORY[0])
+    outputs = round(memory / (CODE_SHARE * (1 - sparsity)))
+    return BitCode(num_inputs=memory, num_outputs=outputs, registers=1)
 
 
 def sparse_start(

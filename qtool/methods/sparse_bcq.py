@@ -17,12 +17,10 @@ from qtool.checkpoint.manifest import codec
 from qtool.core import metrics
 from qtool.core.sequential_code import MEMORY, serial_network
 from qtool.formats import sparse_planes
-from qtool.formats._encoded_starts import sparse_start
+from qtool.formats._encoded_starts import sparse_code, sparse_start
 from qtool.recipe.values import Number, WholeNumber
 from qtool.scheme import BitCode, Shape2D, WeightScheme
 
-CODE_SHARE = 0.88
-"""Stored bits for each sign that is kept: somewhat fewer, and more corrections, is least in all."""
 EXPECTED_WRONG = 0.02
 """Share of the kept signs that is corrected, for plans: with 2^14 states and random signs."""
 
@@ -41,10 +39,7 @@ class SparseBcqOptions:
     @property
     def code(self) -> BitCode:
         """Return what the decoder takes and gives; where all signs are kept, it loses none."""
-        if not self.sparsity:
-            return BitCode(num_inputs=1, num_outputs=1, registers=MEMORY[0])
-        outputs = round(self.memory / (CODE_SHARE * (1 - self.sparsity)))
-        return BitCode(num_inputs=self.memory, num_outputs=outputs, registers=1)
+        return sparse_code(self.sparsity, self.memory)
 
 
 def _num_kept(shape: Shape2D, options: SparseBcqOptions) -> int:

@@ -40,7 +40,8 @@ def quantize_and_train(
             "`training: {name: teacher-intervention}`, or extend train-w2-teacher-intervention."
         )
     own = {**section.options, **request.options.kind_options}
-    rate = request.options.learning_rate or section.learning_rate
+    asked = request.options.learning_rate
+    rate = section.learning_rate if asked is None else asked
     options = replace(request.options, kind_options=own, learning_rate=rate)
     request = replace(request, recipe=section.name, options=options)
     options.checked(load_training(section.name))

@@ -76,7 +76,7 @@ class AdaptOptions:
         steps = max(1, math.ceil(self.epochs * steps_per_epoch))
         return Schedule(
             steps=steps,
-            learning_rate=self.learning_rate or kind.learning_rate,
+            learning_rate=kind.learning_rate if self.learning_rate is None else self.learning_rate,
             warmup=math.ceil(self.warmup_share * steps),
             floor=0.0,
             falls="line",

@@ -81,7 +81,7 @@ class TrainOptions:
             lessons=lessons,
             places=places,
             steps=steps,
-            learning_rate=self.learning_rate or kind.learning_rate,
+            learning_rate=kind.learning_rate if self.learning_rate is None else self.learning_rate,
             warmup=max(1, round(self.warmup_share * steps)),
             checks=self.checks,
             autocast=self.autocast(next(original.parameters()).device),

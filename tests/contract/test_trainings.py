@@ -167,6 +167,11 @@ def test_a_dense_model_is_quantized_and_trained_at_once(llama, texts, tmp_path):
         quantize_and_train(recipe_from_mapping(WEIGHTS), request)
 
 
+def test_a_rate_of_nothing_is_taken_at_its_word(run):
+    done, _ = run("distillation", steps=2, learning_rate=0.0, kind_options={"code_rate": 0})
+    assert done.best_loss == done.first_loss
+
+
 def test_parts_of_a_batch_are_learned_from_as_the_whole(run, tmp_path):
     whole, _ = run("distillation", steps=3)
     parts, _ = run("distillation", steps=3, accumulate=4, out_dir=tmp_path / "parts")
@@ -224,10 +229,14 @@ def test_pruning_by_movement_goes_on_to_the_same_result(run, tmp_path):
 
 @pytest.mark.parametrize("compression", ["prune", "decay"])
 def test_every_regularization_is_stored(compression, run):
-    own = {"compression": compression, "period": 2}
+    own = {"compression": compression, "period": 2, "sparsity": 0.9}
     done, _ = run("pnr", steps=4, learning_rate=1e-3, kind_options=own)
-    formats = {entry.format for entry in CheckpointReader(done.out_dir).manifest.layers.values()}
-    assert formats == {"sparse_planes" if compression == "prune" else "binary_coding"}
+    layers = CheckpointReader(done.out_dir).manifest.layers.values()
+    assert {entry.format for entry in layers} == {
+        "sparse_planes" if compression == "prune" else "binary_coding"
+    }
+    for code in filter(None, (entry.scheme.code for entry in layers)):
+        assert code.num_inputs / code.num_outputs < 0.1, "more is stored than there is to say"
     assert torch.isfinite(load_model(Location(done.out_dir), device="cpu").model(IDS).logits).all()
 
 

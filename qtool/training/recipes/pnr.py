@@ -14,17 +14,13 @@ from torch import Tensor, nn
 
 from qtool.base import CausalModel, QuantizedTensor
 from qtool.core.compressions import decayed, in_planes_of, movement, pruned
-from qtool.core.sequential_code import serial_network
-from qtool.formats._encoded_starts import sparse_start
+from qtool.core.sequential_code import MEMORY, serial_network
+from qtool.formats._encoded_starts import sparse_code, sparse_start
 from qtool.formats.binary_coding import encode_binary
-from qtool.scheme import BitCode, Shape2D, WeightScheme
+from qtool.scheme import Shape2D, WeightScheme
 from qtool.training.recipes import PreparedTraining, Trainee, Training, TrainingStage
 from qtool.training.recipes._student import FollowOptions, begin_student, schedule_of
 from qtool.training.student import make_student
-
-PRUNED_CODE = BitCode(num_inputs=8, num_outputs=28, registers=1)
-"""Of pruned results; `sparse_bcq` has others."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PnrOptions(FollowOptions):
@@ -37,6 +33,9 @@ class PnrOptions(FollowOptions):
     weights shrink. What is stored has the checkpoint's planes; of pruned weights, sparse ones."""
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.7
     """Share that pruning makes zero."""
+    memory: Annotated[int, Field(ge=MEMORY[0], le=MEMORY[-1])] = 10
+    """Bits that the registers of the decoder of what is pruned hold; each more doubles the time of
+    the search, at the end."""
     saliency: Literal["magnitude", "movement"] = "magnitude"
     """Which weights pruning leaves: the largest, or those that have most moved away from zero
     (movement pruning); before anything has moved, the largest."""
@@ -129,10 +128,11 @@ class _Layers:
         shape = Shape2D(*weight.shape)
         if self.options.compression == "prune":
             sparse = self.layers[name].pruned(self.options.sparsity).cpu()
-            size = PRUNED_CODE.num_outputs, PRUNED_CODE.num_inputs, PRUNED_CODE.registers
+            code = sparse_code(self.options.sparsity, self.options.memory)
+            size = code.num_outputs, code.num_inputs, code.registers
             network = serial_network(*size, torch.Generator().manual_seed(0))
-            code = replace(scheme, code=PRUNED_CODE, symmetric=True)
-            return sparse_start(sparse, sparse != 0, network, code)
+            own = replace(scheme, code=code, symmetric=True)
+            return sparse_start(sparse, sparse != 0, network, own)
         codes, theta, _ = in_planes_of(weight, scheme)
         return encode_binary(codes, theta[..., :-1], theta[..., -1], scheme, shape)
 
