@@ -11,7 +11,6 @@ import typer
 
 from qtool.cli import early
 from qtool.cli.options import (
-    MOST_SEED,
     AdapterOption,
     BackendOption,
     DeviceOption,
@@ -21,6 +20,7 @@ from qtool.cli.options import (
 from qtool.cli.outcome import print_error
 from qtool.cli.progress import progress
 from qtool.errors import ModelError
+from qtool.recipe.values import MOST_SEED
 
 if TYPE_CHECKING:
     from qtool.serving.conversation import Conversation

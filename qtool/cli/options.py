@@ -58,10 +58,6 @@ DTypeOption = Annotated[
 ]
 
 
-MOST_SEED = 2**31 - 1
-"""All generators take it."""
-
-
 def in_panel(name: str) -> Callable[..., Any]:
     """Return what makes options that stand together, under a heading, in --help."""
     return functools.partial(typer.Option, rich_help_panel=name)

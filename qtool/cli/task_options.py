@@ -8,7 +8,8 @@ import typer
 
 from qtool.base import Emit, Progress
 from qtool.cli import early
-from qtool.cli.options import MOST_SEED, in_panel
+from qtool.cli.options import in_panel
+from qtool.recipe.values import MOST_SEED
 
 if TYPE_CHECKING:
     from qtool.evaluation.lm_eval.options import TaskOptions

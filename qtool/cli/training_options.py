@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from qtool.cli.options import MOST_SEED, in_panel
+from qtool.cli.options import in_panel
+from qtool.recipe.values import MOST_SEED
 
 of_training = in_panel("Training")
 

@@ -14,11 +14,13 @@ from qtool.base import CausalModel, Emit, Notice, QuantizedTensor, ignore_events
 from qtool.checkpoint.adapter_files import base_digest
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
+from qtool.checkpoint.marks import read_report
 from qtool.checkpoint.place import Place, find_place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import ModelError, RecipeError
 from qtool.modeling.classifiers import is_encoder
+from qtool.modeling.config import read_config
 from qtool.modeling.device import default_device
 from qtool.modeling.load import LoadedModel, load_source, load_tokenizer
 from qtool.modeling.locate import locate
@@ -34,9 +36,11 @@ from qtool.storage.digests import files_digest
 from qtool.training.classified import class_scores
 from qtool.training.lessons import Lessons, causal_lessons
 from qtool.training.recipes import PreparedTraining, Trainee, Training, load_training
-from qtool.training.together import fellows, is_first, meeting
+from qtool.training.together import agreed, fellows, is_first, meeting
 
 WRITING_TRAINED = "writing what was learned"
+ABOUT = "trained"
+"""What has the result of training, in a report."""
 
 
 def train(request: TrainRequest, *, emit: Emit = ignore_events) -> TrainResult:
@@ -60,7 +64,8 @@ def _train(request: TrainRequest, emit: Emit) -> TrainResult:
     own = request.options.checked(kind)
     files = [request.data, *filter(None, [request.validation])]
     place = find_place(request.out_dir, overwrite=request.overwrite, resume=request.resume)
-    check_apart(place.out_dir, request.model.directory, files)
+    for read in filter(None, (request.model, request.original)):
+        check_apart(place.out_dir, read.directory, files)
     if is_first():
         look(place)
     if kind.is_dense:
@@ -76,8 +81,8 @@ def _train(request: TrainRequest, emit: Emit) -> TrainResult:
     }
     device = default_device()
     with _writing(place, job) as writer, failures_of_the_machine(str(device), place.out_dir):
-        if writer is not None and writer.is_sealed:
-            writer.publish()
+        if _has_ended(writer):
+            return _written(place)
         begun = time.perf_counter()
         trainee = _trainee(request, kind, reader, source, device, emit)
         prepared = kind.prepare(trainee, own)
@@ -105,6 +110,23 @@ def _writing(
     if not is_first():
         return contextlib.nullcontext()
     return CheckpointWriter(place, {"train": job, "version of qtool": qtool.__version__})
+
+
+def _has_ended(writer: CheckpointWriter | None) -> bool:
+    """Return whether there is nothing left to do, in all processes; what only lacks its name gets it.
+
+    Args:
+        writer: None in all processes that train together but the first.
+    """
+    if writer is not None and writer.is_sealed:
+        writer.publish()
+    ended = writer is not None and (writer.is_sealed or writer.has_ended)
+    return bool(agreed(float(ended)))
+
+
+def _written(place: Place) -> TrainResult:
+    """Return what an earlier run has made."""
+    return TrainResult(out_dir=place.named, **read_report(place.out_dir)[ABOUT])
 
 
 def _check_batch(options: TrainOptions) -> None:
@@ -157,7 +179,7 @@ def _original(request: TrainRequest, reader: CheckpointReader) -> ModelSource:
     """Return the model that was quantized.
 
     Raises:
-        ModelError: nobody knows where it is.
+        ModelError: nobody knows where it is, or it is another model.
     """
     location = request.original
     if location is None and reader.manifest.source is not None:
@@ -167,7 +189,32 @@ def _original(request: TrainRequest, reader: CheckpointReader) -> ModelSource:
             f"{reader.directory} doesn't say what was quantized: its original was no public model. "
             "Give it with --original."
         )
-    return open_source(location)
+    source = open_source(location)
+    _check_same_model(reader, source)
+    return source
+
+
+def _check_same_model(reader: CheckpointReader, source: ModelSource) -> None:
+    """Check that an original has the family and the sizes of a checkpoint.
+
+    A student is made of the original's modules: of another model's it would be neither of the two.
+
+    Raises:
+        ModelError: it has others.
+    """
+    own, other = read_config(reader.directory), source.config
+    sizes = [
+        key
+        for key, value in own.items()
+        if type(value) is int and type(other.get(key)) is int and not key.endswith("_token_id")
+    ]
+    for key in ("model_type", *sizes):
+        if own.get(key) != other.get(key):
+            raise ModelError(
+                f"{reader.directory} wasn't made of {source.directory}: {key} is {own.get(key)!r} "
+                f"in its configuration, and {other.get(key)!r} in the other's. Give the model that "
+                "was quantized with --original."
+            )
 
 
 def _trainee(
@@ -240,6 +287,5 @@ def _write(
             return replace(now, parts={part: each.cpu() for part, each in now.parts.items()})
         return now.cpu().to(was.dtype) if isinstance(was, Tensor) else now.cpu()
 
-    values = asdict(result)
-    about = {key: values[key] for key in ("recipe", "first_loss", "best_loss", "steps", "scores")}
-    rewrite(reader, writer, make, {"trained": about}, emit, WRITING_TRAINED)
+    about = {key: value for key, value in asdict(result).items() if key != "out_dir"}
+    rewrite(reader, writer, make, {ABOUT: about}, emit, WRITING_TRAINED)

@@ -12,6 +12,7 @@ import qtool.training.adapters
 import qtool.training.recipes
 from qtool import plugins, training
 from qtool.cli.app import COMMANDS, load_command
+from qtool.recipe.values import MOST_SEED
 from tests.cli.conftest import Cli
 from tests.helpers import run_python
 
@@ -136,3 +137,12 @@ def test_running_the_module_is_running_the_command():
         [sys.executable, "-m", "qtool", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == qtool.__version__
+
+
+@pytest.mark.parametrize("seed", [-1, MOST_SEED + 1])
+def test_seeds_are_numbers_that_every_generator_takes(cli: Cli, seed):
+    for command in COMMANDS:
+        if any(option.name == "seed" for option in load_command(command).params):
+            done = cli(command, f"--seed={seed}")
+            assert done.code == 2
+            assert "'--seed'" in done.err

@@ -12,6 +12,7 @@ import torch
 from qtool import pipeline
 from qtool.base import Notice, Progress
 from qtool.checkpoint.reader import CheckpointReader
+from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import DataError, ModelError, OutputError, RecipeError, SchemeError
 from qtool.modeling.load import load_model, load_source
 from qtool.modeling.locate import Location
@@ -117,6 +118,25 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(recipe, run, tmp_path
     (weights,) = (path.name for path in where.glob("*.safetensors"))
     assert file_hashes(where)[weights] == file_hashes(whole.out_dir)[weights]
     assert again.best_loss == pytest.approx(whole.best_loss, abs=1e-9)
+
+
+def test_a_run_that_has_ended_is_not_trained_again(run, tmp_path, monkeypatch):
+    """Neither one that has written all but had no time to give it its name."""
+    whole, _ = run("flexor", steps=2)
+    where, publish = tmp_path / "again", CheckpointWriter.publish
+
+    def stop(_self: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointWriter, "publish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run("flexor", steps=2, out_dir=where)
+    monkeypatch.setattr(CheckpointWriter, "publish", publish)
+    for _ in range(2):
+        again, events = run("flexor", steps=2, out_dir=where, resume=True)
+        assert not any(isinstance(e, Progress) and e.what == "train" for e in events)
+        assert replace(again, seconds=whole.seconds, out_dir=whole.out_dir) == whole
+        assert again.seconds > 0
 
 
 @pytest.mark.parametrize("recipe", TRAININGS)
@@ -261,6 +281,24 @@ def test_what_is_impossible_is_said_at_once(run, base, tmp_path):
         run("distillation", data=short)
     with pytest.raises(ModelError, match="no dense encoder"):
         run("finetune", model=base)
+
+
+def test_another_model_than_what_was_quantized_is_no_original(run, tiny, tmp_path):
+    """Not one of another family whose shapes are the same, nor a deeper one."""
+    deeper = tmp_path / "deeper"
+    families.build("llama", num_hidden_layers=3).save_pretrained(deeper)
+    families.save_tokenizer(deeper)
+    for other, key in ((tiny("qwen3"), "model_type"), (deeper, "num_hidden_layers")):
+        with pytest.raises(ModelError, match=rf"wasn't made of .*{key}.*--original"):
+            run("distillation", original=other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_never_lies_in_its_original(run, llama):
+    before = file_hashes(llama)
+    with pytest.raises(OutputError, match="is the model that is read, or lies in it"):
+        run("distillation", out_dir=llama / "trained")
+    assert file_hashes(llama) == before
 
 
 @pytest.fixture(scope="module")
