@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from errno import ENOSPC
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.reader import tensor_digest
 from qtool.checkpoint.stream import UNREADABLE, Piece, pieces_of, put_back
-from qtool.storage.whole_files import sync
+from qtool.storage.whole_files import numbered_failures, sync
 
 LONGEST_NAME = 200
 """In bytes; file systems take 255, with what is added."""
@@ -91,11 +90,8 @@ class Spool:
         path = self._path(name)
         temporary = path.with_suffix(".tmp")
         marked = {"notes": text, "digest": sha256(text.encode()).hexdigest()}
-        try:
+        with numbered_failures():
             save_file(on_cpu, temporary, marked)
-        except SafetensorError as error:  # of the file system, in words of its own
-            full = "No space left" in str(error) or "os error 28" in str(error)
-            raise (OSError(ENOSPC, "") if full else OSError(str(error))) from error
         sync(temporary)
         temporary.replace(path)
         sync(self.directory)

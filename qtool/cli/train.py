@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtool.cli import console, early
-from qtool.cli.options import KEPT, DeviceOption, JsonOption, check_targets
+from qtool.cli.options import DeviceOption, JsonOption, check_targets
 from qtool.cli.progress import progress
 from qtool.cli.settings_of import parsed_settings
 from qtool.cli.training_options import (
@@ -26,6 +26,12 @@ from qtool.storage.jsonl import check_file
 
 if TYPE_CHECKING:
     from qtool.pipeline.train_request import TrainResult
+
+
+LOOK_KEPT = (
+    "The same command with --resume goes on from the last look at held-out lines; `finetune` "
+    "begins anew."
+)
 
 
 class Precision(StrEnum):
@@ -100,7 +106,7 @@ def train(
     for file in filter(None, (data, validation)):
         check_file(file)
     with (
-        progress(KEPT) as emit,
+        progress(LOOK_KEPT) as emit,
         early.opened([model, original], device, emit) as (where, before),
     ):
         from qtool.pipeline.quantize_and_train import quantize_and_train

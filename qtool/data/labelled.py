@@ -71,8 +71,8 @@ def _line(row: object, place: str, num_classes: int | None) -> Labelled:
     return Labelled(texts, label, place)
 
 
-def count_classes(rows: Sequence[Labelled], where: Path) -> int:
-    """Return how many classes labels tell apart.
+def check_labels(rows: Sequence[Labelled], where: Path) -> None:
+    """Check that labels differ.
 
     Raises:
         DataError: there is but one.
@@ -83,7 +83,23 @@ def count_classes(rows: Sequence[Labelled], where: Path) -> int:
             f"All {len(rows)} lines of {where} have the label {labels.pop()}: nothing can be "
             "learned from them. Give lines of at least two classes."
         )
-    return max(labels) + 1
+
+
+def count_classes(rows: Sequence[Labelled], where: Path) -> int:
+    """Return how many classes labels tell apart, where no model says so.
+
+    Raises:
+        DataError: one of them has no line.
+    """
+    labels = {row.label for row in rows}
+    count = max(labels) + 1
+    missing = min(set(range(count)) - labels, default=None)
+    if missing is not None:
+        raise DataError(
+            f"{where} has labels up to {count - 1}, and no line with {missing}. Number the classes "
+            "from 0 on, without gaps."
+        )
+    return count
 
 
 def labelled_tokens(

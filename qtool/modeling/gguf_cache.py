@@ -119,7 +119,6 @@ def _save_whole(path: Path, target: Path) -> None:
     """Let transformers dequantize what qtool doesn't read, all tensors at once."""
     import torch  # slow imports
     import transformers
-    from safetensors import SafetensorError
     from transformers import modeling_gguf_pytorch_utils as reading
 
     from qtool.exchange._gguf_about import read_tokenizer
@@ -143,9 +142,7 @@ def _save_whole(path: Path, target: Path) -> None:
         raise ModelError(
             f"{path}: transformers can't read this GGUF file: {reason(error)}"
         ) from error
-    try:
+    with numbered_failures():
         model.save_pretrained(target)
         for name, content in tokenizer.items():
             (target / name).write_bytes(content)
-    except SafetensorError as error:  # a full disk, in words of its own
-        raise OSError(reason(error)) from error

@@ -8,7 +8,13 @@ import torch
 from qtool.base import Emit, Progress, Tokenizer
 from qtool.data.corpora import check_tokens
 from qtool.data.exercises import Learned, cut_to, in_packed_rows, read_exercises, tokenized
-from qtool.data.labelled import Labelled, count_classes, labelled_tokens, read_labelled
+from qtool.data.labelled import (
+    Labelled,
+    check_labels,
+    count_classes,
+    labelled_tokens,
+    read_labelled,
+)
 from qtool.errors import DataError
 from qtool.modeling.load import LoadedModel
 from qtool.steps.adapt_model import split_off
@@ -101,8 +107,8 @@ def read_classes(
         DataError: see `data.labelled`; or there are fewer than two lines.
     """
     rows = read_labelled(data, num_classes)
+    check_labels(rows, data)
     classes = num_classes or count_classes(rows, data)
-    count_classes(rows, data)
     if validation is not None:
         return rows, read_labelled(validation, classes)[:MOST_LABELLED]
     if len(rows) < 2:  # noqa: PLR2004 - one to learn from, one to look at

@@ -18,6 +18,7 @@ from qtool.modeling.encoders import encoder_adapter
 from qtool.modeling.load import load_tokenizer
 from qtool.pipeline.learned_data import class_lessons, read_classes
 from qtool.pipeline.train_request import TrainRequest, TrainResult
+from qtool.storage.whole_files import numbered_failures
 from qtool.steps.train_model import train_stages
 from qtool.training.classified import class_scores
 from qtool.training.recipes import Trainee, Training
@@ -82,10 +83,13 @@ def _num_classes(directory: Path) -> int | None:
 def _save(model: CausalModel, source: Path, out_dir: Path) -> None:
     """Write a dense model with the small files of what it comes of; its name comes last."""
     partial = out_dir.with_name(f"{out_dir.name}.partial")
-    with file_failures(out_dir):
+    try:
+        with file_failures(out_dir), numbered_failures():
+            shutil.rmtree(partial, ignore_errors=True)
+            model.save_pretrained(partial)
+            for name, content in read_companions(source).items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).write_bytes(content)
+            partial.rename(out_dir)
+    finally:  # what is left is no checkpoint, and would be in the way of the next run
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        for name, content in read_companions(source).items():
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            (partial / name).write_bytes(content)
-        partial.rename(out_dir)

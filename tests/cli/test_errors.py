@@ -1,5 +1,6 @@
 """What a user can do wrong: exit code 1 and one line that says what, where and what next."""
 
+import importlib
 import json
 import logging
 from collections.abc import Iterator
@@ -150,6 +151,17 @@ def test_interrupt_promises_no_more_than_is_kept(cli: Cli, monkeypatch, argument
     assert line.startswith("Error: Interrupted. ")
     assert kept in line
     assert "--resume" not in line
+
+
+def test_interrupted_training_goes_on_from_its_last_look(cli: Cli, llama, monkeypatch, tmp_path):
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("qtool.pipeline.train"), "train", stop)
+    (tmp_path / "texts.jsonl").write_text("{}")
+    done = cli("train", llama, tmp_path / "texts.jsonl", tmp_path / "out")
+    assert done.code == 130
+    assert "Interrupted. The same command with --resume goes on from the last look" in done.said[-1]
 
 
 @pytest.mark.parametrize(

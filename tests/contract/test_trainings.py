@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from qtool import pipeline
 from qtool.base import Notice, Progress
@@ -407,7 +408,7 @@ def test_labels_that_are_none_are_refused(row, said, classifier, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_one_class_alone_teaches_nothing(encoder, tmp_path):
+def test_labels_that_tell_nothing_apart_or_leave_a_gap_are_refused(encoder, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"sentence": "w3", "label": 1}\n' * 3)
     request = TrainRequest(
@@ -415,3 +416,27 @@ def test_one_class_alone_teaches_nothing(encoder, tmp_path):
     )
     with pytest.raises(DataError, match=r"All 3 lines .* have the label 1"):
         train(request)
+    data.write_text('{"sentence": "w3", "label": 0}\n{"sentence": "w4", "label": 2}\n')
+    with pytest.raises(DataError, match=r"labels up to 2, and no line with 1\. Number"):
+        train(request)
+
+
+def test_a_full_disk_is_told_and_what_was_begun_is_gone(encoder, classes, tmp_path, monkeypatch):
+    def full(_model: Any, target: Path) -> None:
+        target.mkdir()
+        (target / "model.safetensors").touch()
+        raise SafetensorError("Error while serializing: I/O error: No space (os error 28)")
+
+    request = TrainRequest(
+        model=Location(encoder),
+        data=classes,
+        out_dir=tmp_path / "out",
+        recipe="finetune",
+        options=TrainOptions(steps=1, checks=1),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+        with pytest.raises(OutputError, match="disk of .*out is full"):
+            train(request)
+    assert list(tmp_path.iterdir()) == []
+    assert train(request).out_dir.exists()

@@ -22,6 +22,7 @@ from qtool.training.recipes import PreparedTraining, Trainee, Training, Training
 from qtool.training.recipes._student import FollowOptions, begin_student, schedule_of
 from qtool.training.student import make_student
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PnrOptions(FollowOptions):
     """What is done to weights, how often, and what counts."""
