@@ -20,7 +20,8 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.reader import tensor_digest
 from qtool.checkpoint.stream import UNREADABLE, Piece, pieces_of, put_back
-from qtool.storage.whole_files import numbered_failures, sync
+from qtool.storage.tensor_failures import numbered_failures
+from qtool.storage.whole_files import sync
 
 LONGEST_NAME = 200
 """In bytes; file systems take 255, with what is added."""

@@ -122,6 +122,7 @@ def _save_whole(path: Path, target: Path) -> None:
     from transformers import modeling_gguf_pytorch_utils as reading
 
     from qtool.exchange._gguf_about import read_tokenizer
+    from qtool.storage.tensor_failures import numbered_failures
 
     transformers.utils.logging.disable_progress_bar()
     reading.tqdm = lambda tensors, **_: tensors  # a bar that heeds no switch of transformers

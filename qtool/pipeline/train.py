@@ -113,7 +113,7 @@ def _writing(
 
 
 def _has_ended(writer: CheckpointWriter | None) -> bool:
-    """Return whether there is nothing left to do, in all processes; what only lacks its name gets it.
+    """Return whether nothing is left to do, in all processes; what only lacks its name gets it.
 
     Args:
         writer: None in all processes that train together but the first.

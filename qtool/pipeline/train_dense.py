@@ -18,8 +18,8 @@ from qtool.modeling.encoders import encoder_adapter
 from qtool.modeling.load import load_tokenizer
 from qtool.pipeline.learned_data import class_lessons, read_classes
 from qtool.pipeline.train_request import TrainRequest, TrainResult
-from qtool.storage.whole_files import numbered_failures
 from qtool.steps.train_model import train_stages
+from qtool.storage.tensor_failures import numbered_failures
 from qtool.training.classified import class_scores
 from qtool.training.recipes import Trainee, Training
 from qtool.training.together import is_first

@@ -2,10 +2,8 @@
 
 import contextlib
 import os
-import re
 import uuid
 from collections.abc import Iterator
-from errno import ENOSPC
 from pathlib import Path
 from typing import IO
 
@@ -33,26 +31,6 @@ def written_whole(target: Path, *, durable: bool = False) -> Iterator[IO[bytes]]
             sync(target.parent)
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def numbered_failures() -> Iterator[None]:
-    """Let what safetensors says of a file system be the error that it is, with its number.
-
-    Raises:
-        OSError: a file can't be written.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        text = str(error)
-        said = re.search(r"os error (\d+)", text)
-        number = int(said[1]) if said else ENOSPC if "No space left" in text else None
-        if number is None:
-            raise OSError(text) from error
-        raise OSError(number, os.strerror(number)) from error
 
 
 def sync(path: Path) -> None:

@@ -436,7 +436,7 @@ def test_a_full_disk_is_told_and_what_was_begun_is_gone(encoder, classes, tmp_pa
     )
     with monkeypatch.context() as patch:
         patch.setattr("transformers.PreTrainedModel.save_pretrained", full)
-        with pytest.raises(OutputError, match="disk of .*out is full"):
+        with pytest.raises(OutputError, match=r"disk of .*out is full"):
             train(request)
     assert list(tmp_path.iterdir()) == []
     assert train(request).out_dir.exists()
