@@ -68,16 +68,18 @@ def test_signs_of_all_that_is_kept_come_back_for_any_mask(seed, sparsity, num_bi
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", plugins.names(qtool.runtime.backends))
-def test_a_model_runs_to_the_bit_what_it_would_of_planes_stored_as_they_are(name, backend):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_model_runs_to_the_bit_what_it_would_of_planes_stored_as_they_are(name, backend, device):
     tensor = MAKERS[name](normal(40, 64), SCHEME)
     plain = opened_weight(tensor)
     assert plain.format == "binary_coding"
-    reason = load_backend(backend).why_not(plain, torch.device("cpu"))
+    moved = replace(plain, parts={part: value.to(device) for part, value in plain.parts.items()})
+    reason = load_backend(backend).why_not(moved, torch.device(device))
     if reason is not None:
         pytest.skip(reason)
     with use_backend(backend):
-        encoded, stored = linear_of(tensor), linear_of(plain)
-    x = normal(3, 64)
+        encoded, stored = (linear_of(each).to(device) for each in (tensor, plain))
+    x = normal(3, 64).to(device)
     assert torch.equal(encoded(x), stored(x))
     assert encoded.backend is stored.backend is load_backend(backend)
     assert encoded.stored().format == name
