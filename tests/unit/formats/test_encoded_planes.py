@@ -19,11 +19,13 @@ from qtool.errors import CheckpointError, SchemeError
 from qtool.formats import binary_coding, encrypted_planes, sparse_planes
 from qtool.formats._encoded_starts import encrypted_start
 from qtool.formats._in_planes import in_planes, opened_weight
+from qtool.methods.sparse_bcq import SparseBcqOptions, quantize_sparse
+from qtool.recipe.load import load_recipe
 from qtool.runtime.backends._choose import load_backend, use_backend
 from qtool.runtime.modules import QuantizedLinear
 from qtool.scheme import BitCode, Shape2D, WeightScheme
 from tests.golden.build import HERE
-from tests.helpers import dequantized, encrypted, normal, sparse
+from tests.helpers import dequantized, encrypted, normal, problem, sparse
 from tests.unit.checkpoint.test_manifest import edit_tensors
 
 NAMES = ("encrypted_planes", "sparse_planes")
@@ -177,6 +179,17 @@ def test_bits_are_counted_apart_on_disk_and_when_it_runs():
     assert bits["mask"] == 1
     assert 0.8 < bits["code"] < 0.9  # two fifths of two planes, and what fills registers
     assert opened_weight(tensor).parts["bit_planes"].nbytes * 8 == 4 * 64 * 320
+
+
+def test_the_recipe_stores_signs_within_a_twentieth_of_the_entropy_bound():
+    """Corrections counted; the decoder's network is the same for all layers, and isn't."""
+    options = SparseBcqOptions(**load_recipe("sparse-70-encrypted").weights.options)
+    given = problem(normal(192, 256), SCHEME)
+    tensor = quantize_sparse(given, options).tensor
+    bits = sparse_planes.stored_bits(tensor)
+    network = 8 * tensor.parts["xor_network"].nbytes / given.weight.numel()
+    bound = SCHEME.num_bits * (1 - options.sparsity)
+    assert bound < bits["code"] + bits["corrections"] - network < 1.05 * bound
 
 
 @pytest.mark.parametrize("name", NAMES)
