@@ -16,11 +16,11 @@ from qtool.cli.options import (
     DeviceOption,
     KvCacheOption,
     ModelArgument,
+    checked_seed,
 )
 from qtool.cli.outcome import print_error
 from qtool.cli.progress import progress
 from qtool.errors import ModelError
-from qtool.recipe.values import MOST_SEED
 
 if TYPE_CHECKING:
     from qtool.serving.conversation import Conversation
@@ -47,7 +47,9 @@ def chat(
     seed: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=0, max=MOST_SEED, help="The same answers each time; default: others."
+            metavar="N",
+            callback=checked_seed,
+            help="The same answers each time; default: others.",
         ),
     ] = None,
     adapter: AdapterOption = None,

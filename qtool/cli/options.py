@@ -13,6 +13,7 @@ import typer.core
 
 from qtool.cli.console import check_replaceable
 from qtool.errors import OutputError
+from qtool.recipe.values import MOST_SEED
 from qtool.settings import KvCache
 from qtool.wording import reason
 
@@ -61,6 +62,13 @@ DTypeOption = Annotated[
 def in_panel(name: str) -> Callable[..., Any]:
     """Return what makes options that stand together, under a heading, in --help."""
     return functools.partial(typer.Option, rich_help_panel=name)
+
+
+def checked_seed(seed: int | None) -> int | None:
+    """Return a seed that every generator takes; as callback, since a range would widen --help."""
+    if seed is not None and not 0 <= seed <= MOST_SEED:
+        raise typer.BadParameter(f"it is {seed}; give a whole number from 0 to {MOST_SEED}.")
+    return seed
 
 
 def _device(text: str | None) -> str | None:

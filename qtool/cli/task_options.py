@@ -8,8 +8,7 @@ import typer
 
 from qtool.base import Emit, Progress
 from qtool.cli import early
-from qtool.cli.options import in_panel
-from qtool.recipe.values import MOST_SEED
+from qtool.cli.options import checked_seed, in_panel
 
 if TYPE_CHECKING:
     from qtool.evaluation.lm_eval.options import TaskOptions
@@ -43,7 +42,7 @@ ChatTemplateOption = Annotated[
 ]
 SeedOption = Annotated[
     int | None,
-    _of_tasks(metavar="N", min=0, max=MOST_SEED, help="Default: lm-eval's seeds."),
+    _of_tasks(metavar="N", callback=checked_seed, help="Default: lm-eval's seeds."),
 ]
 SamplesOption = Annotated[
     Path | None,

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qtool.cli.options import in_panel
-from qtool.recipe.values import MOST_SEED
+from qtool.cli.options import checked_seed, in_panel
 
 of_training = in_panel("Training")
 
@@ -20,6 +19,6 @@ LineLengthOption = Annotated[
     int, of_training(metavar="N", min=8, help="Tokens of a line; longer ones are cut.")
 ]
 LineOrderOption = Annotated[
-    int, of_training(metavar="N", min=0, max=MOST_SEED, help="Of the order of lines.")
+    int, of_training(metavar="N", callback=checked_seed, help="Of the order of lines.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")]
