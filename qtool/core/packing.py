@@ -17,7 +17,7 @@ def num_words(length: int) -> int:
 
 
 def octets_of(values: Tensor) -> Tensor:
-    """Return the bytes of numbers: (..., n) of k bytes each -> (..., n * k) uint8, no copy if it can.
+    """Return the bytes of numbers: (..., n) of k bytes each -> (..., n * k) uint8.
 
     A dimension of one entry may have any stride, also in what torch calls contiguous, and viewing
     as another dtype then fails: hence the new last dimension.

@@ -1,4 +1,4 @@
-"""What a trainer left beside merged weights, and transformers would take for a part of the model."""
+"""What a trainer left beside merged weights, and transformers would take for part of a model."""
 
 import contextlib
 import tempfile

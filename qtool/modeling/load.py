@@ -17,8 +17,8 @@ from qtool.errors import CheckpointError, ModelError
 from qtool.modeling.adapters import load_adapter
 from qtool.modeling.config import auto_class, parse_config, read_config, transformers_failures
 from qtool.modeling.device import default_device, default_dtype
-from qtool.modeling.locate import Location
 from qtool.modeling.leftovers import without_leftovers
+from qtool.modeling.locate import Location
 from qtool.modeling.skeleton import empty_model, match_names, missing_message
 from qtool.modeling.source import ModelSource
 from qtool.wording import list_names, shown

@@ -1,4 +1,4 @@
-"""Models of very narrow layers: one weight in a row, groups wider than a row, a norm that weighs."""
+"""Models of very narrow layers: one weight in a row, groups wider than a row, norms that weigh."""
 
 import pytest
 import torch
