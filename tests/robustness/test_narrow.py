@@ -1,5 +1,8 @@
 """Models of very narrow layers: one weight in a row, groups wider than a row, norms that weigh."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +12,7 @@ from tests import every_family, families
 from tests.helpers import QUICK_BCQ, recipe
 from tests.stored import stored_weights
 
-SHAPES = {
+SHAPES: Mapping[str, Mapping[str, Any]] = {
     "one column": {"hidden_size": 6, "intermediate_size": 1, "num_attention_heads": 3},
     "norms weigh": {"hidden_size": 1, "intermediate_size": 1, "num_attention_heads": 1},
     "odd": {"hidden_size": 33, "intermediate_size": 17, "num_attention_heads": 1},
