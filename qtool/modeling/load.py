@@ -155,11 +155,17 @@ def check_weights(directory: Path) -> None:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Return the tokenizer of a model."""
+    """Return the tokenizer of a model.
+
+    Raises:
+        ModelError: it can't be loaded, or makes no tokens, not even of nothing.
+    """
     import transformers
 
     with transformers_failures(f"{directory} has no usable tokenizer"):
-        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        loaded = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        loaded("", verbose=False)  # values of its files that nobody looks at before
+        return loaded
 
 
 def _from_pretrained(
