@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,20 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.adapter import ADAPTER_PARTS, LayerAdapter
 from qtool.checkpoint.manifest import Manifest
-from qtool.checkpoint.place import file_failures
+from qtool.checkpoint.place import IGNORED, Place, check_writable, file_failures, find_place
+from qtool.checkpoint.publish import exchange
 from qtool.checkpoint.reader import tensor_digest
 from qtool.errors import CheckpointError, OutputError
 from qtool.storage.plain_json import write_json_file
-from qtool.storage.whole_files import written_whole
+from qtool.storage.whole_files import sync, written_whole
 from qtool.wording import list_names, quoted, reason, shown
 
+JOB_NAME_OF_ADAPTER = "job.json"
 MANIFEST_NAME, TENSORS_NAME, CURVE_NAME = "adapter.json", "adapter.safetensors", "curve.jsonl"
 ADAPTER_FILES = (MANIFEST_NAME, TENSORS_NAME, CURVE_NAME)
+STATE_NAME = "state.safetensors"
+WORK_FILES = (STATE_NAME, JOB_NAME_OF_ADAPTER)
+"""What an unfinished adapter has besides: how far its training is."""
 ADAPTER_MARK = "an adapter of qtool"
 ADAPTER_VERSION = 1
 TRAIN_AGAIN = "Copy the adapter again, or train it again with `qtool adapt`."
@@ -85,21 +89,28 @@ def adapter_digest(directory: Path) -> str:
     return hashlib.sha256((directory / MANIFEST_NAME).read_bytes()).hexdigest()
 
 
-def check_adapter_place(directory: Path, *, overwrite: bool) -> None:
-    """Refuse a place for an adapter that isn't free, before anything is trained.
+def find_adapter_place(directory: Path, *, overwrite: bool) -> Place:
+    """Return where an adapter goes and is made; it is free, which is known before training.
 
     Raises:
-        OutputError: something is there that isn't ours, or isn't to be replaced.
+        OutputError: something is there that isn't ours, or isn't to be replaced; or the place
+            can't be written.
     """
+    place = find_place(directory, overwrite=overwrite)
     with file_failures(directory):
-        if not directory.exists():
-            return
+        _check_free(place.out_dir, IGNORED if place.inside else (), overwrite=overwrite)
+        check_writable(place)
+    return place
+
+
+def _check_free(directory: Path, ignored: Collection[str], *, overwrite: bool) -> None:
+    if directory.exists():
         if not directory.is_dir():
             raise OutputError(f"{directory} is a file. Name a directory that doesn't exist yet.")
-        names = sorted(path.name for path in directory.iterdir())
+        names = sorted(path.name for path in directory.iterdir() if path.name not in ignored)
         if not names:
             return
-        foreign = [name for name in names if name not in ADAPTER_FILES]
+        foreign = [name for name in names if name not in (*ADAPTER_FILES, *WORK_FILES)]
         if foreign or not _is_marked(directory):
             raise OutputError(
                 f"{directory} holds what isn't an adapter of qtool: "
@@ -143,22 +154,36 @@ def write_adapter(directory: Path, adapter: Adapter) -> None:
 
 
 def replace_adapter(finished: Path, directory: Path) -> None:
-    """Give a finished adapter its name; one that is there already is removed.
+    """Give a finished adapter its name, in one step where it can; an old one is removed.
+
+    Where it can't, such as on a mount point, the old manifest goes first and the new comes last.
+
+    Args:
+        finished: Where it was made: beside the directory, or in it.
+        directory: Isn't there, is empty, or has an adapter.
 
     Raises:
         OutputError: it can't be renamed.
     """
     with file_failures(directory):
-        if directory.exists():
-            for name in ADAPTER_FILES:
-                (directory / name).unlink(missing_ok=True)
-            directory.rmdir()
-        finished.rename(directory)
+        if not directory.exists():
+            finished.rename(directory)
+        elif finished.parent != directory and exchange(finished, directory):
+            empty_adapter(finished)
+            finished.rmdir()
+        else:
+            empty_adapter(directory)
+            names = sorted((path.name for path in finished.iterdir()), key=MANIFEST_NAME.__eq__)
+            for name in names:
+                (finished / name).replace(directory / name)
+            finished.rmdir()
+        sync(directory.parent)
 
 
-def drop_unfinished(directory: Path) -> None:
-    """Remove what an interrupted run has left, and nothing else."""
-    shutil.rmtree(directory, ignore_errors=True)
+def empty_adapter(directory: Path) -> None:
+    """Remove an adapter's files, or those of an unfinished one, and nothing else."""
+    for name in (*ADAPTER_FILES, *WORK_FILES):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _named(layers: Mapping[str, LayerAdapter]) -> dict[str, Tensor]:

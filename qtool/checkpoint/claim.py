@@ -30,7 +30,7 @@ def look(place: Place) -> None:
             try:
                 for directory in (place.work_dir, place.out_dir):
                     if read_job(directory) is not None:
-                        os.close(_locked(directory, place, fcntl.LOCK_SH))
+                        os.close(locked(directory, place, fcntl.LOCK_SH))
                 check_place(place)
             except FileNotFoundError:  # another run has just given its result its name
                 if not tries_left:
@@ -53,13 +53,13 @@ def claim(place: Place) -> int:
         look(place)
         with contextlib.suppress(FileNotFoundError):  # another run has just changed its name
             if read_job(place.out_dir) is not None:  # killed when its result had its name already
-                descriptor = _locked(place.out_dir, place, fcntl.LOCK_EX)
+                descriptor = locked(place.out_dir, place, fcntl.LOCK_EX)
                 try:
                     repair(place)
                 finally:
                     os.close(descriptor)
             place.work_dir.mkdir(parents=True, exist_ok=True)
-            descriptor = _locked(place.work_dir, place, fcntl.LOCK_EX)
+            descriptor = locked(place.work_dir, place, fcntl.LOCK_EX)
             if _is_ours(descriptor, place):
                 return descriptor
             os.close(descriptor)
@@ -92,7 +92,12 @@ def can_lock(descriptor: int) -> bool:
     return True
 
 
-def _locked(directory: Path, place: Place, kind: int) -> int:
+def locked(directory: Path, place: Place, kind: int) -> int:
+    """Return a descriptor of a directory, which holds a lock until it is closed.
+
+    Raises:
+        OutputError: another run has one.
+    """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     for _ in range(PATIENCE):
         try:

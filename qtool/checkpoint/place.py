@@ -160,7 +160,7 @@ def check_place(place: Place) -> None:
     half_moved = job is not None and job.old_files is not None
     if not ended and not half_moved:
         check_target(place)
-    _check_writable(place)
+    check_writable(place)
 
 
 def _check_work(place: Place) -> None:
@@ -221,7 +221,12 @@ def check_target(place: Place) -> None:
         )
 
 
-def _check_writable(place: Place) -> None:
+def check_writable(place: Place) -> None:
+    """Check that the work and the result can be written.
+
+    Raises:
+        OutputError: a folder is closed, or the name too long.
+    """
     folder = nearest(place.work_dir.parent)
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{folder} isn't a directory that can be written.")

@@ -23,7 +23,7 @@ from qtool import plugins
 from qtool.base import PartSpec, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry, Manifest, codec, manifest_from_config
 from qtool.checkpoint.shards import Shards, TensorSpec, open_shards, read_json
-from qtool.core.packing import planes_to_codes
+from qtool.core.packing import octets_of, planes_to_codes
 from qtool.errors import CheckpointError, SchemeError
 from qtool.formats._dtypes import stored_name
 from qtool.scheme import MAX_BITS, BitCode, Shape2D, WeightScheme
@@ -123,8 +123,8 @@ class CheckpointReader:
 
 def tensor_digest(tensor: Tensor) -> str:
     """Return the sha256, in hex, of a tensor's bytes as safetensors stores them."""
-    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
+    octets = octets_of(tensor.detach().cpu().flatten())
+    return hashlib.sha256(octets.numpy().data).hexdigest()
 
 
 def check_headers(manifest: Manifest, specs: Mapping[str, TensorSpec], where: str) -> None:

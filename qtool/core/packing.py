@@ -16,6 +16,15 @@ def num_words(length: int) -> int:
     return -(-length // WORD_BITS)
 
 
+def octets_of(values: Tensor) -> Tensor:
+    """Return the bytes of numbers: (..., n) of k bytes each -> (..., n * k) uint8.
+
+    A dimension of one entry may have any stride, also in what torch calls contiguous, and viewing
+    as another dtype then fails: hence the new last dimension.
+    """
+    return values.contiguous().unsqueeze(-1).view(torch.uint8).flatten(-2)
+
+
 def pack_bits(bits: Tensor) -> Tensor:
     """Pack zeros and ones along the last dimension; the tail of the last word is zero.
 
@@ -33,7 +42,7 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 def unpack_bits(words: Tensor, length: int) -> Tensor:
     """Invert `pack_bits`: (..., ceil(length / 32)) int32 -> (..., length) uint8, only 0 and 1."""
-    octets = words.contiguous().view(torch.uint8)
+    octets = octets_of(words)
     if not octets.is_cuda and not torch.compiler.is_compiling():
         bits = np.unpackbits(octets.numpy(), axis=-1, count=length, bitorder="little")
         return torch.from_numpy(bits)

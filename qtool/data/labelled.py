@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qtool.base import Tokenizer
+from qtool.data.corpora import check_tokens
 from qtool.data.exercises import Learned
 from qtool.errors import DataError
 from qtool.storage.jsonl import json_lines
@@ -103,16 +104,20 @@ def count_classes(rows: Sequence[Labelled], where: Path) -> int:
 
 
 def labelled_tokens(
-    tokenizer: Tokenizer, rows: Sequence[Labelled], length: int
+    tokenizer: Tokenizer, rows: Sequence[Labelled], length: int, vocabulary: int
 ) -> tuple[list[Learned], list[int]]:
     """Return tokens with a label each, and from where on each is the second of two texts.
 
     Longer ones are cut to `length`, the longer of two texts first.
+
+    Raises:
+        DataError: a token is beyond the model's `vocabulary`.
     """
     learned, second = [], []
     for row in rows:
         found = tokenizer(*row.texts, truncation=True, max_length=length, verbose=False)
         tokens = torch.tensor(found["input_ids"])
+        check_tokens(tokens, vocabulary, row.place)
         types = list(found.get("token_type_ids") or [0] * len(tokens))
         learned.append(Learned(tokens, torch.tensor([row.label])))
         second.append(types.index(1) if 1 in types else len(types))

@@ -11,6 +11,15 @@ from qtool.data.documents import Collection
 from qtool.data.rendering import rendered
 from qtool.errors import DataError
 
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""What families call it; some say it in no word."""
+
+
+def positions_of(config: Any) -> int | None:  # noqa: ANN401
+    """Return how many tokens a model was made to read; None: its configuration doesn't say."""
+    found = (getattr(config.get_text_config(), key, None) for key in POSITIONS)
+    return next((n for n in found if isinstance(n, int) and n > 0), None)
+
 
 def windows_of(
     model: Any,  # noqa: ANN401
@@ -36,7 +45,7 @@ def windows_of(
             "a window needs at least 2 tokens, and a measurement at least 1 window."
         )
     config = model.model.config
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = positions_of(config)
     if limit is not None and context_length > limit:
         raise DataError(
             f"The context length is {context_length}, but {model.name} has {limit} positions. "

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qtool.core.packing import octets_of
+
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:  # noqa: ANN401
@@ -18,9 +20,9 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         if value.is_meta:
             return _shape_alone, (value.dtype, tuple(value.shape))
-        flat = value.detach().cpu().contiguous()
-        array = flat.flatten().view(torch.uint8).numpy() if flat.numel() else None
-        return _tensor, (array, flat.dtype, tuple(flat.shape))
+        flat = value.detach().cpu().flatten()
+        array = octets_of(flat).numpy() if flat.numel() else None
+        return _tensor, (array, value.dtype, tuple(value.shape))
 
 
 def _tensor(array: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:  # noqa: ANN401

@@ -19,7 +19,7 @@ from torch import Tensor
 from qtool.base import Emit, ignore_events
 from qtool.data.corpora import Corpus
 from qtool.data.documents import Collection
-from qtool.data.windows import windows_of
+from qtool.data.windows import positions_of, windows_of
 from qtool.errors import DataError
 from qtool.evaluation.predictions import Reference, Tokens, log_probabilities, token_values
 from qtool.modeling.load import LoadedModel
@@ -163,7 +163,7 @@ def _prompts(stream: Tensor, count: int) -> tuple[Tokens, ...]:
 
 
 def _check_lengths(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> None:
-    limit = getattr(model.model.config, "max_position_embeddings", None)
+    limit = positions_of(model.model.config)
     if prompt_tokens and (new_tokens < 1 or prompt_tokens + new_tokens > (limit or math.inf)):
         raise DataError(
             f"A prompt of {prompt_tokens} tokens is to be continued by {new_tokens}, and "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.base import QuantizedTensor
 from qtool.checkpoint.manifest import codec
+from qtool.core.packing import octets_of
 from qtool.exchange import Departure
 from qtool.exchange._gguf_encode import encode, type_of, type_without_zero_points
 from qtool.exchange._gguf_file import GGML_FLOATS, GGML_TYPES, GGUF_ALIGNMENT, GgmlType
@@ -195,7 +196,7 @@ def content_of(departure: Departure, planned: PlannedTensor) -> Tensor:
         stored = encode(loaded, planned.type.name)
         return stored[to_pairs(len(stored), planned.heads)] if planned.heads else stored
     values = loaded.to(GGML_FLOATS[planned.type.name])
-    return _in_file_order(values, planned).contiguous().view(torch.uint8)
+    return octets_of(_in_file_order(values, planned))
 
 
 def meant_values(departure: Departure, planned: PlannedTensor) -> Tensor:

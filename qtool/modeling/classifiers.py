@@ -8,6 +8,7 @@ from qtool.base import CausalModel
 from qtool.errors import ModelError
 from qtool.modeling.config import parse_config, read_config, transformers_failures
 from qtool.modeling.encoders import encoder_adapter, knows_encoder
+from qtool.modeling.leftovers import without_leftovers
 
 
 def is_encoder(directory: Path) -> bool:
@@ -35,8 +36,9 @@ def load_encoder(directory: Path, device: torch.device, num_classes: int) -> Cau
         parsed.num_labels = num_classes
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    with transformers_failures(f"transformers can't load {directory}"):
+    failures = transformers_failures(f"transformers can't load {directory}")
+    with failures, without_leftovers(directory) as clean:
         model: CausalModel = transformers.AutoModelForSequenceClassification.from_pretrained(
-            directory, config=parsed, dtype=torch.float32, trust_remote_code=False
+            clean, config=parsed, dtype=torch.float32, trust_remote_code=False
         )
     return model.to(device).eval()

@@ -17,6 +17,7 @@ from qtool.errors import CheckpointError, ModelError
 from qtool.modeling.adapters import load_adapter
 from qtool.modeling.config import auto_class, parse_config, read_config, transformers_failures
 from qtool.modeling.device import default_device, default_dtype
+from qtool.modeling.leftovers import without_leftovers
 from qtool.modeling.locate import Location
 from qtool.modeling.skeleton import empty_model, match_names, missing_message
 from qtool.modeling.source import ModelSource
@@ -154,11 +155,17 @@ def check_weights(directory: Path) -> None:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Return the tokenizer of a model."""
+    """Return the tokenizer of a model.
+
+    Raises:
+        ModelError: it can't be loaded, or makes no tokens, not even of nothing.
+    """
     import transformers
 
     with transformers_failures(f"{directory} has no usable tokenizer"):
-        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        loaded = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        loaded("", verbose=False)  # values of its files that nobody looks at before
+        return loaded
 
 
 def _from_pretrained(
@@ -173,9 +180,10 @@ def _from_pretrained(
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     parsed = parse_config(config, directory)
-    with transformers_failures(f"transformers can't load {directory}"):
+    failures = transformers_failures(f"transformers can't load {directory}")
+    with failures, without_leftovers(directory) as clean:
         model, loading = auto_class(parsed).from_pretrained(
-            directory,
+            clean,
             config=parsed,
             dtype=dtype,
             device_map=device,
@@ -184,6 +192,7 @@ def _from_pretrained(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
         )
+    model.name_or_path = model.config._name_or_path = str(directory)
     # transformers fills both kinds with noise, and warns at most.
     if loading["missing_keys"]:
         missing, unknown = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from qtool.base import CausalModel, ModelAdapter
 from qtool.checkpoint.shards import Shards, TensorSpec, open_shards
 from qtool.core.experts import expert_name, separated
+from qtool.data.windows import positions_of
 from qtool.errors import CheckpointError, ModelError
 from qtool.modeling.companions import read_companions
 from qtool.modeling.config import check_original, parse_config, read_config
@@ -25,8 +26,6 @@ from qtool.modeling.locate import Location
 from qtool.modeling.skeleton import FLOAT_DTYPES, dtype_message, empty_model, match_names
 from qtool.scheme import Shape2D
 from qtool.wording import list_names
-
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +187,6 @@ def open_source(location: Location) -> ModelSource:
     experts = find_experts(skeleton, shards, directory)
     names = {stored: name for name, stored in reversed(aliases.items())}
     tied = _is_tied(skeleton, aliases, shards)
-    found = (getattr(parsed, key, None) for key in POSITIONS)
     normalizes_after = getattr(parsed, "do_layer_norm_before", True) is False
     named = {**config, "tie_word_embeddings": tied}
     source = ModelSource(
@@ -204,7 +202,7 @@ def open_source(location: Location) -> ModelSource:
         joined=find_joined(skeleton, shards),
         plain=plain_weights(skeleton),
         num_blocks=num_blocks,
-        num_positions=next((n for n in found if isinstance(n, int) and n > 0), None),
+        num_positions=positions_of(parsed),
         residual=None if normalizes_after else adapter.residual,
         head_is_tied=tied,
         experts=experts,

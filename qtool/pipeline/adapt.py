@@ -1,5 +1,6 @@
 """`adapt`: train an adapter on a checkpoint, whose planes stay as they are."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,12 +12,7 @@ from torch import Tensor
 
 import qtool
 from qtool.base import Emit, Notice, ignore_events
-from qtool.checkpoint.adapter_files import (
-    Adapter,
-    check_adapter_place,
-    replace_adapter,
-    write_adapter,
-)
+from qtool.checkpoint.adapter_files import Adapter, find_adapter_place, write_adapter
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import ModelError
@@ -78,33 +74,41 @@ def adapt(request: AdaptRequest, *, emit: Emit = ignore_events) -> AdaptResult:
         QtoolError: the kind of adapter doesn't go on it.
     """
     begun, kind = time.perf_counter(), load_kind(request.kind)
-    directory, files = request.directory, [request.data, *filter(None, [request.validation])]
+    files = [request.data, *filter(None, [request.validation])]
     request.options.checked(kind)
-    check_adapter_place(directory, overwrite=request.overwrite)
-    check_apart(directory, request.model.directory, files)
+    place = find_adapter_place(request.directory, overwrite=request.overwrite)
+    check_apart(place.out_dir, request.model.directory, files)
     # float16 has too little range for gradients
     on_card = default_device().type == "cuda"
     loaded = load_model(request.model, dtype=torch.bfloat16 if on_card else None)
     about = {"tool_version": qtool.__version__, "options": asdict(request.options)}
     base = digest_of_base(loaded.model)
     job = {"kind": request.kind, "base": base, "data": files_digest(files), **about}
-    unfinished = open_unfinished(directory, job, overwrite=request.overwrite, resume=request.resume)
-    curriculum = read_curriculum(request.data, request.validation, loaded, request.options, emit)
-    subject = Base(loaded, _original(request))
-    done = adapt_model(subject, kind, request.options, curriculum, unfinished, emit)
-    adapter = Adapter(
-        kind=request.kind,
-        base=base,
-        layers=_stored(done.installed),
-        about={**about, "base_name": loaded.name, **_found(done)},
-    )
-    if done.best_loss == done.points[0].held_out:
-        emit(Notice("Learning gained nothing: the adapter is as it began. Try --learning-rate."))
-    write_adapter(unfinished.directory, adapter)
-    unfinished.forget()
-    replace_adapter(unfinished.directory, directory)
+    flags = {"overwrite": request.overwrite, "resume": request.resume}
+    with contextlib.closing(open_unfinished(place, job, **flags)) as unfinished:
+        curriculum = read_curriculum(
+            request.data, request.validation, loaded, request.options, emit
+        )
+        subject = Base(loaded, _original(request))
+        done = adapt_model(subject, kind, request.options, curriculum, unfinished, emit)
+        adapter = Adapter(
+            kind=request.kind,
+            base=base,
+            layers=_stored(done.installed),
+            about={**about, "base_name": loaded.name, **_found(done)},
+        )
+        if done.best_loss == done.points[0].held_out:
+            emit(
+                Notice("Learning gained nothing: the adapter is as it began. Try --learning-rate.")
+            )
+        write_adapter(unfinished.directory, adapter)
+        unfinished.finish(place.out_dir)
+    return _result(request, done, adapter, time.perf_counter() - begun)
+
+
+def _result(request: AdaptRequest, done: Adapted, adapter: Adapter, seconds: float) -> AdaptResult:
     return AdaptResult(
-        directory=directory,
+        directory=request.directory,
         kind=request.kind,
         num_parameters=done.installed.num_parameters,
         num_bytes=adapter.num_bytes(),
@@ -112,7 +116,7 @@ def adapt(request: AdaptRequest, *, emit: Emit = ignore_events) -> AdaptResult:
         best_loss=done.best_loss,
         steps=done.points[-1].step,
         tokens_per_second=done.tokens_per_second,
-        seconds=time.perf_counter() - begun,
+        seconds=seconds,
         notes=done.installed.notes,
     )
 

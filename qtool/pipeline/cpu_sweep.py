@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from qtool.base import Emit, Progress
+from qtool.data.windows import positions_of
 from qtool.errors import BackendError
-from qtool.modeling.config import read_config
+from qtool.modeling.config import parse_config, read_config
 from qtool.modeling.device import default_device, free_memory
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location
@@ -31,9 +32,8 @@ def open_sweep(
             )
         return None
     python = python_with_llama(llama_python) if gguf_files else ""
-    config = read_config(model.directory)
-    positions = config.get("max_position_embeddings")
-    protocol = protocol_for(int(positions) if isinstance(positions, int) else None)
+    parsed = parse_config(read_config(model.directory), model.directory)
+    protocol = protocol_for(positions_of(parsed))
     processor = describe_processor(thread_counts(usable_cores()))
     return CpuSweep(CpuBench(processor, protocol), gguf_files, python)
 

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from qtool.base import Emit, Progress, Tokenizer
+from qtool.base import CausalModel, Emit, Progress, Tokenizer
 from qtool.data.corpora import check_tokens
 from qtool.data.exercises import Learned, cut_to, in_packed_rows, read_exercises, tokenized
 from qtool.data.labelled import (
@@ -15,10 +15,11 @@ from qtool.data.labelled import (
     labelled_tokens,
     read_labelled,
 )
+from qtool.data.windows import positions_of
 from qtool.errors import DataError
 from qtool.modeling.load import LoadedModel
 from qtool.steps.adapt_model import split_off
-from qtool.training.adapting import Curriculum
+from qtool.training.adapting import ROUND_TO, Curriculum
 from qtool.training.lessons import LabelledTexts, Lessons
 
 TEXTS_LOOKED_AT = 128
@@ -60,16 +61,15 @@ def read_curriculum(
     """
     tokenizer = loaded.tokenizer
     emit(Progress(f"reading {data.name}"))
-    learned = _pieces(data, loaded, options)
+    length = _length(options, loaded.model, ROUND_TO)
+    learned = _pieces(data, loaded, length)
     if validation is not None:
-        held_out = _pieces(validation, loaded, options)[:MOST_HELD_OUT]
+        held_out = _pieces(validation, loaded, length)[:MOST_HELD_OUT]
     else:
         learned, held_out = split_off(learned, HELD_OUT_SHARE, MOST_HELD_OUT, options.seed)
     filler = _filler(tokenizer)
     if options.packing:
-        learned, held_out = (
-            in_packed_rows(some, options.max_length) for some in (learned, held_out)
-        )
+        learned, held_out = (in_packed_rows(some, length) for some in (learned, held_out))
     return Curriculum(
         learned, held_out, options.batch_size, options.seed, filler, is_packed=options.packing
     )
@@ -80,10 +80,19 @@ def _filler(tokenizer: Tokenizer) -> int:
     return int(next(token for token in fillers if token is not None))
 
 
-def _pieces(path: Path, loaded: LoadedModel, options: Reading) -> list[Learned]:
+def _length(options: Reading, model: CausalModel, multiple: int = 1) -> int:
+    """Return how many tokens a row may have: no more than the model has positions.
+
+    Of a decoder's it is a multiple of what batches are filled up to.
+    """
+    limit = positions_of(model.config) or options.max_length
+    return min(options.max_length, max(multiple, limit // multiple * multiple))
+
+
+def _pieces(path: Path, loaded: LoadedModel, length: int) -> list[Learned]:
     exercises = read_exercises(path, loaded.tokenizer)
     whole = [tokenized(loaded.tokenizer, exercise, loaded.end) for exercise in exercises]
-    pieces = cut_to(whole, options.max_length)
+    pieces = cut_to(whole, length)
     if not pieces:
         raise DataError(f"{path} has nothing to learn from. Give lines as docs/adapters.md says.")
     rows = loaded.model.config.get_text_config().vocab_size
@@ -119,12 +128,20 @@ def read_classes(
 
 
 def class_lessons(
-    rows: tuple[list[Labelled], list[Labelled]], tokenizer: Tokenizer, options: Reading
+    rows: tuple[list[Labelled], list[Labelled]],
+    tokenizer: Tokenizer,
+    model: CausalModel,
+    options: Reading,
 ) -> Lessons:
-    """Return texts with classes as lessons."""
+    """Return texts with classes as lessons.
+
+    Raises:
+        DataError: the tokenizer is another model's.
+    """
+    length, vocabulary = _length(options, model), model.config.vocab_size
     learned, held_out = (
         LabelledTexts(
-            *labelled_tokens(tokenizer, some, options.max_length),
+            *labelled_tokens(tokenizer, some, length, vocabulary),
             batch=options.batch_size
             if some is rows[0]
             else max(options.batch_size, TEXTS_LOOKED_AT),

@@ -244,7 +244,7 @@ def _lessons(
     if is_encoder(source.directory):
         classes = int(original.config.num_labels)
         rows = read_classes(request.data, request.validation, classes, options.seed)
-        return class_lessons(rows, tokenizer, options)
+        return class_lessons(rows, tokenizer, original, options)
     loaded = LoadedModel(
         source.directory.name, source.directory, original, tokenizer, device, original.dtype
     )

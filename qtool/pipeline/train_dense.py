@@ -66,7 +66,7 @@ def _trainee_of(kind: Training, request: TrainRequest, emit: Emit) -> Trainee:
     classes = known or max(row.label for some in rows for row in some) + 1
     torch.manual_seed(options.seed)  # of a head that isn't stored
     model = load_encoder(directory, device, classes)
-    lessons = class_lessons(rows, load_tokenizer(directory), options).on(device)
+    lessons = class_lessons(rows, load_tokenizer(directory), model, options).on(device)
     adapter = encoder_adapter({**model.config.to_dict(), "architectures": [type(model).__name__]})
     assert adapter is not None
     return options.trainee(kind, model, lessons, adapter, emit)

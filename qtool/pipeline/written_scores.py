@@ -12,9 +12,12 @@ from pathlib import Path
 import torch
 
 from qtool.base import Emit, Progress
+from qtool.data.corpora import check_tokens
 from qtool.data.exercises import Exercise, read_exercises
+from qtool.data.windows import positions_of
 from qtool.errors import DataError, MissingExtraError
 from qtool.modeling.load import LoadedModel
+from qtool.wording import quoted
 
 WRITING_BATCH = 32
 """Prompts that are answered at a time."""
@@ -88,7 +91,11 @@ def write_answers(
 ) -> tuple[list[str], int]:
     """Return what a model writes after each prompt by greedy search, and how many tokens that is.
 
-    Prompts of like length run together, filled up on the left.
+    Prompts of like length run together, filled up on the left; answers end with the positions.
+
+    Raises:
+        DataError: a prompt has no tokens, or none is left for an answer, or one is beyond the
+            embedding.
     """
     tokenizer = model.tokenizer
     prompts = [_tokens(model, question) for question in questions]
@@ -105,10 +112,11 @@ def write_answers(
         for row, index in enumerate(chosen):
             ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, width - len(prompts[index]) :] = 1
+        room = (positions_of(model.model.config) or width + max_tokens) - width
         written = model.model.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
-            max_new_tokens=max_tokens,
+            max_new_tokens=min(max_tokens, room),
             do_sample=False,
             pad_token_id=filler,
             eos_token_id=stops,
@@ -134,7 +142,18 @@ def _tokens(model: LoadedModel, question: Question) -> list[int]:
         truncation=False,
         verbose=False,
     )
-    return list(found["input_ids"])
+    tokens = list(found["input_ids"])
+    shown_prompt, limit = quoted(question.prompt), positions_of(model.model.config)
+    if not tokens:
+        raise DataError(f"The prompt {shown_prompt} has no tokens to write after. Leave it out.")
+    if limit is not None and len(tokens) >= limit:
+        raise DataError(
+            f"The prompt {shown_prompt} has {len(tokens)} tokens, and {model.name} has {limit} "
+            "positions, those of the answer included. Leave it out, or shorten it."
+        )
+    rows = model.model.config.get_text_config().vocab_size
+    check_tokens(torch.tensor(tokens), rows, f"The prompt {shown_prompt}")
+    return tokens
 
 
 def score_answers(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qtool.base import CausalModel
+from qtool.data.windows import positions_of
 from qtool.errors import BackendError
 from qtool.integrations.transformers.generate import runner_for
 from qtool.integrations.transformers.int8_cache import keep_as_wanted
@@ -43,7 +43,7 @@ def open_decoder(loaded: LoadedModel, options: DecoderOptions = DecoderOptions()
         BackendError: the model has fewer positions, or there is no room for keys and values.
     """
     model = loaded.model
-    longest = _positions(model)
+    longest = positions_of(model.config)
     runner = runner_for(model)
     if isinstance(runner, SharedRunner) and runner.weights.longest is not None:
         longest = min(longest or runner.weights.longest, runner.weights.longest)
@@ -71,13 +71,6 @@ def served_model(loaded: LoadedModel) -> ServedModel:
     """Return what is said of a model to those who ask."""
     vocabulary = int(loaded.model.config.get_text_config().vocab_size)
     return ServedModel(loaded.name, loaded.tokenizer, frozenset(loaded.stop_ids), vocabulary)
-
-
-def _positions(model: CausalModel) -> int | None:
-    """Return how many positions a model was made for, if its configuration says so."""
-    config = model.config.get_text_config()
-    told = getattr(config, "max_position_embeddings", None)
-    return int(told) if told else None
 
 
 def _check_room(weights: DecoderWeights, slots: int, length: int, kind: KvCache = "auto") -> None:

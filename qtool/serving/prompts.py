@@ -14,8 +14,9 @@ BAD_REQUEST = 400
 AS_SYSTEM = {"developer": "system"}
 """Roles that templates know by another name."""
 NO_TEMPLATE = (
-    "{name} has no chat template: its tokenizer doesn't say how a conversation is written. Use "
-    "/v1/completions, or add chat_template.jinja to the model's directory."
+    "{name} has no chat template: its tokenizer doesn't say how a conversation is written. Add "
+    "chat_template.jinja to the model's directory, or have plain text continued, by "
+    "/v1/completions of `qtool serve`."
 )
 
 
@@ -72,12 +73,7 @@ class PromptReader:
             return self._encoded(prompt, "prompt", special=True)
         if not prompt:
             raise RefusalError(BAD_REQUEST, "A prompt has no tokens.", param="prompt")
-        if max(prompt) >= self._vocab_size:
-            raise RefusalError(
-                BAD_REQUEST,
-                f"A prompt has token {max(prompt)}; the model has {self._vocab_size}.",
-                param="prompt",
-            )
+        self._check(prompt, "prompt")
         return list(prompt)
 
     def _encoded(self, text: str, param: str, *, special: bool) -> list[int]:
@@ -90,7 +86,17 @@ class PromptReader:
             raise RefusalError(
                 BAD_REQUEST, "The prompt is empty: no token to continue.", param=param
             )
+        self._check(ids, param)
         return list(ids)
+
+    def _check(self, tokens: Sequence[int], param: str) -> None:
+        """Refuse a token without a row in the embedding: on a card it would end the process."""
+        if max(tokens) >= self._vocab_size:
+            raise RefusalError(
+                BAD_REQUEST,
+                f"A prompt has token {max(tokens)}; the model has {self._vocab_size}.",
+                param=param,
+            )
 
 
 def _as_template_has_it(message: Message) -> dict[str, str]:

@@ -40,6 +40,8 @@ def check_rest(source: ModelSource, recipe: Recipe, rest: Mapping[str, int]) -> 
     reasons: dict[str, str] = {}
     for name, size in rest.items():
         plain = _plain(source, name)
+        if _is_vector(source, name):  # a norm's or a bias: where layers are narrow, not so little
+            continue
         if resolve(recipe.weights, name) is not None and (plain is None or not plain.is_meant):
             kind = name.removeprefix(source.adapter.blocks + ".").partition(".")[2]
             left[kind] += size
@@ -74,6 +76,11 @@ def unquantized(source: ModelSource, recipe: Recipe, kept: Sequence[str]) -> dic
             else:
                 found[name] = _why_other(source, name, in_blocks=name in blocks)
     return found
+
+
+def _is_vector(source: ModelSource, name: str) -> bool:
+    full = f"{name}.weight"
+    return len(source.spec(full if source.has(full) else name).shape) < FEWEST_DIMENSIONS
 
 
 def _why_linear(source: ModelSource, recipe: Recipe, layer: str) -> str:

@@ -14,6 +14,7 @@ from qtool.base import Emit, Progress
 from qtool.data.corpora import WRITTEN_BY_THE_MODEL
 from qtool.data.documents import Collection, Document
 from qtool.data.special_tokens import document_ends
+from qtool.data.windows import positions_of
 from qtool.errors import DataError
 from qtool.modeling.device import free_memory
 from qtool.modeling.load import LoadedModel, load_model
@@ -92,7 +93,7 @@ class _Author:
         config = loaded.model.generation_config
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else []
         self.ends = [*dict.fromkeys([*document_ends(self.tokenizer), *eos])]
-        self.positions = loaded.model.config.get_text_config().max_position_embeddings or 1 << 20
+        self.positions = positions_of(loaded.model.config) or 1 << 20
         self.batch = min(_at_once(loaded), max(BATCH, num_tokens // MOST_DOCUMENT))
 
     def texts(self) -> Iterator[Document]:

@@ -1,6 +1,9 @@
 """How far the training of an adapter is, so that a run that was stopped goes on."""
 
+import contextlib
+import fcntl
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,28 +11,36 @@ from typing import Any
 
 from torch import Tensor
 
-from qtool.checkpoint.adapter_files import CURVE_NAME, drop_unfinished
-from qtool.checkpoint.place import file_failures
+from qtool.checkpoint.adapter_files import (
+    CURVE_NAME,
+    JOB_NAME_OF_ADAPTER,
+    STATE_NAME,
+    WORK_FILES,
+    empty_adapter,
+    replace_adapter,
+)
+from qtool.checkpoint.claim import locked
+from qtool.checkpoint.place import Place, file_failures
 from qtool.errors import OutputError
 from qtool.storage.plain_json import json_text, write_json_file
 from qtool.storage.whole_files import written_whole
 from qtool.training.schedule import Point
 
-STATE_NAME, JOB_NAME_OF_ADAPTER = "state.safetensors", "job.json"
 RUN_MARK = "an unfinished adapter of qtool"
 
 
 class UnfinishedAdapter:
     """A folder that has how far a run is: its curve, and all that its next step depends on."""
 
-    def __init__(self, directory: Path, job: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, job: Mapping[str, Any], lock: int) -> None:
         """Name the folder.
 
         Args:
             directory: The folder.
             job: What decides the result: an unfinished run goes on only for the same.
+            lock: A descriptor of the folder, which keeps others away.
         """
-        self.directory = directory
+        self.directory, self._lock = directory, lock
         self._job = json.loads(json_text({"this is": RUN_MARK, **job}))
 
     def kept_job(self) -> Mapping[str, Any] | None:
@@ -69,10 +80,21 @@ class UnfinishedAdapter:
             with written_whole(target, durable=True) as file:
                 file.write(save(found, {"curve": lines}))
 
-    def forget(self) -> None:
-        """Remove all that only serves to go on."""
-        for name in (STATE_NAME, JOB_NAME_OF_ADAPTER):
-            (self.directory / name).unlink(missing_ok=True)
+    def finish(self, directory: Path) -> None:
+        """Give the adapter its name, then remove all that only serves to go on.
+
+        Raises:
+            OutputError: it can't be renamed.
+        """
+        replace_adapter(self.directory, directory)
+        for name in WORK_FILES:
+            (directory / name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let others write there; a folder without any work is removed."""
+        with contextlib.suppress(OSError):
+            self.directory.rmdir()
+        os.close(self._lock)
 
     def write_curve(self, points: Sequence[Point]) -> None:
         """Write the curve as JSON lines, as that of tuning a whole model."""
@@ -83,23 +105,37 @@ class UnfinishedAdapter:
 
 
 def open_unfinished(
-    directory: Path, job: Mapping[str, Any], *, overwrite: bool, resume: bool
+    place: Place, job: Mapping[str, Any], *, overwrite: bool, resume: bool
 ) -> UnfinishedAdapter:
     """Return where the work on an adapter lies: new, or that of the same job that was stopped.
 
     Args:
-        directory: Of the adapter once it is finished.
+        place: Of the adapter, and of the work on it.
         job: See `UnfinishedAdapter`.
         overwrite: What was begun is dropped.
         resume: It goes on.
 
     Raises:
-        OutputError: one is there, and nobody said what is to become of it, or it is another job's.
+        OutputError: one is there, and nobody said what is to become of it, or it is another job's,
+            or another run is at work on it.
     """
-    folder = directory.with_name(f"{directory.resolve().name}.partial")
-    unfinished = UnfinishedAdapter(folder, job)
-    if not folder.exists():
-        return unfinished
+    folder = place.work_dir
+    with file_failures(place.out_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = UnfinishedAdapter(folder, job, locked(folder, place, fcntl.LOCK_EX))
+        try:
+            if any(folder.iterdir()):
+                _check_unfinished(unfinished, overwrite=overwrite, resume=resume)
+            if not resume:
+                empty_adapter(folder)
+        except BaseException:
+            unfinished.close()
+            raise
+    return unfinished
+
+
+def _check_unfinished(unfinished: UnfinishedAdapter, *, overwrite: bool, resume: bool) -> None:
+    folder = unfinished.directory
     if unfinished.kept_job() is None:
         raise OutputError(
             f"{folder}, where the work would go, isn't the work of `qtool adapt`, and is left "
@@ -115,6 +151,3 @@ def open_unfinished(
             f"{folder} holds an unfinished run. Continue it with --resume, or start over with "
             "--overwrite."
         )
-    if not resume:
-        drop_unfinished(folder)
-    return unfinished

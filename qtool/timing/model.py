@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from qtool.data.windows import positions_of
 from qtool.modeling.load import LoadedModel
 from qtool.timing.machine import Clock
 from qtool.timing.runs import runs_of
@@ -31,9 +32,13 @@ def time_model(
 ) -> SpeedResult:
     """Time one prompt and greedy decoding after it, token by token with a key-value cache.
 
-    The first repeat warms up and isn't counted.
+    The first repeat warms up and isn't counted. A model of few positions is given fewer tokens.
     """
     vocabulary = model.model.config.get_text_config().vocab_size
+    positions = positions_of(model.model.config)
+    if positions is not None and prompt_tokens + decode_tokens > positions:
+        prompt_tokens = min(prompt_tokens, max(1, positions // 2))
+        decode_tokens = max(1, min(decode_tokens, positions - prompt_tokens))
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(model.device)
 

@@ -1,11 +1,15 @@
+from hashlib import sha256
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qtool.checkpoint.reader import tensor_digest
 from qtool.core.packing import (
     codes_to_planes,
     num_words,
+    octets_of,
     pack_bits,
     planes_to_codes,
     unpack_bits,
@@ -76,3 +80,19 @@ def test_path_of_the_card_gives_the_same_words(length, seed):
         patch.setattr(torch.Tensor, "is_cuda", True, raising=False)
         assert torch.equal(pack_bits(bits), words)
         assert torch.equal(unpack_bits(words, length), bits)
+
+
+@given(rows=st.integers(1, 3), length=st.integers(1, 3), stride=st.integers(1, 5), seed=seeds)
+def test_bytes_are_those_of_the_numbers_whatever_the_strides(rows, length, stride, seed):
+    wide = random_integers(256, (rows, length * stride * 2), seed).view(torch.float16)
+    values = wide[:, ::stride]  # of one number the stride means nothing, and stays
+    octets = octets_of(values)
+    assert octets.shape == (rows, 2 * length)
+    assert octets.numpy().tobytes() == values.numpy().tobytes()
+    assert tensor_digest(values) == sha256(values.numpy().tobytes()).hexdigest()
+
+
+def test_one_word_unpacks_whatever_its_stride():
+    words = pack_bits(random_integers(2, (3, 20), seed=1))
+    strided = torch.as_strided(words, (3, 1), (1, 7))
+    assert torch.equal(unpack_bits(strided, 20), unpack_bits(words, 20))

@@ -161,6 +161,9 @@ def test_code_is_named_nowhere_in_a_checkpoint(copy, tmp_path):
 
 def test_adapter_beside_the_weights_is_refused_and_a_lone_configuration_ignored(copy, tmp_path):
     (copy / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    loaded = load_model(Location(copy))
+    assert loaded.model.name_or_path == loaded.model.config._name_or_path == str(copy)
+    assert not getattr(loaded.model, "peft_config", {})
     pipeline.quantize(Location(copy), tmp_path / "out", recipe())
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     (copy / "adapter_model.safetensors").write_bytes(b"")

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -78,3 +79,12 @@ def test_card_names_only_a_public_original(source, base):
     assert "1.2.3" in card
     assert card.startswith("---\n")
     assert "library_name: transformers" in card
+
+
+def test_a_tokenizer_that_makes_no_tokens_is_refused_when_it_is_loaded(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "copy")
+    path = tmp_path / "copy/tokenizer_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "model_max_length": "long"}))
+    with pytest.raises(ModelError, match=r"has no usable tokenizer.*'str'"):
+        load_tokenizer(tmp_path / "copy")

@@ -53,7 +53,7 @@ def test_what_is_learned_ends_where_writing_ends(told, end, llama, tmp_path):
     rows = [{"prompt": "w3 w4", "completion": " w6"}, {"text": "w3 w4"}]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pieces = _pieces(path, loaded, AdaptOptions())
+    pieces = _pieces(path, loaded, AdaptOptions().max_length)
     assert {(int(one.tokens[-1]), int(one.labels[-1])) for one in pieces} == {(end, end)}
     assert end in loaded.stop_ids
 
