@@ -146,6 +146,7 @@ static void share(const qt_worker *w, int64_t count, int64_t *begin, int64_t *en
 static const char *make_tables(const qt_worker *w, const qt_planes *weight, const float *x) {
     int64_t batch = w->step->state->batch, apart = qt_table_bytes(weight);
     int64_t begin = 0, end = weight->num_groups;
+    if (weight->panel_rows) return NULL; /* each block makes its own */
     int is_shared = batch * apart > QT_OWN_TABLES;
     char *place = is_shared ? w->step->room.tables : w->step->room.own_tables + w->thread * QT_OWN_TABLES;
     if (is_shared) {
@@ -182,6 +183,7 @@ static void multiply(qt_worker *w, const float *x, const qt_projections *all, fl
         for (int64_t j = i; j < all->count; j++, p.count++) { /* those of the same tables */
             const qt_planes *planes = all->parts[j].packed;
             if (!planes != !first || (first && planes->group_size != first->group_size)) break;
+            if (first && !planes->panel_rows != !first->panel_rows) break;
             blocks += qt_projection_blocks(all->parts + j);
         }
         if (first) p.tables = make_tables(w, first, x);

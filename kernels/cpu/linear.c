@@ -14,6 +14,11 @@ static void multiply(void *argument, qt_team *team, int64_t thread, int64_t thre
     const qt_planes *w = call->weight;
     int64_t apart = qt_table_bytes(w), stride = 0;
     int64_t first = w->num_groups * thread / threads, last = w->num_groups * (thread + 1) / threads;
+    if (w->panel_rows) {
+        qt_multiply_panels(w, call->x, call->batch, call->y, w->rows, 0, w->blocks * thread / threads,
+                           w->blocks * (thread + 1) / threads);
+        return;
+    }
     for (int64_t b = 0; b < call->batch; b++)
         qt_make_tables(w, call->x + b * w->inputs, first, last, call->tables + b * apart);
     qt_team_wait(team);
@@ -33,6 +38,12 @@ static void pack(void *argument, qt_team *team, int64_t thread, int64_t threads)
     const qt_packing *p = argument;
     int64_t tiles = qt_tiles(p->weight);
     (void)team;
+    if (p->weight->panel_rows) {
+        int64_t blocks = p->weight->blocks;
+        qt_pack_panels(p->weight, p->bit_planes, p->scales, p->offsets, blocks * thread / threads,
+                       blocks * (thread + 1) / threads, (uint8_t *)p->weight->stream);
+        return;
+    }
     qt_pack_tiles(p->weight, p->bit_planes, p->scales, p->offsets, tiles * thread / threads,
                   tiles * (thread + 1) / threads, (uint8_t *)p->weight->stream);
 }
@@ -50,17 +61,19 @@ static void widen(void *argument, qt_team *team, int64_t thread, int64_t threads
     int64_t bytes = call->weight->inputs * (call->dtype == QT_FLOAT32 ? 4 : 2);
     (void)team;
     for (int64_t i = call->count * thread / threads; i < call->count * (thread + 1) / threads; i++)
-        qt_planes_row(call->weight, call->rows ? call->rows[i] : call->first + i, call->dtype,
+        qt_number_row(call->weight, call->rows ? call->rows[i] : call->first + i, call->dtype,
                       call->y + i * bytes);
 }
 
 int64_t qt_planes_size(qt_planes *w) {
     w->num_groups = (w->inputs + w->group_size - 1) / w->group_size;
     w->chunks = (w->group_size + QT_CHUNK - 1) / QT_CHUNK;
+    if (w->panel_rows) return qt_cut_panels(w);
     w->tile_bytes = 0;
     for (int64_t g = 0; g < w->num_groups; g++)
         w->tile_bytes += qt_bytes_of_group(w, qt_group_chunks(w, g));
     w->together = qt_table_bytes(w) > QT_FEW_TABLES ? QT_TOGETHER : 1;
+    w->blocks = (qt_tiles(w) + w->together - 1) / w->together;
     return qt_tiles(w) * w->tile_bytes;
 }
 

@@ -25,7 +25,8 @@ typedef struct qt_planes {
     int64_t num_groups, chunks; /* per whole group */
     int64_t tables;             /* a qt_table_kind */
     int64_t centered;           /* offsets are centers: of steps, in halves */
-    int64_t tile_bytes, together; /* tiles of a block, the last one may have fewer */
+    int64_t tile_bytes, blocks, together; /* tiles of a block, the last one may have fewer */
+    int64_t panel_rows; /* rows of a group, where groups run along these: panels.h. 0: groups are of inputs */
     const uint8_t *stream;
     /* A weight whose rows have bits of their own is a list of classes of rows. */
     const struct qt_planes *next; /* of the same inputs and groups, or NULL */
@@ -79,8 +80,9 @@ QT_INLINE int64_t qt_chunk_table(const qt_planes *w) {
     return w->tables == QT_FLOAT32_TABLES ? 128 * 4 : QT_CHUNK_TABLE;
 }
 
-/* Bytes of the tables of one input vector, a multiple of 64. */
+/* Bytes of the tables of one input vector, a multiple of 64; there are none where groups are of rows. */
 QT_INLINE int64_t qt_table_bytes(const qt_planes *w) {
+    if (w->panel_rows) return 0;
     return qt_all_chunks(w) * qt_chunk_table(w) + (w->num_groups * 8 + 63) / 64 * 64;
 }
 
@@ -101,15 +103,18 @@ QT_INLINE qt_floats qt_sums_of_four(const float *x) {
     return x[0] * s0 + x[1] * s1 + x[2] * s2 + x[3] * s3;
 }
 
-/* Sums in units of a scale, times 2^shift, as lower and upper bytes 64 apart. */
-QT_INLINE void qt_put_set(qt_floats sums, int shift, int8_t *lower) {
+/* Whole sums as lower and upper bytes 64 apart. */
+QT_INLINE void qt_put_whole(qt_ints whole, int8_t *lower) {
     typedef int8_t bytes __attribute__((vector_size(16)));
-    qt_ints whole = (qt_ints)(sums + 12582912.0f) - 0x4B400000; /* rounded to the nearest */
-    whole <<= shift;
     bytes low = __builtin_convertvector(whole, bytes);
     bytes high = __builtin_convertvector((whole >> 8) + QT_HIGH_BIAS, bytes);
     memcpy(lower, &low, 16);
     memcpy(lower + 64, &high, 16);
+}
+
+/* Sums in units of a scale, rounded to the nearest, times 2^shift. */
+QT_INLINE void qt_put_set(qt_floats sums, int shift, int8_t *lower) {
+    qt_put_whole(((qt_ints)(sums + 12582912.0f) - 0x4B400000) << shift, lower);
 }
 
 /* The largest sum of magnitudes of four inputs, and the sum of all. */
@@ -205,6 +210,15 @@ QT_INLINE void qt_multiply_tiles(const qt_planes *w, int64_t first, int64_t coun
     }
 }
 
+/* Puts signs first .. first + count - 1 of a row into the chunks of its tile, which were zero. */
+QT_INLINE void qt_put_keys(const uint32_t *signs, int64_t first, int64_t count, int64_t in_tile, uint8_t *to) {
+    for (int64_t i = 0; i < count; i += 4) {
+        uint32_t key = 0;
+        for (int64_t j = i; j < i + 4 && j < count; j++) key |= (signs[(first + j) / 32] >> (first + j) % 32 & 1) << (j - i);
+        to[i / QT_CHUNK * QT_CHUNK_BYTES + qt_key_place(in_tile, i % 16 / 4)] |= (uint8_t)(key << i % QT_CHUNK / 16 * 4);
+    }
+}
+
 /* Lays a weight out as a stream of tiles `begin` .. `end` - 1; the stream is zero before, and
    stays so for rows that aren't there.
 
@@ -218,18 +232,8 @@ static inline void qt_pack_tiles(const qt_planes *w, const uint32_t *bit_planes,
         for (int64_t g = 0; g < groups; g++) {
             uint8_t *to = stream + qt_group_place(w, row / QT_TILE_ROWS, g);
             int64_t chunks = qt_group_chunks(w, g), count = qt_group_inputs(w, g);
-            for (int64_t p = 0; p < w->num_bits; p++, to += chunks * QT_CHUNK_BYTES) {
-                const uint32_t *signs = bit_planes + (p * w->rows + row) * words;
-                for (int64_t i = 0; i < count; i += 4) {
-                    uint32_t key = 0;
-                    for (int64_t j = i; j < i + 4 && j < count; j++) {
-                        int64_t input = g * w->group_size + j;
-                        key |= (signs[input / 32] >> input % 32 & 1) << (j - i);
-                    }
-                    to[i / QT_CHUNK * QT_CHUNK_BYTES + qt_key_place(in_tile, i % 16 / 4)] |=
-                        (uint8_t)(key << i % QT_CHUNK / 16 * 4);
-                }
-            }
+            for (int64_t p = 0; p < w->num_bits; p++, to += chunks * QT_CHUNK_BYTES)
+                qt_put_keys(bit_planes + (p * w->rows + row) * words, g * w->group_size, count, in_tile, to);
             uint16_t *numbers = (uint16_t *)to + in_tile;
             for (int64_t p = 0; p < w->num_bits; p++)
                 numbers[p * QT_TILE_ROWS] = scales[(p * w->rows + row) * groups + g];

@@ -3,7 +3,7 @@
 #define QT_PRODUCT_H
 
 #include "decode.h"
-#include "planes.h"
+#include "panels.h"
 #include "team.h"
 
 #define QT_OWN_TABLES 65536 /* bytes of tables that each thread sooner makes than waits for */
@@ -87,13 +87,26 @@ static inline void qt_multiply_planes(const qt_planes *w, const char *place, int
     }
 }
 
-QT_INLINE int64_t qt_blocks(const qt_planes *w) { return (qt_tiles(w) + w->together - 1) / w->together; }
+/* Blocks begin .. end - 1 of a weight whose groups run along rows, times x (batch, inputs). */
+static inline void qt_multiply_panels(const qt_planes *w, const float *x, int64_t batch, float *y, int64_t stride,
+                                      int add, int64_t begin, int64_t end) {
+    qt_floats values[QT_TOGETHER * QT_MOST_TOKENS][2];
+    for (int64_t block = begin; block < end; block++)
+        for (int64_t b = 0, tokens; b < batch; b += tokens) {
+            tokens = batch - b >= 4 ? 4 : batch - b >= 2 ? 2 : 1;
+            if (w->tables == QT_FLOAT32_TABLES) tokens = 1;
+            int64_t rows, first = qt_multiply_panel(w, block, x + b * w->inputs, tokens, values, &rows);
+            for (int64_t r = 0; r < rows; r += QT_TILE_ROWS)
+                qt_put_tile(w, values + r / QT_TILE_ROWS * tokens, first + r,
+                            rows - r < QT_TILE_ROWS ? rows - r : QT_TILE_ROWS, tokens, y + b * stride, stride, add);
+        }
+}
 
 /* Blocks of a projection: of its classes one after the other; of a dense one, as many rows as a tile has. */
 QT_INLINE int64_t qt_projection_blocks(const qt_projection *w) {
     if (!w->packed) return (w->rows + QT_TILE_ROWS - 1) / QT_TILE_ROWS;
     int64_t blocks = 0;
-    for (const qt_planes *class = w->packed; class; class = class->next) blocks += qt_blocks(class);
+    for (const qt_planes *class = w->packed; class; class = class->next) blocks += class->blocks;
     return blocks;
 }
 
@@ -121,7 +134,11 @@ static inline void qt_multiply_products(const qt_products *p, int64_t first, int
             int64_t rows = end * QT_TILE_ROWS < part->rows ? end * QT_TILE_ROWS : part->rows;
             qt_multiply_dense(part, p->x, p->batch, y, p->stride, p->add, begin * QT_TILE_ROWS, rows);
         }
-        for (; w && end > 0; begin -= qt_blocks(w), end -= qt_blocks(w), w = w->next) {
+        if (w && w->panel_rows) {
+            qt_multiply_panels(w, p->x, p->batch, y, p->stride, p->add, begin, end);
+            continue;
+        }
+        for (; w && end > 0; begin -= w->blocks, end -= w->blocks, w = w->next) {
             int64_t from = begin > 0 ? begin * w->together : 0, to = end * w->together;
             to = to < qt_tiles(w) ? to : qt_tiles(w);
             qt_multiply_planes(w, p->tables, qt_table_bytes(w), p->batch, y, p->stride, p->add, from, to);
@@ -129,11 +146,19 @@ static inline void qt_multiply_products(const qt_products *p, int64_t first, int
     }
 }
 
+/* Row `row` of a weight of planes, (inputs) numbers of a dtype. */
+static inline void qt_number_row(const qt_planes *w, int64_t row, qt_dtype dtype, char *y) {
+    if (w->panel_rows)
+        qt_panel_row(w, row, dtype, y);
+    else
+        qt_planes_row(w, row, dtype, y);
+}
+
 /* Row `row` of a weight, (inputs) floats. */
 static inline void qt_row(const qt_projection *w, int64_t row, float *y) {
     int64_t item = w->dtype == QT_FLOAT32 ? 4 : 2;
     if (w->packed)
-        qt_planes_row(w->packed, row, QT_FLOAT32, (char *)y);
+        qt_number_row(w->packed, row, QT_FLOAT32, (char *)y);
     else
         qt_widen((const char *)w->dense + row * w->inputs * item, (qt_dtype)w->dtype, w->inputs, y);
 }

@@ -287,7 +287,7 @@ def test_prompts_by_tables_and_by_blocks_of_rows_are_the_same(dtype, monkeypatch
 
 def test_costs_decide_between_tables_and_blocks():
     def of(num_bits, level, tables="int16"):
-        return SimpleNamespace(planes_per_row=num_bits, level=level, tables=tables)
+        return SimpleNamespace(table_work=num_bits, level=level, tables=tables)
 
     few, many = of(2, "avx512"), of(8, "avx512")
     decided = [

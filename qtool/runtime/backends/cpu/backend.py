@@ -37,7 +37,7 @@ PACKABLE_FORMATS = (
     nested.NESTED,
 )
 SMALLEST_GROUP = 16
-"""Inputs of the smallest group: each takes the room of 32."""
+"""Inputs, or rows, of the smallest group: each takes the room of 32."""
 LARGEST_GROUP = 1024
 """Inputs of the largest group that can't be cut into equal parts."""
 PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -119,13 +119,13 @@ def _library() -> Library:
 
 
 def _why_not_groups(tensor: QuantizedTensor) -> str | None:
-    scheme, inputs = tensor.scheme, tensor.shape.in_features
-    size = min(scheme.group_size or inputs, inputs)
-    uncut = size < inputs and size % 32 != 0 and size > LARGEST_GROUP
-    if scheme.group_dim == "in_features" and size >= min(SMALLEST_GROUP, inputs) and not uncut:
+    scheme, length = tensor.scheme, tensor.scheme.grouped_length(tensor.shape)
+    size = min(scheme.group_size or length, length)
+    uncut = size < length and size % 32 != 0 and size > LARGEST_GROUP
+    if size >= min(SMALLEST_GROUP, length) and (scheme.group_dim == "out_features" or not uncut):
         return None
     return (
-        f"it runs groups of {SMALLEST_GROUP} in_features and more, above {LARGEST_GROUP} in "
+        f"it runs groups of {SMALLEST_GROUP} and more, of in_features above {LARGEST_GROUP} in "
         f"multiples of 32; these are of {scheme.group_size or 'all'} {scheme.group_dim}."
     )
 

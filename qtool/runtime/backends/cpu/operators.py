@@ -43,7 +43,7 @@ def prefers_tables(weight: PackedWeight, tokens: int, dtype: torch.dtype) -> boo
     if tokens <= FEW_BY_TABLES or weight.level not in TABLE_COST or weight.tables == "float32":
         return tokens <= FEW_BY_TABLES
     once, each = BLOCK_COSTS.get(dtype, NARROW_COSTS)
-    return TABLE_COST[weight.level] * weight.planes_per_row * tokens <= once + each * tokens
+    return TABLE_COST[weight.level] * weight.table_work * tokens <= once + each * tokens
 
 
 def _matmul(x: Tensor, handle: Tensor, rows: int) -> Tensor:

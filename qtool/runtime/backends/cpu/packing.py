@@ -22,6 +22,8 @@ from qtool.scheme import Shape2D
 
 MOST_GROUPED = 512
 """Inputs that share a scale of tables: more would be rounded to coarser steps."""
+TILES_OF_TABLES = 4
+"""Of 32 rows, that one lookup of each takes as long as making the tables."""
 SPLITS = (512, 256, 128, 64, 32)
 TABLE_KINDS = ("int16", "int8", "float32")
 """Of tables, by their number in the library; the first one is the default."""
@@ -33,7 +35,7 @@ class PlanesText(Structure):
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         *((name, c_int64) for name in ("rows", "inputs", "group_size", "num_bits")),
         *((name, c_int64) for name in ("num_groups", "chunks", "tables", "centered")),
-        *((name, c_int64) for name in ("tile_bytes", "together")),
+        *((name, c_int64) for name in ("tile_bytes", "blocks", "together", "panel_rows")),
         *((name, c_void_p) for name in ("stream", "next", "places", "numbers")),
     ]
 
@@ -89,6 +91,13 @@ class PackedWeight:
         """Return how many planes a row has, on average."""
         return sum(text.rows * text.num_bits for text in self._texts) / self.shape.out_features
 
+    @property
+    def table_work(self) -> float:
+        """Return planes per row, and as many more as making tables takes that few rows share."""
+        first = self._texts[0]
+        own = TILES_OF_TABLES / first.together if first.panel_rows else 0.0
+        return self.planes_per_row * (1.0 + own)
+
     def multiply(self, x: Tensor) -> Tensor:
         """Return x @ W.T by tables: (tokens, in_features) -> (tokens, out_features) float32."""
         x = x.float().contiguous()
@@ -138,16 +147,23 @@ class PackedWeight:
         centered = CENTERS in tensor.parts
         scales, offsets = tensor.parts["plane_scales"], tensor.parts.get("plane_offsets")
         offsets = tensor.parts[CENTERS] if centered else offsets
-        size = min(tensor.scheme.group_size or tensor.shape.in_features, tensor.shape.in_features)
-        parts = split_size(size, tensor.shape.in_features)
-        groups = -(-tensor.shape.in_features // parts)
+        inputs, along_rows = tensor.shape.in_features, tensor.scheme.group_dim == "out_features"
+        length = tensor.scheme.grouped_length(tensor.shape)
+        size = min(tensor.scheme.group_size or length, length)
+        parts = min(MOST_GROUPED, inputs) if along_rows else split_size(size, inputs)
+        groups = -(-inputs // parts)
         text = PlanesText(*tensor.shape, parts, tensor.scheme.num_bits, centered=centered)
+        text.panel_rows = size if along_rows else 0
         text.tables = TABLE_KINDS.index(self.tables)
         calls, address = self._library.calls, ctypes.addressof(text)
         stream = STREAMS.empty(calls.qt_planes_size(address))
         text.stream = stream.ctypes.data
         spread = [
-            None if part is None else _repeated(part, -(-size // parts), groups)
+            None
+            if part is None
+            else part.half().contiguous()
+            if along_rows
+            else _repeated(part, -(-size // parts), groups)
             for part in (scales, offsets)
         ]
         planes = tensor.parts["bit_planes"].contiguous()
