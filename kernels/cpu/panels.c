@@ -98,7 +98,9 @@ static inline void put_four_sets(const int16_t *inputs, int32_t extra, int8_t *e
 #else
     for (int set = 0; set < 4; set++, inputs += 4) {
         const float four[4] = {inputs[0], inputs[1], inputs[2], inputs[3]};
-        qt_put_whole(__builtin_convertvector(qt_sums_of_four(four), qt_ints) + extra & (extra ? ~255 : ~0), entries + 16 * set);
+        qt_ints sums = __builtin_convertvector(qt_sums_of_four(four), qt_ints) + extra;
+        if (extra) sums &= ~255; /* this path reads lower bytes always */
+        qt_put_whole(sums, entries + 16 * set);
     }
 #endif
 }

@@ -28,15 +28,18 @@ static float *floats(int64_t count, float size) {
     return place;
 }
 
-static qt_planes *planes(int64_t rows, int64_t inputs, int64_t group, int64_t bits) {
+/* In groups of inputs, or of rows. */
+static qt_planes *planes(int64_t rows, int64_t inputs, int64_t group, int64_t bits, int64_t panel_rows) {
     qt_planes *w = exactly(sizeof *w);
-    *w = (qt_planes){.rows = rows, .inputs = inputs, .group_size = group < inputs ? group : inputs, .num_bits = bits};
+    *w = (qt_planes){.rows = rows, .inputs = inputs, .group_size = group < inputs ? group : inputs, .num_bits = bits,
+                     .panel_rows = panel_rows};
     w->stream = exactly(qt_planes_size(w));
-    int64_t words = (inputs + 31) / 32, groups = w->num_groups;
+    int64_t words = (inputs + 31) / 32, groups = rows * w->num_groups;
+    if (panel_rows) groups = (rows + panel_rows - 1) / panel_rows * inputs;
     uint32_t *signs = exactly(bits * rows * words * 4);
-    uint16_t *scales = exactly(bits * rows * groups * 2);
+    uint16_t *scales = exactly(bits * groups * 2);
     for (int64_t i = 0; i < bits * rows * words; i++) signs[i] = some();
-    for (int64_t i = 0; i < bits * rows * groups; i++)
+    for (int64_t i = 0; i < bits * groups; i++)
         scales[i] = qt_float_to_half((float)(some() % 99) / 99 / sqrtf((float)inputs));
     qt_planes_pack(w, signs, scales, NULL, 1);
     return w;
@@ -44,9 +47,9 @@ static qt_planes *planes(int64_t rows, int64_t inputs, int64_t group, int64_t bi
 
 /* Two classes of rows, every other row of each, if `classes`. */
 static qt_planes *weight(int64_t rows, int64_t inputs, int64_t group, int64_t bits, int classes) {
-    if (!classes || rows < 2) return planes(rows, inputs, group, bits);
+    if (!classes || rows < 2) return planes(rows, inputs, group, bits, classes ? 0 : some() >> 20 & 1 ? 24 : 0);
     int64_t second = rows / 2, first = rows - second, *places = exactly(rows * 8), *numbers = exactly(rows * 8);
-    qt_planes *w = planes(first, inputs, group, bits), *next = planes(second, inputs, group, bits - 1);
+    qt_planes *w = planes(first, inputs, group, bits, 0), *next = planes(second, inputs, group, bits - 1, 0);
     for (int64_t i = 0; i < rows; i++) {
         int64_t number = i % 2 ? first + i / 2 : i / 2;
         numbers[i] = number, places[number] = i;

@@ -21,19 +21,21 @@ static void *exactly(int64_t bytes) {
     return place;
 }
 
+/* Of groups of inputs; of rows, where there are `panel_rows` in one. */
 static int run(int64_t rows, int64_t inputs, int64_t group, int64_t bits, int64_t batch, int64_t threads,
-               int64_t tables) {
-    qt_planes w = {.rows = rows, .inputs = inputs, .group_size = group, .num_bits = bits};
+               int64_t tables, int64_t panel_rows) {
+    qt_planes w = {.rows = rows, .inputs = inputs, .group_size = group, .num_bits = bits, .panel_rows = panel_rows};
     w.centered = batch % 2;
     w.tables = tables;
     uint8_t *stream = exactly(qt_planes_size(&w));
     w.stream = stream;
-    int64_t words = (inputs + 31) / 32, groups = (inputs + group - 1) / group, wrong = 0;
+    int64_t words = (inputs + 31) / 32, groups = rows * ((inputs + group - 1) / group), wrong = 0;
+    if (panel_rows) groups = (rows + panel_rows - 1) / panel_rows * inputs;
     uint32_t *planes = exactly(bits * rows * words * 4);
-    uint16_t *scales = exactly(bits * rows * groups * 2), *offsets = exactly(rows * groups * 2);
+    uint16_t *scales = exactly(bits * groups * 2), *offsets = exactly(groups * 2);
     for (int64_t i = 0; i < bits * rows * words; i++) planes[i] = some();
-    for (int64_t i = 0; i < bits * rows * groups; i++) scales[i] = qt_float_to_half((float)(some() % 99) / 99);
-    for (int64_t i = 0; i < rows * groups; i++) offsets[i] = qt_float_to_half((float)(some() % 9) / 2);
+    for (int64_t i = 0; i < bits * groups; i++) scales[i] = qt_float_to_half((float)(some() % 99) / 99);
+    for (int64_t i = 0; i < groups; i++) offsets[i] = qt_float_to_half((float)(some() % 9) / 2);
     qt_planes_pack(&w, planes, scales, batch % 3 ? offsets : NULL, threads);
     float *x = exactly(batch * inputs * 4), *y = exactly(batch * rows * 4), *dense = exactly(rows * inputs * 4);
     for (int64_t i = 0; i < batch * inputs; i++) x[i] = (float)(some() >> 8) / 8388608.0f - 1;
@@ -91,12 +93,16 @@ int decode_steps(void); /* decode_driver.c */
 int main(void) {
     int wrong = decode_steps();
     for (int64_t tables = QT_INT16_TABLES; tables <= QT_FLOAT32_TABLES; tables++) {
-        wrong += run(1, 1, 1, 1, 1, 1, tables);
-        wrong += run(31, 31, 31, 8, 2, 2, tables);
-        wrong += run(33, 65, 64, 3, 3, 3, tables);
-        wrong += run(100, 576, 128, 4, 5, 2, tables);
-        wrong += run(2100, 1300, 512, 2, 1, 2, tables);
-        wrong += run(70, 2048, 16, 3, 7, 1, tables);
+        wrong += run(1, 1, 1, 1, 1, 1, tables, 0);
+        wrong += run(31, 31, 31, 8, 2, 2, tables, 0);
+        wrong += run(33, 65, 64, 3, 3, 3, tables, 0);
+        wrong += run(100, 576, 128, 4, 5, 2, tables, 0);
+        wrong += run(2100, 1300, 512, 2, 1, 2, tables, 0);
+        wrong += run(70, 2048, 16, 3, 7, 1, tables, 0);
+        wrong += run(1, 1, 1, 1, 1, 1, tables, 1);
+        wrong += run(100, 67, 67, 8, 2, 2, tables, 64);
+        wrong += run(330, 545, 512, 3, 5, 2, tables, 300);
+        wrong += run(90, 544, 512, 2, 3, 3, tables, 16);
     }
     for (int64_t dtype = QT_FLOAT32; dtype <= QT_BFLOAT16; dtype++) wrong += run_rows(5, 257, dtype, 2);
     return wrong;
