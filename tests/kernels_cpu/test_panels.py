@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qtool.modeling.load import load_model
 from qtool.runtime.backends._choose import load_backend
 from qtool.runtime.backends.cpu import building, library, operators
 from qtool.scheme import Shape2D, WeightScheme
