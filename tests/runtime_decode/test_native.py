@@ -163,7 +163,8 @@ def _steps(runner, ids):
 @pytest.mark.parametrize(
     "changes",
     [{"num_bits": bits} for bits in (1, 2, 4, 8)]
-    + [{"group_size": None}, {"symmetric": True}, {"group_size": 48}],
+    + [{"group_size": None}, {"symmetric": True}, {"group_size": 48}]
+    + [{"group_dim": "out_features", "group_size": size} for size in (16, 40, None)],
     ids=str,
 )
 def test_schemes(changes):
