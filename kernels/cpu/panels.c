@@ -3,8 +3,6 @@
 
 #define PANEL_CHUNKS 16 /* of a group of inputs, at most */
 #define PANEL_INPUTS (PANEL_CHUNKS * QT_CHUNK)
-/* The largest sum of a table, so that neither four inputs rounded apart nor half a byte more overflow. */
-#define LARGEST_SUM 32600.0f
 
 static int64_t bytes_of_block(const qt_planes *w, int64_t tiles) {
     return qt_all_chunks(w) * (w->num_bits * tiles * QT_CHUNK_BYTES + (w->num_bits + 1) * QT_CHUNK * 2);
@@ -55,78 +53,13 @@ static void numbers_of(const qt_planes *w, const uint8_t *group, int64_t chunks,
     for (int64_t i = 0; i < chunks * QT_CHUNK; i++) y[i] *= steps[i] * unit;
 }
 
-/* Four sets of sixteen sums of four whole numbers, plus `extra`: lower bytes, then upper ones. */
-static inline void put_four_sets(const int16_t *inputs, int32_t extra, int8_t *entries) {
-#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
-    typedef int16_t shorts __attribute__((vector_size(64)));
-    typedef int8_t bytes __attribute__((vector_size(64)));
-    const shorts first = {-1, -1, 1, -1, -1, 1, 1, 1, -1, -1, 1, -1, -1, 1, 1, 1,
-                          -1, -1, 1, -1, -1, 1, 1, 1, -1, -1, 1, -1, -1, 1, 1, 1};
-    const shorts second = {-1, -1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, 1, -1, 1, -1,
-                           -1, 1,  -1, 1,  -1, 1,  -1, 1,  1, 1,  1, 1,  1, 1,  1, 1};
-    const bytes places = {0, 4, 8,  12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60, 64, 68, 72, 76, 80, 84,
-                          88, 92, 96, 100, 104, 108, 112, 116, 120, 124, 1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45,
-                          49, 53, 57, 61, 65, 69, 73, 77, 81, 85, 89, 93, 97, 101, 105, 109, 113, 117, 121, 125};
-    __m512i sums[4], two[2];
-#pragma GCC unroll 4
-    for (int set = 0; set < 4; set++) {
-        int32_t pairs[2];
-        memcpy(pairs, inputs + 4 * set, sizeof pairs);
-        sums[set] = _mm512_dpwssd_epi32(_mm512_set1_epi32(extra), _mm512_set1_epi32(pairs[0]), (__m512i)first);
-        sums[set] = _mm512_dpwssd_epi32(sums[set], _mm512_set1_epi32(pairs[1]), (__m512i)second);
-    }
-    for (int i = 0; i < 2; i++) two[i] = _mm512_permutex2var_epi8(sums[2 * i], (__m512i)places, sums[2 * i + 1]);
-    _mm512_storeu_si512(entries, _mm512_shuffle_i64x2(two[0], two[1], 0x44));
-    _mm512_storeu_si512(entries + 64, _mm512_shuffle_i64x2(two[0], two[1], 0xee));
-#elif defined(__AVX2__)
-    const __m256i first = _mm256_setr_epi16(-1, -1, 1, -1, -1, 1, 1, 1, -1, -1, 1, -1, -1, 1, 1, 1);
-    const __m256i lower = _mm256_setr_epi16(-1, -1, -1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, 1, -1, 1);
-    const __m256i upper = _mm256_setr_epi16(1, -1, 1, -1, 1, -1, 1, -1, 1, 1, 1, 1, 1, 1, 1, 1);
-    for (int set = 0; set < 4; set++, entries += 16) {
-        int32_t pairs[2];
-        memcpy(pairs, inputs + 4 * set, sizeof pairs);
-        __m256i both = _mm256_madd_epi16(_mm256_set1_epi32(pairs[0]), first), four = _mm256_set1_epi32(pairs[1]);
-        both = _mm256_add_epi32(both, _mm256_set1_epi32(extra));
-        __m256i sums = _mm256_packs_epi32(_mm256_add_epi32(both, _mm256_madd_epi16(four, lower)),
-                                          _mm256_add_epi32(both, _mm256_madd_epi16(four, upper)));
-        __m256i low = _mm256_and_si256(sums, _mm256_set1_epi16(255));
-        __m256i high = _mm256_xor_si256(_mm256_srli_epi16(sums, 8), _mm256_set1_epi16(QT_HIGH_BIAS));
-        sums = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8);
-        _mm_storeu_si128((__m128i *)entries, _mm256_castsi256_si128(sums));
-        _mm_storeu_si128((__m128i *)(entries + 64), _mm256_extracti128_si256(sums, 1));
-    }
-#else
-    for (int set = 0; set < 4; set++, inputs += 4) {
-        const float four[4] = {inputs[0], inputs[1], inputs[2], inputs[3]};
-        qt_ints sums = __builtin_convertvector(qt_sums_of_four(four), qt_ints) + extra;
-        if (extra) sums &= ~255; /* this path reads lower bytes always */
-        qt_put_whole(sums, entries + 16 * set);
-    }
-#endif
-}
-
-/* Tables (chunks, ...) of x times `numbers`, (count) each; returns their scale. */
-static float make_tables(const float *x, const float *numbers, int64_t count, int64_t chunks, int kind,
-                         int8_t *entries) {
-    typedef int16_t shorts __attribute__((vector_size(32)));
+/* Tables of x times `numbers`, (count) each; returns their scale. */
+static float make_tables(const float *x, const float *numbers, int64_t count, int64_t kind, int8_t *entries) {
     float scaled[PANEL_INPUTS], sum;
-    int16_t whole[PANEL_INPUTS];
-    int64_t all = chunks * QT_CHUNK;
     for (int64_t i = 0; i < count; i++) scaled[i] = x[i] * numbers[i];
-    for (int64_t i = count; i < all; i++) scaled[i] = 0.0f;
-    if (kind == QT_FLOAT32_TABLES) {
-        for (int64_t i = 0; i < all; i += 4) qt_store((float *)(void *)entries + 4 * i, qt_sums_of_four(scaled + i));
-        return 1.0f;
-    }
-    float most = qt_look_at_inputs(scaled, all, &sum), inverse = most > 0.0f ? LARGEST_SUM / most : 0.0f;
-    for (int64_t i = 0; i < all; i += QT_LANES) {
-        qt_ints rounded = (qt_ints)(qt_load(scaled + i) * inverse + 12582912.0f) - 0x4B400000;
-        shorts narrow = __builtin_convertvector(rounded, shorts);
-        memcpy(whole + i, &narrow, sizeof narrow);
-    }
-    for (int64_t i = 0; i < all; i += 16, entries += QT_CHUNK_TABLE / 2)
-        put_four_sets(whole + i, kind == QT_INT8_TABLES ? 128 : 0, entries);
-    return most / LARGEST_SUM;
+    if (kind == QT_INT16_TABLES) return qt_put_group(scaled, count, QT_INT16_TABLES, entries, &sum);
+    if (kind == QT_INT8_TABLES) return qt_put_group(scaled, count, QT_INT8_TABLES, entries, &sum);
+    return qt_put_group(scaled, count, QT_FLOAT32_TABLES, entries, &sum);
 }
 
 /* Adds tiles of one plane of a group to y (tiles, batch, rows), by tables of each of a batch. */
@@ -178,7 +111,7 @@ int64_t qt_multiply_panel(const qt_planes *w, int64_t block, const float *x, int
         for (int64_t p = 0; p < w->num_bits; p++, keys += place.tiles * chunks * QT_CHUNK_BYTES) {
             numbers_of(w, place.stream, chunks, p, numbers);
             for (int64_t b = 0; b < batch; b++)
-                scales[b] = make_tables(x + b * w->inputs, numbers, count, chunks, (int)w->tables, room[b]);
+                scales[b] = make_tables(x + b * w->inputs, numbers, count, w->tables, room[b]);
             add_some_plane(keys, chunks, place.tiles, entries, scales, batch, w->tables, y);
         }
         place.stream = keys;

@@ -11,6 +11,7 @@
 #ifndef QT_PLANES_H
 #define QT_PLANES_H
 
+#include "entries.h"
 #include "widen.h"
 
 #define QT_MOST_BITS 8
@@ -94,78 +95,20 @@ QT_INLINE qt_tables qt_tables_at(const qt_planes *w, const char *place) {
     return tables;
 }
 
-/* Sixteen sums of four inputs. */
-QT_INLINE qt_floats qt_sums_of_four(const float *x) {
-    static const qt_floats s0 = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
-    static const qt_floats s1 = {-1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1};
-    static const qt_floats s2 = {-1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1};
-    static const qt_floats s3 = {-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1, 1};
-    return x[0] * s0 + x[1] * s1 + x[2] * s2 + x[3] * s3;
-}
-
-/* Whole sums as lower and upper bytes 64 apart. */
-QT_INLINE void qt_put_whole(qt_ints whole, int8_t *lower) {
-    typedef int8_t bytes __attribute__((vector_size(16)));
-    bytes low = __builtin_convertvector(whole, bytes);
-    bytes high = __builtin_convertvector((whole >> 8) + QT_HIGH_BIAS, bytes);
-    memcpy(lower, &low, 16);
-    memcpy(lower + 64, &high, 16);
-}
-
-/* Sums in units of a scale, rounded to the nearest, times 2^shift. */
-QT_INLINE void qt_put_set(qt_floats sums, int shift, int8_t *lower) {
-    qt_put_whole(((qt_ints)(sums + 12582912.0f) - 0x4B400000) << shift, lower);
-}
-
-/* The largest sum of magnitudes of four inputs, and the sum of all. */
-QT_INLINE float qt_look_at_inputs(const float *x, int64_t count, float *sum) {
-    qt_floats most = {0}, all = {0};
-    float lanes[QT_LANES] = {0}, largest = 0.0f;
-    for (int64_t i = 0; i < count; i += QT_LANES) {
-        qt_floats v;
-        if (count - i < QT_LANES) memcpy(lanes, x + i, (size_t)(count - i) * 4);
-        v = qt_load(count - i < QT_LANES ? lanes : x + i);
-        all += v;
-        v = (qt_floats)((qt_ints)v & 0x7fffffff);
-        v += qt_shuffled(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-        v += qt_shuffled(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-        qt_ints more = v > most;
-        most = (qt_floats)(((qt_ints)v & more) | ((qt_ints)most & ~more));
-    }
-    *sum = qt_sum(all);
-    qt_store(lanes, most);
-    for (int i = 0; i < QT_LANES; i += 4) largest = lanes[i] > largest ? lanes[i] : largest;
-    return largest;
-}
-
 /* Tables of x (inputs) for a weight's groups begin .. end - 1. */
 QT_INLINE void qt_make_tables(const qt_planes *w, const float *x, int64_t begin, int64_t end, char *place) {
     qt_tables tables = qt_tables_at(w, place);
     int8_t *entries = (int8_t *)place + begin * w->chunks * qt_chunk_table(w);
-    const int shift = w->tables == QT_INT8_TABLES ? 8 : 0, is_float = w->tables == QT_FLOAT32_TABLES;
-    const float largest = shift ? 127.0f : 32767.0f;
     float *scales = (float *)tables.scales, *sums = (float *)tables.sums;
-    for (int64_t g = begin; g < end; g++) {
-        int64_t count = qt_group_inputs(w, g), chunks = qt_group_chunks(w, g);
+    for (int64_t g = begin; g < end; g++, entries += w->chunks * qt_chunk_table(w)) {
         const float *inputs = x + g * w->group_size;
-        float filled[QT_CHUNK], most = qt_look_at_inputs(inputs, count, sums + g);
-        float inverse = most > 0.0f ? largest / most : 0.0f;
-        scales[g] = is_float ? 1.0f : most / (largest * (float)(1 << shift));
-        for (int64_t c = 0; c < chunks; c++, entries += qt_chunk_table(w)) {
-            const float *four = inputs + c * QT_CHUNK;
-            if (count - c * QT_CHUNK < QT_CHUNK) {
-                memset(filled, 0, sizeof filled);
-                memcpy(filled, four, (size_t)(count - c * QT_CHUNK) * 4);
-                four = filled;
-            }
-            for (int64_t set = 0; set < 8; set++) {
-                qt_floats all = qt_sums_of_four(four + 4 * set);
-                if (is_float)
-                    qt_store((float *)entries + 16 * set, all);
-                else
-                    qt_put_set(all * inverse, shift, entries + set / 4 * 128 + set % 4 * 16);
-            }
-        }
+        int64_t count = qt_group_inputs(w, g);
+        if (w->tables == QT_INT16_TABLES)
+            scales[g] = qt_put_group(inputs, count, QT_INT16_TABLES, entries, sums + g);
+        else if (w->tables == QT_INT8_TABLES)
+            scales[g] = qt_put_group(inputs, count, QT_INT8_TABLES, entries, sums + g);
+        else
+            scales[g] = qt_put_group(inputs, count, QT_FLOAT32_TABLES, entries, sums + g);
     }
 }
 
