@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.core.packing import pack_bits
-
 
 class _XorSigns(torch.autograd.Function):
     """y_r = (-1)^(taps - 1) times the product of the signs of the inputs that output r taps."""
@@ -44,8 +42,3 @@ def xor_signs(latent: Tensor, network: Tensor, sharpness: float) -> Tensor:
     """
     signs: Tensor = _XorSigns.apply(latent, network, sharpness)  # type: ignore[no-untyped-call]
     return signs
-
-
-def stored_bits_of(latent: Tensor) -> Tensor:
-    """Return what is stored of latent values, packed along the last dimension, int32."""
-    return pack_bits((latent >= 0).to(torch.uint8))

@@ -108,17 +108,6 @@ def _others(count: int, num_inputs: int, taps: int, generator: torch.Generator) 
     return found[:count]
 
 
-def dense_network(num_outputs: int, num_inputs: int, generator: torch.Generator) -> Tensor:
-    """Return a network of fair random bits, (num_outputs, num_inputs) uint8, no row of zeros."""
-    network = torch.randint(2, (num_outputs, num_inputs), generator=generator, dtype=torch.uint8)
-    while bool((empty := network.sum(1) == 0).any()):
-        fresh = torch.randint(
-            2, (int(empty.sum()), num_inputs), generator=generator, dtype=torch.uint8
-        )
-        network[empty] = fresh
-    return network
-
-
 def pack_network(network: Tensor) -> Tensor:
     """Return a network as it is stored, (..., num_outputs, words) int32."""
     return pack_bits(network)

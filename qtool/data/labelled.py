@@ -32,12 +32,6 @@ class Labelled:
     place: str
 
 
-def has_labels(path: Path) -> bool:
-    """Return whether the first line of a file has a `label`."""
-    _, row = next(iter(json_lines(path)), ("", None))
-    return isinstance(row, Mapping) and "label" in row
-
-
 def read_labelled(path: Path, num_classes: int | None = None) -> list[Labelled]:
     """Return the lines of a .jsonl file, maybe gzipped.
 

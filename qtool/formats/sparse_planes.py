@@ -118,20 +118,6 @@ def encode_sparse(
     return tensor
 
 
-def kept_of(tensor: QuantizedTensor) -> Tensor:
-    """Return which weights aren't zero, (out_features, in_features) bool."""
-    shape = tensor.shape
-    flat = unpack_bits(tensor.parts["kept_weights"][0], shape.out_features * shape.in_features)
-    return flat.view(*shape).bool()
-
-
-def signs_of(tensor: QuantizedTensor) -> Tensor:
-    """Return the planes, (num_bits, out_features, in_features) uint8; of zeros, anything."""
-    shape = tensor.shape
-    flat = unpack_bits(_sign_words(tensor), shape.out_features * shape.in_features)
-    return flat.view(-1, *shape)
-
-
 def _sign_words(tensor: QuantizedTensor) -> Tensor:
     """Return the planes, flat and packed, (num_bits, words) int32."""
     scheme, parts, shape = tensor.scheme, tensor.parts, tensor.shape
@@ -220,19 +206,3 @@ CODEC = Codec(
     narrow=_narrow,
     opened=in_twin_planes,
 )
-
-
-def stored_bits(tensor: QuantizedTensor) -> Mapping[str, float]:
-    """Return what a weight takes, in bits per weight: `code`, `corrections`, `mask`, `scales`."""
-    of = {
-        "code_words": "code",
-        "xor_network": "code",
-        "kept_weights": "mask",
-        "correction_places": "corrections",
-        "correction_lows": "corrections",
-        "plane_scales": "scales",
-    }
-    found = dict.fromkeys(("code", "corrections", "mask", "scales"), 0.0)
-    for name, part in tensor.parts.items():
-        found[of[name]] += 8 * part.nbytes / tensor.shape.out_features / tensor.shape.in_features
-    return found

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from qtool import pipeline
+import qtool.training.adapters
+from qtool import pipeline, plugins
 from qtool.base import Notice, Progress
 from qtool.checkpoint.adapter_files import ADAPTER_FILES, read_adapter
 from qtool.errors import CheckpointError, ModelError, OutputError, RecipeError
@@ -19,10 +20,10 @@ from qtool.pipeline.adapt import AdaptRequest, AdaptResult, adapt
 from qtool.recipe.load import recipe_from_mapping
 from qtool.steps import adapt_model as steps
 from qtool.steps.adapt_model import AdaptOptions
-from qtool.training.adapters import kind_names, load_kind
+from qtool.training.adapters import load_kind
 from tests.helpers import QUICK_BCQ, file_hashes
 
-KINDS = kind_names()
+KINDS = plugins.command_names(qtool.training.adapters)
 OPTIONS: dict[str, dict[str, Any]] = {"lora": {"rank": 2}, "ra-lora": {"rank": 2, "max_rank": 6}}
 IDS = torch.arange(3, 27).view(2, 12)
 pytest.importorskip("peft")

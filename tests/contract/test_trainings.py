@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from qtool import pipeline
+import qtool.training.recipes
+from qtool import pipeline, plugins
 from qtool.base import Notice, Progress
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter
@@ -22,11 +23,15 @@ from qtool.pipeline.train import train
 from qtool.pipeline.train_request import TrainRequest, TrainResult
 from qtool.recipe.load import recipe_from_mapping
 from qtool.steps.train_model import TrainOptions
-from qtool.training.recipes import load_training, training_names
+from qtool.training.recipes import load_training
 from tests import families
 from tests.helpers import QUICK_BCQ, file_hashes
 
-TRAININGS = [name for name in training_names() if not load_training(name).is_dense]
+TRAININGS = [
+    name
+    for name in plugins.command_names(qtool.training.recipes)
+    if not load_training(name).is_dense
+]
 WEIGHTS = {
     "weights": {
         "method": "bcq",

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 import qtool.methods
+import qtool.training.adapters
+import qtool.training.recipes
 from qtool import plugins
 from qtool.cli import app
 from qtool.recipe.names import built_in, in_folders
-from qtool.training.adapters import kind_names
-from qtool.training.recipes import training_names
 from tests.docs.pages import (
     CURRENT,
     LINK,
@@ -56,13 +56,17 @@ def test_command_line_is_understood(line: Line):
     if isinstance(recipe, list | tuple):  # those of `grid`, which may be none
         recipe = recipe[-1] if recipe else None
     made = {file.stem for file in MADE}
-    known = kind_names() if name == "adapt" else plugins.names(qtool.methods)
+    known = (
+        plugins.command_names(qtool.training.adapters)
+        if name == "adapt"
+        else plugins.names(qtool.methods)
+    )
     assert method in {None, *known, *made}
     assert (
         recipe is None
         or recipe in {*built_in(), *in_folders(), *made}
         or recipe.endswith(".yaml")
-        or (name == "train" and recipe in training_names())
+        or (name == "train" and recipe in plugins.command_names(qtool.training.recipes))
     )
 
 

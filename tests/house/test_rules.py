@@ -55,6 +55,34 @@ def test_public_name_is_defined_once():
     )
 
 
+CALLED_FROM_OUTSIDE = {"QtoolQuantizer", "register_with_vllm", "answer_request"}
+"""By transformers, by vLLM, and in the process that runs what a model wrote."""
+
+
+def read_names(module: Module) -> Iterable[str]:
+    """Return what a file reads: names, attributes, imports, and texts that name something."""
+    for node in module.walk(ast.Name, ast.Attribute, ast.alias, ast.Constant):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.alias):
+            yield node.name
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value.rpartition(".")[2]
+
+
+def test_public_name_has_a_reader():
+    """What only tests call is dead."""
+    read = {name for module in MODULES for name in read_names(module)}
+    expect_none(
+        f"{module} {name}"
+        for module in MODULES
+        for name in module.public_names()
+        if name not in read | PLUGIN_CONSTANTS | CALLED_FROM_OUTSIDE
+    )
+
+
 def test_no_public_name_is_a_subpackage():
     folders = {path.parent.name for path in (ROOT / "qtool").glob("*/__init__.py")}
     files = {path.stem for path in (ROOT / "qtool").glob("*.py")}

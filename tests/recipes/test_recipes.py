@@ -5,13 +5,14 @@ import re
 import pytest
 import yaml
 
-from qtool import pipeline, resources
+import qtool.training.recipes
+from qtool import pipeline, plugins, resources
 from qtool.folds import fold_names
 from qtool.modeling.locate import Location
 from qtool.recipe.load import load_recipe
 from qtool.recipe.names import built_in, in_folders
 from qtool.steps.options import read_options
-from qtool.training.recipes import load_training, training_names
+from qtool.training.recipes import load_training
 
 FILES = sorted(resources.recipes_dir().rglob("*.yaml"))
 
@@ -66,7 +67,7 @@ def test_name_tells_width_and_how_it_is_trained(name):
     if trained == "flexor":
         bits = own.planes * own.inputs / own.outputs
     assert bits == float(width.removeprefix("w"))
-    assert recipe.training.name in training_names()
+    assert recipe.training.name in plugins.command_names(qtool.training.recipes)
 
 
 @pytest.mark.parametrize("name", [name for name in built_in() if name.startswith("sparse-")])

@@ -69,11 +69,6 @@ class AdapterKind:
     """If nobody says another."""
 
 
-def kind_names() -> tuple[str, ...]:
-    """Return the sorted names of all kinds, as the command line writes them."""
-    return plugins.command_names(sys.modules[__name__])
-
-
 def load_kind(name: str) -> AdapterKind:
     """Return a kind by name.
 

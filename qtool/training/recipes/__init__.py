@@ -109,11 +109,6 @@ class Training:
     """It begins at a dense model, and writes one; else at a checkpoint, and writes that."""
 
 
-def training_names() -> tuple[str, ...]:
-    """Return the sorted names of all recipes, as the command line writes them."""
-    return plugins.command_names(sys.modules[__name__])
-
-
 def load_training(name: str) -> Training:
     """Return a recipe by name.
 

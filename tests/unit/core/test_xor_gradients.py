@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.core.packing import unpack_bits
-from qtool.core.xor_gradients import stored_bits_of, xor_signs
+from qtool.core.packing import pack_bits, unpack_bits
+from qtool.core.xor_gradients import xor_signs
 from qtool.core.xor_networks import tapped_network, through_network
 
 
@@ -23,7 +23,8 @@ def test_signs_are_those_of_the_gates_and_gradients_those_of_the_paper(
     network = tapped_network(inputs + more, inputs, min(2, inputs), generator)
     latent = torch.randn(3, inputs, 11, generator=generator).requires_grad_()
     made = xor_signs(latent, network.float(), sharpness)
-    gates = through_network(stored_bits_of(latent.detach()), network)
+    stored = pack_bits((latent.detach() >= 0).to(torch.uint8))
+    gates = through_network(stored, network)
     assert torch.equal(made, unpack_bits(gates, 11).float() * 2 - 1)
     grad = torch.randn(made.shape, generator=generator)
     made.backward(grad)
@@ -44,9 +45,8 @@ def test_signs_can_be_learned():
     """Latents follow gradients to signs that they did not begin with."""
     generator = torch.Generator().manual_seed(0)
     network = tapped_network(10, 8, 2, generator)
-    wanted = unpack_bits(
-        through_network(stored_bits_of(torch.randn(8, 200, generator=generator)), network), 200
-    )
+    stored = pack_bits((torch.randn(8, 200, generator=generator) >= 0).to(torch.uint8))
+    wanted = unpack_bits(through_network(stored, network), 200)
     latent = (1e-3 * torch.randn(8, 200, generator=generator)).requires_grad_()
     adam = torch.optim.Adam([latent], lr=1e-3)
     shares = []
