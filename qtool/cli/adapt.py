@@ -7,7 +7,13 @@ import typer
 
 from qtool.base import Emit
 from qtool.cli import console, early
-from qtool.cli.options import DeviceOption, JsonOption, check_targets, wrong_plot_name
+from qtool.cli.options import (
+    DeviceOption,
+    JsonOption,
+    check_targets,
+    given_options,
+    wrong_plot_name,
+)
 from qtool.cli.progress import progress
 from qtool.cli.settings_of import parsed_settings
 from qtool.cli.training_options import (
@@ -161,13 +167,8 @@ def _check_lines(data: Path, validation: Path | None) -> None:
 
 def _check_merging(context: typer.Context) -> None:
     """Refuse options that would do nothing."""
-    meant = {"context", "out_dir", "data", "adapter_dir", "merge", "overwrite", "device"}
-    useless = [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if parameter.name not in {*meant, "json_file"}
-        and getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
-    ]
+    meant = {"out_dir", "data", "adapter_dir", "merge", "overwrite", "device", "json_file"}
+    useless = [one.opts[0] for one in given_options(context) if one.name not in meant]
     if useless:
         raise typer.BadParameter(f"{', '.join(useless)}: --merge trains nothing.", ctx=context)
 

@@ -14,12 +14,14 @@ from qtool.cli.options import (
     JsonOption,
     check_targets,
     in_panel,
+    refuse_ignored,
     torch_dtype,
 )
 from qtool.cli.progress import progress
 from qtool.cli.tables.compared import compared_report, print_compared, write_compared
 from qtool.cli.task_options import (
     ANSWERS_KEPT,
+    NEEDS_TASKS,
     WITH,
     BatchSizeOption,
     ChatTemplateOption,
@@ -41,7 +43,8 @@ from qtool.errors import QtoolError
 
 _FEWEST = 2
 NO_TEXTS = "--no-texts"
-_of_texts = in_panel("Texts")
+TEXTS = "Texts"
+_of_texts = in_panel(TEXTS)
 
 
 def compare(
@@ -72,7 +75,7 @@ def compare(
         bool, _of_texts("--no-chats", help="Compare on the text only, not on chats as well.")
     ] = False,
     no_texts: Annotated[
-        bool, _of_texts(NO_TEXTS, help="Run the tasks only: no perplexity, no KL divergence.")
+        bool, typer.Option(NO_TEXTS, help="Run the tasks only: no perplexity, no KL divergence.")
     ] = False,
     data_dir: DataDirOption = None,
     limit: LimitOption = None,
@@ -146,14 +149,9 @@ def _check_request(context: typer.Context, models: list[str], *, with_tasks: boo
     """Raise a usage error for one model alone, and for options that would be ignored."""
     if len(models) < _FEWEST:
         raise typer.BadParameter("Give at least two models, the original first.")
-    ignored = [] if with_tasks else [WITH]
-    if context.params.get("no_texts"):
-        if not with_tasks:
-            raise typer.BadParameter(f"{NO_TEXTS} needs --tasks: nothing is left to measure.")
-        ignored = ["Texts"]
-    for option in sorted(context.command.params, key=lambda option: option.name or ""):
-        source = context.get_parameter_source(option.name or "")
-        given = source is not None and source.name == "COMMANDLINE" and option.name != "no_texts"
-        if given and getattr(option, "rich_help_panel", None) in ignored:
-            what = "goes without --no-texts" if with_tasks else "needs --tasks"
-            raise typer.BadParameter(f"{option.opts[0]} {what}.")
+    if context.params.get("no_texts") and not with_tasks:
+        raise typer.BadParameter(f"{NO_TEXTS} needs --tasks: nothing is left to measure.")
+    if not with_tasks:
+        refuse_ignored(context, {WITH: NEEDS_TASKS})
+    elif context.params.get("no_texts"):
+        refuse_ignored(context, {TEXTS: f"goes without {NO_TEXTS}"})

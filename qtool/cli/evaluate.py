@@ -15,6 +15,7 @@ from qtool.cli.options import (
     KvCacheOption,
     check_targets,
     in_panel,
+    refuse_ignored,
     torch_dtype,
 )
 from qtool.cli.progress import progress
@@ -23,6 +24,7 @@ from qtool.cli.tables.tasks import print_tasks, raise_failures, task_report, wri
 from qtool.cli.tables.written import show_written
 from qtool.cli.task_options import (
     ANSWERS_KEPT,
+    NEEDS_TASKS,
     WITH,
     BatchSizeOption,
     ChatTemplateOption,
@@ -48,6 +50,7 @@ WITHOUT = "Without --tasks"
 _of_perplexity = in_panel(WITHOUT)
 WITH_PAIRS = "With --pairs"
 _of_pairs = in_panel(WITH_PAIRS)
+_of_tasks = in_panel(WITH)
 
 
 def evaluate(
@@ -64,7 +67,7 @@ def evaluate(
     kv_cache: KvCacheOption = None,
     json_file: JsonOption = None,
     markdown: Annotated[
-        Path | None, typer.Option(help="Write the table as Markdown; - is stdout.")
+        Path | None, _of_tasks(help="Write the table as Markdown; - is stdout.")
     ] = None,
     dataset: Annotated[
         str, _of_perplexity(help="Bundled text, or the path of a .txt or .jsonl file.")
@@ -185,13 +188,8 @@ def _check_usage(context: typer.Context, *, with_tasks: bool, with_pairs: bool) 
     if with_tasks and with_pairs:
         raise typer.BadParameter("--pairs goes without --tasks.")
     if with_pairs:
-        ignored = {WITHOUT: "goes without --pairs", WITH: "needs --tasks"}
+        refuse_ignored(context, {WITHOUT: "goes without --pairs", WITH: NEEDS_TASKS})
     elif with_tasks:
-        ignored = {WITHOUT: "goes without --tasks", WITH_PAIRS: "needs --pairs"}
+        refuse_ignored(context, {WITHOUT: "goes without --tasks", WITH_PAIRS: "needs --pairs"})
     else:
-        ignored = {WITH: "needs --tasks", WITH_PAIRS: "needs --pairs"}
-    for option in sorted(context.command.params, key=lambda option: option.name or ""):
-        panel = WITH if option.name == "markdown" else getattr(option, "rich_help_panel", None)
-        source = context.get_parameter_source(option.name or "")
-        if panel in ignored and source is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter(f"{option.opts[0]} {ignored[panel]}.")
+        refuse_ignored(context, {WITH: NEEDS_TASKS, WITH_PAIRS: "needs --pairs"})

@@ -13,7 +13,14 @@ from qtool.cli.engine_options import (
     WorkersOption,
     engine_options,
 )
-from qtool.cli.options import GATE_FAILED, DeviceOption, JsonOption, check_targets, in_panel
+from qtool.cli.options import (
+    GATE_FAILED,
+    DeviceOption,
+    JsonOption,
+    check_targets,
+    in_panel,
+    refuse_ignored,
+)
 from qtool.cli.progress import progress
 from qtool.cli.tables.grids import print_grid
 from qtool.cli.task_options import (
@@ -139,9 +146,6 @@ def _check_wanted(context: typer.Context) -> None:
     if not (given["recipe"] or given["tasks"] or given["dataset"]):
         raise typer.BadParameter("Give --recipe, --tasks or --dataset: nothing is asked for.")
     needed = {WITH: "tasks", WITH_DATASET: "dataset"}
-    for option in context.command.params:
-        other = needed.get(getattr(option, "rich_help_panel", None) or "")
-        source = context.get_parameter_source(option.name or "")
-        is_given = source is not None and source.name == "COMMANDLINE"
-        if is_given and other is not None and not given[other]:
-            raise typer.BadParameter(f"{option.opts[0]} needs --{other}.")
+    refuse_ignored(
+        context, {panel: f"needs --{one}" for panel, one in needed.items() if not given[one]}
+    )

@@ -3,7 +3,7 @@
 import functools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,6 +69,29 @@ def checked_seed(seed: int | None) -> int | None:
     if seed is not None and not 0 <= seed <= MOST_SEED:
         raise typer.BadParameter(f"it is {seed}; give a whole number from 0 to {MOST_SEED}.")
     return seed
+
+
+def given_options(context: typer.Context) -> list[Any]:
+    """Return the options and arguments that stand on the command line, by name."""
+    given = (
+        one
+        for one in context.command.params
+        if getattr(context.get_parameter_source(one.name or ""), "name", "") == "COMMANDLINE"
+    )
+    return sorted(given, key=lambda one: one.name or "")
+
+
+def refuse_ignored(context: typer.Context, why: Mapping[str, str]) -> None:
+    """Raise a usage error for an option that would be ignored.
+
+    Args:
+        context: Of the command.
+        why: By heading of --help, what is said of the options under it.
+    """
+    for option in given_options(context):
+        reason_of_panel = why.get(getattr(option, "rich_help_panel", None) or "")
+        if reason_of_panel is not None:
+            raise typer.BadParameter(f"{option.opts[0]} {reason_of_panel}.")
 
 
 def _device(text: str | None) -> str | None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ANSWERS_KEPT = "Answers and scores are kept: the same command goes on with the next requests."
 WITH = "With --tasks"
+NEEDS_TASKS = "needs --tasks"
 _of_tasks = in_panel(WITH)
 
 TasksOption = Annotated[
