@@ -152,6 +152,11 @@ class WeightScheme:
         length = self.grouped_length(shape)
         return -(-length // (self.group_size or length))
 
+    def parameter_shape(self, shape: Shape2D) -> tuple[int, int]:
+        """Return the stored shape of what groups have one of: as the groups lie in the weight."""
+        rows, groups = self.num_rows(shape), self.num_groups(shape)
+        return (rows, groups) if self.group_dim == "in_features" else (groups, rows)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationScheme:

@@ -5,6 +5,7 @@ number of steps, as it is in an affine weight, and a step may be negative.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -81,5 +82,4 @@ def binary_coded(
         "plane_scales": steps.abs() * powers[:, None, None],
         "plane_offsets": offsets.float(),
     }
-    plain = WeightScheme(num_bits=bits, group_size=scheme.group_size, group_dim=scheme.group_dim)
-    return QuantizedTensor(BINARY_CODING, plain, shape, parts)
+    return QuantizedTensor(BINARY_CODING, replace(scheme, symmetric=False), shape, parts)

@@ -36,12 +36,10 @@ def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
             "A symmetric affine weight needs 2 bits: one bit would hold only 0 and -scale. "
             "Use 'bcq' for 1 bit."
         )
-    bits, groups = scheme.num_bits, scheme.num_groups(shape)
-    rows = scheme.num_rows(shape)
-    by_row = scheme.group_dim == "in_features"
+    bits, groups, rows = scheme.num_bits, scheme.num_groups(shape), scheme.num_rows(shape)
     parts = {
         "codes": PartSpec("int32", (bits, shape.out_features, num_words(shape.in_features))),
-        "scales": PartSpec("float16", (rows, groups) if by_row else (groups, rows), lowest=0),
+        "scales": PartSpec("float16", scheme.parameter_shape(shape), lowest=0),
     }
     if not scheme.symmetric:
         parts["zero_points"] = PartSpec("int32", (bits, groups, num_words(rows)))

@@ -1,6 +1,7 @@
 """Format `binary_coding`: w = offset + sum_i plane_scale_i * b_i. docs/format.md, section 3."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,8 +28,7 @@ BINARY_CODING = "binary_coding"
 def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     """Return the parts of a weight: bit planes, plane scales and, unless symmetric, offsets."""
     refuse_keys(scheme)
-    bits, groups, rows = scheme.num_bits, scheme.num_groups(shape), scheme.num_rows(shape)
-    parameters = (rows, groups) if scheme.group_dim == "in_features" else (groups, rows)
+    bits, parameters = scheme.num_bits, scheme.parameter_shape(shape)
     parts = {
         "bit_planes": PartSpec("int32", (bits, shape.out_features, num_words(shape.in_features))),
         "plane_scales": PartSpec("float16", (bits, *parameters), lowest=0),
@@ -95,10 +95,7 @@ def from_affine(tensor: QuantizedTensor, parameter_dtype: torch.dtype) -> Quanti
         "plane_scales": scales.permute(2, 0, 1).contiguous().to(parameter_dtype),
         "plane_offsets": offsets.to(parameter_dtype),
     }
-    with_offset = WeightScheme(
-        num_bits=scheme.num_bits, group_size=scheme.group_size, group_dim=scheme.group_dim
-    )
-    return QuantizedTensor(BINARY_CODING, with_offset, tensor.shape, parts)
+    return QuantizedTensor(BINARY_CODING, replace(scheme, symmetric=False), tensor.shape, parts)
 
 
 def _cat(tensors: Sequence[QuantizedTensor], dim: int) -> QuantizedTensor:

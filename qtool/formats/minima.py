@@ -28,8 +28,7 @@ MINIMA = "minima"
 def _layout(scheme: WeightScheme, shape: Shape2D) -> Mapping[str, PartSpec]:
     """Return the parts of a weight: codes, scales and, unless symmetric, minima."""
     refuse_keys(scheme)
-    bits, groups, rows = scheme.num_bits, scheme.num_groups(shape), scheme.num_rows(shape)
-    parameters = (rows, groups) if scheme.group_dim == "in_features" else (groups, rows)
+    bits, parameters = scheme.num_bits, scheme.parameter_shape(shape)
     parts = {
         "codes": PartSpec("int32", (bits, shape.out_features, num_words(shape.in_features))),
         "scales": PartSpec("float16", parameters),
