@@ -1,8 +1,7 @@
 """The nouns of qtool: frozen data and protocols, no logic.
 
-Whoever reads this page knows the architecture. A quantized weight is data (`QuantizedTensor`), a
-method is a function from a `LayerProblem` to a `LayerSolution`, a codec says what stored parts
-mean, a backend executes them. Nothing here needs torch at run time.
+A quantized weight is data (`QuantizedTensor`), a method is a function from a `LayerProblem` to a
+`LayerSolution`, a codec says what stored parts mean, a backend executes them. It needs no torch.
 """
 
 from __future__ import annotations
@@ -24,14 +23,16 @@ Statistic = Literal["hessian"]
 DType = Literal["int32", "float16", "bfloat16", "float32"]
 CausalModel = Any  # of transformers; what all of them have is in no type
 Tokenizer = Any  # of transformers, likewise
+ModelConfig = Any  # likewise
+ModelPart = Any  # likewise: a block, its attention, a linear
+BackendWeight = Any  # what a backend made of a weight: nobody else looks into it
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What is going on, and how far it is."""
 
-    what: str
-    """One step of the work; the first with this text begins it."""
+    what: str  # one step of the work; the first with this text begins it
     done: int = 0
     total: int | None = None  # nothing is counted
     detail: str = ""  # on what was done last
@@ -128,8 +129,7 @@ class Codec:
 class LayerProblem:
     """All that a method may look at: no model, no files, no globals."""
 
-    name: str
-    """Dotted name of the layer, for messages."""
+    name: str  # dotted, of the layer, for messages
     weight: Tensor
     """(out_features, in_features) float32, finite."""
     scheme: WeightScheme
@@ -223,7 +223,7 @@ class Env:
 class Fused:
     """Weights that share an input, prepared as one, so that they are there once."""
 
-    prepared: Any
+    prepared: BackendWeight
     parts: tuple[Any, ...]
     """By weight, its part of it as `matmul` takes it; None: that one needs a layout of its own."""
 
@@ -263,15 +263,15 @@ class KernelBackend(Protocol):
         """Return None if it can execute `tensor` on `device`, else a sentence that says why not."""
         ...
 
-    def prepare(self, tensor: QuantizedTensor, dtype: torch.dtype) -> Any:  # noqa: ANN401
+    def prepare(self, tensor: QuantizedTensor, dtype: torch.dtype) -> BackendWeight:
         """Re-lay the parts once, at load; the result is passed back to `matmul` and `rows`."""
         ...
 
-    def matmul(self, x: Tensor, prepared: Any) -> Tensor:  # noqa: ANN401
+    def matmul(self, x: Tensor, prepared: BackendWeight) -> Tensor:
         """Return x @ W.T, shaped (..., out_features), in the dtype of `x`."""
         ...
 
-    def rows(self, index: Tensor, prepared: Any) -> Tensor:  # noqa: ANN401
+    def rows(self, index: Tensor, prepared: BackendWeight) -> Tensor:
         """Return the rows of W that `index` names, shaped (*index.shape, in_features)."""
         ...
 

@@ -13,11 +13,12 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from qtool.errors import UnknownNameError
 
 Constant = TypeVar("Constant")
+PluginOptions = Any  # a frozen dataclass of the plug-in's own
 LONGEST_SHOWN = 100
 """Characters of an unknown name in a message."""
 

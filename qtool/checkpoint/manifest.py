@@ -13,7 +13,7 @@ from qtool.core.experts import expert_name
 from qtool.errors import CheckpointError, QtoolError
 from qtool.formats._dtypes import dtype_of
 from qtool.scheme import ActivationScheme, BitCode, Shape2D, WeightScheme
-from qtool.storage.plain_json import leaves
+from qtool.storage.plain_json import JsonValue, leaves
 from qtool.wording import quoted, shown
 
 FORMAT_VERSION = 3
@@ -285,7 +285,7 @@ def _texts(config: Mapping[str, Any], key: str, what: str) -> dict[str, str]:
     return found
 
 
-def _value(values: Mapping[str, Any], key: str, *kinds: type) -> Any:  # noqa: ANN401
+def _value(values: Mapping[str, Any], key: str, *kinds: type) -> JsonValue:
     """Return a value of exactly one of some types: JSON's true isn't 1, and 4.0 isn't 4.
 
     A key that may be null may be left out.

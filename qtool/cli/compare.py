@@ -43,8 +43,8 @@ from qtool.errors import QtoolError
 
 _FEWEST = 2
 NO_TEXTS = "--no-texts"
-TEXTS = "Texts"
-_of_texts = in_panel(TEXTS)
+_TEXTS = "Texts"
+_of_texts = in_panel(_TEXTS)
 
 
 def compare(
@@ -154,4 +154,4 @@ def _check_request(context: typer.Context, models: list[str], *, with_tasks: boo
     if not with_tasks:
         refuse_ignored(context, {WITH: NEEDS_TASKS})
     elif context.params.get("no_texts"):
-        refuse_ignored(context, {TEXTS: f"goes without {NO_TEXTS}"})
+        refuse_ignored(context, {_TEXTS: f"goes without {NO_TEXTS}"})

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
@@ -16,6 +16,9 @@ from qtool.errors import OutputError
 from qtool.recipe.values import MOST_SEED
 from qtool.settings import KvCache
 from qtool.wording import reason
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DryRun(StrEnum):
@@ -143,7 +146,7 @@ class Command(typer.core.TyperCommand):
         return [f"{arg}={BARE[arg]}" if arg in bare else arg for arg in once]
 
 
-def torch_dtype(name: str | None) -> Any:  # noqa: ANN401
+def torch_dtype(name: str | None) -> "torch.dtype | None":
     """Return torch's dtype of a name; None: the default."""
     if name not in (None, "float16", "bfloat16", "float32"):
         raise typer.BadParameter(f"--dtype is {name!r}; it is float16, bfloat16 or float32.")

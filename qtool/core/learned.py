@@ -10,11 +10,11 @@ scales (num_bits, rows, num_groups), offsets (rows, num_groups), all float32.
 """
 
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from qtool.core.autograd import AutogradContext
 from qtool.core.binary_coding import assign
 from qtool.core.kernel_modules import usable_kernels
 
@@ -99,7 +99,7 @@ def with_gradient(values: Tensor, source: Tensor) -> Tensor:
 class _Planes(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: AutogradContext,
         scales: Tensor,
         offsets: Tensor,
         codes: Tensor,
@@ -112,7 +112,9 @@ class _Planes(torch.autograd.Function):
         return compute(scales.contiguous(), offsets.contiguous(), codes)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:  # noqa: ANN401
+    def backward(
+        ctx: AutogradContext, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, None, Tensor | None]:
         codes, gaps = ctx.saved_tensors
         sums = planes_sums(grads[0], codes, ctx.num_bits)
         shifted = None if gaps is None else grads[0] * gaps.unsqueeze(-1)

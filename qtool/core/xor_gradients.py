@@ -4,24 +4,24 @@ Source: Lee et al. 2020 (arXiv 2009.04126): forward the XOR of signs, backward t
 other inputs' signs times the slope of tanh, sharper or flatter by S_tanh.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from qtool.core.autograd import AutogradContext
 
 
 class _XorSigns(torch.autograd.Function):
     """y_r = (-1)^(taps - 1) times the product of the signs of the inputs that output r taps."""
 
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, network: Tensor, sharpness: float) -> Tensor:  # noqa: ANN401
+    def forward(ctx: AutogradContext, latent: Tensor, network: Tensor, sharpness: float) -> Tensor:
         made = (network @ (latent >= 0).to(network.dtype)).remainder_(2).mul_(2).sub_(1)
         ctx.save_for_backward(latent, network, made)
         ctx.sharpness = sharpness
         return made
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor, None, None]:
         latent, network, made = ctx.saved_tensors
         # Without one input, a product is itself times that input's sign.
         others = (network.transpose(-1, -2) @ (grad * made)) * torch.where(latent >= 0, 1.0, -1.0)

@@ -1,11 +1,9 @@
 """A text as one stream of tokens, cut in windows: what perplexities are taken over."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from qtool.base import Tokenizer
+from qtool.base import CausalModel, Tokenizer
 from qtool.data.corpora import Corpus, check_tokens, tokenize
 from qtool.data.documents import Collection
 from qtool.data.rendering import rendered
@@ -22,7 +20,7 @@ def positions_of(config: Any) -> int | None:  # noqa: ANN401
 
 
 def windows_of(
-    model: Any,  # noqa: ANN401
+    model: CausalModel,
     corpus: Corpus | Collection,
     context_length: int,
     max_windows: int | None,

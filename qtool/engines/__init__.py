@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qtool import plugins
+from qtool.engines._pickling import Sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class EngineOptions:
 class Shared(Protocol):
     """A value that many tasks need; picklable, and small as a part of their arguments."""
 
-    def get(self) -> Any:  # noqa: ANN401
+    def get(self) -> Sent:
         """Return the value; it must not be changed."""
         ...
 
@@ -87,7 +88,7 @@ class Pool(Protocol):
         """
         ...
 
-    def share(self, value: Any) -> AbstractContextManager[Shared]:  # noqa: ANN401
+    def share(self, value: Sent) -> AbstractContextManager[Shared]:
         """Put a value where all workers find it, until the block is left."""
         ...
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from qtool.core.packing import octets_of
 
+Sent = Any  # to a worker, or back: whatever pickle takes
+
 
 class _Pickler(pickle.Pickler):
-    def reducer_override(self, value: Any) -> Any:  # noqa: ANN401
+    def reducer_override(self, value: Sent) -> Sent:
         """Turn a tensor, wherever it lies, into bytes on the CPU."""
         if type(value) is not Tensor or value.requires_grad:
             return NotImplemented
@@ -35,37 +37,37 @@ def _shape_alone(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def dumps(value: Any) -> bytes:  # noqa: ANN401
+def dumps(value: Sent) -> bytes:
     """Return a value as bytes."""
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=5).dump(value)
     return buffer.getvalue()
 
 
-def dumps_apart(value: Any) -> tuple[bytes, list[Any]]:  # noqa: ANN401
+def dumps_apart(value: Sent) -> tuple[bytes, list[Any]]:
     """Return a value as bytes and, not copied, the (n,) uint8 arrays of its tensors."""
     buffer, parts = io.BytesIO(), list[pickle.PickleBuffer]()
     _Pickler(buffer, protocol=5, buffer_callback=parts.append).dump(value)
     return buffer.getvalue(), [np.frombuffer(part.raw(), np.uint8) for part in parts]
 
 
-def loads_apart(content: bytes, arrays: Iterable[Any]) -> Any:  # noqa: ANN401
+def loads_apart(content: bytes, arrays: Iterable[Any]) -> Sent:
     """Return the value of `dumps_apart`, whose tensors may be changed: arrays are copied once."""
     return pickle.loads(content, buffers=[bytearray(array.data) for array in arrays])
 
 
-def write_pickle(value: Any, path: Path) -> None:  # noqa: ANN401
+def write_pickle(value: Sent, path: Path) -> None:
     """Put a value into a file, which takes no memory for its bytes."""
     with path.open("wb") as file:
         _Pickler(file, protocol=5).dump(value)
 
 
-def read_pickle(path: Path) -> Any:  # noqa: ANN401
+def read_pickle(path: Path) -> Sent:
     """Return the value of a file of `write_pickle`; tensors as from `loads`."""
     with path.open("rb") as file:
         return pickle.load(file)
 
 
-def loads(content: bytes) -> Any:  # noqa: ANN401
+def loads(content: bytes) -> Sent:
     """Return the value that bytes of `dumps` stand for; tensors are on the CPU, or still `meta`."""
     return pickle.loads(content)

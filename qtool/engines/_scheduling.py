@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from qtool.engines import Task
+from qtool.engines._pickling import Sent
 from qtool.errors import EngineError, QtoolError
 from qtool.wording import reason
 
@@ -42,7 +43,7 @@ class Seats(Protocol):
         """Return the seats whose workers wait for a task."""
         ...
 
-    def send(self, seat: int, function: Callable[[Any], Any], argument: Any) -> None:  # noqa: ANN401
+    def send(self, seat: int, function: Callable[[Any], Any], argument: Sent) -> None:
         """Give a worker that waits something to do."""
         ...
 

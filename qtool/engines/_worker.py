@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from qtool.core.threads import num_threads
-from qtool.engines._pickling import dumps, loads
+from qtool.engines._pickling import Sent, dumps, loads
 
 Packed = TypeVar("Packed")
 VALUES_KEPT = 2
@@ -18,7 +18,7 @@ class Remembered:
     def __init__(self) -> None:
         self._values: dict[str, Any] = {}
 
-    def get(self, key: str, read: Callable[[], Any]) -> Any:  # noqa: ANN401
+    def get(self, key: str, read: Callable[[], Any]) -> Sent:
         """Return a value, read if it isn't known."""
         value = self._values.pop(key) if key in self._values else read()
         self._values[key] = value

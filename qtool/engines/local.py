@@ -17,7 +17,7 @@ from typing import Any
 
 from qtool.core.threads import num_threads
 from qtool.engines import Pool, Shared, Task, WorkEngine, Workers
-from qtool.engines._pickling import dumps, loads, read_pickle, write_pickle
+from qtool.engines._pickling import Sent, dumps, loads, read_pickle, write_pickle
 from qtool.engines._scheduling import SeatNews, scheduled
 from qtool.engines._worker import Remembered, answer, card_of_seat, use_card
 from qtool.errors import EngineError
@@ -67,7 +67,7 @@ class _Value:
 
     value: Any
 
-    def get(self) -> Any:  # noqa: ANN401
+    def get(self) -> Sent:
         return self.value
 
 
@@ -87,7 +87,7 @@ class _Here:
             yield function(task.argument)
 
     @contextmanager
-    def share(self, value: Any) -> Iterator[Shared]:  # noqa: ANN401
+    def share(self, value: Sent) -> Iterator[Shared]:
         yield _Value(value)
 
 
@@ -97,7 +97,7 @@ class _File:
 
     path: Path
 
-    def get(self) -> Any:  # noqa: ANN401
+    def get(self) -> Sent:
         return _seen.get(str(self.path), lambda: read_pickle(self.path))
 
 
@@ -152,7 +152,7 @@ class _Processes:
     def taken(self) -> set[int]:
         return {seat for seat, worker in enumerate(self._seats) if not worker.is_busy}
 
-    def send(self, seat: int, function: Callable[[Any], Any], argument: Any) -> None:  # noqa: ANN401
+    def send(self, seat: int, function: Callable[[Any], Any], argument: Sent) -> None:
         worker = self._seats[seat]
         worker.is_busy = True
         with suppress(BrokenPipeError, ConnectionResetError):  # `listen` finds that it has ended
@@ -185,7 +185,7 @@ class _Processes:
         return f"with exit status {worker.process.exitcode}"
 
     @contextmanager
-    def share(self, value: Any) -> Iterator[Shared]:  # noqa: ANN401
+    def share(self, value: Sent) -> Iterator[Shared]:
         self._shared += 1
         path = self._folder / f"{self._shared}.pickle"
         try:

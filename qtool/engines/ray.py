@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 from qtool.core.threads import num_threads
 from qtool.engines import Pool, Shared, Task, WorkEngine, Workers
-from qtool.engines._pickling import dumps_apart, loads_apart
+from qtool.engines._pickling import Sent, dumps_apart, loads_apart
 from qtool.engines._scheduling import SeatNews, scheduled
 from qtool.engines._worker import Remembered, answer, import_ahead
 from qtool.errors import EngineError, MissingExtraError
@@ -23,12 +24,16 @@ FIRST_PATIENCE = 300.0
 """Seconds for the first workers to come."""
 
 
-def _ray() -> Any:  # noqa: ANN401
+def _ray() -> ModuleType:
     try:
         import ray
     except ImportError as error:
         raise MissingExtraError("--engine ray", "ray") from error
     return ray
+
+
+def _check(_workers: Workers) -> None:
+    _ray()
 
 
 @contextmanager
@@ -99,7 +104,7 @@ class _Actors:
 
     patience = FIRST_PATIENCE
 
-    def __init__(self, ray: Any, workers: Workers) -> None:  # noqa: ANN401
+    def __init__(self, ray: ModuleType, workers: Workers) -> None:
         self._ray, self._workers = ray, workers
         on_cards = workers.device.startswith("cuda")
         there = ray.cluster_resources().get("GPU" if on_cards else "CPU", 0)
@@ -153,7 +158,7 @@ class _Actors:
     def taken(self) -> set[int]:
         return set(range(self.count)) - set(self._expected.values())
 
-    def send(self, seat: int, function: Callable[[Any], Any], argument: Any) -> None:  # noqa: ANN401
+    def send(self, seat: int, function: Callable[[Any], Any], argument: Sent) -> None:
         content, arrays = dumps_apart((function, argument))
         shared = list(self._shared.values())
         reference = self._actors[seat].call.remote(content, arrays, shared)
@@ -182,7 +187,7 @@ class _Actors:
         return SeatNews(seat, is_new=True) if is_new else SeatNews(seat, *loads_apart(*found))
 
     @contextmanager
-    def share(self, value: Any) -> Iterator[Shared]:  # noqa: ANN401
+    def share(self, value: Sent) -> Iterator[Shared]:
         reference = self._ray.put(dumps_apart(value))
         number = reference.hex()
         self._shared[number] = reference
@@ -201,6 +206,6 @@ class _Actors:
 
 ENGINE = WorkEngine(
     summary="Ray: this machine, or with --address all nodes of a cluster; needs the extra `ray`.",
-    check=lambda _workers: _ray() and None,
+    check=_check,
     open=_open,
 )

@@ -49,7 +49,7 @@ def record_references(
     emit: Emit,
     *,
     prompts: int = 0,
-    **settings: Any,  # noqa: ANN401
+    **settings: Any,
 ) -> References:
     """Write down what the original says about a text and about chats.
 

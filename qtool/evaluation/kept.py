@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 import qtool
 from qtool.evaluation.scores import TaskScores
 from qtool.storage.memo import Memo, added
-from qtool.storage.plain_json import json_line
+from qtool.storage.plain_json import JsonValue, json_line
 from qtool.storage.store import Store
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets")
@@ -44,7 +44,7 @@ def library_versions() -> Mapping[str, str]:
     return {"qtool": qtool.__version__, **found}
 
 
-def request_key(kind: str, arguments: Any) -> bytes:  # noqa: ANN401
+def request_key(kind: str, arguments: JsonValue) -> bytes:
     """Return what an answer is kept under: a digest of the request's kind and arguments."""
     text = json.dumps([kind, arguments], sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

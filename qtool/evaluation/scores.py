@@ -15,6 +15,7 @@ from qtool.core.paired import (
     paired_means,
     paired_ratios,
 )
+from qtool.storage.plain_json import JsonValue
 
 Item = float | Weighted
 Kind = Literal["mean", "perplexity", "bits", "other"]
@@ -112,7 +113,7 @@ def _items(
     return values
 
 
-def _item(value: Any) -> Any:  # noqa: ANN401
+def _item(value: JsonValue) -> JsonValue:
     """Return a value of an item as plain numbers; what isn't one stays, and has no test here."""
     if isinstance(value, (tuple, list)):
         return tuple(map(_item, value))
@@ -165,7 +166,7 @@ def _kind(metric: str, value: float, items: list[Any]) -> Kind:
     return kind if same else "other"
 
 
-def _is_pair(item: Any) -> bool:  # noqa: ANN401
+def _is_pair(item: JsonValue) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and all(isinstance(i, float) for i in item)  # noqa: PLR2004
 
 

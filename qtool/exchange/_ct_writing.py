@@ -123,7 +123,7 @@ def ct_group(entry: LayerEntry, targets: list[str]) -> dict[str, Any]:
 
 
 @cache
-def _peer() -> Any:  # noqa: ANN401
+def _peer() -> tuple[Any, ...] | None:
     """Return compressed-tensors' decoders, packed and whole, and its scheme; None: not there."""
     if importlib.util.find_spec(CT_LIBRARY) is None:
         return None

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qtool.base import ModelConfig
 from qtool.exchange._gguf_about import llama3_factors
 from qtool.exchange._gguf_names import ARCHITECTURES, Architecture, Dimensions
 from qtool.wording import shown
@@ -34,7 +35,7 @@ def model_types() -> tuple[str, ...]:
     return tuple(kind for each in ARCHITECTURES.values() for kind in each.model_types)
 
 
-def described(parsed: Any) -> DescribedModel | None:  # noqa: ANN401
+def described(parsed: ModelConfig) -> DescribedModel | None:
     """Return what llama.cpp calls a model, by transformers' configuration; None: nothing here."""
     kind = parsed.model_type
     name = next((name for name, each in ARCHITECTURES.items() if kind in each.model_types), None)
@@ -53,7 +54,7 @@ def described(parsed: Any) -> DescribedModel | None:  # noqa: ANN401
     return DescribedModel(name=name, architecture=ARCHITECTURES[name], parsed=parsed, sizes=sizes)
 
 
-def _positions(parsed: Any) -> tuple[str, float, Mapping[str, Any]]:  # noqa: ANN401
+def _positions(parsed: ModelConfig) -> tuple[str, float, Mapping[str, Any]]:
     """Return how positions are scaled, the base of their frequencies, and the parameters."""
     found = getattr(parsed, "rope_parameters", None) or getattr(parsed, "rope_scaling", None) or {}
     base = found.get("rope_theta") or getattr(parsed, "rope_theta", None) or 10000.0

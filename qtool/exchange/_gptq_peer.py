@@ -18,7 +18,7 @@ GPTQ_LIBRARY = "gptqmodel"
 
 
 @cache
-def _peer() -> Any:  # noqa: ANN401
+def _peer() -> tuple[Any, ...] | None:
     """Return GPTQModel's linear and its conversion of version 1; None: it can't be imported."""
     if importlib.util.find_spec(GPTQ_LIBRARY) is None:
         return None

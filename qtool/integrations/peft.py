@@ -28,7 +28,7 @@ CANT_MERGE = (
 class LoraQuantizedLinear(Linear):  # type: ignore[misc]
     """A quantized linear and its adapters."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:  # noqa: ANN401
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:
         config = options["config"]
         if config.use_dora or config.init_lora_weights not in STARTS:
             raise BackendError(
@@ -39,7 +39,7 @@ class LoraQuantizedLinear(Linear):  # type: ignore[misc]
             warnings.filterwarnings("ignore", message="Unsupported layer type")
             super().__init__(base_layer, adapter_name, **options)
 
-    def merge(self, *_args: Any, **_options: Any) -> NoReturn:  # noqa: ANN401
+    def merge(self, *_args: Any, **_options: Any) -> NoReturn:
         """Refuse.
 
         Raises:
@@ -53,7 +53,7 @@ def _teach_dispatch() -> None:
     default = lora_model.dispatch_default
 
     @functools.wraps(default)
-    def dispatch(target: nn.Module, adapter_name: str, **options: Any) -> Any:  # noqa: ANN401
+    def dispatch(target: nn.Module, adapter_name: str, **options: Any) -> Any:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(base, QuantizedLinear):
             return LoraQuantizedLinear(target, adapter_name, **options)
@@ -67,7 +67,7 @@ def _teach_all_linear() -> None:
     include = tuners_utils._maybe_include_all_linear_layers
 
     @functools.wraps(include)
-    def include_ours(peft_config: Any, model: nn.Module) -> Any:  # noqa: ANN401
+    def include_ours(peft_config: Any, model: nn.Module) -> Any:
         wanted = getattr(peft_config, "target_modules", None)
         found = include(peft_config, model)
         if isinstance(wanted, str) and wanted.lower() == "all-linear":

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qtool.base import ModelConfig
 from qtool.checkpoint.shards import read_json
 from qtool.errors import ModelError, QtoolError
 from qtool.modeling.encoders import encoder_adapter
@@ -118,7 +119,7 @@ def transformers_failures(what: str) -> Iterator[None]:
         raise ModelError(f"{what}: {reason(error)}.") from error
 
 
-def parse_config(config: Mapping[str, Any], directory: Path) -> Any:  # noqa: ANN401
+def parse_config(config: Mapping[str, Any], directory: Path) -> ModelConfig:
     """Return transformers' configuration object: defaults and other names are its business.
 
     Raises:
@@ -138,7 +139,7 @@ def parse_config(config: Mapping[str, Any], directory: Path) -> Any:  # noqa: AN
     return parsed
 
 
-def auto_class(config: Any) -> Any:  # noqa: ANN401
+def auto_class(config: ModelConfig) -> type[Any]:
     """Return the class of transformers that builds and loads the model of a configuration.
 
     That is `AutoModelForCausalLM`, unless the configuration names the whole of a multimodal model,
@@ -151,7 +152,7 @@ def auto_class(config: Any) -> Any:  # noqa: ANN401
     if encoder_adapter({"model_type": config.model_type, "architectures": named}) is not None:
         return transformers.AutoModelForSequenceClassification
 
-    def is_named(one: Any) -> bool:  # noqa: ANN401
+    def is_named(one: type[Any]) -> bool:
         found = one._model_mapping.get(kind, None)
         return found is not None and found.__name__ in named
 
@@ -159,7 +160,7 @@ def auto_class(config: Any) -> Any:  # noqa: ANN401
     return whole if is_whole or kind not in auto._model_mapping else auto
 
 
-def _check_numbers(config: Mapping[str, Any], parsed: Any, directory: Path) -> None:  # noqa: ANN401
+def _check_numbers(config: Mapping[str, Any], parsed: ModelConfig, directory: Path) -> None:
     """Refuse text in place of a number, as transformers 5 does.
 
     Version 4 notices when the model runs, or never.
@@ -174,7 +175,7 @@ def _check_numbers(config: Mapping[str, Any], parsed: Any, directory: Path) -> N
             )
 
 
-def _check_rope(parsed: Any, directory: Path) -> None:  # noqa: ANN401
+def _check_rope(parsed: ModelConfig, directory: Path) -> None:
     """Refuse numbers of rotary embeddings with which no model runs; transformers takes them."""
     for where, value in leaves(parsed.to_dict()):
         key = where.rpartition(".")[2]

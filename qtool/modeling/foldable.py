@@ -8,12 +8,11 @@ and norms of queries and keys lie behind these linears, and see what they saw.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qtool.base import Producer
+from qtool.base import ModelConfig, Producer
 from qtool.errors import ModelError
 from qtool.modeling.source import ModelSource
 
@@ -99,7 +98,7 @@ def _pairs(source: ModelSource) -> Iterator[tuple[tuple[str, ...], Producer]]:
         yield from zip(adapter.linears, adapter.producers, strict=True)
 
 
-def _reason(source: ModelSource, producer: Producer, parsed: Any, block: int) -> str | None:  # noqa: ANN401
+def _reason(source: ModelSource, producer: Producer, parsed: ModelConfig, block: int) -> str | None:
     """Return why factors can't go into a producer; None: they can."""
     name = f"{source.adapter.blocks}.{block}.{producer.name}"
     if producer.through == NORM and not getattr(parsed, "do_layer_norm_before", True):
@@ -122,7 +121,7 @@ def _group(
     source: ModelSource,
     linears: tuple[str, ...],
     producer: Producer,
-    parsed: Any,  # noqa: ANN401
+    parsed: ModelConfig,
     block: int,
 ) -> FoldGroup:
     width = source.weight_shape(linears[0]).in_features

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qtool.base import CausalModel
+from qtool.base import CausalModel, ModelConfig
 from qtool.checkpoint.shards import Shards, TensorSpec
 from qtool.errors import CheckpointError
 from qtool.formats._dtypes import DTYPES
@@ -21,7 +21,7 @@ Renaming = Callable[[str], tuple[str, tuple[str, ...]]]
 """From a stored name to the model's, and to all names that its values go to if it is converted."""
 
 
-def empty_model(config: Any, directory: Path) -> CausalModel:  # noqa: ANN401
+def empty_model(config: ModelConfig, directory: Path) -> CausalModel:
     """Return the model of a configuration, its tensors without memory.
 
     Raises:

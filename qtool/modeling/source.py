@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.base import CausalModel, ModelAdapter
+from qtool.base import CausalModel, ModelAdapter, ModelConfig
 from qtool.checkpoint.shards import Shards, TensorSpec, open_shards
 from qtool.core.experts import expert_name, separated
 from qtool.data.windows import positions_of
@@ -211,7 +211,7 @@ def open_source(location: Location) -> ModelSource:
     return source
 
 
-def _check_count(parsed: Any, shards: Shards, directory: Path) -> None:  # noqa: ANN401
+def _check_count(parsed: ModelConfig, shards: Shards, directory: Path) -> None:
     """Check that there are blocks, and no more than tensors: building them would take long."""
     wanted = getattr(parsed, "num_hidden_layers", None)
     if isinstance(wanted, int) and not 0 < wanted <= len(shards.specs):

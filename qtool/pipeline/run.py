@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from qtool import settings
 from qtool.base import Emit, Progress, ignore_events
@@ -25,7 +26,7 @@ from qtool.modeling.locate import Location
 from qtool.modeling.source import open_source
 from qtool.pipeline.bench import BenchOptions, GpuOptions, bench
 from qtool.pipeline.check_budgets import check_budgets
-from qtool.pipeline.evaluate import EvalOptions, evaluate
+from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
 from qtool.pipeline.kept_steps import KeptStep, KeptSteps
 from qtool.pipeline.model_figures import versions
 from qtool.pipeline.quantize import quantize
@@ -157,7 +158,7 @@ class _Steps:
             found["bench"] = keep.once("bench", self._made_of(self.recipe.bench), self.bench)
         return found
 
-    def _made_of(self, section: Any) -> dict[str, Any]:  # noqa: ANN401
+    def _made_of(self, section: BaseModel) -> dict[str, Any]:
         """Return all that decides what a step finds."""
         device = default_device()
         on_card = device.type == "cuda"
@@ -200,7 +201,7 @@ class _Steps:
         assert found is not None
         return task_scores(found)
 
-    def _evaluated(self, options: EvalOptions) -> Any:  # noqa: ANN401
+    def _evaluated(self, options: EvalOptions) -> Comparison:
         assert self.recipe.eval is not None
         baseline = self.model if self.recipe.eval.baseline else None
         return evaluate(Location(self.out_dir), options, baseline=baseline, emit=self.emit)

@@ -3,7 +3,6 @@
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from qtool.modeling.encoders import encoder_adapter
 from qtool.modeling.load import load_tokenizer
 from qtool.pipeline.learned_data import class_lessons, read_classes
 from qtool.pipeline.train_request import TrainRequest, TrainResult
+from qtool.plugins import PluginOptions
 from qtool.steps.train_model import train_stages
 from qtool.storage.tensor_failures import numbered_failures
 from qtool.training.classified import class_scores
@@ -25,7 +25,9 @@ from qtool.training.recipes import Trainee, Training
 from qtool.training.together import is_first
 
 
-def train_dense(kind: Training, own: Any, request: TrainRequest, emit: Emit) -> TrainResult:  # noqa: ANN401
+def train_dense(
+    kind: Training, own: PluginOptions, request: TrainRequest, emit: Emit
+) -> TrainResult:
     """Let an encoder learn labels.
 
     Raises:

@@ -20,6 +20,7 @@ from qtool.recipe.values import (
     Text,
     WholeNumber,
 )
+from qtool.storage.plain_json import JsonValue
 
 SLACK_OF_SHARES = 1e-6
 
@@ -98,7 +99,7 @@ class CalibrationSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _choose_sources(cls, values: Any) -> Any:  # noqa: ANN401
+    def _choose_sources(cls, values: JsonValue) -> JsonValue:
         """Take the bundled mixture where nothing else is named; null names nothing."""
         if not isinstance(values, Mapping):
             return values

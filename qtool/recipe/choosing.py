@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 
 from qtool.recipe.schemes import check_scheme_keys
 from qtool.recipe.values import MOST_LENGTH, Number, Section, WholeNumber
+from qtool.storage.plain_json import JsonValue
 
 SKIP: Literal["skip"] = "skip"
 MOST_BITS = 32
@@ -33,7 +34,7 @@ class ChoosingSection(Section):
 
     @field_validator("choices", "tables", mode="before")
     @classmethod
-    def _check_choices(cls, value: Any) -> Any:  # noqa: ANN401
+    def _check_choices(cls, value: JsonValue) -> JsonValue:
         """Refuse what is no scheme; a union of types would say it in riddles."""
         if not isinstance(value, list | tuple):
             raise ValueError("it should be a list, such as [2, 3, 4]")

@@ -14,6 +14,7 @@ import yaml
 
 from qtool.errors import DataError, RecipeError
 from qtool.storage.jsonl import mended, read_text
+from qtool.storage.plain_json import JsonValue
 from qtool.wording import quoted, reason
 
 MOST_BYTES = 1 << 18
@@ -47,7 +48,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.depth = self.nodes = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401
+    def compose_node(self, parent: yaml.Node | None, index: JsonValue) -> yaml.Node | None:
         self.depth += 1
         self.nodes += 1
         _check_budget(self.depth, self.nodes)
@@ -79,7 +80,7 @@ def read_document(path: Path) -> PlacedValues:
     return PlacedValues(values, places)
 
 
-def parse_value(text: str, name: str) -> Any:  # noqa: ANN401
+def parse_value(text: str, name: str) -> JsonValue:
     """Return one value written as YAML; an empty text is None.
 
     Raises:
@@ -90,7 +91,7 @@ def parse_value(text: str, name: str) -> Any:  # noqa: ANN401
     return _parse(text, lambda _line: name, {})
 
 
-def _parse(text: str, place: PlaceOf, places: dict[Keys, str]) -> Any:  # noqa: ANN401
+def _parse(text: str, place: PlaceOf, places: dict[Keys, str]) -> JsonValue:
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
@@ -115,7 +116,7 @@ class _Builder:
     def __init__(self, loader: _Loader, place: PlaceOf, places: dict[Keys, str]) -> None:
         self.loader, self.place, self.places, self.nodes = loader, place, places, 0
 
-    def value(self, node: yaml.Node, path: Keys, depth: int = 1) -> Any:  # noqa: ANN401
+    def value(self, node: yaml.Node, path: Keys, depth: int = 1) -> JsonValue:
         """Return the value of a node and note the places of the keys in it."""
         self.nodes += 1
         _check_budget(depth, self.nodes)
@@ -154,7 +155,7 @@ class _Builder:
             raise self._error(node, "a key must be a name")
         return str(node.value)
 
-    def _scalar(self, node: yaml.ScalarNode) -> Any:  # noqa: ANN401
+    def _scalar(self, node: yaml.ScalarNode) -> JsonValue:
         if node.tag not in SCALARS:
             raise self._error(node, f"the tag {quoted(node.tag)} has no meaning in a recipe")
         if node.tag != TEXT and len(node.value) > MOST_NUMBER:

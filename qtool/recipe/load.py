@@ -14,6 +14,7 @@ from qtool.recipe.document import MOST_DEPTH, Keys, PlacedValues, dotted, parse_
 from qtool.recipe.gates import gate_problems
 from qtool.recipe.names import find_recipe
 from qtool.recipe.schema import Recipe
+from qtool.storage.plain_json import JsonValue
 from qtool.wording import quoted
 
 LONGEST_CHAIN = 16
@@ -99,7 +100,7 @@ def _without_options(section: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _is_same(keys: Keys, before: Any, after: Any) -> bool:  # noqa: ANN401
+def _is_same(keys: Keys, before: JsonValue, after: JsonValue) -> bool:
     """Return whether keys lead to a value that a merge left alone, at least in part."""
     for key in keys:
         try:
@@ -136,7 +137,7 @@ def _assignment(text: str) -> tuple[tuple[str, ...], Any, str]:
     return path, parse_value(raw, f"--set {shown}: the value"), f"--set {shown[1:-1]}"
 
 
-def _assigned(values: Any, path: tuple[str, ...], value: Any, place: str) -> Any:  # noqa: ANN401
+def _assigned(values: JsonValue, path: tuple[str, ...], value: JsonValue, place: str) -> JsonValue:
     """Return `values` with another value at `path`; a number is an index of a list."""
     if not path:
         both = isinstance(values, Mapping) and isinstance(value, Mapping)

@@ -36,6 +36,7 @@ from qtool.recipe.values import (
     WholeNumber,
 )
 from qtool.scheme import GroupDim
+from qtool.storage.plain_json import JsonValue
 
 LATER = ("training", *MEASURING)
 """Keys that say what is done with a checkpoint, not what it is."""
@@ -145,7 +146,7 @@ class Recipe(Section):
 
     @field_validator("gates", mode="before")
     @classmethod
-    def _drop_gates(cls, value: Any) -> Any:  # noqa: ANN401
+    def _drop_gates(cls, value: JsonValue) -> JsonValue:
         """Leave out gates without a limit, so that a recipe can lift those that it extends."""
         if isinstance(value, Mapping):
             return {name: limit for name, limit in value.items() if limit is not None}

@@ -8,6 +8,7 @@ from qtool.data.lengths import bin_edges, histogram, quantiles
 from qtool.errors import MissingExtraError, OutputError
 from qtool.wording import reason
 
+Axes = Any  # of matplotlib
 LENGTHS_NAME = "lengths.png"
 NUM_BINS = 24
 
@@ -41,7 +42,7 @@ def describe_lengths(lengths: Sequence[int]) -> str:
     return f"median {middle}, p10 {low}, p90 {high}"
 
 
-def new_axes(path: Path, size: tuple[float, float] = (6.4, 3.6)) -> Any:  # noqa: ANN401
+def new_axes(path: Path, size: tuple[float, float] = (6.4, 3.6)) -> Axes:
     """Return the axes of a new figure of `size` inches, without pyplot: no window or global state.
 
     Raises:
@@ -50,7 +51,7 @@ def new_axes(path: Path, size: tuple[float, float] = (6.4, 3.6)) -> Any:  # noqa
     return new_panels(path, size, (1, 1))[0]
 
 
-def new_panels(path: Path, size: tuple[float, float], grid: tuple[int, int]) -> list[Any]:
+def new_panels(path: Path, size: tuple[float, float], grid: tuple[int, int]) -> list[Axes]:
     """Return the axes of a new figure with (rows, columns) of them, row by row; as `new_axes`."""
     try:
         import matplotlib.figure
@@ -65,7 +66,7 @@ def new_panels(path: Path, size: tuple[float, float], grid: tuple[int, int]) -> 
     return panels
 
 
-def save_plot(axes: Any, path: Path, *, legend: str) -> None:  # noqa: ANN401
+def save_plot(axes: Axes, path: Path, *, legend: str) -> None:
     """Write a picture; its suffix says in which format, `legend` where the legend is.
 
     Raises:

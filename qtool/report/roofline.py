@@ -3,10 +3,9 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from qtool.errors import OutputError
-from qtool.report.lengths import new_axes, save_plot
+from qtool.report.lengths import Axes, new_axes, save_plot
 from qtool.timing.gpu import GpuResult
 from qtool.timing.kernels import KernelRow
 
@@ -62,7 +61,7 @@ def draw_roofline(path: Path, result: GpuResult) -> None:
 
 
 def _draw_points(
-    axes: Any,  # noqa: ANN401
+    axes: Axes,
     label: str,
     points: Sequence[tuple[str, KernelRow]],
     style: Mapping[str, str],

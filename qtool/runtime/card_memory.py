@@ -8,11 +8,10 @@ token.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 
-from qtool.base import QuantizedTensor
+from qtool.base import ModelConfig, QuantizedTensor
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.formats._in_planes import opened_weight
@@ -35,7 +34,7 @@ class CardMemory:
     """Keys and values of all layers."""
 
 
-def card_memory(reader: CheckpointReader, config: Any) -> CardMemory:  # noqa: ANN401
+def card_memory(reader: CheckpointReader, config: ModelConfig) -> CardMemory:
     """Return what a checkpoint takes on a card.
 
     Args:
@@ -73,7 +72,7 @@ def _without_parts(entry: LayerEntry) -> QuantizedTensor:
     return opened_weight(QuantizedTensor(entry.format, entry.scheme, entry.shape, {}))
 
 
-def cache_bytes(config: Any, dtype: torch.dtype) -> int:  # noqa: ANN401
+def cache_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Return the size of the keys and values of one token, by a transformers configuration.
 
     0 if it has no heads: the state of a recurrent model doesn't grow.

@@ -1,14 +1,15 @@
 """Products with quantized weights whose inputs learn: adapters sit below them, and beside them."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qtool.base import KernelBackend
+from qtool.base import BackendWeight, KernelBackend
+from qtool.core.autograd import AutogradContext
 from qtool.scheme import Shape2D
 
+Multiply = Callable[[Tensor], Tensor]
 BACKWARD_CHUNK = 2**26
 """Elements of a weight that are dequantized at once on the way back."""
 
@@ -26,8 +27,8 @@ def as_autocast(x: Tensor) -> Tensor:
 
 def multiply_differentiably(
     x: Tensor,
-    multiply: Callable[[Tensor], Tensor],
-    weight: tuple[KernelBackend, Any],
+    multiply: Multiply,
+    weight: tuple[KernelBackend, BackendWeight],
     shape: Shape2D,
 ) -> Tensor:
     """Return what `multiply` makes of an input, with a gradient for the input if one is wanted.
@@ -52,13 +53,19 @@ class _Product(torch.autograd.Function):
     """x @ W.T."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, multiply: Any, weight: Any, shape: Any) -> Tensor:  # noqa: ANN401
+    def forward(
+        ctx: AutogradContext,
+        x: Tensor,
+        multiply: Multiply,
+        weight: tuple[KernelBackend, BackendWeight],
+        shape: Shape2D,
+    ) -> Tensor:
         ctx.weight, ctx.shape = weight, shape
         product: Tensor = multiply(x)
         return product
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
+    def backward(ctx: AutogradContext, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (backend, prepared), (rows, inputs) = ctx.weight, ctx.shape
         index = torch.arange(rows, device=gradient.device).split(max(1, BACKWARD_CHUNK // inputs))
         parts = (

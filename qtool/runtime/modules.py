@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.base import KernelBackend, QuantizedTensor
+from qtool.base import BackendWeight, KernelBackend, QuantizedTensor
 from qtool.checkpoint.adapter import RANK_DOWN, RANK_UP, LayerAdapter, has_scales, rescaled
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.core.activations import multiply_quantized
@@ -109,14 +109,14 @@ class QuantizedWeight(nn.Module):
             held = self._hold(backend, backend.prepare(self.tensor(), dtype), dtype)
         return held
 
-    def adopt(self, part: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
+    def adopt(self, part: BackendWeight, dtype: torch.dtype) -> None:
         """Give up the own layout for a part of a fused one, that its backend made for `dtype`.
 
         So a weight that a decoder has fused with others isn't on the card once more.
         """
         self._hold(self.choose_backend(), part, dtype)
 
-    def _hold(self, backend: KernelBackend, prepared: Any, dtype: torch.dtype) -> Held:  # noqa: ANN401
+    def _hold(self, backend: KernelBackend, prepared: BackendWeight, dtype: torch.dtype) -> Held:
         home = self.device if backend.owns_layout else None
         if home is not None:
             finish_packing(home)
@@ -138,7 +138,7 @@ class QuantizedWeight(nn.Module):
         self.contents, self.is_copied = object(), False
         self._join()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Expect other parts."""
         self._reset()
         super()._load_from_state_dict(*args, **kwargs)
@@ -226,7 +226,7 @@ class QuantizedLinear(QuantizedWeight):
         down, up = (self.adapter[part].to(x.device, x.dtype) for part in (RANK_DOWN, RANK_UP))
         return x @ down.T @ up.T
 
-    def _multiply(self, x: Tensor, backend: KernelBackend, prepared: Any) -> Tensor:  # noqa: ANN401
+    def _multiply(self, x: Tensor, backend: KernelBackend, prepared: BackendWeight) -> Tensor:
         """Return x @ W.T, of `x` quantized if the layer's entry says so."""
         scheme, held = self.entry.activation, self._held
         if scheme is None:

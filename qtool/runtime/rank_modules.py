@@ -1,9 +1,8 @@
 """A linear of which each rank of a group has a part; its outputs are whole."""
 
-from typing import Any
-
 from torch import Tensor, nn
 
+from qtool.base import ModelPart
 from qtool.runtime.tensor_parallel import TensorParallel
 
 
@@ -14,7 +13,7 @@ class SpreadLinear(nn.Module):
 
     def __init__(
         self,
-        inner: Any,  # noqa: ANN401
+        inner: ModelPart,
         group: TensorParallel,
         rows: tuple[int, ...] = (),
         *,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.base import CausalModel, QuantizedTensor
+from qtool.base import CausalModel, ModelPart, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.errors import BackendError, SchemeError
 from qtool.runtime.decode.read_model import why_not
@@ -98,7 +98,7 @@ class _Cut:
     group: TensorParallel
     place: str
 
-    def attention(self, attention: Any) -> None:  # noqa: ANN401
+    def attention(self, attention: ModelPart) -> None:
         """Cut by key-value heads."""
         dim, output = attention.head_dim, attention.o_proj
         kv_heads = attention.k_proj.out_features // dim
@@ -112,7 +112,7 @@ class _Cut:
             self._rows(attention, name, _times(heads[self.group.rank], size))
         self._columns(attention, "o_proj", tuple(_times(part, queries) for part in heads))
 
-    def mlp(self, mlp: Any) -> None:  # noqa: ANN401
+    def mlp(self, mlp: ModelPart) -> None:
         """Cut by what lies between gate, up and down."""
         unit = lcm(ROW_UNIT, _unit(mlp.down_proj, 1))
         unit = lcm(unit, _unit(mlp.gate_proj, 0), _unit(mlp.up_proj, 0))
@@ -124,7 +124,7 @@ class _Cut:
         self._rows(mlp, "up_proj", parts[self.group.rank])
         self._columns(mlp, "down_proj", parts)
 
-    def head(self, model: Any) -> None:  # noqa: ANN401
+    def head(self, model: CausalModel) -> None:
         """Cut by words."""
         head = model.lm_head
         unit, words = lcm(ROW_UNIT, _unit(head, 0)), head.out_features
@@ -144,15 +144,15 @@ class _Cut:
             )
         return parts
 
-    def _rows(self, parent: Any, name: str, part: range) -> None:  # noqa: ANN401
+    def _rows(self, parent: ModelPart, name: str, part: range) -> None:
         setattr(parent, name, self._narrowed(getattr(parent, name), 0, part))
 
-    def _columns(self, parent: Any, name: str, parts: tuple[range, ...]) -> None:  # noqa: ANN401
+    def _columns(self, parent: ModelPart, name: str, parts: tuple[range, ...]) -> None:
         inner = self._narrowed(getattr(parent, name), 1, parts[self.group.rank])
         is_even = len(set(map(len, parts))) == 1
         setattr(parent, name, SpreadLinear(inner, self.group, is_even=is_even))
 
-    def _narrowed(self, module: Any, dim: int, part: range) -> nn.Module:  # noqa: ANN401
+    def _narrowed(self, module: ModelPart, dim: int, part: range) -> nn.Module:
         bias = module.bias
         if bias is not None and dim == 0:
             bias = narrow_to(bias.detach(), 0, part)
@@ -176,14 +176,14 @@ def _settle(module: nn.Module, device: torch.device, dtype: torch.dtype | None) 
     module.to(device)
 
 
-def _is_tied(model: Any) -> bool:  # noqa: ANN401
+def _is_tied(model: CausalModel) -> bool:
     head, table = model.lm_head, model.model.embed_tokens
     return isinstance(head, TiedHead) or (
         isinstance(head, nn.Linear) and head.weight is getattr(table, "weight", None)
     )
 
 
-def _unit(module: Any, dim: int) -> int:  # noqa: ANN401
+def _unit(module: ModelPart, dim: int) -> int:
     """Return at multiples of what a weight can be cut along a dimension."""
     if not isinstance(module, QuantizedLinear):
         return 1
@@ -197,7 +197,7 @@ def _times(part: range, size: int) -> range:
     return range(part.start * size, part.stop * size)
 
 
-def _linear(module: Any, weight: AnyWeight, bias: Any) -> nn.Module:  # noqa: ANN401
+def _linear(module: ModelPart, weight: AnyWeight, bias: Tensor | None) -> nn.Module:
     """Return a linear like `module` of another weight."""
     linear: nn.Linear | QuantizedLinear
     if isinstance(weight, Tensor):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -69,7 +70,7 @@ class TensorParallel:
             dist.broadcast(x, 0)
         return x
 
-    def gather_objects(self, mine: Any) -> list[Any]:  # noqa: ANN401
+    def gather_objects(self, mine: object) -> list[Any]:
         """Return what each rank gave, by rank; through the hosts' memory."""
         found: list[Any] = [None] * self.world_size
         with _said(self):
@@ -126,7 +127,7 @@ def join_ranks(
             dist.barrier(group=_hosts())
         watch.stop()
     finally:
-        _LATER.clear()
+        _hosts.cache_clear()
         _leave()
 
 
@@ -177,14 +178,10 @@ def rank_device(local_rank: int, world_size: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-_LATER: list[Any] = []
-
-
-def _hosts() -> Any:  # noqa: ANN401
+@cache
+def _hosts() -> dist.ProcessGroup:
     """Return the group through which hosts talk, whatever the device: made once, by all ranks."""
-    if not _LATER:
-        _LATER.append(dist.new_group(backend="gloo", timeout=LEADER_TIMEOUT))
-    return _LATER[0]
+    return dist.new_group(backend="gloo", timeout=LEADER_TIMEOUT)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class CodeEval:
         predictions: Sequence[Sequence[str]],
         k: Sequence[int] = (1, 10, 100),
         timeout: float = SECONDS,
-        **_settings: Any,  # noqa: ANN401
+        **_settings: Any,
     ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
         """Run every candidate with its test: one test program and some candidates per task.
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qtool.serving.refusals import RefusalError
-from qtool.storage.plain_json import json_text
+from qtool.storage.plain_json import JsonValue, json_text
 
 Finished = TypeVar("Finished")
 OPEN_PATH = "/health"
@@ -26,7 +26,9 @@ class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
-def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:  # noqa: ANN401
+def json_response(
+    body: JsonValue, status: int = 200, headers: dict[str, str] | None = None
+) -> Response:
     """Return an answer of JSON."""
     text = json_text(body, indent=None)
     return Response(text, status, headers=headers, media_type="application/json")
@@ -172,7 +174,7 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": event, "more_body": True})
 
 
-def event_of(body: Any) -> bytes:  # noqa: ANN401
+def event_of(body: JsonValue) -> bytes:
     """Return one event."""
     return b"data: %s\n\n" % json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
 

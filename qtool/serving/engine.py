@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,7 +71,7 @@ class TokenStream:
         self._events.append(event)
         self._ready.set()
 
-    def finished(self, key: Any) -> None:  # noqa: ANN401
+    def finished(self, key: Hashable) -> None:
         """Count a sequence as ended."""
         self.unfinished.discard(key)
         self._engine.num_open -= 1

@@ -16,6 +16,7 @@ from qtool.core.parts import Parts
 from qtool.data.exercises import NOT_LEARNED, Learned, owners
 from qtool.errors import DataError, RecipeError
 from qtool.modeling.load import LoadedModel
+from qtool.plugins import PluginOptions
 from qtool.recipe.matching import matches
 from qtool.runtime.modules import QuantizedLinear, QuantizedWeight
 from qtool.steps.options import read_options
@@ -63,7 +64,7 @@ class AdaptOptions:
     """Globs of the linears that get adapters, by dotted name."""
     kind_options: Mapping[str, Any] = field(default_factory=dict)
 
-    def checked(self, kind: AdapterKind) -> Any:  # noqa: ANN401
+    def checked(self, kind: AdapterKind) -> PluginOptions:
         """Return the options of the kind itself.
 
         Raises:

@@ -1,19 +1,18 @@
 """What can be wrong with a recipe's section `fold`."""
 
-from typing import Any
-
 from qtool import plugins
 from qtool.base import ModelAdapter
 from qtool.errors import RecipeError
 from qtool.folds import load_fold
 from qtool.modeling.foldable import check_foldable
 from qtool.modeling.source import ModelSource
+from qtool.plugins import PluginOptions
 from qtool.recipe.folding import FoldSection
 from qtool.recipe.schema import Recipe
 from qtool.steps.options import read_options
 
 
-def fold_options(section: FoldSection) -> Any:  # noqa: ANN401
+def fold_options(section: FoldSection) -> PluginOptions:
     """Return the options of the fold.
 
     Raises:

@@ -8,6 +8,7 @@ import qtool.methods
 from qtool import plugins
 from qtool.base import Method
 from qtool.errors import RecipeError, SchemeError
+from qtool.plugins import PluginOptions
 from qtool.recipe.schema import TableSection, WeightsSection
 from qtool.steps.options import read_options
 from qtool.wording import quoted
@@ -47,7 +48,7 @@ def methods_of(section: WeightsSection | TableSection) -> MethodChoice:
     return tuple(found)
 
 
-def parse_options(name: str, method: Method, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def parse_options(name: str, method: Method, values: Mapping[str, Any]) -> PluginOptions:
     """Return the options of a method, by its name.
 
     Raises:

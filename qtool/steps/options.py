@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from qtool import plugins
 from qtool.errors import RecipeError
+from qtool.plugins import PluginOptions
 from qtool.recipe.load import rule
 from qtool.wording import quoted
 
@@ -16,7 +17,7 @@ _validator = cache(TypeAdapter)
 """Of options: it takes milliseconds to make, and every layer asks for one."""
 
 
-def read_options(plugin: str, options: type, values: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401
+def read_options(plugin: str, options: type, values: Mapping[str, Any], key: str) -> PluginOptions:
     """Return an instance of a plug-in's options.
 
     Args:

@@ -3,17 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import Any
 
 from torch import Tensor
 
 from qtool.base import Env, LayerProblem, LayerSolution, Method
 from qtool.checkpoint.manifest import codec
 from qtool.core.parts import within_memory
+from qtool.plugins import PluginOptions
 from qtool.scheme import WeightScheme
 
 
-def solve_rows(method: Method, problem: LayerProblem, options: Any, env: Env) -> LayerSolution:  # noqa: ANN401
+def solve_rows(
+    method: Method, problem: LayerProblem, options: PluginOptions, env: Env
+) -> LayerSolution:
     """Solve a problem whose rows are problems of their own.
 
     Args:

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from qtool.base import Method, PartSpec
 from qtool.checkpoint.manifest import codec
 from qtool.errors import RecipeError, SchemeError
 from qtool.formats.coded_scales import CODED_SCALES
 from qtool.formats.mixed_rows import MIXED_ROWS
+from qtool.plugins import PluginOptions
 from qtool.recipe.rows import RowsSection
 from qtool.recipe.schema import TableSection
 from qtool.scheme import Shape2D, WeightScheme
@@ -20,7 +20,7 @@ def parts_of(
     method: Method,
     scheme: WeightScheme,
     shape: Shape2D,
-    options: Any,  # noqa: ANN401
+    options: PluginOptions,
 ) -> Mapping[str, PartSpec]:
     """Return the parts that a layer will be stored in."""
     if scheme.rows:
@@ -38,7 +38,7 @@ def check_rows(
     name: str,
     section: TableSection,
     method: Method,
-    options: Any,  # noqa: ANN401
+    options: PluginOptions,
     *,
     calibrated: bool,
 ) -> None:

@@ -11,6 +11,7 @@ import torch
 from qtool.base import CausalModel, Emit, Fallback, ModelAdapter, Notice, Progress
 from qtool.core.parts import Parts
 from qtool.errors import ModelError
+from qtool.plugins import PluginOptions
 from qtool.steps.options import read_options
 from qtool.training.descent import STEPS, Memory, descend
 from qtool.training.lessons import Lessons
@@ -47,7 +48,7 @@ class TrainOptions:
     seed: int = 0
     kind_options: Mapping[str, Any] = field(default_factory=dict)
 
-    def checked(self, kind: Training) -> Any:  # noqa: ANN401
+    def checked(self, kind: Training) -> PluginOptions:
         """Return the options of the recipe itself.
 
         Raises:

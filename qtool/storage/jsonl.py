@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from qtool.errors import DataError
+from qtool.storage.plain_json import JsonValue
 from qtool.wording import reason
 
 Row = dict[str, Any]
@@ -99,7 +100,7 @@ def json_objects(path: Path) -> Iterator[Row]:
         yield row
 
 
-def json_value(text: str, place: str) -> Any:  # noqa: ANN401
+def json_value(text: str, place: str) -> JsonValue:
     """Return the value of a JSON text, without halves of surrogate pairs.
 
     Raises:
@@ -116,7 +117,7 @@ def json_value(text: str, place: str) -> Any:  # noqa: ANN401
         raise DataError(f"{place} isn't usable JSON: a number has thousands of digits.") from None
 
 
-def mended(value: Any) -> Any:  # noqa: ANN401
+def mended(value: JsonValue) -> JsonValue:
     """Return a value of JSON with U+FFFD for each half of a surrogate pair in its texts."""
     if isinstance(value, str):
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

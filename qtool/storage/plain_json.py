@@ -9,11 +9,12 @@ from typing import Any
 
 from qtool.storage.whole_files import written_whole
 
+JsonValue = Any  # what `json.loads` returns, or YAML's reader; also what is to become such
 HALF = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair: JSON can write it as an escape, and UTF-8 has no bytes for it."""
 
 
-def leaves(value: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+def leaves(value: JsonValue) -> Iterator[tuple[str, Any]]:
     """Yield where each value is that holds no others, such as `layers.0.shape`, and the value."""
     waiting = [("", value)]
     while waiting:
@@ -26,13 +27,13 @@ def leaves(value: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
             yield where, one
 
 
-def first_half(value: Any) -> str | None:  # noqa: ANN401
+def first_half(value: JsonValue) -> str | None:
     """Return where the first text is, key or value, with half of a surrogate pair."""
     found = ((where, f"{where}{one}") for where, one in leaves(value))
     return next((where for where, text in found if HALF.search(text)), None)
 
 
-def plain_json(value: Any) -> Any:  # noqa: ANN401
+def plain_json(value: JsonValue) -> JsonValue:
     """Return mappings, lists, texts, whole and finite numbers; anything else as its text.
 
     A number that isn't finite is None: JSON knows no NaN, and few readers take it.
@@ -50,12 +51,12 @@ def plain_json(value: Any) -> Any:  # noqa: ANN401
     return str(value)
 
 
-def json_text(value: Any, *, indent: int | None = 2, ascii_only: bool = True) -> str:  # noqa: ANN401
+def json_text(value: JsonValue, *, indent: int | None = 2, ascii_only: bool = True) -> str:
     """Return a value as the text of a JSON file, without a line break at its end."""
     return json.dumps(plain_json(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
 
 
-def write_json_file(path: Path, value: Any) -> None:  # noqa: ANN401
+def write_json_file(path: Path, value: JsonValue) -> None:
     """Write a JSON file that is there whole or not at all, and survives a loss of power.
 
     Raises:
@@ -65,6 +66,6 @@ def write_json_file(path: Path, value: Any) -> None:  # noqa: ANN401
         file.write((json_text(value, ascii_only=False) + "\n").encode())
 
 
-def json_line(value: Any) -> bytes:  # noqa: ANN401
+def json_line(value: JsonValue) -> bytes:
     """Return a value on one line, for qtool's own store: all floats read back as they were."""
     return json.dumps(value, default=str).encode()

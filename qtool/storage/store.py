@@ -216,7 +216,7 @@ def _has_result(error: Exception, results: set[int]) -> bool:
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in results
 
 
-def _checksum(kind: str, owner: str, key: Any, value: Any) -> int:  # noqa: ANN401
+def _checksum(kind: str, owner: str, key: object, value: object) -> int:
     """Return the checksum of a row; -1, which is none, if its types aren't those of ours."""
     if not isinstance(key, bytes) or not isinstance(value, bytes):
         return -1

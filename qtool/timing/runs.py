@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from qtool.base import CausalModel
 from qtool.integrations.transformers.generate import runner_for
 from qtool.integrations.transformers.sampling import SharedRunner
 from qtool.modeling.load import LoadedModel
@@ -115,7 +116,7 @@ def _part_bytes(part: Projection) -> int:
     return int(told() if callable(told) else told)
 
 
-def _bytes_per_token(model: Any) -> int:  # noqa: ANN401
+def _bytes_per_token(model: CausalModel) -> int:
     """Return the bytes of all weights but those of an embedding that isn't the head as well."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or isinstance(embedding, QuantizedWeight)

@@ -1,9 +1,9 @@
 """How far a student's predictions are from the original's, and its gradient, in little memory."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from qtool.core.autograd import AutogradContext
 
 CHUNK = 1024
 """Tokens whose logits are in float32 at a time."""
@@ -11,7 +11,7 @@ CHUNK = 1024
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, wanted: Tensor, shares: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: AutogradContext, logits: Tensor, wanted: Tensor, shares: Tensor) -> Tensor:
         grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), device=logits.device)
         for start in range(0, len(logits), CHUNK):
@@ -27,7 +27,7 @@ class _Divergence(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
         return grad * grads[0], None, None
 

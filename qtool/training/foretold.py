@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.base import CausalModel
+from qtool.core.autograd import AutogradContext
 from qtool.core.experts import expert_name
 from qtool.errors import MethodError
 from qtool.training.output_gradients import open_to_gradients
@@ -105,14 +106,14 @@ class _Watch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, keep: Any) -> Tensor:  # noqa: ANN401
+    def forward(ctx: AutogradContext, output: Tensor, inputs: Tensor, keep: Any) -> Tensor:  # noqa: ANN401
         ctx.save_for_backward(inputs)
         ctx.keep = keep
         is_table = not inputs.is_floating_point()
         return output.clone() if is_table else output.view_as(output)  # CTRL scales it in place
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: ANN401
+    def backward(ctx: AutogradContext, *gradients: Any) -> Any:  # noqa: ANN401
         ctx.keep(ctx.saved_tensors[0], gradients[0])
         return gradients[0], None, None
 

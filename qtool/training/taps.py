@@ -119,7 +119,7 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    **options: Any,  # noqa: ANN401
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attend as `eager` does, each (batch, heads, tokens, head_dim); signals go through the tap."""
     if options.get("softcap") is not None or options.get("s_aux") is not None:

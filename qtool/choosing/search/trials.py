@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from types import ModuleType
 
 from qtool.choosing.search.units import SearchUnit, Setting
 from qtool.errors import MissingExtraError
@@ -104,7 +104,7 @@ def _is_hopeless(judge: Judge, error: float) -> bool:
     return len(judge.errors) > PRUNED_AFTER and error > median(judge.errors.values())
 
 
-def _optuna() -> Any:  # noqa: ANN401
+def _optuna() -> ModuleType:
     try:
         import optuna
     except ModuleNotFoundError:

@@ -1,6 +1,6 @@
 """The gates of `qtool run`, with what they were judged by."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ def print_steps(recipe: "Recipe", plan: "Plan", json_file: Path | None) -> None:
     console.print_lines(["Nothing was written."])
 
 
-def _leaves(figures: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def _leaves(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     from qtool.storage.plain_json import leaves
 
     return leaves(figures)

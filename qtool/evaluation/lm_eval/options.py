@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from qtool.errors import DataError
 from qtool.evaluation.lm_eval.hooks import require_lm_eval
+from qtool.storage.plain_json import JsonValue
 
 AUTO = "auto"
 SEEDS = (0, 1234, 1234, 1234)
@@ -82,7 +83,7 @@ def parse_generation(text: str) -> dict[str, Any]:
     return settings
 
 
-def _checked(key: str, value: Any) -> Any:  # noqa: ANN401
+def _checked(key: str, value: JsonValue) -> JsonValue:
     if key not in SETTINGS:
         near = " Write max_gen_toks." if key.startswith("max_") else ""
         near = " Write until." if key.startswith("stop") else near

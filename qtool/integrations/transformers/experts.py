@@ -25,7 +25,7 @@ def keep_names(model: nn.Module) -> None:
         object.__setattr__(model, "_weight_conversions", [])
 
 
-def _takes(conversion: Any, name: str) -> bool:  # noqa: ANN401
+def _takes(conversion: Any, name: str) -> bool:
     return conversion.rename_source_key(name)[0] != name
 
 

@@ -87,18 +87,18 @@ def accelerate(model: CausalModel) -> CausalModel:
 
 
 @functools.cache
-def _accelerated(base: Any) -> Any:  # noqa: ANN401
+def _accelerated(base: Any) -> Any:
     """Return the subclass."""
 
     @functools.wraps(base._apply)
-    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
         moved = base._apply(self, *args, **kwargs)
         made = _MADE.get(self)
         if made is not None and made.fingerprint != _fingerprint(self):
             _MADE.pop(self, None)  # frees cache, graphs and fused weights where the model was
         return moved
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: ANN401, N807
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
         _, _, *state = base.__reduce_ex__(self, protocol)
         return _empty, (base,), *state
 
@@ -117,11 +117,11 @@ def _accelerated(base: Any) -> Any:  # noqa: ANN401
     return type(base.__name__, (base,), members)
 
 
-def _generation(base: Any) -> dict[str, Any]:  # noqa: ANN401
+def _generation(base: Any) -> dict[str, Any]:
     """Return the methods of a model that generates."""
 
     @functools.wraps(base.generate)
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         draw_alike(self)
         if kwargs.get("past_key_values") is None:
             return base.generate(self, *args, **kwargs)
@@ -129,7 +129,7 @@ def _generation(base: Any) -> dict[str, Any]:  # noqa: ANN401
             return base.generate(self, *args, **kwargs)
 
     @functools.wraps(base._sample)
-    def _sample(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:  # noqa: ANN401
+    def _sample(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
         decoder = _why_not_call(self, input_ids, kwargs) or _decoder(self)
         if isinstance(decoder, SharedRunner):
             reason = _why_not_decoder(decoder, kwargs["generation_config"].max_length)
@@ -162,7 +162,7 @@ def _quantized(model: nn.Module) -> list[QuantizedWeight]:
     return [module for module in model.modules() if isinstance(module, QuantizedWeight)]
 
 
-def _empty(base: Any) -> Any:  # noqa: ANN401
+def _empty(base: Any) -> Any:
     """Return an object for a pickle to fill, which names the class that transformers has."""
     return object.__new__(_accelerated(base))
 

@@ -107,7 +107,7 @@ def _tie(model: CausalModel, head: str, shared_with: str | None) -> None:
     _replace(model, head, TiedHead(embedding, bias))
 
 
-def _tie_nothing(*_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401
+def _tie_nothing(*_args: Any, **_kwargs: Any) -> None:
     """Stand in for a model's method; a function with a name, so that the model can be pickled."""
 
 

@@ -47,7 +47,7 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    **options: Any,  # noqa: ANN401
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend as ever, to keys and values (batch, heads, tokens, head_dim) of the cache."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -38,7 +38,7 @@ def note_files() -> None:
         return
 
     @functools.wraps(find)
-    def find_and_note(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def find_and_note(*args: Any, **kwargs: Any) -> Any:
         found = find(*args, **kwargs)
         _FILES.set(found[0])
         return found
@@ -91,7 +91,7 @@ def watch_missing(model: CausalModel) -> None:
     """Let transformers 5 raise where a tensor is missing, the next time that it looks."""
     adjust = model._adjust_missing_and_unexpected_keys
 
-    def adjust_and_refuse(info: Any, *args: Any) -> None:  # noqa: ANN401
+    def adjust_and_refuse(info: Any, *args: Any) -> None:
         del model._adjust_missing_and_unexpected_keys
         adjust(info, *args)
         refuse_missing(model, info.missing_keys)

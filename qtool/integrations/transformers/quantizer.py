@@ -50,7 +50,7 @@ class QtoolConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Digests stay out: they are those of the files that were loaded.
     """
 
-    def __init__(self, **config: Any) -> None:  # noqa: ANN401
+    def __init__(self, **config: Any) -> None:
         for key, value in config.items():
             if key in KEYS:
                 setattr(self, key, value)
@@ -67,12 +67,12 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True  # without a quantized checkpoint, transformers says so
 
-    def __init__(self, quantization_config: QtoolConfig, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, quantization_config: QtoolConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         if V4:
             loading.note_files()
 
-    def validate_environment(self, *_args: Any, device_map: Any = None, **_kwargs: Any) -> None:  # noqa: ANN401
+    def validate_environment(self, *_args: Any, device_map: Any = None, **_kwargs: Any) -> None:
         """Check the configuration before the model is built, and where its parts shall be.
 
         Raises:
@@ -95,7 +95,7 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
         loading.refuse_missing(model, missing_keys)
         return missing_keys
 
-    def _process_model_before_weight_loading(self, model: CausalModel, **kwargs: Any) -> Any:  # noqa: ANN401
+    def _process_model_before_weight_loading(self, model: CausalModel, **kwargs: Any) -> Any:
         manifest = self.quantization_config.manifest()
         files = loading.noted_files() if V4 else kwargs["checkpoint_files"]
         self._shards = loading.checked_files(files, manifest, str(model.config.name_or_path))
@@ -105,7 +105,7 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
             loading.watch_missing(model)
         return model
 
-    def _process_model_after_weight_loading(self, model: CausalModel, **_kwargs: Any) -> Any:  # noqa: ANN401
+    def _process_model_after_weight_loading(self, model: CausalModel, **_kwargs: Any) -> Any:
         install.remove_stand_ins(model)
         loading.check_loaded(model, self._installed, self._shards)
         experts.keep_names(model)
@@ -116,7 +116,7 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
         del self._shards, self._installed, self._loading
         return accelerate(model)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> Any:  # noqa: ANN401
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> Any:
         """Return what transformers 5 does to stored tensors: nothing to those of single experts.
 
         Some versions of 5 (5.17) don't say of which model: it is the one that is being loaded.
@@ -125,7 +125,7 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
         kept = experts.without_experts(weight_conversions, *loaded)
         return super().update_weight_conversions(kept, *model)
 
-    def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:  # noqa: ANN401
+    def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:
         """Return True: the parts are buffers and are saved as they were loaded."""
         return True
 

@@ -25,7 +25,7 @@ class FirstCheckpoint:
     """Stands in transformers' table for the configuration of qtool's format until one is read."""
 
     @staticmethod
-    def from_dict(values: dict[str, Any], **options: Any) -> Any:  # noqa: ANN401
+    def from_dict(values: dict[str, Any], **options: Any) -> Any:
         """Put the true one there, and pass the values on.
 
         Raises:

@@ -60,7 +60,7 @@ class QtoolVllmConfig(QuantizationConfig):  # type: ignore[misc]
         """Return none: config.json has it."""
         return []
 
-    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:  # noqa: ANN401
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the layers as vLLM renames the modules of this model."""
         renamed = hf_to_vllm_mapper.apply_dict
         new_name = {name: next(iter(renamed({name: None})), name) for name in self.layers}

@@ -28,7 +28,7 @@ class QuantizedTableMethod(QuantizeMethodBase):  # type: ignore[misc]
         input_size: int,
         output_size: int,
         params_dtype: torch.dtype,
-        **_attributes: Any,  # noqa: ANN401
+        **_attributes: Any,
     ) -> None:
         """Say which tensors are expected: rows of this rank's words, without padding."""
         del output_partition_sizes, input_size, output_size
@@ -70,7 +70,7 @@ class QuantizedTableMethod(QuantizeMethodBase):  # type: ignore[misc]
 class TiedHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
     """A head that multiplies by the table of the embedding."""
 
-    def create_weights(self, layer: VllmLayer, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401
+    def create_weights(self, layer: VllmLayer, *_args: Any, **_kwargs: Any) -> None:
         """Expect no tensors."""
 
     def tie_weights(self, layer: VllmLayer, embed_tokens: VllmLayer) -> VllmLayer:

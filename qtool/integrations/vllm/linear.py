@@ -27,7 +27,7 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         input_size: int,
         output_size: int,
         params_dtype: torch.dtype,
-        **_attributes: Any,  # noqa: ANN401
+        **_attributes: Any,
     ) -> None:
         """Say which tensors are expected.
 

@@ -29,7 +29,7 @@ def expect(layer: VllmLayer, incoming: Incoming, dtype: torch.dtype) -> None:
     vLLM finds them by the names of tensors, and hands these to their loaders as they are stored.
     """
 
-    def loader_of(part: str) -> Any:  # noqa: ANN401
+    def loader_of(part: str) -> Any:
         def load(param: Tensor, loaded: Tensor, shard_id: object = None) -> None:
             del param
             incoming.add(source_number(shard_id, len(incoming.sources)), part, loaded)

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from itertools import pairwise
 from statistics import median_low
-from typing import Any
 
+from qtool.report.lengths import Axes
 from qtool.report.page.drawing import SERIES
 from qtool.report.page.evidence import Evidence, Facts
 from qtool.report.page.parts import Absent, PageSection, PageTable, Part, Picture, Words
@@ -85,7 +85,7 @@ def _lengths(lengths: Mapping[str, Facts]) -> Picture:
         for what, found in lengths.items()
     ]
 
-    def paint(axes: Any) -> None:  # noqa: ANN401
+    def paint(axes: Axes) -> None:
         for number, (what, found) in enumerate(lengths.items()):
             style = {"color": SERIES[1 - number], "linestyle": ("--", "-")[number]}
             shares = [100 * share for share in found["shares"]]

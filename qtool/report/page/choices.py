@@ -3,8 +3,8 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from statistics import fmean
-from typing import Any
 
+from qtool.report.lengths import Axes
 from qtool.report.page.drawing import by_block, style_of, thinned
 from qtool.report.page.evidence import Evidence, Facts
 from qtool.report.page.parts import MOST_ROWS, Absent, PageSection, PageTable, Part, Picture, Words
@@ -80,7 +80,7 @@ def _strength(evidence: Evidence) -> Iterator[Part]:
         return
     said = f"from {min(strengths):.2f} to {max(strengths):.2f}, {fmean(strengths):.2f} on average"
 
-    def paint(axes: Any) -> None:  # noqa: ANN401
+    def paint(axes: Axes) -> None:
         axes.plot(*zip(*points, strict=True), **{**style_of(0), "linestyle": ""})
         axes.set_ylim(-0.05, 1.05)
         axes.set_ylabel("strength, share of the error")
@@ -149,7 +149,7 @@ def _search(evidence: Evidence) -> Iterator[Part]:
         tried = thinned([(number, one.loss) for number, one in enumerate(trials)])
         taken = [(number, one.loss) for number, one in enumerate(trials) if one.taken]
 
-        def paint(axes: Any) -> None:  # noqa: ANN401
+        def paint(axes: Axes) -> None:
             axes.plot(*zip(*tried, strict=True), label="tried", **style_of(0) | {"linestyle": ""})
             if taken:
                 axes.plot(*zip(*taken, strict=True), label="taken", **style_of(1))

@@ -1,8 +1,8 @@
 """The section on what the run took: time by step and by kind of layer, memory."""
 
 from collections import defaultdict
-from typing import Any
 
+from qtool.report.lengths import Axes
 from qtool.report.page.drawing import by_block, style_of
 from qtool.report.page.evidence import Evidence
 from qtool.report.page.parts import Absent, PageSection, PageTable, Part, Picture
@@ -61,7 +61,7 @@ def _totals(evidence: Evidence) -> list[tuple[str, str]]:
 
 
 def _over_blocks(seconds: dict[int, float]) -> Picture:
-    def paint(axes: Any) -> None:  # noqa: ANN401
+    def paint(axes: Axes) -> None:
         axes.plot(list(seconds), list(seconds.values()), **style_of(0))
         axes.set_ylim(0, 1.08 * max(seconds.values()))
         axes.set_ylabel("time of solving, s")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qtool.errors import MissingExtraError
-from qtool.report.lengths import new_axes
+from qtool.report.lengths import Axes, new_axes
 
 SIZE = (4.8, 3.2)
 """In inches, 72 points each."""
@@ -63,13 +63,13 @@ def style_of(number: int) -> dict[str, Any]:
     }
 
 
-def by_block(axes: Any) -> None:  # noqa: ANN401
+def by_block(axes: Axes) -> None:
     """Let an x axis count blocks."""
     axes.set_xlabel("number of the block")
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def logarithmic(axes: Any, which: Literal["x", "y"]) -> None:  # noqa: ANN401
+def logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
     """Make an axis logarithmic if what is drawn spans a decade, with numbers that are one text."""
     low, high = getattr(axes.dataLim, f"interval{which}")
     if not 0 < 10 * low <= high:
@@ -82,7 +82,7 @@ def logarithmic(axes: Any, which: Literal["x", "y"]) -> None:  # noqa: ANN401
     )
 
 
-def draw(key: str, title: str, paint: Callable[[Any], None]) -> str:
+def draw(key: str, title: str, paint: Callable[[Axes], None]) -> str:
     """Return a drawing as an SVG element whose ids begin with `key`.
 
     Its name for those who can't see it is the title, its description the element `key`-words.

@@ -3,8 +3,8 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
+from qtool.report.lengths import Axes
 from qtool.report.page.drawing import by_block, logarithmic, style_of
 from qtool.report.page.evidence import Evidence, Facts
 from qtool.report.page.parts import Absent, PageSection, PageTable, Part, Picture, Words
@@ -67,8 +67,8 @@ def _pictures(layers: Sequence[Facts], after: str, before: str, unit: str) -> It
             yield Picture(title, _extremes(curves), _paint(curves, unit))
 
 
-def _paint(curves: Mapping[str, Placed], unit: str) -> Callable[[Any], None]:
-    def paint(axes: Any) -> None:  # noqa: ANN401
+def _paint(curves: Mapping[str, Placed], unit: str) -> Callable[[Axes], None]:
+    def paint(axes: Axes) -> None:
         for number, (label, points) in enumerate(curves.items()):
             axes.plot(list(points), list(points.values()), label=label, **style_of(number))
         logarithmic(axes, "y")

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from qtool.report.lengths import Axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Picture:
     kind: ClassVar[str] = "picture"
     title: str
     description: str
-    paint: Callable[[Any], None]
+    paint: Callable[[Axes], None]
     """Is given matplotlib's axes: see `drawing.draw`."""
 
 

@@ -14,6 +14,7 @@ from qtool.modeling.digest import PATTERNS
 from qtool.report.curves import read_curves
 from qtool.report.page.evidence import Evidence, Facts
 from qtool.report.trials import read_trials
+from qtool.storage.plain_json import JsonValue
 from qtool.wording import shown
 
 _CURVES, _TRIALS, _SWEEP = "tuning.jsonl", "search.jsonl", "sweep.json"
@@ -100,7 +101,7 @@ def _candidates(directory: Path) -> Iterator[Path]:
                 yield path
 
 
-def _json(path: Path) -> Any:  # noqa: ANN401
+def _json(path: Path) -> JsonValue:
     """Return what a JSON file holds; None: it isn't there, or is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -108,7 +109,7 @@ def _json(path: Path) -> Any:  # noqa: ANN401
         return None
 
 
-def _recognized(found: Any) -> dict[str, Facts]:  # noqa: ANN401
+def _recognized(found: JsonValue) -> dict[str, Facts]:
     """Return which fields of the evidence a file fills, by the keys that it has."""
     if not isinstance(found, dict):
         return {}

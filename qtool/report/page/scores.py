@@ -1,9 +1,9 @@
 """The section on quality: closeness to the original, perplexity, scores of tasks."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from qtool.recipe.gates import ON_CHATS, ON_TEXT
+from qtool.report.lengths import Axes
 from qtool.report.page.drawing import INK, SERIES
 from qtool.report.page.evidence import Evidence, Facts
 from qtool.report.page.parts import Absent, PageSection, PageTable, Part, Picture, Words
@@ -117,7 +117,7 @@ def _row(row: Facts) -> tuple[str, ...]:
 
 
 def _differences(rows: list[Facts]) -> Picture:
-    def paint(axes: Any) -> None:  # noqa: ANN401
+    def paint(axes: Axes) -> None:
         places = range(len(rows))
         values = [row["paired"]["difference"] for row in rows]
         errors = [Z_95 * row["paired"]["standard_error"] for row in rows]

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
 
 from qtool.recipe.gates import ON_CHATS, ON_TEXT
+from qtool.report.lengths import Axes
 from qtool.report.page.drawing import INK, logarithmic, style_of
 from qtool.report.page.evidence import Evidence
 from qtool.report.page.parts import PageSection, PageTable, Part, Picture, Words
@@ -122,7 +122,7 @@ def _pareto(points: Sequence[tuple[str, float, float]], across: str, up: str) ->
     finite = [point for point in points if all(map(isfinite, point[1:])) and point[2] > 0]
     on_front = front(finite)
 
-    def paint(axes: Any) -> None:  # noqa: ANN401
+    def paint(axes: Axes) -> None:
         line = [point[1:] for point in on_front]
         if len(line) > 1:
             axes.plot(*zip(*line, strict=True), color=INK, linewidth=0.8, linestyle=":")

@@ -1,8 +1,8 @@
 """The section on speed: the roofline of the kernels, and tokens per second."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
+from qtool.report.lengths import Axes
 from qtool.report.page.drawing import INK, logarithmic, style_of
 from qtool.report.page.evidence import Evidence, Facts
 from qtool.report.page.parts import Absent, PageSection, PageTable, Part, Picture, Words
@@ -73,7 +73,7 @@ def _roofline(layers: Sequence[Facts], roof: float) -> Picture:
             at = (row["weight_bytes"] / 1e6, row["gb_per_second"])
             series.setdefault(label, []).append(at)
 
-    def paint(axes: Any) -> None:  # noqa: ANN401
+    def paint(axes: Axes) -> None:
         axes.axhline(roof, color=INK, linestyle="--", linewidth=1, label=f"copy: {roof:,.0f} GB/s")
         for number, (label, points) in enumerate(series.items()):
             look = {**style_of(number), "linestyle": "", "markersize": 6}

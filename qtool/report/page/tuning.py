@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from qtool.report.lengths import Axes
 from qtool.report.page.drawing import INK, SERIES, thinned
 from qtool.report.page.evidence import Evidence
 from qtool.report.page.parts import Absent, PageSection, PageTable, Part, Picture
@@ -47,7 +48,7 @@ def _curves(curves: dict[str, Any]) -> Picture:
     }
     blocks = [what for what in shares if what != "model"]
 
-    def paint(axes: Any) -> None:  # noqa: ANN401
+    def paint(axes: Axes) -> None:
         for number, what in enumerate(blocks):
             label = {0: "first block", len(blocks) - 1: "last block"}.get(number)
             shade = 0.35 + 0.65 * (number + 1) / len(blocks)  # the first is pale

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from qtool.base import ModelPart
 from qtool.checkpoint.adapter import RANK_UP
 from qtool.core.experts import SeparateExperts
 from qtool.runtime.decode.weights import DecoderExperts, Projection
@@ -20,19 +21,19 @@ class Reader(Protocol):
 
     dtype: torch.dtype
 
-    def single(self, module: Any) -> Projection:  # noqa: ANN401
+    def single(self, module: ModelPart) -> Projection:
         """Return the weight of one."""
 
     def stacked(self, members: Sequence[Any]) -> tuple[Projection | None, tuple[Projection, ...]]:
         """Return the weights of modules as one, if they can be, and each of them."""
 
 
-def has_experts(mlp: Any) -> bool:  # noqa: ANN401
+def has_experts(mlp: ModelPart) -> bool:
     """Return whether experts stand where others have an MLP."""
     return isinstance(getattr(mlp, "experts", None), SeparateExperts)
 
 
-def why_not_experts(mlp: Any) -> str | None:  # noqa: ANN401
+def why_not_experts(mlp: ModelPart) -> str | None:
     """Return None for experts that the decoder runs, else a sentence: what it doesn't know."""
     experts, router = mlp.experts, mlp.gate
     if set(mlp._modules) != {"gate", "experts"} or set(router._parameters) != {"weight"}:
@@ -49,7 +50,7 @@ def why_not_experts(mlp: Any) -> str | None:  # noqa: ANN401
     return None
 
 
-def read_experts(mlp: Any, read: Reader) -> DecoderExperts:  # noqa: ANN401
+def read_experts(mlp: ModelPart, read: Reader) -> DecoderExperts:
     """Return what a decoding step reads of experts, by `why_not_experts` known."""
     experts, router = mlp.experts, mlp.gate
     all_gate_up, gate_up = read.stacked(_linears(experts, experts.first))

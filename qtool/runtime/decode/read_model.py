@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.base import CausalModel, KernelBackend
+from qtool.base import CausalModel, KernelBackend, ModelConfig, ModelPart
 from qtool.errors import BackendError
 from qtool.runtime.decode.beside import low_rank_beside
 from qtool.runtime.decode.read_experts import (
@@ -100,7 +100,7 @@ def _weights(model: CausalModel, read: "_Reader") -> DecoderWeights:
     )
 
 
-def _layer(layer: Any, read: "_Reader") -> DecoderLayer:  # noqa: ANN401
+def _layer(layer: ModelPart, read: "_Reader") -> DecoderLayer:
     attention, mlp = layer.self_attn, layer.mlp
     members = (attention.q_proj, attention.k_proj, attention.v_proj)
     biases = [member.bias for member in members]
@@ -119,7 +119,7 @@ def _layer(layer: Any, read: "_Reader") -> DecoderLayer:  # noqa: ANN401
     )
 
 
-def _norm_weight(attention: Any, name: str) -> Tensor | None:  # noqa: ANN401
+def _norm_weight(attention: ModelPart, name: str) -> Tensor | None:
     norm = getattr(attention, name, None)
     return None if norm is None else norm.weight.detach()
 
@@ -130,12 +130,12 @@ class _Reader:
     def __init__(self, dtype: torch.dtype, backend: KernelBackend | None) -> None:
         self.dtype, self._backend = dtype, backend
 
-    def single(self, module: Any) -> Projection:  # noqa: ANN401
+    def single(self, module: ModelPart) -> Projection:
         """Return a weight that isn't fused, with what an adapter has beside it."""
         weight = self._alone(module)
         return low_rank_beside(weight, (module,), self.dtype) or weight
 
-    def _alone(self, module: Any) -> Projection:  # noqa: ANN401
+    def _alone(self, module: ModelPart) -> Projection:
         """Return a weight: the module's own layout where that will do."""
         if isinstance(module, SpreadLinear):
             inner = self._alone(module.inner)
@@ -148,12 +148,12 @@ class _Reader:
         module.is_copied = True
         return backend.prepare(module.tensor(), self.dtype)
 
-    def fused(self, *members: Any, interleave: bool = False) -> Projections:  # noqa: ANN401
+    def fused(self, *members: ModelPart, interleave: bool = False) -> Projections:
         """Return linears that share an input, with what an adapter has beside them."""
         weights = self._together(*members, interleave=interleave)
         return low_rank_beside(weights, members, self.dtype) or weights
 
-    def _together(self, *members: Any, interleave: bool) -> Projections:  # noqa: ANN401
+    def _together(self, *members: ModelPart, interleave: bool) -> Projections:
         """Return linears that share an input as one, or apart if what runs them leaves them so."""
         backends = {self._backend_of(member) for member in members}
         backend = next(iter(backends))
@@ -192,19 +192,19 @@ class _Reader:
             return whole, whole.split(len(whole) // len(members))
         return whole, tuple(map(self.single, members))
 
-    def _backend_of(self, module: Any) -> KernelBackend | None:  # noqa: ANN401
+    def _backend_of(self, module: ModelPart) -> KernelBackend | None:
         """Return what runs a module's weight; None: it isn't quantized."""
         if not isinstance(module, QuantizedWeight):
             return None
         return self._backend or module.choose_backend()
 
 
-def _format_and_scheme(module: Any) -> object:  # noqa: ANN401
+def _format_and_scheme(module: ModelPart) -> object:
     """Return what neighbours must have in common; None: it isn't quantized."""
     return (module.entry.format, module.entry.scheme) if hasattr(module, "entry") else None
 
 
-def _window(config: Any) -> int | None:  # noqa: ANN401
+def _window(config: ModelConfig) -> int | None:
     """Return the width of a sliding window that any layer has."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
@@ -248,7 +248,7 @@ def _why_not_layers(model: CausalModel) -> str | None:
     return next((reason for reason in reasons if reason), None)
 
 
-def _why_not_mlp(layer: Any) -> str | None:  # noqa: ANN401
+def _why_not_mlp(layer: ModelPart) -> str | None:
     if has_experts(layer.mlp):
         return why_not_experts(layer.mlp)
     if not all(hasattr(layer.mlp, name) for name in OF_MLP):
@@ -256,7 +256,7 @@ def _why_not_mlp(layer: Any) -> str | None:  # noqa: ANN401
     return None
 
 
-def _why_not_layer(layer: Any) -> str | None:  # noqa: ANN401
+def _why_not_layer(layer: ModelPart) -> str | None:
     attention, mlp = layer.self_attn, layer.mlp
     inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
     others = [attention.o_proj]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtool.base import ModelPart
 from qtool.core.hessian import accumulate
 from qtool.training.adapters import Adaptable
 
@@ -60,7 +61,7 @@ def _pass(what: Adaptable, chunk: Mapping[str, Any], gradients: bool) -> dict[st
     return found
 
 
-def _empty(linear: Any, *, gradients: bool) -> Seen:  # noqa: ANN401
+def _empty(linear: ModelPart, *, gradients: bool) -> Seen:
     outputs, inputs = linear.entry.shape
     moments = torch.zeros(inputs, inputs, device=linear.device)
     gradient = torch.zeros(outputs, inputs, device=linear.device) if gradients else None

@@ -8,16 +8,18 @@ offsets, or one change for a whole row.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qtool.base import ModelPart
 from qtool.checkpoint.adapter import PLANE_OFFSETS, PLANE_SCALES, LayerAdapter
 from qtool.core import grouping
 from qtool.core.activations import fake_quantize
+from qtool.core.autograd import AutogradContext
 from qtool.core.learned import mean_gaps, planes_sums, planes_values, with_gradient
 from qtool.core.packing import planes_to_codes
 from qtool.formats._in_planes import in_planes
@@ -44,7 +46,7 @@ class RescaledLinear(nn.Module):
     A dense weight is there during its product alone, forwards and once more backwards.
     """
 
-    def __init__(self, linear: Any, options: AlphaOptions) -> None:  # noqa: ANN401
+    def __init__(self, linear: ModelPart, options: AlphaOptions) -> None:
         """Begin at a quantized linear.
 
         Args:
@@ -120,14 +122,16 @@ class _Rescaled(torch.autograd.Function):
     """x @ W.T, of which neither W nor its gradient is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: Tensor, offsets: Tensor, layer: Any) -> Tensor:  # noqa: ANN401
+    def forward(
+        ctx: AutogradContext, x: Tensor, scales: Tensor, offsets: Tensor, layer: ModelPart
+    ) -> Tensor:
         ctx.save_for_backward(x, scales, offsets)
         ctx.layer = layer
         return nn.functional.linear(x, layer.dense(scales, offsets, layer.codes()).to(x.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # noqa: ANN401
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         (x, scales, offsets), layer = ctx.saved_tensors, ctx.layer
         codes, into = layer.codes(), None
         if ctx.needs_input_grad[0]:

@@ -7,12 +7,13 @@ Source: Hu et al. 2021 (arXiv 2106.09685); on a quantized base, Dettmers et al. 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from qtool.base import ModelPart
 from qtool.checkpoint.adapter import RANK_DOWN, RANK_UP, LayerAdapter
 from qtool.errors import MissingExtraError
 from qtool.recipe.values import Number
@@ -80,12 +81,12 @@ def install_lora(
     )
 
 
-def _learned(layer: Any) -> list[nn.Parameter]:  # noqa: ANN401
+def _learned(layer: ModelPart) -> list[nn.Parameter]:
     return [layer.lora_A[IN_PEFT].weight, layer.lora_B[IN_PEFT].weight]
 
 
 @torch.no_grad()
-def _begin(layer: Any, start: LayerAdapter | None, scale: float) -> None:  # noqa: ANN401
+def _begin(layer: ModelPart, start: LayerAdapter | None, scale: float) -> None:
     down, up = _learned(layer)
     for parameter in (down, up):
         parameter.data = parameter.data.to(layer.get_base_layer().device).float()
@@ -96,7 +97,7 @@ def _begin(layer: Any, start: LayerAdapter | None, scale: float) -> None:  # noq
 
 
 @torch.no_grad()
-def _stored(layer: Any, scale: float) -> dict[str, Tensor]:  # noqa: ANN401
+def _stored(layer: ModelPart, scale: float) -> dict[str, Tensor]:
     down, up = _learned(layer)
     return {RANK_DOWN: down.half(), RANK_UP: (up * scale).half()}
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +96,7 @@ def machine_code(text: str, architecture: str) -> bytes:
     return code
 
 
-def _compiled(nvrtc: Any, text: str, options: tuple[str, ...]) -> bytes:  # noqa: ANN401
+def _compiled(nvrtc: ModuleType, text: str, options: tuple[str, ...]) -> bytes:
     program = nvrtc.createProgram(text, "kernel.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)

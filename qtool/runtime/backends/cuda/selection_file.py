@@ -9,7 +9,7 @@ from typing import Any
 from qtool import settings
 from qtool.errors import BackendError
 from qtool.runtime.backends.cuda.selection import Selection, Tuning
-from qtool.storage.plain_json import write_json_file
+from qtool.storage.plain_json import JsonValue, write_json_file
 
 TABLE_VERSION = 1
 TABLE_FOLDER = "tuning"
@@ -72,7 +72,7 @@ def as_numbers(selection: Selection) -> dict[str, Any]:
     return {field.name: _plain(getattr(selection, field.name)) for field in fields(selection)}
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401
+def _plain(value: JsonValue) -> JsonValue:
     if isinstance(value, range):
         return [value.start, value.stop]
     if isinstance(value, Tuning):
@@ -120,7 +120,7 @@ def _range(found: list[int]) -> range:
     return range(start, stop)
 
 
-def _whole(value: Any, name: str, least: int = 1) -> int:  # noqa: ANN401
+def _whole(value: JsonValue, name: str, least: int = 1) -> int:
     if type(value) is not int or value < least:
         raise ValueError(f"{name} is {value!r}")
     return value

@@ -1,0 +1,5 @@
+"""What torch's own types say nothing of."""
+
+from typing import Any
+
+AutogradContext = Any  # of an autograd.Function; takes any attribute
