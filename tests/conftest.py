@@ -32,6 +32,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _unsynced() -> Iterator[None]:
+    """Don't wait for the disk, dozens of times a checkpoint: no test outlives a loss of power.
+
+    When files are synced is tested in tests/robustness/test_kills.py, by processes of their own.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _frozen() -> None:
     """Leave what is imported out of garbage collections: each run of a task has some."""
