@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qtool.base import CausalModel, Tokenizer
+from qtool.base import CausalModel, ModelConfig, Tokenizer
 from qtool.data.corpora import Corpus, check_tokens, tokenize
 from qtool.data.documents import Collection
 from qtool.data.rendering import rendered
@@ -13,7 +13,7 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """What families call it; some say it in no word."""
 
 
-def positions_of(config: Any) -> int | None:  # noqa: ANN401
+def positions_of(config: ModelConfig) -> int | None:
     """Return how many tokens a model was made to read; None: its configuration doesn't say."""
     found = (getattr(config.get_text_config(), key, None) for key in POSITIONS)
     return next((n for n in found if isinstance(n, int) and n > 0), None)
