@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qtool import plugins
-from qtool.engines._pickling import Sent
+
+Sent = Any  # to a worker, or back: whatever pickle takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class Task:
 
     name: str
     """Of what is done, for messages: a layer, or a share of the samples."""
-    argument: Any
+    argument: Sent
     """What the function is called with; picklable."""
     cost: float = 0.0
     """In any unit: what costs most is begun first, so that nobody waits for it at the end."""

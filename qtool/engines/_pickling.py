@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from qtool.core.packing import octets_of
-
-Sent = Any  # to a worker, or back: whatever pickle takes
+from qtool.engines import Sent
 
 
 class _Pickler(pickle.Pickler):

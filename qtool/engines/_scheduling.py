@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from qtool.engines import Task
-from qtool.engines._pickling import Sent
+from qtool.engines import Sent, Task
 from qtool.errors import EngineError, QtoolError
 from qtool.wording import reason
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from qtool.core.threads import num_threads
-from qtool.engines._pickling import Sent, dumps, loads
+from qtool.engines import Sent
+from qtool.engines._pickling import dumps, loads
 
 Packed = TypeVar("Packed")
 VALUES_KEPT = 2

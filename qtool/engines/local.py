@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qtool.core.threads import num_threads
-from qtool.engines import Pool, Shared, Task, WorkEngine, Workers
-from qtool.engines._pickling import Sent, dumps, loads, read_pickle, write_pickle
+from qtool.engines import Pool, Sent, Shared, Task, WorkEngine, Workers
+from qtool.engines._pickling import dumps, loads, read_pickle, write_pickle
 from qtool.engines._scheduling import SeatNews, scheduled
 from qtool.engines._worker import Remembered, answer, card_of_seat, use_card
 from qtool.errors import EngineError

@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import Any
 
 from qtool.core.threads import num_threads
-from qtool.engines import Pool, Shared, Task, WorkEngine, Workers
-from qtool.engines._pickling import Sent, dumps_apart, loads_apart
+from qtool.engines import Pool, Sent, Shared, Task, WorkEngine, Workers
+from qtool.engines._pickling import dumps_apart, loads_apart
 from qtool.engines._scheduling import SeatNews, scheduled
 from qtool.engines._worker import Remembered, answer, import_ahead
 from qtool.errors import EngineError, MissingExtraError
