@@ -45,7 +45,8 @@ DEVICE int warp_of(int work, int size) {
 // For each own tile, the first and the last warp that have a part of it.
 DEVICE void find_spans(u32 *spans, int tiles, int start, int count, const Share &share) {
     for (int tile = (int)threadIdx.x; tile < tiles; tile += THREADS) {
-        int from = start + tile * count - share.begin, to = from + count;
+        int from = start + tile * count - share.begin, to = from + count, kept = share.size - share.given;
+        if (to > kept) to = kept;
         int low = warp_of(share.given + (from < 0 ? 0 : from), share.size);
         spans[tile] = (u32)(low | warp_of(share.given + to - 1, share.size) << 16);
     }
