@@ -10,7 +10,8 @@
 // weight), TILES (of a panel, 1 or more), SETS (1; 2: panels of gate and up alternate), WARPS, BLOCKS,
 // STAGES (tiles of a warp in shared memory, 2 or more), COLUMNS (tokens of a block), EPILOGUE (0: y;
 // 1: y + residual; 2: silu(gate) * up), WHOLE (1: a block has whole tiles of all inputs and gives nothing;
-// 0), CHUNK (of a panel, the most tiles that a block has: TILES if not WHOLE), ALIGNED, ACTIVATION_BF16.
+// 0), CHUNK (of a panel, the most tiles that a block has: TILES if not WHOLE), NORM (1: x is normed before it
+// is staged, where BATCH_AHEAD isn't 0; 0), ALIGNED, ACTIVATION_BF16.
 //
 // The stream is [panel][unit][set][tile]. Blocks and warps share it in equal parts as they do with
 // groups along in_features (bit_planes.cuh), a panel in place of a tile. A warp stages by itself what it is
@@ -114,7 +115,52 @@ DEVICE void request(unsigned char *stage, const Place &place, int lane) {
 struct Ahead {
     quad scales[PARAMETERS];
     quad x[BATCH_AHEAD ? BATCH_AHEAD : 1];
+#if NORM
+    quad gains;
+#endif
 };
+
+#if NORM
+// What an RMS norm multiplies the inputs of each token by. Every block sums the squares of all inputs, in
+// `sums`, a float per warp and token.
+DEVICE void norm_factors(float *factors, const u16 *x, int in_features, int units, int columns, float eps, int lane,
+                         float *sums) {
+    int warp = (int)threadIdx.x / WARP;
+#pragma unroll
+    for (int column = 0; column < COLUMNS; ++column) {
+        float square = 0.0f;
+        for (int unit = warp; unit < units && column < columns; unit += WARPS) {
+            quad v = load_inputs(x + (u64)column * in_features, unit * UNIT + lane * 8, in_features);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                float value = load_activation(bits_at(v, i));
+                square += value * value;
+            }
+        }
+#pragma unroll
+        for (int lanes = 16; lanes > 0; lanes /= 2) square += shuffle_xor(square, lanes);
+        if (lane == 0) sums[warp * COLUMNS + column] = square;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int column = 0; column < COLUMNS; ++column) {
+        float total = 0.0f;
+#pragma unroll
+        for (int of = 0; of < WARPS; ++of) total += sums[of * COLUMNS + column];
+        factors[column] = inverse_root(total / (float)in_features + eps);
+    }
+}
+
+DEVICE void norm_inputs(Ahead &ahead, const float *factors) {
+    const quad &gain = ahead.gains;
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) {
+        quad &v = ahead.x[i];
+        v = quad{normed(v.x, factors[i], gain.x), normed(v.y, factors[i], gain.y),
+                 normed(v.z, factors[i], gain.z), normed(v.w, factors[i], gain.w)};
+    }
+}
+#endif
 
 // The offset of a column, from its parameters in float32.
 DEVICE float column_offset(float last, float first) {
@@ -133,10 +179,11 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
        const u16 *x,        // [batch][in_features]
        const u16 *residual, // [batch][width], or null
        u16 *y,              // [batch][width]
+       const u16 *norm,     // [in_features], if NORM
        u64 *exchange,       // [blocks of columns][blocks][WARPS][PART], zeros
        int out_features,    // of a set
        int in_features, int batch, int panels, int units, int width,
-       int group_rows, int panels_per_group) {
+       int group_rows, int panels_per_group, float eps) {
     DYNAMIC_SHARED(shared);
     int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, blocks = (int)gridDim.x;
     exchange += (u64)blockIdx.y * gridDim.x * WARPS * PART;
@@ -177,7 +224,13 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
         const quad *source = scales + (((u64)divide(item.panel, panels_per_group) * units + item.unit) * SETS +    \
                                        item.set) * PARAMETERS * WARP + lane;                                       \
         _Pragma("unroll") for (int i = 0; i < PARAMETERS; ++i) ahead.scales[i] = load_stream(source + i * WARP);   \
+        LOAD_GAINS                                                                                                 \
     }
+#if NORM
+#define LOAD_GAINS ahead.gains = load_inputs(norm, item.unit * UNIT + lane * 8, in_features);
+#else
+#define LOAD_GAINS
+#endif
 #define LOAD_INPUTS                                                                                                \
     _Pragma("unroll") for (int i = 0; i < BATCH_AHEAD; ++i) {                                                      \
         ahead.x[i] = quad{0, 0, 0, 0};                                                                             \
@@ -193,6 +246,11 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
     find_spans(spans, tiles, start, count, share);
     wait_for_previous();
     if (begin < end) LOAD_INPUTS
+#if NORM
+    float factors[COLUMNS];
+    norm_factors(factors, x + (u64)column0 * in_features, in_features, units, columns, eps, lane,
+                 (float *)(spans + tiles));
+#endif
 
     int all_asked = end - STAGES + 1;
     if (begin >= all_asked) let_next_start();
@@ -206,6 +264,9 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
         if (fresh)
             for (int i = lane; i < PART; i += WARP) sums[i] = 0.0f;
         sync_warp(); // all have multiplied by what is staged until now
+#if NORM
+        norm_inputs(ahead, factors);
+#endif
         stage_item(ahead, x + (u64)column0 * in_features, item.unit * UNIT + lane * 8, in_features, columns,
                    lane, operands);
         sums += (item.set * CHUNK + item.tile) * TILE_ROWS * COLUMNS;

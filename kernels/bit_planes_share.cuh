@@ -109,3 +109,12 @@ DEVICE int exponent_of(quad v) {
     int exponent = (int)(largest_of(v) >> 23) - 127;
     return exponent < -100 ? -100 : exponent;
 }
+
+// Two inputs, rounded where their norm is applied, times the norm's gains, rounded: as rms_norm.cu.
+DEVICE u32 normed(u32 pair, float inverse, u32 gains) {
+    u16 low = store_activation(load_activation((u16)(pair & 0xffffu)) * inverse);
+    u16 high = store_activation(load_activation((u16)(pair >> 16)) * inverse);
+    low = store_activation(load_activation(low) * load_activation((u16)(gains & 0xffffu)));
+    high = store_activation(load_activation(high) * load_activation((u16)(gains >> 16)));
+    return low | (u32)high << 16;
+}

@@ -17,6 +17,8 @@ from qtool.runtime.backends.cuda import (
     room,
 )
 from qtool.runtime.backends.cuda.launch import Card
+from qtool.runtime.decode import torch_ops
+from qtool.runtime.decode.ops import Norm
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal
@@ -208,6 +210,24 @@ def test_a_residual_is_added_before_the_cast(tokens):
     got = linear_kernels.matmul(x, weight, Recorder(), SMALL, residual=residual)
     expected = x.double() @ dequantized(tensor, torch.float64).T + residual.double()
     torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("tokens", "dtype"), [(1, torch.float16), (2, torch.bfloat16)])
+def test_a_norm_in_the_product_is_the_norm_before_it(tokens, dtype, gated):
+    pair = [weight_of((64, 700), 2, 32, seed=seed) for seed in (1, 2)]
+    fused, launch = fusing.fuse(pair, dtype, interleave=gated), Recorder()
+    assert fused is not None
+    weight, norm = fused.prepared, Norm(normal(700, seed=3).to(dtype), 1e-5)
+    x = (9 * normal(tokens, 700)).to(dtype)
+    assert linear_kernels.can_norm(weight, tokens, SMALL, gated=gated)
+    got = linear_kernels.matmul(x, weight, launch, SMALL, norm=norm, gated=gated)
+    assert launch.names == ["bit_panel_imma"]
+    normed = torch_ops.OPS.rms_norm(x, *norm)
+    apart = linear_kernels.matmul(normed, weight, Recorder(), SMALL, gated=gated)
+    # sums of squares in another order: an input in thousands is rounded to its neighbour
+    assert bool((got - apart).norm() <= torch.finfo(dtype).eps * apart.norm())
+    assert not linear_kernels.can_norm(weight, 3, SMALL, gated=gated)
 
 
 def test_groups_of_fewer_rows_go_by_the_definition():

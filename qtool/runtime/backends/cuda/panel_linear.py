@@ -12,6 +12,7 @@ from qtool.errors import BackendError
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.panels import PanelLayout
+from qtool.runtime.backends.cuda.plane_products import NOTHING_AROUND, Around
 from qtool.runtime.backends.cuda.planes import (
     EPILOGUES,
     MORE_WAVES,
@@ -21,6 +22,7 @@ from qtool.runtime.backends.cuda.planes import (
     shares_of,
 )
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
+from qtool.runtime.decode.ops import Norm
 
 PLANE_BYTES, LIMB_BYTES = 512, 1024
 """Of a plane of 16 rows x 256 inputs; of 256 numbers as four bytes each."""
@@ -129,7 +131,8 @@ def plan_panels(
             own = -(-(share // of_tile - 1) // layout.tiles) + 1
         part = layout.sets * chunk * TILE_ROWS * product.columns
         of_warp = stages * layout.planes * PLANE_BYTES + product.operand_bytes
-        shared = warps * of_warp + (1 + own + warps) * part * NUMBER + own * NUMBER
+        numbers = own + warps * product.columns  # which warps have parts of a panel; squares
+        shared = warps * of_warp + (1 + own + warps) * part * NUMBER + numbers * NUMBER
         if shared <= room_of(card, per):
             words = -(-batch // product.columns) * ctas * warps * part
             return PanelPlan(product, warps, stages, per, ctas, shared, words, whole, chunk)
@@ -143,7 +146,11 @@ and panels of a group, as the kernels take them."""
 
 @functools.lru_cache(maxsize=4096)
 def panel_call(
-    sizes: PanelSizes, layout: PanelLayout, dtype: torch.dtype, card: Card, epilogue: str = "none"
+    sizes: PanelSizes,
+    layout: PanelLayout,
+    dtype: torch.dtype,
+    card: Card,
+    around: Around = NOTHING_AROUND,
 ) -> KernelCall:
     """Return the launch of a product, decided once for all weights of one shape.
 
@@ -166,7 +173,8 @@ def panel_call(
         "ALIGNED": int(in_features % 8 == 0),
         "WHOLE": int(chosen.whole),
         "CHUNK": chosen.chunk,
-        "EPILOGUE": EPILOGUES[epilogue],
+        "NORM": int(around.norm_eps is not None),
+        "EPILOGUE": EPILOGUES[around.epilogue],
     }
     return KernelCall(
         file=chosen.product.name,
@@ -175,7 +183,8 @@ def panel_call(
         grid=(chosen.ctas, -(-batch // chosen.product.columns), 1),
         threads=chosen.warps * WARP,
         shared_bytes=chosen.shared_bytes,
-        numbers=sizes,
+        numbers=(*sizes, float(around.norm_eps or 0)),
+        dependent=around.dependent,
         zeros=chosen.exchange_words,
     )
 
@@ -197,6 +206,7 @@ def by_panels(  # noqa: PLR0913 - as `linear_kernels.matmul`
     residual: Tensor | None = None,
     gated: bool = False,
     target: Target | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
     """Do `linear_kernels.matmul` by planes; x is aligned to 16 bytes. `target` has no places.
 
@@ -211,9 +221,10 @@ def by_panels(  # noqa: PLR0913 - as `linear_kernels.matmul`
     sizes = (outputs, x.shape[1], len(x), panels, units, target.width)
     epilogue = "gated" if gated else "none" if residual is None else "residual"
     cut = (packed.group_rows, packed.of_group)
-    call = panel_call((*sizes, *cut), weight.panel_layout, x.dtype, card, epilogue)
-    tensors = (packed.planes, packed.scales, x, residual, target.y)
-    launch(call._replace(dependent=False) if weight.fresh else call, tensors)
+    gains, eps = norm or (None, None)
+    around = Around(epilogue, not weight.fresh, eps)
+    call = panel_call((*sizes, *cut), weight.panel_layout, x.dtype, card, around)
+    launch(call, (packed.planes, packed.scales, x, residual, target.y, gains))
     return target.y
 
 
@@ -233,10 +244,6 @@ def by_dense_panels(
         gate, up = y.chunk(2, dim=-1)
         return functional.silu(gate) * up
     return y if residual is None else y + residual
-
-
-PANEL_KERNELS = {"planes": by_panels, "dequantize": by_dense_panels}
-"""What runs panels, by the names that `selection` has for kernels."""
 
 
 def dense_panels(weight: KernelWeight, launch: Launch) -> Tensor:
