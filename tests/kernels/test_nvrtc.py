@@ -141,6 +141,7 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
         64,
     ),
     ("sign_flip", {}, 128),
+    ("place_inputs", {}, 32),
     ("order_inputs", {"COLUMNS": 48, "ALIGNED": 1}, 64),
     ("order_inputs", {"COLUMNS": 256, "ALIGNED": 0, "ACTIVATION_BF16": 1}, 64),
     ("add_splits", {"ACTIVATION_BF16": 1, "EPILOGUE": 2}, 128),
