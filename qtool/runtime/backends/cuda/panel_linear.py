@@ -31,8 +31,8 @@ MOST_AS_BYTES = 2
 DEQUANTIZE_THREADS, DEQUANTIZE_WARPS = 128, 4
 MOST_STEPS = 2**24
 """Tiles times units: the kernel divides their numbers in float32."""
-Rings = tuple[tuple[int, int, int], ...]
-RINGS: Rings = ((12, 3, 1), (16, 2, 1), (12, 2, 1), (8, 3, 1), (8, 2, 1))
+PanelRings = tuple[tuple[int, int, int], ...]
+RINGS: PanelRings = ((12, 3, 1), (16, 2, 1), (12, 2, 1), (8, 3, 1), (8, 2, 1))
 """Warps, tiles of a warp in shared memory, CTAs that share a multiprocessor: the best first."""
 SMALL_STEPS, SMALL_RINGS = 160, ((8, 4, 1), (8, 3, 1), (8, 2, 1))
 """Of tiles times units per multiprocessor: with fewer, what warps exchange costs more than they
@@ -116,7 +116,7 @@ def plan_panels(
     each = steps // card.multiprocessors
     products = panel_products(batch, layout, each=each)
     whole = shares_of(row_tiles, of_tile, of_tile, card.multiprocessors)[2]
-    best: Rings = SMALL_RINGS if each < SMALL_STEPS else RINGS
+    best: PanelRings = SMALL_RINGS if each < SMALL_STEPS else RINGS
     if whole and batch <= MOST_AS_BYTES:
         best = WHOLE_RINGS
     ways = (itertools.product(MORE_WAVES, products, rings) for rings in (best, SHORT_RINGS))
