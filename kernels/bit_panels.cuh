@@ -9,39 +9,158 @@
 // Compile-time: PLANES 1..8, OFFSET (0: none; 1: an offset beside the scales; 2: the center of an affine
 // weight), TILES (of a panel, 1 or more), SETS (1; 2: panels of gate and up alternate), WARPS, BLOCKS,
 // STAGES (tiles of a warp in shared memory, 2 or more), COLUMNS (tokens of a block), EPILOGUE (0: y;
-// 1: y + residual; 2: silu(gate) * up), ALIGNED, ACTIVATION_BF16.
+// 1: y + residual; 2: silu(gate) * up), WHOLE (1: a block has whole tiles of all inputs and gives nothing;
+// 0), CHUNK (of a panel, the most tiles that a block has: TILES if not WHOLE), NORM (1: x is normed before it
+// is staged, where BATCH_AHEAD isn't 0; 0), ALIGNED, ACTIVATION_BF16.
 //
 // The stream is [panel][unit][set][tile]. Blocks and warps share it in equal parts as they do with
 // groups along in_features (bit_planes.cuh), a panel in place of a tile. A warp stages by itself what it is
-// about to multiply, and waits for no other; it uses that for up to TILES tiles.
+// about to multiply, and waits for no other; it uses that for up to TILES tiles. Where tiles come out even
+// (WHOLE), a block has some that follow one another, which may be parts of panels: its *run* of each.
 
 #define THREADS (WARPS * WARP)
 #define PARAMETERS (PLANES + (OFFSET != 0))
-#define SET_PART (TILES * TILE_ROWS * COLUMNS)
+#define SET_PART (CHUNK * TILE_ROWS * COLUMNS)
 #define PART (SETS * SET_PART)
 #define STEPS (SETS * TILES) // of a unit
 #define STAGE_BYTES (PLANES * PLANE_BYTES)
 
 #include "bit_planes_share.cuh"
 
-// One unit of a panel: what a warp stages for.
-struct Item { int panel, unit, step; };
+// A block's panels, from the first one whose sums it writes; of WHOLE tiles, how many tiles of that one are
+// a lower block's, and how many are its own in all.
+struct Own { int panel, head, tiles; };
 
-DEVICE Item item_at(int index, int units) {
-    int count = units * STEPS;
+// Tiles of a panel that follow one another.
+struct Run { int from, count; };
+
+// A block's own of its panel `order`.
+DEVICE Run run_of(const Own &own, int order) {
+    Run run = {0, TILES};
+    if (!WHOLE) return run;
+    if (order == 0) run.from = own.head;
+    int to = own.head + own.tiles - order * TILES;
+    run.count = (to < TILES ? to : TILES) - run.from;
+    return run;
+}
+
+// A set of a panel's unit: what a warp stages for. `tile` is the next one of the run.
+struct Item {
+    int panel, unit, set, tile;
+    Run run;
+};
+
+// Where a block's work `work` is. Of what isn't WHOLE, the first is what it gives.
+DEVICE Item item_at(int work, const Own &own, const Share &share, int units) {
     Item item;
-    item.panel = divide(index, count);
-    int rest = index - item.panel * count;
-    item.unit = rest / STEPS;
-    item.step = rest % STEPS;
+    int count = units * STEPS, rest = work, order = 0;
+    if (WHOLE) {
+        int first = run_of(own, 0).count * SETS * units;
+        if (work >= first) {
+            order = divide(work - first, count);
+            rest = work - first - order++ * count;
+        }
+        item.panel = own.panel + order;
+    } else {
+        int index = share.begin + work + (work < share.given ? share.size : 0) - share.given;
+        item.panel = divide(index, count);
+        rest = index - item.panel * count;
+    }
+    item.run = run_of(own, order);
+    int of_unit = item.run.count * SETS;
+    item.unit = WHOLE ? divide(rest, of_unit) : rest / STEPS;
+    rest -= item.unit * of_unit;
+    item.set = SETS == 2 && rest >= item.run.count;
+    item.tile = rest - item.set * item.run.count;
     return item;
+}
+
+// Where a tile is in memory, and what follows it.
+struct Place {
+    const quad *planes;
+    int order, row, tile; // row: unit and set
+    Run run;
+};
+
+DEVICE Place place_of(const Item &item, const Own &own, const quad *planes, int units, int lane) {
+    u64 row = (u64)item.unit * SETS + item.set, first = (u64)item.panel * units * SETS + row;
+    const quad *source = planes + (first * TILES + item.run.from + item.tile) * PLANES * WARP + lane;
+    return {source, item.panel - own.panel, (int)row, item.tile, item.run};
+}
+
+// The place of work `next`, which follows that of `place`.
+DEVICE void advance(Place &place, int next, const Own &own, const Share &share, const quad *planes, int units,
+                    int lane) {
+    place.planes += PLANES * WARP;
+    if (!WHOLE) {
+        if (next == share.given && next != 0) place.planes = planes + (u64)share.begin * PLANES * WARP + lane;
+        return;
+    }
+    if (++place.tile < place.run.count) return;
+    place.tile = 0;
+    place.planes += (TILES - place.run.count) * PLANES * WARP;
+    if (++place.row < units * SETS) return;
+    place.row = 0;
+    place.planes -= place.run.from * PLANES * WARP;
+    place.run = run_of(own, ++place.order);
+}
+
+DEVICE void request(unsigned char *stage, const Place &place, int lane) {
+#pragma unroll
+    for (int plane = 0; plane < PLANES; ++plane)
+        fetch(stage + plane * PLANE_BYTES + lane * 16, place.planes + plane * WARP);
 }
 
 // What a lane reads for its eight inputs of a unit.
 struct Ahead {
     quad scales[PARAMETERS];
     quad x[BATCH_AHEAD ? BATCH_AHEAD : 1];
+#if NORM
+    quad gains;
+#endif
 };
+
+#if NORM
+// What an RMS norm multiplies the inputs of each token by. Every block sums the squares of all inputs, in
+// `sums`, a float per warp and token.
+DEVICE void norm_factors(float *factors, const u16 *x, int in_features, int units, int columns, float eps, int lane,
+                         float *sums) {
+    int warp = (int)threadIdx.x / WARP;
+#pragma unroll
+    for (int column = 0; column < COLUMNS; ++column) {
+        float square = 0.0f;
+        for (int unit = warp; unit < units && column < columns; unit += WARPS) {
+            quad v = load_inputs(x + (u64)column * in_features, unit * UNIT + lane * 8, in_features);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                float value = load_activation(bits_at(v, i));
+                square += value * value;
+            }
+        }
+#pragma unroll
+        for (int lanes = 16; lanes > 0; lanes /= 2) square += shuffle_xor(square, lanes);
+        if (lane == 0) sums[warp * COLUMNS + column] = square;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int column = 0; column < COLUMNS; ++column) {
+        float total = 0.0f;
+#pragma unroll
+        for (int of = 0; of < WARPS; ++of) total += sums[of * COLUMNS + column];
+        factors[column] = inverse_root(total / (float)in_features + eps);
+    }
+}
+
+DEVICE void norm_inputs(Ahead &ahead, const float *factors) {
+    const quad &gain = ahead.gains;
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) {
+        quad &v = ahead.x[i];
+        v = quad{normed(v.x, factors[i], gain.x), normed(v.y, factors[i], gain.y),
+                 normed(v.z, factors[i], gain.z), normed(v.w, factors[i], gain.w)};
+    }
+}
+#endif
 
 // The offset of a column, from its parameters in float32.
 DEVICE float column_offset(float last, float first) {
@@ -60,19 +179,28 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
        const u16 *x,        // [batch][in_features]
        const u16 *residual, // [batch][width], or null
        u16 *y,              // [batch][width]
+       const u16 *norm,     // [in_features], if NORM
        u64 *exchange,       // [blocks of columns][blocks][WARPS][PART], zeros
        int out_features,    // of a set
        int in_features, int batch, int panels, int units, int width,
-       int group_rows, int panels_per_group) {
+       int group_rows, int panels_per_group, float eps) {
     DYNAMIC_SHARED(shared);
     int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, blocks = (int)gridDim.x;
     exchange += (u64)blockIdx.y * gridDim.x * WARPS * PART;
     int column0 = (int)blockIdx.y * COLUMNS, columns = batch - column0 < COLUMNS ? batch - column0 : COLUMNS;
-    int count = units * STEPS, total = panels * count, each = divide(total, blocks);
+    int count = units * STEPS, total = panels * (WHOLE ? TILES : count), each = divide(total, blocks);
     int more = total - each * blocks;
     Share share = share_of((int)blockIdx.x, each, more);
-    int last = divide(share.begin + share.size, count) * count;
-    if (last < share.begin + share.size) share.given = given_of(share, last);
+    Own own = {divide(share.begin, WHOLE ? TILES : count), 0, share.size};
+    int start = own.panel * count; // where the first own panel begins: in the stream, or, of WHOLE tiles,
+    if (WHOLE) {                   // among a block's work
+        own.head = share.begin - own.panel * TILES;
+        start = -own.head * SETS * units;
+        share.begin = 0, share.size *= SETS * units;
+    } else {
+        int last = divide(share.begin + share.size, count) * count;
+        if (last < share.begin + share.size) share.given = given_of(share, last);
+    }
     int begin = first_of_warp(warp, share.size), end = first_of_warp(warp + 1, share.size);
 
     unsigned char *ring = shared + warp * STAGES * STAGE_BYTES;
@@ -80,27 +208,29 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
     float *given = (float *)(shared + WARPS * (STAGES * STAGE_BYTES + OPERAND_BYTES)); // [PART]
     float *parts = given + PART; // [own panels + WARPS][PART], then a number per own panel
 
-    // Work `work` of this block is this of the stream.
-    int jump = share.begin + share.size - share.given;
-#define INDEX(work) ((work) < share.given ? jump + (work) : share.begin + (work) - share.given)
     // Weights are on their way before the inputs exist, and so are the first scales.
+    Item item = item_at(begin, own, share, units);
+    Place next = place_of(item, own, planes, units, lane);
     for (int i = 0; i < STAGES - 1; ++i) {
         if (begin + i < end) {
-            const quad *source = planes + (u64)INDEX(begin + i) * PLANES * WARP + lane;
-#pragma unroll
-            for (int plane = 0; plane < PLANES; ++plane)
-                fetch(ring + i * STAGE_BYTES + plane * PLANE_BYTES + lane * 16, source + plane * WARP);
+            request(ring + i * STAGE_BYTES, next, lane);
+            advance(next, begin + i + 1, own, share, planes, units, lane);
         }
         end_of_fetches();
     }
     Ahead ahead;
-    Item item = item_at(INDEX(begin), units);
 #define LOAD_SCALES                                                                                                \
     {                                                                                                              \
         const quad *source = scales + (((u64)divide(item.panel, panels_per_group) * units + item.unit) * SETS +    \
-                                       item.step / TILES) * PARAMETERS * WARP + lane;                              \
+                                       item.set) * PARAMETERS * WARP + lane;                                       \
         _Pragma("unroll") for (int i = 0; i < PARAMETERS; ++i) ahead.scales[i] = load_stream(source + i * WARP);   \
+        LOAD_GAINS                                                                                                 \
     }
+#if NORM
+#define LOAD_GAINS ahead.gains = load_inputs(norm, item.unit * UNIT + lane * 8, in_features);
+#else
+#define LOAD_GAINS
+#endif
 #define LOAD_INPUTS                                                                                                \
     _Pragma("unroll") for (int i = 0; i < BATCH_AHEAD; ++i) {                                                      \
         ahead.x[i] = quad{0, 0, 0, 0};                                                                             \
@@ -109,42 +239,49 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
     }
     if (begin < end) LOAD_SCALES
 
-    int own = divide(share.begin, count), start = own * count, kept = share.size - share.given;
-    int tiles = kept == 0 ? 0 : divide(share.begin + kept - 1, count) + 1 - own;
+    int kept = share.size - share.given;
+    int tiles = kept == 0 ? 0 : divide(share.begin + kept - 1, count) + 1 - own.panel; // panels, in fact
+    if (WHOLE) tiles = (own.head + own.tiles - 1) / TILES + 1;
     u32 *spans = (u32 *)(parts + (tiles + WARPS) * PART);
     find_spans(spans, tiles, start, count, share);
     wait_for_previous();
     if (begin < end) LOAD_INPUTS
+#if NORM
+    float factors[COLUMNS];
+    norm_factors(factors, x + (u64)column0 * in_features, in_features, units, columns, eps, lane,
+                 (float *)(spans + tiles));
+#endif
 
     int all_asked = end - STAGES + 1;
     if (begin >= all_asked) let_next_start();
     int stage = 0, free = STAGES - 1;
     bool fresh = true; // sums begin
     for (int work = begin; work < end;) {
-        int stop = work + TILES - item.step % TILES, panel = item.panel, step = item.step;
+        int stop = work + item.run.count - item.tile, panel = item.panel;
         if (stop > end) stop = end;
-        if (work < share.given && stop > share.given) stop = share.given;
-        float *sums = parts + ((work < share.given ? 0 : panel - own) + warp) * PART;
+        if (!WHOLE && work < share.given && stop > share.given) stop = share.given;
+        float *sums = parts + ((work < share.given ? 0 : panel - own.panel) + warp) * PART;
         if (fresh)
             for (int i = lane; i < PART; i += WARP) sums[i] = 0.0f;
         sync_warp(); // all have multiplied by what is staged until now
+#if NORM
+        norm_inputs(ahead, factors);
+#endif
         stage_item(ahead, x + (u64)column0 * in_features, item.unit * UNIT + lane * 8, in_features, columns,
                    lane, operands);
-        bool ends = stop == end || stop == share.given || (item.unit + 1 == units && step + stop - work == STEPS);
-        item = item_at(INDEX(stop), units);
+        sums += (item.set * CHUNK + item.tile) * TILE_ROWS * COLUMNS;
+        item = item_at(stop, own, share, units);
+        bool ends = stop == end || stop == share.given || item.panel != panel;
         if (stop < end) {
             LOAD_SCALES
             LOAD_INPUTS
         }
-        sums += step * TILE_ROWS * COLUMNS;
         for (; work < stop; ++work) {
             fetched<STAGES - 2>();
             sync_warp(); // all lanes have read what `free` held, and see what is staged
             if (work + STAGES - 1 < end) {
-                const quad *source = planes + (u64)INDEX(work + STAGES - 1) * PLANES * WARP + lane;
-#pragma unroll
-                for (int plane = 0; plane < PLANES; ++plane)
-                    fetch(ring + free * STAGE_BYTES + plane * PLANE_BYTES + lane * 16, source + plane * WARP);
+                request(ring + free * STAGE_BYTES, next, lane);
+                advance(next, work + STAGES, own, share, planes, units, lane);
             }
             end_of_fetches();
             if (work == all_asked) let_next_start();
@@ -154,7 +291,7 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
             stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
         fresh = ends;
-        if (ends && work <= share.given) { // a later block's
+        if (!WHOLE && ends && work <= share.given) { // a later block's
             sync_warp();
             const float *from = parts + warp * PART;
             u64 *to = exchange + ((u64)blockIdx.x * WARPS + warp) * PART;
@@ -163,12 +300,14 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
         }
     }
     if (kept == 0) return;
-    bool shared_panel = start < share.begin; // the first: others have had parts of it
+    bool shared_panel = !WHOLE && start < share.begin; // the first: others have had parts of it
     if (shared_panel) take_given(exchange, (int)blockIdx.x, each, more, start, given);
     __syncthreads();
     const int rows = TILES * TILE_ROWS;
     for (int index = (int)threadIdx.x; index < tiles * SET_PART; index += THREADS) {
         int tile = index / SET_PART, at = index % SET_PART, row = at / COLUMNS, column = at % COLUMNS;
+        Run run = run_of(own, tile);
+        if (row >= run.count * TILE_ROWS) continue;
         float value = 0.0f, other = 0.0f;
         if (tile == 0 && shared_panel) {
             value = given[at];
@@ -180,8 +319,8 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
             value += parts[(tile + w) * PART + at];
             if (SETS == 2) other += parts[(tile + w) * PART + at + SET_PART];
         }
-        int group = divide(own + tile, panels_per_group);
-        int of_group = (own + tile - group * panels_per_group) * rows + row, out = group * group_rows + of_group;
+        int group = divide(own.panel + tile, panels_per_group), panel = own.panel + tile - group * panels_per_group;
+        int of_group = panel * rows + run.from * TILE_ROWS + row, out = group * group_rows + of_group;
         if (column >= columns || of_group >= group_rows || out >= out_features) continue; // padding
         if (EPILOGUE == 2) value = silu(value) * other;
         u64 to_write = (u64)(column0 + column) * width + out;

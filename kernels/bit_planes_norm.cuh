@@ -13,14 +13,6 @@ DEVICE Gains load_gains(const u16 *norm, int in_features, const Weight &weight) 
     return gains;
 }
 
-DEVICE u32 normed(u32 pair, float inverse, u32 gains) {
-    u16 low = store_activation(load_activation((u16)(pair & 0xffffu)) * inverse);
-    u16 high = store_activation(load_activation((u16)(pair >> 16)) * inverse);
-    low = store_activation(load_activation(low) * load_activation((u16)(gains & 0xffffu)));
-    high = store_activation(load_activation(high) * load_activation((u16)(gains >> 16)));
-    return low | (u32)high << 16;
-}
-
 // As `stage_inputs`, of x / sqrt(mean x^2 + eps), rounded, times the gains, rounded: as rms_norm.cu. The
 // inputs are in one slab. `sums` has room for a float per warp and column.
 DEVICE void stage_normed(const u16 *x, int in_features, const Weight &weight, int columns, int units,

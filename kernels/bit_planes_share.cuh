@@ -45,7 +45,8 @@ DEVICE int warp_of(int work, int size) {
 // For each own tile, the first and the last warp that have a part of it.
 DEVICE void find_spans(u32 *spans, int tiles, int start, int count, const Share &share) {
     for (int tile = (int)threadIdx.x; tile < tiles; tile += THREADS) {
-        int from = start + tile * count - share.begin, to = from + count;
+        int from = start + tile * count - share.begin, to = from + count, kept = share.size - share.given;
+        if (to > kept) to = kept;
         int low = warp_of(share.given + (from < 0 ? 0 : from), share.size);
         spans[tile] = (u32)(low | warp_of(share.given + to - 1, share.size) << 16);
     }
@@ -107,4 +108,13 @@ DEVICE u32 largest_of(quad v) {
 DEVICE int exponent_of(quad v) {
     int exponent = (int)(largest_of(v) >> 23) - 127;
     return exponent < -100 ? -100 : exponent;
+}
+
+// Two inputs, rounded where their norm is applied, times the norm's gains, rounded: as rms_norm.cu.
+DEVICE u32 normed(u32 pair, float inverse, u32 gains) {
+    u16 low = store_activation(load_activation((u16)(pair & 0xffffu)) * inverse);
+    u16 high = store_activation(load_activation((u16)(pair >> 16)) * inverse);
+    low = store_activation(load_activation(low) * load_activation((u16)(gains & 0xffffu)));
+    high = store_activation(load_activation(high) * load_activation((u16)(gains >> 16)));
+    return low | (u32)high << 16;
 }

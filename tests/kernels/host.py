@@ -60,7 +60,10 @@ def host_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 CONSTANTS = frozenset(
-    ("planes", "scales", "offsets", "weight", "bias", "query_norm", "key_norm", "norm", "rotary")
+    (
+        *("planes", "scales", "offsets", "weight", "bias", "order"),
+        *("query_norm", "key_norm", "norm", "rotary"),
+    )
 )
 """Names of what a kernel may read before the launch before it has ended."""
 FAILURES = {

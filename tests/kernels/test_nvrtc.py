@@ -20,7 +20,7 @@ GRID = {"WARPS": 16, "STAGES": 3, "BLOCKS": 1, "EPILOGUE": 0, "ALIGNED": 1, **PL
 NORMED = {"WHOLE": 1, "LOADS": 1, "EPILOGUE": 2}
 PAIR = {**GRID, "WARPS": 8, "STAGES": 4, "BLOCKS": 2}
 ALONE = {**PAIR, "BLOCKS": 1}
-PANELS = {**GRID, "OFFSET": 1, "TILES": 8, "SETS": 1}
+PANELS = {**GRID, "OFFSET": 1, "TILES": 8, "SETS": 1, "WHOLE": 1, "CHUNK": 8, "NORM": 0}
 TABLES = {"INPUTS": 14336, "KEYS": 4, "THREADS": 1024}
 SMALL_TABLES = {"INPUTS": 1000, "KEYS": 2, "THREADS": 512, "OFFSET": 0}
 HEADS = {"BLOCKS": 1, "QK_NORM": 0, "SHORTEST": 64, "INT8_CACHE": 0}
@@ -79,22 +79,24 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
     *(
         ("bit_panel_imma", {**PANELS, "PLANES": planes, "COLUMNS": columns, **more}, 128)
         for planes, columns, more in (
-            *((planes, 1, {}) for planes in (2, 3, 4)),
+            *((planes, 1, {"NORM": 1}) for planes in (2, 3, 4)),
             (4, 1, {"SETS": 2, "EPILOGUE": 2}),
-            (4, 2, {}),
-            (3, 2, {"OFFSET": 2, "TILES": 7, "ACTIVATION_BF16": 1}),
+            (4, 1, {"WHOLE": 0, "NORM": 1}),
+            (3, 2, {"NORM": 1}),
+            (3, 2, {"OFFSET": 2, "TILES": 7, "CHUNK": 2, "ACTIVATION_BF16": 1}),
         )
     ),
     *(
         ("bit_panel_mma", {**PANELS, "PLANES": planes, "COLUMNS": columns, **more}, most)
         for planes, columns, most, more in (
             (2, 8, 128, {}),
-            (3, 8, 128, {"ACTIVATION_BF16": 1}),
-            (4, 8, 168, {"WARPS": 12}),
+            (3, 8, 128, {"ACTIVATION_BF16": 1, "CHUNK": 2}),
+            (4, 8, 168, {"WARPS": 12, "WHOLE": 0}),
             (4, 16, 255, {"WARPS": 8, "SETS": 2, "EPILOGUE": 2}),
             (8, 16, 255, {"WARPS": 8, "OFFSET": 2}),
         )
     ),
+    ("bit_panel_imma", {**PANELS, "PLANES": 4, "COLUMNS": 2, "WARPS": 12}, 168),
     ("panel_dequantize", {"PLANES": 3, "OFFSET": 1, "TILES": 8, "SETS": 2}, 128),
     ("panel_dequantize", {"PLANES": 8, "OFFSET": 2, "TILES": 3, "SETS": 1}, 255),
     *(("dequantize", {**WEIGHT, "PLANES": planes}, 128) for planes in (2, 4)),
@@ -139,6 +141,7 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
         64,
     ),
     ("sign_flip", {}, 128),
+    ("place_inputs", {}, 32),
     ("order_inputs", {"COLUMNS": 48, "ALIGNED": 1}, 64),
     ("order_inputs", {"COLUMNS": 256, "ALIGNED": 0, "ACTIVATION_BF16": 1}, 64),
     ("add_splits", {"ACTIVATION_BF16": 1, "EPILOGUE": 2}, 128),

@@ -8,8 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtool.core.layout import side_by_side
-from qtool.runtime.backends.cuda import fusing, linear_kernels, panel_linear, panels, room
+from qtool.runtime.backends.cuda import (
+    fusing,
+    linear_kernels,
+    panel_linear,
+    panels,
+    planes,
+    room,
+)
 from qtool.runtime.backends.cuda.launch import Card
+from qtool.runtime.decode import torch_ops
+from qtool.runtime.decode.ops import Norm
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal
@@ -24,6 +33,22 @@ def weight_of(shape, num_bits=3, group_size=128, format_name="binary_coding", se
         num_bits=num_bits, group_size=group_size, group_dim="out_features", **more
     )
     return random_tensor(format_name, scheme, Shape2D(*shape), seed)
+
+
+@pytest.fixture
+def share_tiles(monkeypatch):
+    """Let CTAs share tiles wherever they could have whole ones; returns what does."""
+
+    def patch():
+        monkeypatch.setattr(planes, "MOST_IDLE", -1)
+        forget()
+
+    def forget():
+        panel_linear.plan_panels.cache_clear()
+        panel_linear.panel_call.cache_clear()
+
+    yield patch
+    forget()
 
 
 def check(tensor, x, card, launch, allowed=2.0):
@@ -61,37 +86,45 @@ def test_packing_loses_nothing(format_name, num_bits, shape, group_size, symmetr
 
 
 # Rows x inputs, bits, rows of a group, multiprocessors: shares that begin and end within panels,
-# panels of several blocks, blocks of several panels, more warps than tiles.
+# panels of several blocks, blocks of several panels, more warps than tiles; of whole tiles, runs of
+# one panel, of two, and with whole panels between them.
 PRODUCTS = [
     ((256, 512), 3, 128, 3),
     ((300, 700), 2, 100, 7),
     ((1200, 301), 4, None, 2),
     ((40, 300), 3, 16, 1),
     ((130, 520), 8, 24, 5),
-    ((2100, 256), 1, 64, 2),
+    ((2100, 256), 1, 64, 12),
 ]
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
-def test_one_and_two_tokens_are_exact_but_for_the_cast(case):
+def test_one_and_two_tokens_are_exact_but_for_the_cast(case, whole, share_tiles):
+    if not whole:
+        share_tiles()
     shape, num_bits, group_size, multiprocessors = case
     tensor, card = weight_of(shape, num_bits, group_size), Card(multiprocessors, SHARED)
-    for tokens, dtype in ((1, torch.float16), (2, torch.bfloat16)):
-        x = normal(tokens, shape[1])
-        x[:, ::37] *= 300
-        launch = Recorder()
-        check(tensor, x.to(dtype), card, launch, allowed=2e-3)
-        assert launch.names == ["bit_panel_imma"]
+    tokens, dtype = (1, torch.float16) if whole == case[1] % 2 else (2, torch.bfloat16)
+    x = normal(tokens, shape[1])
+    x[:, ::37] *= 300
+    launch = Recorder()
+    check(tensor, x.to(dtype), card, launch, allowed=2e-3)
+    assert launch.names == ["bit_panel_imma"]
+    assert dict(launch.calls[0].constants)["WHOLE"] == whole
 
 
 TOKENS = (3, 8, 9, 16, 5, 23)
 
 
 @pytest.mark.parametrize(("tokens", "case"), [*zip(TOKENS, PRODUCTS, strict=True)], ids=str)
-def test_more_tokens_are_multiplied_by_weights_rounded_per_plane(monkeypatch, case, tokens):
-    monkeypatch.setenv(
-        "QTOOL_KERNEL", "planes"
-    )  # two blocks of tokens, though such a weight is small
+def test_more_tokens_are_multiplied_by_weights_rounded_per_plane(
+    monkeypatch, case, tokens, share_tiles
+):
+    # two blocks of tokens, though such a weight is small
+    monkeypatch.setenv("QTOOL_KERNEL", "planes")
+    if tokens in (5, 8, 9):
+        share_tiles()
     shape, num_bits, group_size, multiprocessors = case
     tensor, card = weight_of(shape, num_bits, group_size), Card(multiprocessors, SHARED)
     dtype, launch = torch.float16 if tokens % 2 else torch.bfloat16, Recorder()
@@ -179,6 +212,24 @@ def test_a_residual_is_added_before_the_cast(tokens):
     torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("tokens", "dtype"), [(1, torch.float16), (2, torch.bfloat16)])
+def test_a_norm_in_the_product_is_the_norm_before_it(tokens, dtype, gated):
+    pair = [weight_of((64, 700), 2, 32, seed=seed) for seed in (1, 2)]
+    fused, launch = fusing.fuse(pair, dtype, interleave=gated), Recorder()
+    assert fused is not None
+    weight, norm = fused.prepared, Norm(normal(700, seed=3).to(dtype), 1e-5)
+    x = (9 * normal(tokens, 700)).to(dtype)
+    assert linear_kernels.can_norm(weight, tokens, SMALL, gated=gated)
+    got = linear_kernels.matmul(x, weight, launch, SMALL, norm=norm, gated=gated)
+    assert launch.names == ["bit_panel_imma"]
+    normed = torch_ops.OPS.rms_norm(x, *norm)
+    apart = linear_kernels.matmul(normed, weight, Recorder(), SMALL, gated=gated)
+    # sums of squares in another order: an input in thousands is rounded to its neighbour
+    assert bool((got - apart).norm() <= torch.finfo(dtype).eps * apart.norm())
+    assert not linear_kernels.can_norm(weight, 3, SMALL, gated=gated)
+
+
 def test_groups_of_fewer_rows_go_by_the_definition():
     tensor, x, launch = weight_of((40, 300), group_size=7), normal(1, 300).half(), Recorder()
     weight = linear_kernels.prepare(tensor, x.dtype)
@@ -211,4 +262,22 @@ def test_small_weights_are_multiplied_by_more_and_smaller_blocks(case, columns, 
     assert (planned.product.columns, planned.warps) == (columns, warps)
     one = panel_linear.plan_panels(*case, 1, layout, card=card)
     assert one is not None
-    assert (one.warps, one.stages) == ((12, 3) if case[0] == 224 else (8, 4))
+    assert (one.warps, one.stages, one.whole) == (16, 3, True)
+
+
+@pytest.mark.parametrize(
+    ("case", "ctas", "chunk", "whole"),
+    [
+        ((224, 16, 8), 128, 8, True),  # 14 of 1792 tiles each
+        ((32, 16, 8), 128, 2, True),
+        ((32, 56, 8), 128, 2, True),
+        ((9, 3, 4), 36, 1, True),
+        ((448, 32, 8), 132, 8, False),  # 28 tiles each would leave 27 of 869 steps idle
+    ],
+)
+def test_blocks_have_whole_tiles_where_these_come_out_even(case, ctas, chunk, whole):
+    count, units, tiles = case
+    card, layout = Card(132, SHARED), panels.PanelLayout(3, tiles, 1)
+    planned = panel_linear.plan_panels(count, units, 1, layout, card=card)
+    assert planned is not None
+    assert (planned.ctas, planned.chunk, planned.whole) == (ctas, chunk, whole)

@@ -120,7 +120,7 @@ def test_tiles_and_panels_are_multiplied_and_gathered(made, kept, compiled):
 
 
 @pytest.mark.parametrize("format_name", ["binary_coding", "affine", "ordered_affine"])
-@pytest.mark.parametrize(("group_size", "columns"), [(16, 640), (24, 448), (100, 512)])
+@pytest.mark.parametrize(("group_size", "columns"), [(8, 1280), (16, 640), (24, 448), (100, 512)])
 @pytest.mark.usefixtures("on_cpu")
 def test_groups_are_padded_to_what_the_kernels_take(format_name, group_size, columns):
     scheme = WeightScheme(num_bits=3, group_size=group_size)
@@ -137,6 +137,7 @@ def test_groups_are_padded_to_what_the_kernels_take(format_name, group_size, col
     )
     y = cuda.BACKEND.matmul(x, prepared)
     torch.testing.assert_close(y.double(), x.double() @ exact.T, rtol=1e-2, atol=0.1)
+    assert torch.equal(prepared.placed(x, Recorder()), prepared.sorted(x))
     torch.testing.assert_close(prepared.dense().double(), exact, rtol=2e-3, atol=2e-3)
     found = cuda.BACKEND.rows(index, prepared).double()
     torch.testing.assert_close(found, exact[index], rtol=2e-3, atol=2e-3)

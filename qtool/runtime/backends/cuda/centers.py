@@ -35,6 +35,8 @@ CENTERS = "plane_centers"
 """The part that stands in for `plane_offsets`, in memory only."""
 FINEST_GROUP = 32
 """Inputs of the finest group that the tiled kernels take."""
+LEAST_PADDED = 8
+"""Inputs of the finest group that is padded for them."""
 STEPPED = {minima.MINIMA: minima.minima_to_binary, nested.NESTED: nested.nested_to_binary}
 """Of formats of imported weights: what makes planes of them, with float32 parameters."""
 
@@ -49,13 +51,14 @@ def is_tileable(tensor: QuantizedTensor) -> bool:
 def padded_group(tensor: QuantizedTensor) -> int | None:
     """Return to how many inputs groups are padded for the tiled kernels; None: they aren't.
 
-    Padding is at most half of what a kernel reads. Neither rows of unlike bits nor imported weights
-    are padded.
+    At 8 inputs, three quarters of the planes are padding; parameters are more than the planes then,
+    and what runs such a weight by the definition takes ten times as long. Neither rows of unlike
+    bits nor imported weights are padded.
     """
     size, found = tensor.scheme.group_size, tensor.format
     if found in (mixed_rows.MIXED_ROWS, *STEPPED) or tensor.scheme.group_dim != "in_features":
         return None
-    if size is None or 2 * size < FINEST_GROUP or is_tileable(tensor):
+    if size is None or size < LEAST_PADDED or is_tileable(tensor):
         return None
     return -(-size // FINEST_GROUP) * FINEST_GROUP
 

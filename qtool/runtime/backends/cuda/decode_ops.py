@@ -102,7 +102,8 @@ class KernelOps:
             return y if residual is None else y + residual
         x = x if norm is None else self.rms_norm(x, *norm)
         if isinstance(projection, OrderedWeight):
-            return self.linear(projection.sorted(x), projection.weight, residual)
+            placed = projection.placed(x, self._launch)
+            return self.linear(placed, projection.weight, residual)
         if isinstance(projection, MixedWeight):
             y = multiply_mixed(x, projection, self._launch, self._card)
         else:

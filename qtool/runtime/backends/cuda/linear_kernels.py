@@ -87,10 +87,10 @@ def kernel_for(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = F
 
 def can_norm(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = False) -> bool:
     """Return whether `matmul` of so many tokens can norm them itself."""
-    if tokens == 0 or weight.tiles is None:
+    if tokens == 0 or kernel_for(weight, tokens, card, gated=gated) != "planes":
         return False
-    if kernel_for(weight, tokens, card, gated=gated) != "planes":
-        return False
+    if weight.tiles is None:
+        return weight.panels is not None and tokens <= panel_linear.MOST_AS_BYTES
     row_tiles, units, *_ = weight.tiles.planes.shape
     return planes.normed_units(row_tiles, units, tokens, weight.layout, card=card) > 0
 
@@ -136,8 +136,10 @@ def matmul(  # noqa: PLR0913 - what, by what, where, and what comes after
     kernel = kernel or kernel_for(weight, tokens, card, gated=gated)
     if x.data_ptr() % LOAD_BYTES != 0:  # a slice of something
         x = x.clone()
-    if kernel in panel_linear.PANEL_KERNELS and weight.panels is not None and tokens > 0:
-        run = panel_linear.PANEL_KERNELS[kernel]
+    if weight.panels is not None and tokens > 0 and kernel in ("planes", "dequantize"):
+        run = panel_linear.by_dense_panels
+        if kernel == "planes":
+            run = functools.partial(panel_linear.by_panels, norm=norm)
         return run(x, weight, launch, card, residual=residual, gated=gated)
     if kernel == "planes" and weight.tiles is not None and tokens > 0:
         return by_planes(x, weight, launch, card, residual=residual, gated=gated, norm=norm)
@@ -162,7 +164,7 @@ def matmul_into(
     if kernel != "planes" or len(x) == 0 or x.data_ptr() % LOAD_BYTES != 0:
         y.copy_(matmul(x, weight, launch, card, norm=norm))
     elif weight.panels is not None:
-        panel_linear.by_panels(x, weight, launch, card, target=target)
+        panel_linear.by_panels(x, weight, launch, card, target=target, norm=norm)
     else:
         by_planes(x, weight, launch, card, target=target, norm=norm)
 

@@ -12,8 +12,17 @@ from qtool.errors import BackendError
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.panels import PanelLayout
-from qtool.runtime.backends.cuda.planes import EPILOGUES, MORE_WAVES, NUMBER, Target, room_of
+from qtool.runtime.backends.cuda.plane_products import NOTHING_AROUND, Around
+from qtool.runtime.backends.cuda.planes import (
+    EPILOGUES,
+    MORE_WAVES,
+    NUMBER,
+    Target,
+    room_of,
+    shares_of,
+)
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
+from qtool.runtime.decode.ops import Norm
 
 PLANE_BYTES, LIMB_BYTES = 512, 1024
 """Of a plane of 16 rows x 256 inputs; of 256 numbers as four bytes each."""
@@ -22,13 +31,18 @@ MOST_AS_BYTES = 2
 DEQUANTIZE_THREADS, DEQUANTIZE_WARPS = 128, 4
 MOST_STEPS = 2**24
 """Tiles times units: the kernel divides their numbers in float32."""
-RINGS = ((12, 3, 1), (16, 2, 1), (12, 2, 1), (8, 3, 1), (8, 2, 1))
+PanelRings = tuple[tuple[int, int, int], ...]
+RINGS: PanelRings = ((12, 3, 1), (16, 2, 1), (12, 2, 1), (8, 3, 1), (8, 2, 1))
 """Warps, tiles of a warp in shared memory, CTAs that share a multiprocessor: the best first."""
 SMALL_STEPS, SMALL_RINGS = 160, ((8, 4, 1), (8, 3, 1), (8, 2, 1))
 """Of tiles times units per multiprocessor: with fewer, what warps exchange costs more than they
 hide."""
 SMALLEST_STEPS = 64
 """With fewer, a second CTA takes tokens nine to sixteen."""
+WHOLE_RINGS = ((16, 3, 1), (12, 3, 1), (8, 3, 1), (8, 2, 1))
+"""Where a CTA has whole tiles: fewer warps make no exchange smaller."""
+MOST_WARPS, MOST_REGISTERS = (16, 12), (6, 32)
+"""Of a CTA; planes times columns up to which the most have registers enough, as bytes and else."""
 SHORT_RINGS = ((4, 2, 1), (2, 2, 1))
 """For cards, or weights, that those leave no room for."""
 
@@ -41,6 +55,7 @@ class PanelProduct(NamedTuple):
     """Tokens that one CTA multiplies with each weight that it reads."""
     operand_bytes: int
     """Of shared memory of a warp: inputs and scales of one unit, staged."""
+    most_warps: int
 
 
 class PanelPlan(NamedTuple):
@@ -54,6 +69,10 @@ class PanelPlan(NamedTuple):
     """Per block of columns."""
     shared_bytes: int
     exchange_words: int
+    whole: bool
+    """CTAs have whole tiles, the same number but for the last ones, and exchange nothing."""
+    chunk: int
+    """Of a panel, the most tiles that a CTA has."""
 
 
 def panel_products(batch: int, layout: PanelLayout, *, each: int) -> tuple[PanelProduct, ...]:
@@ -64,13 +83,23 @@ def panel_products(batch: int, layout: PanelLayout, *, each: int) -> tuple[Panel
         layout: Of the weight.
         each: Tiles times units per multiprocessor.
     """
+
+    def most_warps(columns: int, enough: int) -> int:
+        return MOST_WARPS[layout.planes * columns > enough]
+
+    of_bytes, of_halves = MOST_REGISTERS
     if batch <= MOST_AS_BYTES:
         operands = layout.planes * batch * LIMB_BYTES + 16
-        return (PanelProduct("bit_panel_imma", batch, operands),)
+        return (PanelProduct("bit_panel_imma", batch, operands, most_warps(batch, of_bytes)),)
     scales = (layout.planes + (layout.offset != 0)) * PLANE_BYTES
     wanted = (8,) if batch <= 8 or each < SMALLEST_STEPS else (16, 8)  # noqa: PLR2004 - a tile's
     return tuple(
-        PanelProduct("bit_panel_mma", columns, columns * (PLANE_BYTES + NUMBER) + scales)
+        PanelProduct(
+            "bit_panel_mma",
+            columns,
+            columns * (PLANE_BYTES + NUMBER) + scales,
+            most_warps(columns, of_halves),
+        )
         for columns in wanted
     )
 
@@ -80,24 +109,34 @@ def plan_panels(
     panels: int, units: int, batch: int, layout: PanelLayout, *, card: Card
 ) -> PanelPlan | None:
     """Choose a grid that fills a card once; None: a CTA has too little shared memory."""
-    of_panel = units * layout.sets * layout.tiles
-    steps = panels * of_panel
+    of_tile, row_tiles = units * layout.sets, panels * layout.tiles
+    steps = row_tiles * of_tile
     if steps >= MOST_STEPS:
         return None
     each = steps // card.multiprocessors
     products = panel_products(batch, layout, each=each)
-    best = SMALL_RINGS if each < SMALL_STEPS else RINGS
+    whole = shares_of(row_tiles, of_tile, of_tile, card.multiprocessors)[2]
+    best: PanelRings = SMALL_RINGS if each < SMALL_STEPS else RINGS
+    if whole and batch <= MOST_AS_BYTES:
+        best = WHOLE_RINGS
     ways = (itertools.product(MORE_WAVES, products, rings) for rings in (best, SHORT_RINGS))
     for waves, product, ring in itertools.chain.from_iterable(ways):
-        part = layout.sets * layout.tiles * TILE_ROWS * product.columns
         warps, stages, per = ring
-        ctas = max(1, min(card.multiprocessors * per * waves, steps))
-        own = -(-steps // (ctas * of_panel)) + 1
+        if warps > product.most_warps:
+            continue
+        most = card.multiprocessors * per * waves
+        ctas, share, whole = shares_of(row_tiles, of_tile, of_tile, most, per)
+        chunk, own = layout.tiles, -(-share // (of_tile * layout.tiles)) + 1
+        if whole:
+            chunk = min(layout.tiles, share // of_tile)
+            own = -(-(share // of_tile - 1) // layout.tiles) + 1
+        part = layout.sets * chunk * TILE_ROWS * product.columns
         of_warp = stages * layout.planes * PLANE_BYTES + product.operand_bytes
-        shared = warps * of_warp + (1 + own + warps) * part * NUMBER + own * NUMBER
+        numbers = own + warps * product.columns  # which warps have parts of a panel; squares
+        shared = warps * of_warp + (1 + own + warps) * part * NUMBER + numbers * NUMBER
         if shared <= room_of(card, per):
             words = -(-batch // product.columns) * ctas * warps * part
-            return PanelPlan(product, warps, stages, per, ctas, shared, words)
+            return PanelPlan(product, warps, stages, per, ctas, shared, words, whole, chunk)
     return None
 
 
@@ -108,7 +147,11 @@ and panels of a group, as the kernels take them."""
 
 @functools.lru_cache(maxsize=4096)
 def panel_call(
-    sizes: PanelSizes, layout: PanelLayout, dtype: torch.dtype, card: Card, epilogue: str = "none"
+    sizes: PanelSizes,
+    layout: PanelLayout,
+    dtype: torch.dtype,
+    card: Card,
+    around: Around = NOTHING_AROUND,
 ) -> KernelCall:
     """Return the launch of a product, decided once for all weights of one shape.
 
@@ -129,7 +172,10 @@ def panel_call(
         "STAGES": chosen.stages,
         "BLOCKS": chosen.per_multiprocessor,
         "ALIGNED": int(in_features % 8 == 0),
-        "EPILOGUE": EPILOGUES[epilogue],
+        "WHOLE": int(chosen.whole),
+        "CHUNK": chosen.chunk,
+        "NORM": int(around.norm_eps is not None),
+        "EPILOGUE": EPILOGUES[around.epilogue],
     }
     return KernelCall(
         file=chosen.product.name,
@@ -138,7 +184,8 @@ def panel_call(
         grid=(chosen.ctas, -(-batch // chosen.product.columns), 1),
         threads=chosen.warps * WARP,
         shared_bytes=chosen.shared_bytes,
-        numbers=sizes,
+        numbers=(*sizes, float(around.norm_eps or 0)),
+        dependent=around.dependent,
         zeros=chosen.exchange_words,
     )
 
@@ -160,6 +207,7 @@ def by_panels(  # noqa: PLR0913 - as `linear_kernels.matmul`
     residual: Tensor | None = None,
     gated: bool = False,
     target: Target | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
     """Do `linear_kernels.matmul` by planes; x is aligned to 16 bytes. `target` has no places.
 
@@ -174,9 +222,10 @@ def by_panels(  # noqa: PLR0913 - as `linear_kernels.matmul`
     sizes = (outputs, x.shape[1], len(x), panels, units, target.width)
     epilogue = "gated" if gated else "none" if residual is None else "residual"
     cut = (packed.group_rows, packed.of_group)
-    call = panel_call((*sizes, *cut), weight.panel_layout, x.dtype, card, epilogue)
-    tensors = (packed.planes, packed.scales, x, residual, target.y)
-    launch(call._replace(dependent=False) if weight.fresh else call, tensors)
+    gains, eps = norm or (None, None)
+    around = Around(epilogue, not weight.fresh, eps)
+    call = panel_call((*sizes, *cut), weight.panel_layout, x.dtype, card, around)
+    launch(call, (packed.planes, packed.scales, x, residual, target.y, gains))
     return target.y
 
 
@@ -196,10 +245,6 @@ def by_dense_panels(
         gate, up = y.chunk(2, dim=-1)
         return functional.silu(gate) * up
     return y if residual is None else y + residual
-
-
-PANEL_KERNELS = {"planes": by_panels, "dequantize": by_dense_panels}
-"""What runs panels, by the names that `selection` has for kernels."""
 
 
 def dense_panels(weight: KernelWeight, launch: Launch) -> Tensor:
