@@ -7,7 +7,8 @@
 // g + 8 r and, n being 4 h + 2 u + e, of input 32 u + 8 t + 4 e + 2 q + h. So one half of
 // such a word is what a product of 16 inputs needs of a row, see order_inputs.cu.
 //
-// Compile-time: PLANES, GROUP, OFFSET, ACTIVATION_BF16; PARAMETERS and SPAN of bit_planes.cuh.
+// Compile-time: PLANES, GROUP, OFFSET, ACTIVATION_BF16, MIRRORED (below).
+#include "bit_plane_groups.cuh"
 
 #define LOW_PLANES (PLANES < 4 ? PLANES : 4)
 #define MORE_PLANES (PLANES - LOW_PLANES)
