@@ -23,6 +23,8 @@ NUMBER = 4
 """Bytes of a float32 in shared memory."""
 MOST_NORMED = MOST_LOADS = 4
 """Units of inputs that a warp holds in registers."""
+LOW_PLANES = 4
+"""Planes of the first table of kernels/bit_plane_lookup.cuh; the rest has one of its own."""
 MAX_UNITS = 2**21
 """Of a slab: the kernel divides their numbers in float32."""
 MOST_AS_LIMBS, MOST_PLANES_OF_MORE = 4, 4
@@ -74,6 +76,12 @@ class Layout(NamedTuple):
         return self.planes * WARP * 16 + self.span * 32 * self.parameters
 
 
+def table_bytes(planes: int) -> int:
+    """Return what the tables of one row and group take of shared memory."""
+    low, more = min(planes, LOW_PLANES), max(0, planes - LOW_PLANES)
+    return sum(8 * {4: 4, 3: 2}.get(count, 1) for count in (low, more) if count)
+
+
 @dataclass(frozen=True, slots=True)
 class Product:
     """One of the kernels that differ in how a unit is multiplied."""
@@ -83,6 +91,13 @@ class Product:
     """Tokens that one CTA multiplies with each weight that it reads."""
     x_bytes: int
     """Of shared memory for 32 inputs of one token."""
+    looks_up: bool = False
+    """It makes tables where a unit's planes were, and takes x as it is."""
+
+    def stage_bytes(self, layout: Layout) -> int:
+        """Return what a unit takes of shared memory."""
+        tables = layout.span * TILE_ROWS * table_bytes(layout.planes) if self.looks_up else 0
+        return max(0, tables - layout.planes * WARP * 16) + layout.stage_bytes
 
     def shared_bytes(self, share: int, units: int, warps: int) -> int:
         """Return what a CTA takes of shared memory for so many units, of rows of `units`.
@@ -90,9 +105,15 @@ class Product:
         That is the inputs, and sums of all tiles that it may have; not the units themselves.
         """
         own = (share + units - 1) // units + 1
-        inputs = units * self.columns * (BLOCKS_PER_UNIT * (self.x_bytes + NUMBER) + NUMBER)
+        number = 0 if self.looks_up else NUMBER
+        inputs = units * self.columns * (BLOCKS_PER_UNIT * (self.x_bytes + number) + number)
         sums = (own + 1 + warps) * TILE_ROWS * self.columns * NUMBER
         return inputs + sums + own * NUMBER
+
+
+def lookups(batch: int) -> Product:
+    """Return the kernel that looks up weights of up to four planes, for 3 to 16 tokens."""
+    return Product("bit_plane_lookup_mma", 8 if batch <= 8 else 16, 64, looks_up=True)  # noqa: PLR2004
 
 
 def product_for(batch: int, layout: Layout) -> Product:
@@ -146,7 +167,7 @@ def plan_launch(
         for stages, ctas_per in _rings(tuning):
             most = card.multiprocessors * ctas_per * tuning.waves // slabs
             ctas, share, whole = shares_of(row_tiles, count, shortest, most, ctas_per)
-            ring = warps * stages * layout.stage_bytes
+            ring = warps * stages * product.stage_bytes(layout)
             shared = ring + product.shared_bytes(share, count, warps)
             if shared <= room_of(card, ctas_per):
                 words = blocks * slabs * ctas * warps * TILE_ROWS * columns
