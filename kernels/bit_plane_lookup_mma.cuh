@@ -61,15 +61,16 @@ DEVICE void multiply_half(float *acc, const Indices<INDEX_PLANES> &indices, u32 
     quad b[TILES_OF_COLUMNS];
 #pragma unroll
     for (int tile = 0; tile < TILES_OF_COLUMNS; ++tile) b[tile] = *(const quad *)(operands + tile * 8 * X_BYTES);
+    u32 a[2][4]; // of the first eight inputs' halves, of the second's: what b has beside one another
 #pragma unroll
-    for (int q = 0; q < 2; ++q) {
-        u32 a[4];
+    for (int q = 0; q < 2; ++q)
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-            look_up_pairs(a[r], a[2 + r], indices.of[2 * q + r] >> 16 * upper, signs, 8 * upper + 2 * q + r, tables[r]);
+            look_up_pairs(a[0][2 * q + r], a[1][2 * q + r], upper ? shifted_16(indices.of[2 * q + r]) : indices.of[2 * q + r], signs, 8 * upper + 2 * q + r, tables[r]);
 #pragma unroll
-        for (int tile = 0; tile < TILES_OF_COLUMNS; ++tile)
-            multiply_16_bit(acc + tile * 4, a, q ? b[tile].y : b[tile].x, q ? b[tile].w : b[tile].z);
+    for (int tile = 0; tile < TILES_OF_COLUMNS; ++tile) {
+        multiply_16_bit(acc + tile * 4, a[0], b[tile].x, b[tile].y);
+        multiply_16_bit(acc + tile * 4, a[1], b[tile].z, b[tile].w);
     }
 }
 
