@@ -62,6 +62,8 @@ class WideTuning:
     """Weights are looked up for one product at a time, not for four."""
     mirrored: bool = False
     """Four planes are looked up as three and a sign, then their center is added in 16 bit."""
+    alone: bool = False
+    """Warps multiply for themselves, by `mma`, and wait for no other."""
 
 
 @dataclass(frozen=True, slots=True)
