@@ -44,24 +44,6 @@ DEVICE u32 either(u32 mask, u32 a, u32 b) {
 #endif
 }
 
-// v >> count by the pipe of products, where permutations leave it idle: SHIFTS 1 halves of words, 2 all.
-#ifndef SHIFTS
-#define SHIFTS 0
-#endif
-#if SHIFTS > 0 && !defined(QTOOL_HOST)
-__constant__ u32 shift_powers[3] = {1u << 16, 1u << 30, 1u << 31}; // not known to the compiler: it would shift
-DEVICE u32 shifted_16(u32 v) { return __umulhi(v, shift_powers[0]); }
-#else
-DEVICE u32 shifted_16(u32 v) { return v >> 16; }
-#endif
-#if SHIFTS > 1 && !defined(QTOOL_HOST)
-DEVICE u32 shifted_2(u32 v) { return __umulhi(v, shift_powers[1]); }
-DEVICE u32 shifted_1(u32 v) { return __umulhi(v, shift_powers[2]); }
-#else
-DEVICE u32 shifted_2(u32 v) { return v >> 2; }
-DEVICE u32 shifted_1(u32 v) { return v >> 1; }
-#endif
-
 template <int COUNT> DEVICE Indices<COUNT> indices_of(const u32 *words) {
     Indices<COUNT> found;
     const u32 even = 5 * NIBBLES, low = 3 * NIBBLES;
@@ -75,14 +57,14 @@ template <int COUNT> DEVICE Indices<COUNT> indices_of(const u32 *words) {
         for (int q = 0; q < 4; ++q) found.of[q] = a >> q & NIBBLES;
         return found;
     }
-    u32 ab0 = either(even, a, b << 1), ab1 = either(even, shifted_1(a), b);
+    u32 ab0 = either(even, a, b << 1), ab1 = either(even, a >> 1, b);
     if (COUNT == 2) {
-        found.of[0] = ab0 & low, found.of[1] = ab1 & low, found.of[2] = shifted_2(ab0) & low, found.of[3] = shifted_2(ab1) & low;
+        found.of[0] = ab0 & low, found.of[1] = ab1 & low, found.of[2] = ab0 >> 2 & low, found.of[3] = ab1 >> 2 & low;
         return found;
     }
-    u32 c0 = either(even, c, 0), c1 = either(even, shifted_1(c), 0);
-    found.of[0] = either(low, ab0, c0 << 2), found.of[2] = either(low, shifted_2(ab0), c0);
-    found.of[1] = either(low, ab1, c1 << 2), found.of[3] = either(low, shifted_2(ab1), c1);
+    u32 c0 = either(even, c, 0), c1 = either(even, c >> 1, 0);
+    found.of[0] = either(low, ab0, c0 << 2), found.of[2] = either(low, ab0 >> 2, c0);
+    found.of[1] = either(low, ab1, c1 << 2), found.of[3] = either(low, ab1 >> 2, c1);
     if (COUNT == 4) {
         u32 d = words[COUNT == 4 ? 3 : 0];
         const u32 third = 4 * NIBBLES;

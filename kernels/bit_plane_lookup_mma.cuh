@@ -66,7 +66,7 @@ DEVICE void multiply_half(float *acc, const Indices<INDEX_PLANES> &indices, u32 
     for (int q = 0; q < 2; ++q)
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-            look_up_pairs(a[0][2 * q + r], a[1][2 * q + r], upper ? shifted_16(indices.of[2 * q + r]) : indices.of[2 * q + r], signs, 8 * upper + 2 * q + r, tables[r]);
+            look_up_pairs(a[0][2 * q + r], a[1][2 * q + r], upper ? indices.of[2 * q + r] >> 16 : indices.of[2 * q + r], signs, 8 * upper + 2 * q + r, tables[r]);
 #pragma unroll
     for (int tile = 0; tile < TILES_OF_COLUMNS; ++tile) {
         multiply_16_bit(acc + tile * 4, a[0], b[tile].x, b[tile].y);

@@ -138,31 +138,6 @@ DEVICE void group_tables(Tables &tables, const unsigned char *mine, int unit, in
     tables = load_tables(mine + group * TILE_ROWS * TABLE_BYTES, g);
 }
 
-#ifndef ALONE
-#define ALONE 0
-#endif
-#if ALONE // warps multiply for themselves, by mma.m16n8k16
-DEVICE void multiply_alone(float *d, const u32 *a, u32 b0, u32 b1) {
-#ifdef ACTIVATION_BF16
-    mma_bfloat(d, d, a[0], a[1], a[2], a[3], b0, b1);
-#else
-    mma(d, d, a[0], a[1], a[2], a[3], b0, b1);
-#endif
-}
-
-// The B operands of 16 tokens: core matrices of 16 inputs.
-DEVICE void load_matrices(u32 (&b)[4], const unsigned char *x, int lane) {
-#ifdef QTOOL_HOST
-    for (int i = 0; i < 4; ++i)
-        b[i] = *(const u32 *)(x + i % 2 * COLUMNS * 16 + (i / 2 * 8 + lane / 4) * 16 + lane % 4 * 4);
-#else
-    u32 from = shared_address(x + lane / 8 % 2 * COLUMNS * 16 + (lane / 16 * 8 + lane % 8) * 16);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(from) : "memory");
-#endif
-}
-#endif
-
 struct Rings {
     unsigned char *memory;
     u64 *w_full, *x_full;
@@ -196,25 +171,6 @@ DEVICE void multiply_unit(float (&sums)[SUMS], Rings &rings, int unit, int tile,
         if (!REGULAR || block * 64 % GROUP == 0 || block == 0) group_tables(tables, mine, unit, block * 64, lane / 4);
         if (HALVED) group_tables(upper, mine, unit, block * 64 + 32, lane / 4);
         WordIndices indices = word_indices(words[block]);
-#if ALONE
-        if (block % X_BLOCKS == 0) barrier_wait(rings.x_full + rings.x.stage, rings.x.parity);
-        const unsigned char *x = rings.memory + X_RING + rings.x.stage * X_STAGE + block % X_BLOCKS * X_BLOCK;
-#pragma unroll
-        for (int step = 0; step < 4; ++step) {
-            expand_step(a[0], indices, step, tables, HALVED ? upper : tables);
-#pragma unroll
-            for (int token = 0; token < COLUMNS; token += 16) {
-                u32 b[4];
-                load_matrices(b, x + step * 2 * COLUMNS * 16 + token * 16, lane);
-                multiply_alone(sums + token / 2, a[0] + 4 * step, b[0], b[1]);
-                multiply_alone(sums + token / 2 + 4, a[0] + 4 * step, b[2], b[3]);
-            }
-        }
-        if (block % X_BLOCKS == X_BLOCKS - 1) {
-            release(rings.x_full + X_STAGES + rings.x.stage, lane);
-            next(rings.x, X_STAGES);
-        }
-#else
         if (!FINE) {
 #pragma unroll
             for (int step = 0; step < 4; ++step) expand_step(a[block % 2], indices, step, tables, HALVED ? upper : tables);
@@ -240,7 +196,6 @@ DEVICE void multiply_unit(float (&sums)[SUMS], Rings &rings, int unit, int tile,
             rings.left = rings.x_full + X_STAGES + rings.x.stage;
             next(rings.x, X_STAGES);
         }
-#endif
     }
 }
 
@@ -322,12 +277,10 @@ DEVICE void consume(unsigned char *memory, u64 *w_full, u64 *x_full, const Weigh
 #pragma unroll 1
         for (int unit = part.first; unit < part.first + part.count; ++unit)
             multiply_unit(sums, rings, unit, tile, lane, a);
-#if !ALONE
         products_wait<0>(sums);
         keep(a[1]);
         release(rings.left, lane);
         rings.left = (u64 *)0;
-#endif
         if (part.given) {
             give(parts + (u64)blockIdx.x * SUMS * CONSUMERS, sums);
             write_through();

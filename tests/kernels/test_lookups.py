@@ -1,8 +1,7 @@
-"""Products of few tokens by looked-up weights: the kernel's own text, on the CPU, against the weight rounded once."""
+"""Products of few tokens by looked-up weights, on the CPU, against the weight rounded once."""
 
 import pytest
 import torch
-from torch.nn import functional
 
 from qtool.runtime.backends.cuda import linear_kernels, plane_products, planes
 from qtool.runtime.backends.cuda.launch import Card
@@ -29,7 +28,7 @@ WEIGHTS = {
 
 @pytest.fixture
 def looked_up(monkeypatch):
-    monkeypatch.setattr(planes, "product_for", lambda batch, _: planes.lookups(batch))
+    monkeypatch.setattr(planes, "product_for", lambda batch, _: planes.looked_up(batch))
     cached = planes.plan_launch, planes.tuned_plan, plane_products.call_for
     for function in cached:
         function.cache_clear()
@@ -49,7 +48,11 @@ def test_products_are_those_of_the_weight_rounded_once_or_of_a_sign_twice(kind, 
     name, bits, group_size, shape, tokens = WEIGHTS[kind]
     scheme = WeightScheme(num_bits=bits, group_size=group_size)
     tensor = random_tensor(name, scheme, Shape2D(*shape), 0)
-    weight, x, launch = linear_kernels.prepare(tensor, dtype), normal(tokens, shape[1]).to(dtype), Recorder()
+    weight, x, launch = (
+        linear_kernels.prepare(tensor, dtype),
+        normal(tokens, shape[1]).to(dtype),
+        Recorder(),
+    )
     y = plane_products.by_planes(x, weight, launch, CARD)
     assert launch.names == ["bit_plane_lookup_mma"]
     close(y, x, weight, twice=bits == 4)

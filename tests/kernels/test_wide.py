@@ -141,12 +141,11 @@ def test_tokens_choose_the_product_of_many_where_it_was_measured_to_be_faster():
         for bits in (2, 3, 4, 8)
     }
     many = [17, 64, 256]
-    assert chosen == {2: many, 3: [9, 16, *many], 4: [9, 16, *many], 8: [16, *many]}
-    assert not selection.H100.is_wide(3, 16, Shape2D(4096, 14336)), "too few tiles of outputs"
-    assert selection.H100.is_wide(3, 17, Shape2D(4096, 14336))
-    assert selection.H100.is_wide(4, 16, Shape2D(4096, 14336))
-    assert selection.H100.is_wide(3, 16, Shape2D(6144, 4096))
-    assert not selection.H100.is_wide(3, 16, small)
+    assert chosen == {2: many, 3: many, 4: many, 8: [16, *many]}
+    assert not selection.H100.is_wide(3, 24, Shape2D(4096, 14336)), "too few tiles of outputs"
+    assert selection.H100.is_wide(3, 25, Shape2D(4096, 14336))
+    assert not selection.H100.is_wide(3, 24, Shape2D(6144, 4096))
+    assert selection.H100.is_wide(8, 17, small)
     assert selection.H100.is_wide(3, 1024, large) and not selection.H100.is_wide(4, 1024, large)
     assert selection.H100.is_wide(4, 192, small) and not selection.H100.is_wide(4, 256, small)
     tuning = selection.H100.wide_tuning

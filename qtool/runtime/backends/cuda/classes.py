@@ -99,9 +99,14 @@ def plan_classes(
     so much shared memory that another would have fewer warps than by itself.
     """
     layouts = [its.layout for its in classes]
-    product = planes.product_for(batch, layouts[0])
+    product = planes.each_plane(batch, layouts[0])
     each = [
-        planes.tuned_plan(its.row_tiles, units, batch, its.layout, card=card) for its in classes
+        planes.tuned_plan(
+            *(its.row_tiles, units, batch, its.layout),
+            card=card,
+            product=planes.each_plane(batch, its.layout),
+        )
+        for its in classes
     ]
     if len({layout.group for layout in layouts}) > 1:
         return None
@@ -153,7 +158,7 @@ def classes_call(
     if planned is None:
         return None
     first, tuning = classes[0].layout, planned.tuning
-    product = planes.product_for(sizes.batch, first)
+    product = planes.each_plane(sizes.batch, first)
     macros = {"GROUP": first.group, "CLASSES": len(classes), "COLUMNS": product.columns}
     macros |= {"BYTES": int(product.name == "bit_plane_imma"), "EPILOGUE": 0, **planes.PLAIN_LAUNCH}
     macros |= {"WARPS": tuning.warps, "BLOCKS": tuning.per_multiprocessor}

@@ -11,17 +11,20 @@ from qtool.runtime.backends.cuda.launch import (
     RESERVED_BYTES,
     WARP,
     Card,
-    KernelCall,
-    Launch,
-    constants,
 )
-from qtool.runtime.backends.cuda.selection import Tuning, selection_for
+from qtool.runtime.backends.cuda.selection import (
+    BLOCK,
+    LOOKED_UP,
+    MORE_TOKENS,
+    Tuning,
+    selection_for,
+)
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT
 
 BLOCKS_PER_UNIT = 8
 NUMBER = 4
 """Bytes of a float32 in shared memory."""
-MOST_NORMED = MOST_LOADS = 4
+MOST_LOADS = 4
 """Units of inputs that a warp holds in registers."""
 LOW_PLANES = 4
 """Planes of the first table of kernels/bit_plane_lookup.cuh; the rest has one of its own."""
@@ -30,6 +33,7 @@ MAX_UNITS = 2**21
 MOST_AS_LIMBS, MOST_PLANES_OF_MORE = 4, 4
 """Tokens up to which x is multiplied as bytes, four per input, as timed: bit_plane_imma.cuh takes
 8. More than two tokens of more planes don't fit into registers."""
+LOOKED_UP_COLUMNS = (8, BLOCK, MORE_TOKENS)
 MOST_IN_PAIRS = 2
 """Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
 FEWER_WARPS, MORE_WAVES = (7, 3), (1, 2, 4, 8)
@@ -111,13 +115,20 @@ class Product:
         return inputs + sums + own * NUMBER
 
 
-def lookups(batch: int) -> Product:
-    """Return the kernel that looks up weights of up to four planes, for 3 to 16 tokens."""
-    return Product("bit_plane_lookup_mma", 8 if batch <= 8 else 16, 64, looks_up=True)  # noqa: PLR2004
-
-
 def product_for(batch: int, layout: Layout) -> Product:
-    """Return the kernel with the least arithmetic: bytes for few tokens, else float16."""
+    """Return the kernel that is the fastest: planes for few tokens, else weights looked up."""
+    first = LOOKED_UP.get(layout.planes)
+    return each_plane(batch, layout) if first is None or batch < first else looked_up(batch)
+
+
+def looked_up(batch: int) -> Product:
+    """Return the kernel that looks weights of up to four planes up and multiplies once."""
+    columns = next((count for count in LOOKED_UP_COLUMNS if batch <= count), BLOCK)
+    return Product("bit_plane_lookup_mma", columns, 64, looks_up=True)
+
+
+def each_plane(batch: int, layout: Layout) -> Product:
+    """Return the kernel that multiplies planes with the least arithmetic: as bytes, or float16."""
     most = MOST_AS_LIMBS if layout.planes <= MOST_PLANES_OF_MORE else 2
     if batch <= most and layout.group % 64 == 0:
         return Product("bit_plane_imma", 1 << (batch - 1).bit_length(), 128)
@@ -148,15 +159,21 @@ def room_of(card: Card, ctas: int) -> int:
 
 
 @functools.cache
-def plan_launch(
-    row_tiles: int, units: int, batch: int, layout: Layout, *, card: Card, tuning: Tuning
+def plan_launch(  # noqa: PLR0913 - a key of the cache
+    row_tiles: int,
+    units: int,
+    batch: int,
+    layout: Layout,
+    *,
+    card: Card,
+    tuning: Tuning,
+    product: Product,
 ) -> LaunchPlan | None:
     """Choose a grid that fills a card once; None: a CTA has too little shared memory.
 
     in_features are cut into slabs only where the inputs of all of them don't fit into shared
     memory.
     """
-    product = product_for(batch, layout)
     columns, warps = product.columns, tuning.warps
     blocks = -(-batch // columns)
     for slabs in range(1, units + 1):
@@ -205,21 +222,28 @@ def _rings(tuning: Tuning) -> Iterator[tuple[int, int]]:
 
 @functools.cache
 def tuned_plan(
-    row_tiles: int, units: int, batch: int, layout: Layout, *, card: Card
+    row_tiles: int,
+    units: int,
+    batch: int,
+    layout: Layout,
+    *,
+    card: Card,
+    product: Product | None = None,
 ) -> tuple[Tuning, LaunchPlan] | None:
     """Return how to launch: as the card's selection says, or as near to it as there is room.
 
     Nearest is, for few tokens, what needs no slabs, then what leaves as many CTAs beside one
     another as it should, then what has more warps; for many tokens, what has more warps. None: a
-    CTA of this card can't hold one unit and its inputs.
+    CTA of this card can't hold one unit and its inputs. `product`: None for `product_for`.
     """
-    few = product_for(batch, layout).columns <= MOST_IN_PAIRS
+    product = product or product_for(batch, layout)
+    few = product.columns <= MOST_IN_PAIRS
     tunings = tunings_for(row_tiles, units, card, few=few)
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
         found = []
         for order, tuning in enumerate(replace(tuning, waves=waves) for tuning in tunings):
             sizes = (row_tiles, units, batch, layout)
-            planned = plan_launch(*sizes, card=card, tuning=tuning)
+            planned = plan_launch(*sizes, card=card, tuning=tuning, product=product)
             if planned is not None:
                 crowded = planned.per_multiprocessor < tuning.per_multiprocessor
                 # with many tokens a CTA multiplies for longer: all its warps are worth a slab
@@ -245,16 +269,6 @@ def tunings_for(
     return tuple(dict.fromkeys((asked, selection.alone, *fewer)))
 
 
-def normed_units(row_tiles: int, units: int, batch: int, layout: Layout, *, card: Card) -> int:
-    """Return how many units of x each warp norms in a launch that does so; 0: none can."""
-    picked = tuned_plan(row_tiles, units, batch, layout, card=card)
-    columns = product_for(batch, layout).columns
-    if picked is None or picked[1].slabs > 1 or columns > MOST_IN_PAIRS:
-        return 0
-    each = -(-units * columns // picked[0].warps)
-    return each if each <= MOST_NORMED else 0
-
-
 Sizes = tuple[int, int, int, int, int, int, int]
 """out_features, in_features, tokens, row tiles, units, groups and columns of the result, as the
 kernels take them."""
@@ -271,23 +285,3 @@ class Target:
     def width(self) -> int:
         """Return how far apart the outputs of two tokens lie."""
         return self.y.stride(0)
-
-
-def add_splits(
-    partial: Tensor,
-    target: Target,
-    launch: Launch,
-    *,
-    epilogue: str = "none",
-    residual: Tensor | None = None,
-) -> None:
-    """Write the sum of (splits, tokens, padded rows) float32 to a target, through the epilogue."""
-    (splits, batch, padded), y, places = partial.shape, target.y, target.places
-    threads, outputs = 128, y.shape[1] if places is None else len(places)
-    macros, grid = (
-        constants(y.dtype, EPILOGUE=EPILOGUES[epilogue]),
-        (-(-outputs // threads), batch, 1),
-    )
-    numbers = (outputs, padded, batch, splits, target.width)
-    call = KernelCall("add_splits", "add_splits", macros, grid, threads, 0, numbers)
-    launch(call, (partial, residual, y, places))

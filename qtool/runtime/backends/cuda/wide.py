@@ -116,7 +116,6 @@ def wide_call(  # noqa: PLR0913 - a key of the cache
         "TURNS": int(tuning.turns and tuning.groups > 1),
         "FINE": int(tuning.fine),
         "MIRRORED": int(tuning.mirrored),
-        "ALONE": int(tuning.alone),
     }
     ctas = min(stream, card.multiprocessors)
     return KernelCall(
