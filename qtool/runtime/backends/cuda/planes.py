@@ -33,6 +33,8 @@ MAX_UNITS = 2**21
 MOST_AS_LIMBS, MOST_PLANES_OF_MORE = 4, 4
 """Tokens up to which x is multiplied as bytes, four per input, as timed: bit_plane_imma.cuh takes
 8. More than two tokens of more planes don't fit into registers."""
+LEAST_GROUP = 64
+"""Of weights that are looked up: smaller ones make too many tables."""
 LOOKED_UP_COLUMNS = (8, BLOCK, MORE_TOKENS)
 MOST_IN_PAIRS = 2
 """Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
@@ -118,7 +120,9 @@ class Product:
 def product_for(batch: int, layout: Layout) -> Product:
     """Return the kernel that is the fastest: planes for few tokens, else weights looked up."""
     first = LOOKED_UP.get(layout.planes)
-    return each_plane(batch, layout) if first is None or batch < first else looked_up(batch)
+    if first is None or batch < first or layout.group < LEAST_GROUP:
+        return each_plane(batch, layout)
+    return looked_up(batch)
 
 
 def looked_up(batch: int) -> Product:
