@@ -2,8 +2,10 @@
 // more. Weights are looked up in registers, in 16 bit (bit_plane_lookup.cuh), and are the A operand of mma.m16n8k16: one product
 // for all planes, where bit_plane_mma.cuh has one for each. x is the B operand as it stands in memory, unscaled.
 //
-// A word's bytes are turned so that a half of it is of 32 inputs: nibble 2 h + e of word 2 q + r of the lower, or upper, half
-// is of row g + 8 r and of input 8 t + 4 e + 2 q + h. So pairs are of neighbouring inputs, their bits 16 apart in the plane.
+// Half h of a word of indices is of 64 inputs: nibble 2 u + e of word 2 q + r is of row g + 8 r and of input
+// 32 u + 8 t + 4 e + 2 q + h, so pairs are of inputs four apart, and so is x where it is staged. Where a word of 64 inputs has
+// several groups or signs, its bytes are turned (TURNED): then a half is of 32 inputs, nibble 2 h + e of the lower, or upper,
+// half of input 8 t + 4 e + 2 q + h, so pairs are of neighbouring inputs, their bits 16 apart in the plane.
 //
 // Each warp makes the tables of its unit where the unit's planes were, which are in registers by then.
 #define MIRRORED 1 // of four planes, the last is a sign
@@ -18,8 +20,12 @@
 #define X_BYTES 64 // of 32 inputs of a token, as they are
 #define X_NUMBERS 0
 #define INDEX_PLANES (PLANES < 3 ? PLANES : 3)
+#define TURNED (MIRRORS || HALVED)
 
 DEVICE void stage_unit(quad v, int unit, int column, int, const Weight &, int lane, unsigned char *operands, float *, float *) {
+    if (!TURNED)
+        v = quad{permute_bytes(v.x, v.z, 0x5410u), permute_bytes(v.x, v.z, 0x7632u), permute_bytes(v.y, v.w, 0x5410u),
+                 permute_bytes(v.y, v.w, 0x7632u)};
     *(quad *)(operands + ((unit * BLOCKS_PER_UNIT + lane / 4) * COLUMNS + column) * X_BYTES + lane % 4 * 16) = v;
 }
 
@@ -31,10 +37,11 @@ DEVICE void multiply_16_bit(float *d, const u32 *a, u32 b0, u32 b1) {
 #endif
 }
 
-// A row's weights of 16 inputs: pairs of the first and of the second eight. `signs`: of all of the lane's, ones are minus.
+// A row's four weights: two pairs. `signs`: of all of the lane's, ones are minus.
 DEVICE void look_up_pairs(u32 &first, u32 &second, u32 index, u32 signs, int position, const Table<PLANES> &table) {
     u32 low = bytes_of<PLANES>(table.low, index, 0), high = bytes_of<PLANES>(table.high, index, 0);
-    first = permute_bytes(low, high, 0x6240u), second = permute_bytes(low, high, 0x7351u);
+    first = permute_bytes(low, high, TURNED ? 0x6240u : 0x5140u);
+    second = permute_bytes(low, high, TURNED ? 0x7351u : 0x7362u);
 #if MIRRORS
     const u32 both = 0x80008000u;
     first ^= signs << (15 - position) & both, second ^= signs << (11 - position) & both;
@@ -74,6 +81,29 @@ DEVICE void multiply_half(float *acc, const Indices<INDEX_PLANES> &indices, u32 
     }
 }
 
+// acc += the product of a word's 64 inputs, which are of one group.
+DEVICE void multiply_word(float *acc, const Indices<INDEX_PLANES> &indices, const Table<PLANES> *tables, const unsigned char *operands) {
+    quad b[TILES_OF_COLUMNS][2]; // of the lower and the upper 32 inputs
+#pragma unroll
+    for (int tile = 0; tile < TILES_OF_COLUMNS; ++tile)
+#pragma unroll
+        for (int u = 0; u < 2; ++u) b[tile][u] = *(const quad *)(operands + (u * COLUMNS + tile * 8) * X_BYTES);
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+        u32 a[2][4];
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+                look_up_pairs(a[0][2 * h + r], a[1][2 * h + r], h ? indices.of[2 * q + r] >> 16 : indices.of[2 * q + r], 0, 0, tables[r]);
+#pragma unroll
+        for (int tile = 0; tile < TILES_OF_COLUMNS; ++tile)
+#pragma unroll
+            for (int u = 0; u < 2; ++u)
+                multiply_16_bit(acc + tile * 4, a[u], q ? b[tile][u].z : b[tile][u].x, q ? b[tile][u].w : b[tile][u].y);
+    }
+}
+
 // acc += one unit's product.
 DEVICE void multiply_unit(float *acc, unsigned char *stage, const unsigned char *operands, const float *, const float *, int,
                           int unit, const Weight &weight, int lane) {
@@ -91,7 +121,7 @@ DEVICE void multiply_unit(float *acc, unsigned char *stage, const unsigned char 
 #endif
 #pragma unroll
         for (int plane = 0; plane < INDEX_PLANES; ++plane)
-            turned[plane] = permute_bytes(words[plane][word] ^ signs, 0, 0x3120u);
+            turned[plane] = TURNED ? permute_bytes(words[plane][word] ^ signs, 0, 0x3120u) : words[plane][word];
         Indices<INDEX_PLANES> indices = indices_of<INDEX_PLANES>(turned);
 #pragma unroll
         for (int upper = 0; upper < 2; ++upper) {
@@ -102,7 +132,8 @@ DEVICE void multiply_unit(float *acc, unsigned char *stage, const unsigned char 
                 for (int r = 0; r < 2; ++r)
                     tables[r] = load_table<PLANES>(stage + (group * TILE_ROWS + g + 8 * r) * TABLE_BYTES);
             }
-            multiply_half(acc, indices, signs, upper, tables, x + (word * 2 + upper) * COLUMNS * X_BYTES);
+            if (TURNED) multiply_half(acc, indices, signs, upper, tables, x + (word * 2 + upper) * COLUMNS * X_BYTES);
+            else if (upper == 0) multiply_word(acc, indices, tables, x + word * 2 * COLUMNS * X_BYTES);
         }
     }
 }
