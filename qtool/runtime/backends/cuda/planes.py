@@ -35,6 +35,9 @@ MOST_AS_LIMBS, MOST_PLANES_OF_MORE = 4, 4
 8. More than two tokens of more planes don't fit into registers."""
 LEAST_GROUP = 64
 """Of weights that are looked up: smaller ones make too many tables."""
+LOOKED_UP_WARPS = 12
+"""That are enough where more of them want another slab: 113 us, not 140, at 57344 x 8192, 3 planes and
+16 tokens on an H200."""
 LOOKED_UP_COLUMNS = (8, BLOCK, MORE_TOKENS)
 MOST_IN_PAIRS = 2
 """Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
@@ -243,6 +246,8 @@ def tuned_plan(
     product = product or product_for(batch, layout)
     few = product.columns <= MOST_IN_PAIRS
     tunings = tunings_for(row_tiles, units, card, few=few)
+    if product.looks_up:
+        tunings = (tunings[0], replace(tunings[0], warps=LOOKED_UP_WARPS), *tunings[1:])
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
         found = []
         for order, tuning in enumerate(replace(tuning, waves=waves) for tuning in tunings):
@@ -252,6 +257,8 @@ def tuned_plan(
                 crowded = planned.per_multiprocessor < tuning.per_multiprocessor
                 # with many tokens a CTA multiplies for longer: all its warps are worth a slab
                 rank = (planned.slabs, crowded, order) if few else (crowded, order, planned.slabs)
+                if product.looks_up:
+                    rank = (order > 1, planned.slabs, order)
                 found.append((rank, (tuning, planned)))
         if found:
             return min(found, key=lambda pair: pair[0])[1]
