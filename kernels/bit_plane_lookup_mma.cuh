@@ -14,11 +14,7 @@
 #include "bit_planes.cuh"
 
 #define TILES_OF_COLUMNS (COLUMNS / 8)
-#ifndef CHAINS
-#define CHAINS 1 // of products that wait for one another
-#endif
-#define SUMS (TILES_OF_COLUMNS * 4)
-#define ACCUMULATORS (CHAINS * SUMS)
+#define ACCUMULATORS (TILES_OF_COLUMNS * 4)
 #define ROW_POWER 0
 #define UPPER_POWER 0
 #define X_BYTES 64 // of 32 inputs of a token, as they are
@@ -81,7 +77,7 @@ DEVICE void multiply_half(float *acc, const Indices<INDEX_PLANES> &indices, u32 
 #pragma unroll
     for (int tile = 0; tile < TILES_OF_COLUMNS; ++tile) {
         multiply_16_bit(acc + tile * 4, a[0], b[tile].x, b[tile].y);
-        multiply_16_bit(acc + tile * 4 + (CHAINS - 1) * SUMS, a[1], b[tile].z, b[tile].w);
+        multiply_16_bit(acc + tile * 4, a[1], b[tile].z, b[tile].w);
     }
 }
 
@@ -104,7 +100,7 @@ DEVICE void multiply_word(float *acc, const Indices<INDEX_PLANES> &indices, cons
         for (int tile = 0; tile < TILES_OF_COLUMNS; ++tile)
 #pragma unroll
             for (int u = 0; u < 2; ++u)
-                multiply_16_bit(acc + tile * 4 + u * (CHAINS - 1) * SUMS, a[u], q ? b[tile][u].z : b[tile][u].x, q ? b[tile][u].w : b[tile][u].y);
+                multiply_16_bit(acc + tile * 4, a[u], q ? b[tile][u].z : b[tile][u].x, q ? b[tile][u].w : b[tile][u].y);
     }
 }
 
@@ -145,11 +141,10 @@ DEVICE void multiply_unit(float *acc, unsigned char *stage, const unsigned char 
 // What a warp has of a tile, to where it is summed: [16 rows][COLUMNS], as floats or marked floats.
 DEVICE void put_part(const float *acc, float *shared, u64 *exchange, int lane) {
 #pragma unroll
-    for (int i = 0; i < SUMS; ++i) {
-        float sum = acc[i] + (CHAINS > 1 ? acc[(CHAINS - 1) * SUMS + i] : 0.0f);
+    for (int i = 0; i < ACCUMULATORS; ++i) {
         int index = (lane / 4 + i % 4 / 2 * 8) * COLUMNS + i / 4 * 8 + 2 * (lane % 4) + i % 2;
-        if (exchange) store_marked(exchange + index, sum, 1);
-        else shared[index] = sum;
+        if (exchange) store_marked(exchange + index, acc[i], 1);
+        else shared[index] = acc[i];
     }
 }
 

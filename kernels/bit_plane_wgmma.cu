@@ -78,17 +78,13 @@ DEVICE void next(turn &t, int stages) {
 }
 
 // Start copying a unit of a tile's weights.
-#ifndef LANES
-#define LANES 0 // 1: all lanes of the producer start copies
-#endif
-DEVICE void copy_weights(unsigned char *stage, u64 *barrier, const Weight &weight, int tile, int unit, int lane) {
+DEVICE void copy_weights(unsigned char *stage, u64 *barrier, const Weight &weight, int tile, int unit) {
     int first = tile / weight.token_tiles * ROW_TILES, group = unit * UNIT / GROUP;
     int count = weight.row_tiles - first < ROW_TILES ? weight.row_tiles - first : ROW_TILES;
     int span = !REGULAR && weight.groups - group < SPAN ? weight.groups - group : SPAN;
     u32 bytes = (u32)span * 32 * PARAMETERS;
-    if (!LANES || lane == 0) barrier_expect(barrier, (u32)count * (PLANES_BYTES + bytes));
-    if (LANES) sync_warp();
-    for (int i = LANES ? lane : 0; i < count; i += LANES ? WARP : 1) {
+    barrier_expect(barrier, (u32)count * (PLANES_BYTES + bytes));
+    for (int i = 0; i < count; ++i) {
         u64 row_tile = (u64)(first + i);
         copy_bulk(stage + i * PLANES_BYTES, weight.planes + (row_tile * weight.units + unit) * PLANES_BYTES, PLANES_BYTES, barrier);
         copy_bulk(stage + ROW_TILES * PLANES_BYTES + i * SCALES_BYTES,
@@ -99,12 +95,11 @@ DEVICE void copy_weights(unsigned char *stage, u64 *barrier, const Weight &weigh
 // The producer: one thread.
 DEVICE void produce(unsigned char *memory, u64 *w_full, u64 *x_full, const Weight &weight, const unsigned char *x, const Share &share) {
     u64 *w_empty = w_full + W_STAGES, *x_empty = x_full + X_STAGES;
-    int lane = (int)threadIdx.x % WARP;
     int size = share.end - share.begin, ahead = 0;
     // Weights are on their way before the inputs exist.
     Part first = part_at(share, 0, weight.units);
     for (; ahead < W_STAGES && ahead < first.count && ahead < size; ++ahead)
-        copy_weights(memory + ahead * W_STAGE, w_full + ahead, weight, first.tile, first.first + ahead, lane);
+        copy_weights(memory + ahead * W_STAGE, w_full + ahead, weight, first.tile, first.first + ahead);
     wait_for_previous();
     turn w = {0, 0}, now = {0, 0};
     for (int at = 0; at < size;) {
@@ -113,14 +108,12 @@ DEVICE void produce(unsigned char *memory, u64 *w_full, u64 *x_full, const Weigh
         for (int i = 0; i < part.count; ++i, ++at, next(w, W_STAGES)) {
             if (at >= ahead) {
                 barrier_wait(w_empty + w.stage, w.parity ^ 1);
-                copy_weights(memory + w.stage * W_STAGE, w_full + w.stage, weight, part.tile, part.first + i, lane);
+                copy_weights(memory + w.stage * W_STAGE, w_full + w.stage, weight, part.tile, part.first + i);
             }
             for (int block = 0; block < 4; block += X_BLOCKS, next(now, X_STAGES)) {
                 barrier_wait(x_empty + now.stage, now.parity ^ 1);
-                if (lane == 0) {
-                    barrier_expect(x_full + now.stage, X_STAGE);
-                    copy_bulk(memory + X_RING + now.stage * X_STAGE, from, X_STAGE, x_full + now.stage);
-                }
+                barrier_expect(x_full + now.stage, X_STAGE);
+                copy_bulk(memory + X_RING + now.stage * X_STAGE, from, X_STAGE, x_full + now.stage);
                 from += X_STAGE;
             }
         }
@@ -328,7 +321,7 @@ bit_plane_wgmma(const unsigned char *planes, // [row_tiles][units][PLANES][32] o
     Share share = share_of((int)blockIdx.x, total, units);
     if (number == GROUPS) {
         if (GROUPS > 1) fewer_registers<FEW_REGISTERS>();
-        if (LANES ? threadIdx.x < CONSUMERS + WARP : threadIdx.x == CONSUMERS) produce(memory, w_full, x_full, weight, x, share);
+        if (threadIdx.x == CONSUMERS) produce(memory, w_full, x_full, weight, x, share);
         else wait_for_previous();
         sync_warp();
     } else {

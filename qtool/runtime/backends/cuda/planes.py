@@ -36,8 +36,8 @@ MOST_AS_LIMBS, MOST_PLANES_OF_MORE = 4, 4
 LEAST_GROUP = 64
 """Of weights that are looked up: smaller ones make too many tables."""
 LOOKED_UP_WARPS = 12
-"""That are enough where more of them want another slab: 113 us, not 140, at 57344 x 8192, 3 planes and
-16 tokens on an H200."""
+"""Enough where more of them want another slab: 113 us, not 140, at 57344 x 8192, 3 planes and 16
+tokens on an H200."""
 LOOKED_UP_COLUMNS = (8, BLOCK, MORE_TOKENS)
 MOST_IN_PAIRS = 2
 """Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
