@@ -7,7 +7,8 @@
 // g + 8 r and, n being 4 h + 2 u + e, of input 32 u + 8 t + 4 e + 2 q + h. So one half of
 // such a word is what a product of 16 inputs needs of a row, see order_inputs.cu.
 //
-// Compile-time: PLANES, GROUP, OFFSET, ACTIVATION_BF16; PARAMETERS and SPAN of bit_planes.cuh.
+// Compile-time: PLANES, GROUP, OFFSET, ACTIVATION_BF16, MIRRORED (below).
+#include "bit_plane_groups.cuh"
 
 #define LOW_PLANES (PLANES < 4 ? PLANES : 4)
 #define MORE_PLANES (PLANES - LOW_PLANES)
@@ -32,8 +33,16 @@ template <int COUNT> struct Indices { u32 of[4], fourth[COUNT == 4 ? 4 : 1]; };
 #define LOW_BYTES (MIRRORS ? 32 : 8 * WORDS_OF(LOW_PLANES))
 #define TABLE_BYTES (LOW_BYTES + (MORE_PLANES ? 8 * WORDS_OF(MORE_PLANES) : 0))
 
-// Bits of a where `mask` has ones, else of b.
-DEVICE u32 either(u32 mask, u32 a, u32 b) { return a & mask | b & ~mask; }
+// Bits of a where `mask` has ones, else of b: one instruction, of which the compiler makes two where it knows the mask.
+DEVICE u32 either(u32 mask, u32 a, u32 b) {
+#ifdef QTOOL_HOST
+    return a & mask | b & ~mask;
+#else
+    u32 bits;
+    asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(bits) : "r"(mask), "r"(a), "r"(b));
+    return bits;
+#endif
+}
 
 template <int COUNT> DEVICE Indices<COUNT> indices_of(const u32 *words) {
     Indices<COUNT> found;
@@ -53,7 +62,7 @@ template <int COUNT> DEVICE Indices<COUNT> indices_of(const u32 *words) {
         found.of[0] = ab0 & low, found.of[1] = ab1 & low, found.of[2] = ab0 >> 2 & low, found.of[3] = ab1 >> 2 & low;
         return found;
     }
-    u32 c0 = c & even, c1 = c >> 1 & even;
+    u32 c0 = either(even, c, 0), c1 = either(even, c >> 1, 0);
     found.of[0] = either(low, ab0, c0 << 2), found.of[2] = either(low, ab0 >> 2, c0);
     found.of[1] = either(low, ab1, c1 << 2), found.of[3] = either(low, ab1 >> 2, c1);
     if (COUNT == 4) {

@@ -18,10 +18,6 @@
 #include "hopper.cuh"
 #include "half_products.cuh"
 
-#define PARAMETERS (PLANES + (OFFSET != 0))
-#define REGULAR (GROUP % UNIT == 0 || UNIT % GROUP == 0)
-#define SPAN (GROUP % UNIT == 0 ? 1 : UNIT % GROUP == 0 ? UNIT / GROUP : (GROUP - 32 + UNIT - 1) / GROUP + 1)
-
 #include "bit_plane_lookup.cuh"
 
 #define ROWS (64 * GROUPS)

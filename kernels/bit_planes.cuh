@@ -20,14 +20,14 @@
 // begun no later: no deadlock. All sums have a fixed order. Where tiles come out even (WHOLE), shares end
 // with them: few units per warp hide no exchange.
 
+#include "bit_plane_groups.cuh"
+
 #define THREADS (WARPS * WARP)
-#define PARAMETERS (PLANES + (OFFSET != 0))
 #define PART (TILE_ROWS * COLUMNS)
-// Groups and units divide one another: where a group begins is known to the compiler.
-#define REGULAR (GROUP % UNIT == 0 || UNIT % GROUP == 0)
-// Groups that a unit may touch.
-#define SPAN (GROUP % UNIT == 0 ? 1 : UNIT % GROUP == 0 ? UNIT / GROUP : (GROUP - 32 + UNIT - 1) / GROUP + 1)
-#define STAGE_BYTES (PLANES * PLANE_BYTES + SPAN * 32 * PARAMETERS)
+#ifndef SCALES_AT // of a stage: a product may want room after its planes
+#define SCALES_AT (PLANES * PLANE_BYTES)
+#endif
+#define STAGE_BYTES (SCALES_AT + SPAN * 32 * PARAMETERS)
 
 #include "bit_planes_share.cuh"
 
@@ -81,7 +81,7 @@ DEVICE void request(unsigned char *stage, const Place &place, const Weight &weig
 #pragma unroll
     for (int piece = 0; piece < SPAN * 2 * PARAMETERS; piece += WARP)
         if (piece + lane < pieces)
-            fetch(stage + PLANES * PLANE_BYTES + (piece + lane) * 16, source + piece + lane);
+            fetch(stage + SCALES_AT + (piece + lane) * 16, source + piece + lane);
 }
 
 // Stage one unit of one column, of which each lane has eight inputs: operands, the sums over segments

@@ -1,14 +1,21 @@
 // What a block of the bit-plane kernels does. The file that includes this has defined
 //   ACCUMULATORS      floats per lane,
 //   ROW_POWER         what rows 0..7 of a tile are to be multiplied by, as a power of two; the rest by
-//                     half of it,
+//                     UPPER_POWER, half of it unless that is defined too,
 //   X_BYTES           shared memory for 32 inputs of a token,
+//   X_NUMBERS         0: x has no starts and no factors; else 1, or not defined,
 //   stage_unit        x into shared memory,
 //   multiply_unit     one unit's product, added to the accumulators,
 //   put_part          the accumulators into shared memory or, marked, into global.
 // The kernel that calls `multiply` is in bit_planes_kernel.cuh, or bit_plane_classes.cu for several
 // weights beside one another.
 
+#ifndef UPPER_POWER
+#define UPPER_POWER (ROW_POWER - 1)
+#endif
+#ifndef X_NUMBERS
+#define X_NUMBERS 1
+#endif
 #if NORM
 #include "bit_planes_norm.cuh"
 #endif
@@ -57,8 +64,8 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
     unsigned char *ring = shared + warp * STAGES * STAGE_BYTES;
     unsigned char *operands = shared + WARPS * STAGES * STAGE_BYTES;
     float *starts = (float *)(operands + units_per_slab * BLOCKS_PER_UNIT * COLUMNS * X_BYTES);
-    float *factors = starts + units_per_slab * BLOCKS_PER_UNIT * COLUMNS; // [unit][COLUMNS]
-    float *given = factors + units_per_slab * COLUMNS;                    // [16][COLUMNS]
+    float *factors = starts + X_NUMBERS * units_per_slab * BLOCKS_PER_UNIT * COLUMNS; // [unit][COLUMNS]
+    float *given = factors + X_NUMBERS * units_per_slab * COLUMNS; // [16][COLUMNS]
     float *parts = given + PART; // [own tiles + WARPS][16][COLUMNS], then a number per own tile
 
     // Weights are on their way before the inputs exist.
@@ -154,14 +161,14 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
             value += parts[(tile + w) * PART + at];
             if (EPILOGUE == 2) other += parts[(tile + w) * PART + at + 8 * COLUMNS];
         }
-        value *= power_of_two(row < 8 ? ROW_POWER : ROW_POWER - 1);
+        value *= power_of_two(row < 8 ? ROW_POWER : UPPER_POWER);
         int out = (own + tile) * rows + row;
         u64 token = (u64)(column0 + column);
         if (column >= columns) continue;
         if (its.partial) {
             its.partial[((u64)blockIdx.y * its.batch + token) * its.row_tiles * TILE_ROWS + out] = value;
         } else if (out < outputs) {
-            if (EPILOGUE == 2) value = silu(value) * (other * power_of_two(ROW_POWER - 1));
+            if (EPILOGUE == 2) value = silu(value) * (other * power_of_two(UPPER_POWER));
             u64 to_write = token * its.width + (its.places ? its.places[out] : out);
 #if RANKS > 1
             give_peers(round, (int)to_write, value); // all of them, before the first is waited for

@@ -100,6 +100,12 @@ def test_classes_that_need_slabs_or_differ_in_groups_or_warps_are_not_put_togeth
     assert plan_classes((eight, two), UNITS, 1, Card(132, 144 * 1024)) is None, "fewer warps"
 
 
+def test_many_tokens_are_multiplied_class_by_class_where_each_looks_its_weights_up():
+    four, two = row_class(4, 4096), row_class(2, 4096)
+    assert plan_classes((four, two), UNITS, 8, CARD) is not None
+    assert plan_classes((four, two), UNITS, 9, CARD) is None
+
+
 def prepare(rows, inputs, device="cpu", dtype=torch.float16):
     scheme = WeightScheme(num_bits=rows[0][0], group_size=128, rows=rows)
     shape = Shape2D(sum(count for _, count in rows), inputs)
@@ -124,7 +130,7 @@ def test_what_has_no_room_beside_the_others_runs_before_them(batch):
 @pytest.mark.parametrize(("batch", "multiprocessors"), [(1, 23), (2, 7), (5, 12), (19, 12)])
 @pytest.mark.parametrize("inputs", [1024, 700])
 def test_tiles_that_cross_blocks_are_added_up_within_their_class(batch, multiprocessors, inputs):
-    tensor, weight = prepare(((4, 50), (3, 33), (2, 130)), inputs)
+    tensor, weight = prepare(((5, 50), (3, 33), (2, 130)), inputs)
     card, launch, x = Card(multiprocessors, 227 * 1024), Recorder(), normal(batch, inputs).half()
     y = mixed.multiply_mixed(x, weight, launch, card, kernel="planes")
     (call,) = launch.calls

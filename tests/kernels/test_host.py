@@ -10,7 +10,7 @@ from qtool.base import QuantizedTensor
 from qtool.core import grouping
 from qtool.core.packing import unpack_bits
 from qtool.formats import binary_coding
-from qtool.runtime.backends.cuda import planes, tiles
+from qtool.runtime.backends.cuda import planes, splits, tiles
 from qtool.runtime.decode.torch_ops import rms_norm
 from qtool.scheme import Shape2D, WeightScheme
 from tests.helpers import dequantized
@@ -155,7 +155,7 @@ LAUNCHES = [
 
 @pytest.mark.parametrize(("product", "grid", "case"), LAUNCHES, ids=str)
 def test_bit_planes_agree_before_and_after_the_cast(case, grid, product):
-    chosen = PRODUCTS.get(product) or planes.product_for(case.batch, case.layout())
+    chosen = PRODUCTS.get(product) or planes.each_plane(case.batch, case.layout())
     if chosen.name != FLOATS.name and case.layout().group % 64 != 0:
         pytest.skip("words of 64 inputs hold more than one group")
     tensor = case.weight()
@@ -169,7 +169,7 @@ def test_bit_planes_agree_before_and_after_the_cast(case, grid, product):
         multiply(case, packed, x, y, target, chosen, **sizes)
     assert error(partial.sum(0)[:, : case.shape[0]], case, tensor) < BEFORE_CAST
     if case.splits > 1:
-        planes.add_splits(partial, planes.Target(y), Recorder())
+        splits.add_splits(partial, planes.Target(y), Recorder())
     assert error(y, case, tensor) < AFTER_CAST[case.dtype]
 
 

@@ -58,15 +58,22 @@ def test_few_tokens_go_through_the_planes_in_one_launch(batch, card):
 @pytest.mark.parametrize(
     ("batch", "num_bits", "group", "name", "columns"),
     [
-        *((batch, 4, 128, "bit_plane_imma", 4) for batch in (3, 4)),
-        (3, 3, 192, "bit_plane_imma", 4),
-        (5, 3, 128, "bit_plane_mma", 8),
-        (3, 3, 96, "bit_plane_mma", 8),  # half a word of 64 inputs
+        (2, 4, 128, "bit_plane_imma", 2),
+        *((batch, 4, 96, "bit_plane_lookup_mma", 8) for batch in (3, 8)),
+        (9, 3, 128, "bit_plane_lookup_mma", 16),
+        (17, 3, 128, "bit_plane_lookup_mma", 24),
+        (25, 3, 128, "bit_plane_lookup_mma", 16),  # and another sixteen
+        (4, 2, 192, "bit_plane_imma", 4),
+        (5, 2, 128, "bit_plane_lookup_mma", 8),
+        (3, 2, 96, "bit_plane_mma", 8),  # half a word of 64 inputs
+        (5, 1, 128, "bit_plane_mma", 8),  # one product per weight all the same
         (3, 5, 128, "bit_plane_mma", 8),  # no registers for more planes
         (2, 8, 128, "bit_plane_imma", 2),
     ],
 )
-def test_few_tokens_are_multiplied_as_bytes(batch, num_bits, group, name, columns):
+def test_few_tokens_are_multiplied_as_bytes_more_by_looking_up(
+    batch, num_bits, group, name, columns
+):
     found = planes.product_for(batch, planes.Layout(num_bits, group, 1))
     assert (found.name, found.columns) == (name, columns)
 
@@ -126,7 +133,7 @@ def test_shares_hold_all_units_and_are_tiles_only_where_few_would_be_idle(row_ti
 def test_more_planes_leave_the_bit_planes_fewer_tokens():
     most = [selection.H100.most_tokens(planes) for planes in range(1, 9)]
     assert most == [160, 80, 48, 32, 32, 16, 16, 16]
-    assert selection.H100.most_tokens(2, 4096 * 4096) == 16
+    assert selection.H100.most_tokens(2, 4096 * 4096) == 24, "weights looked up"
     assert selection.H100.most_tokens(2, 4096 * 14336) == 80
 
 
@@ -134,7 +141,7 @@ def test_many_tokens_go_through_a_dequantized_weight():
     tensor = random_tensor(
         "binary_coding", WeightScheme(num_bits=4, group_size=64), Shape2D(24, 320), 2
     )
-    assert check(tensor, normal(17, 320).bfloat16()).names == ["dequantize"]
+    assert check(tensor, normal(25, 320).bfloat16()).names == ["dequantize"]
 
 
 def test_two_blocks_of_tokens_read_a_weight_twice(monkeypatch):
@@ -142,7 +149,7 @@ def test_two_blocks_of_tokens_read_a_weight_twice(monkeypatch):
     tensor = random_tensor(
         "binary_coding", WeightScheme(num_bits=4, group_size=64), Shape2D(24, 320), 2
     )
-    assert check(tensor, normal(32, 320).half()).names == ["bit_plane_mma"]
+    assert check(tensor, normal(32, 320).half()).names == ["bit_plane_lookup_mma"]
 
 
 @pytest.mark.parametrize("group_dim", GROUP_DIMS)

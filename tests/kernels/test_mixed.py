@@ -48,14 +48,15 @@ def check(tensor, prepared, x, *, card=SMALL, **how):
 
 
 @pytest.mark.parametrize("rows", CLASSES, ids=str)
-@pytest.mark.parametrize("batch", [1, 3, 17])
+@pytest.mark.parametrize("batch", [1, 3, 25])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_class_writes_the_outputs_of_its_rows(rows, batch, dtype):
     tensor, prepared = weight(rows, dtype=dtype)
     launch = check(tensor, prepared, normal(batch, 320).to(dtype), card=WIDE)
-    alone, together = planes.product_for(batch, planes.Layout(3, 64, 1)).name, "bit_plane_classes"
-    names = {1: [alone], 5: [together, alone]}.get(len(rows), [together])
-    assert launch.names == (["dequantize"] * len(rows) if batch == 17 else names)
+    first, last = (planes.product_for(batch, planes.Layout(p, 64, 1)).name for p in (rows[0][0], 1))
+    together = "bit_plane_classes"
+    names = {1: [first], 5: [together, last]}.get(len(rows), [together])
+    assert launch.names == (["dequantize"] * len(rows) if batch == 25 else names)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, 320, None])
@@ -69,7 +70,7 @@ def test_every_grouping_is_multiplied(group_size, symmetric):
 def test_inputs_in_slabs_are_added_up_at_the_places_of_the_rows():
     tensor, prepared = weight(CLASSES[1], 9216, 256)
     launch = check(tensor, prepared, normal(8, 9216).half())
-    assert launch.names == ["bit_plane_mma", "add_splits"] * 2
+    assert launch.names == ["bit_plane_lookup_mma", "add_splits"] * 2
 
 
 @pytest.mark.parametrize("kernel", ["planes", "lut", "dequantize", "sign_flip"])

@@ -70,6 +70,17 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
         {**AFFINE, **GRID, "PLANES": 3, "COLUMNS": 8, "EPILOGUE": 1, "RANKS": 2},
         128,
     ),
+    *(
+        (name, {**WEIGHT, **GRID, "PLANES": planes, "COLUMNS": columns, **more}, 128)
+        for name, planes, columns, more in (
+            ("bit_plane_lookup_mma", 3, 8, {"WHOLE": 1}),
+            ("bit_plane_lookup_mma", 2, 16, {"EPILOGUE": 2}),
+            ("bit_plane_lookup_mma", 4, 16, {"ACTIVATION_BF16": 1}),
+            ("bit_plane_lookup_mma", 4, 24, {**AFFINE, "EPILOGUE": 1}),
+            ("bit_plane_lookup_mma", 3, 8, {"GROUP": 96, "OFFSET": 0}),
+            ("bit_plane_lookup_mma_ranks", 4, 8, {"RANKS": 2}),
+        )
+    ),
     ("bit_plane_mma_experts", {**AFFINE, **GRID, "PLANES": 3, "COLUMNS": 1}, 128),
     ("bit_plane_classes", classes_of((4, 3, 2, 1), 1, PAIR), 128),
     ("bit_plane_classes", classes_of((4, 2), 1, GRID), 128),

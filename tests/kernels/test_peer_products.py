@@ -72,7 +72,7 @@ def test_a_launch_sums_over_ranks_and_rounds_once(ranks, card, dtype, monkeypatc
     if card is SHARING:
         monkeypatch.setattr(planes, "MOST_IDLE", -1)
     calls = compile_first(ranks, card, dtype)
-    assert {call.kernel for call in calls} == {"bit_plane_imma_ranks", "bit_plane_mma_ranks"}
+    assert {call.kernel for call in calls} == {"bit_plane_imma_ranks", "bit_plane_lookup_mma_ranks"}
     assert {dict(call.constants)["WHOLE"] for call in calls} == {int(card is CARD)}
     boxes = [torch.zeros(peer_box_bytes(ranks) // 8, dtype=torch.int64) for _ in range(ranks)]
     found = on_ranks(sums, [box.share_memory_() for box in boxes], card, dtype, count=ranks)

@@ -1,5 +1,6 @@
 """Bit planes on a card: blocks that have whole tiles or share them, and norms in a product."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -19,8 +20,8 @@ EPS = 1e-5
 CACHED = [(planes, "plan_launch"), (planes, "tuned_plan"), (plane_products, "call_for")]
 
 
-def weight(num_bits, shape):
-    scheme = WeightScheme(num_bits=num_bits, group_size=128)
+def weight(num_bits, shape, group_size=128):
+    scheme = WeightScheme(num_bits=num_bits, group_size=group_size)
     made = random_weight(Shape2D(*shape), scheme, generator_on(torch.device("cuda")))
     assert isinstance(made, KernelWeight)
     return made
@@ -41,6 +42,22 @@ def test_products_are_those_of_the_dequantized_weight(shape, tokens, idle, monke
         y = linear_kernels.matmul(x, made, driver.launch, card, kernel="planes").double()
         expected = x.double() @ exact.T
         assert float((y - expected).norm() / expected.norm()) < 5e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [64, 96, None])
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+@pytest.mark.parametrize("tokens", [5, 13, 24])
+@torch.no_grad()
+def test_weights_looked_up_are_those_rounded_once_or_twice(num_bits, group_size, dtype, tokens):
+    made = replace(weight(num_bits, (600, 1344), group_size), dtype=dtype)
+    dense = linear_kernels.dense_weight(made, driver.launch).double()
+    x = normal(tokens, 1344).to(dtype).cuda()
+    y = plane_products.by_planes(x, made, driver.launch, driver.card_of(0)).double()
+    expected, terms = x.double() @ dense.T, x.double().abs() @ dense.abs().T
+    eps = torch.finfo(dtype).eps
+    allowed = (2e-6 + (eps if num_bits == 4 else 0)) * terms + eps * expected.abs()
+    assert bool(((y - expected).abs() <= allowed).all())
 
 
 @pytest.mark.parametrize("num_bits", [2, 4])

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from qtool.runtime.backends.cuda import mixed, planes, sources
+from qtool.runtime.backends.cuda import mixed, planes, sources, splits
 from qtool.runtime.backends.cuda.classes import by_classes
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.scheme import Shape2D, WeightScheme
@@ -29,7 +29,7 @@ def add_splits(monkeypatch, text):
     """Add two splits with a changed kernel, compiled anew."""
     change(monkeypatch, text)
     y = torch.zeros(1, 128, dtype=torch.float16)
-    planes.add_splits(torch.ones(2, 1, 128), planes.Target(y), Recorder())
+    splits.add_splits(torch.ones(2, 1, 128), planes.Target(y), Recorder())
     return y
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from qtool.runtime.backends.cuda import plane_products, planes
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, KernelCall, Launch
+from qtool.runtime.backends.cuda.splits import add_splits
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 from qtool.runtime.decode import torch_ops
 from qtool.runtime.decode.ops import DecodeOps
@@ -94,7 +95,7 @@ def multiply_chosen(
         partial = x.new_empty(slabs, slots, row_tiles * TILE_ROWS, dtype=torch.float32)
     launch(call, (packed.planes, packed.scales, chosen, x, y, partial))
     if partial is not None:
-        planes.add_splits(partial, planes.Target(y), launch)
+        add_splits(partial, planes.Target(y), launch)
     return y
 
 

@@ -17,7 +17,7 @@ from qtool.runtime.backends.cuda.centers import CENTERS, is_tileable, planes_of
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.panels import is_panelable, pack_panels
-from qtool.runtime.backends.cuda.plane_products import by_planes
+from qtool.runtime.backends.cuda.plane_products import by_planes, normed_units
 from qtool.runtime.backends.cuda.selection import (
     STORED_KERNELS,
     WideTuning,
@@ -92,7 +92,7 @@ def can_norm(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = Fal
     if weight.tiles is None:
         return weight.panels is not None and tokens <= panel_linear.MOST_AS_BYTES
     row_tiles, units, *_ = weight.tiles.planes.shape
-    return planes.normed_units(row_tiles, units, tokens, weight.layout, card=card) > 0
+    return normed_units(row_tiles, units, tokens, weight.layout, card=card) > 0
 
 
 def wide_tuning(weight: KernelWeight, tokens: int, card: Card) -> WideTuning | None:

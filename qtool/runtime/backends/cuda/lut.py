@@ -10,6 +10,7 @@ from qtool.formats import binary_coding
 from qtool.runtime.backends.cuda import planes
 from qtool.runtime.backends.cuda.centers import CENTERS
 from qtool.runtime.backends.cuda.launch import Card, KernelCall, Launch, constants
+from qtool.runtime.backends.cuda.splits import add_splits
 from qtool.runtime.backends.cuda.tiles import LANES
 
 WORD = 32
@@ -105,5 +106,5 @@ def multiply_by_tables(
     if partial is None:
         return y if residual is None else y.add_(residual)
     epilogue = "none" if residual is None else "residual"
-    planes.add_splits(partial, planes.Target(y), launch, epilogue=epilogue, residual=residual)
+    add_splits(partial, planes.Target(y), launch, epilogue=epilogue, residual=residual)
     return y

@@ -10,6 +10,7 @@ from qtool.errors import BackendError
 from qtool.runtime.backends.cuda import planes
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
+from qtool.runtime.backends.cuda.splits import add_splits
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 from qtool.runtime.decode.ops import Norm
 
@@ -26,6 +27,8 @@ class Around(NamedTuple):
 
 
 NOTHING_AROUND = Around()
+MOST_NORMED = planes.MOST_LOADS
+"""Units of inputs that a warp holds in registers."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -59,7 +62,7 @@ def call_for(
         "BLOCKS": chosen.per_multiprocessor,
         "ALIGNED": int(in_features % 8 == 0),
         "WHOLE": int(chosen.whole),
-        "NORM": 0 if eps is None else planes.normed_units(*shape, card=card),
+        "NORM": 0 if eps is None else normed_units(*shape, card=card),
         "LOADS": min(planes.MOST_LOADS, loads),
         "EPILOGUE": planes.EPILOGUES[around.epilogue] if chosen.slabs == 1 else 0,
     }
@@ -74,6 +77,18 @@ def call_for(
         zeros=chosen.exchange_words,
         dependent=around.dependent,
     )
+
+
+def normed_units(
+    row_tiles: int, units: int, batch: int, layout: planes.Layout, *, card: Card
+) -> int:
+    """Return how many units of x each warp norms in a launch that does so; 0: none can."""
+    picked = planes.tuned_plan(row_tiles, units, batch, layout, card=card)
+    columns = planes.product_for(batch, layout).columns
+    if picked is None or picked[1].slabs > 1 or columns > planes.MOST_IN_PAIRS:
+        return 0
+    each = -(-units * columns // picked[0].warps)
+    return each if each <= MOST_NORMED else 0
 
 
 def by_planes(  # noqa: PLR0913 - as `linear_kernels.matmul`
@@ -108,5 +123,5 @@ def by_planes(  # noqa: PLR0913 - as `linear_kernels.matmul`
         partial = x.new_empty(slabs, batch, row_tiles * TILE_ROWS, dtype=torch.float32)
     launch(call, (packed.planes, packed.scales, x, residual, y, places, partial, gains))
     if partial is not None:
-        planes.add_splits(partial, target, launch, epilogue=epilogue, residual=residual)
+        add_splits(partial, target, launch, epilogue=epilogue, residual=residual)
     return y

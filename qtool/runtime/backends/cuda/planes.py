@@ -11,23 +11,34 @@ from qtool.runtime.backends.cuda.launch import (
     RESERVED_BYTES,
     WARP,
     Card,
-    KernelCall,
-    Launch,
-    constants,
 )
-from qtool.runtime.backends.cuda.selection import Tuning, selection_for
+from qtool.runtime.backends.cuda.selection import (
+    BLOCK,
+    LOOKED_UP,
+    MORE_TOKENS,
+    Tuning,
+    selection_for,
+)
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT
 
 BLOCKS_PER_UNIT = 8
 NUMBER = 4
 """Bytes of a float32 in shared memory."""
-MOST_NORMED = MOST_LOADS = 4
+MOST_LOADS = 4
 """Units of inputs that a warp holds in registers."""
+LOW_PLANES = 4
+"""Planes of the first table of kernels/bit_plane_lookup.cuh; the rest has one of its own."""
 MAX_UNITS = 2**21
 """Of a slab: the kernel divides their numbers in float32."""
 MOST_AS_LIMBS, MOST_PLANES_OF_MORE = 4, 4
 """Tokens up to which x is multiplied as bytes, four per input, as timed: bit_plane_imma.cuh takes
 8. More than two tokens of more planes don't fit into registers."""
+LEAST_GROUP = 64
+"""Of weights that are looked up: smaller ones make too many tables."""
+LOOKED_UP_WARPS = 12
+"""Enough where more of them want another slab: 113 us, not 140, at 57344 x 8192, 3 planes and 16
+tokens on an H200."""
+LOOKED_UP_COLUMNS = (8, BLOCK, MORE_TOKENS)
 MOST_IN_PAIRS = 2
 """Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
 FEWER_WARPS, MORE_WAVES = (7, 3), (1, 2, 4, 8)
@@ -74,6 +85,12 @@ class Layout(NamedTuple):
         return self.planes * WARP * 16 + self.span * 32 * self.parameters
 
 
+def table_bytes(planes: int) -> int:
+    """Return what the tables of one row and group take of shared memory."""
+    low, more = min(planes, LOW_PLANES), max(0, planes - LOW_PLANES)
+    return sum(8 * {4: 4, 3: 2}.get(count, 1) for count in (low, more) if count)
+
+
 @dataclass(frozen=True, slots=True)
 class Product:
     """One of the kernels that differ in how a unit is multiplied."""
@@ -83,6 +100,13 @@ class Product:
     """Tokens that one CTA multiplies with each weight that it reads."""
     x_bytes: int
     """Of shared memory for 32 inputs of one token."""
+    looks_up: bool = False
+    """It makes tables where a unit's planes were, and takes x as it is."""
+
+    def stage_bytes(self, layout: Layout) -> int:
+        """Return what a unit takes of shared memory."""
+        tables = layout.span * TILE_ROWS * table_bytes(layout.planes) if self.looks_up else 0
+        return max(0, tables - layout.planes * WARP * 16) + layout.stage_bytes
 
     def shared_bytes(self, share: int, units: int, warps: int) -> int:
         """Return what a CTA takes of shared memory for so many units, of rows of `units`.
@@ -90,13 +114,28 @@ class Product:
         That is the inputs, and sums of all tiles that it may have; not the units themselves.
         """
         own = (share + units - 1) // units + 1
-        inputs = units * self.columns * (BLOCKS_PER_UNIT * (self.x_bytes + NUMBER) + NUMBER)
+        number = 0 if self.looks_up else NUMBER
+        inputs = units * self.columns * (BLOCKS_PER_UNIT * (self.x_bytes + number) + number)
         sums = (own + 1 + warps) * TILE_ROWS * self.columns * NUMBER
         return inputs + sums + own * NUMBER
 
 
 def product_for(batch: int, layout: Layout) -> Product:
-    """Return the kernel with the least arithmetic: bytes for few tokens, else float16."""
+    """Return the kernel that is the fastest: planes for few tokens, else weights looked up."""
+    first = LOOKED_UP.get(layout.planes)
+    if first is None or batch < first or layout.group < LEAST_GROUP:
+        return each_plane(batch, layout)
+    return looked_up(batch)
+
+
+def looked_up(batch: int) -> Product:
+    """Return the kernel that looks weights of up to four planes up and multiplies once."""
+    columns = next((count for count in LOOKED_UP_COLUMNS if batch <= count), BLOCK)
+    return Product("bit_plane_lookup_mma", columns, 64, looks_up=True)
+
+
+def each_plane(batch: int, layout: Layout) -> Product:
+    """Return the kernel that multiplies planes with the least arithmetic: as bytes, or float16."""
     most = MOST_AS_LIMBS if layout.planes <= MOST_PLANES_OF_MORE else 2
     if batch <= most and layout.group % 64 == 0:
         return Product("bit_plane_imma", 1 << (batch - 1).bit_length(), 128)
@@ -127,15 +166,21 @@ def room_of(card: Card, ctas: int) -> int:
 
 
 @functools.cache
-def plan_launch(
-    row_tiles: int, units: int, batch: int, layout: Layout, *, card: Card, tuning: Tuning
+def plan_launch(  # noqa: PLR0913 - a key of the cache
+    row_tiles: int,
+    units: int,
+    batch: int,
+    layout: Layout,
+    *,
+    card: Card,
+    tuning: Tuning,
+    product: Product,
 ) -> LaunchPlan | None:
     """Choose a grid that fills a card once; None: a CTA has too little shared memory.
 
     in_features are cut into slabs only where the inputs of all of them don't fit into shared
     memory.
     """
-    product = product_for(batch, layout)
     columns, warps = product.columns, tuning.warps
     blocks = -(-batch // columns)
     for slabs in range(1, units + 1):
@@ -146,7 +191,7 @@ def plan_launch(
         for stages, ctas_per in _rings(tuning):
             most = card.multiprocessors * ctas_per * tuning.waves // slabs
             ctas, share, whole = shares_of(row_tiles, count, shortest, most, ctas_per)
-            ring = warps * stages * layout.stage_bytes
+            ring = warps * stages * product.stage_bytes(layout)
             shared = ring + product.shared_bytes(share, count, warps)
             if shared <= room_of(card, ctas_per):
                 words = blocks * slabs * ctas * warps * TILE_ROWS * columns
@@ -184,25 +229,36 @@ def _rings(tuning: Tuning) -> Iterator[tuple[int, int]]:
 
 @functools.cache
 def tuned_plan(
-    row_tiles: int, units: int, batch: int, layout: Layout, *, card: Card
+    row_tiles: int,
+    units: int,
+    batch: int,
+    layout: Layout,
+    *,
+    card: Card,
+    product: Product | None = None,
 ) -> tuple[Tuning, LaunchPlan] | None:
     """Return how to launch: as the card's selection says, or as near to it as there is room.
 
     Nearest is, for few tokens, what needs no slabs, then what leaves as many CTAs beside one
     another as it should, then what has more warps; for many tokens, what has more warps. None: a
-    CTA of this card can't hold one unit and its inputs.
+    CTA of this card can't hold one unit and its inputs. `product`: None for `product_for`.
     """
-    few = product_for(batch, layout).columns <= MOST_IN_PAIRS
+    product = product or product_for(batch, layout)
+    few = product.columns <= MOST_IN_PAIRS
     tunings = tunings_for(row_tiles, units, card, few=few)
+    if product.looks_up:
+        tunings = (tunings[0], replace(tunings[0], warps=LOOKED_UP_WARPS), *tunings[1:])
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
         found = []
         for order, tuning in enumerate(replace(tuning, waves=waves) for tuning in tunings):
             sizes = (row_tiles, units, batch, layout)
-            planned = plan_launch(*sizes, card=card, tuning=tuning)
+            planned = plan_launch(*sizes, card=card, tuning=tuning, product=product)
             if planned is not None:
                 crowded = planned.per_multiprocessor < tuning.per_multiprocessor
                 # with many tokens a CTA multiplies for longer: all its warps are worth a slab
                 rank = (planned.slabs, crowded, order) if few else (crowded, order, planned.slabs)
+                if product.looks_up:
+                    rank = (order > 1, planned.slabs, order)
                 found.append((rank, (tuning, planned)))
         if found:
             return min(found, key=lambda pair: pair[0])[1]
@@ -224,16 +280,6 @@ def tunings_for(
     return tuple(dict.fromkeys((asked, selection.alone, *fewer)))
 
 
-def normed_units(row_tiles: int, units: int, batch: int, layout: Layout, *, card: Card) -> int:
-    """Return how many units of x each warp norms in a launch that does so; 0: none can."""
-    picked = tuned_plan(row_tiles, units, batch, layout, card=card)
-    columns = product_for(batch, layout).columns
-    if picked is None or picked[1].slabs > 1 or columns > MOST_IN_PAIRS:
-        return 0
-    each = -(-units * columns // picked[0].warps)
-    return each if each <= MOST_NORMED else 0
-
-
 Sizes = tuple[int, int, int, int, int, int, int]
 """out_features, in_features, tokens, row tiles, units, groups and columns of the result, as the
 kernels take them."""
@@ -250,23 +296,3 @@ class Target:
     def width(self) -> int:
         """Return how far apart the outputs of two tokens lie."""
         return self.y.stride(0)
-
-
-def add_splits(
-    partial: Tensor,
-    target: Target,
-    launch: Launch,
-    *,
-    epilogue: str = "none",
-    residual: Tensor | None = None,
-) -> None:
-    """Write the sum of (splits, tokens, padded rows) float32 to a target, through the epilogue."""
-    (splits, batch, padded), y, places = partial.shape, target.y, target.places
-    threads, outputs = 128, y.shape[1] if places is None else len(places)
-    macros, grid = (
-        constants(y.dtype, EPILOGUE=EPILOGUES[epilogue]),
-        (-(-outputs // threads), batch, 1),
-    )
-    numbers = (outputs, padded, batch, splits, target.width)
-    call = KernelCall("add_splits", "add_splits", macros, grid, threads, 0, numbers)
-    launch(call, (partial, residual, y, places))

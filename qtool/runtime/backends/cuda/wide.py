@@ -7,26 +7,18 @@ import torch
 from torch import Tensor
 
 from qtool.runtime.backends.cuda.launch import Card, KernelCall, Launch, constants
-from qtool.runtime.backends.cuda.planes import EPILOGUES, Layout, Target
+from qtool.runtime.backends.cuda.planes import EPILOGUES, Layout, Target, table_bytes
 from qtool.runtime.backends.cuda.selection import WIDE_COLUMNS, WideTuning, selection_for
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT, Tiles
 from qtool.scheme import Shape2D
 
 WARPGROUP = 128
 ORDER_THREADS, INPUTS_OF_THREAD, BLOCK_INPUTS = 128, 32, 64
-LOW_PLANES = 4
-"""Planes of the first table of kernels/bit_plane_lookup.cuh; the rest has one of its own."""
 Y_STRIDE = 72
 STAGES_OF_X, STAGES_OF_WEIGHTS = 8, 4
 """At most."""
 MOST_UNITS = 2**30
 """Of all tiles: the kernel counts them in 32 bits."""
-
-
-def table_bytes(planes: int) -> int:
-    """Return what the tables of one row and group take of shared memory."""
-    low, more = min(planes, LOW_PLANES), max(0, planes - LOW_PLANES)
-    return sum(8 * {4: 4, 3: 2}.get(count, 1) for count in (low, more) if count)
 
 
 @dataclass(frozen=True, slots=True)
