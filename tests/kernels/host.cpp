@@ -1,4 +1,4 @@
-// What host.h promises: blocks one after the other, the threads of a block as fibers in turn.
+// What host.h promises: blocks, or clusters of blocks, one after the other, their threads as fibers in turn.
 #include "host.h"
 
 #include <setjmp.h>
@@ -14,19 +14,27 @@ namespace host {
 struct Meeting { int arrived = 0, round = 0; };
 // Only the first switch to a fiber is of contexts: those ask the system for the mask of signals.
 struct Fiber { ucontext_t context; jmp_buf place; std::vector<char> stack; bool begun, done; };
+struct Fetch { void *shared; const void *address; int bytes; };
+
+// A block of the cluster that runs.
+struct Block {
+    std::vector<Fiber> fibers;
+    std::vector<unsigned char> shared;
+    std::vector<uint32_t> letters;
+    Meeting meeting, some[16];
+    std::vector<Meeting> warps, warpgroups;
+    std::vector<std::vector<std::vector<Product>>> products; // by thread: groups, the last still open
+    std::vector<std::vector<std::vector<Fetch>>> fetches;    // the same
+};
 
 unsigned char *shared;
 uint32_t *mailbox;
 int current;
-static std::vector<Fiber> fibers;
-static std::vector<unsigned char> shared_bytes;
-static std::vector<uint32_t> letters;
+unsigned block;
+static std::vector<Block> blocks(1);
+static Block *here;
+static Meeting cluster_meeting, waiting;
 static jmp_buf scheduler;
-static Meeting block_meeting, some_meetings[16];
-static std::vector<Meeting> warp_meetings, warpgroup_meetings;
-static std::vector<std::vector<std::vector<Product>>> products; // by thread: groups, the last still open
-struct Fetch { void *shared; const void *address; int bytes; };
-static std::vector<std::vector<std::vector<Fetch>>> fetches; // the same
 static void (*body)(void *);
 static void *body_arguments;
 
@@ -37,7 +45,7 @@ static std::vector<Region> inputs, outputs;
 static bool waited, too_early;
 
 void yield() {
-    if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
+    if (!_setjmp(here->fibers[current].place)) _longjmp(scheduler, 1);
     threadIdx.x = (unsigned)current;
 }
 
@@ -47,14 +55,16 @@ static void meet(Meeting &meeting, int size) {
     while (meeting.round == round) yield();
 }
 
-void meet_block() { meet(block_meeting, (int)blockDim.x); }
-void meet_warp() { meet(warp_meetings[current / 32], 32); }
+void meet_block() { meet(here->meeting, (int)blockDim.x); }
+void meet_cluster() { meet(cluster_meeting, (int)(blockDim.x * blocks.size())); }
+void meet_warp() { meet(here->warps[current / 32], 32); }
 // The first threads of a block, so many: as many meetings as there are numbers.
-void meet_some(int threads, int number) { meet(some_meetings[number], threads); }
-void meet_warpgroup() { meet(warpgroup_meetings[current / 128], 128); }
+void meet_some(int threads, int number) { meet(here->some[number], threads); }
+void meet_warpgroup() { meet(here->warpgroups[current / 128], 128); }
+unsigned char *shared_of(unsigned rank) { return blocks[rank].shared.data(); }
 
-void ask_for(Product product) { products[current].back().push_back(product); }
-void end_products() { products[current].emplace_back(); }
+void ask_for(Product product) { here->products[current].back().push_back(product); }
+void end_products() { here->products[current].emplace_back(); }
 
 static double number(unsigned bits, int kind) {
     return kind == BFLOATS ? float_of_bits(bits << 16) : half_to_float((unsigned short)bits);
@@ -89,7 +99,7 @@ static void multiply(const Product &product) {
 }
 
 void finish_products(int pending) {
-    auto &mine = products[current];
+    auto &mine = here->products[current];
     while ((int)mine.size() - 1 > pending) {
         for (const auto &product : mine.front()) multiply(product);
         mine.erase(mine.begin());
@@ -98,11 +108,11 @@ void finish_products(int pending) {
 
 void fetch(void *shared, const void *address, int bytes) {
     if ((uintptr_t)shared % bytes || (uintptr_t)address % bytes) throw std::runtime_error("a fetch from an odd place");
-    fetches[current].back().push_back({shared, address, bytes});
+    here->fetches[current].back().push_back({shared, address, bytes});
 }
-void end_fetches() { fetches[current].emplace_back(); }
+void end_fetches() { here->fetches[current].emplace_back(); }
 void finish_fetches(int pending) {
-    auto &mine = fetches[current];
+    auto &mine = here->fetches[current];
     while ((int)mine.size() - 1 > pending) {
         for (const auto &one : mine.front()) memcpy(one.shared, one.address, one.bytes);
         mine.erase(mine.begin());
@@ -111,7 +121,7 @@ void finish_fetches(int pending) {
 
 static void enter() {
     body(body_arguments);
-    fibers[current].done = true;
+    here->fibers[current].done = true;
     _longjmp(scheduler, 1);
 }
 
@@ -137,25 +147,21 @@ static void show() {
 
 // Every thread has to wait, so it is a meeting; who comes back first shows what was hidden.
 void wait_for_previous() {
-    meet_block();
+    meet(waiting, (int)(blockDim.x * blocks.size()));
     if (!waited) show();
 }
 
-// Runs one block; throws if its threads wait for one another for ever.
-static void run_block(int threads, size_t bytes) {
-    hide();
-    shared_bytes.assign(bytes, 0xff); // poison: NaN wherever nothing was staged
-    shared = shared_bytes.data();
-    block_meeting = {};
-    for (auto &meeting : some_meetings) meeting = {};
-    warp_meetings.assign(threads / 32, {});
-    warpgroup_meetings.assign((threads + 127) / 128, {});
-    products.assign(threads, {1, std::vector<Product>()});
-    fetches.assign(threads, {1, std::vector<Fetch>()});
-    letters.assign((size_t)threads * 8, 0);
-    mailbox = letters.data();
-    fibers.resize(threads);
-    for (auto &fiber : fibers) {
+static void prepare(Block &made, int threads, size_t bytes) {
+    made.shared.assign(bytes, 0xff); // poison: NaN wherever nothing was staged
+    made.meeting = {};
+    for (auto &meeting : made.some) meeting = {};
+    made.warps.assign(threads / 32, {});
+    made.warpgroups.assign((threads + 127) / 128, {});
+    made.products.assign(threads, {1, std::vector<Product>()});
+    made.fetches.assign(threads, {1, std::vector<Fetch>()});
+    made.letters.assign((size_t)threads * 8, 0);
+    made.fibers.resize(threads);
+    for (auto &fiber : made.fibers) {
         fiber.stack.resize(1 << 16);
         fiber.begun = fiber.done = false;
         getcontext(&fiber.context);
@@ -163,28 +169,45 @@ static void run_block(int threads, size_t bytes) {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, enter, 0);
     }
+}
+
+// Lets each thread of a block go on once; how many are still there.
+static int turn(unsigned number, unsigned first, int threads) {
+    int alive = 0;
+    block = number, here = &blocks[number], blockIdx.x = first + number;
+    shared = here->shared.data(), mailbox = here->letters.data();
+    for (current = 0; current < threads; ++current)
+        if (!here->fibers[current].done) {
+            threadIdx.x = (unsigned)current;
+            go_on(here->fibers[current]);
+            alive += !here->fibers[current].done;
+        }
+    return alive;
+}
+
+// Runs the blocks of a cluster; throws if threads wait for one another for ever.
+static void run_blocks(unsigned first, int threads, size_t bytes) {
+    hide();
+    cluster_meeting = waiting = {};
+    for (auto &one : blocks) prepare(one, threads, bytes);
     for (int alive = threads, turns = 0; alive > 0; ++turns) {
         if (turns > 1 << 20) throw std::runtime_error("deadlock");
         alive = 0;
-        for (current = 0; current < threads; ++current)
-            if (!fibers[current].done) {
-                threadIdx.x = (unsigned)current;
-                go_on(fibers[current]);
-                alive += !fibers[current].done;
-            }
+        for (unsigned number = 0; number < blocks.size(); ++number) alive += turn(number, first, threads);
     }
 }
 
-int launch(dim3 grid, int threads, size_t bytes, void (*thread)(void *), void *arguments) {
+int launch(dim3 grid, int cluster, int threads, size_t bytes, void (*thread)(void *), void *arguments) {
     gridDim = grid;
     blockDim = {(unsigned)threads, 1, 1};
     body = thread, body_arguments = arguments;
+    blocks.resize(cluster);
     try {
         for (unsigned z = 0; z < grid.z; ++z)
             for (unsigned y = 0; y < grid.y; ++y)
-                for (unsigned x = 0; x < grid.x; ++x) {
+                for (unsigned x = 0; x < grid.x; x += cluster) {
                     blockIdx = {x, y, z};
-                    run_block(threads, bytes);
+                    run_blocks(x, threads, bytes);
                     if (!waited) { show(); return 2; }
                 }
     } catch (const std::exception &) { show(); return 1; }

@@ -11,6 +11,7 @@
 
 #define __global__ static
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define DEVICE static inline
 #define DYNAMIC_SHARED(name) unsigned char *name = host::shared
 
@@ -23,21 +24,24 @@ namespace host {
 extern unsigned char *shared;
 extern uint32_t *mailbox; // (threads, 8): what lanes of a warp give one another
 extern int current; // fiber
+extern unsigned block; // of those of a cluster
+unsigned char *shared_of(unsigned block);
 
 void meet_block();
+void meet_cluster();
 void meet_warp();
 void meet_warpgroup();
 void meet_some(int threads, int number);
 void yield(); // to the other threads of the block
 void wait_for_previous();
-int launch(dim3 grid, int threads, size_t bytes, void (*thread)(void *), void *arguments);
+int launch(dim3 grid, int cluster, int threads, size_t bytes, void (*thread)(void *), void *arguments);
 
 static inline uint32_t *box(int lane) { return &mailbox[(size_t)(current / 32 * 32 + lane) * 8]; }
 
 template <class Kernel, class... Arguments>
-static int launch_kernel(dim3 grid, int threads, size_t bytes, Kernel kernel, Arguments... arguments) {
+static int launch_kernel(dim3 grid, int cluster, int threads, size_t bytes, Kernel kernel, Arguments... arguments) {
     auto body = [=] { kernel(arguments...); };
-    return launch(grid, threads, bytes, [](void *it) { (*static_cast<decltype(body) *>(it))(); }, &body);
+    return launch(grid, cluster, threads, bytes, [](void *it) { (*static_cast<decltype(body) *>(it))(); }, &body);
 }
 
 // A product that a thread has asked for and that isn't there yet: as late as a card may be with it.
@@ -252,10 +256,10 @@ DEVICE unsigned transpose_pairs(unsigned pair) {
     return (low >> 16 * (g & 1) & 0xffffu) | (high >> 16 * (g & 1) & 0xffffu) << 16;
 }
 
-// kernels/hopper.cuh, of one block alone.
+// kernels/hopper.cuh
 DEVICE unsigned shared_address(const void *place) { return (unsigned)((unsigned char *)place - host::shared); }
-DEVICE unsigned cluster_rank() { return 0; }
-DEVICE void sync_cluster() { host::meet_block(); }
+DEVICE unsigned cluster_rank() { return host::block; }
+DEVICE void sync_cluster() { host::meet_cluster(); }
 DEVICE void barrier_init(unsigned long long *place, unsigned arrivals) {
     host::Barrier made = {(uint8_t)arrivals, (uint8_t)arrivals, 0, 0};
     memcpy(place, &made, 8);
@@ -263,7 +267,9 @@ DEVICE void barrier_init(unsigned long long *place, unsigned arrivals) {
 DEVICE void barriers_are_ready() {}
 DEVICE void barrier_expect(unsigned long long *place, unsigned bytes) { host::change(place, 1, (int)bytes); }
 DEVICE void barrier_arrive(unsigned long long *place) { host::change(place, 1, 0); }
-DEVICE void barrier_arrive(unsigned long long *place, unsigned) { host::change(place, 1, 0); }
+// The same place in another block of the cluster.
+template <class Type> Type *there(unsigned rank, Type *place) { return (Type *)(host::shared_of(rank) + shared_address(place)); }
+DEVICE void barrier_arrive(unsigned long long *place, unsigned rank) { host::change(there(rank, place), 1, 0); }
 DEVICE void barrier_wait(unsigned long long *place, unsigned parity) {
     while (((host::Barrier *)place)->phase == parity) host::yield();
 }
@@ -271,8 +277,9 @@ DEVICE void copy_bulk(void *shared, const void *address, unsigned bytes, unsigne
     memcpy(shared, address, bytes);
     host::change(barrier, 0, -(int)bytes);
 }
-DEVICE void copy_bulk_to(unsigned short, void *shared, const void *address, unsigned bytes, unsigned long long *barrier) {
-    copy_bulk(shared, address, bytes, barrier);
+DEVICE void copy_bulk_to(unsigned short mask, void *shared, const void *address, unsigned bytes, unsigned long long *barrier) {
+    for (unsigned rank = 0; mask >> rank; ++rank)
+        if (mask >> rank & 1) copy_bulk(there(rank, shared), address, bytes, there(rank, barrier));
 }
 template <int COUNT> DEVICE void fewer_registers() {}
 template <int COUNT> DEVICE void more_registers() {}

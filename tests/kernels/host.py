@@ -131,7 +131,8 @@ def host_kernels(name: str, constants: tuple[tuple[str, int], ...]) -> dict[str,
         kernel: [part.strip() for part in COMMENT.sub("", parameters).split(",")]
         for kernel, parameters in KERNEL.findall(source)
     }
-    glue = "".join(_glue(kernel, parameters) for kernel, parameters in found.items())
+    cluster = dict(constants).get("CLUSTER", 1)
+    glue = "".join(_glue(kernel, cluster, parameters) for kernel, parameters in found.items())
     text = '#include "host.h"\n' + source.replace('extern "C" __global__', "__global__")
     with tempfile.TemporaryDirectory() as directory:
         file, library = Path(directory) / "kernel.cpp", Path(directory) / "kernel.so"
@@ -142,13 +143,13 @@ def host_kernels(name: str, constants: tuple[tuple[str, int], ...]) -> dict[str,
     return {name: HostKernel(loaded, name, parts) for name, parts in found.items()}
 
 
-def _glue(kernel: str, parameters: list[str]) -> str:
+def _glue(kernel: str, cluster: int, parameters: list[str]) -> str:
     names = ", ".join(re.split(r"[\s*]+", parameter)[-1] for parameter in parameters)
     return (
         f'extern "C" int launch_{kernel}(int grid_x, int grid_y, int grid_z, int n, size_t bytes, '
         f"{', '.join(parameters)}) {{\n"
         "    dim3 grid{(unsigned)grid_x, (unsigned)grid_y, (unsigned)grid_z};\n"
-        f"    return host::launch_kernel(grid, n, bytes, {kernel}, {names});\n}}\n"
+        f"    return host::launch_kernel(grid, {cluster}, n, bytes, {kernel}, {names});\n}}\n"
     )
 
 

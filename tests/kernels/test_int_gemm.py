@@ -102,7 +102,7 @@ def test_products_agree_with_the_definition(tensor, tokens):
     assert packed.tiles.nbytes == int_tiles.tile_bytes(tensor)
     scheme, x = ActivationScheme(), inputs(tokens, tensor.shape.in_features)
     recorder = Recorder()
-    y = int_linear.int_linear(x, packed, scheme, recorder, CARD, GemmTuning(stages=2))
+    y = int_linear.int_linear(x, packed, scheme, recorder, CARD, GemmTuning(stages=2, cluster=2))
     expected = defined(x, scheme, tensor).to(x.dtype).double()  # beyond float16 is infinite
     assert recorder.names == ["quantize_rows", "int_gemm"]
     torch.testing.assert_close(
