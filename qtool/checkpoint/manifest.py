@@ -135,11 +135,19 @@ def manifest_from_config(config: object, where: str) -> Manifest:
     Raises:
         CheckpointError: it isn't qtool's, is newer than this version, or is damaged.
     """
-    if not isinstance(config, Mapping) or config.get("quant_method") != QUANT_METHOD:
-        found = config.get("quant_method") if isinstance(config, Mapping) else config
+    if not isinstance(config, Mapping):
         raise CheckpointError(
-            f"{where}: quant_method is {quoted(found)}, not 'qtool'. What other programs have "
-            "quantized becomes a checkpoint by `qtool import`."
+            f"{where}: quantization_config is {quoted(config)}; it must be an object. Copy the "
+            "checkpoint again, or remove that if the weights aren't quantized."
+        )
+    found = config.get("quant_method")
+    if found != QUANT_METHOD:
+        says = f"quant_method is {quoted(found)}, not 'qtool'"
+        if found is None:
+            says = "quantization_config names no quant_method, such as 'qtool'"
+        raise CheckpointError(
+            f"{where}: {says}. What other programs have quantized becomes a checkpoint by "
+            "`qtool import`."
         )
     version = config.get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
