@@ -12,8 +12,8 @@ from typing import Any
 
 from qtool.base import Emit, Notice, Progress, ignore_events
 from qtool.checkpoint.apart import check_apart
-from qtool.checkpoint.many_results import check_collection, check_table, held
 from qtool.checkpoint.grids import GRID_NAME
+from qtool.checkpoint.many_results import check_collection, check_table, held
 from qtool.checkpoint.marks import is_checkpoint
 from qtool.engines import EngineOptions, Pool, Task, Workers, load_engine
 from qtool.errors import QtoolError, RecipeError
@@ -180,8 +180,8 @@ def _cells(
         raise RecipeError(
             f"A grid has a folder {SCORES_FOLDER} of its own. Give that recipe another name."
         )
-    for folder in {Path(), *map(Path, folders)}:
-        check_table(out_dir / folder / GRID_NAME, ("cells",))
+    for place in (out_dir, *(out_dir / folder for folder in folders)):
+        check_table(place / GRID_NAME, ("cells",))
     for folder, model in product(folders, models):
         check_apart(out_dir / folder, model.directory)
     device = str(default_device())

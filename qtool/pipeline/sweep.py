@@ -87,8 +87,8 @@ def sweep(  # noqa: PLR0913 - as quantize, with sizes
     recipes = dict(_recipes(recipe, averages))
     for each in recipes.values():
         check_choices(source, each, make_plan(source, each))
-    _look(out_dir, recipes, overwrite=overwrite, resume=resume)
     check_apart(out_dir, source.directory)
+    _look(out_dir, recipes, overwrite=overwrite, resume=resume)
     with held(out_dir):
         samples = open_samples(source, recipe, calib_dir, emit)
         failures: dict[str, str] = {}
@@ -108,9 +108,7 @@ def sweep(  # noqa: PLR0913 - as quantize, with sizes
                 )
         finished = [name for name in recipes if name not in failures]
         sizes = _measured(source, out_dir, finished, failures, emit)
-        result = SweepResult(out_dir, sizes, failures)
-        _write(result, emit)
-        return result
+        return _written(SweepResult(out_dir, sizes, failures), emit)
 
 
 def _recipes(recipe: Recipe, averages: Sequence[float]) -> Iterator[tuple[str, Recipe]]:
@@ -197,8 +195,8 @@ def _measure_size(
     )
 
 
-def _write(result: SweepResult, emit: Emit) -> None:
-    """Write the table, and the plot if that can be drawn."""
+def _written(result: SweepResult, emit: Emit) -> SweepResult:
+    """Write the table, and the plot if that can be drawn; return the same."""
     values = {"sizes": [asdict(size) for size in result.sizes], "failures": dict(result.failures)}
     write_json_file(result.out_dir / TABLE_NAME, values)
     if result.sizes:
@@ -206,3 +204,4 @@ def _write(result: SweepResult, emit: Emit) -> None:
             draw_sizes(result.out_dir / PLOT_NAME, result.sizes)
         except MissingExtraError as error:
             emit(Notice(str(error)))
+    return result

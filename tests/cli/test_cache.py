@@ -7,7 +7,6 @@ import pytest
 from qtool.storage.store import Store
 from tests.cli.conftest import Cli
 
-
 MODEL = "0123456789abcdef" * 2
 
 

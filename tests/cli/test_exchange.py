@@ -67,7 +67,7 @@ def test_a_folder_of_a_name_that_work_could_have_is_not_lost(exported, tmp_path)
 
 
 def test_two_exports_to_one_place_do_not_meet(exported, tmp_path):
-    refused = []
+    refused: list[Any] = []
 
     def second(progress: Any) -> None:
         if progress.what == "writing" and not refused:
