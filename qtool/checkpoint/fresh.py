@@ -58,37 +58,34 @@ def made_fresh(dest: Path) -> Iterator[Path]:
     place = find_fresh(dest)
     with file_failures(dest):
         lock = _claim(place)
+    made = place.work_dir / RESULT
     try:
-        made = place.work_dir / RESULT
         try:
             yield made
+            why = _why_unnamed(made, place)
         except BaseException:
             _remove(made)
             raise
-        with file_failures(dest):
-            _name(made, place)
+        if why is not None:
+            raise OutputError(
+                f"{dest} {why}. What was made is whole, and stays in {made}. Move it."
+            )
     finally:
         with contextlib.suppress(OSError):  # no mark, no claim: what is left is the user's
             _clear(place.work_dir)
         os.close(lock)
 
 
-def _name(made: Path, place: Place) -> None:
-    """Give a result its name, if nobody has taken that.
-
-    Raises:
-        OutputError: it is taken, or can't be given: says where the result stays.
-    """
-    why = "exists by now"
-    if not os.path.lexists(place.out_dir):
-        try:
-            made.rename(place.out_dir)
-        except OSError as error:
-            why = f"can't get its name: {error.strerror}"
-        else:
-            sync(place.out_dir.parent)
-            return
-    raise OutputError(f"{place.named} {why}. What was made is whole, and stays in {made}. Move it.")
+def _why_unnamed(made: Path, place: Place) -> str | None:
+    """Give a result its name, and return None; or return why it can't have that."""
+    if os.path.lexists(place.out_dir):
+        return "exists by now"
+    try:
+        made.rename(place.out_dir)
+    except OSError as error:
+        return f"can't get its name: {error.strerror}"
+    sync(place.out_dir.parent)
+    return None
 
 
 def _check_free(place: Place) -> None:

@@ -98,6 +98,30 @@ def test_what_fails_leaves_nothing(tmp_path):
     assert left_in(tmp_path) == set()
 
 
+def test_an_interruption_while_it_gets_its_name_leaves_nothing_in_the_way(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "out")
+    assert left_in(tmp_path) == set()
+
+
+def test_a_name_that_cannot_be_given_costs_nothing(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OutputError, match=r"can't get its name: Operation not permitted\. What was"):
+        make(tmp_path / "out")
+    assert left_in(tmp_path) == {
+        "out.partial",
+        *(f"out.partial/result{n}" for n in ("", "/config.json")),
+    }
+
+
 def test_a_name_that_is_taken_at_the_end_costs_neither_of_the_two(tmp_path):
     with (
         pytest.raises(OutputError, match=r"exists by now. What was made is whole, and stays in"),
