@@ -114,7 +114,7 @@ def test_a_name_that_cannot_be_given_costs_nothing(tmp_path, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(Path, "rename", refused)
-    with pytest.raises(OutputError, match=r"can't get its name: Operation not permitted\. What was"):
+    with pytest.raises(OutputError, match=r"can't get its name: Operation not permitted"):
         make(tmp_path / "out")
     assert left_in(tmp_path) == {
         "out.partial",
