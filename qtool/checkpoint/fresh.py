@@ -62,7 +62,8 @@ def made_fresh(dest: Path) -> Iterator[Path]:
     try:
         try:
             yield made
-            why = _why_unnamed(made, place)
+            with file_failures(dest):
+                why = _why_unnamed(made, place)
         except BaseException:
             _remove(made)
             raise

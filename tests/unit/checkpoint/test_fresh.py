@@ -109,6 +109,16 @@ def test_an_interruption_while_it_gets_its_name_leaves_nothing_in_the_way(tmp_pa
     assert left_in(tmp_path) == set()
 
 
+def test_a_disk_that_fails_at_the_very_end_is_one_sentence(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qtool.checkpoint.fresh.sync", full)
+    with pytest.raises(OutputError, match=r"disk of .*out is full"):
+        make(tmp_path / "out")
+    assert left_in(tmp_path) == {"out", "out/config.json"}
+
+
 def test_a_name_that_cannot_be_given_costs_nothing(tmp_path, monkeypatch):
     def refused(*_):
         raise PermissionError(1, "Operation not permitted")
