@@ -19,8 +19,9 @@ def reason(error: BaseException) -> str:
 
 
 def shown(name: object) -> str:
-    """Return a name out of a file; what is no text as Python writes it."""
-    text = name if isinstance(name, str) and name.isprintable() else ascii(name)
+    """Return a name out of a file; what is no text, or can't be seen, as Python writes it."""
+    is_seen = isinstance(name, str) and name.isprintable() and bool(name.strip())
+    text = str(name) if is_seen else ascii(name)
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 

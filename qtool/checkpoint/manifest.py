@@ -9,6 +9,7 @@ from typing import Any
 import qtool.formats
 from qtool import plugins
 from qtool.base import Codec, PartSpec
+from qtool.checkpoint.marks import our_section
 from qtool.core.experts import expert_name
 from qtool.errors import CheckpointError, QtoolError
 from qtool.formats._dtypes import dtype_of
@@ -135,12 +136,7 @@ def manifest_from_config(config: object, where: str) -> Manifest:
     Raises:
         CheckpointError: it isn't qtool's, is newer than this version, or is damaged.
     """
-    if not isinstance(config, Mapping) or config.get("quant_method") != QUANT_METHOD:
-        found = config.get("quant_method") if isinstance(config, Mapping) else config
-        raise CheckpointError(
-            f"{where}: quant_method is {quoted(found)}, not 'qtool'. What other programs have "
-            "quantized becomes a checkpoint by `qtool import`."
-        )
+    config = our_section(config, where)
     version = config.get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(

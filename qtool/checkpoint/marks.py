@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qtool.errors import CheckpointError
 from qtool.storage.plain_json import write_json_file
+from qtool.wording import quoted
 
 JOB_NAME = "job.json"
 CONFIG_NAME = "config.json"
@@ -108,6 +110,29 @@ def is_checkpoint(directory: Path) -> bool:
         return isinstance(section, dict) and section.get("quant_method") == "qtool"
     except (ValueError, AttributeError, RecursionError):
         return OUR_METHOD.search(content) is not None
+
+
+def our_section(config: object, where: str) -> Mapping[str, Any]:
+    """Return a `quantization_config` that is qtool's.
+
+    Raises:
+        CheckpointError: it isn't.
+    """
+    if not isinstance(config, Mapping):
+        raise CheckpointError(
+            f"{where}: quantization_config is {quoted(config)}; it must be an object. Copy the "
+            "checkpoint again, or remove that if the weights aren't quantized."
+        )
+    found = config.get("quant_method")
+    if found == "qtool":
+        return config
+    says = f"quant_method is {quoted(found)}, not 'qtool'"
+    if found is None:
+        says = "quantization_config names no quant_method, such as 'qtool'"
+    raise CheckpointError(
+        f"{where}: {says}. What other programs have quantized becomes a checkpoint by `qtool "
+        "import`."
+    )
 
 
 def read_report(directory: Path) -> dict[str, Any]:

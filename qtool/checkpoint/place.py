@@ -95,9 +95,9 @@ def find_place(out_dir: Path, *, overwrite: bool = False, resume: bool = False) 
 def _resolve(out_dir: Path) -> Path:
     text = str(out_dir)
     if not text.isascii() and text.encode(errors="ignore").decode() != text:
-        raise OutputError(f"OUT_DIR is {text!r}, which isn't UTF-8. Choose another name.")
+        raise OutputError(f"The name {text!r} isn't UTF-8. Choose another.")
     if any(ord(letter) < ord(" ") for letter in text):
-        raise OutputError(f"OUT_DIR is {text!r}; a name has no control characters. Choose another.")
+        raise OutputError(f"The name {text!r} has control characters. Choose another.")
     try:
         expanded = out_dir.expanduser()
         resolved = expanded.resolve()
@@ -153,7 +153,7 @@ def check_place(place: Place) -> None:
         OutputError: something is in the way that isn't ours, or that may not be replaced.
         OSError: it can't be looked at.
     """
-    _check_work(place)
+    check_work(place)
     # A run that has ended may be asked to resume: the writer looks whether it is the same one.
     ended = place.resume and not place.overwrite and is_checkpoint(place.out_dir)
     job = read_job(place.work_dir)
@@ -163,7 +163,12 @@ def check_place(place: Place) -> None:
     check_writable(place)
 
 
-def _check_work(place: Place) -> None:
+def check_work(place: Place) -> None:
+    """Check that the work can go where it is to.
+
+    Raises:
+        OutputError: something is there that isn't ours, or that isn't to be dropped or continued.
+    """
     work = place.work_dir
     if inode(work) is None or _is_replaced_one(place):
         return

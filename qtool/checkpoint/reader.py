@@ -48,9 +48,11 @@ class CheckpointReader:
             )
         self.directory = directory
         self.config: dict[str, Any] = read_json(directory / "config.json")
-        if self.config.get("quantization_config") is None:
+        if self.config.get("quantization_config") in (None, {}):
+            has = "an empty" if self.config.get("quantization_config") == {} else "no"
             raise CheckpointError(
-                f"{directory} isn't quantized: config.json has no quantization_config."
+                f"{directory} isn't quantized: config.json has {has} quantization_config. "
+                "`qtool quantize` makes a checkpoint of it."
             )
         where = str(directory / "config.json")
         self.manifest: Manifest = manifest_from_config(self.config["quantization_config"], where)

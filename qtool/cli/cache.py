@@ -1,5 +1,7 @@
 """`qtool cache`."""
 
+import contextlib
+import re
 import shutil
 import time
 from dataclasses import asdict
@@ -11,6 +13,7 @@ import typer
 from qtool.cli import console
 from qtool.cli.options import JsonOption, check_targets
 from qtool.errors import OutputError
+from qtool.modeling.demo import DEMO_MODELS
 from qtool.settings import cache_dir
 from qtool.storage.store import Kept, Store
 from qtool.wording import gigabytes, reason
@@ -26,6 +29,15 @@ FOLDERS = {
     "demo": "the demo model's file",
     "cuda": "kernels compiled for a card, that CuPy doesn't keep",
 }
+HALF_KEPT = r"(\.[0-9a-f]{12}\.partial)?"
+KEPT_NAMES = {
+    "gguf": re.compile(r"[0-9a-f]{32}(\.partial|\.lock)?"),
+    "demo": re.compile(
+        rf"({'|'.join(re.escape(d.file) for d in DEMO_MODELS.values())}){HALF_KEPT}|tmp\w{{8}}"
+    ),
+    "cuda": re.compile(rf"[0-9a-f]{{64}}\.cubin{HALF_KEPT}"),
+}
+"""Names of what qtool makes there: the cache may lie in a folder that has a user's own things."""
 ALL = IN_STORE | FOLDERS
 UNITS = {"days": 86_400, "hours": 3_600, "minutes": 60}
 
@@ -78,20 +90,30 @@ def _ago(seconds: float) -> str:
 
 def _folder(name: str) -> Kept:
     """Return what a folder of models has."""
-    folder = cache_dir() / name
-    entries = [entry.stat() for entry in folder.glob("*") if entry.suffix != ".lock"]
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    times = [entry.st_mtime for entry in entries] or [0.0]
+    entries = [entry for entry in _ours(name) if entry.suffix != ".lock"]
+    files = [file for entry in entries for file in (entry, *entry.rglob("*")) if file.is_file()]
+    times = [entry.stat().st_mtime for entry in entries] or [0.0]
+    size = sum(file.stat().st_size for file in files)
     return Kept(name, len(entries), size, min(times), max(times))
+
+
+def _ours(name: str) -> list[Path]:
+    """Return what qtool has made in a folder of models."""
+    entries = (cache_dir() / name).glob("*")
+    return [entry for entry in entries if KEPT_NAMES[name].fullmatch(entry.name)]
 
 
 def _clear(names: list[str]) -> None:
     try:
         with Store() as store:
             store.clear([name for name in names if name in IN_STORE])
-        for name in FOLDERS:
-            folder: Path = cache_dir() / name
-            if name in names and folder.exists():
-                shutil.rmtree(folder)
+        for name in FOLDERS.keys() & {*names}:
+            for entry in _ours(name):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+            with contextlib.suppress(OSError):  # there is none, or it has what isn't ours
+                (cache_dir() / name).rmdir()
     except OSError as error:
         raise OutputError(f"Can't clear {cache_dir()}: {reason(error)}.") from error

@@ -100,7 +100,8 @@ def calibrate(
 
 def _plot(result: "CalibrateResult") -> None:
     """Draw both histograms, or say in one line what that needs."""
-    from qtool.report.lengths import LENGTHS_NAME, draw_lengths
+    from qtool.data.calibration_files import LENGTHS_NAME
+    from qtool.report.lengths import draw_lengths
 
     path = result.calib_dir / LENGTHS_NAME
     try:

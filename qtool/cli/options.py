@@ -185,22 +185,27 @@ def check_targets(targets: Sequence[Path | None]) -> None:
             _check_writable(file)
 
 
+def _parent(file: Path) -> Path:
+    return (file.resolve() if file.is_symlink() else file).parent
+
+
 def _check_writable(file: Path) -> None:
     """Open a file as it will be opened, and leave it as it was."""
     try:
-        there = file.exists()
-        if file.is_dir():
+        real = Path(os.path.realpath(file))  # a link whose target isn't there yet stays
+        if real.is_dir():
             raise OutputError(f"Can't write {file}: it is a folder. Name a file in it.")
-        if there and not file.is_file():  # a pipe waits for its reader when it is opened
+        if real.exists() and not real.is_file():  # a pipe waits for its reader when it is opened
             return
         check_replaceable(file)
-        with file.open("ab"):
-            pass
-        if not there:
-            file.unlink()
+        if real.exists():
+            with real.open("ab"):
+                return
+        with real.open("xb"):
+            real.unlink()
     except FileNotFoundError as error:
         raise OutputError(
-            f"Can't write {file}: there is no folder {file.parent}. Make it first."
+            f"Can't write {file}: there is no folder {_parent(file)}. Make it first."
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
         raise OutputError(f"Can't write {file}: {reason(error)}. Give another file.") from error

@@ -22,6 +22,8 @@ from qtool.wording import reason
 SAMPLES_NAME = "samples.safetensors"
 ABOUT_NAME = "calibration.json"
 FILE_NAMES = (SAMPLES_NAME, ABOUT_NAME)
+LENGTHS_NAME = "lengths.png"
+"""A picture that `qtool calibrate` draws beside them."""
 MOST_ABOUT_BYTES = 1 << 24
 REDO = "Run `qtool calibrate` again."
 
@@ -43,7 +45,8 @@ def check_no_calibration(
             model_directory
         ):
             raise OutputError(f"{directory} is the model's own directory. Name another one.")
-        found = [name for name in FILE_NAMES if os.path.lexists(directory / name)]
+        names = (*FILE_NAMES, LENGTHS_NAME)
+        found = [name for name in names if os.path.lexists(directory / name)]
     except OSError as error:
         raise OutputError(f"Can't write {str(directory)!r}: {reason(error)}.") from error
     if not found:

@@ -9,7 +9,6 @@ from torch import Tensor
 from qtool.base import Progress
 from qtool.checkpoint.assemble import write_streamed
 from qtool.checkpoint.marks import CONFIG_NAME
-from qtool.checkpoint.place import file_failures
 from qtool.checkpoint.writer import MAX_SHARD_BYTES
 from qtool.exchange import Departure
 from qtool.storage.plain_json import write_json_file
@@ -34,15 +33,14 @@ def write_directory(
         quantization: `quantization_config`; None: the model isn't quantized.
 
     Raises:
-        OutputError: it can't be written.
+        OSError: it can't be written; only the caller knows its name in the end.
     """
-    with file_failures(directory):
-        directory.mkdir(parents=True)
-        write_streamed(directory, told(departure, layers), MAX_SHARD_BYTES)
-        for path, content in departure.files.items():
-            with written_whole(directory / path, durable=True) as file:
-                file.write(content)
-        write_json_file(directory / CONFIG_NAME, foreign_config(departure, quantization))
+    directory.mkdir(parents=True)
+    write_streamed(directory, told(departure, layers), MAX_SHARD_BYTES)
+    for path, content in departure.files.items():
+        with written_whole(directory / path, durable=True) as file:
+            file.write(content)
+    write_json_file(directory / CONFIG_NAME, foreign_config(departure, quantization))
 
 
 def told(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from qtool.base import Progress
-from qtool.checkpoint.place import file_failures
 from qtool.errors import CheckpointError, MissingExtraError
 from qtool.exchange import Compared, Departure
 from qtool.exchange._compare import check_equal
@@ -28,25 +27,24 @@ def write_gguf(departure: Departure, path: Path) -> None:
 
     Raises:
         MissingExtraError: the library that writes GGUF isn't installed.
-        OutputError: it can't be written.
+        OSError: it can't be written; only the caller knows its name in the end.
     """
     if find_spec(GGUF_LIBRARY) is None:
         raise MissingExtraError("Writing GGUF", "export")
     import gguf
 
     plan = plan_file(departure)
-    with file_failures(path):
-        writer = gguf.GGUFWriter(path, plan.architecture)
-        try:
-            _write_header(writer, plan)
-            for number, each in enumerate(plan.tensors, start=1):
-                writer.write_tensor_data(content_of(departure, each).numpy())
-                departure.emit(Progress(WRITING_FILES, number, len(plan.tensors), each.name))
-            if plan.factors is not None:
-                writer.write_tensor_data(plan.factors.view(torch.uint8).numpy())
-        finally:
-            writer.close()
-        sync(path)
+    writer = gguf.GGUFWriter(path, plan.architecture)
+    try:
+        _write_header(writer, plan)
+        for number, each in enumerate(plan.tensors, start=1):
+            writer.write_tensor_data(content_of(departure, each).numpy())
+            departure.emit(Progress(WRITING_FILES, number, len(plan.tensors), each.name))
+        if plan.factors is not None:
+            writer.write_tensor_data(plan.factors.view(torch.uint8).numpy())
+    finally:
+        writer.close()
+    sync(path)
 
 
 def _write_header(writer: Any, plan: GgufPlan) -> None:  # noqa: ANN401 - gguf has no types

@@ -80,7 +80,7 @@ def check_original(config: Mapping[str, Any], directory: Path, families: tuple[s
         ModelError: it isn't.
     """
     if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+        method = config["quantization_config"].get("quant_method") or "it doesn't say how"
         raise ModelError(
             f"{directory} is already quantized ({shown(method)}). Start from the original model."
         )

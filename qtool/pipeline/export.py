@@ -1,7 +1,5 @@
 """`export`: a checkpoint in the format of another program, proved by reading it back."""
 
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +8,10 @@ from torch import nn
 
 from qtool.base import CausalModel, Emit, Progress, ignore_events
 from qtool.checkpoint.apart import check_apart
+from qtool.checkpoint.fresh import find_fresh, made_fresh
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.checkpoint.marks import CONFIG_NAME
-from qtool.checkpoint.place import file_failures, nearest
+from qtool.checkpoint.place import file_failures
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.core.experts import expert_name, separated
 from qtool.errors import CheckpointError, OutputError
@@ -31,7 +30,6 @@ from qtool.modeling.discover import known_adapter
 from qtool.modeling.skeleton import empty_model
 from qtool.pipeline.expert_export import ExpertCheckpoint
 from qtool.steps.check_exportable import JOINED_EXPERTS
-from qtool.storage.whole_files import sync
 from qtool.wording import first_alike, list_names
 
 DTYPES_OF_EXPORTS = ("float16", "bfloat16", "float32")
@@ -78,8 +76,8 @@ def export(
     exchange = writable(target)
     kernels = None if engine is None else kernels_of(engine, target)
     check_suffix(dest, target, exchange)
-    check_free(dest)
-    check_apart(dest, directory)
+    place = find_fresh(dest)
+    check_apart(place.out_dir, directory)
     departure = open_departure(directory, dtype, emit)
     emit(Progress("checking what is to be written"))
     check_expressible(departure, target, exchange)
@@ -87,20 +85,12 @@ def export(
         check_kernels(departure, str(engine), kernels)
     assert exchange.write is not None
     assert exchange.compare is not None
-    work = dest.with_name(f".{dest.name}.partial")
-    with file_failures(dest):
-        remove(work)
-        work.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            exchange.write(departure, work)
-            compared = exchange.compare(departure, work)
-            work.rename(dest)
-            sync(dest.parent)
-        finally:
-            remove(work)
-        return ExportResult(
-            dest=dest, target=target, engine=engine, num_bytes=size_of(dest), compared=compared
-        )
+    with made_fresh(dest) as work, file_failures(dest):
+        exchange.write(departure, work)
+        compared = exchange.compare(departure, work)
+    return ExportResult(
+        dest=dest, target=target, engine=engine, num_bytes=size_of(dest), compared=compared
+    )
 
 
 def writable(target: str) -> Exchange:
@@ -127,28 +117,6 @@ def check_suffix(dest: Path, target: str, exchange: Exchange) -> None:
         raise OutputError(
             f"{dest}: {target} is one file whose name ends with {suffix}. Name {dest.name}{suffix}."
         )
-
-
-def check_free(dest: Path) -> None:
-    """Check that nothing is where a result goes.
-
-    Raises:
-        OutputError: something is, or the folder can't be written.
-    """
-    with file_failures(dest):
-        if os.path.lexists(dest):
-            raise OutputError(f"{dest} exists, and export replaces nothing. Name another place.")
-        folder = nearest(dest.absolute().parent)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise OutputError(f"{folder} isn't a directory that can be written.")
-
-
-def remove(path: Path) -> None:
-    """Remove what a run that failed has left."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def size_of(path: Path) -> int:

@@ -6,14 +6,17 @@ the same command goes on with the rest. Then tasks x all of these models, see `g
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from qtool.base import Emit, Notice, Progress, ignore_events
+from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.grids import GRID_NAME
+from qtool.checkpoint.many_results import check_collection, check_table, held
 from qtool.checkpoint.marks import is_checkpoint
 from qtool.engines import EngineOptions, Pool, Task, Workers, load_engine
-from qtool.errors import OutputError, QtoolError, RecipeError
+from qtool.errors import QtoolError, RecipeError
 from qtool.modeling.device import default_device, free_memory, use_device
 from qtool.modeling.locate import Location
 from qtool.pipeline.grid_scores import (
@@ -128,7 +131,8 @@ def grid(
 
     Raises:
         RecipeError: two models or recipes would share a directory.
-        OutputError: `out_dir` is a checkpoint.
+        OutputError: `out_dir` is a checkpoint, has other files of the tables' names, can't be
+            written, is in a model, or another grid writes there.
         QtoolError: what is to be measured can't be measured here; or as `Pool.map`.
     """
     cells = _cells(models, recipes, out_dir, replace(options, engine=None))
@@ -140,9 +144,10 @@ def grid(
     opened = load_engine(chosen.name)
     opened.check(workers)
     table = _Table(out_dir, models, len(cells), emit)
-    emit(Progress("starting workers"))
-    with opened.open(workers) as pool:
-        return _filled(table, pool, cells, scores)
+    with held(out_dir):
+        emit(Progress("starting workers"))
+        with opened.open(workers) as pool:
+            return _filled(table, pool, cells, scores)
 
 
 def _filled(
@@ -167,10 +172,7 @@ def _cells(
     models: Sequence[Location], recipes: Mapping[str, Recipe], out_dir: Path, options: RunOptions
 ) -> list[GridCell]:
     """Return all cells, each model's together."""
-    if is_checkpoint(out_dir):
-        raise OutputError(
-            f"{out_dir} is a checkpoint, and a grid writes a directory of them. Give another one."
-        )
+    check_collection(out_dir, "a grid")
     folders = [_folder(model) for model in models]
     if len(set(folders)) < len(folders):
         raise RecipeError(f"Two models would share a directory: {', '.join(folders)}. Rename one.")
@@ -178,6 +180,10 @@ def _cells(
         raise RecipeError(
             f"A grid has a folder {SCORES_FOLDER} of its own. Give that recipe another name."
         )
+    for place in (out_dir, *(out_dir / folder for folder in folders)):
+        check_table(place / GRID_NAME, ("cells",))
+    for folder, model in product(folders, models):
+        check_apart(out_dir / folder, model.directory)
     device = str(default_device())
     return [
         GridCell(model, title, recipe, out_dir / _folder(model) / Path(title).stem, options, device)

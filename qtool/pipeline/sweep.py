@@ -11,15 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qtool.base import Emit, Notice, Progress, ignore_events
+from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
-from qtool.checkpoint.marks import is_checkpoint
+from qtool.checkpoint.many_results import check_collection, check_table, held
 from qtool.checkpoint.place import find_place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.sizes import AS_THEY_WERE, QUANTIZED, sizes_of
 from qtool.choosing.choose import check_choices
 from qtool.data.corpora import Corpus
 from qtool.engines import EngineOptions
-from qtool.errors import MissingExtraError, OutputError, QtoolError, RecipeError
+from qtool.errors import MissingExtraError, QtoolError, RecipeError
 from qtool.evaluation.closeness import References, compare_closely
 from qtool.evaluation.perplexity import perplexity
 from qtool.modeling.device import default_device, free_memory
@@ -86,28 +87,28 @@ def sweep(  # noqa: PLR0913 - as quantize, with sizes
     recipes = dict(_recipes(recipe, averages))
     for each in recipes.values():
         check_choices(source, each, make_plan(source, each))
+    check_apart(out_dir, source.directory)
     _look(out_dir, recipes, overwrite=overwrite, resume=resume)
-    samples = open_samples(source, recipe, calib_dir, emit)
-    failures: dict[str, str] = {}
-    for number, (name, each) in enumerate(recipes.items(), start=1):
-        emit(Progress(f"{name}, {number} of {len(recipes)}"))
-        with _going_on(name, failures, emit):
-            quantize(
-                model,
-                out_dir / name,
-                each,
-                calib_dir=calib_dir,
-                samples=samples,
-                overwrite=overwrite,
-                resume=resume,
-                engine=engine,
-                emit=emit,
-            )
-    finished = [name for name in recipes if name not in failures]
-    sizes = _measured(source, out_dir, finished, failures, emit)
-    result = SweepResult(out_dir, sizes, failures)
-    _write(result, emit)
-    return result
+    with held(out_dir):
+        samples = open_samples(source, recipe, calib_dir, emit)
+        failures: dict[str, str] = {}
+        for number, (name, each) in enumerate(recipes.items(), start=1):
+            emit(Progress(f"{name}, {number} of {len(recipes)}"))
+            with _going_on(name, failures, emit):
+                quantize(
+                    model,
+                    out_dir / name,
+                    each,
+                    calib_dir=calib_dir,
+                    samples=samples,
+                    overwrite=overwrite,
+                    resume=resume,
+                    engine=engine,
+                    emit=emit,
+                )
+        finished = [name for name in recipes if name not in failures]
+        sizes = _measured(source, out_dir, finished, failures, emit)
+        return _written(SweepResult(out_dir, sizes, failures), emit)
 
 
 def _recipes(recipe: Recipe, averages: Sequence[float]) -> Iterator[tuple[str, Recipe]]:
@@ -130,15 +131,11 @@ def _recipes(recipe: Recipe, averages: Sequence[float]) -> Iterator[tuple[str, R
 
 
 def _look(out_dir: Path, names: Mapping[str, Recipe], *, overwrite: bool, resume: bool) -> None:
-    """Check that all sizes can be written, and make the directory that takes them."""
-    if is_checkpoint(out_dir):
-        raise OutputError(
-            f"{out_dir} is a checkpoint, and a sweep writes a directory of them. Give another one."
-        )
+    """Check that all sizes can be written."""
+    check_collection(out_dir, "a sweep")
+    check_table(out_dir / TABLE_NAME, ("sizes", "failures"), drawn=(PLOT_NAME,))
     for name in names:
         look(find_place(out_dir / name, overwrite=overwrite, resume=resume))
-    with failures_of_the_machine("cpu", out_dir):
-        out_dir.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
@@ -198,8 +195,8 @@ def _measure_size(
     )
 
 
-def _write(result: SweepResult, emit: Emit) -> None:
-    """Write the table, and the plot if that can be drawn."""
+def _written(result: SweepResult, emit: Emit) -> SweepResult:
+    """Write the table, and the plot if that can be drawn; return the same."""
     values = {"sizes": [asdict(size) for size in result.sizes], "failures": dict(result.failures)}
     write_json_file(result.out_dir / TABLE_NAME, values)
     if result.sizes:
@@ -207,3 +204,4 @@ def _write(result: SweepResult, emit: Emit) -> None:
             draw_sizes(result.out_dir / PLOT_NAME, result.sizes)
         except MissingExtraError as error:
             emit(Notice(str(error)))
+    return result

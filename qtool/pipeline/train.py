@@ -66,10 +66,10 @@ def _train(request: TrainRequest, emit: Emit) -> TrainResult:
     place = find_place(request.out_dir, overwrite=request.overwrite, resume=request.resume)
     for read in filter(None, (request.model, request.original)):
         check_apart(place.out_dir, read.directory, files)
-    if is_first():
-        look(place)
     if kind.is_dense:
         return train_dense(kind, own, request, emit)
+    if is_first():
+        look(place)
     reader = CheckpointReader(request.model.directory)
     source = _original(request, reader)
     job = {

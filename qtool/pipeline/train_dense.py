@@ -1,14 +1,16 @@
 """`train` by a recipe that writes a dense model: what other recipes take as their original."""
 
-import shutil
+import contextlib
 import time
 from pathlib import Path
 
 import torch
 
 from qtool.base import CausalModel, Emit
+from qtool.checkpoint.fresh import made_fresh
+from qtool.checkpoint.marks import paths_below
 from qtool.checkpoint.place import file_failures
-from qtool.errors import ModelError, OutputError, RecipeError
+from qtool.errors import ModelError, RecipeError
 from qtool.modeling.classifiers import is_encoder, load_encoder
 from qtool.modeling.companions import read_companions
 from qtool.modeling.config import read_config
@@ -20,6 +22,7 @@ from qtool.pipeline.train_request import TrainRequest, TrainResult
 from qtool.plugins import PluginOptions
 from qtool.steps.train_model import train_stages
 from qtool.storage.tensor_failures import numbered_failures
+from qtool.storage.whole_files import sync
 from qtool.training.classified import class_scores
 from qtool.training.recipes import Trainee, Training
 from qtool.training.together import is_first
@@ -33,23 +36,24 @@ def train_dense(
     Raises:
         RecipeError: it is to go on where a run was stopped: such a run keeps nothing.
         ModelError: the model is no encoder of a known family, or is quantized.
+        OutputError: something is at OUT_DIR: known before anything is learned.
     """
     directory, begun = request.model.directory, time.perf_counter()
     if request.resume:
         raise RecipeError(f"{request.recipe} keeps nothing halfway. Leave out --resume.")
-    if request.out_dir.exists() and is_first():
-        raise OutputError(f"{request.out_dir} is there. Name another OUT_DIR, or move it away.")
     if not is_encoder(directory) or "quantization_config" in read_config(directory):
         raise ModelError(
             f"{directory} is no dense encoder that qtool knows, such as BERT or MiniLM. Give one."
         )
-    trainee = _trainee_of(kind, request, emit)
-    prepared = kind.prepare(trainee, own)
-    looks = trainee.lessons.held_out
-    before = class_scores(trainee.original, looks)
-    done = train_stages(prepared, lambda _stage: None, emit)
-    if is_first():
-        _save(trainee.original, directory, request.out_dir)
+    with made_fresh(request.out_dir) if is_first() else contextlib.nullcontext() as made:
+        trainee = _trainee_of(kind, request, emit)
+        prepared = kind.prepare(trainee, own)
+        looks = trainee.lessons.held_out
+        before = class_scores(trainee.original, looks)
+        done = train_stages(prepared, lambda _stage: None, emit)
+        after = class_scores(trainee.original, looks)
+        if made is not None:
+            _save(trainee.original, directory, made, request.out_dir)
     return TrainResult(
         out_dir=request.out_dir,
         recipe=request.recipe,
@@ -57,7 +61,7 @@ def train_dense(
         best_loss=min(point.held_out for point in done.last),
         steps=done.last[-1].step,
         seconds=time.perf_counter() - begun,
-        scores={"before": before, "after": class_scores(trainee.original, looks)},
+        scores={"before": before, "after": after},
     )
 
 
@@ -82,16 +86,12 @@ def _num_classes(directory: Path) -> int | None:
     return len(config.get("id2label") or ()) or 2
 
 
-def _save(model: CausalModel, source: Path, out_dir: Path) -> None:
-    """Write a dense model with the small files of what it comes of; its name comes last."""
-    partial = out_dir.with_name(f"{out_dir.name}.partial")
-    try:
-        with file_failures(out_dir), numbered_failures():
-            shutil.rmtree(partial, ignore_errors=True)
-            model.save_pretrained(partial)
-            for name, content in read_companions(source).items():
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                (partial / name).write_bytes(content)
-            partial.rename(out_dir)
-    finally:  # what is left is no checkpoint, and would be in the way of the next run
-        shutil.rmtree(partial, ignore_errors=True)
+def _save(model: CausalModel, source: Path, made: Path, out_dir: Path) -> None:
+    """Write a dense model with the small files of what it comes of."""
+    with file_failures(out_dir), numbered_failures():
+        model.save_pretrained(made)
+        for name, content in read_companions(source).items():
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
+            (made / name).write_bytes(content)
+        for path in paths_below(made):
+            sync(made / path)

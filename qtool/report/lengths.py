@@ -9,7 +9,6 @@ from qtool.errors import MissingExtraError, OutputError
 from qtool.wording import reason
 
 Axes = Any  # of matplotlib
-LENGTHS_NAME = "lengths.png"
 NUM_BINS = 24
 
 

@@ -7,6 +7,8 @@ import pytest
 from qtool.storage.store import Store
 from tests.cli.conftest import Cli
 
+MODEL = "0123456789abcdef" * 2
+
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
@@ -14,11 +16,11 @@ def cache(tmp_path, monkeypatch):
     with Store() as store:
         store.add("answers", "task", {b"a": b"1", b"b": b"2"})
         store.add("digests", "", {b"/file": b"digest"})
-    (tmp_path / "cache/gguf/abc").mkdir(parents=True)
-    (tmp_path / "cache/gguf/abc/model.safetensors").write_bytes(bytes(5000))
-    (tmp_path / "cache/gguf/abc.lock").touch()
+    (tmp_path / "cache/gguf" / MODEL).mkdir(parents=True)
+    (tmp_path / "cache/gguf" / MODEL / "model.safetensors").write_bytes(bytes(5000))
+    (tmp_path / "cache/gguf" / f"{MODEL}.lock").touch()
     (tmp_path / "cache/cuda").mkdir()
-    (tmp_path / "cache/cuda/abc.cubin").write_bytes(bytes(70))
+    (tmp_path / "cache/cuda" / f"{2 * MODEL}.cubin").write_bytes(bytes(70))
     return tmp_path / "cache"
 
 
@@ -56,6 +58,20 @@ def test_clear_removes_what_is_named(cli: Cli, cache):
     assert kept(cli, "--clear", "gguf", "cuda") == {}
     assert not (cache / "gguf").exists()
     assert not (cache / "cuda").exists()
+
+
+def test_what_a_user_has_in_folders_of_these_names_is_neither_counted_nor_removed(cli: Cli, cache):
+    mine = {cache / "gguf/llama.gguf", cache / "demo/app.py", cache / "cuda/samples/vectorAdd.cu"}
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    (cache / "gguf" / ("a" * 32)).symlink_to(cache / "demo")
+    (cache / "demo" / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(bytes(9))
+    found = kept(cli)
+    assert (found["gguf"][0], found["demo"], found["cuda"]) == (2, (1, 9), (1, 70))
+    assert kept(cli, "--clear", "gguf", "demo", "cuda") == {}
+    left = {path for name in ("gguf", "demo", "cuda") for path in (cache / name).rglob("*")}
+    assert {path for path in left if path.is_file()} == mine
 
 
 @pytest.mark.usefixtures("cache")

@@ -181,10 +181,10 @@ def test_command_prints_lengths_and_warns_on_stderr(cli, llama, tmp_path):
 def test_command_without_matplotlib_says_how_to_get_the_plot(cli, llama, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it fails
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    (tmp_path / "cal").mkdir()
+    options = ["--dataset", "wikitext2-valid", *SMALL, "--json", "-", llama, tmp_path / "cal"]
+    cli("calibrate", *options)
     (tmp_path / "cal" / "lengths.png").write_bytes(b"of an earlier run")
-    options = ["--dataset", "wikitext2-valid", *SMALL]
-    done = cli("calibrate", *options, "--json", "-", llama, tmp_path / "cal")
+    done = cli("calibrate", "--overwrite", *options)
     assert json.loads(done.out)["samples_wanted"] == 4
     (line,) = done.said
     assert line.startswith("No plot: lengths.png needs the 'report' extra. Run: pip install ")

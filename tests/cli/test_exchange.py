@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from qtool import pipeline
 from qtool.checkpoint.shards import open_shards
+from qtool.errors import OutputError
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
 
@@ -52,6 +53,34 @@ def test_comparing_tells_how_far_it_is(target, exported, tmp_path):
     assert (compared[-1].done, compared[-1].total) == (len(compared), len(compared))
 
 
+def test_a_folder_of_a_name_that_work_could_have_is_not_lost(exported, tmp_path):
+    for name in ("dense.partial", ".dense.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="isn't the work of a run of qtool"):
+        pipeline.export(exported / "w4", tmp_path / "dense", "dense")
+    assert {path.name for path in tmp_path.rglob("*.txt")} == {"thesis.txt"}
+    shutil.rmtree(tmp_path / "dense.partial")
+    pipeline.export(exported / "w4", tmp_path / "dense", "dense")
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", ".dense.partial"}
+    assert (tmp_path / ".dense.partial/thesis.txt").read_text() == "mine"
+
+
+def test_two_exports_to_one_place_do_not_meet(exported, tmp_path):
+    refused: list[Any] = []
+
+    def second(progress: Any) -> None:
+        if progress.what == "writing" and not refused:
+            with pytest.raises(OutputError, match="Another run is writing") as found:
+                pipeline.export(exported / "w4", tmp_path / "dense", "dense")
+            refused.append(found)
+
+    result = pipeline.export(exported / "w4", tmp_path / "dense", "dense", emit=second)
+    assert refused
+    assert result.compared.layers == 14
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
 def test_json_says_what_was_done(cli, exported, tmp_path):
     done = cli("import", exported / "gptq", tmp_path / "in", "--json", "-")
     assert done.code == 0, done.err
@@ -70,7 +99,7 @@ def test_json_says_what_was_done(cli, exported, tmp_path):
         (("export", "w4", "out", "--target", "gptq", "--engine", "vllm@9"), "vllm@0.33 is"),
         (("export", "gptq", "out", "--target", "dense"), "becomes a checkpoint by `qtool import`"),
         (("export", "nowhere", "out", "--target", "dense"), "No checkpoint directory"),
-        (("export", "w4", "gptq", "--target", "gptq"), "export replaces nothing"),
+        (("export", "w4", "gptq", "--target", "gptq"), "exists, and nothing is replaced"),
         (("import", "w4", "out"), "is a checkpoint of qtool already"),
         (("import", "gptq", "w4"), "exists. Pass --overwrite to replace it."),
         (("import", "gptq", "gptq/in"), "is the model that is read, or lies in it"),

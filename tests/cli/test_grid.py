@@ -1,11 +1,13 @@
 """`qtool grid`: recipes x models, shared among workers."""
 
+import importlib
 import json
 import shutil
 
 import pytest
 import yaml
 
+from qtool.checkpoint.many_results import held
 from tests.cli.conftest import Cli
 
 
@@ -72,3 +74,43 @@ def test_options_that_would_be_ignored_are_refused(cli: Cli, chat_llama, tmp_pat
     done = cli("grid", tmp_path / "grid", "--model", chat_llama, *options)
     assert done.code == 2
     assert said in done.err
+
+
+@pytest.fixture
+def grid_of(cli: Cli, chat_llama, tmp_path, monkeypatch):
+    """Return a function that runs a grid of one cell; what it would measure fails."""
+    (tmp_path / "w4.yaml").write_text("version: 1\nweights: {method: rtn, scheme: {num_bits: 4}}\n")
+    module = importlib.import_module("qtool.pipeline.grid")
+    monkeypatch.setattr(module, "run_recipe", None)
+
+    def run(out_dir, model=chat_llama):
+        return cli("grid", out_dir, "--model", model, "--recipe", tmp_path / "w4.yaml")
+
+    return run
+
+
+def test_tables_of_a_grid_replace_no_file_of_a_user(grid_of, chat_llama, tmp_path):
+    for file in (tmp_path / "a/grid.json", tmp_path / "b" / chat_llama.name / "grid.json"):
+        file.parent.mkdir(parents=True)
+        file.write_text('{"rows": 3}')
+        done = grid_of(tmp_path / file.relative_to(tmp_path).parts[0])
+        assert (done.code, "grid.json isn't of an earlier run" in done.err) == (1, True), done.err
+        assert file.read_text() == '{"rows": 3}'
+
+
+@pytest.mark.parametrize("name", ["file", "file/x", "dangling", "model", "model/x", "", "x\n"])
+def test_a_place_that_takes_no_grid_is_refused_first(name, grid_of, chat_llama, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    shutil.copytree(chat_llama, tmp_path / "model")
+    (tmp_path / chat_llama.name).symlink_to("model")
+    before = sorted(tmp_path.rglob("*"))
+    done = grid_of(f"{tmp_path}/{name}", tmp_path / "model")
+    assert (done.code, len(done.said)) == (1, 1), done.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_grids_do_not_write_one_table(grid_of, tmp_path):
+    with held(tmp_path / "grid"):
+        assert "Another run is writing" in grid_of(tmp_path / "grid").err
+    assert list((tmp_path / "grid").iterdir()) == []

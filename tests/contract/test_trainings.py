@@ -22,7 +22,7 @@ from qtool.pipeline.quantize_and_train import quantize_and_train
 from qtool.pipeline.train import train
 from qtool.pipeline.train_request import TrainRequest, TrainResult
 from qtool.recipe.load import recipe_from_mapping
-from qtool.steps.train_model import TrainOptions
+from qtool.steps.train_model import TrainOptions, train_stages
 from qtool.training.recipes import load_training
 from tests import families
 from tests.helpers import QUICK_BCQ, file_hashes
@@ -445,3 +445,40 @@ def test_a_full_disk_is_told_and_what_was_begun_is_gone(encoder, classes, tmp_pa
             train(request)
     assert list(tmp_path.iterdir()) == []
     assert train(request).out_dir.exists()
+
+
+def test_a_dense_result_costs_nobody_a_folder_and_its_place_is_known_first(
+    encoder, classes, tmp_path, monkeypatch
+):
+    def request(name: str) -> TrainRequest:
+        return TrainRequest(
+            model=Location(encoder),
+            data=classes,
+            out_dir=Path(name),
+            recipe="finetune",
+            options=TrainOptions(steps=1, checks=1),
+        )
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial/thesis.txt").write_text("mine")
+    learned = "qtool.pipeline.train_dense.train_stages"
+    with monkeypatch.context() as patch:
+        patch.setattr(learned, None)
+        for name in (".", "x/..", "../here", "../mine"):
+            with pytest.raises(OutputError):
+                train(request(name))
+
+    def meanwhile(*values: Any) -> Any:
+        (tmp_path / "here/out.partial").mkdir(exist_ok=True)
+        (tmp_path / "here/out.partial/notes.txt").write_text("mine")
+        with pytest.raises(OutputError, match="Another run is writing"):
+            train(request("out"))
+        return train_stages(*values)
+
+    monkeypatch.setattr(learned, meanwhile)
+    train(request("out"))
+    texts = {path.name for path in tmp_path.rglob("*.txt") if path.parent.suffix == ".partial"}
+    assert texts == {"thesis.txt", "notes.txt"}
+    assert (tmp_path / "here/out/config.json").exists()

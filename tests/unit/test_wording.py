@@ -19,6 +19,7 @@ def test_foreign_errors_become_one_short_line():
 def test_whatever_is_shown_is_printable_and_short(value):
     for text in (wording.shown(value), wording.quoted(value), wording.reason(ValueError(value))):
         assert text.isprintable()
+        assert text.strip()
         assert 0 <= len(text) <= wording.LONGEST_REASON + len("...")
 
 

@@ -123,7 +123,16 @@ def test_layer_whose_name_cannot_be_printed_is_refused(copy, name):
 def test_configuration_that_is_no_object_of_ours_is_one_sentence(copy, value):
     path = copy / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": value}))
-    refused(copy, "isn't quantized" if value is None else "quant_method is .*not 'qtool'")
+    said = "isn't quantized" if value in (None, {}) else "quantization_config is .*an object"
+    refused(copy, said)
+
+
+@pytest.mark.parametrize("value", [{"bits": 4}, {"quant_method": None}, {"quant_method": ""}])
+def test_other_programs_configuration_is_told_from_a_damaged_one(copy, value):
+    path = copy / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": value}))
+    said = "quant_method is ''" if value.get("quant_method") == "" else "names no quant_method"
+    refused(copy, f"{said}.*`qtool import`")
 
 
 JSON = st.recursive(

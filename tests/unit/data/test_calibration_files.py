@@ -109,7 +109,7 @@ def test_what_is_there_is_replaced_only_if_asked(directory, tmp_path):
     files.check_no_calibration(directory, overwrite=True)
 
 
-@pytest.mark.parametrize("name", files.FILE_NAMES)
+@pytest.mark.parametrize("name", (*files.FILE_NAMES, files.LENGTHS_NAME))
 @pytest.mark.parametrize("content", ["{}", "mine"])
 def test_file_that_isnt_ours_is_never_replaced(tmp_path, name, content):
     (tmp_path / name).write_text(content)

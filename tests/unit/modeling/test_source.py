@@ -113,6 +113,13 @@ def test_quantized_model_is_not_quantized_again(copy, method):
     refused(copy, rf"already quantized \({method}\)\. Start from the original")
 
 
+def test_quantized_model_that_names_no_method_is_said_to(copy):
+    edit_config(copy, quantization_config={"bits": 4, "quant_method": None})
+    refused(copy, r"already quantized \(it doesn't say how\)")
+    edit_config(copy, quantization_config="")
+    refused(copy, r"quantization_config is ''; it must be an object")
+
+
 def test_checkpoint_of_qtool_is_not_quantized_again(checkpoint):
     refused(checkpoint, r"already quantized \(qtool\)")
 

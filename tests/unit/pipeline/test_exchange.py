@@ -139,7 +139,7 @@ def test_dense_is_what_the_codes_mean(tiny, tmp_path):
 
 def test_nothing_is_replaced_and_nothing_is_left(symmetric, tmp_path):
     (tmp_path / "there").mkdir()
-    with pytest.raises(OutputError, match="export replaces nothing"):
+    with pytest.raises(OutputError, match="exists, and nothing is replaced"):
         pipeline.export(symmetric, tmp_path / "there", "gptq")
     with pytest.raises(OutputError, match="is the model that is read"):
         pipeline.export(symmetric, symmetric / "inside", "gptq")
