@@ -100,6 +100,9 @@ def bench(
         list[Path] | None,
         _of_cpu(metavar="FILE", help="Time this file too, by llama.cpp; may be given repeatedly."),
     ] = None,
+    sweep: Annotated[
+        bool, _of_cpu("--sweep/--no-sweep", help="Also time one thread, two and so on.")
+    ] = True,
     llama_python: Annotated[
         str | None,
         _of_cpu(
@@ -161,7 +164,10 @@ def bench(
             quality = pipeline.EvalOptions(max_windows=perplexity_windows)
         beside = pipeline.CpuOptions(gguf_files=tuple(gguf or ()), llama_python=llama_python)
         options = pipeline.BenchOptions(
-            backend=backend, quality=quality, gpu=kernels, cpu=None if kernels else beside
+            backend=backend,
+            quality=quality,
+            gpu=kernels,
+            cpu=beside if sweep and not kernels else None,
         )
         result = pipeline.bench(where, options, baseline=original, emit=emit)
     report = gpu_report(result.kernels) if result.kernels else comparison_report(result)
@@ -195,6 +201,7 @@ def _check_usage(context: typer.Context) -> None:
     }
     if context.params["gpus"] == 1:
         given.discard("gpus")
+    given.discard("sweep")
     modes = (
         {"--synthetic", "--gpu"} if "synthetic" in given else {f"--{n}" for n in given & {"gpu"}}
     )
@@ -214,6 +221,8 @@ def _check_usage(context: typer.Context) -> None:
                 messages.append(f"{option} needs {mode}.")
             if name in CLASHES[mode] and mode in modes:
                 messages.append(f"{option} doesn't go with {mode}.")
+    if not context.params["sweep"] and "gguf" in given:
+        messages.append("--gguf doesn't go with --no-sweep.")
     messages += wrong_plot_name(context.params["plot"])
     if messages:
         raise typer.BadParameter(" ".join(messages), ctx=context)
