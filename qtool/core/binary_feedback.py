@@ -146,9 +146,7 @@ def _solve_group(
     return best_codes, best_parameters, best_errors
 
 
-def _whitened_fit(
-    grid: BinaryGrid, codes: Tensor, whitening: Tensor, whitened: Tensor
-) -> Tensor:
+def _whitened_fit(grid: BinaryGrid, codes: Tensor, whitening: Tensor, whitened: Tensor) -> Tensor:
     """Return the parameters that minimize the scaled errors with the codes fixed."""
     basis = grid.basis(0, codes)  # (unknowns, columns, rows)
     unknowns, columns, rows = basis.shape

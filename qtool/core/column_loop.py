@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qtool.core.grids import Pick, Tables, pick_binary, place_binary
 from qtool.core.kernel_modules import usable_kernels
+from qtool.core.native import columns as native_columns
 
 STRIP = 16
 """Columns whose steps are passed on together to the columns behind them: a matrix product moves
@@ -42,7 +43,9 @@ def walk_columns(
 
 
 def _kernels_for(device: torch.device) -> ModuleType | None:
-    """Return `column_kernels`: the loop as one launch; ten per column cost more than they do."""
+    """Return what runs the loop as one call; ten per column cost more than they do."""
+    if device.type == "cpu":
+        return native_columns if native_columns.is_there() else None
     return usable_kernels("column_kernels", "probe", device)
 
 

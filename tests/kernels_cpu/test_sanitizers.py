@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from qtool import resources
-from qtool.runtime.backends.cpu import building
-from qtool.runtime.backends.cpu.library import best_level
+from qtool.core.native import building
+from qtool.core.native.library import best_level
 
 DRIVERS = [str(Path(__file__).parent / name) for name in ("driver.c", "decode_driver.c")]
 LEVELS = list(building.instruction_levels())
