@@ -2,27 +2,12 @@
 
    A column's value is what was there moved by the steps of the columns before it, summed up when it is
    its turn. Rows know nothing of one another: a thread takes sixty-four at a time through all columns. */
+#include "columns.h"
+
 #include "team.h"
 #include "vectors.h"
 
-#define QT_VECTORS 4
-#define QT_TILE (QT_VECTORS * QT_LANES) /* rows at a time */
-#define QT_MOST_PLACES 64               /* levels that a column may choose from */
-
-typedef struct {
-    int64_t columns, rows, places; /* places 0: each column has its own scales */
-    const float *work;             /* (columns, rows): values to quantize; descending: the gradient */
-    const float *before;           /* (columns, rows): descending: the levels so far; else NULL */
-    const float *shares;           /* (columns, columns): row c says how c is moved by those before it */
-    const float *own;              /* (columns): descending: the diagonal of the Hessian */
-    const float *first;            /* levels, ascending (places, rows); or scales (columns, rows) */
-    const float *second;           /* middles (places - 1, rows); or zero points (columns, rows) */
-    const uint8_t *codes_of;       /* of levels, (places, rows) */
-    double top;                    /* the highest code, where columns have scales */
-    uint8_t *codes;                /* (columns, rows), out */
-    float *levels;                 /* (columns, rows), out */
-    float *room;                   /* (threads, columns, QT_TILE) */
-} qt_columns;
+#define QT_VECTORS (QT_TILE / QT_LANES)
 
 /* Rows of a tile that are there, for one of its vectors. */
 static int64_t there_of(int64_t count, int v) {
