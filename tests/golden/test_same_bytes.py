@@ -62,7 +62,7 @@ def probe(model: Path) -> str:
     work, matrix, rows = torch.randn(3, 64, 64, generator=generator)
     tables = (rows.abs() + 0.5, rows.round(), torch.full((1,), 7.0))
     levels = walk_columns(pick_affine, work, matrix / 64, tables)[1]
-    digest.update(levels.numpy().tobytes() + bytes([native_columns.is_there()]))
+    digest.update(levels.numpy().tobytes() + bytes([native_columns.has_native_loop()]))
     return digest.hexdigest()
 
 

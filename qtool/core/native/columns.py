@@ -16,7 +16,7 @@ from qtool.core.grids import Pick, Tables, pick_affine, pick_binary
 from qtool.core.native.library import Library, found_library
 from qtool.core.native.threads import library_threads
 
-TILE = 64
+ROWS_OF_A_TILE = 64
 """Rows that a thread takes through all columns."""
 MOST_PLACES = 64
 
@@ -34,21 +34,21 @@ class ColumnsText(Structure):
 
 
 @functools.cache
-def is_there() -> bool:
+def has_native_loop() -> bool:
     """Return whether the library can be had; it is compiled now if need be."""
     return isinstance(found_library(), Library)
 
 
-def supports(pick: Pick, work: Tensor, tables: Tables) -> bool:
-    """Return whether `walk` can do a block: `work` (columns, rows), with its tables for `pick`."""
+def runs_natively(pick: Pick, work: Tensor, tables: Tables) -> bool:
+    """Return whether `walk_natively` can do a block (columns, rows), with its tables for `pick`."""
     known = pick is pick_affine or (pick is pick_binary and len(tables[0]) <= MOST_PLACES)
     return known and work.numel() > 0 and work.dtype == torch.float32
 
 
-def walk(
+def walk_natively(
     pick: Pick, work: Tensor, matrix: Tensor, tables: Tables, levels: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Do what `column_loop.walk_columns` does, of whose arguments `supports` says yes."""
+    """Do what `column_loop.walk_columns` does, of whose arguments `runs_natively` says yes."""
     library, threads = found_library(), library_threads()
     assert isinstance(library, Library)
     columns, rows = work.shape
@@ -58,7 +58,7 @@ def walk(
     kept = [work.contiguous(), matrix.T.contiguous(), matrix.diagonal().contiguous()]
     before = None if levels is None else levels.contiguous()
     codes = torch.empty((columns, rows), dtype=torch.uint8)
-    chosen, room = torch.empty(columns, rows), torch.empty(threads, columns, TILE)
+    chosen, room = torch.empty(columns, rows), torch.empty(threads, columns, ROWS_OF_A_TILE)
     text = ColumnsText(
         columns=columns,
         rows=rows,

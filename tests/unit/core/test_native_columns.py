@@ -48,7 +48,7 @@ def test_each_column_gets_the_level_nearest_to_what_those_before_it_left(
     grid = (binary_grid if is_binary else affine_grid)(rows, bits)
     arguments, every = problem(grid, num_columns, rows, descends=descends)
     _, work, matrix, _, before = arguments
-    codes, levels = columns.walk(*arguments)
+    codes, levels = columns.walk_natively(*arguments)
     assert torch.equal(levels, every.gather(0, codes.long()))
     left, matrix = work.double(), matrix.double()
     for column in range(num_columns):
@@ -67,8 +67,8 @@ def test_each_column_gets_the_level_nearest_to_what_those_before_it_left(
 def test_codes_are_those_of_plain_torch(make, descends):
     grid = make(300, 3)
     arguments, _ = problem(grid, 32, 300, descends=descends)
-    assert columns.supports(grid.pick, arguments[1], arguments[3])
-    found, expected = columns.walk(*arguments), column_loop.loop(*arguments)
+    assert columns.runs_natively(grid.pick, arguments[1], arguments[3])
+    found, expected = columns.walk_natively(*arguments), column_loop.loop(*arguments)
     assert float((found[0] != expected[0]).double().mean()) <= 1e-3
 
 
@@ -80,14 +80,14 @@ def test_threads_do_not_change_a_bit():
     found = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append(columns.walk(*arguments)[1])
+        found.append(columns.walk_natively(*arguments)[1])
     torch.set_num_threads(before)
     assert all(torch.equal(each, found[0]) for each in found)
 
 
 def test_without_a_library_torch_does_it(monkeypatch):
-    monkeypatch.setattr(columns, "is_there", lambda: False)
-    monkeypatch.setattr(columns, "walk", pytest.fail)
+    monkeypatch.setattr(column_loop, "has_native_loop", lambda: False)
+    monkeypatch.setattr(column_loop, "walk_natively", pytest.fail)
     grid = binary_grid(5, 2)
     arguments, _ = problem(grid, 4, 5, descends=False)
     codes, _ = column_loop.walk_columns(*arguments)
@@ -97,5 +97,5 @@ def test_without_a_library_torch_does_it(monkeypatch):
 def test_more_levels_than_it_holds_are_for_torch():
     grid = binary_grid(5, 7)
     arguments, _ = problem(grid, 4, 5, descends=False)
-    assert not columns.supports(grid.pick, arguments[1], arguments[3])
+    assert not columns.runs_natively(grid.pick, arguments[1], arguments[3])
     column_loop.walk_columns(*arguments)
