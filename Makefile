@@ -35,7 +35,7 @@ setup: $(VENV)/.dev ## Create .venv with everything that development needs
 
 demo: $(VENV)/.demo ## Quantize a real model, measure and time it beside its original: one table
 	$(BIN)/qtool quantize --recipe bcq-w3g128-demo --overwrite demo:smollm2 $(DEMO_DIR)
-	$(BIN)/qtool bench $(DEMO_DIR) --baseline demo:smollm2 --perplexity-windows 8
+	$(BIN)/qtool bench $(DEMO_DIR) --baseline demo:smollm2 --perplexity-windows 4 --no-sweep
 
 test: $(VENV)/.dev ## Run the tests that need neither card, network nor real model
 	$(BIN)/python -m pytest -q $(PARALLEL)

@@ -8,7 +8,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-BUILDING = Path("qtool/runtime/backends/cpu/building.py")
+BUILDING = Path("qtool/core/native/building.py")
 
 
 class CompiledKernels(BuildHookInterface):  # type: ignore[type-arg]

@@ -34,8 +34,9 @@ NEEDING = {
     "--synthetic": ("bits", "group_size", "input_bits"),
 }
 CLASHES = {
-    "--gpu": ("backend", "perplexity_windows", "gguf", "llama_python"),
+    "--gpu": ("backend", "perplexity_windows", "gguf", "llama_python", "no_sweep"),
     "--synthetic": ("baseline", "out_dir"),
+    "--no-sweep": ("gguf", "llama_python"),
 }
 _of_gpu = in_panel("With --gpu")
 _of_cpu = in_panel("On the CPU")
@@ -100,6 +101,9 @@ def bench(
         list[Path] | None,
         _of_cpu(metavar="FILE", help="Time this file too, by llama.cpp; may be given repeatedly."),
     ] = None,
+    no_sweep: Annotated[
+        bool, _of_cpu("--no-sweep", help="Don't also time one thread, two and so on.")
+    ] = False,
     llama_python: Annotated[
         str | None,
         _of_cpu(
@@ -161,7 +165,10 @@ def bench(
             quality = pipeline.EvalOptions(max_windows=perplexity_windows)
         beside = pipeline.CpuOptions(gguf_files=tuple(gguf or ()), llama_python=llama_python)
         options = pipeline.BenchOptions(
-            backend=backend, quality=quality, gpu=kernels, cpu=None if kernels else beside
+            backend=backend,
+            quality=quality,
+            gpu=kernels,
+            cpu=None if kernels or no_sweep else beside,
         )
         result = pipeline.bench(where, options, baseline=original, emit=emit)
     report = gpu_report(result.kernels) if result.kernels else comparison_report(result)
@@ -195,12 +202,11 @@ def _check_usage(context: typer.Context) -> None:
     }
     if context.params["gpus"] == 1:
         given.discard("gpus")
-    modes = (
-        {"--synthetic", "--gpu"} if "synthetic" in given else {f"--{n}" for n in given & {"gpu"}}
-    )
+    modes = {_option(name) for name in given & {"gpu", "synthetic", "no_sweep"}}
+    modes |= {"--gpu"} if "synthetic" in given else set()
     messages = []
     device = context.params["device"]
-    if modes and device == "cpu":
+    if "--gpu" in modes and device == "cpu":
         messages.append("--device cpu doesn't go with --gpu.")
     if "tune" in given:
         others = sorted(given - {"tune", "json_file"}, key=lambda name: name != "out_dir")
@@ -209,8 +215,8 @@ def _check_usage(context: typer.Context) -> None:
         messages.append("Give OUT_DIR or, for shapes without weights, --synthetic NAME.")
     for name in sorted(given if "tune" not in given else ()):
         option = _option(name)
-        for mode in ("--gpu", "--synthetic"):
-            if name in NEEDING[mode] and mode not in modes:
+        for mode in CLASHES:
+            if name in NEEDING.get(mode, ()) and mode not in modes:
                 messages.append(f"{option} needs {mode}.")
             if name in CLASHES[mode] and mode in modes:
                 messages.append(f"{option} doesn't go with {mode}.")

@@ -57,8 +57,8 @@ def _found() -> dict[str, Any]:
     import qtool
     import qtool.runtime.backends
     from qtool import plugins
-    from qtool.runtime.backends.cpu.library import found_library
-    from qtool.runtime.backends.cpu.threads import library_threads
+    from qtool.core.native.library import found_library
+    from qtool.core.native.threads import library_threads
     from qtool.runtime.backends.cuda.selection import selection_for, wanted_kernel
 
     device, card, size = torch.device("cpu"), "", "none that torch can use"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qtool.core.grids import Pick, Tables, pick_binary, place_binary
 from qtool.core.kernel_modules import usable_kernels
+from qtool.core.native.columns import has_native_loop, runs_natively, walk_natively
 
 STRIP = 16
 """Columns whose steps are passed on together to the columns behind them: a matrix product moves
@@ -35,6 +36,8 @@ def walk_columns(
     Returns:
         Codes (columns, rows) uint8 and levels (columns, rows) float32.
     """
+    if work.device.type == "cpu" and has_native_loop() and runs_natively(pick, work, tables):
+        return walk_natively(pick, work, matrix, tables, levels)
     kernels = _kernels_for(work.device)
     if kernels and kernels.supports(pick, work, tables):
         return kernels.walk(pick, work, matrix, tables, levels)

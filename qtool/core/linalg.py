@@ -44,15 +44,15 @@ def solve_spd(matrices: Tensor, right: Tensor, *, ridge: float) -> Tensor:
 def products_of_rows(left: Tensor, right: Tensor) -> Tensor:
     """Return a product of matrices for each row of a weight.
 
-    On a CPU `einsum` multiplies these matrices as they lie, askew where rows are contiguous, which
-    takes several times as long; the layouts here are those that give the same bits.
+    On a CPU each of its few elements is a sum over columns, for all rows at once and along memory:
+    `einsum` multiplies a small matrix per row, askew, which takes ten to fifteen times as long.
 
     (columns, m, rows) and (columns, n, rows) -> (rows, m, n).
     """
     if left.is_cuda:
         return torch.einsum("cmr,cnr->rmn", left, right)
-    first, second = (part.permute(2, 0, 1).contiguous() for part in (left, right))
-    return first.transpose(1, 2) @ second
+    columns = [[(one * other).sum(0) for other in right.unbind(1)] for one in left.unbind(1)]
+    return torch.stack([torch.stack(each, -1) for each in columns], 1)
 
 
 def sums_of_rows(left: Tensor, right: Tensor) -> Tensor:
@@ -60,10 +60,7 @@ def sums_of_rows(left: Tensor, right: Tensor) -> Tensor:
 
     (columns, m, rows) and (columns, rows) -> (rows, m).
     """
-    if left.is_cuda:
-        return torch.einsum("cmr,cr->rm", left, right)
-    first, second = left.permute(2, 1, 0).contiguous(), right.T.contiguous()
-    return (second.unsqueeze(1) @ first.transpose(1, 2)).squeeze(1)
+    return products_of_rows(left, right.unsqueeze(1)).squeeze(-1)
 
 
 def fit_together(basis: Tensor, matrix: Tensor, right: Tensor, size: int) -> Tensor:

@@ -49,6 +49,8 @@ def test_without_a_card_one_line_says_what_to_do(cli: Cli, checkpoint, shape):
         (["out", "--gpu", "--backend", "cuda"], "--backend doesn't go"),
         (["out", "--gpu", "--perplexity-windows", 2], "--perplexity-windows doesn't go"),
         (["--synthetic", "llama3-8b", "--bits", 9], "--bits"),
+        (["out", "--gpu", "--no-sweep"], "--no-sweep doesn't go with --gpu"),
+        (["out", "--no-sweep", "--gguf", "a.gguf"], "--gguf doesn't go with --no-sweep"),
         (["out", "--tune", "--peers"], "OUT_DIR doesn't go with --tune. --peers doesn't go"),
     ],
 )

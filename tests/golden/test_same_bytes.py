@@ -14,6 +14,9 @@ import pytest
 import torch
 
 from qtool import pipeline
+from qtool.core.column_loop import walk_columns
+from qtool.core.grids import pick_affine
+from qtool.core.native import columns as native_columns
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
 from tests import families
@@ -55,6 +58,11 @@ def probe(model: Path) -> str:
         gram = x.T @ x
         for value in (gram, torch.linalg.cholesky(gram), x.exp().sum(0), torch.linalg.inv(gram)):
             digest.update(value.contiguous().numpy().tobytes())
+    # Without a compiler solvers run by torch alone, and by another one they round elsewhere.
+    work, matrix, rows = torch.randn(3, 64, 64, generator=generator)
+    tables = (rows.abs() + 0.5, rows.round(), torch.full((1,), 7.0))
+    levels = walk_columns(pick_affine, work, matrix / 64, tables)[1]
+    digest.update(levels.numpy().tobytes() + bytes([native_columns.has_native_loop()]))
     return digest.hexdigest()
 
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from qtool import resources, settings
+from qtool.core.native import building, library, threads
+from qtool.core.native.library import Library, found_library
 from qtool.errors import UnknownNameError
 from qtool.runtime.backends._choose import choose_backend, load_backend
-from qtool.runtime.backends.cpu import building, library, operators, threads
-from qtool.runtime.backends.cpu.library import Library, found_library
+from qtool.runtime.backends.cpu import operators
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal
@@ -178,9 +179,7 @@ def test_threads_are_those_of_torch_and_no_more_than_cores(monkeypatch):
 
 
 def test_omp_num_threads_is_obeyed():
-    line = (
-        "from qtool.runtime.backends.cpu.threads import library_threads; print(library_threads())"
-    )
+    line = "from qtool.core.native.threads import library_threads; print(library_threads())"
     told = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", line], env=told, capture_output=True, text=True, check=True

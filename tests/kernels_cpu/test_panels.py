@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qtool.core.native import building, library
 from qtool.runtime.backends._choose import load_backend
-from qtool.runtime.backends.cpu import building, library, operators
+from qtool.runtime.backends.cpu import operators
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtool.runtime.backends.cpu import building
-from qtool.runtime.backends.cpu.library import NATIVE_DTYPES, Library, found_library
+from qtool.core.native import building
+from qtool.core.native.library import NATIVE_DTYPES, Library, found_library
 from qtool.runtime.decode import prompts
 from qtool.runtime.decode.torch_ops import rms_norm, silu_times
 from tests.helpers import normal

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from qtool import resources
-from qtool.runtime.backends.cpu import building
-from qtool.runtime.backends.cpu.library import best_level
+from qtool.core.native import building
+from qtool.core.native.library import best_level
 
-DRIVERS = [str(Path(__file__).parent / name) for name in ("driver.c", "decode_driver.c")]
+NAMES = ("driver.c", "decode_driver.c", "columns_driver.c")
+DRIVERS = [str(Path(__file__).parent / name) for name in NAMES]
 LEVELS = list(building.instruction_levels())
 CHECKS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0", "-g", "-Wall")
 OPEN = ("-std=c11", "-pthread", "-Wno-psabi", "-D_GNU_SOURCE", "-Werror")

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from qtool import pipeline
+from qtool.core.native import building
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
 from qtool.runtime.backends._choose import use_backend
-from qtool.runtime.backends.cpu import building
 from qtool.runtime.backends.cpu.decode_step import NativeStep
 from qtool.runtime.backends.cpu.packing import PACKED_WEIGHTS, PackedWeight
 from qtool.runtime.decode.read_model import weights_of

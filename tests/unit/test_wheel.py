@@ -6,8 +6,8 @@ import zipfile
 
 import pytest
 
+from qtool.core.native import building
 from qtool.recipe.names import built_in, in_folders
-from qtool.runtime.backends.cpu import building
 from tests.helpers import ROOT, run_python
 
 pytestmark = pytest.mark.wheel

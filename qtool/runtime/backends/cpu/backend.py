@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtool.base import Fused, IntegerProduct, KernelBackend, QuantizedTensor
+from qtool.core.native.library import Library, found_library
+from qtool.core.native.threads import library_threads
 from qtool.formats import (
     affine,
     binary_coding,
@@ -18,9 +20,7 @@ from qtool.formats import (
 )
 from qtool.runtime.backends.cpu import operators
 from qtool.runtime.backends.cpu.decode_ops import NativeCalls, NativeOps
-from qtool.runtime.backends.cpu.library import Library, found_library
 from qtool.runtime.backends.cpu.packing import PackedWeight
-from qtool.runtime.backends.cpu.threads import library_threads
 from qtool.runtime.backends.cuda.centers import why_no_planes
 from qtool.runtime.backends.dense import BACKEND as DENSE
 from qtool.runtime.decode.ops import DecodeOps

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtool.core.native.library import NATIVE_DTYPES
 from qtool.runtime.backends.cpu.decode_step import DecoderTable, NativeStep
-from qtool.runtime.backends.cpu.library import NATIVE_DTYPES
 from qtool.runtime.decode.ops import DecodeState, Norm
 from qtool.runtime.decode.torch_ops import TorchOps, silu_times
 from qtool.runtime.decode.weights import DecoderWeights, Projection, Projections

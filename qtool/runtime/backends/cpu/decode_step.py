@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qtool.runtime.backends.cpu.library import NATIVE_DTYPES
+from qtool.core.native.library import NATIVE_DTYPES
 from qtool.runtime.decode.ops import DecodeState
 from qtool.runtime.decode.weights import DecoderLayer, DecoderWeights, Projection, Projections
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from qtool import settings
 from qtool.base import QuantizedTensor
+from qtool.core.native.library import NATIVE_DTYPES, Library
+from qtool.core.native.threads import library_threads
 from qtool.formats.mixed_rows import MIXED_ROWS, split_rows
 from qtool.plugins import check_name
-from qtool.runtime.backends.cpu.library import NATIVE_DTYPES, Library
 from qtool.runtime.backends.cpu.streams import STREAM_ALIGNMENT, STREAMS
-from qtool.runtime.backends.cpu.threads import library_threads
 from qtool.runtime.backends.cuda.centers import CENTERS, planes_of
 from qtool.scheme import Shape2D
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from qtool import resources, settings
+from qtool.core.native import building
 from qtool.plugins import check_name
-from qtool.runtime.backends.cpu import building
 
 PROCESSOR_INFO = Path("/proc/cpuinfo")
 POINTER, INTEGER = c_void_p, c_int64
@@ -30,6 +30,7 @@ SIGNATURES = {
         (POINTER, POINTER, c_double, INTEGER, INTEGER, INTEGER, POINTER, INTEGER),
     ),
     "qt_gate_rows": (None, (POINTER, POINTER, INTEGER, INTEGER, INTEGER, POINTER, INTEGER)),
+    "qt_columns_walk": (None, (POINTER, INTEGER)),
     "qt_decode_room": (INTEGER, (POINTER, INTEGER, INTEGER)),
     "qt_decode_step": (None, (POINTER, POINTER, INTEGER)),
 }
