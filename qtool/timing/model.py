@@ -28,7 +28,7 @@ class SpeedResult:
 
 @torch.inference_mode()
 def time_model(
-    model: LoadedModel, *, prompt_tokens: int = 128, decode_tokens: int = 32, repeats: int = 5
+    model: LoadedModel, *, prompt_tokens: int = 512, decode_tokens: int = 32, repeats: int = 5
 ) -> SpeedResult:
     """Time one prompt and greedy decoding after it, token by token with a key-value cache.
 

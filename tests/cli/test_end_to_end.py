@@ -270,7 +270,7 @@ def test_bench_times_the_checkpoint_beside_its_original(cli: Cli, llama, checkpo
 def test_bench_prints_its_conditions(cli: Cli, checkpoint):
     done = cli("bench", checkpoint)
     assert done.code == 0, done.err
-    assert re.search(r"batch 1, prompt 128, 32 tokens decoded,\s+median of 5", done.out)
+    assert re.search(r"batch 1, prompt 256, 32 tokens decoded,\s+median of 5", done.out)
 
 
 @pytest.mark.parametrize(
