@@ -25,17 +25,21 @@ from qtool.walk.walk import Walk
 from tests.helpers import QUICK_BCQ, file_hashes, warnings_in
 
 SCHEME = {"num_bits": 2, "group_size": 32}
+BY_ROWS = {
+    "dint": {"num_bits": 4, "group_size": None},
+    "bcq": {"num_bits": 1, "group_size": None},
+}
 OPTIONS = {"rtn": {}, "gptq": {"polish_rounds": 1}, "bcq": dict(QUICK_BCQ), "dint": {}}
 GROUPS = (("self_attn.q_proj", "self_attn.k_proj"), ("self_attn.out_proj",), ("fc1",), ("fc2",))
 NAMES = [name for group in GROUPS for name in group]
 
 
 def recipe(dataset, method="rtn", *, sections=None, **calibration):
-    # dint by rows: in groups of 32 its errors are so small that some processors correct none
-    section = {"dataset": str(dataset), "num_samples": 8, "sequence_length": 48, **calibration}
+    # by rows: in groups of 32 errors of dint and bcq are so small that rounding decides whether any is
+    section = {"dataset": str(dataset), "num_samples": 24, "sequence_length": 48, **calibration}
     weights = {
         "method": method,
-        "scheme": SCHEME if method != "dint" else {"num_bits": 4, "group_size": None},
+        "scheme": BY_ROWS.get(method, SCHEME),
         "options": OPTIONS[method],
     }
     return recipe_from_mapping({"calibration": section, "weights": weights, **(sections or {})})
