@@ -35,7 +35,7 @@ NAMES = [name for group in GROUPS for name in group]
 
 
 def recipe(dataset, method="rtn", *, sections=None, **calibration):
-    # by rows: in groups of 32 errors of dint and bcq are so small that rounding decides whether any is
+    # dint and bcq by rows: in groups of 32 their errors are so small that rounding decides
     section = {"dataset": str(dataset), "num_samples": 24, "sequence_length": 48, **calibration}
     weights = {
         "method": method,
