@@ -7,7 +7,6 @@ its name when it is whole. What a killed process left there is dropped; nothing 
 import contextlib
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from qtool.checkpoint.place import (
     find_place,
 )
 from qtool.errors import OutputError
-from qtool.storage.whole_files import sync
+from qtool.storage.whole_files import remove_entry, sync
 
 RESULT = "result"
 """What is made, in the work directory; the caller's file or directory."""
@@ -65,7 +64,7 @@ def made_fresh(dest: Path) -> Iterator[Path]:
             with file_failures(dest):
                 why = _why_unnamed(made, place)
         except BaseException:
-            _remove(made)
+            remove_entry(made)
             raise
         if why is not None:
             raise OutputError(
@@ -116,7 +115,7 @@ def _claim(place: Place) -> int:
                 if os.fstat(descriptor).st_ino == inode(work):
                     _check_free(place)
                     write_job(work, Job(fingerprint=MADE_AT_ONCE))
-                    _remove(work / RESULT)
+                    remove_entry(work / RESULT)
                     return descriptor
             except BaseException:
                 with contextlib.suppress(OSError):  # it isn't empty: somebody's work
@@ -132,10 +131,3 @@ def _clear(work: Path) -> None:
         if name == JOB_NAME or HALF_JOB.fullmatch(name):
             (work / name).unlink()
     work.rmdir()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

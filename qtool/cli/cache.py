@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from qtool.errors import OutputError
 from qtool.modeling.demo import DEMO_MODELS
 from qtool.settings import cache_dir
 from qtool.storage.store import Kept, Store
+from qtool.storage.whole_files import remove_entry
 from qtool.wording import gigabytes, reason
 
 IN_STORE = {
@@ -109,10 +109,7 @@ def _clear(names: list[str]) -> None:
             store.clear([name for name in names if name in IN_STORE])
         for name in FOLDERS.keys() & {*names}:
             for entry in _ours(name):
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink()
+                remove_entry(entry)
             with contextlib.suppress(OSError):  # there is none, or it has what isn't ours
                 (cache_dir() / name).rmdir()
     except OSError as error:
