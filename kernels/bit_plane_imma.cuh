@@ -113,13 +113,13 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
     }
 }
 
-// What a warp has of a tile, its limbs put together: [16 rows][COLUMNS], as floats or marked floats.
+// What a warp has of a tile, its limbs put together: [COLUMNS][16 rows], as floats or marked floats.
 DEVICE void put_part(const float *acc, float *shared, u64 *exchange, int lane) {
     int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < ACCUMULATORS; ++i) {
         float value = acc[i] + 65536.0f * shuffle_xor(acc[i], 1); // of use where t is even
-        int column = i / 2 * 2 + t / 2, index = (g + i % 2 * 8) * COLUMNS + column;
+        int column = i / 2 * 2 + t / 2, index = column * TILE_ROWS + g + i % 2 * 8;
         if (t % 2 == 1 || column >= COLUMNS) continue;
         if (exchange) store_marked(exchange + index, value, 1);
         else shared[index] = value;

@@ -138,11 +138,11 @@ DEVICE void multiply_unit(float *acc, unsigned char *stage, const unsigned char 
     }
 }
 
-// What a warp has of a tile, to where it is summed: [16 rows][COLUMNS], as floats or marked floats.
+// What a warp has of a tile, to where it is summed: [COLUMNS][16 rows], as floats or marked floats.
 DEVICE void put_part(const float *acc, float *shared, u64 *exchange, int lane) {
 #pragma unroll
     for (int i = 0; i < ACCUMULATORS; ++i) {
-        int index = (lane / 4 + i % 4 / 2 * 8) * COLUMNS + i / 4 * 8 + 2 * (lane % 4) + i % 2;
+        int index = (i / 4 * 8 + 2 * (lane % 4) + i % 2) * TILE_ROWS + lane / 4 + i % 4 / 2 * 8;
         if (exchange) store_marked(exchange + index, acc[i], 1);
         else shared[index] = acc[i];
     }

@@ -136,7 +136,7 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
         acc[i] += sums[i] * factor[COLUMNS == 1 ? 0 : i / 4 * 8 + 2 * t + i % 2];
 }
 
-// What a warp has of a tile, to where it is summed: [16 rows][COLUMNS], as floats or marked floats.
+// What a warp has of a tile, to where it is summed: [COLUMNS][16 rows], as floats or marked floats.
 DEVICE void put_part(const float *acc, float *shared, u64 *exchange, int lane) {
     int g = lane / 4, t = lane % 4;
     if (COLUMNS == 1 && t != 0) return;
@@ -144,7 +144,7 @@ DEVICE void put_part(const float *acc, float *shared, u64 *exchange, int lane) {
     for (int i = 0; i < ACCUMULATORS; ++i) {
         if (COLUMNS == 1 && i % 2 == 1) continue;
         int column = COLUMNS == 1 ? 0 : i / 4 * 8 + 2 * t + i % 2;
-        int index = (g + i % 4 / 2 * 8) * COLUMNS + column;
+        int index = column * TILE_ROWS + g + i % 4 / 2 * 8;
         if (exchange) store_marked(exchange + index, acc[i], 1);
         else shared[index] = acc[i];
     }

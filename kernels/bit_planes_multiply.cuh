@@ -32,7 +32,7 @@ struct Product {
     u16 *y;              // [batch][width]: out_features wide; EPILOGUE 2: of half as many
     const int *places;   // [out_features], the columns of y; null: as they come
     float *partial;      // [slabs][batch][row_tiles * 16]; null: one slab, write y
-    u64 *exchange;       // [blocks][WARPS][16][COLUMNS], zeros, of this slab and block of columns
+    u64 *exchange;       // [blocks][WARPS][COLUMNS][16], zeros, of this slab and block of columns
     int out_features, in_features, batch, row_tiles, units, groups, width, units_per_slab;
     int block, blocks;
     const u16 *norm;     // [in_features], if NORM
@@ -65,8 +65,8 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
     unsigned char *operands = shared + WARPS * STAGES * STAGE_BYTES;
     float *starts = (float *)(operands + units_per_slab * BLOCKS_PER_UNIT * COLUMNS * X_BYTES);
     float *factors = starts + X_NUMBERS * units_per_slab * BLOCKS_PER_UNIT * COLUMNS; // [unit][COLUMNS]
-    float *given = factors + X_NUMBERS * units_per_slab * COLUMNS; // [16][COLUMNS]
-    float *parts = given + PART; // [own tiles + WARPS][16][COLUMNS], then a number per own tile
+    float *given = factors + X_NUMBERS * units_per_slab * COLUMNS; // [COLUMNS][16]
+    float *parts = given + PART; // [own tiles + WARPS][COLUMNS][16], then a number per own tile
 
     // Weights are on their way before the inputs exist.
     Place ahead = place_at(weight, begin < share.given ? share.begin + share.size - share.given + begin
@@ -148,18 +148,18 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
     const int rows = EPILOGUE == 2 ? TILE_ROWS / 2 : TILE_ROWS;
     int outputs = EPILOGUE == 2 ? its.out_features / 2 : its.out_features;
     for (int index = (int)threadIdx.x; index < tiles * rows * COLUMNS; index += THREADS) {
-        int tile = index / (rows * COLUMNS), row = index / COLUMNS % rows;
-        int column = index % COLUMNS, at = row * COLUMNS + column;
+        int tile = index / (rows * COLUMNS), row = index % rows; // of a token, neighbours write neighbours
+        int column = index / rows % COLUMNS, at = column * TILE_ROWS + row;
         float value = 0.0f, other = 0.0f;
         if (tile == 0 && shared_tile) {
             value = given[at];
-            if (EPILOGUE == 2) other = given[at + 8 * COLUMNS];
+            if (EPILOGUE == 2) other = given[at + 8];
         }
         u32 span = spans[tile];
         for (int w = (int)(span & 0xffffu); w <= (int)(span >> 16); ++w) {
             if (is_idle(w, share.size)) continue;
             value += parts[(tile + w) * PART + at];
-            if (EPILOGUE == 2) other += parts[(tile + w) * PART + at + 8 * COLUMNS];
+            if (EPILOGUE == 2) other += parts[(tile + w) * PART + at + 8];
         }
         value *= power_of_two(row < 8 ? ROW_POWER : UPPER_POWER);
         int out = (own + tile) * rows + row;
@@ -180,7 +180,7 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
     }
 #if RANKS > 1
     for (int index = (int)threadIdx.x; index < tiles * rows * COLUMNS; index += THREADS) {
-        int out = own * rows + index / COLUMNS, column = index % COLUMNS;
+        int out = (own + index / (rows * COLUMNS)) * rows + index % rows, column = index / rows % COLUMNS;
         if (column >= columns || out >= outputs) continue;
         u64 to_write = (u64)(column0 + column) * its.width + out;
         float rest = EPILOGUE == 1 ? load_activation(its.residual[to_write]) : 0.0f;
