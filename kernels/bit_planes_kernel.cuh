@@ -1,8 +1,14 @@
 // The kernel of one weight of planes, named KERNEL by the file that includes this after its product.
 //
-// Grid (blocks, slabs of in_features, blocks of columns).
+// Grid (blocks, slabs of in_features, blocks of columns). CLUSTER 2 or more (1 unless defined; compute capability 9.0): as many
+// slabs, whose blocks are a cluster, so they are in the grid's first dimension.
+#if CLUSTER > 1
+#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTERED
+#endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS)
 KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
        const u32 *scales,    // [row_tiles][groups][8][PARAMETERS], rows g and g + 8
        const u16 *x,         // [batch][in_features]
@@ -17,6 +23,6 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
     DYNAMIC_SHARED(shared);
     exchange += ((u64)blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x * WARPS * PART;
     multiply({planes, scales, x, residual, y, places, partial, exchange, out_features, in_features, batch,
-              row_tiles, units, groups, width, units_per_slab, (int)blockIdx.x, (int)gridDim.x, norm, eps},
+              row_tiles, units, groups, width, units_per_slab, (int)blockIdx.x / CLUSTER, (int)gridDim.x / CLUSTER, norm, eps},
              shared);
 }

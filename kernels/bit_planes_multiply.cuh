@@ -16,6 +16,12 @@
 #ifndef X_NUMBERS
 #define X_NUMBERS 1
 #endif
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
+#if CLUSTER > 1
+#include "bit_planes_cluster.cuh"
+#endif
 #if NORM
 #include "bit_planes_norm.cuh"
 #endif
@@ -42,10 +48,18 @@ struct Product {
 #endif
 };
 
-// One block's work: of slab blockIdx.y and block of columns blockIdx.z.
+#if CLUSTER > 1
+#define SLAB ((int)cluster_rank())
+#define FIRST_OUTPUT (SLAB * THREADS)
+#else
+#define SLAB ((int)blockIdx.y)
+#define FIRST_OUTPUT 0
+#endif
+
+// One block's work: of slab blockIdx.y, or of its rank's in its cluster, and of block of columns blockIdx.z.
 DEVICE void multiply(const Product &its, unsigned char *shared) {
     int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
-    int units_per_slab = its.units_per_slab, first_unit = (int)blockIdx.y * units_per_slab;
+    int units_per_slab = its.units_per_slab, first_unit = SLAB * units_per_slab;
     Weight weight = {its.planes, its.scales, its.units, its.groups, first_unit, units_per_slab};
     if (its.units - first_unit < weight.count) weight.count = its.units - first_unit;
     int column0 = (int)blockIdx.z * COLUMNS;
@@ -147,7 +161,11 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
     __syncthreads();
     const int rows = EPILOGUE == 2 ? TILE_ROWS / 2 : TILE_ROWS;
     int outputs = EPILOGUE == 2 ? its.out_features / 2 : its.out_features;
-    for (int index = (int)threadIdx.x; index < tiles * rows * COLUMNS; index += THREADS) {
+#if CLUSTER > 1
+    add_parts(parts, spans, tiles, share);
+    sync_cluster(); // all have their sums
+#endif
+    for (int index = (int)threadIdx.x + FIRST_OUTPUT; index < tiles * rows * COLUMNS; index += THREADS * CLUSTER) {
         int tile = index / (rows * COLUMNS), row = index % rows; // of a token, neighbours write neighbours
         int column = index / rows % COLUMNS, at = column * TILE_ROWS + row;
         float value = 0.0f, other = 0.0f;
@@ -156,17 +174,23 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
             if (EPILOGUE == 2) other = given[at + 8];
         }
         u32 span = spans[tile];
+#if CLUSTER > 1
+        const float *sum = parts + (tile + (int)(span & 0xffffu)) * PART + at;
+        value = cluster_sum(sum);
+        if (EPILOGUE == 2) other = cluster_sum(sum + 8);
+#else
         for (int w = (int)(span & 0xffffu); w <= (int)(span >> 16); ++w) {
             if (is_idle(w, share.size)) continue;
             value += parts[(tile + w) * PART + at];
             if (EPILOGUE == 2) other += parts[(tile + w) * PART + at + 8];
         }
+#endif
         value *= power_of_two(row < 8 ? ROW_POWER : UPPER_POWER);
         int out = (own + tile) * rows + row;
         u64 token = (u64)(column0 + column);
         if (column >= columns) continue;
         if (its.partial) {
-            its.partial[((u64)blockIdx.y * its.batch + token) * its.row_tiles * TILE_ROWS + out] = value;
+            its.partial[((u64)SLAB * its.batch + token) * its.row_tiles * TILE_ROWS + out] = value;
         } else if (out < outputs) {
             if (EPILOGUE == 2) value = silu(value) * (other * power_of_two(UPPER_POWER));
             u64 to_write = token * its.width + (its.places ? its.places[out] : out);
@@ -178,6 +202,9 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
 #endif
         }
     }
+#if CLUSTER > 1
+    sync_cluster(); // others still read this block's sums
+#endif
 #if RANKS > 1
     for (int index = (int)threadIdx.x; index < tiles * rows * COLUMNS; index += THREADS) {
         int out = (own + index / (rows * COLUMNS)) * rows + index % rows, column = index / rows % COLUMNS;

@@ -18,6 +18,14 @@ DEVICE void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// A float of the same place in one block's shared memory.
+DEVICE float load_of_block(const float *place, u32 rank) {
+    float value;
+    asm volatile("{.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];}"
+                 : "=f"(value) : "r"(shared_address(place)), "r"(rank) : "memory");
+    return value;
+}
+
 DEVICE void barrier_init(u64 *barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }

@@ -269,6 +269,7 @@ DEVICE void barrier_expect(unsigned long long *place, unsigned bytes) { host::ch
 DEVICE void barrier_arrive(unsigned long long *place) { host::change(place, 1, 0); }
 // The same place in another block of the cluster.
 template <class Type> Type *there(unsigned rank, Type *place) { return (Type *)(host::shared_of(rank) + shared_address(place)); }
+DEVICE float load_of_block(const float *place, unsigned rank) { return *there(rank, place); }
 DEVICE void barrier_arrive(unsigned long long *place, unsigned rank) { host::change(there(rank, place), 1, 0); }
 DEVICE void barrier_wait(unsigned long long *place, unsigned parity) {
     while (((host::Barrier *)place)->phase == parity) host::yield();

@@ -66,11 +66,13 @@ def call_for(
         "LOADS": min(planes.MOST_LOADS, loads),
         "EPILOGUE": planes.EPILOGUES[around.epilogue] if chosen.slabs == 1 else 0,
     }
+    if chosen.cluster > 1:
+        grid["CLUSTER"] = chosen.cluster
     return KernelCall(
         file=product.name,
         kernel=product.name,
         constants=constants(dtype, **layout.macros, **grid),
-        grid=(chosen.ctas, chosen.slabs, chosen.column_blocks),
+        grid=(chosen.ctas * chosen.cluster, chosen.slabs, chosen.column_blocks),
         threads=tuning.warps * WARP,
         shared_bytes=chosen.shared_bytes,
         numbers=(*sizes, chosen.units_per_slab, float(eps or 0)),

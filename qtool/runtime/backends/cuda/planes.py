@@ -158,6 +158,9 @@ class LaunchPlan:
     exchange_words: int
     whole: bool
     """CTAs have whole tiles, the same number but for the last ones, and exchange nothing."""
+    cluster: int = 1
+    """CTAs of a cluster, each with a slab of its own: then `slabs` is 1, for nothing is left to
+    add."""
 
 
 def room_of(card: Card, ctas: int) -> int:
@@ -183,6 +186,8 @@ def plan_launch(  # noqa: PLR0913 - a key of the cache
     """
     columns, warps = product.columns, tuning.warps
     blocks = -(-batch // columns)
+    if tuning.cluster > 1:
+        return _plan_clusters(row_tiles, units, blocks, layout, card, tuning, product)
     for slabs in range(1, units + 1):
         count = -(-units // slabs)
         if (slabs - 1) * count >= units or row_tiles * count > MAX_UNITS:
@@ -197,6 +202,34 @@ def plan_launch(  # noqa: PLR0913 - a key of the cache
                 words = blocks * slabs * ctas * warps * TILE_ROWS * columns
                 sizes = (blocks, ctas, slabs, count, stages, ctas_per, shared, words)
                 return LaunchPlan(*sizes, whole)
+    return None
+
+
+def _plan_clusters(  # noqa: PLR0913 - those of `plan_launch`
+    row_tiles: int,
+    units: int,
+    blocks: int,
+    layout: Layout,
+    card: Card,
+    tuning: Tuning,
+    product: Product,
+) -> LaunchPlan | None:
+    """Choose a grid of clusters; None: the card has none, or inputs don't come out even."""
+    slabs, warps, columns = tuning.cluster, tuning.warps, product.columns
+    count, rest = divmod(units, slabs)
+    if rest or not card.warpgroups:
+        return None
+    # more than two may leave multiprocessors of a part of the chip over
+    most = max(1, card.multiprocessors // slabs - (slabs > 2)) * tuning.waves  # noqa: PLR2004
+    tiles = -(-row_tiles // most)
+    ctas = -(-row_tiles // tiles)
+    for stages in range(tuning.stages, 1, -1):
+        ring = warps * stages * product.stage_bytes(layout)
+        shared = ring + product.shared_bytes(tiles * count, count, warps)
+        if shared <= room_of(card, 1):
+            words = blocks * slabs * ctas * warps * TILE_ROWS * columns
+            sizes = (blocks, ctas, 1, count, stages, 1, shared, words)
+            return LaunchPlan(*sizes, whole=True, cluster=slabs)
     return None
 
 

@@ -48,6 +48,8 @@ class Tuning:
     """CTAs that share one."""
     waves: int = 1
     """CTAs that follow one another on one."""
+    cluster: int = 1
+    """CTAs that have a slab of inputs each and add up their sums in shared memory."""
 
 
 @dataclass(frozen=True, slots=True)
