@@ -63,7 +63,7 @@ def call_for(
         "ALIGNED": int(in_features % 8 == 0),
         "WHOLE": int(chosen.whole),
         "NORM": 0 if eps is None else normed_units(*shape, card=card),
-        "LOADS": min(planes.MOST_LOADS, loads),
+        "LOADS": min(product.most_loads, loads),
         "EPILOGUE": planes.EPILOGUES[around.epilogue] if chosen.slabs == 1 else 0,
     }
     if chosen.cluster > 1:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,6 +27,8 @@ NUMBER = 4
 """Bytes of a float32 in shared memory."""
 MOST_LOADS = 4
 """Units of inputs that a warp holds in registers."""
+MOST_LOADS_AS_THEY_ARE = 8
+"""The same where they are stored as they come."""
 LOW_PLANES = 4
 """Planes of the first table of kernels/bit_plane_lookup.cuh; the rest has one of its own."""
 MAX_UNITS = 2**21
@@ -102,6 +105,11 @@ class Product:
     """Of shared memory for 32 inputs of one token."""
     looks_up: bool = False
     """It makes tables where a unit's planes were, and takes x as it is."""
+
+    @property
+    def most_loads(self) -> int:
+        """Return how many units of inputs a warp has under way before it stages the first."""
+        return MOST_LOADS_AS_THEY_ARE if self.looks_up else MOST_LOADS
 
     def stage_bytes(self, layout: Layout) -> int:
         """Return what a unit takes of shared memory."""
@@ -280,7 +288,9 @@ def tuned_plan(
     few = product.columns <= MOST_IN_PAIRS
     tunings = tunings_for(row_tiles, units, card, few=few)
     if product.looks_up:
-        tunings = (tunings[0], replace(tunings[0], warps=LOOKED_UP_WARPS), *tunings[1:])
+        ways = (tunings[0], replace(tunings[0], warps=LOOKED_UP_WARPS))
+        two = (replace(tuning, cluster=2) for tuning in ways)
+        tunings = (*chain.from_iterable(zip(ways, two, strict=True)), *tunings[1:])
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
         found = []
         for order, tuning in enumerate(replace(tuning, waves=waves) for tuning in tunings):
@@ -291,7 +301,7 @@ def tuned_plan(
                 # with many tokens a CTA multiplies for longer: all its warps are worth a slab
                 rank = (planned.slabs, crowded, order) if few else (crowded, order, planned.slabs)
                 if product.looks_up:
-                    rank = (order > 1, planned.slabs, order)
+                    rank = (order > 3, planned.slabs, order)  # noqa: PLR2004 - of `ways` and `two`
                 found.append((rank, (tuning, planned)))
         if found:
             return min(found, key=lambda pair: pair[0])[1]
