@@ -9,7 +9,7 @@ from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, constants
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 
 NAME = "bit_plane_lookup_stream"
-WARPS, STAGES, X_STAGES = 16, 2, 4
+WARPS, STAGES, AHEAD = 16, 2, 2
 LEAST_TILES = 12
 """Of a CTA: fewer leave units to other warps whose inputs all have to stay in shared memory."""
 
@@ -38,9 +38,9 @@ def stream_of(row_tiles: int, units: int, multiprocessors: int) -> Stream | None
 def shared_bytes(stream: Stream, layout: planes.Layout, columns: int) -> int:
     """Return what a CTA takes of shared memory."""
     ring = WARPS * STAGES * planes.looked_up(columns).stage_bytes(layout)
-    x = (X_STAGES + stream.rest) * planes.BLOCKS_PER_UNIT * columns * planes.looked_up(1).x_bytes
+    x = (2 * AHEAD + stream.rest) * planes.BLOCKS_PER_UNIT * columns * planes.looked_up(1).x_bytes
     slots = WARPS - 1 if stream.tiles < WARPS else 0
-    return ring + x + slots * TILE_ROWS * columns * planes.NUMBER + 2 * X_STAGES * 8
+    return ring + x + slots * TILE_ROWS * columns * planes.NUMBER + 2 * AHEAD * 8
 
 
 def streamed_call(
@@ -50,7 +50,7 @@ def streamed_call(
     _, in_features, batch, row_tiles, units, *_ = sizes
     stream = stream_of(row_tiles, units, card.multiprocessors)
     columns = -(-batch // 8) * 8
-    if stream is None or not card.warpgroups or columns > 64 or stream.main < X_STAGES:
+    if stream is None or not card.warpgroups or columns > 64 or stream.main < AHEAD:
         return None
     shared = shared_bytes(stream, layout, columns)
     if shared > planes.room_of(card, 1):
@@ -59,7 +59,7 @@ def streamed_call(
         "COLUMNS": columns,
         "WARPS": WARPS,
         "STAGES": STAGES,
-        "X_STAGES": X_STAGES,
+        "AHEAD": AHEAD,
         "TILES": stream.tiles,
         "MAIN": stream.main,
         "REST": stream.rest,
