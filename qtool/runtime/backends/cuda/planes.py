@@ -227,8 +227,9 @@ def _plan_clusters(  # noqa: PLR0913 - those of `plan_launch`
     count, rest = divmod(units, slabs)
     if rest or not card.warpgroups:
         return None
-    # more than two may leave multiprocessors of a part of the chip over
-    most = max(1, card.multiprocessors // slabs - (slabs > 2)) * tuning.waves  # noqa: PLR2004
+    # clusters of 4 and 8 leave some multiprocessors over: an H200 has 30 and 15 of them at once
+    usable = card.multiprocessors if slabs == 2 else card.multiprocessors * 11 // 12  # noqa: PLR2004
+    most = max(1, usable // slabs) * tuning.waves
     tiles = -(-row_tiles // most)
     ctas = -(-row_tiles // tiles)
     for stages in range(tuning.stages, 1, -1):
