@@ -14,6 +14,7 @@
 #define WHOLE 1
 #define LOADS 1
 #define CLUSTER 1
+#define KERNEL bit_plane_lookup_stream
 #include "hopper.cuh"
 #include "bit_plane_lookup_mma.cuh"
 
@@ -73,13 +74,14 @@ DEVICE void write_tile(const Product &its, float *acc, const float *parts, int f
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-bit_plane_lookup_stream(const quad *planes,   // [row_tiles][units][PLANES][32]
-                        const u32 *scales,    // [row_tiles][groups][8][PARAMETERS], rows g and g + 8
-                        const u16 *x,         // [batch][in_features]
-                        const u16 *residual,  // [batch][width], or null
-                        u16 *y,               // [batch][width]: out_features wide; EPILOGUE 2: of half as many
-                        const int *places,    // [out_features], the columns of y; null: as they come
-                        int out_features, int in_features, int batch, int row_tiles, int units, int groups, int width) {
+KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
+       const u32 *scales,    // [row_tiles][groups][8][PARAMETERS], rows g and g + 8
+       const u16 *x,         // [batch][in_features]
+       const u16 *residual,  // [batch][width], or null
+       u16 *y,               // [batch][width]: out_features wide; EPILOGUE 2: of half as many
+       const int *places,    // [out_features], the columns of y; null: as they come
+       float *partial, const u16 *norm, // these, and the last two, are what bit_planes_kernel.cuh takes
+       int out_features, int in_features, int batch, int row_tiles, int units, int groups, int width, int units_per_slab, float eps) {
     DYNAMIC_SHARED(shared);
     int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP, first_tile = (int)blockIdx.x * TILES;
     int column0 = (int)blockIdx.z * COLUMNS, columns = batch - column0 < COLUMNS ? batch - column0 : COLUMNS;

@@ -24,6 +24,7 @@ from qtool.runtime.backends.cuda.selection import (
     selection_for,
     wanted_kernel,
 )
+from qtool.runtime.backends.cuda.streamed import is_streamed
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 from qtool.runtime.decode.ops import Norm
 
@@ -72,7 +73,7 @@ def kernel_for(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = F
     shape, num_bits = weight.shape, weight.scheme.num_bits
     weights = shape.out_features * shape.in_features
     is_wide = selection_for(card.name).is_wide(num_bits, tokens, shape)
-    if is_wide and wide_tuning(weight, tokens, card) is not None:
+    if is_wide and not is_streamed(weight, tokens, card) and wide_tuning(weight, tokens, card):
         return "wide"
     if tokens > selection_for(card.name).most_tokens(num_bits, weights):
         return "dequantize"

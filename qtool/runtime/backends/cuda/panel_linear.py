@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtool.errors import BackendError
+from qtool.runtime.backends.cuda.grids import room_of, shares_of
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.panels import PanelLayout
@@ -18,8 +19,6 @@ from qtool.runtime.backends.cuda.planes import (
     MORE_WAVES,
     NUMBER,
     Target,
-    room_of,
-    shares_of,
 )
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 from qtool.runtime.decode.ops import Norm

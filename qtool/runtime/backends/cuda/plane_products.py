@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qtool.errors import BackendError
-from qtool.runtime.backends.cuda import planes
+from qtool.runtime.backends.cuda import planes, streamed
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.splits import add_splits
@@ -45,6 +45,9 @@ def call_for(
         BackendError: a CTA has too little shared memory.
     """
     _, in_features, batch, row_tiles, units, *_ = sizes
+    stream = streamed.streamed_call(sizes, layout, dtype, card, around.epilogue)
+    if stream is not None:
+        return stream._replace(dependent=around.dependent)
     shape = (row_tiles, units, batch, layout)
     picked = planes.tuned_plan(*shape, card=card)
     if picked is None:

@@ -1,18 +1,14 @@
 """The grid, the shared memory and the arguments of the bit-plane kernels."""
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
 
 from torch import Tensor
 
-from qtool.runtime.backends.cuda.launch import (
-    RESERVED_BYTES,
-    WARP,
-    Card,
-)
+from qtool.runtime.backends.cuda.grids import LaunchPlan, at_once, rings_of, room_of, shares_of
+from qtool.runtime.backends.cuda.launch import WARP, Card
 from qtool.runtime.backends.cuda.selection import (
     BLOCK,
     LOOKED_UP,
@@ -41,16 +37,13 @@ LEAST_GROUP = 64
 LOOKED_UP_WARPS = 12
 """Enough where more of them want another slab: 113 us, not 140, at 57344 x 8192, 3 planes and 16
 tokens on an H200."""
-LOOKED_UP_COLUMNS = (8, BLOCK, MORE_TOKENS)
+LOOKED_UP_COLUMNS = (8, BLOCK, 24, MORE_TOKENS)
 MOST_IN_PAIRS = 2
 """Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
 FEWER_WARPS, MORE_WAVES = (7, 3), (1, 2, 4, 8)
 """For cards, or weights, that the measured ones leave no room for."""
 PLAIN_LAUNCH = {"WHOLE": 0, "NORM": 0, "LOADS": MOST_LOADS}
 """Constants of a launch whose CTAs share tiles, and know x as it is multiplied."""
-MOST_IDLE = 8
-"""Units that a multiprocessor may lack, on average, so that CTAs have whole tiles: an exchange
-costs about a microsecond, twice what they do at 3 planes and one token."""
 EPILOGUES = {"none": 0, "residual": 1, "gated": 2}
 
 
@@ -151,31 +144,6 @@ def each_plane(batch: int, layout: Layout) -> Product:
     return Product("bit_plane_mma", columns, 64)
 
 
-@dataclass(frozen=True, slots=True)
-class LaunchPlan:
-    """One launch on one card."""
-
-    column_blocks: int
-    ctas: int
-    """Per slab and block of columns."""
-    slabs: int
-    units_per_slab: int
-    stages: int
-    per_multiprocessor: int
-    shared_bytes: int
-    exchange_words: int
-    whole: bool
-    """CTAs have whole tiles, the same number but for the last ones, and exchange nothing."""
-    cluster: int = 1
-    """CTAs of a cluster, each with a slab of its own: then `slabs` is 1, for nothing is left to
-    add."""
-
-
-def room_of(card: Card, ctas: int) -> int:
-    """Return the shared memory of each of so many CTAs that share a multiprocessor."""
-    return (card.shared_bytes + RESERVED_BYTES) // ctas - RESERVED_BYTES
-
-
 @functools.cache
 def plan_launch(  # noqa: PLR0913 - a key of the cache
     row_tiles: int,
@@ -190,83 +158,30 @@ def plan_launch(  # noqa: PLR0913 - a key of the cache
     """Choose a grid that fills a card once; None: a CTA has too little shared memory.
 
     in_features are cut into slabs only where the inputs of all of them don't fit into shared
-    memory.
+    memory, and by clusters into as many as they have CTAs.
     """
     columns, warps = product.columns, tuning.warps
     blocks = -(-batch // columns)
-    if tuning.cluster > 1:
-        return _plan_clusters(row_tiles, units, blocks, layout, card, tuning, product)
-    for slabs in range(1, units + 1):
+    together = tuning.cluster
+    for slabs in range(1, units + 1) if together == 1 else (together,):
         count = -(-units // slabs)
         if (slabs - 1) * count >= units or row_tiles * count > MAX_UNITS:
             continue  # the last slab would be empty
         shortest = units - (slabs - 1) * count
-        for stages, ctas_per in _rings(tuning):
-            most = card.multiprocessors * ctas_per * tuning.waves // slabs
-            ctas, share, whole = shares_of(row_tiles, count, shortest, most, ctas_per)
+        if together > 1 and (shortest < count or not card.warpgroups):
+            return None  # they add what lies in the same places, and only some cards have them
+        for stages, ctas_per in rings_of(tuning):
+            most = at_once(card, together) * ctas_per * tuning.waves // (slabs // together)
+            ctas, share, whole = shares_of(
+                row_tiles, count, shortest, most, ctas_per, whole=together > 1
+            )
             ring = warps * stages * product.stage_bytes(layout)
             shared = ring + product.shared_bytes(share, count, warps)
             if shared <= room_of(card, ctas_per):
                 words = blocks * slabs * ctas * warps * TILE_ROWS * columns
-                sizes = (blocks, ctas, slabs, count, stages, ctas_per, shared, words)
-                return LaunchPlan(*sizes, whole)
+                sizes = (blocks, ctas, slabs // together, count, stages, ctas_per, shared, words)
+                return LaunchPlan(*sizes, whole, together)
     return None
-
-
-def _plan_clusters(  # noqa: PLR0913 - those of `plan_launch`
-    row_tiles: int,
-    units: int,
-    blocks: int,
-    layout: Layout,
-    card: Card,
-    tuning: Tuning,
-    product: Product,
-) -> LaunchPlan | None:
-    """Choose a grid of clusters; None: the card has none, or inputs don't come out even."""
-    slabs, warps, columns = tuning.cluster, tuning.warps, product.columns
-    count, rest = divmod(units, slabs)
-    if rest or not card.warpgroups:
-        return None
-    # clusters of 4 and 8 leave some multiprocessors over: an H200 has 30 and 15 of them at once
-    usable = card.multiprocessors if slabs == 2 else card.multiprocessors * 11 // 12  # noqa: PLR2004
-    most = max(1, usable // slabs) * tuning.waves
-    tiles = -(-row_tiles // most)
-    ctas = -(-row_tiles // tiles)
-    for stages in range(tuning.stages, 1, -1):
-        ring = warps * stages * product.stage_bytes(layout)
-        shared = ring + product.shared_bytes(tiles * count, count, warps)
-        if shared <= room_of(card, 1):
-            words = blocks * slabs * ctas * warps * TILE_ROWS * columns
-            sizes = (blocks, ctas, 1, count, stages, 1, shared, words)
-            return LaunchPlan(*sizes, whole=True, cluster=slabs)
-    return None
-
-
-def shares_of(
-    row_tiles: int, count: int, shortest: int, most: int, beside: int = 1
-) -> tuple[int, int, bool]:
-    """Return how many CTAs, of `most`, share a slab, units of the largest share, and if it's tiles.
-
-    Args:
-        row_tiles: Of the weight.
-        count: Units of a tile, in the longest slab.
-        shortest: The same in the shortest one.
-        most: CTAs.
-        beside: CTAs on a multiprocessor.
-    """
-    most = max(1, most)
-    tiles = -(-row_tiles // most)
-    if beside * (tiles * count - row_tiles * count / most) <= MOST_IDLE:
-        return -(-row_tiles // tiles), tiles * count, True
-    ctas = min(most, row_tiles * shortest)
-    return ctas, -(-row_tiles * count // ctas), False
-
-
-def _rings(tuning: Tuning) -> Iterator[tuple[int, int]]:
-    """Yield stages and CTAs per multiprocessor, the best first."""
-    for ctas in range(tuning.per_multiprocessor, 0, -1):
-        for stages in range(tuning.stages, 2 if ctas > 1 else 1, -1):
-            yield stages, ctas
 
 
 @functools.cache

@@ -27,7 +27,7 @@ LOOKED_UP = {2: 5, 3: 3, 4: 3}
 """Tokens from which on weights of so many planes are looked up, as timed on an H200; a single plane
 has one product per weight either way."""
 
-FEW_OUTPUTS, MORE_TOKENS = 6144, 24
+FEW_OUTPUTS, MORE_TOKENS = 6144, 32
 """Outputs up to which even so many tokens are no work for bit_plane_wgmma.cu yet."""
 
 FEW_INPUTS = 4096

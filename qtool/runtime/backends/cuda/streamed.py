@@ -1,21 +1,30 @@
 """The grid of bit_plane_lookup_stream.cu: CTAs of about as many row tiles as warps."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 
 from qtool.runtime.backends.cuda import planes
+from qtool.runtime.backends.cuda.grids import room_of
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, constants
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 
 NAME = "bit_plane_lookup_stream"
-WARPS, STAGES, AHEAD = 16, 2, 2
+WARPS, STAGES = 16, 2
+AHEAD = (3, 2)
+"""Units of inputs under way before they are multiplied, the best first."""
 LEAST_TILES = 12
 """Of a CTA: fewer leave units to other warps whose inputs all have to stay in shared memory."""
+LEAST_TOKENS, MOST_TOKENS = 9, 32
+"""Fewer are staged soon enough all at once, as timed; more don't fit into registers."""
+BARRIER = 8
+"""Bytes of one in shared memory."""
 
 
 class Stream(NamedTuple):
-    """How CTAs share a weight."""
+    """How a CTA shares its part of a weight among its warps."""
 
     tiles: int
     """Of a CTA, one per warp; the other warps help."""
@@ -23,46 +32,62 @@ class Stream(NamedTuple):
     """Units of a tile that its own warp multiplies."""
     rest: int
     """Those that other warps do."""
+    ahead: int
+    """Units of inputs under way before they are multiplied."""
+    shared_bytes: int
 
 
-def stream_of(row_tiles: int, units: int, multiprocessors: int) -> Stream | None:
-    """Return how many tiles a CTA has so that all have as many; None: too few for its warps."""
-    waves = -(-row_tiles // (multiprocessors * WARPS))
-    tiles = -(-row_tiles // (multiprocessors * waves))
-    if tiles < LEAST_TILES:
+@functools.cache
+def stream_of(
+    row_tiles: int, units: int, batch: int, layout: planes.Layout, card: Card
+) -> Stream | None:
+    """Return how inputs come unit by unit; None: they don't, for this weight, tokens or card.
+
+    CTAs have as few tiles as fill all waves of them.
+    """
+    if not card.warpgroups or not LEAST_TOKENS <= batch <= MOST_TOKENS:
+        return None
+    product = planes.product_for(batch, layout)
+    waves = -(-row_tiles // (card.multiprocessors * WARPS))
+    tiles = -(-row_tiles // (card.multiprocessors * waves))
+    if not product.looks_up or tiles < LEAST_TILES:
         return None
     main = tiles * units // WARPS
-    return Stream(tiles, main, units - main)
+    for ahead in AHEAD:
+        x = (2 * ahead + units - main) * planes.BLOCKS_PER_UNIT * product.columns * product.x_bytes
+        parts = (WARPS - 1) * TILE_ROWS * product.columns * planes.NUMBER
+        shared = WARPS * STAGES * product.stage_bytes(layout) + x + 2 * ahead * BARRIER
+        if tiles < WARPS:
+            shared += parts
+        if shared <= room_of(card, 1) and ahead <= main:
+            return Stream(tiles, main, units - main, ahead, shared)
+    return None
 
 
-def shared_bytes(stream: Stream, layout: planes.Layout, columns: int) -> int:
-    """Return what a CTA takes of shared memory."""
-    ring = WARPS * STAGES * planes.looked_up(columns).stage_bytes(layout)
-    x = (2 * AHEAD + stream.rest) * planes.BLOCKS_PER_UNIT * columns * planes.looked_up(1).x_bytes
-    slots = WARPS - 1 if stream.tiles < WARPS else 0
-    return ring + x + slots * TILE_ROWS * columns * planes.NUMBER + 2 * AHEAD * 8
+def is_streamed(weight: KernelWeight, tokens: int, card: Card) -> bool:
+    """Return whether inputs of so many tokens come to a weight of planes unit by unit."""
+    if weight.tiles is None:
+        return False
+    row_tiles, units, *_ = weight.tiles.planes.shape
+    return stream_of(row_tiles, units, tokens, weight.layout, card) is not None
 
 
 def streamed_call(
     sizes: planes.Sizes, layout: planes.Layout, dtype: torch.dtype, card: Card, epilogue: str
 ) -> KernelCall | None:
-    """Return the launch of a product whose inputs come unit by unit; None: not of this weight."""
+    """Return the launch of a product whose inputs come unit by unit; None: they don't."""
     _, in_features, batch, row_tiles, units, *_ = sizes
-    stream = stream_of(row_tiles, units, card.multiprocessors)
-    columns = -(-batch // 8) * 8
-    if stream is None or not card.warpgroups or columns > 64 or stream.main < AHEAD:
-        return None
-    shared = shared_bytes(stream, layout, columns)
-    if shared > planes.room_of(card, 1):
+    stream = stream_of(row_tiles, units, batch, layout, card)
+    if stream is None:
         return None
     grid = {
-        "COLUMNS": columns,
+        "COLUMNS": planes.product_for(batch, layout).columns,
         "WARPS": WARPS,
         "STAGES": STAGES,
-        "AHEAD": AHEAD,
         "TILES": stream.tiles,
         "MAIN": stream.main,
         "REST": stream.rest,
+        "AHEAD": stream.ahead,
         "ALIGNED": int(in_features % 8 == 0),
         "EPILOGUE": planes.EPILOGUES[epilogue],
     }
@@ -72,6 +97,6 @@ def streamed_call(
         constants=constants(dtype, **layout.macros, **grid),
         grid=(-(-row_tiles // stream.tiles), 1, 1),
         threads=WARPS * WARP,
-        shared_bytes=shared,
-        numbers=sizes,
+        shared_bytes=stream.shared_bytes,
+        numbers=(*sizes, 0, 0.0),
     )

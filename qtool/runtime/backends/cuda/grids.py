@@ -1,0 +1,73 @@
+"""How many CTAs share a weight of row tiles, and what each of them has."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qtool.runtime.backends.cuda.launch import RESERVED_BYTES, Card
+from qtool.runtime.backends.cuda.selection import Tuning
+
+MOST_IDLE = 8
+"""Units that a multiprocessor may lack, on average, so that CTAs have whole tiles: an exchange
+costs about a microsecond, twice what they do at 3 planes and one token."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """One launch on one card."""
+
+    column_blocks: int
+    ctas: int
+    """Per slab and block of columns."""
+    slabs: int
+    units_per_slab: int
+    stages: int
+    per_multiprocessor: int
+    shared_bytes: int
+    exchange_words: int
+    whole: bool
+    """CTAs have whole tiles, the same number but for the last ones, and exchange nothing."""
+    cluster: int = 1
+    """CTAs of a cluster, each with a slab of its own: then `slabs` is 1, for nothing is left to
+    add."""
+
+
+def room_of(card: Card, ctas: int) -> int:
+    """Return the shared memory of each of so many CTAs that share a multiprocessor."""
+    return (card.shared_bytes + RESERVED_BYTES) // ctas - RESERVED_BYTES
+
+
+def at_once(card: Card, cluster: int) -> int:
+    """Return how many clusters of so many CTAs a card runs at once, one CTA per multiprocessor.
+
+    Those of 4 and 8 leave some multiprocessors over: an H200, of 132, has 30 and 15 of them.
+    """
+    usable = card.multiprocessors if cluster <= 2 else card.multiprocessors * 11 // 12  # noqa: PLR2004
+    return max(1, usable // cluster)
+
+
+def shares_of(
+    row_tiles: int, count: int, shortest: int, most: int, beside: int = 1, *, whole: bool = False
+) -> tuple[int, int, bool]:
+    """Return how many CTAs, of `most`, share a slab, units of the largest share, and if it's tiles.
+
+    Args:
+        row_tiles: Of the weight.
+        count: Units of a tile, in the longest slab.
+        shortest: The same in the shortest one.
+        most: CTAs.
+        beside: CTAs on a multiprocessor.
+        whole: CTAs have whole tiles, however many stay idle.
+    """
+    most = max(1, most)
+    tiles = -(-row_tiles // most)
+    if whole or beside * (tiles * count - row_tiles * count / most) <= MOST_IDLE:
+        return -(-row_tiles // tiles), tiles * count, True
+    ctas = min(most, row_tiles * shortest)
+    return ctas, -(-row_tiles * count // ctas), False
+
+
+def rings_of(tuning: Tuning) -> Iterator[tuple[int, int]]:
+    """Yield stages and CTAs per multiprocessor, the best first."""
+    for ctas in range(tuning.per_multiprocessor, 0, -1):
+        for stages in range(tuning.stages, 2 if ctas > 1 else 1, -1):
+            yield stages, ctas

@@ -1,0 +1,90 @@
+"""Products whose inputs come unit by unit, and slabs that are clusters, on the CPU."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qtool.runtime.backends.cuda import linear_kernels, plane_products, planes, streamed
+from qtool.runtime.backends.cuda.launch import Card
+from qtool.scheme import Shape2D, WeightScheme
+from tests.contract.test_codecs import random_tensor
+from tests.helpers import normal
+from tests.kernels.host import Recorder
+from tests.kernels.test_wide import close
+
+ONE = Card(1, 227 * 1024, warpgroups=True)
+LAYOUTS = [planes.Layout(num_bits, 128, 1) for num_bits in (2, 3, 4)]
+
+
+def multiplied(bits, group_size, shape, tokens, dtype, card, **more):
+    scheme = WeightScheme(num_bits=bits, group_size=group_size)
+    tensor = random_tensor("binary_coding", scheme, Shape2D(*shape), 0)
+    weight, x = linear_kernels.prepare(tensor, dtype), normal(tokens, shape[1]).to(dtype)
+    launch = Recorder()
+    return plane_products.by_planes(x, weight, launch, card, **more), x, weight, launch
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "shape", "tokens", "dtype"),
+    [
+        (3, 128, (13 * 16 + 5, 1024), 9, torch.float16),  # three warps help, one tile is ragged
+        (4, 64, (2 * 14 * 16 - 100, 1000), 17, torch.bfloat16),  # the last CTA lacks six tiles
+        (2, 96, (16 * 16, 1280), 32, torch.float16),  # no warp helps
+    ],
+)
+def test_streamed_products_are_those_of_the_weight(bits, group_size, shape, tokens, dtype):
+    card = ONE._replace(multiprocessors=1 + (shape[0] > 256))  # noqa: PLR2004 - rows of a CTA
+    y, x, weight, launch = multiplied(bits, group_size, shape, tokens, dtype, card)
+    assert launch.names == [streamed.NAME]
+    close(y, x, weight, twice=bits == 4)
+
+
+def test_streamed_products_are_gated_or_added_to():
+    for gated in (False, True):
+        residual = None if gated else normal(10, 14 * 16).half()
+        around = {"residual": residual, "gated": gated}
+        y, x, weight, launch = multiplied(2, 128, (14 * 16, 512), 10, torch.float16, ONE, **around)
+        assert launch.names == [streamed.NAME]
+        alone = Recorder()
+        before = plane_products.by_planes(x, weight, alone, ONE._replace(warpgroups=False), **around)
+        assert alone.names == ["bit_plane_lookup_mma"]
+        torch.testing.assert_close(y, before, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(("gated", "cluster"), [(False, 2), (True, 2), (False, 4)])
+def test_blocks_of_a_cluster_add_up_their_slabs(gated, cluster, monkeypatch):
+    real = planes.tunings_for
+    ways = lambda *sizes, **more: tuple(  # noqa: E731
+        planes.replace(one, cluster=cluster) for one in real(*sizes, **more)
+    )
+    monkeypatch.setattr(planes, "tunings_for", ways)
+    card = Card(9, 227 * 1024, "of clusters", warpgroups=True)
+    bits = 3 + gated
+    y, x, weight, launch = multiplied(bits, 64, (83 - 3 * gated, 1024), 9, torch.float16, card, gated=gated)
+    assert launch.names == ["bit_plane_lookup_mma"]
+    assert dict(launch.calls[0].constants)["CLUSTER"] == cluster
+    if not gated:
+        return close(y, x, weight, twice=False)
+    gate, up = (x.double() @ weight.dense().double().T).unflatten(1, (-1, 2, 8)).unbind(2)
+    torch.testing.assert_close(
+        y.double(), (torch.nn.functional.silu(gate) * up).flatten(1), rtol=4e-3, atol=4e-3
+    )
+
+
+@given(
+    row_tiles=st.integers(1, 9000),
+    units=st.integers(1, 120),
+    batch=st.integers(1, 40),
+    layout=st.sampled_from(LAYOUTS),
+)
+def test_a_stream_has_every_unit_once_and_fits(row_tiles, units, batch, layout):
+    card = Card(132, 227 * 1024, warpgroups=True)
+    stream = streamed.stream_of(row_tiles, units, batch, layout, card)
+    if stream is None:
+        return
+    helpers = streamed.WARPS - stream.tiles
+    assert stream.main + stream.rest == units
+    assert stream.rest * stream.tiles <= helpers * (stream.main + units // stream.main + 1)
+    assert stream.shared_bytes <= card.shared_bytes
+    assert streamed.stream_of(row_tiles, units, batch, layout, card._replace(warpgroups=False)) is None
