@@ -29,12 +29,12 @@ def multiplied(bits, group_size, shape, tokens, dtype, card, **more):
     ("bits", "group_size", "shape", "tokens", "dtype"),
     [
         (3, 128, (13 * 16 + 5, 1024), 9, torch.float16),  # three warps help, one tile is ragged
-        (4, 64, (2 * 14 * 16 - 100, 1000), 17, torch.bfloat16),  # the last CTA lacks six tiles
+        (4, 64, (37 * 16 - 4, 1000), 17, torch.bfloat16),  # the last of three CTAs lacks two tiles
         (2, 96, (16 * 16, 1280), 32, torch.float16),  # no warp helps
     ],
 )
 def test_streamed_products_are_those_of_the_weight(bits, group_size, shape, tokens, dtype):
-    card = ONE._replace(multiprocessors=1 + (shape[0] > 256))  # noqa: PLR2004 - rows of a CTA
+    card = ONE._replace(multiprocessors=-(-shape[0] // 256))  # rows of a CTA
     y, x, weight, launch = multiplied(bits, group_size, shape, tokens, dtype, card)
     assert launch.names == [streamed.NAME]
     close(y, x, weight, twice=bits == 4)
@@ -44,7 +44,7 @@ def test_streamed_products_are_gated_or_added_to():
     for gated in (False, True):
         residual = None if gated else normal(10, 14 * 16).half()
         around = {"residual": residual, "gated": gated}
-        y, x, weight, launch = multiplied(2, 128, (14 * 16, 512), 10, torch.float16, ONE, **around)
+        y, x, weight, launch = multiplied(3, 128, (14 * 16, 1024), 10, torch.float16, ONE, **around)
         assert launch.names == [streamed.NAME]
         alone = Recorder()
         before = plane_products.by_planes(x, weight, alone, ONE._replace(warpgroups=False), **around)

@@ -17,14 +17,13 @@ from qtool.runtime.backends.cuda.centers import CENTERS, is_tileable, planes_of
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.panels import is_panelable, pack_panels
-from qtool.runtime.backends.cuda.plane_products import by_planes, normed_units
+from qtool.runtime.backends.cuda.plane_products import by_planes, few_tokens, normed_units
 from qtool.runtime.backends.cuda.selection import (
     STORED_KERNELS,
     WideTuning,
     selection_for,
     wanted_kernel,
 )
-from qtool.runtime.backends.cuda.streamed import is_streamed
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 from qtool.runtime.decode.ops import Norm
 
@@ -73,7 +72,7 @@ def kernel_for(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = F
     shape, num_bits = weight.shape, weight.scheme.num_bits
     weights = shape.out_features * shape.in_features
     is_wide = selection_for(card.name).is_wide(num_bits, tokens, shape)
-    if is_wide and not is_streamed(weight, tokens, card) and wide_tuning(weight, tokens, card):
+    if is_wide and not few_tokens(weight, tokens, card) and wide_tuning(weight, tokens, card):
         return "wide"
     if tokens > selection_for(card.name).most_tokens(num_bits, weights):
         return "dequantize"

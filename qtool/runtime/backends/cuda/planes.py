@@ -2,7 +2,6 @@
 
 import functools
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import NamedTuple
 
 from torch import Tensor
@@ -37,6 +36,9 @@ LEAST_GROUP = 64
 LOOKED_UP_WARPS = 12
 """Enough where more of them want another slab: 113 us, not 140, at 57344 x 8192, 3 planes and 16
 tokens on an H200."""
+LOOKED_UP_WAYS = ((32, 1), (32, 2), (LOOKED_UP_WARPS, 1), (LOOKED_UP_WARPS, 2), (32, 8), (LOOKED_UP_WARPS, 8))
+"""Most warps and CTAs of a cluster, the best first. Clusters spare slabs whose sums are added by
+another launch; of 8 they leave a tenth of the card over, of 4 too, for less."""
 LOOKED_UP_COLUMNS = (8, BLOCK, 24, MORE_TOKENS)
 MOST_IN_PAIRS = 2
 """Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
@@ -204,9 +206,12 @@ def tuned_plan(
     few = product.columns <= MOST_IN_PAIRS
     tunings = tunings_for(row_tiles, units, card, few=few)
     if product.looks_up:
-        ways = (tunings[0], replace(tunings[0], warps=LOOKED_UP_WARPS))
-        two = (replace(tuning, cluster=2) for tuning in ways)
-        tunings = (*chain.from_iterable(zip(ways, two, strict=True)), *tunings[1:])
+        asked = tunings[0]
+        ways = [
+            replace(asked, warps=min(warps, asked.warps), cluster=cluster)
+            for warps, cluster in LOOKED_UP_WAYS
+        ]
+        tunings = (*ways, *tunings[1:])
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
         found = []
         for order, tuning in enumerate(replace(tuning, waves=waves) for tuning in tunings):
@@ -217,7 +222,7 @@ def tuned_plan(
                 # with many tokens a CTA multiplies for longer: all its warps are worth a slab
                 rank = (planned.slabs, crowded, order) if few else (crowded, order, planned.slabs)
                 if product.looks_up:
-                    rank = (order > 3, planned.slabs, order)  # noqa: PLR2004 - of `ways` and `two`
+                    rank = (order >= len(LOOKED_UP_WAYS), planned.slabs, order)
                 found.append((rank, (tuning, planned)))
         if found:
             return min(found, key=lambda pair: pair[0])[1]

@@ -27,8 +27,8 @@ LOOKED_UP = {2: 5, 3: 3, 4: 3}
 """Tokens from which on weights of so many planes are looked up, as timed on an H200; a single plane
 has one product per weight either way."""
 
-FEW_OUTPUTS, MORE_TOKENS = 6144, 32
-"""Outputs up to which even so many tokens are no work for bit_plane_wgmma.cu yet."""
+MORE_TOKENS = 32
+"""Up to which weights that are looked up may be no work for bit_plane_wgmma.cu yet."""
 
 FEW_INPUTS = 4096
 """Up to which a token is staged soon enough for what is tried there."""
@@ -112,8 +112,6 @@ class Selection:
 
     def is_wide(self, planes: int, tokens: int, shape: Shape2D) -> bool:
         """Return whether bit_plane_wgmma.cu is the fastest, on a card that runs it."""
-        if planes in LOOKED_UP and tokens <= MORE_TOKENS and shape.out_features <= FEW_OUTPUTS:
-            return False
         measured = self.wide if prod(shape) >= self.least_weights else self.wide_of_few
         return tokens in measured[min(planes, len(measured)) - 1]
 

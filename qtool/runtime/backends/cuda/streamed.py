@@ -7,7 +7,6 @@ import torch
 
 from qtool.runtime.backends.cuda import planes
 from qtool.runtime.backends.cuda.grids import room_of
-from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, constants
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 
@@ -15,10 +14,10 @@ NAME = "bit_plane_lookup_stream"
 WARPS, STAGES = 16, 2
 AHEAD = (3, 2)
 """Units of inputs under way before they are multiplied, the best first."""
-LEAST_TILES = 12
+LEAST_TILES = 11
 """Of a CTA: fewer leave units to other warps whose inputs all have to stay in shared memory."""
-LEAST_TOKENS, MOST_TOKENS = 9, 32
-"""Fewer are staged soon enough all at once, as timed; more don't fit into registers."""
+LEAST_TOKENS, MOST_TOKENS = {2: 17, 3: 9, 4: 9}, 32
+"""Fewer, by planes, are staged soon enough all at once, as timed; more don't fit into registers."""
 BARRIER = 8
 """Bytes of one in shared memory."""
 
@@ -45,9 +44,9 @@ def stream_of(
 
     CTAs have as few tiles as fill all waves of them.
     """
-    if not card.warpgroups or not LEAST_TOKENS <= batch <= MOST_TOKENS:
+    product, least = planes.product_for(batch, layout), LEAST_TOKENS.get(layout.planes, batch)
+    if not card.warpgroups or not least <= batch <= MOST_TOKENS:
         return None
-    product = planes.product_for(batch, layout)
     waves = -(-row_tiles // (card.multiprocessors * WARPS))
     tiles = -(-row_tiles // (card.multiprocessors * waves))
     if not product.looks_up or tiles < LEAST_TILES:
@@ -62,14 +61,6 @@ def stream_of(
         if shared <= room_of(card, 1) and ahead <= main:
             return Stream(tiles, main, units - main, ahead, shared)
     return None
-
-
-def is_streamed(weight: KernelWeight, tokens: int, card: Card) -> bool:
-    """Return whether inputs of so many tokens come to a weight of planes unit by unit."""
-    if weight.tiles is None:
-        return False
-    row_tiles, units, *_ = weight.tiles.planes.shape
-    return stream_of(row_tiles, units, tokens, weight.layout, card) is not None
 
 
 def streamed_call(
