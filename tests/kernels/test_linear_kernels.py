@@ -134,7 +134,7 @@ def test_shares_hold_all_units_and_are_tiles_only_where_few_would_be_idle(row_ti
 def test_more_planes_leave_the_bit_planes_fewer_tokens():
     most = [selection.H100.most_tokens(planes) for planes in range(1, 9)]
     assert most == [160, 80, 48, 32, 32, 16, 16, 16]
-    assert selection.H100.most_tokens(2, 4096 * 4096) == 24, "weights looked up"
+    assert selection.H100.most_tokens(2, 4096 * 4096) == 32, "weights looked up"
     assert selection.H100.most_tokens(2, 4096 * 14336) == 80
 
 

@@ -54,14 +54,10 @@ def test_streamed_products_are_gated_or_added_to():
 
 @pytest.mark.parametrize(("gated", "cluster"), [(False, 2), (True, 2), (False, 4)])
 def test_blocks_of_a_cluster_add_up_their_slabs(gated, cluster, monkeypatch):
-    real = planes.tunings_for
-    ways = lambda *sizes, **more: tuple(  # noqa: E731
-        planes.replace(one, cluster=cluster) for one in real(*sizes, **more)
-    )
-    monkeypatch.setattr(planes, "tunings_for", ways)
-    card = Card(9, 227 * 1024, "of clusters", warpgroups=True)
-    bits = 3 + gated
-    y, x, weight, launch = multiplied(bits, 64, (83 - 3 * gated, 1024), 9, torch.float16, card, gated=gated)
+    monkeypatch.setattr(planes, "LOOKED_UP_WAYS", ((32, cluster),))
+    card = Card(9, 227 * 1024, f"of {cluster}", warpgroups=True)  # a name of its own: plans are kept
+    size = (3 + gated, 64, (83 - 3 * gated, 1024), 9, torch.float16, card)
+    y, x, weight, launch = multiplied(*size, gated=gated)
     assert launch.names == ["bit_plane_lookup_mma"]
     assert dict(launch.calls[0].constants)["CLUSTER"] == cluster
     if not gated:
