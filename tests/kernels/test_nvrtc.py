@@ -201,6 +201,16 @@ HOPPER_VARIANTS += [
     ("decode_attention", {**HEADS, "HEAD_DIM": 128, "HEADS": 4, "BULK": 1, **more}, 255)
     for more in ({}, {"INT8_CACHE": 1, "STAGES": 6}, {"HEAD_DIM": 256, "WARPS": 4})
 ]
+STREAM = {"WARPS": 16, "STAGES": 2, "ALIGNED": 1, "TILES": 14, "MAIN": 14, "REST": 2, "AHEAD": 3}
+HOPPER_VARIANTS += [
+    (f"bit_plane_lookup_{kind}", {**WEIGHT, "EPILOGUE": 0, "COLUMNS": 32, **more}, 128)
+    for kind, more in (
+        ("stream", {**STREAM, "PLANES": 3}),
+        ("stream", {**STREAM, "PLANES": 4, "AHEAD": 2, "ACTIVATION_BF16": 1}),
+        ("stream", {**STREAM, "PLANES": 2, "TILES": 16, "MAIN": 16, "REST": 0, "EPILOGUE": 2}),
+        ("mma", {**GRID, "PLANES": 3, "WHOLE": 1, "LOADS": 8, "CLUSTER": 2}),
+    )
+]
 CHOSEN = {"TURNS": 0, "FINE": 0, "MIRRORED": 0}
 RINGS = {**CHOSEN, "W_STAGES": 2, "X_STAGES": 4, "X_BLOCKS": 2, "EPILOGUE": 0}
 HOPPER_VARIANTS += [

@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.runtime.backends.cuda import linear_kernels, plane_products, planes, streamed
+from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import Card
+from qtool.runtime.backends.cuda.tiles import Tiles
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import normal
@@ -47,7 +49,9 @@ def test_streamed_products_are_gated_or_added_to():
         y, x, weight, launch = multiplied(3, 128, (14 * 16, 1024), 10, torch.float16, ONE, **around)
         assert launch.names == [streamed.NAME]
         alone = Recorder()
-        before = plane_products.by_planes(x, weight, alone, ONE._replace(warpgroups=False), **around)
+        before = plane_products.by_planes(
+            x, weight, alone, ONE._replace(warpgroups=False), **around
+        )
         assert alone.names == ["bit_plane_lookup_mma"]
         torch.testing.assert_close(y, before, rtol=2e-3, atol=2e-3)
 
@@ -55,7 +59,9 @@ def test_streamed_products_are_gated_or_added_to():
 @pytest.mark.parametrize(("gated", "cluster"), [(False, 2), (True, 2), (False, 4)])
 def test_blocks_of_a_cluster_add_up_their_slabs(gated, cluster, monkeypatch):
     monkeypatch.setattr(planes, "LOOKED_UP_WAYS", ((32, cluster),))
-    card = Card(9, 227 * 1024, f"of {cluster}", warpgroups=True)  # a name of its own: plans are kept
+    card = Card(
+        9, 227 * 1024, f"of {cluster}", warpgroups=True
+    )  # a name of its own: plans are kept
     size = (3 + gated, 64, (83 - 3 * gated, 1024), 9, torch.float16, card)
     y, x, weight, launch = multiplied(*size, gated=gated)
     assert launch.names == ["bit_plane_lookup_mma"]
@@ -83,4 +89,31 @@ def test_a_stream_has_every_unit_once_and_fits(row_tiles, units, batch, layout):
     assert stream.main + stream.rest == units
     assert stream.rest * stream.tiles <= helpers * (stream.main + units // stream.main + 1)
     assert stream.shared_bytes <= card.shared_bytes
-    assert streamed.stream_of(row_tiles, units, batch, layout, card._replace(warpgroups=False)) is None
+    assert (
+        streamed.stream_of(row_tiles, units, batch, layout, card._replace(warpgroups=False)) is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("planes_", "shape", "tokens", "kernel", "first"),
+    [
+        (3, (28672, 4096), 32, "planes", streamed.NAME),
+        (2, (57344, 8192), 16, "planes", "bit_plane_lookup_mma"),
+        (3, (28672, 4096), 33, "wide", None),
+        (3, (4096, 4096), 32, "planes", "bit_plane_lookup_mma"),  # in pairs
+        (4, (14336, 4096), 32, "wide", None),  # too little room for twelve warps
+    ],
+)
+def test_up_to_32_tokens_are_the_planes_where_there_is_room(planes_, shape, tokens, kernel, first):
+    card = Card(132, 227 * 1024, "NVIDIA H200", warpgroups=True)
+    layout, (rows, inputs) = planes.Layout(planes_, 128, 1), shape
+    tiles = Tiles(
+        torch.empty(rows // 16, inputs // 256, planes_, 32, 4, dtype=torch.int32, device="meta"),
+        torch.empty(rows // 16, inputs // 128, 8, planes_ + 1, 2, device="meta"),
+    )
+    scheme = WeightScheme(num_bits=planes_, group_size=128)
+    weight = KernelWeight(scheme, Shape2D(*shape), torch.float16, tiles, None)
+    assert linear_kernels.kernel_for(weight, tokens, card) == kernel
+    if first:
+        sizes = (rows, inputs, tokens, rows // 16, inputs // 256, inputs // 128, rows)
+        assert plane_products.call_for(sizes, layout, torch.float16, card).file == first

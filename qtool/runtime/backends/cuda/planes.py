@@ -36,7 +36,14 @@ LEAST_GROUP = 64
 LOOKED_UP_WARPS = 12
 """Enough where more of them want another slab: 113 us, not 140, at 57344 x 8192, 3 planes and 16
 tokens on an H200."""
-LOOKED_UP_WAYS = ((32, 1), (32, 2), (LOOKED_UP_WARPS, 1), (LOOKED_UP_WARPS, 2), (32, 8), (LOOKED_UP_WARPS, 8))
+LOOKED_UP_WAYS = (
+    (32, 1),
+    (32, 2),
+    (LOOKED_UP_WARPS, 1),
+    (LOOKED_UP_WARPS, 2),
+    (32, 8),
+    (LOOKED_UP_WARPS, 8),
+)
 """Most warps and CTAs of a cluster, the best first. Clusters spare slabs whose sums are added by
 another launch; of 8 they leave a tenth of the card over, of 4 too, for less."""
 LOOKED_UP_COLUMNS = (8, BLOCK, 24, MORE_TOKENS)
