@@ -100,7 +100,7 @@ def normed_units(
 def few_tokens(weight: KernelWeight, tokens: int, card: Card) -> bool:
     """Return whether so many are few enough for the planes, where bit_plane_wgmma.cu could run.
 
-    They are, as timed, if inputs come unit by unit or all warps that there should be have room.
+    They are, as timed, if inputs come unit by unit or one launch has room for twelve warps a CTA.
     """
     if weight.tiles is None or tokens > MORE_TOKENS:
         return False
@@ -111,7 +111,8 @@ def few_tokens(weight: KernelWeight, tokens: int, card: Card) -> bool:
     product = planes.product_for(tokens, weight.layout)
     if picked is None or not product.looks_up or tokens > product.columns:
         return False
-    return picked[0].waves == 1 and picked[0].warps >= planes.LOOKED_UP_WARPS
+    tuning, planned = picked
+    return planned.slabs == tuning.waves == 1 and tuning.warps >= planes.LOOKED_UP_WARPS
 
 
 def by_planes(  # noqa: PLR0913 - as `linear_kernels.matmul`
