@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from qtool.runtime.backends.cuda import driver, linear_kernels, plane_products, planes
+from qtool.runtime.backends.cuda import driver, grids, linear_kernels, plane_products, planes
 from qtool.runtime.backends.cuda.decode_ops import KernelOps
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.decode.ops import Norm
@@ -32,7 +32,7 @@ def weight(num_bits, shape, group_size=128):
 @pytest.mark.parametrize("shape", [(4096, 4096), (6000, 4096), (100, 14336)])
 @torch.no_grad()
 def test_products_are_those_of_the_dequantized_weight(shape, tokens, idle, monkeypatch):
-    monkeypatch.setattr(planes, "MOST_IDLE", idle)
+    monkeypatch.setattr(grids, "MOST_IDLE", idle)
     for module, name in CACHED:
         monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     card, made = driver.card_of(0), weight(3, shape)
@@ -47,10 +47,13 @@ def test_products_are_those_of_the_dequantized_weight(shape, tokens, idle, monke
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group_size", [64, 96, None])
 @pytest.mark.parametrize("num_bits", [2, 3, 4])
-@pytest.mark.parametrize("tokens", [5, 13, 24])
+@pytest.mark.parametrize("tokens", [5, 13, 24, 32])
+@pytest.mark.parametrize("rows", [600, 28000], ids=["few rows", "streamed"])
 @torch.no_grad()
-def test_weights_looked_up_are_those_rounded_once_or_twice(num_bits, group_size, dtype, tokens):
-    made = replace(weight(num_bits, (600, 1344), group_size), dtype=dtype)
+def test_weights_looked_up_are_those_rounded_once_or_twice(
+    num_bits, group_size, dtype, tokens, rows
+):
+    made = replace(weight(num_bits, (rows, 1344), group_size), dtype=dtype)
     dense = linear_kernels.dense_weight(made, driver.launch).double()
     x = normal(tokens, 1344).to(dtype).cuda()
     y = plane_products.by_planes(x, made, driver.launch, driver.card_of(0)).double()

@@ -1,5 +1,7 @@
 """Products whose inputs come unit by unit, and slabs that are clusters, on the CPU."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -45,7 +47,7 @@ def test_streamed_products_are_those_of_the_weight(bits, group_size, shape, toke
 def test_streamed_products_are_gated_or_added_to():
     for gated in (False, True):
         residual = None if gated else normal(10, 14 * 16).half()
-        around = {"residual": residual, "gated": gated}
+        around: dict[str, Any] = {"residual": residual, "gated": gated}
         y, x, weight, launch = multiplied(3, 128, (14 * 16, 1024), 10, torch.float16, ONE, **around)
         assert launch.names == [streamed.NAME]
         alone = Recorder()

@@ -45,7 +45,9 @@ LOOKED_UP_WAYS = (
     (LOOKED_UP_WARPS, 8),
 )
 """Most warps and CTAs of a cluster, the best first. Clusters spare slabs whose sums are added by
-another launch; of 8 they leave a tenth of the card over, of 4 too, for less."""
+another launch; of 8 they leave a tenth of the card over, of 4 too, for less. At 4096 x 14336 with
+4 planes and up to 16 tokens that costs more than it spares."""
+MOST_TOGETHER = 8
 LOOKED_UP_COLUMNS = (8, BLOCK, 24, MORE_TOKENS)
 MOST_IN_PAIRS = 2
 """Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
@@ -212,13 +214,8 @@ def tuned_plan(
     product = product or product_for(batch, layout)
     few = product.columns <= MOST_IN_PAIRS
     tunings = tunings_for(row_tiles, units, card, few=few)
-    if product.looks_up:
-        asked = tunings[0]
-        ways = [
-            replace(asked, warps=min(warps, asked.warps), cluster=cluster)
-            for warps, cluster in LOOKED_UP_WAYS
-        ]
-        tunings = (*ways, *tunings[1:])
+    ways = looked_up_ways(tunings[0], layout, product) if product.looks_up else []
+    tunings = (*(ways or tunings[:1]), *tunings[1:])
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
         found = []
         for order, tuning in enumerate(replace(tuning, waves=waves) for tuning in tunings):
@@ -229,11 +226,21 @@ def tuned_plan(
                 # with many tokens a CTA multiplies for longer: all its warps are worth a slab
                 rank = (planned.slabs, crowded, order) if few else (crowded, order, planned.slabs)
                 if product.looks_up:
-                    rank = (order >= len(LOOKED_UP_WAYS), planned.slabs, order)
+                    rank = (order >= len(ways), planned.slabs, order)
                 found.append((rank, (tuning, planned)))
         if found:
             return min(found, key=lambda pair: pair[0])[1]
     return None
+
+
+def looked_up_ways(asked: Tuning, layout: Layout, product: Product) -> list[Tuning]:
+    """Return how weights that are looked up are multiplied, the best first."""
+    spared = layout.planes < LOW_PLANES or product.columns > BLOCK
+    return [
+        replace(asked, warps=min(warps, asked.warps), cluster=cluster)
+        for warps, cluster in LOOKED_UP_WAYS
+        if cluster < MOST_TOGETHER or spared
+    ]
 
 
 def tunings_for(
