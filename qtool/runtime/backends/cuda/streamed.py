@@ -12,7 +12,7 @@ from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 
 NAME = "bit_plane_lookup_stream"
 WARPS, STAGES = 16, 2
-AHEAD = (3, 2)
+AHEAD = (3, 2, 1)
 """Units of inputs under way before they are multiplied, the best first."""
 LEAST_TILES = 11
 """Of a CTA: fewer leave units to other warps whose inputs all have to stay in shared memory."""
