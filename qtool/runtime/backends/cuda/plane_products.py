@@ -46,17 +46,12 @@ def call_for(
         BackendError: a CTA has too little shared memory.
     """
     _, in_features, batch, row_tiles, units, *_ = sizes
-    stream = streamed.streamed_call(sizes, layout, dtype, card, around.epilogue)
-    if stream is not None:
+    if stream := streamed.streamed_call(sizes, layout, dtype, card, around.epilogue):
         return stream._replace(dependent=around.dependent)
     shape = (row_tiles, units, batch, layout)
     picked = planes.tuned_plan(*shape, card=card)
     if picked is None:
-        raise BackendError(
-            f"A block of this card has {card.shared_bytes} bytes of shared memory: too few for a "
-            f"weight of {layout.planes} planes and groups of {layout.group}. "
-            "QTOOL_KERNEL=dequantize runs it."
-        )
+        raise _no_room(layout, card)
     (tuning, chosen), product, eps = picked, planes.product_for(batch, layout), around.norm_eps
     loads = -(-product.columns * chosen.units_per_slab // tuning.warps)
     grid = {
@@ -82,6 +77,15 @@ def call_for(
         numbers=(*sizes, chosen.units_per_slab, float(eps or 0)),
         zeros=chosen.exchange_words,
         dependent=around.dependent,
+    )
+
+
+def _no_room(layout: planes.Layout, card: Card) -> BackendError:
+    """Return what to say where a CTA can't hold one unit and its inputs."""
+    return BackendError(
+        f"A block of this card has {card.shared_bytes} bytes of shared memory: too few for a "
+        f"weight of {layout.planes} planes and groups of {layout.group}. "
+        "QTOOL_KERNEL=dequantize runs it."
     )
 
 

@@ -47,7 +47,7 @@ LOOKED_UP_WAYS = (
 """Most warps and CTAs of a cluster, the best first. Clusters spare slabs whose sums are added by
 another launch; of 8 they leave a tenth of the card over, of 4 too, for less. At 4096 x 14336 with
 4 planes and up to 16 tokens that costs more than it spares."""
-MOST_TOGETHER = 8
+LARGEST_CLUSTER = 8
 LOOKED_UP_COLUMNS = (8, BLOCK, 24, MORE_TOKENS)
 MOST_IN_PAIRS = 2
 """Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
@@ -239,7 +239,7 @@ def looked_up_ways(asked: Tuning, layout: Layout, product: Product) -> list[Tuni
     return [
         replace(asked, warps=min(warps, asked.warps), cluster=cluster)
         for warps, cluster in LOOKED_UP_WAYS
-        if cluster < MOST_TOGETHER or spared
+        if cluster < LARGEST_CLUSTER or spared
     ]
 
 

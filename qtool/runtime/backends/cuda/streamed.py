@@ -12,12 +12,13 @@ from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 
 NAME = "bit_plane_lookup_stream"
 WARPS, STAGES = 16, 2
-AHEAD = (3, 2, 1)
-"""Units of inputs under way before they are multiplied, the best first."""
+MOST_AHEAD = 3
+"""Units of inputs under way before they are multiplied, where there is room for twice as many."""
 LEAST_TILES = 11
 """Of a CTA: fewer leave units to other warps whose inputs all have to stay in shared memory."""
-LEAST_TOKENS, MOST_TOKENS = {2: 17, 3: 9, 4: 9}, 32
-"""Fewer, by planes, are staged soon enough all at once, as timed; more don't fit into registers."""
+LEAST_STREAMED, MOST_STREAMED = {2: 17, 3: 9, 4: 9}, 32
+"""Fewer tokens, by planes, are staged soon enough all at once, as timed; more don't fit into
+registers."""
 BARRIER = 8
 """Bytes of one in shared memory."""
 
@@ -44,21 +45,21 @@ def stream_of(
 
     CTAs have as few tiles as fill all waves of them.
     """
-    product, least = planes.product_for(batch, layout), LEAST_TOKENS.get(layout.planes, batch)
-    if not card.warpgroups or not least <= batch <= MOST_TOKENS:
+    product, least = planes.product_for(batch, layout), LEAST_STREAMED.get(layout.planes, batch)
+    if not card.warpgroups or not least <= batch <= MOST_STREAMED:
         return None
     waves = -(-row_tiles // (card.multiprocessors * WARPS))
     tiles = -(-row_tiles // (card.multiprocessors * waves))
     if not product.looks_up or tiles < LEAST_TILES:
         return None
     main = tiles * units // WARPS
-    for ahead in AHEAD:
+    for ahead in range(min(MOST_AHEAD, main), 0, -1):
         x = (2 * ahead + units - main) * planes.BLOCKS_PER_UNIT * product.columns * product.x_bytes
         parts = (WARPS - 1) * TILE_ROWS * product.columns * planes.NUMBER
         shared = WARPS * STAGES * product.stage_bytes(layout) + x + 2 * ahead * BARRIER
         if tiles < WARPS:
             shared += parts
-        if shared <= room_of(card, 1) and ahead <= main:
+        if shared <= room_of(card, 1):
             return Stream(tiles, main, units - main, ahead, shared)
     return None
 
