@@ -203,7 +203,7 @@ HOPPER_VARIANTS += [
 ]
 STREAM = {"WARPS": 16, "STAGES": 2, "ALIGNED": 1, "TILES": 14, "MAIN": 14, "REST": 2, "AHEAD": 3}
 HOPPER_VARIANTS += [
-    (f"bit_plane_lookup_{kind}", {**WEIGHT, "EPILOGUE": 0, "COLUMNS": 32, **more}, 128)
+    (f"bit_plane_lookup_{kind}", {**WEIGHT, "EPILOGUE": 0, "COLUMNS": 24, **more}, 128)
     for kind, more in (
         ("stream", {**STREAM, "PLANES": 3}),
         ("stream", {**STREAM, "PLANES": 4, "AHEAD": 2, "ACTIVATION_BF16": 1}),

@@ -48,7 +48,7 @@ LOOKED_UP_WAYS = (
 another launch; of 8 they leave a tenth of the card over, of 4 too, for less. At 4096 x 14336 with
 4 planes and up to 16 tokens that costs more than it spares."""
 LARGEST_CLUSTER = 8
-LOOKED_UP_COLUMNS = (8, BLOCK, 24, MORE_TOKENS)
+LOOKED_UP_COLUMNS = (8, BLOCK, MORE_TOKENS)
 MOST_IN_PAIRS = 2
 """Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
 FEWER_WARPS, MORE_WAVES = (7, 3), (1, 2, 4, 8)

@@ -27,7 +27,7 @@ LOOKED_UP = {2: 5, 3: 3, 4: 3}
 """Tokens from which on weights of so many planes are looked up, as timed on an H200; a single plane
 has one product per weight either way."""
 
-MORE_TOKENS = 32
+MORE_TOKENS = 24
 """Up to which weights that are looked up may be no work for bit_plane_wgmma.cu yet."""
 
 FEW_INPUTS = 4096
