@@ -49,7 +49,7 @@ bit_plane_classes(const u16 *x, // [batch][in_features]
                   const quad *planes_1, const u32 *scales_1, const int *places_1,
                   const quad *planes_2, const u32 *scales_2, const int *places_2,
                   const quad *planes_3, const u32 *scales_3, const int *places_3,
-                  u64 *exchange, // [blocks of columns][blocks][WARPS][16][COLUMNS], zeros
+                  u64 *exchange, // [blocks of columns][blocks][WARPS][PART], zeros
                   int in_features, int batch, int units, int groups, int width,
                   int rows_0, int tiles_0, int blocks_0, int rows_1, int tiles_1, int blocks_1,
                   int rows_2, int tiles_2, int blocks_2, int rows_3, int tiles_3, int blocks_3) {

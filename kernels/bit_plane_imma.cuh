@@ -8,6 +8,7 @@
 
 #define PAIRS (COLUMNS > 2 ? COLUMNS / 2 : 1) // of tokens, that a product has columns for
 #define ACCUMULATORS (2 * PAIRS)
+#define BY_TOKENS 0
 #define ROW_POWER (-5)
 #include "byte_limbs.cuh"
 
@@ -113,13 +114,13 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
     }
 }
 
-// What a warp has of a tile, its limbs put together: [COLUMNS][16 rows], as floats or marked floats.
+// What a warp has of a tile, its limbs put together: PLACE_OF, as floats or marked floats.
 DEVICE void put_part(const float *acc, float *shared, u64 *exchange, int lane) {
     int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < ACCUMULATORS; ++i) {
         float value = acc[i] + 65536.0f * shuffle_xor(acc[i], 1); // of use where t is even
-        int column = i / 2 * 2 + t / 2, index = column * TILE_ROWS + g + i % 2 * 8;
+        int column = i / 2 * 2 + t / 2, index = PLACE_OF(g + i % 2 * 8, column);
         if (t % 2 == 1 || column >= COLUMNS) continue;
         if (exchange) store_marked(exchange + index, value, 1);
         else shared[index] = value;

@@ -15,6 +15,7 @@
 
 #define TILES_OF_COLUMNS (COLUMNS / 8)
 #define ACCUMULATORS (TILES_OF_COLUMNS * 4)
+#define BY_TOKENS 1
 #define ROW_POWER 0
 #define UPPER_POWER 0
 #define X_BYTES 64 // of 32 inputs of a token, as they are
@@ -138,11 +139,11 @@ DEVICE void multiply_unit(float *acc, unsigned char *stage, const unsigned char 
     }
 }
 
-// What a warp has of a tile, to where it is summed: [COLUMNS][16 rows], as floats or marked floats.
+// What a warp has of a tile, to where it is summed: PLACE_OF, as floats or marked floats.
 DEVICE void put_part(const float *acc, float *shared, u64 *exchange, int lane) {
 #pragma unroll
     for (int i = 0; i < ACCUMULATORS; ++i) {
-        int index = (i / 4 * 8 + 2 * (lane % 4) + i % 2) * TILE_ROWS + lane / 4 + i % 4 / 2 * 8;
+        int index = PLACE_OF(lane / 4 + i % 4 / 2 * 8, i / 4 * 8 + 2 * (lane % 4) + i % 2);
         if (exchange) store_marked(exchange + index, acc[i], 1);
         else shared[index] = acc[i];
     }

@@ -63,7 +63,7 @@ DEVICE void write_tile(const Product &its, float *acc, const float *parts, int f
         if (first_of_helper(helper) >= (warp + 1) * REST || first_of_helper(helper + 1) <= warp * REST) continue;
 #pragma unroll
         for (int i = 0; i < ACCUMULATORS; ++i)
-            acc[i] += parts[(warp + helper) * PART + (i / 4 * 8 + 2 * (lane % 4) + i % 2) * TILE_ROWS + lane / 4 + i % 4 / 2 * 8];
+            acc[i] += parts[(warp + helper) * PART + PLACE_OF(lane / 4 + i % 4 / 2 * 8, i / 4 * 8 + 2 * (lane % 4) + i % 2)];
     }
 #pragma unroll
     for (int i = 0; i < ACCUMULATORS; ++i) {

@@ -8,6 +8,7 @@
 
 #define TILES_OF_COLUMNS (COLUMNS > 8 ? COLUMNS / 8 : 1)
 #define ACCUMULATORS (TILES_OF_COLUMNS * 4)
+#define BY_TOKENS (COLUMNS > 8)
 #define ROW_POWER 17
 #define X_BYTES 64 // of a 32-input block as B operands: [column][t][pair 0..3] half2
 
@@ -136,7 +137,7 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
         acc[i] += sums[i] * factor[COLUMNS == 1 ? 0 : i / 4 * 8 + 2 * t + i % 2];
 }
 
-// What a warp has of a tile, to where it is summed: [COLUMNS][16 rows], as floats or marked floats.
+// What a warp has of a tile, to where it is summed: PLACE_OF, as floats or marked floats.
 DEVICE void put_part(const float *acc, float *shared, u64 *exchange, int lane) {
     int g = lane / 4, t = lane % 4;
     if (COLUMNS == 1 && t != 0) return;
@@ -144,7 +145,7 @@ DEVICE void put_part(const float *acc, float *shared, u64 *exchange, int lane) {
     for (int i = 0; i < ACCUMULATORS; ++i) {
         if (COLUMNS == 1 && i % 2 == 1) continue;
         int column = COLUMNS == 1 ? 0 : i / 4 * 8 + 2 * t + i % 2;
-        int index = column * TILE_ROWS + g + i % 4 / 2 * 8;
+        int index = PLACE_OF(g + i % 4 / 2 * 8, column);
         if (exchange) store_marked(exchange + index, acc[i], 1);
         else shared[index] = acc[i];
     }

@@ -29,6 +29,10 @@
 #endif
 #define STAGE_BYTES (SCALES_AT + SPAN * 32 * PARAMETERS)
 
+// Where a sum is in its part. BY_TOKENS, of the product: neighbours are of one token, so they write neighbouring outputs; else of
+// one row, which takes registers that some products of few tokens lack.
+#define PLACE_OF(row, column) (BY_TOKENS ? (column) * TILE_ROWS + (row) : (row) * COLUMNS + (column))
+
 #include "bit_planes_share.cuh"
 
 // A unit of the stream, and where it is in memory.

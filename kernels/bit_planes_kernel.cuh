@@ -17,7 +17,7 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
        const int *places,    // [out_features], the columns of y; null: as they come
        float *partial,       // [slabs][batch][row_tiles * 16]; null: one slab, write y
        const u16 *norm,      // [in_features], if NORM
-       u64 *exchange,        // [blocks of columns][slabs][blocks][WARPS][COLUMNS][16], zeros
+       u64 *exchange,        // [blocks of columns][slabs][blocks][WARPS][PART], zeros
        int out_features, int in_features, int batch, int row_tiles, int units, int groups,
        int width, int units_per_slab, float eps) {
     DYNAMIC_SHARED(shared);

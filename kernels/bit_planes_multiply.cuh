@@ -3,6 +3,7 @@
 //   ROW_POWER         what rows 0..7 of a tile are to be multiplied by, as a power of two; the rest by
 //                     UPPER_POWER, half of it unless that is defined too,
 //   X_BYTES           shared memory for 32 inputs of a token,
+//   BY_TOKENS         how sums lie (bit_planes.cuh),
 //   X_NUMBERS         0: x has no starts and no factors; else 1, or not defined,
 //   stage_unit        x into shared memory,
 //   multiply_unit     one unit's product, added to the accumulators,
@@ -38,7 +39,7 @@ struct Product {
     u16 *y;              // [batch][width]: out_features wide; EPILOGUE 2: of half as many
     const int *places;   // [out_features], the columns of y; null: as they come
     float *partial;      // [slabs][batch][row_tiles * 16]; null: one slab, write y
-    u64 *exchange;       // [blocks][WARPS][COLUMNS][16], zeros, of this slab and block of columns
+    u64 *exchange;       // [blocks][WARPS][PART], zeros, of this slab and block of columns
     int out_features, in_features, batch, row_tiles, units, groups, width, units_per_slab;
     int block, blocks;
     const u16 *norm;     // [in_features], if NORM
@@ -55,6 +56,8 @@ struct Product {
 #define SLAB ((int)blockIdx.y)
 #define FIRST_OUTPUT 0
 #endif
+
+#define UPPER PLACE_OF(8, 0) // from a row to that of the upper half
 
 // One block's work: of slab blockIdx.y, or of its rank's in its cluster, and of block of columns blockIdx.z.
 DEVICE void multiply(const Product &its, unsigned char *shared) {
@@ -79,8 +82,8 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
     unsigned char *operands = shared + WARPS * STAGES * STAGE_BYTES;
     float *starts = (float *)(operands + units_per_slab * BLOCKS_PER_UNIT * COLUMNS * X_BYTES);
     float *factors = starts + X_NUMBERS * units_per_slab * BLOCKS_PER_UNIT * COLUMNS; // [unit][COLUMNS]
-    float *given = factors + X_NUMBERS * units_per_slab * COLUMNS; // [COLUMNS][16]
-    float *parts = given + PART; // [own tiles + WARPS][COLUMNS][16], then a number per own tile
+    float *given = factors + X_NUMBERS * units_per_slab * COLUMNS; // [PART]
+    float *parts = given + PART; // [own tiles + WARPS][PART], then a number per own tile
 
     // Weights are on their way before the inputs exist.
     Place ahead = place_at(weight, begin < share.given ? share.begin + share.size - share.given + begin
@@ -166,23 +169,23 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
     sync_cluster(); // all have their sums
 #endif
     for (int index = (int)threadIdx.x + FIRST_OUTPUT; index < tiles * rows * COLUMNS; index += THREADS * CLUSTER) {
-        int tile = index / (rows * COLUMNS), row = index % rows; // of a token, neighbours write neighbours
-        int column = index / rows % COLUMNS, at = column * TILE_ROWS + row;
+        int tile = index / (rows * COLUMNS), row = BY_TOKENS ? index % rows : index / COLUMNS % rows;
+        int column = BY_TOKENS ? index / rows % COLUMNS : index % COLUMNS, at = PLACE_OF(row, column);
         float value = 0.0f, other = 0.0f;
         if (tile == 0 && shared_tile) {
             value = given[at];
-            if (EPILOGUE == 2) other = given[at + 8];
+            if (EPILOGUE == 2) other = given[at + UPPER];
         }
         u32 span = spans[tile];
 #if CLUSTER > 1
         const float *sum = parts + (tile + (int)(span & 0xffffu)) * PART + at;
         value = cluster_sum(sum);
-        if (EPILOGUE == 2) other = cluster_sum(sum + 8);
+        if (EPILOGUE == 2) other = cluster_sum(sum + UPPER);
 #else
         for (int w = (int)(span & 0xffffu); w <= (int)(span >> 16); ++w) {
             if (is_idle(w, share.size)) continue;
             value += parts[(tile + w) * PART + at];
-            if (EPILOGUE == 2) other += parts[(tile + w) * PART + at + 8];
+            if (EPILOGUE == 2) other += parts[(tile + w) * PART + at + UPPER];
         }
 #endif
         value *= power_of_two(row < 8 ? ROW_POWER : UPPER_POWER);
@@ -207,7 +210,8 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
 #endif
 #if RANKS > 1
     for (int index = (int)threadIdx.x; index < tiles * rows * COLUMNS; index += THREADS) {
-        int out = (own + index / (rows * COLUMNS)) * rows + index % rows, column = index / rows % COLUMNS;
+        int row = BY_TOKENS ? index % rows : index / COLUMNS % rows, column = BY_TOKENS ? index / rows % COLUMNS : index % COLUMNS;
+        int out = (own + index / (rows * COLUMNS)) * rows + row;
         if (column >= columns || out >= outputs) continue;
         u64 to_write = (u64)(column0 + column) * its.width + out;
         float rest = EPILOGUE == 1 ? load_activation(its.residual[to_write]) : 0.0f;

@@ -11,7 +11,7 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
        u16 *y,               // [batch][out_features]
        const u64 *boxes,     // [RANKS] addresses, see peer_boxes.cuh
        u32 *rounds,          // [2]
-       u64 *exchange,        // [blocks of columns][blocks][WARPS][16][COLUMNS], zeros
+       u64 *exchange,        // [blocks of columns][blocks][WARPS][PART], zeros
        int out_features, int in_features, int batch, int row_tiles, int units, int groups,
        int rank, int box_size) {
     DYNAMIC_SHARED(shared);
