@@ -1,89 +1,19 @@
-// y = x W^T for groups along out_features, 1 or 2 tokens (COLUMNS). The product is that of
-// bit_plane_imma.cuh: planes as bytes, numbers as four signed bytes. These are x times the scales of a plane, so
-// all planes of a unit add up to one integer, and what turns {0, 1} into {-1, +1} is, with the offsets, one
-// number for all rows of a panel.
+// y = x W^T for groups along out_features, 1 or 2 tokens: each warp stages for itself.
 #define KERNEL bit_panel_imma
-#define BATCH_AHEAD COLUMNS
-#define OPERAND_BYTES (PLANES * COLUMNS * UNIT_BYTES + 16) // limbs, then factors and rests of the tokens
-#include "byte_limbs.cuh"
-#include "bit_panels.cuh"
-
-DEVICE float sum_of_warp(float sum) {
-#pragma unroll
-    for (int lanes = 1; lanes < WARP; lanes *= 2) sum += shuffle_xor(sum, lanes);
-    return sum;
-}
-
-DEVICE void stage_item(const Ahead &ahead, const u16 *, int, int, int columns, int lane,
-                       unsigned char *operands) {
-    float *numbers = (float *)(operands + PLANES * COLUMNS * UNIT_BYTES);
-#pragma unroll
-    for (int column = 0; column < COLUMNS; ++column) {
-        if (column >= columns) continue; // nobody reads other columns' sums
-        const quad &v = ahead.x[column];
-        u32 pairs[4] = {v.x, v.y, v.z, v.w}, largest = 0;
-        float x[8], rest = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            x[i] = load_activation((u16)(i % 2 ? pairs[i / 2] >> 16 : pairs[i / 2] & 0xffffu));
-            float first = half_at(ahead.scales[0], i);
-            float weight = column_offset(half_at(ahead.scales[PARAMETERS - 1], i), first);
-#pragma unroll
-            for (int plane = 0; plane < PLANES; ++plane) {
-                float scale = half_at(ahead.scales[plane], i);
-                u32 bits = bits_of_float(scale * x[i]) & 0x7fffffffu; // NaN is larger than infinity
-                largest = bits > largest ? bits : largest;
-                weight -= scale;
-            }
-            rest += weight * x[i];
-        }
-        int exponent = (int)(warp_largest(largest) >> 23) - 127;
-        if (exponent < -100) exponent = -100;
-        float factor = power_of_two(exponent < 128 ? 21 - exponent : 0); // magnitudes below 2^22
-#pragma unroll
-        for (int plane = 0; plane < PLANES; ++plane) {
-            float values[8];
-#pragma unroll
-            for (int i = 0; i < 8; ++i) values[i] = multiply_rounded(half_at(ahead.scales[plane], i), x[i]);
-            put_limbs(values, factor, operands + (plane * COLUMNS + column) * UNIT_BYTES, lane);
-        }
-        rest = sum_of_warp(rest);
-        if (lane == 0) {
-            numbers[2 * column] = exponent < 128 ? power_of_two(exponent - 26) : float_of_bits(0x7fc00000u);
-            numbers[2 * column + 1] = rest;
-        }
-    }
-}
+#include "panel_limbs.cuh"
 
 DEVICE void multiply_tile(float *sums, const unsigned char *stage, const unsigned char *operands, int lane) {
-    int g = lane / 4, t = lane % 4, token = COLUMNS == 1 ? 0 : g / LIMBS;
-    u32 words[PLANES][4];
-    load_words(words, stage, lane);
-    const unsigned char *row = operands + token * UNIT_BYTES + g % LIMBS * 64 + t * 16;
-    const int zeros[4] = {0, 0, 0, 0};
-    int c[PLANES][4];
-#pragma unroll
-    for (int word = 0; word < 4; ++word)
-#pragma unroll
-        for (int plane = 0; plane < PLANES; ++plane) { // sums of their own: none waits for the one before
-            quad b = *(const quad *)(row + plane * COLUMNS * UNIT_BYTES + word * WORD_BYTES);
-            u32 w = words[plane][word];
-            int *d = c[plane];
-            mma_bytes(d, word == 0 ? zeros : d, w & 0x01010101u, w & 0x02020202u, w & 0x04040404u,
-                      w & 0x08080808u, b.x, b.y);
-            mma_bytes(d, d, w & 0x10101010u, w & 0x20202020u, w & 0x40404040u, w & 0x80808080u, b.z, b.w);
-        }
-#pragma unroll
-    for (int plane = 1; plane < PLANES; ++plane)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) c[0][i] += c[plane][i];
-    // Columns 2 t and 2 t + 1 are limbs of token t / 2, lowest first: put together where t is even.
-    const float *numbers = (const float *)(operands + PLANES * COLUMNS * UNIT_BYTES) + (COLUMNS == 1 ? 0 : t / 2 * 2);
+    int g = lane / 4, t = lane % 4, c[4];
+    multiply_planes(c, stage, operands, lane);
+    // Put together where t is even.
+    const float *numbers = numbers_of(operands, lane);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        float value = (float)c[0][2 * half + 1] * 256.0f + (float)c[0][2 * half];
+        float value = (float)c[2 * half + 1] * 256.0f + (float)c[2 * half];
         value += 65536.0f * shuffle_xor(value, 1);
         if (t % 2 == 1 || t / 2 >= COLUMNS) continue;
         sums[(g + 8 * half) * COLUMNS + t / 2] += value * (numbers[0] * (half ? 0.5f : 1.0f)) + numbers[1];
     }
 }
+
+#include "bit_panels.cuh"

@@ -11,7 +11,7 @@
 #define TILES_OF_COLUMNS (COLUMNS / 8)
 #define LOADS 8 // tokens whose inputs a lane has under way
 #define SIGNS 0x80008000u
-#include "bit_panels.cuh"
+#include "panel_inputs.cuh"
 
 // Inputs as float16, and the factor that undoes it: bfloat16 has exponents that float16 hasn't.
 DEVICE float to_halves(quad &v) {
@@ -116,3 +116,5 @@ DEVICE void multiply_tile(float *sums, const unsigned char *stage, const unsigne
             sums[(g + i / 2 * 8) * COLUMNS + column] += c[tile][i] * factors[column];
         }
 }
+
+#include "bit_panels.cuh"

@@ -1,8 +1,7 @@
-// y = x W^T from bit planes whose groups run along out_features: what the two products share. Rows that
+// y = x W^T from bit planes whose groups run along out_features: what two products share. Rows that
 // share their scales lie together, in *panels* of TILES tiles. A scale belongs to a column, so
-// it is a factor of x: the file that includes this has defined
+// it is a factor of x: the file that includes this has included panel_inputs.cuh and defined
 //   OPERAND_BYTES     shared memory of a warp for one unit of inputs and its scales,
-//   BATCH_AHEAD       tokens whose inputs a lane holds before they are staged (0: none),
 //   stage_item        x and scales of a panel's unit into that memory,
 //   multiply_tile     one tile's product with them, added to sums in shared memory.
 //
@@ -18,14 +17,7 @@
 // about to multiply, and waits for no other; it uses that for up to TILES tiles. Where tiles come out even
 // (WHOLE), a block has some that follow one another, which may be parts of panels: its *run* of each.
 
-#define THREADS (WARPS * WARP)
-#define PARAMETERS (PLANES + (OFFSET != 0))
-#define SET_PART (CHUNK * TILE_ROWS * COLUMNS)
-#define PART (SETS * SET_PART)
 #define STEPS (SETS * TILES) // of a unit
-#define STAGE_BYTES (PLANES * PLANE_BYTES)
-
-#include "bit_planes_share.cuh"
 
 // A block's panels, from the first one whose sums it writes; of WHOLE tiles, how many tiles of that one are
 // a lower block's, and how many are its own in all.
@@ -105,74 +97,6 @@ DEVICE void advance(Place &place, int next, const Own &own, const Share &share, 
     place.run = run_of(own, ++place.order);
 }
 
-DEVICE void request(unsigned char *stage, const Place &place, int lane) {
-#pragma unroll
-    for (int plane = 0; plane < PLANES; ++plane)
-        fetch(stage + plane * PLANE_BYTES + lane * 16, place.planes + plane * WARP);
-}
-
-// What a lane reads for its eight inputs of a unit.
-struct Ahead {
-    quad scales[PARAMETERS];
-    quad x[BATCH_AHEAD ? BATCH_AHEAD : 1];
-#if NORM
-    quad gains;
-#endif
-};
-
-#if NORM
-// What an RMS norm multiplies the inputs of each token by. Every block sums the squares of all inputs, in
-// `sums`, a float per warp and token.
-DEVICE void norm_factors(float *factors, const u16 *x, int in_features, int units, int columns, float eps, int lane,
-                         float *sums) {
-    int warp = (int)threadIdx.x / WARP;
-#pragma unroll
-    for (int column = 0; column < COLUMNS; ++column) {
-        float square = 0.0f;
-        for (int unit = warp; unit < units && column < columns; unit += WARPS) {
-            quad v = load_inputs(x + (u64)column * in_features, unit * UNIT + lane * 8, in_features);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                float value = load_activation(bits_at(v, i));
-                square += value * value;
-            }
-        }
-#pragma unroll
-        for (int lanes = 16; lanes > 0; lanes /= 2) square += shuffle_xor(square, lanes);
-        if (lane == 0) sums[warp * COLUMNS + column] = square;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int column = 0; column < COLUMNS; ++column) {
-        float total = 0.0f;
-#pragma unroll
-        for (int of = 0; of < WARPS; ++of) total += sums[of * COLUMNS + column];
-        factors[column] = inverse_root(total / (float)in_features + eps);
-    }
-}
-
-DEVICE void norm_inputs(Ahead &ahead, const float *factors) {
-    const quad &gain = ahead.gains;
-#pragma unroll
-    for (int i = 0; i < COLUMNS; ++i) {
-        quad &v = ahead.x[i];
-        v = quad{normed(v.x, factors[i], gain.x), normed(v.y, factors[i], gain.y),
-                 normed(v.z, factors[i], gain.z), normed(v.w, factors[i], gain.w)};
-    }
-}
-#endif
-
-// The offset of a column, from its parameters in float32.
-DEVICE float column_offset(float last, float first) {
-    return OFFSET == 0 ? 0.0f : OFFSET == 1 ? last : last * (first * per_center(PLANES));
-}
-
-DEVICE float half_at(const quad &v, int i) { return half_to_float(bits_at(v, i)); }
-
-DEVICE void stage_item(const Ahead &ahead, const u16 *x, int first, int in_features, int columns, int lane,
-                       unsigned char *operands);
-DEVICE void multiply_tile(float *sums, const unsigned char *stage, const unsigned char *operands, int lane);
-
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
        const quad *scales,  // [groups][units][SETS][PARAMETERS][32], of eight inputs each
@@ -213,31 +137,14 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
     Place next = place_of(item, own, planes, units, lane);
     for (int i = 0; i < STAGES - 1; ++i) {
         if (begin + i < end) {
-            request(ring + i * STAGE_BYTES, next, lane);
+            request(ring + i * STAGE_BYTES, next.planes, lane);
             advance(next, begin + i + 1, own, share, planes, units, lane);
         }
         end_of_fetches();
     }
     Ahead ahead;
-#define LOAD_SCALES                                                                                                \
-    {                                                                                                              \
-        const quad *source = scales + (((u64)divide(item.panel, panels_per_group) * units + item.unit) * SETS +    \
-                                       item.set) * PARAMETERS * WARP + lane;                                       \
-        _Pragma("unroll") for (int i = 0; i < PARAMETERS; ++i) ahead.scales[i] = load_stream(source + i * WARP);   \
-        LOAD_GAINS                                                                                                 \
-    }
-#if NORM
-#define LOAD_GAINS ahead.gains = load_inputs(norm, item.unit * UNIT + lane * 8, in_features);
-#else
-#define LOAD_GAINS
-#endif
-#define LOAD_INPUTS                                                                                                \
-    _Pragma("unroll") for (int i = 0; i < BATCH_AHEAD; ++i) {                                                      \
-        ahead.x[i] = quad{0, 0, 0, 0};                                                                             \
-        if (i < columns)                                                                                           \
-            ahead.x[i] = load_inputs(x + (u64)(column0 + i) * in_features, item.unit * UNIT + lane * 8, in_features); \
-    }
-    if (begin < end) LOAD_SCALES
+    if (begin < end) 
+        load_scales(ahead, scales, norm, divide(item.panel, panels_per_group), item.unit, item.set, units, in_features, lane);
 
     int kept = share.size - share.given;
     int tiles = kept == 0 ? 0 : divide(share.begin + kept - 1, count) + 1 - own.panel; // panels, in fact
@@ -245,7 +152,7 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
     u32 *spans = (u32 *)(parts + (tiles + WARPS) * PART);
     find_spans(spans, tiles, start, count, share);
     wait_for_previous();
-    if (begin < end) LOAD_INPUTS
+    if (begin < end) load_tokens(ahead, x + (u64)column0 * in_features, item.unit, in_features, columns, lane);
 #if NORM
     float factors[COLUMNS];
     norm_factors(factors, x + (u64)column0 * in_features, in_features, units, columns, eps, lane,
@@ -273,14 +180,14 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
         item = item_at(stop, own, share, units);
         bool ends = stop == end || stop == share.given || item.panel != panel;
         if (stop < end) {
-            LOAD_SCALES
-            LOAD_INPUTS
+            load_scales(ahead, scales, norm, divide(item.panel, panels_per_group), item.unit, item.set, units, in_features, lane);
+            load_tokens(ahead, x + (u64)column0 * in_features, item.unit, in_features, columns, lane);
         }
         for (; work < stop; ++work) {
             fetched<STAGES - 2>();
             sync_warp(); // all lanes have read what `free` held, and see what is staged
             if (work + STAGES - 1 < end) {
-                request(ring + free * STAGE_BYTES, next, lane);
+                request(ring + free * STAGE_BYTES, next.planes, lane);
                 advance(next, work + STAGES, own, share, planes, units, lane);
             }
             end_of_fetches();

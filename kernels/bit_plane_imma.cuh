@@ -18,13 +18,14 @@ DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &we
     int exponent = exponent_of(v);
     float factor = power_of_two(21 - exponent); // magnitudes below 2^22
     u32 pairs[4] = {v.x, v.y, v.z, v.w};
-    float values[8];
+    float values[8], shifts[8];
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
+        shifts[2 * r] = shifts[2 * r + 1] = factor;
         values[2 * r] = load_activation((u16)(pairs[r] & 0xffffu));
         values[2 * r + 1] = load_activation((u16)(pairs[r] >> 16));
     }
-    u32 sum = put_limbs(values, factor, operands + (column * units + unit) * UNIT_BYTES, lane);
+    u32 sum = put_limbs(values, shifts, operands + (column * units + unit) * UNIT_BYTES, lane);
     float total = (float)(int)segment_total(sum - 8u * MAGIC, weight.first + unit, lane);
     if (lane % 4 == 0) starts[(unit * BLOCKS_PER_UNIT + lane / 4) * COLUMNS + column] = total * 32.0f;
     if (lane == 0)

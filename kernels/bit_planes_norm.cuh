@@ -42,20 +42,7 @@ DEVICE void stage_normed(const u16 *x, int in_features, const Weight &weight, in
         for (int column = 0; column < COLUMNS; ++column)
             if ((warp + i * WARPS) % COLUMNS == column) inverse[column] += square;
     }
-#pragma unroll
-    for (int column = 0; column < COLUMNS; ++column) {
-#pragma unroll
-        for (int lanes = 16; lanes > 0; lanes /= 2) inverse[column] += shuffle_xor(inverse[column], lanes);
-        if (lane == 0) sums[warp * COLUMNS + column] = inverse[column];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int column = 0; column < COLUMNS; ++column) {
-        float total = 0.0f;
-#pragma unroll
-        for (int of = 0; of < WARPS; ++of) total += sums[of * COLUMNS + column];
-        inverse[column] = inverse_root(total / (float)in_features + eps);
-    }
+    squares_to_factors(inverse, in_features, eps, sums);
 #pragma unroll
     for (int i = 0; i < NORM; ++i) {
         int unit = (warp + i * WARPS) / COLUMNS, column = (warp + i * WARPS) % COLUMNS;

@@ -118,3 +118,25 @@ DEVICE u32 normed(u32 pair, float inverse, u32 gains) {
     high = store_activation(load_activation(high) * load_activation((u16)(gains >> 16)));
     return low | (u32)high << 16;
 }
+
+#if NORM
+// What an RMS norm multiplies the inputs of each token by, in place of a thread's sums of their squares. `sums`
+// has a float per warp and token.
+DEVICE void squares_to_factors(float (&squares)[COLUMNS], int in_features, float eps, float *sums) {
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+#pragma unroll
+    for (int column = 0; column < COLUMNS; ++column) {
+#pragma unroll
+        for (int lanes = 16; lanes > 0; lanes /= 2) squares[column] += shuffle_xor(squares[column], lanes);
+        if (lane == 0) sums[warp * COLUMNS + column] = squares[column];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int column = 0; column < COLUMNS; ++column) {
+        float total = 0.0f;
+#pragma unroll
+        for (int of = 0; of < WARPS; ++of) total += sums[of * COLUMNS + column];
+        squares[column] = inverse_root(total / (float)in_features + eps);
+    }
+}
+#endif

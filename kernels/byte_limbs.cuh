@@ -9,16 +9,16 @@
 // The four signed bytes of an integer, lowest first: value = sum of byte_i * 256^i.
 DEVICE u32 signed_bytes(u32 value) { return (value + 0x80808080u) ^ 0x80808080u; }
 
-// A lane's eight inputs of a unit, times `factor` integers of 23 bits, as B operands of its words. Of a
+// A lane's eight numbers of a unit times factors, integers of 23 bits, as B operands of its words. Of a
 // word's 64 inputs, lane t has 8 t .. 8 t + 7 in each half; pair r of them, of both halves, is register
 // r. The integers are read off the bits of a float, see MAGIC; returns the sum of these bits.
-DEVICE u32 put_limbs(const float (&values)[8], float factor, unsigned char *unit, int lane) {
+DEVICE u32 put_limbs(const float (&values)[8], const float (&factors)[8], unsigned char *unit, int lane) {
     bool upper = lane / 4 & 1; // half of a word's inputs
     u32 kept[4], received[4], sum = 0;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-        u32 a = bits_of_float(values[2 * r] * factor + 12582912.0f);
-        u32 b = bits_of_float(values[2 * r + 1] * factor + 12582912.0f);
+        u32 a = bits_of_float(values[2 * r] * factors[2 * r] + 12582912.0f);
+        u32 b = bits_of_float(values[2 * r + 1] * factors[2 * r + 1] + 12582912.0f);
         sum += a + b;
         a = signed_bytes((a - MAGIC) << (6 - 2 * r)), b = signed_bytes((b - MAGIC) << (6 - 2 * r));
         // Lanes of the lower half take limbs 0 and 1 of both halves, those of the upper 2 and 3.

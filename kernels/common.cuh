@@ -224,6 +224,13 @@ DEVICE u32 warp_sum(u32 value) {
     return sum;
 }
 
+// NaN, if one of them is.
+DEVICE float larger(float a, float b) {
+    float value;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(a), "f"(b));
+    return value;
+}
+
 // The larger magnitudes of two pairs of activations; NaN is larger than all.
 DEVICE u32 larger_magnitudes(u32 a, u32 b) {
     u32 larger;

@@ -161,6 +161,7 @@ DEVICE unsigned warp_sum(unsigned value) {
     return value;
 }
 // As bits: of either format, NaN is above infinity, and that above the rest.
+DEVICE float larger(float a, float b) { return a > b || a != a ? a : b; }
 DEVICE unsigned larger_magnitudes(unsigned a, unsigned b) {
     return std::max(a & 0x7fffu, b & 0x7fffu) | std::max(a & 0x7fff0000u, b & 0x7fff0000u);
 }

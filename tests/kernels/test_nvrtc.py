@@ -93,15 +93,21 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
             *((planes, 1, {"NORM": 1}) for planes in (2, 3, 4)),
             (4, 1, {"SETS": 2, "EPILOGUE": 2}),
             (4, 1, {"WHOLE": 0, "NORM": 1}),
-            (3, 2, {"NORM": 1}),
-            (3, 2, {"OFFSET": 2, "TILES": 7, "CHUNK": 2, "ACTIVATION_BF16": 1}),
+            (2, 2, {"OFFSET": 2, "TILES": 7, "CHUNK": 2, "ACTIVATION_BF16": 1}),
+        )
+    ),
+    *(
+        ("bit_panel_tiles", {**PANELS, "PLANES": planes, "COLUMNS": columns, **more}, most)
+        for planes, columns, most, more in (
+            (3, 1, 128, {"NORM": 1}),
+            (3, 2, 168, {"WARPS": 12, "SETS": 2, "EPILOGUE": 2, "ACTIVATION_BF16": 1}),
         )
     ),
     *(
         ("bit_panel_mma", {**PANELS, "PLANES": planes, "COLUMNS": columns, **more}, most)
         for planes, columns, most, more in (
             (2, 8, 128, {}),
-            (3, 8, 128, {"ACTIVATION_BF16": 1, "CHUNK": 2}),
+            (3, 16, 168, {"WARPS": 12, "ACTIVATION_BF16": 1, "CHUNK": 2}),
             (4, 8, 168, {"WARPS": 12, "WHOLE": 0}),
             (4, 16, 255, {"WARPS": 8, "SETS": 2, "EPILOGUE": 2}),
             (8, 16, 255, {"WARPS": 8, "OFFSET": 2}),

@@ -13,6 +13,7 @@ from qtool.runtime.backends.cuda import (
     grids,
     linear_kernels,
     panel_linear,
+    panel_plan,
     panels,
     room,
 )
@@ -36,19 +37,25 @@ def weight_of(shape, num_bits=3, group_size=128, format_name="binary_coding", se
 
 
 @pytest.fixture
-def share_tiles(monkeypatch):
-    """Let CTAs share tiles wherever they could have whole ones; returns what does."""
+def go(monkeypatch):
+    """Choose how CTAs divide tiles: `shared`, `whole` ones, or whole ones staged `once`."""
 
-    def patch():
-        monkeypatch.setattr(grids, "MOST_IDLE", -1)
+    def choose(way):
+        monkeypatch.setattr(grids, "MOST_IDLE", -1 if way == "shared" else 10**6)
+        monkeypatch.setattr(panel_plan, "MOST_WHOLE", 10**6)
+        if way == "whole":
+            monkeypatch.setattr(panel_plan, "ONCE_RINGS", ((),) * 3)
         forget()
 
     def forget():
-        panel_linear.plan_panels.cache_clear()
+        panel_plan.plan_panels.cache_clear()
         panel_linear.panel_call.cache_clear()
 
-    yield patch
+    yield choose
     forget()
+
+
+KERNELS = {"shared": "bit_panel_imma", "whole": "bit_panel_imma", "once": "bit_panel_tiles"}
 
 
 def check(tensor, x, card, launch, allowed=2.0):
@@ -98,33 +105,30 @@ PRODUCTS = [
 ]
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("way", KERNELS)
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
-def test_one_and_two_tokens_are_exact_but_for_the_cast(case, whole, share_tiles):
-    if not whole:
-        share_tiles()
+def test_one_and_two_tokens_are_exact_but_for_the_cast(case, way, go):
+    go(way)
     shape, num_bits, group_size, multiprocessors = case
     tensor, card = weight_of(shape, num_bits, group_size), Card(multiprocessors, SHARED)
-    tokens, dtype = (1, torch.float16) if whole == case[1] % 2 else (2, torch.bfloat16)
+    odd = (way == "whole") == num_bits % 2
+    tokens, dtype = (1, torch.float16) if odd else (2, torch.bfloat16)
     x = normal(tokens, shape[1])
     x[:, ::37] *= 300
     launch = Recorder()
     check(tensor, x.to(dtype), card, launch, allowed=2e-3)
-    assert launch.names == ["bit_panel_imma"]
-    assert dict(launch.calls[0].constants)["WHOLE"] == whole
+    assert launch.names == [KERNELS[way]]
+    assert dict(launch.calls[0].constants)["WHOLE"] == (way != "shared")
 
 
 TOKENS = (3, 8, 9, 16, 5, 23)
 
 
 @pytest.mark.parametrize(("tokens", "case"), [*zip(TOKENS, PRODUCTS, strict=True)], ids=str)
-def test_more_tokens_are_multiplied_by_weights_rounded_per_plane(
-    monkeypatch, case, tokens, share_tiles
-):
+def test_more_tokens_are_multiplied_by_weights_rounded_per_plane(monkeypatch, case, tokens, go):
     # two blocks of tokens, though such a weight is small
     monkeypatch.setenv("QTOOL_KERNEL", "planes")
-    if tokens in (5, 8, 9):
-        share_tiles()
+    go("shared" if tokens in (5, 8, 9) else "whole")
     shape, num_bits, group_size, multiprocessors = case
     tensor, card = weight_of(shape, num_bits, group_size), Card(multiprocessors, SHARED)
     dtype, launch = torch.float16 if tokens % 2 else torch.bfloat16, Recorder()
@@ -149,6 +153,9 @@ def test_what_is_not_finite_shows(value, tokens):
     y = linear_kernels.matmul(x, weight, Recorder(), SMALL)
     assert not bool(y[-1].isfinite().any())
     assert bool(y[:-1].isfinite().all())
+    tensor.parts["plane_scales"][1, 0, 7] = value
+    weight = linear_kernels.prepare(tensor, x.dtype)
+    assert not bool(linear_kernels.matmul(x, weight, Recorder(), SMALL).isfinite().any())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -167,8 +174,12 @@ def test_a_dequantized_weight_and_its_rows_are_the_rounded_definition(case, dtyp
 
 
 @pytest.mark.parametrize("group_size", [16, 100])
-@pytest.mark.parametrize("tokens", [1, 2, 7, 100])
-def test_gate_and_up_meet_where_their_panels_alternate(tokens, group_size):
+@pytest.mark.parametrize(
+    ("tokens", "way"),
+    [(1, "whole"), (2, "whole"), (1, "once"), (2, "once"), (7, "whole"), (100, "whole")],
+)
+def test_gate_and_up_meet_where_their_panels_alternate(tokens, group_size, way, go):
+    go(way)
     pair = [weight_of((120, 700), 2, group_size, seed=seed) for seed in (1, 2)]
     x = (normal(tokens, 700) / 700**0.5).half()
     fused = fusing.fuse(pair, x.dtype, interleave=True)
@@ -202,8 +213,9 @@ def test_queries_keys_and_values_of_whole_groups_are_one_weight():
     assert fusing.fuse([tensors[0], other], x.dtype) is None
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_a_residual_is_added_before_the_cast(tokens):
+@pytest.mark.parametrize(("tokens", "way"), [(1, "whole"), (1, "once"), (3, "whole")])
+def test_a_residual_is_added_before_the_cast(tokens, way, go):
+    go(way)
     tensor, x = weight_of((130, 300)), (normal(tokens, 300) / 18).half()
     residual = normal(tokens, 130, seed=2).half()
     weight = linear_kernels.prepare(tensor, x.dtype)
@@ -213,8 +225,10 @@ def test_a_residual_is_added_before_the_cast(tokens):
 
 
 @pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("way", ["whole", "once"])
 @pytest.mark.parametrize(("tokens", "dtype"), [(1, torch.float16), (2, torch.bfloat16)])
-def test_a_norm_in_the_product_is_the_norm_before_it(tokens, dtype, gated):
+def test_a_norm_in_the_product_is_the_norm_before_it(tokens, dtype, gated, way, go):
+    go(way)
     pair = [weight_of((64, 700), 2, 32, seed=seed) for seed in (1, 2)]
     fused, launch = fusing.fuse(pair, dtype, interleave=gated), Recorder()
     assert fused is not None
@@ -222,7 +236,7 @@ def test_a_norm_in_the_product_is_the_norm_before_it(tokens, dtype, gated):
     x = (9 * normal(tokens, 700)).to(dtype)
     assert linear_kernels.can_norm(weight, tokens, SMALL, gated=gated)
     got = linear_kernels.matmul(x, weight, launch, SMALL, norm=norm, gated=gated)
-    assert launch.names == ["bit_panel_imma"]
+    assert launch.names == [KERNELS[way]]
     normed = torch_ops.OPS.rms_norm(x, *norm)
     apart = linear_kernels.matmul(normed, weight, Recorder(), SMALL, gated=gated)
     # sums of squares in another order: an input in thousands is rounded to its neighbour
@@ -245,7 +259,7 @@ def test_groups_of_fewer_rows_go_by_the_definition():
 def test_every_card_has_room_for_panels(kilobytes, num_bits, sets, tokens):
     card, layout = Card(132, kilobytes * 1024), panels.PanelLayout(num_bits, 8, 1, sets)
     for count, units in ((1002, 16), (32, 56), (448, 32), (5, 3)):
-        planned = panel_linear.plan_panels(count, units, tokens, layout, card=card)
+        planned = panel_plan.plan_panels(count, units, tokens, layout, card=card)
         assert planned is not None
         assert planned.shared_bytes <= kilobytes * 1024
         if kilobytes == 227 and sets == 1:  # else they may follow one another
@@ -253,31 +267,33 @@ def test_every_card_has_room_for_panels(kilobytes, num_bits, sets, tokens):
 
 
 @pytest.mark.parametrize(
-    ("case", "columns", "warps"), [((224, 16), 16, 8), ((32, 56), 16, 8), ((32, 16), 8, 8)]
+    ("case", "warps", "stages"), [((224, 16), 8, 3), ((32, 56), 12, 2), ((32, 16), 12, 2)]
 )
-def test_small_weights_are_multiplied_by_more_and_smaller_blocks(case, columns, warps):
+def test_small_weights_are_multiplied_by_more_and_smaller_blocks(case, warps, stages):
     card, layout = Card(132, SHARED), panels.PanelLayout(3, 8, 1)
-    planned = panel_linear.plan_panels(*case, 16, layout, card=card)
+    planned = panel_plan.plan_panels(*case, 16, layout, card=card)
     assert planned is not None
-    assert (planned.product.columns, planned.warps) == (columns, warps)
-    one = panel_linear.plan_panels(*case, 1, layout, card=card)
+    assert (planned.product.columns, planned.warps) == (16, warps)
+    one = panel_plan.plan_panels(*case, 1, layout, card=card)
     assert one is not None
-    assert (one.warps, one.stages, one.whole) == (16, 3, True)
+    assert (one.warps, one.stages, one.whole) == (16, stages, True)
 
 
 @pytest.mark.parametrize(
-    ("case", "ctas", "chunk", "whole"),
+    ("case", "num_bits", "ctas", "way"),
     [
-        ((224, 16, 8), 128, 8, True),  # 14 of 1792 tiles each
-        ((32, 16, 8), 128, 2, True),
-        ((32, 56, 8), 128, 2, True),
-        ((9, 3, 4), 36, 1, True),
-        ((448, 32, 8), 132, 8, False),  # 28 tiles each would leave 27 of 869 steps idle
+        ((224, 16, 8), 3, 128, "once"),  # 14 of 1792 tiles each, of three panels
+        ((224, 16, 8), 4, 132, "shared"),  # no room for all of their units
+        ((32, 56, 8), 3, 128, "once"),
+        ((32, 56, 8), 4, 128, "whole"),
+        ((9, 3, 4), 3, 36, "once"),
+        ((448, 32, 8), 3, 132, "shared"),  # 28 tiles each would leave 27 of 869 steps idle
     ],
 )
-def test_blocks_have_whole_tiles_where_these_come_out_even(case, ctas, chunk, whole):
+def test_blocks_have_whole_tiles_where_these_come_out_even(case, num_bits, ctas, way):
     count, units, tiles = case
-    card, layout = Card(132, SHARED), panels.PanelLayout(3, tiles, 1)
-    planned = panel_linear.plan_panels(count, units, 1, layout, card=card)
+    card, layout = Card(132, SHARED), panels.PanelLayout(num_bits, tiles, 1)
+    planned = panel_plan.plan_panels(count, units, 1, layout, card=card)
     assert planned is not None
-    assert (planned.ctas, planned.chunk, planned.whole) == (ctas, chunk, whole)
+    assert (planned.ctas, planned.whole) == (ctas, way != "shared")
+    assert planned.product.name == KERNELS[way]

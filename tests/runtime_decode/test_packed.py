@@ -183,7 +183,7 @@ def test_neighbours_of_one_scheme_stay_one_product(bcq):
     torch.testing.assert_close(*logits, rtol=0, atol=0.02)
     attended = launch.names.index("decode_attention", begin)
     # both norm what they read
-    assert launch.names[begin:attended] == ["gather_rows", "bit_plane_mma", "bit_panel_imma"]
+    assert launch.names[begin:attended] == ["gather_rows", "bit_plane_mma", "bit_panel_tiles"]
 
 
 def test_a_kernel_that_reads_stored_parts_gets_each_weight_as_stored(bcq, monkeypatch):

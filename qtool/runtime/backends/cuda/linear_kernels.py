@@ -12,7 +12,7 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.core.layout import side_by_side
 from qtool.errors import BackendError
-from qtool.runtime.backends.cuda import lut, panel_linear, planes, tiles, wide
+from qtool.runtime.backends.cuda import lut, panel_linear, panel_plan, planes, tiles, wide
 from qtool.runtime.backends.cuda.centers import CENTERS, is_tileable, planes_of
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, KernelCall, Launch, constants
@@ -90,7 +90,7 @@ def can_norm(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = Fal
     if tokens == 0 or kernel_for(weight, tokens, card, gated=gated) != "planes":
         return False
     if weight.tiles is None:
-        return weight.panels is not None and tokens <= panel_linear.MOST_AS_BYTES
+        return weight.panels is not None and tokens <= panel_plan.MOST_AS_BYTES
     row_tiles, units, *_ = weight.tiles.planes.shape
     return normed_units(row_tiles, units, tokens, weight.layout, card=card) > 0
 
