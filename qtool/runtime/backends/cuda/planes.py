@@ -33,8 +33,10 @@ MAX_UNITS = 2**21
 MOST_AS_LIMBS, MOST_PLANES_OF_MORE = 4, 4
 """Tokens up to which x is multiplied as bytes, four per input, as timed: bit_plane_imma.cuh takes
 8. More than two tokens of more planes don't fit into registers."""
+CENTERED = 2
+"""`Layout.offset` of equal steps."""
 LEAST_GROUP = 64
-"""Of weights that are looked up: smaller ones make too many tables."""
+"""Of weights that are looked up: smaller ones make too many tables. Codes have groups of multiples."""
 LOOKED_UP_WARPS = 12
 """Enough where more of them want another slab: 113 us, not 140, at 57344 x 8192, 3 planes and 16
 tokens on an H200."""
@@ -102,6 +104,8 @@ class Product:
     """Of shared memory for 32 inputs of one token."""
     looks_up: bool = False
     """It makes tables where a unit's planes were, and takes x as it is."""
+    at_once: bool = False
+    """All planes are one product, so one weight takes little time."""
 
     def stage_bytes(self, layout: Layout) -> int:
         """Return what a unit takes of shared memory."""
@@ -125,13 +129,24 @@ def product_for(batch: int, layout: Layout) -> Product:
     first = LOOKED_UP.get(layout.planes)
     if first is None or batch < first or layout.group < LEAST_GROUP:
         return each_plane(batch, layout)
+    if layout.offset == CENTERED and layout.group % LEAST_GROUP == 0:
+        return by_codes(batch)
     return looked_up(batch)
 
 
 def looked_up(batch: int) -> Product:
     """Return the kernel that looks weights of up to four planes up and multiplies once."""
-    columns = next((count for count in LOOKED_UP_COLUMNS if batch <= count), BLOCK)
-    return Product("bit_plane_lookup_mma", columns, 64, looks_up=True)
+    return Product("bit_plane_lookup_mma", _columns(batch), 64, looks_up=True, at_once=True)
+
+
+def by_codes(batch: int) -> Product:
+    """Return the kernel that multiplies codes of equal steps, of up to four planes."""
+    return Product("bit_plane_codes_mma", _columns(batch), 64, at_once=True)
+
+
+def _columns(batch: int) -> int:
+    """Return how many tokens a CTA multiplies that has one product for all planes."""
+    return next((count for count in LOOKED_UP_COLUMNS if batch <= count), BLOCK)
 
 
 def each_plane(batch: int, layout: Layout) -> Product:
@@ -246,7 +261,7 @@ def tuned_plan(
     product = product or product_for(batch, layout)
     few = product.columns <= MOST_IN_PAIRS
     tunings = tunings_for(row_tiles, units, card, few=few)
-    if product.looks_up:
+    if product.at_once:
         tunings = (tunings[0], replace(tunings[0], warps=LOOKED_UP_WARPS), *tunings[1:])
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
         found = []
@@ -257,7 +272,7 @@ def tuned_plan(
                 crowded = planned.per_multiprocessor < tuning.per_multiprocessor
                 # with many tokens a CTA multiplies for longer: all its warps are worth a slab
                 rank = (planned.slabs, crowded, order) if few else (crowded, order, planned.slabs)
-                if product.looks_up:
+                if product.at_once:
                     rank = (order > 1, planned.slabs, order)
                 found.append((rank, (tuning, planned)))
         if found:
