@@ -18,7 +18,11 @@
 #include "hopper.cuh"
 #include "half_products.cuh"
 
+#if OFFSET == 2
+#include "bit_plane_code_weights.cuh"
+#else
 #include "bit_plane_lookup.cuh"
+#endif
 
 #define ROWS (64 * GROUPS)
 #define ROW_TILES (4 * GROUPS)

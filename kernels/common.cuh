@@ -181,6 +181,17 @@ DEVICE u32 add_bfloat2(u32 a, u32 b) { // sm_80 has no addition of these
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
     return sum;
 }
+// a b + c of pairs, rounded once.
+DEVICE u32 fma_half2(u32 a, u32 b, u32 c) {
+    u32 sum;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+    return sum;
+}
+DEVICE u32 fma_bfloat2(u32 a, u32 b, u32 c) {
+    u32 sum;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+    return sum;
+}
 
 // 2^x and 1/x, to a few units in the last place.
 DEVICE float exp2_fast(float x) {

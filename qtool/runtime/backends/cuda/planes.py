@@ -33,8 +33,9 @@ MAX_UNITS = 2**21
 MOST_AS_LIMBS, MOST_PLANES_OF_MORE = 4, 4
 """Tokens up to which x is multiplied as bytes, four per input, as timed: bit_plane_imma.cuh takes
 8. More than two tokens of more planes don't fit into registers."""
-CENTERED = 2
-"""`Layout.offset` of equal steps."""
+CENTERED, STEP_BYTES = 2, 8
+"""`Layout.offset` of equal steps, and what one of them and its zero point take where
+bit_plane_wgmma.cu keeps them in place of tables."""
 LEAST_GROUP = 64
 """Of weights that are looked up: smaller ones make too many tables. Codes have groups of multiples."""
 LOOKED_UP_WARPS = 12
