@@ -33,17 +33,6 @@ template <int COUNT> struct Indices { u32 of[4], fourth[COUNT == 4 ? 4 : 1]; };
 #define LOW_BYTES (MIRRORS ? 32 : 8 * WORDS_OF(LOW_PLANES))
 #define TABLE_BYTES (LOW_BYTES + (MORE_PLANES ? 8 * WORDS_OF(MORE_PLANES) : 0))
 
-// Bits of a where `mask` has ones, else of b: one instruction, of which the compiler makes two where it knows the mask.
-DEVICE u32 either(u32 mask, u32 a, u32 b) {
-#ifdef QTOOL_HOST
-    return a & mask | b & ~mask;
-#else
-    u32 bits;
-    asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(bits) : "r"(mask), "r"(a), "r"(b));
-    return bits;
-#endif
-}
-
 template <int COUNT> DEVICE Indices<COUNT> indices_of(const u32 *words) {
     Indices<COUNT> found;
     const u32 even = 5 * NIBBLES, low = 3 * NIBBLES;

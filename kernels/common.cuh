@@ -181,6 +181,13 @@ DEVICE u32 add_bfloat2(u32 a, u32 b) { // sm_80 has no addition of these
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
     return sum;
 }
+// A constant that stays in a register: the compiler, which would move it there before each use, doesn't know it.
+DEVICE u32 in_register(u32 constant) {
+    u32 found;
+    asm volatile("{.reg .u32 zero; mov.u32 zero, %%nctaid.x; shr.u32 zero, zero, 31; or.b32 %0, zero, %1;}" : "=r"(found) : "r"(constant));
+    return found;
+}
+
 // a b + c of pairs, rounded once.
 DEVICE u32 fma_half2(u32 a, u32 b, u32 c) {
     u32 sum;
@@ -255,6 +262,17 @@ DEVICE u32 shuffle_xor(u32 value, int lanes) {
 }
 DEVICE u32 shuffle_down(u32 value, int lanes) {
     return bits_of_float(shuffle_down(float_of_bits(value), lanes));
+}
+
+// Bits of a where `mask` has ones, else of b: one instruction, of which the compiler makes two where it knows the mask.
+DEVICE u32 either(u32 mask, u32 a, u32 b) {
+#ifdef QTOOL_HOST
+    return a & mask | b & ~mask;
+#else
+    u32 bits;
+    asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(bits) : "r"(mask), "r"(a), "r"(b));
+    return bits;
+#endif
 }
 
 // 2^exponent for -126 <= exponent <= 127.

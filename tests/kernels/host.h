@@ -182,6 +182,7 @@ DEVICE unsigned add_bfloat2(unsigned a, unsigned b) { // not of NaN
     high += 0x7fffu + (high >> 16 & 1), low += 0x7fffu + (low >> 16 & 1);
     return (high & 0xffff0000u) | low >> 16;
 }
+DEVICE unsigned in_register(unsigned constant) { return constant; }
 template <class Load, class Store> DEVICE unsigned fma_pair(unsigned a, unsigned b, unsigned c, Load load, Store store) {
     unsigned sum[2];
     for (int i = 0; i < 2; ++i) // exact in float64

@@ -119,7 +119,7 @@ class Product:
         That is the inputs, and sums of all tiles that it may have; not the units themselves.
         """
         own = (share + units - 1) // units + 1
-        number = 0 if self.looks_up else NUMBER
+        number = 0 if self.at_once else NUMBER
         inputs = units * self.columns * (BLOCKS_PER_UNIT * (self.x_bytes + number) + number)
         sums = (own + 1 + warps) * TILE_ROWS * self.columns * NUMBER
         return inputs + sums + own * NUMBER
