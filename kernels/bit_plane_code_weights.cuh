@@ -3,6 +3,8 @@
 // table is the step and the zero point of a row and group. Numbers are times 2^(2 - PLANES), so the step is the scale of the highest plane.
 //
 // Operand e of `step` 2 q + e is nibble e of words 2 q + r: x is in the order PAIRED of order_inputs.cu.
+#include "bit_plane_groups.cuh"
+#include "bit_plane_nibbles.cuh"
 #include "bit_plane_codes.cuh"
 
 #define HALVED (GROUP % 64 != 0) // a word may be of two groups, of 32 inputs each
@@ -36,8 +38,11 @@ struct WordIndices { u32 low[4], more[4]; };
 
 DEVICE WordIndices word_indices(const u32 *words) {
     WordIndices found;
-    nibbles_of_planes(found.low, words);
-#if PLANES > 4
+    lower_nibbles(found.low, words);
+#if PLANES == 8
+#pragma unroll
+    for (int i = 0; i < 4; ++i) found.more[i] = words[i];
+#elif PLANES > 4
     u32 more[MORE_PLANES];
 #pragma unroll
     for (int bit = 0; bit < MORE_PLANES; ++bit) more[bit] = words[MORE_PLANES - 1 - bit];

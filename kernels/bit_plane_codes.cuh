@@ -1,15 +1,13 @@
 // Weights of equal steps (OFFSET 2): planes become codes, the whole numbers that their bits spell, less a zero point. No tables.
 //
-// Nibbles of a word are where bit_plane_lookup.cuh has its indices: nibble 4 h + 2 u + e of word 2 q + r is of row
-// g + 8 r and of input 32 u + 8 t + 4 e + 2 q + h, so the two of a pair, h apart, are of inputs beside one another.
+// The two of a pair are the nibbles 16 bits apart (bit_plane_nibbles.cuh), of inputs beside one another.
 //
 // A code's bits below the exponent of 1024 (bfloat16: 128) are the number 1024 + code or, one nibble higher, 1024 + 16 code: one
 // AND with an OR. One fused multiplication and addition makes (code - zero point) of it, or that times a power of two, exactly.
-#include "bit_plane_groups.cuh"
+// The file that includes this has included bit_plane_groups.cuh and bit_plane_nibbles.cuh.
 
 #define LOW_PLANES (PLANES < 4 ? PLANES : 4) // of the first nibble
 #define MORE_PLANES (PLANES - LOW_PLANES)    // of the second, the higher
-#define NIBBLES 0x11111111u
 #ifdef ACTIVATION_BF16
 #define EXPONENT 0x43004300u
 #define LEAST 128.0f
@@ -26,31 +24,15 @@ DEVICE float half_of(u32 pair, int upper) { return half_to_float((u16)(upper ? p
 DEVICE u32 twice(u32 value) { return permute_bytes(value, 0, 0x1010u); } // a 16-bit number in both halves
 DEVICE u32 twice(float value) { return twice((u32)store_activation(value)); }
 
-// Nibbles of COUNT planes of a word, the lowest bit first; what is above their COUNT bits is to be masked.
-template <int COUNT> DEVICE void nibbles_of(u32 (&nibbles)[4], const u32 *words) {
-    const u32 even = 5 * NIBBLES, low = 3 * NIBBLES;
-    u32 a = words[0], b = words[COUNT > 1 ? 1 : 0], c = words[COUNT > 2 ? 2 : 0], d = words[COUNT > 3 ? 3 : 0];
-    if (COUNT == 1) {
-#pragma unroll
-        for (int q = 0; q < 4; ++q) nibbles[q] = a >> q;
-        return;
-    }
-    u32 even_rows = either(even, a, b << 1), odd_rows = either(even, a >> 1, b);
-    if (COUNT == 2) {
-        nibbles[0] = even_rows, nibbles[1] = odd_rows, nibbles[2] = even_rows >> 2, nibbles[3] = odd_rows >> 2;
-        return;
-    }
-    u32 even_more = COUNT == 3 ? c : either(even, c, d << 1), odd_more = COUNT == 3 ? c >> 1 : either(even, c >> 1, d);
-    nibbles[0] = either(low, even_rows, even_more << 2), nibbles[2] = either(low, even_rows >> 2, even_more);
-    nibbles[1] = either(low, odd_rows, COUNT == 3 ? c << 1 : odd_more << 2), nibbles[3] = either(low, odd_rows >> 2, odd_more);
-}
-
-// Of the planes of a word, of which the first are the highest bits: the lower nibbles.
-DEVICE void nibbles_of_planes(u32 (&nibbles)[4], const u32 *planes) {
+// The lower nibbles of a word: what is in memory, or of its planes, of which the first are the highest bits.
+DEVICE void lower_nibbles(u32 (&nibbles)[4], const u32 *stored) {
     u32 reversed[LOW_PLANES];
 #pragma unroll
-    for (int bit = 0; bit < LOW_PLANES; ++bit) reversed[bit] = planes[PLANES - 1 - bit];
-    nibbles_of<LOW_PLANES>(nibbles, reversed);
+    for (int i = 0; i < LOW_PLANES; ++i) {
+        reversed[i] = stored[PLANES - 1 - i];
+        if (NIBBLED) nibbles[i] = stored[PLANES - LOW_PLANES + i];
+    }
+    if (!NIBBLED) nibbles_of<LOW_PLANES>(nibbles, reversed);
 }
 
 #define MIDDLE (0.5f * (float)((1 << PLANES) - 1))

@@ -29,7 +29,7 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
                           int, int unit, const Weight &weight, int lane) {
     int g = lane / 4, t = lane % 4;
     u32 words[PLANES][4];
-    load_words(words, stage, lane);
+    load_stored(words, stage, lane);
     const u32 *scales = (const u32 *)(stage + SCALES_AT) + g * PARAMETERS;
     const unsigned char *x = operands + (unit * BLOCKS_PER_UNIT * COLUMNS + g) * X_BYTES + 16 * t;
     const float zeros[4] = {};
@@ -53,7 +53,7 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
         u32 planes[PLANES], nibbles[4];
 #pragma unroll
         for (int plane = 0; plane < PLANES; ++plane) planes[plane] = words[plane][word];
-        nibbles_of_planes(nibbles, planes);
+        lower_nibbles(nibbles, planes);
 #pragma unroll
         for (int upper = 0; upper < 2; ++upper) {
             u32 a[2][4];

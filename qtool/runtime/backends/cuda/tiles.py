@@ -23,13 +23,17 @@ BITS_AT_ONCE = 2**26
 WORDS = UNIT // 64
 """Words of a lane in a unit; each holds 64 inputs."""
 WORD_BYTES, HALF_BYTES = 4, 2
+NIBBLE = 4
+"""Planes that are packed as nibbles."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """A binary-coded weight with groups along in_features, re-laid for the kernels."""
 
-    planes: Tensor  # (row_tiles, units, num_bits, 32, 4) int32
+    planes: Tensor
+    """(row_tiles, units, num_bits, 32, 4) int32; where there are centers, `nibbled_planes` of them
+    are nibbles of four planes."""
     scales: Tensor
     """(row_tiles, groups, 8, num_bits + offset, 2) float16: of rows g and g + 8, the offset, or the
     center of an affine weight, last; of all groups that the units have, zeros where a row has no
@@ -44,7 +48,8 @@ def pack(tensor: QuantizedTensor) -> Tiles:
     inputs = tensor.shape.in_features
     tiles_at_once = max(1, BITS_AT_ONCE // (tensor.scheme.num_bits * inputs * TILE_ROWS))
     planes = tensor.parts["bit_planes"].split(tiles_at_once * TILE_ROWS, dim=1)
-    packed = [pack_planes(_padded(unpack_bits(rows, inputs))) for rows in planes]
+    nibbled = nibbled_planes(tensor.scheme.num_bits, centered=CENTERS in tensor.parts)
+    packed = [pack_planes(_padded(unpack_bits(rows, inputs)), nibbled) for rows in planes]
     return Tiles(packed[0] if len(packed) == 1 else torch.cat(packed), pack_parameters(tensor))
 
 
@@ -81,8 +86,18 @@ def pack_parameters(tensor: QuantizedTensor) -> Tensor:
     return split.permute(1, 4, 3, 0, 2).contiguous()
 
 
-def pack_planes(bits: Tensor) -> Tensor:
-    """Pack planes of whole tiles and units.
+def nibbled_planes(num_bits: int, *, centered: bool) -> tuple[int, ...]:
+    """Return where each four planes begin that are packed as nibbles: of weights of equal steps.
+
+    kernels/bit_plane_nibbles.cuh says the same.
+    """
+    if not centered or num_bits < NIBBLE:
+        return ()
+    return (0, NIBBLE) if num_bits == 2 * NIBBLE else (num_bits - NIBBLE,)
+
+
+def pack_planes(bits: Tensor, nibbled: tuple[int, ...] = ()) -> Tensor:
+    """Pack planes of whole tiles and units; `nibbled`: `nibbled_planes`.
 
     (num_bits, rows, inputs) uint8 -> (row_tiles, units, num_bits, 32, 4) int32.
     """
@@ -94,22 +109,37 @@ def pack_planes(bits: Tensor) -> Tensor:
     # bit = 16 half + 8 upper + 2 (pair & 3) + r; lane = 4 g + t
     ordered = split.permute(1, 4, 0, 3, 7, 5, 9, 6, 8, 2)
     flat = ordered.reshape(rows // TILE_ROWS, inputs // UNIT, num_bits, LANES, WORDS, 32)
+    for first in nibbled:
+        flat[:, :, first : first + NIBBLE] = _turned(flat[:, :, first : first + NIBBLE].flip(2))
     weights = 2 ** torch.arange(32, device=bits.device, dtype=torch.int64)
     words = (flat.to(torch.int64) * weights).sum(-1)
     return (words - ((words >> 31) << 32)).to(torch.int32)  # two's complement
 
 
-def unpack_planes(planes: Tensor) -> Tensor:
+def _turned(bits: Tensor) -> Tensor:
+    """Exchange the number of a word, of four, and that of a bit in its nibble; twice is nothing.
+
+    (row_tiles, units, 4, 32, 4, 32) -> the same.
+    """
+    split = bits.unflatten(2, (2, 2)).unflatten(-1, (8, 2, 2))
+    return split.permute(0, 1, 7, 8, 4, 5, 6, 2, 3).reshape(bits.shape)
+
+
+def unpack_planes(planes: Tensor, nibbled: tuple[int, ...] = ()) -> Tensor:
     """Invert `pack_planes`."""
     row_tiles, units, num_bits = planes.shape[:3]
     shifts = torch.arange(32, device=planes.device, dtype=torch.int32)
     flat = ((planes.unsqueeze(-1) >> shifts) & 1).to(torch.uint8)
+    for first in nibbled:
+        flat[:, :, first : first + NIBBLE] = _turned(flat[:, :, first : first + NIBBLE]).flip(2)
     ordered = flat.view(row_tiles, units, num_bits, 8, 4, WORDS, 2, 2, 4, 2)
     split = ordered.permute(2, 0, 9, 3, 1, 5, 7, 4, 8, 6)
     return split.reshape(num_bits, row_tiles * TILE_ROWS, units * UNIT)
 
 
-def unpack(tiles: Tiles, shape: Shape2D, group: int) -> tuple[Tensor, Tensor]:
+def unpack(
+    tiles: Tiles, shape: Shape2D, group: int, *, centered: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return scales, then offsets or centers, of each weight, and its signs.
 
     Returns:
@@ -118,5 +148,5 @@ def unpack(tiles: Tiles, shape: Shape2D, group: int) -> tuple[Tensor, Tensor]:
     rows, inputs = shape
     scales = tiles.scales.permute(3, 0, 4, 2, 1).flatten(1, 3)[:, :rows].float()
     of_input = torch.arange(inputs, device=scales.device) // group
-    signs = 2 * unpack_planes(tiles.planes)[:, :rows, :inputs].float() - 1
-    return scales[:, :, of_input], signs
+    bits = unpack_planes(tiles.planes, nibbled_planes(tiles.planes.shape[2], centered=centered))
+    return scales[:, :, of_input], 2 * bits[:, :rows, :inputs].float() - 1
