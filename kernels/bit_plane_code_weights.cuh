@@ -38,15 +38,9 @@ struct WordIndices { u32 low[4], more[4]; };
 
 DEVICE WordIndices word_indices(const u32 *words) {
     WordIndices found;
-    lower_nibbles(found.low, words);
-#if PLANES == 8
-#pragma unroll
-    for (int i = 0; i < 4; ++i) found.more[i] = words[i];
-#elif PLANES > 4
-    u32 more[MORE_PLANES];
-#pragma unroll
-    for (int bit = 0; bit < MORE_PLANES; ++bit) more[bit] = words[MORE_PLANES - 1 - bit];
-    nibbles_of<MORE_PLANES>(found.more, more);
+    nibbles_of<LOW_PLANES>(found.low, words + MORE_PLANES);
+#if PLANES > 4
+    nibbles_of<MORE_PLANES>(found.more, words);
 #endif
     return found;
 }

@@ -6,8 +6,6 @@
 // AND with an OR. One fused multiplication and addition makes (code - zero point) of it, or that times a power of two, exactly.
 // The file that includes this has included bit_plane_groups.cuh and bit_plane_nibbles.cuh.
 
-#define LOW_PLANES (PLANES < 4 ? PLANES : 4) // of the first nibble
-#define MORE_PLANES (PLANES - LOW_PLANES)    // of the second, the higher
 #ifdef ACTIVATION_BF16
 #define EXPONENT 0x43004300u
 #define LEAST 128.0f
@@ -23,17 +21,6 @@
 DEVICE float half_of(u32 pair, int upper) { return half_to_float((u16)(upper ? pair >> 16 : pair & 0xffffu)); }
 DEVICE u32 twice(u32 value) { return permute_bytes(value, 0, 0x1010u); } // a 16-bit number in both halves
 DEVICE u32 twice(float value) { return twice((u32)store_activation(value)); }
-
-// The lower nibbles of a word: what is in memory, or of its planes, of which the first are the highest bits.
-DEVICE void lower_nibbles(u32 (&nibbles)[4], const u32 *stored) {
-    u32 reversed[LOW_PLANES];
-#pragma unroll
-    for (int i = 0; i < LOW_PLANES; ++i) {
-        reversed[i] = stored[PLANES - 1 - i];
-        if (NIBBLED) nibbles[i] = stored[PLANES - LOW_PLANES + i];
-    }
-    if (!NIBBLED) nibbles_of<LOW_PLANES>(nibbles, reversed);
-}
 
 #define MIDDLE (0.5f * (float)((1 << PLANES) - 1))
 

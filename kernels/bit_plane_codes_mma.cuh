@@ -53,7 +53,7 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
         u32 planes[PLANES], nibbles[4];
 #pragma unroll
         for (int plane = 0; plane < PLANES; ++plane) planes[plane] = words[plane][word];
-        lower_nibbles(nibbles, planes);
+        nibbles_of<PLANES>(nibbles, planes);
 #pragma unroll
         for (int upper = 0; upper < 2; ++upper) {
             u32 a[2][4];

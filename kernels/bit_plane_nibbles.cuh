@@ -1,38 +1,48 @@
-// Four planes of a word as nibbles, and back. Nibble 4 h + 2 u + e of word 2 q + r is of row g + 8 r and of input
-// 32 u + 8 t + 4 e + 2 q + h (common.cuh has where their bits are in planes). Of weights of equal steps and four planes or more, the
-// four lowest bits are in memory as such words (NIBBLED), word 0 where the highest of the four planes would be; of eight
-// planes the four highest are too.
-#define NIBBLED (OFFSET == 2 && PLANES > 3)
+// Planes of a word as nibbles: nibble 4 h + 2 u + e of word 2 q + r is of row g + 8 r and of input 32 u + 8 t + 4 e + 2 q + h
+// (common.cuh has where their bits are in planes). Weights of equal steps (OFFSET 2) are in memory so that nibbles take few
+// instructions: the lowest four planes, then what is above them, each COUNT planes as COUNT words, in place of the same planes.
+//   4: words 0 to 3.   3: words 0 to 2; the fourth bit of a nibble of word i is bit i of that of word 3.
+//   2: words 0 and 1, with words 2 and 3 two bits higher.   1: the plane.
+#define NIBBLED (OFFSET == 2)
 #define NIBBLES 0x11111111u
+#define LOW_PLANES (PLANES < 4 ? PLANES : 4) // of the lower nibble
+#define MORE_PLANES (PLANES - LOW_PLANES)    // of the higher
 
-// Nibbles of COUNT planes of a word, the lowest bit first; what is above their COUNT bits is to be masked.
-template <int COUNT> DEVICE void nibbles_of(u32 (&nibbles)[4], const u32 *words) {
-    const u32 even = 5 * NIBBLES, low = 3 * NIBBLES;
-    u32 a = words[0], b = words[COUNT > 1 ? 1 : 0], c = words[COUNT > 2 ? 2 : 0], d = words[COUNT > 3 ? 3 : 0];
-    if (COUNT == 1) {
-#pragma unroll
-        for (int q = 0; q < 4; ++q) nibbles[q] = a >> q;
-        return;
-    }
-    u32 even_rows = either(even, a, b << 1), odd_rows = either(even, a >> 1, b);
-    if (COUNT == 2) {
-        nibbles[0] = even_rows, nibbles[1] = odd_rows, nibbles[2] = even_rows >> 2, nibbles[3] = odd_rows >> 2;
-        return;
-    }
-    u32 even_more = COUNT == 3 ? c : either(even, c, d << 1), odd_more = COUNT == 3 ? c >> 1 : either(even, c >> 1, d);
-    nibbles[0] = either(low, even_rows, even_more << 2), nibbles[2] = either(low, even_rows >> 2, even_more);
-    nibbles[1] = either(low, odd_rows, COUNT == 3 ? c << 1 : odd_more << 2), nibbles[3] = either(low, odd_rows >> 2, odd_more);
+// From what is in memory; what is above a nibble's COUNT bits is to be masked.
+template <int COUNT> DEVICE void nibbles_of(u32 (&nibbles)[4], const u32 *stored) {
+    const u32 a = stored[0], b = stored[COUNT > 1 ? 1 : 0], c = stored[COUNT > 2 ? 2 : 0], d = stored[COUNT > 3 ? 3 : 0];
+    nibbles[0] = a;
+    nibbles[1] = COUNT == 1 ? a >> 1 : b;
+    nibbles[2] = COUNT == 1 || COUNT == 2 ? a >> 2 : c;
+    nibbles[3] = COUNT == 1   ? a >> 3
+                 : COUNT == 2 ? b >> 2
+                 : COUNT == 3 ? either(NIBBLES, a >> 3, either(2 * NIBBLES, b >> 2, c >> 1))
+                              : d;
 }
 
-// A word's planes, the highest bit first, from what is in memory: turning nibbles once more turns them back.
+// Exchanges bits: the lower of b's and the higher of a's, of each two blocks of `shift` bits, of which `mask` has the lower.
+DEVICE void exchange_bits(u32 &a, u32 &b, u32 mask, int shift) {
+    u32 first = either(mask, a, b << shift);
+    b = either(mask, a >> shift, b);
+    a = first;
+}
+
+// COUNT planes, the highest bit first, from what is in memory in their place.
+template <int COUNT> DEVICE void planes_of_nibbles(u32 *words) {
+    u32 n[4];
+    nibbles_of<COUNT>(n, words);
+    exchange_bits(n[0], n[2], 3 * NIBBLES, 2), exchange_bits(n[1], n[3], 3 * NIBBLES, 2);
+    exchange_bits(n[0], n[1], 5 * NIBBLES, 1), exchange_bits(n[2], n[3], 5 * NIBBLES, 1);
+#pragma unroll
+    for (int bit = 0; bit < COUNT; ++bit) words[COUNT - 1 - bit] = n[bit];
+}
+
+// All planes of a word.
 DEVICE void planes_of_stored(u32 *words) { // [PLANES]
-#if NIBBLED
-#pragma unroll
-    for (int first = PLANES - 4; first >= 0; first -= PLANES == 8 ? 4 : 8) {
-        u32 turned[4];
-        nibbles_of<4>(turned, words + first);
-#pragma unroll
-        for (int bit = 0; bit < 4; ++bit) words[first + 3 - bit] = turned[bit];
-    }
+#if OFFSET == 2
+    planes_of_nibbles<LOW_PLANES>(words + MORE_PLANES);
+#if PLANES > 4
+    planes_of_nibbles<MORE_PLANES>(words);
+#endif
 #endif
 }

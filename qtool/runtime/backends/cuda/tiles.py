@@ -32,8 +32,8 @@ class Tiles:
     """A binary-coded weight with groups along in_features, re-laid for the kernels."""
 
     planes: Tensor
-    """(row_tiles, units, num_bits, 32, 4) int32; where there are centers, `nibbled_planes` of them
-    are nibbles of four planes."""
+    """(row_tiles, units, num_bits, 32, 4) int32; where there are centers, as
+    kernels/bit_plane_nibbles.cuh says."""
     scales: Tensor
     """(row_tiles, groups, 8, num_bits + offset, 2) float16: of rows g and g + 8, the offset, or the
     center of an affine weight, last; of all groups that the units have, zeros where a row has no
@@ -48,8 +48,8 @@ def pack(tensor: QuantizedTensor) -> Tiles:
     inputs = tensor.shape.in_features
     tiles_at_once = max(1, BITS_AT_ONCE // (tensor.scheme.num_bits * inputs * TILE_ROWS))
     planes = tensor.parts["bit_planes"].split(tiles_at_once * TILE_ROWS, dim=1)
-    nibbled = nibbled_planes(tensor.scheme.num_bits, centered=CENTERS in tensor.parts)
-    packed = [pack_planes(_padded(unpack_bits(rows, inputs)), nibbled) for rows in planes]
+    nibbled = CENTERS in tensor.parts
+    packed = [pack_planes(_padded(unpack_bits(part, inputs)), nibbled=nibbled) for part in planes]
     return Tiles(packed[0] if len(packed) == 1 else torch.cat(packed), pack_parameters(tensor))
 
 
@@ -86,18 +86,8 @@ def pack_parameters(tensor: QuantizedTensor) -> Tensor:
     return split.permute(1, 4, 3, 0, 2).contiguous()
 
 
-def nibbled_planes(num_bits: int, *, centered: bool) -> tuple[int, ...]:
-    """Return where each four planes begin that are packed as nibbles: of weights of equal steps.
-
-    kernels/bit_plane_nibbles.cuh says the same.
-    """
-    if not centered or num_bits < NIBBLE:
-        return ()
-    return (0, NIBBLE) if num_bits == 2 * NIBBLE else (num_bits - NIBBLE,)
-
-
-def pack_planes(bits: Tensor, nibbled: tuple[int, ...] = ()) -> Tensor:
-    """Pack planes of whole tiles and units; `nibbled`: `nibbled_planes`.
+def pack_planes(bits: Tensor, *, nibbled: bool = False) -> Tensor:
+    """Pack planes of whole tiles and units; `nibbled`: as those of equal steps.
 
     (num_bits, rows, inputs) uint8 -> (row_tiles, units, num_bits, 32, 4) int32.
     """
@@ -109,11 +99,17 @@ def pack_planes(bits: Tensor, nibbled: tuple[int, ...] = ()) -> Tensor:
     # bit = 16 half + 8 upper + 2 (pair & 3) + r; lane = 4 g + t
     ordered = split.permute(1, 4, 0, 3, 7, 5, 9, 6, 8, 2)
     flat = ordered.reshape(rows // TILE_ROWS, inputs // UNIT, num_bits, LANES, WORDS, 32)
-    for first in nibbled:
-        flat[:, :, first : first + NIBBLE] = _turned(flat[:, :, first : first + NIBBLE].flip(2))
+    if nibbled:
+        flat = torch.cat([_nibbled(planes.flip(2)) for planes in _by_nibble(flat)], 2)
     weights = 2 ** torch.arange(32, device=bits.device, dtype=torch.int64)
     words = (flat.to(torch.int64) * weights).sum(-1)
     return (words - ((words >> 31) << 32)).to(torch.int32)  # two's complement
+
+
+def _by_nibble(planes: Tensor) -> tuple[Tensor, ...]:
+    """Return the planes (row_tiles, units, num_bits, ...) above the lowest four, and those."""
+    more = max(0, planes.shape[2] - NIBBLE)
+    return (planes[:, :, :more], planes[:, :, more:]) if more else (planes,)
 
 
 def _turned(bits: Tensor) -> Tensor:
@@ -125,13 +121,46 @@ def _turned(bits: Tensor) -> Tensor:
     return split.permute(0, 1, 7, 8, 4, 5, 6, 2, 3).reshape(bits.shape)
 
 
-def unpack_planes(planes: Tensor, nibbled: tuple[int, ...] = ()) -> Tensor:
+def _nibbled(planes: Tensor) -> Tensor:
+    """Return the bits of planes, the lowest first, as kernels/bit_plane_nibbles.cuh has them.
+
+    (row_tiles, units, up to 4, 32, 4, 32) uint8 -> the same.
+    """
+    count = planes.shape[2]
+    if count == 1:
+        return planes
+    padded = torch.cat([planes, planes.new_zeros(*planes.shape[:2], NIBBLE, *planes.shape[3:])], 2)
+    words = _turned(padded[:, :, :NIBBLE]).unflatten(-1, (8, NIBBLE))
+    for word in range(count, NIBBLE):
+        if count == 3:  # noqa: PLR2004 - three words have a bit to spare
+            words[:, :, :word, ..., 3] = words[:, :, word, ..., :3].movedim(-1, 2)
+        else:
+            words[:, :, word - 2, ..., 2:] = words[:, :, word, ..., :2]
+    return words[:, :, :count].flatten(-2)
+
+
+def _planes(words: Tensor) -> Tensor:
+    """Invert `_nibbled`."""
+    count = words.shape[2]
+    if count == 1:
+        return words
+    padded = torch.cat([words, words.new_zeros(*words.shape[:2], NIBBLE, *words.shape[3:])], 2)
+    split = padded[:, :, :NIBBLE].unflatten(-1, (8, NIBBLE))
+    for word in range(count, NIBBLE):
+        if count == 3:  # noqa: PLR2004
+            split[:, :, word, ..., :3] = split[:, :, :word, ..., 3].movedim(2, -1)
+        else:
+            split[:, :, word, ..., :2] = split[:, :, word - 2, ..., 2:]
+    return _turned(split.flatten(-2))[:, :, :count]
+
+
+def unpack_planes(planes: Tensor, *, nibbled: bool = False) -> Tensor:
     """Invert `pack_planes`."""
     row_tiles, units, num_bits = planes.shape[:3]
     shifts = torch.arange(32, device=planes.device, dtype=torch.int32)
     flat = ((planes.unsqueeze(-1) >> shifts) & 1).to(torch.uint8)
-    for first in nibbled:
-        flat[:, :, first : first + NIBBLE] = _turned(flat[:, :, first : first + NIBBLE]).flip(2)
+    if nibbled:
+        flat = torch.cat([_planes(words).flip(2) for words in _by_nibble(flat)], 2)
     ordered = flat.view(row_tiles, units, num_bits, 8, 4, WORDS, 2, 2, 4, 2)
     split = ordered.permute(2, 0, 9, 3, 1, 5, 7, 4, 8, 6)
     return split.reshape(num_bits, row_tiles * TILE_ROWS, units * UNIT)
@@ -148,5 +177,5 @@ def unpack(
     rows, inputs = shape
     scales = tiles.scales.permute(3, 0, 4, 2, 1).flatten(1, 3)[:, :rows].float()
     of_input = torch.arange(inputs, device=scales.device) // group
-    bits = unpack_planes(tiles.planes, nibbled_planes(tiles.planes.shape[2], centered=centered))
+    bits = unpack_planes(tiles.planes, nibbled=centered)
     return scales[:, :, of_input], 2 * bits[:, :rows, :inputs].float() - 1
