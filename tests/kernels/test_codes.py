@@ -1,9 +1,11 @@
-"""Products of few tokens by codes of equal steps, on the CPU, against the weight rounded once."""
+"""Products by codes of equal steps, on the CPU, against float64; and what else reads their nibbles."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from qtool.runtime.backends.cuda import linear_kernels, plane_products, planes
+from qtool.runtime.backends.cuda import linear_kernels, plane_products, planes, tiles
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
@@ -11,6 +13,7 @@ from tests.helpers import normal
 from tests.kernels.host import Recorder
 
 CARD = Card(3, 227 * 1024)
+HALF, BFLOAT = torch.float16, torch.bfloat16
 WEIGHTS = {
     "4 bits": ("affine", 4, 128, (96, 512), 16),
     "3 bits, the last tile ragged": ("affine", 3, 64, (83, 768), 8),
@@ -20,18 +23,47 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", WEIGHTS)
-def test_products_by_codes_are_those_in_float64(kind, dtype):
-    name, bits, group_size, shape, tokens = WEIGHTS[kind]
+def prepared(name, bits, group_size, shape):
     scheme = WeightScheme(num_bits=bits, group_size=group_size)
     tensor = random_tensor(name, scheme, Shape2D(*shape), 0)
-    weight = linear_kernels.prepare(tensor, torch.float32)
-    x, launch = normal(tokens, shape[1]).to(dtype), Recorder()
+    return linear_kernels.prepare(tensor, torch.float32)
+
+
+def multiplied(weight, tokens, dtype):
+    """Return the launches of a product, which is compared."""
+    x, launch = normal(tokens, weight.shape.in_features).to(dtype), Recorder()
     x[:, ::7] *= 1e-3
     y = plane_products.by_planes(x, weight, launch, CARD).double()
-    assert launch.names == ["bit_plane_codes_mma"]
     dense = weight.dense().double()
     expected, terms = x.double() @ dense.T, x.double().abs() @ dense.abs().T
     error, rounding = (y - expected).abs(), torch.finfo(dtype).eps / 2
     assert bool((error <= 1e-6 * terms + rounding * expected.abs()).all())
+    return launch.names
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_products_of_codes_round_nothing_but_what_they_return(kind, dtype):
+    *weight, tokens = WEIGHTS[kind]
+    assert multiplied(prepared(*weight), tokens, dtype) == ["bit_plane_codes_mma"]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_all_that_reads_nibbles_reads_the_weight(bits):
+    weight = prepared("affine", bits, 64, (40, 320))
+    tokens, dtype = (1, 2, 4)[bits % 3] if bits <= 4 else 2, (HALF, BFLOAT)[bits % 2]
+    assert multiplied(weight, tokens, dtype)[0] in ("bit_plane_imma", "bit_plane_codes_mma")
+    fine = prepared("affine", bits, 32, (40, 320))
+    assert multiplied(fine, 1, dtype) == ["bit_plane_mma"]
+    for each in (replace(weight, dtype=dtype), replace(fine, dtype=dtype)):
+        dense = each.dense()
+        assert torch.equal(linear_kernels.dense_weight(each, Recorder()), dense)
+        index = torch.tensor([0, 39, 17])
+        assert torch.equal(linear_kernels.rows(index, each, Recorder()), dense[index])
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_nibbles_hold_the_planes(bits):
+    planes_of_weight = torch.randint(0, 2, (bits, 16, 512), dtype=torch.uint8)
+    packed = tiles.pack_planes(planes_of_weight, nibbled=True)
+    assert torch.equal(tiles.unpack_planes(packed, nibbled=True), planes_of_weight)
