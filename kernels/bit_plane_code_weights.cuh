@@ -15,7 +15,7 @@ DEVICE void make_tables(unsigned char *to, const u32 *pairs, int upper) {
     float scale = half_of(pairs[0], upper);
     u16 rounded = store_activation(scale);
     ((u32 *)to)[0] = rounded | (u32)store_activation(scale - load_activation(rounded)) << 16;
-    ((u32 *)to)[1] = zeros_of(per_center(PLANES), half_of(pairs[PLANES], upper)).zero[0];
+    ((u32 *)to)[1] = zeros_of(per_center(PLANES), pairs[PLANES], upper).zero[0];
 }
 
 // Of a lane's two rows.
@@ -34,16 +34,8 @@ DEVICE Tables load_tables(const unsigned char *tables, int g) { // of a group: [
     return loaded;
 }
 
-struct WordIndices { u32 low[4], more[4]; };
-
-DEVICE WordIndices word_indices(const u32 *words) {
-    WordIndices found;
-    nibbles_of<LOW_PLANES>(found.low, words + MORE_PLANES);
-#if PLANES > 4
-    nibbles_of<MORE_PLANES>(found.more, words);
-#endif
-    return found;
-}
+typedef Nibbles WordIndices;
+DEVICE Nibbles word_indices(const u32 *words) { return all_nibbles(words); }
 
 // The A operand of a product, 16 rows x 16 inputs: number `step` of the four of a word.
 DEVICE void expand_step(u32 (&a)[16], const WordIndices &indices, int step, const Tables &tables, const Tables &upper) {
@@ -54,12 +46,7 @@ DEVICE void expand_step(u32 (&a)[16], const WordIndices &indices, int step, cons
         for (int u = 0; u < 2; ++u) {
             const Tables &of = u ? upper : tables;
             int word = step / 2 * 2 + r;
-            u32 number = number_pair<LOW_PLANES>(u ? indices.low[word] >> 8 : indices.low[word], second, per_center(PLANES), of.zero[r][second], tables.exponent);
-#if PLANES > 4
-            const float factor = 16.0f * per_center(PLANES);
-            u32 nothing = twice(-factor * (second && !SHIFTED ? LEAST / 16.0f : LEAST));
-            number = add_pairs(number, number_pair<MORE_PLANES>(u ? indices.more[word] >> 8 : indices.more[word], second, factor, nothing, tables.exponent));
-#endif
+            u32 number = code_pair(indices, word, u, second, per_center(PLANES), of.zero[r][second], tables.exponent);
 #ifdef ACTIVATION_BF16
             a[4 * step + r + 2 * u] = fma_pairs(number, of.scale[r], fma_pairs(number, of.rest[r], 0x80008000u));
 #else

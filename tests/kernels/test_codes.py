@@ -18,7 +18,11 @@ WEIGHTS = {
     "4 bits": ("affine", 4, 128, (96, 512), 16),
     "3 bits, the last tile ragged": ("affine", 3, 64, (83, 768), 8),
     "2 bits, groups of 192": ("affine", 2, 192, (64, 1000), 11),
-    "3 bits, a group per row": ("affine", 3, None, (48, 777), 3),
+    "3 bits, a group per row": ("affine", 3, None, (48, 777), 5),
+    "4 bits, groups of 96": ("affine", 4, 96, (48, 576), 8),
+    "8 bits, groups of 32": ("affine", 8, 32, (64, 320), 9),
+    "6 bits": ("affine", 6, 128, (64, 256), 4),
+    "1 bit": ("affine", 1, 64, (64, 256), 4),
     "dint": ("dint", 3, 128, (64, 512), 5),
 }
 
@@ -51,10 +55,10 @@ def test_products_of_codes_round_nothing_but_what_they_return(kind, dtype):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_all_that_reads_nibbles_reads_the_weight(bits):
     weight = prepared("affine", bits, 64, (40, 320))
-    tokens, dtype = (1, 2, 4)[bits % 3] if bits <= 4 else 2, (HALF, BFLOAT)[bits % 2]
-    assert multiplied(weight, tokens, dtype)[0] in ("bit_plane_imma", "bit_plane_codes_mma")
+    tokens, dtype = 4 if bits in (2, 3) else 1 + bits % 2, (HALF, BFLOAT)[bits % 2]
+    assert multiplied(weight, tokens, dtype) == ["bit_plane_imma"]
     fine = prepared("affine", bits, 32, (40, 320))
-    assert multiplied(fine, 1, dtype) == ["bit_plane_mma"]
+    assert multiplied(fine, 1, dtype) == ["bit_plane_codes_mma"]
     for each in (replace(weight, dtype=dtype), replace(fine, dtype=dtype)):
         dense = each.dense()
         assert torch.equal(linear_kernels.dense_weight(each, Recorder()), dense)

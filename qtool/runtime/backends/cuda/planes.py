@@ -15,6 +15,7 @@ from qtool.runtime.backends.cuda.launch import (
 from qtool.runtime.backends.cuda.selection import (
     BLOCK,
     LOOKED_UP,
+    MOST_AS_CODES,
     MORE_TOKENS,
     Tuning,
     selection_for,
@@ -37,7 +38,9 @@ CENTERED, STEP_BYTES = 2, 8
 """`Layout.offset` of equal steps, and what one of them and its zero point take where
 bit_plane_wgmma.cu keeps them in place of tables."""
 LEAST_GROUP = 64
-"""Of weights that are looked up: smaller ones make too many tables. Codes have groups of multiples."""
+"""Of weights that are looked up: smaller ones make too many tables."""
+AS_THEY_ARE = ("bit_plane_lookup_mma", "bit_plane_codes_mma")
+"""Kernels that keep no sums and no scales of x."""
 LOOKED_UP_WARPS = 12
 """Enough where more of them want another slab: 113 us, not 140, at 57344 x 8192, 3 planes and 16
 tokens on an H200."""
@@ -119,19 +122,20 @@ class Product:
         That is the inputs, and sums of all tiles that it may have; not the units themselves.
         """
         own = (share + units - 1) // units + 1
-        number = 0 if self.at_once else NUMBER
+        number = 0 if self.name in AS_THEY_ARE else NUMBER
         inputs = units * self.columns * (BLOCKS_PER_UNIT * (self.x_bytes + number) + number)
         sums = (own + 1 + warps) * TILE_ROWS * self.columns * NUMBER
         return inputs + sums + own * NUMBER
 
 
 def product_for(batch: int, layout: Layout) -> Product:
-    """Return the kernel that is the fastest: planes for few tokens, else weights looked up."""
+    """Return the kernel that is the fastest: bytes for few tokens, else weights of 16 bit."""
+    if layout.offset == CENTERED:
+        few = batch <= MOST_AS_CODES.get(layout.planes, 2) and layout.group % 64 == 0
+        return as_bytes(batch) if few else by_codes(batch)
     first = LOOKED_UP.get(layout.planes)
     if first is None or batch < first or layout.group < LEAST_GROUP:
         return each_plane(batch, layout)
-    if layout.offset == CENTERED and layout.group % LEAST_GROUP == 0:
-        return by_codes(batch)
     return looked_up(batch)
 
 
@@ -141,8 +145,14 @@ def looked_up(batch: int) -> Product:
 
 
 def by_codes(batch: int) -> Product:
-    """Return the kernel that multiplies codes of equal steps, of up to four planes."""
-    return Product("bit_plane_codes_mma", _columns(batch), 64, at_once=True)
+    """Return the kernel that multiplies codes of equal steps."""
+    columns = 1 if batch == 1 else _columns(batch)
+    return Product("bit_plane_codes_mma", columns, 64, at_once=batch > 1)
+
+
+def as_bytes(batch: int) -> Product:
+    """Return the kernel that multiplies planes, or codes of four, as bytes."""
+    return Product("bit_plane_imma", 1 << (batch - 1).bit_length(), 128)
 
 
 def _columns(batch: int) -> int:
@@ -154,7 +164,7 @@ def each_plane(batch: int, layout: Layout) -> Product:
     """Return the kernel that multiplies planes with the least arithmetic: as bytes, or float16."""
     most = MOST_AS_LIMBS if layout.planes <= MOST_PLANES_OF_MORE else 2
     if batch <= most and layout.group % 64 == 0:
-        return Product("bit_plane_imma", 1 << (batch - 1).bit_length(), 128)
+        return as_bytes(batch)
     columns = 1 if batch == 1 else 8 if batch <= 8 else 16  # noqa: PLR2004 - tiles of eight columns
     return Product("bit_plane_mma", columns, 64)
 

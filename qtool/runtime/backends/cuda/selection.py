@@ -27,6 +27,9 @@ LOOKED_UP = {2: 5, 3: 3, 4: 3}
 """Tokens from which on weights of so many planes are looked up, as timed on an H200; a single plane
 has one product per weight either way."""
 
+MOST_AS_CODES = {2: 4, 3: 4}
+"""Tokens up to which codes of equal steps, of so many bits, are multiplied as bytes; of others 2."""
+
 FEW_OUTPUTS, MORE_TOKENS = 6144, 24
 """Outputs up to which even so many tokens are no work for bit_plane_wgmma.cu yet."""
 
