@@ -151,7 +151,6 @@ DEVICE void make_tables(unsigned char *to, const u32 *pairs, int upper) {
 #pragma unroll
     for (int plane = 0; plane < PLANES; ++plane) scales[plane] = half_of(pairs[plane], upper);
     if (OFFSET) start = half_of(pairs[PARAMETERS - 1], upper);
-    if (OFFSET == 2) start *= scales[0] * per_center(PLANES);
     u32 words[TABLE_BYTES / 4];
 #if MIRRORS
     build<3>(words, scales[PLANES - 1], scales);
