@@ -111,14 +111,18 @@ class Selection:
         blocks = self.most_products // planes // BLOCK if weights >= self.least_weights else 1
         return max(MORE_TOKENS if planes in LOOKED_UP else BLOCK, blocks * BLOCK)
 
-    def is_wide(self, planes: int, tokens: int, shape: Shape2D) -> bool:
+    def is_wide(self, planes: int, tokens: int, shape: Shape2D, *, equal_steps: bool = False) -> bool:
         """Return whether bit_plane_wgmma.cu is the fastest, on a card that runs it."""
+        if equal_steps and tokens <= BLOCK:
+            return False
         if planes in LOOKED_UP and tokens <= MORE_TOKENS and shape.out_features <= FEW_OUTPUTS:
             return False
         measured = self.wide if prod(shape) >= self.least_weights else self.wide_of_few
         return tokens in measured[min(planes, len(measured)) - 1]
 
-    def wide_tuning(self, tokens: int, out_features: int, planes: int) -> WideTuning:
+    def wide_tuning(
+        self, tokens: int, out_features: int, planes: int, *, equal_steps: bool = False
+    ) -> WideTuning:
         """Return how bit_plane_wgmma.cu is launched; more than four planes weren't all timed."""
         tiles = -(-tokens // WIDE_COLUMNS[-1])
         columns = next(count for count in WIDE_COLUMNS if count * tiles >= tokens)
@@ -129,9 +133,10 @@ class Selection:
             columns,
             groups,
             x_blocks=2 if roomy else 1,
-            turns=groups == 4 and planes == 3,  # noqa: PLR2004
-            fine=groups == 4 and planes >= 4,  # noqa: PLR2004
-            mirrored=few and planes == 4,  # noqa: PLR2004 - with more tokens, products take longer
+            turns=groups == 4 and (planes <= 4 if equal_steps else planes == 3),  # noqa: PLR2004
+            fine=groups == 4 and planes >= (5 if equal_steps else 4),  # noqa: PLR2004
+            # with more tokens, products take longer
+            mirrored=few and planes == 4 and not equal_steps,  # noqa: PLR2004
         )
 
     def __str__(self) -> str:

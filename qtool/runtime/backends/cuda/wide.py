@@ -66,7 +66,8 @@ def tuned_wide(
 
     None: the card has no `wgmma`, or too little shared memory.
     """
-    asked = selection_for(card.name).wide_tuning(tokens, out_features, layout.planes)
+    selection, equal_steps = selection_for(card.name), layout.offset == CENTERED
+    asked = selection.wide_tuning(tokens, out_features, layout.planes, equal_steps=equal_steps)
     fits = (c for c in reversed(WIDE_COLUMNS) if c <= asked.columns)
     fewer = [asked, *(replace(asked, groups=g, turns=False, fine=False) for g in (2, 1))]
     tries = (replace(tuning, columns=c) for c in fits for tuning in fewer)
