@@ -18,11 +18,7 @@
 #include "hopper.cuh"
 #include "half_products.cuh"
 
-#if OFFSET == 2
-#include "bit_plane_code_weights.cuh"
-#else
-#include "bit_plane_lookup.cuh"
-#endif
+#include "bit_plane_weights.cuh"
 
 #define ROWS (64 * GROUPS)
 #define ROW_TILES (4 * GROUPS)

@@ -231,6 +231,7 @@ HOPPER_VARIANTS += [
         (WEIGHT, 4, 256, 2, {"X_BLOCKS": 1, "EPILOGUE": 2}, 168),
         (AFFINE, 8, 128, 2, {"X_BLOCKS": 1, "EPILOGUE": 1}, 168),
         (AFFINE, 4, 64, 4, {"TURNS": 1}, 96),
+        (AFFINE, 8, 64, 4, {"TURNS": 1, "FINE": 1}, 96),
         (AFFINE, 3, 32, 4, {"TURNS": 1, "ACTIVATION_BF16": 1}, 96),
         ({"GROUP": 96, "OFFSET": 1}, 2, 128, 2, {"X_BLOCKS": 1}, 168),
     )

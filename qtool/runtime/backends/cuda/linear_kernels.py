@@ -75,7 +75,7 @@ def kernel_for(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = F
     is_wide = selection.is_wide(num_bits, tokens, shape, equal_steps=equal_steps)
     if is_wide and wide_tuning(weight, tokens, card) is not None:
         return "wide"
-    if tokens > selection.most_tokens(num_bits, weights):
+    if tokens > selection.most_tokens(num_bits, weights, equal_steps=equal_steps):
         return "dequantize"
     if weight.tiles is None:
         return "sign_flip" if not weight.panels else panel_linear.panel_kernel(weight, tokens, card)

@@ -275,7 +275,7 @@ def tuned_plan(
     if product.at_once:
         tunings = (tunings[0], replace(tunings[0], warps=LOOKED_UP_WARPS), *tunings[1:])
     if product.columns > BLOCK and not product.looks_up:
-        tunings = tunings[1:]  # sums of more tokens leave sixteen warps too few registers
+        tunings = (tunings[1], *tunings[1:])  # more tokens leave sixteen warps too few registers
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
         found = []
         for order, tuning in enumerate(replace(tuning, waves=waves) for tuning in tunings):

@@ -106,18 +106,23 @@ class Selection:
             return False
         return self.tables.start <= prod(shape) <= self.tables.stop // planes
 
-    def most_tokens(self, planes: int, weights: int = 2**63) -> int:
+    def most_tokens(
+        self, planes: int, weights: int = 2**63, *, equal_steps: bool = False
+    ) -> int:
         """Return how many tokens the bit planes of so many weights multiply."""
         blocks = self.most_products // planes // BLOCK if weights >= self.least_weights else 1
-        return max(MORE_TOKENS if planes in LOOKED_UP else BLOCK, blocks * BLOCK)
+        return max(MORE_TOKENS if equal_steps or planes in LOOKED_UP else BLOCK, blocks * BLOCK)
 
     def is_wide(self, planes: int, tokens: int, shape: Shape2D, *, equal_steps: bool = False) -> bool:
         """Return whether bit_plane_wgmma.cu is the fastest, on a card that runs it."""
-        if equal_steps and tokens <= BLOCK:
-            return False
-        if planes in LOOKED_UP and tokens <= MORE_TOKENS and shape.out_features <= FEW_OUTPUTS:
+        few_outputs = shape.out_features <= FEW_OUTPUTS
+        if tokens <= (MORE_TOKENS if few_outputs else BLOCK) and (
+            equal_steps or (few_outputs and planes in LOOKED_UP)
+        ):
             return False
         measured = self.wide if prod(shape) >= self.least_weights else self.wide_of_few
+        if equal_steps and planes == 4:  # noqa: PLR2004 - as long as three planes
+            planes = 3
         return tokens in measured[min(planes, len(measured)) - 1]
 
     def wide_tuning(
@@ -133,7 +138,7 @@ class Selection:
             columns,
             groups,
             x_blocks=2 if roomy else 1,
-            turns=groups == 4 and (planes <= 4 if equal_steps else planes == 3),  # noqa: PLR2004
+            turns=groups == 4 and (equal_steps or planes == 3),  # noqa: PLR2004
             fine=groups == 4 and planes >= (5 if equal_steps else 4),  # noqa: PLR2004
             # with more tokens, products take longer
             mirrored=few and planes == 4 and not equal_steps,  # noqa: PLR2004

@@ -24,8 +24,15 @@ ORDER_THREADS, INPUTS_OF_THREAD, BLOCK_INPUTS = 128, 32, 64
 Y_STRIDE = 72
 STAGES_OF_X, STAGES_OF_WEIGHTS = 8, 4
 """At most."""
+MOST_LOOKED_UP = 3
+"""Planes of equal steps: kernels/bit_plane_weights.cuh."""
 MOST_UNITS = 2**30
 """Of all tiles: the kernel counts them in 32 bits."""
+
+
+def has_codes(layout: Layout) -> bool:
+    """Return whether weights are codes times steps; those of three planes are looked up sooner."""
+    return layout.offset == CENTERED and layout.planes > MOST_LOOKED_UP
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +49,7 @@ def rings_for(layout: Layout, tuning: WideTuning, room: int) -> Rings | None:
     """Return the deepest rings that fit into `room` bytes of shared memory; None: none do."""
     row_tiles = 4 * tuning.groups
     weights = row_tiles * layout.stage_bytes
-    each = STEP_BYTES if layout.offset == CENTERED else table_bytes(layout.planes)
+    each = STEP_BYTES if has_codes(layout) else table_bytes(layout.planes)
     tables = row_tiles * layout.span * TILE_ROWS * each
     at_once = 32 if tuning.columns % 32 == 0 else 16
     fixed = tables + tuning.groups * at_once * Y_STRIDE * 2
@@ -189,7 +196,7 @@ def multiply_wide(  # noqa: PLR0913 - what, by what, where, how, and what comes 
     padded = -(-tokens // tuning.columns) * tuning.columns
     ordered = x.new_empty(padded * units * UNIT)
     order = order_call(
-        *(inputs, tokens, units, tuning.columns, x.dtype), paired=layout.offset == CENTERED
+        *(inputs, tokens, units, tuning.columns, x.dtype), paired=has_codes(layout)
     )
     launch(order, (x, ordered))
     sums = call.grid[0] * tuning.columns * 64 * tuning.groups
