@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.runtime.backends.cuda import classes, driver, mixed, planes, selection
+from qtool.runtime.backends.cuda import classes, driver, grids, mixed, planes, selection
 from qtool.runtime.backends.cuda.classes import (
     CLASS_STAGES,
     UNIT_WORK,
@@ -76,7 +76,7 @@ def test_a_head_fills_a_card_once_in_one_launch(name, batch):
     wanted = selection.H100.pairs if pairs else selection.H100.alone
     assert plan.tuning == replace(wanted, stages=max(wanted.stages, CLASS_STAGES))
     assert sum(plan.blocks) == 132 * plan.tuning.per_multiprocessor
-    assert plan.shared_bytes <= planes.room_of(CARD, plan.tuning.per_multiprocessor)
+    assert plan.shared_bytes <= grids.room_of(CARD, plan.tuning.per_multiprocessor)
     assert min(plan.stages) >= (2 if pairs else 3)
     ends = list(map(seconds, HEADS[name], plan.blocks))
     assert max(ends) < 1.05 * min(ends), "all end together"

@@ -1,11 +1,11 @@
-"""Products by codes of equal steps, on the CPU, against float64; and what else reads their nibbles."""
+"""Products by codes of equal steps, on the CPU, against float64; and others that read nibbles."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from qtool.runtime.backends.cuda import linear_kernels, plane_products, planes, tiles
+from qtool.runtime.backends.cuda import linear_kernels, plane_products, tiles
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.errors import BackendError
-from qtool.runtime.backends.cuda import fusing, linear_kernels, planes, selection
+from qtool.runtime.backends.cuda import fusing, grids, linear_kernels, planes, selection
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
@@ -139,10 +139,10 @@ def test_the_selection_asks_for_what_was_measured():
 
 @given(row_tiles=st.integers(1, 3000), count=st.integers(1, 120), most=st.integers(1, 264))
 def test_shares_hold_all_units_and_are_tiles_only_where_few_would_be_idle(row_tiles, count, most):
-    ctas, share, whole = planes.shares_of(row_tiles, count, count, most)
+    ctas, share, whole = grids.shares_of(row_tiles, count, count, most)
     units = row_tiles * count
     assert 1 <= ctas <= most and units <= ctas * share
-    assert whole == (-(-row_tiles // most) * count - units / most <= planes.MOST_IDLE)
+    assert whole == (-(-row_tiles // most) * count - units / most <= grids.MOST_IDLE)
     if whole:
         assert share % count == 0 and row_tiles > (ctas - 1) * share // count, "no CTA is empty"
 

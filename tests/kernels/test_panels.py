@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from qtool.core.layout import side_by_side
 from qtool.runtime.backends.cuda import (
     fusing,
+    grids,
     linear_kernels,
     panel_linear,
     panels,
-    planes,
     room,
 )
 from qtool.runtime.backends.cuda.launch import Card
@@ -40,7 +40,7 @@ def share_tiles(monkeypatch):
     """Let CTAs share tiles wherever they could have whole ones; returns what does."""
 
     def patch():
-        monkeypatch.setattr(planes, "MOST_IDLE", -1)
+        monkeypatch.setattr(grids, "MOST_IDLE", -1)
         forget()
 
     def forget():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qtool.runtime.backends.cuda import peer_products, planes
+from qtool.runtime.backends.cuda import grids, peer_products
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import Card, KernelCall, Launch
 from qtool.runtime.backends.cuda.linear_kernels import prepare
@@ -70,7 +70,7 @@ def compile_first(ranks: int, card: Card, dtype: torch.dtype) -> list[KernelCall
 )
 def test_a_launch_sums_over_ranks_and_rounds_once(ranks, card, dtype, monkeypatch):
     if card is SHARING:
-        monkeypatch.setattr(planes, "MOST_IDLE", -1)
+        monkeypatch.setattr(grids, "MOST_IDLE", -1)
     calls = compile_first(ranks, card, dtype)
     assert {call.kernel for call in calls} == {"bit_plane_imma_ranks", "bit_plane_lookup_mma_ranks"}
     assert {dict(call.constants)["WHOLE"] for call in calls} == {int(card is CARD)}

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from qtool.runtime.backends.cuda import driver, linear_kernels, plane_products, planes
+from qtool.runtime.backends.cuda import driver, grids, linear_kernels, plane_products, planes
 from qtool.runtime.backends.cuda.decode_ops import KernelOps
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.decode.ops import Norm
@@ -33,7 +33,7 @@ def weight(num_bits, shape, group_size=128):
 @pytest.mark.parametrize("shape", [(4096, 4096), (6000, 4096), (100, 14336)])
 @torch.no_grad()
 def test_products_are_those_of_the_dequantized_weight(shape, tokens, idle, monkeypatch):
-    monkeypatch.setattr(planes, "MOST_IDLE", idle)
+    monkeypatch.setattr(grids, "MOST_IDLE", idle)
     for module, name in CACHED:
         monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     card, made = driver.card_of(0), weight(3, shape)
@@ -66,7 +66,7 @@ def test_weights_looked_up_are_those_rounded_once_or_twice(num_bits, group_size,
 @pytest.mark.parametrize("tokens", [1, 13, 40])
 @torch.no_grad()
 def test_equal_steps_are_multiplied_as_in_float64(num_bits, group_size, tokens):
-    dtype = torch.bfloat16 if group_size == 64 or tokens == 1 else torch.float16  # noqa: PLR2004
+    dtype = torch.bfloat16 if group_size == 64 or tokens == 1 else torch.float16
     scheme = WeightScheme(num_bits=num_bits, group_size=group_size)
     tensor = random_tensor("affine", scheme, Shape2D(600, 1344), 0)
     parts = {name: part.cuda() for name, part in tensor.parts.items()}
@@ -77,7 +77,7 @@ def test_equal_steps_are_multiplied_as_in_float64(num_bits, group_size, tokens):
     terms = x.double().abs() @ exact.abs().T
     eps = torch.finfo(dtype).eps  # of weights that many tokens have in 16 bit, and of y
     assert bool(((y - x.double() @ exact.T).abs() <= eps * terms).all())
-    if tokens <= 24:  # noqa: PLR2004
+    if tokens <= 24:
         y = plane_products.by_planes(x, made, driver.launch, driver.card_of(0)).double()
         allowed = 2e-6 * terms + eps / 2 * (x.double() @ exact.T).abs()
         assert bool(((y - x.double() @ exact.T).abs() <= allowed).all())

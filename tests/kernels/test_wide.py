@@ -171,7 +171,7 @@ def test_equal_steps_have_a_choice_of_their_own():
     assert not selection.H100.is_wide(8, 24, Shape2D(4096, 4096), equal_steps=True)
     for bits in (2, 4, 8):
         tuning = selection.H100.wide_tuning(64, 28672, bits, equal_steps=True)
-        assert tuning == WideTuning(64, 4, 2, turns=True, fine=bits == 8)  # noqa: PLR2004
+        assert tuning == WideTuning(64, 4, 2, turns=True, fine=bits == 8)
 
 
 def test_fewer_warpgroups_do_not_multiply_as_four_would():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qtool.runtime.backends.cuda import planes
+from qtool.runtime.backends.cuda.grids import room_of
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.plane_products import by_planes
@@ -140,7 +141,7 @@ def _fitted(
     """Return the plan of one tuning, each class with the stages that there is room for."""
     total = max(len(classes), card.multiprocessors * tuning.per_multiprocessor)
     blocks = share_blocks(classes, units, total)
-    room, stages, taken = planes.room_of(card, tuning.per_multiprocessor), [], []
+    room, stages, taken = room_of(card, tuning.per_multiprocessor), [], []
     for its, count in zip(classes, blocks, strict=True):
         share = -(-its.row_tiles * units // count)
         rest = product.shared_bytes(share, units, tuning.warps)

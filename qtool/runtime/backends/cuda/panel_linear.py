@@ -9,18 +9,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtool.errors import BackendError
+from qtool.runtime.backends.cuda.grids import room_of, shares_of
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.panels import PanelLayout
 from qtool.runtime.backends.cuda.plane_products import NOTHING_AROUND, Around
-from qtool.runtime.backends.cuda.planes import (
-    EPILOGUES,
-    MORE_WAVES,
-    NUMBER,
-    Target,
-    room_of,
-    shares_of,
-)
+from qtool.runtime.backends.cuda.planes import EPILOGUES, MORE_WAVES, NUMBER, Target
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 from qtool.runtime.decode.ops import Norm
 

@@ -1,22 +1,18 @@
 """The grid, the shared memory and the arguments of the bit-plane kernels."""
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
 
-from qtool.runtime.backends.cuda.launch import (
-    RESERVED_BYTES,
-    WARP,
-    Card,
-)
+from qtool.runtime.backends.cuda.grids import LaunchPlan, rings_of, room_of, shares_of
+from qtool.runtime.backends.cuda.launch import WARP, Card
 from qtool.runtime.backends.cuda.selection import (
     BLOCK,
     LOOKED_UP,
-    MOST_AS_CODES,
     MORE_TOKENS,
+    MOST_AS_CODES,
     Tuning,
     selection_for,
 )
@@ -51,9 +47,6 @@ FEWER_WARPS, MORE_WAVES = (7, 3), (1, 2, 4, 8)
 """For cards, or weights, that the measured ones leave no room for."""
 PLAIN_LAUNCH = {"WHOLE": 0, "NORM": 0, "LOADS": MOST_LOADS}
 """Constants of a launch whose CTAs share tiles, and know x as it is multiplied."""
-MOST_IDLE = 8
-"""Units that a multiprocessor may lack, on average, so that CTAs have whole tiles: an exchange
-costs about a microsecond, twice what they do at 3 planes and one token."""
 EPILOGUES = {"none": 0, "residual": 1, "gated": 2}
 
 
@@ -169,28 +162,6 @@ def each_plane(batch: int, layout: Layout) -> Product:
     return Product("bit_plane_mma", columns, 64)
 
 
-@dataclass(frozen=True, slots=True)
-class LaunchPlan:
-    """One launch on one card."""
-
-    column_blocks: int
-    ctas: int
-    """Per slab and block of columns."""
-    slabs: int
-    units_per_slab: int
-    stages: int
-    per_multiprocessor: int
-    shared_bytes: int
-    exchange_words: int
-    whole: bool
-    """CTAs have whole tiles, the same number but for the last ones, and exchange nothing."""
-
-
-def room_of(card: Card, ctas: int) -> int:
-    """Return the shared memory of each of so many CTAs that share a multiprocessor."""
-    return (card.shared_bytes + RESERVED_BYTES) // ctas - RESERVED_BYTES
-
-
 @functools.cache
 def plan_launch(  # noqa: PLR0913 - a key of the cache
     row_tiles: int,
@@ -214,7 +185,7 @@ def plan_launch(  # noqa: PLR0913 - a key of the cache
         if (slabs - 1) * count >= units or row_tiles * count > MAX_UNITS:
             continue  # the last slab would be empty
         shortest = units - (slabs - 1) * count
-        for stages, ctas_per in _rings(tuning):
+        for stages, ctas_per in rings_of(tuning):
             most = card.multiprocessors * ctas_per * tuning.waves // slabs
             ctas, share, whole = shares_of(row_tiles, count, shortest, most, ctas_per)
             ring = warps * stages * product.stage_bytes(layout)
@@ -224,33 +195,6 @@ def plan_launch(  # noqa: PLR0913 - a key of the cache
                 sizes = (blocks, ctas, slabs, count, stages, ctas_per, shared, words)
                 return LaunchPlan(*sizes, whole)
     return None
-
-
-def shares_of(
-    row_tiles: int, count: int, shortest: int, most: int, beside: int = 1
-) -> tuple[int, int, bool]:
-    """Return how many CTAs, of `most`, share a slab, units of the largest share, and if it's tiles.
-
-    Args:
-        row_tiles: Of the weight.
-        count: Units of a tile, in the longest slab.
-        shortest: The same in the shortest one.
-        most: CTAs.
-        beside: CTAs on a multiprocessor.
-    """
-    most = max(1, most)
-    tiles = -(-row_tiles // most)
-    if beside * (tiles * count - row_tiles * count / most) <= MOST_IDLE:
-        return -(-row_tiles // tiles), tiles * count, True
-    ctas = min(most, row_tiles * shortest)
-    return ctas, -(-row_tiles * count // ctas), False
-
-
-def _rings(tuning: Tuning) -> Iterator[tuple[int, int]]:
-    """Yield stages and CTAs per multiprocessor, the best first."""
-    for ctas in range(tuning.per_multiprocessor, 0, -1):
-        for stages in range(tuning.stages, 2 if ctas > 1 else 1, -1):
-            yield stages, ctas
 
 
 @functools.cache

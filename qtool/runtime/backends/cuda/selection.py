@@ -28,7 +28,7 @@ LOOKED_UP = {2: 5, 3: 3, 4: 3}
 has one product per weight either way."""
 
 MOST_AS_CODES = {2: 4, 3: 4}
-"""Tokens up to which codes of equal steps, of so many bits, are multiplied as bytes; of others 2."""
+"""Tokens up to which codes of equal steps, of so many bits, are multiplied as bytes; else 2."""
 
 FEW_OUTPUTS, MORE_TOKENS = 6144, 24
 """Outputs up to which even so many tokens are no work for bit_plane_wgmma.cu yet."""
@@ -106,14 +106,14 @@ class Selection:
             return False
         return self.tables.start <= prod(shape) <= self.tables.stop // planes
 
-    def most_tokens(
-        self, planes: int, weights: int = 2**63, *, equal_steps: bool = False
-    ) -> int:
+    def most_tokens(self, planes: int, weights: int = 2**63, *, equal_steps: bool = False) -> int:
         """Return how many tokens the bit planes of so many weights multiply."""
         blocks = self.most_products // planes // BLOCK if weights >= self.least_weights else 1
         return max(MORE_TOKENS if equal_steps or planes in LOOKED_UP else BLOCK, blocks * BLOCK)
 
-    def is_wide(self, planes: int, tokens: int, shape: Shape2D, *, equal_steps: bool = False) -> bool:
+    def is_wide(
+        self, planes: int, tokens: int, shape: Shape2D, *, equal_steps: bool = False
+    ) -> bool:
         """Return whether bit_plane_wgmma.cu is the fastest, on a card that runs it."""
         few_outputs = shape.out_features <= FEW_OUTPUTS
         if tokens <= (MORE_TOKENS if few_outputs else BLOCK) and (

@@ -195,9 +195,7 @@ def multiply_wide(  # noqa: PLR0913 - what, by what, where, how, and what comes 
     assert call is not None
     padded = -(-tokens // tuning.columns) * tuning.columns
     ordered = x.new_empty(padded * units * UNIT)
-    order = order_call(
-        *(inputs, tokens, units, tuning.columns, x.dtype), paired=has_codes(layout)
-    )
+    order = order_call(*(inputs, tokens, units, tuning.columns, x.dtype), paired=has_codes(layout))
     launch(order, (x, ordered))
     sums = call.grid[0] * tuning.columns * 64 * tuning.groups
     parts = x.new_empty(sums, dtype=torch.float32)

@@ -1,0 +1,60 @@
+"""How many CTAs share a weight of row tiles, and what each of them has."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qtool.runtime.backends.cuda.launch import RESERVED_BYTES, Card
+from qtool.runtime.backends.cuda.selection import Tuning
+
+MOST_IDLE = 8
+"""Units that a multiprocessor may lack, on average, so that CTAs have whole tiles: an exchange
+costs about a microsecond, twice what they do at 3 planes and one token."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """One launch on one card."""
+
+    column_blocks: int
+    ctas: int
+    """Per slab and block of columns."""
+    slabs: int
+    units_per_slab: int
+    stages: int
+    per_multiprocessor: int
+    shared_bytes: int
+    exchange_words: int
+    whole: bool
+    """CTAs have whole tiles, the same number but for the last ones, and exchange nothing."""
+
+
+def room_of(card: Card, ctas: int) -> int:
+    """Return the shared memory of each of so many CTAs that share a multiprocessor."""
+    return (card.shared_bytes + RESERVED_BYTES) // ctas - RESERVED_BYTES
+
+
+def shares_of(
+    row_tiles: int, count: int, shortest: int, most: int, beside: int = 1
+) -> tuple[int, int, bool]:
+    """Return how many CTAs, of `most`, share a slab, units of the largest share, and if it's tiles.
+
+    Args:
+        row_tiles: Of the weight.
+        count: Units of a tile, in the longest slab.
+        shortest: The same in the shortest one.
+        most: CTAs.
+        beside: CTAs on a multiprocessor.
+    """
+    most = max(1, most)
+    tiles = -(-row_tiles // most)
+    if beside * (tiles * count - row_tiles * count / most) <= MOST_IDLE:
+        return -(-row_tiles // tiles), tiles * count, True
+    ctas = min(most, row_tiles * shortest)
+    return ctas, -(-row_tiles * count // ctas), False
+
+
+def rings_of(tuning: Tuning) -> Iterator[tuple[int, int]]:
+    """Yield stages and CTAs per multiprocessor, the best first."""
+    for ctas in range(tuning.per_multiprocessor, 0, -1):
+        for stages in range(tuning.stages, 2 if ctas > 1 else 1, -1):
+            yield stages, ctas
