@@ -23,7 +23,7 @@ BITS_AT_ONCE = 2**26
 WORDS = UNIT // 64
 """Words of a lane in a unit; each holds 64 inputs."""
 WORD_BYTES, HALF_BYTES = 4, 2
-NIBBLE = 4
+NIBBLE_PLANES = 4
 """Planes that are packed as nibbles."""
 
 
@@ -108,7 +108,7 @@ def pack_planes(bits: Tensor, *, nibbled: bool = False) -> Tensor:
 
 def _by_nibble(planes: Tensor) -> tuple[Tensor, ...]:
     """Return the planes (row_tiles, units, num_bits, ...) above the lowest four, and those."""
-    more = max(0, planes.shape[2] - NIBBLE)
+    more = max(0, planes.shape[2] - NIBBLE_PLANES)
     return (planes[:, :, :more], planes[:, :, more:]) if more else (planes,)
 
 
@@ -129,9 +129,11 @@ def _nibbled(planes: Tensor) -> Tensor:
     count = planes.shape[2]
     if count == 1:
         return planes
-    padded = torch.cat([planes, planes.new_zeros(*planes.shape[:2], NIBBLE, *planes.shape[3:])], 2)
-    words = _turned(padded[:, :, :NIBBLE]).unflatten(-1, (8, NIBBLE))
-    for word in range(count, NIBBLE):
+    padded = torch.cat(
+        [planes, planes.new_zeros(*planes.shape[:2], NIBBLE_PLANES, *planes.shape[3:])], 2
+    )
+    words = _turned(padded[:, :, :NIBBLE_PLANES]).unflatten(-1, (8, NIBBLE_PLANES))
+    for word in range(count, NIBBLE_PLANES):
         if count == 3:  # noqa: PLR2004 - three words have a bit to spare
             words[:, :, :word, ..., 3] = words[:, :, word, ..., :3].movedim(-1, 2)
         else:
@@ -144,9 +146,11 @@ def _planes(words: Tensor) -> Tensor:
     count = words.shape[2]
     if count == 1:
         return words
-    padded = torch.cat([words, words.new_zeros(*words.shape[:2], NIBBLE, *words.shape[3:])], 2)
-    split = padded[:, :, :NIBBLE].unflatten(-1, (8, NIBBLE))
-    for word in range(count, NIBBLE):
+    padded = torch.cat(
+        [words, words.new_zeros(*words.shape[:2], NIBBLE_PLANES, *words.shape[3:])], 2
+    )
+    split = padded[:, :, :NIBBLE_PLANES].unflatten(-1, (8, NIBBLE_PLANES))
+    for word in range(count, NIBBLE_PLANES):
         if count == 3:  # noqa: PLR2004
             split[:, :, word, ..., :3] = split[:, :, :word, ..., 3].movedim(2, -1)
         else:
