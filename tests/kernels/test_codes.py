@@ -55,7 +55,7 @@ def test_products_of_codes_round_nothing_but_what_they_return(kind, dtype):
     assert multiplied(prepared(*weight), tokens, dtype) == ["bit_plane_codes_mma"]
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 7])
 def test_all_that_reads_nibbles_reads_the_weight(bits):
     weight = prepared("affine", bits, 64, (40, 320))
     tokens, dtype = 4 if bits in (2, 3) else 1 + bits % 2, (HALF, BFLOAT)[bits % 2]
