@@ -312,7 +312,7 @@ DEVICE float silu(float x) { return x * reciprocal(1.0f + exp2_fast(-1.44269504f
 // How the bits of a word are laid out (qtool/runtime/backends/cuda/tiles.py packs them): a word holds 16 rows x 64
 // inputs / 32 lanes. Lane 4 g + t has rows g and g + 8 and, in each half of 32 inputs, inputs
 // 8 t .. 8 t + 7. Bit 16 h + 2 i + r belongs to row g + 8 r and to input
-// 32 (i >> 2) + 8 t + 2 (i & 3) + h.
+// 32 (i >> 2) + 8 t + 2 (i & 3) + h. Planes of equal steps are nibbles: bit_plane_nibbles.cuh.
 
 // One of eight halves.
 DEVICE u16 bits_at(const quad &v, int i) { // 0 .. 7, known to the compiler
