@@ -6,8 +6,8 @@
 
 #define TILES_OF_COLUMNS (COLUMNS > 8 ? COLUMNS / 8 : 1)
 #define ACCUMULATORS (TILES_OF_COLUMNS * 4)
-#define ROW_POWER (2 - PLANES) // the scale is that of the highest bit
-#define UPPER_POWER ROW_POWER
+#define ROW_POWER 0
+#define UPPER_POWER 0
 #define X_BYTES 64 // of 32 inputs of a token, as they are
 #define X_NUMBERS 0
 #define SEGMENT (GROUP % UNIT == 0 ? UNIT : UNIT % GROUP == 0 ? GROUP : GROUP % 64 ? 32 : 64) // inputs whose sums are scaled at once
@@ -47,7 +47,7 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
             const u32 *own = scales + group * 8 * PARAMETERS;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                step[r] = half_of(own[0], r);
+                step[r] = half_of(own[0], r) * per_center(PLANES); // the scale is that of the highest bit
                 of[r] = zeros_of(1.0f, own[PLANES], r);
             }
         }
