@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qtool.runtime.backends.cuda import linear_kernels, plane_products, tiles
+from qtool.runtime.backends.cuda import fusing, linear_kernels, plane_products, tiles
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
@@ -74,3 +74,13 @@ def test_nibbles_hold_the_planes(bits):
     planes_of_weight = torch.randint(0, 2, (bits, 16, 512), dtype=torch.uint8)
     packed = tiles.pack_planes(planes_of_weight, nibbled=True)
     assert torch.equal(tiles.unpack_planes(packed, nibbled=True), planes_of_weight)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_halves_of_a_weight_whose_rows_alternate_are_what_they_were(bits):
+    scheme = WeightScheme(num_bits=bits, group_size=64)
+    pair = [random_tensor("affine", scheme, Shape2D(24, 320), seed) for seed in (0, 1)]
+    fused = fusing.fuse(pair, HALF, interleave=True)
+    assert fused is not None
+    for tensor, half in zip(pair, fused.parts, strict=True):
+        assert torch.equal(half.dense(), linear_kernels.prepare(tensor, HALF).dense())

@@ -23,6 +23,8 @@ BITS_AT_ONCE = 2**26
 WORDS = UNIT // 64
 """Words of a lane in a unit; each holds 64 inputs."""
 WORD_BYTES, HALF_BYTES = 4, 2
+NIBBLES = 0x11111111
+"""The lowest bit of each nibble of a word."""
 NIBBLE_PLANES = 4
 """Planes that are packed as nibbles."""
 
@@ -100,16 +102,39 @@ def pack_planes(bits: Tensor, *, nibbled: bool = False) -> Tensor:
     ordered = split.permute(1, 4, 0, 3, 7, 5, 9, 6, 8, 2)
     flat = ordered.reshape(rows // TILE_ROWS, inputs // UNIT, num_bits, LANES, WORDS, 32)
     if nibbled:
-        flat = torch.cat([_nibbled(planes.flip(2)) for planes in _by_nibble(flat)], 2)
+        flat = torch.cat([_nibbled(planes.flip(2)) for planes in by_nibble(flat)], 2)
     weights = 2 ** torch.arange(32, device=bits.device, dtype=torch.int64)
     words = (flat.to(torch.int64) * weights).sum(-1)
     return (words - ((words >> 31) << 32)).to(torch.int32)  # two's complement
 
 
-def _by_nibble(planes: Tensor) -> tuple[Tensor, ...]:
+def by_nibble(planes: Tensor) -> tuple[Tensor, ...]:
     """Return the planes (row_tiles, units, num_bits, ...) above the lowest four, and those."""
     more = max(0, planes.shape[2] - NIBBLE_PLANES)
     return (planes[:, :, :more], planes[:, :, more:]) if more else (planes,)
+
+
+def nibble_words(words: Tensor) -> Tensor:
+    """Return the words of nibbles that 2 to 4 stored ones hold; above their bits is anything.
+
+    (row_tiles, units, count, 32, 4) int32 -> the same with 4 words of 3 or 4, or 2 of 2, which have
+    words 2 and 3 two bits higher.
+    """
+    if words.shape[2] != 3:  # noqa: PLR2004 - three words have a bit to spare
+        return words
+    spare = [((words[:, :, bit] >> 3) & NIBBLES) << bit for bit in range(3)]
+    return torch.cat([words, (spare[0] | spare[1] | spare[2]).unsqueeze(2)], 2)
+
+
+def stored_words(nibbles: Tensor, count: int) -> Tensor:
+    """Invert `nibble_words`, of `count` planes."""
+    if count != 3:  # noqa: PLR2004
+        return nibbles
+    last = nibbles[:, :, 3]
+    words = [
+        (nibbles[:, :, bit] & 7 * NIBBLES) | (((last >> bit) & NIBBLES) << 3) for bit in range(3)
+    ]
+    return torch.stack(words, 2)
 
 
 def _turned(bits: Tensor) -> Tensor:
@@ -164,7 +189,7 @@ def unpack_planes(planes: Tensor, *, nibbled: bool = False) -> Tensor:
     shifts = torch.arange(32, device=planes.device, dtype=torch.int32)
     flat = ((planes.unsqueeze(-1) >> shifts) & 1).to(torch.uint8)
     if nibbled:
-        flat = torch.cat([_planes(words).flip(2) for words in _by_nibble(flat)], 2)
+        flat = torch.cat([_planes(words).flip(2) for words in by_nibble(flat)], 2)
     ordered = flat.view(row_tiles, units, num_bits, 8, 4, WORDS, 2, 2, 4, 2)
     split = ordered.permute(2, 0, 9, 3, 1, 5, 7, 4, 8, 6)
     return split.reshape(num_bits, row_tiles * TILE_ROWS, units * UNIT)
