@@ -4,12 +4,24 @@
 // bit_plane_mma.cuh. x becomes an integer of 23 bits, shifted left so that the positions cancel, and
 // its four signed bytes are four columns of B: all sums of a group are exact integers. What turns
 // {0, 1} into {-1, +1} is a product with the sum of x, beside the offset's.
+//
+// Of equal steps (OFFSET 2), nibbles (bit_plane_nibbles.cuh) are the operand in place of bits: all of four planes are one product.
 #include "bit_planes.cuh"
 
 #define PAIRS (COLUMNS > 2 ? COLUMNS / 2 : 1) // of tokens, that a product has columns for
 #define ACCUMULATORS (2 * PAIRS)
 #define BY_TOKENS 0
+#if OFFSET == 2
+#define SETS (PLANES > 4 ? 2 : 1)   // of nibbles, the lower first: what is multiplied by itself
+#define ROW_POWER (-2 - PLANES)     // the scale is that of the highest bit
+#define UPPER_POWER ROW_POWER
+#define PAIR_SHIFT(r) ((r) < 2 ? 4 : 0)
+#define START 16.0f
+#else
+#define SETS PLANES
 #define ROW_POWER (-5)
+#define START 32.0f
+#endif
 #include "byte_limbs.cuh"
 
 // The B operands of all words, and the sum of x over each segment.
@@ -27,12 +39,41 @@ DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &we
     }
     u32 sum = put_limbs(values, shifts, operands + (column * units + unit) * UNIT_BYTES, lane);
     float total = (float)(int)segment_total(sum - 8u * MAGIC, weight.first + unit, lane);
-    if (lane % 4 == 0) starts[(unit * BLOCKS_PER_UNIT + lane / 4) * COLUMNS + column] = total * 32.0f;
+    if (lane % 4 == 0) starts[(unit * BLOCKS_PER_UNIT + lane / 4) * COLUMNS + column] = total * START;
     if (lane == 0)
         factors[unit * COLUMNS + column] =
             exponent < 128 ? power_of_two(exponent - 21) : float_of_bits(0x7fc00000u);
 }
 
+#if OFFSET == 2
+// sums += step * (the numbers of the nibbles - zero point * sum of x), two limbs at once; the latter at the first limb.
+DEVICE void flush(float *sums, const int (*c)[4], float sum, const u32 *scales) {
+    const float middle = 0.5f * (float)((1 << PLANES) - 1);
+    u32 step = scales[0], center = scales[PLANES];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float number = (float)(c[0][2 * r + 1] * 256 + c[0][2 * r]);
+        if (SETS == 2) number += 16.0f * (float)(c[SETS - 1][2 * r + 1] * 256 + c[SETS - 1][2 * r]);
+        number += (half_to_float((u16)(r ? center >> 16 : center & 0xffffu)) - middle) * sum;
+        sums[r] += half_to_float((u16)(r ? step >> 16 : step & 0xffffu)) * number;
+    }
+}
+
+// The A operands of a word's set, inputs of b.x and b.y, then of b.z and b.w.
+DEVICE void operands_of(u32 (&a)[2][4], const u32 (*words)[4], int word, int set) {
+    u32 stored[PLANES], nibbles[4];
+#pragma unroll
+    for (int i = 0; i < PLANES; ++i) stored[i] = words[i][word];
+    const int bits = set ? MORE_PLANES : LOW_PLANES;
+    if (set) nibbles_of<MORE_PLANES ? MORE_PLANES : 1>(nibbles, stored);
+    else nibbles_of<LOW_PLANES>(nibbles, stored + MORE_PLANES);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u32 mask = ((1u << bits) - 1) * 0x01010101u;
+        a[0][i] = nibbles[i] & mask, a[1][i] = nibbles[i] & mask << 4;
+    }
+}
+#else
 // sums += scale * C for each plane of a group, two limbs of C at once; (offset - sum of the scales) *
 // sum of x, at the first limb.
 DEVICE void flush(float *sums, const int (*c)[4], float sum, const u32 *scales) {
@@ -40,11 +81,6 @@ DEVICE void flush(float *sums, const int (*c)[4], float sum, const u32 *scales) 
     if (OFFSET) {
         u32 pair = scales[PLANES];
         low_rest = half_to_float((u16)(pair & 0xffffu)), high_rest = half_to_float((u16)(pair >> 16));
-    }
-    if (OFFSET == 2) {
-        u32 pair = scales[0];
-        low_rest *= half_to_float((u16)(pair & 0xffffu)) * per_center(PLANES);
-        high_rest *= half_to_float((u16)(pair >> 16)) * per_center(PLANES);
     }
 #pragma unroll
     for (int plane = 0; plane < PLANES; ++plane) {
@@ -58,17 +94,24 @@ DEVICE void flush(float *sums, const int (*c)[4], float sum, const u32 *scales) 
     sums[1] += high_rest * (sum + sum); // rows 8 .. 15: a bit higher
 }
 
+DEVICE void operands_of(u32 (&a)[2][4], const u32 (*words)[4], int word, int plane) {
+    u32 w = words[plane][word];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[0][i] = w & 0x01010101u << i, a[1][i] = w & 0x10101010u << i;
+}
+#endif
+
 // acc += one unit's product.
 DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned char *operands,
                           const float *starts, const float *factors, int units, int unit,
                           const Weight &weight, int lane) {
     int g = lane / 4, t = lane % 4, token = COLUMNS == 1 ? 0 : g / LIMBS;
     u32 words[PLANES][4];
-    load_words(words, stage, lane);
+    load_stored(words, stage, lane);
     const u32 *scales = (const u32 *)(stage + PLANES * PLANE_BYTES) + g * PARAMETERS, *current = scales;
     const unsigned char *row = operands + (token * units + unit) * UNIT_BYTES + g % LIMBS * 64 + t * 16;
     const int zeros[4] = {0, 0, 0, 0};
-    int c[PAIRS][PLANES][4];
+    int c[PAIRS][SETS][4];
     float sum[PAIRS] = {}, sums[ACCUMULATORS] = {};
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
@@ -87,22 +130,22 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
                 sum[pair] = t & 1 ? 0.0f : start[COLUMNS == 1 ? 0 : t / 2];
                 if (!REGULAR)
 #pragma unroll
-                    for (int plane = 0; plane < PLANES; ++plane)
+                    for (int set = 0; set < SETS; ++set)
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) c[pair][plane][i] = 0;
+                        for (int i = 0; i < 4; ++i) c[pair][set][i] = 0;
             }
         }
+        u32 a[SETS][2][4];
+#pragma unroll
+        for (int set = 0; set < SETS; ++set) operands_of(a[set], words, word, set);
 #pragma unroll
         for (int pair = 0; pair < PAIRS; ++pair) {
             quad b = *(const quad *)(row + pair * 2 * units * UNIT_BYTES + word * WORD_BYTES);
 #pragma unroll
-            for (int plane = 0; plane < PLANES; ++plane) {
-                u32 w = words[plane][word];
-                int *d = c[pair][plane];
-                mma_bytes(d, begins && REGULAR ? zeros : d, w & 0x01010101u, w & 0x02020202u,
-                          w & 0x04040404u, w & 0x08080808u, b.x, b.y);
-                mma_bytes(d, d, w & 0x10101010u, w & 0x20202020u, w & 0x40404040u, w & 0x80808080u,
-                          b.z, b.w);
+            for (int set = 0; set < SETS; ++set) {
+                int *d = c[pair][set];
+                mma_bytes(d, begins && REGULAR ? zeros : d, a[set][0][0], a[set][0][1], a[set][0][2], a[set][0][3], b.x, b.y);
+                mma_bytes(d, d, a[set][1][0], a[set][1][1], a[set][1][2], a[set][1][3], b.z, b.w);
             }
         }
     }

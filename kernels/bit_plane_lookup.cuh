@@ -7,7 +7,8 @@
 // g + 8 r and, n being 4 h + 2 u + e, of input 32 u + 8 t + 4 e + 2 q + h. So one half of
 // such a word is what a product of 16 inputs needs of a row, see order_inputs.cu.
 //
-// Compile-time: PLANES, GROUP, OFFSET, ACTIVATION_BF16, MIRRORED (below).
+// Compile-time: PLANES, GROUP, OFFSET, ACTIVATION_BF16, MIRRORED (below). OFFSET 2 is of up to three planes, which are nibbles in
+// memory (bit_plane_nibbles.cuh).
 #include "bit_plane_groups.cuh"
 
 #define LOW_PLANES (PLANES < 4 ? PLANES : 4)
@@ -32,17 +33,6 @@ template <int COUNT> struct Indices { u32 of[4], fourth[COUNT == 4 ? 4 : 1]; };
 
 #define LOW_BYTES (MIRRORS ? 32 : 8 * WORDS_OF(LOW_PLANES))
 #define TABLE_BYTES (LOW_BYTES + (MORE_PLANES ? 8 * WORDS_OF(MORE_PLANES) : 0))
-
-// Bits of a where `mask` has ones, else of b: one instruction, of which the compiler makes two where it knows the mask.
-DEVICE u32 either(u32 mask, u32 a, u32 b) {
-#ifdef QTOOL_HOST
-    return a & mask | b & ~mask;
-#else
-    u32 bits;
-    asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(bits) : "r"(mask), "r"(a), "r"(b));
-    return bits;
-#endif
-}
 
 template <int COUNT> DEVICE Indices<COUNT> indices_of(const u32 *words) {
     Indices<COUNT> found;
@@ -160,9 +150,10 @@ DEVICE float half_of(u32 pair, int upper) { return half_to_float((u16)(upper ? p
 DEVICE void make_tables(unsigned char *to, const u32 *pairs, int upper) {
     float scales[PLANES], start = 0.0f;
 #pragma unroll
-    for (int plane = 0; plane < PLANES; ++plane) scales[plane] = half_of(pairs[plane], upper);
+    for (int plane = 0; plane < PLANES; ++plane) // of nibbles the lowest bit is first
+        scales[plane] = half_of(pairs[OFFSET == 2 ? PLANES - 1 - plane : plane], upper);
     if (OFFSET) start = half_of(pairs[PARAMETERS - 1], upper);
-    if (OFFSET == 2) start *= scales[0] * per_center(PLANES);
+    if (OFFSET == 2) start *= scales[PLANES - 1] * per_center(PLANES);
     u32 words[TABLE_BYTES / 4];
 #if MIRRORS
     build<3>(words, scales[PLANES - 1], scales);
@@ -218,6 +209,12 @@ struct WordIndices {
 
 DEVICE WordIndices word_indices(const u32 *words) {
     WordIndices found;
+#if OFFSET == 2 // nibbles in memory: bit_plane_nibbles.cuh
+    nibbles_of<LOW_PLANES>(found.low.of, words);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) found.low.of[i] &= ((1u << LOW_PLANES) - 1) * NIBBLES;
+    return found;
+#endif
     found.low = indices_of<LOW_PLANES>(words);
 #if PLANES > 4
     found.more = indices_of<MORE_PLANES>(words + LOW_PLANES);

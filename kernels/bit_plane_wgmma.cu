@@ -18,7 +18,7 @@
 #include "hopper.cuh"
 #include "half_products.cuh"
 
-#include "bit_plane_lookup.cuh"
+#include "bit_plane_weights.cuh"
 
 #define ROWS (64 * GROUPS)
 #define ROW_TILES (4 * GROUPS)

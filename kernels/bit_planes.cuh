@@ -21,6 +21,7 @@
 // with them: few units per warp hide no exchange.
 
 #include "bit_plane_groups.cuh"
+#include "bit_plane_nibbles.cuh"
 
 #define THREADS (WARPS * WARP)
 #define PART (TILE_ROWS * COLUMNS)

@@ -86,13 +86,29 @@ DEVICE void take_given(u64 *exchange, int own, int each, int more, int from, flo
     }
 }
 
-// A lane's words of all planes of a unit, each of 64 inputs.
-DEVICE void load_words(u32 (*words)[4], const unsigned char *stage, int lane) {
+// A lane's words of a unit, each of 64 inputs, as they are in memory.
+DEVICE void load_stored(u32 (*words)[4], const unsigned char *stage, int lane) {
 #pragma unroll
     for (int plane = 0; plane < PLANES; ++plane) {
         quad v = *(const quad *)(stage + plane * PLANE_BYTES + lane * 16);
         words[plane][0] = v.x, words[plane][1] = v.y, words[plane][2] = v.z, words[plane][3] = v.w;
     }
+}
+
+// The same, of all planes.
+DEVICE void load_words(u32 (*words)[4], const unsigned char *stage, int lane) {
+    load_stored(words, stage, lane);
+#ifdef NIBBLED
+#pragma unroll
+    for (int word = 0; word < 4 && NIBBLED; ++word) {
+        u32 planes[PLANES];
+#pragma unroll
+        for (int plane = 0; plane < PLANES; ++plane) planes[plane] = words[plane][word];
+        planes_of_stored(planes);
+#pragma unroll
+        for (int plane = 0; plane < PLANES; ++plane) words[plane][word] = planes[plane];
+    }
+#endif
 }
 
 // The largest magnitude among a warp's inputs of a unit, as the bits of a float: as numbers, NaN is

@@ -4,6 +4,9 @@
 #define X_BYTES 128 // of a 32-input block, as half of a word's 64 inputs: [limb][t][16 bytes]
 #define WORD_BYTES (2 * X_BYTES)
 #define UNIT_BYTES (4 * WORD_BYTES)
+#ifndef PAIR_SHIFT
+#define PAIR_SHIFT(r) (6 - 2 * (r)) // what makes up for where the bits of pair r are in a byte of the A operand
+#endif
 #define MAGIC 0x4b400000u // 1.5 * 2^23 as a float: integers added to it can be read off its bits
 
 // The four signed bytes of an integer, lowest first: value = sum of byte_i * 256^i.
@@ -20,7 +23,7 @@ DEVICE u32 put_limbs(const float (&values)[8], const float (&factors)[8], unsign
         u32 a = bits_of_float(values[2 * r] * factors[2 * r] + 12582912.0f);
         u32 b = bits_of_float(values[2 * r + 1] * factors[2 * r + 1] + 12582912.0f);
         sum += a + b;
-        a = signed_bytes((a - MAGIC) << (6 - 2 * r)), b = signed_bytes((b - MAGIC) << (6 - 2 * r));
+        a = signed_bytes((a - MAGIC) << PAIR_SHIFT(r)), b = signed_bytes((b - MAGIC) << PAIR_SHIFT(r));
         // Lanes of the lower half take limbs 0 and 1 of both halves, those of the upper 2 and 3.
         kept[r] = permute_bytes(a, b, upper ? 0x7362u : 0x5140u);
         received[r] = shuffle_xor(permute_bytes(a, b, upper ? 0x5140u : 0x7362u), 4);

@@ -181,6 +181,24 @@ DEVICE u32 add_bfloat2(u32 a, u32 b) { // sm_80 has no addition of these
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
     return sum;
 }
+// A constant that stays in a register: the compiler, which would move it there before each use, doesn't know it.
+DEVICE u32 in_register(u32 constant) {
+    u32 found;
+    asm volatile("{.reg .u32 zero; mov.u32 zero, %%nctaid.x; shr.u32 zero, zero, 31; or.b32 %0, zero, %1;}" : "=r"(found) : "r"(constant));
+    return found;
+}
+
+// a b + c of pairs, rounded once.
+DEVICE u32 fma_half2(u32 a, u32 b, u32 c) {
+    u32 sum;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+    return sum;
+}
+DEVICE u32 fma_bfloat2(u32 a, u32 b, u32 c) {
+    u32 sum;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+    return sum;
+}
 
 // 2^x and 1/x, to a few units in the last place.
 DEVICE float exp2_fast(float x) {
@@ -253,6 +271,17 @@ DEVICE u32 shuffle_down(u32 value, int lanes) {
     return bits_of_float(shuffle_down(float_of_bits(value), lanes));
 }
 
+// Bits of a where `mask` has ones, else of b: one instruction, of which the compiler makes two where it knows the mask.
+DEVICE u32 either(u32 mask, u32 a, u32 b) {
+#ifdef QTOOL_HOST
+    return a & mask | b & ~mask;
+#else
+    u32 bits;
+    asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(bits) : "r"(mask), "r"(a), "r"(b));
+    return bits;
+#endif
+}
+
 // 2^exponent for -126 <= exponent <= 127.
 DEVICE float power_of_two(int exponent) { return float_of_bits((u32)(exponent + 127) << 23); }
 
@@ -290,7 +319,7 @@ DEVICE float silu(float x) { return x * reciprocal(1.0f + exp2_fast(-1.44269504f
 // How the bits of a word are laid out (qtool/runtime/backends/cuda/tiles.py packs them): a word holds 16 rows x 64
 // inputs / 32 lanes. Lane 4 g + t has rows g and g + 8 and, in each half of 32 inputs, inputs
 // 8 t .. 8 t + 7. Bit 16 h + 2 i + r belongs to row g + 8 r and to input
-// 32 (i >> 2) + 8 t + 2 (i & 3) + h.
+// 32 (i >> 2) + 8 t + 2 (i & 3) + h. Planes of equal steps are nibbles: bit_plane_nibbles.cuh.
 
 // One of eight halves.
 DEVICE u16 bits_at(const quad &v, int i) { // 0 .. 7, known to the compiler

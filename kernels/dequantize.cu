@@ -4,6 +4,8 @@
 //
 // Compile-time: PLANES, GROUP (multiple of 32), OFFSET (as in bit_planes.cuh), ACTIVATION_BF16.
 
+#include "bit_plane_nibbles.cuh"
+
 #define PARAMETERS (PLANES + (OFFSET != 0))
 #define WARPS 4
 #define THREADS (WARPS * WARP)
@@ -31,12 +33,14 @@ dequantize(const quad *planes, // [row_tiles][units][PLANES][32]
     if (index >= row_tiles * units) return;
     int tile = index / units, unit = index % units;
     const quad *source = planes + (u64)index * PLANES * WARP + lane;
-    u32 words[PLANES][4];
+    u32 words[4][PLANES];
 #pragma unroll
     for (int plane = 0; plane < PLANES; ++plane) {
         quad v = load_stream(source + plane * WARP);
-        words[plane][0] = v.x, words[plane][1] = v.y, words[plane][2] = v.z, words[plane][3] = v.w;
+        words[0][plane] = v.x, words[1][plane] = v.y, words[2][plane] = v.z, words[3][plane] = v.w;
     }
+#pragma unroll
+    for (int word = 0; word < 4; ++word) planes_of_stored(words[word]);
 #pragma unroll
     for (int block = 0; block < BLOCKS_PER_UNIT; ++block) {
         int first = unit * UNIT + block * 32 + 8 * t; // of this lane's eight inputs
@@ -56,7 +60,7 @@ dequantize(const quad *planes, // [row_tiles][units][PLANES][32]
 #pragma unroll
                     for (int plane = 0; plane < PLANES; ++plane) {
                         float scale = parameter(pairs, plane, r);
-                        value += (words[plane][block / 2] >> bit) & 1u ? scale : -scale;
+                        value += (words[block / 2][plane] >> bit) & 1u ? scale : -scale;
                     }
                     both |= (u32)store_activation(value) << (16 * half);
                 }
@@ -101,10 +105,13 @@ gather_rows(const u32 *planes, // the same words, one by one
         int bit = 16 * (k & 1) + 8 * ((k >> 5) & 1) + 2 * ((k >> 1) & 3) + r;
         const u32 *pairs = scales + (((u64)tile * groups + k / GROUP) * 8 + g) * PARAMETERS;
         float value = offset_of(pairs, r);
+        u32 stored[PLANES];
+        for (int plane = 0; plane < PLANES; ++plane)
+            stored[plane] = planes[((((u64)tile * units + k / UNIT) * PLANES + plane) * WARP + lane) * 4 + word];
+        planes_of_stored(stored);
         for (int plane = 0; plane < PLANES; ++plane) {
-            u64 place = (((u64)tile * units + k / UNIT) * PLANES + plane) * WARP + lane;
             float scale = parameter(pairs, plane, r);
-            value += (planes[place * 4 + word] >> bit) & 1u ? scale : -scale;
+            value += (stored[plane] >> bit) & 1u ? scale : -scale;
         }
         rows[(u64)blockIdx.x * in_features + k] = store_activation(value);
     }

@@ -4,7 +4,8 @@
 // 8 tokens x 8 of these; a block of 64 inputs x COLUMNS tokens is together. What is beyond the last
 // token or input is zero.
 //
-// Compile-time: COLUMNS (tokens of a block), ALIGNED (1: in_features is a multiple of 8), ACTIVATION_BF16.
+// PAIRED: e and h change places, so that pairs are of neighbouring inputs (bit_plane_code_weights.cuh).
+// Compile-time: COLUMNS (tokens of a block), PAIRED, ALIGNED (1: in_features is a multiple of 8), ACTIVATION_BF16.
 // A thread takes 32 inputs of a token.
 
 #define THREADS 128
@@ -27,7 +28,7 @@ order_inputs(const u16 *x, // [batch][in_features]
     quad *to = ordered + (((u64)(token / COLUMNS) * blocks + block) * 8 + u) * COLUMNS + token % COLUMNS;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        u32 pick = half ? 0x7632u : 0x5410u;
+        u32 pick = half ? PAIRED ? 0x7654u : 0x7632u : PAIRED ? 0x3210u : 0x5410u;
         to[2 * half * COLUMNS] = quad{permute_bytes(v[0].x, v[0].z, pick), permute_bytes(v[1].x, v[1].z, pick),
                                       permute_bytes(v[2].x, v[2].z, pick), permute_bytes(v[3].x, v[3].z, pick)};
         to[(4 + 2 * half) * COLUMNS] = quad{permute_bytes(v[0].y, v[0].w, pick), permute_bytes(v[1].y, v[1].w, pick),

@@ -183,6 +183,20 @@ DEVICE unsigned add_bfloat2(unsigned a, unsigned b) { // not of NaN
     high += 0x7fffu + (high >> 16 & 1), low += 0x7fffu + (low >> 16 & 1);
     return (high & 0xffff0000u) | low >> 16;
 }
+DEVICE unsigned in_register(unsigned constant) { return constant; }
+template <class Load, class Store> DEVICE unsigned fma_pair(unsigned a, unsigned b, unsigned c, Load load, Store store) {
+    unsigned sum[2];
+    for (int i = 0; i < 2; ++i) // exact in float64
+        sum[i] = store((float)((double)load(a >> 16 * i & 0xffff) * load(b >> 16 * i & 0xffff) + load(c >> 16 * i & 0xffff)));
+    return sum[0] | sum[1] << 16;
+}
+DEVICE unsigned fma_half2(unsigned a, unsigned b, unsigned c) {
+    return fma_pair(a, b, c, [](unsigned v) { return half_to_float((unsigned short)v); }, [](float v) { return (unsigned)float_to_half(v); });
+}
+DEVICE unsigned fma_bfloat2(unsigned a, unsigned b, unsigned c) { // not of NaN
+    return fma_pair(a, b, c, [](unsigned v) { return float_of_bits(v << 16); },
+                    [](float v) { unsigned bits = bits_of_float(v); return bits + 0x7fffu + (bits >> 16 & 1) >> 16; });
+}
 DEVICE float multiply_rounded(float a, float b) { return a * b; }
 DEVICE unsigned permute_bytes(unsigned a, unsigned b, unsigned pick) {
     unsigned long long both = (unsigned long long)b << 32 | a;

@@ -78,6 +78,23 @@ def test_few_tokens_are_multiplied_as_bytes_more_by_looking_up(
     assert (found.name, found.columns) == (name, columns)
 
 
+@pytest.mark.parametrize(
+    ("batch", "num_bits", "group", "name", "columns"),
+    [
+        (2, 4, 128, "bit_plane_imma", 2),
+        (3, 4, 128, "bit_plane_codes_mma", 8),
+        (4, 3, 128, "bit_plane_imma", 4),
+        (5, 2, 128, "bit_plane_codes_mma", 8),
+        (1, 8, 32, "bit_plane_codes_mma", 1),  # half a word of 64 inputs
+        (2, 4, 96, "bit_plane_codes_mma", 8),
+        (17, 3, 128, "bit_plane_codes_mma", 24),
+    ],
+)
+def test_equal_steps_are_multiplied_as_codes(batch, num_bits, group, name, columns):
+    found = planes.product_for(batch, planes.Layout(num_bits, group, planes.CENTERED))
+    assert (found.name, found.columns) == (name, columns)
+
+
 def test_inputs_that_do_not_fit_into_shared_memory_are_cut_into_slabs():
     tensor = random_tensor(
         "binary_coding", WeightScheme(num_bits=1, group_size=256), Shape2D(64, 9216), 1

@@ -21,8 +21,6 @@ WEIGHTS = {
     "4 planes, groups of 32": ("binary_coding", 4, 32, (64, 256), 8),
     "groups of 192": ("binary_coding", 4, 192, (64, 1000), 11),
     "groups of 96": ("binary_coding", 2, 96, (64, 777), 4),
-    "4 bits, affine": ("affine", 4, 128, (96, 512), 16),
-    "3 bits, affine, groups of 96": ("affine", 3, 96, (48, 576), 8),
 }
 
 
@@ -40,7 +38,7 @@ def looked_up(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [(name, (torch.float16, torch.bfloat16)[place % 2]) for place, name in enumerate(WEIGHTS)]
-    + [("3 planes", torch.bfloat16), ("4 bits, affine", torch.bfloat16)]
+    + [("3 planes", torch.bfloat16), ("4 planes, groups of 32", torch.float16)]
     + [("4 planes, the last tile ragged", torch.float16)],
 )
 @pytest.mark.usefixtures("looked_up")

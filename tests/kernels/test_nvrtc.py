@@ -59,7 +59,7 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
         ("bit_plane_imma", {**WEIGHT, **GRID, **NORMED, "PLANES": 4, "COLUMNS": n, "NORM": n}, 128)
         for n in (1, 2)
     ),
-    ("bit_plane_mma", {**AFFINE, **GRID, **NORMED, "PLANES": 4, "COLUMNS": 1, "NORM": 4}, 128),
+    ("bit_plane_mma", {**WEIGHT, **GRID, **NORMED, "PLANES": 4, "COLUMNS": 1, "NORM": 4}, 128),
     ("bit_plane_imma_experts", {**WEIGHT, **PAIR, "PLANES": 4, "COLUMNS": 1}, 128),
     *(
         ("bit_plane_imma_ranks", {**WEIGHT, **GRID, "PLANES": p, "COLUMNS": n, "RANKS": r}, 128)
@@ -67,7 +67,7 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
     ),
     (
         "bit_plane_mma_ranks",
-        {**AFFINE, **GRID, "PLANES": 3, "COLUMNS": 8, "EPILOGUE": 1, "RANKS": 2},
+        {**WEIGHT, **GRID, "PLANES": 3, "COLUMNS": 8, "EPILOGUE": 1, "RANKS": 2},
         128,
     ),
     *(
@@ -76,12 +76,24 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
             ("bit_plane_lookup_mma", 3, 8, {"WHOLE": 1}),
             ("bit_plane_lookup_mma", 2, 16, {"EPILOGUE": 2}),
             ("bit_plane_lookup_mma", 4, 16, {"ACTIVATION_BF16": 1}),
-            ("bit_plane_lookup_mma", 4, 24, {**AFFINE, "EPILOGUE": 1}),
+            ("bit_plane_lookup_mma", 4, 24, {"EPILOGUE": 1}),
             ("bit_plane_lookup_mma", 3, 8, {"GROUP": 96, "OFFSET": 0}),
             ("bit_plane_lookup_mma_ranks", 4, 8, {"RANKS": 2}),
         )
     ),
-    ("bit_plane_mma_experts", {**AFFINE, **GRID, "PLANES": 3, "COLUMNS": 1}, 128),
+    ("bit_plane_mma_experts", {**WEIGHT, **GRID, "PLANES": 3, "COLUMNS": 1}, 128),
+    *(
+        (name, {**AFFINE, **GRID, "PLANES": planes, "COLUMNS": columns, **more}, most)
+        for name, planes, columns, most, more in (
+            ("bit_plane_codes_mma", 3, 8, 128, {"WHOLE": 1}),
+            ("bit_plane_codes_mma", 2, 16, 128, {"EPILOGUE": 2}),
+            ("bit_plane_codes_mma", 4, 24, 168, {"ACTIVATION_BF16": 1, "WARPS": 12}),
+            ("bit_plane_codes_mma", 8, 16, 168, {"GROUP": 32, "WARPS": 12}),
+            ("bit_plane_codes_mma", 4, 1, 128, {**NORMED, "GROUP": 32, "NORM": 1}),
+            ("bit_plane_codes_mma_ranks", 4, 8, 128, {"RANKS": 2}),
+            ("bit_plane_codes_mma_experts", 4, 1, 128, {"GROUP": 96}),
+        )
+    ),
     ("bit_plane_classes", classes_of((4, 3, 2, 1), 1, PAIR), 128),
     ("bit_plane_classes", classes_of((4, 2), 1, GRID), 128),
     ("bit_plane_classes", classes_of((8, 4, 3), 1, ALONE, ACTIVATION_BF16=1), 255),
@@ -127,9 +139,9 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
         {**SMALL_TABLES, "GROUP": 1000, "PLANES": 4, "ROWS": 4, "ACTIVATION_BF16": 1},
         128,
     ),
-    *(("bit_plane_mma", {**AFFINE, **GRID, "PLANES": 4, "COLUMNS": n}, 128) for n in (1, 8)),
     *(("bit_plane_imma", {**AFFINE, **PAIR, "PLANES": 4, "COLUMNS": n}, 128) for n in (1, 2)),
-    ("bit_plane_imma", {**AFFINE, **ALONE, "PLANES": 8, "COLUMNS": 1}, 255),
+    *(("bit_plane_imma", {**AFFINE, **GRID, "PLANES": p, "COLUMNS": 4}, 128) for p in (2, 3)),
+    ("bit_plane_imma", {**AFFINE, **GRID, "PLANES": 8, "COLUMNS": 2}, 128),
     ("dequantize", {**AFFINE, "PLANES": 8}, 255),
     *(
         ("lut_gemm", {**AFFINE, **TABLES, "PLANES": planes, "ROWS": rows}, 64)
@@ -159,8 +171,8 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
     ),
     ("sign_flip", {}, 128),
     ("place_inputs", {}, 32),
-    ("order_inputs", {"COLUMNS": 48, "ALIGNED": 1}, 64),
-    ("order_inputs", {"COLUMNS": 256, "ALIGNED": 0, "ACTIVATION_BF16": 1}, 64),
+    ("order_inputs", {"COLUMNS": 48, "ALIGNED": 1, "PAIRED": 1}, 64),
+    ("order_inputs", {"COLUMNS": 256, "ALIGNED": 0, "PAIRED": 0, "ACTIVATION_BF16": 1}, 64),
     ("add_splits", {"ACTIVATION_BF16": 1, "EPILOGUE": 2}, 128),
     ("greedy", {}, 64),
     *(("nucleus", more, 64) for more in ({}, {"ACTIVATION_BF16": 1})),
@@ -234,6 +246,9 @@ HOPPER_VARIANTS += [
         (WEIGHT, 4, 128, 2, {}, 168),
         (WEIGHT, 4, 256, 2, {"X_BLOCKS": 1, "EPILOGUE": 2}, 168),
         (AFFINE, 8, 128, 2, {"X_BLOCKS": 1, "EPILOGUE": 1}, 168),
+        (AFFINE, 4, 64, 4, {"TURNS": 1}, 96),
+        (AFFINE, 8, 64, 4, {"TURNS": 1, "FINE": 1}, 96),
+        (AFFINE, 3, 32, 4, {"TURNS": 1, "ACTIVATION_BF16": 1}, 96),
         ({"GROUP": 96, "OFFSET": 1}, 2, 128, 2, {"X_BLOCKS": 1}, 168),
     )
 ]

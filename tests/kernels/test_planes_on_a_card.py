@@ -13,6 +13,7 @@ from qtool.runtime.decode.ops import Norm
 from qtool.runtime.decode.torch_ops import rms_norm
 from qtool.scheme import Shape2D, WeightScheme
 from qtool.timing.synthetic import generator_on, random_weight
+from tests.contract.test_codecs import random_tensor
 from tests.helpers import normal
 
 pytestmark = pytest.mark.gpu
@@ -61,6 +62,28 @@ def test_weights_looked_up_are_those_rounded_once_or_twice(
     eps = torch.finfo(dtype).eps
     allowed = (2e-6 + (eps if num_bits == 4 else 0)) * terms + eps * expected.abs()
     assert bool(((y - expected).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 96])
+@pytest.mark.parametrize("num_bits", [3, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 13, 40])
+@torch.no_grad()
+def test_equal_steps_are_multiplied_as_in_float64(num_bits, group_size, tokens):
+    dtype = torch.bfloat16 if group_size == 64 or tokens == 1 else torch.float16
+    scheme = WeightScheme(num_bits=num_bits, group_size=group_size)
+    tensor = random_tensor("affine", scheme, Shape2D(600, 1344), 0)
+    parts = {name: part.cuda() for name, part in tensor.parts.items()}
+    made = linear_kernels.prepare(replace(tensor, parts=parts), dtype)
+    x = normal(tokens, 1344).to(dtype).cuda()
+    y = linear_kernels.matmul(x, made, driver.launch, driver.card_of(0)).double()
+    exact = replace(made, dtype=torch.float32).dense().double()
+    terms = x.double().abs() @ exact.abs().T
+    eps = torch.finfo(dtype).eps  # of weights that many tokens have in 16 bit, and of y
+    assert bool(((y - x.double() @ exact.T).abs() <= eps * terms).all())
+    if tokens <= 24:
+        y = plane_products.by_planes(x, made, driver.launch, driver.card_of(0)).double()
+        allowed = 2e-6 * terms + eps / 2 * (x.double() @ exact.T).abs()
+        assert bool(((y - x.double() @ exact.T).abs() <= allowed).all())
 
 
 @pytest.mark.parametrize("num_bits", [2, 4])

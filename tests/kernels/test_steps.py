@@ -58,8 +58,9 @@ def test_products_are_those_of_the_definition(format_name, symmetric, num_bits, 
     weight, launch = linear_kernels.prepare(tensor, x.dtype), Recorder()
     check(linear_kernels.matmul(x, weight, launch, SMALL), x, tensor)
     imma = batch == 1 and group_size != 32
-    planes = "bit_plane_imma" if imma else "bit_plane_mma"
-    assert launch.names[0] == ("dequantize" if batch == 17 else planes)
+    many = "dequantize" if batch == 17 else "bit_plane_mma"
+    found = "bit_plane_codes_mma" if symmetric else many
+    assert launch.names[0] == ("bit_plane_imma" if imma else found)
 
 
 @FORMATS

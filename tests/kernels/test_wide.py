@@ -30,6 +30,8 @@ WEIGHTS = {
     "5 planes, groups of 32": ("binary_coding", 5, 32, (64, 256)),
     "8 bits, affine": ("affine", 8, 128, (64, 512)),
     "4 bits, affine": ("affine", 4, 128, (96, 512)),
+    "3 bits, affine, groups of 96": ("affine", 3, 96, (64, 576)),
+    "5 bits, affine, groups of 32": ("affine", 5, 32, (64, 256)),
 }
 
 
@@ -156,6 +158,17 @@ def test_tokens_choose_the_product_of_many_where_it_was_measured_to_be_faster():
     assert tuning(128, 4096, 8) == WideTuning(128, 2, 1)
     assert tuning(256, 28672, 3) == WideTuning(256, 2, 1)
     assert tuning(300, 28672, 4) == WideTuning(192, 2, 1), "two tiles, as little empty as can be"
+
+
+def test_equal_steps_have_a_choice_of_their_own():
+    large = Shape2D(28672, 4096)
+    assert not selection.H100.is_wide(8, 16, large, equal_steps=True)
+    assert all(selection.H100.is_wide(bits, 17, large, equal_steps=True) for bits in (2, 3, 4, 8))
+    assert selection.H100.is_wide(4, 1024, large, equal_steps=True)
+    assert not selection.H100.is_wide(8, 24, Shape2D(4096, 4096), equal_steps=True)
+    for bits in (2, 4, 8):
+        tuning = selection.H100.wide_tuning(64, 28672, bits, equal_steps=True)
+        assert tuning == WideTuning(64, 4, 2, turns=True, fine=bits == 8)
 
 
 def test_fewer_warpgroups_do_not_multiply_as_four_would():

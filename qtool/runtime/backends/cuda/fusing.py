@@ -16,6 +16,7 @@ from qtool.checkpoint.manifest import codec
 from qtool.core.layout import RUN
 from qtool.formats.mixed_rows import MIXED_ROWS
 from qtool.formats.ordered_affine import ORDERED_AFFINE
+from qtool.runtime.backends.cuda import tiles
 from qtool.runtime.backends.cuda.centers import CENTERS, is_tileable, planes_of
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.linear_kernels import prepare
@@ -49,10 +50,11 @@ class HalfWeight:
             return replace(_half_of_panels(self.fused, self.fused.panels, self.half), fresh=True)
         assert self.fused.tiles is not None
         low, high = _pairs(self.fused.tiles.planes)
-        if self.half == 0:
-            planes = (low & GATE_BITS) | ((high & GATE_BITS) << 1)
+        if self.fused.centered:
+            sets = zip(tiles.by_nibble(low), tiles.by_nibble(high), strict=True)
+            planes = torch.cat([_half_of_nibbles(*each, self.half) for each in sets], 2)
         else:
-            planes = ((low >> 1) & GATE_BITS) | (high & ~GATE_BITS)
+            planes = _half_of_planes(low, high, self.half)
         first, second = _pairs(self.fused.tiles.scales)
         scales = torch.stack([first[..., self.half], second[..., self.half]], dim=-1)
         rows = self.fused.shape.out_features // 2
@@ -74,6 +76,22 @@ class HalfWeight:
     def dense(self) -> Tensor:
         """Return it by the definition of its format."""
         return self.weight().dense()
+
+
+def _half_of_planes(low: Tensor, high: Tensor, half: int) -> Tensor:
+    """Return words of one half's rows, from those of two tiles: of the upper, or lower, eight."""
+    if half == 0:
+        return (low & GATE_BITS) | ((high & GATE_BITS) << 1)
+    return ((low >> 1) & GATE_BITS) | (high & ~GATE_BITS)
+
+
+def _half_of_nibbles(low: Tensor, high: Tensor, half: int) -> Tensor:
+    """Do `_half_of_planes` of words (..., up to 4, 32, 4) as kernels/bit_plane_nibbles.cuh says."""
+    count = low.shape[2]
+    if count == 1:
+        return _half_of_planes(low, high, half)
+    pair = [tiles.nibble_words(each)[:, :, half::2] for each in (low, high)]
+    return tiles.stored_words(torch.stack(pair, 3).flatten(2, 3), count)
 
 
 def are_fusible(tensors: Sequence[QuantizedTensor], *, interleave: bool = False) -> bool:

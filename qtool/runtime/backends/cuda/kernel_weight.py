@@ -37,7 +37,9 @@ class KernelWeight:
     def dense(self) -> Tensor:
         """Return W by the definition of its format, in torch: (out_features, in_features)."""
         if self.tiles is not None:
-            parameters, signs = tiles.unpack(self.tiles, self.shape, self.layout.group)
+            parameters, signs = tiles.unpack(
+                self.tiles, self.shape, self.layout.group, centered=self.centered
+            )
         elif self.panels is not None:
             parameters, signs = unpack_panels(self.panels, self.shape)
         else:

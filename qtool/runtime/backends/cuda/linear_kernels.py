@@ -71,10 +71,11 @@ def kernel_for(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = F
         return wanted
     shape, num_bits = weight.shape, weight.scheme.num_bits
     weights = shape.out_features * shape.in_features
-    is_wide = selection_for(card.name).is_wide(num_bits, tokens, shape)
+    selection, equal_steps = selection_for(card.name), weight.centered
+    is_wide = selection.is_wide(num_bits, tokens, shape, equal_steps=equal_steps)
     if is_wide and not few_tokens(weight, tokens, card) and wide_tuning(weight, tokens, card):
         return "wide"
-    if tokens > selection_for(card.name).most_tokens(num_bits, weights):
+    if tokens > selection.most_tokens(num_bits, weights, equal_steps=equal_steps):
         return "dequantize"
     if weight.tiles is None:
         return "sign_flip" if not weight.panels else panel_linear.panel_kernel(weight, tokens, card)

@@ -12,6 +12,7 @@ from qtool.runtime.backends.cuda.selection import (
     BLOCK,
     LOOKED_UP,
     MORE_TOKENS,
+    MOST_AS_CODES,
     Tuning,
     selection_for,
 )
@@ -31,8 +32,13 @@ MAX_UNITS = 2**21
 MOST_AS_LIMBS, MOST_PLANES_OF_MORE = 4, 4
 """Tokens up to which x is multiplied as bytes, four per input, as timed: bit_plane_imma.cuh takes
 8. More than two tokens of more planes don't fit into registers."""
+CENTERED, STEP_BYTES = 2, 8
+"""`Layout.offset` of equal steps, and what one of them and its zero point take where
+bit_plane_wgmma.cu keeps them in place of tables."""
 LEAST_GROUP = 64
 """Of weights that are looked up: smaller ones make too many tables."""
+AS_THEY_ARE = ("bit_plane_lookup_mma", "bit_plane_codes_mma")
+"""Kernels that keep no sums and no scales of x."""
 LOOKED_UP_WARPS = 12
 """Enough where more of them want another slab: 113 us, not 140, at 57344 x 8192, 3 planes and 16
 tokens on an H200."""
@@ -109,6 +115,8 @@ class Product:
     """Of shared memory for 32 inputs of one token."""
     looks_up: bool = False
     """It makes tables where a unit's planes were, and takes x as it is."""
+    at_once: bool = False
+    """All planes are one product, so one weight takes little time."""
 
     @property
     def most_loads(self) -> int:
@@ -126,14 +134,17 @@ class Product:
         That is the inputs, and sums of all tiles that it may have; not the units themselves.
         """
         own = (share + units - 1) // units + 1
-        number = 0 if self.looks_up else NUMBER
+        number = 0 if self.name in AS_THEY_ARE else NUMBER
         inputs = units * self.columns * (BLOCKS_PER_UNIT * (self.x_bytes + number) + number)
         sums = (own + 1 + warps) * TILE_ROWS * self.columns * NUMBER
         return inputs + sums + own * NUMBER
 
 
 def product_for(batch: int, layout: Layout) -> Product:
-    """Return the kernel that is the fastest: planes for few tokens, else weights looked up."""
+    """Return the kernel that is the fastest: bytes for few tokens, else weights of 16 bit."""
+    if layout.offset == CENTERED:
+        few = batch <= MOST_AS_CODES.get(layout.planes, 2) and layout.group % 64 == 0
+        return as_bytes(batch) if few else by_codes(batch)
     first = LOOKED_UP.get(layout.planes)
     if first is None or batch < first or layout.group < LEAST_GROUP:
         return each_plane(batch, layout)
@@ -142,15 +153,30 @@ def product_for(batch: int, layout: Layout) -> Product:
 
 def looked_up(batch: int) -> Product:
     """Return the kernel that looks weights of up to four planes up and multiplies once."""
-    columns = next((count for count in LOOKED_UP_COLUMNS if batch <= count), BLOCK)
-    return Product("bit_plane_lookup_mma", columns, 64, looks_up=True)
+    return Product("bit_plane_lookup_mma", _columns(batch), 64, looks_up=True, at_once=True)
+
+
+def by_codes(batch: int) -> Product:
+    """Return the kernel that multiplies codes of equal steps."""
+    columns = 1 if batch == 1 else _columns(batch)
+    return Product("bit_plane_codes_mma", columns, 64, at_once=batch > 1)
+
+
+def as_bytes(batch: int) -> Product:
+    """Return the kernel that multiplies planes, or codes of four, as bytes."""
+    return Product("bit_plane_imma", 1 << (batch - 1).bit_length(), 128)
+
+
+def _columns(batch: int) -> int:
+    """Return how many tokens a CTA multiplies that has one product for all planes."""
+    return next((count for count in LOOKED_UP_COLUMNS if batch <= count), BLOCK)
 
 
 def each_plane(batch: int, layout: Layout) -> Product:
     """Return the kernel that multiplies planes with the least arithmetic: as bytes, or float16."""
     most = MOST_AS_LIMBS if layout.planes <= MOST_PLANES_OF_MORE else 2
     if batch <= most and layout.group % 64 == 0:
-        return Product("bit_plane_imma", 1 << (batch - 1).bit_length(), 128)
+        return as_bytes(batch)
     columns = 1 if batch == 1 else 8 if batch <= 8 else 16  # noqa: PLR2004 - tiles of eight columns
     return Product("bit_plane_mma", columns, 64)
 
@@ -215,7 +241,11 @@ def tuned_plan(
     few = product.columns <= MOST_IN_PAIRS
     tunings = tunings_for(row_tiles, units, card, few=few)
     ways = looked_up_ways(tunings[0], layout, product) if product.looks_up else []
+    if product.at_once and not product.looks_up:
+        ways = [tunings[0], replace(tunings[0], warps=LOOKED_UP_WARPS)]
     tunings = (*(ways or tunings[:1]), *tunings[1:])
+    if product.columns > BLOCK and not product.looks_up:
+        tunings = (tunings[1], *tunings[1:])  # more tokens leave sixteen warps too few registers
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
         found = []
         for order, tuning in enumerate(replace(tuning, waves=waves) for tuning in tunings):
@@ -225,7 +255,7 @@ def tuned_plan(
                 crowded = planned.per_multiprocessor < tuning.per_multiprocessor
                 # with many tokens a CTA multiplies for longer: all its warps are worth a slab
                 rank = (planned.slabs, crowded, order) if few else (crowded, order, planned.slabs)
-                if product.looks_up:
+                if product.at_once:
                     rank = (order >= len(ways), planned.slabs, order)
                 found.append((rank, (tuning, planned)))
         if found:

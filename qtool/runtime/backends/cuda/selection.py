@@ -28,7 +28,10 @@ LOOKED_UP = {2: 5, 3: 3, 4: 3}
 has one product per weight either way."""
 
 MORE_TOKENS = 24
-"""Up to which weights that are looked up may be no work for bit_plane_wgmma.cu yet."""
+"""Up to which weights that are looked up, or of equal steps, may be no work for bit_plane_wgmma.cu
+yet."""
+MOST_AS_CODES = {2: 4, 3: 4}
+"""Tokens up to which codes of equal steps, of so many bits, are multiplied as bytes; else 2."""
 
 FEW_INPUTS = 4096
 """Up to which a token is staged soon enough for what is tried there."""
@@ -105,17 +108,25 @@ class Selection:
             return False
         return self.tables.start <= prod(shape) <= self.tables.stop // planes
 
-    def most_tokens(self, planes: int, weights: int = 2**63) -> int:
+    def most_tokens(self, planes: int, weights: int = 2**63, *, equal_steps: bool = False) -> int:
         """Return how many tokens the bit planes of so many weights multiply."""
         blocks = self.most_products // planes // BLOCK if weights >= self.least_weights else 1
-        return max(MORE_TOKENS if planes in LOOKED_UP else BLOCK, blocks * BLOCK)
+        return max(MORE_TOKENS if equal_steps or planes in LOOKED_UP else BLOCK, blocks * BLOCK)
 
-    def is_wide(self, planes: int, tokens: int, shape: Shape2D) -> bool:
+    def is_wide(
+        self, planes: int, tokens: int, shape: Shape2D, *, equal_steps: bool = False
+    ) -> bool:
         """Return whether bit_plane_wgmma.cu is the fastest, on a card that runs it."""
+        if equal_steps and tokens <= BLOCK:
+            return False
         measured = self.wide if prod(shape) >= self.least_weights else self.wide_of_few
+        if equal_steps and planes == 4:  # noqa: PLR2004 - as long as three planes
+            planes = 3
         return tokens in measured[min(planes, len(measured)) - 1]
 
-    def wide_tuning(self, tokens: int, out_features: int, planes: int) -> WideTuning:
+    def wide_tuning(
+        self, tokens: int, out_features: int, planes: int, *, equal_steps: bool = False
+    ) -> WideTuning:
         """Return how bit_plane_wgmma.cu is launched; more than four planes weren't all timed."""
         tiles = -(-tokens // WIDE_COLUMNS[-1])
         columns = next(count for count in WIDE_COLUMNS if count * tiles >= tokens)
@@ -126,9 +137,10 @@ class Selection:
             columns,
             groups,
             x_blocks=2 if roomy else 1,
-            turns=groups == 4 and planes == 3,  # noqa: PLR2004
-            fine=groups == 4 and planes >= 4,  # noqa: PLR2004
-            mirrored=few and planes == 4,  # noqa: PLR2004 - with more tokens, products take longer
+            turns=groups == 4 and (equal_steps or planes == 3),  # noqa: PLR2004
+            fine=groups == 4 and planes >= (5 if equal_steps else 4),  # noqa: PLR2004
+            # with more tokens, products take longer
+            mirrored=few and planes == 4 and not equal_steps,  # noqa: PLR2004
         )
 
     def __str__(self) -> str:

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from qtool.runtime.backends.cuda.launch import Card, KernelCall, Launch, constants
-from qtool.runtime.backends.cuda.planes import EPILOGUES, Layout, Target, table_bytes
+from qtool.runtime.backends.cuda.planes import (
+    CENTERED,
+    EPILOGUES,
+    STEP_BYTES,
+    Layout,
+    Target,
+    table_bytes,
+)
 from qtool.runtime.backends.cuda.selection import WIDE_COLUMNS, WideTuning, selection_for
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT, Tiles
 from qtool.scheme import Shape2D
@@ -17,8 +24,15 @@ ORDER_THREADS, INPUTS_OF_THREAD, BLOCK_INPUTS = 128, 32, 64
 Y_STRIDE = 72
 STAGES_OF_X, STAGES_OF_WEIGHTS = 8, 4
 """At most."""
+MOST_LOOKED_UP = 3
+"""Planes of equal steps: kernels/bit_plane_weights.cuh."""
 MOST_UNITS = 2**30
 """Of all tiles: the kernel counts them in 32 bits."""
+
+
+def has_codes(layout: Layout) -> bool:
+    """Return whether weights are codes times steps; those of three planes are looked up sooner."""
+    return layout.offset == CENTERED and layout.planes > MOST_LOOKED_UP
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +49,8 @@ def rings_for(layout: Layout, tuning: WideTuning, room: int) -> Rings | None:
     """Return the deepest rings that fit into `room` bytes of shared memory; None: none do."""
     row_tiles = 4 * tuning.groups
     weights = row_tiles * layout.stage_bytes
-    tables = row_tiles * layout.span * TILE_ROWS * table_bytes(layout.planes)
+    each = STEP_BYTES if has_codes(layout) else table_bytes(layout.planes)
+    tables = row_tiles * layout.span * TILE_ROWS * each
     at_once = 32 if tuning.columns % 32 == 0 else 16
     fixed = tables + tuning.groups * at_once * Y_STRIDE * 2
     stage_of_x = tuning.x_blocks * tuning.columns * BLOCK_INPUTS * 2
@@ -58,7 +73,8 @@ def tuned_wide(
 
     None: the card has no `wgmma`, or too little shared memory.
     """
-    asked = selection_for(card.name).wide_tuning(tokens, out_features, layout.planes)
+    selection, equal_steps = selection_for(card.name), layout.offset == CENTERED
+    asked = selection.wide_tuning(tokens, out_features, layout.planes, equal_steps=equal_steps)
     fits = (c for c in reversed(WIDE_COLUMNS) if c <= asked.columns)
     fewer = [asked, *(replace(asked, groups=g, turns=False, fine=False) for g in (2, 1))]
     tries = (replace(tuning, columns=c) for c in fits for tuning in fewer)
@@ -68,15 +84,17 @@ def tuned_wide(
 
 
 def order_call(
-    inputs: int, tokens: int, units: int, columns: int, dtype: torch.dtype
+    inputs: int, tokens: int, units: int, columns: int, dtype: torch.dtype, *, paired: bool = False
 ) -> KernelCall:
-    """Return the launch that orders the inputs of tokens."""
+    """Return the launch that orders the inputs of tokens; `paired`: for codes of equal steps."""
     token_tiles, blocks = -(-tokens // columns), units * UNIT // BLOCK_INPUTS
     threads = token_tiles * columns * blocks * BLOCK_INPUTS // INPUTS_OF_THREAD
     return KernelCall(
         file="order_inputs",
         kernel="order_inputs",
-        constants=constants(dtype, COLUMNS=columns, ALIGNED=int(inputs % 8 == 0)),
+        constants=constants(
+            dtype, COLUMNS=columns, PAIRED=int(paired), ALIGNED=int(inputs % 8 == 0)
+        ),
         grid=(-(-threads // ORDER_THREADS), 1, 1),
         threads=ORDER_THREADS,
         shared_bytes=0,
@@ -177,7 +195,8 @@ def multiply_wide(  # noqa: PLR0913 - what, by what, where, how, and what comes 
     assert call is not None
     padded = -(-tokens // tuning.columns) * tuning.columns
     ordered = x.new_empty(padded * units * UNIT)
-    launch(order_call(inputs, tokens, units, tuning.columns, x.dtype), (x, ordered))
+    order = order_call(*(inputs, tokens, units, tuning.columns, x.dtype), paired=has_codes(layout))
+    launch(order, (x, ordered))
     sums = call.grid[0] * tuning.columns * 64 * tuning.groups
     parts = x.new_empty(sums, dtype=torch.float32)
     tensors = (packed.planes, packed.scales, ordered, residual, target.y, target.places, parts)

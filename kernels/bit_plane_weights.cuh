@@ -1,0 +1,7 @@
+// How bit_plane_wgmma.cu makes 16-bit weights of planes: by tables, or of equal steps and more than three planes by arithmetic.
+#if OFFSET == 2 && PLANES > 3
+#include "bit_plane_code_weights.cuh"
+#else
+#include "bit_plane_nibbles.cuh"
+#include "bit_plane_lookup.cuh"
+#endif
