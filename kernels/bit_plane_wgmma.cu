@@ -2,16 +2,16 @@
 // wgmma in registers, by tables (bit_plane_lookup.cuh), so W meets shared memory once and packed; x is the B operand, in
 // shared memory as order_inputs.cu writes it.
 //
-// A block: a producer warpgroup, of which one thread starts copies, and GROUPS warpgroups of 64 outputs x COLUMNS
-// tokens. Two rings: of W by units of 256 inputs, and of x by X_BLOCKS blocks of 64 inputs. While one block of
-// inputs is multiplied, the next one's weights are looked up.
+// A block: a producer warpgroup, of which a warp starts copies of W and another those of x, and GROUPS warpgroups of 64
+// outputs x COLUMNS tokens. Two rings: of W by W_UNITS units of 256 inputs, and of x by X_BLOCKS blocks of 64 inputs. While
+// one block of inputs is multiplied, the next one's weights are looked up.
 //
 // Blocks share W as those of bit_planes.cuh do: the units of all tiles are one stream, cut into equal shares. The tile that
 // a block begins and doesn't end belongs to a later block, and is done first: its sums (a *part*) are
-// in memory, and announced, before their owner asks for them. All sums have a fixed order.
+// in memory, and announced, before their owner asks for them; each warpgroup announces its own. All sums have a fixed order.
 //
 // Compile-time: PLANES 1..8, GROUP, OFFSET as in bit_planes.cuh, COLUMNS (tokens of a block, a multiple of 16, at most
-// 256), GROUPS 1..4, W_STAGES, X_STAGES (2 or more), X_BLOCKS (1, 2: with 4 the compiler serializes products), EPILOGUE as in bit_planes.cuh, ACTIVATION_BF16,
+// 256), GROUPS 1..4, W_STAGES, X_STAGES (2 or more), W_UNITS (1, 2), X_BLOCKS (1, 2: with 4 the compiler serializes products), EPILOGUE as in bit_planes.cuh, ACTIVATION_BF16,
 // TURNS (2 warpgroups or more ask for products by turns, so that one looks up while another multiplies), FINE
 // (look up what one product needs, not what four do, before it), MIRRORED (bit_plane_lookup.cuh).
 // (GROUPS + 1) * 128 threads.
@@ -27,8 +27,9 @@
 #define FEW_REGISTERS (GROUPS == 2 ? 40 : 32) // of a producer's thread
 #define MANY_REGISTERS (GROUPS == 2 ? 232 : GROUPS == 3 ? 160 : 112)
 #define PLANES_BYTES (PLANES * WARP * 16)         // of a row tile's unit
-#define SCALES_BYTES (SPAN * 32 * PARAMETERS)
-#define W_STAGE (ROW_TILES * (PLANES_BYTES + SCALES_BYTES))
+#define GROUP_BYTES (32 * PARAMETERS)             // scales of a row tile's group
+#define SCALES_BYTES (W_UNITS * SPAN * GROUP_BYTES)
+#define W_STAGE (ROW_TILES * (W_UNITS * PLANES_BYTES + SCALES_BYTES))
 #define X_BLOCK (COLUMNS * 128)                   // of 64 inputs
 #define X_STAGE (X_BLOCKS * X_BLOCK)
 #define TABLES_BYTES (SPAN * TILE_ROWS * TABLE_BYTES) // of a warp
@@ -40,8 +41,7 @@
 #define Y_AT (TABLES_AT + ROW_TILES * TABLES_BYTES)
 #define BARRIERS_AT (Y_AT + GROUPS * Y_BYTES)
 #define OUTPUTS (EPILOGUE == 2 ? 32 : 64)         // of a warpgroup
-#define CONSUMER_BARRIER 5                        // 1 to 4 are of warpgroups
-#define TURN_BARRIER 6                            // to 9
+#define TURN_BARRIER 6                            // to 9; 1 to 4 are of warpgroups
 
 struct Weight {
     const unsigned char *planes, *scales;
@@ -77,45 +77,53 @@ DEVICE void next(turn &t, int stages) {
     if (++t.stage == stages) t.stage = 0, t.parity ^= 1;
 }
 
-// Start copying a unit of a tile's weights.
-DEVICE void copy_weights(unsigned char *stage, u64 *barrier, const Weight &weight, int tile, int unit) {
+// Start copying `units` units of a tile's weights, neighbours in memory: a warp, each lane a row tile's.
+DEVICE void copy_weights(unsigned char *stage, u64 *barrier, const Weight &weight, int tile, int unit, int units, int lane) {
     int first = tile / weight.token_tiles * ROW_TILES, group = unit * UNIT / GROUP;
     int count = weight.row_tiles - first < ROW_TILES ? weight.row_tiles - first : ROW_TILES;
-    int span = !REGULAR && weight.groups - group < SPAN ? weight.groups - group : SPAN;
-    u32 bytes = (u32)span * 32 * PARAMETERS;
-    barrier_expect(barrier, (u32)count * (PLANES_BYTES + bytes));
-    for (int i = 0; i < count; ++i) {
-        u64 row_tile = (u64)(first + i);
-        copy_bulk(stage + i * PLANES_BYTES, weight.planes + (row_tile * weight.units + unit) * PLANES_BYTES, PLANES_BYTES, barrier);
-        copy_bulk(stage + ROW_TILES * PLANES_BYTES + i * SCALES_BYTES,
-                  weight.scales + (row_tile * weight.groups + group) * 32 * PARAMETERS, bytes, barrier);
+    int span = units * SPAN < weight.groups - group ? units * SPAN : weight.groups - group;
+    u32 bytes = (u32)units * PLANES_BYTES, of_scales = (u32)span * GROUP_BYTES;
+    if (lane == 0) barrier_expect(barrier, (u32)count * (bytes + of_scales));
+    sync_warp();
+    if (lane < count) {
+        u64 row_tile = (u64)(first + lane);
+        copy_bulk(stage + lane * W_UNITS * PLANES_BYTES, weight.planes + (row_tile * weight.units + unit) * PLANES_BYTES, bytes, barrier);
+        copy_bulk(stage + ROW_TILES * W_UNITS * PLANES_BYTES + lane * SCALES_BYTES,
+                  weight.scales + (row_tile * weight.groups + group) * GROUP_BYTES, of_scales, barrier);
     }
 }
 
-// The producer: one thread.
-DEVICE void produce(unsigned char *memory, u64 *w_full, u64 *x_full, const Weight &weight, const unsigned char *x, const Share &share) {
-    u64 *w_empty = w_full + W_STAGES, *x_empty = x_full + X_STAGES;
-    int size = share.end - share.begin, ahead = 0;
-    // Weights are on their way before the inputs exist.
-    Part first = part_at(share, 0, weight.units);
-    for (; ahead < W_STAGES && ahead < first.count && ahead < size; ++ahead)
-        copy_weights(memory + ahead * W_STAGE, w_full + ahead, weight, first.tile, first.first + ahead);
+// The producer of W: a warp. Weights are on their way before the inputs exist.
+DEVICE void produce_weights(unsigned char *memory, u64 *full, const Weight &weight, const Share &share, int lane) {
+    u64 *empty = full + W_STAGES;
+    turn now = {0, 0};
+    int copied = 0;
+    for (int at = 0; at < share.end - share.begin;) {
+        Part part = part_at(share, at, weight.units);
+        at += part.count;
+        for (int i = 0; i < part.count; i += W_UNITS, next(now, W_STAGES)) {
+            if (copied++ == W_STAGES) wait_for_previous();
+            barrier_wait(empty + now.stage, now.parity ^ 1);
+            copy_weights(memory + now.stage * W_STAGE, full + now.stage, weight, part.tile, part.first + i,
+                         part.count - i < W_UNITS ? part.count - i : W_UNITS, lane);
+        }
+    }
+    if (copied <= W_STAGES) wait_for_previous();
+}
+
+// The producer of x: one thread.
+DEVICE void produce_inputs(unsigned char *ring, u64 *full, const Weight &weight, const unsigned char *x, const Share &share) {
+    u64 *empty = full + X_STAGES;
+    turn now = {0, 0};
     wait_for_previous();
-    turn w = {0, 0}, now = {0, 0};
-    for (int at = 0; at < size;) {
+    for (int at = 0; at < share.end - share.begin;) {
         Part part = part_at(share, at, weight.units);
         const unsigned char *from = x + ((u64)(part.tile % weight.token_tiles) * weight.units + part.first) * 4 * X_BLOCK;
-        for (int i = 0; i < part.count; ++i, ++at, next(w, W_STAGES)) {
-            if (at >= ahead) {
-                barrier_wait(w_empty + w.stage, w.parity ^ 1);
-                copy_weights(memory + w.stage * W_STAGE, w_full + w.stage, weight, part.tile, part.first + i);
-            }
-            for (int block = 0; block < 4; block += X_BLOCKS, next(now, X_STAGES)) {
-                barrier_wait(x_empty + now.stage, now.parity ^ 1);
-                barrier_expect(x_full + now.stage, X_STAGE);
-                copy_bulk(memory + X_RING + now.stage * X_STAGE, from, X_STAGE, x_full + now.stage);
-                from += X_STAGE;
-            }
+        at += part.count;
+        for (int i = 0; i < part.count * 4; i += X_BLOCKS, next(now, X_STAGES), from += X_STAGE) {
+            barrier_wait(empty + now.stage, now.parity ^ 1);
+            barrier_expect(full + now.stage, X_STAGE);
+            copy_bulk(ring + now.stage * X_STAGE, from, X_STAGE, full + now.stage);
         }
     }
 }
@@ -139,16 +147,18 @@ struct Rings {
 };
 
 // sums += one unit's product of a warp's row tile, number `tile` of the block's. The last is still under way afterwards.
-DEVICE void multiply_unit(float (&sums)[SUMS], Rings &rings, int unit, int tile, int lane, u32 (&a)[2][16]) {
+// `at`: in its stage; `last`: of it.
+DEVICE void multiply_unit(float (&sums)[SUMS], Rings &rings, int unit, int at, bool last, int tile, int lane, u32 (&a)[2][16]) {
     unsigned char *mine = rings.memory + TABLES_AT + tile * TABLES_BYTES, *stage = rings.memory + rings.w.stage * W_STAGE;
     u32 words[4][PLANES];
-    barrier_wait(rings.w_full + rings.w.stage, rings.w.parity);
+    if (at == 0) barrier_wait(rings.w_full + rings.w.stage, rings.w.parity);
 #pragma unroll
     for (int plane = 0; plane < PLANES; ++plane) {
-        quad v = *(const quad *)(stage + tile * PLANES_BYTES + plane * WARP * 16 + lane * 16);
+        quad v = *(const quad *)(stage + (tile * W_UNITS + at) * PLANES_BYTES + plane * WARP * 16 + lane * 16);
         words[0][plane] = v.x, words[1][plane] = v.y, words[2][plane] = v.z, words[3][plane] = v.w;
     }
-    const u32 *scales = (const u32 *)(stage + ROW_TILES * PLANES_BYTES + tile * SCALES_BYTES);
+    int groups_before = unit * UNIT / GROUP - (unit - at) * UNIT / GROUP;
+    const u32 *scales = (const u32 *)(stage + ROW_TILES * W_UNITS * PLANES_BYTES + tile * SCALES_BYTES + groups_before * GROUP_BYTES);
     sync_warp(); // all lanes have read the tables before
 #pragma unroll
     for (int first = 0; first < SPAN * TILE_ROWS; first += WARP) {
@@ -156,8 +166,11 @@ DEVICE void multiply_unit(float (&sums)[SUMS], Rings &rings, int unit, int tile,
         if (index < SPAN * TILE_ROWS)
             make_tables(mine + index * TABLE_BYTES, scales + (index / TILE_ROWS * 8 + row % 8) * PARAMETERS, row / 8);
     }
-    release(rings.w_full + W_STAGES + rings.w.stage, lane);
-    next(rings.w, W_STAGES);
+    sync_warp(); // all tables are there, and all lanes have read the stage
+    if (last) {
+        if (lane == 0) barrier_arrive(rings.w_full + W_STAGES + rings.w.stage);
+        next(rings.w, W_STAGES);
+    }
     Tables tables, upper;
 #pragma unroll
     for (int block = 0; block < 4; ++block) {
@@ -256,7 +269,8 @@ DEVICE void store_sums(const float (&sums)[SUMS], u16 *staged, const Target &to,
 // A consumer's thread.
 DEVICE void consume(unsigned char *memory, u64 *w_full, u64 *x_full, const Weight &weight, const Share &share,
                     const Target &target, float *parts, u64 *announced) {
-    int number = (int)threadIdx.x / WARPGROUP, lane = (int)threadIdx.x % WARP, tile = (int)threadIdx.x / WARP;
+    int thread = (int)threadIdx.x % WARPGROUP, number = (int)threadIdx.x / WARPGROUP;
+    int lane = (int)threadIdx.x % WARP, tile = (int)threadIdx.x / WARP;
     int units = weight.units;
     Rings rings = {memory, w_full, x_full, {0, 0}, {0, 0}, (u64 *)0};
     u32 a[2][16] = {};
@@ -268,8 +282,11 @@ DEVICE void consume(unsigned char *memory, u64 *w_full, u64 *x_full, const Weigh
 #pragma unroll
         for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
 #pragma unroll 1
-        for (int unit = part.first; unit < part.first + part.count; ++unit)
-            multiply_unit(sums, rings, unit, tile, lane, a);
+        for (int unit = part.first; unit < part.first + part.count; ++unit) {
+            int in_stage = (unit - part.first) % W_UNITS;
+            bool last = in_stage == W_UNITS - 1 || unit + 1 == part.first + part.count;
+            multiply_unit(sums, rings, unit, in_stage, last, tile, lane, a);
+        }
         products_wait<0>(sums);
         keep(a[1]);
         release(rings.left, lane);
@@ -277,16 +294,18 @@ DEVICE void consume(unsigned char *memory, u64 *w_full, u64 *x_full, const Weigh
         if (part.given) {
             give(parts + (u64)blockIdx.x * SUMS * CONSUMERS, sums);
             write_through();
-            sync_threads<CONSUMERS>(CONSUMER_BARRIER);
-            if (threadIdx.x == 0) announce(announced + blockIdx.x);
+            sync_warpgroup(1 + number);
+            if (thread == 0) announce(announced + (int)blockIdx.x * GROUPS + number);
             continue;
         }
-        for (int block = (int)blockIdx.x - 1; part.first > 0; --block) {
-            if (threadIdx.x == 0) await(announced + block);
-            sync_threads<CONSUMERS>(CONSUMER_BARRIER);
-            take(sums, parts + (u64)block * SUMS * CONSUMERS);
-            if (begin_of(block, share.total) <= part.tile * units) break;
-        }
+        int others = 0; // blocks before this one that have a part of the tile
+        if (part.first > 0)
+            do ++others;
+            while (begin_of((int)blockIdx.x - others, share.total) > part.tile * units);
+        for (int i = 1 + thread; i <= others; i += WARPGROUP) await(announced + ((int)blockIdx.x - i) * GROUPS + number);
+        if (others > 0) sync_warpgroup(1 + number);
+#pragma unroll 1
+        for (int i = 1; i <= others; ++i) take(sums, parts + (u64)(blockIdx.x - i) * SUMS * CONSUMERS);
         u16 *staged = (u16 *)(memory + Y_AT + number * Y_BYTES);
         int first = (part.tile / weight.token_tiles * GROUPS + number) * OUTPUTS;
         store_sums(sums, staged, target, first, part.tile % weight.token_tiles * COLUMNS, number);
@@ -302,7 +321,7 @@ bit_plane_wgmma(const unsigned char *planes, // [row_tiles][units][PLANES][32] o
                 u16 *y,                      // [batch][width]: out_features wide; EPILOGUE 2: half as many
                 const int *places,           // [out_features], the columns of y; null: as they come
                 float *parts,                // [blocks][COLUMNS / 8][CONSUMERS][4]
-                u64 *announced,              // [blocks], zeros
+                u64 *announced,              // [blocks][GROUPS], zeros
                 int out_features, int batch, int row_tiles, int units, int groups, int width, int token_tiles) {
     DYNAMIC_SHARED(memory);
     u64 *w_full = (u64 *)(memory + BARRIERS_AT), *x_full = w_full + 2 * W_STAGES;
@@ -321,7 +340,9 @@ bit_plane_wgmma(const unsigned char *planes, // [row_tiles][units][PLANES][32] o
     Share share = share_of((int)blockIdx.x, total, units);
     if (number == GROUPS) {
         if (GROUPS > 1) fewer_registers<FEW_REGISTERS>();
-        if (threadIdx.x == CONSUMERS) produce(memory, w_full, x_full, weight, x, share);
+        int thread = (int)threadIdx.x - CONSUMERS;
+        if (thread < WARP) produce_weights(memory, w_full, weight, share, thread);
+        else if (thread == WARP) produce_inputs(memory + X_RING, x_full, weight, x, share);
         else wait_for_previous();
         sync_warp();
     } else {

@@ -201,7 +201,7 @@ HOPPER_VARIANTS += [
     ("decode_attention", {**HEADS, "HEAD_DIM": 128, "HEADS": 4, "BULK": 1, **more}, 255)
     for more in ({}, {"INT8_CACHE": 1, "STAGES": 6}, {"HEAD_DIM": 256, "WARPS": 4})
 ]
-CHOSEN = {"TURNS": 0, "FINE": 0, "MIRRORED": 0}
+CHOSEN = {"TURNS": 0, "FINE": 0, "MIRRORED": 0, "W_UNITS": 1}
 RINGS = {**CHOSEN, "W_STAGES": 2, "X_STAGES": 4, "X_BLOCKS": 2, "EPILOGUE": 0}
 HOPPER_VARIANTS += [
     (

@@ -107,6 +107,8 @@ def test_four_planes_and_a_sign_are_rounded_once_more(name, dtype):
         (5, 33, WideTuning(columns=48, groups=3, turns=True)),
         (12, 9, WideTuning(columns=16, groups=1)),  # a tile is of several blocks
         (99, 1, WideTuning(columns=16, groups=1, x_blocks=2)),  # no more blocks than units
+        (4, 40, WideTuning(columns=48, groups=1, x_blocks=2, w_units=2)),
+        (6, 20, WideTuning(columns=32, groups=2, w_units=2)),
     ],
 )
 def test_any_number_of_blocks_shares_a_weight(ctas, tokens, tuning):

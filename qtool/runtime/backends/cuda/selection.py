@@ -60,6 +60,8 @@ class WideTuning:
     """Warpgroups of a CTA, each of 64 outputs."""
     x_blocks: int = 1
     """Blocks of 64 inputs that are copied at once: 1 or 2."""
+    w_units: int = 1
+    """Units of weights that are copied at once: 1 or 2."""
     turns: bool = False
     """Warpgroups multiply by turns, so that one looks weights up while another multiplies."""
     fine: bool = False

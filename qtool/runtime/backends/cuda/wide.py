@@ -34,7 +34,7 @@ class Rings:
 def rings_for(layout: Layout, tuning: WideTuning, room: int) -> Rings | None:
     """Return the deepest rings that fit into `room` bytes of shared memory; None: none do."""
     row_tiles = 4 * tuning.groups
-    weights = row_tiles * layout.stage_bytes
+    weights = row_tiles * layout.stage_bytes * tuning.w_units
     tables = row_tiles * layout.span * TILE_ROWS * table_bytes(layout.planes)
     at_once = 32 if tuning.columns % 32 == 0 else 16
     fixed = tables + tuning.groups * at_once * Y_STRIDE * 2
@@ -112,6 +112,7 @@ def wide_call(  # noqa: PLR0913 - a key of the cache
         "W_STAGES": rings.of_weights,
         "X_STAGES": rings.of_x,
         "X_BLOCKS": tuning.x_blocks,
+        "W_UNITS": tuning.w_units,
         "EPILOGUE": EPILOGUES[epilogue],
         "TURNS": int(tuning.turns and tuning.groups > 1),
         "FINE": int(tuning.fine),
@@ -126,7 +127,7 @@ def wide_call(  # noqa: PLR0913 - a key of the cache
         threads=(tuning.groups + 1) * WARPGROUP,
         shared_bytes=rings.shared_bytes,
         numbers=(out_features, tokens, row_tiles, units, groups, width, token_tiles),
-        zeros=ctas,
+        zeros=ctas * tuning.groups,
         dependent=dependent,
         one_architecture=True,
     )
