@@ -7,8 +7,9 @@
 // one block of inputs is multiplied, the next one's weights are looked up.
 //
 // Blocks share W as those of bit_planes.cuh do: the units of all tiles are one stream, cut into equal shares. The tile that
-// a block begins and doesn't end belongs to a later block, and is done first: its sums (a *part*) are
-// in memory, and announced, before their owner asks for them; each warpgroup announces its own. All sums have a fixed order.
+// a block begins and doesn't end is done first. Sums of a tile of several blocks (*parts*) meet in memory: each of its
+// blocks adds up a slice of its tokens, in a fixed order, but for one that has another tile to do after it. All
+// blocks of the grid have to run at once, as they wait for one another: a multiprocessor takes one.
 //
 // Compile-time: PLANES 1..8, GROUP, OFFSET as in bit_planes.cuh, COLUMNS (tokens of a block, a multiple of 16, at most
 // 256), GROUPS 1..4, W_STAGES, X_STAGES (2 or more), W_UNITS (1, 2), X_BLOCKS (1, 2: with 4 the compiler serializes products), EPILOGUE as in bit_planes.cuh, ACTIVATION_BF16,
@@ -33,7 +34,9 @@
 #define X_BLOCK (COLUMNS * 128)                   // of 64 inputs
 #define X_STAGE (X_BLOCKS * X_BLOCK)
 #define TABLES_BYTES (SPAN * TILE_ROWS * TABLE_BYTES) // of a warp
-#define AT_ONCE (COLUMNS % 32 == 0 ? 32 : 16)     // tokens that are turned round together
+#define AT_ONCE (COLUMNS % 32 == 0 && COLUMNS > 96 ? 32 : 16) // tokens that are turned round together: a slice
+#define SLICES (COLUMNS / AT_ONCE)
+#define SLICE (AT_ONCE / 2)                       // sums of a thread
 #define Y_STRIDE 72                               // outputs of a token there: 64, and what keeps banks apart
 #define Y_BYTES (AT_ONCE * Y_STRIDE * 2)
 #define X_RING (W_STAGES * W_STAGE)
@@ -205,19 +208,62 @@ DEVICE void multiply_unit(float (&sums)[SUMS], Rings &rings, int unit, int at, b
     }
 }
 
-// A part to where its tile's owner finds it: [COLUMNS / 8][CONSUMERS] of four sums.
-DEVICE void give(float *to, const float (&sums)[SUMS]) {
-#pragma unroll
-    for (int i = 0; i < SUMS; i += 4)
-        store_quad(to + (i / 4 * CONSUMERS + (int)threadIdx.x) * 4, sums + i);
+// The blocks [low, high] of a tile. `owners` of them, from `first` on, each add up a slice of it; this is number `mine`.
+struct Meeting { int tile, low, high, first, owners, mine; };
+
+DEVICE Meeting meeting_of(const Part &part, const Share &share, int units) {
+    int block = (int)blockIdx.x, begin = part.tile * units;
+    Meeting its = {part.tile, block, block};
+    while (begin_of(its.low, share.total) > begin) --its.low;
+    while (begin_of(its.high + 1, share.total) < begin + units) ++its.high;
+    its.first = its.low + (its.low < its.high && begin_of(its.low, share.total) < begin); // that one has another tile to do
+    its.owners = its.high + 1 - its.first < SLICES ? its.high + 1 - its.first : SLICES;
+    its.mine = block - its.first;
+    return its;
 }
-DEVICE void take(float (&sums)[SUMS], const float *from) {
+DEVICE int owner_of(const Meeting &its, int slice) { return slice * its.owners / SLICES; }
+
+// Where parts lie: [blocks][the tile that a block doesn't end, that which it ends][COLUMNS / 8][CONSUMERS] of four sums.
+DEVICE u64 place_of(const Meeting &its, int block) { return (u64)block * 2 + (block == its.high); }
+DEVICE float *quad_of(float *part, int quad) { return part + (quad * CONSUMERS + (int)threadIdx.x) * 4; }
+DEVICE u64 *flag_of(u64 *announced, const Meeting &its, int block, int owner) {
+    return announced + (place_of(its, block) * GROUPS + threadIdx.x / WARPGROUP) * SLICES + owner;
+}
+
+// A warpgroup's sums of the slices of others to where these find them.
+DEVICE void give(float *parts, u64 *announced, const Meeting &its, const float (&sums)[SUMS], int thread, int number) {
+    float *part = parts + place_of(its, (int)blockIdx.x) * SUMS * CONSUMERS;
 #pragma unroll
-    for (int i = 0; i < SUMS; i += 4) {
-        float part[4];
-        load_quad(part, from + (i / 4 * CONSUMERS + (int)threadIdx.x) * 4);
+    for (int slice = 0; slice < SLICES; ++slice)
+        if (owner_of(its, slice) != its.mine) {
 #pragma unroll
-        for (int n = 0; n < 4; ++n) sums[i + n] += part[n];
+            for (int i = slice * SLICE; i < (slice + 1) * SLICE; i += 4) store_quad(quad_of(part, i / 4), sums + i);
+        }
+    write_through();
+    sync_warpgroup(1 + number);
+    if (thread < its.owners && thread != its.mine) announce(flag_of(announced, its, (int)blockIdx.x, thread));
+}
+
+// Add what others gave of this block's slices.
+DEVICE void take(float (&sums)[SUMS], float *parts, u64 *announced, const Meeting &its, int thread, int number) {
+    int others = its.high - its.low;
+    for (int i = thread; i < others; i += WARPGROUP)
+        await(flag_of(announced, its, its.low + i + (its.low + i >= (int)blockIdx.x), its.mine));
+    sync_warpgroup(1 + number);
+#pragma unroll 1
+    for (int other = 0; other < others; ++other) {
+        float *part = parts + place_of(its, its.low + other + (its.low + other >= (int)blockIdx.x)) * SUMS * CONSUMERS;
+#pragma unroll
+        for (int slice = 0; slice < SLICES; ++slice)
+            if (owner_of(its, slice) == its.mine) {
+#pragma unroll
+                for (int i = slice * SLICE; i < (slice + 1) * SLICE; i += 4) {
+                    float four[4];
+                    load_quad(four, quad_of(part, i / 4));
+#pragma unroll
+                    for (int n = 0; n < 4; ++n) sums[i + n] += four[n];
+                }
+            }
     }
 }
 
@@ -228,12 +274,14 @@ struct Target {
     int outputs, batch, width; // outputs: of all blocks
 };
 
-// A warpgroup's outputs of a tile, through shared memory: y has an output's neighbours beside it, a thread a token's.
-DEVICE void store_sums(const float (&sums)[SUMS], u16 *staged, const Target &to, int first, int token0, int number) {
+// A warpgroup's outputs of its slices of a tile, through shared memory: y has an output's neighbours beside it, a thread a
+// token's.
+DEVICE void store_sums(const float (&sums)[SUMS], const Meeting &its, u16 *staged, const Target &to, int first, int token0, int number) {
     int thread = (int)threadIdx.x % WARPGROUP, lane = thread % WARP, g = lane / 4;
     int row = EPILOGUE == 2 ? thread / WARP * 8 + g : thread / WARP * 16 + g;
 #pragma unroll
     for (int base = 0; base < COLUMNS; base += AT_ONCE) {
+        if (owner_of(its, base / AT_ONCE) != its.mine) continue;
         sync_warpgroup(1 + number); // what was staged has been read
 #pragma unroll
         for (int i = 0; i < AT_ONCE / 2; ++i) {
@@ -291,24 +339,13 @@ DEVICE void consume(unsigned char *memory, u64 *w_full, u64 *x_full, const Weigh
         keep(a[1]);
         release(rings.left, lane);
         rings.left = (u64 *)0;
-        if (part.given) {
-            give(parts + (u64)blockIdx.x * SUMS * CONSUMERS, sums);
-            write_through();
-            sync_warpgroup(1 + number);
-            if (thread == 0) announce(announced + (int)blockIdx.x * GROUPS + number);
-            continue;
-        }
-        int others = 0; // blocks before this one that have a part of the tile
-        if (part.first > 0)
-            do ++others;
-            while (begin_of((int)blockIdx.x - others, share.total) > part.tile * units);
-        for (int i = 1 + thread; i <= others; i += WARPGROUP) await(announced + ((int)blockIdx.x - i) * GROUPS + number);
-        if (others > 0) sync_warpgroup(1 + number);
-#pragma unroll 1
-        for (int i = 1; i <= others; ++i) take(sums, parts + (u64)(blockIdx.x - i) * SUMS * CONSUMERS);
+        Meeting its = meeting_of(part, share, units);
+        if (its.high > its.low && (its.owners > 1 || its.mine != 0)) give(parts, announced, its, sums, thread, number);
+        if (its.mine < 0 || its.mine >= its.owners) continue;
+        if (its.high > its.low) take(sums, parts, announced, its, thread, number);
         u16 *staged = (u16 *)(memory + Y_AT + number * Y_BYTES);
         int first = (part.tile / weight.token_tiles * GROUPS + number) * OUTPUTS;
-        store_sums(sums, staged, target, first, part.tile % weight.token_tiles * COLUMNS, number);
+        store_sums(sums, its, staged, target, first, part.tile % weight.token_tiles * COLUMNS, number);
     }
     if (TURNS && number == 0) take_turn(TURN_BARRIER);
 }
@@ -320,8 +357,8 @@ bit_plane_wgmma(const unsigned char *planes, // [row_tiles][units][PLANES][32] o
                 const u16 *residual,         // [batch][width], or null
                 u16 *y,                      // [batch][width]: out_features wide; EPILOGUE 2: half as many
                 const int *places,           // [out_features], the columns of y; null: as they come
-                float *parts,                // [blocks][COLUMNS / 8][CONSUMERS][4]
-                u64 *announced,              // [blocks][GROUPS], zeros
+                float *parts,                // where: see place_of
+                u64 *announced,              // [blocks][2][GROUPS][SLICES], zeros
                 int out_features, int batch, int row_tiles, int units, int groups, int width, int token_tiles) {
     DYNAMIC_SHARED(memory);
     u64 *w_full = (u64 *)(memory + BARRIERS_AT), *x_full = w_full + 2 * W_STAGES;

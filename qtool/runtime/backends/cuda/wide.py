@@ -30,14 +30,18 @@ class Rings:
     shared_bytes: int
 
 
+def slice_tokens(columns: int) -> int:
+    """Return how many tokens of a tile its CTAs share out: a slice, that one of them sums."""
+    return 32 if columns % 32 == 0 and columns > 96 else 16  # noqa: PLR2004 - AT_ONCE
+
+
 @functools.cache
 def rings_for(layout: Layout, tuning: WideTuning, room: int) -> Rings | None:
     """Return the deepest rings that fit into `room` bytes of shared memory; None: none do."""
     row_tiles = 4 * tuning.groups
     weights = row_tiles * layout.stage_bytes * tuning.w_units
     tables = row_tiles * layout.span * TILE_ROWS * table_bytes(layout.planes)
-    at_once = 32 if tuning.columns % 32 == 0 else 16
-    fixed = tables + tuning.groups * at_once * Y_STRIDE * 2
+    fixed = tables + tuning.groups * slice_tokens(tuning.columns) * Y_STRIDE * 2
     stage_of_x = tuning.x_blocks * tuning.columns * BLOCK_INPUTS * 2
     best = None
     for of_weights in range(2, STAGES_OF_WEIGHTS + 1):
@@ -84,6 +88,17 @@ def order_call(
     )
 
 
+def ctas_for(tiles: int, units: int, card: Card) -> int:
+    """Return the CTAs that share tiles of so many units, all of which run at once.
+
+    As many for every tile where that takes no more units of one: then none has parts of two.
+    """
+    most = min(tiles * units, card.multiprocessors)
+    each = most // tiles
+    even = each > 0 and -(-units // each) <= -(-tiles * units // most)
+    return tiles * each if even else most
+
+
 WideSizes = tuple[int, int, int, int, int, int]
 """out_features, tokens, row tiles, units, groups and columns of the result."""
 
@@ -118,7 +133,7 @@ def wide_call(  # noqa: PLR0913 - a key of the cache
         "FINE": int(tuning.fine),
         "MIRRORED": int(tuning.mirrored),
     }
-    ctas = min(stream, card.multiprocessors)
+    ctas = ctas_for(stream // units, units, card)
     return KernelCall(
         file="bit_plane_wgmma",
         kernel="bit_plane_wgmma",
@@ -127,7 +142,7 @@ def wide_call(  # noqa: PLR0913 - a key of the cache
         threads=(tuning.groups + 1) * WARPGROUP,
         shared_bytes=rings.shared_bytes,
         numbers=(out_features, tokens, row_tiles, units, groups, width, token_tiles),
-        zeros=ctas * tuning.groups,
+        zeros=2 * ctas * tuning.groups * (tuning.columns // slice_tokens(tuning.columns)),
         dependent=dependent,
         one_architecture=True,
     )
@@ -179,7 +194,7 @@ def multiply_wide(  # noqa: PLR0913 - what, by what, where, how, and what comes 
     padded = -(-tokens // tuning.columns) * tuning.columns
     ordered = x.new_empty(padded * units * UNIT)
     launch(order_call(inputs, tokens, units, tuning.columns, x.dtype), (x, ordered))
-    sums = call.grid[0] * tuning.columns * 64 * tuning.groups
+    sums = 2 * call.grid[0] * tuning.columns * 64 * tuning.groups
     parts = x.new_empty(sums, dtype=torch.float32)
     tensors = (packed.planes, packed.scales, ordered, residual, target.y, target.places, parts)
     launch(call, tensors)
