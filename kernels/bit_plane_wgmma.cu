@@ -1,6 +1,6 @@
 // y = x W^T from bit planes for 16 tokens and more, on compute capability 9.0. Planes become the A operand of
 // wgmma in registers, by tables (bit_plane_lookup.cuh), so W meets shared memory once and packed; x is the B operand, in
-// shared memory as order_inputs.cu writes it.
+// shared memory in an order that all blocks together bring it into first (order_inputs.cuh), while weights are on their way.
 //
 // A block: a producer warpgroup, of which a warp starts copies of W and another those of x, and GROUPS warpgroups of 64
 // outputs x COLUMNS tokens. Two rings: of W by W_UNITS units of 256 inputs, and of x by X_BLOCKS blocks of 64 inputs. While
@@ -20,6 +20,7 @@
 #include "half_products.cuh"
 
 #include "bit_plane_lookup.cuh"
+#include "order_inputs.cuh"
 
 #define ROWS (64 * GROUPS)
 #define ROW_TILES (4 * GROUPS)
@@ -45,6 +46,7 @@
 #define BARRIERS_AT (Y_AT + GROUPS * Y_BYTES)
 #define OUTPUTS (EPILOGUE == 2 ? 32 : 64)         // of a warpgroup
 #define TURN_BARRIER 6                            // to 9; 1 to 4 are of warpgroups
+#define CONSUMER_BARRIER 5
 
 struct Weight {
     const unsigned char *planes, *scales;
@@ -114,11 +116,14 @@ DEVICE void produce_weights(unsigned char *memory, u64 *full, const Weight &weig
     if (copied <= W_STAGES) wait_for_previous();
 }
 
-// The producer of x: one thread.
-DEVICE void produce_inputs(unsigned char *ring, u64 *full, const Weight &weight, const unsigned char *x, const Share &share) {
-    u64 *empty = full + X_STAGES;
+// The producer of x: one thread. `ordered` counts blocks: those that have ordered their part, then those that have seen it.
+DEVICE void produce_inputs(unsigned char *ring, u64 *full, const Weight &weight, const unsigned char *x, const Share &share, u64 *ordered) {
+    u64 *empty = full + X_STAGES, blocks = gridDim.x;
     turn now = {0, 0};
     wait_for_previous();
+    await_count(ordered, blocks);
+    copies_see_writes();
+    if (count_one(ordered) == 2 * blocks - 1) *ordered = 0;
     for (int at = 0; at < share.end - share.begin;) {
         Part part = part_at(share, at, weight.units);
         const unsigned char *from = x + ((u64)(part.tile % weight.token_tiles) * weight.units + part.first) * 4 * X_BLOCK;
@@ -129,6 +134,16 @@ DEVICE void produce_inputs(unsigned char *ring, u64 *full, const Weight &weight,
             copy_bulk(ring + now.stage * X_STAGE, from, X_STAGE, full + now.stage);
         }
     }
+}
+
+// A block's part of the inputs, by its consumers.
+DEVICE void order_part(const Inputs &inputs, u64 *ordered) {
+    int count = inputs.blocks * 2 * inputs.token_tiles * COLUMNS;
+    for (int i = (int)blockIdx.x * CONSUMERS + (int)threadIdx.x; i < count; i += (int)gridDim.x * CONSUMERS) order_inputs(inputs, i);
+    copies_see_writes();
+    write_through();
+    sync_threads<CONSUMERS>(CONSUMER_BARRIER);
+    if (threadIdx.x == 0) count_one(ordered);
 }
 
 // What all warps have read may be overwritten.
@@ -353,13 +368,14 @@ DEVICE void consume(unsigned char *memory, u64 *w_full, u64 *x_full, const Weigh
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 bit_plane_wgmma(const unsigned char *planes, // [row_tiles][units][PLANES][32] of 16 bytes
                 const unsigned char *scales, // [row_tiles][groups][8][PARAMETERS], rows g and g + 8
-                const unsigned char *x,      // of order_inputs.cu
+                const u16 *x,                // [batch][in_features]
+                unsigned char *ordered,      // x, of order_inputs.cuh
                 const u16 *residual,         // [batch][width], or null
                 u16 *y,                      // [batch][width]: out_features wide; EPILOGUE 2: half as many
                 const int *places,           // [out_features], the columns of y; null: as they come
                 float *parts,                // where: see place_of
-                u64 *announced,              // [blocks][2][GROUPS][SLICES], zeros
-                int out_features, int batch, int row_tiles, int units, int groups, int width, int token_tiles) {
+                u64 *announced,              // a count, then [blocks][2][GROUPS][SLICES]; zeros
+                int out_features, int in_features, int batch, int row_tiles, int units, int groups, int width, int token_tiles) {
     DYNAMIC_SHARED(memory);
     u64 *w_full = (u64 *)(memory + BARRIERS_AT), *x_full = w_full + 2 * W_STAGES;
     int number = (int)threadIdx.x / WARPGROUP;
@@ -379,13 +395,15 @@ bit_plane_wgmma(const unsigned char *planes, // [row_tiles][units][PLANES][32] o
         if (GROUPS > 1) fewer_registers<FEW_REGISTERS>();
         int thread = (int)threadIdx.x - CONSUMERS;
         if (thread < WARP) produce_weights(memory, w_full, weight, share, thread);
-        else if (thread == WARP) produce_inputs(memory + X_RING, x_full, weight, x, share);
+        else if (thread == WARP) produce_inputs(memory + X_RING, x_full, weight, ordered, share, announced);
         else wait_for_previous();
         sync_warp();
     } else {
         if (GROUPS > 1) more_registers<MANY_REGISTERS>();
         wait_for_previous();
+        Inputs inputs = {x, (quad *)ordered, in_features, batch, token_tiles, units * 4};
+        order_part(inputs, announced);
         Target target = {residual, y, places, EPILOGUE == 2 ? out_features / 2 : out_features, batch, width};
-        consume(memory, w_full, x_full, weight, share, target, parts, announced);
+        consume(memory, w_full, x_full, weight, share, target, parts, announced + 1);
     }
 }

@@ -74,6 +74,20 @@ DEVICE void await(u64 *flag) {
     *flag = 0;
 }
 
+// Blocks count: what a thread, and those that met before it, wrote is seen by who awaits the count. Returns the count before.
+DEVICE u64 count_one(u64 *place) {
+    u64 before;
+    asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], 1;" : "=l"(before) : "l"(place) : "memory");
+    return before;
+}
+DEVICE void await_count(const u64 *place, u64 count) {
+    u64 seen;
+    do asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(seen) : "l"(place) : "memory");
+    while (seen < count);
+}
+// Bulk copies see what threads wrote: both who wrote, before it says so, and who copies, after having heard it.
+DEVICE void copies_see_writes() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
 // Registers of each thread of a warpgroup, a multiple of 8.
 template <int COUNT> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 template <int COUNT> DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }

@@ -153,8 +153,6 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
     ),
     ("sign_flip", {}, 128),
     ("place_inputs", {}, 32),
-    ("order_inputs", {"COLUMNS": 48, "ALIGNED": 1}, 64),
-    ("order_inputs", {"COLUMNS": 256, "ALIGNED": 0, "ACTIVATION_BF16": 1}, 64),
     ("add_splits", {"ACTIVATION_BF16": 1, "EPILOGUE": 2}, 128),
     ("greedy", {}, 64),
     *(("nucleus", more, 64) for more in ({}, {"ACTIVATION_BF16": 1})),
@@ -202,7 +200,7 @@ HOPPER_VARIANTS += [
     for more in ({}, {"INT8_CACHE": 1, "STAGES": 6}, {"HEAD_DIM": 256, "WARPS": 4})
 ]
 CHOSEN = {"TURNS": 0, "FINE": 0, "MIRRORED": 0, "W_UNITS": 1}
-RINGS = {**CHOSEN, "W_STAGES": 2, "X_STAGES": 4, "X_BLOCKS": 2, "EPILOGUE": 0}
+RINGS = {**CHOSEN, "W_STAGES": 2, "X_STAGES": 4, "X_BLOCKS": 2, "EPILOGUE": 0, "ALIGNED": 1}
 HOPPER_VARIANTS += [
     (
         "bit_plane_wgmma",

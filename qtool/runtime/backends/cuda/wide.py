@@ -13,7 +13,7 @@ from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT, Tiles
 from qtool.scheme import Shape2D
 
 WARPGROUP = 128
-ORDER_THREADS, INPUTS_OF_THREAD, BLOCK_INPUTS = 128, 32, 64
+BLOCK_INPUTS = 64
 Y_STRIDE = 72
 STAGES_OF_X, STAGES_OF_WEIGHTS = 8, 4
 """At most."""
@@ -71,23 +71,6 @@ def tuned_wide(
     return next(roomy, None) if card.warpgroups and stream < MOST_UNITS else None
 
 
-def order_call(
-    inputs: int, tokens: int, units: int, columns: int, dtype: torch.dtype
-) -> KernelCall:
-    """Return the launch that orders the inputs of tokens."""
-    token_tiles, blocks = -(-tokens // columns), units * UNIT // BLOCK_INPUTS
-    threads = token_tiles * columns * blocks * BLOCK_INPUTS // INPUTS_OF_THREAD
-    return KernelCall(
-        file="order_inputs",
-        kernel="order_inputs",
-        constants=constants(dtype, COLUMNS=columns, ALIGNED=int(inputs % 8 == 0)),
-        grid=(-(-threads // ORDER_THREADS), 1, 1),
-        threads=ORDER_THREADS,
-        shared_bytes=0,
-        numbers=(inputs, tokens, token_tiles, blocks),
-    )
-
-
 def ctas_for(tiles: int, units: int, card: Card) -> int:
     """Return the CTAs that share tiles of so many units, all of which run at once.
 
@@ -99,8 +82,8 @@ def ctas_for(tiles: int, units: int, card: Card) -> int:
     return tiles * each if even else most
 
 
-WideSizes = tuple[int, int, int, int, int, int]
-"""out_features, tokens, row tiles, units, groups and columns of the result."""
+WideSizes = tuple[int, int, int, int, int, int, int]
+"""out_features, in_features, tokens, row tiles, units, groups and columns of the result."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -115,7 +98,7 @@ def wide_call(  # noqa: PLR0913 - a key of the cache
     dependent: bool = True,
 ) -> KernelCall | None:
     """Return the launch of a product; None: a CTA has too little shared memory."""
-    out_features, tokens, row_tiles, units, groups, width = sizes
+    out_features, in_features, tokens, row_tiles, units, groups, width = sizes
     rings = rings_for(layout, tuning, card.shared_bytes)
     if rings is None:
         return None
@@ -123,6 +106,7 @@ def wide_call(  # noqa: PLR0913 - a key of the cache
     stream = -(-row_tiles // (4 * tuning.groups)) * token_tiles * units
     macros = {
         "COLUMNS": tuning.columns,
+        "ALIGNED": int(in_features % 8 == 0),
         "GROUPS": tuning.groups,
         "W_STAGES": rings.of_weights,
         "X_STAGES": rings.of_x,
@@ -141,8 +125,8 @@ def wide_call(  # noqa: PLR0913 - a key of the cache
         grid=(ctas, 1, 1),
         threads=(tuning.groups + 1) * WARPGROUP,
         shared_bytes=rings.shared_bytes,
-        numbers=(out_features, tokens, row_tiles, units, groups, width, token_tiles),
-        zeros=2 * ctas * tuning.groups * (tuning.columns // slice_tokens(tuning.columns)),
+        numbers=(out_features, in_features, tokens, row_tiles, units, groups, width, token_tiles),
+        zeros=1 + 2 * ctas * tuning.groups * (tuning.columns // slice_tokens(tuning.columns)),
         dependent=dependent,
         one_architecture=True,
     )
@@ -181,6 +165,7 @@ def multiply_wide(  # noqa: PLR0913 - what, by what, where, how, and what comes 
     row_tiles, units, *_ = packed.planes.shape
     sizes = (
         shape.out_features,
+        inputs,
         tokens,
         row_tiles,
         units,
@@ -193,8 +178,8 @@ def multiply_wide(  # noqa: PLR0913 - what, by what, where, how, and what comes 
     assert call is not None
     padded = -(-tokens // tuning.columns) * tuning.columns
     ordered = x.new_empty(padded * units * UNIT)
-    launch(order_call(inputs, tokens, units, tuning.columns, x.dtype), (x, ordered))
     sums = 2 * call.grid[0] * tuning.columns * 64 * tuning.groups
     parts = x.new_empty(sums, dtype=torch.float32)
-    tensors = (packed.planes, packed.scales, ordered, residual, target.y, target.places, parts)
+    written = (residual, target.y, target.places, parts)
+    tensors = (packed.planes, packed.scales, x, ordered, *written)
     launch(call, tensors)

@@ -1,30 +1,28 @@
-// x as bit_plane_wgmma.cu reads it: the B operands of its products, in the order of its inputs. A product is
+// x as the products of bit_plane_wgmma.cu read it: B operands, in the order of its inputs. A product is
 // of 16 inputs that a lane's nibbles hold (common.cuh says which bit is which weight), so of each
 // 64 inputs 32 u + 8 t + 4 e + 2 q + h comes at 32 q + 16 h + 8 u + 2 t + e. Core matrices are
 // 8 tokens x 8 of these; a block of 64 inputs x COLUMNS tokens is together. What is beyond the last
 // token or input is zero.
 //
-// Compile-time: COLUMNS (tokens of a block), ALIGNED (1: in_features is a multiple of 8), ACTIVATION_BF16.
-// A thread takes 32 inputs of a token.
+// Compile-time: COLUMNS (tokens of a tile), ALIGNED (1: in_features is a multiple of 8).
 
-#define THREADS 128
+struct Inputs {
+    const u16 *x;  // [batch][in_features]
+    quad *ordered; // [token_tiles][blocks of 64 inputs][8][COLUMNS]
+    int in_features, batch, token_tiles, blocks;
+};
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-order_inputs(const u16 *x, // [batch][in_features]
-             quad *ordered, // [token tiles][blocks of 64 inputs][8][COLUMNS]
-             int in_features, int batch, int token_tiles, int blocks) {
-    let_next_start();
-    wait_for_previous();
-    int index = (int)(blockIdx.x * THREADS + threadIdx.x), padded = token_tiles * COLUMNS;
+// 32 inputs of a token: number `index` of blocks * 2 * token_tiles * COLUMNS.
+DEVICE void order_inputs(const Inputs &its, int index) {
+    int padded = its.token_tiles * COLUMNS;
     int token = index % padded, part = index / padded, block = part / 2, u = part % 2;
-    if (block >= blocks) return;
     quad v[4] = {};
-    if (token < batch) {
-        const u16 *row = x + (u64)token * in_features;
+    if (token < its.batch) {
+        const u16 *row = its.x + (u64)token * its.in_features;
 #pragma unroll
-        for (int t = 0; t < 4; ++t) v[t] = load_inputs(row, block * 64 + u * 32 + t * 8, in_features);
+        for (int t = 0; t < 4; ++t) v[t] = load_inputs(row, block * 64 + u * 32 + t * 8, its.in_features);
     }
-    quad *to = ordered + (((u64)(token / COLUMNS) * blocks + block) * 8 + u) * COLUMNS + token % COLUMNS;
+    quad *to = its.ordered + (((u64)(token / COLUMNS) * its.blocks + block) * 8 + u) * COLUMNS + token % COLUMNS;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         u32 pick = half ? 0x7632u : 0x5410u;
