@@ -123,7 +123,6 @@ DEVICE void produce_inputs(unsigned char *ring, u64 *full, const Weight &weight,
     wait_for_previous();
     await_count(ordered, blocks);
     copies_see_writes();
-    if (count_one(ordered) == 2 * blocks - 1) *ordered = 0;
     for (int at = 0; at < share.end - share.begin;) {
         Part part = part_at(share, at, weight.units);
         const unsigned char *from = x + ((u64)(part.tile % weight.token_tiles) * weight.units + part.first) * 4 * X_BLOCK;
@@ -134,12 +133,12 @@ DEVICE void produce_inputs(unsigned char *ring, u64 *full, const Weight &weight,
             copy_bulk(ring + now.stage * X_STAGE, from, X_STAGE, full + now.stage);
         }
     }
+    if (count_one(ordered) == 2 * blocks - 1) *ordered = 0;
 }
 
 // A block's part of the inputs, by its consumers.
 DEVICE void order_part(const Inputs &inputs, u64 *ordered) {
-    int count = inputs.blocks * 2 * inputs.token_tiles * COLUMNS;
-    for (int i = (int)blockIdx.x * CONSUMERS + (int)threadIdx.x; i < count; i += (int)gridDim.x * CONSUMERS) order_inputs(inputs, i);
+    order_inputs<CONSUMERS>(inputs);
     copies_see_writes();
     write_through();
     sync_threads<CONSUMERS>(CONSUMER_BARRIER);
