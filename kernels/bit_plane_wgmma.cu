@@ -58,7 +58,9 @@ struct Share { int begin, end, given, total; };
 // Units [first, first + count) of a tile.
 struct Part { int tile, first, count; bool given; };
 
-DEVICE int begin_of(int block, int total) { return (int)((long long)total * block / (int)gridDim.x); }
+// In 32 bits: a division of 64 takes longer than a slice's sums.
+DEVICE int begin_of(int block, int total) { return (int)((u32)total * (u32)block / gridDim.x); }
+DEVICE int block_of(int unit, int total) { return (int)(((u32)(unit + 1) * gridDim.x - 1) / (u32)total); }
 
 DEVICE Share share_of(int block, int total, int units) {
     Share share = {begin_of(block, total), begin_of(block + 1, total), 0, total};
@@ -226,13 +228,11 @@ DEVICE void multiply_unit(float (&sums)[SUMS], Rings &rings, int unit, int at, b
 struct Meeting { int tile, low, high, first, owners, mine; };
 
 DEVICE Meeting meeting_of(const Part &part, const Share &share, int units) {
-    int block = (int)blockIdx.x, begin = part.tile * units;
-    Meeting its = {part.tile, block, block};
-    while (begin_of(its.low, share.total) > begin) --its.low;
-    while (begin_of(its.high + 1, share.total) < begin + units) ++its.high;
+    int begin = part.tile * units;
+    Meeting its = {part.tile, block_of(begin, share.total), block_of(begin + units - 1, share.total)};
     its.first = its.low + (its.low < its.high && begin_of(its.low, share.total) < begin); // that one has another tile to do
     its.owners = its.high + 1 - its.first < SLICES ? its.high + 1 - its.first : SLICES;
-    its.mine = block - its.first;
+    its.mine = (int)blockIdx.x - its.first;
     return its;
 }
 DEVICE int owner_of(const Meeting &its, int slice) { return slice * its.owners / SLICES; }

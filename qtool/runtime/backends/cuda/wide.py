@@ -17,8 +17,8 @@ BLOCK_INPUTS = 64
 Y_STRIDE = 72
 STAGES_OF_X, STAGES_OF_WEIGHTS = 8, 4
 """At most."""
-MOST_UNITS = 2**30
-"""Of all tiles: the kernel counts them in 32 bits."""
+MOST_UNITS = 2**23
+"""Of all tiles: the kernel multiplies them by CTAs in 32 bits."""
 
 
 @dataclass(frozen=True, slots=True)
