@@ -47,6 +47,10 @@
 #define OUTPUTS (EPILOGUE == 2 ? 32 : 64)         // of a warpgroup
 #define TURN_BARRIER 6                            // to 9; 1 to 4 are of warpgroups
 #define CONSUMER_BARRIER 5
+#define ORDERED_BARRIER 10
+#ifndef EARLY
+#define EARLY W_STAGES // stages of weights that are asked for before this block has read its part of the inputs
+#endif
 
 struct Weight {
     const unsigned char *planes, *scales;
@@ -100,6 +104,11 @@ DEVICE void copy_weights(unsigned char *stage, u64 *barrier, const Weight &weigh
     }
 }
 
+DEVICE void inputs_were_read() {
+    wait_for_previous();
+    sync_threads<CONSUMERS + WARP>(ORDERED_BARRIER);
+}
+
 // The producer of W: a warp. Weights are on their way before the inputs exist.
 DEVICE void produce_weights(unsigned char *memory, u64 *full, const Weight &weight, const Share &share, int lane) {
     u64 *empty = full + W_STAGES;
@@ -109,13 +118,13 @@ DEVICE void produce_weights(unsigned char *memory, u64 *full, const Weight &weig
         Part part = part_at(share, at, weight.units);
         at += part.count;
         for (int i = 0; i < part.count; i += W_UNITS, next(now, W_STAGES)) {
-            if (copied++ == W_STAGES) wait_for_previous();
+            if (copied++ == EARLY) inputs_were_read();
             barrier_wait(empty + now.stage, now.parity ^ 1);
             copy_weights(memory + now.stage * W_STAGE, full + now.stage, weight, part.tile, part.first + i,
                          part.count - i < W_UNITS ? part.count - i : W_UNITS, lane);
         }
     }
-    if (copied <= W_STAGES) wait_for_previous();
+    if (copied <= EARLY) inputs_were_read();
 }
 
 // The producer of x: one thread. `ordered` counts blocks: those that have ordered their part, then those that have seen it.
@@ -138,9 +147,11 @@ DEVICE void produce_inputs(unsigned char *ring, u64 *full, const Weight &weight,
     if (count_one(ordered) == 2 * blocks - 1) *ordered = 0;
 }
 
-// A block's part of the inputs, by its consumers.
-DEVICE void order_part(const Inputs &inputs, u64 *ordered) {
-    order_inputs<CONSUMERS>(inputs);
+// A block's part of the inputs, by its consumers, in the ring that will hold them.
+DEVICE void order_part(const Inputs &inputs, unsigned char *ring, u64 *ordered) {
+    const int room = X_STAGES * X_STAGE / PIECE_BYTES;
+    order_inputs<room < CONSUMERS / WARP ? room : CONSUMERS / WARP>(inputs, ring);
+    sync_threads<CONSUMERS + WARP>(ORDERED_BARRIER);
     copies_see_writes();
     write_through();
     sync_threads<CONSUMERS>(CONSUMER_BARRIER);
@@ -401,7 +412,7 @@ bit_plane_wgmma(const unsigned char *planes, // [row_tiles][units][PLANES][32] o
         if (GROUPS > 1) more_registers<MANY_REGISTERS>();
         wait_for_previous();
         Inputs inputs = {x, (quad *)ordered, in_features, batch, token_tiles, units * 4};
-        order_part(inputs, announced);
+        order_part(inputs, memory + X_RING, announced);
         Target target = {residual, y, places, EPILOGUE == 2 ? out_features / 2 : out_features, batch, width};
         consume(memory, w_full, x_full, weight, share, target, parts, announced + 1);
     }

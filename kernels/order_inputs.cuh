@@ -12,39 +12,59 @@ struct Inputs {
     int in_features, batch, token_tiles, blocks;
 };
 
-#define TOGETHER 4 // pieces of a thread that are on their way at once
+// A piece: 16 tokens x 128 inputs, that a warp turns round in shared memory, so that it reads and writes whole sectors.
+#define PIECE_ROW 272 // bytes of a token: 256, and what keeps banks apart
+#define PIECE_BYTES (16 * PIECE_ROW)
+#define PIECES 2 // of a warp that are on their way at once
 
-// A piece: 32 inputs of a token. Number `index` of blocks * 2 * token_tiles * COLUMNS.
-DEVICE void load_piece(quad (&v)[4], const Inputs &its, int index) {
-    int padded = its.token_tiles * COLUMNS, token = index % padded, part = index / padded;
-    const u16 *row = its.x + (u64)token * its.in_features;
-#pragma unroll
-    for (int t = 0; t < 4; ++t)
-        v[t] = token < its.batch && part < its.blocks * 2 ? load_inputs(row, part * 32 + t * 8, its.in_features) : quad{0, 0, 0, 0};
+struct Place { int token, block; }; // the first of a piece
+DEVICE Place piece_at(const Inputs &its, int index) {
+    int groups = its.token_tiles * (COLUMNS / 16);
+    return {index % groups * 16, index / groups * 2};
 }
-DEVICE void store_piece(const quad (&v)[4], const Inputs &its, int index) {
-    int padded = its.token_tiles * COLUMNS, token = index % padded, part = index / padded;
-    if (part >= its.blocks * 2) return;
-    quad *to = its.ordered + (((u64)(token / COLUMNS) * its.blocks + part / 2) * 8 + part % 2) * COLUMNS + token % COLUMNS;
+
+DEVICE void load_piece(quad (&v)[8], const Inputs &its, Place place, int lane) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        u32 pick = half ? 0x7632u : 0x5410u;
-        to[2 * half * COLUMNS] = quad{permute_bytes(v[0].x, v[0].z, pick), permute_bytes(v[1].x, v[1].z, pick),
-                                      permute_bytes(v[2].x, v[2].z, pick), permute_bytes(v[3].x, v[3].z, pick)};
-        to[(4 + 2 * half) * COLUMNS] = quad{permute_bytes(v[0].y, v[0].w, pick), permute_bytes(v[1].y, v[1].w, pick),
-                                            permute_bytes(v[2].y, v[2].w, pick), permute_bytes(v[3].y, v[3].w, pick)};
+    for (int i = 0; i < 8; ++i) {
+        int token = place.token + 2 * i + lane / 16;
+        bool there = token < its.batch && place.block < its.blocks;
+        v[i] = there ? load_inputs(its.x + (u64)token * its.in_features, place.block * 64 + lane % 16 * 8, its.in_features) : quad{0, 0, 0, 0};
     }
 }
 
-// A block's part, by so many threads: its warps take turns with those of all others.
-template <int THREAD_COUNT> DEVICE void order_inputs(const Inputs &its) {
-    int warps = (int)gridDim.x * (THREAD_COUNT / WARP), pieces = its.blocks * 2 * its.token_tiles * COLUMNS;
-    int warp = (int)threadIdx.x / WARP * (int)gridDim.x + (int)blockIdx.x, lane = (int)threadIdx.x % WARP;
-    for (int i = warp * WARP + lane; i < pieces; i += warps * WARP * TOGETHER) {
-        quad v[TOGETHER][4];
+DEVICE void store_piece(const quad (&v)[8], unsigned char *staged, const Inputs &its, Place place, int lane) {
+    if (place.block >= its.blocks) return;
 #pragma unroll
-        for (int n = 0; n < TOGETHER; ++n) load_piece(v[n], its, i + n * warps * WARP);
+    for (int i = 0; i < 8; ++i) *(quad *)(staged + (2 * i + lane / 16) * PIECE_ROW + lane % 16 * 16) = v[i];
+    sync_warp();
+    int token = place.token + lane % 16, block = place.block + lane / 16;
+    const quad *from = (const quad *)(staged + lane % 16 * PIECE_ROW + lane / 16 * 128);
+    quad *to = its.ordered + ((u64)(token / COLUMNS) * its.blocks + block) * 8 * COLUMNS + token % COLUMNS;
 #pragma unroll
-        for (int n = 0; n < TOGETHER; ++n) store_piece(v[n], its, i + n * warps * WARP);
+    for (int u = 0; u < 2; ++u) {
+        quad a = from[4 * u], b = from[4 * u + 1], c = from[4 * u + 2], d = from[4 * u + 3];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            u32 pick = half ? 0x7632u : 0x5410u;
+            to[(2 * half + u) * COLUMNS] = quad{permute_bytes(a.x, a.z, pick), permute_bytes(b.x, b.z, pick),
+                                                permute_bytes(c.x, c.z, pick), permute_bytes(d.x, d.z, pick)};
+            to[(2 * half + u + 4) * COLUMNS] = quad{permute_bytes(a.y, a.w, pick), permute_bytes(b.y, b.w, pick),
+                                                    permute_bytes(c.y, c.w, pick), permute_bytes(d.y, d.w, pick)};
+        }
+    }
+    sync_warp(); // all lanes have read what was staged
+}
+
+// A block's part, by its first WARPS warps, each with PIECE_BYTES of shared memory: they take turns with those of all others.
+template <int WARPS> DEVICE void order_inputs(const Inputs &its, unsigned char *shared) {
+    int number = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, warps = (int)gridDim.x * WARPS;
+    int pieces = its.blocks / 2 * its.token_tiles * (COLUMNS / 16);
+    if (number >= WARPS) return;
+    for (int i = number * (int)gridDim.x + (int)blockIdx.x; i < pieces; i += warps * PIECES) {
+        quad v[PIECES][8];
+#pragma unroll
+        for (int n = 0; n < PIECES; ++n) load_piece(v[n], its, piece_at(its, i + n * warps), lane);
+#pragma unroll
+        for (int n = 0; n < PIECES; ++n) store_piece(v[n], shared + number * PIECE_BYTES, its, piece_at(its, i + n * warps), lane);
     }
 }
