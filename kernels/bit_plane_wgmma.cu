@@ -46,8 +46,7 @@
 #define BARRIERS_AT (Y_AT + GROUPS * Y_BYTES)
 #define OUTPUTS (EPILOGUE == 2 ? 32 : 64)         // of a warpgroup
 #define TURN_BARRIER 6                            // to 9; 1 to 4 are of warpgroups
-#define CONSUMER_BARRIER 5
-#define ORDERED_BARRIER 10
+#define ORDERED_BARRIER 5
 #ifndef EARLY
 #define EARLY W_STAGES // stages of weights that are asked for before this block has read its part of the inputs
 #endif
@@ -57,8 +56,9 @@ struct Weight {
     int row_tiles, units, groups, token_tiles;
 };
 
-// Units [begin, end) of the stream of `total`; the last `given` of them are of a tile that a later block ends.
-struct Share { int begin, end, given, total; };
+// Units [begin, end) of the stream of `total`; the last `given` of them are of a tile that a later block ends, the first
+// `late` of one that an earlier block began.
+struct Share { int begin, end, given, late, total; };
 // Units [first, first + count) of a tile.
 struct Part { int tile, first, count; bool given; };
 
@@ -67,16 +67,18 @@ DEVICE int begin_of(int block, int total) { return (int)((u32)total * (u32)block
 DEVICE int block_of(int unit, int total) { return (int)(((u32)(unit + 1) * gridDim.x - 1) / (u32)total); }
 
 DEVICE Share share_of(int block, int total, int units) {
-    Share share = {begin_of(block, total), begin_of(block + 1, total), 0, total};
-    int tile = share.end / units * units;
+    Share share = {begin_of(block, total), begin_of(block + 1, total), 0, 0, total};
+    int tile = share.end / units * units, next_tile = (share.begin + units - 1) / units * units;
     share.given = share.end - (share.begin > tile ? share.begin : tile);
+    share.late = next_tile <= tile ? next_tile - share.begin : 0;
     return share;
 }
 
-// The part that comes after `at` units of work.
+// The part that comes after `at` units of work: first what is given, last what others have begun, so that nobody waits long.
 DEVICE Part part_at(const Share &share, int at, int units) {
     bool given = at < share.given;
-    int begin = given ? share.end - share.given : share.begin + at - share.given;
+    int own = share.end - share.begin - share.late; // before the late ones
+    int begin = given ? share.end - share.given : at < own ? share.begin + share.late + at - share.given : share.begin;
     Part part = {begin / units, begin % units, 0, given};
     part.count = given ? share.given : units - part.first;
     return part;
@@ -152,9 +154,6 @@ DEVICE void order_part(const Inputs &inputs, unsigned char *ring, u64 *ordered) 
     const int room = X_STAGES * X_STAGE / PIECE_BYTES;
     order_inputs<room < CONSUMERS / WARP ? room : CONSUMERS / WARP>(inputs, ring);
     sync_threads<CONSUMERS + WARP>(ORDERED_BARRIER);
-    copies_see_writes();
-    write_through();
-    sync_threads<CONSUMERS>(CONSUMER_BARRIER);
     if (threadIdx.x == 0) count_one(ordered);
 }
 
@@ -264,7 +263,6 @@ DEVICE void give(float *parts, u64 *announced, const Meeting &its, const float (
 #pragma unroll
             for (int i = slice * SLICE; i < (slice + 1) * SLICE; i += 4) store_quad(quad_of(part, i / 4), sums + i);
         }
-    write_through();
     sync_warpgroup(1 + number);
     if (thread < its.owners && thread != its.mine) announce(flag_of(announced, its, (int)blockIdx.x, thread));
 }

@@ -298,7 +298,6 @@ template <int IS_BFLOAT, int COUNT> DEVICE void multiply_add_16(float (&d)[COUNT
 template <int COUNT> DEVICE void sync_threads(int number) { host::meet_some(COUNT, number); }
 DEVICE void store_quad(float *to, const float *from) { memcpy(to, from, 16); }
 DEVICE void load_quad(float *to, const float *from) { memcpy(to, from, 16); }
-DEVICE void write_through() {}
 DEVICE unsigned long long count_one(unsigned long long *place) { return (*place)++; }
 DEVICE void await_count(const unsigned long long *place, unsigned long long count) {
     while (*place < count) host::yield();
