@@ -44,6 +44,7 @@
 #define TABLES_AT (X_RING + X_STAGES * X_STAGE)
 #define Y_AT (TABLES_AT + ROW_TILES * TABLES_BYTES)
 #define BARRIERS_AT (Y_AT + GROUPS * Y_BYTES)
+#define SHARE_AT (BARRIERS_AT + 16 * (W_STAGES + X_STAGES))
 #define OUTPUTS (EPILOGUE == 2 ? 32 : 64)         // of a warpgroup
 #define TURN_BARRIER 6                            // to 9; 1 to 4 are of warpgroups
 #define ORDERED_BARRIER 5
@@ -387,7 +388,10 @@ bit_plane_wgmma(const unsigned char *planes, // [row_tiles][units][PLANES][32] o
     DYNAMIC_SHARED(memory);
     u64 *w_full = (u64 *)(memory + BARRIERS_AT), *x_full = w_full + 2 * W_STAGES;
     int number = (int)threadIdx.x / WARPGROUP;
+    Weight weight = {planes, scales, row_tiles, units, groups, token_tiles};
+    Share &share = *(Share *)(memory + SHARE_AT); // there, as it isn't needed often and registers are few
     if (threadIdx.x == CONSUMERS) {
+        share = share_of((int)blockIdx.x, (row_tiles + ROW_TILES - 1) / ROW_TILES * token_tiles * units, units);
         for (int stage = 0; stage < W_STAGES; ++stage)
             barrier_init(w_full + stage, 1), barrier_init(w_full + W_STAGES + stage, ROW_TILES);
         for (int stage = 0; stage < X_STAGES; ++stage)
@@ -396,9 +400,6 @@ bit_plane_wgmma(const unsigned char *planes, // [row_tiles][units][PLANES][32] o
     }
     __syncthreads();
     let_next_start();
-    Weight weight = {planes, scales, row_tiles, units, groups, token_tiles};
-    int total = (row_tiles + ROW_TILES - 1) / ROW_TILES * token_tiles * units;
-    Share share = share_of((int)blockIdx.x, total, units);
     if (number == GROUPS) {
         if (GROUPS > 1) fewer_registers<FEW_REGISTERS>();
         int thread = (int)threadIdx.x - CONSUMERS;

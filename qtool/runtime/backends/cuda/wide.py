@@ -14,6 +14,8 @@ from qtool.scheme import Shape2D
 
 WARPGROUP = 128
 BLOCK_INPUTS = 64
+SHARE_BYTES = 32
+"""What a CTA notes of the stream."""
 Y_STRIDE = 72
 STAGES_OF_X, STAGES_OF_WEIGHTS = 8, 4
 """At most."""
@@ -41,7 +43,7 @@ def rings_for(layout: Layout, tuning: WideTuning, room: int) -> Rings | None:
     row_tiles = 4 * tuning.groups
     weights = row_tiles * layout.stage_bytes * tuning.w_units
     tables = row_tiles * layout.span * TILE_ROWS * table_bytes(layout.planes)
-    fixed = tables + tuning.groups * slice_tokens(tuning.columns) * Y_STRIDE * 2
+    fixed = SHARE_BYTES + tables + tuning.groups * slice_tokens(tuning.columns) * Y_STRIDE * 2
     stage_of_x = tuning.x_blocks * tuning.columns * BLOCK_INPUTS * 2
     best = None
     for of_weights in range(2, STAGES_OF_WEIGHTS + 1):
