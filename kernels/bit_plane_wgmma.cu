@@ -48,9 +48,7 @@
 #define OUTPUTS (EPILOGUE == 2 ? 32 : 64)         // of a warpgroup
 #define TURN_BARRIER 6                            // to 9; 1 to 4 are of warpgroups
 #define ORDERED_BARRIER 5
-#ifndef EARLY
-#define EARLY W_STAGES // stages of weights that are asked for before this block has read its part of the inputs
-#endif
+#define SAID_BARRIER 10
 
 struct Weight {
     const unsigned char *planes, *scales;
@@ -91,43 +89,52 @@ DEVICE void next(turn &t, int stages) {
     if (++t.stage == stages) t.stage = 0, t.parity ^= 1;
 }
 
-// Start copying `units` units of a tile's weights, neighbours in memory: a warp, each lane a row tile's.
+// Start copying `units` units of a tile's weights, neighbours in memory: a warp, each lane a row tile's. Without a stage: into
+// the L2 cache.
 DEVICE void copy_weights(unsigned char *stage, u64 *barrier, const Weight &weight, int tile, int unit, int units, int lane) {
     int first = tile / weight.token_tiles * ROW_TILES, group = unit * UNIT / GROUP;
     int count = weight.row_tiles - first < ROW_TILES ? weight.row_tiles - first : ROW_TILES;
     int span = units * SPAN < weight.groups - group ? units * SPAN : weight.groups - group;
     u32 bytes = (u32)units * PLANES_BYTES, of_scales = (u32)span * GROUP_BYTES;
-    if (lane == 0) barrier_expect(barrier, (u32)count * (bytes + of_scales));
+    if (stage && lane == 0) barrier_expect(barrier, (u32)count * (bytes + of_scales));
     sync_warp();
-    if (lane < count) {
-        u64 row_tile = (u64)(first + lane);
-        copy_bulk(stage + lane * W_UNITS * PLANES_BYTES, weight.planes + (row_tile * weight.units + unit) * PLANES_BYTES, bytes, barrier);
-        copy_bulk(stage + ROW_TILES * W_UNITS * PLANES_BYTES + lane * SCALES_BYTES,
-                  weight.scales + (row_tile * weight.groups + group) * GROUP_BYTES, of_scales, barrier);
+    if (lane >= count) return;
+    u64 row_tile = (u64)(first + lane);
+    const unsigned char *planes = weight.planes + (row_tile * weight.units + unit) * PLANES_BYTES;
+    const unsigned char *scales = weight.scales + (row_tile * weight.groups + group) * GROUP_BYTES;
+    if (stage) {
+        copy_bulk(stage + lane * W_UNITS * PLANES_BYTES, planes, bytes, barrier);
+        copy_bulk(stage + ROW_TILES * W_UNITS * PLANES_BYTES + lane * SCALES_BYTES, scales, of_scales, barrier);
+    } else {
+        prefetch_bulk(planes, bytes);
+        prefetch_bulk(scales, of_scales);
     }
 }
 
-DEVICE void inputs_were_read() {
-    wait_for_previous();
-    sync_threads<CONSUMERS + WARP>(ORDERED_BARRIER);
-}
+DEVICE int units_at(const Part &part, int i) { return part.count - i < W_UNITS ? part.count - i : W_UNITS; }
 
-// The producer of W: a warp. Weights are on their way before the inputs exist.
+// The producer of W: a warp. The first weights are on their way into the L2 cache before the inputs exist, and no further
+// until this block has said that it ordered its part of those: that waits for all copies under way.
 DEVICE void produce_weights(unsigned char *memory, u64 *full, const Weight &weight, const Share &share, int lane) {
+    int size = share.end - share.begin;
+    for (int at = 0, stage = 0; at < size && stage < W_STAGES;) {
+        Part part = part_at(share, at, weight.units);
+        at += part.count;
+        for (int i = 0; i < part.count && stage < W_STAGES; i += W_UNITS, ++stage)
+            copy_weights((unsigned char *)0, (u64 *)0, weight, part.tile, part.first + i, units_at(part, i), lane);
+    }
+    wait_for_previous();
+    sync_threads<2 * WARP>(SAID_BARRIER);
     u64 *empty = full + W_STAGES;
     turn now = {0, 0};
-    int copied = 0;
-    for (int at = 0; at < share.end - share.begin;) {
+    for (int at = 0; at < size;) {
         Part part = part_at(share, at, weight.units);
         at += part.count;
         for (int i = 0; i < part.count; i += W_UNITS, next(now, W_STAGES)) {
-            if (copied++ == EARLY) inputs_were_read();
             barrier_wait(empty + now.stage, now.parity ^ 1);
-            copy_weights(memory + now.stage * W_STAGE, full + now.stage, weight, part.tile, part.first + i,
-                         part.count - i < W_UNITS ? part.count - i : W_UNITS, lane);
+            copy_weights(memory + now.stage * W_STAGE, full + now.stage, weight, part.tile, part.first + i, units_at(part, i), lane);
         }
     }
-    if (copied <= EARLY) inputs_were_read();
 }
 
 // The producer of x: one thread. `ordered` counts blocks: those that have ordered their part, then those that have seen it.
@@ -151,11 +158,13 @@ DEVICE void produce_inputs(unsigned char *ring, u64 *full, const Weight &weight,
 }
 
 // A block's part of the inputs, by its consumers, in the ring that will hold them.
+#define RING_PIECES (X_STAGES * X_STAGE / PIECE_BYTES)
+#define ORDERING (RING_PIECES < CONSUMERS / WARP ? RING_PIECES : CONSUMERS / WARP) // warps
 DEVICE void order_part(const Inputs &inputs, unsigned char *ring, u64 *ordered) {
-    const int room = X_STAGES * X_STAGE / PIECE_BYTES;
-    order_inputs<room < CONSUMERS / WARP ? room : CONSUMERS / WARP>(inputs, ring);
-    sync_threads<CONSUMERS + WARP>(ORDERED_BARRIER);
+    order_inputs<ORDERING>(inputs, ring);
+    sync_threads<CONSUMERS>(ORDERED_BARRIER);
     if (threadIdx.x == 0) count_one(ordered);
+    if (threadIdx.x < WARP) sync_threads<2 * WARP>(SAID_BARRIER);
 }
 
 // What all warps have read may be overwritten.
@@ -268,26 +277,38 @@ DEVICE void give(float *parts, u64 *announced, const Meeting &its, const float (
     if (thread < its.owners && thread != its.mine) announce(flag_of(announced, its, (int)blockIdx.x, thread));
 }
 
+#define AT_A_TIME 3 // parts
+DEVICE void add_quad(float *sums, float *part, int quad, bool there) {
+    float four[4];
+    load_quad(four, quad_of(part, quad));
+#pragma unroll
+    for (int n = 0; n < 4; ++n) sums[n] += there ? four[n] : 0.0f;
+}
+
 // Add what others gave of this block's slices.
 DEVICE void take(float (&sums)[SUMS], float *parts, u64 *announced, const Meeting &its, int thread, int number) {
     int others = its.high - its.low;
     for (int i = thread; i < others; i += WARPGROUP)
         await(flag_of(announced, its, its.low + i + (its.low + i >= (int)blockIdx.x), its.mine));
     sync_warpgroup(1 + number);
+    if (its.owners == 1 && others == 1) {
+        float *part = parts + place_of(its, its.low) * SUMS * CONSUMERS;
+#pragma unroll
+        for (int i = 0; i < SUMS; i += 4) add_quad(sums + i, part, i / 4, true);
+        return;
+    }
+#pragma unroll
+    for (int slice = 0; slice < SLICES; ++slice) {
+        if (owner_of(its, slice) != its.mine) continue;
 #pragma unroll 1
-    for (int other = 0; other < others; ++other) {
-        float *part = parts + place_of(its, its.low + other + (its.low + other >= (int)blockIdx.x)) * SUMS * CONSUMERS;
+        for (int first = 0; first < others; first += AT_A_TIME)
 #pragma unroll
-        for (int slice = 0; slice < SLICES; ++slice)
-            if (owner_of(its, slice) == its.mine) {
+            for (int i = slice * SLICE; i < (slice + 1) * SLICE; i += 4)
 #pragma unroll
-                for (int i = slice * SLICE; i < (slice + 1) * SLICE; i += 4) {
-                    float four[4];
-                    load_quad(four, quad_of(part, i / 4));
-#pragma unroll
-                    for (int n = 0; n < 4; ++n) sums[i + n] += four[n];
+                for (int n = 0; n < AT_A_TIME; ++n) { // all loads are under way before a sum is needed
+                    int other = first + n < others ? its.low + first + n : its.low;
+                    add_quad(sums + i, parts + place_of(its, other + (other >= (int)blockIdx.x)) * SUMS * CONSUMERS, i / 4, first + n < others);
                 }
-            }
     }
 }
 
@@ -409,8 +430,9 @@ bit_plane_wgmma(const unsigned char *planes, // [row_tiles][units][PLANES][32] o
         sync_warp();
     } else {
         if (GROUPS > 1) more_registers<MANY_REGISTERS>();
-        wait_for_previous();
         Inputs inputs = {x, (quad *)ordered, in_features, batch, token_tiles, units * 4};
+        prefetch_inputs<ORDERING>(inputs);
+        wait_for_previous();
         order_part(inputs, memory + X_RING, announced);
         Target target = {residual, y, places, EPILOGUE == 2 ? out_features / 2 : out_features, batch, width};
         consume(memory, w_full, x_full, weight, share, target, parts, announced + 1);

@@ -55,6 +55,18 @@ DEVICE void store_piece(const quad (&v)[8], unsigned char *staged, const Inputs 
     sync_warp(); // all lanes have read what was staged
 }
 
+// What `order_inputs` will read into the L2 cache; it need not be there yet.
+template <int WARPS> DEVICE void prefetch_inputs(const Inputs &its) {
+    int number = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, warps = (int)gridDim.x * WARPS;
+    int pieces = its.blocks / 2 * its.token_tiles * (COLUMNS / 16);
+    if (number >= WARPS) return;
+    for (int i = number * (int)gridDim.x + (int)blockIdx.x; i < pieces; i += warps) {
+        Place place = piece_at(its, i);
+        int token = place.token + lane / 2, k = place.block * 64 + lane % 2 * 64;
+        if (token < its.batch && k < its.in_features) prefetch(its.x + (u64)token * its.in_features + k);
+    }
+}
+
 // A block's part, by its first WARPS warps, each with PIECE_BYTES of shared memory: they take turns with those of all others.
 template <int WARPS> DEVICE void order_inputs(const Inputs &its, unsigned char *shared) {
     int number = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, warps = (int)gridDim.x * WARPS;

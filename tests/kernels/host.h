@@ -277,6 +277,8 @@ DEVICE void copy_bulk(void *shared, const void *address, unsigned bytes, unsigne
     memcpy(shared, address, bytes);
     host::change(barrier, 0, -(int)bytes);
 }
+DEVICE void prefetch_bulk(const void *, unsigned) {}
+DEVICE void prefetch(const void *) {}
 DEVICE void copy_bulk_to(unsigned short mask, void *shared, const void *address, unsigned bytes, unsigned long long *barrier) {
     for (unsigned rank = 0; mask >> rank; ++rank)
         if (mask >> rank & 1) copy_bulk(there(rank, shared), address, bytes, there(rank, barrier));
