@@ -117,9 +117,11 @@ DEVICE int units_at(const Part &part, int i) { return part.count - i < W_UNITS ?
 // until this block has said that it ordered its part of those: that waits for all copies under way.
 DEVICE void produce_weights(unsigned char *memory, u64 *full, const Weight &weight, const Share &share, int lane) {
     int size = share.end - share.begin;
+#pragma unroll 1
     for (int at = 0, stage = 0; at < size && stage < W_STAGES;) {
         Part part = part_at(share, at, weight.units);
         at += part.count;
+#pragma unroll 1
         for (int i = 0; i < part.count && stage < W_STAGES; i += W_UNITS, ++stage)
             copy_weights((unsigned char *)0, (u64 *)0, weight, part.tile, part.first + i, units_at(part, i), lane);
     }
@@ -127,9 +129,11 @@ DEVICE void produce_weights(unsigned char *memory, u64 *full, const Weight &weig
     sync_threads<2 * WARP>(SAID_BARRIER);
     u64 *empty = full + W_STAGES;
     turn now = {0, 0};
+#pragma unroll 1
     for (int at = 0; at < size;) {
         Part part = part_at(share, at, weight.units);
         at += part.count;
+#pragma unroll 1
         for (int i = 0; i < part.count; i += W_UNITS, next(now, W_STAGES)) {
             barrier_wait(empty + now.stage, now.parity ^ 1);
             copy_weights(memory + now.stage * W_STAGE, full + now.stage, weight, part.tile, part.first + i, units_at(part, i), lane);
@@ -144,10 +148,12 @@ DEVICE void produce_inputs(unsigned char *ring, u64 *full, const Weight &weight,
     wait_for_previous();
     await_count(ordered, blocks);
     copies_see_writes();
+#pragma unroll 1
     for (int at = 0; at < share.end - share.begin;) {
         Part part = part_at(share, at, weight.units);
         const unsigned char *from = x + ((u64)(part.tile % weight.token_tiles) * weight.units + part.first) * 4 * X_BLOCK;
         at += part.count;
+#pragma unroll 1
         for (int i = 0; i < part.count * 4; i += X_BLOCKS, next(now, X_STAGES), from += X_STAGE) {
             barrier_wait(empty + now.stage, now.parity ^ 1);
             barrier_expect(full + now.stage, X_STAGE);

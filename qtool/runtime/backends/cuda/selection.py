@@ -123,12 +123,13 @@ class Selection:
         columns = next(count for count in WIDE_COLUMNS if count * tiles >= tokens)
         few = columns <= 64  # noqa: PLR2004 - more sums leave no room
         roomy = columns <= (128 if planes <= 4 else 64)  # noqa: PLR2004 - for two blocks of x
-        groups = 4 if few and out_features >= self.most_groups and columns != 48 else 2  # noqa: PLR2004
+        many = out_features >= self.most_groups
+        groups = 4 if few and many and columns != 48 else 2  # noqa: PLR2004
         return WideTuning(
             columns,
             groups,
             x_blocks=2 if roomy else 1,
-            turns=groups == 4 and planes == 3,  # noqa: PLR2004
+            w_units=2 if many and planes <= 4 else 1,  # noqa: PLR2004 - no room for more planes
             fine=groups == 4 and planes >= 4,  # noqa: PLR2004
             mirrored=few and planes == 4,  # noqa: PLR2004 - with more tokens, products take longer
         )

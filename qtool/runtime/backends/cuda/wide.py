@@ -18,7 +18,7 @@ SHARE_BYTES = 32
 """What a CTA notes of the stream."""
 Y_STRIDE = 72
 STAGES_OF_X, STAGES_OF_WEIGHTS = 8, 4
-"""At most."""
+"""At most; of weights with one unit each."""
 MOST_UNITS = 2**23
 """Of all tiles: the kernel multiplies them by CTAs in 32 bits."""
 
@@ -46,7 +46,7 @@ def rings_for(layout: Layout, tuning: WideTuning, room: int) -> Rings | None:
     fixed = SHARE_BYTES + tables + tuning.groups * slice_tokens(tuning.columns) * Y_STRIDE * 2
     stage_of_x = tuning.x_blocks * tuning.columns * BLOCK_INPUTS * 2
     best = None
-    for of_weights in range(2, STAGES_OF_WEIGHTS + 1):
+    for of_weights in range(2, STAGES_OF_WEIGHTS // tuning.w_units + 1):
         left = room - fixed - of_weights * (weights + 16)
         of_x = min(STAGES_OF_X, left // (stage_of_x + 16))
         if of_x < 2 or (best is not None and of_x < 4):  # noqa: PLR2004
