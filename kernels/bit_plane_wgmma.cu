@@ -13,7 +13,7 @@
 //
 // Compile-time: PLANES 1..8, GROUP, OFFSET as in bit_planes.cuh, COLUMNS (tokens of a block, a multiple of 16, at most
 // 256), GROUPS 1..4, W_STAGES, X_STAGES (2 or more), W_UNITS (1, 2), X_BLOCKS (1, 2: with 4 the compiler serializes products), EPILOGUE as in bit_planes.cuh, ACTIVATION_BF16,
-// TURNS (2 warpgroups or more ask for products by turns, so that one looks up while another multiplies), FINE
+// FINE
 // (look up what one product needs, not what four do, before it), MIRRORED (bit_plane_lookup.cuh).
 // (GROUPS + 1) * 128 threads.
 #include "hopper.cuh"
@@ -46,9 +46,8 @@
 #define BARRIERS_AT (Y_AT + GROUPS * Y_BYTES)
 #define SHARE_AT (BARRIERS_AT + 16 * (W_STAGES + X_STAGES))
 #define OUTPUTS (EPILOGUE == 2 ? 32 : 64)         // of a warpgroup
-#define TURN_BARRIER 6                            // to 9; 1 to 4 are of warpgroups
-#define ORDERED_BARRIER 5
-#define SAID_BARRIER 10
+#define ORDERED_BARRIER 5                         // 1 to 4 are of warpgroups
+#define SAID_BARRIER 6
 
 struct Weight {
     const unsigned char *planes, *scales;
@@ -228,7 +227,6 @@ DEVICE void multiply_unit(float (&sums)[SUMS], Rings &rings, int unit, int at, b
         }
         if (block % X_BLOCKS == 0) barrier_wait(rings.x_full + rings.x.stage, rings.x.parity);
         u64 x = core_matrices(shared_address(rings.memory + X_RING + rings.x.stage * X_STAGE + block % X_BLOCKS * X_BLOCK), COLUMNS * 16, 128);
-        if (TURNS) take_turn(TURN_BARRIER + tile / 4);
         if (!FINE) products_begin();
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
@@ -239,7 +237,6 @@ DEVICE void multiply_unit(float (&sums)[SUMS], Rings &rings, int unit, int at, b
             multiply_add_16<IS_BFLOAT>(sums, a[block % 2] + 4 * step, x + step * 2 * COLUMNS);
         }
         end_of_products();
-        if (TURNS) give_turn(TURN_BARRIER + (tile / 4 + 1) % GROUPS);
         products_wait<1>(sums); // those before
         keep(a[1 - block % 2]);
         if (block % X_BLOCKS == 0 && rings.left) release(rings.left, lane);
@@ -373,7 +370,6 @@ DEVICE void consume(unsigned char *memory, u64 *w_full, u64 *x_full, const Weigh
     int units = weight.units;
     Rings rings = {memory, w_full, x_full, {0, 0}, {0, 0}, (u64 *)0};
     u32 a[2][16] = {};
-    if (TURNS && number == GROUPS - 1) give_turn(TURN_BARRIER);
     for (int at = 0; at < share.end - share.begin;) {
         Part part = part_at(share, at, units);
         at += part.count;
@@ -398,7 +394,6 @@ DEVICE void consume(unsigned char *memory, u64 *w_full, u64 *x_full, const Weigh
         int first = (part.tile / weight.token_tiles * GROUPS + number) * OUTPUTS;
         store_sums(sums, its, staged, target, first, part.tile % weight.token_tiles * COLUMNS, number);
     }
-    if (TURNS && number == 0) take_turn(TURN_BARRIER);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

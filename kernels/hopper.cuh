@@ -50,17 +50,18 @@ DEVICE void copy_bulk(void *shared, const void *address, u32 bytes, u64 *barrier
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(shared_address(shared)), "l"(address), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
-// The same bytes into the L2 cache, or the 128 around an address.
-DEVICE void prefetch_bulk(const void *address, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
-}
-DEVICE void prefetch(const void *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 // The same to the same place, and barrier, of all blocks of the cluster that `mask` names.
 DEVICE void copy_bulk_to(u16 mask, void *shared, const void *address, u32 bytes, u64 *barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
                  "[%0], [%1], %2, [%3], %4;"
                  ::"r"(shared_address(shared)), "l"(address), "r"(bytes), "r"(shared_address(barrier)), "h"(mask) : "memory");
 }
+
+// Bytes into the L2 cache, a multiple of 16; or the 128 around an address.
+DEVICE void prefetch_bulk(const void *address, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+}
+DEVICE void prefetch(const void *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 // What blocks of a grid tell one another, past L1: all threads write, then meet, then one announces, which covers what those
 // wrote that it met; one awaits that, which makes it 0 again, then all meet and read.

@@ -199,7 +199,7 @@ HOPPER_VARIANTS += [
     ("decode_attention", {**HEADS, "HEAD_DIM": 128, "HEADS": 4, "BULK": 1, **more}, 255)
     for more in ({}, {"INT8_CACHE": 1, "STAGES": 6}, {"HEAD_DIM": 256, "WARPS": 4})
 ]
-CHOSEN = {"TURNS": 0, "FINE": 0, "MIRRORED": 0, "W_UNITS": 1}
+CHOSEN = {"FINE": 0, "MIRRORED": 0, "W_UNITS": 1}
 RINGS = {**CHOSEN, "W_STAGES": 2, "X_STAGES": 4, "X_BLOCKS": 2, "EPILOGUE": 0, "ALIGNED": 1}
 HOPPER_VARIANTS += [
     (
@@ -208,8 +208,8 @@ HOPPER_VARIANTS += [
         most,
     )
     for weight, planes, columns, groups, more, most in (
-        (WEIGHT, 3, 32, 4, {"TURNS": 1}, 96),
-        (WEIGHT, 4, 64, 4, {"FINE": 1, "MIRRORED": 1}, 96),
+        (WEIGHT, 3, 32, 4, {"W_UNITS": 2}, 96),
+        (WEIGHT, 4, 64, 4, {"W_UNITS": 2, "FINE": 1, "MIRRORED": 1}, 96),
         (WEIGHT, 4, 48, 2, {"MIRRORED": 1, "ACTIVATION_BF16": 1}, 168),
         (WEIGHT, 8, 32, 4, {"FINE": 1}, 96),
         (WEIGHT, 3, 96, 2, {"ACTIVATION_BF16": 1}, 168),

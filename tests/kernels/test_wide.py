@@ -102,9 +102,9 @@ def test_four_planes_and_a_sign_are_rounded_once_more(name, dtype):
 @pytest.mark.parametrize(
     ("ctas", "tokens", "tuning"),
     [
-        (1, 16, WideTuning(columns=16, groups=2, x_blocks=2, turns=True, fine=True)),
+        (1, 16, WideTuning(columns=16, groups=2, x_blocks=2, fine=True)),
         (3, 20, WideTuning(columns=16, groups=1, x_blocks=2)),  # tiles of tokens, parts of a half
-        (5, 33, WideTuning(columns=48, groups=3, turns=True)),
+        (5, 33, WideTuning(columns=48, groups=3)),
         (12, 9, WideTuning(columns=16, groups=1)),  # a tile is of several blocks
         (99, 1, WideTuning(columns=16, groups=1, x_blocks=2)),  # no more blocks than units
         (4, 40, WideTuning(columns=48, groups=1, x_blocks=2, w_units=2)),
@@ -151,16 +151,16 @@ def test_tokens_choose_the_product_of_many_where_it_was_measured_to_be_faster():
     assert selection.H100.is_wide(3, 1024, large) and not selection.H100.is_wide(4, 1024, large)
     assert selection.H100.is_wide(4, 192, small) and not selection.H100.is_wide(4, 256, small)
     tuning = selection.H100.wide_tuning
-    assert tuning(40, 28672, 3) == WideTuning(48, 2, 2)
-    assert tuning(64, 28672, 3) == WideTuning(64, 4, 2, turns=True)
-    assert tuning(64, 28672, 4) == WideTuning(64, 4, 2, fine=True, mirrored=True)
+    assert tuning(40, 28672, 3) == WideTuning(48, 2, 2, w_units=2)
+    assert tuning(64, 28672, 3) == WideTuning(64, 4, 2, w_units=2)
+    assert tuning(64, 28672, 4) == WideTuning(64, 4, 2, w_units=2, fine=True, mirrored=True)
     assert tuning(64, 4096, 4) == WideTuning(64, 2, 2, mirrored=True)
     assert tuning(64, 4096, 2) == WideTuning(64, 2, 2)
-    assert tuning(65, 28672, 3) == WideTuning(96, 2, 2)
+    assert tuning(65, 28672, 3) == WideTuning(96, 2, 2, w_units=2)
     assert tuning(128, 4096, 4) == WideTuning(128, 2, 2)
     assert tuning(128, 4096, 8) == WideTuning(128, 2, 1)
-    assert tuning(256, 28672, 3) == WideTuning(256, 2, 1)
-    assert tuning(300, 28672, 4) == WideTuning(192, 2, 1), "two tiles, as little empty as can be"
+    assert tuning(256, 28672, 3) == WideTuning(256, 2, 1, w_units=2)
+    assert tuning(300, 28672, 4) == WideTuning(192, 2, 1, w_units=2), "two tiles, as little empty as can be"
 
 
 def test_fewer_warpgroups_do_not_multiply_as_four_would():

@@ -62,8 +62,6 @@ class WideTuning:
     """Blocks of 64 inputs that are copied at once: 1 or 2."""
     w_units: int = 1
     """Units of weights that are copied at once: 1 or 2."""
-    turns: bool = False
-    """Warpgroups multiply by turns, so that one looks weights up while another multiplies."""
     fine: bool = False
     """Weights are looked up for one product at a time, not for four."""
     mirrored: bool = False

@@ -66,7 +66,7 @@ def tuned_wide(
     """
     asked = selection_for(card.name).wide_tuning(tokens, out_features, layout.planes)
     fits = (c for c in reversed(WIDE_COLUMNS) if c <= asked.columns)
-    fewer = [asked, *(replace(asked, groups=g, turns=False, fine=False) for g in (2, 1))]
+    fewer = [asked, *(replace(asked, groups=g, fine=False) for g in (2, 1))]
     tries = (replace(tuning, columns=c) for c in fits for tuning in fewer)
     roomy = (tuning for tuning in tries if rings_for(layout, tuning, card.shared_bytes))
     stream = units * -(-tokens // asked.columns) * -(-out_features // 64)
@@ -115,7 +115,6 @@ def wide_call(  # noqa: PLR0913 - a key of the cache
         "X_BLOCKS": tuning.x_blocks,
         "W_UNITS": tuning.w_units,
         "EPILOGUE": EPILOGUES[epilogue],
-        "TURNS": int(tuning.turns and tuning.groups > 1),
         "FINE": int(tuning.fine),
         "MIRRORED": int(tuning.mirrored),
     }
