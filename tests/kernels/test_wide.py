@@ -153,9 +153,9 @@ def test_tokens_choose_the_product_of_many_where_it_was_measured_to_be_faster():
     tuning = selection.H100.wide_tuning
     assert tuning(40, 28672, 3) == WideTuning(48, 2, 2, w_units=2)
     assert tuning(64, 28672, 3) == WideTuning(64, 4, 2, w_units=2)
-    assert tuning(64, 28672, 4) == WideTuning(64, 4, 2, w_units=2, fine=True, mirrored=True)
+    assert tuning(64, 28672, 4) == WideTuning(64, 4, 2, w_units=2, mirrored=True)
     assert tuning(64, 4096, 4) == WideTuning(64, 2, 2, mirrored=True)
-    assert tuning(64, 4096, 2) == WideTuning(64, 2, 2)
+    assert tuning(64, 4096, 2) == WideTuning(64, 2, 2, w_units=2)
     assert tuning(65, 28672, 3) == WideTuning(96, 2, 2, w_units=2)
     assert tuning(128, 4096, 4) == WideTuning(128, 2, 2)
     assert tuning(128, 4096, 8) == WideTuning(128, 2, 1)

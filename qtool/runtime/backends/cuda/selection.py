@@ -127,8 +127,8 @@ class Selection:
             columns,
             groups,
             x_blocks=2 if roomy else 1,
-            w_units=2 if many and planes <= 4 else 1,  # noqa: PLR2004 - no room for more planes
-            fine=groups == 4 and planes >= 4,  # noqa: PLR2004
+            w_units=2 if planes <= (4 if many else 3 if few else 0) else 1,
+            fine=groups == 4 and planes > 4,  # noqa: PLR2004
             mirrored=few and planes == 4,  # noqa: PLR2004 - with more tokens, products take longer
         )
 
