@@ -160,7 +160,9 @@ def test_tokens_choose_the_product_of_many_where_it_was_measured_to_be_faster():
     assert tuning(128, 4096, 4) == WideTuning(128, 2, 2)
     assert tuning(128, 4096, 8) == WideTuning(128, 2, 1)
     assert tuning(256, 28672, 3) == WideTuning(256, 2, 1, w_units=2)
-    assert tuning(300, 28672, 4) == WideTuning(192, 2, 1, w_units=2), "two tiles, as little empty as can be"
+    assert tuning(300, 28672, 4) == WideTuning(192, 2, 1, w_units=2), (
+        "two tiles, as little empty as can be"
+    )
 
 
 def test_fewer_warpgroups_do_not_multiply_as_four_would():

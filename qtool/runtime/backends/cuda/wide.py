@@ -49,8 +49,8 @@ def rings_for(layout: Layout, tuning: WideTuning, room: int) -> Rings | None:
     for of_weights in range(2, STAGES_OF_WEIGHTS // tuning.w_units + 1):
         left = room - fixed - of_weights * (weights + 16)
         of_x = min(STAGES_OF_X, left // (stage_of_x + 16))
-        if of_x < 2 or (best is not None and of_x < 4):  # noqa: PLR2004
-            break  # more of x are worth more than more of the weights
+        if of_x < 3 or (best is not None and of_x < 4):  # noqa: PLR2004
+            break  # with two, products wait; more of x are worth more than more of the weights
         shared = fixed + of_weights * (weights + 16) + of_x * (stage_of_x + 16)
         best = Rings(of_weights, of_x, shared)
     return best
