@@ -101,11 +101,10 @@ def wide_call(  # noqa: PLR0913 - a key of the cache
 ) -> KernelCall | None:
     """Return the launch of a product; None: a CTA has too little shared memory."""
     out_features, in_features, tokens, row_tiles, units, groups, width = sizes
-    rings = rings_for(layout, tuning, card.shared_bytes)
-    if rings is None:
+    if (rings := rings_for(layout, tuning, card.shared_bytes)) is None:
         return None
     token_tiles = -(-tokens // tuning.columns)
-    stream = -(-row_tiles // (4 * tuning.groups)) * token_tiles * units
+    tiles = -(-row_tiles // (4 * tuning.groups)) * token_tiles
     macros = {
         "COLUMNS": tuning.columns,
         "ALIGNED": int(in_features % 8 == 0),
@@ -115,10 +114,10 @@ def wide_call(  # noqa: PLR0913 - a key of the cache
         "X_BLOCKS": tuning.x_blocks,
         "W_UNITS": tuning.w_units,
         "EPILOGUE": EPILOGUES[epilogue],
-        "FINE": int(tuning.fine),
-        "MIRRORED": int(tuning.mirrored),
+        **{"FINE": int(tuning.fine), "MIRRORED": int(tuning.mirrored)},
     }
-    ctas = ctas_for(stream // units, units, card)
+    ctas = ctas_for(tiles, units, card)
+    slices = tuning.columns // slice_tokens(tuning.columns)
     return KernelCall(
         file="bit_plane_wgmma",
         kernel="bit_plane_wgmma",
@@ -127,7 +126,7 @@ def wide_call(  # noqa: PLR0913 - a key of the cache
         threads=(tuning.groups + 1) * WARPGROUP,
         shared_bytes=rings.shared_bytes,
         numbers=(out_features, in_features, tokens, row_tiles, units, groups, width, token_tiles),
-        zeros=1 + 2 * ctas * tuning.groups * (tuning.columns // slice_tokens(tuning.columns)),
+        zeros=1 + 2 * ctas * tuning.groups * slices,
         dependent=dependent,
         one_architecture=True,
     )
