@@ -412,6 +412,8 @@ bit_plane_wgmma(const unsigned char *planes, // [row_tiles][units][PLANES][32] o
     int number = (int)threadIdx.x / WARPGROUP;
     Weight weight = {planes, scales, row_tiles, units, groups, token_tiles};
     Share &share = *(Share *)(memory + SHARE_AT); // there, as it isn't needed often and registers are few
+    Inputs inputs = {x, (quad *)ordered, in_features, batch, token_tiles, units * 4};
+    if (number < GROUPS) prefetch_inputs<ORDERING>(inputs); // before the weights: all wait for these
     if (threadIdx.x == CONSUMERS) {
         share = share_of((int)blockIdx.x, (row_tiles + ROW_TILES - 1) / ROW_TILES * token_tiles * units, units);
         for (int stage = 0; stage < W_STAGES; ++stage)
@@ -431,8 +433,6 @@ bit_plane_wgmma(const unsigned char *planes, // [row_tiles][units][PLANES][32] o
         sync_warp();
     } else {
         if (GROUPS > 1) more_registers<MANY_REGISTERS>();
-        Inputs inputs = {x, (quad *)ordered, in_features, batch, token_tiles, units * 4};
-        prefetch_inputs<ORDERING>(inputs);
         wait_for_previous();
         order_part(inputs, memory + X_RING, announced);
         Target target = {residual, y, places, EPILOGUE == 2 ? out_features / 2 : out_features, batch, width};

@@ -88,6 +88,20 @@ WideSizes = tuple[int, int, int, int, int, int, int]
 """out_features, in_features, tokens, row tiles, units, groups and columns of the result."""
 
 
+def _macros(tuning: WideTuning, rings: Rings) -> dict[str, int]:
+    """Return those of how to launch."""
+    return {
+        "COLUMNS": tuning.columns,
+        "GROUPS": tuning.groups,
+        "W_STAGES": rings.of_weights,
+        "X_STAGES": rings.of_x,
+        "X_BLOCKS": tuning.x_blocks,
+        "W_UNITS": tuning.w_units,
+        "FINE": int(tuning.fine),
+        "MIRRORED": int(tuning.mirrored),
+    }
+
+
 @functools.lru_cache(maxsize=4096)
 def wide_call(  # noqa: PLR0913 - a key of the cache
     sizes: WideSizes,
@@ -101,33 +115,25 @@ def wide_call(  # noqa: PLR0913 - a key of the cache
 ) -> KernelCall | None:
     """Return the launch of a product; None: a CTA has too little shared memory."""
     out_features, in_features, tokens, row_tiles, units, groups, width = sizes
-    if (rings := rings_for(layout, tuning, card.shared_bytes)) is None:
+    rings = rings_for(layout, tuning, card.shared_bytes)
+    if rings is None:
         return None
     token_tiles = -(-tokens // tuning.columns)
     tiles = -(-row_tiles // (4 * tuning.groups)) * token_tiles
-    macros = {
-        "COLUMNS": tuning.columns,
-        "ALIGNED": int(in_features % 8 == 0),
-        "GROUPS": tuning.groups,
-        "W_STAGES": rings.of_weights,
-        "X_STAGES": rings.of_x,
-        "X_BLOCKS": tuning.x_blocks,
-        "W_UNITS": tuning.w_units,
-        "EPILOGUE": EPILOGUES[epilogue],
-        **{"FINE": int(tuning.fine), "MIRRORED": int(tuning.mirrored)},
-    }
+    macros = {**_macros(tuning, rings), "EPILOGUE": EPILOGUES[epilogue]}
     ctas = ctas_for(tiles, units, card)
     slices = tuning.columns // slice_tokens(tuning.columns)
     return KernelCall(
         file="bit_plane_wgmma",
         kernel="bit_plane_wgmma",
-        constants=constants(dtype, **layout.macros, **macros),
+        constants=constants(dtype, ALIGNED=int(in_features % 8 == 0), **layout.macros, **macros),
         grid=(ctas, 1, 1),
         threads=(tuning.groups + 1) * WARPGROUP,
         shared_bytes=rings.shared_bytes,
         numbers=(out_features, in_features, tokens, row_tiles, units, groups, width, token_tiles),
         zeros=1 + 2 * ctas * tuning.groups * slices,
         dependent=dependent,
+        together=True,
         one_architecture=True,
     )
 
