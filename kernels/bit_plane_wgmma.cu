@@ -295,7 +295,7 @@ DEVICE void take(float (&sums)[SUMS], float *parts, u64 *announced, const Meetin
         await(flag_of(announced, its, its.low + i + (its.low + i >= (int)blockIdx.x), its.mine));
     sync_warpgroup(1 + number);
     if (its.owners == 1 && others == 1) {
-        float *part = parts + place_of(its, its.low) * SUMS * CONSUMERS;
+        float *part = parts + place_of(its, its.low == (int)blockIdx.x ? its.high : its.low) * SUMS * CONSUMERS;
 #pragma unroll
         for (int i = 0; i < SUMS; i += 4) add_quad(sums + i, part, i / 4, true);
         return;

@@ -109,6 +109,7 @@ def test_four_planes_and_a_sign_are_rounded_once_more(name, dtype):
         (99, 1, WideTuning(columns=16, groups=1, x_blocks=2)),  # no more blocks than units
         (4, 40, WideTuning(columns=48, groups=1, x_blocks=2, w_units=2)),
         (6, 20, WideTuning(columns=32, groups=2, w_units=2)),
+        (6, 9, WideTuning(columns=16, groups=1)),  # the first block of a tile adds up all
     ],
 )
 def test_any_number_of_blocks_shares_a_weight(ctas, tokens, tuning):
@@ -144,12 +145,9 @@ def test_tokens_choose_the_product_of_many_where_it_was_measured_to_be_faster():
     }
     many = [17, 64, 256]
     assert chosen == {2: many, 3: many, 4: many, 8: [16, *many]}
-    assert not selection.H100.is_wide(3, 24, Shape2D(4096, 14336)), "too few tiles of outputs"
-    assert selection.H100.is_wide(3, 25, Shape2D(4096, 14336))
-    assert not selection.H100.is_wide(3, 24, Shape2D(6144, 4096))
     assert selection.H100.is_wide(8, 17, small)
-    assert selection.H100.is_wide(3, 1024, large) and not selection.H100.is_wide(4, 1024, large)
-    assert selection.H100.is_wide(4, 192, small) and not selection.H100.is_wide(4, 256, small)
+    assert selection.H100.is_wide(4, 1024, large) and not selection.H100.is_wide(8, 1024, large)
+    assert selection.H100.is_wide(4, 1024, small) and not selection.H100.is_wide(8, 257, small)
     tuning = selection.H100.wide_tuning
     assert tuning(40, 28672, 3) == WideTuning(48, 2, 2, w_units=2)
     assert tuning(64, 28672, 3) == WideTuning(64, 4, 2, w_units=2)

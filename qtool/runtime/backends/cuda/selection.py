@@ -27,7 +27,7 @@ LOOKED_UP = {2: 5, 3: 3, 4: 3}
 """Tokens from which on weights of so many planes are looked up, as timed on an H200; a single plane
 has one product per weight either way."""
 
-FEW_OUTPUTS, MORE_TOKENS = 6144, 24
+MORE_TOKENS = 24
 """Outputs up to which even so many tokens are no work for bit_plane_wgmma.cu yet."""
 
 FEW_INPUTS = 4096
@@ -110,8 +110,6 @@ class Selection:
 
     def is_wide(self, planes: int, tokens: int, shape: Shape2D) -> bool:
         """Return whether bit_plane_wgmma.cu is the fastest, on a card that runs it."""
-        if planes in LOOKED_UP and tokens <= MORE_TOKENS and shape.out_features <= FEW_OUTPUTS:
-            return False
         measured = self.wide if prod(shape) >= self.least_weights else self.wide_of_few
         return tokens in measured[min(planes, len(measured)) - 1]
 
@@ -157,8 +155,8 @@ H100 = Selection(
     tables=range(1, 1),  # none, since blocks have whole tiles
     # Timed on an NVIDIA H200 at 2, 3, 4 and 8 planes. Reckoned: 1 as 2 from 17 tokens on, 5 to 7
     # as 8.
-    wide=(*[range(17, 1025)] * 3, range(17, 513), range(16, 513)),
-    wide_of_few=(*[range(17, 129)] * 2, *[range(17, 193)] * 2, range(16, 257)),
+    wide=(*[range(17, 1025)] * 4, range(16, 513)),
+    wide_of_few=(*[range(17, 1025)] * 4, range(16, 257)),
     most_groups=24576,
     alone=Tuning(warps=16, stages=2),
     pairs=Tuning(warps=8, stages=4, per_multiprocessor=2),
