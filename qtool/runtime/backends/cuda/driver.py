@@ -78,8 +78,6 @@ class _Config(ctypes.Structure):
     )
 
 
-
-
 class _PreparedCall:
     """A call on one card with all that the driver takes: a launch fills in pointers and stream."""
 

@@ -28,7 +28,7 @@ LOOKED_UP = {2: 5, 3: 3, 4: 3}
 has one product per weight either way."""
 
 MORE_TOKENS = 24
-"""Outputs up to which even so many tokens are no work for bit_plane_wgmma.cu yet."""
+"""Tokens that weights looked up for mma multiply at once, at most."""
 
 FEW_INPUTS = 4096
 """Up to which a token is staged soon enough for what is tried there."""
