@@ -2,7 +2,7 @@
 // more than four planes, twice. The same names as bit_plane_lookup.cuh, which is for planes of any scales: a
 // table is the step and the zero point of a row and group. Numbers are times 2^(2 - PLANES), so the step is the scale of the highest plane.
 //
-// Operand e of `step` 2 q + e is nibble e of words 2 q + r: x is in the order PAIRED of order_inputs.cu.
+// Operand e of `step` 2 q + e is nibble e of words 2 q + r: x is in the order PAIRED of order_inputs.cuh.
 #include "bit_plane_groups.cuh"
 #include "bit_plane_nibbles.cuh"
 #include "bit_plane_codes.cuh"

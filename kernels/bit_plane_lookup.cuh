@@ -5,7 +5,7 @@
 //
 // A word (common.cuh) becomes four words of nibbles, `indices`: nibble n of word 2 q + r is what the planes have of row
 // g + 8 r and, n being 4 h + 2 u + e, of input 32 u + 8 t + 4 e + 2 q + h. So one half of
-// such a word is what a product of 16 inputs needs of a row, see order_inputs.cu.
+// such a word is what a product of 16 inputs needs of a row, see order_inputs.cuh.
 //
 // Compile-time: PLANES, GROUP, OFFSET, ACTIVATION_BF16, MIRRORED (below). OFFSET 2 is of up to three planes, which are nibbles in
 // memory (bit_plane_nibbles.cuh).

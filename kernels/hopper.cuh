@@ -65,15 +65,20 @@ DEVICE void copy_bulk_to(u16 mask, void *shared, const void *address, u32 bytes,
                  ::"r"(shared_address(shared)), "l"(address), "r"(bytes), "r"(shared_address(barrier)), "h"(mask) : "memory");
 }
 
-// What blocks of a grid tell one another, past L1: all threads write and call `write_through`, then meet, then one
-// announces; one awaits that, which makes it 0 again, then all meet and read.
+// Bytes into the L2 cache, a multiple of 16; or the 128 around an address.
+DEVICE void prefetch_bulk(const void *address, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+}
+DEVICE void prefetch(const void *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
+// What blocks of a grid tell one another, past L1: all threads write, then meet, then one announces, which covers what those
+// wrote that it met; one awaits that, which makes it 0 again, then all meet and read.
 DEVICE void store_quad(float *to, const float *from) {
     asm volatile("st.global.cg.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3]) : "memory");
 }
 DEVICE void load_quad(float *to, const float *from) {
     asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]) : "l"(from) : "memory");
 }
-DEVICE void write_through() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 DEVICE void announce(u64 *flag) { asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(flag), "l"(1ull) : "memory"); }
 DEVICE void await(u64 *flag) {
     u64 seen;
@@ -81,6 +86,20 @@ DEVICE void await(u64 *flag) {
     while (seen == 0);
     *flag = 0;
 }
+
+// Blocks count: what a thread, and those that met before it, wrote is seen by who awaits the count. Returns the count before.
+DEVICE u64 count_one(u64 *place) {
+    u64 before;
+    asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], 1;" : "=l"(before) : "l"(place) : "memory");
+    return before;
+}
+DEVICE void await_count(const u64 *place, u64 count) {
+    u64 seen;
+    do asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(seen) : "l"(place) : "memory");
+    while (seen < count);
+}
+// This thread's bulk copies see what other threads wrote, after it has heard so.
+DEVICE void copies_see_writes() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // Registers of each thread of a warpgroup, a multiple of 8.
 template <int COUNT> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }

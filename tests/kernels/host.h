@@ -293,6 +293,8 @@ DEVICE void copy_bulk(void *shared, const void *address, unsigned bytes, unsigne
     memcpy(shared, address, bytes);
     host::change(barrier, 0, -(int)bytes);
 }
+DEVICE void prefetch_bulk(const void *, unsigned) {}
+DEVICE void prefetch(const void *) {}
 DEVICE void copy_bulk_to(unsigned short mask, void *shared, const void *address, unsigned bytes, unsigned long long *barrier) {
     for (unsigned rank = 0; mask >> rank; ++rank)
         if (mask >> rank & 1) copy_bulk(there(rank, shared), address, bytes, there(rank, barrier));
@@ -314,7 +316,11 @@ template <int IS_BFLOAT, int COUNT> DEVICE void multiply_add_16(float (&d)[COUNT
 template <int COUNT> DEVICE void sync_threads(int number) { host::meet_some(COUNT, number); }
 DEVICE void store_quad(float *to, const float *from) { memcpy(to, from, 16); }
 DEVICE void load_quad(float *to, const float *from) { memcpy(to, from, 16); }
-DEVICE void write_through() {}
+DEVICE unsigned long long count_one(unsigned long long *place) { return (*place)++; }
+DEVICE void await_count(const unsigned long long *place, unsigned long long count) {
+    while (*place < count) host::yield();
+}
+DEVICE void copies_see_writes() {}
 DEVICE void announce(unsigned long long *flag) { *flag = 1; }
 DEVICE void await(unsigned long long *flag) {
     while (*flag == 0) host::yield();

@@ -26,6 +26,8 @@ KERNEL = re.compile(
 NAME = re.compile(r"\w+")
 NUMBER = re.compile(r"_\d+$")  # of a class, where a kernel takes several weights
 ALIAS = re.compile(r"#define KERNEL (\w+)")
+TOGETHER = "blocks of the grid have to run at once"
+"""In the text of a kernel whose blocks wait for later ones."""
 COMMENT = re.compile(r"//[^\n]*")
 # Any optimization takes longer than it saves: most libraries run a few small launches.
 FLAGS = ("-O0", "-w", "-fPIC", "-std=c++17", "-ffp-contract=off")
@@ -131,7 +133,7 @@ def host_kernels(name: str, constants: tuple[tuple[str, int], ...]) -> dict[str,
         kernel: [part.strip() for part in COMMENT.sub("", parameters).split(",")]
         for kernel, parameters in KERNEL.findall(source)
     }
-    cluster = dict(constants).get("CLUSTER", 1)
+    cluster = "grid_x" if TOGETHER in source else dict(constants).get("CLUSTER", 1)
     glue = "".join(_glue(kernel, cluster, parameters) for kernel, parameters in found.items())
     text = '#include "host.h"\n' + source.replace('extern "C" __global__', "__global__")
     with tempfile.TemporaryDirectory() as directory:
@@ -143,7 +145,7 @@ def host_kernels(name: str, constants: tuple[tuple[str, int], ...]) -> dict[str,
     return {name: HostKernel(loaded, name, parts) for name, parts in found.items()}
 
 
-def _glue(kernel: str, cluster: int, parameters: list[str]) -> str:
+def _glue(kernel: str, cluster: int | str, parameters: list[str]) -> str:
     names = ", ".join(re.split(r"[\s*]+", parameter)[-1] for parameter in parameters)
     return (
         f'extern "C" int launch_{kernel}(int grid_x, int grid_y, int grid_z, int n, size_t bytes, '

@@ -171,8 +171,6 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
     ),
     ("sign_flip", {}, 128),
     ("place_inputs", {}, 32),
-    ("order_inputs", {"COLUMNS": 48, "ALIGNED": 1, "PAIRED": 1}, 64),
-    ("order_inputs", {"COLUMNS": 256, "ALIGNED": 0, "PAIRED": 0, "ACTIVATION_BF16": 1}, 64),
     ("add_splits", {"ACTIVATION_BF16": 1, "EPILOGUE": 2}, 128),
     ("greedy", {}, 64),
     *(("nucleus", more, 64) for more in ({}, {"ACTIVATION_BF16": 1})),
@@ -229,8 +227,8 @@ HOPPER_VARIANTS += [
         ("mma", {**GRID, "PLANES": 3, "WHOLE": 1, "LOADS": 8, "CLUSTER": 2}),
     )
 ]
-CHOSEN = {"TURNS": 0, "FINE": 0, "MIRRORED": 0}
-RINGS = {**CHOSEN, "W_STAGES": 2, "X_STAGES": 4, "X_BLOCKS": 2, "EPILOGUE": 0}
+CHOSEN = {"FINE": 0, "MIRRORED": 0, "W_UNITS": 1}
+RINGS = {**CHOSEN, "W_STAGES": 2, "X_STAGES": 4, "X_BLOCKS": 2, "EPILOGUE": 0, "ALIGNED": 1}
 HOPPER_VARIANTS += [
     (
         "bit_plane_wgmma",
@@ -238,17 +236,17 @@ HOPPER_VARIANTS += [
         most,
     )
     for weight, planes, columns, groups, more, most in (
-        (WEIGHT, 3, 32, 4, {"TURNS": 1}, 96),
-        (WEIGHT, 4, 64, 4, {"FINE": 1, "MIRRORED": 1}, 96),
+        (WEIGHT, 3, 32, 4, {"W_UNITS": 2}, 96),
+        (WEIGHT, 4, 64, 4, {"W_UNITS": 2, "FINE": 1, "MIRRORED": 1}, 96),
         (WEIGHT, 4, 48, 2, {"MIRRORED": 1, "ACTIVATION_BF16": 1}, 168),
         (WEIGHT, 8, 32, 4, {"FINE": 1}, 96),
         (WEIGHT, 3, 96, 2, {"ACTIVATION_BF16": 1}, 168),
         (WEIGHT, 4, 128, 2, {}, 168),
         (WEIGHT, 4, 256, 2, {"X_BLOCKS": 1, "EPILOGUE": 2}, 168),
         (AFFINE, 8, 128, 2, {"X_BLOCKS": 1, "EPILOGUE": 1}, 168),
-        (AFFINE, 4, 64, 4, {"TURNS": 1}, 96),
-        (AFFINE, 8, 64, 4, {"TURNS": 1, "FINE": 1}, 96),
-        (AFFINE, 3, 32, 4, {"TURNS": 1, "ACTIVATION_BF16": 1}, 96),
+        (AFFINE, 4, 64, 4, {}, 96),
+        (AFFINE, 8, 64, 4, {"FINE": 1}, 96),
+        (AFFINE, 3, 32, 4, {"ACTIVATION_BF16": 1}, 96),
         ({"GROUP": 96, "OFFSET": 1}, 2, 128, 2, {"X_BLOCKS": 1}, 168),
     )
 ]

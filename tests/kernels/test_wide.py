@@ -47,7 +47,7 @@ def multiplied(weight, x, tuning, ctas, *, epilogue="none", residual=None, place
         epilogue=epilogue,
         residual=residual,
     )
-    assert launch.names == ["order_inputs", "bit_plane_wgmma"]
+    assert launch.names == ["bit_plane_wgmma"]
     return y, launch
 
 
@@ -104,11 +104,14 @@ def test_four_planes_and_a_sign_are_rounded_once_more(name, dtype):
 @pytest.mark.parametrize(
     ("ctas", "tokens", "tuning"),
     [
-        (1, 16, WideTuning(columns=16, groups=2, x_blocks=2, turns=True, fine=True)),
+        (1, 16, WideTuning(columns=16, groups=2, x_blocks=2, fine=True)),
         (3, 20, WideTuning(columns=16, groups=1, x_blocks=2)),  # tiles of tokens, parts of a half
-        (5, 33, WideTuning(columns=48, groups=3, turns=True)),
+        (5, 33, WideTuning(columns=48, groups=3)),
         (12, 9, WideTuning(columns=16, groups=1)),  # a tile is of several blocks
         (99, 1, WideTuning(columns=16, groups=1, x_blocks=2)),  # no more blocks than units
+        (4, 40, WideTuning(columns=48, groups=1, x_blocks=2, w_units=2)),
+        (6, 20, WideTuning(columns=32, groups=2, w_units=2)),
+        (6, 9, WideTuning(columns=16, groups=1)),  # the first block of a tile adds up all
     ],
 )
 def test_any_number_of_blocks_shares_a_weight(ctas, tokens, tuning):
@@ -118,7 +121,7 @@ def test_any_number_of_blocks_shares_a_weight(ctas, tokens, tuning):
     y, launch = multiplied(weight, x, tuning, ctas)
     close(y, x, weight)
     tiles = -(-shape.out_features // (64 * tuning.groups)) * -(-tokens // tuning.columns)
-    assert launch.calls[1].grid == (min(ctas, 5 * tiles), 1, 1)
+    assert launch.calls[0].grid == (min(ctas, 5 * tiles), 1, 1)
 
 
 HOPPER = Card(4, ROOM, selection.H100.measured_on, warpgroups=True)
@@ -145,19 +148,21 @@ def test_tokens_choose_the_product_of_many_where_it_was_measured_to_be_faster():
     many = [17, 64, 256]
     assert chosen == {2: many, 3: many, 4: many, 8: [16, *many]}
     assert selection.H100.is_wide(8, 17, small)
-    assert selection.H100.is_wide(3, 1024, large) and not selection.H100.is_wide(4, 1024, large)
-    assert selection.H100.is_wide(4, 192, small) and not selection.H100.is_wide(4, 256, small)
+    assert selection.H100.is_wide(4, 1024, large) and not selection.H100.is_wide(8, 1024, large)
+    assert selection.H100.is_wide(4, 1024, small) and not selection.H100.is_wide(8, 257, small)
     tuning = selection.H100.wide_tuning
-    assert tuning(40, 28672, 3) == WideTuning(48, 2, 2)
-    assert tuning(64, 28672, 3) == WideTuning(64, 4, 2, turns=True)
-    assert tuning(64, 28672, 4) == WideTuning(64, 4, 2, fine=True, mirrored=True)
+    assert tuning(40, 28672, 3) == WideTuning(48, 2, 2, w_units=2)
+    assert tuning(64, 28672, 3) == WideTuning(64, 4, 2, w_units=2)
+    assert tuning(64, 28672, 4) == WideTuning(64, 4, 2, w_units=2, mirrored=True)
     assert tuning(64, 4096, 4) == WideTuning(64, 2, 2, mirrored=True)
-    assert tuning(64, 4096, 2) == WideTuning(64, 2, 2)
-    assert tuning(65, 28672, 3) == WideTuning(96, 2, 2)
+    assert tuning(64, 4096, 2) == WideTuning(64, 2, 2, w_units=2)
+    assert tuning(65, 28672, 3) == WideTuning(96, 2, 2, w_units=2)
     assert tuning(128, 4096, 4) == WideTuning(128, 2, 2)
     assert tuning(128, 4096, 8) == WideTuning(128, 2, 1)
-    assert tuning(256, 28672, 3) == WideTuning(256, 2, 1)
-    assert tuning(300, 28672, 4) == WideTuning(192, 2, 1), "two tiles, as little empty as can be"
+    assert tuning(256, 28672, 3) == WideTuning(256, 2, 1, w_units=2)
+    assert tuning(300, 28672, 4) == WideTuning(192, 2, 1, w_units=2), (
+        "two tiles, as little empty as can be"
+    )
 
 
 def test_equal_steps_have_a_choice_of_their_own():
@@ -165,10 +170,8 @@ def test_equal_steps_have_a_choice_of_their_own():
     assert not selection.H100.is_wide(8, 16, large, equal_steps=True)
     assert all(selection.H100.is_wide(bits, 17, large, equal_steps=True) for bits in (2, 3, 4, 8))
     assert selection.H100.is_wide(4, 1024, large, equal_steps=True)
-    assert not selection.H100.is_wide(8, 24, Shape2D(4096, 4096), equal_steps=True)
-    for bits in (2, 4, 8):
-        tuning = selection.H100.wide_tuning(64, 28672, bits, equal_steps=True)
-        assert tuning == WideTuning(64, 4, 2, turns=True, fine=bits == 8)
+    tuning = selection.H100.wide_tuning(64, 28672, 4, equal_steps=True)
+    assert not tuning.mirrored
 
 
 def test_fewer_warpgroups_do_not_multiply_as_four_would():
@@ -190,7 +193,7 @@ def test_the_backend_runs_what_was_chosen(tokens, how):
     residual = normal(tokens, 80).half() if how == "residual" else None
     gated = how == "gated"
     got = linear_kernels.matmul(x, fused.prepared, launch, HOPPER, residual=residual, gated=gated)
-    assert launch.names == ["order_inputs", "bit_plane_wgmma"]
+    assert launch.names == ["bit_plane_wgmma"]
     sides = [x.double() @ dequantized(tensor, torch.float64).T for tensor in pair]
     expected = functional.silu(sides[0]) * sides[1] if gated else torch.cat(sides, 1)
     expected = expected if residual is None else expected + residual.double()
@@ -204,7 +207,7 @@ def test_classes_of_rows_go_to_their_places():
     prepared, x = mixed.prepare_weight(tensor, torch.float16), normal(25, 320).half()
     assert isinstance(prepared, MixedWeight)
     got = mixed.multiply_mixed(x, prepared, launch := Recorder(), HOPPER)
-    assert launch.names == ["order_inputs", "bit_plane_wgmma"] * 2
+    assert launch.names == ["bit_plane_wgmma"] * 2
     expected = x.double() @ dequantized(tensor, torch.float64).T
     torch.testing.assert_close(got.double(), expected, rtol=4e-3, atol=0.1)
     assert mixed.kernels_for(prepared, 9, HOPPER) == "planes", "all classes at once"

@@ -141,12 +141,16 @@ def test_whole_steps_by_kernels(bcq, family):
     with use_backend("reference"):
         expected = load(directory)(ids).logits[:, 17:]
     torch.testing.assert_close(torch.stack(logits[1], 1), expected, rtol=0, atol=0.03)
-    layer = ["bit_plane_mma", "decode_attention", *["bit_plane_mma"] * 3]  # norms are in products
+    layer = [
+        "bit_plane_codes_mma",
+        "decode_attention",
+        *["bit_plane_codes_mma"] * 3,
+    ]  # norms are in products
     names = launch.names[begin:]
     assert len(names) == 4 * len(names[: len(names) // 4])
     step = names[: len(names) // 4]
     assert "rms_norm" not in step
-    assert step[step.index("bit_plane_mma") :][:10] == [*layer, *layer]
+    assert step[step.index("bit_plane_codes_mma") :][:10] == [*layer, *layer]
 
 
 def test_layers_of_different_bits_run_apart(bcq):
@@ -183,7 +187,7 @@ def test_neighbours_of_one_scheme_stay_one_product(bcq):
     torch.testing.assert_close(*logits, rtol=0, atol=0.02)
     attended = launch.names.index("decode_attention", begin)
     # both norm what they read
-    assert launch.names[begin:attended] == ["gather_rows", "bit_plane_mma", "bit_panel_tiles"]
+    assert launch.names[begin:attended] == ["gather_rows", "bit_plane_codes_mma", "bit_panel_tiles"]
 
 
 def test_a_kernel_that_reads_stored_parts_gets_each_weight_as_stored(bcq, monkeypatch):

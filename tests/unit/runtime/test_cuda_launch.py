@@ -66,6 +66,12 @@ def test_every_launch_has_its_own_pointers_and_stream(driver):
     assert driver.allowed[0] == (8, 1000)
 
 
+def test_ctas_that_wait_for_one_another_are_there_together_or_not_at_all(driver):
+    cuda_driver._PreparedCall(CALL._replace(together=True), 0, 2).launch([1, 2, 3], 0)
+    wanted = [cuda_driver.STREAM_SERIALIZATION, cuda_driver.COOPERATIVE]
+    assert driver.seen[0].attributes == wanted
+
+
 def test_a_launch_that_makes_a_weight_ahead_is_not_dependent(driver):
     cuda_driver._PreparedCall(CALL._replace(dependent=False), 0, 2).launch([1, 2, 3], 0)
     assert driver.seen[0].attributes == []

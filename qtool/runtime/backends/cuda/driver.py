@@ -20,8 +20,8 @@ from qtool.runtime.backends.cuda.compiling import compiled_function, source_of
 from qtool.runtime.backends.cuda.launch import OLDEST, WARPGROUPS, Card, KernelCall
 
 DEPENDENT_LAUNCHES = (9, 0)
-STREAM_SERIALIZATION = 6
-"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"""
+COOPERATIVE, STREAM_SERIALIZATION = 2, 6
+"""CU_LAUNCH_ATTRIBUTE_COOPERATIVE, _PROGRAMMATIC_STREAM_SERIALIZATION"""
 
 
 def why_not_on(device: torch.device) -> str | None:
@@ -78,9 +78,6 @@ class _Config(ctypes.Structure):
     )
 
 
-_DEPENDENT = _Attribute(STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
-
-
 class _PreparedCall:
     """A call on one card with all that the driver takes: a launch fills in pointers and stream."""
 
@@ -89,8 +86,10 @@ class _PreparedCall:
         _allow_shared_bytes(function, call.shared_bytes)
         self._call = call
         self._config = config = _Config(call.grid, (call.threads, 1, 1), call.shared_bytes)
-        if call.dependent and _has_dependent_launches(device):
-            config.attributes, config.num_attributes = ctypes.pointer(_DEPENDENT), 1
+        ids = [STREAM_SERIALIZATION] if call.dependent and _has_dependent_launches(device) else []
+        ids += [COOPERATIVE] if call.together else []
+        on = (_Attribute(kind, 0, (ctypes.c_int * 16)(1)) for kind in ids)
+        config.attributes, config.num_attributes = (_Attribute * len(ids))(*on), len(ids)
         self._pointers = (ctypes.c_void_p * (num_tensors + bool(call.zeros)))()
         self._numbers = [
             ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value)

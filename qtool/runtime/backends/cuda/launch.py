@@ -27,6 +27,8 @@ class KernelCall(NamedTuple):
     """Words of 64 bits that are zero when the kernel starts, and that it leaves so: a stream's."""
     dependent: bool = True
     """It may start before the launch before it has ended; not if that makes the weight."""
+    together: bool = False
+    """All its CTAs have to run at once, as they wait for one another."""
     one_architecture: bool = False
     """It has instructions of this card's architecture that no later one has: sm_90a, not sm_90."""
 

@@ -17,7 +17,7 @@ from qtool.runtime.backends.cuda.centers import CENTERS, is_tileable, planes_of
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.panels import is_panelable, pack_panels
-from qtool.runtime.backends.cuda.plane_products import by_planes, few_tokens, normed_units
+from qtool.runtime.backends.cuda.plane_products import by_planes, normed_units
 from qtool.runtime.backends.cuda.selection import (
     STORED_KERNELS,
     WideTuning,
@@ -73,7 +73,7 @@ def kernel_for(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = F
     weights = shape.out_features * shape.in_features
     selection, equal_steps = selection_for(card.name), weight.centered
     is_wide = selection.is_wide(num_bits, tokens, shape, equal_steps=equal_steps)
-    if is_wide and not few_tokens(weight, tokens, card) and wide_tuning(weight, tokens, card):
+    if is_wide and wide_tuning(weight, tokens, card):
         return "wide"
     if tokens > selection.most_tokens(num_bits, weights, equal_steps=equal_steps):
         return "dequantize"

@@ -10,7 +10,6 @@ from qtool.errors import BackendError
 from qtool.runtime.backends.cuda import planes, streamed
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
-from qtool.runtime.backends.cuda.selection import MORE_TOKENS
 from qtool.runtime.backends.cuda.splits import add_splits
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 from qtool.runtime.decode.ops import Norm
@@ -99,24 +98,6 @@ def normed_units(
         return 0
     each = -(-units * columns // picked[0].warps)
     return each if each <= MOST_NORMED else 0
-
-
-def few_tokens(weight: KernelWeight, tokens: int, card: Card) -> bool:
-    """Return whether so many are few enough for the planes, where bit_plane_wgmma.cu could run.
-
-    They are, as timed, if inputs come unit by unit or one launch has room for twelve warps a CTA.
-    """
-    if weight.tiles is None or tokens > MORE_TOKENS:
-        return False
-    row_tiles, units, *_ = weight.tiles.planes.shape
-    if streamed.stream_of(row_tiles, units, tokens, weight.layout, card) is not None:
-        return True
-    picked = planes.tuned_plan(row_tiles, units, tokens, weight.layout, card=card)
-    product = planes.product_for(tokens, weight.layout)
-    if picked is None or not product.looks_up or tokens > product.columns:
-        return False
-    tuning, planned = picked
-    return planned.slabs == tuning.waves == 1 and tuning.warps >= planes.LOOKED_UP_WARPS
 
 
 def by_planes(  # noqa: PLR0913 - as `linear_kernels.matmul`

@@ -65,8 +65,8 @@ class WideTuning:
     """Warpgroups of a CTA, each of 64 outputs."""
     x_blocks: int = 1
     """Blocks of 64 inputs that are copied at once: 1 or 2."""
-    turns: bool = False
-    """Warpgroups multiply by turns, so that one looks weights up while another multiplies."""
+    w_units: int = 1
+    """Units of weights that are copied at once: 1 or 2."""
     fine: bool = False
     """Weights are looked up for one product at a time, not for four."""
     mirrored: bool = False
@@ -132,13 +132,14 @@ class Selection:
         columns = next(count for count in WIDE_COLUMNS if count * tiles >= tokens)
         few = columns <= 64  # noqa: PLR2004 - more sums leave no room
         roomy = columns <= (128 if planes <= 4 else 64)  # noqa: PLR2004 - for two blocks of x
-        groups = 4 if few and out_features >= self.most_groups and columns != 48 else 2  # noqa: PLR2004
+        many = out_features >= self.most_groups
+        groups = 4 if few and many and columns != 48 else 2  # noqa: PLR2004
         return WideTuning(
             columns,
             groups,
             x_blocks=2 if roomy else 1,
-            turns=groups == 4 and (equal_steps or planes == 3),  # noqa: PLR2004
-            fine=groups == 4 and planes >= (5 if equal_steps else 4),  # noqa: PLR2004
+            w_units=2 if planes <= (4 if many else 3 if few else 0) else 1,
+            fine=groups == 4 and planes > 4,  # noqa: PLR2004
             # with more tokens, products take longer
             mirrored=few and planes == 4 and not equal_steps,  # noqa: PLR2004
         )
@@ -168,8 +169,8 @@ H100 = Selection(
     tables=range(1, 1),  # none, since blocks have whole tiles
     # Timed on an NVIDIA H200 at 2, 3, 4 and 8 planes. Reckoned: 1 as 2 from 17 tokens on, 5 to 7
     # as 8.
-    wide=(*[range(17, 1025)] * 3, range(17, 513), range(16, 513)),
-    wide_of_few=(*[range(17, 129)] * 2, *[range(17, 193)] * 2, range(16, 257)),
+    wide=(*[range(17, 1025)] * 4, range(16, 513)),
+    wide_of_few=(*[range(17, 1025)] * 4, range(16, 257)),
     most_groups=24576,
     alone=Tuning(warps=16, stages=2),
     pairs=Tuning(warps=8, stages=4, per_multiprocessor=2),

@@ -20,14 +20,16 @@ from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT, Tiles
 from qtool.scheme import Shape2D
 
 WARPGROUP = 128
-ORDER_THREADS, INPUTS_OF_THREAD, BLOCK_INPUTS = 128, 32, 64
+BLOCK_INPUTS = 64
+SHARE_BYTES = 32
+"""What a CTA notes of the stream."""
 Y_STRIDE = 72
 STAGES_OF_X, STAGES_OF_WEIGHTS = 8, 4
-"""At most."""
+"""At most; of weights with one unit each."""
 MOST_LOOKED_UP = 3
 """Planes of equal steps: kernels/bit_plane_weights.cuh."""
-MOST_UNITS = 2**30
-"""Of all tiles: the kernel counts them in 32 bits."""
+MOST_UNITS = 2**23
+"""Of all tiles: the kernel multiplies them by CTAs in 32 bits."""
 
 
 def has_codes(layout: Layout) -> bool:
@@ -44,22 +46,26 @@ class Rings:
     shared_bytes: int
 
 
+def slice_tokens(columns: int) -> int:
+    """Return how many tokens of a tile its CTAs share out: a slice, that one of them sums."""
+    return 32 if columns % 32 == 0 and columns > 96 else 16  # noqa: PLR2004 - AT_ONCE
+
+
 @functools.cache
 def rings_for(layout: Layout, tuning: WideTuning, room: int) -> Rings | None:
     """Return the deepest rings that fit into `room` bytes of shared memory; None: none do."""
     row_tiles = 4 * tuning.groups
-    weights = row_tiles * layout.stage_bytes
+    weights = row_tiles * layout.stage_bytes * tuning.w_units
     each = STEP_BYTES if has_codes(layout) else table_bytes(layout.planes)
     tables = row_tiles * layout.span * TILE_ROWS * each
-    at_once = 32 if tuning.columns % 32 == 0 else 16
-    fixed = tables + tuning.groups * at_once * Y_STRIDE * 2
+    fixed = SHARE_BYTES + tables + tuning.groups * slice_tokens(tuning.columns) * Y_STRIDE * 2
     stage_of_x = tuning.x_blocks * tuning.columns * BLOCK_INPUTS * 2
     best = None
-    for of_weights in range(2, STAGES_OF_WEIGHTS + 1):
+    for of_weights in range(2, STAGES_OF_WEIGHTS // tuning.w_units + 1):
         left = room - fixed - of_weights * (weights + 16)
         of_x = min(STAGES_OF_X, left // (stage_of_x + 16))
-        if of_x < 2 or (best is not None and of_x < 4):  # noqa: PLR2004
-            break  # more of x are worth more than more of the weights
+        if of_x < 3 or (best is not None and of_x < 4):  # noqa: PLR2004
+            break  # with two, products wait; more of x are worth more than more of the weights
         shared = fixed + of_weights * (weights + 16) + of_x * (stage_of_x + 16)
         best = Rings(of_weights, of_x, shared)
     return best
@@ -76,34 +82,40 @@ def tuned_wide(
     selection, equal_steps = selection_for(card.name), layout.offset == CENTERED
     asked = selection.wide_tuning(tokens, out_features, layout.planes, equal_steps=equal_steps)
     fits = (c for c in reversed(WIDE_COLUMNS) if c <= asked.columns)
-    fewer = [asked, *(replace(asked, groups=g, turns=False, fine=False) for g in (2, 1))]
+    fewer = [asked, *(replace(asked, groups=g, fine=False) for g in (2, 1))]
     tries = (replace(tuning, columns=c) for c in fits for tuning in fewer)
     roomy = (tuning for tuning in tries if rings_for(layout, tuning, card.shared_bytes))
     stream = units * -(-tokens // asked.columns) * -(-out_features // 64)
     return next(roomy, None) if card.warpgroups and stream < MOST_UNITS else None
 
 
-def order_call(
-    inputs: int, tokens: int, units: int, columns: int, dtype: torch.dtype, *, paired: bool = False
-) -> KernelCall:
-    """Return the launch that orders the inputs of tokens; `paired`: for codes of equal steps."""
-    token_tiles, blocks = -(-tokens // columns), units * UNIT // BLOCK_INPUTS
-    threads = token_tiles * columns * blocks * BLOCK_INPUTS // INPUTS_OF_THREAD
-    return KernelCall(
-        file="order_inputs",
-        kernel="order_inputs",
-        constants=constants(
-            dtype, COLUMNS=columns, PAIRED=int(paired), ALIGNED=int(inputs % 8 == 0)
-        ),
-        grid=(-(-threads // ORDER_THREADS), 1, 1),
-        threads=ORDER_THREADS,
-        shared_bytes=0,
-        numbers=(inputs, tokens, token_tiles, blocks),
-    )
+def ctas_for(tiles: int, units: int, card: Card) -> int:
+    """Return the CTAs that share tiles of so many units, all of which run at once.
+
+    As many for every tile where that takes no more units of one: then none has parts of two.
+    """
+    most = min(tiles * units, card.multiprocessors)
+    each = most // tiles
+    even = each > 0 and -(-units // each) <= -(-tiles * units // most)
+    return tiles * each if even else most
 
 
-WideSizes = tuple[int, int, int, int, int, int]
-"""out_features, tokens, row tiles, units, groups and columns of the result."""
+WideSizes = tuple[int, int, int, int, int, int, int]
+"""out_features, in_features, tokens, row tiles, units, groups and columns of the result."""
+
+
+def _macros(tuning: WideTuning, rings: Rings) -> dict[str, int]:
+    """Return those of how to launch."""
+    return {
+        "COLUMNS": tuning.columns,
+        "GROUPS": tuning.groups,
+        "W_STAGES": rings.of_weights,
+        "X_STAGES": rings.of_x,
+        "X_BLOCKS": tuning.x_blocks,
+        "W_UNITS": tuning.w_units,
+        "FINE": int(tuning.fine),
+        "MIRRORED": int(tuning.mirrored),
+    }
 
 
 @functools.lru_cache(maxsize=4096)
@@ -118,34 +130,26 @@ def wide_call(  # noqa: PLR0913 - a key of the cache
     dependent: bool = True,
 ) -> KernelCall | None:
     """Return the launch of a product; None: a CTA has too little shared memory."""
-    out_features, tokens, row_tiles, units, groups, width = sizes
+    out_features, in_features, tokens, row_tiles, units, groups, width = sizes
     rings = rings_for(layout, tuning, card.shared_bytes)
     if rings is None:
         return None
     token_tiles = -(-tokens // tuning.columns)
-    stream = -(-row_tiles // (4 * tuning.groups)) * token_tiles * units
-    macros = {
-        "COLUMNS": tuning.columns,
-        "GROUPS": tuning.groups,
-        "W_STAGES": rings.of_weights,
-        "X_STAGES": rings.of_x,
-        "X_BLOCKS": tuning.x_blocks,
-        "EPILOGUE": EPILOGUES[epilogue],
-        "TURNS": int(tuning.turns and tuning.groups > 1),
-        "FINE": int(tuning.fine),
-        "MIRRORED": int(tuning.mirrored),
-    }
-    ctas = min(stream, card.multiprocessors)
+    tiles = -(-row_tiles // (4 * tuning.groups)) * token_tiles
+    macros = {**_macros(tuning, rings), "EPILOGUE": EPILOGUES[epilogue]}
+    ctas = ctas_for(tiles, units, card)
+    slices = tuning.columns // slice_tokens(tuning.columns)
     return KernelCall(
         file="bit_plane_wgmma",
         kernel="bit_plane_wgmma",
-        constants=constants(dtype, **layout.macros, **macros),
+        constants=constants(dtype, ALIGNED=int(in_features % 8 == 0), **layout.macros, **macros),
         grid=(ctas, 1, 1),
         threads=(tuning.groups + 1) * WARPGROUP,
         shared_bytes=rings.shared_bytes,
-        numbers=(out_features, tokens, row_tiles, units, groups, width, token_tiles),
-        zeros=ctas,
+        numbers=(out_features, in_features, tokens, row_tiles, units, groups, width, token_tiles),
+        zeros=1 + 2 * ctas * tuning.groups * slices,
         dependent=dependent,
+        together=True,
         one_architecture=True,
     )
 
@@ -183,6 +187,7 @@ def multiply_wide(  # noqa: PLR0913 - what, by what, where, how, and what comes 
     row_tiles, units, *_ = packed.planes.shape
     sizes = (
         shape.out_features,
+        inputs,
         tokens,
         row_tiles,
         units,
@@ -195,9 +200,8 @@ def multiply_wide(  # noqa: PLR0913 - what, by what, where, how, and what comes 
     assert call is not None
     padded = -(-tokens // tuning.columns) * tuning.columns
     ordered = x.new_empty(padded * units * UNIT)
-    order = order_call(*(inputs, tokens, units, tuning.columns, x.dtype), paired=has_codes(layout))
-    launch(order, (x, ordered))
-    sums = call.grid[0] * tuning.columns * 64 * tuning.groups
+    sums = 2 * call.grid[0] * tuning.columns * 64 * tuning.groups
     parts = x.new_empty(sums, dtype=torch.float32)
-    tensors = (packed.planes, packed.scales, ordered, residual, target.y, target.places, parts)
+    written = (residual, target.y, target.places, parts)
+    tensors = (packed.planes, packed.scales, x, ordered, *written)
     launch(call, tensors)
