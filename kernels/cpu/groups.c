@@ -81,11 +81,11 @@ static void signs_of(const uint8_t *codes, int64_t columns, int64_t bit, float *
 }
 
 /* The sum over columns of products, row by row. */
-static void dots(const float *a, const float *b, int64_t columns, double *out, int64_t step) {
+static void dots(const float *a, const float *b, int64_t columns, double *out) {
     qt_floats sums[QT_VECTORS] = {0};
     for (int64_t c = 0; c < columns * QT_TILE; c += QT_TILE)
         for (int v = 0; v < QT_VECTORS; v++) sums[v] += qt_load(a + c + v * QT_LANES) * qt_load(b + c + v * QT_LANES);
-    for (int i = 0; i < QT_TILE; i++) out[i * step] = (double)sums[i / QT_LANES][i % QT_LANES];
+    for (int i = 0; i < QT_TILE; i++) out[i] = (double)sums[i / QT_LANES][i % QT_LANES];
 }
 
 /* Gauss-Jordan elimination, each row's system for itself; the solution is the last column. */
@@ -151,9 +151,9 @@ static void fit(const qt_group *g, const qt_tile *t, float *theta) {
         multiply(g->whitening, g->columns, 1, t->signs, t->planes + u * part);
     }
     for (int64_t u = 0; u < unknowns; u++) {
-        dots(t->planes + u * part, t->whitened, g->columns, a[u][unknowns], 1);
+        dots(t->planes + u * part, t->whitened, g->columns, a[u][unknowns]);
         for (int64_t other = 0; other <= u; other++) {
-            dots(t->planes + u * part, t->planes + other * part, g->columns, a[u][other], 1);
+            dots(t->planes + u * part, t->planes + other * part, g->columns, a[u][other]);
             memcpy(a[other][u], a[u][other], sizeof a[u][other]);
         }
     }
@@ -246,3 +246,40 @@ static void solve(void *argument, qt_team *team, int64_t thread, int64_t threads
 }
 
 void qt_group_solve(const qt_group *g, int64_t threads) { qt_team_run(threads, solve, (void *)g); }
+
+/* Normal equations of a tile's planes under a matrix. */
+static void equate(const qt_equations *e, const qt_tile *t, int64_t row, int64_t count) {
+    const int64_t unknowns = e->bits + (e->offset != 0), part = e->columns * QT_TILE;
+    double sums[QT_TILE];
+    fetch(e->gradient, e->columns, e->rows, row, count, t->weight);
+    memset(t->codes, 0, (size_t)part);
+    for (int64_t c = 0; c < e->columns; c++) memcpy(t->codes + c * QT_TILE, e->codes + c * e->rows + row, (size_t)count);
+    for (int64_t u = 0; u < unknowns; u++) {
+        if (u < e->bits) {
+            signs_of(t->codes, e->columns, e->bits - 1 - u, t->signs);
+            multiply(e->matrix, e->columns, 0, t->signs, t->planes + u * part);
+        } else
+            for (int64_t i = 0; i < part; i++) t->signs[i] = 1.0f;
+        dots(t->signs, t->weight, e->columns, sums);
+        for (int64_t i = 0; i < count; i++) e->right[(row + i) * unknowns + u] = sums[i];
+        for (int64_t other = 0; other <= u; other++) {
+            dots(t->signs, t->planes + other * part, e->columns, sums);
+            for (int64_t i = 0; i < count; i++) {
+                double *system = e->normal + (row + i) * unknowns * unknowns;
+                system[u * unknowns + other] = system[other * unknowns + u] = sums[i];
+            }
+        }
+    }
+}
+
+static void equate_all(void *argument, qt_team *team, int64_t thread, int64_t threads) {
+    const qt_equations *e = argument;
+    (void)team;
+    qt_tile t = divided(e->room + thread * qt_group_room(e->columns, e->bits), e->columns, e->bits);
+    multiply_ones(e->matrix, e->columns, t.planes + e->bits * e->columns * QT_TILE);
+    int64_t tiles = (e->rows + QT_TILE - 1) / QT_TILE;
+    for (int64_t tile = tiles * thread / threads; tile < tiles * (thread + 1) / threads; tile++)
+        equate(e, &t, tile * QT_TILE, least(QT_TILE, e->rows - tile * QT_TILE));
+}
+
+void qt_group_equations(const qt_equations *e, int64_t threads) { qt_team_run(threads, equate_all, (void *)e); }

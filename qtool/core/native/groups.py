@@ -33,6 +33,15 @@ class GroupText(Structure):
     ]
 
 
+class EquationsText(Structure):
+    """`qt_equations`."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        *((name, c_int64) for name in ("columns", "rows", "bits", "offset")),
+        *((name, c_void_p) for name in ("codes", "matrix", "gradient", "normal", "right", "room")),
+    ]
+
+
 def takes_group(columns: int, num_bits: int, like: Tensor) -> bool:
     """Return whether `group_natively` can do a group of so many columns and planes."""
     fits = 0 < columns <= MOST_COLUMNS and num_bits <= MOST_PLANES
@@ -74,3 +83,42 @@ def group_natively(
     )
     library.calls.qt_group_solve(ctypes.byref(text), threads)
     return codes, parameters, errors
+
+
+def equations_natively(
+    codes: Tensor, matrix: Tensor, gradient: Tensor, num_bits: int, *, offset: bool
+) -> tuple[Tensor, Tensor]:
+    """Return what the planes of a group's codes, and ones for the offset, are in normal equations.
+
+    Args:
+        codes: (columns, rows) uint8.
+        matrix: (columns, columns) float32, symmetric: the group's part of the Hessian.
+        gradient: (columns, rows) float32.
+        num_bits: How many planes there are; `takes_group` says yes.
+        offset: Whether there is one.
+
+    Returns:
+        Their products under the matrix (rows, unknowns, unknowns), and with the gradient
+        (rows, unknowns): float64, of sums in float32.
+    """
+    library, threads = found_library(), library_threads()
+    assert isinstance(library, Library)
+    (columns, rows), unknowns = codes.shape, num_bits + int(offset)
+    kept = codes.contiguous(), matrix.contiguous(), gradient.contiguous()
+    normal = torch.empty(rows, unknowns, unknowns, dtype=torch.float64)
+    right = torch.empty(rows, unknowns, dtype=torch.float64)
+    room = torch.empty(threads, library.calls.qt_group_room(columns, num_bits))
+    text = EquationsText(
+        columns=columns,
+        rows=rows,
+        bits=num_bits,
+        offset=int(offset),
+        codes=kept[0].data_ptr(),
+        matrix=kept[1].data_ptr(),
+        gradient=kept[2].data_ptr(),
+        normal=normal.data_ptr(),
+        right=right.data_ptr(),
+        room=room.data_ptr(),
+    )
+    library.calls.qt_group_equations(ctypes.byref(text), threads)
+    return normal, right

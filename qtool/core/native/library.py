@@ -33,6 +33,7 @@ SIGNATURES = {
     "qt_columns_walk": (None, (POINTER, INTEGER)),
     "qt_group_room": (INTEGER, (INTEGER, INTEGER)),
     "qt_group_solve": (None, (POINTER, INTEGER)),
+    "qt_group_equations": (None, (POINTER, INTEGER)),
     "qt_decode_room": (INTEGER, (POINTER, INTEGER, INTEGER)),
     "qt_decode_step": (None, (POINTER, POINTER, INTEGER)),
 }
