@@ -22,6 +22,7 @@ from qtool.recipe.calibration import CalibrationSection
 from qtool.scheme import ActivationScheme, Shape2D
 from qtool.walk.blocks import BlockModel
 from qtool.walk.filled_block import Block
+from qtool.walk.remembered import RememberingBlock, can_remember
 from qtool.walk.routed import ExpertStatistics, RoutedTokens, route
 from qtool.walk.solved import NO_RULES, InputRules, SolvedLinear
 from qtool.walk.statistics import (
@@ -235,7 +236,7 @@ class Walk:
         while self._blocks is None or self._index < index:
             if self._blocks is None:
                 original = model.load(self._index)
-                self._blocks = original, original.copy()
+                self._blocks = self._remembering(original, streams), original.copy()
                 if self._section.prefix == "linears":
                     self._set_all()
             if self._index < index:
@@ -245,6 +246,18 @@ class Walk:
                 streams.advance(*self._blocks)
                 self._solved.pop(self._index, None)
                 self._blocks, self._index = None, self._index + 1
+
+    def _remembering(self, original: Block, streams: Streams) -> Block:
+        """Return a block that runs once per batch, where that is little memory."""
+        widths = {
+            inner: self._shapes[f"{self._source.adapter.blocks}.{index}.{inner}"].in_features
+            for index, inner in set(self._groups.values())
+            if index == self._index and expert_name(inner) is None
+        }
+        if not can_remember(streams.original, widths.values()):
+            return original
+        residual = self._source.residual if self._section.residual_error else None
+        return RememberingBlock(original, tuple(widths), residual and residual[1])
 
     def _set_all(self) -> None:
         for layer in self._solved[self._index]:
