@@ -4,7 +4,7 @@ Statistics ask for it group by group, and the next block for its output: five ru
 is kept where that is little memory; the larger the model, the more of its time passes elsewhere.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,13 +30,18 @@ class Remembered:
     """Of the block, (samples, length, width)."""
 
 
-def can_remember(hidden: Sequence[Tensor], widths: Iterable[int]) -> bool:
-    """Return whether inputs so wide are little memory for batches, each (samples, length, width)."""
-    if not hidden:
+def can_remember(hidden: Sequence[Tensor], widths: Collection[int]) -> bool:
+    """Return whether a block's walk leaves little memory behind, its quantized copy's too.
+
+    Args:
+        hidden: Its batches, each (samples, length, width).
+        widths: In_features of the linears whose inputs are asked for.
+    """
+    if not hidden or not widths:
         return False
     tokens, width = sum(batch[..., 0].numel() for batch in hidden), hidden[0].shape[-1]
-    kept = (sum(widths) + width) * hidden[0].element_size() + width * torch.float32.itemsize
-    return tokens * kept <= MOST_REMEMBERED
+    kept = sum(widths) + max(widths) + 3 * width  # outputs, residual stream, attention
+    return tokens * kept * torch.float32.itemsize <= MOST_REMEMBERED
 
 
 class RememberingBlock(Block):

@@ -23,6 +23,7 @@ from qtool.scheme import ActivationScheme, Shape2D
 from qtool.walk.blocks import BlockModel
 from qtool.walk.filled_block import Block
 from qtool.walk.remembered import RememberingBlock, can_remember
+from qtool.walk.replayed import ReplayingBlock
 from qtool.walk.routed import ExpertStatistics, RoutedTokens, route
 from qtool.walk.solved import NO_RULES, InputRules, SolvedLinear
 from qtool.walk.statistics import (
@@ -236,7 +237,7 @@ class Walk:
         while self._blocks is None or self._index < index:
             if self._blocks is None:
                 original = model.load(self._index)
-                self._blocks = self._remembering(original, streams), original.copy()
+                self._blocks = self._saving_runs(original, original.copy(), streams)
                 if self._section.prefix == "linears":
                     self._set_all()
             if self._index < index:
@@ -247,17 +248,20 @@ class Walk:
                 self._solved.pop(self._index, None)
                 self._blocks, self._index = None, self._index + 1
 
-    def _remembering(self, original: Block, streams: Streams) -> Block:
-        """Return a block that runs once per batch, where that is little memory."""
-        widths = {
-            inner: self._shapes[f"{self._source.adapter.blocks}.{index}.{inner}"].in_features
-            for index, inner in set(self._groups.values())
-            if index == self._index and expert_name(inner) is None
-        }
-        if not can_remember(streams.original, widths.values()):
-            return original
-        residual = self._source.residual if self._section.residual_error else None
-        return RememberingBlock(original, tuple(widths), residual and residual[1])
+    def _saving_runs(self, block: Block, copy: Block, streams: Streams) -> tuple[Block, Block]:
+        """Return the original and the other such that nothing runs twice, if that is possible."""
+        source, section = self._source, self._section
+        prefix = f"{source.adapter.blocks}.{self._index}"
+        inner = {one for index, one in self._groups.values() if index == self._index}
+        names = [name for name in sorted(inner) if expert_name(name) is None]
+        widths = [self._shapes[f"{prefix}.{name}"].in_features for name in names]
+        if not can_remember(streams.original, widths):
+            return block, copy
+        residual = source.residual if section.residual_error else None
+        if residual is None:
+            return RememberingBlock(block, names, None), copy
+        every = [name for group in source.adapter.linears for name in group]
+        return RememberingBlock(block, names, residual[1]), ReplayingBlock(copy, every, residual)
 
     def _set_all(self) -> None:
         for layer in self._solved[self._index]:
