@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "team.h"
+#include "vectors.h"
 
 #define PLACES (1 << QT_FIT_PLANES)
 #define UNKNOWNS (QT_FIT_PLANES + 1)
@@ -16,19 +17,25 @@
 /* A group at unit range, sorted; what begins with a zero has one more. */
 typedef struct {
     double *mass, *moment;               /* sums of importance, and of importance * value */
-    float *values, *importance, *sorted; /* as they come, as they come, ascending */
+    float *values, *importance, *sorted; /* as they come, padded by nothing, twice; ascending */
+    float *rest;                         /* what planes leave */
     double power;                        /* of importance * value^2 */
 } group;
 
-int64_t qt_fit_room(int64_t size) { return 2 * (size + 1) + 3 * (size + 1) / 2 + 2; }
+static int64_t padded(int64_t size) { return (size + QT_LANES - 1) / QT_LANES * QT_LANES; }
+
+int64_t qt_fit_room(int64_t size) { return 2 * (size + 1) + 4 * padded(size) / 2; }
 
 static group divided(double *room, int64_t size) {
+    const int64_t wide = padded(size);
     float *after = (float *)(room + 2 * (size + 1));
+    memset(after, 0, (size_t)(4 * wide) * sizeof *after);
     return (group){.mass = room,
                    .moment = room + size + 1,
                    .values = after,
-                   .importance = after + size,
-                   .sorted = after + 2 * size};
+                   .importance = after + wide,
+                   .sorted = after + 2 * wide,
+                   .rest = after + 3 * wide};
 }
 
 /* How many weights come before one; equal ones keep their order. */
@@ -151,20 +158,26 @@ static void alternate(const qt_fit *f, const group *g, const double *start, doub
     memcpy(best, kept, bytes);
 }
 
+/* Sums of importance, and of importance times a number or how large it is. */
+static double weighted(const float *importance, const float *numbers, int64_t wide, const int32_t kept_bits) {
+    qt_floats sum = {0};
+    for (int64_t i = 0; i < wide; i += QT_LANES)
+        sum += qt_load(importance + i) * (qt_floats)((qt_ints)qt_load(numbers + i) & kept_bits);
+    return (double)qt_sum(sum);
+}
+
 /* Each plane takes the mean of what those before it have left. */
 static void start_greedily(const qt_fit *f, const group *g, double *theta) {
-    double total = 1e-30, mean = 0.0;
-    for (int64_t i = 0; i < f->size; i++) total += (double)g->importance[i], mean += (double)(g->importance[i] * g->values[i]);
-    mean = f->offset ? mean / total : 0.0;
-    theta[f->bits] = mean;
+    const int64_t wide = padded(f->size);
+    qt_floats total = {0};
+    for (int64_t i = 0; i < wide; i += QT_LANES) total += qt_load(g->importance + i);
+    const double mass = (double)qt_sum(total) + 1e-30;
+    theta[f->bits] = f->offset ? weighted(g->importance, g->values, wide, -1) / mass : 0.0;
+    for (int64_t i = 0; i < wide; i++) g->rest[i] = g->values[i] - (float)theta[f->bits];
     for (int64_t u = 0; u < f->bits; u++) {
-        double sum = 0.0;
-        for (int64_t i = 0; i < f->size; i++) {
-            double rest = (double)g->values[i] - mean;
-            for (int64_t before = 0; before < u; before++) rest -= rest >= 0 ? theta[before] : -theta[before];
-            sum += (double)g->importance[i] * fabs(rest);
-        }
-        theta[u] = sum / total;
+        theta[u] = weighted(g->importance, g->rest, wide, 0x7fffffff) / mass;
+        const float scale = (float)theta[u];
+        for (int64_t i = 0; i < wide; i++) g->rest[i] -= g->rest[i] >= 0 ? scale : -scale;
     }
 }
 
