@@ -78,7 +78,9 @@ static int64_t first_from(const float *sorted, int64_t size, float value) {
 }
 
 /* 1 or -1: a plane's sign in a code. */
-static double sign_of(int64_t code, int64_t bits, int64_t plane) { return (double)(2 * ((code >> (bits - 1 - plane)) & 1) - 1); }
+static double sign_of(int64_t code, int64_t bits, int64_t plane) {
+    return (double)(2 * ((code >> (bits - 1 - plane)) & 1) - 1);
+}
 
 /* Levels ascending, with their codes. */
 static void sort_levels(const double *theta, int64_t bits, double *levels, int *codes) {

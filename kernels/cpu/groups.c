@@ -24,7 +24,9 @@ typedef struct {
     uint8_t *codes, *best;
 } qt_tile;
 
-int64_t qt_group_room(int64_t columns, int64_t bits) { return columns * QT_TILE * (6 + bits + 1) + columns * QT_TILE / 2; }
+int64_t qt_group_room(int64_t columns, int64_t bits) {
+    return columns * QT_TILE * (6 + bits + 1) + columns * QT_TILE / 2;
+}
 
 static qt_tile divided(float *room, int64_t columns, int64_t bits) {
     int64_t part = columns * QT_TILE;
@@ -114,7 +116,10 @@ static void sort_levels(const float *theta, int64_t bits, float *levels, float *
     for (int64_t p = 0; p < places; p++)
         for (int i = 0; i < QT_TILE; i++) {
             float level = theta[bits * QT_TILE + i];
-            for (int64_t u = 0; u < bits; u++) level += (p >> (bits - 1 - u)) & 1 ? theta[u * QT_TILE + i] : -theta[u * QT_TILE + i];
+            for (int64_t u = 0; u < bits; u++) {
+                float scale = theta[u * QT_TILE + i];
+                level += (p >> (bits - 1 - u)) & 1 ? scale : -scale;
+            }
             levels[p * QT_TILE + i] = level;
             numbers[p * QT_TILE + i] = (float)p;
         }
@@ -163,8 +168,9 @@ static void fit(const qt_group *g, const qt_tile *t, float *theta) {
         for (int i = 0; i < QT_TILE; i++) theta[u * QT_TILE + i] = (float)a[u][0][i];
 }
 
-/* Whitened errors of the codes at hand: with `into` they are put where `mask` says so, else their squares are summed. */
-static void errors_of(const qt_group *g, const qt_tile *t, const float *theta, const qt_ints *mask, float *into, qt_floats *loss) {
+/* Sums of squares of whitened errors of the codes at hand; with `into`, errors go there where `mask` says so. */
+static void errors_of(const qt_group *g, const qt_tile *t, const float *theta, const qt_ints *mask, float *into,
+                      qt_floats *loss) {
     const int64_t part = g->columns * QT_TILE;
     for (int v = 0; v < QT_VECTORS; v++) loss[v] = (qt_floats){0};
     for (int64_t c = 0; c < part; c += QT_TILE)
@@ -253,7 +259,8 @@ static void equate(const qt_equations *e, const qt_tile *t, int64_t row, int64_t
     double sums[QT_TILE];
     fetch(e->gradient, e->columns, e->rows, row, count, t->weight);
     memset(t->codes, 0, (size_t)part);
-    for (int64_t c = 0; c < e->columns; c++) memcpy(t->codes + c * QT_TILE, e->codes + c * e->rows + row, (size_t)count);
+    for (int64_t c = 0; c < e->columns; c++)
+        memcpy(t->codes + c * QT_TILE, e->codes + c * e->rows + row, (size_t)count);
     for (int64_t u = 0; u < unknowns; u++) {
         if (u < e->bits) {
             signs_of(t->codes, e->columns, e->bits - 1 - u, t->signs);

@@ -6,7 +6,7 @@ linear of the MLP in the last two. All else runs, on the very same numbers: so t
 of whole runs, to the bit.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qtool.scheme import ActivationScheme
 from qtool.walk.calls import Call
 from qtool.walk.filled_block import Block
+from qtool.walk.remembered import RememberingBlock, can_remember
 
 
 class ReplayingBlock(Block):
@@ -143,10 +144,36 @@ class ReplayingBlock(Block):
             yield
 
 
+def saving_runs(
+    block: Block,
+    hidden: Sequence[Tensor],
+    measured: Mapping[str, int],
+    groups: Sequence[Sequence[str]],
+    residual: tuple[str, str] | None,
+) -> tuple[Block, Block]:
+    """Return a block as it was and a copy to quantize, which run nothing twice where they can.
+
+    Args:
+        block: As it was loaded.
+        hidden: Its batches, each (samples, length, width).
+        measured: Linears whose inputs are asked for, with their in_features.
+        groups: All that may be quantized, by groups that share an input.
+        residual: As `ReplayingBlock` takes it; None: no residual stream is looked at.
+    """
+    copy = block.copy()
+    if not can_remember(hidden, measured.values()):
+        return block, copy
+    if residual is None:
+        return RememberingBlock(block, tuple(measured), None), copy
+    original = RememberingBlock(block, tuple(measured), residual[1])
+    linears = [name for group in groups for name in group]
+    return original, ReplayingBlock(copy, linears, residual)
+
+
 @contextmanager
 def _forward(module: nn.Module, replacement: Callable[..., Any]) -> Iterator[None]:
     """Let a module return something without doing anything."""
-    module.forward = replacement  # type: ignore[method-assign]
+    module.forward = replacement
     try:
         yield
     finally:

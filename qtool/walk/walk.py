@@ -22,8 +22,7 @@ from qtool.recipe.calibration import CalibrationSection
 from qtool.scheme import ActivationScheme, Shape2D
 from qtool.walk.blocks import BlockModel
 from qtool.walk.filled_block import Block
-from qtool.walk.remembered import RememberingBlock, can_remember
-from qtool.walk.replayed import ReplayingBlock
+from qtool.walk.replayed import saving_runs
 from qtool.walk.routed import ExpertStatistics, RoutedTokens, route
 from qtool.walk.solved import NO_RULES, InputRules, SolvedLinear
 from qtool.walk.statistics import (
@@ -62,6 +61,7 @@ class Walk:
         """
         self._source, self._samples = source, samples
         self._section, self._env, self._share = section, env, rules.share
+        self._residual = source.residual if section.residual_error else None
         self._groups = dict(_groups(source, layers, apart=rules.weigh is not None))
         self._sharing = Counter(self._groups.values())
         self._rules, self._weighed = rules, dict[str, RowGroups]()
@@ -159,7 +159,7 @@ class Walk:
         statistics = measure_inputs(
             linear,
             visit,
-            residual=source.residual if section.residual_error else None,
+            residual=self._residual,
             token_cap=section.token_cap,
             groups=self._weighed.get(name),
             activation=self._rules.scheme(name, self._inputs(name, linear, visit)),
@@ -186,7 +186,7 @@ class Walk:
         sums = sum_inputs(
             linear,
             visit,
-            residual=self._source.residual if section.residual_error else None,
+            residual=self._residual,
             token_cap=section.token_cap,
             activation=scheme,
         )
@@ -236,8 +236,11 @@ class Walk:
             self._env.emit(Progress("passing the blocks that are finished"))
         while self._blocks is None or self._index < index:
             if self._blocks is None:
-                original = model.load(self._index)
-                self._blocks = self._saving_runs(original, original.copy(), streams)
+                block, measured = model.load(self._index), self._measured_of(self._index)
+                linears = self._source.adapter.linears
+                self._blocks = saving_runs(
+                    block, streams.original, measured, linears, self._residual
+                )
                 if self._section.prefix == "linears":
                     self._set_all()
             if self._index < index:
@@ -248,20 +251,12 @@ class Walk:
                 self._solved.pop(self._index, None)
                 self._blocks, self._index = None, self._index + 1
 
-    def _saving_runs(self, block: Block, copy: Block, streams: Streams) -> tuple[Block, Block]:
-        """Return the original and the other such that nothing runs twice, if that is possible."""
-        source, section = self._source, self._section
-        prefix = f"{source.adapter.blocks}.{self._index}"
-        inner = {one for index, one in self._groups.values() if index == self._index}
-        names = [name for name in sorted(inner) if expert_name(name) is None]
-        widths = [self._shapes[f"{prefix}.{name}"].in_features for name in names]
-        if not can_remember(streams.original, widths):
-            return block, copy
-        residual = source.residual if section.residual_error else None
-        if residual is None:
-            return RememberingBlock(block, names, None), copy
-        every = [name for group in source.adapter.linears for name in group]
-        return RememberingBlock(block, names, residual[1]), ReplayingBlock(copy, every, residual)
+    def _measured_of(self, index: int) -> dict[str, int]:
+        """Return the linears of a block whose inputs are asked for, with their in_features."""
+        inner = {name for at, name in self._groups.values() if at == index}
+        prefix = f"{self._source.adapter.blocks}.{index}"
+        shapes = {name: self._shapes[f"{prefix}.{name}"] for name in sorted(inner)}
+        return {name: s.in_features for name, s in shapes.items() if expert_name(name) is None}
 
     def _set_all(self) -> None:
         for layer in self._solved[self._index]:

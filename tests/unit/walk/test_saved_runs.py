@@ -20,11 +20,15 @@ def opened(tiny, family):
 
 def shaken(source, name):
     weight = source.read_weight(f"{source.adapter.blocks}.0.{name}")
-    return weight * (1 + 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
+    return weight * (
+        1 + 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    )
 
 
-def counted(module, runs):
+def counted(module) -> list[int]:
+    runs: list[int] = []
     module.register_forward_pre_hook(lambda *_: runs.append(1))
+    return runs
 
 
 @pytest.mark.parametrize("family", families())
@@ -32,8 +36,8 @@ def test_original_says_the_same_by_one_run(tiny, family):
     source, model, hidden = opened(tiny, family)
     plain, firsts = model.load(0), [group[0] for group in source.adapter.linears]
     last = source.residual and source.residual[1]
-    kept, runs = RememberingBlock(model.load(0), firsts, last), []
-    counted(kept.module, runs)
+    kept = RememberingBlock(model.load(0), firsts, last)
+    runs = counted(kept.module)
     for batch, x in enumerate(hidden):
         for name in firsts:
             assert torch.equal(kept.inputs_of(name, x, batch), plain.inputs_of(name, x, batch))
@@ -52,12 +56,13 @@ def test_block_that_is_quantized_linear_by_linear_says_the_same(tiny, family):
     every = [name for group in source.adapter.linears for name in group]
     plain, saving = model.load(0), ReplayingBlock(model.load(0), every, source.residual)
     of_attention, last = source.residual
-    runs = []
-    counted(saving._module.get_submodule(of_attention), runs)
+    runs = counted(saving._module.get_submodule(of_attention))
     for group in source.adapter.linears:
         for batch, x in enumerate(hidden):
             if group[0] == last:
-                pairs = zip(saving.around(last, x, batch), plain.around(last, x, batch), strict=True)
+                pairs = zip(
+                    saving.around(last, x, batch), plain.around(last, x, batch), strict=True
+                )
                 assert all(torch.equal(*pair) for pair in pairs)
             else:
                 found = saving.inputs_of(group[0], x, batch)
@@ -83,7 +88,7 @@ def test_who_takes_the_block_itself_may_change_it(tiny):
     saving = ReplayingBlock(model.load(0), every, source.residual)
     saving.around("mlp.down_proj", hidden[0], 0)
     with torch.no_grad():
-        saving.module.get_submodule("self_attn.v_proj").weight.zero_()
+        saving.module.get_submodule("self_attn.v_proj").get_parameter("weight").zero_()
     expected = saving.copy().run(hidden[0], 0)
     assert torch.equal(saving.run(hidden[0], 0), expected)
 
