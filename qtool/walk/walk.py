@@ -153,14 +153,13 @@ class Walk:
         model, streams = self._route = self._route or self._begin()
         self._go_to(index, model, streams)
         assert self._blocks is not None
-        source, section = self._source, self._section
-        name = f"{source.adapter.blocks}.{index}.{linear}"
+        name = f"{self._source.adapter.blocks}.{index}.{linear}"
         visit = Visit(*self._blocks, streams)
         statistics = measure_inputs(
             linear,
             visit,
             residual=self._residual,
-            token_cap=section.token_cap,
+            token_cap=self._section.token_cap,
             groups=self._weighed.get(name),
             activation=self._rules.scheme(name, self._inputs(name, linear, visit)),
         )
@@ -237,10 +236,8 @@ class Walk:
         while self._blocks is None or self._index < index:
             if self._blocks is None:
                 block, measured = model.load(self._index), self._measured_of(self._index)
-                linears = self._source.adapter.linears
-                self._blocks = saving_runs(
-                    block, streams.original, measured, linears, self._residual
-                )
+                linears, hidden = self._source.adapter.linears, streams.original
+                self._blocks = saving_runs(block, hidden, measured, linears, self._residual)
                 if self._section.prefix == "linears":
                     self._set_all()
             if self._index < index:
