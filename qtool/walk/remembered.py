@@ -19,7 +19,7 @@ MOST_REMEMBERED = 2**28
 
 
 @dataclass(frozen=True, slots=True)
-class Remembered:
+class BlockRun:
     """What one batch has left in a block."""
 
     inputs: dict[str, Tensor]
@@ -57,7 +57,7 @@ class RememberingBlock(Block):
         """
         super().__init__(block.module, *block.how_it_runs())
         self._linears, self._last = tuple(linears), last if last in linears else None
-        self._batches: dict[int, Remembered] = {}
+        self._batches: dict[int, BlockRun] = {}
 
     def run(self, hidden: Tensor, batch: int) -> Tensor:
         """Return the block's output, as `Block.run`."""
@@ -78,12 +78,12 @@ class RememberingBlock(Block):
         return found.inputs[linear], found.residual
 
     @torch.no_grad()
-    def _of(self, hidden: Tensor, batch: int) -> Remembered:
+    def _of(self, hidden: Tensor, batch: int) -> BlockRun:
         if batch not in self._batches:
             *inputs, residual, output = self.in_parts(self._seen, hidden, batch)
             by_name = dict(zip(self._linears, inputs, strict=True))
             kept = residual if self._last is not None else None
-            self._batches[batch] = Remembered(by_name, kept, output)
+            self._batches[batch] = BlockRun(by_name, kept, output)
         return self._batches[batch]
 
     def _seen(self, hidden: Tensor, call: Call) -> list[Tensor]:

@@ -16,7 +16,7 @@ from qtool.core.native.columns import has_native_loop
 from qtool.core.native.library import Library, found_library
 from qtool.core.native.threads import library_threads
 
-MOST_PLANES = 6
+MOST_SOLVED_PLANES = 6
 MOST_COLUMNS = 1024
 """Of a group: a thread's room is about a kilobyte per column and plane."""
 
@@ -44,7 +44,7 @@ class EquationsText(Structure):
 
 def takes_group(columns: int, num_bits: int, like: Tensor) -> bool:
     """Return whether `group_natively` can do a group of so many columns and planes."""
-    fits = 0 < columns <= MOST_COLUMNS and num_bits <= MOST_PLANES
+    fits = 0 < columns <= MOST_COLUMNS and num_bits <= MOST_SOLVED_PLANES
     on_processor = like.device.type == "cpu" and like.dtype == torch.float32
     return fits and on_processor and like.numel() > 0 and has_native_loop()
 

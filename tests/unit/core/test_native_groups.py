@@ -96,7 +96,7 @@ def test_threads_do_not_change_a_group():
 def test_what_is_too_large_is_for_torch():
     like = torch.zeros(1, 5)
     assert not native.takes_group(native.MOST_COLUMNS + 1, 3, like)
-    assert not native.takes_group(128, native.MOST_PLANES + 1, like)
+    assert not native.takes_group(128, native.MOST_SOLVED_PLANES + 1, like)
     assert not native.takes_group(128, 3, like.double())
     assert not fits_natively(torch.zeros(4, 5000), 3)
     assert not fits_natively(torch.zeros(4, 128), 7)
