@@ -17,8 +17,8 @@
 /* A group at unit range, sorted; what begins with a zero has one more. */
 typedef struct {
     double *mass, *moment;               /* sums of importance, and of importance * value */
-    float *values, *importance, *sorted; /* as they come, padded by nothing, twice; ascending */
-    float *rest;                         /* what planes leave */
+    float *values, *importance, *sorted; /* as they come, with zeros to whole vectors; ascending */
+    float *rest;                         /* what planes leave of the values */
     double power;                        /* of importance * value^2 */
 } group;
 
