@@ -34,7 +34,7 @@ def errors_in_float64(weight, upper, codes, parameters):
 
 
 @needs_compiler
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     columns=st.integers(1, 40), rows=st.integers(1, 150), bits=bits_of_codes, offset=st.booleans()
 )
@@ -65,7 +65,7 @@ def test_rows_of_a_usual_group_are_those_of_torch(offset):
 
 
 @needs_compiler
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     columns=st.integers(1, 40), rows=st.integers(1, 150), bits=bits_of_codes, offset=st.booleans()
 )
@@ -103,7 +103,7 @@ def test_what_is_too_large_is_for_torch():
 
 
 @needs_compiler
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(size=st.integers(1, 150), bits=bits_of_codes, offset=st.booleans(), greedy=st.booleans())
 def test_groups_are_fitted_as_by_torch(size, bits, offset, greedy):
     groups, importance = normal(60, size, seed=5), normal(60, size, seed=6).abs() + 0.01
