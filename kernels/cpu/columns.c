@@ -29,10 +29,6 @@ QT_INLINE void store_some(float *p, qt_floats v, int64_t there) {
         memcpy(p, &v, (size_t)there * sizeof *p);
 }
 
-QT_INLINE qt_floats chosen(qt_ints mask, qt_floats yes, qt_floats no) {
-    return (qt_floats)(((qt_ints)yes & mask) | ((qt_ints)no & ~mask));
-}
-
 /* The codes of a tile's levels as numbers, (places, QT_TILE). */
 static void widen_codes(const qt_columns *w, int64_t row, int64_t count, float *wide) {
     for (int64_t p = 0; p < w->places; p++)
@@ -47,8 +43,8 @@ QT_INLINE qt_floats nearest(const qt_columns *w, qt_floats value, int64_t row, i
     *code = qt_load(wide);
     for (int64_t p = 1; p < w->places; p++) {
         qt_ints above = value >= load_some(w->second + (p - 1) * w->rows + row, there);
-        level = chosen(above, load_some(w->first + p * w->rows + row, there), level);
-        *code = chosen(above, qt_load(wide + p * QT_TILE), *code);
+        level = qt_chosen(above, load_some(w->first + p * w->rows + row, there), level);
+        *code = qt_chosen(above, qt_load(wide + p * QT_TILE), *code);
     }
     return level;
 }
@@ -58,8 +54,8 @@ QT_INLINE qt_floats rounded(const qt_columns *w, qt_floats value, int64_t at, in
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
     qt_floats scale = load_some(w->first + at, there), zero = load_some(w->second + at, there);
     qt_floats none = {0}, top = qt_all((float)w->top), found = value / scale + zero;
-    found = chosen(found > none, found, none); /* what is no number is 0 */
-    found = chosen(found < top, found, top);
+    found = qt_chosen(found > none, found, none); /* what is no number is 0 */
+    found = qt_chosen(found < top, found, top);
     found = (found + shift) - shift;
     *code = found;
     return (found - zero) * scale;
@@ -75,7 +71,7 @@ QT_INLINE void moved(const qt_columns *w, int64_t column, int64_t row, int64_t c
             values[v] += shares[before] * qt_load(steps + before * QT_TILE + v * QT_LANES);
 }
 
-static void walk_tile(const qt_columns *w, int64_t row, int64_t count, float *steps) {
+void qt_columns_tile(const qt_columns *w, int64_t row, int64_t count, float *steps) {
     float wide[QT_MOST_PLACES * QT_TILE];
     widen_codes(w, row, count, wide);
     for (int64_t column = 0; column < w->columns; column++) {
@@ -105,7 +101,7 @@ static void walk(void *argument, qt_team *team, int64_t thread, int64_t threads)
     int64_t tiles = (w->rows + QT_TILE - 1) / QT_TILE;
     for (int64_t tile = tiles * thread / threads; tile < tiles * (thread + 1) / threads; tile++) {
         int64_t left = w->rows - tile * QT_TILE;
-        walk_tile(w, tile * QT_TILE, left < QT_TILE ? left : QT_TILE, steps);
+        qt_columns_tile(w, tile * QT_TILE, left < QT_TILE ? left : QT_TILE, steps);
     }
 }
 

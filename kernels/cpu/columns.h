@@ -18,4 +18,6 @@ typedef struct {
     float *room;                   /* (threads, columns, QT_TILE) */
 } qt_columns;
 void qt_columns_walk(const qt_columns *w, int64_t threads);
+/* Some rows of it, as many as a tile has or fewer; steps: (columns, QT_TILE). */
+void qt_columns_tile(const qt_columns *w, int64_t row, int64_t count, float *steps);
 #endif

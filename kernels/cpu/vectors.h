@@ -24,6 +24,10 @@ QT_INLINE void qt_store(float *p, qt_floats v) { memcpy(p, &v, sizeof v); }
 
 QT_INLINE qt_floats qt_all(float value) { return value - (qt_floats){0}; }
 
+QT_INLINE qt_floats qt_chosen(qt_ints mask, qt_floats yes, qt_floats no) {
+    return (qt_floats)(((qt_ints)yes & mask) | ((qt_ints)no & ~mask));
+}
+
 /* Lanes by their numbers. */
 #if defined(__clang__)
 #define qt_shuffled(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qtool.core.binary_coding import design
 from qtool.core.linalg import solve_spd
+from qtool.core.native.fits import fit_groups, fits_natively
 
 CHUNK_ELEMENTS = 2**21
 """Groups are solved in chunks of about this many weights or levels: bounded memory."""
@@ -87,6 +88,10 @@ def fit(groups: Tensor, importance: Tensor, options: FitOptions) -> tuple[Tensor
         Scales (groups, num_bits) of any sign and order, offsets (groups,) and weighted squared
         errors (groups,), all float64.
     """
+    if fits_natively(groups, options.num_bits):
+        everywhere = importance.expand_as(groups)
+        theta, error = fit_groups(groups, everywhere, options, FIT_RIDGE, PROGRESS)
+        return theta[:, :-1], theta[:, -1], error
     limit = CUDA_CHUNK_ELEMENTS if groups.is_cuda else CHUNK_ELEMENTS
     step = max(1, limit // max(groups.shape[-1], 2**options.num_bits))
     importance = importance.expand_as(groups)

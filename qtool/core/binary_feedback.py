@@ -13,6 +13,7 @@ from qtool.core.column_grids import ColumnGrid
 from qtool.core.error_feedback import encode_columns, feed_forward, scaled_errors
 from qtool.core.grids import BinaryGrid
 from qtool.core.linalg import RIDGE, products_of_rows, solve_spd, sums_of_rows
+from qtool.core.native.groups import group_natively, takes_group
 
 
 def solve_groups(
@@ -43,12 +44,9 @@ def solve_groups(
 
     def solve(start: int, stop: int, block: Tensor, factor: Tensor) -> Tensor:
         group = numbers[start]
-        first = torch.cat([parts[group] for parts in starts], dim=1)  # (unknowns, starts * rows)
-        found = _solve_group(
-            block.repeat(1, len(starts)), factor, first, offset=offset, iterations=iterations
-        )
-        best, errors = _best_start(found, len(starts))
-        codes[start:stop], parameters[group] = best
+        first = torch.stack([parts[group] for parts in starts])
+        found = solve_group(block, factor, first, offset=offset, iterations=iterations)
+        codes[start:stop], parameters[group], errors = found
         return errors
 
     feed_forward(weight, upper, edges, solve)
@@ -116,7 +114,40 @@ def _solve_block(
     return best_codes, best_errors
 
 
-def _solve_group(
+def solve_group(
+    weight: Tensor, upper: Tensor, starts: Tensor, *, offset: bool, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the codes and levels of one group of columns, the fastest way that the device has.
+
+    Args:
+        weight: (columns, rows) float32.
+        upper: (columns, columns), the group's part of the factor.
+        starts: Parameters to start from, (starts, num_bits + 1, rows) float32.
+        offset: False: the offset stays zero.
+        iterations: How often codes and levels alternate.
+
+    Returns:
+        Of the best that each row has met: codes (columns, rows) uint8, parameters
+        (num_bits + 1, rows) float32 and scaled errors (columns, rows).
+    """
+    if takes_group(len(weight), starts.shape[1] - 1, weight):
+        return group_natively(weight, upper, starts, offset=offset, iterations=iterations)
+    return group_by_torch(weight, upper, starts, offset=offset, iterations=iterations)
+
+
+def group_by_torch(
+    weight: Tensor, upper: Tensor, starts: Tensor, *, offset: bool, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `solve_group` does in plain torch, all starts side by side."""
+    first = starts.transpose(0, 1).flatten(1)  # (unknowns, starts * rows)
+    found = _solve_starts(
+        weight.repeat(1, len(starts)), upper, first, offset=offset, iterations=iterations
+    )
+    best, errors = _best_start(found, len(starts))
+    return *best, errors
+
+
+def _solve_starts(
     weight: Tensor, upper: Tensor, parameters: Tensor, *, offset: bool, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Alternate codes and whitened least squares; return the best of both, and scaled errors."""

@@ -12,6 +12,9 @@ FLOAT64_LIMIT = 8192
 """Up to this width the factorization runs in float64, which is affordable; above, in float32."""
 LOOKED_AT = 4096
 """Rows of a matrix that are looked at together."""
+SQUARE_STRIP = 384
+"""Columns of a square sum that are multiplied together on a processor: the fewer, the less of it
+is computed twice, and the slower is a product."""
 MIN_DAMPING, MAX_DAMPING = 1e-8, 1.0
 """Less is lost in rounding; more says that nothing is known of the inputs."""
 
@@ -26,8 +29,18 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     """
     if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
         total += torch.mm(left.T, right, out_dtype=torch.float32)
+    elif left is right and not left.is_cuda:
+        _accumulate_square(total, left.float())
     else:
         total.addmm_(left.T.float(), right.float())
+
+
+def _accumulate_square(total: Tensor, x: Tensor) -> None:
+    """Add x^T x, by strips up to the diagonal; what is beyond it is their mirror image."""
+    for start in range(0, len(total), SQUARE_STRIP):
+        strip = slice(start, start + SQUARE_STRIP)
+        total[strip, : strip.stop].addmm_(x[:, strip].T, x[:, : strip.stop])
+        total[:start, strip] = total[strip, :start].T
 
 
 def token_weights(x: Tensor, ratio: float) -> Tensor:

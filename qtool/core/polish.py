@@ -15,8 +15,9 @@ from torch import Tensor
 from qtool.core import grouping
 from qtool.core.column_grids import ColumnGrid
 from qtool.core.column_loop import walk_columns
-from qtool.core.grids import AffineGrid, Grid, within_factor_two
+from qtool.core.grids import AffineGrid, BinaryGrid, Grid, within_factor_two
 from qtool.core.linalg import RIDGE, TINY, products_of_rows, sums_of_rows
+from qtool.core.native.groups import equations_natively, takes_group
 
 CYCLES, SWEEPS = 2, 2
 """Coordinate descents, and refits, per round."""
@@ -66,12 +67,8 @@ class Descent:
                 self._move(here, self._refitted(grid, here))
             return
         for group, here in enumerate(itertools.starmap(slice, itertools.pairwise(self.edges))):
-            basis = grid.basis(group, self.codes[here])  # (unknowns, columns, rows)
-            weighted = torch.einsum("cd,udr->ucr", self.hessian[here, here], basis)
-            basis, weighted = basis.transpose(0, 1), weighted.transpose(0, 1)
-            normal = grid.span.pool(products_of_rows(basis, weighted).double())
-            right = sums_of_rows(basis, self.gradient[here])
-            grid.set(group, grid.moved(group, normal, grid.span.pool(-right.double())))
+            normal, right = self._equations(group, here)
+            grid.set(group, grid.moved(group, grid.span.pool(normal), grid.span.pool(-right)))
             self._move(here, grid.values(group, self.codes[here]))
 
     def _blocks(self) -> Iterator[tuple[slice, list[int]]]:
@@ -90,6 +87,20 @@ class Descent:
         for start in range(0, len(spans), count):
             stop = min(start + count, len(spans))
             yield slice(start, stop), list(range(start, stop))
+
+    def _equations(self, group: int, here: slice) -> tuple[Tensor, Tensor]:
+        """Return the normal equations of a group for each row, and the gradient's part: float64."""
+        grid, codes, matrix = self.grid, self.codes[here], self.hessian[here, here]
+        gradient = self.gradient[here]
+        if isinstance(grid, BinaryGrid):
+            num_bits = grid.parameters.shape[1] - 1
+            if takes_group(len(codes), num_bits, gradient):
+                return equations_natively(codes, matrix, gradient, num_bits, offset=grid.offset)
+        basis = grid.basis(group, codes)  # (unknowns, columns, rows)
+        weighted = torch.einsum("cd,udr->ucr", matrix, basis)
+        basis, weighted = basis.transpose(0, 1), weighted.transpose(0, 1)
+        products = products_of_rows(basis, weighted)
+        return products.double(), sums_of_rows(basis, gradient).double()
 
     def _move(self, here: slice, values: Tensor) -> None:
         """Replace the levels of some columns, whose codes stay."""

@@ -52,6 +52,10 @@ class Block:
         """Return a block with weights of its own."""
         return Block(deepcopy(self._module), self._name, self._calls, self._parts)
 
+    def how_it_runs(self) -> tuple[str, tuple[Call, ...], Parts | None]:
+        """Return all else that a block like this one is made of: name, calls, parts of batches."""
+        return self._name, self._calls, self._parts
+
     @property
     def module(self) -> nn.Module:
         """The block as transformers has it, to be changed by who owns it."""

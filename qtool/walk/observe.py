@@ -30,7 +30,7 @@ def observe(
     Raises:
         ModelError: a linear was never called, or the block can't run by itself.
     """
-    return _observe(block, linears, hidden, batch, lambda inputs, _output: inputs)
+    return _observe(block, linears, hidden, batch, 0)
 
 
 @torch.no_grad()
@@ -38,36 +38,44 @@ def observe_outputs(
     block: Block, linears: Sequence[str], hidden: Tensor, batch: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Do the same, but return what comes out of the linears: (tokens, out_features)."""
-    return _observe(block, linears, hidden, batch, lambda _inputs, output: output)
+    return _observe(block, linears, hidden, batch, 1)
 
 
 def _observe(
-    block: Block,
-    linears: Sequence[str],
-    hidden: Tensor,
-    batch: int,
-    choose: Callable[[Tensor, Tensor], Tensor],
+    block: Block, linears: Sequence[str], hidden: Tensor, batch: int, side: int
 ) -> tuple[dict[str, Tensor], Tensor]:
+    """Return of each linear what is on one side of it: 0 what goes in, 1 what comes out."""
+
     def run(part: Tensor, call: Call) -> list[Tensor]:
-        seen, output = _seen(block, linears, part, call, choose)
-        return [*(seen[linear] for linear in linears), output]
+        seen, output = seen_by(block, linears, part, call)
+        return [*(seen[linear][side] for linear in linears), output]
 
     *found, output = block.in_parts(run, hidden, batch)
     return dict(zip(linears, found, strict=True)), output
 
 
-def _seen(
-    block: Block,
-    linears: Sequence[str],
-    hidden: Tensor,
-    call: Call,
-    choose: Callable[[Tensor, Tensor], Tensor],
-) -> tuple[dict[str, Tensor], Tensor]:
-    seen: dict[str, Tensor] = {}
+def seen_by(
+    block: Block, linears: Sequence[str], hidden: Tensor, call: Call
+) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    """Run a whole block on samples; return what goes into some of its linears and out of them.
+
+    Args:
+        block: The block.
+        linears: Their names in it.
+        hidden: Its input, (samples, length, width).
+        call: What it is called with for these samples.
+
+    Returns:
+        By linear (tokens, in_features) and (tokens, out_features), and the block's output.
+
+    Raises:
+        ModelError: a linear was never called, or the block can't run by itself.
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def noting(linear: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         return lambda _, arguments, output: seen.update(
-            {linear: choose(arguments[0], output).flatten(0, -2)}
+            {linear: (arguments[0].flatten(0, -2), output.flatten(0, -2))}
         )
 
     with ExitStack() as hooks:

@@ -22,6 +22,7 @@ from qtool.recipe.calibration import CalibrationSection
 from qtool.scheme import ActivationScheme, Shape2D
 from qtool.walk.blocks import BlockModel
 from qtool.walk.filled_block import Block
+from qtool.walk.replayed import saving_runs
 from qtool.walk.routed import ExpertStatistics, RoutedTokens, route
 from qtool.walk.solved import NO_RULES, InputRules, SolvedLinear
 from qtool.walk.statistics import (
@@ -60,6 +61,7 @@ class Walk:
         """
         self._source, self._samples = source, samples
         self._section, self._env, self._share = section, env, rules.share
+        self._residual = source.residual if section.residual_error else None
         self._groups = dict(_groups(source, layers, apart=rules.weigh is not None))
         self._sharing = Counter(self._groups.values())
         self._rules, self._weighed = rules, dict[str, RowGroups]()
@@ -151,14 +153,13 @@ class Walk:
         model, streams = self._route = self._route or self._begin()
         self._go_to(index, model, streams)
         assert self._blocks is not None
-        source, section = self._source, self._section
-        name = f"{source.adapter.blocks}.{index}.{linear}"
+        name = f"{self._source.adapter.blocks}.{index}.{linear}"
         visit = Visit(*self._blocks, streams)
         statistics = measure_inputs(
             linear,
             visit,
-            residual=source.residual if section.residual_error else None,
-            token_cap=section.token_cap,
+            residual=self._residual,
+            token_cap=self._section.token_cap,
             groups=self._weighed.get(name),
             activation=self._rules.scheme(name, self._inputs(name, linear, visit)),
         )
@@ -184,7 +185,7 @@ class Walk:
         sums = sum_inputs(
             linear,
             visit,
-            residual=self._source.residual if section.residual_error else None,
+            residual=self._residual,
             token_cap=section.token_cap,
             activation=scheme,
         )
@@ -234,8 +235,9 @@ class Walk:
             self._env.emit(Progress("passing the blocks that are finished"))
         while self._blocks is None or self._index < index:
             if self._blocks is None:
-                original = model.load(self._index)
-                self._blocks = original, original.copy()
+                block, measured = model.load(self._index), self._measured_of(self._index)
+                linears, hidden = self._source.adapter.linears, streams.original
+                self._blocks = saving_runs(block, hidden, measured, linears, self._residual)
                 if self._section.prefix == "linears":
                     self._set_all()
             if self._index < index:
@@ -245,6 +247,13 @@ class Walk:
                 streams.advance(*self._blocks)
                 self._solved.pop(self._index, None)
                 self._blocks, self._index = None, self._index + 1
+
+    def _measured_of(self, index: int) -> dict[str, int]:
+        """Return the linears of a block whose inputs are asked for, with their in_features."""
+        inner = {name for at, name in self._groups.values() if at == index}
+        prefix = f"{self._source.adapter.blocks}.{index}"
+        shapes = {name: self._shapes[f"{prefix}.{name}"] for name in sorted(inner)}
+        return {name: s.in_features for name, s in shapes.items() if expert_name(name) is None}
 
     def _set_all(self) -> None:
         for layer in self._solved[self._index]:

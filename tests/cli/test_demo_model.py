@@ -14,9 +14,10 @@ from tests.helpers import recipe
 
 pytestmark = pytest.mark.slow
 DEMO = "demo:smollm2"
-# First 4 windows of 1024 tokens of wikitext2-test, float32 on a CPU.
+# First 4 windows of 1024 tokens of wikitext2-test, float32 on a CPU. Solvers that round otherwise
+# find other codes: of calibrated 3 bits 31.6, 32.1 and 32.3 were seen (docs/log.md).
 OPTIONS = pipeline.EvalOptions(context_length=1024, max_windows=4)
-PERPLEXITY = {"original": 23.239, "rtn-w4g64": 31.337, "bcq-w3g128-demo": 31.605}
+PERPLEXITY = {"original": 23.239, "rtn-w4g64": 31.337, "bcq-w3g128-demo": 32.310}
 BCQ_SECONDS = 180
 
 

@@ -99,14 +99,14 @@ def test_a_stream_has_every_unit_once_and_fits(row_tiles, units, batch, layout):
 @pytest.mark.parametrize(
     ("planes_", "shape", "tokens", "kernel", "first"),
     [
-        (3, (28672, 4096), 24, "planes", streamed.NAME),
+        (3, (28672, 4096), 16, "planes", streamed.NAME),
         (2, (57344, 8192), 16, "planes", "bit_plane_lookup_mma"),
-        (3, (28672, 4096), 25, "wide", None),
-        (3, (4096, 4096), 24, "planes", "bit_plane_lookup_mma"),  # in pairs
-        (4, (8192, 28672), 24, "wide", None),  # too little room for twelve warps
+        (3, (28672, 4096), 17, "wide", None),
+        (3, (4096, 4096), 16, "planes", "bit_plane_lookup_mma"),
+        (4, (8192, 28672), 17, "wide", None),
     ],
 )
-def test_up_to_24_tokens_are_the_planes_where_there_is_room(planes_, shape, tokens, kernel, first):
+def test_up_to_16_tokens_are_the_planes_where_warpgroups_multiply_more(planes_, shape, tokens, kernel, first):
     card = Card(132, 227 * 1024, "NVIDIA H200", warpgroups=True)
     layout, (rows, inputs) = planes.Layout(planes_, 128, 1), shape
     tiles = Tiles(

@@ -90,9 +90,10 @@ static int run_rows(int64_t rows, int64_t inputs, int64_t dtype, int64_t threads
 
 int decode_steps(void); /* decode_driver.c */
 int column_loops(void); /* columns_driver.c */
+int group_solvers(void); /* groups_driver.c */
 
 int main(void) {
-    int wrong = decode_steps() + column_loops();
+    int wrong = decode_steps() + column_loops() + group_solvers();
     for (int64_t tables = QT_INT16_TABLES; tables <= QT_FLOAT32_TABLES; tables++) {
         wrong += run(1, 1, 1, 1, 1, 1, tables, 0);
         wrong += run(31, 31, 31, 8, 2, 2, tables, 0);

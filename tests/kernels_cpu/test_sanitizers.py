@@ -9,7 +9,7 @@ from qtool import resources
 from qtool.core.native import building
 from qtool.core.native.library import best_level
 
-NAMES = ("driver.c", "decode_driver.c", "columns_driver.c")
+NAMES = ("driver.c", "decode_driver.c", "columns_driver.c", "groups_driver.c")
 DRIVERS = [str(Path(__file__).parent / name) for name in NAMES]
 LEVELS = list(building.instruction_levels())
 CHECKS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0", "-g", "-Wall")

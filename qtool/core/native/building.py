@@ -36,7 +36,10 @@ NEEDED = {
 }
 """What Linux must list of a processor."""
 MACHINES = {"x86_64": X86, "AMD64": X86}
-SOURCES = ("team.c", "panels.c", "linear.c", "decode.c", "prompt.c", "columns.c")
+SOURCES = (
+    *("team.c", "panels.c", "linear.c", "decode.c", "prompt.c"),
+    *("columns.c", "groups.c", "fits.c"),
+)
 TIMEOUT_S = 300
 LONGEST_COMPLAINT = 300
 

@@ -31,6 +31,11 @@ SIGNATURES = {
     ),
     "qt_gate_rows": (None, (POINTER, POINTER, INTEGER, INTEGER, INTEGER, POINTER, INTEGER)),
     "qt_columns_walk": (None, (POINTER, INTEGER)),
+    "qt_group_room": (INTEGER, (INTEGER, INTEGER)),
+    "qt_group_solve": (None, (POINTER, INTEGER)),
+    "qt_group_equations": (None, (POINTER, INTEGER)),
+    "qt_fit_room": (INTEGER, (INTEGER,)),
+    "qt_fit_groups": (None, (POINTER, INTEGER)),
     "qt_decode_room": (INTEGER, (POINTER, INTEGER, INTEGER)),
     "qt_decode_step": (None, (POINTER, POINTER, INTEGER)),
 }

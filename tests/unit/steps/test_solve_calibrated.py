@@ -259,6 +259,7 @@ def test_inputs_that_are_not_finite_end_the_run_with_the_layer_and_a_way_out(
     def overflow(*_):
         return torch.full((64, 64), torch.inf)
 
+    monkeypatch.setattr("qtool.walk.remembered.MOST_REMEMBERED", 0)
     monkeypatch.setattr("qtool.walk.blocks.Block.inputs_of", overflow)
     with pytest.raises(QtoolError, match=r"q_proj hold NaN or infinity.*float32 is the widest"):
         pipeline.quantize(Location(llama), tmp_path / "out", recipe("gptq", text_file))

@@ -138,7 +138,7 @@ class Selection:
             columns,
             groups,
             x_blocks=2 if roomy else 1,
-            w_units=2 if planes <= (4 if many else 3 if few else 0) else 1,
+            w_units=2 if planes <= (4 if many or (few and equal_steps) else 3 if few else 0) else 1,
             fine=groups == 4 and planes > 4,  # noqa: PLR2004
             # with more tokens, products take longer
             mirrored=few and planes == 4 and not equal_steps,  # noqa: PLR2004
