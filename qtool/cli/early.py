@@ -33,7 +33,7 @@ TASK_DATASET = re.compile(
 def opened(
     models: Sequence[str | None], device: str | None, emit: Emit, adapter: Path | None = None
 ) -> Iterator[list[Any]]:
-    """Say what is opened, look at each config.json, fetch the demo model, choose the device.
+    """Say what is looked up, look at each config.json, fetch the demo model, choose the device.
 
     Gives a `Location` for each name, None for None: the only place where a string means a model.
     An adapter goes on the first.
@@ -51,11 +51,11 @@ def opened(
     from qtool.modeling.locate import locate
 
     named = [model for model in models if model]
-    emit(Progress(f"opening {' and '.join(named)}" if named else "loading torch"))
+    emit(Progress(f"looking up {' and '.join(named)}" if named else "loading torch"))
     for model in named:
         if model.startswith("demo:"):
             demo_file(model, emit)
-    found = [locate(model) if model else None for model in models]
+    found = [replace(locate(model), emit=emit) if model else None for model in models]
     if adapter is not None and found[0] is not None:
         found[0] = replace(found[0], adapter=adapter)
     for location in filter(None, found):

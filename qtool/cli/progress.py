@@ -38,6 +38,8 @@ class Step:
         spent = f"{clock(now - self.begun)} so far"
         if not self.total:
             return f"{self.done}, {spent}" if self.done else f"{spent}, {self.guess(now)}"
+        if self.done >= self.total:  # what comes next says so itself
+            return f"{self.done} of {self.total}, {spent}"
         left = self.guess(now)
         if self.done:
             seconds = (now - self.begun) / self.done * (self.total - self.done)
@@ -122,7 +124,7 @@ class Told:
         now = time.monotonic()
         if event.total is None:
             self._step = Step(event.what, now, ends=self._step.ends)
-        elif event.what != self._step.label:  # no guess is needed
+        elif event.what != self._step.label or event.done < self._step.done:  # no guess is needed
             begun = self._last if event.done else now  # what is done was done since the last event
             self._step = Step(event.what, begun, total=event.total)
         self._last = now

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from qtool.base import Emit, Progress, ignore_events
 from qtool.errors import MissingExtraError, ModelError
 from qtool.settings import cache_dir
 from qtool.storage.digests import files_digest
@@ -28,10 +29,10 @@ WHOLE_NAME = "WHOLE"
 _LOG = logging.getLogger(__name__)
 
 
-def convert_gguf(path: Path) -> Path:
+def convert_gguf(path: Path, emit: Emit = ignore_events) -> Path:
     """Dequantize a GGUF file to a float16 directory in the cache, unless it is there already.
 
-    Of several processes one converts and the others wait.
+    Of several processes one converts and the others wait. `emit` is told of each tensor.
 
     Raises:
         ModelError: the file can't be read, or the directory can't be written.
@@ -45,12 +46,14 @@ def convert_gguf(path: Path) -> Path:
         return target
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(f"Reading {path.name}", "demo")
+    emit(Progress(f"converting {path.name} to float16, once"))
     partial = target.with_name(f"{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target.with_name(f"{target.name}.lock")):
             if not _is_whole(target):  # else another process was faster
-                _convert(path, partial, target)
+                _convert(path, partial, target, emit)
+                emit(Progress(f"opening {path.name}"))
     except OSError as error:
         raise ModelError(
             f"{path} can't be kept dequantized in {target.parent}: {reason(error)}. Set "
@@ -59,7 +62,7 @@ def convert_gguf(path: Path) -> Path:
     return target
 
 
-def _convert(path: Path, partial: Path, target: Path) -> None:
+def _convert(path: Path, partial: Path, target: Path, emit: Emit) -> None:
     """Make `target` anew, by way of `partial`; nobody else does at the same time."""
     if target.exists():
         _LOG.warning(
@@ -68,7 +71,7 @@ def _convert(path: Path, partial: Path, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         partial.mkdir()
-        _save_dequantized(path, partial)
+        _save_dequantized(path, partial, emit)
         files = sorted(file for file in partial.rglob("*") if file.is_file())
         for file in files:
             sync(file)
@@ -108,10 +111,10 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def _save_dequantized(path: Path, target: Path) -> None:
+def _save_dequantized(path: Path, target: Path, emit: Emit) -> None:
     from qtool.modeling.gguf_streamed import save_streamed  # slow import
 
-    if not save_streamed(path, target):
+    if not save_streamed(path, target, emit):
         _save_whole(path, target)
 
 
