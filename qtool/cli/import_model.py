@@ -8,6 +8,7 @@ import typer
 from qtool.cli import console, early
 from qtool.cli.options import KEPT, JsonOption, check_targets
 from qtool.cli.progress import progress
+from qtool.cli.tables.next_steps import print_next_of_checkpoint
 from qtool.wording import gigabytes
 
 
@@ -50,3 +51,4 @@ def import_model(
             markup=False,
             soft_wrap=True,
         )
+        print_next_of_checkpoint(result.out_dir, None)

@@ -59,9 +59,9 @@ def inspect(
         reader = CheckpointReader(out_dir)
         sizes, memory = sizes_of(reader), memory_of(reader)
         check = read_report(out_dir).get("check")
+        verified = reader.verify(emit) if verify else None
+        _draw(out_dir, plot, plot_search)
     manifest = reader.manifest
-    verified = reader.verify() if verify else None
-    _draw(out_dir, plot, plot_search)
     figures = {
         "average_bits": manifest.average_bits(),
         "strict_bits": sizes.strict_bits,
@@ -226,10 +226,16 @@ def _described(method: Method) -> dict[str, Any]:
 def recipes(json_file: JsonOption = None) -> None:
     """List the built-in recipes."""
     from qtool.recipe.load import load_recipe
-    from qtool.recipe.names import built_in
+    from qtool.recipe.names import built_in, in_folders
 
-    loaded = {name: load_recipe(name) for name in built_in()}
+    names = (*built_in(), *in_folders())
+    loaded = {name: load_recipe(name) for name in names}
     dumped = {name: recipe.model_dump(mode="json") for name, recipe in loaded.items()}
-    if console.write_json(dumped, json_file):
-        rows = [(name, recipe.description) for name, recipe in loaded.items()]
-        console.print_table("Built-in recipes", ("recipe", "what it does"), rows)
+    if not console.write_json(dumped, json_file):
+        return
+    for title, known in (
+        ("Built-in recipes, for `qtool quantize --recipe`", built_in()),
+        ("Whole runs with gates, for `qtool run`", in_folders()),
+    ):
+        rows = [(name, loaded[name].description) for name in known]
+        console.print_table(title, ("recipe", "what it does"), rows)

@@ -174,7 +174,7 @@ def quantize(
             result = pipeline.quantize(
                 where, out_dir, chosen, check=not no_check, target=target, emit=emit, **places
             )
-            show = partial(print_quantized, result)
+            show = partial(print_quantized, result, model)
             passed = all(line.passed for line in result.budgets)
     show(json_file)
     if not passed:
