@@ -55,7 +55,10 @@ def inspect(
         from qtool.checkpoint.reader import CheckpointReader  # torch: slow
         from qtool.checkpoint.sizes import sizes_of
         from qtool.pipeline.inspect import memory_of
+        from qtool.report.roofline import check_plot
 
+        for file in filter(None, (plot, plot_search)):
+            check_plot(file)
         reader = CheckpointReader(out_dir)
         sizes, memory = sizes_of(reader), memory_of(reader)
         check = read_report(out_dir).get("check")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qtool.checkpoint.place import find_place
 from qtool.cli import early
 from qtool.cli.engine_options import (
     AddressOption,
@@ -136,8 +137,13 @@ def quantize(
         chosen = chosen.model_copy(update={"tuning": chosen.tuning.only(tune.value)})
     check_targets([json_file])
     early.check_places(calibration, target, alone=not sweep and dry_run is not DryRun.MEASURE)
+    shared = engine_options(engine, workers, threads, address)
+    place = find_place(out_dir, overwrite=overwrite, resume=resume)
     kept, passed = "Nothing was written." if dry_run else KEPT, True
-    with progress(kept) as emit, early.opened([model], device, emit) as (where,):
+    with (
+        progress(kept) as emit,
+        early.opened([model], device, emit, result=None if dry_run or sweep else place) as (where,),
+    ):
         from qtool.steps.request import with_samples
 
         if recipe is None and not any(text.startswith("calibration=") for text in overrides):
@@ -156,7 +162,7 @@ def quantize(
             "calib_dir": calibration,
             "overwrite": overwrite,
             "resume": resume,
-            "engine": engine_options(engine, workers, threads, address),
+            "engine": shared,
         }
         if dry_run is DryRun.MEASURE:
             predicted = pipeline.preflight(

@@ -6,7 +6,6 @@ then. Whoever finds it compares the digest, which `storage.digests` remembers.
 """
 
 import contextlib
-import importlib.util
 import json
 import logging
 import shutil
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qtool.base import Emit, Progress, ignore_events
-from qtool.errors import MissingExtraError, ModelError
+from qtool.errors import ModelError, require
 from qtool.settings import cache_dir
 from qtool.storage.digests import files_digest
 from qtool.storage.plain_json import write_json_file
@@ -44,8 +43,7 @@ def convert_gguf(path: Path, emit: Emit = ignore_events) -> Path:
         raise ModelError(f"{path} can't be read: {reason(error)}.") from error
     if _is_whole(target):
         return target
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError(f"Reading {path.name}", "demo")
+    require(f"Reading {path.name}", "demo", "gguf")
     emit(Progress(f"converting {path.name} to float16, once"))
     partial = target.with_name(f"{target.name}.partial")
     try:

@@ -10,7 +10,7 @@ from qtool.data.corpora import load_corpus
 from qtool.modeling.device import free_memory
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location, locate
-from qtool.pipeline.cpu_sweep import open_sweep
+from qtool.pipeline.cpu_sweep import check_sweep, open_sweep
 from qtool.pipeline.evaluate import Comparison, EvalOptions
 from qtool.pipeline.imported import as_ours
 from qtool.pipeline.model_figures import figures_of, versions
@@ -89,15 +89,16 @@ def bench(
     if options.gpu is not None:
         return Comparison((), kernels=_kernels(model, options.gpu, baseline, emit))
     assert model is not None
+    quality, beside = options.quality, options.cpu or CpuOptions()
+    python = check_sweep(beside.gguf_files, beside.llama_python)
+    corpus = load_corpus(quality.dataset) if quality is not None else None
     model = as_ours(model, emit)
     baseline = as_ours(baseline, emit) if baseline is not None else _original(model)
-    quality = options.quality
-    corpus = load_corpus(quality.dataset) if quality is not None else None
     models = [one for one in (baseline, model) if one is not None]
     subjects = [figures_of(one) for one in models]
     sweep = None
     if options.cpu is not None:
-        sweep = open_sweep(model, options.cpu.gguf_files, options.cpu.llama_python)
+        sweep = open_sweep(model, beside.gguf_files, python)
     figures = []
     with use_backend(options.backend):
         for one, subject in zip(models, subjects, strict=True):
