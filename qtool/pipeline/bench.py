@@ -11,9 +11,9 @@ from qtool.modeling.device import free_memory
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location, locate
 from qtool.pipeline.cpu_sweep import check_sweep, open_sweep
-from qtool.pipeline.evaluate import Comparison, EvalOptions
+from qtool.pipeline.evaluate import EvalOptions
 from qtool.pipeline.imported import as_ours
-from qtool.pipeline.model_figures import figures_of, versions
+from qtool.pipeline.model_figures import ModelFigures, figures_of, versions
 from qtool.plugins import check_name
 from qtool.runtime.backends._choose import use_backend
 from qtool.runtime.decode.cache import use_kv_cache
@@ -22,6 +22,7 @@ from qtool.settings import KvCache
 from qtool.timing.model import time_model
 
 if TYPE_CHECKING:
+    from qtool.timing.cpu import CpuResult
     from qtool.timing.gpu import GpuResult
 
 
@@ -71,13 +72,24 @@ class BenchOptions:
     """Where models run on the CPU: by threads, as a share of the read bandwidth, beside others."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchResult:
+    """The speed of models, the original first; or of kernels, in place of that."""
+
+    figures: tuple[ModelFigures, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    cpu: "CpuResult | None" = None
+    """By threads and beside others, if models ran on the CPU."""
+    kernels: "GpuResult | None" = None
+
+
 def bench(
     model: Location | None,
     options: BenchOptions = BenchOptions(),
     *,
     baseline: Location | None = None,
     emit: Emit = ignore_events,
-) -> Comparison:
+) -> BenchResult:
     """Time a checkpoint, or shapes, and in the same run its original.
 
     Without a `baseline` that is what the checkpoint names as its source, if anything.
@@ -87,7 +99,7 @@ def bench(
         MissingExtraError: CuPy or, for a plot, matplotlib isn't installed.
     """
     if options.gpu is not None:
-        return Comparison((), kernels=_kernels(model, options.gpu, baseline, emit))
+        return BenchResult(kernels=_kernels(model, options.gpu, baseline, emit))
     assert model is not None
     quality, beside = options.quality, options.cpu or CpuOptions()
     python = check_sweep(beside.gguf_files, beside.llama_python)
@@ -114,7 +126,7 @@ def bench(
             if sweep is not None and one is baseline:
                 sweep.add_rounded(one, emit)
     swept = sweep.result(emit) if sweep is not None else None
-    return Comparison(tuple(figures), versions=versions(), cpu=swept)
+    return BenchResult(figures=tuple(figures), versions=versions(), cpu=swept)
 
 
 def _kernels(

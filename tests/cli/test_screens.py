@@ -3,6 +3,7 @@
 import json
 import shlex
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -62,7 +63,9 @@ def test_what_to_do_next_can_be_pasted(cli: Cli, llama, tmp_path):
     program, command, *rest = shlex.split(lines[0])
     assert (program, command, rest) == ("qtool", "eval", [str(out_dir), "--baseline", str(llama)])
     assert cli("inspect", out_dir).code == 0
-    assert "Next" not in cli("quantize", "--method", "rtn", llama, tmp_path / "b", "--json", "-").out
+    assert (
+        "Next" not in cli("quantize", "--method", "rtn", llama, tmp_path / "b", "--json", "-").out
+    )
 
 
 def test_all_recipes_are_listed(cli: Cli):
@@ -72,6 +75,6 @@ def test_all_recipes_are_listed(cli: Cli):
 
 
 def test_reading_all_tensors_tells_how_far_it_is(checkpoint):
-    told = []
+    told: list[Any] = []
     count = CheckpointReader(checkpoint).verify(told.append)
     assert [(event.done, event.total) for event in told] == [(n, count) for n in range(count)]

@@ -96,7 +96,9 @@ def test_a_name_of_another_kind_is_said_to_be_that(package, monkeypatch):
 
 
 def test_a_fold_in_the_place_of_a_method_says_how_it_is_given():
-    with pytest.raises(UnknownNameError, match=r"awq is a fold, .*--method rtn --set fold.name=awq"):
+    with pytest.raises(
+        UnknownNameError, match=r"awq is a fold, .*--method rtn --set fold.name=awq"
+    ):
         load_method("awq")
     with pytest.raises(RecipeError, match=r"rtn is a method: --method rtn\."):
         find_recipe("rtn")

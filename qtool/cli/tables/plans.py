@@ -73,7 +73,16 @@ def _cells(layer: "LayerPlan") -> tuple[str, ...]:
 def _print_reasons(allocation: "Allocation") -> None:
     """Print what each choice costs, and what one more or one less would be worth."""
     kinds = alike(allocation.layers, attrgetter("name"), _choice)
-    columns = ("layer", ">count", ">bits", ">group", ">bytes", ">KL", ">gain per MiB", ">loss per MiB")
+    columns = (
+        "layer",
+        ">count",
+        ">bits",
+        ">group",
+        ">bytes",
+        ">KL",
+        ">gain per MiB",
+        ">loss per MiB",
+    )
     console.print_table("Chosen", columns, (_chosen(*each) for each in kinds))
     console.print_lines(
         [
