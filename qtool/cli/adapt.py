@@ -15,8 +15,8 @@ from qtool.cli.options import (
     wrong_plot_name,
 )
 from qtool.cli.progress import progress
-from qtool.cli.tables.next_steps import print_next
 from qtool.cli.settings_of import parsed_settings
+from qtool.cli.tables.next_steps import print_next
 from qtool.cli.training_options import (
     BatchOption,
     EpochsOption,

@@ -18,10 +18,11 @@ from qtool.cli.tables.kept import print_kept
 from qtool.wording import gigabytes
 
 if TYPE_CHECKING:
-    from qtool.checkpoint.manifest import LayerEntry
+    from qtool.checkpoint.manifest import LayerEntry, Manifest
     from qtool.checkpoint.reader import CheckpointReader
     from qtool.checkpoint.sizes import DiskSizes
     from qtool.folds import Fold
+    from qtool.runtime.card_memory import CardMemory
 
 
 def inspect(
@@ -76,6 +77,25 @@ def inspect(
     }
     if not console.write_json({**manifest.to_config(), **figures}, json_file):
         return
+    rows: list[tuple[str, ...]] = _summary(manifest, sizes, memory)
+    if verified is not None:
+        rows.append(("verified", f"{verified} tensors are as they were written"))
+    if check:
+        rows.append(("check after writing", _verdict(check)))
+    console.print_table(str(out_dir), ("", "value"), rows)
+    _print_bytes(sizes)
+    _print_kept(reader)
+    _print_classes(manifest.layers)
+    if layers:
+        columns = ("layer", ">shape", "format", ">bits", ">size")
+        rows = [(name, *_cells(entry)) for name, entry in manifest.layers.items()]
+        console.print_table("Layers", columns, rows)
+
+
+def _summary(
+    manifest: "Manifest", sizes: "DiskSizes", memory: "CardMemory | None"
+) -> list[tuple[str, ...]]:
+    """Return the rows of the first table that each checkpoint has."""
     kinds = Counter(
         f"{e.format} {_bits(e)} bit, group {e.scheme.group_size or 'row'}"
         f" along {e.scheme.group_dim}, by {e.method}{_inputs(e)}"
@@ -95,18 +115,7 @@ def inspect(
         rows.append(("keys and values there, per 1,000 tokens", gigabytes(cache)))
     rows.append(("written by", f"qtool {manifest.tool_version}, format {manifest.format_version}"))
     rows.append(("source", manifest.source or "a local model"))
-    if verified is not None:
-        rows.append(("verified", f"{verified} tensors are as they were written"))
-    if check:
-        rows.append(("check after writing", _verdict(check)))
-    console.print_table(str(out_dir), ("", "value"), rows)
-    _print_bytes(sizes)
-    _print_kept(reader)
-    _print_classes(manifest.layers)
-    if layers:
-        columns = ("layer", ">shape", "format", ">bits", ">size")
-        rows = [(name, *_cells(entry)) for name, entry in manifest.layers.items()]
-        console.print_table("Layers", columns, rows)
+    return rows
 
 
 def _print_kept(reader: "CheckpointReader") -> None:

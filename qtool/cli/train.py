@@ -9,8 +9,8 @@ import typer
 from qtool.cli import console, early
 from qtool.cli.options import DeviceOption, JsonOption, check_targets
 from qtool.cli.progress import progress
-from qtool.cli.tables.next_steps import print_next_of_checkpoint
 from qtool.cli.settings_of import parsed_settings
+from qtool.cli.tables.next_steps import print_next_of_checkpoint
 from qtool.cli.training_options import (
     BatchOption,
     EpochsOption,

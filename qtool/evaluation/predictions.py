@@ -92,7 +92,8 @@ def log_probabilities(
 ) -> Iterator[Tensor]:
     """Yield log-probabilities at the positions in their order, (rows, vocabulary) float32.
 
-    `text` is what the windows are of. The model reads exactly `batch` windows at a time; the last batch is filled up with its first.
+    `text` is what the windows are of. The model reads exactly `batch` windows at a time; the last
+    batch is filled up with its first.
     """
     places = windows.shape[1] - 1
     used, counts = (positions // places).unique_consecutive(return_counts=True)

@@ -44,7 +44,7 @@ class Comparison:
 
     figures: tuple[ModelFigures, ...] = ()
     """The original first, if it was measured; none where tasks were asked for."""
-    closeness: Closeness = Closeness()
+    closeness: Closeness = field(default_factory=Closeness)
     """How closely the checkpoint follows its original, as far as that was measured."""
     versions: dict[str, str] = field(default_factory=dict)
     tasks: TaskComparison | None = None

@@ -45,6 +45,7 @@ def written_over(target: Path) -> Iterator[IO[bytes]]:
         OSError: it can't be written.
     """
     file = Path(os.path.realpath(target))
+    file.parent.stat()  # a result makes no folder: its name is more likely a slip
     stays = file.exists() and (
         not file.is_file() or os.path.ismount(file) or not os.access(file.parent, os.W_OK | os.X_OK)
     )

@@ -59,7 +59,7 @@ def test_an_earlier_result_stays_until_the_new_one_is_whole(tmp_path, monkeypatc
     target.write_text(before)
     seen = []
 
-    def full(self, other):
+    def full(self, _target):
         seen.append((target.read_text(), self.stat().st_size))
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -9,8 +9,8 @@ import pytest
 from qtool.base import ignore_events
 from qtool.errors import ModelError
 from qtool.modeling import locate as module
-from qtool.modeling.locate import Location, locate
 from qtool.modeling.load import load_model
+from qtool.modeling.locate import Location, locate
 from qtool.settings import cache_dir
 from tests.robustness.gguf_files import write_gguf
 
