@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from qtool.modeling import locate
+from qtool.pipeline import adapt as adapting
 from tests.cli.conftest import Cli
 from tests.robustness.gguf_files import write_gguf
 
@@ -24,6 +25,7 @@ NEVER = (
     "import {m} {there}",
     "run ci/smoke {m} {there}",
     "calibrate {m} {there}/x",
+    "calibrate {m} {there}/x/y",
     "eval {m} --tasks arc_easy",
     "eval {m} --pairs nothing.jsonl",
     "eval {m} --pairs {data}",
@@ -57,3 +59,14 @@ def test_a_model_is_not_touched_for_a_wrong_request(cli: Cli, tmp_path, monkeypa
     assert len(done.said) == 1
     assert "Internal" not in done.said[0]
     assert not places["out"].exists()
+
+
+def test_what_nobody_has_quantized_is_refused_before_it_is_loaded(
+    cli: Cli, llama, tmp_path, monkeypatch
+):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    monkeypatch.setattr(adapting, "load_model", lambda *_a, **_k: pytest.fail("loaded"))
+    done = cli("adapt", llama, data, tmp_path / "adapter")
+    assert done.code == 1
+    assert "isn't quantized" in done.said[-1]

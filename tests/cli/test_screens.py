@@ -68,6 +68,37 @@ def test_what_to_do_next_can_be_pasted(cli: Cli, llama, tmp_path):
     )
 
 
+def test_the_home_directory_is_found_at_the_end_too(cli: Cli, llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = cli("quantize", "--method", "rtn", llama, "~/out")
+    assert done.code == 0, done.err
+    assert "qtool bench '~/out'" in done.out
+
+
+def test_a_folder_that_takes_no_files_isn_t_said_to_be_missing(cli: Cli):
+    done = cli("doctor", "--json", "/proc/result.json")
+    assert "Can't write /proc/result.json: No such file" in done.said[-1]
+
+
+def test_sparse_planes_say_what_they_take(cli: Cli, llama, tmp_path):
+    done = cli("quantize", "--method", "sparse_bcq", "--bits", "2", llama, tmp_path / "out")
+    option = "--set weights.scheme.symmetric=true"
+    assert option in done.said[-1]
+    assert "WeightScheme(" not in done.said[-1]
+    again = cli(
+        "quantize",
+        "--method",
+        "sparse_bcq",
+        "--bits",
+        "2",
+        "--dry-run",
+        *option.split(),
+        llama,
+        "x",
+    )
+    assert again.code == 0, again.err
+
+
 def test_all_recipes_are_listed(cli: Cli):
     printed, dumped = cli("recipes").out, json.loads(cli("recipes", "--json", "-").out)
     assert set(dumped) == {*built_in(), *in_folders()}

@@ -15,11 +15,12 @@ def print_next(*commands: tuple[object, ...]) -> None:
 
 def print_next_of_checkpoint(out_dir: Path, original: str | None) -> None:
     """Print how a checkpoint is measured, timed and talked with; of encoders nothing."""
-    config = json.loads((out_dir / "config.json").read_text(encoding="utf-8"))
+    there = out_dir.expanduser()
+    config = json.loads((there / "config.json").read_text(encoding="utf-8"))
     if not any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ()):
         return
     beside = () if original is None else ("--baseline", original)
     found: list[tuple[object, ...]] = [("eval", out_dir, *beside), ("bench", out_dir, *beside)]
-    if (out_dir / "chat_template.jinja").exists():
+    if (there / "chat_template.jinja").exists():
         found.append(("chat", out_dir))
     print_next(*found)
