@@ -14,6 +14,7 @@ from rich.text import Text
 
 from qtool.base import Notice, Progress
 from qtool.cli.console import err
+from qtool.cli.interrupts import was_interrupted
 
 LOG_SECONDS = 30.0
 """Between two lines of progress in a log."""
@@ -152,6 +153,10 @@ def progress(kept: str = "") -> Iterator[Told]:
             yield Told(view)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(kept) from None
+        except Exception:
+            if was_interrupted():  # it is what a library made of that
+                raise KeyboardInterrupt(kept) from None
+            raise
 
 
 @contextmanager
