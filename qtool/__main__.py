@@ -3,15 +3,15 @@
 import sys
 
 
-def main() -> None:
+def start_program() -> None:
     """Run the command line."""
     try:
-        from qtool.cli.app import main as run_command
+        from qtool.cli.app import main
     except KeyboardInterrupt:
         sys.stderr.write("Error: Interrupted.\n")
         sys.exit(130)
-    run_command()
+    main()
 
 
 if __name__ == "__main__":
-    main()
+    start_program()

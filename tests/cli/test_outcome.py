@@ -226,8 +226,8 @@ def test_an_interrupt_while_the_program_starts_is_one_line():
         "    def find_spec(self, name, *_):\n"
         "        if name == 'typer': raise KeyboardInterrupt\n"
         "sys.meta_path.insert(0, Late())\n"
-        "from qtool.__main__ import main\n"
-        "main()\n"
+        "from qtool.__main__ import start_program\n"
+        "start_program()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "Error: Interrupted.\n")
