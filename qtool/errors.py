@@ -7,6 +7,7 @@ beside it, so that no program takes a message apart.
 
 import contextlib
 import errno
+import importlib.util
 import re
 from collections.abc import Iterator
 from os import PathLike
@@ -100,6 +101,16 @@ class MissingExtraError(QtoolError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs the '{extra}' extra. Run: {install_line(extra)}")
+
+
+def require(what: str, extra: str, *modules: str) -> None:
+    """Refuse what can't be done without modules; nothing is imported.
+
+    Raises:
+        MissingExtraError: one isn't installed; what the extra is for is said.
+    """
+    if not all(map(importlib.util.find_spec, modules)):
+        raise MissingExtraError(what, extra)
 
 
 def install_line(extra: str) -> str:

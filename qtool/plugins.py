@@ -7,6 +7,7 @@ A module whose name starts with an underscore is no plug-in.
 import ast
 import difflib
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import sys
@@ -15,10 +16,22 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
+from qtool import resources
 from qtool.errors import UnknownNameError
 
 Constant = TypeVar("Constant")
 PluginOptions = Any  # a frozen dataclass of the plug-in's own
+USES = {
+    "qtool.methods": "a method: --method {0}",
+    "qtool.folds": "a fold, which prepares weights for a method: --method rtn --set fold.name={0}",
+    "qtool.exchange": "a format of other programs, which `qtool import` reads or export writes",
+    "qtool.runtime.backends": "a backend, which runs what is quantized: --backend {0} of eval",
+    "qtool.engines": "an engine, which shares work: --engine {0}",
+    "qtool.formats": "a format, which methods write",
+    "qtool.training.adapters": "a kind of adapter: qtool adapt OUT_DIR DATA DIR --method {0}",
+    "qtool.training.recipes": "a way to train: qtool train OUT_DIR DATA DIR --recipe {0}",
+}
+"""Packages of plug-ins: what one of them is, and how a user gives it."""
 LONGEST_SHOWN = 100
 """Characters of an unknown name in a message."""
 
@@ -82,7 +95,20 @@ def describe_miss(name: str, known: Sequence[str], where: str) -> str:
     shown = " ".join(name.split())[:LONGEST_SHOWN]
     near = difflib.get_close_matches(shown, known, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    return f"No '{shown}' in {where}.{hint} Known: {', '.join(known)}."
+    return f"No '{shown}' in {where}.{hint}{_elsewhere(shown)} Known: {', '.join(known)}."
+
+
+def _elsewhere(name: str) -> str:
+    """Return what the name means elsewhere and how it is given there, as sentences."""
+    found = []
+    for package, use in USES.items():
+        spec = importlib.util.find_spec(package)
+        folders = (spec and spec.submodule_search_locations) or ()
+        if name.replace("-", "_") in {m.name for m in pkgutil.iter_modules(folders)}:
+            found.append(use)
+    if (resources.recipes_dir() / f"{name}.yaml").is_file():
+        found.append("a built-in recipe: --recipe {0}")
+    return f" {name} is {', and '.join(found).format(name)}." if found else ""
 
 
 def attribute_docstrings(owner: type) -> dict[str, str]:

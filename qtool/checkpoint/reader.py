@@ -20,7 +20,7 @@ from torch import Tensor
 
 import qtool.formats
 from qtool import plugins
-from qtool.base import PartSpec, QuantizedTensor
+from qtool.base import Emit, PartSpec, Progress, QuantizedTensor, ignore_events
 from qtool.checkpoint.manifest import LayerEntry, Manifest, codec, manifest_from_config
 from qtool.checkpoint.shards import Shards, TensorSpec, open_shards, read_json
 from qtool.core.packing import octets_of, planes_to_codes
@@ -93,8 +93,10 @@ class CheckpointReader:
             check_values(f"{owner}.{part}", spec, parts[part])
         return QuantizedTensor(entry.format, entry.scheme, entry.shape, parts)
 
-    def verify(self) -> int:
+    def verify(self, emit: Emit = ignore_events) -> int:
         """Read every tensor, compare its digest, and return how many there are.
+
+        `emit` is told of each.
 
         Raises:
             CheckpointError: no digests were noted, or tensors differ, are missing or too many.
@@ -106,11 +108,11 @@ class CheckpointReader:
                 "wrote it. Quantize the original again to have some."
             )
         damaged = sorted(digests.keys() ^ stored)
-        damaged += [
-            name
-            for name in sorted(digests.keys() & stored)
-            if tensor_digest(self._shards.read(name)) != digests[name]
-        ]
+        both = sorted(digests.keys() & stored)
+        for done, name in enumerate(both):
+            emit(Progress(f"reading {self.directory}", done, len(both), name))
+            if tensor_digest(self._shards.read(name)) != digests[name]:
+                damaged.append(name)
         if damaged:
             verb = "isn't" if len(damaged) == 1 else "aren't"
             raise CheckpointError(

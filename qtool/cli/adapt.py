@@ -16,6 +16,7 @@ from qtool.cli.options import (
 )
 from qtool.cli.progress import progress
 from qtool.cli.settings_of import parsed_settings
+from qtool.cli.tables.next_steps import print_next
 from qtool.cli.training_options import (
     BatchOption,
     EpochsOption,
@@ -158,6 +159,8 @@ def adapt(
                 draw_curves(plot, read_curves(adapter_dir / "curve.jsonl"))
     if console.write_json(values, json_file):
         console.out.print(line, markup=False, soft_wrap=True)
+        used = (adapter_dir,) if merge else (out_dir, "--adapter", adapter_dir)
+        print_next(("eval", *used), ("chat", *used))
 
 
 def _check_lines(data: Path, validation: Path | None) -> None:

@@ -19,7 +19,7 @@ from qtool.cli.options import (
 )
 from qtool.cli.progress import progress
 from qtool.cli.tables.kernels import gpu_report, print_gpu_result
-from qtool.cli.tables.models import comparison_report, print_comparison
+from qtool.cli.tables.models import print_models, speed_report
 from qtool.cli.tables.processors import print_cpu_result
 from qtool.scheme import ActivationScheme, WeightScheme
 
@@ -171,13 +171,13 @@ def bench(
             cpu=None if kernels or no_sweep else beside,
         )
         result = pipeline.bench(where, options, baseline=original, emit=emit)
-    report = gpu_report(result.kernels) if result.kernels else comparison_report(result)
+    report = gpu_report(result.kernels) if result.kernels else speed_report(result)
     if not console.write_json(report, json_file):
         return
     if result.kernels is not None:
         print_gpu_result(result.kernels)
         return
-    print_comparison(result)
+    print_models(result.figures)
     if result.cpu is not None:
         print_cpu_result(result.cpu)
     if len(result.figures) == 1:

@@ -11,6 +11,7 @@ import typer
 from qtool.cli import console, early
 from qtool.cli.options import DeviceOption, JsonOption, ModelArgument, check_targets
 from qtool.cli.progress import progress
+from qtool.cli.tables.next_steps import print_next
 from qtool.errors import MissingExtraError, RecipeError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def calibrate(
         )
     _plot(result)
     if console.write_json(asdict(result), json_file):
-        _print_result(result)
+        _print_result(result, model)
 
 
 def _plot(result: "CalibrateResult") -> None:
@@ -111,7 +112,7 @@ def _plot(result: "CalibrateResult") -> None:
         console.err.print(f"No plot: {error}", markup=False, soft_wrap=True)
 
 
-def _print_result(result: "CalibrateResult") -> None:
+def _print_result(result: "CalibrateResult", model: str) -> None:
     from qtool.data.lengths import bin_edges, histogram
     from qtool.report.lengths import describe_lengths
 
@@ -129,10 +130,13 @@ def _print_result(result: "CalibrateResult") -> None:
         console.out.print(f"Lengths requested: {describe_lengths(result.wanted_lengths)}.")
     tokens = ", ".join(f"{name} {count}" for name, count in result.special_tokens.items())
     console.out.print(f"Special tokens: {tokens or 'none'}.", markup=False)
-    console.out.print(
-        f"{result.samples} of {result.samples_wanted} samples, {result.tokens} tokens, digest "
-        f"{result.digest}. Use them with: qtool quantize --calibration {result.calib_dir} ..."
+    console.print_lines(
+        [
+            f"{result.samples} of {result.samples_wanted} samples, {result.tokens} tokens, digest "
+            f"{result.digest}."
+        ]
     )
+    print_next(("quantize", "--calibration", result.calib_dir, model, "OUT_DIR"))
 
 
 def _bar(share: float) -> str:

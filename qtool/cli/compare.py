@@ -103,10 +103,12 @@ def compare(
         raise typer.BadParameter("--samples takes the name of a file.")
     check_targets([json_file, markdown, samples])
     early.check_backend(backend)
-    batch = read_batch_size(batch_size)
+    batch, precision = read_batch_size(batch_size), torch_dtype(dtype)
     with progress("Nothing was kept." if tasks is None or no_cache else ANSWERS_KEPT) as emit:
         check_tasks(tasks, data_dir, emit)
         with early.opened(models, device, emit) as found:
+            if not no_texts:
+                early.check_text(dataset)
             from qtool import pipeline
 
             values = {
@@ -132,9 +134,7 @@ def compare(
                 texts=None if no_texts else texts,
                 tasks=asked_tasks(tasks, gen_kwargs, values, emit),
             )
-            result = pipeline.compare(
-                found, options, backend=backend, dtype=torch_dtype(dtype), emit=emit
-            )
+            result = pipeline.compare(found, options, backend=backend, dtype=precision, emit=emit)
     is_free = console.write_json(compared_report(result), json_file)
     if write_compared(result, markdown) and is_free:
         print_compared(result)

@@ -13,6 +13,7 @@ from rich.table import Table
 from qtool.checkpoint.marks import foreign_entries, is_checkpoint
 from qtool.errors import OutputError
 from qtool.storage.plain_json import json_text
+from qtool.storage.whole_files import written_over
 from qtool.wording import reason
 
 RESULTS = (b"{\n", b'{"', b"{}", b"|", b"- ", b"\x1f\x8b", b"\x89PNG", b"<?xml")
@@ -63,7 +64,8 @@ def write_text(text: str, target: Path) -> None:
         return
     try:
         check_replaceable(target)
-        target.write_text(text + "\n", encoding="utf-8")
+        with written_over(target) as file:
+            file.write(f"{text}\n".encode())
     except OSError as error:
         raise OutputError(f"Can't write {target}: {reason(error)}.") from error
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from qtool import plugins
 from qtool.base import Emit, Progress
-from qtool.errors import DataError, RecipeError
+from qtool.errors import DataError, RecipeError, require
 from qtool.storage.jsonl import check_file
 
 if TYPE_CHECKING:
+    from qtool.checkpoint.place import Place
     from qtool.modeling.locate import Location
     from qtool.recipe.calibration import CalibrationSection
 from qtool.recipe.schema import Recipe
@@ -31,14 +32,20 @@ TASK_DATASET = re.compile(
 
 @contextlib.contextmanager
 def opened(
-    models: Sequence[str | None], device: str | None, emit: Emit, adapter: Path | None = None
+    models: Sequence[str | None],
+    device: str | None,
+    emit: Emit,
+    adapter: Path | None = None,
+    *,
+    result: "Place | None" = None,
 ) -> Iterator[list[Any]]:
-    """Say what is opened, look at each config.json, fetch the demo model, choose the device.
+    """Say what is looked up, look at each config.json, fetch the demo model, choose the device.
 
     Gives a `Location` for each name, None for None: the only place where a string means a model.
-    An adapter goes on the first.
+    An adapter goes on the first. A result may be written at its place, or this is refused first.
 
     Raises:
+        OutputError: it may not.
         ModelError: a model isn't there or says nothing of itself, or can't be fetched.
         CheckpointError: its config.json isn't JSON.
         BackendError: torch doesn't have the device.
@@ -51,13 +58,15 @@ def opened(
     from qtool.modeling.locate import locate
 
     named = [model for model in models if model]
-    emit(Progress(f"opening {' and '.join(named)}" if named else "loading torch"))
+    emit(Progress(f"looking up {' and '.join(named)}" if named else "loading torch"))
     for model in named:
         if model.startswith("demo:"):
             demo_file(model, emit)
-    found = [locate(model) if model else None for model in models]
+    found = [replace(locate(model), emit=emit) if model else None for model in models]
     if adapter is not None and found[0] is not None:
         found[0] = replace(found[0], adapter=adapter)
+    if result is not None:
+        _check_place(result, found)
     for location in filter(None, found):
         if (directory := location.config_directory()) is not None:
             read_config(directory)
@@ -69,6 +78,15 @@ def opened(
 
             check_belonging(found[0])
         yield found
+
+
+def _check_place(result: "Place", models: Sequence["Location | None"]) -> None:
+    from qtool.checkpoint.apart import check_apart
+    from qtool.checkpoint.claim import look
+
+    for path in (one.path for one in models if one is not None and one.path is not None):
+        check_apart(result.out_dir, path)  # before anything is said of --overwrite
+    look(result)
 
 
 def check_adapter(adapter: Path | None) -> None:
@@ -89,16 +107,18 @@ def check_adapter(adapter: Path | None) -> None:
 def check_recipe(model: "Location", recipe: "Recipe") -> None:
     """Refuse what a local model's files show to be impossible, before transformers is imported.
 
+    Of a GGUF file or a hub's model what the recipe alone shows: before it is converted or fetched.
+
     Raises:
         QtoolError: as `make_plan`, which finds the rest.
     """
     from qtool.modeling.glance import glance
-    from qtool.steps.request import check_request
+    from qtool.steps.request import check_recipe_alone, check_request
 
-    if model.path is None or not model.path.is_dir():
-        return
-    seen = glance(model.path)
-    if seen is not None:
+    seen = None if model.path is None or not model.path.is_dir() else glance(model.path)
+    if seen is None:
+        check_recipe_alone(recipe)
+    else:
         check_request(recipe, *seen)
 
 
@@ -161,32 +181,60 @@ def check_texts(section: "CalibrationSection | None") -> None:
     """
     if section is None:
         return
-    from qtool.data.corpora import WRITTEN_BY_THE_MODEL, bundled, open_dataset
-    from qtool.data.documents import HUB_PREFIX, JSONL_SUFFIXES
+    from qtool.data.corpora import WRITTEN_BY_THE_MODEL
+    from qtool.data.documents import HUB_PREFIX
     from qtool.data.lengths import check_known
 
     if section.sequence_length == "match":
         check_known(section.tasks)
     for name in (source.dataset for source in section.sources):
-        if name.startswith(HUB_PREFIX) or name in (*bundled(), WRITTEN_BY_THE_MODEL):
-            continue
-        if name.endswith((".txt", *JSONL_SUFFIXES)):
-            check_file(Path(name))
-        else:
-            open_dataset(name)  # raises, and says why
+        if name.startswith(HUB_PREFIX):
+            require(name, "data", "datasets")
+        elif name != WRITTEN_BY_THE_MODEL:
+            check_text(name)
+
+
+def check_text(name: str) -> None:
+    """Refuse a text that isn't there; what stands in it is read later.
+
+    Raises:
+        DataError: there is no bundled text and no file of that name.
+    """
+    from qtool.data.corpora import bundled, open_dataset
+    from qtool.data.documents import HUB_PREFIX, JSONL_SUFFIXES
+
+    if name in bundled():
+        return
+    if name.endswith((".txt", *JSONL_SUFFIXES)) and not name.startswith(HUB_PREFIX):
+        check_file(Path(name))
+    else:
+        open_dataset(name)  # raises, and says why
+
+
+def check_pairs(file: Path | None) -> None:
+    """Refuse prompts that aren't there, or whose answers couldn't be scored; None: there are none.
+
+    Raises:
+        DataError: there is no such file.
+        MissingExtraError: sacrebleu or rouge-score isn't installed.
+    """
+    if file is not None:
+        check_file(file)
+        require("BLEU and ROUGE", "eval", "sacrebleu", "rouge_score")
 
 
 def check_spelling(names: Sequence[str]) -> None:
     """Refuse names that stand nowhere in lm-eval's files, before anything slow is imported.
 
-    Of a name that does stand there lm-eval's index says later whether it is a task. Without lm-eval
-    nothing is refused here.
+    Of a name that does stand there lm-eval's index says later whether it is a task.
 
     Raises:
+        MissingExtraError: lm-eval isn't installed.
         DataError: there is no task, group or tag of that name.
     """
-    from qtool.evaluation.lm_eval.hooks import describe_unknown
+    from qtool.evaluation.lm_eval.hooks import describe_unknown, require_lm_eval
 
+    require_lm_eval()
     text = b"\n".join(_task_files().values())
     for name in names:
         alone = rb"(?<![\w.+-])" + re.escape(name.encode()) + rb"(?![\w.+-])"

@@ -125,10 +125,13 @@ def evaluate(
         raise typer.BadParameter("--samples takes the name of a file.")
     check_targets([json_file, markdown, samples])
     early.check_backend(backend)
-    batch = read_batch_size(batch_size)
+    batch, precision = read_batch_size(batch_size), torch_dtype(dtype)
+    early.check_pairs(pairs)
     with progress("Nothing was kept." if tasks is None or no_cache else ANSWERS_KEPT) as emit:
         check_tasks(tasks, data_dir, emit)
         with early.opened([model, baseline], device, emit, adapter) as (where, original):
+            if tasks is None and pairs is None:
+                early.check_text(dataset)
             from qtool import pipeline
 
             if pairs is not None:
@@ -136,7 +139,7 @@ def evaluate(
                 asked_for = pipeline.PairOptions(
                     file=pairs, max_tokens=answer_tokens, limit=prompts
                 )
-                written = pipeline.write_pairs(models, asked_for, backend, torch_dtype(dtype), emit)
+                written = pipeline.write_pairs(models, asked_for, backend, precision, emit)
                 show_written(written, json_file)
                 return
             values = {
@@ -166,7 +169,7 @@ def evaluate(
                 options,
                 baseline=original,
                 backend=backend,
-                dtype=torch_dtype(dtype),
+                dtype=precision,
                 emit=emit,
             )
     if result.tasks is not None:

@@ -104,6 +104,8 @@ def grid(
             for chosen in recipes.values():
                 early.check_recipe(where, chosen)
         check_tasks(tasks, data_dir, emit)
+        if dataset is not None:
+            early.check_text(dataset)
         from qtool import pipeline
 
         values = {

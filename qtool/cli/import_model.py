@@ -5,9 +5,11 @@ from typing import Annotated
 
 import typer
 
+from qtool.checkpoint.place import find_place
 from qtool.cli import console, early
 from qtool.cli.options import KEPT, JsonOption, check_targets
 from qtool.cli.progress import progress
+from qtool.cli.tables.next_steps import print_next_of_checkpoint
 from qtool.wording import gigabytes
 
 
@@ -29,7 +31,8 @@ def import_model(
       qtool import TheBloke/Llama-2-7B-AWQ OUT_DIR
     """
     check_targets([json_file])
-    with progress(KEPT) as emit, early.opened([model], "cpu", emit) as (where,):
+    place = find_place(out_dir, overwrite=overwrite, resume=resume)
+    with progress(KEPT) as emit, early.opened([model], "cpu", emit, result=place) as (where,):
         from qtool import pipeline
 
         result = pipeline.import_model(
@@ -50,3 +53,4 @@ def import_model(
             markup=False,
             soft_wrap=True,
         )
+        print_next_of_checkpoint(result.out_dir, None)

@@ -18,10 +18,11 @@ from qtool.cli.tables.kept import print_kept
 from qtool.wording import gigabytes
 
 if TYPE_CHECKING:
-    from qtool.checkpoint.manifest import LayerEntry
+    from qtool.checkpoint.manifest import LayerEntry, Manifest
     from qtool.checkpoint.reader import CheckpointReader
     from qtool.checkpoint.sizes import DiskSizes
     from qtool.folds import Fold
+    from qtool.runtime.card_memory import CardMemory
 
 
 def inspect(
@@ -55,13 +56,16 @@ def inspect(
         from qtool.checkpoint.reader import CheckpointReader  # torch: slow
         from qtool.checkpoint.sizes import sizes_of
         from qtool.pipeline.inspect import memory_of
+        from qtool.report.roofline import check_plot
 
+        for file in filter(None, (plot, plot_search)):
+            check_plot(file)
         reader = CheckpointReader(out_dir)
         sizes, memory = sizes_of(reader), memory_of(reader)
         check = read_report(out_dir).get("check")
+        verified = reader.verify(emit) if verify else None
+        _draw(out_dir, plot, plot_search)
     manifest = reader.manifest
-    verified = reader.verify() if verify else None
-    _draw(out_dir, plot, plot_search)
     figures = {
         "average_bits": manifest.average_bits(),
         "strict_bits": sizes.strict_bits,
@@ -73,6 +77,25 @@ def inspect(
     }
     if not console.write_json({**manifest.to_config(), **figures}, json_file):
         return
+    rows: list[tuple[str, ...]] = _summary(manifest, sizes, memory)
+    if verified is not None:
+        rows.append(("verified", f"{verified} tensors are as they were written"))
+    if check:
+        rows.append(("check after writing", _verdict(check)))
+    console.print_table(str(out_dir), ("", "value"), rows)
+    _print_bytes(sizes)
+    _print_kept(reader)
+    _print_classes(manifest.layers)
+    if layers:
+        columns = ("layer", ">shape", "format", ">bits", ">size")
+        rows = [(name, *_cells(entry)) for name, entry in manifest.layers.items()]
+        console.print_table("Layers", columns, rows)
+
+
+def _summary(
+    manifest: "Manifest", sizes: "DiskSizes", memory: "CardMemory | None"
+) -> list[tuple[str, ...]]:
+    """Return the rows of the first table that each checkpoint has."""
     kinds = Counter(
         f"{e.format} {_bits(e)} bit, group {e.scheme.group_size or 'row'}"
         f" along {e.scheme.group_dim}, by {e.method}{_inputs(e)}"
@@ -92,18 +115,7 @@ def inspect(
         rows.append(("keys and values there, per 1,000 tokens", gigabytes(cache)))
     rows.append(("written by", f"qtool {manifest.tool_version}, format {manifest.format_version}"))
     rows.append(("source", manifest.source or "a local model"))
-    if verified is not None:
-        rows.append(("verified", f"{verified} tensors are as they were written"))
-    if check:
-        rows.append(("check after writing", _verdict(check)))
-    console.print_table(str(out_dir), ("", "value"), rows)
-    _print_bytes(sizes)
-    _print_kept(reader)
-    _print_classes(manifest.layers)
-    if layers:
-        columns = ("layer", ">shape", "format", ">bits", ">size")
-        rows = [(name, *_cells(entry)) for name, entry in manifest.layers.items()]
-        console.print_table("Layers", columns, rows)
+    return rows
 
 
 def _print_kept(reader: "CheckpointReader") -> None:
@@ -226,10 +238,16 @@ def _described(method: Method) -> dict[str, Any]:
 def recipes(json_file: JsonOption = None) -> None:
     """List the built-in recipes."""
     from qtool.recipe.load import load_recipe
-    from qtool.recipe.names import built_in
+    from qtool.recipe.names import built_in, in_folders
 
-    loaded = {name: load_recipe(name) for name in built_in()}
+    names = (*built_in(), *in_folders())
+    loaded = {name: load_recipe(name) for name in names}
     dumped = {name: recipe.model_dump(mode="json") for name, recipe in loaded.items()}
-    if console.write_json(dumped, json_file):
-        rows = [(name, recipe.description) for name, recipe in loaded.items()]
-        console.print_table("Built-in recipes", ("recipe", "what it does"), rows)
+    if not console.write_json(dumped, json_file):
+        return
+    for title, known in (
+        ("Built-in recipes, for `qtool quantize --recipe`", built_in()),
+        ("Whole runs with gates, for `qtool run`", in_folders()),
+    ):
+        rows = [(name, loaded[name].description) for name in known]
+        console.print_table(title, ("recipe", "what it does"), rows)

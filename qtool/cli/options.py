@@ -203,9 +203,9 @@ def _check_writable(file: Path) -> None:
                 return
         with real.open("xb"):
             real.unlink()
-    except FileNotFoundError as error:
-        raise OutputError(
-            f"Can't write {file}: there is no folder {_parent(file)}. Make it first."
-        ) from error
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+        if isinstance(error, FileNotFoundError) and not _parent(file).is_dir():
+            raise OutputError(
+                f"Can't write {file}: there is no folder {_parent(file)}. Make it first."
+            ) from error
         raise OutputError(f"Can't write {file}: {reason(error)}. Give another file.") from error

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from qtool import settings
+from qtool.cli.interrupts import noted_interrupts, was_interrupted
 from qtool.errors import FULL, QtoolError
 
 INTERRUPTED = 130
@@ -24,7 +25,8 @@ def run(app: Callable[[], object]) -> None:
         _prepare(sys.stderr)
         _log()
         try:
-            app()
+            with noted_interrupts():
+                app()
         finally:
             sys.stdout.flush()  # a full disk shows here, while something can still be said
     except SystemExit as stop:
@@ -38,6 +40,9 @@ def run(app: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
         sys.exit(1)
     except Exception as error:  # a user can do nothing with a traceback
+        if was_interrupted():
+            print_error("Interrupted.")
+            sys.exit(INTERRUPTED)
         about = error.subject() if isinstance(error, QtoolError) else {}
         logging.getLogger(__name__).debug("Where it comes from: %s", about, exc_info=True)
         print_error(explain(error))

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from qtool.base import Notice, Progress
 from qtool.cli.console import err
+from qtool.cli.interrupts import was_interrupted
 
 LOG_SECONDS = 30.0
 """Between two lines of progress in a log."""
@@ -38,6 +39,8 @@ class Step:
         spent = f"{clock(now - self.begun)} so far"
         if not self.total:
             return f"{self.done}, {spent}" if self.done else f"{spent}, {self.guess(now)}"
+        if self.done >= self.total:  # what comes next says so itself
+            return f"{self.done} of {self.total}, {spent}"
         left = self.guess(now)
         if self.done:
             seconds = (now - self.begun) / self.done * (self.total - self.done)
@@ -122,7 +125,7 @@ class Told:
         now = time.monotonic()
         if event.total is None:
             self._step = Step(event.what, now, ends=self._step.ends)
-        elif event.what != self._step.label:  # no guess is needed
+        elif event.what != self._step.label or event.done < self._step.done:  # no guess is needed
             begun = self._last if event.done else now  # what is done was done since the last event
             self._step = Step(event.what, begun, total=event.total)
         self._last = now
@@ -150,6 +153,10 @@ def progress(kept: str = "") -> Iterator[Told]:
             yield Told(view)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(kept) from None
+        except Exception:
+            if was_interrupted():  # it is what a library made of that
+                raise KeyboardInterrupt(kept) from None
+            raise
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qtool.checkpoint.place import find_place
 from qtool.cli import early
 from qtool.cli.engine_options import (
     AddressOption,
@@ -136,15 +137,24 @@ def quantize(
         chosen = chosen.model_copy(update={"tuning": chosen.tuning.only(tune.value)})
     check_targets([json_file])
     early.check_places(calibration, target, alone=not sweep and dry_run is not DryRun.MEASURE)
+    places: dict[str, Any] = {
+        "calib_dir": calibration,
+        "overwrite": overwrite,
+        "resume": resume,
+        "engine": engine_options(engine, workers, threads, address),
+    }
+    place = find_place(out_dir, overwrite=overwrite, resume=resume)
     kept, passed = "Nothing was written." if dry_run else KEPT, True
-    with progress(kept) as emit, early.opened([model], device, emit) as (where,):
+    with (
+        progress(kept) as emit,
+        early.opened([model], device, emit, result=None if dry_run or sweep else place) as (where,),
+    ):
         from qtool.steps.request import with_samples
 
         if recipe is None and not any(text.startswith("calibration=") for text in overrides):
             chosen = with_samples(chosen)  # a recipe file says itself whether it takes data
-        if strict and chosen.calibration is not None:
-            section = chosen.calibration.model_copy(update={"strict": True})
-            chosen = chosen.model_copy(update={"calibration": section})
+        if strict:
+            chosen = _strict(chosen)
         if calibration is None:
             early.check_texts(chosen.calibration)
         early.check_recipe(where, chosen)
@@ -152,12 +162,6 @@ def quantize(
             _first_guess(emit, where, chosen, device)
         from qtool import pipeline
 
-        places: dict[str, Any] = {
-            "calib_dir": calibration,
-            "overwrite": overwrite,
-            "resume": resume,
-            "engine": engine_options(engine, workers, threads, address),
-        }
         if dry_run is DryRun.MEASURE:
             predicted = pipeline.preflight(
                 where, out_dir, chosen, calib_dir=calibration, check=not no_check, emit=emit
@@ -174,11 +178,19 @@ def quantize(
             result = pipeline.quantize(
                 where, out_dir, chosen, check=not no_check, target=target, emit=emit, **places
             )
-            show = partial(print_quantized, result)
+            show = partial(print_quantized, result, model)
             passed = all(line.passed for line in result.budgets)
     show(json_file)
     if not passed:
         raise typer.Exit(GATE_FAILED)
+
+
+def _strict(recipe: "Recipe") -> "Recipe":
+    """Return the recipe with solvers that do nothing simpler than asked."""
+    if recipe.calibration is None:
+        return recipe
+    section = recipe.calibration.model_copy(update={"strict": True})
+    return recipe.model_copy(update={"calibration": section})
 
 
 def _overrides(

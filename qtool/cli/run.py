@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qtool.checkpoint.place import find_place
 from qtool.cli import console, early
 from qtool.cli.engine_options import (
     AddressOption,
@@ -110,7 +111,8 @@ def run_recipe(
     if chosen.eval is not None and chosen.eval.tasks:
         early.check_spelling(chosen.eval.tasks)
     kept = "Nothing was written." if dry_run else STEPS_KEPT
-    with progress(kept) as emit, early.opened([name], device, emit) as (where,):
+    place = None if dry_run else find_place(target, overwrite=overwrite, resume=not overwrite)
+    with progress(kept) as emit, early.opened([name], device, emit, result=place) as (where,):
         if calibration is None:
             early.check_texts(chosen.calibration)
         early.check_recipe(where, chosen)

@@ -10,6 +10,7 @@ from qtool.cli import console, early
 from qtool.cli.options import DeviceOption, JsonOption, check_targets
 from qtool.cli.progress import progress
 from qtool.cli.settings_of import parsed_settings
+from qtool.cli.tables.next_steps import print_next_of_checkpoint
 from qtool.cli.training_options import (
     BatchOption,
     EpochsOption,
@@ -147,6 +148,7 @@ def train(
         values, line = _report(done)
     if is_first() and console.write_json(values, json_file):
         console.out.print(line, markup=False, soft_wrap=True)
+        print_next_of_checkpoint(out_dir, original)
 
 
 def _report(done: "TrainResult") -> tuple[dict[str, Any], str]:

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from qtool.base import Tokenizer
+from qtool.checkpoint.place import nearest
 from qtool.data.calibration import CalibrationSet, tokenizer_digest
 from qtool.errors import DataError, OutputError
 from qtool.storage.jsonl import check_file, json_value, read_text
@@ -47,6 +48,12 @@ def check_no_calibration(
             raise OutputError(f"{directory} is the model's own directory. Name another one.")
         names = (*FILE_NAMES, LENGTHS_NAME)
         found = [name for name in names if os.path.lexists(directory / name)]
+        folder = nearest(directory.absolute())
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError(
+                f"Can't write {directory}: {folder} isn't a directory that can be written. Name "
+                "another one."
+            )
     except OSError as error:
         raise OutputError(f"Can't write {str(directory)!r}: {reason(error)}.") from error
     if not found:

@@ -10,13 +10,13 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qtool.base import Emit, ignore_events
+from qtool.base import Emit, Progress, ignore_events
 from qtool.data.corpora import Corpus
 from qtool.data.documents import Collection
 from qtool.data.windows import positions_of, windows_of
@@ -104,7 +104,7 @@ def record_reference(  # noqa: PLR0913 - a text and how much of it to look at
     starts = _prompts(windows.flatten(), prompts)
     _check_lengths(model, max(map(len, starts), default=0), new_tokens)
     table, done = torch.empty(0), 0
-    for rows in log_probabilities(model, windows, chosen, emit):
+    for rows in log_probabilities(model, corpus.name, windows, chosen, emit):
         if done == 0:
             # filled in place: parts to be joined at the end would need twice the memory
             table = torch.empty(len(chosen), rows.shape[1], dtype=dtype)
@@ -117,7 +117,7 @@ def record_reference(  # noqa: PLR0913 - a text and how much of it to look at
         positions=chosen,
         log_probabilities=table,
         prompts=starts,
-        continuations=tuple(_continue(model, prompt, new_tokens) for prompt in starts),
+        continuations=_continue(model, starts, new_tokens, emit),
         new_tokens=new_tokens,
     )
 
@@ -133,9 +133,10 @@ def compare_to_reference(
     """
     values = token_values(model, reference, emit)
     kl, agrees = values.divergence, values.same
+    own = _continue(model, reference.prompts, reference.new_tokens, emit)
     greedy = tuple(
-        _greedy_diff(model, prompt, original, _continue(model, prompt, reference.new_tokens))
-        for prompt, original in zip(reference.prompts, reference.continuations, strict=True)
+        _greedy_diff(model, *texts)
+        for texts in zip(reference.prompts, reference.continuations, own, strict=True)
     )
     shares = [diff.equal_tokens / diff.tokens for diff in greedy]
     return Agreement(
@@ -172,8 +173,18 @@ def _check_lengths(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> N
         )
 
 
-def _continue(model: LoadedModel, prompt: Tokens, new_tokens: int) -> Tokens:
-    """Return what greedy search appends to a prompt."""
+def _continue(
+    model: LoadedModel, prompts: Sequence[Tokens], new_tokens: int, emit: Emit
+) -> tuple[Tokens, ...]:
+    """Return what greedy search appends to each prompt."""
+    found: list[Tokens] = []
+    for prompt in prompts:
+        emit(Progress(f"continuations by {model.name}", len(found), len(prompts)))
+        found.append(_continuation(model, prompt, new_tokens))
+    return tuple(found)
+
+
+def _continuation(model: LoadedModel, prompt: Tokens, new_tokens: int) -> Tokens:
     ids = torch.tensor([prompt], device=model.device)
     pad = model.tokenizer.pad_token_id
     with _quiet():

@@ -81,11 +81,12 @@ def measure_windows(
     if message is not None:
         emit(Notice(message))
     total, losses = 0.0, []
+    what = f"perplexity of {model.name}"
+    emit(Progress(what, 0, len(windows)))
     for index, window in enumerate(windows):
         losses.append(window_loss(model, window))
         total += losses[-1]
         running = _exp(total / ((index + 1) * (context_length - 1)))
-        what = f"perplexity of {model.name}"
         emit(Progress(what, index + 1, len(windows), f"{running:.3f}"))
     if math.isnan(total):
         message = (

@@ -63,7 +63,7 @@ def token_values(
     windows, positions = reference.windows, reference.positions
     following = windows[:, 1:].flatten()[positions]
     found, done = [], 0
-    for rows in log_probabilities(model, windows, positions, emit, batch):
+    for rows in log_probabilities(model, reference.dataset, windows, positions, emit, batch):
         original = reference.log_probabilities[done : done + len(rows)].to(rows.device)
         token = following[done : done + len(rows)].to(rows.device).unsqueeze(1)
         gain = rows.gather(1, token).double().exp() - original.gather(1, token).double().exp()
@@ -88,15 +88,18 @@ def _check_vocabulary(model: LoadedModel, reference: Reference) -> None:
 
 @torch.inference_mode()
 def log_probabilities(
-    model: LoadedModel, windows: Tensor, positions: Tensor, emit: Emit, batch: int = 1
+    model: LoadedModel, text: str, windows: Tensor, positions: Tensor, emit: Emit, batch: int = 1
 ) -> Iterator[Tensor]:
     """Yield log-probabilities at the positions in their order, (rows, vocabulary) float32.
 
-    The model reads exactly `batch` windows at a time; the last batch is filled up with its first.
+    `text` is what the windows are of. The model reads exactly `batch` windows at a time; the last
+    batch is filled up with its first.
     """
     places = windows.shape[1] - 1
     used, counts = (positions // places).unique_consecutive(return_counts=True)
     offsets = (positions % places).split(counts.tolist())
+    what = f"predictions of {model.name} on {text}"
+    emit(Progress(what, 0, len(used)))
     for start in range(0, len(used), batch):
         read = used[start : start + batch]
         filled = torch.cat([read, read[:1].expand(batch - len(read))])
@@ -111,4 +114,4 @@ def log_probabilities(
                         "another dtype; if it stays, the weights are damaged."
                     )
                 yield rows
-            emit(Progress(f"predictions of {model.name}", start + row + 1, len(used)))
+            emit(Progress(what, start + row + 1, len(used)))

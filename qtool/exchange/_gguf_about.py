@@ -5,13 +5,12 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qtool.errors import CheckpointError, MissingExtraError
+from qtool.errors import CheckpointError, require
 from qtool.exchange._gguf_file import GgufFile, read_gguf_metadata
 from qtool.exchange._gguf_names import HEAD, ROPE_FACTORS
 from qtool.exchange._gguf_read import dimensions_of
@@ -124,8 +123,7 @@ def read_tokenizer(path: Path) -> dict[str, bytes]:
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turn whatever transformers and gguf raise into one sentence."""
-    if find_spec("gguf") is None:
-        raise MissingExtraError(f"Reading {path.name}", "demo")
+    require(f"Reading {path.name}", "demo", "gguf")
     try:
         yield
     except Exception as error:  # they raise many unrelated types

@@ -1,14 +1,13 @@
 """A GGUF file, written one tensor at a time by the package `gguf`, and read back by it."""
 
 import importlib.metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qtool.base import Progress
-from qtool.errors import CheckpointError, MissingExtraError
+from qtool.errors import CheckpointError, require
 from qtool.exchange import Compared, Departure
 from qtool.exchange._compare import check_equal
 from qtool.exchange._directory import COMPARING_FILES, WRITING_FILES
@@ -29,8 +28,7 @@ def write_gguf(departure: Departure, path: Path) -> None:
         MissingExtraError: the library that writes GGUF isn't installed.
         OSError: it can't be written; only the caller knows its name in the end.
     """
-    if find_spec(GGUF_LIBRARY) is None:
-        raise MissingExtraError("Writing GGUF", "export")
+    require("Writing GGUF", "export", GGUF_LIBRARY)
     import gguf
 
     plan = plan_file(departure)

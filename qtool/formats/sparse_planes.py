@@ -43,8 +43,10 @@ def _code(scheme: WeightScheme, shape: Shape2D) -> BitCode:
         )
     if not scheme.symmetric or scheme.num_bits > MOST_PLANES:
         raise SchemeError(
-            f"Sparse planes are symmetric and {MOST_PLANES} at most: where a weight is zero there "
-            f"is no offset, and each becomes two. This scheme is {scheme}."
+            f"Sparse planes are symmetric and {MOST_PLANES} at most (where a weight is zero there "
+            f"is no offset, and each becomes two), and {scheme.num_bits} bits are asked for, "
+            f"symmetric={str(scheme.symmetric).lower()}. Give --set weights.scheme.symmetric=true, "
+            f"and 1 to {MOST_PLANES} bits."
         )
     return code
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qtool.errors import ModelError
 from qtool.storage.plain_json import json_text
+from qtool.wording import reason
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def read_companions(directory: Path) -> dict[str, bytes]:
     warning. What names code of the original is removed from JSON.
 
     Raises:
-        ModelError: one can't be read.
+        ModelError: one can't be read, or is a tokenizer's JSON and none.
     """
     try:
         return {
@@ -82,14 +83,23 @@ def _stays_inside(path: Path, directory: Path) -> bool:
 
 
 def _without_code(path: Path) -> bytes:
-    """Return a file's content; from a JSON object what names remote code is removed."""
+    """Return a file's content; from a JSON object what names remote code is removed.
+
+    Other JSON that can't be read is copied: a model may be loaded without it.
+    """
     content = path.read_bytes()
-    if path.suffix != ".json" or b"auto_map" not in content:
+    is_tokenizer = fnmatchcase(path.name, "tokenizer*.json")
+    if path.suffix != ".json" or not (is_tokenizer or b"auto_map" in content):
         return content
     try:
         values = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError):  # transformers will say so to whoever loads it
-        return content
+    except (ValueError, RecursionError) as error:
+        if not is_tokenizer:
+            return content
+        raise ModelError(
+            f"{path} isn't valid JSON: {reason(error)}. Download it again: what is made of the "
+            "model would have a tokenizer that nobody can load."
+        ) from error
     if not isinstance(values, dict) or "auto_map" not in values:
         return content
     del values["auto_map"]

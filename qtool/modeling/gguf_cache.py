@@ -6,14 +6,14 @@ then. Whoever finds it compares the digest, which `storage.digests` remembers.
 """
 
 import contextlib
-import importlib.util
 import json
 import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from qtool.errors import MissingExtraError, ModelError
+from qtool.base import Emit, Progress, ignore_events
+from qtool.errors import ModelError, require
 from qtool.settings import cache_dir
 from qtool.storage.digests import files_digest
 from qtool.storage.plain_json import write_json_file
@@ -28,10 +28,10 @@ WHOLE_NAME = "WHOLE"
 _LOG = logging.getLogger(__name__)
 
 
-def convert_gguf(path: Path) -> Path:
+def convert_gguf(path: Path, emit: Emit = ignore_events) -> Path:
     """Dequantize a GGUF file to a float16 directory in the cache, unless it is there already.
 
-    Of several processes one converts and the others wait.
+    Of several processes one converts and the others wait. `emit` is told of each tensor.
 
     Raises:
         ModelError: the file can't be read, or the directory can't be written.
@@ -43,14 +43,15 @@ def convert_gguf(path: Path) -> Path:
         raise ModelError(f"{path} can't be read: {reason(error)}.") from error
     if _is_whole(target):
         return target
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError(f"Reading {path.name}", "demo")
+    require(f"Reading {path.name}", "demo", "gguf")
+    emit(Progress(f"converting {path.name} to float16, once"))
     partial = target.with_name(f"{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target.with_name(f"{target.name}.lock")):
             if not _is_whole(target):  # else another process was faster
-                _convert(path, partial, target)
+                _convert(path, partial, target, emit)
+                emit(Progress(f"opening {path.name}"))
     except OSError as error:
         raise ModelError(
             f"{path} can't be kept dequantized in {target.parent}: {reason(error)}. Set "
@@ -59,7 +60,7 @@ def convert_gguf(path: Path) -> Path:
     return target
 
 
-def _convert(path: Path, partial: Path, target: Path) -> None:
+def _convert(path: Path, partial: Path, target: Path, emit: Emit) -> None:
     """Make `target` anew, by way of `partial`; nobody else does at the same time."""
     if target.exists():
         _LOG.warning(
@@ -68,7 +69,7 @@ def _convert(path: Path, partial: Path, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         partial.mkdir()
-        _save_dequantized(path, partial)
+        _save_dequantized(path, partial, emit)
         files = sorted(file for file in partial.rglob("*") if file.is_file())
         for file in files:
             sync(file)
@@ -108,10 +109,10 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def _save_dequantized(path: Path, target: Path) -> None:
+def _save_dequantized(path: Path, target: Path, emit: Emit) -> None:
     from qtool.modeling.gguf_streamed import save_streamed  # slow import
 
-    if not save_streamed(path, target):
+    if not save_streamed(path, target, emit):
         _save_whole(path, target)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from qtool.base import CausalModel, Tokenizer
+from qtool.base import CausalModel, Progress, Tokenizer
 from qtool.checkpoint.manifest import QUANT_METHOD
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.shards import open_shards
@@ -73,6 +73,8 @@ def load_model(
         CheckpointError: files are missing or damaged, or lack what the model needs.
     """
     config = read_config(location.directory)
+    location.emit(Progress(f"loading {location.name}"))
+    tokenizer = load_tokenizer(location.directory)  # quick, and may lack a library
     device = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(device)
     # These say what is wrong better than transformers does.
@@ -85,7 +87,6 @@ def load_model(
         else:
             check_weights(location.directory)
         loaded = _from_pretrained(location.directory, config, dtype).to(device)
-    tokenizer = load_tokenizer(location.directory)
     on_device = loaded.eval()
     if location.adapter is not None:
         load_adapter(on_device, location.adapter)

@@ -6,10 +6,12 @@ float16 into the cache, `demo:smollm2` is a GGUF file that `modeling.demo` fetch
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from qtool.base import Emit, Progress, ignore_events
 from qtool.errors import ModelError
 from qtool.modeling.demo import demo_file
 from qtool.modeling.gguf_cache import convert_gguf
@@ -33,6 +35,8 @@ class Location:
     """Hub id or demo name; None for local files, whose paths are nobody's business."""
     adapter: Path | None = None
     """Directory of an adapter that is set when the model is loaded; None: the model as it is."""
+    emit: Emit = field(default=ignore_events, compare=False, repr=False)
+    """Is told of what takes long: downloading, converting, loading. Stays in its process."""
 
     @cached_property
     def directory(self) -> Path:
@@ -43,8 +47,13 @@ class Location:
             MissingExtraError: what reads GGUF files isn't installed.
         """
         if self.path is None:
+            self.emit(Progress(f"fetching {self.public_name}"))
             return _download(str(self.public_name))
-        return convert_gguf(self.path) if self.path.is_file() else self.path
+        return convert_gguf(self.path, self.emit) if self.path.is_file() else self.path
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process gets."""
+        return {**self.__dict__, "emit": ignore_events}
 
     def config_directory(self) -> Path | None:
         """Return the directory of config.json, which alone is fetched from the hub.
@@ -60,8 +69,8 @@ class Location:
 
     @property
     def name(self) -> str:
-        """What to call it in results: public name, else the directory's own name."""
-        name = self.public_name or self.directory.resolve().name
+        """What to call it in results: public name, else that of the directory or GGUF file."""
+        name = self.public_name or (self.path or self.directory).resolve().name
         return name if self.adapter is None else f"{name} with {self.adapter.resolve().name}"
 
 

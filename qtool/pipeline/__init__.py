@@ -3,7 +3,7 @@
 One file per command; what they share lies beside them.
 """
 
-from qtool.pipeline.bench import BenchOptions, CpuOptions, GpuOptions, bench
+from qtool.pipeline.bench import BenchOptions, BenchResult, CpuOptions, GpuOptions, bench
 from qtool.pipeline.calibrate import CalibrateResult, calibrate
 from qtool.pipeline.chat import ChatOptions, chat
 from qtool.pipeline.cluster import cluster_like_this, foresee
@@ -27,6 +27,7 @@ from qtool.pipeline.written import ModelWritten, PairOptions, write_pairs
 
 __all__ = [
     "BenchOptions",
+    "BenchResult",
     "CalibrateResult",
     "CardTuned",
     "CellResult",

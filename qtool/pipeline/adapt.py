@@ -78,6 +78,7 @@ def adapt(request: AdaptRequest, *, emit: Emit = ignore_events) -> AdaptResult:
     request.options.checked(kind)
     place = find_adapter_place(request.directory, overwrite=request.overwrite)
     check_apart(place.out_dir, request.model.directory, files)
+    CheckpointReader(request.model.directory)  # refuses what isn't quantized, before it is loaded
     # float16 has too little range for gradients
     on_card = default_device().type == "cuda"
     loaded = load_model(request.model, dtype=torch.bfloat16 if on_card else None)

@@ -10,10 +10,10 @@ from qtool.data.corpora import load_corpus
 from qtool.modeling.device import free_memory
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location, locate
-from qtool.pipeline.cpu_sweep import open_sweep
-from qtool.pipeline.evaluate import Comparison, EvalOptions
+from qtool.pipeline.cpu_sweep import check_sweep, open_sweep
+from qtool.pipeline.evaluate import EvalOptions
 from qtool.pipeline.imported import as_ours
-from qtool.pipeline.model_figures import figures_of, versions
+from qtool.pipeline.model_figures import ModelFigures, figures_of, versions
 from qtool.plugins import check_name
 from qtool.runtime.backends._choose import use_backend
 from qtool.runtime.decode.cache import use_kv_cache
@@ -22,6 +22,7 @@ from qtool.settings import KvCache
 from qtool.timing.model import time_model
 
 if TYPE_CHECKING:
+    from qtool.timing.cpu import CpuResult
     from qtool.timing.gpu import GpuResult
 
 
@@ -71,13 +72,24 @@ class BenchOptions:
     """Where models run on the CPU: by threads, as a share of the read bandwidth, beside others."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchResult:
+    """The speed of models, the original first; or of kernels, in place of that."""
+
+    figures: tuple[ModelFigures, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    cpu: "CpuResult | None" = None
+    """By threads and beside others, if models ran on the CPU."""
+    kernels: "GpuResult | None" = None
+
+
 def bench(
     model: Location | None,
     options: BenchOptions = BenchOptions(),
     *,
     baseline: Location | None = None,
     emit: Emit = ignore_events,
-) -> Comparison:
+) -> BenchResult:
     """Time a checkpoint, or shapes, and in the same run its original.
 
     Without a `baseline` that is what the checkpoint names as its source, if anything.
@@ -87,17 +99,18 @@ def bench(
         MissingExtraError: CuPy or, for a plot, matplotlib isn't installed.
     """
     if options.gpu is not None:
-        return Comparison((), kernels=_kernels(model, options.gpu, baseline, emit))
+        return BenchResult(kernels=_kernels(model, options.gpu, baseline, emit))
     assert model is not None
+    quality, beside = options.quality, options.cpu or CpuOptions()
+    python = check_sweep(beside.gguf_files, beside.llama_python)
+    corpus = load_corpus(quality.dataset) if quality is not None else None
     model = as_ours(model, emit)
     baseline = as_ours(baseline, emit) if baseline is not None else _original(model)
-    quality = options.quality
-    corpus = load_corpus(quality.dataset) if quality is not None else None
     models = [one for one in (baseline, model) if one is not None]
     subjects = [figures_of(one) for one in models]
     sweep = None
     if options.cpu is not None:
-        sweep = open_sweep(model, options.cpu.gguf_files, options.cpu.llama_python)
+        sweep = open_sweep(model, beside.gguf_files, python)
     figures = []
     with use_backend(options.backend):
         for one, subject in zip(models, subjects, strict=True):
@@ -113,7 +126,7 @@ def bench(
             if sweep is not None and one is baseline:
                 sweep.add_rounded(one, emit)
     swept = sweep.result(emit) if sweep is not None else None
-    return Comparison(tuple(figures), versions=versions(), cpu=swept)
+    return BenchResult(figures=tuple(figures), versions=versions(), cpu=swept)
 
 
 def _kernels(

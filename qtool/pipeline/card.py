@@ -96,8 +96,7 @@ def note_evaluation(model: Location, found: "Comparison", emit: Emit) -> None:
     elif found.figures:
         *others, last = found.figures
         original = others[0].perplexity if others else None
-        closeness = Closeness(found.agreement, found.chats)
-        kept = replace(kept, texts=text_record(last.perplexity, original, closeness))
+        kept = replace(kept, texts=text_record(last.perplexity, original, found.closeness))
     _write(directory, kept, emit)
 
 

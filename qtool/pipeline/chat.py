@@ -5,13 +5,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from qtool.base import Emit, Progress, ignore_events
-from qtool.modeling.load import load_model
+from qtool.errors import ModelError
+from qtool.modeling.load import load_model, load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.pipeline.imported import as_ours
 from qtool.runtime.backends._choose import use_backend
 from qtool.runtime.decode.cache import use_kv_cache
 from qtool.serving.conversation import Conversation
 from qtool.serving.opening import DecoderOptions, open_decoder, served_model
+from qtool.serving.prompts import NO_TEMPLATE
 from qtool.serving.tokens import SamplingOptions
 from qtool.settings import KvCache
 
@@ -44,7 +46,10 @@ def chat(
         BackendError: it doesn't fit.
     """
     with use_backend(options.backend), use_kv_cache(options.kv_cache):
-        loaded = load_model(as_ours(model, emit))
+        model = as_ours(model, emit)
+        if not load_tokenizer(model.directory).chat_template:
+            raise ModelError(NO_TEMPLATE.format(name=model.name))
+        loaded = load_model(model)
         emit(Progress(f"preparing {loaded.name}"))
         decoder = open_decoder(loaded, DecoderOptions(slots=1, max_length=options.max_length))
         decoder.prepare()

@@ -36,7 +36,7 @@ def check_budgets(
     emit(Progress("reading the result again"))
     reader = CheckpointReader(out_dir)
     if reader.manifest.digests:
-        reader.verify()
+        reader.verify(emit)
     found = check_result(source, out_dir, emit, section)
     report = read_report(out_dir)
     if not report:

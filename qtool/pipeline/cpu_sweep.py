@@ -11,27 +11,34 @@ from qtool.modeling.config import parse_config, read_config
 from qtool.modeling.device import default_device, free_memory
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location
+from qtool.storage.jsonl import check_file
 from qtool.timing.cpu import CpuBench, CpuResult, CpuSpans, CpuSpeed, protocol_for
 from qtool.timing.gguf_peers import python_with_llama, time_gguf
 from qtool.timing.processor import describe_processor, thread_counts, usable_cores
 
 
-def open_sweep(
-    model: Location, gguf_files: tuple[Path, ...], llama_python: str | None
-) -> "CpuSweep | None":
-    """Return what times models on the CPU; None: they run on a card.
+def check_sweep(gguf_files: tuple[Path, ...], llama_python: str | None) -> str:
+    """Return the Python that times GGUF files, before a model is opened; '' if there are none.
 
     Raises:
-        BackendError: GGUF files are to be timed, and there is no llama.cpp, or models run on a
-            card.
+        BackendError: there is no llama.cpp, or models run on a card.
+        DataError: a file isn't there.
     """
+    if not gguf_files:
+        return ""
     if default_device().type != "cpu":
-        if gguf_files:
-            raise BackendError(
-                "GGUF files are timed on the CPU, and the model runs on a card. Give --device cpu."
-            )
+        raise BackendError(
+            "GGUF files are timed on the CPU, and the model runs on a card. Give --device cpu."
+        )
+    for file in gguf_files:
+        check_file(file)
+    return python_with_llama(llama_python)
+
+
+def open_sweep(model: Location, gguf_files: tuple[Path, ...], python: str) -> "CpuSweep | None":
+    """Return what times models on the CPU, and files by a Python; None: they run on a card."""
+    if default_device().type != "cpu":
         return None
-    python = python_with_llama(llama_python) if gguf_files else ""
     parsed = parse_config(read_config(model.directory), model.directory)
     protocol = protocol_for(positions_of(parsed))
     processor = describe_processor(thread_counts(usable_cores()))

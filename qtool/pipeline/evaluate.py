@@ -3,14 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from qtool.base import Emit, Notice, ignore_events
 from qtool.data.corpora import Corpus, load_corpus
 from qtool.errors import QtoolError
-from qtool.evaluation.agreement import Agreement
 from qtool.evaluation.closeness import (
     CHATS,
     PLAIN,
@@ -34,10 +32,6 @@ from qtool.runtime.backends._choose import use_backend
 from qtool.runtime.decode.cache import use_kv_cache
 from qtool.settings import KvCache
 
-if TYPE_CHECKING:
-    from qtool.timing.cpu import CpuResult
-    from qtool.timing.gpu import GpuResult
-
 PROMPTS = 4
 """Beginnings that a model and its baseline continue."""
 AGREEMENT_WINDOWS = 16
@@ -48,20 +42,13 @@ AGREEMENT_WINDOWS = 16
 class Comparison:
     """Figures of a checkpoint and, measured in the same run, of its original."""
 
-    figures: tuple[ModelFigures, ...]
-    agreement: Agreement | None = None
-    """How closely the checkpoint follows its original on the text, if both were evaluated."""
+    figures: tuple[ModelFigures, ...] = ()
+    """The original first, if it was measured; none where tasks were asked for."""
+    closeness: Closeness = field(default_factory=Closeness)
+    """How closely the checkpoint follows its original, as far as that was measured."""
     versions: dict[str, str] = field(default_factory=dict)
     tasks: TaskComparison | None = None
     """If tasks were asked for, in place of all above."""
-    kernels: "GpuResult | None" = None
-    """If kernels were timed, likewise."""
-    cpu: "CpuResult | None" = None
-    """If models were timed on the CPU, by threads and beside others."""
-    chats: Agreement | None = None
-    """How closely the checkpoint follows its original on chats."""
-    no_chats: str | None = None
-    """Why that isn't known, as a sentence, if it was asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,9 +118,8 @@ def evaluate(
         result = _on_texts(model, options, baseline, backend, dtype, emit)
     else:
         with use_kv_cache(cache):
-            result = Comparison(
-                (), tasks=score(model, options.tasks, baseline, backend, dtype, emit)
-            )
+            scored = score(model, options.tasks, baseline, backend, dtype, emit)
+            result = Comparison(tasks=scored)
     if cache == "auto":  # a card tells of the checkpoint as others will run it
         note_evaluation(model, result, emit)
     return result
@@ -166,9 +152,7 @@ def _on_texts(
                     close = compare_closely(loaded, references, emit)
             del loaded
             free_memory()
-    return Comparison(
-        tuple(figures), close.text, versions(), chats=close.chats, no_chats=close.no_chats
-    )
+    return Comparison(tuple(figures), close, versions())
 
 
 @contextmanager

@@ -135,7 +135,6 @@ def grid(
             written, is in a model, or another grid writes there.
         QtoolError: what is to be measured can't be measured here; or as `Pool.map`.
     """
-    cells = _cells(models, recipes, out_dir, replace(options, engine=None))
     for recipe in recipes.values():
         check_measurable(recipe, options)
     scores.check()
@@ -143,6 +142,7 @@ def grid(
     workers = replace(chosen.workers, device=str(default_device()), modules=(__name__,))
     opened = load_engine(chosen.name)
     opened.check(workers)
+    cells = _cells(models, recipes, out_dir, replace(options, engine=None))
     table = _Table(out_dir, models, len(cells), emit)
     with held(out_dir):
         emit(Progress("starting workers"))

@@ -1,6 +1,7 @@
 """What another program has quantized, where a command takes any model: imported once, and kept."""
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 from qtool.base import Emit
@@ -39,7 +40,7 @@ def as_ours(model: Location, emit: Emit) -> Location:
     target = cache_dir() / IMPORTED / files_digest(files)[:32] / name
     if not _is_checkpoint(target):
         import_model(Location(directory), target, overwrite=True, emit=emit)
-    return Location(target, model.public_name, model.adapter)
+    return replace(model, path=target, emit=emit)
 
 
 def _is_checkpoint(directory: Path) -> bool:

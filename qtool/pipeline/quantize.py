@@ -115,11 +115,11 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and six switches
     if model.path is not None:
         check_apart(place.out_dir, model.path)  # before anything is said of --overwrite
     look(place)
+    check_engine(engine, recipe)
     emit(Progress("opening the model"))
     source = open_source(model)
     check_apart(place.out_dir, source.directory, _inputs(recipe, calib_dir))
     layer_plan = _planned(source, recipe, target)
-    check_engine(engine, recipe)
     _check_room(place, layer_plan)
     _warn_of_few_bits(layer_plan, recipe, emit)
     samples = samples or open_samples(source, recipe, calib_dir, emit)

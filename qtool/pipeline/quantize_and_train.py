@@ -51,6 +51,8 @@ def quantize_and_train(
 
 def _quantized(recipe: Recipe, request: TrainRequest, emit: Emit) -> TrainRequest:
     """Return the request with a checkpoint in the place of a dense model."""
+    if is_first():
+        look(find_place(request.out_dir, overwrite=request.overwrite, resume=request.resume))
     directory = request.model.directory
     if "quantization_config" in read_config(directory):
         return request
@@ -60,7 +62,6 @@ def _quantized(recipe: Recipe, request: TrainRequest, emit: Emit) -> TrainReques
         if is_first():
             emit(Notice("Encoders write no texts to calibrate on: it is quantized without data."))
     if is_first():
-        look(find_place(request.out_dir, overwrite=request.overwrite, resume=request.resume))
         quantize(
             request.model,
             base,

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from qtool.modeling.locate import Location
+from qtool.pipeline.bench import BenchResult
 from qtool.pipeline.evaluate import Comparison
 from qtool.pipeline.kept_steps import StepResult
 from qtool.pipeline.task_results import ModelTasks, TaskComparison
@@ -17,7 +18,13 @@ NOT_COMPARED = "The result wasn't compared with the original; the warning above 
 def text_report(found: Comparison) -> dict[str, Any]:
     """Return what is kept of an evaluation on texts: as `qtool eval --json` has it, and more."""
     values = asdict(found)
-    return {name: values[name] for name in ("figures", "agreement", "chats", "no_chats")}
+    closeness = values["closeness"]
+    return {
+        "figures": values["figures"],
+        "agreement": closeness["text"],
+        "chats": closeness["chats"],
+        "no_chats": closeness["no_chats"],
+    }
 
 
 def text_figures(kept: StepResult) -> dict[str, Any]:
@@ -91,7 +98,7 @@ def score_figures(kept: StepResult) -> dict[str, Any]:
     return {"scores": found}
 
 
-def bench_report(found: Comparison, result: Location, original: Location) -> dict[str, Any]:
+def bench_report(found: BenchResult, result: Location, original: Location) -> dict[str, Any]:
     """Return what is kept of a bench, with what the kernels' end-to-end rows call the two."""
     if found.kernels is None:
         return {"figures": [asdict(one) for one in found.figures]}

@@ -82,13 +82,13 @@ def sweep(  # noqa: PLR0913 - as quantize, with sizes
         RecipeError: a size is impossible: found before the first is begun.
         OutputError: something is in the way of one of them.
     """
+    recipes = dict(_recipes(recipe, averages))
+    _look(out_dir, recipes, overwrite=overwrite, resume=resume)
     emit(Progress("opening the model"))
     source = open_source(model)
-    recipes = dict(_recipes(recipe, averages))
     for each in recipes.values():
         check_choices(source, each, make_plan(source, each))
     check_apart(out_dir, source.directory)
-    _look(out_dir, recipes, overwrite=overwrite, resume=resume)
     with held(out_dir):
         samples = open_samples(source, recipe, calib_dir, emit)
         failures: dict[str, str] = {}

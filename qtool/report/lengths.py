@@ -6,6 +6,7 @@ from typing import Any
 
 from qtool.data.lengths import bin_edges, histogram, quantiles
 from qtool.errors import MissingExtraError, OutputError
+from qtool.storage.whole_files import written_over
 from qtool.wording import reason
 
 Axes = Any  # of matplotlib
@@ -73,6 +74,7 @@ def save_plot(axes: Axes, path: Path, *, legend: str) -> None:
     """
     axes.figure.legend(loc=legend, frameon=False, fontsize="small")
     try:
-        axes.figure.savefig(path)
+        with written_over(path) as file:
+            axes.figure.savefig(file, format=path.suffix.removeprefix("."))
     except OSError as error:
         raise OutputError(f"Can't write {path}: {reason(error)}.") from error

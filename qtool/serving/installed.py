@@ -1,8 +1,6 @@
 """Whether what `serve` needs is installed. Torch-free."""
 
-import importlib.util
-
-from qtool.errors import MissingExtraError
+from qtool.errors import require
 
 
 def check_servable() -> None:
@@ -11,5 +9,4 @@ def check_servable() -> None:
     Raises:
         MissingExtraError: one of them isn't.
     """
-    if not all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")):
-        raise MissingExtraError("`qtool serve`", "serve")
+    require("`qtool serve`", "serve", "fastapi", "uvicorn")

@@ -9,7 +9,7 @@ from qtool.recipe.calibration import CalibrationSection
 from qtool.recipe.matching import matches
 from qtool.recipe.schema import Recipe, TableSection, WeightsSection, is_named, resolve
 from qtool.steps.activation_ranges import check_inputs, has_static_inputs
-from qtool.steps.check_fold import check_fold
+from qtool.steps.check_fold import check_fold, fold_options
 from qtool.steps.method_choice import check_bits, check_tunable, load_method, methods_of
 from qtool.steps.table_rows import check_rows
 
@@ -46,20 +46,7 @@ def check_request(
         UnknownNameError: there is no such method.
     """
     _check_overrides(recipe, linears, others)
-    choose = recipe.weights.choose
-    if recipe.calibration is None and (choose.group_dim or choose.method):
-        raise RecipeError("weights.choose needs calibration data to choose by.")
-    for section, is_there, purpose in (
-        ("tuning", recipe.tuning.is_on, "to learn from"),
-        ("choosing", recipe.choosing is not None, "to tell what bits are worth"),
-        ("search", recipe.search is not None, "to measure losses on"),
-    ):
-        if is_there and recipe.calibration is None:
-            raise RecipeError(
-                f"{section} needs calibration data {purpose}. Give the recipe a section "
-                "'calibration', or leave out --no-calibration."
-            )
-    check_inputs(recipe)
+    _check_data(recipe)
     check_fold(recipe, adapter)
     depth, sensitive = adapter.blocks.count(".") + 2, frozenset(adapter.sensitive)
     blocks = (
@@ -74,6 +61,40 @@ def check_request(
     for name, role, layer in (*blocks, *tables):
         if layer is not None:
             _check_section(name, role, layer, recipe)
+
+
+def check_recipe_alone(recipe: Recipe) -> None:
+    """Check what needs no model to be known: names of plug-ins, bits of all layers, data.
+
+    Raises:
+        RecipeError, SchemeError, UnknownNameError: as `check_request`.
+    """
+    _check_data(recipe)
+    if recipe.fold is not None:
+        fold_options(recipe.fold)
+    if not recipe.weights.overrides:  # else it may be the method of no layer
+        _check_section("weights", "block", recipe.weights, recipe)
+    for role, table in (("embedding", recipe.embedding), ("head", recipe.head)):
+        if table is not None:
+            _check_section(role, role, table, recipe)
+
+
+def _check_data(recipe: Recipe) -> None:
+    """Refuse what needs data where there are none."""
+    choose = recipe.weights.choose
+    if recipe.calibration is None and (choose.group_dim or choose.method):
+        raise RecipeError("weights.choose needs calibration data to choose by.")
+    for section, is_there, purpose in (
+        ("tuning", recipe.tuning.is_on, "to learn from"),
+        ("choosing", recipe.choosing is not None, "to tell what bits are worth"),
+        ("search", recipe.search is not None, "to measure losses on"),
+    ):
+        if is_there and recipe.calibration is None:
+            raise RecipeError(
+                f"{section} needs calibration data {purpose}. Give the recipe a section "
+                "'calibration', or leave out --no-calibration."
+            )
+    check_inputs(recipe)
 
 
 def section_of(recipe: Recipe, layer: str, *, is_sensitive: bool) -> WeightsSection | None:

@@ -34,6 +34,25 @@ def written_whole(target: Path, *, durable: bool = False) -> Iterator[IO[bytes]]
         partial.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def written_over(target: Path) -> Iterator[IO[bytes]]:
+    """Open a result that takes the place of an earlier one as `written_whole`; links are followed.
+
+    A pipe, a device, a mounted file or one in a closed folder can't be replaced: it is written
+    where it is.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    file = Path(os.path.realpath(target))
+    file.parent.stat()  # a result makes no folder: its name is more likely a slip
+    stays = file.exists() and (
+        not file.is_file() or os.path.ismount(file) or not os.access(file.parent, os.W_OK | os.X_OK)
+    )
+    with file.open("wb") if stays else written_whole(file) as opened:
+        yield opened
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or the names in a folder, survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)

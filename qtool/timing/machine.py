@@ -1,6 +1,5 @@
 """The card: what it is, how fast its clock runs under load, and what is missing to use it."""
 
-import importlib.util
 import subprocess
 import time
 from collections.abc import Callable
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qtool.errors import BackendError, MissingExtraError
+from qtool.errors import BackendError, require
 from qtool.runtime.backends.cuda.launch import OLDEST
 
 USUAL_L2_BYTES = 50 * 2**20
@@ -53,8 +52,7 @@ def require_card() -> torch.device:
             f"{torch.cuda.get_device_name(device)} is older than the kernels allow: they need "
             "compute capability 8.0. Without --gpu, `qtool bench OUT_DIR` uses torch."
         )
-    if importlib.util.find_spec("cupy") is None:
-        raise MissingExtraError("`qtool bench --gpu`", "gpu")
+    require("`qtool bench --gpu`", "gpu", "cupy")
     return device
 
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,41 +21,36 @@ ALL_ALIKE = ((slice(None), None),)
 """Rows, and weights of the tokens there, where there is one group of rows."""
 
 
-def measure_inputs(
-    linear: str,
-    visit: Visit,
-    *,
-    residual: tuple[str, str] | None,
-    token_cap: float | None,
-    groups: RowGroups | None = None,
-    activation: ActivationScheme | None = None,
-) -> tuple[InputStatistics, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SumOptions:
+    """What is summed of the tokens that linears with one input see, and with which weights."""
+
+    residual: tuple[str, str] | None = None
+    """Linears whose outputs go into the residual stream, of attention, then of the MLP; None: no
+    residual stream is looked at."""
+    token_cap: float | None = None
+    """Tokens above this multiple of the median norm are shrunk to it; None: none are."""
+    groups: RowGroups | None = None
+    """Of output channels, each measured with its weights of the tokens, drifts too; None: all
+    channels are one, and so are all weights."""
+    activation: ActivationScheme | None = None
+    """How the inputs are quantized; what that costs is a part of the drift."""
+
+
+def measure_inputs(linear: str, visit: Visit, options: SumOptions) -> tuple[InputStatistics, ...]:
     """Run the block, as it was and as it is, up to `linear` on every batch.
 
     Args:
         linear: Name of the first of the linears that share the input.
         visit: The block where the walk stands.
-        residual: Linears whose outputs go into the residual stream, of attention, then of the MLP;
-            None: no residual stream is looked at.
-        token_cap: Tokens above this multiple of the median norm are shrunk to it; None: none are.
-        groups: Of output channels, each measured with its weights of the tokens, drifts too;
-            None: all channels are one, and so are all weights.
-        activation: How the inputs are quantized; what that costs is a part of the drift.
+        options: What is summed.
     """
     totals = Totals()
-    found = sum_inputs(
-        linear,
-        visit,
-        residual=residual,
-        token_cap=token_cap,
-        groups=groups,
-        activation=activation,
-    )
     device: torch.device | str = "cpu"
-    for place, moments in found:
+    for place, moments in sum_inputs(linear, visit, options):
         device = moments.sums["xx"].device  # at last that of the block
         totals.add(place, moments)
-    return totals.statistics(groups, activation, device)
+    return totals.statistics(options.groups, options.activation, device)
 
 
 class SumPlace(NamedTuple):
@@ -104,13 +100,7 @@ class Totals:
 
 
 def sum_inputs(
-    linear: str,
-    visit: Visit,
-    *,
-    residual: tuple[str, str] | None,
-    token_cap: float | None,
-    groups: RowGroups | None = None,
-    activation: ActivationScheme | None = None,
+    linear: str, visit: Visit, options: SumOptions
 ) -> Iterator[tuple[SumPlace, Moments]]:
     """Yield the sums of each chunk of the samples, in order; arguments as of `measure_inputs`.
 
@@ -118,6 +108,7 @@ def sum_inputs(
     """
     sums: dict[SumPlace, Moments] = {}
     start, streams = 0, visit.streams
+    residual, activation = options.residual, options.activation
     for index, (first, second) in enumerate(zip(streams.original, streams.quantized, strict=True)):
         number, held_out = streams.chunk_of(index), index >= streams.num_train
         if visit.chunk not in (None, number):
@@ -131,9 +122,10 @@ def sum_inputs(
             x, there = _see(visit.quantized, linear, second, index, residual)
         x = x if activation is None else fake_quantize(x, activation)
         drift, lost = reference - x, _lost(meant, there, x.dtype)
-        cap = None if token_cap is None else hessian.token_weights(x, token_cap)
+        limit = options.token_cap
+        cap = None if limit is None else hessian.token_weights(x, limit)
         tokens = slice(start, start := start + len(x))
-        among = ALL_ALIKE if groups is None else groups.among(tokens, x.device)
+        among = options.groups.among(tokens, x.device) if options.groups else ALL_ALIKE
         for group, (rows, root) in enumerate(among):
             key, part = SumPlace(group, held_out, number), None if lost is None else lost[:, rows]
             if key not in sums:

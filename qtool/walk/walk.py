@@ -32,7 +32,7 @@ from qtool.walk.statistics import (
     why_not_finite,
 )
 from qtool.walk.streams import Streams, Visit, make_streams
-from qtool.walk.sums import SumPlace, measure_inputs, sum_inputs
+from qtool.walk.sums import SumOptions, SumPlace, measure_inputs, sum_inputs
 
 BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
 
@@ -155,14 +155,13 @@ class Walk:
         assert self._blocks is not None
         name = f"{self._source.adapter.blocks}.{index}.{linear}"
         visit = Visit(*self._blocks, streams)
-        statistics = measure_inputs(
-            linear,
-            visit,
+        options = SumOptions(
             residual=self._residual,
             token_cap=self._section.token_cap,
             groups=self._weighed.get(name),
             activation=self._rules.scheme(name, self._inputs(name, linear, visit)),
         )
+        statistics = measure_inputs(linear, visit, options)
         if not all(each.is_finite() for each in statistics):
             raise self._not_finite(name, streams)
         return statistics
@@ -182,14 +181,12 @@ class Walk:
         assert self._blocks is not None
         section, visit = self._section, Visit(*self._blocks, streams, chunk)
         scheme = self._rules.scheme(layer, self._inputs(layer, linear, visit))
-        sums = sum_inputs(
-            linear,
-            visit,
+        options = SumOptions(
             residual=self._residual,
             token_cap=section.token_cap,
             activation=scheme,
         )
-        return dict(sums), scheme
+        return dict(sum_inputs(linear, visit, options)), scheme
 
     def _inputs(self, name: str, linear: str, visit: Visit) -> Iterator[Tensor]:
         """Yield what a linear of the quantized block sees of the samples that aren't held out."""

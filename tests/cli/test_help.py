@@ -90,8 +90,8 @@ def test_the_list_of_commands_imports_none_of_them(argument):
         "print('SLOW', sorted({'importlib.abc', 'importlib.metadata'} & set(sys.modules)))\n"
     )
     printed = run_python(code, argument)
-    ours = ["cli", "cli.app", "cli.outcome", "errors", "integrations", "integrations.transformers"]
-    ours += ["integrations.transformers.registration", "settings"]
+    ours = ["cli", "cli.app", "cli.interrupts", "cli.outcome", "errors", "integrations"]
+    ours += ["integrations.transformers", "integrations.transformers.registration", "settings"]
     assert f"OURS {[f'qtool.{name}' for name in ours]}" in printed
     if argument == "--version":  # rich may do as it likes
         assert "SLOW []" in printed

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -195,3 +196,38 @@ def test_link_in_a_circle_is_one_line(cli: Cli, llama, tmp_path, name):
     refused(cli("inspect", tmp_path, "--json", tmp_path / name))
     refused(cli("calibrate", llama, tmp_path / name))
     refused(cli("quantize", "--method", "rtn", llama, tmp_path / name))
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_an_interrupt_that_a_library_turned_into_another_error_is_one(
+    cli: Cli, llama, tmp_path, monkeypatch, passes
+):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def swallow(*_args, **_kwargs):
+        try:
+            if passes:
+                signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            pass
+        raise ImportError("Could not import module 'LlamaConfig'")
+
+    monkeypatch.setattr(pipeline, "quantize", swallow)
+    done = cli("quantize", llama, tmp_path / "out")
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+    said = "Interrupted. Finished layers are kept" if passes else "Could not import"
+    assert (done.code, said in done.said[-1]) == (130 if passes else 1, True)
+
+
+def test_an_interrupt_while_the_program_starts_is_one_line():
+    code = (
+        "import sys\n"
+        "class Late:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Late())\n"
+        "from qtool.__main__ import start_program\n"
+        "start_program()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "Error: Interrupted.\n")

@@ -72,6 +72,20 @@ def test_time_left_counts_from_when_the_work_began_not_from_its_first_result(clo
     assert Step("solve", begun=0, total=2, done=1).state(7300).endswith("about 2:01:40 left")
 
 
+def test_what_is_done_has_no_time_left_and_what_begins_again_is_counted_anew(clock, capsys):
+    with progress() as emit:
+        for _ in range(2):
+            for done in range(1, 4):
+                clock[0] += 20
+                emit(Progress("predictions of m", done, 3))
+    assert lines(capsys) == [
+        "predictions of m: 1 of 3, 0:20 so far, about 0:40 left",
+        "predictions of m: 3 of 3, 1:00 so far",
+        "predictions of m: 1 of 3, 0:20 so far, about 0:40 left",
+        "predictions of m: 3 of 3, 1:00 so far",
+    ]
+
+
 def test_a_log_hears_of_a_phase_that_says_nothing(monkeypatch, capsys):
     monkeypatch.setattr(module, "FIRST_SECONDS", 0.0)
     with progress() as emit:
@@ -103,7 +117,7 @@ def test_a_terminal_gets_one_live_line(monkeypatch):
         emit(layer(0))
         emit(layer(9))
     assert "opening [m]: 0:00 so far" in screen.getvalue()
-    assert "quantize: 10 of 10, 0:00 so far, about 0:00 left  [q]" in screen.getvalue()
+    assert "quantize: 10 of 10, 0:00 so far  [q]" in screen.getvalue()
 
 
 def test_an_interruption_carries_what_is_kept():

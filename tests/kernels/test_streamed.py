@@ -106,7 +106,7 @@ def test_a_stream_has_every_unit_once_and_fits(row_tiles, units, batch, layout):
         (4, (8192, 28672), 17, "wide", None),
     ],
 )
-def test_up_to_16_tokens_are_the_planes_where_warpgroups_multiply_more(planes_, shape, tokens, kernel, first):
+def test_warpgroups_multiply_from_17_tokens_on(planes_, shape, tokens, kernel, first):
     card = Card(132, 227 * 1024, "NVIDIA H200", warpgroups=True)
     layout, (rows, inputs) = planes.Layout(planes_, 128, 1), shape
     tiles = Tiles(

@@ -7,9 +7,11 @@ import pytest
 
 import qtool
 from qtool import plugins, resources
-from qtool.errors import SchemeError, UnknownNameError
+from qtool.errors import RecipeError, SchemeError, UnknownNameError
 from qtool.modeling.locate import Location
+from qtool.recipe.names import find_recipe
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
+from qtool.steps.method_choice import load_method
 from tests.helpers import ROOT, recipe, run_python
 
 
@@ -80,6 +82,28 @@ def test_miss_suggests_the_nearest_and_lists_all(package):
         plugins.load(package, "goood", "NUMBER", int)
     with pytest.raises(UnknownNameError, match=r"No '_hidden' in own_plugins\. Known"):
         plugins.load(package, "_hidden", "NUMBER", int)
+
+
+@pytest.mark.parametrize("package", plugins.USES)
+def test_a_name_of_another_kind_is_said_to_be_that(package, monkeypatch):
+    found = plugins.names(importlib.import_module(package))
+    assert found
+    for name in found:
+        said = plugins.describe_miss(name.replace("_", "-"), (), "nothing")
+        assert plugins.USES[package].format(name.replace("_", "-")) in said
+    monkeypatch.setattr(plugins, "USES", {})
+    assert "is a" not in plugins.describe_miss(found[0], (), "nothing")
+
+
+def test_a_fold_in_the_place_of_a_method_says_how_it_is_given():
+    with pytest.raises(
+        UnknownNameError, match=r"awq is a fold, .*--method rtn --set fold.name=awq"
+    ):
+        load_method("awq")
+    with pytest.raises(RecipeError, match=r"rtn is a method: --method rtn\."):
+        find_recipe("rtn")
+    with pytest.raises(UnknownNameError, match=r"a built-in recipe: --recipe rtn-w4g128"):
+        load_method("rtn-w4g128")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from qtool.wording import gigabytes
 
 if TYPE_CHECKING:
     from qtool.evaluation.agreement import Agreement
-    from qtool.pipeline import Comparison, ModelFigures
+    from qtool.evaluation.closeness import Closeness
+    from qtool.pipeline import BenchResult, Comparison, ModelFigures
 
 TEXT_WIDTH = 100
 COLUMNS = ["model", ">bits per weight", ">size", ">quantized in", ">perplexity"]
@@ -18,34 +19,50 @@ COLUMNS += [">prefill tokens/s", ">decode tokens/s", "backend"]
 
 
 def comparison_report(result: "Comparison") -> dict[str, Any]:
-    """Return figures and agreement for machines."""
-    report = asdict(result)
-    names = ("figures", "agreement", "chats", "versions")
-    return {name: report[name] for name in (*names, *(["cpu"] if result.cpu else []))}
+    """Return figures and closeness for machines."""
+    closeness = asdict(result.closeness)
+    return {
+        "figures": [asdict(one) for one in result.figures],
+        "agreement": closeness["text"],
+        "chats": closeness["chats"],
+        "versions": result.versions,
+    }
+
+
+def speed_report(result: "BenchResult") -> dict[str, Any]:
+    """Return figures of models that were timed, for machines."""
+    cpu = {} if result.cpu is None else {"cpu": asdict(result.cpu)}
+    figures = [asdict(one) for one in result.figures]
+    return {"figures": figures, "versions": result.versions, **cpu}
 
 
 def print_comparison(result: "Comparison") -> None:
+    """Print one row per model, and how closely the last follows the first."""
+    print_models(result.figures, result.closeness)
+    if result.closeness.text is not None:
+        _print_agreement(result.closeness)
+
+
+def print_models(figures: tuple["ModelFigures", ...], closeness: "Closeness | None" = None) -> None:
     """Print one row per model, with only the columns that were measured."""
-    *others, last = result.figures
-    rows = [_cells(figures, None, None) for figures in others]
-    rows.append(_cells(last, result.agreement, result.chats))
+    *others, last = figures
+    rows = [_cells(one, None) for one in others]
+    rows.append(_cells(last, closeness))
     measured = [any(column) for column in zip(*rows, strict=True)]
     table = [compress(row, measured) for row in (COLUMNS, *rows)]
     console.print_table("", table[0], table[1:])
-    console.print_lines(_conditions(result.figures))
-    if result.agreement is not None:
-        _print_agreement(result.agreement, result.chats, result.no_chats)
+    console.print_lines(_conditions(figures))
 
 
-def _print_agreement(
-    agreement: "Agreement", chats: "Agreement | None", no_chats: str | None
-) -> None:
+def _print_agreement(closeness: "Closeness") -> None:
     """Print how closely the model follows its original, and the first text that differs."""
+    agreement, chats = closeness.text, closeness.chats
+    assert agreement is not None
     _print_divergence("Against the original", agreement)
     if chats is not None:
         _print_divergence(f"On chats ({chats.dataset})", chats)
-    elif no_chats is not None:
-        console.print_lines([f"On chats nothing was compared: {no_chats}"])
+    elif closeness.no_chats is not None:
+        console.print_lines([f"On chats nothing was compared: {closeness.no_chats}"])
     if agreement.greedy_equal_share is not None:
         console.out.print(
             f"Greedy continuations of {len(agreement.greedy)} prompts: the first "
@@ -67,10 +84,9 @@ def _print_divergence(where: str, found: "Agreement") -> None:
     )
 
 
-def _cells(
-    figures: "ModelFigures", agreement: "Agreement | None", chats: "Agreement | None"
-) -> tuple[str, ...]:
+def _cells(figures: "ModelFigures", closeness: "Closeness | None") -> tuple[str, ...]:
     """Return a cell per column, empty where nothing was measured."""
+    agreement, chats = (closeness.text, closeness.chats) if closeness else (None, None)
     seconds, quality, speed = figures.quantize_seconds, figures.perplexity, figures.speed
     return (
         figures.name,

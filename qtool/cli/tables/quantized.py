@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from qtool.cli import console
 from qtool.cli.tables.kept import print_kept
+from qtool.cli.tables.next_steps import print_next_of_checkpoint
 from qtool.wording import gigabytes
 
 if TYPE_CHECKING:
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     from qtool.steps.solve import LayerResult
 
 
-def print_quantized(result: "QuantizeResult", json_file: Path | None) -> None:
-    """Print what a finished run reports."""
+def print_quantized(result: "QuantizeResult", original: str, json_file: Path | None) -> None:
+    """Print what a finished run reports, and how what was made of the original is used."""
     report = asdict(result)
     if not result.budgets:
         del report["budgets"]
@@ -48,6 +49,7 @@ def print_quantized(result: "QuantizeResult", json_file: Path | None) -> None:
         rows.append(("solved more simply than asked", f"{fallbacks} layers, see the report"))
     console.print_table(str(result.out_dir), ("", "value"), rows)
     print_kept(result.unquantized)
+    print_next_of_checkpoint(result.out_dir, original)
 
 
 def _choosing_rows(result: "QuantizeResult") -> list[tuple[str, str]]:

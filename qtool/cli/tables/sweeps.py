@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qtool.cli import console
+from qtool.cli.tables.next_steps import print_next
 from qtool.errors import MethodError
 from qtool.wording import gigabytes
 
@@ -39,6 +40,7 @@ def print_sweep(result: "SweepResult", json_file: Path | None) -> None:
         console.print_lines(
             ["KL: nats per token, to the original. *: nothing smaller is as close on the text."]
         )
+        print_next(("report", result.out_dir))
     if result.failures:
         name, reason = next(iter(result.failures.items()))
         raise MethodError(

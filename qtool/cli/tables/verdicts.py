@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.cli import console
+from qtool.cli.tables.next_steps import print_next
 from qtool.recipe.gates import GATE_OF
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def print_gates(result: "RunResult") -> None:
     else:
         lines.append(f"All results are in {result.out_dir}. No gate judges them.")
     console.print_lines(lines)
+    print_next(("report", result.out_dir))
 
 
 def print_steps(recipe: "Recipe", plan: "Plan", json_file: Path | None) -> None:

@@ -8,7 +8,6 @@ and run programs in a fork of this process: while tasks are loaded, that one nam
 import contextlib
 import difflib
 import functools
-import importlib.util
 import io
 import logging
 from collections.abc import Iterable, Iterator
@@ -16,14 +15,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
-from qtool.errors import MissingExtraError
+from qtool.errors import require
 from qtool.sandbox.code_eval import CodeEval
 
 
 def require_lm_eval() -> None:
     """Raise unless lm-eval is installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtraError("Running tasks", "eval")
+    require("Running tasks", "eval", "lm_eval")
 
 
 def describe_unknown(name: str, known: Iterable[str]) -> str:

@@ -134,8 +134,8 @@ def test_windows_without_a_position_are_not_run(loaded, corpus):
         prompts=0,
         emit=events.append,
     )
-    what = f"predictions of {loaded.name}"
-    assert events == [Progress(what, done, 3) for done in (1, 2, 3)]
+    what = f"predictions of {loaded.name} on words"
+    assert events == [Progress(what, done, 3) for done in (0, 1, 2, 3)]
 
 
 def test_more_positions_than_there_are_means_all(loaded, corpus):
@@ -208,8 +208,12 @@ def test_sampling_options_of_the_model_raise_no_warning(llama, corpus, caplog, m
 def test_comparing_tells_how_far_it_is(perturbed, reference):
     events: list[Any] = []
     compare_to_reference(perturbed, reference, events.append)
-    what = f"predictions of {perturbed.name}"
-    assert events == [Progress(what, done, WINDOWS) for done in range(1, WINDOWS + 1)]
+    what = f"predictions of {perturbed.name} on words"
+    predicted = [Progress(what, done, WINDOWS) for done in range(WINDOWS + 1)]
+    assert events[: WINDOWS + 1] == predicted
+    what, prompts = f"continuations by {perturbed.name}", len(reference.prompts)
+    assert events[WINDOWS + 1 :] == [Progress(what, done, prompts) for done in range(prompts)]
+    assert prompts
 
 
 def test_another_vocabulary_is_refused_with_both_sizes(loaded, reference):

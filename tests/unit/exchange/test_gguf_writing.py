@@ -248,7 +248,7 @@ def test_a_converted_file_has_the_tokenizer_that_it_says(streamed, ours, tmp_pat
     export(ours, tmp_path / "m.gguf", "gguf")
     monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "cache"))
     if not streamed:
-        monkeypatch.setattr("qtool.modeling.gguf_streamed.save_streamed", lambda *_: False)
+        monkeypatch.setattr("qtool.modeling.gguf_streamed.save_streamed", lambda *_, **__: False)
     converted = convert_gguf(tmp_path / "m.gguf")
     found, meant = (json.loads((one / "tokenizer.json").read_text()) for one in (converted, ours))
     assert found["pre_tokenizer"] == meant["pre_tokenizer"] == DIGITS

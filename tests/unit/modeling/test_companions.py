@@ -100,6 +100,17 @@ def test_json_that_cannot_be_read_is_copied_as_it_is(copy, content):
     assert read_companions(copy)["vocab.json"].decode() == content
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1}\xff', b"[" * 10**5])
+def test_a_damaged_tokenizer_is_refused_before_anything_is_made_of_the_model(
+    copy, tmp_path, name, content
+):
+    (copy / name).write_bytes(content)
+    with pytest.raises(ModelError, match=rf"{name} isn't valid JSON: .*Download it again"):
+        pipeline.quantize(Location(copy), tmp_path / "out", recipe())
+    assert not (tmp_path / "out").exists()
+
+
 def test_code_is_removed_and_the_rest_stays(copy):
     values = {"auto_map": {"AutoTokenizer": ["a.B", None]}, "chat": "ä"}
     (copy / "tokenizer_config.json").write_text(json.dumps(values))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qtool.base import Emit
 from qtool.errors import MissingExtraError, ModelError
 from qtool.modeling import gguf_cache
 from qtool.modeling.gguf_cache import WHOLE_NAME, convert_gguf
@@ -30,7 +31,7 @@ def gguf(tmp_path, monkeypatch):
 def calls(monkeypatch):
     made: list[Path] = []
 
-    def save(_path: Path, target: Path) -> None:
+    def save(_path: Path, target: Path, _emit: Emit) -> None:
         made.append(target)
         (target / "config.json").write_text("{}")
         (target / "model.safetensors").write_bytes(bytes(100))
@@ -112,7 +113,7 @@ def test_cache_that_cannot_be_written_says_what_to_set(gguf):
 
 
 def test_full_disk_is_one_sentence_and_leaves_nothing(gguf, monkeypatch, tmp_path):
-    def full(_path: Path, target: Path) -> None:
+    def full(_path: Path, target: Path, _emit: Emit) -> None:
         (target / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
@@ -141,7 +142,7 @@ def test_files_are_synced_before_they_get_their_name(gguf, monkeypatch):
 def test_of_two_at_once_one_converts(gguf, monkeypatch):
     calls = []
 
-    def save(_path: Path, target: Path) -> None:
+    def save(_path: Path, target: Path, _emit: Emit) -> None:
         calls.append(target)
         time.sleep(0.2)
         (target / "config.json").write_text("{}")

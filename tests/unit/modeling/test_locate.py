@@ -1,13 +1,18 @@
+import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qtool.base import ignore_events
 from qtool.errors import ModelError
 from qtool.modeling import locate as module
+from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location, locate
 from qtool.settings import cache_dir
+from tests.robustness.gguf_files import write_gguf
 
 
 def test_local_directory_stays_where_it_is_and_has_no_public_name(llama):
@@ -145,3 +150,27 @@ def test_cache_is_where_the_environment_says(monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cache_dir() == Path(expected)
+
+
+def test_a_gguf_file_says_that_it_is_converted_with_each_tensor_and_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "tiny.gguf")
+    told: list[Any] = []
+    for _ in range(2):
+        location = replace(locate(str(tmp_path / "tiny.gguf")), emit=told.append)
+        assert location.name == "tiny.gguf"
+        assert (location.directory / "config.json").is_file()
+        counted = [event for event in told if event.total]
+        assert {event.what for event in told[:-1]} == {"converting tiny.gguf to float16, once"}
+        assert told[-1].what == "opening tiny.gguf"
+        assert [event.done for event in counted] == list(range(counted[0].total))
+
+
+def test_what_a_location_tells_stays_in_its_process(llama):
+    told: list[Any] = []
+    location = replace(locate(str(llama)), emit=told.append)
+    there = pickle.loads(pickle.dumps(location))
+    assert there == location
+    assert there.emit is ignore_events
+    load_model(location)
+    assert [event.what for event in told] == [f"loading {location.name}"]

@@ -62,7 +62,8 @@ def test_result_is_compared_and_the_report_is_as_without(chat_llama, tmp_path, c
         assert found is not None
         assert found.positions == 2 * 39
         assert found.kl_divergence > 1e-4
-    assert len(steps_in(events, "predictions of out")) == 4
+    for text in ("wikitext2-test", "dialogues-test"):
+        assert len(steps_in(events, f"predictions of out on {text}")) == 3
     keys = [json.loads((tmp_path / name / REPORT_NAME).read_text()) for name in ("plain", "out")]
     assert list(keys[0]) == list(keys[1])
 

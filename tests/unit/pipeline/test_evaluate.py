@@ -73,7 +73,7 @@ def test_other_vocabulary_costs_the_comparison_and_no_perplexity(llama, tmp_path
         baseline=Location(larger),
         emit=events.append,
     )
-    assert result.agreement is None
+    assert result.closeness.text is None
     assert [f.perplexity is not None for f in result.figures] == [True, True]
     (message,) = warnings_in(events)
     assert "aren't compared token by token" in message
@@ -84,9 +84,9 @@ def test_texts_can_be_left_out(llama, text_file):
     result = pipeline.evaluate(
         Location(llama), options(text_file, texts=False), baseline=Location(llama)
     )
-    assert result.agreement is not None
-    assert result.agreement.greedy == ()
-    assert result.agreement.greedy_equal_share is None
+    assert result.closeness.text is not None
+    assert result.closeness.text.greedy == ()
+    assert result.closeness.text.greedy_equal_share is None
 
 
 def test_bench_frees_the_first_model_before_it_loads_the_second(
@@ -164,7 +164,7 @@ def test_outputs_that_are_no_numbers_are_said_and_cost_nothing_else(llama, tmp_p
         )
         values = [f.perplexity.perplexity for f in result.figures if f.perplexity is not None]
         assert [math.isnan(value) for value in values] == [baseline is broken, model is broken]
-        assert result.agreement is None
+        assert result.closeness.text is None
         assert sum("has no perplexity" in message for message in warnings_in(events)) == 1
 
 

@@ -7,7 +7,7 @@ import torch
 
 from qtool.walk.statistics import RowGroups
 from qtool.walk.streams import Visit, make_streams
-from qtool.walk.sums import measure_inputs
+from qtool.walk.sums import SumOptions, measure_inputs
 from tests.helpers import normal
 
 WIDTH, INPUTS = 6, 9
@@ -65,9 +65,8 @@ def by_hand(blocks, streams, residuals, cap):
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_all_moments_are_of_equally_weighted_tokens(blocks, streams, writer, cap):
     """A capped token counts alike in H and in the drifts: otherwise the shift overshoots for it."""
-    (both,) = measure_inputs(
-        writer, Visit(blocks[0], blocks[1], streams), residual=("attention", "mlp"), token_cap=cap
-    )
+    options = SumOptions(residual=("attention", "mlp"), token_cap=cap)
+    (both,) = measure_inputs(writer, Visit(blocks[0], blocks[1], streams), options)
     measured = both.train
     share = 0.5 if writer == "mlp" else 1.0
     flat = (lambda h: share * h.flatten(0, -2),) * 2
@@ -84,13 +83,8 @@ def test_a_group_of_rows_has_all_moments_weighed_alike_and_its_rows_of_the_resid
 ):
     weights = (8 * torch.rand(100, 2, generator=torch.Generator().manual_seed(3))).half()
     groups = RowGroups((0, 4, WIDTH), weights)
-    parts = measure_inputs(
-        "mlp",
-        Visit(blocks[0], blocks[1], streams),
-        residual=("attention", "mlp"),
-        token_cap=cap,
-        groups=groups,
-    )
+    options = SumOptions(residual=("attention", "mlp"), token_cap=cap, groups=groups)
+    parts = measure_inputs("mlp", Visit(blocks[0], blocks[1], streams), options)
     flat = (lambda h: 0.5 * h.flatten(0, -2),) * 2
     x, drift, residual = by_hand(blocks, streams, [flat] * 4, cap)
     assert [part.rows for part in parts] == [slice(0, 4), slice(4, WIDTH)]
@@ -107,9 +101,7 @@ def test_a_group_of_rows_has_all_moments_weighed_alike_and_its_rows_of_the_resid
 
 
 def test_linears_off_the_residual_stream_have_no_residual(blocks, streams):
-    (measured,) = measure_inputs(
-        "linear", Visit(blocks[0], blocks[1], streams), residual=None, token_cap=None
-    )
+    (measured,) = measure_inputs("linear", Visit(blocks[0], blocks[1], streams), SumOptions())
     for part in (measured.train, measured.held_out):
         assert not {"ex", "ed", "ee"} & part.sums.keys()
     assert measured.held_out.num_tokens == 20
