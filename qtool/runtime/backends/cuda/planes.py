@@ -42,14 +42,7 @@ AS_THEY_ARE = ("bit_plane_lookup_mma", "bit_plane_codes_mma")
 LOOKED_UP_WARPS = 12
 """Enough where more of them want another slab: 113 us, not 140, at 57344 x 8192, 3 planes and 16
 tokens on an H200."""
-LOOKED_UP_WAYS = (
-    (32, 1),
-    (32, 2),
-    (LOOKED_UP_WARPS, 1),
-    (LOOKED_UP_WARPS, 2),
-    (32, 8),
-    (LOOKED_UP_WARPS, 8),
-)
+LOOKED_UP_WAYS = [(w, c) for cs in ((1, 2), (8,)) for w in (32, LOOKED_UP_WARPS) for c in cs]
 """Most warps and CTAs of a cluster, the best first. Clusters spare slabs whose sums are added by
 another launch; of 8 they leave a tenth of the card over, of 4 too, for less. At 4096 x 14336 with
 4 planes and up to 16 tokens that costs more than it spares."""
@@ -240,10 +233,8 @@ def tuned_plan(
     product = product or product_for(batch, layout)
     few = product.columns <= MOST_IN_PAIRS
     tunings = tunings_for(row_tiles, units, card, few=few)
-    ways = looked_up_ways(tunings[0], layout, product) if product.looks_up else []
-    if product.at_once and not product.looks_up:
-        ways = [tunings[0], replace(tunings[0], warps=LOOKED_UP_WARPS)]
-    tunings = (*(ways or tunings[:1]), *tunings[1:])
+    ways = ways_of(tunings[0], layout, product)
+    tunings = (*ways, *tunings[1:])
     if product.columns > BLOCK and not product.looks_up:
         tunings = (tunings[1], *tunings[1:])  # more tokens leave sixteen warps too few registers
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
@@ -263,8 +254,10 @@ def tuned_plan(
     return None
 
 
-def looked_up_ways(asked: Tuning, layout: Layout, product: Product) -> list[Tuning]:
-    """Return how weights that are looked up are multiplied, the best first."""
+def ways_of(asked: Tuning, layout: Layout, product: Product) -> list[Tuning]:
+    """Return how weights that are multiplied at once are launched, the best first; else `asked`."""
+    if not product.looks_up:
+        return [asked, replace(asked, warps=LOOKED_UP_WARPS)][: 1 + product.at_once]
     spared = layout.planes < LOW_PLANES or product.columns > BLOCK
     return [
         replace(asked, warps=min(warps, asked.warps), cluster=cluster)
