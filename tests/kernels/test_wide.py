@@ -170,8 +170,14 @@ def test_equal_steps_have_a_choice_of_their_own():
     assert not selection.H100.is_wide(8, 16, large, equal_steps=True)
     assert all(selection.H100.is_wide(bits, 17, large, equal_steps=True) for bits in (2, 3, 4, 8))
     assert selection.H100.is_wide(4, 1024, large, equal_steps=True)
+    huge = Shape2D(57344, 8192)  # sixteen tokens' inputs don't fit
+    assert [t for t in (8, 9, 16) if selection.H100.is_wide(4, t, huge, equal_steps=True)] == [
+        9,
+        16,
+    ]
     tuning = selection.H100.wide_tuning(64, 28672, 4, equal_steps=True)
     assert not tuning.mirrored
+    assert selection.H100.wide_tuning(32, 4096, 4, equal_steps=True).w_units == 2
 
 
 def test_fewer_warpgroups_do_not_multiply_as_four_would():
@@ -240,3 +246,23 @@ def test_products_on_a_card_are_those_of_the_weight_rounded_once_or_of_a_sign_tw
         )
         assert torch.equal(y, again)
         close(y, x, weight, twice=bits == 4 and tokens <= 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "bits"), [("binary_coding", 3), ("binary_coding", 4), ("affine", 4), ("affine", 8)]
+)
+def test_few_tokens_are_right_where_four_warpgroups_multiply_them(name, bits):
+    card = driver.card_of(0)
+    if not card.warpgroups:
+        pytest.skip("it has no wgmma")
+    shape = Shape2D(24576 + 16, 768)
+    tensor = random_tensor(name, WeightScheme(num_bits=bits, group_size=128), shape, 0)
+    moved = replace(tensor, parts={part: values.cuda() for part, values in tensor.parts.items()})
+    weight = linear_kernels.prepare(moved, torch.float16)
+    tuning = linear_kernels.wide_tuning(weight, 16, card)
+    assert (tuning.columns, tuning.groups) == (16, 4)
+    for tokens in (9, 16):
+        x = normal(tokens, 768).to("cuda", torch.float16)
+        y = linear_kernels.matmul(x, weight, driver.launch, card, kernel="wide")
+        close(y, x, weight, twice=bits == 4 and name == "binary_coding")

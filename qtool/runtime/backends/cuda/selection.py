@@ -118,7 +118,9 @@ class Selection:
     ) -> bool:
         """Return whether bit_plane_wgmma.cu is the fastest, on a card that runs it."""
         if equal_steps and tokens <= BLOCK:
-            return False
+            # where not all inputs of more than eight tokens fit, and weights are many
+            many = shape.out_features >= self.most_groups and shape.in_features > FEW_INPUTS
+            return many and tokens > BLOCK // 2
         measured = self.wide if prod(shape) >= self.least_weights else self.wide_of_few
         if equal_steps and planes == 4:  # noqa: PLR2004 - as long as three planes
             planes = 3
