@@ -13,7 +13,7 @@ DEMO_DIR ?= build/demo
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-ray test-gpu test-old test-3-12 test-versions test-floors fuzz check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
+.PHONY: help setup demo test test-slow test-ray test-gpu test-gpu-memory test-old test-3-12 test-versions test-floors fuzz check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
 
 help: ## Print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -49,6 +49,11 @@ test-ray: $(VENV)/.dev ## Run the tests on a Ray cluster of two local nodes (ins
 
 test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA card
 	$(BIN)/python -m pytest -q -m gpu
+
+# Without torch's own pool, so that what lies beyond a tensor isn't another one's.
+test-gpu-memory: $(VENV)/.dev ## Run the kernels' tests under CUDA's memory checker (compute-sanitizer)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+	    --kernel-name kns=bit_ --kernel-name kns=panel $(BIN)/python -m pytest -q -m gpu tests/kernels
 
 .venv-4.57/.done: tests/versions/transformers-4.57.txt $(VENV)/.dev
 	$(BIN)/python tests/versions/environment.py .venv-4.57 --no-deps -r $<
