@@ -171,7 +171,7 @@ def test_an_adapter_that_cant_be_set_is_refused_before_a_model_is_loaded(
         pipeline.quantize(Location(chat_llama), base, recipe())
         said = "is an adapter of another base, w3"
     elif fault == "no base":
-        base, said = chat_llama, "in this model isn't quantized"
+        base, said = chat_llama, "in this model nothing is quantized"
     else:
         base, adapter = folder / "w3", shutil.copytree(adapter, tmp_path / "damaged")
         content = (adapter / "adapter.safetensors").read_bytes()

@@ -73,7 +73,7 @@ def test_result_says_what_it_depends_on(loaded, corpus):
 def test_events_carry_the_running_perplexity(loaded, corpus):
     events: list[Any] = []
     result = perplexity(loaded, corpus, context_length=50, emit=events.append)
-    assert [event.done for event in events] == [1, 2, 3, 4]
+    assert [event.done for event in events] == [0, 1, 2, 3, 4]
     assert events[-1].detail == f"{result.perplexity:.3f}"
 
 
