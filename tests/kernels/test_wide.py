@@ -261,7 +261,7 @@ def test_few_tokens_are_right_where_four_warpgroups_multiply_them(name, bits):
     moved = replace(tensor, parts={part: values.cuda() for part, values in tensor.parts.items()})
     weight = linear_kernels.prepare(moved, torch.float16)
     tuning = linear_kernels.wide_tuning(weight, 16, card)
-    assert (tuning.columns, tuning.groups) == (16, 4)
+    assert tuning is not None and (tuning.columns, tuning.groups) == (16, 4)
     for tokens in (9, 16):
         x = normal(tokens, 768).to("cuda", torch.float16)
         y = linear_kernels.matmul(x, weight, driver.launch, card, kernel="wide")
