@@ -98,11 +98,9 @@ static void walk(void *argument, qt_team *team, int64_t thread, int64_t threads)
     const qt_columns *w = argument;
     (void)team;
     float *steps = w->room + thread * w->columns * QT_TILE;
-    int64_t tiles = (w->rows + QT_TILE - 1) / QT_TILE;
-    for (int64_t tile = tiles * thread / threads; tile < tiles * (thread + 1) / threads; tile++) {
-        int64_t left = w->rows - tile * QT_TILE;
-        qt_columns_tile(w, tile * QT_TILE, left < QT_TILE ? left : QT_TILE, steps);
-    }
+    const int64_t end = qt_first_row(w->rows, thread + 1, threads);
+    for (int64_t row = qt_first_row(w->rows, thread, threads); row < end; row += QT_TILE)
+        qt_columns_tile(w, row, qt_tile_rows(w->rows, row), steps);
 }
 
 void qt_columns_walk(const qt_columns *w, int64_t threads) { qt_team_run(threads, walk, (void *)w); }

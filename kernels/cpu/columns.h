@@ -17,6 +17,12 @@ typedef struct {
     float *levels;                 /* (columns, rows), out */
     float *room;                   /* (threads, columns, QT_TILE) */
 } qt_columns;
+/* Where a thread's share of all tiles begins; that of the next one is its end. */
+static inline int64_t qt_first_row(int64_t rows, int64_t thread, int64_t threads) {
+    return (rows + QT_TILE - 1) / QT_TILE * thread / threads * QT_TILE;
+}
+/* Rows of the tile that begins at one. */
+static inline int64_t qt_tile_rows(int64_t rows, int64_t row) { return rows - row < QT_TILE ? rows - row : QT_TILE; }
 void qt_columns_walk(const qt_columns *w, int64_t threads);
 /* Some rows of it, as many as a tile has or fewer; steps: (columns, QT_TILE). */
 void qt_columns_tile(const qt_columns *w, int64_t row, int64_t count, float *steps);

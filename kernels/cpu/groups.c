@@ -239,16 +239,14 @@ static void solve_tile(const qt_group *g, const qt_tile *t, int64_t row, int64_t
         memcpy(g->parameters + u * g->rows + row, best.theta + u * QT_TILE, (size_t)count * sizeof(float));
 }
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 static void solve(void *argument, qt_team *team, int64_t thread, int64_t threads) {
     const qt_group *g = argument;
     (void)team;
     qt_tile t = divided(g->room + thread * qt_group_room(g->columns, g->bits), g->columns, g->bits);
     multiply_ones(g->whitening, g->columns, t.planes + g->bits * g->columns * QT_TILE);
-    int64_t tiles = (g->rows + QT_TILE - 1) / QT_TILE;
-    for (int64_t tile = tiles * thread / threads; tile < tiles * (thread + 1) / threads; tile++)
-        solve_tile(g, &t, tile * QT_TILE, least(QT_TILE, g->rows - tile * QT_TILE));
+    const int64_t end = qt_first_row(g->rows, thread + 1, threads);
+    for (int64_t row = qt_first_row(g->rows, thread, threads); row < end; row += QT_TILE)
+        solve_tile(g, &t, row, qt_tile_rows(g->rows, row));
 }
 
 void qt_group_solve(const qt_group *g, int64_t threads) { qt_team_run(threads, solve, (void *)g); }
@@ -284,9 +282,9 @@ static void equate_all(void *argument, qt_team *team, int64_t thread, int64_t th
     (void)team;
     qt_tile t = divided(e->room + thread * qt_group_room(e->columns, e->bits), e->columns, e->bits);
     multiply_ones(e->matrix, e->columns, t.planes + e->bits * e->columns * QT_TILE);
-    int64_t tiles = (e->rows + QT_TILE - 1) / QT_TILE;
-    for (int64_t tile = tiles * thread / threads; tile < tiles * (thread + 1) / threads; tile++)
-        equate(e, &t, tile * QT_TILE, least(QT_TILE, e->rows - tile * QT_TILE));
+    const int64_t end = qt_first_row(e->rows, thread + 1, threads);
+    for (int64_t row = qt_first_row(e->rows, thread, threads); row < end; row += QT_TILE)
+        equate(e, &t, row, qt_tile_rows(e->rows, row));
 }
 
 void qt_group_equations(const qt_equations *e, int64_t threads) { qt_team_run(threads, equate_all, (void *)e); }
