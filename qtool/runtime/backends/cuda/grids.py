@@ -36,7 +36,7 @@ def room_of(card: Card, ctas: int) -> int:
     return (card.shared_bytes + RESERVED_BYTES) // ctas - RESERVED_BYTES
 
 
-def at_once(card: Card, cluster: int) -> int:
+def max_clusters(card: Card, cluster: int) -> int:
     """Return how many clusters of so many CTAs a card runs at once, one CTA per multiprocessor.
 
     Those of 4 and 8 leave some multiprocessors over: an H200, of 132, has 30 and 15 of them.

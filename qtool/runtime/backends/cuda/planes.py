@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from qtool.runtime.backends.cuda.grids import LaunchPlan, at_once, rings_of, room_of, shares_of
+from qtool.runtime.backends.cuda.grids import LaunchPlan, max_clusters, rings_of, room_of, shares_of
 from qtool.runtime.backends.cuda.launch import WARP, Card
 from qtool.runtime.backends.cuda.selection import (
     BLOCK,
@@ -201,7 +201,7 @@ def plan_launch(  # noqa: PLR0913 - a key of the cache
         if together > 1 and (shortest < count or not card.warpgroups):
             return None  # they add what lies in the same places, and only some cards have them
         for stages, ctas_per in rings_of(tuning):
-            most = at_once(card, together) * ctas_per * tuning.waves // (slabs // together)
+            most = max_clusters(card, together) * ctas_per * tuning.waves // (slabs // together)
             ctas, share, whole = shares_of(
                 row_tiles, count, shortest, most, ctas_per, whole=together > 1
             )
