@@ -151,7 +151,9 @@ def test_logprobs_of_a_completion(client):
         assert text == "".join(f" {token}" for token in tokens)
         assert offsets == [0, *(sum(len(t) + 1 for t in tokens[:n]) for n in (1, 2, 3))]
         assert all(len(top) == 2 for c in choices for top in c.logprobs.top_logprobs)
-    answer = client.completions.create(model=MODEL, prompt="w3", max_tokens=2, logprobs=0)
+    answer = client.completions.create(
+        model=MODEL, prompt="w3", max_tokens=2, temperature=0, logprobs=0
+    )
     assert answer.choices[0].logprobs.top_logprobs == [{}, {}]
     assert len(answer.choices[0].logprobs.token_logprobs) == 2
 
