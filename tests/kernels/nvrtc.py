@@ -15,7 +15,7 @@ SPILLED = re.compile(r"(\d+) bytes spill stores")
 
 @dataclass(frozen=True)
 class Compiled:
-    cubin_bytes: int
+    cubin: bytes
     registers: int
     """Of the hungriest kernel in the file."""
     spilled: int
@@ -48,7 +48,9 @@ def compile_for(architecture: str, source: str) -> Compiled:
     text = log.value.decode()
     assert status == 0, text
     nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetCUBIN(program, cubin)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     registers = [int(number) for number in USED.findall(text)]
     assert registers, text
-    return Compiled(size.value, max(registers), sum(map(int, SPILLED.findall(text))), text)
+    return Compiled(cubin.raw, max(registers), sum(map(int, SPILLED.findall(text))), text)
