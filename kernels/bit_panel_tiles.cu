@@ -25,7 +25,7 @@ DEVICE Place place_of(int work, int panel, int head, const quad *planes, int uni
 }
 
 // The place of work `next`, which follows.
-DEVICE void advance(Place &place, int next, int panel, int head, const quad *planes, int units, int lane) {
+DEVICE void advance(Place &place, int next, int lane, int panel, int head, const quad *planes, int units) {
     if (++place.unit < units) place.planes += SETS * TILES * PLANES * WARP;
     else place = place_of(next, panel, head, planes, units, lane);
 }
@@ -66,13 +66,7 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
 
     // Weights are on their way before the inputs exist, and so are the first scales.
     Place next = place_of(begin, panel, head, planes, units, lane), place = next;
-    for (int i = 0; i < STAGES - 1; ++i) {
-        if (begin + i < end) {
-            request(ring + i * STAGE_BYTES, next.planes, lane);
-            advance(next, begin + i + 1, panel, head, planes, units, lane);
-        }
-        end_of_fetches();
-    }
+    request_first(ring, next, begin, end, lane, panel, head, planes, units);
     Ahead ahead;
     int row = divide(warp, SETS), unit = row % units, group = divide(panel + row / units, panels_per_group);
     if (warp < items) load_scales(ahead, scales, norm, group, unit, warp % SETS, units, in_features, lane);
@@ -105,13 +99,7 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
     int stage = 0, free = STAGES - 1;
     float sums[2] = {0.0f, 0.0f}, rest = 0.0f;
     for (int work = begin; work < end; ++work) {
-        fetched<STAGES - 2>();
-        sync_warp(); // all lanes have read what `free` held
-        if (work + STAGES - 1 < end) {
-            request(ring + free * STAGE_BYTES, next.planes, lane);
-            advance(next, work + STAGES, panel, head, planes, units, lane);
-        }
-        end_of_fetches();
+        request_next(ring, free, next, work, end, lane, panel, head, planes, units);
         if (work == all_asked) let_next_start();
         const unsigned char *staged = operands + ((place.order * units + place.unit) * SETS + place.set) * OPERAND_BYTES;
         int c[4];

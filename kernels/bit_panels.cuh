@@ -81,8 +81,7 @@ DEVICE Place place_of(const Item &item, const Own &own, const quad *planes, int 
 }
 
 // The place of work `next`, which follows that of `place`.
-DEVICE void advance(Place &place, int next, const Own &own, const Share &share, const quad *planes, int units,
-                    int lane) {
+DEVICE void advance(Place &place, int next, int lane, const Own &own, const Share &share, const quad *planes, int units) {
     place.planes += PLANES * WARP;
     if (!WHOLE) {
         if (next == share.given && next != 0) place.planes = planes + (u64)share.begin * PLANES * WARP + lane;
@@ -135,15 +134,9 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
     // Weights are on their way before the inputs exist, and so are the first scales.
     Item item = item_at(begin, own, share, units);
     Place next = place_of(item, own, planes, units, lane);
-    for (int i = 0; i < STAGES - 1; ++i) {
-        if (begin + i < end) {
-            request(ring + i * STAGE_BYTES, next.planes, lane);
-            advance(next, begin + i + 1, own, share, planes, units, lane);
-        }
-        end_of_fetches();
-    }
+    request_first(ring, next, begin, end, lane, own, share, planes, units);
     Ahead ahead;
-    if (begin < end) 
+    if (begin < end)
         load_scales(ahead, scales, norm, divide(item.panel, panels_per_group), item.unit, item.set, units, in_features, lane);
 
     int kept = share.size - share.given;
@@ -184,13 +177,7 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
             load_tokens(ahead, x + (u64)column0 * in_features, item.unit, in_features, columns, lane);
         }
         for (; work < stop; ++work) {
-            fetched<STAGES - 2>();
-            sync_warp(); // all lanes have read what `free` held, and see what is staged
-            if (work + STAGES - 1 < end) {
-                request(ring + free * STAGE_BYTES, next.planes, lane);
-                advance(next, work + STAGES, own, share, planes, units, lane);
-            }
-            end_of_fetches();
+            request_next(ring, free, next, work, end, lane, own, share, planes, units);
             if (work == all_asked) let_next_start();
             multiply_tile(sums, ring + stage * STAGE_BYTES, operands, lane);
             sums += TILE_ROWS * COLUMNS;

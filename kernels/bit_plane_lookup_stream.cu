@@ -100,13 +100,7 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
     Share none = {0, 0, 0};
     Place ahead = place_at(weight, first_tile * weight.count + from, lane);
     int tile = ahead.tile, unit = ahead.unit;
-    for (int i = 0; i < STAGES - 1; ++i) { // weights are on their way before the inputs exist
-        if (i < count) {
-            request(ring + i * STAGE_BYTES, ahead, weight, lane);
-            advance(ahead, i + 1, none, weight, lane);
-        }
-        end_of_fetches();
-    }
+    request_first(ring, ahead, 0, count, lane, none, weight); // weights are on their way before the inputs exist
     wait_for_previous();
     const u16 *inputs = x + (u64)column0 * in_features;
     quad first[AHEAD + REST][EACH]; // all on their way before the first is stored
@@ -125,13 +119,7 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
     for (int step = 0; step < steps; ++step) {
         quad v[EACH];
         if (step + AHEAD < MAIN) load_tokens(v, inputs, step + AHEAD, columns, in_features);
-        fetched<STAGES - 2>();
-        sync_warp(); // all lanes have read what `free` held, and see all scales
-        if (step + STAGES - 1 < count) {
-            request(ring + free * STAGE_BYTES, ahead, weight, lane);
-            advance(ahead, step + STAGES, none, weight, lane);
-        }
-        end_of_fetches();
+        request_next(ring, free, ahead, step, count, lane, none, weight);
         if (step == count - STAGES) let_next_start();
         if (step < MAIN) barrier_wait(staged + slot, turn);
         if (step < count) {

@@ -61,7 +61,7 @@ DEVICE Place place_at(const Weight &weight, int index, int lane) {
 }
 
 // The place of work `next`, which follows that of `place`.
-DEVICE void advance(Place &place, int next, const Share &share, const Weight &weight, int lane) {
+DEVICE void advance(Place &place, int next, int lane, const Share &share, const Weight &weight) {
     if (next == share.given && next != 0) {
         place = place_at(weight, share.begin, lane);
         return;
@@ -75,7 +75,7 @@ DEVICE void advance(Place &place, int next, const Share &share, const Weight &we
 }
 
 // Ask for a unit's planes and scales. Lanes read back the words that they asked for themselves.
-DEVICE void request(unsigned char *stage, const Place &place, const Weight &weight, int lane) {
+DEVICE void request(unsigned char *stage, const Place &place, int lane, const Share &, const Weight &weight) {
 #pragma unroll
     for (int plane = 0; plane < PLANES; ++plane)
         fetch(stage + plane * PLANE_BYTES + lane * 16, place.planes + plane * WARP);

@@ -89,13 +89,7 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
     Place ahead = place_at(weight, begin < share.given ? share.begin + share.size - share.given + begin
                                                        : share.begin + begin - share.given, lane);
     int unit = ahead.unit, tile = ahead.tile;
-    for (int i = 0; i < STAGES - 1; ++i) {
-        if (begin + i < end) {
-            request(ring + i * STAGE_BYTES, ahead, weight, lane);
-            advance(ahead, begin + i + 1, share, weight, lane);
-        }
-        end_of_fetches();
-    }
+    request_first(ring, ahead, begin, end, lane, share, weight);
     // Own tiles: from the one that the share begins in to the last one that ends in it.
     int own = divide(share.begin, weight.count), start = own * weight.count;
     int kept = share.size - share.given;
@@ -126,13 +120,7 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
     float acc[ACCUMULATORS] = {};
     int stage = 0, free = STAGES - 1;
     for (int work = begin; work < end; ++work) {
-        fetched<STAGES - 2>();
-        sync_warp(); // all lanes have read what `free` held, and see all scales
-        if (work + STAGES - 1 < end) {
-            request(ring + free * STAGE_BYTES, ahead, weight, lane);
-            advance(ahead, work + STAGES, share, weight, lane);
-        }
-        end_of_fetches();
+        request_next(ring, free, ahead, work, end, lane, share, weight);
         if (work == all_asked) let_next_start();
         multiply_unit(acc, ring + stage * STAGE_BYTES, operands, starts, factors, units_per_slab, unit,
                       weight, lane);

@@ -42,6 +42,32 @@ DEVICE int warp_of(int work, int size) {
     return warp;
 }
 
+// A warp asks for its work [begin, end) STAGES - 1 ahead. `next` is the place of what it asks for next: `request` asks for that,
+// `advance` goes on. `stream` is what they take besides. Where `free` is, is reckoned where it is used: sooner, the machine code
+// of some kernels is another.
+template <class Place, class... Stream>
+DEVICE void request_first(unsigned char *ring, Place &next, int begin, int end, int lane, const Stream &...stream) {
+    for (int i = 0; i < STAGES - 1; ++i) {
+        if (begin + i < end) {
+            request(ring + i * STAGE_BYTES, next, lane, stream...);
+            advance(next, begin + i + 1, lane, stream...);
+        }
+        end_of_fetches();
+    }
+}
+
+// Wait for work `work`, and ask for what takes the place of the one before.
+template <class Place, class... Stream>
+DEVICE void request_next(unsigned char *ring, int free, Place &next, int work, int end, int lane, const Stream &...stream) {
+    fetched<STAGES - 2>();
+    sync_warp(); // all lanes have read what `free` held, and see what others asked for or staged
+    if (work + STAGES - 1 < end) {
+        request(ring + free * STAGE_BYTES, next, lane, stream...);
+        advance(next, work + STAGES, lane, stream...);
+    }
+    end_of_fetches();
+}
+
 // For each own tile, the first and the last warp that have a part of it.
 DEVICE void find_spans(u32 *spans, int tiles, int start, int count, const Share &share) {
     for (int tile = (int)threadIdx.x; tile < tiles; tile += THREADS) {

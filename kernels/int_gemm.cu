@@ -23,7 +23,6 @@
 #define Y_STRIDE 72 // outputs of a token in shared memory: 64, and as many as keep banks apart
 #define Y_BYTES (BLOCK * Y_STRIDE * 2)
 #define RING (STAGES * STAGE)
-#define SHARED (RING + 2 * Y_BYTES + 16 * STAGES)
 #define ALONG 2048 // bytes between core matrices, see `core_matrices`
 #define ACROSS 128
 #define SUPER 16 // tiles of tokens that are multiplied before the next outputs

@@ -12,11 +12,12 @@
 
 #include "bit_planes_share.cuh"
 
-// Ask for a unit of a tile; `planes` is the lane's place in it.
-DEVICE void request(unsigned char *stage, const quad *planes, int lane) {
+// Ask for a unit of a tile, where the lane's place in it is.
+template <class Place, class... Stream>
+DEVICE void request(unsigned char *stage, const Place &place, int lane, const Stream &...) {
 #pragma unroll
     for (int plane = 0; plane < PLANES; ++plane)
-        fetch(stage + plane * PLANE_BYTES + lane * 16, planes + plane * WARP);
+        fetch(stage + plane * PLANE_BYTES + lane * 16, place.planes + plane * WARP);
 }
 
 // What a lane reads for its eight inputs of a unit.
