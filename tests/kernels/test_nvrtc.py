@@ -219,11 +219,11 @@ HOPPER_VARIANTS += [
 ]
 STREAM = {"WARPS": 16, "STAGES": 2, "ALIGNED": 1, "TILES": 14, "MAIN": 14, "REST": 2, "AHEAD": 3}
 HOPPER_VARIANTS += [
-    (f"bit_plane_lookup_{kind}", {**WEIGHT, "EPILOGUE": 0, "COLUMNS": 24, **more}, 128)
+    (f"bit_plane_lookup_{kind}", {**WEIGHT, "EPILOGUE": 0, "COLUMNS": 16, **more}, 128)
     for kind, more in (
         ("stream", {**STREAM, "PLANES": 3}),
         ("stream", {**STREAM, "PLANES": 4, "AHEAD": 2, "ACTIVATION_BF16": 1}),
-        ("stream", {**STREAM, "PLANES": 2, "TILES": 16, "MAIN": 16, "REST": 0, "EPILOGUE": 2}),
+        ("stream", {**STREAM, "PLANES": 3, "TILES": 16, "MAIN": 16, "REST": 0, "EPILOGUE": 2}),
         ("mma", {**GRID, "PLANES": 3, "WHOLE": 1, "LOADS": 8, "CLUSTER": 2}),
     )
 ]

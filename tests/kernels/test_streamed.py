@@ -33,8 +33,8 @@ def multiplied(bits, group_size, shape, tokens, dtype, card, **more):
     ("bits", "group_size", "shape", "tokens", "dtype"),
     [
         (3, 128, (13 * 16 + 5, 1024), 9, torch.float16),  # three warps help, one tile is ragged
-        (4, 64, (37 * 16 - 4, 1000), 17, torch.bfloat16),  # the last of three CTAs lacks two tiles
-        (2, 96, (16 * 16, 1280), 24, torch.float16),  # no warp helps
+        (4, 64, (37 * 16 - 4, 1000), 16, torch.bfloat16),  # the last of three CTAs lacks two tiles
+        (3, 96, (16 * 16, 1280), 15, torch.float16),  # no warp helps
     ],
 )
 def test_streamed_products_are_those_of_the_weight(bits, group_size, shape, tokens, dtype):
@@ -56,6 +56,25 @@ def test_streamed_products_are_gated_or_added_to():
         )
         assert alone.names == ["bit_plane_lookup_mma"]
         torch.testing.assert_close(y, before, rtol=2e-3, atol=2e-3)
+
+
+def test_who_asks_for_planes_of_more_tokens_gets_what_cards_without_warpgroups_run(monkeypatch):
+    monkeypatch.setenv("QTOOL_KERNEL", "planes")
+    card = Card(132, 227 * 1024, warpgroups=True)
+    for bits, rows, inputs, cluster in ((2, 57344, 8192, 2), (3, 8192, 28672, 8)):
+        calls = []
+        for tokens, on in ((16, card), (17, card), (17, card._replace(warpgroups=False))):
+            sizes = (rows, inputs, tokens, rows // 16, inputs // 256, inputs // 128, rows)
+            layout = planes.Layout(bits, 128, 1)
+            calls.append(plane_products.call_for(sizes, layout, torch.float16, on))
+        assert dict(calls[0].constants)["CLUSTER"] == cluster
+        assert dict(calls[1].constants)["COLUMNS"] == 24
+        assert calls[1] == calls[2]
+    tensor = random_tensor("binary_coding", WeightScheme(num_bits=3), Shape2D(14 * 16, 1024), 0)
+    weight, x = linear_kernels.prepare(tensor, torch.float16), normal(20, 1024).half()
+    y = linear_kernels.matmul(x, weight, launch := Recorder(), ONE)
+    assert launch.names == ["bit_plane_lookup_mma"]
+    close(y, x, weight, twice=False)
 
 
 @pytest.mark.parametrize(("gated", "cluster"), [(False, 2), (True, 2), (False, 4)])
@@ -87,6 +106,7 @@ def test_a_stream_has_every_unit_once_and_fits(row_tiles, units, batch, layout):
     stream = streamed.stream_of(row_tiles, units, batch, layout, card)
     if stream is None:
         return
+    assert 9 <= batch <= 16 and layout.planes > 2
     helpers = streamed.WARPS - stream.tiles
     assert stream.main + stream.rest == units
     assert stream.rest * stream.tiles <= helpers * (stream.main + units // stream.main + 1)

@@ -45,7 +45,7 @@ tokens on an H200."""
 LOOKED_UP_WAYS = [(w, c) for cs in ((1, 2), (8,)) for w in (32, LOOKED_UP_WARPS) for c in cs]
 """Most warps and CTAs of a cluster, the best first. Clusters spare slabs whose sums are added by
 another launch; of 8 they leave a tenth of the card over, of 4 too, for less. At 4096 x 14336 with
-4 planes and up to 16 tokens that costs more than it spares."""
+4 planes that costs more than it spares. More than BLOCK tokens have bit_plane_wgmma.cu instead."""
 LARGEST_CLUSTER = 8
 LOOKED_UP_COLUMNS = (8, BLOCK, MORE_TOKENS)
 MOST_IN_PAIRS = 2
@@ -258,11 +258,11 @@ def ways_of(asked: Tuning, layout: Layout, product: Product) -> list[Tuning]:
     """Return how weights that are multiplied at once are launched, the best first; else `asked`."""
     if not product.looks_up:
         return [asked, replace(asked, warps=LOOKED_UP_WARPS)][: 1 + product.at_once]
-    spared = layout.planes < LOW_PLANES or product.columns > BLOCK
+    most = 1 if product.columns > BLOCK else 2 if layout.planes == LOW_PLANES else LARGEST_CLUSTER
     return [
         replace(asked, warps=min(warps, asked.warps), cluster=cluster)
         for warps, cluster in LOOKED_UP_WAYS
-        if cluster < LARGEST_CLUSTER or spared
+        if cluster <= most
     ]
 
 

@@ -28,8 +28,8 @@ LOOKED_UP = {2: 5, 3: 3, 4: 3}
 has one product per weight either way."""
 
 MORE_TOKENS = 24
-"""Up to which weights that are looked up, or of equal steps, may be no work for bit_plane_wgmma.cu
-yet."""
+"""The same of looked-up weights, or those of equal steps, on cards without bit_plane_wgmma.cu."""
+
 MOST_AS_CODES = {2: 4, 3: 4}
 """Tokens up to which codes of equal steps, of so many bits, are multiplied as bytes; else 2."""
 

@@ -8,7 +8,7 @@ import torch
 from qtool.runtime.backends.cuda import planes
 from qtool.runtime.backends.cuda.grids import room_of
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, constants
-from qtool.runtime.backends.cuda.selection import MORE_TOKENS
+from qtool.runtime.backends.cuda.selection import BLOCK
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 
 NAME = "bit_plane_lookup_stream"
@@ -17,8 +17,10 @@ MOST_AHEAD = 3
 """Units of inputs under way before they are multiplied, where there is room for twice as many."""
 LEAST_TILES = 11
 """Of a CTA: fewer leave units to other warps whose inputs all have to stay in shared memory."""
-LEAST_STREAMED = {2: 17, 3: 9, 4: 9}
-"""Tokens, by planes, of which fewer are staged soon enough all at once, as timed."""
+STREAMED = range(9, BLOCK + 1)
+"""Tokens: fewer are staged soon enough all at once, as timed, and more are bit_plane_wgmma.cu's."""
+STREAMED_PLANES = (3, 4)
+"""Of two, as many tokens are staged soon enough."""
 BARRIER = 8
 """Bytes of one in shared memory."""
 
@@ -45,8 +47,8 @@ def stream_of(
 
     CTAs have as few tiles as fill all waves of them.
     """
-    product, least = planes.product_for(batch, layout), LEAST_STREAMED.get(layout.planes, batch)
-    if not card.warpgroups or not least <= batch <= MORE_TOKENS:
+    product = planes.product_for(batch, layout)
+    if not card.warpgroups or batch not in STREAMED or layout.planes not in STREAMED_PLANES:
         return None
     waves = -(-row_tiles // (card.multiprocessors * WARPS))
     tiles = -(-row_tiles // (card.multiprocessors * waves))
