@@ -21,10 +21,8 @@ from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT
 BLOCKS_PER_UNIT = 8
 NUMBER = 4
 """Bytes of a float32 in shared memory."""
-MOST_LOADS = 4
-"""Units of inputs that a warp holds in registers."""
-MOST_LOADS_AS_THEY_ARE = 8
-"""The same where they are stored as they come."""
+MOST_LOADS, MOST_LOADS_LOOKED_UP = 4, 8
+"""Units of inputs that a warp holds in registers; the same where weights are looked up."""
 LOW_PLANES = 4
 """Planes of the first table of kernels/bit_plane_lookup.cuh; the rest has one of its own."""
 MAX_UNITS = 2**21
@@ -37,8 +35,6 @@ CENTERED, STEP_BYTES = 2, 8
 bit_plane_wgmma.cu keeps them in place of tables."""
 LEAST_GROUP = 64
 """Of weights that are looked up: smaller ones make too many tables."""
-AS_THEY_ARE = ("bit_plane_lookup_mma", "bit_plane_codes_mma")
-"""Kernels that keep no sums and no scales of x."""
 LOOKED_UP_WARPS = 12
 """Enough where more of them want another slab: 113 us, not 140, at 57344 x 8192, 3 planes and 16
 tokens on an H200."""
@@ -106,15 +102,20 @@ class Product:
     """Tokens that one CTA multiplies with each weight that it reads."""
     x_bytes: int
     """Of shared memory for 32 inputs of one token."""
+    unscaled: bool = False
+    """It multiplies x as it is by weights, not by planes: it keeps no sums and no scales of x."""
     looks_up: bool = False
-    """It makes tables where a unit's planes were, and takes x as it is."""
-    at_once: bool = False
-    """All planes are one product, so one weight takes little time."""
+    """It makes tables where a unit's planes were."""
+
+    @property
+    def at_once(self) -> bool:
+        """Return whether all planes are one product of many tokens: a weight takes little time."""
+        return self.unscaled and self.columns > 1
 
     @property
     def most_loads(self) -> int:
         """Return how many units of inputs a warp has under way before it stages the first."""
-        return MOST_LOADS_AS_THEY_ARE if self.looks_up else MOST_LOADS
+        return MOST_LOADS_LOOKED_UP if self.looks_up else MOST_LOADS
 
     def stage_bytes(self, layout: Layout) -> int:
         """Return what a unit takes of shared memory."""
@@ -127,7 +128,7 @@ class Product:
         That is the inputs, and sums of all tiles that it may have; not the units themselves.
         """
         own = (share + units - 1) // units + 1
-        number = 0 if self.name in AS_THEY_ARE else NUMBER
+        number = 0 if self.unscaled else NUMBER
         inputs = units * self.columns * (BLOCKS_PER_UNIT * (self.x_bytes + number) + number)
         sums = (own + 1 + warps) * TILE_ROWS * self.columns * NUMBER
         return inputs + sums + own * NUMBER
@@ -146,13 +147,13 @@ def product_for(batch: int, layout: Layout) -> Product:
 
 def looked_up(batch: int) -> Product:
     """Return the kernel that looks weights of up to four planes up and multiplies once."""
-    return Product("bit_plane_lookup_mma", _columns(batch), 64, looks_up=True, at_once=True)
+    return Product("bit_plane_lookup_mma", _columns(batch), 64, unscaled=True, looks_up=True)
 
 
 def by_codes(batch: int) -> Product:
     """Return the kernel that multiplies codes of equal steps."""
     columns = 1 if batch == 1 else _columns(batch)
-    return Product("bit_plane_codes_mma", columns, 64, at_once=batch > 1)
+    return Product("bit_plane_codes_mma", columns, 64, unscaled=True)
 
 
 def as_bytes(batch: int) -> Product:
