@@ -17,14 +17,6 @@ DEVICE void stage_unit(quad v, int unit, int column, int, const Weight &, int la
     *(quad *)(operands + ((unit * BLOCKS_PER_UNIT + lane / 4) * COLUMNS + column) * X_BYTES + lane % 4 * 16) = v;
 }
 
-DEVICE void multiply_16_bit(float *d, const float *c, const u32 *a, u32 b0, u32 b1) {
-#ifdef ACTIVATION_BF16
-    mma_bfloat(d, c, a[0], a[1], a[2], a[3], b0, b1);
-#else
-    mma(d, c, a[0], a[1], a[2], a[3], b0, b1);
-#endif
-}
-
 // acc += one unit's product.
 DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned char *operands, const float *, const float *,
                           int, int unit, const Weight &weight, int lane) {
@@ -67,8 +59,8 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
 #pragma unroll
         for (int tile = 0; tile < TILES_OF_COLUMNS; ++tile) {
             quad b = *(const quad *)(x + (block * COLUMNS + tile * 8) * X_BYTES);
-            multiply_16_bit(c[tile], begins ? zeros : c[tile], a[0], b.x, b.y);
-            multiply_16_bit(c[tile], c[tile], a[1], b.z, b.w);
+            mma_activations(c[tile], begins ? zeros : c[tile], a[0][0], a[0][1], a[0][2], a[0][3], b.x, b.y);
+            mma_activations(c[tile], c[tile], a[1][0], a[1][1], a[1][2], a[1][3], b.z, b.w);
         }
         if ((block + 1) * 32 % SEGMENT != 0) continue;
 #pragma unroll

@@ -30,14 +30,6 @@ DEVICE void stage_unit(quad v, int unit, int column, int, const Weight &, int la
     *(quad *)(operands + ((unit * BLOCKS_PER_UNIT + lane / 4) * COLUMNS + column) * X_BYTES + lane % 4 * 16) = v;
 }
 
-DEVICE void multiply_16_bit(float *d, const u32 *a, u32 b0, u32 b1) {
-#ifdef ACTIVATION_BF16
-    mma_bfloat(d, d, a[0], a[1], a[2], a[3], b0, b1);
-#else
-    mma(d, d, a[0], a[1], a[2], a[3], b0, b1);
-#endif
-}
-
 // A row's four weights: two pairs. `signs`: of all of the lane's, ones are minus.
 DEVICE void look_up_pairs(u32 &first, u32 &second, u32 index, u32 signs, int position, const Table<PLANES> &table) {
     u32 low = bytes_of<PLANES>(table.low, index, 0), high = bytes_of<PLANES>(table.high, index, 0);
@@ -77,8 +69,9 @@ DEVICE void multiply_half(float *acc, const Indices<INDEX_PLANES> &indices, u32 
             look_up_pairs(a[0][2 * q + r], a[1][2 * q + r], upper ? indices.of[2 * q + r] >> 16 : indices.of[2 * q + r], signs, 8 * upper + 2 * q + r, tables[r]);
 #pragma unroll
     for (int tile = 0; tile < TILES_OF_COLUMNS; ++tile) {
-        multiply_16_bit(acc + tile * 4, a[0], b[tile].x, b[tile].y);
-        multiply_16_bit(acc + tile * 4, a[1], b[tile].z, b[tile].w);
+        float *d = acc + tile * 4;
+        mma_activations(d, d, a[0][0], a[0][1], a[0][2], a[0][3], b[tile].x, b[tile].y);
+        mma_activations(d, d, a[1][0], a[1][1], a[1][2], a[1][3], b[tile].z, b[tile].w);
     }
 }
 
@@ -100,8 +93,11 @@ DEVICE void multiply_word(float *acc, const Indices<INDEX_PLANES> &indices, cons
 #pragma unroll
         for (int tile = 0; tile < TILES_OF_COLUMNS; ++tile)
 #pragma unroll
-            for (int u = 0; u < 2; ++u)
-                multiply_16_bit(acc + tile * 4, a[u], q ? b[tile][u].z : b[tile][u].x, q ? b[tile][u].w : b[tile][u].y);
+            for (int u = 0; u < 2; ++u) {
+                float *d = acc + tile * 4;
+                quad x = b[tile][u];
+                mma_activations(d, d, a[u][0], a[u][1], a[u][2], a[u][3], q ? x.z : x.x, q ? x.w : x.y);
+            }
     }
 }
 

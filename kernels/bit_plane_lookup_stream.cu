@@ -8,8 +8,8 @@
 // x of owners' units passes through a ring of 2 * AHEAD; that of the rest stays. In step s all warps stage unit s + AHEAD, and
 // all wait until all have staged unit s: then all have multiplied unit s - AHEAD, whose place unit s + AHEAD takes.
 //
-// Compile-time: as bit_planes.cuh but for BLOCKS, WHOLE, NORM and LOADS, and TILES, MAIN, REST, AHEAD. Grid (blocks, 1, blocks of
-// columns). Compute capability 9.0.
+// Compile-time: as bit_planes.cuh but for BLOCKS, WHOLE, NORM and LOADS, and TILES, MAIN, REST, AHEAD; no more COLUMNS than WARPS.
+// Grid (blocks, 1, blocks of columns). Compute capability 9.0.
 #define NORM 0
 #define WHOLE 1
 #define LOADS 1
@@ -21,25 +21,17 @@
 #define RING (2 * AHEAD)
 #define X_UNIT (BLOCKS_PER_UNIT * COLUMNS * X_BYTES)
 #define HELPERS (WARPS - TILES)
-#define EACH ((COLUMNS + WARPS - 1) / WARPS) // tokens of a unit that a warp stages, at most
 
-// A warp's tokens of a unit of x: on their way, then where they are read.
-DEVICE void load_tokens(quad (&v)[EACH], const u16 *x, int unit, int columns, int in_features) {
+// A warp's token of a unit of x: on its way, then where it is read.
+DEVICE void load_token(quad &v, const u16 *x, int unit, int columns, int in_features) {
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        int column = warp + i * WARPS;
-        v[i] = quad{0, 0, 0, 0};
-        if (column < columns) v[i] = load_inputs(x + (u64)column * in_features, unit * UNIT + lane * 8, in_features);
-    }
+    v = quad{0, 0, 0, 0};
+    if (warp < columns) v = load_inputs(x + (u64)warp * in_features, unit * UNIT + lane * 8, in_features);
 }
 
-DEVICE void store_tokens(const quad (&v)[EACH], int slot, unsigned char *operands, const Weight &weight) {
+DEVICE void store_token(const quad &v, int slot, unsigned char *operands, const Weight &weight) {
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-#pragma unroll
-    for (int i = 0; i < EACH; ++i)
-        if (warp + i * WARPS < COLUMNS)
-            stage_unit(v[i], slot, warp + i * WARPS, 0, weight, lane, operands, (float *)0, (float *)0);
+    if (warp < COLUMNS) stage_unit(v, slot, warp, 0, weight, lane, operands, (float *)0, (float *)0);
 }
 
 // The first of a helper's units, of all that helpers have.
@@ -103,12 +95,12 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
     request_first(ring, ahead, 0, count, lane, none, weight); // weights are on their way before the inputs exist
     wait_for_previous();
     const u16 *inputs = x + (u64)column0 * in_features;
-    quad first[AHEAD + REST][EACH]; // all on their way before the first is stored
+    quad first[AHEAD + REST]; // all on their way before the first is stored
 #pragma unroll
     for (int i = 0; i < AHEAD + REST; ++i)
-        load_tokens(first[i], inputs, i < AHEAD ? i : MAIN + i - AHEAD, columns, in_features);
+        load_token(first[i], inputs, i < AHEAD ? i : MAIN + i - AHEAD, columns, in_features);
 #pragma unroll
-    for (int i = 0; i < AHEAD + REST; ++i) store_tokens(first[i], i < AHEAD ? i : i + AHEAD, operands, weight);
+    for (int i = 0; i < AHEAD + REST; ++i) store_token(first[i], i < AHEAD ? i : i + AHEAD, operands, weight);
     __syncthreads();
     if (lane == 0)
         for (int i = 0; i < AHEAD; ++i) barrier_arrive(staged + i);
@@ -117,8 +109,8 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
     int stage = 0, free = STAGES - 1, slot = 0, steps = count > MAIN ? count : MAIN;
     u32 turn = 0;
     for (int step = 0; step < steps; ++step) {
-        quad v[EACH];
-        if (step + AHEAD < MAIN) load_tokens(v, inputs, step + AHEAD, columns, in_features);
+        quad v;
+        if (step + AHEAD < MAIN) load_token(v, inputs, step + AHEAD, columns, in_features);
         request_next(ring, free, ahead, step, count, lane, none, weight);
         if (step == count - STAGES) let_next_start();
         if (step < MAIN) barrier_wait(staged + slot, turn);
@@ -138,7 +130,7 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         if (step + AHEAD < MAIN) {
             int to = slot < AHEAD ? slot + AHEAD : slot - AHEAD;
-            store_tokens(v, to, operands, weight);
+            store_token(v, to, operands, weight);
             sync_warp();
             if (lane == 0) barrier_arrive(staged + to);
         }

@@ -307,10 +307,12 @@ DEVICE u16 float_to_bfloat(float value) {
 #ifdef ACTIVATION_BF16
 #define load_activation bfloat_to_float
 #define store_activation float_to_bfloat
+#define mma_activations mma_bfloat
 #define add_pairs add_bfloat2
 #else
 #define load_activation half_to_float
 #define store_activation float_to_half
+#define mma_activations mma
 #define add_pairs add_half2
 #endif
 
