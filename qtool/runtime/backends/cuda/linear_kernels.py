@@ -17,7 +17,7 @@ from qtool.runtime.backends.cuda.centers import CENTERS, is_tileable, planes_of
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.panels import is_panelable, pack_panels
-from qtool.runtime.backends.cuda.plane_products import by_planes, normed_units
+from qtool.runtime.backends.cuda.plane_products import by_planes, epilogue_of, normed_units
 from qtool.runtime.backends.cuda.selection import (
     STORED_KERNELS,
     WideTuning,
@@ -197,7 +197,7 @@ def by_wide(  # noqa: PLR0913 - as `matmul`
         *(x, weight.tiles, weight.shape, weight.layout, launch, card),
         tuning=tuning,
         target=target,
-        epilogue="gated" if gated else "none" if residual is None else "residual",
+        epilogue=epilogue_of(residual, gated=gated),
         residual=residual,
         dependent=not weight.fresh,
     )

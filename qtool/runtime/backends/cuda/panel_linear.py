@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qtool.errors import BackendError
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.panel_plan import plan_panels
 from qtool.runtime.backends.cuda.panels import PanelLayout
-from qtool.runtime.backends.cuda.plane_products import NOTHING_AROUND, Around
+from qtool.runtime.backends.cuda.plane_products import NOTHING_AROUND, Around, epilogue_of, no_room
 from qtool.runtime.backends.cuda.planes import EPILOGUES, Target
 from qtool.runtime.decode.ops import Norm
 
@@ -38,11 +37,7 @@ def panel_call(
     _, in_features, batch, panels, units, *_ = sizes
     chosen = plan_panels(panels, units, batch, layout, card=card)
     if chosen is None:
-        raise BackendError(
-            f"A block of this card has {card.shared_bytes} bytes of shared memory: too few for a "
-            f"weight of {layout.planes} planes in panels of {layout.tiles} tiles. "
-            "QTOOL_KERNEL=dequantize runs it."
-        )
+        raise no_room(card, f"{layout.planes} planes in panels of {layout.tiles} tiles")
     grid = {
         "COLUMNS": chosen.product.columns,
         "WARPS": chosen.warps,
@@ -97,10 +92,9 @@ def by_panels(  # noqa: PLR0913 - as `linear_kernels.matmul`
     target = target or Target(x.new_empty(len(x), outputs))
     panels, units = packed.planes.shape[:2]
     sizes = (outputs, x.shape[1], len(x), panels, units, target.width)
-    epilogue = "gated" if gated else "none" if residual is None else "residual"
     cut = (packed.group_rows, packed.of_group)
     gains, eps = norm or (None, None)
-    around = Around(epilogue, not weight.fresh, eps)
+    around = Around(epilogue_of(residual, gated=gated), not weight.fresh, eps)
     call = panel_call((*sizes, *cut), weight.panel_layout, x.dtype, card, around)
     launch(call, (packed.planes, packed.scales, x, residual, target.y, gains))
     return target.y

@@ -50,7 +50,7 @@ def call_for(
     shape = (row_tiles, units, batch, layout)
     picked = planes.tuned_plan(*shape, card=card)
     if picked is None:
-        raise _no_room(layout, card)
+        raise no_room(card, f"{layout.planes} planes and groups of {layout.group}")
     (tuning, chosen), product, eps = picked, planes.product_for(batch, layout), around.norm_eps
     loads = -(-product.columns * chosen.units_per_slab // tuning.warps)
     grid = {
@@ -79,13 +79,17 @@ def call_for(
     )
 
 
-def _no_room(layout: planes.Layout, card: Card) -> BackendError:
-    """Return what to say where a CTA can't hold one unit and its inputs."""
+def no_room(card: Card, weight: str) -> BackendError:
+    """Return what to say where a CTA can't hold one unit of a weight and its inputs."""
     return BackendError(
         f"A block of this card has {card.shared_bytes} bytes of shared memory: too few for a "
-        f"weight of {layout.planes} planes and groups of {layout.group}. "
-        "QTOOL_KERNEL=dequantize runs it."
+        f"weight of {weight}. QTOOL_KERNEL=dequantize runs it."
     )
+
+
+def epilogue_of(residual: Tensor | None, *, gated: bool) -> str:
+    """Return the key of EPILOGUES of what comes after a product."""
+    return "gated" if gated else "none" if residual is None else "residual"
 
 
 def normed_units(
@@ -123,7 +127,7 @@ def by_planes(  # noqa: PLR0913 - as `linear_kernels.matmul`
         target = planes.Target(x.new_empty(batch, rows // 2 if gated else rows), None)
     y, places = target.y, target.places
     sizes = (rows, inputs, batch, row_tiles, units, packed.scales.shape[1], target.width)
-    epilogue = "gated" if gated else "none" if residual is None else "residual"
+    epilogue = epilogue_of(residual, gated=gated)
     gains, eps = norm or (None, None)
     around = Around(epilogue, not weight.fresh, eps)
     call = call_for(sizes, weight.layout, x.dtype, card, around)
