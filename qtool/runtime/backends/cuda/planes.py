@@ -35,15 +35,15 @@ CENTERED, STEP_BYTES = 2, 8
 bit_plane_wgmma.cu keeps them in place of tables."""
 LEAST_GROUP = 64
 """Of weights that are looked up: smaller ones make too many tables."""
-LOOKED_UP_WARPS = 12
-"""Enough where more of them want another slab: 113 us, not 140, at 57344 x 8192, 3 planes and 16
-tokens on an H200."""
-LOOKED_UP_WAYS = [(w, c) for cs in ((1, 2), (8,)) for w in (32, LOOKED_UP_WARPS) for c in cs]
+ENOUGH_WARPS = 12
+"""For all planes at once, where more want another slab: 113 us, not 140, at 57344 x 8192, 3 planes
+and 16 tokens on an H200."""
+LOOKED_UP_WAYS = [(w, c) for cs in ((1, 2), (8,)) for w in (32, ENOUGH_WARPS) for c in cs]
 """Most warps and CTAs of a cluster, the best first. Clusters spare slabs whose sums are added by
 another launch; of 8 they leave a tenth of the card over, of 4 too, for less. At 4096 x 14336 with
 4 planes that costs more than it spares. More than BLOCK tokens have bit_plane_wgmma.cu instead."""
 LARGEST_CLUSTER = 8
-LOOKED_UP_COLUMNS = (8, BLOCK, MORE_TOKENS)
+COLUMN_BLOCKS = (8, BLOCK, MORE_TOKENS)
 MOST_IN_PAIRS = 2
 """Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
 FEWER_WARPS, MORE_WAVES = (7, 3), (1, 2, 4, 8)
@@ -163,7 +163,7 @@ def as_bytes(batch: int) -> Product:
 
 def _columns(batch: int) -> int:
     """Return how many tokens a CTA multiplies that has one product for all planes."""
-    return next((count for count in LOOKED_UP_COLUMNS if batch <= count), BLOCK)
+    return next((count for count in COLUMN_BLOCKS if batch <= count), BLOCK)
 
 
 def each_plane(batch: int, layout: Layout) -> Product:
@@ -236,8 +236,6 @@ def tuned_plan(
     tunings = tunings_for(row_tiles, units, card, few=few)
     ways = ways_of(tunings[0], layout, product)
     tunings = (*ways, *tunings[1:])
-    if product.columns > BLOCK and not product.looks_up:
-        tunings = (tunings[1], *tunings[1:])  # more tokens leave sixteen warps too few registers
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
         found = []
         for order, tuning in enumerate(replace(tuning, waves=waves) for tuning in tunings):
@@ -258,7 +256,9 @@ def tuned_plan(
 def ways_of(asked: Tuning, layout: Layout, product: Product) -> list[Tuning]:
     """Return how weights that are multiplied at once are launched, the best first; else `asked`."""
     if not product.looks_up:
-        return [asked, replace(asked, warps=LOOKED_UP_WARPS)][: 1 + product.at_once]
+        fewer = replace(asked, warps=ENOUGH_WARPS)
+        first = [] if product.columns > BLOCK else [asked]  # sixteen warps lack registers for more
+        return [*first, fewer] if product.at_once else first
     most = 1 if product.columns > BLOCK else 2 if layout.planes == LOW_PLANES else LARGEST_CLUSTER
     return [
         replace(asked, warps=min(warps, asked.warps), cluster=cluster)
