@@ -164,8 +164,13 @@ def adapt(
 
 
 def _check_lines(data: Path, validation: Path | None) -> None:
-    for file in filter(None, (data, validation)):
+    files = list(filter(None, (data, validation)))
+    for file in files:
         check_file(file)
+    from qtool.data.exercises import check_exercises  # torch: slow
+
+    for file in files:
+        check_exercises(file)
 
 
 def _check_merging(context: typer.Context) -> None:

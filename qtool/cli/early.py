@@ -215,12 +215,15 @@ def check_pairs(file: Path | None) -> None:
     """Refuse prompts that aren't there, or whose answers couldn't be scored; None: there are none.
 
     Raises:
-        DataError: there is no such file.
+        DataError: there is no such file, or a line of it isn't one, or it has no prompts.
         MissingExtraError: sacrebleu or rouge-score isn't installed.
     """
     if file is not None:
         check_file(file)
         require("BLEU and ROUGE", "eval", "sacrebleu", "rouge_score")
+        from qtool.data.exercises import check_exercises  # torch: slow
+
+        check_exercises(file, prompts=True)
 
 
 def check_spelling(names: Sequence[str]) -> None:

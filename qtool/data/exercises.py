@@ -8,13 +8,13 @@ the completion is; `messages`, a chat, of which the assistant's turns are. The r
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qtool.base import Tokenizer
-from qtool.data.documents import document
+from qtool.data.documents import Messages, document
 from qtool.errors import DataError
 from qtool.storage.jsonl import json_lines
 from qtool.wording import quoted, reason
@@ -48,6 +48,13 @@ class Exercise:
         return any(first <= character < last for first, last in self.learned)
 
 
+class Chat(NamedTuple):
+    """A chat that no template has written yet."""
+
+    content: Messages
+    place: str
+
+
 @dataclass(frozen=True, slots=True)
 class Learned:
     """Tokens, and what each is to be predicted as."""
@@ -66,23 +73,52 @@ def read_exercises(path: Path, tokenizer: Tokenizer) -> Iterator[Exercise]:
         DataError: the file can't be read; a line is none of what is known, or is a chat that the
             model's template refuses or that has no turn of the assistant.
     """
+    for found in _parts(path):
+        if isinstance(found, Exercise):
+            yield found
+        else:
+            yield _chat_exercise(found.content, found.place, tokenizer)
+
+
+def check_exercises(path: Path, *, prompts: bool = False) -> None:
+    """Refuse a file that teaches nothing, as far as that is known without a model's tokenizer.
+
+    Args:
+        path: As for `read_exercises`.
+        prompts: Something must be given in one of the lines, not just learned.
+
+    Raises:
+        DataError: as `read_exercises`; or there is nothing to learn, or no prompt.
+    """
+    has_prompt = [isinstance(one, Chat) or bool(one.prompt) for one in _parts(path)]
+    if not has_prompt and not prompts:
+        raise DataError(f"{path} has nothing to learn from. Give lines as docs/adapters.md says.")
+    if prompts and not any(has_prompt):
+        raise no_prompts(path)
+
+
+def no_prompts(path: Path) -> DataError:
+    """Return what is wrong with a file in which nothing can be answered."""
+    return DataError(
+        f"{path} has no prompts to write after. Give lines with 'prompt' and 'completion', or "
+        "with 'messages'."
+    )
+
+
+def _parts(path: Path) -> Iterator["Exercise | Chat"]:
+    """Yield what the lines of a file hold, chats as they stand there."""
     for place, row in json_lines(path):
-        yield from _exercises(row, place, tokenizer)
-
-
-def _exercises(row: object, place: str, tokenizer: Tokenizer) -> Iterator[Exercise]:
-    values = row if isinstance(row, Mapping) else {}
-    for prompt, completion in _pairs(values, place):
-        text = prompt + completion
-        yield Exercise(text, ((len(prompt), len(text)),), place)
-    if not PAIRS.keys().isdisjoint(values) and not isinstance(values.get("text"), str):
-        return
-    content = document(row, place).content
-    if isinstance(content, str):
-        if content:
+        values = row if isinstance(row, Mapping) else {}
+        for prompt, completion in _pairs(values, place):
+            text = prompt + completion
+            yield Exercise(text, ((len(prompt), len(text)),), place)
+        if not PAIRS.keys().isdisjoint(values) and not isinstance(values.get("text"), str):
+            continue
+        content = document(row, place).content
+        if not isinstance(content, str):
+            yield Chat(content, place)
+        elif content:
             yield Exercise(content, ((0, len(content)),), place)
-        return
-    yield _chat_exercise(content, place, tokenizer)
 
 
 PAIRS = {"prompt": "completion", "mr": "ref", "triples": "lexs"}

@@ -7,7 +7,7 @@ import torch
 
 from qtool.base import Emit
 from qtool.modeling.device import free_memory
-from qtool.modeling.load import load_model
+from qtool.modeling.load import load_model, load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.pipeline.imported import as_ours
 from qtool.pipeline.written_scores import (
@@ -49,14 +49,19 @@ def write_pairs(
     """Let models answer the prompts of a file, one model after the other.
 
     Raises:
-        DataError: the file can't be read, or has no prompts.
+        DataError: before a model is loaded: the file can't be read, or has no prompts, or a model's
+            chat template refuses one.
         MissingExtraError: what scores isn't installed.
     """
     found = []
+    ours = [as_ours(model, emit) for model in models]
+    asked = [
+        read_questions(options.file, load_tokenizer(model.directory), options.limit)
+        for model in ours
+    ]
     with use_backend(backend):
-        for model in models:
-            loaded = load_model(as_ours(model, emit), dtype=dtype)
-            questions = read_questions(options.file, loaded, options.limit)
+        for model, questions in zip(ours, asked, strict=True):
+            loaded = load_model(model, dtype=dtype)
             answers, count = write_answers(loaded, questions, options.max_tokens, emit)
             scores = score_answers(answers, questions, count)
             found.append(ModelWritten(loaded.name, scores, tuple(answers)))

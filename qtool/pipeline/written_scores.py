@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from qtool.base import Emit, Progress
+from qtool.base import Emit, Progress, Tokenizer
 from qtool.data.corpora import check_tokens
-from qtool.data.exercises import Exercise, read_exercises
+from qtool.data.exercises import Exercise, no_prompts, read_exercises
 from qtool.data.windows import positions_of
 from qtool.errors import DataError, MissingExtraError
 from qtool.modeling.load import LoadedModel
@@ -50,21 +50,21 @@ class WrittenScores:
     """Of all answers, ends included."""
 
 
-def read_questions(path: Path, model: LoadedModel, limit: int | None = None) -> list[Question]:
+def read_questions(path: Path, tokenizer: Tokenizer, limit: int | None = None) -> list[Question]:
     """Return the prompts of a file in their order, each once, with all of its references.
 
     Of a chat the last answer is asked for. Texts without a prompt have none.
 
     Args:
         path: As `data.exercises` reads it.
-        model: Whose tokenizer writes chats.
+        tokenizer: Of the model: writes chats.
         limit: The first prompts only.
 
     Raises:
-        DataError: there is none.
+        DataError: as `data.exercises`, or there is none.
     """
     found: dict[tuple[str, bool], list[str]] = {}
-    for exercise in read_exercises(path, model.tokenizer):
+    for exercise in read_exercises(path, tokenizer):
         prompt, reference = _last(exercise)
         if not prompt:
             continue
@@ -72,10 +72,7 @@ def read_questions(path: Path, model: LoadedModel, limit: int | None = None) -> 
             continue
         found.setdefault((prompt, exercise.is_chat), []).append(reference)
     if not found:
-        raise DataError(
-            f"{path} has no prompts to write after. Give lines with 'prompt' and 'completion', or "
-            "with 'messages'."
-        )
+        raise no_prompts(path)
     return [Question(text, tuple(refs), is_chat) for (text, is_chat), refs in found.items()]
 
 

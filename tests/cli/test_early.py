@@ -1,11 +1,13 @@
 """What arguments alone show to be wrong is refused before a model is converted, read or fetched."""
 
+import json
 import sys
 
 import pytest
 
 from qtool.modeling import locate
 from qtool.pipeline import adapt as adapting
+from qtool.pipeline import written
 from tests.cli.conftest import Cli
 from tests.robustness.gguf_files import write_gguf
 
@@ -59,6 +61,44 @@ def test_a_model_is_not_touched_for_a_wrong_request(cli: Cli, tmp_path, monkeypa
     assert len(done.said) == 1
     assert "Internal" not in done.said[0]
     assert not places["out"].exists()
+
+
+BAD_LINES = {
+    "no prompt": ('{"text": "a"}\n', "has no prompts"),
+    "no lines": ("", "has n"),
+    "half a line": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n', "line 2"),
+    "no completion": ('{"prompt": "a"}\n', "'completion'"),
+    "a chat without roles": ('{"messages": [{"content": "a"}]}\n', "'role'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_lines_are_read_before_the_model(cli: Cli, tmp_path, monkeypatch, name):
+    pytest.importorskip("sacrebleu")
+    write_gguf(tmp_path / "m.gguf")
+    content, words = BAD_LINES[name]
+    (tmp_path / "data.jsonl").write_text(content)
+    monkeypatch.setattr(locate, "convert_gguf", lambda *_: pytest.fail("the model is converted"))
+    monkeypatch.chdir(tmp_path)
+    commands = [("eval", "m.gguf", "--pairs", "data.jsonl")]
+    commands += [("adapt", "m.gguf", "data.jsonl", "out")] * (name != "no prompt")
+    for command in commands:
+        done = cli(*command)
+        assert (done.code, len(done.said)) == (1, 1), done.err
+        assert words in done.said[0]
+
+
+def test_a_chat_that_a_template_refuses_is_told_before_any_model_is_loaded(
+    cli: Cli, llama, chat_llama, tmp_path, monkeypatch
+):
+    pytest.importorskip("sacrebleu")
+    data = tmp_path / "data.jsonl"
+    turns = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]
+    data.write_text(json.dumps({"messages": turns}))
+    monkeypatch.setattr(written, "load_model", lambda *_a, **_k: pytest.fail("loaded"))
+    done = cli("eval", llama, "--baseline", chat_llama, "--pairs", data)
+    assert done.code == 1
+    assert "has no chat template" in done.said[-1]
 
 
 def test_what_nobody_has_quantized_is_refused_before_it_is_loaded(

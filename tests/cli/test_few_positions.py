@@ -40,7 +40,7 @@ def test_few_positions_bound_what_is_read_learned_and_timed(cli, source, tmp_pat
         loaded = load_model(Location(out), device="cpu")
         speed = time_model(loaded, repeats=1)
         assert speed.prompt_tokens + speed.decode_tokens <= POSITIONS
-        questions = read_questions(pairs, loaded, None)
+        questions = read_questions(pairs, loaded.tokenizer)
         answers, count = write_answers(loaded, questions, 40, ignore_events)
     assert len(answers) == len(questions)
     assert 0 < count < 40 * len(questions)

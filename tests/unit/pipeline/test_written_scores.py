@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from qtool.modeling.load import load_model
+from qtool.modeling.load import load_model, load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.pipeline.learned_data import _pieces
 from qtool.pipeline.written_scores import (
@@ -81,6 +81,6 @@ def test_a_chat_is_compared_with_what_was_said_without_the_end_of_its_turn(chat_
     turns = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": said}]
     file = tmp_path / "chats.jsonl"
     file.write_text(json.dumps({"messages": turns}) + "\n")
-    (question,) = read_questions(file, load_model(Location(chat_llama), device="cpu"))
+    (question,) = read_questions(file, load_tokenizer(chat_llama))
     assert question.references == (said,)
     assert score_answers([said], [question], 5).bleu == pytest.approx(100)
