@@ -10,8 +10,8 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from qtool.checkpoint.claim import locked
-from qtool.checkpoint.marks import is_checkpoint
+from qtool.checkpoint.claim import PATIENCE, locked
+from qtool.checkpoint.marks import inode, is_checkpoint
 from qtool.checkpoint.place import check_writable, file_failures, find_place
 from qtool.errors import OutputError
 
@@ -71,13 +71,30 @@ def _is_table(file: Path, keys: Collection[str]) -> bool:
 def held(out_dir: Path) -> Iterator[None]:
     """Make a folder of results, and keep other runs from writing tables there.
 
+    One that is made and in which nothing lies at the end is removed.
+
     Raises:
         OutputError: another run writes there, or it can't be made.
     """
     with file_failures(out_dir):
-        out_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = locked(out_dir, find_place(out_dir), fcntl.LOCK_EX)
+        is_new = not os.path.lexists(out_dir)
+        descriptor = _held(out_dir)
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):  # it isn't empty
+            if is_new:
+                out_dir.rmdir()
         os.close(descriptor)
+
+
+def _held(out_dir: Path) -> int:
+    place = find_place(out_dir)
+    for _ in range(PATIENCE):
+        place.out_dir.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another run has just removed it
+            descriptor = locked(place.out_dir, place, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_ino == inode(place.out_dir):
+                return descriptor
+            os.close(descriptor)
+    raise OutputError(f"Other runs keep changing {out_dir}. Wait for their end.")

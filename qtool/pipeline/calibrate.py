@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtool.base import Emit, ignore_events
+from qtool.checkpoint.many_results import held
 from qtool.data.calibration_files import check_no_calibration, save_calibration
 from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location
@@ -45,7 +46,8 @@ def calibrate(  # noqa: PLR0913 - what to draw from, where to, how
     `lengths` are those to match, in tokens, instead of the tasks' own; `seed` is of their order.
 
     Raises:
-        OutputError: there are calibration data already, or they can't be written.
+        OutputError: there are calibration data already, another run writes some there, or they
+            can't be written.
     """
     check_no_calibration(calib_dir, overwrite=overwrite)
     source = open_source(model)
@@ -54,8 +56,12 @@ def calibrate(  # noqa: PLR0913 - what to draw from, where to, how
     wanted = wanted_lengths(section, tokenizer, lengths)
     if lengths is not None:
         section = section.model_copy(update={"tasks": ()})  # provenance: they decided nothing
-    calibration = draw_calibration(section, source, tokenizer, lengths=wanted, seed=seed, emit=emit)
-    save_calibration(calibration, calib_dir)
+    with held(calib_dir):
+        check_no_calibration(calib_dir, overwrite=overwrite)  # another run may just have ended
+        calibration = draw_calibration(
+            section, source, tokenizer, lengths=wanted, seed=seed, emit=emit
+        )
+        save_calibration(calibration, calib_dir)
     return CalibrateResult(
         calib_dir=calib_dir,
         samples=len(calibration.samples),

@@ -1,6 +1,7 @@
 """`qtool calibrate` and what `qtool quantize --calibration` makes of its directory."""
 
 import hashlib
+import importlib
 import json
 import sys
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from qtool import pipeline
 from qtool.data.calibration_files import load_calibration
-from qtool.errors import DataError, RecipeError
+from qtool.errors import DataError, OutputError, RecipeError
 from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
@@ -54,6 +55,39 @@ def test_matched_lengths_are_those_of_the_file(llama, tmp_path):
     )
     assert set(result.lengths) == {10, 30}
     assert result.tokens == pytest.approx(400, rel=0.1)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_runs_do_not_replace_each_others_samples(llama, tmp_path, monkeypatch, overwrite):
+    def calibrate(seed):
+        place = tmp_path / "deep/cal"
+        section = recipe().calibration
+        pipeline.calibrate(Location(llama), place, section, seed=seed, overwrite=overwrite)
+
+    def draw_beside_another(*arguments, **options):
+        monkeypatch.setattr(calibrating, "draw_calibration", draw)
+        with pytest.raises(OutputError, match="Another run is writing"):
+            calibrate(1)
+        return draw(*arguments, **options)
+
+    calibrating = importlib.import_module("qtool.pipeline.calibrate")
+    draw = calibrating.draw_calibration
+    monkeypatch.setattr(calibrating, "draw_calibration", draw_beside_another)
+    calibrate(0)
+    assert load_calibration(tmp_path / "deep/cal", load_tokenizer(llama)).provenance["seed"] == 0
+    if not overwrite:
+        with pytest.raises(OutputError, match="holds calibration data"):
+            calibrate(1)
+
+
+def test_a_run_that_ends_in_an_error_leaves_no_folder(llama, tmp_path):
+    (tmp_path / "one.txt").write_text("w3")
+    (tmp_path / "mine").mkdir()
+    section = recipe(dataset=str(tmp_path / "one.txt"), mixture=None).calibration
+    for name in ("new", "mine"):
+        with pytest.raises(DataError):
+            pipeline.calibrate(Location(llama), tmp_path / name, section)
+    assert {path.name for path in tmp_path.iterdir()} == {"one.txt", "mine"}
 
 
 def test_folder_of_an_older_version_is_read(llama, tmp_path):
