@@ -26,12 +26,14 @@ IN_STORE = {
 }
 FOLDERS = {
     "gguf": "models of GGUF files, as float16",
+    "imported": "checkpoints of models that other programs have quantized",
     "demo": "the demo model's file",
     "cuda": "kernels compiled for a card, that CuPy doesn't keep",
 }
 HALF_KEPT = r"(\.[0-9a-f]{12}\.partial)?"
 KEPT_NAMES = {
     "gguf": re.compile(r"[0-9a-f]{32}(\.partial|\.lock)?"),
+    "imported": re.compile(r"[0-9a-f]{32}(\.lock)?"),
     "demo": re.compile(
         rf"({'|'.join(re.escape(d.file) for d in DEMO_MODELS.values())}){HALF_KEPT}|tmp\w{{8}}"
     ),

@@ -3,22 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from qtool.modeling.companions import GENERATION, TEMPLATE_FOLDER, TEMPLATES, TOKENIZER
 from qtool.storage.digests import State, files_digest, state_of
 
 PATTERNS = (
-    "*.safetensors",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    "*token*.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "chat_template.*",
-    "*.jinja",
-    "*.model",
+    *("*.safetensors", "model.safetensors.index.json", "config.json"),
+    *(*TOKENIZER, *TEMPLATES, *GENERATION),
 )
-"""What of a model's directory decides what it answers."""
+"""What of a model's directory decides what it answers; templates in a folder do so too."""
 
 
 def model_digest(directory: Path, *, remember: bool = True) -> str:
@@ -36,8 +28,10 @@ def model_digest(directory: Path, *, remember: bool = True) -> str:
 
 def model_states(directory: Path) -> Mapping[str, State]:
     """Return what changes with each write to the files that `model_digest` reads."""
-    return {file.name: state_of(file) for file in _model_files(directory)}
+    files = _model_files(directory)
+    return {file.relative_to(directory).as_posix(): state_of(file) for file in files}
 
 
 def _model_files(directory: Path) -> list[Path]:
-    return [file for pattern in PATTERNS for file in directory.glob(pattern)]
+    patterns = (*PATTERNS, f"{TEMPLATE_FOLDER}/*.jinja")
+    return [file for pattern in patterns for file in directory.glob(pattern) if file.is_file()]

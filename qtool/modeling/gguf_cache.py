@@ -5,26 +5,21 @@ are synced, a list of them with their digest is written last, and the directory 
 then. Whoever finds it compares the digest, which `storage.digests` remembers.
 """
 
-import contextlib
-import json
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from qtool.base import Emit, Progress, ignore_events
 from qtool.errors import ModelError, require
 from qtool.settings import cache_dir
 from qtool.storage.digests import files_digest
-from qtool.storage.plain_json import write_json_file
+from qtool.storage.kept_folders import WHOLE_NAME, alone, is_whole, note_whole
 from qtool.storage.whole_files import sync
 from qtool.wording import reason
 
 CONVERSION = 3
 """Of what is made of a file; 1 took transformers' word for how texts are cut into tokens, 2 for
 special tokens."""
-WHOLE_NAME = "WHOLE"
-"""The list; without a suffix, so that nobody takes it for a part of the model."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -41,15 +36,15 @@ def convert_gguf(path: Path, emit: Emit = ignore_events) -> Path:
         target = cache_dir() / "gguf" / files_digest([path])[:32]
     except OSError as error:
         raise ModelError(f"{path} can't be read: {reason(error)}.") from error
-    if _is_whole(target):
+    listing = target / WHOLE_NAME
+    if is_whole(target, listing, CONVERSION):
         return target
     require(f"Reading {path.name}", "demo", "gguf")
     emit(Progress(f"converting {path.name} to float16, once"))
     partial = target.with_name(f"{target.name}.partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target.with_name(f"{target.name}.lock")):
-            if not _is_whole(target):  # else another process was faster
+        with alone(target.with_name(f"{target.name}.lock")):
+            if not is_whole(target, listing, CONVERSION):  # else another process was faster
                 _convert(path, partial, target, emit)
                 emit(Progress(f"opening {path.name}"))
     except OSError as error:
@@ -70,43 +65,15 @@ def _convert(path: Path, partial: Path, target: Path, emit: Emit) -> None:
     try:
         partial.mkdir()
         _save_dequantized(path, partial, emit)
-        files = sorted(file for file in partial.rglob("*") if file.is_file())
-        for file in files:
-            sync(file)
-        names = [str(file.relative_to(partial)) for file in files]
-        about = {
-            "conversion": CONVERSION,
-            "files": names,
-            "digest": files_digest(files, remember=False),
-        }
-        write_json_file(partial / WHOLE_NAME, about)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                sync(file)
+        note_whole(partial, partial / WHOLE_NAME, CONVERSION)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         sync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _is_whole(directory: Path) -> bool:
-    """Return whether all files of a converted model are there, as they were written."""
-    try:
-        about = json.loads((directory / WHOLE_NAME).read_text(encoding="utf-8"))
-        files = [directory / name for name in about["files"]]
-        current = about["conversion"] == CONVERSION and bool(files)
-        return current and about["digest"] == files_digest(files)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return False
-
-
-@contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Let one process at a time into the block; a process that ends, however, lets the next in."""
-    import fcntl  # not on Windows
-
-    with lock.open("w") as opened:
-        with contextlib.suppress(OSError):  # a file system without locks: the slower one wins
-            fcntl.flock(opened, fcntl.LOCK_EX)
-        yield
 
 
 def _save_dequantized(path: Path, target: Path, emit: Emit) -> None:

@@ -19,6 +19,8 @@ def cache(tmp_path, monkeypatch):
     (tmp_path / "cache/gguf" / MODEL).mkdir(parents=True)
     (tmp_path / "cache/gguf" / MODEL / "model.safetensors").write_bytes(bytes(5000))
     (tmp_path / "cache/gguf" / f"{MODEL}.lock").touch()
+    (tmp_path / "cache/imported" / MODEL / "theirs").mkdir(parents=True)
+    (tmp_path / "cache/imported" / MODEL / "theirs/config.json").write_bytes(bytes(30))
     (tmp_path / "cache/cuda").mkdir()
     (tmp_path / "cache/cuda" / f"{2 * MODEL}.cubin").write_bytes(bytes(70))
     return tmp_path / "cache"
@@ -32,7 +34,13 @@ def kept(cli: Cli, *arguments: str) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.usefixtures("cache")
 def test_all_that_is_kept_is_listed(cli: Cli):
-    assert kept(cli) == {"answers": (2, 2), "digests": (1, 6), "gguf": (1, 5000), "cuda": (1, 70)}
+    assert kept(cli) == {
+        "answers": (2, 2),
+        "digests": (1, 6),
+        "gguf": (1, 5000),
+        "imported": (1, 30),
+        "cuda": (1, 70),
+    }
     assert kept(cli, "gguf", "scores") == {"gguf": (1, 5000)}
     done = cli("cache")
     assert "of tasks that didn't end" in done.out
@@ -54,8 +62,8 @@ def test_age_is_that_of_the_oldest_and_the_newest(cli: Cli, monkeypatch):
 
 def test_clear_removes_what_is_named(cli: Cli, cache):
     assert kept(cli, "--clear", "answers") == {}
-    assert kept(cli) == {"digests": (1, 6), "gguf": (1, 5000), "cuda": (1, 70)}
-    assert kept(cli, "--clear", "gguf", "cuda") == {}
+    assert kept(cli) == {"digests": (1, 6), "gguf": (1, 5000), "imported": (1, 30), "cuda": (1, 70)}
+    assert kept(cli, "--clear", "gguf", "imported", "cuda") == {}
     assert not (cache / "gguf").exists()
     assert not (cache / "cuda").exists()
 
@@ -76,7 +84,7 @@ def test_what_a_user_has_in_folders_of_these_names_is_neither_counted_nor_remove
 
 @pytest.mark.usefixtures("cache")
 def test_clear_alone_leaves_models(cli: Cli):
-    assert kept(cli, "--clear") == {"gguf": (1, 5000), "cuda": (1, 70)}
+    assert kept(cli, "--clear") == {"gguf": (1, 5000), "imported": (1, 30), "cuda": (1, 70)}
 
 
 @pytest.mark.usefixtures("cache")

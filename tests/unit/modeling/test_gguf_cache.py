@@ -13,7 +13,8 @@ import pytest
 from qtool.base import Emit
 from qtool.errors import MissingExtraError, ModelError
 from qtool.modeling import gguf_cache
-from qtool.modeling.gguf_cache import WHOLE_NAME, convert_gguf
+from qtool.modeling.gguf_cache import convert_gguf
+from qtool.storage.kept_folders import WHOLE_NAME
 from qtool.modeling.locate import locate
 
 

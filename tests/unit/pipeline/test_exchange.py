@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -9,11 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import pipeline
+from qtool.base import ignore_events
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import CheckpointError, OutputError, RecipeError
 from qtool.exchange._directory import write_directory
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
+from qtool.pipeline import imported
+from qtool.pipeline.imported import as_ours
 from qtool.runtime.backends._choose import use_backend
 from qtool.settings import cache_dir
 from tests.helpers import recipe, warnings_in
@@ -204,6 +209,51 @@ def test_commands_take_what_another_program_has_quantized(symmetric, llama, text
     )
     assert kept[0].stat().st_mtime_ns == before
     assert not compared.failures()
+
+
+def in_cache(model):
+    return as_ours(Location(model), ignore_events).directory
+
+
+def test_what_was_imported_is_of_the_files_that_there_are_now(symmetric, tmp_path):
+    theirs = tmp_path / "theirs"
+    pipeline.export(symmetric, theirs, "gptq")
+    first = in_cache(theirs)
+    for name, content in (
+        ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast"}'),
+        ("chat_template.jinja", "{{ messages }}"),
+        ("additional_chat_templates/tool_use.jinja", "{{ tools }}"),
+        ("generation_config.json", '{"eos_token_id": 9}'),
+    ):
+        (theirs / name).parent.mkdir(exist_ok=True)
+        (theirs / name).write_text(content)
+        assert (in_cache(theirs) / name).read_text() == content
+    assert in_cache(theirs) != first
+
+
+def test_what_is_damaged_in_the_cache_is_imported_anew(symmetric, tmp_path):
+    pipeline.export(symmetric, tmp_path / "theirs", "gptq")
+    file = in_cache(tmp_path / "theirs") / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert (in_cache(tmp_path / "theirs") / "model.safetensors").read_bytes() == content
+
+
+def test_of_two_commands_one_imports_and_the_other_waits(symmetric, tmp_path, monkeypatch):
+    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "cache"))
+    pipeline.export(symmetric, tmp_path / "theirs", "gptq")
+    calls = []
+
+    def slow(*arguments, **options):
+        calls.append(arguments)
+        time.sleep(1.5)  # longer than a run waits for a lock
+        return pipeline.import_model(*arguments, **options)
+
+    monkeypatch.setattr(imported, "import_model", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(in_cache, [tmp_path / "theirs"] * 2)
+    assert first == second
+    assert len(calls) == 1
 
 
 def test_configuration_of_another_model_is_refused(symmetric, tmp_path):
