@@ -66,6 +66,8 @@ def why_computed_otherwise(model: DescribedModel) -> str | None:
     parsed, (kind, _, rope) = model.parsed, _positions(model.parsed)
     if kind not in (UNSCALED, SCALED) or rope.get("partial_rotary_factor", 1.0) != 1.0:
         return f"its positions are scaled in a way ({shown(kind)}) that isn't written"
+    if kind == SCALED and not model.architecture.is_permuted:
+        return f"its positions are scaled ({shown(kind)}), which llama.cpp reads of llama only"
     if parsed.hidden_act not in ("silu", "swish"):
         return f"its activation is {shown(parsed.hidden_act)}, and silu is meant"
     window = getattr(parsed, "sliding_window", None)

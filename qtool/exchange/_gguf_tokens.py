@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qtool.wording import reason, shown
+from qtool.wording import list_names, reason, shown
 
 TOKENIZER_NAME, SETTINGS_NAME = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE_NAME, SPECIAL_NAME = "chat_template.jinja", "special_tokens_map.json"
@@ -31,6 +31,8 @@ WHOLE_WORDS_FIRST = ("llama-bpe",)
 """Where llama.cpp takes a word that is a token as it is (`ignore_merges`)."""
 NORMALIZED = ("qwen2",)
 """What llama.cpp's converter takes for it although tokenizer.json normalizes (NFC)."""
+AROUND_TOKENS = ("lstrip", "rstrip", "single_word")
+"""Of an added token: it takes spaces beside it, or isn't found within a word."""
 BYTE_LEVEL = "gpt2"
 """What GGUF calls byte-level BPE."""
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -83,6 +85,7 @@ def _tokenizer(
     if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("byte_fallback"):
         raise _UnsaidError("its tokenizer isn't byte-level BPE")
     pre = _cut_of(read.tokenizer, model)
+    _check_spaces(read)
     tokens, kinds = _tokens(read.tokenizer, model, vocabulary)
     ids = _special_ids(read, config, tokens)
     before, after = _added(read.text, tokens)
@@ -147,6 +150,20 @@ def _cut_of(tokenizer: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     if affixes or model.get("dropout"):
         raise _UnsaidError("its tokenizer marks parts of words, or drops merges")
     return pre
+
+
+def _check_spaces(read: _Files) -> None:
+    """Refuse what a file can't say of spaces: tokens that take them, one that is put first."""
+    if read.settings.get("add_prefix_space"):  # stronger than what tokenizer.json says
+        raise _UnsaidError(f"its tokenizer puts a space before a text ({SETTINGS_NAME})")
+    odd = [
+        f"{shown(str(each.get('content')))} ({key})"
+        for each in read.tokenizer.get("added_tokens") or []
+        for key in AROUND_TOKENS
+        if each.get(key)
+    ]
+    if odd:
+        raise _UnsaidError(f"its tokenizer looks at what stands around tokens: {list_names(odd)}")
 
 
 def cut_steps(pre: Mapping[str, Any]) -> list[CutStep]:

@@ -49,6 +49,15 @@ DIGITS = {
     "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES],
 }
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
+
 
 def save_tokenizer(directory: Path, pre: dict[str, Any], *, ignore_merges: bool = False) -> None:
     """Write a tokenizer of letters and digits with two merges, that puts <s> before a text."""
@@ -199,6 +208,25 @@ def test_ways_to_cut_a_text_are_known_or_refused(pre, ignore_merges, refused, tm
 
 
 @pytest.mark.parametrize(
+    ("key", "of_token"), [("add_prefix_space", False), ("lstrip", True), ("single_word", True)]
+)
+def test_a_tokenizer_whose_spaces_a_file_cannot_say_is_refused(key, of_token, tmp_path):
+    from transformers import AutoTokenizer
+
+    save_tokenizer(tmp_path, BYTES)
+    plain = AutoTokenizer.from_pretrained(tmp_path)("the quux x quuxx").input_ids
+    path = tmp_path / ("tokenizer.json" if of_token else "tokenizer_config.json")
+    about = json.loads(path.read_text())
+    (about["added_tokens"][-1] if of_token else about)[key] = True
+    about |= {} if of_token else {"tokenizer_class": "GPT2Tokenizer"}
+    path.write_text(json.dumps(about))
+    assert AutoTokenizer.from_pretrained(tmp_path)("the quux x quuxx").input_ids != plain
+    files = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
+    said = str(why_no_tokenizer(files, {}, 96))
+    assert (f"quux ({key})" if of_token else "puts a space before a text") in said
+
+
+@pytest.mark.parametrize(
     ("pre", "ignore_merges", "name"),
     [
         (DIGITS, False, "smollm"),
@@ -266,6 +294,7 @@ def test_a_converted_file_has_the_tokenizer_that_it_says(streamed, ours, tmp_pat
         ("mistral", {"sliding_window": 16}, "looks back 16 tokens"),
         ("llama", {"hidden_act": "gelu"}, "gelu"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "linear"),
+        ("qwen2", {"rope_parameters": LLAMA3_ROPE}, "of llama only"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(family, changes, said, ours):
@@ -279,19 +308,11 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(family, changes, said
 
 
 def test_positions_of_llama_3_go_along(tmp_path):
-    rope = {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_theta": 500000.0,
-    }
-    directory = quantized(tmp_path, rope_parameters=rope, head_dim=64)
+    directory = quantized(tmp_path, rope_parameters=LLAMA3_ROPE, head_dim=64)
     export(directory, tmp_path / "m.gguf", "gguf")
     read = load_exchange("gguf").read
     assert read is not None
-    assert read(tmp_path / "m.gguf").config["rope_parameters"] == rope
+    assert read(tmp_path / "m.gguf").config["rope_parameters"] == LLAMA3_ROPE
 
 
 def test_floats_stay_as_they_are_unless_a_dtype_is_asked(ours, tmp_path):
