@@ -46,6 +46,14 @@ def read_groups(directory: ForeignDirectory) -> tuple[CtGroup, ...]:
         raise CheckpointError(
             f"{directory.where}: kv_cache_scheme quantizes keys and values, which isn't imported."
         )
+    transforms = directory.section.get("transform_config")
+    if isinstance(transforms, dict):
+        transforms = transforms.get("config_groups")
+    if transforms not in (None, {}):
+        raise CheckpointError(
+            f"{directory.where}: transform_config rotates activations while the model runs, which "
+            "isn't imported."
+        )
     status = directory.value("quantization_status", str, default="compressed")
     if status not in ("compressed", "frozen"):
         raise CheckpointError(

@@ -17,6 +17,8 @@ from qtool.modeling.config import auto_class, transformers_failures
 from qtool.wording import list_names, shown
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
+BUFFERS_OF_OLD = r"rotary_emb\.inv_freq$|(attn|attention)\.(masked_)?bias$"
+"""Names of tables and masks that earlier versions of transformers stored."""
 Renaming = Callable[[str], tuple[str, tuple[str, ...]]]
 """From a stored name to the model's, and to all names that its values go to if it is converted."""
 
@@ -81,6 +83,12 @@ def missing_message(missing: Iterable[str], unknown: Iterable[str], directory: P
 
 def _may_be_missing(model: CausalModel, name: str) -> bool:
     patterns = model._keys_to_ignore_on_load_missing or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def is_left_over(model: CausalModel, name: str) -> bool:
+    """Return whether a tensor of that name is stored for nothing, as transformers has it."""
+    patterns = (*(model._keys_to_ignore_on_load_unexpected or ()), BUFFERS_OF_OLD)
     return any(re.search(pattern, name) for pattern in patterns)
 
 

@@ -25,7 +25,7 @@ from qtool.modeling.config import parse_config, read_config
 from qtool.modeling.digest import model_states
 from qtool.modeling.load import foreign_method
 from qtool.modeling.locate import Location
-from qtool.modeling.skeleton import empty_model, missing_message
+from qtool.modeling.skeleton import empty_model, is_left_over, missing_message
 from qtool.pipeline.model_figures import versions
 from qtool.scheme import Shape2D
 from qtool.storage.digests import State, state_of
@@ -165,7 +165,7 @@ def _expected_shapes(
     And the names of biases of layers that have none there.
 
     Raises:
-        CheckpointError: the model needs what isn't stored, or hasn't what is quantized.
+        CheckpointError: the model needs what isn't stored, or hasn't what is.
         ModelError: transformers can't build it.
     """
     skeleton = empty_model(parse_config(foreign.config, path), path)
@@ -182,7 +182,15 @@ def _expected_shapes(
     missing = [name for name, value in wanted.items() if id(value) not in values]
     if missing:
         raise CheckpointError(missing_message(missing, there - wanted.keys(), path))
-    stray = {f"{name}.bias" for name in layers} & foreign.others.keys() - wanted.keys()
+    unknown = foreign.others.keys() - wanted.keys()
+    stray = {f"{name}.bias" for name in layers} & unknown
+    read = [name for name in sorted(unknown - stray) if not is_left_over(skeleton, name)]
+    if read:  # such as AWQ's scales of activations
+        raise CheckpointError(
+            f"{path}: {list_names(read)} is stored, and the model that config.json describes has "
+            "nothing of that name: whoever quantized it computes something else. Import another "
+            "version of the model, or remove what nobody reads."
+        )
     return {name: tuple(wanted[f"{name}.weight"].shape) for name in layers}, stray
 
 

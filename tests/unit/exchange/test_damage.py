@@ -90,6 +90,7 @@ def test_other_layouts_of_awq_are_refused(tmp_path):
     ("change", "words"),
     [
         ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        ({"transform_config": {"config_groups": {"R4": {"type": "hadamard"}}}}, "rotates"),
         ({"format": "marlin-24"}, "format is marlin-24"),
         ({"config_groups": {}}, "config_groups is empty"),
         ({"config_groups": {"a": 3}}, "an object is meant"),

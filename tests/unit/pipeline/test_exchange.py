@@ -301,6 +301,28 @@ def test_biases_that_the_model_does_not_add_are_left_out(value, symmetric, tmp_p
     assert len(warnings_in(told)) == (value != 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "is_left_out"),
+    [
+        ("model.layers.0.mlp.act.scales", False),  # AWQ, of families without a second linear
+        ("model.layers.0.self_attn.k_proj.k_scale", False),
+        ("model.layers.1.self_attn.rotary_emb.inv_freq", True),
+    ],
+)
+def test_what_only_another_program_reads_is_not_lost_silently(
+    name, is_left_out, symmetric, tmp_path
+):
+    pipeline.export(symmetric, tmp_path / "theirs", "gptq")
+    path = tmp_path / "theirs" / "model.safetensors"
+    save_file({**load_file(path), name: torch.full((96,), 2.0)}, path, {"format": "pt"})
+    if is_left_out:
+        pipeline.import_model(Location(tmp_path / "theirs"), tmp_path / "in")
+        assert torch.equal(logits(symmetric), logits(tmp_path / "in"))
+        return
+    with pytest.raises(CheckpointError, match=f"{name} is stored, and the model"):
+        pipeline.import_model(Location(tmp_path / "theirs"), tmp_path / "in")
+
+
 def test_an_import_that_failed_goes_on(symmetric, tmp_path):
     pipeline.export(symmetric, tmp_path / "theirs", "gptq")
     model, out_dir = Location(tmp_path / "theirs"), tmp_path / "in"
