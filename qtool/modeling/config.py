@@ -21,6 +21,11 @@ ABOVE_ZERO = (
 )
 SHARES = ("partial_rotary_factor", "rotary_pct")
 """Of a head that turns with the position: above zero, at most all of it."""
+ANSWERS = (
+    *("return_dict", "use_return_dict", "torchscript"),
+    *("output_attentions", "output_hidden_states", "output_router_logits"),
+)
+"""What a model returns: no part of it, and whoever runs it reads what is returned by name."""
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|ModelWithLMHead|GenerationDecoder)$")
 MULTIMODAL = re.compile(r"ForConditionalGeneration$")
 """With a `text_config`: a text decoder and what makes tokens of images or sound."""
@@ -40,7 +45,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ModelError(
             f"{directory} has no config.json: it isn't a model directory, or not a finished one."
         )
-    config = {key: value for key, value in read_json(path).items() if key != "auto_map"}
+    config = _of_model(read_json(path))
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = _of_model(config["text_config"])
     if not config:
         raise ModelError(
             f"{path} is empty: it names no model, such as by its model_type and architectures. "
@@ -66,6 +73,11 @@ def read_config(directory: Path) -> dict[str, Any]:
             "save the merged model, or move the adapter's files away."
         )
     return config
+
+
+def _of_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section without code, and without what a caller wants to have returned."""
+    return {key: value for key, value in config.items() if key not in (*ANSWERS, "auto_map")}
 
 
 def check_original(config: Mapping[str, Any], directory: Path, families: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from qtool import pipeline
 from qtool.errors import QtoolError
@@ -157,6 +158,18 @@ def test_code_is_named_nowhere_in_a_checkpoint(copy, tmp_path):
     for path in (tmp_path / "out").glob("*.json"):
         assert "auto_map" not in path.read_text(), path.name
     assert load_model(Location(tmp_path / "out")).tokenizer("w5")["input_ids"] == [5]
+
+
+@pytest.mark.parametrize("key", ["return_dict", "torchscript", "output_hidden_states"])
+def test_what_a_model_returns_is_not_for_its_configuration_to_say(copy, tmp_path, key):
+    edit(copy, **{key: key != "return_dict"})
+    pipeline.quantize(Location(copy), tmp_path / "out", recipe())
+    assert key not in json.loads((tmp_path / "out" / "config.json").read_text())
+    tokens = torch.arange(3, 13)[None]
+    for directory in (copy, tmp_path / "out"):
+        said = load_model(Location(directory), device="cpu").model(tokens)
+        assert said.logits.shape[1] == tokens.shape[1]
+        assert said.hidden_states is None
 
 
 def test_adapter_beside_the_weights_is_refused_and_a_lone_configuration_ignored(copy, tmp_path):
