@@ -37,7 +37,7 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.spool import Made, Spool
 from qtool.checkpoint.spooled_layer import SpooledLayer
 from qtool.errors import CheckpointError, OutputError, QtoolError
-from qtool.storage.plain_json import write_json_file
+from qtool.storage.plain_json import config_text, json_text
 from qtool.storage.whole_files import written_whole
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -67,7 +67,7 @@ class CheckpointWriter:
         self._names: list[str] = []
         self.has_ended = False
         """Whether the very same run has ended before, and its result is at OUT_DIR."""
-        fingerprint = json.loads(json.dumps(dict(fingerprint)))
+        fingerprint = json.loads(json_text(fingerprint))  # as it is read again
         self.run_digest = sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
         """Tells the result of this run from those of all others."""
         self.place, self.work_dir = place, place.work_dir
@@ -251,7 +251,8 @@ class CheckpointWriter:
             for name, content in ours.items():
                 with written_whole(self.work_dir / name, durable=True) as file:
                     file.write(content)
-            write_json_file(self.work_dir / CONFIG_NAME, config)
+            with written_whole(self.work_dir / CONFIG_NAME, durable=True) as file:
+                file.write(config_text(config).encode())
             CheckpointReader(self.work_dir)
             self._job = replace(self._job, files=(*shards, *ours, CONFIG_NAME))
             write_job(self.work_dir, self._job)

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from qtool.errors import ModelError
-from qtool.storage.plain_json import json_text
+from qtool.storage.plain_json import config_text
 from qtool.wording import reason
 
 _LOG = logging.getLogger(__name__)
@@ -103,6 +103,6 @@ def _without_code(path: Path) -> bytes:
     if not isinstance(values, dict) or "auto_map" not in values:
         return content
     del values["auto_map"]
-    text = json_text(values, ascii_only=False) + "\n"
+    text = config_text(values)
     # Half of a surrogate pair, which UTF-8 lacks, stays the escape that it was.
     return text.encode(errors="backslashreplace")

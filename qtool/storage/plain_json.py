@@ -66,6 +66,15 @@ def write_json_file(path: Path, value: JsonValue) -> None:
         file.write((json_text(value, ascii_only=False) + "\n").encode())
 
 
+def config_text(value: JsonValue) -> str:
+    """Return a value as the text of a file that transformers reads, with a line break at its end.
+
+    A number that isn't finite stays one, in Python's words: `Infinity` is the end of a range in
+    configurations of Mamba 2, and null would be refused there.
+    """
+    return json.dumps(value, indent=2, ensure_ascii=False, default=plain_json) + "\n"
+
+
 def json_line(value: JsonValue) -> bytes:
     """Return a value on one line, for qtool's own store: all floats read back as they were."""
     return json.dumps(value, default=str).encode()

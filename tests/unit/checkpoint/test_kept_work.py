@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,9 +11,11 @@ from qtool import pipeline
 from qtool.checkpoint import assemble, spool, stream, writer
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import BackendError, CheckpointError, OutputError
+from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.steps import solve_table
 from qtool.steps.plan import load_method
+from tests import families, tiny
 from tests.helpers import file_hashes, normal, recipe
 from tests.unit.checkpoint.runs import WEIGHTS, Stop, add, open_writer, partial
 
@@ -37,6 +40,25 @@ def test_work_is_kept_after_any_error_and_the_message_says_how_to_go_on(
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     pipeline.quantize(Location(llama), out_dir, recipe(), resume=True)
     assert file_hashes(out_dir)[WEIGHTS] == file_hashes(checkpoint)[WEIGHTS]
+
+
+def test_a_configuration_with_a_number_that_is_not_finite_is_kept_and_resumed(tmp_path):
+    """As configurations of Mamba 2 have it, which transformers 4 has written."""
+    source = tmp_path / "source"
+    tiny.build("mamba2").save_pretrained(source)
+    families.save_tokenizer(source)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"time_step_limit": [0.0, float("inf")], "time_step_floor": float("nan")}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OutputError, match=r"1 finished layer is kept"):
+        pipeline.quantize(Location(source), tmp_path / "out", recipe(), emit=Stop(1, OutputError))
+    pipeline.quantize(Location(source), tmp_path / "out", recipe(), resume=True)
+    pipeline.export(tmp_path / "out", tmp_path / "dense", "dense")
+    for name in ("out", "dense"):
+        written = json.loads((tmp_path / name / "config.json").read_text())
+        assert written["time_step_limit"] == [0.0, float("inf")]
+        assert isinstance(written["time_step_floor"], float)
+        load_model(Location(tmp_path / name), device="cpu")
 
 
 def test_bug_keeps_its_type_and_the_work(llama, tmp_path):
@@ -170,7 +192,7 @@ def full_disk(*_args, **_kwargs):
         (spool, "save_file", 0),
         (writer, "write_job", 0),
         (assemble, "write_shard", 21),
-        (writer, "write_json_file", 21),
+        (writer, "written_whole", 21),
         (writer, "publish", 21),
     ],
 )
