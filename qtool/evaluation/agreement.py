@@ -23,6 +23,7 @@ from qtool.data.windows import positions_of, windows_of
 from qtool.errors import DataError
 from qtool.evaluation.predictions import Reference, Tokens, log_probabilities, token_values
 from qtool.modeling.load import LoadedModel
+from qtool.modeling.own_words import written_as_asked
 
 START_TOKENS = 32
 
@@ -187,7 +188,7 @@ def _continue(
 def _continuation(model: LoadedModel, prompt: Tokens, new_tokens: int) -> Tokens:
     ids = torch.tensor([prompt], device=model.device)
     pad = model.tokenizer.pad_token_id
-    with _quiet():
+    with _quiet(), written_as_asked(model):
         out = model.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -10,7 +10,7 @@ from typing import Any
 
 from qtool.base import ModelConfig
 from qtool.checkpoint.shards import read_json
-from qtool.errors import ModelError, QtoolError
+from qtool.errors import CheckpointError, ModelError, QtoolError
 from qtool.modeling.encoders import encoder_adapter
 from qtool.storage.plain_json import json_line, leaves
 from qtool.wording import quoted, reason, shown
@@ -38,7 +38,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     Raises:
         ModelError: there is none, or it needs what qtool doesn't do.
-        CheckpointError: it, or generation_config.json, holds no JSON object.
+        CheckpointError: it, or generation_config.json, holds no JSON object, or no numbers of
+            tokens where these are meant.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -66,13 +67,22 @@ def read_config(directory: Path) -> dict[str, Any]:
             "model.safetensors and remove the key."
         )
     if (directory / "generation_config.json").is_file():
-        read_json(directory / "generation_config.json")
+        _check_ends(directory / "generation_config.json")
     if (directory / "adapter_config.json").is_file() and any(directory.glob("adapter_model.*")):
         raise ModelError(
             f"{directory} holds an adapter beside the weights (adapter_config.json). Merge it and "
             "save the merged model, or move the adapter's files away."
         )
     return config
+
+
+def _check_ends(path: Path) -> None:
+    """Refuse text and the like for the tokens that end what is written."""
+    told = read_json(path).get("eos_token_id")
+    if not all(type(one) is int for one in (told if isinstance(told, list) else [told or 0])):
+        raise CheckpointError(
+            f"{path}: eos_token_id is {quoted(told)}; a token's number is meant, or a list of them."
+        )
 
 
 def _of_model(config: Mapping[str, Any]) -> dict[str, Any]:

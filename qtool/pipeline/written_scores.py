@@ -17,6 +17,7 @@ from qtool.data.exercises import Exercise, no_prompts, read_exercises
 from qtool.data.windows import positions_of
 from qtool.errors import DataError, MissingExtraError
 from qtool.modeling.load import LoadedModel
+from qtool.modeling.own_words import written_as_asked
 from qtool.wording import quoted
 
 WRITING_BATCH = 32
@@ -110,14 +111,16 @@ def write_answers(
             ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, width - len(prompts[index]) :] = 1
         room = (positions_of(model.model.config) or width + max_tokens) - width
-        written = model.model.generate(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=min(max_tokens, room),
-            do_sample=False,
-            pad_token_id=filler,
-            eos_token_id=stops,
-        )[:, width:].cpu()
+        with written_as_asked(model):
+            found = model.model.generate(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=min(max_tokens, room),
+                do_sample=False,
+                pad_token_id=filler,
+                eos_token_id=stops,
+            )
+        written = found[:, width:].cpu()
         for row, index in enumerate(chosen):
             answer = _until_stop(written[row].tolist(), stops or [])
             answers[index] = tokenizer.decode(answer, skip_special_tokens=True)

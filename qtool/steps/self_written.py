@@ -19,6 +19,7 @@ from qtool.errors import DataError
 from qtool.modeling.device import free_memory
 from qtool.modeling.load import LoadedModel, load_model
 from qtool.modeling.locate import Location
+from qtool.modeling.own_words import written_as_asked
 from qtool.modeling.source import ModelSource
 from qtool.wording import reason
 
@@ -88,7 +89,7 @@ class _Author:
     """A model that writes, and how many tokens it has written."""
 
     def __init__(self, loaded: LoadedModel, generator: random.Random, num_tokens: int) -> None:
-        self.model, self.tokenizer, self.generator = loaded.model, loaded.tokenizer, generator
+        self.loaded, self.tokenizer, self.generator = loaded, loaded.tokenizer, generator
         self.device, self.written = loaded.device, 0
         config = loaded.model.generation_config
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else []
@@ -126,17 +127,18 @@ class _Author:
         pad = self.ends[0] if self.ends else 0
         padded = [[pad] * (longest - len(prompt)) + [*prompt] for prompt in prompts]
         real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        tokens = self.model.generate(
-            torch.tensor(padded, device=self.device),
-            attention_mask=torch.tensor(real, device=self.device),
-            max_new_tokens=max(1, min(most, self.positions - longest)),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            min_p=MIN_P,
-            eos_token_id=self.ends or None,
-            pad_token_id=pad,
-        )
+        with written_as_asked(self.loaded):
+            tokens = self.loaded.model.generate(
+                torch.tensor(padded, device=self.device),
+                attention_mask=torch.tensor(real, device=self.device),
+                max_new_tokens=max(1, min(most, self.positions - longest)),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                min_p=MIN_P,
+                eos_token_id=self.ends or None,
+                pad_token_id=pad,
+            )
         rows = [
             list(itertools.takewhile(lambda token: token not in self.ends, row))
             for row in tokens[:, longest:].tolist()

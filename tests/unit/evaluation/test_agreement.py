@@ -307,3 +307,22 @@ def test_gain_is_the_change_in_the_probability_of_the_next_token(loaded, perturb
     before, after = (log_p.gather(1, following.unsqueeze(1)).exp().squeeze(1) for log_p in both)
     assert torch.allclose(values.gain, after - before, atol=1e-6)
     assert float(values.gain.abs().max()) > 1e-4
+
+
+HABITS: tuple[dict[str, Any], ...] = (
+    {"repetition_penalty": 5.0},
+    {"num_beams": 3, "return_dict_in_generate": True},
+    {"cache_implementation": "quantized", "stop_strings": ["w5"]},
+    {"penalty_alpha": 0.6, "top_k": 4, "bad_words_ids": [[5]]},
+    {"no_repeat_ngram_size": 1, "min_new_tokens": 4, "output_scores": True},
+)
+
+
+@pytest.mark.parametrize("habit", HABITS, ids=str)
+def test_a_continuation_is_greedy_whatever_a_model_is_told_to_do(llama, corpus, reference, habit):
+    model = load_model(Location(llama), device="cpu")
+    told = model.model.generation_config
+    told.update(**habit)
+    again = record_reference(model, corpus, context_length=LENGTH, new_tokens=8)
+    assert again.continuations == reference.continuations
+    assert model.model.generation_config is told

@@ -149,6 +149,16 @@ def test_json_that_is_no_object_is_one_line(copy, content):
     refused(copy, r"config\.json (isn't|must)")
 
 
+@pytest.mark.parametrize("end", ["2", "</s>", [2, "3"], {"a": 1}, 2.5, True])
+def test_an_end_that_is_no_token_is_refused_and_a_number_is_not(copy, end):
+    path = copy / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": end}))
+    refused(copy, r"generation_config\.json: eos_token_id is .*number is meant")
+    for right in (None, 5, [5, 6], []):
+        path.write_text(json.dumps({"eos_token_id": right}))
+        read_config(copy)
+
+
 def test_code_is_named_nowhere_in_a_checkpoint(copy, tmp_path):
     code = {"AutoConfig": "other/repo--configuration.C", "AutoModelForCausalLM": "modeling.M"}
     edit(copy, auto_map=code)

@@ -1,5 +1,6 @@
 """`dataset: model`: what a model writes is seeded, and has chats if it can."""
 
+import json
 import shutil
 from typing import Any
 
@@ -59,6 +60,14 @@ def test_texts_and_chats_are_mixed(chat_model):
     assert not any("<s>" in str(content) or "</s>" in str(content) for content in written)
     words = sum(len(str(content).split()) for content in written)
     assert words > 300
+
+
+def test_what_is_written_is_drawn_as_said_here_alone(chat_model):
+    expected = contents(chat_model)
+    path = chat_model / "generation_config.json"
+    habits = {"top_p": 0.1, "repetition_penalty": 3.0, "return_dict_in_generate": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": True, **habits}))
+    assert contents(chat_model) == expected
 
 
 def test_model_without_a_template_writes_texts_alone(llama, monkeypatch):
