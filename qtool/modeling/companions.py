@@ -2,6 +2,7 @@
 
 import json
 import logging
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -47,12 +48,13 @@ def read_companions(directory: Path) -> dict[str, bytes]:
     warning. What names code of the original is removed from JSON.
 
     Raises:
-        ModelError: one can't be read, or is a tokenizer's JSON and none.
+        ModelError: one can't be read, or is a tokenizer's JSON and none, or as `check_marks`.
     """
     try:
+        check_marks(directory)
         return {
             path.relative_to(directory).as_posix(): _without_code(path)
-            for path in _companions(directory)
+            for path in beside_weights(directory)
             if path.is_file() and _stays_inside(path, directory)
         }
     except OSError as error:
@@ -61,7 +63,8 @@ def read_companions(directory: Path) -> dict[str, bytes]:
         ) from error
 
 
-def _companions(directory: Path) -> Iterator[Path]:
+def beside_weights(directory: Path) -> Iterator[Path]:
+    """Yield the small files that belong to a model."""
     for path in sorted(directory.iterdir()):
         if any(fnmatchcase(path.name, pattern) for pattern in COPIED):
             yield path
@@ -82,12 +85,32 @@ def _stays_inside(path: Path, directory: Path) -> bool:
     return False
 
 
+def check_marks(directory: Path) -> None:
+    """Refuse JSON of a tokenizer that starts with a byte order mark: transformers can't read it.
+
+    Raises:
+        ModelError: one does.
+    """
+    for path in beside_weights(directory):
+        is_tokenizer = any(fnmatchcase(path.name, pattern) for pattern in TOKENIZER)
+        if is_tokenizer and path.suffix == ".json" and path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(BOM_UTF8)) == BOM_UTF8:
+                    raise ModelError(
+                        f"{path} starts with a byte order mark, which transformers can't read. "
+                        "Save it as UTF-8 without one."
+                    )
+
+
 def _without_code(path: Path) -> bytes:
     """Return a file's content; from a JSON object what names remote code is removed.
 
-    Other JSON that can't be read is copied: a model may be loaded without it.
+    Other JSON that can't be read is copied: a model may be loaded without it. A template loses a
+    byte order mark, which would be said to the model.
     """
     content = path.read_bytes()
+    if path.suffix == ".jinja":
+        return content.removeprefix(BOM_UTF8)
     is_tokenizer = fnmatchcase(path.name, "tokenizer*.json")
     if path.suffix != ".json" or not (is_tokenizer or b"auto_map" in content):
         return content

@@ -15,6 +15,7 @@ from qtool.checkpoint.shards import open_shards
 from qtool.core.experts import separate_experts
 from qtool.errors import CheckpointError, ModelError
 from qtool.modeling.adapters import load_adapter
+from qtool.modeling.companions import check_marks
 from qtool.modeling.config import auto_class, parse_config, read_config, transformers_failures
 from qtool.modeling.device import default_device, default_dtype
 from qtool.modeling.leftovers import without_leftovers
@@ -159,13 +160,20 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """Return the tokenizer of a model.
 
     Raises:
-        ModelError: it can't be loaded, or makes no tokens, not even of nothing.
+        ModelError: it can't be loaded, or makes no tokens, not even of nothing; or as
+            `check_marks`.
     """
     import transformers
 
     with transformers_failures(f"{directory} has no usable tokenizer"):
+        check_marks(directory)
         loaded = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         loaded("", verbose=False)  # values of its files that nobody looks at before
+        template = loaded.chat_template
+        if isinstance(template, str):
+            loaded.chat_template = template.removeprefix("\ufeff")
+        elif isinstance(template, dict):  # several of them, by their names
+            loaded.chat_template = {n: one.removeprefix("\ufeff") for n, one in template.items()}
         return loaded
 
 

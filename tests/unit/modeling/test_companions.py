@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from codecs import BOM_UTF8
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from qtool import pipeline
 from qtool.errors import ModelError
 from qtool.modeling.companions import read_companions
+from qtool.modeling.load import load_tokenizer
 from qtool.modeling.locate import Location
 from tests.helpers import recipe
 
@@ -124,3 +126,19 @@ def test_file_that_cannot_be_read_is_one_line(copy, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", denied)
     with pytest.raises(ModelError, match="a file beside the weights can't be read"):
         read_companions(copy)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_a_byte_order_mark_in_a_tokenizer_is_refused_before_the_work(copy, name):
+    content = (copy / name).read_bytes() if (copy / name).exists() else b"{}"
+    (copy / name).write_bytes(BOM_UTF8 + content)
+    for read in (read_companions, load_tokenizer):
+        with pytest.raises(ModelError, match=f"{name} starts with a byte order mark.*without one"):
+            read(copy)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_chat_template(copy):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (copy / "chat_template.jinja").write_bytes(BOM_UTF8 + template.encode())
+    assert load_tokenizer(copy).chat_template == template
+    assert read_companions(copy)["chat_template.jinja"] == template.encode()
