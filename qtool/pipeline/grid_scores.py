@@ -20,7 +20,7 @@ from qtool.modeling.device import default_device, free_memory, use_device
 from qtool.modeling.digest import model_digest
 from qtool.modeling.locate import Location
 from qtool.pipeline.evaluate import EvalOptions, evaluate
-from qtool.pipeline.kept_steps import KeptSteps
+from qtool.pipeline.kept_steps import KeptSteps, contents_of
 from qtool.pipeline.model_figures import versions
 from qtool.pipeline.run_figures import task_failures, task_scores, text_figures, text_report
 from qtool.storage.plain_json import plain_json
@@ -170,12 +170,15 @@ def _measured(cell: ScoreCell) -> Mapping[str, Any]:
 def _made_of(cell: ScoreCell) -> Mapping[str, Any]:
     """Return all that decides what a cell finds."""
     device = default_device()
+    options = cell.options
+    data = [options.dataset, options.chats] if options.tasks is None else [options.tasks.data_dir]
     found = {
         "model": model_digest(cell.subject.directory),
         "original": model_digest(cell.original.directory),
-        "options": plain_json(asdict(cell.options)),
+        "options": plain_json(asdict(options)),
+        "data": contents_of(*data),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "switches": settings.given(settings.EXECUTION),
         "versions": versions(),
     }
-    return found if cell.options.tasks is None else {**found, "libraries": library_versions()}
+    return found if options.tasks is None else {**found, "libraries": library_versions()}

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qtool.errors import DataError
+from qtool.storage.digests import files_digest
 from qtool.storage.plain_json import plain_json, write_json_file
+from qtool.wording import reason
 
 StepResult = Mapping[str, Any]
 """As JSON has it."""
@@ -52,6 +55,27 @@ class KeptSteps:
         values = {"made of": made_of, "seconds": seconds, "result": result}
         write_json_file(self.folder / f"{name}.json", values)
         return KeptStep(result, seconds, is_reused=False)
+
+
+def contents_of(*places: str | Path | None) -> Mapping[str, str]:
+    """Return what tells the files that a step reads from others of the same names.
+
+    Args:
+        places: Texts and folders of data; names of what is bundled have no file, and are a
+            version's.
+
+    Raises:
+        DataError: one can't be read.
+    """
+    found = {}
+    for path in (Path(place) for place in places if place is not None):
+        try:
+            files = [one for one in (path, *sorted(path.rglob("*"))) if one.is_file()]
+            if files:
+                found[str(path)] = files_digest(files)
+        except OSError as error:
+            raise DataError(f"{path} can't be read: {reason(error)}.") from error
+    return found
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ from qtool.modeling.source import open_source
 from qtool.pipeline.bench import BenchOptions, GpuOptions, bench
 from qtool.pipeline.check_budgets import check_budgets
 from qtool.pipeline.evaluate import Comparison, EvalOptions, evaluate
-from qtool.pipeline.kept_steps import KeptStep, KeptSteps
+from qtool.pipeline.kept_steps import KeptStep, KeptSteps, contents_of
 from qtool.pipeline.model_figures import versions
 from qtool.pipeline.quantize import quantize
 from qtool.pipeline.run_figures import bench_report, task_scores, text_report
@@ -150,9 +150,12 @@ class _Steps:
         if self.recipe.check is not None:
             found["check"] = keep.once("check", self._made_of(self.recipe.check), self.check)
         if asked is not None and asked.dataset is not None:
-            found["text"] = keep.once("text", self._made_of(asked), self.text)
+            texts = contents_of(asked.dataset, asked.chats)
+            made_of = {**self._made_of(asked), "texts": texts}
+            found["text"] = keep.once("text", made_of, self.text)
         if asked is not None and asked.tasks:
-            made_of = {**self._made_of(asked), "libraries": library_versions()}
+            data = contents_of(self.options.data_dir)
+            made_of = {**self._made_of(asked), "data": data, "libraries": library_versions()}
             found["tasks"] = keep.once("tasks", made_of, self.tasks)
         if self.recipe.bench is not None:
             found["bench"] = keep.once("bench", self._made_of(self.recipe.bench), self.bench)

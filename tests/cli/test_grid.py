@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from qtool.checkpoint.many_results import held
+from tests import families
 from tests.cli.conftest import Cli
 
 
@@ -114,3 +115,14 @@ def test_two_grids_do_not_write_one_table(grid_of, tmp_path):
     with held(tmp_path / "grid"):
         assert "Another run is writing" in grid_of(tmp_path / "grid").err
     assert not (tmp_path / "grid").exists()
+
+
+def test_a_text_that_has_changed_is_measured_anew(cli, llama, tmp_path):
+    text, found = tmp_path / "mine.txt", []
+    for seed in (1, 2):
+        text.write_text(families.text(200, seed=seed))
+        options = ("--dataset", text, "--windows", 2, "--context-length", 40, "--json", "-")
+        done = cli("grid", tmp_path / "grid", "--model", llama, *options)
+        assert done.code == 0, done.err
+        found.append(json.loads(done.out)["scores"][0]["figures"]["perplexity"]["value"])
+    assert found[0] != found[1]

@@ -13,11 +13,12 @@ from qtool.checkpoint.marks import REPORT_NAME, RUN_FOLDER, RUN_NAMES, foreign_e
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import CheckpointError, DataError, OutputError
 from qtool.modeling.locate import Location
-from qtool.pipeline.kept_steps import KeptSteps
+from qtool.pipeline.kept_steps import KeptSteps, contents_of
 from qtool.pipeline.run_figures import bench_figures, score_figures
 from qtool.recipe.gates import GATES
 from qtool.recipe.load import recipe_from_mapping
 from qtool.report.verdict import judge
+from tests import families
 
 running: Any = sys.modules["qtool.pipeline.run"]
 resulting: Any = sys.modules["qtool.pipeline.run_result"]
@@ -104,6 +105,35 @@ def test_failed_gate_is_named_and_all_is_kept(chat_llama, tmp_path, recipe):
     again = run(chat_llama, tmp_path / "out", recipe)  # other limits need no other measurement
     assert again.passed
     assert again.reused == ("check", "text", "bench")
+
+
+def test_texts_and_data_that_have_changed_are_measured_anew(chat_llama, tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text(families.text(400))
+    values = {**full(text), "gates": {}, "bench": None, "check": None}
+    recipe = recipe_from_mapping({key: value for key, value in values.items() if value is not None})
+    found = []
+    for content in (families.text(400), families.text(400, seed=9), families.text(400, seed=9)):
+        text.write_text(content)
+        result = run(chat_llama, tmp_path / "out", recipe)
+        kept = json.loads((tmp_path / "out" / RUN_FOLDER / "text.json").read_text())
+        found.append((result.reused, kept["result"]))
+    assert [reused for reused, _ in found] == [(), (), ("text",)]
+    assert found[0][1] != found[1][1] == found[2][1]
+
+
+def test_contents_tell_files_of_the_same_name_apart(tmp_path):
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    file, places = (
+        tmp_path / "data" / "deep" / "a.jsonl",
+        (tmp_path / "data", "wikitext2-test", None),
+    )
+    digests = []
+    for content in ("one", "two", "one"):
+        file.write_text(content)
+        digests.append(contents_of(*places))
+    assert digests[0] == digests[2] != digests[1]
+    assert list(digests[0]) == [str(tmp_path / "data")]
 
 
 def raises_once(monkeypatch, module, name):
