@@ -18,6 +18,7 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import ModelError
 from qtool.modeling.adapters import digest_of_base
 from qtool.modeling.device import default_device
+from qtool.modeling.digest import model_digest
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location, locate
 from qtool.modeling.source import open_source
@@ -84,7 +85,8 @@ def adapt(request: AdaptRequest, *, emit: Emit = ignore_events) -> AdaptResult:
     loaded = load_model(request.model, dtype=torch.bfloat16 if on_card else None)
     about = {"tool_version": qtool.__version__, "options": asdict(request.options)}
     base = digest_of_base(loaded.model)
-    job = {"kind": request.kind, "base": base, "data": files_digest(files), **about}
+    read = {"files": model_digest(request.model.directory), "data": files_digest(files)}
+    job = {"kind": request.kind, "base": base, **read, **about}
     flags = {"overwrite": request.overwrite, "resume": request.resume}
     with contextlib.closing(open_unfinished(place, job, **flags)) as unfinished:
         curriculum = read_curriculum(

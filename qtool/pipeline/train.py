@@ -22,6 +22,7 @@ from qtool.errors import ModelError, RecipeError
 from qtool.modeling.classifiers import is_encoder
 from qtool.modeling.config import read_config
 from qtool.modeling.device import default_device
+from qtool.modeling.digest import model_digest
 from qtool.modeling.load import LoadedModel, load_source, load_tokenizer
 from qtool.modeling.locate import locate
 from qtool.modeling.source import ModelSource, open_source
@@ -75,7 +76,8 @@ def _train(request: TrainRequest, emit: Emit) -> TrainResult:
     job = {
         "recipe": request.recipe,
         "base": _base_of(reader),
-        "original": source.directory.name,
+        "files": model_digest(request.model.directory),
+        "original": model_digest(source.directory),
         "data": files_digest(files),
         "options": asdict(request.options),
     }

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,27 @@ def test_a_run_that_has_ended_is_not_trained_again(run, tmp_path, monkeypatch):
         assert not any(isinstance(e, Progress) and e.what == "train" for e in events)
         assert replace(again, seconds=whole.seconds, out_dir=whole.out_dir) == whole
         assert again.seconds > 0
+
+
+@pytest.mark.parametrize("changed", ["original", "model"])
+def test_a_run_does_not_go_on_with_another_model_of_the_same_name(
+    changed, run, base, llama, tmp_path
+):
+    where = {"original": llama, "model": base}[changed]
+    copy = Path(shutil.copytree(where, tmp_path / "copies" / where.name))
+
+    def stop(event: Any) -> None:
+        if isinstance(event, Progress) and event.what == "train" and event.done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("distillation", stop, **{changed: copy})
+    if changed == "original":
+        families.build("llama", seed=7).save_pretrained(copy)
+    else:
+        (copy / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(OutputError, match="was started with another"):
+        run("distillation", resume=True, **{changed: copy})
 
 
 @pytest.mark.parametrize("recipe", TRAININGS)
