@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qtool.base import LayerSolution, QuantizedTensor
+from qtool.base import LayerSolution, Notice, QuantizedTensor
 from qtool.checkpoint.spool import Made
 from qtool.core.experts import expert_name
 from qtool.errors import MethodError, about
@@ -19,6 +19,9 @@ from qtool.steps.solve_expert import solve_expert
 from qtool.steps.solve_table import solve_alone
 from qtool.walk.statistics import InputStatistics
 from qtool.walk.walk import Walk
+
+ROUGH = 2.0**-20
+"""Below it the steps between float16 numbers are more than 6 % of the number."""
 
 
 def solved_layer(
@@ -151,11 +154,24 @@ def _check_finite(name: str, weight: Tensor) -> None:
 
 
 def _check_stored(run: Run, name: str, tensor: QuantizedTensor) -> None:
-    """Raise MethodError if a stored parameter overflowed its dtype."""
-    for part, values in tensor.parts.items():
-        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            largest = float(run.source.read_weight(name).abs().max())
+    """Raise MethodError if a stored parameter overflowed its dtype; warn if all are nearly zero."""
+    floats = {part: one for part, one in tensor.parts.items() if one.is_floating_point()}
+    for part, values in floats.items():
+        if not bool(torch.isfinite(values).all()):
             raise MethodError(
                 f"{name}: {part} doesn't fit float16; the largest weight is "
-                f"{largest:.3g}. Skip this layer with an override."
+                f"{_largest(run, name):.3g}. Skip this layer with an override."
             )
+    if floats and all(float(one.abs().max()) < ROUGH for one in floats.values()):
+        largest = _largest(run, name)
+        if largest > 0:
+            message = (
+                f"{name}: the largest weight is {largest:.3g}, and float16, in which scales are "
+                "stored, rounds numbers that small to a few, or to zero. If the layer matters, "
+                "skip it with an override."
+            )
+            run.env.emit(Notice(message))
+
+
+def _largest(run: Run, name: str) -> float:
+    return float(run.source.read_weight(name).abs().max())

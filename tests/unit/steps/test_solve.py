@@ -52,6 +52,21 @@ def test_weight_too_large_for_float16_scales_is_refused_with_the_way_out(copy, t
     assert len(result.layers) == 13
 
 
+@pytest.mark.parametrize("method", ["rtn", "bcq"])
+@pytest.mark.parametrize(("factor", "is_told"), [(1e-7, True), (0.0, False), (1e-3, False)])
+def test_a_weight_that_vanishes_in_float16_scales_is_told(
+    copy, tmp_path, method, factor, is_told
+):
+    path = copy / "model.safetensors"
+    tensors = load_file(path)
+    tensors[LINEAR] = tensors[LINEAR].float() * factor
+    save_file(tensors, path, {"format": "pt"})
+    events: list[Any] = []
+    pipeline.quantize(Location(copy), tmp_path / "out", recipe(method), emit=events.append)
+    told = [one for one in warnings_in(events) if "up_proj: the largest weight is" in one]
+    assert len(told) == is_told
+
+
 def test_events_count_every_layer_once(llama, tmp_path):
     events: list[Any] = []
     pipeline.quantize(Location(llama), tmp_path / "out", recipe(), emit=events.append)
