@@ -3,11 +3,17 @@
 What is refused, and why, is recorded by `python -m tests.every_family`, for the table in docs.
 """
 
+import pickle
 import shutil
 
 import pytest
+import torch
 
+from qtool import pipeline
+from qtool.modeling.locate import Location
+from qtool.recipe.load import recipe_from_mapping
 from tests import every_family, tiny
+from tests.stored import stored_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of models that nobody uses any more
 pytest.importorskip("transformers", minversion="5.0")
@@ -36,6 +42,21 @@ def test_every_family_of_the_installed_transformers_was_tried():
 @pytest.mark.parametrize("family", WORKING)
 def test_data_free_in_4_bits(family, place):
     every_family.check(family, "rtn", place)
+
+
+@pytest.mark.parametrize("family", ["bert", "big_bird", "data2vec-text", "llama"])
+def test_with_a_quantized_table_that_the_head_shares(family, place):
+    source = every_family.save(family, place / "source")
+    scheme = {"method": "rtn", "scheme": {"num_bits": 4, "group_size": 32}}
+    wanted = recipe_from_mapping({"weights": scheme, "embedding": scheme})
+    pipeline.quantize(Location(source), place / "out", wanted)
+    original, quantized = every_family.load(source), every_family.load(place / "out")
+    every_family.put(original, stored_weights(place / "out"))
+    said = every_family.logits(quantized)
+    torch.testing.assert_close(said, every_family.logits(original), rtol=1e-4, atol=1e-5)
+    quantized.save_pretrained(place / "again")
+    for again in (every_family.load(place / "again"), pickle.loads(pickle.dumps(quantized))):
+        torch.testing.assert_close(every_family.logits(again), said, rtol=1e-5, atol=1e-6)
 
 
 def few(family: str):

@@ -1,6 +1,7 @@
 """Replace the layers of an empty transformers model by modules that await quantized parts."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,8 +44,7 @@ def install_modules(model: CausalModel, manifest: Manifest) -> dict[str, str]:
     if is_another_class(model) and head is not None and head not in installed:
         _tie_new_head(model, head)
     if any(isinstance(model.get_submodule(name), QuantizedEmbedding) for name in installed):
-        model.tie_weights = _tie_nothing  # there is no `weight` to tie
-        model.all_tied_weights_keys = {}
+        _leave_other_ties(model, installed)
     return installed
 
 
@@ -107,8 +107,34 @@ def _tie(model: CausalModel, head: str, shared_with: str | None) -> None:
     _replace(model, head, TiedHead(embedding, bias))
 
 
-def _tie_nothing(*_args: Any, **_kwargs: Any) -> None:
-    """Stand in for a model's method; a function with a name, so that the model can be pickled."""
+def _leave_other_ties(model: CausalModel, installed: Collection[str]) -> None:
+    """Let transformers tie what isn't quantized, such as the bias of BERT's head to its owner's."""
+    gone = {f"{name}.weight" for name in installed}
+    ties = getattr(model, "all_tied_weights_keys", {})
+    model.all_tied_weights_keys = {
+        name: to for name, to in ties.items() if gone.isdisjoint((name, to))
+    }
+    model.tie_weights = partial(_tie_others, model)  # of a function with a name: it can be pickled
+    model.tie_weights()
+
+
+def _tie_others(
+    model: CausalModel,
+    missing_keys: set[str] | None = None,
+    recompute_mapping: bool | None = None,  # noqa: FBT001 - as transformers 5 passes it
+) -> None:
+    """Stand in for a model's `tie_weights`: there is no `weight` of a table to tie."""
+    del recompute_mapping
+    if model.all_tied_weights_keys:
+        type(model).tie_weights(model, missing_keys, recompute_mapping=False)
+    elif not hasattr(model, "get_expanded_tied_weights_keys"):  # transformers 4: modules tie
+        heads = [name for name, part in model.named_modules() if isinstance(part, TiedHead)]
+        for owner in {name.rpartition(".")[0] for name in heads} - {""}:
+            getattr(model.get_submodule(owner), "_tie_weights", _nothing)()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _check_shape(name: str, old: nn.Module, entry: LayerEntry) -> None:
