@@ -15,6 +15,8 @@ READ_BY_CODE = re.compile(
 """Linears whose weight a model's code reads itself: of indexers, routers, and RWKV."""
 FEWEST_DIMENSIONS = 2
 """Dimensions from which on a weight is worth a word."""
+SCALED_TABLE = "ScaledWordEmbedding"
+"""End of the names of classes whose rows are multiplied by a constant factor."""
 ROUTER = re.compile(r"Router|Gate$|Gating|TopK")
 """Classes of what chooses experts."""
 
@@ -52,6 +54,13 @@ def linears_of(block: nn.Module, *, transposed: bool = False) -> list[str]:
     ]
 
 
+def is_table(module: nn.Module) -> bool:
+    """Return whether a module gives rows of its weight, times a constant factor at most."""
+    plain = type(module).forward is nn.Embedding.forward
+    known = plain or type(module).__name__.endswith(SCALED_TABLE)
+    return isinstance(module, nn.Embedding) and known and not module._modules
+
+
 def is_convolution(module: nn.Module) -> bool:
     """Return whether a module is a convolution."""
     return isinstance(module, nn.modules.conv._ConvNd)
@@ -72,7 +81,10 @@ class PlainWeight(NamedTuple):
 
 
 def plain_weights(model: nn.Module) -> dict[str, PlainWeight]:
-    """Return what a model has of two dimensions and more beside linears and tables, by name."""
+    """Return what a model has of two dimensions and more beside linears and tables, by name.
+
+    An embedding that does more than look up rows, such as to normalize them, is none.
+    """
     linears = {*linears_of(model), *linears_of(model, transposed=True)}
     computed = PlainWeight("a buffer, which isn't learned", is_meant=True)
     buffers = {
@@ -87,7 +99,7 @@ def plain_weights(model: nn.Module) -> dict[str, PlainWeight]:
         if parameter is not None
         and parameter.dim() >= FEWEST_DIMENSIONS
         and name not in linears
-        and not isinstance(module, nn.Embedding)
+        and not is_table(module)
     }
 
 
@@ -105,6 +117,7 @@ def _why_plain(name: str, module: nn.Module, own: str, dimensions: int) -> Plain
         ("expert" in kind.lower(), f"experts that qtool can't take apart ({kind})"),
         (dimensions > FEWEST_DIMENSIONS, f"of {dimensions} dimensions ({kind})"),
         (is_linear(module), "the model's own code reads it"),
+        (isinstance(module, nn.Embedding), f"{kind} does more than look up its rows"),
         (True, f"{own} of {kind}, which qtool takes for no linear"),
     )
     found = next((why for holds, why in meant if holds), None)

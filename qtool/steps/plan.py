@@ -193,6 +193,7 @@ def _layers(source: ModelSource, recipe: Recipe) -> Iterator[LayerPlan]:
             plan = _plan_layer(source, name, "block", section)
             yield replace(plan, activation=known_scheme(recipe))
     if recipe.embedding is not None:
+        _check_table(source)
         yield _plan_layer(source, source.adapter.embedding, "embedding", recipe.embedding)
     if recipe.head is not None:
         if source.head_is_tied:
@@ -201,6 +202,16 @@ def _layers(source: ModelSource, recipe: Recipe) -> Iterator[LayerPlan]:
                 "'embedding' and leave out 'head'."
             )
         yield _plan_layer(source, source.adapter.head, "head", recipe.head)
+
+
+def _check_table(source: ModelSource) -> None:
+    """Refuse an embedding that computes more than a row of its table: that would be lost."""
+    plain = source.plain.get(f"{source.adapter.embedding}.weight")
+    if plain is not None:
+        raise RecipeError(
+            f"{source.adapter.embedding} can't be quantized: {plain.why}. Leave out the section "
+            "'embedding'."
+        )
 
 
 def _plan_layer(

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from qtool import pipeline
+from qtool.errors import CheckpointError, RecipeError
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
+from qtool.steps import plan as planning
 from tests import every_family, tiny
 from tests.stored import stored_weights
 
@@ -57,6 +59,18 @@ def test_with_a_quantized_table_that_the_head_shares(family, place):
     quantized.save_pretrained(place / "again")
     for again in (every_family.load(place / "again"), pickle.loads(pickle.dumps(quantized))):
         torch.testing.assert_close(every_family.logits(again), said, rtol=1e-5, atol=1e-6)
+
+
+def test_an_embedding_that_does_more_than_look_up_rows_is_not_quantized(place, monkeypatch):
+    source = every_family.save("inkling_text", place / "source")
+    scheme = {"method": "rtn", "scheme": {"num_bits": 4, "group_size": 32}}
+    wanted = recipe_from_mapping({"weights": scheme, "embedding": scheme})
+    with pytest.raises(RecipeError, match="NormedEmbedding does more than look up its rows"):
+        pipeline.quantize(Location(source), place / "out", wanted)
+    monkeypatch.setattr(planning, "_check_table", lambda _: None)  # as versions before wrote it
+    pipeline.quantize(Location(source), place / "out", wanted)
+    with pytest.raises(CheckpointError, match="NormedEmbedding does more than look up its rows"):
+        every_family.load(place / "out")
 
 
 def few(family: str):

@@ -12,6 +12,7 @@ from qtool.checkpoint.manifest import LayerEntry, Manifest
 from qtool.core.experts import expert_name, separate_experts
 from qtool.errors import BackendError, CheckpointError
 from qtool.integrations.transformers.loading import is_another_class
+from qtool.modeling.kinds_of_weights import is_table
 from qtool.runtime.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead
 
 
@@ -152,6 +153,11 @@ def _replacement(name: str, old: nn.Module, entry: LayerEntry) -> QuantizedWeigh
     _check_shape(name, old, entry)
     new: QuantizedWeight
     if isinstance(old, nn.Embedding):
+        if not is_table(old):
+            raise CheckpointError(
+                f"{name} is quantized, and {type(old).__name__} does more than look up its rows. "
+                "Quantize the original again, without a section 'embedding'."
+            )
         factor = float(getattr(old, "scalar_embed_scale", getattr(old, "embed_scale", 1.0)))
         new = QuantizedEmbedding(entry, weight.dtype, factor)
     else:
