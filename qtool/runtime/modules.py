@@ -13,6 +13,7 @@ from qtool.checkpoint.adapter import RANK_DOWN, RANK_UP, LayerAdapter, has_scale
 from qtool.checkpoint.manifest import LayerEntry
 from qtool.core.activations import multiply_quantized
 from qtool.formats._dtypes import dtype_of
+from qtool.runtime.asked_weight import AskedWeight
 from qtool.runtime.backends._choose import choose_backend, definition, wanted_backend
 from qtool.runtime.differentiable import as_autocast, multiply_differentiably
 from qtool.runtime.held import Held, finish_packing, takes_over
@@ -254,7 +255,7 @@ class QuantizedLinear(QuantizedWeight):
         return f"{self.in_features} -> {self.out_features}, {entry.format}, {entry.scheme}{inputs}"
 
 
-class QuantizedEmbedding(QuantizedWeight):
+class QuantizedEmbedding(AskedWeight, QuantizedWeight):
     """Stands in for nn.Embedding, with the constant factor that some families put behind it."""
 
     def __init__(self, entry: LayerEntry, dtype: torch.dtype, factor: float = 1.0) -> None:
@@ -275,7 +276,7 @@ class QuantizedEmbedding(QuantizedWeight):
         return self
 
 
-class TiedHead(nn.Module):
+class TiedHead(AskedWeight):
     """The output head of a model whose quantized embedding is its head as well."""
 
     def __init__(self, embedding: QuantizedEmbedding, bias: Tensor | None = None) -> None:
@@ -286,8 +287,7 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ W.T + bias: (..., embedding_dim) -> (..., num_embeddings).
 
-        In the dtype of the table, so that both share one layout; the result has autocast's dtype,
-        or that of `x`.
+        In the table's dtype, so that both share a layout; the result's is autocast's, or as `x`.
         """
         x, table = as_autocast(x), self._embedding[0]
         backend, prepared = table.prepare(table.dtype)

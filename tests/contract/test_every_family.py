@@ -12,6 +12,7 @@ import torch
 from qtool import pipeline
 from qtool.errors import CheckpointError, RecipeError
 from qtool.modeling.locate import Location
+from qtool.modeling.source import open_source
 from qtool.recipe.load import recipe_from_mapping
 from qtool.steps import plan as planning
 from tests import every_family, tiny
@@ -46,11 +47,15 @@ def test_data_free_in_4_bits(family, place):
     every_family.check(family, "rtn", place)
 
 
-@pytest.mark.parametrize("family", ["bert", "big_bird", "data2vec-text", "llama"])
-def test_with_a_quantized_table_that_the_head_shares(family, place):
+OF_TABLES = ("bert", "big_bird", "data2vec-text", "falcon_mamba", "llama", "llama4_text", "mamba")
+
+
+@pytest.mark.parametrize("family", OF_TABLES)
+def test_with_quantized_tables_that_its_code_asks_or_the_head_shares(family, place):
     source = every_family.save(family, place / "source")
     scheme = {"method": "rtn", "scheme": {"num_bits": 4, "group_size": 32}}
-    wanted = recipe_from_mapping({"weights": scheme, "embedding": scheme})
+    tables = ("embedding",) if open_source(Location(source)).head_is_tied else ("embedding", "head")
+    wanted = recipe_from_mapping({"weights": scheme, **dict.fromkeys(tables, scheme)})
     pipeline.quantize(Location(source), place / "out", wanted)
     original, quantized = every_family.load(source), every_family.load(place / "out")
     every_family.put(original, stored_weights(place / "out"))

@@ -50,10 +50,16 @@ def install_modules(model: CausalModel, manifest: Manifest) -> dict[str, str]:
 
 
 def remove_stand_ins(model: nn.Module) -> None:
-    """Take away what transformers may have initialized."""
+    """Take away what transformers may have initialized.
+
+    A head that isn't tied answers for its dtype, for which Mamba's code asks its weight.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     for module in model.modules():
         if isinstance(module, (QuantizedWeight, TiedHead)):
-            vars(module).pop("weight", None)
+            stand_in = vars(module).pop("weight", None)
+            if module is head and isinstance(module, QuantizedLinear) and stand_in is not None:
+                vars(module)["weight"] = torch.empty(0, dtype=stand_in.dtype)
 
 
 def renamed_layers(layers: Mapping[str, Any], installed: Mapping[str, str]) -> dict[str, Any]:
@@ -170,6 +176,6 @@ def _replace(model: CausalModel, name: str, new: nn.Module) -> None:
     # transformers must not skip that, so there is something to initialize, marked as done.
     stand_in = torch.empty_like(model.get_submodule(name).weight, device="meta")
     stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
-    object.__setattr__(new, "weight", stand_in)
+    vars(new)["weight"] = stand_in
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
