@@ -91,18 +91,16 @@ def check_exercises(path: Path, *, prompts: bool = False) -> None:
         DataError: as `read_exercises`; or there is nothing to learn, or no prompt.
     """
     has_prompt = [isinstance(one, Chat) or bool(one.prompt) for one in _parts(path)]
-    if not has_prompt and not prompts:
-        raise DataError(f"{path} has nothing to learn from. Give lines as docs/adapters.md says.")
     if prompts and not any(has_prompt):
         raise no_prompts(path)
+    if not has_prompt:
+        raise DataError(f"{path} has nothing to learn from. Give lines as docs/adapters.md says.")
 
 
 def no_prompts(path: Path) -> DataError:
     """Return what is wrong with a file in which nothing can be answered."""
-    return DataError(
-        f"{path} has no prompts to write after. Give lines with 'prompt' and 'completion', or "
-        "with 'messages'."
-    )
+    ways = "Give lines with 'prompt' and 'completion', or with 'messages'."
+    return DataError(f"{path} has no prompts to write after. {ways}")
 
 
 def _parts(path: Path) -> Iterator["Exercise | Chat"]:

@@ -21,7 +21,7 @@ ABOVE_ZERO = (
 )
 SHARES = ("partial_rotary_factor", "rotary_pct")
 """Of a head that turns with the position: above zero, at most all of it."""
-ANSWERS = (
+RETURNED = (
     *("return_dict", "use_return_dict", "torchscript"),
     *("output_attentions", "output_hidden_states", "output_router_logits"),
 )
@@ -87,7 +87,7 @@ def _check_ends(path: Path) -> None:
 
 def _of_model(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a section without code, and without what a caller wants to have returned."""
-    return {key: value for key, value in config.items() if key not in (*ANSWERS, "auto_map")}
+    return {key: value for key, value in config.items() if key not in (*RETURNED, "auto_map")}
 
 
 def check_original(config: Mapping[str, Any], directory: Path, families: tuple[str, ...]) -> None:

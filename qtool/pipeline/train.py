@@ -11,7 +11,6 @@ from torch import Tensor
 
 import qtool
 from qtool.base import CausalModel, Emit, Notice, QuantizedTensor, ignore_events
-from qtool.checkpoint.adapter_files import base_digest
 from qtool.checkpoint.apart import check_apart
 from qtool.checkpoint.claim import look
 from qtool.checkpoint.marks import read_report
@@ -75,8 +74,7 @@ def _train(request: TrainRequest, emit: Emit) -> TrainResult:
     source = _original(request, reader)
     job = {
         "recipe": request.recipe,
-        "base": _base_of(reader),
-        "files": model_digest(request.model.directory),
+        "base": model_digest(request.model.directory),
         "original": model_digest(source.directory),
         "data": files_digest(files),
         "options": asdict(request.options),
@@ -169,12 +167,6 @@ def _scores(prepared: PreparedTraining, lessons: Lessons) -> dict[str, dict[str,
         return {}
     prepared.stages[-1].begin()
     return {"now": class_scores(prepared.student, lessons.held_out)}
-
-
-def _base_of(reader: CheckpointReader) -> str:
-    layers = reader.manifest.layers
-    weights = (reader.load(name) for name, entry in layers.items() if entry.shared_with is None)
-    return base_digest(weight for weight in weights if isinstance(weight, QuantizedTensor))
 
 
 def _original(request: TrainRequest, reader: CheckpointReader) -> ModelSource:

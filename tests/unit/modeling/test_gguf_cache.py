@@ -14,8 +14,8 @@ from qtool.base import Emit
 from qtool.errors import MissingExtraError, ModelError
 from qtool.modeling import gguf_cache
 from qtool.modeling.gguf_cache import convert_gguf
-from qtool.storage.kept_folders import WHOLE_NAME
 from qtool.modeling.locate import locate
+from qtool.storage.kept_folders import WHOLE_NAME
 
 
 @pytest.fixture

@@ -54,9 +54,7 @@ def test_weight_too_large_for_float16_scales_is_refused_with_the_way_out(copy, t
 
 @pytest.mark.parametrize("method", ["rtn", "bcq"])
 @pytest.mark.parametrize(("factor", "is_told"), [(1e-7, True), (0.0, False), (1e-3, False)])
-def test_a_weight_that_vanishes_in_float16_scales_is_told(
-    copy, tmp_path, method, factor, is_told
-):
+def test_a_weight_that_vanishes_in_float16_scales_is_told(copy, tmp_path, method, factor, is_told):
     path = copy / "model.safetensors"
     tensors = load_file(path)
     tensors[LINEAR] = tensors[LINEAR].float() * factor
