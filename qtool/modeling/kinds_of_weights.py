@@ -17,6 +17,8 @@ FEWEST_DIMENSIONS = 2
 """Dimensions from which on a weight is worth a word."""
 SCALED_TABLE = "ScaledWordEmbedding"
 """End of the names of classes whose rows are multiplied by a constant factor."""
+READ_TABLES = ("gemma4",)
+"""Families whose code takes rows out of the embedding's weight by itself."""
 ROUTER = re.compile(r"Router|Gate$|Gating|TopK")
 """Classes of what chooses experts."""
 
@@ -83,9 +85,11 @@ class PlainWeight(NamedTuple):
 def plain_weights(model: nn.Module) -> dict[str, PlainWeight]:
     """Return what a model has of two dimensions and more beside linears and tables, by name.
 
-    An embedding that does more than look up rows, such as to normalize them, is none.
+    An embedding that does more than look up rows, such as to normalize them, is none; nor is one
+    whose rows something else in the model reads.
     """
     linears = {*linears_of(model), *linears_of(model, transposed=True)}
+    tables = _tables_of(model)
     computed = PlainWeight("a buffer, which isn't learned", is_meant=True)
     buffers = {
         name: computed
@@ -99,8 +103,22 @@ def plain_weights(model: nn.Module) -> dict[str, PlainWeight]:
         if parameter is not None
         and parameter.dim() >= FEWEST_DIMENSIONS
         and name not in linears
-        and not is_table(module)
+        and module not in tables
     }
+
+
+def _tables_of(model: nn.Module) -> set[nn.Module]:
+    """Return the embeddings that may be quantized, as far as their module goes."""
+    found = {name: module for name, module in model.named_modules() if is_table(module)}
+    main = getattr(model, "get_input_embeddings", lambda: None)()
+    if getattr(getattr(model, "config", None), "model_type", None) in READ_TABLES:
+        found = {name: module for name, module in found.items() if module is not main}
+    own = next((f"{name}.weight" for name, module in found.items() if module is main), "")
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    shared = {name for pair in ties.items() for name in pair if own in pair or ties.get(own) in pair}
+    if any(f"{name}.weight" in shared for name, module in found.items() if module is not main):
+        return {*found.values()} - {main}
+    return {*found.values()}
 
 
 def _why_plain(name: str, module: nn.Module, own: str, dimensions: int) -> PlainWeight:
@@ -117,6 +135,7 @@ def _why_plain(name: str, module: nn.Module, own: str, dimensions: int) -> Plain
         ("expert" in kind.lower(), f"experts that qtool can't take apart ({kind})"),
         (dimensions > FEWEST_DIMENSIONS, f"of {dimensions} dimensions ({kind})"),
         (is_linear(module), "the model's own code reads it"),
+        (is_table(module), "the model's own code, or another of its modules, reads its rows"),
         (isinstance(module, nn.Embedding), f"{kind} does more than look up its rows"),
         (True, f"{own} of {kind}, which qtool takes for no linear"),
     )

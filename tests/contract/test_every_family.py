@@ -78,6 +78,18 @@ def test_an_embedding_that_does_more_than_look_up_rows_is_not_quantized(place, m
         every_family.load(place / "out")
 
 
+@pytest.mark.parametrize("family", ["gemma4", "prophetnet"])
+def test_an_embedding_whose_rows_something_else_reads_is_not_quantized(family, place):
+    source = every_family.save(family, place / "source")
+    scheme = {"method": "rtn", "scheme": {"num_bits": 4, "group_size": 32}}
+    with pytest.raises(RecipeError, match="reads its rows. Leave out the section 'embedding'"):
+        pipeline.quantize(
+            Location(source),
+            place / "out",
+            recipe_from_mapping({"weights": scheme, "embedding": scheme}),
+        )
+
+
 def few(family: str):
     return pytest.param(family, marks=[] if family in MEANT else pytest.mark.slow)
 
