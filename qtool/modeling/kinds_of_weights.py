@@ -115,7 +115,9 @@ def _tables_of(model: nn.Module) -> set[nn.Module]:
         found = {name: module for name, module in found.items() if module is not main}
     own = next((f"{name}.weight" for name, module in found.items() if module is main), "")
     ties = getattr(model, "all_tied_weights_keys", None) or {}
-    shared = {name for pair in ties.items() for name in pair if own in pair or ties.get(own) in pair}
+    shared = {
+        name for pair in ties.items() for name in pair if own in pair or ties.get(own) in pair
+    }
     if any(f"{name}.weight" in shared for name, module in found.items() if module is not main):
         return {*found.values()} - {main}
     return {*found.values()}

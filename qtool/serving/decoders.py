@@ -10,6 +10,7 @@ from torch import Tensor
 from qtool.base import CausalModel
 from qtool.runtime.decode.prompts import PromptSpan
 from qtool.runtime.decode.slots import SlotRunner
+from qtool.runtime.kept_states import NOTHING_KEPT, Kept, go_on
 from qtool.serving.drawing import TokenDrawer
 from qtool.serving.sampling import draw_tokens
 
@@ -133,7 +134,7 @@ class ForwardDecoder:
     def __init__(self, model: CausalModel, *, max_length: int, slots: int) -> None:
         self._model: Any = model
         self.max_length, self.slots = max_length, slots
-        self._caches: list[Any] = [None] * slots
+        self._caches: list[Kept | None] = [None] * slots
         keeps = getattr(model, "_supports_logits_to_keep", lambda: False)()
         self._keep = {"logits_to_keep": 1} if keeps else {}
 
@@ -179,6 +180,6 @@ class ForwardDecoder:
         self._caches[last] = None
 
     def _forward(self, slot: int, ids: Tensor) -> Tensor:
-        output = self._model(ids, past_key_values=self._caches[slot], use_cache=True, **self._keep)
-        self._caches[slot] = output.past_key_values
+        kept = self._caches[slot] or NOTHING_KEPT
+        output, self._caches[slot] = go_on(self._model, ids, kept, self._keep)
         return output.logits[:, -1].float()

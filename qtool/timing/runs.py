@@ -1,6 +1,6 @@
 """How a model is run to be timed: by the decode runner or, where it has none, by transformers."""
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -10,10 +10,8 @@ from qtool.integrations.transformers.sampling import SharedRunner
 from qtool.modeling.load import LoadedModel
 from qtool.runtime.decode.runner import DecodeRunner
 from qtool.runtime.decode.weights import DecoderWeights, Projection, Projections
+from qtool.runtime.kept_states import NOTHING_KEPT, Kept, go_on
 from qtool.runtime.modules import QuantizedWeight
-
-if TYPE_CHECKING:
-    from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class Runs(Protocol):
@@ -64,18 +62,16 @@ class ForwardRuns:
         keeps = getattr(self._model, "_supports_logits_to_keep", lambda: False)()
         self._keep = {"logits_to_keep": 1} if keeps else {}
 
-    def prefill(self, ids: Tensor) -> "CausalLMOutputWithPast":
-        """Return the logits after a prompt, and its keys and values."""
-        output: CausalLMOutputWithPast = self._model(ids, use_cache=True, **self._keep)
-        return output
+    def prefill(self, ids: Tensor) -> tuple[Any, Kept]:
+        """Return what the model says of a prompt, and what it keeps."""
+        return go_on(self._model, ids, NOTHING_KEPT, self._keep)
 
-    def decode(self, first: "CausalLMOutputWithPast") -> None:
+    def decode(self, first: tuple[Any, Kept]) -> None:
         """Go on greedily."""
-        output = first
+        output, kept = first
         for _ in range(self._tokens):
             token = output.logits[:, -1:].argmax(-1)
-            cache = output.past_key_values
-            output = self._model(token, past_key_values=cache, use_cache=True, **self._keep)
+            output, kept = go_on(self._model, token, kept, self._keep)
 
 
 def runs_of(loaded: LoadedModel, tokens: int, *, room: int) -> Runs:
