@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT_NAMES = ("past_key_values", "cache_params", "state")
+STATE_NAMES = ("past_key_values", "cache_params", "state")
 """Of what a model returns, and takes again."""
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class ReadSoFar:
     """What a sequence has left."""
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -25,16 +25,18 @@ class Kept:
     """All tokens, (1, length) int64, where nothing was kept."""
 
 
-NOTHING_KEPT = Kept()
+NOTHING_READ = ReadSoFar()
 
 
-def go_on(model: Any, ids: Tensor, kept: Kept, options: Mapping[str, Any]) -> tuple[Any, Kept]:  # noqa: ANN401
+def go_on(
+    model: Any, ids: Tensor, kept: ReadSoFar, options: Mapping[str, Any]
+) -> tuple[Any, ReadSoFar]:  # noqa: ANN401
     """Return what a model says after some more tokens of a sequence.
 
     Args:
         model: Of transformers.
         ids: (1, length) int64.
-        kept: What the call before has left; `NOTHING_KEPT` at the beginning.
+        kept: What the call before has left; `NOTHING_READ` at the beginning.
         options: Further arguments.
 
     Returns:
@@ -42,6 +44,6 @@ def go_on(model: Any, ids: Tensor, kept: Kept, options: Mapping[str, Any]) -> tu
     """
     whole = ids if kept.seen is None else torch.cat([kept.seen, ids], dim=1)
     output = model(whole, use_cache=True, **kept.arguments, **options)
-    found = {name: getattr(output, name, None) for name in KEPT_NAMES}
+    found = {name: getattr(output, name, None) for name in STATE_NAMES}
     found = {name: one for name, one in found.items() if one is not None}
-    return output, Kept(found, None if found else whole)
+    return output, ReadSoFar(found, None if found else whole)

@@ -10,7 +10,7 @@ from torch import Tensor
 from qtool.base import CausalModel
 from qtool.runtime.decode.prompts import PromptSpan
 from qtool.runtime.decode.slots import SlotRunner
-from qtool.runtime.kept_states import NOTHING_KEPT, Kept, go_on
+from qtool.runtime.kept_states import NOTHING_READ, ReadSoFar, go_on
 from qtool.serving.drawing import TokenDrawer
 from qtool.serving.sampling import draw_tokens
 
@@ -134,7 +134,7 @@ class ForwardDecoder:
     def __init__(self, model: CausalModel, *, max_length: int, slots: int) -> None:
         self._model: Any = model
         self.max_length, self.slots = max_length, slots
-        self._caches: list[Kept | None] = [None] * slots
+        self._caches: list[ReadSoFar | None] = [None] * slots
         keeps = getattr(model, "_supports_logits_to_keep", lambda: False)()
         self._keep = {"logits_to_keep": 1} if keeps else {}
 
@@ -180,6 +180,6 @@ class ForwardDecoder:
         self._caches[last] = None
 
     def _forward(self, slot: int, ids: Tensor) -> Tensor:
-        kept = self._caches[slot] or NOTHING_KEPT
+        kept = self._caches[slot] or NOTHING_READ
         output, self._caches[slot] = go_on(self._model, ids, kept, self._keep)
         return output.logits[:, -1].float()

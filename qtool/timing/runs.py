@@ -10,7 +10,7 @@ from qtool.integrations.transformers.sampling import SharedRunner
 from qtool.modeling.load import LoadedModel
 from qtool.runtime.decode.runner import DecodeRunner
 from qtool.runtime.decode.weights import DecoderWeights, Projection, Projections
-from qtool.runtime.kept_states import NOTHING_KEPT, Kept, go_on
+from qtool.runtime.kept_states import NOTHING_READ, ReadSoFar, go_on
 from qtool.runtime.modules import QuantizedWeight
 
 
@@ -62,11 +62,11 @@ class ForwardRuns:
         keeps = getattr(self._model, "_supports_logits_to_keep", lambda: False)()
         self._keep = {"logits_to_keep": 1} if keeps else {}
 
-    def prefill(self, ids: Tensor) -> tuple[Any, Kept]:
+    def prefill(self, ids: Tensor) -> tuple[Any, ReadSoFar]:
         """Return what the model says of a prompt, and what it keeps."""
-        return go_on(self._model, ids, NOTHING_KEPT, self._keep)
+        return go_on(self._model, ids, NOTHING_READ, self._keep)
 
-    def decode(self, first: tuple[Any, Kept]) -> None:
+    def decode(self, first: tuple[Any, ReadSoFar]) -> None:
         """Go on greedily."""
         output, kept = first
         for _ in range(self._tokens):
