@@ -29,8 +29,11 @@ NOTHING_READ = ReadSoFar()
 
 
 def go_on(
-    model: Any, ids: Tensor, kept: ReadSoFar, options: Mapping[str, Any]
-) -> tuple[Any, ReadSoFar]:  # noqa: ANN401
+    model: Any,  # noqa: ANN401
+    ids: Tensor,
+    kept: ReadSoFar,
+    options: Mapping[str, Any],
+) -> tuple[Any, ReadSoFar]:
     """Return what a model says after some more tokens of a sequence.
 
     Args:
