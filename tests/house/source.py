@@ -42,8 +42,16 @@ class Module:
     def place(self, node: ast.AST) -> str:
         return f"{self}:{getattr(node, 'lineno', 1)}"
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(self.tree))
+
+    @cached_property
+    def parents(self) -> dict[ast.AST, ast.AST]:
+        return {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
+
     def walk(self, *kinds: type[Node]) -> Iterator[Node]:
-        return (node for node in ast.walk(self.tree) if isinstance(node, kinds))
+        return (node for node in self.nodes if isinstance(node, kinds))
 
     def public_names(self) -> list[str]:
         """Return what it defines at its top level, without what is private."""
