@@ -13,7 +13,7 @@ DEMO_DIR ?= build/demo
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-ray test-gpu test-gpu-memory test-old test-3-12 test-versions test-floors fuzz check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
+.PHONY: help setup native demo test test-slow test-ray test-gpu test-gpu-memory test-old test-3-12 test-versions test-floors fuzz check fmt fmt-check lint types layers docs docs-check recipes wheel-test cov clean
 
 help: ## Print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -31,13 +31,17 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@$(COMPILE)
 	@touch $@
 
+# Tests find them there. Python alone, as long as packages are installed by one core.
+native:
+	@$(PYTHON) tests/kernels_cpu/build.py
+
 setup: $(VENV)/.dev ## Create .venv with everything that development needs
 
 demo: $(VENV)/.demo ## Quantize a real model, measure and time it beside its original: one table
 	$(BIN)/qtool quantize --recipe bcq-w3g128-demo --overwrite demo:smollm2 $(DEMO_DIR)
 	$(BIN)/qtool bench $(DEMO_DIR) --baseline demo:smollm2 --perplexity-windows 4 --no-sweep
 
-test: $(VENV)/.dev ## Run the tests that need neither card, network nor real model
+test: $(VENV)/.dev native ## Run the tests that need neither card, network nor real model
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-slow: $(VENV)/.dev ## Run the tests on the real demo model, and the long ones
@@ -55,7 +59,7 @@ test-gpu-memory: $(VENV)/.dev ## Run the kernels' tests under CUDA's memory chec
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
 	    --kernel-name kns=bit_ --kernel-name kns=panel $(BIN)/python -m pytest -q -m gpu tests/kernels
 
-.venv-4.57/.done: tests/versions/transformers-4.57.txt $(VENV)/.dev
+.venv-4.57/.done: tests/versions/transformers-4.57.txt | $(BIN)/python
 	$(BIN)/python tests/versions/environment.py .venv-4.57 --no-deps -r $<
 	@touch $@
 
@@ -71,7 +75,7 @@ test-gpu-memory: $(VENV)/.dev ## Run the kernels' tests under CUDA's memory chec
 	$(BIN)/python tests/versions/environment.py .venv-floors -r build/floors.txt
 	@touch $@
 
-test-old: .venv-4.57/.done ## Load, generate, save and score with transformers 4.57 (CI, in a minute)
+test-old: .venv-4.57/.done $(VENV)/.dev ## Load, generate, save and score with transformers 4.57 (CI, in a minute)
 	.venv-4.57/bin/python -m pytest -q -m versions tests/found tests/unit/integrations
 
 test-3-12: ## Compile all with Python 3.12, and run what needs no torch (CI, in seconds)
@@ -79,7 +83,7 @@ test-3-12: ## Compile all with Python 3.12, and run what needs no torch (CI, in 
 		&& .venv-3.12/bin/python -W error tests/versions/without_torch.py; \
 	else echo 'Skipped test-3-12: there is no $(PYTHON_3_12).'; fi
 
-test-versions: .venv-4.57/.done ## Run the tests of loading and executing models with transformers 4.57
+test-versions: .venv-4.57/.done $(VENV)/.dev ## Run the tests of loading and executing models with transformers 4.57
 	.venv-4.57/bin/python -m pytest -q $(PARALLEL) tests/contract/test_families.py \
 		tests/unit/modeling tests/unit/runtime tests/runtime_decode tests/cli/test_end_to_end.py
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from qtool.core.native import building
 from qtool.modeling.locate import Location
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test reaches a hub
@@ -23,13 +24,41 @@ settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 ModelMaker = Callable[..., Path]
+MADE = Path(__file__).parents[1] / "build" / "native"
+"""Libraries of kernels/cpu that `make` has compiled."""
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keep converted models out of the user's cache."""
+    cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QTOOL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("QTOOL_CACHE", str(cache))
+        yield cache
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once(_own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compile each library of kernels/cpu once: it takes seconds, for each cache that is empty.
+
+    The name tells text, flags and machine. All but the compiler's own work is done each time.
+    """
+    kept, compile_one = tmp_path_factory.mktemp("native"), building._run
+    if MADE.is_dir():
+        shutil.copytree(MADE, kept, dirs_exist_ok=True)
+        shutil.copytree(MADE, _own_cache / "native")
+
+    def run(command: list[str]) -> str | None:
+        target = Path(command[command.index("-o") + 1])
+        if not (kept / target.name).exists():
+            if complaint := compile_one(command):
+                return complaint
+            shutil.copy(target, kept)
+        shutil.copy(kept / target.name, target)
+        return None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "_run", run)
         yield
 
 
