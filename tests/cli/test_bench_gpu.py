@@ -102,14 +102,13 @@ def test_a_card_is_tuned_and_its_table_is_used(cli: Cli, monkeypatch, tmp_path):
 @pytest.mark.usefixtures("_imagined_card")
 def test_linears_whose_inputs_are_quantized_are_timed_if_asked(cli: Cli, monkeypatch, tmp_path):
     monkeypatch.setattr(quantized_inputs, "MANY_TOKENS", (1, 16))
-    shape = ("--synthetic", "llama3-8b", *SMALL)
-    done = cli("bench", *shape, "--input-bits", 8)
-    assert done.code == 0, done.err
-    assert "Linears whose inputs are quantized" in done.out
-    assert "8 bit per token" in done.out
+    shape, file = ("--synthetic", "llama3-8b", *SMALL), tmp_path / "result.json"
     for options, there in ((["--input-bits", 8], True), ([], False)):
-        cli("bench", *shape, *options, "--json", tmp_path / "result.json")
-        assert ("quantized_inputs" in json.loads((tmp_path / "result.json").read_text())) == there
+        done = cli("bench", *shape, *options, "--json", file)
+        assert done.code == 0, done.err
+        assert ("Linears whose inputs are quantized" in done.out) == there
+        assert ("8 bit per token" in done.out) == there
+        assert ("quantized_inputs" in json.loads(file.read_text())) == there
 
 
 @pytest.mark.usefixtures("_imagined_card")
