@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # pip compiles on one core, for a minute. What can't be compiled is of a newer Python.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
-COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 # pyenv shows a version that isn't its chosen one only by this name.
 PYTHON_3_12 ?= $(shell python3.12 -c 'print("python3.12")' 2>/dev/null || echo "$$(pyenv prefix 3.12 2>/dev/null)/bin/python3.12")
 DEMO_DIR ?= build/demo
@@ -31,7 +31,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@$(COMPILE)
 	@touch $@
 
-# Tests find them there. Python alone, as long as packages are installed by one core.
+# In build/native, where tests find them. It needs Python alone: one core installs packages meanwhile.
 native:
 	@$(PYTHON) tests/kernels_cpu/build.py
 

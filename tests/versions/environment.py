@@ -19,6 +19,7 @@ def main() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     python = Path(directory) / "bin" / "python"
     install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    install.append("--no-compile")  # most of it is never imported
     subprocess.run([sys.executable, "-m", "venv", "--clear", directory], check=True)
     subprocess.run([*install, *options], check=True, env=environment)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
