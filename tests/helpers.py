@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -141,6 +142,22 @@ def run_python(
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at.
+
+    It is below those that the system gives connections as their own ends: one that is tried before
+    a server listens might else be connected with itself, and takes the port.
+    """
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no port is free")
 
 
 def warnings_in(events: Iterable[Progress | Notice]) -> list[str]:

@@ -17,7 +17,7 @@ from qtool import pipeline
 from qtool.modeling.locate import Location
 from tests.cli.conftest import Cli
 from tests.docs.pages import blocks, command_lines
-from tests.helpers import ROOT, recipe
+from tests.helpers import ROOT, free_port, recipe
 
 PAGES = [ROOT / "docs/quickstart.md", ROOT / "docs/serve.md"]
 PORT = "8000"
@@ -70,8 +70,7 @@ def when_ready(port: int, work, said) -> None:
 
 @pytest.fixture
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+    return free_port()
 
 
 def test_server_of_the_pages_answers(cli: Cli, chat_llama, port, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def on_ranks(run: Callable[..., Any], *given: Any, count: int = 2) -> list[Any]:
         store = f"file://{Path(folder) / 'store'}"
         with ProcessPoolExecutor(count, mp_context=context) as pool:
             asked = [pool.submit(_rank, n, count, store, run, given) for n in range(count)]
-            return [one.result(60) for one in asked]
+            return [one.result(180) for one in asked]
 
 
 __all__ = ["TensorParallel", "on_ranks"]

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import socket
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from qtool.recipe.load import recipe_from_mapping
 from qtool.steps.train_model import TrainOptions
 from qtool.training import together
 from tests import families
-from tests.helpers import QUICK_BCQ
+from tests.helpers import QUICK_BCQ, free_port
 
 WEIGHTS = {
     "weights": {
@@ -66,9 +65,7 @@ def test_two_processes_learn_what_one_learns_in_two_parts(llama, tmp_path):
     data.write_text("\n".join(lines) + "\n")
     base = tmp_path / "w2"
     pipeline.quantize(Location(llama), base, recipe_from_mapping(WEIGHTS))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     both = _request(base, llama, data, tmp_path / "both", 1)
     context = multiprocessing.get_context("fork")
     fellows = [context.Process(target=_fellow, args=(rank, port, both)) for rank in range(2)]
@@ -76,7 +73,7 @@ def test_two_processes_learn_what_one_learns_in_two_parts(llama, tmp_path):
         fellow.start()
     one = train(_request(base, llama, data, tmp_path / "one", 2))
     for fellow in fellows:
-        fellow.join(60)
+        fellow.join(300)
         assert fellow.exitcode == 0
     written = [CheckpointReader(tmp_path / name) for name in ("both", "one")]
     assert one.best_loss < one.first_loss
