@@ -7,6 +7,8 @@ MOST_CHARACTERS = 200
 LONGEST_VALUE = 60
 NUM_LISTED = 3
 SMALL = 1e-3
+ROUNDS_UP = 999.5
+"""To a thousand, of which three digits have a power of ten."""
 
 
 def reason(error: BaseException) -> str:
@@ -49,10 +51,10 @@ def first_alike(reasons: Mapping[str, str]) -> tuple[list[str], str]:
 
 def gigabytes(num_bytes: float) -> str:
     """Return a size as people write it."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= size:
+    for unit, size in (("kB", 1e3), ("MB", 1e6), ("GB", 1e9)):
+        if num_bytes < ROUNDS_UP * size:
             return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes / 1e3:.3g} kB"
+    return f"{num_bytes / 1e9:.0f} GB"
 
 
 def with_error(value: float, error: float | None = None, *, percent: bool = False) -> str:

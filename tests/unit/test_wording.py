@@ -30,3 +30,17 @@ def test_huge_number_is_quoted_too():
 def test_names_beyond_the_third_are_counted():
     assert wording.list_names("abc") == "a, b, c"
     assert wording.list_names("abcde") == "a, b, c and 2 more"
+
+
+@given(st.floats(1, 1e16))
+def test_a_size_has_no_power_of_ten_and_three_digits_that_count(num_bytes):
+    number, unit = wording.gigabytes(num_bytes).split()
+    assert "e" not in number
+    assert unit == "GB" or float(number) < 1000
+    size = float(number) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+    assert abs(size - num_bytes) <= 0.00501 * num_bytes
+
+
+def test_sizes_just_below_a_unit_are_of_that_unit():
+    told = [wording.gigabytes(size) for size in (999.4e3, 999.6e3, 999.6e6, 999.6e9, 2.5e12)]
+    assert told == ["999 kB", "1 MB", "1 GB", "1000 GB", "2500 GB"]

@@ -6,6 +6,7 @@ from itertools import groupby
 from math import isfinite
 
 from qtool.report.verdict import number_text
+from qtool.wording import ROUNDS_UP
 
 IN_A_LIST = re.compile(r"\.(\d+)(?=\.)")
 """In the name of a layer: its number in a list of modules."""
@@ -42,9 +43,9 @@ def scientific(value: float | None) -> str:
 
 def duration(seconds: float) -> str:
     """Return a time as people say it."""
-    if seconds < 1:
+    if 1000 * seconds < ROUNDS_UP:
         return f"{1000 * seconds:.3g} ms"
-    if seconds < 60:  # noqa: PLR2004
+    if seconds < 59.95:  # noqa: PLR2004 - more is 60.0
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -135,6 +135,9 @@ def test_names_and_numbers_in_words():
     assert place_of("model.embed_tokens") == (None, "model.embed_tokens")
     assert place_of("transformer.h.0.attn.c_attn") == (0, "attn.c_attn")
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert [duration(s) for s in (0.9994, 0.9996, 59.94, 59.96)] == [
+        *("999 ms", "1.0 s", "59.9 s", "1 min 0 s"),
+    ]
     assert [duration(s) for s in (0.0123, 12.3, 125, 7325)] == [
         "12.3 ms",
         "12.3 s",
