@@ -35,13 +35,20 @@ class Stopped(Exception):  # noqa: N818
     """Stands for whatever ends a process."""
 
 
-@pytest.mark.parametrize("method", ["bcq", "gptq"])
+@pytest.fixture(scope="module", params=["bcq", "gptq"])
+def unbroken(request, llama, text_file, tmp_path_factory):
+    """Return a recipe of a method and a checkpoint that one run has made; read only."""
+    wanted = recipe(text_file, method=request.param, blocks=BLOCKS, end_to_end=MODEL)
+    out_dir = tmp_path_factory.mktemp("unbroken") / "whole"
+    pipeline.quantize(Location(llama), out_dir, wanted)
+    return wanted, out_dir
+
+
 @pytest.mark.parametrize("where", ["second block", "model", "layers"])
 def test_resumed_run_gives_the_bytes_of_an_unbroken_one(
-    llama, text_file, tmp_path, monkeypatch, method, where
+    llama, unbroken, tmp_path, monkeypatch, where
 ):
-    wanted = recipe(text_file, method=method, blocks=BLOCKS, end_to_end=MODEL)
-    pipeline.quantize(Location(llama), tmp_path / "whole", wanted)
+    wanted, whole = unbroken
     calls: list[str] = []
     module, name = {
         "second block": (tune_blocks, "tune_block"),
@@ -60,7 +67,7 @@ def test_resumed_run_gives_the_bytes_of_an_unbroken_one(
         patch.setattr(module, name, stop)
         pipeline.quantize(Location(llama), tmp_path / "out", wanted)
     pipeline.quantize(Location(llama), tmp_path / "out", wanted, resume=True)
-    first, second = file_hashes(tmp_path / "whole"), file_hashes(tmp_path / "out")
+    first, second = file_hashes(whole), file_hashes(tmp_path / "out")
     for file in ("model.safetensors", "config.json", "tuning.jsonl"):
         assert first[file] == second[file]
 
