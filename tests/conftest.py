@@ -17,6 +17,7 @@ from qtool.modeling.locate import Location
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test reaches a hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads slow tiny tensors down threefold
 os.environ.pop("QTOOL_BACKEND", None)
+gc.set_threshold(20_000, 20, 20)  # a twelfth of the time went to collections of what is alive
 
 # The same examples in every run; HYPOTHESIS_PROFILE=search looks for new ones.
 settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
