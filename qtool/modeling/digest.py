@@ -34,4 +34,4 @@ def model_states(directory: Path) -> Mapping[str, State]:
 
 def _model_files(directory: Path) -> list[Path]:
     patterns = (*PATTERNS, f"{TEMPLATE_FOLDER}/*.jinja")
-    return [file for pattern in patterns for file in directory.glob(pattern) if file.is_file()]
+    return [file for pattern in patterns for file in directory.glob(pattern) if not file.is_dir()]
