@@ -15,7 +15,7 @@ from qtool.core.experts import SeparateExperts
 from qtool.core.parts import Parts, most_parts, slices, within_memory
 from qtool.errors import ModelError
 from qtool.scheme import ActivationScheme
-from qtool.walk.calls import Call
+from qtool.walk.calls import Call, Side
 from qtool.walk.stand_in import Stop
 from qtool.wording import reason
 
@@ -38,23 +38,35 @@ IN_BATCHES = "batches of samples are run"
 """Where memory is full in parts: a sentence begins so."""
 
 
+def _most_parts(hidden: Tensor, call: Call) -> int:
+    """Return in how many parts a batch can be run: all samples must leave what later blocks read."""
+    return 1 if call.hands_on else most_parts(hidden)
+
+
 class Block:
     """One filled decoder block."""
 
     def __init__(
-        self, module: nn.Module, name: str, calls: tuple[Call, ...], parts: Parts | None
+        self,
+        module: nn.Module,
+        name: str,
+        calls: tuple[Call, ...],
+        parts: Parts | None,
+        side: Side = "original",
     ) -> None:
-        self._module, self._name, self._calls, self._parts = module, name, calls, parts
+        self._module, self._name, self._parts = module, name, parts
+        self._of_both, self._side, self._calls = calls, side, tuple(one.of(side) for one in calls)
         self._device = next(module.parameters()).device
         self._quantizing: dict[str, RemovableHandle] = {}
 
-    def copy(self) -> "Block":
-        """Return a block with weights of its own."""
-        return Block(deepcopy(self._module), self._name, self._calls, self._parts)
+    def copy(self, side: Side | None = None) -> "Block":
+        """Return a block with weights of its own: of the other model, if that is named."""
+        name, calls, parts, own = self.how_it_runs()
+        return Block(deepcopy(self._module), name, calls, parts, side or own)
 
-    def how_it_runs(self) -> tuple[str, tuple[Call, ...], Parts | None]:
-        """Return all else that a block like this one is made of: name, calls, parts of batches."""
-        return self._name, self._calls, self._parts
+    def how_it_runs(self) -> tuple[str, tuple[Call, ...], Parts | None, Side]:
+        """Return all else that a block like this one is made of."""
+        return self._name, self._of_both, self._parts, self._side
 
     @property
     def module(self) -> nn.Module:
@@ -108,7 +120,7 @@ class Block:
             ]
             return tuple(torch.cat(results) for results in zip(*found, strict=True))
 
-        return within_memory(self._parts, IN_BATCHES, run, most=most_parts(hidden))
+        return within_memory(self._parts, IN_BATCHES, run, most=_most_parts(hidden, call))
 
     def alike(self, inputs: Sequence[Tensor]) -> list[int]:
         """Return which batches could stand in for the first: one shape, and equal arguments.
@@ -134,7 +146,7 @@ class Block:
                 output = self._call(hidden[some], call.of_samples(some, len(hidden)))
             return tuple(output[1:]) if isinstance(output, tuple | list) else None
 
-        return within_memory(self._parts, IN_BATCHES, rest, most=most_parts(hidden))
+        return within_memory(self._parts, IN_BATCHES, rest, most=_most_parts(hidden, call))
 
     def _call(self, hidden: Tensor, call: Call) -> Any:  # noqa: ANN401
         call = call.on(self._device)

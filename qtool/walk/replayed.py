@@ -150,6 +150,8 @@ def saving_runs(
     measured: Mapping[str, int],
     groups: Sequence[Sequence[str]],
     residual: tuple[str, str] | None,
+    *,
+    as_one: bool = False,
 ) -> tuple[Block, Block]:
     """Return a block as it was and a copy to quantize, which run nothing twice where they can.
 
@@ -159,8 +161,9 @@ def saving_runs(
         measured: Linears whose inputs are asked for, with their in_features.
         groups: All that may be quantized, by groups that share an input.
         residual: As `ReplayingBlock` takes it; None: no residual stream is looked at.
+        as_one: The quantized model is taken to carry what the original does.
     """
-    copy = block.copy()
+    copy = block.copy("original" if as_one else "quantized")
     if not can_remember(hidden, measured.values()):
         return block, copy
     if residual is None:

@@ -234,7 +234,9 @@ class Walk:
             if self._blocks is None:
                 block, measured = model.load(self._index), self._measured_of(self._index)
                 linears, hidden = self._source.adapter.linears, streams.original
-                self._blocks = saving_runs(block, hidden, measured, linears, self._residual)
+                self._blocks = saving_runs(
+                    block, hidden, measured, linears, self._residual, as_one=streams.are_one
+                )
                 if self._section.prefix == "linears":
                     self._set_all()
             if self._index < index:
