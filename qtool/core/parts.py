@@ -13,6 +13,8 @@ from torch import Tensor
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """What torch's messages say; only a card's has a type of its own."""
+DIMENSIONS = 3
+"""Of what blocks hand on, but for Gemma 3n, which has four streams of it."""
 Result = TypeVar("Result")
 
 
@@ -33,9 +35,9 @@ def most_parts(batch: Tensor) -> int:
     """Return in how many parts a batch (samples, length, width) of a block can be run.
 
     As many as it has samples; but not if they are as many as its tokens, so that what else the
-    block is called with might be taken for samples.
+    block is called with might be taken for samples; nor if it has other dimensions.
     """
-    return 1 if batch.shape[0] == batch.shape[1] else len(batch)
+    return 1 if batch.dim() != DIMENSIONS or batch.shape[0] == batch.shape[1] else len(batch)
 
 
 class Parts:

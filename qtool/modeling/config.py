@@ -29,6 +29,8 @@ RETURNED = (
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|ModelWithLMHead|GenerationDecoder)$")
 MULTIMODAL = re.compile(r"ForConditionalGeneration$")
 """With a `text_config`: a text decoder and what makes tokens of images or sound."""
+OLD_RECORDS: Mapping[str, str] = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where old versions of AutoGPTQ and AutoAWQ said how they had quantized a model."""
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -128,6 +130,18 @@ def check_original(config: Mapping[str, Any], directory: Path, families: tuple[s
         )
     if family is None:
         raise ModelError(f"{directory}: config.json has no model_type, so the family is unknown.")
+
+
+def old_record(directory: Path) -> str | None:
+    """Return a sentence where a model says only in a file of its own how it was quantized."""
+    name = next((name for name in OLD_RECORDS if (directory / name).is_file()), None)
+    if name is None or "quantization_config" in read_config(directory):
+        return None
+    return (
+        f"{directory / name} says how another program quantized it, and config.json doesn't: put "
+        f"it there as quantization_config, with \"quant_method\": \"{OLD_RECORDS[name]}\", name "
+        f"the weights model.safetensors, and `qtool import {directory}` reads it."
+    )
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ tags that construct, dates that don't exist. Here a document is composed under a
 are counted as often as they are used, and a scalar is null, a boolean, a number or text.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ Keys = tuple[str | int, ...]
 PlaceOf = Callable[[int], str]
 """From the number of a line to words for it."""
 CORE = "tag:yaml.org,2002:"
-TEXT, MERGE = f"{CORE}str", f"{CORE}merge"
+TEXT, MERGE, WHOLE = f"{CORE}str", f"{CORE}merge", f"{CORE}int"
+UNLIKE_IT_LOOKS = re.compile(r"[-+]?0[0-7_]*[1-7]|.*:")
+"""Octal, as 010, and sexagesimal, as 1:30: few know that YAML 1.1 reads them so."""
 SCALARS = {f"{CORE}{kind}" for kind in ("null", "bool", "int", "float", "str")}
 
 
@@ -160,6 +163,9 @@ class _Builder:
             raise self._error(node, f"the tag {quoted(node.tag)} has no meaning in a recipe")
         if node.tag != TEXT and len(node.value) > MOST_NUMBER:
             raise self._error(node, f"a number has more than {MOST_NUMBER} characters")
+        if node.tag == WHOLE and UNLIKE_IT_LOOKS.match(node.value):
+            read = self.loader.construct_object(node)
+            raise self._error(node, f"{node.value} means {read} in YAML; write {read}, or quote it")
         try:
             return mended(self.loader.construct_object(node))
         except (ValueError, KeyError, OverflowError) as error:

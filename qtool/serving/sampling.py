@@ -14,13 +14,19 @@ from torch import Tensor
 from qtool.core.nucleus import sample_nucleus
 from qtool.serving.tokens import SamplingOptions, TokenLogprobs
 
+PLUS = 2**64
+"""Where numbers of seeds below zero go on."""
+
 
 class Sampler:
     """Options of one sequence, and its random numbers."""
 
     def __init__(self, options: SamplingOptions) -> None:
         self.options = options
-        self._random = random.Random(options.seed)  # not for secrets
+        seed = options.seed
+        if seed is not None and seed < 0:
+            seed = PLUS - seed  # Python takes -1 for 1
+        self._random = random.Random(seed)  # not for secrets
 
     @property
     def is_greedy(self) -> bool:

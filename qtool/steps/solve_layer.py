@@ -22,6 +22,8 @@ from qtool.walk.walk import Walk
 
 ROUGH = 2.0**-20
 """Below it the steps between float16 numbers are more than 6 % of the number."""
+HUGE = 0.1 * torch.finfo(torch.float16).max
+"""A weight so large may leave float16 by itself; a smaller one has to be shifted far."""
 
 
 def solved_layer(
@@ -158,10 +160,7 @@ def _check_stored(run: Run, name: str, tensor: QuantizedTensor) -> None:
     floats = {part: one for part, one in tensor.parts.items() if one.is_floating_point()}
     for part, values in floats.items():
         if not bool(torch.isfinite(values).all()):
-            raise MethodError(
-                f"{name}: {part} doesn't fit float16; the largest weight is "
-                f"{_largest(run, name):.3g}. Skip this layer with an override."
-            )
+            raise MethodError(_overflow(run, name, part))
     if floats and all(float(one.abs().max()) < ROUGH for one in floats.values()):
         largest = _largest(run, name)
         if largest > 0:
@@ -171,6 +170,18 @@ def _check_stored(run: Run, name: str, tensor: QuantizedTensor) -> None:
                 "skip it with an override."
             )
             run.env.emit(Notice(message))
+
+
+def _overflow(run: Run, name: str, part: str) -> str:
+    """Return the sentence about numbers beyond float16: the weight's own, or an earlier layer's."""
+    largest = _largest(run, name)
+    problem = f"{name}: {part} doesn't fit float16; the largest weight is {largest:.3g}"
+    if largest > HUGE:
+        return f"{problem}. Skip this layer with an override."
+    return (
+        f"{problem}, and what was solved makes up for errors that layers before leave, one of them "
+        "a huge one. Set calibration.input_error to 0, or skip this layer with an override."
+    )
 
 
 def _largest(run: Run, name: str) -> float:

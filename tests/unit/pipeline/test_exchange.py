@@ -288,6 +288,22 @@ def test_no_exchange_reads_an_original(llama, symmetric, tmp_path):
     assert LAYER.startswith("model.layers.0")
 
 
+def test_a_model_that_says_only_in_a_file_of_its_own_how_it_was_quantized(symmetric, tmp_path):
+    old = tmp_path / "old"
+    pipeline.export(symmetric, old, "gptq")
+    config = json.loads((old / "config.json").read_text())
+    del config["quantization_config"]
+    (old / "config.json").write_text(json.dumps(config))
+    said = r"quantize_config\.json says how .* \"quant_method\": \"gptq\".*qtool import"
+    for use in (
+        lambda: pipeline.import_model(Location(old), tmp_path / "in"),
+        lambda: pipeline.quantize(Location(old), tmp_path / "in", recipe()),
+        lambda: load_model(Location(old)),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            use()
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_biases_that_the_model_does_not_add_are_left_out(value, symmetric, tmp_path):
     pipeline.export(symmetric, tmp_path / "theirs", "gptq")

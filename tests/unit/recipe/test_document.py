@@ -35,6 +35,8 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("seed: !!int abc", "line 1 .*'abc' is no int"),
         ("seed: !!float abc", "line 1 .*'abc' is no float"),
         ("b: 1\nseed: !!timestamp abc", "line 2 .*timestamp' has no meaning"),
+        ("seed: 010", "010 means 8 in YAML; write 8, or quote it"),
+        ("a: [1, 1:04]", "1:04 means 64 in YAML"),
         ("a: !!binary abc", "binary' has no meaning"),
         ("a: !!set {b, c}", "set' has no meaning"),
         ("a: !!omap [b: c]", "omap' has no meaning"),

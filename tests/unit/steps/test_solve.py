@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from qtool import pipeline
 from qtool.errors import MethodError
 from qtool.modeling.locate import Location
+from qtool.recipe.load import recipe_from_mapping
 from tests.helpers import recipe, steps_in, warnings_in
 
 LINEAR = "model.layers.1.mlp.up_proj.weight"
@@ -44,8 +45,6 @@ def test_weight_too_large_for_float16_scales_is_refused_with_the_way_out(copy, t
         pipeline.quantize(Location(copy), tmp_path / "out", recipe(method, 2))
     skip = [{"match": LINEAR.removesuffix(".weight"), "skip": True}]
     weights = {"method": method, "scheme": {"num_bits": 2, "group_size": 32}, "overrides": skip}
-    from qtool.recipe.load import recipe_from_mapping
-
     result = pipeline.quantize(
         Location(copy), tmp_path / "out", recipe_from_mapping({"weights": weights}), overwrite=True
     )
@@ -88,3 +87,27 @@ def test_copied_tensor_that_is_not_finite_is_warned_of_once_and_named(copy, tmp_
     warnings = [message for message in warnings_in(events) if "NaN" in message]
     assert len(warnings) == 1
     assert warnings[0].startswith("lm_head.weight: 2 of 6144 values are NaN or infinite")
+
+
+def test_a_weight_that_has_to_make_up_for_a_huge_layer_before_it_is_told(copy, text_file, tmp_path):
+    path, huge = copy / "model.safetensors", "model.layers.0.self_attn.o_proj"
+    tensors = load_file(path)
+    tensors[f"{huge}.weight"] = tensors[f"{huge}.weight"].float() * 1e9
+    save_file(tensors, path, {"format": "pt"})
+    wanted = {
+        "calibration": {"dataset": str(text_file), "num_samples": 6, "sequence_length": 64},
+        "weights": {
+            "method": "gptq",
+            "scheme": {"num_bits": 3, "group_size": 32},
+            "overrides": [{"match": huge, "skip": True}],
+        },
+    }
+    said = r"proj: scales doesn't fit .* 0\.\d+, and what was solved makes up for errors"
+    with pytest.raises(MethodError, match=said + ".*Set calibration.input_error to 0"):
+        pipeline.quantize(Location(copy), tmp_path / "out", recipe_from_mapping(wanted))
+    pipeline.quantize(
+        Location(copy),
+        tmp_path / "out",
+        recipe_from_mapping(wanted, ["calibration.input_error=0"]),
+        overwrite=True,
+    )
