@@ -139,7 +139,7 @@ def old_record(directory: Path) -> str | None:
         return None
     return (
         f"{directory / name} says how another program quantized it, and config.json doesn't: put "
-        f"it there as quantization_config, with \"quant_method\": \"{OLD_RECORDS[name]}\", name "
+        f'it there as quantization_config, with "quant_method": "{OLD_RECORDS[name]}", name '
         f"the weights model.safetensors, and `qtool import {directory}` reads it."
     )
 

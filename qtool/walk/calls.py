@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from qtool.walk.stand_in import StandIn, as_output
 
-
 Side = Literal["original", "quantized"]
 """The model as it was, or as far as it is quantized."""
 

@@ -39,7 +39,7 @@ IN_BATCHES = "batches of samples are run"
 
 
 def _most_parts(hidden: Tensor, call: Call) -> int:
-    """Return in how many parts a batch can be run: all samples must leave what later blocks read."""
+    """Return in how many parts a batch can be run: one, if later blocks read what all leave."""
     return 1 if call.hands_on else most_parts(hidden)
 
 

@@ -69,3 +69,8 @@ def test_who_else_is_in_the_batch_changes_nothing(other, dtype):
         return [int(each[0]) for each in chosen]
 
     assert first_tokens(1, {}) == first_tokens(2, {"top_p": 0.9, "temperature": other})
+
+
+def test_a_seed_below_zero_is_not_the_one_above():
+    numbers = {Sampler(SamplingOptions(seed=seed)).draw() for seed in (-2, -1, 0, 1, 2)}
+    assert len(numbers) == 5

@@ -27,8 +27,10 @@ TOKENS = torch.randint(3, 96, (3, 20), generator=torch.Generator().manual_seed(0
 @pytest.fixture(scope="module", params=["gemma3n_text", "gemma4_text"])
 def source(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
-    changes = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": KINDS}
-    tiny.build(request.param, **changes).save_pretrained(directory)
+    model = tiny.build(
+        request.param, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=KINDS
+    )
+    model.save_pretrained(directory)
     return open_source(Location(directory))
 
 
