@@ -32,6 +32,7 @@ from qtool.steps.fallbacks import keeping_sentences
 from qtool.steps.fold import fold
 from qtool.steps.memory import failures_of_the_machine
 from qtool.steps.plan import Plan, make_plan
+from qtool.steps.request import shadowed_overrides
 from qtool.steps.run import Run
 from qtool.steps.solve import settle, solve
 
@@ -122,6 +123,8 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and six switches
     layer_plan = _planned(source, recipe, target)
     _check_room(place, layer_plan)
     _warn_of_few_bits(layer_plan, recipe, emit)
+    for message in shadowed_overrides(recipe, [*source.block_linears()]):
+        emit(Notice(message))
     samples = samples or open_samples(source, recipe, calib_dir, emit)
     env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
     run = Run(source, recipe, layer_plan, samples, env, samples_given=calib_dir is not None)

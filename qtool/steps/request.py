@@ -1,6 +1,6 @@
 """What a recipe asks for, checked by the names of layers alone, before a model is built."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from qtool.base import ModelAdapter
@@ -140,3 +140,19 @@ def _check_overrides(recipe: Recipe, names: Sequence[str], others: Sequence[str]
                 f"weights.overrides.{number}.match is {override.match!r}, which matches none of "
                 f"the {len(names)} layers; the first is {names[0]}."
             )
+
+
+def shadowed_overrides(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
+    """Yield a sentence for each override that decides nothing: earlier ones match its layers.
+
+    Names are the dotted ones of all linears of the decoder blocks.
+    """
+    free = list(names)
+    for number, override in enumerate(recipe.weights.overrides):
+        meant = [name for name in free if matches(name, override.match)]
+        if not meant and any(matches(name, override.match) for name in names):
+            yield (
+                f"weights.overrides.{number} ({override.match}) does nothing: the first match "
+                "wins, and earlier overrides match all its layers. Put it before them."
+            )
+        free = [name for name in free if name not in set(meant)]

@@ -1,4 +1,5 @@
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from qtool.modeling.source import open_source
 from qtool.recipe.load import recipe_from_mapping
 from qtool.steps.plan import make_plan
 from qtool.steps.request import with_samples
-from tests.helpers import recipe
+from tests.helpers import recipe, warnings_in
 
 RTN4 = {"method": "rtn", "scheme": {"num_bits": 4, "group_size": 32}}
 
@@ -221,3 +222,19 @@ def test_samples_are_drawn_if_any_layer_does_better_with_them():
     for weights, wanted in ((plain, False), (mixed, True), ({"method": "bcq"}, True)):
         chosen = with_samples(recipe_from_mapping({"weights": weights}))
         assert (chosen.calibration is not None) == wanted
+
+
+@pytest.mark.parametrize(("second", "is_told"), [("*.o_proj", True), ("*.up_proj", False)])
+def test_an_override_that_decides_nothing_is_told(llama, tmp_path, second, is_told):
+    overrides = [
+        {"match": "*.self_attn.*", "scheme": {"num_bits": 8}},
+        {"match": second, "scheme": {"num_bits": 3}},
+    ]
+    scheme = {"num_bits": 4, "group_size": 32}
+    chosen = {"weights": {"method": "rtn", "scheme": scheme, "overrides": overrides}}
+    events: list[Any] = []
+    pipeline.quantize(
+        Location(llama), tmp_path / "out", recipe_from_mapping(chosen), emit=events.append
+    )
+    told = [one for one in warnings_in(events) if "overrides.1 (*.o_proj) does nothing" in one]
+    assert len(told) == is_told
