@@ -122,9 +122,7 @@ def quantize(  # noqa: PLR0913 - what, where to, how, and six switches
     check_apart(place.out_dir, source.directory, _inputs(recipe, calib_dir))
     layer_plan = _planned(source, recipe, target)
     _check_room(place, layer_plan)
-    _warn_of_few_bits(layer_plan, recipe, emit)
-    for message in shadowed_overrides(recipe, [*source.block_linears()]):
-        emit(Notice(message))
+    _warn(source, layer_plan, recipe, emit)
     samples = samples or open_samples(source, recipe, calib_dir, emit)
     env = Env(device=str(default_device()), seed=recipe.seed, emit=emit)
     run = Run(source, recipe, layer_plan, samples, env, samples_given=calib_dir is not None)
@@ -205,16 +203,17 @@ def _check_room(place: Place, layer_plan: Plan, streams: int = 0) -> None:
     check_free_space(place, layer_plan.total_bytes, besides=max(shard, streams))
 
 
-def _warn_of_few_bits(layer_plan: Plan, recipe: Recipe, emit: Emit) -> None:
-    """Say that few bits without data ruin a model: docs/log.md has how much."""
+def _warn(source: ModelSource, layer_plan: Plan, recipe: Recipe, emit: Emit) -> None:
+    """Say which overrides do nothing, and that few bits without data ruin a model (docs/log.md)."""
+    for message in shadowed_overrides(recipe, [*source.block_linears()]):
+        emit(Notice(message))
     fewest = min(layer.scheme.num_bits for layer in layer_plan.layers)
     if recipe.calibration is None and fewest <= FEW_BITS:
-        emit(
-            Notice(
-                f"{fewest} bits without calibration data usually ruin a model. Leave "
-                "out --no-calibration, or give the recipe a section 'calibration'."
-            )
+        message = (
+            f"{fewest} bits without calibration data usually ruin a model. Leave out "
+            "--no-calibration, or give the recipe a section 'calibration'."
         )
+        emit(Notice(message))
 
 
 def open_samples(

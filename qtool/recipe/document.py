@@ -29,7 +29,7 @@ Keys = tuple[str | int, ...]
 PlaceOf = Callable[[int], str]
 """From the number of a line to words for it."""
 CORE = "tag:yaml.org,2002:"
-TEXT, MERGE, WHOLE = f"{CORE}str", f"{CORE}merge", f"{CORE}int"
+TEXT, MERGE, YAML_INT = f"{CORE}str", f"{CORE}merge", f"{CORE}int"
 UNLIKE_IT_LOOKS = re.compile(r"[-+]?0[0-7_]*[1-7]|.*:")
 """Octal, as 010, and sexagesimal, as 1:30: few know that YAML 1.1 reads them so."""
 SCALARS = {f"{CORE}{kind}" for kind in ("null", "bool", "int", "float", "str")}
@@ -163,7 +163,7 @@ class _Builder:
             raise self._error(node, f"the tag {quoted(node.tag)} has no meaning in a recipe")
         if node.tag != TEXT and len(node.value) > MOST_NUMBER:
             raise self._error(node, f"a number has more than {MOST_NUMBER} characters")
-        if node.tag == WHOLE and UNLIKE_IT_LOOKS.match(node.value):
+        if node.tag == YAML_INT and UNLIKE_IT_LOOKS.match(node.value):
             read = self.loader.construct_object(node)
             raise self._error(node, f"{node.value} means {read} in YAML; write {read}, or quote it")
         try:
