@@ -37,7 +37,7 @@ from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.spool import Made, Spool
 from qtool.checkpoint.spooled_layer import SpooledLayer
 from qtool.errors import CheckpointError, OutputError, QtoolError
-from qtool.storage.plain_json import config_text, json_text
+from qtool.storage.plain_json import json_text, write_config_file
 from qtool.storage.whole_files import written_whole
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -251,8 +251,7 @@ class CheckpointWriter:
             for name, content in ours.items():
                 with written_whole(self.work_dir / name, durable=True) as file:
                     file.write(content)
-            with written_whole(self.work_dir / CONFIG_NAME, durable=True) as file:
-                file.write(config_text(config).encode())
+            write_config_file(self.work_dir / CONFIG_NAME, config)
             CheckpointReader(self.work_dir)
             self._job = replace(self._job, files=(*shards, *ours, CONFIG_NAME))
             write_job(self.work_dir, self._job)

@@ -11,7 +11,7 @@ from qtool.checkpoint.assemble import write_streamed
 from qtool.checkpoint.marks import CONFIG_NAME
 from qtool.checkpoint.writer import MAX_SHARD_BYTES
 from qtool.exchange import Departure
-from qtool.storage.plain_json import config_text
+from qtool.storage.plain_json import write_config_file
 from qtool.storage.whole_files import written_whole
 
 WRITING_FILES = "writing"
@@ -40,9 +40,7 @@ def write_directory(
     for path, content in departure.files.items():
         with written_whole(directory / path, durable=True) as file:
             file.write(content)
-    config = config_text(foreign_config(departure, quantization))
-    with written_whole(directory / CONFIG_NAME, durable=True) as file:
-        file.write(config.encode())
+    write_config_file(directory / CONFIG_NAME, foreign_config(departure, quantization))
 
 
 def told(

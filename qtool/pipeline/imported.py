@@ -36,7 +36,7 @@ def as_ours(model: Location, emit: Emit) -> Location:
     directory = model.directory
     if foreign_method(read_config(directory)) is None or exchange_of(directory) is None:
         return model
-    open_shards(directory)
+    open_shards(directory)  # a damaged one is refused, also where it was imported whole before
     folder = cache_dir() / IMPORTED / model_digest(directory)[:32]
     target = folder / directory.resolve().name
     listing = folder / WHOLE_NAME  # beside it: nothing may lie in a checkpoint that isn't its own

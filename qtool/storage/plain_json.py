@@ -75,6 +75,16 @@ def config_text(value: JsonValue) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, default=plain_json) + "\n"
 
 
+def write_config_file(path: Path, value: JsonValue) -> None:
+    """Write a file that transformers reads, as `write_json_file` does qtool's own.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    with written_whole(path, durable=True) as file:
+        file.write(config_text(value).encode())
+
+
 def json_line(value: JsonValue) -> bytes:
     """Return a value on one line, for qtool's own store: all floats read back as they were."""
     return json.dumps(value, default=str).encode()
