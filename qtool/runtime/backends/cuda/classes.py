@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qtool.runtime.backends.cuda import planes
-from qtool.runtime.backends.cuda.grids import room_of
+from qtool.runtime.backends.cuda.grids import room_of, tunings_for
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.plane_products import by_planes
@@ -125,7 +125,7 @@ def plan_classes(
     tiles = sum(its.row_tiles for its in classes)
     tunings = [
         tuning
-        for tuning in planes.tunings_for(tiles, units, card, few=few, whole=False)
+        for tuning in tunings_for(tiles, units, card, few=few, whole=False)
         if tuning.warps * tuning.per_multiprocessor >= warps
     ]
     deep = [replace(tuning, stages=max(tuning.stages, CLASS_STAGES)) for tuning in tunings]

@@ -1,14 +1,17 @@
 """How many CTAs share a weight of row tiles, and what each of them has."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qtool.runtime.backends.cuda.launch import RESERVED_BYTES, Card
-from qtool.runtime.backends.cuda.selection import Tuning
+from qtool.runtime.backends.cuda.selection import Tuning, selection_for
+from qtool.runtime.backends.cuda.tiles import UNIT
 
 MOST_IDLE = 8
 """Units that a multiprocessor may lack, on average, so that CTAs have whole tiles: an exchange
 costs about a microsecond, twice what they do at 3 planes and one token."""
+FEWER_WARPS = (7, 3)
+"""For cards, or weights, that the measured ones leave no room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,12 @@ class LaunchPlan:
     cluster: int = 1
     """CTAs of a cluster, each with a slab of its own: then `slabs` is 1, for nothing is left to
     add."""
+
+    @property
+    def macros(self) -> dict[str, int]:
+        """Return what the constants of the kernel say about it."""
+        found = {"STAGES": self.stages, "BLOCKS": self.per_multiprocessor, "WHOLE": int(self.whole)}
+        return found | ({"CLUSTER": self.cluster} if self.cluster > 1 else {})
 
 
 def room_of(card: Card, ctas: int) -> int:
@@ -71,3 +80,18 @@ def rings_of(tuning: Tuning) -> Iterator[tuple[int, int]]:
     for ctas in range(tuning.per_multiprocessor, 0, -1):
         for stages in range(tuning.stages, 2 if ctas > 1 else 1, -1):
             yield stages, ctas
+
+
+def tunings_for(
+    row_tiles: int, units: int, card: Card, *, few: bool, whole: bool = True
+) -> tuple[Tuning, ...]:
+    """Return what the card's selection says, then what is as near to it; `few` tokens or not.
+
+    `whole`: CTAs may have whole tiles, which two beside one another don't improve.
+    """
+    selection = selection_for(card.name)
+    asked = selection.alone
+    if few and not (whole and shares_of(row_tiles, units, units, card.multiprocessors)[2]):
+        asked = selection.tuning(units * UNIT, row_tiles * units // card.multiprocessors)
+    fewer = [replace(selection.alone, warps=warps) for warps in FEWER_WARPS]
+    return tuple(dict.fromkeys((asked, selection.alone, *fewer)))

@@ -54,18 +54,14 @@ def call_for(
     (tuning, chosen), product, eps = picked, planes.product_for(batch, layout), around.norm_eps
     loads = -(-product.columns * chosen.units_per_slab // tuning.warps)
     grid = {
+        **chosen.macros,
         "COLUMNS": product.columns,
         "WARPS": tuning.warps,
-        "STAGES": chosen.stages,
-        "BLOCKS": chosen.per_multiprocessor,
         "ALIGNED": int(in_features % 8 == 0),
-        "WHOLE": int(chosen.whole),
         "NORM": 0 if eps is None else normed_units(*shape, card=card),
         "LOADS": min(product.most_loads, loads),
         "EPILOGUE": planes.EPILOGUES[around.epilogue] if chosen.slabs == 1 else 0,
     }
-    if chosen.cluster > 1:
-        grid["CLUSTER"] = chosen.cluster
     return KernelCall(
         file=product.name,
         kernel=product.name,

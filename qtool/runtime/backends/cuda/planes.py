@@ -6,7 +6,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from qtool.runtime.backends.cuda.grids import LaunchPlan, max_clusters, rings_of, room_of, shares_of
+from qtool.runtime.backends.cuda.grids import (
+    LaunchPlan,
+    max_clusters,
+    rings_of,
+    room_of,
+    shares_of,
+    tunings_for,
+)
 from qtool.runtime.backends.cuda.launch import WARP, Card
 from qtool.runtime.backends.cuda.selection import (
     BLOCK,
@@ -14,7 +21,6 @@ from qtool.runtime.backends.cuda.selection import (
     MORE_TOKENS,
     MOST_AS_CODES,
     Tuning,
-    selection_for,
 )
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT
 
@@ -46,7 +52,7 @@ LARGEST_CLUSTER = 8
 COLUMN_BLOCKS = (8, BLOCK, MORE_TOKENS)
 MOST_IN_PAIRS = 2
 """Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
-FEWER_WARPS, MORE_WAVES = (7, 3), (1, 2, 4, 8)
+MORE_WAVES = (1, 2, 4, 8)
 """For cards, or weights, that the measured ones leave no room for."""
 PLAIN_LAUNCH = {"WHOLE": 0, "NORM": 0, "LOADS": MOST_LOADS}
 """Constants of a launch whose CTAs share tiles, and know x as it is multiplied."""
@@ -265,21 +271,6 @@ def ways_of(asked: Tuning, layout: Layout, product: Product) -> list[Tuning]:
         for warps, cluster in LOOKED_UP_WAYS
         if cluster <= most
     ]
-
-
-def tunings_for(
-    row_tiles: int, units: int, card: Card, *, few: bool, whole: bool = True
-) -> tuple[Tuning, ...]:
-    """Return what the card's selection says, then what is as near to it; `few` tokens or not.
-
-    `whole`: CTAs may have whole tiles, which two beside one another don't improve.
-    """
-    selection = selection_for(card.name)
-    asked = selection.alone
-    if few and not (whole and shares_of(row_tiles, units, units, card.multiprocessors)[2]):
-        asked = selection.tuning(units * UNIT, row_tiles * units // card.multiprocessors)
-    fewer = [replace(selection.alone, warps=warps) for warps in FEWER_WARPS]
-    return tuple(dict.fromkeys((asked, selection.alone, *fewer)))
 
 
 Sizes = tuple[int, int, int, int, int, int, int]
