@@ -4,8 +4,11 @@
 //
 // Half h of a word of indices is of 64 inputs: nibble 2 u + e of word 2 q + r is of row g + 8 r and of input
 // 32 u + 8 t + 4 e + 2 q + h, so pairs are of inputs four apart, and so is x where it is staged. Where a word of 64 inputs has
-// several groups or signs, its bytes are turned (TURNED): then a half is of 32 inputs, nibble 2 h + e of the lower, or upper,
+// several groups, its bytes are turned (TURNED): then a half is of 32 inputs, nibble 2 h + e of the lower, or upper,
 // half of input 8 t + 4 e + 2 q + h, so pairs are of neighbouring inputs, their bits 16 apart in the plane.
+//
+// Four planes' signs lie in bytes as the high bytes of weights do: a half's four nibbles, each in the upper half of a byte, so that a
+// shift has one bit of each where a weight's sign is.
 //
 // Each warp makes the tables of its unit where the unit's planes were, which are in registers by then.
 #define MIRRORED 1 // of four planes, the last is a sign
@@ -21,7 +24,8 @@
 #define X_BYTES 64 // of 32 inputs of a token, as they are
 #define X_NUMBERS 0
 #define INDEX_PLANES (PLANES < 3 ? PLANES : 3)
-#define TURNED (MIRRORS || HALVED)
+#define TURNED HALVED
+#define SIGNS 0x80808080u // of four high bytes
 
 DEVICE void stage_unit(quad v, int unit, int column, int, const Weight &, int lane, unsigned char *operands, float *, float *) {
     if (!TURNED)
@@ -30,14 +34,21 @@ DEVICE void stage_unit(quad v, int unit, int column, int, const Weight &, int la
     *(quad *)(operands + ((unit * BLOCKS_PER_UNIT + lane / 4) * COLUMNS + column) * X_BYTES + lane % 4 * 16) = v;
 }
 
-// A row's four weights: two pairs. `signs`: of all of the lane's, ones are minus.
-DEVICE void look_up_pairs(u32 &first, u32 &second, u32 index, u32 signs, int position, const Table<PLANES> &table) {
+DEVICE u32 turn(u32 word) { return TURNED ? permute_bytes(word, 0, 0x3120u) : word; }
+
+// Four nibbles, of a half of a word, into the upper halves of bytes.
+DEVICE u32 nibbles_to_bytes(u32 word, int upper) {
+    u32 pairs = permute_bytes(word, 0, upper ? 0x3322u : 0x1100u);
+    return either(0x00ff00ffu, pairs << 4, pairs);
+}
+
+// A row's four weights: two pairs. `signs`: of the half, as `nibbles_to_bytes` has them, bit `word` of each nibble; ones are minus.
+DEVICE void look_up_pairs(u32 &first, u32 &second, u32 index, u32 signs, int word, const Table<PLANES> &table) {
     u32 low = bytes_of<PLANES>(table.low, index, 0), high = bytes_of<PLANES>(table.high, index, 0);
+    if (MIRRORS) high ^= signs << (3 - word) & SIGNS;
     first = permute_bytes(low, high, TURNED ? 0x6240u : 0x5140u);
     second = permute_bytes(low, high, TURNED ? 0x7351u : 0x7362u);
 #if MIRRORS
-    const u32 both = 0x80008000u;
-    first ^= signs << (15 - position) & both, second ^= signs << (11 - position) & both;
     if (OFFSET) first = add_pairs(first, table.center), second = add_pairs(second, table.center);
 #endif
 }
@@ -66,7 +77,7 @@ DEVICE void multiply_half(float *acc, const Indices<INDEX_PLANES> &indices, u32 
     for (int q = 0; q < 2; ++q)
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-            look_up_pairs(a[0][2 * q + r], a[1][2 * q + r], upper ? indices.of[2 * q + r] >> 16 : indices.of[2 * q + r], signs, 8 * upper + 2 * q + r, tables[r]);
+            look_up_pairs(a[0][2 * q + r], a[1][2 * q + r], upper ? indices.of[2 * q + r] >> 16 : indices.of[2 * q + r], signs, 2 * q + r, tables[r]);
 #pragma unroll
     for (int tile = 0; tile < TILES_OF_COLUMNS; ++tile) {
         float *d = acc + tile * 4;
@@ -75,8 +86,8 @@ DEVICE void multiply_half(float *acc, const Indices<INDEX_PLANES> &indices, u32 
     }
 }
 
-// acc += the product of a word's 64 inputs, which are of one group.
-DEVICE void multiply_word(float *acc, const Indices<INDEX_PLANES> &indices, const Table<PLANES> *tables, const unsigned char *operands) {
+// acc += the product of a word's 64 inputs, which are of one group. `signs`: of either half.
+DEVICE void multiply_word(float *acc, const Indices<INDEX_PLANES> &indices, const u32 *signs, const Table<PLANES> *tables, const unsigned char *operands) {
     quad b[TILES_OF_COLUMNS][2]; // of the lower and the upper 32 inputs
 #pragma unroll
     for (int tile = 0; tile < TILES_OF_COLUMNS; ++tile)
@@ -89,7 +100,7 @@ DEVICE void multiply_word(float *acc, const Indices<INDEX_PLANES> &indices, cons
         for (int h = 0; h < 2; ++h)
 #pragma unroll
             for (int r = 0; r < 2; ++r)
-                look_up_pairs(a[0][2 * h + r], a[1][2 * h + r], h ? indices.of[2 * q + r] >> 16 : indices.of[2 * q + r], 0, 0, tables[r]);
+                look_up_pairs(a[0][2 * h + r], a[1][2 * h + r], h ? indices.of[2 * q + r] >> 16 : indices.of[2 * q + r], signs[h], 2 * q + r, tables[r]);
 #pragma unroll
         for (int tile = 0; tile < TILES_OF_COLUMNS; ++tile)
 #pragma unroll
@@ -112,13 +123,10 @@ DEVICE void multiply_unit(float *acc, unsigned char *stage, const unsigned char 
     Table<PLANES> tables[2];
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
-        u32 turned[INDEX_PLANES], signs = 0;
-#if MIRRORS
-        signs = ~words[PLANES - 1][word];
-#endif
+        u32 turned[INDEX_PLANES], minus = MIRRORS ? ~words[PLANES - 1][word] : 0;
 #pragma unroll
-        for (int plane = 0; plane < INDEX_PLANES; ++plane)
-            turned[plane] = TURNED ? permute_bytes(words[plane][word] ^ signs, 0, 0x3120u) : words[plane][word];
+        for (int plane = 0; plane < INDEX_PLANES; ++plane) turned[plane] = turn(words[plane][word] ^ minus);
+        u32 signs[2] = {nibbles_to_bytes(turn(minus), 0), nibbles_to_bytes(turn(minus), 1)};
         Indices<INDEX_PLANES> indices = indices_of<INDEX_PLANES>(turned);
 #pragma unroll
         for (int upper = 0; upper < 2; ++upper) {
@@ -129,8 +137,8 @@ DEVICE void multiply_unit(float *acc, unsigned char *stage, const unsigned char 
                 for (int r = 0; r < 2; ++r)
                     tables[r] = load_table<PLANES>(stage + (group * TILE_ROWS + g + 8 * r) * TABLE_BYTES);
             }
-            if (TURNED) multiply_half(acc, indices, signs, upper, tables, x + (word * 2 + upper) * COLUMNS * X_BYTES);
-            else if (upper == 0) multiply_word(acc, indices, tables, x + word * 2 * COLUMNS * X_BYTES);
+            if (TURNED) multiply_half(acc, indices, signs[upper], upper, tables, x + (word * 2 + upper) * COLUMNS * X_BYTES);
+            else if (upper == 0) multiply_word(acc, indices, signs, tables, x + word * 2 * COLUMNS * X_BYTES);
         }
     }
 }
