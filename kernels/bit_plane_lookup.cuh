@@ -28,8 +28,17 @@ template <> struct Table<0> {};
 #if MIRRORS
 template <> struct Table<4> { u32 low[2], high[2], center; };
 #endif
-// Indices of a word: of three planes, and the fourth's bit as bit 2 of its nibbles.
+// Indices of a word: of three planes, and the fourth's bit as bit 2 of its nibbles; MIRRORS: where it is missing, as
+// `nibbles_to_bytes` has it of either half.
 template <int COUNT> struct Indices { u32 of[4], fourth[COUNT == 4 ? 4 : 1]; };
+
+// Four nibbles, of a half of a word, into the upper halves of bytes: a shift then has one bit of each where the high byte of a
+// 16-bit weight has its sign.
+DEVICE u32 nibbles_to_bytes(u32 word, int upper) {
+    u32 pairs = permute_bytes(word, 0, upper ? 0x3322u : 0x1100u);
+    return either(0x00ff00ffu, pairs << 4, pairs);
+}
+DEVICE u32 signs_of(u32 nibbles, int bit) { return nibbles << (3 - bit) & 0x80808080u; }
 
 #define LOW_BYTES (MIRRORS ? 32 : 8 * WORDS_OF(LOW_PLANES))
 #define TABLE_BYTES (LOW_BYTES + (MORE_PLANES ? 8 * WORDS_OF(MORE_PLANES) : 0))
@@ -41,6 +50,7 @@ template <int COUNT> DEVICE Indices<COUNT> indices_of(const u32 *words) {
     if (MIRRORS && COUNT == 4) {
         u32 d = words[COUNT == 4 ? 3 : 0];
         a = ~(a ^ d), b = ~(b ^ d), c = ~(c ^ d);
+        found.fourth[0] = nibbles_to_bytes(~d, 0), found.fourth[COUNT == 4 ? 1 : 0] = nibbles_to_bytes(~d, 1);
     }
     if (COUNT == 1) {
 #pragma unroll
@@ -55,7 +65,7 @@ template <int COUNT> DEVICE Indices<COUNT> indices_of(const u32 *words) {
     u32 c0 = either(even, c, 0), c1 = either(even, c >> 1, 0);
     found.of[0] = either(low, ab0, c0 << 2), found.of[2] = either(low, ab0 >> 2, c0);
     found.of[1] = either(low, ab1, c1 << 2), found.of[3] = either(low, ab1 >> 2, c1);
-    if (COUNT == 4) {
+    if (COUNT == 4 && !MIRRORS) {
         u32 d = words[COUNT == 4 ? 3 : 0];
         const u32 third = 4 * NIBBLES;
         found.fourth[0] = d << 2 & third, found.fourth[COUNT == 4 ? 1 : 0] = d << 1 & third;
@@ -93,12 +103,12 @@ template <int COUNT>
 DEVICE void look_up(u32 &first, u32 &second, const Indices<COUNT> &indices, int word, int half,
                     const Table<COUNT> &table, const Table<COUNT> &upper) {
     u32 index = half ? indices.of[word] >> 16 : indices.of[word], chosen = 0;
-    if (COUNT == 4) {
+    if (COUNT == 4 && !MIRRORS) {
         u32 fourth = indices.fourth[COUNT == 4 ? word : 0];
-        chosen = pick_bytes(MIRRORS ? 0x80808080u : 0, MIRRORS ? 0 : 0xffffffffu, half ? fourth >> 16 : fourth);
+        chosen = pick_bytes(0, 0xffffffffu, half ? fourth >> 16 : fourth);
     }
 #if MIRRORS
-    u32 signs = COUNT == 4 ? chosen : 0;
+    u32 signs = signs_of(indices.fourth[COUNT == 4 ? half : 0], word);
     first = bytes_of<COUNT>(table.low, index, 0), second = bytes_of<COUNT>(table.high, index, 0) ^ signs;
     u32 low_of_first = first, high_of_first = second;
     if (HALVED) first = bytes_of<COUNT>(upper.low, index, 0), second = bytes_of<COUNT>(upper.high, index, 0) ^ signs;

@@ -7,9 +7,6 @@
 // several groups, its bytes are turned (TURNED): then a half is of 32 inputs, nibble 2 h + e of the lower, or upper,
 // half of input 8 t + 4 e + 2 q + h, so pairs are of neighbouring inputs, their bits 16 apart in the plane.
 //
-// Four planes' signs lie in bytes as the high bytes of weights do: a half's four nibbles, each in the upper half of a byte, so that a
-// shift has one bit of each where a weight's sign is.
-//
 // Each warp makes the tables of its unit where the unit's planes were, which are in registers by then.
 #define MIRRORED 1 // of four planes, the last is a sign
 #define SCALES_AT (PLANES * PLANE_BYTES > SPAN * TILE_ROWS * TABLE_BYTES ? PLANES * PLANE_BYTES : SPAN * TILE_ROWS * TABLE_BYTES)
@@ -25,7 +22,6 @@
 #define X_NUMBERS 0
 #define INDEX_PLANES (PLANES < 3 ? PLANES : 3)
 #define TURNED HALVED
-#define SIGNS 0x80808080u // of four high bytes
 
 DEVICE void stage_unit(quad v, int unit, int column, int, const Weight &, int lane, unsigned char *operands, float *, float *) {
     if (!TURNED)
@@ -36,16 +32,10 @@ DEVICE void stage_unit(quad v, int unit, int column, int, const Weight &, int la
 
 DEVICE u32 turn(u32 word) { return TURNED ? permute_bytes(word, 0, 0x3120u) : word; }
 
-// Four nibbles, of a half of a word, into the upper halves of bytes.
-DEVICE u32 nibbles_to_bytes(u32 word, int upper) {
-    u32 pairs = permute_bytes(word, 0, upper ? 0x3322u : 0x1100u);
-    return either(0x00ff00ffu, pairs << 4, pairs);
-}
-
 // A row's four weights: two pairs. `signs`: of the half, as `nibbles_to_bytes` has them, bit `word` of each nibble; ones are minus.
 DEVICE void look_up_pairs(u32 &first, u32 &second, u32 index, u32 signs, int word, const Table<PLANES> &table) {
     u32 low = bytes_of<PLANES>(table.low, index, 0), high = bytes_of<PLANES>(table.high, index, 0);
-    if (MIRRORS) high ^= signs << (3 - word) & SIGNS;
+    if (MIRRORS) high ^= signs_of(signs, word);
     first = permute_bytes(low, high, TURNED ? 0x6240u : 0x5140u);
     second = permute_bytes(low, high, TURNED ? 0x7351u : 0x7362u);
 #if MIRRORS
