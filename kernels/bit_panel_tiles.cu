@@ -66,7 +66,7 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
 
     // Weights are on their way before the inputs exist, and so are the first scales.
     Place next = place_of(begin, panel, head, planes, units, lane), place = next;
-    request_first(ring, next, begin, end, lane, panel, head, planes, units);
+    request_first(ring, next, 0, STAGES - 1, begin, end, lane, panel, head, planes, units);
     Ahead ahead;
     int row = divide(warp, SETS), unit = row % units, group = divide(panel + row / units, panels_per_group);
     if (warp < items) load_scales(ahead, scales, norm, group, unit, warp % SETS, units, in_features, lane);

@@ -134,7 +134,7 @@ KERNEL(const quad *planes,  // [panels][units][SETS][TILES][PLANES][32]
     // Weights are on their way before the inputs exist, and so are the first scales.
     Item item = item_at(begin, own, share, units);
     Place next = place_of(item, own, planes, units, lane);
-    request_first(ring, next, begin, end, lane, own, share, planes, units);
+    request_first(ring, next, 0, STAGES - 1, begin, end, lane, own, share, planes, units);
     Ahead ahead;
     if (begin < end)
         load_scales(ahead, scales, norm, divide(item.panel, panels_per_group), item.unit, item.set, units, in_features, lane);

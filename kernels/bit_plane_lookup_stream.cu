@@ -92,7 +92,7 @@ KERNEL(const quad *planes,   // [row_tiles][units][PLANES][32]
     Share none = {0, 0, 0};
     Place ahead = place_at(weight, first_tile * weight.count + from, lane);
     int tile = ahead.tile, unit = ahead.unit;
-    request_first(ring, ahead, 0, count, lane, none, weight); // weights are on their way before the inputs exist
+    request_first(ring, ahead, 0, STAGES - 1, 0, count, lane, none, weight); // weights are on their way before the inputs exist
     wait_for_previous();
     const u16 *inputs = x + (u64)column0 * in_features;
     quad first[AHEAD + REST]; // all on their way before the first is stored

@@ -9,7 +9,8 @@
 // up), ALIGNED (1: in_features is a multiple of 8), WHOLE (1: a block has whole tiles of a slab and gives
 // nothing; 0), NORM (units of x that a warp norms before it stages them, all of them; 0: x is as it is
 // multiplied), LOADS (of eight inputs each, that a lane has under way before it stages the first: 1 to
-// 4), ACTIVATION_BF16.
+// 4), EARLY (units of weights that a warp asks for before there are inputs, STAGES - 1 unless defined; the rest of its stages it asks
+// for as soon as the inputs have been asked for, which memory gives it sooner then), ACTIVATION_BF16.
 //
 // The units of a slab of inputs, row tile by row tile, are one stream that is cut into equal shares,
 // one per block, and these into equal shares, one per warp: no rounding to tiles, no idle warp. What
@@ -23,6 +24,10 @@
 #include "bit_plane_groups.cuh"
 #include "bit_plane_nibbles.cuh"
 
+#ifndef EARLY
+#define EARLY (STAGES - 1)
+#endif
+#define LATE (EARLY < STAGES - 1)
 #define THREADS (WARPS * WARP)
 #define PART (TILE_ROWS * COLUMNS)
 #ifndef SCALES_AT // of a stage: a product may want room after its planes
@@ -95,11 +100,12 @@ DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &we
                        unsigned char *operands, float *starts, float *factors);
 
 // Stage all inputs of the slab. Every unit has its own scale, so that no warp waits for another until
-// all are done.
+// all are done; or until all have asked for their first inputs, LATE, when `ask_late` is called.
+template <class Late>
 DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, int columns, int units,
-                         unsigned char *operands, float *starts, float *factors) {
+                         unsigned char *operands, float *starts, float *factors, const Late &ask_late) {
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    for (int work = warp; work < weight.count * COLUMNS; work += LOADS * WARPS) {
+    for (int work = warp; work < weight.count * COLUMNS || (LATE && work == warp); work += LOADS * WARPS) {
         quad v[LOADS]; // all on their way before the first is looked at
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
@@ -109,6 +115,7 @@ DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, in
                 v[i] = load_inputs(x + (u64)column * in_features,
                                    (weight.first + unit) * UNIT + lane * 8, in_features);
         }
+        if (LATE && work == warp) ask_late();
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
             int unit = (work + i * WARPS) / COLUMNS, column = (work + i * WARPS) % COLUMNS;

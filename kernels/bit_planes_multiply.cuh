@@ -89,7 +89,7 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
     Place ahead = place_at(weight, begin < share.given ? share.begin + share.size - share.given + begin
                                                        : share.begin + begin - share.given, lane);
     int unit = ahead.unit, tile = ahead.tile;
-    request_first(ring, ahead, begin, end, lane, share, weight);
+    request_first(ring, ahead, 0, EARLY, begin, end, lane, share, weight);
     // Own tiles: from the one that the share begins in to the last one that ends in it.
     int own = divide(share.begin, weight.count), start = own * weight.count;
     int kept = share.size - share.given;
@@ -99,18 +99,23 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
     // The next kernel is to ask for its weights when all of these have been asked for.
     int all_asked = end - STAGES + 1;
     const u16 *x = its.x + (u64)column0 * its.in_features;
+    // Memory serves a multiprocessor in turn: no warp's weights are to be in front of another one's inputs.
+    auto ask_late = [&] {
+        __syncthreads();
+        request_first(ring, ahead, EARLY, STAGES - 1, begin, end, lane, share, weight);
+    };
 #if NORM
     Gains gains = load_gains(its.norm, its.in_features, weight);
     wait_for_previous();
     stage_normed(x, its.in_features, weight, columns, units_per_slab, operands, starts, factors, gains,
-                 its.eps, given);
+                 its.eps, given, ask_late);
 #else
     wait_for_previous();
 #if RANKS > 1
     Round round = begin_round(its.peers);
     u32 turn = 0;
 #endif
-    stage_inputs(x, its.in_features, weight, columns, units_per_slab, operands, starts, factors);
+    stage_inputs(x, its.in_features, weight, columns, units_per_slab, operands, starts, factors, ask_late);
 #endif
 
 #if RANKS > 1

@@ -15,9 +15,10 @@ DEVICE Gains load_gains(const u16 *norm, int in_features, const Weight &weight) 
 
 // As `stage_inputs`, of x / sqrt(mean x^2 + eps), rounded, times the gains, rounded: as rms_norm.cu. The
 // inputs are in one slab. `sums` has room for a float per warp and column.
+template <class Late>
 DEVICE void stage_normed(const u16 *x, int in_features, const Weight &weight, int columns, int units,
                          unsigned char *operands, float *starts, float *factors, const Gains &gains,
-                         float eps, float *sums) {
+                         float eps, float *sums, const Late &ask_late) {
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
     quad v[NORM];
     float inverse[COLUMNS] = {};
@@ -28,6 +29,7 @@ DEVICE void stage_normed(const u16 *x, int in_features, const Weight &weight, in
         if (unit < weight.count && column < columns)
             v[i] = load_inputs(x + (u64)column * in_features, unit * UNIT + lane * 8, in_features);
     }
+    if (LATE) ask_late();
 #pragma unroll
     for (int i = 0; i < NORM; ++i) {
         u32 pairs[4] = {v[i].x, v[i].y, v[i].z, v[i].w};

@@ -42,12 +42,13 @@ DEVICE int warp_of(int work, int size) {
     return warp;
 }
 
-// A warp asks for its work [begin, end) STAGES - 1 ahead. `next` is the place of what it asks for next: `request` asks for that,
+// A warp asks for its work [begin, end) STAGES - 1 ahead, at first for numbers `from` .. `to` - 1 of it. `next` is the place of what it asks for next: `request` asks for that,
 // `advance` goes on. `stream` is what they take besides. Where `free` is, is reckoned where it is used: sooner, the machine code
 // of some kernels is another.
 template <class Place, class... Stream>
-DEVICE void request_first(unsigned char *ring, Place &next, int begin, int end, int lane, const Stream &...stream) {
-    for (int i = 0; i < STAGES - 1; ++i) {
+DEVICE void request_first(unsigned char *ring, Place &next, int from, int to, int begin, int end, int lane,
+                          const Stream &...stream) {
+    for (int i = from; i < to; ++i) {
         if (begin + i < end) {
             request(ring + i * STAGE_BYTES, next, lane, stream...);
             advance(next, begin + i + 1, lane, stream...);
