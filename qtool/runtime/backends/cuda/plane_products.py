@@ -8,10 +8,12 @@ from torch import Tensor
 
 from qtool.errors import BackendError
 from qtool.runtime.backends.cuda import planes, streamed
+from qtool.runtime.backends.cuda.grids import LaunchPlan
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
+from qtool.runtime.backends.cuda.selection import FEW_INPUTS
 from qtool.runtime.backends.cuda.splits import add_splits
-from qtool.runtime.backends.cuda.tiles import TILE_ROWS
+from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT
 from qtool.runtime.decode.ops import Norm
 
 
@@ -60,6 +62,7 @@ def call_for(
         "ALIGNED": int(in_features % 8 == 0),
         "NORM": 0 if eps is None else normed_units(*shape, card=card),
         "LOADS": min(product.most_loads, loads),
+        **early_units(product, layout, chosen),
         "EPILOGUE": planes.EPILOGUES[around.epilogue] if chosen.slabs == 1 else 0,
     }
     return KernelCall(
@@ -73,6 +76,20 @@ def call_for(
         zeros=chosen.exchange_words,
         dependent=around.dependent,
     )
+
+
+def early_units(product: planes.Product, layout: planes.Layout, plan: LaunchPlan) -> dict[str, int]:
+    """Return the constant that says how many units a warp asks for before there are inputs.
+
+    What is asked for then is in front of the inputs in memory's queue. As timed: codes of equal
+    steps lose less by one unit than by none or more, and so do planes where inputs are few.
+    """
+    if product.name != planes.AS_BYTES or product.columns > planes.MOST_IN_PAIRS:
+        return {}  # all that it has stages for
+    if plan.per_multiprocessor > 1:
+        return {}
+    few = plan.units_per_slab * UNIT <= FEW_INPUTS or layout.offset == planes.CENTERED
+    return {"EARLY": min(int(few), plan.stages - 1)}
 
 
 def no_room(card: Card, weight: str) -> BackendError:

@@ -31,11 +31,15 @@ MOST_LOADS, MOST_LOADS_LOOKED_UP = 4, 8
 """Units of inputs that a warp holds in registers; the same where weights are looked up."""
 LOW_PLANES = 4
 """Planes of the first table of kernels/bit_plane_lookup.cuh; the rest has one of its own."""
+AS_BYTES = "bit_plane_imma"
 MAX_UNITS = 2**21
 """Of a slab: the kernel divides their numbers in float32."""
 MOST_AS_LIMBS, MOST_PLANES_OF_MORE = 4, 4
 """Tokens up to which x is multiplied as bytes, four per input, as timed: bit_plane_imma.cuh takes
 8. More than two tokens of more planes don't fit into registers."""
+CODES_AHEAD = 2
+"""Stages more for codes as bytes of up to two tokens: memory is what they wait for, where planes
+wait for instructions."""
 CENTERED, STEP_BYTES = 2, 8
 """`Layout.offset` of equal steps, and what one of them and its zero point take where
 bit_plane_wgmma.cu keeps them in place of tables."""
@@ -164,7 +168,7 @@ def by_codes(batch: int) -> Product:
 
 def as_bytes(batch: int) -> Product:
     """Return the kernel that multiplies planes, or codes of four, as bytes."""
-    return Product("bit_plane_imma", 1 << (batch - 1).bit_length(), 128)
+    return Product(AS_BYTES, 1 << (batch - 1).bit_length(), 128)
 
 
 def _columns(batch: int) -> int:
@@ -261,6 +265,9 @@ def tuned_plan(
 
 def ways_of(asked: Tuning, layout: Layout, product: Product) -> list[Tuning]:
     """Return how weights that are multiplied at once are launched, the best first; else `asked`."""
+    if product.name == AS_BYTES and layout.offset == CENTERED and product.columns <= MOST_IN_PAIRS:
+        more = 0 if asked.per_multiprocessor > 1 else CODES_AHEAD
+        return [replace(asked, stages=asked.stages + more)]
     if not product.looks_up:
         fewer = replace(asked, warps=ENOUGH_WARPS)
         first = [] if product.columns > BLOCK else [asked]  # sixteen warps lack registers for more
