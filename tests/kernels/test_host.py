@@ -109,7 +109,7 @@ def test_packing_loses_nothing(case):
 
 
 def multiply(
-    case, packed, x, y, partial, product, *, ctas, slabs, warps, stages, whole=0, norm=None
+    case, packed, x, y, partial, product, *, ctas, slabs, warps, stages, whole=0, norm=None, **more
 ):
     """Launch one grid, whatever would be chosen."""
     columns, layout = product.columns, case.layout()
@@ -124,6 +124,7 @@ def multiply(
         ALIGNED=aligned,
         WHOLE=whole,
         NORM=0 if norm is None else -(-units * columns // warps),
+        **more,
     )
     x_bytes = per_slab * columns * (8 * (product.x_bytes + 4) + 4)
     parts = (row_tiles + 2 * warps) * 16 * columns * 4 + row_tiles * 4
@@ -186,6 +187,22 @@ def test_a_norm_is_that_of_its_own_kernel(product, columns, dtype, warps):
     alone = case.output()
     multiply(case, packed, rms_norm(x, norm, EPS), alone, None, by, **sizes)
     assert float((y.double() - alone.double()).norm() / alone.double().norm()) < AFTER_CAST[dtype]
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("early", "stages"), [(0, 2), (1, 3), (1, 4), (0, 4)])
+@pytest.mark.parametrize(("ctas", "warps", "whole"), [(2, 2, 1), (3, 7, 0)])  # units for 3 warps
+def test_when_weights_are_asked_for_changes_no_bit(ctas, warps, whole, early, stages, normed):
+    case = Case(2, (57, 700), 64, batch=2)
+    x, packed = case.inputs(), tiles.pack(case.weight())
+    norm = torch.linspace(0.5, 1.5, 700).half() if normed else None
+    sizes = {"ctas": ctas, "slabs": 1, "warps": warps, "stages": stages, "whole": whole}
+    first, late = case.output(), case.output()
+    multiply(case, packed, x, first, None, BYTES, **sizes, norm=norm)
+    multiply(case, packed, x, late, None, BYTES, **sizes, norm=norm, EARLY=early)
+    assert torch.equal(first, late)
+    if not normed:
+        assert error(late, case, case.weight()) < AFTER_CAST[case.dtype]
 
 
 @pytest.mark.parametrize("product", PRODUCTS)

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.errors import BackendError
-from qtool.runtime.backends.cuda import fusing, grids, linear_kernels, planes, selection
+from qtool.runtime.backends.cuda import (
+    fusing,
+    grids,
+    linear_kernels,
+    plane_products,
+    planes,
+    selection,
+)
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
@@ -135,6 +142,29 @@ def test_the_selection_asks_for_what_was_measured():
     assert {tuning(*size, batch) for size in whole for batch in (1, 2, 8)} == {(alone, True)}
     assert tuning(1728, 16) == (pairs, False), "14 tiles for 124 CTAs leave 8 of 132 without work"
     assert tuning(1728, 16, batch=8) == tuning(3584, 32) == (alone, False)
+
+
+@pytest.mark.parametrize(
+    ("num_bits", "offset", "inputs", "stages", "early"),
+    [
+        *(
+            (4, 2, 4096, 4, 1),
+            (3, 2, 14336, 4, 1),
+            (8, 2, 4096, 2, 1),
+        ),  # eight: no room for a third
+        *((4, 1, 4096, 2, 1), (4, 1, 14336, 2, 0), (3, 1, 14336, 2, 1)),
+    ],
+)
+def test_weights_are_asked_for_behind_the_inputs_as_timed(num_bits, offset, inputs, stages, early):
+    layout, card = (
+        planes.Layout(num_bits, 128, offset),
+        Card(132, 227 * 1024, "NVIDIA H200", warpgroups=True),
+    )
+    sizes = (4096, inputs, 1, 256, inputs // 256, inputs // 128, 4096)
+    call = dict(plane_products.call_for(sizes, layout, torch.float16, card).constants)
+    assert (call["STAGES"], call["EARLY"]) == (stages, early)
+    eight = plane_products.call_for((*sizes[:2], 8, *sizes[3:]), layout, torch.float16, card)
+    assert "EARLY" not in dict(eight.constants)
 
 
 @given(row_tiles=st.integers(1, 3000), count=st.integers(1, 120), most=st.integers(1, 264))

@@ -18,6 +18,7 @@ WEIGHT = {"GROUP": 128, "OFFSET": 1}
 AFFINE = {"GROUP": 128, "OFFSET": 2}
 GRID = {"WARPS": 16, "STAGES": 3, "BLOCKS": 1, "EPILOGUE": 0, "ALIGNED": 1, **PLAIN_LAUNCH}
 NORMED = {"WHOLE": 1, "LOADS": 1, "EPILOGUE": 2}
+LATE = {**GRID, "STAGES": 4, "WHOLE": 1, "EARLY": 1}
 PAIR = {**GRID, "WARPS": 8, "STAGES": 4, "BLOCKS": 2}
 ALONE = {**PAIR, "BLOCKS": 1}
 PANELS = {**GRID, "OFFSET": 1, "TILES": 8, "SETS": 1, "WHOLE": 1, "CHUNK": 8, "NORM": 0}
@@ -58,6 +59,11 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
     *(
         ("bit_plane_imma", {**WEIGHT, **GRID, **NORMED, "PLANES": 4, "COLUMNS": n, "NORM": n}, 128)
         for n in (1, 2)
+    ),
+    *(
+        ("bit_plane_imma", {**kind, **LATE, **more, "PLANES": 4, "COLUMNS": n}, 128)
+        for kind in (WEIGHT, AFFINE)
+        for n, more in ((1, {"LOADS": 4}), (2, {**NORMED, "NORM": 2}))
     ),
     ("bit_plane_mma", {**WEIGHT, **GRID, **NORMED, "PLANES": 4, "COLUMNS": 1, "NORM": 4}, 128),
     ("bit_plane_imma_experts", {**WEIGHT, **PAIR, "PLANES": 4, "COLUMNS": 1}, 128),

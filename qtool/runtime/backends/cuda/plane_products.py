@@ -81,15 +81,14 @@ def call_for(
 def early_units(product: planes.Product, layout: planes.Layout, plan: LaunchPlan) -> dict[str, int]:
     """Return the constant that says how many units a warp asks for before there are inputs.
 
-    What is asked for then is in front of the inputs in memory's queue. As timed: codes of equal
-    steps lose less by one unit than by none or more, and so do planes where inputs are few.
+    Those are in front of the inputs in memory's queue; what else it has stages for is asked for
+    behind them. As timed: one is the best for codes of equal steps, none for four planes and more
+    of many inputs, and all of a ring of two stages for others.
     """
-    if product.name != planes.AS_BYTES or product.columns > planes.MOST_IN_PAIRS:
+    if product.name != planes.AS_BYTES or plan.per_multiprocessor > 1:
         return {}  # all that it has stages for
-    if plan.per_multiprocessor > 1:
-        return {}
-    few = plan.units_per_slab * UNIT <= FEW_INPUTS or layout.offset == planes.CENTERED
-    return {"EARLY": min(int(few), plan.stages - 1)}
+    many = plan.units_per_slab * UNIT > FEW_INPUTS and layout.planes >= planes.LOW_PLANES
+    return {"EARLY": 0 if many and layout.offset != planes.CENTERED else 1}
 
 
 def no_room(card: Card, weight: str) -> BackendError:

@@ -38,8 +38,7 @@ MOST_AS_LIMBS, MOST_PLANES_OF_MORE = 4, 4
 """Tokens up to which x is multiplied as bytes, four per input, as timed: bit_plane_imma.cuh takes
 8. More than two tokens of more planes don't fit into registers."""
 CODES_AHEAD = 2
-"""Stages more for codes as bytes of up to two tokens: memory is what they wait for, where planes
-wait for instructions."""
+"""Stages more for codes as bytes: they wait for memory, where planes wait for instructions."""
 CENTERED, STEP_BYTES = 2, 8
 """`Layout.offset` of equal steps, and what one of them and its zero point take where
 bit_plane_wgmma.cu keeps them in place of tables."""
@@ -265,7 +264,7 @@ def tuned_plan(
 
 def ways_of(asked: Tuning, layout: Layout, product: Product) -> list[Tuning]:
     """Return how weights that are multiplied at once are launched, the best first; else `asked`."""
-    if product.name == AS_BYTES and layout.offset == CENTERED and product.columns <= MOST_IN_PAIRS:
+    if product.name == AS_BYTES and layout.offset == CENTERED:
         more = 0 if asked.per_multiprocessor > 1 else CODES_AHEAD
         return [replace(asked, stages=asked.stages + more)]
     if not product.looks_up:
