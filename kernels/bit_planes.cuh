@@ -94,6 +94,15 @@ DEVICE void request(unsigned char *stage, const Place &place, int lane, const Sh
             fetch(stage + SCALES_AT + (piece + lane) * 16, source + piece + lane);
 }
 
+// A lane's eight inputs of the unit that begins at k, see `stage_unit`: those of a block beside one another, unless a product
+// wants others.
+#ifndef LOAD_OF_UNIT
+#define LOAD_OF_UNIT load_in_order
+#endif
+DEVICE quad load_in_order(const u16 *row, int k, int lane, int in_features) {
+    return load_inputs(row, k + lane * 8, in_features);
+}
+
 // Stage one unit of one column, of which each lane has eight inputs: operands, the sums over segments
 // and the factor that undoes the scaling.
 DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &weight, int lane,
@@ -112,8 +121,8 @@ DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, in
             int unit = (work + i * WARPS) / COLUMNS, column = (work + i * WARPS) % COLUMNS;
             v[i] = quad{0, 0, 0, 0};
             if (unit < weight.count && column < columns)
-                v[i] = load_inputs(x + (u64)column * in_features,
-                                   (weight.first + unit) * UNIT + lane * 8, in_features);
+                v[i] = LOAD_OF_UNIT(x + (u64)column * in_features, (weight.first + unit) * UNIT, lane,
+                                    in_features);
         }
         if (LATE && work == warp) ask_late();
 #pragma unroll

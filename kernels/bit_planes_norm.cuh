@@ -9,7 +9,7 @@ DEVICE Gains load_gains(const u16 *norm, int in_features, const Weight &weight) 
     Gains gains;
 #pragma unroll
     for (int i = 0; i < NORM; ++i)
-        gains.of[i] = load_inputs(norm, (warp + i * WARPS) / COLUMNS * UNIT + lane * 8, in_features);
+        gains.of[i] = LOAD_OF_UNIT(norm, (warp + i * WARPS) / COLUMNS * UNIT, lane, in_features);
     return gains;
 }
 
@@ -27,7 +27,7 @@ DEVICE void stage_normed(const u16 *x, int in_features, const Weight &weight, in
         int unit = (warp + i * WARPS) / COLUMNS, column = (warp + i * WARPS) % COLUMNS;
         v[i] = quad{0, 0, 0, 0};
         if (unit < weight.count && column < columns)
-            v[i] = load_inputs(x + (u64)column * in_features, unit * UNIT + lane * 8, in_features);
+            v[i] = LOAD_OF_UNIT(x + (u64)column * in_features, unit * UNIT, lane, in_features);
     }
     if (LATE) ask_late();
 #pragma unroll

@@ -159,6 +159,14 @@ DEVICE void mma_bytes(int *d, const int *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 
           "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
+// Of bits, 16x8x128: D = how many ones of a row and a column are in the same places + C. Compute capability 8.0 to 9.0;
+// on later ones the compiler makes it of others.
+DEVICE void mma_bits(int *d, const int *c, u32 a0, u32 a1, u32 b) {
+    asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a0), "r"(a1), "r"(b), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
 // Four of the eight bytes of a (0..3) and b (4..7), which nibbles of `pick` name, lowest first.
 // Not to become a part of a fused multiply-add.
 DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }

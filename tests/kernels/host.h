@@ -229,6 +229,21 @@ DEVICE void mma_bytes(int *d, const int *c, unsigned a0, unsigned a1, unsigned a
     host::meet_warp();
 }
 
+// The fragments of the PTX manual: A row-major 16x128, B column-major 128x8 bits; lane t of four has 32 bits of each.
+DEVICE void mma_bits(int *d, const int *c, unsigned a0, unsigned a1, unsigned b) {
+    int results[4], lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    unsigned mine[3] = {a0, a1, b};
+    memcpy(host::box(lane), mine, sizeof mine);
+    host::meet_warp();
+    for (int i = 0; i < 4; ++i) {
+        results[i] = c[i];
+        for (int part = 0; part < 4; ++part)
+            results[i] += __builtin_popcount(host::box(g * 4 + part)[i / 2] & host::box((2 * t + i % 2) * 4 + part)[2]);
+    }
+    memcpy(d, results, sizeof results);
+    host::meet_warp();
+}
+
 // The fragments of the PTX manual: A row-major 16x16, B column-major 16x8, C and D 16x8.
 template <float (*NUMBER)(unsigned short)>
 DEVICE void multiply_fragments(float *d, const float *c, unsigned a0, unsigned a1, unsigned a2,

@@ -1,0 +1,178 @@
+// y = x W^T for a binary-coded W with groups of a multiple of 128 along in_features, of one token, by the binary
+// tensor cores: mma.m16n8k128 on bits counts where a bit of a plane and a bit of x are both one, so planes are the A
+// operand as they are. x becomes an integer of 23 bits plus 2^22, whose bits are columns of B, and a column of ones
+// takes the 2^22 off again: all counts are exact. A lane has six columns, weights 1 to 32 times 64^t: what it counts of
+// a group times a scale is exact too. Compute capability 8.0 to 9.0: later cards have no such product.
+//
+// What turns {0, 1} into {-1, +1} is half of the sum of x, beside the offset's.
+// Eight inputs of a unit that begins at k: of word lane / 8, four of each half. Lane 4 s + t of eight has
+// 8 t + 4 s .. 8 t + 4 s + 3 in either.
+DEVICE quad load_split(const u16 *row, int k, int lane, int in_features) {
+    k += lane / 8 * 64 + lane % 4 * 8 + (lane & 4);
+    u32 pairs[4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half, k += 32) {
+#if ALIGNED
+        u64 four = k < in_features ? *(const u64 *)(row + k) : 0;
+        pairs[2 * half] = (u32)four, pairs[2 * half + 1] = (u32)(four >> 32);
+#else
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            u32 low = k + 2 * i < in_features ? row[k + 2 * i] : 0;
+            u32 high = k + 2 * i + 1 < in_features ? row[k + 2 * i + 1] : 0;
+            pairs[2 * half + i] = low | high << 16;
+        }
+#endif
+    }
+    return quad{pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
+#define LOAD_OF_UNIT load_split
+#include "bit_planes.cuh"
+
+#define ACCUMULATORS 2 // rows g and g + 8
+#define BY_TOKENS 0
+#define ROW_POWER 14 // 28 with COUNT_POWER and the half, less 14 in a unit's factor, which would overflow
+#define UPPER_POWER ROW_POWER
+#define X_BYTES 128
+#define UNIT_BYTES 1024 // [half of a unit][lane][16 bytes]: words of columns n + 8 i, i of 0 .. 2, for lane 4 n + t
+#define BIT_TILES 3
+#define MAGIC 0x4ac00000u // 1.5 * 2^22 as a float: halves of integers added to it are read off its lower 24 bits
+// A count, read as the bits of a float, is that many times 2^-149: no conversion, and products of it are exact.
+#define COUNT_POWER 122 // what brings it to 2^-27
+#define ONE_GROUP (GROUP % UNIT == 0) // of a unit
+
+// Where registers n and n + STEP of eight differ, their bits under MASK and the ones SHIFT higher change places.
+template <int STEP, int SHIFT> DEVICE void exchange_bits(u32 (&rows)[8], u32 mask) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        if (n & STEP) continue;
+        u32 low = rows[n], high = rows[n + STEP];
+        rows[n] = either(mask, low, high << SHIFT);
+        rows[n + STEP] = either(mask, low >> SHIFT, high);
+    }
+}
+
+// The B operands of a unit, the sum of x over each half of it or over all, and the factor that undoes the scaling.
+//
+// A bit of an operand's word stands where those of its inputs do in a plane's words: 16 h + 8 half + 2 i + word % 2, i of
+// four pairs. A lane's numbers are split into bytes; four lanes give one another, through the unit's own
+// place, what makes one of them owner of byte `limb` of 32 inputs.
+DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, int lane, unsigned char *operands,
+                       float *starts, float *factors) {
+    int exponent = exponent_of(v), t = lane % 4, limb = lane / 4 % 4, odd = limb & 1;
+    float factor = power_of_two(20 - exponent); // halves of magnitudes below 2^22
+    u32 pairs[4] = {v.x, v.y, v.z, v.w}, u[2][4], sum = 0, bytes[3][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            u32 pair = pairs[2 * half + i];
+            u[i][half] = bits_of_float(load_activation((u16)(pair & 0xffffu)) * factor + 6291456.0f);
+            u[i][2 + half] = bits_of_float(load_activation((u16)(pair >> 16)) * factor + 6291456.0f);
+            sum += u[i][half] + u[i][2 + half];
+        }
+        u32 low = permute_bytes(u[i][0], u[i][1], 0x5140u), high = permute_bytes(u[i][2], u[i][3], 0x5140u);
+        bytes[0][i] = permute_bytes(low, high, 0x5410u), bytes[1][i] = permute_bytes(low, high, 0x7632u);
+        low = permute_bytes(u[i][0], u[i][1], 0x7362u), high = permute_bytes(u[i][2], u[i][3], 0x7362u);
+        bytes[2][i] = permute_bytes(low, high, 0x5410u);
+    }
+    unsigned char *place = operands + unit * UNIT_BYTES, *four = place + (lane / 16 * 4 + t) * 96;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) // the odd one's are the other way round: they are read from other banks at a time
+        *(u64 *)(four + i * 32 + (i == 1 ? limb ^ 2 : limb) * 8) = (u64)bytes[i][1] << 32 | bytes[i][0];
+    sum -= 8u * MAGIC;
+    float total = (float)(int)(ONE_GROUP ? warp_sum(sum) : half_warp_sum(sum, lane));
+    if (limb == 0) starts[unit * BLOCKS_PER_UNIT + t * 2 + lane / 16] = t == 0 ? total * -power_of_two(-28) : 0.0f;
+    if (lane == 0) factors[unit] = exponent < 128 ? power_of_two(exponent - 7) : float_of_bits(0x7fc00000u);
+    sync_warp();
+    quad of_even = *(const quad *)(four + limb * 32 + odd * 16), of_odd = *(const quad *)(four + limb * 32 + (odd ^ 1) * 16);
+    // [word % 2][upper bit of a pair's number][lower bit] become [lowest bit][highest bit][the one between] of the byte.
+    u32 rows[8] = {of_even.x, of_even.y, of_even.z, of_even.w, of_odd.x, of_odd.y, of_odd.z, of_odd.w};
+    exchange_bits<2, 4>(rows, 0x0f0f0f0fu);
+    exchange_bits<1, 2>(rows, 0x33333333u);
+    exchange_bits<4, 1>(rows, 0x55555555u);
+    sync_warp(); // all have read what is overwritten
+    if (limb == 3) return;
+    // Bits 6 a + 2 i and one more are columns 2 a and 2 a + 1 of tile i. In the upper half of a unit, the latter is first: to
+    // other banks.
+    u32 *words = (u32 *)place + lane / 16 * 128 + t * 4 + limb * 33;
+    int first = lane / 16 * 16, wraps[4] = {0, limb == 2 ? 30 : 1, limb ? 31 : 2, 32};
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+        words[wraps[pair] + first] = rows[pair], words[wraps[pair] + (16 - first)] = rows[4 + pair];
+    }
+}
+
+// sums += scale * (counts by their weights - half of the sum of x) for each plane; offset * the latter.
+DEVICE void flush(float *sums, const int (*c)[BIT_TILES][4], float start, float last, const u32 *scales) {
+#pragma unroll
+    for (int number = 0; number < PARAMETERS; ++number) {
+        u32 pair = scales[number];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float value = -start;
+            if (number < PLANES) {
+                const int (*counts)[4] = c[number];
+                value = start;
+#pragma unroll
+                for (int i = 0; i < BIT_TILES; ++i) {
+                    value += float_of_bits((u32)counts[i][2 * r]) * power_of_two(COUNT_POWER + 2 * i);
+                    value += float_of_bits((u32)counts[i][2 * r + 1]) * (i == 2 ? last : power_of_two(COUNT_POWER + 2 * i + 1));
+                }
+            }
+            sums[r] += half_to_float((u16)(r ? pair >> 16 : pair & 0xffffu)) * value;
+        }
+    }
+}
+
+// acc += one unit's product.
+DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned char *operands,
+                          const float *starts, const float *factors, int, int unit,
+                          const Weight &weight, int lane) {
+    int t = lane % 4, first = (weight.first + unit) * UNIT;
+    u32 words[PLANES][4];
+    load_stored(words, stage, lane);
+    const u32 *scales = (const u32 *)(stage + PLANES * PLANE_BYTES) + lane / 4 * PARAMETERS;
+    const float last = t == 3 ? -power_of_two(COUNT_POWER + 4) : power_of_two(COUNT_POWER + 5); // of columns: ones
+    const int zeros[4] = {0, 0, 0, 0};
+    int c[PLANES][BIT_TILES][4];
+    float sums[ACCUMULATORS] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        quad b = *(const quad *)(operands + unit * UNIT_BYTES + half * 512 + (lane ^ half * 4) * 16);
+        const u32 columns[BIT_TILES] = {b.x, b.y, b.z};
+#pragma unroll
+        for (int plane = 0; plane < PLANES; ++plane) {
+            u32 even = words[plane][2 * half], odd = words[plane][2 * half + 1]; // rows g, g + 8, g, ..
+            u32 a0 = either(0x55555555u, even, odd << 1), a1 = either(0x55555555u, even >> 1, odd);
+#pragma unroll
+            for (int i = 0; i < BIT_TILES; ++i) {
+                int *d = c[plane][i];
+                mma_bits(d, half && ONE_GROUP ? d : zeros, a0, a1, columns[i]);
+            }
+        }
+        if (ONE_GROUP && half == 0) continue;
+        int group = REGULAR ? half * 128 / GROUP : (first + half * 128) / GROUP - first / GROUP;
+        float start = starts[unit * BLOCKS_PER_UNIT + t * 2 + (ONE_GROUP ? 0 : half)];
+        flush(sums, c, start, last, scales + group * 8 * PARAMETERS);
+    }
+    acc[0] += sums[0] * factors[unit], acc[1] += sums[1] * factors[unit];
+}
+
+// What a warp has of a tile, its lanes' columns put together: PLACE_OF, as floats or marked floats.
+DEVICE void put_part(const float *acc, float *shared, u64 *exchange, int lane) {
+    int t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < ACCUMULATORS; ++i) {
+        float value = acc[i] * power_of_two(6 * t);
+        value += shuffle_xor(value, 1);
+        value += shuffle_xor(value, 2);
+        int index = PLACE_OF(lane / 4 + i * 8, 0);
+        if (t != i) continue;
+        if (exchange) store_marked(exchange + index, value, 1);
+        else shared[index] = value;
+    }
+}
+
+#include "bit_planes_multiply.cuh"
