@@ -104,8 +104,17 @@ DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, int lane, uns
     }
 }
 
+// What a lane's columns count of a group's numbers, where half of the weight's bits are ones, and what its numbers are on
+// average: 31.5 of 63, -0.5 of the highest. Sums are kept about that, so that less of them cancels where lanes meet; the lowest
+// column's lane makes up for what it comes to.
+DEVICE float average_of(int t) {
+    const float half = power_of_two(COUNT_POWER - 149) * (ONE_GROUP ? 128.0f : 64.0f);
+    return half * (t == 0 ? 32.0f : t < 3 ? 31.5f : -0.5f);
+}
+
 // sums += scale * (counts by their weights - half of the sum of x) for each plane; offset * the latter.
-DEVICE void flush(float *sums, const int (*c)[BIT_TILES][4], float start, float last, const u32 *scales) {
+DEVICE void flush(float *sums, const int (*c)[BIT_TILES][4], float start, float average, float last, const u32 *scales) {
+    float centered = start - average;
 #pragma unroll
     for (int number = 0; number < PARAMETERS; ++number) {
         u32 pair = scales[number];
@@ -114,7 +123,7 @@ DEVICE void flush(float *sums, const int (*c)[BIT_TILES][4], float start, float 
             float value = -start;
             if (number < PLANES) {
                 const int (*counts)[4] = c[number];
-                value = start;
+                value = centered;
 #pragma unroll
                 for (int i = 0; i < BIT_TILES; ++i) {
                     value += float_of_bits((u32)counts[i][2 * r]) * power_of_two(COUNT_POWER + 2 * i);
@@ -135,6 +144,7 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
     load_stored(words, stage, lane);
     const u32 *scales = (const u32 *)(stage + PLANES * PLANE_BYTES) + lane / 4 * PARAMETERS;
     const float last = t == 3 ? -power_of_two(COUNT_POWER + 4) : power_of_two(COUNT_POWER + 5); // of columns: ones
+    const float average = average_of(t);
     const int zeros[4] = {0, 0, 0, 0};
     int c[PLANES][BIT_TILES][4];
     float sums[ACCUMULATORS] = {};
@@ -155,7 +165,7 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
         if (ONE_GROUP && half == 0) continue;
         int group = REGULAR ? half * 128 / GROUP : (first + half * 128) / GROUP - first / GROUP;
         float start = starts[unit * BLOCKS_PER_UNIT + t * 2 + (ONE_GROUP ? 0 : half)];
-        flush(sums, c, start, last, scales + group * 8 * PARAMETERS);
+        flush(sums, c, start, average, last, scales + group * 8 * PARAMETERS);
     }
     acc[0] += sums[0] * factors[unit], acc[1] += sums[1] * factors[unit];
 }
