@@ -34,8 +34,14 @@ DEVICE quad load_split(const u16 *row, int k, int lane, int in_features) {
 #define BY_TOKENS 0
 #define ROW_POWER 14 // 28 with COUNT_POWER and the half, less 14 in a unit's factor, which would overflow
 #define UPPER_POWER ROW_POWER
-#define X_BYTES 128
-#define UNIT_BYTES 1024 // [half of a unit][lane][16 bytes]: words of columns n + 8 i, i of 0 .. 2, for lane 4 n + t
+#define X_BYTES 136
+#define X_NUMBERS 0 // beside the operands
+// Of a unit of x: for either half of it [lane][16 bytes], words of columns n + 8 i, i of 0 .. 2, for lane 4 n + t. Between them
+// half of its sum, negative, for lanes t, both halves beside one another, and the factor that undoes the scaling.
+#define UNIT_BYTES (8 * X_BYTES)
+#define HALF_BYTES 576 // the same columns of both halves are in other banks
+#define SUMS_AT 512
+#define FACTOR_AT 544
 #define BIT_TILES 3
 #define MAGIC 0x4ac00000u // 1.5 * 2^22 as a float: halves of integers added to it are read off its lower 24 bits
 // A count, read as the bits of a float, is that many times 2^-149: no conversion, and products of it are exact.
@@ -59,8 +65,8 @@ template <int STEP, int SHIFT> DEVICE void exchange_bits(u32 (&rows)[8], u32 mas
 // four pairs. A lane's numbers are split into bytes; four lanes give one another, through the unit's own
 // place, what makes one of them owner of byte `limb` of 32 inputs.
 DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, int lane, unsigned char *operands,
-                       float *starts, float *factors) {
-    int exponent = exponent_of(v), t = lane % 4, limb = lane / 4 % 4, odd = limb & 1;
+                       float *, float *) {
+    int exponent = exponent_of(v), t = lane % 4, limb = lane / 4 % 4;
     float factor = power_of_two(20 - exponent); // halves of magnitudes below 2^22
     u32 pairs[4] = {v.x, v.y, v.z, v.w}, u[2][4], sum = 0, bytes[3][2];
 #pragma unroll
@@ -77,31 +83,30 @@ DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, int lane, uns
         low = permute_bytes(u[i][0], u[i][1], 0x7362u), high = permute_bytes(u[i][2], u[i][3], 0x7362u);
         bytes[2][i] = permute_bytes(low, high, 0x5410u);
     }
-    unsigned char *place = operands + unit * UNIT_BYTES, *four = place + (lane / 16 * 4 + t) * 96;
+    unsigned char *place = operands + unit * UNIT_BYTES;
+    unsigned char *given = place + lane / 16 * 128 + t * 32 + limb * 8, *taken = place + lane / 16 * 128 + t * 32 + limb * 272;
 #pragma unroll
-    for (int i = 0; i < 3; ++i) // the odd one's are the other way round: they are read from other banks at a time
-        *(u64 *)(four + i * 32 + (i == 1 ? limb ^ 2 : limb) * 8) = (u64)bytes[i][1] << 32 | bytes[i][0];
+    for (int i = 0; i < 3; ++i) *(u64 *)(given + i * 272) = (u64)bytes[i][1] << 32 | bytes[i][0];
     sum -= 8u * MAGIC;
     float total = (float)(int)(ONE_GROUP ? warp_sum(sum) : half_warp_sum(sum, lane));
-    if (limb == 0) starts[unit * BLOCKS_PER_UNIT + t * 2 + lane / 16] = t == 0 ? total * -power_of_two(-28) : 0.0f;
-    if (lane == 0) factors[unit] = exponent < 128 ? power_of_two(exponent - 7) : float_of_bits(0x7fc00000u);
     sync_warp();
-    quad of_even = *(const quad *)(four + limb * 32 + odd * 16), of_odd = *(const quad *)(four + limb * 32 + (odd ^ 1) * 16);
+    quad of_even = *(const quad *)taken, of_odd = *(const quad *)(taken + 16);
     // [word % 2][upper bit of a pair's number][lower bit] become [lowest bit][highest bit][the one between] of the byte.
     u32 rows[8] = {of_even.x, of_even.y, of_even.z, of_even.w, of_odd.x, of_odd.y, of_odd.z, of_odd.w};
     exchange_bits<2, 4>(rows, 0x0f0f0f0fu);
     exchange_bits<1, 2>(rows, 0x33333333u);
     exchange_bits<4, 1>(rows, 0x55555555u);
     sync_warp(); // all have read what is overwritten
-    if (limb == 3) return;
-    // Bits 6 a + 2 i and one more are columns 2 a and 2 a + 1 of tile i. In the upper half of a unit, the latter is first: to
-    // other banks.
-    u32 *words = (u32 *)place + lane / 16 * 128 + t * 4 + limb * 33;
-    int first = lane / 16 * 16, wraps[4] = {0, limb == 2 ? 30 : 1, limb ? 31 : 2, 32};
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-        words[wraps[pair] + first] = rows[pair], words[wraps[pair] + (16 - first)] = rows[4 + pair];
+    if (limb == 3) {
+        *(float *)(place + SUMS_AT + t * 8 + lane / 16 * 4) = t == 0 ? total * -power_of_two(-28) : 0.0f;
+        if (t == 0) *(float *)(place + FACTOR_AT) = exponent < 128 ? power_of_two(exponent - 7) : float_of_bits(0x7fc00000u);
+        return;
     }
+    // Bits 6 a + 2 i and one more are columns 2 a and 2 a + 1 of tile i.
+    unsigned char *columns = place + lane / 16 * HALF_BYTES + t * 16 + limb * 132;
+    u32 *wraps[4] = {(u32 *)columns, (u32 *)(columns + (limb == 2 ? 120 : 4)), (u32 *)(columns + (limb ? 124 : 8)), (u32 *)(columns + 128)};
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) wraps[pair][0] = rows[pair], wraps[pair][16] = rows[4 + pair];
 }
 
 // What a lane's columns count of a group's numbers, where half of the weight's bits are ones, and what its numbers are on
@@ -137,9 +142,10 @@ DEVICE void flush(float *sums, const int (*c)[BIT_TILES][4], float start, float 
 
 // acc += one unit's product.
 DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned char *operands,
-                          const float *starts, const float *factors, int, int unit,
+                          const float *, const float *, int, int unit,
                           const Weight &weight, int lane) {
     int t = lane % 4, first = (weight.first + unit) * UNIT;
+    const unsigned char *of_x = operands + unit * UNIT_BYTES;
     u32 words[PLANES][4];
     load_stored(words, stage, lane);
     const u32 *scales = (const u32 *)(stage + PLANES * PLANE_BYTES) + lane / 4 * PARAMETERS;
@@ -150,7 +156,7 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
     float sums[ACCUMULATORS] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        quad b = *(const quad *)(operands + unit * UNIT_BYTES + half * 512 + (lane ^ half * 4) * 16);
+        quad b = *(const quad *)(of_x + half * HALF_BYTES + lane * 16);
         const u32 columns[BIT_TILES] = {b.x, b.y, b.z};
 #pragma unroll
         for (int plane = 0; plane < PLANES; ++plane) {
@@ -164,10 +170,11 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
         }
         if (ONE_GROUP && half == 0) continue;
         int group = REGULAR ? half * 128 / GROUP : (first + half * 128) / GROUP - first / GROUP;
-        float start = starts[unit * BLOCKS_PER_UNIT + t * 2 + (ONE_GROUP ? 0 : half)];
+        float start = *(const float *)(of_x + SUMS_AT + t * 8 + (ONE_GROUP ? 0 : half) * 4);
         flush(sums, c, start, average, last, scales + group * 8 * PARAMETERS);
     }
-    acc[0] += sums[0] * factors[unit], acc[1] += sums[1] * factors[unit];
+    float factor = *(const float *)(of_x + FACTOR_AT);
+    acc[0] += sums[0] * factor, acc[1] += sums[1] * factor;
 }
 
 // What a warp has of a tile, its lanes' columns put together: PLACE_OF, as floats or marked floats.
