@@ -37,8 +37,8 @@ from tests.kernels.nvrtc import compile_for
 from tests.kernels.test_nvrtc import HOPPER, HOPPER_VARIANTS, MEASURED, OLDEST, VARIANTS
 
 CARDS = {
-    MEASURED: Card(132, 227 * 1024, "NVIDIA H200", warpgroups=True),
-    OLDEST: Card(108, 163 * 1024, "NVIDIA A100-SXM4-80GB"),
+    MEASURED: Card(132, 227 * 1024, "NVIDIA H200", warpgroups=True, counts_bits=True),
+    OLDEST: Card(108, 163 * 1024, "NVIDIA A100-SXM4-80GB", counts_bits=True),
 }
 SHAPES = (
     *((4096, 4096), (6144, 4096), (4096, 14336), (28672, 4096), (57344, 8192)),

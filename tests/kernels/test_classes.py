@@ -121,7 +121,7 @@ def test_what_has_no_room_beside_the_others_runs_before_them(batch):
     tensor, weight = prepare(((8, 17), (4, 16), (2, 40)), 512)
     card, launch, x = Card(3, 144 * 1024), Recorder(), normal(batch, 512).half()
     y = mixed.multiply_mixed(x, weight, launch, card)
-    alone = planes.product_for(batch, planes.Layout(8, 128, 1)).name
+    alone = planes.product_for(batch, planes.Layout(8, 128, 1), card).name
     assert launch.names == [alone, "bit_plane_classes"]
     expected = x.double() @ dequantized(tensor, torch.float64).T
     assert (y.double() - expected).norm() < 1e-3 * expected.norm()

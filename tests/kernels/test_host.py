@@ -126,7 +126,8 @@ def multiply(
         NORM=0 if norm is None else -(-units * columns // warps),
         **more,
     )
-    x_bytes = per_slab * columns * (8 * (product.x_bytes + 4) + 4)
+    beside = 0 if product.unscaled else 4
+    x_bytes = per_slab * columns * (8 * (product.x_bytes + beside) + beside)
     parts = (row_tiles + 2 * warps) * 16 * columns * 4 + row_tiles * 4
     exchange = torch.zeros(blocks * slabs * ctas * warps * 16 * columns, dtype=torch.int64)
     host_kernels(product.name, constants)[product.name](
@@ -144,21 +145,26 @@ def multiply(
 GRIDS = [(1, 2, 2), (3, 4, 3), (5, 7, 2)]  # CTAs, warps, stages
 FLOATS = planes.Product("bit_plane_mma", 8, 64)
 BYTES = planes.Product("bit_plane_imma", 2, 128)
-PRODUCTS = {"floats": FLOATS, "bytes": BYTES}
+BITS = planes.Product("bit_plane_bmma", 1, 136, unscaled=True)
+PRODUCTS = {"floats": FLOATS, "bytes": BYTES, "bits": BITS}
+LEAST_GROUPS = {FLOATS.name: 32, BYTES.name: 64, BITS.name: 128}
+"""Inputs of one instruction or more: groups are multiples of them."""
 
 
 # What is chosen for a case on every grid; every product on one grid per case, and on all of them.
 LAUNCHES = [
     *itertools.product(["chosen"], GRIDS, CASES),
     *((product, GRIDS[n % 3], case) for product in PRODUCTS for n, case in enumerate(CASES)),
+    ("bits", GRIDS[1], Case(1, (33, 901), 384, batch=2)),
+    ("bits", GRIDS[2], Case(3, (20, 1280), 640, dtype=torch.bfloat16, outliers=300)),
 ]
 
 
 @pytest.mark.parametrize(("product", "grid", "case"), LAUNCHES, ids=str)
 def test_bit_planes_agree_before_and_after_the_cast(case, grid, product):
     chosen = PRODUCTS.get(product) or planes.each_plane(case.batch, case.layout())
-    if chosen.name != FLOATS.name and case.layout().group % 64 != 0:
-        pytest.skip("words of 64 inputs hold more than one group")
+    if case.layout().group % LEAST_GROUPS[chosen.name] != 0:
+        pytest.skip("what is multiplied at once would be of more than one group")
     tensor = case.weight()
     packed, x, y = tiles.pack(tensor), case.inputs(), case.output()
     row_tiles, units = packed.planes.shape[:2]
@@ -175,10 +181,11 @@ def test_bit_planes_agree_before_and_after_the_cast(case, grid, product):
 
 
 @pytest.mark.parametrize("dtype", AFTER_CAST)
-@pytest.mark.parametrize(("product", "columns"), [("bytes", 1), ("bytes", 2), ("floats", 1)])
+@pytest.mark.parametrize(("product", "columns"), [("bytes", 1), ("bytes", 2), ("floats", 1), ("bits", 1)])
 @pytest.mark.parametrize("warps", [2, 3])
 def test_a_norm_is_that_of_its_own_kernel(product, columns, dtype, warps):
-    case = Case(2, (24, 700), 64, batch=columns, dtype=dtype)
+    group = max(64, LEAST_GROUPS[PRODUCTS[product].name])
+    case = Case(2, (24, 700), group, batch=columns, dtype=dtype)
     x, packed, y = 3 * case.inputs(), tiles.pack(case.weight()), case.output()
     norm = (torch.rand(700, generator=torch.Generator().manual_seed(3)) + 0.5).to(dtype)
     by = replace(PRODUCTS[product], columns=columns)
@@ -209,7 +216,7 @@ def test_when_weights_are_asked_for_changes_no_bit(ctas, warps, whole, early, st
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize(("batch", "slabs"), [(1, 1), (2, 1), (1, 2)])
 def test_shares_of_whole_tiles_agree(grid, product, batch, slabs):
-    case = Case(3, (57, 700), 64, batch=batch)
+    case = Case(3, (57, 700), max(64, LEAST_GROUPS[PRODUCTS[product].name]), batch=batch)
     tensor, y = case.weight(), case.output()
     packed, (ctas, warps, stages) = tiles.pack(tensor), grid
     ctas, x = min(ctas, len(packed.planes)), case.inputs()
@@ -290,6 +297,8 @@ def test_infinite_and_missing_numbers_reach_the_output(product):
 @pytest.mark.parametrize("group", [64, 128, 192, 256, 512])
 @pytest.mark.parametrize("dtype", AFTER_CAST)
 def test_inputs_that_are_all_as_large_as_can_be_do_not_overflow(product, group, dtype):
+    if group % LEAST_GROUPS[product.name]:
+        pytest.skip("what is multiplied at once would be of more than one group")
     case = Case(2, (16, 1024), group, batch=2, dtype=dtype)
     tensor, x, y = case.weight(), case.inputs(), case.output()
     # The largest below a power of two: nothing is closer to the end of what an integer can hold.

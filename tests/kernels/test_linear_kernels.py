@@ -58,7 +58,7 @@ def test_few_tokens_go_through_the_planes_in_one_launch(batch, card):
         "binary_coding", WeightScheme(num_bits=2, group_size=128), Shape2D(80, 1280), 1
     )
     launch = check(tensor, normal(batch, 1280).half(), card)
-    assert launch.names == [planes.product_for(batch, planes.Layout(2, 128, 1)).name]
+    assert launch.names == [planes.product_for(batch, planes.Layout(2, 128, 1), card).name]
     assert launch.calls[0].shared_bytes <= card.shared_bytes
 
 
@@ -81,7 +81,7 @@ def test_few_tokens_go_through_the_planes_in_one_launch(batch, card):
 def test_few_tokens_are_multiplied_as_bytes_more_by_looking_up(
     batch, num_bits, group, name, columns
 ):
-    found = planes.product_for(batch, planes.Layout(num_bits, group, 1))
+    found = planes.product_for(batch, planes.Layout(num_bits, group, 1), WIDE)
     assert (found.name, found.columns) == (name, columns)
 
 
@@ -98,7 +98,7 @@ def test_few_tokens_are_multiplied_as_bytes_more_by_looking_up(
     ],
 )
 def test_equal_steps_are_multiplied_as_codes(batch, num_bits, group, name, columns):
-    found = planes.product_for(batch, planes.Layout(num_bits, group, planes.CENTERED))
+    found = planes.product_for(batch, planes.Layout(num_bits, group, planes.CENTERED), WIDE)
     assert (found.name, found.columns) == (name, columns)
 
 
@@ -107,7 +107,7 @@ def test_inputs_that_do_not_fit_into_shared_memory_are_cut_into_slabs():
         "binary_coding", WeightScheme(num_bits=1, group_size=256), Shape2D(64, 9216), 1
     )
     launch = check(tensor, normal(8, 9216).bfloat16(), SMALL)
-    assert launch.names == [planes.product_for(8, planes.Layout(1, 256, 1)).name, "add_splits"]
+    assert launch.names == [planes.product_for(8, planes.Layout(1, 256, 1), SMALL).name, "add_splits"]
     assert launch.calls[0].grid[1] > 1
     assert launch.calls[0].shared_bytes <= SMALL.shared_bytes
 
@@ -238,7 +238,7 @@ def test_every_kernel_can_be_asked_for(kernel, batch):
     assert torch.allclose(
         got.double(), x.double() @ dequantized(tensor, torch.float64).T, 1e-2, 0.1
     )
-    name = planes.product_for(batch, planes.Layout(3, 64, 1)).name
+    name = planes.product_for(batch, planes.Layout(3, 64, 1), SMALL).name
     assert launch.names == [name if kernel == "planes" else kernel]
 
 

@@ -26,7 +26,7 @@ WEIGHTS = {
 
 @pytest.fixture
 def looked_up(monkeypatch):
-    monkeypatch.setattr(planes, "product_for", lambda batch, _: planes.looked_up(batch))
+    monkeypatch.setattr(planes, "product_for", lambda batch, *_: planes.looked_up(batch))
     cached = planes.plan_launch, planes.tuned_plan, plane_products.call_for
     for function in cached:
         function.cache_clear()

@@ -53,7 +53,8 @@ def check(tensor, prepared, x, *, card=SMALL, **how):
 def test_every_class_writes_the_outputs_of_its_rows(rows, batch, dtype):
     tensor, prepared = weight(rows, dtype=dtype)
     launch = check(tensor, prepared, normal(batch, 320).to(dtype), card=WIDE)
-    first, last = (planes.product_for(batch, planes.Layout(p, 64, 1)).name for p in (rows[0][0], 1))
+    layouts = [planes.Layout(p, 64, 1) for p in (rows[0][0], 1)]
+    first, last = (planes.product_for(batch, layout, WIDE).name for layout in layouts)
     together = "bit_plane_classes"
     names = {1: [first], 5: [together, last]}.get(len(rows), [together])
     assert launch.names == (["dequantize"] * len(rows) if batch == 25 else names)

@@ -115,7 +115,7 @@ def plan_classes(
     ]
     if len({layout.group for layout in layouts}) > 1:
         return None
-    apart = all(planes.product_for(batch, layout).at_once for layout in layouts)
+    apart = all(planes.product_for(batch, layout, card).at_once for layout in layouts)
     if apart and batch > MOST_TOGETHER:
         return None
     if any(found is None or found[1].slabs > 1 for found in each):

@@ -17,7 +17,7 @@ from torch import Tensor
 from qtool import settings
 from qtool.errors import BackendError, install_line
 from qtool.runtime.backends.cuda.compiling import compiled_function, source_of
-from qtool.runtime.backends.cuda.launch import OLDEST, WARPGROUPS, Card, KernelCall
+from qtool.runtime.backends.cuda.launch import LAST_OF_BITS, OLDEST, WARPGROUPS, Card, KernelCall
 
 DEPENDENT_LAUNCHES = (9, 0)
 COOPERATIVE, STREAM_SERIALIZATION = 2, 6
@@ -55,8 +55,14 @@ def card_of(index: int) -> Card:
     """Return what decides a grid on one card."""
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
-    warpgroups = torch.cuda.get_device_capability(index) == WARPGROUPS
-    return Card(properties.multi_processor_count, shared, properties.name, warpgroups)
+    capability = torch.cuda.get_device_capability(index)
+    return Card(
+        properties.multi_processor_count,
+        shared,
+        properties.name,
+        warpgroups=capability == WARPGROUPS,
+        counts_bits=OLDEST <= capability <= LAST_OF_BITS,
+    )
 
 
 class _Attribute(ctypes.Structure):

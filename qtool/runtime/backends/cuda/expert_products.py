@@ -109,7 +109,8 @@ def chosen_call(
         BackendError: a CTA has too little shared memory.
     """
     rows, inputs, slots, *others = sizes
-    share = card._replace(multiprocessors=max(1, card.multiprocessors // max(slots, 1)))
+    each = max(1, card.multiprocessors // max(slots, 1))
+    share = card._replace(multiprocessors=each, counts_bits=False)  # planes as bytes
     one = plane_products.call_for((rows, inputs, 1, *others), layout, dtype, share)
     name = f"{one.file}_experts"
     return one._replace(

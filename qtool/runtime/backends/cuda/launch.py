@@ -61,6 +61,9 @@ RESERVED_BYTES = 1024
 WARPGROUPS = (9, 0)
 """Compute capability: the only one with `wgmma`."""
 
+LAST_OF_BITS = (9, 0)
+"""Compute capability: the last one whose tensor cores multiply bits, as those from `OLDEST` on do."""
+
 OLDEST = (8, 0)
 """Compute capability: `mma.m16n8k16` came with it."""
 
@@ -75,3 +78,5 @@ class Card(NamedTuple):
     """What `selection` knows it by."""
     warpgroups: bool = False
     """It has `wgmma`: compute capability 9.0, and no other."""
+    counts_bits: bool = False
+    """Its tensor cores multiply bits: compute capability 8.0 to 9.0; later ones emulate that."""

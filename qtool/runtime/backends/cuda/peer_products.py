@@ -106,7 +106,8 @@ def _call(
     ranks: tuple[int, int],
 ) -> KernelCall | None:
     """Return the launch of a summed product, of (ranks, this rank); None: there is none."""
-    alone = call_for(sizes, layout, dtype, card._replace(warpgroups=False), around)  # no clusters
+    plain = card._replace(warpgroups=False, counts_bits=False)  # no clusters, planes as bytes
+    alone = call_for(sizes, layout, dtype, plain, around)
     (blocks, slabs, column_blocks), macros = alone.grid, dict(alone.constants)
     at_once = card.multiprocessors * macros["BLOCKS"]
     if slabs > 1 or blocks * column_blocks > at_once:

@@ -53,7 +53,7 @@ def call_for(
     picked = planes.tuned_plan(*shape, card=card)
     if picked is None:
         raise no_room(card, f"{layout.planes} planes and groups of {layout.group}")
-    (tuning, chosen), product, eps = picked, planes.product_for(batch, layout), around.norm_eps
+    (tuning, chosen), product, eps = picked, planes.product_for(batch, layout, card), around.norm_eps
     loads = -(-product.columns * chosen.units_per_slab // tuning.warps)
     grid = {
         **chosen.macros,
@@ -109,7 +109,7 @@ def normed_units(
 ) -> int:
     """Return how many units of x each warp norms in a launch that does so; 0: none can."""
     picked = planes.tuned_plan(row_tiles, units, batch, layout, card=card)
-    columns = planes.product_for(batch, layout).columns
+    columns = planes.product_for(batch, layout, card).columns
     if picked is None or picked[1].slabs > 1 or columns > planes.MOST_IN_PAIRS:
         return 0
     each = -(-units * columns // picked[0].warps)

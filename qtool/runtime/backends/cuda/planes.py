@@ -42,6 +42,8 @@ CODES_AHEAD = 2
 CENTERED, STEP_BYTES = 2, 8
 """`Layout.offset` of equal steps, and what one of them and its zero point take where
 bit_plane_wgmma.cu keeps them in place of tables."""
+MOST_COUNTED, GROUPS_COUNTED = 4, 128
+"""Planes up to which one token is multiplied by counting bits, and what its groups are multiples of."""
 LEAST_GROUP = 64
 """Of weights that are looked up: smaller ones make too many tables."""
 ENOUGH_WARPS = 12
@@ -112,7 +114,7 @@ class Product:
     x_bytes: int
     """Of shared memory for 32 inputs of one token."""
     unscaled: bool = False
-    """It multiplies x as it is by weights, not by planes: it keeps no sums and no scales of x."""
+    """It keeps no sums and no scales of x, or keeps them beside its operands."""
     looks_up: bool = False
     """It makes tables where a unit's planes were."""
 
@@ -143,15 +145,23 @@ class Product:
         return inputs + sums + own * NUMBER
 
 
-def product_for(batch: int, layout: Layout) -> Product:
-    """Return the kernel that is the fastest: bytes for few tokens, else weights of 16 bit."""
+def product_for(batch: int, layout: Layout, card: Card) -> Product:
+    """Return the kernel that is the fastest: bits or bytes for few tokens, else weights of 16 bit."""
     if layout.offset == CENTERED:
         few = batch <= MOST_AS_CODES.get(layout.planes, 2) and layout.group % 64 == 0
         return as_bytes(batch) if few else by_codes(batch)
+    if card.counts_bits and batch == 1 and by_counts(layout):
+        return Product("bit_plane_bmma", 1, 136, unscaled=True)
     first = LOOKED_UP.get(layout.planes)
     if first is None or batch < first or layout.group < LEAST_GROUP:
         return each_plane(batch, layout)
     return looked_up(batch)
+
+
+def by_counts(layout: Layout) -> bool:
+    """Return whether kernels/bit_plane_bmma.cuh counts bits of these planes, for one token."""
+    few = layout.planes <= MOST_COUNTED
+    return few and layout.offset != CENTERED and layout.group % GROUPS_COUNTED == 0
 
 
 def looked_up(batch: int) -> Product:
@@ -240,7 +250,7 @@ def tuned_plan(
     another as it should, then what has more warps; for many tokens, what has more warps. None: a
     CTA of this card can't hold one unit and its inputs. `product`: None for `product_for`.
     """
-    product = product or product_for(batch, layout)
+    product = product or product_for(batch, layout, card)
     few = product.columns <= MOST_IN_PAIRS
     tunings = tunings_for(row_tiles, units, card, few=few)
     ways = ways_of(tunings[0], layout, product)

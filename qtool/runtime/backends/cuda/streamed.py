@@ -47,7 +47,7 @@ def stream_of(
 
     CTAs have as few tiles as fill all waves of them.
     """
-    product = planes.product_for(batch, layout)
+    product = planes.product_for(batch, layout, card)
     if not card.warpgroups or batch not in STREAMED or layout.planes not in STREAMED_PLANES:
         return None
     waves = -(-row_tiles // (card.multiprocessors * WARPS))
@@ -75,7 +75,7 @@ def streamed_call(
     if stream is None:
         return None
     grid = {
-        "COLUMNS": planes.product_for(batch, layout).columns,
+        "COLUMNS": planes.product_for(batch, layout, card).columns,
         "WARPS": WARPS,
         "STAGES": STAGES,
         "TILES": stream.tiles,
