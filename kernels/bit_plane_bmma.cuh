@@ -36,47 +36,41 @@ DEVICE quad load_split(const u16 *row, int k, int lane, int in_features) {
 #define UPPER_POWER ROW_POWER
 #define X_BYTES 136
 #define X_NUMBERS 0 // beside the operands
-// Of a unit of x: for either half of it [lane][16 bytes], words of columns n + 8 i, i of 0 .. 2, for lane 4 n + t. Between them
-// half of its sum, negative, for lanes t, both halves beside one another, and the factor that undoes the scaling.
+// Of a unit of x: for either half of it [lane][16 bytes], for lane 4 n + t words of columns n + 8 i, i of 0 .. 2, and half of
+// its sum, negative, for t = 0; after the first half the factor that undoes the scaling.
 #define UNIT_BYTES (8 * X_BYTES)
 #define HALF_BYTES 576 // the same columns of both halves are in other banks
-#define SUMS_AT 512
-#define FACTOR_AT 544
+#define FACTOR_AT 512
 #define BIT_TILES 3
 #define MAGIC 0x4ac00000u // 1.5 * 2^22 as a float: halves of integers added to it are read off its lower 24 bits
 // A count, read as the bits of a float, is that many times 2^-149: no conversion, and products of it are exact.
 #define COUNT_POWER 122 // what brings it to 2^-27
 #define ONE_GROUP (GROUP % UNIT == 0) // of a unit
 
-// Where registers n and n + STEP of eight differ, their bits under MASK and the ones SHIFT higher change places.
-template <int STEP, int SHIFT> DEVICE void exchange_bits(u32 (&rows)[8], u32 mask) {
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-        if (n & STEP) continue;
-        u32 low = rows[n], high = rows[n + STEP];
-        rows[n] = either(mask, low, high << SHIFT);
-        rows[n + STEP] = either(mask, low >> SHIFT, high);
-    }
+// The bits of `low` and `high` under MASK and those SHIFT higher: low's higher ones and high's lower ones change places.
+template <int SHIFT> DEVICE void exchange_bits(u32 &low, u32 &high, u32 mask) {
+    u32 both = either(mask, low, high << SHIFT);
+    high = either(mask, low >> SHIFT, high), low = both;
 }
 
-// The B operands of a unit, the sum of x over each half of it or over all, and the factor that undoes the scaling.
+// The B operands of a unit, and what goes with them.
 //
 // A bit of an operand's word stands where those of its inputs do in a plane's words: 16 h + 8 half + 2 i + word % 2, i of
 // four pairs. A lane's numbers are split into bytes; four lanes give one another, through the unit's own
-// place, what makes one of them owner of byte `limb` of 32 inputs.
+// place, what makes one of them owner of byte `limb` of 32 inputs, and one of the sum.
 DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, int lane, unsigned char *operands,
                        float *, float *) {
-    int exponent = exponent_of(v), t = lane % 4, limb = lane / 4 % 4;
+    int exponent = exponent_of(v), t = lane % 4, limb = lane / 4 % 4, half = lane / 16;
     float factor = power_of_two(20 - exponent); // halves of magnitudes below 2^22
     u32 pairs[4] = {v.x, v.y, v.z, v.w}, u[2][4], sum = 0, bytes[3][2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            u32 pair = pairs[2 * half + i];
-            u[i][half] = bits_of_float(load_activation((u16)(pair & 0xffffu)) * factor + 6291456.0f);
-            u[i][2 + half] = bits_of_float(load_activation((u16)(pair >> 16)) * factor + 6291456.0f);
-            sum += u[i][half] + u[i][2 + half];
+        for (int r = 0; r < 2; ++r) {
+            u32 pair = pairs[2 * r + i];
+            u[i][r] = bits_of_float(load_activation((u16)(pair & 0xffffu)) * factor + 6291456.0f);
+            u[i][2 + r] = bits_of_float(load_activation((u16)(pair >> 16)) * factor + 6291456.0f);
+            sum += u[i][r] + u[i][2 + r];
         }
         u32 low = permute_bytes(u[i][0], u[i][1], 0x5140u), high = permute_bytes(u[i][2], u[i][3], 0x5140u);
         bytes[0][i] = permute_bytes(low, high, 0x5410u), bytes[1][i] = permute_bytes(low, high, 0x7632u);
@@ -84,29 +78,32 @@ DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, int lane, uns
         bytes[2][i] = permute_bytes(low, high, 0x5410u);
     }
     unsigned char *place = operands + unit * UNIT_BYTES;
-    unsigned char *given = place + lane / 16 * 128 + t * 32 + limb * 8, *taken = place + lane / 16 * 128 + t * 32 + limb * 272;
+    unsigned char *group = place + half * 128 + t * 32, *given = group + limb * 8, *taken = group + limb * 272;
 #pragma unroll
-    for (int i = 0; i < 3; ++i) *(u64 *)(given + i * 272) = (u64)bytes[i][1] << 32 | bytes[i][0];
+    for (int i = 0; i < 3; ++i) { // [word % 2][upper bit of a pair's number][lower bit]: the last one becomes that of the byte
+        exchange_bits<2>(bytes[i][0], bytes[i][1], 0x33333333u);
+        *(u64 *)(given + i * 272) = (u64)bytes[i][1] << 32 | bytes[i][0];
+    }
     sum -= 8u * MAGIC;
     float total = (float)(int)(ONE_GROUP ? warp_sum(sum) : half_warp_sum(sum, lane));
+    u32 start = bits_of_float(total * (t == 0 ? -power_of_two(-28) : 0.0f));
     sync_warp();
     quad of_even = *(const quad *)taken, of_odd = *(const quad *)(taken + 16);
-    // [word % 2][upper bit of a pair's number][lower bit] become [lowest bit][highest bit][the one between] of the byte.
-    u32 rows[8] = {of_even.x, of_even.y, of_even.z, of_even.w, of_odd.x, of_odd.y, of_odd.z, of_odd.w};
-    exchange_bits<2, 4>(rows, 0x0f0f0f0fu);
-    exchange_bits<1, 2>(rows, 0x33333333u);
-    exchange_bits<4, 1>(rows, 0x55555555u);
-    sync_warp(); // all have read what is overwritten
-    if (limb == 3) {
-        *(float *)(place + SUMS_AT + t * 8 + lane / 16 * 4) = t == 0 ? total * -power_of_two(-28) : 0.0f;
-        if (t == 0) *(float *)(place + FACTOR_AT) = exponent < 128 ? power_of_two(exponent - 7) : float_of_bits(0x7fc00000u);
-        return;
-    }
-    // Bits 6 a + 2 i and one more are columns 2 a and 2 a + 1 of tile i.
-    unsigned char *columns = place + lane / 16 * HALF_BYTES + t * 16 + limb * 132;
-    u32 *wraps[4] = {(u32 *)columns, (u32 *)(columns + (limb == 2 ? 120 : 4)), (u32 *)(columns + (limb ? 124 : 8)), (u32 *)(columns + 128)};
+    u32 rows[2][4] = {{of_even.x, of_even.y, of_even.z, of_even.w}, {of_odd.x, of_odd.y, of_odd.z, of_odd.w}};
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair) wraps[pair][0] = rows[pair], wraps[pair][16] = rows[4 + pair];
+    for (int r = 0; r < 4; ++r) exchange_bits<4>(rows[r / 2][r % 2], rows[r / 2][2 + r % 2], 0x0f0f0f0fu);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) exchange_bits<1>(rows[0][r], rows[1][r], 0x55555555u);
+    sync_warp(); // all have read what is overwritten
+    // Bits 6 a + 2 i and one more are columns 2 a and 2 a + 1 of tile i; the sum is beside all of them.
+    unsigned char *first = place + half * HALF_BYTES + t * 16 + (limb == 3 ? 12 : limb * 132);
+    u32 *columns[4] = {(u32 *)first, (u32 *)(first + (limb == 3 ? 256 : limb == 2 ? 120 : 4)),
+                       (u32 *)(first + (limb == 3 ? 384 : limb ? 124 : 8)), (u32 *)(first + 128)};
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) columns[pair][16 * i] = limb == 3 ? start : rows[i][pair];
+    if (lane == 0) *(float *)(place + FACTOR_AT) = exponent < 128 ? power_of_two(exponent - 7) : float_of_bits(0x7fc00000u);
 }
 
 // What a lane's columns count of a group's numbers, where half of the weight's bits are ones, and what its numbers are on
@@ -158,6 +155,7 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
     for (int half = 0; half < 2; ++half) {
         quad b = *(const quad *)(of_x + half * HALF_BYTES + lane * 16);
         const u32 columns[BIT_TILES] = {b.x, b.y, b.z};
+        float start = float_of_bits(b.w);
 #pragma unroll
         for (int plane = 0; plane < PLANES; ++plane) {
             u32 even = words[plane][2 * half], odd = words[plane][2 * half + 1]; // rows g, g + 8, g, ..
@@ -170,7 +168,6 @@ DEVICE void multiply_unit(float *acc, const unsigned char *stage, const unsigned
         }
         if (ONE_GROUP && half == 0) continue;
         int group = REGULAR ? half * 128 / GROUP : (first + half * 128) / GROUP - first / GROUP;
-        float start = *(const float *)(of_x + SUMS_AT + t * 8 + (ONE_GROUP ? 0 : half) * 4);
         flush(sums, c, start, average, last, scales + group * 8 * PARAMETERS);
     }
     float factor = *(const float *)(of_x + FACTOR_AT);
