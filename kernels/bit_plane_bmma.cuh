@@ -28,6 +28,13 @@ DEVICE quad load_split(const u16 *row, int k, int lane, int in_features) {
 }
 
 #define LOAD_OF_UNIT load_split
+// Where a lane's parts of a unit are, and what its sum is multiplied by.
+struct Offsets {
+    int lane, given, taken, first, second, third;
+    float power;
+};
+#define OWN_OFFSETS
+DEVICE Offsets offsets_of(int lane);
 #include "bit_planes.cuh"
 
 #define ACCUMULATORS 2 // rows g and g + 8
@@ -53,14 +60,24 @@ template <int SHIFT> DEVICE void exchange_bits(u32 &low, u32 &high, u32 mask) {
     high = either(mask, low >> SHIFT, high), low = both;
 }
 
+// Bits 6 a + 2 i and one more are columns 2 a and 2 a + 1 of tile i; the sum is beside all of them.
+DEVICE Offsets offsets_of(int lane) {
+    int t = lane % 4, limb = lane / 4 % 4, half = lane / 16, four = half * 128 + t * 32;
+    int first = half * HALF_BYTES + t * 16 + (limb == 3 ? 12 : limb * 132);
+    int zero = (int)in_register(0); // so that the compiler keeps these numbers where it would reckon them for each unit
+    return {lane, four + limb * 8 | zero, four + limb * 272 | zero, first | zero,
+            first + (limb == 3 ? 256 : limb == 2 ? 120 : 4) | zero, first + (limb == 3 ? 384 : limb ? 124 : 8) | zero,
+            t == 0 ? -power_of_two(-28) : 0.0f};
+}
+
 // The B operands of a unit, and what goes with them.
 //
 // A bit of an operand's word stands where those of its inputs do in a plane's words: 16 h + 8 half + 2 i + word % 2, i of
 // four pairs. A lane's numbers are split into bytes; four lanes give one another, through the unit's own
 // place, what makes one of them owner of byte `limb` of 32 inputs, and one of the sum.
-DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, int lane, unsigned char *operands,
+DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, Offsets offsets, unsigned char *operands,
                        float *, float *) {
-    int exponent = exponent_of(v), t = lane % 4, limb = lane / 4 % 4, half = lane / 16;
+    int exponent = exponent_of(v), lane = offsets.lane, limb = lane / 4 % 4;
     float factor = power_of_two(20 - exponent); // halves of magnitudes below 2^22
     u32 pairs[4] = {v.x, v.y, v.z, v.w}, u[2][4], sum = 0, bytes[3][2];
 #pragma unroll
@@ -78,7 +95,7 @@ DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, int lane, uns
         bytes[2][i] = permute_bytes(low, high, 0x5410u);
     }
     unsigned char *place = operands + unit * UNIT_BYTES;
-    unsigned char *group = place + half * 128 + t * 32, *given = group + limb * 8, *taken = group + limb * 272;
+    unsigned char *given = place + offsets.given, *taken = place + offsets.taken;
 #pragma unroll
     for (int i = 0; i < 3; ++i) { // [word % 2][upper bit of a pair's number][lower bit]: the last one becomes that of the byte
         exchange_bits<2>(bytes[i][0], bytes[i][1], 0x33333333u);
@@ -86,7 +103,7 @@ DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, int lane, uns
     }
     sum -= 8u * MAGIC;
     float total = (float)(int)(ONE_GROUP ? warp_sum(sum) : half_warp_sum(sum, lane));
-    u32 start = bits_of_float(total * (t == 0 ? -power_of_two(-28) : 0.0f));
+    u32 start = bits_of_float(total * offsets.power);
     sync_warp();
     quad of_even = *(const quad *)taken, of_odd = *(const quad *)(taken + 16);
     u32 rows[2][4] = {{of_even.x, of_even.y, of_even.z, of_even.w}, {of_odd.x, of_odd.y, of_odd.z, of_odd.w}};
@@ -95,10 +112,8 @@ DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, int lane, uns
 #pragma unroll
     for (int r = 0; r < 4; ++r) exchange_bits<1>(rows[0][r], rows[1][r], 0x55555555u);
     sync_warp(); // all have read what is overwritten
-    // Bits 6 a + 2 i and one more are columns 2 a and 2 a + 1 of tile i; the sum is beside all of them.
-    unsigned char *first = place + half * HALF_BYTES + t * 16 + (limb == 3 ? 12 : limb * 132);
-    u32 *columns[4] = {(u32 *)first, (u32 *)(first + (limb == 3 ? 256 : limb == 2 ? 120 : 4)),
-                       (u32 *)(first + (limb == 3 ? 384 : limb ? 124 : 8)), (u32 *)(first + 128)};
+    u32 *columns[4] = {(u32 *)(place + offsets.first), (u32 *)(place + offsets.second),
+                       (u32 *)(place + offsets.third), (u32 *)(place + offsets.first + 128)};
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair)
 #pragma unroll

@@ -103,9 +103,15 @@ DEVICE quad load_in_order(const u16 *row, int k, int lane, int in_features) {
     return load_inputs(row, k + lane * 8, in_features);
 }
 
+// What `stage_unit` wants to know of a lane, the same for all units: reckoned once.
+#ifndef OWN_OFFSETS
+typedef int Offsets;
+DEVICE Offsets offsets_of(int lane) { return lane; }
+#endif
+
 // Stage one unit of one column, of which each lane has eight inputs: operands, the sums over segments
 // and the factor that undoes the scaling.
-DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &weight, int lane,
+DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &weight, Offsets lane,
                        unsigned char *operands, float *starts, float *factors);
 
 // Stage all inputs of the slab. Every unit has its own scale, so that no warp waits for another until
@@ -114,6 +120,7 @@ template <class Late>
 DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, int columns, int units,
                          unsigned char *operands, float *starts, float *factors, const Late &ask_late) {
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    const Offsets offsets = offsets_of(lane);
     for (int work = warp; work < weight.count * COLUMNS || (LATE && work == warp); work += LOADS * WARPS) {
         quad v[LOADS]; // all on their way before the first is looked at
 #pragma unroll
@@ -129,7 +136,7 @@ DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, in
         for (int i = 0; i < LOADS; ++i) {
             int unit = (work + i * WARPS) / COLUMNS, column = (work + i * WARPS) % COLUMNS;
             if (unit >= weight.count || column >= columns) continue; // nobody reads other columns' sums
-            stage_unit(v[i], unit, column, units, weight, lane, operands, starts, factors);
+            stage_unit(v[i], unit, column, units, weight, offsets, operands, starts, factors);
         }
     }
     __syncthreads();

@@ -45,6 +45,7 @@ DEVICE void stage_normed(const u16 *x, int in_features, const Weight &weight, in
             if ((warp + i * WARPS) % COLUMNS == column) inverse[column] += square;
     }
     squares_to_factors(inverse, in_features, eps, sums);
+    const Offsets offsets = offsets_of(lane);
 #pragma unroll
     for (int i = 0; i < NORM; ++i) {
         int unit = (warp + i * WARPS) / COLUMNS, column = (warp + i * WARPS) % COLUMNS;
@@ -53,7 +54,7 @@ DEVICE void stage_normed(const u16 *x, int in_features, const Weight &weight, in
         quad gain = gains.of[i];
         quad value = {normed(v[i].x, factor, gain.x), normed(v[i].y, factor, gain.y),
                       normed(v[i].z, factor, gain.z), normed(v[i].w, factor, gain.w)};
-        stage_unit(value, unit, column, units, weight, lane, operands, starts, factors);
+        stage_unit(value, unit, column, units, weight, offsets, operands, starts, factors);
     }
     __syncthreads();
 }
