@@ -85,7 +85,7 @@ def early_units(product: planes.Product, layout: planes.Layout, plan: LaunchPlan
     behind them. As timed: one is the best for codes of equal steps, none for four planes and more
     of many inputs, and all of a ring of two stages for others.
     """
-    if product.name != planes.AS_BYTES or plan.per_multiprocessor > 1:
+    if product.name not in (planes.AS_BYTES, planes.AS_BITS) or plan.per_multiprocessor > 1:
         return {}  # all that it has stages for
     many = plan.units_per_slab * UNIT > FEW_INPUTS and layout.planes >= planes.LOW_PLANES
     return {"EARLY": 0 if many and layout.offset != planes.CENTERED else 1}

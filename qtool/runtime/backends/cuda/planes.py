@@ -31,7 +31,7 @@ MOST_LOADS, MOST_LOADS_LOOKED_UP = 4, 8
 """Units of inputs that a warp holds in registers; the same where weights are looked up."""
 LOW_PLANES = 4
 """Planes of the first table of kernels/bit_plane_lookup.cuh; the rest has one of its own."""
-AS_BYTES = "bit_plane_imma"
+AS_BYTES, AS_BITS = "bit_plane_imma", "bit_plane_bmma"
 MAX_UNITS = 2**21
 """Of a slab: the kernel divides their numbers in float32."""
 MOST_AS_LIMBS, MOST_PLANES_OF_MORE = 4, 4
@@ -151,7 +151,7 @@ def product_for(batch: int, layout: Layout, card: Card) -> Product:
         few = batch <= MOST_AS_CODES.get(layout.planes, 2) and layout.group % 64 == 0
         return as_bytes(batch) if few else by_codes(batch)
     if card.counts_bits and batch == 1 and by_counts(layout):
-        return Product("bit_plane_bmma", 1, 136, unscaled=True)
+        return Product(AS_BITS, 1, 136, unscaled=True)
     first = LOOKED_UP.get(layout.planes)
     if first is None or batch < first or layout.group < LEAST_GROUP:
         return each_plane(batch, layout)
