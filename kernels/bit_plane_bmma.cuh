@@ -143,8 +143,9 @@ DEVICE void flush(float *sums, const int (*c)[BIT_TILES][4], float start, float 
                 value = centered;
 #pragma unroll
                 for (int i = 0; i < BIT_TILES; ++i) {
-                    value += float_of_bits((u32)counts[i][2 * r]) * power_of_two(COUNT_POWER + 2 * i);
-                    value += float_of_bits((u32)counts[i][2 * r + 1]) * (i == 2 ? last : power_of_two(COUNT_POWER + 2 * i + 1));
+                    float next = i == 2 ? last : power_of_two(COUNT_POWER + 2 * i + 1);
+                    value = add_product(float_of_bits((u32)counts[i][2 * r]), power_of_two(COUNT_POWER + 2 * i), value);
+                    value = add_product(float_of_bits((u32)counts[i][2 * r + 1]), next, value);
                 }
             }
             sums[r] += half_to_float((u16)(r ? pair >> 16 : pair & 0xffffu)) * value;

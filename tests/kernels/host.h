@@ -198,6 +198,7 @@ DEVICE unsigned fma_bfloat2(unsigned a, unsigned b, unsigned c) { // not of NaN
                     [](float v) { unsigned bits = bits_of_float(v); return bits + 0x7fffu + (bits >> 16 & 1) >> 16; });
 }
 DEVICE float multiply_rounded(float a, float b) { return a * b; }
+DEVICE float add_product(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE unsigned permute_bytes(unsigned a, unsigned b, unsigned pick) {
     unsigned long long both = (unsigned long long)b << 32 | a;
     unsigned result = 0;
