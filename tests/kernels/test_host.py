@@ -181,7 +181,9 @@ def test_bit_planes_agree_before_and_after_the_cast(case, grid, product):
 
 
 @pytest.mark.parametrize("dtype", AFTER_CAST)
-@pytest.mark.parametrize(("product", "columns"), [("bytes", 1), ("bytes", 2), ("floats", 1), ("bits", 1)])
+@pytest.mark.parametrize(
+    ("product", "columns"), [("bytes", 1), ("bytes", 2), ("floats", 1), ("bits", 1)]
+)
 @pytest.mark.parametrize("warps", [2, 3])
 def test_a_norm_is_that_of_its_own_kernel(product, columns, dtype, warps):
     group = max(64, LEAST_GROUPS[PRODUCTS[product].name])

@@ -107,7 +107,10 @@ def test_inputs_that_do_not_fit_into_shared_memory_are_cut_into_slabs():
         "binary_coding", WeightScheme(num_bits=1, group_size=256), Shape2D(64, 9216), 1
     )
     launch = check(tensor, normal(8, 9216).bfloat16(), SMALL)
-    assert launch.names == [planes.product_for(8, planes.Layout(1, 256, 1), SMALL).name, "add_splits"]
+    assert launch.names == [
+        planes.product_for(8, planes.Layout(1, 256, 1), SMALL).name,
+        "add_splits",
+    ]
     assert launch.calls[0].grid[1] > 1
     assert launch.calls[0].shared_bytes <= SMALL.shared_bytes
 

@@ -52,6 +52,17 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
         for planes, columns in ((1, 1), (2, 2), (3, 1), (4, 1))
         for grid in (PAIR, GRID)
     ),
+    ("bit_plane_bmma", {**WEIGHT, **PAIR, "PLANES": 1, "COLUMNS": 1}, 128),
+    *(
+        ("bit_plane_bmma", {**WEIGHT, **GRID, "PLANES": p, "COLUMNS": 1, **more}, 128)
+        for p, more in (
+            (3, {"WHOLE": 1, "STAGES": 2, "EARLY": 1}),
+            (4, {**NORMED, "NORM": 1}),
+            (4, {**NORMED, "NORM": 4, "ACTIVATION_BF16": 1}),
+            (4, {"GROUP": 384, "OFFSET": 0}),
+            (4, {"GROUP": 4096, "ALIGNED": 0}),
+        )
+    ),
     ("bit_plane_imma", {**WEIGHT, **GRID, "PLANES": 4, "COLUMNS": 2, "EPILOGUE": 2}, 128),
     ("bit_plane_imma", {**WEIGHT, **GRID, "PLANES": 2, "COLUMNS": 4, "WHOLE": 1}, 128),
     ("bit_plane_imma", {**GRID, "GROUP": 192, "OFFSET": 0, "PLANES": 3, "COLUMNS": 2}, 128),

@@ -62,7 +62,7 @@ WARPGROUPS = (9, 0)
 """Compute capability: the only one with `wgmma`."""
 
 LAST_OF_BITS = (9, 0)
-"""Compute capability: the last one whose tensor cores multiply bits, as those from `OLDEST` on do."""
+"""Compute capability: the last one whose tensor cores multiply bits; those from `OLDEST` on do."""
 
 OLDEST = (8, 0)
 """Compute capability: `mma.m16n8k16` came with it."""

@@ -35,24 +35,23 @@ AS_BYTES, AS_BITS = "bit_plane_imma", "bit_plane_bmma"
 MAX_UNITS = 2**21
 """Of a slab: the kernel divides their numbers in float32."""
 MOST_AS_LIMBS, MOST_PLANES_OF_MORE = 4, 4
-"""Tokens up to which x is multiplied as bytes, four per input, as timed: bit_plane_imma.cuh takes
-8. More than two tokens of more planes don't fit into registers."""
+"""Tokens up to which x is multiplied as bytes, as timed: registers are for two of more planes."""
 CODES_AHEAD = 2
 """Stages more for codes as bytes: they wait for memory, where planes wait for instructions."""
 CENTERED, STEP_BYTES = 2, 8
 """`Layout.offset` of equal steps, and what one of them and its zero point take where
 bit_plane_wgmma.cu keeps them in place of tables."""
 MOST_COUNTED, GROUPS_COUNTED = 4, 128
-"""Planes up to which one token is multiplied by counting bits, and what its groups are multiples of."""
+"""Planes up to which bits of one token are counted, and what groups are multiples of there."""
 LEAST_GROUP = 64
 """Of weights that are looked up: smaller ones make too many tables."""
 ENOUGH_WARPS = 12
 """For all planes at once, where more want another slab: 113 us, not 140, at 57344 x 8192, 3 planes
 and 16 tokens on an H200."""
 LOOKED_UP_WAYS = [(w, c) for cs in ((1, 2), (8,)) for w in (32, ENOUGH_WARPS) for c in cs]
-"""Most warps and CTAs of a cluster, the best first. Clusters spare slabs whose sums are added by
-another launch; of 8 they leave a tenth of the card over, of 4 too, for less. At 4096 x 14336 with
-4 planes that costs more than it spares. More than BLOCK tokens have bit_plane_wgmma.cu instead."""
+"""Most warps and CTAs of a cluster, the best first. Clusters spare slabs whose sums another launch
+adds; of 4 or 8 they leave a tenth of the card over, which costs more at 4096 x 14336 and 4 planes.
+More than BLOCK tokens have bit_plane_wgmma.cu instead."""
 LARGEST_CLUSTER = 8
 COLUMN_BLOCKS = (8, BLOCK, MORE_TOKENS)
 MOST_IN_PAIRS = 2
@@ -146,22 +145,17 @@ class Product:
 
 
 def product_for(batch: int, layout: Layout, card: Card) -> Product:
-    """Return the kernel that is the fastest: bits or bytes for few tokens, else weights of 16 bit."""
+    """Return the fastest kernel: bits or bytes for few tokens, else weights of 16 bit."""
     if layout.offset == CENTERED:
         few = batch <= MOST_AS_CODES.get(layout.planes, 2) and layout.group % 64 == 0
         return as_bytes(batch) if few else by_codes(batch)
-    if card.counts_bits and batch == 1 and by_counts(layout):
+    few = layout.planes <= MOST_COUNTED and layout.group % GROUPS_COUNTED == 0
+    if card.counts_bits and batch == 1 and few:
         return Product(AS_BITS, 1, 136, unscaled=True)
     first = LOOKED_UP.get(layout.planes)
     if first is None or batch < first or layout.group < LEAST_GROUP:
         return each_plane(batch, layout)
     return looked_up(batch)
-
-
-def by_counts(layout: Layout) -> bool:
-    """Return whether kernels/bit_plane_bmma.cuh counts bits of these planes, for one token."""
-    few = layout.planes <= MOST_COUNTED
-    return few and layout.offset != CENTERED and layout.group % GROUPS_COUNTED == 0
 
 
 def looked_up(batch: int) -> Product:
