@@ -8,7 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.runtime.backends.cuda import classes, driver, grids, mixed, planes, selection
+from qtool.runtime.backends.cuda import (
+    classes,
+    driver,
+    grids,
+    mixed,
+    plane_plans,
+    planes,
+    selection,
+)
 from qtool.runtime.backends.cuda.classes import (
     CLASS_STAGES,
     UNIT_WORK,
@@ -95,9 +103,10 @@ def test_classes_that_need_slabs_or_differ_in_groups_or_warps_are_not_put_togeth
     assert plan_classes((four, two), UNITS, 1, Card(132, 40 * 1024)) is None, "no room"
     assert plan_classes((row_class(4, 128256), two), UNITS, 16, CARD) is None, "in slabs"
     eight = row_class(8, 8550)
-    few = planes.tuned_plan(eight.row_tiles, UNITS, 1, eight.layout, card=Card(132, 144 * 1024))
+    card = Card(132, 144 * 1024)
+    few = plane_plans.tuned_plan(eight.row_tiles, UNITS, 1, eight.layout, card=card)
     assert few is not None and few[0].warps < selection.H100.alone.warps
-    assert plan_classes((eight, two), UNITS, 1, Card(132, 144 * 1024)) is None, "fewer warps"
+    assert plan_classes((eight, two), UNITS, 1, card) is None, "fewer warps"
 
 
 def test_many_tokens_are_multiplied_class_by_class_where_each_looks_its_weights_up():

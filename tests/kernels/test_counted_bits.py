@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qtool.runtime.backends.cuda import fusing, linear_kernels, plane_products, planes
+from qtool.runtime.backends.cuda import fusing, linear_kernels, planes
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.runtime.decode.ops import Norm
 from qtool.runtime.decode.torch_ops import rms_norm
@@ -70,13 +70,3 @@ def test_gate_and_up_of_a_normed_token_are_counted():
     gate, up = (normed @ dequantized(tensor, torch.float64).T for tensor in pair)
     expected = torch.nn.functional.silu(gate) * up
     assert float((got.double() - expected).norm() / expected.norm()) < 1e-3
-
-
-def test_a_weight_asks_for_its_units_as_where_they_are_bytes():
-    layout, sizes = planes.Layout(4, 128, 1), (4096, 14336, 1, 256, 56, 112, 4096)
-    card = Card(132, 227 * 1024, "NVIDIA H200", warpgroups=True)
-    early = [
-        dict(plane_products.call_for(sizes, layout, torch.float16, on).constants)["EARLY"]
-        for on in (card, card._replace(counts_bits=True))
-    ]
-    assert early[0] == early[1]

@@ -12,6 +12,7 @@ from qtool.runtime.backends.cuda import (
     fusing,
     grids,
     linear_kernels,
+    plane_plans,
     plane_products,
     planes,
     selection,
@@ -122,7 +123,7 @@ def test_inputs_that_do_not_fit_into_shared_memory_are_cut_into_slabs():
 def test_every_card_has_room_for_every_weight(kilobytes, num_bits, group_size, batch):
     card, layout = Card(132, kilobytes * 1024), planes.Layout(num_bits, group_size, 1)
     for row_tiles, units in ((8016, 16), (256, 56), (3584, 32)):
-        chosen = planes.tuned_plan(row_tiles, units, batch, layout, card=card)
+        chosen = plane_plans.tuned_plan(row_tiles, units, batch, layout, card=card)
         if chosen is None:
             assert (num_bits >= 7, kilobytes) == (True, 99)  # the dequantized weight's
             continue
@@ -136,7 +137,7 @@ def test_the_selection_asks_for_what_was_measured():
     layout, card = planes.Layout(4, 128, 1), Card(132, 227 * 1024, selection.H100.measured_on)
 
     def tuning(row_tiles, units, batch=1):
-        found = planes.tuned_plan(row_tiles, units, batch, layout, card=card)
+        found = plane_plans.tuned_plan(row_tiles, units, batch, layout, card=card)
         assert found is not None
         return found[0], found[1].whole
 
@@ -148,26 +149,33 @@ def test_the_selection_asks_for_what_was_measured():
 
 
 @pytest.mark.parametrize(
-    ("num_bits", "offset", "inputs", "stages", "early"),
+    ("num_bits", "offset", "shape", "as_bytes", "as_bits"),
     [
-        *(
-            (4, 2, 4096, 4, 1),
-            (3, 2, 14336, 4, 1),
-            (8, 2, 4096, 2, 1),
-        ),  # eight: no room for a third
-        *((4, 1, 4096, 2, 1), (4, 1, 14336, 2, 0), (3, 1, 14336, 2, 1)),
+        (4, 2, (4096, 4096), (4, 1), None),
+        (3, 2, (4096, 14336), (4, 1), None),
+        (8, 2, (4096, 4096), (2, 1), None),  # no room for a third stage
+        (4, 1, (4096, 4096), (2, 1), (2, 1)),
+        (4, 1, (4096, 14336), (2, 0), (4, 0)),
+        (3, 1, (4096, 14336), (2, 1), (4, 0)),
+        (3, 1, (28672, 4096), (2, 1), (3, 1)),
+        (4, 1, (28672, 4096), (2, 1), (2, 1)),
     ],
+    ids=str,
 )
-def test_weights_are_asked_for_behind_the_inputs_as_timed(num_bits, offset, inputs, stages, early):
-    layout, card = (
-        planes.Layout(num_bits, 128, offset),
-        Card(132, 227 * 1024, "NVIDIA H200", warpgroups=True),
-    )
-    sizes = (4096, inputs, 1, 256, inputs // 256, inputs // 128, 4096)
-    call = dict(plane_products.call_for(sizes, layout, torch.float16, card).constants)
-    assert (call["STAGES"], call["EARLY"]) == (stages, early)
-    eight = plane_products.call_for((*sizes[:2], 8, *sizes[3:]), layout, torch.float16, card)
-    assert "EARLY" not in dict(eight.constants)
+def test_weights_are_asked_for_behind_the_inputs_as_timed(
+    num_bits, offset, shape, as_bytes, as_bits
+):
+    layout, (rows, inputs) = planes.Layout(num_bits, 128, offset), shape
+    plain = Card(132, 227 * 1024, "NVIDIA H200", warpgroups=True)
+
+    def constants(tokens, card):
+        sizes = (rows, inputs, tokens, rows // 16, inputs // 256, inputs // 128, rows)
+        return dict(plane_products.call_for(sizes, layout, torch.float16, card).constants)
+
+    for card, expected in ((plain, as_bytes), (plain._replace(counts_bits=True), as_bits)):
+        call = constants(1, card)
+        assert (call["STAGES"], call["EARLY"]) == (expected or as_bytes)
+    assert "EARLY" not in constants(8, plain), "all of a ring"
 
 
 @given(row_tiles=st.integers(1, 3000), count=st.integers(1, 120), most=st.integers(1, 264))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qtool.runtime.backends.cuda import linear_kernels, plane_products, planes
+from qtool.runtime.backends.cuda import linear_kernels, plane_plans, plane_products, planes
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
@@ -27,7 +27,7 @@ WEIGHTS = {
 @pytest.fixture
 def looked_up(monkeypatch):
     monkeypatch.setattr(planes, "product_for", lambda batch, *_: planes.looked_up(batch))
-    cached = planes.plan_launch, planes.tuned_plan, plane_products.call_for
+    cached = plane_plans.plan_launch, plane_plans.tuned_plan, plane_products.call_for
     for function in cached:
         function.cache_clear()
     yield

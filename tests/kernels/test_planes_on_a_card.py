@@ -6,7 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from qtool.runtime.backends.cuda import driver, grids, linear_kernels, plane_products, planes
+from qtool.runtime.backends.cuda import (
+    driver,
+    grids,
+    linear_kernels,
+    plane_plans,
+    plane_products,
+)
 from qtool.runtime.backends.cuda.decode_ops import KernelOps
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.decode.ops import Norm
@@ -18,7 +24,7 @@ from tests.helpers import normal
 
 pytestmark = pytest.mark.gpu
 EPS = 1e-5
-CACHED = [(planes, "plan_launch"), (planes, "tuned_plan"), (plane_products, "call_for")]
+CACHED = [(plane_plans, "plan_launch"), (plane_plans, "tuned_plan"), (plane_products, "call_for")]
 
 
 def weight(num_bits, shape, group_size=128):

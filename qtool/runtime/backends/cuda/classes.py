@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qtool.runtime.backends.cuda import planes
+from qtool.runtime.backends.cuda import plane_plans, planes
 from qtool.runtime.backends.cuda.grids import room_of, tunings_for
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
@@ -106,7 +106,7 @@ def plan_classes(
     layouts = [its.layout for its in classes]
     product = planes.each_plane(batch, layouts[0])
     each = [
-        planes.tuned_plan(
+        plane_plans.tuned_plan(
             *(its.row_tiles, units, batch, its.layout),
             card=card,
             product=planes.each_plane(batch, its.layout),

@@ -10,6 +10,7 @@ from qtool.runtime.backends.cuda.tiles import UNIT
 MOST_IDLE = 8
 """Units that a multiprocessor may lack, on average, so that CTAs have whole tiles: an exchange
 costs about a microsecond, twice what they do at 3 planes and one token."""
+MORE_WAVES = (1, 2, 4, 8)
 FEWER_WARPS = (7, 3)
 """For cards, or weights, that the measured ones leave no room for."""
 

@@ -5,10 +5,10 @@ import itertools
 import math
 from typing import NamedTuple
 
-from qtool.runtime.backends.cuda.grids import room_of, shares_of
+from qtool.runtime.backends.cuda.grids import MORE_WAVES, room_of, shares_of
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.runtime.backends.cuda.panels import PanelLayout
-from qtool.runtime.backends.cuda.planes import MORE_WAVES, NUMBER
+from qtool.runtime.backends.cuda.planes import NUMBER
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 
 PLANE_BYTES, LIMB_BYTES = 512, 1024

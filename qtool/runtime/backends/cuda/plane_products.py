@@ -7,13 +7,11 @@ import torch
 from torch import Tensor
 
 from qtool.errors import BackendError
-from qtool.runtime.backends.cuda import planes, streamed
-from qtool.runtime.backends.cuda.grids import LaunchPlan
+from qtool.runtime.backends.cuda import plane_plans, planes, streamed
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import WARP, Card, KernelCall, Launch, constants
-from qtool.runtime.backends.cuda.selection import FEW_INPUTS
 from qtool.runtime.backends.cuda.splits import add_splits
-from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT
+from qtool.runtime.backends.cuda.tiles import TILE_ROWS
 from qtool.runtime.decode.ops import Norm
 
 
@@ -50,7 +48,7 @@ def call_for(
     if stream := streamed.streamed_call(sizes, layout, dtype, card, around.epilogue):
         return stream._replace(dependent=around.dependent)
     shape = (row_tiles, units, batch, layout)
-    picked = planes.tuned_plan(*shape, card=card)
+    picked = plane_plans.tuned_plan(*shape, card=card)
     if picked is None:
         raise no_room(card, f"{layout.planes} planes and groups of {layout.group}")
     (tuning, chosen), product, eps = (
@@ -58,6 +56,8 @@ def call_for(
         planes.product_for(batch, layout, card),
         around.norm_eps,
     )
+    each = row_tiles * units / (card.multiprocessors * tuning.warps)
+    _, early = plane_plans.ahead_of(product, layout, chosen.units_per_slab, each)
     loads = -(-product.columns * chosen.units_per_slab // tuning.warps)
     grid = {
         **chosen.macros,
@@ -66,7 +66,7 @@ def call_for(
         "ALIGNED": int(in_features % 8 == 0),
         "NORM": 0 if eps is None else normed_units(*shape, card=card),
         "LOADS": min(product.most_loads, loads),
-        **early_units(product, layout, chosen),
+        **({} if early is None or chosen.per_multiprocessor > 1 else {"EARLY": early}),
         "EPILOGUE": planes.EPILOGUES[around.epilogue] if chosen.slabs == 1 else 0,
     }
     return KernelCall(
@@ -80,19 +80,6 @@ def call_for(
         zeros=chosen.exchange_words,
         dependent=around.dependent,
     )
-
-
-def early_units(product: planes.Product, layout: planes.Layout, plan: LaunchPlan) -> dict[str, int]:
-    """Return the constant that says how many units a warp asks for before there are inputs.
-
-    Those are in front of the inputs in memory's queue; what else it has stages for is asked for
-    behind them. As timed: one is the best for codes of equal steps, none for four planes and more
-    of many inputs, and all of a ring of two stages for others.
-    """
-    if product.name not in (planes.AS_BYTES, planes.AS_BITS) or plan.per_multiprocessor > 1:
-        return {}  # all that it has stages for
-    many = plan.units_per_slab * UNIT > FEW_INPUTS and layout.planes >= planes.LOW_PLANES
-    return {"EARLY": 0 if many and layout.offset != planes.CENTERED else 1}
 
 
 def no_room(card: Card, weight: str) -> BackendError:
@@ -112,7 +99,7 @@ def normed_units(
     row_tiles: int, units: int, batch: int, layout: planes.Layout, *, card: Card
 ) -> int:
     """Return how many units of x each warp norms in a launch that does so; 0: none can."""
-    picked = planes.tuned_plan(row_tiles, units, batch, layout, card=card)
+    picked = plane_plans.tuned_plan(row_tiles, units, batch, layout, card=card)
     columns = planes.product_for(batch, layout, card).columns
     if picked is None or picked[1].slabs > 1 or columns > planes.MOST_IN_PAIRS:
         return 0

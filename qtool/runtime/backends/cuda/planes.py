@@ -1,26 +1,16 @@
 """The grid, the shared memory and the arguments of the bit-plane kernels."""
 
-import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from qtool.runtime.backends.cuda.grids import (
-    LaunchPlan,
-    max_clusters,
-    rings_of,
-    room_of,
-    shares_of,
-    tunings_for,
-)
 from qtool.runtime.backends.cuda.launch import WARP, Card
 from qtool.runtime.backends.cuda.selection import (
     BLOCK,
     LOOKED_UP,
     MORE_TOKENS,
     MOST_AS_CODES,
-    Tuning,
 )
 from qtool.runtime.backends.cuda.tiles import TILE_ROWS, UNIT
 
@@ -32,12 +22,8 @@ MOST_LOADS, MOST_LOADS_LOOKED_UP = 4, 8
 LOW_PLANES = 4
 """Planes of the first table of kernels/bit_plane_lookup.cuh; the rest has one of its own."""
 AS_BYTES, AS_BITS = "bit_plane_imma", "bit_plane_bmma"
-MAX_UNITS = 2**21
-"""Of a slab: the kernel divides their numbers in float32."""
 MOST_AS_LIMBS, MOST_PLANES_OF_MORE = 4, 4
 """Tokens up to which x is multiplied as bytes, as timed: registers are for two of more planes."""
-CODES_AHEAD = 2
-"""Stages more for codes as bytes: they wait for memory, where planes wait for instructions."""
 CENTERED, STEP_BYTES = 2, 8
 """`Layout.offset` of equal steps, and what one of them and its zero point take where
 bit_plane_wgmma.cu keeps them in place of tables."""
@@ -45,19 +31,9 @@ MOST_COUNTED, GROUPS_COUNTED = 4, 128
 """Planes up to which bits of one token are counted, and what groups are multiples of there."""
 LEAST_GROUP = 64
 """Of weights that are looked up: smaller ones make too many tables."""
-ENOUGH_WARPS = 12
-"""For all planes at once, where more want another slab: 113 us, not 140, at 57344 x 8192, 3 planes
-and 16 tokens on an H200."""
-LOOKED_UP_WAYS = [(w, c) for cs in ((1, 2), (8,)) for w in (32, ENOUGH_WARPS) for c in cs]
-"""Most warps and CTAs of a cluster, the best first. Clusters spare slabs whose sums another launch
-adds; of 4 or 8 they leave a tenth of the card over, which costs more at 4096 x 14336 and 4 planes.
-More than BLOCK tokens have bit_plane_wgmma.cu instead."""
-LARGEST_CLUSTER = 8
 COLUMN_BLOCKS = (8, BLOCK, MORE_TOKENS)
 MOST_IN_PAIRS = 2
 """Columns up to which two CTAs beside one another are worth it: they stage all inputs twice."""
-MORE_WAVES = (1, 2, 4, 8)
-"""For cards, or weights, that the measured ones leave no room for."""
 PLAIN_LAUNCH = {"WHOLE": 0, "NORM": 0, "LOADS": MOST_LOADS}
 """Constants of a launch whose CTAs share tiles, and know x as it is multiplied."""
 EPILOGUES = {"none": 0, "residual": 1, "gated": 2}
@@ -186,101 +162,6 @@ def each_plane(batch: int, layout: Layout) -> Product:
         return as_bytes(batch)
     columns = 1 if batch == 1 else 8 if batch <= 8 else 16  # noqa: PLR2004 - tiles of eight columns
     return Product("bit_plane_mma", columns, 64)
-
-
-@functools.cache
-def plan_launch(  # noqa: PLR0913 - a key of the cache
-    row_tiles: int,
-    units: int,
-    batch: int,
-    layout: Layout,
-    *,
-    card: Card,
-    tuning: Tuning,
-    product: Product,
-) -> LaunchPlan | None:
-    """Choose a grid that fills a card once; None: a CTA has too little shared memory.
-
-    in_features are cut into slabs only where the inputs of all of them don't fit into shared
-    memory, and by clusters into as many as they have CTAs.
-    """
-    columns, warps = product.columns, tuning.warps
-    blocks = -(-batch // columns)
-    together = tuning.cluster
-    for slabs in range(1, units + 1) if together == 1 else (together,):
-        count = -(-units // slabs)
-        if (slabs - 1) * count >= units or row_tiles * count > MAX_UNITS:
-            continue  # the last slab would be empty
-        shortest = units - (slabs - 1) * count
-        if together > 1 and (shortest < count or not card.warpgroups):
-            return None  # they add what lies in the same places, and only some cards have them
-        for stages, ctas_per in rings_of(tuning):
-            most = max_clusters(card, together) * ctas_per * tuning.waves // (slabs // together)
-            ctas, share, whole = shares_of(
-                row_tiles, count, shortest, most, ctas_per, whole=together > 1
-            )
-            ring = warps * stages * product.stage_bytes(layout)
-            shared = ring + product.shared_bytes(share, count, warps)
-            if shared <= room_of(card, ctas_per):
-                words = blocks * slabs * ctas * warps * TILE_ROWS * columns
-                sizes = (blocks, ctas, slabs // together, count, stages, ctas_per, shared, words)
-                return LaunchPlan(*sizes, whole, together)
-    return None
-
-
-@functools.cache
-def tuned_plan(
-    row_tiles: int,
-    units: int,
-    batch: int,
-    layout: Layout,
-    *,
-    card: Card,
-    product: Product | None = None,
-) -> tuple[Tuning, LaunchPlan] | None:
-    """Return how to launch: as the card's selection says, or as near to it as there is room.
-
-    Nearest is, for few tokens, what needs no slabs, then what leaves as many CTAs beside one
-    another as it should, then what has more warps; for many tokens, what has more warps. None: a
-    CTA of this card can't hold one unit and its inputs. `product`: None for `product_for`.
-    """
-    product = product or product_for(batch, layout, card)
-    few = product.columns <= MOST_IN_PAIRS
-    tunings = tunings_for(row_tiles, units, card, few=few)
-    ways = ways_of(tunings[0], layout, product)
-    tunings = (*ways, *tunings[1:])
-    for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
-        found = []
-        for order, tuning in enumerate(replace(tuning, waves=waves) for tuning in tunings):
-            sizes = (row_tiles, units, batch, layout)
-            planned = plan_launch(*sizes, card=card, tuning=tuning, product=product)
-            if planned is not None:
-                crowded = planned.per_multiprocessor < tuning.per_multiprocessor
-                # with many tokens a CTA multiplies for longer: all its warps are worth a slab
-                rank = (planned.slabs, crowded, order) if few else (crowded, order, planned.slabs)
-                if product.at_once:
-                    rank = (order >= len(ways), planned.slabs, order)
-                found.append((rank, (tuning, planned)))
-        if found:
-            return min(found, key=lambda pair: pair[0])[1]
-    return None
-
-
-def ways_of(asked: Tuning, layout: Layout, product: Product) -> list[Tuning]:
-    """Return how weights that are multiplied at once are launched, the best first; else `asked`."""
-    if product.name == AS_BYTES and layout.offset == CENTERED:
-        more = 0 if asked.per_multiprocessor > 1 else CODES_AHEAD
-        return [replace(asked, stages=asked.stages + more)]
-    if not product.looks_up:
-        fewer = replace(asked, warps=ENOUGH_WARPS)
-        first = [] if product.columns > BLOCK else [asked]  # sixteen warps lack registers for more
-        return [*first, fewer] if product.at_once else first
-    most = 1 if product.columns > BLOCK else 2 if layout.planes == LOW_PLANES else LARGEST_CLUSTER
-    return [
-        replace(asked, warps=min(warps, asked.warps), cluster=cluster)
-        for warps, cluster in LOOKED_UP_WAYS
-        if cluster <= most
-    ]
 
 
 Sizes = tuple[int, int, int, int, int, int, int]
