@@ -12,19 +12,12 @@ from torch import Tensor
 from qtool.base import QuantizedTensor
 from qtool.core.layout import side_by_side
 from qtool.errors import BackendError
-from qtool.runtime.backends.cuda import (
-    lut,
-    panel_linear,
-    panel_plan,
-    plane_plans,
-    planes,
-    tiles,
-    wide,
-)
+from qtool.runtime.backends.cuda import lut, panel_linear, panel_plan, planes, tiles, wide
 from qtool.runtime.backends.cuda.centers import CENTERS, is_tileable, planes_of
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import LOAD_BYTES, Card, KernelCall, Launch, constants
 from qtool.runtime.backends.cuda.panels import is_panelable, pack_panels
+from qtool.runtime.backends.cuda.plane_plans import tuned_plan
 from qtool.runtime.backends.cuda.plane_products import by_planes, epilogue_of, normed_units
 from qtool.runtime.backends.cuda.selection import (
     STORED_KERNELS,
@@ -90,7 +83,7 @@ def kernel_for(weight: KernelWeight, tokens: int, card: Card, *, gated: bool = F
     if tokens == 1 and not gated and weight.stored and suits_tables(weight.stored, card.name):
         return "lut"
     row_tiles, units, *_ = weight.tiles.planes.shape
-    room = plane_plans.tuned_plan(row_tiles, units, tokens or 1, weight.layout, card=card)
+    room = tuned_plan(row_tiles, units, tokens or 1, weight.layout, card=card)
     return "dequantize" if room is None else "planes"
 
 

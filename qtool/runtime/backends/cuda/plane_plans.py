@@ -150,6 +150,21 @@ def ahead_of(product: Product, layout: Layout, units: int, each: float) -> tuple
     return int(fast and each > MANY_UNITS), 1
 
 
+def early_units(
+    product: Product,
+    layout: Layout,
+    row_tiles: int,
+    tuning: Tuning,
+    plan: LaunchPlan,
+    card: Card,
+) -> dict[str, int]:
+    """Return the constant that says what a warp asks for before there are inputs, if any."""
+    units = plan.units_per_slab
+    each = row_tiles * units / (card.multiprocessors * tuning.warps)
+    _, early = ahead_of(product, layout, units, each)
+    return {} if early is None or plan.per_multiprocessor > 1 else {"EARLY": early}
+
+
 def ways_of(asked: Tuning, layout: Layout, product: Product) -> list[Tuning]:
     """Return how weights that are multiplied at once are launched, the best first; else `asked`."""
     if not product.looks_up:

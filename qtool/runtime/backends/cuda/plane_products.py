@@ -51,13 +51,8 @@ def call_for(
     picked = plane_plans.tuned_plan(*shape, card=card)
     if picked is None:
         raise no_room(card, f"{layout.planes} planes and groups of {layout.group}")
-    (tuning, chosen), product, eps = (
-        picked,
-        planes.product_for(batch, layout, card),
-        around.norm_eps,
-    )
-    each = row_tiles * units / (card.multiprocessors * tuning.warps)
-    _, early = plane_plans.ahead_of(product, layout, chosen.units_per_slab, each)
+    tuning, chosen = picked
+    product, eps = planes.product_for(batch, layout, card), around.norm_eps
     loads = -(-product.columns * chosen.units_per_slab // tuning.warps)
     grid = {
         **chosen.macros,
@@ -66,7 +61,7 @@ def call_for(
         "ALIGNED": int(in_features % 8 == 0),
         "NORM": 0 if eps is None else normed_units(*shape, card=card),
         "LOADS": min(product.most_loads, loads),
-        **({} if early is None or chosen.per_multiprocessor > 1 else {"EARLY": early}),
+        **plane_plans.early_units(product, layout, row_tiles, tuning, chosen, card),
         "EPILOGUE": planes.EPILOGUES[around.epilogue] if chosen.slabs == 1 else 0,
     }
     return KernelCall(
