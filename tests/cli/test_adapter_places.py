@@ -87,7 +87,7 @@ def test_an_adapter_that_has_come_in_between_is_not_replaced(adapt, tmp_path, mo
         return load_model(*args, **options)
 
     monkeypatch.setattr("qtool.pipeline.adapt.load_model", load)
-    with pytest.raises(OutputError, match="has an adapter. Pass --overwrite"):
+    with pytest.raises(OutputError, match=r"has an adapter. Pass --overwrite"):
         adapt(tmp_path / "mine")
     assert adapter_digest(tmp_path / "mine") == digest
     assert {path.name for path in tmp_path.iterdir()} == {"here", "mine", "pairs.jsonl"}
