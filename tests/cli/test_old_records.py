@@ -4,8 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from qtool import pipeline
 from qtool.checkpoint.reader import CheckpointReader
