@@ -88,7 +88,8 @@ def _tokenizer(
     _check_spaces(read)
     tokens, kinds = _tokens(read.tokenizer, model, vocabulary)
     ids = _special_ids(read, config, tokens)
-    before, after = _added(read.text, tokens)
+    ordinary = [token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL]
+    before, after = _added(read.text, ordinary)
     if before not in ([], [ids.get("bos")]) or after not in ([], [ids.get("eos")]):
         raise _UnsaidError(
             "its tokenizer puts other tokens around a text than one at its beginning and its end"
@@ -215,13 +216,18 @@ def _special_ids(read: _Files, config: Mapping[str, Any], tokens: list[str]) -> 
     return found
 
 
-def _added(text: str, tokens: list[str]) -> tuple[list[int], list[int]]:
-    """Return the numbers of tokens that are put before and after a text."""
+def _added(text: str, words: list[str]) -> tuple[list[int], list[int]]:
+    """Return the numbers of tokens that are put before and after a text.
+
+    Args:
+        text: tokenizer.json.
+        words: To try it with: ordinary tokens, since others may be what is put there.
+    """
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_str(text)
-        encoded = ((each, tokenizer.encode(each, add_special_tokens=False).ids) for each in tokens)
+        encoded = ((each, tokenizer.encode(each, add_special_tokens=False).ids) for each in words)
         word, bare = next((each, ids) for each, ids in encoded if ids)
         whole = tokenizer.encode(word).ids
     except Exception as error:  # it raises nothing narrower

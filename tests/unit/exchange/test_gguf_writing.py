@@ -207,6 +207,24 @@ def test_ways_to_cut_a_text_are_known_or_refused(pre, ignore_merges, refused, tm
     assert "can't be read" in str(why_no_tokenizer(files, {}, 96))
 
 
+@pytest.mark.parametrize("eos", ["<pad>", "</s>"])
+def test_the_first_token_of_a_vocabulary_may_begin_a_text(eos, tmp_path):
+    save_tokenizer(tmp_path, BYTES)
+    whole, settings = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    text = whole.read_text().replace('"id": "<s>"', '"id": "<pad>"')
+    about = json.loads(text)
+    about["post_processor"]["special_tokens"] = {
+        "<pad>": {"id": "<pad>", "ids": [0], "tokens": ["<pad>"]}
+    }
+    whole.write_text(json.dumps(about))
+    names = {"bos_token": "<pad>", "eos_token": eos}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **names}))
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    metadata = tokenizer_metadata(files, {}, 96)
+    added = [metadata[f"tokenizer.ggml.add_{name}_token"] for name in ("bos", "eos")]
+    assert added == [True, False]
+
+
 @pytest.mark.parametrize(
     ("key", "of_token"), [("add_prefix_space", False), ("lstrip", True), ("single_word", True)]
 )
