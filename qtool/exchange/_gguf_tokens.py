@@ -99,7 +99,7 @@ def _tokenizer(
         "pre": pre,
         "tokens": tokens,
         "token_type": kinds,
-        "merges": [_merge(each) for each in model.get("merges", [])],
+        "merges": [_merge(each) for each in model["merges"]],
         **{f"{SPECIAL_KEYS[name]}_token_id": number for name, number in ids.items()},
         "add_bos_token": bool(before),
         "add_eos_token": bool(after),
@@ -147,6 +147,8 @@ def _cut_of(tokenizer: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     normalizer = (tokenizer.get("normalizer") or {}).get("type")
     if normalizer is not None and not (normalizer == "NFC" and pre in NORMALIZED):
         raise _UnsaidError(f"its tokenizer normalizes a text ({shown(normalizer)})")
+    if not model.get("merges"):
+        raise _UnsaidError("its tokenizer has no merges, and llama.cpp reads none without")
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if affixes or model.get("dropout"):
         raise _UnsaidError("its tokenizer marks parts of words, or drops merges")
