@@ -147,7 +147,8 @@ def test_the_key_is_asked_for(serve):
             status, answer, _ = request(running, **headers)
             assert status == 401
             assert answer["error"]["code"] == "invalid_api_key"
-        assert request(running, Authorization="Bearer sesame")[0] == 200
+        for scheme in ("Bearer", "bearer"):  # RFC 9110: its case doesn't matter
+            assert request(running, Authorization=f"{scheme} sesame")[0] == 200
         assert request(running, "/health", None, "GET")[0] == 200
 
 
