@@ -9,7 +9,7 @@ from qtool.errors import CheckpointError
 
 OLD_RECORDS: Mapping[str, str] = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Where they said how they had quantized a model."""
-PACKED = ".qweight"
+PACKED_SUFFIX = ".qweight"
 """What both call the codes of a linear."""
 
 
@@ -43,6 +43,6 @@ def _is_packed(directory: Path) -> bool:
         names = [name for file in files for name in open_files([file]).specs]
     except CheckpointError:  # said better by who reads them
         return False
-    return any(name.endswith(PACKED) for name in names) or (
+    return any(name.endswith(PACKED_SUFFIX) for name in names) or (
         not files and any(directory.glob("*.bin"))
     )

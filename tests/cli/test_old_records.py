@@ -4,12 +4,15 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from qtool import pipeline
+from qtool.base import QuantizedTensor
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
+from tests.helpers import dequantized
 
 COMMANDS = (
     "inspect {m}",
@@ -92,7 +95,10 @@ def test_what_is_said_is_enough_to_import_it(folder, old, tmp_path):
     pipeline.import_model(Location(directory), tmp_path / "in")
     ours, theirs = (CheckpointReader(path) for path in (folder / "w4", tmp_path / "in"))
     for name in ours.manifest.layers:
-        assert ours.load(name).parts.keys() == theirs.load(name).parts.keys()
+        first, second = ours.load(name), theirs.load(name)
+        assert isinstance(first, QuantizedTensor)
+        assert isinstance(second, QuantizedTensor)
+        assert torch.equal(dequantized(first), dequantized(second))
 
 
 def test_a_record_beside_weights_that_are_not_quantized_changes_nothing(cli, llama, tmp_path):

@@ -5,6 +5,7 @@ import http.client
 import json
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_malformed_bodies(running):
     assert report.wrong == []
 
 
-ODD = {
+ODD: dict[str, tuple[dict[str, Any], str, str]] = {
     "max_tokens": ({"prompt": "w3", "max_tokens": "5"}, "max_tokens", "integer"),
     "too many": ({"prompt": "w3", "max_tokens": 10**300}, "max_tokens", "less than"),
     "temperature": ({"prompt": "w3", "temperature": True}, "temperature", "number"),

@@ -88,8 +88,9 @@ def test_a_directory_that_another_removes_in_between_is_made_anew(holder, at_fir
 
 
 def test_a_directory_that_another_makes_anew_in_between_is_the_others(
-    holder, at_first_lock, tmp_path
+    holder, at_first_lock, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr("qtool.checkpoint.claim.PATIENCE", 2)
     hold, name = holder
     others: list[int] = []
 
