@@ -98,9 +98,19 @@ def find_adapter_place(directory: Path, *, overwrite: bool) -> Place:
     """
     place = find_place(directory, overwrite=overwrite)
     with file_failures(directory):
-        _check_free(place.out_dir, IGNORED if place.inside else (), overwrite=overwrite)
-        check_writable(place)
+        check_adapter_place(place)
     return place
+
+
+def check_adapter_place(place: Place) -> None:
+    """Check that an adapter may get its name.
+
+    Raises:
+        OutputError: as `find_adapter_place`.
+    """
+    ignored = IGNORED if place.inside else ()
+    _check_free(place.out_dir, ignored, overwrite=place.overwrite)
+    check_writable(place)
 
 
 def _check_free(directory: Path, ignored: Collection[str], *, overwrite: bool) -> None:

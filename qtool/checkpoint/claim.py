@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from qtool.checkpoint.marks import inode, read_job
@@ -49,38 +50,74 @@ def claim(place: Place) -> int:
         OutputError: another run lives, or something is in the way.
         OSError: it can't be written.
     """
-    for _ in range(PATIENCE):
+
+    def look_first() -> None:
         look(place)
+        if read_job(place.out_dir) is not None:  # killed when its result had its name already
+            descriptor = locked(place.out_dir, place, fcntl.LOCK_EX)
+            try:
+                repair(place)
+            finally:
+                os.close(descriptor)
+
+    def look_again() -> None:
+        repair(place)
+        check_place(place)
+
+    return made_and_locked(place.work_dir, place, before=look_first, check=look_again)
+
+
+def made_and_locked(
+    directory: Path,
+    place: Place,
+    *,
+    before: Callable[[], object] = lambda: None,
+    check: Callable[[], object] = lambda: None,
+) -> int:
+    """Make a directory if there is none, and lock that which has its name from then on.
+
+    Args:
+        directory: Where the work lies. Others may lock it, too, remove it and rename it at any time
+            before.
+        place: For messages.
+        before: Called ahead of each try, without the lock.
+        check: Called under the lock. If it raises, the directory is given up, and removed if it
+            is empty; if it renames it, there is another try.
+
+    Returns:
+        A descriptor; the lock is held until it is closed.
+
+    Raises:
+        OutputError: another run lives, or others keep making and removing the directory.
+        OSError: it can't be made or locked.
+    """
+    for _ in range(PATIENCE):
         with contextlib.suppress(FileNotFoundError):  # another run has just changed its name
-            if read_job(place.out_dir) is not None:  # killed when its result had its name already
-                descriptor = locked(place.out_dir, place, fcntl.LOCK_EX)
-                try:
-                    repair(place)
-                finally:
-                    os.close(descriptor)
-            place.work_dir.mkdir(parents=True, exist_ok=True)
-            descriptor = locked(place.work_dir, place, fcntl.LOCK_EX)
-            if _is_ours(descriptor, place):
-                return descriptor
+            before()
+            directory.mkdir(parents=True, exist_ok=True)
+            descriptor = locked(directory, place, fcntl.LOCK_EX)
+            try:
+                if _is_at(descriptor, directory):
+                    check()
+                    if _is_at(descriptor, directory):
+                        return descriptor
+            except BaseException:
+                let_go(descriptor, directory)
+                raise
             os.close(descriptor)
     raise OutputError(f"Other runs keep changing {place.out_dir}. Wait for their end.")
 
 
-def _is_ours(descriptor: int, place: Place) -> bool:
-    """Check again under the lock; False if what is locked isn't the work directory any more."""
-    if os.fstat(descriptor).st_ino != inode(place.work_dir):
-        return False
-    try:
-        repair(place)
-        if os.fstat(descriptor).st_ino != inode(place.work_dir):
-            return False
-        check_place(place)
-    except BaseException:
-        with contextlib.suppress(OSError):  # it isn't empty: somebody's work
-            place.work_dir.rmdir()
-        os.close(descriptor)
-        raise
-    return True
+def let_go(descriptor: int, directory: Path) -> None:
+    """Give up a directory that is locked, and remove it if it still has its name and is empty."""
+    with contextlib.suppress(OSError):  # it isn't empty: somebody's work
+        if _is_at(descriptor, directory):
+            directory.rmdir()
+    os.close(descriptor)
+
+
+def _is_at(descriptor: int, directory: Path) -> bool:
+    return os.fstat(descriptor).st_ino == inode(directory)
 
 
 def can_lock(descriptor: int) -> bool:

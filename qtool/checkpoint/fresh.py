@@ -5,12 +5,11 @@ its name when it is whole. What a killed process left there is dropped; nothing 
 """
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from qtool.checkpoint.claim import PATIENCE, locked
+from qtool.checkpoint.claim import made_and_locked
 from qtool.checkpoint.marks import JOB_NAME, Job, inode, names_in, read_job, write_job
 from qtool.checkpoint.place import (
     HALF_JOB,
@@ -56,7 +55,7 @@ def made_fresh(dest: Path) -> Iterator[Path]:
     """
     place = find_fresh(dest)
     with file_failures(dest):
-        lock = _claim(place)
+        lock = made_and_locked(place.work_dir, place, check=lambda: _begin(place))
     made = place.work_dir / RESULT
     try:
         try:
@@ -100,30 +99,11 @@ def _check_free(place: Place) -> None:
         )
 
 
-def _claim(place: Place) -> int:
-    """Make the work directory, lock it, drop what a killed process left in it.
-
-    Returns:
-        A descriptor; the lock is held until it is closed.
-    """
-    work = place.work_dir
-    for _ in range(PATIENCE):
-        with contextlib.suppress(FileNotFoundError):  # another process has just ended
-            work.mkdir(parents=True, exist_ok=True)
-            descriptor = locked(work, place, fcntl.LOCK_EX)
-            try:
-                if os.fstat(descriptor).st_ino == inode(work):
-                    _check_free(place)
-                    write_job(work, Job(fingerprint=MADE_AT_ONCE))
-                    remove_entry(work / RESULT)
-                    return descriptor
-            except BaseException:
-                with contextlib.suppress(OSError):  # it isn't empty: somebody's work
-                    work.rmdir()
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
-    raise OutputError(f"Other runs keep changing {place.out_dir}. Wait for their end.")
+def _begin(place: Place) -> None:
+    """Mark the work, and drop what a killed process left in it."""
+    _check_free(place)
+    write_job(place.work_dir, Job(fingerprint=MADE_AT_ONCE))
+    remove_entry(place.work_dir / RESULT)
 
 
 def _clear(work: Path) -> None:

@@ -4,14 +4,13 @@ Results guard their own places; this is about what lies between them. Torch-free
 """
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from qtool.checkpoint.claim import PATIENCE, locked
-from qtool.checkpoint.marks import inode, is_checkpoint
+from qtool.checkpoint.claim import let_go, made_and_locked
+from qtool.checkpoint.marks import is_checkpoint
 from qtool.checkpoint.place import check_writable, file_failures, find_place
 from qtool.errors import OutputError
 
@@ -78,23 +77,12 @@ def held(out_dir: Path) -> Iterator[None]:
     """
     with file_failures(out_dir):
         is_new = not os.path.lexists(out_dir)
-        descriptor = _held(out_dir)
+        place = find_place(out_dir)
+        descriptor = made_and_locked(place.out_dir, place)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # it isn't empty
-            if is_new:
-                out_dir.rmdir()
-        os.close(descriptor)
-
-
-def _held(out_dir: Path) -> int:
-    place = find_place(out_dir)
-    for _ in range(PATIENCE):
-        place.out_dir.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another run has just removed it
-            descriptor = locked(place.out_dir, place, fcntl.LOCK_EX)
-            if os.fstat(descriptor).st_ino == inode(place.out_dir):
-                return descriptor
+        if is_new:
+            let_go(descriptor, place.out_dir)
+        else:
             os.close(descriptor)
-    raise OutputError(f"Other runs keep changing {out_dir}. Wait for their end.")

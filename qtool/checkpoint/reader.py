@@ -22,6 +22,7 @@ import qtool.formats
 from qtool import plugins
 from qtool.base import Emit, PartSpec, Progress, QuantizedTensor, ignore_events
 from qtool.checkpoint.manifest import LayerEntry, Manifest, codec, manifest_from_config
+from qtool.checkpoint.old_records import check_old_record
 from qtool.checkpoint.shards import Shards, TensorSpec, open_shards, read_json
 from qtool.core.packing import octets_of, planes_to_codes
 from qtool.errors import CheckpointError, SchemeError
@@ -48,6 +49,7 @@ class CheckpointReader:
             )
         self.directory = directory
         self.config: dict[str, Any] = read_json(directory / "config.json")
+        check_old_record(directory, self.config)
         if self.config.get("quantization_config") in (None, {}):
             has = "an empty" if self.config.get("quantization_config") == {} else "no"
             raise CheckpointError(

@@ -16,6 +16,7 @@ from qtool.wording import shown
 
 SCALED = "llama3"
 UNSCALED = "default"
+MAX_UINT32 = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,8 @@ def why_computed_otherwise(model: DescribedModel) -> str | None:
         return f"its positions are scaled ({shown(kind)}), which llama.cpp reads of llama only"
     if parsed.hidden_act not in ("silu", "swish"):
         return f"its activation is {shown(parsed.hidden_act)}, and silu is meant"
+    if parsed.max_position_embeddings > MAX_UINT32:
+        return f"it has {parsed.max_position_embeddings} positions, and a file says {MAX_UINT32}"
     window = getattr(parsed, "sliding_window", None)
     slides = getattr(parsed, "use_sliding_window", True) and window is not None
     if slides and window < parsed.max_position_embeddings:

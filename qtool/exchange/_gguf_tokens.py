@@ -88,7 +88,8 @@ def _tokenizer(
     _check_spaces(read)
     tokens, kinds = _tokens(read.tokenizer, model, vocabulary)
     ids = _special_ids(read, config, tokens)
-    before, after = _added(read.text, tokens)
+    ordinary = [token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL]
+    before, after = _added(read.text, ordinary)
     if before not in ([], [ids.get("bos")]) or after not in ([], [ids.get("eos")]):
         raise _UnsaidError(
             "its tokenizer puts other tokens around a text than one at its beginning and its end"
@@ -98,7 +99,7 @@ def _tokenizer(
         "pre": pre,
         "tokens": tokens,
         "token_type": kinds,
-        "merges": [_merge(each) for each in model.get("merges", [])],
+        "merges": [_merge(each) for each in model["merges"]],
         **{f"{SPECIAL_KEYS[name]}_token_id": number for name, number in ids.items()},
         "add_bos_token": bool(before),
         "add_eos_token": bool(after),
@@ -146,6 +147,8 @@ def _cut_of(tokenizer: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     normalizer = (tokenizer.get("normalizer") or {}).get("type")
     if normalizer is not None and not (normalizer == "NFC" and pre in NORMALIZED):
         raise _UnsaidError(f"its tokenizer normalizes a text ({shown(normalizer)})")
+    if not model.get("merges"):
+        raise _UnsaidError("its tokenizer has no merges, and llama.cpp reads none without")
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if affixes or model.get("dropout"):
         raise _UnsaidError("its tokenizer marks parts of words, or drops merges")
@@ -215,13 +218,18 @@ def _special_ids(read: _Files, config: Mapping[str, Any], tokens: list[str]) -> 
     return found
 
 
-def _added(text: str, tokens: list[str]) -> tuple[list[int], list[int]]:
-    """Return the numbers of tokens that are put before and after a text."""
+def _added(text: str, words: list[str]) -> tuple[list[int], list[int]]:
+    """Return the numbers of tokens that are put before and after a text.
+
+    Args:
+        text: tokenizer.json.
+        words: To try it with: ordinary tokens, since others may be what is put there.
+    """
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_str(text)
-        encoded = ((each, tokenizer.encode(each, add_special_tokens=False).ids) for each in tokens)
+        encoded = ((each, tokenizer.encode(each, add_special_tokens=False).ids) for each in words)
         word, bare = next((each, ids) for each, ids in encoded if ids)
         whole = tokenizer.encode(word).ids
     except Exception as error:  # it raises nothing narrower

@@ -28,13 +28,16 @@ KIND = "gemm"
 
 def _read(path: Path) -> ForeignModel:
     directory = open_foreign(path)
-    check_int(directory.value("bits", int, default=NUM_BITS), (NUM_BITS,), "bits", directory.where)
+    # The second names are those of AutoAWQ's own quant_config.json.
+    bits = directory.value("bits", int, default=directory.value("w_bit", int, default=NUM_BITS))
+    check_int(bits, (NUM_BITS,), "bits", directory.where)
     name = directory.value("version", str, default=directory.section.get("format") or KIND)
     if name.lower() != KIND:
         raise CheckpointError(
             f"{directory.where}: version is {shown(name)}; {KIND} is the layout that is known."
         )
-    group_size = directory.value("group_size", int, default=128)
+    usual = directory.value("q_group_size", int, default=128)
+    group_size = directory.value("group_size", int, default=usual)
     names = layers_named(directory, AWQ_PARTS[0])
     return ForeignModel(
         config=directory.config,

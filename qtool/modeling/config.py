@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool.base import ModelConfig
+from qtool.checkpoint.old_records import check_old_record
 from qtool.checkpoint.shards import read_json
 from qtool.errors import CheckpointError, ModelError, QtoolError
 from qtool.modeling.encoders import encoder_adapter
@@ -29,8 +30,6 @@ RETURNED = (
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|ModelWithLMHead|GenerationDecoder)$")
 MULTIMODAL = re.compile(r"ForConditionalGeneration$")
 """With a `text_config`: a text decoder and what makes tokens of images or sound."""
-OLD_RECORDS: Mapping[str, str] = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-"""Where old versions of AutoGPTQ and AutoAWQ said how they had quantized a model."""
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         ModelError: there is none, or it needs what qtool doesn't do.
         CheckpointError: it, or generation_config.json, holds no JSON object, or no numbers of
-            tokens where these are meant.
+            tokens where these are meant; or as `check_old_record`.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -56,6 +55,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{path} is empty: it names no model, such as by its model_type and architectures. "
             "Download it again."
         )
+    check_old_record(directory, config)
     if config.get("quantization_config") in (None, {}):
         config.pop("quantization_config", None)
     elif not isinstance(config["quantization_config"], dict):
@@ -130,18 +130,6 @@ def check_original(config: Mapping[str, Any], directory: Path, families: tuple[s
         )
     if family is None:
         raise ModelError(f"{directory}: config.json has no model_type, so the family is unknown.")
-
-
-def old_record(directory: Path) -> str | None:
-    """Return a sentence where a model says only in a file of its own how it was quantized."""
-    name = next((name for name in OLD_RECORDS if (directory / name).is_file()), None)
-    if name is None or "quantization_config" in read_config(directory):
-        return None
-    return (
-        f"{directory / name} says how another program quantized it, and config.json doesn't: put "
-        f'it there as quantization_config, with "quant_method": "{OLD_RECORDS[name]}", name '
-        f"the weights model.safetensors, and `qtool import {directory}` reads it."
-    )
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from qtool.base import CausalModel, ModelConfig
 from qtool.checkpoint.shards import Shards, TensorSpec
 from qtool.errors import CheckpointError
 from qtool.formats._dtypes import DTYPES
-from qtool.modeling.config import auto_class, old_record, transformers_failures
+from qtool.modeling.config import auto_class, transformers_failures
 from qtool.wording import list_names, shown
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
@@ -74,8 +74,6 @@ def match_names(model: CausalModel, shards: Shards, directory: Path) -> dict[str
 def missing_message(missing: Iterable[str], unknown: Iterable[str], directory: Path) -> str:
     """Return the sentence about tensors that nobody stored, and what is stored in their place."""
     others = list_names(unknown)
-    if (apart := old_record(directory)) is not None:
-        return apart
     return (
         f"{directory}: the model needs tensors that aren't stored: {list_names(missing)}. Download "
         "it again, or see whether config.json belongs to these weights"

@@ -21,7 +21,7 @@ from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import CheckpointError
 from qtool.exchange import ForeignModel, exchange_names, exchange_of, load_exchange
 from qtool.modeling.companions import read_companions
-from qtool.modeling.config import old_record, parse_config, read_config
+from qtool.modeling.config import parse_config, read_config
 from qtool.modeling.digest import model_states
 from qtool.modeling.load import foreign_method
 from qtool.modeling.locate import Location
@@ -143,8 +143,6 @@ def path_of(model: Location) -> Path:
 def _unknown(path: Path) -> str:
     if path.is_dir():
         config = read_config(path)
-        if (apart := old_record(path)) is not None:
-            return apart
         if config.get("quantization_config") is None:
             return f"{path} isn't quantized: there is nothing to import. Use it as it is."
         if foreign_method(config) is None:

@@ -1,7 +1,7 @@
 """The routes of OpenAI's API over a responder, as an ASGI application."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -99,12 +99,11 @@ async def _on_refusal(_request: Request, error: Exception) -> Response:
 async def _on_invalid(_request: Request, error: Exception) -> Response:
     """Say what is wrong first."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    first = _first_wrong(error)
     if first["type"] == "json_invalid":
         why = first.get("ctx", {}).get("error", first["msg"])
-        message = f"The body isn't JSON: {why}, at character {first['loc'][-1]}."
-        return refusal_response(RefusalError(BAD_REQUEST, message, code="invalid_json"))
-    where = ".".join(map(str, first["loc"][1:]))
+        return _no_json(f"{why}, at character {first['loc'][-1]}.")
+    where = ".".join(map(str, _place_in(error.body, first)))
     if not where and first["type"] in ("missing", "model_attributes_type", "dict_type"):
         message = "The body must be a JSON object, sent as Content-Type: application/json."
         return refusal_response(RefusalError(BAD_REQUEST, message))
@@ -117,8 +116,34 @@ async def _on_invalid(_request: Request, error: Exception) -> Response:
     return refusal_response(RefusalError(BAD_REQUEST, message, param=where or None))
 
 
+def _first_wrong(error: RequestValidationError) -> Mapping[str, Any]:
+    """Return what is wrong in the first field that isn't right: of several types, the nearest."""
+    found = error.errors()
+    fields = [each for each in found if each["loc"][:2] == found[0]["loc"][:2]]
+    return max(fields, key=lambda each: len(_place_in(error.body, each)))
+
+
+def _place_in(body: object, wrong: Mapping[str, Any]) -> list[str | int]:
+    """Return where in a body something is wrong, without the names of the types that were tried."""
+    steps: list[str | int] = []
+    at, loc = body, wrong["loc"][1:]
+    for step in loc:
+        is_key = isinstance(at, dict) and step in at
+        if is_key or (isinstance(at, list) and isinstance(step, int) and step < len(at)):
+            at = at[step]  # type: ignore[index]
+            steps.append(step)
+    return [*steps, loc[-1]] if wrong["type"] == "missing" and loc else steps
+
+
+def _no_json(why: str) -> Response:
+    message = f"The body isn't JSON: {why}"
+    return refusal_response(RefusalError(BAD_REQUEST, message, code="invalid_json"))
+
+
 async def _on_http(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.status_code == BAD_REQUEST:  # what FastAPI says of all that its parser raises
+        return _no_json("it isn't UTF-8, is nested too deeply, or has a number that is too long.")
     headers = dict(error.headers or {})
     message = f"{error.detail}. This server has /v1/chat/completions, /v1/completions, /v1/models."
     return refusal_response(RefusalError(error.status_code, message, headers=headers))

@@ -5,18 +5,27 @@ What would change an answer is known, or refused.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MOST_ANSWERS, MOST_STOPS, MOST_TOP_LOGPROBS = 128, 16, 20
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-NoneOrZero = Literal[0, None]
+TokenCount = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+def _check_zero(value: float) -> float:
+    if value:
+        raise ValueError("this server doesn't have that; leave it out, or send 0.")
+    return value
+
+
+Zero = Annotated[float, AfterValidator(_check_zero)]
 Stops = Annotated[list[str], Field(max_length=MOST_STOPS)]
 
 
 class _Body(BaseModel):
-    """Reads what is known; names that aren't are errors."""
+    """Reads what is known; names that aren't are errors, and so are values of another type."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class StreamOptions(_Body):
@@ -31,7 +40,7 @@ class GenerationBody(_Body):
     """What both kinds of requests have."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: TokenCount | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
@@ -40,8 +49,8 @@ class GenerationBody(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Only what means "as usual" is taken:
-    frequency_penalty: NoneOrZero = None
-    presence_penalty: NoneOrZero = None
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     # Taken, and of no meaning here:
     user: str | None = None
@@ -94,7 +103,7 @@ class Message(_Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | list[ContentPart]
     name: str | None = None
     refusal: None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -104,7 +113,7 @@ class Message(_Body):
         """Return what it says."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
-        return self.content or ""
+        return self.content
 
 
 class _TextFormat(_Body):
@@ -115,7 +124,7 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     response_format: _TextFormat | None = None

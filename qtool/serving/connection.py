@@ -76,8 +76,9 @@ class RequestGate:
     def _check_key(self, scope: Scope) -> None:
         if self.api_key is None or scope["path"] == OPEN_PATH:
             return
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        if not hmac.compare_digest(given, b"Bearer " + self.api_key.encode()):
+        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        is_right = hmac.compare_digest(key.strip(), self.api_key.encode())
+        if scheme.lower() != b"bearer" or not is_right:
             raise RefusalError(
                 401,
                 "Wrong or missing API key. Send the header `Authorization: Bearer KEY`, with the "

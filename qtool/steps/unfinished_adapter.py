@@ -1,9 +1,6 @@
 """How far the training of an adapter is, so that a run that was stopped goes on."""
 
-import contextlib
-import fcntl
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +13,11 @@ from qtool.checkpoint.adapter_files import (
     JOB_NAME_OF_ADAPTER,
     STATE_NAME,
     WORK_FILES,
+    check_adapter_place,
     empty_adapter,
     replace_adapter,
 )
-from qtool.checkpoint.claim import locked
+from qtool.checkpoint.claim import let_go, made_and_locked
 from qtool.checkpoint.place import Place, file_failures
 from qtool.errors import OutputError
 from qtool.storage.plain_json import json_text, write_json_file
@@ -92,9 +90,7 @@ class UnfinishedAdapter:
 
     def close(self) -> None:
         """Let others write there; a folder without any work is removed."""
-        with contextlib.suppress(OSError):
-            self.directory.rmdir()
-        os.close(self._lock)
+        let_go(self._lock, self.directory)
 
     def write_curve(self, points: Sequence[Point]) -> None:
         """Write the curve as JSON lines, as that of tuning a whole model."""
@@ -117,12 +113,12 @@ def open_unfinished(
 
     Raises:
         OutputError: one is there, and nobody said what is to become of it, or it is another job's,
-            or another run is at work on it.
+            or another run is at work on it, or has finished one meanwhile.
     """
     folder = place.work_dir
     with file_failures(place.out_dir):
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = UnfinishedAdapter(folder, job, locked(folder, place, fcntl.LOCK_EX))
+        lock = made_and_locked(folder, place, check=lambda: check_adapter_place(place))
+        unfinished = UnfinishedAdapter(folder, job, lock)
         try:
             if any(folder.iterdir()):
                 _check_unfinished(unfinished, overwrite=overwrite, resume=resume)

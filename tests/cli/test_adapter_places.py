@@ -4,11 +4,13 @@ import fcntl
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qtool.checkpoint.adapter_files import read_adapter
+from qtool.checkpoint.adapter_files import adapter_digest, read_adapter
 from qtool.errors import OutputError
+from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
 from qtool.pipeline.adapt import AdaptRequest
 from qtool.pipeline.adapt import adapt as run_adapt
@@ -74,6 +76,21 @@ def test_work_of_a_living_run_is_left_alone(adapt, tmp_path):
     os.close(descriptor)
     adapt(tmp_path / "mine")
     assert not work.exists()
+
+
+def test_an_adapter_that_has_come_in_between_is_not_replaced(adapt, tmp_path, monkeypatch):
+    adapt(tmp_path / "theirs")
+    digest = adapter_digest(tmp_path / "theirs")
+
+    def load(*args: Any, **options: Any) -> Any:
+        (tmp_path / "theirs").rename(tmp_path / "mine")
+        return load_model(*args, **options)
+
+    monkeypatch.setattr("qtool.pipeline.adapt.load_model", load)
+    with pytest.raises(OutputError, match=r"has an adapter. Pass --overwrite"):
+        adapt(tmp_path / "mine")
+    assert adapter_digest(tmp_path / "mine") == digest
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "mine", "pairs.jsonl"}
 
 
 def test_a_folder_of_that_name_is_not_taken_for_work(adapt, tmp_path):

@@ -5,6 +5,7 @@ import http.client
 import json
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,56 @@ def test_malformed_bodies(running):
     assert report.wrong == []
 
 
+ODD: dict[str, tuple[dict[str, Any], str, str]] = {
+    "max_tokens": ({"prompt": "w3", "max_tokens": "5"}, "max_tokens", "integer"),
+    "too many": ({"prompt": "w3", "max_tokens": 10**300}, "max_tokens", "less than"),
+    "temperature": ({"prompt": "w3", "temperature": True}, "temperature", "number"),
+    "stream": ({"prompt": "w3", "stream": "false"}, "stream", "boolean"),
+    "logprobs of a chat": ({"prompt": "w3", "logprobs": True}, "logprobs", "integer"),
+    "seed": ({"prompt": "w3", "seed": 1.5}, "seed", "integer"),
+    "token": ({"prompt": [True]}, "prompt.0", "string"),
+    "prompt": ({"prompt": {"text": "w3"}}, "prompt", "string"),
+    "mixed": ({"prompt": ["w3", 4]}, "prompt.1", "string"),
+    "stop": ({"prompt": "w3", "stop": ["w4", 5]}, "stop.1", "string"),
+    "penalty": ({"prompt": "w3", "frequency_penalty": 0.5}, "frequency_penalty", "leave it out"),
+    "no content": ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),
+    "null": ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "string"),
+    "number": ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "string"),
+    "image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages.0.content.0.type",
+        "'text'",
+    ),
+    "string": ({"messages": ["w3"]}, "messages.0", "object"),
+    "no role": ({"messages": [{"content": "w3"}]}, "messages.0.role", "required"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_wrong_types_are_refused_by_the_name_of_their_place(running, name):
+    body, param, said = ODD[name]
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    status, answer, _ = request(running, path, body)
+    error = answer["error"]
+    assert (status, error["param"], error["type"]) == (400, param, "invalid_request_error")
+    assert error["message"].startswith(f"{param}: ")
+    assert said in error["message"]
+
+
+def test_numbers_that_clients_write_otherwise_are_taken(running):
+    body = {**COMPLETION, "temperature": 0, "top_p": 1, "frequency_penalty": 0.0, "best_of": 1}
+    assert request(running, body={**body, "n": 1, "stream": False})[0] == 200
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"prompt": "\xff"}', b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}"]
+)
+def test_what_cannot_be_parsed_is_said_to_be_no_json(running, body):
+    status, answer, _ = request(running, body=body)
+    assert (status, answer["error"]["code"]) == (400, "invalid_json")
+    assert answer["error"]["message"].startswith("The body isn't JSON")
+
+
 def test_a_body_has_to_say_that_it_is_json(running):
     status, answer, _ = request(running, **{"Content-Type": "text/plain"})
     assert status == 400
@@ -97,7 +148,8 @@ def test_the_key_is_asked_for(serve):
             status, answer, _ = request(running, **headers)
             assert status == 401
             assert answer["error"]["code"] == "invalid_api_key"
-        assert request(running, Authorization="Bearer sesame")[0] == 200
+        for scheme in ("Bearer", "bearer"):  # RFC 9110: its case doesn't matter
+            assert request(running, Authorization=f"{scheme} sesame")[0] == 200
         assert request(running, "/health", None, "GET")[0] == 200
 
 

@@ -207,6 +207,33 @@ def test_ways_to_cut_a_text_are_known_or_refused(pre, ignore_merges, refused, tm
     assert "can't be read" in str(why_no_tokenizer(files, {}, 96))
 
 
+def test_a_tokenizer_without_merges_is_refused_as_llama_cpp_would(tmp_path):
+    save_tokenizer(tmp_path, BYTES)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    whole = json.loads(files["tokenizer.json"])
+    whole["model"]["merges"] = []
+    files["tokenizer.json"] = json.dumps(whole).encode()
+    assert "has no merges" in str(why_no_tokenizer(files, {}, 96))
+
+
+@pytest.mark.parametrize("eos", ["<pad>", "</s>"])
+def test_the_first_token_of_a_vocabulary_may_begin_a_text(eos, tmp_path):
+    save_tokenizer(tmp_path, BYTES)
+    whole, settings = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    text = whole.read_text().replace('"id": "<s>"', '"id": "<pad>"')
+    about = json.loads(text)
+    about["post_processor"]["special_tokens"] = {
+        "<pad>": {"id": "<pad>", "ids": [0], "tokens": ["<pad>"]}
+    }
+    whole.write_text(json.dumps(about))
+    names = {"bos_token": "<pad>", "eos_token": eos}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **names}))
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    metadata = tokenizer_metadata(files, {}, 96)
+    added = [metadata[f"tokenizer.ggml.add_{name}_token"] for name in ("bos", "eos")]
+    assert added == [True, False]
+
+
 @pytest.mark.parametrize(
     ("key", "of_token"), [("add_prefix_space", False), ("lstrip", True), ("single_word", True)]
 )
@@ -293,6 +320,7 @@ def test_a_converted_file_has_the_tokenizer_that_it_says(streamed, ours, tmp_pat
         ("gpt2", {}, "of type gpt2"),
         ("mistral", {"sliding_window": 16}, "looks back 16 tokens"),
         ("llama", {"hidden_act": "gelu"}, "gelu"),
+        ("llama", {"max_position_embeddings": 2**32}, "4294967296 positions"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "linear"),
         ("qwen2", {"rope_parameters": LLAMA3_ROPE}, "of llama only"),
     ],

@@ -39,6 +39,14 @@ def test_what_a_peer_has_packed_means_what_it_decodes(case, tmp_path):
     assert torch.equal(dequantized(tensor), decoded)
 
 
+def test_awq_is_read_under_the_names_of_its_own_old_record(tmp_path):
+    parts = vectors("awq-4")
+    decoded = parts.pop("decoded")
+    old = {"quant_method": "awq", "w_bit": 4, "q_group_size": 16, "version": "GEMM"}
+    tensor = loaded(directory(tmp_path / "m", parts, old))
+    assert torch.equal(dequantized(tensor), decoded)
+
+
 @pytest.mark.parametrize("case", [case for case in cases() if not case.startswith("awq")])
 def test_what_was_read_is_written_as_the_peer_wrote_it(case, tmp_path):
     parts = vectors(case)
