@@ -36,7 +36,7 @@ LOOKED_UP_WAYS = [(w, c) for cs in ((1, 2), (8,)) for w in (32, ENOUGH_WARPS) fo
 adds; of 4 or 8 they leave a tenth of the card over, which costs more at 4096 x 14336 and 4 planes.
 More than BLOCK tokens have bit_plane_wgmma.cu instead."""
 LARGEST_CLUSTER = 8
-MANY_INPUTS, MANY_UNITS = 8192, 4
+LONG_TO_STAGE, MANY_UNITS = 8192, 4
 """Of a slab, whose staging takes long; of a warp, which then waits for memory."""
 
 
@@ -145,7 +145,7 @@ def ahead_of(product: Product, layout: Layout, units: int, each: float) -> tuple
         return 0, 0 if inputs > FEW_INPUTS and not fast else 1
     if product.name != AS_BITS:
         return 0, None
-    if inputs > MANY_INPUTS:
+    if inputs > LONG_TO_STAGE:
         return 2, 0
     return int(fast and each > MANY_UNITS), 1
 
