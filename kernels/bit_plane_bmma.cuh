@@ -52,6 +52,7 @@ DEVICE Offsets offsets_of(int lane);
 #define MAGIC 0x4ac00000u // 1.5 * 2^22 as a float: halves of integers added to it are read off its lower 24 bits
 // A count, read as the bits of a float, is that many times 2^-149: no conversion, and products of it are exact.
 #define COUNT_POWER 122 // what brings it to 2^-27
+#define STAGED (NORM ? NORM : LOADS) // units that a warp stages one after another
 #define ONE_GROUP (GROUP % UNIT == 0) // of a unit
 
 // The bits of `low` and `high` under MASK and those SHIFT higher: low's higher ones and high's lower ones change places.
@@ -64,7 +65,7 @@ template <int SHIFT> DEVICE void exchange_bits(u32 &low, u32 &high, u32 mask) {
 DEVICE Offsets offsets_of(int lane) {
     int t = lane % 4, limb = lane / 4 % 4, half = lane / 16, four = half * 128 + t * 32;
     int first = half * HALF_BYTES + t * 16 + (limb == 3 ? 12 : limb * 132);
-    int zero = (int)in_register(0); // so that the compiler keeps these numbers where it would reckon them for each unit
+    int zero = STAGED > 1 ? (int)in_register(0) : 0; // so that the compiler keeps these numbers where it would reckon them for each unit
     return {lane, four + limb * 8 | zero, four + limb * 272 | zero, first | zero,
             first + (limb == 3 ? 256 : limb == 2 ? 120 : 4) | zero, first + (limb == 3 ? 384 : limb ? 124 : 8) | zero,
             t == 0 ? -power_of_two(-28) : 0.0f};

@@ -53,11 +53,8 @@ def call_for(
     picked = planes.tuned_plan(*shape, card=card)
     if picked is None:
         raise no_room(card, f"{layout.planes} planes and groups of {layout.group}")
-    (tuning, chosen), product, eps = (
-        picked,
-        planes.product_for(batch, layout, card),
-        around.norm_eps,
-    )
+    (tuning, chosen), eps = picked, around.norm_eps
+    product = planes.product_for(batch, layout, card)
     loads = -(-product.columns * chosen.units_per_slab // tuning.warps)
     grid = {
         **chosen.macros,

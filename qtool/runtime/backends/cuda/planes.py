@@ -46,8 +46,7 @@ MOST_COUNTED, GROUPS_COUNTED = 4, 128
 LEAST_GROUP = 64
 """Of weights that are looked up: smaller ones make too many tables."""
 ENOUGH_WARPS = 12
-"""For all planes at once, where more want another slab: 113 us, not 140, at 57344 x 8192, 3 planes
-and 16 tokens on an H200."""
+"""For all planes at once, where more want another slab: 113 us, not 140, at 57344 x 8192."""
 LOOKED_UP_WAYS = [(w, c) for cs in ((1, 2), (8,)) for w in (32, ENOUGH_WARPS) for c in cs]
 """Most warps and CTAs of a cluster, the best first. Clusters spare slabs whose sums another launch
 adds; of 4 or 8 they leave a tenth of the card over, which costs more at 4096 x 14336 and 4 planes.
