@@ -8,18 +8,20 @@
 // Eight inputs of a unit that begins at k: of word lane / 8, four of each half. Lane 4 s + t of eight has
 // 8 t + 4 s .. 8 t + 4 s + 3 in either.
 DEVICE quad load_split(const u16 *row, int k, int lane, int in_features) {
-    k += lane / 8 * 64 + lane % 4 * 8 + (lane & 4);
+    u32 number = (u32)lane % WARP;
+    k += (int)(number / 8 * 64 + number % 4 * 8 + (number & 4));
+    row += k;
     u32 pairs[4];
 #pragma unroll
     for (int half = 0; half < 2; ++half, k += 32) {
 #if ALIGNED
-        u64 four = k < in_features ? *(const u64 *)(row + k) : 0;
+        u64 four = k < in_features ? *(const u64 *)(row + 32 * half) : 0;
         pairs[2 * half] = (u32)four, pairs[2 * half + 1] = (u32)(four >> 32);
 #else
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            u32 low = k + 2 * i < in_features ? row[k + 2 * i] : 0;
-            u32 high = k + 2 * i + 1 < in_features ? row[k + 2 * i + 1] : 0;
+            u32 low = k + 2 * i < in_features ? row[32 * half + 2 * i] : 0;
+            u32 high = k + 2 * i + 1 < in_features ? row[32 * half + 2 * i + 1] : 0;
             pairs[2 * half + i] = low | high << 16;
         }
 #endif
@@ -30,7 +32,7 @@ DEVICE quad load_split(const u16 *row, int k, int lane, int in_features) {
 #define LOAD_OF_UNIT load_split
 // Where a lane's parts of a unit are, and what its sum is multiplied by.
 struct Offsets {
-    int lane, given, taken, first, second, third;
+    u32 lane, limb, given, taken, first, second, third;
     float power;
 };
 #define OWN_OFFSETS
@@ -52,7 +54,6 @@ DEVICE Offsets offsets_of(int lane);
 #define MAGIC 0x4ac00000u // 1.5 * 2^22 as a float: halves of integers added to it are read off its lower 24 bits
 // A count, read as the bits of a float, is that many times 2^-149: no conversion, and products of it are exact.
 #define COUNT_POWER 122 // what brings it to 2^-27
-#define STAGED (NORM ? NORM : LOADS) // units that a warp stages one after another
 #define ONE_GROUP (GROUP % UNIT == 0) // of a unit
 
 // The bits of `low` and `high` under MASK and those SHIFT higher: low's higher ones and high's lower ones change places.
@@ -61,14 +62,16 @@ template <int SHIFT> DEVICE void exchange_bits(u32 &low, u32 &high, u32 mask) {
     high = either(mask, low >> SHIFT, high), low = both;
 }
 
+// The value itself, where this stands: the compiler would reckon it when it is wanted, after inputs have come, for each unit.
+DEVICE u32 kept_of(u32 value) { return shuffle_xor(value, 0); }
+
 // Bits 6 a + 2 i and one more are columns 2 a and 2 a + 1 of tile i; the sum is beside all of them.
 DEVICE Offsets offsets_of(int lane) {
-    int t = lane % 4, limb = lane / 4 % 4, half = lane / 16, four = half * 128 + t * 32;
-    int first = half * HALF_BYTES + t * 16 + (limb == 3 ? 12 : limb * 132);
-    int zero = STAGED > 1 ? (int)in_register(0) : 0; // so that the compiler keeps these numbers where it would reckon them for each unit
-    return {lane, four + limb * 8 | zero, four + limb * 272 | zero, first | zero,
-            first + (limb == 3 ? 256 : limb == 2 ? 120 : 4) | zero, first + (limb == 3 ? 384 : limb ? 124 : 8) | zero,
-            t == 0 ? -power_of_two(-28) : 0.0f};
+    u32 number = (u32)lane % WARP, t = number % 4, limb = number / 4 % 4, half = number / 16, four = half * 128 + t * 32;
+    u32 first = half * HALF_BYTES + t * 16 + (limb == 3 ? 12 : limb * 132);
+    return {number, limb, kept_of(four + limb * 8), kept_of(four + limb * 272), kept_of(first),
+            kept_of(first + (limb == 3 ? 256 : limb == 2 ? 120 : 4)),
+            kept_of(first + (limb == 3 ? 384 : limb ? 124 : 8)), t == 0 ? -power_of_two(-28) : 0.0f};
 }
 
 // The B operands of a unit, and what goes with them.
@@ -78,7 +81,7 @@ DEVICE Offsets offsets_of(int lane) {
 // place, what makes one of them owner of byte `limb` of 32 inputs, and one of the sum.
 DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, Offsets offsets, unsigned char *operands,
                        float *, float *) {
-    int exponent = exponent_of(v), lane = offsets.lane, limb = lane / 4 % 4;
+    int exponent = exponent_of(v);
     float factor = power_of_two(20 - exponent); // halves of magnitudes below 2^22
     u32 pairs[4] = {v.x, v.y, v.z, v.w}, u[2][4], sum = 0, bytes[3][2];
 #pragma unroll
@@ -103,7 +106,7 @@ DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, Offsets offse
         *(u64 *)(given + i * 272) = (u64)bytes[i][1] << 32 | bytes[i][0];
     }
     sum -= 8u * MAGIC;
-    float total = (float)(int)(ONE_GROUP ? warp_sum(sum) : half_warp_sum(sum, lane));
+    float total = (float)(int)(ONE_GROUP ? warp_sum(sum) : half_warp_sum(sum, (int)offsets.lane));
     u32 start = bits_of_float(total * offsets.power);
     sync_warp();
     quad of_even = *(const quad *)taken, of_odd = *(const quad *)(taken + 16);
@@ -118,8 +121,8 @@ DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, Offsets offse
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) columns[pair][16 * i] = limb == 3 ? start : rows[i][pair];
-    if (lane == 0) *(float *)(place + FACTOR_AT) = exponent < 128 ? power_of_two(exponent - 7) : float_of_bits(0x7fc00000u);
+        for (int i = 0; i < 2; ++i) columns[pair][16 * i] = offsets.limb == 3 ? start : rows[i][pair];
+    if (offsets.lane == 0) *(float *)(place + FACTOR_AT) = exponent < 128 ? power_of_two(exponent - 7) : float_of_bits(0x7fc00000u);
 }
 
 // What a lane's columns count of a group's numbers, where half of the weight's bits are ones, and what its numbers are on

@@ -103,7 +103,7 @@ DEVICE quad load_in_order(const u16 *row, int k, int lane, int in_features) {
     return load_inputs(row, k + lane * 8, in_features);
 }
 
-// What `stage_unit` wants to know of a lane, the same for all units: reckoned once.
+// What `stage_unit` wants to know of a lane, the same for all units: reckoned before there are inputs.
 #ifndef OWN_OFFSETS
 typedef int Offsets;
 DEVICE Offsets offsets_of(int lane) { return lane; }
@@ -118,9 +118,9 @@ DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &we
 // all are done; or until all have asked for their first inputs, LATE, when `ask_late` is called.
 template <class Late>
 DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, int columns, int units,
-                         unsigned char *operands, float *starts, float *factors, const Late &ask_late) {
+                         unsigned char *operands, float *starts, float *factors, const Offsets &offsets,
+                         const Late &ask_late) {
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    const Offsets offsets = offsets_of(lane);
     for (int work = warp; work < weight.count * COLUMNS || (LATE && work == warp); work += LOADS * WARPS) {
         quad v[LOADS]; // all on their way before the first is looked at
 #pragma unroll

@@ -18,7 +18,7 @@ DEVICE Gains load_gains(const u16 *norm, int in_features, const Weight &weight) 
 template <class Late>
 DEVICE void stage_normed(const u16 *x, int in_features, const Weight &weight, int columns, int units,
                          unsigned char *operands, float *starts, float *factors, const Gains &gains,
-                         float eps, float *sums, const Late &ask_late) {
+                         float eps, float *sums, const Offsets &offsets, const Late &ask_late) {
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
     quad v[NORM];
     float inverse[COLUMNS] = {};
@@ -45,7 +45,6 @@ DEVICE void stage_normed(const u16 *x, int in_features, const Weight &weight, in
             if ((warp + i * WARPS) % COLUMNS == column) inverse[column] += square;
     }
     squares_to_factors(inverse, in_features, eps, sums);
-    const Offsets offsets = offsets_of(lane);
 #pragma unroll
     for (int i = 0; i < NORM; ++i) {
         int unit = (warp + i * WARPS) / COLUMNS, column = (warp + i * WARPS) % COLUMNS;
