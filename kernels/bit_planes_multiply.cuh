@@ -57,6 +57,11 @@ struct Product {
 #define FIRST_OUTPUT 0
 #endif
 
+#ifdef OWN_STAGING
+#define WAIT wait_for_previous(number_of(offsets))
+#else
+#define WAIT wait_for_previous()
+#endif
 #define UPPER PLACE_OF(8, 0) // from a row to that of the upper half
 
 // One block's work: of slab blockIdx.y, or of its rank's in its cluster, and of block of columns blockIdx.z.
@@ -104,17 +109,20 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
         __syncthreads();
         request_first(ring, ahead, EARLY, STAGES - 1, begin, end, lane, share, weight);
     };
-    const Offsets offsets = offsets_of(lane);
+    const Offsets offsets = offsets_of(column0 * its.in_features, weight, lane);
 #if NORM
-    Gains gains = load_gains(its.norm, its.in_features, weight);
-    wait_for_previous();
+    Gains gains = load_gains(its.norm, its.in_features, offsets);
+    WAIT;
     stage_normed(x, its.in_features, weight, columns, units_per_slab, operands, starts, factors, gains,
                  its.eps, given, offsets, ask_late);
 #else
-    wait_for_previous();
+    WAIT;
 #if RANKS > 1
     Round round = begin_round(its.peers);
     u32 turn = 0;
+#endif
+#ifdef OWN_STAGING
+    x = its.x; // `offsets` say where
 #endif
     stage_inputs(x, its.in_features, weight, columns, units_per_slab, operands, starts, factors, offsets, ask_late);
 #endif
