@@ -57,11 +57,6 @@ struct Product {
 #define FIRST_OUTPUT 0
 #endif
 
-#ifdef OWN_STAGING
-#define WAIT wait_for_previous(number_of(offsets))
-#else
-#define WAIT wait_for_previous()
-#endif
 #define UPPER PLACE_OF(8, 0) // from a row to that of the upper half
 
 // One block's work: of slab blockIdx.y, or of its rank's in its cluster, and of block of columns blockIdx.z.
@@ -112,11 +107,16 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
     const Offsets offsets = offsets_of(column0 * its.in_features, weight, lane);
 #if NORM
     Gains gains = load_gains(its.norm, its.in_features, offsets);
-    WAIT;
+#endif
+#ifdef OWN_STAGING
+    wait_for_previous(number_of(offsets));
+#else
+    wait_for_previous();
+#endif
+#if NORM
     stage_normed(x, its.in_features, weight, columns, units_per_slab, operands, starts, factors, gains,
                  its.eps, given, offsets, ask_late);
 #else
-    WAIT;
 #if RANKS > 1
     Round round = begin_round(its.peers);
     u32 turn = 0;
