@@ -5,36 +5,15 @@
 // a group times a scale is exact too. Compute capability 8.0 to 9.0: later cards have no such product.
 //
 // What turns {0, 1} into {-1, +1} is half of the sum of x, beside the offset's.
-// Eight inputs of a unit that begins at k: of word lane / 8, four of each half. Lane 4 s + t of eight has
-// 8 t + 4 s .. 8 t + 4 s + 3 in either.
-DEVICE quad load_split(const u16 *row, int k, int lane, int in_features) {
-    k += lane / 8 * 64 + lane % 4 * 8 + (lane & 4);
-    u32 pairs[4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half, k += 32) {
-#if ALIGNED
-        u64 four = k < in_features ? *(const u64 *)(row + k) : 0;
-        pairs[2 * half] = (u32)four, pairs[2 * half + 1] = (u32)(four >> 32);
-#else
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            u32 low = k + 2 * i < in_features ? row[k + 2 * i] : 0;
-            u32 high = k + 2 * i + 1 < in_features ? row[k + 2 * i + 1] : 0;
-            pairs[2 * half + i] = low | high << 16;
-        }
-#endif
-    }
-    return quad{pairs[0], pairs[1], pairs[2], pairs[3]};
-}
-
-#define LOAD_OF_UNIT load_split
-// Where a lane's parts of a unit are, and what its sum is multiplied by.
+#define OWN_STAGING
+// What a lane reads and writes of its warp's first unit: places in shared memory; the number of its first input, of a token
+// and of all tokens; what a sum is multiplied by.
 struct Offsets {
-    int lane, given, taken, first, second, third;
+    u32 warp, lane, limb, given, taken, first, second, third, k, place;
     float power;
 };
-#define OWN_OFFSETS
-DEVICE Offsets offsets_of(int lane);
+struct Weight;
+DEVICE Offsets offsets_of(int from, const Weight &weight, int lane);
 #include "bit_planes.cuh"
 
 #define ACCUMULATORS 2 // rows g and g + 8
@@ -54,20 +33,59 @@ DEVICE Offsets offsets_of(int lane);
 #define COUNT_POWER 122 // what brings it to 2^-27
 #define ONE_GROUP (GROUP % UNIT == 0) // of a unit
 
+struct alignas(8) Four { u32 low, high; };
+
+// Eight inputs, four of which are at `place`, number k of a token, and four 32 further.
+DEVICE quad load_split(const u16 *x, int place, int k, int in_features) {
+    const u16 *its = x + place;
+    u32 pairs[4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        int first = 32 * half;
+#if ALIGNED
+        Four four = {0, 0};
+        if (k + first < in_features) four = *(const Four *)(its + first);
+        pairs[2 * half] = four.low, pairs[2 * half + 1] = four.high;
+#else
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            u32 low = k + first + 2 * i < in_features ? its[first + 2 * i] : 0;
+            u32 high = k + first + 2 * i + 1 < in_features ? its[first + 2 * i + 1] : 0;
+            pairs[2 * half + i] = low | high << 16;
+        }
+#endif
+    }
+    return quad{pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
 // The bits of `low` and `high` under MASK and those SHIFT higher: low's higher ones and high's lower ones change places.
 template <int SHIFT> DEVICE void exchange_bits(u32 &low, u32 &high, u32 mask) {
     u32 both = either(mask, low, high << SHIFT);
     high = either(mask, low >> SHIFT, high), low = both;
 }
 
-// Bits 6 a + 2 i and one more are columns 2 a and 2 a + 1 of tile i; the sum is beside all of them.
-DEVICE Offsets offsets_of(int lane) {
-    int t = lane % 4, limb = lane / 4 % 4, half = lane / 16, four = half * 128 + t * 32;
-    int first = half * HALF_BYTES + t * 16 + (limb == 3 ? 12 : limb * 132);
-    int zero = (int)in_register(0); // so that the compiler keeps these numbers where it would reckon them for each unit
-    return {lane, four + limb * 8 | zero, four + limb * 272 | zero, first | zero,
-            first + (limb == 3 ? 256 : limb == 2 ? 120 : 4) | zero, first + (limb == 3 ? 384 : limb ? 124 : 8) | zero,
+// The value itself, where this stands: the compiler would reckon it when it is wanted, after inputs have come, for each unit.
+DEVICE u32 kept_of(u32 value) { return shuffle_xor(value, 0); }
+
+// Lane 4 s + t of eight has inputs 8 t + 4 s .. 8 t + 4 s + 3 of either half of a word. Bits 6 a + 2 i and one more are columns
+// 2 a and 2 a + 1 of tile i; the sum is beside all of them.
+DEVICE Offsets offsets_of(int from, const Weight &weight, int) {
+    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, t = lane % 4, limb = lane / 4 % 4, half = lane / 16;
+    u32 place = warp * UNIT_BYTES, four = place + half * 128 + t * 32;
+    u32 first = place + half * HALF_BYTES + t * 16 + (limb == 3 ? 12 : limb * 132);
+    u32 k = ((u32)weight.first + warp) * UNIT + lane / 8 * 64 + t * 8 + (lane & 4);
+    return {warp, lane, limb, kept_of(four + limb * 8), kept_of(four + limb * 272), kept_of(first),
+            kept_of(first + (limb == 3 ? 256 : limb == 2 ? 120 : 4)),
+            kept_of(first + (limb == 3 ? 384 : limb ? 124 : 8)), kept_of(k), kept_of(k + (u32)from),
             t == 0 ? -power_of_two(-28) : 0.0f};
+}
+// A number that isn't known before all of them are, below 2^31.
+DEVICE u32 number_of(const Offsets &its) { return its.given | its.taken | its.first | its.second | its.third | its.k | its.place; }
+
+// As `stage_inputs` needs them, and for other rows.
+DEVICE quad load_of_lane(const u16 *row, int unit, const Offsets &offsets, int in_features) {
+    int k = (unit - (int)offsets.warp) * UNIT + (int)offsets.k;
+    return load_split(row, k, k, in_features);
 }
 
 // The B operands of a unit, and what goes with them.
@@ -77,7 +95,7 @@ DEVICE Offsets offsets_of(int lane) {
 // place, what makes one of them owner of byte `limb` of 32 inputs, and one of the sum.
 DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, Offsets offsets, unsigned char *operands,
                        float *, float *) {
-    int exponent = exponent_of(v), lane = offsets.lane, limb = lane / 4 % 4;
+    int exponent = exponent_of(v);
     float factor = power_of_two(20 - exponent); // halves of magnitudes below 2^22
     u32 pairs[4] = {v.x, v.y, v.z, v.w}, u[2][4], sum = 0, bytes[3][2];
 #pragma unroll
@@ -94,7 +112,7 @@ DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, Offsets offse
         low = permute_bytes(u[i][0], u[i][1], 0x7362u), high = permute_bytes(u[i][2], u[i][3], 0x7362u);
         bytes[2][i] = permute_bytes(low, high, 0x5410u);
     }
-    unsigned char *place = operands + unit * UNIT_BYTES;
+    unsigned char *place = operands + (unit - (int)offsets.warp) * UNIT_BYTES;
     unsigned char *given = place + offsets.given, *taken = place + offsets.taken;
 #pragma unroll
     for (int i = 0; i < 3; ++i) { // [word % 2][upper bit of a pair's number][lower bit]: the last one becomes that of the byte
@@ -102,7 +120,7 @@ DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, Offsets offse
         *(u64 *)(given + i * 272) = (u64)bytes[i][1] << 32 | bytes[i][0];
     }
     sum -= 8u * MAGIC;
-    float total = (float)(int)(ONE_GROUP ? warp_sum(sum) : half_warp_sum(sum, lane));
+    float total = (float)(int)(ONE_GROUP ? warp_sum(sum) : half_warp_sum(sum, (int)offsets.lane));
     u32 start = bits_of_float(total * offsets.power);
     sync_warp();
     quad of_even = *(const quad *)taken, of_odd = *(const quad *)(taken + 16);
@@ -117,8 +135,30 @@ DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, Offsets offse
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) columns[pair][16 * i] = limb == 3 ? start : rows[i][pair];
-    if (lane == 0) *(float *)(place + FACTOR_AT) = exponent < 128 ? power_of_two(exponent - 7) : float_of_bits(0x7fc00000u);
+        for (int i = 0; i < 2; ++i) columns[pair][16 * i] = offsets.limb == 3 ? start : rows[i][pair];
+    if (offsets.lane == 0) *(float *)(operands + unit * UNIT_BYTES + FACTOR_AT) = exponent < 128 ? power_of_two(exponent - 7) : float_of_bits(0x7fc00000u);
+}
+
+// Stage all inputs of the slab, as in bit_planes.cuh, of one token.
+template <class Late>
+DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, int columns, int units, unsigned char *operands,
+                         float *starts, float *factors, const Offsets &offsets, const Late &ask_late) {
+    int warp = (int)offsets.warp;
+    for (int done = 0; warp + done < weight.count || (LATE && done == 0); done += LOADS * WARPS) {
+        quad v[LOADS]; // all on their way before the first is looked at
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i) {
+            int ahead = (done + i * WARPS) * UNIT;
+            v[i] = load_split(x, (int)offsets.place + ahead, (int)offsets.k + ahead, in_features);
+        }
+        if (LATE && done == 0) ask_late();
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i) {
+            int unit = warp + done + i * WARPS;
+            if (unit < weight.count) stage_unit(v[i], unit, 0, units, weight, offsets, operands, starts, factors);
+        }
+    }
+    __syncthreads();
 }
 
 // What a lane's columns count of a group's numbers, where half of the weight's bits are ones, and what its numbers are on

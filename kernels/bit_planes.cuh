@@ -94,19 +94,13 @@ DEVICE void request(unsigned char *stage, const Place &place, int lane, const Sh
             fetch(stage + SCALES_AT + (piece + lane) * 16, source + piece + lane);
 }
 
-// A lane's eight inputs of the unit that begins at k, see `stage_unit`: those of a block beside one another, unless a product
-// wants others.
-#ifndef LOAD_OF_UNIT
-#define LOAD_OF_UNIT load_in_order
-#endif
-DEVICE quad load_in_order(const u16 *row, int k, int lane, int in_features) {
-    return load_inputs(row, k + lane * 8, in_features);
-}
-
-// What `stage_unit` wants to know of a lane, the same for all units: reckoned once.
-#ifndef OWN_OFFSETS
+// What staging wants to know of a lane, the same for all units: reckoned before there are inputs.
+#ifndef OWN_STAGING
 typedef int Offsets;
-DEVICE Offsets offsets_of(int lane) { return lane; }
+DEVICE Offsets offsets_of(int, const Weight &, int lane) { return lane; }
+DEVICE quad load_of_lane(const u16 *row, int unit, Offsets lane, int in_features) {
+    return load_inputs(row, unit * UNIT + lane * 8, in_features);
+}
 #endif
 
 // Stage one unit of one column, of which each lane has eight inputs: operands, the sums over segments
@@ -114,13 +108,14 @@ DEVICE Offsets offsets_of(int lane) { return lane; }
 DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &weight, Offsets lane,
                        unsigned char *operands, float *starts, float *factors);
 
+#ifndef OWN_STAGING
 // Stage all inputs of the slab. Every unit has its own scale, so that no warp waits for another until
 // all are done; or until all have asked for their first inputs, LATE, when `ask_late` is called.
 template <class Late>
 DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, int columns, int units,
-                         unsigned char *operands, float *starts, float *factors, const Late &ask_late) {
+                         unsigned char *operands, float *starts, float *factors, const Offsets &offsets,
+                         const Late &ask_late) {
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    const Offsets offsets = offsets_of(lane);
     for (int work = warp; work < weight.count * COLUMNS || (LATE && work == warp); work += LOADS * WARPS) {
         quad v[LOADS]; // all on their way before the first is looked at
 #pragma unroll
@@ -128,8 +123,8 @@ DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, in
             int unit = (work + i * WARPS) / COLUMNS, column = (work + i * WARPS) % COLUMNS;
             v[i] = quad{0, 0, 0, 0};
             if (unit < weight.count && column < columns)
-                v[i] = LOAD_OF_UNIT(x + (u64)column * in_features, (weight.first + unit) * UNIT, lane,
-                                    in_features);
+                v[i] = load_inputs(x + (u64)column * in_features,
+                                   (weight.first + unit) * UNIT + lane * 8, in_features);
         }
         if (LATE && work == warp) ask_late();
 #pragma unroll
@@ -141,6 +136,8 @@ DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, in
     }
     __syncthreads();
 }
+
+#endif
 
 // The sum over a segment, the part of a group inside a unit, of what its blocks of 32 inputs have in
 // `sum`; for the first block of each segment.

@@ -104,18 +104,27 @@ DEVICE void multiply(const Product &its, unsigned char *shared) {
         __syncthreads();
         request_first(ring, ahead, EARLY, STAGES - 1, begin, end, lane, share, weight);
     };
+    const Offsets offsets = offsets_of(column0 * its.in_features, weight, lane);
 #if NORM
-    Gains gains = load_gains(its.norm, its.in_features, weight);
-    wait_for_previous();
-    stage_normed(x, its.in_features, weight, columns, units_per_slab, operands, starts, factors, gains,
-                 its.eps, given, ask_late);
+    Gains gains = load_gains(its.norm, its.in_features, offsets);
+#endif
+#ifdef OWN_STAGING
+    wait_for_previous(number_of(offsets));
 #else
     wait_for_previous();
+#endif
+#if NORM
+    stage_normed(x, its.in_features, weight, columns, units_per_slab, operands, starts, factors, gains,
+                 its.eps, given, offsets, ask_late);
+#else
 #if RANKS > 1
     Round round = begin_round(its.peers);
     u32 turn = 0;
 #endif
-    stage_inputs(x, its.in_features, weight, columns, units_per_slab, operands, starts, factors, ask_late);
+#ifdef OWN_STAGING
+    x = its.x; // `offsets` say where
+#endif
+    stage_inputs(x, its.in_features, weight, columns, units_per_slab, operands, starts, factors, offsets, ask_late);
 #endif
 
 #if RANKS > 1

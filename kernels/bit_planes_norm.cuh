@@ -4,12 +4,12 @@
 // What an RMS norm multiplies a lane's inputs by, unit by unit: a weight, so it may be read early.
 struct Gains { quad of[NORM]; };
 
-DEVICE Gains load_gains(const u16 *norm, int in_features, const Weight &weight) {
-    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+DEVICE Gains load_gains(const u16 *norm, int in_features, const Offsets &offsets) {
+    int warp = (int)threadIdx.x / WARP;
     Gains gains;
 #pragma unroll
     for (int i = 0; i < NORM; ++i)
-        gains.of[i] = LOAD_OF_UNIT(norm, (warp + i * WARPS) / COLUMNS * UNIT, lane, in_features);
+        gains.of[i] = load_of_lane(norm, (warp + i * WARPS) / COLUMNS, offsets, in_features);
     return gains;
 }
 
@@ -18,7 +18,7 @@ DEVICE Gains load_gains(const u16 *norm, int in_features, const Weight &weight) 
 template <class Late>
 DEVICE void stage_normed(const u16 *x, int in_features, const Weight &weight, int columns, int units,
                          unsigned char *operands, float *starts, float *factors, const Gains &gains,
-                         float eps, float *sums, const Late &ask_late) {
+                         float eps, float *sums, const Offsets &offsets, const Late &ask_late) {
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
     quad v[NORM];
     float inverse[COLUMNS] = {};
@@ -27,7 +27,7 @@ DEVICE void stage_normed(const u16 *x, int in_features, const Weight &weight, in
         int unit = (warp + i * WARPS) / COLUMNS, column = (warp + i * WARPS) % COLUMNS;
         v[i] = quad{0, 0, 0, 0};
         if (unit < weight.count && column < columns)
-            v[i] = LOAD_OF_UNIT(x + (u64)column * in_features, unit * UNIT, lane, in_features);
+            v[i] = load_of_lane(x + (u64)column * in_features, unit, offsets, in_features);
     }
     if (LATE) ask_late();
 #pragma unroll
@@ -45,7 +45,6 @@ DEVICE void stage_normed(const u16 *x, int in_features, const Weight &weight, in
             if ((warp + i * WARPS) % COLUMNS == column) inverse[column] += square;
     }
     squares_to_factors(inverse, in_features, eps, sums);
-    const Offsets offsets = offsets_of(lane);
 #pragma unroll
     for (int i = 0; i < NORM; ++i) {
         int unit = (warp + i * WARPS) / COLUMNS, column = (warp + i * WARPS) % COLUMNS;

@@ -55,6 +55,13 @@ DEVICE void wait_for_previous() {
 #endif
 }
 
+// The same, when numbers that `number` is made of are known, which isn't 0xffffffff: the compiler would reckon them afterwards.
+DEVICE void wait_for_previous(u32 number) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{.reg .pred known; setp.ne.u32 known, %0, 0xffffffff; @known griddepcontrol.wait;}" ::"r"(number) : "memory");
+#endif
+}
+
 // A float and a mark, one 64-bit word: who sees the mark sees the float.
 DEVICE void store_marked(u64 *place, float value, u32 mark) {
     u64 word = (u64)mark << 32 | (u32)__float_as_int(value);

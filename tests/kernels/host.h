@@ -67,6 +67,7 @@ static inline void change(unsigned long long *place, int arrived, int bytes) {
 }  // namespace host
 
 DEVICE void wait_for_previous() { host::wait_for_previous(); }
+DEVICE void wait_for_previous(unsigned) { host::wait_for_previous(); }
 DEVICE void __syncthreads() { host::meet_block(); }
 
 DEVICE float half_to_float(unsigned short bits) {
