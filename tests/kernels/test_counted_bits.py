@@ -70,3 +70,24 @@ def test_gate_and_up_of_a_normed_token_are_counted():
     gate, up = (normed @ dequantized(tensor, torch.float64).T for tensor in pair)
     expected = torch.nn.functional.silu(gate) * up
     assert float((got.double() - expected).norm() / expected.norm()) < 1e-3
+
+
+@pytest.mark.parametrize(("tokens", "inputs"), [(1, 16896), (2, 8704)])
+@pytest.mark.parametrize("fmt", ["binary_coding", "affine"])
+def test_two_ctas_stage_a_half_each_of_what_one_would_stage_for_long(fmt, tokens, inputs):
+    card = Card(4, 227 * 1024, warpgroups=True, counts_bits=True)
+    tensor = random_tensor(fmt, WeightScheme(num_bits=2, group_size=128), Shape2D(40, inputs), 1)
+    weight, x, launch = (
+        linear_kernels.prepare(tensor, torch.float16),
+        normal(tokens, inputs).half(),
+        Recorder(),
+    )
+    assert linear_kernels.can_norm(weight, tokens, card) is False, "nobody has all inputs"
+    got = linear_kernels.matmul(x, weight, launch, card)
+    assert [dict(call.constants)["CLUSTER"] for call in launch.calls] == [2]
+    counted = fmt == "binary_coding" and tokens == 1
+    assert launch.names == ["bit_plane_bmma" if counted else "bit_plane_imma"]
+    expected = x.double() @ dequantized(tensor, torch.float64).T
+    assert float((got.double() - expected).norm() / expected.norm()) < 5e-4
+    plain = linear_kernels.matmul(x, weight, Recorder(), card._replace(warpgroups=False))
+    assert float((got.double() - plain.double()).norm() / expected.norm()) < 5e-4

@@ -244,6 +244,14 @@ HOPPER_VARIANTS += [
         ("mma", {**GRID, "PLANES": 3, "WHOLE": 1, "LOADS": 8, "CLUSTER": 2}),
     )
 ]
+HOPPER_VARIANTS += [
+    (f"bit_plane_{kind}", {**LATE, "CLUSTER": 2, "LOADS": 4, "GROUP": 128, **more}, 128)
+    for kind, more in (
+        ("bmma", {"OFFSET": 1, "PLANES": 4, "COLUMNS": 1, "EPILOGUE": 1}),
+        ("imma", {"OFFSET": 2, "PLANES": 4, "COLUMNS": 2}),
+        ("imma", {"OFFSET": 1, "PLANES": 3, "COLUMNS": 2, "EPILOGUE": 2}),
+    )
+]
 CHOSEN = {"FINE": 0, "MIRRORED": 0, "W_UNITS": 1}
 RINGS = {**CHOSEN, "W_STAGES": 2, "X_STAGES": 4, "X_BLOCKS": 2, "EPILOGUE": 0, "ALIGNED": 1}
 HOPPER_VARIANTS += [

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from typing import NamedTuple
 
 from qtool.runtime.backends.cuda.grids import (
     MORE_WAVES,
@@ -19,6 +20,7 @@ from qtool.runtime.backends.cuda.planes import (
     CENTERED,
     LOW_PLANES,
     MOST_IN_PAIRS,
+    MOST_LOADS,
     Layout,
     Product,
     product_for,
@@ -99,11 +101,11 @@ def tuned_plan(
     product = product or product_for(batch, layout, card)
     few = product.columns <= MOST_IN_PAIRS
     tunings = tunings_for(row_tiles, units, card, few=few)
-    sizes, each = (row_tiles, units, batch, layout), row_tiles * units / card.multiprocessors
+    sizes = (row_tiles, units, batch, layout)
     asked = tunings[0]
-    more, _ = ahead_of(product, layout, units, each / asked.warps)
     if asked.per_multiprocessor == 1:
-        asked = replace(asked, stages=asked.stages + more)
+        ahead = ahead_of(product, layout, row_tiles, units, card, asked.warps)
+        asked = replace(asked, stages=asked.stages + ahead.stages, cluster=ahead.cluster)
     ways = ways_of(asked, layout, product)
     tunings = (*ways, *tunings[1:])
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
@@ -122,46 +124,61 @@ def tuned_plan(
     return None
 
 
-def ahead_of(product: Product, layout: Layout, units: int, each: float) -> tuple[int, int | None]:
-    """Return how many stages more a ring has, and what a warp asks for before there are inputs.
+class Ahead(NamedTuple):
+    """What a warp asks for ahead of what it multiplies, and who stages inputs."""
 
-    What is asked for then is in front of the inputs in memory's queue; the rest of a ring comes
-    behind them, while they are staged. That is worth it as far as memory is what a warp waits for:
-    where instructions are few, and units many. As timed with rings of two stages, one CTA alone.
+    stages: int
+    """Of its ring, beside those of the card's selection."""
+    early: int | None
+    """Units that it asks for before there are inputs; None: all but one of its stages."""
+    cluster: int = 1
+    """CTAs that stage a part of the inputs each."""
+
+
+def ahead_of(
+    product: Product, layout: Layout, row_tiles: int, units: int, card: Card, warps: int
+) -> Ahead:
+    """Return what was the fastest, of one or two tokens, with rings of two stages and one CTA.
+
+    What is asked for before there are inputs is in front of them in memory's queue; the rest of a
+    ring comes behind them, while they are staged. That is worth it as far as memory is what a warp
+    waits for: where instructions are few, and units many. Where a warp would stage more units than
+    it can norm, two CTAs that stage a half each, and add up their sums, are faster.
 
     Args:
         product: Which kernel.
         layout: Of the weight.
-        units: Of the inputs.
-        each: Units of a warp.
-
-    Returns:
-        Stages beside those of the card's selection, and units; None: all but one of its stages.
+        row_tiles: Of the weight.
+        units: Of a row.
+        card: Where.
+        warps: Of a CTA.
     """
-    inputs, fast = units * UNIT, layout.planes < LOW_PLANES
-    if product.name == AS_BYTES and layout.offset == CENTERED:
-        return 2, 1
+    codes, fast = layout.offset == CENTERED, layout.planes < LOW_PLANES
+    if product.name not in (AS_BYTES, AS_BITS):
+        return Ahead(0, None)
+    if card.warpgroups and units * product.columns > MOST_LOADS * warps:
+        return Ahead(2 if codes or product.columns == 1 else 1, 1, cluster=2)
+    if codes:
+        return Ahead(2, 1)
     if product.name == AS_BYTES:
-        return 0, 0 if inputs > FEW_INPUTS and not fast else 1
-    if product.name != AS_BITS:
-        return 0, None
-    if inputs > LONG_TO_STAGE:
-        return 2, 0
-    return int(fast and each > MANY_UNITS), 1
+        return Ahead(0, 0 if units * UNIT > FEW_INPUTS and not fast else 1)
+    if units * UNIT > LONG_TO_STAGE:
+        return Ahead(2, 0)
+    each = row_tiles * units / (card.multiprocessors * warps)
+    return Ahead(int(fast and each > MANY_UNITS), 1)
 
 
 def early_units(
     product: Product,
     layout: Layout,
     row_tiles: int,
-    tuning: Tuning,
-    plan: LaunchPlan,
+    units: int,
     card: Card,
+    planned: tuple[Tuning, LaunchPlan],
 ) -> dict[str, int]:
     """Return the constant that says what a warp asks for before there are inputs, if any."""
-    units = plan.units_per_slab
-    each = row_tiles * units / (card.multiprocessors * tuning.warps)
-    _, early = ahead_of(product, layout, units, each)
+    tuning, plan = planned
+    early = ahead_of(product, layout, row_tiles, units, card, tuning.warps).early
     return {} if early is None or plan.per_multiprocessor > 1 else {"EARLY": early}
 
 
@@ -170,6 +187,8 @@ def ways_of(asked: Tuning, layout: Layout, product: Product) -> list[Tuning]:
     if not product.looks_up:
         fewer = replace(asked, warps=ENOUGH_WARPS)
         first = [] if product.columns > BLOCK else [asked]  # sixteen warps lack registers for more
+        if asked.cluster > 1:
+            first.append(replace(asked, cluster=1))
         return [*first, fewer] if product.at_once else first
     most = 1 if product.columns > BLOCK else 2 if layout.planes == LOW_PLANES else LARGEST_CLUSTER
     return [

@@ -61,7 +61,7 @@ def call_for(
         "ALIGNED": int(in_features % 8 == 0),
         "NORM": 0 if eps is None else normed_units(*shape, card=card),
         "LOADS": min(product.most_loads, loads),
-        **plane_plans.early_units(product, layout, row_tiles, tuning, chosen, card),
+        **plane_plans.early_units(product, layout, row_tiles, units, card, picked),
         "EPILOGUE": planes.EPILOGUES[around.epilogue] if chosen.slabs == 1 else 0,
     }
     return KernelCall(
@@ -96,8 +96,10 @@ def normed_units(
     """Return how many units of x each warp norms in a launch that does so; 0: none can."""
     picked = plane_plans.tuned_plan(row_tiles, units, batch, layout, card=card)
     columns = planes.product_for(batch, layout, card).columns
-    if picked is None or picked[1].slabs > 1 or columns > planes.MOST_IN_PAIRS:
+    if picked is None or columns > planes.MOST_IN_PAIRS:
         return 0
+    if picked[1].slabs > 1 or picked[1].cluster > 1:
+        return 0  # nobody has all inputs
     each = -(-units * columns // picked[0].warps)
     return each if each <= MOST_NORMED else 0
 
