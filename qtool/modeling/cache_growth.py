@@ -5,12 +5,11 @@ where layers keep a state or nothing: in a quarter of transformers' families.
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qtool.base import ModelConfig
+from qtool.base import CausalModel, ModelConfig
 from qtool.errors import ModelError
 from qtool.modeling.config import transformers_failures
 from qtool.modeling.skeleton import empty_model
@@ -40,7 +39,7 @@ def cache_growth(config: ModelConfig, directory: Path) -> int | None:
     return following - first
 
 
-def _kept(model: Any, num_tokens: int) -> int:
+def _kept(model: CausalModel, num_tokens: int) -> int:
     tokens = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
     cache = getattr(model(input_ids=tokens, use_cache=True), "past_key_values", None)
     kinds = ("keys", "values")
