@@ -1,6 +1,5 @@
 """Planes whose scales have changed places, as adapters leave them, put in order again."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
