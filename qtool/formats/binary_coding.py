@@ -115,7 +115,7 @@ def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> Quant
     return QuantizedTensor(BINARY_CODING, tensor.scheme, shape, parts)
 
 
-def in_order(tensor: QuantizedTensor) -> QuantizedTensor:
+def planes_in_order(tensor: QuantizedTensor) -> QuantizedTensor:
     """Return the same weight with its plane scales descending, as a file must have them.
 
     What learned single planes' scales, as adapters do, may have made a later plane the largest.
@@ -146,7 +146,7 @@ def descending(scales: Tensor) -> Tensor:
 
 def trainable(tensor: QuantizedTensor) -> Trainable:
     """Let scales and offsets of a weight be learned."""
-    tensor = in_order(tensor)  # else it wouldn't begin where the weight is
+    tensor = planes_in_order(tensor)  # else it wouldn't begin where the weight is
     scheme, shape, parts = tensor.scheme, tensor.shape, tensor.parts
     scales = grouping.to_stored(parts["plane_scales"].float(), scheme)
     codes = codes_in_groups(planes_to_codes(parts["bit_planes"], shape.in_features), scheme)

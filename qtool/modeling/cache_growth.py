@@ -14,7 +14,7 @@ from qtool.errors import ModelError
 from qtool.modeling.config import transformers_failures
 from qtool.modeling.skeleton import empty_model
 
-FIRST, NEXT = 1, 2
+SHORTER, LONGER = 1, 2
 """Tokens that are run: what the second adds is what each adds, while no window is full."""
 
 
@@ -33,10 +33,10 @@ def cache_growth(config: ModelConfig, directory: Path) -> int | None:
         with transformers_failures(f"{directory}: the empty model doesn't run"):
             model = empty_model(config, directory).to(torch.bfloat16).eval()
             model.config.pad_token_id = None  # some look for it among the tokens, to warn
-            first, following = (_kept(model, count) for count in (FIRST, NEXT))
+            fewer, more = (_kept(model, count) for count in (SHORTER, LONGER))
     except ModelError:
         return None
-    return following - first
+    return more - fewer
 
 
 def _kept(model: CausalModel, num_tokens: int) -> int:

@@ -16,7 +16,7 @@ from qtool.checkpoint.place import find_place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import CheckpointError
-from qtool.formats.binary_coding import in_order
+from qtool.formats.binary_coding import planes_in_order
 from qtool.modeling.adapters import another_base
 from qtool.modeling.locate import Location
 from qtool.pipeline.rewritten import rewrite
@@ -110,7 +110,7 @@ def _merged(
         return weight
     new = with_adapter(weight, changes)
     if RANK_UP not in changes:
-        new = in_order(new)
+        new = planes_in_order(new)
     else:
         old, now = (codec(one.format).dequantize(one, torch.float32) for one in (weight, new))
         lost.add(old, now, changes[RANK_UP].float() @ changes[RANK_DOWN].float())

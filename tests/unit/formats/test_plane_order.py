@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.base import QuantizedTensor
-from qtool.formats.binary_coding import CODEC, in_order
+from qtool.formats.binary_coding import CODEC, planes_in_order
 from qtool.scheme import GROUP_DIMS, Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized
@@ -34,7 +34,7 @@ schemes = st.builds(
 def test_planes_in_order_are_the_same_weight_and_so_is_where_learning_begins(scheme, seed):
     tensor = unordered(scheme, seed)
     expected = dequantized(tensor, torch.float64)
-    found = in_order(tensor)
+    found = planes_in_order(tensor)
     torch.testing.assert_close(dequantized(found, torch.float64), expected, rtol=0, atol=1e-12)
     scales = found.parts["plane_scales"]
     assert bool((scales[:-1] >= scales[1:]).all()), "as docs/format.md has it"
@@ -45,5 +45,5 @@ def test_planes_in_order_are_the_same_weight_and_so_is_where_learning_begins(sch
 
 
 def test_what_is_in_order_is_left_alone():
-    tensor = in_order(unordered(WeightScheme(num_bits=3, group_size=16), 0))
-    assert in_order(tensor) is tensor
+    tensor = planes_in_order(unordered(WeightScheme(num_bits=3, group_size=16), 0))
+    assert planes_in_order(tensor) is tensor
