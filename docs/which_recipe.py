@@ -116,6 +116,7 @@ class Size:
     def tokens(self, card_bytes: int) -> int:
         """Return how many tokens have room beside the weights; negative: not even these fit."""
         left = card_bytes - RESERVE - self.card.weight_bytes
+        assert self.card.cache_bytes_per_token is not None  # a Llama
         return left // self.card.cache_bytes_per_token
 
 

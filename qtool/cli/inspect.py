@@ -111,8 +111,9 @@ def _summary(
     ]
     if memory is not None:
         rows.append(("weights on a card, by backend cuda", gigabytes(memory.weight_bytes)))
-        cache = 1000 * memory.cache_bytes_per_token
-        rows.append(("keys and values there, per 1,000 tokens", gigabytes(cache)))
+        if memory.cache_bytes_per_token is not None:
+            cache = 1000 * memory.cache_bytes_per_token
+            rows.append(("keys and values there, per 1,000 tokens", gigabytes(cache)))
     rows.append(("written by", f"qtool {manifest.tool_version}, format {manifest.format_version}"))
     rows.append(("source", manifest.source or "a local model"))
     return rows

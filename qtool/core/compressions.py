@@ -15,15 +15,12 @@ ROUNDS = 3
 """Of alternation between codes and scales: compressing often mustn't be dear."""
 
 
-def in_planes_of(
-    weight: Tensor, scheme: WeightScheme, kept: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def in_planes_of(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor, Tensor]:
     """Return the codes and levels nearest to a weight, and what they make.
 
     Args:
         weight: (out_features, in_features) float32.
         scheme: Bits and grouping.
-        kept: (out_features, in_features) bool, what isn't zero; None: all.
 
     Returns:
         Codes (rows, num_groups, group_size) uint8; scales, descending, with the offset last,
@@ -31,8 +28,8 @@ def in_planes_of(
     """
     groups = grouping.split(grouping.to_rows(weight, scheme), scheme.group_size)
     length, flat = scheme.grouped_length(Shape2D(*weight.shape)), groups.flatten(0, 1)
-    matters = torch.ones_like(weight) if kept is None else kept.float()
-    matters = grouping.split(grouping.to_rows(matters, scheme), scheme.group_size).flatten(0, 1)
+    matters = grouping.valid(length, scheme.group_size, weight.device).float()
+    matters = matters.expand(groups.shape).flatten(0, 1)
     options = alternating.FitOptions(
         num_bits=scheme.num_bits, offset=not scheme.symmetric, rounds=ROUNDS, clip_ratios=(1.0,)
     )
@@ -44,7 +41,6 @@ def in_planes_of(
     levels = binary_coding.levels(stored[:, :-1], stored[:, -1])
     made = levels.gather(-1, codes.long()).view(groups.shape)
     back = grouping.to_rows(grouping.join(made, length), scheme)
-    back = back if kept is None else back * kept
     return codes.view(groups.shape), theta.unflatten(0, groups.shape[:2]), back
 
 
@@ -57,12 +53,25 @@ def pruned(weight: Tensor, sparsity: float, saliency: Tensor | None = None) -> T
         saliency: How much each value matters, in the weight's shape; None: its magnitude (Han et
             al. 2015, arXiv 1506.02626).
     """
-    count = round(sparsity * weight.numel())
-    if not count:
-        return weight.clone()
     matters = weight.abs() if saliency is None else saliency
-    bound = matters.flatten().kthvalue(count).values
-    return torch.where(matters > bound, weight, 0.0)
+    return torch.where(highest(matters, share_left(sparsity, weight.numel())), weight, 0.0)
+
+
+def share_left(sparsity: float, count: int) -> int:
+    """Return how many of so many values pruning leaves."""
+    return count - round(sparsity * count)
+
+
+def highest(values: Tensor, count: int) -> Tensor:
+    """Return where the highest values are, exactly so many, as bool; of equals the first ones."""
+    if count <= 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    flat = values.flatten()
+    bound = flat.kthvalue(len(flat) - count + 1).values
+    found = flat > bound
+    equal = (flat == bound).nonzero().squeeze(1)
+    found[equal[: count - int(found.sum())]] = True
+    return found.view_as(values)
 
 
 def movement(weight: Tensor, grad: Tensor) -> Tensor:

@@ -19,3 +19,8 @@ def nmse(reference: Tensor, approximation: Tensor) -> float:
     error = torch.sum((reference.double() - approximation.double()) ** 2)
     power = torch.sum(reference.double() ** 2)
     return float(error / power) if power > 0 else float(error)
+
+
+def squared(values: Tensor) -> float:
+    """Return the sum of the squares of values, in float64."""
+    return float(values.square().sum(dtype=torch.float64))

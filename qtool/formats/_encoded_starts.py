@@ -102,10 +102,29 @@ def sparse_start(
         network: As `core.sequential_code.serial_network` gives it.
         scheme: Symmetric, with a code.
     """
-    shape = Shape2D(*weight.shape)
     if not bool(kept.any()):  # the format wants one: it becomes zero by its scale
         kept = torch.zeros_like(kept)
         kept[0, 0] = True
+    codes, halves = _sparse_fit(weight, kept, scheme)
+    length = scheme.grouped_length(Shape2D(*weight.shape))
+    matrix = grouping.to_rows(grouping.join(codes, length), scheme)
+    planes = [(matrix >> bit) & 1 for bit in reversed(range(scheme.num_bits))]
+    stored = grouping.to_stored(halves.movedim(-1, 0), scheme)
+    return encode_sparse(torch.stack(planes), kept, stored, network, scheme)
+
+
+def sparse_values(weight: Tensor, kept: Tensor, scheme: WeightScheme) -> Tensor:
+    """Return what `sparse_start` makes of a weight, with no search for encoded bits: float32."""
+    codes, halves = _sparse_fit(weight, kept, scheme)
+    scales = halves.float().flatten(0, 1) * 2
+    levels = binary_coding.levels(scales, scales.new_zeros(len(scales)))
+    made = levels.gather(-1, codes.flatten(0, 1).long()).view(codes.shape)
+    length = scheme.grouped_length(Shape2D(*weight.shape))
+    return grouping.to_rows(grouping.join(made, length), scheme) * kept
+
+
+def _sparse_fit(weight: Tensor, kept: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
+    """Return codes in rows of groups, and halves of scales (rows, num_groups, num_bits) float16."""
     rows, cares = (
         grouping.split(grouping.to_rows(each.float(), scheme), scheme.group_size)
         for each in (weight * kept, kept)
@@ -113,9 +132,6 @@ def sparse_start(
     options = alternating.FitOptions(num_bits=scheme.num_bits, offset=False)
     found, _, _ = alternating.fit(rows.flatten(0, 1), cares.flatten(0, 1), options)
     halves = found.abs().sort(-1, descending=True).values.div(2).to(torch.float16)
-    scales, none = halves.float() * 2, torch.zeros(len(halves))
-    codes = binary_coding.assign(rows.flatten(0, 1), scales, none).view(rows.shape)
-    matrix = grouping.to_rows(grouping.join(codes, scheme.grouped_length(shape)), scheme)
-    planes = [(matrix >> bit) & 1 for bit in reversed(range(scheme.num_bits))]
-    stored = grouping.to_stored(halves.T.unflatten(1, rows.shape[:2]), scheme)
-    return encode_sparse(torch.stack(planes), kept, stored, network, scheme)
+    none = halves.new_zeros(len(halves), dtype=torch.float32)
+    codes = binary_coding.assign(rows.flatten(0, 1), halves.float() * 2, none)
+    return codes.view(rows.shape), halves.unflatten(0, rows.shape[:2])

@@ -115,6 +115,27 @@ def _narrow(tensor: QuantizedTensor, dim: int, start: int, length: int) -> Quant
     return QuantizedTensor(BINARY_CODING, tensor.scheme, shape, parts)
 
 
+def planes_in_order(tensor: QuantizedTensor) -> QuantizedTensor:
+    """Return the same weight with its plane scales descending, as a file must have them.
+
+    What learned single planes' scales, as adapters do, may have made a later plane the largest.
+    """
+    scheme, parts = tensor.scheme, tensor.parts
+    scales = grouping.to_stored(parts["plane_scales"], scheme)
+    if bool((scales[:-1] >= scales[1:]).all()):
+        return tensor
+    codes = codes_in_groups(planes_to_codes(parts["bit_planes"], tensor.shape.in_features), scheme)
+    groups = codes.shape[:2]
+    ordered, exchanged = binary_coding.canonical(
+        scales.permute(1, 2, 0).flatten(0, 1), codes.flatten(0, 1)
+    )
+    offsets = scales[0]  # not read where there are none
+    if not scheme.symmetric:
+        offsets = grouping.to_stored(parts["plane_offsets"], scheme)
+    unflat = exchanged.unflatten(0, groups), ordered.unflatten(0, groups)
+    return encode_binary(*unflat, offsets, scheme, tensor.shape)
+
+
 def descending(scales: Tensor) -> Tensor:
     """Keep learned plane scales (num_bits, ...) as they must be: not negative, none above the last.
 
@@ -125,6 +146,7 @@ def descending(scales: Tensor) -> Tensor:
 
 def trainable(tensor: QuantizedTensor) -> Trainable:
     """Let scales and offsets of a weight be learned."""
+    tensor = planes_in_order(tensor)  # else it wouldn't begin where the weight is
     scheme, shape, parts = tensor.scheme, tensor.shape, tensor.parts
     scales = grouping.to_stored(parts["plane_scales"].float(), scheme)
     codes = codes_in_groups(planes_to_codes(parts["bit_planes"], shape.in_features), scheme)

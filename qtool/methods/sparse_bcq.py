@@ -10,11 +10,11 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from qtool.base import LayerProblem, LayerSolution, Method, QuantizedTensor
 from qtool.checkpoint.manifest import codec
 from qtool.core import metrics
+from qtool.core.compressions import highest, share_left
 from qtool.core.sequential_code import MEMORY, serial_network
 from qtool.formats import sparse_planes
 from qtool.formats._encoded_starts import sparse_code, sparse_start
@@ -44,7 +44,7 @@ class SparseBcqOptions:
 
 def _num_kept(shape: Shape2D, options: SparseBcqOptions) -> int:
     numel = shape.out_features * shape.in_features
-    return max(1, numel - round(options.sparsity * numel))
+    return max(1, share_left(options.sparsity, numel))
 
 
 def _planned(scheme: WeightScheme, shape: Shape2D, options: SparseBcqOptions) -> WeightScheme:
@@ -55,21 +55,13 @@ def _planned(scheme: WeightScheme, shape: Shape2D, options: SparseBcqOptions) ->
     return replace(scheme, code=code.with_found(kept, corrections))
 
 
-def largest(weight: Tensor, count: int) -> Tensor:
-    """Return where the largest absolute values are, so many, as bool; of equals the first ones."""
-    order = weight.abs().flatten().sort(descending=True, stable=True).indices
-    kept = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
-    kept[order[:count]] = True
-    return kept.view_as(weight)
-
-
 def quantize_sparse(problem: LayerProblem, options: SparseBcqOptions) -> LayerSolution:
     """Prune and quantize one weight, and search for its encoded signs; ignores all statistics."""
     code, shape = options.code, Shape2D(*problem.weight.shape)
     weight = problem.weight.cpu()
     generator = torch.Generator().manual_seed(options.seed)
     network = serial_network(code.num_outputs, code.num_inputs, code.registers, generator)
-    kept = largest(weight, _num_kept(shape, options))
+    kept = highest(weight.abs(), _num_kept(shape, options))
     found = sparse_start(weight, kept, network, replace(problem.scheme, code=code))
     parts = {name: part.to(problem.weight.device) for name, part in found.parts.items()}
     tensor = QuantizedTensor(found.format, found.scheme, shape, parts)

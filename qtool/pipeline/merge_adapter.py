@@ -16,6 +16,7 @@ from qtool.checkpoint.place import find_place
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import CheckpointError
+from qtool.formats.binary_coding import planes_in_order
 from qtool.modeling.adapters import another_base
 from qtool.modeling.locate import Location
 from qtool.pipeline.rewritten import rewrite
@@ -108,7 +109,9 @@ def _merged(
     if not isinstance(weight, QuantizedTensor) or not changes:
         return weight
     new = with_adapter(weight, changes)
-    if RANK_UP in changes:
+    if RANK_UP not in changes:
+        new = planes_in_order(new)
+    else:
         old, now = (codec(one.format).dequantize(one, torch.float32) for one in (weight, new))
         lost.add(old, now, changes[RANK_UP].float() @ changes[RANK_DOWN].float())
     return new

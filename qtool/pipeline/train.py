@@ -152,7 +152,7 @@ def _result(
     return TrainResult(
         out_dir=request.out_dir,
         recipe=request.recipe,
-        first_loss=done.last[0].held_out,
+        first_loss=done.first.held_out,
         best_loss=min(point.held_out for point in done.last),
         steps=sum(points[-1].step for points in done.curves.values()),
         seconds=done.seconds,

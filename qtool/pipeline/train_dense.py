@@ -57,7 +57,7 @@ def train_dense(
     return TrainResult(
         out_dir=request.out_dir,
         recipe=request.recipe,
-        first_loss=done.last[0].held_out,
+        first_loss=done.first.held_out,
         best_loss=min(point.held_out for point in done.last),
         steps=done.last[-1].step,
         seconds=time.perf_counter() - begun,

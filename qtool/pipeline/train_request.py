@@ -16,7 +16,7 @@ class TrainResult:
     out_dir: Path
     recipe: str
     first_loss: float
-    """On the held-out texts, before the last stage."""
+    """On the held-out texts, before anything is learned."""
     best_loss: float
     steps: int
     """Of all stages."""

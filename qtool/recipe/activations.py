@@ -48,4 +48,6 @@ class ActivationsSection(Section):
                 f"range, {self.range}, is for granularity tensor; per token, clip_ratio says what "
                 "codes cover: leave range out"
             )
+        if self.range != "percentile":
+            self.refuse_unread("percentile", needs="granularity tensor and range percentile")
         return self

@@ -122,6 +122,13 @@ class CalibrationSection(Section):
             raise ValueError("output_groups divides the rows already; leave out part_rows")
         return self
 
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if self.sequence_length != "match":
+            for name in ("tasks", "num_tokens"):
+                self.refuse_unread(name, needs="sequence_length match")
+        return self
+
     @field_validator("mixture")
     @classmethod
     def _check_shares(cls, value: tuple[SourceSection, ...]) -> tuple[SourceSection, ...]:

@@ -209,6 +209,8 @@ def _sentence(error: Mapping[str, Any], document: PlacedValues, label: str) -> s
         return f"{describe_miss(str(path[-1]), known, where)} ({place})"
     if error["type"] == "missing":
         return f"{dotted(path)} is missing ({place})."
+    if not path:  # several sections don't fit; the rule names their keys
+        return f"{rule(error)} ({place})."
     return f"{dotted(path)} is {quoted(error['input'])}; {rule(error)} ({place})."
 
 

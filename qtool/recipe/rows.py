@@ -60,6 +60,8 @@ class RowsSection(Section):
             raise ValueError(f"min_bits, {self.min_bits}, is above max_bits, {self.max_bits}")
         if self.rule == "loss":
             self._check_average()
+            for name in ("clusters", "ratio"):
+                self.refuse_unread(name, needs="rule clusters")
             return self
         if self.average_bits is not None:
             raise ValueError(

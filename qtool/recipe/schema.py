@@ -163,6 +163,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_self_written(self) -> "Recipe":
+        tuning, samples = self.tuning.end_to_end, self.calibration
+        named = samples is not None and samples.dataset is not None
+        if named and tuning is not None and tuning.self_written not in ("auto", 0):
+            raise ValueError(
+                "tuning.end_to_end.self_written adds to a mixture, and calibration.dataset is one "
+                "text: name that in calibration.mixture, or leave self_written out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_prefix(self) -> "Recipe":
         """Refuse what works on a block as it is quantized, where linears see another."""
         section = self.calibration

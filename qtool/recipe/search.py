@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from qtool.recipe.values import MOST_LENGTH, Number, Section, WholeNumber
 from qtool.scheme import MAX_SHIFT
@@ -51,3 +51,10 @@ class SearchSection(Section):
         if len(set(value)) < len(value):
             raise ValueError("a value is given twice")
         return value
+
+    @model_validator(mode="after")
+    def _check_method(self) -> "SearchSection":
+        """Refuse what the method would pass over."""
+        name, method = ("trials", "tpe") if self.method == "grid" else ("keep", "grid")
+        self.refuse_unread(name, needs=f"method {method}")
+        return self

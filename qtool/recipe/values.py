@@ -28,3 +28,15 @@ class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values don't change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    def refuse_unread(self, name: str, *, needs: str) -> None:
+        """Refuse a key that was set and that nothing reads; `needs` says when it would be read.
+
+        Raises:
+            ValueError: it has another value than by default.
+        """
+        value, default = getattr(self, name), type(self).model_fields[name].default
+        if value != default:
+            raise ValueError(
+                f"{name}, {value}, is read with {needs} only: set that, or leave it out"
+            )

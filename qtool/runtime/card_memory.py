@@ -30,8 +30,8 @@ class CardMemory:
     """Bytes on a card, but for activations."""
 
     weight_bytes: int
-    cache_bytes_per_token: int
-    """Keys and values of all layers."""
+    cache_bytes_per_token: int | None
+    """Keys and values of all layers, while no window is full; None: nobody could say."""
 
 
 def card_memory(reader: CheckpointReader, config: ModelConfig) -> CardMemory:
@@ -75,7 +75,8 @@ def _without_parts(entry: LayerEntry) -> QuantizedTensor:
 def cache_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Return the size of the keys and values of one token, by a transformers configuration.
 
-    0 if it has no heads: the state of a recurrent model doesn't grow.
+    0 if it has no heads: the state of a recurrent model doesn't grow. Exact where all layers keep
+    keys and values of whole heads; others are asked by `modeling.cache_growth`.
     """
     queries = getattr(config, "num_attention_heads", None)
     if not queries:

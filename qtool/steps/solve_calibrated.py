@@ -9,6 +9,7 @@ from torch import Tensor
 from qtool.base import Env, LayerProblem, LayerSolution, Notice
 from qtool.checkpoint.manifest import codec
 from qtool.core.affine import round_weight
+from qtool.core.metrics import squared
 from qtool.core.moments import OutputErrors, added_error
 from qtool.recipe.calibration import CalibrationSection
 from qtool.scheme import WeightScheme
@@ -69,6 +70,9 @@ class SolvedPart:
     """Both of plain rounding to each one's scheme."""
     power: float
     """Of the output."""
+    missed: tuple[float, ...]
+    """Squared errors of the weight itself, as it was before it was shifted, by solution."""
+    weight_power: float
     strength: float
     """Of the shift."""
     tokens_per_input: float
@@ -99,6 +103,8 @@ def solve_part(
         added=tuple(added_error(held_out, target, each) for each in candidates),
         rounded=tuple(rounded[one.scheme] for one in alternatives),
         power=measure.power,
+        missed=tuple(squared(each - weight) for each in candidates),
+        weight_power=squared(weight),
         strength=used,
         tokens_per_input=tokens_per_input,
     )
@@ -122,8 +128,10 @@ def joined_parts(
         )
         env.emit(Notice(message))
     solution = joined_rows([part.solutions[best] for part in parts])
+    missed = sum(part.missed[best] for part in parts)
     metrics = {
         **solution.metrics,
+        "nmse": missed / (sum(part.weight_power for part in parts) or 1.0),
         "output_error": errors[best] / power,
         "output_error_rounded": rounded / power,
         "added_error": added[best] / power,

@@ -101,6 +101,11 @@ class StagesDone:
     seconds: float
 
     @property
+    def first(self) -> Point:
+        """Return where learning began."""
+        return next(iter(self.curves.values()))[0]
+
+    @property
     def last(self) -> Sequence[Point]:
         """Return the curve of the last stage."""
         return list(self.curves.values())[-1]

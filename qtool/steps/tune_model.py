@@ -194,6 +194,9 @@ def _batches(run: Run, section: EndToEndTuning) -> tuple[list[Tensor], list[Tens
             emit=run.env.emit,
         )
     else:
+        if section.self_written not in ("auto", 0):
+            message = "tuning.end_to_end.self_written isn't read: the samples were drawn before."
+            run.env.emit(Notice(message))
         parts = calibration.split(asked.holdout)
         samples, held_out = (_cut(part.samples, length, run.recipe.seed) for part in parts)
     rows = torch.stack(samples).split(section.batch_size)

@@ -24,6 +24,21 @@ LOOKS_AT_LESSONS = "looks at held-out lessons are taken"
 
 
 @dataclass(frozen=True, slots=True)
+class LessonCounts:
+    """What a mean over lessons is divided by."""
+
+    asked: Tensor
+    """int64 scalar: predictions that are asked for."""
+    samples: int
+
+    @staticmethod
+    def of(lessons: Sequence[LessonBatch]) -> "LessonCounts":
+        """Count lessons."""
+        asked = torch.stack([(lesson.labels != NOT_LEARNED).sum() for lesson in lessons])
+        return LessonCounts(asked.sum(), sum(lesson.num_samples for lesson in lessons))
+
+
+@dataclass(frozen=True, slots=True)
 class Following:
     """Two models, and how far the one is from the other."""
 
@@ -43,30 +58,34 @@ class Following:
     extra: Callable[[], Tensor] | None = None
     """Any other term of the loss, once a step, whatever is learned from."""
 
-    def distance(self, lesson: LessonBatch, share: slice | None = None) -> Tensor:
+    def distance(
+        self, lesson: LessonBatch, share: slice | None = None, counts: LessonCounts | None = None
+    ) -> Tensor:
         """Return the loss of a lesson; or what some of its samples make of it, which adds up.
 
         Args:
             lesson: The whole.
             share: Which samples; None: all.
+            counts: Of all lessons that the loss is a mean over; None: of this one.
         """
+        counts = counts or LessonCounts.of([lesson])
         part = lesson if share is None else lesson.part(share)
         with torch.no_grad():
             wanted = _logits(self.original, part, None)
         found = _logits(self.student, part, self.autocast)
         total = torch.zeros((), device=lesson.labels.device)
         if self.logits and self.captured:  # nothing whose size depends on values
-            shares = (part.labels != NOT_LEARNED) / (lesson.labels != NOT_LEARNED).sum()
+            shares = (part.labels != NOT_LEARNED) / counts.asked
             error = divergence(found.flatten(0, -2), wanted.flatten(0, -2), shares.flatten())
             total = total + self.logits * error
         elif self.logits:
             (given, _), (target, _) = part.asked(found), part.asked(wanted)
             if len(given):
-                count = len(lesson.asked(lesson.labels)[0])
-                total = total + self.logits * divergence(given, target) * (len(given) / count)
+                weight = self.logits * len(given) / counts.asked
+                total = total + weight * divergence(given, target)
         if self.weights:
             errors = errors_of(self.taps, self.sources, self.weights, part.seen)
-            total = total + errors / lesson.num_samples
+            total = total + errors / counts.samples
         return total
 
     def learning(
@@ -112,15 +131,17 @@ class Following:
 
     @torch.no_grad()
     def held_out(self, lessons: Sequence[LessonBatch], parts: Parts | None = None) -> float:
-        """Return the mean loss over lessons, by samples."""
-        total = sum(lesson.num_samples for lesson in lessons)
-        losses = [self._looked(lesson, parts) * lesson.num_samples for lesson in lessons]
-        return float(torch.stack(losses).sum()) / total
+        """Return the mean loss over lessons: of predictions by token, inside blocks by sample.
 
-    def _looked(self, lesson: LessonBatch, parts: Parts | None) -> Tensor:
+        So it doesn't depend on which samples stand together.
+        """
+        counts = LessonCounts.of(lessons)
+        return float(torch.stack([self._looked(one, counts, parts) for one in lessons]).sum())
+
+    def _looked(self, lesson: LessonBatch, counts: LessonCounts, parts: Parts | None) -> Tensor:
         def work(count: int) -> Tensor:
             some = slices(lesson.num_samples, count)
-            return torch.stack([self.distance(lesson, one) for one in some]).sum()
+            return torch.stack([self.distance(lesson, one, counts) for one in some]).sum()
 
         return within_memory(parts, LOOKS_AT_LESSONS, work, most=lesson.num_samples)
 

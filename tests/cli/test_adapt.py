@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from qtool import pipeline
+from qtool.base import QuantizedTensor
+from qtool.checkpoint.reader import CheckpointReader
 from qtool.integrations.transformers.generate import use_runner
 from qtool.modeling.adapters import disable_adapter, load_adapter
 from qtool.modeling.load import load_model
@@ -148,6 +150,25 @@ def test_merged_scales_are_the_adapter_to_the_bit(cli: Cli, folder, base):
     assert cli("inspect", out, "--verify").code == 0
     done = cli("adapt", folder / base, mine, out, "--merge")
     assert (done.code, "Pass --overwrite" in done.err) == (1, True)
+
+
+def test_planes_of_a_merged_checkpoint_are_in_order(cli: Cli, folder):
+    """A rate at which first planes' scales fall below others', whatever they learn."""
+    mine, out = folder / "far", folder / "far-merged"
+    fast = (*FAST[:-1], "0.5")
+    done = cli("adapt", folder / "w3", folder / "pairs.jsonl", mine, *fast)
+    assert done.code == 0, done.err
+    assert cli("adapt", folder / "w3", mine, out, "--merge").code == 0
+    reader = CheckpointReader(out)
+    tensors = [reader.load(name) for name in reader.manifest.layers]
+    scales = [each.parts["plane_scales"] for each in tensors if isinstance(each, QuantizedTensor)]
+    assert scales
+    assert all(bool((each[:-1] >= each[1:]).all()) for each in scales)
+    ids = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        merged = load_model(Location(out), device="cpu").model(ids).logits
+        beside = load_model(Location(folder / "w3", adapter=mine), device="cpu").model(ids).logits
+    torch.testing.assert_close(merged, beside, rtol=1e-3, atol=1e-4)
 
 
 def test_merging_low_rank_says_what_is_lost(cli: Cli, folder):

@@ -17,7 +17,7 @@ from qtool.base import Notice, Progress
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import DataError, ModelError, OutputError, RecipeError, SchemeError
-from qtool.modeling.load import load_model, load_source
+from qtool.modeling.load import load_model, load_source, load_tokenizer
 from qtool.modeling.locate import Location
 from qtool.pipeline.quantize_and_train import quantize_and_train
 from qtool.pipeline.train import train
@@ -71,6 +71,7 @@ def run(base, llama, texts, tmp_path):
             model=Location(more.pop("model", base)),
             original=Location(more.pop("original", llama)),
             data=more.pop("data", texts),
+            validation=more.pop("validation", None),
             out_dir=out_dir,
             recipe=recipe,
             options=TrainOptions(**{**own, **more}),
@@ -103,6 +104,38 @@ def test_what_is_trained_is_an_ordinary_checkpoint(recipe, run, base, llama):
         )
     assert torch.isfinite(now).all()
     assert not torch.equal(was, now)
+
+
+def divergence_of(where: Path, original: Path, lines: Path) -> float:
+    """Return KL to the original over all tokens of texts, each read by itself: nats per token."""
+    tokenizer = load_tokenizer(original)
+    models = [load_model(Location(each), device="cpu").model for each in (original, where)]
+    found = []
+    for line in lines.read_text().splitlines():
+        tokens = torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"]])
+        with torch.no_grad():
+            wanted, made = (model(tokens).logits[0].double().log_softmax(-1) for model in models)
+        found.append((wanted.exp() * (wanted - made)).sum(-1))
+    return float(torch.cat(found).mean())
+
+
+ONLY_LOGITS = {"hidden": 0.0, "scores": 0.0, "attention": 0.0}
+BEGINS_ANEW = ("flexor", "pnr")
+"""Recipes that begin at another weight than the checkpoint's."""
+
+
+@pytest.mark.parametrize("recipe", TRAININGS)
+def test_losses_are_the_divergence_of_the_files_whatever_a_batch_is(
+    recipe, run, base, llama, texts
+):
+    lines = [{"text": families.text(3 + 7 * n, seed=90 + n)} for n in range(5)]
+    unlike = texts.with_name("unlike.jsonl")
+    unlike.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = run(recipe, validation=unlike, kind_options=ONLY_LOGITS, batch_size=2)[0]
+    expected = divergence_of(said.out_dir, llama, unlike)
+    assert said.best_loss == pytest.approx(expected, rel=1e-3)
+    if recipe not in BEGINS_ANEW:
+        assert said.first_loss == pytest.approx(divergence_of(base, llama, unlike), rel=1e-3)
 
 
 @pytest.mark.parametrize("recipe", TRAININGS)

@@ -25,7 +25,7 @@ FULL: dict[str, Any] = {
     "calibration": {
         "dataset": "wikitext2-valid",
         "num_samples": 64,
-        "sequence_length": "fixed",
+        "sequence_length": "match",
         "tasks": ["mmlu"],
         "num_tokens": 131072,
         "holdout": 0.1,

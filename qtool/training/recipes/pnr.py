@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qtool.base import CausalModel, QuantizedTensor
 from qtool.core.compressions import decayed, in_planes_of, movement, pruned
 from qtool.core.sequential_code import MEMORY, serial_network
-from qtool.formats._encoded_starts import sparse_code, sparse_start
+from qtool.formats._encoded_starts import sparse_code, sparse_start, sparse_values
 from qtool.formats.binary_coding import encode_binary
 from qtool.scheme import Shape2D, WeightScheme
 from qtool.training.recipes import PreparedTraining, Trainee, Training, TrainingStage
@@ -97,7 +97,7 @@ class FreeLinear(nn.Module):
 
 
 @dataclass(slots=True)
-class _Layers:
+class CompressedLayers:
     """The layers that learn, and what is done to them."""
 
     options: PnrOptions
@@ -143,7 +143,7 @@ class _Layers:
         if self.options.compression != "prune":
             return in_planes_of(weight, scheme)[2]
         sparse = self.layers[name].pruned(self.options.sparsity)
-        return in_planes_of(sparse, replace(scheme, symmetric=True), sparse != 0)[2]
+        return sparse_values(sparse, sparse != 0, replace(scheme, symmetric=True))
 
     def as_stored(self, look: Callable[[], float]) -> float:
         """Look at layers as they would be stored, and leave them as they are."""
@@ -178,7 +178,7 @@ def _prepare(trainee: Trainee, options: PnrOptions) -> PreparedTraining:
     plain = {
         name: replace(each.scheme, rows=(), code=None) for name, each in trainee.layers.items()
     }
-    layers = _Layers(options, free, plain)
+    layers = CompressedLayers(options, free, plain)
     follower = begin_student(trainee, options, student=student)
     vectors = list(follower.vectors.values())
     learning = follower.following.learning(

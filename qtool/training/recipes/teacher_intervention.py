@@ -8,7 +8,7 @@ the MLP, and of both, are ours, for decoders.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -69,14 +69,20 @@ def _prepare(trainee: Trainee, options: InterventionOptions) -> PreparedTraining
         intervene(following.taps, frozenset())
 
     def learn(feed: Callable[[int], None]) -> Learning:
-        return following.learning(trainee.lessons, vectors, feed, trainee.parts)
+        learning = following.learning(trainee.lessons, vectors, feed, trainee.parts)
+
+        def look() -> float:
+            begin_alone()  # what is stored has nobody to intervene; `feed` comes before each step
+            return learning.held_out()
+
+        return replace(learning, held_out=look)
 
     stages = [
         TrainingStage(
             name="intervention",
             learning=learn(intervened),
             schedule=schedule_of(trainee, options, first, keeps="last"),
-            begin=lambda: intervened(0),
+            begin=begin_alone,
         ),
         TrainingStage(
             name="train",

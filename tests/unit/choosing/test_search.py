@@ -31,7 +31,7 @@ from qtool.training.divergence import divergence
 from tests.helpers import QUICK_BCQ, file_hashes, normal, recipe
 
 SHORT = {"num_samples": 12, "sequence_length": 32, "holdout": 0.4, "input_error": 0}
-FEW = {"clip_ratios": [1.0, 0.8], "roundings": [-0.1, 0.1], "samples": 4, "keep": 2}
+FEW = {"clip_ratios": [1.0, 0.8], "roundings": [-0.1, 0.1], "samples": 4}
 
 
 def searching(text_file, solver: str = "rtn", options: Any = None, **keys: Any) -> Recipe:
@@ -39,7 +39,7 @@ def searching(text_file, solver: str = "rtn", options: Any = None, **keys: Any) 
         solver,
         3,
         calibration={"dataset": str(text_file), **SHORT},
-        search={**FEW, **keys},
+        search={**FEW, **({} if "method" in keys else {"keep": 2}), **keys},
     )
     if not options:
         return chosen

@@ -344,3 +344,46 @@ def test_a_prefix_without_a_quantized_block_leaves_nothing_to_go_on_with(prefix,
     with pytest.raises(RecipeError, match=rf"{key} goes on .* '{prefix}' .* or leave {key} out"):
         recipe_from_mapping({"weights": {"method": "gptq"}}, settings)
     recipe_from_mapping({"weights": {"method": "gptq"}}, ["calibration.prefix=linears", setting])
+
+
+DATA = MINIMAL + "calibration: {dataset: wikitext2-valid}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + "activations: {percentile: 99}\n", "range percentile"),
+        (
+            MINIMAL + "activations: {granularity: tensor, range: mse, percentile: 99}\n",
+            "percentile",
+        ),
+        (MINIMAL + "calibration: {tasks: [gsm8k]}\n", "sequence_length match"),
+        (MINIMAL + "calibration: {num_tokens: 4096, sequence_length: 64}\n", "num_tokens, 4096"),
+        (MINIMAL + "embedding: {rows: {average_bits: 3, clusters: 2}}\n", "rule clusters"),
+        (MINIMAL + "head: {rows: {average_bits: 3, ratio: 4}}\n", "ratio, 4"),
+        (MINIMAL + "search: {trials: 9}\n", "method tpe"),
+        (MINIMAL + "search: {method: tpe, keep: 2}\n", "method grid"),
+        (
+            DATA + "tuning: {end_to_end: {self_written: 0.3}}\n",
+            "^tuning.end_to_end.self_written adds",
+        ),
+    ],
+)
+def test_what_nothing_reads_is_refused(write, text, message):
+    refused(write(text), rf"{message}.*leave \w+ out \(r\.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        MINIMAL + "activations: {granularity: tensor, range: percentile, percentile: 99}\n",
+        MINIMAL + "calibration: {tasks: [gsm8k], num_tokens: 4096, sequence_length: match}\n",
+        MINIMAL + "embedding: {rows: {rule: clusters, clusters: 2, ratio: 4}}\n",
+        MINIMAL + "search: {keep: 2}\n",
+        DATA + "tuning: {end_to_end: {self_written: 0}}\n",
+        MINIMAL + "tuning: {end_to_end: {self_written: 0.3}}\n",
+    ],
+)
+def test_what_is_read_is_taken_and_so_is_its_record(write, text):
+    recipe = load_recipe(write(text))
+    assert recipe_from_mapping(recipe.model_dump()) == recipe, "as a checkpoint records it"

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qtool import pipeline
-from qtool.base import Progress
+from qtool.base import Progress, QuantizedTensor
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.errors import QtoolError
 from qtool.modeling.load import load_model
@@ -14,7 +15,7 @@ from qtool.modeling.locate import Location
 from qtool.recipe.load import recipe_from_mapping
 from qtool.walk import sums, walk
 from qtool.walk.statistics import FEW_TOKENS, raised
-from tests.helpers import QUICK_BCQ, file_hashes, warnings_in
+from tests.helpers import QUICK_BCQ, dequantized, file_hashes, warnings_in
 
 SCHEME = {"num_bits": 3, "group_size": 32}
 QUICK: dict[str, dict[str, object]] = {
@@ -48,6 +49,21 @@ def test_same_samples_give_the_same_bytes_and_are_recorded(llama, text_file, tmp
     for name in ("model.safetensors", "config.json"):
         assert first[name] == second[name]
     assert CheckpointReader(tmp_path / "a").manifest.calibration
+
+
+@pytest.mark.parametrize("rows", [None, 24])
+def test_errors_of_weights_are_those_of_the_weights_not_of_shifted_ones(
+    llama, text_file, tmp_path, rows
+):
+    chosen = recipe("gptq", text_file, input_error=1, part_rows=rows)
+    result = pipeline.quantize(Location(llama), tmp_path / "out", chosen)
+    original, reader = load_file(llama / "model.safetensors"), CheckpointReader(tmp_path / "out")
+    for layer in result.layers:
+        found, weight = reader.load(layer.name), original[f"{layer.name}.weight"].double()
+        assert isinstance(found, QuantizedTensor)
+        wrong = dequantized(found, torch.float64) - weight
+        expected = float(wrong.square().sum() / weight.square().sum())
+        assert layer.metrics["nmse"] == pytest.approx(expected, rel=1e-4), layer.name
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -15,7 +15,7 @@ from qtool.formats.binary_coding import encode_binary
 from qtool.scheme import Shape2D, WeightScheme
 from qtool.steps.options import read_options
 from qtool.training.recipes.flexor import FlexorOptions, network_size, sharpness_at
-from qtool.training.recipes.pnr import FreeLinear
+from qtool.training.recipes.pnr import CompressedLayers, FreeLinear, PnrOptions
 from qtool.training.student import LearnedLinear
 from tests.helpers import dequantized, encrypted, normal
 
@@ -89,10 +89,36 @@ def test_pruned_and_decayed_weights():
     assert int((sparse == 0).sum()) == 70
     assert torch.equal(sparse[sparse != 0], weight[sparse != 0])
     assert torch.equal(pruned(sparse, 0.7), sparse)
-    kept = sparse != 0
-    assert not in_planes_of(weight, SCHEMES[1], kept)[2][~kept].any()
     twice = decayed(decayed(weight, 0.1, 5), 0.1, 5)
     assert torch.allclose(decayed(weight, 0.1, 10), twice)
+
+
+@given(
+    sparsity=st.floats(0, 0.99),
+    weight=arrays(np.float32, (3, 5), elements=st.sampled_from([-2.0, -1.0, 0.5, 1.0, 2.0])),
+)
+def test_of_equal_weights_pruning_leaves_its_share(sparsity, weight):
+    w = torch.from_numpy(weight)
+    left = pruned(w, sparsity)
+    assert int((left == 0).sum()) == round(sparsity * 15)
+    lost, kept = w[left == 0].abs(), w[left != 0].abs()
+    assert not len(lost) or not len(kept) or lost.max() <= kept.min()
+    unmoved = pruned(w, sparsity, torch.zeros_like(w))  # none has a gradient
+    assert int((unmoved == 0).sum()) == round(sparsity * 15)
+
+
+@pytest.mark.parametrize("compression", ["quantize", "prune", "decay"])
+@pytest.mark.parametrize("kind", ["normal", "equal", "zero"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_looks_see_what_will_be_stored(scheme, kind, compression):
+    normally = normal(24, 40)
+    weight = {"normal": normally, "equal": 0.5 * normally.sign(), "zero": 0 * normally}[kind]
+    options = PnrOptions(compression=compression, sparsity=0.6, memory=5)
+    layers = CompressedLayers(options, {"one": FreeLinear(weight, None)}, {"one": scheme})
+    stored = dequantized(layers.stored("one"))
+    assert torch.allclose(layers.seen("one"), stored, atol=1e-6)
+    if compression == "prune" and kind != "zero":
+        assert int((stored == 0).sum()) == 576  # 60 %, of equal ones too
 
 
 @given(
