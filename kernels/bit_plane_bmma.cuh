@@ -14,6 +14,7 @@ struct Offsets {
 };
 struct Weight;
 DEVICE Offsets offsets_of(int from, const Weight &weight, int lane);
+DEVICE const Offsets &offsets_here(const Offsets &its, int);
 #include "bit_planes.cuh"
 
 #define ACCUMULATORS 2 // rows g and g + 8
@@ -79,6 +80,7 @@ DEVICE Offsets offsets_of(int from, const Weight &weight, int) {
             kept_of(first + (limb == 3 ? 384 : limb ? 124 : 8)), kept_of(k), kept_of(k + (u32)from),
             t == 0 ? -power_of_two(-28) : 0.0f};
 }
+DEVICE const Offsets &offsets_here(const Offsets &its, int) { return its; }
 // A number that isn't known before all of them are, below 2^31.
 DEVICE u32 number_of(const Offsets &its) { return its.given | its.taken | its.first | its.second | its.third | its.k | its.place; }
 

@@ -96,8 +96,9 @@ DEVICE void request(unsigned char *stage, const Place &place, int lane, const Sh
 
 // What staging wants to know of a lane, the same for all units: reckoned before there are inputs.
 #ifndef OWN_STAGING
-typedef int Offsets;
+typedef int Offsets; // the lane: asked for where it is wanted, or the machine code is another
 DEVICE Offsets offsets_of(int, const Weight &, int lane) { return lane; }
+DEVICE Offsets offsets_here(Offsets, int lane) { return lane; }
 DEVICE quad load_of_lane(const u16 *row, int unit, Offsets lane, int in_features) {
     return load_inputs(row, unit * UNIT + lane * 8, in_features);
 }
@@ -113,7 +114,7 @@ DEVICE void stage_unit(quad v, int unit, int column, int units, const Weight &we
 // all are done; or until all have asked for their first inputs, LATE, when `ask_late` is called.
 template <class Late>
 DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, int columns, int units,
-                         unsigned char *operands, float *starts, float *factors, const Offsets &offsets,
+                         unsigned char *operands, float *starts, float *factors, Offsets,
                          const Late &ask_late) {
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
     for (int work = warp; work < weight.count * COLUMNS || (LATE && work == warp); work += LOADS * WARPS) {
@@ -131,7 +132,7 @@ DEVICE void stage_inputs(const u16 *x, int in_features, const Weight &weight, in
         for (int i = 0; i < LOADS; ++i) {
             int unit = (work + i * WARPS) / COLUMNS, column = (work + i * WARPS) % COLUMNS;
             if (unit >= weight.count || column >= columns) continue; // nobody reads other columns' sums
-            stage_unit(v[i], unit, column, units, weight, offsets, operands, starts, factors);
+            stage_unit(v[i], unit, column, units, weight, lane, operands, starts, factors);
         }
     }
     __syncthreads();

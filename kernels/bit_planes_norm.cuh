@@ -4,8 +4,9 @@
 // What an RMS norm multiplies a lane's inputs by, unit by unit: a weight, so it may be read early.
 struct Gains { quad of[NORM]; };
 
-DEVICE Gains load_gains(const u16 *norm, int in_features, const Offsets &offsets) {
-    int warp = (int)threadIdx.x / WARP;
+DEVICE Gains load_gains(const u16 *norm, int in_features, Offsets given) {
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    const Offsets offsets = offsets_here(given, lane);
     Gains gains;
 #pragma unroll
     for (int i = 0; i < NORM; ++i)
@@ -18,8 +19,9 @@ DEVICE Gains load_gains(const u16 *norm, int in_features, const Offsets &offsets
 template <class Late>
 DEVICE void stage_normed(const u16 *x, int in_features, const Weight &weight, int columns, int units,
                          unsigned char *operands, float *starts, float *factors, const Gains &gains,
-                         float eps, float *sums, const Offsets &offsets, const Late &ask_late) {
+                         float eps, float *sums, Offsets given, const Late &ask_late) {
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    const Offsets offsets = offsets_here(given, lane);
     quad v[NORM];
     float inverse[COLUMNS] = {};
 #pragma unroll
