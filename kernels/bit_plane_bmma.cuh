@@ -5,6 +5,7 @@
 // a group times a scale is exact too. Compute capability 8.0 to 9.0: later cards have no such product.
 //
 // What turns {0, 1} into {-1, +1} is half of the sum of x, beside the offset's.
+
 #define OWN_STAGING
 // What a lane reads and writes of its warp's first unit: places in shared memory; the number of its first input, of a token
 // and of all tokens; what a sum is multiplied by.
@@ -138,7 +139,9 @@ DEVICE void stage_unit(quad v, int unit, int, int, const Weight &, Offsets offse
     for (int pair = 0; pair < 4; ++pair)
 #pragma unroll
         for (int i = 0; i < 2; ++i) columns[pair][16 * i] = offsets.limb == 3 ? start : rows[i][pair];
-    if (offsets.lane == 0) *(float *)(operands + unit * UNIT_BYTES + FACTOR_AT) = exponent < 128 ? power_of_two(exponent - 7) : float_of_bits(0x7fc00000u);
+    if (offsets.lane == 0)
+        *(float *)(operands + unit * UNIT_BYTES + FACTOR_AT) =
+            exponent < 128 ? power_of_two(exponent - 7) : float_of_bits(0x7fc00000u);
 }
 
 // Stage all inputs of the slab, as in bit_planes.cuh, of one token.
