@@ -139,7 +139,7 @@ def test_the_selection_asks_for_what_was_measured():
     def tuning(row_tiles, units, batch=1):
         found = plane_plans.tuned_plan(row_tiles, units, batch, layout, card=card)
         assert found is not None
-        return found[0], found[1].whole
+        return replace(found[0], early=selection.ALL_STAGES), found[1].whole
 
     alone, pairs = selection.H100.alone, selection.H100.pairs
     whole = [(256, 16), (384, 16), (256, 56), (1792, 16), (8016, 16)]
@@ -148,34 +148,41 @@ def test_the_selection_asks_for_what_was_measured():
     assert tuning(1728, 16, batch=8) == tuning(3584, 32) == (alone, False)
 
 
+ALL = None
+"""Units of a ring, asked for before there are inputs."""
+
+
 @pytest.mark.parametrize(
-    ("num_bits", "offset", "shape", "as_bytes", "as_bits"),
+    ("num_bits", "offset", "shape", "as_bytes", "as_bits", "normed"),
     [
-        (4, 2, (4096, 4096), (4, 1), None),
-        (3, 2, (4096, 14336), (4, 1), None),
-        (8, 2, (4096, 4096), (2, 1), None),  # no room for a third stage
-        (4, 1, (4096, 4096), (2, 1), (2, 1)),
-        (4, 1, (4096, 14336), (2, 0), (4, 0)),
-        (3, 1, (4096, 14336), (2, 1), (4, 0)),
-        (3, 1, (28672, 4096), (2, 1), (3, 1)),
-        (4, 1, (28672, 4096), (2, 1), (2, 1)),
+        (4, 2, (4096, 4096), (4, 1), None, (4, 1)),
+        (3, 2, (4096, 14336), (4, 1), None, (4, 1)),
+        (8, 2, (4096, 4096), (2, ALL), None, (2, ALL)),  # no room for a third stage
+        (4, 1, (4096, 4096), (2, ALL), (2, ALL), (4, 1)),
+        (4, 1, (4096, 14336), (2, 0), (4, 1), (4, 1)),
+        (3, 1, (4096, 14336), (2, ALL), (4, 0), (4, 0)),
+        (3, 1, (28672, 4096), (2, ALL), (3, 1), (4, 1)),
+        (4, 1, (28672, 4096), (2, ALL), (2, ALL), (4, 1)),
     ],
     ids=str,
 )
 def test_weights_are_asked_for_behind_the_inputs_as_timed(
-    num_bits, offset, shape, as_bytes, as_bits
+    num_bits, offset, shape, as_bytes, as_bits, normed
 ):
     layout, (rows, inputs) = planes.Layout(num_bits, 128, offset), shape
     plain = Card(132, 227 * 1024, "NVIDIA H200", warpgroups=True)
+    counting = plain._replace(counts_bits=True)
 
-    def constants(tokens, card):
+    def asked(tokens, card, norm_eps=None):
         sizes = (rows, inputs, tokens, rows // 16, inputs // 256, inputs // 128, rows)
-        return dict(plane_products.call_for(sizes, layout, torch.float16, card).constants)
+        around = plane_products.Around(norm_eps=norm_eps)
+        call = plane_products.call_for(sizes, layout, torch.float16, card, around)
+        return dict(call.constants)["STAGES"], dict(call.constants).get("EARLY", ALL)
 
-    for card, expected in ((plain, as_bytes), (plain._replace(counts_bits=True), as_bits)):
-        call = constants(1, card)
-        assert (call["STAGES"], call["EARLY"]) == (expected or as_bytes)
-    assert "EARLY" not in constants(8, plain), "all of a ring"
+    assert asked(1, plain) == as_bytes
+    assert asked(1, counting) == (as_bits or as_bytes)
+    assert asked(1, counting, 1e-5) == normed
+    assert asked(8, plain)[1] is ALL
 
 
 @given(row_tiles=st.integers(1, 3000), count=st.integers(1, 120), most=st.integers(1, 264))

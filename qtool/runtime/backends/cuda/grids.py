@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from qtool.runtime.backends.cuda.launch import RESERVED_BYTES, Card
-from qtool.runtime.backends.cuda.selection import Tuning, selection_for
+from qtool.runtime.backends.cuda.selection import ALL_STAGES, Tuning, selection_for
 from qtool.runtime.backends.cuda.tiles import UNIT
 
 MOST_IDLE = 8
@@ -33,11 +33,14 @@ class LaunchPlan:
     cluster: int = 1
     """CTAs of a cluster, each with a slab of its own: then `slabs` is 1, for nothing is left to
     add."""
+    early: int = ALL_STAGES
+    """Of `stages`, what a warp asks for before there are inputs."""
 
     @property
     def macros(self) -> dict[str, int]:
         """Return what the constants of the kernel say about it."""
         found = {"STAGES": self.stages, "BLOCKS": self.per_multiprocessor, "WHOLE": int(self.whole)}
+        found |= {"EARLY": self.early} if self.early < self.stages - 1 else {}
         return found | ({"CLUSTER": self.cluster} if self.cluster > 1 else {})
 
 

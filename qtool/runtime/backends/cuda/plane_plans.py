@@ -2,7 +2,6 @@
 
 import functools
 from dataclasses import replace
-from typing import NamedTuple
 
 from qtool.runtime.backends.cuda.grids import (
     MORE_WAVES,
@@ -78,12 +77,12 @@ def plan_launch(  # noqa: PLR0913 - a key of the cache
             if shared <= room_of(card, ctas_per):
                 words = blocks * slabs * ctas * warps * TILE_ROWS * columns
                 sizes = (blocks, ctas, slabs // together, count, stages, ctas_per, shared, words)
-                return LaunchPlan(*sizes, whole, together)
+                return LaunchPlan(*sizes, whole, together, tuning.early)
     return None
 
 
 @functools.cache
-def tuned_plan(
+def tuned_plan(  # noqa: PLR0913 - a key of the cache
     row_tiles: int,
     units: int,
     batch: int,
@@ -91,21 +90,21 @@ def tuned_plan(
     *,
     card: Card,
     product: Product | None = None,
+    normed: bool = False,
 ) -> tuple[Tuning, LaunchPlan] | None:
     """Return how to launch: as the card's selection says, or as near to it as there is room.
 
     Nearest is, for few tokens, what needs no slabs, then what leaves as many CTAs beside one
     another as it should, then what has more warps; for many tokens, what has more warps. None: a
     CTA of this card can't hold one unit and its inputs. `product`: None for `product_for`.
+    `normed`: CTAs norm their inputs.
     """
     product = product or product_for(batch, layout, card)
     few = product.columns <= MOST_IN_PAIRS
     tunings = tunings_for(row_tiles, units, card, few=few)
     sizes = (row_tiles, units, batch, layout)
     asked = tunings[0]
-    if asked.per_multiprocessor == 1:
-        ahead = ahead_of(product, layout, row_tiles, units, card, asked.warps)
-        asked = replace(asked, stages=asked.stages + ahead.stages, cluster=ahead.cluster)
+    asked = ahead_of(asked, product, layout, (row_tiles, units), card, normed=normed)
     ways = ways_of(asked, layout, product)
     tunings = (*ways, *tunings[1:])
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA
@@ -124,62 +123,47 @@ def tuned_plan(
     return None
 
 
-class Ahead(NamedTuple):
-    """What a warp asks for ahead of what it multiplies, and who stages inputs."""
-
-    stages: int
-    """Of its ring, beside those of the card's selection."""
-    early: int | None
-    """Units that it asks for before there are inputs; None: all but one of its stages."""
-    cluster: int = 1
-    """CTAs that stage a part of the inputs each."""
-
-
 def ahead_of(
-    product: Product, layout: Layout, row_tiles: int, units: int, card: Card, warps: int
-) -> Ahead:
-    """Return what was the fastest, of one or two tokens, with rings of two stages and one CTA.
-
-    What is asked for before there are inputs is in front of them in memory's queue; the rest of a
-    ring comes behind them, while they are staged. That is worth it as far as memory is what a warp
-    waits for: where instructions are few, and units many. Where a warp would stage more units than
-    it can norm, two CTAs that stage a half each, and add up their sums, are faster.
-
-    Args:
-        product: Which kernel.
-        layout: Of the weight.
-        row_tiles: Of the weight.
-        units: Of a row.
-        card: Where.
-        warps: Of a CTA.
-    """
-    codes, fast = layout.offset == CENTERED, layout.planes < LOW_PLANES
-    if product.name not in (AS_BYTES, AS_BITS):
-        return Ahead(0, None)
-    if card.warpgroups and units * product.columns > MOST_LOADS * warps:
-        return Ahead(2 if codes or product.columns == 1 else 1, 1, cluster=2)
-    if codes:
-        return Ahead(2, 1)
-    if product.name == AS_BYTES:
-        return Ahead(0, 0 if units * UNIT > FEW_INPUTS and not fast else 1)
-    if units * UNIT > LONG_TO_STAGE:
-        return Ahead(2, 0)
-    each = row_tiles * units / (card.multiprocessors * warps)
-    return Ahead(int(fast and each > MANY_UNITS), 1)
-
-
-def early_units(
+    asked: Tuning,
     product: Product,
     layout: Layout,
-    row_tiles: int,
-    units: int,
+    tiles: tuple[int, int],
     card: Card,
-    planned: tuple[Tuning, LaunchPlan],
-) -> dict[str, int]:
-    """Return the constant that says what a warp asks for before there are inputs, if any."""
-    tuning, plan = planned
-    early = ahead_of(product, layout, row_tiles, units, card, tuning.warps).early
-    return {} if early is None or plan.per_multiprocessor > 1 else {"EARLY": early}
+    *,
+    normed: bool,
+) -> Tuning:
+    """Return how a product of few tokens asks for weights ahead, as was the fastest.
+
+    What is asked for before there are inputs is in front of them in memory's queue; the rest of a
+    ring comes behind them, while they are staged. More of it is worth its room as far as memory is
+    what a warp waits for: where instructions are few, units many, or a norm comes first. Where a
+    warp would stage more units than it can norm, two CTAs stage a half each, and add up their sums.
+
+    Args:
+        asked: With a ring of two stages, as the card's selection has it.
+        product: Which kernel.
+        layout: Of the weight.
+        tiles: Row tiles of the weight, and units of a row.
+        card: Where.
+        normed: CTAs norm their inputs.
+    """
+    if product.name not in (AS_BYTES, AS_BITS) or asked.per_multiprocessor > 1:
+        return asked
+    row_tiles, units = tiles
+    codes, fast = layout.offset == CENTERED, layout.planes < LOW_PLANES
+    each = row_tiles * units / (card.multiprocessors * asked.warps)
+    more, early, cluster = 0, 1, 1
+    if card.warpgroups and units * product.columns > MOST_LOADS * asked.warps:
+        more, cluster = 2 if codes or product.columns == 1 else 1, 2
+    elif codes:
+        more = 2
+    elif product.name == AS_BYTES:
+        early = 0 if units * UNIT > FEW_INPUTS and not fast else 1
+    elif units * UNIT > LONG_TO_STAGE:
+        more, early = 2, 0 if fast else 1
+    elif normed or (fast and each > MANY_UNITS):
+        more = 2 if normed else 1
+    return replace(asked, stages=asked.stages + more, early=early, cluster=cluster)
 
 
 def ways_of(asked: Tuning, layout: Layout, product: Product) -> list[Tuning]:

@@ -48,11 +48,11 @@ def call_for(
     if stream := streamed.streamed_call(sizes, layout, dtype, card, around.epilogue):
         return stream._replace(dependent=around.dependent)
     shape = (row_tiles, units, batch, layout)
-    picked = plane_plans.tuned_plan(*shape, card=card)
+    eps = around.norm_eps
+    picked = plane_plans.tuned_plan(*shape, card=card, normed=eps is not None)
     if picked is None:
         raise no_room(card, f"{layout.planes} planes and groups of {layout.group}")
-    tuning, chosen = picked
-    product, eps = planes.product_for(batch, layout, card), around.norm_eps
+    (tuning, chosen), product = picked, planes.product_for(batch, layout, card)
     loads = -(-product.columns * chosen.units_per_slab // tuning.warps)
     grid = {
         **chosen.macros,
@@ -61,7 +61,6 @@ def call_for(
         "ALIGNED": int(in_features % 8 == 0),
         "NORM": 0 if eps is None else normed_units(*shape, card=card),
         "LOADS": min(product.most_loads, loads),
-        **plane_plans.early_units(product, layout, row_tiles, units, card, picked),
         "EPILOGUE": planes.EPILOGUES[around.epilogue] if chosen.slabs == 1 else 0,
     }
     return KernelCall(
@@ -94,7 +93,7 @@ def normed_units(
     row_tiles: int, units: int, batch: int, layout: planes.Layout, *, card: Card
 ) -> int:
     """Return how many units of x each warp norms in a launch that does so; 0: none can."""
-    picked = plane_plans.tuned_plan(row_tiles, units, batch, layout, card=card)
+    picked = plane_plans.tuned_plan(row_tiles, units, batch, layout, card=card, normed=True)
     columns = planes.product_for(batch, layout, card).columns
     if picked is None or columns > planes.MOST_IN_PAIRS:
         return 0

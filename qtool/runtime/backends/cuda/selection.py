@@ -40,6 +40,10 @@ STORED_KERNELS = ("lut", "sign_flip")
 """Those that read a weight as a checkpoint stores it."""
 
 
+ALL_STAGES = 32
+"""More than a ring has."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tuning:
     """What changes the time of the bit-plane kernels and nothing else."""
@@ -53,6 +57,9 @@ class Tuning:
     """CTAs that follow one another on one."""
     cluster: int = 1
     """CTAs that have a slab of inputs each and add up their sums in shared memory."""
+    early: int = ALL_STAGES
+    """Units that a warp asks for before there are inputs; for the rest of its stages behind them,
+    which memory then gives it first."""
 
 
 @dataclass(frozen=True, slots=True)
