@@ -92,6 +92,33 @@ def test_equal_steps_are_multiplied_as_in_float64(num_bits, group_size, tokens):
         assert bool(((y - x.double() @ exact.T).abs() <= allowed).all())
 
 
+@pytest.mark.parametrize("shape", [(600, 1280), (100, 28672)], ids=["few", "two CTAs stage"])
+@pytest.mark.parametrize(
+    ("fmt", "num_bits", "group_size"),
+    [
+        *(("binary_coding", bits, group) for bits in (1, 2, 3, 4) for group in (128, None)),
+        *(("affine", bits, 128) for bits in (2, 3, 4, 8)),
+    ],
+)
+@pytest.mark.parametrize("tokens", [1, 2])
+@torch.no_grad()
+def test_few_tokens_are_as_in_float64(fmt, num_bits, group_size, shape, tokens):
+    dtype = torch.bfloat16 if group_size is None else torch.float16
+    scheme = WeightScheme(num_bits=num_bits, group_size=group_size, symmetric=num_bits == 3)
+    tensor = random_tensor(fmt, scheme, Shape2D(*shape), 0)
+    parts = {name: part.cuda() for name, part in tensor.parts.items()}
+    made = linear_kernels.prepare(replace(tensor, parts=parts), dtype)
+    exact = replace(made, dtype=torch.float32).dense().double()
+    eps = torch.finfo(dtype).eps
+    for outliers in (1, 30):
+        x = normal(tokens, shape[1], seed=outliers)
+        x[:, ::97] *= outliers
+        x = x.to(dtype).cuda()
+        y = linear_kernels.matmul(x, made, driver.launch, driver.card_of(0), kernel="planes")
+        expected, terms = x.double() @ exact.T, x.double().abs() @ exact.abs().T
+        assert bool(((y - expected).abs() <= 2e-6 * terms + eps / 2 * expected.abs()).all())
+
+
 @pytest.mark.parametrize("num_bits", [2, 4])
 @pytest.mark.parametrize("tokens", [1, 2])
 @torch.no_grad()
