@@ -103,7 +103,7 @@ def test_equal_steps_are_multiplied_as_in_float64(num_bits, group_size, tokens):
 @pytest.mark.parametrize("tokens", [1, 2])
 @torch.no_grad()
 def test_few_tokens_are_as_in_float64(fmt, num_bits, group_size, shape, tokens):
-    dtype = torch.bfloat16 if group_size is None or num_bits == 8 else torch.float16  # noqa: PLR2004
+    dtype = torch.bfloat16 if group_size is None or num_bits == 8 else torch.float16
     scheme = WeightScheme(num_bits=num_bits, group_size=group_size, symmetric=num_bits == 3)
     tensor = random_tensor(fmt, scheme, Shape2D(*shape), 0)
     parts = {name: part.cuda() for name, part in tensor.parts.items()}
