@@ -34,11 +34,15 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(path.locate()))
 
 
+AS_CUPY = "--ftz=true"
+"""What CuPy, which compiles kernels for a card, adds to the options of its callers."""
+
+
 def compile_for(architecture: str, source: str) -> Compiled:
     """Return what the compiler made of a source; fails with its log if it made nothing."""
     nvrtc, program = library(), ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"]
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v", AS_CUPY]
     array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     status = nvrtc.nvrtcCompileProgram(program, len(options), array)
     size = ctypes.c_size_t()
@@ -54,3 +58,17 @@ def compile_for(architecture: str, source: str) -> Compiled:
     registers = [int(number) for number in USED.findall(text)]
     assert registers, text
     return Compiled(cubin.raw, max(registers), sum(map(int, SPILLED.findall(text))), text)
+
+
+def ptx_of(architecture: str, source: str) -> str:
+    """Return the instructions that the compiler makes machine code of, as CuPy has it made."""
+    nvrtc, program, size = library(), ctypes.c_void_p(), ctypes.c_size_t()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", AS_CUPY]
+    array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    assert nvrtc.nvrtcCompileProgram(program, len(options), array) == 0
+    nvrtc.nvrtcGetPTXSize(program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetPTX(program, text)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return text.value.decode()

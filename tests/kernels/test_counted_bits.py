@@ -1,16 +1,20 @@
 """One token of planes whose bits are counted: which weights, and on which cards."""
 
+import re
+
 import pytest
 import torch
 
 from qtool.runtime.backends.cuda import fusing, linear_kernels, planes
 from qtool.runtime.backends.cuda.launch import Card
+from qtool.runtime.backends.cuda.sources import kernel_source
 from qtool.runtime.decode.ops import Norm
 from qtool.runtime.decode.torch_ops import rms_norm
 from qtool.scheme import Shape2D, WeightScheme
 from tests.contract.test_codecs import random_tensor
 from tests.helpers import dequantized, normal
 from tests.kernels.host import Recorder
+from tests.kernels.nvrtc import ptx_of
 
 COUNTING = Card(3, 227 * 1024, counts_bits=True)
 SMALL = Card(2, 40 * 1024, counts_bits=True)
@@ -91,3 +95,14 @@ def test_two_ctas_stage_a_half_each_of_what_one_would_stage_for_long(fmt, tokens
     assert float((got.double() - expected).norm() / expected.norm()) < 5e-4
     plain = linear_kernels.matmul(x, weight, Recorder(), card._replace(warpgroups=False))
     assert float((got.double() - plain.double()).norm() / expected.norm()) < 5e-4
+
+
+@pytest.mark.parametrize("num_bits", [1, 4])
+def test_counts_are_numbers_where_the_compiler_takes_subnormals_for_zeros(num_bits):
+    grid = {"WARPS": 16, "STAGES": 2, "BLOCKS": 1, "EPILOGUE": 0, "ALIGNED": 1, "COLUMNS": 1}
+    layout = planes.Layout(num_bits, 128, 1).macros
+    source = kernel_source("bit_plane_bmma", {**grid, **planes.PLAIN_LAUNCH, **layout})
+    text = ptx_of("compute_90", source)
+    assert "fma.rn.ftz.f32" in text, "that is how it was told to compile"
+    # Halves of a unit, rows, columns; what else is there is of the compiler's choice.
+    assert len(re.findall(r"\bfma\.rn\.f32\b", text)) >= 2 * 2 * 6 * num_bits
